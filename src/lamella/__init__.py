@@ -20,15 +20,16 @@ if TYPE_CHECKING:
     from lamella.evaluate import bench as bench
     from lamella.evaluate import cost as cost
     from lamella.files import Work as Work
-    from lamella.jobs.compress import compress as compress
-    from lamella.jobs.planning import make_plan as make_plan
-    from lamella.jobs.run import run as run
     from lamella.plan import ModelReference as ModelReference
     from lamella.plan import Plan as Plan
     from lamella.plan import PlanSeries as PlanSeries
     from lamella.plan import compose as compose
     from lamella.plan.export import export as export
+    from lamella.planners import planner as planner
     from lamella.registry import get_method as get_method
+    from lamella.run import compress as compress
+    from lamella.run import make_plan as make_plan
+    from lamella.run import run as run
     from lamella.runtime import PlanCache as PlanCache
     from lamella.runtime import apply as apply
     from lamella.runtime import parallel as parallel
@@ -55,7 +56,7 @@ _HOMES = {
     "apply": "lamella.runtime",
     "bench": "lamella.evaluate",
     "compose": "lamella.plan",
-    "compress": "lamella.jobs.compress",
+    "compress": "lamella.run",
     "cost": "lamella.evaluate",
     "export": "lamella.plan.export",
     "get_method": "lamella.registry",
@@ -63,9 +64,10 @@ _HOMES = {
     "load_text": "lamella.data",
     "open": "lamella.zoo",
     "parallel": "lamella.runtime",
-    "make_plan": "lamella.jobs.planning",
+    "make_plan": "lamella.run",
+    "planner": "lamella.planners",
     "pull": "lamella.zoo",
-    "run": "lamella.jobs.run",
+    "run": "lamella.run",
     "windows": "lamella.data",
 }
 _RENAMED = {"open": "open_model"}

@@ -50,8 +50,9 @@ KINDS = {  # as messages call them
     IMAGES: "models that read images beside text",
     LAYERNORM: "models that are known to read their stream through LayerNorms alone (Pre-LN)",
 }
+MAIN = ("method", "command")  # the file of a folder that declares it
 RESERVED = frozenset({"out", "output", "overwrite", "json", "allow_pickle", "of_stack", "command", "help", "debug"})
-HOME = Path(__file__).parent / "methods"
+HOMES = {"methods": Path(__file__).parent / "methods", "commands": Path(__file__).parent / "commands"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +116,11 @@ class Method(Declaration):
         """The function itself."""
         function: Callable[..., Any] = getattr(importlib.import_module(self.module), self.function)
         return function
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is a command of Lamella itself, and no method."""
+        return self.module.startswith("lamella.commands.")
 
     @property
     def text(self) -> str:
@@ -194,13 +200,13 @@ def method(
 
 def command(
     slug: str,
-    name: str,
+    name: str = "",
     *,
     on: str | tuple[str, ...] = "decoder",
     verb: str | None = None,
     brief: Mapping[str, Any] | None = None,
 ) -> Callable[[Function], Function]:
-    """Declare a function as a further command of the method of that slug."""
+    """Declare a function as a further command of the method of that slug, or without a name as one of Lamella's own."""
     return partial(_declared_as, slug, name, on)
 
 
@@ -224,7 +230,8 @@ def _declared_as(slug: str, name: str, on: str | tuple[str, ...], function: Func
             options = {each: value for each, value in bound.arguments.items() if each in contract.options}
             for group in contract.groups:
                 parts = [part for part in contract.options.values() if part.group == group]
-                options |= {part.name: getattr(bound.arguments[group], part.name) for part in parts}
+                value = bound.arguments[group]
+                options |= {} if value is None else {part.name: getattr(value, part.part) for part in parts}
             stamp(said, slug, name, options, inputs)
         return result
 
@@ -322,11 +329,11 @@ def _works_on(on: str | tuple[str, ...], stack: Any) -> bool:
 
 def methods() -> dict[str, Method]:
     """Every method by slug, those of installed plugins among them."""
-    return {slug: known[""] for slug, known in sorted(_everything().items())}
+    return {slug: known[""] for slug, known in all_commands().items() if not known[""].is_own}
 
 
 def all_commands() -> dict[str, dict[str, Method]]:
-    """Every command of every method, by slug and name."""
+    """Every command, by slug and name: those of all methods, and Lamella's own."""
     return dict(sorted(_everything().items()))
 
 
@@ -363,7 +370,7 @@ def room(slug: str, name: str) -> Any:
     """
     module = get_method(slug).module
     package, _, last = module.rpartition(".")
-    if last == "method":
+    if last in MAIN:
         place = Path(importlib.import_module(package).__path__[0])
         if (place / f"{name}.py").is_file() or (place / name).is_dir():
             return importlib.import_module(f"{package}.{name}")
@@ -385,10 +392,12 @@ def bring(model_type: str) -> None:
 
 def _everything() -> dict[str, dict[str, Method]]:
     found: dict[str, dict[str, Method]] = {}
-    for place in sorted(HOME.iterdir()):
-        if (place.suffix == ".py" and place.stem != "__init__") or (place / "method.py").is_file():
-            slug = place.stem.replace("_", "-")
-            found[slug] = _read(slug, f"lamella.methods.{place.stem}", place)
+    for package, home in HOMES.items():
+        for place in sorted(home.iterdir()):
+            is_module = place.suffix == ".py" and place.stem != "__init__"
+            if is_module or any((place / f"{main}.py").is_file() for main in MAIN):
+                slug = place.stem.replace("_", "-")
+                found[slug] = _read(slug, f"lamella.{package}.{place.stem}", place)
     for entry in entry_points(group=GROUP):
         if entry.name in found:
             raise MethodError(f"two packages have the method '{entry.name}': Lamella itself and {entry.value}")

@@ -7,7 +7,7 @@ built on it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -111,6 +111,11 @@ class Evidence(BaseModel):
     def method(self) -> str:
         return str(self.provenance["method"])
 
+    def update(self, result: Result) -> None:
+        """Take over what a result has learnt since, such as by being written."""
+        for name, value in result.body().items():
+            setattr(self, name, value)
+
     def dump(self) -> str:
         """As JSON, in which a number that JSON cannot say is null."""
         return self.model_dump_json(indent=2, by_alias=True) + "\n"
@@ -133,6 +138,9 @@ class Evidence(BaseModel):
             raise LamellaError(f"{file}: no evidence ({error}); give a folder that Lamella has written") from None
 
 
+Documents = Callable[[], dict[str, str]]
+
+
 @dataclass(kw_only=True)
 class Result:
     """What a command returns. A kind of result says what its evidence adds, and which files it has.
@@ -140,19 +148,27 @@ class Result:
     Attributes:
         findings: the method's own measurements; JSON values.
         notes: what a reader must know, one sentence each.
+        data: what it was made on, by role.
         files: further documents of the method, by name.
-        provenance: stamped by the house.
+        provenance: stamped by the registry.
     """
 
     findings: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 
     kind: ClassVar[str] = "result"
     evidence: ClassVar[type[Evidence]] = Evidence
     needs_folder: ClassVar[bool] = False  # whether a run that writes nothing would be in vain
+    writes: ClassVar[bool] = True  # whether there is anything to write
     loading: ClassVar[str] = ""  # what the card says of how to use what is written, a section of its own
+
+    @property
+    def code(self) -> int:
+        """The exit code of a command line that ends with it."""
+        return 0
 
     def body(self) -> dict[str, Any]:
         """What the evidence of this kind says beyond what all evidence says."""
@@ -161,11 +177,12 @@ class Result:
     def write(self, folder: Path) -> None:
         """Write what evidence does not hold."""
 
-    def save(self, out: Path, documents: dict[str, str], *, overwrite: bool = False, tokenizer: Any = None) -> None:
+    def save(self, out: Path, documents: Documents, *, overwrite: bool = False, tokenizer: Any = None) -> None:
         """Make a folder of results, all at once.
 
         Args:
-            documents: what else goes into it, by name: evidence, page and card.
+            documents: gives what else goes into it, by name: evidence, page and card. It is called when the rest is
+                written.
             tokenizer: of the model, for a checkpoint.
 
         Raises:
@@ -173,7 +190,7 @@ class Result:
         """
         with new_folder(out, size=0, overwrite=overwrite) as folder:
             self.write(folder)
-            for name, text in documents.items():
+            for name, text in documents().items():
                 (folder / name).write_text(text, encoding="utf-8")
 
     @classmethod

@@ -4,10 +4,12 @@
                  budget: Budget = Budget(), work: Work = Work()) -> PlanSeries:
 
 Positional parameters are inputs. Keyword-only ones are options; one whose type is a frozen dataclass stands for its
-fields, so ``remove=0.2`` is ``budget=Budget(remove=0.2)``, in Python and on the command line. :class:`Work` is the
-house's own to fill in. Bounds of an option (:mod:`annotated_types`: ``Ge``, ``Gt``, ``Le``, ``Lt``, ``MinLen``) and
-another spelling of its name stand in the annotation, and help in the docstring. The type and the bounds are what the
-values are checked by, what help shows and what tests are generated from.
+fields, so ``remove=0.2`` is ``budget=Budget(remove=0.2)``, in Python and on the command line. Where the dataclass has
+``prefixed = True``, the options carry the name of the parameter: ``heal_minutes=2`` is ``heal=Heal(minutes=2)``. Such a
+group may be optional (``Quantize | None``): it exists as soon as one of its fields is given. :class:`Work` is filled in
+by the runner. Bounds of an option (:mod:`annotated_types`: ``Ge``, ``Gt``, ``Le``, ``Lt``, ``MinLen``) and another
+spelling of its name stand in the annotation, and help in the docstring. The type and the bounds are what the values are
+checked by, what help shows and what tests are generated from.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from lamella.files import Work
 from lamella.source import Class, Function, Instance, Noted, OneOf
 
 EMPTY = inspect.Parameter.empty
+MODELS = ("Stack", "Model", "Written", "Checkpoint")
 SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 BOUNDS = {Ge: (">=", "ge"), Gt: (">", "gt"), Le: ("<=", "le"), Lt: ("<", "lt")}  # as they are written, and the field
 
@@ -44,6 +47,18 @@ class Split:
     """Which part of its source an input is read from, where that is not the calibration split: ``Split("test")``."""
 
     name: str
+
+
+@dataclass(frozen=True)
+class Argument:
+    """Marks an input that is a positional argument on the command line, as the first one always is."""
+
+
+class Settings:
+    """Defaults of how an input is opened that differ from those of its type: ``Settings(sequences=8)``."""
+
+    def __init__(self, **values: Any) -> None:
+        self.values = values
 
 
 @dataclass(frozen=True)
@@ -76,8 +91,11 @@ class Parameter:
         help: what the docstring says of it.
         spelling: on the command line, where it is not the name.
         group: the parameter that it is a field of.
+        part: its name in that group.
         split: of its source, for an input.
         notes: further bounds, of the whole of its type.
+        settings: defaults of how an input is opened.
+        is_argument: whether an input is positional on the command line.
     """
 
     name: str
@@ -86,8 +104,11 @@ class Parameter:
     help: str = ""
     spelling: str = ""
     group: str = ""
+    part: str = ""
     split: str = "calibration"
     notes: tuple[Any, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    is_argument: bool = False
 
     @property
     def kinds(self) -> tuple[Any, ...]:
@@ -150,6 +171,11 @@ class Parameter:
         return any(get_origin(each) is dict for each in self.kinds)
 
     @property
+    def many(self) -> bool:
+        """Whether it is an input that takes any number of values: ``tuple[Changed, ...]``."""
+        return any(get_origin(each) is tuple and kinds_of(self) for each in self.kinds)
+
+    @property
     def option(self) -> str:
         """As it is written on the command line."""
         return "--" + (self.spelling or self.name).replace("_", "-")
@@ -162,7 +188,10 @@ class Signature:
     Attributes:
         inputs: what it must be given, by name.
         options: what may be set, by name, fields of dataclasses among them.
-        groups: the parameters whose fields are options, each with its default.
+        groups: the parameters whose fields are options, each with its default: an instance, or None for an optional
+            group that does not exist until one of its fields is given.
+        kinds: the dataclass of each group.
+        optional: the groups that may be None.
         work: the name of the parameter that gets the folder of unfinished work; empty where there is none.
         result: the type of what comes back.
     """
@@ -172,6 +201,8 @@ class Signature:
     groups: Mapping[str, Any]
     work: str
     result: Any
+    kinds: Mapping[str, Any] = field(default_factory=dict)
+    optional: frozenset[str] = frozenset()
 
     def gathered(self, slug: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """Keyword arguments as the function takes them: fields go into their dataclass, and a string becomes a tuple.
@@ -191,11 +222,20 @@ class Signature:
             if name in self.options:
                 value = _split(slug, self.options[name], value) if isinstance(value, str) else value
                 self.options[name].check(slug, value)
-            (parts.setdefault(group, {}) if group else whole)[name] = value
+            if group:
+                parts.setdefault(group, {})[self.options[name].part] = value
+            else:
+                whole[name] = value
         for group in self.groups.keys() & whole.keys():
             for option in (each for each in self.options.values() if each.group == group):
-                option.check(slug, getattr(whole[group], option.name))
-        return whole | {group: replace(self.groups[group], **values) for group, values in parts.items()}
+                if whole[group] is not None:
+                    option.check(slug, getattr(whole[group], option.part))
+        return whole | {group: self._made(group, values) for group, values in parts.items()}
+
+    def _made(self, group: str, values: Mapping[str, Any]) -> Any:
+        """A group with some values; the others are those of its default."""
+        default = self.groups[group]
+        return self.kinds[group](**values) if default is None else replace(default, **values)
 
     def completed(self, given: Mapping[str, Any], *house: Any, seed: int | None = None) -> dict[str, Any]:
         """Keyword arguments with what the house fills in, by type, where the command takes it; what is given wins.
@@ -209,7 +249,8 @@ class Signature:
             if isinstance(value, Work) and self.work:
                 found.setdefault(self.work, value)
             for group in (name for name, default in self.groups.items() if type(default) is type(value)):
-                parts = {name: found.pop(name) for name in list(found) if self._group_of(name) == group}
+                names = [name for name in found if self._group_of(name) == group]
+                parts = {self.options[name].part: found.pop(name) for name in names}
                 found.setdefault(group, replace(value, **parts))
         if seed is not None and "seed" in self.options:
             found.setdefault("seed", seed)
@@ -228,19 +269,23 @@ def signature(function: Callable[..., Any] | Function) -> Signature:
     """
     positional, options, result = _read(function) if isinstance(function, Function) else _inspected(function)
     found: dict[str, Parameter] = {}
-    groups, work = {}, ""
+    groups, kinds, work = {}, {}, ""
     for each in options:
+        kind = _group(each)
         if getattr(each.hint, "__name__", "") == Work.__name__:
             work = each.name
-        elif (parts := _fields(each)) is not None:
-            groups[each.name] = each.default
-            for part in parts:
+        elif kind is not None:
+            groups[each.name], kinds[each.name] = each.default, kind
+            for part in _fields(each, kind):
                 if part.name in found:
                     raise MethodError(f"{function.__name__}: two of its options are called {part.name}")
                 found[part.name] = part
         else:
             found[each.name] = each
-    return Signature({each.name: each for each in positional}, found, groups, work, result)
+    optional = frozenset(
+        each.name for each in options if each.name in groups and None in map(_none, _members(each.hint))
+    )
+    return Signature({each.name: each for each in positional}, found, groups, work, result, kinds, optional)
 
 
 def _inspected(function: Callable[..., Any]) -> tuple[list[Parameter], list[Parameter], Any]:
@@ -274,31 +319,65 @@ def _read(function: Function) -> tuple[list[Parameter], list[Parameter], Any]:
     return parameters(arguments, defaults), options, function.evaluate(node.returns)
 
 
-def _parameter(name: str, hint: Any, default: Any, docs: Mapping[str, str], group: str = "") -> Parameter:
+def _parameter(name: str, hint: Any, default: Any, docs: Mapping[str, str]) -> Parameter:
     notes: Sequence[Any] = ()
     if isinstance(hint, Noted):
         hint, notes = hint.kind, hint.notes
     elif get_origin(hint) is Annotated:
         hint, *notes = get_args(hint)
-    spelling = next((each.name for each in notes if isinstance(each, Named)), "")
-    split = next((each.name for each in notes if isinstance(each, Split)), "calibration")
-    bounds = tuple(each for each in notes if not isinstance(each, Named | Split))
-    return Parameter(name, hint, default, docs.get(name, ""), spelling, group, split, bounds)
+    return Parameter(
+        name,
+        hint,
+        default,
+        docs.get(name, ""),
+        spelling=next((each.name for each in notes if isinstance(each, Named)), ""),
+        split=next((each.name for each in notes if isinstance(each, Split)), "calibration"),
+        notes=tuple(each for each in notes if not isinstance(each, Named | Split | Settings | Argument)),
+        settings=next((each.values for each in notes if isinstance(each, Settings)), {}),
+        is_argument=any(isinstance(each, Argument) for each in notes),
+    )
 
 
-def _fields(whole: Parameter) -> list[Parameter] | None:
-    """The fields of a dataclass as parameters, with the values that they have in the default; None for no dataclass."""
-    kind, default = whole.hint, whole.default
-    if isinstance(kind, Class) and isinstance(default, Instance):
+def _group(parameter: Parameter) -> Any:
+    """The dataclass whose fields an option stands for; None for an option that stands for itself."""
+    default = parameter.default
+    for kind in parameter.kinds:
+        is_instance = isinstance(default, Instance) and isinstance(kind, Class)
+        is_instance |= isinstance(kind, type) and is_dataclass(kind) and isinstance(default, kind)
+        if is_instance or (default is None and getattr(kind, "prefixed", False) is True):
+            return kind
+    return None
+
+
+def _fields(whole: Parameter, kind: Any) -> list[Parameter]:
+    """The fields of a group as parameters, with the values that they have in the default."""
+    default = kind() if whole.default is None else whole.default
+    if isinstance(kind, Class):
         hints = {name: each.module.evaluate(each.node.annotation) for name, each in kind.fields.items()}
         docs = explained(kind.__doc__, "Attributes")
-    elif isinstance(kind, type) and is_dataclass(kind) and isinstance(default, kind):
+    else:
         every = get_type_hints(kind, include_extras=True)
         hints = {each.name: every[each.name] for each in fields(kind) if each.init}
         docs = explained(inspect.getdoc(kind) or "", "Attributes")
-    else:
-        return None
-    return [_parameter(name, hint, getattr(default, name), docs, whole.name) for name, hint in hints.items()]
+    prefix = f"{whole.name}_" if getattr(kind, "prefixed", False) is True else ""
+    found = [_parameter(name, hint, getattr(default, name), docs) for name, hint in hints.items()]
+    return [replace(each, name=prefix + each.name, part=each.name, group=whole.name) for each in found]
+
+
+def fields_of(name: str, default: Any) -> list[Parameter]:
+    """The fields of a group that every command has, as parameters.
+
+    Args:
+        name: of the group.
+        default: an instance, or what the source says of one.
+    """
+    kind = default.kind if isinstance(default, Instance) else type(default)
+    return _fields(Parameter(name, kind, default), kind)
+
+
+def _none(kind: Any) -> Any:
+    """None for the type of None, which is written either way."""
+    return None if kind is NoneType else kind
 
 
 def explained(docstring: str, section: str = "Args") -> dict[str, str]:
@@ -322,9 +401,9 @@ def explained(docstring: str, section: str = "Args") -> dict[str, str]:
 
 
 def is_model(kind: Any) -> bool:
-    """Whether an input of this type is a model, or one stack of it."""
+    """Whether an input of this type is a model: opened, one stack of it, with its plan, or not opened yet."""
     module = kind.module.name if isinstance(kind, Class) else getattr(kind, "__module__", "")
-    return module.startswith("lamella.stack") and kind.__name__ in ("Stack", "Model")
+    return module.startswith(("lamella.stack", "lamella.zoo")) and kind.__name__ in MODELS
 
 
 def is_stack(kind: Any) -> bool:
@@ -334,9 +413,16 @@ def is_stack(kind: Any) -> bool:
 
 def kinds_of(parameter: Parameter) -> list[Any]:
     """The types that an input can be opened as."""
-    kinds = [get_args(kind)[1] if get_origin(kind) is dict else kind for kind in parameter.kinds]
+    kinds = [_item(kind) for kind in parameter.kinds]
     classes = [kind for kind in kinds if isinstance(kind, type | Class)]
     return [kind for kind in classes if is_model(kind) or hasattr(kind, "open") or hasattr(kind, "read")]
+
+
+def _item(kind: Any) -> Any:
+    """The type of one value of an input that takes several."""
+    if get_origin(kind) is dict:
+        return get_args(kind)[1]
+    return get_args(kind)[0] if get_origin(kind) is tuple and Ellipsis in get_args(kind) else kind
 
 
 def kind_of(parameter: Parameter) -> Any:
@@ -347,7 +433,9 @@ def kind_of(parameter: Parameter) -> Any:
 def settings_of(parameter: Parameter) -> Mapping[str, Parameter]:
     """What can be set of how an input is opened, whichever of its types it is."""
     kinds = [kind for kind in kinds_of(parameter) if hasattr(kind, "open") and not is_model(kind)]
-    return {name: each for kind in reversed(kinds) for name, each in signature(kind.open).options.items()}
+    found = {name: each for kind in reversed(kinds) for name, each in signature(kind.open).options.items()}
+    defaults = parameter.settings
+    return {name: replace(each, default=defaults.get(name, each.default)) for name, each in found.items()}
 
 
 def _split(slug: str, option: Parameter, text: str) -> Any:

@@ -18,7 +18,7 @@ from lamella.cli.app import app
 from lamella.cli.console import read_options
 from lamella.cli.run import unwrapped
 from lamella.errors import MethodError
-from lamella.jobs.trace import trace
+from lamella.commands.trace.tracing import trace_answer as trace
 from lamella.plan import ModelReference, Plan, PlanSeries, PolicyReference
 from lamella.registry import get_method, methods
 from lamella.zoo import NANO_ASSEMBLIES, chat_inputs, nano, open_tokenizer

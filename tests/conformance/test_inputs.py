@@ -11,7 +11,7 @@ import pytest
 from worlds import COMMANDS, difference, opened, put, state, usual, written
 
 from lamella.errors import LamellaError
-from lamella.jobs.run import Opening
+from lamella.inputs import Opening
 from lamella.provenance import describe
 from lamella.registry import Method
 from lamella.signature import Parameter, is_model, kind_of

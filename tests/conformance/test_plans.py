@@ -26,7 +26,7 @@ from worlds import (
 
 import lamella
 from lamella.errors import LamellaError, MethodError
-from lamella.jobs.run import run
+from lamella.run import run
 from lamella.plan import ModelReference, PlanSeries
 from lamella.registry import methods
 from lamella.runtime import Sampler, apply, denoise, parallel

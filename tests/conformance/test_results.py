@@ -15,7 +15,7 @@ from worlds import COMMANDS, beating, carried_out, difference, made, measured, o
 import lamella
 from lamella.cli import console
 from lamella.errors import ExportError
-from lamella.jobs.run import _page, run
+from lamella.run import _page, run
 from lamella.plan import Plan
 from lamella.provenance import describe, machine
 from lamella.registry import room

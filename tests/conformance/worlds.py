@@ -27,7 +27,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from lamella.data import Writer, load_text
 from lamella.files import Journal
-from lamella.jobs.run import Opening, Outcome, run
+from lamella.inputs import Opening
+from lamella.run import Outcome, run
 from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.progress import Tracker
 from lamella.registry import Method, all_commands
@@ -286,7 +287,7 @@ def carried_out(
         beating(stop) as beats,
     ):
         warnings.simplefilter("always")
-        patched.setattr("lamella.jobs.run.TEST", str(judge()))  # a small one
+        patched.setattr("lamella.inputs.TEST", str(judge()))  # a small one
         outcome = run(entry.slug, command=entry.name, out=out, **inputs, **chosen)
     changed = [f"{each}: {what}" for each, value in inputs.items() for what in difference(before[each], state(value))]
     warned = [str(each.message) for each in caught]

@@ -136,7 +136,7 @@ def test_sources_without_classes_are_refused_where_classes_are_needed(name: str,
 def test_pictures_without_classes_are_refused_before_a_model_is_opened(
     command: tuple[str, str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lamella.jobs.run import Opening
+    from lamella.inputs import Opening
 
     def opens(*_: object) -> None:
         raise AssertionError("something is opened")

@@ -328,7 +328,7 @@ if __name__ == "__main__":
     from lamella.files import Work
     from lamella.jobs import compress as pipeline
     from lamella.jobs.heal import Material, heal
-    from lamella.jobs.planning import make_plan
+    from lamella.run import make_plan
     from lamella.methods.irepair import BestSlices, Slices, by_role, count_examples, layer_parameters
     from lamella.methods.unified_skip import unified_skip
     from lamella.plan import ModelReference, Plan

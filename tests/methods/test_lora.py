@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lamella.data import Passages
 from lamella.data.reader import Reader
 from lamella.errors import MethodError
-from lamella.jobs.run import run
+from lamella.run import run
 from lamella.methods.lora import lora
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.runtime import apply

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lamella.files import Work
-from lamella.jobs.heal import recipe_of
+from lamella.commands.heal.training import recipe_of
 from lamella.methods.first import first
 from lamella.methods.lora_drop import lora_drop
 from lamella.methods.rd_prune import rd_prune

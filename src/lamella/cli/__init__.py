@@ -1,4 +1,4 @@
-"""The command line: one module of commands per kind of work, in the order in which ``--help`` shows them."""
+"""The command line: declared commands, made from their signatures, and the few that are written by hand."""
 
 import os
 
@@ -7,15 +7,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # isort: off
-from lamella.cli import plans, training, models, measuring, talking
+from lamella.cli import models, talking
 from lamella.cli.app import app, main
 
-__all__ = [
-    "app",
-    "main",
-    "measuring",
-    "models",
-    "plans",
-    "talking",
-    "training",
-]
+__all__ = ["app", "main", "models", "talking"]

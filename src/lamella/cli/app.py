@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from lamella import __version__
-from lamella.cli.run import Methods, Verbs
+from lamella.cli.run import Methods, Planners, Verbs
 from lamella.errors import LamellaError, NoteWarning
 
 app = typer.Typer(
@@ -31,6 +31,15 @@ app.add_typer(
         cls=Methods,
         help="Run any method: lamella run SLUG --help says what it takes. Methods with several steps have a command "
         "for each, behind the slug.",
+        no_args_is_help=True,
+    )
+)
+app.add_typer(
+    typer.Typer(
+        name="plan",
+        cls=Planners,
+        help="Make plans with one method: the same as lamella run SLUG, for the methods that plan. The folder holds "
+        "the series and plan.json, the plan that answers the budget.",
         no_args_is_help=True,
     )
 )

@@ -17,7 +17,6 @@ from rich.text import Text
 from lamella import progress
 from lamella.errors import MethodError
 from lamella.processes import is_first
-from lamella.registry import Method
 from lamella.result import Summary, Table
 from lamella.signature import Parameter, choices, entries
 
@@ -32,13 +31,6 @@ PLAIN = (bool, int, float, str, Path)
 SEED_HELP = "Seed of everything that is drawn."
 STACK_HELP = "Which stack, of a model with several; if left out, the only one that the method works on."
 SeedOption = Annotated[int, typer.Option(help=SEED_HELP)]
-SetOption = Annotated[
-    list[str],
-    typer.Option(
-        "--set", metavar="NAME=VALUE", help="An option of the method; repeat it. `lamella methods SLUG` lists them."
-    ),
-]
-PickleOption = Annotated[bool, typer.Option("--allow-pickle", help="Also open pickle checkpoints, which can run code.")]
 
 
 @contextmanager
@@ -75,26 +67,6 @@ def print_summary(summary: Summary, notes: Sequence[str]) -> None:
         table(each.title, each.columns, each.rows)
     for line in (summary.verdict, *summary.lines, *(f"note: {note}" for note in notes)):
         out.print(line, soft_wrap=True, highlight=False, markup=False)
-
-
-def read_options(entry: Method, given: list[str]) -> dict[str, Any]:
-    """``NAME=VALUE`` pairs as values of the types that the method declares.
-
-    Raises:
-        MethodError: for an unknown name, or a value of another type.
-    """
-    values: dict[str, Any] = {}
-    for pair in given:
-        name, equals, text = pair.partition("=")
-        name = name.replace("-", "_")
-        if not equals:
-            raise MethodError(f"--set {pair}: write NAME=VALUE, such as --set remove=0.2")
-        if name not in entry.options:
-            raise MethodError(
-                f"{entry.slug} has no option '{name}'; its options are: {', '.join(entry.options) or 'none'}"
-            )
-        values[name] = parsed(entry.slug, entry.options[name], text, f"--set {name}={text}")
-    return values
 
 
 def is_said(option: Parameter) -> bool:

@@ -1,4 +1,4 @@
-"""Commands about models: what is there, and what their layers do."""
+"""The list of methods, and the options of each."""
 
 from __future__ import annotations
 
@@ -39,27 +39,4 @@ def methods(
         return
     out.print(f"[bold]{entry.slug}[/bold]  {entry.title}" + (f"  (arXiv {entry.paper})" if entry.paper else ""))
     out.print(inspect.cleandoc(entry.doc), markup=False, highlight=False)
-    table("Options (--set NAME=VALUE)", ["name", "default"], [[name, str(value)] for name, value in options.items()])
-
-
-@app.command()
-def pull(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="What to fetch; without it, the list is shown.")] = "",
-    json: JsonOption = False,
-) -> None:
-    """Fetch a zoo model or text into the cache, once; it needs the network only then.
-
-    The cache is ~/.cache/lamella; set LAMELLA_CACHE to move it.
-    """
-    from lamella.zoo import ZOO
-    from lamella.zoo import pull as fetch
-
-    if not name:
-        rows = [[entry.name, entry.kind, f"{entry.download} MB", entry.description] for entry in ZOO.values()]
-        if json:
-            print_json([dict(zip(("name", "kind", "download", "description"), row, strict=True)) for row in rows])
-        else:
-            table("The zoo", ["name", "kind", "download", "what it is"], rows)
-        return
-    folder = fetch(name)
-    print_json({"name": name, "folder": str(folder)}) if json else out.print(f"{name} is in {folder}", soft_wrap=True)
+    table("Options", ["name", "default"], [[name, str(value)] for name, value in options.items()])

@@ -1,17 +1,19 @@
-"""``lamella run SLUG``, and the verbs of single methods: commands that are made from signatures and docstrings.
+"""The command line of every declared command, made from its signature and docstring.
 
-The positional parameters of a method become arguments and options by which its inputs are opened, keyword-only ones
-options with their defaults; what the house fills in has options of its own. Nothing of a method is imported before its
-command runs or its help is asked for.
+Positional parameters become arguments and options by which inputs are opened, keyword-only ones options with their
+defaults; what the runner fills in has options of its own. Nothing of a command is imported before it runs: help is read
+from the source.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.markup import escape
@@ -28,19 +30,24 @@ from lamella.cli.console import (
     working,
 )
 from lamella.errors import MethodError
-from lamella.registry import Method, all_commands, commands
-from lamella.signature import EMPTY, Parameter, is_model, is_stack, kind_of, settings_of
-from lamella.source import Class, Instance
+from lamella.registry import Method, all_commands, commands, get_method
+from lamella.signature import EMPTY, Parameter, Signature, fields_of, is_model, is_stack, kind_of, kinds_of, settings_of
+from lamella.source import Class, read_module
 
 INPUTS, OPTIONS, OUTPUT = "Inputs", "Options", "Output"
 TEST = "stdlib"  # the text that judges a changed model: of another kind than what is calibrated on
+TEST_HELP = (
+    "What changed models are measured on: stdlib when left out, pydoc, a file or a datasets name. The same windows in "
+    "every command; where images were given, other rows of these."
+)
 MODEL = ("stack", "model")  # what a command calls the model that it works on
 
 
 class Made(TyperGroup):
-    """A group with commands of methods, which are made when one of them is wanted; a listing imports no method."""
+    """A group of declared commands, which are made when one of them is wanted; a listing imports nothing."""
 
     listing = False
+    asked: tuple[str, ...] = ()  # the arguments of the command line, from the name of the command on
 
     @cached_property
     def methods(self) -> dict[str, Method]:
@@ -56,7 +63,12 @@ class Made(TyperGroup):
             if found is not None and found.help:
                 found.help = unwrapped(found.help)
             return found
-        return (_named if self.listing else command_of)(self.methods[name], name)
+        entry = self.methods[name]
+        return _named(entry, name) if self.listing else command_of(entry, name, raced(entry, self.asked))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        self.asked = tuple(args)
+        return super().resolve_command(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         self.listing = True
@@ -77,12 +89,41 @@ class Methods(Made):
     @cached_property
     def methods(self) -> dict[str, Method]:
         found = {f"{slug} {name}".strip(): each for slug, all_ in all_commands().items() for name, each in all_.items()}
-        return dict(sorted(found.items()))
+        return {name: each for name, each in sorted(found.items()) if self.lists(each)}
+
+    def lists(self, entry: Method) -> bool:
+        """Whether a command belongs to the group."""
+        return not entry.is_own
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         commands(args[0])  # a slug that is unknown is refused with the nearest ones
+        self.asked = tuple(args)
         name = " ".join(args[:2]) if " ".join(args[:2]) in self.methods else args[0]
         return name, self.get_command(ctx, name), args[len(name.split()) :]
+
+
+class Planners(Methods):
+    """One command for each planning method: the same as in :class:`Methods`."""
+
+    def lists(self, entry: Method) -> bool:
+        return entry.result == "PlanSeries"
+
+
+def raced(entry: Method, args: tuple[str, ...]) -> list[str]:
+    """The planners whose options a command line may have: those that ``--method`` names, and those of its options."""
+    if not any(_plans(each) for each in entry.declared.options.values()):
+        return []
+    words = list(args)
+    named = [word.partition("=")[2] or following for word, following in zip(words, [*words[1:], ""], strict=True)
+             if word.partition("=")[0] == "--method"]  # fmt: skip
+    slugs = [slug.strip() for each in named for slug in each.split(",") if slug.strip() not in ("", "auto", "all")]
+    dotted = [word[2:].partition(".")[0] for word in words if word.startswith("--") and "." in word.partition("=")[0]]
+    return list(dict.fromkeys([*slugs, *dotted]))
+
+
+def _plans(option: Parameter) -> bool:
+    """Whether the values of an option are planners."""
+    return any(getattr(kind, "__name__", "") == "Planner" for kind in option.kinds)
 
 
 def _named(entry: Method, name: str) -> Any:
@@ -92,12 +133,27 @@ def _named(entry: Method, name: str) -> Any:
     return typer.main.get_command(app)
 
 
-def command_of(entry: Method, name: str) -> Any:
-    """The command of a method, made from its signature."""
+def command_of(entry: Method, name: str, planners: Sequence[str] = ()) -> Any:
+    """The command line of a command, made from its signature.
+
+    Args:
+        planners: methods whose options it has, too, as ``--SLUG.OPTION``.
+    """
     parameters, given = _parameters(entry)
+    dotted: dict[str, tuple[str, Parameter]] = {}
+    for slug in planners:
+        for option in filter(is_said, get_method(slug).declared.options.values()):
+            each = _option(replace(option, spelling=f"{slug}.{option.option[2:]}"), f"Options of {slug}")
+            name_of = f"{slug}_{option.name}".replace("-", "_").replace(".", "_")
+            parameters.append(each.replace(name=name_of, default=None))
+            dotted[name_of] = slug, option
 
     def called(**values: Any) -> None:
-        _run(entry, {place: values[each] for each, place in given.items()}, values)
+        options: dict[str, dict[str, Any]] = {}
+        for place, (slug, option) in dotted.items():
+            if values[place] is not None:
+                options.setdefault(slug, {})[option.name] = _value(slug, option, values[place])
+        _run(entry, {place: values[each] for each, place in given.items()}, values, options)
 
     called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     called.__annotations__ = {each.name: each.annotation for each in parameters}
@@ -107,20 +163,31 @@ def command_of(entry: Method, name: str) -> Any:
 
 
 def _parameters(entry: Method) -> tuple[list[inspect.Parameter], dict[str, str]]:
-    """The parameters of a command, and which of them go to the method by which name."""
+    """The parameters of a command line, and which of them go to the command by which name."""
     contract = entry.declared
     made: dict[str, inspect.Parameter] = {}
     for number, each in enumerate(contract.inputs.values()):
         made[each.name] = _input(each, kind_of(each), first=number == 0)
     for each in contract.inputs.values():
-        made |= {s.name: _option(s, INPUTS) for s in settings_of(each).values() if s.name not in made}
+        made |= {s.name: _setting(s) for s in settings_of(each).values() if s.name not in made}
     for each in contract.options.values():
         if is_said(each):
-            made[each.name] = _option(each, _words(contract.groups[each.group]) if each.group else OPTIONS)
-    given = {name: name for name in made}
+            made[each.name] = _option(each, _words(contract.kinds[each.group]) if each.group else OPTIONS)
+    for group in contract.optional:
+        if contract.groups[group] is not None:
+            off = typer.Option(
+                f"--no-{group}", help=f"Leave {group} out.", rich_help_panel=_words(contract.kinds[group])
+            )
+            made[f"no_{group}"] = _parameter(f"no_{group}", bool, off, False)
     result = contract.result
-    house = [_output(required=getattr(result, "needs_folder", False))]
-    house.append(_flag("overwrite", "Replace the output if it exists."))
+    if isinstance(result, Class) and result.is_a("PlanSeries"):
+        budget = read_module("lamella.evaluate.budget").get("Budget")()
+        made |= {s.name: _option(s, "Budget") for s in fields_of("budget", budget) if is_said(s) and s.name not in made}
+    given = {name: name for name in made}
+    house = []
+    if getattr(result, "writes", True):
+        house.append(_output(required=getattr(result, "needs_folder", False)))
+        house.append(_flag("overwrite", "Replace the output if it exists."))
     house.append(_flag("json", "Print the evidence as one JSON document for machines instead of tables."))
     kinds = [kind_of(each) for each in contract.inputs.values()]
     if any(map(is_model, kinds)):
@@ -129,28 +196,43 @@ def _parameters(entry: Method) -> tuple[list[inspect.Parameter], dict[str, str]]
         which = typer.Option("--stack", help=STACK_HELP, rich_help_panel=INPUTS)
         house.append(_parameter("of_stack", str | None, which, None))
     if isinstance(result, Class) and result.is_a("Edit") and "test" not in made:
-        text = (
-            "Text on which the changed model is compared with the original: pydoc, stdlib, a file or a datasets name."
-        )
-        house.append(_parameter("test", str, typer.Option("--test", help=text, rich_help_panel=OUTPUT), TEST))
+        house.append(_parameter("test", str, typer.Option("--test", help=TEST_HELP, rich_help_panel=OUTPUT), TEST))
     made |= {each.name: each for each in house}
     return list(made.values()), given
 
 
 def _input(each: Parameter, kind: Any, first: bool) -> inspect.Parameter:
-    many = getattr(kind, "many", False) or each.named
+    many = getattr(kind, "many", False) or each.named or each.many
     default = None if each.default is not EMPTY or getattr(kind, "nameless", False) else getattr(kind, "default", EMPTY)
+    judges = _judges(each)
+    default = None if judges else default
     metavar = getattr(kind, "metavar", None) or (each.spelling or each.name).upper()
-    text = f"{_said(each.help)} {_said(getattr(kind, 'told', ''), names=True)}".strip()
-    if first:
-        metavar = "MODEL" if each.name in MODEL else metavar
-        argument = typer.Argument(metavar=metavar, help=_model_help(each, kind, text))
-        return _parameter(each.name, str, argument, default)
+    text = TEST_HELP if judges else f"{_said(each.help)} {_said(getattr(kind, 'told', ''), names=True)}".strip()
     hint: Any = list[str] if many else str
-    option = typer.Option(each.option, metavar=metavar, help=text, rich_help_panel=INPUTS)
     if default is None:
         hint, default = (hint, []) if many else (str | None, None)
+    elif many and default is not EMPTY:
+        default = [default]
+    if first or each.is_argument:
+        metavar = "MODEL" if each.name in MODEL else metavar
+        argument = typer.Argument(metavar=metavar, help=_model_help(each, kind, text))
+        return _parameter(each.name, hint, argument, default)
+    option = typer.Option(each.option, metavar=metavar, help=text, rich_help_panel=INPUTS)
     return _parameter(each.name, hint, option, default)
+
+
+def _judges(each: Parameter) -> bool:
+    """Whether an input is the test that every command measures on by default."""
+    return each.split == "test" and {"Text", "ImageText"} <= {getattr(kind, "__name__", "") for kind in kinds_of(each)}
+
+
+def _setting(each: Parameter) -> inspect.Parameter:
+    """How an input is opened: left to the input unless it is given, since inputs differ in their defaults."""
+    found = _option(each, INPUTS)
+    _, info = get_args(found.annotation)
+    info.show_default = False if each.default is None else str(each.default)
+    hint = get_args(found.annotation)[0]
+    return _parameter(each.name, hint | None, info, None)
 
 
 def _model_help(each: Parameter, kind: Any, text: str) -> str:
@@ -190,9 +272,8 @@ def _output(required: bool) -> inspect.Parameter:
     return _parameter("output", Path if required else Path | None, option, EMPTY if required else None)
 
 
-def _words(value: Any) -> str:
-    """The class of a value as words: what its options are about."""
-    kind = value.kind if isinstance(value, Instance) else type(value)
+def _words(kind: Any) -> str:
+    """A class as words: what its options are about."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", kind.__name__).capitalize()
 
 
@@ -217,40 +298,66 @@ def unwrapped(text: str) -> str:
     return "\n\n".join(re.sub(r"Example:\s+lamella ", "Example:\nlamella ", each) for each in paragraphs)
 
 
-def _run(entry: Method, given: dict[str, Any], values: dict[str, Any]) -> None:
-    from lamella.jobs.run import run
+def _value(slug: str, option: Parameter, value: Any) -> Any:
+    return parsed(slug, option, value, f"{option.option} {value}") if isinstance(value, str) else value
 
-    output: Path | None = values["output"]
-    contract = entry.declared
+
+def _asked(contract: Signature, slug: str, given: dict[str, Any], options: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What a command line asks for, as the command takes it."""
     asked: dict[str, Any] = {}
     for name, value in given.items():
         if value is None or value == []:
             continue
         if name in contract.options:
             option = contract.options[name]
-            asked[name] = (
-                parsed(entry.slug, option, value, f"{option.option} {value}") if isinstance(value, str) else value
-            )
+            asked[name] = _value(slug, option, value)
+            if _plans(option) and options:
+                from lamella.planners import Race
+
+                asked[name] = Race.of(asked[name], options)
         elif name in contract.inputs and contract.inputs[name].named:
             asked[name] = _by_name(contract.inputs[name].option, value)
         else:
             asked[name] = value
+    for group in contract.optional:
+        fields = [each.name for each in contract.options.values() if each.group == group]
+        if asked.pop(f"no_{group}", False):
+            foreign = next(
+                (each for each in fields if each in asked and asked[each] != contract.options[each].default), None
+            )
+            if foreign is not None:
+                raise MethodError(
+                    f"--no-{group} leaves out what {contract.options[foreign].option} sets: give one of them"
+                )
+            asked = {name: value for name, value in asked.items() if name not in fields} | {group: None}
+        elif contract.groups[group] is None and all(asked.get(each, EMPTY) in (EMPTY, None) for each in fields):
+            asked = {name: value for name, value in asked.items() if name not in fields}
+    return asked
+
+
+def _run(entry: Method, given: dict[str, Any], values: dict[str, Any], options: dict[str, dict[str, Any]]) -> None:
+    from lamella.run import run
+
+    output: Path | None = values.get("output")
+    asked = _asked(entry.declared, entry.slug, given, options)
     with working():
         done = run(
             entry.slug,
             command=entry.name,
             out=output,
-            overwrite=values["overwrite"],
+            overwrite=values.get("overwrite", False),
             allow_pickle=values.get("allow_pickle", False),
             of_stack=values.get("of_stack"),
             **{"test": None if values.get("test") in (TEST, []) else values.get("test")} | asked,
         )
     if values["json"]:
         print_json(done.evidence.model_dump(mode="json", by_alias=True))
-        return
-    print_summary(done.summary, done.evidence.notes)
-    if output is not None:
-        out.print(f"written: {output}\nreport: {output / 'report.html'}", soft_wrap=True)
+    else:
+        print_summary(done.summary, done.evidence.notes)
+        if output is not None:
+            out.print(f"written: {output}\nreport: {output / 'report.html'}", soft_wrap=True)
+    if done.result.code:
+        raise typer.Exit(done.result.code)
 
 
 def _by_name(option: str, pairs: list[str]) -> dict[str, str]:

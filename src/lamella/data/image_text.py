@@ -101,11 +101,12 @@ class ImageText(Rows[Shown]):
         is_text = given is None or str(given) in BUILT_IN or Path(str(given)).suffix in (".txt", ".md")
         return isinstance(given, cls) or (sees and not is_text)
 
-    def part(self, split: Split, seed: int | None = None) -> ImageText:
-        """Another split of the same source, as much of it.
+    def part(self, split: Split, seed: int | None = None, rows: int | None = None) -> ImageText:
+        """Another split of the same source.
 
         Args:
             seed: of rendered images; the one that these were drawn with when left out.
+            rows: at most so many; as many as of these when left out.
 
         Raises:
             CalibrationError: for rows that were made in memory.
@@ -114,6 +115,7 @@ class ImageText(Rows[Shown]):
             raise CalibrationError("these rows come from no source with splits: give the test rows too")
         name, reader, settings = self._opened
         seed = reader.seed if seed is None else seed
+        settings = settings if rows is None else settings | {"rows": rows}
         return type(self).open(name, replace(reader, split=split, seed=seed), **settings)
 
     def batch(self, rows: Sequence[Shown]) -> dict[str, Tensor]:

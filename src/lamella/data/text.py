@@ -19,6 +19,7 @@ class Text(Mapping[str, Tensor]):
     Attributes:
         tokens: [sequences, time], without padding.
         source: the split of the text that they are cut from.
+        reader: what they were read with.
     """
 
     default = "pydoc"
@@ -28,7 +29,7 @@ class Text(Mapping[str, Tensor]):
     example = replace(PLAIN, settings={"sequences": 2, "length": 16})
 
     def __init__(self, tokens: LongTensor, source: Source, reader: Reader) -> None:
-        self.tokens, self.source, self._reader = tokens, source, reader
+        self.tokens, self.source, self.reader = tokens, source, reader
 
     @classmethod
     def open(cls, name: str, reader: Reader, *, sequences: int = 4, length: int = 256) -> Text:
@@ -53,18 +54,18 @@ class Text(Mapping[str, Tensor]):
     @property
     def tokenizer(self) -> Any:
         """That of the model that reads it."""
-        return self._reader.tokenizer
+        return self.reader.tokenizer
 
     def cut(self, sequences: int, length: int) -> Text:
         """Other windows of the same split."""
-        tokens = windows(self.tokenizer, self.source, sequences, length, self._reader.seed)
-        return Text(tokens, self.source, self._reader)
+        tokens = windows(self.tokenizer, self.source, sequences, length, self.reader.seed)
+        return Text(tokens, self.source, self.reader)
 
     def part(self, split: Split) -> Text:
         """As many windows of another split."""
         source = load_text(self.source.name, split)
         sequences, length = self.tokens.shape
-        return Text(windows(self.tokenizer, source, sequences, length, self._reader.seed), source, self._reader)
+        return Text(windows(self.tokenizer, source, sequences, length, self.reader.seed), source, self.reader)
 
     def further(self, sequences: int) -> Text:
         """So many more windows of the same split, none of which is among these.
@@ -73,8 +74,8 @@ class Text(Mapping[str, Tensor]):
             CalibrationError: when the text has not so many more.
         """
         had, length = self.tokens.shape
-        tokens = windows(self.tokenizer, self.source, sequences, length, self._reader.seed, after=had)
-        return Text(tokens, self.source, self._reader)
+        tokens = windows(self.tokenizer, self.source, sequences, length, self.reader.seed, after=had)
+        return Text(tokens, self.source, self.reader)
 
     def describe(self) -> dict[str, Any]:
         """What provenance says of it."""

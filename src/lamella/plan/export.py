@@ -49,6 +49,7 @@ from lamella.progress import tracker
 from lamella.stack import ASSEMBLIES, Model, Stack, auto_class, digest_of_files, silencers
 
 Form = Literal["plain", "portable", "native"]
+FormOrAuto = Literal["auto", "plain", "portable", "native"]
 NOTES = {  # what README.md says of the result
     "plain": "An ordinary checkpoint: what was removed is gone from the weights and from the config.",
     "portable": "Removed sublayers are zeroed output projections: the same function in every program, but they are "

@@ -14,14 +14,14 @@ from lamella.formatting import counted
 from lamella.plan.document import refusal
 from lamella.plan.reference import ModelReference
 from lamella.plan.schema import Plan, Point, SeriesDocument
-from lamella.result import Evidence, Result, Summary, Table
+from lamella.result import Documents, Evidence, Result, Summary, Table
 
-FILE = "series.json"
+FILE, PLAN = "series.json", "plan.json"
 LOADING = """
 ## Using it
 
-`series.json` goes wherever a plan does, and stands for its last one: `lamella apply FOLDER/series.json MODEL -o SMALL`,
-or `lamella trace MODEL --plan FOLDER/series.json`. In Python, `PlanSeries.read("FOLDER")[n]` is plan n.
+`plan.json` is the plan that answers the budget, or the last one: `lamella apply FOLDER/plan.json MODEL
+-o SMALL`, or `lamella trace MODEL --plan FOLDER/plan.json`. In Python, `PlanSeries.read("FOLDER")[n]` is plan n.
 """
 
 
@@ -30,7 +30,10 @@ class SeriesEvidence(Evidence):
 
     Attributes:
         points: of each plan, what it leaves out (``removed`` sublayers, ``masked`` weights) and its ``scores``.
+        chosen: the number of the plan that answers the budget.
     """
+
+    chosen: int = -1
 
     points: list[dict[str, Any]] = Field(default_factory=list)
 
@@ -42,10 +45,12 @@ class PlanSeries(Result):
     Attributes:
         model: the model that the plans are for.
         points: the decision of each plan, and what was measured for it.
+        chosen: the number of the plan that answers the budget.
     """
 
     model: ModelReference
     points: list[Point]
+    chosen: int = -1
 
     kind: ClassVar[str] = "series"
     evidence: ClassVar[type[Evidence]] = SeriesEvidence
@@ -142,14 +147,21 @@ class PlanSeries(Result):
         return self.document.dump()
 
     def write(self, path: str | Path) -> None:
-        """Write the series to a file, or as ``series.json`` into a folder, with its side files beside it.
+        """Write the series to a file, or as ``series.json`` into a folder beside the chosen plan, ``plan.json``.
+
+        Side files are written beside them.
 
         Raises:
             PlanError: for a side file whose name would lead elsewhere.
             ExportError: when it cannot be written.
         """
         path = Path(path)
-        self.document.write(path / FILE if path.is_dir() else path)
+        document = self.document
+        if not path.is_dir():
+            document.write(path)
+            return
+        document.write(path / FILE)
+        document.plan(self.chosen).write(path / PLAN)
 
     def settle(self, folder: Path) -> None:
         """Find side files in this folder from now on."""
@@ -160,12 +172,13 @@ class PlanSeries(Result):
     def body(self) -> dict[str, Any]:
         points = zip(self, self.points, strict=True)
         return {
+            "chosen": self.chosen % len(self),
             "points": [
                 {"removed": plan.removed, "masked": plan.masked, "scores": point.scores} for plan, point in points
-            ]
+            ],
         }
 
-    def save(self, out: Path, documents: dict[str, str], *, overwrite: bool = False, tokenizer: Any = None) -> None:
+    def save(self, out: Path, documents: Documents, *, overwrite: bool = False, tokenizer: Any = None) -> None:
         super().save(out, documents, overwrite=overwrite, tokenizer=tokenizer)
         self.settle(out)  # the folder of work, where its side files were, goes
 
@@ -180,6 +193,7 @@ class PlanSeries(Result):
             for number, point in enumerate(evidence.points)
         ]
         return Summary(
-            f"{evidence.method} has made {counted(len(rows), 'plan')}, from the whole model on.",
+            f"{evidence.method} has made {counted(len(rows), 'plan')}, from the whole model on; plan {evidence.chosen} "
+            "is chosen.",
             [Table("The series", ["plan", what, *names], rows)],
         )

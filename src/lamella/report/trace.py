@@ -21,20 +21,19 @@ NAMES = {
 MOST_PIXELS = 512  # of the picture in the page, on a side
 
 
-def render_trace(report: dict[str, Any], picture: np.ndarray | None = None) -> str:
-    """The page ``trace.html``: one file that needs no network.
+def render_trace(report: dict[str, Any]) -> str:
+    """The page of a trace: one file that needs no network.
 
     Args:
-        report: as :func:`lamella.jobs.trace.trace` returns it.
-        picture: what the model saw [height, width, 3], where the report says how its tokens lie over it.
+        report: what ``lamella trace`` has found; where it says how tokens lie over an image, that is ``image``.
     """
     report = finite(report)
     note, shares = _telling(report)
     data: dict[str, Any] = _by_pass(report) if "passes" in report else _by_token(report, note)
-    if picture is not None and "picture" in report:
+    if "image" in report and "picture" in report:
         grid = report["picture"]
         data["picture"] = {
-            "source": _png(picture), "rows": grid["rows"], "columns": grid["columns"], "views": _views(report, note)
+            "source": report["image"], "rows": grid["rows"], "columns": grid["columns"], "views": _views(report, note)
         }  # fmt: skip
     views = [(place, view["name"]) for place, view in enumerate(data.get("picture", {}).get("views", []))]
     params = {name: _told(value) for name, value in report["params"].items()}
@@ -105,7 +104,7 @@ def _view(name: str, rows: list[list[float | None]], by: str) -> dict[str, Any]:
     return finite({"name": name, "frames": frames, "least": min(0.0, np.nanmin(values)), "most": np.nanmax(values)})
 
 
-def _png(picture: np.ndarray) -> str:
+def png(picture: np.ndarray) -> str:
     """A picture as a page holds it."""
     image = require("PIL.Image", "vision", "drawing pictures").fromarray(picture)
     image.thumbnail((MOST_PIXELS, MOST_PIXELS))

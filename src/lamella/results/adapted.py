@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lamella.files import new_folder
+from lamella.result import Documents
 from lamella.train import Trained
 
 PLAN = "plan.json"
@@ -40,12 +41,12 @@ class Beside(Trained):
     def put(self, folder: Path) -> None:
         """Write what the plan does not bring along."""
 
-    def save(self, out: Path, documents: dict[str, str], *, overwrite: bool = False, tokenizer: Any = None) -> None:
+    def save(self, out: Path, documents: Documents, *, overwrite: bool = False, tokenizer: Any = None) -> None:
         """Make a folder with the plan, its side files and the documents, all at once."""
         with new_folder(out, size=self.size, overwrite=overwrite, source=self.stack.path) as folder:
             self.put(folder)
             self.plan.write(folder / PLAN)
-            for name, text in (documents | {"log.json": self.log.dump()}).items():
+            for name, text in (documents() | {"log.json": self.log.dump()}).items():
                 (folder / name).write_text(text, encoding="utf-8")
         self.plan.settle(out)
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from lamella.formatting import estimate, listed
 from lamella.plan import Plan, checkpoint, parameters_at
 from lamella.plan.export import export, export_out_of_core, natural_form
-from lamella.result import Evidence, Result, Summary, Table
+from lamella.result import Documents, Evidence, Result, Summary, Table
 from lamella.runtime.views import apply
 from lamella.stack import Model, Stack
 
@@ -39,10 +39,12 @@ class Edit(Result):
     Attributes:
         stack: the model, or the stack of it that changes; it is not changed itself.
         plan: what changes it.
+        reference: what its fidelity is measured against, where that is not the model that was opened.
     """
 
     stack: Model
     plan: Plan
+    reference: Stack | None = None
 
     kind: ClassVar[str] = "edit"
     evidence: ClassVar[type[Evidence]] = EditEvidence
@@ -63,10 +65,10 @@ class Edit(Result):
         named.append([self.plan.rewrite.name] if self.plan.rewrite else [])
         return {"sites": next(filter(None, [sites, *named]), []), "removed": self.plan.removed, "form": form}
 
-    def save(self, out: Path, documents: dict[str, str], *, overwrite: bool = False, tokenizer: Any = None) -> None:
+    def save(self, out: Path, documents: Documents, *, overwrite: bool = False, tokenizer: Any = None) -> None:
         """Export the checkpoint: byte by byte where the weights come from folders alone, else from memory."""
-        files = {name: text for name, text in documents.items() if name != "README.md"}
-        told: dict[str, Any] = {"overwrite": overwrite, "files": files, "card": documents.get("README.md")}
+        files = documents()
+        told: dict[str, Any] = {"overwrite": overwrite, "card": files.pop("README.md", None), "files": files}
         if self._is_copied():
             export_out_of_core(self.stack.path, self.plan, out, **told)  # type: ignore[arg-type]
         else:

@@ -9,7 +9,7 @@ call :func:`fit`, which goes on by itself from where an earlier call was killed:
 from lamella.data.samples import NO_LOSS, Sample, blocks, collate, pairs
 from lamella.evaluate.scored import scored_states
 from lamella.train.adapters import Adapter, concatenate, merge
-from lamella.train.config import TrainConfig
+from lamella.train.config import ScheduleName, TrainConfig
 from lamella.train.distil import check_vocabulary, distil
 from lamella.train.fit import fit, fit_policy
 from lamella.train.fitting import Fitted, fit_part
@@ -70,6 +70,7 @@ __all__ = [
     "Replayed",
     "Sample",
     "Schedule",
+    "ScheduleName",
     "Stepped",
     "Task",
     "TooLittleTime",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from lamella.errors import TrainingError
 from lamella.train.schedules import Schedule, infinite, rewarm, stepped, warmup_stable_decay
+
+ScheduleName = Literal["cosine", "linear", "constant", "rewarm", "infinite", "wsd", "step"]
 
 FALLING = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}  # as Trainer names them
 SHAPES: dict[str, Callable[..., Schedule]] = {

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from lamella.formatting import counted, number
-from lamella.result import Evidence, Summary
+from lamella.result import Documents, Evidence, Summary
 from lamella.runtime.edit import Edit, EditEvidence, fidelity_table
 from lamella.train.log import TrainingLog
 
@@ -48,8 +48,9 @@ class Trained(Edit):
             "held_out": [{"step": point.step, "loss": point.loss, **point.parts} for point in self.log.held_out],
         }
 
-    def save(self, out: Path, documents: dict[str, str], *, overwrite: bool = False, tokenizer: Any = None) -> None:
-        super().save(out, documents | {"log.json": self.log.dump()}, overwrite=overwrite, tokenizer=tokenizer)
+    def save(self, out: Path, documents: Documents, *, overwrite: bool = False, tokenizer: Any = None) -> None:
+        log = {"log.json": self.log.dump()}
+        super().save(out, lambda: documents() | log, overwrite=overwrite, tokenizer=tokenizer)
 
     @classmethod
     def summary(cls, evidence: Evidence) -> Summary:

@@ -1,6 +1,7 @@
 """Models and texts that every machine can have: the embedded default, built-in texts, nano models."""
 
 from lamella.zoo.cache import cache_folder
+from lamella.zoo.named import Changed, Checkpoint
 from lamella.zoo.nano import NANO, NANO_ASSEMBLIES, NANO_DIFFUSION, nano
 from lamella.zoo.opening import (
     Written,
@@ -26,6 +27,8 @@ __all__ = [
     "NANO_ASSEMBLIES",
     "NANO_DIFFUSION",
     "ZOO",
+    "Changed",
+    "Checkpoint",
     "Written",
     "cache_folder",
     "chat_inputs",

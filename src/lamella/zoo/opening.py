@@ -257,6 +257,10 @@ class Written:
             return self.whole
         return in_memory(apply(self.whole, self.plan), self.whole.path, self.whole.name)
 
+    def describe(self) -> dict[str, Any]:
+        """What provenance says of it."""
+        return self.whole.describe()
+
     def view(self, changed: str | Path) -> Any:
         """A model to compare with this one: a plan file, applied to the whole of it, or anything that opens."""
         if str(changed).endswith(".json"):

@@ -25,7 +25,7 @@ import torch
 from lamella.data import Reader
 from lamella.errors import CalibrationError
 from lamella.files import Work
-from lamella.jobs.run import run
+from lamella.run import run
 from lamella.methods.agile3d import (
     ClickDecoder,
     ClickLog,

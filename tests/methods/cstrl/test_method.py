@@ -14,7 +14,7 @@ from transformers.trainer_callback import TrainerCallback
 import lamella
 from lamella.errors import MethodError
 from lamella.files import Work
-from lamella.jobs.run import run
+from lamella.run import run
 from lamella.methods.cstrl import (
     Anchor,
     GapTraining,

@@ -13,7 +13,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from lamella.data import load_text, windows
 from lamella.errors import CalibrationError, ExportError, MethodError
-from lamella.jobs.run import run
+from lamella.run import run
 from lamella.methods.depth_efficiency import depth_efficiency
 from lamella.methods.depth_efficiency.page import page
 from lamella.plan import ModelReference, Plan

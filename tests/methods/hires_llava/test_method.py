@@ -15,7 +15,7 @@ import torch
 import lamella
 from lamella.data import ImageText, Processing, Reader, Shown
 from lamella.errors import CalibrationError, MethodError
-from lamella.jobs.run import run
+from lamella.run import run
 from lamella.methods.hires_llava import (
     CUTS,
     EntityGrid,

@@ -14,7 +14,7 @@ from torch import Tensor
 from lamella.data import ImageText, Processing, Reader
 from lamella.errors import LamellaError
 from lamella.evaluate.scored import read_inputs
-from lamella.jobs.run import run
+from lamella.run import run
 from lamella.methods.kore import Covariance, input_covariance, kore
 from lamella.methods.kore.method import beside, split_weights
 from lamella.methods.kore.projector import projector_of

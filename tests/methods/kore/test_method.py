@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lamella.data import Passages, Text
 from lamella.data.reader import Reader
 from lamella.errors import MethodError
-from lamella.jobs.run import run
+from lamella.run import run
 from lamella.methods.kore import input_covariance, kore
 from lamella.methods.kore.method import beside, split_weights
 from lamella.plan import ModelReference, Plan

@@ -18,7 +18,7 @@ pytest.importorskip("datatrove")
 from lamella.data import Document, Documents, Local, Request, Sampling, Writer, Written
 from lamella.errors import LamellaError
 from lamella.files import Work
-from lamella.jobs.run import run
+from lamella.run import run
 from lamella.methods.rewire import Guide, Judging, Rewriting, Rules, parsed, rewire, score
 from lamella.methods.rewire.guiding import ANY
 from lamella.results import Mixed

@@ -15,7 +15,7 @@ import lamella
 from lamella.data import Reader, Sample
 from lamella.errors import CacheError, CalibrationError, CheckpointError, LamellaError, MethodError, PlanError
 from lamella.files import Work
-from lamella.jobs.run import run
+from lamella.run import run
 from lamella.methods.smora import Experts, RankExperts, TaskExamples, Usage, smora, with_prompts
 from lamella.plan import ModelReference, PhasedPath, Plan, compose, sidefile
 from lamella.plan.export import export

@@ -1,42 +1,38 @@
-"""The one runner for every method: open what it needs, call it, evaluate, write, draw."""
+"""The one runner for every command: open its inputs, call it, evaluate, write, render."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from lamella.data import ImageText, Processing, Reader, open_processing
-from lamella.errors import CheckpointError, ExportError, LamellaError, MethodError, NoteWarning
-from lamella.evaluate import FidelityTest
+from lamella.data import ImageText, Text
+from lamella.errors import ExportError, LamellaError, MethodError, NoteWarning
+from lamella.evaluate import Budget, FidelityTest
 from lamella.files import Work, check_free, discard
-from lamella.jobs.checks import check_inputs, check_source
-from lamella.jobs.held_out import SEED, judging_windows
+from lamella.inputs import Opening, check_inputs, check_source
 from lamella.plan import ModelReference, Plan, PlanSeries
+from lamella.planners import PLANS, pick, planned_on
 from lamella.processes import is_first
 from lamella.provenance import environment
-from lamella.registry import Method, check_given_once, check_takes, get_method, room
+from lamella.registry import Method, check_given_once, get_method, room
 from lamella.results import Edit, Evidence, Result, Summary, Trained
 from lamella.results.page import card, render
 from lamella.runtime import apply
-from lamella.signature import EMPTY, Parameter, is_model, kind_of, kinds_of, settings_of, signature
-from lamella.stack import Model, Stack
-from lamella.zoo import open_for, open_model, open_tokenizer
+from lamella.signature import fields_of, settings_of
+from lamella.stack import Stack
 
-READ: dict[Any, Callable[[Path], Any]] = {Plan: Plan.read, PlanSeries: PlanSeries.read}
-TEST = "stdlib"  # the text that judges: of another kind than what is calibrated on
+GOALS = {each.name: each for each in fields_of("budget", Budget()) if each.name != "until"}  # on the command line, too
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run has brought.
+    """What a run has produced.
 
     Attributes:
-        result: what the method returned.
+        result: what the command returned.
         evidence: what was written, or would have been.
         summary: the same in words and tables.
     """
@@ -82,8 +78,9 @@ def run(
     entry = get_method(slug, command)
     check_given_once(slug, entry.signature, inputs, given)
     given = dict(zip(entry.signature.inputs, inputs, strict=False)) | given
-    if "test" in entry.signature.inputs:  # then it is the method's own
+    if "test" in entry.signature.inputs and test is not None:  # then it is the command's own
         given, test = given | {"test": test}, None
+    budget, given = _goals(entry, given)
     _check(entry, given, inputs)
     out = None if out is None else Path(out)
     if out is not None:
@@ -96,116 +93,81 @@ def run(
     judged, unjudged = _judged(entry, opening, opened, test)
     options = {name: value for name, value in given.items() if name in entry.options or name in entry.signature.groups}
     work = Work(None if out is None else out.parent / f".{out.name}.work")
-    result, told = _called(entry, opened, entry.signature.completed(options, work))
+    result, warned = _called(entry, opened, entry.signature.completed(options, work))
     if not isinstance(result, Result):
         raise MethodError(f"{slug} returns a {type(result).__name__}, which is no result: call it in Python")
-    evidence = _evidence(result, opening, opened, [*told, *unjudged], judged, test)
-    summary = getattr(room(slug, "page"), "summary", result.summary)(evidence)
+    if isinstance(result, PlanSeries) and isinstance(opening.model, Stack):
+        result.chosen = pick(result, budget, opening.model)
+    evidence = _evidence(result, opening, opened, [*warned, *unjudged], judged, test)
+    summarise = getattr(room(slug, "page"), "summary", result.summary)
     if out is not None and is_first():
-        documents = {
-            "evidence.json": evidence.dump(),
-            "report.html": _page(slug, evidence, summary),
-            "README.md": card(evidence, summary, entry.title) + "\n" + result.loading,
-        }
-        result.save(out, documents | result.files, overwrite=overwrite, tokenizer=opening.known_reader)
+
+        def documents() -> dict[str, str]:
+            evidence.update(result)
+            summary = summarise(evidence)
+            return {
+                "evidence.json": evidence.dump(),
+                "report.html": _page(slug, evidence, summary),
+                "README.md": _card(slug, evidence, summary, entry.title) + result.loading,
+                **result.files,
+            }
+
+        result.save(out, documents, overwrite=overwrite, tokenizer=opening.known_reader)
         discard(work.folder, out)  # type: ignore[arg-type]
-    return Outcome(result, evidence, summary)
+    return Outcome(result, evidence, summarise(evidence))
 
 
-class Opening:
-    """Opens the inputs of one command.
+def call(slug: str, *inputs: Any, **given: Any) -> Any:
+    """Run a command and return its result alone; see :func:`run`."""
+    return run(slug, *inputs, **given).result
 
-    Attributes:
-        model: the model, once it is open; one stack of it where the command takes that.
+
+def compress(model: Any, **given: Any) -> Any:
+    """Compress a model: the result of ``run("compress", model, ...)``, whose ``save`` writes it.
+
+    >>> small = lamella.compress("smollm2", speedup=1.3, heal_minutes=8)       # doctest: +SKIP
+    >>> small.save("small")                                                    # doctest: +SKIP
+
+    Args:
+        model: anything that :func:`lamella.open` takes.
+        given: inputs and options of :func:`lamella.commands.compress.command.compress`.
     """
+    return call("compress", model, **given)
 
-    def __init__(self, entry: Method, given: Mapping[str, Any], **how: Any) -> None:
-        self.entry, self.given, self.how = entry, given, how
-        default = entry.options["seed"].default if "seed" in entry.options else 0
-        self.seed: int = given.get("seed", default)
-        self.model: Model | None = None
-        self.known_tokenizer: Any = None
-        self.known_processing: Processing | None = None
-        self._name: Any = None
 
-    def __call__(self, parameter: Parameter) -> Any:
-        """The input of that name.
+def make_plan(slug: str, model: Any, calibration: Any = None, **options: Any) -> PlanSeries:
+    """Run one planning method.
 
-        Raises:
-            MethodError: when it is missing.
-        """
-        wanted = parameter.default is EMPTY
-        value = self.given.get(parameter.name)
-        kind = self._kind(parameter, value)
-        if value is None and wanted:
-            value = getattr(kind, "default", None)
-        if value is None and not (wanted and getattr(kind, "nameless", False)):
-            if not wanted:
-                return parameter.default
-            raise MethodError(f"{self.entry.slug} needs {parameter.name}: {parameter.help or 'give one'}")
-        known = signature(kind.open).options if hasattr(kind, "open") and not is_model(kind) else {}
-        settings = {name: self.given[name] for name in known if name in self.given}
-        if parameter.named and value is not None:
-            return {name: self._opened(kind, each, parameter, settings) for name, each in value.items()}
-        return self._opened(kind, value, parameter, settings)
+    Args:
+        slug: a method that returns a series of plans; see :func:`lamella.registry.methods`.
+        model: anything that :func:`lamella.open` takes. Of several stacks, the only one that the method works on.
+        calibration: token ids [sequences, time], or images with text, for the methods that need them.
+        options: the method's own options.
 
-    def _kind(self, parameter: Parameter, value: Any) -> Any:
-        """The type that an input is opened as: of several, one that fits the model and what was given."""
-        fitting = (each for each in kinds_of(parameter) if hasattr(each, "fits") and each.fits(self.model, value))
-        return next(fitting, kind_of(parameter))
+    Raises:
+        MethodError: for an unknown method or option, or one that returns no plans.
+    """
+    entry = get_method(slug)
+    if entry.result != PLANS:
+        raise MethodError(f"{slug} returns a {entry.result} and makes no plan; `lamella methods` says what does")
+    series: PlanSeries = call(slug, model, **planned_on(entry, calibration), **options)
+    return series
 
-    def _opened(self, kind: Any, value: Any, parameter: Parameter, settings: dict[str, Any]) -> Any:
-        if is_model(kind):
-            return self._model(kind, value)
-        if kind is None or not (value is None or isinstance(value, str | Path | list)):
-            return value  # open already
-        if kind in READ or issubclass(kind, Result):
-            return (READ.get(kind) or kind.read)(Path(value))  # type: ignore[arg-type]
-        if "reader" in signature(kind.open).inputs:
-            opener = None if self.model is None else self.tokenizer
-            reads = None if self.model is None else self.processing
-            split: Any = parameter.split
-            settings = settings | {"reader": Reader(opener, self.seed, split, reads)}
-        return kind.open(value, **settings)
 
-    def _model(self, kind: Any, value: Any) -> Model:
-        how = dict(self.how)
-        stack = how.pop("stack", None)
-        model = open_model(value, **how) if kind is Model else open_for(self.entry, value, stack=stack, **how)
-        if self.model is None:
-            if isinstance(model, Stack):
-                check_takes(self.entry.slug, self.entry.on, model)
-            self.model, self._name = model, value
-        return model
+def _goals(entry: Method, given: Mapping[str, Any]) -> tuple[Budget, dict[str, Any]]:
+    """The budget that picks a plan of the series that a command returns, and what the command itself is given.
 
-    def tokenizer(self) -> Any:
-        """That of the model.
-
-        Raises:
-            CheckpointError: when it has none, or none that works.
-        """
-        if self.known_tokenizer is None:
-            assert self.model is not None
-            place = self.model.path or self._name
-            if not isinstance(place, str | Path):
-                raise CheckpointError(f"{self.model.name} is a model in memory, whose tokenizer is not known")
-            tokenizer = open_tokenizer(place)
-            if not tokenizer("Is there a vocabulary?")["input_ids"]:  # transformers makes an empty one of no files
-                raise CheckpointError(f"{self.model.name} has no tokenizer: put its files beside the weights")
-            self.known_tokenizer = tokenizer
-        return self.known_tokenizer
-
-    @property
-    def known_reader(self) -> Any:
-        """What was opened of what the model reads with: its processor, which holds the tokenizer, or that alone."""
-        return self.known_tokenizer if self.known_processing is None else self.known_processing.processor
-
-    def processing(self) -> Processing:
-        """What the model reads images and text with."""
-        if self.known_processing is None:
-            assert self.model is not None
-            self.known_processing = open_processing(self.model, self._name)
-        return self.known_processing
+    Where the command takes a budget, it is given the goals too, and stops there.
+    """
+    if entry.result != PLANS:
+        return Budget(), dict(given)
+    if isinstance(whole := given.get("budget"), Budget):
+        return whole, dict(given)
+    goals = {name: value for name, value in given.items() if name in GOALS and value is not None}
+    for name, value in goals.items():
+        GOALS[name].check(entry.slug, value)
+    own = {name: value for name, value in given.items() if name not in GOALS or name in entry.options}
+    return Budget(**goals), own
 
 
 def _check(entry: Method, given: Mapping[str, Any], inputs: tuple[Any, ...]) -> None:
@@ -287,10 +249,12 @@ def _evidence(
     Args:
         stack: what is evaluated; see :func:`_judged`.
     """
-    model, body, data = opening.model, result.body(), {}
+    model, body, data = opening.model, result.body(), dict(result.data)
     if isinstance(result, Edit) and stack is not None:
-        judge, data["test"] = _judge(opening, stack, opened, test)
-        fidelity = FidelityTest(stack, judge)
+        judge = opening.judge(test)
+        data["test"] = judge.describe()
+        original = result.reference or stack
+        fidelity = FidelityTest(original, judge.tokens if isinstance(judge, Text) else judge)
         body["fidelity"] = fidelity.of(result.view).as_dict()
         if isinstance(result, Trained):
             given = next((each for each in opened if isinstance(each, Plan)), Plan(model=ModelReference.of(stack)))
@@ -307,16 +271,6 @@ def _evidence(
     )
 
 
-def _judge(opening: Opening, stack: Stack, opened: list[Any], test: str | None) -> tuple[Tensor | ImageText, Any]:
-    """What a changed model is judged on, with what evidence says of it: of the kind that the method was given."""
-    shown = next((each for each in opened if isinstance(each, ImageText)), None)
-    if shown is not None:
-        reader = Reader(opening.tokenizer, SEED, "test", opening.processing)
-        rows = shown.part("test", SEED) if test is None else ImageText.open(test, reader)
-        return rows, rows.describe()
-    return judging_windows(opening.tokenizer(), test or TEST, stack)
-
-
 def _page(slug: str, evidence: Evidence, summary: Summary) -> str:
     """The method's own page, or the house's around the figures that the method draws."""
     own = room(slug, "page")
@@ -324,3 +278,9 @@ def _page(slug: str, evidence: Evidence, summary: Summary) -> str:
         page: str = own.page(evidence)
         return page
     return render(evidence, summary, own.figures(evidence) if hasattr(own, "figures") else "")
+
+
+def _card(slug: str, evidence: Evidence, summary: Summary, title: str) -> str:
+    """The command's own model card, or the house's."""
+    own = room(slug, "page")
+    return f"{own.card(evidence) if hasattr(own, 'card') else card(evidence, summary, title)}\n"

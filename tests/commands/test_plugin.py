@@ -14,7 +14,7 @@ import torch
 
 import lamella
 from lamella.errors import LamellaError, MethodError
-from lamella.jobs.run import run
+from lamella.run import run
 from lamella.plan import Plan, PlanSeries
 from lamella.registry import get_method, methods
 from lamella.results import Evidence

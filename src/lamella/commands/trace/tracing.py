@@ -1,4 +1,4 @@
-"""The trace of ``lamella trace``: token by token and layer by layer, what ran while a model answered a prompt."""
+"""The trace itself: token by token and layer by layer, what ran while a model answered a prompt."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Grid = tuple[int, int]  # rows and columns
 
 
 @torch.no_grad()
-def trace(
+def trace_answer(
     stack: Stack,
     tokenizer: Any,
     inputs: Mapping[str, Tensor],
@@ -84,7 +84,6 @@ def trace(
     shown = grid is not None and grid[0] * grid[1] == len(cells)
     policy = None if plan is None else plan.policy
     return {
-        "schema": "lamella.trace/1",
         "model": {"name": stack.name, "layers": len(stack)},
         "policy": "l2 adaptive computation" if plan is None else policy.name if policy else "path",
         "params": {"alpha": alpha} if plan is None else policy.params if policy else {},

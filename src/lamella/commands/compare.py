@@ -5,103 +5,91 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from functools import partial
-from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, Gt, Le, MinLen, Predicate
 
-from lamella.data import load_text
+from lamella.commands.heal.training import available
+from lamella.data import Text, load_text
 from lamella.data import windows as cut
 from lamella.errors import LamellaError, MethodError
 from lamella.evaluate import FidelityTest
-from lamella.evaluate.fidelity import continuing
-from lamella.files import Finished, Work, check_free, discard
+from lamella.files import Finished, Work
 from lamella.formatting import counted
-from lamella.jobs.checks import check_input, check_source
-from lamella.jobs.mend import available
-from lamella.jobs.run import Opening
+from lamella.inputs import Opening
 from lamella.plan import ModelReference
 from lamella.progress import track
-from lamella.provenance import environment, stamp
-from lamella.registry import Method, get_method, methods
+from lamella.registry import Method, command, get_method, methods
 from lamella.report.figure import figure
 from lamella.report.plane import plane
-from lamella.result import Summary, Table
-from lamella.results import Edit, Evidence, Study
-from lamella.results.page import card, render
-from lamella.signature import EMPTY, Parameter, kind_of
+from lamella.result import Evidence, Summary, Table
+from lamella.results import Edit, Study
+from lamella.signature import EMPTY, Parameter, Settings, kind_of
 from lamella.stack import Stack
 from lamella.train import TrainingLog, blocks, mean_loss
-from lamella.zoo import open_model, open_tokenizer
 
-OLD = ("pydoc",)
-FRACTIONS = (0.25, 0.5, 1.0)  # of the steps, at which each method is trained from the start
 TESTED = 8  # windows of each text
-TITLE = "What methods learn of the same text, and what they forget for it"
 
 
+def _learn(names: Sequence[str]) -> bool:
+    """Check that each method learns from a text alone."""
+    return all(_learner(get_method(name)) for name in names)
+
+
+@command("compare", verb="compare", brief={"method": ("lora",), "steps": 2, "batch": 2, "length": 16, "at": (1.0,)})
 def compare(
-    model: Any,
-    new: str,
-    out: str | Path | None = None,
+    stack: Stack,
+    new: Annotated[Text, Settings(sequences=1)],
+    old: Annotated[tuple[Text, ...], Settings(sequences=1)],
     *,
-    old: Sequence[str] = OLD,
-    names: Sequence[str] = (),
-    steps: int = 64,
-    batch: int = 4,
-    length: int = 256,
-    rates: Sequence[float] = (),
-    fractions: Sequence[float] = FRACTIONS,
+    method: Annotated[tuple[str, ...], Predicate(_learn)] = (),
+    steps: Annotated[int, Ge(1)] = 64,
+    batch: Annotated[int, Ge(1)] = 4,
+    lr: tuple[Annotated[float, Gt(0)], ...] = (),
+    at: Annotated[tuple[Annotated[float, Gt(0), Le(1)], ...], MinLen(1)] = (0.25, 0.5, 1.0),
+    work: Work = Work(),
     seed: int = 0,
-    overwrite: bool = False,
-) -> Evidence:
-    """Teach a model one text by several methods, with the same tokens, and judge what each has learnt and lost.
+) -> Study:
+    """What methods that adapt a model learn of one text by the same tokens, and what each forgets.
 
     Every method trains from the original for some fractions of the steps, with one batch in each step, and its own
     recipe otherwise. Learning is the loss on the test split of the new text; forgetting is how far the loss on old
-    texts has risen, and the divergence from the original there.
+    texts has risen, and the divergence from the original there. An interrupted comparison goes on.
+
+    Example: lamella compare smollm2 --new manual.txt --old pydoc --method lora,layra,smora -o compared
 
     Args:
-        model: a decoder: a zoo name, a folder, a hub id or a stack.
-        new: the text to learn; see :func:`lamella.load_text`.
-        out: the folder to write; beside it, ``.OUT.work`` lets an interrupted run go on. None writes nothing.
+        stack: a decoder; it is not changed.
+        new: the text to learn.
         old: texts like those that the model knows; nothing trains on them.
-        names: methods; all that adapt a model to a text when left out.
+        method: methods; all that adapt a model to a text when left out.
         steps: optimizer steps of the longest run.
         batch: windows in a step.
-        length: tokens in a window.
-        rates: learning rates to try for all steps; of each method the one with the lowest loss on further windows of
-            the new text is reported. Its own rate when left out.
-        fractions: of the steps.
-        seed: of everything that is drawn.
-        overwrite: replace ``out``.
+        lr: learning rates to try for all steps; of each method the one with the lowest loss on further windows of the
+            new text is reported. Its own rate when left out.
+        at: fractions of the steps at which each method is trained from the start.
+        work: where an interrupted run goes on from.
+        seed: of all random draws.
 
     Returns:
-        The evidence; its findings have ``points`` by method.
+        The points of each method.
 
     Raises:
-        MethodError: for a method that does not learn from a text, or numbers out of range. Of methods that were not
-            named, those that refuse the model are left out, and a note says why.
-        CalibrationError: for a text that is missing, or too short.
+        MethodError: for a method that does not learn from a text. Of methods that were not named, those that refuse the
+            model are left out, and a note says why.
+        CalibrationError: for a text that is too short.
     """
-    _check(steps, batch, old, fractions)
-    entries = [_learner(get_method(name)) for name in names] if names else learners()
-    if out is not None:
-        check_free(Path(out), overwrite)
-    check_input((Stack,), model)
-    for text in (new, *old):
-        check_source(text)
-    stack = continuing(open_model(model))
-    tokenizer = open_tokenizer(stack.path or model)
-    work = Work(None if out is None else Path(out).parent / f".{Path(out).name}.work")
-    bench = Bench(stack, tokenizer, new, old, windows=steps * batch, length=length, seed=seed)
-    given = {"new": new, "old": list(old), "steps": steps, "batch": batch, "length": length, "rates": list(rates),
-             "fractions": list(fractions)}  # fmt: skip
+    entries = [_learner(get_method(name)) for name in method] if method else learners()
+    length = new.tokens.shape[1]
+    bench = Bench(stack, new, old, windows=steps * batch, length=length, least=batch, seed=seed)
+    texts = {"new": new.source.name, "old": [each.source.name for each in old]}
+    given = texts | {"steps": steps, "batch": batch, "length": length, "lr": list(lr), "at": list(at)}
     depends = {**given, "seed": seed, "model": ModelReference.of(stack).model_dump(mode="json")}
     finished = Finished(work.place() / "points.jsonl", depends)
 
-    counts = sorted({max(1, round(part * steps)) for part in fractions})
+    counts = sorted({max(1, round(part * steps)) for part in at})
 
     def point(entry: Method, rate: float | None, count: int) -> dict[str, Any]:
         """What a method has learnt and lost after so many steps, with one rate."""
@@ -111,9 +99,9 @@ def compare(
         return {"lr": rate, "steps": count, **found}
 
     def way(entry: Method) -> list[dict[str, Any]]:
-        """The points of a method's way, with the rate that is best at its end."""
+        """The points of a method, with the rate that is best at the end."""
         *before, last = counts
-        end = min((point(entry, rate, last) for rate in rates or (None,)), key=lambda each: each["choose"])
+        end = min((point(entry, rate, last) for rate in lr or (None,)), key=lambda each: each["choose"])
         return [*(point(entry, end["lr"], count) for count in before), end]
 
     points: dict[str, list[dict[str, Any]]] = {}
@@ -122,22 +110,13 @@ def compare(
         try:
             points[entry.slug] = way(entry)
         except LamellaError as error:
-            if names:  # it was asked for
+            if method:  # it was asked for
                 raise
             left_out.append(f"{entry.slug} is left out: {error}.")
     if not points:
         raise MethodError(f"no method can be compared on {stack.name}. {' '.join(left_out)}")
-    evidence = _evidence(stack, bench, points, left_out, given | {"seed": seed})
-    if out is not None:
-        told = summary(evidence)
-        documents = {
-            "evidence.json": evidence.dump(),
-            "report.html": render(evidence, told, figures(evidence)),
-            "README.md": card(evidence, told, TITLE) + "\n",
-        }
-        Study(findings=evidence.findings).save(Path(out), documents, overwrite=overwrite)
-        discard(work.folder, Path(out))  # type: ignore[arg-type]
-    return evidence
+    findings = {"before": bench.judged(stack.model), "points": points}
+    return Study(findings=findings, data=bench.data, notes=[*_notes(findings), *left_out])
 
 
 class Bench:
@@ -145,26 +124,27 @@ class Bench:
 
     Args:
         stack: the original.
-        tokenizer: its own.
-        new, old: names of texts.
+        new, old: texts.
         windows: how many of the new text are learnt, where it has so many; longer training sees them again.
         length: tokens in each.
+        least: how many of the new text there must be.
         seed: of what is drawn.
     """
 
     def __init__(
-        self, stack: Stack, tokenizer: Any, new: str, old: Sequence[str], *, windows: int, length: int, seed: int
+        self, stack: Stack, new: Text, old: Sequence[Text], *, windows: int, length: int, least: int, seed: int
     ) -> None:
-        self.stack, self.tokenizer, self.new = stack, tokenizer, new
-        self.given = {"sequences": min(windows, available(tokenizer, new, length)), "length": length, "seed": seed}
-        source = load_text(new, "test")
-        tokens = cut(tokenizer, source, 2 * TESTED, length, seed)
+        self.stack, self.tokenizer, self.new = stack, new.tokenizer, new.source.name
+        count = min(windows, available(self.tokenizer, self.new, length, least))
+        self.given = {"sequences": count, "length": length, "seed": seed}
+        source = load_text(self.new, "test")
+        tokens = cut(self.tokenizer, source, 2 * TESTED, length, seed)
         self.data = {"new": source.provenance(tokens)}
         self.choose, self.test = (blocks(part, loss_on="all") for part in tokens.split(TESTED))
         self.old = {}
-        for name in old:
+        for name in (each.source.name for each in old):
             source = load_text(name, "test")
-            tokens = cut(tokenizer, source, TESTED, length, seed)
+            tokens = cut(self.tokenizer, source, TESTED, length, seed)
             self.old[name] = FidelityTest(stack, tokens)
             self.data[f"old: {name}"] = source.provenance(tokens)
 
@@ -223,32 +203,6 @@ def _learner(entry: Method) -> Method:
         known = ", ".join(each.slug for each in learners())
         raise MethodError(f"{entry.slug} does not learn from a text alone; these do: {known}")
     return entry
-
-
-def _check(steps: int, batch: int, old: Sequence[str], fractions: Sequence[float]) -> None:
-    if steps < 1 or batch < 1:
-        raise MethodError(f"{steps} steps of {batch} windows: give at least 1 of each")
-    if not old:
-        raise MethodError("nothing to forget: give a text that the model knows")
-    if not fractions or not all(0 < part <= 1 for part in fractions):
-        raise MethodError("fractions of the steps are above 0 and at most 1: give some, such as 0.25, 0.5, 1")
-
-
-def _evidence(
-    stack: Stack, bench: Bench, points: dict[str, list[dict[str, Any]]], left_out: list[str], given: dict[str, Any]
-) -> Evidence:
-    said: dict[str, Any] = {}
-    stamp(said, "compare", "", given, {})
-    findings = {"before": bench.judged(stack.model), "points": points}
-    return Evidence(
-        kind=Study.kind,
-        provenance=said,
-        environment=environment(),
-        model=stack.describe(),
-        data=bench.data,
-        findings=findings,
-        notes=[*_notes(findings), *left_out],
-    )
 
 
 def rise(point: dict[str, Any]) -> float:

@@ -17,7 +17,7 @@ from lamella.jobs.compress import compress
 from lamella.jobs.heal import Material, heal
 from lamella.jobs.held_out import reader_for
 from lamella.jobs.mend import Healing, mend
-from lamella.jobs.run import run
+from lamella.run import run
 from lamella.methods import unified_skip
 from lamella.plan import ModelReference, Plan
 from lamella.zoo import open_processor, open_stack

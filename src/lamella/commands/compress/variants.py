@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 from lamella.errors import ExportError
 from lamella.evaluate import FidelityTest, bench
@@ -19,24 +20,35 @@ RUN = {
 }
 
 
-def forms(quantize: str | None) -> tuple[str, ...]:
+@dataclass(frozen=True)
+class Quantize:
+    """The result in 8 bits, too, in the same folder.
+
+    Attributes:
+        kind: q8_0: a GGUF file for llama.cpp. int8: a folder for torch, which needs the extra quantize.
+    """
+
+    kind: Literal["q8_0", "int8"] = "q8_0"
+
+    prefixed: ClassVar[bool] = True
+
+
+def forms(quantize: Quantize | None) -> tuple[str, ...]:
     """The forms to measure: int8, which runs here, and what is asked for."""
-    return tuple(dict.fromkeys(["int8", *([] if quantize is None else [quantize])]))
+    return tuple(dict.fromkeys(["int8", *([] if quantize is None else [quantize.kind])]))
 
 
-def check_quantised(quantize: str | None, form: str) -> None:
+def check_quantised(quantize: Quantize | None, form: str) -> None:
     """Check, before long work, that its result can be quantised.
 
     Raises:
-        ExportError: for an unknown way to quantise, or a form of export that has none.
+        ExportError: for a form of export that cannot be quantised.
     """
     if quantize is None:
         return
-    if quantize not in RUN:
-        raise ExportError(f"unknown form '{quantize}': choose one of {', '.join(RUN)}")
     if form not in ("auto", "plain"):
-        raise ExportError(f"{form} checkpoints cannot be quantised: leave --form or --quantize out")
-    if quantize == "int8":
+        raise ExportError(f"{form} checkpoints cannot be quantised: leave form or quantize out")
+    if quantize.kind == "int8":
         require("torchao", *NEEDS)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from lamella.data import MARK, Processing
 from lamella.errors import PlanError
-from lamella.jobs.trace import trace
+from lamella.commands.trace.tracing import trace_answer as trace
 from lamella.plan import ModelReference, Plan, PolicyReference
 from lamella.report import render_trace
 from lamella.stack import open_model

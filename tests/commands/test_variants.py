@@ -8,7 +8,7 @@ import torch
 import lamella
 from lamella.errors import ExportError
 from lamella.evaluate import FidelityTest
-from lamella.jobs.variants import check_quantised, forms, variants
+from lamella.commands.compress.variants import check_quantised, forms, variants
 from lamella.plan import ModelReference, PhasedPath, Plan, materialise
 from lamella.report.variants import points, rows
 from lamella.stack import Stack

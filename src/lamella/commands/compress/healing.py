@@ -6,31 +6,34 @@ A model that was planned on images with text is healed on rows of the same kind.
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from annotated_types import Ge, Gt
 
-from lamella.data import ImageText, Reader, load_text, windows
+from lamella.commands.heal.training import TextAlone, Training, available
+from lamella.data import ImageText, Reader, Text
 from lamella.errors import DownloadError, MethodError
 from lamella.evaluate import FidelityTest
-from lamella.jobs.heal import Material, TextAlone, train_back
-from lamella.jobs.held_out import judging_windows
+from lamella.files import Work
 from lamella.plan import Plan
 from lamella.stack import Stack
 from lamella.train import Healed, TooLittleTime
 from lamella.train.losses import CHUNK
 from lamella.zoo import computes_well
 
-WAYS = ("auto", "recipe", "none")
 MINUTES = 8.0
 TEXT = "general"
 UNSEEN = ("gsm8k", "humaneval")  # kinds of text that are not in TEXT
+UNSEEN_SECONDS = 45.0  # for which they may be measured; the first always is
 TOKENS = 256  # in a block
 BATCH = 4  # blocks in a step
-BLOCKS = 1000  # of the text, at most; longer runs see them again
 ROWS = 256  # of images with text, at most
+RECIPE = 64  # blocks or rows for a method's own recipe
 # What trials on SmolLM2 chose: adapters beat all weights in as many steps, which cost the same, and need no memory for
 # gradients and optimizer state of what they stand beside.
 ADAPTERS: dict[str, Any] = {"lora": 128, "lr": 2e-3, "vocabulary": False}
@@ -40,32 +43,36 @@ SHARE = 0.8  # of the free memory that training may take
 
 
 @dataclass(frozen=True)
-class Healing:
-    """How a compression shall heal what it cuts.
+class Heal:
+    """How a compression heals what it cuts.
 
     Attributes:
-        way: ``auto``: distillation from the original, and the recipe of the plan's method where that decides while the
-            model runs. ``recipe``: the method's own, or continual pre-training on the text where it has none. ``none``:
-            not at all.
-        minutes: how long distillation may train.
-        steps: optimizer steps, in place of the minutes or of the recipe's own number.
-        text: what to train on. Left out: what the method planned on, for a recipe or where that holds images.
+        way: auto: distillation from the original, or the recipe of the plan's method where it decides while the model
+            runs. recipe: the method's own, or continual pre-training on the text where it has none.
+        minutes: how long distillation may train; 8 when left out.
+        steps: optimizer steps, in place of the minutes or of the recipe's own number: bit-exact repeats.
+        train: text to train on, or rows of images; when left out, built-in text of many kinds (general), or what was
+            planned on for a recipe or where that holds images.
+
+    Raises:
+        MethodError: for minutes that nothing would use.
     """
 
-    way: str = "auto"
-    minutes: float = MINUTES
-    steps: int | None = None
-    text: str | None = None
+    way: Literal["auto", "recipe"] = "auto"
+    minutes: Annotated[float, Gt(0)] | None = None
+    steps: Annotated[int, Ge(1)] | None = None
+    train: str | None = None
+
+    prefixed: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.way not in WAYS:
-            raise MethodError(f"heal '{self.way}': choose one of {', '.join(WAYS)}")
-        if not self.minutes > 0:
-            raise MethodError(f"{self.minutes:g} minutes of healing: give more than 0, or do not heal")
+        if self.minutes is not None and (self.steps is not None or self.way == "recipe"):
+            other = "steps" if self.steps is not None else "way recipe"
+            raise MethodError(f"heal: minutes are for distillation, and {other} says how long to train: leave one out")
 
 
-def mend(
-    stack: Stack, plan: Plan, reader: Reader, how: Healing, work: Path, *, calibration: str
+def heal_cut(
+    stack: Stack, plan: Plan, reader: Reader, how: Heal, work: Work, calibration: Text | ImageText
 ) -> tuple[Healed | None, dict[str, Any]]:
     """Train a cut model back.
 
@@ -73,9 +80,9 @@ def mend(
         stack: the original.
         plan: what was cut.
         reader: what reads for the model.
-        how: see :class:`Healing`.
+        how: see :class:`Heal`.
         work: the folder with which an interrupted run goes on.
-        calibration: what was planned on: text, or images with text.
+        calibration: what was planned on.
 
     Returns:
         What came out, and what evidence says of it; nothing, and a ``note``, where the model does not fit the memory
@@ -83,70 +90,79 @@ def mend(
     """
     if how.way == "recipe" or not plan.is_static or plan.weights:  # distillation knows nothing of what a plan decides
         given = {} if how.steps is None else {"steps": how.steps}
+        train = opened(stack, reader, how.train or calibration)
         try:
-            return train_back(stack, plan, reader, work, material=Material(how.text or calibration), options=given)
+            return Training.prepared(stack, plan, reader, train, options=given).run(work)
         except TextAlone as error:
             return None, {"note": f"Not healed: {error}."}
-    material = material_of(stack, reader, how.text or (calibration if ImageText.fits(stack, calibration) else TEXT))
+    train = material(stack, reader, how.train or (calibration if isinstance(calibration, ImageText) else TEXT))
     free = SHARE * _free(stack.device)
-    fitting = [each for each in _options(plan) if _needed(stack, each, material.length) < free]
+    fitting = [each for each in _options(plan) if _needed(stack, each, _length(train)) < free]
     if not fitting:
         return None, {"note": "Not healed: training does not fit the free memory beside the model."}
     options: dict[str, Any] = {
         **fitting[0],
-        **({"minutes": how.minutes} if how.steps is None else {"steps": how.steps}),
+        **({"minutes": how.minutes or MINUTES} if how.steps is None else {"steps": how.steps}),
         "bf16": computes_well(torch.bfloat16, stack.device),
         "log_every": 1,
     }
     try:
-        return train_back(stack, plan, reader, work, material=material, loss="kd", options=options)
+        return Training.prepared(stack, plan, reader, train, loss="kd", options=options).run(work)
     except TooLittleTime as error:
         return None, {"note": f"Not healed: {error}."}
 
 
-def material_of(stack: Stack, reader: Reader, name: str) -> Material:
+def opened(stack: Stack, reader: Reader, source: str | Text | ImageText) -> Text | ImageText:
+    """What a recipe trains on: blocks of a text, or rows of images with text."""
+    if isinstance(source, ImageText):
+        return source.part("calibration", rows=RECIPE)
+    if isinstance(source, str) and ImageText.fits(stack, source):
+        return ImageText.open(source, reader, rows=RECIPE)
+    return Text.open(source if isinstance(source, str) else source.source.name, reader, sequences=RECIPE, length=TOKENS)
+
+
+def material(stack: Stack, reader: Reader, source: str | ImageText) -> Text | ImageText:
     """As much of a source as healing takes.
 
     Raises:
         CalibrationError: for a source that is missing, or a text that is too short for one step.
     """
-    if ImageText.fits(stack, name):
-        longest = reader.processing.batch(ImageText.open(name, reader, rows=BATCH)[:])["input_ids"].shape[1]
-        return Material(name, sequences=ROWS, length=longest)
-    return Material(name, sequences=available(reader.tokenizer, name), length=TOKENS)
+    if isinstance(source, ImageText):
+        return source.part("calibration", rows=ROWS)
+    if ImageText.fits(stack, source):
+        return ImageText.open(source, reader, rows=ROWS)
+    return Text.open(source, reader, sequences=available(reader.tokenizer, source, TOKENS, BATCH), length=TOKENS)
 
 
-def available(tokenizer: Any, text: str, length: int = TOKENS) -> int:
-    """How many blocks of a text there are to train on, of so many tokens.
-
-    Raises:
-        CalibrationError: for a text that is missing, or too short for one step.
-    """
-    source = load_text(text, "calibration")
-    parts = (tokenizer(each, add_special_tokens=False, verbose=False) for each in source.apart(tokenizer))
-    count = min(BLOCKS, sum(len(each["input_ids"]) // length for each in parts))
-    if count < BATCH:
-        windows(tokenizer, source, BATCH, length)  # says what is missing
-    return count
+def _length(train: Text | ImageText) -> int:
+    """Tokens in the longest block or row, about."""
+    if isinstance(train, Text):
+        return train.tokens.shape[1]
+    return train.batch(train[:BATCH])["input_ids"].shape[1]
 
 
-def unseen(stack: Stack, tokenizer: Any, models: dict[str, Any]) -> list[dict[str, Any]]:
-    """Fidelity to the original on kinds of text that healing never saw, as far as they can be had here.
+def unseen(stack: Stack, judge: Callable[[str], Text], models: dict[str, Any]) -> list[dict[str, Any]]:
+    """Fidelity to the original on kinds of text that healing never saw, as far as they are here and time goes.
 
     Args:
+        judge: opens a text to judge by.
         models: by name.
 
     Returns:
         For each text its provenance and the fidelity of every model.
     """
-    found = []
+    found: list[dict[str, Any]] = []
+    begin = time.monotonic()
     for name in UNSEEN:
+        if found and time.monotonic() - begin > UNSEEN_SECONDS / len(UNSEEN):
+            break
         try:
-            tokens, provenance = judging_windows(tokenizer, name, stack)
+            text = judge(name)
         except DownloadError:
             continue
-        test = FidelityTest(stack, tokens)
-        found.append({"text": provenance, "fidelity": {key: test.of(model).as_dict() for key, model in models.items()}})
+        test = FidelityTest(stack, text.tokens)
+        fidelity = {key: test.of(model).as_dict() for key, model in models.items()}
+        found.append({"text": text.describe(), "fidelity": fidelity})
     return found
 
 

@@ -1,23 +1,20 @@
-"""Methods side by side on one job: their series, the points that answer the target, and what was measured there."""
+"""Planners side by side: their series, the points that reach the target, and what was measured there."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import LongTensor
 
-from lamella.data import ImageText, Reader, Text
-from lamella.errors import BudgetError
+from lamella.data import ImageText, Text
+from lamella.errors import BudgetError, MethodError
 from lamella.evaluate import Budget, Fidelity, FidelityTest, Ratio, StepTimes, bench
 from lamella.files import Work
-from lamella.jobs.held_out import held_out
-from lamella.jobs.planning import first_reaching, make_plan, planned_on
 from lamella.plan import Plan, PlanSeries
+from lamella.planners import Planner, Race, first_reaching, planned_on
 from lamella.progress import track
-from lamella.registry import Method
 from lamella.runtime import apply
 from lamella.stack import Stack
 
@@ -27,39 +24,6 @@ ATTEMPTS = 4
 STEPS = 16  # of decoding in a round of a timing loop
 CURVE_POINTS = 6
 CURVE_SECONDS = 45.0  # for the fidelity of a series at other points than the chosen one
-TEST_SEQUENCES = 8
-ROWS = 16  # of images with text to plan on
-
-
-@dataclass(frozen=True)
-class Data:
-    """What one job plans and measures on, text or images with text, and what evidence says of it."""
-
-    calibration: Text | ImageText
-    test: LongTensor | ImageText
-    provenance: dict[str, Any]
-
-    @classmethod
-    def load(
-        cls,
-        reader: Reader,
-        stack: Stack,
-        calibration: str,
-        test: str,
-        sequences: int = 4,
-        length: int = 256,
-    ) -> Data:
-        """Read both; their splits never overlap, even when both are the same source.
-
-        Args:
-            reader: for the model.
-            stack: the model; of one that reads images a source may hold rows of these.
-            calibration, test: names of sources; see :func:`lamella.jobs.held_out.held_out`.
-            sequences, length: windows of the calibration text, and tokens in each.
-        """
-        to_plan = planned_on(stack, reader, calibration, sequences=sequences, length=length, rows=ROWS)
-        to_test, said = held_out(reader, stack, test, calibration, TEST_SEQUENCES, length)
-        return cls(to_plan, to_test, {"calibration": to_plan.describe(), "test": said})
 
 
 @dataclass(frozen=True)
@@ -68,39 +32,43 @@ class Job:
 
     Attributes:
         stack: the original.
-        data: the texts to plan and to measure on.
+        calibration: what to plan on.
+        test: what to measure on, token ids [sequences, time] or images with text.
         times: where the time of one decoding step of the original goes.
         speedup: the decode speed-up to reach.
         minutes: for which each search may compare; None sets no limit.
-        options: options of the methods.
-        seed: of everything that is drawn.
-        journals: the folder of the searches' journals.
+        seed: of all random draws.
+        work: the folder of the searches' journals.
     """
 
     stack: Stack
-    data: Data
+    calibration: Text | ImageText
+    test: LongTensor | ImageText
     times: StepTimes
     speedup: float
     minutes: float | None
-    options: dict[str, Any]
     seed: int
-    journals: Path
+    work: Work
 
 
 @dataclass
 class Contender:
-    """One method's series, and the point of it that answers the target.
+    """A series of plans, and the point of it that reaches the target.
 
     Attributes:
+        name, label: the slug of the planner, and its title.
+        baseline: whether the planner is there to compare with.
         seconds: how long planning took.
         point: the index of the chosen plan.
         speedup: the decode speed-up that was measured for it.
         points: what was measured along the series, as evidence holds it.
     """
 
-    method: Method
+    name: str
+    label: str
     series: PlanSeries
-    seconds: float
+    baseline: bool = False
+    seconds: float = 0.0
     point: int = 0
     speedup: Ratio | None = None
     points: list[dict[str, Any]] = field(default_factory=list)
@@ -128,15 +96,48 @@ def reaches(measured: Ratio, speedup: float) -> bool:
     return measured.median >= TOLERANCE * speedup
 
 
-def run_method(job: Job, entry: Method) -> Contender:
-    """Run one method as far as the target needs, and a little further in case the measurement disagrees."""
-    layers = len(job.stack)
-    goal = MARGIN * job.speedup
+def entrants(race: Race, stack: Stack, calibration: Text | ImageText) -> list[Planner]:
+    """The planners of a race that can plan for a model with less work.
+
+    Raises:
+        MethodError: for a planner that was named and cannot.
+    """
+    shows = isinstance(calibration, ImageText)
+    if race.is_open:
+        fitting = [each for each in race.planners if each.method.takes(stack)]
+        return [each for each in fitting if each.method.reads_images or not shows]
+    dense = next((each.slug for each in race.planners if each.method.dense), None)
+    if dense is not None:
+        raise MethodError(
+            f"{dense} sets weights to zero, which dense kernels compute with all the same, so it cannot reach a "
+            f"speed-up: use `lamella plan {dense}` and `lamella apply`"
+        )
+    return list(race.planners)
+
+
+def search(job: Job, planner: Planner) -> Contender:
+    """Run one planner as far as the target needs, and a little further in case the measurement disagrees."""
+    layers, goal = len(job.stack), MARGIN * job.speedup
     budget = Budget(minutes=job.minutes, until=lambda gone: job.times.speedup_without(gone, layers) >= goal)
-    options = entry.signature.completed(job.options, budget, Work(job.journals), seed=job.seed)
+    entry = planner.method
+    options = entry.signature.completed(planner.options, budget, job.work.within("plans"), seed=job.seed)
     begin = time.perf_counter()
-    series = make_plan(entry.slug, job.stack, job.data.calibration, **options)
-    return Contender(entry, series, time.perf_counter() - begin)
+    series: PlanSeries = entry(job.stack, **planned_on(entry, job.calibration), **options)
+    return Contender(entry.slug, entry.title, series, entry.baseline, time.perf_counter() - begin)
+
+
+def check_reachable(stack: Stack, times: StepTimes, speedup: float) -> None:
+    """Check a target against the decode speed-up with a single MLP sublayer left: more than any plan can bring.
+
+    Raises:
+        BudgetError: for a target above it.
+    """
+    ceiling = times.speedup_without(stack.positions[:-1], len(stack))
+    if speedup > ceiling:
+        raise BudgetError(
+            f"a speed-up of {speedup:g} cannot be reached on {stack.name}: {ceiling:.2f} is left with a single "
+            "sublayer, since the head and the loop stay; ask for less"
+        )
 
 
 def choose(job: Job, candidates: list[Contender]) -> None:
@@ -154,10 +155,10 @@ def choose(job: Job, candidates: list[Contender]) -> None:
             candidate.point = len(candidate.series) - 1
     pending = candidates
     for left in reversed(range(ATTEMPTS)):
-        views = {candidate.method.slug: apply(job.stack, candidate.plan) for candidate in pending}
+        views = {candidate.name: apply(job.stack, candidate.plan) for candidate in pending}
         timings = bench({"original": job.stack.model} | views, tokens=STEPS)
         for candidate in pending:
-            candidate.speedup = timings[candidate.method.slug][0].decode_speedup
+            candidate.speedup = timings[candidate.name][0].decode_speedup
         missing = [candidate for candidate in pending if not candidate.reaches(job.speedup)] if left else []
         pending = [candidate for candidate in missing if _go_on(job, candidate)]  # what it moves to is measured next
         if not pending:
@@ -179,7 +180,7 @@ def _go_on(job: Job, candidate: Contender) -> bool:
 
 def measure_curves(job: Job, candidates: list[Contender]) -> None:
     """Fidelity and measured speed along every series: at the chosen point, and at a few before it as time goes."""
-    fidelity = FidelityTest(job.stack, job.data.test)
+    fidelity = FidelityTest(job.stack, job.test)
     for candidate in track(candidates, "fidelity against speed"):
         series, end = candidate.series, time.monotonic() + CURVE_SECONDS
         indices = [candidate.point, *(index for index in _spread(candidate) if index != candidate.point)]

@@ -1,0 +1,114 @@
+"""Speed of models side by side, in interleaved runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from annotated_types import Ge, MinLen
+
+from lamella.data import ImageText
+from lamella.evaluate import bench as timed
+from lamella.evaluate import cost, measure_step, peak_memory
+from lamella.evaluate.fidelity import judged
+from lamella.plan import Plan
+from lamella.registry import command
+from lamella.result import Evidence, Summary, Table
+from lamella.results import Study
+from lamella.signature import Argument, Split
+from lamella.stack import Model
+from lamella.zoo import Changed, Written
+
+
+class Benchmark(Study):
+    """Speeds of models, as ratios to the first."""
+
+    kind = "benchmark"
+
+    @classmethod
+    def summary(cls, evidence: Evidence) -> Summary:
+        found, rows = evidence.findings, []
+        for name, timings in found["timings"].items():
+            for each in timings:
+                first = each["batch"] == timings[0]["batch"]
+                predicted = found["predicted_speedup"].get(name) if each["batch"] == 1 else None
+                peak = found["memory"].get(name) if first else None
+                rows.append(
+                    [
+                        name,
+                        each["batch"],
+                        _ratio(each["decode_speedup"]),
+                        "" if predicted is None else f"{predicted:.2f}",
+                        _ratio(each["prefill_speedup"]),
+                        "" if peak is None else f"{peak['peak_bytes'] / 2**20:.0f} MiB",
+                    ]
+                )
+        columns = ["model", "batch", "decode speed-up", "predicted", "prefill speed-up", "peak memory"]
+        return Summary(
+            f"Speed beside {found['model']}.", [Table("Medians of interleaved rounds (quartiles)", columns, rows)]
+        )
+
+
+@command("bench", verb="bench", on="any", brief={"changed": ["plan"], "prompt": 8, "tokens": 4, "rounds": 2})
+def bench(
+    model: Written,
+    changed: Annotated[tuple[Changed, ...], Argument()],
+    text: Annotated[ImageText | None, Split("test")] = None,
+    *,
+    batch: Annotated[tuple[Annotated[int, Ge(1)], ...], MinLen(1)] = (1, 8),
+    prompt: Annotated[int, Ge(1)] = 128,
+    tokens: Annotated[int, Ge(1)] = 32,
+    rounds: Annotated[int, Ge(1)] = 5,
+    memory: bool = False,
+) -> Benchmark:
+    """Speed of models side by side, in interleaved runs: prefill and decode, as ratios to the first with quartiles.
+
+    Example: lamella bench smollm2 plan.json --batch 1,8
+    lamella bench VLM plan.json --text shapes:caption
+
+    Args:
+        model: the first model; a folder that Lamella wrote runs with its plan.
+        changed: what to compare: plan files, exported folders or models.
+        text: rows of images with text, whose prompts are read in place of random tokens.
+        batch: batch sizes.
+        prompt: tokens of the prompt.
+        tokens: decoding steps per round.
+        rounds: the most interleaved rounds.
+        memory: also measure the peak memory of folders, each in a process of its own.
+
+    Returns:
+        Timings by name, predicted speed-ups, costs and peak memory.
+    """
+    stack: Any = judged(model.whole) if text is None else model.whole
+    first = model.whole.name
+    models = {first: model.running.model} | {each.name: model.view(each.name) for each in changed}
+    timings = timed(models, batch, prompt if text is None else text, tokens, rounds)
+    known = models if text is None else {}  # what a step costs is known of random tokens
+    plans = {
+        name: plan for name, view in known.items() if isinstance(plan := getattr(view, "lamella_plan", None), Plan)
+    }
+    times = measure_step(stack) if plans else None
+    predicted = {name: times.speedup(plan) for name, plan in plans.items() if times is not None}
+    own = predicted.pop(first, 1.0)  # of the first model, which the others are compared with
+    peaks = {name: peak_memory(folder).as_dict() for name, folder in _folders(stack, models).items() if memory}
+    return Benchmark(
+        findings={
+            "model": first,
+            "timings": {name: [each.as_dict() for each in rows] for name, rows in timings.items()},
+            "predicted_speedup": {name: speedup / own for name, speedup in predicted.items()},
+            "cost": {name: cost(stack, plan).as_dict() for name, plan in plans.items()},
+            "memory": peaks,
+        }
+    )
+
+
+def _folders(stack: Model, models: dict[str, Any]) -> dict[str, Path]:
+    """The folders of models that are some, by name."""
+    folders = {name: Path(name) for name in models if Path(name).is_dir()}
+    if stack.path is not None:
+        folders[next(iter(models))] = stack.path
+    return folders
+
+
+def _ratio(ratio: dict[str, float]) -> str:
+    return f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})"

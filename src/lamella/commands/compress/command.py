@@ -1,0 +1,343 @@
+"""The main job: from a model to a smaller, measured, exported one, with its evidence."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from itertools import pairwise
+from typing import Annotated, Any
+
+import torch
+
+from lamella.commands.compress.healing import Heal, heal_cut, material, unseen
+from lamella.commands.compress.race import (
+    STEPS,
+    Contender,
+    Job,
+    check_reachable,
+    choose,
+    entrants,
+    measure_curves,
+    reaches,
+    search,
+)
+from lamella.commands.compress.result import Compression
+from lamella.commands.compress.variants import Quantize, check_quantised, forms, variants
+from lamella.commands.heal.command import reader_of
+from lamella.data import ImageText, Reader, Text
+from lamella.errors import BudgetError, MethodError
+from lamella.evaluate import Budget, FidelityTest, bench, cost, measure_step
+from lamella.evaluate.speed import denoises
+from lamella.evaluate.tasks import open_tasks, score
+from lamella.files import Work
+from lamella.measure import OutputDistance, block_influence, sequences, sublayer_influence
+from lamella.plan import Plan, PlanSeries
+from lamella.plan.export import FormOrAuto, check_floats, natural_form
+from lamella.planners import Planner, Race
+from lamella.progress import track
+from lamella.registry import command
+from lamella.runtime import Sampler, apply, denoise
+from lamella.signature import Settings, Split
+from lamella.stack import Position, Stack, groups_at
+from lamella.zoo import chat_inputs
+
+HEAL = Heal()
+SPEEDUP = 1.3  # the goal where none is given
+MINUTES = 2.0  # for the default planner's search: what it takes on two idle cores with the embedded model
+COLOURING = 128  # tokens on which each sublayer is removed alone
+COLOURING_SECONDS = 20.0  # for that
+PROMPTS = (
+    "Write a short note that explains what a list comprehension is.",
+    "What is the capital of France, and why is it famous?",
+    "Give three tips for sleeping well.",
+)
+
+
+@command(
+    "compress",
+    verb="compress",
+    on=("decoder", "masked tokens"),
+    brief={"sequences": 2, "length": 16, "method": "shortgpt", "speedup": 1.01, "heal": None},
+)
+def compress(
+    stack: Stack,
+    calibration: Annotated[Text | ImageText, Settings(rows=16)],
+    test: Annotated[Text | ImageText, Split("test")],
+    plan: PlanSeries | None = None,
+    *,
+    method: str | Planner | tuple[Planner, ...] | Race = "auto",
+    budget: Budget = Budget(),
+    heal: Heal | None = HEAL,
+    quantize: Quantize | None = None,
+    form: FormOrAuto = "auto",
+    tasks: tuple[str, ...] = (),
+    work: Work = Work(),
+    seed: int = 0,
+) -> Compression:
+    """Turn a model into a smaller, measured, exported one: plan, apply, measure, heal, export, report.
+
+    Searches the smallest cut that reaches the goal in the cost model, verifies it by measurement, trains back what it
+    cost, and writes the checkpoint with plan.json, evidence.json, a model card and report.html. An interrupted run goes
+    on where it was.
+
+    Example: lamella compress smollm2 --speedup 1.3 -o small
+    lamella compress smollm2 --method finercut --finercut.level sublayer --no-heal -o small
+
+    Args:
+        stack: the original; it is not changed.
+        calibration: what to plan on: a text, or for a model that reads images rows of these with text.
+        test: what to measure on; the same windows in every command. Where images were planned on, other rows of these.
+        plan: a series of plans to choose from, such as ``lamella plan finercut MODEL -o FOLDER`` writes, in place of a
+            search.
+        method: planners with commas; all races those that plan soon. auto is portfolio: whole layers, the best of what
+            several planners begin with, improved, for a plain checkpoint. An option of a planner is written
+            ``--SLUG.OPTION``.
+        budget: the goal, a decode speed-up at batch 1 (1.3 when left out), and the minutes for which each search may
+            compare: 2 for the default method, no limit for one that is named.
+        heal: how to train back what the cut cost, before it is exported.
+        quantize: write the result in 8 bits, too, in the same folder. Cutting is compared with quantising in any case.
+        form: of the export. plain: an ordinary checkpoint (whole layers, common widths). portable: the same function
+            everywhere, single sublayers zeroed. native: all cuts, with a modelling file of its own; plans that skip
+            while generating run when lamella.load opens it. auto: plain where it can, else native.
+        tasks: to score the original, the cut and the healed model on, such as definitions (extra eval).
+        work: where an interrupted run goes on from.
+        seed: of all random draws.
+
+    Returns:
+        The compressed model, not yet written: ``save`` writes it.
+
+    Raises:
+        BudgetError: when the goal cannot be reached; the message says what can.
+        MethodError: for a method whose plans leave out no work, or a model that cannot be healed.
+    """
+    race = Race.of(method)
+    check_quantised(quantize, form)
+    if tasks:
+        open_tasks(tasks)  # what is unknown is refused before any work
+    if heal is not None and denoises(stack.model):
+        raise MethodError(
+            f"{stack.name} predicts masked tokens, and healing trains models that predict the next: leave heal out "
+            "(--no-heal)"
+        )
+    if budget.remove is not None:
+        raise BudgetError("compress reaches a speed-up: give speedup in place of a share to remove")
+    check_floats(stack)
+    planners = [] if plan is not None else entrants(race, stack, calibration)
+    reader = reader_of(calibration, seed)
+    if heal is not None and heal.train is not None:
+        material(stack, reader, heal.train)  # what cannot be read is refused before the model is planned
+    torch.manual_seed(seed)
+
+    speedup = budget.speedup or SPEEDUP
+    minutes = MINUTES if race.is_default and budget.minutes is None else budget.minutes
+    times = measure_step(stack)
+    check_reachable(stack, times, speedup)
+    tested = test.tokens if isinstance(test, Text) else test
+    job = Job(stack, calibration, tested, times, speedup, minutes, seed, work)
+    if plan is not None:
+        candidates = [Contender(str(plan.provenance.get("method", "plan")), "the given plans", plan)]
+    else:
+        candidates = [search(job, each) for each in planners]
+    choose(job, candidates)
+    measure_curves(job, candidates)
+    best = min(candidates, key=lambda candidate: candidate.loss(speedup))
+
+    found = _compression(job, best, candidates, reader)
+    found.data = {"calibration": calibration.describe(), "test": test.describe()}
+    found.quantize, found.form = quantize, form
+    views = {"original": stack.model, "cut": apply(stack, best.plan)}
+    fidelity = FidelityTest(stack, tested)
+    known = {"cut": best.chosen["fidelity"]}
+    if heal is not None:
+        begin = time.perf_counter()
+        healed, training = heal_cut(stack, best.plan, reader, heal, work.within("training"), calibration)
+        training["seconds"] = time.perf_counter() - begin
+        if healed is None:
+            found.notes.append(training["note"])
+        else:
+            assert isinstance(healed.stack, Stack)
+            found.changed, found.plan = healed.stack, healed.plan
+            views["healed"] = apply(healed.stack, healed.plan)
+            known["healed"] = fidelity.of(views["healed"]).as_dict()
+            others = {name: views[name] for name in ("cut", "healed")}
+            judge = _judge(stack, reader, test)
+            found.measured["healing"] = training | {
+                "fidelity": known["healed"],
+                "unseen": unseen(stack, judge, others),
+            }
+    found.chosen["form"] = natural_form(found.plan, found.changed) if form == "auto" else form
+    *_, last = views.values()
+    found.measured["samples"] = _samples({"base": stack.model, "changed": last}, reader.tokenizer)
+    if tasks:
+        found.measured["tasks"] = _scores_on(views, reader.tokenizer, tasks, seed)
+    found.measured["variants"] = variants(fidelity, views, forms(quantize), known)
+    return found
+
+
+def _judge(stack: Stack, reader: Reader, test: Text | ImageText) -> Any:
+    """Opens other texts as the test was."""
+    sequences, length = test.tokens.shape if isinstance(test, Text) else (8, 256)
+    own = test.reader if isinstance(test, Text) else replace(reader, split="test", seed=0)
+    return lambda name: Text.open(name, own, sequences=sequences, length=length)
+
+
+def _compression(job: Job, best: Contender, candidates: list[Contender], reader: Reader) -> Compression:
+    """What was chosen and measured before healing."""
+    stack = job.stack
+    smaller = best.plan
+    timings = bench({"original": stack.model, "changed": apply(stack, smaller)}, batches=(1, 8), tokens=STEPS)
+    notes = [
+        f"{candidate.name} did not reach the target of {job.speedup:g}; the fastest plan tried stands for it."
+        for candidate in candidates
+        if not candidate.reaches(job.speedup)
+    ]
+    late = [each.name for each in candidates if job.minutes is not None and each.seconds >= 60 * job.minutes]
+    if late:
+        notes.append(
+            f"The search of {', '.join(late)} stopped comparing after {job.minutes:g} minutes and took what had seemed "
+            "best until then: with more --minutes it may find a better plan."
+        )
+    shown = timings["changed"][0].decode_speedup
+    reached = reaches(shown, job.speedup)
+    if best.reaches(job.speedup) and not reached:
+        assert best.speedup is not None
+        notes.append(
+            f"{best.name} was chosen at a speed-up of {best.speedup.median:.2f}; measured once more, beside the "
+            f"original alone, it was {shown.median:.2f}: on a machine with nothing else to do the two agree."
+        )
+    measured = {
+        "target_speedup": job.speedup,
+        "step_seconds": vars(job.times),
+        "base": {"cost": cost(stack).as_dict(), "timings": [timing.as_dict() for timing in timings["original"]]},
+        "chosen": {
+            "method": best.name,
+            "options": best.series.provenance.get("options", {}),
+            "point": best.point,
+            "drop": smaller.drop,
+            "narrower": _narrower(smaller) if smaller.width else "",
+            "path": {name: path.model_dump() for name, path in smaller.path.items()},
+            "predicted_speedup": job.times.speedup(smaller),
+            "reached": reached,
+            "cost": cost(stack, smaller).as_dict(),
+            "fidelity": best.chosen["fidelity"],
+            "timings": [timing.as_dict() for timing in timings["changed"]],
+            "search_seconds": best.seconds,
+        },
+        "layers": _layers(smaller),
+        "curves": [
+            {
+                "method": candidate.name,
+                "label": candidate.label,
+                "baseline": candidate.baseline,
+                "seconds": candidate.seconds,
+                "points": candidate.points,
+            }
+            for candidate in candidates
+        ],
+        "scores": _scores(job, best),
+    }
+    return Compression(
+        stack=stack, changed=stack, plan=smaller, measured=measured, notes=notes, processor=reader.processing.processor
+    )
+
+
+def _narrower(plan: Plan) -> str:
+    """What a width plan leaves of each axis that it narrows."""
+    whole, widths = plan.model.sizes, plan.widths
+    assert whole is not None
+    axes = [
+        ("stream", [len(widths.stream)] if widths.stream is not None else [], whole.stream),
+        ("MLP channels", [len(kept) for kept in widths.channels.values()], whole.channels),
+        ("query heads", [len(heads.keep) for heads in widths.heads.values()], whole.heads),
+        ("key-value heads", [len(heads.kv_keep) for heads in widths.heads.values()], whole.kv_heads),
+    ]
+    return ", ".join(
+        f"{name} {min(counts)}{f' to {max(counts)}' if max(counts) > min(counts) else ''} of {size}"
+        for name, counts, size in axes
+        if counts and min(counts) < size
+    )
+
+
+def _layers(plan: Plan) -> list[dict[str, str]]:
+    """What each sublayer of each layer does: ``kept``, ``cut``, ``prompt`` (prompts alone run it) or ``some`` do."""
+    layers = groups_at("block", plan.model.positions)
+    if plan.policy is not None:
+        return [
+            {name: _often(share) for (_, name), share in zip(group, shares, strict=True)}
+            for group, shares in zip(layers, plan.work, strict=True)
+        ]
+    skipped, on_prompt = plan.skipped, {each for run in plan.runs("prefill") for each in run.positions}
+
+    def state(position: Position) -> str:
+        return "kept" if position not in skipped else "prompt" if position in on_prompt else "cut"
+
+    return [{position.sublayer: state(position) for position in group} for group in layers]
+
+
+def _often(share: float) -> str:
+    """The state of a sublayer that this share of generated tokens runs."""
+    return "kept" if share > 0.999 else "some" if share > 0 else "prompt"
+
+
+def _scores(job: Job, best: Contender) -> dict[str, Any]:
+    """What the drawing of the stack is coloured by; removals alone on a short text, since they only colour."""
+    stack, calibration = job.stack, job.calibration
+    short = calibration.tokens[:1, :COLOURING] if isinstance(calibration, Text) else sequences(calibration)[0]
+    alone, end = OutputDistance(stack, short), time.monotonic() + COLOURING_SECONDS
+    gone = [plan.skipped for plan in best.series][: best.point + 1]
+    ordered = all(before <= after for before, after in pairwise(gone))
+    order = [[each.site for each in sorted(after - before)] for before, after in pairwise(gone)] if ordered else []
+    return {
+        "block_influence": block_influence(stack, calibration).values.tolist(),
+        "sublayer_influence": sublayer_influence(stack, calibration).values.tolist(),
+        "removed_alone": [
+            alone.of([each]) if time.monotonic() < end else None
+            for each in track(stack.positions, "each sublayer alone")
+        ],
+        "removal_order": order,
+    }
+
+
+@torch.no_grad()
+def _samples(models: dict[str, Any], tokenizer: Any, tokens: int = 48) -> list[dict[str, str]]:
+    """Greedy answers of both models to the same prompts."""
+    samples = []
+    for prompt in track(PROMPTS, "samples"):
+        inputs = chat_inputs(tokenizer, [{"role": "user", "content": prompt}], models["base"].device)
+        sample = {"prompt": prompt}
+        for name, model in models.items():
+            ids = _answered(model, inputs, tokens, tokenizer.pad_token_id)
+            sample[name] = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        samples.append(sample)
+    return samples
+
+
+def _answered(model: Any, inputs: dict[str, torch.Tensor], tokens: int, padding: int | None) -> torch.Tensor:
+    """Prompts with their likeliest answers [batch, time], by whatever the model predicts."""
+    if denoises(model):
+        return denoise(model, **inputs, sampler=Sampler(length=tokens, block=tokens // 3, steps=tokens // 2))
+    ids: torch.Tensor = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=padding)
+    return ids
+
+
+def _scores_on(models: dict[str, Any], tokenizer: Any, names: tuple[str, ...], seed: int) -> list[dict[str, Any]]:
+    """Scores of models on the same questions.
+
+    Args:
+        models: by name, the original first.
+        names: of tasks that need no permission; see :func:`lamella.evaluate.tasks.score`.
+
+    Returns:
+        For evidence, of each metric of each task the ``scores`` by model with their standard errors over questions; of
+        all but the first also the ``difference`` from it, where all answered the same questions one by one.
+    """
+    found = {name: score(model, tokenizer, names, seed=seed) for name, model in models.items()}
+    rows = []
+    for same in zip(*found.values(), strict=True):
+        base = same[0]
+        each = {name: {"mean": one.value.mean, "error": one.value.error} for name, one in zip(found, same, strict=True)}
+        for name, one in list(zip(found, same, strict=True))[1:]:
+            if (since := one.since(base)) is not None:
+                each[name]["difference"] = vars(since)
+        rows.append({key: base.as_dict()[key] for key in ("task", "metric", "questions", "version")} | {"scores": each})
+    return rows

@@ -1,0 +1,104 @@
+"""What a compression shows: the page, the model card, and the tables of the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lamella.report import render, variants
+from lamella.report import tasks as task_table
+from lamella.report.compression import verdict
+from lamella.result import Evidence, Summary, Table
+from lamella.results import model_card
+
+
+def document(evidence: Evidence) -> dict[str, Any]:
+    """Evidence as the page and the card read it: without what was not measured."""
+    said = {name: value for name, value in evidence.model_dump(by_alias=True).items() if value is not None}
+    return said | {"options": said["chosen"]["options"], "seed": evidence.provenance.get("seed", 0)}
+
+
+def page(evidence: Evidence) -> str:
+    """The page ``report.html``."""
+    return render(document(evidence))
+
+
+def card(evidence: Evidence) -> str:
+    """The model card ``README.md``."""
+    return model_card(document(evidence))
+
+
+def summary(evidence: Evidence) -> Summary:
+    """What was gained and lost, and the planners side by side where there are several."""
+    said = document(evidence)
+    tables = [_cost(said)]
+    if found := task_table.rows(said):
+        tables.append(Table("Tasks, ± standard error", task_table.columns(said), found))
+    if beside := variants.rows(said):
+        tables.append(Table("Beside quantisation", variants.COLUMNS, beside))
+    if len(said["curves"]) > 1:
+        tables.append(_methods(said))
+    lines = []
+    if narrower := said["chosen"].get("narrower"):
+        lines.append(f"left of each layer: {narrower}")
+    if quantised := said.get("quantised"):
+        lines.append(f"{quantised['form']}: {quantised.get('output') or 'not written, ' + quantised['refused']}")
+    return Summary(verdict(said), tables, lines)
+
+
+def _cost(said: dict[str, Any]) -> Table:
+    """The original and what was made of it."""
+    chosen, base = said["chosen"], said["base"]
+    fidelity = chosen["fidelity"]
+    whole = {"perplexity": f"{fidelity['base_perplexity']['mean']:.2f}"}
+    rows: list[list[str]] = [
+        ["parameters", f"{base['cost']['parameters'] / 1e6:.1f} M", f"{chosen['cost']['parameters'] / 1e6:.1f} M"],
+        ["sublayers a token runs", f"{base['cost']['sublayers']:g}", f"{chosen['cost']['sublayers']:g}"],
+        ["cache per token", f"{base['cost']['kv_bytes_per_token']} B", f"{chosen['cost']['kv_bytes_per_token']} B"],
+        *([name, whole.get(name, ""), value] for name, value in _quality(fidelity).items()),
+    ]
+    for old, new in zip(base["timings"], chosen["timings"], strict=True):
+        for what in ("decode", "prefill"):
+            ratio = new[f"{what}_speedup"]
+            seconds = "decode_seconds_per_step" if what == "decode" else "prefill_seconds"
+            speed = f"{new[seconds] * 1e3:.1f} ms  ({ratio['median']:.2f}x, {ratio['low']:.2f}-{ratio['high']:.2f})"
+            rows.append([f"{what}, batch {old['batch']}", f"{old[seconds] * 1e3:.1f} ms", speed])
+    columns = ["", "original", "changed"]
+    if "healing" in said:  # training changes what the model predicts, not its shape or speed
+        columns = ["", "original", "cut", "healed"]
+        healed = _quality(said["healing"]["fidelity"])
+        rows = [[*row, healed.get(row[0], "")] for row in rows]
+        for other in said["healing"]["unseen"]:
+            kls = [f"{other['fidelity'][when]['kl']['mean']:.4f} nats" for when in ("cut", "healed")]
+            rows.append([f"KL on {other['text']['data']}", "", *kls])
+    title = f"{said['model']['name']} with {chosen['method']}: predicted {chosen['predicted_speedup']:.2f}x"
+    return Table(title, columns, rows)
+
+
+def _methods(said: dict[str, Any]) -> Table:
+    """What each planner offers for the target."""
+    rows = []
+    for curve in said["curves"]:
+        point = next(point for point in curve["points"] if point["chosen"])
+        speed, fidelity = point["measured_speedup"], point["fidelity"]
+        rows.append(
+            [
+                curve["method"],
+                f"{point['sublayers_removed']:g}",
+                f"{speed['median']:.2f} ({speed['low']:.2f}-{speed['high']:.2f})",
+                f"{fidelity['kl']['mean']:.4f}",
+                f"{fidelity['perplexity']['mean']:.2f}",
+                f"{fidelity['top1']['mean']:.1%}",
+                "yes" if point["pareto"] else "",
+                f"{curve['seconds']:.0f} s",
+            ]
+        )
+    columns = ["method", "sublayers gone", "decode speed-up", "KL", "perplexity", "same top", "Pareto", "search"]
+    return Table(f"All methods at a target of {said['target_speedup']:g}", columns, rows)
+
+
+def _quality(fidelity: dict[str, Any]) -> dict[str, str]:
+    return {
+        "perplexity": f"{fidelity['perplexity']['mean']:.2f}",
+        "same top token": f"{fidelity['top1']['mean']:.1%}",
+        "KL from the original": f"{fidelity['kl']['mean']:.4f} nats",
+    }

@@ -1,0 +1,150 @@
+"""How close changed models stay to the original, or how well all of them do on tasks."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from annotated_types import Ge
+
+from lamella.data import ImageText, Text
+from lamella.errors import LamellaError, PlanError
+from lamella.evaluate import FidelityTest
+from lamella.evaluate.tasks import open_tasks, score
+from lamella.formatting import counted, estimate
+from lamella.registry import command
+from lamella.result import Evidence, Summary, Table
+from lamella.results import Study
+from lamella.signature import Argument, Settings, Split
+from lamella.zoo import Changed, Written, open_tokenizer
+
+Test = Annotated[Text | ImageText, Split("test"), Settings(sequences=8)]
+
+
+class Evaluation(Study):
+    """Fidelities, or scores on tasks, of changed models."""
+
+    kind = "evaluation"
+
+    @classmethod
+    def summary(cls, evidence: Evidence) -> Summary:
+        found = evidence.findings
+        return _scores(found) if "scores" in found else _fidelities(found, evidence.data["test"])
+
+
+@command("eval", verb="eval", on="any", brief={"changed": ["plan"], "sequences": 2, "length": 16})
+def evaluate(
+    model: Written,
+    test: Test,
+    changed: Annotated[tuple[Changed, ...], Argument()] = (),
+    *,
+    whole: bool = False,
+    tasks: tuple[str, ...] = (),
+    limit: Annotated[int, Ge(1)] | None = None,
+    chat: bool = False,
+    batch: Annotated[int, Ge(1)] = 16,
+    trust_tasks: bool = False,
+    run_generated_code: bool = False,
+    seed: int = 0,
+) -> Evaluation:
+    """How close changed models stay to the original, or how well all of them do on tasks.
+
+    Fidelity: KL, top-1 agreement and perplexity on a text, with standard errors over sequences. With tasks instead the
+    scores of the original and of what is compared, with standard errors over questions, and the differences, which are
+    surer: all answer the same questions. Plans that skip layers while generating are scored as they generate: full
+    depth on the prompt, thin after it.
+
+    Example: lamella eval smollm2 plan.json --test gsm8k
+    lamella eval smollm2 smaller --tasks definitions
+
+    Args:
+        model: the original; a folder that Lamella wrote runs with its plan.
+        test: what to measure on: a file gives its last fifth, since plans may have been made on the rest. Of each
+            sequence the first quarter is prompt and not scored. For a model that reads images, rows of these with text.
+        changed: what to compare: plan files, exported folders or models.
+        whole: measure on all of a file, which no plan was made on.
+        tasks: tasks to score on instead: definitions, gsm8k, humaneval, a task of lm-eval's, or a task file (.yaml) of
+            your own. Needs the extra eval.
+        limit: the first so many questions of each task; all when left out.
+        chat: put the questions through the chat template.
+        batch: questions that run together.
+        trust_tasks: task files may name Python functions, which are run, files elsewhere and data of the hub.
+        run_generated_code: humaneval: run what the model writes, in a process that has no network, cannot write files
+            and is soon stopped (on Linux; elsewhere a warning says what is left to it).
+        seed: of the order of few-shot examples.
+
+    Returns:
+        Fidelities by name, or scores by name.
+
+    Raises:
+        PlanError: when there is nothing to compare.
+    """
+    if tasks:
+        asked: dict[str, Any] = {"limit": limit, "chat": chat, "batch": batch, "trusted": trust_tasks}
+        return _scored(model, changed, tasks, asked | {"run_generated_code": run_generated_code, "seed": seed})
+    original = model.running
+    if not changed:
+        raise PlanError(f"nothing to compare with {original.name}: give plan files, folders or models, or tasks")
+    judge = test.part("whole") if whole else test
+    fidelity = FidelityTest(original, judge.tokens if isinstance(judge, Text) else judge)
+    results = {each.name: fidelity.of(model.view(each.name)).as_dict() for each in changed}
+    cut = judge.source.cut if isinstance(judge, Text) else ""
+    return Evaluation(
+        findings={"model": original.name, "cut": cut, "results": results}, data={"test": judge.describe()}
+    )
+
+
+def _scored(model: Written, changed: tuple[Changed, ...], tasks: tuple[str, ...], asked: dict[str, Any]) -> Evaluation:
+    """What the original and changed models reach on tasks."""
+    open_tasks(tasks, trusted=asked["trusted"], run_generated_code=asked["run_generated_code"])
+    whole = model.whole
+    tokenizer = open_tokenizer(whole.path or whole.name)
+    scores = {whole.name: score(model.running, tokenizer, tasks, **asked)}
+    for each in changed:
+        scores[each.name] = score(model.view(each.name), _tokenizer(each.name, tokenizer), tasks, **asked)
+    first, *_ = scores.values()
+    found = {
+        name: [
+            each.as_dict() | ({} if (since := each.since(base)) is None else {"difference": vars(since)})
+            for each, base in zip(rows, first, strict=True)
+        ]
+        for name, rows in scores.items()
+    }
+    return Evaluation(findings={"model": whole.name, "limit": asked["limit"], "scores": found})
+
+
+def _tokenizer(changed: str, original: Any) -> Any:
+    """That of a changed model: of a plan, or of a folder without one, the original's."""
+    if changed.endswith(".json"):
+        return original
+    try:
+        return open_tokenizer(changed)
+    except LamellaError:
+        return original
+
+
+def _fidelities(found: dict[str, Any], data: dict[str, Any]) -> Summary:
+    first = next(iter(found["results"].values()))
+    rows = [["(original)", "", "", estimate(first["base_perplexity"])]]
+    rows += [
+        [name, *(estimate(each[what]) for what in ("kl", "top1", "perplexity"))]
+        for name, each in found["results"].items()
+    ]
+    where = f"{found['cut']} of {data['data']}" if found["cut"] else data["data"]
+    title = f"{first['positions']} tokens in {counted(first['sequences'], 'sequence')}, ± standard error"
+    columns = ["model", "KL, nats", "same top token", "perplexity"]
+    return Summary(f"Fidelity to {found['model']} on {where}.", [Table(title, columns, rows)])
+
+
+def _scores(found: dict[str, Any]) -> Summary:
+    first = found["scores"][found["model"]]
+    rows = []
+    for number, base in enumerate(first):
+        for name, scores in found["scores"].items():
+            each = scores[number]
+            what = f"{base['task']}, {base['metric']}" if name == found["model"] else ""
+            difference = each.get("difference") if name != found["model"] else None
+            rows.append([what, name, estimate(each), "" if difference is None else estimate(difference)])
+    questions = {each["task"]: each["questions"] for each in first}
+    title = ", ".join(f"{count} questions of {task}" for task, count in questions.items()) + "; ± standard error"
+    columns = ["task", "model", "score", "against the original"]
+    return Summary(f"Scores of {counted(len(found['scores']), 'model')}.", [Table(title, columns, rows)])

@@ -1,0 +1,1 @@
+"""Healing: train back what a plan cost, or train a model on."""

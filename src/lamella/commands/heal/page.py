@@ -1,0 +1,43 @@
+"""What a healed model shows: fidelity before and after, the loss on every text, and what was chosen to train on."""
+
+from __future__ import annotations
+
+from lamella.formatting import number
+from lamella.result import Evidence, Summary, Table
+from lamella.results.page import curves as figures
+from lamella.runtime.edit import fidelity_table
+from lamella.train import TrainedEvidence
+
+__all__ = ["figures", "summary"]
+
+
+def summary(evidence: Evidence) -> Summary:
+    """Before and after, in a sentence and tables."""
+    assert isinstance(evidence, TrainedEvidence)
+    name = (evidence.model or {}).get("name", "the model")
+    recipe, lines = evidence.findings["recipe"], []
+    verdict = f"{recipe} has trained {name}."
+    tables = []
+    if evidence.fidelity and evidence.before:
+        before, after = (each["perplexity"]["mean"] for each in (evidence.before, evidence.fidelity))
+        verdict = f"{recipe} took {name} from perplexity {number(before)} to {number(after)}."
+        tables.append(fidelity_table(evidence.fidelity, evidence.before))
+    rows = [
+        [f"{evidence.data[role]['data']} ({which})", evidence.held_out[0][which], evidence.held_out[-1][which]]
+        for which, role in (("new", "training"), ("old", "replay"))
+        if evidence.held_out and which in evidence.held_out[0]
+    ]
+    if rows:
+        tables.append(
+            Table(
+                "Held-out loss, nats a token: new text adapts, old text is forgotten", ["text", "before", "after"], rows
+            )
+        )
+    if past := evidence.settings.get("replay"):
+        lines.append(f"replayed: {past['fraction']:.0%} of every batch, from {evidence.data['replay']['data']}")
+    if chosen := evidence.findings.get("selection"):
+        rows = [[each["cluster"], each["size"], each["cds"], each["selected"]] for each in chosen["clusters"]]
+        title = f"{chosen['budget']} of {chosen['pool']} samples, most from the clusters that the plan has damaged most"
+        tables.append(Table(title, ["cluster", "samples", "damage, nats", "chosen"], rows))
+        lines.append(f"{len(chosen['refused'])} samples were refused, since they contradict chosen ones")
+    return Summary(verdict, tables, lines)

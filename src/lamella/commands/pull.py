@@ -1,0 +1,50 @@
+"""Zoo models and texts, fetched into the cache."""
+
+from __future__ import annotations
+
+from lamella.registry import command
+from lamella.result import Evidence, Summary, Table
+from lamella.results import Study
+from lamella.zoo import ZOO
+from lamella.zoo import pull as fetch
+
+
+class Pulled(Study):
+    """What the zoo has, or where one of its entries is now."""
+
+    kind = "pulled"
+    writes = False
+
+    @classmethod
+    def summary(cls, evidence: Evidence) -> Summary:
+        found = evidence.findings
+        if "folder" in found:
+            return Summary(f"{found['name']} is in {found['folder']}")
+        rows = [list(each.values()) for each in found["zoo"]]
+        return Summary("", [Table("The zoo", ["name", "kind", "download", "what it is"], rows)])
+
+
+@command("pull", verb="pull", on="any")
+def pull(name: str | None = None) -> Pulled:
+    """Fetch a zoo model or text into the cache, once; it needs the network only then.
+
+    The cache is ~/.cache/lamella; set LAMELLA_CACHE to move it.
+
+    Example: lamella pull smollm2
+
+    Args:
+        name: what to fetch; without it, the list is shown.
+
+    Returns:
+        The folder, or the list.
+
+    Raises:
+        DownloadError: for an unknown name, or when the network fails.
+    """
+    if name is None:
+        rows = [
+            {"name": each.name, "kind": each.kind, "download": f"{each.download} MB", "description": each.description}
+            for each in ZOO.values()
+        ]
+        return Pulled(findings={"zoo": rows})
+    return Pulled(findings={"name": name, "folder": str(fetch(name))})

@@ -1,0 +1,165 @@
+"""Planners: planning methods by name with their options, as commands take them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lamella.data import ImageText, Sample
+from lamella.data.samples import blocks
+from lamella.errors import BudgetError, MethodError
+from lamella.evaluate import Budget, StepTimes, measure_step
+from lamella.measure import Tokens, sequences
+from lamella.plan import PlanSeries
+from lamella.registry import Method, get_method, methods
+from lamella.stack import Stack
+
+PLANS = "PlanSeries"  # what a planning method returns
+DEFAULT = "portfolio"
+
+
+@dataclass(frozen=True)
+class Planner:
+    """A planning method with options that differ from its defaults.
+
+    Attributes:
+        slug: of the method.
+        options: by name, as the method declares them.
+
+    Raises:
+        MethodError: for an unknown method or option, a value out of its bounds, or a method that returns no plans.
+    """
+
+    slug: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        entry = self.method
+        if entry.result != PLANS:
+            raise MethodError(
+                f"{self.slug} returns a {entry.result} and makes no plan; `lamella methods` says what does"
+            )
+        unknown = sorted(set(self.options) - set(entry.options))
+        if unknown:
+            known = ", ".join(entry.options) or "none"
+            raise MethodError(f"{self.slug} has no option '{unknown[0]}'; its options are: {known}")
+        entry.signature.gathered(self.slug, self.options)
+
+    @property
+    def method(self) -> Method:
+        """The method itself."""
+        return get_method(self.slug)
+
+
+@dataclass(frozen=True)
+class Race:
+    """The planners that a job tries, of which it keeps the best.
+
+    Attributes:
+        planners: with their options.
+        is_default: whether none was named.
+        is_open: whether those that do not work on the model are left out; otherwise they are refused.
+    """
+
+    planners: tuple[Planner, ...]
+    is_default: bool = False
+    is_open: bool = False
+
+    @classmethod
+    def of(cls, value: Any, options: Mapping[str, Mapping[str, Any]] | None = None) -> Race:
+        """The race that an option stands for.
+
+        Args:
+            value: ``auto``, the default planner; ``all``; names with commas; or planners.
+            options: of planners, by slug.
+
+        Raises:
+            MethodError: for an unknown method, or options of a method that is not in the race.
+        """
+        if isinstance(value, Race):
+            return value
+        if not isinstance(value, str):
+            return cls((value,) if isinstance(value, Planner) else tuple(value))
+        options = options or {}
+        every = [slug for slug, entry in methods().items() if entry.result == PLANS and not entry.dense]
+        match value:
+            case "all":
+                slugs = [slug for slug in every if slug in options or not get_method(slug).slow]
+            case "auto":
+                slugs = [DEFAULT]
+            case _:
+                slugs = [each.strip() for each in value.split(",")]
+        foreign = next((slug for slug in options if slug not in slugs), None)
+        if foreign is not None:
+            raise MethodError(f"options are given for {foreign}, which is not in the race: add it to --method")
+        planners = tuple(Planner(slug, options.get(slug, {})) for slug in slugs)
+        return cls(planners, is_default=value == "auto", is_open=value == "all")
+
+    @classmethod
+    def check(cls, value: Any) -> None:
+        """Check what an option names."""
+        cls.of(value)
+
+
+def planner(slug: str, **options: Any) -> Planner:
+    """A planning method with its options; see :class:`Planner`."""
+    return Planner(slug, options)
+
+
+def planned_on(entry: Method, calibration: Tokens | None) -> dict[str, Any]:
+    """What a planning method is given beside the model.
+
+    Args:
+        calibration: token ids [sequences, time], or images with text.
+
+    Raises:
+        MethodError: for images where it plans on text, or nothing where it needs some.
+    """
+    if not entry.text and not entry.samples:
+        return {}
+    if calibration is None:
+        raise MethodError(f"{entry.slug} needs calibration tokens [sequences, time]: make them with lamella.windows")
+    if isinstance(calibration, ImageText) and not entry.reads_images:
+        raise MethodError(f"{entry.slug} plans on text, not on images: give a text")
+    return {entry.samples: continuations(calibration)} if entry.samples else {entry.text: calibration}
+
+
+def continuations(calibration: Tokens) -> list[Sample]:
+    """Sequences as samples: the first quarter of each is the prompt, the rest its answer; padding is left out."""
+    rows = []
+    for row in sequences(calibration):
+        ids = row["input_ids"][0]
+        rows.append(ids[row["attention_mask"][0].bool()] if "attention_mask" in row else ids)
+    return [sample for ids in rows for sample in blocks(ids[None].cpu(), max(len(ids) // 4, 1))]
+
+
+def first_reaching(series: PlanSeries, times: StepTimes, speedup: float) -> int:
+    """The point of the series with the fewest sublayers removed whose predicted decode speed-up reaches the target.
+
+    Raises:
+        BudgetError: when none does; the message says the highest that can be reached.
+    """
+    predicted = [times.speedup(plan) for plan in series]
+    reaching = [index for index, value in enumerate(predicted) if value >= speedup]
+    if not reaching:
+        name = series.provenance.get("method", "this series")
+        raise BudgetError(
+            f"a speed-up of {speedup:g} cannot be reached by {name}: {max(predicted):.2f} is the highest it can"
+        )
+    return min(reaching, key=lambda index: series[index].removed)
+
+
+def pick(series: PlanSeries, budget: Budget, stack: Stack) -> int:
+    """The plan of a series that answers a budget: the smallest cut that reaches its goal, or the last plan without one.
+
+    Raises:
+        BudgetError: when none reaches the speed-up.
+        PlanError: for a share of the sublayers, where plans change weights alone.
+    """
+    if budget.speedup is not None:
+        return first_reaching(series, measure_step(stack), budget.speedup)
+    if budget.remove is not None:
+        wanted = series.at_ratio(budget.remove).digest
+        return next(number for number, plan in enumerate(series) if plan.digest == wanted)
+    return len(series) - 1

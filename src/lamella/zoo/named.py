@@ -1,0 +1,93 @@
+"""Models that a command is given by name and opens itself: checkpoints as files, and models to compare."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lamella.errors import CheckpointError, LamellaError
+from lamella.plan import Plan
+from lamella.stack import Model
+from lamella.zoo.checks import check_model
+from lamella.zoo.opening import open_model, open_processor
+from lamella.zoo.pull import resolve
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that is not opened yet: some commands read its files alone.
+
+    Attributes:
+        name: what :func:`open_model` takes.
+        options: how to open it.
+    """
+
+    name: Any
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, name: Any, **options: Any) -> Checkpoint:
+        """The checkpoint of that name; options are those of :func:`open_model`."""
+        return cls(name, {each: value for each, value in options.items() if value is not None})
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are.
+
+        Raises:
+            CheckpointError: for a model in memory, or one on the hub.
+        """
+        place = resolve(self.name) if isinstance(self.name, str | Path) else None
+        if not isinstance(place, Path):
+            raise CheckpointError(f"{self.name} is no folder here: give a local checkpoint, or a zoo name")
+        return place
+
+    def opened(self) -> Model:
+        """The model."""
+        return open_model(self.name, **self.options)
+
+    def processor(self) -> Any:
+        """Its processor or tokenizer; None where it has none."""
+        if not isinstance(self.name, str | Path):
+            return None
+        try:
+            return open_processor(self.name)
+        except LamellaError:
+            return None
+
+    def describe(self) -> str:
+        """Its name, for provenance."""
+        return str(getattr(self.name, "name", self.name))
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A model to compare with another one: a plan for it, an exported folder, or any other model.
+
+    Attributes:
+        name: of the file or of the model.
+    """
+
+    name: str
+
+    metavar: ClassVar[str] = "CHANGED"
+    told: ClassVar[str] = "a plan file, an exported folder or another model"
+
+    @classmethod
+    def open(cls, name: str | Path) -> Changed:
+        """What has that name; it is opened beside the model that it is compared with, by :meth:`Written.view`."""
+        return cls(str(name))
+
+    @classmethod
+    def check(cls, name: str | Path) -> None:
+        """Check that the plan, or the model, is there."""
+        if str(name).endswith(".json"):
+            Plan.read(name)
+        else:
+            check_model(name)
+
+    def describe(self) -> str:
+        """Its name, for provenance."""
+        return self.name
