@@ -22,8 +22,9 @@ from lamella.registry import all_commands
 from typer.testing import CliRunner
 
 for slug, commands in all_commands().items():
-    for name in commands:
-        outcome = CliRunner().invoke(app, ["run", *f"{slug} {name}".split(), "--help"])
+    for name, entry in commands.items():
+        before = [] if entry.is_own else ["run"]
+        outcome = CliRunner().invoke(app, [*before, *f"{slug} {name}".split(), "--help"])
         assert outcome.exit_code == 0 and "Usage:" in outcome.output, (slug, name, outcome.output)
     outcome = CliRunner().invoke(app, ["methods", slug])
     assert outcome.exit_code == 0, (slug, outcome.output)
@@ -35,7 +36,7 @@ assert not heavy, heavy
 def plain(value: Any) -> Any:
     """A dataclass, or what the source says of one, as a dictionary."""
     if isinstance(value, Instance):
-        return {name: plain(getattr(value, name)) for name in value.kind.fields}
+        return {name: plain(getattr(value, name)) for name in value.cls.fields}
     if is_dataclass(value) and not isinstance(value, type):
         return {each.name: plain(getattr(value, each.name)) for each in fields(value) if each.init}
     return value

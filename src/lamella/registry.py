@@ -51,7 +51,9 @@ KINDS = {  # as messages call them
     LAYERNORM: "models that are known to read their stream through LayerNorms alone (Pre-LN)",
 }
 MAIN = ("method", "command")  # the file of a folder that declares it
-RESERVED = frozenset({"out", "output", "overwrite", "json", "allow_pickle", "of_stack", "command", "help", "debug"})
+RESERVED = frozenset(
+    {"slug", "out", "output", "overwrite", "json", "allow_pickle", "of_stack", "command", "help", "debug"}
+)
 HOMES = {"methods": Path(__file__).parent / "methods", "commands": Path(__file__).parent / "commands"}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -171,7 +173,11 @@ def _goals(entry: Method, given: Mapping[str, Any]) -> tuple[Budget, dict[str, A
 
 
 def _check(entry: Method, given: Mapping[str, Any], inputs: tuple[Any, ...]) -> None:
-    """Check the names of what is given, and the values of options and of settings of inputs."""
+    """Check the names of what is given, and the values of options and of settings of inputs.
+
+    What depends on several of them is checked by ``check_given`` of the command's module, where it has one: it is
+    called with those that are given and that it has a parameter for.
+    """
     if len(inputs) > len(entry.signature.inputs):
         raise MethodError(f"{entry.slug} takes {len(entry.signature.inputs)} inputs, not {len(inputs)}")
     known = {*entry.signature.inputs, *entry.options, *entry.signature.groups}
@@ -179,11 +185,16 @@ def _check(entry: Method, given: Mapping[str, Any], inputs: tuple[Any, ...]) -> 
     unknown = sorted(set(given) - known)
     if unknown:
         raise MethodError(f"{entry.slug} has no option '{unknown[0]}'; it has: {', '.join(sorted(known))}")
-    entry.signature.gathered(entry.slug, {name: value for name, value in given.items() if name in entry.options})
+    options = {name: value for name, value in given.items() if name in entry.options or name in entry.signature.groups}
+    gathered = entry.signature.gathered(entry.slug, options)
     for parameter in entry.signature.inputs.values():
         for name, setting in settings_of(parameter).items():
             if name in given and name not in entry.options:
                 setting.check(entry.slug, given[name])
+    own = getattr(importlib.import_module(entry.module), "check_given", None)
+    if own is not None:
+        wanted = inspect.signature(own).parameters
+        own(**{name: value for name, value in {**given, **gathered}.items() if name in wanted})
 
 
 def _check_out(out: Path, inputs: Any, overwrite: bool) -> None:

@@ -371,7 +371,7 @@ def fields_of(name: str, default: Any) -> list[Parameter]:
         name: of the group.
         default: an instance, or what the source says of one.
     """
-    kind = default.kind if isinstance(default, Instance) else type(default)
+    kind = default.cls if isinstance(default, Instance) else type(default)
     return _fields(Parameter(name, kind, default), kind)
 
 

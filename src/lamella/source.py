@@ -163,16 +163,16 @@ class Field:
 class Instance:
     """An instance of a dataclass, by the values that it was made with. Its fields are its attributes."""
 
-    kind: Class
+    cls: Class
     values: Mapping[str, Any]
 
     def __getattr__(self, name: str) -> Any:
         if name in self.values:
             return self.values[name]
-        return self.kind.fields[name].default if name in self.kind.fields else getattr(self.kind, name)
+        return self.cls.fields[name].default if name in self.cls.fields else getattr(self.cls, name)
 
     def replace(self, **values: Any) -> Instance:
-        return Instance(self.kind, {**self.values, **values})
+        return Instance(self.cls, {**self.values, **values})
 
 
 class Module:

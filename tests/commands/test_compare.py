@@ -11,18 +11,24 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from lamella.commands import compare as job
+from lamella.commands.compare import learners
 from lamella.data import Passages, load_text, windows
 from lamella.data.reader import Reader
 from lamella.errors import ExportError, MethodError
-from lamella.jobs import compare as job
-from lamella.jobs.compare import compare, learners
 from lamella.methods.lora import lora
+from lamella.run import run
 from lamella.stack import Stack
 from lamella.train.loop import Loop
 from lamella.zoo import open_stack, open_tokenizer
 
 NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
-SMALL: dict[str, Any] = {"names": ["lora", "layra"], "old": ["pydoc"], "steps": 4, "batch": 2, "length": 32}
+SMALL: dict[str, Any] = {"method": ("lora", "layra"), "steps": 4, "batch": 2, "length": 32}
+
+
+def compare(model: Any, new: str, out: Path | None = None, **given: Any) -> Any:
+    """The evidence of a comparison."""
+    return run("compare", model, new=new, out=out, **given).evidence
 
 
 def test_all_methods_that_adapt_to_a_text_are_found_by_what_they_take() -> None:
@@ -33,7 +39,7 @@ def test_all_methods_that_adapt_to_a_text_are_found_by_what_they_take() -> None:
 
 @pytest.mark.slow
 def test_figures_are_those_of_a_model_that_was_trained_apart() -> None:
-    evidence = compare(NANO_LLAMA, "stdlib", **SMALL | {"names": ["lora"]}, fractions=[1.0])
+    evidence = compare(NANO_LLAMA, "stdlib", **SMALL | {"method": ("lora",)}, at=(1.0,))
     point = evidence.findings["points"]["lora"][0]
     stack, tokenizer = open_stack(NANO_LLAMA), open_tokenizer(NANO_LLAMA)
     samples = Passages.open("stdlib", Reader(lambda: tokenizer), sequences=8, length=32)
@@ -57,7 +63,7 @@ def loss(model: Any, tokens: torch.Tensor, scored: int = 1) -> float:
 
 @pytest.mark.slow
 def test_each_way_begins_at_the_original_and_every_method_sees_as_many_tokens(tmp_path: Path) -> None:
-    evidence = compare(NANO_LLAMA, "stdlib", tmp_path / "out", **SMALL, fractions=[0.5, 1.0])
+    evidence = compare(NANO_LLAMA, "stdlib", tmp_path / "out", **SMALL, at=(0.5, 1.0))
     points = evidence.findings["points"]
     assert {name: [each["tokens"] for each in run] for name, run in points.items()} == {
         name: [128, 256] for name in points
@@ -88,24 +94,24 @@ def test_all_methods_read_as_many_tokens_as_the_table_says(tmp_path: Path, monke
     monkeypatch.setattr(Loop, "training_step", counted)
     for entry in learners():
         read.clear()
-        given = SMALL | {"names": [entry.slug], "steps": 2, "length": 16}
-        [point] = compare(tmp_path / "wide", "stdlib", **given, fractions=[1.0]).findings["points"][entry.slug]
+        given = SMALL | {"method": (entry.slug,), "steps": 2, "length": 16}
+        [point] = compare(tmp_path / "wide", "stdlib", **given, at=(1.0,)).findings["points"][entry.slug]
         assert sum(read) == point["tokens"] == 2 * 2 * 16, entry.slug
 
 
 @pytest.mark.exhaustive
 def test_of_several_rates_the_one_is_shown_that_is_best_on_text_that_is_not_reported() -> None:
-    tried = {"names": ["lora"], "fractions": [1.0]}
-    runs = {rate: compare(NANO_LLAMA, "stdlib", **SMALL | tried, rates=[rate]) for rate in (1e-5, 1e-2)}
+    tried = {"method": ("lora",), "at": (1.0,)}
+    runs = {rate: compare(NANO_LLAMA, "stdlib", **SMALL | tried, lr=(rate,)) for rate in (1e-5, 1e-2)}
     ends = {rate: run.findings["points"]["lora"][0]["choose"] for rate, run in runs.items()}
-    both = compare(NANO_LLAMA, "stdlib", **SMALL | tried, rates=[1e-5, 1e-2]).findings["points"]["lora"][0]
+    both = compare(NANO_LLAMA, "stdlib", **SMALL | tried, lr=(1e-5, 1e-2)).findings["points"]["lora"][0]
     assert both["lr"] == min(ends, key=lambda rate: ends[rate])
     assert both["choose"] == min(ends.values())
 
 
 @pytest.mark.slow
 def test_a_stopped_comparison_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = compare(NANO_LLAMA, "stdlib", tmp_path / "whole", **SMALL, fractions=[1.0])
+    whole = compare(NANO_LLAMA, "stdlib", tmp_path / "whole", **SMALL, at=(1.0,))
     ran: list[str] = []
     run = job.Bench.run
 
@@ -118,14 +124,14 @@ def test_a_stopped_comparison_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(job.Bench, "run", counted)
     with pytest.raises(KeyboardInterrupt):
-        compare(NANO_LLAMA, "stdlib", tmp_path / "out", **SMALL, fractions=[1.0])
-    again = compare(NANO_LLAMA, "stdlib", tmp_path / "out", **SMALL, fractions=[1.0])
+        compare(NANO_LLAMA, "stdlib", tmp_path / "out", **SMALL, at=(1.0,))
+    again = compare(NANO_LLAMA, "stdlib", tmp_path / "out", **SMALL, at=(1.0,))
     assert ran == ["lora", "stopped", "layra"]
     assert again.findings == whole.findings
 
 
 def test_the_command_prints_the_table(lamella: Any) -> None:
-    done = lamella("compare", NANO_LLAMA, "--new", "stdlib", "--with", "lora", "--steps", "1", "--batch", "2",
+    done = lamella("compare", NANO_LLAMA, "--new", "stdlib", "--method", "lora", "--steps", "1", "--batch", "2",
                    "--length", "32")  # fmt: skip
     assert done.code == 0, done.err
     assert "rise in nats" in " ".join(done.out.split())
@@ -134,10 +140,10 @@ def test_the_command_prints_the_table(lamella: Any) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"names": ["finercut"]}, "does not learn from a text"),
-        ({"steps": 0}, "at least 1"),
-        ({"old": []}, "nothing to forget"),
-        ({"fractions": [2.0]}, "at most 1"),
+        ({"method": ("finercut",)}, "does not learn from a text"),
+        ({"steps": 0}, ">= 1"),
+        ({"at": (2.0,)}, "<= 1"),
+        ({"at": ()}, "at least 1 long"),
     ],
 )
 def test_what_cannot_be_compared_is_said_in_one_line(given: dict[str, Any], said: str) -> None:
@@ -148,12 +154,12 @@ def test_what_cannot_be_compared_is_said_in_one_line(given: dict[str, Any], said
 
 @pytest.mark.slow
 def test_a_method_that_refuses_the_model_is_left_out_unless_it_was_named() -> None:
-    wide = {"old": ["pydoc"], "steps": 1, "batch": 2, "length": 32, "fractions": [1.0]}
+    wide = {"steps": 1, "batch": 2, "length": 32, "at": (1.0,)}
     evidence = compare(NANO_LLAMA, "stdlib", **wide)  # 64 ranks, and the rank that matches a LoRA of 128, are too many
     assert {"lora", "layra", "switchlora"} <= evidence.findings["points"].keys()
     assert [note.split()[0] for note in evidence.notes if "left out" in note] == ["kore", "smora"]
     with pytest.raises(MethodError, match="r 64 is above"):
-        compare(NANO_LLAMA, "stdlib", names=["smora"], **wide)
+        compare(NANO_LLAMA, "stdlib", method=("smora",), **wide)
 
 
 def test_a_folder_that_exists_is_refused_before_any_work(tmp_path: Path) -> None:
@@ -165,5 +171,5 @@ def test_a_folder_that_exists_is_refused_before_any_work(tmp_path: Path) -> None
 def test_the_model_is_not_changed() -> None:
     stack = Stack(AutoModelForCausalLM.from_pretrained(NANO_LLAMA), NANO_LLAMA)
     before = {name: each.clone() for name, each in stack.model.state_dict().items()}
-    compare(stack, "stdlib", **SMALL, fractions=[1.0])
+    compare(stack, "stdlib", **SMALL, at=(1.0,))
     assert all(torch.equal(before[name], each) for name, each in stack.model.state_dict().items())

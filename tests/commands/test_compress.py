@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,18 +10,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from rich.console import Console
 
 import lamella as api
-from lamella import evaluate, progress
-from lamella.cli.plans import print_evidence
+from lamella import evaluate, inputs, progress
+from lamella.commands.compress import command as job
+from lamella.commands.compress import race, result
+from lamella.commands.compress.page import summary
+from lamella.commands.compress.result import CompressionEvidence
 from lamella.evaluate import Memory, Ratio, Timing
-from lamella.jobs import candidates
-from lamella.jobs import compress as job
-from lamella.jobs.mend import Healing
 from lamella.plan import Plan
 from lamella.progress import Tracker
 from lamella.registry import methods
+from lamella.run import run
 from lamella.search import Removals
 
 NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
@@ -32,27 +31,29 @@ FILES = {"config.json", "model.safetensors", "tokenizer.json", "plan.json", "evi
 @pytest.fixture
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what a test of the main job needs: little text, short answers, memory not measured."""
-    load = candidates.Data.load.__func__
-    monkeypatch.setattr(
-        candidates.Data, "load", classmethod(lambda cls, *given: load(cls, *given, sequences=2, length=48))
-    )
-    monkeypatch.setattr(candidates, "TEST_SEQUENCES", 2)
+    defaults = inputs.Text.open.__func__.__kwdefaults__
+    for name, value in {"sequences": 2, "length": 48}.items():
+        monkeypatch.setitem(defaults, name, value)
+    judge = inputs.Opening.judge.__kwdefaults__
+    for name, value in {"sequences": 2, "length": 48}.items():
+        monkeypatch.setitem(judge, name, value)
     monkeypatch.setattr(job, "PROMPTS", ("The first",))
-    monkeypatch.setattr(candidates, "CURVE_POINTS", 1)
-    monkeypatch.setattr(job, "peak_memory", lambda folder: Memory(2, 1))
+    monkeypatch.setattr(race, "CURVE_POINTS", 1)
+    monkeypatch.setattr(result, "peak_memory", lambda folder: Memory(2, 1))
 
 
 @pytest.fixture
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """No second choice after measuring: the plan that the cost model picks is kept."""
-    monkeypatch.setattr(candidates, "TOLERANCE", 0.0)
+    monkeypatch.setattr(race, "TOLERANCE", 0.0)
 
 
 def check_evidence(evidence: dict[str, Any], out: Path) -> None:
     """Evidence that says the same as the files beside it, and has every part."""
     plan = Plan.read(out / "plan.json")
-    assert evidence["schema"] == "lamella.evidence/1"
-    assert evidence["model"] == {"name": "nano-llama", "family": "llama", "layers": 6, "parameters": 658656}
+    assert evidence["schema"] == "lamella.evidence/2"
+    known = {"name": "nano-llama", "family": "llama", "layers": 6, "parameters": 658656}
+    assert known.items() <= evidence["model"].items()
     chosen, base = evidence["chosen"], evidence["base"]
     assert chosen["drop"] == plan.drop
     assert chosen["cost"]["sublayers"] == 12 - len(plan.skipped) < base["cost"]["sublayers"] == 12
@@ -110,7 +111,7 @@ def test_the_last_stage_of_a_compression_shows_progress(tmp_path, brief, monkeyp
 
     monkeypatch.setattr(progress, "Tracker", Stages)
     out = tmp_path / "out"
-    job.compress(NANO_LLAMA, out, speedup=1.02, method="shortgpt", heal=Healing("none"))
+    run("compress", NANO_LLAMA, out=out, speedup=1.02, method="shortgpt", heal=None)
     assert ended[-1] == "exporting and measuring out"  # nothing runs without a stage after it
     assert begun.index("exporting and measuring out") < begun.index("writing out")
 
@@ -137,10 +138,10 @@ def test_a_speed_that_was_measured_once_and_not_again_is_not_called_reached(tmp_
 
         return bench
 
-    monkeypatch.setattr(candidates, "bench", told(2.0))  # when methods race
+    monkeypatch.setattr(race, "bench", told(2.0))  # when methods race
     monkeypatch.setattr(job, "bench", told(1.1))  # beside the original alone
-    given = {"speedup": 1.3, "method": "shortgpt", "heal": Healing("none")}
-    evidence = job.compress(NANO_LLAMA, tmp_path / "out", **given)
+    given: dict[str, Any] = {"speedup": 1.3, "method": "shortgpt", "heal": None}
+    evidence = run("compress", NANO_LLAMA, out=tmp_path / "out", **given).evidence.model_dump()
     assert not evidence["chosen"]["reached"]
     assert (
         "chosen at a speed-up of 2.00; measured once more, beside the original alone, it was 1.10"
@@ -152,10 +153,10 @@ def test_a_speed_that_was_measured_once_and_not_again_is_not_called_reached(tmp_
 @pytest.mark.slow
 def test_compress_shows_quantisation_beside_the_cut_and_writes_it_when_asked(lamella, tmp_path, brief):
     out = tmp_path / "out"
-    given = ["--speedup", "1.02", "--method", "shortgpt", "--form", "plain", "--quantize", "q8_0"]
+    given = ["--speedup", "1.02", "--method", "shortgpt", "--form", "plain", "--quantize-kind", "q8_0"]
     outcome = lamella("compress", NANO_LLAMA, "--no-heal", *given, "-o", out)
     assert outcome.code == 0, outcome.err
-    assert str(out / "model-q8_0.gguf") in outcome.out.replace("\n", "")
+    assert "q8_0: model-q8_0.gguf" in outcome.out
     evidence = json.loads((out / "evidence.json").read_text())
     names = [f"{model}{form}" for model in ("original", "cut") for form in ("", ", int8", ", q8_0")]
     assert [each["name"] for each in evidence["variants"]] == names
@@ -179,7 +180,7 @@ def test_all_methods_run_side_by_side(lamella, tmp_path, brief):
     assert [curve["method"] for curve in evidence["curves"]] == planning
     points = [point for curve in evidence["curves"] for point in curve["points"]]
     assert any(point["pareto"] for point in points)
-    assert evidence["method"] in planning
+    assert evidence["chosen"]["method"] in planning
     assert {file.name for file in (tmp_path / "out").iterdir()} >= FILES - {"model.safetensors"}
 
 
@@ -187,7 +188,7 @@ def test_all_methods_run_side_by_side(lamella, tmp_path, brief):
 def test_the_seed_decides_what_random_removes(lamella, tmp_path, brief, steady):
     drops = []
     for index, seed in enumerate((1, 1, 2)):
-        arguments = ["--method", "random", "--set", "exclude_front=0", "--seed", seed, "-o", tmp_path / str(index)]
+        arguments = ["--method", "random", "--random.exclude-front", "0", "--seed", seed, "-o", tmp_path / str(index)]
         assert lamella("compress", NANO_LLAMA, "--no-heal", "--speedup", "1.2", *arguments).code == 0
         drops.append(Plan.read(tmp_path / str(index) / "plan.json").drop)
     assert drops[0] == drops[1] != drops[2]
@@ -195,7 +196,7 @@ def test_the_seed_decides_what_random_removes(lamella, tmp_path, brief, steady):
 
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on_from_its_journal_to_the_same_plan(lamella, tmp_path, brief, steady, monkeypatch):
-    settings = ["--method", "finercut", "--speedup", "1.3", "--set", "exclude_front=0", "--json"]
+    settings = ["--method", "finercut", "--speedup", "1.3", "--finercut.exclude-front", "0", "--json"]
     whole = json.loads(lamella("compress", NANO_LLAMA, "--no-heal", *settings, "-o", tmp_path / "whole").out)
 
     added: list[object] = []
@@ -210,7 +211,7 @@ def test_an_interrupted_run_goes_on_from_its_journal_to_the_same_plan(lamella, t
     monkeypatch.setattr(Removals, "add", add)
     outcome = lamella("compress", NANO_LLAMA, "--no-heal", *settings, "-o", tmp_path / "out")
     assert outcome.code == 130 and "interrupted" in outcome.err
-    journal = tmp_path / ".out.journal" / "finercut.jsonl"
+    journal = tmp_path / ".out.work" / "plans" / "finercut.jsonl"
     assert not (tmp_path / "out").exists() and len(journal.read_text().splitlines()) == 3
     with journal.open("a") as file:
         file.write("[[4], 0.01")  # a line that a kill cut short
@@ -241,7 +242,7 @@ def test_a_failure_while_writing_leaves_no_half_output(lamella, tmp_path, brief,
 @pytest.mark.usefixtures("brief")
 def test_compress_heals_what_it_chose_and_shows_all_three_columns(lamella, tmp_path):
     out = tmp_path / "out"
-    given = ["--speedup", "1.02", "--method", "shortgpt", "--heal", "recipe", "--heal-steps", "3"]
+    given = ["--speedup", "1.02", "--method", "shortgpt", "--heal-way", "recipe", "--heal-steps", "3"]
     outcome = lamella("compress", NANO_LLAMA, *given, "-o", out, "--json")
     assert outcome.code == 0, outcome.err
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
@@ -249,12 +250,11 @@ def test_compress_heals_what_it_chose_and_shows_all_three_columns(lamella, tmp_p
     healing = evidence["healing"]
     assert healing["method"] == "continual-pretrain" and healing["settings"]["steps"] == 3
     assert healing["fidelity"]["perplexity"] != evidence["chosen"]["fidelity"]["perplexity"]
-    console = Console(record=True, width=100, file=io.StringIO())
-    print_evidence(evidence, console)
-    line = next(line for line in console.export_text().splitlines() if "perplexity" in line)
+    table, *_ = summary(CompressionEvidence.read(out)).tables
+    line = next(row for row in table.rows if row[0] == "perplexity")
     after, cut = healing["fidelity"], evidence["chosen"]["fidelity"]["perplexity"]
     shown = [f"{each['mean']:.2f}" for each in (after["base_perplexity"], cut, after["perplexity"])]
-    assert shown == [cell.strip() for cell in line.split("│")[2:5]]
+    assert shown == line[1:4]
     assert healing["fidelity"]["base_perplexity"] == evidence["chosen"]["fidelity"]["base_perplexity"]
     original = transformers.AutoModelForCausalLM.from_pretrained(NANO_LLAMA)
     trained = transformers.AutoModelForCausalLM.from_pretrained(out)
@@ -294,9 +294,37 @@ def test_a_time_in_which_nothing_heals_is_said_and_the_cut_is_written(lamella, t
     given = ["--speedup", "1.02", "--method", "shortgpt", "--heal-minutes", "0.0001"]
     outcome = lamella("compress", NANO_LLAMA, *given, "-o", tmp_path / "out", "--json")
     evidence = json.loads(outcome.out)
-    assert "healing" not in evidence and any("Not healed" in note for note in evidence["notes"])
+    assert evidence["healing"] is None and any("Not healed" in note for note in evidence["notes"])
 
 
 def test_an_unknown_way_to_heal_is_refused_before_any_work(lamella, tmp_path):
-    outcome = lamella("compress", NANO_LLAMA, "--heal", "always", "-o", tmp_path / "out")
-    assert outcome.code == 2 and "heal 'always': choose one of auto, recipe, none" in outcome.err
+    given = ("compress", NANO_LLAMA, "-o", tmp_path / "out", "--heal-way")
+    assert "choose one of auto, recipe" in lamella(*given, "always").refused()
+    assert "minutes are for distillation" in lamella(*given, "recipe", "--heal-minutes", "2").refused()
+    assert (
+        "--no-heal leaves out what --heal-minutes sets"
+        in lamella(*given[:-1], "--no-heal", "--heal-minutes", "2").refused()
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("brief", "steady")
+def test_a_compression_in_python_writes_when_it_is_saved(tmp_path):
+    given: dict[str, Any] = {"calibration": "pydoc", "speedup": 1.05, "method": "shortgpt", "heal": None}
+    found = api.compress(NANO_LLAMA, **given)
+    assert not list(tmp_path.iterdir())
+    found.save(tmp_path / "out")
+    evidence = json.loads((tmp_path / "out" / "evidence.json").read_text())
+    check_evidence(evidence, tmp_path / "out")
+    assert {file.name for file in (tmp_path / "out").iterdir()} >= FILES
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("brief", "steady")
+def test_a_series_that_was_made_before_is_chosen_from(lamella, tmp_path):
+    assert lamella("plan", "shortgpt", NANO_LLAMA, "-o", tmp_path / "series").code == 0
+    given = ["--plan", tmp_path / "series", "--speedup", "1.2", "--no-heal", "-o", tmp_path / "out", "--json"]
+    outcome = lamella("compress", NANO_LLAMA, *given)
+    assert outcome.code == 0, outcome.err
+    evidence = json.loads(outcome.out)
+    assert evidence["chosen"]["method"] == "shortgpt" and len(evidence["chosen"]["drop"]) == 2

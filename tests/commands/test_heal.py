@@ -42,13 +42,13 @@ def test_a_plan_without_a_recipe_is_healed_by_continual_pre_training(lamella, su
     out = tmp_path / "out"
     evidence = healed(lamella, NANO_LLAMA, sublayer_plan, "-o", out, *QUICK)
     assert evidence == json.loads((out / "evidence.json").read_text())
-    assert evidence["method"] == "continual-pretrain"
+    assert evidence["findings"]["recipe"] == "continual-pretrain"
     assert evidence["settings"]["schedule"]["shape"] == "cosine" and evidence["settings"]["replay"] is None
     new = [point["new"] for point in evidence["held_out"]]
     assert new[-1] < new[0]
-    assert evidence["after"]["perplexity"]["mean"] < evidence["before"]["perplexity"]["mean"]
+    assert evidence["fidelity"]["perplexity"]["mean"] < evidence["before"]["perplexity"]["mean"]
     assert Plan.read(out / "plan.json").drop == Plan.read(sublayer_plan).drop
-    assert "Every text seen so far" in (out / "heal.html").read_text()
+    assert "Held-out loss" in (out / "report.html").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "sublayers.json"]
 
 
@@ -57,15 +57,15 @@ def test_the_export_computes_what_was_measured(lamella, plan, tmp_path, more):
     evidence = healed(lamella, NANO_LLAMA, plan, "-o", tmp_path / "out", *QUICK, *more)
     exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert exported.config.num_hidden_layers == 4
-    args = ("eval", NANO_LLAMA, tmp_path / "out", "--json")
-    again = json.loads(lamella(*args).out)["results"][str(tmp_path / "out")]
-    assert again["kl"]["mean"] == pytest.approx(evidence["after"]["kl"]["mean"], abs=1e-5)
+    args = ("eval", NANO_LLAMA, tmp_path / "out", "--test", "pydoc", "--json")
+    again = json.loads(lamella(*args).out)["findings"]["results"][str(tmp_path / "out")]
+    assert again["kl"]["mean"] == pytest.approx(evidence["fidelity"]["kl"]["mean"], abs=1e-5)
 
 
 def test_a_model_without_plan_is_trained_on(lamella, tmp_path):
     evidence = healed(lamella, NANO_LLAMA, "-o", tmp_path / "out", *QUICK, "--schedule", "constant")
     assert evidence["before"]["kl"]["mean"] == pytest.approx(0, abs=1e-6)
-    assert evidence["after"]["kl"]["mean"] > 1e-3
+    assert evidence["fidelity"]["kl"]["mean"] > 1e-3
     assert evidence["settings"]["schedule"] == {"shape": "constant", "high": 5e-4, "warmup": 1}
     ours, theirs = load(tmp_path / "out").model, open_stack(NANO_LLAMA).model
     assert not torch.equal(ours.model.layers[0].mlp.up_proj.weight, theirs.model.layers[0].mlp.up_proj.weight)
@@ -74,23 +74,23 @@ def test_a_model_without_plan_is_trained_on(lamella, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("given", [["--replay", "0.5"], [], ["--replay", "auto"]])
 def test_replay_names_its_text_and_its_share(lamella, plan, tmp_path, given):
-    replay = ("--replay-text", "stdlib", *given)
+    replay = ("--past", "stdlib", *given)
     evidence = healed(lamella, NANO_LLAMA, plan, "-o", tmp_path / "out", *QUICK, *replay)
     assert evidence["data"]["replay"]["data"] == "stdlib"
     assert evidence["settings"]["replay"]["fraction"] in ([0.5] if given == ["--replay", "0.5"] else [0.05, 0.25])
-    assert set(evidence["held_out"][0]) == {"step", "new", "old"}
+    assert set(evidence["held_out"][0]) == {"step", "loss", "new", "old"}
 
 
 def test_people_are_told_of_every_text(lamella, plan, tmp_path):
     args = [argument for argument in QUICK if argument != "--json"]
-    more = ("--replay-text", "stdlib", "--replay", "0.25", "--schedule", "infinite")
+    more = ("--past", "stdlib", "--replay", "0.25", "--schedule", "infinite")
     said = lamella("heal", NANO_LLAMA, plan, "-o", tmp_path / "out", *args, *more).out
-    for part in ("held-out loss, pydoc", "held-out loss, stdlib", "replayed: 25%", "report:"):
+    for part in ("Held-out loss", "pydoc (new)", "stdlib (old)", "replayed: 25%", "report:"):
         assert part in said
 
 
 def test_a_budget_of_tokens_is_one_pass_over_them(lamella, plan, tmp_path):
-    args = ("--budget-tokens", "1100", "--length", "32", "--batch", "4", "--json")
+    args = ("--tokens", "1100", "--length", "32", "--batch", "4", "--json")
     evidence = healed(lamella, NANO_LLAMA, plan, "-o", tmp_path / "out", *args)
     assert (evidence["settings"]["steps"], evidence["data"]["training"]["tokens"]) == (8, 1024)
 
@@ -106,7 +106,7 @@ def test_an_interrupted_command_goes_on_with_the_same_result(lamella, plan, tmp_
 
     from lamella.methods.continual_pretrain import continual_pretrain
 
-    args = (NANO_LLAMA, plan, *QUICK, "--replay-text", "stdlib")
+    args = (NANO_LLAMA, plan, *QUICK, "--past", "stdlib")
     defaults = unwrap(continual_pretrain).__kwdefaults__
     monkeypatch.setitem(defaults, "config", replace(defaults["config"], save_every=5))
     whole = healed(lamella, *args, "-o", tmp_path / "whole")
@@ -118,7 +118,7 @@ def test_an_interrupted_command_goes_on_with_the_same_result(lamella, plan, tmp_
     with monkeypatch.context() as patched:
         patched.setattr("transformers.TrainerCallback.on_optimizer_step", stop)
         assert lamella("heal", *args, "-o", tmp_path / "cut").code == 130
-    assert list((tmp_path / ".cut.training").rglob("checkpoint-5"))
+    assert list((tmp_path / ".cut.work").rglob("checkpoint-5"))
     assert healed(lamella, *args, "-o", tmp_path / "cut") == whole
 
 
@@ -129,12 +129,12 @@ def test_an_interrupted_command_goes_on_with_the_same_result(lamella, plan, tmp_
     ("more", "said"),
     [
         (["--replay", "0.05"], "needs a text to replay"),
-        (["--replay", "much", "--replay-text", "stdlib"], "--replay much: give a share"),
-        (["--replay", "2", "--replay-text", "stdlib"], ">= 0 and <= 1"),
-        (["--replay-text", "gsm8k"], "is a test set"),
-        (["--schedule", "sideways"], "choose one of rewarm"),
-        (["--minutes", "1"], "--minutes and --steps both say how long"),
-        (["--budget-tokens", "1000"], "leave --steps, --minutes and --sequences out"),
+        (["--replay", "much", "--past", "stdlib"], "--replay much: heal takes auto or float"),
+        (["--replay", "2", "--past", "stdlib"], "> 0 and < 1"),
+        (["--past", "gsm8k"], "is a test set"),
+        (["--schedule", "sideways"], "choose one of cosine"),
+        (["--minutes", "1"], "all say how long to train"),
+        (["--tokens", "1000"], "all say how long to train"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(lamella, plan, tmp_path, more, said):
@@ -146,7 +146,7 @@ def test_a_method_with_a_recipe_takes_no_options_of_another(lamella, tmp_path):
     stack = open_stack(NANO_LLAMA)
     file = tmp_path / "plan.json"
     Plan(model=ModelReference.of(stack), policies={stack.stack: PolicyReference(name="first")}).write(file)
-    for more in (["--lora", "4"], ["--schedule", "wsd"], ["--replay-text", "stdlib"]):
+    for more in (["--lora", "4"], ["--schedule", "wsd"], ["--past", "stdlib"]):
         line = lamella("heal", NANO_LLAMA, file, "-o", tmp_path / "out", *QUICK, *more).refused()
         assert "first heals by its own recipe" in line
 
@@ -164,31 +164,30 @@ def pool_of(path: Path, count: int = 24) -> Path:
 
 def test_samples_to_heal_with_are_chosen_by_what_the_plan_has_damaged(lamella, sublayer_plan, tmp_path):
     pool = pool_of(tmp_path / "pool.jsonl")
-    arguments = ["--text", pool, "--select", "paser", "--keep", "0.5", "--steps", "4", "--test", "pydoc", "--json"]
+    arguments = ["--pool", pool, "--keep", "0.5", "--steps", "4", "--test", "pydoc", "--json"]
     evidence = healed(lamella, NANO_LLAMA, sublayer_plan, "-o", tmp_path / "out", *arguments)
     report = json.loads((tmp_path / "out" / "selection.json").read_text())
     assert report["budget"] == len(report["selected"]) == 12 and report["pool"] == 24
     training = evidence["data"]["training"]
-    assert (training["data"], training["samples"], training["of"]) == (str(pool), 12, 24)
-    assert "What was chosen to train on" in (tmp_path / "out" / "heal.html").read_text()
+    assert (training["data"], training["chosen"], training["samples"]) == (str(pool), 12, 24)
+    assert "12 of 24 samples" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_a_pool_that_is_none_and_a_method_that_chooses_nothing_are_refused(lamella, sublayer_plan, tmp_path):
+def test_a_pool_that_is_none_is_refused(lamella, sublayer_plan, tmp_path):
     given = [NANO_LLAMA, sublayer_plan, "-o", tmp_path / "out"]
-    assert "jsonl" in lamella("heal", *given, "--text", tmp_path / "no.jsonl", "--select", "paser").refused()
+    assert "jsonl" in lamella("heal", *given, "--pool", tmp_path / "no.jsonl").refused()
     pool = pool_of(tmp_path / "pool.jsonl")
-    assert "chooses no samples" in lamella("heal", *given, "--text", pool, "--select", "finercut").refused()
     pool.write_text('{"instruction": "Why?"}\n')
-    assert "row 0" in lamella("heal", *given, "--text", pool, "--select", "paser").refused()
+    assert "row 0" in lamella("heal", *given, "--pool", pool).refused()
 
 
 @pytest.mark.parametrize("loss", [[], ["--loss", "kd+hidden"], ["--loss", "ce"]])
 def test_a_checkpoint_that_was_cut_learns_from_its_original(lamella, plan, tmp_path, loss):
     assert lamella("apply", plan, NANO_LLAMA, "-o", tmp_path / "cut").code == 0
     evidence = healed(lamella, tmp_path / "cut", "--teacher", NANO_LLAMA, "-o", tmp_path / "out", *QUICK, *loss)
-    assert evidence["method"] == ("continual-pretrain" if "ce" in loss else "distillation")
+    assert evidence["findings"]["recipe"] == ("continual-pretrain" if "ce" in loss else "distillation")
     assert evidence["before"]["kl"]["mean"] > 0.01  # it is measured against the teacher
-    assert evidence["after"]["kl"]["mean"] < evidence["before"]["kl"]["mean"]
+    assert evidence["fidelity"]["kl"]["mean"] < evidence["before"]["kl"]["mean"]
     if "ce" not in loss:
         pairs = evidence["settings"]["pairs"]
         assert pairs == ([[0, 0], [1, 2], [2, 3], [3, 5]] if loss else [])
@@ -202,7 +201,7 @@ def test_teachers_and_losses_that_do_not_fit_are_refused(lamella, plan, tmp_path
     given = [NANO_LLAMA, plan, "-o", tmp_path / "out", *QUICK[:-1]]
     line = lamella("heal", *given, "--teacher", tmp_path / "other").refused()
     assert "same vocabulary" in line
-    assert "choose one of ce, kd" in lamella("heal", *given, "--loss", "mse").refused()
+    assert "choose one of kd, kd+hidden, ce" in lamella("heal", *given, "--loss", "mse").refused()
     assert "no option 'replay'" in lamella("heal", *given, "--loss", "kd", "--replay", "0.1").refused()
 
 
@@ -215,8 +214,8 @@ def test_two_processes_share_a_model_and_its_teacher(lamella, plan, in_two_proce
     assert ran.returncode == 0, ran.stderr
     two = json.loads(ran.stdout)  # one process speaks
     assert two["settings"]["shard"] and two["settings"]["processes"] == 2
-    assert two["after"]["kl"]["mean"] == pytest.approx(one["after"]["kl"]["mean"], abs=1e-4)
-    assert one["after"]["kl"]["mean"] < one["before"]["kl"]["mean"]
+    assert two["fidelity"]["kl"]["mean"] == pytest.approx(one["fidelity"]["kl"]["mean"], abs=1e-4)
+    assert one["fidelity"]["kl"]["mean"] < one["before"]["kl"]["mean"]
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     for name, tensor in ours.items():
         torch.testing.assert_close(theirs[name], tensor, atol=1e-4, rtol=0)

@@ -10,16 +10,15 @@ from typing import Any
 import pytest
 import torch
 
+from lamella.commands.compress.healing import Heal, heal_cut
+from lamella.commands.heal.command import reader_of
 from lamella.data import ImageText, Processing, Reader
 from lamella.errors import LamellaError
 from lamella.evaluate.scored import read_inputs
-from lamella.jobs.compress import compress
-from lamella.jobs.heal import Material, heal
-from lamella.jobs.held_out import reader_for
-from lamella.jobs.mend import Healing, mend
-from lamella.run import run
+from lamella.files import Work
 from lamella.methods import unified_skip
 from lamella.plan import ModelReference, Plan
+from lamella.run import run
 from lamella.zoo import open_processor, open_stack
 from lamella.zoo.vlm import shapes_vlm
 
@@ -83,8 +82,8 @@ def test_a_model_of_images_is_given_rows_and_judged_over_their_answers(
     assert said["provenance"]["inputs"]["data"] | {"sha256": ""} == {
         "data": "shapes:colour", "split": "calibration", "rows": 5, "images": 5, "sha256": ""
     }  # fmt: skip
-    assert said["data"]["test"]["split"] == "test" and said["data"]["test"]["rows"] == 5
-    assert said["fidelity"]["sequences"] == 5 and said["fidelity"]["positions"] == 2 * 5  # a colour, and the end
+    assert said["data"]["test"]["split"] == "test" and said["data"]["test"]["rows"] == 64
+    assert said["fidelity"]["sequences"] == 64 and said["fidelity"]["positions"] == 2 * 64  # a colour, and the end
     assert said["fidelity"]["kl"]["mean"] > 0
     assert type(open_processor(tmp_path / "out")).__name__ == "LlavaProcessor"
 
@@ -104,12 +103,24 @@ def test_a_whole_model_is_judged_over_what_its_decoder_writes_and_the_steps_take
     out = tmp_path / "out"
     done = run("mue", tmp_path / "model", "shapes:caption", rows=5, steps=1, batch=2, accumulate=1, out=out)
     assert done.evidence.data["test"]["split"] == "test"
-    assert done.evidence.model_dump()["fidelity"]["sequences"] == 5
-    told = ("--text", "shapes:caption", "--json")
-    compared = lamella("eval", tmp_path / "model", out, "--sequences", "3", *told)
-    assert compared.code == 0 and json.loads(compared.out)["data"]["rows"] == 3
-    timed = lamella("bench", out, out / "plan.json", "--batch", "1", "--tokens", "2", "--rounds", "1", *told)
-    assert timed.code == 0 and len(json.loads(timed.out)["timings"]) == 2
+    assert done.evidence.model_dump()["fidelity"]["sequences"] == 64
+    compared = lamella("eval", tmp_path / "model", out, "--rows", "3", "--test", "shapes:caption", "--json")
+    assert compared.code == 0 and json.loads(compared.out)["data"]["test"]["rows"] == 3
+    timed = lamella(
+        "bench",
+        out,
+        out / "plan.json",
+        "--batch",
+        "1",
+        "--tokens",
+        "2",
+        "--rounds",
+        "1",
+        "--text",
+        "shapes:caption",
+        "--json",
+    )
+    assert timed.code == 0 and len(json.loads(timed.out)["findings"]["timings"]) == 2
     applied = lamella("apply", out / "plan.json", out, "-o", tmp_path / "applied", "--form", "native")
     assert applied.code == 0 and type(open_processor(tmp_path / "applied")).__name__ == "LlavaProcessor"
 
@@ -122,15 +133,14 @@ def test_it_is_given_text_where_text_is_named_or_the_model_reads_no_images(insta
 
 
 def test_a_plan_is_made_for_one_stack_on_rows_of_images(vlm: Path, tmp_path: Path, lamella: Any) -> None:
-    file = tmp_path / "plan.json"
-    told = ("--data", "shapes:colour", "--sequences", "4", "-o", file)
-    assert lamella("plan", "shortgpt", vlm, *told).code == 0
-    left_out = Plan.read(file)  # it works on decoders, and the other stack is none
-    assert lamella("plan", "shortgpt", vlm, "--stack", "text", *told).code == 0
-    plan = Plan.read(file)
+    told = ("--calibration", "shapes:colour", "--rows", "4", "-o")
+    assert lamella("plan", "shortgpt", vlm, *told, tmp_path / "a").code == 0
+    left_out = Plan.read(tmp_path / "a" / "plan.json")  # it works on decoders, and the other stack is none
+    assert lamella("plan", "shortgpt", vlm, "--stack", "text", *told, tmp_path / "b").code == 0
+    plan = Plan.read(tmp_path / "b" / "plan.json")
     assert left_out.model.stack == "text" and left_out.digest == plan.digest
-    assert "works on decoders" in lamella("plan", "shortgpt", vlm, "--stack", "vision", *told).refused()
-    assert plan.drop and plan.provenance["data"]["images"] == 4
+    assert "works on decoders" in lamella("plan", "shortgpt", vlm, "--stack", "vision", *told, tmp_path / "c").refused()
+    assert plan.drop and plan.provenance["inputs"]["calibration"]["images"] == 4
 
 
 def test_rows_for_a_model_that_reads_no_images_are_refused(installed: None) -> None:
@@ -145,14 +155,14 @@ def test_its_help_has_the_settings_of_both(installed: None, lamella: Any) -> Non
     assert outcome.code == 0 and all(option in said for option in ("--sequences", "--rows", "--pixels", "--stack"))
 
 
-WHOLE = Healing("none")
-SHAPES = {"speedup": 1.1, "calibration": "shapes:colour", "heal": WHOLE}
+SHAPES: dict[str, Any] = {"speedup": 1.1, "calibration": "shapes:colour", "heal": None}
 
 
 @pytest.mark.slow
 def test_a_model_of_images_is_cut_by_what_it_makes_of_them(vlm: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    evidence = compress(vlm, out, method="shortgpt", **SHAPES)
+    run("compress", vlm, out=out, method="shortgpt", **SHAPES)
+    evidence = json.loads((out / "evidence.json").read_text())
     planned, tested = (evidence["data"][role] for role in ("calibration", "test"))
     assert (planned["rows"], planned["images"], planned["split"]) == (16, 16, "calibration")
     assert (tested["rows"], tested["split"]) == (64, "test")
@@ -165,8 +175,8 @@ def test_a_model_of_images_is_cut_by_what_it_makes_of_them(vlm: Path, tmp_path: 
 
 @pytest.mark.slow
 def test_a_model_of_images_is_healed_on_rows_like_those_that_planned(vlm: Path, tmp_path: Path) -> None:
-    given = SHAPES | {"heal": Healing(steps=30)}
-    healing = compress(vlm, tmp_path / "out", method="shortgpt", **given)["healing"]
+    given = SHAPES | {"heal": Heal(steps=30)}
+    healing = run("compress", vlm, out=tmp_path / "out", method="shortgpt", **given).evidence.healing
     assert (healing["method"], healing["data"]["training"]["rows"]) == ("distillation", 256)
     assert healing["data"]["training"]["split"] == "calibration" and healing["fidelity"]["sequences"] == 64
     cut = json.loads((tmp_path / "out" / "evidence.json").read_text())["chosen"]["fidelity"]
@@ -181,24 +191,28 @@ def dropped(vlm: Path) -> Plan:
 
 
 def test_healing_learns_what_the_whole_model_answers_about_images(vlm: Path, tmp_path: Path) -> None:
-    told = {"material": Material("shapes:colour", sequences=32), "options": {"steps": 20, "lr": 2e-3, "batch": 8}}
-    evidence = heal(vlm, dropped(vlm), tmp_path / "healed", **told)
-    assert evidence["method"] == "distillation" and evidence["after"]["kl"]["mean"] < evidence["before"]["kl"]["mean"]
-    trained, tested = (evidence["data"][role] for role in ("training", "test"))
+    given = {"train": "shapes:colour", "rows": 32, "steps": 20, "lr": 2e-3, "batch": 8}
+    evidence = run("heal", vlm, plan=dropped(vlm), out=tmp_path / "healed", **given).evidence
+    assert evidence.findings["recipe"] == "distillation"
+    assert evidence.fidelity["kl"]["mean"] < evidence.before["kl"]["mean"]
+    trained, tested = (evidence.data[role] for role in ("training", "test"))
     assert (trained["rows"], trained["split"]) == (32, "calibration")
     assert (tested["rows"], tested["split"]) == (64, "test")
     assert type(open_processor(tmp_path / "healed")).__name__ == "LlavaProcessor"
 
 
 def test_recipes_that_train_on_text_alone_refuse_images(vlm: Path, tmp_path: Path) -> None:
-    with pytest.raises(LamellaError, match="continual-pretrain trains on text alone, and shapes holds images"):
-        heal(vlm, dropped(vlm), tmp_path / "healed", material=Material("shapes"), loss="ce", options={"steps": 1})
+    given = {"plan": dropped(vlm), "train": "shapes", "rows": 8}
+    with pytest.raises(LamellaError, match="continual-pretrain trains on text alone, and images were given"):
+        run("heal", vlm, **given, loss="ce", steps=1)
     with pytest.raises(LamellaError, match="no option 'replay'"):
-        heal(vlm, dropped(vlm), tmp_path / "healed", material=Material("shapes"), options={"replay": 0.1, "minutes": 1})
-    stack = open_stack(vlm, stack="text")
-    reader, how = reader_for(stack, vlm, seed=0), Healing("recipe")
-    healed, told = mend(stack, dropped(vlm), reader, how, tmp_path / "work", calibration="shapes")
-    assert healed is None and "trains on text alone" in told["note"]  # a compression goes on without
+        run("heal", vlm, **given, replay=0.1, minutes=1)
+    stack, processing = open_stack(vlm, stack="text"), Processing(open_processor(vlm))
+    reader = Reader(lambda: processing.tokenizer, processing_opener=lambda: processing)
+    rows = ImageText.open("shapes", reader, rows=4)
+    how, work = Heal("recipe"), Work(tmp_path / "work")
+    healed, said = heal_cut(stack, dropped(vlm), reader_of(rows, 0), how, work, rows)
+    assert healed is None and "trains on text alone" in said["note"]  # a compression goes on without
 
 
 @pytest.mark.parametrize("method, options", [("unified-skip", {}), ("lora-drop", {"keep_first": 1})])
@@ -223,7 +237,7 @@ def test_streams_that_unified_skip_compares_have_read_the_image(vlm: Path) -> No
 def test_all_planners_race_over_images(kind: str, tmp_path: Path) -> None:
     for part in shapes_vlm(kind, num_hidden_layers=6):
         part.save_pretrained(tmp_path / "whole")
-    evidence = compress(tmp_path / "whole", tmp_path / "out", method="all", **SHAPES)
+    evidence = run("compress", tmp_path / "whole", method="all", **SHAPES).evidence.model_dump()
     assert {"finercut", "portfolio", "shortgpt", "sleb", "window", "random"} <= {
         curve["method"] for curve in evidence["curves"]
     }

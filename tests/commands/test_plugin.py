@@ -14,10 +14,10 @@ import torch
 
 import lamella
 from lamella.errors import LamellaError, MethodError
-from lamella.run import run
 from lamella.plan import Plan, PlanSeries
 from lamella.registry import get_method, methods
 from lamella.results import Evidence
+from lamella.run import run
 from lamella.signature import signature
 from lamella.zoo import open_stack
 

@@ -100,7 +100,9 @@ def test_a_stack_that_is_given_beside_the_model_is_pointed_to_of_stack(vlm: Path
 
 
 def test_compare_and_bench_take_the_stack_that_writes_text(lamella: Any, vlm: Path, tmp_path: Path) -> None:
-    compared = lamella("compare", vlm, "--new", "stdlib", "--with", "lora", "--steps", 1, "--batch", 1, "--length", 16)
+    compared = lamella(
+        "compare", vlm, "--new", "stdlib", "--method", "lora", "--steps", 1, "--batch", 1, "--length", 16
+    )
     assert compared.code == 0, compared.err
     timed = lamella("bench", vlm, vlm, "--batch", 1, "--prompt", 8, "--tokens", 2, "--rounds", 1)
     assert timed.code == 0, timed.err

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from lamella.commands.trace.tracing import trace_answer as trace
 from lamella.data import MARK, Processing
 from lamella.errors import PlanError
-from lamella.commands.trace.tracing import trace_answer as trace
 from lamella.plan import ModelReference, Plan, PolicyReference
 from lamella.report import render_trace
+from lamella.report.trace import png
 from lamella.stack import open_model
 from lamella.zoo import open_stack
 from lamella.zoo.vlm import shapes_vlm
@@ -56,7 +57,8 @@ def test_the_page_draws_it(tmp_path: Path) -> None:
     stack, processing, inputs = asked("llava")
     plan = planned(stack, "gamma-mod", layers=[1], prefill=0.5)
     report = trace(stack, processing.tokenizer, inputs, plan, tokens=2, grid=(8, 8))
-    html = render_trace(report, processing.seen(ONE.image))
+    report["image"] = png(processing.seen(ONE.image))
+    html = render_trace(report)
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.S)[1])
     ran, probability, odds = data["picture"]["views"]
     assert [each["name"] for each in (ran, probability, odds)] == ["layers that ran", "p", "odds"]
@@ -65,6 +67,7 @@ def test_the_page_draws_it(tmp_path: Path) -> None:
     assert ran["frames"][2]["values"] == of_layer
     assert ran["frames"][0]["values"] == [(LAYERS - 1 + one) / LAYERS for one in of_layer]
     assert data["picture"]["source"].startswith("data:image/png;base64,") and 'id="plot-picture"' in html
+    del report["image"]
     assert 'id="plot-picture"' not in render_trace(report)
 
 
@@ -74,7 +77,7 @@ def test_where_all_layers_ran_the_page_shows_what_else_tells_tokens_apart() -> N
     params = {"alpha": {"text": even, "image": even}, "tau": {"text": 0.0, "image": 1.0}}
     report = trace(stack, processing.tokenizer, inputs, planned(stack, "modes", **params), tokens=2, grid=(8, 8))
     assert set(report["usage"].values()) == {1}
-    html = render_trace(report, ONE.image)
+    html = render_trace(report | {"image": png(ONE.image)})
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.S)[1])
     assert [each["name"] for each in data["picture"]["views"]] == ["experts", "layers that ran"]
     assert data["trace"]["shown"] == "experts"
@@ -98,7 +101,7 @@ def test_a_model_of_masked_tokens_pass_by_pass() -> None:
     assert shares == [1, 1, 0.25, 0.25]
     others = len(report["tokens"]) - IMAGE
     assert report["passes"][2]["by_layer"] == pytest.approx([(others + IMAGE / 4) / (others + IMAGE)] * LAYERS)
-    html = render_trace(report, ONE.image)
+    html = render_trace(report | {"image": png(ONE.image)})
     assert all(f'id="plot-{name}"' in html for name in ("picture", "layers", "tokens"))
     with pytest.raises(PlanError, match="predicts masked tokens"):
         trace(stack, processing.tokenizer, inputs)

@@ -26,9 +26,9 @@ from worlds import (
 
 import lamella
 from lamella.errors import LamellaError, MethodError
-from lamella.run import run
 from lamella.plan import ModelReference, PlanSeries
 from lamella.registry import methods
+from lamella.run import run
 from lamella.runtime import Sampler, apply, denoise, parallel
 
 METHODS = methods()

@@ -28,11 +28,11 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from lamella.data import Writer, load_text
 from lamella.files import Journal
 from lamella.inputs import Opening
-from lamella.run import Outcome, run
 from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.progress import Tracker
 from lamella.registry import Method, all_commands
 from lamella.results import Corpus, Edit, Result, Study, Trained
+from lamella.run import Outcome, run
 from lamella.runtime import parallel
 from lamella.signature import EMPTY, Fixture, Parameter, is_model, kind_of
 from lamella.stack import Model, Stack

@@ -322,17 +322,18 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     tqdm.tqdm.monitor_interval = 0  # its thread may hold a lock at a fork, which no one gives back in the child
 
+    from lamella.jobs import compress as pipeline
+    from lamella.jobs.heal import Material, heal
+
     from lamella import files
     from lamella.data import load_text, windows
     from lamella.evaluate import Memory
     from lamella.files import Work
-    from lamella.jobs import compress as pipeline
-    from lamella.jobs.heal import Material, heal
-    from lamella.run import make_plan
     from lamella.methods.irepair import BestSlices, Slices, by_role, count_examples, layer_parameters
     from lamella.methods.unified_skip import unified_skip
     from lamella.plan import ModelReference, Plan
     from lamella.plan.export import export, export_out_of_core
+    from lamella.run import make_plan
     from lamella.stack import Stack
     from lamella.train import Constant, Feed, Replay, Task, TrainConfig, blocks, fit, response_loss
     from lamella.zoo import ZOO, open_stack, open_tokenizer, pull

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lamella.data import Passages
 from lamella.data.reader import Reader
 from lamella.errors import MethodError
-from lamella.run import run
 from lamella.methods.lora import lora
 from lamella.plan import ModelReference, PhasedPath, Plan
+from lamella.run import run
 from lamella.runtime import apply
 from lamella.stack import Stack
 

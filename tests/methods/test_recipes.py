@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from lamella.files import Work
 from lamella.commands.heal.training import recipe_of
+from lamella.files import Work
 from lamella.methods.first import first
 from lamella.methods.lora_drop import lora_drop
 from lamella.methods.rd_prune import rd_prune

@@ -78,12 +78,11 @@ def evaluate(
     Raises:
         PlanError: when there is nothing to compare.
     """
+    check_given(changed, tasks, trust_tasks, run_generated_code)
     if tasks:
         asked: dict[str, Any] = {"limit": limit, "chat": chat, "batch": batch, "trusted": trust_tasks}
         return _scored(model, changed, tasks, asked | {"run_generated_code": run_generated_code, "seed": seed})
     original = model.running
-    if not changed:
-        raise PlanError(f"nothing to compare with {original.name}: give plan files, folders or models, or tasks")
     judge = test.part("whole") if whole else test
     fidelity = FidelityTest(original, judge.tokens if isinstance(judge, Text) else judge)
     results = {each.name: fidelity.of(model.view(each.name)).as_dict() for each in changed}
@@ -93,9 +92,25 @@ def evaluate(
     )
 
 
+def check_given(
+    changed: tuple[Changed, ...] = (),
+    tasks: tuple[str, ...] = (),
+    trust_tasks: bool = False,
+    run_generated_code: bool = False,
+) -> None:
+    """Check what can be known to be wrong before a model is opened.
+
+    Raises:
+        LamellaError: for unknown tasks, or nothing to compare.
+    """
+    if tasks:
+        open_tasks(tasks, trusted=trust_tasks, run_generated_code=run_generated_code)
+    elif not changed:
+        raise PlanError("nothing to compare: give plan files, folders or models, or tasks")
+
+
 def _scored(model: Written, changed: tuple[Changed, ...], tasks: tuple[str, ...], asked: dict[str, Any]) -> Evaluation:
     """What the original and changed models reach on tasks."""
-    open_tasks(tasks, trusted=asked["trusted"], run_generated_code=asked["run_generated_code"])
     whole = model.whole
     tokenizer = open_tokenizer(whole.path or whole.name)
     scores = {whole.name: score(model.running, tokenizer, tasks, **asked)}

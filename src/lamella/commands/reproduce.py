@@ -30,11 +30,11 @@ class Reproduction(Study):
     @classmethod
     def summary(cls, evidence: Evidence) -> Summary:
         holds = {True: "holds", False: "does not hold", None: "is undecided"}[evidence.findings["claim_holds"]]
-        return Summary(f"The claim of {evidence.findings['slug']} {holds}.")
+        return Summary(f"The claim of {evidence.provenance['inputs']['method']} {holds}.")
 
 
 @command("reproduce", verb="reproduce", on="any")
-def reproduce(slug: str, *, quick: bool = False, fresh: bool = False) -> Reproduction:
+def reproduce(method: str, *, quick: bool = False, fresh: bool = False) -> Reproduction:
     """Run the reproduction of a published method and check its claims; exits with 1 when one fails.
 
     It does so too when the main claim is undecided: within the noise of what was measured.
@@ -46,7 +46,7 @@ def reproduce(slug: str, *, quick: bool = False, fresh: bool = False) -> Reprodu
     Example: lamella reproduce finercut --quick
 
     Args:
-        slug: a method with a reproduction.
+        method: one with a reproduction.
         quick: the same claims on less work, under a minute.
         fresh: forget what a stopped run has found.
 
@@ -56,12 +56,14 @@ def reproduce(slug: str, *, quick: bool = False, fresh: bool = False) -> Reprodu
     Raises:
         MethodError: for a method without a reproduction here.
     """
-    script = FOLDER / f"{slug.replace('-', '_')}.py"
+    script = FOLDER / f"{method.replace('-', '_')}.py"
     if not script.is_file():
         known = sorted(file.stem.replace("_", "-") for file in FOLDER.glob("*.py"))
-        where = f"there are {', '.join(known)}" if known else "run it in a checkout of the project"
-        raise MethodError(f"no reproduction of '{slug}' here; {where}")
+        where = (
+            f"there are {', '.join(known)}" if known else "run it in a checkout of the project, where reproductions/ is"
+        )
+        raise MethodError(f"no reproduction of '{method}' here; {where}")
     flags = [*(["--quick"] if quick else []), *(["--fresh"] if fresh else [])]
     done = subprocess.run([sys.executable, str(script), *flags], check=False, stdout=sys.stderr)
-    results = FOLDER / "results" / f"{slug}{'-quick' if quick else ''}.json"
+    results = FOLDER / "results" / f"{method}{'-quick' if quick else ''}.json"
     return Reproduction(findings=json.loads(results.read_text(encoding="utf-8")) | {"code": done.returncode})

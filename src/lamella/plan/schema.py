@@ -81,6 +81,9 @@ class Decision(Document):
         return next(iter(self.policies.values()), None)
 
 
+FILE = "plan.json"  # in a folder
+
+
 class Plan(Decision):
     """What every named site of one model does.
 
@@ -98,7 +101,12 @@ class Plan(Decision):
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
-        """Read a plan from a file, or from that of a series its last plan, which does the most; see :meth:`parse`."""
+        """Read a plan; see :meth:`parse`.
+
+        Args:
+            path: its file, or a folder with ``plan.json``. A file of a series stands for the last plan of it.
+        """
+        path = Path(path) / FILE if Path(path).is_dir() else path
         text = text_of(path)
         if schema_of(text).startswith("lamella.series/"):
             return cast(Self, SeriesDocument.of_file(text, path).plan(-1))

@@ -25,7 +25,6 @@ import torch
 from lamella.data import Reader
 from lamella.errors import CalibrationError
 from lamella.files import Work
-from lamella.run import run
 from lamella.methods.agile3d import (
     ClickDecoder,
     ClickLog,
@@ -46,6 +45,7 @@ from lamella.methods.agile3d import (
     write_ply,
 )
 from lamella.methods.agile3d.viewer import ABOVE, coloured, spacing, thinned
+from lamella.run import run
 from lamella.train import TrainingLog
 
 SMALL = Shape("nano", 0.25, hidden=16, heads=2, feedforward=32, layers=2, background=3)

@@ -14,7 +14,6 @@ from transformers.trainer_callback import TrainerCallback
 import lamella
 from lamella.errors import MethodError
 from lamella.files import Work
-from lamella.run import run
 from lamella.methods.cstrl import (
     Anchor,
     GapTraining,
@@ -31,6 +30,7 @@ from lamella.methods.cstrl import (
 )
 from lamella.methods.cstrl.baselines import Unfreezing
 from lamella.methods.cstrl.radiology import Said, judged, reports, word_tokenizer
+from lamella.run import run
 from lamella.stack import Model, Stack, open_model
 from lamella.train import Task, TrainConfig, fit, response_loss
 from lamella.zoo.nano import nano

@@ -15,7 +15,6 @@ import torch
 import lamella
 from lamella.data import ImageText, Processing, Reader, Shown
 from lamella.errors import CalibrationError, MethodError
-from lamella.run import run
 from lamella.methods.hires_llava import (
     CUTS,
     EntityGrid,
@@ -33,6 +32,7 @@ from lamella.methods.hires_llava import (
     streams,
 )
 from lamella.methods.hires_llava.entities import ENTITIES, NUMBERS, STRENGTHS, TURNS, Thing, covers, question, render
+from lamella.run import run
 from lamella.stack import open_model
 from lamella.train import TrainConfig
 from lamella.zoo.nano import nano

@@ -15,11 +15,11 @@ from PIL import Image
 from lamella.data import ImageText, Local, Processing, Reader, Request, Sampling, Written
 from lamella.errors import CalibrationError, LamellaError, MethodError
 from lamella.files import Work
-from lamella.run import run
 from lamella.methods.kore import Item, Knowledge, Templates, Tree, augment
 from lamella.methods.kore.items import placed
 from lamella.methods.kore.tree import checked, grown, made_turns, read_turns, requests
 from lamella.results import Illustrated
+from lamella.run import run
 from lamella.zoo.vlm import shapes_vlm
 from lamella.zoo.worlds import glyphs
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from lamella.data import ImageText, Processing, Reader
 from lamella.errors import LamellaError
 from lamella.evaluate.scored import read_inputs
-from lamella.run import run
 from lamella.methods.kore import Covariance, input_covariance, kore
 from lamella.methods.kore.method import beside, split_weights
 from lamella.methods.kore.projector import projector_of
 from lamella.results import Tuned
+from lamella.run import run
 from lamella.stack import Model, Stack, last_stack, share
 from lamella.train import blocks, linear_at
 from lamella.zoo.nano import nano

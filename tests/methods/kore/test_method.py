@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lamella.data import Passages, Text
 from lamella.data.reader import Reader
 from lamella.errors import MethodError
-from lamella.run import run
 from lamella.methods.kore import input_covariance, kore
 from lamella.methods.kore.method import beside, split_weights
 from lamella.plan import ModelReference, Plan
 from lamella.results import Tuned
+from lamella.run import run
 from lamella.runtime import apply
 from lamella.stack import Stack, share
 from lamella.train import Adapter, linear_at, merge

@@ -18,11 +18,11 @@ from transformers import AutoTokenizer, get_linear_schedule_with_warmup
 
 from lamella.errors import CalibrationError, LamellaError, MethodError
 from lamella.files import Work
-from lamella.run import run
 from lamella.methods.layra import TRAINING, Added, Edges, Language, Matrix, Shape, average_ranks, layra, measure
 from lamella.methods.layra.page import figures, summary, tradeoff
 from lamella.methods.layra.recipe import adapted, learn
 from lamella.results import Evidence
+from lamella.run import run
 from lamella.stack import Stack, share
 from lamella.train import (
     Adapter,

@@ -18,10 +18,10 @@ pytest.importorskip("datatrove")
 from lamella.data import Document, Documents, Local, Request, Sampling, Writer, Written
 from lamella.errors import LamellaError
 from lamella.files import Work
-from lamella.run import run
 from lamella.methods.rewire import Guide, Judging, Rewriting, Rules, parsed, rewire, score
 from lamella.methods.rewire.guiding import ANY
 from lamella.results import Mixed
+from lamella.run import run
 
 THOUGHT = "<thinking starts>\nI think about it.\n<thinking ends>\n"
 START, END = "<improved response starts>", "<improved response ends>"

@@ -15,10 +15,10 @@ import lamella
 from lamella.data import Reader, Sample
 from lamella.errors import CacheError, CalibrationError, CheckpointError, LamellaError, MethodError, PlanError
 from lamella.files import Work
-from lamella.run import run
 from lamella.methods.smora import Experts, RankExperts, TaskExamples, Usage, smora, with_prompts
 from lamella.plan import ModelReference, PhasedPath, Plan, compose, sidefile
 from lamella.plan.export import export
+from lamella.run import run
 from lamella.runtime import apply, parallel
 from lamella.stack import Stack
 from lamella.train import Adapter, TrainConfig, pairs

@@ -18,9 +18,9 @@ from serving import serving
 
 from lamella.data import Document, Documents, Endpoint, Local, Remote, Request, Sampling, Writer, Written
 from lamella.errors import LamellaError
-from lamella.run import run
 from lamella.methods.wrap import Cutting, Evaluations, Filters, passages, wrap
 from lamella.results import Mixed
+from lamella.run import run
 from lamella.workers import Workers
 
 TEXTS = [

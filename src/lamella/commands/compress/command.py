@@ -30,6 +30,7 @@ from lamella.evaluate import Budget, FidelityTest, bench, cost, measure_step
 from lamella.evaluate.speed import denoises
 from lamella.evaluate.tasks import open_tasks, score
 from lamella.files import Work
+from lamella.inputs import check_source
 from lamella.measure import OutputDistance, block_influence, sequences, sublayer_influence
 from lamella.plan import Plan, PlanSeries
 from lamella.plan.export import FormOrAuto, check_floats, natural_form
@@ -111,16 +112,12 @@ def compress(
         MethodError: for a method whose plans leave out no work, or a model that cannot be healed.
     """
     race = Race.of(method)
-    check_quantised(quantize, form)
-    if tasks:
-        open_tasks(tasks)  # what is unknown is refused before any work
+    check_given(method, budget, heal, quantize, form, tasks)
     if heal is not None and denoises(stack.model):
         raise MethodError(
             f"{stack.name} predicts masked tokens, and healing trains models that predict the next: leave heal out "
             "(--no-heal)"
         )
-    if budget.remove is not None:
-        raise BudgetError("compress reaches a speed-up: give speedup in place of a share to remove")
     check_floats(stack)
     planners = [] if plan is not None else entrants(race, stack, calibration)
     reader = reader_of(calibration, seed)
@@ -172,6 +169,29 @@ def compress(
         found.measured["tasks"] = _scores_on(views, reader.tokenizer, tasks, seed)
     found.measured["variants"] = variants(fidelity, views, forms(quantize), known)
     return found
+
+
+def check_given(
+    method: Any = "auto",
+    budget: Budget = Budget(),
+    heal: Heal | None = None,
+    quantize: Quantize | None = None,
+    form: FormOrAuto = "auto",
+    tasks: tuple[str, ...] = (),
+) -> None:
+    """Check what can be known to be wrong before a model is opened.
+
+    Raises:
+        LamellaError: one line that says what.
+    """
+    Race.of(method)
+    check_quantised(quantize, form)
+    if tasks:
+        open_tasks(tasks)
+    if heal is not None and heal.train is not None:
+        check_source(heal.train)
+    if budget.remove is not None:
+        raise BudgetError("compress reaches a speed-up: give speedup in place of a share to remove")
 
 
 def _judge(stack: Stack, reader: Reader, test: Text | ImageText) -> Any:
