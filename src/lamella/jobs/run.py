@@ -25,7 +25,7 @@ from lamella.results.page import card, render
 from lamella.runtime import apply
 from lamella.signature import EMPTY, Parameter, is_model, kind_of, kinds_of, settings_of, signature
 from lamella.stack import Model, Stack
-from lamella.zoo import open_for, open_model, open_tokenizer
+from lamella.zoo import View, open_for, open_model, open_tokenizer
 
 READ: dict[Any, Callable[[Path], Any]] = {Plan: Plan.read, PlanSeries: PlanSeries.read}
 TEST = "stdlib"  # the text that judges: of another kind than what is calibrated on
@@ -158,7 +158,8 @@ class Opening:
         if is_model(kind):
             return self._model(kind, value)
         if kind is None or not (value is None or isinstance(value, str | Path | list)):
-            return value  # open already
+            is_model_of_view = kind is not None and issubclass(kind, View) and not isinstance(value, kind)
+            return kind.open(value, **settings) if is_model_of_view else value  # else open already
         if kind in READ or issubclass(kind, Result):
             return (READ.get(kind) or kind.read)(Path(value))  # type: ignore[arg-type]
         if "reader" in signature(kind.open).inputs:
