@@ -43,7 +43,8 @@ from lamella.stack import (
 )
 from lamella.stack import open_model as in_memory
 from lamella.zoo.cache import cache_folder
-from lamella.zoo.configs import CONFIG, bring_class, exported, load_from, open_config
+from lamella.zoo.configs import CONFIG, bring_class, exported, open_config
+from lamella.zoo.configs import load_from as _load
 from lamella.zoo.libraries import LibraryName, build_named, open_timm, parse_name
 from lamella.zoo.pipelines import INDEX, Pipeline, is_pipeline, open_network
 from lamella.zoo.pull import ZOO, resolve
@@ -179,7 +180,7 @@ def open_model(
     dequantise = dequantising(config, place)
     options = {"dtype": dtype, "use_safetensors": None if allow_pickle else True, "config": config} | dequantise
     with tracker(f"opening {name}"):
-        loaded = load_from(partial(pretrained, opener), place, **options)
+        loaded = _load(partial(pretrained, opener), place, **options)
     loaded = in_plain_numbers(loaded) if dequantise else loaded
     loaded = loaded.eval().to(device)
     loaded = run_by_torch(loaded) if integers else loaded
@@ -381,7 +382,7 @@ def open_tokenizer(model: str | Path) -> Any:
         said = exported(place)
         if said is not None and said.is_own_class:  # its model type is Lamella's: say the one that it was
             options["config"] = AutoConfig.for_model(find_architecture(open_config(place)).name)
-    tokenizer = load_from(AutoTokenizer.from_pretrained, place, trust_remote_code=False, **options)
+    tokenizer = _load(AutoTokenizer.from_pretrained, place, trust_remote_code=False, **options)
     try:
         tokenizer("Some settings are looked at when they are first used.")
     except Exception as error:  # of a damaged file, anything
@@ -403,7 +404,7 @@ def open_processor(model: str | Path) -> Any:
     if isinstance(place, Path) and not any((place / file).is_file() for file in PROCESSORS):
         return open_tokenizer(model)
     bring_class(place)
-    processor = load_from(AutoProcessor.from_pretrained, place, trust_remote_code=False)
+    processor = _load(AutoProcessor.from_pretrained, place, trust_remote_code=False)
     return processor if hasattr(processor, "image_processor") else open_tokenizer(model)
 
 
