@@ -143,6 +143,7 @@ def test_models_of_timm_and_torchvision_open_by_name_without_any_download(
     save_file(opened.model.state_dict(), tmp_path / "resnet.safetensors")
     again = lamella.open(f"torchvision:resnet18@{tmp_path / 'resnet.safetensors'}")
     assert same_weights(again.model, opened.model)
+    assert lamella.load("torchvision:resnet18").library == "torchvision"
     named = lamella.open("timm:resnet10t")
     assert isinstance(named.model, timm.models.resnet.ResNet) and named.library == "timm"
 
@@ -174,17 +175,25 @@ def test_models_without_stacks_are_refused_where_a_stack_is_needed(make: Callabl
         assert "\n" not in str(error.value)
 
 
-def test_a_clip_opens_as_its_tower_for_images_with_the_projection(tmp_path: Path) -> None:
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_clip_opens_as_its_tower_with_the_projection_where_that_is_asked_for(whole: bool, tmp_path: Path) -> None:
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     seen = {**tower, "image_size": 16, "patch_size": 4, "projection_dim": 12}
     read = {**tower, "vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1}
-    clip = transformers.CLIPModel(transformers.CLIPConfig(vision_config=seen, text_config=read, projection_dim=12))
-    clip.eval().save_pretrained(tmp_path / "clip")
-    opened = lamella.open(tmp_path / "clip")
+    config = transformers.CLIPConfig(vision_config=seen, text_config=read, projection_dim=12)
+    kind = transformers.CLIPModel if whole else transformers.CLIPVisionModelWithProjection
+    model = kind(config if whole else config.vision_config).eval()
+    model.save_pretrained(tmp_path / "clip")
+    opened = lamella.open(tmp_path / "clip", classes=("CLIPVisionModelWithProjection",))
     assert isinstance(opened, Stack) and len(opened) == 2 and opened.architecture.modality == "image"
     x = torch.randn(1, 3, 16, 16)
-    expected = clip.get_image_features(x).pooler_output
+    expected = model.get_image_features(x).pooler_output if whole else model(x).image_embeds
     torch.testing.assert_close(opened.model(x).image_embeds, expected)
+    if whole:
+        with pytest.raises(ArchitectureError, match="unknown architecture 'clip'"):
+            lamella.open(tmp_path / "clip")
+    else:
+        assert isinstance(lamella.open(tmp_path / "clip").model, transformers.CLIPVisionModel)
 
 
 # Refusals

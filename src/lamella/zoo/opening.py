@@ -124,7 +124,8 @@ def open_model(
         allow_pickle: also open pickle checkpoints of transformers, which can run code of their author.
         prove_again: prove a derived architecture also where an earlier proof is remembered, as :func:`prefer` can say.
         libraries: which ones the model may be of; any when left out.
-        classes: names of the classes that a network of diffusers may be of; any when left out.
+        classes: names of the classes that a network of diffusers may be of; any when left out. With transformers'
+            ``CLIPVisionModelWithProjection`` among them, CLIP is opened as its tower for images with the projection.
 
     Raises:
         CheckpointError: for a folder that is missing, damaged, incomplete or unsafe, or a model of another library.
@@ -159,9 +160,9 @@ def open_model(
         check_folder(place, allow_pickle)
         said = exported(place)
     config = open_config(place)
-    is_clip = config.model_type == "clip"  # a tower for images and one for texts, of which the first is opened
-    is_projected = is_clip or PROJECTED in (getattr(config, "architectures", None) or ())
-    config = config.vision_config if is_clip else config
+    is_clip = config.model_type == "clip"  # with a tower for images and one for texts
+    is_projected = PROJECTED in classes and (is_clip or PROJECTED in (getattr(config, "architectures", None) or ()))
+    config = config.vision_config if is_clip and is_projected else config
     if isinstance(place, Path):
         _check_layers(place, config)
     auto = PROJECTED if is_projected else auto_class(config)
@@ -352,7 +353,7 @@ def open_written(folder: str | Path, **options: Any) -> Written:
         folder: an exported folder, or anything that :func:`open_model` takes.
         options: passed on to :func:`open_model`.
     """
-    place = resolve(folder)
+    place = folder if parse_name(folder) is not None else resolve(folder)
     said = exported(place) if isinstance(place, Path) and (place / CONFIG).is_file() else None
     opened = open_model(folder, **options)
     if said is None or said.plan is None:

@@ -23,7 +23,7 @@ class View:
         metavar, told: how the command line calls such an input, and what it may be.
         noun: what to call one in a refusal, such as ``pipeline of diffusers``.
         libraries: which ones its model may be of.
-        classes: names of the classes that a network of diffusers may be of; any when empty.
+        classes: names of the classes that its model may be of; see :func:`open_model`.
         dtype: of the weights; see :func:`open_model`.
         names: of the models that are built in.
     """

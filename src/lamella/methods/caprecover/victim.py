@@ -54,6 +54,7 @@ class Victim(View):
     )
     noun = "model that reads images"
     libraries = ("transformers", "timm")
+    classes = (PROJECTED,)
     names = (digits.NAME,)
     example = Fixture(digits.NAME)
 
