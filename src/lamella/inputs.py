@@ -14,7 +14,7 @@ from lamella.registry import Method, check_takes
 from lamella.result import Result
 from lamella.signature import EMPTY, Parameter, Signature, is_model, kind_of, kinds_of, settings_of, signature
 from lamella.stack import Model, Stack
-from lamella.zoo import Checkpoint, Written, open_for, open_model, open_tokenizer, open_written
+from lamella.zoo import Checkpoint, View, Written, open_for, open_model, open_tokenizer, open_written
 from lamella.zoo.checks import check_model
 
 READ: dict[Any, Callable[[Path], Any]] = {Plan: Plan.read, PlanSeries: PlanSeries.read}
@@ -162,7 +162,8 @@ class Opening:
         if is_model(kind):
             return self._model(kind, value)
         if kind is None or not (value is None or isinstance(value, str | Path | list)):
-            return value  # open already
+            is_model_of_view = kind is not None and issubclass(kind, View) and not isinstance(value, kind)
+            return kind.open(value, **settings) if is_model_of_view else value  # else open already
         if kind in READ or issubclass(kind, Result):
             return (READ.get(kind) or kind.read)(Path(value))  # type: ignore[arg-type]
         if _judges(parameter):

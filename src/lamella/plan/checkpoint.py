@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from lamella.errors import CheckpointError
-from lamella.reading import parse_json
+from lamella.reading import open_file, parse_json
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -190,7 +190,8 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: when it is missing or damaged.
     """
     try:
-        document = parse_json(path.read_bytes())
+        with open_file(path) as file:  # a pipe would be waited for
+            document = parse_json(file.read())
     except FileNotFoundError:
         raise CheckpointError(f"{path}: is missing; give the folder of a whole checkpoint") from None
     except (OSError, ValueError) as error:

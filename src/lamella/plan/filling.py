@@ -6,13 +6,15 @@ diffusers put random values, or none, where a tensor is missing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lamella.errors import CheckpointError
 from lamella.plan.checkpoint import read_header
@@ -95,6 +97,30 @@ def check_tensors(network: nn.Module, stored: Mapping[str, Shape], where: str | 
     known = {id(own[name]) for name in stored}
     absent = [name for name, each in own.items() if id(each) not in known and name.rpartition(".")[2] != UNREAD]
     _check_none_missing(where, absent)
+
+
+@contextmanager
+def at_most(parameters: int, config: Path) -> Iterator[None]:
+    """Limit how many parameters the modules that are built in this context have, since a config may ask for millions.
+
+    Args:
+        parameters: the limit.
+        config: the file that asks for them, for the message.
+
+    Raises:
+        CheckpointError: when one more is registered.
+    """
+    left = iter(range(parameters))
+
+    def count(*_: object) -> None:
+        if next(left, None) is None:
+            raise CheckpointError(f"{config}: asks for more layers than the weights are of: get it again")
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _mismatch(where: str | Path, name: str, shape: Shape, wanted: Shape | None) -> CheckpointError:

@@ -3,6 +3,8 @@
 from lamella.stack.architectures import (
     ARCHITECTURES,
     ASSEMBLIES,
+    PROJECTED,
+    architectures_of,
     auto_class,
     cuttable,
     find_architecture,
@@ -19,7 +21,7 @@ from lamella.stack.proof import digest_of_proof, kind_of, numbers_of, prove
 from lamella.stack.sharing import replace_forward, share
 from lamella.stack.silence import silencers
 from lamella.stack.sites import Group, Level, Position, groups_at, positions_at, positions_of, sites_of
-from lamella.stack.stack import Context, Model, Place, Stack, Stream, last_stack, open_model
+from lamella.stack.stack import Context, Model, Place, Stack, Stream, last_stack, library_of, open_model
 from lamella.stack.sublayers import ByKind, Parallel, PartialLayer, Placeholder, counts_tokens, hold, join, own_keys
 from lamella.stack.weights import Weight, matrices, weights
 from lamella.stack.wiring import Part, Sizes, Wiring
@@ -28,6 +30,7 @@ __all__ = [
     "ARCHITECTURES",
     "ASSEMBLIES",
     "BLOCK_TABLES",
+    "PROJECTED",
     "Architecture",
     "Assembly",
     "BlockKind",
@@ -53,6 +56,7 @@ __all__ = [
     "Sublayer",
     "Weight",
     "Wiring",
+    "architectures_of",
     "attend_with_weights",
     "auto_class",
     "beginnings",
@@ -67,6 +71,7 @@ __all__ = [
     "join",
     "kind_of",
     "last_stack",
+    "library_of",
     "matrices",
     "norm_before",
     "numbers_of",

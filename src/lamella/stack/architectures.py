@@ -620,6 +620,7 @@ for _name, _like in {
     "blenderbot": "mbart",
 }.items():
     ASSEMBLIES[_name] = replace(ASSEMBLIES[_like], name=_name)
+PROJECTED = "CLIPVisionModelWithProjection"  # holds the tower of a clip_vision_model, and projects its output
 _DERIVED: dict[str, Architecture] = {}  # by the digest of a config
 REFUSED = {  # types that look like ones that are known, with what is different
     "diffusion_gemma": "it denoises tokens drawn at random instead of masks, reads its own last logits, and shares the "
@@ -681,6 +682,14 @@ def find_architectures(config: Any) -> dict[str, Architecture]:
     else:
         found = (_derived(config, model_type),)
     return {each.stack: each for each in found}
+
+
+def architectures_of(model: Any) -> dict[str, Architecture]:
+    """The architecture of every stack of a transformers model in memory, by the stack's name; see above."""
+    found = find_architectures(model.config)
+    if type(model).__name__ == PROJECTED:
+        return {stack: replace(each, base="vision_model", wired=None) for stack, each in found.items()}
+    return found
 
 
 def own_class(model_type: str) -> Any:

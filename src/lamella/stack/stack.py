@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import ArchitectureError, NumericsError
-from lamella.stack.architectures import check_own, find_architectures
+from lamella.stack.architectures import architectures_of, check_own
 from lamella.stack.digest import digest_of_files
 from lamella.stack.entry import Architecture, Experts
 from lamella.stack.experts import find_experts
@@ -28,6 +28,7 @@ from lamella.stack.sublayers import Parallel, join
 Stream = Tensor | Parallel
 Place = int | tuple[int, str]  # the place in the stream before a layer, or before a sublayer of it
 NOTHING: frozenset[Position] = frozenset()
+LIBRARIES = ("diffusers", "timm", "torchvision")  # beside transformers
 
 
 @dataclass(frozen=True)
@@ -47,45 +48,89 @@ class Context:
     modalities: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-class Model:
-    """A model and its named stacks. Nothing in here writes to the model.
+def library_of(model: Any) -> str:
+    """The library that a model in memory is of: ``transformers``, ``diffusers``, ``timm`` or ``torchvision``.
 
-    A model with one stack is that stack: :class:`Stack` is a model, too.
+    Raises:
+        ArchitectureError: for anything else.
+    """
+    packages = {each.__module__.partition(".")[0] for each in type(model).__mro__}
+    if isinstance(model, nn.Module) or "diffusers" in packages:  # a pipeline of diffusers is no module
+        if found := next((each for each in LIBRARIES if each in packages), None):
+            return found
+        if hasattr(model, "config"):
+            return "transformers"
+        if hasattr(model, "pretrained_cfg"):  # a class from elsewhere that is registered with timm
+            return "timm"
+    raise ArchitectureError(
+        f"cannot open a {type(model).__name__}: give a transformers model, one of {', '.join(LIBRARIES)}, or its folder"
+    )
+
+
+class Model:
+    """A model of any library, and its named stacks. Nothing in here writes to the model.
+
+    A model with one stack is that stack: :class:`Stack` is a model, too. Models of other libraries than transformers
+    are not divided into stacks.
 
     Args:
-        model: a transformers model of a known architecture.
+        model: a transformers model of a known architecture, or a model of diffusers, timm or torchvision.
         path: the folder it was loaded from, when there is one.
         name: what to call it in messages and reports.
 
+    Attributes:
+        library: the library that the model is of.
+
     Raises:
-        ArchitectureError: for a model that the architecture table does not know.
+        ArchitectureError: for a model of another library, or one that the architecture table does not know.
     """
 
+    model: Any
+
     def __init__(self, model: Any, path: Path | None = None, name: str | None = None) -> None:
-        if not isinstance(model, nn.Module) or not hasattr(model, "config"):
-            raise ArchitectureError(f"cannot open a {type(model).__name__}: give a transformers model or its folder")
-        check_own(model)
+        self.library = library_of(model)
+        self.architectures: Mapping[str, Architecture] = {}
+        if self.library == "transformers":
+            check_own(model)
+            self.architectures = architectures_of(model)
         self.model = model
         self.path = path
-        self.architectures = find_architectures(model.config)
         self.name = name or (path.name if path else type(model).__name__)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.name}: {', '.join(self.architectures)})"
+        return f"{type(self).__name__}({self.name}: {', '.join(self.architectures) or self.library})"
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The modules that hold its parameters: the model itself, or the networks of a pipeline."""
+        return [self.model]
 
     def describe(self) -> dict[str, Any]:
-        """What provenance and evidence say of the model."""
-        said = {"name": self.name, "parameters": sum(each.numel() for each in self.model.parameters())}
-        return said | ({} if self.files_digest is None else {"sha256": self.files_digest})
+        """The name, the library and the number of parameters, for provenance and evidence."""
+        parameters = sum(each.numel() for module in self.modules for each in module.parameters())
+        found = {"name": self.name, "library": self.library, "parameters": parameters}
+        return found | ({} if self.files_digest is None else {"sha256": self.files_digest})
 
     @cached_property
     def stacks(self) -> Mapping[str, Stack]:
-        """The stacks by name, in the order in which they run."""
+        """The stacks by name, in the order in which they run.
+
+        Raises:
+            ArchitectureError: for a model of another library than transformers.
+        """
+        self._check_stacks()
         return {stack: Stack(self.model, self.path, self.name, stack) for stack in self.architectures}
+
+    def _check_stacks(self) -> None:
+        if not self.architectures:
+            raise ArchitectureError(
+                f"{self.name} is a model of {self.library}, which is not divided into stacks of layers: give a "
+                "transformers model"
+            )
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return next(each.device for module in self.modules for each in module.parameters())
 
     @cached_property
     def files_digest(self) -> str | None:
@@ -96,7 +141,7 @@ class Model:
 def open_model(model: Any, path: Path | None = None, name: str | None = None) -> Model:
     """A model in memory with its stacks: where there is one, that stack."""
     opened = Model(model, path, name)
-    return opened if len(opened.architectures) > 1 else Stack(model, path, name)
+    return Stack(model, path, name) if len(opened.architectures) == 1 else opened
 
 
 class Stack(Model):
@@ -112,6 +157,7 @@ class Stack(Model):
 
     def __init__(self, model: Any, path: Path | None = None, name: str | None = None, stack: str | None = None) -> None:
         super().__init__(model, path, name)
+        self._check_stacks()
         if stack is None and len(self.architectures) > 1:
             *_, last = self.architectures
             known = " and ".join(self.architectures)
@@ -368,7 +414,7 @@ class Stack(Model):
 
 def last_stack(model: Any) -> Stack:
     """The stack of a transformers model whose logits are what the model says: its only one, or the last of several."""
-    *_, last = find_architectures(model.config)
+    *_, last = architectures_of(model)
     return Stack(model, stack=last)
 
 

@@ -1,6 +1,8 @@
 """Models and texts that every machine can have: the embedded default, built-in texts, nano models."""
 
 from lamella.zoo.cache import cache_folder
+from lamella.zoo.configs import open_config
+from lamella.zoo.libraries import timm_features
 from lamella.zoo.named import Changed, Checkpoint
 from lamella.zoo.nano import NANO, NANO_ASSEMBLIES, NANO_DIFFUSION, nano
 from lamella.zoo.opening import (
@@ -8,8 +10,8 @@ from lamella.zoo.opening import (
     chat_inputs,
     check_folder,
     computes_well,
+    default_device,
     load,
-    open_config,
     open_for,
     open_model,
     open_processor,
@@ -20,7 +22,9 @@ from lamella.zoo.opening import (
     prefer,
     preference,
 )
+from lamella.zoo.pipelines import Pipeline
 from lamella.zoo.pull import ZOO, convert_gguf, pull, resolve
+from lamella.zoo.views import View
 
 __all__ = [
     "NANO",
@@ -29,12 +33,15 @@ __all__ = [
     "ZOO",
     "Changed",
     "Checkpoint",
+    "Pipeline",
+    "View",
     "Written",
     "cache_folder",
     "chat_inputs",
     "check_folder",
     "computes_well",
     "convert_gguf",
+    "default_device",
     "load",
     "nano",
     "open_config",
@@ -49,4 +56,5 @@ __all__ = [
     "preference",
     "pull",
     "resolve",
+    "timm_features",
 ]

@@ -7,14 +7,15 @@ from functools import cache
 from pathlib import Path
 
 from lamella.errors import CheckpointError, DownloadError
-from lamella.zoo.opening import check_folder
+from lamella.zoo.libraries import parse_name
+from lamella.zoo.opening import check_folder, library_in
 from lamella.zoo.pull import ZOO, check_hub_id
 
 SECONDS = 10.0  # for which the hub may think about a name
 
 
 def check_model(model: str | Path, allow_pickle: bool = False) -> None:
-    """Check that a model can be opened, without opening it: a complete folder, a zoo name, or a hub id that exists.
+    """Check that a model can be opened, without opening it: a complete folder, a known name, or a hub id that exists.
 
     Args:
         allow_pickle: whether pickle checkpoints may be opened.
@@ -25,10 +26,11 @@ def check_model(model: str | Path, allow_pickle: bool = False) -> None:
     """
     path, name = Path(model).expanduser(), str(model)
     if path.is_dir():
-        check_folder(path, allow_pickle)
+        if library_in(path) == "transformers":
+            check_folder(path, allow_pickle)
         return
     models = [entry.name for entry in ZOO.values() if entry.kind == "model"]
-    if name in models:
+    if name in models or parse_name(name) is not None:
         return
     check_hub_id(name, path)
     if "/" not in name and (near := difflib.get_close_matches(name, models, n=1, cutoff=0.8)):

@@ -1,13 +1,13 @@
-"""Opening a model: from memory, a folder, a zoo name or the hub.
+"""Opening a model of any library: from memory, a folder, a name of the zoo or of a library, or the hub.
 
-Nothing that lies in a folder is executed, whatever its files ask for: models are made of the classes of transformers, a
-native export of Lamella's own code, tokenizers of what is installed.
+Nothing that lies in a folder is executed, whatever its files ask for: models are made of the classes of the installed
+libraries, a native export of Lamella's own code, tokenizers of what is installed.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -17,34 +17,40 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, AutoConfig, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
-from lamella.errors import ArchitectureError, CheckpointError, DownloadError, LamellaError
+from lamella.errors import ArchitectureError, CheckpointError, LamellaError
 from lamella.extras import require
 from lamella.plan import Plan, checkpoint, native
 from lamella.plan.filling import pretrained
 from lamella.processes import local_rank
 from lamella.progress import tracker
 from lamella.quantize import NEEDS, run_by_torch
-from lamella.registry import Method, bring, fitting_stack
+from lamella.registry import Method, fitting_stack
 from lamella.runtime import apply
 from lamella.stack import (
     ARCHITECTURES,
     ASSEMBLIES,
+    PROJECTED,
     Model,
     Stack,
     auto_class,
     digest_of_proof,
     find_architecture,
     find_architectures,
+    library_of,
     prove,
 )
 from lamella.stack import open_model as in_memory
 from lamella.zoo.cache import cache_folder
+from lamella.zoo.configs import CONFIG, bring_class, exported, open_config
+from lamella.zoo.configs import load_from as _load
+from lamella.zoo.libraries import LibraryName, build_named, open_timm, parse_name
+from lamella.zoo.pipelines import INDEX, Pipeline, is_pipeline, open_network
 from lamella.zoo.pull import ZOO, resolve
 from lamella.zoo.quantised import dequantising, in_plain_numbers
 
-CONFIG, ADAPTER = "config.json", "adapter_config.json"
+ADAPTER = "adapter_config.json"
 PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 PRECISIONS = ("float32", "bfloat16", "float16")
 MOST_LAYERS = 10_000  # of a pickled checkpoint, which is not looked into
@@ -98,49 +104,71 @@ def open_model(
     device: str | None = None,
     allow_pickle: bool = False,
     prove_again: bool = False,
+    libraries: Sequence[str] = (),
+    classes: Sequence[str] = (),
 ) -> Model:
-    """Open a model with its named stacks; one with a single stack is that stack.
+    """Open a model of any library, a transformers model with its named stacks; one with a single stack is that stack.
 
     An architecture that has no entry in the table is derived from its class, and proved by one short forward pass; that
     it was proved is remembered in the cache folder.
 
     Args:
-        model: a transformers model in memory, a checkpoint folder, a zoo name, or a hub id.
-        dtype: of the weights. Left out, what :func:`prefer` says, or else as stored, but float32 on the CPU for
-            half-precision checkpoints that fit its memory twice over. Of a model in int8, that of the activations.
+        model: a model in memory; a folder that transformers, diffusers (a network or a whole pipeline) or timm has
+            written; a zoo name or a hub id of transformers; or ``timm:NAME`` or ``torchvision:NAME``, with random
+            weights or, as ``timm:NAME@FILE.safetensors``, those of a file.
+        dtype: of the weights; ``auto`` as they are stored. Left out, what :func:`prefer` says, or else as stored, but
+            float32 on the CPU for half-precision checkpoints that fit its memory twice over. Of a model in int8, that
+            of the activations. Models of timm and torchvision are in float32, unless it is given.
         device: where to put it; left out, what :func:`prefer` says, or else the first accelerator when there is one, or
             that of this process among several.
-        allow_pickle: also open pickle checkpoints, which can run code of their author.
+        allow_pickle: also open pickle checkpoints of transformers, which can run code of their author.
         prove_again: prove a derived architecture also where an earlier proof is remembered, as :func:`prefer` can say.
+        libraries: which ones the model may be of; any when left out.
+        classes: names of the classes that a network of diffusers may be of; any when left out. With transformers'
+            ``CLIPVisionModelWithProjection`` among them, CLIP is opened as its tower for images with the projection.
 
     Raises:
-        CheckpointError: for a folder that is missing, damaged, incomplete or unsafe.
+        CheckpointError: for a folder that is missing, damaged, incomplete or unsafe, or a model of another library.
         ArchitectureError: for an architecture that has no entry and cannot be derived or proved, or that comes with
             code of its own.
         DownloadError: for a hub id or zoo name that cannot be fetched.
+        LamellaError: for a model of a library that is not installed.
     """
-    if isinstance(model, Model):
-        return model
     if not isinstance(model, str | Path):
-        return _proved(in_memory(model), prove_again)
+        opened = model if isinstance(model, Model) else _from_memory(model, prove_again)
+        _check_library(opened.library, libraries, opened.name)
+        return opened
     if str(model) in STACK_NAMES and not Path(model).exists():
         raise ArchitectureError(
             f"'{model}' names no model, but a stack of models: give a model, and choose the stack with --stack {model} "
             "(of_stack in Python)"
         )
+    named = parse_name(model)
+    if named is not None:
+        _check_library(named.library, libraries, model)
+        return _from_library(named, dtype, device, classes)
+    if libraries and "transformers" not in libraries and not Path(model).expanduser().is_dir():
+        raise CheckpointError(f"there is no folder {model}")
     place = resolve(model)
+    library = library_in(place)
+    _check_library(library, libraries, model)
+    if isinstance(place, Path) and library != "transformers":
+        return _from_library(place, dtype, device, classes)
     name = str(model) if str(model) in ZOO else Path(place).name
     said = None
     if isinstance(place, Path):
         check_folder(place, allow_pickle)
         said = exported(place)
     config = open_config(place)
+    is_clip = config.model_type == "clip"  # with a tower for images and one for texts
+    is_projected = PROJECTED in classes and (is_clip or PROJECTED in (getattr(config, "architectures", None) or ()))
+    config = config.vision_config if is_clip and is_projected else config
     if isinstance(place, Path):
         _check_layers(place, config)
-    auto = auto_class(config)
+    auto = PROJECTED if is_projected else auto_class(config)
     opener = getattr(transformers, auto)
     preferred = preference()
-    device = device or preferred.device or (f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     integers = _is_int8(config)
     if integers:
         require("torchao", *NEEDS)
@@ -159,6 +187,55 @@ def open_model(
     loaded = run_by_torch(loaded) if integers else loaded
     opened = in_memory(loaded, _snapshot(place) if isinstance(place, str) else place, name)
     return _proved(opened, prove_again or integers)
+
+
+def library_in(place: Path | str) -> str:
+    """The library that the model in a folder is of; transformers for a hub id.
+
+    Raises:
+        CheckpointError: for a config that is damaged.
+    """
+    if not isinstance(place, Path):
+        return "transformers"
+    if is_pipeline(place):
+        return "diffusers"
+    config = checkpoint.read_json(place / CONFIG) if (place / CONFIG).is_file() else {}
+    if "model_type" in config:
+        return "transformers"
+    return "diffusers" if "_class_name" in config else "timm" if "architecture" in config else "transformers"
+
+
+def _check_library(library: str, allowed: Sequence[str], model: str | Path) -> None:
+    if not allowed or library in allowed:
+        return
+    if Path(model).is_dir() and not (Path(model) / CONFIG).is_file() and not is_pipeline(Path(model)):
+        raise CheckpointError(f"{model} has no {CONFIG} or {INDEX}")
+    raise CheckpointError(f"{model} is a model of {library}, where one of {' or '.join(allowed)} is needed")
+
+
+def _from_memory(model: Any, prove_again: bool) -> Model:
+    if library_of(model) == "diffusers" and not isinstance(model, torch.nn.Module):
+        return Pipeline(model)
+    opened = in_memory(model)
+    return _proved(opened, prove_again) if opened.architectures else opened
+
+
+def _from_library(
+    place: LibraryName | Path, dtype: torch.dtype | str | None, device: str | None, classes: Sequence[str]
+) -> Model:
+    """A model of another library than transformers, by its name or from its folder."""
+    dtype, device = dtype or preference().dtype, device or default_device()
+    name = place.name
+    if isinstance(place, LibraryName) or library_in(place) == "timm":
+        with tracker(f"opening {name}"):
+            module = build_named(place) if isinstance(place, LibraryName) else open_timm(place)
+        module = module if dtype in (None, "auto") else module.to(getattr(torch, str(dtype).removeprefix("torch.")))
+        return Model(module.to(device), place if isinstance(place, Path) else None, name)
+    dtype = dtype or ("float32" if device == "cpu" else "auto")
+    if is_pipeline(place):
+        return Pipeline(path=place, device=device, dtype=dtype)
+    with tracker(f"opening {name}"):
+        return Model(open_network(place, classes, dtype).to(device), place)
 
 
 def _proved(opened: Model, again: bool) -> Model:
@@ -230,6 +307,11 @@ def prefer(dtype: str | None = None, device: str | None = None, prove_again: boo
     _preferred.set(Preference(None if dtype is None else getattr(torch, dtype), device, prove_again))
 
 
+def default_device() -> str:
+    """Where models are put: what :func:`prefer` says, or else this process's accelerator, or the CPU without one."""
+    return preference().device or (f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu")
+
+
 def _too_large(place: Path | str, stored: torch.dtype) -> bool:
     """Whether a checkpoint would take more than half of the memory in float32, and need not be opened so."""
     if not isinstance(place, Path) or not computes_well(stored, "cpu"):
@@ -275,7 +357,7 @@ def open_written(folder: str | Path, **options: Any) -> Written:
         folder: an exported folder, or anything that :func:`open_model` takes.
         options: passed on to :func:`open_model`.
     """
-    place = resolve(folder)
+    place = folder if parse_name(folder) is not None else resolve(folder)
     said = exported(place) if isinstance(place, Path) and (place / CONFIG).is_file() else None
     opened = open_model(folder, **options)
     if said is None or said.plan is None:
@@ -326,47 +408,9 @@ def open_processor(model: str | Path) -> Any:
     place = resolve(model)
     if isinstance(place, Path) and not any((place / file).is_file() for file in PROCESSORS):
         return open_tokenizer(model)
-    _bring(place)
+    bring_class(place)
     processor = _load(AutoProcessor.from_pretrained, place, trust_remote_code=False)
     return processor if hasattr(processor, "image_processor") else open_tokenizer(model)
-
-
-def exported(folder: Path) -> native.Said | None:
-    """What the config of a folder says of a native export; None for any other checkpoint.
-
-    Raises:
-        CheckpointError: when the config is damaged, or says what no export does.
-    """
-    return native.said_of(checkpoint.read_json(folder / CONFIG), str(folder / CONFIG))
-
-
-def _bring(place: Path | str) -> None:
-    """Let transformers know the class of a method's own, where a checkpoint's config names one that it does not."""
-    if isinstance(place, Path) and (place / CONFIG).is_file():
-        kind = str(checkpoint.read_json(place / CONFIG).get("model_type"))
-        if kind not in CONFIG_MAPPING:
-            bring(kind)
-
-
-def open_config(place: Path | str) -> Any:
-    """The config of a checkpoint, which asks for no code but that of transformers and Lamella.
-
-    Raises:
-        ArchitectureError: when the model comes with modelling code of its own.
-        CheckpointError: when its layers ask for code from elsewhere.
-    """
-    said = exported(place) if isinstance(place, Path) else None
-    _bring(place)
-    if isinstance(place, Path) and said is not None and said.is_own_class:
-        kind = native.config_class(checkpoint.read_json(place / CONFIG)["model_type"])
-        config = _load(kind.from_pretrained, place)
-    else:
-        config = _load(AutoConfig.from_pretrained, place, trust_remote_code=False)
-    for what in ("_attn_implementation", "_experts_implementation"):
-        asked = getattr(config, what, None)
-        if isinstance(asked, str) and "/" in asked:  # kernels of the hub
-            raise CheckpointError(f"{place}: its config asks to run code of '{asked}': remove {what[1:]} from it")
-    return config
 
 
 def parameters_of(model: str | Path) -> int:
@@ -435,32 +479,6 @@ def check_folder(folder: Path, allow_pickle: bool = False) -> None:
         )
     if not pickles:
         raise CheckpointError(f"{folder} has no weights ({checkpoint.SINGLE}): the checkpoint is incomplete")
-
-
-def _load(load: Callable[..., Any], place: Path | str, **options: Any) -> Any:
-    """What transformers loads from a place; whatever it makes of damaged files is one line."""
-    try:
-        return load(place, **options)
-    except LamellaError:
-        raise
-    except Exception as error:  # transformers raises many kinds, from many libraries
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if "trust_remote_code" in reason:
-            raise ArchitectureError(
-                f"{place} needs code that comes with it, which Lamella never runs: if you trust it, load it with "
-                "transformers, and open the model in memory (lamella.open(model) in Python)"
-            ) from error
-        if "model type" in reason or "Unrecognized" in reason:
-            raise ArchitectureError(
-                f"{place}: this transformers does not know the architecture; {reason[:200]}"
-            ) from error
-        if isinstance(place, Path) or not isinstance(error, OSError | RuntimeError | KeyError):
-            raise CheckpointError(f"{place}: cannot be loaded: {reason[:300]}") from error
-        known = ", ".join(name for name, entry in ZOO.items() if entry.kind == "model")
-        raise DownloadError(
-            f"'{place}' is no folder here and no zoo name ({known}), and the hub did not answer for it: check the "
-            f"name, the network, or give a local folder ({reason[:120]})"
-        ) from error
 
 
 def _snapshot(hub_id: str) -> Path | None:

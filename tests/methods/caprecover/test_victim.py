@@ -238,6 +238,9 @@ def test_clip_is_cut_behind_its_layers_what_is_pooled_and_what_is_projected(whol
 def test_a_damaged_clip_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
     save_file({"logit_scale": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="12 layers do not fit the weights beside it"):
+        Victim.open(tmp_path)
+    save_file({f"text_model.{number}": torch.zeros(1) for number in range(12)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"class_embedding is missing, and 199 more"):
         Victim.open(tmp_path)
 

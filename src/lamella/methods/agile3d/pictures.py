@@ -14,7 +14,6 @@ from pathlib import Path, PurePath
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -22,7 +21,7 @@ from lamella.data.pictures import read_picture
 from lamella.errors import CalibrationError, CheckpointError, MethodError, listed
 from lamella.extras import require
 from lamella.methods.agile3d.scene import Scene, Tokens, tokenise
-from lamella.plan.filling import fill
+from lamella.zoo import timm_features
 
 OBJECTS = ".objects.png"  # how the name of a picture of objects ends
 STRIDE = 4  # pixels of a token's side
@@ -107,18 +106,11 @@ class PictureEncoder(nn.Module):
         levels: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        timm = require("timm", "vision", "segmenting pictures")
-        if not timm.is_model(name):  # nor a name by which it would fetch or run something
-            raise MethodError(f"timm has no network '{name}': give one that it has (timm.list_models() in Python)")
         self.channels, self.frozen = channels, frozen
-        self.backbone = timm.create_model(name, features_only=True, pretrained=pretrained)
-        if weights is not None:
-            theirs = load_file(weights)  # of the whole network, which also names classes
-            ours = {each: theirs[each] for each in self.backbone.state_dict() if each in theirs}
-            try:
-                fill(self.backbone, ours, weights)
-            except CheckpointError as error:
-                raise MethodError(f"{weights} does not hold the weights of {name}: give those ({error})") from None
+        try:
+            self.backbone = timm_features(name, weights, pretrained=pretrained)
+        except CheckpointError as error:
+            raise MethodError(f"{weights} does not hold the weights of {name}: give those ({error})") from None
         info = self.backbone.feature_info
         maps = [place for place, reduction in enumerate(info.reduction()) if reduction >= STRIDE]
         if not maps or info.reduction()[maps[0]] != STRIDE:

@@ -19,28 +19,25 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, CLIPImageProcessor, CLIPVisionModelWithProjection, ViTImageProcessor
+from transformers import AutoImageProcessor, CLIPImageProcessor, ViTImageProcessor
 
 from lamella.data import Captioned, Pictures
-from lamella.errors import ArchitectureError, CheckpointError, MethodError, reason_of
+from lamella.errors import ArchitectureError, CheckpointError, MethodError
 from lamella.extras import require
 from lamella.methods.caprecover import digits
 from lamella.plan import fingerprint
-from lamella.plan.filling import filled, pretrained
-from lamella.reading import parse_json, read_text
 from lamella.signature import Fixture
-from lamella.stack import Model, Stack
-from lamella.zoo import check_folder, open_model
+from lamella.stack import PROJECTED, Model, Stack
+from lamella.zoo import open_model
+from lamella.zoo.views import View
 
-CONFIG, PROCESSOR, WEIGHTS, SAME = "config.json", "preprocessor_config.json", "model.safetensors", 1e-5
+PROCESSOR, SAME = "preprocessor_config.json", 1e-5
 LARGEST_SIDE = 8192  # pixels of an image that a model reads
-CLIP = "CLIPVisionModelWithProjection"  # what a folder says that holds CLIP's tower alone
-PREPARED = ("input_size", "mean", "std", "interpolation", "crop_pct")  # what timm says of pictures
 Send = Callable[[str, Tensor], Tensor]  # from the name of a cut and what is sent there to what arrives
 
 
 @dataclass(frozen=True, eq=False)
-class Victim:
+class Victim(View):
     """A trained model with the places where it may be cut. It is frozen, and in evaluation mode.
 
     Attributes:
@@ -51,11 +48,14 @@ class Victim:
         seen: digests of the pictures that it was trained on, where they are known: nobody attacks with those.
     """
 
-    metavar = "MODEL"
     told = (
-        "the folder of a transformers model that reads images, CLIP among them, or of a timm model; or digits, a small "
-        "network that is built in"
+        "a transformers model that reads images, CLIP among them, or a timm model, such as its folder; or digits, a "
+        "small network that is built in"
     )
+    noun = "model that reads images"
+    libraries = ("transformers", "timm")
+    classes = (PROJECTED,)
+    names = (digits.NAME,)
     example = Fixture(digits.NAME)
 
     model: Any
@@ -65,33 +65,24 @@ class Victim:
     seen: frozenset[str] = field(default_factory=frozenset)
 
     @classmethod
-    def open(cls, name: str | Path) -> Victim:
-        """Open a model.
-
-        Args:
-            name: a folder; or ``digits``, which is trained on scikit-learn's digits when it is first asked for.
-
-        Raises:
-            CheckpointError, ArchitectureError: for one that cannot be opened, or reads no images.
-        """
-        if str(name) == digits.NAME:
-            model, seen = digits.victim()
-            return cls(model, digits.CUTS, digits.prepare, digits.NAME, seen)
-        folder = Path(name)
-        said = parse_json(read_text(folder / CONFIG)) if (folder / CONFIG).is_file() else {}
-        if "architecture" in said:
-            return _of_timm(folder)
-        if isinstance(said, dict) and (said.get("model_type") == "clip" or CLIP in str(said.get("architectures"))):
-            return _of_clip(folder)
-        return cls.of(open_model(name))
+    def built_in(cls, name: str) -> Victim:
+        """``digits``, which is trained on scikit-learn's digits when it is first asked for."""
+        model, seen = digits.victim()
+        return cls(model, digits.CUTS, digits.prepare, name, seen)
 
     @classmethod
-    def of(cls, model: Model) -> Victim:
-        """The layers of an opened transformers model that reads images; of one that writes about them, its tower's.
+    def of(cls, model: Any) -> Victim:
+        """The layers of a transformers model that reads images; of one that writes about them, those of its tower.
+
+        CLIP's tower is cut behind what it has pooled, too, and behind the projection to where texts lie; a timm model
+        behind its stages and what it has pooled.
 
         Raises:
             ArchitectureError: for one that reads no images, or more of them than their pixels.
         """
+        model = open_model(model)
+        if model.library == "timm":
+            return of_timm(model.model, model.name)
         stack = model.stacks.get("vision") or next(iter(model.stacks.values()))
         if stack.architecture.modality != "image":
             raise ArchitectureError(f"{model.name} reads no images: see `lamella run caprecover tokens`")
@@ -100,6 +91,8 @@ class Victim:
         if "pixel_values" not in signature(network.forward).parameters:
             raise ArchitectureError(f"the tower of {model.name} reads more than pixels: give a tower by itself")
         cuts = {f"layers.{layer}": f"{layers}.{layer}" for layer in range(len(stack))}
+        if type(network).__name__ == PROJECTED:
+            cuts |= {"pooled": "vision_model.post_layernorm", "projected": "visual_projection"}
         return cls(network.eval(), cuts, partial(_processed, _reader(model, stack)), model.name)
 
     def describe(self) -> dict[str, Any]:
@@ -211,6 +204,8 @@ def _reader(model: Model, stack: Stack) -> Any:
     if model.path is not None and (own := _beside(model.path)) is not None:
         return own
     size = stack.config.image_size
+    if type(model.model).__name__ == PROJECTED:
+        return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
     return ViTImageProcessor(size={"height": size, "width": size})
 
 
@@ -243,59 +238,11 @@ def _processed(reader: Any, pictures: Sequence[Captioned]) -> Tensor:
     return found
 
 
-def _of_clip(folder: Path) -> Victim:
-    """The vision tower of CLIP from the folder of a whole CLIP, or of its tower with the projection.
-
-    It is cut behind its layers, behind what it has pooled, and behind the projection to where texts lie.
-    """
-    check_folder(folder, allow_pickle=False)
-    try:
-        model = pretrained(
-            CLIPVisionModelWithProjection, folder, use_safetensors=True, local_files_only=True, dtype=torch.float32
-        )
-    except CheckpointError:
-        raise
-    except Exception as error:  # of a damaged folder, anything
-        raise CheckpointError(f"{folder}: no CLIP model ({reason_of(error)})") from None
-    cuts = {
-        f"layers.{layer}": f"vision_model.encoder.layers.{layer}" for layer in range(model.config.num_hidden_layers)
-    }
-    cuts |= {"pooled": "vision_model.post_layernorm", "projected": "visual_projection"}
-    size = model.config.image_size
-    usual = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-    prepare = partial(_processed, _beside(folder) or usual)
-    return Victim(model.eval().requires_grad_(False), cuts, prepare, folder.name)
-
-
-def _of_timm(folder: Path) -> Victim:
-    """A timm model from a folder in the layout of the hub: config.json and model.safetensors.
-
-    Of the config, the name of the network counts, its classes, and how pictures are prepared: nothing by which timm
-    would fetch or run something else.
-    """
-    timm = require("timm", "vision", "opening a timm model")
-    if not (folder / WEIGHTS).is_file():
-        raise CheckpointError(f"{folder} has no {WEIGHTS}: give a timm model without pickles")
-    try:
-        said = parse_json(read_text(folder / CONFIG))
-        name, settings = said["architecture"], said.get("pretrained_cfg", said)
-        if not timm.is_model(name):
-            raise ValueError(f"timm has no network '{name}'")
-        prepared = {key: settings[key] for key in PREPARED if key in settings}
-        sizes = {key: value for key, value in said.get("model_args", {}).items() if isinstance(value, int | float)}
-        build = partial(timm.create_model, name, pretrained=False, num_classes=int(said["num_classes"]), **sizes)
-        model = filled(build, folder / WEIGHTS)
-        return of_timm(model, folder.name, prepared)
-    except Exception as error:  # of a damaged folder, anything
-        raise CheckpointError(f"{folder}: no timm model ({reason_of(error)})") from None
-
-
-def of_timm(model: Any, name: str = "victim", prepared: Mapping[str, Any] | None = None) -> Victim:
+def of_timm(model: Any, name: str = "victim") -> Victim:
     """The stages of a timm model in memory: those of its features, and what it has pooled.
 
     Args:
         name: what to call it.
-        prepared: how it wants pictures, in timm's names, where that differs from what its class says.
     """
     stages = {each["module"]: each["module"] for each in getattr(model, "feature_info", [])}
     if not stages:
@@ -304,10 +251,8 @@ def of_timm(model: Any, name: str = "victim", prepared: Mapping[str, Any] | None
         stages["pooled"] = "global_pool"
     sides = getattr(getattr(model, "patch_embed", None), "img_size", None)  # of a ViT of another size than usual
     asked = {} if sides is None else {"input_size": (3, *sides)}
-    config = require("timm.data", "vision", "scaling pictures").resolve_data_config(
-        asked | dict(prepared or {}), model=model
-    )
-    transform = require("timm.data", "vision", "scaling pictures").create_transform(**config)
+    data = require("timm.data", "vision", "scaling pictures")
+    transform = data.create_transform(**data.resolve_data_config(asked, model=model))
     image = require("PIL.Image", "vision", "scaling pictures")
 
     def prepare(pictures: Sequence[Captioned]) -> Tensor:

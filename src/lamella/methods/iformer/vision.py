@@ -14,35 +14,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lamella.data import Captioned
-from lamella.errors import CheckpointError, MethodError, reason_of
+from lamella.errors import MethodError
 from lamella.extras import require
 from lamella.methods.iformer.geometry import Geometry
 from lamella.methods.iformer.network import InceptionTransformer
 from lamella.methods.iformer.textures import CLASSES, SIDE, textures
 from lamella.plan import fingerprint
-from lamella.plan.filling import fill
-from lamella.reading import parse_json, read_text
 from lamella.signature import Fixture
 from lamella.train import TrainConfig, class_nats, fit, supervised
+from lamella.zoo import open_model
 from lamella.zoo.cache import build_once
+from lamella.zoo.views import View
 
 BUILT_IN = "textures"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-NUMBERS = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "reg_tokens", "mlp_ratio",
-           "init_values", "qkv_bias", "qk_norm", "class_token", "no_embed_class", "pre_norm", "final_norm", "fc_norm",
-           "global_pool", "dynamic_img_size")  # fmt: skip
-LARGEST = 1 << 14  # any number among them
+LARGEST = 1 << 14  # pixels on a side
 SMALL = {"img_size": SIDE, "patch_size": 4, "embed_dim": 48, "depth": 3, "num_heads": 4}  # of the built-in model
 LOOKED_AT = 2000  # pictures that it learns from
 BATCH = 32
 
 
 @dataclass(frozen=True, eq=False)
-class Vision:
+class Vision(View):
     """A trained network and how it wants its pictures.
 
     Attributes:
@@ -54,11 +51,13 @@ class Vision:
         crop: the share of a picture, on a side, that is looked at.
     """
 
-    metavar = "MODEL"
     told = (
         "the folder of a timm model with its config.json and model.safetensors, of a network that iformer wrote, or "
         "textures: a small vision transformer that is trained when it is first asked for"
     )
+    noun = "vision transformer of timm"
+    libraries = ("timm",)
+    names = (BUILT_IN,)
     example = Fixture(BUILT_IN)
 
     model: Any
@@ -70,11 +69,11 @@ class Vision:
     crop: float = 1.0
 
     @classmethod
-    def open(cls, name: str | Path, *, size: int | None = None) -> Vision:
+    def open(cls, name: Any, *, size: int | None = None) -> Vision:
         """Open a network.
 
         Args:
-            name: a folder, or ``textures``.
+            name: a timm model that ``lamella.open`` takes, a network that iformer wrote, or ``textures``.
             size: pixels on a side, for which positions are interpolated; the model's own when left out. One with local
                 paths has no other.
 
@@ -82,19 +81,38 @@ class Vision:
             CheckpointError: for a folder that is missing, damaged, or holds another kind of model.
             MethodError: for a size that patches do not divide, or a network that has one size.
         """
-        folder = built_in() if str(name) == BUILT_IN else Path(name)
-        if (folder / "network.json").is_file():
+        if isinstance(name, str | Path) and (Path(name) / "network.json").is_file():
             from lamella.methods.iformer.result import read_network  # which has this type among its own
 
-            found = read_network(folder)
+            found = read_network(Path(name))
         else:
-            found = _of_timm(folder, str(name))
+            found = super().open(name)
         return found if size is None else found.sized(size)
 
     @classmethod
-    def of(cls, model: Any, name: str = "the model", *, crop: float = 1.0) -> Vision:
-        """A timm model in memory, with the mean and the deviation of its own configuration."""
+    def built_in(cls, name: str) -> Vision:
+        """``textures``, which is trained when it is first asked for."""
+        return replace(cls.of(open_model(built_in(), dtype=cls.dtype)), name=name)
+
+    @classmethod
+    def of(cls, model: Any, name: str | None = None, *, crop: float | None = None) -> Vision:
+        """A timm model, with the mean and the deviation of its own configuration.
+
+        Args:
+            model: opened, or in memory.
+            name: what to call it.
+            crop: the share of a picture, on a side, that is looked at; left out, what a folder says, and all for a
+                model in memory.
+
+        Raises:
+            MethodError: for one that is no plain vision transformer.
+        """
+        opened = open_model(model)
+        model, name = opened.model, name or opened.name
+        Geometry.of(model, name)
         cfg = getattr(model, "pretrained_cfg", None) or {}
+        if crop is None:
+            crop = 1.0 if opened.path is None else float(cfg["crop_pct"])
         channels = model.patch_embed.proj.in_channels
         mean, std = (_by_channel(cfg.get(key), channels) for key in ("mean", "std"))
         return cls(model.eval(), name, tuple(model.patch_embed.img_size), channels, mean, std, crop)
@@ -143,50 +161,9 @@ class Vision:
                 "crop": self.crop, "parameters": parameters, "sha256": fingerprint.state(self.model)}  # fmt: skip
 
 
-def _of_timm(folder: Path, name: str) -> Vision:
-    """A vision transformer in the layout of the hub; its weights are those that the file has, whatever it claims."""
-    timm = require("timm", "vision", "vision transformers")
-    try:
-        config = parse_json(read_text(folder / CONFIG, "give a folder of a timm model"))
-        architecture, given = config["architecture"], config.get("model_args") or {}
-        cfg = config.get("pretrained_cfg") or {}
-        if not isinstance(architecture, str) or not timm.is_model(architecture):
-            raise ValueError(f"timm has no model '{architecture}'")
-        wrong = next((key for key, value in given.items() if key not in NUMBERS or not _is_plain(value)), None)
-        if wrong is not None:
-            raise ValueError(f"its {wrong} is not among what a plain vision transformer has")
-        classes, crop = int(config.get("num_classes", 1000)), float(cfg.get("crop_pct") or 1.0)
-        if not 0 <= classes <= 1 << 20 or not 0.1 <= crop <= 1:
-            raise ValueError("a number of its config.json is out of range")
-        weights = {key: each.float() for key, each in load_file(folder / WEIGHTS).items()}
-        if given.get("depth", 0) > len(weights):
-            raise ValueError("it has fewer weights than layers")
-        with torch.device("meta"):
-            model = timm.create_model(architecture, pretrained=False, num_classes=classes, **given)
-        Geometry.of(model, name)
-        fill(model, weights, WEIGHTS)
-        channels = model.patch_embed.proj.in_channels
-        mean, std = (_by_channel(cfg.get(key), channels) for key in ("mean", "std"))
-    except MethodError:
-        raise
-    except Exception as error:  # of a damaged folder, anything
-        reason = reason_of(error)
-        raise CheckpointError(f"{name}: no vision transformer of timm ({reason}): give {Vision.told}") from None
-    return Vision(model.eval(), name, tuple(model.patch_embed.img_size), channels, mean, std, crop)
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list):
-        return len(value) == 2 and all(isinstance(each, int) and 1 <= each <= LARGEST for each in value)
-    small = not isinstance(value, int | float) or 0 <= value <= LARGEST
-    return value is None or (isinstance(value, bool | int | float | str) and small)
-
-
 def _by_channel(values: Any, channels: int) -> tuple[float, ...]:
     """Numbers for each channel; a half where there are none."""
     found = [float(each) for each in values or [0.5] * channels]
-    if not all(0 <= each <= 1 for each in found):
-        raise ValueError("means and deviations of a channel are between 0 and 1")
     return tuple(found if len(found) == channels else [sum(found) / len(found)] * channels)
 
 

@@ -22,18 +22,12 @@ from typing import Any, Literal
 
 import torch
 
-from lamella.errors import CheckpointError, ExportError
-from lamella.extras import require
-from lamella.plan.filling import filled
-from lamella.reading import parse_json, read_text
+from lamella.errors import ExportError
 from lamella.stack import BLOCK_TABLES, Blocks, blocks, replace_forward, share
-from lamella.stack.blocks import leave_out
+from lamella.zoo.configs import CONFIG
+from lamella.zoo.pipelines import CUT, CUT_MODULE, DROPPED, INDEX
 
 Form = Literal["plain", "native", "portable"]
-PARTS = ("unet", "transformer")  # what pipelines call their network
-KINDS = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel")
-CONFIG, WEIGHTS, INDEX = "config.json", "diffusion_pytorch_model.safetensors", "model_index.json"
-MODULE, CLASS, DROPPED = "cut_network", "Cut", "lamella_dropped"
 WITHOUT_ATTENTION = {
     "AttnDownBlock2D": "DownBlock2D",
     "AttnUpBlock2D": "UpBlock2D",
@@ -130,39 +124,15 @@ def portable(whole: Blocks, network: Any, dropped: Collection[str]) -> Any:
     return made.eval()
 
 
-def restore(folder: Path) -> Any:
-    """What lies in a native form, made by the library's own code.
-
-    Raises:
-        CheckpointError: for what Lamella has not written.
-    """
-    config = parse_json(read_text(folder / CONFIG))
-    kind, paths = str(config.pop("_class_name", "")).removeprefix(CLASS), config.pop(DROPPED, None)
-    if kind not in KINDS or not isinstance(paths, list) or not all(isinstance(each, str) for each in paths):
-        raise CheckpointError(f"{folder / CONFIG}: '{kind}' without its blocks is nothing that Lamella has written")
-
-    def build() -> Any:
-        made = getattr(require("diffusers", "vision", "opening a network"), kind).from_config(config)
-        for path in paths:
-            block = made.get_submodule(path)
-            left = BLOCK_TABLES[kind].kinds[type(block).__name__]
-            leave_out(block, left.bypass, left.keeps)
-        return made
-
-    made = filled(build, folder / WEIGHTS)
-    made.register_to_config(**{DROPPED: paths})
-    return made
-
-
 def add_class(folder: Path, part: str, base: str) -> None:
     """Make a saved pipeline, whose network lacks blocks, one that says so and carries its class."""
     for file, change in (
-        (folder / part / CONFIG, {"_class_name": CLASS + base}),
-        (folder / INDEX, {part: [MODULE, CLASS + base]}),
+        (folder / part / CONFIG, {"_class_name": CUT + base}),
+        (folder / INDEX, {part: [CUT_MODULE, CUT + base]}),
     ):
         said = json.loads(file.read_text(encoding="utf-8")) | change
         file.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
-    (folder / part / f"{MODULE}.py").write_text(modelling_file(base), encoding="utf-8")
+    (folder / part / f"{CUT_MODULE}.py").write_text(modelling_file(base), encoding="utf-8")
 
 
 def modelling_file(base: str) -> str:
@@ -171,7 +141,7 @@ def modelling_file(base: str) -> str:
     bypasses = dict.fromkeys(each.bypass for each in kinds.values())
     return _TEMPLATE.substitute(
         base=base,
-        name=CLASS + base,
+        name=CUT + base,
         dropped=DROPPED,
         replace_forward=inspect.getsource(replace_forward),
         leave_out=inspect.getsource(blocks.leave_out),

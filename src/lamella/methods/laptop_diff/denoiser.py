@@ -1,36 +1,29 @@
-"""The input: a model that predicts noise, in a pipeline of diffusers.
-
-Nothing in a pipeline's folder is executed: its parts are made of the classes of diffusers and transformers, and a
-network of which blocks are gone by Lamella's own code, from what its config says.
-"""
+"""The input: a model that predicts noise, in a pipeline of diffusers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lamella.data import Captioned
-from lamella.errors import ArchitectureError, CheckpointError, LamellaError, reason_of
+from lamella.errors import ArchitectureError
 from lamella.extras import require
 from lamella.methods.laptop_diff import digits
-from lamella.methods.laptop_diff.cut import INDEX, MODULE, PARTS, restore
 from lamella.plan import fingerprint
-from lamella.plan.filling import pretrained
-from lamella.reading import parse_json, read_text
 from lamella.signature import Fixture
 from lamella.stack import Blocks
-from lamella.zoo import preference
-from lamella.zoo.opening import open_config
+from lamella.zoo import Pipeline, default_device, open_model
+from lamella.zoo.pipelines import NETWORKS
+from lamella.zoo.views import View
 
 
 @dataclass(frozen=True, eq=False)
-class Denoiser:
+class Denoiser(View):
     """A network that predicts noise, with the pipeline that it is part of.
 
     Attributes:
@@ -38,37 +31,40 @@ class Denoiser:
         name: what to call it.
     """
 
-    metavar = "MODEL"
     told = "the folder of a diffusers pipeline, with a UNet or a DiT; or digits, a small one that is built in"
+    noun = "pipeline of diffusers"
+    libraries = ("diffusers",)
+    names = digits.NAMES
     example = Fixture(digits.UNTRAINED)
 
     pipeline: Any
     name: str
 
     @classmethod
-    def open(cls, name: str | Path) -> Denoiser:
-        """Open a pipeline.
+    def built_in(cls, name: str) -> Denoiser:
+        """A UNet, ``digits``, which is trained on scikit-learn's digits when it is first asked for (some minutes), or
+        ``untrained``, the same one before."""
+        return cls(digits.pipeline(name).to(default_device()), name)
 
-        Args:
-            name: its folder; ``digits``, a UNet which is trained on scikit-learn's digits when it is first asked for
-                (some minutes), or ``untrained``, the same one before.
+    @classmethod
+    def of(cls, model: Any) -> Denoiser:
+        """A pipeline.
 
         Raises:
-            CheckpointError: for a folder that is missing, damaged, or asks for other classes.
-            ArchitectureError: for a pipeline without a network whose blocks are known.
+            ArchitectureError: for a network without its pipeline.
         """
-        builtin = str(name) in digits.NAMES
-        pipeline = digits.pipeline(str(name)) if builtin else read_pipeline(Path(name))
-        device = preference().device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(pipeline.to(device), str(name) if builtin else Path(name).name)
+        opened = open_model(model)
+        if not isinstance(opened, Pipeline):
+            raise ArchitectureError(f"{opened.name} is a network without the pipeline that it is part of")
+        return cls(opened.model, opened.name)
 
     @cached_property
     def part(self) -> str:
         """What the pipeline calls its network."""
-        found = next((part for part in PARTS if part in self.pipeline.components), None)
+        found = next((part for part in NETWORKS if part in self.pipeline.components), None)
         if found is None:
             kind = type(self.pipeline).__name__
-            raise ArchitectureError(f"{self.name}: a {kind} has no {' or '.join(PARTS)}: give one that has")
+            raise ArchitectureError(f"{self.name}: a {kind} has no {' or '.join(NETWORKS)}: give one that has")
         return found
 
     @property
@@ -184,59 +180,3 @@ class Denoiser:
         made = type(self.pipeline)(**(scalars | components))
         made.set_progress_bar_config(disable=True)
         return Denoiser(made, name or self.name)
-
-
-def read_pipeline(folder: Path) -> Any:
-    """The pipeline in a folder.
-
-    Raises:
-        CheckpointError: when it is missing, damaged, or asks for classes that are not opened.
-    """
-    diffusers = require("diffusers", "vision", "opening a pipeline")
-    mend = "give the folder of a diffusers pipeline"
-    try:
-        said = parse_json(read_text(folder / INDEX, mend))
-    except (LamellaError, ValueError) as error:
-        raise CheckpointError(f"{folder}: no pipeline ({error})") from None
-    kind = said.get("_class_name") if isinstance(said, dict) else None
-    made: Any = getattr(diffusers, kind, None) if isinstance(kind, str) else None
-    if not isinstance(made, type) or not issubclass(made, diffusers.DiffusionPipeline):
-        raise CheckpointError(f"{folder / INDEX}: '{kind}' is no pipeline of diffusers: {mend}")
-    parts = {name: each for name, each in said.items() if not name.startswith("_")}
-    try:
-        pipeline = made(**{name: _component(folder, name, each) for name, each in parts.items()})
-    except LamellaError:
-        raise
-    except Exception as error:  # of damaged files, anything
-        raise CheckpointError(f"{folder}: cannot be opened: {reason_of(error)}") from None
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def _component(folder: Path, name: str, said: Any) -> Any:
-    """One part of a pipeline: a model, a scheduler, a tokenizer; or a setting."""
-    if not isinstance(said, list) or said == [None, None]:
-        return None if isinstance(said, list) else said
-    if len(said) != 2 or not all(isinstance(each, str) for each in said) or not name.isidentifier():
-        raise CheckpointError(f"{folder / INDEX}: '{name}' is no part of a pipeline")
-    library, kind = said
-    if library == MODULE and name in PARTS:
-        return restore(folder / name)
-    import diffusers
-    import transformers
-
-    home = {"diffusers": diffusers, "transformers": transformers}.get(library)
-    home = home or (getattr(diffusers.pipelines, library, None) if library.isidentifier() else None)
-    made: Any = getattr(home, kind, None)
-    is_part = isinstance(made, type) and not issubclass(made, diffusers.DiffusionPipeline)  # nor a pipeline in it
-    if not is_part or not hasattr(made, "from_pretrained"):
-        raise CheckpointError(f"{folder / INDEX}: '{name}' asks for {library}.{kind}, which is not opened")
-    is_model = issubclass(made, torch.nn.Module)
-    options: dict[str, Any] = {"use_safetensors": True} if is_model else {}
-    if library == "transformers":
-        options["trust_remote_code"] = False
-        if is_model:
-            options["config"] = open_config(folder / name)
-    load = partial(pretrained, made) if is_model else made.from_pretrained
-    part = load(folder / name, local_files_only=True, **options)
-    return part.eval() if is_model else part

@@ -14,15 +14,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
 
-from lamella.errors import CheckpointError, MethodError, listed, reason_of
-from lamella.extras import require
+from lamella.errors import MethodError, listed
 from lamella.methods.muranet.attention import SCALE, Norm, Paths, RelationBlock, Variant, normed
-from lamella.plan.filling import fill
+from lamella.zoo import timm_features
 
 LEAST_MAPS = 3
 
@@ -223,15 +220,10 @@ def of_timm(name: str, weights: Path | None = None) -> Encoder:
         CheckpointError: for weights of another network.
         LamellaError: when timm is missing.
     """
-    timm = require("timm", "vision", "an encoder of timm")
-    if not timm.is_model(name):  # nor a name by which it would fetch or run something
-        raise MethodError(f"timm has no network '{name}', nor is it one of {', '.join(ENCODERS)}: give one of these")
     try:
-        backbone = timm.create_model(name, features_only=True, pretrained=False)
-    except (RuntimeError, AssertionError, AttributeError, TypeError) as error:
-        raise MethodError(f"{name} gives no maps of its stages ({error}): choose another network") from None
-    if weights is not None:
-        _load(backbone, weights, name)
+        backbone = timm_features(name, weights)
+    except MethodError as error:
+        raise MethodError(f"{error}, or one of {', '.join(ENCODERS)}") from None
     info = backbone.feature_info
     stages = _stages(backbone, info.module_name(), name)
     config = getattr(backbone, "pretrained_cfg", None) or getattr(backbone, "default_cfg", {})
@@ -240,18 +232,6 @@ def of_timm(name: str, weights: Path | None = None) -> Encoder:
     if not encoder.mean.is_meta:
         _prove(encoder, backbone, name)
     return encoder
-
-
-def _load(backbone: nn.Module, file: Path, name: str) -> None:
-    try:
-        theirs = load_file(file)
-        ours = backbone.state_dict()
-        # where timm takes a network apart, stages_0 was stages.0
-        dotted = {each: each if each in theirs else each.replace("_", ".", 1) for each in ours}
-        fill(backbone, {each: theirs[key] for each, key in dotted.items() if key in theirs}, file.name)
-    except (OSError, SafetensorError, CheckpointError) as error:
-        reason = reason_of(error)
-        raise CheckpointError(f"{file}: no weights of {name} ({reason}): give those, as safetensors") from None
 
 
 def _stages(backbone: nn.Module, ends: Sequence[str], name: str) -> list[nn.Module]:

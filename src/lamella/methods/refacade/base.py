@@ -18,14 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamella.errors import CheckpointError, MethodError, reason_of
+from lamella.errors import CheckpointError, MethodError
 from lamella.methods.refacade.jigsaw import WHITE
-from lamella.methods.refacade.networks import CONFIG, read_network
-from lamella.plan.filling import pretrained
 from lamella.plan.fingerprint import tensors
 from lamella.signature import Fixture
-from lamella.zoo import preference
-from lamella.zoo.opening import open_config
+from lamella.zoo import Pipeline, default_device, open_model
+from lamella.zoo.views import View
 
 WAN, VACE, VAE = "WanTransformer3DModel", "WanVACETransformer3DModel", "AutoencoderKLWan"
 TEXT = ("text_encoder", "tokenizer")
@@ -37,7 +35,7 @@ TRAINED, UNTRAINED = "nano", "untrained"
 
 
 @dataclass(frozen=True, eq=False)
-class Base:
+class Base(View):
     """A video transformer that stays as it is.
 
     Attributes:
@@ -54,6 +52,11 @@ class Base:
         "the folder of a Wan pipeline of diffusers (transformer, vae, perhaps text_encoder and tokenizer), or nano, a "
         "small one that is built in"
     )
+    noun = "video transformer of Wan"
+    libraries = ("diffusers",)
+    classes = (WAN, VACE)
+    dtype = "auto"
+    names = (TRAINED, UNTRAINED)
     default = TRAINED
     example = Fixture(UNTRAINED)
 
@@ -65,45 +68,43 @@ class Base:
     vace_layers: tuple[int, ...] = ()
 
     @classmethod
-    def open(cls, name: str | Path) -> Base:
-        """Open a video transformer.
+    def built_in(cls, name: str) -> Base:
+        """``nano``, trained on textured objects when it is first asked for, or ``untrained``, the same one before."""
+        from lamella.methods.refacade import nano  # here, since it is trained as any other base
 
-        Args:
-            name: the folder of a pipeline or of the network alone; ``nano``, which is trained on textured objects when
-                it is first asked for, or ``untrained``, the same one before.
+        return cls(nano.network(name).to(default_device()), None, name)
+
+    @classmethod
+    def of(cls, model: Any) -> Base:
+        """The video transformer of a pipeline, with its autoencoder; or the transformer alone.
 
         Raises:
-            CheckpointError: for a folder that is missing, damaged, or of other classes.
+            CheckpointError: for one of other classes, or that reads other channels than there are.
         """
-        if str(name) in (TRAINED, UNTRAINED):
-            from lamella.methods.refacade import nano  # here, since it is trained as any other base
-
-            return cls(nano.network(str(name)), None, str(name)).placed()
-        folder = Path(name)
-        part = folder / "transformer" if (folder / "transformer").is_dir() else folder
-        network = read_network(part, (WAN, VACE))
+        opened = open_model(model)
+        vae = None
+        if isinstance(opened, Pipeline):  # whose text encoder stays where it is until there is a text
+            network = opened.part("transformer", cls.classes)
+            vae = opened.part("vae", (VAE,)) if opened.has("vae") else None
+        else:
+            network = opened.model
+        kind = type(network).__name__
+        if kind not in cls.classes:
+            raise CheckpointError(f"a {kind} is not {' or '.join(cls.classes)}")
         vace: dict[str, Tensor] = {}
         vace_layers: tuple[int, ...] = ()
-        if type(network).__name__ == VACE:
+        network.requires_grad_(False)
+        if kind == VACE:
             vace_layers = tuple(network.config.vace_layers)
             network, vace = without_control(network)
-        vae = read_network(folder / "vae", (VAE,)) if (folder / "vae" / CONFIG).is_file() else None
-        channels = vae.config.z_dim if vae is not None else 3
+        channels = vae.requires_grad_(False).config.z_dim if vae is not None else 3
         if network.config.in_channels != channels or network.config.out_channels != channels:
             there = "its autoencoder has" if vae is not None else "without an autoencoder there are"
             raise CheckpointError(
-                f"{folder}: the transformer reads {network.config.in_channels} channels, and {there} {channels}: give "
-                "a text-to-video or VACE pipeline with its vae"
+                f"the transformer reads {network.config.in_channels} channels, and {there} {channels}: give a "
+                "text-to-video or VACE pipeline with its vae"
             )
-        return cls(network, vae, folder.name, folder, vace, vace_layers).placed()
-
-    def placed(self) -> Base:
-        """The same on the machine's accelerator, where there is one."""
-        device = preference().device or ("cuda" if torch.cuda.is_available() else "cpu")
-        for each in (self.network, self.vae):
-            if each is not None:
-                each.to(device)
-        return self
+        return cls(network, vae, opened.name, opened.path, vace, vace_layers)
 
     def describe(self) -> dict[str, Any]:
         """What provenance says of it."""
@@ -256,20 +257,8 @@ def without_control(network: Any) -> tuple[Any, dict[str, Tensor]]:
 
 def encoded(folder: Path, prompt: str) -> Tensor:
     """What a Wan pipeline's text encoder says of a prompt, zeros behind it [1, tokens, width]."""
-    import transformers
-
-    how: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / TEXT[1], **how)
-        how |= {"config": open_config(folder / TEXT[0]), "use_safetensors": True}
-        encoder = pretrained(transformers.UMT5EncoderModel, folder / TEXT[0], **how).eval()
-    except CheckpointError:
-        raise
-    except Exception as error:  # of damaged files, anything
-        reason = reason_of(error)
-        raise CheckpointError(
-            f"{folder}: its text encoder cannot be opened ({reason}): give a whole pipeline"
-        ) from None
+    pipeline = Pipeline(path=folder)
+    encoder, tokenizer = pipeline.part(TEXT[0], ("UMT5EncoderModel",)), pipeline.part(TEXT[1])
     said = tokenizer([prompt], padding="max_length", max_length=WORDS, truncation=True, return_tensors="pt")
     with torch.no_grad():
         hidden: Tensor = encoder(said.input_ids, said.attention_mask).last_hidden_state

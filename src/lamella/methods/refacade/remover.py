@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from lamella.errors import CheckpointError, LamellaError
 from lamella.extras import require
 from lamella.methods.refacade.base import TIMES, VACE, WORDS, Base
-from lamella.methods.refacade.networks import read_network, write_network
 from lamella.reading import parse_json, read_text
+from lamella.zoo import open_model
 
 UNET = "UNet2DModel"
 KINDS = (VACE, UNET)
@@ -108,7 +108,7 @@ class TextureRemover(nn.Module):
 
     def write(self, folder: Path) -> None:
         """The network as diffusers writes one, and its steps."""
-        write_network(self.network, folder)
+        self.network.save_pretrained(folder)
         (folder / TOLD).write_text(json.dumps({"steps": self.steps}) + "\n", encoding="utf-8")
 
     @classmethod
@@ -118,7 +118,8 @@ class TextureRemover(nn.Module):
         Raises:
             CheckpointError: when there is none, or it is damaged.
         """
-        made = cls(read_network(folder, KINDS)).eval()
+        opened = open_model(folder, dtype="auto", device="cpu", libraries=("diffusers",), classes=KINDS)
+        made = cls(opened.model.requires_grad_(False)).eval()
         if (folder / TOLD).is_file():
             try:
                 made.steps = parse_json(read_text(folder / TOLD))["steps"]
