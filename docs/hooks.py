@@ -27,7 +27,7 @@ from typing import Any
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 
-from lamella.run import kind_of
+from lamella.runner import kind_of
 from lamella.plan import SiteModule
 from lamella.plan.parts import defined
 from lamella.registry import Method, all_commands, methods, room

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from lamella.plan.export import export as export
     from lamella.planners import planner as planner
     from lamella.registry import get_method as get_method
-    from lamella.run import compress as compress
-    from lamella.run import make_plan as make_plan
-    from lamella.run import run as run
+    from lamella.runner import compress as compress
+    from lamella.runner import make_plan as make_plan
+    from lamella.runner import run as run
     from lamella.runtime import PlanCache as PlanCache
     from lamella.runtime import apply as apply
     from lamella.runtime import parallel as parallel
@@ -56,7 +56,7 @@ _HOMES = {
     "apply": "lamella.runtime",
     "bench": "lamella.evaluate",
     "compose": "lamella.plan",
-    "compress": "lamella.run",
+    "compress": "lamella.runner",
     "cost": "lamella.evaluate",
     "export": "lamella.plan.export",
     "get_method": "lamella.registry",
@@ -64,10 +64,10 @@ _HOMES = {
     "load_text": "lamella.data",
     "open": "lamella.zoo",
     "parallel": "lamella.runtime",
-    "make_plan": "lamella.run",
+    "make_plan": "lamella.runner",
     "planner": "lamella.planners",
     "pull": "lamella.zoo",
-    "run": "lamella.run",
+    "run": "lamella.runner",
     "windows": "lamella.data",
 }
 _RENAMED = {"open": "open_model"}

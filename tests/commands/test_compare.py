@@ -17,7 +17,7 @@ from lamella.data import Passages, load_text, windows
 from lamella.data.reader import Reader
 from lamella.errors import ExportError, MethodError
 from lamella.methods.lora import lora
-from lamella.run import run
+from lamella.runner import run
 from lamella.stack import Stack
 from lamella.train.loop import Loop
 from lamella.zoo import open_stack, open_tokenizer

@@ -21,7 +21,7 @@ from lamella.evaluate import Memory, Ratio, Timing
 from lamella.plan import Plan
 from lamella.progress import Tracker
 from lamella.registry import methods
-from lamella.run import run
+from lamella.runner import run
 from lamella.search import Removals
 
 NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"

@@ -14,7 +14,7 @@ import pytest
 import lamella
 from lamella.commands.compress import race
 from lamella.plan import ModelReference, Plan
-from lamella.run import make_plan, run
+from lamella.runner import make_plan, run
 from lamella.stack import Stack
 from lamella.zoo import open_stack, open_tokenizer
 

@@ -18,7 +18,7 @@ from lamella.evaluate.scored import read_inputs
 from lamella.files import Work
 from lamella.methods import unified_skip
 from lamella.plan import ModelReference, Plan
-from lamella.run import run
+from lamella.runner import run
 from lamella.zoo import open_processor, open_stack
 from lamella.zoo.vlm import shapes_vlm
 

@@ -17,7 +17,7 @@ from lamella.errors import LamellaError, MethodError
 from lamella.plan import Plan, PlanSeries
 from lamella.registry import get_method, methods
 from lamella.results import Evidence
-from lamella.run import run
+from lamella.runner import run
 from lamella.signature import signature
 from lamella.zoo import open_stack
 

@@ -28,7 +28,7 @@ import lamella
 from lamella.errors import LamellaError, MethodError
 from lamella.plan import ModelReference, PlanSeries
 from lamella.registry import methods
-from lamella.run import run
+from lamella.runner import run
 from lamella.runtime import Sampler, apply, denoise, parallel
 
 METHODS = methods()

@@ -20,7 +20,7 @@ from lamella.provenance import describe, machine
 from lamella.registry import room
 from lamella.results import Edit, PlanSeries, Result
 from lamella.results.page import card, inline
-from lamella.run import _page, run
+from lamella.runner import _page, run
 
 RESUMED = [command for command, entry in COMMANDS.items() if entry.signature.work and suite_of(command) != "training"]
 ONCE = [command for command in COMMANDS if command not in RESUMED and suite_of(command) != "training"]

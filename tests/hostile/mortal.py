@@ -26,7 +26,8 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -201,22 +202,30 @@ def copied_by_two(place: Path) -> None:
 
 def compressed(place: Path, version: int = 1, overwrite: bool = True) -> None:
     """The last part of a compression; what comes before it measures times, which are never the same."""
-    evidence: dict[str, Any] = {"chosen": {}, "base": {}}
-    pipeline.peak_memory = lambda folder: Memory(1, 2)
-    pipeline._documents = lambda evidence: {
-        name: json.dumps(evidence) + "\n" for name in ("evidence.json", "README.md", "report.html")
-    }
-    given = opened(), opened(), plan(LAYERS[version])
-    pipeline._write(*given, place / "out", "auto", evidence, tokenizer(), overwrite)
+    result.peak_memory = lambda folder: Memory(1, 2)
+    measured: dict[str, Any] = {"chosen": {"form": "plain"}, "base": {}}
+    given = {"stack": opened(), "changed": opened(), "plan": plan(LAYERS[version]), "processor": tokenizer()}
+    found = result.Compression(**given, measured=measured)
+
+    def documents() -> dict[str, str]:
+        return {name: json.dumps(measured) + "\n" for name in ("evidence.json", "README.md", "report.html")}
+
+    found.save(place / "out", documents, overwrite=overwrite)
 
 
 def healed(place: Path, recipe: str, overwrite: bool = True) -> None:
     cut = plan(LAYERS[0]) if recipe == "continual-pretrain" else unified_skip(opened(), speedup=2.0)[1]
-    options: dict[str, Any] = {"steps": 8, "batch": 2, "lr": 1e-3, "save_every": 2}
+    given: dict[str, Any] = {"steps": 8, "batch": 2, "lr": 1e-3, "sequences": 12, "length": 32, "test": "pydoc"}
     if recipe == "continual-pretrain":
-        options["schedule"] = "infinite"  # two stages, the second of which begins with what the first has left
-    material = Material("pydoc", sequences=12, length=32)
-    heal(NANO_LLAMA, cut, place / "out", material=material, test="pydoc", options=options, overwrite=overwrite)
+        given["schedule"] = "infinite"  # two stages, the second of which begins with what the first has left
+    training._config = partial(saving, training._config)
+    run("heal", NANO_LLAMA, plan=cut, out=place / "out", overwrite=overwrite, **given)
+
+
+def saving(configured: Callable[..., TrainConfig], *given: Any) -> TrainConfig:
+    """The configuration of a training with a checkpoint every two steps."""
+    configured = getattr(configured, "func", configured)
+    return replace(configured(*given), save_every=2)
 
 
 def trained(place: Path) -> None:
@@ -322,10 +331,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     tqdm.tqdm.monitor_interval = 0  # its thread may hold a lock at a fork, which no one gives back in the child
 
-    from lamella.jobs import compress as pipeline
-    from lamella.jobs.heal import Material, heal
-
     from lamella import files
+    from lamella.commands.compress import result
+    from lamella.commands.heal import training
     from lamella.data import load_text, windows
     from lamella.evaluate import Memory
     from lamella.files import Work
@@ -333,7 +341,7 @@ if __name__ == "__main__":
     from lamella.methods.unified_skip import unified_skip
     from lamella.plan import ModelReference, Plan
     from lamella.plan.export import export, export_out_of_core
-    from lamella.run import make_plan
+    from lamella.runner import make_plan, run
     from lamella.stack import Stack
     from lamella.train import Constant, Feed, Replay, Task, TrainConfig, blocks, fit, response_loss
     from lamella.zoo import ZOO, open_stack, open_tokenizer, pull

@@ -19,10 +19,9 @@ from strategies import answered, damaged, dumped, mutated, share, strings, value
 from lamella.data import Reader, load_questions, load_text, read_pair_file, read_pairs, read_records
 from lamella.data.pictures import read_picture
 from lamella.errors import CalibrationError, LamellaError, TrainingError
-from lamella.jobs.heal import Material, _selected
 from lamella.methods.agile3d.ply import read_ply
 from lamella.methods.cola import KnownAnswers, Problem, read_samples
-from lamella.methods.paser import read_pool
+from lamella.methods.paser import Pool, paser, read_pool
 from lamella.plan import Plan
 from lamella.search import Cost, Memo, Removals, greedy
 from lamella.stack import Stack
@@ -162,8 +161,8 @@ def test_a_pool_to_select_from_is_read_or_refused(folder: Path, stack: Stack, to
     folder.mkdir(exist_ok=True)
     (folder / "pool.jsonl").write_bytes(content)
     with answered(folder):  # up to the choice, for which it is given no plan
-        material = Material(str(folder / "pool.jsonl"), select="paser", keep=0.5, length=64)
-        _selected(material, stack, None, Reader(lambda: tokenizer, 0))  # type: ignore[arg-type]
+        pool = Pool.open(folder / "pool.jsonl", Reader(lambda: tokenizer, 0))
+        paser(stack, pool, None, budget=0.5, max_length=64)  # type: ignore[arg-type]
 
 
 # Training logs.

@@ -14,7 +14,7 @@ from lamella.data.reader import Reader
 from lamella.errors import MethodError
 from lamella.methods.lora import lora
 from lamella.plan import ModelReference, PhasedPath, Plan
-from lamella.run import run
+from lamella.runner import run
 from lamella.runtime import apply
 from lamella.stack import Stack
 

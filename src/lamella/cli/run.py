@@ -336,7 +336,7 @@ def _asked(contract: Signature, slug: str, given: dict[str, Any], options: dict[
 
 
 def _run(entry: Method, given: dict[str, Any], values: dict[str, Any], options: dict[str, dict[str, Any]]) -> None:
-    from lamella.run import run
+    from lamella.runner import run
 
     output: Path | None = values.get("output")
     asked = _asked(entry.declared, entry.slug, given, options)

@@ -45,7 +45,7 @@ from lamella.methods.agile3d import (
     write_ply,
 )
 from lamella.methods.agile3d.viewer import ABOVE, coloured, spacing, thinned
-from lamella.run import run
+from lamella.runner import run
 from lamella.train import TrainingLog
 
 SMALL = Shape("nano", 0.25, hidden=16, heads=2, feedforward=32, layers=2, background=3)

@@ -30,7 +30,7 @@ from lamella.methods.cstrl import (
 )
 from lamella.methods.cstrl.baselines import Unfreezing
 from lamella.methods.cstrl.radiology import Said, judged, reports, word_tokenizer
-from lamella.run import run
+from lamella.runner import run
 from lamella.stack import Model, Stack, open_model
 from lamella.train import Task, TrainConfig, fit, response_loss
 from lamella.zoo.nano import nano

@@ -17,7 +17,7 @@ from lamella.methods.depth_efficiency import depth_efficiency
 from lamella.methods.depth_efficiency.page import page
 from lamella.plan import ModelReference, Plan
 from lamella.results import Evidence, Study
-from lamella.run import run
+from lamella.runner import run
 from lamella.runtime import apply
 from lamella.stack import Stack
 from lamella.zoo import nano, open_stack, open_tokenizer

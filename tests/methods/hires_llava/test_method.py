@@ -32,7 +32,7 @@ from lamella.methods.hires_llava import (
     streams,
 )
 from lamella.methods.hires_llava.entities import ENTITIES, NUMBERS, STRENGTHS, TURNS, Thing, covers, question, render
-from lamella.run import run
+from lamella.runner import run
 from lamella.stack import open_model
 from lamella.train import TrainConfig
 from lamella.zoo.nano import nano

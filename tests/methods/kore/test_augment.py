@@ -19,7 +19,7 @@ from lamella.methods.kore import Item, Knowledge, Templates, Tree, augment
 from lamella.methods.kore.items import placed
 from lamella.methods.kore.tree import checked, grown, made_turns, read_turns, requests
 from lamella.results import Illustrated
-from lamella.run import run
+from lamella.runner import run
 from lamella.zoo.vlm import shapes_vlm
 from lamella.zoo.worlds import glyphs
 

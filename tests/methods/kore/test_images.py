@@ -18,7 +18,7 @@ from lamella.methods.kore import Covariance, input_covariance, kore
 from lamella.methods.kore.method import beside, split_weights
 from lamella.methods.kore.projector import projector_of
 from lamella.results import Tuned
-from lamella.run import run
+from lamella.runner import run
 from lamella.stack import Model, Stack, last_stack, share
 from lamella.train import blocks, linear_at
 from lamella.zoo.nano import nano

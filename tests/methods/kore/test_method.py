@@ -19,7 +19,7 @@ from lamella.methods.kore import input_covariance, kore
 from lamella.methods.kore.method import beside, split_weights
 from lamella.plan import ModelReference, Plan
 from lamella.results import Tuned
-from lamella.run import run
+from lamella.runner import run
 from lamella.runtime import apply
 from lamella.stack import Stack, share
 from lamella.train import Adapter, linear_at, merge

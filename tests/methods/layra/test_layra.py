@@ -22,7 +22,7 @@ from lamella.methods.layra import TRAINING, Added, Edges, Language, Matrix, Shap
 from lamella.methods.layra.page import figures, summary, tradeoff
 from lamella.methods.layra.recipe import adapted, learn
 from lamella.results import Evidence
-from lamella.run import run
+from lamella.runner import run
 from lamella.stack import Stack, share
 from lamella.train import (
     Adapter,

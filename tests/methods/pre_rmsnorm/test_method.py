@@ -218,7 +218,7 @@ def test_a_test_text_without_a_tokenizer_is_refused_before_anything_is_rewritten
         raise AssertionError("the model is rewritten")
 
     nano("gpt2").save_pretrained(tmp_path / "gpt2")
-    monkeypatch.setattr("lamella.run._called", rewrites)
+    monkeypatch.setattr("lamella.runner._called", rewrites)
     with pytest.raises(LamellaError, match="tokenizer") as error:
         lamella.run("pre-rmsnorm", tmp_path / "gpt2", test="stdlib")
     assert "\n" not in str(error.value)

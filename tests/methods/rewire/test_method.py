@@ -21,7 +21,7 @@ from lamella.files import Work
 from lamella.methods.rewire import Guide, Judging, Rewriting, Rules, parsed, rewire, score
 from lamella.methods.rewire.guiding import ANY
 from lamella.results import Mixed
-from lamella.run import run
+from lamella.runner import run
 
 THOUGHT = "<thinking starts>\nI think about it.\n<thinking ends>\n"
 START, END = "<improved response starts>", "<improved response ends>"

@@ -18,7 +18,7 @@ from lamella.files import Work
 from lamella.methods.smora import Experts, RankExperts, TaskExamples, Usage, smora, with_prompts
 from lamella.plan import ModelReference, PhasedPath, Plan, compose, sidefile
 from lamella.plan.export import export
-from lamella.run import run
+from lamella.runner import run
 from lamella.runtime import apply, parallel
 from lamella.stack import Stack
 from lamella.train import Adapter, TrainConfig, pairs

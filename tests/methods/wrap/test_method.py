@@ -20,7 +20,7 @@ from lamella.data import Document, Documents, Endpoint, Local, Remote, Request, 
 from lamella.errors import LamellaError
 from lamella.methods.wrap import Cutting, Evaluations, Filters, passages, wrap
 from lamella.results import Mixed
-from lamella.run import run
+from lamella.runner import run
 from lamella.workers import Workers
 
 TEXTS = [
