@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lamella.report.figures import Lines
 from lamella.report.page import filled, finite
 
 ROWS = (
@@ -21,12 +23,20 @@ def render_healing(evidence: dict[str, Any], selection: dict[str, Any] | None = 
         selection: the report of what chose the samples, where they were chosen.
     """
     evidence = finite(evidence)
-    data = {"training": training(evidence["curve"])}
     before, after = (evidence[when]["perplexity"]["mean"] for when in ("before", "after"))
     verdict = f"Healing took {evidence['model']} with {evidence['method']} from perplexity {before:.4g} to {after:.4g}."
-    return filled("heal.html", data, evidence=evidence, rows=ROWS, verdict=verdict, selection=finite(selection or {}))
+    figures = {"training": training(evidence["curve"])}
+    context = {"evidence": evidence, "rows": ROWS, "verdict": verdict, "selection": finite(selection or {})}
+    return filled("heal.html", {}, figures, **context)
 
 
-def training(curve: list[dict[str, float]]) -> dict[str, Any]:
-    """What the page's drawing of a training curve is given."""
-    return {"curve": curve, "names": [name for name in curve[0] if name != "step"] if curve else []}
+def training(curve: Sequence[Mapping[str, float]], title: str = "") -> Lines:
+    """The loss of a training and its parts, by step.
+
+    Args:
+        curve: the points of the log, each with its step.
+        title: of the figure.
+    """
+    names = [name for name in (curve[0] if curve else {}) if name != "step"]
+    series = {name: [point.get(name) for point in curve] for name in names}
+    return Lines("step", "loss, nats", series, positions=[point["step"] for point in curve], title=title)
