@@ -170,6 +170,11 @@ def test_names_of_positions_stand_at_the_axis() -> None:
     assert list(found["ticktext"]) == ["first", "last"] and list(found["tickvals"]) == [0, 1]
 
 
+@pytest.mark.parametrize(("positions", "ticks"), [([1, 3, 9], [1, 3, 9]), ([], [0, 1, 2])])
+def test_few_positions_have_their_numbers_at_the_axis(positions: list[float], ticks: list[float]) -> None:
+    assert list(axis(Lines("clicks", "IoU", {"a": [1.0, 2.0, 3.0]}, positions=positions), "x")["tickvals"]) == ticks
+
+
 def test_a_training_with_one_point_in_its_log_has_a_dot() -> None:
     (training, held_out) = plotted(Lines("point", "loss", {"training": [2.5], "held out": [2.0, 1.5]})).data
     assert "markers" in training.mode and "lines" in held_out.mode
@@ -260,7 +265,7 @@ def test_the_colours_of_a_heat_map_end_where_they_should() -> None:
 
     assert ends() == (None, None)  # those of the values
     assert ends(least=0.0) == (0.0, 3.0) and ends(least=0.0, most=1.0) == (0.0, 1.0)
-    assert ends(diverging=True) == (-3.0, 3.0)
+    assert ends(diverging=True) == (-3.0, 3.0) and ends(diverging=True, most=1.0) == (-1.0, 1.0)
 
 
 def test_categories_have_one_colour_each() -> None:

@@ -205,7 +205,7 @@ class Heatmap(Axes):
         columns, rows: positions of the columns and rows; 0, 1, 2, ... when left out.
         upwards: whether the first row is at the bottom; it is on top otherwise.
         categories: names of the values 0, 1, 2, ..., where they are no quantities; the first is drawn faintly.
-        diverging: whether the colours tell positive values from negative ones.
+        diverging: whether the colours tell positive values from negative ones; the scale is as long on both sides.
         least, most: the ends of the colour scale; those of the values when left out.
         labels: text in the cells.
         hover: text under the pointer; position and value when left out.

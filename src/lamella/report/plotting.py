@@ -121,7 +121,11 @@ def _bars(figure: Bars) -> Any:
             up: list(values),
         }
         if name in figure.labels:
-            trace |= {"text": [plain(each) for each in figure.labels[name]], "textposition": "auto"}
+            trace |= {
+                "text": [plain(each) for each in figure.labels[name]],
+                "textposition": "outside",
+                "cliponaxis": False,
+            }
         if name in figure.intervals:
             trace[f"error_{up}"] = _error(values, figure.intervals[name]) | {"color": STRONG}
         traces.append(trace)
@@ -185,7 +189,7 @@ def _heatmap(figure: Heatmap) -> Any:
     if figure.background:
         drawn.add_layout_image(source=figure.background, xref="x", yref="y", x=-0.5, y=-0.5, sizex=across,
                                sizey=len(figure.values), sizing="stretch", layer="below")  # fmt: skip
-    line = {"color": STRONG, "width": 1.5, "dash": "dash"}
+    line = {"color": CATEGORIES[2], "width": 2, "dash": "dash"}
     for column in figure.vertical:
         drawn.add_vline(column, line=line)
     for row in figure.horizontal:
@@ -210,7 +214,7 @@ def _scale(figure: Heatmap) -> dict[str, Any]:
         }
     least, most = figure.least, figure.most
     if figure.diverging:
-        most = max(map(abs, known(figure.values)), default=0.0) or 1.0
+        most = most or max(map(abs, known(figure.values)), default=0.0) or 1.0
         least = -most
     ends = {name: value for name, value in (("zmin", least), ("zmax", most)) if value is not None}
     if len(ends) == 1:  # Plotly takes both ends or none
@@ -266,11 +270,11 @@ def _at(positions: Positions) -> list[float]:
 
 
 def _ticks(positions: Positions, count: int) -> dict[str, Any]:
-    """The ticks of an axis: names of the positions, or whole numbers where those are few and without names."""
+    """The ticks of an axis: names of the positions, or the positions themselves where they are few."""
     names = [plain(each) for each in positions if isinstance(each, str)]
     if names:
         return {"tickvals": list(range(len(names))), "ticktext": names}
-    return {"dtick": 1} if not positions and count <= FEW else {}
+    return {"tickvals": _at(positions) or list(range(count))} if count <= FEW else {}
 
 
 def _log() -> dict[str, Any]:

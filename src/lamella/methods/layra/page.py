@@ -58,13 +58,14 @@ def _matrix(matrix: Mapping[str, Any]) -> Heatmap:
         columns=names,
         rows=matrix["steps"],
         diverging=True,
+        most=1.0,
         labels=[
             [f"{number(value)} ({signed(change, 3)})" if change else number(value)
              for value, change in zip(row, moved, strict=True)]
             for row, moved in zip(values, changes, strict=True)
         ],
         title="Held-out bits per byte",
-        caption="Red is dearer and blue is cheaper than before, by the number in parentheses.",
+        caption="Red is dearer and blue is cheaper than before, by the number in parentheses, up to 1 bit per byte.",
     )  # fmt: skip
 
 
