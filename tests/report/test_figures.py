@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lamella.report.drawing import Shade, StackDrawing
 from lamella.report.figures import (
     Axes,
     Bars,
@@ -37,6 +38,7 @@ EMPTY = [
     Heatmap("layer", "step", [], "share"),
     Heatmap("layer", "step", [[None, None]], "share"),
     Gantt("seconds", "node", ["one"], []),
+    StackDrawing([]),
     Images([]),
     Excerpts([]),
 ]
@@ -46,6 +48,7 @@ FULL = [
     Bars("layer", "share", {"all": [0.5, 0.25]}),
     Heatmap("layer", "step", [[0.0, 1.0]], "share"),
     Gantt("seconds", "node", ["one"], [Task(0, 0.0, 1.5, "a")]),
+    StackDrawing([{"attn": "kept", "mlp": "cut"}], [Shade("worth", "Worth", "how much it is worth", [0.5, 0.25])]),
     Images(["aGVsbG8="], [["a caption"]], ["text"], alt="a photograph"),
     Excerpts([("a title", ["a text"])]),
 ]
@@ -84,13 +87,14 @@ def test_a_page_without_figures_is_small_and_has_no_plotly(figures: list[Figure]
 def test_a_page_with_plots_has_plotly_once(figures: list[Figure]) -> None:
     document = page(*figures)
     assert document.count("plotly.js v") == 1
-    assert document.count("<figure>") == len(figures)
+    assert document.count("<figure") == len(figures)
     assert document.count('class="plot ') == len(plots(document)) == sum(isinstance(each, Axes) for each in figures)
 
 
-def test_images_and_texts_need_no_plotly() -> None:
-    document = page(*FULL[-2:])
-    assert "plotly" not in document.lower() and document.count("<figure>") == 2
+def test_a_stack_images_and_texts_need_no_plotly() -> None:
+    document = page(*FULL[-3:])
+    assert "plotly" not in document.lower() and document.count("<figure") == 3
+    assert document.count('data-site="layers.0.') == 2 and "how much it is worth" in document
     assert '<img class="pixels" alt="a photograph" src="data:image/png;base64,aGVsbG8=">' in document
     assert '<th scope="col">text</th>' in document and "<td>a caption</td>" in document
     assert "<summary>a title</summary><blockquote>a text</blockquote>" in document
@@ -124,6 +128,7 @@ def test_a_figure_with_data_is_shown(figure: Figure) -> None:
         Heatmap(ATTACK, ATTACK, [[1.0]], ATTACK, columns=[ATTACK], rows=[ATTACK], labels=[[ATTACK]], hover=[[ATTACK]]),
         Heatmap(ATTACK, ATTACK, [[1.0]], ATTACK, categories=["no", ATTACK]),
         Gantt(ATTACK, ATTACK, [ATTACK], [Task(0, 0.0, 1.0, ATTACK, hover=ATTACK)], title=ATTACK),
+        StackDrawing([{"attn": "kept", "mlp": "cut"}], [Shade(ATTACK, ATTACK, ATTACK, [0.5, 0.2])], title=ATTACK),
         Images(["aGVsbG8="], [[ATTACK]], [ATTACK], alt=ATTACK, title=ATTACK, caption=ATTACK),
         Excerpts([(ATTACK, [ATTACK])], caption=ATTACK),
     ],

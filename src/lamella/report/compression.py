@@ -6,7 +6,7 @@ from typing import Any
 
 from lamella import formatting
 from lamella.report import tasks, variants
-from lamella.report.drawing import STRIPED, drawing, shade
+from lamella.report.drawing import STRIPED, StackDrawing, shade
 from lamella.report.figures import Figure, Points, Scatter
 from lamella.report.healing import ROWS, training
 from lamella.report.page import filled, finite
@@ -45,16 +45,15 @@ def render(evidence: dict[str, Any]) -> str:
     layers = evidence["layers"]
     scores = evidence.get("scores", {})
     shades = [found for score in SCORES for found in shade(*score, scores.get(score[0]), len(layers))]
-    stack = drawing(layers, shades, scores.get("removal_order", ()))
-    figures = curves(evidence) | {"speed": speed(evidence), "variants": variants.figure(evidence)}
+    title = f"the layers of {evidence['model']['name']}"
+    stack = StackDrawing(layers, shades, scores.get("removal_order", ()), title=title)
+    figures = curves(evidence) | {"stack": stack, "speed": speed(evidence), "variants": variants.figure(evidence)}
     if "healing" in evidence:
         figures["training"] = training(evidence["healing"]["curve"])
     return filled(
         "report.html",
-        {"scores": stack["scores"]},
         figures,
         evidence=evidence,
-        stack=stack,
         verdict=verdict(evidence),
         costs=[
             {

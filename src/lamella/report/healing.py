@@ -27,7 +27,7 @@ def render_healing(evidence: dict[str, Any], selection: dict[str, Any] | None = 
     verdict = f"Healing took {evidence['model']} with {evidence['method']} from perplexity {before:.4g} to {after:.4g}."
     figures = {"training": training(evidence["curve"])}
     context = {"evidence": evidence, "rows": ROWS, "verdict": verdict, "selection": finite(selection or {})}
-    return filled("heal.html", {}, figures, **context)
+    return filled("heal.html", figures, **context)
 
 
 def training(curve: Sequence[Mapping[str, float]], title: str = "") -> Lines:

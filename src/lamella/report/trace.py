@@ -47,7 +47,7 @@ def render_trace(report: dict[str, Any], picture: np.ndarray | None = None) -> s
         "note": note,
         "shares": shares,
     }
-    return filled("trace.html", data, figures, **context)
+    return filled("trace.html", figures, data, **context)
 
 
 def _overlay(view: dict[str, Any], rows: int, columns: int, source: str) -> Heatmap:

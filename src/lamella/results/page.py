@@ -20,7 +20,7 @@ def render(evidence: Evidence, summary: Summary, figures: Iterable[Figure] = ())
         LamellaError: when plotly or jinja2 is missing.
     """
     document = finite(evidence.model_dump(by_alias=True))
-    return filled("result.html", {}, named(figures), evidence=document, summary=summary)
+    return filled("result.html", named(figures), evidence=document, summary=summary)
 
 
 def card(evidence: Evidence, summary: Summary, title: str) -> str:

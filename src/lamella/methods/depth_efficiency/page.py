@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lamella.formatting import number
-from lamella.report.drawing import drawing, shade
+from lamella.report.drawing import StackDrawing, shade
 from lamella.report.figures import Bars, Figure, Heatmap, Lines, known
 from lamella.report.page import filled, finite
 from lamella.results import Evidence, Summary, Table
@@ -69,7 +69,6 @@ def page(evidence: Evidence) -> str:
         for name, title, said in SCORES
         for shaded in shade(name, title, said.format(distance=distance), scores[name]["values"], layers)
     ]
-    stack = drawing([{"attn": "kept", "mlp": "kept"}] * layers, shades)
     bars = {
         name: Bars(axis, "", {"": scores[name]["values"]}, log_y=log, title=title.format(distance=distance))
         for name, title, axis, log in BARS
@@ -87,11 +86,13 @@ def page(evidence: Evidence) -> str:
         title = f"Linear maps to {maps['target']}: relative error on held-out tokens"
         axes = f"point of {maps['target']}", "point of this model"
         figures["maps"] = Heatmap(*axes, maps["errors"]["values"], "relative error", title=title)
+    title = f"the layers of {told['model']['name']}"
+    figures["stack"] = StackDrawing([{"attn": "kept", "mlp": "kept"}] * layers, shades, title=title)
     figures["angles"] = _angles(scores["angular_distance"]["values"])
     table = [(each.title, next(iter(each.series.values()))) for each in bars.values()]
     template = Path(__file__).with_name("page.html")
-    context = {"evidence": told, "found": found, "stack": stack, "panels": panels, "table": table}
-    return filled(template, {"scores": stack["scores"]}, figures, verdict=_verdict(told), **context)
+    context = {"evidence": told, "found": found, "panels": panels, "table": table}
+    return filled(template, figures, verdict=_verdict(told), **context)
 
 
 def summary(evidence: Evidence) -> Summary:

@@ -44,7 +44,6 @@ def page(evidence: Evidence) -> str:
     counts = sorted(found["measured"]["chosen"].items(), key=lambda item: -item[1])
     return filled(
         Path(__file__).with_name("page.html"),
-        {},
         figures,
         by_sensitivity=by_sensitivity,
         evidence=told,

@@ -54,7 +54,7 @@ def page(evidence: Evidence) -> str:
         figures[f"intervals-{measure}"] = _intervals(searched["points"], layers, found["interval"], measure, title)
     rows = [{"label": described(row), "row": row} for row in found["report"]]
     given = {"evidence": told, "found": found, "rows": rows, "verdict": _verdict(told), "floor": floor}
-    return filled(Path(__file__).with_name("page.html"), {}, figures, **given)
+    return filled(Path(__file__).with_name("page.html"), figures, **given)
 
 
 def _plane(searched: dict[str, Any], marked: dict[str, dict[str, float]], floor: float) -> Scatter:
