@@ -29,7 +29,8 @@ from lamella.evaluate import FidelityTest
 from lamella.files import Finished
 from lamella.jobs.mend import ADAPTERS, BATCH, SCHEDULE, TEXT, TOKENS, UNSEEN, WHOLE, available
 from lamella.plan import ModelReference, Plan, materialise
-from lamella.report.plane import plane
+from lamella.report.figures import Scatter
+from lamella.report.plotting import svg
 from lamella.results import Record
 from lamella.stack import Stack
 from lamella.train import Sample, Task, TrainConfig, distil, fit, own, response_loss
@@ -80,7 +81,7 @@ def timed(train: Train, *given: Any) -> tuple[Stack, float]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def curves(before: dict[str, Any], found: dict[tuple[str, float], dict[str, Any]]) -> str:
+def curves(before: dict[str, Any], found: dict[tuple[str, float], dict[str, Any]]) -> Scatter:
     """KL over minutes on each text, and the other ways at the time for which all trained."""
     points: dict[str, list[tuple[float, float]]] = {}
     for (name, minutes), each in found.items():
@@ -88,7 +89,7 @@ def curves(before: dict[str, Any], found: dict[tuple[str, float], dict[str, Any]
             points.setdefault(f"{text}: {name}", []).append((minutes, each["fidelity"][text]["kl"]["mean"]))
     for text in before:
         points[f"{text}: {OURS}"].append((0, before[text]["kl"]["mean"]))
-    return plane(points, "minutes of healing", "KL from the whole model, nats")
+    return Scatter("minutes of healing", "KL from the whole model, nats", points, joined=True)
 
 
 def main() -> int:
@@ -154,7 +155,7 @@ def main() -> int:
         ]
         record.table(f"KL from the whole model on {text}, nats", ["", "minutes", "steps", "KL", "±"], rows)
     if not quick:
-        PICTURE.write_text(curves(before, found) + "\n", encoding="utf-8")
+        PICTURE.write_text(svg(curves(before, found)) + "\n", encoding="utf-8")
     for text in tests:
         kl = {name: found[name, middle]["fidelity"][text]["kl"]["mean"] for name in compared}
         cut = before[text]["kl"]["mean"]

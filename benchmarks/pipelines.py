@@ -21,6 +21,7 @@ from lamella.methods.skippipe.page import gantt
 from lamella.methods.skippipe.paths import Limits
 from lamella.methods.skippipe.planner import Limit
 from lamella.methods.skippipe.schedule import scheduled
+from lamella.report.plotting import svg
 from lamella.results import Record
 
 STAGES = 6
@@ -42,7 +43,7 @@ def schedules(record: Record, limit: float, draws: bool) -> None:
     share = predicted["planned"] / predicted["full"]
     record.check("planned iteration over the full pipeline's", "at most 0.6", share, share <= 0.6)
     if draws:
-        PICTURE.write_text(gantt(found["gantt"], found["nodes"]) + "\n", encoding="utf-8")
+        PICTURE.write_text(svg(gantt(found["gantt"], found["nodes"])) + "\n", encoding="utf-8")
 
 
 def growing(record: Record, sizes: list[int], limits: list[float]) -> None:

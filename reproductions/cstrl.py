@@ -60,7 +60,7 @@ from lamella.methods.cstrl.recipe import GAP_TRAINING, TRAINING
 from lamella.methods.cstrl.student import DISTILLING
 from lamella.plan import ModelReference, Plan
 from lamella.plan.export import export
-from lamella.report.plane import plane
+from lamella.report.figures import Scatter
 from lamella.results import Record
 from lamella.stack import Model, open_model
 from lamella.train import Task, TrainConfig, collate, fit, mean_loss, response_loss
@@ -383,7 +383,7 @@ def forgetting(
                if arm in ("frozen encoder", "gradual unfreezing", "EWC as published, decayed")
                or arm.endswith(", constant")}  # fmt: skip
     across, up = "rise of the loss of gap sentences, nats", "ROUGE-1 of impressions"
-    run.picture("cstrl-retention", plane(points, across, up))  # type: ignore[arg-type]
+    run.picture("cstrl-retention", Scatter(across, up, points, joined=True))
     run.table("What is kept and what is gained, means over seeds", ["", "rise of the gap loss", "ROUGE-1"],
               [[f"{kind}, {lam:g}", *point] for kind, known in tried.items()
                for lam, point in zip((0.0, *known), points[kind], strict=True)])  # fmt: skip

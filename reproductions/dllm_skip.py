@@ -40,7 +40,7 @@ from lamella.methods.dllm_skip.baselines import cheapest, every, neighbours, spa
 from lamella.methods.dllm_skip.method import apart, spearman
 from lamella.plan import ModelReference, Plan
 from lamella.plan.export import export
-from lamella.report.plane import plane
+from lamella.report.figures import Lines
 from lamella.runtime import Denoising, Sampler, apply, denoise
 from lamella.stack import Stack
 from lamella.zoo import open_tokenizer
@@ -255,8 +255,8 @@ def curves(run: Run, found: dict[str, list[dict[str, Any]]], able: set[str]) -> 
         for layer in range(layers)
     ]  # fmt: skip
     run.table("Similarity of a layer's input and output, and the loss without it (nats per token)", columns, rows)
-    lines = {kind: list(enumerate(mean(arms, "sim"))) for kind, arms in found.items()}
-    run.picture("dllm-skip-similarity", plane(lines, "layer", "similarity of input and output"))
+    lines = {kind: mean(arms, "sim") for kind, arms in found.items()}
+    run.picture("dllm-skip-similarity", Lines("layer", "similarity of input and output", lines))
     rows = [
         [kind, mean(arms, "base"), mean(arms, "passing"), mean(arms, "spearman"), fmean(mean(arms, "recency"))]
         for kind, arms in found.items()

@@ -41,7 +41,7 @@ from lamella.methods.dmllm_token_redundancy import (
     restoration,
     text_of,
 )
-from lamella.report.plane import plane
+from lamella.report.figures import Scatter
 from lamella.runtime import Denoising, Sampler, apply, denoise
 from lamella.stack import Model, open_model
 from lamella.zoo.opening import open_processor
@@ -378,7 +378,7 @@ def tables(run: Run, found: Mapping[Any, Any]) -> None:
     }
     fewer = [each for timed in listed.values() for each in timed.values() if "fewer" in each]
     points["fewer steps, either"] = [(each["fewer flops"], fmean(each["fewer"])) for each in fewer]
-    drawn = plane(points, "FLOPs, of the whole model's", "objects named in a list, share", joined=False)
+    drawn = Scatter("FLOPs, of the whole model's", "objects named in a list, share", points)
     run.picture("dmllm-token-redundancy-schedules", drawn)
     rows = [
         [*key, *parts["probe"]["restored"], parts["probe"]["kl"][0], parts["probe"]["kl"][-1]]

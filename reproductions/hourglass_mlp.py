@@ -35,7 +35,7 @@ from lamella.methods.hourglass_mlp.baselines import PlainMLP
 from lamella.methods.hourglass_mlp.frontier import TRAINING, reached
 from lamella.methods.hourglass_mlp.method import FITTING
 from lamella.plan import ModelReference, Plan
-from lamella.report.plane import plane
+from lamella.report.figures import Scatter
 from lamella.results import Record
 from lamella.runtime import apply
 from lamella.stack import Stack
@@ -174,7 +174,8 @@ def scenes(run: Run) -> None:
             lines: dict[str, list[tuple[float, float]]] = {}
             for each, found in scores.items():
                 lines.setdefault(each.split()[0], []).append((parameters(made[each])[0] / 1000, fmean(found)))
-            run.picture("hourglass-frontier", plane(lines, "parameters, thousands", "PSNR on test rows, dB"))
+            drawn = Scatter("parameters, thousands", "PSNR on test rows, dB", lines, joined=True)
+            run.picture("hourglass-frontier", drawn)
 
 
 def lifts(run: Run) -> None:

@@ -64,7 +64,7 @@ from lamella.methods.kore import (
 )
 from lamella.methods.kore.method import beside, split_weights
 from lamella.methods.kore.projector import projector_of, two_rates
-from lamella.report.plane import plane
+from lamella.report.figures import Scatter
 from lamella.results import Illustrated
 from lamella.stack import Stack, share
 from lamella.train import (
@@ -704,7 +704,7 @@ def a_seeing_model(run: Run) -> None:
                       fmean(both(name)), len(found)])  # fmt: skip
     run.table(f"{GLYPHS} glyphs shown to a small LLaVA in {STEPS} steps; per cent", columns, table)
     places = {name: list(zip(old(name), new(name), strict=True)) for name in IMAGE_WAYS}  # a point for each seed
-    drawn = plane(places, "old questions answered, per cent", "questions on glyphs answered, per cent", joined=False)
+    drawn = Scatter("old questions answered, per cent", "questions on glyphs answered, per cent", places)
     run.picture("kore-tradeoff", drawn)
 
     run.further("premise: old questions that the model answers before", f"at least {LEARNT:.0%}", f"{mean:.1f} %",

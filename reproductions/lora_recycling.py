@@ -47,7 +47,7 @@ from lamella.methods.lora_recycling import (
     tsv,
 )
 from lamella.methods.lora_recycling.choosing import cosine
-from lamella.methods.lora_recycling.page import bars
+from lamella.methods.lora_recycling.page import by_arm
 from lamella.plan.fingerprint import revision
 from lamella.results import Record
 from lamella.stack import Stack, share
@@ -474,7 +474,7 @@ def draw(run: Run, cells: Mapping[tuple[bool, int], Sequence[Mapping[str, Any]]]
             pooled = arm in ("pool", "target + pool", "uniform average", "best single member")
             if related <= pooled or arm == "target LoRA":
                 arms[f"{arm}{' with relatives' if related and pooled else ''}"] = (fmean(shares), half, pooled)
-    run.picture("lora-recycling-arms", bars(arms))
+    run.picture("lora-recycling-arms", by_arm(arms))
 
 
 def experiment(run: Run) -> None:

@@ -63,7 +63,7 @@ from lamella.methods.mue.method import attempt, depths, right
 from lamella.methods.mue.policy import MODALITIES, by_token, cosines, saturation
 from lamella.methods.mue.recipe import planned, train_view
 from lamella.methods.mue.search import Tried
-from lamella.report.plane import plane
+from lamella.report.figures import Scatter
 from lamella.results.record import together
 from lamella.runtime import empty_cache, parallel, traced, with_policies
 from lamella.stack import Model, open_model
@@ -540,7 +540,7 @@ def claims(run: Run) -> None:
     shown = {task: found[task, "apart"][0]["mue"]["exits"] for task in ("entailment", "caption")}
     lines = {f"{task}, {name}": [(layer, 100 * share) for layer, share in enumerate(shares, 1)]
              for task, streams in shown.items() for name, shares in streams.items()}  # fmt: skip
-    run.picture("mue-exits", plane(lines, "exit behind layer", "rows or words, per cent"))
+    run.picture("mue-exits", Scatter("exit behind layer", "rows or words, per cent", lines, joined=True))
     for task in TASKS:
         exits(run, task, found[task, "apart"], found.get((task, "every layer"), ()), able[task])
     saved(run, found, able)

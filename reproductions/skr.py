@@ -27,10 +27,9 @@ from torch import Tensor, nn
 from lamella.files import Work
 from lamella.methods.skr import LinearSystems, baseline, skr
 from lamella.methods.skr.families import clustered_darcy, convection, darcy, helmholtz, poisson
-from lamella.report.chart import chart
+from lamella.report.figures import Lines
 from lamella.results import Record
 
-ASSETS = Path(__file__).parents[1] / "docs" / "assets"
 TOL = 1e-8
 ARMS = ("gmres", "gcrodr-reset", "gcrodr-unsorted", "gcrodr-sorted", "skr", "gcrotmk", "gcrotmk-carried", "splu")
 NAMES = {
@@ -124,7 +123,7 @@ def compare(run: Run) -> dict[str, dict[str, Any]]:
                  each["apart"], each["failed"], starts, each["seconds"]]
             )  # fmt: skip
     if not run.quick:
-        draw(found)
+        draw(run, found)
     run.table("Iterations of one system, mean", ["family", *(NAMES[arm] for arm in ARMS[:-1])], rows)
     columns = [
         "family", "solver", "iterations", "without the first", "products with A", "worst residual", "apart from LU",
@@ -134,13 +133,12 @@ def compare(run: Run) -> dict[str, dict[str, Any]]:
     return found
 
 
-def draw(found: dict[str, dict[str, Any]]) -> None:
+def draw(run: Run, found: dict[str, dict[str, Any]]) -> None:
     """The pictures of the page: where recycling helps, and where it does harm."""
     for name, title in (("helps", "Darcy 48x48, Jacobi"), ("harms", "convection 40x40, Jacobi")):
         arms = ("gmres", "gcrodr-reset", "gcrodr-sorted", "skr")
         lines = {NAMES[arm]: found[title][arm]["per system"] for arm in arms}
-        picture = chart(lines, "iterations", "system, in solved order")
-        (ASSETS / f"skr-{name}.svg").write_text(picture + "\n", encoding="utf-8")
+        run.picture(f"skr-{name}", Lines("system, in solved order", "iterations", lines))
 
 
 def _count(figures: dict[str, Any] | None) -> Any:

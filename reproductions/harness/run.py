@@ -27,6 +27,8 @@ from transformers import set_seed
 import lamella.methods
 from lamella.files import Finished
 from lamella.provenance import PACKAGES, package_version
+from lamella.report.figures import Axes
+from lamella.report.plotting import svg
 from lamella.results import Record
 from lamella.zoo.cache import cache_folder
 
@@ -74,9 +76,15 @@ class Run(Record):
         set_seed(self.seed)
         return found
 
-    def picture(self, name: str, drawn: str) -> None:
-        """Keep an SVG as docs/assets/NAME.svg, where pages show it; a quick run, which says nothing, keeps none."""
-        if not self.quick:
+    def picture(self, name: str, figure: Axes) -> None:
+        """Keep a figure as docs/assets/NAME.svg, where pages show it; a quick run, which says nothing, keeps none."""
+        if self.quick:
+            return
+        try:
+            drawn = svg(figure)
+        except (RuntimeError, ValueError) as error:  # as plotly says that kaleido or its browser is missing
+            print(f"{name}.svg stays as it is: {error}", file=sys.stderr)
+        else:
             (ASSETS / f"{name}.svg").write_text(drawn + "\n", encoding="utf-8")
 
     def part(self, name: str, make: Callable[..., None], *given: Any) -> None:

@@ -288,7 +288,7 @@ def _page(slug: str, evidence: Evidence, summary: Summary) -> str:
     if hasattr(own, "page"):
         page: str = own.page(evidence)
         return page
-    return render(evidence, summary, own.figures(evidence) if hasattr(own, "figures") else "")
+    return render(evidence, summary, own.figures(evidence) if hasattr(own, "figures") else ())
 
 
 def _card(slug: str, evidence: Evidence, summary: Summary, title: str) -> str:

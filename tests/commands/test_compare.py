@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lamella.commands import compare as job
-from lamella.commands.compare import learners
+from lamella.commands.compare import figures, learners, rise
 from lamella.data import Passages, load_text, windows
 from lamella.data.reader import Reader
 from lamella.errors import ExportError, MethodError
@@ -71,8 +71,14 @@ def test_each_way_begins_at_the_original_and_every_method_sees_as_many_tokens(tm
     assert json.loads((tmp_path / "out" / "evidence.json").read_text())["findings"] == json.loads(
         json.dumps(evidence.findings)
     )
-    page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count("<polyline") == 2 and "layra" in page
+    assert "layra" in (tmp_path / "out" / "report.html").read_text()
+    (drawn,) = figures(evidence)
+    before = (evidence.findings["before"]["new"], 0.0)
+    ways = {
+        name: [before, *((point["new"], rise(point)) for point in run)]
+        for name, run in evidence.findings["points"].items()
+    }
+    assert len(ways) == 2 and drawn.series == ways
     assert sorted(each.name for each in tmp_path.iterdir()) == ["out"]
 
 

@@ -66,7 +66,9 @@ def test_the_page_draws_it(tmp_path: Path) -> None:
     of_layer = [float(report["attn"][cell][1]) for cell in report["picture"]["cells"]]
     assert ran["frames"][2]["values"] == of_layer
     assert ran["frames"][0]["values"] == [(LAYERS - 1 + one) / LAYERS for one in of_layer]
-    assert data["picture"]["source"].startswith("data:image/png;base64,") and 'id="plot-picture"' in html
+    drawn = data["plots"]["picture"]
+    assert drawn["layout"]["images"][0]["source"].startswith("data:image/png;base64,") and 'id="plot-picture"' in html
+    assert [value for row in drawn["data"][0]["z"] for value in row] == ran["frames"][0]["values"]
     del report["image"]
     assert 'id="plot-picture"' not in render_trace(report)
 
@@ -80,7 +82,9 @@ def test_where_all_layers_ran_the_page_shows_what_else_tells_tokens_apart() -> N
     html = render_trace(report | {"image": png(ONE.image)})
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.S)[1])
     assert [each["name"] for each in data["picture"]["views"]] == ["experts", "layers that ran"]
-    assert data["trace"]["shown"] == "experts"
+    (cells,) = data["plots"]["trace"]["data"]
+    assert cells["colorbar"]["title"]["text"] == "experts"
+    assert cells["z"] == [list(row) for row in zip(*report["notes"]["experts"], strict=True)]
     heading = re.search("<h1>(.*?)</h1>", html)[1]
     assert "experts in a layer: 4.00 on the first token, 0 on the image, 4.00 on the prompt" in heading
     assert "tau: 0 of text and 1.00 of image" in html

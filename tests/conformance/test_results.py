@@ -18,8 +18,9 @@ from lamella.errors import ExportError
 from lamella.plan import Plan
 from lamella.provenance import describe, machine
 from lamella.registry import room
+from lamella.report.figures import Axes, Figure, known, named
 from lamella.results import Edit, PlanSeries, Result
-from lamella.results.page import card, inline
+from lamella.results.page import card, inline, render
 from lamella.runner import _page, run
 
 RESUMED = [command for command, entry in COMMANDS.items() if entry.signature.work and suite_of(command) != "training"]
@@ -106,6 +107,26 @@ def test_its_notes_are_shown_once(command: str, monkeypatch: pytest.MonkeyPatch)
         assert (printed.get().count(note), readme.count(inline(note)), page.count(str(escape(note)))) == (1, 1, 1)
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_its_figures_are_on_its_page_and_plotly_only_with_them(command: str) -> None:
+    document = (made(command).out / "report.html").read_text()
+    plots, figures = plots_of(document), figures_of(command)
+    assert document.count("plotly.js v") == bool(plots)  # the script once, and only where it draws
+    assert all(isinstance(each, Figure) for each in figures)
+    if hasattr(room(COMMANDS[command].slug, "page"), "page"):  # a page of the method's own
+        return
+    shown = named(figures)
+    assert {name for name, each in shown.items() if isinstance(each, Axes)} == set(plots)
+    assert document.count("<figure") == len(shown)
+
+
+@pytest.mark.parametrize(
+    "slug", {entry.slug: None for entry in COMMANDS.values() if hasattr(room(entry.slug, "page"), "figures")}
+)
+def test_a_method_that_describes_figures_shows_one_for_a_command_at_least(slug: str) -> None:
+    assert any(named(figures_of(command)) for command, entry in COMMANDS.items() if entry.slug == slug)
+
+
 @pytest.mark.parametrize("points", [0, 1])
 @pytest.mark.parametrize("command", [*of_suite("training"), *of_suite("own")])
 def test_a_short_training_leaves_no_empty_figure(command: str, points: int) -> None:
@@ -113,10 +134,13 @@ def test_a_short_training_leaves_no_empty_figure(command: str, points: int) -> N
     log = evidence.findings if isinstance(evidence.findings.get("loss"), list) else evidence.__dict__
     for name in {"loss", "curve", "held_out"} & set(log):
         log[name] = log[name][:points]
-    getattr(page, "summary", kind(command).summary)(evidence)
-    drawn = page.figures(evidence) if hasattr(page, "figures") else ""
-    for each in re.findall("<figure>(.*?)</figure>", drawn, re.DOTALL):
-        assert re.search("<(circle|rect|img|path|td)", each) or re.search(r'<polyline points="[^"]+ [^"]+"', each)
+    summary = getattr(page, "summary", kind(command).summary)(evidence)
+    figures = page.figures(evidence) if hasattr(page, "figures") else []
+    document = render(evidence, summary, figures)
+    for plot in plots_of(document).values():
+        assert any(known([trace.get("y") or [], *trace.get("z", [])]) for trace in plot["data"])
+        for trace in plot["data"]:
+            assert trace.get("mode") != "lines" or len(known([trace["y"]])) > 1  # one point needs a mark
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -169,6 +193,22 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_result(command: str, tmp_pat
     if suite_of(command) == "own":
         ours, theirs = (state(kind(command).read(each)) for each in (out, whole.out))
         assert [place for place in difference(ours, theirs) if "seconds" not in place] == []
+
+
+def figures_of(command: str) -> list[Figure]:
+    """The figures that a method describes, from the evidence of a run."""
+    page = room(COMMANDS[command].slug, "page")
+    evidence = kind(command).evidence.read(made(command).out)
+    figures: list[Figure] = page.figures(evidence) if hasattr(page, "figures") else []
+    return figures
+
+
+def plots_of(page: str) -> dict[str, Any]:
+    """The plots of a page as Plotly is given them, by name."""
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert data is not None
+    plots: dict[str, Any] = json.loads(data[1])["plots"]
+    return plots
 
 
 def has_found(path: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import html
 import json
 import re
 from html.parser import HTMLParser
@@ -19,13 +20,13 @@ LOADING = ("src", "href", "xlink:href", "action", "data", "poster", "srcset")
 class Page(HTMLParser):
     """Reads a page strictly: every tag closed, in order; keeps its elements and visible text."""
 
-    def __init__(self, html: str) -> None:
+    def __init__(self, text: str) -> None:
         super().__init__()
         self.open: list[str] = []
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.words: list[str] = []
         self.scripts: list[str] = []
-        self.feed(html)
+        self.feed(text)
         self.close()
         assert self.open == []
 
@@ -55,6 +56,10 @@ class Page(HTMLParser):
     def data(self) -> dict[str, Any]:
         return json.loads(self.scripts[0])
 
+    def traces(self, name: str) -> dict[str, dict[str, Any]]:
+        """The traces of a plot, by their names."""
+        return {trace["name"]: trace for trace in self.data["plots"][name]["data"]}
+
 
 def sublayers(page: Page) -> list[dict[str, str | None]]:
     return [attrs for attrs in page.of_class("sublayer") if "data-site" in attrs]
@@ -64,13 +69,13 @@ def sublayers(page: Page) -> list[dict[str, str | None]]:
 def test_every_variant_is_a_well_formed_page_that_loads_nothing(variant: str, request: pytest.FixtureRequest) -> None:
     evidence = request.getfixturevalue(variant)
     before = copy.deepcopy(evidence)
-    html = render(evidence)
-    page = Page(html)
+    document = render(evidence)
+    page = Page(document)
     assert evidence == before
     for tag, attrs in page.elements:
         assert tag not in ("link", "img", "iframe", "object", "embed", "base")
         assert not [name for name in LOADING if name in attrs]
-    own = html.replace(max(page.scripts, key=len), "")
+    own = document.replace(max(page.scripts, key=len), "")
     assert not re.search(r"https?://|@import|url\(\s*['\"]?(?!#)", own)
     policy = next(attrs["content"] for tag, attrs in page.elements if attrs.get("http-equiv"))
     assert policy is not None and policy.startswith("default-src 'none'")
@@ -122,24 +127,49 @@ def test_a_missed_target_is_said(evidence: dict[str, Any]) -> None:
 
 
 def test_the_curve_carries_every_point_and_the_choice(evidence: dict[str, Any]) -> None:
-    data = Page(render(evidence)).data
-    (curve,) = data["curves"]
-    assert [point["sublayers"] for point in curve["points"]] == [0, 3, 6, 9, 12, 14]
-    assert [point["chosen"] for point in curve["points"]] == [False] * 5 + [True]
-    assert data["target"] == 1.3
-    predicted = {row["name"]: row["predicted"] for row in data["speed"]}
-    assert predicted["decode, batch 1"] == evidence["chosen"]["predicted_speedup"]
-    assert predicted["decode, batch 8"] is None and predicted["prefill, batch 1"] is None
+    page = Page(render(evidence))
+    points = evidence["curves"][0]["points"]
+    for measure in ("kl", "perplexity"):
+        curve, ring = page.traces(f"{measure}-sublayers").values()
+        means = [point["fidelity"][measure]["mean"] for point in points]
+        assert (curve["name"], curve["x"], curve["y"]) == ("finercut", [0, 3, 6, 9, 12, 14], means)
+        assert curve["error_y"]["array"] == pytest.approx([point["fidelity"][measure]["error"] for point in points])
+        assert (ring["name"], ring["x"], ring["y"]) == ("chosen plan", [14], means[-1:])
+    measured = page.traces("kl-measured")["finercut"]
+    assert measured["x"] == [point["measured_speedup"]["median"] for point in points]
+    ends = [point["measured_speedup"] for point in points]
+    assert measured["error_x"]["array"] == pytest.approx([each["high"] - each["median"] for each in ends])
+    assert measured["error_x"]["arrayminus"] == pytest.approx([each["median"] - each["low"] for each in ends])
+    for axis, lines in (("measured", [1.3]), ("predicted", [1.3]), ("sublayers", [])):
+        shapes = page.data["plots"][f"kl-{axis}"]["layout"].get("shapes", [])
+        assert [each["x0"] for each in shapes] == lines  # the target
+
+
+def test_the_cost_model_predicts_decoding_at_batch_1_alone(evidence: dict[str, Any]) -> None:
+    page = Page(render(evidence))
+    layout, traces = page.data["plots"]["speed"]["layout"], page.traces("speed")
+    names = [layout["yaxis"]["ticktext"][int(row)] for row in traces["measured"]["y"]]
+    assert names == ["decode, batch 1", "prefill, batch 1", "decode, batch 8", "prefill, batch 8"]
+    timings = evidence["chosen"]["timings"]
+    medians = [each[f"{phase}_speedup"]["median"] for each in timings for phase in ("decode", "prefill")]
+    assert traces["measured"]["x"] == medians
+    assert [layout["yaxis"]["ticktext"][int(row)] for row in traces["cost model"]["y"]] == ["decode, batch 1"]
+    assert traces["cost model"]["x"] == [evidence["chosen"]["predicted_speedup"]]
 
 
 def test_all_methods_stand_side_by_side_the_chosen_first(all_methods: dict[str, Any]) -> None:
-    html = render(all_methods)
-    page = Page(html)
-    table = html[html.index('<table class="methods">') :]
+    document = render(all_methods)
+    page = Page(document)
+    table = document[document.index('<table class="methods">') :]
     table = table[: table.index("</table>")]
     rows = re.findall(r'<th scope="row" title="[^"]*">([a-z-]+)', table)
     assert rows == ["finercut", "sleb", "shortgpt", "unified-skip", "window", "random"]
-    assert len(page.data["curves"]) == 6 and sum(curve["best"] for curve in page.data["curves"]) == 1
+    traces = page.traces("kl-measured")
+    assert set(traces) == {*rows, "chosen plan", "Pareto front"}
+    dashed = {name for name, each in traces.items() if each.get("line", {}).get("dash") == "dot"}
+    assert dashed == {"sleb", "shortgpt", "window", "random"}  # the baselines
+    ring = traces["chosen plan"]
+    assert (ring["x"], ring["y"]) == (traces["finercut"]["x"][-1:], traces["finercut"]["y"][-1:])
     assert all_methods["notes"][0] in page.text
     assert '<table class="methods">' not in render(all_methods | {"curves": all_methods["curves"][:1]})
 
@@ -180,14 +210,17 @@ def test_markup_in_names_samples_and_notes_stays_text(all_methods: dict[str, Any
     page = Page(render(all_methods))
     assert sorted(tag for tag, _ in page.elements) == sorted(plain)
     assert page.text.count(ATTACK) >= 8
-    assert page.data["curves"][1]["name"] == ATTACK
+    assert html.unescape(page.data["plots"]["kl-measured"]["data"][2]["name"]) == ATTACK  # Plotly reads a little HTML
 
 
 def test_quantisation_stands_beside_the_cut(evidence: dict[str, Any]) -> None:
     page = Page(render(evidence))
-    drawn = {each["name"]: each for each in page.data["variants"]}
-    assert set(drawn) == {"original", "original, int8", "cut", "cut, int8"}  # what has no speed is not drawn
-    assert drawn["cut, int8"]["bytes"] == 134_000_000 and drawn["cut, int8"]["quantised"]
+    plain, quantised = (page.traces("variants")[name] for name in ("not quantised", "quantised"))
+    assert (plain["text"], quantised["text"]) == (["original", "cut"], ["original, int8", "cut, int8"])  # with a speed
+    assert (plain["x"], quantised["x"]) == ([1.0, 1.317], [1.61, 2.02])
+    assert (plain["y"], quantised["y"]) == ([0.0, 0.35], [0.004, 0.36])
+    areas = [(size / plain["marker"]["size"][0]) ** 2 for size in quantised["marker"]["size"]]
+    assert areas == pytest.approx([163 / 538, 134 / 538])
     for said in ("original, q8_0", "143.0 MB", "2.02\u00d7 (2.00 to 2.04)", "int8: how int8 ran. q8_0: how q8_0 ran."):
         assert said in page.text
     del evidence["variants"]  # as earlier versions wrote it
@@ -195,7 +228,7 @@ def test_quantisation_stands_beside_the_cut(evidence: dict[str, Any]) -> None:
 
 
 def test_samples_are_marked_from_where_they_part(evidence: dict[str, Any]) -> None:
-    html = render(evidence)
-    assert '<mark class="was">its museums, its river and the Eiffel Tower.</mark>' in html
-    assert "<mark>the tower that Eiffel built there.</mark>" in html
-    assert html.count("</mark>") == 2 and "same answer" in html
+    document = render(evidence)
+    assert '<mark class="was">its museums, its river and the Eiffel Tower.</mark>' in document
+    assert "<mark>the tower that Eiffel built there.</mark>" in document
+    assert document.count("</mark>") == 2 and "same answer" in document

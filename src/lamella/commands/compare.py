@@ -22,8 +22,7 @@ from lamella.inputs import Opening
 from lamella.plan import ModelReference
 from lamella.progress import track
 from lamella.registry import Method, command, get_method, methods
-from lamella.report.figure import figure
-from lamella.report.plane import plane
+from lamella.report.figures import Figure, Scatter
 from lamella.result import Evidence, Summary, Table
 from lamella.results import Edit, Study
 from lamella.signature import EMPTY, Parameter, Settings, kind_of
@@ -240,8 +239,8 @@ def summary(evidence: Evidence) -> Summary:
     return Summary(verdict, [Table("Learnt and forgotten", columns, rows)])
 
 
-def figures(evidence: Evidence) -> str:
+def figures(evidence: Evidence) -> list[Figure]:
     """Each method's way: to the left has learnt more, below has forgotten less."""
     before, points = evidence.findings["before"], evidence.findings["points"]
     ways = {name: [(before["new"], 0.0), *((each["new"], rise(each)) for each in run)] for name, run in points.items()}
-    return figure(plane(ways, "loss on the new text, nats", "rise on old texts, nats"))
+    return [Scatter("loss on the new text, nats", "rise on old texts, nats", ways, joined=True)]

@@ -250,7 +250,7 @@ class Local(Writer):
         return shown
 
     def _ends(self) -> set[int]:
-        said: Any = self.stack.model.generation_config.eos_token_id  # type: ignore[union-attr]
+        said: Any = self.stack.model.generation_config.eos_token_id
         own = {said} if isinstance(said, int) else set(said or ())
         return own | ({self.tokenizer.eos_token_id} - {None})
 

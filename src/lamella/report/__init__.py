@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from lamella.report.compression import render
-from lamella.report.healing import render_healing
 from lamella.report.trace import render_trace
 
 __all__ = [
     "render",
-    "render_healing",
     "render_trace",
 ]

@@ -6,7 +6,8 @@ from typing import Any
 
 from lamella import formatting
 from lamella.report import tasks, variants
-from lamella.report.drawing import STRIPED, drawing, shade
+from lamella.report.drawing import STRIPED, StackDrawing, shade
+from lamella.report.figures import Figure, Points, Scatter
 from lamella.report.healing import ROWS, training
 from lamella.report.page import filled, finite
 
@@ -24,6 +25,15 @@ SCORES = (
 )
 
 
+TIMES = "\u00d7"
+AXES = {  # what the curves are drawn against, and what stands behind its numbers
+    "measured": ("measured decode speed-up", TIMES),
+    "predicted": ("predicted decode speed-up", TIMES),
+    "sublayers": ("sublayers removed", ""),
+}
+MEASURES = {"kl": "KL from the original, nats", "perplexity": "perplexity"}
+
+
 def render(evidence: dict[str, Any]) -> str:
     """The page ``report.html``: one file that needs no network.
 
@@ -35,21 +45,15 @@ def render(evidence: dict[str, Any]) -> str:
     layers = evidence["layers"]
     scores = evidence.get("scores", {})
     shades = [found for score in SCORES for found in shade(*score, scores.get(score[0]), len(layers))]
-    stack = drawing(layers, shades, scores.get("removal_order", ()))
-    data = {
-        "scores": stack["scores"],
-        "curves": _curves(evidence),
-        "speed": _speed(evidence),
-        "target": evidence["target_speedup"],
-        "variants": variants.points(evidence),
-    }
+    title = f"the layers of {evidence['model']['name']}"
+    stack = StackDrawing(layers, shades, scores.get("removal_order", ()), title=title)
+    figures = curves(evidence) | {"stack": stack, "speed": speed(evidence), "variants": variants.figure(evidence)}
     if "healing" in evidence:
-        data["training"] = training(evidence["healing"]["curve"])
+        figures["training"] = training(evidence["healing"]["curve"])
     return filled(
         "report.html",
-        data,
+        figures,
         evidence=evidence,
-        stack=stack,
         verdict=verdict(evidence),
         costs=[
             {
@@ -140,26 +144,85 @@ def _memory(before: dict[str, Any] | None, after: dict[str, Any] | None) -> list
     return [row | {"share": _share(most, row["peak_bytes"])} for row in rows]
 
 
-def _curves(evidence: dict[str, Any]) -> list[dict[str, Any]]:
-    """One curve per method, its points from the whole model down."""
-    curves = []
+def curves(evidence: dict[str, Any]) -> dict[str, Figure]:
+    """Fidelity against compression: a figure for each measure of fidelity and each axis, such as ``kl-measured``."""
+    every = [point["fidelity"]["perplexity"]["mean"] for curve in evidence["curves"] for point in curve["points"]]
+    positive = [value for value in every if value is not None and value > 0]
+    figures: dict[str, Figure] = {}
+    for axis, _ in _axes(evidence):
+        title, suffix = AXES[axis]
+        target = {} if axis == "sublayers" else {"target": evidence["target_speedup"]}
+        for measure, label in MEASURES.items():
+            figures[f"{measure}-{axis}"] = Scatter(
+                title,
+                label,
+                _front(evidence, measure, axis) | _curves(evidence, measure, axis),
+                guides=target,
+                suffix=suffix,
+                from_zero=measure == "kl",
+                log_y=measure == "perplexity" and bool(positive) and max(positive) > 20 * min(positive),
+                title=label,
+            )
+    return figures
+
+
+def _curves(evidence: dict[str, Any], measure: str, axis: str) -> dict[str, Points]:
+    """One curve per method, its points from the whole model down, and a ring around the chosen point."""
+    series, chosen = {}, {}
     for curve in evidence["curves"]:
-        points = [
-            {
-                "sublayers": point["sublayers_removed"],
-                "predicted": point["predicted_speedup"],
-                "measured": point["measured_speedup"],
-                "kl": point["fidelity"]["kl"],
-                "perplexity": point["fidelity"]["perplexity"],
-                "top1": point["fidelity"]["top1"]["mean"],
-                "chosen": point["chosen"],
-                "pareto": point["pareto"],
-            }
-            for point in sorted(curve["points"], key=lambda point: point["sublayers_removed"])
+        found = [
+            each for each in curve["points"] if _place(each, axis) is not None and _mean(each, measure) is not None
         ]
-        best = curve["method"] == evidence["chosen"]["method"]
-        curves.append({"name": curve["method"], "baseline": curve["baseline"], "best": best, "points": points})
-    return curves
+        found = sorted(found, key=lambda each: _place(each, axis))
+        at = [(_place(each, axis), _mean(each, measure)) for each in found]
+        errors = [each["fidelity"][measure]["error"] or 0.0 for each in found]
+        series[curve["method"]] = Points(
+            at,
+            joined=True,
+            dashed=curve["baseline"],
+            x_range=[(each["measured_speedup"]["low"], each["measured_speedup"]["high"]) for each in found]
+            if axis == "measured"
+            else (),
+            y_range=[(mean - error, mean + error) for (_, mean), error in zip(at, errors, strict=True)],
+            hover=[_hover(curve, each, measure) for each in found],
+        )
+        if curve["method"] == evidence["chosen"]["method"]:
+            rings = [point for point, each in zip(at, found, strict=True) if each["chosen"]]
+            chosen = {"chosen plan": Points(rings, mark="ring")}
+    return series | chosen
+
+
+def _front(evidence: dict[str, Any], measure: str, axis: str) -> dict[str, Points]:
+    """The Pareto front, where several methods are compared at equal speed."""
+    if axis != "measured" or len(evidence["curves"]) < 2:
+        return {}
+    points = [point for curve in evidence["curves"] for point in curve["points"] if point["pareto"]]
+    known = [(_place(each, axis), _mean(each, measure)) for each in points]
+    front = sorted((x, y) for x, y in known if x is not None and y is not None)
+    return {"Pareto front": Points(front, mark="band")} if len(front) > 1 else {}
+
+
+def _place(point: dict[str, Any], axis: str) -> Any:
+    """Where a point lies on an axis; None where its speed was not measured."""
+    if axis == "measured":
+        return point["measured_speedup"] and point["measured_speedup"]["median"]
+    return point["sublayers_removed"] if axis == "sublayers" else point["predicted_speedup"]
+
+
+def _mean(point: dict[str, Any], measure: str) -> Any:
+    return point["fidelity"][measure]["mean"]
+
+
+def _hover(curve: dict[str, Any], point: dict[str, Any], measure: str) -> str:
+    """What is said of a point under the pointer."""
+    measured, predicted = point["measured_speedup"], formatting.ratio(point["predicted_speedup"])
+    lines = [
+        f"{curve['method']}, {point['sublayers_removed']} sublayers removed{', its choice' if point['chosen'] else ''}",
+        f"{MEASURES[measure]}: {formatting.estimate(point['fidelity'][measure])}",
+        f"same top token: {formatting.percent(point['fidelity']['top1']['mean'])}",
+        f"speed-up: {formatting.ratio(measured and measured['median'])} measured, {predicted} predicted",
+    ]
+    return "\n".join(lines)
 
 
 def _axes(evidence: dict[str, Any]) -> list[tuple[str, str]]:
@@ -170,16 +233,29 @@ def _axes(evidence: dict[str, Any]) -> list[tuple[str, str]]:
     return axes
 
 
-def _speed(evidence: dict[str, Any]) -> list[dict[str, Any]]:
-    """Measured speed-ups with their spread; the cost model speaks of decoding at batch 1 only."""
-    rows = []
+def speed(evidence: dict[str, Any]) -> Scatter:
+    """Measured speed-ups with their quartiles; the cost model predicts only decoding at batch 1."""
+    names: list[str] = []
+    measured, quartiles, predicted = [], [], []
     for timing in evidence["chosen"]["timings"]:
-        for what in ("decode", "prefill"):
-            modelled = what == "decode" and timing["batch"] == 1
-            predicted = evidence["chosen"]["predicted_speedup"] if modelled else None
-            name = f"{what}, batch {timing['batch']}"
-            rows.append({"name": name, "measured": timing[f"{what}_speedup"], "predicted": predicted})
-    return rows
+        for phase in ("decode", "prefill"):
+            found = timing[f"{phase}_speedup"]
+            if phase == "decode" and timing["batch"] == 1:
+                predicted.append((evidence["chosen"]["predicted_speedup"], float(len(names))))
+            measured.append((found["median"], float(len(names))))
+            quartiles.append((found["low"], found["high"]))
+            names.append(f"{phase}, batch {timing['batch']}")
+    hover = [
+        f"{name}: {formatting.ratio(x)}, quartiles {low:.2f} to {high:.2f}"
+        for name, (x, _), (low, high) in zip(names, measured, quartiles, strict=True)
+    ]
+    series = {
+        "measured": Points(measured, x_range=quartiles, hover=hover),
+        "cost model": Points(predicted, mark="diamond"),
+    }
+    guides = {"original": 1.0, "target": evidence["target_speedup"]}
+    return Scatter("speed-up over the original", "", series, rows=names, guides=guides, suffix=TIMES,
+                   title="Speed-up over the original")  # fmt: skip
 
 
 def _chosen_points(evidence: dict[str, Any]) -> list[dict[str, Any]]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from lamella.formatting import number
+from lamella.report.figures import Figure
 
 ROW = 32  # layers side by side on a wide screen
 STATES = {"kept": "kept", "cut": "cut", "prompt": "runs on the prompt only", "some": "runs for some generated tokens"}
@@ -56,48 +57,65 @@ def shade(name: str, label: str, meaning: str, values: Sequence[float | None] | 
     return [Shade(name, label, meaning, values)] if any(value is not None for value in values) else []
 
 
-def drawing(
-    states: Sequence[Mapping[str, str]], shades: Sequence[Shade], order: Sequence[Sequence[str]] = ()
-) -> dict[str, Any]:
-    """What the template draws.
+@dataclass(frozen=True)
+class StackDrawing(Figure):
+    """A stack, layer by layer; a page shows one at most, whose colours a switch changes.
 
-    Args:
+    Attributes:
         states: of each layer, a key of :data:`STATES` for ``attn`` and ``mlp``.
         shades: the scores that can colour it, the first being shown first.
         order: the sites removed by each step of the search.
     """
-    step = {site: number for number, sites in enumerate(order, start=1) for site in sites}
-    levels = {each.name: each.levels() for each in shades}
-    columns: list[dict[str, Any]] = []
-    for layer, layer_states in enumerate(states):
-        sublayers = []
-        for which, kind in enumerate(SUBLAYERS):
-            sublayer = len(SUBLAYERS) * layer + which
-            site, state = f"layers.{layer}.{kind}", layer_states[kind]
-            removed = step.get(site) if state != "kept" else None
-            facts = [STATES[state] + (f", removed in step {removed}" if removed else "")]
-            facts += [f"{each.label.lower()} {number(each.values[sublayer])}" for each in shades]
-            sublayers.append(
-                {
-                    "site": site,
-                    "kind": kind,
-                    "state": state,
-                    "striped": state in STRIPED,
-                    "step": removed,
-                    "facts": facts,
-                    "values": [each.values[sublayer] for each in shades],
-                    "levels": {name: values[sublayer] for name, values in levels.items()},
-                    "level": levels[shades[0].name][sublayer] if shades else None,
-                }
-            )
-        columns.append({"layer": layer, "sublayers": sublayers})
-    rows = math.ceil(len(columns) / ROW) or 1
-    present = {sublayer["state"] for column in columns for sublayer in column["sublayers"]}
-    return {
-        "columns": columns,
-        "per_row": math.ceil(len(columns) / rows),
-        "states": {state: words for state, words in STATES.items() if state in present},
-        "scores": {each.name: each.legend() for each in shades},
-        "choices": [(each.name, each.label) for each in shades],
-        "ordered": bool(step),
-    }
+
+    states: Sequence[Mapping[str, str]]
+    shades: Sequence[Shade] = ()
+    order: Sequence[Sequence[str]] = ()
+
+    kind: ClassVar[str] = "stack"
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.states
+
+    @property
+    def scores(self) -> dict[str, dict[str, str]]:
+        """The legend of each score, for the page's script."""
+        return {each.name: each.legend() for each in self.shades}
+
+    def layout(self) -> dict[str, Any]:
+        """What the template draws."""
+        step = {site: number for number, sites in enumerate(self.order, start=1) for site in sites}
+        levels = {each.name: each.levels() for each in self.shades}
+        columns: list[dict[str, Any]] = []
+        for layer, layer_states in enumerate(self.states):
+            sublayers = []
+            for which, kind in enumerate(SUBLAYERS):
+                sublayer = len(SUBLAYERS) * layer + which
+                site, state = f"layers.{layer}.{kind}", layer_states[kind]
+                removed = step.get(site) if state != "kept" else None
+                facts = [STATES[state] + (f", removed in step {removed}" if removed else "")]
+                facts += [f"{each.label.lower()} {number(each.values[sublayer])}" for each in self.shades]
+                sublayers.append(
+                    {
+                        "site": site,
+                        "kind": kind,
+                        "state": state,
+                        "striped": state in STRIPED,
+                        "step": removed,
+                        "facts": facts,
+                        "values": [each.values[sublayer] for each in self.shades],
+                        "levels": {name: values[sublayer] for name, values in levels.items()},
+                        "level": levels[self.shades[0].name][sublayer] if self.shades else None,
+                    }
+                )
+            columns.append({"layer": layer, "sublayers": sublayers})
+        rows = math.ceil(len(columns) / ROW) or 1
+        present = {sublayer["state"] for column in columns for sublayer in column["sublayers"]}
+        return {
+            "columns": columns,
+            "per_row": math.ceil(len(columns) / rows),
+            "states": {state: words for state, words in STATES.items() if state in present},
+            "scores": self.scores,
+            "choices": [(each.name, each.label) for each in self.shades],
+            "ordered": bool(step),
+        }

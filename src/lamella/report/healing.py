@@ -1,10 +1,10 @@
-"""The page of ``lamella heal``: the loss while training, and fidelity before and after."""
+"""What pages show of a training: the loss by step, and the rows of a table of fidelities."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-from lamella.report.page import filled, finite
+from lamella.report.figures import Lines
 
 ROWS = (
     ("perplexity", "perplexity"),
@@ -13,20 +13,13 @@ ROWS = (
 )
 
 
-def render_healing(evidence: dict[str, Any], selection: dict[str, Any] | None = None) -> str:
-    """The page ``heal.html``: one file that needs no network.
+def training(curve: Sequence[Mapping[str, float]], title: str = "") -> Lines:
+    """The loss of a training and its parts, by step.
 
     Args:
-        evidence: as :func:`lamella.jobs.heal` returns it.
-        selection: the report of what chose the samples, where they were chosen.
+        curve: the points of the log, each with its step.
+        title: of the figure.
     """
-    evidence = finite(evidence)
-    data = {"training": training(evidence["curve"])}
-    before, after = (evidence[when]["perplexity"]["mean"] for when in ("before", "after"))
-    verdict = f"Healing took {evidence['model']} with {evidence['method']} from perplexity {before:.4g} to {after:.4g}."
-    return filled("heal.html", data, evidence=evidence, rows=ROWS, verdict=verdict, selection=finite(selection or {}))
-
-
-def training(curve: list[dict[str, float]]) -> dict[str, Any]:
-    """What the page's drawing of a training curve is given."""
-    return {"curve": curve, "names": [name for name in curve[0] if name != "step"] if curve else []}
+    names = [name for name in (curve[0] if curve else {}) if name != "step"]
+    series = {name: [point.get(name) for point in curve] for name in names}
+    return Lines("step", "loss, nats", series, positions=[point["step"] for point in curve], title=title)

@@ -1,38 +1,49 @@
-"""A page that needs no network: templates, style, scripts and plotly in one file."""
+"""A page that needs no network: templates, style, scripts and figures in one file."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from lamella import formatting
+from lamella.report.drawing import StackDrawing
+from lamella.report.figures import Axes, Figure
+from lamella.report.plotting import plotted
 from lamella.result import shown
 
 FILTERS = ("number", "ratio", "spread", "estimate", "percent", "count", "size", "duration")
 
 
-def filled(template: str | Path, data: dict[str, Any], **context: Any) -> str:
+def filled(
+    template: str | Path, figures: Mapping[str, Figure], data: Mapping[str, Any] | None = None, **context: Any
+) -> str:
     """Fill a template.
 
     Args:
         template: a file of ``templates/``, or the path of a method's own, which may extend and import those.
-        data: what the page's script draws, as JSON; the template gets it as ``data`` too.
+        figures: by the name of their place. Those that have data are the template's ``figures``, which the macro
+            ``figure`` of ``parts.html`` shows. Plotly's script is in the page only if one of them is a plot.
+        data: what else the page's scripts need, as JSON; the template gets it as ``data`` too.
         context: what only the template uses.
     """
     from markupsafe import Markup
-    from plotly.offline import get_plotlyjs  # here, since it takes long and few commands draw
 
     template = Path(template)
-    static = {name: Markup(_read(f"page.{name}")) for name in ("css", "js")}
-    rendered = (
-        _templates(template.parent)
-        .get_template(template.name)
-        .render(data=data, plotly=Markup(get_plotlyjs()), **static, **context)
-    )
-    return rendered.rstrip() + "\n"
+    drawn = {name: each for name, each in figures.items() if not each.is_empty}
+    plots = {name: plotted(each).to_plotly_json() for name, each in drawn.items() if isinstance(each, Axes)}
+    scripts = {"css": Markup(_read("page.css")), "js": Markup(_read("page.js")), "plotly": ""}
+    if plots:
+        from plotly.offline import get_plotlyjs  # here, since it takes long and few commands draw
+
+        scripts |= {"plotly": Markup(get_plotlyjs()), "plots": Markup(_read("plots.js"))}
+    scores = next((each.scores for each in drawn.values() if isinstance(each, StackDrawing)), {})
+    given = finite(dict(data or {}) | {"plots": plots, "scores": scores})
+    rendered = _templates(template.parent).get_template(template.name)
+    return str(rendered.render(data=given, figures=drawn, **scripts, **context)).rstrip() + "\n"
 
 
 @cache  # templates are compiled once

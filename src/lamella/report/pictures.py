@@ -27,8 +27,3 @@ def embedded(pictures: Iterable[npt.NDArray[np.uint8]]) -> str:
     file = io.BytesIO()
     made.save(file, "PNG", optimize=True)
     return base64.b64encode(file.getvalue()).decode()
-
-
-def shown(picture: str, told: str) -> str:
-    """The HTML of one, with what it shows in words."""
-    return f'<img alt="{told}" style="image-rendering:pixelated;max-width:100%" src="data:image/png;base64,{picture}">'

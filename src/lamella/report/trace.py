@@ -11,6 +11,7 @@ import numpy as np
 
 from lamella.extras import require
 from lamella.formatting import number
+from lamella.report.figures import Figure, Heatmap
 from lamella.report.page import filled, finite
 
 STATES = ("nothing ran", "attention ran", "MLP ran", "both ran")
@@ -29,16 +30,39 @@ def render_trace(report: dict[str, Any]) -> str:
     """
     report = finite(report)
     note, shares = _telling(report)
-    data: dict[str, Any] = _by_pass(report) if "passes" in report else _by_token(report, note)
+    figures: dict[str, Figure] = _by_pass(report) if "passes" in report else {"trace": _by_token(report, note)}
+    data: dict[str, Any] = {}
     if "image" in report and "picture" in report:
-        grid = report["picture"]
-        data["picture"] = {
-            "source": report["image"], "rows": grid["rows"], "columns": grid["columns"], "views": _views(report, note)
-        }  # fmt: skip
-    views = [(place, view["name"]) for place, view in enumerate(data.get("picture", {}).get("views", []))]
-    params = {name: _told(value) for name, value in report["params"].items()}
-    said = {"verdict": _verdict(report, note, shares), "views": views, "note": note, "shares": shares}
-    return filled("trace.html", data, report=report, params=params, names=NAMES, **said)
+        rows, columns, views = report["picture"]["rows"], report["picture"]["columns"], _views(report, note)
+        data["picture"] = {"rows": rows, "columns": columns, "views": views}
+        figures["picture"] = _overlay(views[0], rows, columns, report["image"])
+    choices = [(place, view["name"]) for place, view in enumerate(data.get("picture", {}).get("views", []))]
+    context = {
+        "report": report,
+        "params": {name: _told(value) for name, value in report["params"].items()},
+        "names": NAMES,
+        "verdict": _verdict(report, note, shares),
+        "views": choices,
+        "note": note,
+        "shares": shares,
+    }
+    return filled("trace.html", figures, data, **context)
+
+
+def _overlay(view: dict[str, Any], rows: int, columns: int, source: str) -> Heatmap:
+    """The first frame of a view over the image; the page's script shows the others."""
+    values = view["frames"][0]["values"]
+    return Heatmap(
+        "column",
+        "row",
+        [values[row * columns : (row + 1) * columns] for row in range(rows)],
+        view["name"],
+        least=view["least"],
+        most=view["most"],
+        square=True,
+        background=source,
+        title="the image, darkened where its tokens ran few layers",
+    )
 
 
 def _told(value: Any) -> str:
@@ -50,28 +74,50 @@ def _told(value: Any) -> str:
     return number(value) if isinstance(value, float) else str(value)
 
 
-def _by_token(report: dict[str, Any], note: str) -> dict[str, Any]:
+def _by_token(report: dict[str, Any], note: str) -> Heatmap:
+    """A column for each token and a row for each layer: what ran, or ``note`` where all layers did."""
+    tokens, names = report["tokens"], ACTIVITY if _measures(report) else STATES
     states = [
         [int(a) + 2 * int(m) for a, m in zip(attn, mlp, strict=True)]
         for attn, mlp in zip(report["attn"], report["mlp"], strict=True)
     ]
-    names = ACTIVITY if _measures(report) else STATES
-    told = {"names": names, "notes": report["notes"], "shown": note}
-    return {"trace": {"tokens": report["tokens"], "states": states, **told}}
+    values = report["notes"][note] if note else states
+    phases = [token["phase"] for token in tokens]
+
+    def hover(layer: int, column: int) -> str:
+        token = tokens[column]
+        lines = [f"layer {layer}: {names[states[column][layer]]}", f"“{token['text']}” → “{token['next']}”"]
+        return "\n".join(lines + [f"{name}: {number(row[column][layer])}" for name, row in report["notes"].items()])
+
+    layers, columns = range(len(states[0])), range(len(tokens))
+    return Heatmap(
+        "token",
+        "layer",
+        [[values[column][layer] for column in columns] for layer in layers],
+        note or "sublayers",
+        columns=[token["text"] for token in tokens],
+        upwards=True,
+        categories=() if note else names,
+        least=0.0 if note else None,
+        hover=[[hover(layer, column) for column in columns] for layer in layers],
+        vertical=[column - 0.5 for column in columns[1:] if phases[column] != phases[column - 1]],
+    )
 
 
-def _by_pass(report: dict[str, Any]) -> dict[str, Any]:
+def _by_pass(report: dict[str, Any]) -> dict[str, Figure]:
+    """What each pass ran, for each layer and for each token."""
     passes, tokens = report["passes"], report["tokens"]
-    heat = {"x": "layer", "y": "pass", "most": 1}
+    committed = [
+        (column, _pass_of(passes, token["step"])) for column, token in enumerate(tokens) if token["step"] is not None
+    ]
+    by_layer, by_token = ([each[name] for each in passes] for name in ("by_layer", "by_token"))
+    texts = [token["text"] for token in tokens]
     return {
-        "heats": [
-            {**heat, "name": "layers", "values": [each["by_layer"] for each in passes]},
-            {**heat, "name": "tokens", "x": "token", "values": [each["by_token"] for each in passes],
-             "labels": [token["text"] for token in tokens],
-             "dots": [[column, _pass_of(passes, token["step"])] for column, token in enumerate(tokens)
-                      if token["step"] is not None]},
-        ]
-    }  # fmt: skip
+        "layers": Heatmap("layer", "pass", by_layer, "share of the tokens", least=0.0, most=1.0),
+        "tokens": Heatmap(
+            "token", "pass", by_token, "share of the sublayers", columns=texts, path=committed, least=0.0, most=1.0
+        ),
+    }
 
 
 def _pass_of(passes: list[dict[str, Any]], step: int) -> int:

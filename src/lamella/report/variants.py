@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lamella import formatting
+from lamella.report.figures import Points, Scatter
 
 COLUMNS = ("model", "weights", "decode speed-up", "KL, nats", "perplexity", "same top token")
 
@@ -30,20 +31,35 @@ def notes(evidence: dict[str, Any]) -> list[str]:
     return [f"{form}: {run}." for form, run in said.items()]
 
 
-def points(evidence: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the page draws: fidelity against speed, as large as the weights; those whose speed was measured."""
-    return [
-        {
-            "name": each["name"],
-            "speed": each["decode_speedup"],
-            "kl": each["fidelity"]["kl"],
-            "bytes": each["bytes"],
-            "size": formatting.size(each["bytes"]),
-            "quantised": each["form"] is not None,
-        }
-        for each in evidence.get("variants", ())
-        if each["decode_speedup"]
-    ]
+def figure(evidence: dict[str, Any]) -> Scatter:
+    """Fidelity against speed, as large as the weights; of those models whose speed was measured."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for each in evidence.get("variants", ()):
+        if each["decode_speedup"]:
+            groups.setdefault("quantised" if each["form"] else "not quantised", []).append(each)
+    return Scatter(
+        "decode speed-up over the original",
+        "KL from the original, nats",
+        {name: _points(models) for name, models in groups.items()},
+        suffix="\u00d7",
+    )
+
+
+def _points(models: list[dict[str, Any]]) -> Points:
+    kl = [each["fidelity"]["kl"] for each in models]
+    speeds = [each["decode_speedup"] for each in models]
+    return Points(
+        [(speed["median"], each["mean"]) for speed, each in zip(speeds, kl, strict=True)],
+        x_range=[(speed["low"], speed["high"]) for speed in speeds],
+        y_range=[(each["mean"] - (each["error"] or 0.0), each["mean"] + (each["error"] or 0.0)) for each in kl],
+        sizes=[each["bytes"] for each in models],
+        labels=[each["name"] for each in models],
+        hover=[
+            f"{each['name']}\n{_speed(each['decode_speedup'])}, KL {formatting.estimate(each['fidelity']['kl'])}\n"
+            f"weights: {formatting.size(each['bytes'])}"
+            for each in models
+        ],
+    )
 
 
 def _speed(speed: dict[str, float] | None) -> str:

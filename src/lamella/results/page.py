@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from lamella.report.chart import chart
-from lamella.report.figure import figure
+from collections.abc import Iterable
+
+from lamella.report.figures import Figure, Lines, named
 from lamella.report.page import filled, finite
 from lamella.result import Evidence, Summary, Table
 from lamella.train import TrainedEvidence
 
 
-def render(evidence: Evidence, summary: Summary, figures: str = "") -> str:
+def render(evidence: Evidence, summary: Summary, figures: Iterable[Figure] = ()) -> str:
     """The page of a result: one file that needs no network.
 
     Args:
-        figures: HTML that the method has drawn, or nothing.
+        figures: what the method shows; those without data are left out.
 
     Raises:
         LamellaError: when plotly or jinja2 is missing.
     """
-    from markupsafe import Markup
-
-    told = finite(evidence.model_dump(by_alias=True))
-    return filled("result.html", {}, evidence=told, summary=summary, figures=Markup(figures))
+    document = finite(evidence.model_dump(by_alias=True))
+    return filled("result.html", named(figures), evidence=document, summary=summary)
 
 
 def card(evidence: Evidence, summary: Summary, title: str) -> str:
@@ -59,7 +58,7 @@ def inline(text: str) -> str:
     return "".join(f"\\{c}" if c in "|<>[]`*\\" else c for c in text)
 
 
-def curves(evidence: Evidence) -> str:
+def curves(evidence: Evidence) -> Lines:
     """The losses of a training, point by point of its log."""
     assert isinstance(evidence, TrainedEvidence)
-    return figure(chart({"training": [point["loss"] for point in evidence.curve]}, "loss, nats", "point of the log"))
+    return Lines("point of the log", "loss, nats", {"training": [point["loss"] for point in evidence.curve]})

@@ -29,6 +29,7 @@ from lamella.methods.cstrl import (
     unfrozen,
 )
 from lamella.methods.cstrl.baselines import Unfreezing
+from lamella.methods.cstrl.page import figures
 from lamella.methods.cstrl.radiology import Said, judged, reports, word_tokenizer
 from lamella.runner import run
 from lamella.stack import Model, Stack, open_model
@@ -87,6 +88,11 @@ def test_a_t5_from_a_folder_is_trained_and_opens_in_plain_transformers(
     assert found["scores"]["one constant answer"]["distinct"] == 1
     assert {"bleu", "bleu1_precision"} <= set(found["scores"]["after summaries"])
     assert (tmp_path / "out" / "report.html").read_text().count("<figure>") == 4
+    gap, losses, drift, kept = figures(done.evidence)
+    assert gap.series["gap sentences, training"] == [(point["step"], point["loss"]) for point in found["gap curve"]]
+    assert {"training", "held out: summaries", "held out: gap sentences"} == set(losses.series)
+    assert [len(values) for values in drift.series.values()] == [len(found["importance"]["sums"])] * len(drift.series)
+    assert kept.series["by epoch"][0][1] == 0.0  # nothing is forgotten before the first step
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     ours = done.result.stack.model

@@ -32,6 +32,7 @@ from lamella.methods.hires_llava import (
     streams,
 )
 from lamella.methods.hires_llava.entities import ENTITIES, NUMBERS, STRENGTHS, TURNS, Thing, covers, question, render
+from lamella.methods.hires_llava.page import figures
 from lamella.runner import run
 from lamella.stack import open_model
 from lamella.train import TrainConfig
@@ -221,7 +222,9 @@ def test_a_model_that_was_made_is_judged_measured_and_trained_on(folder: Path, t
     judged = run("hires-llava", str(tmp_path / "one"), command="judge", questions=27, out=tmp_path / "judged")
     found = judged.evidence.findings
     assert found["questions"] == 27 and set(found["cuts"]) == set(CUTS)
-    assert "<svg" in (tmp_path / "judged" / "report.html").read_text()
+    shares, questions = figures(judged.evidence)
+    assert shares.values == found["places"] and len(questions.images) == len(found["samples"]) > 0
+    assert "right answers" in (tmp_path / "judged" / "report.html").read_text()
     measured = run("hires-llava", str(tmp_path / "one"), "entities", command="seams", questions=36, adapters=1)
     assert len(measured.evidence.findings["placed"]) == 1 and "probe" in measured.evidence.findings
     second = run("hires-llava", str(tmp_path / "one"), "entities", questions=18, steps=2, out=tmp_path / "two")

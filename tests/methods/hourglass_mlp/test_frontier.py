@@ -17,7 +17,7 @@ from lamella.files import Work
 from lamella.measure import Recording
 from lamella.methods.hourglass_mlp import Grid, Shape, Vectors, frontier, psnr
 from lamella.methods.hourglass_mlp.frontier import TRAINING, front, point
-from lamella.methods.hourglass_mlp.page import drawn, summary
+from lamella.methods.hourglass_mlp.page import frontiers, summary
 from lamella.methods.hourglass_mlp.vectors import Noisy, noisy
 from lamella.result import Evidence
 
@@ -182,9 +182,14 @@ def test_what_cannot_be_searched_is_refused_in_one_line(options: dict[str, Any],
 
 def test_the_page_draws_a_line_for_each_family(tmp_path: Path) -> None:
     study = frontier(SCENES, **(SMALL | {"lrs": (1e-3,), "seeds": 1}), work=Work(tmp_path))
-    picture = drawn(study.findings)
-    for family in ("hourglass", "frozen", "conventional", "lean"):
-        assert f">{family}</text>" in picture
+    drawn, points = frontiers(study.findings), study.findings["points"]
+    assert {"hourglass", "frozen", "conventional", "lean"} <= set(drawn.points)
+    assert {family: list(each.at) for family, each in drawn.points.items()} == {
+        family: sorted((points[place][study.findings["counted"]] / 1000, points[place]["test"]) for place in places)
+        for family, places in study.findings["fronts"].items()
+        if places
+    }
+    assert drawn.x.endswith("parameters, thousands") and drawn.y == "PSNR on test rows, dB"
     evidence = Evidence(kind="study", provenance={"method": "hourglass-mlp"}, environment={}, findings=study.findings)
     told = summary(evidence)
     assert len(told.tables[0].rows) == 6 and "dB on test rows" in told.verdict

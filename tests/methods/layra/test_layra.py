@@ -7,7 +7,6 @@ import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import peft
 import pytest
@@ -18,6 +17,7 @@ from transformers import AutoTokenizer, get_linear_schedule_with_warmup
 
 from lamella.errors import CalibrationError, LamellaError, MethodError
 from lamella.files import Work
+from lamella.formatting import number
 from lamella.methods.layra import TRAINING, Added, Edges, Language, Matrix, Shape, average_ranks, layra, measure
 from lamella.methods.layra.page import figures, summary, tradeoff
 from lamella.methods.layra.recipe import adapted, learn
@@ -336,19 +336,20 @@ def test_findings_are_json_and_notes_name_who_lost_most(added: Added) -> None:
     evidence = Evidence(
         kind="adapter", provenance=added.provenance, environment={}, findings=findings, notes=added.notes
     )
-    fragment = figures(evidence)
-    ElementTree.fromstring(f"<div>{fragment}</div>")
-    assert all(step in fragment for step in ("before", "swh", "urd"))
+    (matrix,) = figures(evidence)
+    assert matrix.rows == ["before", "swh", "urd"] and set(matrix.columns) >= {"swh", "urd"}
+    assert matrix.values[0] == [0.0] * len(matrix.columns)  # changes since before
+    row = findings["matrix"]["rows"][2]
+    assert [each.split(" ")[0] for each in matrix.labels[2]] == [number(row[name]) for name in matrix.columns]
     told = summary(evidence)
     assert "added swh, urd" in told.verdict and len(told.tables[0].rows) == 3
     silent = layra(opened(), {"swh": SWH}, **EDGES, config=CONFIG)
     assert any("nothing is known of what was forgotten" in note for note in silent.notes)
 
 
-def test_the_picture_has_a_point_for_each_rate() -> None:
-    drawn = ElementTree.fromstring(tradeoff({"a": [(1.0, 2.0), (2.0, 1.0)], "b & c": [(3.0, 0.0)]}))
-    circles = [each for each in drawn.iter() if each.tag.endswith("circle")]
-    assert len(circles) == 3 + 2  # and one for each name
+def test_the_figure_has_a_point_for_each_rate() -> None:
+    points = {"a": [(1.0, 2.0), (2.0, 1.0)], "b & c": [(3.0, 0.0)]}
+    assert {name: each.at for name, each in tradeoff(points).points.items()} == points
 
 
 @pytest.mark.parametrize(

@@ -107,9 +107,9 @@ def test_the_page_says_how_many_pictures_of_a_plan_there_are() -> None:
         (replace(plan, walls=None, boxes=None), "the plan, and what was recognised"),
     ):
         found = Readings.of([given], [seen_as_it_is(plan)], plan.classes)
-        assert f"{said}. Doors" in figures(
-            Evidence(kind="readings", provenance={}, environment={}, findings=found.findings)
-        )
+        (drawn,) = figures(Evidence(kind="readings", provenance={}, environment={}, findings=found.findings))
+        assert f"{said}. Doors" in drawn.caption and drawn.alt.endswith(said)
+        assert drawn.images == [found.findings["pictures"][0]["picture"]]
 
 
 def Image() -> type:

@@ -16,8 +16,10 @@ from lamella.data import Reader, Sample
 from lamella.errors import CacheError, CalibrationError, CheckpointError, LamellaError, MethodError, PlanError
 from lamella.files import Work
 from lamella.methods.smora import Experts, RankExperts, TaskExamples, Usage, smora, with_prompts
+from lamella.methods.smora.page import figures
 from lamella.plan import ModelReference, PhasedPath, Plan, compose, sidefile
 from lamella.plan.export import export
+from lamella.report.figures import Heatmap
 from lamella.runner import run
 from lamella.runtime import apply, parallel
 from lamella.stack import Stack
@@ -340,6 +342,9 @@ def test_a_run_of_the_house_writes_a_page_with_routing_and_load(tmp_path: Path) 
         out=tmp_path / "out", r=4, k=2, steps=2, batch=2, accumulate=1, test="pydoc")  # fmt: skip
     page, readme = ((tmp_path / "out" / name).read_text() for name in ("report.html", "README.md"))
     assert "Usage of ranks by task" in page and "variation of the load" in page
+    usage = next(each for each in figures(done.evidence) if isinstance(each, Heatmap))
+    sharpest = done.evidence.findings["sharpest"]["shares"]
+    assert usage.rows == list(sharpest) == ["a", "b"] and usage.values == list(sharpest.values())
     assert "lamella.apply" in readme and done.evidence.findings["maps"] == 42
     usage = json.loads((tmp_path / "out" / "usage.json").read_text())
     assert set(usage["counts"]) == {"a", "b"} and len(usage["maps"]) == 42

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from lamella.formatting import number
+from lamella.report.figures import Figure
+from lamella.report.healing import training
 from lamella.result import Evidence, Summary, Table
-from lamella.results.page import curves as figures
 from lamella.runtime.edit import fidelity_table
 from lamella.train import TrainedEvidence
 
-__all__ = ["figures", "summary"]
+
+def figures(evidence: Evidence) -> list[Figure]:
+    """The loss by step."""
+    assert isinstance(evidence, TrainedEvidence)
+    return [training(evidence.curve)]
 
 
 def summary(evidence: Evidence) -> Summary:

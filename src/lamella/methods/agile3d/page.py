@@ -5,25 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 from lamella.formatting import counted, number, percent
-from lamella.report.chart import chart
-from lamella.report.figure import figure
+from lamella.report.figures import Figure, Lines
 from lamella.results import Evidence, Summary, Table
 
 ARMS = ("agile3d", "nearest click")
 TRAINED, LABELLED = "segmenter", "labelled"
 
 
-def figures(evidence: Evidence) -> str:
-    """The loss point by point, or IoU by clicks, as HTML that needs no script; of labels there is none."""
+def figures(evidence: Evidence) -> list[Figure]:
+    """The loss point by point, or IoU by clicks; of labels there is none."""
     found = evidence.findings
     if evidence.kind == LABELLED:
-        return ""
+        return []
     if evidence.kind == TRAINED:
-        return figure(chart({"training": found["loss"]}, "loss", "point of the log"))
+        return [Lines("point of the log", "loss", {"training": found["loss"]})]
     lines = {arm: [100 * iou for iou in found[arm]["iou"].values()] for arm in ARMS}
-    clicks = ", ".join(found[ARMS[0]]["iou"])
-    caption = f"Mean IoU of the objects after {clicks} clicks for each of them."
-    return figure(chart(lines, "IoU, percent", "clicks"), caption)
+    clicks = [int(count) for count in found[ARMS[0]]["iou"]]
+    caption = "Mean IoU of the objects after so many clicks on each of them."
+    return [Lines("clicks on each object", "IoU, percent", lines, positions=clicks, caption=caption)]
 
 
 def summary(evidence: Evidence) -> Summary:

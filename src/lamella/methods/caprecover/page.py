@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 from lamella.formatting import number, percent
-from lamella.report.chart import chart
-from lamella.report.figure import figure
-from lamella.report.pictures import shown
+from lamella.report.figures import Figure, Images, Lines
 from lamella.results import Evidence, Summary, Table
 
 
-def figures(evidence: Evidence) -> str:
-    """Accuracies over the cuts, or captions beside their pictures, as HTML that needs no script."""
+def figures(evidence: Evidence) -> list[Figure]:
+    """Accuracies over the cuts, or captions beside their images."""
     found = evidence.findings
     if "captions" in found:
-        return figure(_beside(found["samples"]), "What is shown, and what was written.")
+        return [_beside(found["samples"])]
     rows = found["attacks"] if "attacks" in found else found["tokens"]
     lines = {name: [100 * each["adaptive"]["mean"] for each in group] for name, group in _by_attacker(rows).items()}
-    cuts = ", ".join(dict.fromkeys(row["cut"] for row in rows))
-    what = "Classes" if "attacks" in found else "Tokens"
-    caption = f"{what} that are read, in percent, by attackers who know the defence; cuts from left to right: {cuts}."
-    return figure(chart(lines, "percent", "cut"), caption)
+    cuts = list(dict.fromkeys(row["cut"] for row in rows))
+    read = "Classes" if "attacks" in found else "Tokens"
+    caption = f"{read} that are read, in percent, by attackers who know the defence."
+    return [Lines("cut", "percent", lines, positions=cuts, caption=caption)]
 
 
 def _by_attacker(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
@@ -34,16 +31,15 @@ def _by_attacker(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[st
     return groups
 
 
-def _beside(samples: Sequence[Mapping[str, Any]]) -> str:
+def _beside(samples: Sequence[Mapping[str, Any]]) -> Images:
     names = list(samples[0]["written"])
-    head = "".join(f"<th>{escape(name)}</th>" for name in ("", "is", *names))
-    rows = "".join(
-        f"<tr><td>{shown(each['picture'], 'a picture that was attacked')}</td><td>{escape(each['text'])}</td>"
-        + "".join(f"<td>{escape(each['written'][name])}</td>" for name in names)
-        + "</tr>"
-        for each in samples
+    return Images(
+        [each["picture"] for each in samples],
+        [[each["text"], *(each["written"][name] for name in names)] for each in samples],
+        ["caption", *names],
+        alt="an image that was attacked",
+        caption="What is shown, and what was written.",
     )
-    return f"<table><tr>{head}</tr>{rows}</table>"
 
 
 def summary(evidence: Evidence) -> Summary:

@@ -19,8 +19,7 @@ from lamella.formatting import counted, percent, signed
 from lamella.measure.scores import Scores
 from lamella.methods.cola.paths import Found, PathStudy, ProblemStudy
 from lamella.methods.cola.samples import Path, same
-from lamella.report.chart import chart
-from lamella.report.figure import figure
+from lamella.report.figures import Figure, Lines
 from lamella.report.page import finite
 from lamella.results import Evidence, Summary, Table
 
@@ -220,9 +219,9 @@ def described(path: Sequence[int] | None, layers: int) -> str:
     return "; ".join([*parts, *([f"repeats {', '.join(again)}"] if again else [])]) or "the model itself"
 
 
-def figures(evidence: Evidence) -> str:
+def figures(evidence: Evidence) -> list[Figure]:
     """How often correct paths skip each layer, and run it again."""
     found = finite(evidence.findings)
     drawn = {"skipped": found["valid_skip_rate"] or [], "run again": found["valid_repeat_rate"] or []}
     caption = "Share of all correct paths but the model itself, every sample with the same weight."
-    return figure(chart(drawn, "share of paths", "layer"), caption)
+    return [Lines("layer", "share of paths", drawn, caption=caption)]

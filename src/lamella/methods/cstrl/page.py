@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lamella.formatting import percent, share
-from lamella.report.figure import figure
-from lamella.report.plane import plane
+from lamella.report.figures import Figure, Lines, Scatter
 from lamella.result import Summary, Table
 from lamella.results import Evidence, Trained
 from lamella.train import TrainedEvidence
@@ -57,7 +56,7 @@ def _layers(found: Mapping[str, Any]) -> Table:
     return Table("By layer, at the end", ["layer", "sum of F", "drift", "penalty"], rows)
 
 
-def figures(evidence: Evidence) -> str:
+def figures(evidence: Evidence) -> list[Figure]:
     """Losses; and of the main command the drift of layers, and what was kept for what was gained."""
     assert isinstance(evidence, TrainedEvidence)
     found = evidence.findings
@@ -67,23 +66,21 @@ def figures(evidence: Evidence) -> str:
     ]
     for name in (name for name in (watched[0] if watched else {}) if name != "step"):
         lines[f"held out: {name}" if "watched" in found else name] = [(each["step"], each[name]) for each in watched]
-    drawn = [plane(lines, "step", "loss, nats per token")]
+    drawn: list[Figure] = [Scatter("step", "loss, nats per token", lines, joined=True)]
     if found.get("gap curve"):
         points = [(point["step"], point["loss"]) for point in found["gap curve"]]
-        drawn.insert(0, plane({"gap sentences, training": points}, "step of the gap sentences", "loss, nats per token"))
+        gap = {"gap sentences, training": points}
+        drawn.insert(0, Scatter("step of the gap sentences", "loss, nats per token", gap, joined=True))
     if "epochs" in found:
-        drawn.append(_drift(found["epochs"]))
         kept = [(each["summaries"], each["gap sentences"] - watched[0]["gap sentences"]) for each in watched]
-        drawn.append(plane({"by epoch": kept}, "held-out loss of summaries: to the left more is gained",
-                           "rise of the loss of gap sentences"))  # fmt: skip
-    return "".join(map(figure, drawn))
+        gained = "held-out loss of summaries, nats: further left is more gained"
+        rise = "rise of the loss of gap sentences, nats"
+        drawn += [_drift(found["epochs"]), Scatter(gained, rise, {"by epoch": kept}, joined=True)]
+    return drawn
 
 
-def _drift(rows: list[dict[str, Any]]) -> str:
+def _drift(rows: list[dict[str, Any]]) -> Lines:
     """How far each layer has moved, after the first, the middle and the last epoch."""
     shown = {row["epoch"]: row for row in (rows[0], rows[len(rows) // 2], rows[-1])}
-    lines = {
-        f"after epoch {epoch}": [(float(place), site["drift"]) for place, site in enumerate(row["sites"].values())]
-        for epoch, row in shown.items()
-    }
-    return plane(lines, "layer, in the order of the table", "drift from the gap-sentence solution")
+    lines = {f"after epoch {epoch}": [site["drift"] for site in row["sites"].values()] for epoch, row in shown.items()}
+    return Lines("layer, in the order of the table", "drift from the gap-sentence solution", lines)

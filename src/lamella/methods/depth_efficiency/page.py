@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lamella.formatting import number
-from lamella.report.drawing import drawing, shade
+from lamella.report.drawing import StackDrawing, shade
+from lamella.report.figures import Bars, Figure, Heatmap, Lines, known
 from lamella.report.page import filled, finite
 from lamella.results import Evidence, Summary, Table
 
@@ -67,32 +69,30 @@ def page(evidence: Evidence) -> str:
         for name, title, said in SCORES
         for shaded in shade(name, title, said.format(distance=distance), scores[name]["values"], layers)
     ]
-    stack = drawing([{"attn": "kept", "mlp": "kept"}] * layers, shades)
-    bars = [
-        {
-            "name": name,
-            "title": title.format(distance=distance),
-            "axis": axis,
-            "log": log,
-            "values": scores[name]["values"],
-        }
+    bars = {
+        name: Bars(axis, "", {"": scores[name]["values"]}, log_y=log, title=title.format(distance=distance))
         for name, title, axis, log in BARS
-    ]
-    data = {"scores": stack["scores"], "bars": bars, "angles": scores["angular_distance"]["values"]}
-    data |= {"lines": [], "heats": []}
+    }
+    panels: dict[str, dict[str, Figure]] = {"bars": {**bars}, "lines": {}, "heats": {}, "kinds": {}}
     if study := found.get("study"):
-        data |= {"lines": _lines(study["profile"]), "heats": _heats(study)}
+        panels |= {"lines": _lines(study["profile"]), "heats": _heats(study)}
         title = "Later tokens without the layer: distance of output probabilities"
         values = study["skip_future"]["output_mean"]["values"]
-        bars.append({"name": "output_mean", "title": title, "axis": "layer", "log": False, "values": values})
+        panels["bars"]["output_mean"] = bars["output_mean"] = Bars("layer", "", {"": values}, title=title)
     if kinds := found.get("modalities"):
-        data["lines"] = [*data["lines"], *_by_modality(kinds)]
+        panels["kinds"] = _by_modality(kinds)
+    figures = {name: each for group in panels.values() for name, each in group.items()}
     if maps := found.get("maps"):
         title = f"Linear maps to {maps['target']}: relative error on held-out tokens"
-        data["maps"] = {"name": "maps", "title": title, "x": f"point of {maps['target']}", "y": "point of this model"}
-        data["maps"]["values"] = maps["errors"]["values"]
+        axes = f"point of {maps['target']}", "point of this model"
+        figures["maps"] = Heatmap(*axes, maps["errors"]["values"], "relative error", title=title)
+    title = f"the layers of {told['model']['name']}"
+    figures["stack"] = StackDrawing([{"attn": "kept", "mlp": "kept"}] * layers, shades, title=title)
+    figures["angles"] = _angles(scores["angular_distance"]["values"])
+    table = [(each.title, next(iter(each.series.values()))) for each in bars.values()]
     template = Path(__file__).with_name("page.html")
-    return filled(template, data, evidence=told, found=found, stack=stack, verdict=_verdict(told))
+    context = {"evidence": told, "found": found, "panels": panels, "table": table}
+    return filled(template, figures, verdict=_verdict(told), **context)
 
 
 def summary(evidence: Evidence) -> Summary:
@@ -140,34 +140,33 @@ def _first(depth: int) -> str:
     return "the first layer" if depth == 1 else f"the first {depth} layers"
 
 
-def _lines(profile: dict[str, Any]) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": name,
-            "title": title,
-            "axis": "layer" if name in ("ratio", "cosine") else "layers that have run",
-            "log": log,
-            "series": [{"name": label, "values": profile[score]["values"]} for score, label in series],
-        }
+def _lines(profile: dict[str, Any]) -> dict[str, Figure]:
+    return {
+        name: Lines(
+            "layer" if name in ("ratio", "cosine") else "layers that have run",
+            "",
+            {label: profile[score]["values"] for score, label in series},
+            log_y=log,
+            title=title,
+        )
         for name, title, series, log in LINES
-    ]
+    }
 
 
-def _by_modality(kinds: dict[str, Any]) -> list[dict[str, Any]]:
-    panels = [
-        {"name": f"by_{score}", "title": title, "log": score != "cosine_layer", "axis": "layer",
-         "series": [{"name": kind, "values": each["profile"][score]["values"]} for kind, each in kinds.items()]}
+def _by_modality(kinds: dict[str, Any]) -> dict[str, Figure]:
+    panels: dict[str, Figure] = {
+        f"by_{score}": Lines(
+            "layer",
+            "",
+            {kind: each["profile"][score]["values"] for kind, each in kinds.items()},
+            log_y=score != "cosine_layer",
+            title=title,
+        )
         for score, title in MODALITIES
-    ]  # fmt: skip
-    missed = [
-        {"name": kind, "values": each["skip"]["output_mean"]["values"]}
-        for kind, each in kinds.items()
-        if "skip" in each
-    ]
-    if missed:
-        title = "Text tokens where those of one kind skip the layer: distance of output probabilities"
-        panels.append({"name": "by_missed", "title": title, "log": True, "axis": "layer", "series": missed})
-    return [panel | {"kinds": True} for panel in panels]
+    }
+    missed = {kind: each["skip"]["output_mean"]["values"] for kind, each in kinds.items() if "skip" in each}
+    title = "Text tokens where those of one kind skip the layer: distance of output probabilities"
+    return panels | {"by_missed": Lines("layer", "", missed, log_y=True, title=title)}
 
 
 def _modalities_table(kinds: dict[str, Any], layers: range) -> Table:
@@ -182,13 +181,34 @@ def _modalities_table(kinds: dict[str, Any], layers: range) -> Table:
     return Table(title, columns, [[layer, *(part[layer] for part in parts)] for layer in layers])
 
 
-def _heats(study: dict[str, Any]) -> list[dict[str, Any]]:
+def _heats(study: dict[str, Any]) -> dict[str, Figure]:
     heats = [(name, title, study[part]["later_max"]["values"]) for name, title, part in HEATS]
     heats.append(("direct", "Taken from what one layer reads, nothing propagates", study["direct"]["max"]["values"]))
-    return [
-        {"name": name, "title": title, "x": "layer that changes", "y": "layer left out", "values": values, "most": 1}
+    return {
+        name: Heatmap("layer that changes", "layer left out", values, "change", least=0.0, most=1.0, title=title)
         for name, title, values in heats
+    }
+
+
+def _angles(distances: Sequence[Sequence[float | None]]) -> Heatmap:
+    """The angular distance of each run of layers, by its first layer and its length; a line joins the closest."""
+    lengths = range(1, len(distances[0]))
+    values = [[row[length] for row in distances] for length in lengths]
+    closest = [
+        (min((value, start) for start, value in enumerate(row) if value is not None)[1], place)
+        for place, row in enumerate(values)
+        if known([row])
     ]
+    return Heatmap(
+        "first layer of the run",
+        "layers in the run",
+        values,
+        "angular distance",
+        rows=list(lengths),
+        upwards=True,
+        path=closest,
+        joined=True,
+    )
 
 
 def _distance(told: dict[str, Any]) -> str:

@@ -7,12 +7,9 @@ from typing import Any
 
 from lamella.formatting import number, percent
 from lamella.plan import PlanSeries, SeriesEvidence
-from lamella.report.figure import figure
-from lamella.report.plane import plane
+from lamella.report.figures import Figure, Heatmap, Lines
 from lamella.result import Summary, Table
 from lamella.results import Evidence
-
-CELL = 26  # pixels
 
 
 def summary(evidence: Evidence) -> Summary:
@@ -76,33 +73,25 @@ def _advice(task: Mapping[str, Any]) -> str:
     return f"it recovers: keep {stairs}"
 
 
-def figures(evidence: Evidence) -> str:
-    """The fragment of a page, as HTML that needs no script."""
+def figures(evidence: Evidence) -> list[Figure]:
+    """What is lost by step, and by step and layer, and where the image is looked at."""
     if isinstance(evidence, SeriesEvidence):
-        return ""
+        return []
     found = evidence.findings["tasks"]
-    curves = {name: [(float(step), value) for step, value in enumerate(each["kl"])] for name, each in found.items()}
-    drawn = [
-        (plane(curves, "step", "KL, nats"), "What the whole model says, against the pruned one, on one trajectory.")
-    ]
+    kl = {name: each["kl"] for name, each in found.items()}
+    caption = "What the whole model predicts, against the pruned one, on one trajectory."
+    drawn: list[Figure] = [Lines("step", "KL, nats", kl, caption=caption)]
     for name, each in found.items():
-        drawn.append((grid(each["keep"]), f"{name}: the share of the image that is there, by step and layer."))
-        drawn.append((grid(each["loss"]), f"{name}: what is lost of the answers' states."))
-        drawn.append((grid(each["mass"]), f"{name}: the share of attention that goes to the image."))
-    return "".join(figure(svg, told) for svg, told in drawn)
+        drawn += [
+            _grid(
+                each["keep"], "share of the image", f"{name}: the share of the image that is there, by step and layer."
+            ),
+            _grid(each["loss"], "loss", f"{name}: what is lost of the answers' states."),
+            _grid(each["mass"], "share of attention", f"{name}: the share of attention that goes to the image."),
+        ]
+    return drawn
 
 
-def grid(values: Sequence[Sequence[float]]) -> str:
-    """Numbers by step (down) and layer (across) as one SVG: the darker, the more."""
-    most = max(max(row) for row in values) or 1.0
-    cells = "".join(
-        f'<rect x="{layer * CELL}" y="{step * CELL}" width="{CELL}" height="{CELL}" fill="#0d9488" '
-        f'fill-opacity="{max(value, 0.0) / most:.2f}"><title>step {step}, layer {layer}: {number(value)}</title></rect>'
-        for step, row in enumerate(values)
-        for layer, value in enumerate(row)
-    )
-    wide, high = len(values[0]) * CELL, len(values) * CELL
-    return (
-        f'<svg viewBox="0 0 {wide} {high}" width="{wide}" xmlns="http://www.w3.org/2000/svg" role="img">'
-        f"<title>by step and layer</title>{cells}</svg>"
-    )
+def _grid(values: Sequence[Sequence[float]], measure: str, caption: str) -> Heatmap:
+    """Values by step, downwards, and layer."""
+    return Heatmap("layer", "step", values, measure, least=0.0, caption=caption)

@@ -8,14 +8,11 @@ from typing import Any
 
 from lamella.formatting import counted, number, numbered, percent
 from lamella.plan import PlanSeries
-from lamella.report.chart import chart
-from lamella.report.figure import figure
+from lamella.report.figures import Figure, Heatmap, Lines
 from lamella.results import Evidence, Study, Summary, Table, Trained, TrainedEvidence
 from lamella.results.page import curves
 
-CELL, LEFT, TOP = 7, 60, 16  # of a map: a token's square, and what stands beside them
-COLOURS = {"image": "#3b6fb6", "prompt": "#3f8f4f", "answer": "#b5532f"}
-SHARES = "#3b6fb6"
+KINDS = ("image", "prompt", "answer")  # of tokens
 
 
 def summary(evidence: Evidence) -> Summary:
@@ -31,60 +28,49 @@ def summary(evidence: Evidence) -> Summary:
     return PlanSeries.summary(evidence) if evidence.kind == PlanSeries.kind else Study.summary(evidence)
 
 
-def figures(evidence: Evidence) -> str:
+def figures(evidence: Evidence) -> list[Figure]:
     """The curve of ranks; of a trained model the losses, and the tokens that ran in the first sample."""
     found = evidence.findings
-    parts = [curves(evidence)] if isinstance(evidence, TrainedEvidence) else []
+    parts: list[Figure] = [curves(evidence)] if isinstance(evidence, TrainedEvidence) else []
     if "arank" in found:
-        line = chart({"ARank": found["arank"]["by_layer"]}, "rank, as a share of the highest possible", "layer")
-        caption = "The rank of each layer's attention: low where tokens attend to the same few places."
-        parts.append(figure(line, caption))
+        line = {"ARank": found["arank"]["by_layer"]}
+        caption = "The rank of each layer's attention: low where tokens attend to the same few positions."
+        parts.append(Lines("layer", "rank, as a share of the highest possible", line, caption=caption))
     if "shown" in found:
-        told = (
-            "The first sample, one column a token: which converted layers have processed it. Blue is the image, green "
-            "the prompt, red the answer."
-        )
-        parts.append(figure(tokens_map(found["shown"], found["layers"]), told))
-        parts.append(image_map(found["shown"]))
-    return "".join(parts)
+        parts += [tokens_map(found["shown"], found["layers"]), *image_map(found["shown"])]
+    return parts
 
 
-def tokens_map(shown: Mapping[str, Any], layers: list[int]) -> str:
+def tokens_map(shown: Mapping[str, Any], layers: list[int]) -> Heatmap:
     """A row for each converted layer, a column for each token."""
-    kinds, ran = shown["kinds"], shown["ran"]
-    width, height = LEFT + CELL * len(kinds), TOP + 2 * CELL * len(layers)
-    parts = [
-        f'<svg viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg" role="img" font-family="sans-serif" '
-        'font-size="10"><title>which tokens ran in which layer</title>'
-    ]
-    for row, (layer, each) in enumerate(zip(layers, ran, strict=True)):
-        y = TOP + 2 * CELL * row
-        parts.append(f'<text x="0" y="{y + CELL + 3}" fill="currentColor">layer {layer}</text>')
-        for column, (kind, here) in enumerate(zip(kinds, each, strict=True)):
-            fill = COLOURS[kind] if here else "none"
-            parts.append(f'<rect x="{LEFT + CELL * column}" y="{y}" width="{CELL - 1}" height="{2 * CELL - 2}" '
-                         f'fill="{fill}" stroke="{COLOURS[kind]}" stroke-width=".4"/>')  # fmt: skip
-    return "".join([*parts, "</svg>"])
+    kinds = shown["kinds"]
+    return Heatmap(
+        "token",
+        "",
+        [[KINDS.index(kind) + 1 if here else 0 for kind, here in zip(kinds, ran, strict=True)] for ran in shown["ran"]],
+        "processed",
+        rows=[f"layer {layer}" for layer in layers],
+        categories=("not processed", *KINDS),
+        hover=[
+            [f"token {place}, {kind}: {'processed' if here else 'not processed'} by layer {layer}"
+             for place, (kind, here) in enumerate(zip(kinds, ran, strict=True))]
+            for layer, ran in zip(layers, shown["ran"], strict=True)
+        ],
+        title="Tokens that each converted layer has processed",
+        caption="The first sample, one column for each token.",
+    )  # fmt: skip
 
 
-def image_map(shown: Mapping[str, Any]) -> str:
+def image_map(shown: Mapping[str, Any]) -> list[Figure]:
     """Of a square image, how many of the converted layers have processed each of its positions."""
     places = [place for place, kind in enumerate(shown["kinds"]) if kind == "image"]
     side = math.isqrt(len(places))
     if not places or side * side != len(places):
-        return ""
+        return []
     shares = [sum(each[place] for each in shown["ran"]) / len(shown["ran"]) for place in places]
-    size = 3 * CELL
-    squares = "".join(
-        f'<rect x="{size * (n % side)}" y="{size * (n // side)}" width="{size}" height="{size}" fill="{SHARES}" '
-        f'fill-opacity="{share:.2f}" stroke="currentColor" stroke-width=".3"/>'
-        for n, share in enumerate(shares)
-    )
-    drawing = (
-        f'<svg viewBox="0 0 {size * side} {size * side}" xmlns="http://www.w3.org/2000/svg" role="img" '
-        f'style="max-width: 20rem"><title>how many layers process each part of the image</title>{squares}</svg>'
-    )
-    return figure(drawing, "Its image: the darker, the more of the converted layers process what is there.")
+    rows = [shares[side * row : side * (row + 1)] for row in range(side)]
+    caption = "Its image: which share of the converted layers process each position."
+    return [Heatmap("column", "row", rows, "share of the layers", least=0.0, most=1.0, square=True, caption=caption)]
 
 
 def _agreement(told: Mapping[str, Any]) -> str:

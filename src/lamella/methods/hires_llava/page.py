@@ -3,61 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 from lamella.formatting import counted, numbered, percent, points
-from lamella.report.chart import chart
-from lamella.report.figure import figure
-from lamella.report.pictures import shown
+from lamella.report.figures import Figure, Heatmap, Images, Lines
 from lamella.results import Evidence, Summary, Table
 
 CUTS = ("inside", "one seam", "two seams")
-CELL = 72  # pixels of a place in the map of answers
 
 
-def figures(evidence: Evidence) -> str:
-    """Curves and maps as HTML that needs no script."""
+def figures(evidence: Evidence) -> list[Figure]:
+    """Where slices drift apart, or what is answered at the nine positions of an image."""
     found = evidence.findings
     if "places" in found:
         return _answers(found)
-    lines = _distances(found if "across" in found else found.get("seams"))
+    drawn = _distances(found if "across" in found else found.get("seams"))
     if "probe" in found:
         probes = {cut: [100 * (each or 0) for each in found["probe"][cut]] for cut in CUTS}
-        lines += figure(chart(probes, "percent", "layer"), "What a linear probe reads of a thing from its own patches.")
-    return lines
+        caption = "What a linear probe reads of an object from its own patches."
+        drawn.append(Lines("layer", "percent", probes, caption=caption))
+    return drawn
 
 
-def _distances(seams: Mapping[str, Any] | None) -> str:
+def _distances(seams: Mapping[str, Any] | None) -> list[Figure]:
     if seams is None:
-        return ""
+        return []
     lines = {"across a seam": seams["across"], "inside a slice": seams["inside"]}
-    return figure(chart(lines, "1 - cos", "layer"), "How far neighbouring patches are apart, before and behind layers.")
+    caption = "How far neighbouring patches are apart, before and behind layers."
+    return [Lines("layer", "1 - cos", lines, caption=caption)]
 
 
-def _answers(found: Mapping[str, Any]) -> str:
-    """The nine places, each as dark as its answers are wrong, with the seams over them; and samples."""
-    side = 3 * CELL
-    cells = []
-    for row, line in enumerate(found["places"]):
-        for column, share in enumerate(line):
-            x, y = column * CELL, row * CELL
-            shade = 0 if share is None else share
-            cells.append(
-                f'<rect x="{x}" y="{y}" width="{CELL}" height="{CELL}" fill="#2a7f62" fill-opacity="{shade:.3f}"/>'
-                f'<text x="{x + CELL / 2}" y="{y + CELL / 2 + 5}" text-anchor="middle" fill="currentColor">'
-                f"{percent(share)}</text>"
-            )
-    seam = 'stroke="currentColor" stroke-dasharray="5 4"'
-    cells.append(f'<path d="M{side / 2} 0V{side}M0 {side / 2}H{side}" {seam}/>')
-    drawing = f'<svg viewBox="0 0 {side} {side}" width="{side}" role="img" aria-label="right answers by place">'
-    grid = figure(f"{drawing}{''.join(cells)}</svg>", "Right answers by the place of the thing; dashed: the seams.")
-    rows = "".join(
-        f"<tr><td>{shown(each['picture'], 'a picture that was asked about')}</td><td>{escape(each['prompt'])}</td>"
-        f"<td>{escape(each['answer'])}</td><td>{each['cut']}</td><td>{'right' if each['right'] else 'wrong'}</td></tr>"
-        for each in found["samples"]
+def _answers(found: Mapping[str, Any]) -> list[Figure]:
+    """The shares of right answers at the nine positions, with the seams over them; and samples."""
+    samples = found["samples"]
+    shares = Heatmap(
+        "column",
+        "row",
+        found["places"],
+        "share of right answers",
+        least=0.0,
+        most=1.0,
+        labels=[[percent(share) for share in row] for row in found["places"]],
+        vertical=[1.0],
+        horizontal=[1.0],
+        square=True,
+        caption="Right answers by the position of the object; dashed: the seams.",
     )
-    return f"{grid}<table><tr><th></th><th>question</th><th>answer</th><th>cut</th><th></th></tr>{rows}</table>"
+    questions = Images(
+        [each["picture"] for each in samples],
+        [[each["prompt"], each["answer"], each["cut"], "right" if each["right"] else "wrong"] for each in samples],
+        ["question", "answer", "cut", ""],
+        alt="an image that was asked about",
+    )
+    return [shares, questions]
 
 
 def summary(evidence: Evidence) -> Summary:

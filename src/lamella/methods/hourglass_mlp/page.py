@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lamella.formatting import counted, number
-from lamella.report.figure import figure
-from lamella.report.plane import plane
+from lamella.report.figures import Figure, Scatter
 from lamella.result import Summary, Table
 from lamella.results import Edit, Evidence
 from lamella.results.page import curves
@@ -21,26 +20,22 @@ def summary(evidence: Evidence) -> Summary:
     return _searched(evidence.findings) if "points" in evidence.findings else _rewritten(evidence)
 
 
-def figures(evidence: Evidence) -> str:
-    """The fragment of a page, as HTML that needs no script."""
+def figures(evidence: Evidence) -> list[Figure]:
+    """The frontiers of a search; of a training its losses."""
     if isinstance(evidence, TrainedEvidence):
-        return curves(evidence)
-    found = evidence.findings
-    if "points" not in found:
-        return ""
-    told = "Every shape at its best rate, a line for each family's frontier. Further up and to the left is better."
-    return figure(drawn(found), told)
+        return [curves(evidence)]
+    return [frontiers(evidence.findings)] if "points" in evidence.findings else []
 
 
-def drawn(found: Mapping[str, Any]) -> str:
-    """The frontiers of a search as one SVG: PSNR on test rows against parameters."""
+def frontiers(found: Mapping[str, Any]) -> Scatter:
+    """The frontier of each family of a search: PSNR on test rows against parameters."""
     points, counted = found["points"], found["counted"]
     lines = {
         family: [(points[place][counted] / 1000, points[place]["test"]) for place in places]
         for family, places in found["fronts"].items()
-        if places
     }
-    return plane(lines, f"{counted} parameters, thousands", "PSNR on test rows, dB")
+    caption = "Every shape at its best rate, a line for each family's frontier. Further up and to the left is better."
+    return Scatter(f"{counted} parameters, thousands", "PSNR on test rows, dB", lines, joined=True, caption=caption)
 
 
 def _searched(found: Mapping[str, Any]) -> Summary:

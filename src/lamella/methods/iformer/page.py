@@ -3,51 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
-from lamella.formatting import counted, number, percent, share
-from lamella.report.chart import chart
-from lamella.report.figure import figure
-from lamella.report.plane import plane
+from lamella.formatting import counted, percent, share
+from lamella.report.figures import Figure, Heatmap, Lines, Scatter
 from lamella.results import Evidence, Summary, Table
 
-CELL, GAP, LEFT, TOP = 22, 3, 70, 26
-STAYS, GONE = "#0d9488", "#ea580c"
-SHOWN = 8  # layers in one picture of spectra
+SHOWN = 8  # layers in one figure of spectra
 
 
-def figures(evidence: Evidence) -> str:
-    """Pictures of whatever was found, as HTML that needs no script."""
+def figures(evidence: Evidence) -> list[Figure]:
+    """Where heads stay, spectra by depth, and the loss of a training: whatever was found."""
     found = evidence.findings
-    drawn = []
+    drawn: list[Figure] = []
     if "cost" in found:
-        told = "A row is a layer, the first on top. Heads that stay are green, those that became local orange, "
-        drawn.append(
-            (allocation(found["layers"], found["heads"]), told + "and the paler they are, the less they were worth.")
-        )
+        drawn.append(allocation(found["layers"], found["heads"]))
     if "spectra" in found:
-        told = (
-            "What each layer's mixer adds: amplitude over frequency, beside that of the mean. 3.14 is a change of sign "
-        )
-        drawn.append((by_depth(found["spectra"]), told + "from each place to the next."))
-        drawn.append((shares(found["spectra"]), "The share of the energy beyond pi / 2, by layer, of each part."))
-    if found.get("loss"):
-        drawn.append((chart({"training": found["loss"]}, "loss", "point of the log"), "The loss of the training."))
-    return "".join(figure(picture, told) for picture, told in drawn)
+        drawn += [by_depth(found["spectra"]), shares(found["spectra"])]
+    losses = {"training": found.get("loss") or []}
+    return [*drawn, Lines("point of the log", "loss", losses, caption="The loss of the training.")]
 
 
-def by_depth(spectra: Sequence[Mapping[str, Any]]) -> str:
+def by_depth(spectra: Sequence[Mapping[str, Any]]) -> Scatter:
     """The spectra of mixers, those of some layers where there are many."""
     step = -(-len(spectra) // SHOWN)
     lines = {
         f"layer {each['layer']}": list(zip(each["mixer"]["frequencies"], each["mixer"]["delta"], strict=True))
         for each in spectra[::step]
     }
-    return plane(lines, "frequency, radians from place to place", "relative log amplitude")
+    caption = (
+        "What each layer's mixer adds: amplitude over frequency, relative to that of the mean. A frequency of 3.14 is "
+        "a change of sign from each position to the next."
+    )
+    return Scatter("frequency, radians per position", "relative log amplitude", lines, joined=True, caption=caption)
 
 
-def shares(spectra: Sequence[Mapping[str, Any]]) -> str:
+def shares(spectra: Sequence[Mapping[str, Any]]) -> Scatter:
     """The share of high frequencies by layer, of mixers and of their branches; of heads, their mean."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for each in spectra:
@@ -56,32 +47,29 @@ def shares(spectra: Sequence[Mapping[str, Any]]) -> str:
         parts |= {"heads, mean": sum(heads) / len(heads)} if heads else {}
         for name, value in parts.items():
             lines.setdefault(name, []).append((each["layer"], value))
-    return plane(lines, "layer", "share of energy beyond pi / 2")
+    caption = "The share of the energy beyond pi / 2, by layer, of each part."
+    return Scatter("layer", "share of energy beyond pi / 2", lines, joined=True, caption=caption)
 
 
-def allocation(layers: Sequence[Mapping[str, Any]], heads: int) -> str:
-    """Where heads stay, as one SVG."""
-    most = max((worth for each in layers for worth in each.get("worth", ())), default=0.0) or 1.0
-    width, height = LEFT + heads * (CELL + GAP) + 150, TOP + len(layers) * (CELL + GAP)
-    drawn = [
-        f'<svg viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg" role="img" font-family="sans-serif" '
-        f'font-size="12" style="max-width:{width}px"><title>Heads by layer</title>'
-    ]
-    for row, layer in enumerate(layers):
-        y = TOP + row * (CELL + GAP)
-        drawn.append(f'<text x="{LEFT - 8}" y="{y + 16}" text-anchor="end" fill="#888">layer {row}</text>')
-        for head in range(heads):
-            stays = head in layer["kept"]
-            worth = layer["worth"][head] if "worth" in layer else None
-            pale = 1.0 if worth is None else 0.25 + 0.75 * (worth / most) ** 0.5
-            told = f"layer {row}, head {head}" + ("" if worth is None else f": worth {number(worth)} nats")
-            drawn.append(
-                f'<rect x="{LEFT + head * (CELL + GAP)}" y="{y}" width="{CELL}" height="{CELL}" rx="3" '
-                f'fill="{STAYS if stays else GONE}" fill-opacity="{pale:.2f}"><title>{escape(told)}</title></rect>'
-            )
-        said = f"{layer['conv']} conv, {layer['pool']} pool" if layer["conv"] else ""
-        drawn.append(f'<text x="{LEFT + heads * (CELL + GAP) + 8}" y="{y + 16}" fill="#888">{said}</text>')
-    return "".join([*drawn, "</svg>"])
+def allocation(layers: Sequence[Mapping[str, Any]], heads: int) -> Heatmap:
+    """Where heads stay, and what each was worth where that was measured."""
+
+    def name(place: int, layer: Mapping[str, Any]) -> str:
+        return f"layer {place}" + (f": {layer['conv']} conv, {layer['pool']} pool" if layer["conv"] else "")
+
+    return Heatmap(
+        "head",
+        "",
+        [[int(head in layer["kept"]) for head in range(heads)] for layer in layers],
+        "head",
+        rows=[name(place, layer) for place, layer in enumerate(layers)],
+        categories=("became local", "stays"),
+        labels=[[f"{worth:.2g}" for worth in layer.get("worth", [])] for layer in layers]
+        if all("worth" in layer for layer in layers)
+        else (),
+        title="Heads by layer",
+        caption="A row is a layer, the first on top. The number on a head is what it was worth, in nats.",
+    )
 
 
 def summary(evidence: Evidence) -> Summary:

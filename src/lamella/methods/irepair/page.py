@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lamella import formatting
+from lamella.report.figures import Bars, Figure, Heatmap, Scatter
+from lamella.report.healing import training
 from lamella.report.page import filled, finite
 from lamella.results import Evidence, Summary, Table
 
@@ -31,19 +33,19 @@ def page(evidence: Evidence) -> str:
     told = finite(evidence.model_dump(by_alias=True))
     found, trace = told["findings"], told["findings"]["trace"]
     whole = found["settings"]["select"] == "all"
-    curves = {"train": found["curve"], "held": found["held_out"]}
-    chosen = None if whole else _chosen(trace["chosen"], trace["sensitivities"], told["model"]["layers"])
-    data = {
-        "repair": {
-            "chosen": chosen,
-            "profile": found["profile"],
-            "curves": {name: {"curve": rows, "names": _names(rows)} for name, rows in curves.items() if rows},
-        }
-    }
+    curves = {"train": ("while training", found["curve"]), "held": ("on held-out pairs", found["held_out"])}
+    figures: dict[str, Figure] = {name: training(rows, title) for name, (title, rows) in curves.items()}
+    figures["profile"] = Bars(
+        "layer", "gradient norm", {f"{name} text": each for name, each in found["profile"].items()}
+    )
+    by_sensitivity = bool(trace["sensitivities"])
+    if not whole:
+        figures["layers"] = _chosen(trace["chosen"], trace["sensitivities"], told["model"]["layers"])
     counts = sorted(found["measured"]["chosen"].items(), key=lambda item: -item[1])
     return filled(
         Path(__file__).with_name("page.html"),
-        data,
+        figures,
+        by_sensitivity=by_sensitivity,
         evidence=told,
         found=found,
         rows=_rows(told),
@@ -101,20 +103,28 @@ def _verdict(told: dict[str, Any]) -> str:
     return f"{said}; perplexity goes from {words[0]} to {words[1]}."
 
 
-def _names(curve: list[dict[str, float]]) -> list[str]:
-    return [name for name in curve[0] if name != "step"]
-
-
-def _chosen(chosen: Sequence[int], sensitivities: Sequence[Sequence[float]], layers: int) -> dict[str, Any]:
-    """Evenly spread steps, with each step's sensitivities as shares of its largest."""
+def _chosen(chosen: Sequence[int], sensitivities: Sequence[Sequence[float]], layers: int) -> Figure:
+    """Evenly spread steps: the layer that was trained, over each step's sensitivities as shares of its largest."""
     count = min(COLUMNS, len(chosen))
     steps = [index * len(chosen) // count for index in range(count)]
-    values = [sensitivities[step] for step in steps if sensitivities]
-    shares = [[value / (max(row) or 1) for value in row] for row in values]
-    return {
-        "layers": layers,
-        "steps": [step + 1 for step in steps],
-        "chosen": [chosen[step] for step in steps],
-        "shares": finite(shares),
-        "values": finite(values),
-    }
+    if not sensitivities:
+        at = [(step + 1.0, float(chosen[step])) for step in steps]
+        return Scatter("step", "layer", {"trained": at})
+    values = [[sensitivities[step][layer] for step in steps] for layer in range(layers)]
+    most = [max(sensitivities[step]) or 1.0 for step in steps]
+    return Heatmap(
+        "step",
+        "layer",
+        [[value / largest for value, largest in zip(row, most, strict=True)] for row in values],
+        "share of the largest",
+        columns=[step + 1 for step in steps],
+        upwards=True,
+        least=0.0,
+        most=1.0,
+        hover=[
+            [f"step {step + 1}, layer {layer}: {formatting.number(value)}"
+             for step, value in zip(steps, row, strict=True)]
+            for layer, row in enumerate(values)
+        ],
+        path=[(column, chosen[step]) for column, step in enumerate(steps)],
+    )  # fmt: skip

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from html import escape
 from statistics import fmean
 from typing import Any
 
 from lamella.formatting import count, counted, percent, share
-from lamella.report.figure import figure
-from lamella.report.plane import plane
+from lamella.report.figures import Excerpts, Figure, Lines
 from lamella.result import Summary, Table
 from lamella.results import Evidence, Trained
 from lamella.results.page import curves
@@ -61,20 +59,16 @@ def _augmented(evidence: Evidence) -> Summary:
     return Summary(verdict, tables, lines)
 
 
-def figures(evidence: Evidence) -> str:
+def figures(evidence: Evidence) -> list[Figure]:
     """Losses, and the energy by layer; or some turns to read."""
     if not isinstance(evidence, TrainedEvidence):
-        return "\n".join(map(_shown, evidence.findings["samples"]))
-    lines: dict[str, list[tuple[float, float]]] = {}
+        return [Excerpts([_excerpt(row) for row in evidence.findings["samples"]], title="Some turns")]
+    lines: dict[str, list[float]] = {}
     for name, energy in evidence.findings["energy"].items():
-        line = lines.setdefault(name.rpartition(".")[2], [])
-        line.append((float(len(line)), energy))
-    return curves(evidence) + figure(plane(lines, "layer", "energy of old samples on the directions"))
+        lines.setdefault(name.rpartition(".")[2], []).append(energy)
+    return [curves(evidence), Lines("layer", "energy of old samples on the directions, share of all", lines)]
 
 
-def _shown(row: Mapping[str, Any]) -> str:
-    what = f"dropped: {row['why']}" if row["why"] else "kept"
-    return (
-        f"<details><summary>{escape(row['task'])}, {escape(row['id'])}: {what}</summary>"
-        f"<blockquote>{escape(row['question'])}</blockquote><blockquote>{escape(row['answer'])}</blockquote></details>"
-    )
+def _excerpt(row: Mapping[str, Any]) -> tuple[str, list[str]]:
+    status = f"dropped: {row['why']}" if row["why"] else "kept"
+    return f"{row['task']}, {row['id']}: {status}", [row["question"], row["answer"]]

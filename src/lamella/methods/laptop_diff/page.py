@@ -4,75 +4,66 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 from lamella.formatting import counted, number, percent, share
-from lamella.report.chart import chart
-from lamella.report.figure import figure
-from lamella.report.pictures import shown
-from lamella.report.plane import plane
+from lamella.report.figures import Figure, Heatmap, Images, Lines, Scatter
 from lamella.results import Evidence, Summary, Table
 
-WIDE, HIGH, GAP = 104, 18, 3  # of a block in the drawing
 COLUMNS = {"down": 0, "mid": 1, "up": 2}
-KEPT, GONE = "#0d9488", "#ea580c"
 SITE = re.compile(r"unet\.(down|mid|up)\.(?:(\d+)\.)?(.+)")
 
 
-def figures(evidence: Evidence) -> str:
-    """The drawings as HTML that needs no script."""
+def figures(evidence: Evidence) -> list[Figure]:
+    """The blocks with those that are gone, what is drawn, whether scores add up, and the loss of the healing."""
     found = evidence.findings
-    parts = []
-    parts.append(figure(drawing(found["blocks"]), "The blocks: what is left, and what is gone (striped)."))
+    drawn: list[Figure] = [blocks(found["blocks"])]
     if "drawn" in found:
-        rows = "".join(
-            f"<tr><th>{escape(name)}</th><td>{shown(picture, f'drawn by the {escape(name)} network')}</td></tr>"
-            for name, picture in found["drawn"].items()
-        )
-        parts.append(figure(f"<table>{rows}</table>", "Drawn from the same noise."))
+        images = found["drawn"]
+        texts = [[name] for name in images]
+        drawn.append(Images(list(images.values()), texts, alt="generated images", caption="Drawn from the same noise."))
     if "additivity" in found:
-        points = {"random sets": [tuple(each) for each in found["additivity"]["points"]]}
-        picture = plane(points, "sum of the scores", "measured", joined=False)
-        parts.append(figure(picture, "What dropping sets of blocks changes, beside the sum of their scores."))
-    if found.get("loss"):
-        parts.append(figure(chart({"training": found["loss"]}, "loss", "point of the log"), "The loss of the healing."))
-    return "".join(parts)
+        points = {"random sets": found["additivity"]["points"]}
+        caption = "What dropping sets of blocks changes, beside the sum of their scores."
+        drawn.append(Scatter("sum of the scores", "measured", points, caption=caption))
+    losses = {"training": found.get("loss") or []}
+    return [*drawn, Lines("point of the log", "loss", losses, caption="The loss of the healing.")]
 
 
-def drawing(blocks: Sequence[Mapping[str, Any]]) -> str:
-    """The network as a U: down on the left, the middle below, up on the right; each block in its place.
+def blocks(found: Sequence[Mapping[str, Any]]) -> Heatmap:
+    """The network as a U: down on the left, the middle below, up on the right, with a gap between stages.
 
     Args:
-        blocks: with site, parameters, score and whether it is gone, in any order.
+        found: the blocks with site, parameters, score and whether they are gone, in any order.
     """
-    columns: dict[int, list[list[Mapping[str, Any]]]] = {0: [], 1: [], 2: []}
     stages: dict[tuple[int, int], list[Mapping[str, Any]]] = {}
-    for block in blocks:
-        said = SITE.fullmatch(block["site"])
-        side, place = (said[1], int(said[2] or 0)) if said else ("down", 0)
+    for block in found:
+        match = SITE.fullmatch(block["site"])
+        side, place = (match[1], int(match[2] or 0)) if match else ("down", 0)
         stages.setdefault((COLUMNS[side], place), []).append(block)
-    for (column, _), each in sorted(stages.items()):
-        columns[column].append(sorted(each, key=lambda block: _order(block["site"])))
-    heights = {column: sum(len(stage) * (HIGH + GAP) + 10 for stage in found) for column, found in columns.items()}
-    sides = max(heights[0], heights[2])
-    high = sides + heights[1] + 24
-    drawn = [
-        f'<svg viewBox="0 0 {3 * (WIDE + 40)} {high}" xmlns="http://www.w3.org/2000/svg" role="img" font-size="10" '
-        'font-family="sans-serif"><title>The blocks of the network</title><defs><pattern id="gone" width="6" '
-        'height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><rect width="3" height="6" '
-        f'fill="{GONE}"/></pattern></defs>'
+    columns: list[list[Mapping[str, Any] | None]] = [[], [], []]
+    for (column, _), stage in sorted(stages.items(), key=lambda item: item[0]):
+        columns[column] += [*sorted(stage, key=lambda block: _order(block["site"])), None]
+    down, middle, up = columns
+    sides = max(len(down), len(up))
+    cells = [
+        [*down, *[None] * (sides + len(middle) - len(down))],
+        [*[None] * sides, *middle],
+        [*[None] * (sides - len(up)), *up[::-1], *[None] * len(middle)],  # the first stage upwards is the deepest
     ]
-    tops = {0: 10, 1: sides + 10, 2: sides - heights[2] + 10}
-    for column, found in columns.items():
-        x, y = 20 + column * (WIDE + 40), tops[column]
-        turn = -1 if column == 2 else 1  # on the way up, the first stage is the deepest
-        for stage in found[::turn]:
-            for block in stage[::turn]:
-                drawn.append(_block(block, x, y))
-                y += HIGH + GAP
-            y += 10
-    return "".join([*drawn, "</svg>"])
+    rows = [list(row) for row in zip(*cells, strict=True)]
+    return Heatmap(
+        "",
+        "",
+        [[None if block is None else int(block["gone"]) for block in row] for row in rows],
+        "blocks",
+        columns=("down", "middle", "up"),
+        categories=("kept", "gone"),
+        labels=[["" if block is None else _name(block["site"]) for block in row] for row in rows],
+        hover=[["" if block is None else _fact(block) for block in row] for row in rows],
+        title="The blocks of the network",
+        caption="The blocks: which are kept, and which are gone.",
+    )
 
 
 def _order(site: str) -> list[tuple[int, str]]:
@@ -81,19 +72,16 @@ def _order(site: str) -> list[tuple[int, str]]:
     return [(int(each), "") for each in numbers] + [(0, "a" if "resnets" in site else "b")]
 
 
-def _block(block: Mapping[str, Any], x: float, y: float) -> str:
-    said = SITE.fullmatch(block["site"])
-    name = (said[3] if said else block["site"].removeprefix("dit.")).replace("resnets", "resnet")
-    name = name.replace("attentions", "attention").replace(".", " ")
+def _name(site: str) -> str:
+    match = SITE.fullmatch(site)
+    name = (match[3] if match else site.removeprefix("dit.")).replace("resnets", "resnet")
+    return name.replace("attentions", "attention").replace(".", " ")
+
+
+def _fact(block: Mapping[str, Any]) -> str:
     score = f", score {number(block['score'])}" if "score" in block else ""
-    fact = f"{block['site']}: {number(block['parameters'])} parameters{score}"
-    fill = 'fill="url(#gone)"' if block["gone"] else f'fill="{KEPT}" fill-opacity="0.35"'
-    edge = GONE if block["gone"] else KEPT
-    return (
-        f'<g><title>{escape(fact)}{", gone" if block["gone"] else ""}</title><rect x="{x}" y="{y}" width="{WIDE}" '
-        f'height="{HIGH}" rx="3" stroke="{edge}" {fill}/><text x="{x + WIDE / 2}" y="{y + HIGH - 5}" '
-        f'text-anchor="middle" fill="currentColor">{escape(name)}</text></g>'
-    )
+    gone = ", gone" if block["gone"] else ""
+    return f"{block['site']}: {number(block['parameters'])} parameters{score}{gone}"
 
 
 def summary(evidence: Evidence) -> Summary:

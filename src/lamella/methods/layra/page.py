@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from html import escape
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lamella.formatting import number
-from lamella.report.figure import figure
-from lamella.report.plane import Points, plane
+from lamella.formatting import number, signed
+from lamella.report.figures import Figure, Heatmap, Point, Scatter
 from lamella.result import Summary, Table
 from lamella.results import Evidence
 
@@ -33,45 +31,48 @@ def summary(evidence: Evidence) -> Summary:
     return Summary(f"{name} has the language and what its sibling was taught.")
 
 
-def figures(evidence: Evidence) -> str:
-    """The fragment of a page, as HTML that needs no script."""
+def figures(evidence: Evidence) -> list[Figure]:
+    """The matrix of languages, what was forgotten for what was learnt, or curves by layer."""
     found = evidence.findings
     if "matrix" in found:
-        return _matrix(found["matrix"])
+        return [_matrix(found["matrix"])]
     if "ends" in found:
         points: dict[str, list[tuple[float, float]]] = {}
         for arm, _, new, old in found["ends"]:
             points.setdefault(arm, []).append((new, old))
-        return figure(tradeoff(points))
-    curves = {name: [(layer + 1.0, value) for layer, value in enumerate(curve)]
-              for name, curve in found.get("curves", {}).items()}  # fmt: skip
-    return figure(plane(curves, "layer", "lead, accuracy, cosine or share"))
+        return [tradeoff(points)]
+    curves = {name: list(enumerate(curve, 1)) for name, curve in found.get("curves", {}).items()}
+    return [Scatter("layer", "lead, accuracy, cosine or share", curves, joined=True)]
 
 
-def _matrix(matrix: Mapping[str, Any]) -> str:
-    """Bits per byte, steps down and languages across; shaded by the change since before."""
+def _matrix(matrix: Mapping[str, Any]) -> Heatmap:
+    """Bits per byte, steps down and languages across; coloured by the change since before."""
     names = [*matrix["old"], *matrix["new"]]
-    head = "".join(f"<th>{escape(name)}</th>" for name in ("after", *names))
-    body = ""
-    for step, row in zip(matrix["steps"], matrix["rows"], strict=True):
-        cells = "".join(_cell(row[name], row[name] - matrix["rows"][0][name]) for name in names)
-        body += f"<tr><th>{escape(step)}</th>{cells}</tr>"
-    caption = "Held-out bits per byte; red is dearer and green is cheaper than before."
-    return figure(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>", caption)
+    values = [[row[name] for name in names] for row in matrix["rows"]]
+    changes = [[value - first for value, first in zip(row, values[0], strict=True)] for row in values]
+    return Heatmap(
+        "language",
+        "after",
+        changes,
+        "change since before, bits per byte",
+        columns=names,
+        rows=matrix["steps"],
+        diverging=True,
+        most=1.0,
+        labels=[
+            [f"{number(value)} ({signed(change, 3)})" if change else number(value)
+             for value, change in zip(row, moved, strict=True)]
+            for row, moved in zip(values, changes, strict=True)
+        ],
+        title="Held-out bits per byte",
+        caption="Red is dearer and blue is cheaper than before, by the number in parentheses, up to 1 bit per byte.",
+    )  # fmt: skip
 
 
-def _cell(value: float, change: float) -> str:
-    strength = min(abs(change), 1.0) * 0.6
-    colour = "220, 38, 38" if change > 0 else "22, 163, 74"
-    sign = "+" if change > 0 else ""
-    shown = f" <small>{sign}{number(change)}</small>" if change else ""
-    return f'<td style="background: rgba({colour}, {strength:.2f})">{number(value)}{shown}</td>'
-
-
-def tradeoff(points: Mapping[str, Points]) -> str:
-    """Where each method ends with each of its rates, as one SVG: to the left has learnt more, below has forgotten less.
+def tradeoff(points: Mapping[str, Sequence[Point]]) -> Scatter:
+    """Where each method ends with each of its rates: further left has learnt more, further down has forgotten less.
 
     Args:
         points: by method: bits per byte of the new language, and by how many the old ones rose.
     """
-    return plane(points, "new language, bits per byte", "forgotten, bits per byte")
+    return Scatter("new language, bits per byte", "forgotten, bits per byte", points, joined=True)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 from lamella.formatting import counted, number
 from lamella.methods.lora_recycling.result import SAID
-from lamella.report.figure import figure
+from lamella.report.figures import Bars, Figure, Heatmap
 from lamella.result import Summary, Table
 from lamella.results import Edit, Evidence
 from lamella.runtime import EditEvidence
 
-WIDTH, LEFT, RIGHT, ROW, TOP = 720, 220, 60, 24, 10
-CELL = 9  # of the drawing of coefficients
-OURS, OTHERS, RED, BLUE = "#ea580c", "#0d9488", "220, 38, 38", "37, 99, 235"
 SURE = 1.96  # standard errors of a 95 % interval
 
 
@@ -51,56 +47,57 @@ def _refused(found: Mapping[str, Any]) -> list[Table]:
     return [Table("Refused", ["adapter", "why"], [list(each) for each in refused.items()])] if refused else []
 
 
-def figures(evidence: Evidence) -> str:
-    """The fragment of a page, as HTML that needs no script."""
+def figures(evidence: Evidence) -> list[Figure]:
+    """All arms side by side, and the coefficients of the best merge."""
     found = evidence.findings
     if "arms" not in found:
-        return ""
+        return []
     spreads = {row["arm"]: (row["accuracy"], SURE * (row["error"] or 0.0), row["of_pool"]) for row in found["arms"]}
-    said = "Share of the test that is answered exactly; lines are 95 % intervals of the difference to the best arm "
-    parts = [figure(bars(spreads), f"{said}without weights of the pool.")]
+    parts: list[Figure] = [by_arm(spreads)]
     if "coefficients" in found:
         fitted = found["coefficients"]
-        said = (
+        modules: Mapping[str, Sequence[float]] = fitted["by module"]
+        caption = (
             f"Coefficients of {fitted['arm']}: a row for each linear layer of the model, first layer first; a column "
             "for each adapter or rank. Red is above 0, blue below."
         )
-        parts.append(figure(heat(fitted["by module"]), said))
-    return "".join(parts)
+        parts.append(
+            Heatmap(
+                "adapter or rank",
+                "linear layer",
+                list(modules.values()),
+                "coefficient",
+                diverging=True,
+                hover=[
+                    [f"{module}, {column}: {number(value)}" for column, value in enumerate(values)]
+                    for module, values in modules.items()
+                ],
+                title="Coefficients by module",
+                caption=caption,
+            )
+        )
+    return parts
 
 
-def bars(arms: Mapping[str, tuple[float, float, bool]]) -> str:
-    """Shares by arm, as one SVG.
+def by_arm(shares: Mapping[str, tuple[float, float, bool]]) -> Bars:
+    """The share of exact answers of each arm.
 
     Args:
-        arms: by name: the share, half of its interval, and whether it has weights of the pool.
+        shares: by arm: the share, half of its interval, and whether the arm has weights of the pool.
     """
-    room, height = WIDTH - LEFT - RIGHT, 2 * TOP + ROW * len(arms)
-    most = max((share + half for share, half, _ in arms.values()), default=1.0) or 1.0
-    drawn = [f'<svg viewBox="0 0 {WIDTH} {height}" xmlns="http://www.w3.org/2000/svg" role="img" '
-             'font-family="sans-serif" font-size="12"><title>Share of exact answers by arm</title>']  # fmt: skip
-    for place, (name, (share, half, of_pool)) in enumerate(arms.items()):
-        y, colour = TOP + ROW * place, OURS if of_pool else OTHERS
-        length, low, high = (room * max(value, 0.0) / most for value in (share, share - half, share + half))
-        drawn.append(
-            f'<text x="{LEFT - 8}" y="{y + 15}" text-anchor="end" fill="#888">{escape(name)}</text>'
-            f'<rect x="{LEFT}" y="{y + 4}" width="{length:.1f}" height="{ROW - 10}" fill="{colour}"/>'
-            f'<line x1="{LEFT + low:.1f}" x2="{LEFT + high:.1f}" y1="{y + 11}" y2="{y + 11}" stroke="#888"/>'
-            f'<text x="{LEFT + max(length, high) + 6:.1f}" y="{y + 15}" fill="#888">{number(share)}</text>'
-        )
-    return "".join([*drawn, "</svg>"])
-
-
-def heat(coefficients: Mapping[str, Sequence[float]]) -> str:
-    """Coefficients as coloured cells, as one SVG: a row for each module."""
-    most = max((abs(each) for values in coefficients.values() for each in values), default=0.0) or 1.0
-    columns = max(map(len, coefficients.values()), default=1)
-    drawn = [f'<svg viewBox="0 0 {CELL * columns} {CELL * len(coefficients)}" xmlns="http://www.w3.org/2000/svg" '
-             f'role="img" width="{min(WIDTH, 3 * CELL * columns)}"><title>Coefficients by module</title>']  # fmt: skip
-    for row, (module, values) in enumerate(coefficients.items()):
-        for column, value in enumerate(values):
-            strength = abs(value) / most
-            colour = f"rgba({RED if value > 0 else BLUE}, {strength:.2f})"
-            drawn.append(f'<rect x="{CELL * column}" y="{CELL * row}" width="{CELL}" height="{CELL}" fill="{colour}">'
-                         f"<title>{escape(module)}, {column}: {number(value)}</title></rect>")  # fmt: skip
-    return "".join([*drawn, "</svg>"])
+    groups = {"with weights of the pool": True, "without": False}
+    return Bars(
+        "arm",
+        "share of exact answers",
+        {
+            name: [share if of_pool is wanted else None for share, _, of_pool in shares.values()]
+            for name, wanted in groups.items()
+        },
+        positions=list(shares),
+        intervals={name: [(share - half, share + half) for share, half, _ in shares.values()] for name in groups},
+        labels={name: [number(share) for share, _, _ in shares.values()] for name in groups},
+        horizontal=True,
+        title="Share of exact answers by arm",
+        caption="Share of the test that is answered exactly; lines are 95 % intervals of the difference to the best "
+        "arm without weights of the pool.",
+    )

@@ -7,14 +7,11 @@ from typing import Any
 
 from lamella.formatting import number, percent
 from lamella.plan import PlanSeries
-from lamella.report.chart import chart
-from lamella.report.figure import figure
+from lamella.report.figures import Bars, Figure, Lines
 from lamella.results import Evidence, Study, Summary, Table, Trained, TrainedEvidence
 from lamella.results.page import curves
 
 NAMES = {"image": "image", "text": "text", "decoder": "written words"}
-COLOURS = {"image": "#3b6fb6", "text": "#3f8f4f", "decoder": "#b5532f"}
-BAR, LEFT, HIGH, LOW = 22, 110, 60, 18  # of a histogram: a bar, its name, its height, the numbers below
 
 
 def summary(evidence: Evidence) -> Summary:
@@ -39,44 +36,36 @@ def summary(evidence: Evidence) -> Summary:
     return PlanSeries.summary(evidence) if evidence.kind == PlanSeries.kind else Study.summary(evidence)
 
 
-def figures(evidence: Evidence) -> str:
+def figures(evidence: Evidence) -> list[Figure]:
     """The curves of S, and the histograms of exits; of a trained model its losses."""
     found = evidence.findings
-    parts = [curves(evidence)] if isinstance(evidence, TrainedEvidence) else []
+    parts: list[Figure] = [curves(evidence)] if isinstance(evidence, TrainedEvidence) else []
     if "saturation" in found:
         lines = {NAMES[name]: values for name, values in found["saturation"].items()}
-        drawn = chart(lines, "cosine of the stream before and after", "layer")
-        parts.append(figure(drawn, "The mean of S: where it stays high, layers change little."))
+        caption = "The mean of S: where it stays high, layers change little."
+        parts.append(Lines("layer", "cosine of the residual stream before and after", lines, caption=caption))
     if "exits" in found:
-        told = (
-            "Behind which layer samples leave the encoder, by modality, and written words the decoder; the last layer "
-            "is no exit."
-        )
-        parts.append(figure(exits_map(found["exits"]), told))
-    return "".join(parts)
+        parts.append(exits(found["exits"]))
+    return parts
 
 
-def exits_map(exits: Mapping[str, Sequence[float]]) -> str:
-    """A row of bars for each exit, one for each layer."""
-    layers = max(map(len, exits.values()))
-    width, height = LEFT + BAR * layers, (HIGH + LOW) * len(exits)
-    parts = [
-        f'<svg viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg" role="img" font-family="sans-serif" '
-        'font-size="10" style="max-width: 32rem"><title>behind which layers samples exit</title>'
-    ]
-    for row, (name, shares) in enumerate(exits.items()):
-        foot = (HIGH + LOW) * row + HIGH
-        parts.append(f'<text x="0" y="{foot}" fill="currentColor">{NAMES[name]}</text>')
-        for layer, share in enumerate(shares):
-            x, tall = LEFT + BAR * layer, (HIGH - 12) * share
-            middle = f'x="{x + BAR / 2 - 2}" text-anchor="middle" fill="currentColor"'
-            parts.append(
-                f'<rect x="{x}" y="{foot - tall:.1f}" width="{BAR - 4}" height="{tall:.1f}" fill="{COLOURS[name]}"/>'
-                f'<text {middle} y="{foot + 11}">{layer + 1}</text>'
-            )
-            if share >= 0.005:
-                parts.append(f'<text {middle} y="{foot - tall - 2:.1f}">{100 * share:.0f}</text>')
-    return "".join([*parts, "</svg>"])
+def exits(shares: Mapping[str, Sequence[float]]) -> Bars:
+    """A bar for each layer and exit.
+
+    Args:
+        shares: by exit: of each layer, the share of samples or words that leave behind it.
+    """
+    return Bars(
+        "layer",
+        "samples or words, percent",
+        {NAMES[name]: [100 * share for share in each] for name, each in shares.items()},
+        positions=[str(layer + 1) for layer in range(max(map(len, shares.values())))],
+        labels={NAMES[name]: [f"{100 * share:.0f}" if share >= 0.005 else "" for share in each]
+                for name, each in shares.items()},
+        title="Layers behind which samples exit",
+        caption="Behind which layer samples leave the encoder, by modality, and written words the decoder; the last "
+        "layer is no exit.",
+    )  # fmt: skip
 
 
 def _exits(found: Mapping[str, Any]) -> Table:

@@ -2,55 +2,49 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import Any
 
 from lamella.formatting import counted, listed, number, percent
-from lamella.report.chart import chart
-from lamella.report.figure import figure
-from lamella.report.pictures import shown
-from lamella.report.plane import plane
+from lamella.report.figures import Figure, Images, Lines
 from lamella.results import Evidence, Summary, Table
 
 TRAINED, READ = "recogniser", "readings"
 
 
-def figures(evidence: Evidence) -> str:
-    """Pictures of what a command found, as HTML that needs no script."""
+def figures(evidence: Evidence) -> list[Figure]:
+    """Losses of a training, plans beside their truth, or gradients stage by stage."""
     found = evidence.findings
     if "curves" in found:
         return _training(found)
     if "pictures" in found:
-        return "".join(map(_plan, found["pictures"]))
-    return _agreement(found["stages"]) if "split" in found else ""
+        return [_plan(each) for each in found["pictures"]]
+    return [_agreement(found["stages"])] if "split" in found else []
 
 
-def _training(found: dict[str, Any]) -> str:
+def _training(found: dict[str, Any]) -> list[Figure]:
     losses = {name: found["curves"][name] for name in ("walls", "openings") if name in found["curves"]}
-    drawn = figure(chart({"both": found["loss"], **losses}, "loss", "point of the log"))
+    lines = {name.rpartition(", ")[2]: values for name, values in found["curves"].items() if name.startswith("cosine")}
+    caption = "Cosine between the gradients of the two tasks on each stage that they share, while the network trains."
+    return [
+        Lines("point of the log", "loss", {"both": found["loss"], **losses}),
+        Lines("point of the log", "cosine", lines, caption=caption),
+    ]
+
+
+def _plan(each: dict[str, Any]) -> Images:
+    parts = "the plan, what was recognised, and the truth" if each["truth"] else "the plan, and what was recognised"
+    alt = f"{each['plan']}: {parts}"
+    return Images([each["picture"]], alt=alt, caption=f"{alt}. Doors are orange, windows blue.")
+
+
+def _agreement(rows: list[dict[str, float]]) -> Lines:
     lines = {
-        name.rpartition(", ")[2]: list(enumerate(values))
-        for name, values in found["curves"].items()
-        if name.startswith("cosine")
+        "mean": [row["cosine"] for row in rows],
+        "one standard deviation above": [row["cosine"] + row["spread"] for row in rows],
+        "one standard deviation below": [row["cosine"] - row["spread"] for row in rows],
     }
-    told = "Cosine between the gradients of the two tasks on each stage that they share, while the network trains."
-    return drawn + figure(plane(lines, "point of the log", "cosine"), told)
-
-
-def _plan(each: dict[str, Any]) -> str:
-    said = "the plan, what was recognised, and the truth" if each["truth"] else "the plan, and what was recognised"
-    picture = shown(each["picture"], escape(f"{each['plan']}: {said}"))
-    return figure(picture, f"{each['plan']}: {said}. Doors are orange, windows blue.")
-
-
-def _agreement(rows: list[dict[str, float]]) -> str:
-    lines = {
-        "mean": [(row["stage"], row["cosine"]) for row in rows],
-        "one spread above": [(row["stage"], row["cosine"] + row["spread"]) for row in rows],
-        "one spread below": [(row["stage"], row["cosine"] - row["spread"]) for row in rows],
-    }
-    told = "Cosine between the gradients of walls and of openings on each shared stage, with its spread over groups."
-    return figure(plane(lines, "stage", "cosine"), told)
+    caption = "Cosine between the gradients of walls and of openings on each shared stage, with its spread over groups."
+    return Lines("stage", "cosine", lines, positions=[row["stage"] for row in rows], caption=caption)
 
 
 def summary(evidence: Evidence) -> Summary:

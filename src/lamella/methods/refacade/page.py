@@ -3,64 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 
 from lamella.formatting import counted, listed, number, numbered
-from lamella.report.chart import chart
-from lamella.report.figure import figure
-from lamella.report.pictures import shown
+from lamella.report.figures import Bars, Figure, Images, Lines
 from lamella.results import Evidence, Summary, Table
 
-STUDY, PICTURES = "study", "retextured"
-WIDE, HIGH, LEFT, BELOW = 640, 220, 60, 40  # of the bars, in pixels
-CHOSEN, OTHER = "#0d9488", "#94a3b8"
+STUDY, RETEXTURED = "study", "retextured"
 
 
-def figures(evidence: Evidence) -> str:
-    """The pictures as HTML that needs no script."""
+def figures(evidence: Evidence) -> list[Figure]:
+    """What went in and what came out, what each layer does, or the loss of a training."""
     found = evidence.findings
-    if evidence.kind == PICTURES:
-        rows = "".join(
-            f"<tr><th>{escape(name)}</th><td>{shown(picture, escape(name))}</td></tr>"
-            for name, picture in found["strips"].items()
-        )
-        return figure(f"<table>{rows}</table>", "What the network was shown, and drew.")
+    if evidence.kind == RETEXTURED:
+        strips = found["strips"]
+        texts = [[name] for name in strips]
+        caption = "What the network was given, and what it generated."
+        return [Images(list(strips.values()), texts, alt="frames", caption=caption)]
     if evidence.kind == STUDY:
-        caption = "What a push of one size at each layer changes of the output; coloured where hints should be added."
-        return figure(bars(found["output"], found["chosen"]), caption)
-    return figure(chart({"training": found["loss"]}, "loss", "point of the log"))
+        return [sensitivity(found["output"], found["chosen"])]
+    return [Lines("point of the log", "loss", {"training": found["loss"]})]
 
 
-def bars(values: Sequence[float], chosen: Sequence[int]) -> str:
-    """A bar for each layer, as one SVG."""
-    most = max([*values, 1e-12])
-    wide = (WIDE - LEFT) / len(values)
-    drawn = [
-        f'<svg viewBox="0 0 {WIDE} {HIGH + BELOW}" xmlns="http://www.w3.org/2000/svg" role="img" '
-        'font-family="sans-serif" font-size="12"><title>Sensitivity by layer</title>'
-        f'<text x="{LEFT - 6}" y="14" text-anchor="end" fill="#888">{most:.2g}</text>'
-        f'<text x="{LEFT - 6}" y="{HIGH}" text-anchor="end" fill="#888">0</text>'
-    ]
-    for layer, value in enumerate(values):
-        high = max(value, 0) / most * (HIGH - 10)
-        x, colour = LEFT + layer * wide, CHOSEN if layer in chosen else OTHER
-        drawn.append(
-            f'<g><title>layer {layer}: {number(value)}</title><rect x="{x + 2:.1f}" y="{HIGH - high:.1f}" '
-            f'width="{max(wide - 4, 1):.1f}" height="{high:.1f}" fill="{colour}"/></g>'
-        )
-        if layer % max(1, len(values) // 20) == 0:
-            drawn.append(
-                f'<text x="{x + wide / 2:.1f}" y="{HIGH + 16}" text-anchor="middle" fill="#888">{layer}</text>'
-            )
-    middle = LEFT + (WIDE - LEFT) / 2
-    drawn.append(f'<text x="{middle}" y="{HIGH + 34}" text-anchor="middle" fill="#888">layer</text></svg>')
-    return "".join(drawn)
+def sensitivity(values: Sequence[float], chosen: Sequence[int]) -> Bars:
+    """A bar for each layer, those that were chosen in a colour of their own."""
+    series = {
+        name: [value if (layer in chosen) is wanted else None for layer, value in enumerate(values)]
+        for name, wanted in (("hints should be added", True), ("other layers", False))
+    }
+    caption = "What a push of one size at each layer changes of the output."
+    return Bars("layer", "change of the output", series, title="Sensitivity by layer", caption=caption)
 
 
 def summary(evidence: Evidence) -> Summary:
     """What was drawn, measured or trained."""
     found = evidence.findings
-    if evidence.kind == PICTURES:
+    if evidence.kind == RETEXTURED:
         return of_pictures(evidence)
     if evidence.kind == STUDY:
         rows = [

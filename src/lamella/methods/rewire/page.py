@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from html import escape
 from typing import Any
 
 from lamella.formatting import count, counted, number, percent
-from lamella.report.chart import chart
 from lamella.report.corpora import cost_table, mixture_table
-from lamella.report.figure import figure
+from lamella.report.figures import Excerpts, Figure, Lines
 from lamella.results import Evidence, Summary, Table
 
 
@@ -71,21 +69,20 @@ def _sets(sets: Mapping[str, Any]) -> Table:
     return Table("The best", ("set", "documents", "tokens", "mean length", "median length", pairs), rows)
 
 
-def figures(evidence: Evidence) -> str:
+def figures(evidence: Evidence) -> list[Figure]:
     """Lengths of documents and rewrites, and some of both to read."""
     found = evidence.findings
     if "pool" not in found:
-        return ""
+        return []
     lengths = sorted(found["rewrites"]["lengths"])
     lines = {"document": [source for source, _ in lengths], "rewrite": [out for _, out in lengths]}
-    drawn = chart(lines, "tokens", "rewrites, by the length of their document")
-    return "\n".join([figure(drawn), *map(_shown, found["samples"])])
+    return [
+        Lines("rewrites, by the length of their document", "tokens", lines),
+        Excerpts([_excerpt(row) for row in found["samples"]], title="Some documents with their rewrites"),
+    ]
 
 
-def _shown(row: Mapping[str, Any]) -> str:
-    what = f"failed: {row['drop_reason']}" if row["drop_reason"] else f"scored {number(row['syn_score'])}"
+def _excerpt(row: Mapping[str, Any]) -> tuple[str, list[str]]:
+    status = f"failed: {row['drop_reason']}" if row["drop_reason"] else f"scored {number(row['syn_score'])}"
     where = " and ".join(name for name in ("raw", "synthetic") if row[f"in_{name[:3]}"]) or "neither set"
-    return (
-        f"<details><summary>{escape(str(row['id']))}: {what}; in {where}</summary>"
-        f"<blockquote>{escape(row['source_text'])}</blockquote><blockquote>{escape(row['text'])}</blockquote></details>"
-    )
+    return f"{row['id']}: {status}; in {where}", [row["source_text"], row["text"]]

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 from lamella.formatting import counted, number
 from lamella.plan import PlanSeries, SeriesEvidence
-from lamella.report.figure import figure
-from lamella.report.plane import COLOURS, plane
+from lamella.report.figures import Figure, Gantt, Scatter, Task
 from lamella.result import Summary, Table
 from lamella.results import Evidence
 from lamella.results.page import curves
 from lamella.train import Trained, TrainedEvidence
 
-WIDTH, ROW, LEFT = 900, 18, 150  # of the picture, in pixels
 CELLS = 60  # of a line of text
 MARKS = {"forward": ">", "loss": "*", "backward": "<"}
 SOLID = {"forward": 0.55, "loss": 1.0, "backward": 0.95}  # how dense a colour is
@@ -31,23 +28,22 @@ def summary(evidence: Evidence) -> Summary:
     return _planned(evidence.findings) if "gantt" in evidence.findings else _omitted(evidence)
 
 
-def figures(evidence: Evidence) -> str:
-    """The fragment of a page, as HTML that needs no script."""
+def figures(evidence: Evidence) -> list[Figure]:
+    """An iteration in time, what stages are worth, or the losses of a training."""
     found = evidence.findings
     if isinstance(evidence, TrainedEvidence):
-        return curves(evidence)
+        return [curves(evidence)]
     if "gantt" in found:
-        told = "One iteration: each node's forward passes (light) and backward passes (dark), a colour for each origin."
-        return figure(gantt(found["gantt"], found["nodes"]), told)
+        return [gantt(found["gantt"], found["nodes"])]
     if "omitted" not in found:
-        return ""
+        return []
     lines: dict[str, list[tuple[float, float]]] = {}
     for name, wanted in (("all sets", None), ("left out in training", True), ("never left out in training", False)):
         points = [(float(each["omitted"]), each["mean"]) for each in found["means"] if each.get("trained") is wanted]
         if points:
             lines[name] = [(0.0, found["full"]), *points]
-    drawn = plane(lines, "stages left out", "nats per token")
-    return figure(drawn, "The mean loss without so many stages.")
+    caption = "The mean loss without so many stages."
+    return [Scatter("stages left out", "nats per token", lines, joined=True, caption=caption)]
 
 
 # A schedule
@@ -107,36 +103,28 @@ def line(served: Sequence[Served], node: int, last: float) -> str:
     return "".join(marks)
 
 
-def gantt(served: Sequence[Served], nodes: Sequence[Mapping[str, Any]]) -> str:
-    """What all nodes do over time, as one SVG: a row for each, by stage."""
-    last = max((each[4] for each in served), default=1.0)
+def gantt(served: Sequence[Served], nodes: Sequence[Mapping[str, Any]]) -> Gantt:
+    """What all nodes do over time: a row for each, by stage, and a colour for the node where a microbatch began."""
     row = {each["node"]: place for place, each in enumerate(nodes)}
     homes = {microbatch: node for node, microbatch, phase, *_ in served if phase == "loss"}
-    origins = sorted(set(homes.values()))
-    height = ROW * len(nodes) + 30
-    drawn = [
-        f'<svg viewBox="0 0 {WIDTH} {height}" xmlns="http://www.w3.org/2000/svg" role="img" font-family="sans-serif" '
-        'font-size="11"><title>an iteration, node by node</title>'
-    ]
-    for each in nodes:
-        top = ROW * row[each["node"]]
-        name = f"{each['stage']}: {each['node']} {escape(each['region'])}"
-        drawn.append(f'<text x="{LEFT - 8}" y="{top + 13}" text-anchor="end" fill="#888">{name}</text>')
-        drawn.append(f'<line x1="{LEFT}" x2="{WIDTH}" y1="{top + ROW}" y2="{top + ROW}" stroke="#8883"/>')
-    for node, microbatch, phase, begin, end in served:
-        left, right = (LEFT + when / last * (WIDTH - LEFT - 10) for when in (begin, end))
-        colour = COLOURS[2 + origins.index(homes[microbatch]) % (len(COLOURS) - 2)]
-        drawn.append(
-            f'<rect x="{left:.1f}" y="{ROW * row[node] + 3}" width="{max(right - left, 0.5):.1f}" height="{ROW - 5}" '
-            f'fill="{colour}" fill-opacity="{SOLID[phase]}"><title>microbatch {microbatch}, {phase}, {begin:.2f} to '
-            f"{end:.2f} s</title></rect>"
-        )
-    for step in range(5):
-        x = LEFT + step / 4 * (WIDTH - LEFT - 10)
-        drawn.append(
-            f'<text x="{x:.0f}" y="{height - 10}" text-anchor="middle" fill="#888">{last * step / 4:.1f} s</text>'
-        )
-    return "".join([*drawn, "</svg>"])
+    return Gantt(
+        "seconds",
+        "stage: node, region",
+        [f"{each['stage']}: {each['node']} {each['region']}" for each in nodes],
+        [
+            Task(
+                row[node],
+                begin,
+                end,
+                f"from node {homes[microbatch]}",
+                SOLID[phase],
+                f"microbatch {microbatch}, {phase}, {begin:.2f} to {end:.2f} s",
+            )
+            for node, microbatch, phase, begin, end in sorted(served, key=lambda each: homes[each[1]])
+        ],
+        title="An iteration, node by node",
+        caption="One iteration: forward passes are light and backward passes dark, with a colour for each origin.",
+    )
 
 
 # A model

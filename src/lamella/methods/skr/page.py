@@ -6,19 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from lamella.formatting import counted, duration, number
-from lamella.report.chart import chart
-from lamella.report.figure import figure
+from lamella.report.figures import Figure, Lines
 from lamella.results import Evidence, Summary, Table
 
 OURS = "SKR"
 
 
-def figures(evidence: Evidence) -> str:
-    """Iterations system by system, as HTML that needs no script."""
+def figures(evidence: Evidence) -> list[Figure]:
+    """Iterations system by system; a direct solver has none."""
     lines = {name: [each["iterations"] for each in run["solved"]] for name, run in _runs(evidence.findings).items()}
     drawn = {name: values for name, values in lines.items() if any(values)}
     caption = "Iterations of each system, in the order in which they were solved; each solver has its own order."
-    return figure(chart(drawn, "iterations", "system, in solved order"), caption)
+    return [Lines("system, in solved order", "iterations", drawn, caption=caption)]
 
 
 def summary(evidence: Evidence) -> Summary:

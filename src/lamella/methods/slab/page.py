@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lamella.formatting import counted, number, percent
-from lamella.report.chart import chart
-from lamella.report.figure import figure
+from lamella.report.figures import Figure, Lines
 from lamella.result import Summary, Table
 from lamella.results import Edit, Evidence, Trained
 from lamella.results.page import curves
@@ -47,8 +46,8 @@ def _seen(found: dict[str, Any]) -> Summary:
     return Summary(verdict, [Table("Kept images that are named", ["", "share"], rows)], lines)
 
 
-def figures(evidence: Evidence) -> str:
+def figures(evidence: Evidence) -> list[Figure]:
     """The losses of a training."""
     if isinstance(evidence, TrainedEvidence):
-        return curves(evidence)
-    return figure(chart({"training": evidence.findings.get("loss", [])}, "loss", "point of the log"))
+        return [curves(evidence)]
+    return [Lines("point of the log", "loss", {"training": evidence.findings.get("loss", [])})]

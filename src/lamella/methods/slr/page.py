@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lamella.formatting import counted, duration, number, span
+from lamella.report.figures import Figure, Heatmap, Points, Scatter
 from lamella.report.page import filled, finite
 from lamella.results import Evidence, Summary, Table
 
@@ -21,6 +22,7 @@ NAMES = {
     "soup": "soup",
     "blocks": "soup of the layers alone",
 }
+MEASURES = {"diversity": "Diversity D", "quality": "Validity Q"}
 PLACED = ("slr", "early", "middle", "late", "all")
 
 
@@ -44,19 +46,67 @@ def page(evidence: Evidence) -> str:
     searched = found["search"]
     floor = told["provenance"]["options"]["min_quality"] * searched["post"]["quality"]
     whole = next(point for point in searched["points"] if point["interval"] == [0, layers])
-    data = {
-        "intervals": {"points": searched["points"], "layers": layers, "chosen": found["interval"]},
-        "plane": {
-            "points": searched["points"],
-            "soups": {NAMES[name]: points for name, points in searched["soups"].items()},
-            "marked": {"post": searched["post"], "all layers": whole, "chosen": searched["chosen"]}
-            | ({"pre": searched["soups"]["soup"][-1]} if "soup" in searched["soups"] else {}),
-            "floor": floor,
-        },
-    }
+    marked = {"post": searched["post"], "all layers": whole, "chosen": searched["chosen"]}
+    if "soup" in searched["soups"]:
+        marked["pre"] = searched["soups"]["soup"][-1]
+    figures: dict[str, Figure] = {"plane": _plane(searched, marked, floor)}
+    for measure, title in MEASURES.items():
+        figures[f"intervals-{measure}"] = _intervals(searched["points"], layers, found["interval"], measure, title)
     rows = [{"label": described(row), "row": row} for row in found["report"]]
     given = {"evidence": told, "found": found, "rows": rows, "verdict": _verdict(told), "floor": floor}
-    return filled(Path(__file__).with_name("page.html"), data, **given)
+    return filled(Path(__file__).with_name("page.html"), figures, **given)
+
+
+def _plane(searched: dict[str, Any], marked: dict[str, dict[str, float]], floor: float) -> Scatter:
+    """Diversity against validity of every interval and of the soups."""
+    series = {
+        name: _points([each for each in searched["points"] if each["feasible"] is feasible])
+        for name, feasible in (("interval", True), ("interval below the floor", False))
+    }
+    for name, curve in searched["soups"].items():
+        named = [f"{NAMES[name]}, {number(each['share'])} of pre" for each in curve]
+        series[NAMES[name]] = _points(curve, named, joined=True)
+    at = [(each["quality"], each["diversity"]) for each in marked.values()]
+    series["models"] = Points(at, mark="ring", labels=list(marked))
+    guides = {"floor": floor}
+    return Scatter("Q, mass on valid answers", "D, diversity of valid answers", series, guides=guides)
+
+
+def _points(found: list[dict[str, Any]], names: list[str] | None = None, joined: bool = False) -> Points:
+    names = names or [_interval(each) for each in found]
+    hover = [f"{name}\n{_both(each)}" for name, each in zip(names, found, strict=True)]
+    return Points([(each["quality"], each["diversity"]) for each in found], joined=joined, hover=hover)
+
+
+def _intervals(points: list[dict[str, Any]], layers: int, chosen: tuple[int, int], measure: str, title: str) -> Heatmap:
+    """One measure of every interval, by its first and its last layer."""
+    values: list[list[float | None]] = [[None] * layers for _ in range(layers)]
+    hover = [[""] * layers for _ in range(layers)]
+    for each in points:
+        first, end = each["interval"]
+        values[end - 1][first] = each[measure]
+        below = "" if each["feasible"] else "\nbelow the floor"
+        hover[end - 1][first] = f"{_interval(each)}\n{_both(each)}{below}"
+    start, stop = chosen
+    return Heatmap(
+        "first restored layer",
+        "last restored layer",
+        values,
+        title,
+        upwards=True,
+        hover=hover,
+        outlined=None if start == stop else (start, stop - 1),
+        title=title,
+    )
+
+
+def _interval(point: dict[str, Any]) -> str:
+    start, stop = point["interval"]
+    return "none" if start == stop else f"layers {start} to {stop - 1}"
+
+
+def _both(point: dict[str, Any]) -> str:
+    return f"Q {number(point['quality'])}, D {number(point['diversity'])}"
 
 
 def summary(evidence: Evidence) -> Summary:

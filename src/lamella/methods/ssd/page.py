@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lamella.formatting import counted, number, percent
-from lamella.report.drawing import SUBLAYERS, drawing, shade
+from lamella.report.drawing import SUBLAYERS, StackDrawing, shade
+from lamella.report.figures import Bars, Figure
 from lamella.report.page import filled, finite
 from lamella.results import Evidence, Summary, Table
 
@@ -40,18 +41,21 @@ def page(evidence: Evidence) -> str:
         for name, label, meaning in SHADES
         for each in shade(name, label, meaning, _by_sublayer(found["sites"], layers, name), layers)
     ]
-    stack = drawing([{"attn": "kept", "mlp": "kept"}] * layers, shades)
-    bars = [
-        {"name": part, "title": title, "axis": "layer", "log": False, "values": _by_layer(found, layers, part, whole)}
+    title = f"the layers of {told['model']['name']}"
+    figures: dict[str, Figure] = {
+        "stack": StackDrawing([{"attn": "kept", "mlp": "kept"}] * layers, shades, title=title)
+    }
+    figures |= {
+        part: Bars("layer", "percent", {title: _by_layer(found, layers, part, whole)}, title=title)
         for part, whole, title in (
             ("selected", "weights", "Weights selected, %"),
             ("removed", "mass", "Mass removed, %"),
         )
-    ]
+    }
     columns, rows = _columns(found), _rows(found)
-    data = {"scores": stack["scores"], "bars": bars}
-    given = {"evidence": told, "found": found, "stack": stack, "columns": columns, "rows": rows}
-    return filled(Path(__file__).with_name("page.html"), data, verdict=_verdict(told), **given)
+    given = {"evidence": told, "found": found, "columns": columns, "rows": rows}
+    template = Path(__file__).with_name("page.html")
+    return filled(template, figures, verdict=_verdict(told), **given)
 
 
 def summary(evidence: Evidence) -> Summary:

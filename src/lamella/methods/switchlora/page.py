@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from lamella.report.chart import chart
-from lamella.report.figure import figure
+from lamella.report.figures import Figure, Lines
 from lamella.result import Summary, Table
 from lamella.results import Evidence, Trained
 from lamella.results.page import curves
@@ -23,11 +22,11 @@ def summary(evidence: Evidence) -> Summary:
     return Summary(told.verdict, [*told.tables, Table("Updates", columns, rows)], told.lines)
 
 
-def figures(evidence: Evidence) -> str:
+def figures(evidence: Evidence) -> list[Figure]:
     """Losses, and the mean spectrum of the updates."""
-    spectrum = evidence.findings["spectrum"]
-    drawn = chart({"updates": spectrum}, "singular value over the largest", "from the first to the last, in 32nds")
-    return curves(evidence) + figure(drawn)
+    spectrum = {"updates": evidence.findings["spectrum"]}
+    place = "singular values from the first to the last, in 32nds"
+    return [curves(evidence), Lines(place, "singular value over the largest", spectrum)]
 
 
 def _mean(updates: list[dict[str, float]], name: str) -> float:

@@ -6,8 +6,7 @@ from typing import Any
 
 from lamella.formatting import counted, percent, share
 from lamella.plan import PlanSeries, SeriesEvidence
-from lamella.report.chart import chart
-from lamella.report.figure import figure
+from lamella.report.figures import Figure, Lines
 from lamella.result import Summary, Table
 from lamella.results import Evidence, Trained
 from lamella.results.page import curves
@@ -36,13 +35,14 @@ def _shape(shape: list[dict[str, Any]], whole: dict[str, int]) -> Table:
     return Table(title, ["layer", f"heads, of {whole['heads']}", f"MLP channels, of {whole['channels']}"], rows)
 
 
-def figures(evidence: Evidence) -> str:
+def figures(evidence: Evidence) -> list[Figure]:
     """The widths by layer; of the recovery, its losses."""
     if not isinstance(evidence, SeriesEvidence):
-        return curves(evidence)
+        return [curves(evidence)]
     found = evidence.provenance
     lines = {
         name: [100 * each[name] / found["whole"][name] if each["kept"] else 0.0 for each in found["shape"]]
         for name in ("heads", "channels")
     }
-    return figure(chart(lines, "kept, percent", "layer"), "What the best shape keeps of each layer; 0 is left out.")
+    caption = "What the best shape keeps of each layer; 0 is left out."
+    return [Lines("layer", "kept, percent", lines, caption=caption)]

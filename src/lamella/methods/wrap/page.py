@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from html import escape
 from typing import Any
 
 from lamella.formatting import count, counted, number, percent
-from lamella.report.chart import chart
 from lamella.report.corpora import cost_table, mixture_table
-from lamella.report.figure import figure
+from lamella.report.figures import Excerpts, Figure, Lines
 from lamella.results import Evidence, Summary, Table
 
 
@@ -55,22 +53,18 @@ def _kept(styles: Mapping[str, Any]) -> Table:
     return Table("What became of the rephrases", heads, rows)
 
 
-def figures(evidence: Evidence) -> str:
+def figures(evidence: Evidence) -> list[Figure]:
     """Lengths of passages and rephrases, and some of both to read."""
     found = evidence.findings
-    parts = []
+    parts: list[Figure] = []
     for name, style in found["styles"].items():
         lengths = sorted(style["lengths"])
         lines = {"passage": [source for source, _ in lengths], "rephrase": [out for _, out in lengths]}
-        across = f"kept rephrases of style {name}, by the length of their passage"
-        parts.append(figure(chart(lines, "tokens", across)))
-    return "\n".join([*parts, *map(_shown, found["samples"])])
+        parts.append(Lines(f"kept rephrases of style {name}, by the length of their passage", "tokens", lines))
+    return [*parts, Excerpts([_excerpt(row) for row in found["samples"]], title="Some passages with their rephrases")]
 
 
-def _shown(row: Mapping[str, Any]) -> str:
-    what = f"dropped: {row['drop_reason']}" if row["drop_reason"] else "kept"
+def _excerpt(row: Mapping[str, Any]) -> tuple[str, list[str]]:
+    status = f"dropped: {row['drop_reason']}" if row["drop_reason"] else "kept"
     close = "" if row["sim"] is None else f", {number(row['sim'])} close"
-    return (
-        f"<details><summary>{escape(row['style'])}, {escape(str(row['id']))}: {what}{close}</summary>"
-        f"<blockquote>{escape(row['source_text'])}</blockquote><blockquote>{escape(row['text'])}</blockquote></details>"
-    )
+    return f"{row['style']}, {row['id']}: {status}{close}", [row["source_text"], row["text"]]

@@ -1,0 +1,339 @@
+"""Figures as data: a method describes what is shown, and :mod:`lamella.report.plotting` draws it.
+
+Every text is plain text, which is escaped where it is drawn. A figure without data is left out of the page.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+Value = float | None  # None where nothing was measured
+Point = tuple[float, float]
+Interval = tuple[float, float]
+Positions = Sequence[float | str]  # numbers, or names of equally spaced positions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A figure of a page.
+
+    Attributes:
+        title: one line above it.
+        caption: what a reader needs to know to read it, below it.
+    """
+
+    title: str = ""
+    caption: str = ""
+
+    kind: ClassVar[str] = "plot"  # the macro of ``parts.html`` that shows it
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to draw."""
+        raise NotImplementedError
+
+    @property
+    def label(self) -> str:
+        """What a screen reader says of it."""
+        return self.title or self.caption
+
+
+@dataclass(frozen=True)
+class Axes(Figure):
+    """A figure with two axes.
+
+    Attributes:
+        x, y: what the axes show, with the unit.
+    """
+
+    x: str
+    y: str
+
+    @property
+    def label(self) -> str:
+        return self.title or self.caption or f"{self.y} against {self.x}"
+
+
+@dataclass(frozen=True)
+class Lines(Axes):
+    """Values over shared positions: a line for each series, and a dot for a series of one value.
+
+    Attributes:
+        series: the values of each line, by its name.
+        positions: where the values lie on the x axis; 0, 1, 2, ... when left out.
+        log_y: whether the y axis is logarithmic. When left out, it is where all values are at least 1 and the largest
+            is more than 8 times the smallest.
+    """
+
+    series: Mapping[str, Sequence[Value]]
+    positions: Positions = ()
+    log_y: bool | None = None
+
+    @property
+    def values(self) -> list[float]:
+        """All values that were measured."""
+        return known(self.series.values())
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.values
+
+    @property
+    def is_log_y(self) -> bool:
+        """Whether the y axis is logarithmic."""
+        if self.log_y is not None:
+            return self.log_y
+        return min(self.values) >= 1 and max(self.values) > 8 * min(self.values)
+
+
+@dataclass(frozen=True)
+class Points:
+    """A series of points that have more than a position. Sequences that are given have one entry for each point.
+
+    Attributes:
+        at: the positions (x, y).
+        joined: whether a line joins them, in their order.
+        mark: how a point looks; ``band`` is a broad line behind the others.
+        x_range, y_range: the ends of error bars.
+        sizes: areas of the marks, on any scale.
+        labels: text beside the points.
+        hover: text under the pointer; the coordinates when left out.
+        dashed: whether the line that joins them is dashed.
+    """
+
+    at: Sequence[Point]
+    joined: bool = False
+    mark: Literal["dot", "ring", "diamond", "band"] = "dot"
+    x_range: Sequence[Interval] = ()
+    y_range: Sequence[Interval] = ()
+    sizes: Sequence[float] = ()
+    labels: Sequence[str] = ()
+    hover: Sequence[str] = ()
+    dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Scatter(Axes):
+    """Points in a plane.
+
+    Attributes:
+        series: the points of each group, by its name.
+        joined: whether a line joins the points of each group that is a plain sequence, from left to right.
+        guides: vertical lines, by the name that stands above them.
+        rows: names of y = 0, 1, 2, ..., where y is no quantity.
+        suffix: what stands behind the numbers of the x axis, such as a times sign.
+        log_y: whether the y axis is logarithmic.
+        from_zero: whether the y axis begins at zero.
+    """
+
+    series: Mapping[str, Points | Sequence[Point]]
+    joined: bool = False
+    guides: Mapping[str, float] = field(default_factory=dict)
+    rows: Sequence[str] = ()
+    suffix: str = ""
+    log_y: bool = False
+    from_zero: bool = False
+
+    @property
+    def points(self) -> dict[str, Points]:
+        """The groups that have points."""
+        groups = {name: self._points(each) for name, each in self.series.items()}
+        return {name: each for name, each in groups.items() if each.at}
+
+    def _points(self, given: Points | Sequence[Point]) -> Points:
+        if isinstance(given, Points):
+            return given
+        at = [point for point in given if len(known([point])) == 2]
+        return Points(sorted(at) if self.joined else at, self.joined)
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.points
+
+
+@dataclass(frozen=True)
+class Bars(Axes):
+    """A bar for each position and series.
+
+    Attributes:
+        x: what the positions are.
+        y: what the values are, with the unit.
+        series: the values of each series, by its name. Series that never have a value at the same position, such as
+            what was chosen and what was not, share the room of one.
+        positions: numbers or names; 0, 1, 2, ... when left out.
+        intervals: the ends of error bars, by series; None for a bar without.
+        labels: text at each bar, by series.
+        horizontal: whether bars run to the right, the first on top.
+        log_y: whether values are drawn on a logarithmic axis.
+    """
+
+    series: Mapping[str, Sequence[Value]]
+    positions: Positions = ()
+    intervals: Mapping[str, Sequence[Interval | None]] = field(default_factory=dict)
+    labels: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    horizontal: bool = False
+    log_y: bool = False
+
+    @property
+    def values(self) -> list[float]:
+        """All values that were measured."""
+        return known(self.series.values())
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.values
+
+    @property
+    def is_exclusive(self) -> bool:
+        """Whether no two series have a value at the same position."""
+        longest = max(map(len, self.series.values()), default=0)
+        padded = [[*values, *[None] * (longest - len(values))] for values in self.series.values()]
+        return all(sum(value is not None for value in column) <= 1 for column in zip(*padded, strict=True))
+
+
+@dataclass(frozen=True)
+class Heatmap(Axes):
+    """A matrix in colours. Sequences of sequences have the shape of ``values``.
+
+    Attributes:
+        x, y: what columns and rows are.
+        values: row by row.
+        measure: what the colours show, with the unit.
+        columns, rows: positions of the columns and rows; 0, 1, 2, ... when left out.
+        upwards: whether the first row is at the bottom; it is on top otherwise.
+        categories: names of the values 0, 1, 2, ..., where they are no quantities; the first is drawn faintly.
+        diverging: whether the colours tell positive values from negative ones; the scale is as long on both sides.
+        least, most: the ends of the colour scale; those of the values when left out.
+        labels: text in the cells.
+        hover: text under the pointer; position and value when left out.
+        path: points (column, row) to draw over it, as indices.
+        joined: whether a line joins them.
+        outlined: a cell (column, row) with a frame, as indices.
+        vertical, horizontal: lines across the whole of it, as indices of columns and rows.
+        square: whether cells are squares.
+        background: an image that lies under the whole of it, as a data URI; low values darken it.
+    """
+
+    values: Sequence[Sequence[Value]]
+    measure: str
+    columns: Positions = ()
+    rows: Positions = ()
+    upwards: bool = False
+    categories: Sequence[str] = ()
+    diverging: bool = False
+    least: float | None = None
+    most: float | None = None
+    labels: Sequence[Sequence[str]] = ()
+    hover: Sequence[Sequence[str]] = ()
+    path: Sequence[Point] = ()
+    joined: bool = False
+    outlined: tuple[int, int] | None = None
+    vertical: Sequence[float] = ()
+    horizontal: Sequence[float] = ()
+    square: bool = False
+    background: str = ""
+
+    @property
+    def is_empty(self) -> bool:
+        return not known(self.values) and not self.path
+
+    @property
+    def label(self) -> str:
+        return self.title or self.caption or f"{self.measure} by {self.y} and {self.x}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a row of a Gantt chart does for a while.
+
+    Attributes:
+        row: its index.
+        begin, end: in the unit of the time axis.
+        group: what it belongs to, which has a colour.
+        strength: how dense the colour is, from 0 to 1.
+        hover: text under the pointer.
+    """
+
+    row: int
+    begin: float
+    end: float
+    group: str
+    strength: float = 1.0
+    hover: str = ""
+
+
+@dataclass(frozen=True)
+class Gantt(Axes):
+    """What each row does over time.
+
+    Attributes:
+        x: the time, with its unit.
+        y: what rows are.
+        rows: their names, the first on top.
+        tasks: in any order.
+    """
+
+    rows: Sequence[str]
+    tasks: Sequence[Task]
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.tasks
+
+
+@dataclass(frozen=True)
+class Images(Figure):
+    """A table of images with text beside each.
+
+    Attributes:
+        images: PNG files, as Base64.
+        texts: one row of cells for each image.
+        headers: of the columns of text, where they need any.
+        alt: what an image shows, in words.
+    """
+
+    images: Sequence[str]
+    texts: Sequence[Sequence[str]] = ()
+    headers: Sequence[str] = ()
+    alt: str = "image"
+
+    kind: ClassVar[str] = "images"
+
+    @property
+    def rows(self) -> list[tuple[str, Sequence[str]]]:
+        """Each image with its cells."""
+        return list(zip(self.images, self.texts or [()] * len(self.images), strict=True))
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.images
+
+
+@dataclass(frozen=True)
+class Excerpts(Figure):
+    """Texts to read, which open one by one.
+
+    Attributes:
+        excerpts: of each, one line and the texts below it.
+    """
+
+    excerpts: Sequence[tuple[str, Sequence[str]]]
+
+    kind: ClassVar[str] = "excerpts"
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.excerpts
+
+
+def known(series: Iterable[Sequence[Value]]) -> list[float]:
+    """The values that were measured, of all series."""
+    return [value for values in series for value in values if value is not None and math.isfinite(value)]
+
+
+def named(figures: Iterable[Figure]) -> dict[str, Figure]:
+    """The figures of a page that have data, by the names of their places."""
+    return {f"figure-{number}": each for number, each in enumerate(each for each in figures if not each.is_empty)}
