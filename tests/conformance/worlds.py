@@ -209,10 +209,10 @@ def _given(command: str, parameter: Parameter, name: str) -> Any:
     if is_model(kind):
         first = next(iter(entry.signature.inputs)) == parameter.name
         return opened(name) if first else None if parameter.default is None else sibling(name)
-    if kind is Plan:
-        return _plan(entry, name)
     if entry.is_own and parameter.default is None:  # what may be left out is tried in the tests of the command
         return None
+    if kind is Plan:
+        return _plan(entry, name)
     if parameter.split == "test" and kind is Text:
         return str(judge())
     if hasattr(kind, "example"):

@@ -58,7 +58,7 @@ PROMPTS = (
     "compress",
     verb="compress",
     on=("decoder", "masked tokens"),
-    brief={"sequences": 2, "length": 16, "method": "shortgpt", "speedup": 1.01, "heal": None},
+    brief={"sequences": 2, "length": 16, "method": "shortgpt", "speedup": 1.01, "heal_steps": 2},
 )
 def compress(
     stack: Stack,
