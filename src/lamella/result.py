@@ -113,6 +113,7 @@ class Evidence(BaseModel):
 
     def update(self, result: Result) -> None:
         """Take over what a result has learnt since, such as by being written."""
+        self.findings = result.findings
         for name, value in result.body().items():
             setattr(self, name, value)
 

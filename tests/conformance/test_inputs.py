@@ -21,6 +21,8 @@ def loaders() -> Iterator[tuple[str, Method, Parameter]]:
     """The types that have a loader of their own, each with the first command that takes it."""
     seen = set()
     for command, entry in COMMANDS.items():
+        if entry.is_own:  # which take what methods take, and models
+            continue
         for each in entry.signature.inputs.values():
             kind = kind_of(each)
             if not is_model(kind) and kind not in seen and (hasattr(kind, "example") or hasattr(kind, "default")):

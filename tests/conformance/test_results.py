@@ -48,7 +48,9 @@ def test_provenance_says_who_made_it_how_and_from_what(command: str) -> None:
     assert (said["method"], said.get("command", "")) == (entry.slug, entry.name)
     assert (said["version"], said["machine"]) == (lamella.__version__, machine())
     assert said["inputs"] == {name: describe(value) for name, value in done.inputs.items() if value is not None}
-    options = {name for name, each in entry.options.items() if each.default is not None} - {"seed"}
+    absent = {group for group, default in entry.signature.groups.items() if default is None}
+    known = {name: each for name, each in entry.options.items() if each.group not in absent}
+    options = {name for name, each in known.items() if each.default is not None} - {"seed"}
     assert options <= set(said["options"]) <= set(entry.options)
     for name, value in done.options.items():
         if name in said["options"]:
@@ -194,7 +196,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_result(command: str, tmp_pat
     assert measured(again.outcome.evidence) == measured(whole.outcome.evidence)
     assert again.calls < whole.calls if is_kept else again.calls == whole.calls
     assert list(tmp_path.iterdir()) == [out]
-    if suite_of(command) == "own":
+    if suite_of(command) == "own" and hasattr(kind(command), "read"):
         ours, theirs = (state(kind(command).read(each)) for each in (out, whole.out))
         assert [place for place in difference(ours, theirs) if "seconds" not in place] == []
 

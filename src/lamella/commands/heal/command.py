@@ -22,7 +22,7 @@ LENGTH = 256  # tokens of a chosen sample that are read
 BATCH = 4  # blocks in a step, where the number of tokens says how long to train
 
 
-@command("heal", verb="heal", on=("decoder", "masked tokens"), brief={"sequences": 8, "length": 16, "steps": 2})
+@command("heal", verb="heal", on=("decoder", "masked tokens"), brief={"sequences": 8, "length": 16})
 def heal(
     stack: Stack,
     train: Annotated[Text | ImageText, Settings(sequences=64, rows=64)],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import ceil
 from typing import Any
 
+from lamella.formatting import counted, percent
 from lamella.report import render_trace
 from lamella.result import Evidence, Summary, Table
 
@@ -21,9 +22,9 @@ def summary(evidence: Evidence) -> Summary:
     """One row for each token or pass: its layers from left to right."""
     found = evidence.findings
     table = _passes(found) if "passes" in found else _tokens(found)
-    lines = [f"{phase}: {100 * share:.1f} % of sublayers" for phase, share in found["usage"].items()]
-    model = found["model"]
-    return Summary(f"{model['name']} has {model['layers']} layers, shown from left to right.", [table], lines)
+    lines = [f"{phase}: {percent(share)} of sublayers" for phase, share in found["usage"].items()]
+    layers = counted(found["model"]["layers"], "layer")
+    return Summary(f"{found['model']['name']} has {layers}, shown from left to right.", [table], lines)
 
 
 def _tokens(found: dict[str, Any]) -> Table:
