@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 
 from lamella.registry import Method
-from lamella.signature import EMPTY, Parameter, entries, kind_of, limits, settings_of
+from lamella.signature import EMPTY, Parameter, entries, kind_of, limits, notes_of, settings_of
 
 TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
 BOUNDS = {Ge: ("minimum", "ge"), Gt: ("exclusiveMinimum", "gt"), Le: ("maximum", "le"), Lt: ("exclusiveMaximum", "lt")}
@@ -82,10 +82,11 @@ def _form(kind: Any, notes: Iterable[Any]) -> dict[str, Any]:
     if get_origin(kind) is not tuple:
         bounds = {BOUNDS[type(each)][0]: getattr(each, BOUNDS[type(each)][1]) for each in notes if type(each) in BOUNDS}
         return {"type": TYPES[kind]} | (bounds if kind in (int, float) else {})
-    first, *rest = entries(kind)
-    found: dict[str, Any] = {"type": "array", "items": _form(first, notes)}
-    if Ellipsis not in rest:
-        return found | {"minItems": 1 + len(rest), "maxItems": 1 + len(rest)}
+    first, *rest = [each for each in get_args(kind) if each is not Ellipsis]
+    items = [_form(bare, notes_of(each)) for each, bare in zip([first, *rest], entries(kind), strict=False)]
+    if Ellipsis not in get_args(kind):
+        return {"type": "array", "prefixItems": items, "minItems": len(items), "maxItems": len(items)}
+    found: dict[str, Any] = {"type": "array", "items": items[0]}
     for each in notes:
         found |= {"minItems": each.min_length} if isinstance(each, MinLen) else {}
         found |= {"maxItems": each.max_length} if isinstance(each, MaxLen) else {}
