@@ -115,6 +115,11 @@ class Base:
         """Of all its weights."""
         return tensors(self.network)
 
+    @cached_property
+    def encoder_digest(self) -> str:
+        """Of the weights of its autoencoder; empty where there is none."""
+        return "" if self.vae is None else tensors(self.vae)
+
     # Its sizes
 
     @property
