@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import ImageFile
+from PIL import Image, ImageFile
 
 from lamella.data import Reader
+from lamella.data.pictures import Checked
 from lamella.errors import CalibrationError
 from lamella.files import Work
 from lamella.methods.refacade import Base, Objects, TextureRemover, lessons, removal_samples, transfer_samples
+from lamella.methods.refacade.frames import Frames, checked
 from lamella.methods.refacade.lessons import foregrounds, latents
 
 from .pipelines import pixels
@@ -28,7 +30,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def counted(self: Any) -> Any:
         if self.tile:  # not decoded yet
-            found.append(Path(self.fp.name).parent.name)
+            found.append(Path(getattr(self.fp, "name", "")).parent.name)
         return load(self)
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", counted)
@@ -61,6 +63,39 @@ def test_what_only_decoding_shows_is_refused_by_name(tmp_path: Path) -> None:
         picture(root / "1.mask" / f"{frame}.png", np.full((8, 8, 3), 255, np.uint8))
     with pytest.raises(CalibrationError, match=r"1\.mask: the mask has 8 x 8 pixels, the picture 40 x 40"):
         latents(pixels(), Objects.open(root, Reader(), frames=3).clips)
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp", "mp4", "mkv", "folder"])
+def test_frames_are_counted_without_decoding_them(kind: str, decoded: list[str], tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
+    file = tmp_path / ("clip" if kind == "folder" else f"clip.{kind}")
+    if kind in ("mp4", "mkv"):
+        av = pytest.importorskip("av")
+        with av.open(file, "w") as video:
+            stream = video.add_stream("mpeg4", rate=8)
+            stream.width = stream.height = 16
+            for frame in noise:
+                video.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            video.mux(stream.encode())
+    elif kind == "folder":
+        file.mkdir()
+        for number, frame in enumerate(noise):
+            picture(file / f"{number}.png", frame)
+    else:
+        first, *others = (Image.fromarray(frame) for frame in noise)
+        first.save(file, save_all=True, append_images=others)
+    decoded.clear()
+    assert checked(file).frames == 5 and not decoded
+    assert len(Frames.open(file).pixels) == 5
+
+
+def test_fewer_frames_than_a_header_declares_are_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lessons, "checked", lambda path: Checked(b"", 9))
+    found = Objects.open(clip_folder(tmp_path), Reader(), frames=5)
+    with pytest.raises(CalibrationError, match=r"clips/0: 3 frames of 5: give longer clips"):
+        _ = found.clips[0]
 
 
 class Stopped(Exception):
