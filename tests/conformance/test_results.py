@@ -192,9 +192,11 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_result(command: str, tmp_pat
         carried_out(command, out=out, stop=whole.beats // 2 + 1)
     assert not out.exists()
     is_kept = whole.calls > 0 and any(map(has_found, work.rglob("*")))
+    is_encoded = any(work.rglob("[0-9]*.safetensors"))  # which costs calls of a module, unless it is of pixels
     again = carried_out(command, out=out)
     assert measured(again.outcome.evidence) == measured(whole.outcome.evidence)
-    assert again.calls < whole.calls if is_kept else again.calls == whole.calls
+    assert again.calls < whole.calls if is_kept else again.calls <= whole.calls
+    assert is_kept or is_encoded or again.calls == whole.calls
     assert list(tmp_path.iterdir()) == [out]
     if suite_of(command) == "own" and hasattr(kind(command), "read"):
         ours, theirs = (state(kind(command).read(each)) for each in (out, whole.out))

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from lamella.data import Text, Writer, load_text
+from lamella.data import Captioned, Lazy, Text, Writer, load_text
 from lamella.files import Journal
 from lamella.inputs import Opening
 from lamella.plan import ModelReference, Plan, PlanSeries
@@ -378,7 +378,9 @@ def _numbers(value: Any, place: str) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, Mapping):
         for name, each in value.items():
             yield from _numbers(each, f"{place}.{name}")
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, Captioned):
+        yield from _numbers([value.picture, value.text, value.label], place)
+    elif isinstance(value, list | tuple | Lazy):
         for number, each in enumerate(value):
             yield from _numbers(each, f"{place}.{number}")
     elif isinstance(value, torch.nn.Module):
@@ -389,7 +391,7 @@ def _numbers(value: Any, place: str) -> Iterator[tuple[str, Any]]:
         for each in fields(value):
             if each.name != "said":  # what an input says of itself may be known only once it was read
                 yield from _numbers(getattr(value, each.name), f"{place}.{each.name}")
-    elif isinstance(getattr(value, "__dict__", {}).get("items"), list):
+    elif isinstance(getattr(value, "__dict__", {}).get("items"), list | Lazy):
         yield from _numbers(value.items, place)
 
 

@@ -3,9 +3,11 @@
 from lamella.data.captioned import Captioned, LabelledPictures, Pictures
 from lamella.data.decoding import Sampling, decode
 from lamella.data.documents import Document, Documents, hold_out, seed_of
+from lamella.data.encoded import Encoded
 from lamella.data.endpoint import Endpoint
 from lamella.data.examples import Examples, read_examples
 from lamella.data.image_text import ImageText
+from lamella.data.lazy import Lazy, batches
 from lamella.data.mixture import Blend, Mixture, Pick, mix
 from lamella.data.pairs import Pair, Pairs, Triple, read_pair_file, read_pairs
 from lamella.data.processing import MARK, Processing, Shown, open_processing
@@ -28,10 +30,12 @@ __all__ = [
     "Captioned",
     "Document",
     "Documents",
+    "Encoded",
     "Endpoint",
     "Examples",
     "ImageText",
     "LabelledPictures",
+    "Lazy",
     "Local",
     "Mixture",
     "Pair",
@@ -58,6 +62,7 @@ __all__ = [
     "Writer",
     "Written",
     "ask",
+    "batches",
     "crc",
     "decode",
     "hold_out",

@@ -28,7 +28,7 @@ from lamella.methods.refacade.base import Base
 from lamella.methods.refacade.conditions import dilated
 from lamella.methods.refacade.frames import Frames, Masks, Reference, eight_bit, signed
 from lamella.methods.refacade.jigsaw import Jigsaw, centred
-from lamella.methods.refacade.lessons import Objects, foregrounds, removal_samples, transfer_samples
+from lamella.methods.refacade.lessons import Objects, foregrounds, latents, removal_samples, transfer_samples
 from lamella.methods.refacade.modules import ControlBranch
 from lamella.methods.refacade.recipe import DISTILLING, REMOVAL, TRANSFER, train_branch, train_remover
 from lamella.methods.refacade.recipe import distil as distilled
@@ -200,7 +200,7 @@ def train(
         torch.manual_seed(config.seed)
         branch = ControlBranch(base.network, list(layers), *base.control_channels, place.hidden)
     network = remover.network.to(base.network.device)
-    samples = transfer_samples(base, network, objects.fitted(base), dilate, config.seed)
+    samples = transfer_samples(base, network, objects.fitted(base), dilate, config.seed, work, objects.describe())
     log = train_branch(base, branch.to(base.network.device), samples, config, work.place("run"), jigsaw=jigsaw)
     sizes = {"parameters": size(branch), "parameters of the base": size(base.network), "layers": branch.layers}
     return Retexturer.of(base, branch.eval(), network, log=log, findings={**sizes, "loss": losses(log)})
@@ -227,7 +227,8 @@ def remover(base: Base, objects: Objects, *, config: TrainConfig = REMOVAL, work
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = TextureRemover.fresh(base).to(base.network.device)
-    log = train_remover(network, removal_samples(base, objects.fitted(base)), config, work.place("run"))
+    samples = removal_samples(base, objects.fitted(base), work, objects.describe())
+    log = train_remover(network, samples, config, work.place("run"))
     return Remover(network=network.eval(), log=log, findings={"parameters": size(network), "loss": losses(log)})
 
 
@@ -260,7 +261,7 @@ def distil(
         TrainingError: when training cannot start, go on or stay finite.
     """
     check_remover(base, remover.network)
-    samples = foregrounds(base, objects.fitted(base))
+    samples = foregrounds(base, objects.fitted(base), work, objects.describe())
     teacher = remover.network.to(base.network.device)
     student, log = distilled(teacher, samples, config, work.place("run"), removal)
     found = {"parameters": size(student), "removal": removal, "loss": losses(log)}
@@ -289,7 +290,7 @@ def layers(
     """
     if not 0 < share <= 1:
         raise MethodError(f"share {share:g}: give a share of the layers above 0, up to 1")
-    clean = torch.stack([base.encode(clip.frames) for clip in objects.fitted(base)])
+    clean = latents(base, objects.fitted(base), work, objects.describe())
     found = hint_sensitivity(base, clean, draws=draws, seed=seed, work=work)
     chosen = most_sensitive(found["output"], max(1, round(share * base.depth)))
     return Study(findings={**found, "chosen": chosen, "every second": list(range(0, base.depth, 2))})
