@@ -4,7 +4,7 @@
                  budget: Budget = Budget(), work: Work = Work()) -> PlanSeries:
 
 Positional parameters are inputs. Keyword-only ones are options; one whose type is a frozen dataclass stands for its
-fields, so ``remove=0.2`` is ``budget=Budget(remove=0.2)``, in Python and on the command line. Where the dataclass has
+fields, so ``share=0.2`` is ``budget=Budget(share=0.2)``, in Python and on the command line. Where the dataclass has
 ``prefixed = True``, the options carry the name of the parameter: ``heal_minutes=2`` is ``heal=Heal(minutes=2)``. Such a
 group may be optional (``Quantize | None``): it exists as soon as one of its fields is given. :class:`Work` is filled in
 by the runner. Bounds of an option (:mod:`annotated_types`: ``Ge``, ``Gt``, ``Le``, ``Lt``, ``MinLen``) and another

@@ -17,7 +17,7 @@ from lamella.runner import run
 NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
 COMMANDS = {f"{slug} {name}".strip(): each for slug, found in all_commands().items() for name, each in found.items()}
 BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "enum", "minItems", "maxItems")
-ONE = ("shortgpt", NANO_LLAMA, "--sequences", "2", "--length", "48", "--remove", "0.34")
+ONE = ("shortgpt", NANO_LLAMA, "--sequences", "2", "--length", "48", "--share", "0.34")
 
 
 def bounds(schema: Any) -> set[str]:
@@ -52,12 +52,12 @@ def test_a_run_is_repeated_from_the_file_beside_it(lamella: Any, tmp_path: Path)
     assert lamella("plan", *ONE, "-o", tmp_path / "one").code == 0
     file = tmp_path / "one" / "run.yaml"
     said = yaml.safe_load(file.read_text())
-    assert said["command"] == "run shortgpt" and (said["sequences"], said["remove"]) == (2, 0.34)
+    assert said["command"] == "run shortgpt" and (said["sequences"], said["share"]) == (2, 0.34)
     again = lamella("--config", file, "-o", tmp_path / "two")
     assert again.code == 0, again.err
     one, two = (Plan.read(tmp_path / name) for name in ("one", "two"))
     assert one == two and (tmp_path / "two" / "run.yaml").read_text() == file.read_text()
-    assert lamella("--config", file, "--remove", "0.2", "-o", tmp_path / "three").code == 0
+    assert lamella("--config", file, "--share", "0.2", "-o", tmp_path / "three").code == 0
     assert Plan.read(tmp_path / "three").removed < one.removed
     assert lamella("run", "shortgpt", "--config", file, "-o", tmp_path / "four").code == 0
     assert Plan.read(tmp_path / "four") == one

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from markupsafe import escape
-from worlds import COMMANDS, beating, carried_out, difference, made, measured, of_suite, state, suite_of
+from worlds import COMMANDS, TIMED, beating, carried_out, difference, made, measured, of_suite, state, suite_of
 
 import lamella
 from lamella.cli import console
@@ -180,9 +180,10 @@ def test_an_output_that_exists_is_refused_before_anything_runs(command: str) -> 
 
 
 @pytest.mark.parametrize("command", ONCE)
-def test_a_second_run_says_the_same(command: str) -> None:
+def test_a_second_run_says_the_same(command: str, tmp_path: Path) -> None:
     torch.rand(3)  # what is drawn elsewhere must not matter
-    assert measured(carried_out(command).outcome.evidence) == measured(made(command).outcome.evidence)
+    out = tmp_path / "out" if kind(command).kind == "quantised" else None  # whose size is known when it is written
+    assert measured(carried_out(command, out=out).outcome.evidence) == measured(made(command).outcome.evidence)
 
 
 @pytest.mark.parametrize("command", RESUMED)
@@ -195,8 +196,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_result(command: str, tmp_pat
     is_encoded = any(work.rglob("[0-9]*.safetensors"))  # which costs calls of a module, unless it is of pixels
     again = carried_out(command, out=out)
     assert measured(again.outcome.evidence) == measured(whole.outcome.evidence)
-    assert again.calls < whole.calls if is_kept else again.calls <= whole.calls
-    assert is_kept or is_encoded or again.calls == whole.calls
+    if kind(command).kind not in TIMED:  # which take as many calls as a loop has rounds
+        assert again.calls < whole.calls if is_kept else again.calls <= whole.calls
+        assert is_kept or is_encoded or again.calls == whole.calls
     assert list(tmp_path.iterdir()) == [out]
     if suite_of(command) == "own" and hasattr(kind(command), "read"):
         ours, theirs = (state(kind(command).read(each)) for each in (out, whole.out))

@@ -425,10 +425,13 @@ def logits(model: Any) -> Tensor:
     return said
 
 
+TIMED = ("compression", "benchmark")  # results that hold speeds, or depend on them
+
+
 def measured(evidence: Any) -> Any:
     """What evidence says but for where it was made, and how long that took; of speeds, nothing that depends on them."""
     timed = ("seconds",)
-    if evidence.kind in ("compression", "benchmark"):
+    if evidence.kind in TIMED:
         timed += ("speedup", "variation", "timings", "bytes", "reached", "pareto", "notes")
 
     def timeless(value: Any) -> Any:
