@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from lamella.commands.diff import Results
 from lamella.data import Captioned, Lazy, Text, Writer, load_text
 from lamella.files import Journal
 from lamella.inputs import Opening
@@ -202,6 +203,8 @@ def _given(command: str, parameter: Parameter, name: str) -> Any:
         return writer()
     if kind is Changed:
         return (Changed(str(written("plan.json", _plan(entry, name).dump()))),)
+    if kind is Results:
+        return Results.open(made("random" if parameter.name == "first" else "shortgpt").out)
     if kind is Checkpoint:
         return Checkpoint(checkpoint(name, 0.0))
     if kind is Written:
