@@ -57,9 +57,6 @@ class Quantised(Result):
         file = f"{self.name}-{self.to}{SUFFIX}"
         return file, write_gguf(self.folder, config, open_tokenizer(self.folder), place / file, self.to, name=self.name)
 
-    def body(self) -> dict[str, Any]:
-        return {"findings": self.findings}
-
     @classmethod
     def summary(cls, evidence: Evidence) -> Summary:
         found = evidence.findings
