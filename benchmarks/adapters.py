@@ -17,19 +17,19 @@ from typing import Any
 
 import torch
 
-from lamella.jobs.compare import compare, summary
+import lamella
 from lamella.results import Record
 from lamella.zoo.cache import cache_folder
 
 NEW, OLD = "stdlib", ("pydoc", "general")
 FULL: dict[str, Any] = {
-    "names": ["lora", "layra", "kore", "smora", "switchlora"],
-    "rates": [3e-4, 1e-3, 3e-3, 1e-2],
+    "method": ("lora", "layra", "kore", "smora", "switchlora"),
+    "lr": (3e-4, 1e-3, 3e-3, 1e-2),
     "steps": 32,
     "batch": 4,
     "length": 64,
 }
-QUICK = FULL | {"names": ["lora", "layra"], "rates": [1e-3], "steps": 2, "batch": 2}
+QUICK = FULL | {"method": ("lora", "layra"), "lr": (1e-3,), "steps": 2, "batch": 2}
 
 
 def main() -> int:
@@ -40,16 +40,16 @@ def main() -> int:
     given = QUICK if chosen.quick else FULL
     name = f"adapters{'-quick' if chosen.quick else ''}"
     out = cache_folder() / "benchmarks" / name
-    evidence = compare("smollm2", NEW, out, old=OLD, overwrite=True, **given)
+    compared = lamella.run("compare", "smollm2", new=NEW, old=OLD, out=out, overwrite=True, **given)
     shutil.rmtree(out)
     record = Record("adapters", f"SmolLM2-135M-Instruct, float32; {NEW} to learn, {' and '.join(OLD)} to keep", 0)
-    for each in summary(evidence).tables:
+    for each in compared.summary.tables:
         record.table(each.title, list(each.columns), [list(row) for row in each.rows])
-    points = evidence.findings["points"]
+    points = compared.evidence.findings["points"]
     tokens = given["steps"] * given["batch"] * given["length"]
     read = sorted({run[-1]["tokens"] for run in points.values()})
     record.check("tokens that each method has read", str(tokens), ", ".join(map(str, read)), read == [tokens])
-    before = evidence.findings["before"]["new"]
+    before = compared.evidence.findings["before"]["new"]
     learnt = min(before - run[-1]["new"] for run in points.values())
     record.check("what the method that learns least has learnt, nats", "above 0", f"{learnt:.3f}", learnt > 0)
     return record.finish(Path(__file__).parent / "results" / f"{name}.json")

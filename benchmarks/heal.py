@@ -25,9 +25,10 @@ from typing import Any
 import torch
 
 import lamella
+from lamella.commands.compress.healing import ADAPTERS, BATCH, SCHEDULE, TEXT, TOKENS, UNSEEN, WHOLE
+from lamella.commands.heal.training import available
 from lamella.evaluate import FidelityTest
 from lamella.files import Finished
-from lamella.jobs.mend import ADAPTERS, BATCH, SCHEDULE, TEXT, TOKENS, UNSEEN, WHOLE, available
 from lamella.plan import ModelReference, Plan, materialise
 from lamella.report.figures import Scatter
 from lamella.report.plotting import svg
@@ -99,7 +100,7 @@ def main() -> int:
     arguments = parser.parse_args()
     quick, seed = arguments.quick, arguments.seed
     stack, tokenizer = lamella.open("smollm2"), open_tokenizer("smollm2")
-    count = 16 if quick else available(tokenizer, TEXT)
+    count = 16 if quick else available(tokenizer, TEXT, TOKENS, BATCH)
     tokens = lamella.windows(tokenizer, lamella.load_text(TEXT, "calibration"), count, TOKENS, seed)
     samples = samples_of(tokens, loss_on="all")
     plan = Plan(model=ModelReference.of(stack), drop=[f"layers.{layer}" for layer in DROP])

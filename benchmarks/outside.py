@@ -35,8 +35,6 @@ from torch import Tensor
 
 import lamella
 from lamella.errors import LamellaError
-from lamella.jobs.heal import Material, heal
-from lamella.jobs.quantize import quantize
 from lamella.plan import ModelReference, Plan
 from lamella.plan.export import export
 from lamella.results import Record
@@ -56,7 +54,7 @@ CASES = {  # what is exported: the cut and the form
     "native": (SUBLAYERS, "native"),
 }
 EVERYWHERE = ("plain", "plain, healed", "portable")  # what is an ordinary checkpoint of its family
-HEALING = {"steps": 4, "batch": 2, "lora": 4, "lr": 1e-3}
+HEALING = {"sequences": 16, "length": 64, "steps": 4, "batch": 2, "lora": 4, "lr": 1e-3}
 
 # Children read JSON from stdin and define answers(source, ids), which gives the log-probability of every token of ids
 # but the first, and the greedy continuation, or None where the program has none. See peers.PRELUDE.
@@ -264,8 +262,7 @@ def exported(source: Path, folder: Path, tokens: Tensor, seed: int) -> dict[str,
         say(f"writing {case}")
         plan, out = Plan(model=ModelReference.of(model), drop=drop), folder / re.sub(r"\W+", "-", case)
         if case == "plain, healed":
-            material = Material(sequences=16, length=64)
-            heal(model, plan, out, material=material, seed=seed, options=HEALING)
+            lamella.run("heal", model, plan=plan, out=out, seed=seed, **HEALING)
             cut = lamella.open(out).model
         else:
             export(model, plan, out, form=form, tokenizer=tokenizer)
@@ -325,8 +322,8 @@ def read(
     source = case.folder
     try:
         if program.gguf:
-            source = case.folder.with_suffix(".gguf")
-            quantize(case.folder, source, to="f32")
+            out = case.folder.with_name(f"{case.folder.name}-f32")
+            source = out / lamella.run("quantize", case.folder, kind="f32", out=out).result.findings["file"]
         given = {"source": str(source), "ids": ids, "count": CONTINUED, "native": form == "native"}
         said = run(python, program.code + ANSWERING, threads=1, vocabulary=open_config(case.folder).vocab_size, **given)
     except LamellaError as error:

@@ -37,7 +37,6 @@ from torch import nn
 import lamella
 from lamella.evaluate import FidelityTest, Ratio, bench
 from lamella.files import Finished
-from lamella.jobs.quantize import quantize
 from lamella.plan import ModelReference, Plan
 from lamella.plan.export import export
 from lamella.quantize import int8_copy
@@ -137,7 +136,7 @@ def main() -> int:
     record = Record("quantize", f"test: {text.provenance(windows)}; {load}", arguments.seed)
 
     files = {
-        f"{model}, {kind}": gguf_file(folder, work / f"{model}-{kind}.gguf", kind)
+        f"{model}, {kind}": gguf_file(folder, work / f"{model}-{kind}", kind)
         for model, folder in folders.items()
         for kind in KINDS
     }
@@ -162,10 +161,11 @@ def cut(stack: lamella.Stack, folder: Path, tokenizer: Any) -> Path:
     return folder
 
 
-def gguf_file(folder: Path, file: Path, kind: str) -> Path:
-    if not file.exists():
-        say(f"writing {file.name}")
-        quantize(folder, file, to=kind)
+def gguf_file(folder: Path, out: Path, kind: str) -> Path:
+    if not out.exists():
+        say(f"writing {out.name}")
+        lamella.run("quantize", folder, kind=kind, out=out)
+    [file] = out.glob("*.gguf")
     return file
 
 

@@ -27,12 +27,12 @@ from typing import Any
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 
-from lamella.runner import kind_of
 from lamella.plan import SiteModule
 from lamella.plan.parts import defined
 from lamella.registry import Method, all_commands, methods, room
 from lamella.results import Adapted, Edit
 from lamella.results.record import VERDICTS
+from lamella.signature import kind_of
 from lamella.stack import ARCHITECTURES, ASSEMBLIES, Slot
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,7 +18,9 @@ from typing import Any
 
 from rich.console import Console
 
-from lamella.cli.plans import print_evidence
+from lamella.cli.console import table
+from lamella.commands.compress.page import summary
+from lamella.commands.compress.result import CompressionEvidence
 from lamella.registry import methods
 from lamella.results.record import VERDICTS
 
@@ -33,9 +35,13 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def demonstrated() -> str:
-    """What the main job printed."""
+    """What ``lamella compress`` printed."""
     console = Console(record=True, width=88, file=io.StringIO())
-    print_evidence(read(BENCHMARKS / "demo.json"), console)
+    shown = summary(CompressionEvidence.read(BENCHMARKS / "demo.json"))
+    for each in shown.tables:
+        table(each.title, each.columns, each.rows, console)
+    for line in (shown.verdict, *shown.lines):
+        console.print(line, highlight=False, markup=False)
     text = "\n".join(line.rstrip() for line in console.export_text().splitlines())
     return f"```console\n$ {DEMO}\n{text}\n```"
 
@@ -55,7 +61,8 @@ def everything() -> str:
     base = chosen[0][1]["fidelity"]["base_perplexity"]["mean"]
     lines = [
         f"`lamella compress smollm2 --speedup {evidence['target_speedup']:g} --method all`, SmolLM2-135M-Instruct "
-        f"(perplexity {base:.1f} before), {machine(evidence['environment'])}:",
+        f"(perplexity {base:.1f} before), measured on {evidence['data']['test']['data']}, "
+        f"{machine(evidence['environment'])}:",
         "",
         "| method | sublayers gone of 60 | decode speed-up | KL (nats) | perplexity | same top token | planning |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -6,6 +6,7 @@ import ast
 import importlib
 import re
 import shlex
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from lamella.cli import app
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("[!_]*.md"))]
-BLOCK = re.compile(r"```(\w+)[^\n]*\n(.*?)```", re.DOTALL)
+BLOCK = re.compile(r"```(\w+)[^\n]*\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 
 
 def blocks(page: Path, *languages: str) -> list[str]:
-    return [text for language, text in BLOCK.findall(page.read_text(encoding="utf-8")) if language in languages]
+    found = BLOCK.findall(page.read_text(encoding="utf-8"))
+    return [textwrap.dedent(text) for language, text in found if language in languages]
 
 
 def name_of(page: Path) -> str:
@@ -49,6 +51,14 @@ def typed(page: Path) -> list[list[str]]:
             if command.startswith("lamella "):
                 found.append(shlex.split(command)[1:])
     return found
+
+
+def test_every_command_is_described_without_arguments() -> None:
+    """The reference of the command line asks for the commands alone, and is given none of their arguments."""
+    group: Any = typer.main.get_command(app)
+    context = group.make_context("lamella", ["--help"], resilient_parsing=True)
+    described = {name: group.get_command(context, name) for name in group.list_commands(context)}
+    assert "--speedup" in {option for each in described["compress"].params for option in each.opts}
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if typed(page)], ids=name_of)

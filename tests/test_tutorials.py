@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lamella.commands.compress import command as job
 from lamella.evaluate import StepTimes
-from lamella.jobs import compress as job
 
 ROOT = Path(__file__).parent.parent
 NANO_LLAMA = ROOT / "tests" / "models" / "nano-llama"

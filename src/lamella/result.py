@@ -113,8 +113,7 @@ class Evidence(BaseModel):
 
     def update(self, result: Result) -> None:
         """Take over what a result has learnt since, such as by being written."""
-        self.findings = result.findings
-        for name, value in result.body().items():
+        for name, value in {"findings": result.findings, **result.body()}.items():
             setattr(self, name, value)
 
     def dump(self) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from lamella.result import Evidence
+from lamella.runner import run
 from lamella.zoo import nano, open_tokenizer
 
 NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
@@ -34,3 +36,14 @@ def saved(tmp_path: Path) -> Saved:
         return folder
 
     return write
+
+
+def quantize(model: str | Path, out: Path, kind: str = "q8_0") -> Path:
+    """Write a checkpoint in fewer bits into the folder ``out``: the GGUF file, or for int8 the folder itself."""
+    run("quantize", model, kind=kind, out=out)
+    return out if kind == "int8" else out / findings(out)["file"]
+
+
+def findings(out: Path) -> dict[str, Any]:
+    """What the evidence of a folder says."""
+    return Evidence.read(out).findings

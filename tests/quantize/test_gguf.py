@@ -14,14 +14,13 @@ from safetensors.torch import load_file, save_file
 
 import lamella
 from lamella.errors import ArchitectureError, CheckpointError, ExportError, LamellaError, NumericsError
-from lamella.jobs.quantize import quantize
 from lamella.plan import HeadWidth, ModelReference, Plan
 from lamella.plan.export import export
 from lamella.quantize import q8_0_bytes, q8_0_copy
 from lamella.quantize.gguf import neighbouring
 from lamella.zoo import convert_gguf, open_tokenizer
 
-from .conftest import Saved
+from .conftest import Saved, findings, quantize
 
 IDS = torch.randint(3, 500, (2, 40), generator=torch.Generator().manual_seed(0))
 
@@ -47,16 +46,16 @@ def field(file: Path, key: str) -> Any:
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
 def test_a_file_in_32_bits_gives_back_the_logits_of_the_checkpoint(family: str, saved: Saved, tmp_path: Path) -> None:
     folder = saved(family)
-    quantize(folder, tmp_path / "model.gguf", to="f32")
-    back = again(tmp_path / "model.gguf", tmp_path / "back")
+    file = quantize(folder, tmp_path / "out", "f32")
+    back = again(file, tmp_path / "back")
     torch.testing.assert_close(logits(back), logits(folder), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_a_file_in_8_bits_gives_back_the_logits_of_rounded_weights(family: str, saved: Saved, tmp_path: Path) -> None:
     folder = saved(family)
-    quantize(folder, tmp_path / "model.gguf", to="q8_0")
-    back = logits(again(tmp_path / "model.gguf", tmp_path / "back"))
+    file = quantize(folder, tmp_path / "out")
+    back = logits(again(file, tmp_path / "back"))
     model = lamella.open(folder).model
     with torch.no_grad():
         for each in model.parameters():
@@ -73,8 +72,8 @@ def test_a_file_in_8_bits_gives_back_the_logits_of_rounded_weights(family: str, 
 @pytest.mark.parametrize(("family", "arch"), [("qwen3", "QWEN3"), ("gemma3_text", "GEMMA3")])
 def test_a_file_has_every_tensor_of_the_checkpoint(family: str, arch: str, saved: Saved, tmp_path: Path) -> None:
     folder = saved(family)
-    quantize(folder, tmp_path / "model.gguf", to="f32")
-    stored = {each.name: each.data for each in GGUFReader(tmp_path / "model.gguf").tensors}
+    file = quantize(folder, tmp_path / "out", "f32")
+    stored = {each.name: each.data for each in GGUFReader(file).tensors}
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch], 7)
     given = load_file(folder / "model.safetensors")
     assert len(stored) == len(given)
@@ -91,14 +90,14 @@ def test_the_rows_of_a_head_are_interleaved() -> None:
 
 @pytest.mark.parametrize(("kind", "bits"), [("f32", 32), ("f16", 16), ("bf16", 16), ("q8_0", 8.5)])
 def test_matrices_take_the_bits_that_were_asked_for(kind: str, bits: float, saved: Saved, tmp_path: Path) -> None:
-    quantize(saved(), tmp_path / "model.gguf", to=kind)
-    for each in GGUFReader(tmp_path / "model.gguf").tensors:
+    file = quantize(saved(), tmp_path / "out", kind)
+    for each in GGUFReader(file).tensors:
         assert each.n_bytes * 8 == each.n_elements * (bits if len(each.shape) == 2 else 32), each.name
 
 
 def test_blocks_are_those_of_the_reference(saved: Saved, tmp_path: Path) -> None:
     folder = saved()
-    quantize(folder, tmp_path / "model.gguf", to="q8_0")
+    file = quantize(folder, tmp_path / "out")
     model = lamella.open(folder).model
     copy = q8_0_copy(model)
     for ours, given in zip(copy.parameters(), model.parameters(), strict=True):
@@ -107,30 +106,30 @@ def test_blocks_are_those_of_the_reference(saved: Saved, tmp_path: Path) -> None
             blocks = gguf.quants.quantize(values, GGMLQuantizationType.Q8_0)
             values = gguf.quants.dequantize(blocks, GGMLQuantizationType.Q8_0)
         np.testing.assert_array_equal(ours.numpy(), values)
-    stored = sum(int(each.n_bytes) for each in GGUFReader(tmp_path / "model.gguf").tensors)
+    stored = sum(int(each.n_bytes) for each in GGUFReader(file).tensors)
     assert q8_0_bytes(model) == stored
 
 
 def test_rows_that_are_no_whole_blocks_keep_16_bits(saved: Saved, tmp_path: Path) -> None:
-    quantize(saved(intermediate_size=40), tmp_path / "model.gguf", to="q8_0")
-    kinds = {each.name: each.tensor_type for each in GGUFReader(tmp_path / "model.gguf").tensors}
+    file = quantize(saved(intermediate_size=40), tmp_path / "out")
+    kinds = {each.name: each.tensor_type for each in GGUFReader(file).tensors}
     assert kinds["blk.0.ffn_down.weight"] == GGMLQuantizationType.F16
     assert kinds["blk.0.ffn_up.weight"] == GGMLQuantizationType.Q8_0
 
 
 def test_a_tied_head_is_stored_once(saved: Saved, tmp_path: Path) -> None:
     folder = saved(tie_word_embeddings=True)
-    quantize(folder, tmp_path / "model.gguf", to="f32")
-    assert "output.weight" not in {each.name for each in GGUFReader(tmp_path / "model.gguf").tensors}
-    torch.testing.assert_close(logits(again(tmp_path / "model.gguf", tmp_path / "back")), logits(folder))
+    file = quantize(folder, tmp_path / "out", "f32")
+    assert "output.weight" not in {each.name for each in GGUFReader(file).tensors}
+    torch.testing.assert_close(logits(again(file, tmp_path / "back")), logits(folder))
 
 
 def test_whole_layers_that_were_cut_are_gone(saved: Saved, tmp_path: Path) -> None:
     stack = lamella.open(saved())
     cut = export(stack, Plan(model=ModelReference.of(stack), drop=["layers.1"]), tmp_path / "cut")
-    quantize(cut, tmp_path / "model.gguf", to="f32")
-    assert field(tmp_path / "model.gguf", "llama.block_count") == [3]
-    torch.testing.assert_close(logits(again(tmp_path / "model.gguf", tmp_path / "back")), logits(cut))
+    file = quantize(cut, tmp_path / "out", "f32")
+    assert field(file, "llama.block_count") == [3]
+    torch.testing.assert_close(logits(again(file, tmp_path / "back")), logits(cut))
 
 
 def cut_widths(folder: Path, out: Path, width: dict[str, Any], **more: Any) -> Path:
@@ -144,10 +143,10 @@ HEADS = {"layers.1.attn.heads": HeadWidth(keep=[0, 2], kv_of=[0, 1])}
 
 
 def test_widths_that_differ_are_said_layer_by_layer(saved: Saved, tmp_path: Path) -> None:
-    quantize(cut_widths(saved(), tmp_path / "cut", CHANNELS | HEADS), tmp_path / "model.gguf")
-    assert field(tmp_path / "model.gguf", "deci.feed_forward_length") == [32, 40, 48, 56]
-    assert field(tmp_path / "model.gguf", "deci.attention.head_count") == [4, 2, 4, 4]
-    assert field(tmp_path / "model.gguf", "deci.attention.head_count_kv") == [2, 2, 2, 2]
+    file = quantize(cut_widths(saved(), tmp_path / "cut", CHANNELS | HEADS), tmp_path / "out")
+    assert field(file, "deci.feed_forward_length") == [32, 40, 48, 56]
+    assert field(file, "deci.attention.head_count") == [4, 2, 4, 4]
+    assert field(file, "deci.attention.head_count_kv") == [2, 2, 2, 2]
 
 
 def test_tokenizer_and_chat_template_come_back(saved: Saved, tmp_path: Path) -> None:
@@ -155,8 +154,8 @@ def test_tokenizer_and_chat_template_come_back(saved: Saved, tmp_path: Path) -> 
     tokenizer = open_tokenizer(folder)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     tokenizer.save_pretrained(folder)
-    quantize(folder, tmp_path / "model.gguf")
-    back = open_tokenizer(again(tmp_path / "model.gguf", tmp_path / "back"))
+    file = quantize(folder, tmp_path / "out")
+    back = open_tokenizer(again(file, tmp_path / "back"))
     for text in ("def f(x): return x", "  two  spaces\n\nand 123 lines", "naïve 日本語 😀", "<eos> is special"):
         assert back(text).input_ids == tokenizer(text).input_ids
     assert back.chat_template == tokenizer.chat_template
@@ -167,8 +166,8 @@ def test_positions_of_a_llama_3_are_scaled_as_its_config_says(saved: Saved, tmp_
     rope = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0}
     rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
     folder = saved(rope_parameters=rope)
-    quantize(folder, tmp_path / "model.gguf", to="f32")
-    [factors] = [each.data for each in GGUFReader(tmp_path / "model.gguf").tensors if each.name == "rope_freqs.weight"]
+    file = quantize(folder, tmp_path / "out", "f32")
+    [factors] = [each.data for each in GGUFReader(file).tensors if each.name == "rope_freqs.weight"]
     plain = 10000.0 ** (-np.arange(0, 8, 2) / 8)
     model = lamella.open(folder).model.model
     np.testing.assert_allclose(plain / factors, model.rotary_emb.inv_freq.numpy(), rtol=1e-5)
@@ -188,12 +187,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], type[LamellaError], str]] = {
 def test_what_llama_cpp_computes_otherwise_is_refused(what: str, saved: Saved, tmp_path: Path) -> None:
     family, overrides, error, message = REFUSED[what]
     with pytest.raises(error, match=message):
-        quantize(saved(family, **overrides), tmp_path / "model.gguf")
-    assert not (tmp_path / "model.gguf").exists()
+        quantize(saved(family, **overrides), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_not_whole_layers_is_refused(saved: Saved, tmp_path: Path) -> None:
-    folder, out = saved(), tmp_path / "model.gguf"
+    folder, out = saved(), tmp_path / "out"
     uneven = {"layers.1.attn.heads": HeadWidth(keep=[0, 1, 2], kv_of=[0, 0, 1])}
     with pytest.raises(ExportError, match="single sublayers are cut"):
         quantize(cut_widths(folder, tmp_path / "sublayer", {}, drop=["layers.1.mlp"]), out)
@@ -205,7 +204,7 @@ def test_what_is_not_whole_layers_is_refused(saved: Saved, tmp_path: Path) -> No
 
 
 def test_damaged_checkpoints_are_refused(saved: Saved, tmp_path: Path) -> None:
-    folder, out = saved(), tmp_path / "model.gguf"
+    folder, out = saved(), tmp_path / "out"
     given = load_file(folder / "model.safetensors")
     first = "model.layers.0.mlp.up_proj.weight"
     for changed, error, message in (
@@ -229,17 +228,17 @@ def test_a_tokenizer_that_splits_otherwise_is_refused(saved: Saved, tmp_path: Pa
     file = folder / "tokenizer.json"
     file.write_text(file.read_text().replace('"type": "ByteLevel"', '"type": "Whitespace"', 1))
     with pytest.raises(ExportError, match="this tokenizer splits text by Whitespace"):
-        quantize(folder, tmp_path / "model.gguf")
+        quantize(folder, tmp_path / "out")
     with pytest.raises(ExportError, match="has a token 511, and the embedding 300 rows"):
-        quantize(saved(vocab_size=300), tmp_path / "model.gguf")
+        quantize(saved(vocab_size=300), tmp_path / "out")
 
 
 @pytest.mark.real
 @pytest.mark.slow
 def test_smollm2_comes_back_from_8_bits(tmp_path: Path) -> None:
-    report = quantize("smollm2", tmp_path / "smollm2.gguf")
+    file, report = quantize("smollm2", tmp_path / "out"), findings(tmp_path / "out")
     assert 3.6 < report["before"] / report["after"] < 3.8  # 34 bytes for 32 numbers, the tokenizer, the vectors
-    back = again(tmp_path / "smollm2.gguf", tmp_path / "back")
+    back = again(file, tmp_path / "back")
     tokenizer, ours = open_tokenizer("smollm2"), open_tokenizer(back)
     text = str(lamella.load_text("pydoc", "test"))[:4000]
     assert ours(text).input_ids == tokenizer(text).input_ids

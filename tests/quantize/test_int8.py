@@ -11,14 +11,13 @@ from torch import nn
 
 import lamella
 from lamella.errors import CheckpointError, ExportError, LamellaError
-from lamella.jobs.quantize import quantize
 from lamella.plan import ModelReference, Plan
 from lamella.plan.export import export
 from lamella.quantize import Int8Linear, int8_copy
 from lamella.quantize.int8 import in_integers
 from lamella.zoo import nano
 
-from .conftest import Saved
+from .conftest import Saved, findings, quantize
 
 torchao = pytest.importorskip("torchao.quantization")
 IDS = torch.randint(3, 500, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -50,7 +49,7 @@ def test_a_folder_opens_here_and_in_transformers_with_the_same_logits(
     family: str, saved: Saved, tmp_path: Path
 ) -> None:
     folder = saved(family)
-    report = quantize(folder, tmp_path / "int8", to="int8")
+    report = findings(quantize(folder, tmp_path / "int8", "int8"))
     opened = lamella.load(tmp_path / "int8")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "int8")
     with torch.no_grad():
@@ -65,7 +64,7 @@ def test_a_folder_opens_here_and_in_transformers_with_the_same_logits(
 
 
 def test_a_folder_opens_in_other_precisions_and_generates(saved: Saved, tmp_path: Path) -> None:
-    quantize(saved(), tmp_path / "int8", to="int8")
+    quantize(saved(), tmp_path / "int8", "int8")
     single = lamella.open(tmp_path / "int8", dtype=torch.float32).model
     half = lamella.open(tmp_path / "int8").model
     assert half.dtype == torch.bfloat16
@@ -99,16 +98,16 @@ def test_what_cannot_be_quantised_is_refused(saved: Saved, tmp_path: Path) -> No
     stack = lamella.open(folder)
     sublayers = Plan(model=ModelReference.of(stack), drop=["layers.1.mlp"])
     with pytest.raises(ExportError, match="is a native export"):
-        quantize(export(stack, sublayers, tmp_path / "native", form="native"), tmp_path / "out", to="int8")
-    quantize(folder, tmp_path / "int8", to="int8")
-    for out, to in (("out", "int8"), ("out.gguf", "q8_0")):
+        quantize(export(stack, sublayers, tmp_path / "native", form="native"), tmp_path / "out", "int8")
+    quantize(folder, tmp_path / "int8", "int8")
+    for kind in ("int8", "q8_0"):
         with pytest.raises(CheckpointError, match="is quantised already"):
-            quantize(tmp_path / "int8", tmp_path / out, to=to)
+            quantize(tmp_path / "int8", tmp_path / "out", kind)
     with pytest.raises(ExportError, match="holds integers: cut the original"):
         opened = lamella.open(tmp_path / "int8")
         export(opened, Plan(model=ModelReference.of(opened), drop=["layers.1"]), tmp_path / "out")
     with pytest.raises(ExportError, match="exists"):
-        quantize(folder, tmp_path / "int8", to="int8")
+        quantize(folder, tmp_path / "int8", "int8")
     assert not (tmp_path / "out").exists()
 
 
@@ -120,4 +119,4 @@ def test_without_torchao_one_line_says_how_to_get_it(
 
     monkeypatch.setattr("lamella.extras.import_module", missing)
     with pytest.raises(LamellaError, match=r"a model in int8 needs torchao: pip install 'lamella\[quantize\]'"):
-        quantize(saved(), tmp_path / "int8", to="int8")
+        quantize(saved(), tmp_path / "int8", "int8")

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import lamella as package
 from lamella.errors import LamellaError
+from lamella.runner import run
 from lamella.zoo import open_model
 
 NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
@@ -34,10 +35,9 @@ def _transformers(folder: Path) -> Opener:
 
 def _int8(folder: Path) -> Opener:
     pytest.importorskip("torchao")
-    from lamella.jobs.quantize import quantize
 
     shutil.copytree(NANO_LLAMA, folder)
-    return folder / "model.safetensors", lambda: quantize(folder, folder.parent / "int8", to="int8")
+    return folder / "model.safetensors", lambda: run("quantize", folder, kind="int8", out=folder.parent / "int8")
 
 
 def _pipeline(folder: Path, part: str) -> Opener:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -117,7 +118,7 @@ def raced(entry: Method, args: tuple[str, ...]) -> list[str]:
     if not any(_plans(each) for each in entry.declared.options.values()):
         return []
     words = list(args)
-    named = [word.partition("=")[2] or following for word, following in zip(words, [*words[1:], ""], strict=False)
+    named = [word.partition("=")[2] or following for word, following in pairwise([*words, ""])
              if word.partition("=")[0] == "--method"]  # fmt: skip
     slugs = [slug.strip() for each in named for slug in each.split(",") if slug.strip() not in ("", "auto", "all")]
     dotted = [word[2:].partition(".")[0] for word in words if word.startswith("--") and "." in word.partition("=")[0]]

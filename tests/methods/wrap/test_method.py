@@ -220,19 +220,14 @@ def test_datasets_reads_what_is_written_with_its_provenance(writer: Local, tmp_p
 
 
 def test_what_wrap_writes_heals(writer: Local, tmp_path: Path, plan: Path, instructed: Path) -> None:
-    from lamella.jobs.heal import Material, heal
-
     given = tmp_path / "documents.jsonl"
     given.write_text("".join(json.dumps({"id": each.id, "text": each.text}) + "\n" for each in DOCUMENTS))
     out = tmp_path / "out"
     run("wrap", str(given), writer, out=out, longest=40, shortest=3, embedder="words", held_out=0.3)
-    material = Material(text=str(out), sequences=8, length=16)
-    from lamella.plan import Plan
-
-    evidence = heal(
-        instructed, Plan.read(plan), tmp_path / "healed", material=material, options={"steps": 2, "lr": 1e-4}
-    )
-    assert evidence["data"]["training"]["data"] == str(out)
+    healing = {"train": str(out), "sequences": 8, "length": 16, "steps": 2, "lr": 1e-4}
+    healed = run("heal", instructed, plan=plan, out=tmp_path / "healed", **healing)
+    assert healed.evidence.data["training"]["data"] == str(out)
+    assert (tmp_path / "healed" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
