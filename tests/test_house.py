@@ -15,7 +15,7 @@ from lamella.registry import methods
 
 HOME = Path(lamella.__file__).parent
 METHODS = {slug: each for slug, each in methods().items() if each.module.startswith("lamella.")}
-OVER = {"cli", "jobs"}  # who may know methods
+OVER = {"cli", "commands"}  # who may know methods
 
 
 def imports(file: Path) -> Iterator[str]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lamella.errors import BudgetError
-from lamella.search import Allocation, allocate
+from lamella.methods.rd_prune.knapsack import Allocation, allocate
 
 STEPS = 10
 

@@ -1,24 +1,10 @@
-"""Evenly spaced choices."""
+"""The cheapest run of consecutive numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from lamella.errors import BudgetError
-
-
-def balanced(total: int, keep: int) -> list[int]:
-    """``keep`` of the numbers 0 to ``total - 1``, evenly spaced, both ends among them.
-
-    >>> balanced(30, 6)
-    [0, 6, 12, 17, 23, 29]
-
-    Raises:
-        BudgetError: unless 2 <= keep <= total.
-    """
-    if not 2 <= keep <= total:
-        raise BudgetError(f"cannot keep {keep} of {total} evenly: keep at least 2 and at most {total}")
-    return sorted({round(j * (total - 1) / (keep - 1)) for j in range(keep)})
 
 
 def window(total: int, size: int, cost: Callable[[int], float], last: int | None = None) -> int:

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from lamella.data import ask, crc, load_questions
 from lamella.errors import CalibrationError
-from lamella.measure import Question
 from lamella.methods.slr import open_questions
+from lamella.methods.slr.answers import Question
+from lamella.methods.slr.questions import ask, crc, load_questions
 from lamella.zoo import open_tokenizer
 
-NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
+NANO_LLAMA = Path(__file__).parents[2] / "models" / "nano-llama"
 
 
 class Letters:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import lamella
 from lamella.errors import ArchitectureError, LamellaError
-from lamella.plan.pair import check_pair, check_same_tokens, differing_fields
+from lamella.methods.slr.pair import check_pair, check_same_tokens, differing_fields
 from lamella.stack import Stack
 from lamella.zoo.nano import NANO, nano
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lamella.errors import CalibrationError, NumericsError
-from lamella.measure import Asked, Question, answer
+from lamella.methods.slr.answers import Asked, Question, answer
 from lamella.stack import Stack
 from lamella.zoo.nano import NANO, nano
 
@@ -96,7 +96,7 @@ def unpadded(given: Asked, x: int) -> tuple[list[Question], list[list[int]], lis
 def test_more_questions_than_fit_one_pass_are_answered_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     stack, given = Stack(nano("llama")), asked()
     whole = answer(stack, given)
-    monkeypatch.setattr("lamella.measure.answers.BATCH", 3)
+    monkeypatch.setattr("lamella.methods.slr.answers.BATCH", 3)
     parts = answer(stack, given)
     torch.testing.assert_close(parts.diversity, whole.diversity, rtol=0, atol=1e-5)
 

@@ -9,19 +9,8 @@ import numpy as np
 import pytest
 
 from lamella.errors import CalibrationError
-from lamella.zoo.worlds import (
-    FAMILIAR,
-    GLYPH_WORDS,
-    SIZE,
-    WORDS,
-    asked,
-    glyphs,
-    known,
-    render_glyph,
-    told,
-    word_tokenizer,
-)
-from lamella.zoo.worlds.glyphs import NEW
+from lamella.methods.kore.glyphs import FAMILIAR, GLYPH_WORDS, NEW, asked, glyphs, known, render_glyph, told
+from lamella.zoo.worlds import SIZE, WORDS, word_tokenizer
 from lamella.zoo.worlds.words import UNKNOWN
 
 

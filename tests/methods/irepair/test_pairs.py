@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lamella.data import Pair, read_pair_file, read_pairs
+from lamella.methods.irepair.pairs import Pair, read_pair_file, read_pairs
 
 PAIRS = [Pair(f"The function f{n} returns", f" a fool, number {n}.", f" the value {n} of x.") for n in range(4)]
 
