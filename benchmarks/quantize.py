@@ -31,16 +31,16 @@ from typing import Any
 
 import torch
 from compiled import PROMPT, Decoder
+from lamella.jobs.quantize import quantize
 from peers import environment_for, output_of, say
 from torch import nn
 
 import lamella
 from lamella.evaluate import FidelityTest, Ratio, bench
 from lamella.files import Finished
-from lamella.jobs.quantize import quantize
 from lamella.plan import ModelReference, Plan
 from lamella.plan.export import export
-from lamella.quantize import int8_copy
+from lamella.plan.quantize import int8_copy
 from lamella.results import Record
 from lamella.stack import share
 from lamella.zoo import open_tokenizer, resolve

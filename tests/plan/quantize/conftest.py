@@ -10,7 +10,7 @@ import pytest
 
 from lamella.zoo import nano, open_tokenizer
 
-NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
+NANO_LLAMA = Path(__file__).parents[2] / "models" / "nano-llama"
 WINDOWS = ["sliding_attention"] * 5 + ["full_attention", "sliding_attention"]
 GGUF = {  # what differs from the nano models, so that a GGUF file can hold them
     "llama": {},

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from lamella.jobs.quantize import quantize
 from torch import nn
 
 import lamella
 from lamella.errors import CheckpointError, ExportError, LamellaError
-from lamella.jobs.quantize import quantize
 from lamella.plan import ModelReference, Plan
 from lamella.plan.export import export
-from lamella.quantize import Int8Linear, int8_copy
-from lamella.quantize.int8 import in_integers
+from lamella.plan.quantize import Int8Linear, int8_copy
+from lamella.plan.quantize.int8 import in_integers
 from lamella.zoo import nano
 
 from .conftest import Saved

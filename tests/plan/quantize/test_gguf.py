@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader
+from lamella.jobs.quantize import quantize
 from safetensors.torch import load_file, save_file
 
 import lamella
 from lamella.errors import ArchitectureError, CheckpointError, ExportError, LamellaError, NumericsError
-from lamella.jobs.quantize import quantize
 from lamella.plan import HeadWidth, ModelReference, Plan
 from lamella.plan.export import export
-from lamella.quantize import q8_0_bytes, q8_0_copy
-from lamella.quantize.gguf import neighbouring
+from lamella.plan.quantize import q8_0_bytes, q8_0_copy
+from lamella.plan.quantize.gguf import neighbouring
 from lamella.zoo import convert_gguf, open_tokenizer
 
 from .conftest import Saved

@@ -28,9 +28,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from lamella.errors import ExportError, NumericsError
 from lamella.files import replacing
 from lamella.plan.checkpoint import Range
+from lamella.plan.quantize.families import Family, Layout, family_of, layout_of, rope_of
+from lamella.plan.quantize.vocabulary import add_tokenizer
 from lamella.progress import track
-from lamella.quantize.families import Family, Layout, family_of, layout_of, rope_of
-from lamella.quantize.vocabulary import add_tokenizer
 
 KINDS = {  # of the matrices; vectors stay in 32 bits
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
