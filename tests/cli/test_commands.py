@@ -162,7 +162,7 @@ def test_a_plan_of_masks_comes_with_its_file_and_exports_as_an_ordinary_checkpoi
     plan = Plan.read(folder / "plan.json")
     assert "weights masked" in said and (folder / plan.weights[0].file).is_file()
     said = succeeded(lamella("apply", folder / "plan.json", NANO_LLAMA, "-o", tmp_path / "out"))
-    assert f"{plan.masked} weights masked" in said
+    assert f"{plan.masked:,} weights masked" in said
     exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     zeros = sum(int((weight == 0).sum()) for weight in exported.parameters())
     assert zeros == plan.masked and (tmp_path / "out" / plan.weights[0].file).is_file()

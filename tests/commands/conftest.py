@@ -10,6 +10,6 @@ STEP = StepTimes(attn=3e-4, mlp=2e-4, rest=8e-4)  # of the nano Llama's six laye
 @pytest.fixture(autouse=True)
 def step_times(monkeypatch: pytest.MonkeyPatch) -> StepTimes:
     """What is cut for a speed-up does not depend on what else the machine does."""
-    for place in ("lamella.evaluate.measure_step", "lamella.commands.compress.command.measure_step"):
-        monkeypatch.setattr(place, lambda stack: STEP)
+    for place in ("commands.bench", "commands.compress.command", "evaluate.budget", "planners"):
+        monkeypatch.setattr(f"lamella.{place}.measure_step", lambda stack: STEP)
     return STEP

@@ -10,7 +10,7 @@ from lamella.commands.compress.variants import Quantize, check_quantised, forms,
 from lamella.errors import ExportError
 from lamella.evaluate import FidelityTest
 from lamella.plan import ModelReference, PhasedPath, Plan, materialise
-from lamella.report.variants import points, rows
+from lamella.report.variants import figure, rows
 from lamella.stack import Stack
 from lamella.zoo import nano
 
@@ -45,7 +45,7 @@ def test_the_first_and_the_last_are_quantised_and_all_are_measured() -> None:
     ]  # fmt: skip
     evidence = {"variants": list(found.values())}
     assert [row[0] for row in rows(evidence)] == list(found)
-    assert len(points(evidence)) == 5
+    assert sum(len(each.labels) for each in figure(evidence).series.values()) == 5
 
 
 def test_a_model_without_linear_maps_has_no_int8() -> None:

@@ -192,8 +192,8 @@ class PlanSeries(Result):
             [number, point["masked" if masks else "removed"], *(point["scores"].get(name) for name in names)]
             for number, point in enumerate(evidence.points)
         ]
+        chosen = f"; plan {evidence.chosen} is chosen" if evidence.chosen >= 0 else ""
         return Summary(
-            f"{evidence.method} has made {counted(len(rows), 'plan')}, from the whole model on; plan {evidence.chosen} "
-            "is chosen.",
+            f"{evidence.method} has made {counted(len(rows), 'plan')}, from the whole model on{chosen}.",
             [Table("The series", ["plan", what, *names], rows)],
         )

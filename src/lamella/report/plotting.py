@@ -266,7 +266,7 @@ def _figure(
 
 def _at(positions: Positions) -> list[float]:
     """Numbers of positions; their indices where they have names."""
-    return [float(place) if isinstance(each, str) else each for place, each in enumerate(positions)]
+    return [float(place if isinstance(each, str) else each) for place, each in enumerate(positions)]
 
 
 def _ticks(positions: Positions, count: int) -> dict[str, Any]:

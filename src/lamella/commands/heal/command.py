@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from lamella.commands.heal.training import Loss, Training
+from lamella.commands.heal.training import Loss, Training, own_recipe
 from lamella.data import ImageText, Processing, Reader, Text
 from lamella.errors import MethodError
 from lamella.files import Work
@@ -110,6 +110,8 @@ def heal(
         options["batch"] = batch or BATCH
         options["steps"] = max(1, tokens // (options["batch"] * length))
         train = train.cut(options["steps"] * options["batch"], length)
+    shows = isinstance(train, ImageText) and own_recipe(plan) is None
+    loss = "kd" if loss is None and (teacher is not None or shows) else loss
     material: Any = train
     chosen = None
     if pool is not None:

@@ -77,16 +77,13 @@ class Training:
             past: a sample of what the model was trained on before, to replay (continual pre-training only).
             teacher: a model to learn from, where that is not the original.
             loss: ``kd``, the divergence from the teacher's output; ``kd+hidden``, hidden states inside too; ``ce``, the
-                text alone. Left out: the recipe of the plan's method, or ``kd`` where there is a teacher or images,
-                else ``ce``.
+                text alone. Left out: the recipe of the plan's method, or continual pre-training.
             options: of the recipe: fields of its :class:`lamella.train.TrainConfig`, and options of its own.
 
         Raises:
             MethodError: for options that the recipe does not have, or images where it takes none.
             TrainingError: for a teacher of another vocabulary.
         """
-        if loss is None and (teacher is not None or (isinstance(train, ImageText) and own_recipe(plan) is None)):
-            loss = "kd"
         slug, recipe = _recipe(plan, loss)
         given = _check_options(slug, options or {}, past)
         config = _config(recipe, given, reader.seed)
