@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,32 +15,18 @@ from torch.nn import functional as F
 
 from lamella.data import Reader
 from lamella.errors import CalibrationError, MethodError
-from lamella.methods.refacade.base import SIDE, Base
+from lamella.methods.refacade.base import Base
+from lamella.methods.refacade.clips import Clip, of_object
 from lamella.methods.refacade.frames import PICTURES, TEXTURED, VIDEOS, Frames, Masks, scaled, signed
 from lamella.methods.refacade.jigsaw import WHITE
-from lamella.methods.refacade.objects import TexturedObject, objects
+from lamella.methods.refacade.nano import SIDE
+from lamella.methods.refacade.objects import objects
 from lamella.methods.refacade.recipe import transfer_sample
 from lamella.methods.refacade.remover import TextureRemover
 from lamella.reading import check_in_folder
 from lamella.signature import Fixture
 
 MASK, PLAIN = ".mask", ".untextured"
-
-
-class Clip(NamedTuple):
-    """A clip of an object.
-
-    Attributes:
-        frames: from -1 to 1 [frames, 3, height, width].
-        mask: where the object is [frames, 1, height, width].
-        plain: the object in plain grey material, on mid grey, where that is known.
-        name: what to call it.
-    """
-
-    frames: Tensor
-    mask: Tensor
-    plain: Tensor | None
-    name: str = TEXTURED
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,12 +105,6 @@ class Objects:
             plain = None if each.plain is None else scaled(each.plain, *size)
             found.append(Clip(scaled(each.frames, *size), mask, plain, each.name))
         return found
-
-
-def of_object(each: TexturedObject) -> Clip:
-    """What is seen of an object whose truth is known."""
-    composite, mask, untextured = (torch.from_numpy(part) for part in (each.composite, each.mask, each.untextured))
-    return Clip(composite, mask, untextured)
 
 
 def _folder(folder: Path, frames: int) -> Iterator[Clip]:
