@@ -60,11 +60,12 @@ from lamella.methods.refacade import (
     train_remover,
     transfer_samples,
 )
+from lamella.methods.refacade.clips import of_object
+from lamella.methods.refacade.flow import BaseLoss, Length, task
 from lamella.methods.refacade.jigsaw import Puzzle, centred
-from lamella.methods.refacade.lessons import of_object
 from lamella.methods.refacade.nano import SHAPE, every_second, made
 from lamella.methods.refacade.objects import TURN
-from lamella.methods.refacade.recipe import BaseLoss, Length, task, transfer_sample
+from lamella.methods.refacade.recipe import transfer_sample
 from lamella.methods.refacade.remover import euler
 from lamella.results.record import together
 from lamella.train import TrainConfig, fit
@@ -370,7 +371,7 @@ def frozen_base(work: Path, size: Size) -> Base:
 
     def train() -> None:
         samples = [{"clean": torch.from_numpy(each.composite).movedim(1, 0)} for each in solids("train", size.solids)]
-        loss, how = BaseLoss(base_of(network), Length()), config(size.base, size.batch, 0)
+        loss, how = BaseLoss(base_of(network).velocity, Length()), config(size.base, size.batch, 0)
         fit(network, samples, task(loss), how, out=Work().place("run"), trainable=lambda name: True)
 
     network = made(SHAPE)

@@ -59,6 +59,88 @@ def test_a_method_is_one_file_or_a_folder_with_its_method() -> None:
     }
 
 
+# Cycles
+
+
+def executed(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of a file, without those that only type checkers read."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            for other in child.orelse:
+                yield from (other, *executed(other))
+        else:
+            yield from (child, *executed(child))
+
+
+def import_graph(home: Path, package: str) -> dict[str, set[str]]:
+    """The modules of a package, each with those that it imports, at its top or within a function."""
+    modules: dict[str, Path] = {}
+    for file in home.rglob("*.py"):
+        parts = [package, *file.relative_to(home).with_suffix("").parts]
+        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    graph: dict[str, set[str]] = {}
+    for module, file in modules.items():
+        base = module if file.name == "__init__.py" else module.rpartition(".")[0]
+        found: set[str] = set()
+        for node in executed(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {each.name for each in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                above = base.split(".")[: len(base.split(".")) - node.level + 1] if node.level else []
+                source = ".".join([*above, *([node.module] if node.module else [])])
+                for each in node.names:  # a name is a submodule, or stands in the module itself
+                    inside = f"{source}.{each.name}"
+                    found.add(inside if inside in modules else source)
+        graph[module] = (found & modules.keys()) - {module}
+    return graph
+
+
+def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The groups of modules that import each other, directly or through others of the group."""
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        waiting = [start]
+        while waiting:
+            new = graph[waiting.pop()] - seen
+            seen |= new
+            waiting += new
+        return seen
+
+    all_reached = {module: reached(module) for module in graph}
+    groups = {
+        tuple(sorted(other for other in found if module in all_reached[other]))
+        for module, found in all_reached.items()
+        if module in found
+    }
+    return sorted(map(list, groups))
+
+
+def test_no_modules_import_each_other() -> None:
+    graph = import_graph(HOME, "lamella")
+    assert len(graph) > 500 and "lamella.stack.sites" in graph["lamella.stack.stack"]  # it has been read
+    assert cycles(graph) == []
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"a": "from p import b", "b": "def f():\n    from p.a import x"}, [["p.a", "p.b"]]),
+        ({"a": "import p.b", "b": "from .c import x", "c": "from . import a"}, [["p.a", "p.b", "p.c"]]),
+        ({"a": "from p.b import x", "b": "if TYPE_CHECKING:\n    from p.a import y"}, []),
+        (
+            {"a": "from p.b import x", "b": "if TYPE_CHECKING:\n    pass\nelse:\n    from p.a import y"},
+            [["p.a", "p.b"]],
+        ),
+        ({"a": "from p.b import x", "b": "import os"}, []),
+    ],
+)
+def test_the_rule_of_cycles_finds_them(files: dict[str, str], expected: list[list[str]], tmp_path: Path) -> None:
+    for name, text in {"__init__": "", **files}.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    assert cycles(import_graph(tmp_path, "p")) == expected
+
+
 # Messages
 
 PYTHON = (  # how values and calls are written in Python, and nowhere else

@@ -20,7 +20,7 @@ import pytest
 from serving import Served, response, serving, speaking
 
 from lamella.data import Endpoint, Local, Reader, Remote, Request, Sampling, Writer, rollout
-from lamella.data.endpoint import Question
+from lamella.data.protocol import Question
 from lamella.errors import DownloadError, LamellaError, MethodError
 
 pytest.importorskip("openai")  # before memory is counted

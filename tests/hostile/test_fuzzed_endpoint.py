@@ -16,7 +16,7 @@ from serving import response, speaking
 from strategies import answered, damaged, dumped, mutated, share, strings
 
 from lamella.data import Endpoint, Sampling
-from lamella.data.endpoint import Answer, Question
+from lamella.data.protocol import Answer, Question
 from lamella.errors import LamellaError
 
 KEY = "sk-very-secret-indeed"

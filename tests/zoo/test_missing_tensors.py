@@ -120,8 +120,9 @@ def _features_of_timm(folder: Path, opener: str) -> Opener:
 
 def _iformer(folder: Path) -> Opener:
     pytest.importorskip("timm")
+    from lamella.methods.iformer.folder import network
     from lamella.methods.iformer.network import Shape
-    from lamella.methods.iformer.result import Classifier, network
+    from lamella.methods.iformer.result import Classifier
     from lamella.methods.iformer.vision import Vision
     from lamella.train import TrainingLog
 

@@ -14,45 +14,16 @@ import asyncio
 import os
 from collections.abc import Awaitable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
 from lamella.data.decoding import Sampling
+from lamella.data.protocol import FOUND, Answer, Question
 from lamella.errors import DownloadError
 from lamella.extras import require
 
 SHORT = 200  # characters of what a server says, in a message
-FOUND = "found"  # the extension of a response that holds what was found in it
 SECRET = 8  # characters of a key that is one; servers without keys are given words such as "none" or "EMPTY"
-
-
-class Question(NamedTuple):
-    """One request.
-
-    Attributes:
-        messages: a conversation, up to where the answer begins.
-        most: tokens of the answer, at most.
-        seed: of what is drawn, where the endpoint heeds it.
-    """
-
-    messages: list[dict[str, str]]
-    most: int
-    seed: int
-
-
-class Answer(NamedTuple):
-    """What came back.
-
-    Attributes:
-        text: the answer.
-        finished: whether it ended by itself, not by its limit.
-        prompt, tokens: how many tokens the endpoint counted; None where it does not say.
-    """
-
-    text: str
-    finished: bool
-    prompt: int | None
-    tokens: int | None
 
 
 @dataclass(frozen=True)
@@ -141,7 +112,8 @@ class _Client:
     def session(self) -> Any:
         from lamella.data.transport import Transport  # of httpx2, which may be missing
 
-        transport = Transport(self.endpoint, bool(self.key), self.quoted)
+        ours = self.endpoint
+        transport = Transport(ours.concurrent, ours.rate, ours.patience, keyed=bool(self.key), quoted=self.quoted)
         return self.openai.AsyncOpenAI(
             api_key=self.key or "none",  # which the transport leaves out; the client will have one
             base_url=self.base,

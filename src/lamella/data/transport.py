@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx2 as httpx
 
-from lamella.data.endpoint import FOUND, Answer, Endpoint
+from lamella.data.protocol import FOUND, Answer
 
 TOKEN = 1024  # bytes of a token in JSON, at most: 128 spaces are one in some vocabularies, and each may be escaped
 REST = 2**18  # bytes of a response beside its answer, at most
@@ -29,13 +29,18 @@ class Transport(httpx.AsyncHTTPTransport):
     again where there is none; it is put into the response's extensions.
 
     Args:
+        concurrent: connections at once.
+        rate: requests a minute, at most; None: as many as come.
+        patience: seconds that one answer may take.
         keyed: whether requests are sent with the key.
         quoted: the beginning of a text, without the key, for messages.
     """
 
-    def __init__(self, endpoint: Endpoint, keyed: bool, quoted: Callable[[str], str]) -> None:
-        super().__init__(limits=httpx.Limits(max_connections=endpoint.concurrent))
-        self.endpoint, self.keyed, self.quoted = endpoint, keyed, quoted
+    def __init__(
+        self, concurrent: int, rate: float | None, patience: float, *, keyed: bool, quoted: Callable[[str], str]
+    ) -> None:
+        super().__init__(limits=httpx.Limits(max_connections=concurrent))
+        self.rate, self.patience, self.keyed, self.quoted = rate, patience, keyed, quoted
         self.free = 0.0  # when the next request may be made
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
@@ -46,11 +51,11 @@ class Transport(httpx.AsyncHTTPTransport):
         asked = json.loads(request.content) if request.content else None
         most = REST + TOKEN * asked["max_tokens"] if asked else LISTED
         try:
-            async with asyncio.timeout(self.endpoint.patience):
+            async with asyncio.timeout(self.patience):
                 response = await super().handle_async_request(request)
                 content = await _limited(response, most)
         except TimeoutError:
-            raise httpx.ReadTimeout(f"no answer in {self.endpoint.patience:g} seconds") from None
+            raise httpx.ReadTimeout(f"no answer in {self.patience:g} seconds") from None
         text = content[:most].decode("utf-8", "replace")  # JSON is UTF-8, whatever the header declares
         if not response.is_success:
             pause = _pause(response.headers.get("Retry-After", ""))
@@ -65,11 +70,11 @@ class Transport(httpx.AsyncHTTPTransport):
 
     async def turn(self) -> None:
         """Wait until the rate allows one more request."""
-        if self.endpoint.rate is None:
+        if self.rate is None:
             return
         now = time.monotonic()
         at = max(now, self.free)
-        self.free = at + 60 / self.endpoint.rate
+        self.free = at + 60 / self.rate
         await asyncio.sleep(at - now)
 
 

@@ -12,7 +12,8 @@ import torch
 from jinja2 import TemplateError
 
 from lamella.data.decoding import Prompt, Sampling, batches, decode
-from lamella.data.endpoint import Endpoint, Question
+from lamella.data.endpoint import Endpoint
+from lamella.data.protocol import Question
 from lamella.data.reader import Reader
 from lamella.errors import ArchitectureError, CalibrationError, MethodError
 from lamella.plan import Plan

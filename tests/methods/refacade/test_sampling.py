@@ -27,7 +27,7 @@ from lamella.methods.refacade import (
     textured_object,
     unfolded,
 )
-from lamella.methods.refacade.recipe import noised
+from lamella.methods.refacade.flow import noised
 
 from .pipelines import branch, folder, halved, latents, pixels, told
 

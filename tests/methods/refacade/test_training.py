@@ -29,8 +29,9 @@ from lamella.methods.refacade import (
     train_remover,
     transfer_samples,
 )
-from lamella.methods.refacade.lessons import of_object
-from lamella.methods.refacade.recipe import BaseLoss, Length, RemoverLoss, flow_loss
+from lamella.methods.refacade.clips import of_object
+from lamella.methods.refacade.flow import BaseLoss, Length, flow_loss
+from lamella.methods.refacade.recipe import RemoverLoss
 from lamella.train import TrainConfig
 
 from .pipelines import branch, halved, latents, pixels
@@ -137,7 +138,7 @@ def test_the_reference_of_a_lesson_is_jigsawed_anew_each_time(monkeypatch: pytes
 
 def test_the_base_learns_from_clips_alone() -> None:
     base = Base(copy.deepcopy(pixels().network).requires_grad_(True), None, "fresh")
-    loss = BaseLoss(base, Length())(base.network, {"clean": torch.randn(2, 3, 2, 8, 8)})
+    loss = BaseLoss(base.velocity, Length())(base.network, {"clean": torch.randn(2, 3, 2, 8, 8)})
     loss.backward()
     assert all(each.grad is not None for name, each in base.network.named_parameters() if "text" not in name)
 
@@ -281,9 +282,9 @@ def test_the_built_in_network_goes_on_where_its_training_was_stopped(
         calls[:] = [] if stops else [1] * 4
         if stops:
             with pytest.raises(Stopped):
-                nano.network("nano")
+                Base.built_in("nano")
         else:
-            built.append((nano.network("nano").state_dict(), len(calls) - 4))
+            built.append((Base.built_in("nano").network.state_dict(), len(calls) - 4))
     (again, rest), (straight, all_steps) = built
     assert (rest, all_steps) == (2, 4)
     assert all(torch.equal(again[name], each) for name, each in straight.items())
@@ -297,7 +298,7 @@ def test_what_another_version_has_begun_is_begun_anew(tmp_path: Path, monkeypatc
         monkeypatch.setattr(nano, name, value)
     (tmp_path / ".refacade-base.work").mkdir()
     (tmp_path / ".refacade-base.work" / "log.json").write_text("{}")
-    nano.network("nano")
+    Base.built_in("nano")
     assert [each.name for each in tmp_path.iterdir() if each.is_dir()] == ["refacade-base-32-1"]
 
 

@@ -12,7 +12,8 @@ from scipy.io import mmwrite
 
 from lamella.errors import LamellaError, MethodError, NumericsError
 from lamella.methods.skr import LinearSystems, preconditioners, skr
-from lamella.methods.skr.families import FAMILIES, GaussianField, darcy, fluxes
+from lamella.methods.skr.equations import GaussianField, fluxes
+from lamella.methods.skr.families import FAMILIES, darcy
 
 A = sparse.diags_array([2.0, 3.0, 4.0]).tocsr()
 b = np.ones(3)

@@ -26,12 +26,13 @@ from lamella.data import Captioned
 from lamella.errors import BudgetError, MethodError
 from lamella.files import Finished, Work
 from lamella.methods.iformer.album import Album
+from lamella.methods.iformer.folder import local
 from lamella.methods.iformer.geometry import Geometry
 from lamella.methods.iformer.locality import kernels
 from lamella.methods.iformer.measuring import Fit, convolved, fits, importance, mixers, spectra
 from lamella.methods.iformer.modules import Cost, Layer, cost_of, planned
 from lamella.methods.iformer.ramp import allocate, most_important
-from lamella.methods.iformer.result import Ramped, local
+from lamella.methods.iformer.result import Ramped
 from lamella.methods.iformer.vision import Vision
 from lamella.plan.fingerprint import revision
 from lamella.registry import command, method

@@ -16,10 +16,11 @@ from lamella.data import Captioned, Lazy
 from lamella.errors import CalibrationError, MethodError
 from lamella.files import Work
 from lamella.methods.iformer.album import Album
+from lamella.methods.iformer.folder import network
 from lamella.methods.iformer.measuring import mixers
 from lamella.methods.iformer.method import checked, compared, costs
 from lamella.methods.iformer.network import Shape
-from lamella.methods.iformer.result import Classifier, Ramped, network
+from lamella.methods.iformer.result import Classifier, Ramped
 from lamella.methods.iformer.vision import Vision
 from lamella.plan.fingerprint import revision, state
 from lamella.registry import command

@@ -8,7 +8,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 from lamella.data import Captioned
 from lamella.errors import MethodError
 from lamella.extras import require
+from lamella.methods.iformer.folder import LARGEST, NETWORK, WEIGHTS, Looks, kind_of, read_folder
 from lamella.methods.iformer.geometry import Geometry
 from lamella.methods.iformer.network import InceptionTransformer
 from lamella.methods.iformer.textures import CLASSES, SIDE, textures
@@ -31,8 +32,7 @@ from lamella.zoo.cache import build_once
 from lamella.zoo.views import View
 
 BUILT_IN = "textures"
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-LARGEST = 1 << 14  # pixels on a side
+CONFIG = "config.json"
 SMALL = {"img_size": SIDE, "patch_size": 4, "embed_dim": 48, "depth": 3, "num_heads": 4}  # of the built-in model
 LOOKED_AT = 2000  # pictures that it learns from
 BATCH = 32
@@ -81,13 +81,22 @@ class Vision(View):
             CheckpointError: for a folder that is missing, damaged, or holds another kind of model.
             MethodError: for a size that patches do not divide, or a network that has one size.
         """
-        if isinstance(name, str | Path) and (Path(name) / "network.json").is_file():
-            from lamella.methods.iformer.result import read_network  # which has this type among its own
-
-            found = read_network(Path(name))
+        if isinstance(name, str | Path) and (Path(name) / NETWORK).is_file():
+            parts, looks = read_folder(Path(name), kind_of(Path(name)))
+            found = cls.around(parts["model"], looks)
         else:
             found = super().open(name)
         return found if size is None else found.sized(size)
+
+    @classmethod
+    def around(cls, model: Any, looks: Looks) -> Vision:
+        """A network that a command wrote, for pictures as it wants them."""
+        return cls(model.eval(), **vars(looks))
+
+    @property
+    def looks(self) -> Looks:
+        """How it wants its pictures."""
+        return Looks(**{each.name: getattr(self, each.name) for each in fields(Looks)})
 
     @classmethod
     def built_in(cls, name: str) -> Vision:

@@ -1,10 +1,11 @@
 """Refaçade: an object in a picture or a video gets the texture of a reference, and keeps its shape and shading."""
 
 from lamella.methods.refacade.base import Base
+from lamella.methods.refacade.clips import Clip
 from lamella.methods.refacade.conditions import dilated, folded, mask_latent, unfolded
 from lamella.methods.refacade.frames import Frames, Masks, Reference
 from lamella.methods.refacade.jigsaw import Jigsaw, Puzzle
-from lamella.methods.refacade.lessons import Clip, Objects, removal_samples, transfer_samples
+from lamella.methods.refacade.lessons import Objects, removal_samples, transfer_samples
 from lamella.methods.refacade.method import layers, refacade, remover, train
 from lamella.methods.refacade.modules import ControlBranch, JointStreamAttention
 from lamella.methods.refacade.objects import TexturedObject, objects, textured_object

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from lamella.errors import CheckpointError, MethodError
+from lamella.methods.refacade import nano
 from lamella.methods.refacade.jigsaw import WHITE
+from lamella.methods.refacade.nano import SIDE, TRAINED, UNTRAINED
 from lamella.plan.fingerprint import tensors
 from lamella.signature import Fixture
 from lamella.zoo import Pipeline, default_device, open_model
@@ -30,8 +32,6 @@ TEXT = ("text_encoder", "tokenizer")
 WORDS = 512  # tokens of a text that Wan reads
 TIMES = 1000  # what a network calls t = 1
 AREA = 480 * 832  # pixels of a frame, at most, where there is an autoencoder
-SIDE = 32  # pixels, of the frames of the built-in network
-TRAINED, UNTRAINED = "nano", "untrained"
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,9 +70,8 @@ class Base(View):
     @classmethod
     def built_in(cls, name: str) -> Base:
         """``nano``, trained on textured objects when it is first asked for, or ``untrained``, the same one before."""
-        from lamella.methods.refacade import nano  # here, since it is trained as any other base
-
-        return cls(nano.network(name).to(default_device()), None, name)
+        network = nano.network(name, lambda found: cls(found, None, UNTRAINED))
+        return cls(network.to(default_device()), None, name)
 
     @classmethod
     def of(cls, model: Any) -> Base:

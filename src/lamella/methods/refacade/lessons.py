@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lamella.data import Encoded, Lazy, Reader
 from lamella.errors import CalibrationError, MethodError
 from lamella.files import Work
-from lamella.methods.refacade.base import SIDE, Base
+from lamella.methods.refacade.base import Base
+from lamella.methods.refacade.clips import Clip, of_object, resized
 from lamella.methods.refacade.frames import (
     PICTURES,
     TEXTURED,
@@ -26,11 +26,11 @@ from lamella.methods.refacade.frames import (
     checked,
     marked,
     read,
-    scaled,
     signed,
 )
 from lamella.methods.refacade.jigsaw import WHITE
-from lamella.methods.refacade.objects import Part, TexturedObject, numbered
+from lamella.methods.refacade.nano import SIDE
+from lamella.methods.refacade.objects import Part, numbered
 from lamella.methods.refacade.recipe import transfer_sample
 from lamella.methods.refacade.remover import TextureRemover
 from lamella.plan import fingerprint
@@ -40,27 +40,6 @@ from lamella.train.supervised import stacked
 
 MASK, PLAIN = ".mask", ".untextured"
 AT_ONCE = 16  # clips whose latents are in one file
-
-
-class Clip(NamedTuple):
-    """A clip of an object.
-
-    Attributes:
-        frames: from -1 to 1 [frames, 3, height, width].
-        mask: where the object is [frames, 1, height, width].
-        plain: the object in plain grey material, on mid grey, where that is known.
-        name: what to call it.
-    """
-
-    frames: Tensor
-    mask: Tensor
-    plain: Tensor | None
-    name: str = TEXTURED
-
-    def fitted(self, height: int, width: int) -> Clip:
-        """The same clip in another size."""
-        plain = None if self.plain is None else scaled(self.plain, height, width)
-        return Clip(scaled(self.frames, height, width), resized(self.mask, height, width), plain, self.name)
 
 
 Encode = Callable[[Clip, int], dict[str, Tensor]]  # from a clip and its number to what is learnt from it
@@ -204,19 +183,6 @@ class ClipFiles(NamedTuple):
         if self.plain is not None:
             plain = signed(one_sized(Frames.open(self.plain), clip, Path(self.plain)))[:frames]
         return Clip(signed(clip.pixels)[:frames], where, plain, self.clip)
-
-
-def resized(mask: Tensor, height: int, width: int) -> Tensor:
-    """A mask [frames, 1, ...] in another size."""
-    if mask.shape[-2:] == (height, width):
-        return mask
-    return F.interpolate(mask, (height, width), mode="nearest-exact")
-
-
-def of_object(each: TexturedObject) -> Clip:
-    """What is seen of an object whose truth is known."""
-    composite, mask, untextured = (torch.from_numpy(part) for part in (each.composite, each.mask, each.untextured))
-    return Clip(composite, mask, untextured)
 
 
 def _folder(folder: Path) -> Iterator[ClipFiles]:

@@ -1,7 +1,8 @@
-"""Small networks that are built in: a video transformer of pixels, its remover and its control branch.
+"""The small video transformer of pixels that is built in, and how it and its parts are trained and kept.
 
-They are trained on textured objects when they are first asked for, on any machine, and kept in the cache. All three
-take about half an hour of one core; a training that is stopped goes on when it is asked for again.
+They are trained on textured objects when they are first asked for, on any machine, and kept in the cache. With the
+remover and the control branch (:mod:`lamella.methods.refacade.nano_parts`) it takes about half an hour of one core; a
+training that is stopped goes on when it is asked for again.
 """
 
 from __future__ import annotations
@@ -19,18 +20,16 @@ from torch import Tensor, nn
 
 from lamella.errors import TrainingError
 from lamella.extras import require
-from lamella.methods.refacade.base import SIDE, TRAINED, UNTRAINED, Base
-from lamella.methods.refacade.lessons import Clip, of_object, removal_samples, transfer_samples
-from lamella.methods.refacade.modules import ControlBranch
+from lamella.methods.refacade.clips import Clip, of_object
+from lamella.methods.refacade.flow import BaseLoss, Length, task
 from lamella.methods.refacade.objects import objects
-from lamella.methods.refacade.recipe import BaseLoss, Length, task, train_branch, train_remover
-from lamella.methods.refacade.remover import TextureRemover
 from lamella.plan.filling import fill
 from lamella.progress import say
 from lamella.train import TrainConfig, fit
 from lamella.zoo.cache import build_once
 
-NAMES = (TRAINED, UNTRAINED)
+TRAINED, UNTRAINED = "nano", "untrained"
+SIDE = 32  # pixels, of the frames of the built-in network
 WEIGHTS = "model.safetensors"
 FRAMES, ALONE = 3, 0.85  # of a clip, and the share of batches that see its first frame alone
 COUNT = 1200  # objects
@@ -62,35 +61,19 @@ def every_second(depth: int) -> list[int]:
     return list(range(0, depth, 2))
 
 
-def network(name: str) -> Any:
-    """The transformer, by its name."""
+def network(name: str, around: Callable[[Any], Any]) -> Any:
+    """The transformer, by its name.
+
+    Args:
+        around: makes the base of a transformer, which encodes clips and gives the velocity.
+    """
     found = made(SHAPE)
     if name == TRAINED:
-        fill(found, _built("base", partial(_train_base, found)), "the built-in base")
+        fill(found, built("base", partial(_train_base, found, around)), "the built-in base")
     return found.requires_grad_(False).eval()
 
 
-def remover(name: str) -> TextureRemover:
-    """The remover, likewise."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        found = TextureRemover.fresh(Base.open(UNTRAINED))
-    if name == TRAINED:
-        fill(found, _built("remover", partial(_train_remover, found)), "the built-in remover")
-    return found.requires_grad_(False).eval()
-
-
-def branch(base: Base, name: str) -> ControlBranch:
-    """The control branch of a built-in base, likewise."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
-        found = ControlBranch(base.network, every_second(base.depth), *base.control_channels)
-    if name == TRAINED:
-        fill(found, _built("branch", partial(_train_branch, base, found)), "the built-in branch")
-    return found.requires_grad_(False).eval()
-
-
-def _built(part: str, train: Callable[[Path], nn.Module]) -> dict[str, Tensor]:
+def built(part: str, train: Callable[[Path], nn.Module]) -> dict[str, Tensor]:
     def build(folder: Path) -> dict[str, Any]:
         say(
             f"refacade: the built-in {part} is trained on textured objects, once. All three parts take about half an "
@@ -111,26 +94,22 @@ def _built(part: str, train: Callable[[Path], nn.Module]) -> dict[str, Tensor]:
     return load_file(folder / WEIGHTS)
 
 
-def _config(part: str) -> TrainConfig:
+def config(part: str) -> TrainConfig:
     steps = STEPS[part]
     return TrainConfig(steps=steps, lr=RATE, schedule="cosine", warmup=0.05, batch=BATCH, save_every=SAVE)
 
 
-def _train_base(found: Any, out: Path) -> nn.Module:
-    base = Base(found, None, UNTRAINED)
+def _train_base(found: Any, around: Callable[[Any], Any], out: Path) -> nn.Module:
+    base = around(found)
     samples = [{"clean": base.encode(clip.frames)} for clip in clips()]
-    fit(found, samples, task(BaseLoss(base, Length(ALONE))), _config("base"), out=out, trainable=lambda name: True)
-    return found
-
-
-def _train_remover(found: TextureRemover, out: Path) -> nn.Module:
-    train_remover(found, removal_samples(Base.open(UNTRAINED), clips()), _config("remover"), out, ALONE)
-    return found
-
-
-def _train_branch(base: Base, found: ControlBranch, out: Path) -> nn.Module:
-    samples = transfer_samples(base, remover(TRAINED), clips())
-    train_branch(base, found, samples, _config("branch"), out, alone=ALONE)
+    fit(
+        found,
+        samples,
+        task(BaseLoss(base.velocity, Length(ALONE))),
+        config("base"),
+        out=out,
+        trainable=lambda name: True,
+    )
     return found
 
 

@@ -19,10 +19,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,11 +29,11 @@ from torch import Tensor, nn
 from lamella.errors import MethodError, TrainingError
 from lamella.methods.refacade.base import Base
 from lamella.methods.refacade.conditions import control, dilated, mask_latent, reference
+from lamella.methods.refacade.flow import WHOLE, Length, flow_loss, noised, task
 from lamella.methods.refacade.jigsaw import Jigsaw, Puzzle, centred
 from lamella.methods.refacade.modules import ControlBranch
-from lamella.methods.refacade.remover import MOST, STEPS, TextureRemover, Velocity, euler
-from lamella.train import Task, TrainConfig, TrainingLog, adamw, fit
-from lamella.train.supervised import stacked
+from lamella.methods.refacade.remover import MOST, STEPS, TextureRemover, euler
+from lamella.train import TrainConfig, TrainingLog, adamw, fit
 
 TRANSFER = TrainConfig(steps=18_000, lr=1e-5, schedule="constant", warmup=0, batch=4)
 REMOVAL = TrainConfig(steps=18_000, lr=1e-5, schedule="constant", warmup=0, batch=4)
@@ -44,70 +42,13 @@ FASTER = 10.0  # the fake's learning rate over the student's
 NOISES = 64  # of a clip, drawn once, as plain twins for training
 
 
-def noised(z_0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """z_t, t and the velocity to be learnt, of clean latents [rows, ...]; by torch's own state."""
-    t = torch.rand(len(z_0), device=z_0.device)
-    eps = torch.randn_like(z_0)
-    share = t.view(-1, *[1] * (z_0.ndim - 1))
-    return (1 - share) * z_0 + share * eps, t, eps - z_0
-
-
-def flow_loss(velocity: Velocity, z_0: Tensor) -> Tensor:
-    """The mean squared error of a velocity at times and noise by chance."""
-    z_t, t, target = noised(z_0)
-    return (velocity(z_t, t) - target).square().mean()
-
-
-def count_clips(batch: Mapping[str, Tensor]) -> int:
-    return len(next(iter(batch.values())))
-
-
-def task(loss: Any, beside: Sequence[nn.Module] = ()) -> Task:
-    """A loss over stacked clips."""
-    return Task(loss, collate=stacked, weight=count_clips, beside=beside)
-
-
-@dataclass(frozen=True)
-class Length:
-    """How many frames of its clips a batch has.
-
-    Attributes:
-        alone: share of the batches that see the first frame alone, so that a network of clips draws pictures, too.
-    """
-
-    alone: float = 0.0
-
-    def __call__(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A batch of which every tensor [rows, channels, F', h, w] has as many frames as this time is drawn."""
-        one = self.alone > 0 and float(torch.rand(())) < self.alone
-        return {name: each[:, :, :1] if one else each for name, each in batch.items()}
-
-
-# The base
-
-
-class BaseLoss:
-    """A video transformer without any condition: it learns what clips look like.
-
-    A white frame stands where the reference will be, as it does in the pass that guidance leads away from.
-    """
-
-    def __init__(self, base: Base, length: Length) -> None:
-        self.base, self.length = base, length
-
-    def __call__(self, network: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        clean = self.length(batch)["clean"]
-        white = torch.ones_like(clean[:, :, :1])
-        return flow_loss(lambda z, t: self.base.velocity(z, t, white), clean)
-
-
 # The remover
 
 
 class RemoverLoss:
     """From a foreground to its plain twin."""
 
-    def __init__(self, length: Length = Length()) -> None:
+    def __init__(self, length: Length = WHOLE) -> None:
         self.length = length
 
     def __call__(self, remover: TextureRemover, batch: Mapping[str, Tensor]) -> Tensor:
@@ -156,7 +97,7 @@ class TransferLoss:
         length: see there.
     """
 
-    def __init__(self, base: Base, jigsaw: Jigsaw | None, length: Length = Length()) -> None:
+    def __init__(self, base: Base, jigsaw: Jigsaw | None, length: Length = WHOLE) -> None:
         self.base, self.jigsaw, self.length = base, jigsaw, length
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

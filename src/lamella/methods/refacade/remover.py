@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from lamella.errors import CheckpointError, LamellaError
 from lamella.extras import require
 from lamella.methods.refacade.base import TIMES, VACE, WORDS, Base
+from lamella.methods.refacade.flow import Velocity
 from lamella.reading import parse_json, read_text
 from lamella.zoo import open_model
 
@@ -38,8 +38,6 @@ SHAPE = {
     "norm_num_groups": 8,
     "attention_head_dim": 16,
 }
-
-Velocity = Callable[[Tensor, Tensor], Tensor]  # from z_t [batch, ...] and t [batch] to v
 
 
 class TextureRemover(nn.Module):

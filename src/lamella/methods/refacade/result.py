@@ -19,9 +19,10 @@ from torch import Tensor
 
 from lamella.errors import CheckpointError, LamellaError, MethodError, reason_of
 from lamella.extras import require
-from lamella.methods.refacade.base import TRAINED, UNTRAINED, Base
+from lamella.methods.refacade.base import Base
 from lamella.methods.refacade.frames import read
 from lamella.methods.refacade.modules import ControlBranch
+from lamella.methods.refacade.nano import TRAINED, UNTRAINED
 from lamella.methods.refacade.remover import TextureRemover
 from lamella.plan import fingerprint
 from lamella.plan.filling import fill
@@ -99,9 +100,9 @@ class Remover(Result):
             CheckpointError: when there is none, or it is damaged.
         """
         if str(path) in BUILT_IN:
-            from lamella.methods.refacade import nano  # here, since it is trained when it is first asked for
+            from lamella.methods.refacade import nano_parts  # here, since it is trained when it is first asked for
 
-            return cls(network=nano.remover(str(path)))
+            return cls(network=nano_parts.remover(str(path)))
         path = Path(path)
         return cls(network=TextureRemover.read(path), log=read_log(path))
 
@@ -194,11 +195,11 @@ class Retexturer(Result):
             CheckpointError: when it is missing or damaged.
         """
         if str(path) in BUILT_IN:
-            from lamella.methods.refacade import nano  # here, since it is trained when it is first asked for
+            from lamella.methods.refacade import nano_parts  # here, since it is trained when it is first asked for
 
             base = Base.open(str(path))
             known = {"built_in": str(path) == TRAINED}
-            return cls.of(base, nano.branch(base, str(path)), nano.remover(str(path)), **known)
+            return cls.of(base, nano_parts.branch(base, str(path)), nano_parts.remover(str(path)), **known)
         path = Path(path)
         adapter, weights = read_adapter(path / ADAPTER)
         return cls(adapter=adapter, weights=weights, remover=TextureRemover.read(path / REMOVER), log=read_log(path))

@@ -19,7 +19,7 @@ from torch import Tensor
 from lamella.errors import MethodError
 from lamella.files import Finished, Work
 from lamella.methods.refacade.base import Base
-from lamella.methods.refacade.recipe import noised
+from lamella.methods.refacade.flow import noised
 from lamella.progress import tracker
 
 SHARE = 0.3  # of the stream's norm, on average over layers

@@ -1,7 +1,8 @@
 """SKR: solve a family of linear systems in an order in which each helps the next."""
 
 from lamella.methods.skr.baselines import BASELINES, Comparison, baseline, compare
-from lamella.methods.skr.families import FAMILIES, GaussianField
+from lamella.methods.skr.equations import GaussianField
+from lamella.methods.skr.families import FAMILIES
 from lamella.methods.skr.gcrodr import gcrodr
 from lamella.methods.skr.method import skr
 from lamella.methods.skr.result import Solutions

@@ -16,6 +16,7 @@ from scipy import sparse
 
 from lamella.arrays import read_npz
 from lamella.errors import LamellaError, NumericsError
+from lamella.methods.skr.equations import family
 from lamella.methods.skr.files import (
     check_indices,
     integers,
@@ -120,9 +121,7 @@ class LinearSystems:
                 return cls._folder(path)
             if path.is_file():
                 return cls._npz(path) if path.suffix == ".npz" else cls._matrix_market(path)
-        from lamella.methods.skr.families import family
-
-        return family(str(source))
+        return cls.of_parameters(*family(str(source)))
 
     @classmethod
     def _folder(cls, path: Path) -> LinearSystems:
