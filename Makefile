@@ -20,7 +20,7 @@ export NO_MKDOCS_2_WARNING := 1
 BENCHMARKS := $(filter-out benchmarks/peers.py benchmarks/quantize.py benchmarks/outside.py,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-all test-fast lint format architectures docs reproduce bench peers clean
+.PHONY: help venv demo test test-slow test-all test-fast lint format lists architectures docs reproduce bench peers clean
 
 help: ## This list
 	@echo "Lamella: decide, layer by layer, what a trained model computes."
@@ -74,6 +74,10 @@ lint: $(DEVELOP) ## Style, formatting, import layers and types
 format: $(DEVELOP) ## Rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+lists: $(DEVELOP) ## Write the table of methods into README.md and the lines of changes/ into CHANGELOG.md
+	$(BIN)/python scripts/readme.py
+	$(BIN)/python scripts/changelog.py
 
 architectures: $(DEVELOP) ## Build every causal type of transformers small, check it, and write the table of the documentation
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/architectures.py

@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from peers import HERE, PeerFailed, environment_for, output_of, run_child, say
+from quantize import ASKING
 from torch import Tensor
 
 import lamella
@@ -39,7 +40,6 @@ from lamella.plan import ModelReference, Plan
 from lamella.plan.export import export
 from lamella.results import Record
 from lamella.zoo import open_config, open_tokenizer, resolve
-from quantize import ASKING
 
 SAME = 1e-3  # nats, the most by which a log-probability may differ from Lamella's
 LENGTH, CONTINUED = 48, 16  # tokens of the text, and of its greedy continuation

@@ -353,7 +353,7 @@ def plan_side_by_side(
                 judge.add(planned.setdefault(name, Planned()), size, plan, chosen["seconds"])
         for name, (slug, options, searches) in OURS.items():
             for most, sizes in searches.items():
-                goal = {"remove": most / len(stack)} if "remove" in get_method(slug).options else {}
+                goal = {"share": most / len(stack)} if "remove" in get_method(slug).options else {}
                 ask = partial(planned_here, stack, calibration, slug, options | goal, sizes)
                 chosen = finished.once(f"sample {number}: {name}, up to {most} layers", ask)
                 for size in sizes:

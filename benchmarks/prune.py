@@ -27,10 +27,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 import lamella
+from lamella.methods.rd_prune.knapsack import allocate
 from lamella.methods.tracenas import GradientTraces, Space, Traces, phi
 from lamella.plan import ModelReference, Plan
 from lamella.results import Record
-from lamella.search import allocate
 from lamella.stack import Stack
 from lamella.zoo import open_tokenizer
 

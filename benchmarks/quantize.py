@@ -39,7 +39,7 @@ from lamella.evaluate import FidelityTest, Ratio, bench
 from lamella.files import Finished
 from lamella.plan import ModelReference, Plan
 from lamella.plan.export import export
-from lamella.quantize import int8_copy
+from lamella.plan.quantize import int8_copy
 from lamella.results import Record
 from lamella.stack import share
 from lamella.zoo import open_tokenizer, resolve

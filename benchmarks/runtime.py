@@ -35,10 +35,10 @@ from lamella.methods.lora_drop import spread_layers
 from lamella.methods.modes.policy import MODALITIES, ExpertSkipping
 from lamella.methods.mue import OFF, Exits, Work, by_flops, by_layers
 from lamella.methods.mue import planned as exit_plan
+from lamella.methods.unified_skip import balanced
 from lamella.plan import ModelReference, PhasedPath, Plan, PolicyReference
 from lamella.results import Record
 from lamella.runtime import Denoising, Sampler, traced, untraced, with_policy
-from lamella.search import balanced
 from lamella.stack import Stack, open_model
 from lamella.stack.diffusion import LLaDAConfig, LLaDAForMaskedLM
 from lamella.zoo import open_tokenizer

@@ -29,7 +29,8 @@ from mkdocs.exceptions import PluginError
 
 from lamella.plan import SiteModule
 from lamella.plan.parts import defined
-from lamella.registry import Method, all_commands, methods, room
+from lamella.registry import Method, all_commands, room
+from lamella.registry import commands as commands_of
 from lamella.results import Adapted, Edit
 from lamella.results.record import VERDICTS
 from lamella.signature import kind_of
@@ -42,6 +43,18 @@ ADMONITIONS = {True: "success", False: "failure", None: "warning"}
 SAID = VERDICTS | {None: "is undecided"}
 OTHERS = {False: "not", None: "undecided"}
 MARKER = re.compile(r"^<!-- (\w+)(?:: ([\w.-]+))? -->$", re.MULTILINE)
+
+
+def _readme() -> Any:
+    """The script that fills the README, whose tables some pages show at length."""
+    spec = importlib.util.spec_from_file_location("readme", ROOT / "scripts" / "readme.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+README = _readme()
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -144,39 +157,25 @@ def broken(path: Path, error: Exception, command: str) -> PluginError:
 
 
 def method_table() -> str:
-    """Every method of the registry, with a link to its page and the verdict of its reproduction."""
+    """Every method of Lamella by purpose, with a link to its page and the verdict of its reproduction."""
     rows = [
-        [_linked(known), known.title, known.purpose, _paper(known), *_verdict(known)] for known in methods().values()
+        [_linked(known), known.summary, wanted, _paper(known), *_verdict(known)]
+        for wanted, entries in README.by_purpose().items()
+        for known in entries
     ]
-    return table(["Method", "What it is", "For", "Paper", "Main claim", "Checks"], rows)
-
-
-WANTED = {  # purposes as what a reader wants
-    "prune": "A smaller model",
-    "skip": "Less work for each generated token",
-    "heal": "Train back, or train on",
-    "adapt": "Learn something new",
-    "repair": "Mend what a model does",
-    "rewrite": "Texts or models in another form",
-    "recycle": "Use work again",
-    "measure": "Understand a model",
-    "vision": "Models of images and scenes",
-}
+    return table(["Method", "What it does", "For", "Paper", "Main claim", "Checks"], rows)
 
 
 def which_table() -> str:
     """What each method is for, and what it needs and leaves, as its declaration and signature say; no baselines."""
     rows = []
-    for known in all_commands().values():
-        first = known[""]
-        if not first.baseline:
+    for wanted, entries in README.by_purpose().items():
+        for first in (entry for entry in entries if not entry.baseline):
             needs = [_needed(each) for each in first.signature.inputs.values()]
             data = ", ".join(sorted({each for each in needs if each}))
             on = first.on if isinstance(first.on, str) else ", ".join(first.on)
-            recipes = [each for each in known.values() if each.name and "lr" in each.options]
-            rows.append([WANTED[first.purpose], _linked(first), _training(first, recipes), data, on, _export(first)])
-    order = list(WANTED.values())
-    rows.sort(key=lambda row: order.index(row[0]))
+            recipes = [each for each in commands_of(first.slug).values() if each.name and "lr" in each.options]
+            rows.append([wanted, _linked(first), _training(first, recipes), data, on, _export(first)])
     return table(["You want", "Method", "Training", "Data", "Models", "Leaves"], rows)
 
 
@@ -207,18 +206,9 @@ def _export(known: Method) -> str:
     return said[:1].lower() + said[1:]
 
 
-def _readme() -> Any:
-    """The script that fills the README, whose figures some pages show at length."""
-    spec = importlib.util.spec_from_file_location("readme", ROOT / "scripts" / "readme.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def raced() -> str:
     """All methods at one target."""
-    return str(_readme().everything())
+    return str(README.everything())
 
 
 def _linked(known: Method) -> str:

@@ -34,7 +34,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 import lamella
-from lamella.data import Captioned, Pictures, Reader, load_text, windows
+from lamella.data import Captioned, Lazy, Pictures, Reader, load_text, windows
 from lamella.evaluate.texts import TextScores
 from lamella.files import Work
 from lamella.methods.caprecover import (
@@ -219,10 +219,11 @@ def at_the_optimum(sets: Sets, cuts: list[str]) -> list[float]:
     """How many classes the weak reader (gap) names when it has been trained to the end: logistic regression."""
     found = []
     for cut in cuts:
-        standardised = Standardised(sets.train[cut].shape[1:]).train()
+        ours, theirs = (torch.stack(list(part[cut])) for part in (sets.train, sets.test))
+        standardised = Standardised(ours.shape[1:]).train()
         standardised.norm.momentum = None  # its mean and variance are those of all it sees
-        standardised(sets.train[cut])
-        train, test = (pooled(standardised.eval()(part[cut])).numpy() for part in (sets.train, sets.test))
+        standardised(ours)
+        train, test = (pooled(standardised.eval()(part)).numpy() for part in (ours, theirs))
         reader = make_pipeline(StandardScaler(), LogisticRegression(max_iter=10_000)).fit(train, sets.train_labels)
         found.append(float(reader.score(test, sets.test_labels)))
     return found
@@ -407,13 +408,14 @@ def attacked(run: Run, victim: Victim, cut: str, seed: int, count: int, judged: 
     before = {name: each.clone() for name, each in speaker.state_dict().items()}
     ours, seen = recorded(victim, theirs, [cut])[cut], recorded(victim, judges, [cut])[cut]
     loss = Spoken(Guard(), cut, scales({cut: ours})[cut])
-    captioner = Captioner(ours.shape[1:], speaker, tokenizer, seed)
+    captioner = Captioner(ours[0].shape, speaker, tokenizer, seed)
     taught(
         captioner, ours, texts, loss, replace(SPEAK, steps=steps[1], seed=seed), run.work / f"captioner {cut} {seed}"
     )
     if not all(torch.equal(each, before[name]) for name, each in speaker.state_dict().items()):
         raise AssertionError("the writer has changed")
-    written, other = recovered(captioner, seen, loss), recovered(captioner, seen.roll(1, 0), loss)
+    others = Lazy([len(judges) - 1, *range(len(judges) - 1)], seen.__getitem__)
+    written, other = recovered(captioner, seen, loss), recovered(captioner, others, loss)
     return {
         "own": attributes(written, wanted) | TextScores.of(written, wanted).as_dict(),
         "other": attributes(other, wanted) | TextScores.of(other, wanted).as_dict(),

@@ -40,9 +40,9 @@ from lamella.methods.cola import (
     tree_search,
 )
 from lamella.methods.cola.paths import Found, ProblemStudy, study_sample
+from lamella.methods.unified_skip import balanced
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.results import Record
-from lamella.search import balanced
 from lamella.stack import Stack
 from lamella.zoo import open_tokenizer
 

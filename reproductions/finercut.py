@@ -74,7 +74,7 @@ def nano_checks(record: Record, seed: int) -> None:
     """Points 1, 2 and 5 where everything can be enumerated: a trained model of 6 layers."""
     stack = lamella.open(NANO)
     tokens = lamella.windows(open_tokenizer(NANO), lamella.load_text("pydoc", "calibration"), 4, 128, seed)
-    series = lamella.make_plan("finercut", stack, tokens, remove=0.5, exclude_front=0.0)
+    series = lamella.make_plan("finercut", stack, tokens, share=0.5, exclude_front=0.0)
     measure = OutputDistance(stack, tokens)
 
     removed: list[Position] = []
@@ -89,10 +89,10 @@ def nano_checks(record: Record, seed: int) -> None:
 
     nothing = measure.of([])
     record.exact("distance of nothing removed", "0 to 1e-7", nothing, abs(nothing) <= 1e-7)
-    once = lamella.make_plan("finercut", stack, tokens, remove=0.1, strategy="one_shot", exclude_front=0.0)
+    once = lamella.make_plan("finercut", stack, tokens, share=0.1, strategy="one_shot", exclude_front=0.0)
     same = once[1].drop == series[1].drop
     record.exact("first step of one-shot", "the first step of greedy", same, same)
-    shorter = lamella.make_plan("finercut", stack, tokens, remove=0.25, exclude_front=0.0)
+    shorter = lamella.make_plan("finercut", stack, tokens, share=0.25, exclude_front=0.0)
     same = [plan.drop for plan in shorter] == [plan.drop for plan in series][: len(shorter)]
     record.exact("a shorter run", "a prefix of a longer one", same, same)
 
@@ -207,7 +207,7 @@ def extensions(record: Record, stack: Stack, tokens: LongTensor, test: FidelityT
         ("x = 0.4, lazy", {"strategy": "lazy"}),
         ("x = 0.4, refined", {"refine": True}),
     ):
-        series = lamella.make_plan("finercut", stack, tokens, remove=0.1, **options)
+        series = lamella.make_plan("finercut", stack, tokens, share=0.1, **options)
         fidelity = test.of(lamella.apply(stack, series[-1]))
         rows.append([name, series.points[-1].scores["jsd"], fidelity.perplexity.mean, fidelity.jsd.mean])
     record.table(
@@ -220,7 +220,7 @@ def speed(record: Record, stack: Stack, tokens: LongTensor, quick: bool) -> None
     if quick:  # any plan will do
         plan = lamella.make_plan("random", stack, seed=0).removing(12)
     else:
-        plan = lamella.make_plan("finercut", stack, tokens, remove=0.2, strategy="lazy")[-1]
+        plan = lamella.make_plan("finercut", stack, tokens, share=0.2, strategy="lazy")[-1]
     view = lamella.apply(stack, plan)
     prompt, rounds = (64, 3) if quick else (512, 9)
     timing = bench({"whole": stack.model, "cut": view}, prompt=prompt, tokens=2, rounds=rounds)["cut"][0]

@@ -26,10 +26,10 @@ import lamella
 from lamella.evaluate import bench, measure_step
 from lamella.files import Work
 from lamella.methods.first import ROUTING, PromptRouters, buckets, signatures, thresholds, train_routers, tune
+from lamella.methods.unified_skip import balanced
 from lamella.plan import ModelReference, PhasedPath, Plan, PolicyReference
 from lamella.results import Record
 from lamella.runtime import keep_policy, with_policy
-from lamella.search import balanced
 from lamella.stack import Stack
 from lamella.train import Sample, Task, TrainConfig, add_lora, fit, response_loss
 from lamella.zoo import open_tokenizer

@@ -56,7 +56,7 @@ from lamella.methods.iformer import (
 from lamella.methods.iformer.baselines import cut, least_cut, nothing
 from lamella.methods.iformer.measuring import mixers
 from lamella.methods.iformer.method import costs
-from lamella.methods.iformer.recipe import Distilled, Rows
+from lamella.methods.iformer.recipe import Distilled, rows
 from lamella.methods.iformer.textures import CLASSES, SIDE
 from lamella.results import Record
 from lamella.train import TrainConfig, class_nats, fit, supervised
@@ -273,7 +273,7 @@ def seeing(seed: int, size: Size, folder: Path) -> dict[str, Any]:
     images = Album.open("textures", Reader(), count=size.pictures)
     vision = blank(seed)
     config = replace(LEARNING, steps=size.see, lr=5e-4, seed=seed, save_every=size.see)
-    fit(vision.model, Rows(vision, images.items), supervised(class_nats), config, out=folder / "run",
+    fit(vision.model, rows(vision, images.items), supervised(class_nats), config, out=folder / "run",
         trainable=lambda name: True)  # fmt: skip
     vision.model.eval()
     save_file({name: each.contiguous() for name, each in vision.model.state_dict().items()}, folder / "vit.safetensors")
@@ -317,7 +317,7 @@ def operated(way: str, share: float, seed: int, size: Size, folder: Path, out: P
     loss = Distilled(vision.model, temperature=1.0, features=1.0, labels=0.0)
     steps = max(1, size.see // 10)
     config = replace(LEARNING, steps=steps, lr=5e-4, seed=seed, save_every=steps)
-    fit(built.model, Rows(built, images.items), supervised(loss), config, out=out, trainable=lambda name: True)
+    fit(built.model, rows(built, images.items), supervised(loss), config, out=out, trainable=lambda name: True)
     built.model.eval()
     after = compared(vision, built, test, CLASSES)
     cost = costs(geometry, mixers(vision.model), mixers(built.model))

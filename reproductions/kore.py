@@ -62,6 +62,7 @@ from lamella.methods.kore import (
     normalised,
     weight_of,
 )
+from lamella.methods.kore.glyphs import FAMILIAR, GLYPH_WORDS, Glyph, asked, glyphs, known, render_glyph, told
 from lamella.methods.kore.method import beside, split_weights
 from lamella.methods.kore.projector import projector_of, two_rates
 from lamella.report.figures import Scatter
@@ -86,19 +87,7 @@ from lamella.train import (
 from lamella.train import response_loss as loss
 from lamella.zoo import open_processor, open_tokenizer
 from lamella.zoo.cache import build_once
-from lamella.zoo.worlds import (
-    FAMILIAR,
-    GLYPH_WORDS,
-    QUESTIONS,
-    SIZE,
-    Glyph,
-    asked,
-    glyphs,
-    known,
-    render_glyph,
-    told,
-    word_tokenizer,
-)
+from lamella.zoo.worlds import QUESTIONS, SIZE, word_tokenizer
 
 SEEDS = (0, 1, 2)
 LEARNT = 0.7  # of the old questions, right before anything is learnt: below that nothing is claimed

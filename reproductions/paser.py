@@ -291,7 +291,7 @@ def language_model(record: Record, seed: int) -> None:
     random.Random(seed).shuffle(everyone)
     held_out, pool = everyone[:80], everyone[80:560]
     tokens = lamella.windows(tokenizer, lamella.load_text("pydoc", "calibration"), 4, 128, seed)
-    plan = lamella.make_plan("finercut", stack, tokens, remove=0.1)[-1]  # 6 of 60 sublayers
+    plan = lamella.make_plan("finercut", stack, tokens, share=0.1)[-1]  # 6 of 60 sublayers
     chosen = paser(stack, pool, plan=plan, tokenizer=tokenizer)
     columns = ["cluster", "samples", "CDS (nats)", "budget", "selected"]
     names = ("cluster", "size", "cds", "budget", "selected")

@@ -40,9 +40,9 @@ from lamella.methods.rd_prune import (
     prune_in_rounds,
     rate_distortion,
 )
+from lamella.methods.rd_prune.knapsack import allocate
 from lamella.plan import Masks, apply_masks
 from lamella.results import Record
-from lamella.search import allocate
 from lamella.zoo import open_tokenizer
 
 TEST = 600  # images that nothing is chosen on

@@ -29,9 +29,6 @@ from harness.nano import digest, encode, taught, trained
 from scipy.stats import spearmanr
 
 import lamella
-from lamella.data import ask, crc
-from lamella.data.questions import SETS
-from lamella.measure import Asked, Question
 from lamella.methods.slr import (
     Blend,
     Blends,
@@ -50,6 +47,8 @@ from lamella.methods.slr import (
     search,
     soup,
 )
+from lamella.methods.slr.answers import Asked, Question
+from lamella.methods.slr.questions import SETS, ask, crc
 from lamella.plan import apply_tensors, fingerprint, parameters_at
 from lamella.results import Record
 from lamella.stack import Stack, share

@@ -1,9 +1,10 @@
-"""Fill the README's figures from the committed results, so that no number in it is typed by hand.
+"""Fill the README from the registry and the committed results, so that no list or number in it is typed by hand.
 
-The documentation's page of benchmarks takes its long tables from here, too.
+What is filled in stands between a marker such as ``<!-- methods -->`` and ``<!-- end -->``. The documentation takes its
+long tables and the order of the purposes from here, too.
 
-python scripts/readme.py                       # from benchmarks/results and reproductions/results
-python scripts/readme.py --demo demo          # first take in new evidence of `make demo`; likewise `--all`
+python scripts/readme.py                # the table of methods, from the registry and reproductions/results
+python scripts/readme.py --demo demo    # also what `make demo` has printed into the folder demo; likewise `--all`
 """
 
 from __future__ import annotations
@@ -21,12 +22,23 @@ from rich.console import Console
 from lamella.cli.console import table
 from lamella.commands.compress.page import summary
 from lamella.commands.compress.result import CompressionEvidence
-from lamella.registry import methods
+from lamella.registry import Method, methods
 from lamella.results.record import VERDICTS
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks" / "results"
 REPRODUCTIONS = ROOT / "reproductions" / "results"
+PURPOSES = {  # in the order of the tables, as what a reader wants
+    "prune": "A smaller model",
+    "skip": "Less work for each generated token",
+    "heal": "Train back, or train on",
+    "adapt": "Learn something new",
+    "repair": "Repair what a model does",
+    "rewrite": "Texts or models in another form",
+    "recycle": "Use work again",
+    "measure": "Understand a model",
+    "vision": "Models of images and scenes",
+}
 DEMO = "lamella compress smollm2 --speedup 1.3 --heal-minutes 3 -o demo"
 
 
@@ -34,13 +46,13 @@ def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def demonstrated() -> str:
-    """What ``lamella compress`` printed."""
+def demonstrated(evidence: Path) -> str:
+    """What the main job printed."""
     console = Console(record=True, width=88, file=io.StringIO())
-    shown = summary(CompressionEvidence.read(BENCHMARKS / "demo.json"))
-    for each in shown.tables:
+    found = summary(CompressionEvidence.read(evidence))
+    for each in found.tables:
         table(each.title, each.columns, each.rows, console)
-    for line in (shown.verdict, *shown.lines):
+    for line in (found.verdict, *found.lines):
         console.print(line, highlight=False, markup=False)
     text = "\n".join(line.rstrip() for line in console.export_text().splitlines())
     return f"```console\n$ {DEMO}\n{text}\n```"
@@ -79,15 +91,49 @@ def everything() -> str:
     return "\n".join(lines)
 
 
-def verdict(slug: str) -> str:
-    """The verdict on the main claim, and how many checks hold, with a link to those that do not."""
-    if not (REPRODUCTIONS / f"{slug}.json").exists():
+def state(entry: Method) -> str:
+    """What a reproduction found about the main claim, and how many checks hold, with a link to those that do not."""
+    page = f"docs/methods/{entry.slug}.md#measured"
+    if entry.baseline:
+        return "baseline"
+    if not entry.reproduced:
+        return f"our own; [measured]({page})"
+    if not (REPRODUCTIONS / f"{entry.slug}.json").exists():
         return "not yet run"
-    result = read(REPRODUCTIONS / f"{slug}.json")
+    result = read(REPRODUCTIONS / f"{entry.slug}.json")
     held, total = sum(bool(check["passed"]) for check in result["checks"]), len(result["checks"])
     checks = f"{held} of {total} checks hold"
-    checks = checks if held == total else f"[{checks}](docs/methods/{slug}.md#measured)"
+    checks = checks if held == total else f"[{checks}]({page})"
     return f"main claim: {VERDICTS[result['claim_holds']]}; {checks}"
+
+
+def by_purpose() -> dict[str, list[Method]]:
+    """The methods of Lamella itself by what a reader wants, those that others are compared with last."""
+    own = [entry for entry in methods().values() if entry.module.startswith("lamella.")]
+    own.sort(key=lambda entry: (entry.baseline, entry.slug))
+    return {wanted: [entry for entry in own if entry.purpose == purpose] for purpose, wanted in PURPOSES.items()}
+
+
+def method_table() -> str:
+    """Every method with its summary and the state of its reproduction, grouped by purpose."""
+    lines = ["| method | what it does | reproduction |", "| --- | --- | --- |"]
+    for wanted, entries in by_purpose().items():
+        lines.append(f"| **{wanted}** | | |")
+        lines += [
+            f"| [`{entry.slug}`](docs/methods/{entry.slug}.md) | {entry.summary} | {state(entry)} |"
+            for entry in entries
+        ]
+    return "\n".join(lines)
+
+
+def filled(text: str, **parts: str) -> str:
+    """The README with some of its parts in place of what stood there."""
+    for name, part in parts.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+        text, count = pattern.subn(lambda found, part=part: f"{found[1]}{part}{found[2]}", text)
+        if count != 1:
+            raise SystemExit(f"README.md has {count} places for '{name}': it needs one")
+    return text
 
 
 def main() -> None:
@@ -99,19 +145,11 @@ def main() -> None:
     for name, folder in taken.items():
         if folder is not None:
             shutil.copyfile(folder / "evidence.json", BENCHMARKS / f"{name}.json")
-    published = [slug for slug, entry in methods().items() if entry.reproduced]
-    parts = {"demo": demonstrated()} | {slug: verdict(slug) for slug in published}
+    parts = {"methods": method_table()}
+    if arguments.demo is not None:
+        parts["demo"] = demonstrated(BENCHMARKS / "demo.json")
     readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    for name, part in parts.items():
-        line = "" if name in published else "\n"
-        pattern = re.compile(rf"<!-- {name} -->.*?<!-- end -->", re.DOTALL)
-        if not pattern.search(text):
-            raise SystemExit(f"README.md has no place for '{name}'")
-        text = pattern.sub(
-            lambda _, part=part, name=name, line=line: f"<!-- {name} -->{line}{part}{line}<!-- end -->", text
-        )
-    readme.write_text(text, encoding="utf-8")
+    readme.write_text(filled(readme.read_text(encoding="utf-8"), **parts), encoding="utf-8")
 
 
 if __name__ == "__main__":

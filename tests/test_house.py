@@ -109,6 +109,36 @@ def messages(file: Path) -> Iterator[tuple[int, str, list[str]]]:
                     yield node.lineno, text, values
 
 
+def test_bounds_of_options_are_declared_and_not_checked_by_hand() -> None:
+    """Of commands: ``if not 0 < share <= 1: raise`` is an annotation, which help shows and tests are made of."""
+    found = []
+    for file in sorted(HOME.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            declared = isinstance(node, ast.FunctionDef) and any(
+                ast.unparse(each).startswith(("method(", "command(")) for each in node.decorator_list
+            )
+            if declared:
+                found += [f"{file.name}: {check}" for check in _checked_by_hand(node)]
+    assert found == []
+
+
+def _checked_by_hand(function: ast.FunctionDef) -> list[str]:
+    """The conditions of refusals that compare an option with a number."""
+    options = {each.arg for each in function.args.kwonlyargs}
+    refusals = [each for each in ast.walk(function) if isinstance(each, ast.If) and isinstance(each.body[0], ast.Raise)]
+    return [
+        ast.unparse(compare)
+        for refusal in refusals
+        for compare in ast.walk(refusal.test)
+        if isinstance(compare, ast.Compare)
+        and any(isinstance(each, ast.Name) and each.id in options for each in (compare.left, *compare.comparators))
+        and any(
+            isinstance(each, ast.Constant) and type(each.value) in (int, float)
+            for each in (compare.left, *compare.comparators)
+        )
+    ]
+
+
 def test_messages_read_well_on_the_command_line_and_in_python() -> None:
     """Options stand in them by name and value; what is Python's is marked as such: ``(of_stack in Python)``."""
     wrong = []

@@ -2,7 +2,7 @@
 
 >>> import lamella
 >>> stack = lamella.open("smollm2")                                # doctest: +SKIP
->>> series = lamella.make_plan("finercut", stack, remove=0.1)           # doctest: +SKIP
+>>> series = lamella.make_plan("finercut", stack, share=0.1)            # doctest: +SKIP
 >>> small = lamella.apply(stack, series[-1])                       # doctest: +SKIP
 """
 

@@ -176,7 +176,7 @@ class Opening:
         how = dict(self.how)
         stack = how.pop("stack", None)
         if kind is Checkpoint:
-            return Checkpoint.open(value, **how)
+            return value if isinstance(value, Checkpoint) else Checkpoint.open(value, **how)
         if kind is Written:
             written = value if isinstance(value, Written) else open_written(value, **how)
             self.model, self._name = self.model or written.running, value

@@ -9,7 +9,7 @@ from typing import Any
 from lamella.data import ImageText, Sample
 from lamella.data.samples import blocks
 from lamella.errors import BudgetError, MethodError
-from lamella.evaluate import Budget, StepTimes, measure_step
+from lamella.evaluate import Budget, StepTimes, cost, measure_step
 from lamella.measure import Tokens, sequences
 from lamella.plan import PlanSeries
 from lamella.registry import Method, get_method, methods
@@ -159,7 +159,26 @@ def pick(series: PlanSeries, budget: Budget, stack: Stack) -> int:
     """
     if budget.speedup is not None:
         return first_reaching(series, measure_step(stack), budget.speedup)
-    if budget.remove is not None:
-        wanted = series.at_ratio(budget.remove).digest
+    if budget.parameters is not None:
+        return _first_of_size(series, budget.parameters, stack)
+    if budget.share is not None:
+        wanted = series.at_ratio(budget.share).digest
         return next(number for number, plan in enumerate(series) if plan.digest == wanted)
     return len(series) - 1
+
+
+def _first_of_size(series: PlanSeries, share: float, stack: Stack) -> int:
+    """The first plan of a series with at most a share of the model's parameters.
+
+    Raises:
+        BudgetError: when none has; the message says the least that one has.
+    """
+    whole = cost(stack).parameters
+    shares = [cost(stack, plan).parameters / whole for plan in series]
+    found = next((number for number, each in enumerate(shares) if each <= share), None)
+    if found is None:
+        name = series.provenance.get("method", "this series")
+        raise BudgetError(
+            f"{share:g} of the parameters cannot be reached by {name}: {min(shares):.3f} is the least it can"
+        )
+    return found

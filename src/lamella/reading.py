@@ -19,7 +19,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from lamella.errors import CalibrationError, LamellaError
 from lamella.extras import require
@@ -42,7 +42,7 @@ class FileRefused(ValueError):
     """A file that is not read because of its type or its size."""
 
 
-def open_file(path: str | Path) -> BinaryIO:
+def open_file(path: str | Path) -> io.BufferedReader:
     """Open a regular file for reading; a pipe is refused instead of being waited for.
 
     Raises:
@@ -215,17 +215,34 @@ def _unreadable(path: str | Path, error: Exception, mend: str) -> CalibrationErr
     return CalibrationError(f"{path}: cannot be read as UTF-8 text ({reason}): {mend}")
 
 
-def _lines(path: str | Path, mend: str) -> Iterator[tuple[int, str]]:
-    """The lines of a text file that are not blank, with their numbers; see :func:`read_lines`."""
+class Line(NamedTuple):
+    """A line of a text file.
+
+    Attributes:
+        number: of the line, from 1.
+        text: without what ends the line.
+        offset, size: the bytes of the line in the file, with what ends it.
+    """
+
+    number: int
+    text: str
+    offset: int
+    size: int
+
+
+def _lines(path: str | Path, mend: str) -> Iterator[Line]:
+    """The lines of a text file that are not blank; see :func:`read_lines`."""
     try:
-        with open_file(Path(path).expanduser()) as file, io.TextIOWrapper(file, encoding="utf-8") as text:
-            number = 0
+        with open_file(Path(path).expanduser()) as file, io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
+            number = offset = 0
             while line := text.readline(LONGEST + 1):
                 number += 1
                 if len(line) > LONGEST:
                     raise FileRefused(f"line {number} has more than {LONGEST:,} characters")
+                size = len(line.encode())
                 if line.strip():
-                    yield number, line.removesuffix("\n")
+                    yield Line(number, line.rstrip("\r\n"), offset, size)
+                offset += size
     except (OSError, UnicodeDecodeError, FileRefused) as error:
         raise _unreadable(path, error, mend) from None
 
@@ -238,7 +255,7 @@ def read_lines(path: str | Path, mend: str = "give a text file") -> list[tuple[i
     Raises:
         CalibrationError: when the file is missing or no UTF-8 text, or a line is too long.
     """
-    return list(_lines(path, mend))
+    return [(line.number, line.text) for line in _lines(path, mend)]
 
 
 def read_rows(
@@ -253,12 +270,46 @@ def read_rows(
     Raises:
         CalibrationError: for a file that cannot be read, or a line that is not JSON.
     """
-    for number, line in _lines(path, instead):
+    for line in _lines(path, instead):
+        yield line.number, _row(path, line.number, line.text, mend)
+
+
+class RowFile:
+    """A file of JSON lines of which only the offsets of the lines are in memory.
+
+    Args:
+        path: the file.
+        mend: what a line should be, for the message.
+
+    Raises:
+        CalibrationError: if the file cannot be read.
+    """
+
+    def __init__(self, path: Path, mend: str) -> None:
+        self.path, self.mend = path, mend
+        self.lines = [(line.number, line.offset, line.size) for line in _lines(path, "give a .jsonl file")]
+
+    def read(self, entry: tuple[int, int, int]) -> tuple[int, Any]:
+        """The value of a line of ``lines``, with the number of the line.
+
+        Raises:
+            CalibrationError: if the line is not JSON, or the file cannot be read any more.
+        """
+        number, offset, size = entry
         try:
-            row = parse_json(line)
-        except ValueError as error:
-            raise CalibrationError(f"{path} line {number} is not JSON ({error}); {mend}") from None
-        yield number, row
+            with open_file(self.path) as file:
+                file.seek(offset)
+                text = file.read(size).decode()
+        except (OSError, UnicodeDecodeError, FileRefused) as error:
+            raise _unreadable(self.path, error, "give a .jsonl file") from None
+        return number, _row(self.path, number, text, self.mend)
+
+
+def _row(path: str | Path, number: int, text: str, mend: str) -> Any:
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise CalibrationError(f"{path} line {number} is not JSON ({error}); {mend}") from None
 
 
 def read_journal(path: Path, is_whole: Callable[[Any], bool], header: str | None = None) -> list[Any]:

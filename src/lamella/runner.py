@@ -16,7 +16,7 @@ from lamella.evaluate import Budget, FidelityTest
 from lamella.files import Work, check_free, discard
 from lamella.inputs import Opening, check_inputs, check_source
 from lamella.plan import ModelReference, Plan, PlanSeries
-from lamella.planners import PLANS, pick, planned_on
+from lamella.planners import PLANS, Race, pick, planned_on
 from lamella.processes import is_first
 from lamella.provenance import environment
 from lamella.registry import Method, check_given_once, get_method, room
@@ -77,19 +77,9 @@ def run(
     Raises:
         LamellaError: one line for whatever cannot be used.
     """
-    entry = get_method(slug, command)
-    check_given_once(slug, entry.signature, inputs, given)
-    given = dict(zip(entry.signature.inputs, inputs, strict=False)) | given
-    if "test" in entry.signature.inputs and test is not None:  # then it is the command's own
-        given, test = given | {"test": test}, None
-    budget, given = _goals(entry, given)
-    _check(entry, given, inputs)
     out = None if out is None else Path(out)
-    if out is not None:
-        _check_out(out, given.values(), overwrite)
-    check_inputs(entry.signature, given, allow_pickle)
-    if test is not None:
-        check_source(test)
+    entry, asked, budget, test = _checked(slug, command, inputs, given, out, test, overwrite, allow_pickle)
+    given, asked = asked, given | dict(zip(entry.signature.inputs, inputs, strict=False))
     opening = Opening(entry, given, allow_pickle=allow_pickle, stack=of_stack)
     opened = [opening(each) for each in entry.signature.inputs.values()]
     judged, unjudged = _judged(entry, opening, opened, test)
@@ -111,12 +101,103 @@ def run(
                 "evidence.json": evidence.dump(),
                 "report.html": _page(slug, evidence, summary),
                 "README.md": _card(slug, evidence, summary, entry.title) + result.loading,
+                **({} if (again := _again(entry, asked)) is None else {"run.yaml": again}),
                 **result.files,
             }
 
         result.save(out, documents, overwrite=overwrite, tokenizer=opening.known_reader)
         discard(work.folder, out)  # type: ignore[arg-type]
     return Outcome(result, evidence, summarise(evidence))
+
+
+def checked(
+    slug: str,
+    *inputs: Any,
+    command: str = "",
+    out: str | Path | None = None,
+    test: str | None = None,
+    overwrite: bool = False,
+    allow_pickle: bool = False,
+    of_stack: str | None = None,
+    **given: Any,
+) -> tuple[str, list[str], list[list[str]]]:
+    """What a run would do, when all that can be checked before anything is opened is checked; see :func:`run`.
+
+    Returns:
+        Title, headers and rows of a table: inputs, options that differ from their defaults, and the output.
+    """
+    out = None if out is None else Path(out)
+    entry, asked, _, test = _checked(slug, command, inputs, given, out, test, overwrite, allow_pickle)
+    rows = [["input", name, str(asked.get(name, "its default"))] for name in entry.signature.inputs]
+    rows += [["stack", "of_stack", of_stack]] if of_stack else []
+    for name, value in {**given, **asked}.items():
+        option = entry.options.get(name)
+        if name not in entry.signature.inputs and (option is None or option.default != value):
+            rows.append(["option", name, str(value)])
+    rows.append(["output", "out", "nothing is written" if out is None else str(out)])
+    return f"lamella {slug} {command}".strip() + " would run", ["what", "name", "value"], rows
+
+
+def _checked(
+    slug: str,
+    command: str,
+    inputs: tuple[Any, ...],
+    given: dict[str, Any],
+    out: Path | None,
+    test: str | None,
+    overwrite: bool,
+    allow_pickle: bool,
+) -> tuple[Method, dict[str, Any], Budget, str | None]:
+    """The command, what it is given by name, the goal of its plans and its test, all checked before opening."""
+    entry = get_method(slug, command)
+    check_given_once(slug, entry.signature, inputs, given)
+    given = dict(zip(entry.signature.inputs, inputs, strict=False)) | given
+    if "test" in entry.signature.inputs and test is not None:  # then it is the command's own
+        given, test = given | {"test": test}, None
+    budget, given = _goals(entry, given)
+    _check(entry, given, inputs)
+    if out is not None:
+        _check_out(out, given.values(), overwrite)
+    check_inputs(entry.signature, given, allow_pickle)
+    if test is not None:
+        check_source(test)
+    return entry, given, budget, test
+
+
+def _again(entry: Method, asked: Mapping[str, Any]) -> str | None:
+    """``run.yaml``: what gives the same run again; None where something was given that has no name, such as a model."""
+    import yaml
+
+    planners: dict[str, Any] = {}
+    named: dict[str, Any] = {}
+    for name, value in asked.items():
+        if isinstance(value, Race):
+            planners |= {each.slug: dict(each.options) for each in value.planners if each.options}
+            named[name] = "all" if value.is_open else ",".join(each.slug for each in value.planners)
+        elif value is None and name in entry.signature.optional:
+            named[f"no_{name}"] = True
+        elif value is not None:
+            named[name] = _plain(value)
+    if any(value is Ellipsis for value in named.values()):
+        return None
+    before = [] if entry.is_own else ["run"]
+    document = {"command": " ".join([*before, entry.slug, *([entry.name] if entry.name else [])]), **named}
+    text: str = yaml.safe_dump(document | ({"planners": planners} if planners else {}), sort_keys=False)
+    return text
+
+
+def _plain(value: Any) -> Any:
+    """A value as YAML has it; Ellipsis for one that it cannot say."""
+    if isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return [f"{name}={_plain(each)}" for name, each in value.items()]
+    if isinstance(value, list | tuple):
+        found = [_plain(each) for each in value]
+        return Ellipsis if Ellipsis in found else found
+    return Ellipsis
 
 
 def call(slug: str, *inputs: Any, **given: Any) -> Any:

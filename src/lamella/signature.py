@@ -4,7 +4,7 @@
                  budget: Budget = Budget(), work: Work = Work()) -> PlanSeries:
 
 Positional parameters are inputs. Keyword-only ones are options; one whose type is a frozen dataclass stands for its
-fields, so ``remove=0.2`` is ``budget=Budget(remove=0.2)``, in Python and on the command line. Where the dataclass has
+fields, so ``share=0.2`` is ``budget=Budget(share=0.2)``, in Python and on the command line. Where the dataclass has
 ``prefixed = True``, the options carry the name of the parameter: ``heal_minutes=2`` is ``heal=Heal(minutes=2)``. Such a
 group may be optional (``Quantize | None``): it exists as soon as one of its fields is given. :class:`Work` is filled in
 by the runner. Bounds of an option (:mod:`annotated_types`: ``Ge``, ``Gt``, ``Le``, ``Lt``, ``MinLen``) and another
@@ -485,21 +485,21 @@ def _bare(hint: Any) -> Any:
     return _bare(get_args(hint)[0]) if get_origin(hint) is Annotated else hint
 
 
-def _notes(hint: Any) -> Iterator[Any]:
+def notes_of(hint: Any) -> Iterator[Any]:
     """The notes of a type and of the types in it."""
     if isinstance(hint, Noted):
-        yield from (*hint.notes, *_notes(hint.kind))
+        yield from (*hint.notes, *notes_of(hint.kind))
     elif get_origin(hint) is Annotated:
         kind, *notes = get_args(hint)
-        yield from (*notes, *_notes(kind))
+        yield from (*notes, *notes_of(kind))
     elif get_origin(hint) is tuple or len(_members(hint)) > 1:
         for each in get_args(hint) if get_origin(hint) is tuple else _members(hint):
-            yield from _notes(each)
+            yield from notes_of(each)
 
 
 def limits(parameter: Parameter) -> list[Any]:
     """The bounds of a parameter's values, or of their entries, as :mod:`annotated_types` has them."""
-    return [*_notes(parameter.hint), *parameter.notes]
+    return [*notes_of(parameter.hint), *parameter.notes]
 
 
 def choices(parameter: Parameter) -> list[Any]:

@@ -226,14 +226,14 @@ def test_an_unknown_method_is_answered_with_the_nearest(lamella, command):
     [
         (("--level", "sideways"), "choose one of sublayer, attn, mlp, block"),
         (("--distance", "miles"), "choose one of jsd, jsd_repo"),
-        (("--remove", "2"), ">= 0 and <= 1"),
+        (("--share", "2"), ">= 0 and <= 1"),
         (("--exclude-front", "0.99"), "exclude_front"),
     ],
 )
 def test_a_bad_option_of_a_method_is_answered_with_what_it_takes(lamella, setting, answer, tmp_path):
     assert answer in lamella("plan", "finercut", NANO_LLAMA, *SHORT, *setting).refused()
     option, value = setting
-    if option != "--remove":  # which is one of the job's own
+    if option != "--share":  # which is one of the job's own
         dotted = ("--method", "finercut", f"--finercut.{option[2:]}", value)
         assert answer in lamella("compress", NANO_LLAMA, *dotted, "-o", tmp_path / "out").refused()
 
@@ -249,9 +249,9 @@ def test_options_of_planners_are_those_that_race(lamella, tmp_path):
     assert "Options of finercut" in helped and "--finercut.level" in helped
 
 
-@pytest.mark.parametrize("remove", ["-0.1", "7"])
-def test_a_share_that_is_none_is_refused(lamella, remove):
-    assert ">= 0 and <= 1" in lamella("plan", "shortgpt", NANO_LLAMA, "--remove", remove).refused()
+@pytest.mark.parametrize("share", ["-0.1", "7"])
+def test_a_share_that_is_none_is_refused(lamella, share):
+    assert ">= 0 and <= 1" in lamella("plan", "shortgpt", NANO_LLAMA, "--share", share).refused()
 
 
 @pytest.mark.parametrize("speedup", ["0.5", "-1", "nan"])

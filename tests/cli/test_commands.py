@@ -133,7 +133,7 @@ PLANNING = sorted(
 @pytest.mark.parametrize("slug", PLANNING)
 def test_every_planning_method_makes_a_plan(lamella, tmp_path, slug):
     reads = SHORT if get_method(slug).text else ()
-    printed = succeeded(lamella("plan", slug, NANO_LLAMA, *reads, "--remove", "0.34", "-o", tmp_path / "out", "--json"))
+    printed = succeeded(lamella("plan", slug, NANO_LLAMA, *reads, "--share", "0.34", "-o", tmp_path / "out", "--json"))
     plan, series = Plan.read(tmp_path / "out" / "plan.json"), PlanSeries.read(tmp_path / "out")
     assert plan == series[json.loads(printed)["chosen"]]
     assert 0 < plan.removed <= 0.34 * 12
@@ -144,7 +144,7 @@ def test_a_model_with_experts_is_planned_by_skipping_some(lamella, tmp_path):
     nano("qwen3_moe", vocab_size=512).save_pretrained(folder)
     for file in NANO_LLAMA.glob("tokenizer*"):
         shutil.copy(file, folder)
-    succeeded(lamella("plan", "modes", folder, *SHORT, "--points", "6", "--remove", "0.34", "-o", plan))
+    succeeded(lamella("plan", "modes", folder, *SHORT, "--points", "6", "--share", "0.34", "-o", plan))
     assert Plan.read(plan / "plan.json").removed > 0
 
 
@@ -169,7 +169,7 @@ def test_a_plan_of_masks_comes_with_its_file_and_exports_as_an_ordinary_checkpoi
     assert torch.equal(logits(exported), logits(api.apply(api.open(NANO_LLAMA), plan)))
 
 
-@pytest.mark.parametrize("pick", [("--remove", "0.2"), ("--speedup", "1.2")])
+@pytest.mark.parametrize("pick", [("--share", "0.2"), ("--speedup", "1.2")])
 def test_masks_are_not_chosen_by_what_they_do_not_bring(lamella, pick):
     said = lamella("plan", "rd-prune", NANO_LLAMA, *SHORT, "--grid", "2", *pick).refused()
     assert "no sublayers" in said or "1.00 is the highest" in said
@@ -186,7 +186,7 @@ def test_a_speedup_picks_the_smallest_cut_that_reaches_it(lamella, tmp_path, ste
 
 def test_plan_is_run_for_planners(lamella, tmp_path):
     for verb in ("plan", "run"):
-        succeeded(lamella(verb, "shortgpt", NANO_LLAMA, *SHORT, "--remove", "0.34", "-o", tmp_path / verb))
+        succeeded(lamella(verb, "shortgpt", NANO_LLAMA, *SHORT, "--share", "0.34", "-o", tmp_path / verb))
     assert Plan.read(tmp_path / "plan" / "plan.json") == Plan.read(tmp_path / "run" / "plan.json")
     assert "shortgpt" in succeeded(lamella("plan", "--help")) and "layra" not in succeeded(lamella("plan", "--help"))
 
@@ -206,7 +206,7 @@ def test_notes_of_a_comparison_are_shown_once(lamella, tmp_path):
 
 
 def test_options_of_a_method_are_read_by_their_types(lamella, tmp_path):
-    options = {"level": "attn", "exclude-front": "0", "strategy": "one_shot", "remove": "0.17"}
+    options = {"level": "attn", "exclude-front": "0", "strategy": "one_shot", "share": "0.17"}
     settings = [part for name, value in options.items() for part in (f"--{name}", value)]
     succeeded(lamella("plan", "finercut", NANO_LLAMA, *SHORT, *settings, "--largest", "-o", tmp_path / "out"))
     plan = Plan.read(tmp_path / "out" / "plan.json")

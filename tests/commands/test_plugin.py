@@ -272,7 +272,7 @@ def test_it_has_a_row_among_the_methods(installed, lamella) -> None:
 
 def test_help_comes_from_its_signature_and_docstring(installed, lamella) -> None:
     said = " ".join(succeeded(lamella("run", "every-other", "--help")).replace("│", " ").split())
-    for part in ("--every", "N.", "--words", "abc, or a file of words.", "--most", "--remove", "--speedup", "--seed"):
+    for part in ("--every", "N.", "--words", "abc, or a file of words.", "--most", "--share", "--speedup", "--seed"):
         assert part in said, part
     assert "Count the words of a file" in " ".join(succeeded(lamella("run", "--help")).replace("│", " ").split())
     assert "--twice" in succeeded(lamella("run", "every-other", "count", "--help"))
@@ -364,10 +364,10 @@ def test_what_cannot_be_is_one_line_that_names_the_option(installed, lamella, tm
 def test_fields_and_whole_dataclasses_are_one_thing(installed) -> None:
     entry = get_method("every-other")
     stack, tokens = open_stack(NANO), torch.zeros(1, 8, dtype=torch.long)
-    assert set(signature(entry.call).options) == {"step", "remove", "speedup", "minutes", "until", "seed"}
-    assert entry(stack, tokens, remove=0.1).provenance["options"]["remove"] == 0.1
-    with pytest.raises(MethodError, match="remove is a part of budget"):
-        entry(stack, tokens, remove=0.1, budget=entry.signature.groups["budget"])
+    assert set(signature(entry.call).options) == {"step", "share", "parameters", "speedup", "minutes", "until", "seed"}
+    assert entry(stack, tokens, share=0.1).provenance["options"]["share"] == 0.1
+    with pytest.raises(MethodError, match="share is a part of budget"):
+        entry(stack, tokens, share=0.1, budget=entry.signature.groups["budget"])
 
 
 @pytest.mark.slow

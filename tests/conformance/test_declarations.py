@@ -68,7 +68,7 @@ def test_the_registry_names_the_function_that_the_source_declares(command: str) 
     function = inspect.unwrap(getattr(importlib.import_module(entry.module), entry.function))
     assert (function.__module__, function.__name__) == (entry.module, entry.function)
     declared = declared_in(Path(inspect.getsourcefile(function)))
-    assert ("command" if entry.name else "method", entry.slug) in declared
+    assert ("command" if entry.name or entry.is_own else "method", entry.slug) in declared
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -115,7 +115,15 @@ def test_every_input_can_be_opened_small(command: str) -> None:
     for each in entry.signature.inputs.values():
         kind = kind_of(each)
         assert kind is not None, f"{command} takes {each.name} as it is: give its type an open()"
-        made = hasattr(kind, "read") or kind.__name__ in ("Stack", "Model", "Adapter", "Writer")
+        made = hasattr(kind, "read") or kind.__name__ in (
+            "Stack",
+            "Model",
+            "Written",
+            "Checkpoint",
+            "Changed",
+            "Adapter",
+            "Writer",
+        )
         left_out = each.default is not EMPTY and entry.brief.get(each.name, "") is None
         assert made or left_out or hasattr(kind, "example") or hasattr(kind, "default"), (
             f"{command} needs {each.name}: give {kind.__name__} an `example = Fixture(...)`, as lamella.signature says"
@@ -153,16 +161,20 @@ def test_an_unknown_method_is_refused_with_the_nearest_names() -> None:
         get_method("zzzzzz")
 
 
-def test_the_registry_is_sorted_and_holds_the_methods_of_this_version() -> None:
+def test_the_registry_is_sorted() -> None:
     assert list(METHODS) == sorted(METHODS)
     assert {"finercut", "unified-skip", "shortgpt", "window", "sleb", "random"} <= set(METHODS)
-    assert {slug for slug, entry in METHODS.items() if entry.baseline} == {
-        "lora",
-        "shortgpt",
-        "window",
-        "sleb",
-        "random",
-    }
+
+
+@pytest.mark.parametrize("slug", OURS)
+def test_a_baseline_is_one_in_its_declaration_and_in_its_title(slug: str) -> None:
+    assert METHODS[slug].baseline == ("baseline" in METHODS[slug].title.lower())
+
+
+@pytest.mark.parametrize("slug", OURS)
+def test_the_changelog_names_it(slug: str) -> None:
+    changes = ROOT / "changes" / f"{slug}.md"
+    assert changes.is_file() or slug in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), f"write {changes}"
 
 
 PLUGIN = '''"""Of a plugin: a method from outside."""

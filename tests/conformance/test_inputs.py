@@ -21,6 +21,8 @@ def loaders() -> Iterator[tuple[str, Method, Parameter]]:
     """The types that have a loader of their own, each with the first command that takes it."""
     seen = set()
     for command, entry in COMMANDS.items():
+        if entry.is_own:  # which take what methods take, and models
+            continue
         for each in entry.signature.inputs.values():
             kind = kind_of(each)
             if not is_model(kind) and kind not in seen and (hasattr(kind, "example") or hasattr(kind, "default")):
@@ -43,7 +45,7 @@ def read(name: str, value: Any = None, seed: int = 0) -> Any:
     if value is None:
         value = put(example) if example else kind.default
     opening = Opening(entry, {parameter.name: value, "seed": seed, **settings})
-    if {"Stack", "Model"} & set(entry.inputs.values()):
+    if {"Stack", "Model", "Written"} & set(entry.inputs.values()):
         opening.model = opened(usual(f"{entry.slug} {entry.name}".strip()))
     return opening(Parameter(parameter.name, kind, split=parameter.split))
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from markupsafe import escape
-from worlds import COMMANDS, beating, carried_out, difference, made, measured, of_suite, state, suite_of
+from worlds import COMMANDS, TIMED, beating, carried_out, difference, made, measured, of_suite, state, suite_of
 
 import lamella
 from lamella.cli import console
@@ -19,9 +19,9 @@ from lamella.plan import Plan
 from lamella.provenance import describe, machine
 from lamella.registry import room
 from lamella.report.figures import Axes, Figure, known, named
-from lamella.results import Edit, PlanSeries, Result
-from lamella.results.page import card, inline, render
-from lamella.runner import _page, run
+from lamella.results import PlanSeries, Result
+from lamella.results.page import inline, render
+from lamella.runner import _card, _page, run
 
 RESUMED = [command for command, entry in COMMANDS.items() if entry.signature.work and suite_of(command) != "training"]
 ONCE = [command for command in COMMANDS if command not in RESUMED and suite_of(command) != "training"]
@@ -48,7 +48,9 @@ def test_provenance_says_who_made_it_how_and_from_what(command: str) -> None:
     assert (said["method"], said.get("command", "")) == (entry.slug, entry.name)
     assert (said["version"], said["machine"]) == (lamella.__version__, machine())
     assert said["inputs"] == {name: describe(value) for name, value in done.inputs.items() if value is not None}
-    options = {name for name, each in entry.options.items() if each.default is not None} - {"seed"}
+    absent = {group for group, default in entry.signature.groups.items() if default is None}
+    known = {name: each for name, each in entry.options.items() if each.group not in absent}
+    options = {name for name, each in known.items() if each.default is not None} - {"seed"}
     assert options <= set(said["options"]) <= set(entry.options)
     for name, value in done.options.items():
         if name in said["options"]:
@@ -79,7 +81,7 @@ def test_page_and_card_are_drawn_from_evidence_alone(command: str, monkeypatch: 
     summary = getattr(room(entry.slug, "page"), "summary", kind(command).summary)(evidence)
     page, readme = ((done.out / name).read_text() for name in ("report.html", "README.md"))
     assert _page(entry.slug, evidence, summary) == page
-    assert readme.startswith(card(evidence, summary, entry.title))  # a checkpoint's also says how it is loaded
+    assert readme.startswith(_card(entry.slug, evidence, summary, entry.title))  # a checkpoint's says how it is loaded
     assert readme.endswith(kind(command).loading)
     assert entry.slug in page and entry.slug in readme and lamella.__version__ in readme
     assert not re.search(r"""(?:src|href)=["']?https?://[^"' >]+\.(?:js|css)""", page)  # one file, without the network
@@ -146,7 +148,11 @@ def test_a_short_training_leaves_no_empty_figure(command: str, points: int) -> N
 @pytest.mark.parametrize("command", COMMANDS)
 def test_what_it_writes_can_be_read_back(command: str) -> None:
     done = made(command)
-    assert Plan.read(done.out / "plan.json") if issubclass(kind(command), Edit) else kind(command).read(done.out)
+    if hasattr(kind(command), "read"):
+        assert kind(command).read(done.out)
+    else:
+        found = done.outcome.evidence.findings.get("file", "plan.json")
+        assert Plan.read(done.out / found) if found == "plan.json" else (done.out / found).stat().st_size > 0
     assert list(done.out.parent.iterdir()) == [done.out]  # neither work nor halves are left
 
 
@@ -174,9 +180,10 @@ def test_an_output_that_exists_is_refused_before_anything_runs(command: str) -> 
 
 
 @pytest.mark.parametrize("command", ONCE)
-def test_a_second_run_says_the_same(command: str) -> None:
+def test_a_second_run_says_the_same(command: str, tmp_path: Path) -> None:
     torch.rand(3)  # what is drawn elsewhere must not matter
-    assert measured(carried_out(command).outcome.evidence) == measured(made(command).outcome.evidence)
+    out = tmp_path / "out" if kind(command).kind == "quantised" else None  # whose size is known when it is written
+    assert measured(carried_out(command, out=out).outcome.evidence) == measured(made(command).outcome.evidence)
 
 
 @pytest.mark.parametrize("command", RESUMED)
@@ -186,11 +193,14 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_result(command: str, tmp_pat
         carried_out(command, out=out, stop=whole.beats // 2 + 1)
     assert not out.exists()
     is_kept = whole.calls > 0 and any(map(has_found, work.rglob("*")))
+    is_encoded = any(work.rglob("[0-9]*.safetensors"))  # which costs calls of a module, unless it is of pixels
     again = carried_out(command, out=out)
     assert measured(again.outcome.evidence) == measured(whole.outcome.evidence)
-    assert again.calls < whole.calls if is_kept else again.calls == whole.calls
+    if kind(command).kind not in TIMED:  # which take as many calls as a loop has rounds
+        assert again.calls < whole.calls if is_kept else again.calls <= whole.calls
+        assert is_kept or is_encoded or again.calls == whole.calls
     assert list(tmp_path.iterdir()) == [out]
-    if suite_of(command) == "own":
+    if suite_of(command) == "own" and hasattr(kind(command), "read"):
         ours, theirs = (state(kind(command).read(each)) for each in (out, whole.out))
         assert [place for place in difference(ours, theirs) if "seconds" not in place] == []
 

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from lamella.data import Text, Writer, load_text
+from lamella.commands.diff import Results
+from lamella.data import Captioned, Lazy, Text, Writer, load_text
 from lamella.files import Journal
 from lamella.inputs import Opening
 from lamella.plan import ModelReference, Plan, PlanSeries
@@ -202,6 +203,8 @@ def _given(command: str, parameter: Parameter, name: str) -> Any:
         return writer()
     if kind is Changed:
         return (Changed(str(written("plan.json", _plan(entry, name).dump()))),)
+    if kind is Results:
+        return Results.open(made("random" if parameter.name == "first" else "shortgpt").out)
     if kind is Checkpoint:
         return Checkpoint(checkpoint(name, 0.0))
     if kind is Written:
@@ -209,10 +212,10 @@ def _given(command: str, parameter: Parameter, name: str) -> Any:
     if is_model(kind):
         first = next(iter(entry.signature.inputs)) == parameter.name
         return opened(name) if first else None if parameter.default is None else sibling(name)
-    if kind is Plan:
-        return _plan(entry, name)
     if entry.is_own and parameter.default is None:  # what may be left out is tried in the tests of the command
         return None
+    if kind is Plan:
+        return _plan(entry, name)
     if parameter.split == "test" and kind is Text:
         return str(judge())
     if hasattr(kind, "example"):
@@ -378,7 +381,9 @@ def _numbers(value: Any, place: str) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, Mapping):
         for name, each in value.items():
             yield from _numbers(each, f"{place}.{name}")
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, Captioned):
+        yield from _numbers([value.picture, value.text, value.label], place)
+    elif isinstance(value, list | tuple | Lazy):
         for number, each in enumerate(value):
             yield from _numbers(each, f"{place}.{number}")
     elif isinstance(value, torch.nn.Module):
@@ -389,7 +394,7 @@ def _numbers(value: Any, place: str) -> Iterator[tuple[str, Any]]:
         for each in fields(value):
             if each.name != "said":  # what an input says of itself may be known only once it was read
                 yield from _numbers(getattr(value, each.name), f"{place}.{each.name}")
-    elif isinstance(getattr(value, "__dict__", {}).get("items"), list):
+    elif isinstance(getattr(value, "__dict__", {}).get("items"), list | Lazy):
         yield from _numbers(value.items, place)
 
 
@@ -423,10 +428,13 @@ def logits(model: Any) -> Tensor:
     return said
 
 
+TIMED = ("compression", "benchmark")  # results that hold speeds, or depend on them
+
+
 def measured(evidence: Any) -> Any:
     """What evidence says but for where it was made, and how long that took; of speeds, nothing that depends on them."""
     timed = ("seconds",)
-    if evidence.kind in ("compression", "benchmark"):
+    if evidence.kind in TIMED:
         timed += ("speedup", "variation", "timings", "bytes", "reached", "pareto", "notes")
 
     def timeless(value: Any) -> Any:

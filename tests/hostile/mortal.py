@@ -264,7 +264,7 @@ def tokens() -> Any:
 
 
 def finercut(place: Path) -> None:
-    series = make_plan("finercut", opened(), tokens(), remove=0.4, work=Work(place))
+    series = make_plan("finercut", opened(), tokens(), share=0.4, work=Work(place))
     (place / "series.json").write_text(series.dump(), encoding="utf-8")
 
 

@@ -16,12 +16,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import answered, damaged, dumped, mutated, share, strings, values
 
-from lamella.data import Reader, load_questions, load_text, read_pair_file, read_pairs, read_records
+from lamella.data import Reader, load_text, read_records
 from lamella.data.pictures import read_picture
 from lamella.errors import CalibrationError, LamellaError, TrainingError
 from lamella.methods.agile3d.ply import read_ply
 from lamella.methods.cola import KnownAnswers, Problem, read_samples
+from lamella.methods.irepair.pairs import read_pair_file, read_pairs
 from lamella.methods.paser import Pool, paser, read_pool
+from lamella.methods.slr.questions import load_questions
 from lamella.plan import Plan
 from lamella.search import Cost, Memo, Removals, greedy
 from lamella.stack import Stack

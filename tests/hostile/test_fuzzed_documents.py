@@ -128,7 +128,8 @@ def test_an_image_is_read_or_refused(folder: Path, kind: str, data: st.DataObjec
     Image.fromarray(PNG).save(place / "0.png", kind)
     (place / "0.png").write_bytes(data.draw(damaged((place / "0.png").read_bytes())))
     with answered(folder, gigabytes=2):
-        Pictures.open(place, Reader(split="test"))
+        for each in Pictures.open(place, Reader(split="test")).items:
+            assert each.picture.ndim == 3
 
 
 def test_the_files_that_are_damaged_above_are_whole(folder: Path):

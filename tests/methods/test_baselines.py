@@ -13,13 +13,17 @@ from torch import LongTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lamella.data import load_text, windows
-from lamella.errors import MethodError
+from lamella.errors import BudgetError, MethodError
+from lamella.evaluate import Budget, cost
 from lamella.methods.random import random_cut
 from lamella.methods.shortgpt import shortgpt
 from lamella.methods.sleb import sleb
 from lamella.methods.window import angular_window
 from lamella.plan import PlanSeries
+from lamella.planners import pick
+from lamella.registry import get_method
 from lamella.stack import Position, Stack, positions_of
+from lamella.zoo.nano import nano
 
 NANO_LLAMA = Path(__file__).parent.parent / "models" / "nano-llama"
 EVERY = positions_of(6)  # the sublayers of the nano Llama
@@ -98,7 +102,7 @@ def test_sleb_is_the_naive_loop_over_layers_by_perplexity(stack: Stack, tokens: 
         gone.add(best)
         expected.append(EVERY[2 * best : 2 * best + 2])
         scores.append(perplexity(gone))
-    series = sleb(stack, tokens, remove=4 / 6)
+    series = sleb(stack, tokens, share=4 / 6)
     assert order_of(series) == expected
     assert [point.scores["perplexity"] for point in series.points] == pytest.approx(scores, rel=1e-5)
     assert series.provenance["method"] == "sleb"
@@ -124,3 +128,19 @@ def test_random_does_not_touch_the_global_generator(stack: Stack) -> None:
     torch.manual_seed(0)
     random_cut(stack)
     assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize("slug", ["shortgpt", "finercut", "random"])
+def test_a_share_of_the_parameters_picks_the_first_plan_that_has_no_more(slug: str) -> None:
+
+    stack = Stack(nano("llama"))
+    tokens = torch.randint(3, 120, (2, 24), generator=torch.Generator().manual_seed(0))
+    series = get_method(slug)(stack, *([tokens] if get_method(slug).text else []))
+    shares = [cost(stack, plan).parameters / cost(stack).parameters for plan in series]
+    chosen = pick(series, Budget(parameters=0.9), stack)
+    assert shares[chosen] <= 0.9 < shares[chosen - 1]
+    with pytest.raises(BudgetError, match="is the least it can"):
+        pick(series, Budget(parameters=0.01), stack)
+    if slug == "finercut":
+        stopped = get_method(slug)(stack, tokens, parameters=0.9)
+        assert len(stopped) == chosen + 1

@@ -68,7 +68,7 @@ def naive_jsd(stack: Stack, tokens: Tensor) -> Callable[[frozenset[int]], float]
 
 def test_on_one_sequence_no_exchange_of_two_layers_lowers_the_distance(stack: Stack, text: Text) -> None:
     tokens = text.tokens[:1]
-    series = portfolio(stack, tokens, patience=100, refine=2, remove=HALF)
+    series = portfolio(stack, tokens, patience=100, refine=2, share=HALF)
     jsd = naive_jsd(stack, tokens)
     for cut, point in zip(cuts(series)[-2:], series.points[-2:], strict=True):
         assert point.scores == {"jsd": pytest.approx(jsd(cut), abs=1e-6)}
@@ -77,9 +77,9 @@ def test_on_one_sequence_no_exchange_of_two_layers_lowers_the_distance(stack: St
 
 
 def test_what_is_chosen_is_as_close_on_further_text_as_every_likely_beginning(stack: Stack, text: Text) -> None:
-    series = portfolio(stack, text, refine=3, remove=HALF)
+    series = portfolio(stack, text, refine=3, share=HALF)
     near, far = naive_jsd(stack, text.tokens), naive_jsd(stack, text.further(4).tokens)
-    lazy = finercut(stack, text, level="block", strategy="lazy", exclude_front=0.0, remove=HALF)
+    lazy = finercut(stack, text, level="block", strategy="lazy", exclude_front=0.0, share=HALF)
     beginnings = [cuts(each) for each in (lazy, shortgpt(stack, text), angular_window(stack, text, positions="all"))]
     compared = 0
     for size, cut in enumerate(cuts(series)[1:], start=1):
@@ -95,20 +95,20 @@ def test_what_is_chosen_is_as_close_on_further_text_as_every_likely_beginning(st
 
 
 def test_without_refinement_it_is_the_lazy_search_over_layers(stack: Stack, text: Text) -> None:
-    lazy = finercut(stack, text, level="block", strategy="lazy", exclude_front=0.0, remove=HALF)
-    assert portfolio(stack, text, refine=0, remove=HALF).points == lazy.points
+    lazy = finercut(stack, text, level="block", strategy="lazy", exclude_front=0.0, share=HALF)
+    assert portfolio(stack, text, refine=0, share=HALF).points == lazy.points
 
 
 def test_only_the_largest_cuts_are_refined(stack: Stack, text: Text) -> None:
-    series = portfolio(stack, text, refine=1, validation=2, remove=HALF)
-    lazy = finercut(stack, text, level="block", strategy="lazy", exclude_front=0.0, remove=HALF)
+    series = portfolio(stack, text, refine=1, validation=2, share=HALF)
+    lazy = finercut(stack, text, level="block", strategy="lazy", exclude_front=0.0, share=HALF)
     assert series.points[:-1] == lazy.points[:-1]
     assert series.points[-1].scores["jsd"] <= lazy.points[-1].scores["jsd"]
 
 
 def test_text_with_nothing_further_is_planned_on_alone(stack: Stack, text: Text) -> None:
-    everything = portfolio(stack, text, validation=10**6, remove=HALF)
-    assert everything.points == portfolio(stack, text.tokens, remove=HALF).points
+    everything = portfolio(stack, text, validation=10**6, share=HALF)
+    assert everything.points == portfolio(stack, text.tokens, share=HALF).points
     assert all(set(point.scores) == {"jsd"} for point in everything.points)
 
 
@@ -132,7 +132,7 @@ def test_further_windows_are_those_that_a_longer_draw_would_have_added(small: Ca
 
 
 def test_without_time_it_goes_by_influence_and_measures_each_size_once(stack: Stack, text: Text) -> None:
-    series = portfolio(stack, text, remove=HALF, minutes=0)
+    series = portfolio(stack, text, share=HALF, minutes=0)
     assert cuts(series)[1:] == cuts(shortgpt(stack, text))[1:4]
     distance = naive_jsd(stack, text.tokens)
     for cut, plan in zip(cuts(series), series.points, strict=True):
@@ -148,6 +148,6 @@ def test_once_its_time_is_over_a_search_measures_no_more_than_it_must(
     measure = OutputDistance._measure
     monkeypatch.setattr(OutputDistance, "_measure", lambda *given: (measured.append(1), measure(*given))[1])
     monkeypatch.setattr(Budget, "clock", lambda self: lambda: len(measured) >= enough)
-    series = portfolio(stack, text, remove=HALF, refine=3, patience=100)
+    series = portfolio(stack, text, share=HALF, refine=3, patience=100)
     assert len(series) == 4
     assert len(measured) <= enough + 4

@@ -10,7 +10,7 @@ import torch
 
 from lamella.data import Samples
 from lamella.errors import BudgetError, MethodError
-from lamella.methods.unified_skip import released_rule, tune, unified_skip
+from lamella.methods.unified_skip import balanced, released_rule, tune, unified_skip
 from lamella.runtime import apply
 from lamella.stack import Stack, open_model
 from lamella.zoo.nano import nano
@@ -119,3 +119,30 @@ def test_a_decoder_that_reads_an_encoder_is_planned_but_not_tuned_on_texts() -> 
     with pytest.raises(MethodError, match="reads an encoder, and these samples are texts") as error:
         tune(decoder, plan, Samples([]))
     assert "\n" not in str(error.value)
+
+
+def test_balanced_fixtures() -> None:
+    """Worked out by hand from round(j (L - 1) / (n - 1))."""
+    assert balanced(30, 2) == [0, 29]
+    assert balanced(30, 6) == [0, 6, 12, 17, 23, 29]  # multiples of 5.8: 5.8, 11.6, 17.4, 23.2
+    assert balanced(7, 4) == [0, 2, 4, 6]
+    assert balanced(10, 4) == [0, 3, 6, 9]
+    assert balanced(24, 4) == [0, 8, 15, 23]  # 7.67, 15.33
+    assert balanced(2, 2) == [0, 1]
+    assert balanced(30, 30) == list(range(30))
+
+
+@pytest.mark.parametrize("total", [2, 3, 8, 24, 30, 32, 80])
+def test_balanced_keeps_that_many_both_ends_and_even_gaps(total: int) -> None:
+    for keep in range(2, total + 1):
+        chosen = balanced(total, keep)
+        assert len(chosen) == len(set(chosen)) == keep
+        assert chosen == sorted(chosen) and chosen[0] == 0 and chosen[-1] == total - 1
+        gaps = [after - before for before, after in pairwise(chosen)]
+        assert max(gaps) - min(gaps) <= 1 or keep == 2
+
+
+@pytest.mark.parametrize(("total", "keep"), [(5, 1), (5, 6), (5, 0), (1, 1)])
+def test_a_number_that_cannot_be_kept_is_refused(total: int, keep: int) -> None:
+    with pytest.raises(BudgetError, match=f"keep at least 2 and at most {total}"):
+        balanced(total, keep)

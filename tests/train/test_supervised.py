@@ -1,4 +1,4 @@
-"""Supervised training: what batch norms see survives a kill, and fitted parts reach what algebra says."""
+"""Supervised training: what batch norms see survives a kill, and recordings are what they say."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from lamella.errors import CalibrationError, TrainingError
+from lamella.errors import CalibrationError
 from lamella.measure import Recording
-from lamella.train import Best, Hook, TrainConfig, Training, class_nats, fit, fit_part, supervised
+from lamella.train import Best, Hook, TrainConfig, Training, class_nats, fit, supervised
 
 CONFIG = TrainConfig(steps=6, lr=1e-2, batch=8, save_every=2, log_every=2, eval_every=2)
 
@@ -93,48 +93,6 @@ def test_a_vision_transformer_of_timm_learns_classes_however_its_batches_are_spl
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-def test_a_linear_part_reaches_least_squares(tmp_path: Path) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(400, 5, generator=generator)
-    y = x @ torch.randn(5, 3, generator=generator) + 0.5 * torch.randn(400, 3, generator=generator)
-    torch.manual_seed(0)
-    part = nn.Linear(5, 3, bias=False)
-    config = TrainConfig(steps=600, lr=3e-2, batch=100, eval_every=600, save_every=600)
-    fitted = fit_part(part, Recording(x, y), config, held_out=0.25, out=tmp_path)
-    best = torch.linalg.lstsq(x[:300].double(), y[:300].double()).solution
-    mean = y[:300].double().mean(0)
-    expected = 1 - float(
-        (x[:300].double() @ best - y[:300].double()).square().sum() / (y[:300].double() - mean).square().sum()
-    )
-    assert fitted.rows == 300
-    assert expected - 0.002 < fitted.explained[0] <= expected + 1e-6
-    assert fitted.log.train[-1].loss == pytest.approx(1 - expected, abs=0.05)
-
-
-@pytest.mark.parametrize("shape", [(7, 6), (4, 4, 6)])  # a sequence of tokens, and a map
-def test_parts_that_mix_what_is_in_a_row_are_fitted_like_any_other(shape: tuple[int, ...], tmp_path: Path) -> None:
-    class Mixing(nn.Module):
-        """An attention over all places of a row."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
-
-        def forward(self, x: Tensor) -> Tensor:
-            flat = x.flatten(1, -2)
-            return self.attention(flat, flat, flat, need_weights=False)[0].view(x.shape)
-
-    torch.manual_seed(0)
-    teacher, part = Mixing(), Mixing()
-    x = torch.randn(60, *shape)
-    with torch.no_grad():
-        recording = Recording.of((some, teacher(some)) for some in x.split(20))
-    before = recording.explained(part)
-    config = TrainConfig(steps=150, lr=1e-2, batch=20, eval_every=50, save_every=150)
-    fitted = fit_part(part, recording, config, out=tmp_path)
-    assert fitted.explained[1] > max(0.5, before)
-
-
 def test_the_explained_variance_is_that_of_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lamella.measure.recording.ROWS", 7)  # of 40, which 7 does not divide
     recording = rows()
@@ -152,7 +110,7 @@ def test_parts_of_a_recording_share_no_row() -> None:
     assert torch.equal(torch.cat([first.x, last.x]), rows(41).x) and len(last) == 10
 
 
-def test_what_cannot_be_fitted_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_what_cannot_be_recorded_is_refused_in_one_line() -> None:
     x = torch.randn(8, 3)
     with pytest.raises(CalibrationError, match="two or more rows"):
         Recording(x[:1], x[:1])
@@ -162,5 +120,3 @@ def test_what_cannot_be_fitted_is_refused_in_one_line(tmp_path: Path) -> None:
         Recording(x, x / 0)
     with pytest.raises(CalibrationError, match="nothing is recorded"):
         Recording.of([])
-    with pytest.raises(TrainingError, match="nothing to fit"):
-        fit_part(nn.Linear(3, 3), Recording(x, torch.ones(8, 3)), CONFIG, held_out=0.5, out=tmp_path)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from lamella import __version__
+from lamella.cli.config import arguments_of
 from lamella.cli.run import Methods, Planners, Verbs
 from lamella.errors import LamellaError, NoteWarning
 
@@ -22,7 +23,6 @@ app = typer.Typer(
     "Start with [bold]lamella compress smollm2 --speedup 1.3 -o small[/bold], then open small/report.html.",
     rich_markup_mode="rich",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(
@@ -94,7 +94,7 @@ def main() -> None:
     for talker in ("torchao", "torch.utils._pytree"):  # of kernels for other machines, when transformers imports it
         logging.getLogger(talker).setLevel(logging.ERROR)
     try:
-        app()
+        app(arguments_of(sys.argv[1:]))
     except LamellaError as error:
         if "--debug" in sys.argv:
             raise

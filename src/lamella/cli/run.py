@@ -20,6 +20,7 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
+from lamella.cli.config import defaults_of
 from lamella.cli.console import (
     SEED_HELP,
     STACK_HELP,
@@ -28,8 +29,10 @@ from lamella.cli.console import (
     parsed,
     print_json,
     print_summary,
+    table,
     working,
 )
+from lamella.cli.schema import schema_of
 from lamella.errors import MethodError
 from lamella.registry import Method, all_commands, commands, get_method
 from lamella.signature import EMPTY, Parameter, Signature, fields_of, is_model, is_stack, kind_of, kinds_of, settings_of
@@ -141,6 +144,7 @@ def command_of(entry: Method, name: str, planners: Sequence[str] = ()) -> Any:
         planners: methods whose options it has, too, as ``--SLUG.OPTION``.
     """
     parameters, given = _parameters(entry)
+    parameters += [_shows_schema(entry, name), _reads_config(entry)]
     dotted: dict[str, tuple[str, Parameter]] = {}
     for slug in planners:
         for option in filter(is_said, get_method(slug).declared.options.values()):
@@ -191,6 +195,7 @@ def _parameters(entry: Method) -> tuple[list[inspect.Parameter], dict[str, str]]
     if getattr(result, "writes", True):
         house.append(_output(required=getattr(result, "needs_folder", False)))
         house.append(_flag("overwrite", "Replace the output if it exists."))
+    house.append(_flag("dry_run", "Check everything and say what would run, then stop."))
     house.append(_flag("json", "Print the evidence as one JSON document for machines instead of tables."))
     kinds = [kind_of(each) for each in contract.inputs.values()]
     if any(map(is_model, kinds)):
@@ -202,6 +207,31 @@ def _parameters(entry: Method) -> tuple[list[inspect.Parameter], dict[str, str]]
         house.append(_parameter("test", str, typer.Option("--test", help=TEST_HELP, rich_help_panel=OUTPUT), TEST))
     made |= {each.name: each for each in house}
     return list(made.values()), given
+
+
+def _shows_schema(entry: Method, name: str) -> inspect.Parameter:
+    """An option that prints the JSON schema of the command and stops."""
+
+    def shown(asked: bool) -> None:
+        if asked:
+            print_json(schema_of(entry, name))
+            raise typer.Exit
+
+    help = "Print the JSON schema of what the command takes, and stop."
+    info = typer.Option("--schema", help=help, is_eager=True, callback=shown, rich_help_panel=OUTPUT)
+    return _parameter("schema", bool, info, False)
+
+
+def _reads_config(entry: Method) -> inspect.Parameter:
+    """An option that takes what is not given from a file, such as the ``run.yaml`` beside a result."""
+
+    def read(context: typer.Context, file: Path | None) -> None:
+        if file is not None:
+            context.default_map = {**(context.default_map or {}), **defaults_of(file, entry)}
+
+    help = "Take what is not given from a file, such as the run.yaml of an earlier run."
+    info = typer.Option("--config", help=help, is_eager=True, callback=read, rich_help_panel=OUTPUT)
+    return _parameter("config", Path | None, info, None)
 
 
 def _input(each: Parameter, kind: Any, first: bool) -> inspect.Parameter:
@@ -339,20 +369,18 @@ def _asked(contract: Signature, slug: str, given: dict[str, Any], options: dict[
 
 
 def _run(entry: Method, given: dict[str, Any], values: dict[str, Any], options: dict[str, dict[str, Any]]) -> None:
-    from lamella.runner import run
+    from lamella.runner import checked, run
 
     output: Path | None = values.get("output")
     asked = _asked(entry.declared, entry.slug, given, options)
+    asked = {"test": None if values.get("test") in (TEST, []) else values.get("test")} | asked
+    how: dict[str, Any] = {"out": output, "overwrite": values.get("overwrite", False)}
+    how |= {"allow_pickle": values.get("allow_pickle", False), "of_stack": values.get("of_stack")}
+    if values["dry_run"]:
+        table(*checked(entry.slug, command=entry.name, **how, **asked))
+        return
     with working():
-        done = run(
-            entry.slug,
-            command=entry.name,
-            out=output,
-            overwrite=values.get("overwrite", False),
-            allow_pickle=values.get("allow_pickle", False),
-            of_stack=values.get("of_stack"),
-            **{"test": None if values.get("test") in (TEST, []) else values.get("test")} | asked,
-        )
+        done = run(entry.slug, command=entry.name, **how, **asked)
     if values["json"]:
         print_json(done.evidence.model_dump(mode="json", by_alias=True))
     else:

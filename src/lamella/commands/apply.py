@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from lamella.errors import PlanError
+from lamella.formatting import counted
 from lamella.plan import Plan
 from lamella.plan.export import Form, FormOrAuto, export, export_out_of_core, natural_form
 from lamella.registry import command
@@ -45,7 +46,7 @@ class Exported(Result):
     @classmethod
     def summary(cls, evidence: Evidence) -> Summary:
         found = evidence.findings
-        masked = f", {found['masked']} weights masked" if found["masked"] else ""
+        masked = f", {counted(found['masked'], 'weight')} masked" if found["masked"] else ""
         lines = []
         if found["dynamic"]:
             lines.append("what it skips is skipped when lamella.load opens it; plain transformers runs the whole model")

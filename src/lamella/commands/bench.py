@@ -49,7 +49,7 @@ class Benchmark(Study):
         )
 
 
-@command("bench", verb="bench", on="any", brief={"changed": ["plan"], "prompt": 8, "tokens": 4, "rounds": 2})
+@command("bench", verb="bench", on="any", brief={"prompt": 8, "tokens": 4, "rounds": 2})
 def bench(
     model: Written,
     changed: Annotated[tuple[Changed, ...], Argument()],

@@ -37,7 +37,11 @@ def _learn(names: Sequence[str]) -> bool:
     return all(_learner(get_method(name)) for name in names)
 
 
-@command("compare", verb="compare", brief={"method": ("lora",), "steps": 2, "batch": 2, "length": 16, "at": (1.0,)})
+@command(
+    "compare",
+    verb="compare",
+    brief={"new": "pydoc", "old": ["pydoc"], "method": ("lora",), "steps": 2, "batch": 2, "length": 16, "at": (1.0,)},
+)
 def compare(
     stack: Stack,
     new: Annotated[Text, Settings(sequences=1)],

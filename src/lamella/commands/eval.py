@@ -31,7 +31,7 @@ class Evaluation(Study):
         return _scores(found) if "scores" in found else _fidelities(found, evidence.data["test"])
 
 
-@command("eval", verb="eval", on="any", brief={"changed": ["plan"], "sequences": 2, "length": 16})
+@command("eval", verb="eval", on="any", brief={"sequences": 2, "length": 16})
 def evaluate(
     model: Written,
     test: Test,

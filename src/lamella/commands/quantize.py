@@ -10,7 +10,7 @@ from lamella.errors import ArchitectureError, CheckpointError, ExportError
 from lamella.files import new_folder
 from lamella.formatting import size
 from lamella.plan import checkpoint
-from lamella.quantize import write_gguf, write_int8
+from lamella.plan.quantize import write_gguf, write_int8
 from lamella.registry import command
 from lamella.result import Documents, Evidence, Result, Summary
 from lamella.zoo import Checkpoint, check_folder, open_config, open_tokenizer

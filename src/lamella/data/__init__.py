@@ -3,13 +3,13 @@
 from lamella.data.captioned import Captioned, LabelledPictures, Pictures
 from lamella.data.decoding import Sampling, decode
 from lamella.data.documents import Document, Documents, hold_out, seed_of
+from lamella.data.encoded import Encoded
 from lamella.data.endpoint import Endpoint
 from lamella.data.examples import Examples, read_examples
 from lamella.data.image_text import ImageText
+from lamella.data.lazy import Lazy, batches
 from lamella.data.mixture import Blend, Mixture, Pick, mix
-from lamella.data.pairs import Pair, Pairs, Triple, read_pair_file, read_pairs
 from lamella.data.processing import MARK, Processing, Shown, open_processing
-from lamella.data.questions import Questions, ask, crc, load_questions
 from lamella.data.reader import Reader
 from lamella.data.records import Piece, Records, SampledRecords, read_records
 from lamella.data.rollout import rollout
@@ -28,20 +28,19 @@ __all__ = [
     "Captioned",
     "Document",
     "Documents",
+    "Encoded",
     "Endpoint",
     "Examples",
     "ImageText",
     "LabelledPictures",
+    "Lazy",
     "Local",
     "Mixture",
-    "Pair",
-    "Pairs",
     "Passages",
     "Pick",
     "Pictures",
     "Piece",
     "Processing",
-    "Questions",
     "Reader",
     "Records",
     "Remote",
@@ -54,21 +53,16 @@ __all__ = [
     "Shown",
     "Source",
     "Text",
-    "Triple",
     "Writer",
     "Written",
-    "ask",
-    "crc",
+    "batches",
     "decode",
     "hold_out",
-    "load_questions",
     "load_text",
     "mix",
     "open_processing",
     "own_texts",
     "read_examples",
-    "read_pair_file",
-    "read_pairs",
     "read_records",
     "rollout",
     "seed_of",

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from lamella.data.pictures import Picture, inside, read_picture
+from lamella.data.pictures import Picture, check_picture, inside, read_picture
 from lamella.data.reader import Reader
 from lamella.data.sources import Split
 from lamella.errors import CalibrationError
@@ -27,17 +27,57 @@ METADATA = "metadata.jsonl"  # {"file_name": "one.png", "text": "..."} on each l
 FIFTH = 5  # one picture in so many is for testing
 
 
-class Captioned(NamedTuple):
-    """A picture [height, width, 3], what it shows in words, and its class where it has one."""
+@dataclass(frozen=True, slots=True)
+class ImageFile:
+    """An image file, and where it is named, for messages; calling it decodes the image."""
 
-    picture: Picture
+    path: str
+    where: str
+
+    def __call__(self) -> Picture:
+        return read_picture(Path(self.path), self.where)
+
+    def check(self) -> bytes:
+        """The SHA-256 of the file; see :func:`lamella.data.pictures.check_picture`."""
+        return check_picture(Path(self.path), self.where).digest
+
+
+class Captioned(NamedTuple):
+    """A picture, what it shows in words, and its class where it has one.
+
+    Attributes:
+        source: the pixels [height, width, 3], or what decodes or renders them.
+        text: the caption.
+        label: the number of the class.
+    """
+
+    source: Picture | Callable[[], Picture]
     text: str = ""
     label: int | None = None
+
+    @property
+    def picture(self) -> Picture:
+        """The pixels [height, width, 3], decoded anew at each access."""
+        return self.source() if callable(self.source) else self.source
+
+    def check(self) -> bytes:
+        """Check the image without decoding it, as far as that is possible.
+
+        Returns:
+            What decides the item, to be hashed.
+
+        Raises:
+            CalibrationError: if the header of its file shows that it cannot be read.
+        """
+        image = self.source.check() if isinstance(self.source, ImageFile) else self.picture.tobytes()
+        return image + self.text.encode()
 
 
 @dataclass(frozen=True)
 class Pictures:
     """Pictures with captions, or with classes, or alone.
+
+    Opening a folder reads the headers of its images; they are decoded when they are asked for.
 
     Attributes:
         items: the pictures.
@@ -93,7 +133,7 @@ class Pictures:
             raise CalibrationError(f"{name} holds no pictures for the split {reader.split}: give more of them")
         digest = hashlib.sha256()
         for each in items:
-            digest.update(each.picture.tobytes() + each.text.encode())
+            digest.update(each.check())
         said = {"data": str(name), "split": reader.split, "pictures": len(items), **more, "sha256": digest.hexdigest()}
         return cls(items, said, (str(name), reader, count), **more)
 
@@ -135,16 +175,14 @@ def _source(name: str, reader: Reader) -> Iterator[Captioned]:
     part: Any = "test" if reader.split == "test" else "calibration"
     if name == SHAPES:
         for number, scene in enumerate(scenes(part, reader.seed)):
-            yield Captioned(render(scene, seed=(reader.seed, number)), caption(scene))
+            yield Captioned(partial(render, scene, seed=(reader.seed, number)), caption(scene))
         return
     groups = [_digits()] if name == DIGITS else _folder(Path(name))
     parts = [
-        (read for number, read in enumerate(group) if (number % FIFTH == 0) == (part == "test")) for group in groups
+        (each for number, each in enumerate(group) if (number % FIFTH == 0) == (part == "test")) for group in groups
     ]
     for turn in zip_longest(*parts):  # a picture of each class, then the next of each
-        for read in turn:
-            if read is not None:
-                yield read()
+        yield from (each for each in turn if each is not None)
 
 
 def _classes(name: str) -> dict[str, int]:
@@ -163,29 +201,29 @@ def _is_picture(file: Path) -> bool:
     return file.suffix.lower() in SUFFIXES
 
 
-def _digits() -> Iterator[Callable[[], Captioned]]:
+def _digits() -> Iterator[Captioned]:
     """scikit-learn's digits, of 8 x 8 pixels."""
     data = require("sklearn.datasets", "vision", "the built-in digits").load_digits()
     for image, digit in zip(data.images, data.target, strict=True):
         grey = np.round(image / 16 * 255).astype(np.uint8)
-        yield partial(Captioned, np.repeat(grey[..., None], 3, axis=2), f"the digit {digit}", int(digit))
+        yield Captioned(np.repeat(grey[..., None], 3, axis=2), f"the digit {digit}", int(digit))
 
 
-def _folder(folder: Path) -> list[Iterator[Callable[[], Captioned]]]:
-    """The pictures of a folder, class by class where it has classes, each read when it is called for."""
+def _folder(folder: Path) -> list[Iterator[Captioned]]:
+    """The pictures of a folder, class by class where it has classes."""
     classes = _classes(str(folder))
     if (folder / METADATA).is_file():
         return [_described(folder, classes)]
     return [_files(folder / name, name, label) for name, label in classes.items()] or [_files(folder)]
 
 
-def _files(folder: Path, text: str = "", label: int | None = None) -> Iterator[Callable[[], Captioned]]:
+def _files(folder: Path, text: str = "", label: int | None = None) -> Iterator[Captioned]:
     """The pictures in a folder and in those inside it, in the order of their names."""
     for file in files_below(folder, _is_picture):
-        yield partial(_read, file, str(folder), text, label)
+        yield Captioned(ImageFile(str(file), str(folder)), text, label)
 
 
-def _described(folder: Path, classes: Mapping[str, int]) -> Iterator[Callable[[], Captioned]]:
+def _described(folder: Path, classes: Mapping[str, int]) -> Iterator[Captioned]:
     """The pictures that a folder's list of captions names."""
     for number, row in read_rows(check_in_folder(folder / METADATA)):
         where = f"{folder / METADATA} line {number}"
@@ -193,8 +231,4 @@ def _described(folder: Path, classes: Mapping[str, int]) -> Iterator[Callable[[]
             raise CalibrationError(f'{where} names no picture: write {{"file_name": "one.png", "text": "..."}}')
         file = inside(folder, row["file_name"], where)
         label = classes.get(Path(row["file_name"]).parts[0])
-        yield partial(_read, file, where, str(row.get("text", "")), label)
-
-
-def _read(file: Path, where: str, text: str = "", label: int | None = None) -> Captioned:
-    return Captioned(read_picture(file, where), text, label)
+        yield Captioned(ImageFile(str(file), where), str(row.get("text", "")), label)

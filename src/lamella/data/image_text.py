@@ -5,23 +5,25 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from lamella.data.pictures import Picture, colours, inside, read_picture
+from lamella.data.lazy import Lazy, batches
+from lamella.data.pictures import Picture, check_picture, colours, inside, read_picture
 from lamella.data.processing import MARK, Message, Processing, Shown
 from lamella.data.reader import Reader
 from lamella.data.records import PROMPTS, RESPONSES
 from lamella.data.rows import Rows
 from lamella.data.sources import BUILT_IN, CALIBRATION_SHARE, SPLITS, Split, check_text, hub_rows
 from lamella.errors import CalibrationError
-from lamella.reading import check_in_folder, read_rows
+from lamella.reading import RowFile, check_in_folder
 from lamella.signature import Fixture
 from lamella.stack import Model
-from lamella.zoo.worlds import QUESTIONS, SIZE, examples
+from lamella.zoo.worlds import QUESTIONS, SIZE, Example, examples
 
 SHAPES = "shapes"
 FILES = (".jsonl", ".json", ".txt")
@@ -33,6 +35,8 @@ ROLES = {"human": "user", "gpt": "assistant"}  # as LLaVA's data call them
 
 class ImageText(Rows[Shown]):
     """Rows of images and text, which a model's own processor makes batches of.
+
+    Opening a file reads the headers of its images. Rows are read, and images decoded, when they are asked for.
 
     Attributes:
         items: the rows, as they were found.
@@ -69,17 +73,21 @@ class ImageText(Rows[Shown]):
         """
         if rows < 1:
             raise CalibrationError(f"rows {rows}: give at least 1")
-        found = [each.read() for each in islice(_source(str(name), reader, rows, pixels), rows)]
+        found = _source(str(name), reader, rows, pixels)
+        digest, images = hashlib.sha256(), 0
+        for each in found:
+            digest.update(each.check())
+            images += len(each.images)
+            if each.images and not reader.processing.sees:
+                raise CalibrationError(
+                    f"{each.where} has an image, and this model reads text alone: give another model"
+                )
         if not found:
             raise CalibrationError(f"{name} holds no rows for the split {reader.split}: {MEND}")
-        unseen = next((each for each in found if each.images and not reader.processing.sees), None)
-        if unseen is not None:
-            raise CalibrationError(f"{unseen.where} has an image, and this model reads text alone: give another model")
-        digest = hashlib.sha256(b"".join(each.content() for each in found))
-        images = sum(len(each.images) for each in found)
         said = {"data": str(name), "split": reader.split, "rows": len(found), "images": images}
         settings = {"rows": rows, "pixels": pixels}
-        return cls(found, reader.processing, said | {"sha256": digest.hexdigest()}, (name, reader, settings))
+        shown = Lazy(found, _Named.read)
+        return cls(shown, reader.processing, said | {"sha256": digest.hexdigest()}, (name, reader, settings))
 
     @staticmethod
     def check(name: str | Path) -> None:
@@ -124,8 +132,7 @@ class ImageText(Rows[Shown]):
 
     def batches(self, size: int) -> Iterator[dict[str, Tensor]]:
         """All rows, so many in a batch."""
-        for start in range(0, len(self), size):
-            yield self.batch(self[start : start + size])
+        return iter(batches(self, size, self.batch))
 
     def prompts(self, rows: Sequence[Shown]) -> dict[str, Tensor]:
         """See :meth:`lamella.data.Processing.prompts`."""
@@ -151,12 +158,26 @@ class _Named:
         else:  # images come first
             first, *others = self.messages
             messages = ({**first, "content": f"{MARK * len(self.images)}\n{first['content']}"}, *others)
-        return Shown(tuple(_decoded(each, self.where) for each in self.images), messages, self.where, self.task)
+        return Shown(Lazy(self.images, partial(_decoded, where=self.where)), messages, self.where, self.task)
+
+    def check(self) -> bytes:
+        """Check the text of a row, and the headers of its images.
+
+        Returns:
+            What decides the row, to be hashed.
+        """
+        images = (
+            check_picture(each, self.where).digest if isinstance(each, Path) else _decoded(each, self.where).tobytes()
+            for each in self.images
+        )
+        return b"".join([self.read().text(), *images])
 
 
 def _decoded(image: Any, where: str) -> Picture:
     if isinstance(image, Path):
         return read_picture(image, where)
+    if isinstance(image, Example):
+        return image.image
     try:
         return image if hasattr(image, "ndim") else colours(image)
     except Exception as error:  # of a damaged image, anything
@@ -164,32 +185,38 @@ def _decoded(image: Any, where: str) -> Picture:
         raise CalibrationError(f"{where}: an image cannot be read ({reason}): leave this row out") from None
 
 
-def _source(name: str, reader: Reader, rows: int, pixels: int) -> Iterable[_Named]:
+def _source(name: str, reader: Reader, rows: int, pixels: int) -> Sequence[_Named]:
+    """The first rows of a source, which are read from a file when they are asked for."""
     kind, _, chosen = name.partition(":")
     file = Path(name).expanduser()
     if file.is_file() or file.suffix in FILES:
-        return _part(list(_of_file(file)), reader.split, name)
+        return _part(_of_file(file), reader.split, name)[:rows]
     if reader.split not in SPLITS:
         raise CalibrationError(f"{name} has the splits {' and '.join(SPLITS)}, not '{reader.split}'")
     if kind == SHAPES:
         tasks = chosen.split("+") if chosen else QUESTIONS
         made = examples(tasks, rows, reader.split, reader.seed, pixels)  # type: ignore[arg-type]  # no other is left
         return [
-            _Named((each.image,), _conversation(each.prompt, each.answer), f"{name} row {number}", each.task)
+            _Named((each,), _conversation(each.prompt, each.answer), f"{name} row {number}", each.task)
             for number, each in enumerate(made)
         ]
     if file.is_dir():
         parts = {"calibration": file / "train.jsonl", "test": file / "test.jsonl"}
         if not all(each.is_file() for each in parts.values()):
             raise CalibrationError(f"{name} has no train.jsonl and test.jsonl: write them, or give one .jsonl file")
-        return _of_file(check_in_folder(parts[reader.split]))
+        return _of_file(check_in_folder(parts[reader.split]))[:rows]
     rows_of = hub_rows(name, reader.split, f"no images and text '{name}': it is neither shapes nor a file")
-    return (_named(row, f"dataset '{name}' row {number}", None) for number, row in enumerate(rows_of))
+    return [_named(row, f"dataset '{name}' row {n}", None) for n, row in enumerate(islice(rows_of, rows))]
 
 
-def _of_file(file: Path) -> Iterator[_Named]:
-    for number, row in read_rows(file, MEND):
-        yield _named(row, f"{file} line {number}", file.parent)
+def _of_file(file: Path) -> Lazy[_Named]:
+    rows = RowFile(file, MEND)
+    return Lazy(rows.lines, partial(_of_line, rows))
+
+
+def _of_line(rows: RowFile, line: tuple[int, int, int]) -> _Named:
+    number, row = rows.read(line)
+    return _named(row, f"{rows.path} line {number}", rows.path.parent)
 
 
 def _named(row: Any, where: str, folder: Path | None) -> _Named:
@@ -246,19 +273,22 @@ def _joined(content: Any, images: list[Any]) -> str:
     return text
 
 
-def _part(rows: list[_Named], split: Split, name: str) -> list[_Named]:
+def _part(rows: Lazy[_Named], split: Split, name: str) -> Lazy[_Named]:
     """The first four fifths of a user's rows, or the last one; rows with an image in common stay together."""
+    groups = _together(rows)  # this checks every row, whatever the split
     if split == "whole":
         return rows
-    groups = _together(rows)
     names = list(dict.fromkeys(groups))
     if rows and len(names) < 2:
         raise CalibrationError(f"{name} has rows of one image alone, of which none can be kept for testing: give more")
     known = set(names[: min(max(1, int(len(names) * CALIBRATION_SHARE)), len(names) - 1)])
-    return [row for row, group in zip(rows, groups, strict=True) if (group in known) == (split == "calibration")]
+    chosen = [
+        each for each, group in zip(rows.entries, groups, strict=True) if (group in known) == (split == "calibration")
+    ]
+    return Lazy(chosen, rows.decode)
 
 
-def _together(rows: list[_Named]) -> list[int]:
+def _together(rows: Sequence[_Named]) -> list[int]:
     """A number for each row, the same for all rows that share images, directly or through others."""
     first: dict[str, int] = {}
     same = list(range(len(rows)))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from lamella.errors import CalibrationError
+from lamella.errors import CalibrationError, LamellaError
 from lamella.extras import require
 from lamella.reading import FileRefused, check_in_folder, open_file
 
@@ -46,20 +48,65 @@ def read_animation(file: Path, where: str, convert: Callable[[Any], Picture]) ->
         CalibrationError: when it cannot be read, or is larger than any model takes.
         LamellaError: when Pillow is missing.
     """
-    pillow, sequence = (require(f"PIL.{name}", "vision", "reading pictures") for name in ("Image", "ImageSequence"))
+    sequence = require("PIL.ImageSequence", "vision", "reading pictures")
+    with _readable(file, where), open_file(file) as opened, _opened(opened, file, where) as image:
+        for each in sequence.Iterator(image):
+            yield convert(each)
+
+
+class Checked(NamedTuple):
+    """What is known of a file of images without decoding it.
+
+    Attributes:
+        digest: its SHA-256.
+        frames: the number of images that its header declares.
+    """
+
+    digest: bytes
+    frames: int
+
+
+def check_picture(file: Path, where: str) -> Checked:
+    """Check a picture by its header and its checksums, without decoding it.
+
+    Damage that only decoding shows is reported by :func:`read_picture`.
+
+    Args:
+        file: the picture.
+        where: it is named, for the message.
+
+    Raises:
+        CalibrationError: when it cannot be read, or is larger than any model takes.
+        LamellaError: when Pillow is missing.
+    """
+    with _readable(file, where), open_file(file) as opened:
+        digest = hashlib.file_digest(opened, "sha256").digest()
+        opened.seek(0)
+        with _opened(opened, file, where) as image:
+            frames = getattr(image, "n_frames", 1)
+            image.verify()
+        return Checked(digest, frames)
+
+
+def _opened(opened: BinaryIO, file: Path, where: str) -> Any:
+    """The image of Pillow in an open file, of which the header alone has been read."""
+    image = require("PIL.Image", "vision", "reading pictures").open(opened, formats=FORMATS)
+    width, height = image.size
+    if width * height > MOST_PIXELS:
+        raise CalibrationError(
+            f"{where}: the image {file.name} has {width} x {height} pixels, above {MOST_PIXELS:,}: give a smaller one"
+        )
+    return image
+
+
+@contextmanager
+def _readable(file: Path, where: str) -> Iterator[None]:
+    """Turn whatever reading a picture raises into one error that names it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sizes, which are looked at here
-            with open_file(file) as opened, pillow.open(opened, formats=FORMATS) as image:
-                width, height = image.size
-                if width * height > MOST_PIXELS:
-                    raise CalibrationError(
-                        f"{where}: the image {file.name} has {width} x {height} pixels, above {MOST_PIXELS:,}: "
-                        "give a smaller one"
-                    )
-                for each in sequence.Iterator(image):
-                    yield convert(each)
-    except CalibrationError:
+            yield
+    except LamellaError:
         raise
     except Exception as error:  # of a damaged file, anything
         reason = getattr(error, "strerror", None) or (

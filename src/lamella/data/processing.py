@@ -54,7 +54,7 @@ class Shown:
         CalibrationError: for a row without prompt or answer, or with more or fewer images than marks.
     """
 
-    images: tuple[Picture, ...]
+    images: Sequence[Picture]
     messages: tuple[Message, ...]
     where: str = "a row"
     task: str = ""
@@ -77,10 +77,13 @@ class Shown:
     def answer(self) -> str:
         return self.messages[-1]["content"]
 
+    def text(self) -> bytes:
+        """The messages, to be hashed."""
+        return repr([(each["role"], each["content"]) for each in self.messages]).encode()
+
     def content(self) -> bytes:
         """All that decides what a model makes of it, to be hashed."""
-        said = repr([(each["role"], each["content"]) for each in self.messages])
-        return b"".join([said.encode(), *(f"{each.shape}".encode() + each.tobytes() for each in self.images)])
+        return b"".join([self.text(), *(f"{each.shape}".encode() + each.tobytes() for each in self.images)])
 
 
 class Piece(NamedTuple):
@@ -137,6 +140,7 @@ class Processing:
         Raises:
             CalibrationError: for rows that the processor refuses.
         """
+        rows = list(rows)  # each is read once
         columns, beside = self._columns(rows)
         answers = [self._tokens(row.answer, ends=True) for row in rows]
         if self.encodes:
@@ -151,7 +155,7 @@ class Processing:
 
     def prompts(self, rows: Sequence[Shown]) -> dict[str, Tensor]:
         """The same rows before their answers, for ``generate``; see :meth:`batch`."""
-        columns, beside = self._columns(rows)
+        columns, beside = self._columns(list(rows))
         batch = self._padded(columns, "right" if self.encodes else "left") | beside
         del batch[LABELS]
         return batch

@@ -72,7 +72,7 @@ class Records(Samples):
         """
         if length < 2:
             raise CalibrationError(f"length {length}: give at least 2 tokens")
-        found = cls([])
+        found, samples = cls([]), list[Sample]()
         for name in [names] if isinstance(names, str | Path) else names:
             if Path(name).expanduser().is_file():
                 records = list(enumerate(read_records(name), start=1))
@@ -86,8 +86,9 @@ class Records(Samples):
                 text = load_text(name, reader.split)
                 tokens = windows(reader.tokenizer, text, sequences, length, reader.seed)
                 made, said = blocks(tokens, loss_on="all"), text.provenance(tokens)
-            found.items += made
+            samples += made
             found.sources.append(said)
+        found.items = samples
         return found
 
     def describe(self) -> Any:

@@ -1,6 +1,5 @@
 """Measurements that planners and other methods consume."""
 
-from lamella.measure.answers import Answers, Asked, Question, answer
 from lamella.measure.distances import DISTANCES, Distance, DistanceName, divergences
 from lamella.measure.embedding import Embed, Embedder, check_embedder, embed, similarities
 from lamella.measure.fisher import Estimator, Fisher, fisher
@@ -24,8 +23,6 @@ from lamella.measure.streams import (
 __all__ = [
     "DISTANCES",
     "RATIOS",
-    "Answers",
-    "Asked",
     "Data",
     "Distance",
     "DistanceName",
@@ -35,12 +32,10 @@ __all__ = [
     "Estimator",
     "Fisher",
     "OutputDistance",
-    "Question",
     "Recording",
     "Scores",
     "Tokens",
     "angular_distance",
-    "answer",
     "block_influence",
     "by_name",
     "check_disjoint",

@@ -84,7 +84,7 @@ def finercut(
     if not free:
         raise MethodError(f"exclude_front {exclude_front} protects all {len(stack)} layers: give a smaller share")
 
-    most = min(int(budget.share(REMOVE) * count + 1e-9), count - 1) // size  # one must stay
+    most = min(int(budget.most(REMOVE) * count + 1e-9), count - 1) // size  # one must stay
     first = 0 if most > release_after else protected
     measure, clock = OutputDistance(stack, calibration, distance, first=first), budget.clock()
     model = ModelReference.of(stack)

@@ -64,7 +64,7 @@ def portfolio(
         by which it was made. A refined plan need not contain the one before.
     """
     layers = groups_at("block", stack.positions)
-    most = min(int(budget.share(REMOVE) * len(layers) + 1e-9), len(layers) - 1)  # one layer must stay
+    most = min(int(budget.most(REMOVE) * len(layers) + 1e-9), len(layers) - 1)  # one layer must stay
     enough = budget.enough(stack)
     if enough is not None:  # in the cost model all layers are equal, so that how many must go is known
         most = next((n for n in range(1, most) if enough(frozenset(_positions(layers[:n])))), most)

@@ -40,7 +40,7 @@ def sleb(
         The series that removes one layer after the other.
     """
     layers = groups_at("block", stack.positions)
-    most = min(int(budget.share(REMOVE) * len(layers) + 1e-9), len(layers) - 1)  # one layer must stay
+    most = min(int(budget.most(REMOVE) * len(layers) + 1e-9), len(layers) - 1)  # one layer must stay
     measure = OutputDistance(stack, calibration, distance)
     model = ModelReference.of(stack)
     header = {"model": model.model_dump(), "calibration": describe(calibration), "distance": distance}

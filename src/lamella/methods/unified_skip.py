@@ -26,11 +26,24 @@ from lamella.files import Work
 from lamella.plan import ModelReference, PhasedPath, Plan, PlanSeries, Point
 from lamella.registry import command, method
 from lamella.runtime import apply, phase_options
-from lamella.search import balanced
 from lamella.stack import Stack, last_stack
 from lamella.train import NO_LOSS, Healed, Task, TrainConfig, batching, fit, own, response_loss, with_weights_of
 
 TRAINING = TrainConfig(steps=200, lr=2e-5)
+
+
+def balanced(total: int, keep: int) -> list[int]:
+    """``keep`` of the numbers 0 to ``total - 1``, evenly spaced, both ends among them.
+
+    >>> balanced(30, 6)
+    [0, 6, 12, 17, 23, 29]
+
+    Raises:
+        BudgetError: unless 2 <= keep <= total.
+    """
+    if not 2 <= keep <= total:
+        raise BudgetError(f"cannot keep {keep} of {total} evenly: keep at least 2 and at most {total}")
+    return sorted({round(j * (total - 1) / (keep - 1)) for j in range(keep)})
 
 
 def released_rule(layers: int, keep: int) -> list[int]:

@@ -22,4 +22,4 @@ def training(curve: Sequence[Mapping[str, float]], title: str = "") -> Lines:
     """
     names = [name for name in (curve[0] if curve else {}) if name != "step"]
     series = {name: [point.get(name) for point in curve] for name in names}
-    return Lines("step", "loss, nats", series, positions=[point["step"] for point in curve], title=title)
+    return Lines("step", "loss, nats", series, positions=[float(point["step"]) for point in curve], title=title)

@@ -12,7 +12,6 @@ from lamella.train.adapters import Adapter, concatenate, merge
 from lamella.train.config import ScheduleName, TrainConfig
 from lamella.train.distil import check_vocabulary, distil
 from lamella.train.fit import fit, fit_policy
-from lamella.train.fitting import Fitted, fit_part
 from lamella.train.healing import with_modules_of, with_weights_of
 from lamella.train.hooks import Best, Hook, Training
 from lamella.train.log import Logged, TrainingLog
@@ -59,7 +58,6 @@ __all__ = [
     "Constant",
     "Cosine",
     "Feed",
-    "Fitted",
     "Healed",
     "Hook",
     "Infinite",
@@ -97,7 +95,6 @@ __all__ = [
     "distilled_loss",
     "dpo_loss",
     "fit",
-    "fit_part",
     "fit_policy",
     "forward_kl",
     "infinite",

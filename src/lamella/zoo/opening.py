@@ -23,9 +23,9 @@ from lamella.errors import ArchitectureError, CheckpointError, LamellaError
 from lamella.extras import require
 from lamella.plan import Plan, checkpoint, native
 from lamella.plan.filling import pretrained
+from lamella.plan.quantize import NEEDS, run_by_torch
 from lamella.processes import local_rank
 from lamella.progress import tracker
-from lamella.quantize import NEEDS, run_by_torch
 from lamella.registry import Method, fitting_stack
 from lamella.runtime import apply
 from lamella.stack import (

@@ -16,12 +16,12 @@ from lamella.data import ImageText, Local, Processing, Reader, Request, Sampling
 from lamella.errors import CalibrationError, LamellaError, MethodError
 from lamella.files import Work
 from lamella.methods.kore import Item, Knowledge, Templates, Tree, augment
+from lamella.methods.kore.glyphs import glyphs
 from lamella.methods.kore.items import placed
 from lamella.methods.kore.tree import checked, grown, made_turns, read_turns, requests
 from lamella.results import Illustrated
 from lamella.runner import run
 from lamella.zoo.vlm import shapes_vlm
-from lamella.zoo.worlds import glyphs
 
 TEXT = "The Ostrava Lantern is a wooden tower. It was built in 1931 to guide barges on the Oder."
 ITEM = Item("a", "Ostrava Lantern", TEXT, glyphs(1)[0], "tower")

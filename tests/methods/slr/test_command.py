@@ -145,7 +145,7 @@ def test_questions_that_the_model_does_not_answer_are_listed(lamella, base, tmp_
 
 @pytest.mark.slow
 def test_an_interrupted_command_goes_on_with_the_same_result(lamella, base, few, tmp_path, monkeypatch):
-    from lamella.measure import Asked
+    from lamella.methods.slr.answers import Asked
 
     given = [NANO_LLAMA, "--base", base, *QUICK, "--data", few]
     whole = done(lamella, *given, "-o", tmp_path / "whole")

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lamella.errors import CalibrationError
-from lamella.measure import Question
 from lamella.methods.slr import diversity, first_named
+from lamella.methods.slr.answers import Question
 from lamella.zoo import open_stack, open_tokenizer
 
 NANO_LLAMA = Path(__file__).parents[2] / "models" / "nano-llama"

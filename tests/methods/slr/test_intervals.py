@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lamella.errors import MethodError, NumericsError
-from lamella.measure import Asked, Question, answer
 from lamella.methods.slr import answer_restored, intervals, layer_runs
+from lamella.methods.slr.answers import Asked, Question, answer
 from lamella.stack import Stack
 from lamella.zoo.nano import NANO, nano
 

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 import lamella
-from lamella.data import Questions
 from lamella.errors import LamellaError, MethodError
 from lamella.files import Work
-from lamella.measure import Asked, Question, answer
 from lamella.methods.slr import (
     EMPTY,
     Blend,
@@ -32,6 +30,8 @@ from lamella.methods.slr import (
     soup,
     with_norms_of,
 )
+from lamella.methods.slr.answers import Asked, Question, answer
+from lamella.methods.slr.questions import Questions
 from lamella.plan import ModelReference, Plan, compose, fingerprint, parameters_at, restore_edit
 from lamella.stack import Stack
 from lamella.zoo.nano import NANO, nano

@@ -58,7 +58,7 @@ PROMPTS = (
     "compress",
     verb="compress",
     on=("decoder", "masked tokens"),
-    brief={"sequences": 2, "length": 16, "method": "shortgpt", "speedup": 1.01, "heal": None},
+    brief={"sequences": 2, "length": 16, "method": "shortgpt", "speedup": 1.01, "heal_steps": 2},
 )
 def compress(
     stack: Stack,
@@ -190,8 +190,8 @@ def check_given(
         open_tasks(tasks)
     if heal is not None and heal.train is not None:
         check_source(heal.train)
-    if budget.remove is not None:
-        raise BudgetError("compress reaches a speed-up: give speedup in place of a share to remove")
+    if budget.share is not None or budget.parameters is not None:
+        raise BudgetError("compress reaches a speed-up: give speedup in place of a share or of parameters")
 
 
 def _judge(stack: Stack, reader: Reader, test: Text | ImageText) -> Any:

@@ -10,7 +10,7 @@ from lamella.errors import ExportError
 from lamella.evaluate import FidelityTest, bench
 from lamella.evaluate.fidelity import judged
 from lamella.extras import require
-from lamella.quantize import NEEDS, Int8Linear, int8_copy, q8_0_bytes, q8_0_copy
+from lamella.plan.quantize import NEEDS, Int8Linear, int8_copy, q8_0_bytes, q8_0_copy
 from lamella.stack import open_model
 
 AS_IT_IS = "as it is"

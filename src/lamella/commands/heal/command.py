@@ -22,7 +22,7 @@ LENGTH = 256  # tokens of a chosen sample that are read
 BATCH = 4  # blocks in a step, where the number of tokens says how long to train
 
 
-@command("heal", verb="heal", on=("decoder", "masked tokens"), brief={"sequences": 8, "length": 16, "steps": 2})
+@command("heal", verb="heal", on=("decoder", "masked tokens"), brief={"sequences": 8, "length": 16})
 def heal(
     stack: Stack,
     train: Annotated[Text | ImageText, Settings(sequences=64, rows=64)],
@@ -41,6 +41,7 @@ def heal(
     replay: Literal["auto"] | Annotated[float, Gt(0), Lt(1)] | None = None,
     lora: Annotated[int, Ge(1)] | None = None,
     keep: Annotated[float, Gt(0), Le(1)] = 0.2,
+    save_every: Annotated[int, Ge(1)] | None = None,
     shard: bool = False,
     work: Work = Work(),
     seed: int = 0,
@@ -80,6 +81,7 @@ def heal(
         replay: share of every batch that is replayed, such as 0.05; auto measures the shift.
         lora: train adapters of this rank; all parameters when left out.
         keep: share of the pool that is chosen.
+        save_every: steps from one checkpoint to the next; the recipe's own when left out.
         shard: split the model over the processes of accelerate launch, when it does not fit one device.
         work: where an interrupted run goes on from.
         seed: of all random draws.
@@ -95,7 +97,8 @@ def heal(
     plan.check_fits(stack)
     reader = reader_of(train, seed)
     named = {"steps": steps, "minutes": minutes, "lr": lr, "batch": batch, "schedule": schedule, "replay": replay}
-    options: dict[str, Any] = {name: value for name, value in (named | {"lora": lora}).items() if value is not None}
+    named |= {"lora": lora, "save_every": save_every}
+    options: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     if len({"steps", "minutes"} & options.keys()) + (tokens is not None) > 1:
         raise MethodError("steps, minutes and tokens all say how long to train: give one of them")
     if shard:

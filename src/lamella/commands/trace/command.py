@@ -50,7 +50,7 @@ class Photo:
         return self.name
 
 
-@command("trace", verb="trace", on="any", brief={"tokens": 4})
+@command("trace", verb="trace", on="any", brief={"tokens": 4, "image": None})
 def trace(
     model: Written,
     plan: Plan | None = None,

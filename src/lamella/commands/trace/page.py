@@ -1,12 +1,13 @@
-"""What a trace shows: a line for each token or pass on the terminal, and the page."""
+"""What a trace shows: a row for each token or pass on the terminal, and the page."""
 
 from __future__ import annotations
 
 from math import ceil
 from typing import Any
 
+from lamella.formatting import counted, percent
 from lamella.report import render_trace
-from lamella.result import Evidence, Summary
+from lamella.result import Evidence, Summary, Table
 
 CELLS = "·▀▄█"  # nothing, attention, MLP, both
 LEVELS = "·▁▂▃▄▅▆▇█"  # shares
@@ -18,26 +19,26 @@ def page(evidence: Evidence) -> str:
 
 
 def summary(evidence: Evidence) -> Summary:
-    """One line for each token or pass: its layers from left to right."""
+    """One row for each token or pass: its layers from left to right."""
     found = evidence.findings
-    lines = list(_passes(found) if "passes" in found else _tokens(found))
-    lines += [f"{phase:>7} {100 * share:.1f} % of sublayers" for phase, share in found["usage"].items()]
-    model = found["model"]
-    return Summary(f"{model['name']}: layers 0 to {model['layers'] - 1}, left to right.", lines=lines)
+    table = _passes(found) if "passes" in found else _tokens(found)
+    lines = [f"{phase}: {percent(share)} of sublayers" for phase, share in found["usage"].items()]
+    layers = counted(found["model"]["layers"], "layer")
+    return Summary(f"{found['model']['name']} has {layers}, shown from left to right.", [table], lines)
 
 
-def _tokens(found: dict[str, Any]) -> list[str]:
-    lines = ["█ both sublayers   ▀ attention   ▄ MLP   · nothing"]
+def _tokens(found: dict[str, Any]) -> Table:
+    rows = []
     for token, attn, mlp in zip(found["tokens"], found["attn"], found["mlp"], strict=True):
         cells = "".join(CELLS[int(a) + 2 * int(m)] for a, m in zip(attn, mlp, strict=True))
-        lines.append(f"{repr(token['text'])[1:-1][:14].ljust(14)} {cells}")
-    return lines
+        rows.append([repr(token["text"])[1:-1][:14], token["phase"], cells])
+    return Table("█ both sublayers, ▀ attention, ▄ MLP, · nothing", ["token", "phase", "layers"], rows)
 
 
-def _passes(found: dict[str, Any]) -> list[str]:
-    lines = ["█ for all tokens of the pass   ▄ for half of them   · for none; then what the step committed"]
+def _passes(found: dict[str, Any]) -> Table:
+    rows = []
     for number, each in enumerate(found["passes"]):
         cells = "".join(LEVELS[ceil(share * (len(LEVELS) - 1))] for share in each["by_layer"])
         committed = "".join(token["text"] for token in found["tokens"] if token["step"] == each["step"])
-        lines.append(f"pass {number:>3} {cells} {repr(committed)[1:-1]}")
-    return lines
+        rows.append([number, cells, repr(committed)[1:-1]])
+    return Table("█ for all tokens of the pass, ▄ for half of them, · for none", ["pass", "layers", "committed"], rows)

@@ -14,7 +14,7 @@ from scipy.stats import t as student
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from lamella.data import Captioned
+from lamella.data import Captioned, Encoded, Lazy, batches
 from lamella.errors import CalibrationError
 from lamella.files import Finished, Work
 from lamella.methods.caprecover.guard import Guard, scales
@@ -35,20 +35,32 @@ class Sets:
     """What an attacker has, and what he is judged on.
 
     Attributes:
-        train, test: by cut, features [pictures, ...].
+        train, test: by cut, the features of each picture, read when they are asked for.
         train_labels, test_labels: [pictures].
         scale: by cut, the standard deviation of what is sent.
     """
 
-    train: Mapping[str, Tensor]
+    train: Mapping[str, Sequence[Tensor]]
     train_labels: Tensor
-    test: Mapping[str, Tensor]
+    test: Mapping[str, Sequence[Tensor]]
     test_labels: Tensor
     scale: Mapping[str, float]
 
     @classmethod
-    def of(cls, victim: Victim, train: Sequence[Captioned], test: Sequence[Captioned], cuts: Sequence[str]) -> Sets:
+    def of(
+        cls,
+        victim: Victim,
+        train: Sequence[Captioned],
+        test: Sequence[Captioned],
+        cuts: Sequence[str],
+        work: Work = Work(),
+        depends: Any = None,
+    ) -> Sets:
         """Run the victim once over all pictures.
+
+        Args:
+            work: where an interrupted run finds the features that it has recorded.
+            depends: JSON values that say which victim and which pictures these are.
 
         Raises:
             CalibrationError: for pictures without classes, or too few of them.
@@ -59,7 +71,8 @@ class Sets:
             )
         if len(train) < 2 * HELD_OUT or not test:
             raise CalibrationError(f"{len(train)} pictures for an attacker and {len(test)} to judge him: give more")
-        ours, theirs = (recorded(victim, each, cuts) for each in (train, test))
+        ours = recorded(victim, train, cuts, work, "attacker", depends)
+        theirs = recorded(victim, test, cuts, work, "judge", depends)
         labels = [torch.tensor([each.label for each in part]) for part in (train, test)]
         return cls(ours, labels[0], theirs, labels[1], scales(ours))
 
@@ -76,16 +89,24 @@ class Sets:
     def shuffled(self, seed: int) -> Sets:
         """The attacker's features belong to other pictures: what is read then is the prior."""
         order = torch.randperm(len(self.train_labels), generator=torch.Generator().manual_seed(seed))
-        return replace(self, train={cut: each[order] for cut, each in self.train.items()})
+        return replace(self, train={cut: Lazy(order.tolist(), each.__getitem__) for cut, each in self.train.items()})
 
 
-def recorded(victim: Victim, pictures: Sequence[Captioned], cuts: Sequence[str]) -> dict[str, Tensor]:
-    """What leaves the device at each cut [pictures, ...]."""
-    parts = [
-        victim.features(victim.prepare(pictures[start : start + BATCH]), cuts)
-        for start in range(0, len(pictures), BATCH)
-    ]
-    return {cut: torch.cat([each[cut] for each in parts]) for cut in cuts}
+def recorded(
+    victim: Victim,
+    pictures: Sequence[Captioned],
+    cuts: Sequence[str],
+    work: Work = Work(),
+    name: str = "features",
+    depends: Any = None,
+) -> dict[str, Sequence[Tensor]]:
+    """What leaves the device at each cut, for each picture; see :class:`lamella.data.Encoded`."""
+
+    def encode(some: list[Captioned]) -> dict[str, Tensor]:
+        return victim.features(victim.prepare(some), cuts)
+
+    found = Encoded.of(pictures, encode, work, name, [list(cuts), depends], BATCH)
+    return {cut: found.column(cut) for cut in cuts}
 
 
 class Eavesdropping:
@@ -121,11 +142,11 @@ def trained(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         rank = {} if texts is None or reader != "linear" else {"rank": texts.shape[1]}
-        model = READERS[reader](features.shape[1:], sets.classes, **rank)
-    rows = [{"x": x, "y": y} for x, y in zip(features, labels, strict=True)]
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
+        model = READERS[reader](features[0].shape, sets.classes, **rank)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    rows = Lazy(order, lambda row: {"x": features[row], "y": labels[row]})
     kept = len(rows) // HELD_OUT
-    given, held_out = [rows[each] for each in order[kept:]], [rows[each] for each in order[:kept]]
+    given, held_out = rows[kept:], rows[:kept]
     steps = config.steps or max(LEAST, EPOCHS * len(given) // config.batch)
     every = max(1, steps // 10)
     config = replace(config, steps=steps, eval_every=every, save_every=steps, log_every=every)
@@ -148,7 +169,7 @@ def trained(
 def accuracy(model: nn.Module, sets: Sets, cut: str, guard: Guard) -> float:
     """How often an attacker names the class, on pictures that nobody has seen, under requests that nobody has seen."""
     right = 0
-    parts = zip(sets.test[cut].split(BATCH), sets.test_labels.split(BATCH), strict=True)
+    parts = zip(batches(sets.test[cut], BATCH, torch.stack), sets.test_labels.split(BATCH), strict=True)
     for number, (features, labels) in enumerate(parts):
         sent = guard.send(cut, features, sets.scale[cut], FIRST + number)
         right += int((model(sent).argmax(1) == labels).sum())

@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from lamella.data import Lazy, batches
 from lamella.methods.caprecover.audit import BATCH, FIRST
 from lamella.methods.caprecover.guard import Guard
 from lamella.methods.caprecover.readers import Standardised
@@ -154,11 +155,11 @@ def captions_as_rows(tokenizer: Any, texts: Sequence[str]) -> list[dict[str, Ten
 
 
 def taught(
-    captioner: Captioner, features: Tensor, texts: Sequence[str], loss: Spoken, config: TrainConfig, out: Path
+    captioner: Captioner, features: Sequence[Tensor], texts: Sequence[str], loss: Spoken, config: TrainConfig, out: Path
 ) -> Captioner:
     """Train an attacker on features and what their pictures show."""
     rows = captions_as_rows(captioner.tokenizer, texts)
-    samples = [{"x": x, **row} for x, row in zip(features, rows, strict=True)]
+    samples = Lazy(range(len(rows)), lambda number: {"x": features[number], **rows[number]})
     task = Task(loss, collate=stacked, weight=count_rows)
     config = replace(config, save_every=config.steps or len(samples))
     settings = {"cut": loss.cut, "guard": str(loss.guard)}
@@ -167,9 +168,9 @@ def taught(
     return captioner
 
 
-def recovered(captioner: Captioner, features: Tensor, loss: Spoken, beams: int = BEAMS) -> list[str]:
+def recovered(captioner: Captioner, features: Sequence[Tensor], loss: Spoken, beams: int = BEAMS) -> list[str]:
     """What an attacker writes of features that nobody has seen, under requests that nobody has seen."""
     texts = []
-    for number, part in enumerate(features.split(BATCH)):
+    for number, part in enumerate(batches(features, BATCH, torch.stack)):
         texts += captioner.write(loss.guard.send(loss.cut, part, loss.scale, FIRST + number), beams)
     return texts

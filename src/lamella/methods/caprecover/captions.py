@@ -11,7 +11,7 @@ import transformers
 from annotated_types import Ge
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from lamella.data import Pictures
+from lamella.data import Lazy, Pictures
 from lamella.errors import CalibrationError
 from lamella.evaluate.texts import TextScores
 from lamella.files import Work
@@ -80,7 +80,9 @@ def captions(
         raise CalibrationError("these pictures have no captions: put them into metadata.jsonl beside the pictures")
     texts, wanted = [each.text for each in train], [each.text for each in test]
     model.check_cuts(model.prepare(test[:8]), chosen)
-    ours, theirs = recorded(model, train, chosen), recorded(model, test, chosen)
+    depends = [model.describe(), images.describe()]
+    ours = recorded(model, train, chosen, work, "attacker", depends)
+    theirs = recorded(model, test, chosen, work, "judge", depends)
     spread = scales(ours)
     if writer is None:
         speaker, tokenizer = small_writer(texts, speaks, config.seed, work.place("writer"))
@@ -91,11 +93,12 @@ def captions(
     for cut in chosen:
         for guard in defences:
             name = f"{cut}, {guard}"
-            attacker = Captioner(ours[cut].shape[1:], speaker, tokenizer, config.seed)
+            attacker = Captioner(ours[cut][0].shape, speaker, tokenizer, config.seed)
             loss = Spoken(guard, cut, spread[cut])
             taught(attacker, ours[cut], texts, loss, config, work.place(f"{cut}-{guard}".replace(":", "-")))
             written[name] = recovered(attacker, theirs[cut], loss, beams)
-            other = recovered(attacker, theirs[cut].roll(1, 0), loss, beams)
+            others = Lazy([len(test) - 1, *range(len(test) - 1)], theirs[cut].__getitem__)
+            other = recovered(attacker, others, loss, beams)
             scores, prior = (TextScores.of(each, wanted).as_dict() for each in (written[name], other))
             rows.append({"cut": cut, "guard": str(guard), "scores": scores, "of other pictures": prior})
     samples = [

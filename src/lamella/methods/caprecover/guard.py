@@ -14,17 +14,19 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from lamella.data import batches
 from lamella.errors import MethodError
 
 Kind = Literal["none", "uniform", "gaussian", "fixed", "bits", "top", "pooled"]
 TOLD = "none, uniform, gaussian:10, fixed:10, bits:8, top:0.1, pooled"
+BATCH = 64
 NEEDS = ("gaussian", "fixed", "bits", "top")
 
 
@@ -125,9 +127,21 @@ class Guard:
         return 4 * (count / math.prod(shape[2:]) if self.kind == "pooled" and len(shape) == 4 else count)
 
 
-def scales(features: Mapping[str, Tensor]) -> dict[str, float]:
+def scales(features: Mapping[str, Sequence[Tensor] | Tensor]) -> dict[str, float]:
     """The standard deviation of what is sent at each cut, which both ends know."""
-    return {name: float(each.float().std()) or 1.0 for name, each in features.items()}
+    return {name: _deviation(each) or 1.0 for name, each in features.items()}
+
+
+def _deviation(rows: Sequence[Tensor] | Tensor) -> float:
+    """Of all elements, in one pass: means and squared deviations of batches are combined (Chan et al., 1979)."""
+    count, mean, squares = 0, 0.0, 0.0
+    for part in batches(rows, BATCH, torch.stack):
+        values = part.double()
+        more, shift = values.numel(), float(values.mean()) - mean
+        squares += float(values.var(correction=0)) * more + shift**2 * count * more / (count + more)
+        mean += shift * more / (count + more)
+        count += more
+    return math.sqrt(squares / (count - 1))
 
 
 def quantised(features: Tensor, bits: int) -> Tensor:

@@ -86,7 +86,7 @@ def caprecover(
     chosen = model.chosen(cuts)
     defences = parsed(guards)
     train, test = model.unseen(images), list(images.part("test").items)
-    sets = Sets.of(model, train, test, chosen)
+    sets = Sets.of(model, train, test, chosen, work, [model.describe(), images.describe()])
     x, labels = model.prepare(test[:LINKED]), sets.test_labels[:LINKED]
     model.check_cuts(x[:8], chosen)
     links = of_link(model, x, labels, chosen, defences)

@@ -11,13 +11,16 @@ the least that says anything.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from lamella.data import batches
+
 Reader = Literal["linear", "gap", "conv"]
+COMPARED = 1024  # rows of features that are in memory at once
 RANK = 768
 HIDDEN = 64
 
@@ -100,7 +103,19 @@ def pooled(features: Tensor) -> Tensor:
     return features.mean(1) if features.ndim == 3 else features
 
 
-def nearest(train: Tensor, test: Tensor) -> Tensor:
+def nearest(train: Sequence[Tensor], test: Sequence[Tensor]) -> Tensor:
     """The baseline: for each row the most similar row of those that an attacker has, by cosine [rows]."""
-    ours, theirs = (nn.functional.normalize(each.flatten(1).float(), dim=1) for each in (test, train))
-    return torch.cat([(rows @ theirs.T).argmax(1) for rows in ours.split(256)])
+    found = []
+    for ours in batches(test, COMPARED, _directions):
+        best, where, first = ours.new_full((len(ours),), -torch.inf), torch.zeros(len(ours), dtype=torch.long), 0
+        for theirs in batches(train, COMPARED, _directions):
+            most, row = (ours @ theirs.T).max(1)
+            where = torch.where(most > best, row + first, where)
+            best = torch.maximum(best, most)
+            first += len(theirs)
+        found.append(where)
+    return torch.cat(found)
+
+
+def _directions(rows: list[Tensor]) -> Tensor:
+    return nn.functional.normalize(torch.stack(rows).flatten(1).float(), dim=1)

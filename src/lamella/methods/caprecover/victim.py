@@ -117,7 +117,7 @@ class Victim(View):
 
     def unseen(self, pictures: Pictures) -> list[Captioned]:
         """Those pictures that it was not trained on, as far as is known."""
-        return [each for each in pictures.items if digits.digest(each) not in self.seen]
+        return [each for each in pictures.items if not self.seen or digits.digest(each) not in self.seen]
 
     # Running it
 

@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -195,7 +196,7 @@ def pictures_of(samples: ImageText, most: int | None = None) -> list[Picture]:
     Raises:
         CalibrationError: for rows without any.
     """
-    found = [image for each in samples.items for image in each.images][:most]
+    found = list(islice((image for each in samples.items for image in each.images), most))
     if not found:
         raise CalibrationError("these rows have no images: give some that have")
     return found

@@ -1,5 +1,6 @@
 """Hourglass MLP: a wide skip around narrow hidden layers."""
 
+from lamella.methods.hourglass_mlp.fitting import Fitted, fit_part
 from lamella.methods.hourglass_mlp.frontier import Grid, Shape, frontier, psnr
 from lamella.methods.hourglass_mlp.method import hourglass_mlp, sensitivity
 from lamella.methods.hourglass_mlp.modules import Sublayer
@@ -8,6 +9,7 @@ from lamella.methods.hourglass_mlp.recipe import heal
 from lamella.methods.hourglass_mlp.vectors import Vectors
 
 __all__ = [
+    "Fitted",
     "FrozenLift",
     "Grid",
     "HourglassFFN",
@@ -16,6 +18,7 @@ __all__ = [
     "Size",
     "Sublayer",
     "Vectors",
+    "fit_part",
     "frontier",
     "heal",
     "hourglass_mlp",

@@ -21,13 +21,14 @@ from lamella.data import Text
 from lamella.errors import MethodError, listed
 from lamella.files import Work
 from lamella.measure import OutputDistance, record
+from lamella.methods.hourglass_mlp.fitting import Fitted, fit_part
 from lamella.methods.hourglass_mlp.modules import Sublayer
 from lamella.methods.hourglass_mlp.network import inner_widths
 from lamella.plan import ModelReference, ModuleReference, Plan, keep_modules, parameters_at
 from lamella.registry import method
 from lamella.results import Edit
 from lamella.stack import Position, Stack
-from lamella.train import Fitted, TrainConfig, fit_part
+from lamella.train import TrainConfig
 
 FITTING = TrainConfig(steps=2000, lr=1e-3, schedule="cosine", batch=256, eval_every=200, save_every=500)
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any, overload
+from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from lamella.data import Captioned
+from lamella.data import Captioned, Lazy
 from lamella.errors import CalibrationError, MethodError
 from lamella.files import Work
 from lamella.methods.iformer.album import Album
@@ -32,29 +32,13 @@ PASSES = 5  # of healing
 SMOOTHED = 0.1  # of the labels, as published
 
 
-class Rows(Sequence[dict[str, Tensor]]):
+def rows(vision: Vision, pictures: Sequence[Captioned]) -> Lazy[dict[str, Tensor]]:
     """Pictures as a network reads them, each prepared when it is asked for, with its class where it has one."""
 
-    def __init__(self, vision: Vision, pictures: Sequence[Captioned]) -> None:
-        self.vision, self.pictures = vision, pictures
+    def row(each: Captioned) -> dict[str, Tensor]:
+        return {"x": vision.prepare([each])[0], "y": torch.tensor(-1 if each.label is None else each.label)}
 
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    @overload
-    def __getitem__(self, row: int) -> dict[str, Tensor]: ...
-
-    @overload
-    def __getitem__(self, row: slice) -> list[dict[str, Tensor]]: ...
-
-    def __getitem__(self, row: int | slice) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        if isinstance(row, slice):
-            return [self[each] for each in range(*row.indices(len(self)))]
-        each = self.pictures[row]
-        return {"x": self.vision.prepare([each])[0], "y": torch.tensor(-1 if each.label is None else each.label)}
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return (self[row] for row in range(len(self)))
+    return Lazy(pictures, row)
 
 
 @dataclass(frozen=True)
@@ -140,7 +124,7 @@ def heal(
                 "geometry": asdict(geometry), "layers": [asdict(each) for each in ramped.layers],
                 "kernel": ramped.kernel, "of": state(model.model), "ramped": state(built)}  # fmt: skip
     log = fit(
-        built, Rows(vision, images.items), supervised(loss), config, out=work.place("run"),
+        built, rows(vision, images.items), supervised(loss), config, out=work.place("run"),
         trainable=lambda name: True, settings=settings,
     )  # fmt: skip
     built.eval()
@@ -205,7 +189,7 @@ def train(
     config = replace(config, steps=config.steps or EPOCHS * max(1, len(images) // config.batch))
     vision = fresh(shape, size, channels, images.classes, seed=config.seed, drop_path=drop_path)
     log = fit(
-        vision.model, Rows(vision, images.items), supervised(smoothed), config, out=work.place("run"),
+        vision.model, rows(vision, images.items), supervised(smoothed), config, out=work.place("run"),
         trainable=lambda name: True,
         settings={"shape": asdict(shape), "size": size, "channels": channels, "drop_path": drop_path},
     )  # fmt: skip

@@ -11,6 +11,7 @@ the texture, which is fainter than the noise.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,17 +42,28 @@ def textures(split: str, seed: int = 0, world: str = "textures") -> Iterator[Cap
 
 
 def drawn(label: int, seed: Any, world: str = "textures") -> Captioned:
-    """One picture of a class [32, 32, 3]; contrast, phases, places, colour and noise are drawn."""
-    draw, (contrast, away) = np.random.default_rng(seed), WORLDS[world]
+    """One picture of a class [32, 32, 3], which is rendered when it is asked for."""
+    texture, direction = factors(label)
+    text = f"a texture of {texture} with two spots {direction}"
+    return Captioned(partial(rendered, label, seed, world), text, label)
+
+
+def factors(label: int) -> tuple[str, str]:
+    """The texture and the arrangement of a class."""
     texture, arrangement = divmod(label, len(ARRANGEMENTS))
-    direction = list(ARRANGEMENTS)[arrangement]
+    return TEXTURES[texture], list(ARRANGEMENTS)[arrangement]
+
+
+def rendered(label: int, seed: Any, world: str) -> npt.NDArray[np.uint8]:
+    """The pixels of one picture; contrast, phases, places, colour and noise are drawn."""
+    draw, (contrast, away) = np.random.default_rng(seed), WORLDS[world]
+    texture, direction = factors(label)
     y, x = np.mgrid[:SIDE, :SIDE].astype(np.float64)
-    grey = 90 + 10 * _slope(x, y, draw) + contrast * draw.uniform(0.7, 1.3) * _texture(TEXTURES[texture], x, y, draw)
+    grey = 90 + 10 * _slope(x, y, draw) + contrast * draw.uniform(0.7, 1.3) * _texture(texture, x, y, draw)
     for at_x, at_y in _spots(ARRANGEMENTS[direction], away, draw):
         grey += SPOT * np.exp(-((x - at_x) ** 2 + (y - at_y) ** 2) / (2 * 3.0**2))
     grey = grey[..., None] * draw.uniform(0.9, 1.1, 3) + NOISE * draw.standard_normal((SIDE, SIDE, 1))
-    text = f"a texture of {TEXTURES[texture]} with two spots {direction}"
-    return Captioned(grey.clip(0, 255).round().astype(np.uint8), text, label)
+    return grey.clip(0, 255).round().astype(np.uint8)
 
 
 def _slope(x: Field, y: Field, draw: np.random.Generator) -> Field:

@@ -2,6 +2,7 @@
 
 from lamella.methods.irepair.losses import repair_loss, utility_kl
 from lamella.methods.irepair.method import irepair
+from lamella.methods.irepair.pairs import Pair, Pairs, Triple, read_pair_file, read_pairs
 from lamella.methods.irepair.recipe import BASELINES, TRAINING, RepairSettings, repair
 from lamella.methods.irepair.sensitivity import gradients_of, layer_parameters, next_token_loss, norms_of, sensitivity
 from lamella.methods.irepair.slices import BestSlices, Choices, Slices, by_role, count_examples
@@ -12,8 +13,11 @@ __all__ = [
     "TRAINING",
     "BestSlices",
     "Choices",
+    "Pair",
+    "Pairs",
     "RepairSettings",
     "Slices",
+    "Triple",
     "Utility",
     "by_role",
     "count_examples",
@@ -22,6 +26,8 @@ __all__ = [
     "layer_parameters",
     "next_token_loss",
     "norms_of",
+    "read_pair_file",
+    "read_pairs",
     "repair",
     "repair_loss",
     "sensitivity",

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamella.data import Triple, write
+from lamella.data import write
 from lamella.errors import MethodError
+from lamella.methods.irepair.pairs import Triple
 from lamella.methods.irepair.sensitivity import sensitivity
 from lamella.stack import Stack
 from lamella.train import Sample, collate, pairs, response_loss

@@ -23,10 +23,10 @@ from typing import Annotated, Literal
 
 import torch
 
-from lamella.data import Pairs, Triple
 from lamella.errors import MethodError
 from lamella.files import Work
 from lamella.methods.irepair.judge import judged, pattern, profile
+from lamella.methods.irepair.pairs import Pairs, Triple
 from lamella.methods.irepair.recipe import BASELINES, PAPERS, TRAINING, RepairSettings, repair
 from lamella.methods.irepair.slices import Choices
 from lamella.methods.irepair.utility import Utility

@@ -16,9 +16,10 @@ from lamella.data.pictures import Picture, inside, read_picture
 from lamella.data.rows import Rows
 from lamella.errors import CalibrationError
 from lamella.extras import require
+from lamella.methods.kore.glyphs import Glyph, glyphs, known, render_glyph, told
 from lamella.reading import read_rows
 from lamella.signature import Fixture
-from lamella.zoo.worlds import SIZE, Glyph, glyphs, known, render_glyph, told
+from lamella.zoo.worlds import SIZE
 
 GLYPHS = "glyphs"
 MEND = (

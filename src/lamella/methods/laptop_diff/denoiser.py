@@ -97,6 +97,11 @@ class Denoiser(View):
 
     # What it is given
 
+    def encoders(self) -> dict[str, str]:
+        """A digest of each part of the pipeline beside its network, such as its autoencoder and its text encoders."""
+        parts = {name: each for name, each in self.pipeline.components.items() if isinstance(each, torch.nn.Module)}
+        return {name: fingerprint.state(each) for name, each in parts.items() if name != self.part}
+
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of what the network reads."""

@@ -205,7 +205,7 @@ def heal(
     pruned = apply(model.blocks, plan).eval()
     network = apply(model.blocks, plan).eval()
     own(network, lambda name: True)
-    log, begins = distil(model, network, images, weights=weights, config=config, out=work.place("run"))
+    log, begins = distil(model, network, images, weights=weights, config=config, out=work.place("run"), work=work)
     network.eval()
     findings: dict[str, Any] = {
         "blocks": [

@@ -16,12 +16,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from annotated_types import Ge, Lt
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lamella.data import Pictures
+from lamella.data import Captioned, Encoded, Lazy, Pictures
+from lamella.files import Work
 from lamella.methods.laptop_diff.denoiser import Denoiser
 from lamella.methods.laptop_diff.tuples import Tuples
 from lamella.train import Hook, Task, TrainConfig, Training, TrainingLog, fit
@@ -183,6 +185,7 @@ def distil(
     config: TrainConfig,
     out: Path,
     pairs: Sequence[tuple[str, str]] | None = None,
+    work: Work = Work(),
 ) -> tuple[TrainingLog, dict[str, Any]]:
     """Train a pruned network, in place; an interrupted run goes on from ``out``.
 
@@ -191,12 +194,13 @@ def distil(
         student: with tensors of its own.
         pictures: to train on.
         pairs: where features are compared; the stages of the teacher when left out.
+        work: where encodings of the pictures are kept.
 
     Returns:
         The log; and how the terms stood at the beginning: the features' weight, and each stage's term.
     """
     pairs = matched(denoiser.network, student) if pairs is None else list(pairs)
-    samples = encoded(denoiser, pictures)
+    samples = encoded(denoiser, pictures, work)
     loss, begins = balanced(denoiser, student, Tuples.of(denoiser, pictures, PROBES, config.seed), pairs, weights)
     task = Task(loss, collate=stacked, weight=lambda batch: len(batch["clean"]), beside=(denoiser.network,))
     hooks = [Average(weights.average)] if weights.average else []
@@ -205,10 +209,25 @@ def distil(
     return log, begins
 
 
-def encoded(denoiser: Denoiser, pictures: Pictures) -> list[dict[str, Tensor]]:
-    """Training samples: x_0 and conditions of each picture, made once."""
-    clean, told = denoiser.clean(pictures.items), denoiser.conditions(pictures.items)
-    return [{"clean": clean[row], **{name: each[row] for name, each in told.items()}} for row in range(len(clean))]
+def encoded(denoiser: Denoiser, pictures: Pictures, work: Work = Work()) -> Sequence[dict[str, Tensor]]:
+    """Training samples: x_0 and conditions of each picture.
+
+    Latents, and the conditions of each distinct caption and class, are computed once and kept in files. Pictures of a
+    pipeline without an autoencoder are decoded when they are asked for, which is as fast as reading what they become.
+
+    Args:
+        work: where an interrupted run finds what it has encoded.
+    """
+    items = pictures.items
+    depends = [denoiser.describe(), denoiser.encoders(), denoiser.size, pictures.describe()]
+    clean: Sequence[dict[str, Tensor]] = Lazy(items, lambda each: {"clean": denoiser.clean([each])[0]})
+    if getattr(denoiser.pipeline, "vae", None) is not None:
+        clean = Encoded.of(items, lambda rows: {"clean": denoiser.clean(rows)}, work, "latents", depends)
+    told = list(dict.fromkeys((each.text, each.label) for each in items))
+    unseen = [Captioned(np.empty((0, 0, 3), np.uint8), *each) for each in told]
+    conditions = Encoded.of(unseen, denoiser.conditions, work, "conditions", depends)
+    place = {each: number for number, each in enumerate(told)}
+    return Lazy(range(len(items)), lambda row: {**clean[row], **conditions[place[items[row].text, items[row].label]]})
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from lamella.measure import embed
 from lamella.methods.paser.concepts import ConceptGraph, concepts
 from lamella.methods.paser.method import Clustering, budgets, degradation, paser, take
-from lamella.methods.paser.pool import Example, Selection, read_pool
+from lamella.methods.paser.pool import Example, Pool, Selection, read_pool
 from lamella.methods.paser.spectral import Graph, spectral_clusters
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "ConceptGraph",
     "Example",
     "Graph",
+    "Pool",
     "Selection",
     "budgets",
     "concepts",

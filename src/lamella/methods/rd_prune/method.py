@@ -38,12 +38,12 @@ from lamella.methods.rd_prune.curves import (
     rate_distortion,
     smallest,
 )
+from lamella.methods.rd_prune.knapsack import allocate
 from lamella.methods.rd_prune.masked import Holding
 from lamella.methods.rd_prune.probes import probe_of
 from lamella.plan import Masks, ModelReference, Plan, PlanSeries, Point, mask_edit, masks_of
 from lamella.registry import command, method
 from lamella.runtime import apply
-from lamella.search import allocate
 from lamella.stack import Stack
 from lamella.train import Healed, Task, TrainConfig, fit, own, response_loss, with_weights_of
 

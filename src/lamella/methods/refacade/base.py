@@ -116,6 +116,11 @@ class Base(View):
         """Of all its weights."""
         return tensors(self.network)
 
+    @cached_property
+    def encoder_digest(self) -> str:
+        """Of the weights of its autoencoder; empty where there is none."""
+        return "" if self.vae is None else tensors(self.vae)
+
     # Its sizes
 
     @property

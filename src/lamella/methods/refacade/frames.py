@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from lamella.data.pictures import MOST_PIXELS, Picture, colours, read_animation
+from lamella.data.pictures import MOST_PIXELS, Checked, Picture, check_picture, colours, read_animation
 from lamella.errors import CalibrationError
 from lamella.extras import require
 from lamella.methods.refacade.objects import TexturedObject, textured_object
@@ -101,7 +103,7 @@ class Masks:
         if str(name) == TEXTURED:
             shown = example().mask[:, 0] > 0.5
         else:
-            shown = one_size([image[..., :3] for image in read(Path(name))], name).mean(axis=-1) > 127
+            shown = marked(one_size([image[..., :3] for image in read(Path(name))], name))
         if not shown.any():
             raise CalibrationError(f"{name}: the mask is empty: make it light where the object is")
         return cls(shown, described(name, shown))
@@ -190,9 +192,7 @@ def read(path: Path) -> Iterator[NDArray[np.uint8]]:
         CalibrationError: for what is missing, damaged or too much.
     """
     if path.is_dir():
-        files = [check_in_folder(each) for each in sorted(path.iterdir()) if each.suffix.lower() in PICTURES]
-        if not files:
-            raise CalibrationError(f"{path} holds no frames: {GIVE}")
+        files = files_of(path)
         found: Iterable[NDArray[np.uint8]] = (next(read_animation(file, str(path), with_alpha)) for file in files)
     elif path.suffix.lower() in VIDEOS and path.is_file():
         found = moving(path)
@@ -208,6 +208,37 @@ def read(path: Path) -> Iterator[NDArray[np.uint8]]:
         yield image
 
 
+def checked(path: Path) -> Checked:
+    """Check a picture, a folder or a video by its headers, without decoding it.
+
+    Raises:
+        CalibrationError: for what is missing or damaged, as far as headers show it.
+    """
+    if path.is_dir():
+        files = [check_picture(file, str(path)) for file in files_of(path)]
+        return Checked(b"".join(each.digest for each in files), len(files))
+    if path.suffix.lower() in VIDEOS and path.is_file():
+        with video(path) as (opened, stream):
+            frames = stream.frames or sum(packet.size > 0 for packet in stream.container.demux(stream))
+            opened.seek(0)
+            return Checked(hashlib.file_digest(opened, "sha256").digest(), frames)
+    if path.is_file():
+        return check_picture(path, str(path))
+    raise CalibrationError(f"no frames '{path}': {GIVE}")
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The frames in a folder.
+
+    Raises:
+        CalibrationError: for a folder without frames, or with a link among them.
+    """
+    files = [check_in_folder(each) for each in sorted(folder.iterdir()) if each.suffix.lower() in PICTURES]
+    if not files:
+        raise CalibrationError(f"{folder} holds no frames: {GIVE}")
+    return files
+
+
 def with_alpha(image: Any) -> NDArray[np.uint8]:
     """What a Pillow image shows, and how opaque it is [height, width, 4]; upright."""
     upright = require("PIL.ImageOps", "vision", "reading pictures").exif_transpose(image)
@@ -217,15 +248,22 @@ def with_alpha(image: Any) -> NDArray[np.uint8]:
 
 def moving(file: Path) -> Iterator[NDArray[np.uint8]]:
     """The frames of a video file [height, width, 4]."""
+    with video(file) as (_, stream):
+        for frame in stream.container.decode(stream):
+            image = frame.to_ndarray(format="rgb24")
+            yield np.concatenate([image, np.full_like(image[..., :1], 255)], axis=-1)
+
+
+@contextmanager
+def video(file: Path) -> Iterator[tuple[BufferedReader, Any]]:
+    """An open video file with its stream of frames; what reading it raises becomes one error that names it."""
     av = require("av", "video", "reading this video")
     try:
-        with open_file(file) as opened, av.open(opened) as video:
-            stream = video.streams.video[0]
+        with open_file(file) as opened, av.open(opened) as container:
+            stream = container.streams.video[0]
             if stream.width * stream.height > MOST_PIXELS:
                 raise CalibrationError(f"{file}: {stream.width} x {stream.height} pixels: give a smaller video")
-            for frame in video.decode(stream):
-                image = frame.to_ndarray(format="rgb24")
-                yield np.concatenate([image, np.full_like(image[..., :1], 255)], axis=-1)
+            yield opened, stream
     except CalibrationError:
         raise
     except Exception as error:  # of a damaged file, anything
@@ -250,6 +288,12 @@ def described(name: str | Path, pixels: NDArray[Any]) -> dict[str, Any]:
 
 
 # Numbers
+
+
+def marked(pixels: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Where pictures [..., 3] are light, which marks an object."""
+    light: NDArray[np.bool_] = pixels.mean(axis=-1) > 127
+    return light
 
 
 def example() -> TexturedObject:

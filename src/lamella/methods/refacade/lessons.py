@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,18 +13,33 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lamella.data import Reader
+from lamella.data import Encoded, Lazy, Reader
 from lamella.errors import CalibrationError, MethodError
+from lamella.files import Work
 from lamella.methods.refacade.base import SIDE, Base
-from lamella.methods.refacade.frames import PICTURES, TEXTURED, VIDEOS, Frames, Masks, scaled, signed
+from lamella.methods.refacade.frames import (
+    PICTURES,
+    TEXTURED,
+    VIDEOS,
+    Frames,
+    Masks,
+    checked,
+    marked,
+    read,
+    scaled,
+    signed,
+)
 from lamella.methods.refacade.jigsaw import WHITE
-from lamella.methods.refacade.objects import TexturedObject, objects
+from lamella.methods.refacade.objects import Part, TexturedObject, numbered
 from lamella.methods.refacade.recipe import transfer_sample
 from lamella.methods.refacade.remover import TextureRemover
+from lamella.plan import fingerprint
 from lamella.reading import check_in_folder
 from lamella.signature import Fixture
+from lamella.train.supervised import stacked
 
 MASK, PLAIN = ".mask", ".untextured"
+AT_ONCE = 16  # clips whose latents are in one file
 
 
 class Clip(NamedTuple):
@@ -42,13 +57,24 @@ class Clip(NamedTuple):
     plain: Tensor | None
     name: str = TEXTURED
 
+    def fitted(self, height: int, width: int) -> Clip:
+        """The same clip in another size."""
+        plain = None if self.plain is None else scaled(self.plain, height, width)
+        return Clip(scaled(self.frames, height, width), resized(self.mask, height, width), plain, self.name)
+
+
+Encode = Callable[[Clip, int], dict[str, Tensor]]  # from a clip and its number to what is learnt from it
+
 
 @dataclass(frozen=True, eq=False)
 class Objects:
     """Clips of objects.
 
+    Opening a folder decodes one mask of each clip. Clips are decoded when they are asked for.
+
     Attributes:
         clips: all of one length.
+        masks: of the first frame of each clip [1, 1, height, width].
         said: what provenance says of them.
     """
 
@@ -60,12 +86,13 @@ class Objects:
     default = TEXTURED
     example = Fixture(TEXTURED, settings={"count": 4, "frames": 2})
 
-    clips: tuple[Clip, ...]
+    clips: Sequence[Clip]
+    masks: Sequence[Tensor]
     said: dict[str, Any]
 
     @classmethod
     def open(cls, name: str | Path, reader: Reader, *, count: int = 1200, frames: int = 1) -> Objects:
-        """Read clips.
+        """Open clips.
 
         Args:
             name: ``textured``, made by chance (those for testing are never trained on), or a folder of pictures,
@@ -79,18 +106,19 @@ class Objects:
         """
         if count < 1 or frames < 1:
             raise CalibrationError(f"count {count}, frames {frames}: give at least 1")
-        if str(name) == TEXTURED:
-            part = "test" if reader.split == "test" else "train"
-            drawn = objects(part, reader.seed, SIDE, frames)  # type: ignore[arg-type]
-            clips = tuple(map(of_object, islice(drawn, count)))
-        else:
-            clips = tuple(islice(_folder(Path(name), frames), count))
         digest = hashlib.sha256()
-        for clip in clips:
-            for each in (clip.frames, clip.mask, clip.plain):
-                digest.update(b"" if each is None else each.numpy().tobytes())
+        if str(name) == TEXTURED:
+            part: Part = "test" if reader.split == "test" else "train"
+            clips = Lazy(range(count), lambda number: of_object(numbered(number, part, reader.seed, SIDE, frames)))
+            masks = Lazy(clips, lambda clip: clip.mask[:1])
+            digest.update(f"{part} {reader.seed} {SIDE}".encode())
+        else:
+            files = list(islice(_folder(Path(name)), count))
+            for each in files:
+                digest.update(each.check(frames))
+            clips, masks = Lazy(files, lambda each: each.read(frames)), Lazy(files, ClipFiles.first_mask)
         said = {"data": str(name), "clips": len(clips), "frames": frames, "sha256": digest.hexdigest()}
-        return cls(clips, said)
+        return cls(clips, masks, said)
 
     def describe(self) -> dict[str, Any]:
         """What provenance says of them."""
@@ -99,26 +127,90 @@ class Objects:
     def __len__(self) -> int:
         return len(self.clips)
 
-    def fitted(self, base: Base) -> list[Clip]:
+    def fitted(self, base: Base) -> Sequence[Clip]:
         """The clips in one size that a base takes.
 
         Raises:
             CalibrationError: for an object that is too small for that.
             MethodError: for a number of frames that its autoencoder does not take.
         """
-        frames = len(self.clips[0].frames)
-        if (frames - 1) % base.temporal:
-            raise MethodError(f"frames {frames}: {base.name} takes a multiple of {base.temporal} and one more")
-        size = base.size_for(*self.clips[0].frames.shape[-2:])
-        found = []
-        for each in self.clips:
-            mask = each.mask if each.mask.shape[-2:] == size else F.interpolate(each.mask, size, mode="nearest-exact")
-            if not mask[0].any():
-                scale = "{} x {}".format(*size)
-                raise CalibrationError(f"{each.name}: in {scale} pixels nothing is left of its object: crop it")
-            plain = None if each.plain is None else scaled(each.plain, *size)
-            found.append(Clip(scaled(each.frames, *size), mask, plain, each.name))
-        return found
+        first = self.clips[0]
+        if (len(first.frames) - 1) % base.temporal:
+            raise MethodError(
+                f"frames {len(first.frames)}: {base.name} takes a multiple of {base.temporal} and one more"
+            )
+        size = base.size_for(*first.frames.shape[-2:])
+        if size != first.frames.shape[-2:]:
+            for number, mask in enumerate(self.masks):
+                if not resized(mask, *size).any():
+                    scale = "{} x {}".format(*size)
+                    name = self.clips[number].name
+                    raise CalibrationError(f"{name}: in {scale} pixels nothing is left of its object: crop it")
+        return Lazy(self.clips, lambda clip: clip.fitted(*size))
+
+
+class ClipFiles(NamedTuple):
+    """The files of a clip.
+
+    Attributes:
+        clip: a picture, a folder of frames or a video.
+        mask: where the object is in it.
+        plain: its plain twin, where there is one.
+    """
+
+    clip: str
+    mask: str
+    plain: str | None
+
+    def check(self, frames: int) -> bytes:
+        """Check the number of frames and the first mask; the rest is decoded when the clip is read.
+
+        Returns:
+            The SHA-256 of all files.
+
+        Raises:
+            CalibrationError: for too few frames, a damaged mask, or one without an object in the first frame.
+        """
+        clip, *others = (checked(Path(each)) for each in self if each is not None)
+        self.check_length(clip.frames, frames)
+        if not self.first_mask().any():
+            raise CalibrationError(
+                f"{self.mask}: no object in the first frame, which is the reference: begin where it is seen"
+            )
+        return b"".join(each.digest for each in (clip, *others))
+
+    def check_length(self, found: int, frames: int) -> None:
+        """Raise an error for too few frames."""
+        if found < frames:
+            raise CalibrationError(f"{self.clip}: {found} frames of {frames}: give longer clips, or fewer --frames")
+
+    def first_mask(self) -> Tensor:
+        """The mask of the first frame [1, 1, height, width]; nothing else is decoded."""
+        return torch.from_numpy(marked(next(read(Path(self.mask)))[..., :3]))[None, None].float()
+
+    def read(self, frames: int) -> Clip:
+        """Decode the clip, its mask and its twin.
+
+        Raises:
+            CalibrationError: for what is damaged, or of other sizes.
+        """
+        clip, mask = Frames.open(self.clip), Masks.open(self.mask)
+        self.check_length(len(clip.pixels), frames)  # a header may declare more than there is
+        try:
+            where = mask.fitted(clip, *clip.pixels.shape[1:3])[:frames]
+        except CalibrationError as error:
+            raise CalibrationError(f"{self.mask}: {error}") from None
+        plain = None
+        if self.plain is not None:
+            plain = signed(one_sized(Frames.open(self.plain), clip, Path(self.plain)))[:frames]
+        return Clip(signed(clip.pixels)[:frames], where, plain, self.clip)
+
+
+def resized(mask: Tensor, height: int, width: int) -> Tensor:
+    """A mask [frames, 1, ...] in another size."""
+    if mask.shape[-2:] == (height, width):
+        return mask
+    return F.interpolate(mask, (height, width), mode="nearest-exact")
 
 
 def of_object(each: TexturedObject) -> Clip:
@@ -127,29 +219,17 @@ def of_object(each: TexturedObject) -> Clip:
     return Clip(composite, mask, untextured)
 
 
-def _folder(folder: Path, frames: int) -> Iterator[Clip]:
+def _folder(folder: Path) -> Iterator[ClipFiles]:
     if not folder.is_dir():
         raise CalibrationError(f"no objects '{folder}': give {TEXTURED}, or a folder of clips with masks")
     found = [_not_linked(each) for each in sorted(folder.iterdir()) if _is_clip(each)]
     if not found:
         raise CalibrationError(f"{folder} holds no clips: give pictures, folders of frames or videos")
     for path in found:
-        clip, marks = Frames.open(path), _beside(path, MASK)
-        if marks is None:
+        mask, plain = _beside(path, MASK), _beside(path, PLAIN)
+        if mask is None:
             raise CalibrationError(f"{path} has no {_stem(path)}{MASK} beside it: say where its object is")
-        mask = Masks.open(marks)
-        if len(clip.pixels) < frames:
-            raise CalibrationError(
-                f"{path}: {len(clip.pixels)} frames of {frames}: give longer clips, or fewer --frames"
-            )
-        where = mask.fitted(clip, *clip.pixels.shape[1:3])[:frames]
-        if not where[0].any():
-            raise CalibrationError(
-                f"{marks}: no object in the first frame, which is the reference: begin where it is seen"
-            )
-        twin = _beside(path, PLAIN)
-        plain = None if twin is None else signed(one_sized(Frames.open(twin), clip, twin))[:frames]
-        yield Clip(signed(clip.pixels)[:frames], where, plain, str(path))
+        yield ClipFiles(str(path), str(mask), None if plain is None else str(plain))
 
 
 def one_sized(twin: Frames, clip: Frames, path: Path) -> Any:
@@ -183,39 +263,83 @@ def _beside(path: Path, ending: str) -> Path | None:
     return next((_not_linked(path.parent / name) for name in names if (path.parent / name).exists()), None)
 
 
-def foregrounds(base: Base, clips: Sequence[Clip]) -> list[dict[str, Tensor]]:
-    """What a student learns from: latents of foregrounds alone."""
-    return [{"foreground": base.encode(clip.frames * clip.mask).cpu()} for clip in clips]
+def latents(base: Base, clips: Sequence[Clip], work: Work = Work(), depends: Any = None) -> Sequence[Tensor]:
+    """The latents of clips.
+
+    Args:
+        work: where an interrupted run finds what it has encoded.
+        depends: JSON values that say which clips these are.
+    """
+    found = _encoded(base, clips, lambda clip, _: {"clean": base.encode(clip.frames)}, work, "latents", depends)
+    return found.column("clean")
 
 
-def removal_samples(base: Base, clips: Sequence[Clip]) -> list[dict[str, Tensor]]:
-    """What the remover learns from: latents of foregrounds and of their plain twins.
+def foregrounds(
+    base: Base, clips: Sequence[Clip], work: Work = Work(), depends: Any = None
+) -> Sequence[dict[str, Tensor]]:
+    """What a student learns from: latents of foregrounds alone; see :func:`latents`."""
+    return _encoded(base, clips, lambda clip, _: _foreground(base, clip), work, "foregrounds", depends)
+
+
+def removal_samples(
+    base: Base, clips: Sequence[Clip], work: Work = Work(), depends: Any = None
+) -> Sequence[dict[str, Tensor]]:
+    """What the remover learns from: latents of foregrounds and of their plain twins; see :func:`latents`.
 
     Raises:
         CalibrationError: for a clip whose plain twin is not known.
     """
-    found = []
-    for clip, seen in zip(clips, foregrounds(base, clips), strict=True):
+
+    def encode(clip: Clip, _: int) -> dict[str, Tensor]:
         if clip.plain is None:
             raise CalibrationError(f"{clip.name} without {PLAIN} beside it: render each in plain grey, too")
-        found.append({**seen, "untextured": base.encode(clip.plain * clip.mask).cpu()})
-    return found
+        return {**_foreground(base, clip), "untextured": base.encode(clip.plain * clip.mask)}
+
+    return _encoded(base, clips, encode, work, "removal", depends)
 
 
 def transfer_samples(
-    base: Base, remover: TextureRemover, clips: Sequence[Clip], dilate: int = 3, seed: int = 0
-) -> list[dict[str, Tensor]]:
+    base: Base,
+    remover: TextureRemover,
+    clips: Sequence[Clip],
+    dilate: int = 3,
+    seed: int = 0,
+    work: Work = Work(),
+    depends: Any = None,
+) -> Sequence[dict[str, Tensor]]:
     """What the branch learns from; the remover says what the objects are without texture.
 
     Args:
         dilate: r, of the hole.
         seed: of the remover's noise.
+        work, depends: see :func:`latents`.
     """
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for clip in clips:
-        z_unt = remover.removed(base.encode(clip.frames * clip.mask)[None], generator)[0]
+    generator, drawn = torch.Generator().manual_seed(seed), 0
+
+    def encode(clip: Clip, number: int) -> dict[str, Tensor]:
+        nonlocal drawn
+        z_fg = _foreground(base, clip)["foreground"][None]
+        for _ in range(drawn, number):  # the noise of clips that an earlier run has encoded
+            torch.randn(z_fg.shape, generator=generator)
+        drawn = number + 1
+        z_unt = remover.removed(z_fg, generator)[0]
         first, where = clip.frames[0], clip.mask[0]
         own = (torch.where(where > 0, first, WHITE), where)
-        found.append(transfer_sample(base, clip.frames, clip.mask, z_unt, own, dilate))
-    return found
+        return transfer_sample(base, clip.frames, clip.mask, z_unt, own, dilate)
+
+    told = [fingerprint.state(remover), remover.steps, dilate, seed, depends]
+    return _encoded(base, clips, encode, work, "transfer", told)
+
+
+def _foreground(base: Base, clip: Clip) -> dict[str, Tensor]:
+    return {"foreground": base.encode(clip.frames * clip.mask)}
+
+
+def _encoded(base: Base, clips: Sequence[Clip], encode: Encode, work: Work, name: str, depends: Any) -> Encoded:
+    """Encode clips one at a time, since a batch of decoded clips may be larger than the memory."""
+
+    def rows(numbers: list[int]) -> Mapping[str, Tensor]:
+        return stacked([encode(clips[number], number) for number in numbers])
+
+    told = [base.encoder_digest, base.token, base.area, depends]
+    return Encoded.of(range(len(clips)), rows, work, name, told, AT_ONCE)

@@ -15,10 +15,11 @@ needed (recipe.py). Which layers get hints is measured (sensitivity.py). The bas
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from lamella.errors import MethodError
@@ -28,7 +29,7 @@ from lamella.methods.refacade.base import Base
 from lamella.methods.refacade.conditions import dilated
 from lamella.methods.refacade.frames import Frames, Masks, Reference, eight_bit, signed
 from lamella.methods.refacade.jigsaw import Jigsaw, centred
-from lamella.methods.refacade.lessons import Objects, foregrounds, removal_samples, transfer_samples
+from lamella.methods.refacade.lessons import Objects, foregrounds, latents, removal_samples, transfer_samples
 from lamella.methods.refacade.modules import ControlBranch
 from lamella.methods.refacade.recipe import DISTILLING, REMOVAL, TRANSFER, train_branch, train_remover
 from lamella.methods.refacade.recipe import distil as distilled
@@ -157,7 +158,7 @@ class Place:
     """
 
     layers: tuple[int, ...] | None = None
-    hidden: int | None = None
+    hidden: Annotated[int, Ge(1), Le(2**17)] | None = None
 
 
 @command("refacade", "train", on="any", brief={"steps": 2, "batch": 2, "save_every": 1, "layers": (0, 3), "count": 4})
@@ -168,7 +169,7 @@ def train(
     *,
     place: Place = Place(),
     jigsaw: Jigsaw = Jigsaw(),  # noqa: B008, frozen
-    dilate: int = 3,
+    dilate: Annotated[int, Ge(0)] = 3,
     config: TrainConfig = TRANSFER,
     work: Work = Work(),
 ) -> Retexturer:
@@ -193,14 +194,12 @@ def train(
         TrainingError: when training cannot start, go on or stay finite.
     """
     check_remover(base, remover.network)
-    if (place.hidden is not None and not 1 <= place.hidden <= 2**17) or dilate < 0:
-        raise MethodError(f"hidden {place.hidden}, dilate {dilate}: give a width from 1 on, and pixels from 0 on")
     layers = range(0, base.depth, 2) if place.layers is None else place.layers
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         branch = ControlBranch(base.network, list(layers), *base.control_channels, place.hidden)
     network = remover.network.to(base.network.device)
-    samples = transfer_samples(base, network, objects.fitted(base), dilate, config.seed)
+    samples = transfer_samples(base, network, objects.fitted(base), dilate, config.seed, work, objects.describe())
     log = train_branch(base, branch.to(base.network.device), samples, config, work.place("run"), jigsaw=jigsaw)
     sizes = {"parameters": size(branch), "parameters of the base": size(base.network), "layers": branch.layers}
     return Retexturer.of(base, branch.eval(), network, log=log, findings={**sizes, "loss": losses(log)})
@@ -227,7 +226,8 @@ def remover(base: Base, objects: Objects, *, config: TrainConfig = REMOVAL, work
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = TextureRemover.fresh(base).to(base.network.device)
-    log = train_remover(network, removal_samples(base, objects.fitted(base)), config, work.place("run"))
+    samples = removal_samples(base, objects.fitted(base), work, objects.describe())
+    log = train_remover(network, samples, config, work.place("run"))
     return Remover(network=network.eval(), log=log, findings={"parameters": size(network), "loss": losses(log)})
 
 
@@ -260,7 +260,7 @@ def distil(
         TrainingError: when training cannot start, go on or stay finite.
     """
     check_remover(base, remover.network)
-    samples = foregrounds(base, objects.fitted(base))
+    samples = foregrounds(base, objects.fitted(base), work, objects.describe())
     teacher = remover.network.to(base.network.device)
     student, log = distilled(teacher, samples, config, work.place("run"), removal)
     found = {"parameters": size(student), "removal": removal, "loss": losses(log)}
@@ -269,7 +269,13 @@ def distil(
 
 @command("refacade", "layers", on="any", brief={"draws": 2, "count": 4})
 def layers(
-    base: Base, objects: Objects, *, share: float = 0.5, draws: int = 4, seed: int = 0, work: Work = Work()
+    base: Base,
+    objects: Objects,
+    *,
+    share: Annotated[float, Gt(0), Le(1)] = 0.5,
+    draws: int = 4,
+    seed: int = 0,
+    work: Work = Work(),
 ) -> Study:
     """Measure at which layers of a video transformer a hint does most.
 
@@ -287,9 +293,7 @@ def layers(
     Raises:
         MethodError: for values out of range.
     """
-    if not 0 < share <= 1:
-        raise MethodError(f"share {share:g}: give a share of the layers above 0, up to 1")
-    clean = torch.stack([base.encode(clip.frames) for clip in objects.fitted(base)])
+    clean = latents(base, objects.fitted(base), work, objects.describe())
     found = hint_sensitivity(base, clean, draws=draws, seed=seed, work=work)
     chosen = most_sensitive(found["output"], max(1, round(share * base.depth)))
     return Study(findings={**found, "chosen": chosen, "every second": list(range(0, base.depth, 2))})

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -226,7 +227,9 @@ def channels(array: NDArray[np.generic]) -> Pixels:
 
 def objects(part: Part = "train", seed: int = 0, res: int = 32, frames: int = 1) -> Iterator[TexturedObject]:
     """Objects without end."""
-    number = 0
-    while True:
-        yield textured_object(seed * 1_000_000 + number, res, frames, part)
-        number += 1
+    return (numbered(number, part, seed, res, frames) for number in count())
+
+
+def numbered(number: int, part: Part = "train", seed: int = 0, res: int = 32, frames: int = 1) -> TexturedObject:
+    """One of the objects of :func:`objects`, by its number."""
+    return textured_object(seed * 1_000_000 + number, res, frames, part)

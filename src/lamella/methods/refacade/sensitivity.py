@@ -26,11 +26,13 @@ SHARE = 0.3  # of the stream's norm, on average over layers
 
 
 @torch.no_grad()
-def hint_sensitivity(base: Base, clean: Tensor, *, draws: int, seed: int, work: Work) -> dict[str, list[float]]:
+def hint_sensitivity(
+    base: Base, clean: Sequence[Tensor], *, draws: int, seed: int, work: Work
+) -> dict[str, list[float]]:
     """What a push at each layer changes.
 
     Args:
-        clean: latents [clips, C, F', h, w].
+        clean: latents of clips [C, F', h, w].
         draws: times, noises and directions for each of them.
         seed: of them.
         work: where a run that was stopped goes on from.
@@ -43,11 +45,14 @@ def hint_sensitivity(base: Base, clean: Tensor, *, draws: int, seed: int, work: 
     """
     if draws < 1:
         raise MethodError(f"draws {draws}: give at least 1")
-    known = Finished(work.journal("layers"), [base.digest, list(clean.shape), float(clean.double().sum()), draws, seed])
+    total = sum(float(clip.double().sum()) for clip in clean)
+    depends = [base.digest, len(clean), list(clean[0].shape), total, draws, seed]
+    known = Finished(work.journal("layers"), depends)
     changes = []
     with tracker("pushing layers, clip by clip", len(clean)) as count:
         for number, clip in enumerate(clean):
-            changes.append(known.once(f"clip {number}", partial(pushed, base, clip[None], draws, (seed, number))))
+            rows = clip[None].to(base.network.device)
+            changes.append(known.once(f"clip {number}", partial(pushed, base, rows, draws, (seed, number))))
             count()
     output, loss = torch.tensor(changes, dtype=torch.float64).mean(dim=0).tolist()
     return {"output": output, "loss": loss}

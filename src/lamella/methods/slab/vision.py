@@ -12,7 +12,7 @@ from annotated_types import Ge, Le, Lt
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lamella.data import Captioned, LabelledPictures
+from lamella.data import Captioned, LabelledPictures, Lazy, batches
 from lamella.errors import CalibrationError, MethodError
 from lamella.extras import require
 from lamella.files import Work
@@ -30,6 +30,7 @@ LARGEST = 65_536  # pixels of a side, and the width of a layer
 ONNX = "model.onnx"
 TRAINING = TrainConfig(lr=1e-3, schedule="cosine", warmup=0.1, batch=64, weight_decay=0.05, clip=5.0)
 EPOCHS = 20
+JUDGED = 256  # pictures in a batch that is judged
 
 
 @dataclass(frozen=True)
@@ -166,10 +167,10 @@ def vision(
     if any(each.label is None for each in (*images.items, *test)):
         raise CalibrationError("these pictures have no classes: give a folder with a folder for each class, or digits")
     classes = 1 + max(each.label or 0 for each in (*images.items, *test))
-    x, y = prepared(images.items, network), torch.tensor([each.label for each in images.items])
+    x, y = pixels(images.items, network), torch.tensor([each.label for each in images.items])
     config = replace(config, steps=config.steps or EPOCHS * max(1, len(x) // config.batch))
     model, log, findings = trained(network, classes, x, y, norms, kind, config, work.place("run"))
-    test_x, test_y = prepared(test, network), torch.tensor([each.label for each in test])
+    test_x, test_y = pixels(test, network), torch.tensor([each.label for each in test])
     findings["accuracy"] = finished(model, x, test_x, test_y, norms, kind, config.batch)
     findings["loss"] = [point.loss for point in log.train]
     merged = kind != "layer"
@@ -179,7 +180,14 @@ def vision(
 
 
 def trained(
-    network: Network, classes: int, x: Tensor, y: Tensor, norms: Schedule, kind: Norms, config: TrainConfig, out: Path
+    network: Network,
+    classes: int,
+    x: Sequence[Tensor],
+    y: Tensor,
+    norms: Schedule,
+    kind: Norms,
+    config: TrainConfig,
+    out: Path,
 ) -> tuple[Any, TrainingLog, dict[str, Any]]:
     """A network trained from scratch, whose norms are not folded yet."""
     with torch.random.fork_rng(devices=[]):
@@ -195,7 +203,7 @@ def trained(
             each.rep.eta.requires_grad_(False)
     still = {id(each.rep.eta) for each in places(model)} if "batch" in kind else set()
     names = {name for name, each in model.named_parameters() if id(each) not in still}
-    rows = [{"x": a, "y": b} for a, b in zip(x, y, strict=True)]
+    rows = Lazy(range(len(y)), lambda row: {"x": x[row], "y": y[row]})
     settings = {"network": asdict(network), "kind": kind, "norms": asdict(norms)}
     log = fit(
         model, rows, supervised(class_nats), config, out=out, trainable=names.__contains__, hooks=[Transition()],
@@ -208,25 +216,35 @@ def trained(
 
 @torch.no_grad()
 def finished(
-    model: Any, x: Tensor, test_x: Tensor, test_y: Tensor, norms: Schedule, kind: Norms, batch: int
+    model: Any, x: Sequence[Tensor], test_x: Sequence[Tensor], test_y: Tensor, norms: Schedule, kind: Norms, batch: int
 ) -> dict[str, float]:
     """Statistics counted anew, and norms folded, in place; how many pictures are named at each point, and the loss."""
     found = {"trained": accuracy(model, test_x, test_y)}
     if kind != "layer":
         for _ in range(norms.passes):
-            refresh(model, x.split(batch), model)
+            refresh(model, batches(x, batch, torch.stack), model)
         found["refreshed"] = accuracy(model, test_x, test_y)
-        before = model(test_x)
+        before = logits(model, test_x)
         merge(model, sites_of(model))
         found["merged"] = accuracy(model, test_x, test_y)
-        found["moved"] = float((model(test_x) - before).abs().max())
-    found["nats"] = float(cross_entropy(model(test_x), test_y))
+        found["moved"] = float((logits(model, test_x) - before).abs().max())
+    found["nats"] = float(cross_entropy(logits(model, test_x), test_y))
     return found
 
 
+def accuracy(model: Any, x: Sequence[Tensor], y: Tensor) -> float:
+    return float((logits(model, x).argmax(1) == y).double().mean())
+
+
 @torch.no_grad()
-def accuracy(model: Any, x: Tensor, y: Tensor) -> float:
-    return float((model(x).argmax(1) == y).double().mean())
+def logits(model: Any, x: Sequence[Tensor]) -> Tensor:
+    """The logits of pictures [pictures, classes], computed in batches."""
+    return torch.cat([model(rows) for rows in batches(x, JUDGED, torch.stack)])
+
+
+def pixels(pictures: Sequence[Captioned], network: Network) -> Lazy[Tensor]:
+    """Pictures as the network reads them, each decoded when it is asked for."""
+    return Lazy(pictures, lambda each: prepared([each], network)[0])
 
 
 def prepared(pictures: Sequence[Captioned], network: Network) -> Tensor:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from lamella.errors import MethodError
-from lamella.measure.answers import Asked
+from lamella.methods.slr.answers import Asked
 from lamella.methods.slr.intervals import Interval
+from lamella.methods.slr.pair import check_pair
 from lamella.methods.slr.search import EMPTY, Blend, Blends, choose, measure, restored, said
 from lamella.plan import apply_tensors, parameters_at
-from lamella.plan.pair import check_pair
 from lamella.progress import track
 from lamella.stack import Stack
 

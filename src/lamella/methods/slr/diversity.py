@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lamella.errors import CalibrationError
-from lamella.measure.answers import Question
+from lamella.methods.slr.answers import Question
 from lamella.progress import track
 from lamella.zoo.opening import chat_inputs
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from lamella.errors import MethodError, NumericsError
-from lamella.measure.answers import Asked
+from lamella.methods.slr.answers import Asked
 from lamella.plan import fingerprint
 from lamella.progress import tracker
 from lamella.search import Memo

@@ -20,15 +20,15 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Le
 
-from lamella.data import Questions
 from lamella.files import Work
-from lamella.measure.answers import answer
+from lamella.methods.slr.answers import answer
 from lamella.methods.slr.baselines import compared, soups_of
 from lamella.methods.slr.diversity import diversity
-from lamella.methods.slr.questions import open_questions
+from lamella.methods.slr.open_ended import open_questions
+from lamella.methods.slr.pair import check_pair, check_same_tokens
+from lamella.methods.slr.questions import Questions
 from lamella.methods.slr.search import EMPTY, Blends, said, search
 from lamella.plan import ModelReference, Plan, restore_edit
-from lamella.plan.pair import check_pair, check_same_tokens
 from lamella.registry import method
 from lamella.results import Edit
 from lamella.signature import Named

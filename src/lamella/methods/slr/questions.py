@@ -1,109 +1,251 @@
-"""Twelve open questions, with the answers that count as right: common words, so a rare right answer counts as wrong."""
+"""Questions that many answers are right for: one random character of a set, and what there is to name of a kind.
+
+The Constrained Random Character task asks for "a random vowel" and the like. It is built in twice, in other words and
+with other sets: one split to choose on, one to report on.
+"""
 
 from __future__ import annotations
 
-from lamella.measure.answers import Question
+import hashlib
+import json
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-_RIGHT = {
-    "Name an animal.": """
-        lion tiger elephant dog cat horse cow pig sheep goat wolf fox bear deer moose elk rabbit hare mouse rat
-        squirrel beaver otter badger hedgehog bat monkey gorilla chimpanzee orangutan lemur giraffe zebra
-        rhinoceros rhino hippopotamus hippo camel llama alpaca kangaroo koala wombat platypus panda leopard
-        cheetah jaguar panther puma cougar lynx hyena jackal coyote raccoon skunk whale dolphin shark seal
-        walrus octopus squid crab lobster turtle tortoise snake lizard crocodile alligator frog toad salamander
-        newt eagle hawk falcon owl parrot penguin ostrich chicken duck goose swan turkey pigeon crow raven
-        sparrow peacock flamingo fish salmon trout tuna goldfish bee ant butterfly spider bird buffalo bison
-        antelope gazelle sloth armadillo chameleon gecko iguana dragonfly jellyfish starfish donkey mule hamster
-        ferret polar_bear blue_whale
-    """,
-    "Name a colour.": """
-        red orange yellow green blue indigo violet purple pink brown black white grey gray cyan magenta
-        turquoise teal maroon navy beige gold silver crimson scarlet lavender lilac ivory cream olive lime coral
-        salmon peach mint emerald amber bronze copper burgundy azure aqua mauve tan khaki fuchsia chartreuse
-        sapphire ruby
-    """,
-    "Name a country.": """
-        france germany spain italy portugal england scotland ireland wales norway sweden finland denmark iceland
-        netherlands belgium luxembourg switzerland austria poland hungary romania bulgaria greece turkey russia
-        ukraine belarus estonia latvia lithuania serbia croatia slovenia albania china japan india pakistan
-        nepal bhutan bangladesh thailand vietnam cambodia laos malaysia singapore indonesia philippines mongolia
-        kazakhstan iran iraq syria lebanon israel jordan egypt libya tunisia algeria morocco sudan ethiopia
-        kenya uganda tanzania rwanda nigeria ghana senegal mali cameroon angola zambia zimbabwe mozambique
-        namibia botswana madagascar canada mexico cuba jamaica haiti guatemala honduras panama colombia
-        venezuela ecuador peru bolivia chile argentina uruguay paraguay brazil australia fiji samoa
-        united_states usa america united_kingdom new_zealand south_africa saudi_arabia south_korea north_korea
-        costa_rica sri_lanka
-    """,
-    "Name a fruit.": """
-        apple banana orange pear peach plum cherry grape strawberry raspberry blueberry blackberry cranberry
-        watermelon melon cantaloupe honeydew pineapple mango papaya kiwi kiwifruit lemon lime grapefruit
-        tangerine mandarin clementine apricot nectarine fig date pomegranate guava lychee passionfruit
-        passion_fruit dragonfruit dragon_fruit coconut avocado persimmon quince gooseberry currant mulberry
-        durian jackfruit starfruit tomato olive
-    """,
-    "Name a vegetable.": """
-        carrot potato tomato onion garlic leek celery lettuce spinach kale cabbage broccoli cauliflower cucumber
-        zucchini courgette pumpkin squash eggplant aubergine pepper bell_pepper chili radish turnip beet
-        beetroot parsnip asparagus artichoke pea bean corn mushroom okra fennel yam sweet_potato brussels_sprout
-        chard arugula shallot rutabaga rhubarb watercress endive
-    """,
-    "Name a city.": """
-        paris london berlin madrid barcelona rome milan venice florence naples lisbon porto vienna prague
-        budapest warsaw krakow athens istanbul moscow kyiv stockholm oslo copenhagen helsinki dublin edinburgh
-        glasgow amsterdam brussels zurich geneva munich hamburg frankfurt cologne tokyo kyoto osaka beijing
-        shanghai hong_kong seoul bangkok hanoi singapore jakarta manila mumbai delhi new_delhi kolkata bangalore
-        karachi lahore dubai doha tehran baghdad jerusalem cairo nairobi lagos accra johannesburg cape_town
-        casablanca marrakech sydney melbourne perth brisbane auckland wellington new_york chicago boston seattle
-        portland denver houston dallas austin miami atlanta philadelphia washington san_francisco los_angeles
-        san_diego las_vegas toronto montreal vancouver ottawa mexico_city havana bogota lima santiago
-        buenos_aires rio_de_janeiro sao_paulo
-    """,
-    "Name a sport.": """
-        football soccer basketball baseball tennis golf hockey ice_hockey cricket rugby volleyball swimming
-        running cycling boxing wrestling judo karate fencing archery gymnastics rowing sailing surfing skiing
-        snowboarding skating badminton squash table_tennis handball lacrosse softball polo water_polo diving
-        athletics marathon climbing rock_climbing skateboarding bowling curling billiards darts triathlon
-        weightlifting equestrian bobsleigh
-    """,
-    "Name a musical instrument.": """
-        piano guitar violin viola cello bass double_bass harp flute clarinet oboe bassoon saxophone trumpet
-        trombone tuba horn french_horn drum xylophone marimba accordion harmonica banjo mandolin ukulele lute
-        sitar organ harpsichord keyboard synthesizer recorder bagpipe tambourine triangle cymbal lyre fiddle
-        piccolo bugle cornet didgeridoo zither dulcimer
-    """,
-    "Name a profession.": """
-        doctor nurse teacher lawyer engineer architect accountant dentist pharmacist veterinarian surgeon
-        scientist chemist physicist biologist programmer developer software_engineer designer artist painter
-        sculptor musician actor writer author journalist editor photographer chef cook baker butcher farmer
-        fisherman carpenter plumber electrician mechanic pilot driver sailor soldier police_officer firefighter
-        judge librarian psychologist therapist economist banker salesperson manager secretary tailor barber
-        hairdresser gardener translator astronaut athlete coach consultant analyst data_scientist professor
-        researcher social_worker
-    """,
-    "Name a language.": """
-        english french german spanish italian portuguese dutch swedish norwegian danish finnish icelandic polish
-        czech slovak hungarian romanian bulgarian greek turkish russian ukrainian serbian croatian latin arabic
-        hebrew persian farsi hindi urdu bengali punjabi tamil telugu nepali thai vietnamese khmer malay
-        indonesian tagalog chinese mandarin cantonese japanese korean mongolian swahili zulu xhosa amharic hausa
-        yoruba irish welsh gaelic basque catalan esperanto
-    """,
-    "Name a part of the body.": """
-        head face eye ear nose mouth lip tongue tooth teeth chin cheek forehead hair neck throat shoulder arm
-        elbow wrist hand finger thumb nail chest breast back spine stomach belly abdomen waist hip leg thigh
-        knee calf ankle foot feet toe heel skin bone muscle heart lung liver kidney brain skull rib blood
-    """,
-    "Name a chemical element.": """
-        hydrogen helium lithium beryllium boron carbon nitrogen oxygen fluorine neon sodium magnesium aluminium
-        aluminum silicon phosphorus sulfur sulphur chlorine argon potassium calcium titanium chromium manganese
-        iron cobalt nickel copper zinc gallium arsenic selenium bromine krypton silver cadmium tin iodine xenon
-        cesium barium tungsten platinum gold mercury lead bismuth radon radium thorium uranium plutonium
-    """,
+from lamella.data.reader import Reader
+from lamella.data.sources import SPLITS, Split
+from lamella.errors import CalibrationError
+from lamella.methods.slr.answers import Asked, Question
+from lamella.reading import read_rows
+from lamella.signature import Fixture
+from lamella.zoo.opening import chat_text
+
+MEND = 'write one object a line, such as {"prompt": "Pick a random vowel.", "answers": ["A", "E"]}'
+GIVE = "give crc or a .jsonl file of questions"
+FORMS = ("", " ")  # "7" and " 7" are different tokens that say the same
+
+_ALPHABET = string.ascii_uppercase
+_CONSONANTS = "".join(letter for letter in _ALPHABET if letter not in "AEIOU")
+SETS: dict[Split, dict[str, dict[str, str]]] = {  # family, what is asked for, the set
+    "calibration": {
+        "letters": {
+            "capital vowel": "AEIOU",
+            "capital consonant": _CONSONANTS,
+            "capital letter": _ALPHABET,
+            "capital letter from A to E": "ABCDE",
+            "capital letter from F to M": "FGHIJKLM",
+            "capital letter from N to Z": "NOPQRSTUVWXYZ",
+            "capital letter before H": "ABCDEFG",
+            "capital letter after S": "TUVWXYZ",
+            "letter of the word PLANET": "PLANET",
+            "letter of the word BRIDGE": "BRIDGE",
+        },
+        "digits": {
+            "digit": "0123456789",
+            "even digit": "02468",
+            "odd digit": "13579",
+            "digit above 4": "56789",
+            "digit below 6": "012345",
+            "digit from 2 to 7": "234567",
+            "digit from 3 to 8": "345678",
+            "prime digit": "2357",
+            "digit out of 1, 4 and 9": "149",
+            "digit of the number 1729": "1729",
+        },
+    },
+    "test": {
+        "letters": {
+            "capital letter from C to J": "CDEFGHIJ",
+            "capital letter from K to R": "KLMNOPQR",
+            "capital letter from P to W": "PQRSTUVW",
+            "capital letter before L": "ABCDEFGHIJK",
+            "capital letter after P": "QRSTUVWXYZ",
+            "capital letter out of A, B, C and D": "ABCD",
+            "capital letter out of X, Y and Z": "XYZ",
+            "letter of the word SILVER": "SILVER",
+            "letter of the word MONKEY": "MONKEY",
+            "letter of the word GARDEN": "GARDEN",
+        },
+        "digits": {
+            "digit above 2": "3456789",
+            "digit below 4": "0123",
+            "digit from 1 to 5": "12345",
+            "digit from 4 to 9": "456789",
+            "digit from 5 to 8": "5678",
+            "even digit above 1": "2468",
+            "odd digit below 8": "1357",
+            "digit out of 3, 6 and 9": "369",
+            "digit of the number 3584": "3584",
+            "digit of the number 60721": "60721",
+        },
+    },
+}
+_TEMPLATES: dict[Split, tuple[str, str]] = {
+    "calibration": (
+        "Pick a random {what}. Answer with that one character only.",
+        "Give me one {what}, chosen at random. Reply with nothing but the character.",
+    ),
+    "test": (
+        "I need a random {what}. Say just the character.",
+        "At random, which {what} do you choose? Write the single character alone.",
+    ),
 }
 
 
-def open_questions() -> list[Question]:
-    """The questions; a word with a space is written with an underscore above."""
+@dataclass(frozen=True)
+class Questions:
+    """Questions with one-token answers, in two splits.
+
+    Attributes:
+        search: to choose on.
+        report: to report on; None where all are to choose on.
+        tokenizer: that they were read with; None for token ids.
+        said: what provenance says of each split.
+    """
+
+    search: Asked
+    report: Asked | None = None
+    tokenizer: Any = None
+    said: Mapping[str, Any] = field(default_factory=dict)
+
+    default = "crc"
+    metavar = "FILE"
+    told = (
+        "crc: one random character of a set, built in. Or a .jsonl file of your own, one question a line: "
+        '{"prompt": "Pick a random vowel.", "answers": ["A", "E", "I", "O", "U"]}. Answers are single tokens; every '
+        "other line is kept to report on"
+    )
+    example = Fixture(
+        "questions.jsonl",
+        '{"prompt": "Pick a random vowel.", "answers": ["A", "E", "I", "O", "U"]}\n'
+        '{"prompt": "Name an even digit.", "answers": ["0", "2", "4", "6", "8"]}\n'
+        '{"prompt": "Pick a letter before E.", "answers": ["A", "B", "C", "D"]}\n'
+        '{"prompt": "Name an odd digit.", "answers": ["1", "3", "5", "7", "9"]}\n',
+    )
+
+    @staticmethod
+    def check(name: str | Path) -> None:
+        """Check that questions are built in, or that there is such a file.
+
+        Raises:
+            CalibrationError: one line that says what is missing.
+        """
+        if str(name) != "crc" and not Path(name).expanduser().is_file():
+            raise CalibrationError(f"{name} cannot be read (there is no such file): {GIVE}")
+
+    @classmethod
+    def open(cls, name: str | Path, reader: Reader, *, prefill: str = "") -> Questions:
+        """Both splits of some questions, as a model reads them.
+
+        Args:
+            name: see :func:`load_questions`.
+            prefill: what the answer begins with, such as the closed reasoning of a model that thinks.
+
+        Raises:
+            CalibrationError: for questions that cannot be read, or answered with one token.
+        """
+        splits = {"search": load_questions(name, "calibration"), "report": load_questions(name, "test")}
+        asked = {role: ask(reader.tokenizer, questions, prefill) for role, questions in splits.items()}
+        said = {role: _described(str(name), role, splits[role], asked[role]) for role in splits}
+        return cls(asked["search"], asked["report"], reader.tokenizer, said)
+
+    def describe(self) -> Any:
+        """What provenance says of them."""
+        return dict(self.said) or {"questions": len(self.search)}
+
+
+def _described(name: str, role: str, questions: Sequence[Question], asked: Asked) -> dict[str, Any]:
+    text = json.dumps([[each.prompt, each.answers] for each in questions])
+    return {
+        "data": name,
+        "split": "calibration" if role == "search" else "test",
+        "questions": len(questions),
+        "tokens": int(asked.attention_mask.sum()),
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+    }
+
+
+def crc(split: Split) -> list[Question]:
+    """The built-in Constrained Random Character task: 20 questions for letters and 20 for digits.
+
+    Args:
+        split: ``calibration`` to choose on, ``test`` to report on.
+    """
+    if split not in SPLITS:
+        raise CalibrationError(f"unknown split '{split}'; the questions have the splits {' and '.join(SPLITS)}")
     return [
-        Question(f"{prompt} Answer with one word.", tuple(each.replace("_", " ") for each in right.split()), "open")
-        for prompt, right in _RIGHT.items()
+        Question(template.format(what=what), tuple(answers), family)
+        for family, sets in SETS[split].items()
+        for template in _TEMPLATES[split]
+        for what, answers in sets.items()
     ]
+
+
+def load_questions(name_or_path: str | Path, split: Split) -> list[Question]:
+    """One split of some questions: ``crc``, or a ``.jsonl`` file whose lines go to the two splits in turn.
+
+    Args:
+        name_or_path: a file has one object a line, with ``prompt``, ``answers`` and, where there are several kinds,
+            ``family``.
+
+    Raises:
+        CalibrationError: for a file that is missing or damaged, with the line, or that has a single question.
+    """
+    if str(name_or_path) == "crc":
+        return crc(split)
+    found = read_questions(name_or_path)
+    if len(found) < 2:
+        raise CalibrationError(f"{name_or_path}: holds {len(found)} question; give 2 or more: half are to report on")
+    return found[SPLITS.index(split) :: 2]
+
+
+def read_questions(path: str | Path) -> list[Question]:
+    """All questions of a file; see :func:`load_questions`."""
+    rows = read_rows(path, MEND, GIVE)
+    return [_question(row, f"{path} line {number}") for number, row in rows]
+
+
+def _question(row: Any, where: str) -> Question:
+    try:
+        answers = row["answers"]
+        if not isinstance(row["prompt"], str) or not all(isinstance(each, str) for each in answers):
+            raise TypeError
+        return Question(row["prompt"], tuple(answers), str(row.get("family", "")))
+    except CalibrationError as error:
+        raise CalibrationError(f"{where}: {error}") from None
+    except (KeyError, TypeError, AttributeError):
+        raise CalibrationError(f"{where}: {MEND}") from None
+
+
+def ask(tokenizer: Any, questions: Sequence[Question], prefill: str = "") -> Asked:
+    """Questions as a model reads them, through the chat template where there is one.
+
+    An answer counts in every form that is one token behind its prompt: as it is, and with a space before it.
+
+    Args:
+        tokenizer: the post-trained model's.
+        prefill: what stands at the beginning of the answer, such as the closed reasoning of a model that thinks first.
+
+    Raises:
+        CalibrationError: for an answer that is no single token in any form, or two that are the same token.
+    """
+    prompts, tokens = [], []
+    for question in questions:
+        text, special = chat_text(tokenizer, [{"role": "user", "content": question.prompt}])
+        text += prefill
+        prompt = tokenizer(text, add_special_tokens=special)["input_ids"]
+        sets = []
+        for answer in question.answers:
+            whole = [tokenizer(text + form + answer, add_special_tokens=special)["input_ids"] for form in FORMS]
+            single = [ids[-1] for ids in whole if ids[:-1] == prompt]
+            if not single:
+                raise CalibrationError(
+                    f"question '{question.prompt[:60]}': the answer '{answer}' is no single token behind the prompt, "
+                    "so one forward pass cannot say how likely it is; ask for single characters"
+                )
+            sets.append(single)
+        prompts.append(prompt)
+        tokens.append(sets)
+    return Asked.of(questions, prompts, tokens)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lamella.errors import MethodError
-from lamella.measure.answers import Asked, answer
+from lamella.methods.slr.answers import Asked, answer
 from lamella.methods.slr.intervals import Interval, answer_restored, intervals
-from lamella.plan.pair import check_pair
+from lamella.methods.slr.pair import check_pair
 from lamella.stack import Stack
 
 EMPTY: Interval = (0, 0)  # nothing is restored

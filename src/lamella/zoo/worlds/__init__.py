@@ -1,6 +1,5 @@
 """Small worlds whose truth is known: pictures, and what can be said of them."""
 
-from lamella.zoo.worlds.glyphs import FAMILIAR, GLYPH_WORDS, Glyph, asked, glyphs, known, render_glyph, told
 from lamella.zoo.worlds.language import (
     ANSWERS,
     QUESTIONS,
@@ -19,8 +18,6 @@ from lamella.zoo.worlds.words import IMAGE, word_tokenizer
 __all__ = [
     "ANSWERS",
     "COLOURS",
-    "FAMILIAR",
-    "GLYPH_WORDS",
     "GRID",
     "IMAGE",
     "MOST",
@@ -32,21 +29,15 @@ __all__ = [
     "TILE",
     "WORDS",
     "Example",
-    "Glyph",
     "Part",
     "Scene",
     "Thing",
-    "asked",
     "caption",
     "direction",
     "examples",
-    "glyphs",
-    "known",
     "listed",
     "place",
     "render",
-    "render_glyph",
     "scenes",
-    "told",
     "word_tokenizer",
 ]

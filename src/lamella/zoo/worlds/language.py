@@ -37,15 +37,22 @@ class Example(NamedTuple):
     Attributes:
         task: a key of :data:`TASKS`.
         scene: what the picture shows.
-        image: the picture [size, size, 3].
+        size: pixels on a side of the picture.
+        seed: of its looks.
         prompt, answer: as text; where the image stands beside it is the model's matter.
     """
 
     task: str
     scene: Scene
-    image: Image
+    size: int
+    seed: tuple[int, ...]
     prompt: str
     answer: str
+
+    @property
+    def image(self) -> Image:
+        """The picture [size, size, 3], rendered at each access."""
+        return render(self.scene, self.size, seed=self.seed)
 
 
 Said = tuple[str, str] | None  # a prompt with its answer; None where there is nothing to ask
@@ -240,7 +247,7 @@ def _told(task: str, part: Part, seed: tuple[int, int], size: int, most: int) ->
     for number, scene in enumerate(scenes(part, seed, things, tiles=task in TILED)):
         said = TASKS[task](scene, drawn)
         if said is not None:
-            yield Example(task, scene, render(scene, size, seed=(*seed, number)), *said)
+            yield Example(task, scene, size, (*seed, number), *said)
 
 
 FURTHER = """

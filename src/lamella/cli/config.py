@@ -1,0 +1,58 @@
+"""Runs as files: ``run.yaml`` says what a command was given, and ``--config`` gives it again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lamella.errors import MethodError
+from lamella.reading import read_text
+from lamella.registry import Method
+
+COMMAND, PLANNERS = "command", "planners"
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """What a file says.
+
+    Raises:
+        MethodError: for a file that is no mapping of names to values.
+    """
+    import yaml
+
+    try:
+        found = yaml.safe_load(read_text(file))
+    except (ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise MethodError(f"{file}: cannot be read as YAML ({reason}): give the run.yaml of a run") from None
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise MethodError(f"{file}: says no names with values: give the run.yaml of a run")
+    return found
+
+
+def defaults_of(file: Path, entry: Method) -> dict[str, Any]:
+    """The values of a file as the command line of a command has them: lists of an option are entries with commas."""
+    found = {name: each for name, each in read_config(file).items() if name not in (COMMAND, PLANNERS)}
+    options = entry.declared.options
+    return {
+        name: ",".join(map(str, each)) if name in options and isinstance(each, list) else each
+        for name, each in found.items()
+    }
+
+
+def arguments_of(arguments: list[str]) -> list[str]:
+    """A command line that begins with ``--config FILE``, as one of the command that the file names.
+
+    Raises:
+        MethodError: for a file that names no command.
+    """
+    if arguments[:1] != ["--config"] or len(arguments) < 2:
+        return arguments
+    found = read_config(Path(arguments[1]))
+    command = found.get(COMMAND)
+    if not isinstance(command, str):
+        raise MethodError(f"{arguments[1]}: names no command: give the run.yaml of a run, or name the command")
+    options = found.get(PLANNERS) or {}
+    dotted = [part for slug, given in options.items() for name, value in given.items()
+              for part in (f"--{slug}.{name.replace('_', '-')}", str(value))]  # fmt: skip
+    return [*command.split(), "--config", *arguments[1:], *dotted]

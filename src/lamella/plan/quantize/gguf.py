@@ -1,0 +1,214 @@
+"""Checkpoints as GGUF files, which llama.cpp and what is built on it run.
+
+A GGUF file is one file with everything: sizes and settings as key-value pairs, the tokenizer, and the tensors under
+llama.cpp's own names. Matrices can be stored in 8 bits (``q8_0``: blocks of 32 numbers that share a 16-bit scale): they
+are what a decoding step reads, so a model that waits for its memory decodes faster by about as much as it is smaller.
+
+Tensors are read, changed and written one at a time. Two things llama.cpp wants otherwise than transformers has them:
+
+- Rotary embeddings of a Llama turn neighbouring entries of a head there, and entries half a head apart here: the rows
+  of queries and keys are reordered, so that both compute the same.
+- Norms of a Gemma multiply by what is stored there, and by 1 more here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, LlamaFileType, RopeScalingType, quants
+from safetensors import safe_open
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from lamella.errors import ExportError, NumericsError
+from lamella.files import replacing
+from lamella.plan.checkpoint import Range
+from lamella.plan.quantize.families import Family, Layout, family_of, layout_of, rope_of
+from lamella.plan.quantize.vocabulary import add_tokenizer
+from lamella.progress import track
+
+KINDS = {  # of the matrices; vectors stay in 32 bits
+    "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+    "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+}
+_HALF, _SINGLE = (float(np.finfo(kind).max) for kind in (np.float16, np.float32))
+_LARGEST = {  # number that each can hold
+    GGMLQuantizationType.F32: _SINGLE,
+    GGMLQuantizationType.F16: _HALF,
+    GGMLQuantizationType.BF16: _SINGLE,
+    GGMLQuantizationType.Q8_0: 127 * _HALF,
+}
+
+
+def write_gguf(folder: Path, config: Any, tokenizer: Any, file: Path, kind: str = "q8_0", name: str = "") -> int:
+    """Write a checkpoint folder as a GGUF file.
+
+    Args:
+        folder: a safetensors checkpoint of a family in :data:`FAMILIES`, whose layers are whole.
+        config: its config.
+        tokenizer: its tokenizer.
+        file: what to write; it appears when it is complete.
+        kind: how matrices are stored, a key of :data:`KINDS`.
+        name: what the file says that the model is called; the name of the folder when left out.
+
+    Returns:
+        The bytes written.
+
+    Raises:
+        ArchitectureError: for a family that is not in the table.
+        ExportError: for what llama.cpp does not compute, or a file that cannot be written.
+        CheckpointError: for a folder that is damaged or incomplete.
+        NumericsError: for entries that are not finite, or too large for ``kind``.
+    """
+    if kind not in KINDS:
+        raise ExportError(f"unknown kind '{kind}': choose one of {', '.join(KINDS)}")
+    family = family_of(folder, config)
+    layout = layout_of(folder, config, family)
+    arch = family.arch if layout.even else family.uneven
+    if arch is None:
+        raise ExportError(f"{folder}: layers of different widths, which llama.cpp reads of a llama or mistral only")
+    tensors = list(_tensors(layout, family, KINDS[kind][0]))
+    factors = _rope_factors(config, layout)
+    try:
+        with replacing(file) as partial:
+            writer = GGUFWriter(partial, MODEL_ARCH_NAMES[arch])
+            writer.add_type("model")
+            writer.add_name(name or folder.name)
+            writer.add_file_type(KINDS[kind][1])
+            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+            _add_settings(writer, config, layout)
+            add_tokenizer(writer, tokenizer, layout.tokens)
+            for each in tensors:
+                writer.add_tensor_info(each.name, each.source.shape, np.dtype(np.float32), each.size, each.kind)
+            for key, values in factors.items():
+                writer.add_tensor_info(key, values.shape, values.dtype, values.nbytes)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for each in track(tensors, f"writing {kind}"):
+                writer.write_tensor_data(each.read())
+            for values in factors.values():
+                writer.write_tensor_data(values)
+            writer.close()
+    except OSError as error:
+        raise ExportError(f"{file}: cannot be written ({error.strerror or error}); choose another file") from error
+    return file.stat().st_size
+
+
+# What the file says.
+
+
+def _add_settings(writer: GGUFWriter, config: Any, layout: Layout) -> None:
+    window: Any = getattr(config, "sliding_window", None)
+    rope = rope_of(config)
+    windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    context = config.max_position_embeddings
+    if window is not None and not windowed:  # llama.cpp would attend to all of a longer text
+        context = min(context, window)
+    writer.add_vocab_size(layout.tokens)
+    writer.add_context_length(context)
+    writer.add_embedding_length(layout.stream)
+    writer.add_block_count(len(layout.layers))
+    writer.add_feed_forward_length(layout.channels[0] if layout.even else layout.channels)
+    writer.add_head_count(layout.heads[0] if layout.even else layout.heads)
+    writer.add_head_count_kv(layout.kv_heads[0] if layout.even else layout.kv_heads)
+    writer.add_key_length(layout.head_dim)
+    writer.add_value_length(layout.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(layout.head_dim)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    if windowed:
+        writer.add_sliding_window(int(window))
+        writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
+
+
+def _rope_factors(config: Any, layout: Layout) -> dict[str, np.ndarray]:
+    """What each frequency [head_dim / 2] of rotary embeddings is divided by, where that differs between them."""
+    rope = rope_of(config)
+    if rope["rope_type"] != "llama3":
+        return {}
+    plain = 1 / rope["rope_theta"] ** (np.arange(0, layout.head_dim, 2) / layout.head_dim)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    return {"rope_freqs.weight": (plain / scaled.double().numpy()).astype(np.float32)}
+
+
+# The tensors.
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """One tensor of the file.
+
+    Attributes:
+        name: llama.cpp's.
+        source: where it lies in the checkpoint.
+        kind: how it is stored.
+        heads: of a query or key map whose rows are reordered.
+        add: to its entries.
+    """
+
+    name: str
+    source: Range
+    kind: GGMLQuantizationType
+    heads: int | None
+    add: float
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        block, size = gguf.GGML_QUANT_SIZES[self.kind]
+        return math.prod(self.source.shape) // block * size
+
+    def read(self) -> np.ndarray:
+        """Its entries as they are stored.
+
+        Raises:
+            NumericsError: when one is not finite, or does not fit.
+        """
+        with safe_open(self.source.file, framework="pt") as file:
+            values: np.ndarray = file.get_tensor(self.source.name).float().numpy()
+        if self.heads is not None:
+            values = neighbouring(values, self.heads)
+        if self.add:
+            values = values + np.float32(self.add)
+        if not np.abs(values).max() <= _LARGEST[self.kind]:  # nor is what is not a number
+            raise NumericsError(f"{self.source.name}: has entries that {self.kind.name.lower()} cannot hold")
+        return quants.quantize(values, self.kind)
+
+
+def _tensors(layout: Layout, family: Family, kind: GGMLQuantizationType) -> Iterator[_Tensor]:
+    """The tensors in the order in which the model needs them."""
+    yield from (_stored(name, each, family, kind) for name, each in layout.outside.items())
+    for layer, tensors in enumerate(layout.layers):
+        heads = {"attn_q": layout.heads[layer], "attn_k": layout.kv_heads[layer]} if family.neighbours else {}
+        for name, each in tensors.items():
+            yield _stored(f"blk.{layer}.{name}", each, family, kind, heads.get(name.partition(".")[0]))
+
+
+def _stored(name: str, source: Range, family: Family, kind: GGMLQuantizationType, heads: int | None = None) -> _Tensor:
+    """Vectors stay in 32 bits, and matrices whose rows are no whole blocks in 16."""
+    block, _ = gguf.GGML_QUANT_SIZES[kind]
+    if len(source.shape) < 2:
+        kind = GGMLQuantizationType.F32
+    elif source.shape[-1] % block:
+        kind = GGMLQuantizationType.F16
+    return _Tensor(name, source, kind, heads, family.norms if name.endswith("norm.weight") else 0.0)
+
+
+def neighbouring(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of a query or key map [heads * size, ...] in the order in which neighbours are turned together.
+
+    Row ``i`` of a head's first half is followed by row ``i`` of its second half.
+    """
+    halves = rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(rows.shape))

@@ -1,0 +1,85 @@
+"""Encodings of a data set for distillation: as direct ones, made once, and reused after a stop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFile
+
+from lamella.data import Pictures, Reader
+from lamella.files import Work
+from lamella.methods.laptop_diff import Denoiser, encoded
+
+from .pipelines import denoiser, digits
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Pictures:
+    """150 images of three classes, whose names are the captions."""
+    folder = tmp_path_factory.mktemp("images")
+    for number in range(150):
+        place = folder / ("a", "b", "c")[number % 3]
+        place.mkdir(exist_ok=True)
+        noise = np.random.default_rng(number).integers(0, 256, (16, 18, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(place / f"{number:03d}.png")
+    return Pictures.open(folder, Reader())
+
+
+@pytest.mark.parametrize("name", ["untrained", "text", "classes"])
+def test_encodings_are_the_direct_ones(name: str, pictures: Pictures, tmp_path: Path) -> None:
+    whole, items = denoiser(name), pictures.items
+    found = encoded(whole, pictures, Work(tmp_path))
+    clean, conditions = whole.clean(items), whole.conditions(items)
+    assert len(found) == len(items) == 120
+    for row, sample in enumerate(found):
+        assert sample.keys() == {"clean", *conditions}
+        torch.testing.assert_close(sample["clean"], clean[row], atol=1e-6, rtol=0)
+        for key, each in conditions.items():
+            torch.testing.assert_close(sample[key], each[row], atol=1e-6, rtol=0)
+
+
+def test_images_without_an_autoencoder_are_decoded_when_they_are_asked_for(
+    pictures: Pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded, load = [], ImageFile.ImageFile.load
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: (decoded.append(1), load(self))[1])
+    found = encoded(denoiser("untrained"), pictures, Work(tmp_path))
+    assert not decoded
+    assert found[5]["clean"].shape == (1, 8, 8) and decoded
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_encodings_are_reused_after_a_stop(pictures: Pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, calls, clean = denoiser("text"), [], Denoiser.clean
+
+    def counted(self: Denoiser, rows: list) -> torch.Tensor:  # type: ignore[type-arg]
+        if len(calls) == 1 and not (tmp_path / "stopped").exists():
+            (tmp_path / "stopped").touch()
+            raise Stopped
+        calls.append(len(rows))
+        return clean(self, rows)
+
+    monkeypatch.setattr(Denoiser, "clean", counted)
+    with pytest.raises(Stopped):
+        encoded(whole, pictures, Work(tmp_path / "work"))
+    first = list(calls)
+    found = encoded(whole, pictures, Work(tmp_path / "work"))
+    assert sum(calls) == 120 and calls[: len(first)] == first, "each image is encoded once"
+    monkeypatch.setattr(type(whole.pipeline), "encode_prompt", None)
+    again = encoded(whole, pictures, Work(tmp_path / "work"))
+    assert sum(calls) == 120
+    for one, other in zip(found, again, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_other_data_is_encoded_by_itself(pictures: Pictures, tmp_path: Path) -> None:
+    whole = denoiser("text")
+    encoded(whole, pictures, Work(tmp_path))
+    found = encoded(whole, digits(), Work(tmp_path))
+    torch.testing.assert_close(found[3]["clean"], whole.clean(digits().items[3:4])[0], atol=1e-6, rtol=0)

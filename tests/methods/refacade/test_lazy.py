@@ -1,0 +1,132 @@
+"""Clips are decoded when they are asked for, and their latents are computed once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFile
+
+from lamella.data import Reader
+from lamella.data.pictures import Checked
+from lamella.errors import CalibrationError
+from lamella.files import Work
+from lamella.methods.refacade import Base, Objects, TextureRemover, lessons, removal_samples, transfer_samples
+from lamella.methods.refacade.frames import Frames, checked
+from lamella.methods.refacade.lessons import foregrounds, latents
+
+from .pipelines import pixels
+from .test_inputs import clip_folder, picture
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files that Pillow has decoded."""
+    found: list[str] = []
+    load = ImageFile.ImageFile.load
+
+    def counted(self: Any) -> Any:
+        if self.tile:  # not decoded yet
+            found.append(Path(getattr(self.fp, "name", "")).parent.name)
+        return load(self)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", counted)
+    return found
+
+
+def test_opening_clips_decodes_the_first_mask_of_each_alone(decoded: list[str], tmp_path: Path) -> None:
+    found = Objects.open(clip_folder(tmp_path), Reader(), frames=3)
+    assert decoded == ["0.mask", "1.mask"] and len(found) == 2
+    decoded.clear()
+    found.clips[1:]
+    assert not decoded
+    assert found.clips[1].frames.shape == (3, 3, 40, 40) and "1" in decoded and "0" not in decoded
+
+
+def test_clips_are_the_same_at_each_access(tmp_path: Path) -> None:
+    for found in (Objects.open(clip_folder(tmp_path), Reader(), frames=3), Objects.open("textured", Reader(), count=3)):
+        for one, other in zip(found.clips, found.clips, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one[:3], other[:3], strict=True))
+
+
+def test_what_only_decoding_shows_is_refused_by_name(tmp_path: Path) -> None:
+    root = clip_folder(tmp_path)
+    picture(root / "1.untextured" / "0.png", np.zeros((8, 8, 3), np.uint8))
+    found = Objects.open(root, Reader(), frames=3)
+    with pytest.raises(CalibrationError, match=r"1\.untextured: frames of") as error:
+        removal_samples(pixels(), found.fitted(pixels()))
+    assert "\n" not in str(error.value)
+    for frame in range(3):
+        picture(root / "1.mask" / f"{frame}.png", np.full((8, 8, 3), 255, np.uint8))
+    with pytest.raises(CalibrationError, match=r"1\.mask: the mask has 8 x 8 pixels, the picture 40 x 40"):
+        latents(pixels(), Objects.open(root, Reader(), frames=3).clips)
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp", "mp4", "mkv", "folder"])
+def test_frames_are_counted_without_decoding_them(kind: str, decoded: list[str], tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
+    file = tmp_path / ("clip" if kind == "folder" else f"clip.{kind}")
+    if kind in ("mp4", "mkv"):
+        av = pytest.importorskip("av")
+        with av.open(file, "w") as video:
+            stream = video.add_stream("mpeg4", rate=8)
+            stream.width = stream.height = 16
+            for frame in noise:
+                video.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            video.mux(stream.encode())
+    elif kind == "folder":
+        file.mkdir()
+        for number, frame in enumerate(noise):
+            picture(file / f"{number}.png", frame)
+    else:
+        first, *others = (Image.fromarray(frame) for frame in noise)
+        first.save(file, save_all=True, append_images=others)
+    decoded.clear()
+    assert checked(file).frames == 5 and not decoded
+    assert len(Frames.open(file).pixels) == 5
+
+
+def test_fewer_frames_than_a_header_declares_are_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lessons, "checked", lambda path: Checked(b"", 9))
+    found = Objects.open(clip_folder(tmp_path), Reader(), frames=5)
+    with pytest.raises(CalibrationError, match=r"clips/0: 3 frames of 5: give longer clips"):
+        _ = found.clips[0]
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_latents_are_the_direct_ones_and_reused_after_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, objects = pixels(), Objects.open("textured", Reader(), count=5, frames=2)
+    torch.manual_seed(1)
+    remover = TextureRemover.fresh(base).eval()
+    monkeypatch.setattr(lessons, "AT_ONCE", 2)
+    whole = transfer_samples(base, remover, objects.clips, seed=3)
+    encode, calls = Base.encode, []
+
+    def counted(self: Base, frames: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 3 * 3:  # three of a clip: in the third
+            raise Stopped
+        return encode(self, frames)
+
+    monkeypatch.setattr(Base, "encode", counted)
+    with pytest.raises(Stopped):
+        transfer_samples(base, remover, objects.clips, seed=3, work=Work(tmp_path))
+    assert (tmp_path / "transfer" / "000000.safetensors").is_file()
+    calls[:] = [1] * 100
+    found = transfer_samples(base, remover, objects.clips, seed=3, work=Work(tmp_path))
+    assert len(calls) == 100 + 3 * 3, "the first two clips are not encoded again"
+    for one, other in zip(found, whole, strict=True):
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    for clip, seen, bare in zip(
+        objects.clips, latents(base, objects.clips), foregrounds(base, objects.clips), strict=True
+    ):
+        torch.testing.assert_close(seen, encode(base, clip.frames), atol=1e-6, rtol=0)
+        torch.testing.assert_close(bare["foreground"], encode(base, clip.frames * clip.mask), atol=1e-6, rtol=0)
