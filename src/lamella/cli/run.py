@@ -177,7 +177,9 @@ def _parameters(entry: Method) -> tuple[list[inspect.Parameter], dict[str, str]]
         made |= {s.name: _setting(s) for s in settings_of(each).values() if s.name not in made}
     for each in contract.options.values():
         if is_said(each):
-            made[each.name] = _option(each, _words(contract.kinds[each.group]) if each.group else OPTIONS)
+            left_out = bool(each.group) and contract.groups[each.group] is None  # unless one of its options is given
+            panel = _words(contract.kinds[each.group]) if each.group else OPTIONS
+            made[each.name] = _option(replace(each, default=None) if left_out else each, panel)
     for group in contract.optional:
         if contract.groups[group] is not None:
             off = typer.Option(

@@ -20,7 +20,7 @@ from lamella.plan.quantize import q8_0_bytes, q8_0_copy
 from lamella.plan.quantize.gguf import neighbouring
 from lamella.zoo import convert_gguf, open_tokenizer
 
-from .conftest import Saved, findings, quantize
+from .conftest import NANO_LLAMA, Saved, findings, quantize
 
 IDS = torch.randint(3, 500, (2, 40), generator=torch.Generator().manual_seed(0))
 
@@ -231,6 +231,19 @@ def test_a_tokenizer_that_splits_otherwise_is_refused(saved: Saved, tmp_path: Pa
         quantize(folder, tmp_path / "out")
     with pytest.raises(ExportError, match="has a token 511, and the embedding 300 rows"):
         quantize(saved(vocab_size=300), tmp_path / "out")
+
+
+@pytest.mark.parametrize(("given", "asked"), [([], None), (["--quantize-kind", "int8"], "int8")])
+def test_a_compression_is_quantised_only_where_that_is_asked_for(
+    given: list[str], asked: str | None, lamella: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(slug: str, **options: Any) -> None:
+        assert options.get("quantize_kind") == asked and "quantize" not in options
+        raise LamellaError("the command was called")
+
+    monkeypatch.setattr("lamella.runner.run", run)
+    done = lamella("compress", str(NANO_LLAMA), *given, "-o", str(tmp_path / "out"))
+    assert done.err == "lamella: the command was called\n"
 
 
 @pytest.mark.real
