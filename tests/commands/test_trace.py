@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from lamella.commands.trace.report import png, render_trace
 from lamella.commands.trace.tracing import trace_answer as trace
 from lamella.data import MARK, Processing
 from lamella.errors import PlanError
 from lamella.plan import ModelReference, Plan, PolicyReference
-from lamella.report import render_trace
-from lamella.report.trace import png
 from lamella.stack import open_model
 from lamella.zoo import open_stack
 from lamella.zoo.vlm import shapes_vlm

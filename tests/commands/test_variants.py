@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import lamella
+from lamella.commands.compress.beside import figure, rows
 from lamella.commands.compress.variants import Quantize, check_quantised, forms, variants
 from lamella.errors import ExportError
 from lamella.evaluate import FidelityTest
 from lamella.plan import ModelReference, PhasedPath, Plan, materialise
-from lamella.report.variants import figure, rows
 from lamella.stack import Stack
 from lamella.zoo import nano
 

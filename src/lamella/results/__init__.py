@@ -3,7 +3,6 @@
 from lamella.plan import PlanSeries, SeriesEvidence
 from lamella.result import Evidence, Result, Summary, Table
 from lamella.results.adapted import Adapted
-from lamella.results.card import model_card
 from lamella.results.corpus import Corpus
 from lamella.results.illustrated import PICTURES, Illustrated
 from lamella.results.mixed import Mixed
@@ -35,5 +34,4 @@ __all__ = [
     "TrainedEvidence",
     "TrainedNetwork",
     "Tuned",
-    "model_card",
 ]

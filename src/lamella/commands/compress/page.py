@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from lamella.report import render, variants
-from lamella.report import tasks as task_table
-from lamella.report.compression import verdict
+from lamella.commands.compress import beside, tasks
+from lamella.commands.compress.card import model_card
+from lamella.commands.compress.report import render, verdict
 from lamella.result import Evidence, Summary, Table
-from lamella.results import model_card
 
 
 def document(evidence: Evidence) -> dict[str, Any]:
@@ -31,10 +30,10 @@ def summary(evidence: Evidence) -> Summary:
     """What was gained and lost, and the planners side by side where there are several."""
     said = document(evidence)
     tables = [_cost(said)]
-    if found := task_table.rows(said):
-        tables.append(Table("Tasks, ± standard error", task_table.columns(said), found))
-    if beside := variants.rows(said):
-        tables.append(Table("Beside quantisation", variants.COLUMNS, beside))
+    if found := tasks.rows(said):
+        tables.append(Table("Tasks, ± standard error", tasks.columns(said), found))
+    if models := beside.rows(said):
+        tables.append(Table("Beside quantisation", beside.COLUMNS, models))
     if len(said["curves"]) > 1:
         tables.append(_methods(said))
     lines = []

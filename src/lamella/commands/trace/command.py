@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 from annotated_types import Ge, Gt
 
+from lamella.commands.trace.report import png
 from lamella.commands.trace.tracing import trace_answer
 from lamella.data import open_processing
 from lamella.data.pictures import Picture, read_picture
@@ -15,7 +16,6 @@ from lamella.errors import CalibrationError
 from lamella.evaluate.fidelity import judged
 from lamella.plan import Plan
 from lamella.registry import command
-from lamella.report.trace import png
 from lamella.results import Study
 from lamella.zoo import Written, chat_inputs, open_tokenizer
 

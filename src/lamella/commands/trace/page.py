@@ -5,8 +5,8 @@ from __future__ import annotations
 from math import ceil
 from typing import Any
 
+from lamella.commands.trace.report import render_trace
 from lamella.formatting import counted, percent
-from lamella.report import render_trace
 from lamella.result import Evidence, Summary, Table
 
 CELLS = "·▀▄█"  # nothing, attention, MLP, both

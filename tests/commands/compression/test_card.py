@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lamella.results import model_card
+from lamella.commands.compress.card import model_card
 
 
 def front_matter(card: str) -> dict[str, Any]:

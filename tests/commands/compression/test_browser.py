@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lamella.report import render
+from lamella.commands.compress.report import render
 from lamella.report.figures import Bars, Figure, Gantt, Heatmap, Lines, Points, Scatter, Task
 from lamella.results import Evidence, Summary
 from lamella.results import page as results

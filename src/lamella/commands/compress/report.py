@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lamella import formatting
-from lamella.report import tasks, variants
+from lamella.commands.compress import beside, tasks
 from lamella.report.drawing import STRIPED, StackDrawing, shade
 from lamella.report.figures import Figure, Points, Scatter
 from lamella.report.healing import ROWS, training
@@ -47,11 +48,11 @@ def render(evidence: dict[str, Any]) -> str:
     shades = [found for score in SCORES for found in shade(*score, scores.get(score[0]), len(layers))]
     title = f"the layers of {evidence['model']['name']}"
     stack = StackDrawing(layers, shades, scores.get("removal_order", ()), title=title)
-    figures = curves(evidence) | {"stack": stack, "speed": speed(evidence), "variants": variants.figure(evidence)}
+    figures = curves(evidence) | {"stack": stack, "speed": speed(evidence), "variants": beside.figure(evidence)}
     if "healing" in evidence:
         figures["training"] = training(evidence["healing"]["curve"])
     return filled(
-        "report.html",
+        Path(__file__).with_name("report.html"),
         figures,
         evidence=evidence,
         verdict=verdict(evidence),
@@ -71,9 +72,9 @@ def render(evidence: dict[str, Any]) -> str:
         methods=_chosen_points(evidence),
         scores=tasks.rows(evidence),
         score_columns=tasks.columns(evidence) if evidence.get("tasks") else [],
-        variants=variants.rows(evidence),
-        variant_columns=variants.COLUMNS,
-        variant_notes=variants.notes(evidence),
+        variants=beside.rows(evidence),
+        variant_columns=beside.COLUMNS,
+        variant_notes=beside.notes(evidence),
         axes=_axes(evidence),
         facts=_facts(evidence),
         rows=ROWS,

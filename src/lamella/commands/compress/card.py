@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 from lamella import formatting
-from lamella.report import tasks, variants
-from lamella.report.compression import COSTS, fate, gone, narrower, verdict
+from lamella.commands.compress import beside, tasks
+from lamella.commands.compress.report import COSTS, fate, gone, narrower, verdict
 from lamella.report.drawing import STRIPED
 from lamella.report.page import finite
 from lamella.results.page import inline
@@ -159,12 +159,12 @@ def _scored(evidence: dict[str, Any]) -> list[str]:
 
 def _quantised(evidence: dict[str, Any]) -> list[str]:
     """What quantisation does to the original and to this model, where it was measured."""
-    rows = variants.rows(evidence)
+    rows = beside.rows(evidence)
     if not rows:
         return []
-    lines = [variants.COLUMNS, ["---"] * len(variants.COLUMNS), *rows]
+    lines = [beside.COLUMNS, ["---"] * len(beside.COLUMNS), *rows]
     table = "\n".join(f"| {' | '.join(row)} |" for row in lines)
-    return ["## Beside quantisation", table, " ".join(variants.notes(evidence))]
+    return ["## Beside quantisation", table, " ".join(beside.notes(evidence))]
 
 
 def _size(text: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lamella.report import render
+from lamella.commands.compress.report import render
 
 VOID = {"meta", "input", "br", "link", "img", "hr"}
 LOADING = ("src", "href", "xlink:href", "action", "data", "poster", "srcset")

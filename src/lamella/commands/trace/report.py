@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from io import BytesIO
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -46,7 +47,7 @@ def render_trace(report: dict[str, Any]) -> str:
         "note": note,
         "shares": shares,
     }
-    return filled("trace.html", figures, data, **context)
+    return filled(Path(__file__).with_name("trace.html"), figures, data, **context)
 
 
 def _overlay(view: dict[str, Any], rows: int, columns: int, source: str) -> Heatmap:
