@@ -19,6 +19,8 @@ from lamella.cli import app
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("[!_]*.md"))]
 BLOCK = re.compile(r"```(\w+)[^\n]*\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
+INLINE = re.compile(r"`(lamella [a-z][^`]*)`")
+EXAMPLES = {"SLUG", "my-method", "most-alike"}  # names of methods that are not there
 
 
 def blocks(page: Path, *languages: str) -> list[str]:
@@ -43,8 +45,10 @@ def test_what_a_page_imports_is_there(page: Path) -> None:
 
 
 def typed(page: Path) -> list[list[str]]:
-    """The arguments of each call of the program."""
-    found = []
+    """The arguments of each call of the program, in blocks and within sentences."""
+    prose = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    inline = (shlex.split(re.sub(r"\s+", " ", each))[1:] for each in INLINE.findall(prose))
+    found = [arguments for arguments in inline if not EXAMPLES & set(arguments)]
     for block in blocks(page, "console", "sh", "bash", "shell"):
         for line in block.replace("\\\n", " ").splitlines():
             command = line.removeprefix("$ ").split(" #")[0].strip()
