@@ -52,7 +52,7 @@ def test_its_own_export_opens_without_a_word_on_its_weights(tmp_path: Path) -> N
     nano("llama").save_pretrained(tmp_path / "source")
     stack, given = open_stack(tmp_path / "source", device="cpu"), nano_inputs("llama")
     done = rewritten(stack, tmp_path / "work", layers=(1,), blocks=2)
-    done.save(tmp_path / "out", {})
+    done.save(tmp_path / "out", dict)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2  # the model's, and those of the plan
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

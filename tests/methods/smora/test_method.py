@@ -142,7 +142,7 @@ def test_what_is_saved_gives_the_same_logits_with_its_balance(tmp_path: Path) ->
     stack = Stack(nano("llama"))
     result = trained(balance=0.01)
     expected = result.view(IDS).logits
-    result.save(tmp_path / "out", {"README.md": "# it\n"})
+    result.save(tmp_path / "out", lambda: {"README.md": "# it\n"})
     assert sorted(path.suffix for path in (tmp_path / "out").iterdir()) == [".json", ".json", ".md", ".safetensors"]
     plan = Plan.read(tmp_path / "out" / "plan.json")
     assert torch.equal(apply(stack, plan)(IDS).logits, expected)
@@ -302,7 +302,7 @@ def test_it_cannot_be_merged_and_says_so(tmp_path: Path) -> None:
     for form in ("plain", "portable"):
         with pytest.raises(PlanError, match="the adapter of smora cannot be merged into the linear maps"):
             export(result.stack, result.plan, tmp_path / "merged", form=form)
-    result.save(tmp_path / "out", {})
+    result.save(tmp_path / "out", dict)
     with pytest.raises(CheckpointError, match="is not the folder of a LoRA adapter"):
         Adapter.open(tmp_path / "out")
     assert not (tmp_path / "merged").exists()
