@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -48,11 +49,11 @@ class Quantised(Result):
         """What was written, and the bytes of its weights."""
         config = open_config(self.folder)
         if self.to == "int8":
-            made = place / "int8"
+            made = place / "made" / "int8"  # a folder of its own, since the one around it is locked while it is written
             after = write_int8(self.folder, config, open_tokenizer(self.folder), made, False)
             for path in made.iterdir():
                 path.rename(place / path.name)
-            made.rmdir()
+            shutil.rmtree(made.parent)
             return "model.safetensors", after
         file = f"{self.name}-{self.to}{SUFFIX}"
         return file, write_gguf(self.folder, config, open_tokenizer(self.folder), place / file, self.to, name=self.name)
