@@ -16,6 +16,7 @@ from lamella.signature import EMPTY, Parameter, Signature, is_model, kind_of, ki
 from lamella.stack import Model, Stack
 from lamella.zoo import Checkpoint, View, Written, open_for, open_model, open_tokenizer, open_written
 from lamella.zoo.checks import check_model
+from lamella.zoo.opening import names_plan
 
 READ: dict[Any, Callable[[Path], Any]] = {Plan: Plan.read, PlanSeries: PlanSeries.read}
 TEST = "stdlib"  # the text that judges: of another kind than what is calibrated on
@@ -48,7 +49,7 @@ def check_source(name: Any) -> None:
 def check_changed(name: str | Path | None) -> None:
     """Check the name of what is compared with a model, or runs: a plan, a folder, a model; None is left alone."""
     if name is not None:
-        check_input((Plan,) if str(name).endswith(".json") else (Stack,), name)
+        check_input((Plan,) if names_plan(name) else (Stack,), name)
 
 
 def check_input(

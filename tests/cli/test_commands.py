@@ -184,6 +184,16 @@ def test_a_speedup_picks_the_smallest_cut_that_reaches_it(lamella, tmp_path, ste
     assert chosen == series[2] and len(chosen.drop) == 2
 
 
+def test_a_folder_with_a_plan_stands_for_it(lamella, tmp_path):
+    succeeded(lamella("plan", "shortgpt", NANO_LLAMA, *SHORT, "--share", "0.34", "-o", tmp_path / "cut"))
+    told = []
+    for name in (tmp_path / "cut", tmp_path / "cut" / "plan.json"):
+        results = json.loads(succeeded(lamella("eval", NANO_LLAMA, name, *BRIEF)))["findings"]["results"]
+        asked = ("chat", NANO_LLAMA, "--plan", name, "--prompt", "The first", "--tokens", "4", "--json")
+        told.append((results[str(name)], json.loads(succeeded(lamella(*asked)))["messages"]))
+    assert told[0] == told[1] and told[0][0]["kl"]["mean"] > 0
+
+
 def test_plan_is_run_for_planners(lamella, tmp_path):
     for verb in ("plan", "run"):
         succeeded(lamella(verb, "shortgpt", NANO_LLAMA, *SHORT, "--share", "0.34", "-o", tmp_path / verb))

@@ -16,6 +16,7 @@ from lamella.result import Evidence, Summary, Table
 from lamella.results import Study
 from lamella.signature import Argument, Settings, Split
 from lamella.zoo import Changed, Written, open_tokenizer
+from lamella.zoo.opening import names_plan
 
 Test = Annotated[Text | ImageText, Split("test"), Settings(sequences=8)]
 
@@ -129,7 +130,7 @@ def _scored(model: Written, changed: tuple[Changed, ...], tasks: tuple[str, ...]
 
 def _tokenizer(changed: str, original: Any) -> Any:
     """That of a changed model: of a plan, or of a folder without one, the original's."""
-    if changed.endswith(".json"):
+    if names_plan(changed):
         return original
     try:
         return open_tokenizer(changed)

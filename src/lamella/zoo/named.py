@@ -11,7 +11,7 @@ from lamella.errors import CheckpointError, LamellaError
 from lamella.plan import Plan
 from lamella.stack import Model
 from lamella.zoo.checks import check_model
-from lamella.zoo.opening import open_model, open_processor
+from lamella.zoo.opening import names_plan, open_model, open_processor
 from lamella.zoo.pull import resolve
 
 
@@ -73,7 +73,7 @@ class Changed:
     name: str
 
     metavar: ClassVar[str] = "CHANGED"
-    told: ClassVar[str] = "a plan file, an exported folder or another model"
+    told: ClassVar[str] = "a plan or its folder, an exported folder or another model"
 
     @classmethod
     def open(cls, name: str | Path) -> Changed:
@@ -83,7 +83,7 @@ class Changed:
     @classmethod
     def check(cls, name: str | Path) -> None:
         """Check that the plan, or the model, is there."""
-        if str(name).endswith(".json"):
+        if names_plan(name):
             Plan.read(name)
         else:
             check_model(name)

@@ -344,10 +344,16 @@ class Written:
         return self.whole.describe()
 
     def view(self, changed: str | Path) -> Any:
-        """A model to compare with this one: a plan file, applied to the whole of it, or anything that opens."""
-        if str(changed).endswith(".json"):
+        """A model to compare with this one: a plan, applied to the whole of it, or anything that opens."""
+        if names_plan(changed):
             return apply(self.whole, Plan.read(changed))
         return load(changed).model
+
+
+def names_plan(name: str | Path) -> bool:
+    """Whether a name is that of a plan: a file, or a folder that holds a plan and no model."""
+    path = Path(name).expanduser()
+    return str(name).endswith(".json") or ((path / "plan.json").is_file() and not (path / CONFIG).is_file())
 
 
 def open_written(folder: str | Path, **options: Any) -> Written:
