@@ -122,6 +122,19 @@ def test_an_interrupted_command_goes_on_with_the_same_result(lamella, plan, tmp_
     assert healed(lamella, *args, "-o", tmp_path / "cut") == whole
 
 
+def test_tensorboard_finds_the_curves_that_the_log_has(lamella, plan, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = tmp_path / "events"
+    evidence = healed(lamella, NANO_LLAMA, plan, "-o", tmp_path / "out", *QUICK, "--tensorboard", events)
+    found = EventAccumulator(str(events)).Reload()
+    losses = {each.step: each.value for each in found.Scalars("train/loss")}
+    assert losses == {point["step"]: pytest.approx(point["loss"], rel=1e-6) for point in evidence["curve"]}
+    assert [each.step for each in found.Scalars("train/held_out/new")] == [
+        each["step"] for each in evidence["held_out"]
+    ]
+
+
 # Refusals.
 
 

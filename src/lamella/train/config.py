@@ -55,6 +55,7 @@ class TrainConfig:
         log_every: steps from one point of the log to the next.
         eval_every: steps from one held-out loss to the next; with each checkpoint when left out.
         bf16: compute in bfloat16 what can be; parameters, gradients and optimizer state keep their precision.
+        tensorboard: a folder in which TensorBoard finds the curves while training runs (extra tensorboard).
         shard: split weights, gradients and optimizer state over the processes, where one device cannot hold them.
 
     Raises:
@@ -75,6 +76,7 @@ class TrainConfig:
     log_every: int = 10
     eval_every: int | None = None
     bf16: bool = False
+    tensorboard: str | None = None
     shard: bool = False
 
     def __post_init__(self) -> None:

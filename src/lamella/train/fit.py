@@ -17,9 +17,11 @@ import torch
 import torch.distributed
 from torch import nn
 from transformers import TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 from lamella import processes
 from lamella.errors import TrainingError
+from lamella.extras import require
 from lamella.progress import tracker
 from lamella.train.config import TrainConfig
 from lamella.train.hooks import Hook, Training
@@ -120,6 +122,9 @@ def fit(
         run = Training(loop, settled(told))
         watch = Watch(loop, run, sets, config, hooks, count)
         loop.add_callback(watch)
+        if config.tensorboard is not None:
+            writer = require("torch.utils.tensorboard", "tensorboard", "a log for TensorBoard")
+            loop.add_callback(TensorBoardCallback(writer.SummaryWriter(config.tensorboard)))
         checkpoint = watch.open(out)
         if checkpoint is not None and watch.done:
             loop.read(checkpoint)

@@ -103,6 +103,7 @@ class Watch(TrainerCallback):
             loss, *parts = (torch.stack(self.loop.values).sum(dim=0) / (step - before)).tolist()
             named = dict(zip(self.loop.names[1:], parts, strict=True)) | self.run.noted()
             log.train.append(Logged(step, loss, named, self.lr))
+            self._report({"loss": loss, "learning_rate": self.lr, **named})
             self.loop.values.clear()
         if self.loop.args.should_save and not self.loop.values:
             log.write(Path(args.output_dir) / LOG)
@@ -130,8 +131,14 @@ class Watch(TrainerCallback):
         elif points:
             losses = {name: point.loss for name, point in points.items()}
             self.run.log.held_out.append(Logged(step, sum(losses.values()) / len(losses), losses))
+        self._report({f"held_out/{name or 'loss'}": point.loss for name, point in points.items()})
         for hook in self.hooks:
             hook.evaluated(self.run)
+
+    def _report(self, values: dict[str, float]) -> None:
+        """Give values of this step to the callbacks that show them elsewhere."""
+        loop = self.loop
+        loop.callback_handler.on_log(loop.args, loop.state, loop.control, dict(values))
 
     @torch.no_grad()
     def _held_out_point(self, step: int, samples: Sequence[Any]) -> Logged:

@@ -42,6 +42,7 @@ def heal(
     lora: Annotated[int, Ge(1)] | None = None,
     keep: Annotated[float, Gt(0), Le(1)] = 0.2,
     save_every: Annotated[int, Ge(1)] | None = None,
+    tensorboard: str | None = None,
     shard: bool = False,
     work: Work = Work(),
     seed: int = 0,
@@ -82,6 +83,7 @@ def heal(
         lora: train adapters of this rank; all parameters when left out.
         keep: share of the pool that is chosen.
         save_every: steps from one checkpoint to the next; the recipe's own when left out.
+        tensorboard: a folder in which TensorBoard finds the curves while training runs (extra tensorboard).
         shard: split the model over the processes of accelerate launch, when it does not fit one device.
         work: where an interrupted run goes on from.
         seed: of all random draws.
@@ -96,8 +98,15 @@ def heal(
     plan = Plan(model=ModelReference.of(stack)) if plan is None else plan
     plan.check_fits(stack)
     reader = reader_of(train, seed)
-    named = {"steps": steps, "minutes": minutes, "lr": lr, "batch": batch, "schedule": schedule, "replay": replay}
-    named |= {"lora": lora, "save_every": save_every}
+    named: dict[str, Any] = {
+        "steps": steps,
+        "minutes": minutes,
+        "lr": lr,
+        "batch": batch,
+        "schedule": schedule,
+        "replay": replay,
+    }
+    named |= {"lora": lora, "save_every": save_every, "tensorboard": tensorboard}
     options: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     if len({"steps", "minutes"} & options.keys()) + (tokens is not None) > 1:
         raise MethodError("steps, minutes and tokens all say how long to train: give one of them")
