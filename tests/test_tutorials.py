@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lamella.commands.compress import command as job
 from lamella.evaluate import StepTimes
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +29,8 @@ def test_a_tutorial_runs_from_its_first_line_to_its_last(
 ) -> None:
     _prepare(tmp_path)
     times = StepTimes(attn=1e-3, mlp=1e-3, rest=1e-3)  # of a model with something to gain, on a machine that is idle
-    monkeypatch.setattr(job, "measure_step", lambda stack: times)
+    for place in ("commands.compress.command", "evaluate.budget", "planners"):
+        monkeypatch.setattr(f"lamella.{place}.step_times", lambda stack: times)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     names: dict[str, Any] = {"__name__": "tutorial"}

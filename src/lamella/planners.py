@@ -9,7 +9,7 @@ from typing import Any
 from lamella.data import ImageText, Sample
 from lamella.data.samples import blocks
 from lamella.errors import BudgetError, MethodError
-from lamella.evaluate import Budget, StepTimes, cost, measure_step
+from lamella.evaluate import Budget, StepTimes, cost, step_times
 from lamella.measure import Tokens, sequences
 from lamella.plan import PlanSeries
 from lamella.registry import Method, get_method, methods
@@ -158,7 +158,7 @@ def pick(series: PlanSeries, budget: Budget, stack: Stack) -> int:
         PlanError: for a share of the sublayers, where plans change weights alone.
     """
     if budget.speedup is not None:
-        return first_reaching(series, measure_step(stack), budget.speedup)
+        return first_reaching(series, step_times(stack), budget.speedup)
     if budget.parameters is not None:
         return _first_of_size(series, budget.parameters, stack)
     if budget.share is not None:

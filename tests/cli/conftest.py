@@ -11,5 +11,5 @@ STEP = StepTimes(attn=3e-4, mlp=2e-4, rest=8e-4)  # of the nano Llama's six laye
 def step_times(monkeypatch: pytest.MonkeyPatch) -> StepTimes:
     """What is cut for a speed-up does not depend on what else the machine does."""
     for place in ("commands.bench", "commands.compress.command", "evaluate.budget", "planners"):
-        monkeypatch.setattr(f"lamella.{place}.measure_step", lambda stack: STEP)
+        monkeypatch.setattr(f"lamella.{place}.step_times", lambda stack: STEP)
     return STEP

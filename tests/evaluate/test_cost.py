@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lamella.evaluate import PlanCost, StepTimes, cost, measure_step
+from lamella.evaluate import PlanCost, StepTimes, cost, measure_step, step_times
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.plan.export import export
 from lamella.runtime import apply
@@ -192,3 +192,16 @@ def test_measured_step_times_are_positive_and_leave_the_model_alone() -> None:
     assert times.attn > 0 and times.mlp > 0 and times.rest >= 0
     assert not [name for name, m in stack.model.named_modules() if "forward" in vars(m)]
     assert isinstance(stack.model, nn.Module)
+
+
+def test_step_times_are_measured_once_for_each_opened_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[Stack] = []
+
+    def measure(stack: Stack) -> StepTimes:
+        measured.append(stack)
+        return StepTimes(attn=1e-3, mlp=1e-3, rest=len(measured) * 1e-3)
+
+    monkeypatch.setattr("lamella.evaluate.cost.measure_step", measure)
+    one, other = Stack(nano("llama")), Stack(nano("llama"))
+    assert step_times(one) is step_times(one) and step_times(other).rest == 2e-3
+    assert measured == [one, other]

@@ -9,7 +9,7 @@ from annotated_types import Ge, MinLen
 
 from lamella.data import ImageText
 from lamella.evaluate import bench as timed
-from lamella.evaluate import cost, measure_step, peak_memory
+from lamella.evaluate import cost, peak_memory, step_times
 from lamella.evaluate.fidelity import judged
 from lamella.plan import Plan
 from lamella.registry import command
@@ -87,7 +87,7 @@ def bench(
     plans = {
         name: plan for name, view in known.items() if isinstance(plan := getattr(view, "lamella_plan", None), Plan)
     }
-    times = measure_step(stack) if plans else None
+    times = step_times(stack) if plans else None
     predicted = {name: times.speedup(plan) for name, plan in plans.items() if times is not None}
     own = predicted.pop(first, 1.0)  # of the first model, which the others are compared with
     peaks = {name: peak_memory(folder).as_dict() for name, folder in _folders(stack, models).items() if memory}

@@ -2,7 +2,7 @@
 
 from lamella.evaluate.answers import answered
 from lamella.evaluate.budget import Budget
-from lamella.evaluate.cost import PlanCost, StepTimes, cost, measure_step
+from lamella.evaluate.cost import PlanCost, StepTimes, cost, measure_step, step_times
 from lamella.evaluate.fidelity import Estimate, Fidelity, FidelityTest
 from lamella.evaluate.memory import Memory, peak_memory
 from lamella.evaluate.speed import Ratio, Timing, bench, turns
@@ -27,6 +27,7 @@ __all__ = [
     "peak_memory",
     "rouge",
     "sentence_bleu",
+    "step_times",
     "turns",
     "writing_cost",
 ]

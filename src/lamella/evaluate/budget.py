@@ -9,7 +9,7 @@ from typing import Annotated
 
 from annotated_types import Ge, Gt, Le
 
-from lamella.evaluate.cost import cost, measure_step
+from lamella.evaluate.cost import cost, step_times
 from lamella.plan import ModelReference, Plan
 from lamella.stack import Position, Stack
 
@@ -53,7 +53,7 @@ class Budget:
         """
         goals = [] if self.until is None else [self.until]
         if self.speedup is not None:
-            times, speedup = measure_step(stack), self.speedup
+            times, speedup = step_times(stack), self.speedup
             goals.append(lambda gone: times.speedup_without(gone, len(stack)) >= speedup)
         if self.parameters is not None:
             left = self.parameters * cost(stack).parameters

@@ -26,7 +26,7 @@ from lamella.commands.compress.variants import Quantize, check_quantised, forms,
 from lamella.commands.heal.command import reader_of
 from lamella.data import ImageText, Reader, Text
 from lamella.errors import BudgetError, MethodError
-from lamella.evaluate import Budget, FidelityTest, bench, cost, measure_step
+from lamella.evaluate import Budget, FidelityTest, bench, cost, step_times
 from lamella.evaluate.speed import denoises
 from lamella.evaluate.tasks import open_tasks, score
 from lamella.files import Work
@@ -127,7 +127,7 @@ def compress(
 
     speedup = budget.speedup or SPEEDUP
     minutes = MINUTES if race.is_default and budget.minutes is None else budget.minutes
-    times = measure_step(stack)
+    times = step_times(stack)
     check_reachable(stack, times, speedup)
     tested = test.tokens if isinstance(test, Text) else test
     job = Job(stack, calibration, tested, times, speedup, minutes, seed, work)

@@ -117,8 +117,7 @@ def entrants(race: Race, stack: Stack, calibration: Text | ImageText) -> list[Pl
 
 def search(job: Job, planner: Planner) -> Contender:
     """Run one planner as far as the target needs, and a little further in case the measurement disagrees."""
-    layers, goal = len(job.stack), MARGIN * job.speedup
-    budget = Budget(minutes=job.minutes, until=lambda gone: job.times.speedup_without(gone, layers) >= goal)
+    budget = Budget(minutes=job.minutes, speedup=MARGIN * job.speedup)
     entry = planner.method
     options = entry.signature.completed(planner.options, budget, job.work.within("plans"), seed=job.seed)
     begin = time.perf_counter()
