@@ -6,6 +6,7 @@ import copy
 import random
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -201,7 +202,7 @@ def test_step_times_are_measured_once_for_each_opened_stack(monkeypatch: pytest.
         measured.append(stack)
         return StepTimes(attn=1e-3, mlp=1e-3, rest=len(measured) * 1e-3)
 
-    monkeypatch.setattr("lamella.evaluate.cost.measure_step", measure)
+    monkeypatch.setattr(import_module("lamella.evaluate.cost"), "measure_step", measure)
     one, other = Stack(nano("llama")), Stack(nano("llama"))
     assert step_times(one) is step_times(one) and step_times(other).rest == 2e-3
     assert measured == [one, other]
