@@ -121,6 +121,7 @@ def test_every_input_can_be_opened_small(command: str) -> None:
             "Written",
             "Checkpoint",
             "Changed",
+            "Results",
             "Adapter",
             "Writer",
         )

@@ -83,7 +83,7 @@ def _scatter(figure: Scatter) -> Any:
 
 
 def _trace(name: str, points: Points, symbol: str, largest: float) -> dict[str, Any]:
-    x, y = ([point[axis] for point in points.at] for axis in (0, 1))
+    x, y = ([float(point[axis]) for point in points.at] for axis in (0, 1))
     trace: dict[str, Any] = {"type": "scatter", "name": plain(name), "x": x, "y": y}
     if points.mark == "band":
         return trace | {"mode": "lines", "line": {"width": 11, "color": FAINT}, "hoverinfo": "skip", "zorder": -1}

@@ -73,7 +73,8 @@ def test_removal_costs_what_the_whole_model_says_without_the_site(report: dict[s
 
 def test_the_folder_holds_the_page_and_the_same_numbers(evidence: Evidence, folder: Path) -> None:
     assert sorted(file.name for file in folder.iterdir()) == ["depth"]  # and no folder of work
-    assert sorted(file.name for file in (folder / "depth").iterdir()) == ["README.md", "evidence.json", "report.html"]
+    written = ["README.md", "evidence.json", "report.html", "run.yaml"]
+    assert sorted(file.name for file in (folder / "depth").iterdir()) == written
     assert Evidence.read(folder / "depth").dump() == evidence.dump()
     assert Study.read(folder / "depth")["scores"].keys() == evidence.findings["scores"].keys()
     html = (folder / "depth" / "report.html").read_text(encoding="utf-8")

@@ -197,7 +197,7 @@ def test_cached_decoding_is_uncached_decoding_with_adapters() -> None:
 
 def test_the_written_folder_is_an_ordinary_peft_adapter(added: Added, tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
-    added.save(folder, {"evidence.json": "{}"})
+    added.save(folder, lambda: {"evidence.json": "{}"})
     model = peft.PeftModel.from_pretrained(nano("llama", num_hidden_layers=5), str(folder))
     torch.testing.assert_close(logits(model), logits(added.stack.model), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(logits(model.merge_and_unload()), logits(added.stack.model), atol=1e-5, rtol=1e-5)
