@@ -18,7 +18,7 @@ WRONG = {
     "a missing text": "{folder}/no-text.txt",
     "an empty text": "{folder}/empty.txt",
     "an existing output": "{folder}/there",
-    "a folder that is no model": "{folder}",
+    "a folder that is no model": "{folder}/there",
     "a mistyped model": MISTYPED,
     "a share out of its bounds": "1.5",
 }
