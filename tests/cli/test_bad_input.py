@@ -351,7 +351,7 @@ def test_a_name_that_is_given_twice_is_refused(lamella, tmp_path):
     [
         ["plan", "finercut", NANO_LLAMA, "--calibration", "TEXT"],
         ["eval", NANO_LLAMA, NANO_LLAMA, "--test", "TEXT"],
-        ["inspect", NANO_LLAMA, "--text", "TEXT"],
+        ["inspect", NANO_LLAMA, "--calibration", "TEXT"],
         ["compress", NANO_LLAMA, "--calibration", "TEXT", "-o", "out"],
     ],
     ids=lambda command: command[0],

@@ -220,7 +220,7 @@ def test_methods_that_skip_tune_on_images(vlm: Path, method: str, options: dict[
     series = run(method, vlm, of_stack="text", **options).result
     rows = {"rows": 4, "of_stack": "text", "batch": 2, "accumulate": 1}
     done = run(method, vlm, series[-1], "shapes:colour", command="tune", steps=2, **rows)
-    assert done.result.log.train and done.evidence.provenance["inputs"]["samples"]["images"] == 4
+    assert done.result.log.train and done.evidence.provenance["inputs"]["train"]["images"] == 4
 
 
 def test_streams_that_unified_skip_compares_have_read_the_image(vlm: Path) -> None:

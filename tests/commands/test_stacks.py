@@ -28,7 +28,7 @@ def vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_gamma_mod_takes_the_text_of_a_model_with_images(lamella: Any, vlm: Path, tmp_path: Path) -> None:
     brief = ("--rows", 4, "--layers", 1, "--steps", 1, "--probes", 2, "--batch", 2)
-    ran = lamella("run", "gamma-mod", vlm, "--samples", ROWS, *brief, "-o", tmp_path / "out")
+    ran = lamella("run", "gamma-mod", vlm, "--train", ROWS, *brief, "-o", tmp_path / "out")
     assert ran.code == 0, ran.err
     options = {"rows": 4, "layers": (1,), "steps": 1, "probes": 2, "batch": 2}
     left_out, named = (api.run("gamma-mod", vlm, ROWS, **options, **stack) for stack in ({}, {"of_stack": "text"}))
@@ -60,7 +60,7 @@ def _tokenizer(folder: Path) -> Any:
 
 
 def test_where_several_stacks_fit_one_must_be_named_and_where_none_does_all_are(lamella: Any, vlm: Path) -> None:
-    asked = lamella("run", "depth-efficiency", vlm, "--text", ROWS, "--rows", 2, "--brief").refused()
+    asked = lamella("run", "depth-efficiency", vlm, "--calibration", ROWS, "--rows", 2, "--brief").refused()
     assert "works on the stacks vision and text of llava: choose one with --stack text (of_stack in Python)" in asked
     encoders = api.open(nano("llava"))
     with pytest.raises(
@@ -80,23 +80,23 @@ def test_the_name_of_a_stack_is_not_taken_for_a_model(lamella: Any, name: str, t
         api.open(name)
     assert "\n" not in str(error.value)
     with pytest.raises(ArchitectureError, match="names no model, but a stack"):
-        api.run("gamma-mod", stack=name, samples=ROWS)
+        api.run("gamma-mod", stack=name, train=ROWS)
     assert f"--stack {name}" in lamella("chat", name, "--prompt", "a").refused()
 
 
 def test_a_stack_that_is_given_beside_the_model_is_pointed_to_of_stack(vlm: Path) -> None:
     model = api.open(vlm)
     for call in (
-        lambda: api.run("gamma-mod", vlm, samples=ROWS, stack="text"),
+        lambda: api.run("gamma-mod", vlm, train=ROWS, stack="text"),
         lambda: api.make_plan("lora-drop", vlm, stack="text"),
         lambda: gamma_mod(model, [], stack="text"),
     ):
         with pytest.raises(MethodError, match=r"stack is given twice, in its place and by its name.*of_stack"):
             call()
     with pytest.raises(
-        MethodError, match=r"samples is given twice, in its place and by its name: leave one of them out$"
+        MethodError, match=r"train is given twice, in its place and by its name: leave one of them out$"
     ):
-        api.run("gamma-mod", vlm, ROWS, samples=ROWS)
+        api.run("gamma-mod", vlm, ROWS, train=ROWS)
 
 
 def test_compare_and_bench_take_the_stack_that_writes_text(lamella: Any, vlm: Path, tmp_path: Path) -> None:

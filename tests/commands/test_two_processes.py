@@ -16,10 +16,10 @@ from lamella.methods.cstrl import Summaries
 NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
 TEXT = ("--sequences", "8", "--length", "48", "--steps", "3")
 GIVEN = {
-    "lora": ("--samples", "pydoc"),
-    "switchlora": ("--samples", "pydoc"),
-    "kore": ("--samples", "pydoc", "--old", "stdlib", "--r", "8"),
-    "smora": ("--data", "pydoc", "--r", "8", "--k", "2"),
+    "lora": ("--train", "pydoc"),
+    "switchlora": ("--train", "pydoc"),
+    "kore": ("--train", "pydoc", "--old", "stdlib", "--r", "8"),
+    "smora": ("--train", "pydoc", "--r", "8", "--k", "2"),
 }
 LEARNT = ("--gap-epochs", "1", "--gap-length", "48", "--source-length", "48", "--summary-length", "16", "--judged", "1",
           "--normalize", "mean", "--steps", "3")  # fmt: skip

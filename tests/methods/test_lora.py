@@ -34,7 +34,7 @@ def samples() -> Passages:
 
 def test_plain_peft_loads_and_merges_what_a_run_has_written(stack: Stack, tmp_path: Path) -> None:
     given = {"sequences": 8, "length": 32, "steps": 4, "lr": 1e-2}
-    outcome = run("lora", NANO_LLAMA, samples="stdlib", out=tmp_path / "adapter", **given)
+    outcome = run("lora", NANO_LLAMA, train="stdlib", out=tmp_path / "adapter", **given)
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(NANO_LLAMA), tmp_path / "adapter")
     ids = torch.randint(5, 200, (2, 12))
     with torch.no_grad():

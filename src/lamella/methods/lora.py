@@ -24,7 +24,7 @@ TRAINING = TrainConfig(lr=3e-4, schedule="linear")
 @method("lora", paper="2106.09685", purpose="adapt", baseline=True, brief={"steps": 3, "r": 4})
 def lora(
     stack: Stack,
-    samples: Passages,
+    train: Passages,
     plan: Plan | None = None,
     *,
     r: Annotated[int, Ge(1)] = 8,
@@ -38,7 +38,7 @@ def lora(
 
     Args:
         stack: a decoder; it is not changed.
-        samples: text, in blocks, every token of which carries loss.
+        train: text, in blocks, every token of which carries loss.
         plan: what the model runs under while it trains; the whole model when left out.
         r: rank.
         alpha: the adapter's output is scaled by alpha / r.
@@ -60,7 +60,7 @@ def lora(
     beside = add_lora(view, r, alpha, dropout, targets or None, sites=running, seed=config.seed)
     log = fit(
         view,
-        samples,
+        train,
         Task(response_loss),
         config,
         out=work.place() / "run",

@@ -150,7 +150,7 @@ def spread_layers(layers: int, count: int, keep_first: int = 2, keep_last: int =
 def tune(
     stack: Stack,
     plan: Plan,
-    samples: Samples | ImageText,
+    train: Samples | ImageText,
     *,
     config: TrainConfig = TRAINING,
     objective: Literal["ce", "ce+logit_mse"] = "ce",
@@ -162,7 +162,7 @@ def tune(
     Args:
         stack: the model; it is not changed.
         plan: a plan of this method.
-        samples: text with prompts of many lengths, or prompts about images with their answers; prompts run everything.
+        train: text with prompts of many lengths, or prompts about images with their answers; prompts run everything.
         config: of the training.
         objective: ``ce``, or ``ce+logit_mse``, which adds 0.05 times the squared error to the model's own logits.
         train_keys: ``match`` hides from a droppable layer the keys that serving does not store; ``release`` shows all,
@@ -179,7 +179,7 @@ def tune(
         return distilled_loss(model, inputs, teacher=teacher) if "mse" in objective else response_loss(model, inputs)
 
     settings = {"objective": objective, "train_keys": train_keys, "plan": plan.digest}
-    log = fit_policy(view, samples, loss, config, out=out, settings=settings)
+    log = fit_policy(view, train, loss, config, out=out, settings=settings)
     policy.sees_all_keys = False
     return Healed(stack=stack, plan=keep_policy(plan, policy, out), log=log)
 

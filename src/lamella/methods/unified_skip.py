@@ -71,7 +71,7 @@ RULES = {"even": balanced, "release": released_rule}
 def tune(
     stack: Stack,
     plan: Plan,
-    samples: Samples | ImageText,
+    train: Samples | ImageText,
     *,
     config: TrainConfig = TRAINING,
     full_depth_ce: Annotated[float, Ge(0)] = 0.0,
@@ -85,7 +85,7 @@ def tune(
     Args:
         stack: the model; it is not changed.
         plan: a plan of this method.
-        samples: prompts with their answers, also about images; answers alone carry loss.
+        train: prompts with their answers, also about images; answers alone carry loss.
         config: of the training; the authors' rate.
         full_depth_ce: weight of the answers' cross-entropy at full depth, to keep that usable too.
         align_cos: weight of the mean cosine between both depths' streams after kept layers, on answers.
@@ -126,8 +126,8 @@ def tune(
 
     log = fit(
         view,
-        samples,
-        Task(loss, collate=batching(samples)),
+        train,
+        Task(loss, collate=batching(train)),
         config,
         out=out,
         trainable=names.__contains__,

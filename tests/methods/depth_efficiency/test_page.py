@@ -54,7 +54,7 @@ def test_every_score_has_its_shape(evidence: Evidence, report: dict[str, Any]) -
     }
     said = {"name": "nano-llama", "family": "llama", "layers": LAYERS, "parameters": 658_656}
     assert said.items() <= evidence.model.items()
-    text = evidence.provenance["inputs"]["text"]
+    text = evidence.provenance["inputs"]["calibration"]
     assert text["tokens"] == 2 * 256 and text["split"] == "calibration"
 
 
@@ -157,7 +157,7 @@ def test_a_place_that_cannot_be_a_folder_is_refused_before_measuring(tmp_path: P
 def test_too_little_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("A short text.\n\nNothing more.")
     with pytest.raises(CalibrationError, match="too little text"):
-        run("depth-efficiency", NANO, text=str(tmp_path / "short.txt"))
+        run("depth-efficiency", NANO, calibration=str(tmp_path / "short.txt"))
 
 
 @pytest.mark.parametrize("stack", ["text", "vision"])

@@ -119,7 +119,7 @@ def test_old_inputs_move_no_output_by_more_than_the_bound(stack: Stack, old: Tex
 
 def test_plain_peft_loads_and_merges_it(stack: Stack, tmp_path: Path) -> None:
     given = {"sequences": 8, "length": 32, "r": 6, **TRAINED}
-    outcome = run("kore", NANO_LLAMA, samples="stdlib", old="pydoc", out=tmp_path / "adapter", **given)
+    outcome = run("kore", NANO_LLAMA, train="stdlib", old="pydoc", out=tmp_path / "adapter", **given)
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(NANO_LLAMA), tmp_path / "adapter")
     ours = logits(outcome.result.view)  # type: ignore[attr-defined]
     least = 1e-5 * ours.abs().max()

@@ -172,7 +172,7 @@ def test_torchrun_trains_from_the_command_line(tmp_path: Path) -> None:
     made = schedule([[0], [1]], [(0, 1)], 2)
     made.write(tmp_path)
     model = Path(__file__).parents[2] / "models" / "nano-llama"
-    command = f"run skippipe train {model} --pipeline {tmp_path} --samples pydoc --test pydoc -o {tmp_path / 'out'}"
+    command = f"run skippipe train {model} --pipeline {tmp_path} --train pydoc --test pydoc -o {tmp_path / 'out'}"
     launch = "torch.distributed.run --standalone --nproc-per-node 2 -m lamella"
     settings = "--sequences 8 --length 16 --steps 2 --batch 1 --save-every 1"
     done = subprocess.run(

@@ -337,7 +337,7 @@ def test_an_adapter_for_another_base_is_refused() -> None:
 
 
 def test_a_run_of_the_house_writes_a_page_with_routing_and_load(tmp_path: Path) -> None:
-    done = run("smora", NANO, data=str(rows(tmp_path / "tasks.jsonl", *(
+    done = run("smora", NANO, train=str(rows(tmp_path / "tasks.jsonl", *(
         {"task": "ab"[n % 2], "prompt": f"number {n}", "completion": f"is {n}"} for n in range(8)))),
         out=tmp_path / "out", r=4, k=2, steps=2, batch=2, accumulate=1, test="pydoc")  # fmt: skip
     page, readme = ((tmp_path / "out" / name).read_text() for name in ("report.html", "README.md"))

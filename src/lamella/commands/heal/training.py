@@ -98,7 +98,8 @@ class Training:
             given["past"] = blocks(past.tokens, loss_on="all")
         if slug == GENERAL:
             given["held_out"] = _held_out(train, past, reader)
-        inputs = {"plan": plan, "samples": samples, "config": config, **given}
+        role = "train" if isinstance(recipe, Method) else "samples"
+        inputs = {"plan": plan, role: samples, "config": config, **given}
         return cls(stack, slug, recipe, inputs, data, reader.seed)
 
     def run(self, work: Work) -> tuple[Healed, dict[str, Any]]:
@@ -130,7 +131,7 @@ def _samples(
         whole: whether the loss is on all of a text, and not only after prompts of many lengths.
     """
     if isinstance(train, ImageText):
-        if isinstance(recipe, Method) and "ImageText" not in recipe.inputs["samples"].split(" | "):
+        if isinstance(recipe, Method) and "ImageText" not in recipe.inputs["train"].split(" | "):
             raise TextAlone(f"{recipe.slug} trains on text alone, and images were given")
         return train, train.describe()
     if isinstance(train, Text):

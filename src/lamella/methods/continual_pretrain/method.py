@@ -35,7 +35,7 @@ ANNEAL = 0.85  # of an infinite schedule for one run, where its anneal begins
 @method("continual-pretrain", paper="2403.08763", purpose="heal", brief={"replay": 0.5})
 def continual_pretrain(
     stack: Stack,
-    samples: Passages,
+    train: Passages,
     plan: Plan | None = None,
     past: Passages | None = None,
     *,
@@ -51,7 +51,7 @@ def continual_pretrain(
 
     Args:
         stack: the model; it is not changed.
-        samples: the new data, in blocks.
+        train: the new data, in blocks.
         plan: what the model runs under while it trains; the whole model when left out.
         past: a sample of what the model was trained on, to replay; None: nothing is replayed.
         held_out: samples called ``new`` and ``old`` that nothing trains on, for the curves and for ``replay=auto``; the
@@ -69,7 +69,7 @@ def continual_pretrain(
     if past is None and replay != "auto":
         raise MethodError(f"replay {replay:g} needs past samples to replay")
     held_out = held_out or {}
-    config = config.lasting(len(samples))
+    config = config.lasting(len(train))
     steps = main = config.steps or 1
     if config.schedule == "infinite":
         if steps < 2:
@@ -84,7 +84,7 @@ def continual_pretrain(
         run.watch(old)
     else:
         run.remember(old)
-    run.fit(Stream("new", samples, held_out.get("new", ())), main)
+    run.fit(Stream("new", train, held_out.get("new", ())), main)
     if main == steps:
         return run.healed()
     branch = run.anneal(steps - main)

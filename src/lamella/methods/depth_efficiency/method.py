@@ -63,7 +63,7 @@ MAPPED = 30  # tokens for each channel of the source that maps are fitted on and
 )
 def depth_efficiency(
     stack: Stack,
-    text: Text | ImageText,
+    calibration: Text | ImageText,
     compare: Stack | None = None,
     *,
     brief: bool = False,
@@ -85,8 +85,8 @@ def depth_efficiency(
 
     Args:
         stack: the model; it is not changed.
-        text: text to measure on, or token ids [sequences, time]; the paper takes 10 to 20 prompts. Of images with text,
-            what layers do for the tokens of each modality too; layers are left out in the first 16 rows.
+        calibration: text to measure on, or token ids [sequences, time]; the paper takes 10 to 20 prompts. Of images
+            with text, what layers do for the tokens of each modality too; layers are left out in the first 16 rows.
         compare: a second model, often a deeper one, with the same tokenizer: linear maps to it.
         brief: leave out what takes minutes: who misses each layer, and who reads it; and leave sublayers and layers
             out of the first tokens alone. All of it then takes less time than a dozen passes over the text.
@@ -110,15 +110,19 @@ def depth_efficiency(
         MethodError: for maps on images.
         NumericsError: for activations that are not finite, named by site.
     """
-    if compare is not None and isinstance(text, ImageText):
-        raise MethodError("depth-efficiency: maps between models are made on text: give text, or leave compare out")
-    few = ImageText(text[:PROMPTS], text.processing) if isinstance(text, ImageText) else text
+    if compare is not None and isinstance(calibration, ImageText):
+        raise MethodError(
+            "depth-efficiency: maps between models are made on text: give calibration, or leave compare out"
+        )
+    few = (
+        ImageText(calibration[:PROMPTS], calibration.processing) if isinstance(calibration, ImageText) else calibration
+    )
     some = _beginning(few) if brief else few
     measured = {
-        "block_influence": block_influence(stack, text, front=front),
-        "sublayer_influence": sublayer_influence(stack, text, front=front),
-        "stream_norm": stream_norms(stack, text, front=front),
-        "angular_distance": angular_distance(stack, text, front=front),
+        "block_influence": block_influence(stack, calibration, front=front),
+        "sublayer_influence": sublayer_influence(stack, calibration, front=front),
+        "stream_norm": stream_norms(stack, calibration, front=front),
+        "angular_distance": angular_distance(stack, calibration, front=front),
         "sublayer_removed": _removed_alone(stack, some, "sublayer"),
         "layer_removed": _removed_alone(stack, some, "layer"),
     }
@@ -126,11 +130,11 @@ def depth_efficiency(
     if isinstance(few, ImageText) and stack.architecture.images:
         findings["modalities"] = by_modality(stack, few, front=front, brief=brief)
     if not brief and not _gives_features(stack):
-        rows = text.cut(len(text.tokens), LENGTH) if isinstance(text, Text) else few
+        rows = calibration.cut(len(calibration.tokens), LENGTH) if isinstance(calibration, Text) else few
         done = study(stack, rows, splits=splits, stride=stride, front=front, seed=seed)
         findings["study"] = {"data": provenance.describe(rows)} | done.as_dict()
-    if compare is not None and not isinstance(text, ImageText):
-        findings["maps"] = _maps(stack, compare, text, front)
+    if compare is not None and not isinstance(calibration, ImageText):
+        findings["maps"] = _maps(stack, compare, calibration, front)
     return Study(findings=findings)
 
 

@@ -149,7 +149,7 @@ def _allowed(layers: int, protect: int) -> list[int]:
 @command("dllm-skip", "study", on=("decoder", "masked tokens"), brief={"ratios": (0.3, 0.7), "compare": None})
 def study(
     stack: Stack,
-    text: Text,
+    calibration: Text,
     compare: Stack | None = None,
     *,
     theta: Cosine = THETA,
@@ -162,7 +162,7 @@ def study(
 
     Args:
         stack: a model that predicts masked tokens, or a decoder.
-        text: text to measure on, or token ids [sequences, time].
+        calibration: text to measure on, or token ids [sequences, time].
         compare: another model with the same tokenizer, such as the decoder that it began from.
         theta: what counts as alike.
         ratios: shares of masks.
@@ -184,12 +184,12 @@ def study(
     for each in (stack, compare):
         if each is not None:
             _check(each)
-    findings: dict[str, Any] = {"theta": theta, "model": _studied(stack, text, theta, ratios, front, lags, seed)}
+    findings: dict[str, Any] = {"theta": theta, "model": _studied(stack, calibration, theta, ratios, front, lags, seed)}
     if compare is not None:
-        findings["compare"] = _studied(compare, text, theta, ratios, front, lags, seed)
+        findings["compare"] = _studied(compare, calibration, theta, ratios, front, lags, seed)
         findings["apart"] = apart(findings["model"]["by_layer"], findings["compare"]["by_layer"])
     notes = ["Similar layers need not be idle: what skipping each of them costs stands beside the curve."]
-    return Study(findings={"data": provenance.describe(text)} | findings, notes=notes)
+    return Study(findings={"data": provenance.describe(calibration)} | findings, notes=notes)
 
 
 def _studied(

@@ -87,7 +87,7 @@ def train_routers(
 def tune(
     stack: Stack,
     plan: Plan,
-    samples: Samples,
+    train: Samples,
     *,
     config: TrainConfig = TRAINING,
     rank: Annotated[int, Ge(1)] = 8,
@@ -104,7 +104,7 @@ def tune(
     Args:
         stack: the model; it is not changed.
         plan: a plan of this method.
-        samples: prompts with their answers; answers alone carry loss.
+        train: prompts with their answers; answers alone carry loss.
         config: of the training.
         rank, alpha, dropout: of the adapters on the projections of attention and MLP, merged at the end.
         gates: ``hard`` as in serving, or ``soft``.
@@ -117,7 +117,7 @@ def tune(
     lora = add_lora(view, rank, alpha, dropout, seed=config.seed)
     log = fit(
         view,
-        samples,
+        train,
         Task(response_loss),
         config,
         out=out,
@@ -127,7 +127,7 @@ def tune(
     lora.merge()
     lora.remove()
     healed = with_weights_of(stack, view)
-    few = [samples[index] for index in range(min(len(samples), HELD))]
+    few = [train[index] for index in range(min(len(train), HELD))]
     prompts = [sample["input_ids"][: int(sample["prompt_lengths"])] for sample in few]
     before, after = (scores(each, routers, prompts) for each in (stack, healed))
     free = list(routers.free)

@@ -39,7 +39,9 @@ from lamella.methods.gamma_mod.recipe import (
     planned,
     policy_image,
     quantile,
-    train,
+)
+from lamella.methods.gamma_mod.recipe import (
+    train as fitted,
 )
 from lamella.plan import ModelReference, Plan, PlanSeries, Point
 from lamella.registry import command, method
@@ -60,7 +62,7 @@ KEEPS = tuple(round(0.1 * tenth, 1) for tenth in range(9, 0, -1))
 @command("gamma-mod", "arank", brief={"protect": ()})
 def arank(
     stack: Stack,
-    samples: Samples | ImageText,
+    calibration: Samples | ImageText,
     *,
     fraction: Annotated[float, Gt(0), Le(1)] = 0.9,
     protect: tuple[int, ...] = PROTECTED,
@@ -71,7 +73,7 @@ def arank(
 
     Args:
         stack: the model.
-        samples: prompts; of text without images whole rows.
+        calibration: prompts; of text without images whole rows.
         fraction: of all layers, how many to convert.
         protect: layers that are never converted; -1 is the last.
         rank: ``exact``, or ``effective``, which tells layers apart also where all are of nearly full rank.
@@ -85,7 +87,7 @@ def arank(
         MethodError: for a protected layer that the model does not have.
     """
     listed(stack, protect)
-    ranks, told = measured_ranks(stack, samples, rank, probes)
+    ranks, told = measured_ranks(stack, calibration, rank, probes)
     layers = lowest(ranks.mean(0), fraction, protect)
     return Study(findings={"arank": told, "layers": layers})
 
@@ -98,7 +100,7 @@ def arank(
 )
 def gamma_mod(
     stack: Stack,
-    samples: Samples | ImageText,
+    train: Samples | ImageText,
     *,
     select: Select = "lowest",
     fraction: Annotated[float, Gt(0), Le(1)] = 0.9,
@@ -114,7 +116,7 @@ def gamma_mod(
 
     Args:
         stack: the model; it is not changed.
-        samples: prompts with their answers, images first; answers carry the task's loss.
+        train: prompts with their answers, images first; answers carry the task's loss.
         select: the layers of ``lowest`` ARank; for comparison of the ``highest``, or one of the authors' modes:
             ``arank_mod``, the released one, is all but the first three and the last.
         fraction: of all layers, how many are converted by rank.
@@ -136,16 +138,16 @@ def gamma_mod(
     findings: dict[str, Any] = {}
     if layers is None and select in ("lowest", "highest"):
         listed(stack, protect)
-        ranks, findings["arank"] = measured_ranks(stack, samples, rank, probes)
+        ranks, findings["arank"] = measured_ranks(stack, train, rank, probes)
         chosen = chosen_layers(stack, ranks.mean(0), select, fraction, protect)
     else:
         chosen = mode_layers(select, len(stack)) if layers is None else listed(stack, layers)
     out = work.place()
     view = converted(stack, chosen, routing, config.seed)
-    log = train(view, samples, routing, config, out / "run")
+    log = fitted(view, train, routing, config, out / "run")
     view.eval()
 
-    few = first(samples, probes)
+    few = first(train, probes)
     limits: dict[str, Any] = {"prefill": PREFILL, "decode": DECODE}
     if routing.served == "calibrated":
         limits = calibrated(observed(view, few))
@@ -162,13 +164,13 @@ def gamma_mod(
 
 @command("gamma-mod", "thresholds")
 @torch.no_grad()
-def thresholds(stack: Stack, plan: Plan, samples: Samples | ImageText) -> PlanSeries:
+def thresholds(stack: Stack, plan: Plan, calibration: Samples | ImageText) -> PlanSeries:
     """Make plans of one router that keep nine tenths of prompts in each converted layer, eight tenths, and so on.
 
     Args:
         stack: the trained model.
         plan: its plan.
-        samples: prompts with their answers, on which thresholds are set.
+        calibration: prompts with their answers, on which thresholds are set.
 
     Returns:
         The series, from the whole model on, each with the share of tokens that the converted layers process when it is
@@ -183,14 +185,14 @@ def thresholds(stack: Stack, plan: Plan, samples: Samples | ImageText) -> PlanSe
         raise MethodError("gamma-mod thresholds needs a plan that gamma-mod has made: give its plan.json")
     view = apply(stack, plan)
     policy: MixtureOfDepths = view.lamella_policy
-    layers, served = list(policy.place), observed(view, samples)
+    layers, served = list(policy.place), observed(view, calibration)
     p = served.p[served.prompt]
     points = [Point()]
 
     def serving(keep: float) -> tuple[list[float], Seen, float]:
         prefill = [quantile(p[:, place], keep) for place in range(len(layers))]
         policy.thresholds[0] = torch.tensor(prefill, dtype=torch.float64)
-        seen = observed(view, samples)
+        seen = observed(view, calibration)
         return prefill, seen, float(seen.ran.double().mean())
 
     for prefill, seen, share in rising(map(serving, KEEPS), lambda each: 1 - each[2]):

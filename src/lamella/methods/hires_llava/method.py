@@ -42,7 +42,8 @@ from lamella.methods.hires_llava.network import (
     read_layers,
     sliced,
 )
-from lamella.methods.hires_llava.recipe import TRAINING, Language, parameters, train
+from lamella.methods.hires_llava.recipe import TRAINING, Language, parameters
+from lamella.methods.hires_llava.recipe import train as fitted
 from lamella.methods.hires_llava.result import Restored
 from lamella.methods.hires_llava.seams import compared, placed, probed, streams
 from lamella.methods.hires_llava.slicing import Order, View
@@ -105,7 +106,7 @@ class Restoring:
 @method("hires-llava", paper="2407.08706", purpose="adapt", on="images", brief={"steps": 3})
 def hires_llava(
     model: Model,
-    samples: EntityGrid | ImageText,
+    train: EntityGrid | ImageText,
     *,
     restoring: Restoring = Restoring(),
     language: Language = "frozen",
@@ -117,7 +118,7 @@ def hires_llava(
 
     Args:
         model: of LLaVA's class; or what this command has made, which trains on as it was cut. It is not changed.
-        samples: images with text, of any sizes; or ``entities``, questions about things that seams cut.
+        train: images with text, of any sizes; or ``entities``, questions about things that seams cut.
         restoring: what is done to slices.
         language: whether the language model trains too: not at all, by LoRA that is merged, or in ``full``. The paper
             begins with captions and a frozen one, and ends with instructions and it trained.
@@ -133,11 +134,11 @@ def hires_llava(
         MethodError: for layers that there are not, or sizes that do not fit each other.
         TrainingError: when training cannot start or stay finite.
     """
-    made, processor, seams = built(model, samples, restoring, config.seed)
-    log = train(
+    made, processor, seams = built(model, train, restoring, config.seed)
+    log = fitted(
         made,
         processor,
-        samples.items,
+        train.items,
         config,
         work.place() / "run",
         language=language,
@@ -216,7 +217,7 @@ def _tokens(processor: HiResLlavaProcessor, side: int) -> int:
 @command("hires-llava", "seams", on="images", brief={"adapters": 1})
 def seams(
     model: Model,
-    samples: EntityGrid | ImageText,
+    calibration: EntityGrid | ImageText,
     *,
     adapters: Annotated[int, Ge(1)] = 4,
     most_slices: Annotated[int, Ge(1)] = 16,
@@ -225,7 +226,8 @@ def seams(
 
     Args:
         model: of LLaVA's class; or what ``hires-llava`` has made, with the adapters that it has.
-        samples: whose images are looked at; of ``entities``, a probe also says how well things are read that seams cut.
+        calibration: whose images are looked at; of ``entities``, a probe also says how well things are read that seams
+            cut.
         adapters: how many to place.
         most_slices: M, the most slices of an image; they do not overlap.
 
@@ -235,11 +237,11 @@ def seams(
     Raises:
         CalibrationError: for images without a seam, or too few questions.
     """
-    if not samples.processing.sees:
+    if not calibration.processing.sees:
         raise MethodError(f"hires-llava works on models that read images, and {model.name} reads text alone")
     how: dict[str, Any] = {"most_slices": most_slices, "overlap": 0, "sampler": "all"}
-    bare, processor = sliced(model.model, samples.processing.processor, **how)
-    pictures = pictures_of(samples)
+    bare, processor = sliced(model.model, calibration.processing.processor, **how)
+    pictures = pictures_of(calibration)
     maps = streams(bare, processor, pictures)
     found = compared(maps, bare.model.slicing.across)
     findings: dict[str, Any] = {
@@ -249,8 +251,8 @@ def seams(
         "placed": placed(found, adapters, bare),
         "pictures": len(pictures),
     }
-    if isinstance(samples, EntityGrid) and samples.asked[0].picture.shape[0] == 2 * bare.model.slicing.side:
-        findings["probe"] = probed(maps, samples.asked, bare.model.slicing)
+    if isinstance(calibration, EntityGrid) and calibration.asked[0].picture.shape[0] == 2 * bare.model.slicing.side:
+        findings["probe"] = probed(maps, calibration.asked, bare.model.slicing)
     return Study(findings=findings)
 
 

@@ -22,7 +22,7 @@ from lamella.train.distil import TRAINING
 def heal(
     stack: Stack,
     plan: Plan,
-    samples: Samples,
+    train: Samples,
     *,
     config: TrainConfig = TRAINING,
     temperature: Annotated[float, Gt(0)] = 1.0,
@@ -33,7 +33,7 @@ def heal(
     Args:
         stack: the original; it is not changed.
         plan: one that puts sub-blocks into it.
-        samples: text; its labels play no part.
+        train: text; its labels play no part.
         config: the training in numbers.
         temperature: of both distributions.
         work: where an interrupted run goes on from.
@@ -42,6 +42,6 @@ def heal(
         The model with its trained weights, and the plan with the trained sub-blocks.
     """
     return distil(
-        stack, plan, samples, config=config, temperature=temperature, vocabulary=False, intermediate=False,
+        stack, plan, train, config=config, temperature=temperature, vocabulary=False, intermediate=False,
         out=work.place(),
     )  # fmt: skip

@@ -91,7 +91,7 @@ class Constraint:
 @method("kore", paper="2510.19316", purpose="adapt", brief={"r": 4, "steps": 3})
 def kore(
     stack: Stack,
-    samples: Passages | ImageText,
+    train: Passages | ImageText,
     old: Text | ImageText,
     plan: Plan | None = None,
     *,
@@ -106,7 +106,7 @@ def kore(
 
     Args:
         stack: a decoder, or the text of a model that reads images; it is not changed.
-        samples: new text, in blocks, every token of which carries loss; or images with text, whose answers do, such as
+        train: new text, in blocks, every token of which carries loss; or images with text, whose answers do, such as
             ``kore augment`` makes.
         old: text, or images with text, that stands for what the model shall keep doing: a few hundred windows or rows.
             Nothing trains on it.
@@ -145,13 +145,13 @@ def kore(
         say(f"kore: {note}")
     lora = beside(view, names, split, r, running, constraint.form, config.seed)
     halves = (".lora_B.",) if constraint.freeze else (".lora_A.", ".lora_B.")
-    projector = projector_of(stack) if constraint.projector and isinstance(samples, ImageText) else ""
+    projector = projector_of(stack) if constraint.projector and isinstance(train, ImageText) else ""
     if projector:
         own(view, lambda name: name.startswith(f"{projector}."))
     log = fit(
         view,
-        samples,
-        Task(response_loss, collate=batching(samples)),
+        train,
+        Task(response_loss, collate=batching(train)),
         config,
         out=work.place() / "run",
         trainable=lambda name: name.startswith(f"{projector}.") or any(half in name for half in halves),

@@ -12,7 +12,7 @@ from lamella.plan import Plan
 from lamella.registry import command
 from lamella.stack import Stack
 from lamella.train import Healed, TrainConfig
-from lamella.train import distil as train
+from lamella.train import distil as distilled
 from lamella.train.distil import TRAINING
 
 
@@ -20,7 +20,7 @@ from lamella.train.distil import TRAINING
 def distil(
     stack: Stack,
     plan: Plan,
-    samples: Samples,
+    train: Samples,
     *,
     config: TrainConfig = TRAINING,
     intermediate: bool | None = None,
@@ -32,7 +32,7 @@ def distil(
     Args:
         stack: the original; it is not changed.
         plan: a plan of whole layers and widths for it.
-        samples: text; its labels play no part.
+        train: text; its labels play no part.
         config: the training in numbers.
         intermediate: compare states inside the models too; when left out, where many layers are gone.
         temperature: of both distributions.
@@ -42,4 +42,4 @@ def distil(
         The smaller model, which is an ordinary one, with a plan that runs all of it.
     """
     out = work.place()
-    return train(stack, plan, samples, config=config, intermediate=intermediate, temperature=temperature, out=out)
+    return distilled(stack, plan, train, config=config, intermediate=intermediate, temperature=temperature, out=out)

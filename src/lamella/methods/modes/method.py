@@ -41,7 +41,7 @@ PAPER = {"text": 0.71, "image": 0.6}  # of its grid, the ends
 @torch.no_grad()
 def modes(
     stack: Stack,
-    samples: Samples | ImageText,
+    calibration: Samples | ImageText,
     *,
     skip: Annotated[float, Gt(0), Lt(1)] | None = None,
     points: Annotated[int, Ge(2)] = 100,
@@ -53,7 +53,7 @@ def modes(
 
     Args:
         stack: a model with experts.
-        samples: prompts with their answers; how far the answers move decides. The paper takes 1024.
+        calibration: prompts with their answers; how far the answers move decides. The paper takes 1024.
         skip: the share of the pairs of a token and an expert to skip; when left out, the series holds every tenth that
             the thresholds of the grid can skip.
         points: thresholds in the grid of each modality.
@@ -69,7 +69,7 @@ def modes(
     Raises:
         MethodError: for a model without experts, or a share that cannot be skipped.
     """
-    answers = Answers(stack, list(labelled_batches(samples, BATCH, stack.device)))
+    answers = Answers(stack, list(labelled_batches(calibration, BATCH, stack.device)))
     alpha = layer_importance(answers, bypass, modality)
     grids = thresholds(answers, alpha, points, grid)
     shares = SHARES if skip is None else [skip]

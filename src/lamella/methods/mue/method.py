@@ -27,7 +27,8 @@ from lamella.data import ImageText
 from lamella.errors import MethodError
 from lamella.files import Work
 from lamella.methods.mue.policy import Reduce
-from lamella.methods.mue.recipe import SLUG, TRAINING, Exiting, exiting, pair_of, planned, train
+from lamella.methods.mue.recipe import SLUG, TRAINING, Exiting, exiting, pair_of, planned
+from lamella.methods.mue.recipe import train as fitted
 from lamella.methods.mue.reduction import Exits, by_flops, by_layers, executed, histograms, observed, quantiles
 from lamella.methods.mue.reduction import Work as Costs
 from lamella.methods.mue.search import QUANTILES, Tried, complete, front, searched
@@ -45,7 +46,7 @@ SHOWN = (0.25, 0.5, 0.75, 0.9)
 @method("mue", paper="2211.11152", purpose="skip", on="cross", brief={"rows": 6})
 def mue(
     model: Model,
-    samples: ImageText,
+    train: ImageText,
     *,
     quantile: Annotated[float, Ge(0), Le(1)] = 0.5,
     exits: Exiting = Exiting(),  # noqa: B008, frozen
@@ -56,7 +57,7 @@ def mue(
 
     Args:
         model: an encoder-decoder that reads images; it is not changed.
-        samples: prompts with their answers, which carry the loss; the last fifth is kept for the thresholds.
+        train: prompts with their answers, which carry the loss; the last fifth is kept for the thresholds.
         quantile: of S on samples, for the thresholds: a higher one exits later. `mue thresholds` searches for them.
         exits: how the model is trained, and how it is left.
         config: of the training: the authors' rate, batch and decay, and one pass over the samples; theirs are 5.
@@ -70,12 +71,12 @@ def mue(
         MethodError: for a model that is no encoder-decoder or reads no images, and for a single sample.
         TrainingError: when training cannot start or stay finite.
     """
-    if len(samples) < 2:
+    if len(train) < 2:
         raise MethodError("mue: one sample cannot both train and set thresholds: give more")
     _, decoder = pair_of(model)
-    kept = len(samples) - max(1, len(samples) // 5)
-    rows, held_out = (ImageText(part, samples.processing) for part in (samples[:kept], samples[kept:]))
-    view, log = train(model, rows, exits, config, work.place() / "run")
+    kept = len(train) - max(1, len(train) // 5)
+    rows, held_out = (ImageText(part, train.processing) for part in (train[:kept], train[kept:]))
+    view, log = fitted(model, rows, exits, config, work.place() / "run")
     full = observed(view, held_out)
     tau = complete(quantiles(full, quantile, exits.min_layer))
     trained = with_weights_of(decoder, view)
@@ -89,13 +90,13 @@ def mue(
 @command("mue", "saturation", on="cross", brief={"rows": 6})
 @torch.no_grad()
 def saturation(
-    model: Model, samples: ImageText, *, reduce: Reduce = "flat", min_layer: Annotated[int, Ge(1)] = 1
+    model: Model, calibration: ImageText, *, reduce: Reduce = "flat", min_layer: Annotated[int, Ge(1)] = 1
 ) -> Study:
     """Measure how much alike streams are before and after each layer, by modality and in the decoder.
 
     Args:
         model: an encoder-decoder that reads images, fine-tuned or not; its modalities run apart.
-        samples: prompts with their answers.
+        calibration: prompts with their answers.
         reduce: what S of a stream is: of all of it at once, or the mean or the min of its tokens' cosines.
         min_layer: layers that are no exits.
 
@@ -105,20 +106,20 @@ def saturation(
     Raises:
         MethodError: for a model that is no encoder-decoder or reads no images.
     """
-    found = observed(exiting(model, Exiting(reduce=reduce, min_layer=min_layer), {}), samples)
+    found = observed(exiting(model, Exiting(reduce=reduce, min_layer=min_layer), {}), calibration)
     by_quantile = {f"{q:g}": quantiles(found, q, min_layer) for q in SHOWN}
     return Study(findings={"right without exits": right(found), "by quantile": by_quantile, **alike(found)})
 
 
 @command("mue", "thresholds", on="cross", brief={"rows": 6})
 @torch.no_grad()
-def thresholds(model: Model, plan: Plan, samples: ImageText) -> PlanSeries:
+def thresholds(model: Model, plan: Plan, calibration: ImageText) -> PlanSeries:
     """Search for thresholds: each exit by itself, then together, and keep what nothing else beats.
 
     Args:
         model: the trained model.
         plan: its plan.
-        samples: prompts with their answers, on which thresholds are tried.
+        calibration: prompts with their answers, on which thresholds are tried.
 
     Returns:
         The series, from the whole model on, whose modalities see each other; then from late exits to early ones, each
@@ -132,7 +133,7 @@ def thresholds(model: Model, plan: Plan, samples: ImageText) -> PlanSeries:
         raise MethodError("mue thresholds needs a plan that mue has made: give its plan.json")
     pair_of(model)
     plan.check_fits(model)
-    tried = searched(partial(attempt, model, params, samples), QUANTILES, params["decoder"]["min_layer"])
+    tried = searched(partial(attempt, model, params, calibration), QUANTILES, params["decoder"]["min_layer"])
     points = [Point()]
     made = (
         (one, planned(model, with_thresholds(params, one.tau), executed(one.exits, model.stacks)))

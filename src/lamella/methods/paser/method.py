@@ -188,7 +188,7 @@ SPECTRAL = Clustering()
 @method("paser", paper="2502.12594", purpose="heal")
 def paser(
     stack: Stack,
-    samples: Pool,
+    pool: Pool,
     plan: Plan,
     *,
     tokenizer: Any = None,
@@ -204,7 +204,7 @@ def paser(
 
     Args:
         stack: the original; it is not changed.
-        samples: the pool of instructions with responses.
+        pool: the instructions with responses.
         plan: what the damaged model runs under.
         tokenizer: of the model; that of the pool when left out.
         budget: share of the pool; the paper takes 20 % of Alpaca and 4 % of LaMini.
@@ -219,23 +219,23 @@ def paser(
         MethodError: without a plan or a tokenizer.
         CalibrationError: for a pool or a budget that leaves nothing to choose.
     """
-    tokenizer = tokenizer or getattr(samples, "tokenizer", None)
+    tokenizer = tokenizer or getattr(pool, "tokenizer", None)
     if plan is None or tokenizer is None:
         raise MethodError("paser compares the model with what a plan makes of it, on text: give plan and tokenizer")
     check_scikit_learn()
-    everyone = sorted(samples, key=lambda each: each.id)  # so that the order of the pool does not matter
-    pool = [each for each in everyone if len(tokenizer(each.prompt)["input_ids"]) < max_length]
-    total = round(budget * len(pool))
-    if len({each.id for each in pool}) < len(pool) or not 0 < total <= len(pool) or len(pool) < 3:
+    everyone = sorted(pool, key=lambda each: each.id)  # so that the order of the pool does not matter
+    fitting = [each for each in everyone if len(tokenizer(each.prompt)["input_ids"]) < max_length]
+    total = round(budget * len(fitting))
+    if len({each.id for each in fitting}) < len(fitting) or not 0 < total <= len(fitting) or len(fitting) < 3:
         raise CalibrationError(
-            f"a pool of {len(pool)} samples (prompts below {max_length} tokens) with a budget of {budget:g} of it: "
+            f"a pool of {len(fitting)} samples (prompts below {max_length} tokens) with a budget of {budget:g} of it: "
             "give at least 3 samples, each with an id of its own, and a share that takes some of them"
         )
     # Stage 1: clusters of the instructions
-    points = embed(clustering.embedder, stack, tokenizer, [each.instruction for each in pool])
+    points = embed(clustering.embedder, stack, tokenizer, [each.instruction for each in fitting])
     grouped = spectral_clusters(points, clustering.clusters, graph=clustering.graph, seed=seed)
     # Stage 2: what the plan has damaged
-    rows = pairs([(each.prompt, each.response) for each in pool], tokenizer, max_length=max_length)
+    rows = pairs([(each.prompt, each.response) for each in fitting], tokenizer, max_length=max_length)
     damage, entropy = degradation(stack.model, apply(stack, plan), rows, tokens=tokens, batch=batch)
     cost = np.array([len(row["input_ids"]) for row in rows], dtype=np.float64) ** 2
     efficiency = damage / np.log(np.maximum(cost, math.e))
@@ -243,21 +243,21 @@ def paser(
     degraded = [float(damage[each].mean()) for each in members]
     shares = budgets(degraded, [len(each) for each in members], total)
     # Stage 3: the most damaged for their cost, without contradictions
-    known = concepts([f"{each.instruction}\n{each.context}\n{each.response}" for each in pool])
+    known = concepts([f"{each.instruction}\n{each.context}\n{each.response}" for each in fitting])
     ordered = [sorted(each.tolist(), key=lambda sample: (-efficiency[sample], sample)) for each in members]
     groups = [_Cluster(k, ordered[k], degraded[k], shares[k]) for k in range(len(members))]
     chosen, refused, relaxed = take(groups, known, ntem)
     report = {
         "schema": "lamella.selection/1",
         "method": "paser",
-        "pool": len(pool),
+        "pool": len(fitting),
         "budget": total,
-        "selected": [pool[sample].id for sample in chosen],
+        "selected": [fitting[sample].id for sample in chosen],
         "settings": {
             "plan": plan.digest, "embedder": clustering.name, "graph": clustering.graph,
             "tokens": tokens, "ntem": ntem, "max_length": max_length, "seed": seed,
         },
-        "approximate": grouped.landmarks < len(pool),
+        "approximate": grouped.landmarks < len(fitting),
         "eigenvalues": grouped.eigenvalues.tolist(),
         "clusters": [
             {
@@ -270,10 +270,10 @@ def paser(
         ],
         "samples": [
             {"id": one.id, "cluster": int(label), "j": float(j), "ies": float(ies)}
-            for one, label, j, ies in zip(pool, grouped.labels, damage, efficiency, strict=True)
+            for one, label, j, ies in zip(fitting, grouped.labels, damage, efficiency, strict=True)
         ],
-        "refused": [{"id": pool[sample].id, "conflicts": pairs_} for sample, pairs_ in refused.items()],
-        "too_long": sorted({each.id for each in everyone} - {each.id for each in pool}),
-        "relaxed": sorted(pool[sample].id for sample in relaxed),
+        "refused": [{"id": fitting[sample].id, "conflicts": pairs_} for sample, pairs_ in refused.items()],
+        "too_long": sorted({each.id for each in everyone} - {each.id for each in fitting}),
+        "relaxed": sorted(fitting[sample].id for sample in relaxed),
     }  # fmt: skip
-    return Selection(examples=[pool[sample] for sample in chosen], findings=report)
+    return Selection(examples=[fitting[sample] for sample in chosen], findings=report)

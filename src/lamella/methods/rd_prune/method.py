@@ -208,7 +208,7 @@ def masks_for(model: nn.Module | Stack, amounts: Amounts) -> Masks:
 def tune(
     stack: Stack,
     plan: Plan,
-    samples: Samples,
+    train: Samples,
     *,
     config: TrainConfig = TRAINING,
     work: Work = Work(),
@@ -218,7 +218,7 @@ def tune(
     Args:
         stack: the model; it is not changed.
         plan: a plan of this method.
-        samples: training samples; their labels carry loss.
+        train: training samples; their labels carry loss.
         config: of the training.
         work: where an interrupted run goes on from.
     """
@@ -227,7 +227,7 @@ def tune(
     own(view)
     log = fit(
         view,
-        samples,
+        train,
         Task(response_loss),
         config,
         out=out,

@@ -157,7 +157,7 @@ def plan(
 @command("skippipe", "omit", brief={"pipeline": None})
 def omit(
     stack: Stack,
-    text: Text,
+    calibration: Text,
     pipeline: Schedule | None = None,
     *,
     stages: Annotated[int, Ge(2), Le(MOST)] | None = None,
@@ -167,7 +167,7 @@ def omit(
 
     Args:
         stack: the model.
-        text: text to measure on, or token ids [sequences, time].
+        calibration: text to measure on, or token ids [sequences, time].
         pipeline: the schedule along which it was trained: sets that its paths leave out are told apart from others.
         stages: without a schedule, of how many the model is made; the authors' 6 when left out.
         most: how many stages are left out at most.
@@ -187,7 +187,7 @@ def omit(
     less = [order for gone in range(1, min(most, count - 1) + 1) for order in omissions(count, gone)]
     swapped = [_swapped(whole, stage) for stage in range(1, count - 1)]
     orders: list[Order] = [whole, *less, *swapped, whole[1:]]
-    loss = dict(zip(orders, losses(stack, text, parts, orders), strict=True))
+    loss = dict(zip(orders, losses(stack, calibration, parts, orders), strict=True))
     trained = set() if pipeline is None else {left_out(count, order) for order in pipeline.orders}
     sets = [
         {"without": list(gone := left_out(count, order)), "loss": loss[order]}
@@ -195,7 +195,7 @@ def omit(
         for order in less
     ]
     findings: dict[str, Any] = {
-        "data": provenance.describe(text),
+        "data": provenance.describe(calibration),
         "stages": [list(part) for part in parts],
         "full": loss[whole],
         "omitted": sets,

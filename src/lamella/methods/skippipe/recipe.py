@@ -38,7 +38,7 @@ Orders = Callable[[int], Sequence[Order]]  # from the step to the stages of each
 @command("skippipe", "train", brief={"pipeline": None, "batch": 1})
 def train(
     stack: Stack,
-    samples: Passages,
+    train: Passages,
     pipeline: Schedule | None = None,
     *,
     stages: Annotated[int, Ge(2)] | None = None,
@@ -59,7 +59,7 @@ def train(
 
     Args:
         stack: a decoder; it is not changed.
-        samples: text, in blocks, every token of which carries loss.
+        train: text, in blocks, every token of which carries loss.
         pipeline: what ``skippipe plan`` has written.
         stages: without a schedule, how many; the authors' 6 when left out. A schedule has its own.
         skip: without a schedule, the share of stages that a microbatch leaves out; the authors' third.
@@ -86,16 +86,16 @@ def train(
     parts = spans(stack, stages if pipeline is None else len(pipeline.assignment))
     orders = drawn(len(parts), skip, microbatches, config.seed) if pipeline is None else _always(pipeline.orders)
     size = len(orders(0))
-    config = replace(config, batch=config.batch * size).lasting(len(samples))
+    config = replace(config, batch=config.batch * size).lasting(len(train))
     view = share(stack.model)
     own(view, lambda name: True)
     trainer = _Paths(view, parts, orders, config, pace)
     if pipeline is not None and ray:
-        log = trainer.over_cluster(samples, work.place(), pipeline)
+        log = trainer.over_cluster(train, work.place(), pipeline)
     elif pipeline is None or processes.count() == 1:
-        log = trainer.in_one_process(samples, work.place() / "run")
+        log = trainer.in_one_process(train, work.place() / "run")
     else:
-        log, pipeline = trainer.over_nodes(samples, work.place(), pipeline, lost, limit)
+        log, pipeline = trainer.over_nodes(train, work.place(), pipeline, lost, limit)
         orders = _always(pipeline.orders)
     assert config.steps is not None
     seen = {left_out(len(parts), order) for step in range(config.steps) for order in orders(step)}

@@ -48,7 +48,7 @@ Order = Literal["constancy", "depth", "random"]
 )
 def slab(
     stack: Stack,
-    samples: Passages,
+    train: Passages,
     *,
     norms: Schedule = Schedule(),  # noqa: B008, frozen
     config: TrainConfig = TRAINING,
@@ -58,7 +58,7 @@ def slab(
 
     Args:
         stack: a decoder whose norms stand before what reads them; it is not changed.
-        samples: text to train on.
+        train: text to train on.
         norms: how they go.
         config: of the training: the paper's rate, decay and clipping, and one pass, when left out.
         work: where an interrupted run goes on from, to the bit.
@@ -73,7 +73,7 @@ def slab(
     sites, tied = free_sites(stack)
     if not sites:
         raise MethodError(f"{stack.name} has no norm that folds: all that read one are tied")
-    built, log, folded = without_norms(stack, samples, sites, norms, config, work.place("run"))
+    built, log, folded = without_norms(stack, train, sites, norms, config, work.place("run"))
     found = result_of(stack, built, sites)
     findings: dict[str, Any] = {"sites": [s.path for s in sites], "kept": [s.path for s in tied], "folding": folded}
     return Trained(stack=found[0], plan=found[1], log=log, findings=findings)

@@ -68,7 +68,7 @@ class Experts:
 @method("smora", paper="2501.15103", purpose="adapt", brief={"r": 4, "k": 2, "batch": 2, "accumulate": 1})
 def smora(
     stack: Stack,
-    data: TaskExamples,
+    train: TaskExamples,
     plan: Plan | None = None,
     *,
     experts: Experts = Experts(),
@@ -85,7 +85,7 @@ def smora(
 
     Args:
         stack: a decoder; it is not changed.
-        data: examples of all tasks together.
+        train: examples of all tasks together.
         plan: what the model runs under while it trains; the whole model when left out.
         experts: how many there are beside each map, and how they are chosen.
         balance: u, how far the balance moves the scores after each pass; 0 leaves it out.
@@ -108,9 +108,9 @@ def smora(
     check(experts.r, experts.k, experts.p)
     plan = plan or Plan(model=ModelReference.of(stack), provenance={"method": "smora"})
     where = running(stack, plan, sites)
-    train, kept = data.split(held_out, config.seed)
+    learnt, kept = train.split(held_out, config.seed)
     everywhere = with_prompts if loss_on == "all" else dict
-    samples = [everywhere(each) for each in train]
+    samples = [everywhere(each) for each in learnt]
     once = config.lasting(len(samples), processes.count()).steps or 1
     config = replace(config, steps=config.steps or epochs * once)
 
@@ -121,7 +121,7 @@ def smora(
     made: dict[str, Any] = attach(view, names, partial(RankExperts, **asdict(experts)), seed=config.seed)
 
     # Training, and the balance after each pass.
-    routed = {task: given[:LOOKED_AT] for task, given in data.by_task().items()}
+    routed = {task: given[:LOOKED_AT] for task, given in train.by_task().items()}
     judged = {task: kept[task][:LOOKED_AT] or given for task, given in routed.items()}
     before = Usage.of(view, made, judged).losses
     even = Balance(made, balance)

@@ -44,7 +44,7 @@ VISIBLE = 0.01  # of the largest singular value of an update: smaller ones do no
 @method("switchlora", paper="2406.06564", purpose="adapt", brief={"steps": 3, "r": 4})
 def switchlora(
     stack: Stack,
-    samples: Passages,
+    train: Passages,
     plan: Plan | None = None,
     *,
     r: Annotated[int, Ge(LEAST)] | None = None,
@@ -57,7 +57,7 @@ def switchlora(
 
     Args:
         stack: a decoder; it is not changed.
-        samples: text, in blocks, every token of which carries loss.
+        train: text, in blocks, every token of which carries loss.
         plan: what the model runs under while it trains; the whole model when left out.
         r: rank; a quarter of the stream's width when left out. A linear map that is no wider is never exchanged.
         rest: the learning rate of embedding, norms and head, in that of the adapters; 0 leaves them as they are.
@@ -78,7 +78,7 @@ def switchlora(
         raise MethodError(f"r {r}: give a rank from {LEAST} to {width - 1}, below the stream's width")
     if config.weight_decay:
         raise MethodError("weight decay would move vectors that are frozen: leave it out")
-    config = config.lasting(len(samples), processes.count())
+    config = config.lasting(len(train), processes.count())
     assert config.steps is not None
     plan = plan or Plan(model=ModelReference.of(stack))
     running = sites_of(plan.running("vectors"), stack.positions)
@@ -92,7 +92,7 @@ def switchlora(
     switching = Switching(lora, frequency, config.steps, config.seed)
     log = fit(
         view,
-        samples,
+        train,
         Task(response_loss),
         config,
         out=work.place() / "run",

@@ -70,7 +70,7 @@ def phi(
 def recover(
     stack: Stack,
     plan: Plan,
-    samples: Samples,
+    train: Samples,
     *,
     config: TrainConfig = TRAINING,
     work: Work = Work(),
@@ -80,7 +80,7 @@ def recover(
     Args:
         stack: the original; it is not changed.
         plan: a plan of whole layers and widths for it.
-        samples: text, as :func:`lamella.train.blocks` makes it.
+        train: text, as :func:`lamella.train.blocks` makes it.
         config: of the training; 5 000 steps of 1 024 sequences in the authors' script. Its ``wsd`` is theirs: 5 % of
             the steps warm up, 65 % stay at the highest rate, 30 % decay.
         work: where an interrupted run goes on from.
@@ -91,12 +91,12 @@ def recover(
     out = work.place()
     smaller = materialise(stack, plan)
     own(smaller.model)
-    config = config.lasting(len(samples))
+    config = config.lasting(len(train))
     if config.schedule == "wsd":
         config = config.following(config.shaped(partial(warmup_stable_decay, warmup=0.05, anneal=0.7)))
     log = fit(
         smaller.model,
-        samples,
+        train,
         Task(response_loss),
         config,
         out=out,
