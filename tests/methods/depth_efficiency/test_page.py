@@ -164,7 +164,7 @@ def test_too_little_text_is_refused(tmp_path: Path) -> None:
 def test_a_model_of_images_and_text_has_a_page_of_each_stack(tmp_path: Path, stack: str) -> None:
     for each in shapes_vlm("llava", num_hidden_layers=3):
         each.save_pretrained(tmp_path / "vlm")
-    given = {"text": "shapes:colour", "rows": 4, "brief": True, "of_stack": stack, "out": tmp_path / "seen"}
+    given = {"calibration": "shapes:colour", "rows": 4, "brief": True, "of_stack": stack, "out": tmp_path / "seen"}
     found = run("depth-efficiency", tmp_path / "vlm", **given)
     html = page(found.evidence)
     assert ("Text and images" in html) == (stack == "text")

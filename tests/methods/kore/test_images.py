@@ -157,7 +157,7 @@ def test_old_images_move_no_output_by_more_than_the_bound() -> None:
 def test_a_run_is_loaded_and_merged_by_plain_peft(kind: str, tmp_path: Path) -> None:
     for part in shapes_vlm(kind, num_hidden_layers=2):
         part.save_pretrained(tmp_path / "model")
-    given = {"samples": "shapes:position", "old": "shapes:colour+count", "rows": 8, "of_stack": "text"}
+    given = {"train": "shapes:position", "old": "shapes:colour+count", "rows": 8, "of_stack": "text"}
     done = run("kore", tmp_path / "model", out=tmp_path / "out", **given, **TRAINED)
     said = done.evidence.model_dump()
     assert said["findings"]["image tokens"] == 8 * 64 and said["fidelity"]["kl"]["mean"] > 0
