@@ -219,7 +219,7 @@ def healed(place: Path, recipe: str, overwrite: bool = True) -> None:
     if recipe == "continual-pretrain":
         given["schedule"] = "infinite"  # two stages, the second of which begins with what the first has left
     training._config = partial(saving, training._config)
-    run("heal", NANO_LLAMA, plan=cut, out=place / "out", overwrite=overwrite, **given)
+    run_command("heal", NANO_LLAMA, plan=cut, out=place / "out", overwrite=overwrite, **given)
 
 
 def saving(configured: Callable[..., TrainConfig], *given: Any) -> TrainConfig:
@@ -341,7 +341,8 @@ if __name__ == "__main__":
     from lamella.methods.unified_skip import unified_skip
     from lamella.plan import ModelReference, Plan
     from lamella.plan.export import export, export_out_of_core
-    from lamella.runner import make_plan, run
+    from lamella.runner import make_plan
+    from lamella.runner import run as run_command
     from lamella.stack import Stack
     from lamella.train import Constant, Feed, Replay, Task, TrainConfig, blocks, fit, response_loss
     from lamella.zoo import ZOO, open_stack, open_tokenizer, pull
