@@ -83,7 +83,8 @@ def run(
     opening = Opening(entry, given, allow_pickle=allow_pickle, stack=of_stack)
     opened = [opening(each) for each in entry.signature.inputs.values()]
     judged, unjudged = _judged(entry, opening, opened, test)
-    options = {name: value for name, value in given.items() if name in entry.options or name in entry.signature.groups}
+    own = {*entry.options, *entry.signature.groups, entry.signature.work}
+    options = {name: value for name, value in given.items() if name in own}
     work = Work(None if out is None else out.parent / f".{out.name}.work")
     result, warned = _called(entry, opened, entry.signature.completed(options, work))
     if not isinstance(result, Result):
@@ -261,7 +262,8 @@ def _check(entry: Method, given: Mapping[str, Any], inputs: tuple[Any, ...]) -> 
     """
     if len(inputs) > len(entry.signature.inputs):
         raise MethodError(f"{entry.slug} takes {len(entry.signature.inputs)} inputs, not {len(inputs)}")
-    known = {*entry.signature.inputs, *entry.options, *entry.signature.groups}
+    contract = entry.signature
+    known = {*contract.inputs, *entry.options, *contract.groups, *([contract.work] if contract.work else [])}
     known |= {name for each in entry.signature.inputs.values() for name in settings_of(each)}
     unknown = sorted(set(given) - known)
     if unknown:
