@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from lamella.stack import Stack
 
 PLANS = "PlanSeries"  # what a planning method returns
 DEFAULT = "portfolio"
+GOALS = ("speedup", "share", "parameters", "size", "memory", "sparsity", "loss")  # of which a budget has one
 
 
 @dataclass(frozen=True)
@@ -153,32 +155,54 @@ def first_reaching(series: PlanSeries, times: StepTimes, speedup: float) -> int:
 def pick(series: PlanSeries, budget: Budget, stack: Stack) -> int:
     """The plan of a series that answers a budget: the smallest cut that reaches its goal, or the last plan without one.
 
+    Of a share of the sublayers and of a loss, which are limits, it is the largest cut within it.
+
     Raises:
-        BudgetError: when none reaches the speed-up.
+        BudgetError: when no plan reaches the goal, or for several goals.
         PlanError: for a share of the sublayers, where plans change weights alone.
     """
+    goal = goal_of(budget)
+    if goal is None:
+        return len(series) - 1
     if budget.speedup is not None:
         return first_reaching(series, step_times(stack), budget.speedup)
-    if budget.parameters is not None:
-        return _first_of_size(series, budget.parameters, stack)
     if budget.share is not None:
         wanted = series.at_ratio(budget.share).digest
         return next(number for number, plan in enumerate(series) if plan.digest == wanted)
-    return len(series) - 1
+    if budget.loss is not None:
+        fitting = [number for number, point in enumerate(series.points) if _score(point.scores) <= budget.loss]
+        return _first(fitting[::-1], series, f"a loss of {budget.loss:g}")
+    if budget.sparsity is not None:
+        least = budget.sparsity * cost(stack).parameters
+        fitting = [number for number, plan in enumerate(series) if plan.masked >= least]
+        return _first(fitting, series, f"a sparsity of {budget.sparsity:g}")
+    fitting = [number for number, plan in enumerate(series) if budget.fits(stack, plan)]
+    return _first(fitting, series, f"{goal} {getattr(budget, goal):g}")
 
 
-def _first_of_size(series: PlanSeries, share: float, stack: Stack) -> int:
-    """The first plan of a series with at most a share of the model's parameters.
+def goal_of(budget: Budget) -> str | None:
+    """The name of a budget's goal, if it has one.
 
     Raises:
-        BudgetError: when none has; the message says the least that one has.
+        BudgetError: for several.
     """
-    whole = cost(stack).parameters
-    shares = [cost(stack, plan).parameters / whole for plan in series]
-    found = next((number for number, each in enumerate(shares) if each <= share), None)
-    if found is None:
-        name = series.provenance.get("method", "this series")
-        raise BudgetError(
-            f"{share:g} of the parameters cannot be reached by {name}: {min(shares):.3f} is the least it can"
-        )
-    return found
+    given = [name for name in GOALS if getattr(budget, name) is not None]
+    if len(given) > 1:
+        raise BudgetError(f"{given[0]} and {given[1]} both pick a plan of the series: give one of them")
+    return given[0] if given else None
+
+
+def _score(scores: Mapping[str, float]) -> float:
+    """The first of a plan's scores, which is what its planner goes by; infinite where it has none."""
+    return next(iter(scores.values()), math.inf)
+
+
+def _first(numbers: Sequence[int], series: PlanSeries, goal: str) -> int:
+    """The first of some plans.
+
+    Raises:
+        BudgetError: when there is none.
+    """
+    if not numbers:
+        raise BudgetError(f"{goal} cannot be reached by {series.provenance.get('method', 'this series')}: ask for less")
+    return numbers[0]

@@ -16,7 +16,7 @@ from lamella.evaluate import Budget, FidelityTest
 from lamella.files import Work, check_free, discard
 from lamella.inputs import Opening, check_inputs, check_source
 from lamella.plan import ModelReference, Plan, PlanSeries
-from lamella.planners import PLANS, Race, pick, planned_on
+from lamella.planners import PLANS, Race, goal_of, pick, planned_on
 from lamella.processes import is_first
 from lamella.provenance import environment
 from lamella.registry import Method, check_given_once, get_method, room
@@ -247,11 +247,14 @@ def _goals(entry: Method, given: Mapping[str, Any]) -> tuple[Budget, dict[str, A
         return Budget(), dict(given)
     if isinstance(whole := given.get("budget"), Budget):
         return whole, dict(given)
-    goals = {name: value for name, value in given.items() if name in GOALS and value is not None}
+    theirs = {name for name, option in entry.options.items() if option.group != "budget"}  # options of its own
+    goals = {name: value for name, value in given.items() if name in GOALS.keys() - theirs and value is not None}
     for name, value in goals.items():
         GOALS[name].check(entry.slug, value)
     own = {name: value for name, value in given.items() if name not in GOALS or name in entry.options}
-    return Budget(**goals), own
+    budget = Budget(**goals)
+    goal_of(budget)  # before any work
+    return budget, own
 
 
 def _check(entry: Method, given: Mapping[str, Any], inputs: tuple[Any, ...]) -> None:

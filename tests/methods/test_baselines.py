@@ -139,8 +139,37 @@ def test_a_share_of_the_parameters_picks_the_first_plan_that_has_no_more(slug: s
     shares = [cost(stack, plan).parameters / cost(stack).parameters for plan in series]
     chosen = pick(series, Budget(parameters=0.9), stack)
     assert shares[chosen] <= 0.9 < shares[chosen - 1]
-    with pytest.raises(BudgetError, match="is the least it can"):
+    with pytest.raises(BudgetError, match=r"parameters 0\.01 cannot be reached"):
         pick(series, Budget(parameters=0.01), stack)
     if slug == "finercut":
         stopped = get_method(slug)(stack, tokens, parameters=0.9)
         assert len(stopped) == chosen + 1
+
+
+def test_every_goal_picks_the_plan_that_answers_it() -> None:
+    stack = Stack(nano("llama"))
+    tokens = torch.randint(3, 120, (2, 24), generator=torch.Generator().manual_seed(0))
+    series = shortgpt(stack, tokens)
+    weights = [4 * cost(stack, plan).parameters / 1e6 for plan in series]
+    caches = [2048 * cost(stack, plan).kv_bytes_per_token / 1e6 for plan in series]
+    memory = [sum(each) for each in zip(weights, caches, strict=True)]
+    scores = [next(iter(point.scores.values())) for point in series.points]
+    assert len(series) > 3 and all(after < before for before, after in pairwise(memory))
+    assert (
+        pick(series, Budget(size=weights[2] + 1e-9), stack) == pick(series, Budget(memory=memory[2] + 1e-9), stack) == 2
+    )
+    assert pick(series, Budget(loss=scores[2]), stack) == 2 and pick(series, Budget(), stack) == len(series) - 1
+    for goal in ({"size": 1e-6}, {"memory": 1e-6}, {"sparsity": 0.5}):
+        with pytest.raises(BudgetError, match="cannot be reached by shortgpt"):
+            pick(series, Budget(**goal), stack)
+    with pytest.raises(BudgetError, match="speedup and share both pick a plan"):
+        pick(series, Budget(share=0.2, speedup=1.1), stack)
+
+
+def test_a_search_that_removes_sublayers_stops_at_a_size() -> None:
+    stack = Stack(nano("llama"))
+    tokens = torch.randint(3, 120, (2, 24), generator=torch.Generator().manual_seed(0))
+    whole = 4 * cost(stack).parameters / 1e6
+    series = get_method("finercut")(stack, tokens, size=0.8 * whole)
+    sizes = [4 * cost(stack, plan).parameters / 1e6 for plan in series]
+    assert sizes[-1] <= 0.8 * whole < sizes[-2]

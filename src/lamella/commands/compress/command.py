@@ -34,7 +34,7 @@ from lamella.inputs import check_source
 from lamella.measure import OutputDistance, block_influence, sequences, sublayer_influence
 from lamella.plan import Plan, PlanSeries
 from lamella.plan.export import FormOrAuto, check_floats, natural_form
-from lamella.planners import Planner, Race
+from lamella.planners import GOALS, Planner, Race
 from lamella.progress import track
 from lamella.registry import command
 from lamella.runtime import Sampler, apply, denoise
@@ -190,8 +190,9 @@ def check_given(
         open_tasks(tasks)
     if heal is not None and heal.train is not None:
         check_source(heal.train)
-    if budget.share is not None or budget.parameters is not None:
-        raise BudgetError("compress reaches a speed-up: give speedup in place of a share or of parameters")
+    other = next((name for name in GOALS if name != "speedup" and getattr(budget, name) is not None), None)
+    if other is not None:
+        raise BudgetError(f"compress reaches a speed-up: give speedup in place of {other}")
 
 
 def _judge(stack: Stack, reader: Reader, test: Text | ImageText) -> Any:
