@@ -84,7 +84,8 @@ class Verbs(Made):
 
     @cached_property
     def methods(self) -> dict[str, Method]:
-        return {each.verb: each for known in all_commands().values() for each in known.values() if each.verb}
+        found = [each for known in all_commands().values() for each in known.values() if each.verb]
+        return {str(each.verb): each for each in sorted(found, key=lambda each: not each.is_own)}  # Lamella's own first
 
 
 class Methods(Made):
