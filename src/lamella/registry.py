@@ -51,8 +51,12 @@ KINDS = {  # as messages call them
     LAYERNORM: "models that are known to read their stream through LayerNorms alone (Pre-LN)",
 }
 MAIN = ("method", "command")  # the file of a folder that declares it
-RESERVED = frozenset(
+RESERVED = frozenset(  # options of every command
     {"slug", "out", "output", "overwrite", "json", "allow_pickle", "of_stack", "command", "help", "debug"}
+    | {"config", "dry_run", "schema"}
+)
+PERMISSIONS = frozenset(  # options that are typed, and that no file gives
+    {"allow_pickle", "overwrite", "output", "run_generated_code", "trust_tasks"}
 )
 HOMES = {"methods": Path(__file__).parent / "methods", "commands": Path(__file__).parent / "commands"}
 

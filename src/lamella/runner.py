@@ -16,10 +16,10 @@ from lamella.evaluate import Budget, FidelityTest
 from lamella.files import Work, check_free, discard
 from lamella.inputs import Opening, check_inputs, check_source
 from lamella.plan import ModelReference, Plan, PlanSeries
-from lamella.planners import PLANS, Race, goal_of, pick, planned_on
+from lamella.planners import PLANS, Planner, Race, goal_of, pick, planned_on
 from lamella.processes import is_first
 from lamella.provenance import environment
-from lamella.registry import Method, check_given_once, get_method, room
+from lamella.registry import PERMISSIONS, Method, check_given_once, get_method, room
 from lamella.results import Edit, Evidence, Result, Summary, Trained
 from lamella.results.page import card, render
 from lamella.runtime import apply
@@ -78,8 +78,9 @@ def run(
         LamellaError: one line for whatever cannot be used.
     """
     out = None if out is None else Path(out)
-    entry, asked, budget, test = _checked(slug, command, inputs, given, out, test, overwrite, allow_pickle)
-    given, asked = asked, given | dict(zip(entry.signature.inputs, inputs, strict=False))
+    asked = given | {"test": test, "of_stack": of_stack}
+    entry, given, budget, test = _checked(slug, command, inputs, given, out, test, overwrite, allow_pickle)
+    asked |= dict(zip(entry.signature.inputs, inputs, strict=False))
     opening = Opening(entry, given, allow_pickle=allow_pickle, stack=of_stack)
     opened = [opening(each) for each in entry.signature.inputs.values()]
     judged, unjudged = _judged(entry, opening, opened, test)
@@ -177,7 +178,7 @@ def _again(entry: Method, asked: Mapping[str, Any]) -> str | None:
             named[name] = "all" if value.is_open else ",".join(each.slug for each in value.planners)
         elif value is None and name in entry.signature.optional:
             named[f"no_{name}"] = True
-        elif value is not None:
+        elif value is not None and name not in PERMISSIONS:
             named[name] = _plain(value)
     if any(value is Ellipsis for value in named.values()):
         return None
@@ -231,9 +232,7 @@ def make_plan(slug: str, model: Any, calibration: Any = None, **options: Any) ->
     Raises:
         MethodError: for an unknown method or option, or one that returns no plans.
     """
-    entry = get_method(slug)
-    if entry.result != PLANS:
-        raise MethodError(f"{slug} returns a {entry.result} and makes no plan; `lamella methods` says what does")
+    entry = Planner(slug).method
     series: PlanSeries = call(slug, model, **planned_on(entry, calibration), **options)
     return series
 

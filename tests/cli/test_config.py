@@ -63,6 +63,37 @@ def test_a_run_is_repeated_from_the_file_beside_it(lamella: Any, tmp_path: Path)
     assert Plan.read(tmp_path / "four") == one
 
 
+def test_the_test_and_the_stack_of_a_run_are_repeated(lamella: Any, tmp_path: Path) -> None:
+    brief = ("--sequences", "8", "--length", "16", "--steps", "1", "--batch", "2", "--test", "pydoc", "--stack", "text")
+    assert lamella("heal", NANO_LLAMA, *brief, "-o", tmp_path / "one").code == 0
+    file = tmp_path / "one" / "run.yaml"
+    said = yaml.safe_load(file.read_text())
+    assert (said["test"], said["of_stack"], said["steps"]) == ("pydoc", "text", 1)
+    again = lamella("--config", file, "-o", tmp_path / "two", "--json")
+    assert again.code == 0, again.err
+    found = json.loads(again.out)
+    assert found["data"]["test"]["data"] == "pydoc"
+    assert found["fidelity"] == json.loads((tmp_path / "one" / "evidence.json").read_text())["fidelity"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "command: run random\nstack: x\nallow_pickle: true",
+        "command: run random\nstack: x\noverwrite: true",
+        "command: run random\nstack: x\noutput: /tmp/elsewhere",
+        "command: eval\nmodel: x\ntasks: [humaneval]\nrun_generated_code: true",
+        "command: run random --allow-pickle\nstack: x",
+        "command: compress\nstack: x\nplanners: [1]",
+        "command: compress\nstack: x\nplanners: {finercut: 1}",
+    ],
+)
+def test_a_file_gives_no_permission_and_no_further_arguments(lamella: Any, tmp_path: Path, content: str) -> None:
+    (tmp_path / "run.yaml").write_text(content)
+    assert "run.yaml: " in lamella("--config", tmp_path / "run.yaml", "-o", tmp_path / "out").refused()
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_on_what_has_no_name_leaves_no_file(tmp_path: Path) -> None:
     from lamella.zoo import open_stack
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from lamella.errors import MethodError
 from lamella.reading import read_text
-from lamella.registry import Method
+from lamella.registry import PERMISSIONS, Method
 
 COMMAND, PLANNERS = "command", "planners"
 
@@ -31,9 +31,18 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def defaults_of(file: Path, entry: Method) -> dict[str, Any]:
-    """The values of a file as the command line of a command has them: lists of an option are entries with commas."""
+    """The values of a file as the command line of a command has them: lists of an option are entries with commas.
+
+    Raises:
+        MethodError: for a permission, which a file cannot give.
+    """
     found = {name: each for name, each in read_config(file).items() if name not in (COMMAND, PLANNERS)}
     options = entry.declared.options
+    asked = next((name for name in found if name in PERMISSIONS and found[name]), None)
+    if asked is not None:
+        raise MethodError(
+            f"{file}: {asked} cannot be set by a file: leave it out, and type --{asked.replace('_', '-')}"
+        )
     return {
         name: ",".join(map(str, each)) if name in options and isinstance(each, list) else each
         for name, each in found.items()
@@ -50,9 +59,11 @@ def arguments_of(arguments: list[str]) -> list[str]:
         return arguments
     found = read_config(Path(arguments[1]))
     command = found.get(COMMAND)
-    if not isinstance(command, str):
-        raise MethodError(f"{arguments[1]}: names no command: give the run.yaml of a run, or name the command")
     options = found.get(PLANNERS) or {}
+    if not isinstance(command, str) or any(word.startswith("-") for word in command.split()):
+        raise MethodError(f"{arguments[1]}: names no command: give the run.yaml of a run, or name the command")
+    if not isinstance(options, dict) or not all(isinstance(each, dict) for each in options.values()):
+        raise MethodError(f"{arguments[1]}: {PLANNERS} are no options by planner: give the run.yaml of a run")
     dotted = [part for slug, given in options.items() for name, value in given.items()
               for part in (f"--{slug}.{name.replace('_', '-')}", str(value))]  # fmt: skip
     return [*command.split(), "--config", *arguments[1:], *dotted]
