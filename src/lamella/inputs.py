@@ -12,7 +12,7 @@ from lamella.errors import CheckpointError, LamellaError, MethodError
 from lamella.plan import Plan, PlanSeries
 from lamella.registry import Method, check_takes
 from lamella.result import Result
-from lamella.signature import EMPTY, Parameter, Signature, is_model, kind_of, kinds_of, settings_of, signature
+from lamella.signature import EMPTY, Parameter, Signature, is_model, judges, kind_of, kinds_of, settings_of, signature
 from lamella.stack import Model, Stack
 from lamella.zoo import Checkpoint, View, Written, open_for, open_model, open_tokenizer, open_written
 from lamella.zoo.checks import check_model
@@ -124,7 +124,7 @@ class Opening:
 
     def _of(self, parameter: Parameter) -> Any:
         value, default = self.given.get(parameter.name), parameter.default
-        if value is None and _judges(parameter):
+        if value is None and judges(parameter):
             return self.judge(**self._settings(Text, parameter))
         wanted = default is EMPTY
         kind = self._kind(parameter, value)
@@ -155,7 +155,7 @@ class Opening:
         """
         known = signature(kind.open).options if hasattr(kind, "open") and not is_model(kind) else {}
         others = [each for each in self.entry.signature.inputs.values() if each is not parameter]
-        taken = {name for each in others for name in settings_of(each)} if _judges(parameter) else set()
+        taken = {name for each in others for name in settings_of(each)} if judges(parameter) else set()
         found = {name: value for name, value in parameter.settings.items() if name in known}
         return found | {name: self.given[name] for name in known if name in self.given and name not in taken}
 
@@ -167,7 +167,7 @@ class Opening:
             return kind.open(value, **settings) if is_model_of_view else value  # else open already
         if kind in READ or issubclass(kind, Result):
             return (READ.get(kind) or kind.read)(Path(value))  # type: ignore[arg-type]
-        if _judges(parameter):
+        if judges(parameter):
             return self.judge(value, **settings)
         if "reader" in signature(kind.open).inputs:
             settings = settings | {"reader": self.reader(parameter.split)}
@@ -236,7 +236,13 @@ class Opening:
 
     @property
     def known_reader(self) -> Any:
-        """What was opened of what the model reads with: its processor, which holds the tokenizer, or that alone."""
+        """What was opened of what the model reads with: its processor, which holds the tokenizer, or that alone.
+
+        Of a model that reads images it is the processor, also where only text was read.
+        """
+        stacks = {} if self.model is None else self.model.stacks
+        if self.known_tokenizer is not None and any(each.architecture.images for each in stacks.values()):
+            return self.processing().processor
         return self.known_tokenizer if self.known_processing is None else self.known_processing.processor
 
     def processing(self) -> Processing:
@@ -245,8 +251,3 @@ class Opening:
             assert self.model is not None
             self.known_processing = open_processing(self.model, self._name)
         return self.known_processing
-
-
-def _judges(parameter: Parameter) -> bool:
-    """Whether an input is a test of text, or of images with text, which judges."""
-    return parameter.split == "test" and {Text, ImageText} & set(kinds_of(parameter)) == {Text, ImageText}

@@ -430,6 +430,11 @@ def kind_of(parameter: Parameter) -> Any:
     return next(iter(kinds_of(parameter)), None)
 
 
+def judges(parameter: Parameter) -> bool:
+    """Whether an input is the test, of text or of images with text, that every command measures on by default."""
+    return parameter.split == "test" and {"Text", "ImageText"} <= {kind.__name__ for kind in kinds_of(parameter)}
+
+
 def settings_of(parameter: Parameter) -> Mapping[str, Parameter]:
     """What can be set of how an input is opened, whichever of its types it is."""
     kinds = [kind for kind in kinds_of(parameter) if hasattr(kind, "open") and not is_model(kind)]

@@ -201,6 +201,12 @@ def test_healing_learns_what_the_whole_model_answers_about_images(vlm: Path, tmp
     assert type(open_processor(tmp_path / "healed")).__name__ == "LlavaProcessor"
 
 
+def test_a_model_of_images_that_is_healed_on_text_keeps_its_processor(vlm: Path, tmp_path: Path) -> None:
+    given = {"train": "pydoc", "sequences": 4, "length": 16, "steps": 1, "batch": 2, "loss": "kd"}
+    run("heal", vlm, plan=dropped(vlm), out=tmp_path / "healed", **given)
+    assert type(open_processor(tmp_path / "healed")).__name__ == "LlavaProcessor"
+
+
 def test_recipes_that_train_on_text_alone_refuse_images(vlm: Path, tmp_path: Path) -> None:
     given = {"plan": dropped(vlm), "train": "shapes", "rows": 8}
     with pytest.raises(LamellaError, match="continual-pretrain trains on text alone, and images were given"):

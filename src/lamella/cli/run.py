@@ -35,7 +35,7 @@ from lamella.cli.console import (
 from lamella.cli.schema import schema_of
 from lamella.errors import MethodError
 from lamella.registry import Method, all_commands, commands, get_method
-from lamella.signature import EMPTY, Parameter, Signature, fields_of, is_model, is_stack, kind_of, kinds_of, settings_of
+from lamella.signature import EMPTY, Parameter, Signature, fields_of, is_model, is_stack, judges, kind_of, settings_of
 from lamella.source import Class, read_module
 
 INPUTS, OPTIONS, OUTPUT = "Inputs", "Options", "Output"
@@ -238,10 +238,10 @@ def _reads_config(entry: Method) -> inspect.Parameter:
 def _input(each: Parameter, kind: Any, first: bool) -> inspect.Parameter:
     many = getattr(kind, "many", False) or each.named or each.many
     default = None if each.default is not EMPTY or getattr(kind, "nameless", False) else getattr(kind, "default", EMPTY)
-    judges = _judges(each)
-    default = None if judges else default
+    is_test = judges(each)
+    default = None if is_test else default
     metavar = getattr(kind, "metavar", None) or (each.spelling or each.name).upper()
-    text = TEST_HELP if judges else f"{_said(each.help)} {_said(getattr(kind, 'told', ''), names=True)}".strip()
+    text = TEST_HELP if is_test else f"{_said(each.help)} {_said(getattr(kind, 'told', ''), names=True)}".strip()
     hint: Any = list[str] if many else str
     if default is None:
         hint, default = (hint, []) if many else (str | None, None)
@@ -253,11 +253,6 @@ def _input(each: Parameter, kind: Any, first: bool) -> inspect.Parameter:
         return _parameter(each.name, hint, argument, default)
     option = typer.Option(each.option, metavar=metavar, help=text, rich_help_panel=INPUTS)
     return _parameter(each.name, hint, option, default)
-
-
-def _judges(each: Parameter) -> bool:
-    """Whether an input is the test that every command measures on by default."""
-    return each.split == "test" and {"Text", "ImageText"} <= {getattr(kind, "__name__", "") for kind in kinds_of(each)}
 
 
 def _setting(each: Parameter) -> inspect.Parameter:
