@@ -30,7 +30,7 @@ from lamella.evaluate import Budget, FidelityTest, bench, cost, step_times
 from lamella.evaluate.speed import denoises
 from lamella.evaluate.tasks import open_tasks, score
 from lamella.files import Work
-from lamella.inputs import check_source
+from lamella.inputs import LENGTH, SEED, SEQUENCES, check_source
 from lamella.measure import OutputDistance, block_influence, sequences, sublayer_influence
 from lamella.plan import Plan, PlanSeries
 from lamella.plan.export import FormOrAuto, check_floats, natural_form
@@ -141,7 +141,7 @@ def compress(
 
     found = _compression(job, best, candidates, reader)
     found.data = {"calibration": calibration.describe(), "test": test.describe()}
-    found.quantize, found.form = quantize, form
+    found.quantize = quantize
     views = {"original": stack.model, "cut": apply(stack, best.plan)}
     fidelity = FidelityTest(stack, tested)
     known = {"cut": best.chosen["fidelity"]}
@@ -197,8 +197,8 @@ def check_given(
 
 def _judge(stack: Stack, reader: Reader, test: Text | ImageText) -> Any:
     """Opens other texts as the test was."""
-    sequences, length = test.tokens.shape if isinstance(test, Text) else (8, 256)
-    own = test.reader if isinstance(test, Text) else replace(reader, split="test", seed=0)
+    sequences, length = test.tokens.shape if isinstance(test, Text) else (SEQUENCES, LENGTH)
+    own = test.reader if isinstance(test, Text) else replace(reader, split="test", seed=SEED)
     return lambda name: Text.open(name, own, sequences=sequences, length=length)
 
 

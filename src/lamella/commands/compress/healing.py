@@ -90,7 +90,7 @@ def heal_cut(
     """
     if how.way == "recipe" or not plan.is_static or plan.weights:  # distillation knows nothing of what a plan decides
         given = {} if how.steps is None else {"steps": how.steps}
-        train = opened(stack, reader, how.train or calibration)
+        train = material(stack, reader, how.train or calibration, RECIPE, RECIPE)
         try:
             return Training.prepared(stack, plan, reader, train, options=given).run(work)
         except TextAlone as error:
@@ -112,26 +112,25 @@ def heal_cut(
         return None, {"note": f"Not healed: {error}."}
 
 
-def opened(stack: Stack, reader: Reader, source: str | Text | ImageText) -> Text | ImageText:
-    """What a recipe trains on: blocks of a text, or rows of images with text."""
-    if isinstance(source, ImageText):
-        return source.part("calibration", rows=RECIPE)
-    if isinstance(source, str) and ImageText.fits(stack, source):
-        return ImageText.open(source, reader, rows=RECIPE)
-    return Text.open(source if isinstance(source, str) else source.source.name, reader, sequences=RECIPE, length=TOKENS)
+def material(
+    stack: Stack, reader: Reader, source: str | Text | ImageText, rows: int = ROWS, blocks: int | None = None
+) -> Text | ImageText:
+    """What healing trains on: blocks of a text, or rows of images with text.
 
-
-def material(stack: Stack, reader: Reader, source: str | ImageText) -> Text | ImageText:
-    """As much of a source as healing takes.
+    Args:
+        rows: of images with text, at most.
+        blocks: of a text; as many as it has when left out.
 
     Raises:
         CalibrationError: for a source that is missing, or a text that is too short for one step.
     """
     if isinstance(source, ImageText):
-        return source.part("calibration", rows=ROWS)
-    if ImageText.fits(stack, source):
-        return ImageText.open(source, reader, rows=ROWS)
-    return Text.open(source, reader, sequences=available(reader.tokenizer, source, TOKENS, BATCH), length=TOKENS)
+        return source.part("calibration", rows=rows)
+    name = source if isinstance(source, str) else source.source.name
+    if ImageText.fits(stack, name):
+        return ImageText.open(name, reader, rows=rows)
+    count = available(reader.tokenizer, name, TOKENS, BATCH) if blocks is None else blocks
+    return Text.open(name, reader, sequences=count, length=TOKENS)
 
 
 def _length(train: Text | ImageText) -> int:

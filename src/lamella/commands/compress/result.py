@@ -14,7 +14,7 @@ from lamella.commands.quantize import write_beside
 from lamella.evaluate import peak_memory
 from lamella.files import new_folder
 from lamella.plan import Plan
-from lamella.plan.export import FormOrAuto, export
+from lamella.plan.export import export
 from lamella.progress import tracker
 from lamella.provenance import environment
 from lamella.result import Documents, Evidence, Result
@@ -63,7 +63,6 @@ class Compression(Result):
         plan: what is left out, for ``changed``.
         measured: what evidence says of it.
         processor: what the model reads with.
-        form: of the export.
         quantize: what to write in 8 bits, too.
     """
 
@@ -72,7 +71,6 @@ class Compression(Result):
     plan: Plan
     measured: dict[str, Any] = field(default_factory=dict)
     processor: Any = None
-    form: FormOrAuto = "auto"
     quantize: Quantize | None = None
 
     kind: ClassVar[str] = "compression"
