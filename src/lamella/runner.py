@@ -16,6 +16,7 @@ from lamella.evaluate import Budget, FidelityTest
 from lamella.files import Work, check_free, discard
 from lamella.inputs import Opening, check_inputs, check_source
 from lamella.plan import ModelReference, Plan, PlanSeries
+from lamella.planners import GOALS as NAMES
 from lamella.planners import PLANS, Planner, Race, goal_of, pick, planned_on
 from lamella.processes import is_first
 from lamella.provenance import environment
@@ -26,7 +27,7 @@ from lamella.runtime import apply
 from lamella.signature import fields_of, settings_of
 from lamella.stack import Stack
 
-GOALS = {each.name: each for each in fields_of("budget", Budget()) if each.name != "until"}  # on the command line, too
+GOALS = {each.name: each for each in fields_of("budget", Budget()) if each.name in NAMES}  # on the command line, too
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from lamella.errors import MethodError
+from lamella.runner import run
 from lamella.zoo.nano import nano
 
 NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
@@ -252,6 +254,15 @@ def test_options_of_planners_are_those_that_race(lamella, tmp_path):
 @pytest.mark.parametrize("share", ["-0.1", "7"])
 def test_a_share_that_is_none_is_refused(lamella, share):
     assert ">= 0 and <= 1" in lamella("plan", "shortgpt", NANO_LLAMA, "--share", share).refused()
+
+
+def test_minutes_are_refused_where_no_search_would_keep_them(lamella):
+    assert lamella("plan", "finercut", "--help").out.count("--minutes") == 1
+    assert "--minutes" not in lamella("plan", "shortgpt", "--help").out
+    outcome = lamella("plan", "shortgpt", NANO_LLAMA, "--minutes", "1")
+    assert outcome.code == 2 and "--minutes" in outcome.err
+    with pytest.raises(MethodError, match="shortgpt has no option 'minutes'"):
+        run("shortgpt", NANO_LLAMA, minutes=1.0)
 
 
 @pytest.mark.parametrize("speedup", ["0.5", "-1", "nan"])

@@ -190,7 +190,8 @@ def _parameters(entry: Method) -> tuple[list[inspect.Parameter], dict[str, str]]
     result = contract.result
     if isinstance(result, Class) and result.is_a("PlanSeries"):
         budget = read_module("lamella.evaluate.budget").get("Budget")()
-        made |= {s.name: _option(s, "Budget") for s in fields_of("budget", budget) if is_said(s) and s.name not in made}
+        goals = [each for each in fields_of("budget", budget) if is_said(each) and each.name != "minutes"]
+        made |= {each.name: _option(each, "Budget") for each in goals if each.name not in made}
     given = {name: name for name in made}
     house = []
     if getattr(result, "writes", True):
