@@ -184,7 +184,7 @@ def test_what_trains_no_model_of_text_is_refused(tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
     with pytest.raises(MethodError, match=r"works on decoders; .* is a vit"):
         cstrl(Stack(nano("vit")), pairs(), work=Work(tmp_path))
-    with pytest.raises(MethodError, match="leave no room for a source among 256"):
+    with pytest.raises(MethodError, match="leave no space for a source in a context of 256"):
         cstrl(Stack(nano("llama", vocab_size=200)), pairs(), work=Work(tmp_path))
 
 

@@ -139,7 +139,9 @@ def test_skipping_in_the_past_equals_whole_passes_and_is_measured_behind_the_spl
         now, changed = hooked(ids, {skipped: without})
         expected = relative(now, c)[:, point:].amax(-1).numpy()
         np.testing.assert_allclose(later.maximum[skipped], expected, rtol=1e-3, atol=2e-5)
-        np.testing.assert_allclose(output.maximum[skipped], (changed - y)[point:].norm(dim=-1).max(), rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(
+            output.maximum[skipped], (changed - y)[point:].norm(dim=-1).max(), rtol=1e-3, atol=1e-6
+        )
     assert (later.maximum.diagonal() == 0).all()  # a layer does not read what it adds itself
 
 
@@ -147,7 +149,7 @@ def test_skipping_nothing_changes_nothing_to_the_bit() -> None:
     stack = Stack(nano("llama"))
     later, output = TokenMean(LAYERS, LAYERS), TokenMean(LAYERS)
     _skip_each(stack, run_once(stack, IDS[0]), "layer", 1, 1, later, output)  # no token lies between front and split
-    assert (later.maximum == 0).all() and (output.most == 0).all()
+    assert (later.maximum == 0).all() and (output.maximum == 0).all()
 
 
 def test_what_is_the_same_has_a_distance_of_zero_in_long_sequences_too() -> None:
