@@ -119,7 +119,7 @@ class LoRADrop(Policy):
         return out
 
     def _whole(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
-        """Run all steps in parallel: refresh tokens attend to one another's keys, and the others reuse their outputs."""
+        """Run all steps in parallel: refresh tokens attend to one another, and the others reuse their outputs."""
         order = run.phase.order(h.device).expand(h.shape[:2])
         age = torch.where(order > 0, order % self.refresh_every, 0)  # steps since the last refresh
         refresh = age == 0

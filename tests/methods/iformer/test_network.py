@@ -253,9 +253,9 @@ def test_gradients_are_the_same_when_blocks_are_checkpointed() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"widths": (16, 30)}, "give whole heads of 8"),
+        ({"widths": (16, 30)}, "30 channels and heads of 8: give whole heads"),
         ({"attention": (1, 5)}, "5 heads attend in stage 2, which has 4"),
-        ({"attention": (1,)}, "1 numbers for 2 layers"),
+        ({"attention": (1,)}, "1 values for 2 layers"),
         ({"depths": (1, 1, 1)}, "give one value per stage"),
     ],
 )

@@ -241,7 +241,7 @@ def test_numbers_out_of_range_are_refused_in_one_line(vision: Vision, options: d
 
 def test_too_few_pictures_and_foreign_models_are_refused(vision: Vision, tmp_path: Path) -> None:
     images = Album.open("textures", Reader(), count=20)
-    with pytest.raises(CalibrationError, match="9 pictures are too few"):
+    with pytest.raises(CalibrationError, match="9 images are too few"):
         iformer(vision, Album.open("textures", Reader(), count=9), share=0.9)
     with pytest.raises(MethodError, match="has no classes"):
         iformer(Vision.of(vit(num_classes=0)), images, share=0.9)
@@ -256,10 +256,10 @@ def test_too_few_pictures_and_foreign_models_are_refused(vision: Vision, tmp_pat
     with pytest.raises(MethodError, match="not a timm vision transformer with plain attention"):
         heal(new_network(StageShape((1,), (8,), (1,), 8), 32, 3, 20), ramped, images, work=Work(tmp_path))
     assert not list(tmp_path.iterdir())
-    with pytest.raises(MethodError, match="with plain attention: block 0 attends"):
+    with pytest.raises(MethodError, match="with plain attention: block 0 has another kind"):
         iformer(ramped.vision, images)
     digits = Album.open("digits", Reader(), count=20)
-    with pytest.raises(CalibrationError, match="names 20: leave labels out"):
+    with pytest.raises(CalibrationError, match="has 20: set labels to 0"):
         heal(vision, ramped, digits, labels=1.0)
 
 

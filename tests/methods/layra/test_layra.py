@@ -332,7 +332,7 @@ def test_given_edges_are_taken_and_those_that_overlap_refused() -> None:
 def test_findings_are_json_and_notes_name_who_lost_most(added: Added) -> None:
     findings = json.loads(json.dumps(added.findings))
     assert findings["layers"] == {"layers": 5, "first": 1, "last": 1, "adapted": [0, 4]}
-    assert any("eng most" in note for note in added.notes)
+    assert any("most for eng" in note for note in added.notes)
     evidence = Evidence(
         kind="adapter", provenance=added.provenance, environment={}, findings=findings, notes=added.notes
     )

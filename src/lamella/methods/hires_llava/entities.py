@@ -257,8 +257,8 @@ class EntityGrid(ImageText):
     example = Fixture(NAME, settings={"questions": 18})
     default = NAME
 
-    def __init__(self, questions: Sequence[EntityQuestion], processing: Processing, said: Any = None) -> None:
-        super().__init__([as_row(each) for each in questions], processing, said)
+    def __init__(self, questions: Sequence[EntityQuestion], processing: Processing, metadata: Any = None) -> None:
+        super().__init__([as_row(each) for each in questions], processing, metadata)
         self.questions = list(questions)
 
     @classmethod

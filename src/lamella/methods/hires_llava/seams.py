@@ -103,7 +103,7 @@ def compare_neighbours(maps: Sequence[Sequence[Tensor]], across: int) -> Seams:
     """Average the distances of neighbours over images.
 
     Args:
-        maps: output of :func:`streams`.
+        maps: output of :func:`patch_maps`.
         across: patches per side of a slice.
 
     Returns:

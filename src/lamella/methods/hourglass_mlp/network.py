@@ -86,7 +86,7 @@ class FrozenLift(nn.Module):
 
 
 def uniform_lift(d_in: int, d_latent: int, seed: int) -> Tensor:
-    """Generate a uniform random matrix in +-1/sqrt(d_in), float32 [d_latent, d_in], from the top 53 bits of each sample.
+    """Generate a uniform random matrix in +-1/sqrt(d_in), float32 [d_latent, d_in], from 53 bits per value.
 
     Args:
         d_in: input size.

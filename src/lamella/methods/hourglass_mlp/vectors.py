@@ -208,6 +208,6 @@ def _digits() -> tuple[Tensor, Tensor]:
 
 def _scenes(rows: int, side: int) -> Tensor:
     """Render shapes as greyscale images, reduced by averaging [rows, side, side]."""
-    pictures = np.stack([render(scene, seed=(0, row)) for row, scene in enumerate(islice(scenes("calibration"), rows))])
-    grey = torch.from_numpy(pictures).float().mean(dim=-1) / 255
+    rendered = np.stack([render(scene, seed=(0, row)) for row, scene in enumerate(islice(scenes("calibration"), rows))])
+    grey = torch.from_numpy(rendered).float().mean(dim=-1) / 255
     return nn.functional.avg_pool2d(grey, grey.shape[-1] // side)

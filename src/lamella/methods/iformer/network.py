@@ -73,7 +73,7 @@ class StageShape:
         for number, (width, kept) in enumerate(zip(self.widths, self.by_stage(), strict=True), start=1):
             if self.head_dim < 1 or width % self.head_dim or width % 2 or self.head_dim % 2:
                 raise MethodError(
-                    f"stage {number} has {width} channels: give a multiple of the even head size {self.head_dim}"
+                    f"stage {number} has {width} channels and heads of {self.head_dim}: give whole heads of even size"
                 )
             heads = width // self.head_dim
             wrong = next((each for each in kept if each > heads), None)

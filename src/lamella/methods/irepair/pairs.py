@@ -58,12 +58,12 @@ class Pairs:
     Attributes:
         triples: prompt, bad and good continuation of each.
         tokenizer: their tokenizer; None for token ids.
-        said: metadata for provenance.
+        metadata: metadata for provenance.
     """
 
     triples: list[Triple]
     tokenizer: Any = None
-    said: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
     metavar = "FILE"
     nameless = True
@@ -116,12 +116,12 @@ class Pairs:
             found = read_pairs(Path(bad), Path(good))
         files = [str(each) for each in (bad, good, name) if each is not None]
         digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()
-        said = {"files": files, "pairs": len(found), "sha256": digest}
-        return cls([_tokens(reader.tokenizer, each, chat) for each in found], reader.tokenizer, said)
+        metadata = {"files": files, "pairs": len(found), "sha256": digest}
+        return cls([_tokens(reader.tokenizer, each, chat) for each in found], reader.tokenizer, metadata)
 
     def describe(self) -> Any:
         """Metadata for provenance."""
-        return dict(self.said) or {"pairs": len(self.triples)}
+        return dict(self.metadata) or {"pairs": len(self.triples)}
 
 
 def _tokens(tokenizer: Any, pair: ContinuationPair, chat: bool) -> Triple:

@@ -275,7 +275,7 @@ def _check(stack: Stack, good: Sequence[Sample], bad: Sequence[Sample], utility:
             f"{len(good)} good and {len(bad)} bad continuations: give one good continuation per bad one, at least 2"
         )
     if utility is not None and len(utility) < 2:
-        raise MethodError(f"{len(utility)} utility texts: give at least 2, or None for the model's own texts")
+        raise MethodError(f"{len(utility)} utility texts: give at least 2, or omit them to use the model's own texts")
     for number, (wanted, unwanted) in enumerate(zip(good, bad, strict=True)):
         prompts = [each["input_ids"][: int(each["prompt_lengths"])] for each in (wanted, unwanted)]
         if len(prompts[0]) == 0 or not torch.equal(*prompts):

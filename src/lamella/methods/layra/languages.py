@@ -68,10 +68,10 @@ class Language:
             CalibrationError: for a text that is missing, or too short.
         """
         text, test = load_text(name, "calibration"), load_text(name, "test")
-        learnt = windows(reader.tokenizer, text, sequences, length, reader.seed)
-        judged = windows(reader.tokenizer, test, held_out_sequences, length, reader.seed)
-        source = {"learnt": text.provenance(learnt), "held out": test.provenance(judged)}
-        return replace(cls.of(reader.tokenizer, judged, learnt), source=source)
+        training = windows(reader.tokenizer, text, sequences, length, reader.seed)
+        held_out_tokens = windows(reader.tokenizer, test, held_out_sequences, length, reader.seed)
+        source = {"training": text.provenance(training), "held_out": test.provenance(held_out_tokens)}
+        return replace(cls.of(reader.tokenizer, held_out_tokens, training), source=source)
 
     @classmethod
     def of(cls, tokenizer: Any, held_out: Tensor, samples: Tensor | None = None) -> Language:
@@ -82,13 +82,13 @@ class Language:
             held_out: test blocks [n, time].
             samples: training blocks [n, time].
         """
-        judged = blocks(held_out, loss_on="all")
-        learnt = [] if samples is None else blocks(samples, loss_on="all")
-        return cls(learnt, judged, sum(_bytes(tokenizer, row) for row in held_out.tolist()))
+        held_out_tokens = blocks(held_out, loss_on="all")
+        training = [] if samples is None else blocks(samples, loss_on="all")
+        return cls(training, held_out_tokens, sum(_bytes(tokenizer, row) for row in held_out.tolist()))
 
     def describe(self) -> dict[str, Any]:
         """Metadata for provenance."""
-        return {"samples": len(self.samples), "held out": len(self.held_out), "bytes": self.size, **self.source}
+        return {"samples": len(self.samples), "held_out": len(self.held_out), "bytes": self.size, **self.source}
 
     @property
     def labels(self) -> int:
