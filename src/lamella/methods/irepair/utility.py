@@ -23,12 +23,12 @@ class Utility:
     Attributes:
         source: a text; None if the model generates it.
         reader: the tokenizer to use.
-        metadata: metadata for provenance, filled when the text is read.
+        said: metadata for provenance, filled when the text is read.
     """
 
     source: Source | None = None
     reader: Reader = field(default_factory=Reader)
-    metadata: dict[str, Any] = field(default_factory=dict)
+    said: dict[str, Any] = field(default_factory=dict)
 
     default = OWN
     metavar = "TEXT"
@@ -57,7 +57,7 @@ class Utility:
         length = min(OWN_TOKENS, int(getattr(stack.config, "max_position_embeddings", None) or 1024) - 1)
         if self.source is not None:
             tokens = windows(self.reader.tokenizer, self.source, count, length, seed)
-            self.metadata.update(self.source.provenance(tokens))
+            self.said.update(self.source.provenance(tokens))
             return blocks(tokens, loss_on="all")
         texts = own_texts(
             stack.model,
@@ -69,9 +69,9 @@ class Utility:
             ),
         )
         written = hashlib.sha256(b"".join(each.numpy().tobytes() for each in texts)).hexdigest()
-        self.metadata.update({"data": "the model's own samples", "tokens": sum(map(len, texts)), "sha256": written})
+        self.said.update({"data": "the model's own samples", "tokens": sum(map(len, texts)), "sha256": written})
         return [blocks(each[None], loss_on="all")[0] for each in texts]
 
     def describe(self) -> dict[str, Any]:
         """Metadata for provenance, available once the text has been read."""
-        return self.metadata
+        return self.said
