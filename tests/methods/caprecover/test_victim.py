@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lamella.data import Reader, Captioned, Pictures
+from lamella.data import Captioned, Pictures, Reader
 from lamella.errors import ArchitectureError, CheckpointError, MethodError
 from lamella.methods.caprecover import FourStages, LinkDefence, Victim, measure_defences, of_timm, scales
 from lamella.methods.caprecover.digits import CUTS, prepare
