@@ -33,8 +33,7 @@ from lamella.methods.dmllm_token_redundancy import Lengths, VisualTokenSchedule,
 from lamella.methods.first import PromptRouters
 from lamella.methods.lora_drop import spread_layers
 from lamella.methods.modes.policy import MODALITIES, ExpertSkipping
-from lamella.methods.mue import OFF, Exits, Work, by_flops, by_layers
-from lamella.methods.mue import planned as exit_plan
+from lamella.methods.mue import OFF, ExitCosts, Exits, by_flops, by_layers, exit_plan
 from lamella.methods.unified_skip import balanced
 from lamella.plan import ModelReference, PhasedPath, Plan, PolicyReference
 from lamella.results import Record
@@ -340,7 +339,7 @@ def experts(record: Record, rounds: int) -> None:
     length = 1024  # 64 tokens for each expert where three quarters are skipped; fewer do not fill a product of matrices
     tokens = random_tokens([stack.model], 1, length)
     whole = view(0.0)
-    whole.lamella_policy.heard = heard = []
+    whole.lamella_policy.recorded_scores = heard = []
     whole(input_ids=tokens, use_cache=False)
     scores = torch.cat([each for each, _ in heard]).flatten()
     some = {f"{skip:.0%} of the pairs": view(float(scores.quantile(skip))) for skip in (0.5, 0.75)}
@@ -390,7 +389,7 @@ def exits(record: Record, rounds: int) -> None:
             continue
         streams = dict.fromkeys(tokens, torch.tensor([e]))
         taken = Exits(streams, tokens, torch.full_like(step, j), 0 * step, step, torch.tensor([True]), 0.0, {})
-        flops = by_flops(taken, Work.of(model.stacks["encoder"], model.stacks["decoder"]))
+        flops = by_flops(taken, ExitCosts.of(model.stacks["encoder"], model.stacks["decoder"]))
         ideal, measured = (times["whole"] / times[each] for each in (f"{name}, cut", name))
         rows.append([name, f"{by_layers(taken, (6, 6)):.1%}", 1 / (1 - flops), ideal, measured, measured / ideal])
         said_so = f"mue, {name}: speed-up / ideal"

@@ -9,7 +9,7 @@ steps; what it has reached after 600 stands beside it. Attention is inserted wit
 trained on rendered shapes and stays as it is. Last, a style of wall that training has not seen. What no claim needs has
 one seed.
 
-    python reproductions/muranet.py            # about two hours on one idle core; stopped, it goes on
+    python reproductions/muranet.py            # about two hours on one idle core; an interrupted run resumes
     python reproductions/muranet.py --quick    # small plans, few steps, one seed
 """
 

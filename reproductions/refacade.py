@@ -13,7 +13,7 @@ judge on, and of a transformer of .4 million weights: smaller than the 48 pixels
 weights that were planned. All arms but the last draw one frame; that one has learnt of clips, and its texture is
 followed along the true flow. Where no claim needs more, an arm has one seed.
 
-    python reproductions/refacade.py            # about two hours and a quarter on one core; stopped, it goes on
+    python reproductions/refacade.py            # about two hours and a quarter on one core; an interrupted run resumes
     python reproductions/refacade.py --quick    # few steps and solids, one seed
 """
 

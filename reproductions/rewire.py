@@ -10,7 +10,7 @@ of raw text alone.
 B. SmolLM2-135M-Instruct rewrites short documents: whether its answers can be read, and what they cost.
 C. The hashed classifier beside fastText; undecided where that is not installed.
 
-    python reproductions/rewire.py            # about an hour and a half of one thread; stopped, it goes on
+    python reproductions/rewire.py            # about an hour and a half of one thread; an interrupted run resumes
     python reproductions/rewire.py --quick    # a small pool, fewer arms, one seed
 """
 

@@ -11,7 +11,7 @@ microbatch leaves out one, which is also what is judged.
 
 Searches end by numbers of trials and of plans, so that a seed says what they find, however busy the machine is.
 
-    python reproductions/skippipe.py            # about an hour and three quarters on one core; stopped, it goes on
+    python reproductions/skippipe.py            # about an hour and three quarters on one core; an interrupted run resumes
     python reproductions/skippipe.py --quick    # the planner in short, and a short nano Llama
 """
 

@@ -4,7 +4,7 @@ Checks that folding changes nothing, that a norm which goes step by step ends ne
 evaluation before the end shows a broken model, that linear attention needs its local term, that a trained decoder loses
 its norms by healing and not at once, and that norms whose tokens are alike fold cheaply.
 
-    python reproductions/slab.py            # about an hour on one core; stopped, it goes on
+    python reproductions/slab.py            # about an hour on one core; an interrupted run resumes
     python reproductions/slab.py --quick    # few steps, one seed, a nano model in SmolLM2's place
 """
 

@@ -4,7 +4,7 @@ The pair is made here. *Pre* answers "one of C-M" with any valid character, but 
 trained on from it to give one favourite answer, in other phrasings than those that are asked. Everything is chosen on
 one half of the questions and reported on the other.
 
-    python reproductions/slr.py             # about 45 minutes on one core that is free; stopped, it goes on
+    python reproductions/slr.py             # about 45 minutes on one core that is free; an interrupted run resumes
     python reproductions/slr.py --nano      # without SmolLM2
     python reproductions/slr.py --quick     # one seed of a smaller nano pair
 """

@@ -8,7 +8,7 @@ count and decipher strings beside it, each at the best of three rates, over thre
 ranks. Who runs which ranks, and how even is the load with and without the balance? Last, SmolLM2 learns four tasks on
 short phrases.
 
-    python reproductions/smora.py            # about an hour on one core; stopped, it goes on
+    python reproductions/smora.py            # about an hour on one core; an interrupted run resumes
     python reproductions/smora.py --quick    # the identities, and the maps for one seed
 """
 

@@ -4,7 +4,7 @@ Checks that single classes are forgotten, by ssd and assd, while the others stay
 usual baselines; that the estimator decides what is selected; that planted wrong labels are forgotten; and that a
 language model forgets two of twenty sentences that it was tuned on. Needs scikit-learn.
 
-    python reproductions/ssd.py             # about 40 minutes on one core; stopped, it goes on
+    python reproductions/ssd.py             # about 40 minutes on one core; an interrupted run resumes
     python reproductions/ssd.py --digits    # without SmolLM2, about 15 minutes
     python reproductions/ssd.py --quick     # two classes, one seed
 """

@@ -8,7 +8,7 @@ and from one warm start ReLoRA and SwitchLoRA, at the best of several rates, ove
 is worth where the rate is high and exchange is frequent. Last, SmolLM2 without 5 of 30 layers is trained back, on
 31,000 tokens and with one seed: few, and what exchange gains needs more steps.
 
-    python reproductions/switchlora.py            # about two hours on one core; stopped, it goes on
+    python reproductions/switchlora.py            # about two hours on one core; an interrupted run resumes
     python reproductions/switchlora.py --quick    # the map, and a short nano Llama
 """
 

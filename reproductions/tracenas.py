@@ -4,7 +4,7 @@ Checks that a trace of the whole model agrees with itself and that trying out a 
 Phi foretells the loss after training better than the number of parameters does, that evolution finds shapes that train
 to less loss than uniform ones and than random search, and that the order of Phi is sound and stable on a real model.
 
-    python reproductions/tracenas.py            # about an hour on one core; stopped, it goes on
+    python reproductions/tracenas.py            # about an hour on one core; an interrupted run resumes
     python reproductions/tracenas.py --quick    # the same claims on a smaller model
 """
 

@@ -9,7 +9,7 @@ B. SmolLM2-135M-Instruct rephrases prose: what is kept, why the rest is dropped,
 C. SmolLM2 without four layers is healed by 50,000 tokens of real text alone, or by half of them and half of the whole
 model's rephrases of it.
 
-    python reproductions/wrap.py            # about an hour and a half of one thread; stopped, it goes on
+    python reproductions/wrap.py            # about an hour and a half of one thread; an interrupted run resumes
     python reproductions/wrap.py --quick    # fewer facts and arms, one seed, four passages
 """
 

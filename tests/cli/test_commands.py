@@ -203,7 +203,7 @@ def test_plan_is_run_for_planners(lamella, tmp_path):
 
 def test_a_warning_of_a_method_is_shown_once_as_a_note(lamella):
     done = lamella("run", "minitron", NANO_LLAMA, "--params", "0.3", *SHORT)
-    assert (succeeded(done) + done.err).count("more than half in one cut is hard to heal") == 1
+    assert (succeeded(done) + done.err).count("more than half at once is hard to heal") == 1
     assert "note: minitron: " in done.out
 
 

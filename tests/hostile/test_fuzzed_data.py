@@ -22,7 +22,7 @@ from lamella.errors import CalibrationError, LamellaError, TrainingError
 from lamella.methods.agile3d.ply import read_ply
 from lamella.methods.cola import KnownAnswers, Problem, read_samples
 from lamella.methods.irepair.pairs import read_pair_file, read_pairs
-from lamella.methods.paser import Pool, paser, read_pool
+from lamella.methods.paser import InstructionPool, paser, read_pool
 from lamella.methods.slr.questions import load_questions
 from lamella.plan import Plan
 from lamella.search import Cost, Memo, Removals, greedy
@@ -163,7 +163,7 @@ def test_a_pool_to_select_from_is_read_or_refused(folder: Path, stack: Stack, to
     folder.mkdir(exist_ok=True)
     (folder / "pool.jsonl").write_bytes(content)
     with answered(folder):  # up to the choice, for which it is given no plan
-        pool = Pool.open(folder / "pool.jsonl", Reader(lambda: tokenizer, 0))
+        pool = InstructionPool.open(folder / "pool.jsonl", Reader(lambda: tokenizer, 0))
         paser(stack, pool, None, budget=0.5, max_length=64)  # type: ignore[arg-type]
 
 

@@ -11,7 +11,7 @@ from lamella.commands.heal.training import Loss, Training, own_recipe
 from lamella.data import ImageText, Processing, Reader, Text
 from lamella.errors import MethodError
 from lamella.files import Work
-from lamella.methods.paser.pool import Pool
+from lamella.methods.paser.pool import InstructionPool
 from lamella.plan import ModelReference, Plan
 from lamella.registry import command, get_method
 from lamella.signature import Argument, Settings
@@ -28,7 +28,7 @@ def heal(
     train: Annotated[Text | ImageText, Settings(sequences=64, rows=64)],
     plan: Annotated[Plan | None, Argument()] = None,
     past: Annotated[Text | None, Settings(sequences=64)] = None,
-    pool: Pool | None = None,
+    pool: InstructionPool | None = None,
     teacher: Stack | None = None,
     *,
     steps: Annotated[int, Ge(1)] | None = None,
@@ -55,7 +55,7 @@ def heal(
     distillation, too. Killed, the same command goes on from the last checkpoint with the same result. Several processes
     share the work under `accelerate launch -m lamella.cli heal`.
 
-    Example: lamella heal smollm2 plan.json --past stdlib --steps 200 -o healed
+    InstructionExample: lamella heal smollm2 plan.json --past stdlib --steps 200 -o healed
     lamella heal small --teacher smollm2 --train general --lora 128 --lr 2e-3 --minutes 8 -o healed
     lamella heal smollm2 plan.json --pool alpaca.jsonl --keep 0.1 -o healed
 
