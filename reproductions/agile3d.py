@@ -222,7 +222,7 @@ def ablated(size: Size, seed: int, part: str) -> dict[str, list[Curve]]:
     model.decoder.place = Nowhere() if part == PLACES else model.decoder.place
     place, other = INSTEAD.get(part, ("recipe.worked", lambda *given: None))
     with patch(f"lamella.methods.agile3d.{place}", other) if part in INSTEAD else patch.dict({}):
-        practise(model, made(rooms, "train", size.rooms), config(size.short, seed), PRACTICE, Work().place())
+        practise(model, made(rooms, "train", size.rooms), config(size.short, seed), PRACTICE, Work().directory())
         return {part: curves(model.eval(), tests(model, size, seed), seed)}
 
 
@@ -241,7 +241,7 @@ def pictured(size: Size, seed: int, level: int | None) -> dict[str, list[Curve]]
     weights = pull(NETWORK) / "model.safetensors"
     encoder = PictureEncoder(ZOO[NETWORK].architecture, 48, weights=weights, frozen=True, levels=levels)
     model = ClickSegmenter(encoder, ClickDecoder(2, 48, 4, 128, background=6))
-    practise(model, made(collages, "train", size.rooms), config(size.brief, seed), PRACTICE, Work().place())
+    practise(model, made(collages, "train", size.rooms), config(size.brief, seed), PRACTICE, Work().directory())
     return {named(level): curves(model.eval(), tests(model, size, seed, collages), seed)}
 
 

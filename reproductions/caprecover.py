@@ -34,7 +34,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 import lamella
-from lamella.data import Captioned, Lazy, Pictures, Reader, load_text, windows
+from lamella.data import Captioned, CaptionedImages, InputContext, Lazy, load_text, windows
 from lamella.evaluate.texts import TextScores
 from lamella.files import Work
 from lamella.methods.caprecover import (
@@ -80,7 +80,7 @@ def split_digits() -> list[list[Captioned]]:
     every = [
         each
         for part in ("calibration", "test")
-        for each in Pictures.open("digits", Reader(split=part), count=2000).items
+        for each in CaptionedImages.open("digits", InputContext(split=part), count=2000).items
     ]  # type: ignore[arg-type]
     order = np.random.default_rng(0).permutation(len(every)).tolist()
     return [

@@ -48,7 +48,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import lamella
-from lamella.data import MARK, ImageText, Processing, Reader, Shown
+from lamella.data import MARK, Conversation, ImageText, InputContext, Processing
 from lamella.evaluate import answered
 from lamella.evaluate.scored import read_inputs
 from lamella.methods.kore import (
@@ -472,7 +472,7 @@ def knowing(before: Path, steps: int, folder: Path) -> dict[str, Any]:
     return {"steps": steps, "loss": log.train[-1].loss}
 
 
-def others_told(count: int) -> list[Shown]:
+def others_told(count: int) -> list[Conversation]:
     """Rows about glyphs that it is to know, in all the ways in which glyphs are asked about."""
     drawn = np.random.default_rng(10_000)
     others, rows = glyphs(OTHERS, 10_000, FAMILIAR), []
@@ -501,7 +501,7 @@ def trees(items: Knowledge, seed: int, tree: Tree) -> Illustrated:
         return augment(items, tree=tree, templates=file, seed=seed)
 
 
-def told_of(found: Illustrated, data: str) -> list[Shown]:
+def told_of(found: Illustrated, data: str) -> list[Conversation]:
     """Rows to train on: of the items as they come, of their trees, or as many paraphrases and rotations."""
     trunks = [row for row in found.train if row["task"] == "dialogue"]
     if data == "tree":
@@ -517,9 +517,9 @@ def told_of(found: Illustrated, data: str) -> list[Shown]:
     return rows
 
 
-def row_of(picture: Any, messages: Sequence[dict[str, str]]) -> Shown:
+def row_of(picture: Any, messages: Sequence[dict[str, str]]) -> Conversation:
     first, *others = messages
-    return Shown((picture,), ({**first, "content": f"{MARK}\n{first['content']}"}, *others))
+    return Conversation((picture,), ({**first, "content": f"{MARK}\n{first['content']}"}, *others))
 
 
 def old_rows(folder: Path, processing: Processing, count: int, seed: int, seen: bool = True) -> ImageText:
@@ -568,7 +568,7 @@ def shown_glyphs(name: str, lr: float, seed: int) -> dict[str, Any]:
     """What one way has learnt and kept, at one rate."""
     way = (IMAGE_WAYS | SWEEP)[name]
     stack, processing, folder = seeing()
-    items = Knowledge.open("glyphs", Reader(seed=seed), items=GLYPHS)
+    items = Knowledge.open("glyphs", InputContext(seed=seed), items=GLYPHS)
     found = trees(items, seed, Tree(rounds=6, recognitions=2, questions=4))
     rows = told_of(found, way.data)
     old = old_rows(folder, processing, way.old, seed, way.seen)
@@ -723,7 +723,7 @@ def a_seeing_model(run: Run) -> None:
 def exact_images(run: Run) -> None:
     """What must hold of a model that reads images, however little it has learnt."""
     stack, processing, folder = seeing(0.01)
-    items = Knowledge.open("glyphs", Reader(), items=6)
+    items = Knowledge.open("glyphs", InputContext(), items=6)
     found = trees(items, 0, Tree(rounds=6, recognitions=2, questions=4))
     rows, names = told_of(found, "tree"), linear_at(stack.model)
     words = [processing.tokenizer(each["content"])["input_ids"] for row in rows for each in row.messages]

@@ -151,7 +151,7 @@ def trained(
         PRACTICE,
         balance,
         frame=(size.side, False),
-        out=Work().place(),
+        out=Work().directory(),
         hooks=hooks,
     )
     return network.eval()
@@ -224,7 +224,7 @@ def pretrained(size: Size, steps: int) -> tuple[PlanNetwork, float]:
     form = shape(size, attention="depthwise")
     network = built(form, 0)
     counter = Counter(network)
-    fit(counter, counted("calibration", 8 * steps), supervised(class_nats), config(steps, 0), out=Work().place())
+    fit(counter, counted("calibration", 8 * steps), supervised(class_nats), config(steps, 0), out=Work().directory())
     tests = counted("test", 256)
     x, y = (torch.stack([each[name] for each in tests]) for name in ("x", "y"))
     with torch.no_grad():
@@ -268,7 +268,7 @@ def inserted(size: Size, seed: int) -> dict[str, list[float]]:
         tests = plans("test", size.side, size.tests)
         log = practise(
             network.train(), plans("train", size.side, size.plans), config(size.inserted, seed), PRACTICE, BALANCE,
-            frame=(size.side, False), out=Work().place(), held_out=tests,
+            frame=(size.side, False), out=Work().directory(), held_out=tests,
         )  # fmt: skip
         found[arm] = [point.loss for point in log.held_out]
     return found

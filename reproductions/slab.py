@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lamella
 import lamella.errors
-from lamella.data import Pictures, Reader, load_text, windows
+from lamella.data import CaptionedImages, InputContext, load_text, windows
 from lamella.methods.slab import (
     LinearAttention,
     Schedule,
@@ -135,7 +135,7 @@ def _told(out: Any) -> Tensor:
 
 
 def digits(size: Size) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    every = Pictures.open("digits", Reader(), count=10_000)
+    every = CaptionedImages.open("digits", InputContext(), count=10_000)
     parts = [every.items, every.part("test").items]
     return tuple(  # type: ignore[return-value]
         each for part in parts for each in (prepared(part, VIT), torch.tensor([one.label for one in part]))

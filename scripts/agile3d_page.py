@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from screenshot import BROWSERS, reduce_colours
 
-from lamella.data import Reader
+from lamella.data import InputContext
 from lamella.methods.agile3d import Scenes, Segmenter, Viewer, simulated
 from lamella.methods.agile3d.clicks import relabelled
 from lamella.methods.agile3d.judge import visible
@@ -47,7 +47,7 @@ def main() -> None:
         sys.exit(f"no {' or '.join(BROWSERS)} found: install one, then run this again")
     from playwright.sync_api import sync_playwright
 
-    scenes = Scenes.open(given.scenes, Reader(split="test"), count=given.place + 1)
+    scenes = Scenes.open(given.scenes, InputContext(split="test"), count=given.place + 1)
     viewer = Viewer(Segmenter.read(given.model).model, scenes.scenes[given.place :])
     click(viewer.session, given.more)
     viewer._show()

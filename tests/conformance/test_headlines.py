@@ -130,7 +130,7 @@ def test_what_was_not_measured_has_no_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mean", "told"),
+    ("mean", "source_help"),
     [
         (-20.8, "nothing of what is lost comes back (restoration −20.8, interval −30.0 to 0.100)"),  # noqa: RUF001
         (0.25, "25.0 % of what is lost comes back (−3000.0 % to 10.0 %)"),  # noqa: RUF001

@@ -53,7 +53,7 @@ def read(name: str, value: Any = None, seed: int = 0) -> Any:
 @pytest.mark.parametrize("name", LOADERS)
 def test_its_type_says_what_it_takes(name: str) -> None:
     kind = kind_of(LOADERS[name][1])
-    assert kind.told and "\n" not in kind.told and kind.__doc__
+    assert kind.source_help and "\n" not in kind.source_help and kind.__doc__
     assert (kind.open.__doc__ or "").strip()
 
 

@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from lamella import reading
-from lamella.data import Document, Documents, Reader, hold_out
+from lamella.data import Document, Documents, InputContext, hold_out
 from lamella.errors import CalibrationError
 
 ROWS = [{"id": "one", "text": "A first text.\u2028Still the first."}, {"text": "A second text.", "url": "x"}]
@@ -25,7 +25,7 @@ TEXTS = [row["text"] for row in ROWS]
 
 
 def opened(place: Path, **settings: object) -> Documents:
-    return Documents.open(place, Reader(), **settings)
+    return Documents.open(place, InputContext(), **settings)
 
 
 def written(folder: Path, ending: str) -> Path:
@@ -232,7 +232,7 @@ def test_another_column_and_a_limit(tmp_path: Path) -> None:
 
 
 def test_built_in_texts_are_documents_of_one_split() -> None:
-    calibration, test = (Documents.open("pydoc", Reader(split=split)) for split in ("calibration", "test"))
+    calibration, test = (Documents.open("pydoc", InputContext(split=split)) for split in ("calibration", "test"))
     long = [{each.text for each in split if len(each.text) > 100} for split in (calibration, test)]
     assert len(long[0]) > 20 and not long[0] & long[1]  # a "See also:" may stand in both
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessor, Florence2Processor
 
-from lamella.data import ImageText, Processing, Reader, Shown
+from lamella.data import Conversation, ImageText, InputContext, Processing
 from lamella.errors import CalibrationError, LamellaError
 from lamella.zoo.vlm import SHAPES_VLM, shapes_vlm
 from lamella.zoo.worlds import examples, word_tokenizer
@@ -38,9 +38,9 @@ def made(kind: str) -> tuple[Any, Processing]:
     return MADE[kind]
 
 
-def reader(split: Any = "calibration", kind: str = "llava", seed: int = 0) -> Reader:
+def context(split: Any = "calibration", kind: str = "llava", seed: int = 0) -> InputContext:
     processing = made(kind)[1]
-    return Reader(lambda: processing.tokenizer, seed, split, lambda: processing)
+    return InputContext(lambda: processing.tokenizer, seed, split, lambda: processing)
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_rows_are_read_as_people_hold_them(folder: Path) -> None:
         {"file_name": "pictures/0.png", "text": "a red square"},
         {"prompt": "without a picture?", "answer": "no"},
     )  # fmt: skip
-    found = ImageText.open(file, reader("whole"))
+    found = ImageText.open(file, context("whole"))
     said = [tuple(each["content"] for each in row.messages) for row in found]
     assert said == [
         ("<image>\nwhat colour?", "red"), ("<image> or <image>?", "red"), ("<image>what colour?", "red"),
@@ -106,47 +106,47 @@ def test_rows_are_read_as_people_hold_them(folder: Path) -> None:
 
 def test_a_file_is_cut_in_two_and_rows_of_one_picture_stay_together(folder: Path) -> None:
     file = written(folder, *rows(20, shown=10))
-    kept, judged = (ImageText.open(file, reader(split)) for split in ("calibration", "test"))
+    kept, judged = (ImageText.open(file, context(split)) for split in ("calibration", "test"))
     assert len(kept) == 16 and len(judged) == 4
     seen = [{each.images[0].tobytes() for each in part} for part in (kept, judged)]
     assert not seen[0] & seen[1] and len(seen[1]) == 2
     assert [each.content() for each in kept.part("test")] == [each.content() for each in judged]
     assert kept.describe()["sha256"] != judged.describe()["sha256"]
     joined = [{"images": ["pictures/0.png", "pictures/9.png"], "prompt": "<image><image> same?", "answer": "no"}]
-    kept, judged = (ImageText.open(written(folder, *rows(10), *joined), reader(s)) for s in ("calibration", "test"))
+    kept, judged = (ImageText.open(written(folder, *rows(10), *joined), context(s)) for s in ("calibration", "test"))
     assert not {p.tobytes() for r in kept for p in r.images} & {p.tobytes() for r in judged for p in r.images}
     with pytest.raises(CalibrationError, match="rows of one image alone"):
-        ImageText.open(written(folder, *rows(4, shown=1)), reader())
+        ImageText.open(written(folder, *rows(4, shown=1)), context())
 
 
 def test_a_folder_has_its_own_splits(folder: Path) -> None:
     written(folder, *rows(3), name="train.jsonl")
     written(folder, *rows(2), name="test.jsonl")
-    assert len(ImageText.open(folder, reader())) == 3 and len(ImageText.open(folder, reader("test"))) == 2
+    assert len(ImageText.open(folder, context())) == 3 and len(ImageText.open(folder, context("test"))) == 2
     (folder / "test.jsonl").unlink()
     with pytest.raises(CalibrationError, match=r"no train\.jsonl and test\.jsonl"):
-        ImageText.open(folder, reader())
+        ImageText.open(folder, context())
 
 
 def test_the_world_of_shapes_is_built_in() -> None:
-    found = ImageText.open("shapes:colour+count", reader(seed=3), rows=6)
+    found = ImageText.open("shapes:colour+count", context(seed=3), rows=6)
     again = examples(["colour", "count"], 6, "calibration", seed=3)
     for row, each in zip(found, again, strict=True):
         assert row.messages[0]["content"] == f"<image>\n{each.prompt}" and row.answer == each.answer
         assert np.array_equal(row.images[0], each.image) and row.task == each.task
-    assert {row.task for row in ImageText.open("shapes", reader(), rows=8)} == {
+    assert {row.task for row in ImageText.open("shapes", context(), rows=8)} == {
         "colour",
         "count",
         "position",
         "relation",
     }
-    assert ImageText.open("shapes", reader(), rows=2, pixels=64)[0].images[0].shape == (64, 64, 3)
+    assert ImageText.open("shapes", context(), rows=2, pixels=64)[0].images[0].shape == (64, 64, 3)
     test = found.part("test")
     assert not {row.images[0].tobytes() for row in test} & {row.images[0].tobytes() for row in found}
     with pytest.raises(CalibrationError, match="no task 'weight'"):
-        ImageText.open("shapes:weight", reader())
+        ImageText.open("shapes:weight", context())
     with pytest.raises(CalibrationError, match="has the splits calibration and test, not 'whole'"):
-        ImageText.open("shapes", reader("whole"))
+        ImageText.open("shapes", context("whole"))
 
 
 # What is refused, each in one line with file and line.
@@ -155,7 +155,7 @@ def test_the_world_of_shapes_is_built_in() -> None:
 def refused(folder: Path, row: Any, match: str) -> None:
     file = written(folder, {"prompt": "what?", "answer": "red"}, row)
     with pytest.raises(LamellaError, match=match) as error:
-        ImageText.open(file, reader("whole"))
+        ImageText.open(file, context("whole"))
     assert "\n" not in str(error.value) and "rows.jsonl line 2" in str(error.value)
 
 
@@ -225,20 +225,20 @@ def test_what_is_no_picture_is_refused_and_never_run(folder: Path) -> None:
 
 def test_an_empty_file_and_a_name_of_nothing_are_refused(folder: Path) -> None:
     with pytest.raises(CalibrationError, match="holds no rows for the split whole"):
-        ImageText.open(written(folder), reader("whole"))
+        ImageText.open(written(folder), context("whole"))
     with pytest.raises(LamellaError, match=r"no-such-thing\.jsonl"):
-        ImageText.open("no-such-thing.jsonl", reader())
+        ImageText.open("no-such-thing.jsonl", context())
     with pytest.raises(CalibrationError, match="rows 0: give at least 1"):
-        ImageText.open("shapes", reader(), rows=0)
+        ImageText.open("shapes", context(), rows=0)
 
 
 def test_a_model_without_images_reads_text_alone() -> None:
     tokenizer = AutoTokenizer.from_pretrained(NANO)
     processing = Processing(tokenizer)
-    plain = Reader(lambda: tokenizer, 0, "calibration", lambda: processing)
+    plain = InputContext(lambda: tokenizer, 0, "calibration", lambda: processing)
     with pytest.raises(CalibrationError, match="shapes row 0 has an image, and this model reads text alone"):
         ImageText.open("shapes", plain)
-    row = Shown((), ({"role": "user", "content": "What purrs?"}, {"role": "assistant", "content": "A cat."}))
+    row = Conversation((), ({"role": "user", "content": "What purrs?"}, {"role": "assistant", "content": "A cat."}))
     batch = processing.batch([row])
     assert (
         tokenizer.decode(batch["input_ids"][0][int(batch["prompt_lengths"][0]) :], skip_special_tokens=True) == "A cat."
@@ -248,7 +248,7 @@ def test_a_model_without_images_reads_text_alone() -> None:
 # Batches.
 
 
-def mixed(count: int = 5) -> list[Shown]:
+def mixed(count: int = 5) -> list[Conversation]:
     """Rows with an image, with two, and without; prompts and answers of many lengths."""
     tasks = ["colour", "list", "position", "caption"]
     found = []
@@ -256,7 +256,7 @@ def mixed(count: int = 5) -> list[Shown]:
         images = (each.image, each.image[::-1].copy())[: 1 + number % 3 % 2] if number % 3 < 2 else ()
         said = "<image>" * len(images) + each.prompt
         messages = ({"role": "user", "content": said}, {"role": "assistant", "content": each.answer})
-        found.append(Shown(images, messages, f"row {number}"))
+        found.append(Conversation(images, messages, f"row {number}"))
     assert [len(each.images) for each in found[:3]] == [1, 2, 0]
     return found
 
@@ -325,11 +325,11 @@ def test_every_answer_of_a_conversation_carries_loss_and_the_last_one_is_the_ans
     _, processing = made("llava")
     said = ["<image> what colour?", "red", "how many?", "two shapes", "where?", "row one"]
     messages = tuple({"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(said))
-    row = Shown((examples(["colour"], 1)[0].image,), messages)
+    row = Conversation((examples(["colour"], 1)[0].image,), messages)
     check_conversation(processing, row, "<image> " * 64 + "what colour ? red <eos> how many ? two shapes <eos> where ?")
 
 
-def check_conversation(processing: Processing, row: Shown, prompt: str) -> None:
+def check_conversation(processing: Processing, row: Conversation, prompt: str) -> None:
     batch, tokenizer = processing.batch([row]), processing.tokenizer
     ids, labels = batch["input_ids"][0], batch["labels"][0]
     length = int(batch["prompt_lengths"][0])
@@ -344,7 +344,7 @@ def test_a_chat_template_writes_conversations_and_is_followed() -> None:
     processing = Processing(processor)
     messages = ({"role": "user", "content": "<image>\nwhat colour?"}, {"role": "assistant", "content": "red"},
                 {"role": "user", "content": "where?"}, {"role": "assistant", "content": "row one"})  # fmt: skip
-    row = Shown((examples(["colour"], 1)[0].image,), messages)
+    row = Conversation((examples(["colour"], 1)[0].image,), messages)
     batch, tokenizer = processing.batch([row]), processing.tokenizer
     text = TEMPLATE and processor.apply_chat_template(
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what colour?"}]},
@@ -366,7 +366,7 @@ def test_a_chat_template_that_knows_no_images_is_given_text() -> None:
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     processing = Processing(processor)
-    row = Shown(
+    row = Conversation(
         (examples(["colour"], 1)[0].image,),
         ({"role": "user", "content": "<image>\nwhat colour?"}, {"role": "assistant", "content": "red"}),
     )
@@ -403,7 +403,7 @@ def test_a_processor_that_places_images_itself_gets_texts_without_marks() -> Non
     images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=square, image_seq_length=16)
     processor = Florence2Processor(images, tokenizer)
     processing = Processing(processor, encodes=True)
-    assert processing.places_images and not made("llava")[1].places_images
+    assert processing.inserts_images and not made("llava")[1].inserts_images
     shown = [row for row in mixed(8) if len(row.images) == 1]
     batch = processing.batch(shown)
     for row, ids, mask in zip(shown, batch["input_ids"], batch["attention_mask"].bool(), strict=True):
@@ -418,7 +418,7 @@ def test_what_the_processor_refuses_is_one_line_with_the_row() -> None:
     _, processing = made("qwen2_vl")
     image = examples(["colour"], 1)[0].image
     messages = ({"role": "user", "content": "<image> what?"}, {"role": "assistant", "content": "red"})
-    odd = Shown((image[:1].repeat(300, axis=1),), messages, "row 7")  # no model takes a line
+    odd = Conversation((image[:1].repeat(300, axis=1),), messages, "row 7")  # no model takes a line
     with pytest.raises(CalibrationError, match="row 7: the model's processor refuses it") as error:
         processing.batch([odd])
     assert "\n" not in str(error.value)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from lamella.data import Piece, Reader, Records, SampledRecords, read_records
+from lamella.data import InputContext, Piece, Records, SampledRecords, read_records
 from lamella.errors import CalibrationError
 from lamella.zoo import open_tokenizer
 
 NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
-READER = Reader(lambda: open_tokenizer(NANO_LLAMA))
+READER = InputContext(lambda: open_tokenizer(NANO_LLAMA))
 
 
 @pytest.mark.parametrize(

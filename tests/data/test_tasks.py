@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from asking import Ask, tell
 
-from lamella.data import Document, Local, Sampling
+from lamella.data import Document, LocalWriter, Sampling
 from lamella.data.steps import Rolled, through
 from lamella.workers import Workers
 
@@ -35,7 +35,7 @@ echo "Submitted batch job 1"
 
 
 def rows(folder: Path, model: Path, workers: Workers = HERE, fails: str = "") -> list[dict[str, Any]]:
-    return through(DOCUMENTS, Ask(fails), Rolled(Local(str(model), batch=2), SAMPLED, folder), tell, 3, workers)
+    return through(DOCUMENTS, Ask(fails), Rolled(LocalWriter(str(model), batch=2), SAMPLED, folder), tell, 3, workers)
 
 
 @pytest.mark.slow

@@ -463,7 +463,7 @@ def test_the_defaults_are_the_paper_s() -> None:
 
 
 @pytest.mark.parametrize(
-    ("params", "told"),
+    ("params", "source_help"),
     [
         ({"max_skips": 6}, "max_skips 6 is more than the 5 layers between the cold ones"),
         ({"max_skips": -1}, "are counts"),
@@ -487,7 +487,7 @@ def test_settings_out_of_range_are_refused_in_one_line(params: dict[str, Any], t
 
 
 @pytest.mark.parametrize(
-    ("params", "told"),
+    ("params", "source_help"),
     [
         ({"max_skips": 6}, "max_skips 6 is more than the 5 layers between the cold ones"),
         ({"cold": (4, 4)}, "leaves none of 8 layers to skip"),

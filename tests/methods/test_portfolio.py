@@ -13,7 +13,7 @@ import torch
 from torch import LongTensor, Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lamella.data import Reader, Text
+from lamella.data import InputContext, Text
 from lamella.evaluate import Budget
 from lamella.measure import OutputDistance
 from lamella.methods.finercut import finercut
@@ -35,7 +35,7 @@ def stack() -> Stack:
 
 @pytest.fixture(scope="module")
 def text() -> Text:
-    reader = Reader(partial(AutoTokenizer.from_pretrained, NANO_LLAMA))
+    reader = InputContext(partial(AutoTokenizer.from_pretrained, NANO_LLAMA))
     return Text.open("pydoc", reader, sequences=3, length=64)
 
 
@@ -118,7 +118,7 @@ def small(tmp_path: Path) -> Callable[[int], Text]:
     file = tmp_path / "text.txt"
     rng = np.random.default_rng(0)
     file.write_text(" ".join("".join(rng.choice(list("abcdefgh"), 5)) for _ in range(600)))
-    reader = Reader(partial(AutoTokenizer.from_pretrained, NANO_LLAMA))
+    reader = InputContext(partial(AutoTokenizer.from_pretrained, NANO_LLAMA))
     return lambda count: Text.open(str(file), reader, sequences=count, length=16)
 
 

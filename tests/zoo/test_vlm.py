@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lamella
-from lamella.data import ImageText, Processing, Reader, Shown
+from lamella.data import Conversation, ImageText, InputContext, Processing
 from lamella.errors import ArchitectureError, LamellaError
 from lamella.evaluate.scored import scored_states
 from lamella.stack import last_stack
@@ -58,8 +58,10 @@ def test_an_encoder_decoder_opens_from_its_folder_and_is_scored_as_its_own_forwa
     assert type(again) is type(processor)
     processing = Processing(again, encodes=True)
     rows = ImageText.open("shapes:entailment+caption", reader_of(processing), rows=4)
-    if not processing.places_images:  # which puts an image into every row
-        rows = ImageText([*rows, Shown((), tuple({**m, "content": "red"} for m in rows[0].messages))], processing)
+    if not processing.inserts_images:  # which puts an image into every row
+        rows = ImageText(
+            [*rows, Conversation((), tuple({**m, "content": "red"} for m in rows[0].messages))], processing
+        )
     batch, ours = rows.batch(rows), Processing(processor, encodes=True).batch(rows)
     assert set(batch) == set(ours) and all(torch.equal(batch[name], ours[name]) for name in batch)
     inputs = {name: each for name, each in batch.items() if name != "prompt_lengths"}
@@ -75,8 +77,8 @@ def test_an_encoder_decoder_opens_from_its_folder_and_is_scored_as_its_own_forwa
     assert opened.model.generate(**prompts, max_new_tokens=3, do_sample=False, num_beams=2).shape[0] == len(rows)
 
 
-def reader_of(processing: Processing) -> Reader:
-    return Reader(lambda: processing.tokenizer, 0, "calibration", lambda: processing)
+def reader_of(processing: Processing) -> InputContext:
+    return InputContext(lambda: processing.tokenizer, 0, "calibration", lambda: processing)
 
 
 @pytest.mark.parametrize("kind", SHAPES_VLM)

@@ -79,7 +79,7 @@ def evaluate(
     Raises:
         PlanError: when there is nothing to compare.
     """
-    check_given(changed, tasks, trust_tasks, run_generated_code)
+    check_options(changed, tasks, trust_tasks, run_generated_code)
     if tasks:
         asked: dict[str, Any] = {"limit": limit, "chat": chat, "batch": batch, "trusted": trust_tasks}
         return _scored(model, changed, tasks, asked | {"run_generated_code": run_generated_code, "seed": seed})
@@ -93,7 +93,7 @@ def evaluate(
     )
 
 
-def check_given(
+def check_options(
     changed: tuple[Changed, ...] = (),
     tasks: tuple[str, ...] = (),
     trust_tasks: bool = False,

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from lamella.data.pictures import Picture, check_picture, inside, read_picture
-from lamella.data.reader import Reader
+from lamella.data.context import InputContext
+from lamella.data.images import Image, check_image, inside, read_image
 from lamella.data.sources import Split
 from lamella.errors import CalibrationError
 from lamella.extras import require
@@ -34,12 +34,12 @@ class ImageFile:
     path: str
     where: str
 
-    def __call__(self) -> Picture:
-        return read_picture(Path(self.path), self.where)
+    def __call__(self) -> Image:
+        return read_image(Path(self.path), self.where)
 
     def check(self) -> bytes:
-        """The SHA-256 of the file; see :func:`lamella.data.pictures.check_picture`."""
-        return check_picture(Path(self.path), self.where).digest
+        """The SHA-256 of the file; see :func:`lamella.data.images.check_picture`."""
+        return check_image(Path(self.path), self.where).digest
 
 
 class Captioned(NamedTuple):
@@ -51,12 +51,12 @@ class Captioned(NamedTuple):
         label: the number of the class.
     """
 
-    source: Picture | Callable[[], Picture]
+    source: Image | Callable[[], Image]
     text: str = ""
     label: int | None = None
 
     @property
-    def picture(self) -> Picture:
+    def picture(self) -> Image:
         """The pixels [height, width, 3], decoded anew at each access."""
         return self.source() if callable(self.source) else self.source
 
@@ -74,7 +74,7 @@ class Captioned(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Pictures:
+class CaptionedImages:
     """Pictures with captions, or with classes, or alone.
 
     Opening a folder reads the headers of its images; they are decoded when they are asked for.
@@ -87,7 +87,7 @@ class Pictures:
     """
 
     metavar = "IMAGES"
-    told = (
+    source_help = (
         "a folder with a folder of pictures for each class, or of pictures alone, whose captions may be in "
         'metadata.jsonl ({"file_name": "one.png", "text": "..."}); or digits, or shapes, which are built in'
     )
@@ -95,7 +95,7 @@ class Pictures:
 
     items: tuple[Captioned, ...]
     said: dict[str, Any]
-    source: tuple[str, Reader, int]
+    source: tuple[str, InputContext, int]
     classes: int = 0
 
     @classmethod
@@ -109,7 +109,7 @@ class Pictures:
             raise CalibrationError(f"no pictures '{name}': give a folder, {DIGITS} or {SHAPES}")
 
     @classmethod
-    def open(cls, name: str | Path, reader: Reader, *, count: int = 1024) -> Self:
+    def open(cls, name: str | Path, context: InputContext, *, count: int = 1024) -> Self:
         """Read pictures.
 
         Args:
@@ -121,26 +121,28 @@ class Pictures:
             CalibrationError: for a folder that is missing, holds no picture, or one that cannot be read.
         """
         cls.check(name)
-        return cls.first(count, _source(str(name), reader), name, reader, classes=len(_classes(str(name))))
+        return cls.first(count, _source(str(name), context), name, context, classes=len(_classes(str(name))))
 
     @classmethod
-    def first(cls, count: int, every: Iterable[Captioned], name: str | Path, reader: Reader, **more: Any) -> Self:
+    def first(
+        cls, count: int, every: Iterable[Captioned], name: str | Path, context: InputContext, **more: Any
+    ) -> Self:
         """The first of some pictures, of which more is known."""
         if count < 1:
             raise CalibrationError(f"count {count}: give at least 1")
         items = tuple(islice(every, count))
         if not items:
-            raise CalibrationError(f"{name} holds no pictures for the split {reader.split}: give more of them")
+            raise CalibrationError(f"{name} holds no pictures for the split {context.split}: give more of them")
         digest = hashlib.sha256()
         for each in items:
             digest.update(each.check())
-        said = {"data": str(name), "split": reader.split, "pictures": len(items), **more, "sha256": digest.hexdigest()}
-        return cls(items, said, (str(name), reader, count), **more)
+        said = {"data": str(name), "split": context.split, "pictures": len(items), **more, "sha256": digest.hexdigest()}
+        return cls(items, said, (str(name), context, count), **more)
 
     def part(self, split: Split) -> Self:
         """Another split of the same source, at most as much of it."""
-        name, reader, count = self.source
-        return type(self).open(name, replace(reader, split=split), count=count)
+        name, context, count = self.source
+        return type(self).open(name, replace(context, split=split), count=count)
 
     def describe(self) -> dict[str, Any]:
         """What provenance says of them."""
@@ -151,7 +153,7 @@ class Pictures:
 
 
 @dataclass(frozen=True)
-class LabelledPictures(Pictures):
+class LabelledImages(CaptionedImages):
     """Pictures that each have a class."""
 
     told = "a folder with a folder of pictures for each class; or digits, which are built in"
@@ -171,11 +173,11 @@ class LabelledPictures(Pictures):
             )
 
 
-def _source(name: str, reader: Reader) -> Iterator[Captioned]:
-    part: Any = "test" if reader.split == "test" else "calibration"
+def _source(name: str, context: InputContext) -> Iterator[Captioned]:
+    part: Any = "test" if context.split == "test" else "calibration"
     if name == SHAPES:
-        for number, scene in enumerate(scenes(part, reader.seed)):
-            yield Captioned(partial(render, scene, seed=(reader.seed, number)), caption(scene))
+        for number, scene in enumerate(scenes(part, context.seed)):
+            yield Captioned(partial(render, scene, seed=(context.seed, number)), caption(scene))
         return
     groups = [_digits()] if name == DIGITS else _folder(Path(name))
     parts = [

@@ -98,7 +98,7 @@ def decode(model: Any, prompts: Sequence[Prompt], sampling: Sampling, ends: set[
     cache = None
     while True:
         logits, cache = _step(model, ids, mask, cache)
-        make_room(cache)
+        preallocate(cache)
         tokens = _choose(logits, [drawn[row] for row in left], sampling)
         for row, token in zip(left, tokens, strict=True):
             ended[row] = token in ends
@@ -115,7 +115,7 @@ def decode(model: Any, prompts: Sequence[Prompt], sampling: Sampling, ends: set[
         mask = torch.cat([mask, mask.new_ones(len(left), 1)], dim=1)
 
 
-class RoomySlot(DynamicLayer):
+class PreallocatedSlot(DynamicLayer):
     """A slot of the cache with room behind its keys and values, so that a step writes its own and copies nothing."""
 
     keys: Tensor
@@ -141,11 +141,11 @@ class RoomySlot(DynamicLayer):
         return self.keys, self.values
 
 
-def make_room(cache: Any) -> None:
+def preallocate(cache: Any) -> None:
     """Let plain slots of a cache grow in place; those that forget, or hold no keys, stay as they are."""
     for place, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None:
-            cache.layers[place] = RoomySlot(layer.keys, layer.values)
+            cache.layers[place] = PreallocatedSlot(layer.keys, layer.values)
 
 
 def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lamella.data.reader import Reader
+from lamella.data.context import InputContext
 from lamella.data.rows import Rows
 from lamella.data.sources import DOCUMENTED, built_in_documents, hub_rows
 from lamella.errors import CalibrationError
@@ -90,7 +90,7 @@ class Documents(Rows[Document]):
     """
 
     metavar = "DOCUMENTS"
-    told = (
+    source_help = (
         "a .jsonl file (.gz, .bz2, .xz or .zst too), a .parquet or a text file, a folder of such files, pydoc, stdlib "
         "or a datasets name"
     )
@@ -111,7 +111,9 @@ class Documents(Rows[Document]):
         self.broken = broken or Broken()
 
     @classmethod
-    def open(cls, name: str | Path, reader: Reader, *, column: str = "text", limit: int | None = None) -> Documents:
+    def open(
+        cls, name: str | Path, context: InputContext, *, column: str = "text", limit: int | None = None
+    ) -> Documents:
         """Read documents.
 
         Args:
@@ -124,7 +126,7 @@ class Documents(Rows[Document]):
             CalibrationError: for what is not there, holds no document, or ends early.
         """
         broken = Broken()
-        found = _unlike(_found(str(name), reader, column, broken))
+        found = _unlike(_found(str(name), context, column, broken))
         documents = list(found if limit is None else islice(found, limit))
         if not documents:
             why = f": {broken.places[0]}" if broken.places else ""
@@ -163,11 +165,11 @@ def seed_of(*parts: Any) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
 
-def _found(name: str, reader: Reader, column: str, broken: Broken) -> Iterator[Document]:
+def _found(name: str, context: InputContext, column: str, broken: Broken) -> Iterator[Document]:
     """The documents of a name in their order; two may have the same id."""
     place = Path(name).expanduser()
     if name in DOCUMENTED:
-        texts = built_in_documents(name, reader.split)
+        texts = built_in_documents(name, context.split)
         yield from (Document(f"{name}:{number}", text) for number, text in enumerate(texts, start=1))
     elif place.is_file():
         yield from _of_file(place, place.name, column, broken)
@@ -180,7 +182,7 @@ def _found(name: str, reader: Reader, column: str, broken: Broken) -> Iterator[D
     elif place.is_absolute() or name.startswith(".") or name.endswith(ENDINGS):
         raise CalibrationError(f"no documents '{name}': there is no such file or folder")
     else:
-        rows = hub_rows(name, reader.split, f"no documents '{name}': it is neither built in nor a file or folder")
+        rows = hub_rows(name, context.split, f"no documents '{name}': it is neither built in nor a file or folder")
         yield from _of_rows(enumerate(rows, start=1), name, column, broken)
 
 

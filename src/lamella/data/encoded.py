@@ -62,7 +62,7 @@ class Encoded(Sequence[Row]):
         Raises:
             ExportError: if a file cannot be written.
         """
-        found = cls(work.place(name), len(items), size)
+        found = cls(work.directory(name), len(items), size)
         digest = hashlib.sha256(json.dumps([depends, len(items), size]).encode()).hexdigest()
         files = [found.file(number) for number in range(-(-len(items) // size))]
         done = next((number for number, file in enumerate(files) if not _is_of(file, digest)), len(files))

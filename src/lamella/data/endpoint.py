@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lamella.data.decoding import Sampling
-from lamella.data.protocol import FOUND, Answer, Question
+from lamella.data.protocol import FOUND, ChatRequest, ChatResponse
 from lamella.errors import DownloadError
 from lamella.extras import require
 
@@ -78,14 +78,16 @@ class Endpoint:
             )
         return listed[0]
 
-    def ask(self, questions: Sequence[Question], model: str, sampling: Sampling) -> Iterator[tuple[int, Answer]]:
+    def ask(
+        self, questions: Sequence[ChatRequest], model: str, sampling: Sampling
+    ) -> Iterator[tuple[int, ChatResponse]]:
         """Answers with the number of their question, as they come.
 
         Raises:
             DownloadError: when a request is refused, or is not answered for as long as patience lasts.
         """
         loop = asyncio.new_event_loop()
-        found: asyncio.Queue[tuple[int, Answer] | BaseException] = asyncio.Queue()
+        found: asyncio.Queue[tuple[int, ChatResponse] | BaseException] = asyncio.Queue()
         work = loop.create_task(_Client(self, sampling).answers(questions, model, found))
         try:
             for _ in questions:
@@ -126,7 +128,7 @@ class _Client:
             told = await self.found(session.models.with_raw_response.list(), "its models")
         return [self.cleaned(each) for each in told]
 
-    async def answers(self, questions: Sequence[Question], model: str, found: asyncio.Queue[Any]) -> None:
+    async def answers(self, questions: Sequence[ChatRequest], model: str, found: asyncio.Queue[Any]) -> None:
         """Put all answers into the queue; the first failure goes there too, and ends the run."""
         left = iter(enumerate(questions))
 
@@ -143,7 +145,7 @@ class _Client:
         except* Exception as errors:
             await found.put(errors.exceptions[0])
 
-    def body(self, question: Question, model: str) -> dict[str, Any]:
+    def body(self, question: ChatRequest, model: str) -> dict[str, Any]:
         return {
             "model": model,
             "messages": question.messages,

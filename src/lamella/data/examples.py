@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lamella.data.reader import Reader
+from lamella.data.context import InputContext
 from lamella.data.records import PROMPTS, RESPONSES
 from lamella.data.rows import Rows
 from lamella.data.samples import Sample, pairs
@@ -16,7 +16,7 @@ from lamella.reading import read_rows
 from lamella.signature import Fixture
 from lamella.zoo.opening import chat_text
 
-MEND = 'write {"prompt": "...", "completion": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}'
+HINT = 'write {"prompt": "...", "completion": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}'
 ROWS = (("What is red and round?", "An apple."), ("What is long and yellow?", "A banana."), ("What purrs?", "A cat."),
         ("What barks?", "A dog."), ("What swims?", "A fish."), ("What flies?", "A bird."), ("What hops?", "A frog."),
         ("What melts?", "Ice."))  # fmt: skip
@@ -33,7 +33,7 @@ class Examples(Rows[Sample]):
     """Examples as a model reads them: a sample each, whose answer carries loss and ends the turn."""
 
     metavar = "FILE"
-    told = (
+    source_help = (
         'a .jsonl file with an example in each line: {"prompt": "...", "completion": "..."}, or {"messages": [...]} '
         "whose last one is the answer"
     )
@@ -43,7 +43,7 @@ class Examples(Rows[Sample]):
     )
 
     @classmethod
-    def open(cls, name: str | Path, reader: Reader, *, max_length: int = 2048) -> Examples:
+    def open(cls, name: str | Path, context: InputContext, *, max_length: int = 2048) -> Examples:
         """Read examples through the model's chat template, where it has one.
 
         Args:
@@ -54,7 +54,7 @@ class Examples(Rows[Sample]):
             CalibrationError: for a file that is missing, empty or malformed, with its line.
         """
         asked = read_examples(name)
-        texts, tokenizer = [], reader.tokenizer
+        texts, tokenizer = [], context.tokenizer
         for each in asked:
             text, special = chat_text(tokenizer, each.messages)
             texts.append((tokenizer(text, add_special_tokens=special)["input_ids"], each.answer))
@@ -77,7 +77,7 @@ def read_examples(
     *,
     prompts: Sequence[str] = PROMPTS,
     answers: Sequence[str] = RESPONSES,
-    mend: str = MEND,
+    hint: str = HINT,
 ) -> list[Asked]:
     """The examples of a ``.jsonl`` file, in their order.
 
@@ -89,18 +89,18 @@ def read_examples(
     Raises:
         CalibrationError: for a file that is missing or empty, or a line without prompt or answer.
     """
-    rows = read_rows(path, mend)
-    found = [_asked(row, f"{path} line {number}", prompts, answers, mend) for number, row in rows]
+    rows = read_rows(path, hint)
+    found = [_asked(row, f"{path} line {number}", prompts, answers, hint) for number, row in rows]
     if not found:
-        raise CalibrationError(f"{path} holds no examples: {mend}")
+        raise CalibrationError(f"{path} holds no examples: {hint}")
     return found
 
 
-def _asked(row: Any, where: str, prompts: Sequence[str], answers: Sequence[str], mend: str) -> Asked:
+def _asked(row: Any, where: str, prompts: Sequence[str], answers: Sequence[str], hint: str) -> Asked:
     messages = _messages(row, prompts, answers) if isinstance(row, dict) else []
     *before, last = messages or [{}]
     if not before or last.get("role") != "assistant" or not last["content"].strip():
-        raise CalibrationError(f"{where} has no prompt with an answer: {mend}")
+        raise CalibrationError(f"{where} has no prompt with an answer: {hint}")
     return Asked(before, last["content"])
 
 

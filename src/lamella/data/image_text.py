@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
+from lamella.data.context import InputContext
+from lamella.data.images import Image, check_image, inside, read_image, to_rgb
 from lamella.data.lazy import Lazy, batches
-from lamella.data.pictures import Picture, check_picture, colours, inside, read_picture
-from lamella.data.processing import MARK, Message, Processing, Shown
-from lamella.data.reader import Reader
+from lamella.data.processing import MARK, Conversation, Message, Processing
 from lamella.data.records import PROMPTS, RESPONSES
 from lamella.data.rows import Rows
 from lamella.data.sources import BUILT_IN, CALIBRATION_SHARE, SPLITS, Split, check_text, hub_rows
@@ -27,13 +27,13 @@ from lamella.zoo.worlds import QUESTIONS, SIZE, Example, examples
 
 SHAPES = "shapes"
 FILES = (".jsonl", ".json", ".txt")
-MEND = 'write {"image": "pictures/one.png", "prompt": "...", "answer": "..."}, or "messages" in place of the last two'
+HINT = 'write {"image": "pictures/one.png", "prompt": "...", "answer": "..."}, or "messages" in place of the last two'
 IMAGES = ("image", "images", "file_name")
 CAPTIONS = ("caption", "text")
 ROLES = {"human": "user", "gpt": "assistant"}  # as LLaVA's data call them
 
 
-class ImageText(Rows[Shown]):
+class ImageText(Rows[Conversation]):
     """Rows of images and text, which a model's own processor makes batches of.
 
     Opening a file reads the headers of its images. Rows are read, and images decoded, when they are asked for.
@@ -45,7 +45,7 @@ class ImageText(Rows[Shown]):
     """
 
     metavar = "FILE"
-    told = (
+    source_help = (
         'a .jsonl file: {"image": "pictures/one.png", "prompt": "...", "answer": "..."} on each line, or "messages" in '
         "place of the last two; paths are relative to the file. Or a folder with train.jsonl and test.jsonl, a "
         "datasets name, or shapes, shapes:caption, shapes:colour+count: rendered pictures, built in"
@@ -53,13 +53,17 @@ class ImageText(Rows[Shown]):
     example = Fixture("shapes:colour", settings={"rows": 8})
 
     def __init__(
-        self, rows: Iterable[Shown], processing: Processing, said: Mapping[str, Any] | None = None, opened: Any = None
+        self,
+        rows: Iterable[Conversation],
+        processing: Processing,
+        said: Mapping[str, Any] | None = None,
+        opened: Any = None,
     ) -> None:
         super().__init__(rows, processing.tokenizer, said)
         self.processing, self._opened = processing, opened
 
     @classmethod
-    def open(cls, name: str | Path, reader: Reader, *, rows: int = 256, pixels: int = SIZE) -> ImageText:
+    def open(cls, name: str | Path, context: InputContext, *, rows: int = 256, pixels: int = SIZE) -> ImageText:
         """Read rows of images and text.
 
         Args:
@@ -73,21 +77,21 @@ class ImageText(Rows[Shown]):
         """
         if rows < 1:
             raise CalibrationError(f"rows {rows}: give at least 1")
-        found = _source(str(name), reader, rows, pixels)
+        found = _source(str(name), context, rows, pixels)
         digest, images = hashlib.sha256(), 0
         for each in found:
             digest.update(each.check())
             images += len(each.images)
-            if each.images and not reader.processing.sees:
+            if each.images and not context.processing.takes_images:
                 raise CalibrationError(
                     f"{each.where} has an image, and this model reads text alone: give another model"
                 )
         if not found:
-            raise CalibrationError(f"{name} holds no rows for the split {reader.split}: {MEND}")
-        said = {"data": str(name), "split": reader.split, "rows": len(found), "images": images}
+            raise CalibrationError(f"{name} holds no rows for the split {context.split}: {HINT}")
+        said = {"data": str(name), "split": context.split, "rows": len(found), "images": images}
         settings = {"rows": rows, "pixels": pixels}
         shown = Lazy(found, _Named.read)
-        return cls(shown, reader.processing, said | {"sha256": digest.hexdigest()}, (name, reader, settings))
+        return cls(shown, context.processing, said | {"sha256": digest.hexdigest()}, (name, context, settings))
 
     @staticmethod
     def check(name: str | Path) -> None:
@@ -99,7 +103,7 @@ class ImageText(Rows[Shown]):
         if str(name).partition(":")[0] == SHAPES:
             return
         if str(name) in BUILT_IN:
-            raise CalibrationError(f"{name} is text without images: {MEND}")
+            raise CalibrationError(f"{name} is text without images: {HINT}")
         check_text(name)
 
     @classmethod
@@ -121,12 +125,12 @@ class ImageText(Rows[Shown]):
         """
         if self._opened is None:
             raise CalibrationError("these rows come from no source with splits: give the test rows too")
-        name, reader, settings = self._opened
-        seed = reader.seed if seed is None else seed
+        name, context, settings = self._opened
+        seed = context.seed if seed is None else seed
         settings = settings if rows is None else settings | {"rows": rows}
-        return type(self).open(name, replace(reader, split=split, seed=seed), **settings)
+        return type(self).open(name, replace(context, split=split, seed=seed), **settings)
 
-    def batch(self, rows: Sequence[Shown]) -> dict[str, Tensor]:
+    def batch(self, rows: Sequence[Conversation]) -> dict[str, Tensor]:
         """See :meth:`lamella.data.Processing.batch`."""
         return self.processing.batch(rows)
 
@@ -134,7 +138,7 @@ class ImageText(Rows[Shown]):
         """All rows, so many in a batch."""
         return iter(batches(self, size, self.batch))
 
-    def prompts(self, rows: Sequence[Shown]) -> dict[str, Tensor]:
+    def prompts(self, rows: Sequence[Conversation]) -> dict[str, Tensor]:
         """See :meth:`lamella.data.Processing.prompts`."""
         return self.processing.prompts(rows)
 
@@ -152,13 +156,13 @@ class _Named:
     where: str
     task: str = ""
 
-    def read(self) -> Shown:
+    def read(self) -> Conversation:
         if any(MARK in each["content"] for each in self.messages) or not self.images:
             messages = self.messages
         else:  # images come first
             first, *others = self.messages
             messages = ({**first, "content": f"{MARK * len(self.images)}\n{first['content']}"}, *others)
-        return Shown(Lazy(self.images, partial(_decoded, where=self.where)), messages, self.where, self.task)
+        return Conversation(Lazy(self.images, partial(_decoded, where=self.where)), messages, self.where, self.task)
 
     def check(self) -> bytes:
         """Check the text of a row, and the headers of its images.
@@ -167,35 +171,35 @@ class _Named:
             What decides the row, to be hashed.
         """
         images = (
-            check_picture(each, self.where).digest if isinstance(each, Path) else _decoded(each, self.where).tobytes()
+            check_image(each, self.where).digest if isinstance(each, Path) else _decoded(each, self.where).tobytes()
             for each in self.images
         )
         return b"".join([self.read().text(), *images])
 
 
-def _decoded(image: Any, where: str) -> Picture:
+def _decoded(image: Any, where: str) -> Image:
     if isinstance(image, Path):
-        return read_picture(image, where)
+        return read_image(image, where)
     if isinstance(image, Example):
         return image.image
     try:
-        return image if hasattr(image, "ndim") else colours(image)
+        return image if hasattr(image, "ndim") else to_rgb(image)
     except Exception as error:  # of a damaged image, anything
         reason = type(error).__name__
         raise CalibrationError(f"{where}: an image cannot be read ({reason}): leave this row out") from None
 
 
-def _source(name: str, reader: Reader, rows: int, pixels: int) -> Sequence[_Named]:
+def _source(name: str, context: InputContext, rows: int, pixels: int) -> Sequence[_Named]:
     """The first rows of a source, which are read from a file when they are asked for."""
     kind, _, chosen = name.partition(":")
     file = Path(name).expanduser()
     if file.is_file() or file.suffix in FILES:
-        return _part(_of_file(file), reader.split, name)[:rows]
-    if reader.split not in SPLITS:
-        raise CalibrationError(f"{name} has the splits {' and '.join(SPLITS)}, not '{reader.split}'")
+        return _part(_of_file(file), context.split, name)[:rows]
+    if context.split not in SPLITS:
+        raise CalibrationError(f"{name} has the splits {' and '.join(SPLITS)}, not '{context.split}'")
     if kind == SHAPES:
         tasks = chosen.split("+") if chosen else QUESTIONS
-        made = examples(tasks, rows, reader.split, reader.seed, pixels)  # type: ignore[arg-type]  # no other is left
+        made = examples(tasks, rows, context.split, context.seed, pixels)  # type: ignore[arg-type]  # no other is left
         return [
             _Named((each,), _conversation(each.prompt, each.answer), f"{name} row {number}", each.task)
             for number, each in enumerate(made)
@@ -204,13 +208,13 @@ def _source(name: str, reader: Reader, rows: int, pixels: int) -> Sequence[_Name
         parts = {"calibration": file / "train.jsonl", "test": file / "test.jsonl"}
         if not all(each.is_file() for each in parts.values()):
             raise CalibrationError(f"{name} has no train.jsonl and test.jsonl: write them, or give one .jsonl file")
-        return _of_file(check_in_folder(parts[reader.split]))[:rows]
-    rows_of = hub_rows(name, reader.split, f"no images and text '{name}': it is neither shapes nor a file")
+        return _of_file(check_in_folder(parts[context.split]))[:rows]
+    rows_of = hub_rows(name, context.split, f"no images and text '{name}': it is neither shapes nor a file")
     return [_named(row, f"dataset '{name}' row {n}", None) for n, row in enumerate(islice(rows_of, rows))]
 
 
 def _of_file(file: Path) -> Lazy[_Named]:
-    rows = RowFile(file, MEND)
+    rows = RowFile(file, HINT)
     return Lazy(rows.lines, partial(_of_line, rows))
 
 
@@ -222,7 +226,7 @@ def _of_line(rows: RowFile, line: tuple[int, int, int]) -> _Named:
 def _named(row: Any, where: str, folder: Path | None) -> _Named:
     """A row of a file, whose images lie in its folder; or of a data set, which brings them along."""
     if not isinstance(row, Mapping):
-        raise CalibrationError(f"{where} is no JSON object: {MEND}")
+        raise CalibrationError(f"{where} is no JSON object: {HINT}")
     images: list[Any] = []
     for name in IMAGES:
         value = row.get(name)
@@ -230,7 +234,7 @@ def _named(row: Any, where: str, folder: Path | None) -> _Named:
     messages = _messages(row, where, images)
     if folder is not None:
         if not all(isinstance(each, str) for each in images):
-            raise CalibrationError(f"{where}: images are paths relative to the file: {MEND}")
+            raise CalibrationError(f"{where}: images are paths relative to the file: {HINT}")
         images = [inside(folder, each, where) for each in images]
     return _Named(tuple(images), messages, where)
 
@@ -246,12 +250,12 @@ def _messages(row: Mapping[str, Any], where: str, images: list[Any]) -> tuple[Me
         try:
             return tuple({"role": str(each["role"]), "content": _joined(each["content"], images)} for each in said)
         except (KeyError, TypeError, AttributeError):
-            raise CalibrationError(f"{where} has messages without role or content: {MEND}") from None
+            raise CalibrationError(f"{where} has messages without role or content: {HINT}") from None
     texts = {name: value for name, value in row.items() if isinstance(value, str)}
     answer = next((texts[name] for name in (*RESPONSES, *CAPTIONS) if name in texts), "")
     prompt = next((texts[name] for name in PROMPTS if name in texts), "")
     if not answer.strip() or not (prompt.strip() or images):
-        raise CalibrationError(f"{where} has no prompt with an answer: {MEND}")
+        raise CalibrationError(f"{where} has no prompt with an answer: {HINT}")
     return _conversation(prompt, answer)
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lamella.data.pictures import Picture
+from lamella.data.images import Image
 from lamella.errors import CalibrationError
 from lamella.extras import require
 from lamella.measure.labelled import NO_LABEL
@@ -40,7 +40,7 @@ Message = Mapping[str, str]  # role and content
 
 
 @dataclass(frozen=True)
-class Shown:
+class Conversation:
     """One row as people hold it.
 
     Attributes:
@@ -54,7 +54,7 @@ class Shown:
         CalibrationError: for a row without prompt or answer, or with more or fewer images than marks.
     """
 
-    images: Sequence[Picture]
+    images: Sequence[Image]
     messages: tuple[Message, ...]
     where: str = "a row"
     task: str = ""
@@ -110,12 +110,12 @@ class Processing:
         return getattr(self.processor, "tokenizer", self.processor)
 
     @property
-    def sees(self) -> bool:
+    def takes_images(self) -> bool:
         """Whether it takes images."""
         return hasattr(self.processor, "image_processor")
 
     @cached_property
-    def places_images(self) -> bool:
+    def inserts_images(self) -> bool:
         """Whether it puts an image before each text by itself (Florence-2), so that texts have no marks."""
         try:
             self._called(["a"], [np.zeros((32, 32, 3), dtype=np.uint8)], {})
@@ -129,7 +129,7 @@ class Processing:
         ids = getattr(self.processor, "image_token_ids", None) or [getattr(self.processor, "image_token_id", None)]
         return [each for each in ids if each is not None]
 
-    def batch(self, rows: Sequence[Shown]) -> dict[str, Tensor]:
+    def batch(self, rows: Sequence[Conversation]) -> dict[str, Tensor]:
         """Some rows as a model takes them, with their answers; images and text alone may be mixed.
 
         Returns:
@@ -153,14 +153,14 @@ class Processing:
         lengths = batch[IDS].shape[1] - torch.tensor([len(answer) for answer in answers])
         return batch | {"prompt_lengths": lengths}
 
-    def prompts(self, rows: Sequence[Shown]) -> dict[str, Tensor]:
+    def prompts(self, rows: Sequence[Conversation]) -> dict[str, Tensor]:
         """The same rows before their answers, for ``generate``; see :meth:`batch`."""
         columns, beside = self._columns(list(rows))
         batch = self._padded(columns, "right" if self.encodes else "left") | beside
         del batch[LABELS]
         return batch
 
-    def question(self, text: str, pictures: Sequence[Picture] = ()) -> dict[str, Tensor]:
+    def question(self, text: str, pictures: Sequence[Image] = ()) -> dict[str, Tensor]:
         """One question, about pictures if there are any, for ``generate``.
 
         Raises:
@@ -168,7 +168,7 @@ class Processing:
         """
         asked = f"{MARK * len(pictures)}\n{text}" if pictures else text
         turns = ({"role": "user", "content": asked}, {"role": "assistant", "content": "?"})
-        return self.prompts([Shown(tuple(pictures), turns, "the question")])
+        return self.prompts([Conversation(tuple(pictures), turns, "the question")])
 
     def grid(self, batch: Mapping[str, Tensor]) -> tuple[int, int] | None:
         """How the tokens of a batch's only picture lie over it, as rows and columns; None where they form no grid."""
@@ -181,7 +181,7 @@ class Processing:
         side = math.isqrt(count := int(torch.isin(batch[IDS], ids).sum()))
         return (side, side) if math.prod(views) == 1 and side * side == count > 0 else None
 
-    def seen(self, picture: Picture) -> Picture:
+    def seen(self, picture: Image) -> Image:
         """What of a picture the model sees: its middle, where the processor cuts that out."""
         if not getattr(self.processor.image_processor, "do_center_crop", False):
             return picture
@@ -203,7 +203,7 @@ class Processing:
 
     # From rows to tokens.
 
-    def _columns(self, rows: Sequence[Shown]) -> tuple[list[Columns], dict[str, Tensor]]:
+    def _columns(self, rows: Sequence[Conversation]) -> tuple[list[Columns], dict[str, Tensor]]:
         """The tokens of all rows before their last answer, and what the processor makes of all images."""
         pieces = [self._pieces(row) for row in rows]
         columns, beside = self._first([each[0].text for each in pieces], rows)
@@ -213,7 +213,7 @@ class Processing:
                 _extend(row, tokens, tokens if is_answer else [NO_LABEL] * len(tokens))
         return columns, beside
 
-    def _pieces(self, row: Shown) -> list[Piece]:
+    def _pieces(self, row: Conversation) -> list[Piece]:
         """A conversation up to its last answer: what is asked and what was answered, in turn."""
         *earlier, last = (place for place, each in enumerate(row.messages) if each["role"] == "assistant")
         pieces: list[Piece] = []
@@ -243,7 +243,7 @@ class Processing:
         text = messages[0]["content"]
         for each in messages[1:]:  # an answer follows at once, as it will be written
             text += each["content"] if each["role"] == "assistant" and not self.encodes else f"\n{each['content']}"
-        if self.sees and self.places_images:
+        if self.takes_images and self.inserts_images:
             return text.replace(MARK, "").strip()
         return text.replace(MARK, self._mark)
 
@@ -258,14 +258,14 @@ class Processing:
 
     def _content(self, text: str) -> Any:
         """The content of a message in the form of its template: one that knows no images takes text alone."""
-        if not self.sees:
+        if not self.takes_images:
             return text
         if "image" not in str(self._template.chat_template):
             return text.replace(MARK, self._mark)
         parts = (part.strip("\n") for part in re.split(f"({MARK})", text))
         return [{"type": "image"} if part == MARK else {"type": "text", "text": part} for part in parts if part]
 
-    def _first(self, texts: Sequence[str], rows: Sequence[Shown]) -> tuple[list[Columns], dict[str, Tensor]]:
+    def _first(self, texts: Sequence[str], rows: Sequence[Conversation]) -> tuple[list[Columns], dict[str, Tensor]]:
         """What comes before the first answers: with images through the processor, without through the tokenizer."""
         begins = getattr(self.tokenizer, "bos_token", None)
         special = {} if begins is None or not texts[0].startswith(begins) else {"add_special_tokens": False}
@@ -282,11 +282,11 @@ class Processing:
         return [found[place] for place in range(len(rows))], beside
 
     def _shown(
-        self, texts: list[str], rows: Sequence[Shown], special: dict[str, bool]
+        self, texts: list[str], rows: Sequence[Conversation], special: dict[str, bool]
     ) -> tuple[list[Columns], dict[str, Tensor]]:
         """What the processor makes of texts with images: of each its tokens, of all together what is beside them."""
         where = ", ".join(dict.fromkeys(row.where for row in rows))
-        if not self.sees:
+        if not self.takes_images:
             raise CalibrationError(f"{where}: this model reads no images: give one that does, or rows of text")
         try:
             called = self._called(texts, [image for row in rows for image in row.images], special)
@@ -301,7 +301,7 @@ class Processing:
         ]
         return found, called
 
-    def _called(self, texts: list[str], images: Sequence[Picture], special: dict[str, bool]) -> dict[str, Any]:
+    def _called(self, texts: list[str], images: Sequence[Image], special: dict[str, bool]) -> dict[str, Any]:
         pillow = require("PIL.Image", "vision", "reading images")
         shown = [pillow.fromarray(image) for image in images]
         return dict(self.processor(text=texts, images=shown, padding=True, return_tensors="pt", **special))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 FOUND = "found"  # the extension of a response that holds what was found in it
 
 
-class Question(NamedTuple):
+class ChatRequest(NamedTuple):
     """One request.
 
     Attributes:
@@ -21,7 +21,7 @@ class Question(NamedTuple):
     seed: int
 
 
-class Answer(NamedTuple):
+class ChatResponse(NamedTuple):
     """What came back.
 
     Attributes:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
-from lamella.data.reader import Reader
+from lamella.data.context import InputContext
 from lamella.data.samples import Sample, Samples, blocks, pairs
 from lamella.data.sources import load_text, windows
 from lamella.errors import CalibrationError
@@ -38,7 +38,7 @@ class Records(Samples):
 
     many = True
     metavar = "FILE"
-    told = (
+    source_help = (
         "a file of text parted by blank lines, else by lines; or .jsonl with a text, or a prompt and its response, in "
         "each line; or pydoc, stdlib or a datasets name. Repeat it for several"
     )
@@ -58,7 +58,7 @@ class Records(Samples):
 
     @classmethod
     def open(
-        cls, names: str | Path | Sequence[str | Path], reader: Reader, *, sequences: int = 64, length: int = 128
+        cls, names: str | Path | Sequence[str | Path], context: InputContext, *, sequences: int = 64, length: int = 128
     ) -> Self:
         """Read files of records, and texts that are none.
 
@@ -79,12 +79,12 @@ class Records(Samples):
                 said: dict[str, Any] = {}
                 if cls.sampled and not str(name).endswith(".jsonl") and len(records) > sequences:
                     said = {"records": sequences, "of": len(records)}
-                    records = sorted(random.Random(reader.seed).sample(records, sequences))
-                made = _samples(name, records, reader.tokenizer, length)
+                    records = sorted(random.Random(context.seed).sample(records, sequences))
+                made = _samples(name, records, context.tokenizer, length)
                 said = _described(name, made) | said
             else:
-                text = load_text(name, reader.split)
-                tokens = windows(reader.tokenizer, text, sequences, length, reader.seed)
+                text = load_text(name, context.split)
+                tokens = windows(context.tokenizer, text, sequences, length, context.seed)
                 made, said = blocks(tokens, loss_on="all"), text.provenance(tokens)
             samples += made
             found.sources.append(said)

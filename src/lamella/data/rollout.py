@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lamella.data.decoding import Sampling
-from lamella.data.writer import Request, Writer, Written
+from lamella.data.writer import Completion, Writer, WritingRequest
 from lamella.errors import MethodError
 from lamella.files import Journal
 from lamella.progress import tracker
@@ -19,8 +19,8 @@ from lamella.reading import read_journal
 
 
 def rollout(
-    writer: Writer, requests: Sequence[Request], sampling: Sampling, journal: Path | None = None
-) -> dict[str, Written]:
+    writer: Writer, requests: Sequence[WritingRequest], sampling: Sampling, journal: Path | None = None
+) -> dict[str, Completion]:
     """The answers by the keys of their requests.
 
     Answers that come together, such as those of a batch, are one line of the journal, with the seconds that they took.
@@ -39,7 +39,7 @@ def rollout(
     if len(keys) < len(requests):
         raise MethodError(f"{len(requests)} requests have {len(keys)} keys: give each a key of its own")
     kept = Journal(journal, _is_line, _header(writer, requests, sampling))
-    found = {key: Written(*rest) for _, answers in kept.found for key, *rest in answers}
+    found = {key: Completion(*rest) for _, answers in kept.found for key, *rest in answers}
     with tracker("writing", len(requests)) as count:
         count(len(found))
         began = time.perf_counter()
@@ -57,7 +57,7 @@ def seconds_of(journal: Path) -> float:
     return float(sum(line[0] for line in lines if isinstance(line, list)))
 
 
-def _header(writer: Writer, requests: Sequence[Request], sampling: Sampling) -> str:
+def _header(writer: Writer, requests: Sequence[WritingRequest], sampling: Sampling) -> str:
     """What all answers depend on, in one line."""
     digest = hashlib.sha256(json.dumps(requests).encode()).hexdigest()
     return json.dumps({"writer": writer.describe(), "sampling": asdict(sampling), "requests": digest})

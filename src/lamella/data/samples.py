@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lamella.data.reader import Reader
+from lamella.data.context import InputContext
 from lamella.data.rows import Rows
 from lamella.data.sources import PLAIN, check_text, load_text, windows
 from lamella.errors import TrainingError
@@ -35,7 +35,7 @@ class Samples(Rows[Sample]):
     default: ClassVar[str | None] = "pydoc"
     metavar = "TEXT"
     reads_text = True
-    told = "pydoc, stdlib, a file or a datasets name"
+    source_help = "pydoc, stdlib, a file or a datasets name"
     example = replace(PLAIN, settings={"sequences": 10, "length": 16})
     loss_on: Scope = "response"
 
@@ -45,7 +45,7 @@ class Samples(Rows[Sample]):
         check_text(name)
 
     @classmethod
-    def open(cls, name: str, reader: Reader, *, sequences: int = 64, length: int = 256) -> Self:
+    def open(cls, name: str, context: InputContext, *, sequences: int = 64, length: int = 256) -> Self:
         """Blocks of a text.
 
         Args:
@@ -53,11 +53,11 @@ class Samples(Rows[Sample]):
             sequences: blocks of text.
             length: tokens in each.
         """
-        text = load_text(name, reader.split)
-        tokens = windows(reader.tokenizer, text, sequences, length, reader.seed)
+        text = load_text(name, context.split)
+        tokens = windows(context.tokenizer, text, sequences, length, context.seed)
         prompts = (length // 8, length // 2)
-        made = blocks(tokens, prompts, seed=reader.seed, loss_on=cls.loss_on)
-        return cls(made, reader.tokenizer, text.provenance(tokens))
+        made = blocks(tokens, prompts, seed=context.seed, loss_on=cls.loss_on)
+        return cls(made, context.tokenizer, text.provenance(tokens))
 
 
 class Passages(Samples):

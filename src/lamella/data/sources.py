@@ -95,13 +95,13 @@ class Source(str):
         text.texts = (content,) if texts is None else texts
         return text
 
-    def as_read_by(self, tokenizer: Any) -> str:
+    def tokenized_by(self, tokenizer: Any) -> str:
         """The text as a model is shown it that has this tokenizer."""
         return str(self)
 
     def apart(self, tokenizer: Any) -> list[str]:
         """The same, between whose parts windows are cut; one part where any window will do."""
-        return [self.as_read_by(tokenizer)]
+        return [self.tokenized_by(tokenizer)]
 
     def provenance(self, blocks: LongTensor | None = None) -> dict[str, Any]:
         """What evidence says about the text: its name, split and sha256, and how many tokens of it were used."""
@@ -137,7 +137,7 @@ class General(Source):
         source.documents = documents
         return source
 
-    def as_read_by(self, tokenizer: Any) -> str:
+    def tokenized_by(self, tokenizer: Any) -> str:
         show = _shown if getattr(tokenizer, "chat_template", None) is None else partial(_in_chat_format, tokenizer)
         return "\n\n".join(map(show, self.documents))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import LongTensor, Tensor
 
-from lamella.data.reader import Reader
+from lamella.data.context import InputContext
 from lamella.data.sources import PLAIN, Source, Split, check_text, load_text, windows
 
 
@@ -19,20 +19,20 @@ class Text(Mapping[str, Tensor]):
     Attributes:
         tokens: [sequences, time], without padding.
         source: the split of the text that they are cut from.
-        reader: what they were read with.
+        context: what they were read with.
     """
 
     default = "pydoc"
     metavar = "TEXT"
     reads_text = True
-    told = "pydoc, stdlib, a file or a datasets name"
+    source_help = "pydoc, stdlib, a file or a datasets name"
     example = replace(PLAIN, settings={"sequences": 2, "length": 16})
 
-    def __init__(self, tokens: LongTensor, source: Source, reader: Reader) -> None:
-        self.tokens, self.source, self.reader = tokens, source, reader
+    def __init__(self, tokens: LongTensor, source: Source, context: InputContext) -> None:
+        self.tokens, self.source, self.context = tokens, source, context
 
     @classmethod
-    def open(cls, name: str, reader: Reader, *, sequences: int = 4, length: int = 256) -> Text:
+    def open(cls, name: str, context: InputContext, *, sequences: int = 4, length: int = 256) -> Text:
         """Windows of a text.
 
         Args:
@@ -43,8 +43,8 @@ class Text(Mapping[str, Tensor]):
         Raises:
             CalibrationError: for a text that is missing, or too short.
         """
-        source = load_text(name, reader.split)
-        return cls(windows(reader.tokenizer, source, sequences, length, reader.seed), source, reader)
+        source = load_text(name, context.split)
+        return cls(windows(context.tokenizer, source, sequences, length, context.seed), source, context)
 
     @staticmethod
     def check(name: str | Path) -> None:
@@ -54,18 +54,18 @@ class Text(Mapping[str, Tensor]):
     @property
     def tokenizer(self) -> Any:
         """That of the model that reads it."""
-        return self.reader.tokenizer
+        return self.context.tokenizer
 
     def cut(self, sequences: int, length: int) -> Text:
         """Other windows of the same split."""
-        tokens = windows(self.tokenizer, self.source, sequences, length, self.reader.seed)
-        return Text(tokens, self.source, self.reader)
+        tokens = windows(self.tokenizer, self.source, sequences, length, self.context.seed)
+        return Text(tokens, self.source, self.context)
 
     def part(self, split: Split) -> Text:
         """As many windows of another split."""
         source = load_text(self.source.name, split)
         sequences, length = self.tokens.shape
-        return Text(windows(self.tokenizer, source, sequences, length, self.reader.seed), source, self.reader)
+        return Text(windows(self.tokenizer, source, sequences, length, self.context.seed), source, self.context)
 
     def further(self, sequences: int) -> Text:
         """So many more windows of the same split, none of which is among these.
@@ -74,8 +74,8 @@ class Text(Mapping[str, Tensor]):
             CalibrationError: when the text has not so many more.
         """
         had, length = self.tokens.shape
-        tokens = windows(self.tokenizer, self.source, sequences, length, self.reader.seed, after=had)
-        return Text(tokens, self.source, self.reader)
+        tokens = windows(self.tokenizer, self.source, sequences, length, self.context.seed, after=had)
+        return Text(tokens, self.source, self.context)
 
     def describe(self) -> dict[str, Any]:
         """What provenance says of it."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx2 as httpx
 
-from lamella.data.protocol import FOUND, Answer
+from lamella.data.protocol import FOUND, ChatResponse
 
 TOKEN = 1024  # bytes of a token in JSON, at most: 128 spaces are one in some vocabularies, and each may be escaped
 REST = 2**18  # bytes of a response beside its answer, at most
@@ -98,7 +98,7 @@ def _models(said: Any) -> list[str]:
         raise httpx.ReadError("no list of models") from None
 
 
-def _answer(said: Any) -> Answer:
+def _answer(said: Any) -> ChatResponse:
     """An answer out of what the protocol says."""
     try:
         choice = said["choices"][0]
@@ -111,7 +111,7 @@ def _answer(said: Any) -> Answer:
     usage = said.get("usage")
     counts = [usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens")]
     prompt, tokens = (each if isinstance(each, int) and 0 <= each < MOST_TOKENS else None for each in counts)
-    return Answer(text or "", reason != "length", prompt, tokens)
+    return ChatResponse(text or "", reason != "length", prompt, tokens)
 
 
 def _pause(said: str) -> str:

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from jinja2 import TemplateError
 
+from lamella.data.context import InputContext
 from lamella.data.decoding import Prompt, Sampling, batches, decode
 from lamella.data.endpoint import Endpoint
-from lamella.data.protocol import Question
-from lamella.data.reader import Reader
+from lamella.data.protocol import ChatRequest
 from lamella.errors import ArchitectureError, CalibrationError, MethodError
 from lamella.plan import Plan
 from lamella.plan.fingerprint import revision
@@ -25,7 +25,7 @@ from lamella.zoo import open_stack, open_tokenizer, preference
 SERVED = ("http://", "https://")
 
 
-class Request(NamedTuple):
+class WritingRequest(NamedTuple):
     """What is to be written.
 
     Attributes:
@@ -41,7 +41,7 @@ class Request(NamedTuple):
     seed: int
 
 
-class Written(NamedTuple):
+class Completion(NamedTuple):
     """What was written.
 
     Attributes:
@@ -66,7 +66,7 @@ class Writer(ABC):
     """
 
     metavar = "MODEL"
-    told = "a zoo name (smollm2), a checkpoint folder, a hub id, or the URL of an OpenAI-compatible endpoint"
+    source_help = "a zoo name (smollm2), a checkpoint folder, a hub id, or the URL of an OpenAI-compatible endpoint"
     name: str
     tokenizer: Any
 
@@ -74,7 +74,7 @@ class Writer(ABC):
     def open(
         cls,
         name: str | Path,
-        reader: Reader,
+        context: InputContext,
         *,
         plan: Path | None = None,
         batch: int = 16,
@@ -103,18 +103,18 @@ class Writer(ABC):
             LamellaError: for what cannot be opened.
         """
         if not str(name).startswith(SERVED):
-            return Local(str(name), plan=plan, batch=batch)
+            return LocalWriter(str(name), plan=plan, batch=batch)
         if plan is not None:
             raise MethodError("a plan runs in a decoder that is opened here, not behind an endpoint: leave it out")
         if tokenizer is None:
             raise MethodError(f"{name} shows no tokenizer: name a model that has it, with --tokenizer")
         endpoint = Endpoint(str(name), served, key, concurrent, rate, patience)
-        return Remote(endpoint, tokenizer)
+        return RemoteWriter(endpoint, tokenizer)
 
     @abstractmethod
     def write(
-        self, requests: Sequence[Request], sampling: Sampling, done: Collection[str] = ()
-    ) -> Iterator[list[tuple[Request, Written]]]:
+        self, requests: Sequence[WritingRequest], sampling: Sampling, done: Collection[str] = ()
+    ) -> Iterator[list[tuple[WritingRequest, Completion]]]:
         """Answer requests, some at a time, in any order.
 
         Args:
@@ -127,7 +127,7 @@ class Writer(ABC):
     def describe(self) -> dict[str, Any]:
         """What provenance says of it."""
 
-    def fits(self, request: Request) -> bool:
+    def fits(self, request: WritingRequest) -> bool:
         """Whether there is room for an answer; of an endpoint that is not known before it is asked."""
         return True
 
@@ -136,7 +136,7 @@ class Writer(ABC):
         return len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-class Local(Writer):
+class LocalWriter(Writer):
     """A decoder that is opened here, and again in each process that this is sent to.
 
     Args:
@@ -164,7 +164,7 @@ class Local(Writer):
                 "an instruction-tuned model, or one whose folder has chat_template.jinja"
             )
 
-    def __deepcopy__(self, memo: Any) -> Local:
+    def __deepcopy__(self, memo: Any) -> LocalWriter:
         return self  # nobody changes it
 
     def __getstate__(self) -> dict[str, Any]:
@@ -198,8 +198,8 @@ class Local(Writer):
         return self.stack.name
 
     def write(
-        self, requests: Sequence[Request], sampling: Sampling, done: Collection[str] = ()
-    ) -> Iterator[list[tuple[Request, Written]]]:
+        self, requests: Sequence[WritingRequest], sampling: Sampling, done: Collection[str] = ()
+    ) -> Iterator[list[tuple[WritingRequest, Completion]]]:
         """Answer requests batch by batch; a batch of which anything is missing is written whole, as it was before.
 
         Raises:
@@ -214,7 +214,7 @@ class Local(Writer):
             rows = decode(self.view, [prompts[number] for number in numbers], sampling, ends)
             texts = [self.tokenizer.decode(row.ids, skip_special_tokens=True) for row in rows]
             yield [
-                (requests[number], Written(text, row.finished, len(prompts[number].ids), len(row.ids)))
+                (requests[number], Completion(text, row.finished, len(prompts[number].ids), len(row.ids)))
                 for number, row, text in zip(numbers, rows, texts, strict=True)
             ]
 
@@ -223,10 +223,10 @@ class Local(Writer):
         """Tokens of a conversation with its answer, at most; None where there is no limit."""
         return getattr(self.stack.config, "max_position_embeddings", None)
 
-    def fits(self, request: Request) -> bool:
+    def fits(self, request: WritingRequest) -> bool:
         return self.room is None or len(self._ids(request)) < self.room
 
-    def _prompt(self, request: Request) -> Prompt:
+    def _prompt(self, request: WritingRequest) -> Prompt:
         """A request as the decoder reads it, whose answer ends where there is no more room."""
         ids, room = self._ids(request), self.room
         left = request.most if room is None else min(request.most, room - len(ids))
@@ -237,7 +237,7 @@ class Local(Writer):
             )
         return Prompt(ids, left, request.seed)
 
-    def _ids(self, request: Request) -> list[int]:
+    def _ids(self, request: WritingRequest) -> list[int]:
         try:
             text = self._shown(request.messages)
         except TemplateError:  # some know no system, which then stands before the question
@@ -269,7 +269,7 @@ def _opened(model: Any, dtype: Any, device: str | None) -> Stack:
 _of_process = lru_cache(maxsize=1)(_opened)
 
 
-class Remote(Writer):
+class RemoteWriter(Writer):
     """An endpoint.
 
     Args:
@@ -284,18 +284,18 @@ class Remote(Writer):
         self.counted_by = str(tokenizer if isinstance(tokenizer, str | Path) else tokenizer.name_or_path)
 
     def write(
-        self, requests: Sequence[Request], sampling: Sampling, done: Collection[str] = ()
-    ) -> Iterator[list[tuple[Request, Written]]]:
+        self, requests: Sequence[WritingRequest], sampling: Sampling, done: Collection[str] = ()
+    ) -> Iterator[list[tuple[WritingRequest, Completion]]]:
         """Answer requests one by one, as answers come."""
         left = [each for each in requests if each.key not in done]
-        questions = [Question(each.messages, each.most, each.seed) for each in left]
+        questions = [ChatRequest(each.messages, each.most, each.seed) for each in left]
         for number, answer in self.endpoint.ask(questions, self.name, sampling):
             request = left[number]
             read = answer.prompt
             if read is None:
                 read = sum(self.count(each["content"]) for each in request.messages)
             tokens = self.count(answer.text) if answer.tokens is None else answer.tokens
-            yield [(request, Written(answer.text, answer.finished, read, tokens))]
+            yield [(request, Completion(answer.text, answer.finished, read, tokens))]
 
     def describe(self) -> dict[str, Any]:
         return {"endpoint": self.endpoint.url, "model": self.name, "tokenizer": self.counted_by}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lamella.data.pictures import Picture
+from lamella.data.images import Image
 from lamella.extras import require
 from lamella.results.corpus import Corpus, write_rows
 
@@ -31,7 +31,7 @@ class Illustrated(Corpus):
     items: list[dict[str, Any]]
     train: list[dict[str, Any]] = field(default_factory=list)
     test: list[dict[str, Any]] = field(default_factory=list)
-    pictures: Mapping[str, Callable[[], Picture]] = field(default_factory=dict)
+    pictures: Mapping[str, Callable[[], Image]] = field(default_factory=dict)
 
     kind: ClassVar[str] = "illustrated"
 

@@ -73,7 +73,7 @@ class Changed:
     name: str
 
     metavar: ClassVar[str] = "CHANGED"
-    told: ClassVar[str] = "a plan or its folder, an exported folder or another model"
+    source_help: ClassVar[str] = "a plan or its folder, an exported folder or another model"
 
     @classmethod
     def open(cls, name: str | Path) -> Changed:

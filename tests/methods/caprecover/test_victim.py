@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lamella.data import Captioned, Pictures, Reader
+from lamella.data import Captioned, CaptionedImages, InputContext
 from lamella.errors import ArchitectureError, CheckpointError, MethodError
 from lamella.methods.caprecover import FourStages, Guard, Victim, of_link, of_timm, scales
 from lamella.methods.caprecover.digits import CUTS, prepare
@@ -47,8 +47,8 @@ def victim(name: str) -> Victim:
 
 
 @cache
-def pictures() -> Pictures:
-    return Pictures.open("digits", Reader(), count=6)
+def pictures() -> CaptionedImages:
+    return CaptionedImages.open("digits", InputContext(), count=6)
 
 
 @cache

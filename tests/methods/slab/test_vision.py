@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lamella.data import Captioned, Pictures, Reader
+from lamella.data import Captioned, CaptionedImages, InputContext
 from lamella.errors import CalibrationError, CheckpointError, MethodError
 from lamella.methods.slab import LinearAttention
 from lamella.methods.slab.recipe import Schedule
@@ -20,8 +20,8 @@ SMALL = Network(size=8, patch=2, channels=1, width=16, depth=2, heads=2)
 CONFIG = TrainConfig(steps=160, lr=5e-3, schedule="cosine", batch=32)
 
 
-def digits() -> Pictures:
-    return Pictures.open("digits", Reader(), count=600)
+def digits() -> CaptionedImages:
+    return CaptionedImages.open("digits", InputContext(), count=600)
 
 
 @pytest.mark.parametrize("kind", ["layer", "batch", "rep", "progressive batch", "progressive"])

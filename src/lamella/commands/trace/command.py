@@ -11,7 +11,7 @@ from annotated_types import Ge, Gt
 from lamella.commands.trace.report import png
 from lamella.commands.trace.tracing import trace_answer
 from lamella.data import open_processing
-from lamella.data.pictures import Picture, read_picture
+from lamella.data.images import Image, read_image
 from lamella.errors import CalibrationError
 from lamella.evaluate.fidelity import judged
 from lamella.plan import Plan
@@ -28,16 +28,16 @@ class Photo:
         pixels: RGB [height, width, 3], 0 to 255.
     """
 
-    pixels: Picture
+    pixels: Image
     name: str
 
     metavar: ClassVar[str] = "FILE"
-    told: ClassVar[str] = "an image file, such as photo.png"
+    source_help: ClassVar[str] = "an image file, such as photo.png"
 
     @classmethod
     def open(cls, name: str | Path) -> Photo:
         """Read an image file."""
-        return cls(read_picture(Path(name).expanduser(), "image"), str(name))
+        return cls(read_image(Path(name).expanduser(), "image"), str(name))
 
     @staticmethod
     def check(name: str | Path) -> None:

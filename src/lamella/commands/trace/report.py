@@ -20,7 +20,7 @@ ACTIVITY = ("void", "attention", "MLP", "active")  # of L2 Adaptive Computation,
 NAMES = {
     "first": "the first token", "image": "the image", "prompt": "the prompt", "answer": "the answer"
 }  # fmt: skip
-MOST_PIXELS = 512  # of the picture in the page, on a side
+MAX_PIXELS = 512  # of the picture in the page, on a side
 
 
 def render_trace(report: dict[str, Any]) -> str:
@@ -154,7 +154,7 @@ def _view(name: str, rows: list[list[float | None]], by: str) -> dict[str, Any]:
 def png(picture: np.ndarray) -> str:
     """A picture as a page holds it."""
     image = require("PIL.Image", "vision", "drawing pictures").fromarray(picture)
-    image.thumbnail((MOST_PIXELS, MOST_PIXELS))
+    image.thumbnail((MAX_PIXELS, MAX_PIXELS))
     image.save(written := BytesIO(), format="PNG")
     return f"data:image/png;base64,{base64.b64encode(written.getvalue()).decode()}"
 

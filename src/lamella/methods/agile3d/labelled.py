@@ -25,7 +25,7 @@ class ClickLogs:
     """
 
     metavar: ClassVar[str] = "CLICKS"
-    told: ClassVar[str] = "a file that a session has saved, or a folder that `label` has written"
+    source_help: ClassVar[str] = "a file that a session has saved, or a folder that `label` has written"
 
     of_scenes: Mapping[str, ClickLog]
     said: Mapping[str, Any]

@@ -91,7 +91,7 @@ def agile3d(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = shape.build(pull(shape.encoder) / "model.safetensors" if shape.public else None, practice.frozen)
-    log = practise(model, scenes.scenes, config, practice, work.place("run"))
+    log = practise(model, scenes.scenes, config, practice, work.directory("run"))
     sizes = {name: each.numel() for name, each in model.named_parameters()}
     encoder = sum(size for name, size in sizes.items() if name.startswith("encoder."))
     findings: dict[str, Any] = {"parameters": sum(sizes.values()), "parameters of the encoder": encoder}

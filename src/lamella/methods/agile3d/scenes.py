@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path, PurePath
 from typing import Any
 
-from lamella.data import Reader
+from lamella.data import InputContext
 from lamella.errors import CalibrationError
 from lamella.methods.agile3d.collages import collages
 from lamella.methods.agile3d.pictures import OBJECTS, parse_picture, read_scene
@@ -34,14 +34,14 @@ class Scenes:
     """
 
     metavar = "SCENES"
-    told = "a .ply file or a picture, a folder of them, or `rooms` or `collages`, which are made by chance"
+    source_help = "a .ply file or a picture, a folder of them, or `rooms` or `collages`, which are made by chance"
     example = Fixture("rooms", settings={"count": 2})
 
     scenes: tuple[Scene, ...]
     said: Mapping[str, Any]
 
     @classmethod
-    def open(cls, name: str | Path, reader: Reader, *, count: int = 24) -> Scenes:
+    def open(cls, name: str | Path, context: InputContext, *, count: int = 24) -> Scenes:
         """Read scenes.
 
         Args:
@@ -54,9 +54,9 @@ class Scenes:
         """
         if count < 1:
             raise CalibrationError(f"count {count}: give at least 1")
-        found = tuple(islice(_source(Path(name), reader), count))
+        found = tuple(islice(_source(Path(name), context), count))
         digest = hashlib.sha256(b"".join(scene.content() for scene in found)).hexdigest()
-        split = {"split": reader.split, "seed": reader.seed} if str(name) in BUILT_IN else {}
+        split = {"split": context.split, "seed": context.seed} if str(name) in BUILT_IN else {}
         return cls(found, {"data": str(name), **split, "scenes": len(found), "sha256": digest})
 
     def describe(self) -> dict[str, Any]:
@@ -70,9 +70,9 @@ class Scenes:
         return iter(self.scenes)
 
 
-def _source(path: Path, reader: Reader) -> Iterator[Scene]:
+def _source(path: Path, context: InputContext) -> Iterator[Scene]:
     if str(path) in BUILT_IN:
-        return BUILT_IN[str(path)]("test" if reader.split == "test" else "train", reader.seed)
+        return BUILT_IN[str(path)]("test" if context.split == "test" else "train", context.seed)
     if path.is_dir():
         files = [check_in_folder(each) for each in sorted(path.iterdir()) if is_scene(each)]
         if not files:

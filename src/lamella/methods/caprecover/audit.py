@@ -196,7 +196,7 @@ def audited(
     """
     known = Finished(work.journal("attackers"), depends)
     found: dict[tuple[str, str, int], dict[str, dict[str, float]]] = {}
-    place = work.place("attackers")
+    place = work.directory("attackers")
 
     def attack(cut: str, reader: Reader, seed: int) -> dict[str, dict[str, float]]:
         def of(guard: Guard) -> nn.Module:

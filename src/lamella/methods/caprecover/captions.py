@@ -11,7 +11,7 @@ import transformers
 from annotated_types import Ge
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from lamella.data import Lazy, Pictures
+from lamella.data import CaptionedImages, Lazy
 from lamella.errors import CalibrationError
 from lamella.evaluate.texts import TextScores
 from lamella.files import Work
@@ -42,7 +42,7 @@ SHOWN = 8  # pictures of the report
 )  # fmt: skip
 def captions(
     model: Victim,
-    images: Pictures,
+    images: CaptionedImages,
     writer: Stack | None = None,
     *,
     cuts: tuple[str, ...] = (),
@@ -85,7 +85,7 @@ def captions(
     theirs = recorded(model, test, chosen, work, "judge", depends)
     spread = scales(ours)
     if writer is None:
-        speaker, tokenizer = small_writer(texts, speaks, config.seed, work.place("writer"))
+        speaker, tokenizer = small_writer(texts, speaks, config.seed, work.directory("writer"))
     else:
         speaker, tokenizer = writer.model, open_tokenizer(writer.path or writer.name)
     rows: list[dict[str, Any]] = []
@@ -95,7 +95,7 @@ def captions(
             name = f"{cut}, {guard}"
             attacker = Captioner(ours[cut][0].shape, speaker, tokenizer, config.seed)
             loss = Spoken(guard, cut, spread[cut])
-            taught(attacker, ours[cut], texts, loss, config, work.place(f"{cut}-{guard}".replace(":", "-")))
+            taught(attacker, ours[cut], texts, loss, config, work.directory(f"{cut}-{guard}".replace(":", "-")))
             written[name] = recovered(attacker, theirs[cut], loss, beams)
             others = Lazy([len(test) - 1, *range(len(test) - 1)], theirs[cut].__getitem__)
             other = recovered(attacker, others, loss, beams)

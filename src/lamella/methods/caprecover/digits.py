@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lamella.data import Captioned, Pictures, Reader
+from lamella.data import Captioned, CaptionedImages, InputContext
 from lamella.plan.filling import fill
 from lamella.train import TrainConfig, class_nats, fit, supervised
 from lamella.zoo.cache import build_once
@@ -66,7 +66,7 @@ def victim() -> tuple[nn.Module, frozenset[str]]:
 
 
 def _seen() -> Sequence[Captioned]:
-    return Pictures.open(NAME, Reader(), count=TRAINED).items
+    return CaptionedImages.open(NAME, InputContext(), count=TRAINED).items
 
 
 def _train(model: nn.Module, folder: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Le, MinLen
 
-from lamella.data import LabelledPictures
+from lamella.data import LabelledImages
 from lamella.files import Work
 from lamella.methods.caprecover.audit import Sets, audited, of_link, recommended, retrieved
 from lamella.methods.caprecover.guard import Guard
@@ -45,7 +45,7 @@ LINKED = 256  # pictures on which the price of a defence is measured
 )  # fmt: skip
 def caprecover(
     model: Victim,
-    images: LabelledPictures,
+    images: LabelledImages,
     *,
     cuts: tuple[str, ...] = (),
     readers: Annotated[tuple[Reader, ...], MinLen(1)] = ("linear", "gap", "conv"),

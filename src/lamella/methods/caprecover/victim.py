@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, CLIPImageProcessor, ViTImageProcessor
 
-from lamella.data import Captioned, Pictures
+from lamella.data import Captioned, CaptionedImages
 from lamella.errors import ArchitectureError, CheckpointError, MethodError
 from lamella.extras import require
 from lamella.methods.caprecover import digits
@@ -115,7 +115,7 @@ class Victim(View):
             raise MethodError(f"{self.name} has no cut '{wrong}': it has {', '.join(self.cuts)}")
         return list(names) or list(self.cuts)
 
-    def unseen(self, pictures: Pictures) -> list[Captioned]:
+    def unseen(self, pictures: CaptionedImages) -> list[Captioned]:
         """Those pictures that it was not trained on, as far as is known."""
         return [each for each in pictures.items if not self.seen or digits.digest(each) not in self.seen]
 

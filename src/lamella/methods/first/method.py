@@ -110,7 +110,7 @@ def tune(
         gates: ``hard`` as in serving, or ``soft``.
         work: where an interrupted run goes on from.
     """
-    out = work.place()
+    out = work.directory()
     view = apply(stack, plan)
     routers: PromptRouters = view.lamella_policy
     routers.gates = gates
@@ -177,7 +177,7 @@ def first(
         point, each with the mean number of layers that it keeps on calibration text.
     """
     tokens = torch.cat([row["input_ids"] for row in sequences(calibration)])
-    folder = work.place()
+    folder = work.directory()
     samples = blocks(tokens.cpu(), (tokens.shape[1] // 4, tokens.shape[1] // 2), seed=seed)
     settings: dict[str, Any] = {
         "pool": pool,

@@ -29,7 +29,7 @@ from annotated_types import Ge
 from transformers import LlavaForConditionalGeneration
 
 from lamella.data import ImageText
-from lamella.data.pictures import Picture
+from lamella.data.images import Image
 from lamella.errors import ArchitectureError, CalibrationError, MethodError
 from lamella.evaluate import answered
 from lamella.files import Work
@@ -140,7 +140,7 @@ def hires_llava(
         processor,
         train.items,
         config,
-        work.place() / "run",
+        work.directory() / "run",
         language=language,
         rank=rank,
         settings={"restoring": str(restoring), "adapters": made.config.restored},
@@ -166,7 +166,7 @@ def built(
     model: Model, samples: ImageText, restoring: Restoring, seed: int = 0
 ) -> tuple[HiResLlava, HiResLlavaProcessor, dict[str, Any] | None]:
     """A model that reads slices, its adapters where they shall stand, and what was measured to put them there."""
-    if not samples.processing.sees:
+    if not samples.processing.takes_images:
         raise MethodError(f"hires-llava works on models that read images, and {model.name} reads text alone")
     if not isinstance(model.model, LlavaForConditionalGeneration):
         kind = type(model.model).__name__
@@ -191,7 +191,7 @@ def _layers(place: Place, most: int) -> list[int]:
     return list(range(first, most, step))
 
 
-def pictures_of(samples: ImageText, most: int | None = None) -> list[Picture]:
+def pictures_of(samples: ImageText, most: int | None = None) -> list[Image]:
     """The images of rows.
 
     Raises:
@@ -237,7 +237,7 @@ def seams(
     Raises:
         CalibrationError: for images without a seam, or too few questions.
     """
-    if not calibration.processing.sees:
+    if not calibration.processing.takes_images:
         raise MethodError(f"hires-llava works on models that read images, and {model.name} reads text alone")
     how: dict[str, Any] = {"most_slices": most_slices, "overlap": 0, "sampler": "all"}
     bare, processor = sliced(model.model, calibration.processing.processor, **how)
@@ -334,7 +334,7 @@ def entities(
     """
     config: Any = model.model.config
     slice_side = int(getattr(config.vision_config, "image_size", 0) or SIDE)
-    pictures: dict[str, Callable[[], Picture]] = {}
+    pictures: dict[str, Callable[[], Image]] = {}
     made = Illustrated(items=[], pictures=pictures)
     for part, name, count in (("calibration", "train", rows), ("test", "test", held_out)):
         kept = made.train if name == "train" else made.test
@@ -350,5 +350,5 @@ def entities(
     return made
 
 
-def _picture(number: int, part: str, seed: int, side: int) -> Picture:
+def _picture(number: int, part: str, seed: int, side: int) -> Image:
     return question(number, part, seed, side).picture

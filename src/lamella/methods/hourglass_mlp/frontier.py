@@ -178,7 +178,7 @@ def frontier(
     shapes = within(grid.shapes(families, task.d_in, task.d_out), task, most, count)
     config = config.lasting(epochs * len(task.train))
     depends = [task.describe(), asdict(replace(config, lr=None))]
-    folder, points = work.place(), []
+    folder, points = work.directory(), []
     finished = Finished(folder / "frontier.jsonl", depends)
     for shape in shapes:
         runs: dict[float, list[list[float]]] = {lr: [] for lr in lrs}

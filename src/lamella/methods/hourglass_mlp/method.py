@@ -69,7 +69,7 @@ def hourglass_mlp(
     check(stack, layers, count)
     missed = {} if layers else sensitivity(stack, calibration)
     chosen = [Position(layer, "mlp") for layer in layers] or sorted(sorted(missed, key=missed.__getitem__)[:count])
-    reference, folder = ModelReference.of(stack), work.place()
+    reference, folder = ModelReference.of(stack), work.directory()
     modules, networks, findings = {}, {}, []
     for position in chosen:
         [site] = reference.sites({stack.stack: [position]})

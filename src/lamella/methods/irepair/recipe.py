@@ -129,7 +129,7 @@ def repair(
         TrainingError: when training fails; the last good checkpoint stays.
     """
     _check(stack, good, bad, utility)
-    folder = work.place()
+    folder = work.directory()
     feed, held_out, config = _fed(stack, good, bad, utility, settings, config)
     reference = share(stack.model).eval()
     policy = copy.deepcopy(stack.model).float()  # small steps would be lost in half precision

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge
 
-from lamella.data import Sampling, Writer, Written, rollout, seed_of
+from lamella.data import Completion, Sampling, Writer, rollout, seed_of
 from lamella.files import Work
 from lamella.methods.kore.items import Item, Knowledge
 from lamella.methods.kore.tree import (
@@ -75,7 +75,7 @@ def augment(
     """
     lists, items = Templates.open(templates), list(knowledge)
     began = time.perf_counter()
-    said: dict[str, Written] = {}
+    said: dict[str, Completion] = {}
     if writer is not None:
         said = rollout(writer, requests(items, tree, seed), sampling, work.journal("written"))
     seconds = time.perf_counter() - began
@@ -111,7 +111,7 @@ def augment(
 
 
 def forest(
-    items: Sequence[Item], said: Mapping[str, Written], tree: Tree, templates: Templates, seed: int
+    items: Sequence[Item], said: Mapping[str, Completion], tree: Tree, templates: Templates, seed: int
 ) -> tuple[list[Turn], list[Conversation], list[Conversation]]:
     """The turns of all items, their conversations in a drawn order, and those to test by in that of the items."""
     subjects = {
@@ -130,7 +130,7 @@ def forest(
     return turns, train, test
 
 
-def turns_of(item: Item, said: Mapping[str, Written], templates: Templates, seed: int) -> list[Turn]:
+def turns_of(item: Item, said: Mapping[str, Completion], templates: Templates, seed: int) -> list[Turn]:
     """The turns of an item: what the writer said, or what templates make."""
     caption = drawn(templates.caption, item, "caption", seed)
     if not said:

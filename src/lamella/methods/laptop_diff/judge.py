@@ -12,7 +12,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from lamella.data import Pictures
+from lamella.data import CaptionedImages
 from lamella.extras import require
 from lamella.methods.laptop_diff.denoiser import Denoiser
 from lamella.methods.laptop_diff.tuples import Tuples, error, predictions, targets
@@ -37,7 +37,7 @@ class Judging:
 
 
 def judged(
-    denoiser: Denoiser, networks: Mapping[str, Any], test: Pictures, judging: Judging, batch: int, seed: int
+    denoiser: Denoiser, networks: Mapping[str, Any], test: CaptionedImages, judging: Judging, batch: int, seed: int
 ) -> dict[str, Any]:
     """Denoising and output loss of some networks on test pictures, beside the whole one's, and what each draws.
 
@@ -69,7 +69,7 @@ def judged(
 
 @torch.no_grad()
 def drawn(
-    denoiser: Denoiser, network: Any, asked: Pictures, count: int, seed: int, steps: int = DRAWING
+    denoiser: Denoiser, network: Any, asked: CaptionedImages, count: int, seed: int, steps: int = DRAWING
 ) -> npt.NDArray[np.uint8]:
     """Pictures [count, height, width, 3] that a network draws from noise, by DDIM and without guidance.
 

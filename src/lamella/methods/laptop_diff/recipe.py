@@ -22,7 +22,7 @@ from annotated_types import Ge, Lt
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lamella.data import Captioned, Encoded, Lazy, Pictures
+from lamella.data import Captioned, CaptionedImages, Encoded, Lazy
 from lamella.files import Work
 from lamella.methods.laptop_diff.denoiser import Denoiser
 from lamella.methods.laptop_diff.tuples import Tuples
@@ -179,7 +179,7 @@ class Average(Hook):
 def distil(
     denoiser: Denoiser,
     student: nn.Module,
-    pictures: Pictures,
+    pictures: CaptionedImages,
     *,
     weights: Weights,
     config: TrainConfig,
@@ -209,7 +209,7 @@ def distil(
     return log, begins
 
 
-def encoded(denoiser: Denoiser, pictures: Pictures, work: Work = Work()) -> Sequence[dict[str, Tensor]]:
+def encoded(denoiser: Denoiser, pictures: CaptionedImages, work: Work = Work()) -> Sequence[dict[str, Tensor]]:
     """Training samples: x_0 and conditions of each picture.
 
     Latents, and the conditions of each distinct caption and class, are computed once and kept in files. Pictures of a

@@ -144,7 +144,7 @@ def compare(
     config = config.lasting(len(language.samples))
     config = replace(config, eval_every=config.eval_every or max(1, (config.steps or 1) // POINTS))
     courses: dict[str, list[Course]] = {}
-    folder = work.place()
+    folder = work.directory()
     for arm in arms(Edges.of(len(stack), first, last), r, replay).values():
         for lr in rates:
             course, _ = follow(

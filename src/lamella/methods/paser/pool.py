@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lamella.data import Reader, Rows
+from lamella.data import InputContext, Rows
 from lamella.errors import CalibrationError
 from lamella.reading import read_rows
 from lamella.results import Corpus
@@ -59,7 +59,7 @@ class Pool(Rows[Example]):
     """The instructions that are chosen from, with the tokenizer that their model reads them with."""
 
     metavar = "FILE"
-    told = "a .jsonl file of instructions: instruction, output, and input where there is one"
+    source_help = "a .jsonl file of instructions: instruction, output, and input where there is one"
     example = Fixture(
         "instructions.jsonl",
         '{"instruction": "Name a colour.", "output": "Blue."}\n'
@@ -70,7 +70,7 @@ class Pool(Rows[Example]):
     )
 
     @classmethod
-    def open(cls, name: str | Path, reader: Reader) -> Pool:
+    def open(cls, name: str | Path, context: InputContext) -> Pool:
         """The instructions of a file.
 
         Raises:
@@ -79,7 +79,7 @@ class Pool(Rows[Example]):
         rows = [row for _, row in read_rows(name, instead="paser chooses from a .jsonl file of instructions")]
         content = Path(name).expanduser().read_bytes()
         said = {"data": str(name), "samples": len(rows), "sha256": hashlib.sha256(content).hexdigest()}
-        return cls(read_pool(rows), reader.tokenizer, said)
+        return cls(read_pool(rows), context.tokenizer, said)
 
 
 def read_pool(rows: Sequence[Any]) -> list[Example]:

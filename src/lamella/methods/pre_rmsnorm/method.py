@@ -92,5 +92,5 @@ def formed(model: Model, norm: Norm, fold: Fold | None, tied: Tied) -> Form:
     try:
         return Form(norm, folded, tied if is_tied(model.model) else "untie")
     except ValueError as error:
-        mend = "--tied untie" if folded == "affine" else "--fold affine"
-        raise MethodError(f"{model.name}: {error} with {mend}") from None
+        hint = "--tied untie" if folded == "affine" else "--fold affine"
+        raise MethodError(f"{model.name}: {error} with {hint}") from None

@@ -222,7 +222,7 @@ def tune(
         config: of the training.
         work: where an interrupted run goes on from.
     """
-    out = work.place()
+    out = work.directory()
     view = apply(stack, plan)
     own(view)
     log = fit(
@@ -280,7 +280,7 @@ def rd_prune(
     """
     if allocation != "rd" and (cost, max_amount, curves) != ("weights", 1.0, None):
         raise MethodError(f"allocation {allocation} is a rule on weights alone: leave out cost, max_amount and curves")
-    folder = work.place()
+    folder = work.directory()
     measured = rate_distortion(stack, calibration, grid=grid, path=curves) if allocation == "rd" else None
     probe, found = probe_of(stack, calibration), prunable(stack)
     points = [Point(scores={"sparsity": 0.0, "distortion": 0.0})]

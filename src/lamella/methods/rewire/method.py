@@ -147,7 +147,7 @@ def rewire(
         "documents": describe(documents), "rewriter": rewriter.describe(), "prompt": guide.digest, "seed": seed,
         "held_out": blend.held_out, **asdict(rules), **asdict(replace(rewriting, floor=None)), **asdict(sampling),
     }  # fmt: skip
-    folder = work.place(hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:12])
+    folder = work.directory(hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:12])
 
     pool, gone = pool_of(learnt, rules, folder / "minhash")
     if len(pool) < 2:

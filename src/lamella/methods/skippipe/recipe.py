@@ -91,11 +91,11 @@ def train(
     own(view, lambda name: True)
     trainer = _Paths(view, parts, orders, config, pace)
     if pipeline is not None and ray:
-        log = trainer.over_cluster(train, work.place(), pipeline)
+        log = trainer.over_cluster(train, work.directory(), pipeline)
     elif pipeline is None or processes.count() == 1:
-        log = trainer.in_one_process(train, work.place() / "run")
+        log = trainer.in_one_process(train, work.directory() / "run")
     else:
-        log, pipeline = trainer.over_nodes(train, work.place(), pipeline, lost, limit)
+        log, pipeline = trainer.over_nodes(train, work.directory(), pipeline, lost, limit)
         orders = _always(pipeline.orders)
     assert config.steps is not None
     seen = {left_out(len(parts), order) for step in range(config.steps) for order in orders(step)}

@@ -12,7 +12,7 @@ from annotated_types import Ge, Le, Lt
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lamella.data import Captioned, LabelledPictures, Lazy, batches
+from lamella.data import Captioned, LabelledImages, Lazy, batches
 from lamella.errors import CalibrationError, MethodError
 from lamella.extras import require
 from lamella.files import Work
@@ -134,7 +134,7 @@ class Classifier(TrainedNetwork):
            "save_every": 2},
 )  # fmt: skip
 def vision(
-    images: LabelledPictures,
+    images: LabelledImages,
     *,
     network: Network = Network(),
     norms: Schedule = Schedule(share=0.8, init="vision"),  # noqa: B008, frozen
@@ -169,7 +169,7 @@ def vision(
     classes = 1 + max(each.label or 0 for each in (*images.items, *test))
     x, y = pixels(images.items, network), torch.tensor([each.label for each in images.items])
     config = replace(config, steps=config.steps or EPOCHS * max(1, len(x) // config.batch))
-    model, log, findings = trained(network, classes, x, y, norms, kind, config, work.place("run"))
+    model, log, findings = trained(network, classes, x, y, norms, kind, config, work.directory("run"))
     test_x, test_y = pixels(test, network), torch.tensor([each.label for each in test])
     findings["accuracy"] = finished(model, x, test_x, test_y, norms, kind, config.batch)
     findings["loss"] = [point.loss for point in log.train]

@@ -115,7 +115,7 @@ def smora(
     config = replace(config, steps=config.steps or epochs * once)
 
     # Experts beside the linear maps that run under the plan.
-    view, folder = apply(stack, plan), work.place()
+    view, folder = apply(stack, plan), work.directory()
     names = linear_at(view, targets or None, where)
     _check_sizes(view, names, experts.r)
     made: dict[str, Any] = attach(view, names, partial(RankExperts, **asdict(experts)), seed=config.seed)

@@ -161,7 +161,7 @@ def ssd(
     if save_importance is not None:  # whatever comes of the edit, it can be tried again with other settings
         found[1].save(save_importance)
     done = dampen(stack, *found, **vars(settings))
-    plan = plan_of(stack, done, found, work.place())
+    plan = plan_of(stack, done, found, work.directory())
     view = apply(stack, plan)
     guard = None if retain is None else Guard.of(stack.model, view, retain, max_drop)
     if guard is not None and not guard.kept:
@@ -198,7 +198,7 @@ def scaled(
     measured["names"] = chosen_parameters(stack, options.get("layers", ()), options.get("skip", ()))
     measured |= {"retain": retain, "importance": importance, "batch": batch, "alpha": _alpha(options)}
     found = importances(stack, samples, **measured)
-    return plan_of(stack, dampen(stack, *found, **options), found, work.place())
+    return plan_of(stack, dampen(stack, *found, **options), found, work.directory())
 
 
 def _alpha(options: Mapping[str, Any]) -> float:

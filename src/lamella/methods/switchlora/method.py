@@ -95,7 +95,7 @@ def switchlora(
         train,
         Task(response_loss),
         config,
-        out=work.place() / "run",
+        out=work.directory() / "run",
         trainable=trains,
         optimizer=by_vectors(rest),
         hooks=[switching],

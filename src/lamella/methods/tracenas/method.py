@@ -88,7 +88,7 @@ def recover(
     Returns:
         The smaller model, which is an ordinary one, with a plan that runs all of it.
     """
-    out = work.place()
+    out = work.directory()
     smaller = materialise(stack, plan)
     own(smaller.model)
     config = config.lasting(len(train))

@@ -122,7 +122,7 @@ def wrap(
         "styles": [(style.name, style.digest) for style in chosen], "evaluations": judged.digest,
         **asdict(cutting), **asdict(sampling), **asdict(filters),
     }  # fmt: skip
-    folder = work.place(hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:12])
+    folder = work.directory(hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:12])
     rolled = Rolled(rephraser, sampling, folder)
     ask = Cut(rephraser, chosen, cutting.longest, cutting.shortest, judged, seed)
     read = Cleaned(rephraser, chosen, filters, judged)

@@ -13,7 +13,7 @@ from lamella.errors import MethodError
 
 
 @dataclass(frozen=True)
-class Reader:
+class InputContext:
     """For whom an input is read.
 
     Attributes:

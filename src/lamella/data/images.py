@@ -16,13 +16,13 @@ from lamella.errors import CalibrationError, LamellaError
 from lamella.extras import require
 from lamella.reading import FileRefused, check_in_folder, open_file
 
-Picture = npt.NDArray[np.uint8]  # [height, width, 3]
+Image = npt.NDArray[np.uint8]  # [height, width, 3]
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-MOST_PIXELS = 64_000_000  # of one picture: a small file may claim to hold any number
+MAX_PIXELS = 64_000_000  # of one picture: a small file may claim to hold any number
 
 
-def read_picture(file: Path, where: str) -> Picture:
+def read_image(file: Path, where: str) -> Image:
     """The colours of a picture, the way up that it was taken.
 
     Args:
@@ -33,10 +33,10 @@ def read_picture(file: Path, where: str) -> Picture:
         CalibrationError: when it cannot be read, or is larger than any model takes.
         LamellaError: when Pillow is missing.
     """
-    return next(read_animation(file, where, colours))
+    return next(read_animation(file, where, to_rgb))
 
 
-def read_animation(file: Path, where: str, convert: Callable[[Any], Picture]) -> Iterator[Picture]:
+def read_animation(file: Path, where: str, convert: Callable[[Any], Image]) -> Iterator[Image]:
     """The images of a file, of which only animations have several, decoded one at a time.
 
     Args:
@@ -54,7 +54,7 @@ def read_animation(file: Path, where: str, convert: Callable[[Any], Picture]) ->
             yield convert(each)
 
 
-class Checked(NamedTuple):
+class ImageInfo(NamedTuple):
     """What is known of a file of images without decoding it.
 
     Attributes:
@@ -66,7 +66,7 @@ class Checked(NamedTuple):
     frames: int
 
 
-def check_picture(file: Path, where: str) -> Checked:
+def check_image(file: Path, where: str) -> ImageInfo:
     """Check a picture by its header and its checksums, without decoding it.
 
     Damage that only decoding shows is reported by :func:`read_picture`.
@@ -85,16 +85,16 @@ def check_picture(file: Path, where: str) -> Checked:
         with _opened(opened, file, where) as image:
             frames = getattr(image, "n_frames", 1)
             image.verify()
-        return Checked(digest, frames)
+        return ImageInfo(digest, frames)
 
 
 def _opened(opened: BinaryIO, file: Path, where: str) -> Any:
     """The image of Pillow in an open file, of which the header alone has been read."""
     image = require("PIL.Image", "vision", "reading pictures").open(opened, formats=FORMATS)
     width, height = image.size
-    if width * height > MOST_PIXELS:
+    if width * height > MAX_PIXELS:
         raise CalibrationError(
-            f"{where}: the image {file.name} has {width} x {height} pixels, above {MOST_PIXELS:,}: give a smaller one"
+            f"{where}: the image {file.name} has {width} x {height} pixels, above {MAX_PIXELS:,}: give a smaller one"
         )
     return image
 
@@ -117,7 +117,7 @@ def _readable(file: Path, where: str) -> Iterator[None]:
         ) from None
 
 
-def colours(image: Any) -> Picture:
+def to_rgb(image: Any) -> Image:
     """What a Pillow image shows [height, width, 3]."""
     upright = require("PIL.ImageOps", "vision", "reading pictures").exif_transpose(image)
     return np.array(upright.convert("RGB"))
