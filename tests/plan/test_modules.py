@@ -46,7 +46,7 @@ class Low(SiteModule):
 
     def __init__(self, stack, positions, *, rank: int) -> None:
         super().__init__(stack, positions)
-        width = stack.architecture.sizes_of(stack.config).stream
+        width = stack.architecture.sizes_of(stack.config).hidden
         self.a, self.b = nn.Linear(width, rank, bias=False), nn.Linear(rank, width, bias=False)
 
     def forward(self, h, out, call):

@@ -121,7 +121,7 @@ def _refuse_logits(saved: Tensor, positions: int) -> Tensor:
 
 def smaller(stack: Stack, hidden: int = 24) -> Any:
     """A model of half the depth and a narrower stream, with parameters of its own."""
-    width: Any = {"stream.channels": list(range(hidden))}
+    width: Any = {"hidden.channels": list(range(hidden))}
     model = materialise(stack, Plan(model=ModelReference.of(stack), drop=["layers.1", "layers.2"], width=width)).model
     own(model)
     return model

@@ -5,11 +5,11 @@ from lamella.plan.chain import Chain, Run
 from lamella.plan.entries import (
     AdapterReference,
     HeadWidth,
+    HiddenWidth,
     ModuleReference,
     PhasedPath,
     PolicyReference,
     RewriteReference,
-    StreamWidth,
     WeightEdit,
 )
 from lamella.plan.modules import SiteModule, keep_modules, modules_of
@@ -43,6 +43,7 @@ __all__ = [
     "Decision",
     "Factors",
     "HeadWidth",
+    "HiddenWidth",
     "Masks",
     "ModelReference",
     "ModuleReference",
@@ -57,7 +58,6 @@ __all__ = [
     "SiteAdapter",
     "SiteModule",
     "StackReference",
-    "StreamWidth",
     "WeightEdit",
     "alter",
     "alter_stack",

@@ -31,7 +31,7 @@ class HeadWidth(Document):
         return Heads(self.keep, self.kv_of, self.merge)
 
 
-class StreamWidth(Document):
+class HiddenWidth(Document):
     """The kept channels of the stream, in their new order.
 
     Attributes:
@@ -42,7 +42,7 @@ class StreamWidth(Document):
     rescale: bool = False
 
 
-Width = dict[str, Kept | HeadWidth | StreamWidth]
+Width = dict[str, Kept | HeadWidth | HiddenWidth]
 
 
 class PhasedPath(Document):

@@ -307,7 +307,7 @@ class _Counts(BaseModel):
 
     channels: dict[LayerName, Count]
     kv_of: dict[LayerName, Heads]
-    stream: Count | None
+    hidden: Count | None
     rescale: bool
 
 

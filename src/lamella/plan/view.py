@@ -137,7 +137,7 @@ def _narrowed(model: Model, plan: Plan) -> Model:
     except PlanError:
         view.lamella_counts = widths.counts()
     else:
-        eps = stack.config.hidden_size / sizes.stream if widths.rescale else 1.0
+        eps = stack.config.hidden_size / sizes.hidden if widths.rescale else 1.0
         resize({id(config): config for config in (view.config, base.config)}.values(), architecture, sizes, eps)
     return open_model(view, name=model.name)
 

@@ -16,7 +16,7 @@ Objective = Literal["next token", "masked tokens", "classes", "features"]
 
 SIZES = {  # what configs call the sizes, if nothing else is said
     "layers": "num_hidden_layers",
-    "stream": "hidden_size",
+    "hidden": "hidden_size",
     "channels": "intermediate_size",
     "heads": "num_attention_heads",
     "kv_heads": "num_key_value_heads",
@@ -189,16 +189,16 @@ class Architecture:
         def said(size: str) -> int | None:
             return getattr(config, self.sizes.get(size, size), None)
 
-        stream, heads = said("stream"), said("heads")
-        assert stream is not None and heads is not None
-        channels = said("channels") or 4 * stream  # as GPT-2 reads its n_inner
-        return Sizes(stream, channels, heads, said("kv_heads") or heads, said("head_dim") or stream // heads)
+        hidden, heads = said("hidden"), said("heads")
+        assert hidden is not None and heads is not None
+        channels = said("channels") or 4 * hidden  # as GPT-2 reads its n_inner
+        return Sizes(hidden, channels, heads, said("kv_heads") or heads, said("head_dim") or hidden // heads)
 
-    def fits(self, stream: int, heads: int, head_dim: int) -> bool:
+    def fits(self, hidden: int, heads: int, head_dim: int) -> bool:
         """Whether the config can say so many query heads of that size beside a stream of that width."""
         if "head_dim" not in self.sizes:
-            return heads * head_dim == stream
-        return not self.wiring.divides or stream % heads == 0
+            return heads * head_dim == hidden
+        return not self.wiring.divides or hidden % heads == 0
 
 
 @dataclass(frozen=True)

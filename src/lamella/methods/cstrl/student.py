@@ -72,10 +72,10 @@ def _sizes(stack: Stack, parts: int, heads_left: float) -> dict[str, int]:
     architecture, whole = stack.architecture, stack.architecture.sizes_of(stack.config)
     group = whole.heads // whole.kv_heads
     heads = max(group, round(whole.heads * heads_left) // group * group)
-    width = whole.stream / math.sqrt(parts)
+    width = whole.hidden / math.sqrt(parts)
     # T5 says a head's size beside the width; elsewhere heads may have to fill it, and rotations come in pairs.
-    stream = int(width) if architecture.name == "t5" else EIGHT * heads * max(1, round(width / (EIGHT * heads)))
-    sizes = {"stream": stream, "channels": max(1, whole.channels // parts), "heads": heads, "kv_heads": heads // group}
+    hidden = int(width) if architecture.name == "t5" else EIGHT * heads * max(1, round(width / (EIGHT * heads)))
+    sizes = {"hidden": hidden, "channels": max(1, whole.channels // parts), "heads": heads, "kv_heads": heads // group}
     return {name: size for name, size in sizes.items() if name in architecture.sizes}
 
 

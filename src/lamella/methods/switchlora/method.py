@@ -72,7 +72,7 @@ def switchlora(
         MethodError: for a rank that does not fit, or a plan in which a layer runs twice.
         TrainingError: when training cannot start or stay finite.
     """
-    width = stack.architecture.sizes_of(stack.config).stream
+    width = stack.architecture.sizes_of(stack.config).hidden
     r = max(LEAST, width // QUARTER) if r is None else r
     if r >= width:
         raise MethodError(f"r {r}: give a rank from {LEAST} to {width - 1}, below the stream's width")

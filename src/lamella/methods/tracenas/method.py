@@ -270,7 +270,7 @@ def tracenas(
     whole = Point(
         scores={
             "phi": 2.0 * len(stack),
-            "parameters": float(space.count([space.whole] * len(stack), space.whole.stream)),
+            "parameters": float(space.count([space.whole] * len(stack), space.whole.hidden)),
         }
     )
     series = PlanSeries(model=model, points=[whole, winner], provenance={"evaluations": len(found), "best": told})

@@ -134,7 +134,7 @@ class Layout:
         return self.outside["token_embd.weight"].shape[0]
 
     @property
-    def stream(self) -> int:
+    def hidden(self) -> int:
         return self.outside["token_embd.weight"].shape[1]
 
     @property
