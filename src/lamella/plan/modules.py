@@ -17,7 +17,7 @@ from lamella.plan import sidefile
 from lamella.plan.entries import ModuleReference
 from lamella.plan.parts import defined, opened
 from lamella.registry import room
-from lamella.stack import Architecture, Position, Stack, Stream, hold, join
+from lamella.stack import Architecture, Hidden, Position, Stack, hold, join
 
 if TYPE_CHECKING:
     from lamella.plan.schema import Plan
@@ -119,7 +119,7 @@ class Placed:
         cache = call.get(self.architecture.cache)
         if cache is not None and not self.attends:
             hold(cache, self.slot, tokens=h.shape[1])
-        stream: Stream = h
+        stream: Hidden = h
         waiting = dict(self.networks)
         for name in self.architecture.names:
             at = next((names for names in self.networks if name in names), None)
@@ -137,7 +137,7 @@ class Placed:
         replaced = [names for names, beside in self.networks.items() if not beside]
         return "attn" in self.runs and not any("attn" in names for names in replaced)
 
-    def _run(self, names: tuple[str, ...], layer: Any, h: Stream, call: dict[str, Any]) -> Stream:
+    def _run(self, names: tuple[str, ...], layer: Any, h: Hidden, call: dict[str, Any]) -> Hidden:
         for name in names:
             if name in self.runs:
                 h = self.architecture[name].run(layer, h, call)

@@ -21,7 +21,7 @@ from lamella.stack.proof import digest_of_proof, kind_of, numbers_of, prove
 from lamella.stack.sharing import replace_forward, share
 from lamella.stack.silence import silencers
 from lamella.stack.sites import Group, Level, Position, groups_at, positions_at, positions_of, sites_of
-from lamella.stack.stack import Context, Model, Place, Stack, Stream, last_stack, library_of, open_model
+from lamella.stack.stack import Context, Hidden, Model, Place, Stack, last_stack, library_of, open_model
 from lamella.stack.sublayers import ByKind, Parallel, PartialLayer, Placeholder, counts_tokens, hold, join, own_keys
 from lamella.stack.weights import Weight, matrices, weights
 from lamella.stack.wiring import Part, Sizes, Wiring
@@ -39,6 +39,7 @@ __all__ = [
     "Context",
     "Experts",
     "Group",
+    "Hidden",
     "Level",
     "Model",
     "Parallel",
@@ -52,7 +53,6 @@ __all__ = [
     "Slot",
     "Source",
     "Stack",
-    "Stream",
     "Sublayer",
     "Weight",
     "Wiring",

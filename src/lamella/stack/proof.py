@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lamella.errors import ArchitectureError
 from lamella.stack.sharing import replace_forward, share
-from lamella.stack.stack import Stack, Stream
+from lamella.stack.stack import Hidden, Stack
 from lamella.stack.sublayers import PartialLayer, join
 
 ROWS, TOKENS = 2, 6
@@ -134,7 +134,7 @@ def _own(stack: Stack, index: int, h: Tensor, call: dict[str, Any]) -> Tensor:
 
 def _compare(stack: Stack, index: int, h: Tensor, call: dict[str, Any], out: Tensor, when: str) -> None:
     """Compare what a layer's sublayers give with what the layer gave."""
-    stream: Stream = h.clone()
+    stream: Hidden = h.clone()
     call = copy.deepcopy(call)
     for name in stack.architecture.names:
         stream = stack.architecture[name].run(stack.layers[index], stream, call)
