@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lamella.errors import MethodError, NumericsError
 from lamella.measure.distances import DISTANCES
-from lamella.measure.streams import Tokens, sequences
+from lamella.measure.hidden_states import Tokens, sequences
 from lamella.search import Cost
 from lamella.stack import Context, Group, Hidden, Position, Prefixes, Stack, beginnings
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import CalibrationError, NumericsError
-from lamella.measure.streams import Tokens, sequences
+from lamella.measure.hidden_states import Tokens, sequences
 from lamella.stack import Context, Hidden, Position, Prefixes, Stack, matrices, share
 
 Inputs = Tensor | Mapping[str, Tensor]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lamella.errors import ArchitectureError, NumericsError, PlanError
-from lamella.measure.streams import Tokens, sequences
+from lamella.measure.hidden_states import Tokens, sequences
 from lamella.plan import Plan
 from lamella.stack import Context, Position, Stack, cuttable, share
 from lamella.stack.wiring import Part

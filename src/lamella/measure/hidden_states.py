@@ -127,7 +127,7 @@ def sublayer_influence(stack: Stack, tokens: Tokens, *, front: int = 0) -> Score
 
 
 @torch.no_grad()
-def stream_norms(stack: Stack, tokens: Tokens, *, front: int = 1) -> Scores:
+def hidden_norms(stack: Stack, tokens: Tokens, *, front: int = 1) -> Scores:
     """The mean L2 norm of the stream at every layer's input and at the end.
 
     Args:
