@@ -265,7 +265,7 @@ def test_masks_by_number_have_the_loss_of_all_numbers_in_turn(name: str) -> None
         )
         expected += total / len(some) / sum(len(each) == len(some) for each in sets) / 3
     torch.manual_seed(5)
-    found = [float(diffusion_loss(model, row, by_number=True)) for _ in range(600)]
+    found = [float(diffusion_loss(model, row, by_count=True)) for _ in range(600)]
     assert sum(found) / 600 == pytest.approx(expected, rel=0.02)
 
 

@@ -64,7 +64,7 @@ def masked(eligible: Tensor, ratios: Tensor, generator: torch.Generator | None =
     return eligible & ((drawn < ratios.to(drawn.device)[:, None]) | first)
 
 
-def masked_by_number(eligible: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+def masked_by_count(eligible: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """Which tokens become masks: of each row as many as a number says that is drawn evenly, from one to all of them.
 
     Args:
