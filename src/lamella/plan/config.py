@@ -11,7 +11,7 @@ import torch
 from lamella.errors import ExportError, PlanError
 from lamella.plan.schema import Plan
 from lamella.plan.width import Heads
-from lamella.stack import ARCHITECTURES, Architecture, Stack, kind_of, numbers_of
+from lamella.stack import ARCHITECTURES, Architecture, Stack, kind_of, numeric_attributes
 from lamella.stack.wiring import Sizes
 
 PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
@@ -63,7 +63,7 @@ def check_alike(model: Any, stack: Stack, order: Sequence[int]) -> None:
     layers = model.get_submodule(stack.architecture.prefix.removesuffix("."))
     for index, layer in enumerate(order):
         new, old = layers[index], stack.layers[layer]
-        same = kind_of(new) == kind_of(old) and numbers_of(new) == numbers_of(old)
+        same = kind_of(new) == kind_of(old) and numeric_attributes(new) == numeric_attributes(old)
         if not same or not _same_buffers(stack, index, layer):
             raise ExportError(
                 f"the config of {stack.architecture.name} models counts layers, so it cannot say that layers.{layer} "

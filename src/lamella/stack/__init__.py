@@ -17,7 +17,7 @@ from lamella.stack.blocks import BLOCK_TABLES, BlockKind, Blocks
 from lamella.stack.digest import digest_of_files
 from lamella.stack.entry import Architecture, Assembly, Experts, Slot, Source, Sublayer
 from lamella.stack.prefixes import Prefixes, beginnings
-from lamella.stack.proof import digest_of_proof, kind_of, numbers_of, prove
+from lamella.stack.proof import digest_of_proof, kind_of, numeric_attributes, prove
 from lamella.stack.sharing import replace_forward, share
 from lamella.stack.silence import silencers
 from lamella.stack.sites import Group, Level, Position, groups_at, positions_at, positions_of, sites_of
@@ -74,7 +74,7 @@ __all__ = [
     "library_of",
     "matrices",
     "norm_before",
-    "numbers_of",
+    "numeric_attributes",
     "open_model",
     "own_class",
     "own_keys",

@@ -240,7 +240,7 @@ def kind_of(layer: nn.Module) -> tuple[Any, ...]:
     return built, shapes, _attributes(layer, bool | str)
 
 
-def numbers_of(layer: nn.Module) -> tuple[Any, ...]:
+def numeric_attributes(layer: nn.Module) -> tuple[Any, ...]:
     """The numbers that a layer and its modules hold, but what they call their own place."""
     return _attributes(layer, int | float)
 
