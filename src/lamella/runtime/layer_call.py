@@ -17,7 +17,7 @@ from transformers.cache_utils import EncoderDecoderCache
 
 from lamella.runtime.cache import Phase, PlanCache, SparseSlot
 from lamella.runtime.denoising import Denoising, KeptKeys
-from lamella.runtime.gathering import Gathering, Keep, Places, at_places, sparsely
+from lamella.runtime.gathering import Gathering, Keep, PositionInputs, inputs_at, sparsely
 from lamella.runtime.masks import additive, restricted, stored_mask, visible
 from lamella.runtime.trace import Trace
 from lamella.stack import Architecture, Experts, Hidden, Parallel, Sublayer, attend_with_weights, join
@@ -235,7 +235,7 @@ class LayerCall:
                 pair.is_updated[self.index] = True
         return _OfEncoder(pair, self.index, which)
 
-    def tokens(self, which: Tensor, places: Places | None = None) -> LayerCall:
+    def tokens(self, which: Tensor, positions: PositionInputs | None = None) -> LayerCall:
         """The same layer for some tokens of each row, which see each other and what such calls stored before.
 
         Its stream is :meth:`gather`'s; :meth:`scatter` puts what comes of it in the place of these tokens. In a step
@@ -243,15 +243,15 @@ class LayerCall:
 
         Args:
             which: the tokens [rows, time] bool, none of them padding.
-            places: of the stack, where tokens move up to the positions that the others leave; else they keep theirs.
+            positions: of the stack, where tokens move up to the positions that the others leave; else they keep theirs.
         """
         real = self._of_rows(self.run.real)
-        if (which if real is None else which | ~real).all() and self._may_stay(places):
+        if (which if real is None else which | ~real).all() and self._may_stay(positions):
             return self
         some = Gathering.of(which)
-        given = at_places(self.given, some.index)
-        if places is not None:
-            given |= places(self.index, (self._stored() + some.held.cumsum(dim=1) - 1).clamp(min=0))
+        given = inputs_at(self.given, some.index)
+        if positions is not None:
+            given |= positions(self.index, (self._stored() + some.held.cumsum(dim=1) - 1).clamp(min=0))
         return replace(self, given=self.given | given, some=some)
 
     def apart(self, groups: Tensor, dtype: torch.dtype) -> LayerCall:
@@ -268,15 +268,15 @@ class LayerCall:
         seen = seen if mask is None else seen & visible(mask)
         return replace(self, given=self.given | {"attention_mask": additive(seen, dtype)})
 
-    def moved(self, places: Places, at: Tensor) -> LayerCall:
+    def moved(self, positions: PositionInputs, at: Tensor) -> LayerCall:
         """The same call with its tokens at other positions.
 
         Args:
-            places: of the stack.
+            positions: of the stack.
             at: the position of every token of the pass [rows, time].
         """
         at = at if self.some is None else at.gather(1, self.some.index)
-        return replace(self, given=self.given | places(self.index, at))
+        return replace(self, given=self.given | positions(self.index, at))
 
     def gather(self, h: Tensor) -> Tensor:
         """The stream of the tokens of this call [rows, time, hidden] -> [rows, most, hidden]."""
@@ -300,9 +300,9 @@ class LayerCall:
             held &= ~self.run.padding.gather(1, slot.columns.clamp(min=0))
         return held.sum(dim=1, keepdim=True)
 
-    def _may_stay(self, places: Places | None) -> bool:
+    def _may_stay(self, positions: PositionInputs | None) -> bool:
         """Whether tokens of which none is left out also stay where they are."""
-        return places is None or (self.run.padding is None and bool((self._stored() == self.run.phase.start).all()))
+        return positions is None or (self.run.padding is None and bool((self._stored() == self.run.phase.start).all()))
 
     def _run(self, sublayer: Sublayer, stream: Hidden, given: dict[str, Any]) -> Hidden:
         if sublayer.name not in self.runs:
@@ -491,8 +491,8 @@ class _Columns:
 def _of_columns(bias: Tensor, columns: Tensor) -> Tensor:
     """T5's bias of scores by column [1, heads, queries, columns], for the entries of each row [rows, stored]."""
     heads, queries = bias.shape[1:3]
-    places = columns.clamp(min=0)[:, None, None].expand(-1, heads, queries, -1)
-    return bias.expand(len(columns), -1, -1, -1).gather(-1, places)
+    positions = columns.clamp(min=0)[:, None, None].expand(-1, heads, queries, -1)
+    return bias.expand(len(columns), -1, -1, -1).gather(-1, positions)
 
 
 def _gather(value: Any, rows: Tensor, batch: int) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor
 from lamella.errors import PlanError
 from lamella.measure.image_tokens import ATTENDING, CRITERIA, Seen, choose
 from lamella.methods.dmllm_token_redundancy.schedule import Drop, VisualTokenSchedule, count
-from lamella.runtime import Denoising, LayerCall, Pass, Places, Policy
+from lamella.runtime import Denoising, LayerCall, Pass, Policy, PositionInputs
 from lamella.runtime.denoising import COMMITS
 from lamella.stack import Stack, join
 
@@ -92,7 +92,7 @@ class VisualTokens(Policy):
         self.schedule = VisualTokenSchedule(tuple(Drop(*each) for each in drops), layer, withdrawn)
         self.schedule.check_fits(len(stack))
         self.criterion, self.positions, self.order, self.seed = criterion, positions, order, seed
-        self._stack, self._places = stack, Places(stack)
+        self._stack, self._position_inputs = stack, PositionInputs(stack)
 
     # A pass
 
@@ -171,7 +171,7 @@ class VisualTokens(Policy):
         missing = gone if encoding else request.absent[call.index]
         if not missing.any():
             return some
-        return some.moved(self._places, self._at(run, request, missing)[:, start:end])
+        return some.moved(self._position_inputs, self._at(run, request, missing)[:, start:end])
 
     def _at(self, run: Pass, request: Request, missing: Tensor) -> Tensor:
         """The position of every column, moved up to where tokens are missing [rows, columns]."""
