@@ -13,9 +13,9 @@ from lamella.plan.entries import (
     WeightEdit,
 )
 from lamella.plan.modules import SiteModule, keep_modules, modules_of
-from lamella.plan.places import modules_at
 from lamella.plan.reference import BlocksReference, ModelReference, StackReference
 from lamella.plan.schema import Decision, Plan, Point, compose
+from lamella.plan.selection import modules_at
 from lamella.plan.series import PlanSeries, SeriesEvidence
 from lamella.plan.view import alter, alter_stack, apply_static, can_stand_alone, claim, materialise, own_saving, shaped
 from lamella.plan.weights import (

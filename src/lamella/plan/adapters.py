@@ -24,8 +24,8 @@ from lamella.plan import sidefile
 from lamella.plan.entries import AdapterReference
 from lamella.plan.fingerprint import revision
 from lamella.plan.parts import defined, fill, settled, tensors_of
-from lamella.plan.places import modules_at
 from lamella.plan.schema import Plan
+from lamella.plan.selection import modules_at
 from lamella.registry import room
 from lamella.stack import Model, open_model, share
 

@@ -16,7 +16,7 @@ from lamella.stack import Stack, positions_at, weights
 Skip = Literal["norm", "bias"]
 
 
-def chosen_parameters(model: nn.Module | Stack, layers: Sequence[str] = (), skip: Sequence[Skip] = ()) -> list[str]:
+def select_parameters(model: nn.Module | Stack, layers: Sequence[str] = (), skip: Sequence[Skip] = ()) -> list[str]:
     """The names of some parameters of a model, tied ones once.
 
     Args:
