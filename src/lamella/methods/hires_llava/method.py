@@ -49,7 +49,7 @@ from lamella.methods.hires_llava.seams import compared, placed, probed, streams
 from lamella.methods.hires_llava.slicing import Order, View
 from lamella.plan import ModelReference, Plan
 from lamella.registry import command, method
-from lamella.report.pictures import embedded
+from lamella.report.images import png_base64
 from lamella.results import PICTURES, Illustrated, Study
 from lamella.runtime import apply
 from lamella.signature import Split
@@ -294,7 +294,7 @@ def judge(model: Model, test: Annotated[EntityGrid, Split("test")], *, batch: An
 
 def _sample(each: Asked, right: bool) -> dict[str, Any]:
     said = {"prompt": each.prompt, "answer": each.answer, "cut": each.cut, "right": right}
-    return said | {"picture": embedded([each.picture])}
+    return said | {"picture": png_base64([each.picture])}
 
 
 def _share(right: Any) -> float | None:
