@@ -58,8 +58,8 @@ def greedy(
         held: candidates that join only after ``release_after`` removals.
         release_after: the number of removals after which ``held`` joins.
         guess: which candidates to try first where nothing is known yet, the smallest first; it changes no result.
-        out_of_time: asked before each step; as soon as it says so, a step takes the last one's cheapest, and asks for no
-            other cost.
+        out_of_time: called before each step; once it returns true, each step takes the cheapest candidate of the last
+            step after one measurement.
     """
     held = tuple(held)
     rank = {candidate: index for index, candidate in enumerate((*candidates, *held))}
@@ -102,7 +102,8 @@ def lazy_greedy(
     Args:
         guess: which candidates to try first where nothing is known yet, the smallest first.
         patience: how many candidates in a row may fail to improve on the best before a step ends.
-        hurried: as soon as it says so, a step takes what was cheapest when last asked, and asks for no other cost.
+        out_of_time: once it returns true, a step takes the candidate that was cheapest when last measured, and
+            measures no other.
     """
     held = tuple(held)
     rank = {candidate: index for index, candidate in enumerate((*candidates, *held))}
