@@ -87,7 +87,7 @@ def fit(
     """
     out = Path(out)
     feed = samples if isinstance(samples, Feed) else Feed(samples)
-    config = config.lasting(len(feed.samples), processes.count())
+    config = config.with_steps(len(feed.samples), processes.count())
     sets = held_out if isinstance(held_out, Mapping) else {"": held_out}
     start = None if after is None else state_of(after)
     trained = choose(model, trainable)

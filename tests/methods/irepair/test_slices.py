@@ -61,7 +61,7 @@ def fit_slices(
     hook = Slices(slices, choose, score, bias_correction=options.pop("bias_correction", False))
     best = BestSlices(hook, options.pop("patience", 30))
     rate = Constant(options.pop("lr"), options.pop("warmup"))
-    config = TrainConfig(**{"eval_every": 20} | options).following(rate)
+    config = TrainConfig(**{"eval_every": 20} | options).with_schedule(rate)
     inside = {each for own in slices for each in own.values()}
     names = {name for name, each in model.named_parameters() if each in inside}
     task = Task(objective, by_role, count_examples, dropout=False)

@@ -176,7 +176,7 @@ def frontier(
     if config.batch < 2:
         raise MethodError(f"batch {config.batch}: give at least 2, since a batch norm learns nothing from a single row")
     shapes = within(grid.shapes(families, task.d_in, task.d_out), task, most, count)
-    config = config.lasting(epochs * len(task.train))
+    config = config.with_steps(epochs * len(task.train))
     depends = [task.describe(), asdict(replace(config, lr=None))]
     folder, points = work.place(), []
     finished = Finished(folder / "frontier.jsonl", depends)

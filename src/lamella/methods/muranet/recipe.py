@@ -71,7 +71,7 @@ def practise(
     Raises:
         TrainingError: when training cannot start, go on or stay finite.
     """
-    config = config.lasting(len(plans))
+    config = config.with_steps(len(plans))
     model = Balanced(network, balance)
     lesson, balancing = Lesson(practice), Balancing(model, balance)
     task = Task(lesson, collate=together, weight=count_rows, passes=balancing.passes)

@@ -78,7 +78,7 @@ def switchlora(
         raise MethodError(f"r {r}: give a rank from {LEAST} to {width - 1}, below the stream's width")
     if config.weight_decay:
         raise MethodError("weight decay would move vectors that are frozen: leave it out")
-    config = config.lasting(len(train), processes.count())
+    config = config.with_steps(len(train), processes.count())
     assert config.steps is not None
     plan = plan or Plan(model=ModelReference.of(stack))
     running = sites_of(plan.running("vectors"), stack.positions)

@@ -91,9 +91,9 @@ def recover(
     out = work.place()
     smaller = materialise(stack, plan)
     own(smaller.model)
-    config = config.lasting(len(train))
+    config = config.with_steps(len(train))
     if config.schedule == "wsd":
-        config = config.following(config.shaped(partial(warmup_stable_decay, warmup=0.05, anneal=0.7)))
+        config = config.with_schedule(config.shaped(partial(warmup_stable_decay, warmup=0.05, anneal=0.7)))
     log = fit(
         smaller.model,
         train,
