@@ -13,7 +13,7 @@ from lamella.train.config import ScheduleName, TrainConfig
 from lamella.train.distil import check_vocabulary, distil
 from lamella.train.fit import fit, fit_policy
 from lamella.train.healing import with_modules_of, with_weights_of
-from lamella.train.hooks import Best, Hook, Training
+from lamella.train.hooks import EarlyStopping, Hook, Training
 from lamella.train.log import Logged, TrainingLog
 from lamella.train.lora import Lora, add_lora, linear_at
 from lamella.train.losses import (
@@ -54,9 +54,9 @@ __all__ = [
     "NO_LOSS",
     "PROJECTION",
     "Adapter",
-    "Best",
     "Constant",
     "Cosine",
+    "EarlyStopping",
     "Feed",
     "Healed",
     "Hook",

@@ -46,9 +46,9 @@ class Training:
         return self._loop.trained
 
     @property
-    def kept(self) -> Mapping[str, Tensor]:
+    def state_tensors(self) -> Mapping[str, Tensor]:
         """All that training changes, by name: these parameters, and what batch norms have seen."""
-        return self._loop.kept
+        return self._loop.state_tensors
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -130,7 +130,7 @@ class Hook:
         """Read what :meth:`save` wrote; every process."""
 
 
-class Best(Hook):
+class EarlyStopping(Hook):
     """Keeps what training changes at its lowest held-out loss, and leaves the model with it.
 
     Args:
@@ -143,16 +143,16 @@ class Best(Hook):
         if patience < 1:
             raise TrainingError(f"patience {patience}: give at least 1")
         self.patience = patience
-        self.kept: dict[str, Tensor] = {}
+        self.best: dict[str, Tensor] = {}
 
-    def watched(self, run: Training) -> Mapping[str, Tensor]:
+    def tracked(self, run: Training) -> Mapping[str, Tensor]:
         """What is kept, by name."""
-        return run.kept
+        return run.state_tensors
 
     def evaluated(self, run: Training) -> None:
         losses = [point.loss for point in run.log.held_out]  # none without held-out samples
         if losses and losses[-1] < min(losses[:-1], default=math.inf):
-            self.kept = {name: each.detach().clone() for name, each in self.watched(run).items()}
+            self.best = {name: each.detach().clone() for name, each in self.tracked(run).items()}
 
     def done(self, run: Training) -> bool:
         losses = [point.loss for point in run.log.held_out]
@@ -160,12 +160,12 @@ class Best(Hook):
 
     @torch.no_grad()
     def end(self, run: Training) -> None:
-        watched = self.watched(run)
-        for name, each in self.kept.items():
+        watched = self.tracked(run)
+        for name, each in self.best.items():
             watched[name].copy_(each)
 
     def save(self, folder: Path) -> None:
-        save_file(self.kept, folder / self.FILE)
+        save_file(self.best, folder / self.FILE)
 
     def load(self, folder: Path) -> None:
-        self.kept = load_file(folder / self.FILE)
+        self.best = load_file(folder / self.FILE)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lamella.files import write
 from lamella.methods.irepair.sensitivity import Gradients, gradients_of, norms_of
-from lamella.train import Best, Hook, Sample, TrainConfig, Training, collate
+from lamella.train import EarlyStopping, Hook, Sample, TrainConfig, Training, collate
 
 Example = Mapping[str, Sample]  # samples that belong together, by their roles
 Roles = dict[str, dict[str, Tensor]]  # of each role, what lamella.train.collate returns
@@ -150,7 +150,7 @@ class Slices(Hook):
         self.trace = Choices.read(folder / TRACE)
 
 
-class BestSlices(Best):
+class BestSlices(EarlyStopping):
     """Keeps the touched parameters where the held-out loss was lowest, and leaves the model with them.
 
     Args:
@@ -162,13 +162,13 @@ class BestSlices(Best):
         super().__init__(patience)
         self.slices = slices
 
-    def watched(self, run: Training) -> Slice:
+    def tracked(self, run: Training) -> Slice:
         return self.slices.touched
 
     def before_step(self, run: Training) -> None:
         for name, parameter in self.slices.touched.items():
-            if name not in self.kept:  # chosen for the first time: as it was so far, at the best point too
-                self.kept[name] = parameter.detach().clone()
+            if name not in self.best:  # chosen for the first time: as it was so far, at the best point too
+                self.best[name] = parameter.detach().clone()
 
 
 def by_role(examples: Sequence[Example]) -> Roles:
