@@ -23,7 +23,7 @@ from lamella.train.mixing import Order
 from lamella.train.optimizers import Factory, go_on_from
 from lamella.train.parameters import statistics
 from lamella.train.runs import short
-from lamella.train.task import Task, Told
+from lamella.train.task import LossAndParts, Task
 
 TENSORS = "trained.safetensors"
 
@@ -40,7 +40,7 @@ class Objective(nn.Module):
         self.loss = partial(task.loss, model)
         self.dropout = task.dropout
 
-    def forward(self, **batch: Any) -> Told:
+    def forward(self, **batch: Any) -> LossAndParts:
         result = self.loss(batch)
         return (result, {}) if isinstance(result, Tensor) else (result[0], dict(result[1]))
 

@@ -12,12 +12,12 @@ from lamella.data import ImageText
 from lamella.data.samples import collate, count_labels
 
 Batch = Mapping[str, Any]  # tensors by name, or by role and name
-Told = tuple[Tensor, Mapping[str, Tensor]]  # a loss and its named parts
-Loss = Callable[[Any, Any], Tensor | Told]
+LossAndParts = tuple[Tensor, Mapping[str, Tensor]]  # a loss and its named parts
+Loss = Callable[[Any, Any], Tensor | LossAndParts]
 Backward = Callable[..., None]
 
 
-def at_once(forward: Callable[[Batch], Told], batch: Batch, backward: Backward) -> Told:
+def at_once(forward: Callable[[Batch], LossAndParts], batch: Batch, backward: Backward) -> LossAndParts:
     """One forward pass, and one backward pass through its loss."""
     loss, parts = forward(batch)
     backward(loss)
@@ -54,7 +54,7 @@ class Task:
     loss: Loss
     collate: Callable[[Sequence[Any]], Batch] = collate
     weight: Callable[[Any], int] = count_labels
-    passes: Callable[[Callable[[Batch], Told], Any, Backward], Told] = at_once
+    passes: Callable[[Callable[[Batch], LossAndParts], Any, Backward], LossAndParts] = at_once
     dropout: bool = True
     beside: Sequence[nn.Module] = ()
 

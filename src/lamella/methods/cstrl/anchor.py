@@ -30,7 +30,7 @@ from lamella.plan import fingerprint
 from lamella.signature import Named
 from lamella.stack import Model, weights
 from lamella.train import Hook, Training, response_loss
-from lamella.train.task import Batch, Told
+from lamella.train.task import Batch, LossAndParts
 
 ROWS = "anchor.json"
 OUTSIDE = "outside the layers"
@@ -213,7 +213,7 @@ class Anchored(Hook):
         """Of a step, counted from 0."""
         return step * self.size // self.samples
 
-    def loss(self, model: Any, batch: Batch) -> Tensor | Told:
+    def loss(self, model: Any, batch: Batch) -> Tensor | LossAndParts:
         """What trains; of held-out samples, the cross-entropy alone."""
         task = response_loss(model, batch)
         if not torch.is_grad_enabled():
