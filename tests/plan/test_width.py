@@ -349,7 +349,8 @@ def test_a_stream_that_heads_do_not_divide_is_exported_as_the_config_allows(
     plan = plan_of(stack, {"hidden.channels": HiddenWidth(keep=list(range(stack.config.hidden_size - 1)))})
     assert natural_form(plan) == form
     if form == "native":
-        with pytest.raises(PlanError, match=r"needs a hidden size that is a multiple of the query heads: 31 is not a multiple of 4"):
+        why = "needs a hidden size that is a multiple of the query heads: 31 is not a multiple of 4"
+        with pytest.raises(PlanError, match=why):
             export(stack, plan, tmp_path / "refused")
     folder = export(stack, plan, tmp_path / "out", form=form)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
