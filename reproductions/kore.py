@@ -75,7 +75,7 @@ from lamella.train import (
     Sample,
     Task,
     TrainConfig,
-    Training,
+    TrainingRun,
     add_lora,
     blocks,
     fit,
@@ -260,7 +260,7 @@ LOOKED = 7  # every seventh sentence is looked at: of all eight ways
 class Until(Hook):
     """Ends a run when the loss on what it learns is low enough."""
 
-    def done(self, run: Training) -> bool:
+    def done(self, run: TrainingRun) -> bool:
         return bool(run.log.held_out) and run.log.held_out[-1].loss <= GOAL
 
 

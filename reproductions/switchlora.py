@@ -42,7 +42,7 @@ from lamella.train import (
     Cosine,
     Task,
     TrainConfig,
-    Training,
+    TrainingRun,
     add_lora,
     blocks,
     fit,
@@ -131,7 +131,7 @@ class AllAtOnce(Switching):
 
     due = 0.0
 
-    def before_update(self, run: Training) -> None:
+    def before_update(self, run: TrainingRun) -> None:
         self.due += self.frequency.share(run.step, self.steps)
         if self.due < 1:
             return

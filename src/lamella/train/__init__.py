@@ -13,7 +13,7 @@ from lamella.train.config import ScheduleName, TrainConfig
 from lamella.train.distil import check_vocabulary, distil
 from lamella.train.fit import fit, fit_policy
 from lamella.train.healing import with_modules_of, with_weights_of
-from lamella.train.hooks import EarlyStopping, Hook, Training
+from lamella.train.hooks import EarlyStopping, Hook, TrainingRun
 from lamella.train.log import Logged, TrainingLog
 from lamella.train.lora import Lora, add_lora, linear_at
 from lamella.train.losses import (
@@ -75,8 +75,8 @@ __all__ = [
     "TrainConfig",
     "Trained",
     "TrainedEvidence",
-    "Training",
     "TrainingLog",
+    "TrainingRun",
     "adamw",
     "add_lora",
     "batching",

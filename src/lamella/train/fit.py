@@ -24,7 +24,7 @@ from lamella.errors import TrainingError
 from lamella.extras import require
 from lamella.progress import tracker
 from lamella.train.config import TrainConfig
-from lamella.train.hooks import Hook, Training
+from lamella.train.hooks import Hook, TrainingRun
 from lamella.train.log import TrainingLog
 from lamella.train.loop import Loop, Objective
 from lamella.train.mixing import Feed
@@ -119,7 +119,7 @@ def fit(
             loop: Loop = ShardedLoop(model, task, config, trained, arguments, order, optimizer)
         else:
             loop = Loop(Objective(model, task), task, config, trained, arguments, order, optimizer, start)
-        run = Training(loop, settled(told))
+        run = TrainingRun(loop, settled(told))
         watch = Watch(loop, run, sets, config, hooks, count)
         loop.add_callback(watch)
         if config.tensorboard is not None:
