@@ -48,7 +48,7 @@ class Task:
             and ``backward``, which takes what a loss has and weighs it. With several processes, every forward pass has
             one backward pass. It returns what the log shall say.
         dropout: whether the model drops what it drops in training.
-        beside: frozen models that the loss reads, which a sharded run splits too, in place.
+        frozen: frozen models that the loss calls; a sharded run shards them too, in place.
     """
 
     loss: Loss
@@ -56,7 +56,7 @@ class Task:
     weight: Callable[[Any], int] = count_labels
     passes: Callable[[Callable[[Batch], LossAndParts], Any, Backward], LossAndParts] = at_once
     dropout: bool = True
-    beside: Sequence[nn.Module] = ()
+    frozen: Sequence[nn.Module] = ()
 
     @property
     def name(self) -> str:

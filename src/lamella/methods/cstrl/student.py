@@ -165,7 +165,7 @@ def distil(
     log = fit(
         view,
         samples,
-        Task(loss, beside=(master,)),
+        Task(loss, frozen=(master,)),
         lasting(config, len(samples), course.epochs),
         out=work.place() / "student",
         trainable=lambda name: True,

@@ -146,7 +146,7 @@ def repair(
     log = fit(
         policy,
         feed,
-        Task(_loss(settings, reference), by_role, count_examples, dropout=False, beside=(reference,)),
+        Task(_loss(settings, reference), by_role, count_examples, dropout=False, frozen=(reference,)),
         _warming(config),
         out=folder / "training",
         trainable=trained.__contains__,
