@@ -99,21 +99,21 @@ class ShardedLoop(Loop):
         parts = split(objective, trained, task.frozen, arguments.device)
         super().__init__(objective, task, config, parts, arguments, order, factory)
         self.is_distributed_loading_by_transformers = True  # so that Trainer leaves the splitting as it is
-        self.home = trained
+        self.target = trained
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         result = super().train(*args, **kwargs)
-        self._bring_home()
+        self._gather()
         return result
 
     def read(self, checkpoint: Path) -> None:
         super().read(checkpoint)
-        self._bring_home()
+        self._gather()
 
-    def _bring_home(self) -> None:
+    def _gather(self) -> None:
         """Give the model that was asked to be trained what trains now."""
         for name, each in self.trained.items():
-            self.home[name].data.copy_(whole(each.detach()))
+            self.target[name].data.copy_(whole(each.detach()))
 
     def _move_model_to_device(self, *_: Any) -> None:
         """It is there."""
