@@ -39,11 +39,11 @@ from lamella.train.schedules import (
     Cosine,
     Infinite,
     Schedule,
-    Stepped,
+    StepDecay,
     constant,
     infinite,
     rewarm,
-    stepped,
+    step_decay,
     warmup_stable_decay,
 )
 from lamella.train.supervised import class_nats, squared_error, supervised
@@ -69,7 +69,7 @@ __all__ = [
     "Sample",
     "Schedule",
     "ScheduleName",
-    "Stepped",
+    "StepDecay",
     "Task",
     "TooLittleTime",
     "TrainConfig",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from lamella.errors import TrainingError
-from lamella.train.schedules import Schedule, infinite, rewarm, stepped, warmup_stable_decay
+from lamella.train.schedules import Schedule, infinite, rewarm, step_decay, warmup_stable_decay
 
 ScheduleName = Literal["cosine", "linear", "constant", "rewarm", "infinite", "wsd", "step"]
 
@@ -17,7 +17,7 @@ SHAPES: dict[str, Callable[..., Schedule]] = {
     "rewarm": rewarm,
     "infinite": infinite,
     "wsd": warmup_stable_decay,
-    "step": stepped,
+    "step": step_decay,
 }
 WARMUP = 0.03  # of the steps
 

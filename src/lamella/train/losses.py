@@ -114,11 +114,13 @@ def distilled_loss(model: Any, batch: Batch, *, teacher: Any, weight: float = 0.
     Returns:
         The loss, and its two parts ``ce`` and ``mse``.
     """
-    ce, mse = beside_teacher(model, batch, teacher, logit_mse)
+    ce, mse = cross_entropy_and_distance(model, batch, teacher, logit_mse)
     return ce + weight * mse, {"ce": ce, "mse": mse}
 
 
-def beside_teacher(model: Any, batch: Batch, teacher: Any, apart: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def cross_entropy_and_distance(
+    model: Any, batch: Batch, teacher: Any, apart: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
     """Cross-entropy, and how far the logits are from a teacher's, each as a mean over the labels [2].
 
     Args:
@@ -177,7 +179,7 @@ def distillation_loss(
 
     head = last_stack(model).unembedding
     trains = head is not None and any(each.requires_grad for each in head.parameters())
-    mean = mean_over_positions if trains or not states.requires_grad else mean_beside_a_frozen_head
+    mean = mean_over_positions if trains or not states.requires_grad else mean_with_frozen_head
     kl = mean(chunk, states, teacher_states)
     if not pairs:
         return kl
@@ -304,7 +306,7 @@ def _states(model: Any, batch: Batch, layers: Sequence[int]) -> tuple[Tensor, li
     return states, [seen[place] for place in (-1, *layers)]
 
 
-def mean_beside_a_frozen_head(chunk: Callable[..., Tensor], states: Tensor, *rows: Tensor) -> Tensor:
+def mean_with_frozen_head(chunk: Callable[..., Tensor], states: Tensor, *rows: Tensor) -> Tensor:
     """The same where only ``states`` need a gradient, which is taken at once: each chunk's logits are made only once.
 
     Args:

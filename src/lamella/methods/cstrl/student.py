@@ -41,7 +41,7 @@ from lamella.train import (
     fit,
     forward_kl,
 )
-from lamella.train.losses import beside_teacher
+from lamella.train.losses import cross_entropy_and_distance
 from lamella.train.task import Batch
 
 DISTILLING = replace(TRAINING, lr=3e-3, batch=32)
@@ -102,7 +102,7 @@ def student_loss(
         alpha: a.
         divergence: the weight of T^2 KL: a / B^2 as published.
     """
-    ce, kl = beside_teacher(model, batch, teacher, partial(forward_kl, temperature=temperature))
+    ce, kl = cross_entropy_and_distance(model, batch, teacher, partial(forward_kl, temperature=temperature))
     return (1 - alpha) * ce + divergence * kl, {"ce": ce, "kl": kl}
 
 
