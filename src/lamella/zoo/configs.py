@@ -25,7 +25,7 @@ def exported(folder: Path) -> native.Said | None:
     return native.said_of(checkpoint.read_json(folder / CONFIG), str(folder / CONFIG))
 
 
-def bring_class(place: Path | str) -> None:
+def register_class(place: Path | str) -> None:
     """Let transformers know the class of a method's own, where a checkpoint's config names one that it does not."""
     if isinstance(place, Path) and (place / CONFIG).is_file():
         kind = str(checkpoint.read_json(place / CONFIG).get("model_type"))
@@ -41,7 +41,7 @@ def open_config(place: Path | str) -> Any:
         CheckpointError: when its layers ask for code from elsewhere.
     """
     said = exported(place) if isinstance(place, Path) else None
-    bring_class(place)
+    register_class(place)
     if isinstance(place, Path) and said is not None and said.is_own_class:
         kind = native.config_class(checkpoint.read_json(place / CONFIG)["model_type"])
         config = load_from(kind.from_pretrained, place)

@@ -43,12 +43,12 @@ from lamella.stack import (
 )
 from lamella.stack import open_model as in_memory
 from lamella.zoo.cache import cache_folder
-from lamella.zoo.configs import CONFIG, bring_class, exported, open_config
+from lamella.zoo.configs import CONFIG, exported, open_config, register_class
 from lamella.zoo.configs import load_from as _load
 from lamella.zoo.libraries import LibraryName, build_named, open_timm, parse_name
 from lamella.zoo.pipelines import INDEX, Pipeline, is_pipeline, open_network
 from lamella.zoo.pull import ZOO, resolve
-from lamella.zoo.quantised import dequantising, in_plain_numbers
+from lamella.zoo.quantised import dequantisation_options, mark_dequantised
 
 ADAPTER = "adapter_config.json"
 PROCESSORS = ("processor_config.json", "preprocessor_config.json")
@@ -178,11 +178,11 @@ def open_model(
         dtype = torch.float32 if device == "cpu" and not integers and not _too_large(place, stored) else stored
     if said is not None and said.is_own_class:
         opener = native.native_class(config.model_type, auto)
-    dequantise = dequantising(config, place)
+    dequantise = dequantisation_options(config, place)
     options = {"dtype": dtype, "use_safetensors": None if allow_pickle else True, "config": config} | dequantise
     with tracker(f"opening {name}"):
         loaded = _load(partial(pretrained, opener), place, **options)
-    loaded = in_plain_numbers(loaded) if dequantise else loaded
+    loaded = mark_dequantised(loaded) if dequantise else loaded
     loaded = loaded.eval().to(device)
     loaded = run_by_torch(loaded) if integers else loaded
     opened = in_memory(loaded, _snapshot(place) if isinstance(place, str) else place, name)
@@ -414,7 +414,7 @@ def open_processor(model: str | Path) -> Any:
     place = resolve(model)
     if isinstance(place, Path) and not any((place / file).is_file() for file in PROCESSORS):
         return open_tokenizer(model)
-    bring_class(place)
+    register_class(place)
     processor = _load(AutoProcessor.from_pretrained, place, trust_remote_code=False)
     return processor if hasattr(processor, "image_processor") else open_tokenizer(model)
 
