@@ -334,7 +334,7 @@ class Said(BaseModel):
         return self.sublayers is not None or self.rewrite is not None
 
 
-def said_of(settings: Mapping[str, Any], where: str) -> Said | None:
+def read_metadata(settings: Mapping[str, Any], where: str) -> Said | None:
     """What a config.json says of a native export; None for other checkpoints.
 
     Raises:
@@ -384,7 +384,7 @@ def native_class(model_type: str, auto: str) -> Any:
 
     def init(self: Any, config: Any) -> None:
         super(model, self).__init__(config)
-        said = said_of({"model_type": model_type, "lamella": config.lamella}, model_type)
+        said = read_metadata({"model_type": model_type, "lamella": config.lamella}, model_type)
         assert said is not None
         if said.rewrite is not None:
             carry_out(self, find_architectures(config), said.rewrite)

@@ -16,13 +16,13 @@ from lamella.zoo.pull import ZOO
 CONFIG = "config.json"
 
 
-def exported(folder: Path) -> native.Said | None:
+def exported(folder: Path) -> native.NativeMetadata | None:
     """What the config of a folder says of a native export; None for any other checkpoint.
 
     Raises:
         CheckpointError: when the config is damaged, or says what no export does.
     """
-    return native.said_of(checkpoint.read_json(folder / CONFIG), str(folder / CONFIG))
+    return native.read_metadata(checkpoint.read_json(folder / CONFIG), str(folder / CONFIG))
 
 
 def register_class(place: Path | str) -> None:

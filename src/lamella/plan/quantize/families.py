@@ -69,7 +69,7 @@ def family_of(folder: Path, config: Any) -> Family:
     model_type = config.model_type.removeprefix(native.MODEL_TYPE.format(""))
     if model_type not in FAMILIES:
         raise ArchitectureError(f"{folder}: a {model_type} cannot be written as GGUF, only {', '.join(FAMILIES)}")
-    family, said = FAMILIES[model_type], native.said_of(checkpoint.read_json(folder / "config.json"), str(folder))
+    family, said = FAMILIES[model_type], native.read_metadata(checkpoint.read_json(folder / "config.json"), str(folder))
     if said is not None and any(len(names) < len(native.SUBLAYERS) for names in said.sublayers or ()):
         raise ExportError(f"{folder}: single sublayers are cut, and a GGUF file has whole layers: cut whole layers")
     if said is not None and said.plan is not None:
