@@ -199,7 +199,7 @@ def test_named_recipes_hold_the_papers_constants() -> None:
         assert ours == {name: near(each) if isinstance(each, float) else each for name, each in theirs.items()}
     assert infinite(1000, HIGH, anneal=None, cooldown="invsqrt").anneal is None
     assert constant(1000, HIGH) == Constant(HIGH, 10)
-    for make in (rewarm, infinite, warmup_stable_decay, constant, stepped):
+    for make in (rewarm, infinite, warmup_stable_decay, constant, step_decay):
         assert make(1, HIGH)(1) == HIGH  # the shortest run
         assert json.loads(json.dumps(make(7, HIGH).as_dict())) == make(7, HIGH).as_dict()
 

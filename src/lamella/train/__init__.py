@@ -110,7 +110,7 @@ __all__ = [
     "rewarm",
     "scored_states",
     "squared_error",
-    "stepped",
+    "step_decay",
     "supervised",
     "warmup_stable_decay",
     "with_modules_of",

@@ -16,7 +16,7 @@ from lamella.zoo.pull import ZOO
 CONFIG = "config.json"
 
 
-def exported(folder: Path) -> native.NativeMetadata | None:
+def native_metadata(folder: Path) -> native.NativeMetadata | None:
     """What the config of a folder says of a native export; None for any other checkpoint.
 
     Raises:
@@ -40,9 +40,9 @@ def open_config(place: Path | str) -> Any:
         ArchitectureError: when the model comes with modelling code of its own.
         CheckpointError: when its layers ask for code from elsewhere.
     """
-    said = exported(place) if isinstance(place, Path) else None
+    metadata = native_metadata(place) if isinstance(place, Path) else None
     register_class(place)
-    if isinstance(place, Path) and said is not None and said.is_own_class:
+    if isinstance(place, Path) and metadata is not None and metadata.is_own_class:
         kind = native.config_class(checkpoint.read_json(place / CONFIG)["model_type"])
         config = load_from(kind.from_pretrained, place)
     else:

@@ -43,7 +43,7 @@ from lamella.stack import (
 )
 from lamella.stack import open_model as in_memory
 from lamella.zoo.cache import cache_folder
-from lamella.zoo.configs import CONFIG, exported, open_config, register_class
+from lamella.zoo.configs import CONFIG, native_metadata, open_config, register_class
 from lamella.zoo.configs import load_from as _load
 from lamella.zoo.libraries import LibraryName, build_named, open_timm, parse_name
 from lamella.zoo.pipelines import INDEX, Pipeline, is_pipeline, open_network
@@ -155,10 +155,10 @@ def open_model(
     if isinstance(place, Path) and library != "transformers":
         return _from_library(place, dtype, device, classes)
     name = str(model) if str(model) in ZOO else Path(place).name
-    said = None
+    metadata = None
     if isinstance(place, Path):
         check_folder(place, allow_pickle)
-        said = exported(place)
+        metadata = native_metadata(place)
     config = open_config(place)
     is_clip = config.model_type == "clip"  # with a tower for images and one for texts
     is_projected = PROJECTED in classes and (is_clip or PROJECTED in (getattr(config, "architectures", None) or ()))
@@ -176,7 +176,7 @@ def open_model(
     if dtype is None:
         stored = getattr(config, "dtype", None) or torch.float32
         dtype = torch.float32 if device == "cpu" and not integers and not _too_large(place, stored) else stored
-    if said is not None and said.is_own_class:
+    if metadata is not None and metadata.is_own_class:
         opener = native.native_class(config.model_type, auto)
     dequantise = dequantisation_options(config, place)
     options = {"dtype": dtype, "use_safetensors": None if allow_pickle else True, "config": config} | dequantise
@@ -270,7 +270,7 @@ def computes_well(dtype: torch.dtype, device: torch.device | str) -> bool:
 
 @dataclass(frozen=True)
 class Preference:
-    """How models are opened where nothing else is said."""
+    """How models are opened where nothing else is given."""
 
     dtype: torch.dtype | None = None
     device: str | None = None
@@ -287,7 +287,7 @@ def preference() -> Preference:
 
 
 def prefer(dtype: str | None = None, device: str | None = None, prove_again: bool = False) -> None:
-    """Say for this process how models are opened where nothing else is said.
+    """Say for this process how models are opened where nothing else is given.
 
     Args:
         dtype: ``float32``, ``bfloat16`` or ``float16``.
@@ -364,12 +364,12 @@ def open_written(folder: str | Path, **options: Any) -> Written:
         options: passed on to :func:`open_model`.
     """
     place = folder if parse_name(folder) is not None else resolve(folder)
-    said = exported(place) if isinstance(place, Path) and (place / CONFIG).is_file() else None
+    metadata = native_metadata(place) if isinstance(place, Path) and (place / CONFIG).is_file() else None
     opened = open_model(folder, **options)
-    if said is None or said.plan is None:
+    if metadata is None or metadata.plan is None:
         return Written(opened)
     assert isinstance(place, Path)
-    return Written(opened, Plan.read(place / said.plan))
+    return Written(opened, Plan.read(place / metadata.plan))
 
 
 def load(folder: str | Path, **options: Any) -> Model:
@@ -390,8 +390,8 @@ def open_tokenizer(model: str | Path) -> Any:
     place = resolve(model)
     options = {}
     if isinstance(place, Path) and (place / CONFIG).is_file():
-        said = exported(place)
-        if said is not None and said.is_own_class:  # its model type is Lamella's: say the one that it was
+        metadata = native_metadata(place)
+        if metadata is not None and metadata.is_own_class:  # its model type is Lamella's: say the one that it was
             options["config"] = AutoConfig.for_model(find_architecture(open_config(place)).name)
     tokenizer = _load(AutoTokenizer.from_pretrained, place, trust_remote_code=False, **options)
     try:
@@ -429,8 +429,8 @@ def parameters_of(model: str | Path) -> int:
 
 def _is_int8(config: Any) -> bool:
     """Whether a checkpoint is one in int8, by torchao."""
-    said = getattr(config, "quantization_config", None)
-    return isinstance(said, dict) and said.get("quant_method") == "torchao"
+    quantization = getattr(config, "quantization_config", None)
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "torchao"
 
 
 def chat_inputs(tokenizer: Any, messages: list[dict[str, str]], device: torch.device) -> dict[str, torch.Tensor]:
