@@ -321,7 +321,7 @@ def _too_large(place: Path | str, stored: torch.dtype) -> bool:
 
 
 @dataclass(frozen=True)
-class Written:
+class SavedModel:
     """A model from a folder, with the plan that the folder has it run.
 
     Attributes:
@@ -356,7 +356,7 @@ def names_plan(name: str | Path) -> bool:
     return str(name).endswith(".json") or ((path / "plan.json").is_file() and not (path / CONFIG).is_file())
 
 
-def open_written(folder: str | Path, **options: Any) -> Written:
+def open_saved(folder: str | Path, **options: Any) -> SavedModel:
     """Open what Lamella exported, or any checkpoint, with the plan in its folder; see :func:`load`.
 
     Args:
@@ -367,9 +367,9 @@ def open_written(folder: str | Path, **options: Any) -> Written:
     metadata = native_metadata(place) if isinstance(place, Path) and (place / CONFIG).is_file() else None
     opened = open_model(folder, **options)
     if metadata is None or metadata.plan is None:
-        return Written(opened)
+        return SavedModel(opened)
     assert isinstance(place, Path)
-    return Written(opened, Plan.read(place / metadata.plan))
+    return SavedModel(opened, Plan.read(place / metadata.plan))
 
 
 def load(folder: str | Path, **options: Any) -> Model:
@@ -382,7 +382,7 @@ def load(folder: str | Path, **options: Any) -> Model:
         folder: an exported folder, or anything that :func:`open_model` takes.
         options: passed on to :func:`open_model`.
     """
-    return open_written(folder, **options).running
+    return open_saved(folder, **options).running
 
 
 def open_tokenizer(model: str | Path) -> Any:
