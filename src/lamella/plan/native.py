@@ -31,8 +31,8 @@ from lamella.plan.width import Widths, cut_model
 from lamella.stack import (
     Architecture,
     ByKind,
+    DerivedCode,
     PartialLayer,
-    Source,
     diffusion_config,
     find_architecture,
     find_architectures,
@@ -244,7 +244,7 @@ def _origin(model: Any) -> str:
     return f"from transformers import {type(model).__name__}, {type(model.config).__name__}"
 
 
-def _definitions(source: Source) -> str:
+def _definitions(source: DerivedCode) -> str:
     """The functions of a derived sublayer, which use names of the module that they come from."""
     names = f"from {source.module} import {', '.join(source.names)}\n\n\n" if source.names else ""
     return f"\n\n{names}{source.text}\n"

@@ -15,7 +15,7 @@ from lamella.stack.architectures import (
 from lamella.stack.attention import attend_with_weights, norm_before
 from lamella.stack.blocks import BLOCK_TABLES, BlockKind, Blocks
 from lamella.stack.digest import digest_of_files
-from lamella.stack.entry import Architecture, Assembly, Experts, Slot, Source, Sublayer
+from lamella.stack.entry import Architecture, Assembly, DerivedCode, Experts, Slot, Sublayer
 from lamella.stack.prefixes import Prefixes, beginnings
 from lamella.stack.proof import digest_of_proof, kind_of, numeric_attributes, prove
 from lamella.stack.sharing import replace_forward, share
@@ -37,6 +37,7 @@ __all__ = [
     "Blocks",
     "ByKind",
     "Context",
+    "DerivedCode",
     "Experts",
     "Group",
     "Hidden",
@@ -51,7 +52,6 @@ __all__ = [
     "Prefixes",
     "Sizes",
     "Slot",
-    "Source",
     "Stack",
     "Sublayer",
     "Weight",

@@ -43,7 +43,7 @@ class Sublayer:
 
 
 @dataclass(frozen=True)
-class Source:
+class DerivedCode:
     """Functions as text, with the module whose names they use: derived sublayers, which a native export carries.
 
     Attributes:
@@ -137,7 +137,7 @@ class Architecture:
     sizes: Mapping[str, str] = field(default_factory=lambda: SIZES)
     experts: Experts | None = None
     wired: Wiring | None = None
-    sources: tuple[Source, ...] = ()
+    sources: tuple[DerivedCode, ...] = ()
 
     @property
     def denoises(self) -> bool:
