@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from lamella.errors import MethodError, PlanError
 from lamella.plan.chain import Chain, Run
-from lamella.plan.document import Document, WithFile, refusal, schema_of, text_of
+from lamella.plan.document import JsonDocument, SidefileDocument, refusal, schema_of, text_of
 from lamella.plan.entries import (
     AdapterReference,
     HeadWidth,
@@ -42,7 +42,7 @@ def _finite(scores: dict[str, float]) -> dict[str, float]:
     return scores
 
 
-class Decision(Document):
+class Decision(JsonDocument):
     """What a plan decides: every named site, path and policy is honoured or refused.
 
     Attributes:
@@ -67,7 +67,7 @@ class Decision(Document):
     policies: dict[str, PolicyReference] = Field(default_factory=dict)
     rewrite: RewriteReference | None = None
 
-    def _parts(self) -> Sequence[WithFile]:
+    def _parts(self) -> Sequence[SidefileDocument]:
         return [*self.weights, *self.modules.values(), *self.adapters, *self.policies.values()]
 
     @property
@@ -487,7 +487,7 @@ def _things(count: float, noun: str) -> str:
     return f"{amount} {noun}{'' if amount == '1' else 's'}"
 
 
-class SeriesDocument(Document):
+class SeriesDocument(JsonDocument):
     """The JSON document of a :class:`lamella.plan.PlanSeries`."""
 
     schema_: Literal["lamella.series/2"] = Field("lamella.series/2", alias="schema")
@@ -495,7 +495,7 @@ class SeriesDocument(Document):
     points: Annotated[list[Point], Field(min_length=1)]
     provenance: dict[str, Any] = Field(default_factory=dict)
 
-    def _parts(self) -> Sequence[WithFile]:
+    def _parts(self) -> Sequence[SidefileDocument]:
         return [part for point in self.points for part in point._parts()]
 
     def plan(self, index: int) -> Plan:
