@@ -21,7 +21,7 @@ from lamella.stack.proof import digest_of_proof, kind_of, numeric_attributes, pr
 from lamella.stack.sharing import replace_forward, share
 from lamella.stack.silence import silencers
 from lamella.stack.sites import Group, Level, Position, groups_at, positions_at, positions_of, sites_of
-from lamella.stack.stack import Context, Hidden, Model, Place, Stack, last_stack, library_of, open_model
+from lamella.stack.stack import Boundary, Context, Hidden, Model, Stack, last_stack, library_of, open_model
 from lamella.stack.sublayers import ByKind, Parallel, PartialLayer, Placeholder, counts_tokens, hold, join, own_keys
 from lamella.stack.weights import Weight, matrices, weights
 from lamella.stack.wiring import Part, Sizes, Wiring
@@ -35,6 +35,7 @@ __all__ = [
     "Assembly",
     "BlockKind",
     "Blocks",
+    "Boundary",
     "ByKind",
     "Context",
     "DerivedCode",
@@ -46,7 +47,6 @@ __all__ = [
     "Parallel",
     "Part",
     "PartialLayer",
-    "Place",
     "Placeholder",
     "Position",
     "Prefixes",

@@ -26,7 +26,7 @@ from lamella.stack.sites import Position, positions_of
 from lamella.stack.sublayers import Parallel, join
 
 Hidden = Tensor | Parallel
-Place = int | tuple[int, str]  # the place in the stream before a layer, or before a sublayer of it
+Boundary = int | tuple[int, str]  # the place in the stream before a layer, or before a sublayer of it
 NOTHING: frozenset[Position] = frozenset()
 LIBRARIES = ("diffusers", "timm", "torchvision")  # beside transformers
 
@@ -299,7 +299,7 @@ class Stack(Model):
         return {architecture.modality: real & ~images, "image": real & images}
 
     def walk(
-        self, h: Hidden, start: Place, stop: Place, context: Context, skip: Collection[tuple[int, str]] = NOTHING
+        self, h: Hidden, start: Boundary, stop: Boundary, context: Context, skip: Collection[tuple[int, str]] = NOTHING
     ) -> Iterator[tuple[Position, Hidden]]:
         """Run the sublayers between two points, yielding each one's position with the stream after it.
 
@@ -318,7 +318,7 @@ class Stack(Model):
                 h = self.architecture[name].run(self.layers[layer], h, context.calls[layer])
             yield position, h
 
-    def _place(self, point: Place) -> int:
+    def _place(self, point: Boundary) -> int:
         """Where in the list of positions a point is."""
         layer, name = (point, self.architecture.names[0]) if isinstance(point, int) else point
         if not 0 <= layer <= len(self):
@@ -326,7 +326,7 @@ class Stack(Model):
         return layer * len(self.architecture.names) + self.architecture.names.index(name)
 
     def run(
-        self, h: Hidden, start: Place, stop: Place, context: Context, skip: Collection[tuple[int, str]] = NOTHING
+        self, h: Hidden, start: Boundary, stop: Boundary, context: Context, skip: Collection[tuple[int, str]] = NOTHING
     ) -> Hidden:
         """The stream at ``stop``, given the stream at ``start``; see :meth:`walk`."""
         for _, after in self.walk(h, start, stop, context, skip):
