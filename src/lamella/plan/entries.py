@@ -145,7 +145,7 @@ class ModuleReference(SidefileDocument):
         name: the slug of its method.
         kind: which of the method's networks, where it has several.
         params: its settings.
-        beside: whether what is at the site runs, too, and the network is given what came of it.
+        keep_sublayers: whether what is at the site runs, too, and the network is given what came of it.
         file: the safetensors side file of its parameters, beside the plan; None where it has none.
         sha256: of that file.
     """
@@ -153,4 +153,4 @@ class ModuleReference(SidefileDocument):
     name: Slug
     kind: str | None = None
     params: dict[str, Any] = Field(default_factory=dict)
-    beside: bool = False
+    keep_sublayers: bool = False
