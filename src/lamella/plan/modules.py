@@ -144,7 +144,7 @@ class ModularLayer:
         return h
 
 
-def place(
+def insert_modules(
     stack: Stack, layer: Any, index: int, runs: tuple[str, ...], modules: Mapping[tuple[Position, ...], ModuleReference]
 ) -> ModularLayer | None:
     """Put the networks of one layer into it, and give its forward; None where the plan puts none there.

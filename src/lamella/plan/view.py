@@ -15,7 +15,7 @@ from lamella.plan.adapters import adapted
 from lamella.plan.chain import Chain, Run
 from lamella.plan.config import common_sizes, reindex, resize
 from lamella.plan.entries import ModuleReference
-from lamella.plan.modules import place
+from lamella.plan.modules import insert_modules
 from lamella.plan.rewriting import rewritten
 from lamella.plan.schema import Plan
 from lamella.plan.weights import edited
@@ -232,7 +232,7 @@ def _leave_out(
     left = {run.layer: run for run in chain.runs("prefill")}
     for index, layer in enumerate(layers):
         run = left.get(index, Run(index, ()))
-        placed = place(stack, layer, index, run.sublayers, modules)
+        placed = insert_modules(stack, layer, index, run.sublayers, modules)
         if placed is not None:
             _stamp(layer, placed, stack.architecture, index, placed.attends, stamp)
         elif run.sublayers != stack.architecture.names:
