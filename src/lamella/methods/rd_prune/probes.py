@@ -106,7 +106,7 @@ class AnyModel:
 
         found = matrices(self.model)
         for matrix in found.values():
-            for path, name in matrix.places:
+            for path, name in matrix.occurrences:
                 module = self.model.get_submodule(path)
                 if name == "weight":
                     hooks.append(module.register_forward_hook(counting(path)))
@@ -115,7 +115,7 @@ class AnyModel:
         finally:
             for hook in hooks:
                 hook.remove()
-        return {name: sum(seen.get(path, 0.0) for path, _ in matrix.places) for name, matrix in found.items()}
+        return {name: sum(seen.get(path, 0.0) for path, _ in matrix.occurrences) for name, matrix in found.items()}
 
 
 class Decoder:
