@@ -50,7 +50,7 @@ from lamella.methods.hires_llava.slicing import Order, View
 from lamella.plan import ModelReference, Plan
 from lamella.registry import command, method
 from lamella.report.images import png_base64
-from lamella.results import PICTURES, Illustrated, Study
+from lamella.results import IMAGES, ImageCorpus, Study
 from lamella.runtime import apply
 from lamella.signature import Split
 from lamella.stack import Model
@@ -319,7 +319,7 @@ def entities(
     rows: Annotated[int, Ge(1)] = 20_000,
     held_out: Annotated[int, Ge(1)] = 2_000,
     seed: Annotated[int, Ge(0)] = 0,
-) -> Illustrated:
+) -> ImageCorpus:
     """Write questions about things at nine places of an image as a data set, which any model of images can train on.
 
     Args:
@@ -335,12 +335,12 @@ def entities(
     config: Any = model.model.config
     slice_side = int(getattr(config.vision_config, "image_size", 0) or SIDE)
     pictures: dict[str, Callable[[], Picture]] = {}
-    made = Illustrated(items=[], pictures=pictures)
+    made = ImageCorpus(items=[], images=pictures)
     for part, name, count in (("calibration", "train", rows), ("test", "test", held_out)):
         kept = made.train if name == "train" else made.test
         for number in range(count):
             each = question(number, part, seed, slice_side)
-            file = f"{PICTURES}/{name}-{number:05d}.png"
+            file = f"{IMAGES}/{name}-{number:05d}.png"
             row = {"image": file, "prompt": each.prompt, "answer": each.answer}
             kept.append(row)
             made.items.append(row | {"part": name, "task": each.task, "thing": each.about.name, "cut": each.cut})
