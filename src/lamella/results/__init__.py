@@ -5,7 +5,7 @@ from lamella.result import Evidence, Result, Summary, Table
 from lamella.results.adapted import Adapted
 from lamella.results.corpus import Corpus
 from lamella.results.image_corpus import IMAGES, ImageCorpus
-from lamella.results.mixed import Mixed
+from lamella.results.mixed import MixedCorpus
 from lamella.results.network import TrainedNetwork
 from lamella.results.record import Record
 from lamella.results.study import Study
@@ -22,7 +22,7 @@ __all__ = [
     "Evidence",
     "Healed",
     "ImageCorpus",
-    "Mixed",
+    "MixedCorpus",
     "PlanSeries",
     "Record",
     "Result",
