@@ -106,7 +106,7 @@ class ModelReference(JsonDocument):
         return cls(architecture=architecture, stacks={stack: StackReference(family=family, layers=layers)}, **more)
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         """What kind of model it is, and how large."""
         if self.blocks is not None:
             return f"a {self.blocks.family} of {len(self.blocks.savings)} blocks"

@@ -350,9 +350,9 @@ class Plan(Decision):
             PlanError: when the architecture differs; other weights of the same architecture only warn.
         """
         found = ModelReference.of(model)
-        if found.told != self.model.told or list(found.stacks) != list(self.model.stacks):
+        if found.description != self.model.description or list(found.stacks) != list(self.model.stacks):
             raise PlanError(
-                f"this plan is for {self.model.told} ({self.model.name}), but {model.name} is {found.told}; make a "
+                f"this plan is for {self.model.description} ({self.model.name}), but {model.name} is {found.description}; make a "
                 "plan for it with `lamella plan`"
             )
         if found.architecture != self.model.architecture:
