@@ -352,8 +352,8 @@ class Plan(Decision):
         found = ModelReference.of(model)
         if found.description != self.model.description or list(found.stacks) != list(self.model.stacks):
             raise PlanError(
-                f"this plan is for {self.model.description} ({self.model.name}), but {model.name} is {found.description}; make a "
-                "plan for it with `lamella plan`"
+                f"this plan is for {self.model.description} ({self.model.name}), but {model.name} is "
+                f"{found.description}; make a plan for it with `lamella plan`"
             )
         if found.architecture != self.model.architecture:
             raise PlanError(
