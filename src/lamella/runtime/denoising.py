@@ -220,7 +220,10 @@ class Denoising:
             raise CacheError("a prompt of this batch is empty: give every row at least one token")
         self.mask_token: int = stack.config.mask_token_id
         images = stack.architecture.images
-        self.unsaid = [self.mask_token, *([getattr(model.config, images)] if images else [])]  # no tokens to commit
+        self.forbidden_tokens = [
+            self.mask_token,
+            *([getattr(model.config, images)] if images else []),
+        ]  # no tokens to commit
         answer = input_ids.new_full((batch, self.sampler.length), self.mask_token)
         self.tokens = torch.cat([input_ids, answer], dim=1)
         self.real = torch.cat([real.bool(), torch.ones_like(answer, dtype=torch.bool)], dim=1)
@@ -335,7 +338,7 @@ class Denoising:
             start, end: its columns.
         """
         logits = logits.float()
-        logits[..., self.unsaid] = -torch.inf
+        logits[..., self.forbidden_tokens] = -torch.inf
         masked = self.tokens[:, start:end] == self.mask_token
         tokens, certain = self._predicted(logits)
         per_block = self.steps // self.sampler.blocks
