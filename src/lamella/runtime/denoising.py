@@ -115,7 +115,7 @@ class Sampler:
         return self.length if self.steps is None else self.steps
 
 
-class KeptKeys(DynamicCache):
+class DenoisingCache(DynamicCache):
     """Keys and values of columns that are not computed again, until they are let go.
 
     A pass appends those of its own columns, as in generation; behind it :meth:`keep` says which columns stay. Order
@@ -231,7 +231,7 @@ class Denoising:
         self.step, self.steps = 0, self.sampler.in_all
         self.start, self.end = 0, 0
         self.kept = torch.empty(0, dtype=torch.long, device=input_ids.device)
-        self.cache = None if self.sampler.cache == "none" else KeptKeys()
+        self.cache = None if self.sampler.cache == "none" else DenoisingCache()
         self.before: Tensor | None = None  # of models that predict the next token: logits of the column before a pass
         self.logits: Tensor | None = None
         self.passes: list[tuple[int, int]] = []

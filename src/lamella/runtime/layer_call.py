@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 
 from lamella.runtime.cache import Phase, PlanCache, SparseSlot
-from lamella.runtime.denoising import Denoising, KeptKeys
+from lamella.runtime.denoising import Denoising, DenoisingCache
 from lamella.runtime.gathering import Gathering, Keep, PositionInputs, inputs_at, sparsely
 from lamella.runtime.masks import additive, restricted, stored_mask, visible
 from lamella.runtime.trace import Trace
@@ -474,7 +474,7 @@ class _OfEncoder(EncoderDecoderCache):
 class _Columns:
     """A cache in whose sparse slot the next keys and values are those of columns that need not follow each other."""
 
-    cache: PlanCache | KeptKeys
+    cache: PlanCache | DenoisingCache
     columns: Tensor
 
     def __getattr__(self, name: str) -> Any:
