@@ -114,8 +114,8 @@ class ModularLayer:
     slot: int
 
     def __call__(self, layer: Any, h: Tensor, call: dict[str, Any]) -> Any:
-        called, result = self.architecture.called, self.architecture.result
-        call = call if called is None else called(layer, h, call)
+        complete_call, result = self.architecture.complete_call, self.architecture.result
+        call = call if complete_call is None else complete_call(layer, h, call)
         cache = call.get(self.architecture.cache)
         if cache is not None and not self.attends:
             hold(cache, self.slot, tokens=h.shape[1])

@@ -103,7 +103,7 @@ class StampedLayer:
 def _leave(layer: nn.Module, architecture: Architecture, run: Run, slot: int, stamp: str) -> None:
     """Let a layer run only these sublayers of itself."""
     functions = {each.name: each.run if each.name in run.sublayers else None for each in architecture.sublayers}
-    partial = PartialLayer(functions, slot, architecture.cache, architecture.called, architecture.result)
+    partial = PartialLayer(functions, slot, architecture.cache, architecture.complete_call, architecture.result)
     _stamp(layer, partial, architecture, slot, "attn" in run.sublayers, stamp)
 
 

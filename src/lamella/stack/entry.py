@@ -102,7 +102,7 @@ class Architecture:
         mask: the input that says which positions are no padding; none where all are.
         config: the part of the model's config that is this stack's; empty for the whole.
         front: dotted path to the module that makes, of the model's inputs, what the layers read; ``base`` if left out.
-        called, result: where layers hand on more than the stream: what a layer is called with, completed, and what it
+        complete_call, result: where layers hand on more than the stream: what a layer is called with, completed, and what it
             returns for a stream.
         stays: layers that cannot leave a plain checkpoint, by number, with the reason; ``stays(config, layers)``.
         auto: the class of transformers that opens a checkpoint.
@@ -130,7 +130,7 @@ class Architecture:
     mask: str = "attention_mask"
     config: str = ""
     front: str | None = None
-    called: Callable[[nn.Module, Tensor, dict[str, Any]], dict[str, Any]] | None = None
+    complete_call: Callable[[nn.Module, Tensor, dict[str, Any]], dict[str, Any]] | None = None
     result: Callable[[Tensor, dict[str, Any]], Any] | None = None
     stays: Callable[[Any, int], Mapping[int, str]] | None = None
     auto: str = "AutoModelForCausalLM"

@@ -120,7 +120,7 @@ def _passing_by(stack: Stack, passed: set[int]) -> Any:
         layer = layers[id(stack.layers[index])] = copy.copy(stack.layers[index])
         nothing = dict.fromkeys(architecture.names)
         replace_forward(
-            layer, PartialLayer(nothing, index, architecture.cache, architecture.called, architecture.result)
+            layer, PartialLayer(nothing, index, architecture.cache, architecture.complete_call, architecture.result)
         )
     head = {} if stack.unembedding is None else {id(stack.unembedding): stack.unembedding}
     return share(stack.model, layers | head)

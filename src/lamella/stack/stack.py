@@ -437,8 +437,8 @@ class _NoteCall:
     stops: bool
 
     def __call__(self, layer: Any, h: Tensor, call: dict[str, Any]) -> Any:
-        called, result = self.architecture.called, self.architecture.result
-        call = call if called is None else called(layer, h, call)
+        complete_call, result = self.architecture.complete_call, self.architecture.result
+        call = call if complete_call is None else complete_call(layer, h, call)
         layer.calls.append(call | {"h": h})
         if self.stops:
             raise _Noted
