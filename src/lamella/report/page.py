@@ -18,7 +18,7 @@ from lamella.result import shown
 FILTERS = ("number", "ratio", "spread", "estimate", "percent", "count", "size", "duration")
 
 
-def filled(
+def render_page(
     template: str | Path, figures: Mapping[str, Figure], data: Mapping[str, Any] | None = None, **context: Any
 ) -> str:
     """Fill a template.
