@@ -102,8 +102,8 @@ class Architecture:
         mask: the input that says which positions are no padding; none where all are.
         config: the part of the model's config that is this stack's; empty for the whole.
         front: dotted path to the module that makes, of the model's inputs, what the layers read; ``base`` if left out.
-        complete_call, result: where layers hand on more than the stream: what a layer is called with, completed, and what it
-            returns for a stream.
+        complete_call: adds what is missing to the keyword arguments that a layer receives; None if nothing is.
+        result: turns hidden states into what a layer returns, for layers that return more than hidden states.
         stays: layers that cannot leave a plain checkpoint, by number, with the reason; ``stays(config, layers)``.
         auto: the class of transformers that opens a checkpoint.
         sizes: what its config calls the sizes, by the names of :data:`SIZES`.

@@ -249,8 +249,8 @@ class PartialLayer:
         sublayers: by name and in their order, the function of each, or None for one that does not run.
         slot: the cache slot of the layer.
         cache: the keyword under which the layer receives the cache.
-        complete_call, result: where layers hand on more than the stream: what a layer is called with, completed, and what it
-            returns for a stream.
+        complete_call: adds what is missing to the keyword arguments that a layer receives; None if nothing is.
+        result: turns hidden states into what a layer returns, for layers that return more than hidden states.
     """
 
     sublayers: Mapping[str, Callable[..., Any] | None]
