@@ -86,7 +86,7 @@ def train(
     parts = spans(stack, stages if pipeline is None else len(pipeline.assignment))
     orders = drawn(len(parts), skip, microbatches, config.seed) if pipeline is None else _always(pipeline.orders)
     size = len(orders(0))
-    config = replace(config, batch=config.batch * size).lasting(len(train))
+    config = replace(config, batch=config.batch * size).with_steps(len(train))
     view = share(stack.model)
     own(view, lambda name: True)
     trainer = _Paths(view, parts, orders, config, pace)
