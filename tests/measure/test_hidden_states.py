@@ -87,7 +87,7 @@ def test_sublayer_influence_reads_the_stream_between_the_sublayers() -> None:
     np.testing.assert_allclose(sublayer_influence(Stack(nano("llama")), TOKENS).values, expected, atol=1e-6)
 
 
-def test_stream_norms_leave_the_first_position_out() -> None:
+def test_hidden_norms_leave_the_first_position_out() -> None:
     model = nano("gpt2")
     expected = np.linalg.norm(points(model)[:, :, 1:], axis=-1).mean((1, 2))
     np.testing.assert_allclose(hidden_norms(Stack(model), TOKENS).values, expected, rtol=1e-5)
