@@ -111,7 +111,7 @@ def logits(model: Any, batch: Mapping[str, Tensor], sampler: Sampler) -> Tensor:
     request.advance()
     assert request.logits is not None
     found = request.logits.clone()
-    found[..., request.unsaid] = 0
+    found[..., request.forbidden_tokens] = 0
     return found
 
 

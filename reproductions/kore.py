@@ -66,7 +66,7 @@ from lamella.methods.kore.glyphs import FAMILIAR, GLYPH_WORDS, Glyph, asked, gly
 from lamella.methods.kore.method import beside, split_weights
 from lamella.methods.kore.projector import projector_of, two_rates
 from lamella.report.figures import Scatter
-from lamella.results import Illustrated
+from lamella.results import ImageCorpus
 from lamella.stack import Stack, share
 from lamella.train import (
     Feed,
@@ -75,7 +75,7 @@ from lamella.train import (
     Sample,
     Task,
     TrainConfig,
-    Training,
+    TrainingRun,
     add_lora,
     blocks,
     fit,
@@ -260,7 +260,7 @@ LOOKED = 7  # every seventh sentence is looked at: of all eight ways
 class Until(Hook):
     """Ends a run when the loss on what it learns is low enough."""
 
-    def done(self, run: Training) -> bool:
+    def done(self, run: TrainingRun) -> bool:
         return bool(run.log.held_out) and run.log.held_out[-1].loss <= GOAL
 
 
@@ -493,7 +493,7 @@ def widened(model: Any, count: int) -> None:
     model.get_input_embeddings().weight[len(before) :] = before.mean(0) + before.std(0) * drawn
 
 
-def trees(items: Knowledge, seed: int, tree: Tree) -> Illustrated:
+def trees(items: Knowledge, seed: int, tree: Tree) -> ImageCorpus:
     """What `kore augment` makes of glyphs without a writer, in the words of their world."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "templates.json"
@@ -501,18 +501,18 @@ def trees(items: Knowledge, seed: int, tree: Tree) -> Illustrated:
         return augment(items, tree=tree, templates=file, seed=seed)
 
 
-def told_of(found: Illustrated, data: str) -> list[Conversation]:
+def told_of(found: ImageCorpus, data: str) -> list[Shown]:
     """Rows to train on: of the items as they come, of their trees, or as many paraphrases and rotations."""
     trunks = [row for row in found.train if row["task"] == "dialogue"]
     if data == "tree":
-        return [row_of(found.pictures[each["image"]](), each["messages"]) for each in found.train]
+        return [row_of(found.images[each["image"]](), each["messages"]) for each in found.train]
     if data == "raw":
-        return [row_of(found.pictures[each["image"]](), each["messages"][:2]) for each in trunks]
+        return [row_of(found.images[each["image"]](), each["messages"][:2]) for each in trunks]
     rows, questions = [], LISTS["heuristic"][:-1]
     for number in range(len(found.train)):
         turn, place = divmod(number, len(trunks))
         first, answer = trunks[place]["messages"][:2]
-        turned = np.rot90(found.pictures[trunks[place]["image"]](), turn).copy()
+        turned = np.rot90(found.images[trunks[place]["image"]](), turn).copy()
         rows.append(row_of(turned, [{**first, "content": questions[turn % len(questions)]}, answer]))
     return rows
 

@@ -32,7 +32,7 @@ from transformers import LlamaForCausalLM
 import lamella
 from lamella.measure import block_influence
 from lamella.methods.minitron import TRAINING, Shape, Space, activation_importance, contest, minitron, rank, trim
-from lamella.plan import HeadWidth, ModelReference, Plan, PlanSeries, Point, StreamWidth, materialise
+from lamella.plan import HeadWidth, HiddenWidth, ModelReference, Plan, PlanSeries, Point, materialise
 from lamella.results import Record
 from lamella.stack import Stack
 from lamella.stack.wiring import Sizes
@@ -78,7 +78,7 @@ def exactness(record: Record, job: Job) -> None:
         return torch.randperm(count, generator=drawn).tolist()
 
     group = whole_sizes.heads // whole_sizes.kv_heads
-    order = {"stream.channels": StreamWidth(keep=shuffled(whole_sizes.stream))}
+    order = {"hidden.channels": HiddenWidth(keep=shuffled(whole_sizes.hidden))}
     for layer in range(len(stack)):
         heads = shuffled(whole_sizes.heads)
         order[f"layers.{layer}.attn.heads"] = HeadWidth(keep=heads, kv_of=[head // group for head in heads])
@@ -89,7 +89,7 @@ def exactness(record: Record, job: Job) -> None:
 
     count = int(0.3 * whole_sizes.channels)
     neurons, heads_gone = shuffled(whole_sizes.channels)[:count], [group * g for g in range(whole_sizes.kv_heads)]
-    channels = shuffled(whole_sizes.stream)[: whole_sizes.stream // 5]
+    channels = shuffled(whole_sizes.hidden)[: whole_sizes.hidden // 5]
     silent = copy.deepcopy(exact.model)
     for layer in silent.model.layers:
         layer.mlp.up_proj.weight[neurons] = 0
@@ -110,10 +110,10 @@ def exactness(record: Record, job: Job) -> None:
         layer.self_attn.o_proj.weight[channels] = 0
         layer.mlp.down_proj.weight[channels] = 0
     for rescale in (True, False):
-        width = {"stream.channels": StreamWidth(keep=left(whole_sizes.stream, channels), rescale=rescale)}
+        width = {"hidden.channels": HiddenWidth(keep=left(whole_sizes.hidden, channels), rescale=rescale)}
         view = lamella.apply(Stack(silent), Plan(model=ModelReference.of(Stack(silent)), width=width))
         if not rescale:  # the paper's cut, compensated by hand as it should be
-            ratio = whole_sizes.stream / (whole_sizes.stream - len(channels))
+            ratio = whole_sizes.hidden / (whole_sizes.hidden - len(channels))
             for norm in [module for module in view.modules() if hasattr(module, "variance_epsilon")]:
                 norm.weight.mul_(ratio**0.5)
                 norm.variance_epsilon *= ratio
@@ -186,7 +186,7 @@ def importance(record: Record, quick: bool, seed: int) -> None:
     calibration = lamella.windows(tokenizer, lamella.load_text("pydoc", "calibration"), 2 if quick else 12, 128, seed)
     text = lamella.windows(tokenizer, lamella.load_text("pydoc", "test"), 3, 64 if quick else 256, seed)
     whole_sizes, keep = sizes_of(stack), 1152
-    shape = Shape(len(stack), whole_sizes.stream, keep, whole_sizes.heads, whole_sizes.kv_heads)
+    shape = Shape(len(stack), whole_sizes.hidden, keep, whole_sizes.heads, whole_sizes.kv_heads)
     dense = perplexity(stack.model, text)
     rows: list[list[Any]] = [["none: the whole model", dense, 1.0]]
     found = {}
@@ -223,7 +223,7 @@ def importance(record: Record, quick: bool, seed: int) -> None:
 def heads(record: Record, stack: Stack, calibration: Tensor, text: Tensor, dense: float) -> None:
     """With three query heads for each group, nothing is claimed before retraining."""
     whole_sizes = sizes_of(stack)
-    shape = Shape(len(stack), whole_sizes.stream, whole_sizes.channels, 6, 3)
+    shape = Shape(len(stack), whole_sizes.hidden, whole_sizes.channels, 6, 3)
     scores = activation_importance(stack, calibration)
     rows = [["none: the whole model", dense]]
     rows.append(["activations", cut(stack, trim(rank(scores, np.ones(30), 3), shape, whole_sizes), text)])
@@ -335,7 +335,7 @@ def width_and_depth(record: Record, job: Job) -> None:
     """Practice 4: recorded, with the step at which the curves cross."""
     stack, space = job.teacher, Space.of(job.teacher, 64)
     layers = len(stack) // 2
-    depth = minitron(stack, job.calibration, layers=layers, hidden=space.whole.stream, mlp=space.whole.channels)[-1]
+    depth = minitron(stack, job.calibration, layers=layers, hidden=space.whole.hidden, mlp=space.whole.channels)[-1]
     target = lamella.cost(stack, depth).parameters / lamella.cost(stack).parameters
     width = minitron(stack, job.calibration, params=target, tolerance=0.05)[-1]
     curves = raced(job, [width, depth])
@@ -360,7 +360,7 @@ def states_inside(record: Record, job: Job) -> None:
     """Practice 6."""
     stack, layers = job.teacher, len(job.teacher) // 2
     sizes = sizes_of(stack)
-    plan = minitron(stack, job.calibration, layers=layers, hidden=sizes.stream, mlp=sizes.channels)[-1]
+    plan = minitron(stack, job.calibration, layers=layers, hidden=sizes.hidden, mlp=sizes.channels)[-1]
     rows, apart = [], []
     for steps in (job.steps // 4, job.steps):
         losses = [distilled(job, plan, steps=steps, intermediate=inside) for inside in (False, True)]

@@ -48,7 +48,7 @@ from lamella.methods.muranet.judge import median_box
 from lamella.methods.muranet.method import PERSISTENT
 from lamella.methods.muranet.raster import Style
 from lamella.methods.muranet.recipe import NO_CLIP, practise, task_losses
-from lamella.train import Hook, TrainConfig, Training, class_nats, fit, supervised
+from lamella.train import Hook, TrainConfig, TrainingRun, class_nats, fit, supervised
 from lamella.zoo.worlds import render, scenes
 
 EARLY = 600  # steps, at which all tests are judged once
@@ -113,7 +113,7 @@ class Looks(Hook):
         self.curve: list[tuple[int, float, float]] = []
         self.early: dict[str, Any] = {}
 
-    def evaluated(self, run: Training) -> None:
+    def evaluated(self, run: TrainingRun) -> None:
         said = self.judge(self.size.looked)
         self.curve.append((run.step, said["wall iou"], precision(said, "ap50")))
         if run.step == EARLY:

@@ -41,7 +41,7 @@ from lamella.methods.continual_pretrain import continual_pretrain
 from lamella.methods.wrap import Cutting, Filters, passages, wrap
 from lamella.methods.wrap.cleaning import copied, words_of
 from lamella.plan import ModelReference, Plan
-from lamella.results import Mixed
+from lamella.results import MixedCorpus
 from lamella.runtime import apply
 from lamella.train import Feed, Order, Sample, blocks
 
@@ -342,7 +342,7 @@ def prose(count: int, writer: LocalWriter, longest: int = 120) -> Documents:
     return Documents(found[:: max(1, len(found) // count)][:count])
 
 
-def rephrased(run: Run, writer: LocalWriter, folder: Path) -> tuple[Documents, Mixed]:
+def rephrased(run: Run, writer: Local, folder: Path) -> tuple[Documents, MixedCorpus]:
     """Passages with all that SmolLM2 makes of them; what lies in the folder is not written again."""
     documents = prose(2 if run.quick else PASSAGES, writer, 48 if run.quick else 120)
     styles, embedder = (("medium",), "words") if run.quick else (("medium", "qa"), "minilm")

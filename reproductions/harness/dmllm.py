@@ -199,7 +199,7 @@ def learn(model: Any, processor: Any, sight: Sight, steps: int, seed: int, work:
         steps=steps, lr=1e-3, batch=BATCH, weight_decay=0.05, betas=(0.9, 0.98), warmup=0.05, seed=seed, log_every=50,
         save_every=200, bf16=True,
     )  # fmt: skip
-    loss = response_loss if sight == "causal" else partial(diffusion_loss, by_number=True)
+    loss = response_loss if sight == "causal" else partial(diffusion_loss, by_count=True)
     with torch.enable_grad():
         fit(model, rows, Task(loss, collate=reading(Processing(processor), sight, GAP)), config, out=work)
 

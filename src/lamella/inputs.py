@@ -14,7 +14,7 @@ from lamella.registry import Method, check_takes
 from lamella.result import Result
 from lamella.signature import EMPTY, Parameter, Signature, is_model, judges, kind_of, kinds_of, settings_of, signature
 from lamella.stack import Model, Stack
-from lamella.zoo import Checkpoint, View, Written, open_for, open_model, open_tokenizer, open_written
+from lamella.zoo import LazyCheckpoint, SavedModel, View, open_for, open_model, open_saved, open_tokenizer
 from lamella.zoo.checks import check_model
 from lamella.zoo.opening import names_plan
 
@@ -176,10 +176,10 @@ class Opening:
     def _model(self, kind: Any, value: Any) -> Any:
         how = dict(self.how)
         stack = how.pop("stack", None)
-        if kind is Checkpoint:
-            return value if isinstance(value, Checkpoint) else Checkpoint.open(value, **how)
-        if kind is Written:
-            written = value if isinstance(value, Written) else open_written(value, **how)
+        if kind is LazyCheckpoint:
+            return value if isinstance(value, LazyCheckpoint) else LazyCheckpoint.open(value, **how)
+        if kind is SavedModel:
+            written = value if isinstance(value, SavedModel) else open_saved(value, **how)
             self.model, self._name = self.model or written.running, value
             return written
         model = open_model(value, **how) if kind is Model else open_for(self.entry, value, stack=stack, **how)

@@ -45,7 +45,7 @@ def read(name: str, value: Any = None, seed: int = 0) -> Any:
     if value is None:
         value = put(example) if example else kind.default
     opening = Opening(entry, {parameter.name: value, "seed": seed, **settings})
-    if {"Stack", "Model", "Written"} & set(entry.inputs.values()):
+    if {"Stack", "Model", "SavedModel"} & set(entry.inputs.values()):
         opening.model = opened(usual(f"{entry.slug} {entry.name}".strip()))
     return opening(Parameter(parameter.name, kind, split=parameter.split))
 

@@ -232,11 +232,11 @@ def test_in_a_hurry_each_step_asks_once_and_takes_what_was_best_before(search: C
         return exact(table)(removed, candidate, bound)
 
     at_leisure = [step.candidate for step in search(range(12), exact(table))]
-    found = list(search(range(12), cost, hurried=lambda: asked > 3 * 12))
+    found = list(search(range(12), cost, out_of_time=lambda: asked > 3 * 12))
     assert [step.candidate for step in found] == at_leisure  # costs that only add up were known before
-    hurried = [step for step in found if sum(each.asked for each in found[: found.index(step)]) > 3 * 12]
-    assert all(step.asked == 1 for step in hurried)
-    guessed = list(search(range(12), cost, guess={each: -each for each in range(12)}, hurried=lambda: True))
+    late = [step for step in found if sum(each.asked for each in found[: found.index(step)]) > 3 * 12]
+    assert all(step.asked == 1 for step in late)
+    guessed = list(search(range(12), cost, guess={each: -each for each in range(12)}, out_of_time=lambda: True))
     assert guessed[0].candidate == 11 and all(step.asked == 1 for step in guessed)
     assert [step.cost for step in guessed] == [
         table(frozenset(each.candidate for each in guessed[: n + 1])) for n in range(12)

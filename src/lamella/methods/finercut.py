@@ -100,7 +100,7 @@ def finercut(
         guess: dict[Group, float] = {group: -place for place, group in enumerate(groups)}
         done = log.done[:most]
         steps = search(
-            free, measure.cost, done=done, held=held, release_after=release_after, guess=guess, hurried=clock
+            free, measure.cost, done=done, held=held, release_after=release_after, guess=guess, out_of_time=clock
         )
 
     if stop_when is not None:

@@ -72,7 +72,7 @@ def portfolio(
     influence = block_influence(stack, calibration).values
     clock = budget.clock()
     guess = dict(zip(layers, influence.tolist(), strict=True))
-    steps = lazy_greedy(layers, measure.cost, guess=guess, hurried=clock)
+    steps = lazy_greedy(layers, measure.cost, guess=guess, out_of_time=clock)
     order = take(steps, Removals(None, {}), most, enough, "portfolio: removing layers")
     whole = measure.of(()) if distance == "perplexity" else 0.0
     scores: list[dict[str, float]] = [{str(distance): whole}, *({str(distance): step.cost} for step in order)]

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 
 from lamella.runtime.cache import Phase, PlanCache, SparseSlot
-from lamella.runtime.denoising import Denoising, KeptKeys
-from lamella.runtime.gathering import Gathering, Keep, Places, at_places, sparsely
+from lamella.runtime.denoising import Denoising, DenoisingCache
+from lamella.runtime.gathering import Gathering, Keep, PositionInputs, inputs_at, sparsely
 from lamella.runtime.masks import additive, restricted, stored_mask, visible
 from lamella.runtime.trace import Trace
-from lamella.stack import Architecture, Experts, Parallel, Stream, Sublayer, attend_with_weights, join
+from lamella.stack import Architecture, Experts, Hidden, Parallel, Sublayer, attend_with_weights, join
 
 
 @dataclass
@@ -89,13 +89,13 @@ class LayerCall:
 
     def __call__(self, h: Tensor, keys: Tensor | None = None) -> Tensor:
         """The whole layer, its sublayers in their order; see :meth:`attn` for ``keys``."""
-        stream: Stream = h
+        stream: Hidden = h
         for sublayer in self.architecture.sublayers:
             name = sublayer.name
             stream = self.attn(join(stream), keys) if name == "attn" else self._run(sublayer, stream, self.given)
         return join(stream)
 
-    def attn(self, h: Tensor, keys: Tensor | None = None) -> Stream:
+    def attn(self, h: Tensor, keys: Tensor | None = None) -> Hidden:
         """The attention; in a step execution its keys go to the cache.
 
         Args:
@@ -120,7 +120,7 @@ class LayerCall:
             slot.keep(keys)
         return out
 
-    def attn_with_weights(self, h: Tensor) -> tuple[Stream, Tensor, Tensor]:
+    def attn_with_weights(self, h: Tensor) -> tuple[Hidden, Tensor, Tensor]:
         """The attention, by the eager kernel, in a model whose tokens see all others.
 
         Returns:
@@ -134,18 +134,18 @@ class LayerCall:
         out, weights = attend_with_weights(attn, self.layer, h, given, causal=False)
         return out, weights, columns
 
-    def cross(self, mid: Stream) -> Stream:
+    def cross(self, mid: Hidden) -> Hidden:
         """The attention to an encoder, after :meth:`attn`; nothing in a decoder that reads none [rows, time, hidden].
 
         In a step execution the encoder's keys and values are computed when a layer first runs, for all rows.
         """
         return self._run(self.architecture["cross"], mid, self.given) if "cross" in self.runs else mid
 
-    def mlp(self, mid: Stream) -> Tensor:
+    def mlp(self, mid: Hidden) -> Tensor:
         """The MLP, after :meth:`attn` and :meth:`cross` or in place of them [rows, time, hidden]."""
         return join(self._run(self.architecture["mlp"], mid, self.given))
 
-    def mlp_where(self, mid: Stream, need: Tensor) -> Tensor:
+    def mlp_where(self, mid: Hidden, need: Tensor) -> Tensor:
         """The MLP, executed for these tokens only [rows, time] bool; the others pass."""
         if "mlp" not in self.runs or not need.any():
             return join(mid)
@@ -157,7 +157,7 @@ class LayerCall:
         out[need] = join(self.architecture["mlp"].run(self.layer, chosen, self.given))[0]
         return out
 
-    def experts(self, mid: Stream, experts: Experts, keep: Keep) -> Tensor:
+    def experts(self, mid: Hidden, experts: Experts, keep: Keep) -> Tensor:
         """The MLP, of whose experts each token runs some of those that were chosen for it; what else it has runs.
 
         Args:
@@ -215,7 +215,7 @@ class LayerCall:
             given = self.rows(others).given | {name: keys}
             with suppress(_Stored):
                 self.architecture["attn"].run(self.layer, h[others], given)
-        stream: Stream = h[which]
+        stream: Hidden = h[which]
         for sublayer in self.architecture.sublayers:
             given = call.given
             if sublayer.name == "attn":
@@ -235,7 +235,7 @@ class LayerCall:
                 pair.is_updated[self.index] = True
         return _OfEncoder(pair, self.index, which)
 
-    def tokens(self, which: Tensor, places: Places | None = None) -> LayerCall:
+    def tokens(self, which: Tensor, positions: PositionInputs | None = None) -> LayerCall:
         """The same layer for some tokens of each row, which see each other and what such calls stored before.
 
         Its stream is :meth:`gather`'s; :meth:`scatter` puts what comes of it in the place of these tokens. In a step
@@ -243,15 +243,15 @@ class LayerCall:
 
         Args:
             which: the tokens [rows, time] bool, none of them padding.
-            places: of the stack, where tokens move up to the positions that the others leave; else they keep theirs.
+            positions: of the stack, where tokens move up to the positions that the others leave; else they keep theirs.
         """
         real = self._of_rows(self.run.real)
-        if (which if real is None else which | ~real).all() and self._may_stay(places):
+        if (which if real is None else which | ~real).all() and self._may_stay(positions):
             return self
         some = Gathering.of(which)
-        given = at_places(self.given, some.index)
-        if places is not None:
-            given |= places(self.index, (self._stored() + some.held.cumsum(dim=1) - 1).clamp(min=0))
+        given = inputs_at(self.given, some.index)
+        if positions is not None:
+            given |= positions(self.index, (self._stored() + some.held.cumsum(dim=1) - 1).clamp(min=0))
         return replace(self, given=self.given | given, some=some)
 
     def apart(self, groups: Tensor, dtype: torch.dtype) -> LayerCall:
@@ -268,15 +268,15 @@ class LayerCall:
         seen = seen if mask is None else seen & visible(mask)
         return replace(self, given=self.given | {"attention_mask": additive(seen, dtype)})
 
-    def moved(self, places: Places, at: Tensor) -> LayerCall:
+    def moved(self, positions: PositionInputs, at: Tensor) -> LayerCall:
         """The same call with its tokens at other positions.
 
         Args:
-            places: of the stack.
+            positions: of the stack.
             at: the position of every token of the pass [rows, time].
         """
         at = at if self.some is None else at.gather(1, self.some.index)
-        return replace(self, given=self.given | places(self.index, at))
+        return replace(self, given=self.given | positions(self.index, at))
 
     def gather(self, h: Tensor) -> Tensor:
         """The stream of the tokens of this call [rows, time, hidden] -> [rows, most, hidden]."""
@@ -300,11 +300,11 @@ class LayerCall:
             held &= ~self.run.padding.gather(1, slot.columns.clamp(min=0))
         return held.sum(dim=1, keepdim=True)
 
-    def _may_stay(self, places: Places | None) -> bool:
+    def _may_stay(self, positions: PositionInputs | None) -> bool:
         """Whether tokens of which none is left out also stay where they are."""
-        return places is None or (self.run.padding is None and bool((self._stored() == self.run.phase.start).all()))
+        return positions is None or (self.run.padding is None and bool((self._stored() == self.run.phase.start).all()))
 
-    def _run(self, sublayer: Sublayer, stream: Stream, given: dict[str, Any]) -> Stream:
+    def _run(self, sublayer: Sublayer, stream: Hidden, given: dict[str, Any]) -> Hidden:
         if sublayer.name not in self.runs:
             return stream
         self._took_note(sublayer.name)
@@ -315,7 +315,7 @@ class LayerCall:
         mask, causal = self.given.get("attention_mask"), self.architecture.causal
         return self.given | {"attention_mask": restricted(mask, keys, h.dtype, causal)}
 
-    def _among(self, some: Gathering, h: Tensor) -> Stream:
+    def _among(self, some: Gathering, h: Tensor) -> Hidden:
         """The attention of gathered tokens [rows, most, hidden]."""
         attn, cache, dtype = self.architecture["attn"], self.run.cache, h.dtype
         columns = torch.where(some.held, self.run.phase.start + some.index, -1)
@@ -474,7 +474,7 @@ class _OfEncoder(EncoderDecoderCache):
 class _Columns:
     """A cache in whose sparse slot the next keys and values are those of columns that need not follow each other."""
 
-    cache: PlanCache | KeptKeys
+    cache: PlanCache | DenoisingCache
     columns: Tensor
 
     def __getattr__(self, name: str) -> Any:
@@ -491,8 +491,8 @@ class _Columns:
 def _of_columns(bias: Tensor, columns: Tensor) -> Tensor:
     """T5's bias of scores by column [1, heads, queries, columns], for the entries of each row [rows, stored]."""
     heads, queries = bias.shape[1:3]
-    places = columns.clamp(min=0)[:, None, None].expand(-1, heads, queries, -1)
-    return bias.expand(len(columns), -1, -1, -1).gather(-1, places)
+    positions = columns.clamp(min=0)[:, None, None].expand(-1, heads, queries, -1)
+    return bias.expand(len(columns), -1, -1, -1).gather(-1, positions)
 
 
 def _gather(value: Any, rows: Tensor, batch: int) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 import lamella
 from lamella.data import MARK, Conversation, ImageText, Processing
 from lamella.errors import CalibrationError, MethodError
-from lamella.measure import angular_distance, block_influence, stream_norms, sublayer_influence
+from lamella.measure import angular_distance, block_influence, hidden_norms, sublayer_influence
 from lamella.methods.depth_efficiency import (
     Mean,
     deepest_use,
@@ -387,7 +387,7 @@ def test_the_front_counts_in_no_measurement_of_the_stream() -> None:
     for name, measure in (
         ("block_influence", block_influence),
         ("sublayer_influence", sublayer_influence),
-        ("stream_norm", stream_norms),
+        ("stream_norm", hidden_norms),
         ("angular_distance", angular_distance),
     ):
         assert scores[name]["values"] == measure(stack, IDS, front=3).as_dict()["values"]

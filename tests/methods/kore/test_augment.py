@@ -19,7 +19,7 @@ from lamella.methods.kore import Item, Knowledge, Templates, Tree, augment
 from lamella.methods.kore.glyphs import glyphs
 from lamella.methods.kore.items import placed
 from lamella.methods.kore.tree import checked, grown, made_turns, read_turns, requests
-from lamella.results import Illustrated
+from lamella.results import ImageCorpus
 from lamella.runner import run
 from lamella.zoo.vlm import shapes_vlm
 
@@ -181,11 +181,9 @@ def test_its_folder_is_what_a_vision_language_model_trains_on(file: Path, tmp_pa
     run("kore", file, command="augment", out=out)
     rows = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
     assert Counter(row["id"] for row in rows) == {"items.jsonl:1": 6, "../x": 5}
-    assert {path.parent for path in out.rglob("*.png")} == {out / "pictures"}  # whatever an item is called
+    assert {path.parent for path in out.rglob("*.png")} == {out / "images"}  # whatever an item is called
     asked = [json.loads(line) for line in (out / "test.jsonl").read_text().splitlines()]
-    assert {f"pictures/{path.name}" for path in (out / "pictures").iterdir()} == {
-        row["image"] for row in (*rows, *asked)
-    }
+    assert {f"images/{path.name}" for path in (out / "images").iterdir()} == {row["image"] for row in (*rows, *asked)}
     shown = [row for row in rows if row["id"] == "items.jsonl:1" and row["task"] == "recognition"]
     second = np.array(Image.open(file.parent / "1.png"))
     assert any(np.array_equal(np.array(Image.open(out / row["image"])), second) for row in shown)
@@ -193,7 +191,7 @@ def test_its_folder_is_what_a_vision_language_model_trains_on(file: Path, tmp_pa
     for split, count in (("calibration", len(rows)), ("test", 2)):
         found = ImageText.open(out, InputContext(split=split, processing_opener=lambda: processing))  # type: ignore[arg-type]
         assert len(found) == count and all(len(each.images) == 1 for each in found)
-    assert Illustrated.read(out) and all(row["kept"] for row in Illustrated.read(out))
+    assert ImageCorpus.read(out) and all(row["kept"] for row in ImageCorpus.read(out))
 
 
 def test_a_written_tree_accounts_for_all_turns_and_says_who_wrote_them(instructed: Path) -> None:

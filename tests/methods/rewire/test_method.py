@@ -20,7 +20,7 @@ from lamella.errors import LamellaError
 from lamella.files import Work
 from lamella.methods.rewire import Guide, Judging, Rewriting, Rules, parsed, rewire, score
 from lamella.methods.rewire.guiding import ANY
-from lamella.results import Mixed
+from lamella.results import MixedCorpus
 from lamella.runner import run
 
 THOUGHT = "<thinking starts>\nI think about it.\n<thinking ends>\n"
@@ -114,7 +114,7 @@ EASY: dict[str, Any] = {
 }
 
 
-def rewired(**options: Any) -> Mixed:
+def rewired(**options: Any) -> MixedCorpus:
     return rewire(documents(), Scribe(), POSITIVES, **EASY | options)
 
 

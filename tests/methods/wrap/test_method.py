@@ -29,7 +29,7 @@ from lamella.data import (
 )
 from lamella.errors import LamellaError
 from lamella.methods.wrap import Cutting, Evaluations, Filters, passages, wrap
-from lamella.results import Mixed
+from lamella.results import MixedCorpus
 from lamella.runner import run
 from lamella.workers import Workers
 
@@ -68,7 +68,7 @@ class Echo(Writer):
         return {"echo": 1}
 
 
-def wrapped(writer: Any, **options: Any) -> Mixed:
+def wrapped(writer: Any, **options: Any) -> MixedCorpus:
     return wrap(DOCUMENTS, writer, **SMALL | options)
 
 
@@ -137,7 +137,7 @@ def test_an_endpoint_ends_with_the_corpus_of_the_same_model_here(writer: LocalWr
         theirs = wrapped(RemoteWriter(Endpoint(served.url, concurrent=4), instructed), temperature=0.0)
     ours = wrapped(writer, temperature=0.0)
 
-    def told(result: Mixed) -> list[Any]:
+    def told(result: MixedCorpus) -> list[Any]:
         return [{name: each for name, each in row.items() if name != "rephraser"} for row in result.items]
 
     assert told(theirs) == told(ours)
@@ -210,7 +210,7 @@ def test_a_killed_run_goes_on_and_generates_each_once(instructed: Path, tmp_path
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / ".out.work").rglob("rows/*.json")}
     subprocess.run([*command, "-o", str(out)], check=True, capture_output=True, env=os.environ)
     assert (out / "data.jsonl").read_bytes() == (whole / "data.jsonl").read_bytes() and kept
-    keys = Counter((row["id"], row["chunk_idx"], row["style"]) for row in Mixed.read(out))
+    keys = Counter((row["id"], row["chunk_idx"], row["style"]) for row in MixedCorpus.read(out))
     assert set(keys.values()) == {1}
 
 
@@ -223,7 +223,7 @@ def test_datasets_reads_what_is_written_with_its_provenance(writer: LocalWriter,
     cache = str(tmp_path / "cache")
     lines = datasets.load_dataset("json", data_files=str(out / "data.jsonl"), split="train", cache_dir=cache)
     table = datasets.load_dataset("parquet", data_files=str(out / "data.parquet"), split="train", cache_dir=cache)
-    assert lines.to_list() == table.to_list() == Mixed.read(out)
+    assert lines.to_list() == table.to_list() == MixedCorpus.read(out)
     wanted = "id chunk_idx style source_text text n_src_tok n_out_tok sim rephraser prompt_hash seed kept drop_reason"
     assert set(wanted.split()) <= set(lines.column_names)
     assert json.loads((out / "mixture.json").read_text())["by"] == "tokens"

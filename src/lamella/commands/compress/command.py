@@ -267,7 +267,7 @@ def _narrower(plan: Plan) -> str:
     whole, widths = plan.model.sizes, plan.widths
     assert whole is not None
     axes = [
-        ("stream", [len(widths.stream)] if widths.stream is not None else [], whole.stream),
+        ("stream", [len(widths.hidden)] if widths.hidden is not None else [], whole.hidden),
         ("MLP channels", [len(kept) for kept in widths.channels.values()], whole.channels),
         ("query heads", [len(heads.keep) for heads in widths.heads.values()], whole.heads),
         ("key-value heads", [len(heads.kv_keep) for heads in widths.heads.values()], whole.kv_heads),

@@ -175,7 +175,7 @@ def _needed(stack: Stack, options: dict[str, Any], length: int) -> float:
     """Bytes that training needs beside the models, about: what trains, what the backward pass reads, and logits."""
     sizes = stack.architecture.sizes_of(stack.config)
     trained = 0 if "lora" in options else 4 * 4 * sum(each.numel() for each in stack.model.parameters())
-    kept = options["batch"] * length * len(stack) * (12 * sizes.stream + 4 * sizes.channels) * 4
+    kept = options["batch"] * length * len(stack) * (12 * sizes.hidden + 4 * sizes.channels) * 4
     rounded = 2 * 2 * sum(each.numel() for each in stack.model.parameters())  # both models once more, in bfloat16
     return rounded + trained + kept + 4 * CHUNK * stack.config.vocab_size * 4
 

@@ -17,7 +17,7 @@ from lamella.evaluate.fidelity import judged
 from lamella.plan import Plan
 from lamella.registry import command
 from lamella.results import Study
-from lamella.zoo import Written, chat_inputs, open_tokenizer
+from lamella.zoo import SavedModel, chat_inputs, open_tokenizer
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Photo:
 
 @command("trace", verb="trace", on="any", brief={"tokens": 4, "image": None})
 def trace(
-    model: Written,
+    model: SavedModel,
     plan: Plan | None = None,
     image: Photo | None = None,
     *,

@@ -13,7 +13,7 @@ import numpy as np
 from lamella.extras import require
 from lamella.formatting import number
 from lamella.report.figures import Figure, Heatmap
-from lamella.report.page import filled, finite
+from lamella.report.page import finite, render_page
 
 STATES = ("nothing ran", "attention ran", "MLP ran", "both ran")
 ACTIVITY = ("void", "attention", "MLP", "active")  # of L2 Adaptive Computation, which judges whole layers
@@ -47,7 +47,7 @@ def render_trace(report: dict[str, Any]) -> str:
         "note": note,
         "shares": shares,
     }
-    return filled(Path(__file__).with_name("trace.html"), figures, data, **context)
+    return render_page(Path(__file__).with_name("trace.html"), figures, data, **context)
 
 
 def _overlay(view: dict[str, Any], rows: int, columns: int, source: str) -> Heatmap:

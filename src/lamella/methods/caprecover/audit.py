@@ -21,7 +21,7 @@ from lamella.methods.caprecover.guard import Guard, scales
 from lamella.methods.caprecover.readers import READERS, Linear, Reader, nearest
 from lamella.methods.caprecover.victim import Victim
 from lamella.progress import tracker
-from lamella.train import Best, TrainConfig, fit, supervised
+from lamella.train import EarlyStopping, TrainConfig, fit, supervised
 
 EPOCHS, LEAST = 20, 300  # the published number; and steps, where there are few pictures
 BATCH = 64
@@ -159,7 +159,7 @@ def trained(
         out=out,
         trainable=lambda name: True,
         held_out=held_out,
-        hooks=[Best(patience=steps)],
+        hooks=[EarlyStopping(patience=steps)],
         settings={"guard": str(guard), "cut": cut, "reader": reader},
     )
     return model.eval()

@@ -21,7 +21,7 @@ from lamella.methods.caprecover.guard import scales
 from lamella.methods.caprecover.method import parsed
 from lamella.methods.caprecover.victim import Victim
 from lamella.registry import command
-from lamella.report.pictures import embedded
+from lamella.report.images import png_base64
 from lamella.results import Study
 from lamella.stack import Stack
 from lamella.train import Task, TrainConfig, fit
@@ -103,7 +103,7 @@ def captions(
             rows.append({"cut": cut, "guard": str(guard), "scores": scores, "of other pictures": prior})
     samples = [
         {
-            "picture": embedded([test[n].picture]),
+            "picture": png_base64([test[n].picture]),
             "text": wanted[n],
             "written": {name: each[n] for name, each in written.items()},
         }

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lamella.errors import MethodError
-from lamella.measure.image_tokens import Seen, choose
+from lamella.measure.image_tokens import TokenFeatures, choose
 from lamella.runtime import LayerCall, Pass, Policy
 from lamella.stack import Stack, attend_with_weights, join
 
@@ -75,6 +75,6 @@ class Pruned(Policy):
         for row, columns in enumerate(each.nonzero().flatten() for each in images):
             if len(columns):
                 to_image = weights[row][:, asks[row]][:, :, columns]  # [heads, prompt, image]
-                kept = choose(self.criterion, Seen(h[row, columns], attention=to_image), self.keep).index
+                kept = choose(self.criterion, TokenFeatures(h[row, columns], attention=to_image), self.keep).index
                 gone[row, columns[kept]] = False
         return gone

@@ -49,8 +49,8 @@ from lamella.methods.hires_llava.seams import compared, placed, probed, streams
 from lamella.methods.hires_llava.slicing import Order, View
 from lamella.plan import ModelReference, Plan
 from lamella.registry import command, method
-from lamella.report.pictures import embedded
-from lamella.results import PICTURES, Illustrated, Study
+from lamella.report.images import png_base64
+from lamella.results import IMAGES, ImageCorpus, Study
 from lamella.runtime import apply
 from lamella.signature import Split
 from lamella.stack import Model
@@ -294,7 +294,7 @@ def judge(model: Model, test: Annotated[EntityGrid, Split("test")], *, batch: An
 
 def _sample(each: Asked, right: bool) -> dict[str, Any]:
     said = {"prompt": each.prompt, "answer": each.answer, "cut": each.cut, "right": right}
-    return said | {"picture": embedded([each.picture])}
+    return said | {"picture": png_base64([each.picture])}
 
 
 def _share(right: Any) -> float | None:
@@ -319,7 +319,7 @@ def entities(
     rows: Annotated[int, Ge(1)] = 20_000,
     held_out: Annotated[int, Ge(1)] = 2_000,
     seed: Annotated[int, Ge(0)] = 0,
-) -> Illustrated:
+) -> ImageCorpus:
     """Write questions about things at nine places of an image as a data set, which any model of images can train on.
 
     Args:
@@ -334,13 +334,13 @@ def entities(
     """
     config: Any = model.model.config
     slice_side = int(getattr(config.vision_config, "image_size", 0) or SIDE)
-    pictures: dict[str, Callable[[], Image]] = {}
-    made = Illustrated(items=[], pictures=pictures)
+    pictures: dict[str, Callable[[], Picture]] = {}
+    made = ImageCorpus(items=[], images=pictures)
     for part, name, count in (("calibration", "train", rows), ("test", "test", held_out)):
         kept = made.train if name == "train" else made.test
         for number in range(count):
             each = question(number, part, seed, slice_side)
-            file = f"{PICTURES}/{name}-{number:05d}.png"
+            file = f"{IMAGES}/{name}-{number:05d}.png"
             row = {"image": file, "prompt": each.prompt, "answer": each.answer}
             kept.append(row)
             made.items.append(row | {"part": name, "task": each.task, "thing": each.about.name, "cut": each.cut})

@@ -35,7 +35,7 @@ from lamella.methods.kore.tree import (
     requests,
 )
 from lamella.registry import command
-from lamella.results import PICTURES, Illustrated
+from lamella.results import IMAGES, ImageCorpus
 
 SHOWN = 6  # turns that the page shows
 TEMPLATES = "templates"  # who has written what no model has
@@ -51,7 +51,7 @@ def augment(
     templates: Path | None = None,
     work: Work = Work(),
     seed: Annotated[int, Ge(0)] = 0,
-) -> Illustrated:
+) -> ImageCorpus:
     """Make of each image with its text a dialogue, recognitions, a caption and questions about its pictures.
 
     Example: lamella run kore augment items.jsonl --writer smollm2 -o augmented
@@ -89,11 +89,11 @@ def augment(
     rows = [asdict(turn) | {"kept": turn.why is None} | by for turn in turns]
     shots = sorted({each.shot for each in (*train, *test)})
     to_train, to_test = (list(map(written_row, each)) for each in (train, test))
-    return Illustrated(
+    return ImageCorpus(
         items=rows,
         train=to_train,
         test=to_test,
-        pictures={file_of(shot): partial(_picture, items[shot[0]], shot[1], seed) for shot in shots},
+        images={file_of(shot): partial(_picture, items[shot[0]], shot[1], seed) for shot in shots},
         findings={
             "items": len(items),
             "pictures": len(shots),
@@ -153,7 +153,7 @@ def account(turns: Sequence[Turn], items: Sequence[Item], tree: Tree) -> dict[st
 
 def file_of(shot: tuple[int, int]) -> str:
     """The file of a picture in the folder of results: numbers, whatever items are called."""
-    return f"{PICTURES}/{shot[0]:05d}-{shot[1]}.png"
+    return f"{IMAGES}/{shot[0]:05d}-{shot[1]}.png"
 
 
 def _picture(item: Item, number: int, seed: int) -> Any:

@@ -16,7 +16,7 @@ from lamella.data import CaptionedImages
 from lamella.extras import require
 from lamella.methods.laptop_diff.denoiser import Denoiser
 from lamella.methods.laptop_diff.tuples import Tuples, error, predictions, targets
-from lamella.report.pictures import embedded
+from lamella.report.images import png_base64
 
 DRAWING = 50  # steps of DDIM
 
@@ -64,7 +64,7 @@ def judged(
         return {"test": losses}
     every = {"original": denoiser.network, **networks}
     pictures = {name: drawn(denoiser, each, test, judging.draws, seed) for name, each in every.items()}
-    return {"test": losses, "drawn": {name: embedded(each) for name, each in pictures.items()}}
+    return {"test": losses, "drawn": {name: png_base64(each) for name, each in pictures.items()}}
 
 
 @torch.no_grad()

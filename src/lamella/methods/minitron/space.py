@@ -51,7 +51,7 @@ class Space:
         return cls(
             layers=len(stack),
             whole=whole,
-            hidden_step=max(1, min(multiple, whole.stream // 8)),
+            hidden_step=max(1, min(multiple, whole.hidden // 8)),
             mlp_step=max(1, min(multiple, whole.channels // 8)),
             count=counter(stack.model, stack.layers, architecture.wiring),
             plain=lambda shape: architecture.fits(shape.hidden, shape.heads, whole.head_dim),
@@ -60,7 +60,7 @@ class Space:
     @property
     def everything(self) -> Shape:
         whole = self.whole
-        return Shape(self.layers, whole.stream, whole.channels, whole.heads, whole.kv_heads)
+        return Shape(self.layers, whole.hidden, whole.channels, whole.heads, whole.kv_heads)
 
     def shape(self, sizes: Mapping[str, int]) -> Shape:
         """The shape of these sizes; the others stay whole, and key-value heads follow where each query has its own."""
@@ -78,7 +78,7 @@ class Space:
         """What is left of the weights inside the layers, in sublayers; see :attr:`lamella.plan.Plan.work`."""
         whole = self.whole
         attn = (shape.heads + shape.kv_heads) / (whole.heads + whole.kv_heads)
-        return shape.layers * shape.hidden / whole.stream * (attn + shape.mlp / whole.channels)
+        return shape.layers * shape.hidden / whole.hidden * (attn + shape.mlp / whole.channels)
 
     def near(self, share_of_all: float, fixed: Mapping[str, int], tolerance: float) -> list[Shape]:
         """The shapes with about that share of all parameters, the closest first (section 2.3).
@@ -91,7 +91,7 @@ class Space:
         """
         whole = self.whole
         grid: dict[str, Sequence[int]] = {
-            "hidden": _multiples(self.hidden_step, whole.stream),
+            "hidden": _multiples(self.hidden_step, whole.hidden),
             "mlp": _multiples(self.mlp_step, whole.channels),
             "heads": _multiples(1 if whole.heads == whole.kv_heads else whole.kv_heads, whole.heads),
         }
@@ -125,7 +125,7 @@ class Space:
     def unevenness(self, shape: Shape) -> float:
         """How differently the widths shrink: 0 when all by the same factor."""
         whole = self.whole
-        shares = (shape.hidden / whole.stream, shape.mlp / whole.channels, shape.heads / whole.heads)
+        shares = (shape.hidden / whole.hidden, shape.mlp / whole.channels, shape.heads / whole.heads)
         return max(shares) - min(shares)
 
 

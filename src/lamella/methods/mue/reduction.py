@@ -130,7 +130,7 @@ class Work:
     def of(cls, encoder: Stack, decoder: Stack) -> Work:
         attn, cross = _matrices(decoder, "attn"), _matrices(decoder, "cross")
         return cls(
-            encoder.architecture.sizes_of(encoder.config).stream,
+            encoder.architecture.sizes_of(encoder.config).hidden,
             sum(_matrices(encoder, name) for name in encoder.architecture.names),
             attn + cross // 2 + _matrices(decoder, "mlp"),
             attn // 2,

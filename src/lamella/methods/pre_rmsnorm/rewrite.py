@@ -269,19 +269,19 @@ def _sort(branch: Branch, place: Place, part: Part, encoded: NormPlace | None, n
             raise ValueError(f"there is no {place.path}, so what stands behind it reads the stream itself")
     elif part.reads == "branch":
         scale(branch.writers[-1], place)
-    elif part.reads is None and part.writes == ("stream",) and not isinstance(place.module, LINEAR):
+    elif part.reads is None and part.writes == ("hidden",) and not isinstance(place.module, LINEAR):
         if not isinstance(place.module, norm):
             raise ValueError(f"{place.path} is a {_kind(place)}, and not a {norm.__name__}")
         branch.norms.append(NormPlace(place.path, place.module))
-    elif part.writes in (("stream",), ("branch",)):
+    elif part.writes in (("hidden",), ("branch",)):
         if isinstance(place.module, LINEAR):
             branch.writers.append(Writer(place.path, place.module))
         elif part.reads == "embedded" and isinstance(place.module, nn.LayerNorm):
             branch.entrances.append(place)
         else:
             raise ValueError(f"{place.path} writes the stream and is a {_kind(place)}, which is not linear")
-    elif part.reads in ("stream", "encoded"):
-        before = branch.norms[-1] if part.reads == "stream" else encoded
+    elif part.reads in ("hidden", "encoded"):
+        before = branch.norms[-1] if part.reads == "hidden" else encoded
         if not isinstance(place.module, nn.Linear | Conv1D):
             raise ValueError(f"{place.path} reads the stream and is a {_kind(place)}, which is no linear map")
         assert before is not None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.stack import matrices
-from lamella.train import Hook, Training
+from lamella.train import Hook, TrainingRun
 
 
 class Holding(Hook):
@@ -34,5 +34,5 @@ class Holding(Hook):
         for weight, gone in self.held:
             weight.masked_fill_(gone, 0)
 
-    def after_step(self, run: Training) -> None:
+    def after_step(self, run: TrainingRun) -> None:
         self.hold()

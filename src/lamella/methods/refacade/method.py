@@ -39,7 +39,7 @@ from lamella.methods.refacade.sampler import Sampling, retextured
 from lamella.methods.refacade.sensitivity import hint_sensitivity, most_sensitive
 from lamella.progress import say
 from lamella.registry import command, method
-from lamella.report.pictures import embedded
+from lamella.report.images import png_base64
 from lamella.results import Study
 from lamella.train import TrainConfig
 
@@ -145,7 +145,7 @@ def strip(frames: Tensor) -> str:
     """Some frames side by side, as the report shows them."""
     some = np.linspace(0, len(frames) - 1, min(SHOWN, len(frames))).round().astype(int)
     step = -(-frames.shape[-2] // TALLEST)
-    return embedded(eight_bit(frames[some])[:, ::step, ::step])
+    return png_base64(eight_bit(frames[some])[:, ::step, ::step])
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ from lamella.methods.rewire.result import Scored
 from lamella.methods.rewire.steps import Guided, Parsed
 from lamella.provenance import describe
 from lamella.registry import command, method
-from lamella.results import Mixed
+from lamella.results import MixedCorpus
 from lamella.workers import Workers
 
 Unit = Literal["documents", "tokens"]
@@ -113,7 +113,7 @@ def rewire(
     workers: Workers = WORKERS,
     work: Work = Work(),
     seed: int = 0,
-) -> Mixed:
+) -> MixedCorpus:
     """Rewrite a pool of documents after reasoning about each, and mix the best rewrites with the best raw text.
 
     Args:
@@ -164,7 +164,7 @@ def rewire(
     kept = [row for row in rows if row["in_syn"]]
     raw = [{"id": row["id"], "text": row["source_text"]} for row in rows if row["in_raw"]]
     train, mixture = blend.mix({RAW: raw, SYNTHETIC: kept}, rewriter, seed)
-    return Mixed.of(
+    return MixedCorpus.of(
         rows,
         documents,
         held_out,

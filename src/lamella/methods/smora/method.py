@@ -111,7 +111,7 @@ def smora(
     learnt, kept = train.split(held_out, config.seed)
     everywhere = with_prompts if loss_on == "all" else dict
     samples = [everywhere(each) for each in learnt]
-    once = config.lasting(len(samples), processes.count()).steps or 1
+    once = config.with_steps(len(samples), processes.count()).steps or 1
     config = replace(config, steps=config.steps or epochs * once)
 
     # Experts beside the linear maps that run under the plan.

@@ -43,7 +43,7 @@ from lamella.methods.wrap.steps import Cleaned, Cut
 from lamella.methods.wrap.styles import REAL, open_styles
 from lamella.provenance import describe
 from lamella.registry import method
-from lamella.results import Mixed
+from lamella.results import MixedCorpus
 from lamella.workers import Workers
 
 
@@ -86,7 +86,7 @@ def wrap(
     workers: Workers = WORKERS,
     work: Work = Work(),
     seed: int = 0,
-) -> Mixed:
+) -> MixedCorpus:
     """Rephrase documents passage by passage, and mix what is kept with them by tokens.
 
     Args:
@@ -137,7 +137,7 @@ def wrap(
     notes = [f"Nothing was kept of style {name}." for name, each in by_style.items() if not each]
     if judged.short:
         notes.append(f"{judged.short} texts of the evaluation sets have fewer than {LEAST} words: none is looked for.")
-    return Mixed.of(
+    return MixedCorpus.of(
         rows,
         documents,
         held_out,
