@@ -501,7 +501,7 @@ def trees(items: Knowledge, seed: int, tree: Tree) -> ImageCorpus:
         return augment(items, tree=tree, templates=file, seed=seed)
 
 
-def told_of(found: ImageCorpus, data: str) -> list[Shown]:
+def told_of(found: ImageCorpus, data: str) -> list[Conversation]:
     """Rows to train on: of the items as they come, of their trees, or as many paraphrases and rotations."""
     trunks = [row for row in found.train if row["task"] == "dialogue"]
     if data == "tree":

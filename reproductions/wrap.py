@@ -342,7 +342,7 @@ def prose(count: int, writer: LocalWriter, longest: int = 120) -> Documents:
     return Documents(found[:: max(1, len(found) // count)][:count])
 
 
-def rephrased(run: Run, writer: Local, folder: Path) -> tuple[Documents, MixedCorpus]:
+def rephrased(run: Run, writer: LocalWriter, folder: Path) -> tuple[Documents, MixedCorpus]:
     """Passages with all that SmolLM2 makes of them; what lies in the folder is not written again."""
     documents = prose(2 if run.quick else PASSAGES, writer, 48 if run.quick else 120)
     styles, embedder = (("medium",), "words") if run.quick else (("medium", "qa"), "minilm")

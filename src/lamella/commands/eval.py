@@ -93,7 +93,7 @@ def evaluate(
     )
 
 
-def check_given(
+def check_options(
     changed: tuple[ComparedModel, ...] = (),
     tasks: tuple[str, ...] = (),
     trust_tasks: bool = False,

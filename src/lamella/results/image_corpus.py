@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lamella.data.images import Image
 from lamella.extras import require
 from lamella.results.corpus import Corpus, write_rows
 

@@ -78,7 +78,7 @@ def continual_pretrain(
             raise MethodError("an infinite schedule's anneal cannot be split over processes: take another schedule")
         main = min(round(ANNEAL * steps), steps - 1)
         config = config.with_schedule(config.shaped(infinite, anneal=None))
-    run = ContinualPretrainer(stack, out=work.place(), plan=plan, config=config, replay=replay, lora=lora)
+    run = ContinualPretrainer(stack, out=work.directory(), plan=plan, config=config, replay=replay, lora=lora)
     old = Stream("old", past or (), held_out.get("old", ()))
     if past is None:
         run.watch(old)

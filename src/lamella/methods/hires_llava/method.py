@@ -334,7 +334,7 @@ def entities(
     """
     config: Any = model.model.config
     slice_side = int(getattr(config.vision_config, "image_size", 0) or SIDE)
-    pictures: dict[str, Callable[[], Picture]] = {}
+    pictures: dict[str, Callable[[], Image]] = {}
     made = ImageCorpus(items=[], images=pictures)
     for part, name, count in (("calibration", "train", rows), ("test", "test", held_out)):
         kept = made.train if name == "train" else made.test
