@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from lamella.data.images import Image
 from lamella.extras import require
 from lamella.results.corpus import Corpus, write_rows
 
@@ -30,7 +31,7 @@ class ImageCorpus(Corpus):
     items: list[dict[str, Any]]
     train: list[dict[str, Any]] = field(default_factory=list)
     test: list[dict[str, Any]] = field(default_factory=list)
-    images: Mapping[str, Callable[[], Picture]] = field(default_factory=dict)
+    images: Mapping[str, Callable[[], Image]] = field(default_factory=dict)
 
     kind: ClassVar[str] = "image-corpus"
 
