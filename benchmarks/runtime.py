@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 import lamella
-from lamella.data import MARK, Conversation, ImageText, InputContext, Processing
+from lamella.data import MARK, ImageText, ImageTextRow, InputContext, Processing
 from lamella.evaluate import StepTimes, bench, cost, measure_step
 from lamella.evaluate.speed import random_tokens
 from lamella.methods.cola import repeat, skip
@@ -238,7 +238,7 @@ def image_tokens(record: Record, rounds: int) -> None:
     model = open_model(made)
     picture = np.zeros((64, 64, 3), dtype=np.uint8)
     said = ({"role": "user", "content": f"{MARK} list the shapes."}, {"role": "assistant", "content": "circle"})
-    inputs = Processing(processor).prompts([Conversation((picture,), said)])
+    inputs = Processing(processor).prompts([ImageTextRow((picture,), said)])
     stack, sampler = text_of(model), Sampler(length=32, steps=4 * rounds)
     image = int((inputs["input_ids"] == made.config.image_token_id).sum())
     lengths = Lengths(image, inputs["input_ids"].shape[1] - image, sampler.length)
@@ -364,7 +364,7 @@ def exits(record: Record, rounds: int) -> None:
     model, words = open_model(made), 4
     picture = np.zeros((64, 64, 3), dtype=np.uint8)
     said = ({"role": "user", "content": f"{MARK} describe the picture."}, {"role": "assistant", "content": "circle"})
-    inputs = Processing(processor, encodes=True).prompts([Conversation((picture,), said)])
+    inputs = Processing(processor, encodes=True).prompts([ImageTextRow((picture,), said)])
     left = {"nobody exits": (OFF, 1, 1), "behind layers 2 and 4": (-OFF, 2, 4), "behind layers 6 and 3": (-OFF, 6, 3)}
     views, shorter = {}, {}
     for name, (tau, e, j) in left.items():

@@ -48,7 +48,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import lamella
-from lamella.data import MARK, Conversation, ImageText, InputContext, Processing
+from lamella.data import MARK, ImageText, ImageTextRow, InputContext, Processing
 from lamella.evaluate import answered
 from lamella.evaluate.scored import read_inputs
 from lamella.methods.kore import (
@@ -472,7 +472,7 @@ def knowing(before: Path, steps: int, folder: Path) -> dict[str, Any]:
     return {"steps": steps, "loss": log.train[-1].loss}
 
 
-def others_told(count: int) -> list[Conversation]:
+def others_told(count: int) -> list[ImageTextRow]:
     """Rows about glyphs that it is to know, in all the ways in which glyphs are asked about."""
     drawn = np.random.default_rng(10_000)
     others, rows = glyphs(OTHERS, 10_000, FAMILIAR), []
@@ -501,7 +501,7 @@ def trees(items: Knowledge, seed: int, tree: Tree) -> ImageCorpus:
         return augment(items, tree=tree, templates=file, seed=seed)
 
 
-def told_of(found: ImageCorpus, data: str) -> list[Conversation]:
+def told_of(found: ImageCorpus, data: str) -> list[ImageTextRow]:
     """Rows to train on: of the items as they come, of their trees, or as many paraphrases and rotations."""
     trunks = [row for row in found.train if row["task"] == "dialogue"]
     if data == "tree":
@@ -517,9 +517,9 @@ def told_of(found: ImageCorpus, data: str) -> list[Conversation]:
     return rows
 
 
-def row_of(picture: Any, messages: Sequence[dict[str, str]]) -> Conversation:
+def row_of(picture: Any, messages: Sequence[dict[str, str]]) -> ImageTextRow:
     first, *others = messages
-    return Conversation((picture,), ({**first, "content": f"{MARK}\n{first['content']}"}, *others))
+    return ImageTextRow((picture,), ({**first, "content": f"{MARK}\n{first['content']}"}, *others))
 
 
 def old_rows(folder: Path, processing: Processing, count: int, seed: int, seen: bool = True) -> ImageText:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 import lamella
 from harness.vlm import PADDING, apart, opened_vlm, shown_row, trained_vlm, turns
-from lamella.data import MARK, Conversation, Processing
+from lamella.data import MARK, ImageTextRow, Processing
 from lamella.data.images import Image
 from lamella.data.samples import NO_LOSS
 from lamella.stack import Model
@@ -80,7 +80,7 @@ class Asked:
         return self.picture.tobytes() + repr(self.said).encode()
 
 
-def shown(task: str, count: int, part: Part, seed: int) -> list[Conversation]:
+def shown(task: str, count: int, part: Part, seed: int) -> list[ImageTextRow]:
     """Rows of one task."""
     return [shown_row(each) for each in examples([task], count, part, seed)]
 
@@ -115,7 +115,7 @@ def reading(processing: Processing, sight: Sight, gap: int = 0) -> Callable[[Seq
     def parts(picture: Image, question: str) -> tuple[list[int], list[int]]:
         """The tokens of the picture with what is before it, and those behind."""
         if question not in known:
-            row = Conversation((picture,), turns([(f"{MARK}\n{question}", "nothing")]))
+            row = ImageTextRow((picture,), turns([(f"{MARK}\n{question}", "nothing")]))
             ids = processing.prompts([row])["input_ids"][0].tolist()
             end = len(ids) - ids[::-1].index(tokenizer.image_token_id)
             known[question] = ids[:end], ids[end:]
@@ -140,7 +140,7 @@ def reading(processing: Processing, sight: Sight, gap: int = 0) -> Callable[[Seq
         for place, one in enumerate(each):
             table[:, place, : one.shape[1]] = one
         ids, labels, question, places = table
-        pictures = [Conversation((row.picture,), turns([(MARK, "nothing")])) for row in rows]
+        pictures = [ImageTextRow((row.picture,), turns([(MARK, "nothing")])) for row in rows]
         return {
             "input_ids": ids,
             "labels": labels,
@@ -204,7 +204,7 @@ def learn(model: Any, processor: Any, sight: Sight, steps: int, seed: int, work:
         fit(model, rows, Task(loss, collate=reading(Processing(processor), sight, GAP)), config, out=work)
 
 
-def prompts(model: Model, rows: Sequence[Conversation]) -> dict[str, Tensor]:
+def prompts(model: Model, rows: Sequence[ImageTextRow]) -> dict[str, Tensor]:
     """What a request is given."""
     assert model.path is not None
     return Processing(open_processor(model.path)).prompts(rows)

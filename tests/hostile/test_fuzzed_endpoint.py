@@ -81,7 +81,7 @@ def is_clean(text: str) -> bool:
 @given(said=responses(ANSWER))
 def test_any_response_is_an_answer_or_one_line(server: Server, folder: Path, said: bytes):
     server.said = said
-    endpoint = Endpoint(server.url, key="MY_KEY", tries=1, patience=5.0)
+    endpoint = Endpoint(server.url, key="MY_KEY", tries=1, timeout=5.0)
     with answered(folder, gigabytes=1, allowed="socket.connect"):
         try:
             ((number, answer),) = endpoint.ask([QUESTION], "nano", Sampling())
@@ -98,7 +98,7 @@ def test_any_list_of_models_is_a_name_or_one_line(server: Server, folder: Path, 
     server.said = said
     with answered(folder, gigabytes=1, allowed="socket.connect"):
         try:
-            assert is_clean(Endpoint(server.url, key="MY_KEY", tries=1, patience=5.0).model())
+            assert is_clean(Endpoint(server.url, key="MY_KEY", tries=1, timeout=5.0).model())
         except LamellaError as error:
             assert is_clean(str(error))
             raise

@@ -78,7 +78,7 @@ def test_on_one_sequence_no_exchange_of_two_layers_lowers_the_distance(stack: St
 
 def test_what_is_chosen_is_as_close_on_further_text_as_every_likely_beginning(stack: Stack, text: Text) -> None:
     series = portfolio(stack, text, refine=3, share=HALF)
-    near, far = naive_jsd(stack, text.tokens), naive_jsd(stack, text.further(4).tokens)
+    near, far = naive_jsd(stack, text.tokens), naive_jsd(stack, text.more(4).tokens)
     lazy = finercut(stack, text, level="block", strategy="lazy", exclude_front=0.0, share=HALF)
     beginnings = [cuts(each) for each in (lazy, shortgpt(stack, text), angular_window(stack, text, positions="all"))]
     compared = 0
@@ -127,7 +127,7 @@ def rows(tokens: LongTensor) -> set[tuple[int, ...]]:
 
 
 def test_further_windows_are_those_that_a_longer_draw_would_have_added(small: Callable[[int], Text]) -> None:
-    assert rows(small(3).tokens) | rows(small(3).further(4).tokens) == rows(small(7).tokens)
+    assert rows(small(3).tokens) | rows(small(3).more(4).tokens) == rows(small(7).tokens)
     assert len(rows(small(7).tokens)) == 7
 
 

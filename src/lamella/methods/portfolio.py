@@ -120,7 +120,7 @@ def _positions(cut: Iterable[Group]) -> list[Position]:
 def _further(calibration: Text | ImageText, sequences: int) -> Text | None:
     """Further sequences of the same text, where there are any."""
     try:
-        return calibration.further(sequences) if isinstance(calibration, Text) and sequences else None
+        return calibration.more(sequences) if isinstance(calibration, Text) and sequences else None
     except CalibrationError:
         return None
 

@@ -134,7 +134,7 @@ def test_the_most_similar_picture_is_found() -> None:
 
 
 def test_pictures_without_classes_are_refused() -> None:
-    plain = [Captioned(each.picture) for each in pictures().items]
+    plain = [Captioned(each.image) for each in pictures().items]
     with pytest.raises(CalibrationError, match="have no classes"):
         Sets.of(victim("digits"), plain, plain, ["pooled"])
     with pytest.raises(CalibrationError, match="6 pictures for an attacker and 6 to judge him: give more"):

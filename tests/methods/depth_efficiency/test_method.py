@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import lamella
-from lamella.data import MARK, Conversation, ImageText, Processing
+from lamella.data import MARK, ImageText, ImageTextRow, Processing
 from lamella.errors import CalibrationError, MethodError
 from lamella.measure import angular_distance, block_influence, hidden_norms, sublayer_influence
 from lamella.methods.depth_efficiency import (
@@ -419,7 +419,7 @@ def test_what_cannot_be_studied_is_refused_in_one_line() -> None:
 def seeing(kind: str = "llava") -> tuple[Any, ImageText]:
     model, processor = shapes_vlm(kind, num_hidden_layers=LAYERS)
     said = ({"role": "user", "content": f"{MARK}\ncount the circles"}, {"role": "assistant", "content": "one"})
-    rows = [Conversation((each.image,), said) for each in examples(("count",), 2)]
+    rows = [ImageTextRow((each.image,), said) for each in examples(("count",), 2)]
     return open_model(model), ImageText(rows, Processing(processor))
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import lamella
-from lamella.data import Conversation, ImageText, InputContext, Processing
+from lamella.data import ImageText, ImageTextRow, InputContext, Processing
 from lamella.errors import CalibrationError, MethodError
 from lamella.methods.hires_llava import (
     CUTS,
@@ -282,7 +282,7 @@ def test_images_without_seams_or_no_images_are_refused(llava: Any, grid: EntityG
         built(llava[0], small, Restoring(restore="seams"))
     said = ({"role": "user", "content": "where?"}, {"role": "assistant", "content": "there"})
     with pytest.raises(CalibrationError, match="have no images"):
-        seams(llava[0], ImageText([Conversation((), said)], grid.processing))
+        seams(llava[0], ImageText([ImageTextRow((), said)], grid.processing))
     with pytest.raises(CalibrationError, match="nothing to tell apart"):
         seams(llava[0], EntityGrid(grid.asked[:2], grid.processing))
 

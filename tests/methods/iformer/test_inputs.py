@@ -52,7 +52,7 @@ def test_a_timm_folder_opens_as_timm_itself_opens_it(tmp_path: Path) -> None:
 def test_pictures_are_cropped_and_scaled_as_timm_does_it(
     crop: float, size: tuple[int, int], side: tuple[int, int]
 ) -> None:
-    pixels = np.array(Image.fromarray(drawn(3, seed=0).picture).resize(side[::-1], Image.Resampling.BICUBIC))
+    pixels = np.array(Image.fromarray(drawn(3, seed=0).image).resize(side[::-1], Image.Resampling.BICUBIC))
     vision = replace(Vision.of(vit()), size=size, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7), crop=crop)
     theirs = create_transform((3, *size), interpolation="bicubic", mean=vision.mean, std=vision.std, crop_pct=crop)
     found, expected = vision.prepare([Captioned(pixels, "", 0)])[0], theirs(Image.fromarray(pixels))
@@ -138,7 +138,7 @@ def test_pictures_in_folders_have_the_class_of_their_folder_and_every_fifth_of_e
     assert [each.label for each in album.items[:6]] == [0, 1, 2] * 2 and album.items[0].text == "ant"
     test = album.part("test")
     assert sorted(each.label for each in test.items) == [0, 1, 1, 2, 2]
-    both = {each.picture.tobytes() for each in album.items} & {each.picture.tobytes() for each in test.items}
+    both = {each.image.tobytes() for each in album.items} & {each.image.tobytes() for each in test.items}
     assert not both
     assert [each.label for each in Album.open(tmp_path, InputContext(), count=4).items] == [0, 1, 2, 0]
     assert Album.open(tmp_path / "cat", InputContext()).classes == 0
@@ -177,7 +177,7 @@ def test_textures_are_the_same_again_and_others_in_the_test_part() -> None:
     faint = Album.open("faint-textures", InputContext(), count=25)
     assert faint.part("test").describe()["data"] == "faint-textures" and faint.classes == CLASSES
     assert album.describe() == again.describe() and len(test) == 25
-    assert all((a.picture != b.picture).any() for a, b in zip(album.items, test.items, strict=True))
+    assert all((a.image != b.image).any() for a, b in zip(album.items, test.items, strict=True))
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -187,7 +187,7 @@ def test_spots_lie_to_each_other_as_the_class_says(world: str) -> None:
     for label in range(CLASSES):
         power = np.zeros((64, 64))
         for number in range(40):
-            grey = drawn(label, (1, number), world).picture.mean(-1).clip(160) - 160  # what is bright
+            grey = drawn(label, (1, number), world).image.mean(-1).clip(160) - 160  # what is bright
             power += np.abs(np.fft.fft2(grey, (64, 64))) ** 2
         lags = np.where(ring, np.fft.fftshift(np.fft.ifft2(power).real), 0)  # how far bright places are from each other
         place = np.unravel_index(lags.argmax(), lags.shape)

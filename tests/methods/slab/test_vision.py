@@ -74,6 +74,6 @@ def test_what_cannot_be_is_refused_in_one_line() -> None:
     with pytest.raises(MethodError, match="so that the transition ends before the training does"):
         Schedule(share=0.8, warm=0.3)
     plain = digits()
-    object.__setattr__(plain, "items", tuple(Captioned(each.picture) for each in plain.items))
+    object.__setattr__(plain, "items", tuple(Captioned(each.image) for each in plain.items))
     with pytest.raises(CalibrationError, match="have no classes"):
         vision(plain, network=SMALL, config=CONFIG)

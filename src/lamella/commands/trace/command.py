@@ -97,6 +97,6 @@ def trace(
         processing = open_processing(stack, place)
         tokenizer = processing.tokenizer
         inputs = {name: each.to(stack.device) for name, each in processing.question(prompt, [image.pixels]).items()}
-        seen, grid = {"image": png(processing.seen(image.pixels))}, processing.grid(inputs)
+        seen, grid = {"image": png(processing.visible(image.pixels))}, processing.grid(inputs)
     found = trace_answer(stack, tokenizer, inputs, plan, alpha=alpha, tokens=tokens, steps=steps, grid=grid)
     return Study(findings=found | seen)

@@ -103,7 +103,7 @@ def captions(
             rows.append({"cut": cut, "guard": str(guard), "scores": scores, "of other pictures": prior})
     samples = [
         {
-            "picture": png_base64([test[n].picture]),
+            "picture": png_base64([test[n].image]),
             "text": wanted[n],
             "written": {name: each[n] for name, each in written.items()},
         }

@@ -46,12 +46,12 @@ class FourStages(nn.Module):
 
 def prepare(pictures: Sequence[Captioned]) -> Tensor:
     """Grey values from 0 to 1 [pictures, 1, height, width]."""
-    return torch.stack([torch.from_numpy(each.picture[..., 0])[None] / 255 for each in pictures])
+    return torch.stack([torch.from_numpy(each.image[..., 0])[None] / 255 for each in pictures])
 
 
 def digest(each: Captioned) -> str:
     """Of a picture."""
-    return hashlib.sha256(each.picture.tobytes()).hexdigest()
+    return hashlib.sha256(each.image.tobytes()).hexdigest()
 
 
 def victim() -> tuple[nn.Module, frozenset[str]]:

@@ -48,7 +48,7 @@ class Victim(View):
         seen: digests of the pictures that it was trained on, where they are known: nobody attacks with those.
     """
 
-    told = (
+    source_help = (
         "a transformers model that reads images, CLIP among them, or a timm model, such as its folder; or digits, a "
         "small network that is built in"
     )
@@ -234,7 +234,7 @@ def _beside(folder: Path) -> Any:
 
 def _processed(reader: Any, pictures: Sequence[Captioned]) -> Tensor:
     """Pictures as an image processor makes them."""
-    found: Tensor = reader([each.picture for each in pictures], return_tensors="pt")["pixel_values"]
+    found: Tensor = reader([each.image for each in pictures], return_tensors="pt")["pixel_values"]
     return found
 
 
@@ -256,6 +256,6 @@ def of_timm(model: Any, name: str = "victim") -> Victim:
     image = require("PIL.Image", "vision", "scaling pictures")
 
     def prepare(pictures: Sequence[Captioned]) -> Tensor:
-        return torch.stack([transform(image.fromarray(each.picture)) for each in pictures])
+        return torch.stack([transform(image.fromarray(each.image)) for each in pictures])
 
     return Victim(model.eval(), stages, prepare, name)

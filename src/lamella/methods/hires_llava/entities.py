@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lamella.data import MARK, Conversation, ImageText, InputContext, Processing
+from lamella.data import MARK, ImageText, ImageTextRow, InputContext, Processing
 from lamella.data.images import Image
 from lamella.errors import CalibrationError, MethodError
 from lamella.signature import Fixture
@@ -237,10 +237,10 @@ class EntityGrid(ImageText):
         return isinstance(given, cls) or str(given).partition(":")[0] == NAME
 
 
-def as_row(each: Asked) -> Conversation:
+def as_row(each: Asked) -> ImageTextRow:
     """A question as a row, its image first."""
     said = ({"role": "user", "content": f"{MARK}\n{each.prompt}"}, {"role": "assistant", "content": each.answer})
-    return Conversation((each.picture,), said, task=each.task)
+    return ImageTextRow((each.picture,), said, task=each.task)
 
 
 def _side(processing: Processing) -> int:

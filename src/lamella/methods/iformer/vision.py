@@ -51,7 +51,7 @@ class Vision(View):
         crop: the share of a picture, on a side, that is looked at.
     """
 
-    told = (
+    source_help = (
         "the folder of a timm model with its config.json and model.safetensors, of a network that iformer wrote, or "
         "textures: a small vision transformer that is trained when it is first asked for"
     )
@@ -148,7 +148,7 @@ class Vision(View):
         fitting = data.transforms_factory.transforms_imagenet_eval(
             self.size, crop_pct=self.crop, interpolation="bicubic", normalize=False
         )
-        x = torch.stack([fitting(torch.from_numpy(each.picture).permute(2, 0, 1)) for each in pictures]) / 255
+        x = torch.stack([fitting(torch.from_numpy(each.image).permute(2, 0, 1)) for each in pictures]) / 255
         x = x.mean(dim=1, keepdim=True) if self.channels == 1 else x
         return (x - torch.tensor(self.mean).view(-1, 1, 1)) / torch.tensor(self.std).view(-1, 1, 1)
 

@@ -118,7 +118,7 @@ class Knowledge(Rows[Item]):
         if not made:
             raise CalibrationError(f"{name} holds no items: {HINT}")
         _check_own(made, str(name))
-        return cls(made, said={"data": str(name), "items": len(made), "sha256": _digest(made)})
+        return cls(made, metadata={"data": str(name), "items": len(made), "sha256": _digest(made)})
 
 
 def _glyphs(count: int, seed: int, pixels: int) -> Iterator[Item]:

@@ -84,7 +84,7 @@ def _train(steps: int, folder: Path) -> dict[str, Any]:
     """Train it on the digits that are not for testing, and write its weights."""
     made = untrained()
     pictures = CaptionedImages.open(DIGITS, InputContext(), count=10_000)
-    pixels = [torch.from_numpy(each.picture[..., :1]).permute(2, 0, 1) / 127.5 - 1 for each in pictures.items]
+    pixels = [torch.from_numpy(each.image[..., :1]).permute(2, 0, 1) / 127.5 - 1 for each in pictures.items]
     task = Task(NoiseLoss(made.scheduler), collate=stacked, weight=lambda batch: len(batch["clean"]))
     config = TrainConfig(steps=steps, lr=RATE, schedule="constant", warmup=0, batch=BATCH, save_every=steps)
     samples = [{"clean": each} for each in pixels]

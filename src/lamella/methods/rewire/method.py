@@ -29,7 +29,7 @@ import numpy as np
 from annotated_types import Ge, Gt, Le
 
 from lamella.data import Blend, Documents, Sampling, Writer, hold_out
-from lamella.data.steps import Rolled, through
+from lamella.data.steps import DocumentGeneration, process_documents
 from lamella.errors import CalibrationError
 from lamella.evaluate import writing_cost
 from lamella.files import Work
@@ -155,10 +155,10 @@ def rewire(
             f"{len(pool)} of {len(learnt)} documents are in the pool ({_told(gone)}): give more, or change the rules"
         )
 
-    rolled = Rolled(rewriter, sampling, folder)
+    rolled = DocumentGeneration(rewriter, sampling, folder)
     ask = Guided(rewriter, guide, rewriting.longest, rewriting.answer, seed)
     read = Parsed(rewriter, rewriting.embedder)
-    rows = through(pool, ask, rolled, read, rewriting.together, workers)
+    rows = process_documents(pool, ask, rolled, read, rewriting.together, workers)
 
     judge(rows, [each.text for each in positives], judging, rewriting.floor, seed)
     kept = [row for row in rows if row["in_syn"]]

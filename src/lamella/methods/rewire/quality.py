@@ -41,7 +41,7 @@ class Positives(Documents):
             CalibrationError: for what is not there, holds no document, or ends early.
         """
         found = Documents.open(name, context, column=positives_column)
-        return cls(found, found.said, found.broken)
+        return cls(found, found.metadata, found.broken)
 
 
 class Quality(Protocol):

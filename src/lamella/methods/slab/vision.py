@@ -251,7 +251,7 @@ def prepared(pictures: Sequence[Captioned], network: Network) -> Tensor:
     """Pictures as the network reads them [pictures, channels, size, size], from -1 to 1."""
     transforms = require("torchvision.transforms.v2", "vision", "scaling pictures")
     fit_ = transforms.Compose([transforms.Resize(network.size), transforms.CenterCrop(network.size)])
-    rows = [torch.from_numpy(each.picture).permute(2, 0, 1) for each in pictures]
+    rows = [torch.from_numpy(each.image).permute(2, 0, 1) for each in pictures]
     sides = (network.size, network.size)
     pixels = torch.stack([each if each.shape[1:] == sides else fit_(each) for each in rows]) / 127.5 - 1
     return pixels.mean(dim=1, keepdim=True) if network.channels == 1 else pixels

@@ -77,7 +77,7 @@ class TaskExamples(Examples):
                 found = Passages.open(str(file), context, sequences=sequences, length=length)
                 tasks += [Path(file).stem] * len(found)
             samples += found.items
-            said.append(found.said)
+            said.append(found.metadata)
         return cls(samples, context.tokenizer, said[0] if len(said) == 1 else {"files": said}, tasks)
 
     def by_task(self) -> dict[str, list[Sample]]:

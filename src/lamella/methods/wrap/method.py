@@ -31,7 +31,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, MinLen
 
 from lamella.data import Blend, Document, Documents, Sampling, Writer, hold_out, load_text
-from lamella.data.steps import Rolled, through
+from lamella.data.steps import DocumentGeneration, process_documents
 from lamella.errors import MethodError
 from lamella.evaluate import writing_cost
 from lamella.files import Work
@@ -123,10 +123,10 @@ def wrap(
         **asdict(cutting), **asdict(sampling), **asdict(filters),
     }  # fmt: skip
     folder = work.directory(hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:12])
-    rolled = Rolled(rephraser, sampling, folder)
+    rolled = DocumentGeneration(rephraser, sampling, folder)
     ask = Cut(rephraser, chosen, cutting.longest, cutting.shortest, judged, seed)
     read = Cleaned(rephraser, chosen, filters, judged)
-    found = through(learnt, ask, rolled, read, cutting.together, workers)
+    found = process_documents(learnt, ask, rolled, read, cutting.together, workers)
 
     rows = [row for row in found if "style" in row]
     skipped = [row for row in found if "skipped" in row]
