@@ -48,7 +48,7 @@ class Victim(View):
         seen: digests of the pictures that it was trained on, where they are known: nobody attacks with those.
     """
 
-    told = (
+    source_help = (
         "a transformers model that reads images, CLIP among them, or a timm model, such as its folder; or digits, a "
         "small network that is built in"
     )

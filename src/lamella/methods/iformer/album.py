@@ -17,7 +17,7 @@ BUILT_IN = "textures"
 class Album(CaptionedImages):
     """Pictures to measure, to heal or to learn on."""
 
-    told = (
+    source_help = (
         "a folder with a folder of pictures for each class, or of pictures alone; or textures (20 classes of a fine "
         "texture and an arrangement), faint-textures, digits or shapes, which are built in"
     )

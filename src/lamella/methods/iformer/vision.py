@@ -51,7 +51,7 @@ class Vision(View):
         crop: the share of a picture, on a side, that is looked at.
     """
 
-    told = (
+    source_help = (
         "the folder of a timm model with its config.json and model.safetensors, of a network that iformer wrote, or "
         "textures: a small vision transformer that is trained when it is first asked for"
     )

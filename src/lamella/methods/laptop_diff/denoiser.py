@@ -31,7 +31,7 @@ class Denoiser(View):
         name: what to call it.
     """
 
-    told = "the folder of a diffusers pipeline, with a UNet or a DiT; or digits, a small one that is built in"
+    source_help = "the folder of a diffusers pipeline, with a UNet or a DiT; or digits, a small one that is built in"
     noun = "pipeline of diffusers"
     libraries = ("diffusers",)
     names = digits.NAMES
