@@ -72,7 +72,7 @@ class LayerCall:
 
     Attributes:
         index: the layer's number, which is also its cache slot.
-        layer, architecture, given: the module, its entry in the table, what the model calls it with beside the stream.
+        layer, architecture, kwargs: the module, its entry in the table, what the model calls it with beside the stream.
         runs: the sublayers that run at all under the plan.
         who: the rows that this call stands for [rows], None for all.
         some: the tokens of each row that it stands for, None for all.
@@ -81,7 +81,7 @@ class LayerCall:
     index: int
     layer: nn.Module
     architecture: Architecture
-    given: dict[str, Any]
+    kwargs: dict[str, Any]
     run: Pass
     runs: tuple[str, ...]
     who: Tensor | None = None
@@ -188,7 +188,7 @@ class LayerCall:
         In a step execution its slot must hold these rows alone, and the decoder read no encoder; see :meth:`run_rows`.
         """
         given = {name: _gather(value, which, self.run.batch) for name, value in self.kwargs.items()}
-        return replace(self, given=given, who=which)
+        return replace(self, kwargs=given, who=which)
 
     def run_rows(self, h: Tensor, which: Tensor) -> Tensor:
         """The whole layer for some rows of the batch; of the others, a step execution stores keys and values.
