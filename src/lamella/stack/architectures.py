@@ -569,7 +569,7 @@ _ASSEMBLIES = (
                     "front": "model",
                     "head": "model.multi_modal_projector",
                     "readout": towers.llava_features,
-                    "stays": towers.llava_irremovable,
+                    "irremovable": towers.llava_irremovable,
                 },
             ),
             Slot("text_config", {"base": "model.language_model", "front": "model", "images": "image_token_id"}),

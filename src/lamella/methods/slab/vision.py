@@ -206,8 +206,8 @@ def trained(
     rows = Lazy(range(len(y)), lambda row: {"x": x[row], "y": y[row]})
     settings = {"network": asdict(network), "kind": kind, "norms": asdict(norms)}
     log = fit(
-        model, rows, supervised(class_cross_entropy), config, out=out, trainable=names.__contains__, hooks=[Transition()],
-        settings=settings,
+        model, rows, supervised(class_cross_entropy), config, out=out, trainable=names.__contains__,
+        hooks=[Transition()], settings=settings,
     )  # fmt: skip
     for each in places(model):
         each.step.fill_(whole)
