@@ -62,7 +62,7 @@ from lamella.methods.caprecover.readers import Standardised, pooled
 from lamella.methods.caprecover.tokens import Linear
 from lamella.results.record import together
 from lamella.stack import Stack
-from lamella.train import TrainConfig, class_nats, fit, supervised
+from lamella.train import TrainConfig, class_cross_entropy, fit, supervised
 from lamella.zoo import nano, open_tokenizer
 from lamella.zoo.worlds import COLOURS, SHAPES, render, scenes
 
@@ -94,7 +94,7 @@ def victim_of_digits(pictures: Sequence[Captioned], seed: int, steps: int, out: 
     model = FourStages()
     rows = [{"x": x, "y": torch.tensor(each.label)} for x, each in zip(prepare(pictures), pictures, strict=True)]
     config = TrainConfig(steps=steps, lr=2e-3, batch=64, schedule="cosine", warmup=0.1, save_every=steps, seed=seed)
-    fit(model, rows, supervised(class_nats), config, out=out, trainable=lambda name: True)
+    fit(model, rows, supervised(class_cross_entropy), config, out=out, trainable=lambda name: True)
     return model.eval().requires_grad_(False)
 
 

@@ -59,7 +59,7 @@ from lamella.methods.iformer.method import costs
 from lamella.methods.iformer.recipe import Distilled, rows
 from lamella.methods.iformer.textures import CLASSES, SIDE
 from lamella.results import Record
-from lamella.train import TrainConfig, class_nats, fit, supervised
+from lamella.train import TrainConfig, class_cross_entropy, fit, supervised
 
 PUBLISHED = {"S": (SMALL, 19_866_344), "B": (BASE, 47_866_216), "L": (LARGE, 86_637_096)}
 NANO = Shape(depths=(2, 2), widths=(48, 96), head_dim=16, attention=(1, 1, 4, 4))
@@ -273,7 +273,7 @@ def seeing(seed: int, size: Size, folder: Path) -> dict[str, Any]:
     images = Album.open("textures", InputContext(), count=size.pictures)
     vision = blank(seed)
     config = replace(LEARNING, steps=size.see, lr=5e-4, seed=seed, save_every=size.see)
-    fit(vision.model, rows(vision, images.items), supervised(class_nats), config, out=folder / "run",
+    fit(vision.model, rows(vision, images.items), supervised(class_cross_entropy), config, out=folder / "run",
         trainable=lambda name: True)  # fmt: skip
     vision.model.eval()
     save_file({name: each.contiguous() for name, each in vision.model.state_dict().items()}, folder / "vit.safetensors")

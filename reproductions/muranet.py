@@ -48,7 +48,7 @@ from lamella.methods.muranet.judge import median_box
 from lamella.methods.muranet.method import PERSISTENT
 from lamella.methods.muranet.raster import Style
 from lamella.methods.muranet.recipe import NO_CLIP, practise, task_losses
-from lamella.train import Hook, TrainConfig, TrainingRun, class_nats, fit, supervised
+from lamella.train import Hook, TrainConfig, TrainingRun, class_cross_entropy, fit, supervised
 from lamella.zoo.worlds import render, scenes
 
 EARLY = 600  # steps, at which all tests are judged once
@@ -224,7 +224,13 @@ def pretrained(size: Size, steps: int) -> tuple[PlanNetwork, float]:
     form = shape(size, attention="depthwise")
     network = built(form, 0)
     counter = Counter(network)
-    fit(counter, counted("calibration", 8 * steps), supervised(class_nats), config(steps, 0), out=Work().directory())
+    fit(
+        counter,
+        counted("calibration", 8 * steps),
+        supervised(class_cross_entropy),
+        config(steps, 0),
+        out=Work().directory(),
+    )
     tests = counted("test", 256)
     x, y = (torch.stack([each[name] for each in tests]) for name in ("x", "y"))
     with torch.no_grad():

@@ -463,7 +463,7 @@ def test_the_defaults_are_the_paper_s() -> None:
 
 
 @pytest.mark.parametrize(
-    ("params", "source_help"),
+    ("params", "message"),
     [
         ({"max_skips": 6}, "max_skips 6 is more than the 5 layers between the cold ones"),
         ({"max_skips": -1}, "are counts"),
@@ -478,26 +478,26 @@ def test_the_defaults_are_the_paper_s() -> None:
     ],
     ids=str,
 )
-def test_settings_out_of_range_are_refused_in_one_line(params: dict[str, Any], told: str) -> None:
+def test_settings_out_of_range_are_refused_in_one_line(params: dict[str, Any], message: str) -> None:
     stack = opened("llama")
     given = SETTINGS[1] | params
     with pytest.raises(MethodError) as error:
         apply(stack, planned(stack, **given))
-    assert told in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("params", "source_help"),
+    ("params", "message"),
     [
         ({"max_skips": 6}, "max_skips 6 is more than the 5 layers between the cold ones"),
         ({"cold": (4, 4)}, "leaves none of 8 layers to skip"),
     ],
     ids=str,
 )
-def test_options_that_do_not_fit_the_model_are_refused_in_one_line(params: dict[str, Any], told: str) -> None:
+def test_options_that_do_not_fit_the_model_are_refused_in_one_line(params: dict[str, Any], message: str) -> None:
     with pytest.raises(MethodError) as error:
         ffn_skip(opened("llama"), IDS, **SETTINGS[1] | params)
-    assert told in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lamella.errors import CalibrationError
 from lamella.measure import Recording
-from lamella.train import EarlyStopping, Hook, TrainConfig, TrainingRun, class_nats, fit, supervised
+from lamella.train import EarlyStopping, Hook, TrainConfig, TrainingRun, class_cross_entropy, fit, supervised
 
 CONFIG = TrainConfig(steps=6, lr=1e-2, batch=8, save_every=2, log_every=2, eval_every=2)
 
@@ -87,7 +87,7 @@ def test_a_vision_transformer_of_timm_learns_classes_however_its_batches_are_spl
             "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=3
         )
         config = TrainConfig(steps=30, lr=3e-3, batch=batch, accumulate=accumulate, log_every=1)
-        log = fit(model, samples, supervised(class_nats), config, out=tmp_path / str(batch))
+        log = fit(model, samples, supervised(class_cross_entropy), config, out=tmp_path / str(batch))
         assert log.train[0].loss == pytest.approx(math.log(3), abs=0.6)
         losses.append([point.loss for point in log.train[:3]])
         told = model.eval()(images)

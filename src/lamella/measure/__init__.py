@@ -14,7 +14,7 @@ from lamella.measure.hidden_states import (
     sublayer_influence,
 )
 from lamella.measure.labelled import Data, check_disjoint
-from lamella.measure.noise import RATIOS, Draw, draws, masked, masked_by_count, nats, predicting
+from lamella.measure.noise import RATIOS, Draw, draws, masked, masked_by_count, nats_per_token, predicting
 from lamella.measure.output_distance import OutputDistance
 from lamella.measure.ranks import spearman
 from lamella.measure.recording import Recording, record
@@ -48,7 +48,7 @@ __all__ = [
     "hidden_norms",
     "masked",
     "masked_by_count",
-    "nats",
+    "nats_per_token",
     "predicting",
     "record",
     "sequences",

@@ -128,7 +128,7 @@ def predicting(stack: Stack, states: Tensor, scored: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def nats(stack: Stack, asked: Sequence[Draw]) -> Tensor:
+def nats_per_token(stack: Stack, asked: Sequence[Draw]) -> Tensor:
     """What each sequence costs, in nats per token: its negative log-likelihood, or the bound on it [sequences] float64.
 
     Args:

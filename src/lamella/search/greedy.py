@@ -28,7 +28,7 @@ class Removal(NamedTuple, Generic[Candidate]):
 
     candidate: Candidate
     cost: float
-    asked: int
+    evaluations: int
 
 
 COMPARING = "comparing candidates"

@@ -398,7 +398,7 @@ _T5 = Architecture(
     front="",
     complete_call=towers.t5_call,
     result=towers.t5_result,
-    stays=towers.t5_stays,
+    irremovable=towers.t5_irremovable,
     sizes={"layers": "num_layers", "hidden": "d_model", "channels": "d_ff", "heads": "num_heads", "head_dim": "d_kv"},
 )
 
@@ -569,7 +569,7 @@ _ASSEMBLIES = (
                     "front": "model",
                     "head": "model.multi_modal_projector",
                     "readout": towers.llava_features,
-                    "stays": towers.llava_stays,
+                    "irremovable": towers.llava_irremovable,
                 },
             ),
             Slot("text_config", {"base": "model.language_model", "front": "model", "images": "image_token_id"}),

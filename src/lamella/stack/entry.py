@@ -104,7 +104,8 @@ class Architecture:
         front: dotted path to the module that makes, of the model's inputs, what the layers read; ``base`` if left out.
         complete_call: adds what is missing to the keyword arguments that a layer receives; None if nothing is.
         result: turns hidden states into what a layer returns, for layers that return more than hidden states.
-        stays: layers that cannot leave a plain checkpoint, by number, with the reason; ``stays(config, layers)``.
+        irremovable: function of the config and the number of layers that returns the layers that a plain
+            checkpoint cannot do without, with the reason; None if there are none.
         auto: the class of transformers that opens a checkpoint.
         sizes: what its config calls the sizes, by the names of :data:`SIZES`.
         experts: where its experts are, if it has any; of one that is derived, see :attr:`Stack.experts`.
@@ -132,7 +133,7 @@ class Architecture:
     front: str | None = None
     complete_call: Callable[[nn.Module, Tensor, dict[str, Any]], dict[str, Any]] | None = None
     result: Callable[[Tensor, dict[str, Any]], Any] | None = None
-    stays: Callable[[Any, int], Mapping[int, str]] | None = None
+    irremovable: Callable[[Any, int], Mapping[int, str]] | None = None
     auto: str = "AutoModelForCausalLM"
     sizes: Mapping[str, str] = field(default_factory=lambda: SIZES)
     experts: Experts | None = None

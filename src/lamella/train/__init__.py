@@ -46,7 +46,7 @@ from lamella.train.schedules import (
     step_decay,
     warmup_stable_decay,
 )
-from lamella.train.supervised import class_nats, squared_error, supervised
+from lamella.train.supervised import class_cross_entropy, squared_error, supervised
 from lamella.train.task import Task, batching
 from lamella.train.trained import Healed, Trained, TrainedEvidence
 
@@ -83,7 +83,7 @@ __all__ = [
     "blocks",
     "check_vocabulary",
     "choose",
-    "class_nats",
+    "class_cross_entropy",
     "collate",
     "concatenate",
     "constant",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lamella.data import Captioned, CaptionedImages, InputContext
 from lamella.plan.filling import fill
-from lamella.train import TrainConfig, class_nats, fit, supervised
+from lamella.train import TrainConfig, class_cross_entropy, fit, supervised
 from lamella.zoo.cache import build_once
 
 NAME = "digits"
@@ -76,6 +76,6 @@ def _train(model: nn.Module, folder: Path) -> dict[str, Any]:
         steps=EPOCHS * len(rows) // 64, lr=2e-3, batch=64, schedule="cosine", warmup=0.1, save_every=10_000
     )
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-        fit(model, rows, supervised(class_nats), config, out=Path(work) / "run", trainable=lambda name: True)
+        fit(model, rows, supervised(class_cross_entropy), config, out=Path(work) / "run", trainable=lambda name: True)
     save_file(model.state_dict(), folder / "model.safetensors")
     return {"pictures": len(rows), "steps": config.steps}

@@ -64,7 +64,7 @@ class Pruned(Policy):
             return some.scatter(h, some(some.gather(h)))
         if call.index < self.layer_of:
             return call(h)
-        mid, weights = attend_with_weights(call.architecture["attn"], call.layer, h, call.given, causal=True)
+        mid, weights = attend_with_weights(call.architecture["attn"], call.layer, h, call.kwargs, causal=True)
         run.memory["gone"] = self._gone(join(mid), weights, run.images & real, real, run)
         return call.mlp(mid)
 

@@ -22,7 +22,7 @@ from lamella.methods.slab.sites import sites_of
 from lamella.methods.slab.transition import Transition, convert, merge, places, refresh
 from lamella.registry import command
 from lamella.results import TrainedNetwork
-from lamella.train import TrainConfig, TrainingLog, class_nats, fit, supervised
+from lamella.train import TrainConfig, TrainingLog, class_cross_entropy, fit, supervised
 
 Norms = Literal["layer", "batch", "rep", "progressive batch", "progressive"]
 Attention = Literal["softmax", "linear"]
@@ -206,8 +206,8 @@ def trained(
     rows = Lazy(range(len(y)), lambda row: {"x": x[row], "y": y[row]})
     settings = {"network": asdict(network), "kind": kind, "norms": asdict(norms)}
     log = fit(
-        model, rows, supervised(class_nats), config, out=out, trainable=names.__contains__, hooks=[Transition()],
-        settings=settings,
+        model, rows, supervised(class_cross_entropy), config, out=out, trainable=names.__contains__,
+        hooks=[Transition()], settings=settings,
     )  # fmt: skip
     for each in places(model):
         each.step.fill_(whole)
