@@ -150,9 +150,9 @@ def test_images_without_classes_are_refused_before_a_model_is_opened(
 def test_caprecover_and_slab_vision_take_a_folder_of_class_folders(tmp_path: Path) -> None:
     place = by_class(tmp_path / "images", dark=20, light=20)
     audit = lamella.run(
-        "caprecover", "digits", images=place, cuts="pooled", readers="gap", guards="none", seeds=1, steps=2
+        "caprecover", "digits", images=place, cuts="pooled", attackers="gap", guards="none", seeds=1, steps=2
     )
-    assert audit.evidence.findings["classes"] == 2 and audit.evidence.findings["pictures"] == {
+    assert audit.evidence.findings["classes"] == 2 and audit.evidence.findings["images"] == {
         "attacker": 32,
         "judge": 8,
     }
