@@ -199,7 +199,7 @@ def train_attacker(
         out=out,
         trainable=lambda name: True,
         held_out=held_out,
-        hooks=[Best(patience=steps)],
+        hooks=[EarlyStopping(patience=steps)],
         settings={"guard": str(guard), "cut": cut, "attacker": attacker},
     )
     return model.eval()

@@ -115,7 +115,7 @@ def captions(
             rows.append({"cut": cut, "guard": str(guard), "scores": scores, "prior": prior})
     samples = [
         {
-            "image": embedded([test[n].image]),
+            "image": png_base64([test[n].image]),
             "text": wanted[n],
             "recovered": {name: each[n] for name, each in written.items()},
         }
