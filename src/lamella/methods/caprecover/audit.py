@@ -21,7 +21,7 @@ from lamella.methods.caprecover.attackers import ATTACKERS, AttackerKind, Linear
 from lamella.methods.caprecover.guard import LinkDefence, scales
 from lamella.methods.caprecover.victim import Victim
 from lamella.progress import tracker
-from lamella.train import TrainConfig, fit, supervised
+from lamella.train import EarlyStopping, TrainConfig, fit, supervised
 
 EPOCHS, MIN_STEPS = 20, 300  # published number of epochs, and minimum number of steps for small data
 BATCH = 64

@@ -27,6 +27,7 @@ from lamella.methods.caprecover.guard import scales
 from lamella.methods.caprecover.method import parse_defences
 from lamella.methods.caprecover.victim import Victim
 from lamella.registry import command
+from lamella.report.images import png_base64
 from lamella.results import Study
 from lamella.stack import Stack
 from lamella.train import Task, TrainConfig, fit
