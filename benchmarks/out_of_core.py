@@ -111,7 +111,7 @@ def narrower(stack: Stack) -> Plan:
     def some(count: int) -> list[int]:
         return sorted(drawn.sample(range(count), 3 * count // 4))
 
-    width: dict[str, Any] = {"stream.channels": some(stack.config.hidden_size)}
+    width: dict[str, Any] = {"hidden.channels": some(stack.config.hidden_size)}
     for layer in range(len(stack)):
         heads = some(stack.config.num_attention_heads)
         width[f"layers.{layer}.attn.heads"] = HeadWidth(keep=heads, kv_of=heads)
@@ -121,16 +121,16 @@ def narrower(stack: Stack) -> Plan:
 
 def entries_are_equal(source: Path, out: Path, plan: Plan, config: LlamaConfig) -> bool:
     """Compare every tensor of a narrower result with what safetensors reads of the one it comes from."""
-    stream, size = plan.widths.stream, config.hidden_size // config.num_attention_heads
+    hidden, size = plan.widths.hidden, config.hidden_size // config.num_attention_heads
     files = {tensor.name: tensor.file for tensor in checkpoint.read(source).tensors}
     for tensor in checkpoint.read(out).tensors:
         module, layer = tensor.name.split(".")[-2], int((re.findall(r"layers\.(\d+)", tensor.name) or [0])[0])
         heads = [head * size + entry for head in plan.widths.heads[layer].keep for entry in range(size)]
         channels = plan.widths.channels[layer]
-        axes = {"q_proj": (heads, stream), "k_proj": (heads, stream), "v_proj": (heads, stream)}
-        axes |= {"o_proj": (stream, heads), "gate_proj": (channels, stream), "up_proj": (channels, stream)}
-        axes |= {"down_proj": (stream, channels), "embed_tokens": (None, stream), "lm_head": (None, stream)}
-        rows, columns = axes.get(module, (stream, None))
+        axes = {"q_proj": (heads, hidden), "k_proj": (heads, hidden), "v_proj": (heads, hidden)}
+        axes |= {"o_proj": (hidden, heads), "gate_proj": (channels, hidden), "up_proj": (channels, hidden)}
+        axes |= {"down_proj": (hidden, channels), "embed_tokens": (None, hidden), "lm_head": (None, hidden)}
+        rows, columns = axes.get(module, (hidden, None))
         with safe_open(files[tensor.name], "pt") as old, safe_open(tensor.file, "pt") as new:
             expected = old.get_tensor(tensor.name)
             expected = expected if rows is None else expected[rows]

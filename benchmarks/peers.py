@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 import lamella
-from lamella.data import Reader, Text
+from lamella.data import InputContext, Text
 from lamella.evaluate import Fidelity, FidelityTest
 from lamella.files import Finished
 from lamella.plan import ModelReference, Plan, checkpoint
@@ -228,7 +228,7 @@ def main() -> int:
     pythons, states = install()
     stack = lamella.open(MODEL)
     tokenizer = open_tokenizer(MODEL)
-    readers = [Reader(lambda: tokenizer, seed) for seed in range(arguments.seed, arguments.seed + samples)]
+    readers = [InputContext(lambda: tokenizer, seed) for seed in range(arguments.seed, arguments.seed + samples)]
     calibration = [Text.open("pydoc", reader, sequences=WINDOWS, length=LENGTH) for reader in readers]
     source = lamella.load_text("pydoc", "test")
     tokens = lamella.windows(tokenizer, source, TESTED, LENGTH, arguments.seed)

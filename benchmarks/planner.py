@@ -110,7 +110,7 @@ def main() -> int:
     rows = [
         [
             name,
-            sum(step.asked for step in orders[name]),
+            sum(step.evaluations for step in orders[name]),
             seconds[name],
             ratio[name],
             1 / ratio[name],

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from lamella.data import Documents, Local, Reader, Sampling
+from lamella.data import Documents, InputContext, LocalWriter, Sampling
 from lamella.data.decoding import Prompt, Row, batches, decode
-from lamella.data.writer import Request
+from lamella.data.writer import WritingRequest
 from lamella.evaluate import Ratio
 from lamella.methods.wrap import open_styles, passages
 from lamella.results import Record
@@ -28,19 +28,22 @@ RESULTS = Path(__file__).parent / "results"
 BATCH, GREEDY = 16, Sampling(temperature=0)
 
 
-def prompts_of(writer: Local, count: int) -> list[Prompt]:
+def prompts_of(writer: LocalWriter, count: int) -> list[Prompt]:
     """Requests for passages of many lengths, in the order of their documents."""
     (style,) = open_styles(("medium",))
-    texts = [part for each in Documents.open("pydoc", Reader()) for part in passages(each.text, writer.count, 300)]
+    texts = [
+        part for each in Documents.open("pydoc", InputContext()) for part in passages(each.text, writer.count, 300)
+    ]
     texts = [text for text in texts if writer.count(text) >= 20]
     chosen = texts[:: max(1, len(texts) // count)][:count]
     requests = [
-        Request(str(n), style.messages(text), int(1.5 * writer.count(text)) + 1, n) for n, text in enumerate(chosen)
+        WritingRequest(str(n), style.messages(text), int(1.5 * writer.count(text)) + 1, n)
+        for n, text in enumerate(chosen)
     ]
     return [writer._prompt(each) for each in requests]
 
 
-def together(writer: Local, prompts: Sequence[Prompt], ends: set[int]) -> list[Row]:
+def together(writer: LocalWriter, prompts: Sequence[Prompt], ends: set[int]) -> list[Row]:
     """As a rollout writes them."""
     found: dict[int, Row] = {}
     for numbers in batches(prompts, BATCH):
@@ -50,7 +53,7 @@ def together(writer: Local, prompts: Sequence[Prompt], ends: set[int]) -> list[R
 
 
 @torch.no_grad()
-def plainly(writer: Local, prompts: Sequence[Prompt], ends: set[int]) -> list[Row]:
+def plainly(writer: LocalWriter, prompts: Sequence[Prompt], ends: set[int]) -> list[Row]:
     """By ``generate``, batch by batch, each as long as its longest answer may be."""
     found = []
     for start in range(0, len(prompts), BATCH):
@@ -73,7 +76,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true")
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
-    writer = Local("smollm2")
+    writer = LocalWriter("smollm2")
     prompts, ends = prompts_of(writer, 16 if quick else 64), writer._ends()
     rounds, seconds, rows = 1 if quick else 3, {"generate": [], "here": []}, {}
     ways: dict[str, Callable[..., list[Row]]] = {"generate": plainly, "here": together}

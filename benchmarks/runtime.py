@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 import lamella
-from lamella.data import MARK, ImageText, Processing, Reader, Shown
+from lamella.data import MARK, ImageText, ImageTextRow, InputContext, Processing
 from lamella.evaluate import StepTimes, bench, cost, measure_step
 from lamella.evaluate.speed import random_tokens
 from lamella.methods.cola import repeat, skip
@@ -237,7 +237,7 @@ def image_tokens(record: Record, rounds: int) -> None:
     model = open_model(made)
     picture = np.zeros((64, 64, 3), dtype=np.uint8)
     said = ({"role": "user", "content": f"{MARK} list the shapes."}, {"role": "assistant", "content": "circle"})
-    inputs = Processing(processor).prompts([Shown((picture,), said)])
+    inputs = Processing(processor).prompts([ImageTextRow((picture,), said)])
     stack, sampler = text_of(model), Sampler(length=32, steps=4 * rounds)
     image = int((inputs["input_ids"] == made.config.image_token_id).sum())
     lengths = Lengths(image, inputs["input_ids"].shape[1] - image, sampler.length)
@@ -298,7 +298,7 @@ def tokens_that_pass(record: Record, rounds: int) -> None:
     made, processor = shapes_vlm("llava", 0, 64, num_hidden_layers=12, **WIDTH)
     stack = open_model(made).stacks["text"]
     processing = Processing(processor)
-    reader = Reader(lambda: processing.tokenizer, processing_opener=lambda: processing)
+    reader = InputContext(lambda: processing.tokenizer, processing_opener=lambda: processing)
     rows = ImageText.open("shapes:colour", reader, rows=1, pixels=64)
     layers = list(range(1, len(stack), 2))
     model = ModelReference.of(stack)
@@ -363,7 +363,7 @@ def exits(record: Record, rounds: int) -> None:
     model, words = open_model(made), 4
     picture = np.zeros((64, 64, 3), dtype=np.uint8)
     said = ({"role": "user", "content": f"{MARK} describe the picture."}, {"role": "assistant", "content": "circle"})
-    inputs = Processing(processor, encodes=True).prompts([Shown((picture,), said)])
+    inputs = Processing(processor, encodes=True).prompts([ImageTextRow((picture,), said)])
     left = {"nobody exits": (OFF, 1, 1), "behind layers 2 and 4": (-OFF, 2, 4), "behind layers 6 and 3": (-OFF, 6, 3)}
     views, shorter = {}, {}
     for name, (tau, e, j) in left.items():

@@ -45,37 +45,37 @@ OTHERS = 5  # one image in so many of a folder is kept for testing
 
 
 def captioned(folder: Path, count: int) -> int:
-    from lamella.data import Pictures, Reader, batches
+    from lamella.data import CaptionedImages, InputContext, batches
 
-    found = Pictures.open(folder, Reader(), count=count)
+    found = CaptionedImages.open(folder, InputContext(), count=count)
     return sum(each.picture.shape[0] == SIDE for batch in batches(found.items, BATCH) for each in batch)
 
 
 def with_text(folder: Path, count: int) -> int:
-    from lamella.data import ImageText, Processing, Reader
+    from lamella.data import ImageText, InputContext, Processing
     from lamella.zoo.vlm import shapes_vlm
 
     processing = Processing(shapes_vlm("llava", num_hidden_layers=2)[1])
-    reader = Reader(lambda: processing.tokenizer, 0, "whole", lambda: processing)
+    reader = InputContext(lambda: processing.tokenizer, 0, "whole", lambda: processing)
     found = ImageText.open(folder / "rows.jsonl", reader, rows=count)
     return sum(len(batch["pixel_values"]) for batch in found.batches(BATCH))
 
 
 def diffusion(folder: Path, count: int) -> int:
-    from lamella.data import Pictures, Reader
+    from lamella.data import CaptionedImages, InputContext
     from lamella.files import Work
     from lamella.methods.laptop_diff import Denoiser, encoded
 
-    pictures = Pictures.open(folder, Reader(), count=count)
+    pictures = CaptionedImages.open(folder, InputContext(), count=count)
     return trained_on(encoded(Denoiser(pipeline(), "small"), pictures, Work(folder.parent / "work")))
 
 
 def clips(folder: Path, count: int) -> int:
-    from lamella.data import Reader
+    from lamella.data import InputContext
     from lamella.files import Work
     from lamella.methods.refacade import Base, Objects, removal_samples
 
-    base, objects = Base.open("untrained"), Objects.open(folder, Reader(), count=count, frames=FRAMES)
+    base, objects = Base.open("untrained"), Objects.open(folder, InputContext(), count=count, frames=FRAMES)
     return trained_on(removal_samples(base, objects.fitted(base), Work(folder.parent / "work"), objects.describe()))
 
 

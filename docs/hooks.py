@@ -182,7 +182,7 @@ def which_table() -> str:
 def _needed(each: Any) -> str:
     """The type of data behind an input; nothing for models and plans."""
     kind = kind_of(each)
-    return f"`{kind.__name__}`" if hasattr(kind, "told") else ""
+    return f"`{kind.__name__}`" if hasattr(kind, "source_help") else ""
 
 
 def _training(first: Method, recipes: Sequence[Method]) -> str:
@@ -307,7 +307,7 @@ def input_examples() -> str:
         example = kind.example
         lines = (example.content or "").splitlines()
         shown = [f"{example.given}:" if lines else example.given, *lines[:SHOWN], *(["..."] if lines[SHOWN:] else [])]
-        parts.append(f"**{kind.__name__}** ({', '.join(f'`{slug}`' for slug in kinds[kind])}): {kind.told}.")
+        parts.append(f"**{kind.__name__}** ({', '.join(f'`{slug}`' for slug in kinds[kind])}): {kind.source_help}.")
         parts.append("\n".join(["```text", *shown, "```"]))
     return "\n\n".join(parts)
 

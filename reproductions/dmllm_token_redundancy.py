@@ -27,7 +27,7 @@ from harness.dmllm import CACHES, KINDS, LENGTHS, PROVENANCES, Provenance, promp
 from harness.measured import Measured
 from torch import Tensor
 
-from lamella.data import Processing, Shown
+from lamella.data import ImageTextRow, Processing
 from lamella.methods.dmllm_token_redundancy import (
     Lengths,
     VisualTokenSchedule,
@@ -65,7 +65,7 @@ def model_of(run: Run, provenance: Provenance) -> Model:
 opened = cache(trained)
 
 
-def test_rows(run: Run, task: str) -> list[Shown]:
+def test_rows(run: Run, task: str) -> list[ImageTextRow]:
     return shown(task, 2 if run.quick else 120, "test", 900 + run.seed)
 
 
@@ -101,7 +101,7 @@ def exactness(run: Run) -> None:
     run.exact("two requests in turn, against one after the other", "equal", "equal" if again else "not equal", again)
 
 
-def processor_inputs(processor: Any, rows: Sequence[Shown]) -> dict[str, Tensor]:
+def processor_inputs(processor: Any, rows: Sequence[ImageTextRow]) -> dict[str, Tensor]:
     return Processing(processor).prompts(rows)
 
 
@@ -111,7 +111,7 @@ def logits(model: Any, batch: Mapping[str, Tensor], sampler: Sampler) -> Tensor:
     request.advance()
     assert request.logits is not None
     found = request.logits.clone()
-    found[..., request.unsaid] = 0
+    found[..., request.forbidden_tokens] = 0
     return found
 
 

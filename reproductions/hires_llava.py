@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy
 
 import lamella
-from lamella.data import ImageText, Processing, Shown
+from lamella.data import ImageText, ImageTextRow, Processing
 from lamella.evaluate import answered
 from lamella.methods.hires_llava import (
     CUTS,
@@ -257,9 +257,9 @@ def processor_of(tokenizer: Any) -> Any:
     )
 
 
-def shown(picture: np.ndarray, name: str) -> Shown:
+def shown(picture: np.ndarray, name: str) -> ImageTextRow:
     said = ({"role": "user", "content": "<image>\nwhat is in the picture?"}, {"role": "assistant", "content": name})
-    return Shown((picture,), said)
+    return ImageTextRow((picture,), said)
 
 
 # The arms

@@ -87,7 +87,7 @@ def exactness(record: Record, job: Job) -> None:
         return torch.randperm(count, generator=drawn).tolist()
 
     group = whole_sizes.heads // whole_sizes.kv_heads
-    order = {"stream.channels": StreamWidth(keep=shuffled(whole_sizes.stream))}
+    order = {"hidden.channels": HiddenWidth(keep=shuffled(whole_sizes.hidden))}
     for layer in range(len(stack)):
         heads = shuffled(whole_sizes.heads)
         order[f"layers.{layer}.attn.heads"] = HeadWidth(keep=heads, kv_of=[head // group for head in heads])
@@ -98,7 +98,7 @@ def exactness(record: Record, job: Job) -> None:
 
     count = int(0.3 * whole_sizes.channels)
     neurons, heads_gone = shuffled(whole_sizes.channels)[:count], [group * g for g in range(whole_sizes.kv_heads)]
-    channels = shuffled(whole_sizes.stream)[: whole_sizes.stream // 5]
+    channels = shuffled(whole_sizes.hidden)[: whole_sizes.hidden // 5]
     silent = copy.deepcopy(exact.model)
     for layer in silent.model.layers:
         layer.mlp.up_proj.weight[neurons] = 0
@@ -119,7 +119,7 @@ def exactness(record: Record, job: Job) -> None:
         layer.self_attn.o_proj.weight[channels] = 0
         layer.mlp.down_proj.weight[channels] = 0
     for rescale in (True, False):
-        width = {"stream.channels": StreamWidth(keep=left(whole_sizes.stream, channels), rescale=rescale)}
+        width = {"hidden.channels": HiddenWidth(keep=left(whole_sizes.hidden, channels), rescale=rescale)}
         view = lamella.apply(Stack(silent), Plan(model=ModelReference.of(Stack(silent)), width=width))
         if not rescale:  # the paper's pruning, with the norms corrected by hand
             ratio = whole_sizes.stream / (whole_sizes.stream - len(channels))
@@ -346,7 +346,7 @@ def width_and_depth(record: Record, job: Job) -> None:
     """Practice 4: recorded, with the step at which the curves cross."""
     stack, space = job.teacher, ShapeSpace.of(job.teacher, 64)
     layers = len(stack) // 2
-    depth = minitron(stack, job.calibration, layers=layers, hidden=space.whole.stream, mlp=space.whole.channels)[-1]
+    depth = minitron(stack, job.calibration, layers=layers, hidden=space.whole.hidden, mlp=space.whole.channels)[-1]
     target = lamella.cost(stack, depth).parameters / lamella.cost(stack).parameters
     width = minitron(stack, job.calibration, params=target, tolerance=0.05)[-1]
     curves = raced(job, [width, depth])
@@ -371,7 +371,7 @@ def states_inside(record: Record, job: Job) -> None:
     """Practice 6."""
     stack, layers = job.teacher, len(job.teacher) // 2
     sizes = sizes_of(stack)
-    plan = minitron(stack, job.calibration, layers=layers, hidden=sizes.stream, mlp=sizes.channels)[-1]
+    plan = minitron(stack, job.calibration, layers=layers, hidden=sizes.hidden, mlp=sizes.channels)[-1]
     rows, apart = [], []
     for steps in (job.steps // 4, job.steps):
         losses = [distilled(job, plan, steps=steps, intermediate=inside) for inside in (False, True)]

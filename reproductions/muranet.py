@@ -48,7 +48,7 @@ from lamella.methods.muranet.judge import median_box
 from lamella.methods.muranet.method import PERSISTENT
 from lamella.methods.muranet.raster import Style
 from lamella.methods.muranet.recipe import NO_CLIP, practise, task_losses
-from lamella.train import Hook, TrainConfig, Training, class_nats, fit, supervised
+from lamella.train import Hook, TrainConfig, TrainingRun, class_cross_entropy, fit, supervised
 from lamella.zoo.worlds import render, scenes
 
 EARLY = 600  # steps, at which all tests are judged once
@@ -113,7 +113,7 @@ class Looks(Hook):
         self.curve: list[tuple[int, float, float]] = []
         self.early: dict[str, Any] = {}
 
-    def evaluated(self, run: Training) -> None:
+    def evaluated(self, run: TrainingRun) -> None:
         said = self.judge(self.size.looked)
         self.curve.append((run.step, said["wall iou"], precision(said, "ap50")))
         if run.step == EARLY:
@@ -151,7 +151,7 @@ def trained(
         PRACTICE,
         balance,
         frame=(size.side, False),
-        out=Work().place(),
+        out=Work().directory(),
         hooks=hooks,
     )
     return network.eval()
@@ -224,7 +224,13 @@ def pretrained(size: Size, steps: int) -> tuple[PlanNetwork, float]:
     form = shape(size, attention="depthwise")
     network = built(form, 0)
     counter = Counter(network)
-    fit(counter, counted("calibration", 8 * steps), supervised(class_nats), config(steps, 0), out=Work().place())
+    fit(
+        counter,
+        counted("calibration", 8 * steps),
+        supervised(class_cross_entropy),
+        config(steps, 0),
+        out=Work().directory(),
+    )
     tests = counted("test", 256)
     x, y = (torch.stack([each[name] for each in tests]) for name in ("x", "y"))
     with torch.no_grad():
@@ -268,7 +274,7 @@ def inserted(size: Size, seed: int) -> dict[str, list[float]]:
         tests = plans("test", size.side, size.tests)
         log = practise(
             network.train(), plans("train", size.side, size.plans), config(size.inserted, seed), PRACTICE, BALANCE,
-            frame=(size.side, False), out=Work().place(), held_out=tests,
+            frame=(size.side, False), out=Work().directory(), held_out=tests,
         )  # fmt: skip
         found[arm] = [point.loss for point in log.held_out]
     return found

@@ -145,7 +145,7 @@ def remover_of(work: Path, size: Size, seed: int) -> TextureRemover:
     def train() -> None:
         clips = [of_object(each) for each in solids("train", size.solids)]
         samples = removal_samples(base, clips)
-        train_remover(network, samples, config(size.removal, 3 * size.batch // 2, seed), Work().place("run"))
+        train_remover(network, samples, config(size.removal, 3 * size.batch // 2, seed), Work().directory("run"))
 
     base = base_of(made(SHAPE))
     torch.manual_seed(seed)
@@ -159,7 +159,7 @@ def removed(work: Path, size: Size, seed: int) -> dict[str, dict[str, float]]:
     that judge."""
     remover, base = remover_of(work, size, seed), base_of(made(SHAPE))
     lessons = removal_samples(base, [of_object(each) for each in solids("train", size.solids)])
-    student, _ = distil(remover, lessons, config(size.distilling, size.batch, seed, 1e-4), Work().place("run"))
+    student, _ = distil(remover, lessons, config(size.distilling, size.batch, seed, 1e-4), Work().directory("run"))
     # the best constant of the training solids, since that of the tests would be told the answer
     masks = [torch.from_numpy(each.mask)[:, 0] > 0 for each in solids("train", 200)]
     level = fmean(float(each["untextured"][0][mask].mean()) for each, mask in zip(lessons[:200], masks, strict=False))
@@ -231,7 +231,12 @@ def transfer(
     both = nn.ModuleDict({"network": base.network, "branch": branch})
     loss = TransferLoss(base, jigsaw)
     fit(
-        both, samples, task(loss), config(steps, size.batch, seed), out=Work().place("run"), trainable=lambda name: True
+        both,
+        samples,
+        task(loss),
+        config(steps, size.batch, seed),
+        out=Work().directory("run"),
+        trainable=lambda name: True,
     )
     both.requires_grad_(False).eval()
     return base, branch
@@ -372,7 +377,7 @@ def frozen_base(work: Path, size: Size) -> Base:
     def train() -> None:
         samples = [{"clean": torch.from_numpy(each.composite).movedim(1, 0)} for each in solids("train", size.solids)]
         loss, how = BaseLoss(base_of(network).velocity, Length()), config(size.base, size.batch, 0)
-        fit(network, samples, task(loss), how, out=Work().place("run"), trainable=lambda name: True)
+        fit(network, samples, task(loss), how, out=Work().directory("run"), trainable=lambda name: True)
 
     network = made(SHAPE)
     kept(network, work / "base.safetensors", train)
@@ -399,7 +404,7 @@ def unconditional(work: Path, size: Size, seed: int) -> dict[str, float]:
     teacher = Drawing(frozen_base(work, size))
     shape = [{"foreground": torch.zeros(3, 1, RES, RES)}] * size.solids  # all that a student is told here
     how = config(size.matching, size.batch, seed, 5e-5)  # as its steps, by solids of the training part
-    student, _ = distil(teacher, shape, how, Work().place("run"))  # type: ignore[arg-type]
+    student, _ = distil(teacher, shape, how, Work().directory("run"))  # type: ignore[arg-type]
     truth = batched([torch.from_numpy(each.composite).movedim(1, 0) for each in solids("test", DRAWN * size.tests)])
     noise = torch.randn(truth.shape, generator=torch.Generator().manual_seed(seed))
 
@@ -439,7 +444,7 @@ def beside(work: Path, size: Size, seed: int, name: str, sensitive: Sequence[flo
     torch.manual_seed(seed)
     branch = ControlBranch(base.network, list(layers), *base.control_channels, HIDDEN[name])
     samples = lessons(work, size, TRUE)
-    log = train_branch(base, branch, samples, config(size.branch, size.batch, seed, 1e-3), Work().place("run"))
+    log = train_branch(base, branch, samples, config(size.branch, size.batch, seed, 1e-3), Work().directory("run"))
     tests = solids("test", size.tests)
     told = [structure(TRUE, each, each.composite, None, 0) for each in tests]
     pictures = drawn(base, branch.eval(), tests, told, "cross", jigsaw=Jigsaw(), seed=seed, steps=size.drawing)
@@ -489,7 +494,7 @@ def smoke(run: Run) -> None:
     solid, other = (of_object(next(objects(part, 0, RES, 5))) for part in ("train", "test"))  # type: ignore[arg-type]
     samples = transfer_samples(base, remover, [solid])
     branch = ControlBranch(network, [0], *base.control_channels)
-    train_branch(base, branch, samples, config(2, 1, 0, 1e-3), Work().place("run"))
+    train_branch(base, branch, samples, config(2, 1, 0, 1e-3), Work().directory("run"))
     before = base.digest
     cross = (torch.where(other.mask[0] > 0, other.frames[0], 1.0), other.mask[0])
     both = [

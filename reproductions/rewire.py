@@ -35,7 +35,19 @@ from sklearn.metrics import roc_auc_score
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaForCausalLM
 
-from lamella.data import Blend, Document, Documents, Local, Mixture, Reader, Request, Sampling, Writer, Written, write
+from lamella.data import (
+    Blend,
+    Completion,
+    Document,
+    Documents,
+    InputContext,
+    LocalWriter,
+    Mixture,
+    Sampling,
+    Writer,
+    WritingRequest,
+    write,
+)
 from lamella.files import Work
 from lamella.methods.rewire import Judging, Rewriting, Rules, cross_fitted, fit_quality, rewire, top
 from lamella.methods.rewire.guiding import ANY
@@ -186,13 +198,15 @@ class Oracle(Writer):
         return self
 
     def write(
-        self, requests: Sequence[Request], sampling: Sampling, done: Collection[str] = ()
-    ) -> Iterator[list[tuple[Request, Written]]]:
+        self, requests: Sequence[WritingRequest], sampling: Sampling, done: Collection[str] = ()
+    ) -> Iterator[list[tuple[WritingRequest, Completion]]]:
         for request in requests:
             if request.key not in done:
                 text = self.improved(self.articles[request.key], random.Random(f"{self.seed} {request.key}"))
                 answer = f"<thinking starts>\nA draft; a plan.\n<thinking ends>\n{START}\n{text}\n{END}"
-                yield [(request, Written(answer, True, self.count(request.messages[0]["content"]), self.count(answer)))]
+                yield [
+                    (request, Completion(answer, True, self.count(request.messages[0]["content"]), self.count(answer)))
+                ]
 
     def improved(self, given: Article, drawn: random.Random) -> str:
         if given.kind == "junk":
@@ -396,10 +410,10 @@ def exactness(run: Run) -> None:
 
 def rewriter(run: Run) -> None:
     """B: SmolLM2 rewrites."""
-    writer = Local("smollm2", batch=8)
-    documents = [each for each in Documents.open("stdlib", Reader()) if 60 <= writer.count(each.text) <= SHORT]
+    writer = LocalWriter("smollm2", batch=8)
+    documents = [each for each in Documents.open("stdlib", InputContext()) if 60 <= writer.count(each.text) <= SHORT]
     documents = documents[:: max(1, len(documents) // 60)][: 4 if run.quick else 60]
-    good = Documents.open("pydoc", Reader(), limit=200)
+    good = Documents.open("pydoc", InputContext(), limit=200)
     answer, embedder = (60, "words") if run.quick else (400, "minilm")
     how = Rewriting(prompt="short", answer=answer, embedder=embedder)  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory() as scratch:

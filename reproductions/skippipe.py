@@ -53,7 +53,7 @@ from lamella.methods.skippipe.simulate import iteration, simulate
 from lamella.methods.skippipe.stages import Order, layers_of, left_out, loss_at_home, losses, omissions, spans
 from lamella.results import Record
 from lamella.stack import Stack, share
-from lamella.train import Hook, Task, TrainConfig, Training, blocks, fit, own, response_loss
+from lamella.train import Hook, Task, TrainConfig, TrainingRun, blocks, fit, own, response_loss
 from lamella.zoo import open_tokenizer
 
 SEEDS = (0, 1, 2)
@@ -254,7 +254,7 @@ class LayerDrop(Hook):
     def __init__(self, stack: Stack, rate: float, seed: int) -> None:
         self.stack, self.rate, self.seed, self.step = stack, rate, seed, 0
 
-    def before_step(self, run: Training) -> None:
+    def before_step(self, run: TrainingRun) -> None:
         self.step = run.step
 
     def passes(self, forward: Any, batch: Any, backward: Any) -> tuple[Tensor, dict[str, Tensor]]:

@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lamella
 import lamella.errors
-from lamella.data import Pictures, Reader, load_text, windows
+from lamella.data import CaptionedImages, InputContext, load_text, windows
 from lamella.methods.slab import (
     LinearAttention,
     Schedule,
@@ -47,7 +47,7 @@ from lamella.methods.slab.transition import Transition, sizes
 from lamella.methods.slab.vision import Network, accuracy, finished, prepared, trained
 from lamella.results import Record
 from lamella.stack import Stack, share
-from lamella.train import Task, TrainConfig, blocks, class_nats, fit, mean_loss, own, supervised
+from lamella.train import Task, TrainConfig, blocks, class_cross_entropy, fit, mean_loss, own, supervised
 from lamella.train.losses import response_loss
 from lamella.zoo import nano, open_tokenizer
 
@@ -135,7 +135,7 @@ def _told(out: Any) -> Tensor:
 
 
 def digits(size: Size) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    every = Pictures.open("digits", Reader(), count=10_000)
+    every = CaptionedImages.open("digits", InputContext(), count=10_000)
     parts = [every.items, every.part("test").items]
     return tuple(  # type: ignore[return-value]
         each for part in parts for each in (prepared(part, VIT), torch.tensor([one.label for one in part]))
@@ -160,7 +160,9 @@ def halfway(size: Size, seed: int, out: Path) -> dict[str, float]:
     convert(model, sites_of(model), steps=steps, init="vision")
     rows = [{"x": a, "y": b} for a, b in zip(x, y, strict=True)]
     config = replace(SEE, steps=size.see // 2, seed=seed, save_every=size.see)
-    fit(model, rows, supervised(class_nats), config, out=out, trainable=lambda name: True, hooks=[Transition()])
+    fit(
+        model, rows, supervised(class_cross_entropy), config, out=out, trainable=lambda name: True, hooks=[Transition()]
+    )
     model.eval()
     alone = accuracy(model, test_x, test_y)
     for each in places(model):

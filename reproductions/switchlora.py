@@ -42,7 +42,7 @@ from lamella.train import (
     Cosine,
     Task,
     TrainConfig,
-    Training,
+    TrainingRun,
     add_lora,
     blocks,
     fit,
@@ -131,7 +131,7 @@ class AllAtOnce(Switching):
 
     due = 0.0
 
-    def before_update(self, run: Training) -> None:
+    def before_update(self, run: TrainingRun) -> None:
         self.due += self.frequency.share(run.step, self.steps)
         if self.due < 1:
             return
@@ -237,7 +237,7 @@ def learnt(way: str, lr: float, seed: int, steps: int, samples: Sequence[Any], s
         every = steps // 8
         options["hooks"] = [ReLora(lora, every, seed)]  # type: ignore[arg-type]
         cosine = Cosine(lr, 0.0, max(1, steps // 20), steps)
-        config = config.following(Jagged(cosine, every, max(1, steps // 100)))
+        config = config.with_schedule(Jagged(cosine, every, max(1, steps // 100)))
     with tempfile.TemporaryDirectory() as work:
         fit(view, samples, Task(response_loss), config, out=work, **options)
     if lora is not None:

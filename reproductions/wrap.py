@@ -33,7 +33,7 @@ from harness.nano import from_scratch, llama, nats, taught
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaForCausalLM
 
-from lamella.data import Blend, Document, Documents, Local, Mixture, Reader, Sampling, write
+from lamella.data import Blend, Document, Documents, InputContext, LocalWriter, Mixture, Sampling, write
 from lamella.data import windows as windows_of
 from lamella.evaluate import FidelityTest
 from lamella.files import Work
@@ -41,7 +41,7 @@ from lamella.methods.continual_pretrain import continual_pretrain
 from lamella.methods.wrap import Cutting, Filters, passages, wrap
 from lamella.methods.wrap.cleaning import copied, words_of
 from lamella.plan import ModelReference, Plan
-from lamella.results import Mixed
+from lamella.results import MixedCorpus
 from lamella.runtime import apply
 from lamella.train import Feed, Order, Sample, blocks
 
@@ -225,8 +225,8 @@ def exact(model: Any, tokenizer: Tokenizer, facts: Sequence[Fact]) -> float:
 
 
 def exactness(run: Run) -> None:
-    writer = Local("smollm2", batch=4)
-    documents = Documents.open("stdlib", Reader(), limit=10 if run.quick else 150)
+    writer = LocalWriter("smollm2", batch=4)
+    documents = Documents.open("stdlib", InputContext(), limit=10 if run.quick else 150)
     cut = [passages(each.text, writer.count, 300) for each in documents]
     lossless = all("".join(parts) == each.text for parts, each in zip(cut, documents, strict=True))
     run.exact("passages one after the other are the document", "all documents", f"{len(cut)} documents", lossless)
@@ -331,10 +331,10 @@ def controlled(run: Run) -> None:
     run.further("nats of a style that nobody saw, wrap above real", "below 0", letter, letter.at_most(0))
 
 
-def prose(count: int, writer: Local, longest: int = 120) -> Documents:
+def prose(count: int, writer: LocalWriter, longest: int = 120) -> Documents:
     """Passages of Python's documentation that are prose."""
     found = []
-    for document in Documents.open("pydoc", Reader()):
+    for document in Documents.open("pydoc", InputContext()):
         for place, part in enumerate(passages(document.text, writer.count, longest)):
             words = re.findall(r"[A-Za-z]+", part)
             if writer.count(part) >= longest // 3 and sum(map(len, words)) > 0.7 * len(part.replace(" ", "")):
@@ -342,7 +342,7 @@ def prose(count: int, writer: Local, longest: int = 120) -> Documents:
     return Documents(found[:: max(1, len(found) // count)][:count])
 
 
-def rephrased(run: Run, writer: Local, folder: Path) -> tuple[Documents, Mixed]:
+def rephrased(run: Run, writer: LocalWriter, folder: Path) -> tuple[Documents, MixedCorpus]:
     """Passages with all that SmolLM2 makes of them; what lies in the folder is not written again."""
     documents = prose(2 if run.quick else PASSAGES, writer, 48 if run.quick else 120)
     styles, embedder = (("medium",), "words") if run.quick else (("medium", "qa"), "minilm")
@@ -356,7 +356,9 @@ def rephrased(run: Run, writer: Local, folder: Path) -> tuple[Documents, Mixed]:
 def rephraser(run: Run) -> None:
     """B: SmolLM2 rephrases."""
     with tempfile.TemporaryDirectory() as scratch:
-        _, found = rephrased(run, Local("smollm2", batch=16), Path(scratch) if run.quick else run.work / "rephrased")
+        _, found = rephrased(
+            run, LocalWriter("smollm2", batch=16), Path(scratch) if run.quick else run.work / "rephrased"
+        )
     rows = []
     for name, each in found.findings["styles"].items():
         texts = [(row["text"], row["source_text"]) for row in found.items if row["style"] == name and row["text"]]
@@ -381,7 +383,7 @@ def rephraser(run: Run) -> None:
 
 def healing(run: Run) -> None:
     """C: the whole model's rephrases heal its pruned self. A direction only, of one seed."""
-    writer = Local("smollm2", batch=16)
+    writer = LocalWriter("smollm2", batch=16)
     stack = writer.stack
     documents, found = rephrased(run, writer, run.work / "rephrased")  # those of B
     learnt = {each.id for each in documents[: PASSAGES * 4 // 5]}
@@ -418,7 +420,7 @@ def healing(run: Run) -> None:
         run.further(f"perplexity of {name}, with rephrases by without", f"at most {bound}", ratio, ratio <= bound)
 
 
-def cut(writer: Local, text: str, count: int, seed: int) -> torch.LongTensor:
+def cut(writer: LocalWriter, text: str, count: int, seed: int) -> torch.LongTensor:
     """Windows of a text, of which a short one is gone through again."""
     there = writer.count(text) // LENGTH
     if there < 1:

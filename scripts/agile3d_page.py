@@ -5,7 +5,7 @@
     lamella run agile3d collages --count 200 --encoder efficientnet-lite0 --frozen --hidden 48 --heads 4 \\
         --feedforward 128 --background 6 --rounds 5 --steps 500 --lr 1e-3 --schedule cosine --warmup 0.1 --batch 3 \\
         -o painter
-    python scripts/agile3d_page.py clicker --scenes rooms --place 3 docs/assets/agile3d-page.png
+    python scripts/agile3d_page.py clicker --scenes rooms --index 3 docs/assets/agile3d-page.png
     python scripts/agile3d_page.py painter --scenes collages docs/assets/agile3d-picture.png
 
 A simulated user clicks on every object, and then where the labels are most deeply wrong. Where it has looked from and
@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from screenshot import BROWSERS, reduce_colours
 
-from lamella.data import Reader
-from lamella.methods.agile3d import Scenes, Segmenter, Viewer, simulated
-from lamella.methods.agile3d.clicks import relabelled
+from lamella.data import InputContext
+from lamella.methods.agile3d import Scenes, Segmenter, Viewer, simulate_clicks
+from lamella.methods.agile3d.clicks import task_labels
 from lamella.methods.agile3d.judge import visible
 from lamella.methods.agile3d.session import Session
 
@@ -40,15 +40,15 @@ def main() -> None:
     parser.add_argument("picture", type=Path, help="the PNG to write")
     parser.add_argument("--scenes", required=True, help="whose first is shown, with objects that are known")
     parser.add_argument("--more", type=int, default=6, help="clicks after those on each object")
-    parser.add_argument("--place", type=int, default=0, help="of the scene that is shown")
+    parser.add_argument("--index", type=int, default=0, help="index of the scene to show")
     given = parser.parse_args()
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         sys.exit(f"no {' or '.join(BROWSERS)} found: install one, then run this again")
     from playwright.sync_api import sync_playwright
 
-    scenes = Scenes.open(given.scenes, Reader(split="test"), count=given.place + 1)
-    viewer = Viewer(Segmenter.read(given.model).model, scenes.scenes[given.place :])
+    scenes = Scenes.open(given.scenes, InputContext(split="test"), count=given.index + 1)
+    viewer = Viewer(Segmenter.read(given.model).model, scenes.scenes[given.index :])
     click(viewer.session, given.more)
     viewer._show()
     with sync_playwright() as driver:
@@ -69,10 +69,10 @@ def main() -> None:
 def click(session: Session, more: int) -> None:
     """Click once on each object, and so often where the labels are most deeply wrong."""
     tokens, drawn = session.tokens, np.random.default_rng(0)
-    truth = relabelled(tokens.objects, visible(tokens)[:MOST])
+    truth = task_labels(tokens.objects, visible(tokens)[:MOST])
     labels = torch.zeros_like(truth)
     for most in (int(truth.max()), *[1] * more):
-        for label, token in simulated(truth, labels, tokens.coords, most, drawn):
+        for label, token in simulate_clicks(truth, labels, tokens.coords, most, drawn):
             session.add(label, int(tokens.kept[token]))
         labels = session.model.labels(session.encoded, session.clicks)
 

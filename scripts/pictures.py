@@ -104,7 +104,7 @@ def model() -> None:
             ("layers.2.mlp", "the other"),
             ("layers.2.attn.heads", "which heads are kept"),
             ("layers.2.mlp.channels", "which channels are"),
-            ("stream.channels", "how wide the stream is"),
+            ("hidden.channels", "how wide the stream is"),
             ("vision.layers.1", "in a model of several stacks"),
         )
     ):

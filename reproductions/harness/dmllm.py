@@ -27,8 +27,8 @@ from torch import Tensor
 
 import lamella
 from harness.vlm import PADDING, apart, opened_vlm, shown_row, trained_vlm, turns
-from lamella.data import MARK, Processing, Shown
-from lamella.data.pictures import Picture
+from lamella.data import MARK, ImageTextRow, Processing
+from lamella.data.images import Image
 from lamella.data.samples import NO_LOSS
 from lamella.stack import Model
 from lamella.train import Task, TrainConfig, diffusion_loss, fit, response_loss
@@ -73,14 +73,14 @@ STAGES = {
 class Asked:
     """A picture, and what is asked of it: task, question and answer of each."""
 
-    picture: Picture
+    picture: Image
     said: Sequence[tuple[str, str, str]]
 
     def content(self) -> bytes:
         return self.picture.tobytes() + repr(self.said).encode()
 
 
-def shown(task: str, count: int, part: Part, seed: int) -> list[Shown]:
+def shown(task: str, count: int, part: Part, seed: int) -> list[ImageTextRow]:
     """Rows of one task."""
     return [shown_row(each) for each in examples([task], count, part, seed)]
 
@@ -112,10 +112,10 @@ def reading(processing: Processing, sight: Sight, gap: int = 0) -> Callable[[Seq
     """
     tokenizer, known = processing.tokenizer, dict[str, tuple[list[int], list[int]]]()
 
-    def parts(picture: Picture, question: str) -> tuple[list[int], list[int]]:
+    def parts(picture: Image, question: str) -> tuple[list[int], list[int]]:
         """The tokens of the picture with what is before it, and those behind."""
         if question not in known:
-            row = Shown((picture,), turns([(f"{MARK}\n{question}", "nothing")]))
+            row = ImageTextRow((picture,), turns([(f"{MARK}\n{question}", "nothing")]))
             ids = processing.prompts([row])["input_ids"][0].tolist()
             end = len(ids) - ids[::-1].index(tokenizer.image_token_id)
             known[question] = ids[:end], ids[end:]
@@ -140,7 +140,7 @@ def reading(processing: Processing, sight: Sight, gap: int = 0) -> Callable[[Seq
         for place, one in enumerate(each):
             table[:, place, : one.shape[1]] = one
         ids, labels, question, places = table
-        pictures = [Shown((row.picture,), turns([(MARK, "nothing")])) for row in rows]
+        pictures = [ImageTextRow((row.picture,), turns([(MARK, "nothing")])) for row in rows]
         return {
             "input_ids": ids,
             "labels": labels,
@@ -199,12 +199,12 @@ def learn(model: Any, processor: Any, sight: Sight, steps: int, seed: int, work:
         steps=steps, lr=1e-3, batch=BATCH, weight_decay=0.05, betas=(0.9, 0.98), warmup=0.05, seed=seed, log_every=50,
         save_every=200, bf16=True,
     )  # fmt: skip
-    loss = response_loss if sight == "causal" else partial(diffusion_loss, by_number=True)
+    loss = response_loss if sight == "causal" else partial(diffusion_loss, by_count=True)
     with torch.enable_grad():
         fit(model, rows, Task(loss, collate=reading(Processing(processor), sight, GAP)), config, out=work)
 
 
-def prompts(model: Model, rows: Sequence[Shown]) -> dict[str, Tensor]:
+def prompts(model: Model, rows: Sequence[ImageTextRow]) -> dict[str, Tensor]:
     """What a request is given."""
     assert model.path is not None
     return Processing(open_processor(model.path)).prompts(rows)

@@ -31,8 +31,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import load_balancing_loss_func
 
-from lamella.data import MARK, ImageText, Processing, Shown
-from lamella.data.pictures import Picture
+from lamella.data import MARK, ImageText, ImageTextRow, Processing
+from lamella.data.images import Image
 from lamella.evaluate.scored import read_inputs
 from lamella.train import Task, TrainConfig, fit, response_loss
 from lamella.zoo import cache_folder
@@ -58,47 +58,48 @@ class Stage:
     """
 
     config: TrainConfig
-    rows: Callable[[int, int, int], list[Shown]]
+    rows: Callable[[int, int, int], list[ImageTextRow]]
     trains: Callable[[str], bool]
 
 
-def told(count: int, seed: int, size: int) -> list[Shown]:
+def told(count: int, seed: int, size: int) -> list[ImageTextRow]:
     """Captions and lists without pictures."""
     return [
-        Shown((), turns([(each.prompt, each.answer)]), task=each.task) for each in examples(WHOLE, count, seed=seed)
+        ImageTextRow((), turns([(each.prompt, each.answer)]), task=each.task)
+        for each in examples(WHOLE, count, seed=seed)
     ]
 
 
-def shown(count: int, seed: int, size: int, most: int = MOST) -> list[Shown]:
+def shown(count: int, seed: int, size: int, most: int = MOST) -> list[ImageTextRow]:
     """The same with pictures of one to so many things, each in turn as a caption and as a list."""
     drawn = np.random.default_rng((seed, 3))
     rows = []
     for number, scene in zip(range(count), scenes("calibration", (seed, 4), (1, most)), strict=False):
         said = TASKS[WHOLE[number % 2]](scene, drawn)
         assert said is not None
-        rows.append(Shown((render(scene, size, seed=(seed, number)),), turns([(f"{MARK}\n{said[0]}", said[1])])))
+        rows.append(ImageTextRow((render(scene, size, seed=(seed, number)),), turns([(f"{MARK}\n{said[0]}", said[1])])))
     return rows
 
 
-def questions(count: int, seed: int, size: int) -> list[Shown]:
+def questions(count: int, seed: int, size: int) -> list[ImageTextRow]:
     """Several questions to each picture; every other one ends with a caption or a list."""
     drawn = np.random.default_rng((seed, 1))
     rows = []
     for number, scene in zip(range(count), scenes("calibration", (seed, 2)), strict=False):
         said = list(_asked(scene, drawn, end=number % 4))
         said[0] = (f"{MARK}\n{said[0][0]}", said[0][1])
-        rows.append(Shown((render(scene, size, seed=(seed, number)),), turns(said)))
+        rows.append(ImageTextRow((render(scene, size, seed=(seed, number)),), turns(said)))
     return rows
 
 
-def asked(count: int, seed: int, size: int, tasks: Sequence[str], most: int = MOST) -> list[Shown]:
+def asked(count: int, seed: int, size: int, tasks: Sequence[str], most: int = MOST) -> list[ImageTextRow]:
     """One question about each picture of up to so many things, of these kinds in turn."""
     return [shown_row(each) for each in examples(tasks, count, "calibration", seed, size, most)]
 
 
-def shown_row(each: Example) -> Shown:
+def shown_row(each: Example) -> ImageTextRow:
     """An example as a row, its image first."""
-    return Shown((each.image,), turns([(f"{MARK}\n{each.prompt}", each.answer)]), task=each.task)
+    return ImageTextRow((each.image,), turns([(f"{MARK}\n{each.prompt}", each.answer)]), task=each.task)
 
 
 def _asked(scene: Scene, drawn: np.random.Generator, end: int) -> Iterator[tuple[str, str]]:
@@ -131,12 +132,12 @@ STAGES_SEQ2SEQ = {
 }
 
 
-def reading(processing: Processing, picture: Picture) -> Callable[[Sequence[Shown]], dict[str, Tensor]]:
+def reading(processing: Processing, picture: Image) -> Callable[[Sequence[ImageTextRow]], dict[str, Tensor]]:
     """What makes batches of rows, and says how many tokens of each are of its picture; all are of the same size."""
-    unasked = Shown((picture,), turns([(MARK, "nothing")]))
+    unasked = ImageTextRow((picture,), turns([(MARK, "nothing")]))
     tokens = 0 if processing.encodes else processing.prompts([unasked])["input_ids"].shape[1]
 
-    def batch(rows: Sequence[Shown]) -> dict[str, Tensor]:
+    def batch(rows: Sequence[ImageTextRow]) -> dict[str, Tensor]:
         return processing.batch(rows) | {"picture": torch.tensor([tokens if row.images else 0 for row in rows])}
 
     return batch

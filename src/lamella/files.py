@@ -178,13 +178,13 @@ class Work:
         Raises:
             ExportError: when that cannot be made.
         """
-        return None if self.folder is None else self.place() / f"{name}.jsonl"
+        return None if self.folder is None else self.directory() / f"{name}.jsonl"
 
     def within(self, name: str) -> Work:
         """The part of a folder that one of several steps keeps for itself."""
         return self if self.folder is None else Work(Path(self.folder) / name)
 
-    def place(self, name: str = "") -> Path:
+    def directory(self, name: str = "") -> Path:
         """A folder for checkpoints and tensors, which exists; a temporary one where nothing is kept.
 
         Raises:
@@ -194,14 +194,14 @@ class Work:
             temporary = Path(tempfile.mkdtemp(prefix="lamella-"))
             atexit.register(shutil.rmtree, temporary, ignore_errors=True)
             return temporary
-        place = Path(self.folder) / name
+        directory = Path(self.folder) / name
         try:
-            place.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ExportError(
-                f"{place}: cannot be written ({error.strerror or error}); choose another folder"
+                f"{directory}: cannot be written ({error.strerror or error}); choose another folder"
             ) from None
-        return place
+        return directory
 
 
 # Folders

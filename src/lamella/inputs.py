@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lamella.data import ImageText, Processing, Reader, Text, open_processing
+from lamella.data import ImageText, InputContext, Processing, Text, open_processing
 from lamella.errors import CheckpointError, LamellaError, MethodError
 from lamella.plan import Plan, PlanSeries
 from lamella.registry import Method, check_takes
 from lamella.result import Result
 from lamella.signature import EMPTY, Parameter, Signature, is_model, judges, kind_of, kinds_of, settings_of, signature
 from lamella.stack import Model, Stack
-from lamella.zoo import Checkpoint, View, Written, open_for, open_model, open_tokenizer, open_written
+from lamella.zoo import LazyCheckpoint, SavedModel, View, open_for, open_model, open_saved, open_tokenizer
 from lamella.zoo.checks import check_model
 from lamella.zoo.opening import names_plan
 
@@ -169,17 +169,17 @@ class Opening:
             return (READ.get(kind) or kind.read)(Path(value))  # type: ignore[arg-type]
         if judges(parameter):
             return self.judge(value, **settings)
-        if "reader" in signature(kind.open).inputs:
-            settings = settings | {"reader": self.reader(parameter.split)}
+        if "context" in signature(kind.open).inputs:
+            settings = settings | {"context": self.context(parameter.split)}
         return kind.open(value, **settings)
 
     def _model(self, kind: Any, value: Any) -> Any:
         how = dict(self.how)
         stack = how.pop("stack", None)
-        if kind is Checkpoint:
-            return value if isinstance(value, Checkpoint) else Checkpoint.open(value, **how)
-        if kind is Written:
-            written = value if isinstance(value, Written) else open_written(value, **how)
+        if kind is LazyCheckpoint:
+            return value if isinstance(value, LazyCheckpoint) else LazyCheckpoint.open(value, **how)
+        if kind is SavedModel:
+            written = value if isinstance(value, SavedModel) else open_saved(value, **how)
             self.model, self._name = self.model or written.running, value
             return written
         model = open_model(value, **how) if kind is Model else open_for(self.entry, value, stack=stack, **how)
@@ -189,11 +189,11 @@ class Opening:
             self.model, self._name = model, value
         return model
 
-    def reader(self, split: Any) -> Reader:
+    def context(self, split: Any) -> InputContext:
         """What the loaders of inputs read with."""
         opener = None if self.model is None else self.tokenizer
         processing = None if self.model is None else self.processing
-        return Reader(opener, self.seed, split, processing)
+        return InputContext(opener, self.seed, split, processing)
 
     def judge(self, value: Any = None, *, sequences: int = SEQUENCES, length: int = LENGTH, **more: Any) -> Any:
         """What changed models are judged on: windows of a text, or rows of images with text.
@@ -206,16 +206,16 @@ class Opening:
             sequences, length: windows of a text, and tokens in each: at most what the model can read.
             more: settings of rows of images with text.
         """
-        reader = replace(self.reader("test"), seed=SEED)
+        context = replace(self.context("test"), seed=SEED)
         shown = next((each for each in self.opened.values() if isinstance(each, ImageText)), None)
         if ImageText.fits(self.model, value):
-            return ImageText.open(value, reader, **{"rows": ROWS} | more)
+            return ImageText.open(value, context, **{"rows": ROWS} | more)
         if shown is not None:
             return shown.part("test", SEED, ROWS)
         assert self.model is not None
         *_, last = self.model.stacks.values()
-        context = int(getattr(last.config, "max_position_embeddings", None) or length)
-        return Text.open(value or TEST, reader, sequences=sequences, length=min(length, context))
+        longest = int(getattr(last.config, "max_position_embeddings", None) or length)
+        return Text.open(value or TEST, context, sequences=sequences, length=min(length, longest))
 
     def tokenizer(self) -> Any:
         """That of the model.
@@ -235,7 +235,7 @@ class Opening:
         return self.known_tokenizer
 
     @property
-    def known_reader(self) -> Any:
+    def known_processor(self) -> Any:
         """What was opened of what the model reads with: its processor, which holds the tokenizer, or that alone.
 
         Of a model that reads images it is the processor, also where only text was read.

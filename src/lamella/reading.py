@@ -194,7 +194,7 @@ def in_utf_8(value: Any) -> Any:
     return [in_utf_8(each) for each in value] if isinstance(value, list) else value
 
 
-def read_text(path: str | Path, mend: str = "give a text file") -> str:
+def read_text(path: str | Path, hint: str = "give a text file") -> str:
     """The content of a file of data.
 
     Raises:
@@ -207,12 +207,12 @@ def read_text(path: str | Path, mend: str = "give a text file") -> str:
             with io.TextIOWrapper(file, encoding="utf-8") as text:
                 return text.read()
     except (OSError, UnicodeDecodeError, FileRefused) as error:
-        raise _unreadable(path, error, mend) from None
+        raise _unreadable(path, error, hint) from None
 
 
-def _unreadable(path: str | Path, error: Exception, mend: str) -> CalibrationError:
+def _unreadable(path: str | Path, error: Exception, hint: str) -> CalibrationError:
     reason = str(error) if isinstance(error, FileRefused) else type(error).__name__
-    return CalibrationError(f"{path}: cannot be read as UTF-8 text ({reason}): {mend}")
+    return CalibrationError(f"{path}: cannot be read as UTF-8 text ({reason}): {hint}")
 
 
 class Line(NamedTuple):
@@ -230,7 +230,7 @@ class Line(NamedTuple):
     size: int
 
 
-def _lines(path: str | Path, mend: str) -> Iterator[Line]:
+def _lines(path: str | Path, hint: str) -> Iterator[Line]:
     """The lines of a text file that are not blank; see :func:`read_lines`."""
     try:
         with open_file(Path(path).expanduser()) as file, io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
@@ -244,10 +244,10 @@ def _lines(path: str | Path, mend: str) -> Iterator[Line]:
                     yield Line(number, line.rstrip("\r\n"), offset, size)
                 offset += size
     except (OSError, UnicodeDecodeError, FileRefused) as error:
-        raise _unreadable(path, error, mend) from None
+        raise _unreadable(path, error, hint) from None
 
 
-def read_lines(path: str | Path, mend: str = "give a text file") -> list[tuple[int, str]]:
+def read_lines(path: str | Path, hint: str = "give a text file") -> list[tuple[int, str]]:
     """The lines of a file of data that are not blank, with their numbers.
 
     Only line feeds and carriage returns end a line: JSON strings may hold all other characters that end one elsewhere.
@@ -255,11 +255,11 @@ def read_lines(path: str | Path, mend: str = "give a text file") -> list[tuple[i
     Raises:
         CalibrationError: when the file is missing or no UTF-8 text, or a line is too long.
     """
-    return [(line.number, line.text) for line in _lines(path, mend)]
+    return [(line.number, line.text) for line in _lines(path, hint)]
 
 
 def read_rows(
-    path: str | Path, mend: str = "give one object a line", instead: str = "give a .jsonl file"
+    path: str | Path, hint: str = "give one object a line", instead: str = "give a .jsonl file"
 ) -> Iterator[tuple[int, Any]]:
     """The values of a file of JSON lines, each with the number of its line.
 
@@ -271,7 +271,7 @@ def read_rows(
         CalibrationError: for a file that cannot be read, or a line that is not JSON.
     """
     for line in _lines(path, instead):
-        yield line.number, _row(path, line.number, line.text, mend)
+        yield line.number, _row(path, line.number, line.text, hint)
 
 
 class RowFile:
@@ -285,8 +285,8 @@ class RowFile:
         CalibrationError: if the file cannot be read.
     """
 
-    def __init__(self, path: Path, mend: str) -> None:
-        self.path, self.mend = path, mend
+    def __init__(self, path: Path, hint: str) -> None:
+        self.path, self.hint = path, hint
         self.lines = [(line.number, line.offset, line.size) for line in _lines(path, "give a .jsonl file")]
 
     def read(self, entry: tuple[int, int, int]) -> tuple[int, Any]:
@@ -302,14 +302,14 @@ class RowFile:
                 text = file.read(size).decode()
         except (OSError, UnicodeDecodeError, FileRefused) as error:
             raise _unreadable(self.path, error, "give a .jsonl file") from None
-        return number, _row(self.path, number, text, self.mend)
+        return number, _row(self.path, number, text, self.hint)
 
 
-def _row(path: str | Path, number: int, text: str, mend: str) -> Any:
+def _row(path: str | Path, number: int, text: str, hint: str) -> Any:
     try:
         return parse_json(text)
     except ValueError as error:
-        raise CalibrationError(f"{path} line {number} is not JSON ({error}); {mend}") from None
+        raise CalibrationError(f"{path} line {number} is not JSON ({error}); {hint}") from None
 
 
 def read_journal(path: Path, is_whole: Callable[[Any], bool], header: str | None = None) -> list[Any]:

@@ -222,7 +222,7 @@ def _declared_as(slug: str, name: str, on: str | tuple[str, ...], function: Func
         contract = signature(function)
         _check_names(slug, contract)
         given = contract.gathered(slug, given)
-        check_given_once(slug, contract, args, given)
+        check_passed_once(slug, contract, args, given)
         if args and hasattr(args[0], "architecture"):
             check_takes(slug, on, args[0])
         elif args and hasattr(args[0], "stacks") and _takes_one_stack(contract):
@@ -260,7 +260,7 @@ def _check_names(slug: str, contract: Signature) -> None:
             )
 
 
-def check_given_once(slug: str, contract: Signature, inputs: tuple[Any, ...], given: Mapping[str, Any]) -> None:
+def check_passed_once(slug: str, contract: Signature, inputs: tuple[Any, ...], given: Mapping[str, Any]) -> None:
     """Check that no input is given by its place and by its name.
 
     Raises:

@@ -20,7 +20,7 @@ from lamella.planners import GOALS as NAMES
 from lamella.planners import PLANS, Planner, Race, goal_of, pick, planned_on
 from lamella.processes import is_first
 from lamella.provenance import environment
-from lamella.registry import PERMISSIONS, Method, check_given_once, get_method, room
+from lamella.registry import PERMISSIONS, Method, check_passed_once, get_method, room
 from lamella.results import Edit, Evidence, Result, Summary, Trained
 from lamella.results.page import card, render
 from lamella.runtime import apply
@@ -108,7 +108,7 @@ def run(
                 **result.files,
             }
 
-        result.save(out, documents, overwrite=overwrite, tokenizer=opening.known_reader)
+        result.save(out, documents, overwrite=overwrite, tokenizer=opening.known_processor)
         discard(work.folder, out)  # type: ignore[arg-type]
     return Outcome(result, evidence, summarise(evidence))
 
@@ -153,7 +153,7 @@ def _checked(
 ) -> tuple[Method, dict[str, Any], Budget, str | None]:
     """The command, what it is given by name, the goal of its plans and its test, all checked before opening."""
     entry = get_method(slug, command)
-    check_given_once(slug, entry.signature, inputs, given)
+    check_passed_once(slug, entry.signature, inputs, given)
     given = dict(zip(entry.signature.inputs, inputs, strict=False)) | given
     if "test" in entry.signature.inputs and test is not None:  # then it is the command's own
         given, test = given | {"test": test}, None

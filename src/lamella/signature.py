@@ -30,7 +30,7 @@ from lamella.files import Work
 from lamella.source import Class, Function, Instance, Noted, OneOf
 
 EMPTY = inspect.Parameter.empty
-MODELS = ("Stack", "Model", "Written", "Checkpoint")
+MODELS = ("Stack", "Model", "SavedModel", "LazyCheckpoint")
 SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 BOUNDS = {Ge: (">=", "ge"), Gt: (">", "gt"), Le: ("<=", "le"), Lt: ("<", "lt")}  # as they are written, and the field
 
@@ -172,7 +172,7 @@ class Parameter:
 
     @property
     def many(self) -> bool:
-        """Whether it is an input that takes any number of values: ``tuple[Changed, ...]``."""
+        """Whether it is an input that takes any number of values: ``tuple[ComparedModel, ...]``."""
         return any(get_origin(each) is tuple and kinds_of(self) for each in self.kinds)
 
     @property

@@ -12,7 +12,7 @@ import torch
 
 from lamella.commands.compress.healing import Heal, heal_cut
 from lamella.commands.heal.command import reader_of
-from lamella.data import ImageText, Processing, Reader
+from lamella.data import ImageText, InputContext, Processing
 from lamella.errors import LamellaError
 from lamella.evaluate.scored import read_inputs
 from lamella.files import Work
@@ -214,7 +214,7 @@ def test_recipes_that_train_on_text_alone_refuse_images(vlm: Path, tmp_path: Pat
     with pytest.raises(LamellaError, match="no option 'replay'"):
         run("heal", vlm, **given, replay=0.1, minutes=1)
     stack, processing = open_stack(vlm, stack="text"), Processing(open_processor(vlm))
-    reader = Reader(lambda: processing.tokenizer, processing_opener=lambda: processing)
+    reader = InputContext(lambda: processing.tokenizer, processing_opener=lambda: processing)
     rows = ImageText.open("shapes", reader, rows=4)
     how, work = Heal("recipe"), Work(tmp_path / "work")
     healed, said = heal_cut(stack, dropped(vlm), reader_of(rows, 0), how, work, rows)
@@ -231,7 +231,9 @@ def test_methods_that_skip_tune_on_images(vlm: Path, method: str, options: dict[
 
 def test_streams_that_unified_skip_compares_have_read_the_image(vlm: Path) -> None:
     model, processing = open_stack(vlm, stack="text").model, Processing(open_processor(vlm))
-    rows = ImageText.open("shapes:colour", Reader(processing_opener=lambda: processing, opener=lambda: None), rows=2)
+    rows = ImageText.open(
+        "shapes:colour", InputContext(processing_opener=lambda: processing, opener=lambda: None), rows=2
+    )
     batch = processing.batch(rows[:])
     ours = unified_skip._streams(model, batch)
     theirs = model(**read_inputs(model, batch), output_hidden_states=True, use_cache=False).hidden_states

@@ -36,7 +36,7 @@ from typing import Annotated
 import numpy as np
 import torch
 
-from lamella.data import Reader, Text
+from lamella.data import InputContext, Text
 from lamella.errors import CalibrationError
 from lamella.evaluate import Budget
 from lamella.formatting import counted
@@ -57,10 +57,10 @@ class Words:
 
     words: tuple[str, ...]
     default = "abc"
-    told = "abc, or a file of words"
+    source_help = "abc, or a file of words"
 
     @classmethod
-    def open(cls, name: str, reader: Reader, *, most: int = 9) -> Words:
+    def open(cls, name: str, context: InputContext, *, most: int = 9) -> Words:
         """Words.
 
         Args:

@@ -56,7 +56,7 @@ def test_the_page_draws_it(tmp_path: Path) -> None:
     stack, processing, inputs = asked("llava")
     plan = planned(stack, "gamma-mod", layers=[1], prefill=0.5)
     report = trace(stack, processing.tokenizer, inputs, plan, tokens=2, grid=(8, 8))
-    report["image"] = png(processing.seen(ONE.image))
+    report["image"] = png(processing.visible(ONE.image))
     html = render_trace(report)
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.S)[1])
     ran, probability, odds = data["picture"]["views"]
@@ -126,5 +126,5 @@ def test_what_of_a_picture_a_model_sees() -> None:
     processing = asked("llava")[1]
     wide = np.arange(4 * 8 * 3, dtype=np.uint8).reshape(4, 8, 3)
     crops = getattr(processing.processor.image_processor, "do_center_crop", False)
-    assert np.array_equal(processing.seen(wide), wide[:, 2:6] if crops else wide)
+    assert np.array_equal(processing.visible(wide), wide[:, 2:6] if crops else wide)
     assert MARK not in processing.tokenizer.decode(processing.question("where is it?")["input_ids"][0])

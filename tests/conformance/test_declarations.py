@@ -118,9 +118,9 @@ def test_every_input_can_be_opened_small(command: str) -> None:
         made = hasattr(kind, "read") or kind.__name__ in (
             "Stack",
             "Model",
-            "Written",
-            "Checkpoint",
-            "Changed",
+            "SavedModel",
+            "LazyCheckpoint",
+            "ComparedModel",
             "Results",
             "Adapter",
             "Writer",

@@ -130,18 +130,18 @@ def test_what_was_not_measured_has_no_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mean", "told"),
+    ("mean", "headline"),
     [
         (-20.8, "nothing of what is lost comes back (restoration −20.8, interval −30.0 to 0.100)"),  # noqa: RUF001
         (0.25, "25.0 % of what is lost comes back (−3000.0 % to 10.0 %)"),  # noqa: RUF001
         (None, "nothing is lost by this schedule"),
     ],
 )
-def test_a_loss_that_grows_does_not_come_back(mean: float | None, told: str) -> None:
+def test_a_loss_that_grows_does_not_come_back(mean: float | None, headline: str) -> None:
     restored = {"mean": mean, "low": -30.0, "high": 0.1}
     tasks = made("dmllm-token-redundancy").outcome.evidence.findings["tasks"]
     changed = {name: each | {"restoration": restored} for name, each in tasks.items()}
-    assert told in said("dmllm-token-redundancy", tasks=changed)
+    assert headline in said("dmllm-token-redundancy", tasks=changed)
 
 
 def test_a_series_of_one_plan_has_one() -> None:

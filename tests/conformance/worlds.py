@@ -37,7 +37,7 @@ from lamella.runner import Outcome, run
 from lamella.runtime import parallel
 from lamella.signature import EMPTY, Fixture, Parameter, is_model, kind_of
 from lamella.stack import Model, Stack
-from lamella.zoo import Changed, Checkpoint, Written, open_model, open_stack
+from lamella.zoo import ComparedModel, LazyCheckpoint, SavedModel, open_model, open_stack
 from lamella.zoo.nano import NANO, NANO_DIFFUSION, nano
 from lamella.zoo.vlm import shapes_vlm
 
@@ -201,14 +201,14 @@ def _given(command: str, parameter: Parameter, name: str) -> Any:
     entry, kind = COMMANDS[command], kind_of(parameter)
     if kind is Writer:
         return writer()
-    if kind is Changed:
-        return (Changed(str(written("plan.json", _plan(entry, name).dump()))),)
+    if kind is ComparedModel:
+        return (ComparedModel(str(written("plan.json", _plan(entry, name).dump()))),)
     if kind is Results:
         return Results.open(made("random" if parameter.name == "first" else "shortgpt").out)
-    if kind is Checkpoint:
-        return Checkpoint(checkpoint(name, 0.0))
-    if kind is Written:
-        return Written(opened(name))
+    if kind is LazyCheckpoint:
+        return LazyCheckpoint(checkpoint(name, 0.0))
+    if kind is SavedModel:
+        return SavedModel(opened(name))
     if is_model(kind):
         first = next(iter(entry.signature.inputs)) == parameter.name
         return opened(name) if first else None if parameter.default is None else sibling(name)

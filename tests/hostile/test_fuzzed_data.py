@@ -16,8 +16,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import answered, damaged, dumped, mutated, share, strings, values
 
-from lamella.data import Reader, load_text, read_records
-from lamella.data.pictures import read_picture
+from lamella.data import InputContext, load_text, read_records
+from lamella.data.images import read_image
 from lamella.errors import CalibrationError, LamellaError, TrainingError
 from lamella.methods.agile3d.ply import read_ply
 from lamella.methods.cola import KnownAnswers, Problem, read_samples
@@ -133,7 +133,7 @@ def test_a_file_of_data_is_read_or_refused_by_name(reader: str, folder: Path, to
 
 @pytest.mark.parametrize("reader", [*READERS, "a point cloud", "an image"])
 def test_no_reader_waits_for_a_pipe(reader: str, tmp_path: Path):
-    others = {"a point cloud": ("a.ply", read_ply), "an image": ("a.png", lambda file: read_picture(file, "a row"))}
+    others = {"a point cloud": ("a.ply", read_ply), "an image": ("a.png", lambda file: read_image(file, "a row"))}
     name, read = (READERS | others)[reader]
     os.mkfifo(tmp_path / name)
     with answered(tmp_path, seconds=5), pytest.raises(CalibrationError, match=r"a regular file|no file"):

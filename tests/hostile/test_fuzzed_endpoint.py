@@ -16,7 +16,7 @@ from serving import response, speaking
 from strategies import answered, damaged, dumped, mutated, share, strings
 
 from lamella.data import Endpoint, Sampling
-from lamella.data.protocol import Answer, Question
+from lamella.data.protocol import ChatRequest, ChatResponse
 from lamella.errors import LamellaError
 
 KEY = "sk-very-secret-indeed"
@@ -27,7 +27,7 @@ ANSWER: dict[str, Any] = {
 }
 MODELS: dict[str, Any] = {"object": "list", "data": [{"id": f"nano {KEY}"}]}
 CHARSETS = ["utf-8", "hex", "idna", "undefined", "rot13", "utf-16", "unicode_escape", "zip", "x" * 300]
-QUESTION = Question([{"role": "user", "content": "Hi"}], 4, 0)
+QUESTION = ChatRequest([{"role": "user", "content": "Hi"}], 4, 0)
 
 
 class Server:
@@ -81,14 +81,14 @@ def is_clean(text: str) -> bool:
 @given(said=responses(ANSWER))
 def test_any_response_is_an_answer_or_one_line(server: Server, folder: Path, said: bytes):
     server.said = said
-    endpoint = Endpoint(server.url, key="MY_KEY", tries=1, patience=5.0)
+    endpoint = Endpoint(server.url, key="MY_KEY", tries=1, timeout=5.0)
     with answered(folder, gigabytes=1, allowed="socket.connect"):
         try:
             ((number, answer),) = endpoint.ask([QUESTION], "nano", Sampling())
         except LamellaError as error:
             assert is_clean(str(error))
             raise
-        assert number == 0 and isinstance(answer, Answer) and is_clean(answer.text)
+        assert number == 0 and isinstance(answer, ChatResponse) and is_clean(answer.text)
         assert all(each is None or 0 <= each < 2**31 for each in (answer.prompt, answer.tokens))
 
 
@@ -98,7 +98,7 @@ def test_any_list_of_models_is_a_name_or_one_line(server: Server, folder: Path, 
     server.said = said
     with answered(folder, gigabytes=1, allowed="socket.connect"):
         try:
-            assert is_clean(Endpoint(server.url, key="MY_KEY", tries=1, patience=5.0).model())
+            assert is_clean(Endpoint(server.url, key="MY_KEY", tries=1, timeout=5.0).model())
         except LamellaError as error:
             assert is_clean(str(error))
             raise
@@ -107,4 +107,4 @@ def test_any_list_of_models_is_a_name_or_one_line(server: Server, folder: Path, 
 def test_the_response_that_is_damaged_above_is_an_answer(server: Server):
     server.said = response(json.dumps(ANSWER).encode())
     endpoint = Endpoint(server.url, key="MY_KEY", tries=1)
-    assert list(endpoint.ask([QUESTION], "nano", Sampling())) == [(0, Answer("Yes, ***.", True, 3, 2))]
+    assert list(endpoint.ask([QUESTION], "nano", Sampling())) == [(0, ChatResponse("Yes, ***.", True, 3, 2))]

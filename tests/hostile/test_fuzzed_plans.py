@@ -36,12 +36,12 @@ from lamella.methods.minitron import Importance
 from lamella.plan import (
     Factors,
     HeadWidth,
+    HiddenWidth,
     ModelReference,
     PhasedPath,
     Plan,
     PlanSeries,
     PolicyReference,
-    StreamWidth,
     mask_edit,
     read_factors,
     read_masks,
@@ -89,7 +89,7 @@ def plans(stack: Stack, folder: Path) -> dict[str, Plan]:
         "drop": Plan(model=model, drop=["layers.2", "layers.4.mlp"], provenance={"method": "random", "seed": 0}),
         "width": Plan(
             model=model,
-            width={"layers.1.mlp.channels": [3, 1, 2], "stream.channels": StreamWidth(keep=[*range(48)], rescale=True)},
+            width={"layers.1.mlp.channels": [3, 1, 2], "hidden.channels": HiddenWidth(keep=[*range(48)], rescale=True)},
         ),
         "heads": Plan(
             model=model,

@@ -13,7 +13,7 @@ from lamella.errors import MethodError
 from lamella.measure.image_tokens import (
     CRITERIA,
     CriterionName,
-    Seen,
+    TokenFeatures,
     above_quartiles,
     best,
     choose,
@@ -26,12 +26,12 @@ N, TEXT, WIDTH, HEADS = 12, 5, 6, 3
 DRAWN = torch.Generator().manual_seed(0)
 
 
-def seen(image: Tensor | None = None) -> Seen:
+def seen(image: Tensor | None = None) -> TokenFeatures:
     attention = torch.rand(HEADS, TEXT + 4, N, generator=DRAWN, dtype=torch.float64)
     image = torch.randn(N, WIDTH, generator=DRAWN, dtype=torch.float64) if image is None else image
     text = torch.randn(TEXT, WIDTH, generator=DRAWN, dtype=torch.float64)
     gradient = torch.randn(N, WIDTH, generator=DRAWN, dtype=torch.float64)
-    return Seen(image, text, attention, attention[:, :TEXT], gradient, torch.Generator().manual_seed(1))
+    return TokenFeatures(image, text, attention, attention[:, :TEXT], gradient, torch.Generator().manual_seed(1))
 
 
 def test_the_type_of_their_names_holds_every_criterion() -> None:
@@ -123,7 +123,7 @@ def test_likeness_keeps_the_question_and_the_mean_of_the_rest() -> None:
 def test_the_signal_is_the_first_order_change_when_a_token_is_gone() -> None:
     weights = torch.randn(WIDTH, generator=DRAWN, dtype=torch.float64)
     image = torch.randn(N, WIDTH, generator=DRAWN, dtype=torch.float64)
-    given = Seen(image, gradient=weights.expand(N, -1))  # of a linear answer the change is exact
+    given = TokenFeatures(image, gradient=weights.expand(N, -1))  # of a linear answer the change is exact
     rest = [[*range(at), *range(at + 1, N)] for at in range(N)]
     changes = [abs(float((image @ weights).sum() - (image[each] @ weights).sum())) for each in rest]
     assert choose("signal", given, 3).index.tolist() == sorted(range(N), key=lambda at: -changes[at])[:3]
@@ -132,7 +132,7 @@ def test_the_signal_is_the_first_order_change_when_a_token_is_gone() -> None:
 def test_chance_draws_every_pair() -> None:
     drawn = set()
     for at in range(60):
-        given = Seen(torch.zeros(4, 1), generator=torch.Generator().manual_seed(at))
+        given = TokenFeatures(torch.zeros(4, 1), generator=torch.Generator().manual_seed(at))
         drawn.add(tuple(sorted(choose("random", given, 2).index.tolist())))
     assert drawn == set(itertools.combinations(range(4), 2))
 

@@ -46,7 +46,7 @@ class Low(SiteModule):
 
     def __init__(self, stack, positions, *, rank: int) -> None:
         super().__init__(stack, positions)
-        width = stack.architecture.sizes_of(stack.config).stream
+        width = stack.architecture.sizes_of(stack.config).hidden
         self.a, self.b = nn.Linear(width, rank, bias=False), nn.Linear(rank, width, bias=False)
 
     def forward(self, h, out, call):
@@ -120,7 +120,7 @@ SERIAL = [name for name in CAUSAL if name not in ("gpt_neox",)]  # inside a para
 @pytest.mark.parametrize("beside", [False, True])
 def test_a_network_stands_in_place_of_a_sublayer_or_beside_it(name: str, beside: bool, tmp_path: Path) -> None:
     stack, given = Stack(nano(name)), nano_inputs(name)
-    reference = trained(tmp_path).model_copy(update={"beside": beside})
+    reference = trained(tmp_path).model_copy(update={"keep_sublayers": beside})
     view = lamella.apply(stack, planned(stack, {"layers.1.mlp": reference, "layers.2.attn": reference}))
     weights = load_file(tmp_path / "low.safetensors")
 
@@ -135,7 +135,7 @@ def test_a_network_stands_in_place_of_a_sublayer_or_beside_it(name: str, beside:
 @pytest.mark.parametrize("name", CAUSAL)
 def test_beside_a_whole_layer_what_hands_on_changes_nothing_to_the_bit(name: str) -> None:
     stack, given = Stack(nano(name)), nano_inputs(name)
-    reference = ModuleReference(name="low-test", kind="Pass", beside=True)
+    reference = ModuleReference(name="low-test", kind="Pass", keep_sublayers=True)
     view = lamella.apply(stack, planned(stack, {"layers.1": reference, "layers.3": reference}))
     assert torch.equal(view(**given, use_cache=False).logits, stack.model(**given, use_cache=False).logits)
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
@@ -285,7 +285,9 @@ def test_a_network_costs_its_parameters_and_what_it_replaces_nothing(tmp_path: P
     whole = lamella.cost(stack)
     dropped = lamella.cost(stack, Plan(model=ModelReference.of(stack), drop=["layers.1.mlp"]))
     instead = lamella.cost(stack, planned(stack, {"layers.1.mlp": reference}))
-    beside = lamella.cost(stack, planned(stack, {"layers.1.mlp": reference.model_copy(update={"beside": True})}))
+    beside = lamella.cost(
+        stack, planned(stack, {"layers.1.mlp": reference.model_copy(update={"keep_sublayers": True})})
+    )
     size = 2 * 2 * 32
     assert (instead.parameters, instead.macs) == (dropped.parameters + size, dropped.macs + size)
     assert (beside.parameters, beside.macs) == (whole.parameters + size, whole.macs + size)

@@ -15,12 +15,12 @@ from lamella.report.figures import (
     Excerpts,
     Figure,
     Gantt,
+    GanttTask,
     Heatmap,
     Images,
     Lines,
     Points,
     Scatter,
-    Task,
     named,
 )
 from lamella.report.plotting import plotted, svg
@@ -47,7 +47,7 @@ FULL = [
     Scatter("parameters", "loss, nats", {"ours": [(1.0, 2.0)]}),
     Bars("layer", "share", {"all": [0.5, 0.25]}),
     Heatmap("layer", "step", [[0.0, 1.0]], "share"),
-    Gantt("seconds", "node", ["one"], [Task(0, 0.0, 1.5, "a")]),
+    Gantt("seconds", "node", ["one"], [GanttTask(0, 0.0, 1.5, "a")]),
     StackDrawing([{"attn": "kept", "mlp": "cut"}], [Shade("worth", "Worth", "how much it is worth", [0.5, 0.25])]),
     Images(["aGVsbG8="], [["a caption"]], ["text"], alt="a photograph"),
     Excerpts([("a title", ["a text"])]),
@@ -127,7 +127,7 @@ def test_a_figure_with_data_is_shown(figure: Figure) -> None:
         Bars(ATTACK, ATTACK, {ATTACK: [1.0]}, positions=[ATTACK], labels={ATTACK: [ATTACK]}),
         Heatmap(ATTACK, ATTACK, [[1.0]], ATTACK, columns=[ATTACK], rows=[ATTACK], labels=[[ATTACK]], hover=[[ATTACK]]),
         Heatmap(ATTACK, ATTACK, [[1.0]], ATTACK, categories=["no", ATTACK]),
-        Gantt(ATTACK, ATTACK, [ATTACK], [Task(0, 0.0, 1.0, ATTACK, hover=ATTACK)], title=ATTACK),
+        Gantt(ATTACK, ATTACK, [ATTACK], [GanttTask(0, 0.0, 1.0, ATTACK, hover=ATTACK)], title=ATTACK),
         StackDrawing([{"attn": "kept", "mlp": "cut"}], [Shade(ATTACK, ATTACK, ATTACK, [0.5, 0.2])], title=ATTACK),
         Images(["aGVsbG8="], [[ATTACK]], [ATTACK], alt=ATTACK, title=ATTACK, caption=ATTACK),
         Excerpts([(ATTACK, [ATTACK])], caption=ATTACK),
@@ -281,7 +281,7 @@ def test_categories_have_one_colour_each() -> None:
 
 
 def test_a_gantt_chart_has_a_bar_for_each_task_in_its_row() -> None:
-    tasks = [Task(1, 0.5, 2.0, "a", 0.5), Task(0, 0.0, 1.0, "b")]
+    tasks = [GanttTask(1, 0.5, 2.0, "a", 0.5), GanttTask(0, 0.0, 1.0, "b")]
     first, second = plotted(Gantt("seconds", "node", ["one", "two"], tasks)).data
     assert (first.name, first.base, first.x, first.y, first.marker.opacity) == ("a", (0.5,), (1.5,), (1,), (0.5,))
     assert (second.name, second.base, second.x, second.y) == ("b", (0.0,), (1.0,), (0,))

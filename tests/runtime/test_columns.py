@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lamella.errors import CacheError
 from lamella.plan import ModelReference, PhasedPath, Plan
-from lamella.runtime import LayerCall, Pass, Places, PlanCache, Policy, apply, parallel, with_policy
+from lamella.runtime import LayerCall, Pass, PlanCache, Policy, PositionInputs, apply, parallel, with_policy
 from lamella.runtime.cache import SparseSlot
 from lamella.stack import Stack
 from lamella.zoo.nano import nano
@@ -298,7 +298,7 @@ class Thinned(Policy):
         self.runs = torch.rand(2, 4, LENGTH, generator=torch.Generator().manual_seed(1)) < share
         self.runs[:, 0, 12:] = False  # a call in which a row has none, and one in which no row has any
         self.runs[1, :, 13] = False
-        self.places = Places(stack) if moves else None
+        self.position_inputs = PositionInputs(stack) if moves else None
 
     def layer(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
         if call.index not in self.sparse:
@@ -308,7 +308,7 @@ class Thinned(Policy):
         which = which if run.real is None else which & run.real
         if not which.any():
             return h
-        some = call.tokens(which, self.places)
+        some = call.tokens(which, self.position_inputs)
         stream = some.gather(h)
         return some.scatter(h, some.mlp(some.attn(stream)))
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lamella.data import ImageText, Processing, Reader
+from lamella.data import ImageText, InputContext, Processing
 from lamella.errors import CheckpointError, ExportError, LamellaError, PlanError, TrainingError
 from lamella.evaluate.scored import read_inputs
 from lamella.stack import Stack, last_stack, share
@@ -125,7 +125,7 @@ def test_of_a_model_with_images_the_text_is_adapted_and_plain_peft_reads_a_modul
 ) -> None:
     model, processor = shapes_vlm(kind, num_hidden_layers=2)
     stack, processing = last_stack(model), Processing(processor)
-    rows = ImageText.open("shapes:colour", Reader(processing_opener=lambda: processing), rows=3)
+    rows = ImageText.open("shapes:colour", InputContext(processing_opener=lambda: processing), rows=3)
     inputs = read_inputs(model, rows.batch(rows))
     view, lora = adapted(stack)
     assert {name.startswith(stack.architecture.prefix) for name in lora.modules} == {True}

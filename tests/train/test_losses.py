@@ -121,7 +121,7 @@ def _refuse_logits(saved: Tensor, positions: int) -> Tensor:
 
 def smaller(stack: Stack, hidden: int = 24) -> Any:
     """A model of half the depth and a narrower stream, with parameters of its own."""
-    width: Any = {"stream.channels": list(range(hidden))}
+    width: Any = {"hidden.channels": list(range(hidden))}
     model = materialise(stack, Plan(model=ModelReference.of(stack), drop=["layers.1", "layers.2"], width=width)).model
     own(model)
     return model
@@ -265,7 +265,7 @@ def test_masks_by_number_have_the_loss_of_all_numbers_in_turn(name: str) -> None
         )
         expected += total / len(some) / sum(len(each) == len(some) for each in sets) / 3
     torch.manual_seed(5)
-    found = [float(diffusion_loss(model, row, by_number=True)) for _ in range(600)]
+    found = [float(diffusion_loss(model, row, by_count=True)) for _ in range(600)]
     assert sum(found) / 600 == pytest.approx(expected, rel=0.02)
 
 

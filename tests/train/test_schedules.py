@@ -17,11 +17,11 @@ from lamella.train import (
     Cosine,
     Infinite,
     Schedule,
-    Stepped,
+    StepDecay,
     constant,
     infinite,
     rewarm,
-    stepped,
+    step_decay,
     warmup_stable_decay,
 )
 
@@ -93,7 +93,7 @@ def former(schedule: Schedule, t: int) -> float:
             return s["high"]
         case Cosine():
             return cosine(s["warmup"], s["end"], s["low"])
-        case Stepped():
+        case StepDecay():
             return s["high"] if t <= s["until"] else s["low"]
     if t <= s["cooled"] and s["cooldown"] == "cosine":
         return cosine(s["warmup"], s["cooled"], s["const"])
@@ -110,9 +110,9 @@ EDGES = {
     "a cosine of no steps": Cosine(HIGH, LOW, 20, 20),
     "a rate of 0": Cosine(0.0, 0.0, 2, 20),
     "constant from the first step": Constant(HIGH),
-    "stepped": Stepped(HIGH, LOW, 5, 30),
-    "stepped at once": Stepped(HIGH, LOW, 0, 0),
-    "stepped where the warm-up ends": Stepped(HIGH, LOW, 5, 5),
+    "stepped": StepDecay(HIGH, LOW, 5, 30),
+    "stepped at once": StepDecay(HIGH, LOW, 0, 0),
+    "stepped where the warm-up ends": StepDecay(HIGH, LOW, 5, 5),
     "cooled where the warm-up ends": Infinite(HIGH, CONST, LOW, 10, 10),
     "cooled by a root where the warm-up ends": Infinite(HIGH, CONST, LOW, 10, 10, cooldown="invsqrt"),
     "no warm-up, no anneal": Infinite(HIGH, CONST, LOW, 0, 40, 80, 80, "invsqrt", 3.0),
@@ -172,10 +172,10 @@ def test_without_cool_down_it_is_warm_up_stable_decay() -> None:
 
 
 def test_a_stepped_rate_is_high_up_to_its_step_and_a_tenth_behind_it() -> None:
-    schedule = stepped(1100, HIGH)
+    schedule = step_decay(1100, HIGH)
     assert {schedule(t) for t in range(1, 1001)} == {HIGH}
     assert all(schedule(t) == near(HIGH / 10) for t in range(1001, 1200))
-    assert stepped(100, HIGH, warmup=0.1)(5) == near(HIGH / 2)
+    assert step_decay(100, HIGH, warmup=0.1)(5) == near(HIGH / 2)
 
 
 def test_an_anneal_of_no_steps_is_none() -> None:
@@ -199,7 +199,7 @@ def test_named_recipes_hold_the_papers_constants() -> None:
         assert ours == {name: near(each) if isinstance(each, float) else each for name, each in theirs.items()}
     assert infinite(1000, HIGH, anneal=None, cooldown="invsqrt").anneal is None
     assert constant(1000, HIGH) == Constant(HIGH, 10)
-    for make in (rewarm, infinite, warmup_stable_decay, constant, stepped):
+    for make in (rewarm, infinite, warmup_stable_decay, constant, step_decay):
         assert make(1, HIGH)(1) == HIGH  # the shortest run
         assert json.loads(json.dumps(make(7, HIGH).as_dict())) == make(7, HIGH).as_dict()
 

@@ -148,7 +148,7 @@ def test_samples_get_others_along_each_in_an_order_of_its_own(tmp_path: Path) ->
 def test_one_pass_over_the_samples_is_what_a_run_without_steps_takes(tmp_path: Path) -> None:
     config = TrainConfig(lr=1e-2, batch=2, accumulate=2)
     assert fit(line(), POINTS, REGRESSION, config, out=tmp_path).settings["steps"] == 3
-    assert TrainConfig(batch=5).lasting(12).steps == 2 and TrainConfig(batch=50).lasting(12).steps == 1
+    assert TrainConfig(batch=5).with_steps(12).steps == 2 and TrainConfig(batch=50).with_steps(12).steps == 1
 
 
 @pytest.mark.parametrize(("name", "shape"), [("rewarm", rewarm), ("infinite", infinite), ("wsd", warmup_stable_decay)])

@@ -105,14 +105,14 @@ def _timm(folder: Path, opener: str) -> Opener:
 
 def _features_of_timm(folder: Path, opener: str) -> Opener:
     timm = pytest.importorskip("timm")
-    from lamella.methods.agile3d.pictures import PictureEncoder
+    from lamella.methods.agile3d.images import ImageEncoder
     from lamella.methods.muranet.encoder import of_timm
 
     folder.mkdir()
     file = folder / "model.safetensors"
     save_file(timm.create_model("resnet10t").state_dict(), file)
     openers = {
-        "agile3d": lambda: PictureEncoder("resnet10t", weights=file),
+        "agile3d": lambda: ImageEncoder("resnet10t", weights=file),
         "muranet": lambda: of_timm("resnet10t", file),
     }
     return file, openers[opener]

@@ -34,7 +34,7 @@ def say(folder: Path, settings: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
 
 
-def test_fp8_in_blocks_is_opened_in_plain_numbers(tmp_path: Path) -> None:
+def test_fp8_in_blocks_is_opened_dequantised(tmp_path: Path) -> None:
     model = nano("llama")
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -60,7 +60,7 @@ def test_fp8_in_blocks_is_opened_in_plain_numbers(tmp_path: Path) -> None:
     assert getattr(opened.config, "quantization_config", None) is None
 
 
-def test_mxfp4_of_gpt_oss_is_opened_in_plain_numbers(tmp_path: Path) -> None:
+def test_mxfp4_of_gpt_oss_is_opened_dequantised(tmp_path: Path) -> None:
     small("gpt_oss").save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     meant = {}

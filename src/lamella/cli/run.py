@@ -242,7 +242,7 @@ def _input(each: Parameter, kind: Any, first: bool) -> inspect.Parameter:
     is_test = judges(each)
     default = None if is_test else default
     metavar = getattr(kind, "metavar", None) or (each.spelling or each.name).upper()
-    text = TEST_HELP if is_test else f"{_said(each.help)} {_said(getattr(kind, 'told', ''), names=True)}".strip()
+    text = TEST_HELP if is_test else f"{_said(each.help)} {_said(getattr(kind, 'source_help', ''), names=True)}".strip()
     hint: Any = list[str] if many else str
     if default is None:
         hint, default = (hint, []) if many else (str | None, None)
@@ -267,7 +267,7 @@ def _setting(each: Parameter) -> inspect.Parameter:
 
 def _model_help(each: Parameter, kind: Any, text: str) -> str:
     """What the house says of a model; a type of a method's own says it itself."""
-    general = each.name in MODEL and not hasattr(kind, "told")
+    general = each.name in MODEL and not hasattr(kind, "source_help")
     return "A zoo name (smollm2), a checkpoint folder or a hub id." if general else text
 
 

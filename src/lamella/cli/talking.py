@@ -29,12 +29,12 @@ def chat(
 
     from lamella.evaluate.speed import denoises
     from lamella.inputs import check_changed
-    from lamella.zoo import open_tokenizer, open_written
+    from lamella.zoo import open_saved, open_tokenizer
 
     with working():
         for name in (model, plan_file):
             check_changed(name)
-        written = open_written(model)
+        written = open_saved(model)
         tokenizer = open_tokenizer(written.whole.path or model)
         speaker = written.running.model if plan_file is None else written.view(plan_file)
     if denoises(speaker):

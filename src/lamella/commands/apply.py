@@ -13,7 +13,7 @@ from lamella.plan.export import Form, FormOrAuto, export, export_out_of_core, na
 from lamella.registry import command
 from lamella.result import Documents, Evidence, Result, Summary
 from lamella.signature import Argument
-from lamella.zoo import Checkpoint
+from lamella.zoo import LazyCheckpoint
 
 
 @dataclass(kw_only=True)
@@ -27,7 +27,7 @@ class Exported(Result):
         out_of_core: whether it is copied from disk to disk.
     """
 
-    model: Checkpoint
+    model: LazyCheckpoint
     plan: Plan
     form: Form
     out_of_core: bool
@@ -57,7 +57,7 @@ class Exported(Result):
 
 @command("apply", verb="apply", on="any")
 def apply_plan(
-    plan: Plan, model: Annotated[Checkpoint, Argument()], *, form: FormOrAuto = "auto", out_of_core: bool = False
+    plan: Plan, model: Annotated[LazyCheckpoint, Argument()], *, form: FormOrAuto = "auto", out_of_core: bool = False
 ) -> Exported:
     """Carry a plan out and export the checkpoint.
 

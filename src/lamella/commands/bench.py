@@ -17,7 +17,7 @@ from lamella.result import Evidence, Summary, Table
 from lamella.results import Study
 from lamella.signature import Argument, Split
 from lamella.stack import Model
-from lamella.zoo import Changed, Written
+from lamella.zoo import ComparedModel, SavedModel
 
 
 class Benchmark(Study):
@@ -51,8 +51,8 @@ class Benchmark(Study):
 
 @command("bench", verb="bench", on="any", brief={"prompt": 8, "tokens": 4, "rounds": 2})
 def bench(
-    model: Written,
-    changed: Annotated[tuple[Changed, ...], Argument()],
+    model: SavedModel,
+    changed: Annotated[tuple[ComparedModel, ...], Argument()],
     text: Annotated[ImageText | None, Split("test")] = None,
     *,
     batch: Annotated[tuple[Annotated[int, Ge(1)], ...], MinLen(1)] = (1, 8),

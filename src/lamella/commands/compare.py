@@ -90,7 +90,7 @@ def compare(
     texts = {"new": new.source.name, "old": [each.source.name for each in old]}
     given = texts | {"steps": steps, "batch": batch, "length": length, "lr": list(lr), "at": list(at)}
     depends = {**given, "seed": seed, "model": ModelReference.of(stack).model_dump(mode="json")}
-    finished = Finished(work.place() / "points.jsonl", depends)
+    finished = Finished(work.directory() / "points.jsonl", depends)
 
     counts = sorted({max(1, round(part * steps)) for part in at})
 

@@ -34,7 +34,7 @@ class Results:
     evidence: Mapping[str, Any]
 
     metavar: ClassVar[str] = "FOLDER"
-    told: ClassVar[str] = "a folder of results, or its evidence.json"
+    source_help: ClassVar[str] = "a folder of results, or its evidence.json"
 
     @classmethod
     def open(cls, name: str | Path) -> Results:

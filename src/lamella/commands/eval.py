@@ -15,7 +15,7 @@ from lamella.registry import command
 from lamella.result import Evidence, Summary, Table
 from lamella.results import Study
 from lamella.signature import Argument, Settings, Split
-from lamella.zoo import Changed, Written, open_tokenizer
+from lamella.zoo import ComparedModel, SavedModel, open_tokenizer
 from lamella.zoo.opening import names_plan
 
 Test = Annotated[Text | ImageText, Split("test"), Settings(sequences=8)]
@@ -34,9 +34,9 @@ class Evaluation(Study):
 
 @command("eval", verb="eval", on="any", brief={"sequences": 2, "length": 16})
 def evaluate(
-    model: Written,
+    model: SavedModel,
     test: Test,
-    changed: Annotated[tuple[Changed, ...], Argument()] = (),
+    changed: Annotated[tuple[ComparedModel, ...], Argument()] = (),
     *,
     whole: bool = False,
     tasks: tuple[str, ...] = (),
@@ -79,7 +79,7 @@ def evaluate(
     Raises:
         PlanError: when there is nothing to compare.
     """
-    check_given(changed, tasks, trust_tasks, run_generated_code)
+    check_options(changed, tasks, trust_tasks, run_generated_code)
     if tasks:
         asked: dict[str, Any] = {"limit": limit, "chat": chat, "batch": batch, "trusted": trust_tasks}
         return _scored(model, changed, tasks, asked | {"run_generated_code": run_generated_code, "seed": seed})
@@ -93,8 +93,8 @@ def evaluate(
     )
 
 
-def check_given(
-    changed: tuple[Changed, ...] = (),
+def check_options(
+    changed: tuple[ComparedModel, ...] = (),
     tasks: tuple[str, ...] = (),
     trust_tasks: bool = False,
     run_generated_code: bool = False,
@@ -110,7 +110,9 @@ def check_given(
         raise PlanError("nothing to compare: give plan files, folders or models, or tasks")
 
 
-def _scored(model: Written, changed: tuple[Changed, ...], tasks: tuple[str, ...], asked: dict[str, Any]) -> Evaluation:
+def _scored(
+    model: SavedModel, changed: tuple[ComparedModel, ...], tasks: tuple[str, ...], asked: dict[str, Any]
+) -> Evaluation:
     """What the original and changed models reach on tasks."""
     whole = model.whole
     tokenizer = open_tokenizer(whole.path or whole.name)

@@ -14,7 +14,7 @@ from lamella.plan import checkpoint
 from lamella.plan.quantize import write_gguf, write_int8
 from lamella.registry import command
 from lamella.result import Documents, Evidence, Result, Summary
-from lamella.zoo import Checkpoint, check_folder, open_config, open_tokenizer
+from lamella.zoo import LazyCheckpoint, check_folder, open_config, open_tokenizer
 
 Kind = Literal["q8_0", "int8", "bf16", "f16", "f32"]
 SUFFIX = ".gguf"
@@ -66,7 +66,7 @@ class Quantised(Result):
 
 
 @command("quantize", verb="quantize", on="any")
-def quantize(model: Checkpoint, *, kind: Kind = "q8_0") -> Quantised:
+def quantize(model: LazyCheckpoint, *, kind: Kind = "q8_0") -> Quantised:
     """Write a checkpoint in fewer bits: a GGUF file for llama.cpp, or int8 for torch.
 
     Takes what `compress` and `apply` wrote as plain checkpoints, too: cut first, then quantise.

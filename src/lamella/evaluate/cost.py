@@ -109,7 +109,7 @@ def _stored(stack: Stack, plan: Plan | None) -> int:
 
 def _replaced(plan: Plan, stack: str) -> set[Position]:
     """The sublayers of a stack in whose place networks stand."""
-    return {each for group, module in plan.modules_of(stack).items() if not module.beside for each in group}
+    return {each for group, module in plan.modules_of(stack).items() if not module.keep_sublayers for each in group}
 
 
 def _added(stack: Stack, plan: Plan, name: str) -> int:

@@ -124,7 +124,7 @@ class FidelityTest:
         self._asked = self._asked_of(tokens, prompt)
         self._base = [self._states(self.stack.model, each)[0] for each in track(self._asked, "fidelity: original")]
 
-    def _asked_of(self, tokens: Tensor | ImageText, prompt: int | None) -> Sequence[Draw | Answer]:
+    def _asked_of(self, tokens: Tensor | ImageText, prompt: int | None) -> Sequence[Draw | ScoredAnswer]:
         """Rows with answers, or sequences of which what stands behind the prompt is scored."""
         if isinstance(tokens, ImageText):
             return _answers(tokens)
@@ -137,9 +137,9 @@ class FidelityTest:
         return draws(self.stack, tokens, front=prompt)
 
     @torch.no_grad()
-    def _states(self, model: Any, asked: Draw | Answer) -> tuple[Tensor, Tensor]:
+    def _states(self, model: Any, asked: Draw | ScoredAnswer) -> tuple[Tensor, Tensor]:
         """The final states that predict what is scored [positions, hidden], and its tokens."""
-        if isinstance(asked, Answer):
+        if isinstance(asked, ScoredAnswer):
             return scored_states(model, {name: each.to(self.stack.device) for name, each in asked.batch.items()})
         options = phase_options(model, torch.tensor([self.prompt]))
         stack = self._of(model)
@@ -190,7 +190,7 @@ class FidelityTest:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ScoredAnswer:
     """A row of images with text, whose last answer is scored.
 
     Attributes:
@@ -206,7 +206,7 @@ class Answer:
     weight: float = 1.0
 
 
-def _answers(rows: ImageText) -> list[Answer]:
+def _answers(rows: ImageText) -> list[ScoredAnswer]:
     """Rows one by one; of conversations, the last answer alone."""
     batches = [last_answers(batch) for batch in rows.batches(1)]
-    return [Answer(batch, number, count_labels(batch)) for number, batch in enumerate(batches)]
+    return [ScoredAnswer(batch, number, count_labels(batch)) for number, batch in enumerate(batches)]

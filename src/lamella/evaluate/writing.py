@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lamella.data import Local, Writer
+from lamella.data import LocalWriter, Writer
 from lamella.evaluate.cost import cost
 from lamella.zoo import parameters_of
 
@@ -35,7 +35,7 @@ def writing_cost(
     tokens = sum(row["n_out_tok"] for row in kept)
     seen = sum(each["tokens"] for each in mixture["sources"].values())
     flops, size = None, 0
-    if isinstance(writer, Local):
+    if isinstance(writer, LocalWriter):
         flops = 2 * cost(writer.stack, writer.plan).macs * (read + written)
         size = writer.stack.describe()["parameters"]
     size = parameters_of(student) if student else size

@@ -370,8 +370,8 @@ class _Chunks:
         """None for a model whose weights are not each held by one module without further modules below."""
         owners: dict[str, dict[str, str]] = {}
         for name, weight in chosen.items():
-            path, local = weight.places[0]
-            if len(weight.places) > 1 or list(model.get_submodule(path).children()):
+            path, local = weight.occurrences[0]
+            if len(weight.occurrences) > 1 or list(model.get_submodule(path).children()):
                 return None
             owners.setdefault(path, {})[local] = name
         return cls(_copy(model, {}), owners, totals, power)

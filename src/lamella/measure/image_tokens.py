@@ -32,7 +32,7 @@ RANK = 1.5  # TRIM: interquartile ranges above the third quartile
 
 
 @dataclass(frozen=True)
-class Seen:
+class TokenFeatures:
     """What criteria look at; each needs some of it alone.
 
     Attributes:
@@ -53,7 +53,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class Selection:
     """What is kept of an image.
 
     Attributes:
@@ -65,7 +65,7 @@ class Chosen:
     states: Tensor | None = None
 
 
-Criterion = Callable[[Seen, int], Chosen]
+Criterion = Callable[[TokenFeatures, int], Selection]
 
 
 def best(scores: Tensor, k: int) -> Tensor:
@@ -77,10 +77,10 @@ def best(scores: Tensor, k: int) -> Tensor:
     return scores.argsort(descending=True, stable=True)[:k]
 
 
-def fastv(seen: Seen, k: int) -> Chosen:
+def fastv(seen: TokenFeatures, k: int) -> Selection:
     """Those that are attended to most: the mean over heads, summed over queries."""
     assert seen.attention is not None
-    return Chosen(best(seen.attention.mean(dim=0).sum(dim=0), k))
+    return Selection(best(seen.attention.mean(dim=0).sum(dim=0), k))
 
 
 def raters(image: Tensor, text: Tensor) -> Tensor:
@@ -95,18 +95,18 @@ def raters(image: Tensor, text: Tensor) -> Tensor:
     return chosen if chosen.any() else torch.ones_like(chosen)
 
 
-def sparsevlm(seen: Seen, k: int) -> Chosen:
+def sparsevlm(seen: TokenFeatures, k: int) -> Selection:
     """What the raters attend to most; some of the k are means of clusters of the rest, where these are densest."""
     assert seen.text is not None and seen.of_text is not None
     scores = seen.of_text[:, raters(seen.image, seen.text)].mean(dim=(0, 1))
     order = best(scores, len(scores))
     count = min(max(1, int(AGGREGATES * k)), k - 1, len(order) - k)
     if count <= 0:
-        return Chosen(order[:k])
+        return Selection(order[:k])
     top, rest = order[: k - count], order[k - count :]
     centres, member = clusters(seen.image[rest], count)
     means = torch.stack([seen.image[rest[member == place]].mean(dim=0) for place in range(count)])
-    return Chosen(torch.cat([top, rest[centres]]), torch.cat([seen.image[top], means]))
+    return Selection(torch.cat([top, rest[centres]]), torch.cat([seen.image[top], means]))
 
 
 def clusters(states: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -127,7 +127,7 @@ def clusters(states: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return centres, member
 
 
-def divprune(seen: Seen, k: int) -> Chosen:
+def divprune(seen: TokenFeatures, k: int) -> Selection:
     """Greedily the token farthest, by cosine, from those chosen; the first is the one farthest from its nearest."""
     unit = normalize(seen.image, dim=-1)
     apart = 1 - unit @ unit.T
@@ -138,7 +138,7 @@ def divprune(seen: Seen, k: int) -> Chosen:
         nearest[chosen] = -torch.inf
         chosen.append(int(nearest.argmax()))
         nearest = torch.minimum(nearest, apart[chosen[-1]])
-    return Chosen(torch.tensor(chosen[:k], device=seen.image.device))
+    return Selection(torch.tensor(chosen[:k], device=seen.image.device))
 
 
 def above_quartiles(scores: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ def above_quartiles(scores: Tensor) -> Tensor:
     return scores > third + RANK * (third - first)
 
 
-def trim(seen: Seen, k: int) -> Chosen:
+def trim(seen: TokenFeatures, k: int) -> Selection:
     """Those most like the mean of the question, and one that is the mean of the rest, where the best of these is.
 
     TRIM compares in CLIP's space, of which small models have no text side: here it is the language model's own.
@@ -156,18 +156,18 @@ def trim(seen: Seen, k: int) -> Chosen:
     alike = normalize(seen.image, dim=-1) @ normalize(seen.text.mean(dim=0), dim=0)
     order = best(alike, len(alike))
     if k >= len(order) or k < 2:
-        return Chosen(order[:k])
+        return Selection(order[:k])
     rest = order[k - 1 :]
-    return Chosen(order[:k], torch.cat([seen.image[order[: k - 1]], seen.image[rest].mean(dim=0, keepdim=True)]))
+    return Selection(order[:k], torch.cat([seen.image[order[: k - 1]], seen.image[rest].mean(dim=0, keepdim=True)]))
 
 
-def tome(seen: Seen, k: int) -> Chosen:
+def tome(seen: TokenFeatures, k: int) -> Selection:
     """Bipartite soft matching, again and again until k are left: each round merges at most half of them."""
     index = torch.arange(len(seen.image), device=seen.image.device)
     states, sizes = seen.image, torch.ones(len(index), dtype=seen.image.dtype, device=index.device)
     while len(index) > k:
         index, states, sizes = matched(index, states, sizes, min(len(index) - k, len(index) // 2))
-    return Chosen(index, states)
+    return Selection(index, states)
 
 
 def matched(index: Tensor, states: Tensor, sizes: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -194,20 +194,20 @@ def matched(index: Tensor, states: Tensor, sizes: Tensor, r: int) -> tuple[Tenso
     return index[left], (mass / sizes[:, None])[left], sizes[left]
 
 
-def signal(seen: Seen, k: int) -> Chosen:
+def signal(seen: TokenFeatures, k: int) -> Selection:
     """Those whose absence would change the answer most, to first order: abs(h_v . d log p / d h_v)."""
     assert seen.gradient is not None
-    return Chosen(best((seen.image * seen.gradient).sum(dim=-1).abs(), k))
+    return Selection(best((seen.image * seen.gradient).sum(dim=-1).abs(), k))
 
 
-def at_random(seen: Seen, k: int) -> Chosen:
+def at_random(seen: TokenFeatures, k: int) -> Selection:
     """Any of them."""
-    return Chosen(torch.randperm(len(seen.image), generator=seen.generator)[:k].to(seen.image.device))
+    return Selection(torch.randperm(len(seen.image), generator=seen.generator)[:k].to(seen.image.device))
 
 
-def withdraw(seen: Seen, k: int) -> Chosen:
+def withdraw(seen: TokenFeatures, k: int) -> Selection:
     """None."""
-    return Chosen(torch.empty(0, dtype=torch.long, device=seen.image.device))
+    return Selection(torch.empty(0, dtype=torch.long, device=seen.image.device))
 
 
 CRITERIA: dict[str, Criterion] = {
@@ -225,7 +225,7 @@ ATTENDING = ("fastv", "sparsevlm")  # need the attention weights of a layer
 MERGING = ("sparsevlm", "trim", "tome")  # change states
 
 
-def choose(criterion: str, seen: Seen, k: int) -> Chosen:
+def choose(criterion: str, seen: TokenFeatures, k: int) -> Selection:
     """The k tokens of an image that a criterion keeps.
 
     Raises:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from lamella.errors import CalibrationError, NumericsError
-from lamella.measure.streams import Tokens, sequences
+from lamella.measure.hidden_states import Tokens, sequences
 from lamella.stack import Stack
 
 RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -64,7 +64,7 @@ def masked(eligible: Tensor, ratios: Tensor, generator: torch.Generator | None =
     return eligible & ((drawn < ratios.to(drawn.device)[:, None]) | first)
 
 
-def masked_by_number(eligible: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+def masked_by_count(eligible: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """Which tokens become masks: of each row as many as a number says that is drawn evenly, from one to all of them.
 
     Args:
@@ -128,7 +128,7 @@ def predicting(stack: Stack, states: Tensor, scored: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def nats(stack: Stack, asked: Sequence[Draw]) -> Tensor:
+def nats_per_token(stack: Stack, asked: Sequence[Draw]) -> Tensor:
     """What each sequence costs, in nats per token: its negative log-likelihood, or the bound on it [sequences] float64.
 
     Args:

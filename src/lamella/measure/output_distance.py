@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from lamella.errors import MethodError, NumericsError
 from lamella.measure.distances import DISTANCES
-from lamella.measure.streams import Tokens, sequences
+from lamella.measure.hidden_states import Tokens, sequences
 from lamella.search import Cost
-from lamella.stack import Context, Group, Position, Prefixes, Stack, Stream, beginnings
+from lamella.stack import Context, Group, Hidden, Position, Prefixes, Stack, beginnings
 
 CHUNK = 128  # positions whose logits are held at once: enough for the head's matrix product to run at full speed
 SLICE = 8  # of those, positions whose distance is computed at once: few, so that temporaries stay in the cache
@@ -203,7 +203,7 @@ class _Row:
         self.told = torch.zeros(self.length)  # the distance at each position when it was last measured
         self._stack, self._positions = stack, [each for each in stack.positions if each.layer >= first]
         start = stack.run(self.context.h, 0, first, self.context)
-        self.prefixes: Prefixes[bool, Stream] = Prefixes(start)
+        self.prefixes: Prefixes[bool, Hidden] = Prefixes(start)
 
     def sort(self) -> None:
         """Bring the positions that told most to the front, so that chunks of them are slices and need no gathering."""
@@ -215,10 +215,10 @@ class _Row:
         if self.some is not None:
             self.some = self.some[told_most]
 
-    def behind(self, chain: tuple[bool, ...]) -> Stream:
+    def behind(self, chain: tuple[bool, ...]) -> Hidden:
         return self.prefixes.behind(chain, self._take)
 
-    def _take(self, h: Stream, chain: tuple[bool, ...]) -> Stream:
+    def _take(self, h: Hidden, chain: tuple[bool, ...]) -> Hidden:
         """The stream behind one more sublayer, which runs or does not."""
         last = self._positions[len(chain) - 1]
         skip = () if chain[-1] else (last,)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lamella.errors import CalibrationError
-from lamella.measure.streams import Tokens, sequences
+from lamella.measure.hidden_states import Tokens, sequences
 from lamella.progress import track
 from lamella.stack import Position, Stack, join
 

@@ -63,7 +63,7 @@ def lora(
         train,
         Task(response_loss),
         config,
-        out=work.place() / "run",
+        out=work.directory() / "run",
         trainable=beside.trains,
         settings={"plan": plan.digest, "lora": [beside.scale, list(beside.modules)], "base": beside.base},
     )

@@ -169,7 +169,7 @@ def tune(
             as the authors' code does.
         work: where an interrupted run goes on from.
     """
-    out = work.place()
+    out = work.directory()
     view = apply(stack, plan)
     policy: LoRADrop = view.lamella_policy
     policy.sees_all_keys = train_keys == "release"

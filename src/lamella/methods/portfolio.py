@@ -77,7 +77,7 @@ def portfolio(
     influence = block_influence(stack, calibration).values
     clock = budget.clock()
     guess = dict(zip(layers, influence.tolist(), strict=True))
-    steps = lazy_greedy(layers, measure.cost, guess=guess, hurried=clock)
+    steps = lazy_greedy(layers, measure.cost, guess=guess, out_of_time=clock)
     order = take(steps, Removals(None, {}), most, enough, "portfolio: removing layers")
     whole = measure.of(()) if distance == "perplexity" else 0.0
     scores: list[dict[str, float]] = [{str(distance): whole}, *({str(distance): step.cost} for step in order)]
@@ -125,7 +125,7 @@ def _positions(cut: Iterable[Group]) -> list[Position]:
 def _held_out(calibration: Text | ImageText, sequences: int) -> Text | None:
     """Return held-out sequences of the same text, or None if there are none."""
     try:
-        return calibration.further(sequences) if isinstance(calibration, Text) and sequences else None
+        return calibration.more(sequences) if isinstance(calibration, Text) and sequences else None
     except CalibrationError:
         return None
 

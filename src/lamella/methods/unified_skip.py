@@ -102,7 +102,7 @@ def tune(
             f"unified-skip: the {stack.stack} of {stack.name} attends to an encoder and these samples are texts: "
             "train it with a loss of your own (on lamella.parallel(view, inputs, prompt_lengths) in Python)"
         )
-    out = work.place()
+    out = work.directory()
     view = apply(stack, plan)
     embedding = stack.base.get_submodule(stack.architecture.embedding).weight
     parameters = stack.model.named_parameters(remove_duplicate=False)

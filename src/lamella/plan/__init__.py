@@ -5,17 +5,17 @@ from lamella.plan.chain import Chain, Run
 from lamella.plan.entries import (
     AdapterReference,
     HeadWidth,
+    HiddenWidth,
     ModuleReference,
     PhasedPath,
     PolicyReference,
     RewriteReference,
-    StreamWidth,
     WeightEdit,
 )
 from lamella.plan.modules import SiteModule, keep_modules, modules_of
-from lamella.plan.places import modules_at
 from lamella.plan.reference import BlocksReference, ModelReference, StackReference
 from lamella.plan.schema import Decision, Plan, Point, compose
+from lamella.plan.selection import modules_at
 from lamella.plan.series import PlanSeries, SeriesEvidence
 from lamella.plan.view import alter, alter_stack, apply_static, can_stand_alone, claim, materialise, own_saving, shaped
 from lamella.plan.weights import (
@@ -43,6 +43,7 @@ __all__ = [
     "Decision",
     "Factors",
     "HeadWidth",
+    "HiddenWidth",
     "Masks",
     "ModelReference",
     "ModuleReference",
@@ -57,7 +58,6 @@ __all__ = [
     "SiteAdapter",
     "SiteModule",
     "StackReference",
-    "StreamWidth",
     "WeightEdit",
     "alter",
     "alter_stack",

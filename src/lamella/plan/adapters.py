@@ -24,12 +24,12 @@ from lamella.plan import sidefile
 from lamella.plan.entries import AdapterReference
 from lamella.plan.fingerprint import revision
 from lamella.plan.parts import defined, fill, settled, tensors_of
-from lamella.plan.places import modules_at
 from lamella.plan.schema import Plan
+from lamella.plan.selection import modules_at
 from lamella.registry import room
 from lamella.stack import Model, open_model, share
 
-PLACE = "lamella_adapter"  # of a linear map: what stands beside it
+ATTRIBUTE = "lamella_adapter"  # of a linear map: what stands beside it
 
 
 class SiteAdapter(nn.Module):
@@ -65,9 +65,9 @@ def stand(linear: nn.Module, adapter: SiteAdapter) -> None:
     Raises:
         PlanError: when another one stands there.
     """
-    if hasattr(linear, PLACE):
+    if hasattr(linear, ATTRIBUTE):
         raise PlanError("an adapter stands beside this map already: take a fresh view")
-    setattr(linear, PLACE, adapter)
+    setattr(linear, ATTRIBUTE, adapter)
     linear.forward = MethodType(_adapted, linear)
 
 
@@ -214,7 +214,7 @@ def _maps(model: Model, plan: Plan, reference: AdapterReference) -> dict[str, nn
     return {
         name: module
         for name, module in model.model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and f"{name}.".startswith(tuple(prefixes)) and PLACE not in name
+        if isinstance(module, nn.Linear | Conv1D) and f"{name}.".startswith(tuple(prefixes)) and ATTRIBUTE not in name
     }
 
 

@@ -11,7 +11,7 @@ import torch
 from lamella.errors import ExportError, PlanError
 from lamella.plan.schema import Plan
 from lamella.plan.width import Heads
-from lamella.stack import ARCHITECTURES, Architecture, Stack, kind_of, numbers_of
+from lamella.stack import ARCHITECTURES, Architecture, Stack, kind_of, numeric_attributes
 from lamella.stack.wiring import Sizes
 
 PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
@@ -63,7 +63,7 @@ def check_alike(model: Any, stack: Stack, order: Sequence[int]) -> None:
     layers = model.get_submodule(stack.architecture.prefix.removesuffix("."))
     for index, layer in enumerate(order):
         new, old = layers[index], stack.layers[layer]
-        same = kind_of(new) == kind_of(old) and numbers_of(new) == numbers_of(old)
+        same = kind_of(new) == kind_of(old) and numeric_attributes(new) == numeric_attributes(old)
         if not same or not _same_buffers(stack, index, layer):
             raise ExportError(
                 f"the config of {stack.architecture.name} models counts layers, so it cannot say that layers.{layer} "
@@ -104,16 +104,16 @@ def common_sizes(plan: Plan) -> Sizes:
     for what, count in (("channels", len(channels)), ("heads", len(heads))):
         if count > 1:
             raise PlanError(f"no config can say that layers have different numbers of {what}")
-    stream = whole.stream if widths.stream is None else len(widths.stream)
-    if widths.rescale and architecture.wiring.shared_eps and stream < whole.stream:
+    hidden = whole.hidden if widths.hidden is None else len(widths.hidden)
+    if widths.rescale and architecture.wiring.shared_eps and hidden < whole.hidden:
         raise PlanError(f"{plan.model.family} models have one epsilon for all norms, and rescale needs two")
     [(queries, keys)] = heads
-    if not architecture.fits(stream, queries, whole.head_dim):
-        why = "cannot say a head's size, so heads must fill the stream"
+    if not architecture.fits(hidden, queries, whole.head_dim):
+        why = "cannot say a head's size, so the heads must fill the hidden size"
         if architecture.wiring.divides:
-            why = f"wants a stream that is a multiple of the query heads: {stream} is none of {queries}"
+            why = f"needs a hidden size that is a multiple of the query heads: {hidden} is not a multiple of {queries}"
         raise PlanError(f"the config of {plan.model.family} models {why}")
-    return Sizes(stream, channels.pop(), queries, keys, whole.head_dim)
+    return Sizes(hidden, channels.pop(), queries, keys, whole.head_dim)
 
 
 def resize(configs: Iterable[Any], architecture: Architecture, sizes: Sizes, eps: float) -> None:
@@ -124,7 +124,7 @@ def resize(configs: Iterable[Any], architecture: Architecture, sizes: Sizes, eps
         eps: what the epsilon of the norms is multiplied by.
     """
     said = {
-        "stream": sizes.stream,
+        "hidden": sizes.hidden,
         "channels": sizes.channels,
         "heads": sizes.heads,
         "kv_heads": sizes.kv_heads,

@@ -14,7 +14,7 @@ from lamella.errors import ExportError, PlanError
 from lamella.files import replacing, write
 from lamella.reading import parse_json
 
-Read = TypeVar("Read", bound="Document")
+Read = TypeVar("Read", bound="JsonDocument")
 _NUMBERS = re.compile(r"\[\n\s*(\d+(?:,\n\s*\d+)*)\n\s*\]")
 
 
@@ -47,7 +47,7 @@ def schema_of(text: str) -> str:
     return schema if isinstance(schema, str) else ""
 
 
-class Document(BaseModel):
+class JsonDocument(BaseModel):
     """A versioned JSON document, or a part of one."""
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True, protected_namespaces=())
@@ -81,7 +81,7 @@ class Document(BaseModel):
         for part in self._parts():
             part._folder = folder
 
-    def _parts(self) -> Sequence[WithFile]:
+    def _parts(self) -> Sequence[SidefileDocument]:
         """The parts of the document whose side files lie beside it."""
         return []
 
@@ -121,7 +121,7 @@ def plain_name(name: str | None) -> str | None:
     return name
 
 
-class WithFile(Document):
+class SidefileDocument(JsonDocument):
     """A part of a document that has a side file beside it, under a plain name."""
 
     file: Annotated[str | None, AfterValidator(plain_name)] = None

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from lamella.plan.document import Document, WithFile, plain_name
+from lamella.plan.document import JsonDocument, SidefileDocument, plain_name
 from lamella.plan.width import Heads
 
 LayerIndex = Annotated[int, Field(ge=0)]
@@ -15,7 +15,7 @@ Kept = Annotated[list[LayerIndex], Field(min_length=1)]
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 
 
-class HeadWidth(Document):
+class HeadWidth(JsonDocument):
     """The query heads that a layer keeps, in their new order; see :class:`lamella.plan.width.Heads`.
 
     Attributes:
@@ -31,7 +31,7 @@ class HeadWidth(Document):
         return Heads(self.keep, self.kv_of, self.merge)
 
 
-class StreamWidth(Document):
+class HiddenWidth(JsonDocument):
     """The kept channels of the stream, in their new order.
 
     Attributes:
@@ -42,10 +42,10 @@ class StreamWidth(Document):
     rescale: bool = False
 
 
-Width = dict[str, Kept | HeadWidth | StreamWidth]
+Width = dict[str, Kept | HeadWidth | HiddenWidth]
 
 
-class PhasedPath(Document):
+class PhasedPath(JsonDocument):
     """The layers that run, in order, in each phase.
 
     Attributes:
@@ -58,7 +58,7 @@ class PhasedPath(Document):
     keys: Literal["fill", "local"] = "fill"
 
 
-class PolicyReference(WithFile):
+class PolicyReference(SidefileDocument):
     """What decides while the model runs.
 
     Attributes:
@@ -75,7 +75,7 @@ class PolicyReference(WithFile):
     work: list[tuple[float, ...]] = Field(default_factory=list)
 
 
-class WeightEdit(WithFile):
+class WeightEdit(SidefileDocument):
     """A change of weights that the view owns; everything else stays shared. See :mod:`lamella.plan.weights`.
 
     Attributes:
@@ -103,7 +103,7 @@ class WeightEdit(WithFile):
         return self.op == "restore" and Path(self.file).is_absolute()
 
 
-class RewriteReference(Document):
+class RewriteReference(JsonDocument):
     """The whole model written otherwise, by what a method computes of its weights; see :mod:`lamella.plan.rewriting`.
 
     Attributes:
@@ -115,7 +115,7 @@ class RewriteReference(Document):
     params: dict[str, Any] = Field(default_factory=dict)
 
 
-class AdapterReference(WithFile):
+class AdapterReference(SidefileDocument):
     """Small networks beside the linear maps of some sites; see :mod:`lamella.plan.adapters`.
 
     Attributes:
@@ -138,14 +138,14 @@ class AdapterReference(WithFile):
     sha256: str
 
 
-class ModuleReference(WithFile):
+class ModuleReference(SidefileDocument):
     """A network that a plan puts at a site.
 
     Attributes:
         name: the slug of its method.
         kind: which of the method's networks, where it has several.
         params: its settings.
-        beside: whether what is at the site runs, too, and the network is given what came of it.
+        keep_sublayers: whether what is at the site runs, too, and the network is given what came of it.
         file: the safetensors side file of its parameters, beside the plan; None where it has none.
         sha256: of that file.
     """
@@ -153,4 +153,4 @@ class ModuleReference(WithFile):
     name: Slug
     kind: str | None = None
     params: dict[str, Any] = Field(default_factory=dict)
-    beside: bool = False
+    keep_sublayers: bool = False

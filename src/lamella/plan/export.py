@@ -298,10 +298,10 @@ def _can_be_silent(stack: Stack, run: Run) -> bool:
 
 def _pinned(stack: Stack, runs: Sequence[Run]) -> str | None:
     """Why a layer that these executions leave out cannot leave a plain checkpoint; None where all can."""
-    if stack.architecture.stays is None:
+    if stack.architecture.irremovable is None:
         return f"nothing of its {stack.stack} would be left" if stack.prefix and not runs else None
     kept = {run.layer for run in runs}
-    for layer, reason in stack.architecture.stays(stack.model.config, len(stack)).items():
+    for layer, reason in stack.architecture.irremovable(stack.model.config, len(stack)).items():
         if layer not in kept:
             return f"{stack.prefix}layers.{layer} {reason}, so it must stay"
     return None

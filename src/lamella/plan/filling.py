@@ -46,7 +46,7 @@ def pretrained(kind: Any, place: str | Path, **options: Any) -> Any:
     return model
 
 
-def filled(build: Callable[[], Network], file: Path) -> Network:
+def load_network(build: Callable[[], Network], file: Path) -> Network:
     """The network that ``build`` makes, with the weights of a safetensors file, in evaluation mode.
 
     It is made on the meta device first, and takes memory only when the file holds exactly its tensors, whatever sizes a

@@ -17,12 +17,12 @@ from lamella.plan import sidefile
 from lamella.plan.entries import ModuleReference
 from lamella.plan.parts import defined, opened
 from lamella.registry import room
-from lamella.stack import Architecture, Position, Stack, Stream, hold, join
+from lamella.stack import Architecture, Hidden, Position, Stack, hold, join
 
 if TYPE_CHECKING:
     from lamella.plan.schema import Plan
 
-PLACE = "lamella_modules"  # of a layer: its networks, by the names of the sublayers that they stand at
+ATTRIBUTE = "lamella_modules"  # of a layer: its networks, by the names of the sublayers that they stand at
 
 
 class SiteModule(nn.Module):
@@ -77,7 +77,7 @@ def modules_of(view: Any, stack: Stack) -> dict[str, SiteModule]:
     for site in plan.modules:
         name, group = plan.model.at(site)
         if name == stack.stack:
-            networks = getattr(layers[group[0].layer], PLACE)
+            networks = getattr(layers[group[0].layer], ATTRIBUTE)
             found[site] = networks["_".join(position.sublayer for position in group)]
     return found
 
@@ -98,7 +98,7 @@ def keep_modules(plan: Plan, networks: Mapping[str, SiteModule], folder: Path) -
 
 
 @dataclass(frozen=True)
-class Placed:
+class ModularLayer:
     """The forward of a layer in which networks stand.
 
     Attributes:
@@ -114,12 +114,12 @@ class Placed:
     slot: int
 
     def __call__(self, layer: Any, h: Tensor, call: dict[str, Any]) -> Any:
-        called, result = self.architecture.called, self.architecture.result
-        call = call if called is None else called(layer, h, call)
+        complete_call, result = self.architecture.complete_call, self.architecture.result
+        call = call if complete_call is None else complete_call(layer, h, call)
         cache = call.get(self.architecture.cache)
         if cache is not None and not self.attends:
             hold(cache, self.slot, tokens=h.shape[1])
-        stream: Stream = h
+        stream: Hidden = h
         waiting = dict(self.networks)
         for name in self.architecture.names:
             at = next((names for names in self.networks if name in names), None)
@@ -128,7 +128,7 @@ class Placed:
             elif at in waiting:
                 before, beside = join(stream), waiting.pop(at)
                 out = join(self._run(at, layer, before, call)) if beside else None
-                stream = getattr(layer, PLACE)["_".join(at)](before, out, call)
+                stream = getattr(layer, ATTRIBUTE)["_".join(at)](before, out, call)
         return join(stream) if result is None else result(join(stream), call)
 
     @property
@@ -137,16 +137,16 @@ class Placed:
         replaced = [names for names, beside in self.networks.items() if not beside]
         return "attn" in self.runs and not any("attn" in names for names in replaced)
 
-    def _run(self, names: tuple[str, ...], layer: Any, h: Stream, call: dict[str, Any]) -> Stream:
+    def _run(self, names: tuple[str, ...], layer: Any, h: Hidden, call: dict[str, Any]) -> Hidden:
         for name in names:
             if name in self.runs:
                 h = self.architecture[name].run(layer, h, call)
         return h
 
 
-def place(
+def insert_modules(
     stack: Stack, layer: Any, index: int, runs: tuple[str, ...], modules: Mapping[tuple[Position, ...], ModuleReference]
-) -> Placed | None:
+) -> ModularLayer | None:
     """Put the networks of one layer into it, and give its forward; None where the plan puts none there.
 
     Args:
@@ -159,6 +159,6 @@ def place(
         return None
     names = {group: tuple(position.sublayer for position in group) for group in here}
     networks = {"_".join(names[group]): open_module(stack, group, reference) for group, reference in here.items()}
-    setattr(layer, PLACE, nn.ModuleDict(networks))
-    beside = {names[group]: reference.beside for group, reference in here.items()}
-    return Placed(stack.architecture, runs, beside, index)
+    setattr(layer, ATTRIBUTE, nn.ModuleDict(networks))
+    beside = {names[group]: reference.keep_sublayers for group, reference in here.items()}
+    return ModularLayer(stack.architecture, runs, beside, index)

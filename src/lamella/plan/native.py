@@ -31,8 +31,8 @@ from lamella.plan.width import Widths, cut_model
 from lamella.stack import (
     Architecture,
     ByKind,
+    DerivedCode,
     PartialLayer,
-    Source,
     diffusion_config,
     find_architecture,
     find_architectures,
@@ -131,7 +131,7 @@ def remove_sublayers(layers: Any, kept: Iterable[Iterable[str]], modules: Mappin
 def leave_parts(
     model: Any,
     layers: Any,
-    said: Mapping[str, Any],
+    metadata: Mapping[str, Any],
     wiring: Any,
     functions: Mapping[str, Callable[..., Any]],
     modules: Mapping[str, Iterable[str]],
@@ -141,17 +141,17 @@ def leave_parts(
     """Leave of a model without weights what a native export has of it.
 
     Args:
-        said: for every layer, the names of the ``sublayers`` that run, and what is left of ``width``.
+        metadata: for every layer, the names of the ``sublayers`` that run, and what is left of ``width``.
         wiring: how its widths hang together; None where they cannot be cut.
         functions, modules: of its sublayers, by name and in their order: what computes them, and the children of a
             layer that serve them alone.
         cache: the keyword under which a layer receives the cache.
         result: what a layer returns for a stream, where that is more than the stream.
     """
-    model.lamella_counts = said.get("width")
+    model.lamella_counts = metadata.get("width")
     if model.lamella_counts is not None:
         cut_model(model, layers, wiring, Widths.of_counts(model.lamella_counts))
-    kept = said["sublayers"]
+    kept = metadata["sublayers"]
     remove_sublayers(layers, kept, modules)
     for slot, names in enumerate(kept):
         if not functions.keys() <= set(names):
@@ -244,7 +244,7 @@ def _origin(model: Any) -> str:
     return f"from transformers import {type(model).__name__}, {type(model.config).__name__}"
 
 
-def _definitions(source: Source) -> str:
+def _definitions(source: DerivedCode) -> str:
     """The functions of a derived sublayer, which use names of the module that they come from."""
     names = f"from {source.module} import {', '.join(source.names)}\n\n\n" if source.names else ""
     return f"\n\n{names}{source.text}\n"
@@ -273,8 +273,8 @@ def config_entries(
         kept: for every layer, the names of the sublayers that run.
         counts: what is left of each width, where no ordinary setting can say it.
     """
-    said = {"sublayers": [list(names) for names in kept]} | ({"width": counts} if counts else {})
-    return _entries(model, auto_class, said)
+    metadata = {"sublayers": [list(names) for names in kept]} | ({"width": counts} if counts else {})
+    return _entries(model, auto_class, metadata)
 
 
 def rewritten_entries(model: Any, auto_class: str, reference: RewriteReference) -> dict[str, Any]:
@@ -282,13 +282,13 @@ def rewritten_entries(model: Any, auto_class: str, reference: RewriteReference) 
     return _entries(model, auto_class, {"rewrite": reference.model_dump()})
 
 
-def _entries(model: Any, auto_class: str, said: Mapping[str, Any]) -> dict[str, Any]:
+def _entries(model: Any, auto_class: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
     name = f"Lamella{type(model).__name__}"
     return {
         "model_type": MODEL_TYPE.format(model.config.model_type),
         "architectures": [name],
         "auto_map": {"AutoConfig": f"{MODULE}.LamellaConfig", auto_class: f"{MODULE}.{name}"},
-        "lamella": {"form": "native", **said},
+        "lamella": {"form": "native", **metadata},
     }
 
 
@@ -307,7 +307,7 @@ class _Counts(BaseModel):
 
     channels: dict[LayerName, Count]
     kv_of: dict[LayerName, Heads]
-    stream: Count | None
+    hidden: Count | None
     rescale: bool
 
 
@@ -315,7 +315,7 @@ Name = Literal["attn", "cross", "mlp"]
 SUBLAYERS: tuple[Name, Name] = ("attn", "mlp")  # of a layer of a decoder
 
 
-class Said(BaseModel):
+class NativeMetadata(BaseModel):
     """What the ``lamella`` of a config.json says: which sublayers are there, what the model is rewritten to, or that
     the whole model runs a plan.
     """
@@ -334,7 +334,7 @@ class Said(BaseModel):
         return self.sublayers is not None or self.rewrite is not None
 
 
-def said_of(settings: Mapping[str, Any], where: str) -> Said | None:
+def read_metadata(settings: Mapping[str, Any], where: str) -> NativeMetadata | None:
     """What a config.json says of a native export; None for other checkpoints.
 
     Raises:
@@ -344,14 +344,14 @@ def said_of(settings: Mapping[str, Any], where: str) -> Said | None:
     if "lamella" not in settings and not cut:
         return None
     try:
-        said = Said.model_validate(settings.get("lamella"))
+        metadata = NativeMetadata.model_validate(settings.get("lamella"))
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, ("lamella", *first["loc"])))
         raise CheckpointError(f"{where}: {field}: {first['msg']}: this is no export of Lamella, get it again") from None
-    if cut != said.is_own_class or cut == (said.plan is not None):
+    if cut != metadata.is_own_class or cut == (metadata.plan is not None):
         raise CheckpointError(f"{where}: its model_type and its lamella contradict each other: get it again")
-    return said
+    return metadata
 
 
 @cache
@@ -384,16 +384,16 @@ def native_class(model_type: str, auto: str) -> Any:
 
     def init(self: Any, config: Any) -> None:
         super(model, self).__init__(config)
-        said = said_of({"model_type": model_type, "lamella": config.lamella}, model_type)
-        assert said is not None
-        if said.rewrite is not None:
-            carry_out(self, find_architectures(config), said.rewrite)
+        metadata = read_metadata({"model_type": model_type, "lamella": config.lamella}, model_type)
+        assert metadata is not None
+        if metadata.rewrite is not None:
+            carry_out(self, find_architectures(config), metadata.rewrite)
             return
         architecture = find_architecture(config)
         leave_parts(
             self,
             self.get_submodule(architecture.prefix.removesuffix(".")),
-            said.model_dump(),
+            metadata.model_dump(),
             architecture.wired,
             {each.name: each.run for each in architecture.sublayers},
             {each.name: each.modules for each in architecture.sublayers},

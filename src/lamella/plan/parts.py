@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lamella.errors import PlanError
-from lamella.plan.document import WithFile
+from lamella.plan.document import SidefileDocument
 
 Part = TypeVar("Part", bound=nn.Module)
 
@@ -73,7 +73,7 @@ def settled(make: Callable[..., Any], given: Mapping[str, Any], reference: Any, 
         raise PlanError(f"{where}: {error}: {again}") from None
 
 
-def tensors_of(reference: WithFile, where: str) -> dict[str, Tensor]:
+def tensors_of(reference: SidefileDocument, where: str) -> dict[str, Tensor]:
     """The tensors of a part's side file.
 
     Raises:

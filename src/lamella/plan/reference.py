@@ -9,14 +9,14 @@ from pydantic import Field
 
 from lamella.errors import PlanError
 from lamella.plan import fingerprint
-from lamella.plan.document import Document
+from lamella.plan.document import JsonDocument
 from lamella.stack import Blocks, Group, Model, Position, Stack, positions_at, positions_of, sites_of
 from lamella.stack.wiring import Sizes
 
 EMBED, NORM, HEAD = "embed", "norm", "head"  # what lies outside the layers, as sites of weights
 
 
-class StackReference(Document):
+class StackReference(JsonDocument):
     """One stack of a model.
 
     Attributes:
@@ -49,7 +49,7 @@ class StackReference(Document):
         )
 
 
-class BlocksReference(Document):
+class BlocksReference(JsonDocument):
     """The blocks of a model that is no chain.
 
     Attributes:
@@ -61,7 +61,7 @@ class BlocksReference(Document):
     savings: Annotated[dict[str, Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
-class ModelReference(Document):
+class ModelReference(JsonDocument):
     """Which model a plan is for: ``architecture`` must match, another ``weights`` only warns.
 
     Attributes:
@@ -106,7 +106,7 @@ class ModelReference(Document):
         return cls(architecture=architecture, stacks={stack: StackReference(family=family, layers=layers)}, **more)
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         """What kind of model it is, and how large."""
         if self.blocks is not None:
             return f"a {self.blocks.family} of {len(self.blocks.savings)} blocks"

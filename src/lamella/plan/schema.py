@@ -15,15 +15,15 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from lamella.errors import MethodError, PlanError
 from lamella.plan.chain import Chain, Run
-from lamella.plan.document import Document, WithFile, refusal, schema_of, text_of
+from lamella.plan.document import JsonDocument, SidefileDocument, refusal, schema_of, text_of
 from lamella.plan.entries import (
     AdapterReference,
     HeadWidth,
+    HiddenWidth,
     ModuleReference,
     PhasedPath,
     PolicyReference,
     RewriteReference,
-    StreamWidth,
     WeightEdit,
     Width,
 )
@@ -32,7 +32,7 @@ from lamella.plan.width import Widths
 from lamella.stack import ARCHITECTURES, Blocks, Model, Position, cuttable
 
 PHASES: tuple[Literal["prefill", "decode"], ...] = ("prefill", "decode")
-_WIDTH_SITE = re.compile(r"stream\.channels|layers\.(\d+)\.(mlp\.channels|attn\.heads)")
+_WIDTH_SITE = re.compile(r"hidden\.channels|layers\.(\d+)\.(mlp\.channels|attn\.heads)")
 
 
 def _finite(scores: dict[str, float]) -> dict[str, float]:
@@ -42,14 +42,14 @@ def _finite(scores: dict[str, float]) -> dict[str, float]:
     return scores
 
 
-class Decision(Document):
+class Decision(JsonDocument):
     """What a plan decides: every named site, path and policy is honoured or refused.
 
     Attributes:
         drop: sites that do not run, such as ``layers.2.mlp`` or ``layers.9``; of a model with several stacks,
             ``encoder.layers.9`` or ``decoder.layers.0.cross``; of a model that is no chain, ``unet.down.1.resnets.0``.
         width: what is kept of ``layers.4.mlp.channels`` (a list), ``layers.4.attn.heads`` (a :class:`HeadWidth`) and
-            ``stream.channels`` (a list or a :class:`StreamWidth`); numbers are those of the original.
+            ``hidden.channels`` (a list or a :class:`HiddenWidth`); numbers are those of the original.
         path: by stack, which layers run, in order, per phase; a stack that is not named runs as it is.
         weights: changes of weights, in their order.
         modules: by site, the network that a plan puts there.
@@ -67,7 +67,7 @@ class Decision(Document):
     policies: dict[str, PolicyReference] = Field(default_factory=dict)
     rewrite: RewriteReference | None = None
 
-    def _parts(self) -> Sequence[WithFile]:
+    def _parts(self) -> Sequence[SidefileDocument]:
         return [*self.weights, *self.modules.values(), *self.adapters, *self.policies.values()]
 
     @property
@@ -205,18 +205,18 @@ class Plan(Decision):
     @property
     def widths(self) -> Widths:
         """The normal form of ``width``."""
-        channels, heads, stream, rescale = {}, {}, None, False
+        channels, heads, hidden, rescale = {}, {}, None, False
         for site, kept in self.width.items():
             _, inside = self.model.split(site)
             if isinstance(kept, HeadWidth):
                 heads[_layer_of(inside)] = kept.heads()
-            elif isinstance(kept, StreamWidth):
-                stream, rescale = kept.keep, kept.rescale
-            elif inside == "stream.channels":
-                stream = kept
+            elif isinstance(kept, HiddenWidth):
+                hidden, rescale = kept.keep, kept.rescale
+            elif inside == "hidden.channels":
+                hidden = kept
             else:
                 channels[_layer_of(inside)] = kept
-        return Widths(channels, heads, stream, rescale)
+        return Widths(channels, heads, hidden, rescale)
 
     def _shares(self, stack: str) -> list[tuple[float, ...]]:
         """How much of the sublayers of each layer is left, as a share of their weight matrices."""
@@ -224,14 +224,14 @@ class Plan(Decision):
         whole, widths = reference.sizes, self.widths
         if whole is None or not self.width:
             return [(1.0,) * len(reference.sublayers)] * reference.layers
-        stream = 1.0 if widths.stream is None else len(widths.stream) / whole.stream
+        hidden = 1.0 if widths.hidden is None else len(widths.hidden) / whole.hidden
         shares: list[tuple[float, ...]] = []
         for layer in range(reference.layers):
             heads = widths.heads.get(layer)
             kept = whole.heads + whole.kv_heads if heads is None else len(heads.keep) + len(heads.kv_keep)
             channels = len(widths.channels.get(layer, range(whole.channels)))
-            attn = stream * kept / (whole.heads + whole.kv_heads)
-            shares.append((attn, stream * channels / whole.channels))
+            attn = hidden * kept / (whole.heads + whole.kv_heads)
+            shares.append((attn, hidden * channels / whole.channels))
         return shares
 
     @property
@@ -350,10 +350,10 @@ class Plan(Decision):
             PlanError: when the architecture differs; other weights of the same architecture only warn.
         """
         found = ModelReference.of(model)
-        if found.told != self.model.told or list(found.stacks) != list(self.model.stacks):
+        if found.description != self.model.description or list(found.stacks) != list(self.model.stacks):
             raise PlanError(
-                f"this plan is for {self.model.told} ({self.model.name}), but {model.name} is {found.told}; make a "
-                "plan for it with `lamella plan`"
+                f"this plan is for {self.model.description} ({self.model.name}), but {model.name} is "
+                f"{found.description}; make a plan for it with `lamella plan`"
             )
         if found.architecture != self.model.architecture:
             raise PlanError(
@@ -386,7 +386,7 @@ def _layer_of(site: str) -> int:
     return int(site.split(".")[1])
 
 
-def _check_width(site: str, kept: list[int] | HeadWidth | StreamWidth, model: ModelReference) -> None:
+def _check_width(site: str, kept: list[int] | HeadWidth | HiddenWidth, model: ModelReference) -> None:
     """Check what is kept of one site against the sizes of the model."""
     try:
         stack, inside = model.split(site)
@@ -396,7 +396,7 @@ def _check_width(site: str, kept: list[int] | HeadWidth | StreamWidth, model: Mo
     match, whole, family = _WIDTH_SITE.fullmatch(inside), reference.sizes, reference.family
     if match is None:
         raise ValueError(
-            f"width: '{site}' cannot be cut; write layers.7.mlp.channels, layers.7.attn.heads or stream.channels"
+            f"width: '{site}' cannot be cut; write layers.7.mlp.channels, layers.7.attn.heads or hidden.channels"
         )
     if len(model.stacks) > 1:
         raise ValueError(f"width: the {stack} of a model with several stacks cannot be cut in width; drop its layers")
@@ -408,8 +408,8 @@ def _check_width(site: str, kept: list[int] | HeadWidth | StreamWidth, model: Mo
         )
     if match[1] is not None and int(match[1]) >= reference.layers:
         raise ValueError(f"width: '{site}' is out of range: the stack has the layers 0 to {reference.layers - 1}")
-    of_heads, of_stream = match[2] == "attn.heads", match[1] is None
-    if isinstance(kept, HeadWidth) != of_heads or (isinstance(kept, StreamWidth) and not of_stream):
+    of_heads, of_hidden = match[2] == "attn.heads", match[1] is None
+    if isinstance(kept, HeadWidth) != of_heads or (isinstance(kept, HiddenWidth) and not of_hidden):
         raise ValueError(f"width: {site}: write a list of numbers, and for heads an object with keep and kv_of")
     if isinstance(kept, HeadWidth):
         _check_kept(site, kept.keep, whole.heads)
@@ -421,9 +421,9 @@ def _check_width(site: str, kept: list[int] | HeadWidth | StreamWidth, model: Mo
                 f"width: {site}: a head is out of range; there are {whole.heads}, and {whole.kv_heads} for keys"
             )
         return
-    numbers = kept.keep if isinstance(kept, StreamWidth) else kept
-    _check_kept(site, numbers, whole.stream if of_stream else whole.channels)
-    if isinstance(kept, StreamWidth) and kept.rescale and ARCHITECTURES[family].wiring.centred:
+    numbers = kept.keep if isinstance(kept, HiddenWidth) else kept
+    _check_kept(site, numbers, whole.hidden if of_hidden else whole.channels)
+    if isinstance(kept, HiddenWidth) and kept.rescale and ARCHITECTURES[family].wiring.centred:
         raise ValueError(f"width: {site}: the norms of {family} models subtract the mean, so rescale cannot be exact")
 
 
@@ -487,7 +487,7 @@ def _things(count: float, noun: str) -> str:
     return f"{amount} {noun}{'' if amount == '1' else 's'}"
 
 
-class SeriesDocument(Document):
+class SeriesDocument(JsonDocument):
     """The JSON document of a :class:`lamella.plan.PlanSeries`."""
 
     schema_: Literal["lamella.series/2"] = Field("lamella.series/2", alias="schema")
@@ -495,7 +495,7 @@ class SeriesDocument(Document):
     points: Annotated[list[Point], Field(min_length=1)]
     provenance: dict[str, Any] = Field(default_factory=dict)
 
-    def _parts(self) -> Sequence[WithFile]:
+    def _parts(self) -> Sequence[SidefileDocument]:
         return [part for point in self.points for part in point._parts()]
 
     def plan(self, index: int) -> Plan:

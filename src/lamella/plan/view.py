@@ -15,7 +15,7 @@ from lamella.plan.adapters import adapted
 from lamella.plan.chain import Chain, Run
 from lamella.plan.config import common_sizes, reindex, resize
 from lamella.plan.entries import ModuleReference
-from lamella.plan.modules import place
+from lamella.plan.modules import insert_modules
 from lamella.plan.rewriting import rewritten
 from lamella.plan.schema import Plan
 from lamella.plan.weights import edited
@@ -103,7 +103,7 @@ class StampedLayer:
 def _leave(layer: nn.Module, architecture: Architecture, run: Run, slot: int, stamp: str) -> None:
     """Let a layer run only these sublayers of itself."""
     functions = {each.name: each.run if each.name in run.sublayers else None for each in architecture.sublayers}
-    partial = PartialLayer(functions, slot, architecture.cache, architecture.called, architecture.result)
+    partial = PartialLayer(functions, slot, architecture.cache, architecture.complete_call, architecture.result)
     _stamp(layer, partial, architecture, slot, "attn" in run.sublayers, stamp)
 
 
@@ -137,7 +137,7 @@ def _narrowed(model: Model, plan: Plan) -> Model:
     except PlanError:
         view.lamella_counts = widths.counts()
     else:
-        eps = stack.config.hidden_size / sizes.stream if widths.rescale else 1.0
+        eps = stack.config.hidden_size / sizes.hidden if widths.rescale else 1.0
         resize({id(config): config for config in (view.config, base.config)}.values(), architecture, sizes, eps)
     return open_model(view, name=model.name)
 
@@ -232,7 +232,7 @@ def _leave_out(
     left = {run.layer: run for run in chain.runs("prefill")}
     for index, layer in enumerate(layers):
         run = left.get(index, Run(index, ()))
-        placed = place(stack, layer, index, run.sublayers, modules)
+        placed = insert_modules(stack, layer, index, run.sublayers, modules)
         if placed is not None:
             _stamp(layer, placed, stack.architecture, index, placed.attends, stamp)
         elif run.sublayers != stack.architecture.names:

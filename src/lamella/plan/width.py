@@ -59,14 +59,14 @@ class Widths:
     Attributes:
         channels: by layer, the kept MLP channels in their new order.
         heads: by layer, the kept heads.
-        stream: the kept channels of the stream.
+        hidden: the kept channels of the residual stream.
         rescale: multiply the gains of RMS norms by the root of d / d_kept, and their epsilon by d / d_kept, so that
             cutting channels that carry nothing changes nothing.
     """
 
     channels: Mapping[int, Sequence[int]] = field(default_factory=dict)
     heads: Mapping[int, Heads] = field(default_factory=dict)
-    stream: Sequence[int] | None = None
+    hidden: Sequence[int] | None = None
     rescale: bool = False
 
     def counts(self) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class Widths:
         return {
             "channels": {str(layer): len(kept) for layer, kept in self.channels.items()},
             "kv_of": {str(layer): heads.new_kv_of for layer, heads in self.heads.items()},
-            "stream": None if self.stream is None else len(self.stream),
+            "hidden": None if self.hidden is None else len(self.hidden),
             "rescale": self.rescale,
         }
 
@@ -83,8 +83,8 @@ class Widths:
         """Widths that keep the first entries of each axis: those of a model without weights yet."""
         heads = {int(layer): Heads(range(len(kv_of)), kv_of) for layer, kv_of in counts["kv_of"].items()}
         channels = {int(layer): range(count) for layer, count in counts["channels"].items()}
-        stream = None if counts["stream"] is None else range(counts["stream"])
-        return cls(channels, heads, stream, counts["rescale"])
+        hidden = None if counts["hidden"] is None else range(counts["hidden"])
+        return cls(channels, heads, hidden, counts["rescale"])
 
 
 def reorder(counts: Mapping[str, Any], order: Sequence[int]) -> dict[str, Any]:
@@ -166,7 +166,7 @@ def _entries(length: int, axes: tuple[str, ...], kept: Mapping[str, _Kept]) -> T
 
 def _kept(widths: Widths, number: int = -1, attention: Any = None) -> dict[str, _Kept]:
     """What is kept of each axis that is cut, in one layer or outside of them."""
-    kept = {} if widths.stream is None else {"stream": _Kept(torch.tensor(list(widths.stream)))}
+    kept = {} if widths.hidden is None else {"hidden": _Kept(torch.tensor(list(widths.hidden)))}
     if number in widths.channels:
         kept["channels"] = _Kept(torch.tensor(list(widths.channels[number])))
     if number in widths.heads:
@@ -308,12 +308,12 @@ def counter(model: nn.Module, layers: Sequence[nn.Module], wiring: Wiring) -> Ca
     within = {parameter for layer in layers for parameter in layer.parameters()}
     outside = _products(model, wiring.outside, without=within)
 
-    def count(sizes: Sequence[Sizes], stream: int) -> int:
-        total = _total(outside, {"stream": stream})
+    def count(sizes: Sequence[Sizes], hidden: int) -> int:
+        total = _total(outside, {"hidden": hidden})
         totals: dict[Sizes, int] = {}
         for layer in sizes:
             if layer not in totals:
-                totals[layer] = _total(inside, layer.axes | {"stream": stream})
+                totals[layer] = _total(inside, layer.axes | {"hidden": hidden})
             total += totals[layer]
         return total
 

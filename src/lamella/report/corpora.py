@@ -16,11 +16,11 @@ def mixture_table(mixture: Mapping[str, Any]) -> Table:
         mixture: what :func:`lamella.data.mix` said.
     """
     rows = [
-        [name, count(each["tokens"]), percent(each["share"]), percent(each["wanted"]), count(each["unique"]),
+        [name, count(each["tokens"]), percent(each["share"]), percent(each["target"]), count(each["unique"]),
          number(each["epochs"])]
         for name, each in mixture["sources"].items()
     ]  # fmt: skip
-    return Table("What is trained on", ("source", "tokens seen", "share", "wanted", "tokens there are", "epochs"), rows)
+    return Table("What is trained on", ("source", "tokens seen", "share", "target", "tokens available", "epochs"), rows)
 
 
 def cost_table(cost: Mapping[str, Any]) -> Table:

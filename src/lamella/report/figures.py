@@ -246,7 +246,7 @@ class Heatmap(Axes):
 
 
 @dataclass(frozen=True)
-class Task:
+class GanttTask:
     """What a row of a Gantt chart does for a while.
 
     Attributes:
@@ -277,7 +277,7 @@ class Gantt(Axes):
     """
 
     rows: Sequence[str]
-    tasks: Sequence[Task]
+    tasks: Sequence[GanttTask]
 
     @property
     def is_empty(self) -> bool:

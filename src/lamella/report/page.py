@@ -18,7 +18,7 @@ from lamella.result import shown
 FILTERS = ("number", "ratio", "spread", "estimate", "percent", "count", "size", "duration")
 
 
-def filled(
+def render_page(
     template: str | Path, figures: Mapping[str, Figure], data: Mapping[str, Any] | None = None, **context: Any
 ) -> str:
     """Fill a template.
@@ -59,16 +59,16 @@ def _templates(folder: Path) -> Any:
         lstrip_blocks=True,
     )
     environment.filters |= {name: getattr(formatting, name) for name in FILTERS}
-    environment.filters |= {"shown": shown, "told": told}
+    environment.filters |= {"shown": shown, "flat": flat}
     environment.globals["change"] = formatting.change
     return environment
 
 
-def told(value: Any) -> str:
+def flat(value: Any) -> str:
     """A description as a line: names with their values."""
     if isinstance(value, dict):
-        return ", ".join(f"{name} {told(each)}" for name, each in value.items())
-    return ", ".join(map(told, value)) if isinstance(value, list) else shown(value)
+        return ", ".join(f"{name} {flat(each)}" for name, each in value.items())
+    return ", ".join(map(flat, value)) if isinstance(value, list) else shown(value)
 
 
 def _read(name: str) -> str:

@@ -18,7 +18,7 @@ SPLITS = ("train", "test")
 
 
 @dataclass(kw_only=True)
-class Mixed(Corpus):
+class MixedCorpus(Corpus):
     """Rows of text, what of them is to be trained on, and what is to be tested on.
 
     ``data.jsonl`` holds every row with its provenance. ``train.jsonl`` and ``test.jsonl`` are what
@@ -50,14 +50,14 @@ class Mixed(Corpus):
         parquet: bool,
         notes: Sequence[str],
         **findings: Any,
-    ) -> Mixed:
+    ) -> MixedCorpus:
         """What was made of documents, with what every such corpus says of itself.
 
         Args:
             rows: everything that was made.
             documents, held_out: what was given, and what of it nothing was made of.
             train, mixture: what is trained on, and the account of it.
-            parquet: see :class:`Mixed`.
+            parquet: see :class:`MixedCorpus`.
             notes: what must be said of it.
             findings: the method's own.
         """

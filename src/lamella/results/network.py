@@ -14,7 +14,7 @@ from torch import nn
 
 from lamella.errors import CheckpointError, reason_of
 from lamella.plan import fingerprint
-from lamella.plan.filling import filled
+from lamella.plan.filling import load_network
 from lamella.reading import parse_json, read_text
 from lamella.result import Result
 from lamella.train import TrainingLog
@@ -65,7 +65,7 @@ class TrainedNetwork(Result):
         path = Path(path)
         try:
             shaped = cls._shaped(parse_json(read_text(path / DOCUMENT, f"give what `{cls.made_by}` has written")))
-            model = filled(partial(cls.build, **shaped), path / WEIGHTS)
+            model = load_network(partial(cls.build, **shaped), path / WEIGHTS)
             return cls(model=model, log=TrainingLog.read(path / LOG), **shaped)
         except Exception as error:  # each part has its own for a damaged file
             reason = _first(error) if isinstance(error, ValidationError) else reason_of(error)

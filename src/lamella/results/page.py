@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lamella.report.figures import Figure, Lines, named
-from lamella.report.page import filled, finite
+from lamella.report.page import finite, render_page
 from lamella.result import Evidence, Summary, Table
 from lamella.train import TrainedEvidence
 
@@ -20,7 +20,7 @@ def render(evidence: Evidence, summary: Summary, figures: Iterable[Figure] = ())
         LamellaError: when plotly or jinja2 is missing.
     """
     document = finite(evidence.model_dump(by_alias=True))
-    return filled("result.html", named(figures), evidence=document, summary=summary)
+    return render_page("result.html", named(figures), evidence=document, summary=summary)
 
 
 def card(evidence: Evidence, summary: Summary, title: str) -> str:

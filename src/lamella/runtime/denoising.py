@@ -115,7 +115,7 @@ class Sampler:
         return self.length if self.steps is None else self.steps
 
 
-class KeptKeys(DynamicCache):
+class DenoisingCache(DynamicCache):
     """Keys and values of columns that are not computed again, until they are let go.
 
     A pass appends those of its own columns, as in generation; behind it :meth:`keep` says which columns stay. Order
@@ -220,7 +220,10 @@ class Denoising:
             raise CacheError("a prompt of this batch is empty: give every row at least one token")
         self.mask_token: int = stack.config.mask_token_id
         images = stack.architecture.images
-        self.unsaid = [self.mask_token, *([getattr(model.config, images)] if images else [])]  # no tokens to commit
+        self.forbidden_tokens = [
+            self.mask_token,
+            *([getattr(model.config, images)] if images else []),
+        ]  # no tokens to commit
         answer = input_ids.new_full((batch, self.sampler.length), self.mask_token)
         self.tokens = torch.cat([input_ids, answer], dim=1)
         self.real = torch.cat([real.bool(), torch.ones_like(answer, dtype=torch.bool)], dim=1)
@@ -228,7 +231,7 @@ class Denoising:
         self.step, self.steps = 0, self.sampler.in_all
         self.start, self.end = 0, 0
         self.kept = torch.empty(0, dtype=torch.long, device=input_ids.device)
-        self.cache = None if self.sampler.cache == "none" else KeptKeys()
+        self.cache = None if self.sampler.cache == "none" else DenoisingCache()
         self.before: Tensor | None = None  # of models that predict the next token: logits of the column before a pass
         self.logits: Tensor | None = None
         self.passes: list[tuple[int, int]] = []
@@ -335,7 +338,7 @@ class Denoising:
             start, end: its columns.
         """
         logits = logits.float()
-        logits[..., self.unsaid] = -torch.inf
+        logits[..., self.forbidden_tokens] = -torch.inf
         masked = self.tokens[:, start:end] == self.mask_token
         tokens, certain = self._predicted(logits)
         per_block = self.steps // self.sampler.blocks

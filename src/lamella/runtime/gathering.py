@@ -60,7 +60,7 @@ class Gathering:
         return torch.take_along_dim(seen, self.index[:, None, None, :], dim=3) & self.held[:, None, None, :]
 
 
-def at_places(given: Mapping[str, Any], index: Tensor) -> dict[str, Any]:
+def inputs_at(given: Mapping[str, Any], index: Tensor) -> dict[str, Any]:
     """What a layer is called with that says positions, at these places [rows, some] of its time axis.
 
     Raises:
@@ -83,7 +83,7 @@ def at_places(given: Mapping[str, Any], index: Tensor) -> dict[str, Any]:
     return found
 
 
-class Places:
+class PositionInputs:
     """What the layers of a stack are called with at any position: for tokens that move up where others are left out."""
 
     def __init__(self, stack: Stack) -> None:
@@ -99,7 +99,7 @@ class Places:
             self._known = max(needed, ahead)
             with torch.no_grad():
                 self._calls = self._stack.context(torch.full((1, self._known), 3, device=self._stack.device)).calls
-        return at_places(self._calls[layer], at)
+        return inputs_at(self._calls[layer], at)
 
 
 @contextmanager

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 
 from lamella.runtime.cache import Phase, PlanCache, SparseSlot
-from lamella.runtime.denoising import Denoising, KeptKeys
-from lamella.runtime.gathering import Gathering, Keep, Places, at_places, sparsely
+from lamella.runtime.denoising import Denoising, DenoisingCache
+from lamella.runtime.gathering import Gathering, Keep, PositionInputs, inputs_at, sparsely
 from lamella.runtime.masks import additive, restricted, stored_mask, visible
 from lamella.runtime.trace import Trace
-from lamella.stack import Architecture, Experts, Parallel, Stream, Sublayer, attend_with_weights, join
+from lamella.stack import Architecture, Experts, Hidden, Parallel, Sublayer, attend_with_weights, join
 
 
 @dataclass
@@ -72,7 +72,7 @@ class LayerCall:
 
     Attributes:
         index: the layer's number, which is also its cache slot.
-        layer, architecture, given: the module, its entry in the table, what the model calls it with beside the stream.
+        layer, architecture, kwargs: the module, its entry in the table, what the model calls it with beside the stream.
         runs: the sublayers that run at all under the plan.
         who: the rows that this call stands for [rows], None for all.
         some: the tokens of each row that it stands for, None for all.
@@ -81,7 +81,7 @@ class LayerCall:
     index: int
     layer: nn.Module
     architecture: Architecture
-    given: dict[str, Any]
+    kwargs: dict[str, Any]
     run: Pass
     runs: tuple[str, ...]
     who: Tensor | None = None
@@ -89,13 +89,13 @@ class LayerCall:
 
     def __call__(self, h: Tensor, keys: Tensor | None = None) -> Tensor:
         """The whole layer, its sublayers in their order; see :meth:`attn` for ``keys``."""
-        stream: Stream = h
+        stream: Hidden = h
         for sublayer in self.architecture.sublayers:
             name = sublayer.name
-            stream = self.attn(join(stream), keys) if name == "attn" else self._run(sublayer, stream, self.given)
+            stream = self.attn(join(stream), keys) if name == "attn" else self._run(sublayer, stream, self.kwargs)
         return join(stream)
 
-    def attn(self, h: Tensor, keys: Tensor | None = None) -> Stream:
+    def attn(self, h: Tensor, keys: Tensor | None = None) -> Hidden:
         """The attention; in a step execution its keys go to the cache.
 
         Args:
@@ -110,17 +110,17 @@ class LayerCall:
             assert keys is None, "gathered tokens see each other"
             return self._among(self.some, h)
         if cache is None:
-            return self._run(attn, h, self.given if keys is None else self._restricted(h, keys))
+            return self._run(attn, h, self.kwargs if keys is None else self._restricted(h, keys))
         slot = cache.sparse(self.index)
         assert slot is not None or keys is None, "layers that store some tokens only are the policy's sparse ones"
         if slot is None or "attn" not in self.runs:
-            return self._run(attn, h, self.given)
+            return self._run(attn, h, self.kwargs)
         out = self._run(attn, h, self._over(slot, h, keys))
         if keys is not None:
             slot.keep(keys)
         return out
 
-    def attn_with_weights(self, h: Tensor) -> tuple[Stream, Tensor, Tensor]:
+    def attn_with_weights(self, h: Tensor) -> tuple[Hidden, Tensor, Tensor]:
         """The attention, by the eager kernel, in a model whose tokens see all others.
 
         Returns:
@@ -134,30 +134,30 @@ class LayerCall:
         out, weights = attend_with_weights(attn, self.layer, h, given, causal=False)
         return out, weights, columns
 
-    def cross(self, mid: Stream) -> Stream:
+    def cross(self, mid: Hidden) -> Hidden:
         """The attention to an encoder, after :meth:`attn`; nothing in a decoder that reads none [rows, time, hidden].
 
         In a step execution the encoder's keys and values are computed when a layer first runs, for all rows.
         """
-        return self._run(self.architecture["cross"], mid, self.given) if "cross" in self.runs else mid
+        return self._run(self.architecture["cross"], mid, self.kwargs) if "cross" in self.runs else mid
 
-    def mlp(self, mid: Stream) -> Tensor:
+    def mlp(self, mid: Hidden) -> Tensor:
         """The MLP, after :meth:`attn` and :meth:`cross` or in place of them [rows, time, hidden]."""
-        return join(self._run(self.architecture["mlp"], mid, self.given))
+        return join(self._run(self.architecture["mlp"], mid, self.kwargs))
 
-    def mlp_where(self, mid: Stream, need: Tensor) -> Tensor:
+    def mlp_where(self, mid: Hidden, need: Tensor) -> Tensor:
         """The MLP, executed for these tokens only [rows, time] bool; the others pass."""
         if "mlp" not in self.runs or not need.any():
             return join(mid)
         self._took_note("mlp", need)
         if need.all():
-            return join(self.architecture["mlp"].run(self.layer, mid, self.given))
+            return join(self.architecture["mlp"].run(self.layer, mid, self.kwargs))
         chosen = Parallel(*(part[need][None] for part in mid)) if isinstance(mid, Parallel) else mid[need][None]
         out = join(mid).clone()
-        out[need] = join(self.architecture["mlp"].run(self.layer, chosen, self.given))[0]
+        out[need] = join(self.architecture["mlp"].run(self.layer, chosen, self.kwargs))[0]
         return out
 
-    def experts(self, mid: Stream, experts: Experts, keep: Keep) -> Tensor:
+    def experts(self, mid: Hidden, experts: Experts, keep: Keep) -> Tensor:
         """The MLP, of whose experts each token runs some of those that were chosen for it; what else it has runs.
 
         Args:
@@ -178,7 +178,7 @@ class LayerCall:
         if cache is None or "attn" not in self.runs:
             return
         try:
-            self.architecture["attn"].run(self.layer, h, self.given | {self.architecture.cache: _KeysOnly(cache)})
+            self.architecture["attn"].run(self.layer, h, self.kwargs | {self.architecture.cache: _KeysOnly(cache)})
         except _Stored:
             return
 
@@ -187,8 +187,8 @@ class LayerCall:
 
         In a step execution its slot must hold these rows alone, and the decoder read no encoder; see :meth:`run_rows`.
         """
-        given = {name: _gather(value, which, self.run.batch) for name, value in self.given.items()}
-        return replace(self, given=given, who=which)
+        given = {name: _gather(value, which, self.run.batch) for name, value in self.kwargs.items()}
+        return replace(self, kwargs=given, who=which)
 
     def run_rows(self, h: Tensor, which: Tensor) -> Tensor:
         """The whole layer for some rows of the batch; of the others, a step execution stores keys and values.
@@ -207,17 +207,17 @@ class LayerCall:
         if cache is None:
             return call(h[which])
         assert cache.sparse(self.index) is None, "a slot that holds some tokens only belongs to all rows"
-        pair, rest = self.given[name], torch.ones(len(h), dtype=torch.bool, device=h.device)
+        pair, rest = self.kwargs[name], torch.ones(len(h), dtype=torch.bool, device=h.device)
         rest[which] = False
         others = rest.nonzero().flatten()
         keys = _Keys(cache)
         if len(others) and "attn" in self.runs:
-            given = self.rows(others).given | {name: keys}
+            given = self.rows(others).kwargs | {name: keys}
             with suppress(_Stored):
                 self.architecture["attn"].run(self.layer, h[others], given)
-        stream: Stream = h[which]
+        stream: Hidden = h[which]
         for sublayer in self.architecture.sublayers:
-            given = call.given
+            given = call.kwargs
             if sublayer.name == "attn":
                 given = given | {name: _AllRows(cache, which, others, keys.found)}
             elif sublayer.name == "cross":
@@ -228,14 +228,14 @@ class LayerCall:
     def _encoder_keys(self, h: Tensor, pair: Any, which: Tensor) -> Any:
         """The keys and values of an encoder for some rows, as a cache; they are first stored for all rows."""
         if not pair.is_updated.get(self.index):
-            given = self.given | {self.architecture.cache: _OfEncoder(pair)}
+            given = self.kwargs | {self.architecture.cache: _OfEncoder(pair)}
             try:
                 self.architecture["cross"].run(self.layer, h, given)
             except _Stored:
                 pair.is_updated[self.index] = True
         return _OfEncoder(pair, self.index, which)
 
-    def tokens(self, which: Tensor, places: Places | None = None) -> LayerCall:
+    def tokens(self, which: Tensor, positions: PositionInputs | None = None) -> LayerCall:
         """The same layer for some tokens of each row, which see each other and what such calls stored before.
 
         Its stream is :meth:`gather`'s; :meth:`scatter` puts what comes of it in the place of these tokens. In a step
@@ -243,16 +243,16 @@ class LayerCall:
 
         Args:
             which: the tokens [rows, time] bool, none of them padding.
-            places: of the stack, where tokens move up to the positions that the others leave; else they keep theirs.
+            positions: of the stack, where tokens move up to the positions that the others leave; else they keep theirs.
         """
         real = self._of_rows(self.run.real)
-        if (which if real is None else which | ~real).all() and self._may_stay(places):
+        if (which if real is None else which | ~real).all() and self._may_stay(positions):
             return self
         some = Gathering.of(which)
-        given = at_places(self.given, some.index)
-        if places is not None:
-            given |= places(self.index, (self._stored() + some.held.cumsum(dim=1) - 1).clamp(min=0))
-        return replace(self, given=self.given | given, some=some)
+        given = inputs_at(self.kwargs, some.index)
+        if positions is not None:
+            given |= positions(self.index, (self._stored() + some.held.cumsum(dim=1) - 1).clamp(min=0))
+        return replace(self, kwargs=self.kwargs | given, some=some)
 
     def apart(self, groups: Tensor, dtype: torch.dtype) -> LayerCall:
         """The same layer, in which tokens see those of their own group alone, in a model whose tokens see all others.
@@ -264,19 +264,19 @@ class LayerCall:
             dtype: of the stream.
         """
         assert not self.architecture.causal and self.some is None
-        seen, mask = groups[:, None, :, None] == groups[:, None, None, :], self.given.get("attention_mask")
+        seen, mask = groups[:, None, :, None] == groups[:, None, None, :], self.kwargs.get("attention_mask")
         seen = seen if mask is None else seen & visible(mask)
-        return replace(self, given=self.given | {"attention_mask": additive(seen, dtype)})
+        return replace(self, kwargs=self.kwargs | {"attention_mask": additive(seen, dtype)})
 
-    def moved(self, places: Places, at: Tensor) -> LayerCall:
+    def moved(self, positions: PositionInputs, at: Tensor) -> LayerCall:
         """The same call with its tokens at other positions.
 
         Args:
-            places: of the stack.
+            positions: of the stack.
             at: the position of every token of the pass [rows, time].
         """
         at = at if self.some is None else at.gather(1, self.some.index)
-        return replace(self, given=self.given | places(self.index, at))
+        return replace(self, kwargs=self.kwargs | positions(self.index, at))
 
     def gather(self, h: Tensor) -> Tensor:
         """The stream of the tokens of this call [rows, time, hidden] -> [rows, most, hidden]."""
@@ -300,11 +300,11 @@ class LayerCall:
             held &= ~self.run.padding.gather(1, slot.columns.clamp(min=0))
         return held.sum(dim=1, keepdim=True)
 
-    def _may_stay(self, places: Places | None) -> bool:
+    def _may_stay(self, positions: PositionInputs | None) -> bool:
         """Whether tokens of which none is left out also stay where they are."""
-        return places is None or (self.run.padding is None and bool((self._stored() == self.run.phase.start).all()))
+        return positions is None or (self.run.padding is None and bool((self._stored() == self.run.phase.start).all()))
 
-    def _run(self, sublayer: Sublayer, stream: Stream, given: dict[str, Any]) -> Stream:
+    def _run(self, sublayer: Sublayer, stream: Hidden, given: dict[str, Any]) -> Hidden:
         if sublayer.name not in self.runs:
             return stream
         self._took_note(sublayer.name)
@@ -312,20 +312,20 @@ class LayerCall:
 
     def _restricted(self, h: Tensor, keys: Tensor) -> dict[str, Any]:
         """What an attention over whole sequences is called with, of which others see these columns alone."""
-        mask, causal = self.given.get("attention_mask"), self.architecture.causal
-        return self.given | {"attention_mask": restricted(mask, keys, h.dtype, causal)}
+        mask, causal = self.kwargs.get("attention_mask"), self.architecture.causal
+        return self.kwargs | {"attention_mask": restricted(mask, keys, h.dtype, causal)}
 
-    def _among(self, some: Gathering, h: Tensor) -> Stream:
+    def _among(self, some: Gathering, h: Tensor) -> Hidden:
         """The attention of gathered tokens [rows, most, hidden]."""
         attn, cache, dtype = self.architecture["attn"], self.run.cache, h.dtype
         columns = torch.where(some.held, self.run.phase.start + some.index, -1)
         if cache is None:
-            own = self.given.get("attention_mask")
+            own = self.kwargs.get("attention_mask")
             if own is None:
                 mask = stored_mask(columns, None, h.shape[1], None, None, dtype)
             else:
                 mask = additive(some.visible(own), dtype)
-            return self._run(attn, h, self.given | {"attention_mask": mask})
+            return self._run(attn, h, self.kwargs | {"attention_mask": mask})
         slot = cache.sparse(self.index)
         assert slot is not None, "layers that gather tokens are the policy's sparse ones"
         both, window = torch.cat([slot.columns, columns], dim=1), cache.window(self.index)
@@ -333,7 +333,7 @@ class LayerCall:
         sees_all = sees_all and self.run.padding is None
         seen = None if sees_all else stored_mask(both, None, h.shape[1], self.run.padding, window, dtype)
         given = {"attention_mask": seen, self.architecture.cache: _Columns(cache, both)}
-        out = self._run(attn, h, self.given | given)
+        out = self._run(attn, h, self.kwargs | given)
         slot.keep(some.held)
         return out
 
@@ -346,19 +346,19 @@ class LayerCall:
         else:
             own = torch.where(self.some.held, start + self.some.index, -1)
         if kept is None:
-            mask = self.given.get("attention_mask")
+            mask = self.kwargs.get("attention_mask")
             if self.some is None:
-                return self.given, own
+                return self.kwargs, own
             if mask is not None:
-                return self.given | {"attention_mask": additive(self.some.visible(mask), h.dtype)}, own
-            return self.given | {"attention_mask": self._visible(own, h)}, own
+                return self.kwargs | {"attention_mask": additive(self.some.visible(mask), h.dtype)}, own
+            return self.kwargs | {"attention_mask": self._visible(own, h)}, own
         slot = kept.sparse(self.index)
         if slot is None and self.some is None:
-            return self.given, torch.cat([kept.columns.to(h.device).expand(rows, -1), own], dim=1)
+            return self.kwargs, torch.cat([kept.columns.to(h.device).expand(rows, -1), own], dim=1)
         slot = kept.make_sparse(self.index, rows, h.device)
         both = torch.cat([slot.columns, own], dim=1)
         seen = {"attention_mask": self._visible(both, h), self.architecture.cache: _Columns(kept, both)}
-        return self.given | seen, both
+        return self.kwargs | seen, both
 
     def _visible(self, columns: Tensor, h: Tensor) -> Tensor | None:
         """The mask of tokens that see all of these columns [rows, keys] that are tokens; None where all of them are."""
@@ -372,13 +372,13 @@ class LayerCall:
         """What an attention is called with that looks back on what a sparse slot holds."""
         assert self.run.cache is not None
         window, padding = self.run.cache.window(self.index), self._of_rows(self.run.padding)
-        queries, bias = h.shape[1], self.given.get("position_bias")
+        queries, bias = h.shape[1], self.kwargs.get("position_bias")
         sees_all = queries == 1 and padding is None and window is None and not slot.ragged
         if sees_all and bias is None:
-            return self.given | {"attention_mask": None}
+            return self.kwargs | {"attention_mask": None}
         columns = slot.columns_with(self.run.phase.start, queries)
         mask = None if sees_all else stored_mask(columns, keys, queries, padding, window, h.dtype)
-        given = self.given | {"attention_mask": mask}
+        given = self.kwargs | {"attention_mask": mask}
         return given if bias is None else given | {"position_bias": _of_columns(bias, columns)}
 
     def _took_note(self, sublayer: str, tokens: Tensor | None = None) -> None:
@@ -474,7 +474,7 @@ class _OfEncoder(EncoderDecoderCache):
 class _Columns:
     """A cache in whose sparse slot the next keys and values are those of columns that need not follow each other."""
 
-    cache: PlanCache | KeptKeys
+    cache: PlanCache | DenoisingCache
     columns: Tensor
 
     def __getattr__(self, name: str) -> Any:
@@ -491,8 +491,8 @@ class _Columns:
 def _of_columns(bias: Tensor, columns: Tensor) -> Tensor:
     """T5's bias of scores by column [1, heads, queries, columns], for the entries of each row [rows, stored]."""
     heads, queries = bias.shape[1:3]
-    places = columns.clamp(min=0)[:, None, None].expand(-1, heads, queries, -1)
-    return bias.expand(len(columns), -1, -1, -1).gather(-1, places)
+    positions = columns.clamp(min=0)[:, None, None].expand(-1, heads, queries, -1)
+    return bias.expand(len(columns), -1, -1, -1).gather(-1, positions)
 
 
 def _gather(value: Any, rows: Tensor, batch: int) -> Any:

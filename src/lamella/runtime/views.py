@@ -242,8 +242,8 @@ class _LayerOf:
 
     def __call__(self, module: nn.Module, h: Tensor, given: dict[str, Any]) -> Any:
         run: Pass = given.pop("lamella_pass")
-        called, result = self.architecture.called, self.architecture.result
-        given = given if called is None else called(module, h, given)
+        complete_call, result = self.architecture.complete_call, self.architecture.result
+        given = given if complete_call is None else complete_call(module, h, given)
         out = self.policy.layer(LayerCall(self.index, module, self.architecture, given, run, self.runs), h, run)
         return out if result is None else result(out, given)
 

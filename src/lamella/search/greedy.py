@@ -28,7 +28,7 @@ class Removal(NamedTuple, Generic[Candidate]):
 
     candidate: Candidate
     cost: float
-    asked: int
+    evaluations: int
 
 
 COMPARING = "comparing candidates"
@@ -44,7 +44,7 @@ def greedy(
     held: Iterable[Candidate] = (),
     release_after: int | None = None,
     guess: Mapping[Candidate, float] | None = None,
-    hurried: Clock = lambda: False,
+    out_of_time: Clock = lambda: False,
 ) -> Iterator[Removal[Candidate]]:
     """Remove the cheapest candidate, again and again; among equals the first in ``candidates`` goes.
 
@@ -58,8 +58,8 @@ def greedy(
         held: candidates that join only after ``release_after`` removals.
         release_after: the number of removals after which ``held`` joins.
         guess: which candidates to try first where nothing is known yet, the smallest first; it changes no result.
-        hurried: asked before each step; as soon as it says so, a step takes the last one's cheapest, and asks for no
-            other cost.
+        out_of_time: called before each step; once it returns true, each step takes the cheapest candidate of the last
+            step after one measurement.
     """
     held = tuple(held)
     rank = {candidate: index for index, candidate in enumerate((*candidates, *held))}
@@ -68,7 +68,7 @@ def greedy(
     last: dict[Candidate, float] = dict(guess or {})
     while left:
         best, best_key, asked = None, (math.inf, math.inf), 0
-        hurries = hurried()  # once a step: costs of different steps do not compare
+        is_late = out_of_time()  # once a step: costs of different steps do not compare
         order = sorted(left, key=lambda c: (last.get(c, -math.inf), rank[c]))
         for candidate in track(order, COMPARING):
             found = cost(tuple(removed), candidate, best_key[0])
@@ -76,7 +76,7 @@ def greedy(
             if found.exact and (found.value, rank[candidate]) < best_key:
                 best, best_key = candidate, (found.value, rank[candidate])
             asked += 1
-            if hurries and best is not None:
+            if is_late and best is not None:
                 break
         assert best is not None
         yield Removal(best, best_key[0], asked)
@@ -92,7 +92,7 @@ def lazy_greedy(
     release_after: int | None = None,
     guess: Mapping[Candidate, float] | None = None,
     patience: int = 1,
-    hurried: Clock = lambda: False,
+    out_of_time: Clock = lambda: False,
 ) -> Iterator[Removal[Candidate]]:
     """Greedy that trusts old costs: exact where costs only ever grow in step, an approximation elsewhere.
 
@@ -102,7 +102,8 @@ def lazy_greedy(
     Args:
         guess: which candidates to try first where nothing is known yet, the smallest first.
         patience: how many candidates in a row may fail to improve on the best before a step ends.
-        hurried: as soon as it says so, a step takes what was cheapest when last asked, and asks for no other cost.
+        out_of_time: once it returns true, a step takes the candidate that was cheapest when last measured, and
+            measures no other.
     """
     held = tuple(held)
     rank = {candidate: index for index, candidate in enumerate((*candidates, *held))}
@@ -113,7 +114,7 @@ def lazy_greedy(
     increase: dict[Candidate, float] = {}
     while left:
         best, best_key, asked, misses = None, (math.inf, math.inf), 0, 0
-        known_first = hurried()
+        known_first = out_of_time()
         order = sorted(
             left, key=lambda c: ((c in increase) != known_first, increase.get(c, first.get(c, 0.0)), rank[c])
         )
@@ -128,7 +129,7 @@ def lazy_greedy(
                 best, best_key, misses = candidate, (found.value, rank[candidate]), 0
             else:
                 misses += 1
-            if best is not None and hurried():
+            if best is not None and out_of_time():
                 break
         assert best is not None
         yield Removal(best, best_key[0], asked)

@@ -50,7 +50,7 @@ class Removals:
         self.done = [Removal(_parts(candidate), cost, asked) for candidate, cost, asked in self._journal.found]
 
     def add(self, removal: Removal[Any]) -> None:
-        self._journal.add([list(removal.candidate), removal.cost, removal.asked])
+        self._journal.add([list(removal.candidate), removal.cost, removal.evaluations])
 
 
 class Memo(dict[str, float]):

@@ -32,23 +32,23 @@ _LLAMA = Architecture(
     wired=Wiring(
         sublayers={
             "attn": (
-                Part("input_layernorm", None, ("stream",)),
-                Part("self_attn.q_proj", "stream", ("queries",)),
-                Part("self_attn.k_proj", "stream", ("keys",)),
-                Part("self_attn.v_proj", "stream", ("keys",)),
-                Part("self_attn.o_proj", "queries", ("stream",)),
+                Part("input_layernorm", None, ("hidden",)),
+                Part("self_attn.q_proj", "hidden", ("queries",)),
+                Part("self_attn.k_proj", "hidden", ("keys",)),
+                Part("self_attn.v_proj", "hidden", ("keys",)),
+                Part("self_attn.o_proj", "queries", ("hidden",)),
             ),
             "mlp": (
-                Part("post_attention_layernorm", None, ("stream",)),
-                Part("mlp.gate_proj", "stream", ("channels",)),
-                Part("mlp.up_proj", "stream", ("channels",)),
-                Part("mlp.down_proj", "channels", ("stream",)),
+                Part("post_attention_layernorm", None, ("hidden",)),
+                Part("mlp.gate_proj", "hidden", ("channels",)),
+                Part("mlp.up_proj", "hidden", ("channels",)),
+                Part("mlp.down_proj", "channels", ("hidden",)),
             ),
         },
         outside=(
-            Part("model.embed_tokens", None, ("stream",)),
-            Part("model.norm", None, ("stream",)),
-            Part("lm_head", "stream", ()),
+            Part("model.embed_tokens", None, ("hidden",)),
+            Part("model.norm", None, ("hidden",)),
+            Part("lm_head", "hidden", ()),
         ),
         attention="self_attn",
     ),
@@ -62,46 +62,46 @@ _EXPERTS = replace(
 )
 
 
-def _attends(attention: str, states: str = "stream") -> tuple[Part, ...]:
+def _attends(attention: str, states: str = "hidden") -> tuple[Part, ...]:
     """An attention of BART's kin and the norm before it, which may read an encoder's states."""
     return (
-        Part(f"{attention}_layer_norm", None, ("stream",)),
-        Part(f"{attention}.q_proj", "stream", ("queries",)),
+        Part(f"{attention}_layer_norm", None, ("hidden",)),
+        Part(f"{attention}.q_proj", "hidden", ("queries",)),
         Part(f"{attention}.k_proj", states, ("keys",)),
         Part(f"{attention}.v_proj", states, ("keys",)),
-        Part(f"{attention}.out_proj", "queries", ("stream",)),
+        Part(f"{attention}.out_proj", "queries", ("hidden",)),
     )
 
 
 _FEEDS = (
-    Part("final_layer_norm", None, ("stream",)),
-    Part("fc1", "stream", ("channels",)),
-    Part("fc2", "channels", ("stream",)),
+    Part("final_layer_norm", None, ("hidden",)),
+    Part("fc1", "hidden", ("channels",)),
+    Part("fc2", "channels", ("hidden",)),
 )
 
 _SCALED = Wiring(  # the largest DINOv2 has another MLP, of which it says nothing
     sublayers={
         "attn": (
-            Part("norm1", None, ("stream",)),
-            Part("attention.q_proj", "stream", ("queries",)),
-            Part("attention.k_proj", "stream", ("keys",)),
-            Part("attention.v_proj", "stream", ("keys",)),
+            Part("norm1", None, ("hidden",)),
+            Part("attention.q_proj", "hidden", ("queries",)),
+            Part("attention.k_proj", "hidden", ("keys",)),
+            Part("attention.v_proj", "hidden", ("keys",)),
             Part("attention.o_proj", "queries", ("branch",)),
-            Part("layer_scale1", "branch", ("stream",)),
+            Part("layer_scale1", "branch", ("hidden",)),
         ),
         "mlp": (
-            Part("norm2", None, ("stream",)),
-            Part("mlp.fc1", "stream", ("channels",)),
+            Part("norm2", None, ("hidden",)),
+            Part("mlp.fc1", "hidden", ("channels",)),
             Part("mlp.fc2", "channels", ("branch",)),
-            Part("layer_scale2", "branch", ("stream",)),
+            Part("layer_scale2", "branch", ("hidden",)),
         ),
     },
     outside=(
-        Part("embeddings.cls_token", None, ("stream",)),
-        Part("embeddings.mask_token", "mask", ("stream",)),
-        Part("embeddings.position_embeddings", None, ("stream",)),
-        Part("embeddings.patch_embeddings.projection", "patches", ("stream",)),
-        Part("layernorm", None, ("stream",)),
+        Part("embeddings.cls_token", None, ("hidden",)),
+        Part("embeddings.mask_token", "mask", ("hidden",)),
+        Part("embeddings.position_embeddings", None, ("hidden",)),
+        Part("embeddings.patch_embeddings.projection", "patches", ("hidden",)),
+        Part("layernorm", None, ("hidden",)),
     ),
     centred=True,
 )
@@ -128,7 +128,7 @@ _DINO = Architecture(
 _REGISTERS = replace(
     _DINO,
     name="dinov2_with_registers",
-    wired=replace(_SCALED, outside=(*_SCALED.outside, Part("embeddings.register_tokens", None, ("stream",)))),
+    wired=replace(_SCALED, outside=(*_SCALED.outside, Part("embeddings.register_tokens", None, ("hidden",)))),
 )
 
 _MASKED: dict[str, Any] = {"causal": False, "objective": "masked tokens", "auto": "AutoModelForMaskedLM"}
@@ -169,25 +169,25 @@ _TABLE = (
         layers="h",
         embedding="wte",
         norm="ln_f",
-        sizes={"layers": "n_layer", "stream": "n_embd", "channels": "n_inner", "heads": "n_head"},
+        sizes={"layers": "n_layer", "hidden": "n_embd", "channels": "n_inner", "heads": "n_head"},
         wired=Wiring(
             sublayers={
                 "attn": (
-                    Part("ln_1", None, ("stream",)),
-                    Part("attn.c_attn", "stream", ("queries", "keys", "keys")),
-                    Part("attn.c_proj", "queries", ("stream",)),
+                    Part("ln_1", None, ("hidden",)),
+                    Part("attn.c_attn", "hidden", ("queries", "keys", "keys")),
+                    Part("attn.c_proj", "queries", ("hidden",)),
                 ),
                 "mlp": (
-                    Part("ln_2", None, ("stream",)),
-                    Part("mlp.c_fc", "stream", ("channels",)),
-                    Part("mlp.c_proj", "channels", ("stream",)),
+                    Part("ln_2", None, ("hidden",)),
+                    Part("mlp.c_fc", "hidden", ("channels",)),
+                    Part("mlp.c_proj", "channels", ("hidden",)),
                 ),
             },
             outside=(
-                Part("transformer.wte", None, ("stream",)),
-                Part("transformer.wpe", None, ("stream",)),
-                Part("transformer.ln_f", None, ("stream",)),
-                Part("lm_head", "stream", ()),
+                Part("transformer.wte", None, ("hidden",)),
+                Part("transformer.wpe", None, ("hidden",)),
+                Part("transformer.ln_f", None, ("hidden",)),
+                Part("lm_head", "hidden", ()),
             ),
             attention="attn",
             grouped=False,
@@ -207,20 +207,20 @@ _TABLE = (
         wired=Wiring(
             sublayers={
                 "attn": (
-                    Part("input_layernorm", None, ("stream",)),
-                    Part("attention.query_key_value", "stream", ("heads",)),
-                    Part("attention.dense", "queries", ("stream",)),
+                    Part("input_layernorm", None, ("hidden",)),
+                    Part("attention.query_key_value", "hidden", ("heads",)),
+                    Part("attention.dense", "queries", ("hidden",)),
                 ),
                 "mlp": (
-                    Part("post_attention_layernorm", None, ("stream",)),
-                    Part("mlp.dense_h_to_4h", "stream", ("channels",)),
-                    Part("mlp.dense_4h_to_h", "channels", ("stream",)),
+                    Part("post_attention_layernorm", None, ("hidden",)),
+                    Part("mlp.dense_h_to_4h", "hidden", ("channels",)),
+                    Part("mlp.dense_4h_to_h", "channels", ("hidden",)),
                 ),
             },
             outside=(
-                Part("gpt_neox.embed_in", None, ("stream",)),
-                Part("gpt_neox.final_layer_norm", None, ("stream",)),
-                Part("lm_head", "stream", ()),
+                Part("gpt_neox.embed_in", None, ("hidden",)),
+                Part("gpt_neox.final_layer_norm", None, ("hidden",)),
+                Part("lm_head", "hidden", ()),
             ),
             centred=True,
         ),
@@ -237,10 +237,10 @@ _TABLE = (
         wired=Wiring(
             sublayers={"attn": _attends("self_attn"), "mlp": _FEEDS},
             outside=(
-                Part("model.decoder.embed_tokens", None, ("stream",)),
-                Part("model.decoder.embed_positions", None, ("stream",)),
-                Part("model.decoder.final_layer_norm", None, ("stream",)),
-                Part("lm_head", "stream", ()),
+                Part("model.decoder.embed_tokens", None, ("hidden",)),
+                Part("model.decoder.embed_positions", None, ("hidden",)),
+                Part("model.decoder.final_layer_norm", None, ("hidden",)),
+                Part("lm_head", "hidden", ()),
             ),
             centred=True,
         ),
@@ -259,7 +259,7 @@ _TABLE = (
         shifted=False,
         sizes={
             "layers": "n_layers",
-            "stream": "d_model",
+            "hidden": "d_model",
             "channels": "mlp_hidden_size",
             "heads": "n_heads",
             "kv_heads": "n_kv_heads",
@@ -288,24 +288,24 @@ _TABLE = (
         wired=Wiring(
             sublayers={
                 "attn": (
-                    Part("layernorm_before", None, ("stream",)),
-                    Part("attention.q_proj", "stream", ("queries",)),
-                    Part("attention.k_proj", "stream", ("keys",)),
-                    Part("attention.v_proj", "stream", ("keys",)),
-                    Part("attention.o_proj", "queries", ("stream",)),
+                    Part("layernorm_before", None, ("hidden",)),
+                    Part("attention.q_proj", "hidden", ("queries",)),
+                    Part("attention.k_proj", "hidden", ("keys",)),
+                    Part("attention.v_proj", "hidden", ("keys",)),
+                    Part("attention.o_proj", "queries", ("hidden",)),
                 ),
                 "mlp": (
-                    Part("layernorm_after", None, ("stream",)),
-                    Part("mlp.fc1", "stream", ("channels",)),
-                    Part("mlp.fc2", "channels", ("stream",)),
+                    Part("layernorm_after", None, ("hidden",)),
+                    Part("mlp.fc1", "hidden", ("channels",)),
+                    Part("mlp.fc2", "channels", ("hidden",)),
                 ),
             },
             outside=(
-                Part("vit.embeddings.cls_token", None, ("stream",)),
-                Part("vit.embeddings.position_embeddings", None, ("stream",)),
-                Part("vit.embeddings.patch_embeddings.projection", "patches", ("stream",)),
-                Part("vit.layernorm", None, ("stream",)),
-                Part("classifier", "stream", ()),
+                Part("vit.embeddings.cls_token", None, ("hidden",)),
+                Part("vit.embeddings.position_embeddings", None, ("hidden",)),
+                Part("vit.embeddings.patch_embeddings.projection", "patches", ("hidden",)),
+                Part("vit.layernorm", None, ("hidden",)),
+                Part("classifier", "hidden", ()),
             ),
             centred=True,
         ),
@@ -332,24 +332,24 @@ _TABLE = (
         wired=Wiring(
             sublayers={
                 "attn": (
-                    Part("layer_norm1", None, ("stream",)),
-                    Part("self_attn.q_proj", "stream", ("queries",)),
-                    Part("self_attn.k_proj", "stream", ("keys",)),
-                    Part("self_attn.v_proj", "stream", ("keys",)),
-                    Part("self_attn.out_proj", "queries", ("stream",)),
+                    Part("layer_norm1", None, ("hidden",)),
+                    Part("self_attn.q_proj", "hidden", ("queries",)),
+                    Part("self_attn.k_proj", "hidden", ("keys",)),
+                    Part("self_attn.v_proj", "hidden", ("keys",)),
+                    Part("self_attn.out_proj", "queries", ("hidden",)),
                 ),
                 "mlp": (
-                    Part("layer_norm2", None, ("stream",)),
-                    Part("mlp.fc1", "stream", ("channels",)),
-                    Part("mlp.fc2", "channels", ("stream",)),
+                    Part("layer_norm2", None, ("hidden",)),
+                    Part("mlp.fc1", "hidden", ("channels",)),
+                    Part("mlp.fc2", "channels", ("hidden",)),
                 ),
             },
             outside=(
                 Part("embeddings.class_embedding", None, ("embedded",)),
                 Part("embeddings.patch_embedding", "patches", ("embedded",)),
                 Part("embeddings.position_embedding", None, ("embedded",)),
-                Part("pre_layrnorm", "embedded", ("stream",)),
-                Part("post_layernorm", None, ("stream",)),
+                Part("pre_layrnorm", "embedded", ("hidden",)),
+                Part("post_layernorm", None, ("hidden",)),
             ),
             centred=True,
         ),
@@ -361,21 +361,21 @@ _TABLE = (
 _BLOOM = Wiring(
     sublayers={
         "attn": (
-            Part("input_layernorm", None, ("stream",)),
-            Part("self_attention.query_key_value", "stream", ("heads",)),
-            Part("self_attention.dense", "queries", ("stream",)),
+            Part("input_layernorm", None, ("hidden",)),
+            Part("self_attention.query_key_value", "hidden", ("heads",)),
+            Part("self_attention.dense", "queries", ("hidden",)),
         ),
         "mlp": (
-            Part("post_attention_layernorm", None, ("stream",)),
-            Part("mlp.dense_h_to_4h", "stream", ("channels",)),
-            Part("mlp.dense_4h_to_h", "channels", ("stream",)),
+            Part("post_attention_layernorm", None, ("hidden",)),
+            Part("mlp.dense_h_to_4h", "hidden", ("channels",)),
+            Part("mlp.dense_4h_to_h", "channels", ("hidden",)),
         ),
     },
     outside=(
         Part("transformer.word_embeddings", None, ("embedded",)),
-        Part("transformer.word_embeddings_layernorm", "embedded", ("stream",)),
-        Part("transformer.ln_f", None, ("stream",)),
-        Part("lm_head", "stream", ()),
+        Part("transformer.word_embeddings_layernorm", "embedded", ("hidden",)),
+        Part("transformer.ln_f", None, ("hidden",)),
+        Part("lm_head", "hidden", ()),
     ),
     centred=True,
 )
@@ -396,10 +396,10 @@ _T5 = Architecture(
     objective="features",
     shifted=False,
     front="",
-    called=towers.t5_call,
+    complete_call=towers.t5_call,
     result=towers.t5_result,
-    stays=towers.t5_stays,
-    sizes={"layers": "num_layers", "stream": "d_model", "channels": "d_ff", "heads": "num_heads", "head_dim": "d_kv"},
+    irremovable=towers.t5_irremovable,
+    sizes={"layers": "num_layers", "hidden": "d_model", "channels": "d_ff", "heads": "num_heads", "head_dim": "d_kv"},
 )
 
 _BART = Architecture(
@@ -418,7 +418,7 @@ _BART = Architecture(
     front="model",
     sizes={
         "layers": "encoder_layers",
-        "stream": "d_model",
+        "hidden": "d_model",
         "channels": "encoder_ffn_dim",
         "heads": "encoder_attention_heads",
     },
@@ -432,7 +432,7 @@ _DECODER: dict[str, Any] = {
     "mask": "decoder_attention_mask",
     "sizes": {
         "layers": "decoder_layers",
-        "stream": "d_model",
+        "hidden": "d_model",
         "channels": "decoder_ffn_dim",
         "heads": "decoder_attention_heads",
     },
@@ -456,7 +456,7 @@ _WHISPER = replace(
             Part("model.encoder.conv1", "sound", ("embedded",)),
             Part("model.encoder.conv2", "embedded", ("embedded",)),
             Part("model.encoder.embed_positions", None, ("embedded",)),
-            Part("model.encoder.layer_norm", None, ("stream",)),
+            Part("model.encoder.layer_norm", None, ("hidden",)),
         ),
         centred=True,
         bent=True,
@@ -547,10 +547,10 @@ _ASSEMBLIES = (
                         "mlp": _FEEDS,
                     },
                     outside=(
-                        Part("model.decoder.embed_tokens", None, ("stream",)),
-                        Part("model.decoder.embed_positions", None, ("stream",)),
-                        Part("model.decoder.layer_norm", None, ("stream",)),
-                        Part("proj_out", "stream", ()),
+                        Part("model.decoder.embed_tokens", None, ("hidden",)),
+                        Part("model.decoder.embed_positions", None, ("hidden",)),
+                        Part("model.decoder.layer_norm", None, ("hidden",)),
+                        Part("proj_out", "hidden", ()),
                     ),
                     centred=True,
                 ),
@@ -569,7 +569,7 @@ _ASSEMBLIES = (
                     "front": "model",
                     "head": "model.multi_modal_projector",
                     "readout": towers.llava_features,
-                    "stays": towers.llava_stays,
+                    "irremovable": towers.llava_irremovable,
                 },
             ),
             Slot("text_config", {"base": "model.language_model", "front": "model", "images": "image_token_id"}),
@@ -598,7 +598,7 @@ _ASSEMBLIES = (
                 mask="",
                 config="vision_config",
                 front="model",
-                sizes={"layers": "depth", "stream": "embed_dim", "heads": "num_heads"},
+                sizes={"layers": "depth", "hidden": "embed_dim", "heads": "num_heads"},
             ),
             Slot("text_config", {"base": "model.language_model", "front": "model", "images": "image_token_id"}),
         ),

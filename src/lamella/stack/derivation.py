@@ -42,7 +42,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from lamella.errors import ArchitectureError
-from lamella.stack.entry import SIZES, Architecture, Source, Sublayer
+from lamella.stack.entry import SIZES, Architecture, DerivedCode, Sublayer
 from lamella.stack.readout import final_norm, norm_behind, path_of, readout
 from lamella.stack.source import (
     Decided,
@@ -381,7 +381,7 @@ class _Forward:
         exec(compile(self.text, f"<derived from {self.kind.__module__}>", "exec"), space)
         return space[f"{self.kind.__name__}_run_{name}"]
 
-    def source(self) -> Source:
+    def source(self) -> DerivedCode:
         known = names_of(self.kind)
         used = {each.id for each in ast.walk(ast.parse(self.text)) if isinstance(each, ast.Name)}
-        return Source(self.text, known["__name__"], tuple(sorted(used & known.keys() - {"torch", "Parallel"})))
+        return DerivedCode(self.text, known["__name__"], tuple(sorted(used & known.keys() - {"torch", "Parallel"})))

@@ -16,7 +16,7 @@ Objective = Literal["next token", "masked tokens", "classes", "features"]
 
 SIZES = {  # what configs call the sizes, if nothing else is said
     "layers": "num_hidden_layers",
-    "stream": "hidden_size",
+    "hidden": "hidden_size",
     "channels": "intermediate_size",
     "heads": "num_attention_heads",
     "kv_heads": "num_key_value_heads",
@@ -43,7 +43,7 @@ class Sublayer:
 
 
 @dataclass(frozen=True)
-class Source:
+class DerivedCode:
     """Functions as text, with the module whose names they use: derived sublayers, which a native export carries.
 
     Attributes:
@@ -102,9 +102,10 @@ class Architecture:
         mask: the input that says which positions are no padding; none where all are.
         config: the part of the model's config that is this stack's; empty for the whole.
         front: dotted path to the module that makes, of the model's inputs, what the layers read; ``base`` if left out.
-        called, result: where layers hand on more than the stream: what a layer is called with, completed, and what it
-            returns for a stream.
-        stays: layers that cannot leave a plain checkpoint, by number, with the reason; ``stays(config, layers)``.
+        complete_call: adds what is missing to the keyword arguments that a layer receives; None if nothing is.
+        result: turns hidden states into what a layer returns, for layers that return more than hidden states.
+        irremovable: function of the config and the number of layers that returns the layers that a plain
+            checkpoint cannot do without, with the reason; None if there are none.
         auto: the class of transformers that opens a checkpoint.
         sizes: what its config calls the sizes, by the names of :data:`SIZES`.
         experts: where its experts are, if it has any; of one that is derived, see :attr:`Stack.experts`.
@@ -130,14 +131,14 @@ class Architecture:
     mask: str = "attention_mask"
     config: str = ""
     front: str | None = None
-    called: Callable[[nn.Module, Tensor, dict[str, Any]], dict[str, Any]] | None = None
+    complete_call: Callable[[nn.Module, Tensor, dict[str, Any]], dict[str, Any]] | None = None
     result: Callable[[Tensor, dict[str, Any]], Any] | None = None
-    stays: Callable[[Any, int], Mapping[int, str]] | None = None
+    irremovable: Callable[[Any, int], Mapping[int, str]] | None = None
     auto: str = "AutoModelForCausalLM"
     sizes: Mapping[str, str] = field(default_factory=lambda: SIZES)
     experts: Experts | None = None
     wired: Wiring | None = None
-    sources: tuple[Source, ...] = ()
+    sources: tuple[DerivedCode, ...] = ()
 
     @property
     def denoises(self) -> bool:
@@ -189,16 +190,16 @@ class Architecture:
         def said(size: str) -> int | None:
             return getattr(config, self.sizes.get(size, size), None)
 
-        stream, heads = said("stream"), said("heads")
-        assert stream is not None and heads is not None
-        channels = said("channels") or 4 * stream  # as GPT-2 reads its n_inner
-        return Sizes(stream, channels, heads, said("kv_heads") or heads, said("head_dim") or stream // heads)
+        hidden, heads = said("hidden"), said("heads")
+        assert hidden is not None and heads is not None
+        channels = said("channels") or 4 * hidden  # as GPT-2 reads its n_inner
+        return Sizes(hidden, channels, heads, said("kv_heads") or heads, said("head_dim") or hidden // heads)
 
-    def fits(self, stream: int, heads: int, head_dim: int) -> bool:
+    def fits(self, hidden: int, heads: int, head_dim: int) -> bool:
         """Whether the config can say so many query heads of that size beside a stream of that width."""
         if "head_dim" not in self.sizes:
-            return heads * head_dim == stream
-        return not self.wiring.divides or stream % heads == 0
+            return heads * head_dim == hidden
+        return not self.wiring.divides or hidden % heads == 0
 
 
 @dataclass(frozen=True)

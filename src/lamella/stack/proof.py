@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lamella.errors import ArchitectureError
 from lamella.stack.sharing import replace_forward, share
-from lamella.stack.stack import Stack, Stream
+from lamella.stack.stack import Hidden, Stack
 from lamella.stack.sublayers import PartialLayer, join
 
 ROWS, TOKENS = 2, 6
@@ -120,7 +120,7 @@ def _passing_by(stack: Stack, passed: set[int]) -> Any:
         layer = layers[id(stack.layers[index])] = copy.copy(stack.layers[index])
         nothing = dict.fromkeys(architecture.names)
         replace_forward(
-            layer, PartialLayer(nothing, index, architecture.cache, architecture.called, architecture.result)
+            layer, PartialLayer(nothing, index, architecture.cache, architecture.complete_call, architecture.result)
         )
     head = {} if stack.unembedding is None else {id(stack.unembedding): stack.unembedding}
     return share(stack.model, layers | head)
@@ -134,7 +134,7 @@ def _own(stack: Stack, index: int, h: Tensor, call: dict[str, Any]) -> Tensor:
 
 def _compare(stack: Stack, index: int, h: Tensor, call: dict[str, Any], out: Tensor, when: str) -> None:
     """Compare what a layer's sublayers give with what the layer gave."""
-    stream: Stream = h.clone()
+    stream: Hidden = h.clone()
     call = copy.deepcopy(call)
     for name in stack.architecture.names:
         stream = stack.architecture[name].run(stack.layers[index], stream, call)
@@ -240,7 +240,7 @@ def kind_of(layer: nn.Module) -> tuple[Any, ...]:
     return built, shapes, _attributes(layer, bool | str)
 
 
-def numbers_of(layer: nn.Module) -> tuple[Any, ...]:
+def numeric_attributes(layer: nn.Module) -> tuple[Any, ...]:
     """The numbers that a layer and its modules hold, but what they call their own place."""
     return _attributes(layer, int | float)
 

@@ -25,8 +25,8 @@ from lamella.stack.sharing import replace_forward, share
 from lamella.stack.sites import Position, positions_of
 from lamella.stack.sublayers import Parallel, join
 
-Stream = Tensor | Parallel
-Place = int | tuple[int, str]  # the place in the stream before a layer, or before a sublayer of it
+Hidden = Tensor | Parallel
+Boundary = int | tuple[int, str]  # the place in the stream before a layer, or before a sublayer of it
 NOTHING: frozenset[Position] = frozenset()
 LIBRARIES = ("diffusers", "timm", "torchvision")  # beside transformers
 
@@ -299,8 +299,8 @@ class Stack(Model):
         return {architecture.modality: real & ~images, "image": real & images}
 
     def walk(
-        self, h: Stream, start: Place, stop: Place, context: Context, skip: Collection[tuple[int, str]] = NOTHING
-    ) -> Iterator[tuple[Position, Stream]]:
+        self, h: Hidden, start: Boundary, stop: Boundary, context: Context, skip: Collection[tuple[int, str]] = NOTHING
+    ) -> Iterator[tuple[Position, Hidden]]:
         """Run the sublayers between two points, yielding each one's position with the stream after it.
 
         Args:
@@ -318,7 +318,7 @@ class Stack(Model):
                 h = self.architecture[name].run(self.layers[layer], h, context.calls[layer])
             yield position, h
 
-    def _place(self, point: Place) -> int:
+    def _place(self, point: Boundary) -> int:
         """Where in the list of positions a point is."""
         layer, name = (point, self.architecture.names[0]) if isinstance(point, int) else point
         if not 0 <= layer <= len(self):
@@ -326,26 +326,26 @@ class Stack(Model):
         return layer * len(self.architecture.names) + self.architecture.names.index(name)
 
     def run(
-        self, h: Stream, start: Place, stop: Place, context: Context, skip: Collection[tuple[int, str]] = NOTHING
-    ) -> Stream:
+        self, h: Hidden, start: Boundary, stop: Boundary, context: Context, skip: Collection[tuple[int, str]] = NOTHING
+    ) -> Hidden:
         """The stream at ``stop``, given the stream at ``start``; see :meth:`walk`."""
         for _, after in self.walk(h, start, stop, context, skip):
             h = after
         return h
 
-    def execute(self, context: Context, order: Collection[int]) -> Stream:
+    def execute(self, context: Context, order: Collection[int]) -> Hidden:
         """The stream after running whole layers in any order: left out, repeated, reordered.
 
         Args:
             context: what :meth:`context` returned.
             order: layer numbers in the order of execution.
         """
-        h: Stream = context.h
+        h: Hidden = context.h
         for layer in order:
             h = self.run(h, layer, layer + 1, context)
         return h
 
-    def normed(self, h: Stream) -> Tensor:
+    def normed(self, h: Hidden) -> Tensor:
         """The final norm (and, where the model has one, the projection behind it)."""
         h, name = join(h), self.architecture.norm
         norm = _at(self.base, name) if name else None  # None in post-norm OPT, too
@@ -379,7 +379,7 @@ class Stack(Model):
             some.bias = nn.Parameter(bias.detach()[tokens], requires_grad=False)
         return some
 
-    def head(self, h: Stream) -> Tensor:
+    def head(self, h: Hidden) -> Tensor:
         """The logits of a stream: final norm, then output projection [batch, time, vocabulary]."""
         return self.logits(self.normed(h))
 
@@ -403,7 +403,7 @@ class Stack(Model):
         runs = self.base if front is None else self.model.get_submodule(front)  # which puts images between the tokens
         return runs(**given, **options)
 
-    def check_finite(self, position: tuple[int, str], h: Stream) -> None:
+    def check_finite(self, position: tuple[int, str], h: Hidden) -> None:
         """Raise a :class:`NumericsError` that names the sublayer whose output is not finite."""
         if not torch.isfinite(join(h)).all():
             site = Position(*position).site
@@ -437,8 +437,8 @@ class _NoteCall:
     stops: bool
 
     def __call__(self, layer: Any, h: Tensor, call: dict[str, Any]) -> Any:
-        called, result = self.architecture.called, self.architecture.result
-        call = call if called is None else called(layer, h, call)
+        complete_call, result = self.architecture.complete_call, self.architecture.result
+        call = call if complete_call is None else complete_call(layer, h, call)
         layer.calls.append(call | {"h": h})
         if self.stops:
             raise _Noted

@@ -249,18 +249,18 @@ class PartialLayer:
         sublayers: by name and in their order, the function of each, or None for one that does not run.
         slot: the cache slot of the layer.
         cache: the keyword under which the layer receives the cache.
-        called, result: where layers hand on more than the stream: what a layer is called with, completed, and what it
-            returns for a stream.
+        complete_call: adds what is missing to the keyword arguments that a layer receives; None if nothing is.
+        result: turns hidden states into what a layer returns, for layers that return more than hidden states.
     """
 
     sublayers: Mapping[str, Callable[..., Any] | None]
     slot: int
     cache: str
-    called: Callable[..., dict[str, Any]] | None = None
+    complete_call: Callable[..., dict[str, Any]] | None = None
     result: Callable[..., Any] | None = None
 
     def __call__(self, layer: nn.Module, h: Tensor, call: dict[str, Any]) -> Any:
-        call = call if self.called is None else self.called(layer, h, call)
+        call = call if self.complete_call is None else self.complete_call(layer, h, call)
         cache = call.get(self.cache)
         if self.sublayers["attn"] is None and cache is not None:
             hold(cache, self.slot, tokens=h.shape[1])

@@ -146,11 +146,11 @@ def t5_result(h: Tensor, call: dict[str, Any]) -> tuple[Tensor, Any, Any]:
 
 
 # Layers that cannot leave a plain checkpoint, with the reason.
-def t5_stays(config: Any, layers: int) -> dict[int, str]:
+def t5_irremovable(config: Any, layers: int) -> dict[int, str]:
     return {0: "makes the position bias of all layers"}
 
 
-def llava_stays(config: Any, layers: int) -> dict[int, str]:
+def llava_irremovable(config: Any, layers: int) -> dict[int, str]:
     """Layers by which the config counts where the language model reads: those behind, or before, that place."""
     places = config.vision_feature_layer
     found: set[int] = set()

@@ -19,23 +19,23 @@ class Weight:
 
     Attributes:
         name: the parameter's name.
-        places: every module that holds it, with the name that the parameter has there.
+        occurrences: every module that holds it, with the name that the parameter has there.
         size: how many numbers it has.
     """
 
     name: str
-    places: tuple[tuple[str, str], ...]
+    occurrences: tuple[tuple[str, str], ...]
     size: int
 
     def of(self, model: nn.Module) -> nn.Parameter:
         """The parameter, in a model of the same structure."""
-        path, name = self.places[0]
+        path, name = self.occurrences[0]
         return getattr(model.get_submodule(path), name)
 
     def put(self, model: nn.Module, weight: Tensor) -> None:
         """Let a model use another weight of the same shape, wherever it used this one."""
         parameter = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
-        for path, name in self.places:
+        for path, name in self.occurrences:
             setattr(model.get_submodule(path), name, parameter)
 
 
@@ -60,10 +60,10 @@ def _weights(model: nn.Module) -> dict[str, tuple[Weight, bool]]:
             holders[parameter].append((path, module, name))
     found = {}
     for parameter, held in holders.items():
-        places = tuple((path, name) for path, _, name in held)
-        name = ".".join(part for part in places[0] if part)
+        occurrences = tuple((path, name) for path, _, name in held)
+        name = ".".join(part for part in occurrences[0] if part)
         multiplies = all(_multiplies(module, name, parameter) for _, module, name in held)
-        found[name] = (Weight(name, places, parameter.numel()), multiplies)
+        found[name] = (Weight(name, occurrences, parameter.numel()), multiplies)
     return found
 
 

@@ -72,7 +72,7 @@ class Wiring:
 class Sizes:
     """The widths of a model whose layers are all alike: stream, MLP channels, query and key-value heads, head size."""
 
-    stream: int
+    hidden: int
     channels: int
     heads: int
     kv_heads: int
@@ -82,4 +82,4 @@ class Sizes:
     def axes(self) -> dict[str, int]:
         """The length of every axis."""
         heads = {"queries": self.heads * self.head_dim, "keys": self.kv_heads * self.head_dim}
-        return {"stream": self.stream, "channels": self.channels, **heads}
+        return {"hidden": self.hidden, "channels": self.channels, **heads}

@@ -75,7 +75,7 @@ class Adapter:
     whole: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     metavar: ClassVar[str] = "ADAPTER"
-    told: ClassVar[str] = "the folder of a LoRA adapter, as peft saves it"
+    source_help: ClassVar[str] = "the folder of a LoRA adapter, as peft saves it"
 
     @property
     def modules(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from lamella.errors import TrainingError
-from lamella.train.schedules import Schedule, infinite, rewarm, stepped, warmup_stable_decay
+from lamella.train.schedules import Schedule, infinite, rewarm, step_decay, warmup_stable_decay
 
 ScheduleName = Literal["cosine", "linear", "constant", "rewarm", "infinite", "wsd", "step"]
 
@@ -17,7 +17,7 @@ SHAPES: dict[str, Callable[..., Schedule]] = {
     "rewarm": rewarm,
     "infinite": infinite,
     "wsd": warmup_stable_decay,
-    "step": stepped,
+    "step": step_decay,
 }
 WARMUP = 0.03  # of the steps
 
@@ -87,12 +87,12 @@ class TrainConfig:
         if not self.clip > 0:
             raise TrainingError(f"clip {self.clip:g}: give the largest norm of a gradient, above 0")
 
-    def lasting(self, samples: int, processes: int = 1) -> TrainConfig:
+    def with_steps(self, samples: int, processes: int = 1) -> TrainConfig:
         """The same run with its number of steps: where it has none, one pass over so many samples."""
         size = self.batch * self.accumulate * processes
         return replace(self, steps=self.steps or max(1, samples // size))
 
-    def following(self, schedule: Schedule | Callable[[int], Schedule]) -> TrainConfig:
+    def with_schedule(self, schedule: Schedule | Callable[[int], Schedule]) -> TrainConfig:
         """The same run with another schedule, which has its own rates."""
         return replace(self, schedule=schedule, lr=None, warmup=None)
 

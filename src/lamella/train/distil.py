@@ -96,7 +96,7 @@ def distil(
         trains = lambda name: name.startswith(PROJECTION) or chosen(name)  # noqa: E731
     trainee = rounded(student, choose(student, trains).values()) if config.bf16 else student
     loss = partial(distillation_loss, teacher=master, pairs=pairs, temperature=temperature)
-    task = Task(loss, collate=batching(samples), beside=(master,))
+    task = Task(loss, collate=batching(samples), frozen=(master,))
     if minutes is not None:
         config = paced(trainee, samples, task, config, 60 * minutes, trainable=trains, out=out)
     log = fit(

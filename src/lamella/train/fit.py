@@ -24,7 +24,7 @@ from lamella.errors import TrainingError
 from lamella.extras import require
 from lamella.progress import tracker
 from lamella.train.config import TrainConfig
-from lamella.train.hooks import Hook, Training
+from lamella.train.hooks import Hook, TrainingRun
 from lamella.train.log import TrainingLog
 from lamella.train.loop import Loop, Objective
 from lamella.train.mixing import Feed
@@ -87,7 +87,7 @@ def fit(
     """
     out = Path(out)
     feed = samples if isinstance(samples, Feed) else Feed(samples)
-    config = config.lasting(len(feed.samples), processes.count())
+    config = config.with_steps(len(feed.samples), processes.count())
     sets = held_out if isinstance(held_out, Mapping) else {"": held_out}
     start = None if after is None else state_of(after)
     trained = choose(model, trainable)
@@ -119,7 +119,7 @@ def fit(
             loop: Loop = ShardedLoop(model, task, config, trained, arguments, order, optimizer)
         else:
             loop = Loop(Objective(model, task), task, config, trained, arguments, order, optimizer, start)
-        run = Training(loop, settled(told))
+        run = TrainingRun(loop, settled(told))
         watch = Watch(loop, run, sets, config, hooks, count)
         loop.add_callback(watch)
         if config.tensorboard is not None:

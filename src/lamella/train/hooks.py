@@ -21,7 +21,7 @@ from lamella.train.log import TrainingLog
 from lamella.train.loop import Loop
 
 
-class Training:
+class TrainingRun:
     """A run as its hooks see it.
 
     Attributes:
@@ -46,9 +46,9 @@ class Training:
         return self._loop.trained
 
     @property
-    def kept(self) -> Mapping[str, Tensor]:
+    def state_tensors(self) -> Mapping[str, Tensor]:
         """All that training changes, by name: these parameters, and what batch norms have seen."""
-        return self._loop.kept
+        return self._loop.state_tensors
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -98,26 +98,26 @@ class Hook:
 
     splits = False
 
-    def begin(self, run: Training) -> None:
+    def begin(self, run: TrainingRun) -> None:
         """Called before the first step, and before the first one after a kill, when :meth:`load` was called."""
 
-    def before_step(self, run: Training) -> None:
+    def before_step(self, run: TrainingRun) -> None:
         """Called when the batches of a step are there, before anything is computed."""
 
-    def before_update(self, run: Training) -> None:
+    def before_update(self, run: TrainingRun) -> None:
         """Called when the gradients of a step are there and clipped, before the optimizer changes the weights."""
 
-    def after_step(self, run: Training) -> None:
+    def after_step(self, run: TrainingRun) -> None:
         """Called when the weights have changed, before they are evaluated or saved."""
 
-    def evaluated(self, run: Training) -> None:
+    def evaluated(self, run: TrainingRun) -> None:
         """Called whenever an evaluation is due, before the first step too; the held-out loss is in the log."""
 
-    def done(self, run: Training) -> bool:
+    def done(self, run: TrainingRun) -> bool:
         """Whether the run shall end here: asked after each step."""
         return False
 
-    def end(self, run: Training) -> None:
+    def end(self, run: TrainingRun) -> None:
         """Called when the run is over, finished now or before."""
 
     def save(self, folder: Path) -> None:
@@ -130,7 +130,7 @@ class Hook:
         """Read what :meth:`save` wrote; every process."""
 
 
-class Best(Hook):
+class EarlyStopping(Hook):
     """Keeps what training changes at its lowest held-out loss, and leaves the model with it.
 
     Args:
@@ -143,29 +143,29 @@ class Best(Hook):
         if patience < 1:
             raise TrainingError(f"patience {patience}: give at least 1")
         self.patience = patience
-        self.kept: dict[str, Tensor] = {}
+        self.best: dict[str, Tensor] = {}
 
-    def watched(self, run: Training) -> Mapping[str, Tensor]:
+    def tracked(self, run: TrainingRun) -> Mapping[str, Tensor]:
         """What is kept, by name."""
-        return run.kept
+        return run.state_tensors
 
-    def evaluated(self, run: Training) -> None:
+    def evaluated(self, run: TrainingRun) -> None:
         losses = [point.loss for point in run.log.held_out]  # none without held-out samples
         if losses and losses[-1] < min(losses[:-1], default=math.inf):
-            self.kept = {name: each.detach().clone() for name, each in self.watched(run).items()}
+            self.best = {name: each.detach().clone() for name, each in self.tracked(run).items()}
 
-    def done(self, run: Training) -> bool:
+    def done(self, run: TrainingRun) -> bool:
         losses = [point.loss for point in run.log.held_out]
         return len(losses) > self.patience and min(losses[-self.patience :]) >= min(losses[: -self.patience])
 
     @torch.no_grad()
-    def end(self, run: Training) -> None:
-        watched = self.watched(run)
-        for name, each in self.kept.items():
+    def end(self, run: TrainingRun) -> None:
+        watched = self.tracked(run)
+        for name, each in self.best.items():
             watched[name].copy_(each)
 
     def save(self, folder: Path) -> None:
-        save_file(self.kept, folder / self.FILE)
+        save_file(self.best, folder / self.FILE)
 
     def load(self, folder: Path) -> None:
-        self.kept = load_file(folder / self.FILE)
+        self.best = load_file(folder / self.FILE)

@@ -23,7 +23,7 @@ from lamella.train.mixing import Order
 from lamella.train.optimizers import Factory, go_on_from
 from lamella.train.parameters import statistics
 from lamella.train.runs import short
-from lamella.train.task import Task, Told
+from lamella.train.task import LossAndParts, Task
 
 TENSORS = "trained.safetensors"
 
@@ -40,7 +40,7 @@ class Objective(nn.Module):
         self.loss = partial(task.loss, model)
         self.dropout = task.dropout
 
-    def forward(self, **batch: Any) -> Told:
+    def forward(self, **batch: Any) -> LossAndParts:
         result = self.loss(batch)
         return (result, {}) if isinstance(result, Tensor) else (result[0], dict(result[1]))
 
@@ -66,7 +66,7 @@ class Loop(Trainer):
         self.remove_callback(PrinterCallback)
         self.task = task
         self.trained = trained
-        self.kept: dict[str, Tensor] = {**trained, **statistics(objective.model)}
+        self.state_tensors: dict[str, Tensor] = {**trained, **statistics(objective.model)}
         self.order = order
         self.config = config
         self.schedule = config.rates.schedule
@@ -144,11 +144,11 @@ class Loop(Trainer):
 
     def tensors(self) -> dict[str, Tensor]:
         """What training changes, as it is now."""
-        return {name: each.detach() for name, each in self.kept.items()}
+        return {name: each.detach() for name, each in self.state_tensors.items()}
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Give something that training changes this value."""
-        self.kept[name].copy_(tensor)
+        self.state_tensors[name].copy_(tensor)
 
     def evaluated(self) -> None:
         """Called after forward passes that no backward pass follows."""

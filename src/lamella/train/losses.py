@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from lamella.data.samples import NO_LOSS, Sample, collate, count_labels
 from lamella.errors import TrainingError
 from lamella.evaluate.scored import read_inputs, scored_states
-from lamella.measure import masked, masked_by_number, predicting
+from lamella.measure import masked, masked_by_count, predicting
 from lamella.runtime import check_masked
 from lamella.stack import Stack, cuttable, last_stack
 from lamella.train.task import Batch
@@ -47,7 +47,7 @@ def response_loss(model: Any, batch: Batch) -> Tensor:
 NOISE = 1e-3  # epsilon: the least share of masks
 
 
-def diffusion_loss(model: Any, batch: Batch, *, by_number: bool = False) -> Tensor:
+def diffusion_loss(model: Any, batch: Batch, *, by_count: bool = False) -> Tensor:
     """The masked-diffusion loss, in nats per token (LLaDA, arXiv 2502.09992, eq. 3).
 
         t ~ U(0, 1) for each row,  p = (1 - eps) t + eps,  each label becomes a mask with probability p
@@ -57,7 +57,7 @@ def diffusion_loss(model: Any, batch: Batch, *, by_number: bool = False) -> Tens
         model: a model that predicts masked tokens, or a view of one.
         batch: what :func:`lamella.train.collate` returns, and what the model takes beside it, such as images; tokens
             without a label are never masked.
-        by_number: draw how many of a row's labels become masks, evenly from one to all, and divide by their share
+        by_count: draw how many of a row's labels become masks, evenly from one to all, and divide by their share
             instead of p (eq. 14). The same on average without eps, and far less noisy for short answers, of which a
             single mask may else weigh 1 / eps.
 
@@ -66,8 +66,8 @@ def diffusion_loss(model: Any, batch: Batch, *, by_number: bool = False) -> Tens
     """
     stack = check_masked(model)
     eligible = batch["labels"] != NO_LOSS
-    if by_number:
-        chosen, ratios = masked_by_number(eligible)
+    if by_count:
+        chosen, ratios = masked_by_count(eligible)
     else:
         ratios = (1 - NOISE) * torch.rand(len(eligible)) + NOISE
         chosen = masked(eligible, ratios)
@@ -114,11 +114,13 @@ def distilled_loss(model: Any, batch: Batch, *, teacher: Any, weight: float = 0.
     Returns:
         The loss, and its two parts ``ce`` and ``mse``.
     """
-    ce, mse = beside_teacher(model, batch, teacher, logit_mse)
+    ce, mse = cross_entropy_and_distance(model, batch, teacher, logit_mse)
     return ce + weight * mse, {"ce": ce, "mse": mse}
 
 
-def beside_teacher(model: Any, batch: Batch, teacher: Any, apart: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def cross_entropy_and_distance(
+    model: Any, batch: Batch, teacher: Any, apart: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
     """Cross-entropy, and how far the logits are from a teacher's, each as a mean over the labels [2].
 
     Args:
@@ -177,7 +179,7 @@ def distillation_loss(
 
     head = last_stack(model).unembedding
     trains = head is not None and any(each.requires_grad for each in head.parameters())
-    mean = mean_over_positions if trains or not states.requires_grad else mean_beside_a_frozen_head
+    mean = mean_over_positions if trains or not states.requires_grad else mean_with_frozen_head
     kl = mean(chunk, states, teacher_states)
     if not pairs:
         return kl
@@ -304,7 +306,7 @@ def _states(model: Any, batch: Batch, layers: Sequence[int]) -> tuple[Tensor, li
     return states, [seen[place] for place in (-1, *layers)]
 
 
-def mean_beside_a_frozen_head(chunk: Callable[..., Tensor], states: Tensor, *rows: Tensor) -> Tensor:
+def mean_with_frozen_head(chunk: Callable[..., Tensor], states: Tensor, *rows: Tensor) -> Tensor:
     """The same where only ``states`` need a gradient, which is taken at once: each chunk's logits are made only once.
 
     Args:

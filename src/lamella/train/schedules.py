@@ -57,7 +57,7 @@ class Constant(Schedule):
 
 
 @dataclass(frozen=True)
-class Stepped(Schedule):
+class StepDecay(Schedule):
     """Warm up linearly, stay, and go on at a lower rate.
 
     Attributes:
@@ -229,7 +229,7 @@ def constant(steps: int, lr: float, *, warmup: float = 0.01) -> Constant:
     return Constant(lr, _steps(warmup, steps))
 
 
-def stepped(steps: int, lr: float, *, floor: float = 0.1, warmup: float = 0.0, until: float = 10 / 11) -> Stepped:
+def step_decay(steps: int, lr: float, *, floor: float = 0.1, warmup: float = 0.0, until: float = 10 / 11) -> StepDecay:
     """Stay at the highest rate, and go on at a tenth of it: 1000 of 1100 epochs are high where a vision paper says so.
 
     Args:
@@ -239,7 +239,7 @@ def stepped(steps: int, lr: float, *, floor: float = 0.1, warmup: float = 0.0, u
         warmup, until: where the warm-up and the high rate end, as shares of the steps.
     """
     begin = _steps(warmup, steps)
-    return Stepped(lr, floor * lr, begin, max(_steps(until, steps), begin))
+    return StepDecay(lr, floor * lr, begin, max(_steps(until, steps), begin))
 
 
 def _steps(share: float, steps: int) -> int:

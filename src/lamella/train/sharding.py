@@ -37,14 +37,14 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def split(
-    objective: Objective, trained: Collection[str], beside: Sequence[nn.Module], device: torch.device
+    objective: Objective, trained: Collection[str], frozen: Sequence[nn.Module], device: torch.device
 ) -> dict[str, nn.Parameter]:
     """Split the parameters of a model, and of frozen ones that its loss reads, over all processes, in place.
 
     Args:
         objective: the model with its loss; its modules must be its own, its tensors may be another's.
         trained: names of those of the model's parameters that train.
-        beside: the frozen models.
+        frozen: the frozen models.
         device: of this process.
 
     Returns:
@@ -56,8 +56,8 @@ def split(
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         raise TrainingError("one process has nobody to share with: start several with accelerate launch")
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    objective.beside = nn.ModuleList(beside)
-    for model in (objective.model, *beside):
+    objective.frozen = nn.ModuleList(frozen)
+    for model in (objective.model, *frozen):
         architecture = find_architecture(model.config)
         layers: Any = model.get_submodule(architecture.base).get_submodule(architecture.layers)
         if len(set(layers.parameters())) < sum(len(set(layer.parameters())) for layer in layers):
@@ -96,24 +96,24 @@ class ShardedLoop(Loop):
         factory: Factory,
     ) -> None:
         objective = Objective(share(model), task)
-        parts = split(objective, trained, task.beside, arguments.device)
+        parts = split(objective, trained, task.frozen, arguments.device)
         super().__init__(objective, task, config, parts, arguments, order, factory)
         self.is_distributed_loading_by_transformers = True  # so that Trainer leaves the splitting as it is
-        self.home = trained
+        self.target = trained
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         result = super().train(*args, **kwargs)
-        self._bring_home()
+        self._gather()
         return result
 
     def read(self, checkpoint: Path) -> None:
         super().read(checkpoint)
-        self._bring_home()
+        self._gather()
 
-    def _bring_home(self) -> None:
+    def _gather(self) -> None:
         """Give the model that was asked to be trained what trains now."""
         for name, each in self.trained.items():
-            self.home[name].data.copy_(whole(each.detach()))
+            self.target[name].data.copy_(whole(each.detach()))
 
     def _move_model_to_device(self, *_: Any) -> None:
         """It is there."""

@@ -4,7 +4,7 @@
     fit(network, rows, supervised(), TrainConfig(steps=500, lr=1e-3), out="run")
 
     rows = [{"x": image, "y": torch.tensor(3)}, ...]
-    fit(network, rows, supervised(class_nats), TrainConfig(steps=500, lr=1e-3), out="run")
+    fit(network, rows, supervised(class_cross_entropy), TrainConfig(steps=500, lr=1e-3), out="run")
 
 A row is whatever the network reads at once as one element of a batch: a flat image [features], an image [channels,
 height, width], a token [hidden], or a whole sequence [time, hidden] where the network mixes tokens.
@@ -26,7 +26,7 @@ def squared_error(model: nn.Module, batch: Batch) -> Tensor:
     return nn.functional.mse_loss(model(batch["x"]), batch["y"])
 
 
-def class_nats(model: nn.Module, batch: Batch) -> Tensor:
+def class_cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
     """The mean cross-entropy of ``model(x)``, logits [rows, classes], with the classes ``y`` [rows], in nats."""
     return nn.functional.cross_entropy(model(batch["x"]).float(), batch["y"])
 

@@ -12,12 +12,12 @@ from lamella.data import ImageText
 from lamella.data.samples import collate, count_labels
 
 Batch = Mapping[str, Any]  # tensors by name, or by role and name
-Told = tuple[Tensor, Mapping[str, Tensor]]  # a loss and its named parts
-Loss = Callable[[Any, Any], Tensor | Told]
+LossAndParts = tuple[Tensor, Mapping[str, Tensor]]  # a loss and its named parts
+Loss = Callable[[Any, Any], Tensor | LossAndParts]
 Backward = Callable[..., None]
 
 
-def at_once(forward: Callable[[Batch], Told], batch: Batch, backward: Backward) -> Told:
+def at_once(forward: Callable[[Batch], LossAndParts], batch: Batch, backward: Backward) -> LossAndParts:
     """One forward pass, and one backward pass through its loss."""
     loss, parts = forward(batch)
     backward(loss)
@@ -48,15 +48,15 @@ class Task:
             and ``backward``, which takes what a loss has and weighs it. With several processes, every forward pass has
             one backward pass. It returns what the log shall say.
         dropout: whether the model drops what it drops in training.
-        beside: frozen models that the loss reads, which a sharded run splits too, in place.
+        frozen: frozen models that the loss calls; a sharded run shards them too, in place.
     """
 
     loss: Loss
     collate: Callable[[Sequence[Any]], Batch] = collate
     weight: Callable[[Any], int] = count_labels
-    passes: Callable[[Callable[[Batch], Told], Any, Backward], Told] = at_once
+    passes: Callable[[Callable[[Batch], LossAndParts], Any, Backward], LossAndParts] = at_once
     dropout: bool = True
-    beside: Sequence[nn.Module] = ()
+    frozen: Sequence[nn.Module] = ()
 
     @property
     def name(self) -> str:

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from lamella.files import sync
 from lamella.progress import Tracker
 from lamella.train.config import TrainConfig
-from lamella.train.hooks import Hook, Training
+from lamella.train.hooks import Hook, TrainingRun
 from lamella.train.log import Logged, TrainingLog
 from lamella.train.loop import Loop
 from lamella.train.runs import LOG, check_same_run
@@ -29,7 +29,7 @@ class Watch(TrainerCallback):
     def __init__(
         self,
         loop: Loop,
-        run: Training,
+        run: TrainingRun,
         held_out: Mapping[str, Sequence[Any]],
         config: TrainConfig,
         hooks: Sequence[Hook],

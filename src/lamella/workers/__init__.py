@@ -20,9 +20,9 @@ from typing import Literal
 
 from lamella.errors import MethodError
 from lamella.extras import require
-from lamella.workers.pools import Here, Pool, Processes, on_ray
+from lamella.workers.pools import Pool, ProcessPool, SerialPool, on_ray
 
-__all__ = ["Here", "Pool", "Workers"]
+__all__ = ["Pool", "SerialPool", "Workers"]
 
 GB = 2**30
 
@@ -105,4 +105,4 @@ class Workers:
             job = {"partition": self.partition, "time": f"{self.hours}:00:00", "cpus_per_task": self.cores}
             yield Slurm(folder, self.processes, job | {"mem_per_cpu_gb": self.memory})
         else:
-            yield Here() if self.processes in (None, 1) else Processes(self.processes)
+            yield SerialPool() if self.processes in (None, 1) else ProcessPool(self.processes)

@@ -37,7 +37,7 @@ class Pool(Protocol):
         ...
 
 
-class Here:
+class SerialPool:
     """This process."""
 
     size = 1
@@ -47,7 +47,7 @@ class Here:
             yield number, task(item)
 
 
-class Processes:
+class ProcessPool:
     """Processes of this machine, each a fresh interpreter: a fork of one in which torch has threads may hang."""
 
     def __init__(self, size: int) -> None:

@@ -16,16 +16,16 @@ from lamella.zoo.pull import ZOO
 CONFIG = "config.json"
 
 
-def exported(folder: Path) -> native.Said | None:
+def native_metadata(folder: Path) -> native.NativeMetadata | None:
     """What the config of a folder says of a native export; None for any other checkpoint.
 
     Raises:
         CheckpointError: when the config is damaged, or says what no export does.
     """
-    return native.said_of(checkpoint.read_json(folder / CONFIG), str(folder / CONFIG))
+    return native.read_metadata(checkpoint.read_json(folder / CONFIG), str(folder / CONFIG))
 
 
-def bring_class(place: Path | str) -> None:
+def register_class(place: Path | str) -> None:
     """Let transformers know the class of a method's own, where a checkpoint's config names one that it does not."""
     if isinstance(place, Path) and (place / CONFIG).is_file():
         kind = str(checkpoint.read_json(place / CONFIG).get("model_type"))
@@ -40,9 +40,9 @@ def open_config(place: Path | str) -> Any:
         ArchitectureError: when the model comes with modelling code of its own.
         CheckpointError: when its layers ask for code from elsewhere.
     """
-    said = exported(place) if isinstance(place, Path) else None
-    bring_class(place)
-    if isinstance(place, Path) and said is not None and said.is_own_class:
+    metadata = native_metadata(place) if isinstance(place, Path) else None
+    register_class(place)
+    if isinstance(place, Path) and metadata is not None and metadata.is_own_class:
         kind = native.config_class(checkpoint.read_json(place / CONFIG)["model_type"])
         config = load_from(kind.from_pretrained, place)
     else:

@@ -20,7 +20,7 @@ from torch import nn
 from lamella.errors import ArchitectureError, CheckpointError, MethodError, reason_of
 from lamella.extras import require
 from lamella.plan.checkpoint import SINGLE, read_header, read_json
-from lamella.plan.filling import at_most, fill, filled
+from lamella.plan.filling import at_most, fill, load_network
 from lamella.zoo.configs import CONFIG
 
 LARGEST = 1 << 14  # of a number among the arguments of a timm model
@@ -63,7 +63,7 @@ def build_named(model: LibraryName) -> nn.Module:
         LamellaError: when the library is not installed.
     """
     build = {"timm": _timm_builder, "torchvision": _torchvision_builder}[model.library](model.name)
-    return build().eval() if model.weights is None else filled(build, model.weights)
+    return build().eval() if model.weights is None else load_network(build, model.weights)
 
 
 def _timm_builder(name: str) -> Callable[[], nn.Module]:
@@ -125,7 +125,7 @@ def open_timm(folder: Path) -> nn.Module:
             with at_most(limit, folder / CONFIG):
                 return timm.create_model(name, pretrained=False, pretrained_cfg_overlay=images, **arguments)
 
-        return filled(build, file)
+        return load_network(build, file)
     except Exception as error:  # a damaged config can cause errors of any type in timm
         raise CheckpointError(
             f"{folder}: no timm model ({reason_of(error)}): give a folder that timm has written"

@@ -16,7 +16,7 @@ from lamella.zoo.pull import resolve
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class LazyCheckpoint:
     """A checkpoint that is not opened yet: some commands read its files alone.
 
     Attributes:
@@ -28,7 +28,7 @@ class Checkpoint:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, name: Any, **options: Any) -> Checkpoint:
+    def open(cls, name: Any, **options: Any) -> LazyCheckpoint:
         """The checkpoint of that name; options are those of :func:`open_model`."""
         return cls(name, {each: value for each, value in options.items() if value is not None})
 
@@ -63,7 +63,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Changed:
+class ComparedModel:
     """A model to compare with another one: a plan for it, an exported folder, or any other model.
 
     Attributes:
@@ -73,11 +73,11 @@ class Changed:
     name: str
 
     metavar: ClassVar[str] = "CHANGED"
-    told: ClassVar[str] = "a plan or its folder, an exported folder or another model"
+    source_help: ClassVar[str] = "a plan or its folder, an exported folder or another model"
 
     @classmethod
-    def open(cls, name: str | Path) -> Changed:
-        """What has that name; it is opened beside the model that it is compared with, by :meth:`Written.view`."""
+    def open(cls, name: str | Path) -> ComparedModel:
+        """What has that name; it is opened beside the model that it is compared with, by :meth:`SavedModel.view`."""
         return cls(str(name))
 
     @classmethod

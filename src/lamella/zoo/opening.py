@@ -43,12 +43,12 @@ from lamella.stack import (
 )
 from lamella.stack import open_model as in_memory
 from lamella.zoo.cache import cache_folder
-from lamella.zoo.configs import CONFIG, bring_class, exported, open_config
+from lamella.zoo.configs import CONFIG, native_metadata, open_config, register_class
 from lamella.zoo.configs import load_from as _load
 from lamella.zoo.libraries import LibraryName, build_named, open_timm, parse_name
 from lamella.zoo.pipelines import INDEX, Pipeline, is_pipeline, open_network
 from lamella.zoo.pull import ZOO, resolve
-from lamella.zoo.quantised import dequantising, in_plain_numbers
+from lamella.zoo.quantised import dequantisation_options, mark_dequantised
 
 ADAPTER = "adapter_config.json"
 PROCESSORS = ("processor_config.json", "preprocessor_config.json")
@@ -155,10 +155,10 @@ def open_model(
     if isinstance(place, Path) and library != "transformers":
         return _from_library(place, dtype, device, classes)
     name = str(model) if str(model) in ZOO else Path(place).name
-    said = None
+    metadata = None
     if isinstance(place, Path):
         check_folder(place, allow_pickle)
-        said = exported(place)
+        metadata = native_metadata(place)
     config = open_config(place)
     is_clip = config.model_type == "clip"  # with a tower for images and one for texts
     is_projected = PROJECTED in classes and (is_clip or PROJECTED in (getattr(config, "architectures", None) or ()))
@@ -176,13 +176,13 @@ def open_model(
     if dtype is None:
         stored = getattr(config, "dtype", None) or torch.float32
         dtype = torch.float32 if device == "cpu" and not integers and not _too_large(place, stored) else stored
-    if said is not None and said.is_own_class:
+    if metadata is not None and metadata.is_own_class:
         opener = native.native_class(config.model_type, auto)
-    dequantise = dequantising(config, place)
+    dequantise = dequantisation_options(config, place)
     options = {"dtype": dtype, "use_safetensors": None if allow_pickle else True, "config": config} | dequantise
     with tracker(f"opening {name}"):
         loaded = _load(partial(pretrained, opener), place, **options)
-    loaded = in_plain_numbers(loaded) if dequantise else loaded
+    loaded = mark_dequantised(loaded) if dequantise else loaded
     loaded = loaded.eval().to(device)
     loaded = run_by_torch(loaded) if integers else loaded
     opened = in_memory(loaded, _snapshot(place) if isinstance(place, str) else place, name)
@@ -270,7 +270,7 @@ def computes_well(dtype: torch.dtype, device: torch.device | str) -> bool:
 
 @dataclass(frozen=True)
 class Preference:
-    """How models are opened where nothing else is said."""
+    """How models are opened where nothing else is given."""
 
     dtype: torch.dtype | None = None
     device: str | None = None
@@ -287,7 +287,7 @@ def preference() -> Preference:
 
 
 def prefer(dtype: str | None = None, device: str | None = None, prove_again: bool = False) -> None:
-    """Say for this process how models are opened where nothing else is said.
+    """Say for this process how models are opened where nothing else is given.
 
     Args:
         dtype: ``float32``, ``bfloat16`` or ``float16``.
@@ -321,7 +321,7 @@ def _too_large(place: Path | str, stored: torch.dtype) -> bool:
 
 
 @dataclass(frozen=True)
-class Written:
+class SavedModel:
     """A model from a folder, with the plan that the folder has it run.
 
     Attributes:
@@ -356,7 +356,7 @@ def names_plan(name: str | Path) -> bool:
     return str(name).endswith(".json") or ((path / "plan.json").is_file() and not (path / CONFIG).is_file())
 
 
-def open_written(folder: str | Path, **options: Any) -> Written:
+def open_saved(folder: str | Path, **options: Any) -> SavedModel:
     """Open what Lamella exported, or any checkpoint, with the plan in its folder; see :func:`load`.
 
     Args:
@@ -364,12 +364,12 @@ def open_written(folder: str | Path, **options: Any) -> Written:
         options: passed on to :func:`open_model`.
     """
     place = folder if parse_name(folder) is not None else resolve(folder)
-    said = exported(place) if isinstance(place, Path) and (place / CONFIG).is_file() else None
+    metadata = native_metadata(place) if isinstance(place, Path) and (place / CONFIG).is_file() else None
     opened = open_model(folder, **options)
-    if said is None or said.plan is None:
-        return Written(opened)
+    if metadata is None or metadata.plan is None:
+        return SavedModel(opened)
     assert isinstance(place, Path)
-    return Written(opened, Plan.read(place / said.plan))
+    return SavedModel(opened, Plan.read(place / metadata.plan))
 
 
 def load(folder: str | Path, **options: Any) -> Model:
@@ -382,7 +382,7 @@ def load(folder: str | Path, **options: Any) -> Model:
         folder: an exported folder, or anything that :func:`open_model` takes.
         options: passed on to :func:`open_model`.
     """
-    return open_written(folder, **options).running
+    return open_saved(folder, **options).running
 
 
 def open_tokenizer(model: str | Path) -> Any:
@@ -390,8 +390,8 @@ def open_tokenizer(model: str | Path) -> Any:
     place = resolve(model)
     options = {}
     if isinstance(place, Path) and (place / CONFIG).is_file():
-        said = exported(place)
-        if said is not None and said.is_own_class:  # its model type is Lamella's: say the one that it was
+        metadata = native_metadata(place)
+        if metadata is not None and metadata.is_own_class:  # its model type is Lamella's: say the one that it was
             options["config"] = AutoConfig.for_model(find_architecture(open_config(place)).name)
     tokenizer = _load(AutoTokenizer.from_pretrained, place, trust_remote_code=False, **options)
     try:
@@ -414,7 +414,7 @@ def open_processor(model: str | Path) -> Any:
     place = resolve(model)
     if isinstance(place, Path) and not any((place / file).is_file() for file in PROCESSORS):
         return open_tokenizer(model)
-    bring_class(place)
+    register_class(place)
     processor = _load(AutoProcessor.from_pretrained, place, trust_remote_code=False)
     return processor if hasattr(processor, "image_processor") else open_tokenizer(model)
 
@@ -429,8 +429,8 @@ def parameters_of(model: str | Path) -> int:
 
 def _is_int8(config: Any) -> bool:
     """Whether a checkpoint is one in int8, by torchao."""
-    said = getattr(config, "quantization_config", None)
-    return isinstance(said, dict) and said.get("quant_method") == "torchao"
+    quantization = getattr(config, "quantization_config", None)
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "torchao"
 
 
 def chat_inputs(tokenizer: Any, messages: list[dict[str, str]], device: torch.device) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ from torch import nn
 from lamella.errors import CheckpointError, LamellaError, reason_of
 from lamella.extras import require
 from lamella.plan.checkpoint import read_header, read_json
-from lamella.plan.filling import at_most, check_tensors, fill, filled, pretrained
+from lamella.plan.filling import at_most, check_tensors, fill, load_network, pretrained
 from lamella.stack import BLOCK_TABLES, Model
 from lamella.stack.blocks import leave_out
 from lamella.zoo.configs import CONFIG, open_config
@@ -227,7 +227,7 @@ def _restored(folder: Path) -> Any:
             leave_out(block, left.bypass, left.keeps)
         return made
 
-    made = filled(build, folder / WEIGHTS)
+    made = load_network(build, folder / WEIGHTS)
     made.register_to_config(**{DROPPED: paths})
     return made
 

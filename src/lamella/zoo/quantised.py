@@ -16,8 +16,8 @@ OPENED = {  # quant_method of a config.json: (class of transformers that dequant
     "mxfp8": ("FineGrainedFP8Config", None),
     "compressed-tensors": ("CompressedTensorsConfig", "compressed_tensors"),
 }
-AS_THEY_ARE = ("torchao", "gguf")  # what Lamella writes itself
-OWN_WAY = {  # what can be dequantised elsewhere
+NATIVE_FORMATS = ("torchao", "gguf")  # what Lamella writes itself
+ADVICE = {  # what can be dequantised elsewhere
     "bitsandbytes": "dequantise it where bitsandbytes runs, with transformers.AutoModelForCausalLM.from_pretrained("
     "FOLDER, dtype='bfloat16').dequantize().save_pretrained(OUT), and give OUT",
 }
@@ -30,17 +30,17 @@ def method_of(config: Any) -> str | None:
     return None if said is None else str(getattr(method, "value", method))
 
 
-def dequantising(config: Any, place: Path | str) -> dict[str, Any]:
+def dequantisation_options(config: Any, place: Path | str) -> dict[str, Any]:
     """The options with which transformers loads a checkpoint in plain numbers; none for one that is stored so.
 
     Raises:
         CheckpointError: for a checkpoint that cannot be, with the way to one that can.
     """
     method = method_of(config)
-    if method is None or method in AS_THEY_ARE:
+    if method is None or method in NATIVE_FORMATS:
         return {}
     if method not in OPENED:
-        way = OWN_WAY.get(method, "give the checkpoint that it was made from, in bfloat16 or float16")
+        way = ADVICE.get(method, "give the checkpoint that it was made from, in bfloat16 or float16")
         raise CheckpointError(f"{place} is stored quantised ({method}), in numbers that cannot be cut: {way}")
     name, package = OPENED[method]
     if package is not None and find_spec(package) is None:
@@ -51,7 +51,7 @@ def dequantising(config: Any, place: Path | str) -> dict[str, Any]:
     return {"quantization_config": getattr(transformers, name)(dequantize=True)}
 
 
-def in_plain_numbers(model: Any) -> Any:
+def mark_dequantised(model: Any) -> Any:
     """A model that was dequantised while it was loaded, which says so itself."""
     for config in {id(each): each for each in (model.config, *_parts(model.config))}.values():
         config.__dict__.pop("quantization_config", None)

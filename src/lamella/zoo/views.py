@@ -29,7 +29,7 @@ class View:
     """
 
     metavar: ClassVar[str] = "MODEL"
-    told: ClassVar[str]
+    source_help: ClassVar[str]
     noun: ClassVar[str]
     libraries: ClassVar[tuple[str, ...]]
     classes: ClassVar[tuple[str, ...]] = ()
@@ -63,7 +63,7 @@ class View:
             return cls.of(open_model(name, dtype=cls.dtype, libraries=cls.libraries, classes=cls.classes))
         except (CheckpointError, ArchitectureError) as error:
             what = name if isinstance(name, str | Path) else getattr(name, "name", type(name).__name__)
-            raise type(error)(f"{what} is no {cls.noun} ({error}): give {cls.told}") from None
+            raise type(error)(f"{what} is no {cls.noun} ({error}): give {cls.source_help}") from None
 
     @classmethod
     def check(cls, name: str | Path) -> None:
@@ -76,5 +76,5 @@ class View:
         if path.is_dir() or str(name) in cls.names or parse_name(name) is not None:
             return
         if "transformers" not in cls.libraries:
-            raise CheckpointError(f"there is no folder {name}: give {cls.told}")
+            raise CheckpointError(f"there is no folder {name}: give {cls.source_help}")
         check_hub_id(str(name), path)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import lamella
-from lamella.data import MARK, ImageText, Processing, Shown
+from lamella.data import MARK, ImageText, ImageTextRow, Processing
 from lamella.errors import CalibrationError, MethodError
-from lamella.measure import angular_distance, block_influence, stream_norms, sublayer_influence
+from lamella.measure import angular_distance, block_influence, hidden_norms, sublayer_influence
 from lamella.methods.depth_efficiency import (
     Mean,
     deepest_use,
@@ -387,7 +387,7 @@ def test_the_front_counts_in_no_measurement_of_the_stream() -> None:
     for name, measure in (
         ("block_influence", block_influence),
         ("sublayer_influence", sublayer_influence),
-        ("stream_norm", stream_norms),
+        ("stream_norm", hidden_norms),
         ("angular_distance", angular_distance),
     ):
         assert scores[name]["values"] == measure(stack, IDS, front=3).as_dict()["values"]
@@ -419,7 +419,7 @@ def test_what_cannot_be_studied_is_refused_in_one_line() -> None:
 def seeing(kind: str = "llava") -> tuple[Any, ImageText]:
     model, processor = shapes_vlm(kind, num_hidden_layers=LAYERS)
     said = ({"role": "user", "content": f"{MARK}\ncount the circles"}, {"role": "assistant", "content": "one"})
-    rows = [Shown((each.image,), said) for each in examples(("count",), 2)]
+    rows = [ImageTextRow((each.image,), said) for each in examples(("count",), 2)]
     return open_model(model), ImageText(rows, Processing(processor))
 
 

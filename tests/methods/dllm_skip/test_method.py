@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lamella
 from lamella.errors import MethodError
-from lamella.measure import draws, nats
+from lamella.measure import draws, nats_per_token
 from lamella.methods.dllm_skip import apart, dllm_skip, losses_without, plateau, rises, select, similarity, study
 from lamella.methods.dllm_skip.baselines import cheapest, every, neighbours, spaced
 from lamella.plan import ModelReference, Plan
@@ -108,7 +108,7 @@ def test_losses_without_layers_are_those_of_views(name: str) -> None:
     found = losses_without(stack, asked, choices)
     for row, layers in zip(found, choices, strict=True):
         plan = Plan(model=ModelReference.of(stack), drop=[f"layers.{layer}" for layer in layers])
-        torch.testing.assert_close(row, nats(Stack(apply(stack, plan)), asked), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(row, nats_per_token(Stack(apply(stack, plan)), asked), rtol=1e-5, atol=1e-6)
     assert rises(stack, asked, [()]) == [0.0]
 
 

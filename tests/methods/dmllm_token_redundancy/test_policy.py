@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lamella.data import MARK, Processing, Shown
+from lamella.data import MARK, ImageTextRow, Processing
 from lamella.errors import MethodError, PlanError
 from lamella.measure.image_tokens import ATTENDING, CRITERIA
 from lamella.methods.dmllm_token_redundancy import VisualTokenSchedule
@@ -47,7 +47,7 @@ def made(kind: str) -> tuple[Model, dict[str, Tensor]]:
                 each.copy_(torch.randn(each.shape, generator=generator, dtype=each.dtype) / each.shape[1] ** 0.5)
         asked = examples(["colour", "position"], 3, "test")
         rows = [
-            Shown(
+            ImageTextRow(
                 (one.image,) if number != 1 else (),
                 (
                     {"role": "user", "content": f"{MARK}\n{one.prompt}" if number != 1 else one.prompt},

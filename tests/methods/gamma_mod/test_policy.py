@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
-from lamella.data import MARK, Processing, Shown
+from lamella.data import MARK, ImageTextRow, Processing
 from lamella.errors import MethodError, PlanError
 from lamella.evaluate.scored import read_inputs
 from lamella.methods.gamma_mod.policy import MixtureOfDepths
@@ -224,7 +224,7 @@ def test_models_of_other_kinds_are_served_in_steps_as_in_whole_sequences(kind: s
     processing = Processing(processor)
     said = ({"role": "user", "content": f"{MARK}\ncount the circles"}, {"role": "assistant", "content": "one"})
     pictures = [each.image for each in examples(("count",), 2)]
-    batch = processing.batch([Shown((picture,), said) for picture in pictures])
+    batch = processing.batch([ImageTextRow((picture,), said) for picture in pictures])
     given = {name: each for name, each in read_inputs(model, batch).items() if name != "attention_mask"}
     prompt, ids = int(batch["prompt_lengths"][0]), batch["input_ids"]
     stack = Stack(model, stack="text")

@@ -56,7 +56,7 @@ def ranked(stack: Stack) -> tuple[Ranking, Sizes]:
 def everything(whole: Sizes, **changes: int) -> ModelShape:
     shape = {
         "layers": 4,
-        "hidden": whole.stream,
+        "hidden": whole.hidden,
         "mlp": whole.channels,
         "heads": whole.heads,
         "kv_heads": whole.kv_heads,
@@ -137,7 +137,7 @@ def test_channels_of_the_stream_that_carry_nothing_are_cut_first(name: str, resc
                 linear.bias[gone] = 0
     _, whole = ranked(stack)
     plan = plan_of(stack, everything(whole, hidden=28), rescale=rescale)
-    assert set(plan.widths.stream or ()) == set(range(32)) - set(gone)
+    assert set(plan.widths.hidden or ()) == set(range(32)) - set(gone)
     view, expected = lamella.apply(stack, plan), stack.model(IDS).logits
     if rescale:
         close(view(IDS).logits, expected)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import lamella
-from lamella.data import ImageText, Processing, Shown
+from lamella.data import ImageText, ImageTextRow, Processing
 from lamella.data.samples import NO_LOSS
 from lamella.errors import MethodError
 from lamella.methods.mue import (
@@ -61,10 +61,10 @@ def rows() -> ImageText:
     """Rows with images, and one without."""
     processing = Processing(shapes_vlm("patch_bart", **SMALL)[1], encodes=True)
     found = [
-        Shown((each.image,), said(f"<image>\n{each.prompt}", each.answer), task=each.task)
+        ImageTextRow((each.image,), said(f"<image>\n{each.prompt}", each.answer), task=each.task)
         for each in examples(["entailment", "caption"], 6)
     ]
-    return ImageText([*found, Shown((), said("how many shapes are there?", "two"))], processing)
+    return ImageText([*found, ImageTextRow((), said("how many shapes are there?", "two"))], processing)
 
 
 def said(prompt: str, answer: str) -> tuple[dict[str, str], ...]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from lamella.data import Reader
+from lamella.data import InputContext
 from lamella.errors import CalibrationError
 from lamella.methods.muranet import FloorPlan, FloorPlans, floor_plans, synthetic_floor_plan
 from lamella.methods.muranet.drawing import OUTSIDE, Box, Drawing, draw
@@ -226,7 +226,7 @@ def put(folder: Path, plan: FloorPlan, **said: Any) -> Path:
 
 def test_a_folder_is_read_as_it_was_written(tmp_path: Path) -> None:
     plan = synthetic_floor_plan(0)
-    found = FloorPlans.open(put(tmp_path, plan), Reader())
+    found = FloorPlans.open(put(tmp_path, plan), InputContext())
     found.check()
     (again,) = found
     assert found.classes == ("door", "window") and again.name == "a.png"
@@ -239,7 +239,7 @@ def test_pictures_alone_can_be_read_and_not_learnt_from(tmp_path: Path) -> None:
     plan = synthetic_floor_plan(0)
     Image.fromarray(plan.picture).save(tmp_path / "b.jpg")
     for given in (tmp_path, tmp_path / "b.jpg"):
-        found = FloorPlans.open(given, Reader())
+        found = FloorPlans.open(given, InputContext())
         assert len(found) == 1 and not found[0].labelled
         with pytest.raises(CalibrationError, match=r"b\.jpg has no b\.walls\.png beside it"):
             found.check()
@@ -267,7 +267,7 @@ def test_a_broken_document_is_one_line(tmp_path: Path, document: Any, said: str)
     if isinstance(document, str):
         (folder / "annotations.json").write_text(document)
     with pytest.raises(CalibrationError, match=said) as error:
-        FloorPlans.open(folder, Reader())
+        FloorPlans.open(folder, InputContext())
     assert "\n" not in str(error.value)
 
 
@@ -280,13 +280,13 @@ def test_a_mask_of_another_size_without_walls_or_damaged_is_one_line(tmp_path: P
     ):
         Image.fromarray(content).save(mask)
         with pytest.raises(CalibrationError, match=said):
-            FloorPlans.open(folder, Reader())
+            FloorPlans.open(folder, InputContext())
     mask.write_bytes(b"\x89PNG\r\n\x1a\n and nothing behind it")
     with pytest.raises(CalibrationError, match="cannot be read"):
-        FloorPlans.open(folder, Reader())
+        FloorPlans.open(folder, InputContext())
     mask.unlink()
     with pytest.raises(CalibrationError, match=r"has no a\.walls\.png"):
-        FloorPlans.open(folder, Reader()).check()
+        FloorPlans.open(folder, InputContext()).check()
 
 
 def test_what_is_no_source_is_one_line(tmp_path: Path) -> None:
@@ -298,4 +298,4 @@ def test_what_is_no_source_is_one_line(tmp_path: Path) -> None:
         ("synthetic", {"style": "baroque"}, "choose one of mixed"),
     ):
         with pytest.raises(CalibrationError, match=said):
-            FloorPlans.open(given, Reader(), **how)  # type: ignore[arg-type]
+            FloorPlans.open(given, InputContext(), **how)  # type: ignore[arg-type]

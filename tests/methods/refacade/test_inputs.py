@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import lamella
-from lamella.data import Reader
+from lamella.data import InputContext
 from lamella.errors import CalibrationError, CheckpointError, LamellaError, MethodError
 from lamella.methods.refacade import (
     Base,
@@ -94,7 +94,7 @@ def test_links_in_a_folder_of_clips_are_refused(linked: str, tmp_path: Path) -> 
     (root / linked).rename(tmp_path / "secret")
     (root / linked).symlink_to(tmp_path / "secret")
     with pytest.raises(CalibrationError, match=f"{linked}: links in a folder are not followed"):
-        Objects.open(root, Reader(), frames=3)
+        Objects.open(root, InputContext(), frames=3)
 
 
 def test_a_reference_is_what_is_neither_white_nor_transparent(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def clip_folder(tmp_path: Path) -> Path:
 
 
 def test_a_folder_of_clips_is_objects(tmp_path: Path) -> None:
-    found = Objects.open(clip_folder(tmp_path), Reader(), frames=3)
+    found = Objects.open(clip_folder(tmp_path), InputContext(), frames=3)
     truth = textured_object(1, 40, 3)
     assert len(found) == 2
     np.testing.assert_allclose(found.clips[1].frames, truth.composite, atol=1 / 127)
@@ -223,29 +223,29 @@ def test_a_folder_of_clips_is_objects(tmp_path: Path) -> None:
 def test_clips_without_what_is_needed_are_refused(tmp_path: Path) -> None:
     root = clip_folder(tmp_path)
     with pytest.raises(CalibrationError, match="give longer clips"):
-        Objects.open(root, Reader(), frames=4)
+        Objects.open(root, InputContext(), frames=4)
     with pytest.raises(MethodError, match="takes a multiple of 4 and one more"):
-        Objects.open(root, Reader(), frames=3).fitted(latents())
+        Objects.open(root, InputContext(), frames=3).fitted(latents())
     shutil.rmtree(root / "0.untextured")
     with pytest.raises(CalibrationError, match="render each in plain grey"):
         from lamella.methods.refacade import removal_samples
 
-        removal_samples(pixels(), Objects.open(root, Reader(), frames=1).clips)
+        removal_samples(pixels(), Objects.open(root, InputContext(), frames=1).clips)
     shutil.rmtree(root / "0.mask")
     with pytest.raises(CalibrationError, match=r"has no 0\.mask beside it"):
-        Objects.open(root, Reader())
+        Objects.open(root, InputContext())
 
 
 def test_an_object_that_is_not_seen_at_first_is_refused_by_its_name(tmp_path: Path) -> None:
     root = clip_folder(tmp_path)
     picture(root / "1.mask" / "0.png", np.zeros((40, 40, 3), np.uint8))
     with pytest.raises(CalibrationError, match=r"1\.mask: no object in the first frame") as error:
-        Objects.open(root, Reader(), frames=3)
+        Objects.open(root, InputContext(), frames=3)
     assert "\n" not in str(error.value)
     dot = np.zeros((40, 40, 3), np.uint8)
     dot[2, 2] = 255  # between the places that 32 x 32 pixels are read from
     picture(root / "1.mask" / "0.png", dot)
-    found = Objects.open(root, Reader(), frames=3)
+    found = Objects.open(root, InputContext(), frames=3)
     with pytest.raises(CalibrationError, match=r"clips/1: in 32 x 32 pixels nothing is left") as error:
         found.fitted(pixels())
     assert "\n" not in str(error.value)
@@ -253,10 +253,10 @@ def test_an_object_that_is_not_seen_at_first_is_refused_by_its_name(tmp_path: Pa
 
 def test_provenance_knows_other_plain_twins(tmp_path: Path) -> None:
     root = clip_folder(tmp_path)
-    before = Objects.open(root, Reader(), frames=3).describe()
-    assert Objects.open(root, Reader(), frames=3).describe() == before
+    before = Objects.open(root, InputContext(), frames=3).describe()
+    assert Objects.open(root, InputContext(), frames=3).describe() == before
     picture(root / "0.untextured" / "0.png", np.zeros((40, 40, 3), np.uint8))
-    assert Objects.open(root, Reader(), frames=3).describe() != before
+    assert Objects.open(root, InputContext(), frames=3).describe() != before
 
 
 # Networks

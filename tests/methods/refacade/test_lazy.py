@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from lamella.data import Reader
-from lamella.data.pictures import Checked
+from lamella.data import InputContext
+from lamella.data.images import ImageInfo
 from lamella.errors import CalibrationError
 from lamella.files import Work
 from lamella.methods.refacade import Base, Objects, TextureRemover, lessons, removal_samples, transfer_samples
@@ -38,7 +38,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_opening_clips_decodes_the_first_mask_of_each_alone(decoded: list[str], tmp_path: Path) -> None:
-    found = Objects.open(clip_folder(tmp_path), Reader(), frames=3)
+    found = Objects.open(clip_folder(tmp_path), InputContext(), frames=3)
     assert decoded == ["0.mask", "1.mask"] and len(found) == 2
     decoded.clear()
     found.clips[1:]
@@ -47,7 +47,10 @@ def test_opening_clips_decodes_the_first_mask_of_each_alone(decoded: list[str], 
 
 
 def test_clips_are_the_same_at_each_access(tmp_path: Path) -> None:
-    for found in (Objects.open(clip_folder(tmp_path), Reader(), frames=3), Objects.open("textured", Reader(), count=3)):
+    for found in (
+        Objects.open(clip_folder(tmp_path), InputContext(), frames=3),
+        Objects.open("textured", InputContext(), count=3),
+    ):
         for one, other in zip(found.clips, found.clips, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(one[:3], other[:3], strict=True))
 
@@ -55,14 +58,14 @@ def test_clips_are_the_same_at_each_access(tmp_path: Path) -> None:
 def test_what_only_decoding_shows_is_refused_by_name(tmp_path: Path) -> None:
     root = clip_folder(tmp_path)
     picture(root / "1.untextured" / "0.png", np.zeros((8, 8, 3), np.uint8))
-    found = Objects.open(root, Reader(), frames=3)
+    found = Objects.open(root, InputContext(), frames=3)
     with pytest.raises(CalibrationError, match=r"1\.untextured: frames of") as error:
         removal_samples(pixels(), found.fitted(pixels()))
     assert "\n" not in str(error.value)
     for frame in range(3):
         picture(root / "1.mask" / f"{frame}.png", np.full((8, 8, 3), 255, np.uint8))
     with pytest.raises(CalibrationError, match=r"1\.mask: the mask has 8 x 8 pixels, the picture 40 x 40"):
-        latents(pixels(), Objects.open(root, Reader(), frames=3).clips)
+        latents(pixels(), Objects.open(root, InputContext(), frames=3).clips)
 
 
 @pytest.mark.parametrize("kind", ["gif", "webp", "mp4", "mkv", "folder"])
@@ -92,8 +95,8 @@ def test_frames_are_counted_without_decoding_them(kind: str, decoded: list[str],
 def test_fewer_frames_than_a_header_declares_are_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lessons, "checked", lambda path: Checked(b"", 9))
-    found = Objects.open(clip_folder(tmp_path), Reader(), frames=5)
+    monkeypatch.setattr(lessons, "checked", lambda path: ImageInfo(b"", 9))
+    found = Objects.open(clip_folder(tmp_path), InputContext(), frames=5)
     with pytest.raises(CalibrationError, match=r"clips/0: 3 frames of 5: give longer clips"):
         _ = found.clips[0]
 
@@ -103,7 +106,7 @@ class Stopped(Exception):
 
 
 def test_latents_are_the_direct_ones_and_reused_after_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, objects = pixels(), Objects.open("textured", Reader(), count=5, frames=2)
+    base, objects = pixels(), Objects.open("textured", InputContext(), count=5, frames=2)
     torch.manual_seed(1)
     remover = TextureRemover.fresh(base).eval()
     monkeypatch.setattr(lessons, "AT_ONCE", 2)

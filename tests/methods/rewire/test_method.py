@@ -15,12 +15,12 @@ import pytest
 
 pytest.importorskip("datatrove")
 
-from lamella.data import Document, Documents, Local, Request, Sampling, Writer, Written
+from lamella.data import Completion, Document, Documents, LocalWriter, Sampling, Writer, WritingRequest
 from lamella.errors import LamellaError
 from lamella.files import Work
 from lamella.methods.rewire import Guide, Judging, Rewriting, Rules, parsed, rewire, score
 from lamella.methods.rewire.guiding import ANY
-from lamella.results import Mixed
+from lamella.results import MixedCorpus
 from lamella.runner import run
 
 THOUGHT = "<thinking starts>\nI think about it.\n<thinking ends>\n"
@@ -82,8 +82,8 @@ class Scribe(Writer):
         return self
 
     def write(
-        self, requests: Sequence[Request], sampling: Sampling, done: Collection[str] = ()
-    ) -> Iterator[list[tuple[Request, Written]]]:
+        self, requests: Sequence[WritingRequest], sampling: Sampling, done: Collection[str] = ()
+    ) -> Iterator[list[tuple[WritingRequest, Completion]]]:
         for request in requests:
             if request.key not in done:
                 if self.asked == self.stops:
@@ -94,7 +94,7 @@ class Scribe(Writer):
                 answer = f"{THOUGHT}<improved response starts>{text}<improved response ends>"
                 if request.key.endswith("7"):
                     answer = f"{THOUGHT}{text}"
-                yield [(request, Written(answer, True, len(draft.split()), len(answer.split())))]
+                yield [(request, Completion(answer, True, len(draft.split()), len(answer.split())))]
 
     def describe(self) -> dict[str, Any]:
         return {"scribe": 1}
@@ -114,7 +114,7 @@ EASY: dict[str, Any] = {
 }
 
 
-def rewired(**options: Any) -> Mixed:
+def rewired(**options: Any) -> MixedCorpus:
     return rewire(documents(), Scribe(), POSITIVES, **EASY | options)
 
 
@@ -173,7 +173,7 @@ def test_runs_of_one_seed_are_equal_and_documents_that_are_too_long_are_told() -
 
 
 def test_a_document_for_which_the_rewriter_has_no_room_is_too_long_and_ends_nothing(instructed: Path) -> None:
-    writer = Local(str(instructed), batch=4)
+    writer = LocalWriter(str(instructed), batch=4)
     pool = Documents([*documents(4), Document("long", "river stone bread " * 300)])
     options = EASY | {"rewriting": Rewriting("short", answer=2, embedder="words")}
     found = rewire(pool, writer, POSITIVES, **options)
@@ -212,7 +212,7 @@ def test_good_texts_have_a_column_of_their_own_and_no_limit(tmp_path: Path) -> N
 
 
 def test_a_model_whose_answers_cannot_be_read_leaves_raw_text_alone(instructed: Path) -> None:
-    writer = Local(str(instructed), batch=4)
+    writer = LocalWriter(str(instructed), batch=4)
     found = rewire(
         documents(8), writer, POSITIVES, **EASY | {"rewriting": Rewriting("short", answer=6, embedder="words")}
     )

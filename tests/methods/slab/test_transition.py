@@ -29,7 +29,7 @@ from lamella.methods.slab.transition import (
     sizes,
 )
 from lamella.stack import Stack
-from lamella.train import TrainConfig, class_nats, fit, supervised
+from lamella.train import TrainConfig, class_cross_entropy, fit, supervised
 from lamella.zoo import nano
 
 VIT = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 10}
@@ -170,7 +170,7 @@ def test_steps_are_those_of_the_optimizer_however_many_passes_they_have(tmp_path
     fit(
         model,
         rows,
-        supervised(class_nats),
+        supervised(class_cross_entropy),
         config,
         out=tmp_path / "run",
         trainable=lambda name: True,
@@ -183,7 +183,7 @@ def test_steps_are_those_of_the_optimizer_however_many_passes_they_have(tmp_path
     fit(
         again,
         rows,
-        supervised(class_nats),
+        supervised(class_cross_entropy),
         config,
         out=tmp_path / "run",
         trainable=lambda name: True,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lamella.data import Captioned, Pictures, Reader
+from lamella.data import Captioned, CaptionedImages, InputContext
 from lamella.errors import CalibrationError, CheckpointError, MethodError
 from lamella.methods.slab import LinearAttention
 from lamella.methods.slab.recipe import Schedule
@@ -20,8 +20,8 @@ SMALL = Network(size=8, patch=2, channels=1, width=16, depth=2, heads=2)
 CONFIG = TrainConfig(steps=160, lr=5e-3, schedule="cosine", batch=32)
 
 
-def digits() -> Pictures:
-    return Pictures.open("digits", Reader(), count=600)
+def digits() -> CaptionedImages:
+    return CaptionedImages.open("digits", InputContext(), count=600)
 
 
 @pytest.mark.parametrize("kind", ["layer", "batch", "rep", "progressive batch", "progressive"])
@@ -74,6 +74,6 @@ def test_what_cannot_be_is_refused_in_one_line() -> None:
     with pytest.raises(MethodError, match="so that the transition ends before the training does"):
         Schedule(share=0.8, warm=0.3)
     plain = digits()
-    object.__setattr__(plain, "items", tuple(Captioned(each.picture) for each in plain.items))
+    object.__setattr__(plain, "items", tuple(Captioned(each.image) for each in plain.items))
     with pytest.raises(CalibrationError, match="have no classes"):
         vision(plain, network=SMALL, config=CONFIG)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import lamella
-from lamella.data import Reader, Sample
+from lamella.data import InputContext, Sample
 from lamella.errors import CacheError, CalibrationError, CheckpointError, LamellaError, MethodError, PlanError
 from lamella.files import Work
 from lamella.methods.smora import Experts, RankExperts, TaskExamples, Usage, smora, with_prompts
@@ -250,8 +250,8 @@ def test_losses_are_told_of_held_out_examples_and_routing_is_counted_on_many() -
 # Data
 
 
-def reader() -> Reader:
-    return Reader(lambda: AutoTokenizer.from_pretrained(NANO))
+def context() -> InputContext:
+    return InputContext(lambda: AutoTokenizer.from_pretrained(NANO))
 
 
 def rows(file: Path, *given: Any) -> Path:
@@ -264,7 +264,7 @@ def test_a_task_is_called_as_its_file_or_as_its_rows_say(tmp_path: Path) -> None
     one = rows(tmp_path / "animals.jsonl", said, said)
     other = rows(tmp_path / "mixed.jsonl", said | {"task": "sounds"}, {"messages": [
         {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]})  # fmt: skip
-    found = TaskExamples.open([one, other], reader())
+    found = TaskExamples.open([one, other], context())
     assert found.tasks == ["animals", "animals", "sounds", "mixed"] and len(found) == 4
     assert [each["data"] for each in found.describe()["files"]] == [str(one), str(other)]
     train, held_out = found.split(0.01, seed=0)
@@ -272,7 +272,7 @@ def test_a_task_is_called_as_its_file_or_as_its_rows_say(tmp_path: Path) -> None
         "animals": 1, "sounds": 0, "mixed": 0
     }  # fmt: skip
     with pytest.raises(CalibrationError, match="line 2 has no prompt with an answer"):
-        TaskExamples.open(rows(tmp_path / "bad.jsonl", said, {"prompt": "What?"}), reader())
+        TaskExamples.open(rows(tmp_path / "bad.jsonl", said, {"prompt": "What?"}), context())
 
 
 # Bad input

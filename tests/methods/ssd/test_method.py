@@ -21,7 +21,7 @@ from lamella.measure import Fisher, fisher
 from lamella.methods.ssd import Guard, adaptive_alpha, dampen, dampening, importances, scaled, selected
 from lamella.methods.ssd.method import forget
 from lamella.plan import Factors, Plan, apply_factors, read_factors
-from lamella.plan.places import chosen_parameters
+from lamella.plan.selection import select_parameters
 from lamella.stack import Stack, weights
 from lamella.train import blocks
 from lamella.zoo.nano import nano
@@ -239,7 +239,7 @@ def test_the_report_counts_what_was_done(model: nn.Module, measured: Any) -> Non
 )
 def test_only_what_is_named_changes(model: nn.Module, options: dict[str, Any], expected: set[str]) -> None:
     gone, kept = parts()
-    assert set(chosen_parameters(model, **options)) == expected
+    assert set(select_parameters(model, **options)) == expected
     found = forget(model, gone, retain=kept, alpha=1.2, **options)
     assert set(found.dampening.factors) <= expected
     for name, parameter in found.model.named_parameters():

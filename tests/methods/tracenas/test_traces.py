@@ -218,6 +218,6 @@ def test_what_cannot_be_traced_is_refused() -> None:
     with pytest.raises(ArchitectureError, match="gradient traces know"):
         GradientTraces(opened("opt"), IDS)
     stack = opened("llama")
-    plan = Plan(model=ModelReference.of(stack), width={"stream.channels": [0, 1]})
+    plan = Plan(model=ModelReference.of(stack), width={"hidden.channels": [0, 1]})
     with pytest.raises(PlanError, match="alone"):
         GradientTraces(stack, IDS, rank=2).of(plan)

@@ -24,7 +24,7 @@ from lamella.commands.compress.race import (
 from lamella.commands.compress.result import Compression
 from lamella.commands.compress.variants import Quantize, check_quantised, forms, variants
 from lamella.commands.heal.command import reader_of
-from lamella.data import ImageText, Reader, Text
+from lamella.data import ImageText, InputContext, Text
 from lamella.errors import BudgetError, MethodError
 from lamella.evaluate import Budget, FidelityTest, bench, cost, step_times
 from lamella.evaluate.speed import denoises
@@ -112,7 +112,7 @@ def compress(
         MethodError: for a method whose plans leave out no work, or a model that cannot be healed.
     """
     race = Race.of(method)
-    check_given(method, budget, heal, quantize, form, tasks)
+    check_options(method, budget, heal, quantize, form, tasks)
     if heal is not None and denoises(stack.model):
         raise MethodError(
             f"{stack.name} predicts masked tokens, and healing trains models that predict the next: leave heal out "
@@ -120,9 +120,9 @@ def compress(
         )
     check_floats(stack)
     planners = [] if plan is not None else entrants(race, stack, calibration)
-    reader = reader_of(calibration, seed)
+    context = reader_of(calibration, seed)
     if heal is not None and heal.train is not None:
-        material(stack, reader, heal.train)  # what cannot be read is refused before the model is planned
+        material(stack, context, heal.train)  # what cannot be read is refused before the model is planned
     torch.manual_seed(seed)
 
     speedup = budget.speedup or SPEEDUP
@@ -139,7 +139,7 @@ def compress(
     measure_curves(job, candidates)
     best = min(candidates, key=lambda candidate: candidate.loss(speedup))
 
-    found = _compression(job, best, candidates, reader)
+    found = _compression(job, best, candidates, context)
     found.data = {"calibration": calibration.describe(), "test": test.describe()}
     found.quantize = quantize
     views = {"original": stack.model, "cut": apply(stack, best.plan)}
@@ -147,7 +147,7 @@ def compress(
     known = {"cut": best.chosen["fidelity"]}
     if heal is not None:
         begin = time.perf_counter()
-        healed, training = heal_cut(stack, best.plan, reader, heal, work.within("training"), calibration)
+        healed, training = heal_cut(stack, best.plan, context, heal, work.within("training"), calibration)
         training["seconds"] = time.perf_counter() - begin
         if healed is None:
             found.notes.append(training["note"])
@@ -157,21 +157,21 @@ def compress(
             views["healed"] = apply(healed.stack, healed.plan)
             known["healed"] = fidelity.of(views["healed"]).as_dict()
             others = {name: views[name] for name in ("cut", "healed")}
-            judge = _judge(stack, reader, test)
+            judge = _judge(stack, context, test)
             found.measured["healing"] = training | {
                 "fidelity": known["healed"],
                 "unseen": unseen(stack, judge, others),
             }
     found.chosen["form"] = natural_form(found.plan, found.changed) if form == "auto" else form
     *_, last = views.values()
-    found.measured["samples"] = _samples({"base": stack.model, "changed": last}, reader.tokenizer)
+    found.measured["samples"] = _samples({"base": stack.model, "changed": last}, context.tokenizer)
     if tasks:
-        found.measured["tasks"] = _scores_on(views, reader.tokenizer, tasks, seed)
+        found.measured["tasks"] = _scores_on(views, context.tokenizer, tasks, seed)
     found.measured["variants"] = variants(fidelity, views, forms(quantize), known)
     return found
 
 
-def check_given(
+def check_options(
     method: Any = "auto",
     budget: Budget = Budget(),
     heal: Heal | None = None,
@@ -195,14 +195,14 @@ def check_given(
         raise BudgetError(f"compress reaches a speed-up: give speedup in place of {other}")
 
 
-def _judge(stack: Stack, reader: Reader, test: Text | ImageText) -> Any:
+def _judge(stack: Stack, context: InputContext, test: Text | ImageText) -> Any:
     """Opens other texts as the test was."""
     sequences, length = test.tokens.shape if isinstance(test, Text) else (SEQUENCES, LENGTH)
-    own = test.reader if isinstance(test, Text) else replace(reader, split="test", seed=SEED)
+    own = test.context if isinstance(test, Text) else replace(context, split="test", seed=SEED)
     return lambda name: Text.open(name, own, sequences=sequences, length=length)
 
 
-def _compression(job: Job, best: Contender, candidates: list[Contender], reader: Reader) -> Compression:
+def _compression(job: Job, best: Contender, candidates: list[Contender], context: InputContext) -> Compression:
     """What was chosen and measured before healing."""
     stack = job.stack
     smaller = best.plan
@@ -258,7 +258,7 @@ def _compression(job: Job, best: Contender, candidates: list[Contender], reader:
         "scores": _scores(job, best),
     }
     return Compression(
-        stack=stack, changed=stack, plan=smaller, measured=measured, notes=notes, processor=reader.processing.processor
+        stack=stack, changed=stack, plan=smaller, measured=measured, notes=notes, processor=context.processing.processor
     )
 
 
@@ -267,7 +267,7 @@ def _narrower(plan: Plan) -> str:
     whole, widths = plan.model.sizes, plan.widths
     assert whole is not None
     axes = [
-        ("stream", [len(widths.stream)] if widths.stream is not None else [], whole.stream),
+        ("stream", [len(widths.hidden)] if widths.hidden is not None else [], whole.hidden),
         ("MLP channels", [len(kept) for kept in widths.channels.values()], whole.channels),
         ("query heads", [len(heads.keep) for heads in widths.heads.values()], whole.heads),
         ("key-value heads", [len(heads.kv_keep) for heads in widths.heads.values()], whole.kv_heads),

@@ -16,7 +16,7 @@ import torch
 from annotated_types import Ge, Gt
 
 from lamella.commands.heal.training import TextAlone, Training, available
-from lamella.data import ImageText, Reader, Text
+from lamella.data import ImageText, InputContext, Text
 from lamella.errors import DownloadError, MethodError
 from lamella.evaluate import FidelityTest
 from lamella.files import Work
@@ -72,14 +72,14 @@ class Heal:
 
 
 def heal_cut(
-    stack: Stack, plan: Plan, reader: Reader, how: Heal, work: Work, calibration: Text | ImageText
+    stack: Stack, plan: Plan, context: InputContext, how: Heal, work: Work, calibration: Text | ImageText
 ) -> tuple[Healed | None, dict[str, Any]]:
     """Train a cut model back.
 
     Args:
         stack: the original.
         plan: what was cut.
-        reader: what reads for the model.
+        context: what reads for the model.
         how: see :class:`Heal`.
         work: the folder with which an interrupted run goes on.
         calibration: what was planned on.
@@ -90,12 +90,12 @@ def heal_cut(
     """
     if how.way == "recipe" or not plan.is_static or plan.weights:  # distillation knows nothing of what a plan decides
         given = {} if how.steps is None else {"steps": how.steps}
-        train = material(stack, reader, how.train or calibration, RECIPE, RECIPE)
+        train = material(stack, context, how.train or calibration, RECIPE, RECIPE)
         try:
-            return Training.prepared(stack, plan, reader, train, options=given).run(work)
+            return Training.prepared(stack, plan, context, train, options=given).run(work)
         except TextAlone as error:
             return None, {"note": f"Not healed: {error}."}
-    train = material(stack, reader, how.train or (calibration if isinstance(calibration, ImageText) else TEXT))
+    train = material(stack, context, how.train or (calibration if isinstance(calibration, ImageText) else TEXT))
     free = SHARE * _free(stack.device)
     fitting = [each for each in _options(plan) if _needed(stack, each, _length(train)) < free]
     if not fitting:
@@ -107,13 +107,13 @@ def heal_cut(
         "log_every": 1,
     }
     try:
-        return Training.prepared(stack, plan, reader, train, loss="kd", options=options).run(work)
+        return Training.prepared(stack, plan, context, train, loss="kd", options=options).run(work)
     except TooLittleTime as error:
         return None, {"note": f"Not healed: {error}."}
 
 
 def material(
-    stack: Stack, reader: Reader, source: str | Text | ImageText, rows: int = ROWS, blocks: int | None = None
+    stack: Stack, context: InputContext, source: str | Text | ImageText, rows: int = ROWS, blocks: int | None = None
 ) -> Text | ImageText:
     """What healing trains on: blocks of a text, or rows of images with text.
 
@@ -128,9 +128,9 @@ def material(
         return source.part("calibration", rows=rows)
     name = source if isinstance(source, str) else source.source.name
     if ImageText.fits(stack, name):
-        return ImageText.open(name, reader, rows=rows)
-    count = available(reader.tokenizer, name, TOKENS, BATCH) if blocks is None else blocks
-    return Text.open(name, reader, sequences=count, length=TOKENS)
+        return ImageText.open(name, context, rows=rows)
+    count = available(context.tokenizer, name, TOKENS, BATCH) if blocks is None else blocks
+    return Text.open(name, context, sequences=count, length=TOKENS)
 
 
 def _length(train: Text | ImageText) -> int:
@@ -175,7 +175,7 @@ def _needed(stack: Stack, options: dict[str, Any], length: int) -> float:
     """Bytes that training needs beside the models, about: what trains, what the backward pass reads, and logits."""
     sizes = stack.architecture.sizes_of(stack.config)
     trained = 0 if "lora" in options else 4 * 4 * sum(each.numel() for each in stack.model.parameters())
-    kept = options["batch"] * length * len(stack) * (12 * sizes.stream + 4 * sizes.channels) * 4
+    kept = options["batch"] * length * len(stack) * (12 * sizes.hidden + 4 * sizes.channels) * 4
     rounded = 2 * 2 * sum(each.numel() for each in stack.model.parameters())  # both models once more, in bfloat16
     return rounded + trained + kept + 4 * CHUNK * stack.config.vocab_size * 4
 

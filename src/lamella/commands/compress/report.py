@@ -10,7 +10,7 @@ from lamella.commands.compress import beside, tasks
 from lamella.report.drawing import STRIPED, StackDrawing, shade
 from lamella.report.figures import Figure, Points, Scatter
 from lamella.report.healing import ROWS, training
-from lamella.report.page import filled, finite
+from lamella.report.page import finite, render_page
 
 COSTS = (
     ("parameters", "parameters", formatting.count),
@@ -51,7 +51,7 @@ def render(evidence: dict[str, Any]) -> str:
     figures = curves(evidence) | {"stack": stack, "speed": speed(evidence), "variants": beside.figure(evidence)}
     if "healing" in evidence:
         figures["training"] = training(evidence["healing"]["curve"])
-    return filled(
+    return render_page(
         Path(__file__).with_name("report.html"),
         figures,
         evidence=evidence,

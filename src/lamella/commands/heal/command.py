@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 from lamella.commands.heal.training import Loss, Training, own_recipe
-from lamella.data import ImageText, Processing, Reader, Text
+from lamella.data import ImageText, InputContext, Processing, Text
 from lamella.errors import MethodError
 from lamella.files import Work
 from lamella.methods.paser.pool import InstructionPool
@@ -97,7 +97,7 @@ def heal(
     """
     plan = Plan(model=ModelReference.of(stack)) if plan is None else plan
     plan.check_fits(stack)
-    reader = reader_of(train, seed)
+    context = reader_of(train, seed)
     named: dict[str, Any] = {
         "steps": steps,
         "minutes": minutes,
@@ -126,8 +126,8 @@ def heal(
     if pool is not None:
         length = train.tokens.shape[1] if isinstance(train, Text) else LENGTH
         chosen = get_method("paser")(stack, pool, plan, budget=keep, max_length=length, seed=seed)
-        material = chosen.samples(reader.tokenizer, length)
-    training = Training.prepared(stack, plan, reader, material, past=past, teacher=teacher, loss=loss, options=options)
+        material = chosen.samples(context.tokenizer, length)
+    training = Training.prepared(stack, plan, context, material, past=past, teacher=teacher, loss=loss, options=options)
     healed, _ = training.run(work)
     healed.reference, healed.data = teacher, training.data
     healed.findings["recipe"] = training.slug
@@ -138,9 +138,9 @@ def heal(
     return healed
 
 
-def reader_of(data: Text | ImageText, seed: int) -> Reader:
+def reader_of(data: Text | ImageText, seed: int) -> InputContext:
     """What reads for the model that some data were opened for."""
     if isinstance(data, Text):
-        return data.reader
+        return data.context
     processing: Processing = data.processing
-    return Reader(lambda: processing.tokenizer, seed, processing_opener=lambda: processing)
+    return InputContext(lambda: processing.tokenizer, seed, processing_opener=lambda: processing)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from lamella.data import ImageText, Reader, Text, load_text, windows
+from lamella.data import ImageText, InputContext, Text, load_text, windows
 from lamella.errors import MethodError
 from lamella.files import Work
 from lamella.plan import Plan
@@ -59,7 +59,7 @@ class Training:
         cls,
         stack: Stack,
         plan: Plan,
-        reader: Reader,
+        context: InputContext,
         train: Text | ImageText | Sequence[Sample],
         *,
         past: Text | None = None,
@@ -72,7 +72,7 @@ class Training:
         Args:
             stack: the model; it is not changed.
             plan: what it runs under.
-            reader: what reads for it; its seed is that of all random draws.
+            context: what reads for it; its seed is that of all random draws.
             train: blocks of a text, rows of images with text, or samples.
             past: a sample of what the model was trained on before, to replay (continual pre-training only).
             teacher: a model to learn from, where that is not the original.
@@ -86,21 +86,21 @@ class Training:
         """
         slug, recipe = _recipe(plan, loss)
         given = _check_options(slug, options or {}, past)
-        config = _config(recipe, given, reader.seed)
+        config = _config(recipe, given, context.seed)
         if teacher is not None:
             check_vocabulary(stack, teacher)
             if loss != "ce":
                 given["teacher"] = teacher
-        samples, said = _samples(recipe, train, reader, whole=slug in (GENERAL, DISTILLATION))
+        samples, said = _samples(recipe, train, context, whole=slug in (GENERAL, DISTILLATION))
         data = {"training": said}
         if past is not None:
             data["replay"] = past.describe()
             given["past"] = blocks(past.tokens, loss_on="all")
         if slug == GENERAL:
-            given["held_out"] = _held_out(train, past, reader)
+            given["held_out"] = _held_out(train, past, context)
         role = "train" if isinstance(recipe, Method) else "samples"
         inputs = {"plan": plan, role: samples, "config": config, **given}
-        return cls(stack, slug, recipe, inputs, data, reader.seed)
+        return cls(stack, slug, recipe, inputs, data, context.seed)
 
     def run(self, work: Work) -> tuple[Healed, dict[str, Any]]:
         """Train.
@@ -112,7 +112,7 @@ class Training:
             What came out, with a plan that is bound to it, and what evidence says of the training.
         """
         torch.manual_seed(self.seed)
-        kept: dict[str, Any] = {"work": work} if isinstance(self.recipe, Method) else {"out": work.place("run")}
+        kept: dict[str, Any] = {"work": work} if isinstance(self.recipe, Method) else {"out": work.directory("run")}
         healed: Healed = self.recipe(self.stack, **kept, **self.inputs)
         body = healed.body()
         return healed, {
@@ -123,7 +123,7 @@ class Training:
 
 
 def _samples(
-    recipe: Callable[..., Healed], train: Any, reader: Reader, whole: bool
+    recipe: Callable[..., Healed], train: Any, context: InputContext, whole: bool
 ) -> tuple[Sequence[Sample] | ImageText, dict[str, Any]]:
     """What a recipe trains on, and what evidence says of it.
 
@@ -138,17 +138,17 @@ def _samples(
         length = train.tokens.shape[1]
         prompts = (length // 8, length // 2)
         loss_on: Any = "all" if whole else "response"
-        return blocks(train.tokens, prompts, seed=reader.seed, loss_on=loss_on), train.describe()
+        return blocks(train.tokens, prompts, seed=context.seed, loss_on=loss_on), train.describe()
     return train, {"samples": len(train)}
 
 
-def _held_out(train: Any, past: Text | None, reader: Reader) -> dict[str, list[Sample]]:
+def _held_out(train: Any, past: Text | None, context: InputContext) -> dict[str, list[Sample]]:
     """Blocks of both texts that nothing trains on."""
     found = {}
     for name, text in (("new", train), ("old", past)):
         if isinstance(text, Text):
             count, length = max(1, min(8, train.tokens.shape[0] // 8)), text.tokens.shape[1]
-            tokens = windows(reader.tokenizer, load_text(text.source.name, "test"), count, length, reader.seed)
+            tokens = windows(context.tokenizer, load_text(text.source.name, "test"), count, length, context.seed)
             found[name] = blocks(tokens, loss_on="all")
     return found
 

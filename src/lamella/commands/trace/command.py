@@ -11,13 +11,13 @@ from annotated_types import Ge, Gt
 from lamella.commands.trace.report import png
 from lamella.commands.trace.tracing import trace_answer
 from lamella.data import open_processing
-from lamella.data.pictures import Picture, read_picture
+from lamella.data.images import Image, read_image
 from lamella.errors import CalibrationError
 from lamella.evaluate.fidelity import judged
 from lamella.plan import Plan
 from lamella.registry import command
 from lamella.results import Study
-from lamella.zoo import Written, chat_inputs, open_tokenizer
+from lamella.zoo import SavedModel, chat_inputs, open_tokenizer
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,16 @@ class Photo:
         pixels: RGB [height, width, 3], 0 to 255.
     """
 
-    pixels: Picture
+    pixels: Image
     name: str
 
     metavar: ClassVar[str] = "FILE"
-    told: ClassVar[str] = "an image file, such as photo.png"
+    source_help: ClassVar[str] = "an image file, such as photo.png"
 
     @classmethod
     def open(cls, name: str | Path) -> Photo:
         """Read an image file."""
-        return cls(read_picture(Path(name).expanduser(), "image"), str(name))
+        return cls(read_image(Path(name).expanduser(), "image"), str(name))
 
     @staticmethod
     def check(name: str | Path) -> None:
@@ -52,7 +52,7 @@ class Photo:
 
 @command("trace", verb="trace", on="any", brief={"tokens": 4, "image": None})
 def trace(
-    model: Written,
+    model: SavedModel,
     plan: Plan | None = None,
     image: Photo | None = None,
     *,
@@ -97,6 +97,6 @@ def trace(
         processing = open_processing(stack, place)
         tokenizer = processing.tokenizer
         inputs = {name: each.to(stack.device) for name, each in processing.question(prompt, [image.pixels]).items()}
-        seen, grid = {"image": png(processing.seen(image.pixels))}, processing.grid(inputs)
+        seen, grid = {"image": png(processing.visible(image.pixels))}, processing.grid(inputs)
     found = trace_answer(stack, tokenizer, inputs, plan, alpha=alpha, tokens=tokens, steps=steps, grid=grid)
     return Study(findings=found | seen)

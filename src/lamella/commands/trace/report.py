@@ -13,14 +13,14 @@ import numpy as np
 from lamella.extras import require
 from lamella.formatting import number
 from lamella.report.figures import Figure, Heatmap
-from lamella.report.page import filled, finite
+from lamella.report.page import finite, render_page
 
 STATES = ("nothing ran", "attention ran", "MLP ran", "both ran")
 ACTIVITY = ("void", "attention", "MLP", "active")  # of L2 Adaptive Computation, which judges whole layers
 NAMES = {
     "first": "the first token", "image": "the image", "prompt": "the prompt", "answer": "the answer"
 }  # fmt: skip
-MOST_PIXELS = 512  # of the picture in the page, on a side
+MAX_PIXELS = 512  # of the picture in the page, on a side
 
 
 def render_trace(report: dict[str, Any]) -> str:
@@ -47,7 +47,7 @@ def render_trace(report: dict[str, Any]) -> str:
         "note": note,
         "shares": shares,
     }
-    return filled(Path(__file__).with_name("trace.html"), figures, data, **context)
+    return render_page(Path(__file__).with_name("trace.html"), figures, data, **context)
 
 
 def _overlay(view: dict[str, Any], rows: int, columns: int, source: str) -> Heatmap:
@@ -154,7 +154,7 @@ def _view(name: str, rows: list[list[float | None]], by: str) -> dict[str, Any]:
 def png(picture: np.ndarray) -> str:
     """A picture as a page holds it."""
     image = require("PIL.Image", "vision", "drawing pictures").fromarray(picture)
-    image.thumbnail((MOST_PIXELS, MOST_PIXELS))
+    image.thumbnail((MAX_PIXELS, MAX_PIXELS))
     image.save(written := BytesIO(), format="PNG")
     return f"data:image/png;base64,{base64.b64encode(written.getvalue()).decode()}"
 

@@ -26,7 +26,7 @@ import yaml
 from lm_eval.api.task import ConfigurableTask
 
 from lamella.errors import TaskError
-from lamella.evaluate.tasks.harness import GivenTask, told
+from lamella.evaluate.tasks.harness import CustomTask, task_errors
 from lamella.reading import read_rows, read_text
 
 ALLOW = "--trust-tasks (trusted=True in Python) allows it, if you trust the file's author"
@@ -100,10 +100,10 @@ def read_task(file: Path, trusted: bool = False) -> dict[str, Any]:
     name = config.get("task")
     if not isinstance(name, str) or not name:
         raise TaskError(f"{file}: says no name: give it 'task: NAME'; of a group of tasks, give each one's file")
-    with told(str(file)):
+    with task_errors(str(file)):
         if trusted and config.get("dataset_path") != "json":
             return {name: ConfigurableTask(config=config)}
-        return {name: GivenTask(config, _documents(config, file, trusted))}
+        return {name: CustomTask(config, _documents(config, file, trusted))}
 
 
 def read_config(file: Path, trusted: bool = False) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def _function(file: Path, said: str) -> Any:
     spec = util.spec_from_file_location(f"{file.stem}.{module}", place)
     assert spec is not None and spec.loader is not None
     loaded = util.module_from_spec(spec)
-    with told(str(place)):
+    with task_errors(str(place)):
         spec.loader.exec_module(loaded)
         return getattr(loaded, name)
 

@@ -23,7 +23,7 @@ from lm_eval.api.task import ConfigurableTask
 from lamella.errors import LamellaError, TaskError
 
 
-class GivenTask(ConfigurableTask):
+class CustomTask(ConfigurableTask):
     """A task of the harness whose documents are given, where the harness would load them.
 
     Args:
@@ -72,7 +72,7 @@ def _without_disable(bar: Any, *items: Any, disable: bool = False, **options: An
 
 
 @contextmanager
-def told(name: str) -> Iterator[None]:
+def task_errors(name: str) -> Iterator[None]:
     """Whatever the harness makes of a task that does not fit it is one line."""
     try:
         yield
@@ -83,7 +83,7 @@ def told(name: str) -> Iterator[None]:
         raise TaskError(f"task {name}: lm-eval cannot use it ({type(error).__name__}: {reason[:300]})") from error
 
 
-def ask(
+def run_harness(
     model: Any, tasks: Mapping[str, Any], *, limit: int | None, seed: int, chat: bool, draws: int
 ) -> dict[str, Any]:
     """What a model reaches on tasks, as the harness says it.
@@ -96,7 +96,7 @@ def ask(
     """
     for task in tasks.values():
         task.set_fewshot_seed(seed=seed)
-    with confined(), told(", ".join(tasks)):
+    with confined(), task_errors(", ".join(tasks)):
         found: dict[str, Any] = evaluator.evaluate(
             lm=model,
             task_dict=dict(tasks),

@@ -15,14 +15,14 @@ import lm_eval
 
 from lamella.data.sources import benchmark_rows
 from lamella.evaluate.tasks.files import read_config
-from lamella.evaluate.tasks.harness import GivenTask
+from lamella.evaluate.tasks.harness import CustomTask
 from lamella.evaluate.tasks.running import passes
 
 CHOICES = 4
 ACCURACY = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
 
 
-def definitions() -> GivenTask:
+def definitions() -> CustomTask:
     """Which of four everyday words a definition is of.
 
     Words are short and of one kind, so that neither length nor grammar gives an answer away. Whatever a model was
@@ -38,7 +38,7 @@ def definitions() -> GivenTask:
         "metric_list": ACCURACY,
         "metadata": {"version": 1},
     }
-    return GivenTask(config, {"test": [*questions()]})
+    return CustomTask(config, {"test": [*questions()]})
 
 
 @cache
@@ -76,13 +76,13 @@ def _drawn(*parts: str) -> str:
     return hashlib.sha256("/".join(parts).encode()).hexdigest()
 
 
-def gsm8k() -> GivenTask:
+def gsm8k() -> CustomTask:
     """The test questions of GSM8K, asked as lm-eval's ``gsm8k_cot`` asks them."""
     file = Path(lm_eval.__file__).parent / "tasks" / "gsm8k" / "gsm8k-cot.yaml"
-    return GivenTask(read_config(file, trusted=True) | {"task": "gsm8k"}, {"test": [*benchmark_rows("gsm8k")]})
+    return CustomTask(read_config(file, trusted=True) | {"task": "gsm8k"}, {"test": [*benchmark_rows("gsm8k")]})
 
 
-def humaneval() -> GivenTask:
+def humaneval() -> CustomTask:
     """The functions of HumanEval, continued greedily from their docstrings and run on their tests."""
     config = {
         "task": "humaneval",
@@ -95,7 +95,7 @@ def humaneval() -> GivenTask:
         "process_results": _run,
         "metadata": {"version": 1},
     }
-    return GivenTask(config, {"test": [*benchmark_rows("humaneval")]})
+    return CustomTask(config, {"test": [*benchmark_rows("humaneval")]})
 
 
 def _run(document: dict[str, Any], written: list[str]) -> dict[str, float]:

@@ -100,13 +100,13 @@ def score(
         LamellaError: when lm-eval is missing.
     """
     check_installed()
-    from lamella.evaluate.tasks.harness import ask
+    from lamella.evaluate.tasks.harness import run_harness
     from lamella.evaluate.tasks.language_model import PlannedLM
 
     if limit is not None and limit < 1:
         raise TaskError(f"a limit of {limit} questions leaves nothing to score: give 1 or more, or leave it out")
     tasks = open_tasks(names, trusted=trusted, run_generated_code=run_generated_code)
-    found = ask(PlannedLM(model, tokenizer, batch), tasks, limit=limit, seed=seed, chat=chat, draws=DRAWS)
+    found = run_harness(PlannedLM(model, tokenizer, batch), tasks, limit=limit, seed=seed, chat=chat, draws=DRAWS)
     return [each for task in tasks for each in _scores(task, found, chat)]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from lamella.errors import MethodError
-from lamella.stack import Context, Prefixes, Stack, Stream, hold
+from lamella.stack import Context, Hidden, Prefixes, Stack, hold
 
 Chain = tuple[int, ...]
 Written = tuple[int, ...] | None  # None: nothing will be written behind the prompt, so no keys are kept
@@ -26,7 +26,7 @@ BUDGET = 512 * 2**20
 class _Ran(NamedTuple):
     """The stream behind a layer that ran, and its keys and values for all tokens up to here, if kept."""
 
-    h: Stream
+    h: Hidden
     slot: Any = None
 
     @property

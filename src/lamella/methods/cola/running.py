@@ -16,7 +16,7 @@ from lamella.methods.cola.paths import ProblemStudy, Settings
 from lamella.methods.cola.samples import Path, Problem, text_digest
 from lamella.plan import fingerprint
 from lamella.stack import Stack
-from lamella.workers import Here, Pool
+from lamella.workers import Pool, SerialPool
 
 
 class KnownAnswers:
@@ -63,7 +63,7 @@ def studied(
 
     A sample's study depends on nothing but the sample, so it does not depend on who runs it, or when.
     """
-    if isinstance(pool, Here):  # where each answer is kept at once
+    if isinstance(pool, SerialPool):  # where each answer is kept at once
         for sample in samples:
             yield study(stack, tokenizer, sample, settings, *answers.of(sample, settings))
         return

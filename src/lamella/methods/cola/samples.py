@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lamella.data import Reader, Rows
+from lamella.data import InputContext, Rows
 from lamella.errors import CalibrationError
 from lamella.methods.cola.prefix_tree import PrefixTree
 from lamella.reading import read_rows
@@ -21,7 +21,7 @@ from lamella.stack import Stack
 from lamella.zoo import chat_inputs
 
 Path = tuple[int, ...]
-MEND = (
+HINT = (
     'write {"prompt": "...", "answer": "...", "options": ["...", "..."]}, with options only for a choice; '
     "'id' and 'wrong' may be there too"
 )
@@ -61,7 +61,7 @@ class Problems(Rows[Problem]):
     """The samples of a study, with the tokenizer that their model reads them with."""
 
     metavar = "FILE"
-    told = (
+    source_help = (
         'JSONL, one sample a line: {"prompt": "...\\nAnswer:", "answer": " B", "options": [" A", " B"]}. Without '
         "options the answer is written and compared; 'wrong' may list wrong answers for the control"
     )
@@ -72,12 +72,12 @@ class Problems(Rows[Problem]):
     )
 
     @classmethod
-    def open(cls, name: str | File, reader: Reader) -> Problems:
+    def open(cls, name: str | File, context: InputContext) -> Problems:
         """Samples from a file; see :func:`read_samples`."""
         found = read_samples(name)
         content = File(name).expanduser().read_bytes()
         said = {"data": str(name), "samples": len(found), "sha256": hashlib.sha256(content).hexdigest()}
-        return cls(found, reader.tokenizer, said)
+        return cls(found, context.tokenizer, said)
 
 
 def read_samples(file: str | File) -> list[Problem]:
@@ -87,7 +87,7 @@ def read_samples(file: str | File) -> list[Problem]:
         CalibrationError: one line that names the file, the line and the mend.
     """
     samples = []
-    for number, row in read_rows(file, MEND):
+    for number, row in read_rows(file, HINT):
         where = f"{file} line {number}"
         try:
             fields: dict[str, Any] = {"id": number} | row
@@ -97,7 +97,7 @@ def read_samples(file: str | File) -> list[Problem]:
         except CalibrationError as error:
             raise CalibrationError(f"{where}: {error}") from None
         except TypeError:
-            raise CalibrationError(f"{where}: {MEND}") from None
+            raise CalibrationError(f"{where}: {HINT}") from None
     return check_samples(samples, str(file))
 
 

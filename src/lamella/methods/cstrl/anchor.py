@@ -29,8 +29,8 @@ from lamella.measure.labelled import LabelledBatch
 from lamella.plan import fingerprint
 from lamella.signature import Named
 from lamella.stack import Model, weights
-from lamella.train import Hook, Training, response_loss
-from lamella.train.task import Batch, Told
+from lamella.train import Hook, TrainingRun, response_loss
+from lamella.train.task import Batch, LossAndParts
 
 ROWS = "anchor.json"
 OUTSIDE = "outside the layers"
@@ -213,7 +213,7 @@ class Anchored(Hook):
         """Of a step, counted from 0."""
         return step * self.size // self.samples
 
-    def loss(self, model: Any, batch: Batch) -> Tensor | Told:
+    def loss(self, model: Any, batch: Batch) -> Tensor | LossAndParts:
         """What trains; of held-out samples, the cross-entropy alone."""
         task = response_loss(model, batch)
         if not torch.is_grad_enabled():
@@ -235,14 +235,14 @@ class Anchored(Hook):
         norm = float(torch.stack(squares).sum().sqrt())
         self.ratio = self.strength * self.penalty.pull(self.theta) / norm if norm else 0.0
 
-    def begin(self, run: Training) -> None:
+    def begin(self, run: TrainingRun) -> None:
         self.theta = run.trained
 
-    def before_step(self, run: Training) -> None:
+    def before_step(self, run: TrainingRun) -> None:
         self.strength = self.anchor.strength(self.epoch(run.step), self.epochs)
         self.looks = self._is_last(run.step)
 
-    def after_step(self, run: Training) -> None:
+    def after_step(self, run: TrainingRun) -> None:
         run.note("lambda", torch.tensor(self.strength))
         done = run.step - 1
         if not self._is_last(done):

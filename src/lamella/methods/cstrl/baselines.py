@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lamella.train import Hook, Training
+from lamella.train import Hook, TrainingRun
 
 FIRST = 0.1  # of the encoder's tensors: what trains from the beginning
 REST = 0.2  # of the epochs: for so long all of it trains
@@ -40,7 +40,7 @@ class Unfreezing(Hook):
     def __init__(self, names: Sequence[str], *, samples: int, size: int, epochs: int) -> None:
         self.names, self.samples, self.size, self.epochs = names, samples, size, epochs
 
-    def before_step(self, run: Training) -> None:
+    def before_step(self, run: TrainingRun) -> None:
         share = unfrozen(run.step * self.size // self.samples, self.epochs)
         count = round(share * len(self.names))
         for place, name in enumerate(self.names):

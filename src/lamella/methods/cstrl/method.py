@@ -110,7 +110,7 @@ def cstrl(
     found = gap_sentences(splits.train, reports or (), gaps, config.seed)
     sides = _held_out(splits, reading, gaps, lengths, course.prefix, config.seed)
     judge = Judge(reading, splits.test[: course.judged], course.prefix, lengths)
-    folder = work.place()
+    folder = work.directory()
 
     # Stages 2 and 3: the gap-sentence solution theta*, and F there.
     start, log = model, None
@@ -200,7 +200,7 @@ def fill(
     splits = Splits.of(pairs, test, config.seed)
     reading, lengths = Reading(model, pairs.tokenizer), Lengths(gap_length=gap_length)
     found = gap_sentences(splits.train, reports or (), gaps, config.seed)
-    samples, folder = reading.gaps(found.gaps, gap_length), work.place()
+    samples, folder = reading.gaps(found.gaps, gap_length), work.directory()
     watched = _gap_samples(splits, reading, gaps, lengths, config.seed)
     trained, log = fill_gaps(model, samples, {KEPT: watched}, lasting(config, len(samples), epochs), folder / "gaps")
     measured = importance_at(trained, samples, Anchor(fisher_batch=fisher_batch), folder)

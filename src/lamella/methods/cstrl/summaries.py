@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from lamella.data import Reader, Rows, read_examples, read_records
+from lamella.data import InputContext, Rows, read_examples, read_records
 from lamella.data.records import PROMPTS, RESPONSES
 from lamella.errors import CalibrationError, MethodError
 from lamella.signature import Fixture
 
 SOURCES = ("source", "document", "article", "findings", "dialogue", *PROMPTS, "text")
 SUMMARIES = ("summary", "impression", "highlights", *RESPONSES)
-MEND = 'write {"source": "...", "summary": "..."}, or {"messages": [...]} whose last one is the summary'
+HINT = 'write {"source": "...", "summary": "..."}, or {"messages": [...]} whose last one is the summary'
 HELD_OUT = TESTED = 0.1  # of the pairs: the paper's 80/10/10
 ROWS = (
     ("The heart is large. The lungs are clear. No effusion is seen.", "Large heart."),
@@ -44,7 +44,7 @@ class Summaries(Rows[Pair]):
     """Pairs as text, with the tokenizer that they are to be read with."""
 
     metavar = "FILE"
-    told = (
+    source_help = (
         'a .jsonl file with a pair in each line: {"source": "...", "summary": "..."} (findings and impression, article '
         'and highlights, prompt and completion are understood too), or {"messages": [...]} whose last one is the '
         "summary"
@@ -54,7 +54,7 @@ class Summaries(Rows[Pair]):
     )
 
     @classmethod
-    def open(cls, name: str | Path, reader: Reader) -> Summaries:
+    def open(cls, name: str | Path, context: InputContext) -> Summaries:
         """Read pairs; of a conversation, all that comes before the last answer is the source.
 
         Args:
@@ -63,25 +63,25 @@ class Summaries(Rows[Pair]):
         Raises:
             CalibrationError: for a file that is missing, empty or malformed, or a line without one of the two.
         """
-        read = read_examples(name, prompts=SOURCES, answers=SUMMARIES, mend=MEND)
+        read = read_examples(name, prompts=SOURCES, answers=SUMMARIES, hint=HINT)
         pairs = [Pair("\n".join(each["content"] for each in before), said) for before, said in read]
         for number, pair in enumerate(pairs, start=1):
             if not pair.source.strip():
-                raise CalibrationError(f"{name}: pair {number} has an empty source: {MEND}")
+                raise CalibrationError(f"{name}: pair {number} has an empty source: {HINT}")
         content = Path(name).expanduser().read_bytes()
         told = {"data": str(name), "pairs": len(pairs), "sha256": hashlib.sha256(content).hexdigest()}
-        return cls(pairs, reader.tokenizer, told)
+        return cls(pairs, context.tokenizer, told)
 
 
 class Reports(Rows[str]):
     """Sources without a summary."""
 
     metavar = "FILE"
-    told = "a file of texts parted by blank lines, else by lines; or .jsonl with a text in each line"
+    source_help = "a file of texts parted by blank lines, else by lines; or .jsonl with a text in each line"
     example = Fixture("unlabelled.txt", "".join(f"{source}\n" for source, _ in ROWS[:4]))
 
     @classmethod
-    def open(cls, name: str | Path, reader: Reader) -> Reports:
+    def open(cls, name: str | Path, context: InputContext) -> Reports:
         """Read texts.
 
         Args:
@@ -93,7 +93,7 @@ class Reports(Rows[str]):
         texts = [record.text for record in read_records(name)]
         content = Path(name).expanduser().read_bytes()
         told = {"data": str(name), "texts": len(texts), "sha256": hashlib.sha256(content).hexdigest()}
-        return cls(texts, reader.tokenizer, told)
+        return cls(texts, context.tokenizer, told)
 
 
 @dataclass(frozen=True)

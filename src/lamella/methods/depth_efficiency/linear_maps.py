@@ -23,7 +23,7 @@ import torch
 
 from lamella.errors import CalibrationError
 from lamella.measure import Scores, Tokens, describe, spearman
-from lamella.measure.streams import sequences
+from lamella.measure.hidden_states import sequences
 from lamella.methods.depth_efficiency.contributions import run_once
 from lamella.progress import track
 from lamella.stack import Stack

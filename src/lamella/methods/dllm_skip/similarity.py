@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 from lamella.errors import CalibrationError
 from lamella.measure import Draw, Scores
 from lamella.progress import track
-from lamella.stack import Stack, Stream, join
+from lamella.stack import Hidden, Stack, join
 
 KINDS = ("masked", "visible")
 
@@ -139,7 +139,7 @@ def _ratio(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
 def _points(stack: Stack, draw: Draw, front: int) -> tuple[Tensor, Tensor, Tensor]:
     """The stream at every point at unit length, which tokens count, and which of them are masks."""
     context = stack.context(draw.inputs)
-    h: Stream = context.h
+    h: Hidden = context.h
     points = [context.h]
     for layer in range(len(stack)):
         h = stack.run(h, layer, layer + 1, context)

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from lamella.errors import NumericsError, listed
 from lamella.measure import Draw, predicting
 from lamella.progress import track
-from lamella.stack import Position, Stack, Stream, join
+from lamella.stack import Hidden, Position, Stack, join
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def losses_without(stack: Stack, asked: Sequence[Draw], choices: Sequence[Collec
     rounds = torch.zeros(total.shape[1], dtype=torch.float64)
     for draw in track(asked, "losses without layers"):
         context = stack.context(draw.inputs)
-        streams: list[Stream] = [context.h]
+        streams: list[Hidden] = [context.h]
         for layer in range(len(stack)):
             streams.append(stack.run(streams[-1], layer, layer + 1, context))
         for number, layers in enumerate(choices):

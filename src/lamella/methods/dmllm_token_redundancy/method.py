@@ -22,7 +22,7 @@ from annotated_types import Ge, Le, Lt
 from torch import Tensor
 
 from lamella.data import ImageText
-from lamella.data.processing import Shown
+from lamella.data.processing import ImageTextRow
 from lamella.errors import MethodError
 from lamella.measure.image_tokens import CriterionName
 from lamella.methods.dmllm_token_redundancy.probe import attention_mass, follow, information_loss, restoration
@@ -256,9 +256,9 @@ def recommend(provenance: str, answer: int, layers: int) -> VisualTokenSchedule 
     return VisualTokenSchedule.progressive(steps, keeps)
 
 
-def _by_task(questions: ImageText) -> dict[str, list[Shown]]:
+def _by_task(questions: ImageText) -> dict[str, list[ImageTextRow]]:
     """The rows of each task; some of them may have no image, but not all."""
-    found: dict[str, list[Shown]] = {}
+    found: dict[str, list[ImageTextRow]] = {}
     for row in questions:
         found.setdefault(row.task or "all", []).append(row)
     for task, rows in found.items():
@@ -272,7 +272,7 @@ def _studied(
     stack: Stack,
     view: Any,
     questions: ImageText,
-    rows: list[Shown],
+    rows: list[ImageTextRow],
     schedule: VisualTokenSchedule,
     length: int | None,
     cache: Kept,

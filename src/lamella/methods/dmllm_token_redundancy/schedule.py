@@ -131,7 +131,7 @@ class Widths:
     def of(cls, stack: Stack) -> Widths:
         sizes = stack.architecture.sizes_of(stack.config)
         return cls(
-            sizes.stream, sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim, sizes.channels
+            sizes.hidden, sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim, sizes.channels
         )  # of Llama's kind
 
     def attention(self, queries: int, keys: int) -> int:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import ArchitectureError, MethodError
-from lamella.runtime import LayerCall, Pass, Places, Policy
+from lamella.runtime import LayerCall, Pass, Policy, PositionInputs
 from lamella.stack import Stack, join, norm_before
 
 Routers = Literal["shared", "layer", "modality"]
@@ -80,7 +80,7 @@ class MixtureOfDepths(Policy):
         self.routers = routers
         self.thresholds = [_each(prefill, len(self.place), "prefill"), _each(decode, len(self.place), "decode")]
         self.norms = {layer: _norm(stack, layer) for layer in self.place}
-        self.places = Places(stack) if positions == "compact" else None
+        self.position_inputs = PositionInputs(stack) if positions == "compact" else None
         count = {"shared": 1, "layer": len(self.place), "modality": 2}[routers]
         d = stack.config.hidden_size
         drawn = torch.randn(count, 2, d, generator=torch.Generator().manual_seed(seed)) / d**0.5
@@ -163,7 +163,7 @@ class MixtureOfDepths(Policy):
     def _processed(self, call: LayerCall, h: Tensor, p: Tensor, which: Tensor) -> Tensor:
         if not which.any():
             return h
-        some = call.tokens(which, self.places)
+        some = call.tokens(which, self.position_inputs)
         g = some.attn(some.gather(h))
         u = join(g)
         o = torch.lerp(u, some.mlp(g), some.gather(p.unsqueeze(-1)).to(h.dtype))

@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lamella.data import MARK, ImageText, Processing, Reader, Shown
-from lamella.data.pictures import Picture
+from lamella.data import MARK, ImageText, ImageTextRow, InputContext, Processing
+from lamella.data.images import Image
 from lamella.errors import CalibrationError, MethodError
 from lamella.signature import Fixture
 from lamella.zoo.worlds import COLOURS
@@ -91,7 +91,7 @@ class Asked(NamedTuple):
     task: str
     prompt: str
     answer: str
-    picture: Picture
+    picture: Image
 
     @property
     def cut(self) -> str:
@@ -139,7 +139,7 @@ def _thing(drawn: np.random.Generator, part: str, place: int, apart: str = "") -
             return thing
 
 
-def _question(task: str, things: tuple[Thing, ...], drawn: np.random.Generator, picture: Picture) -> Asked:
+def _question(task: str, things: tuple[Thing, ...], drawn: np.random.Generator, picture: Image) -> Asked:
     first = things[0]
     if task == "identification":
         prompt = "what is in the picture?" if len(things) == 1 else f"what is at the {first.place}?"
@@ -159,7 +159,7 @@ def middle(thing: Thing) -> tuple[float, float]:
     return 0.5 + thing.row / 2, 0.5 + thing.column / 2
 
 
-def render(things: Sequence[Thing], side: int, drawn: np.random.Generator) -> Picture:
+def render(things: Sequence[Thing], side: int, drawn: np.random.Generator) -> Image:
     """The picture of things [2 * side, 2 * side, 3], with small accidents of place, size and brightness."""
     size = 2 * side
     image = np.full((size, size, 3), drawn.uniform(0, 48))
@@ -201,7 +201,7 @@ class EntityGrid(ImageText):
     """
 
     metavar = "entities"
-    told = "entities, or entities:identification+position: things at nine places, drawn here"
+    source_help = "entities, or entities:identification+position: things at nine places, drawn here"
     example = Fixture(NAME, settings={"questions": 18})
     default = NAME
 
@@ -210,7 +210,7 @@ class EntityGrid(ImageText):
         self.asked = list(questions)
 
     @classmethod
-    def open(cls, name: str | Path, reader: Reader, *, questions: int = 540, slice_side: int = 0) -> EntityGrid:  # type: ignore[override]
+    def open(cls, name: str | Path, context: InputContext, *, questions: int = 540, slice_side: int = 0) -> EntityGrid:  # type: ignore[override]
         """Draw them.
 
         Args:
@@ -224,12 +224,12 @@ class EntityGrid(ImageText):
         kind, _, chosen = str(name).partition(":")
         if kind != NAME or questions < 1:
             raise CalibrationError(f"{name}, {questions} questions: give {NAME}, or {NAME}:{'+'.join(TASKS[:2])}")
-        side = slice_side or _side(reader.processing)
+        side = slice_side or _side(context.processing)
         tasks = tuple(chosen.split("+")) if chosen else TASKS
-        made = asked("test" if reader.split == "test" else "calibration", reader.seed, side, tasks)
+        made = asked("test" if context.split == "test" else "calibration", context.seed, side, tasks)
         found = [each for each, _ in zip(made, range(questions), strict=False)]
-        said = {"data": str(name), "split": reader.split, "questions": questions, "slice_side": side}
-        return cls(found, reader.processing, said | {"seed": reader.seed})
+        said = {"data": str(name), "split": context.split, "questions": questions, "slice_side": side}
+        return cls(found, context.processing, said | {"seed": context.seed})
 
     @classmethod
     def fits(cls, model: Any, given: Any) -> bool:
@@ -237,15 +237,15 @@ class EntityGrid(ImageText):
         return isinstance(given, cls) or str(given).partition(":")[0] == NAME
 
 
-def as_row(each: Asked) -> Shown:
+def as_row(each: Asked) -> ImageTextRow:
     """A question as a row, its image first."""
     said = ({"role": "user", "content": f"{MARK}\n{each.prompt}"}, {"role": "assistant", "content": each.answer})
-    return Shown((each.picture,), said, task=each.task)
+    return ImageTextRow((each.picture,), said, task=each.task)
 
 
 def _side(processing: Processing) -> int:
     """Pixels of what a model's tower reads, on a side; CLIP's 224 where it reads any number."""
-    if not processing.sees:
+    if not processing.takes_images:
         raise MethodError("hires-llava works on models that read images, and this one reads text alone")
     reads = processing.processor.image_processor
     sizes = [

@@ -29,7 +29,7 @@ from annotated_types import Ge
 from transformers import LlavaForConditionalGeneration
 
 from lamella.data import ImageText
-from lamella.data.pictures import Picture
+from lamella.data.images import Image
 from lamella.errors import ArchitectureError, CalibrationError, MethodError
 from lamella.evaluate import answered
 from lamella.files import Work
@@ -49,8 +49,8 @@ from lamella.methods.hires_llava.seams import compared, placed, probed, streams
 from lamella.methods.hires_llava.slicing import Order, View
 from lamella.plan import ModelReference, Plan
 from lamella.registry import command, method
-from lamella.report.pictures import embedded
-from lamella.results import PICTURES, Illustrated, Study
+from lamella.report.images import png_base64
+from lamella.results import IMAGES, ImageCorpus, Study
 from lamella.runtime import apply
 from lamella.signature import Split
 from lamella.stack import Model
@@ -140,7 +140,7 @@ def hires_llava(
         processor,
         train.items,
         config,
-        work.place() / "run",
+        work.directory() / "run",
         language=language,
         rank=rank,
         settings={"restoring": str(restoring), "adapters": made.config.restored},
@@ -166,7 +166,7 @@ def built(
     model: Model, samples: ImageText, restoring: Restoring, seed: int = 0
 ) -> tuple[HiResLlava, HiResLlavaProcessor, dict[str, Any] | None]:
     """A model that reads slices, its adapters where they shall stand, and what was measured to put them there."""
-    if not samples.processing.sees:
+    if not samples.processing.takes_images:
         raise MethodError(f"hires-llava works on models that read images, and {model.name} reads text alone")
     if not isinstance(model.model, LlavaForConditionalGeneration):
         kind = type(model.model).__name__
@@ -191,7 +191,7 @@ def _layers(place: Place, most: int) -> list[int]:
     return list(range(first, most, step))
 
 
-def pictures_of(samples: ImageText, most: int | None = None) -> list[Picture]:
+def pictures_of(samples: ImageText, most: int | None = None) -> list[Image]:
     """The images of rows.
 
     Raises:
@@ -237,7 +237,7 @@ def seams(
     Raises:
         CalibrationError: for images without a seam, or too few questions.
     """
-    if not calibration.processing.sees:
+    if not calibration.processing.takes_images:
         raise MethodError(f"hires-llava works on models that read images, and {model.name} reads text alone")
     how: dict[str, Any] = {"most_slices": most_slices, "overlap": 0, "sampler": "all"}
     bare, processor = sliced(model.model, calibration.processing.processor, **how)
@@ -294,7 +294,7 @@ def judge(model: Model, test: Annotated[EntityGrid, Split("test")], *, batch: An
 
 def _sample(each: Asked, right: bool) -> dict[str, Any]:
     said = {"prompt": each.prompt, "answer": each.answer, "cut": each.cut, "right": right}
-    return said | {"picture": embedded([each.picture])}
+    return said | {"picture": png_base64([each.picture])}
 
 
 def _share(right: Any) -> float | None:
@@ -319,7 +319,7 @@ def entities(
     rows: Annotated[int, Ge(1)] = 20_000,
     held_out: Annotated[int, Ge(1)] = 2_000,
     seed: Annotated[int, Ge(0)] = 0,
-) -> Illustrated:
+) -> ImageCorpus:
     """Write questions about things at nine places of an image as a data set, which any model of images can train on.
 
     Args:
@@ -334,13 +334,13 @@ def entities(
     """
     config: Any = model.model.config
     slice_side = int(getattr(config.vision_config, "image_size", 0) or SIDE)
-    pictures: dict[str, Callable[[], Picture]] = {}
-    made = Illustrated(items=[], pictures=pictures)
+    pictures: dict[str, Callable[[], Image]] = {}
+    made = ImageCorpus(items=[], images=pictures)
     for part, name, count in (("calibration", "train", rows), ("test", "test", held_out)):
         kept = made.train if name == "train" else made.test
         for number in range(count):
             each = question(number, part, seed, slice_side)
-            file = f"{PICTURES}/{name}-{number:05d}.png"
+            file = f"{IMAGES}/{name}-{number:05d}.png"
             row = {"image": file, "prompt": each.prompt, "answer": each.answer}
             kept.append(row)
             made.items.append(row | {"part": name, "task": each.task, "thing": each.about.name, "cut": each.cut})
@@ -350,5 +350,5 @@ def entities(
     return made
 
 
-def _picture(number: int, part: str, seed: int, side: int) -> Picture:
+def _picture(number: int, part: str, seed: int, side: int) -> Image:
     return question(number, part, seed, side).picture

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from lamella.data.pictures import Picture
+from lamella.data.images import Image
 from lamella.errors import CalibrationError
 from lamella.extras import require
 from lamella.methods.hires_llava.entities import CUTS, RADIUS, Asked, middle
@@ -50,7 +50,7 @@ class Seams(NamedTuple):
 
 
 @torch.no_grad()
-def streams(model: HiResLlava, processor: HiResLlavaProcessor, pictures: Sequence[Picture]) -> list[list[Tensor]]:
+def streams(model: HiResLlava, processor: HiResLlavaProcessor, pictures: Sequence[Image]) -> list[list[Tensor]]:
     """What the tower holds of each image's patches before the first layer and behind each, as one map.
 
     Returns:

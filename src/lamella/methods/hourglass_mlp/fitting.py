@@ -17,7 +17,7 @@ from lamella.errors import TrainingError
 from lamella.measure.recording import Recording
 from lamella.train.config import TrainConfig
 from lamella.train.fit import fit
-from lamella.train.hooks import Best
+from lamella.train.hooks import EarlyStopping
 from lamella.train.log import TrainingLog
 from lamella.train.supervised import squared_error, supervised
 from lamella.train.task import Batch
@@ -66,7 +66,7 @@ def fit_part(part: nn.Module, recording: Recording, config: TrainConfig, *, held
     if not min(given.variance, kept.variance) > 0:
         raise TrainingError("the recorded outputs are all alike: there is nothing to fit, so drop that part instead")
     task = supervised(Relative(given.variance))
-    patient = Best(patience=config.lasting(len(given)).steps or 1)  # it never stops before the end
+    patient = EarlyStopping(patience=config.with_steps(len(given)).steps or 1)  # it never stops before the end
     log = fit(part, given, task, config, out=out, trainable=lambda name: True, held_out=kept, hooks=[patient])
     device = next(part.eval().parameters()).device
 

@@ -61,7 +61,7 @@ class Vectors:
     """
 
     metavar = "VECTORS"
-    told = "digits:TASK or scenes:TASK with prototype, denoise or upscale, or a .npz file with x and y"
+    source_help = "digits:TASK or scenes:TASK with prototype, denoise or upscale, or a .npz file with x and y"
     example = Fixture("scenes:upscale", settings={"rows": 60, "side": 4})
 
     name: str
@@ -87,7 +87,7 @@ class Vectors:
             return cls._file(Path(name))
         source, _, task = name.partition(":")
         if source not in SOURCES or task not in TASKS or (source, task) == ("scenes", "prototype"):
-            raise CalibrationError(f"there is no task '{name}': give {cls.told}")
+            raise CalibrationError(f"there is no task '{name}': give {cls.source_help}")
         if source == "digits":
             images, classes = _digits()
             return cls.of(name, images, task, DIGITS, HELD_OUT, sigma, classes)

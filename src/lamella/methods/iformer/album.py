@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from lamella.data import Pictures, Reader
+from lamella.data import CaptionedImages, InputContext
 from lamella.methods.iformer.textures import CLASSES, WORLDS, textures
 from lamella.signature import Fixture
 
@@ -14,10 +14,10 @@ BUILT_IN = "textures"
 
 
 @dataclass(frozen=True)
-class Album(Pictures):
+class Album(CaptionedImages):
     """Pictures to measure, to heal or to learn on."""
 
-    told = (
+    source_help = (
         "a folder with a folder of pictures for each class, or of pictures alone; or textures (20 classes of a fine "
         "texture and an arrangement), faint-textures, digits or shapes, which are built in"
     )
@@ -34,7 +34,7 @@ class Album(Pictures):
             super().check(name)
 
     @classmethod
-    def open(cls, name: str | Path, reader: Reader, *, count: int = 1024) -> Self:
+    def open(cls, name: str | Path, context: InputContext, *, count: int = 1024) -> Self:
         """Read pictures.
 
         Args:
@@ -46,6 +46,6 @@ class Album(Pictures):
             CalibrationError: for a folder that is missing, holds no picture, or one that cannot be read.
         """
         if str(name) in WORLDS:
-            pictures = textures(reader.split, reader.seed, str(name))
-            return cls.first(count, pictures, name, reader, classes=CLASSES)
-        return super().open(name, reader, count=count)
+            pictures = textures(context.split, context.seed, str(name))
+            return cls.first(count, pictures, name, context, classes=CLASSES)
+        return super().open(name, context, count=count)

@@ -95,10 +95,10 @@ def irepair(
     unwanted = pairs([(prompt, wrong) for prompt, wrong, _ in trained], loss_on="all")
     seen = (config.steps or len(trained)) * config.batch + settings.validation
     leash = utility.samples(stack, min(len(trained), seen), habit, config.seed)
-    here = Work(work.place())  # one folder, also where nothing is kept
+    here = Work(work.directory())  # one folder, also where nothing is kept
     plan = repair(stack, wanted, unwanted, utility=leash, settings=settings, config=config, work=here)
-    log = TrainingLog.read(here.place("training") / "log.json")
-    trace = Choices.read(here.place() / "trace.json")
+    log = TrainingLog.read(here.directory("training") / "log.json")
+    trace = Choices.read(here.directory() / "trace.json")
     edit = Edit(stack=stack, plan=plan)
     edit.files["trace.json"] = json.dumps(asdict(trace)) + "\n"
     texts = {"bad": unwanted, "good": wanted, "utility": leash}

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from lamella.data.reader import Reader
+from lamella.data.context import InputContext
 from lamella.errors import CalibrationError
 from lamella.reading import read_lines, read_rows
 from lamella.signature import Fixture
@@ -61,7 +61,7 @@ class Pairs:
 
     metavar = "FILE"
     nameless = True
-    told = (
+    source_help = (
         'one .jsonl file: {"prompt": "...", "bad": "...", "good": "..."} on each line; "rejected" and "chosen" are '
         "understood too. Or instead both --bad and --good"
     )
@@ -78,7 +78,7 @@ class Pairs:
     def open(
         cls,
         name: str | Path | None,
-        reader: Reader,
+        context: InputContext,
         *,
         bad: Path | None = None,
         good: Path | None = None,
@@ -107,7 +107,7 @@ class Pairs:
         files = [str(each) for each in (bad, good, name) if each is not None]
         digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()
         said = {"files": files, "pairs": len(found), "sha256": digest}
-        return cls([_tokens(reader.tokenizer, each, chat) for each in found], reader.tokenizer, said)
+        return cls([_tokens(context.tokenizer, each, chat) for each in found], context.tokenizer, said)
 
     def describe(self) -> Any:
         """What provenance says of them."""

@@ -129,7 +129,7 @@ def repair(
         TrainingError: when training fails; the last good checkpoint stays.
     """
     _check(stack, good, bad, utility)
-    folder = work.place()
+    folder = work.directory()
     feed, held_out, config = _fed(stack, good, bad, utility, settings, config)
     reference = share(stack.model).eval()
     policy = copy.deepcopy(stack.model).float()  # small steps would be lost in half precision
@@ -146,7 +146,7 @@ def repair(
     log = fit(
         policy,
         feed,
-        Task(_loss(settings, reference), by_role, count_examples, dropout=False, beside=(reference,)),
+        Task(_loss(settings, reference), by_role, count_examples, dropout=False, frozen=(reference,)),
         _warming(config),
         out=folder / "training",
         trainable=trained.__contains__,
@@ -170,7 +170,7 @@ def _fed(
     """What is trained on, what is held out, and the config with its number of steps."""
     pairs: list[Example] = [{"good": wanted, "bad": unwanted} for wanted, unwanted in zip(good, bad, strict=True)]
     pairs, held_out = _split(pairs, min(settings.validation, int(HELD_OUT * len(pairs))), config.seed)
-    config = config.lasting(len(pairs))
+    config = config.with_steps(len(pairs))
     if not settings.leashed:
         return Feed(pairs), held_out, config
     if utility is None:
@@ -201,7 +201,7 @@ def _warming(config: TrainConfig) -> TrainConfig:
             f"reaches {rate(config.steps):.2g}: give a shorter warmup, or more pairs",
             stacklevel=3,
         )
-    return config.following(rate)
+    return config.with_schedule(rate)
 
 
 def _chooser(select: str, stack: Stack, pairs: Sequence[Example], config: TrainConfig) -> Choose:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lamella.files import write
 from lamella.methods.irepair.sensitivity import Gradients, gradients_of, norms_of
-from lamella.train import Best, Hook, Sample, TrainConfig, Training, collate
+from lamella.train import EarlyStopping, Hook, Sample, TrainConfig, TrainingRun, collate
 
 Example = Mapping[str, Sample]  # samples that belong together, by their roles
 Roles = dict[str, dict[str, Tensor]]  # of each role, what lamella.train.collate returns
@@ -101,7 +101,7 @@ class Slices(Hook):
         """The parameters of every slice that was chosen so far."""
         return {name: each for number in self.trace.touched for name, each in self.slices[number].items()}
 
-    def before_step(self, run: Training) -> None:
+    def before_step(self, run: TrainingRun) -> None:
         norms: list[float] = []
         if self.score is not None:
             norms = self._sensitivities(run, self.score).tolist()
@@ -115,7 +115,7 @@ class Slices(Hook):
             times = self.trace.chosen.count(chosen)
             run.optimizer.param_groups[chosen]["lr"] *= math.sqrt(1 - ALPHA**times)
 
-    def _sensitivities(self, run: Training, score: Score) -> Tensor:
+    def _sensitivities(self, run: TrainingRun, score: Score) -> Tensor:
         """The norm of the gradient of the step's score by each slice [slices]."""
         for own in self.slices:
             for parameter in own.values():
@@ -133,7 +133,7 @@ class Slices(Hook):
         run.check(norms, "sensitivity")
         return norms
 
-    def _of_step(self, run: Training, batches: Sequence[Gradients]) -> Gradients:
+    def _of_step(self, run: TrainingRun, batches: Sequence[Gradients]) -> Gradients:
         """The gradients of the whole step, from those of this process's batches."""
         return [
             [
@@ -150,7 +150,7 @@ class Slices(Hook):
         self.trace = Choices.read(folder / TRACE)
 
 
-class BestSlices(Best):
+class BestSlices(EarlyStopping):
     """Keeps the touched parameters where the held-out loss was lowest, and leaves the model with them.
 
     Args:
@@ -162,13 +162,13 @@ class BestSlices(Best):
         super().__init__(patience)
         self.slices = slices
 
-    def watched(self, run: Training) -> Slice:
+    def tracked(self, run: TrainingRun) -> Slice:
         return self.slices.touched
 
-    def before_step(self, run: Training) -> None:
+    def before_step(self, run: TrainingRun) -> None:
         for name, parameter in self.slices.touched.items():
-            if name not in self.kept:  # chosen for the first time: as it was so far, at the best point too
-                self.kept[name] = parameter.detach().clone()
+            if name not in self.best:  # chosen for the first time: as it was so far, at the best point too
+                self.best[name] = parameter.detach().clone()
 
 
 def by_role(examples: Sequence[Example]) -> Roles:

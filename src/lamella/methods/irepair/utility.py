@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from lamella.data import Reader, Source, load_text, own_texts, windows
+from lamella.data import InputContext, Source, load_text, own_texts, windows
 from lamella.methods.irepair.recipe import OWN_TOKENS
 from lamella.signature import Fixture
 from lamella.stack import Stack
@@ -25,24 +25,24 @@ class Utility:
     """
 
     source: Source | None = None
-    reader: Reader = field(default_factory=Reader)
+    context: InputContext = field(default_factory=InputContext)
     said: dict[str, Any] = field(default_factory=dict)
 
     default = OWN
     metavar = "TEXT"
-    told = "self: the model writes it. Or pydoc, stdlib, a file or a datasets name"
+    source_help = "self: the model writes it. Or pydoc, stdlib, a file or a datasets name"
     example = Fixture(OWN)
 
     @classmethod
-    def open(cls, name: str, reader: Reader) -> Utility:
+    def open(cls, name: str, context: InputContext) -> Utility:
         """``self``, or a text; see :func:`lamella.load_text`."""
-        return cls(None if name == OWN else load_text(name, "calibration"), reader)
+        return cls(None if name == OWN else load_text(name, "calibration"), context)
 
     def samples(self, stack: Stack, count: int, habit: re.Pattern[str] | None, seed: int) -> list[Sample]:
         """So many texts; of its own, those that the habit is not found in."""
         length = min(OWN_TOKENS, int(getattr(stack.config, "max_position_embeddings", None) or 1024) - 1)
         if self.source is not None:
-            tokens = windows(self.reader.tokenizer, self.source, count, length, seed)
+            tokens = windows(self.context.tokenizer, self.source, count, length, seed)
             self.said.update(self.source.provenance(tokens))
             return blocks(tokens, loss_on="all")
         texts = own_texts(
@@ -51,7 +51,7 @@ class Utility:
             length,
             seed=seed,
             accept=lambda each: (
-                len(each) > 1 and (habit is None or not habit.search(self.reader.tokenizer.decode(each[1:])))
+                len(each) > 1 and (habit is None or not habit.search(self.context.tokenizer.decode(each[1:])))
             ),
         )
         written = hashlib.sha256(b"".join(each.numpy().tobytes() for each in texts)).hexdigest()

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge
 
-from lamella.data import Sampling, Writer, Written, rollout, seed_of
+from lamella.data import Completion, Sampling, Writer, rollout, seed_of
 from lamella.files import Work
 from lamella.methods.kore.items import Item, Knowledge
 from lamella.methods.kore.tree import (
@@ -35,7 +35,7 @@ from lamella.methods.kore.tree import (
     requests,
 )
 from lamella.registry import command
-from lamella.results import PICTURES, Illustrated
+from lamella.results import IMAGES, ImageCorpus
 
 SHOWN = 6  # turns that the page shows
 TEMPLATES = "templates"  # who has written what no model has
@@ -51,7 +51,7 @@ def augment(
     templates: Path | None = None,
     work: Work = Work(),
     seed: Annotated[int, Ge(0)] = 0,
-) -> Illustrated:
+) -> ImageCorpus:
     """Make of each image with its text a dialogue, recognitions, a caption and questions about its pictures.
 
     Example: lamella run kore augment items.jsonl --writer smollm2 -o augmented
@@ -75,7 +75,7 @@ def augment(
     """
     lists, items = Templates.open(templates), list(knowledge)
     began = time.perf_counter()
-    said: dict[str, Written] = {}
+    said: dict[str, Completion] = {}
     if writer is not None:
         said = rollout(writer, requests(items, tree, seed), sampling, work.journal("written"))
     seconds = time.perf_counter() - began
@@ -89,11 +89,11 @@ def augment(
     rows = [asdict(turn) | {"kept": turn.why is None} | by for turn in turns]
     shots = sorted({each.shot for each in (*train, *test)})
     to_train, to_test = (list(map(written_row, each)) for each in (train, test))
-    return Illustrated(
+    return ImageCorpus(
         items=rows,
         train=to_train,
         test=to_test,
-        pictures={file_of(shot): partial(_picture, items[shot[0]], shot[1], seed) for shot in shots},
+        images={file_of(shot): partial(_picture, items[shot[0]], shot[1], seed) for shot in shots},
         findings={
             "items": len(items),
             "pictures": len(shots),
@@ -111,7 +111,7 @@ def augment(
 
 
 def forest(
-    items: Sequence[Item], said: Mapping[str, Written], tree: Tree, templates: Templates, seed: int
+    items: Sequence[Item], said: Mapping[str, Completion], tree: Tree, templates: Templates, seed: int
 ) -> tuple[list[Turn], list[Conversation], list[Conversation]]:
     """The turns of all items, their conversations in a drawn order, and those to test by in that of the items."""
     subjects = {
@@ -130,7 +130,7 @@ def forest(
     return turns, train, test
 
 
-def turns_of(item: Item, said: Mapping[str, Written], templates: Templates, seed: int) -> list[Turn]:
+def turns_of(item: Item, said: Mapping[str, Completion], templates: Templates, seed: int) -> list[Turn]:
     """The turns of an item: what the writer said, or what templates make."""
     caption = drawn(templates.caption, item, "caption", seed)
     if not said:
@@ -153,7 +153,7 @@ def account(turns: Sequence[Turn], items: Sequence[Item], tree: Tree) -> dict[st
 
 def file_of(shot: tuple[int, int]) -> str:
     """The file of a picture in the folder of results: numbers, whatever items are called."""
-    return f"{PICTURES}/{shot[0]:05d}-{shot[1]}.png"
+    return f"{IMAGES}/{shot[0]:05d}-{shot[1]}.png"
 
 
 def _picture(item: Item, number: int, seed: int) -> Any:

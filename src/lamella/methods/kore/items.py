@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from lamella.data import MARK, Reader
-from lamella.data.pictures import Picture, inside, read_picture
+from lamella.data import MARK, InputContext
+from lamella.data.images import Image, inside, read_image
 from lamella.data.rows import Rows
 from lamella.errors import CalibrationError
 from lamella.extras import require
@@ -22,7 +22,7 @@ from lamella.signature import Fixture
 from lamella.zoo.worlds import SIZE
 
 GLYPHS = "glyphs"
-MEND = (
+HINT = (
     'write {"image": "pictures/one.png", "subject": "...", "text": "..."}, and "kind", "images" and "facts" where you '
     "have them"
 )
@@ -51,14 +51,14 @@ class Item:
     facts: tuple[tuple[str, str], ...] = ()
     pixels: int = SIZE
 
-    def picture(self, number: int, seed: int) -> Picture:
+    def picture(self, number: int, seed: int) -> Image:
         """A picture of it: 0 is its own, and those behind are others, by the same seed the same.
 
         Where there are no further images, one that there is stands elsewhere, in another size on another ground.
         """
         if isinstance(self.images, Glyph):
             return render_glyph(self.images, self.pixels, (seed, number))
-        image = read_picture(self.images[number % len(self.images)], self.id)
+        image = read_image(self.images[number % len(self.images)], self.id)
         return image if number < len(self.images) else placed(image, (seed, number))
 
     def content(self) -> bytes:
@@ -66,10 +66,10 @@ class Item:
         said = repr((self.id, self.subject, self.text, self.kind, self.facts))
         if isinstance(self.images, Glyph):
             return f"{said} {self.images} {self.pixels}".encode()
-        return said.encode() + b"".join(read_picture(each, self.id).tobytes() for each in self.images)
+        return said.encode() + b"".join(read_image(each, self.id).tobytes() for each in self.images)
 
 
-def placed(image: Picture, seed: tuple[int, ...]) -> Picture:
+def placed(image: Image, seed: tuple[int, ...]) -> Image:
     """The same picture, smaller and somewhere on a plain ground, in its own size [height, width, 3]."""
     pillow = require("PIL.Image", "vision", "placing pictures")
     drawn = np.random.default_rng(seed)
@@ -91,7 +91,7 @@ class Knowledge(Rows[Item]):
     """
 
     metavar = "FILE"
-    told = (
+    source_help = (
         'a .jsonl file: {"image": "pictures/one.png", "subject": "...", "text": "..."} on each line, with the "kind" '
         'of the subject, further "images" of it and "facts" where there are some; paths are relative to the file. Or '
         "glyphs, invented things, built in"
@@ -99,7 +99,9 @@ class Knowledge(Rows[Item]):
     example = Fixture(GLYPHS, settings={"items": 3})
 
     @classmethod
-    def open(cls, name: str | Path, reader: Reader, *, items: int | None = None, pixels: int = SIZE) -> Knowledge:
+    def open(
+        cls, name: str | Path, context: InputContext, *, items: int | None = None, pixels: int = SIZE
+    ) -> Knowledge:
         """Read items of knowledge, all their pictures among them.
 
         Args:
@@ -112,11 +114,11 @@ class Knowledge(Rows[Item]):
         """
         if items is not None and items < 1:
             raise CalibrationError(f"items {items}: give at least 1")
-        made = list(_glyphs(items or 40, reader.seed, pixels)) if name == GLYPHS else _of_file(Path(name), items)
+        made = list(_glyphs(items or 40, context.seed, pixels)) if name == GLYPHS else _of_file(Path(name), items)
         if not made:
-            raise CalibrationError(f"{name} holds no items: {MEND}")
+            raise CalibrationError(f"{name} holds no items: {HINT}")
         _check_own(made, str(name))
-        return cls(made, said={"data": str(name), "items": len(made), "sha256": _digest(made)})
+        return cls(made, metadata={"data": str(name), "items": len(made), "sha256": _digest(made)})
 
 
 def _glyphs(count: int, seed: int, pixels: int) -> Iterator[Item]:
@@ -126,19 +128,19 @@ def _glyphs(count: int, seed: int, pixels: int) -> Iterator[Item]:
 
 def _of_file(file: Path, count: int | None) -> list[Item]:
     file = file.expanduser()
-    rows = islice(read_rows(file, MEND, f"give {GLYPHS}, or a .jsonl file of items"), count)
+    rows = islice(read_rows(file, HINT, f"give {GLYPHS}, or a .jsonl file of items"), count)
     return [_item(row, f"{file} line {number}", f"{file.name}:{number}", file.parent) for number, row in rows]
 
 
 def _item(row: Any, where: str, default: str, folder: Path) -> Item:
     if not isinstance(row, Mapping):
-        raise CalibrationError(f"{where} is no JSON object: {MEND}")
+        raise CalibrationError(f"{where} is no JSON object: {HINT}")
     further = row.get("images") or []
     named = [row.get("image"), *(further if isinstance(further, list) else [further])]
     images = [each for each in named if each is not None]
     texts = [row.get(name) for name in ("subject", "text")]
     if not images or not all(isinstance(each, str) and each.strip() for each in (*images, *texts)):
-        raise CalibrationError(f"{where} has no image, subject and text: {MEND}")
+        raise CalibrationError(f"{where} has no image, subject and text: {HINT}")
     subject, text = (str(each).strip() for each in texts)
     if subject.casefold() not in text.casefold():
         raise CalibrationError(f"{where}: its text does not name '{subject}': let the text say of whom it is")

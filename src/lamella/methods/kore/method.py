@@ -153,7 +153,7 @@ def kore(
         train,
         Task(response_loss, collate=batching(train)),
         config,
-        out=work.place() / "run",
+        out=work.directory() / "run",
         trainable=lambda name: name.startswith(f"{projector}.") or any(half in name for half in halves),
         optimizer=partial(two_rates, projector=projector, share=constraint.projector) if projector else adamw,
         settings={

@@ -24,7 +24,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge
 
-from lamella.data import MARK, Request, Written, seed_of
+from lamella.data import MARK, Completion, WritingRequest, seed_of
 from lamella.errors import MethodError
 from lamella.methods.kore.items import Item
 from lamella.reading import parse_json, read_text
@@ -84,15 +84,15 @@ class Templates:
             MethodError: for a file that lacks a list, or has fewer than two heuristic questions.
         """
         file = PROMPTS / "templates.json" if file is None else Path(file)
-        mend = f"write a JSON object with lists of questions: {', '.join(each.name for each in fields(cls))}"
+        hint = f"write a JSON object with lists of questions: {', '.join(each.name for each in fields(cls))}"
         try:
-            said = parse_json(read_text(file, mend))
+            said = parse_json(read_text(file, hint))
             found = {each.name: said[each.name] for each in fields(cls)}
         except (ValueError, KeyError, TypeError):
-            raise MethodError(f"{file} has no templates: {mend}") from None
+            raise MethodError(f"{file} has no templates: {hint}") from None
         for name, texts in found.items():
             if not isinstance(texts, list) or not texts or not all(isinstance(each, str) and each for each in texts):
-                raise MethodError(f"{file}: {name} is no list of questions: {mend}")
+                raise MethodError(f"{file}: {name} is no list of questions: {hint}")
         if len(found["heuristic"]) < 2:
             raise MethodError(f"{file} has one heuristic question: give two or more, the last one is for the test")
         return cls(**{name: tuple(texts) for name, texts in found.items()})
@@ -142,7 +142,7 @@ def key_of(item: Item, task: str) -> str:
     return json.dumps([item.id, task])
 
 
-def requests(items: Sequence[Item], tree: Tree, seed: int) -> list[Request]:
+def requests(items: Sequence[Item], tree: Tree, seed: int) -> list[WritingRequest]:
     """The tasks of a writer: rounds, a summary and questions of each item."""
     system, counts = prompt_of("system"), {"{rounds}": tree.rounds, "{questions}": tree.questions}
     found = []
@@ -153,11 +153,11 @@ def requests(items: Sequence[Item], tree: Tree, seed: int) -> list[Request]:
                 asked = asked.replace(place, str(value))
             messages = [{"role": "system", "content": system}, {"role": "user", "content": asked}]
             key = key_of(item, task)
-            found.append(Request(key, messages, tree.answer, seed_of(key, prompts_digest(), seed)))
+            found.append(WritingRequest(key, messages, tree.answer, seed_of(key, prompts_digest(), seed)))
     return found
 
 
-def read_turns(item: Item, task: str, written: Written, caption: str) -> list[Turn]:
+def read_turns(item: Item, task: str, written: Completion, caption: str) -> list[Turn]:
     """What a writer has said for one task, as turns; what has not the form that was asked for is one, dropped."""
     text = written.text.strip()
     whole = text if written.finished else text.rpartition("\n")[0]  # its limit has cut the last line

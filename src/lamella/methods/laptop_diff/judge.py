@@ -12,11 +12,11 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from lamella.data import Pictures
+from lamella.data import CaptionedImages
 from lamella.extras import require
 from lamella.methods.laptop_diff.denoiser import Denoiser
 from lamella.methods.laptop_diff.tuples import Tuples, error, predictions, targets
-from lamella.report.pictures import embedded
+from lamella.report.images import png_base64
 
 DRAWING = 50  # steps of DDIM
 
@@ -37,7 +37,7 @@ class Judging:
 
 
 def judged(
-    denoiser: Denoiser, networks: Mapping[str, Any], test: Pictures, judging: Judging, batch: int, seed: int
+    denoiser: Denoiser, networks: Mapping[str, Any], test: CaptionedImages, judging: Judging, batch: int, seed: int
 ) -> dict[str, Any]:
     """Denoising and output loss of some networks on test pictures, beside the whole one's, and what each draws.
 
@@ -64,12 +64,12 @@ def judged(
         return {"test": losses}
     every = {"original": denoiser.network, **networks}
     pictures = {name: drawn(denoiser, each, test, judging.draws, seed) for name, each in every.items()}
-    return {"test": losses, "drawn": {name: embedded(each) for name, each in pictures.items()}}
+    return {"test": losses, "drawn": {name: png_base64(each) for name, each in pictures.items()}}
 
 
 @torch.no_grad()
 def drawn(
-    denoiser: Denoiser, network: Any, asked: Pictures, count: int, seed: int, steps: int = DRAWING
+    denoiser: Denoiser, network: Any, asked: CaptionedImages, count: int, seed: int, steps: int = DRAWING
 ) -> npt.NDArray[np.uint8]:
     """Pictures [count, height, width, 3] that a network draws from noise, by DDIM and without guidance.
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from scipy.stats import rankdata
 from torch import Tensor
 
-from lamella.data import PLAIN, Reader, load_text, windows
+from lamella.data import PLAIN, InputContext, load_text, windows
 from lamella.errors import CalibrationError, MethodError
 from lamella.signature import Fixture
 from lamella.train import NO_LOSS, Sample, blocks, mean_loss
@@ -40,7 +40,7 @@ class Language:
 
     metavar: ClassVar[str] = "NAME=TEXT"
     reads_text: ClassVar[bool] = True
-    told: ClassVar[str] = "pydoc, stdlib, a file or a datasets name"
+    source_help: ClassVar[str] = "pydoc, stdlib, a file or a datasets name"
     example: ClassVar[Fixture] = replace(PLAIN, settings={"sequences": 8, "length": 16, "held_out_sequences": 4})
 
     def __post_init__(self) -> None:
@@ -49,7 +49,7 @@ class Language:
 
     @classmethod
     def open(
-        cls, name: str, reader: Reader, *, sequences: int = 256, length: int = 256, held_out_sequences: int = 16
+        cls, name: str, context: InputContext, *, sequences: int = 256, length: int = 256, held_out_sequences: int = 16
     ) -> Language:
         """A language from a text: its calibration split is learnt, its test split judges.
 
@@ -63,10 +63,10 @@ class Language:
             CalibrationError: for a text that is missing, or too short.
         """
         text, test = load_text(name, "calibration"), load_text(name, "test")
-        learnt = windows(reader.tokenizer, text, sequences, length, reader.seed)
-        judged = windows(reader.tokenizer, test, held_out_sequences, length, reader.seed)
+        learnt = windows(context.tokenizer, text, sequences, length, context.seed)
+        judged = windows(context.tokenizer, test, held_out_sequences, length, context.seed)
         source = {"learnt": text.provenance(learnt), "held out": test.provenance(judged)}
-        return replace(cls.of(reader.tokenizer, judged, learnt), source=source)
+        return replace(cls.of(context.tokenizer, judged, learnt), source=source)
 
     @classmethod
     def of(cls, tokenizer: Any, held_out: Tensor, samples: Tensor | None = None) -> Language:

@@ -67,7 +67,7 @@ class Pool:
     source: Mapping[str, Any] = field(default_factory=dict)
 
     metavar: ClassVar[str] = "FOLDER"
-    told: ClassVar[str] = (
+    source_help: ClassVar[str] = (
         "a folder with LoRA adapters as peft saves them, each in a folder of its own; or random:count=20,r=8, adapters "
         "with random weights"
     )

@@ -22,8 +22,8 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from lamella.errors import ArchitectureError, CheckpointError, NumericsError
+from lamella.measure.hidden_states import Tokens, describe, sequences
 from lamella.measure.scores import Scores
-from lamella.measure.streams import Tokens, describe, sequences
 from lamella.progress import track
 from lamella.reading import parse_json
 from lamella.stack import Stack, cuttable, share

@@ -41,5 +41,5 @@ def distil(
     Returns:
         The smaller model, which is an ordinary one, with a plan that runs all of it.
     """
-    out = work.place()
+    out = work.directory()
     return distilled(stack, plan, train, config=config, intermediate=intermediate, temperature=temperature, out=out)

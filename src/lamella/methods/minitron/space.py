@@ -62,7 +62,7 @@ class ShapeSpace:
         return cls(
             layers=len(stack),
             whole=whole,
-            hidden_step=max(1, min(multiple, whole.stream // 8)),
+            hidden_step=max(1, min(multiple, whole.hidden // 8)),
             mlp_step=max(1, min(multiple, whole.channels // 8)),
             count=counter(stack.model, stack.layers, architecture.wiring),
             plain=lambda shape: architecture.fits(shape.hidden, shape.heads, whole.head_dim),
@@ -93,7 +93,7 @@ class ShapeSpace:
         """Return the remaining weights of the layers in units of sublayers; see :attr:`lamella.plan.Plan.work`."""
         whole = self.whole
         attn = (shape.heads + shape.kv_heads) / (whole.heads + whole.kv_heads)
-        return shape.layers * shape.hidden / whole.stream * (attn + shape.mlp / whole.channels)
+        return shape.layers * shape.hidden / whole.hidden * (attn + shape.mlp / whole.channels)
 
     def near(self, fraction: float, fixed: Mapping[str, int], tolerance: float) -> list[ModelShape]:
         """Return the shapes with about that fraction of all parameters, the closest first (section 2.3).
@@ -108,7 +108,7 @@ class ShapeSpace:
         """
         whole = self.whole
         grid: dict[str, Sequence[int]] = {
-            "hidden": _multiples(self.hidden_step, whole.stream),
+            "hidden": _multiples(self.hidden_step, whole.hidden),
             "mlp": _multiples(self.mlp_step, whole.channels),
             "heads": _multiples(1 if whole.heads == whole.kv_heads else whole.kv_heads, whole.heads),
         }

@@ -139,7 +139,7 @@ class ExitCosts:
         """Return the costs of a pair of stacks."""
         attn, cross = _matrices(decoder, "attn"), _matrices(decoder, "cross")
         return cls(
-            encoder.architecture.sizes_of(encoder.config).stream,
+            encoder.architecture.sizes_of(encoder.config).hidden,
             sum(_matrices(encoder, name) for name in encoder.architecture.names),
             attn + cross // 2 + _matrices(decoder, "mlp"),
             attn // 2,

@@ -27,7 +27,7 @@ from torch.nn.functional import softplus
 
 from lamella.errors import MethodError
 from lamella.methods.muranet.modules import PlanNetwork
-from lamella.train import Hook, Training
+from lamella.train import Hook, TrainingRun
 
 TASKS = ("walls", "openings")
 Kind = Literal["fixed", "uncertainty", "gradnorm"]
@@ -163,10 +163,10 @@ class Balancing(Hook):
             less.append((most / norm.clamp(min=TINY)).clamp(max=1) * weighed - weighed)
         return torch.stack(less).sum()
 
-    def before_step(self, run: Training) -> None:
+    def before_step(self, run: TrainingRun) -> None:
         self.looks = self.balance.weighting == "gradnorm" or run.step % self.balance.look_every == 0
 
-    def before_update(self, run: Training) -> None:
+    def before_update(self, run: TrainingRun) -> None:
         if not self.seen:
             return
         losses, rows = run.weigh([each for each, _ in self.seen]), run.weigh([each for _, each in self.seen])

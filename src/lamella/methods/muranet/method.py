@@ -143,7 +143,7 @@ def _trained(
     inserted = set(shape.insert)
     stages = enumerate(model.encoder.stages[: practice.frozen])
     model.hold(*(stage[0] if place in inserted else stage for place, stage in stages))
-    log = practise(model.train(), plans, config, practice, balance, frame=shape.frame, out=work.place("run"))
+    log = practise(model.train(), plans, config, practice, balance, frame=shape.frame, out=work.directory("run"))
     model.hold()
     counted = {
         "parameters": sum(each.numel() for each in model.parameters()),
@@ -291,6 +291,6 @@ def stages_worth(
     known = [place for place in range(len(model.model.encoder.stages)) if place not in model.shape.insert]
     chosen = stages or known
     given, tested = plans[: len(plans) - judges], plans[len(plans) - judges :]
-    rows = [worth(model, given, tested, stage, config, balance, work.place(f"stage-{stage}")) for stage in chosen]
+    rows = [worth(model, given, tested, stage, config, balance, work.directory(f"stage-{stage}")) for stage in chosen]
     rows.sort(key=lambda row: -row["gain"])
     return Study(findings={"gains": rows, "steps": config.steps, "plans": len(given), "judges": judges})

@@ -12,8 +12,8 @@ from typing import Any, Literal, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from lamella.data import Reader
-from lamella.data.pictures import inside, read_picture
+from lamella.data import InputContext
+from lamella.data.images import inside, read_image
 from lamella.errors import CalibrationError
 from lamella.methods.muranet.floor_plan import FloorPlan
 from lamella.methods.muranet.raster import STYLES, floor_plans
@@ -38,7 +38,7 @@ class FloorPlans(Sequence[FloorPlan]):
     """
 
     metavar = "PLANS"
-    told = f"a picture, a folder of them (with {BOXES} and masks *{WALLS} to learn from), or `{BUILT_IN}`"
+    source_help = f"a picture, a folder of them (with {BOXES} and masks *{WALLS} to learn from), or `{BUILT_IN}`"
     example = Fixture(BUILT_IN, settings={"count": 3, "side": 64})
 
     items: Sequence[FloorPlan]
@@ -47,7 +47,7 @@ class FloorPlans(Sequence[FloorPlan]):
 
     @classmethod
     def open(
-        cls, name: str | Path, reader: Reader, *, count: int = 800, side: int = 128, style: str = "mixed"
+        cls, name: str | Path, context: InputContext, *, count: int = 800, side: int = 128, style: str = "mixed"
     ) -> FloorPlans:
         """Read plans; each is looked at once, so that a damaged one is named before anything runs.
 
@@ -65,7 +65,7 @@ class FloorPlans(Sequence[FloorPlan]):
         if count < 1:
             raise CalibrationError(f"count {count}: give at least 1")
         if str(name) == BUILT_IN:
-            return cls.of(made(reader, count, side, style), split=reader.split, seed=reader.seed, style=style)
+            return cls.of(made(context, count, side, style), split=context.split, seed=context.seed, style=style)
         path = Path(name)
         if path.is_file() and path.suffix.lower() in PICTURES:
             return cls.of(Folder([(path, None)], ()), path.name)
@@ -118,13 +118,13 @@ class FloorPlans(Sequence[FloorPlan]):
             )
 
 
-def made(reader: Reader, count: int, side: int, style: str) -> list[FloorPlan]:
+def made(context: InputContext, count: int, side: int, style: str) -> list[FloorPlan]:
     """Synthetic plans of the part that is wanted."""
     if style not in ("mixed", *STYLES):
         raise CalibrationError(f"style '{style}': choose one of mixed, {', '.join(STYLES)}")
-    part: Literal["train", "test"] = "test" if reader.split == "test" else "train"
+    part: Literal["train", "test"] = "test" if context.split == "test" else "train"
     styles = STYLES if style == "mixed" else [each for each in STYLES if each == style]
-    return list(islice(floor_plans(part, reader.seed, side, styles), count))
+    return list(islice(floor_plans(part, context.seed, side, styles), count))
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class Folder(Sequence[FloorPlan]):
         if isinstance(place, slice):
             return Folder(self.files[place], self.classes)
         file, boxes = self.files[place]
-        picture = read_picture(file, "plans")
+        picture = read_image(file, "plans")
         beside = file.with_name(file.stem + WALLS)
         walls = _mask(check_in_folder(beside), picture.shape[:2], file.name) if beside.is_file() else None
         truth = None if boxes is None else _checked(boxes, picture.shape[:2], file)
@@ -176,7 +176,7 @@ def _mask(file: Path, size: tuple[int, ...], of: str) -> NDArray[np.bool_]:
     Raises:
         CalibrationError: for another size than its plan has, or no such pixel.
     """
-    walls: NDArray[np.bool_] = read_picture(file, of).mean(axis=2) >= 128
+    walls: NDArray[np.bool_] = read_image(file, of).mean(axis=2) >= 128
     if walls.shape != size:
         raise CalibrationError(
             f"{file}: {walls.shape[1]} x {walls.shape[0]} pixels, and {of} has {size[1]} x {size[0]}: give one size"

@@ -18,7 +18,7 @@ from lamella.methods.muranet.floor_plan import FloorPlan
 from lamella.methods.muranet.judge import Recognised
 from lamella.methods.muranet.plans import BOXES, WALLS
 from lamella.methods.muranet.vector import WALL, Placed, snapped, vector
-from lamella.report.pictures import embedded
+from lamella.report.images import png_base64
 from lamella.results import Evidence, Result
 
 SHOWN = 4  # plans that are drawn on the page
@@ -144,4 +144,4 @@ def beside(plan: FloorPlan, seen: Recognised, classes: Sequence[str]) -> str:
         true = [(cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2) for _, cx, cy, w, h in plan.boxes.tolist()]
         row.append(painted(plan.walls, true, [plan.classes[int(k)] for k in plan.boxes[:, 0]], size))
     step = max(1, -(-max(size) // SIDE))
-    return embedded(each[::step, ::step] for each in row)
+    return png_base64(each[::step, ::step] for each in row)

@@ -17,7 +17,7 @@ from lamella.methods.muranet.frame import Rows, coloured, together, turned
 from lamella.methods.muranet.loss import opening_loss, wall_loss
 from lamella.methods.muranet.modules import PlanNetwork
 from lamella.plan import fingerprint
-from lamella.train import Hook, Task, TrainConfig, Training, TrainingLog, fit
+from lamella.train import Hook, Task, TrainConfig, TrainingLog, TrainingRun, fit
 from lamella.train.supervised import count_rows
 
 NO_CLIP = 1e6  # of the sum of both tasks' gradients: it is the balance that limits them
@@ -71,7 +71,7 @@ def practise(
     Raises:
         TrainingError: when training cannot start, go on or stay finite.
     """
-    config = config.lasting(len(plans))
+    config = config.with_steps(len(plans))
     model = Balanced(network, balance)
     lesson, balancing = Lesson(practice), Balancing(model, balance)
     task = Task(lesson, collate=together, weight=count_rows, passes=balancing.passes)
@@ -143,7 +143,7 @@ class Closing(Hook):
     def __init__(self, lesson: Lesson, first: int) -> None:
         self.lesson, self.first = lesson, first
 
-    def before_step(self, run: Training) -> None:
+    def before_step(self, run: TrainingRun) -> None:
         self.lesson.closing = run.step >= self.first
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lamella.data import Reader, Rows
+from lamella.data import InputContext, Rows
 from lamella.errors import CalibrationError
 from lamella.reading import read_rows
 from lamella.results import Corpus

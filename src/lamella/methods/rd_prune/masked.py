@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.stack import matrices
-from lamella.train import Hook, Training
+from lamella.train import Hook, TrainingRun
 
 
 class MaskHook(Hook):

@@ -229,7 +229,7 @@ def tune(
         config: training settings.
         work: folder from which an interrupted run resumes.
     """
-    out = work.place()
+    out = work.directory()
     view = apply(stack, plan)
     own(view)
     log = fit(

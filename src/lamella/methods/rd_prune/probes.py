@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import CalibrationError, NumericsError
-from lamella.measure.streams import Tokens, sequences
-from lamella.stack import Context, Position, Prefixes, Stack, Stream, matrices, share
+from lamella.measure.hidden_states import Tokens, sequences
+from lamella.stack import Context, Hidden, Position, Prefixes, Stack, matrices, share
 
 Inputs = Tensor | Mapping[str, Tensor]
 FRONT = Position(-1, "")  # the modules before the layers
@@ -117,7 +117,7 @@ class AnyModel:
 
         found = matrices(self.model)
         for matrix in found.values():
-            for path, name in matrix.places:
+            for path, name in matrix.occurrences:
                 module = self.model.get_submodule(path)
                 if name == "weight":
                     hooks.append(module.register_forward_hook(counting(path)))
@@ -147,7 +147,7 @@ class Decoder:
             for start in range(0, len(rows), size)
         ]
         self.contexts = [self.stack.context(inputs) for inputs in self.inputs]
-        self._prefixes: Prefixes[Position, list[Stream]] = Prefixes([each.h for each in self.contexts])
+        self._prefixes: Prefixes[Position, list[Hidden]] = Prefixes([each.h for each in self.contexts])
         self.starts = {name: self._start(name) for name in matrices(self.model)}
         config, head = stack.config, stack.unembedding.weight
         self.linear = getattr(config, "final_logit_softcapping", None) is None  # from final states to logits
@@ -184,7 +184,7 @@ class Decoder:
         run, last, behind = self.original.run, chain[-1], self.original.after(chain[-1])
         return [run(h, last, behind, context) for h, context in zip(hidden, self.contexts, strict=True)]
 
-    def _normed(self, context: Context, h: Stream, start: Position) -> tuple[Tensor, Tensor]:
+    def _normed(self, context: Context, h: Hidden, start: Position) -> tuple[Tensor, Tensor]:
         return self.stack.normed(self.stack.run(h, start, len(self.stack), context)), context.real
 
     def _logits(self, final: Tensor) -> Tensor:

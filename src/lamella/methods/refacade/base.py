@@ -48,7 +48,7 @@ class Base(View):
     """
 
     metavar = "BASE"
-    told = (
+    source_help = (
         "the folder of a Wan pipeline of diffusers (transformer, vae, perhaps text_encoder and tokenizer), or nano, a "
         "small one that is built in"
     )

@@ -36,9 +36,9 @@ def count_clips(batch: Mapping[str, Tensor]) -> int:
     return len(next(iter(batch.values())))
 
 
-def task(loss: Any, beside: Sequence[nn.Module] = ()) -> Task:
+def task(loss: Any, frozen: Sequence[nn.Module] = ()) -> Task:
     """A loss over stacked clips."""
-    return Task(loss, collate=stacked, weight=count_clips, beside=beside)
+    return Task(loss, collate=stacked, weight=count_clips, frozen=frozen)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from lamella.data.pictures import MOST_PIXELS, Checked, Picture, check_picture, colours, read_animation
+from lamella.data.images import MAX_PIXELS, Image, ImageInfo, check_image, read_animation, to_rgb
 from lamella.errors import CalibrationError
 from lamella.extras import require
 from lamella.methods.refacade.objects import TexturedObject, textured_object
@@ -43,7 +43,7 @@ class Frames:
     """
 
     metavar = "PICTURE"
-    told = "a picture, a folder of frames, or a video file (.gif, .webp; .mp4 and others need PyAV)"
+    source_help = "a picture, a folder of frames, or a video file (.gif, .webp; .mp4 and others need PyAV)"
     example = Fixture(TEXTURED)
 
     pixels: NDArray[np.uint8]
@@ -84,7 +84,7 @@ class Masks:
     """
 
     metavar = "MASK"
-    told = "a picture that is light where the object is; or a folder or a video of them, one for each frame"
+    source_help = "a picture that is light where the object is; or a folder or a video of them, one for each frame"
     example = Fixture(TEXTURED)
 
     shown: NDArray[np.bool_]
@@ -139,10 +139,12 @@ class Reference:
     """
 
     metavar = "PICTURE"
-    told = "a picture of an object that has the texture, on white or cut out; without either all of it is texture"
+    source_help = (
+        "a picture of an object that has the texture, on white or cut out; without either all of it is texture"
+    )
     example = Fixture(TEXTURED)
 
-    picture: Picture
+    picture: Image
     shown: NDArray[np.bool_]
     said: dict[str, Any]
 
@@ -203,27 +205,27 @@ def read(path: Path) -> Iterator[NDArray[np.uint8]]:
     pixels = 0
     for number, image in enumerate(islice(found, MOST_FRAMES + 1), start=1):
         pixels += image.shape[0] * image.shape[1]
-        if number > MOST_FRAMES or pixels > 8 * MOST_PIXELS:
-            raise CalibrationError(f"{path}: above {MOST_FRAMES} frames or {8 * MOST_PIXELS:,} pixels: give fewer")
+        if number > MOST_FRAMES or pixels > 8 * MAX_PIXELS:
+            raise CalibrationError(f"{path}: above {MOST_FRAMES} frames or {8 * MAX_PIXELS:,} pixels: give fewer")
         yield image
 
 
-def checked(path: Path) -> Checked:
+def checked(path: Path) -> ImageInfo:
     """Check a picture, a folder or a video by its headers, without decoding it.
 
     Raises:
         CalibrationError: for what is missing or damaged, as far as headers show it.
     """
     if path.is_dir():
-        files = [check_picture(file, str(path)) for file in files_of(path)]
-        return Checked(b"".join(each.digest for each in files), len(files))
+        files = [check_image(file, str(path)) for file in files_of(path)]
+        return ImageInfo(b"".join(each.digest for each in files), len(files))
     if path.suffix.lower() in VIDEOS and path.is_file():
         with video(path) as (opened, stream):
             frames = stream.frames or sum(packet.size > 0 for packet in stream.container.demux(stream))
             opened.seek(0)
-            return Checked(hashlib.file_digest(opened, "sha256").digest(), frames)
+            return ImageInfo(hashlib.file_digest(opened, "sha256").digest(), frames)
     if path.is_file():
-        return check_picture(path, str(path))
+        return check_image(path, str(path))
     raise CalibrationError(f"no frames '{path}': {GIVE}")
 
 
@@ -243,7 +245,7 @@ def with_alpha(image: Any) -> NDArray[np.uint8]:
     """What a Pillow image shows, and how opaque it is [height, width, 4]; upright."""
     upright = require("PIL.ImageOps", "vision", "reading pictures").exif_transpose(image)
     opaque = np.array(upright.convert("RGBA"))[..., 3:]
-    return np.concatenate([colours(image), opaque], axis=-1)
+    return np.concatenate([to_rgb(image), opaque], axis=-1)
 
 
 def moving(file: Path) -> Iterator[NDArray[np.uint8]]:
@@ -261,7 +263,7 @@ def video(file: Path) -> Iterator[tuple[BufferedReader, Any]]:
     try:
         with open_file(file) as opened, av.open(opened) as container:
             stream = container.streams.video[0]
-            if stream.width * stream.height > MOST_PIXELS:
+            if stream.width * stream.height > MAX_PIXELS:
                 raise CalibrationError(f"{file}: {stream.width} x {stream.height} pixels: give a smaller video")
             yield opened, stream
     except CalibrationError:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lamella.data import Encoded, Lazy, Reader
+from lamella.data import Encoded, InputContext, Lazy
 from lamella.errors import CalibrationError, MethodError
 from lamella.files import Work
 from lamella.methods.refacade.base import Base
@@ -58,7 +58,7 @@ class Objects:
     """
 
     metavar = "OBJECTS"
-    told = (
+    source_help = (
         "textured, which are made by chance; or a folder of pictures or clips NAME, each with NAME.mask and, for the "
         "remover, NAME.untextured beside it"
     )
@@ -70,7 +70,7 @@ class Objects:
     said: dict[str, Any]
 
     @classmethod
-    def open(cls, name: str | Path, reader: Reader, *, count: int = 1200, frames: int = 1) -> Objects:
+    def open(cls, name: str | Path, context: InputContext, *, count: int = 1200, frames: int = 1) -> Objects:
         """Open clips.
 
         Args:
@@ -87,10 +87,10 @@ class Objects:
             raise CalibrationError(f"count {count}, frames {frames}: give at least 1")
         digest = hashlib.sha256()
         if str(name) == TEXTURED:
-            part: Part = "test" if reader.split == "test" else "train"
-            clips = Lazy(range(count), lambda number: of_object(numbered(number, part, reader.seed, SIDE, frames)))
+            part: Part = "test" if context.split == "test" else "train"
+            clips = Lazy(range(count), lambda number: of_object(numbered(number, part, context.seed, SIDE, frames)))
             masks = Lazy(clips, lambda clip: clip.mask[:1])
-            digest.update(f"{part} {reader.seed} {SIDE}".encode())
+            digest.update(f"{part} {context.seed} {SIDE}".encode())
         else:
             files = list(islice(_folder(Path(name)), count))
             for each in files:

@@ -39,7 +39,7 @@ from lamella.methods.refacade.sampler import Sampling, retextured
 from lamella.methods.refacade.sensitivity import hint_sensitivity, most_sensitive
 from lamella.progress import say
 from lamella.registry import command, method
-from lamella.report.pictures import embedded
+from lamella.report.images import png_base64
 from lamella.results import Study
 from lamella.train import TrainConfig
 
@@ -145,7 +145,7 @@ def strip(frames: Tensor) -> str:
     """Some frames side by side, as the report shows them."""
     some = np.linspace(0, len(frames) - 1, min(SHOWN, len(frames))).round().astype(int)
     step = -(-frames.shape[-2] // TALLEST)
-    return embedded(eight_bit(frames[some])[:, ::step, ::step])
+    return png_base64(eight_bit(frames[some])[:, ::step, ::step])
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def train(
         branch = ControlBranch(base.network, list(layers), *base.control_channels, place.hidden)
     network = remover.network.to(base.network.device)
     samples = transfer_samples(base, network, objects.fitted(base), dilate, config.seed, work, objects.describe())
-    log = train_branch(base, branch.to(base.network.device), samples, config, work.place("run"), jigsaw=jigsaw)
+    log = train_branch(base, branch.to(base.network.device), samples, config, work.directory("run"), jigsaw=jigsaw)
     sizes = {"parameters": size(branch), "parameters of the base": size(base.network), "layers": branch.layers}
     return Retexturer.of(base, branch.eval(), network, log=log, findings={**sizes, "loss": losses(log)})
 
@@ -227,7 +227,7 @@ def remover(base: Base, objects: Objects, *, config: TrainConfig = REMOVAL, work
         torch.manual_seed(config.seed)
         network = TextureRemover.fresh(base).to(base.network.device)
     samples = removal_samples(base, objects.fitted(base), work, objects.describe())
-    log = train_remover(network, samples, config, work.place("run"))
+    log = train_remover(network, samples, config, work.directory("run"))
     return Remover(network=network.eval(), log=log, findings={"parameters": size(network), "loss": losses(log)})
 
 
@@ -262,7 +262,7 @@ def distil(
     check_remover(base, remover.network)
     samples = foregrounds(base, objects.fitted(base), work, objects.describe())
     teacher = remover.network.to(base.network.device)
-    student, log = distilled(teacher, samples, config, work.place("run"), removal)
+    student, log = distilled(teacher, samples, config, work.directory("run"), removal)
     found = {"parameters": size(student), "removal": removal, "loss": losses(log)}
     return Remover(network=student, log=log, findings=found)
 

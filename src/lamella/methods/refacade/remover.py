@@ -29,7 +29,7 @@ from lamella.zoo import open_model
 UNET = "UNet2DModel"
 KINDS = (VACE, UNET)
 STEPS, MOST = 3, 1000
-TOLD, MEND = "removal.json", "give a folder that `lamella run refacade remover` or `distil` has written"
+TOLD, HINT = "removal.json", "give a folder that `lamella run refacade remover` or `distil` has written"
 SHAPE = {
     "block_out_channels": (32, 48, 64),
     "layers_per_block": 1,
@@ -124,7 +124,7 @@ class TextureRemover(nn.Module):
             except (LamellaError, ValueError, TypeError, KeyError):
                 made.steps = 0
             if type(made.steps) is not int or not 1 <= made.steps <= MOST:
-                raise CheckpointError(f"{folder / TOLD}: no number of steps from 1 to {MOST}: {MEND}")
+                raise CheckpointError(f"{folder / TOLD}: no number of steps from 1 to {MOST}: {HINT}")
         return made
 
 

@@ -72,7 +72,7 @@ class Remover(Result):
     kind: ClassVar[str] = "remover"
     needs_folder: ClassVar[bool] = True
     metavar: ClassVar[str] = "REMOVER"
-    told: ClassVar[str] = "a folder that `remover` or `distil` has written, or nano, which is built in"
+    source_help: ClassVar[str] = "a folder that `remover` or `distil` has written, or nano, which is built in"
     default: ClassVar[str] = TRAINED
     example: ClassVar[Fixture] = Fixture(UNTRAINED)
 
@@ -128,7 +128,7 @@ class Retexturer(Result):
     kind: ClassVar[str] = "retexturer"
     needs_folder: ClassVar[bool] = True
     metavar: ClassVar[str] = "MODEL"
-    told: ClassVar[str] = "a folder that `train` has written; or nano, a small one that is built in"
+    source_help: ClassVar[str] = "a folder that `train` has written; or nano, a small one that is built in"
     default: ClassVar[str] = TRAINED
     example: ClassVar[Fixture] = Fixture(UNTRAINED)
 
@@ -211,7 +211,7 @@ def read_adapter(file: Path) -> tuple[Adapter, dict[str, Tensor]]:
     Raises:
         CheckpointError: when it is missing, damaged, or no adapter.
     """
-    mend = "give a folder that `lamella run refacade train` has written"
+    hint = "give a folder that `lamella run refacade train` has written"
     try:
         with safe_open(file, framework="pt") as opened:
             adapter = Adapter.model_validate_json((opened.metadata() or {}).get("refacade", "{}"))
@@ -219,9 +219,9 @@ def read_adapter(file: Path) -> tuple[Adapter, dict[str, Tensor]]:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"{file}: no adapter ({where}: {first['msg']}): {mend}") from None
+        raise CheckpointError(f"{file}: no adapter ({where}: {first['msg']}): {hint}") from None
     except Exception as error:  # of damaged files, anything
-        raise CheckpointError(f"{file}: no adapter ({reason_of(error)}): {mend}") from None
+        raise CheckpointError(f"{file}: no adapter ({reason_of(error)}): {hint}") from None
     return adapter, weights
 
 

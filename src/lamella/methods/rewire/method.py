@@ -29,7 +29,7 @@ import numpy as np
 from annotated_types import Ge, Gt, Le
 
 from lamella.data import Blend, Documents, Sampling, Writer, hold_out
-from lamella.data.steps import Rolled, through
+from lamella.data.steps import DocumentGeneration, process_documents
 from lamella.errors import CalibrationError
 from lamella.evaluate import writing_cost
 from lamella.files import Work
@@ -42,7 +42,7 @@ from lamella.methods.rewire.result import Scored
 from lamella.methods.rewire.steps import Guided, Parsed
 from lamella.provenance import describe
 from lamella.registry import command, method
-from lamella.results import Mixed
+from lamella.results import MixedCorpus
 from lamella.workers import Workers
 
 Unit = Literal["documents", "tokens"]
@@ -113,7 +113,7 @@ def rewire(
     workers: Workers = WORKERS,
     work: Work = Work(),
     seed: int = 0,
-) -> Mixed:
+) -> MixedCorpus:
     """Rewrite a pool of documents after reasoning about each, and mix the best rewrites with the best raw text.
 
     Args:
@@ -147,7 +147,7 @@ def rewire(
         "documents": describe(documents), "rewriter": rewriter.describe(), "prompt": guide.digest, "seed": seed,
         "held_out": blend.held_out, **asdict(rules), **asdict(replace(rewriting, floor=None)), **asdict(sampling),
     }  # fmt: skip
-    folder = work.place(hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:12])
+    folder = work.directory(hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:12])
 
     pool, gone = pool_of(learnt, rules, folder / "minhash")
     if len(pool) < 2:
@@ -155,16 +155,16 @@ def rewire(
             f"{len(pool)} of {len(learnt)} documents are in the pool ({_told(gone)}): give more, or change the rules"
         )
 
-    rolled = Rolled(rewriter, sampling, folder)
+    rolled = DocumentGeneration(rewriter, sampling, folder)
     ask = Guided(rewriter, guide, rewriting.longest, rewriting.answer, seed)
     read = Parsed(rewriter, rewriting.embedder)
-    rows = through(pool, ask, rolled, read, rewriting.together, workers)
+    rows = process_documents(pool, ask, rolled, read, rewriting.together, workers)
 
     judge(rows, [each.text for each in positives], judging, rewriting.floor, seed)
     kept = [row for row in rows if row["in_syn"]]
     raw = [{"id": row["id"], "text": row["source_text"]} for row in rows if row["in_raw"]]
     train, mixture = blend.mix({RAW: raw, SYNTHETIC: kept}, rewriter, seed)
-    return Mixed.of(
+    return MixedCorpus.of(
         rows,
         documents,
         held_out,

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lamella.data import Documents, Reader, seed_of
+from lamella.data import Documents, InputContext, seed_of
 from lamella.errors import CalibrationError
 from lamella.extras import require
 
@@ -30,7 +30,7 @@ class Positives(Documents):
     """Good texts, whose file may have other fields than that of the pool."""
 
     @classmethod
-    def open(cls, name: str | Path, reader: Reader, *, positives_column: str = "text") -> Positives:  # type: ignore[override]
+    def open(cls, name: str | Path, context: InputContext, *, positives_column: str = "text") -> Positives:  # type: ignore[override]
         """Read all of them.
 
         Args:
@@ -40,8 +40,8 @@ class Positives(Documents):
         Raises:
             CalibrationError: for what is not there, holds no document, or ends early.
         """
-        found = Documents.open(name, reader, column=positives_column)
-        return cls(found, found.said, found.broken)
+        found = Documents.open(name, context, column=positives_column)
+        return cls(found, found.metadata, found.broken)
 
 
 class Quality(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lamella.data import Document, Request, Writer, Written, seed_of
+from lamella.data import Completion, Document, Writer, WritingRequest, seed_of
 from lamella.data.steps import REQUEST, WRITTEN, Row
 from lamella.measure import Embedder, similarities
 from lamella.methods.rewire.guiding import Guide, parsed
@@ -27,7 +27,7 @@ class Guided:
             "id": document.id, "source_text": document.text, "n_src_tok": tokens, "rewriter": self.writer.name,
             "prompt_hash": self.guide.digest, "seed": seed,
         }  # fmt: skip
-        request = Request(document.id, self.guide.messages(document.text), self.answer, seed)
+        request = WritingRequest(document.id, self.guide.messages(document.text), self.answer, seed)
         if tokens <= self.longest and self.writer.fits(request):
             row[REQUEST] = request
         return row
@@ -41,7 +41,7 @@ class Parsed:
 
     def __call__(self, rows: list[Row]) -> None:
         for row in rows:
-            written: Written | None = row.pop(WRITTEN, None)
+            written: Completion | None = row.pop(WRITTEN, None)
             text, why = ("", "too long") if written is None else parsed(written.text)
             row |= {
                 "text": text, "drop_reason": why, "n_out_tok": self.writer.count(text), "sim": None,

@@ -133,7 +133,7 @@ class Node:
     def _expect(self, turns: Sequence[Stop], part: Batch) -> None:
         """Let everything come in that others will send."""
         senders = Counter(self._sender(stop) for stop in turns)
-        shape = (*part["input_ids"].shape, self.stack.architecture.sizes_of(self.stack.config).stream)
+        shape = (*part["input_ids"].shape, self.stack.architecture.sizes_of(self.stack.config).hidden)
         for node, count in senders.items():
             if node is not None and node != self.meeting.node:
                 self.meeting.expect(node, count, shape)

@@ -108,7 +108,7 @@ class Network:
 
     default: ClassVar[str] = PUBLISHED
     metavar: ClassVar[str] = "NETWORK"
-    told: ClassVar[str] = "published, the authors' 20 nodes in 12 regions, or a TOML file of nodes and links"
+    source_help: ClassVar[str] = "published, the authors' 20 nodes in 12 regions, or a TOML file of nodes and links"
     example: ClassVar[Fixture] = Fixture("network.toml", EXAMPLE, {"layers": 1, "copies": 0.0})
 
     def __len__(self) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lamella.formatting import counted, number
 from lamella.plan import PlanSeries, SeriesEvidence
-from lamella.report.figures import Figure, Gantt, Scatter, Task
+from lamella.report.figures import Figure, Gantt, GanttTask, Scatter
 from lamella.result import Summary, Table
 from lamella.results import Evidence
 from lamella.results.page import curves
@@ -112,7 +112,7 @@ def gantt(served: Sequence[Served], nodes: Sequence[Mapping[str, Any]]) -> Gantt
         "stage: node, region",
         [f"{each['stage']}: {each['node']} {each['region']}" for each in nodes],
         [
-            Task(
+            GanttTask(
                 row[node],
                 begin,
                 end,

@@ -27,7 +27,7 @@ from lamella.registry import command
 from lamella.results import Trained
 from lamella.signature import Named
 from lamella.stack import Stack, share
-from lamella.train import Hook, Task, TrainConfig, Training, TrainingLog, fit, own, response_loss, with_weights_of
+from lamella.train import Hook, Task, TrainConfig, TrainingLog, TrainingRun, fit, own, response_loss, with_weights_of
 from lamella.train.runs import LOG
 
 TRAINING = TrainConfig(lr=3e-4, schedule="constant", batch=2)  # the authors' rate; their microbatch has 8 sequences
@@ -86,16 +86,16 @@ def train(
     parts = spans(stack, stages if pipeline is None else len(pipeline.assignment))
     orders = drawn(len(parts), skip, microbatches, config.seed) if pipeline is None else _always(pipeline.orders)
     size = len(orders(0))
-    config = replace(config, batch=config.batch * size).lasting(len(train))
+    config = replace(config, batch=config.batch * size).with_steps(len(train))
     view = share(stack.model)
     own(view, lambda name: True)
     trainer = _Paths(view, parts, orders, config, pace)
     if pipeline is not None and ray:
-        log = trainer.over_cluster(train, work.place(), pipeline)
+        log = trainer.over_cluster(train, work.directory(), pipeline)
     elif pipeline is None or processes.count() == 1:
-        log = trainer.in_one_process(train, work.place() / "run")
+        log = trainer.in_one_process(train, work.directory() / "run")
     else:
-        log, pipeline = trainer.over_nodes(train, work.place(), pipeline, lost, limit)
+        log, pipeline = trainer.over_nodes(train, work.directory(), pipeline, lost, limit)
         orders = _always(pipeline.orders)
     assert config.steps is not None
     seen = {left_out(len(parts), order) for step in range(config.steps) for order in orders(step)}
@@ -224,7 +224,7 @@ class _Redrawn(Hook):
     def __init__(self, runner: InOneProcess, orders: Orders) -> None:
         self.runner, self.orders = runner, orders
 
-    def before_step(self, run: Training) -> None:
+    def before_step(self, run: TrainingRun) -> None:
         self.runner.orders = self.orders(run.step)
 
 

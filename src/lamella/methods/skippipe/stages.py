@@ -15,7 +15,7 @@ from lamella.data.samples import NO_LOSS
 from lamella.errors import MethodError
 from lamella.measure import sequences
 from lamella.progress import track
-from lamella.stack import Context, Stack, Stream, join
+from lamella.stack import Context, Hidden, Stack, join
 from lamella.train import cross_entropy
 from lamella.train.losses import mean_over_positions
 
@@ -47,7 +47,7 @@ def layers_of(spans: Sequence[Span], order: Sequence[int]) -> list[int]:
     return [layer for stage in order for layer in range(*spans[stage])]
 
 
-def run(stack: Stack, h: Stream, span: Span, context: Context) -> Tensor:
+def run(stack: Stack, h: Hidden, span: Span, context: Context) -> Tensor:
     """The stream [batch, time, hidden] behind a stage, given the stream in front of it."""
     return join(stack.run(h, *span, context))
 

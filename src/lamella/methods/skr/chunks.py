@@ -26,7 +26,7 @@ from lamella.methods.skr.gcrodr import Apply, Solve
 from lamella.methods.skr.preconditioners import Factory, make
 from lamella.methods.skr.systems import LinearSystems, System
 from lamella.progress import tracker
-from lamella.workers import Here, Pool
+from lamella.workers import Pool, SerialPool
 
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
@@ -231,7 +231,7 @@ def solve_chunks(chunks: Sequence[Chunk], pool: Pool) -> list[Finished]:
     """All chunks, each by one of some workers."""
     finished: dict[int, Finished] = {}
     with tracker("systems", sum(len(chunk.members) for chunk in chunks)) as count:
-        here = isinstance(pool, Here)  # then each system counts as it is solved
+        here = isinstance(pool, SerialPool)  # then each system counts as it is solved
         for number, found in pool.each(partial(solve_chunk, tell=count) if here else solve_chunk, chunks):
             finished[number] = found
             count(0 if here else len(found.solved))

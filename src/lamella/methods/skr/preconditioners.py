@@ -44,8 +44,8 @@ def make(preconditioner: str | Factory, A: Any, where: str) -> Apply | None:
             warnings.simplefilter("ignore", sparse.SparseEfficiencyWarning)
             return PRECONDITIONERS[preconditioner](A)
     except (RuntimeError, ZeroDivisionError) as error:
-        mend = "take another, such as preconditioner='none'"
-        raise NumericsError(f"{where}: its preconditioner '{preconditioner}' is singular ({error}); {mend}") from error
+        hint = "take another, such as preconditioner='none'"
+        raise NumericsError(f"{where}: its preconditioner '{preconditioner}' is singular ({error}); {hint}") from error
 
 
 def check(preconditioner: str | Factory) -> None:

@@ -62,7 +62,7 @@ class LinearSystems:
     """
 
     metavar = "SYSTEMS"
-    told = "a folder of matrices and vectors, a .npz or .mtx file, or a family such as darcy:grid=32,count=8"
+    source_help = "a folder of matrices and vectors, a .npz or .mtx file, or a family such as darcy:grid=32,count=8"
     example = Fixture("darcy:grid=8,count=5")
 
     load: Callable[[int], tuple[Any, Array]]

@@ -73,7 +73,7 @@ def slab(
     sites, tied = free_sites(stack)
     if not sites:
         raise MethodError(f"{stack.name} has no norm that folds: all that read one are tied")
-    built, log, folded = without_norms(stack, train, sites, norms, config, work.place("run"))
+    built, log, folded = without_norms(stack, train, sites, norms, config, work.directory("run"))
     found = result_of(stack, built, sites)
     findings: dict[str, Any] = {"sites": [s.path for s in sites], "kept": [s.path for s in tied], "folding": folded}
     return Trained(stack=found[0], plan=found[1], log=log, findings=findings)

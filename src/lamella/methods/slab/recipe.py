@@ -87,7 +87,7 @@ def without_norms(
     Returns:
         The model without them, the log, and how the function was kept in folding.
     """
-    config = config.lasting(len(samples))
+    config = config.with_steps(len(samples))
     view = share(stack.model)
     steps, warm = schedule.steps(config.steps or 1)
     real = convert(view, sites, steps=steps, warm=warm, first=schedule.first, init=schedule.init)

@@ -63,8 +63,8 @@ def norms(model: Any, layers: str, wiring: Wiring) -> dict[str, tuple[str, ...]]
         parent, _, name = path.rpartition(".")
         module = getattr(model.get_submodule(parent), name, None)
         vector = getattr(getattr(module, "weight", None), "ndim", 0) == 1
-        if part.reads is None and part.writes == ("stream",) and vector:
+        if part.reads is None and part.writes == ("hidden",) and vector:
             last, found[path] = path, []
-        elif part.reads == "stream" and module is not None:
+        elif part.reads == "hidden" and module is not None:
             found[last].append(path)
     return {path: tuple(readers) for path, readers in found.items() if readers}

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from lamella.errors import MethodError
 from lamella.methods.slab.modules import Init, PRepBN, Real, begun
 from lamella.methods.slab.sites import Site
-from lamella.train import Hook, Training
+from lamella.train import Hook, TrainingRun
 
 
 def convert(
@@ -51,14 +51,14 @@ def places(model: nn.Module) -> list[PRepBN]:
 class Transition(Hook):
     """Counts optimizer steps for every norm; a run that goes on after a kill goes on with gamma, too."""
 
-    def begin(self, run: Training) -> None:
+    def begin(self, run: TrainingRun) -> None:
         self._tell(run)
 
-    def after_step(self, run: Training) -> None:
+    def after_step(self, run: TrainingRun) -> None:
         self._tell(run)
 
     @staticmethod
-    def _tell(run: Training) -> None:
+    def _tell(run: TrainingRun) -> None:
         for each in places(run.model):
             each.step.fill_(run.step)
 

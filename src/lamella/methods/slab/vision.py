@@ -12,7 +12,7 @@ from annotated_types import Ge, Le, Lt
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lamella.data import Captioned, LabelledPictures, Lazy, batches
+from lamella.data import Captioned, LabelledImages, Lazy, batches
 from lamella.errors import CalibrationError, MethodError
 from lamella.extras import require
 from lamella.files import Work
@@ -22,7 +22,7 @@ from lamella.methods.slab.sites import sites_of
 from lamella.methods.slab.transition import Transition, convert, merge, places, refresh
 from lamella.registry import command
 from lamella.results import TrainedNetwork
-from lamella.train import TrainConfig, TrainingLog, class_nats, fit, supervised
+from lamella.train import TrainConfig, TrainingLog, class_cross_entropy, fit, supervised
 
 Norms = Literal["layer", "batch", "rep", "progressive batch", "progressive"]
 Attention = Literal["softmax", "linear"]
@@ -134,7 +134,7 @@ class Classifier(TrainedNetwork):
            "save_every": 2},
 )  # fmt: skip
 def vision(
-    images: LabelledPictures,
+    images: LabelledImages,
     *,
     network: Network = Network(),
     norms: Schedule = Schedule(share=0.8, init="vision"),  # noqa: B008, frozen
@@ -169,7 +169,7 @@ def vision(
     classes = 1 + max(each.label or 0 for each in (*images.items, *test))
     x, y = pixels(images.items, network), torch.tensor([each.label for each in images.items])
     config = replace(config, steps=config.steps or EPOCHS * max(1, len(x) // config.batch))
-    model, log, findings = trained(network, classes, x, y, norms, kind, config, work.place("run"))
+    model, log, findings = trained(network, classes, x, y, norms, kind, config, work.directory("run"))
     test_x, test_y = pixels(test, network), torch.tensor([each.label for each in test])
     findings["accuracy"] = finished(model, x, test_x, test_y, norms, kind, config.batch)
     findings["loss"] = [point.loss for point in log.train]
@@ -206,8 +206,8 @@ def trained(
     rows = Lazy(range(len(y)), lambda row: {"x": x[row], "y": y[row]})
     settings = {"network": asdict(network), "kind": kind, "norms": asdict(norms)}
     log = fit(
-        model, rows, supervised(class_nats), config, out=out, trainable=names.__contains__, hooks=[Transition()],
-        settings=settings,
+        model, rows, supervised(class_cross_entropy), config, out=out, trainable=names.__contains__,
+        hooks=[Transition()], settings=settings,
     )  # fmt: skip
     for each in places(model):
         each.step.fill_(whole)
@@ -251,7 +251,7 @@ def prepared(pictures: Sequence[Captioned], network: Network) -> Tensor:
     """Pictures as the network reads them [pictures, channels, size, size], from -1 to 1."""
     transforms = require("torchvision.transforms.v2", "vision", "scaling pictures")
     fit_ = transforms.Compose([transforms.Resize(network.size), transforms.CenterCrop(network.size)])
-    rows = [torch.from_numpy(each.picture).permute(2, 0, 1) for each in pictures]
+    rows = [torch.from_numpy(each.image).permute(2, 0, 1) for each in pictures]
     sides = (network.size, network.size)
     pixels = torch.stack([each if each.shape[1:] == sides else fit_(each) for each in rows]) / 127.5 - 1
     return pixels.mean(dim=1, keepdim=True) if network.channels == 1 else pixels

@@ -20,7 +20,7 @@ from lamella.methods.slr.answers import Asked
 from lamella.plan import fingerprint
 from lamella.progress import tracker
 from lamella.search import Memo
-from lamella.stack import Prefixes, Stack, Stream, join
+from lamella.stack import Hidden, Prefixes, Stack, join
 
 Interval = tuple[int, int]  # [start, stop), in layers
 
@@ -70,12 +70,12 @@ def answer_restored(
     contexts = [post.context(batch.inputs(post.device)) for batch in batches]
     models = {True: pre, False: post}
 
-    def take(streams: list[Stream], chain: tuple[bool, ...]) -> list[Stream]:
+    def take(streams: list[Hidden], chain: tuple[bool, ...]) -> list[Hidden]:
         """The streams of all batches behind one more layer, which is that of ``pre`` or not."""
         layer, model = len(chain) - 1, models[chain[-1]]
         return [model.run(h, layer, layer + 1, context) for h, context in zip(streams, contexts, strict=True)]
 
-    prefixes: Prefixes[bool, list[Stream]] = Prefixes([context.h for context in contexts])
+    prefixes: Prefixes[bool, list[Hidden]] = Prefixes([context.h for context in contexts])
     found: dict[Interval, Means] = {}
     with tracker("intervals of layers", sum(map(len, stops.values()))) as count:
         for start, ends in sorted(stops.items()):

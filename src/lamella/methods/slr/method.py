@@ -94,7 +94,7 @@ def slr(
     asked = {"min_quality": min_quality, "min_validity": min_validity}
     found = search(stack, base, questions.search, stride=stride, journal=work.journal("intervals"), **asked)
     seconds = time.perf_counter() - began
-    plan = plan_of(stack, base, found, work.place())
+    plan = plan_of(stack, base, found, work.directory())
     edit = Edit(stack=stack, plan=plan)
     if found.chosen.what == EMPTY:
         edit.notes.append("No interval that keeps the floor is more diverse than the post-trained model.")

@@ -7,7 +7,7 @@ from typing import Any
 
 from lamella.formatting import counted, duration, number, span
 from lamella.report.figures import Figure, Heatmap, Points, Scatter
-from lamella.report.page import filled, finite
+from lamella.report.page import finite, render_page
 from lamella.results import Evidence, Summary, Table
 
 NAMES = {
@@ -54,7 +54,7 @@ def page(evidence: Evidence) -> str:
         figures[f"intervals-{measure}"] = _intervals(searched["points"], layers, found["interval"], measure, title)
     rows = [{"label": described(row), "row": row} for row in found["report"]]
     given = {"evidence": told, "found": found, "rows": rows, "verdict": _verdict(told), "floor": floor}
-    return filled(Path(__file__).with_name("page.html"), figures, **given)
+    return render_page(Path(__file__).with_name("page.html"), figures, **given)
 
 
 def _plane(searched: dict[str, Any], marked: dict[str, dict[str, float]], floor: float) -> Scatter:

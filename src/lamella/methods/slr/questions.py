@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lamella.data.reader import Reader
+from lamella.data.context import InputContext
 from lamella.data.sources import SPLITS, Split
 from lamella.errors import CalibrationError
 from lamella.methods.slr.answers import Asked, Question
@@ -22,7 +22,7 @@ from lamella.reading import read_rows
 from lamella.signature import Fixture
 from lamella.zoo.opening import chat_text
 
-MEND = 'write one object a line, such as {"prompt": "Pick a random vowel.", "answers": ["A", "E"]}'
+HINT = 'write one object a line, such as {"prompt": "Pick a random vowel.", "answers": ["A", "E"]}'
 GIVE = "give crc or a .jsonl file of questions"
 FORMS = ("", " ")  # "7" and " 7" are different tokens that say the same
 
@@ -112,7 +112,7 @@ class Questions:
 
     default = "crc"
     metavar = "FILE"
-    told = (
+    source_help = (
         "crc: one random character of a set, built in. Or a .jsonl file of your own, one question a line: "
         '{"prompt": "Pick a random vowel.", "answers": ["A", "E", "I", "O", "U"]}. Answers are single tokens; every '
         "other line is kept to report on"
@@ -136,7 +136,7 @@ class Questions:
             raise CalibrationError(f"{name} cannot be read (there is no such file): {GIVE}")
 
     @classmethod
-    def open(cls, name: str | Path, reader: Reader, *, prefill: str = "") -> Questions:
+    def open(cls, name: str | Path, context: InputContext, *, prefill: str = "") -> Questions:
         """Both splits of some questions, as a model reads them.
 
         Args:
@@ -147,9 +147,9 @@ class Questions:
             CalibrationError: for questions that cannot be read, or answered with one token.
         """
         splits = {"search": load_questions(name, "calibration"), "report": load_questions(name, "test")}
-        asked = {role: ask(reader.tokenizer, questions, prefill) for role, questions in splits.items()}
+        asked = {role: ask(context.tokenizer, questions, prefill) for role, questions in splits.items()}
         said = {role: _described(str(name), role, splits[role], asked[role]) for role in splits}
-        return cls(asked["search"], asked["report"], reader.tokenizer, said)
+        return cls(asked["search"], asked["report"], context.tokenizer, said)
 
     def describe(self) -> Any:
         """What provenance says of them."""
@@ -203,7 +203,7 @@ def load_questions(name_or_path: str | Path, split: Split) -> list[Question]:
 
 def read_questions(path: str | Path) -> list[Question]:
     """All questions of a file; see :func:`load_questions`."""
-    rows = read_rows(path, MEND, GIVE)
+    rows = read_rows(path, HINT, GIVE)
     return [_question(row, f"{path} line {number}") for number, row in rows]
 
 
@@ -216,7 +216,7 @@ def _question(row: Any, where: str) -> Question:
     except CalibrationError as error:
         raise CalibrationError(f"{where}: {error}") from None
     except (KeyError, TypeError, AttributeError):
-        raise CalibrationError(f"{where}: {MEND}") from None
+        raise CalibrationError(f"{where}: {HINT}") from None
 
 
 def ask(tokenizer: Any, questions: Sequence[Question], prefill: str = "") -> Asked:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lamella.methods.smora.modules import RankExperts
 from lamella.train import Hook, response_loss
-from lamella.train.task import Backward, Batch, Told, at_once
+from lamella.train.task import Backward, Batch, LossAndParts, at_once
 
 VECTORS = "balance.safetensors"
 
@@ -42,7 +42,7 @@ class Balance(Hook):
             each.real = real
         return response_loss(model, batch)
 
-    def passes(self, forward: Callable[[Batch], Told], batch: Batch, backward: Backward) -> Told:
+    def passes(self, forward: Callable[[Batch], LossAndParts], batch: Batch, backward: Backward) -> LossAndParts:
         """A forward and a backward pass, and then the balance: the ``passes`` of a task."""
         told = at_once(forward, batch, backward)
         self.move()

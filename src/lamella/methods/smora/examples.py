@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lamella.data import Examples, Passages, Reader, Rows, Sample
+from lamella.data import Examples, InputContext, Passages, Rows, Sample
 from lamella.data.samples import NO_LOSS
 from lamella.reading import read_rows
 from lamella.signature import Fixture
@@ -27,7 +27,7 @@ class TaskExamples(Examples):
     many = True
     metavar = "FILE|TEXT"
     reads_text = True
-    told = (
+    source_help = (
         'a .jsonl file for each task, with an example in each line: {"prompt": "...", "completion": "..."}, or '
         '{"messages": [...]} whose last one is the answer; or one file whose lines name their "task". Or a text: '
         "pydoc, stdlib, another file or a datasets name. Repeat it for several"
@@ -49,7 +49,7 @@ class TaskExamples(Examples):
     def open(
         cls,
         names: str | Path | Sequence[str | Path],
-        reader: Reader,
+        context: InputContext,
         *,
         max_length: int = 2048,
         sequences: int = 64,
@@ -71,14 +71,14 @@ class TaskExamples(Examples):
         tasks, said = [], []
         for file in files:
             if Path(file).suffix == ".jsonl":
-                found: Rows[Sample] = Examples.open(file, reader, max_length=max_length)
+                found: Rows[Sample] = Examples.open(file, context, max_length=max_length)
                 tasks += [_named(row, Path(file).stem) for _, row in read_rows(file)]
             else:
-                found = Passages.open(str(file), reader, sequences=sequences, length=length)
+                found = Passages.open(str(file), context, sequences=sequences, length=length)
                 tasks += [Path(file).stem] * len(found)
             samples += found.items
-            said.append(found.said)
-        return cls(samples, reader.tokenizer, said[0] if len(said) == 1 else {"files": said}, tasks)
+            said.append(found.metadata)
+        return cls(samples, context.tokenizer, said[0] if len(said) == 1 else {"files": said}, tasks)
 
     def by_task(self) -> dict[str, list[Sample]]:
         """The examples of each task, in their order."""

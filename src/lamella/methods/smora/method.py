@@ -111,11 +111,11 @@ def smora(
     learnt, kept = train.split(held_out, config.seed)
     everywhere = with_prompts if loss_on == "all" else dict
     samples = [everywhere(each) for each in learnt]
-    once = config.lasting(len(samples), processes.count()).steps or 1
+    once = config.with_steps(len(samples), processes.count()).steps or 1
     config = replace(config, steps=config.steps or epochs * once)
 
     # Experts beside the linear maps that run under the plan.
-    view, folder = apply(stack, plan), work.place()
+    view, folder = apply(stack, plan), work.directory()
     names = linear_at(view, targets or None, where)
     _check_sizes(view, names, experts.r)
     made: dict[str, Any] = attach(view, names, partial(RankExperts, **asdict(experts)), seed=config.seed)

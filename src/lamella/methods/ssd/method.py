@@ -37,7 +37,7 @@ from lamella.methods.ssd.damped import Dampening
 from lamella.methods.ssd.judge import Guard, check_scikit_learn, judged
 from lamella.methods.ssd.selection import ALPHA, Reference, Variant, check_options, dampen, importances
 from lamella.plan import ModelReference, Plan, apply_factors, scale_edit
-from lamella.plan.places import Skip, chosen_parameters
+from lamella.plan.selection import Skip, select_parameters
 from lamella.registry import method
 from lamella.results import Edit
 from lamella.runtime import apply
@@ -142,7 +142,7 @@ def ssd(
         raise MethodError("give --retain, the rest of the training data, or --importance, what was measured on it")
     if test is not None and retain is not None:
         check_scikit_learn()
-    names = chosen_parameters(stack, settings.layers, settings.skip)
+    names = select_parameters(stack, settings.layers, settings.skip)
     if retain is not None:
         check_disjoint(forget, retain)
     found = importances(
@@ -161,7 +161,7 @@ def ssd(
     if save_importance is not None:  # whatever comes of the edit, it can be tried again with other settings
         found[1].save(save_importance)
     done = dampen(stack, *found, **vars(settings))
-    plan = plan_of(stack, done, found, work.place())
+    plan = plan_of(stack, done, found, work.directory())
     view = apply(stack, plan)
     guard = None if retain is None else Guard.of(stack.model, view, retain, max_drop)
     if guard is not None and not guard.kept:
@@ -195,10 +195,10 @@ def scaled(
 ) -> Plan:
     """The plan alone, which nothing guards and nothing judges; options are those of :func:`dampen`."""
     measured: dict[str, Any] = {name: options[name] for name in ("variant", "reference_of") if name in options}
-    measured["names"] = chosen_parameters(stack, options.get("layers", ()), options.get("skip", ()))
+    measured["names"] = select_parameters(stack, options.get("layers", ()), options.get("skip", ()))
     measured |= {"retain": retain, "importance": importance, "batch": batch, "alpha": _alpha(options)}
     found = importances(stack, samples, **measured)
-    return plan_of(stack, dampen(stack, *found, **options), found, work.place())
+    return plan_of(stack, dampen(stack, *found, **options), found, work.directory())
 
 
 def _alpha(options: Mapping[str, Any]) -> float:
@@ -288,7 +288,7 @@ def forget(
         options: of :func:`dampen`: variant, alpha, lam, reference_of, layers, skip.
     """
     measured: dict[str, Any] = {name: options[name] for name in ("variant", "reference_of") if name in options}
-    measured["names"] = chosen_parameters(model, options.get("layers", ()), options.get("skip", ()))
+    measured["names"] = select_parameters(model, options.get("layers", ()), options.get("skip", ()))
     measured |= {"retain": retain, "importance": importance, "batch": batch, "order": order, "seed": seed}
     found = importances(model, samples, alpha=_alpha(options), **measured)
     done = dampen(model, *found, **options)

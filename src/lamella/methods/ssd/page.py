@@ -9,7 +9,7 @@ from typing import Any
 from lamella.formatting import counted, number, percent
 from lamella.report.drawing import SUBLAYERS, StackDrawing, shade
 from lamella.report.figures import Bars, Figure
-from lamella.report.page import filled, finite
+from lamella.report.page import finite, render_page
 from lamella.results import Evidence, Summary, Table
 
 ROWS = (
@@ -55,7 +55,7 @@ def page(evidence: Evidence) -> str:
     columns, rows = _columns(found), _rows(found)
     given = {"evidence": told, "found": found, "columns": columns, "rows": rows}
     template = Path(__file__).with_name("page.html")
-    return filled(template, figures, verdict=_verdict(told), **given)
+    return render_page(template, figures, verdict=_verdict(told), **given)
 
 
 def summary(evidence: Evidence) -> Summary:

@@ -16,7 +16,7 @@ from lamella.measure.labelled import Order, count
 from lamella.methods.ssd.damped import Damped, Dampening
 from lamella.methods.ssd.percentile import percentile
 from lamella.plan import Factors
-from lamella.plan.places import Skip, chosen_parameters
+from lamella.plan.selection import Skip, select_parameters
 from lamella.stack import Stack, weights
 
 Variant = Literal["ssd", "assd", "lfssd"]
@@ -96,7 +96,7 @@ def dampen(
     if forget.estimator.kind != KINDS[variant]:
         raise MethodError(f"{variant} needs importances of the kind {KINDS[variant]}, not {forget.estimator.kind}")
     every = weights(module)
-    chosen = {name: every[name].of(module).detach() for name in chosen_parameters(model, layers, skip)}
+    chosen = {name: every[name].of(module).detach() for name in select_parameters(model, layers, skip)}
     for name, theta in chosen.items():
         for importance in (forget, reference):
             _check_shape(name, theta, importance)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lamella.train import Cosine, Hook, Lora, Schedule, Training
+from lamella.train import Cosine, Hook, Lora, Schedule, TrainingRun
 from lamella.train.lora import ADAPTER
 
 
@@ -52,7 +52,7 @@ class ReLora(Hook):
         self.every, self.drawn = every, torch.Generator().manual_seed(seed)
 
     @torch.no_grad()
-    def after_step(self, run: Training) -> None:
+    def after_step(self, run: TrainingRun) -> None:
         if run.step % self.every:
             return
         for layer in self.layers:

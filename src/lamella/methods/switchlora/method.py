@@ -72,13 +72,13 @@ def switchlora(
         MethodError: for a rank that does not fit, or a plan in which a layer runs twice.
         TrainingError: when training cannot start or stay finite.
     """
-    width = stack.architecture.sizes_of(stack.config).stream
+    width = stack.architecture.sizes_of(stack.config).hidden
     r = max(LEAST, width // QUARTER) if r is None else r
     if r >= width:
         raise MethodError(f"r {r}: give a rank from {LEAST} to {width - 1}, below the stream's width")
     if config.weight_decay:
         raise MethodError("weight decay would move vectors that are frozen: leave it out")
-    config = config.lasting(len(train), processes.count())
+    config = config.with_steps(len(train), processes.count())
     assert config.steps is not None
     plan = plan or Plan(model=ModelReference.of(stack))
     running = sites_of(plan.running("vectors"), stack.positions)
@@ -95,7 +95,7 @@ def switchlora(
         train,
         Task(response_loss),
         config,
-        out=work.place() / "run",
+        out=work.directory() / "run",
         trainable=trains,
         optimizer=by_vectors(rest),
         hooks=[switching],

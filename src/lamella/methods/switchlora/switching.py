@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lamella.errors import MethodError
 from lamella.methods.switchlora.optimizer import COLUMNS, ROWS, forget
-from lamella.train import Hook, Lora, Training
+from lamella.train import Hook, Lora, TrainingRun
 from lamella.train.lora import ADAPTER
 
 GAIN = (2 / 6) ** 0.5  # of a leaky ReLU with slope sqrt 5, as Kaiming's uniform start of a linear map has it
@@ -182,7 +182,7 @@ class Switching(Hook):
         """The linear maps of which nothing is ever exchanged, since they are no wider than the rank."""
         return [name for name, each in self.exchanges.items() if not each.switches]
 
-    def before_update(self, run: Training) -> None:
+    def before_update(self, run: TrainingRun) -> None:
         drawn = torch.Generator().manual_seed(self.seed * 1_000_003 + run.step)  # the same in every process
         share = self.frequency.share(run.step, self.steps)
         exchanged = 0

@@ -88,12 +88,12 @@ def recover(
     Returns:
         The smaller model, which is an ordinary one, with a plan that runs all of it.
     """
-    out = work.place()
+    out = work.directory()
     smaller = materialise(stack, plan)
     own(smaller.model)
-    config = config.lasting(len(train))
+    config = config.with_steps(len(train))
     if config.schedule == "wsd":
-        config = config.following(config.shaped(partial(warmup_stable_decay, warmup=0.05, anneal=0.7)))
+        config = config.with_schedule(config.shaped(partial(warmup_stable_decay, warmup=0.05, anneal=0.7)))
     log = fit(
         smaller.model,
         train,
@@ -270,7 +270,7 @@ def tracenas(
     whole = Point(
         scores={
             "phi": 2.0 * len(stack),
-            "parameters": float(space.count([space.whole] * len(stack), space.whole.stream)),
+            "parameters": float(space.count([space.whole] * len(stack), space.whole.hidden)),
         }
     )
     series = PlanSeries(model=model, points=[whole, winner], provenance={"evaluations": len(found), "best": told})

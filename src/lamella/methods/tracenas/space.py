@@ -85,7 +85,7 @@ class Space:
         if least > layers:
             raise MethodError(f"tracenas: min_layers {least} is out of range: give 1 to {layers}")
         count = counter(stack.model, stack.layers, stack.architecture.wiring)
-        every = count([whole] * layers, whole.stream)
+        every = count([whole] * layers, whole.hidden)
         budget = params * every
         window = (budget * (1 - tolerance), budget * (1 + tolerance))
         multiple = max(1, min(multiple, whole.channels // 8))
@@ -124,12 +124,12 @@ class Space:
         whole = self.whole
         sizes = [
             Sizes(
-                whole.stream, channels, heads, whole.kv_heads if whole.kv_heads < whole.heads else heads, whole.head_dim
+                whole.hidden, channels, heads, whole.kv_heads if whole.kv_heads < whole.heads else heads, whole.head_dim
             )
             for keep, heads, channels in zip(*cut, strict=True)
             if keep
         ]
-        return self.count(sizes, whole.stream)
+        return self.count(sizes, whole.hidden)
 
     def allows(self, genome: Genome) -> bool:
         if int(genome.keep.sum()) < self.least:

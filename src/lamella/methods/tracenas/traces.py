@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lamella.errors import ArchitectureError, NumericsError, PlanError
-from lamella.measure.streams import Tokens, sequences
+from lamella.measure.hidden_states import Tokens, sequences
 from lamella.plan import Plan
 from lamella.stack import Context, Position, Stack, cuttable, share
 from lamella.stack.wiring import Part
@@ -190,7 +190,7 @@ class GradientTraces:
         """
         widths = plan.widths
         merged = any(heads.merge is not None for heads in widths.heads.values())
-        if plan.path or plan.policy or plan.weights or widths.stream is not None or merged:
+        if plan.path or plan.policy or plan.weights or widths.hidden is not None or merged:
             raise PlanError("gradient traces are taken of cuts of layers, heads and MLP channels alone")
         for (layer, sublayer), projections in self.projections.items():
             keep = dict[str, Tensor]()
@@ -257,7 +257,7 @@ class GradientTraces:
             weighted = [p.weight.float().abs() * p.squares.sqrt() for p in projections]  # type: ignore[union-attr]
             sublayers.append(sum(float(each.sum()) for each in weighted) / sum(each.numel() for each in weighted))
             [columns] = [
-                each.sum(0) for each, p in zip(weighted, projections, strict=True) if p.part.writes == ("stream",)
+                each.sum(0) for each, p in zip(weighted, projections, strict=True) if p.part.writes == ("hidden",)
             ]
             if position.sublayer == "mlp":
                 channels.append(columns)

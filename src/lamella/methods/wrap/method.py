@@ -31,7 +31,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, MinLen
 
 from lamella.data import Blend, Document, Documents, Sampling, Writer, hold_out, load_text
-from lamella.data.steps import Rolled, through
+from lamella.data.steps import DocumentGeneration, process_documents
 from lamella.errors import MethodError
 from lamella.evaluate import writing_cost
 from lamella.files import Work
@@ -43,7 +43,7 @@ from lamella.methods.wrap.steps import Cleaned, Cut
 from lamella.methods.wrap.styles import REAL, open_styles
 from lamella.provenance import describe
 from lamella.registry import method
-from lamella.results import Mixed
+from lamella.results import MixedCorpus
 from lamella.workers import Workers
 
 
@@ -86,7 +86,7 @@ def wrap(
     workers: Workers = WORKERS,
     work: Work = Work(),
     seed: int = 0,
-) -> Mixed:
+) -> MixedCorpus:
     """Rephrase documents passage by passage, and mix what is kept with them by tokens.
 
     Args:
@@ -122,11 +122,11 @@ def wrap(
         "styles": [(style.name, style.digest) for style in chosen], "evaluations": judged.digest,
         **asdict(cutting), **asdict(sampling), **asdict(filters),
     }  # fmt: skip
-    folder = work.place(hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:12])
-    rolled = Rolled(rephraser, sampling, folder)
+    folder = work.directory(hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:12])
+    rolled = DocumentGeneration(rephraser, sampling, folder)
     ask = Cut(rephraser, chosen, cutting.longest, cutting.shortest, judged, seed)
     read = Cleaned(rephraser, chosen, filters, judged)
-    found = through(learnt, ask, rolled, read, cutting.together, workers)
+    found = process_documents(learnt, ask, rolled, read, cutting.together, workers)
 
     rows = [row for row in found if "style" in row]
     skipped = [row for row in found if "skipped" in row]
@@ -137,7 +137,7 @@ def wrap(
     notes = [f"Nothing was kept of style {name}." for name, each in by_style.items() if not each]
     if judged.short:
         notes.append(f"{judged.short} texts of the evaluation sets have fewer than {LEAST} words: none is looked for.")
-    return Mixed.of(
+    return MixedCorpus.of(
         rows,
         documents,
         held_out,

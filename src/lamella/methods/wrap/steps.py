@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 
-from lamella.data import Document, Request, Writer, Written, seed_of
+from lamella.data import Completion, Document, Writer, WritingRequest, seed_of
 from lamella.data.steps import REQUEST, WRITTEN, Row
 from lamella.measure import similarities
 from lamella.methods.wrap.chunks import passages
@@ -44,7 +44,7 @@ class Cut:
         key = json.dumps([told["id"], told["chunk_idx"], style.name])
         seed = seed_of(key, style.digest, self.seed)
         most = max(1, math.ceil(style.ratio * told["n_src_tok"]))
-        request = Request(key, style.messages(passage), most, seed)
+        request = WritingRequest(key, style.messages(passage), most, seed)
         return {
             "style": style.name, "source_text": passage, "rephraser": self.writer.name, "prompt_hash": style.digest,
             "seed": seed, REQUEST: request,
@@ -71,7 +71,7 @@ class Cleaned:
 
     def of(self, row: Row) -> str | None:
         """Put what was written into its row, and return why it is dropped, so far."""
-        written: Written = row.pop(WRITTEN)
+        written: Completion = row.pop(WRITTEN)
         text = cleaned(written.text, written.finished)
         tokens = self.writer.count(text)
         row |= {

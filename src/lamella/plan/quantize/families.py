@@ -69,13 +69,14 @@ def family_of(folder: Path, config: Any) -> Family:
     model_type = config.model_type.removeprefix(native.MODEL_TYPE.format(""))
     if model_type not in FAMILIES:
         raise ArchitectureError(f"{folder}: a {model_type} cannot be written as GGUF, only {', '.join(FAMILIES)}")
-    family, said = FAMILIES[model_type], native.said_of(checkpoint.read_json(folder / "config.json"), str(folder))
-    if said is not None and any(len(names) < len(native.SUBLAYERS) for names in said.sublayers or ()):
+    family = FAMILIES[model_type]
+    metadata = native.read_metadata(checkpoint.read_json(folder / "config.json"), str(folder))
+    if metadata is not None and any(len(names) < len(native.SUBLAYERS) for names in metadata.sublayers or ()):
         raise ExportError(f"{folder}: single sublayers are cut, and a GGUF file has whole layers: cut whole layers")
-    if said is not None and said.plan is not None:
+    if metadata is not None and metadata.plan is not None:
         raise ExportError(f"{folder}: runs a plan, which llama.cpp does not: give a plain checkpoint")
     differing = [
-        (said is not None and said.width is not None and said.width.rescale, "norms with two epsilons"),
+        (metadata is not None and metadata.width is not None and metadata.width.rescale, "norms with two epsilons"),
         (_activation(config) != family.activation, f"the activation {_activation(config)}"),
         (rope_of(config).get("partial_rotary_factor", 1) != 1, "rotary embeddings of a part of each head"),
         (rope_of(config)["rope_type"] not in family.ropes, f"positions scaled as {rope_of(config)['rope_type']}"),
@@ -102,8 +103,8 @@ def _activation(config: Any) -> str:
 
 def rope_of(config: Any) -> dict[str, Any]:
     """The settings of rotary embeddings; of layers that attend to everything, where there are others."""
-    said: dict[str, Any] = config.rope_parameters
-    return said.get("full_attention", said)
+    rope: dict[str, Any] = config.rope_parameters
+    return rope.get("full_attention", rope)
 
 
 def _windows(config: Any, family: Family) -> list[str]:
@@ -134,7 +135,7 @@ class Layout:
         return self.outside["token_embd.weight"].shape[0]
 
     @property
-    def stream(self) -> int:
+    def hidden(self) -> int:
         return self.outside["token_embd.weight"].shape[1]
 
     @property
@@ -200,8 +201,8 @@ def _check_widths(folder: Path, config: Any, layout: Layout, sizes: Sizes) -> No
         CheckpointError: when they are not.
         ExportError: when query heads share key-value heads unevenly.
     """
-    said = getattr(config, "lamella", {}).get("width")
-    widths = Widths() if said is None else Widths.of_counts(said)
+    counts = getattr(config, "lamella", {}).get("width")
+    widths = Widths() if counts is None else Widths.of_counts(counts)
     for layer, found in enumerate(zip(layout.heads, layout.kv_heads, layout.channels, strict=True)):
         heads = widths.heads.get(layer)
         if heads is not None and not heads.regular:

@@ -114,7 +114,7 @@ def _add_settings(writer: GGUFWriter, config: Any, layout: Layout) -> None:
         context = min(context, window)
     writer.add_vocab_size(layout.tokens)
     writer.add_context_length(context)
-    writer.add_embedding_length(layout.stream)
+    writer.add_embedding_length(layout.hidden)
     writer.add_block_count(len(layout.layers))
     writer.add_feed_forward_length(layout.channels[0] if layout.even else layout.channels)
     writer.add_head_count(layout.heads[0] if layout.even else layout.heads)

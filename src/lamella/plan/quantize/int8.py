@@ -112,7 +112,7 @@ def write_int8(folder: Path, config: Any, tokenizer: Any, out: Path, overwrite: 
         ExportError: for a native export, or when ``out`` cannot be written.
     """
     quantization = require("torchao.quantization", *NEEDS)
-    if native.said_of(checkpoint.read_json(folder / "config.json"), str(folder)) is not None:
+    if native.read_metadata(checkpoint.read_json(folder / "config.json"), str(folder)) is not None:
         raise ExportError(f"{folder}: is a native export, which int8 has no form for: export it plainly")
     tensors = checkpoint.read(folder).tensors
     with new_folder(out, size=sum(tensor.size for tensor in tensors), overwrite=overwrite, source=folder) as partial:

@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lamella.data.pictures import Picture
+from lamella.data.images import Image
 from lamella.extras import require
 from lamella.results.corpus import Corpus, write_rows
 
-PICTURES = "pictures"
+IMAGES = "images"
 
 
 @dataclass(kw_only=True)
-class Illustrated(Corpus):
+class ImageCorpus(Corpus):
     """A set of conversations about pictures.
 
     ``data.jsonl`` holds every row, those that were dropped too, with its provenance. ``train.jsonl`` and ``test.jsonl``
@@ -25,15 +25,15 @@ class Illustrated(Corpus):
         items: the rows.
         train: conversations in the order in which they are seen.
         test: conversations about what nothing is trained on.
-        pictures: what gives each picture, by its file in the folder; one is held at a time.
+        images: functions that return each image, by its file name in the folder; one is held in memory at a time.
     """
 
     items: list[dict[str, Any]]
     train: list[dict[str, Any]] = field(default_factory=list)
     test: list[dict[str, Any]] = field(default_factory=list)
-    pictures: Mapping[str, Callable[[], Picture]] = field(default_factory=dict)
+    images: Mapping[str, Callable[[], Image]] = field(default_factory=dict)
 
-    kind: ClassVar[str] = "illustrated"
+    kind: ClassVar[str] = "image-corpus"
 
     def rows(self) -> Iterator[dict[str, Any]]:
         yield from self.items
@@ -42,7 +42,7 @@ class Illustrated(Corpus):
         super().write(folder)
         for name in ("train", "test"):
             write_rows(folder / f"{name}.jsonl", getattr(self, name))
-        pillow = require("PIL.Image", "vision", "writing pictures")
-        (folder / PICTURES).mkdir()
-        for name, picture in self.pictures.items():
-            pillow.fromarray(picture()).save(folder / name)
+        pillow = require("PIL.Image", "vision", "writing images")
+        (folder / IMAGES).mkdir()
+        for name, image in self.images.items():
+            pillow.fromarray(image()).save(folder / name)

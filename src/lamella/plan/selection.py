@@ -16,7 +16,7 @@ from lamella.stack import Stack, positions_at, weights
 Skip = Literal["norm", "bias"]
 
 
-def chosen_parameters(model: nn.Module | Stack, layers: Sequence[str] = (), skip: Sequence[Skip] = ()) -> list[str]:
+def select_parameters(model: nn.Module | Stack, layers: Sequence[str] = (), skip: Sequence[Skip] = ()) -> list[str]:
     """The names of some parameters of a model, tied ones once.
 
     Args:
@@ -41,7 +41,7 @@ def chosen_parameters(model: nn.Module | Stack, layers: Sequence[str] = (), skip
         if not named:
             raise MethodError(f"layers '{entry}' names no parameter; a name is like '{next(iter(every))}'")
         chosen.update(named)
-    left = [name for name in every if name in chosen and not _skipped(module, every[name].places[0], skip)]
+    left = [name for name in every if name in chosen and not _skipped(module, every[name].occurrences[0], skip)]
     if not left:
         raise MethodError("skip leaves no parameter: skip less")
     return left

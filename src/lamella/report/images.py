@@ -14,7 +14,7 @@ from lamella.extras import require
 SIDE = 96  # pixels, at least: small pictures are shown larger
 
 
-def embedded(pictures: Iterable[npt.NDArray[np.uint8]]) -> str:
+def png_base64(pictures: Iterable[npt.NDArray[np.uint8]]) -> str:
     """Pictures of one height [height, width, 3] side by side, as the text of a PNG.
 
     Raises:

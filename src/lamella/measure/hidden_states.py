@@ -16,7 +16,7 @@ from lamella.errors import CalibrationError
 from lamella.measure.scores import Scores
 from lamella.progress import track
 from lamella.provenance import describe as described
-from lamella.stack import Context, Group, Stack, Stream, groups_at, join
+from lamella.stack import Context, Group, Hidden, Stack, groups_at, join
 
 BESIDE = ("labels", "prompt_lengths")  # what a batch of rows says of itself, and no model takes
 
@@ -85,7 +85,7 @@ def angular_distance(stack: Stack, tokens: Tokens, positions: str = "all", *, fr
         real = _counted(context, front)
         real = real & (real.cumsum(-1) == real.sum()) if positions == "last" else real
         points = [_unit(context.h, real)]
-        h: Stream = context.h
+        h: Hidden = context.h
         for layer in range(len(stack)):
             h = stack.run(h, layer, layer + 1, context)
             stack.check_finite((layer, stack.architecture.names[-1]), h)
@@ -127,7 +127,7 @@ def sublayer_influence(stack: Stack, tokens: Tokens, *, front: int = 0) -> Score
 
 
 @torch.no_grad()
-def stream_norms(stack: Stack, tokens: Tokens, *, front: int = 1) -> Scores:
+def hidden_norms(stack: Stack, tokens: Tokens, *, front: int = 1) -> Scores:
     """The mean L2 norm of the stream at every layer's input and at the end.
 
     Args:
@@ -142,7 +142,7 @@ def stream_norms(stack: Stack, tokens: Tokens, *, front: int = 1) -> Scores:
         context = stack.context(row)
         real = _counted(context, front)
         total[0] += _norms(context.h, real)
-        h: Stream = context.h
+        h: Hidden = context.h
         for layer in range(len(stack)):
             h = stack.run(h, layer, layer + 1, context)
             total[layer + 1] += _norms(join(h), real)
@@ -179,7 +179,7 @@ def _influence(stack: Stack, tokens: Tokens, groups: list[Group], front: int) ->
         context = stack.context(row)
         real = _counted(context, front)
         before = _unit(context.h, real)
-        h: Stream = context.h
+        h: Hidden = context.h
         for index, group in enumerate(groups):
             h = stack.run(h, group[0], stack.after(group[-1]), context)
             stack.check_finite(group[-1], h)
