@@ -41,7 +41,7 @@ from lamella.methods.minitron import (
     rank,
     trim,
 )
-from lamella.plan import HeadWidth, ModelReference, Plan, PlanSeries, Point, StreamWidth, materialise
+from lamella.plan import HeadWidth, HiddenWidth, ModelReference, Plan, PlanSeries, Point, materialise
 from lamella.results import Record
 from lamella.stack import Stack
 from lamella.stack.wiring import Sizes

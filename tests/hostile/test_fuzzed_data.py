@@ -163,7 +163,7 @@ def test_a_pool_to_select_from_is_read_or_refused(folder: Path, stack: Stack, to
     folder.mkdir(exist_ok=True)
     (folder / "pool.jsonl").write_bytes(content)
     with answered(folder):  # up to the choice, for which it is given no plan
-        pool = InstructionPool.open(folder / "pool.jsonl", Reader(lambda: tokenizer, 0))
+        pool = InstructionPool.open(folder / "pool.jsonl", InputContext(lambda: tokenizer, 0))
         paser(stack, pool, None, budget=0.5, max_length=64)  # type: ignore[arg-type]
 
 

@@ -46,7 +46,7 @@ def sleb(
     header = {"model": model.model_dump(), "calibration": describe(calibration), "distance": distance}
     log = Removals(work.journal("sleb"), header)
     late = {layer: -index for index, layer in enumerate(layers)}
-    steps = greedy(layers, measure.cost, done=log.done[:most], guess=late, hurried=budget.clock())
+    steps = greedy(layers, measure.cost, done=log.done[:most], guess=late, out_of_time=budget.clock())
     order = take(steps, log, most, budget.enough(stack), "sleb: removing layers")
     start = measure.of(()) if distance == "perplexity" else 0.0
     scores = [{str(distance): start}, *({str(distance): step.cost} for step in order)]

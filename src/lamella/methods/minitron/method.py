@@ -26,7 +26,7 @@ from lamella.errors import MethodError
 from lamella.measure import OutputDistance, Tokens, angular_distance, block_influence
 from lamella.methods.minitron.activations import Importance, activation_importance
 from lamella.methods.minitron.space import ModelShape, ShapeSpace
-from lamella.plan import HeadWidth, ModelReference, PlanSeries, Point, StreamWidth
+from lamella.plan import HeadWidth, HiddenWidth, ModelReference, PlanSeries, Point
 from lamella.registry import method
 from lamella.search import window
 from lamella.stack import Stack, groups_at
@@ -96,8 +96,8 @@ def trim(
     _check_shape(shape, whole, len(ranking.layers))
     kept = sorted(ranking.layers[: shape.layers].tolist())
     width: dict[str, Any] = {}
-    if shape.hidden < whole.stream:
-        width["stream.channels"] = StreamWidth(keep=ranking.hidden[: shape.hidden].tolist(), rescale=rescale)
+    if shape.hidden < whole.hidden:
+        width["stream.channels"] = HiddenWidth(keep=ranking.hidden[: shape.hidden].tolist(), rescale=rescale)
     for layer in kept:
         if shape.mlp < whole.channels:
             width[f"layers.{layer}.mlp.channels"] = ranking.channels[layer, : shape.mlp].tolist()
@@ -114,7 +114,7 @@ def trim(
 
 
 def _check_shape(shape: ModelShape, whole: Sizes, layers: int) -> None:
-    most = ModelShape(layers, whole.stream, whole.channels, whole.heads, whole.kv_heads)
+    most = ModelShape(layers, whole.hidden, whole.channels, whole.heads, whole.kv_heads)
     for name, size in vars(shape).items():
         if not 1 <= size <= getattr(most, name):
             raise MethodError(f"minitron: {name} {size} is out of range: give 1 to {getattr(most, name)}")

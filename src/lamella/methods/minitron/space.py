@@ -72,7 +72,7 @@ class ShapeSpace:
     def everything(self) -> ModelShape:
         """The shape of the whole model."""
         whole = self.whole
-        return ModelShape(self.layers, whole.stream, whole.channels, whole.heads, whole.kv_heads)
+        return ModelShape(self.layers, whole.hidden, whole.channels, whole.heads, whole.kv_heads)
 
     def shape(self, sizes: Mapping[str, int]) -> ModelShape:
         """Return the shape of these sizes; other axes stay whole.
@@ -149,7 +149,7 @@ class ShapeSpace:
     def unevenness(self, shape: ModelShape) -> float:
         """Return the difference between the largest and the smallest remaining fraction of a width."""
         whole = self.whole
-        ratios = (shape.hidden / whole.stream, shape.mlp / whole.channels, shape.heads / whole.heads)
+        ratios = (shape.hidden / whole.hidden, shape.mlp / whole.channels, shape.heads / whole.heads)
         return max(ratios) - min(ratios)
 
 

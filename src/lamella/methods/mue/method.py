@@ -86,7 +86,7 @@ def mue(
     _, decoder = pair_of(model)
     kept = len(train) - max(1, len(train) // 5)
     rows, held_out = (ImageText(part, train.processing) for part in (train[:kept], train[kept:]))
-    view, log = fitted(model, rows, exits, config, work.place() / "run")
+    view, log = fitted(model, rows, exits, config, work.directory() / "run")
     full = measure_exits(view, held_out)
     tau = with_all_exits(quantile_thresholds(full, quantile, exits.min_layer))
     trained = with_weights_of(decoder, view)

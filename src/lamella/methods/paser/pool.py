@@ -62,7 +62,7 @@ class InstructionPool(Rows[InstructionExample]):
     """Instructions to select from, with the tokenizer of their model."""
 
     metavar = "FILE"
-    told = "a .jsonl file of instructions with the fields instruction, output and optionally input"
+    source_help = "a .jsonl file of instructions with the fields instruction, output and optionally input"
     example = Fixture(
         "instructions.jsonl",
         '{"instruction": "Name a colour.", "output": "Blue."}\n'
@@ -73,7 +73,7 @@ class InstructionPool(Rows[InstructionExample]):
     )
 
     @classmethod
-    def open(cls, name: str | Path, reader: Reader) -> InstructionPool:
+    def open(cls, name: str | Path, context: InputContext) -> InstructionPool:
         """Read the instructions of a .jsonl file.
 
         Raises:
@@ -82,7 +82,7 @@ class InstructionPool(Rows[InstructionExample]):
         rows = [row for _, row in read_rows(name, instead="paser chooses from a .jsonl file of instructions")]
         content = Path(name).expanduser().read_bytes()
         metadata = {"data": str(name), "samples": len(rows), "sha256": hashlib.sha256(content).hexdigest()}
-        return cls(read_pool(rows), reader.tokenizer, metadata)
+        return cls(read_pool(rows), context.tokenizer, metadata)
 
 
 def read_pool(rows: Sequence[Any]) -> list[InstructionExample]:

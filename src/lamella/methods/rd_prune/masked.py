@@ -34,6 +34,6 @@ class MaskHook(Hook):
         for weight, removed in self.masked:
             weight.masked_fill_(removed, 0)
 
-    def after_step(self, run: Training) -> None:
+    def after_step(self, run: TrainingRun) -> None:
         """Set the masked weights to zero after a step."""
         self.apply()

@@ -288,7 +288,7 @@ def rd_prune(
     """
     if allocation != "rd" and (cost, max_amount, curves) != ("weights", 1.0, None):
         raise MethodError(f"allocation {allocation} is a rule on weights alone: omit cost, max_amount and curves")
-    folder = work.place()
+    folder = work.directory()
     measured = rate_distortion(stack, calibration, grid=grid, path=curves) if allocation == "rd" else None
     probe, found = probe_of(stack, calibration), prunable(stack)
     points = [Point(scores={"sparsity": 0.0, "distortion": 0.0})]

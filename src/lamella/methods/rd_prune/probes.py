@@ -126,7 +126,7 @@ class AnyModel:
         finally:
             for hook in hooks:
                 hook.remove()
-        return {name: sum(counts.get(path, 0.0) for path, _ in matrix.places) for name, matrix in found.items()}
+        return {name: sum(counts.get(path, 0.0) for path, _ in matrix.occurrences) for name, matrix in found.items()}
 
 
 class Decoder:
@@ -172,14 +172,14 @@ class Decoder:
         served = [each.name for each in architecture.sublayers if rest.startswith(tuple(f"{m}." for m in each.modules))]
         return Position(int(layer), served[-1] if served else architecture.names[0])
 
-    def _before(self, start: Position) -> Iterator[tuple[Context, Stream]]:
+    def _before(self, start: Position) -> Iterator[tuple[Context, Hidden]]:
         """Return the original's hidden states of each batch before a sublayer."""
         chain = tuple(position for position in self.stack.positions if position < start)
         hidden = self._prefixes.behind(chain, self._take, way=False)
         self._prefixes.keep([chain])
         return zip(self.contexts, hidden, strict=True)
 
-    def _take(self, hidden: list[Stream], chain: tuple[Position, ...]) -> list[Stream]:
+    def _take(self, hidden: list[Hidden], chain: tuple[Position, ...]) -> list[Hidden]:
         """Return the original's hidden states of each batch after one more sublayer."""
         run, last, behind = self.original.run, chain[-1], self.original.after(chain[-1])
         return [run(h, last, behind, context) for h, context in zip(hidden, self.contexts, strict=True)]
