@@ -229,13 +229,13 @@ def test_methods_that_skip_tune_on_images(vlm: Path, method: str, options: dict[
     assert done.result.log.train and done.evidence.provenance["inputs"]["train"]["images"] == 4
 
 
-def test_streams_that_unified_skip_compares_have_read_the_image(vlm: Path) -> None:
+def test_hidden_states_that_unified_skip_compares_have_read_the_image(vlm: Path) -> None:
     model, processing = open_stack(vlm, stack="text").model, Processing(open_processor(vlm))
     rows = ImageText.open(
         "shapes:colour", InputContext(processing_opener=lambda: processing, opener=lambda: None), rows=2
     )
     batch = processing.batch(rows[:])
-    ours = unified_skip._streams(model, batch)
+    ours = unified_skip._hidden_states(model, batch)
     theirs = model(**read_inputs(model, batch), output_hidden_states=True, use_cache=False).hidden_states
     assert len(ours) == len(theirs) == 4 and all(torch.equal(*each) for each in zip(ours, theirs, strict=True))
 

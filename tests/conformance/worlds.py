@@ -160,7 +160,7 @@ def judge() -> Path:
 
 def put(example: Fixture) -> str:
     """What ``open`` takes of an example: a name, or the path of a file with its content."""
-    return example.given if example.content is None else str(written(example.given, example.content))
+    return example.source if example.content is None else str(written(example.source, example.content))
 
 
 @cache
@@ -219,7 +219,7 @@ def _given(command: str, parameter: Parameter, name: str) -> Any:
     if parameter.split == "test" and kind is Text:
         return str(judge())
     if hasattr(kind, "example"):
-        return {parameter.name: put(kind.example)} if parameter.named else put(kind.example)
+        return {parameter.name: put(kind.example)} if parameter.is_mapping else put(kind.example)
     if hasattr(kind, "default") or (parameter.default is not EMPTY and not entry.name):
         return None
     if not entry.name:

@@ -50,7 +50,7 @@ from lamella.plan import (
     scale_edit,
 )
 from lamella.plan.export import export, export_out_of_core, natural_form
-from lamella.registry import room
+from lamella.registry import submodule
 from lamella.runtime import keep_policy
 from lamella.runtime.policy import policies
 from lamella.stack import Stack, matrices
@@ -105,7 +105,7 @@ def plans(stack: Stack, folder: Path) -> dict[str, Plan]:
         "policy": Plan(model=model, policies={"text": PolicyReference(name="void", params={}, work=[(1.0, 0.5)] * 6)}),
     }
     trained = Plan(model=model, policies={"text": PolicyReference(name="first", params={"threshold": 0.5})})
-    policy = policies(room("first", "policy"))[0]
+    policy = policies(submodule("first", "policy"))[0]
     found["trained policy"] = keep_policy(trained, policy(stack, threshold=0.5), folder)
     return found
 
@@ -224,7 +224,7 @@ VALUES = [10**12, -1, 0, 1e308, "x", None, [], {}, [[1]], True, "\n", [0, 0], [-
 def test_no_setting_of_a_policy_ends_in_anything_but_a_refusal(
     stack: Stack, documents: dict[str, Any], folder: Path, method: str, place: int, value: Any
 ):
-    policy = policies(room(method, "policy"))[0]
+    policy = policies(submodule(method, "policy"))[0]
     names = [name for name in inspect.signature(policy).parameters if name != "stack"]
     document = documents["policy"] | {
         "policies": {"text": {"name": method, "params": {names[place % len(names)]: value}}}

@@ -35,11 +35,21 @@ from lamella.cli.console import (
 from lamella.cli.schema import schema_of
 from lamella.errors import MethodError
 from lamella.registry import Method, all_commands, commands, get_method
-from lamella.signature import EMPTY, Parameter, Signature, fields_of, is_model, is_stack, judges, kind_of, settings_of
+from lamella.signature import (
+    EMPTY,
+    Parameter,
+    Signature,
+    fields_of,
+    is_model,
+    is_stack,
+    is_test_input,
+    kind_of,
+    settings_of,
+)
 from lamella.source import Class, read_module
 
 INPUTS, OPTIONS, OUTPUT = "Inputs", "Options", "Output"
-TEST = "stdlib"  # the text that judges a changed model: of another kind than what is calibrated on
+TEST = "stdlib"  # the text of the default test, of another kind than the default calibration text
 TEST_HELP = (
     "What changed models are measured on: stdlib when left out, pydoc, a file or a datasets name. The same windows in "
     "every command; where images were given, other rows of these."
@@ -237,9 +247,9 @@ def _reads_config(entry: Method) -> inspect.Parameter:
 
 
 def _input(each: Parameter, kind: Any, first: bool) -> inspect.Parameter:
-    many = getattr(kind, "many", False) or each.named or each.many
+    many = getattr(kind, "many", False) or each.is_mapping or each.is_repeated
     default = None if each.default is not EMPTY or getattr(kind, "nameless", False) else getattr(kind, "default", EMPTY)
-    is_test = judges(each)
+    is_test = is_test_input(each)
     default = None if is_test else default
     metavar = getattr(kind, "metavar", None) or (each.spelling or each.name).upper()
     text = TEST_HELP if is_test else f"{_said(each.help)} {_said(getattr(kind, 'source_help', ''), names=True)}".strip()
@@ -345,7 +355,7 @@ def _asked(contract: Signature, slug: str, given: dict[str, Any], options: dict[
                 from lamella.planners import Race
 
                 asked[name] = Race.of(asked[name], options)
-        elif name in contract.inputs and contract.inputs[name].named:
+        elif name in contract.inputs and contract.inputs[name].is_mapping:
             asked[name] = _by_name(contract.inputs[name].option, value)
         else:
             asked[name] = value

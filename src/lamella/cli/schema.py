@@ -52,9 +52,9 @@ def _input(each: Parameter) -> dict[str, Any]:
     """An input, which is given by name: a file, a folder, or a built-in name."""
     one: dict[str, Any] = {"type": "string"}
     kind = kind_of(each)
-    if each.named:
+    if each.is_mapping:
         one = {"type": "object", "additionalProperties": one}
-    elif each.many or getattr(kind, "many", False):
+    elif each.is_repeated or getattr(kind, "many", False):
         one = {"type": "array", "items": one}
     return one | ({"description": each.help} if each.help else {})
 

@@ -158,7 +158,7 @@ class Bench:
         opening.known_tokenizer = self.tokenizer
         inputs = [opening(each) for each in entry.signature.inputs.values()]
         torch.manual_seed(self.given["seed"])
-        result = entry(*inputs, **entry.signature.completed(asked, work, seed=self.given["seed"]))
+        result = entry(*inputs, **entry.signature.fill(asked, work, seed=self.given["seed"]))
         judged = self.judged(result.view if isinstance(result, Edit) else result.stack.model)
         return {"tokens": sum(log.samples for log in _logs(result)) * self.given["length"], **judged}
 
@@ -193,7 +193,7 @@ def _is_text(parameter: Parameter) -> bool:
 def _texts(entry: Method, new: str, old: str) -> dict[str, Any]:
     """What a method reads: the first text that it must be given is new, and one beside it stands for what is known."""
     _, first, *others = [each for each in entry.signature.inputs.values() if each.default is EMPTY]
-    return {first.name: {"new": new} if first.named else new} | {each.name: old for each in others}
+    return {first.name: {"new": new} if first.is_mapping else new} | {each.name: old for each in others}
 
 
 def _logs(result: Any) -> Iterable[TrainingLog]:

@@ -26,7 +26,7 @@ from lamella.plan.fingerprint import revision
 from lamella.plan.parts import defined, fill, settled, tensors_of
 from lamella.plan.schema import Plan
 from lamella.plan.selection import modules_at
-from lamella.registry import room
+from lamella.registry import submodule
 from lamella.stack import Model, open_model, share
 
 ATTRIBUTE = "lamella_adapter"  # of a linear map: what stands beside it
@@ -196,7 +196,7 @@ def adapted(model: Model, original: Model, plan: Plan) -> Model:
 
 
 def _kind(reference: AdapterReference, where: str) -> type[SiteAdapter]:
-    known = {each.__name__: each for each in defined(room(reference.name, "modules"), SiteAdapter)}
+    known = {each.__name__: each for each in defined(submodule(reference.name, "modules"), SiteAdapter)}
     if not known:
         raise PlanError(f"{where}: {reference.name} is a method without adapters of its own")
     kind = reference.kind or next(iter(known))

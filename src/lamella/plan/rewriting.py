@@ -14,7 +14,7 @@ from typing import Any
 from lamella.errors import PlanError
 from lamella.plan.entries import RewriteReference
 from lamella.plan.parts import settled
-from lamella.registry import room
+from lamella.registry import submodule
 from lamella.stack import Architecture, Model, Wiring, open_model, share
 
 
@@ -46,7 +46,7 @@ def carry_out(model: Any, architectures: Mapping[str, Architecture], reference: 
 
 def code_of(reference: RewriteReference) -> Any:
     """The module of a method that rewrites models."""
-    code = room(reference.name, "rewrite")
+    code = submodule(reference.name, "rewrite")
     if not hasattr(code, "Form") or not hasattr(code, "rewrite"):
         raise PlanError(f"rewrite '{reference.name}': {reference.name} is a method that rewrites no models")
     return code

@@ -115,7 +115,7 @@ def test_plans_on_a_rewritten_model_are_refused_with_the_fix(tmp_path: Path) -> 
         with pytest.raises(PlanError, match="was rewritten by pre-rmsnorm, and no further plan can be written"):
             export(again, Plan(model=reference, drop=[drop]), tmp_path / "out", form="portable")
     with pytest.raises(ValueError, match="or rewritten; plan on the model it was made of"):
-        Plan(model=reference, width={"stream.channels": {"keep": list(range(16))}})
+        Plan(model=reference, width={"hidden.channels": {"keep": list(range(16))}})
     assert "has layers that no config can express" in refused(again)
 
 

@@ -119,7 +119,7 @@ def search(job: Job, planner: Planner) -> Contender:
     """Run one planner as far as the target needs, and a little further in case the measurement disagrees."""
     budget = Budget(minutes=job.minutes, speedup=MARGIN * job.speedup)
     entry = planner.method
-    options = entry.signature.completed(planner.options, budget, job.work.within("plans"), seed=job.seed)
+    options = entry.signature.fill(planner.options, budget, job.work.within("plans"), seed=job.seed)
     begin = time.perf_counter()
     series: PlanSeries = entry(job.stack, **planned_on(entry, job.calibration), **options)
     return Contender(entry.slug, entry.title, series, entry.baseline, time.perf_counter() - begin)

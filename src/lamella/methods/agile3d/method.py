@@ -31,7 +31,7 @@ from lamella.methods.agile3d.result import Segmenter, SegmenterShape
 from lamella.methods.agile3d.scenes import Scenes
 from lamella.methods.agile3d.session import ClickLog
 from lamella.methods.agile3d.viewer import Viewer, open_session
-from lamella.progress import say
+from lamella.progress import notify
 from lamella.registry import command, method
 from lamella.results import Study
 from lamella.signature import Split
@@ -186,7 +186,7 @@ def label(
     sessions = {} if page else {index: open_session(model.model, scene, logs) for index, scene in enumerate(scenes)}
     if page:
         viewer = Viewer(model.model, scenes, logs, port=port, changed=lambda log: kept.add(log.document()))
-        say(f"Label in a browser at {viewer.address} until you press Done there.")
+        notify(f"Label in a browser at {viewer.address} until you press Done there.")
         try:
             viewer.wait()
         finally:

@@ -42,7 +42,7 @@ from lamella.methods.kore.nullspace import WEAK, Basis, Factors, null_basis, on_
 from lamella.methods.kore.projector import projector_of, state_of, two_rates
 from lamella.plan import ModelReference, Plan
 from lamella.plan.fingerprint import revision
-from lamella.progress import say, track
+from lamella.progress import notify, track
 from lamella.registry import method
 from lamella.results import Tuned
 from lamella.runtime import apply
@@ -142,7 +142,7 @@ def kore(
     split = split_weights(view, names, measured, r)
     notes = _notes(split, measured, r)
     for note in notes if processes.is_first() else ():
-        say(f"kore: {note}")
+        notify(f"kore: {note}")
     lora = beside(view, names, split, r, running, constraint.form, config.seed)
     halves = (".lora_B.",) if constraint.freeze else (".lora_A.", ".lora_B.")
     projector = projector_of(stack) if constraint.projector and isinstance(train, ImageText) else ""

@@ -37,7 +37,7 @@ from lamella.methods.refacade.remover import STEPS, UNET, TextureRemover
 from lamella.methods.refacade.result import BUILT_IN, Remover, Retextured, Retexturer
 from lamella.methods.refacade.sampler import Sampling, retextured
 from lamella.methods.refacade.sensitivity import hint_sensitivity, most_sensitive
-from lamella.progress import say
+from lamella.progress import notify
 from lamella.registry import command, method
 from lamella.report.images import png_base64
 from lamella.results import Study
@@ -83,7 +83,9 @@ def refacade(
     branch, remover = model.branch(base), model.remover.to(base.network.device)
     notes = []
     if model.built_in:
-        say("refacade: the built-in model draws textured solids of 32 x 32 pixels; train one for pictures of your own.")
+        notify(
+            "refacade: the built-in model draws textured solids of 32 x 32 pixels; train one for pictures of your own."
+        )
         notes.append("Drawn by the built-in model, which knows small textured solids alone.")
     height, width = base.size_for(*image.pixels.shape[1:3])
     if (height, width) != image.pixels.shape[1:3]:

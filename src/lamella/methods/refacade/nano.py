@@ -24,7 +24,7 @@ from lamella.methods.refacade.clips import Clip, of_object
 from lamella.methods.refacade.flow import BaseLoss, Length, task
 from lamella.methods.refacade.objects import objects
 from lamella.plan.filling import fill
-from lamella.progress import say
+from lamella.progress import notify
 from lamella.train import TrainConfig, fit
 from lamella.zoo.cache import build_once
 
@@ -75,7 +75,7 @@ def network(name: str, around: Callable[[Any], Any]) -> Any:
 
 def built(part: str, train: Callable[[Path], nn.Module]) -> dict[str, Tensor]:
     def build(folder: Path) -> dict[str, Any]:
-        say(
+        notify(
             f"refacade: the built-in {part} is trained on textured objects, once. All three parts take about half an "
             "hour of one core; stopped, it goes on."
         )
