@@ -205,7 +205,7 @@ def _check(value: Any) -> None:
 
 
 def in_utf_8(value: Any) -> Any:
-    """Replace characters in the strings of a JSON value that UTF-8 cannot encode, as in some file names, by question marks."""
+    """Replace characters in the strings of a JSON value that UTF-8 cannot encode by question marks."""
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
     if isinstance(value, dict):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lamella.commands.compress.healing import Heal, heal_cut
-from lamella.commands.heal.command import reader_of
+from lamella.commands.heal.command import context_of
 from lamella.data import ImageText, InputContext, Processing
 from lamella.errors import LamellaError
 from lamella.evaluate.scored import read_inputs
@@ -209,7 +209,7 @@ def test_a_model_of_images_that_is_healed_on_text_keeps_its_processor(vlm: Path,
 
 def test_recipes_that_train_on_text_alone_refuse_images(vlm: Path, tmp_path: Path) -> None:
     given = {"plan": dropped(vlm), "train": "shapes", "rows": 8}
-    with pytest.raises(LamellaError, match="continual-pretrain trains on text alone, and images were given"):
+    with pytest.raises(LamellaError, match="continual-pretrain trains on text only, but images were given"):
         run("heal", vlm, **given, loss="ce", steps=1)
     with pytest.raises(LamellaError, match="no option 'replay'"):
         run("heal", vlm, **given, replay=0.1, minutes=1)
@@ -217,7 +217,7 @@ def test_recipes_that_train_on_text_alone_refuse_images(vlm: Path, tmp_path: Pat
     reader = InputContext(lambda: processing.tokenizer, processing_opener=lambda: processing)
     rows = ImageText.open("shapes", reader, rows=4)
     how, work = Heal("recipe"), Work(tmp_path / "work")
-    healed, said = heal_cut(stack, dropped(vlm), reader_of(rows, 0), how, work, rows)
+    healed, said = heal_cut(stack, dropped(vlm), context_of(rows, 0), how, work, rows)
     assert healed is None and "trains on text alone" in said["note"]  # a compression goes on without
 
 
