@@ -1,4 +1,4 @@
-"""Plans: what every layer should do, bound to a model; views that carry them out; exports that keep them."""
+"""Plans: what each layer of a given model computes, the views that apply a plan, and the exports that save it."""
 
 from lamella.plan.adapters import SiteAdapter, attach, keep_adapters
 from lamella.plan.chain import Chain, Run
