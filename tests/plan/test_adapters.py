@@ -235,7 +235,7 @@ def test_it_cannot_be_merged_and_a_native_export_keeps_it(tmp_path: Path) -> Non
     plan, view = trained(stack, tmp_path, ["layers.1"])
     assert natural_form(plan, stack) == "native"
     for form in ("plain", "portable"):
-        with pytest.raises(PlanError, match=f"^{form}: the adapter of bent-test cannot be merged into its linear layers"):
+        with pytest.raises(PlanError, match=f"^{form}: the adapter of bent-test cannot be merged into its linear"):
             export(stack, plan, tmp_path / form, form=form)
     stack.model.save_pretrained(tmp_path / "model")
     with pytest.raises(PlanError, match="load the model"):
@@ -274,8 +274,8 @@ AT = "model.layers.1.mlp.up_proj"
         ({"params": {"rank": 99}}, "rank=99: the map is 64 to 32"),
         ({"params": {"rank": 3}}, "but this model needs [3, 64]"),
         ({"tensors": lambda t: t | {f"{AT}.a": t[f"{AT}.a"] * torch.nan}}, f"'{AT}.a' of"),
-        ({"tensors": lambda t: t | {"model.layers.3.mlp.up_proj.a": t[f"{AT}.a"].clone()}}, "belongs to no linear layer"),
-        ({"tensors": lambda t: t | {"../../etc/passwd.a": t[f"{AT}.a"].clone()}}, "belongs to no linear layer"),
+        ({"tensors": lambda t: t | {"model.layers.3.mlp.up_proj.a": t[f"{AT}.a"].clone()}}, "to no linear layer"),
+        ({"tensors": lambda t: t | {"../../etc/passwd.a": t[f"{AT}.a"].clone()}}, "to no linear layer"),
         ({"tensors": lambda t: {n: e for n, e in t.items() if n != f"{AT}.a"}}, "'a' is None"),
         ({"tensors": lambda t: {}}, "is empty"),
     ],

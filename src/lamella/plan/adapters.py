@@ -24,7 +24,7 @@ from lamella.errors import PlanError
 from lamella.plan import sidefile
 from lamella.plan.entries import AdapterReference
 from lamella.plan.fingerprint import revision
-from lamella.plan.parts import defined, fill, settled, tensors_of
+from lamella.plan.parts import fill, parts_in, tensors_of, validated_settings
 from lamella.plan.schema import Plan
 from lamella.plan.selection import modules_at
 from lamella.registry import room
@@ -61,7 +61,7 @@ def sizes_of(linear: nn.Module) -> tuple[int, int]:
     return (rows, columns) if isinstance(linear, Conv1D) else (columns, rows)
 
 
-def stand(linear: nn.Module, adapter: SiteAdapter) -> None:
+def add_adapter(linear: nn.Module, adapter: SiteAdapter) -> None:
     """Add an adapter to a linear layer of a view, as a child of the layer, whose own parameter names do not change.
 
     Args:
@@ -102,7 +102,7 @@ def attach(
         for name in names:
             linear = view.get_submodule(name)
             made[name] = make(*sizes_of(linear)).to(linear.weight.device).train(view.training)
-            stand(linear, made[name])
+            add_adapter(linear, made[name])
     return made
 
 
@@ -177,14 +177,14 @@ def open_adapters(model: Model, plan: Plan, reference: AdapterReference) -> dict
             inputs, outputs = sizes_of(layers[at])
             sizes = {"inputs": inputs, "outputs": outputs}
             if settings is None:
-                settings = settled(make, sizes, reference, where)
+                settings = validated_settings(make, sizes, reference, where)
             adapter = make(**sizes, **settings)
             fill(adapter, given, f"{where} at {at}", reference.file)
             opened[at] = adapter.to(layers[at].weight.device).eval()  # type: ignore[arg-type]
     return opened
 
 
-def adapted(model: Model, original: Model, plan: Plan) -> Model:
+def with_adapters(model: Model, original: Model, plan: Plan) -> Model:
     """Return the model with a plan's adapters added to its linear layers; the same model if the plan has none.
 
     Args:
@@ -207,12 +207,12 @@ def adapted(model: Model, original: Model, plan: Plan) -> Model:
                 "with: give that revision"
             )
         for name, adapter in open_adapters(view, plan, reference).items():
-            stand(view.model.get_submodule(name), adapter)
+            add_adapter(view.model.get_submodule(name), adapter)
     return view
 
 
 def _kind(reference: AdapterReference, where: str) -> type[SiteAdapter]:
-    known = {each.__name__: each for each in defined(room(reference.name, "modules"), SiteAdapter)}
+    known = {each.__name__: each for each in parts_in(room(reference.name, "modules"), SiteAdapter)}
     if not known:
         raise PlanError(f"{where}: {reference.name} is a method without adapters of its own")
     kind = reference.kind or next(iter(known))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lamella.errors import PlanError
 from lamella.plan import sidefile
 from lamella.plan.entries import ModuleReference
-from lamella.plan.parts import defined, opened
+from lamella.plan.parts import open_part, parts_in
 from lamella.registry import room
 from lamella.stack import Architecture, Hidden, Position, Stack, hold, join
 
@@ -59,14 +59,14 @@ def open_module(stack: Stack, positions: Sequence[Position], reference: ModuleRe
         PlanError: for a method without networks, an unknown kind or setting, or a side file that does not fit.
     """
     where = f"module '{reference.name}'"
-    known = {each.__name__: each for each in defined(room(reference.name, "modules"), SiteModule)}
+    known = {each.__name__: each for each in parts_in(room(reference.name, "modules"), SiteModule)}
     if not known:
         raise PlanError(f"{where}: {reference.name} is a method without networks of its own")
     kind = reference.kind or next(iter(known))
     if kind not in known or (reference.kind is None and len(known) > 1):
         raise PlanError(f"{where}: kind is {reference.kind}, but there are: {', '.join(known)}")
     given = {"stack": stack, "positions": positions}
-    return opened(known[kind], given, reference, where, stack.device).to(stack.device)
+    return open_part(known[kind], given, reference, where, stack.device).to(stack.device)
 
 
 def modules_of(view: Any, stack: Stack) -> dict[str, SiteModule]:

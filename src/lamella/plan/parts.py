@@ -20,7 +20,7 @@ from lamella.plan.document import SidefileDocument
 Part = TypeVar("Part", bound=nn.Module)
 
 
-def defined(module: Any, kind: type[Part]) -> list[type[Part]]:
+def parts_in(module: Any, kind: type[Part]) -> list[type[Part]]:
     """Return the classes of one kind that a method's module defines itself.
 
     Args:
@@ -34,7 +34,7 @@ def defined(module: Any, kind: type[Part]) -> list[type[Part]]:
     ]
 
 
-def opened(
+def open_part(
     make: Callable[..., Part], given: Mapping[str, Any], reference: Any, where: str, device: torch.device
 ) -> Part:
     """Build a part with the settings and the parameters of a plan.
@@ -49,14 +49,16 @@ def opened(
     Raises:
         PlanError: for unknown or missing settings, or a side file that is missing, damaged or of the wrong shape.
     """
-    part = make(**given, **settled(make, given, reference, where))
+    part = make(**given, **validated_settings(make, given, reference, where))
     if reference.file is None:
         return part
     fill(part, tensors_of(reference, where), where, reference.file)
     return part.to(device)
 
 
-def settled(make: Callable[..., Any], given: Mapping[str, Any], reference: Any, where: str) -> dict[str, Any]:
+def validated_settings(
+    make: Callable[..., Any], given: Mapping[str, Any], reference: Any, where: str
+) -> dict[str, Any]:
     """Return the settings of a part, validated and converted to the types that the part declares.
 
     Args:

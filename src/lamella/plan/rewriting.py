@@ -14,12 +14,12 @@ from typing import Any
 
 from lamella.errors import PlanError
 from lamella.plan.entries import RewriteReference
-from lamella.plan.parts import settled
+from lamella.plan.parts import validated_settings
 from lamella.registry import room
 from lamella.stack import Architecture, Model, Wiring, open_model, share
 
 
-def rewritten(model: Model, reference: RewriteReference | None) -> Model:
+def with_rewrite(model: Model, reference: RewriteReference | None) -> Model:
     """Return the model as a plan rewrites it; the same model if the plan has no rewriting.
 
     Args:
@@ -38,7 +38,7 @@ def rewritten(model: Model, reference: RewriteReference | None) -> Model:
 
 
 def carry_out(model: Any, architectures: Mapping[str, Architecture], reference: RewriteReference) -> None:
-    """Rewrite a model in place; see :func:`rewritten`.
+    """Rewrite a model in place; see :func:`with_rewrite`.
 
     Args:
         model: the model.
@@ -47,7 +47,7 @@ def carry_out(model: Any, architectures: Mapping[str, Architecture], reference: 
     """
     where = f"rewrite '{reference.name}'"
     code = code_of(reference)
-    form = code.Form(**settled(code.Form, {}, reference, where))
+    form = code.Form(**validated_settings(code.Form, {}, reference, where))
     try:
         code.rewrite(model, wirings_of(architectures), form)
     except ValueError as error:

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from lamella.errors import CacheError, ExportError, PlanError
-from lamella.plan.adapters import adapted
+from lamella.plan.adapters import with_adapters
 from lamella.plan.chain import Chain, Run
 from lamella.plan.config import common_sizes, reindex, resize
 from lamella.plan.entries import ModuleReference
 from lamella.plan.modules import insert_modules
-from lamella.plan.rewriting import rewritten
+from lamella.plan.rewriting import with_rewrite
 from lamella.plan.schema import Plan
-from lamella.plan.weights import edited
+from lamella.plan.weights import with_edits
 from lamella.plan.width import cut_model, reorder
 from lamella.stack import (
     Architecture,
@@ -68,7 +68,7 @@ def claim(cache: Any, stamp: str, slot: int, attn: bool = True) -> None:
         raise CacheError("this cache was filled without this plan, so its keys do not fit: start from an empty cache")
 
 
-def own_saving(view: Any) -> Any:
+def refuse_saving(view: Any) -> Any:
     """Make ``save_pretrained`` and ``push_to_hub`` of a view raise.
 
     They would write the original model, or a config that does not fit the weights.
@@ -140,7 +140,7 @@ def alter(model: Model, plan: Plan) -> Model:
         model: the model, which is not changed.
         plan: a plan for the model.
     """
-    return rewritten(adapted(_narrowed(edited(model, plan), plan), model, plan), plan.rewrite)
+    return with_rewrite(with_adapters(_narrowed(with_edits(model, plan), plan), model, plan), plan.rewrite)
 
 
 def _narrowed(model: Model, plan: Plan) -> Model:
@@ -190,10 +190,10 @@ def apply_static(model: Model, plan: Plan) -> Any:
     plan.check_fits(model)
     if not plan.is_static:
         raise PlanError("this plan treats prompt and generated tokens differently: apply it with lamella.apply")
-    return own_saving(shaped(alter(model, plan), plan, plan.model.stacks))
+    return refuse_saving(apply_structure(alter(model, plan), plan, plan.model.stacks))
 
 
-def shaped(model: Model, plan: Plan, stacks: Iterable[str]) -> Any:
+def apply_structure(model: Model, plan: Plan, stacks: Iterable[str]) -> Any:
     """Return a view in which some stacks run as a plan specifies for every token.
 
     Args:

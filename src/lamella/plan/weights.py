@@ -424,7 +424,7 @@ def apply_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
 # Plans
 
 
-def edited(opened: Model, plan: Plan) -> Model:
+def with_edits(opened: Model, plan: Plan) -> Model:
     """Return the model with the plan's weight edits applied; the same model if the plan has none.
 
     Args:

@@ -176,7 +176,7 @@ def test_positions_of_a_llama_3_are_scaled_as_its_config_says(saved: Saved, tmp_
 
 REFUSED: dict[str, tuple[str, dict[str, Any], type[LamellaError], str]] = {
     "a family": ("gpt2", {}, ArchitectureError, "a gpt2 cannot be written as GGUF, only llama"),
-    "windows": ("gemma3_text", {"layer_types": ["full_attention"] * 7}, ExportError, "sliding windows in another order"),
+    "windows": ("gemma3_text", {"layer_types": ["full_attention"] * 7}, ExportError, "windows in another order"),
     "scale": ("gemma3_text", {"query_pre_attn_scalar": 16}, ExportError, "a custom attention scale"),
     "biases": ("qwen3", {"attention_bias": True}, ExportError, "biases in attention"),
     "activation": ("llama", {"hidden_act": "relu"}, ExportError, "the activation relu"),
