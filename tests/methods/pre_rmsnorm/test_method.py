@@ -112,7 +112,7 @@ def test_what_is_planned_on_a_rewritten_model_is_refused_with_the_mend(tmp_path:
     again = lamella.load(export(model, pre_rmsnorm(model).plan, tmp_path / "rms", form="native"))
     reference = ModelReference.of(again)
     for drop in ("layers.1", "layers.1.mlp"):
-        with pytest.raises(PlanError, match="was rewritten by pre-rmsnorm, and no further plan can be written"):
+        with pytest.raises(PlanError, match="was rewritten by pre-rmsnorm, so no further plan can be exported"):
             export(again, Plan(model=reference, drop=[drop]), tmp_path / "out", form="portable")
     with pytest.raises(ValueError, match="or was rewritten; plan for the model that it was made from"):
         Plan(model=reference, width={"hidden.channels": {"keep": list(range(16))}})
