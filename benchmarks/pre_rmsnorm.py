@@ -23,7 +23,7 @@ from lamella.methods.pre_rmsnorm import CRMSNorm, Form, RMSNorm
 from lamella.methods.pre_rmsnorm.checking import output
 from lamella.methods.pre_rmsnorm.rewrite import find_branches
 from lamella.plan import RewriteReference
-from lamella.plan.rewriting import rewritten, wirings_of
+from lamella.plan.rewriting import wirings_of, with_rewrite
 from lamella.results import Record
 from lamella.stack import Model, open_model, share
 
@@ -75,7 +75,7 @@ def variants(model: Model) -> dict[str, Any]:
     """The model as it is, rewritten, and without norms."""
 
     def written(form: Form) -> Any:
-        return rewritten(model, RewriteReference(name="pre-rmsnorm", params=vars(form))).model
+        return with_rewrite(model, RewriteReference(name="pre-rmsnorm", params=vars(form))).model
 
     bare = share(model.model)
     for branch in find_branches(bare, wirings_of(model.architectures)):

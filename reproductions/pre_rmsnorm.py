@@ -26,7 +26,7 @@ from lamella.methods.pre_rmsnorm import Form, RMSNorm, pre_rmsnorm, rotate, trai
 from lamella.methods.pre_rmsnorm.checking import means, output, probe
 from lamella.methods.pre_rmsnorm.rewrite import find_branches
 from lamella.plan import RewriteReference
-from lamella.plan.rewriting import rewritten, wirings_of
+from lamella.plan.rewriting import wirings_of, with_rewrite
 from lamella.stack import Model, open_model, share
 from lamella.zoo.cache import build_once
 from lamella.zoo.nano import randomise
@@ -45,7 +45,7 @@ TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def written(model: Model, form: Form) -> Any:
-    return rewritten(model, RewriteReference(name="pre-rmsnorm", params=vars(form))).model
+    return with_rewrite(model, RewriteReference(name="pre-rmsnorm", params=vars(form))).model
 
 
 # The models

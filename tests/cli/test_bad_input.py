@@ -181,7 +181,7 @@ def test_an_unknown_architecture_shows_how_to_add_it(lamella, tmp_path, make, co
     made.save_pretrained(tmp_path / "model")
     line = lamella(*command, tmp_path / "model").refused()
     if made.config.model_type == "bert":  # which could be derived, were it a decoder
-        assert "see those behind them, so it is no decoder" in line
+        assert "see later tokens, so with this config it is not a decoder" in line
     else:
         assert "Architecture(name='mamba'" in line and "register_architecture" in line
 

@@ -318,7 +318,7 @@ def test_what_is_no_file_of_importances_is_refused(content: str, tmp_path: Path)
         file.write_text("hello")
     elif content == "tensors":
         save_file({"a": torch.ones(2)}, file)
-    with pytest.raises(MethodError, match="is no file of importances") as error:
+    with pytest.raises(MethodError, match="is not a file of importances") as error:
         Fisher.read(file)
     assert "\n" not in str(error.value)
     (tmp_path / "file").write_text("")
@@ -365,7 +365,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(call: Any, error: type[L
 def test_importances_of_what_nothing_depends_on_vanish() -> None:
     model = made("words")
     model.spare = nn.Linear(2, 2)
-    with pytest.raises(NumericsError, match="the importances vanish"):
+    with pytest.raises(NumericsError, match="all importances are zero"):
         fisher(model, data("words"), names=["spare.weight"])
 
 
@@ -374,7 +374,7 @@ def test_importances_that_vanish_are_refused() -> None:
     with torch.no_grad():
         model.weight.zero_()
         model.bias.copy_(torch.tensor([1e4, -1e4]))
-    with pytest.raises(NumericsError, match="the importances vanish"):
+    with pytest.raises(NumericsError, match="all importances are zero"):
         fisher(model, (torch.randn(8, 3), torch.zeros(8, dtype=torch.long)))
 
 

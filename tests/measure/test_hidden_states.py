@@ -106,7 +106,7 @@ def test_the_front_of_each_sequence_does_not_count(front: int) -> None:
     np.testing.assert_allclose(hidden_norms(stack, TOKENS, front=front).values, norms, rtol=1e-5)
     angles = np.arccos(np.clip(cosine(h[1], h[3]), -1, 1)) / np.pi
     assert angular_distance(stack, TOKENS, front=front).values[1, 2] == pytest.approx(angles.mean(), abs=2e-4)
-    with pytest.raises(CalibrationError, match="front 10 leaves nothing of a sequence of 10 tokens"):
+    with pytest.raises(CalibrationError, match="front 10 leaves no token of a sequence of 10 tokens"):
         block_influence(stack, TOKENS, front=10)
 
 

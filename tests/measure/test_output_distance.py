@@ -120,7 +120,7 @@ def test_a_distance_is_the_same_whatever_streams_are_kept(stack: Stack, tokens: 
 @pytest.fixture(params=[64, 10**6], ids=["bounded by some tokens", "whole vocabulary alone"])
 def telling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small vocabularies are not worth a bound, so it is asked for."""
-    monkeypatch.setattr(module, "TELLING", request.param)
+    monkeypatch.setattr(module, "LIKELY_TOKENS", request.param)
 
 
 @pytest.mark.usefixtures("telling")
@@ -162,7 +162,7 @@ def test_the_true_minimum_is_never_pruned(stack: Stack, tokens: LongTensor) -> N
 def test_some_tokens_spare_most_positions_the_whole_head(
     stack: Stack, tokens: LongTensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "TELLING", stack.config.vocab_size // 2)
+    monkeypatch.setattr(module, "LIKELY_TOKENS", stack.config.vocab_size // 2)
     monkeypatch.setattr(module, "CHUNK", 16)
     asked = []
     for bounded in (True, False):

@@ -61,5 +61,5 @@ def test_a_layer_that_runs_twice_is_refused(stack: Stack, samples: Passages) -> 
     again = [0, 1, 1, 2, 3, 4, 5]
     path = {"text": PhasedPath(prefill=again, decode=again)}
     twice = Plan(model=ModelReference.of(stack), path=path)
-    with pytest.raises(MethodError, match="only cuts"):
+    with pytest.raises(MethodError, match="only removes"):
         lora(stack, samples, twice, steps=1)

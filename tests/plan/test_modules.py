@@ -193,7 +193,7 @@ def test_a_plan_with_networks_survives_json_and_travels_as_a_plan(tmp_path: Path
     assert torch.equal(lamella.apply(stack, again)(**given).logits, expected)
     assert natural_form(plan, stack) == "native"
     for form in ("plain", "portable"):
-        with pytest.raises(PlanError, match=rf"^{form}: no config can say that a network stands at layers\.1\.mlp"):
+        with pytest.raises(PlanError, match=rf"^{form}: no config can express the network at layers\.1\.mlp"):
             export(stack, plan, tmp_path / form, form=form)
     export(stack, plan, tmp_path / "out", form="native")
     assert torch.equal(lamella.load(tmp_path / "out").model(**given).logits, expected)
@@ -258,8 +258,8 @@ def test_an_unknown_method_is_refused() -> None:
     ("modules", "more", "message"),
     [
         (["layers.9.mlp"], {}, "modules: site 'layers.9.mlp' is out of range"),
-        (["layers.1", "layers.1.mlp"], {}, "'layers.1' and 'layers.1.mlp' are in the same place"),
-        (["layers.1.mlp"], {"drop": ["layers.1"]}, "'layers.1.mlp' is dropped, too"),
+        (["layers.1", "layers.1.mlp"], {}, "'layers.1' and 'layers.1.mlp' overlap"),
+        (["layers.1.mlp"], {"drop": ["layers.1"]}, "'layers.1.mlp' is dropped as well"),
         (["layers.1.mlp"], {"path": {"text": PhasedPath(prefill=[0, 1], decode=[0, 1])}}, "whose path changes"),
         (
             ["layers.1.mlp"],

@@ -142,8 +142,8 @@ def _without(source: Path, part: str) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
-    "truncated": (truncate, "header promises"),
-    "too long": (lengthen, "header promises"),
+    "truncated": (truncate, "header describes"),
+    "too long": (lengthen, "header describes"),
     "shard missing": (lose_a_shard, r"00\d+-of-.*is missing"),
     "header garbled": (garble_a_header, "header is damaged"),
     "shard empty": (empty_a_shard, "truncated"),

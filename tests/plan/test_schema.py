@@ -307,7 +307,7 @@ def test_a_budget_picks_the_most_that_does_not_pass_it() -> None:
     for ratio in (-0.1, 1.0):
         with pytest.raises(PlanError) as error:
             made.at_ratio(ratio)
-        one_line(error, "out of range", "from 0 to below 1")
+        one_line(error, "out of range", "at least 0 and below 1")
 
 
 def test_a_budget_counts_in_decimal_not_in_binary() -> None:
@@ -356,4 +356,4 @@ def test_the_card_of_an_export_says_the_same_as_the_plan(tmp_path: Path) -> None
     stack = Stack(nano("llama"), name="small")
     plan = Plan(model=ModelReference.of(stack), path=path([0, 1, 2, 3], [0, 3]))
     readme = (export(stack, plan, tmp_path / "out", form="native") / "README.md").read_text()
-    assert "4 sublayers skipped for generated tokens, of 8; `plan.json` says which." in readme
+    assert "4 sublayers skipped for generated tokens, of 8; `plan.json` has the details." in readme

@@ -186,7 +186,7 @@ def test_what_no_config_can_say_travels_as_a_plan(name: str, tmp_path: Path) -> 
     plan = dropping(model, *WRITES[name])
     assert natural_form(plan, model) == "native"
     with pytest.raises(
-        PlanError, match=r"^plain: no config can say that \w+\.layers\.\d lacks its .*; use --form native$"
+        PlanError, match=r"^plain: no config can express that \w+\.layers\.\d lacks its .*; use --form native$"
     ):
         export(model, plan, tmp_path / "plain", form="plain")
     with pytest.raises(PlanError, match="portable: a model with several stacks is exported plain or native"):

@@ -367,7 +367,7 @@ def test_a_static_cache_is_refused_where_a_removed_attention_counts_its_tokens(n
             lambda view=view: view(input_ids=IDS, cache=StaticCache(config=view.config, max_cache_len=32)),
             lambda view=view: generated(view, cache_implementation="static"),
         ):
-            with pytest.raises(CacheError, match=r"counts tokens: leave cache_implementation out") as error:
+            with pytest.raises(CacheError, match=r"counts tokens: omit cache_implementation") as error:
                 run()
             assert "\n" not in str(error.value)
 
@@ -422,7 +422,7 @@ def test_a_cache_that_offloads_is_refused_in_one_clear_line(which: str) -> None:
     cache = DynamicCache(config=view.config)
     cache.offloading = True  # as it sets itself where there is an accelerator to offload from
     cache.prefetch = lambda *_: None
-    with pytest.raises(CacheError, match="leave cache_implementation out"):
+    with pytest.raises(CacheError, match="omit cache_implementation"):
         view(input_ids=IDS, cache=cache, use_cache=True)
 
 
@@ -447,7 +447,7 @@ def test_a_quantised_cache_is_refused_in_one_clear_line() -> None:
         def __init__(self) -> None:
             super().__init__(layers=[DynamicLayer() for _ in range(4)])
 
-    with pytest.raises(CacheError, match="not with Quantised: leave cache_implementation out"):
+    with pytest.raises(CacheError, match="not with Quantised: omit cache_implementation"):
         view(input_ids=IDS, cache=Quantised(), use_cache=True)
 
 

@@ -247,7 +247,7 @@ def test_what_is_wrong_with_an_edit_is_said_in_one_line(tmp_path: Path) -> None:
     def with_file(masks: dict[str, Tensor] | None) -> None:
         if masks is None:
             save_file({"x": torch.zeros(1)}, str(tmp_path / "w.safetensors"))
-            refused("no file of masks", file="w.safetensors", sha256=_sha(tmp_path / "w.safetensors"))
+            refused("not a file of masks", file="w.safetensors", sha256=_sha(tmp_path / "w.safetensors"))
             return
         digest = write_masks(masks, tmp_path / "w.safetensors")
         refused(r"masks: ", file="w.safetensors", sha256=digest)

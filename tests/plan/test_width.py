@@ -447,9 +447,9 @@ def test_heads_know_whether_their_grouping_is_the_ordinary_one() -> None:
         ({"layers.0.mlp.heads": [0]}, "'layers.0.mlp.heads' cannot be cut; write layers.7.mlp.channels"),
         ({"layers.4.mlp.channels": [0]}, "'layers.4.mlp.channels' is out of range: the stack has the layers 0 to 3"),
         ({"layers.0.mlp.channels": [0, 64]}, "64 is out of range; there are 0 to 63"),
-        ({"hidden.channels": [0, 1, 0]}, "a number is there twice"),
+        ({"hidden.channels": [0, 1, 0]}, "an index occurs twice"),
         ({"layers.0.attn.heads": [0, 1]}, "for heads an object with keep and kv_of"),
-        ({"layers.0.mlp.channels": HiddenWidth(keep=[0])}, "write a list of numbers"),
+        ({"layers.0.mlp.channels": HiddenWidth(keep=[0])}, "write a list of indices"),
         ({"layers.0.attn.heads": HeadWidth(keep=[0, 1], kv_of=[0])}, "kv_of has 1 entries for 2 heads"),
         (
             {"layers.0.attn.heads": HeadWidth(keep=[0], kv_of=[2])},
@@ -482,7 +482,7 @@ def test_a_family_that_cannot_be_cut_is_named(name: str) -> None:
 def test_what_has_no_plain_meaning_is_refused_with_the_reason(tmp_path: Path) -> None:
     stack = opened("llama")
     plan = plan_of(stack, {"layers.0.mlp.channels": [0]})
-    with pytest.raises(PlanError, match="both plans choose widths, each of the original's"):
+    with pytest.raises(PlanError, match="both plans choose widths of the original"):
         compose(plan, plan)
     with pytest.raises(LamellaError, match="rescale cannot be exact"):
         Plan.parse(
@@ -493,7 +493,7 @@ def test_what_has_no_plain_meaning_is_refused_with_the_reason(tmp_path: Path) ->
         )
     view = Stack(lamella.apply(stack, plan))
     assert ModelReference.of(view).sizes is None
-    with pytest.raises(ValueError, match="cut to layers of different widths"):
+    with pytest.raises(ValueError, match="has layers of different widths"):
         plan_of(view, {"layers.0.mlp.channels": [0]})
     with pytest.raises(PlanError, match="whole layers"):
         materialise(stack, plan_of(stack, {}, drop=["layers.0.mlp"]))

@@ -145,7 +145,7 @@ def test_a_wrong_derivation_is_refused_by_the_proof(monkeypatch: pytest.MonkeyPa
     attn, mlp = stack.architecture.sublayers
     wrong = replace(mlp, run=lambda layer, h, call: mlp.run(layer, h, call) * (1 + 1e-6))
     stack.architecture = replace(stack.architecture, sublayers=(attn, wrong))
-    with pytest.raises(ArchitectureError, match=r"derived sublayers of layers\.\d differ from it") as caught:
+    with pytest.raises(ArchitectureError, match=r"derived sublayers of layers\.\d differ from the layer") as caught:
         prove(stack)
     assert "\n" not in str(caught.value) and "register_architecture" in str(caught.value)
 
@@ -153,25 +153,25 @@ def test_a_wrong_derivation_is_refused_by_the_proof(monkeypatch: pytest.MonkeyPa
 def test_a_wrong_readout_is_refused_by_the_proof() -> None:
     stack = Stack(small("cohere"))
     stack.architecture = replace(stack.architecture, readout=None)  # without its scale of logits
-    with pytest.raises(ArchitectureError, match="readout does not give its logits"):
+    with pytest.raises(ArchitectureError, match="readout does not yield its logits"):
         prove(stack)
 
 
 def test_a_readout_of_other_states_than_the_model_reads_is_refused_by_the_proof() -> None:
     stack = Stack(small("granite"))
     stack.architecture = replace(stack.architecture, norm="")
-    with pytest.raises(ArchitectureError, match="readout does not give its logits"):
+    with pytest.raises(ArchitectureError, match="readout does not yield its logits"):
         prove(stack)
 
 
 def test_layers_that_hand_on_more_than_the_stream_are_refused() -> None:
-    with pytest.raises(ArchitectureError, match="hand on 'prev_topk_indices' beside the stream"):
+    with pytest.raises(ArchitectureError, match="pass on 'prev_topk_indices' besides the residual stream"):
         prove(Stack(small("glm_moe_dsa")))
 
 
 def test_an_encoder_is_refused_though_its_type_has_a_causal_class() -> None:
     config = transformers.BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
-    with pytest.raises(ArchitectureError, match="its tokens see those behind them, so it is no decoder"):
+    with pytest.raises(ArchitectureError, match="its tokens see later tokens, so with this config it is not a decoder"):
         lamella.open(transformers.BertLMHeadModel(config).eval())
 
 
@@ -208,7 +208,7 @@ def test_an_entry_goes_before_a_derivation_and_needs_no_proof(monkeypatch: pytes
 def test_a_config_cannot_ask_for_millions_of_layers() -> None:
     config = small("cohere").config
     config.num_hidden_layers = 10**7
-    with pytest.raises(ArchitectureError, match="its config says 10000000 layers"):
+    with pytest.raises(ArchitectureError, match="its config has 10000000 layers"):
         find_architecture(config)
 
 

@@ -291,7 +291,7 @@ def test_a_model_in_memory_that_its_checkpoint_s_code_runs_is_refused() -> None:
     class LLaDAModelLM(LLaDAForMaskedLM.__bases__[0]):  # type: ignore[misc]
         """As a checkpoint's own code calls it."""
 
-    with pytest.raises(ArchitectureError, match="LLaDAModelLM in memory is run by the code of its checkpoint"):
+    with pytest.raises(ArchitectureError, match="LLaDAModelLM in memory uses the code of its checkpoint"):
         Stack(LLaDAModelLM(nano("llada").config))
 
 

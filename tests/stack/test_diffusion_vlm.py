@@ -65,7 +65,7 @@ def test_more_or_fewer_images_than_placeholders_are_refused(folder: Path) -> Non
     model = lamella.open(folder).model
     batch = Processing(open_processor(folder)).prompts(rows(2, 0))
     for pixels in (None, batch["pixel_values"][:1]):
-        with pytest.raises(ArchitectureError, match="128 positions of the prompts stand for images") as error:
+        with pytest.raises(ArchitectureError, match="128 placeholder positions for images") as error:
             denoise(model, batch["input_ids"], batch["attention_mask"], Sampler(length=2), pixel_values=pixels)
         assert "\n" not in str(error.value)
 
@@ -92,5 +92,5 @@ def test_a_batch_with_and_without_images_is_its_rows_alone_and_the_model_stays_a
 def test_a_language_model_that_predicts_the_next_token_is_refused() -> None:
     text = transformers.LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     config = LlavaDiffusionConfig(text_config=text.to_dict())
-    with pytest.raises(ArchitectureError, match="a llama predicts no masked tokens"):
+    with pytest.raises(ArchitectureError, match="a llama does not predict masked tokens"):
         LlavaDiffusion(config)

@@ -259,7 +259,7 @@ def test_an_unknown_architecture_is_named_with_the_way_to_add_it() -> None:
         Stack(MambaModel(MambaConfig(hidden_size=16, num_hidden_layers=1, state_size=4, vocab_size=32)))
     message = str(caught.value)
     assert "\n" not in message
-    assert "unknown architecture 'mamba'" in message and "is no row of an attention and an MLP" in message
+    assert "unknown architecture 'mamba'" in message and "is not an attention followed by an MLP" in message
     assert "register_architecture(Architecture(name='mamba'" in message
 
 

@@ -1,4 +1,4 @@
-"""Measurements that planners and other methods consume."""
+"""Measurements that planners and other methods use."""
 
 from lamella.measure.distances import DISTANCES, Distance, DistanceName, divergences
 from lamella.measure.embedding import Embed, Embedder, check_embedder, embed, similarities

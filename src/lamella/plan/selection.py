@@ -1,4 +1,4 @@
-"""Which parameters an edit may change, as people say it: sites, names with wildcards, and kinds to leave out."""
+"""Selection of the parameters that an edit may change: by sites, names with wildcards, and excluded kinds."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ Skip = Literal["norm", "bias"]
 
 
 def select_parameters(model: nn.Module | Stack, layers: Sequence[str] = (), skip: Sequence[Skip] = ()) -> list[str]:
-    """The names of some parameters of a model, tied ones once.
+    """Return the names of selected parameters of a model; tied parameters are listed once.
 
     Args:
         model: any torch module, or a stack.
         layers: sites of a stack (``layers.3``, ``layers.5.mlp``, ``head``), or names of modules and parameters with
-            wildcards (``conv1``, ``*.down_proj.*``); all parameters when left out.
-        skip: without those of ``norm`` modules, or without every ``bias``.
+            wildcards (``conv1``, ``*.down_proj.*``); all parameters if empty.
+        skip: kinds to exclude: parameters of ``norm`` modules, or every ``bias``.
 
     Raises:
-        MethodError: when an entry names nothing, or nothing is left.
+        MethodError: if an entry matches nothing, or no parameter is left.
     """
     module = model.model if isinstance(model, Stack) else model
     if wrong := sorted(set(skip) - {"norm", "bias"}):
@@ -48,11 +48,15 @@ def select_parameters(model: nn.Module | Stack, layers: Sequence[str] = (), skip
 
 
 def modules_at(stack: Stack, sites: Sequence[str]) -> tuple[str, ...]:
-    """What the names of the modules at some sites begin with.
+    """Return the prefixes of the names of the modules at some sites.
 
     >>> from lamella.zoo.nano import nano
     >>> modules_at(Stack(nano("llama")), ["layers.0", "layers.2.mlp"])
     ('model.layers.0.', 'model.layers.2.mlp.', 'model.layers.2.post_attention_layernorm.')
+
+    Args:
+        stack: the stack.
+        sites: sites of the stack.
 
     Raises:
         PlanError: for a site that the stack does not have.
@@ -67,7 +71,7 @@ def modules_at(stack: Stack, sites: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _skipped(module: nn.Module, place: tuple[str, str], skip: Sequence[Skip]) -> bool:
-    path, name = place
+def _skipped(module: nn.Module, occurrence: tuple[str, str], skip: Sequence[Skip]) -> bool:
+    path, name = occurrence
     of_norm = "norm" in type(module.get_submodule(path)).__name__.lower()
     return ("bias" in skip and "bias" in name) or ("norm" in skip and of_norm)

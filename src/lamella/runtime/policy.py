@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lamella.errors import CacheError
 from lamella.plan import Plan, PolicyReference, sidefile
-from lamella.plan.parts import defined, opened
+from lamella.plan.parts import open_part, parts_in
 from lamella.runtime.cache import Phase, PlanCache
 from lamella.runtime.layer_call import LayerCall, Pass
 from lamella.stack import Stack
@@ -75,7 +75,7 @@ def keep_policy(plan: Plan, policy: Policy, folder: Path) -> Plan:
 
 def policies(module: Any) -> list[type[Policy]]:
     """The policies that a module of a method defines."""
-    return defined(module, Policy)
+    return parts_in(module, Policy)
 
 
 def open_policy(policy: Callable[..., Policy], stack: Stack, reference: PolicyReference) -> Policy:
@@ -84,7 +84,7 @@ def open_policy(policy: Callable[..., Policy], stack: Stack, reference: PolicyRe
     Raises:
         PlanError: for unknown or missing parameters, or a side file that is missing, damaged or of the wrong shape.
     """
-    return opened(policy, {"stack": stack}, reference, f"policy '{reference.name}'", stack.device)
+    return open_part(policy, {"stack": stack}, reference, f"policy '{reference.name}'", stack.device)
 
 
 def pieces(policy: Policy, phase: Phase, cache: PlanCache) -> list[tuple[int, int]]:

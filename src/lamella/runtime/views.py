@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import PlanError
-from lamella.plan import Plan, alter, apply_static, own_saving, shaped
-from lamella.registry import submodule
+from lamella.plan import Plan, alter, apply_static, apply_structure, refuse_saving
+from lamella.registry import room
 from lamella.runtime.cache import Phase, PlanCache
 from lamella.runtime.denoising import Denoising
 from lamella.runtime.generation import empty_cache, generate, own_cache, prepare_cache, without_cache
@@ -58,7 +58,7 @@ def apply(model: Model | Blocks, plan: Plan) -> Any:
     altered = alter(model, plan)
     others = [name for name in plan.model.stacks if name not in deciding]
     if others:
-        altered = open_model(shaped(altered, plan, others), name=model.name)
+        altered = open_model(apply_structure(altered, plan, others), name=model.name)
     for name in deciding:
         if plan.modules_of(name):
             raise PlanError(f"modules: the {name} decides while it runs; put networks into a plan of their own")
@@ -110,7 +110,7 @@ def with_policies(model: Model, plan: Plan, policies: Mapping[str, Policy]) -> A
             view._postprocess_outputs = MethodType(without_cache, view)
     else:
         view.generate = MethodType(generate, view)
-    return own_saving(view)
+    return refuse_saving(view)
 
 
 def _check_decides(stack: Stack, policy: Policy) -> None:

@@ -1,4 +1,4 @@
-"""Models as addressable layers."""
+"""Models as stacks of addressable layers."""
 
 from lamella.stack.architectures import (
     ARCHITECTURES,

@@ -1,8 +1,9 @@
-"""The architecture table: one entry for each architecture that is not derived, and where entries are found.
+"""The architecture table: one entry for each architecture that is not derived, and the functions that look entries up.
 
 To add an architecture, add one :class:`Architecture` here and, if none of :mod:`lamella.stack.sublayers` fits, the
 functions of its sublayers. A model of several stacks is an :class:`Assembly` of such entries. The conformance tests
-then check it on the real transformers class. What has no entry is derived (:mod:`lamella.stack.derivation`).
+then check it on the real transformers class. Architectures without an entry are derived
+(:mod:`lamella.stack.derivation`).
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ _EXPERTS = replace(
 
 
 def _attends(attention: str, states: str = "hidden") -> tuple[Part, ...]:
-    """An attention of BART's kin and the norm before it, which may read an encoder's states."""
+    """Return the parts of a BART attention and its norm; its keys and values may read an encoder's states."""
     return (
         Part(f"{attention}_layer_norm", None, ("hidden",)),
         Part(f"{attention}.q_proj", "hidden", ("queries",)),
@@ -79,7 +80,7 @@ _FEEDS = (
     Part("fc2", "channels", ("hidden",)),
 )
 
-_SCALED = Wiring(  # the largest DINOv2 has another MLP, of which it says nothing
+_SCALED = Wiring(  # does not cover the largest DINOv2, which has another MLP
     sublayers={
         "attn": (
             Part("norm1", None, ("hidden",)),
@@ -379,7 +380,7 @@ _BLOOM = Wiring(
     ),
     centred=True,
 )
-_WIRED = {"bloom": _BLOOM}  # of types that are derived, since no forward says what reads behind which norm
+_WIRED = {"bloom": _BLOOM}  # wirings of derived types, since no forward shows which module reads after which norm
 
 _T5 = Architecture(
     name="t5",
@@ -463,7 +464,7 @@ _WHISPER = replace(
     ),
 )
 
-# MBART and its like
+# MBART and similar models
 _PRE_NORM = replace(_WHISPER, embedding="embed_tokens", modality="text", mask="attention_mask", wired=None)
 
 _ASSEMBLIES = (
@@ -620,11 +621,11 @@ for _name, _like in {
     "blenderbot": "mbart",
 }.items():
     ASSEMBLIES[_name] = replace(ASSEMBLIES[_like], name=_name)
-PROJECTED = "CLIPVisionModelWithProjection"  # holds the tower of a clip_vision_model, and projects its output
+PROJECTED = "CLIPVisionModelWithProjection"  # contains the tower of a clip_vision_model, and projects its output
 _DERIVED: dict[str, Architecture] = {}  # by the digest of a config
-REFUSED = {  # types that look like ones that are known, with what is different
+REFUSED = {  # types that resemble known ones, with the difference
     "diffusion_gemma": "it denoises tokens drawn at random instead of masks, reads its own last logits, and shares the "
-    "weights of its decoder with an encoder: no layer of one can leave without the other's",
+    "weights of its decoder with an encoder: no layer of one can be removed without the other's",
 }
 ASSEMBLIES["llava_diffusion"] = Assembly(
     name="llava_diffusion",
@@ -651,7 +652,7 @@ ASSEMBLIES["florence2"] = Assembly(
     auto="AutoModelForImageTextToText",
 )
 ASSEMBLIES["patch_seq2seq"] = replace(ASSEMBLIES["florence2"], name="patch_seq2seq")
-OWN = {  # transformers lacks them
+OWN = {  # model types that transformers does not have
     each.model_type: each for each in (LLaDAConfig, DreamConfig, LlavaDiffusionConfig, PatchSeq2SeqConfig)
 }
 for _type, _config in OWN.items():
@@ -667,25 +668,25 @@ def register_architecture(architecture: Architecture | Assembly) -> None:
 
 
 def find_architectures(config: Any) -> dict[str, Architecture]:
-    """The architecture of every stack of a model, by the stack's name, for its transformers config.
+    """Return the architecture of every stack of a model, by the stack's name, for its transformers config.
 
     Raises:
-        ArchitectureError: when the table has no such ``model_type``; the message shows how to add it.
+        ArchitectureError: for a model type that is unknown and cannot be derived; the message shows how to add it.
     """
     model_type = _model_type(config)
     if model_type in REFUSED:
-        raise ArchitectureError(f"{model_type} models are no stack of layers that can be cut: {REFUSED[model_type]}")
+        raise ArchitectureError(f"{model_type} models are not a stack of layers that can be cut: {REFUSED[model_type]}")
     if model_type in ARCHITECTURES:
         found: tuple[Architecture, ...] = (ARCHITECTURES[model_type],)
     elif model_type in ASSEMBLIES and not _decodes_alone(config):
-        found = tuple(_placed(each, config) for each in ASSEMBLIES[model_type].stacks)
+        found = tuple(_resolve(each, config) for each in ASSEMBLIES[model_type].stacks)
     else:
         found = (_derived(config, model_type),)
     return {each.stack: each for each in found}
 
 
 def architectures_of(model: Any) -> dict[str, Architecture]:
-    """The architecture of every stack of a transformers model in memory, by the stack's name; see above."""
+    """Return the architecture of every stack of a transformers model in memory, by the stack's name."""
     found = find_architectures(model.config)
     if type(model).__name__ == PROJECTED:
         return {stack: replace(each, base="vision_model", wired=None) for stack, each in found.items()}
@@ -693,10 +694,10 @@ def architectures_of(model: Any) -> dict[str, Architecture]:
 
 
 def own_class(model_type: str) -> Any:
-    """The library's own class of a type that transformers lacks, known to its auto classes from now on; else None."""
+    """Return Lamella's own class for a model type that transformers lacks, and register it; None for other types."""
     if model_type not in OWN:
         return None
-    from lamella.stack import diffusion, diffusion_vlm, patch_seq2seq  # here and not above: it takes seconds
+    from lamella.stack import diffusion, diffusion_vlm, patch_seq2seq  # imported here because it takes seconds
 
     auto, known = {
         "llada": (AutoModelForMaskedLM, diffusion.LLaDAForMaskedLM),
@@ -709,23 +710,23 @@ def own_class(model_type: str) -> Any:
 
 
 def check_own(model: Any) -> None:
-    """Check that a model of a type of which the library has a class of its own is of that class.
+    """Check that a model whose type Lamella defines is of Lamella's class.
 
     Raises:
-        ArchitectureError: for one of the code that comes with its checkpoint, whose layers are called otherwise.
+        ArchitectureError: for a model of the code that comes with its checkpoint, whose modules have other names.
     """
     known = own_class(_model_type(model.config))
     if known is not None and not isinstance(model, known):
         raise ArchitectureError(
-            f"a {type(model).__name__} in memory is run by the code of its checkpoint: open the checkpoint's folder, "
-            f"of which Lamella makes a {known.__name__}"
+            f"a {type(model).__name__} in memory uses the code of its checkpoint: open the checkpoint's folder, "
+            f"which Lamella opens as a {known.__name__}"
         )
 
 
 def _derived(config: Any, model_type: str) -> Architecture:
-    """The architecture of a type without an entry; the same one for equal configs."""
-    said = json.dumps(config.to_dict(), sort_keys=True, default=str) if hasattr(config, "to_dict") else ""
-    digest = hashlib.sha256(f"{type(config).__name__} {said}".encode()).hexdigest()
+    """Return the derived architecture of a type without an entry; the same object for equal configs."""
+    text = json.dumps(config.to_dict(), sort_keys=True, default=str) if hasattr(config, "to_dict") else ""
+    digest = hashlib.sha256(f"{type(config).__name__} {text}".encode()).hexdigest()
     if digest not in _DERIVED:
         try:
             _DERIVED[digest] = replace(derive(config, model_type), wired=_WIRED.get(model_type))
@@ -739,10 +740,10 @@ def _derived(config: Any, model_type: str) -> Architecture:
 
 
 def find_architecture(config: Any) -> Architecture:
-    """The architecture of a model with one stack.
+    """Return the architecture of a model with one stack.
 
     Raises:
-        ArchitectureError: for an unknown one, and for a model with several stacks.
+        ArchitectureError: for an unknown architecture, and for a model with several stacks.
     """
     found = find_architectures(config)
     if len(found) > 1:
@@ -751,23 +752,23 @@ def find_architecture(config: Any) -> Architecture:
 
 
 def _decodes_alone(config: Any) -> bool:
-    """Whether a model is the decoder of one with several stacks, without what it could read."""
+    """Return whether a model is the decoder of one with several stacks, without its encoder."""
     return bool(getattr(config, "is_decoder", False))
 
 
 def auto_class(config: Any) -> str:
-    """The class of transformers that opens a model with this config."""
+    """Return the auto class of transformers that opens a model with this config."""
     own_class(_model_type(config))
     assembly = None if _decodes_alone(config) else ASSEMBLIES.get(_model_type(config))
     return find_architecture(config).auto if assembly is None else assembly.auto
 
 
 def _model_type(config: Any) -> str:
-    return str(getattr(config, "model_type", None)).removeprefix("lamella_")  # as native exports are called
+    return str(getattr(config, "model_type", None)).removeprefix("lamella_")  # the prefix of native exports
 
 
-def _placed(entry: Architecture | Slot, config: Any) -> Architecture:
-    """An entry of an assembly, as it is in a model with this config."""
+def _resolve(entry: Architecture | Slot, config: Any) -> Architecture:
+    """Return an entry of an assembly, adapted to a model with this config."""
     if isinstance(entry, Architecture):
         return entry
     inner = getattr(config, entry.config)
@@ -778,5 +779,5 @@ def _placed(entry: Architecture | Slot, config: Any) -> Architecture:
 
 
 def cuttable() -> list[str]:
-    """The architectures that can be cut in width."""
+    """Return the architectures that can be cut in width."""
     return [name for name, each in ARCHITECTURES.items() if each.cuttable]

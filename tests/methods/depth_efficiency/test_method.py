@@ -392,7 +392,7 @@ def test_the_front_counts_in_no_measurement_of_the_stream() -> None:
     ):
         assert scores[name]["values"] == measure(stack, IDS, front=3).as_dict()["values"]
         assert scores[name]["values"] != all_tokens[name]["values"]
-    with pytest.raises(CalibrationError, match="leaves nothing of a sequence"):
+    with pytest.raises(CalibrationError, match="leaves no token of a sequence"):
         depth_efficiency(stack, IDS, brief=True, front=IDS.shape[1])
 
 

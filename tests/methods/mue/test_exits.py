@@ -477,7 +477,7 @@ def test_images_and_placeholders_that_differ_are_refused_in_one_line() -> None:
     none = {key: each for key, each in given.items() if key != "pixel_values"}
     for wrong, filled in ((fewer, 16), (none, 0)):
         for call in (lambda g: view(**g, **words()), lambda g: view.generate(**g, max_new_tokens=2)):
-            with pytest.raises(LamellaError, match=f"32 positions .* the images given fill {filled}") as error:
+            with pytest.raises(LamellaError, match=f"32 placeholder positions .* the images fill {filled}") as error:
                 call(wrong)
             assert "\n" not in str(error.value)
 

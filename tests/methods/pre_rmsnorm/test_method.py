@@ -99,9 +99,9 @@ def test_a_plan_that_rewrites_is_read_back_and_says_nothing_else(tmp_path: Path)
     assert again.rewrite == plan.rewrite and again.digest == plan.digest
     assert plan.digest != Plan(model=plan.model).digest
     assert natural_form(plan, model) == "native"
-    with pytest.raises(ValueError, match="rewrite: such a plan says nothing else"):
+    with pytest.raises(ValueError, match="rewrite: such a plan can do nothing else"):
         Plan(model=plan.model, rewrite=plan.rewrite, drop=["layers.0"])
-    with pytest.raises(PlanError, match="plain: no config can say what pre-rmsnorm makes of a model"):
+    with pytest.raises(PlanError, match="plain: no config can describe a model rewritten by pre-rmsnorm"):
         export(model, plan, tmp_path / "out")
     with pytest.raises(PlanError, match="rewrite"):
         compose(plan, Plan(model=plan.model, drop=["layers.0"]))
@@ -112,9 +112,9 @@ def test_plans_on_a_rewritten_model_are_refused_with_the_fix(tmp_path: Path) -> 
     again = lamella.load(export(model, pre_rmsnorm(model).plan, tmp_path / "rms", form="native"))
     reference = ModelReference.of(again)
     for drop in ("layers.1", "layers.1.mlp"):
-        with pytest.raises(PlanError, match="was rewritten by pre-rmsnorm, and no further plan can be written"):
+        with pytest.raises(PlanError, match="was rewritten by pre-rmsnorm, so no further plan can be exported"):
             export(again, Plan(model=reference, drop=[drop]), tmp_path / "out", form="portable")
-    with pytest.raises(ValueError, match="or rewritten; plan on the model it was made of"):
+    with pytest.raises(ValueError, match="or was rewritten; plan for the model that it was made from"):
         Plan(model=reference, width={"hidden.channels": {"keep": list(range(16))}})
     assert "has layers that no config can express" in refused(again)
 
@@ -190,7 +190,7 @@ def test_a_tied_head_that_would_be_scaled_twice_is_refused_with_the_mend() -> No
 def test_a_model_in_int8_is_refused() -> None:
     model = built("gpt2")
     model.model.lm_head.weight = nn.Parameter(torch.ones(128, 32, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(ExportError, match="holds integers: cut the original, and quantise the result"):
+    with pytest.raises(ExportError, match="has integer weights: cut the original, and quantise the result"):
         pre_rmsnorm(model)
 
 

@@ -15,7 +15,7 @@ from lamella.errors import MethodError, PlanError
 from lamella.methods.pre_rmsnorm.checking import means, output
 from lamella.methods.pre_rmsnorm.rewrite import CRMSNorm, Form, RMSNorm, WideCRMSNorm, find_branches
 from lamella.plan import RewriteReference
-from lamella.plan.rewriting import rewritten, wirings_of
+from lamella.plan.rewriting import wirings_of, with_rewrite
 from lamella.stack import Model, open_model
 from lamella.zoo.nano import nano
 
@@ -247,7 +247,7 @@ def test_a_tied_head_would_be_scaled_twice() -> None:
         Form(norm="crms", tied="untie")
     said = {"norm": "rms", "fold": "affine", "tied": "recentre"}
     with pytest.raises(PlanError, match="a tied head would be scaled twice") as found:
-        rewritten(built("gpt2"), RewriteReference(name=SLUG, params=said))
+        with_rewrite(built("gpt2"), RewriteReference(name=SLUG, params=said))
     assert "\n" not in str(found.value)
 
 
@@ -259,8 +259,8 @@ def test_two_writers_that_are_one_tensor_are_refused() -> None:
 
 
 def test_a_method_that_rewrites_nothing_is_refused() -> None:
-    with pytest.raises(PlanError, match="finercut is a method that rewrites no models"):
-        rewritten(built("gpt2"), RewriteReference(name="finercut"))
+    with pytest.raises(PlanError, match="finercut is a method that does not rewrite models"):
+        with_rewrite(built("gpt2"), RewriteReference(name="finercut"))
 
 
 def test_models_with_rms_norms_are_refused() -> None:

@@ -271,8 +271,8 @@ def test_provenance_knows_other_plain_twins(tmp_path: Path) -> None:
         ({"ffn_dim": 41}, r"is \[40, 48\] where the network has \[41, 48\]"),
         ({"num_layers": 4}, "lacks tensors of the network"),
         ({"num_layers": "three"}, "cannot be opened"),
-        ({"num_layers": 2**17}, "more layers than the weights are of"),
-        ({"vace_layers": [0] * 2**17}, "more layers than the weights are of"),
+        ({"num_layers": 2**17}, "more layers than the weights have"),
+        ({"vace_layers": [0] * 2**17}, "more layers than the weights have"),
         ({"rope_max_seq_len": 2**17}, "which no weights here are of"),
         (
             {"num_attention_heads": 1, "attention_head_dim": 2**17},
@@ -297,7 +297,7 @@ def test_an_autoencoder_of_more_blocks_than_its_weights_is_refused(tmp_path: Pat
     shutil.copytree(folder(), where)
     config = where / "vae" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_res_blocks": 2**17}))
-    with pytest.raises(CheckpointError, match="more layers than the weights are of"):
+    with pytest.raises(CheckpointError, match="more layers than the weights have"):
         Base.open(where)
 
 

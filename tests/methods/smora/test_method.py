@@ -211,7 +211,7 @@ def test_it_trains_under_a_cut_and_goes_where_the_plan_goes(tmp_path: Path) -> N
     assert list(only.findings["load"]) == [f"model.layers.3.self_attn.{each}_proj" for each in "qv"]
     moved = Plan(model=cut.model, path={"text": PhasedPath(prefill=[0, 3, 1], decode=[0, 3, 1])})
     assert torch.isfinite(apply(stack, compose(only.plan, moved))(IDS).logits).all()
-    with pytest.raises(MethodError, match="give a plan that only cuts"):
+    with pytest.raises(MethodError, match="give a plan that only removes"):
         smora(stack, examples(), moved, experts=SMALL, config=CONFIG)
     with pytest.raises(MethodError, match=r"nothing at layers\.1 runs under the plan"):
         smora(stack, examples(), cut, experts=SMALL, config=CONFIG, sites=("layers.1",))
@@ -300,7 +300,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line(given: dict[str, Any], sa
 def test_it_cannot_be_merged_and_says_so(tmp_path: Path) -> None:
     result = trained()
     for form in ("plain", "portable"):
-        with pytest.raises(PlanError, match="the adapter of smora cannot be merged into the linear maps"):
+        with pytest.raises(PlanError, match="the adapter of smora cannot be merged into its linear layers"):
             export(result.stack, result.plan, tmp_path / "merged", form=form)
     result.save(tmp_path / "out", dict)
     with pytest.raises(CheckpointError, match="is not the folder of a LoRA adapter"):
@@ -330,7 +330,7 @@ def test_an_adapter_for_another_base_is_refused() -> None:
     plan, other = trained().plan, nano("llama")
     with torch.no_grad():
         other.model.layers[0].mlp.up_proj.weight += 1
-    with pytest.raises(PlanError, match="has other weights than the model that it was trained beside"):
+    with pytest.raises(PlanError, match="has other weights than the model that it was trained with"):
         apply(Stack(other), plan)
     with pytest.raises(PlanError, match="this plan is for"):
         apply(Stack(nano("gpt2")), plan)

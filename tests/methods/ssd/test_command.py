@@ -190,7 +190,7 @@ def test_the_guard_rolls_back_and_writes_the_importances_alone(lamella, model, g
         (["--alpha", "1.5", "--length", "1"], "length 1"),
         (["--alpha", "1.5", "--batch", "0"], "batch 0"),
         (["--alpha", "1.5", "--max-drop", "-1"], "max_drop -1"),
-        (["--alpha", "1.5", "--importance", "nowhere.safetensors"], "no file of importances"),
+        (["--alpha", "1.5", "--importance", "nowhere.safetensors"], "not a file of importances"),
         (["--alpha", "1.5", "--retain", "nowhere.txt"], "no file nowhere.txt"),
         (["--alpha", "1.5", "--test", "nowhere.jsonl"], "no file nowhere.jsonl"),
     ],

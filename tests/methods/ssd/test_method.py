@@ -372,7 +372,7 @@ def test_an_importance_of_other_weights_is_told_as_stale(tmp_path: Path) -> None
         ({"retain": "kept", "layers": ["layers.0.norm"]}, LamellaError, "'layers.0.norm' is not a site"),
         ({"retain": "kept", "layers": ["layers.9"]}, LamellaError, "out of range"),
         ({"retain": "kept", "layers": ["norm"], "skip": ["norm"]}, MethodError, "skip leaves no parameter"),
-        ({"importance": Path("nowhere.safetensors")}, MethodError, "is no file of importances"),
+        ({"importance": Path("nowhere.safetensors")}, MethodError, "is not a file of importances"),
         ({"retain": "kept", "alpha": 2.0, "work": Work(Path("/proc/nowhere"))}, ExportError, "cannot be written"),
     ],
 )

@@ -114,5 +114,5 @@ def test_a_plan_that_repeats_layers_is_refused(tmp_path: Path) -> None:
     stack = Stack(nano("llama"))
     path = [0, 1, 1, 2, 3]
     plan = Plan(model=ModelReference.of(stack), path={stack.stack: PhasedPath(prefill=path, decode=path)})
-    with pytest.raises(MethodError, match="give a plan that only cuts"):
+    with pytest.raises(MethodError, match="give a plan that only removes"):
         switchlora(stack, SAMPLES, plan, config=CONFIG, work=Work(tmp_path))

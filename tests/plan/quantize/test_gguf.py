@@ -176,8 +176,8 @@ def test_positions_of_a_llama_3_are_scaled_as_its_config_says(saved: Saved, tmp_
 
 REFUSED: dict[str, tuple[str, dict[str, Any], type[LamellaError], str]] = {
     "a family": ("gpt2", {}, ArchitectureError, "a gpt2 cannot be written as GGUF, only llama"),
-    "windows": ("gemma3_text", {"layer_types": ["full_attention"] * 7}, ExportError, "its windows in another order"),
-    "scale": ("gemma3_text", {"query_pre_attn_scalar": 16}, ExportError, "its own scale of attention"),
+    "windows": ("gemma3_text", {"layer_types": ["full_attention"] * 7}, ExportError, "windows in another order"),
+    "scale": ("gemma3_text", {"query_pre_attn_scalar": 16}, ExportError, "a custom attention scale"),
     "biases": ("qwen3", {"attention_bias": True}, ExportError, "biases in attention"),
     "activation": ("llama", {"hidden_act": "relu"}, ExportError, "the activation relu"),
 }
@@ -194,7 +194,7 @@ def test_what_llama_cpp_computes_otherwise_is_refused(what: str, saved: Saved, t
 def test_what_is_not_whole_layers_is_refused(saved: Saved, tmp_path: Path) -> None:
     folder, out = saved(), tmp_path / "out"
     uneven = {"layers.1.attn.heads": HeadWidth(keep=[0, 1, 2], kv_of=[0, 0, 1])}
-    with pytest.raises(ExportError, match="single sublayers are cut"):
+    with pytest.raises(ExportError, match="single sublayers are removed"):
         quantize(cut_widths(folder, tmp_path / "sublayer", {}, drop=["layers.1.mlp"]), out)
     with pytest.raises(ExportError, match="layer 1 groups its heads unevenly"):
         quantize(cut_widths(folder, tmp_path / "heads", uneven), out)
@@ -210,9 +210,9 @@ def test_damaged_checkpoints_are_refused(saved: Saved, tmp_path: Path) -> None:
     for changed, error, message in (
         ({first: given[first][:32]}, CheckpointError, "layer 0 is not as wide as its config.json says"),
         ({first: given[first] * float("nan")}, NumericsError, f"{first}: has entries that q8_0 cannot hold"),
-        ({first: given[first].to(torch.int8)}, ExportError, "is I8: give the checkpoint that was not quantised"),
+        ({first: given[first].to(torch.int8)}, ExportError, "is I8: give the unquantised checkpoint"),
         ({first: given[first][0].clone()}, CheckpointError, r"has the shape \[32\]"),
-        ({"../../evil": given[first].clone()}, ExportError, "llama.cpp has no place for ../../evil"),
+        ({"../../evil": given[first].clone()}, ExportError, "llama.cpp has no tensor for ../../evil"),
     ):
         save_file(given | changed, folder / "model.safetensors")
         with pytest.raises(error, match=message):
@@ -229,7 +229,7 @@ def test_a_tokenizer_that_splits_otherwise_is_refused(saved: Saved, tmp_path: Pa
     file.write_text(file.read_text().replace('"type": "ByteLevel"', '"type": "Whitespace"', 1))
     with pytest.raises(ExportError, match="this tokenizer splits text by Whitespace"):
         quantize(folder, tmp_path / "out")
-    with pytest.raises(ExportError, match="has a token 511, and the embedding 300 rows"):
+    with pytest.raises(ExportError, match="has a token 511, but the embedding 300 rows"):
         quantize(saved(vocab_size=300), tmp_path / "out")
 
 

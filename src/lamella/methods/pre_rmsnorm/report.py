@@ -11,7 +11,7 @@ from lamella.errors import MethodError
 from lamella.methods.pre_rmsnorm.checking import is_tied, means, output, probe
 from lamella.methods.pre_rmsnorm.rewrite import Form, find_branches
 from lamella.plan import Plan
-from lamella.plan.rewriting import rewritten, wirings_of
+from lamella.plan.rewriting import wirings_of, with_rewrite
 from lamella.stack import Model
 
 MOST = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 0.2, "float16": 0.05}  # relative error
@@ -35,7 +35,7 @@ def conversion(model: Model, exact: Model, plan: Plan, form: Form, seed: int) ->
         PlanError: for a model that cannot take this form.
         MethodError: when the result computes a different function.
     """
-    result = rewritten(model, plan.rewrite)
+    result = with_rewrite(model, plan.rewrite)
     branches = find_branches(model.model, wirings_of(model.architectures))
     tied = is_tied(model.model)
     inputs = probe(model, seed)
@@ -66,7 +66,7 @@ def _error(model: Model, plan: Plan, seed: int) -> dict[str, float]:
     """
     inputs = probe(model, seed)
     expected = output(model.model, inputs).double()
-    found = output(rewritten(model, plan.rewrite).model, inputs).double()
+    found = output(with_rewrite(model, plan.rewrite).model, inputs).double()
     error, size = float((found - expected).abs().max()), float(expected.abs().max())
     if not error <= MOST[_dtype(model)] * size:
         raise MethodError(
