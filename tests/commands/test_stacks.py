@@ -93,9 +93,7 @@ def test_a_stack_that_is_given_beside_the_model_is_pointed_to_of_stack(vlm: Path
     ):
         with pytest.raises(MethodError, match=r"stack is given both by position and by name.*of_stack"):
             call()
-    with pytest.raises(
-        MethodError, match=r"train is given both by position and by name: give it once$"
-    ):
+    with pytest.raises(MethodError, match=r"train is given both by position and by name: give it once$"):
         api.run("gamma-mod", vlm, ROWS, train=ROWS)
 
 

@@ -66,7 +66,9 @@ def test_the_page_draws_it(tmp_path: Path) -> None:
     assert ran["frames"][2]["values"] == of_layer
     assert ran["frames"][0]["values"] == [(LAYERS - 1 + one) / LAYERS for one in of_layer]
     drawn = data["plots"]["image_grid"]
-    assert drawn["layout"]["images"][0]["source"].startswith("data:image/png;base64,") and 'id="plot-image_grid"' in html
+    assert (
+        drawn["layout"]["images"][0]["source"].startswith("data:image/png;base64,") and 'id="plot-image_grid"' in html
+    )
     assert [value for row in drawn["data"][0]["z"] for value in row] == ran["frames"][0]["values"]
     del report["image"]
     assert 'id="plot-image_grid"' not in render_trace(report)

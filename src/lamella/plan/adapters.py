@@ -212,7 +212,7 @@ def with_adapters(model: Model, original: Model, plan: Plan) -> Model:
 
 
 def _kind(reference: AdapterReference, where: str) -> type[SiteAdapter]:
-    known = {each.__name__: each for each in parts_in(room(reference.name, "modules"), SiteAdapter)}
+    known = {each.__name__: each for each in parts_in(submodule(reference.name, "modules"), SiteAdapter)}
     if not known:
         raise PlanError(f"{where}: {reference.name} is a method without adapters of its own")
     kind = reference.kind or next(iter(known))

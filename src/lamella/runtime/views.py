@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lamella.errors import PlanError
 from lamella.plan import Plan, alter, apply_static, apply_structure, refuse_saving
-from lamella.registry import room
+from lamella.registry import submodule
 from lamella.runtime.cache import Phase, PlanCache
 from lamella.runtime.denoising import Denoising
 from lamella.runtime.generation import empty_cache, generate, own_cache, prepare_cache, without_cache
