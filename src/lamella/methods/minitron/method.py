@@ -97,7 +97,7 @@ def trim(
     kept = sorted(ranking.layers[: shape.layers].tolist())
     width: dict[str, Any] = {}
     if shape.hidden < whole.hidden:
-        width["stream.channels"] = HiddenWidth(keep=ranking.hidden[: shape.hidden].tolist(), rescale=rescale)
+        width["hidden.channels"] = HiddenWidth(keep=ranking.hidden[: shape.hidden].tolist(), rescale=rescale)
     for layer in kept:
         if shape.mlp < whole.channels:
             width[f"layers.{layer}.mlp.channels"] = ranking.channels[layer, : shape.mlp].tolist()
