@@ -129,7 +129,7 @@ def test_an_image_is_read_or_refused(folder: Path, kind: str, data: st.DataObjec
     (place / "0.png").write_bytes(data.draw(damaged((place / "0.png").read_bytes())))
     with answered(folder, gigabytes=2):
         for each in CaptionedImages.open(place, InputContext(split="test")).items:
-            assert each.picture.ndim == 3
+            assert each.image.ndim == 3
 
 
 def test_the_files_that_are_damaged_above_are_whole(folder: Path):
