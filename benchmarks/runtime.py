@@ -29,7 +29,14 @@ from lamella.data import MARK, ImageText, ImageTextRow, InputContext, Processing
 from lamella.evaluate import StepTimes, bench, cost, measure_step
 from lamella.evaluate.speed import random_tokens
 from lamella.methods.cola import repeat, skip
-from lamella.methods.dmllm_token_redundancy import Lengths, VisualTokenSchedule, Widths, of_step, planned, text_of
+from lamella.methods.dmllm_token_redundancy import (
+    LayerWidths,
+    RequestLengths,
+    VisualTokenSchedule,
+    of_step,
+    plan_of,
+    text_of,
+)
 from lamella.methods.first import PromptRouters
 from lamella.methods.lora_drop import spread_layers
 from lamella.methods.modes.policy import MODALITIES, ExpertSkipping
@@ -240,15 +247,15 @@ def image_tokens(record: Record, rounds: int) -> None:
     inputs = Processing(processor).prompts([ImageTextRow((picture,), said)])
     stack, sampler = text_of(model), Sampler(length=32, steps=4 * rounds)
     image = int((inputs["input_ids"] == made.config.image_token_id).sum())
-    lengths = Lengths(image, inputs["input_ids"].shape[1] - image, sampler.length)
+    lengths = RequestLengths(image, inputs["input_ids"].shape[1] - image, sampler.length)
     schedules = {
         "a half": VisualTokenSchedule.one_shot(-1, 0.0, 0.5),
         "a quarter": VisualTokenSchedule.one_shot(-1, 0.0, 0.25),
         "withdrawn behind layer 3": VisualTokenSchedule.withdraw(3),
     }
     whole = VisualTokenSchedule()
-    views = {name: lamella.apply(model, planned(model, each, criterion="divprune")) for name, each in schedules.items()}
-    models = {"whole": made, "idle": lamella.apply(model, planned(model, whole)), **views}
+    views = {name: lamella.apply(model, plan_of(model, each, criterion="divprune")) for name, each in schedules.items()}
+    models = {"whole": made, "idle": lamella.apply(model, plan_of(model, whole)), **views}
     requests = {name: Denoising(each, sampler=sampler, **inputs) for name, each in models.items()}
     took: dict[str, list[float]] = {name: [] for name in requests}
     for _ in range(sampler.in_all):
@@ -260,7 +267,9 @@ def image_tokens(record: Record, rounds: int) -> None:
     overhead(record, "dmllm-token-redundancy, no token left out", times["whole"] / times["idle"])
     rows = []
     for name, schedule in schedules.items():
-        flops = [of_step(each, Widths.of(stack), len(stack), 1, sampler.in_all, lengths) for each in (schedule, whole)]
+        flops = [
+            of_step(each, LayerWidths.of(stack), len(stack), 1, sampler.in_all, lengths) for each in (schedule, whole)
+        ]
         ideal, measured = flops[0] / flops[1], times[name] / times["whole"]
         ratio = measured / ideal
         rows.append([name, ideal, measured, ratio])

@@ -238,7 +238,7 @@ def test_two_processes_share_a_model_and_its_teacher(lamella, plan, in_two_proce
 def test_what_cannot_be_split_is_refused(lamella, plan, tmp_path):
     given = ("heal", NANO_LLAMA, plan, "-o", tmp_path / "out", "--shard", *QUICK)
     assert "accelerate launch" in lamella(*given).refused()
-    assert "take another schedule" in lamella(*given, "--schedule", "infinite").refused()
+    assert "choose another schedule" in lamella(*given, "--schedule", "infinite").refused()
     known = Plan.read(plan)
     known.model_copy(update={"provenance": {"method": "unified-skip"}}).write(tmp_path / "own.json")
     own = lamella("heal", NANO_LLAMA, tmp_path / "own.json", "-o", tmp_path / "out", "--shard", *QUICK)

@@ -31,7 +31,7 @@ from strategies import (
 import lamella
 from lamella.errors import LamellaError, PlanError
 from lamella.measure.fisher import Fisher
-from lamella.methods.cola import Network, PathPredictor
+from lamella.methods.cola import PathPredictor, PredictorNetwork
 from lamella.methods.minitron import Importance
 from lamella.plan import (
     Factors,
@@ -361,7 +361,7 @@ def measured(reader: str, stack: Stack, file: Path) -> Path:
     }
     tensors = {"channels": torch.ones(6, 8), "heads": torch.ones(6, 4), "stream": torch.ones(96)}
     if reader == "predictor":
-        tensors = Network(stack.config.hidden_size, len(stack)).state_dict()
+        tensors = PredictorNetwork(stack.config.hidden_size, len(stack)).state_dict()
     save_file(tensors, file, {name: json.dumps(value) for name, value in about[reader].items()})
     return file
 

@@ -145,13 +145,13 @@ def _slab(folder: Path) -> Opener:
 
 
 def _cola(folder: Path) -> Opener:
-    from lamella.methods.cola.predictor import Network, PathPredictor
+    from lamella.methods.cola.predictor import PathPredictor, PredictorNetwork
     from lamella.plan import ModelReference
     from lamella.zoo import open_stack
 
     folder.mkdir()
     stack = open_stack(NANO_LLAMA)
-    network = Network(stack.config.hidden_size, len(stack))
+    network = PredictorNetwork(stack.config.hidden_size, len(stack))
     PathPredictor(ModelReference.of(stack), network, chat=False).save(folder / "predictor.safetensors")
     return folder / "predictor.safetensors", lambda: PathPredictor.load(folder / "predictor.safetensors", stack)
 

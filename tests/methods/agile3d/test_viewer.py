@@ -366,12 +366,12 @@ def test_what_cannot_be_done_is_said_and_the_session_goes_on(viewer: Viewer, mon
     )
     beside = SimpleNamespace(ray_origin=(9.0, -5.0, 0.0), ray_direction=(0.0, 1.0, 0.0))
     requests = [
-        (lambda _: viewer._click(beside, 1), "no point of ball.ply where you clicked"),
+        (lambda _: viewer._click(beside, 1), "no point of ball.ply at the click"),
         (lambda _: viewer._add(sent("nan.ply", header % 1 + b"0 nan 0\n")), "nan.ply: the position of point 0"),
         (lambda _: viewer._add(sent("none.ply", header % 0)), "none.ply has no points"),
         (lambda _: viewer._add(sent("torn.ply", b"ply\nformat")), "torn.ply: not a valid PLY file of points"),
         (lambda _: viewer._add(sent("far.ply", header % 2 + b"0 0 0\n1e9 0 0\n")), "larger cell size"),
-        (lambda _: viewer._add(sent("torn.png", b"\x89PNG")), "torn.png: the image image cannot be read"),
+        (lambda _: viewer._add(sent("torn.png", b"\x89PNG")), "torn.png: the image upload cannot be read"),
         (lambda _: viewer._add(sent("flat.png", png())), "flat.png is no scene in space"),
         (lambda _: viewer._replay(sent("torn.json", b"{")), "torn.json: not a valid click log"),
         (lambda _: viewer._replay(sent("bytes.json", b"\xff\xfe")), "bytes.json: not a valid click log"),
@@ -571,7 +571,7 @@ def test_files_are_opened_in_the_page_and_damaged_ones_leave_it_alive(
     seen.says("torn.ply: not a valid PLY file of points")
     assert seen.page.title() != "bad"
     seen.click(-330, 300)
-    seen.says("there is no point of ball.ply where you clicked")
+    seen.says("there is no point of ball.ply at the click")
     seen.click(40, 0)
     seen.clicks(2)
     other = ball(2000, seed=5)

@@ -76,7 +76,7 @@ def parse_image(data: bytes, path: PurePath) -> ClickScene:
         CalibrationError: if it cannot be decoded.
     """
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "image"
+        file = Path(folder) / "upload"
         file.write_bytes(data)
         return image_scene(read_image(file, path.name), name=path.name)
 
