@@ -14,7 +14,7 @@ from torch import Tensor
 import lamella
 from lamella.data import MARK, ImageText, ImageTextRow, Processing
 from lamella.errors import CalibrationError, MethodError
-from lamella.measure import angular_distance, block_influence, hidden_norms, sublayer_influence
+from lamella.measure import angular_distance, block_influence, sublayer_influence
 from lamella.methods.depth_efficiency import (
     TokenMean,
     deepest_use,
@@ -421,7 +421,7 @@ def test_what_cannot_be_studied_is_refused_in_one_line() -> None:
 def seeing(kind: str = "llava") -> tuple[Any, ImageText]:
     model, processor = shapes_vlm(kind, num_hidden_layers=LAYERS)
     messages = ({"role": "user", "content": f"{MARK}\ncount the circles"}, {"role": "assistant", "content": "one"})
-    rows = [Shown((each.image,), messages) for each in examples(("count",), 2)]
+    rows = [ImageTextRow((each.image,), messages) for each in examples(("count",), 2)]
     return open_model(model), ImageText(rows, Processing(processor))
 
 

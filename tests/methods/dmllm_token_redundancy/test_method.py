@@ -25,7 +25,7 @@ from lamella.zoo.vlm import shapes_vlm
 from lamella.zoo.worlds import examples
 
 
-def questions_of(with_images: str) -> list[Shown]:
+def questions_of(with_images: str) -> list[ImageTextRow]:
     """Questions of one task, with an image (i) or without (t)."""
     return [
         ImageTextRow(

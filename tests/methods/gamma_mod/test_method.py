@@ -34,7 +34,7 @@ def seeing() -> tuple[Stack, ImageText]:
         ((), "count the circles", "one")
     ]
     rows = [
-        Shown(images, ({"role": "user", "content": question}, {"role": "assistant", "content": answer}))
+        ImageTextRow(images, ({"role": "user", "content": question}, {"role": "assistant", "content": answer}))
         for images, question, answer in turns
     ]
     return Stack(model, stack="text"), ImageText(rows, Processing(processor))

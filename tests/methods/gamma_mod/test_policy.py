@@ -224,7 +224,7 @@ def test_models_of_other_kinds_are_served_in_steps_as_in_whole_sequences(kind: s
     processing = Processing(processor)
     turns = ({"role": "user", "content": f"{MARK}\ncount the circles"}, {"role": "assistant", "content": "one"})
     images = [each.image for each in examples(("count",), 2)]
-    batch = processing.batch([Shown((image,), turns) for image in images])
+    batch = processing.batch([ImageTextRow((image,), turns) for image in images])
     given = {name: each for name, each in read_inputs(model, batch).items() if name != "attention_mask"}
     prompt, ids = int(batch["prompt_lengths"][0]), batch["input_ids"]
     stack = Stack(model, stack="text")

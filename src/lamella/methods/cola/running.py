@@ -82,7 +82,7 @@ def run_studies(
         settings: settings of the searches.
         answers: the cache of answers.
     """
-    if isinstance(pool, Here):  # each answer is saved immediately
+    if isinstance(pool, SerialPool):  # each answer is saved immediately
         for sample in samples:
             yield study(stack, tokenizer, sample, settings, *answers.of(sample, settings))
         return

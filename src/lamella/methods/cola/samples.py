@@ -62,7 +62,7 @@ class Problems(Rows[Problem]):
     """The samples of a study, with the model's tokenizer."""
 
     metavar = "FILE"
-    told = (
+    source_help = (
         'JSONL, one sample per line: {"prompt": "...\\nAnswer:", "answer": " B", "options": [" A", " B"]}. Without '
         "options the answer is generated and compared; 'wrong' can list wrong answers for the control"
     )
@@ -73,12 +73,12 @@ class Problems(Rows[Problem]):
     )
 
     @classmethod
-    def open(cls, name: str | File, reader: Reader) -> Problems:
+    def open(cls, name: str | File, context: InputContext) -> Problems:
         """Read samples from a file, see :func:`read_samples`.
 
         Args:
             name: the file.
-            reader: provides the tokenizer.
+            context: provides the tokenizer.
         """
         found = read_samples(name)
         content = File(name).expanduser().read_bytes()

@@ -83,7 +83,7 @@ def continual_pretrain(
             raise MethodError("the anneal of an infinite schedule does not support --shard: choose another schedule")
         main = min(round(ANNEAL * steps), steps - 1)
         config = config.following(config.shaped(infinite, anneal=None))
-    run = ContinualPretrainer(stack, out=work.place(), plan=plan, config=config, replay=replay, lora=lora)
+    run = ContinualPretrainer(stack, out=work.directory(), plan=plan, config=config, replay=replay, lora=lora)
     old = ContinualDataset("old", past or (), held_out.get("old", ()))
     if past is None:
         run.watch(old)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lamella.train import Hook, TrainingRun
+from lamella.train import Hook
 
 FIRST = 0.1  # fraction of the encoder's tensors that are trained from the beginning
 REST = 0.2  # fraction of the epochs, at the end, in which all are trained

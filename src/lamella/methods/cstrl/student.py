@@ -174,7 +174,7 @@ def distil(
         samples,
         Task(loss, beside=(teacher_model,)),
         with_steps(config, len(samples), course.epochs),
-        out=work.place() / "student",
+        out=work.directory() / "student",
         trainable=lambda name: True,
         held_out=watched,
         settings={"temperature": temperature, "alpha": alpha, "divergence": weight, "teacher": model.files_digest},

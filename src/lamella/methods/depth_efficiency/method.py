@@ -34,7 +34,6 @@ from lamella.measure import (
     angular_distance,
     block_influence,
     describe,
-    hidden_norms,
     sequences,
     sublayer_influence,
 )

@@ -9,7 +9,7 @@ from typing import Any
 from lamella.formatting import number
 from lamella.report.drawing import StackDrawing, shade
 from lamella.report.figures import Bars, Figure, Heatmap, Lines, known
-from lamella.report.page import finite, render_page
+from lamella.report.page import finite
 from lamella.results import Evidence, Summary, Table
 
 SCORES = (

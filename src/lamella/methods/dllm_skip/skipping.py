@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from lamella.errors import NumericsError, listed
 from lamella.measure import Draw, predicting
 from lamella.progress import track
-from lamella.stack import Hidden, Position, Stack, join
+from lamella.stack import Position, Stack, join
 
 
 @torch.no_grad()

@@ -278,9 +278,9 @@ def recommend(provenance: str, answer: int, layers: int) -> VisualTokenSchedule 
     return VisualTokenSchedule.progressive(steps, keeps)
 
 
-def _by_task(questions: ImageText) -> dict[str, list[Shown]]:
+def _by_task(questions: ImageText) -> dict[str, list[ImageTextRow]]:
     """Group the rows by task; each task needs at least one row with an image."""
-    found: dict[str, list[Shown]] = {}
+    found: dict[str, list[ImageTextRow]] = {}
     for row in questions:
         found.setdefault(row.task or "all", []).append(row)
     for task, rows in found.items():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lamella.errors import PlanError
-from lamella.measure.image_tokens import ATTENDING, CRITERIA, TokenFeatures, choose
+from lamella.measure.image_tokens import ATTENDING, CRITERIA, choose
 from lamella.methods.dmllm_token_redundancy.schedule import Drop, VisualTokenSchedule, count
 from lamella.runtime import Denoising, LayerCall, Pass, Policy, PositionInputs
 from lamella.runtime.denoising import COMMITS

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lamella.progress import track
-from lamella.stack import Hidden, Stack, attend_with_weights
+from lamella.stack import Stack, attend_with_weights
 
 Rank = Literal["exact", "effective"]
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import ArchitectureError, MethodError
-from lamella.runtime import LayerCall, Pass, Policy, PositionInputs
+from lamella.runtime import LayerCall, Pass, Policy
 from lamella.stack import Stack, join, norm_before
 
 Routers = Literal["shared", "layer", "modality"]
