@@ -14,7 +14,7 @@ from torch import Tensor
 import lamella
 from lamella.data import MARK, ImageText, ImageTextRow, Processing
 from lamella.errors import CalibrationError, MethodError
-from lamella.measure import angular_distance, block_influence, sublayer_influence
+from lamella.measure import angular_distance, block_influence, hidden_norms, sublayer_influence
 from lamella.methods.depth_efficiency import (
     TokenMean,
     deepest_use,
@@ -389,7 +389,7 @@ def test_the_front_counts_in_no_measurement_of_the_stream() -> None:
     for name, measure in (
         ("block_influence", block_influence),
         ("sublayer_influence", sublayer_influence),
-        ("residual_norm", stream_norms),
+        ("residual_norm", hidden_norms),
         ("angular_distance", angular_distance),
     ):
         assert scores[name]["values"] == measure(stack, IDS, front=3).as_dict()["values"]

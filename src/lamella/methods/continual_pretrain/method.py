@@ -82,7 +82,7 @@ def continual_pretrain(
         if config.shard:
             raise MethodError("the anneal of an infinite schedule does not support --shard: choose another schedule")
         main = min(round(ANNEAL * steps), steps - 1)
-        config = config.following(config.shaped(infinite, anneal=None))
+        config = config.with_schedule(config.shaped(infinite, anneal=None))
     run = ContinualPretrainer(stack, out=work.directory(), plan=plan, config=config, replay=replay, lora=lora)
     old = ContinualDataset("old", past or (), held_out.get("old", ()))
     if past is None:

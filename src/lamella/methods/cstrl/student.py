@@ -73,7 +73,7 @@ def _sizes(stack: Stack, parts: int, heads_left: float) -> dict[str, int]:
     architecture, whole = stack.architecture, stack.architecture.sizes_of(stack.config)
     group = whole.heads // whole.kv_heads
     heads = max(group, round(whole.heads * heads_left) // group * group)
-    width = whole.stream / math.sqrt(parts)
+    width = whole.hidden / math.sqrt(parts)
     # T5 sets the head size explicitly; elsewhere heads may have to fill the width, and RoPE needs even sizes.
     stream = int(width) if architecture.name == "t5" else EIGHT * heads * max(1, round(width / (EIGHT * heads)))
     sizes = {"stream": stream, "channels": max(1, whole.channels // parts), "heads": heads, "kv_heads": heads // group}
@@ -172,7 +172,7 @@ def distil(
     log = fit(
         view,
         samples,
-        Task(loss, beside=(teacher_model,)),
+        Task(loss, frozen=(teacher_model,)),
         with_steps(config, len(samples), course.epochs),
         out=work.directory() / "student",
         trainable=lambda name: True,

@@ -102,7 +102,7 @@ class Reports(Rows[str]):
         texts = [record.text for record in read_records(name)]
         content = Path(name).expanduser().read_bytes()
         provenance = {"data": str(name), "texts": len(texts), "sha256": hashlib.sha256(content).hexdigest()}
-        return cls(texts, reader.tokenizer, provenance)
+        return cls(texts, context.tokenizer, provenance)
 
 
 @dataclass(frozen=True)

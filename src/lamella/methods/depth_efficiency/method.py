@@ -34,6 +34,7 @@ from lamella.measure import (
     angular_distance,
     block_influence,
     describe,
+    hidden_norms,
     sequences,
     sublayer_influence,
 )
@@ -122,7 +123,7 @@ def depth_efficiency(
     measured = {
         "block_influence": block_influence(stack, calibration, front=front),
         "sublayer_influence": sublayer_influence(stack, calibration, front=front),
-        "residual_norm": stream_norms(stack, calibration, front=front),
+        "residual_norm": hidden_norms(stack, calibration, front=front),
         "angular_distance": angular_distance(stack, calibration, front=front),
         "sublayer_removed": _removal_scores(stack, some, "sublayer"),
         "layer_removed": _removal_scores(stack, some, "layer"),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lamella.errors import PlanError
-from lamella.measure.image_tokens import ATTENDING, CRITERIA, choose
+from lamella.measure.image_tokens import ATTENDING, CRITERIA, TokenFeatures, choose
 from lamella.methods.dmllm_token_redundancy.schedule import Drop, VisualTokenSchedule, count
 from lamella.runtime import Denoising, LayerCall, Pass, Policy, PositionInputs
 from lamella.runtime.denoising import COMMITS
@@ -278,12 +278,12 @@ class VisualTokens(Policy):
         question: Tensor,
         attention: list[Tensor] | None,
         gradient: Tensor | None,
-    ) -> Seen:
+    ) -> TokenFeatures:
         """Collect the criterion's inputs for one row."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + 31 * row + request.done)
         slope = None if gradient is None else gradient[row, columns]
         if attention is None:
-            return Seen(image, text, gradient=slope, generator=generator)
+            return TokenFeatures(image, text, gradient=slope, generator=generator)
         weights, keys = attention
         index = torch.full((request.image.shape[1] + 1,), -1, device=keys.device)
         index[keys[row]] = torch.arange(keys.shape[1], device=keys.device)  # an empty slot maps to the last entry
@@ -296,7 +296,7 @@ class VisualTokens(Policy):
             to_image, asks = to_image[:, real], question[real]
         else:
             asks = question
-        return Seen(image, text, to_image, to_image[:, asks], slope, generator)
+        return TokenFeatures(image, text, to_image, to_image[:, asks], slope, generator)
 
     def _gradient(self, run: Pass) -> Tensor:
         """Return the gradient of the next answer tokens' log-probability at l* [rows, time, hidden]."""
