@@ -29,8 +29,8 @@ from lamella.measure.labelled import LabelledBatch
 from lamella.plan import fingerprint
 from lamella.signature import Named
 from lamella.stack import Model, weights
-from lamella.train import Hook, LossAndParts, TrainingRun, response_loss
-from lamella.train.task import Batch
+from lamella.train import Hook, TrainingRun, response_loss
+from lamella.train.task import Batch, LossAndParts
 
 ROWS = "anchor.json"
 OUTSIDE = "outside the layers"
