@@ -28,16 +28,16 @@ from lamella.results.record import VERDICTS
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks" / "results"
 REPRODUCTIONS = ROOT / "reproductions" / "results"
-PURPOSES = {  # in the order of the tables, as what a reader wants
-    "prune": "A smaller model",
-    "skip": "Less work for each generated token",
-    "heal": "Train back, or train on",
-    "adapt": "Learn something new",
-    "repair": "Repair what a model does",
-    "rewrite": "Texts or models in another form",
-    "recycle": "Use work again",
-    "measure": "Understand a model",
-    "vision": "Models of images and scenes",
+PURPOSES = {  # in the order of the tables
+    "prune": "Pruning",
+    "skip": "Skipping layers, experts and tokens",
+    "heal": "Healing and continued training",
+    "adapt": "Adaptation to new data",
+    "repair": "Repair and unlearning",
+    "rewrite": "Rewriting of training data and of architectures",
+    "recycle": "Reuse of adapters and of solvers",
+    "measure": "Analysis",
+    "vision": "Vision",
 }
 DEMO = "lamella compress smollm2 --speedup 1.3 --heal-minutes 3 -o demo"
 
