@@ -484,7 +484,7 @@ def test_an_encoder_takes_no_policy_of_another_method_and_a_decoder_none_of_the_
     encoder, decoder = model.stacks.values()
     with pytest.raises(PlanError, match="does not generate, so its tokens have no phases"):
         lamella.runtime.with_policy(encoder, planned(model, {"encoder": {}}), TokenExits(encoder))
-    with pytest.raises(PlanError, match="reads an encoder, for which this policy does not decide"):
+    with pytest.raises(PlanError, match="reads an encoder, which this policy does not support"):
         lamella.runtime.with_policy(decoder, planned(model, {"decoder": {}}), StreamExits(decoder))
     for wrong in (lamella.open(nano("bart")), lamella.open(nano("llama"))):
         with pytest.raises(MethodError, match="mue works on"):
