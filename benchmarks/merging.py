@@ -26,7 +26,7 @@ from lamella.methods.lora_recycling import Mixing, Pool, mixture
 from lamella.results import Record
 from lamella.stack import Stack
 from lamella.train import Adapter, merge
-from lamella.train.adapters import added
+from lamella.train.adapters import with_updates
 
 RANKS = (4, 8, 16)
 MEGABYTE = 1e6
@@ -57,7 +57,9 @@ def in_factors(stack: Stack, adapters: list[Adapter], chosen: dict[str, Tensor])
 def one_by_one(stack: Stack, adapters: list[Adapter], chosen: dict[str, Tensor]) -> Stack:
     """The model with the first, then with the second in that one, and so on."""
     for place, adapter in enumerate(adapters):
-        stack = added(stack, ((name, float(chosen[name][place]) * adapter.delta(name)) for name in adapter.modules))
+        stack = with_updates(
+            stack, ((name, float(chosen[name][place]) * adapter.delta(name)) for name in adapter.modules)
+        )
     return stack
 
 

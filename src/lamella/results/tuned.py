@@ -46,4 +46,4 @@ class Tuned(Beside):
 
     def put(self, folder: Path) -> None:
         """The adapter as plain peft loads and merges it."""
-        self.adapter.put(folder)
+        self.adapter.write_into(folder)

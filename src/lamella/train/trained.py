@@ -1,4 +1,4 @@
-"""A trained model as a result: its checkpoint, the plan it runs, and the log of its training."""
+"""A trained model as a result: its checkpoint, its plan and its training log."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class TrainedEvidence(EditEvidence):
     """Evidence of training.
 
     Attributes:
-        before: fidelity of the plan before it was trained back.
-        settings: all that decided the training.
+        before: fidelity of the plan before healing.
+        settings: all settings that determine the training.
         curve, held_out: losses by step, with their parts.
     """
 
@@ -31,7 +31,7 @@ class TrainedEvidence(EditEvidence):
 
 @dataclass(kw_only=True)
 class Trained(Edit):
-    """A model with its trained weights, and the plan that it runs."""
+    """A model with trained weights, and its plan."""
 
     log: TrainingLog
 
@@ -39,7 +39,7 @@ class Trained(Edit):
     evidence: ClassVar[type[Evidence]] = TrainedEvidence
 
     def __post_init__(self) -> None:
-        """Its provenance is its own: the plan keeps that of the method that made it."""
+        """Keep its own provenance: the plan has that of the method that made it."""
 
     def body(self) -> dict[str, Any]:
         return super().body() | {
@@ -67,14 +67,14 @@ class Trained(Edit):
 
 @dataclass(kw_only=True)
 class Healed(Trained):
-    """A model that was trained back under a plan.
+    """A model that was healed by training under a plan.
 
-    ``stack`` is the original's own where no weights were trained, such as where a policy was. The plan is that of the
+    ``stack`` is the original's own if no weights were trained, for example only a policy. The plan is that of the
     trained weights.
     """
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.plan.model.weights is not None and self.stack.path is None:  # its weights lie in memory alone
+        if self.plan.model.weights is not None and self.stack.path is None:  # its weights are only in memory
             model = self.plan.model.model_copy(update={"weights": None})
             self.plan = self.plan.model_copy(update={"model": model})
