@@ -165,10 +165,10 @@ def work_in_bench(view: Any, batch: int) -> list[tuple[float, float]]:
         return view.lamella_plan.work
     trace = traced(view)
     bench({"view": view}, [batch], prompt=PROMPT, tokens=STEPS, rounds=1)
-    settles, since, ran = view.lamella_policy.settles, 0, []
+    steady_after, since, ran = view.lamella_policy.steady_after, 0, []
     for executed, prompt in zip(trace.ran, trace.prompt, strict=True):
         since = 0 if prompt.any() else since + 1
-        if since > settles:
+        if since > steady_after:
             ran.append(executed.mean(axis=(0, 1)))
     untraced(view)
     return [(float(attn), float(mlp)) for attn, mlp in np.mean(ran, axis=0)]

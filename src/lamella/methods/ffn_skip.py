@@ -93,7 +93,7 @@ class FFNSkip(Policy):
         self.warmup, self.interleave = warmup, interleave
         drawn = np.random.default_rng(seed)
         self._starts = drawn.integers(self.window.start, self.window.stop - max_skips, STARTS, endpoint=True)
-        self.settles, self.period = warmup, sum(interleave)
+        self.steady_after, self.period = warmup, sum(interleave)
 
     def begin(self, run: Pass) -> None:
         never = self.max_skips == 0 or (self.placement == "saturated" and self.threshold == 1)

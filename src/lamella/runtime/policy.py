@@ -37,7 +37,7 @@ class Policy(nn.Module):
         denoises: whether it decides in models that predict masked tokens, with bidirectional attention.
         encodes: whether it decides in encoders, all of whose tokens are present at once. For a method with two policies
             it distinguishes them.
-        settles: number of generated tokens until a steady state, for timing.
+        steady_after: number of generated tokens until a steady state, for timing.
         period: number of tokens after which it repeats, for timing.
     """
 
@@ -46,7 +46,7 @@ class Policy(nn.Module):
     crosses: bool = False
     denoises: bool = False
     encodes: bool = False
-    settles: int = 0
+    steady_after: int = 0
     period: int = 1
 
     def __init__(self, stack: Stack) -> None:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from lamella.errors import ExportError
 from lamella.evaluate import FidelityTest, bench
-from lamella.evaluate.fidelity import judged
+from lamella.evaluate.fidelity import predicting_stack
 from lamella.extras import require
 from lamella.plan.quantize import NEEDS, Int8Linear, int8_copy, q8_0_bytes, q8_0_copy
 from lamella.stack import open_model
@@ -106,7 +106,7 @@ def variants(
 
 def _bytes(model: Any) -> int:
     """What is kept of a model; a view holds what its plan leaves out, too."""
-    stack = judged(open_model(model))
+    stack = predicting_stack(open_model(model))
     gone = [
         stack.layers[layer].get_submodule(child).parameters()
         for layer, name in stack.dropped

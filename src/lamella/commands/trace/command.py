@@ -13,7 +13,7 @@ from lamella.commands.trace.tracing import trace_answer
 from lamella.data import open_processing
 from lamella.data.images import Image, read_image
 from lamella.errors import CalibrationError
-from lamella.evaluate.fidelity import judged
+from lamella.evaluate.fidelity import predicting_stack
 from lamella.plan import Plan
 from lamella.registry import command
 from lamella.results import Study
@@ -87,7 +87,7 @@ def trace(
         PlanError: for a plan that decides nothing while the model runs, or no plan for a model that predicts masked
             tokens.
     """
-    stack = judged(model.running if plan is None else model.whole)
+    stack = predicting_stack(model.running if plan is None else model.whole)
     place = stack.path or stack.name
     grid, seen = None, {}
     if image is None:
