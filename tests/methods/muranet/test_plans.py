@@ -246,7 +246,7 @@ def test_pictures_alone_can_be_read_and_not_learnt_from(tmp_path: Path) -> None:
 
 
 BROKEN: list[tuple[str, Any, str]] = [
-    ("no document", "{", r"no boxes in the form of COCO"),
+    ("not a document", "{", r"no boxes in the form of COCO"),
     ("no bbox", {"annotations": [{"image_id": 7, "category_id": 1}]}, "no boxes in the form of COCO"),
     ("another image", {"annotations": [{"image_id": 8, "category_id": 1, "bbox": [0, 0, 4, 4]}]}, "form of COCO"),
     ("no class", {"categories": []}, "form of COCO|0 categories"),
