@@ -24,9 +24,9 @@ from lamella.methods.mue.policy import by_token, saturation
 from lamella.plan import Plan
 from lamella.runtime import PlanCache, empty_cache, parallel, traced, untraced
 from lamella.stack import Model
-from lamella.zoo.nano import SEEING, nano
+from lamella.zoo.nano import IMAGE_POSITIONS, nano
 
-NAMES = list(SEEING)
+NAMES = list(IMAGE_POSITIONS)
 ROWS, LENGTH, PROMPT = 3, 9, 4
 IMAGE, START = 127, {"florence2": 2, "patch_bart": 2, "patch_mbart": 2, "patch_t5": 0}
 DRAWN = torch.Generator().manual_seed(5)
@@ -52,7 +52,7 @@ def opened(name: str, **overrides: Any) -> Model:
 
 def source(name: str) -> dict[str, Tensor]:
     """A ragged batch, of which the last row has no image."""
-    places = SEEING[name]
+    places = IMAGE_POSITIONS[name]
     drawn = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 120, (ROWS, places + 8), generator=drawn)
     mask = torch.ones_like(ids)
