@@ -1,11 +1,11 @@
-"""Importances: one pass over chunks of samples against the loop over samples, and what both need of memory.
+"""Importances: one pass over chunks of samples compared with a loop over samples, in time and memory.
 
-The loop is the one that anybody would write first: a backward pass for each sample, whose gradients are squared and
-added up. What is found must be what that loop finds, were its sum exact: its own rounding is larger. On the network for
-digits of the reproduction of SSD; needs scikit-learn.
+The loop is the straightforward implementation: a backward pass for each sample, with squared gradients summed. The
+results must agree with an exact sum, up to less than the loop's own rounding error. On the digit classifier of the
+reproduction of SSD; needs scikit-learn.
 
-Memory is the peak of a process of its own, above the model, in copies of the parameters: of linear maps in a row, as
-they are and with two of them tied, so that samples run one by one.
+Memory is the peak of a separate process beyond the model, in copies of the parameters: for a sequence of linear maps,
+untied and with two of them tied, which forces one sample at a time.
 
     python benchmarks/fisher.py            # about two minutes
     python benchmarks/fisher.py --quick    # fewer samples and rounds
@@ -105,9 +105,12 @@ def speed(record: Record, samples: int, rounds: int) -> None:
     ]
     columns = ["importances of the digits model", "ms a sample", "times as fast", "least", "most"]
     record.table(f"{len(images)} samples, {rounds} interleaved rounds", columns, rows)
-    told = f"{apart:.2g}, that of the loop with a sum in float32 {of_loop:.2g}"
+    distances = f"{apart:.2g}, that of the loop with a sum in float32 {of_loop:.2g}"
     record.check(
-        "distance from the loop with an exact sum, by the largest of each parameter", "<= 1e-6", told, apart <= 1e-6
+        "distance from the loop with an exact sum, by the largest of each parameter",
+        "<= 1e-6",
+        distances,
+        apart <= 1e-6,
     )
     median = statistics.median(ratios)
     record.check("chunks against the loop", "at least twice as fast", f"{median:.2f} times", median >= 2)

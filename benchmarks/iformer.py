@@ -1,11 +1,11 @@
-"""How long an Inception mixer takes, beside attention of the same width: 56 x 56 places, eager and compiled.
+"""The time of an Inception mixer, compared with attention of the same width: 56 x 56 positions, eager and compiled.
 
 Three heads of 32 channels, as in the first stage of the published networks: attention alone, attention over means of
-2 x 2 places, and mixers of which one head attends, at full and at half resolution, with and without the fusion. All
-take turns in one process, and every figure is a ratio to attention alone.
+2 x 2 positions, and mixers with one attention head, at full and at half resolution, with and without the fusion. All
+alternate in one process, and every value is a ratio to attention alone.
 
     python benchmarks/iformer.py            # about five minutes on one core
-    python benchmarks/iformer.py --quick    # one picture, a few rounds
+    python benchmarks/iformer.py --quick    # one image, a few rounds
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ POOLED = "mixer, 1 of 3 heads, at half resolution"
 
 
 class Attention(nn.Module):
-    """Multi-head attention over the places of a map [B, H, W, C]."""
+    """Multi-head attention over the positions of a feature map [B, H, W, C]."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""What the knapsack of laptop-diff costs as networks grow: 16 to 1,000 blocks, beside HiGHS and taking the cheapest.
+"""The time of laptop-diff's knapsack for growing networks: 16 to 1,000 blocks, compared with HiGHS and a greedy choice.
 
-Two kinds of blocks: scores that differ by orders of magnitude, as those of UNets do, and scores that nearly follow the
-sizes, which are the hardest. Half of the parameters shall go. The times are of one process, in turn.
+Two kinds of blocks: scores that differ by orders of magnitude, as in UNets, and scores nearly proportional to the
+sizes, which are the hardest. Half of the parameters are removed. All run alternately in one process.
 
     python benchmarks/knapsack.py    # about two minutes
 """
@@ -26,7 +26,7 @@ ROUNDS = 3
 
 
 def blocks(kind: str, count: int, seed: int) -> tuple[list[float], list[int]]:
-    """Scores and sizes."""
+    """Return scores and sizes."""
     drawn = np.random.default_rng((count, seed))
     sizes = drawn.integers(10**4, 10**7, count)
     if kind == "apart":
@@ -35,7 +35,7 @@ def blocks(kind: str, count: int, seed: int) -> tuple[list[float], list[int]]:
 
 
 def solved(values: list[float], sizes: list[int], target: int) -> float:
-    """The least cost, as HiGHS finds it."""
+    """Return the minimum cost found by HiGHS."""
     found = milp(
         values,
         integrality=np.ones(len(values)),

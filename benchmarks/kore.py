@@ -1,7 +1,7 @@
-"""What KORE's calibration costs on SmolLM2: covariances of what all linear maps read, over 64 windows of 128 tokens.
+"""The cost of KORE's calibration on SmolLM2: input covariances of all linear maps, over 64 windows of 128 tokens.
 
-What is held beside the model is the matrices, four for each layer, whatever the amount of text; the inputs themselves
-would be many times as large. Then the null bases and the factors of all maps.
+Besides the model, only the matrices are in memory, four for each layer, whatever the amount of text; the inputs
+themselves would be many times larger. Then the null bases and the factors of all maps are computed.
 
     python benchmarks/kore.py            # about three minutes on one core
     python benchmarks/kore.py --quick    # eight windows
@@ -23,16 +23,16 @@ from lamella.train import linear_at
 from lamella.zoo import open_tokenizer
 
 LENGTH, RANK = 128, 64
-ROOM = 1.25  # of the matrices' size, and a forward pass: what may be held
+ROOM = 1.25  # memory limit relative to the matrices and a forward pass
 
 
 def peak() -> int:
-    """Bytes of memory that this process has held at most since :func:`forget_peak`."""
+    """Return the peak memory of this process in bytes since :func:`forget_peak`."""
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
 def forget_peak() -> int:
-    """Begin to measure the peak anew; what is held now."""
+    """Reset the peak, and return the current memory."""
     Path("/proc/self/clear_refs").write_text("5")
     return peak()
 
@@ -42,7 +42,7 @@ def measure(record: Record, windows: int) -> None:
     tokens = lamella.windows(tokenizer, lamella.load_text("pydoc", "calibration"), windows, LENGTH, record.seed)
     names = linear_at(stack.model)
     with torch.no_grad():
-        stack.model(tokens[:1], use_cache=False)  # what a pass needs by itself is allocated
+        stack.model(tokens[:1], use_cache=False)  # allocate the memory of a forward pass
         held = forget_peak()
         stack.model(tokens[:1], use_cache=False)
         passing = peak() - held

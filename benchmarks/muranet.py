@@ -1,11 +1,11 @@
-"""What one network for walls and openings saves: one pass against those of two networks, forward and in training.
+"""The savings of one network for walls and openings: one pass compared with two networks, forward and training.
 
-All take turns in one process, and every figure is a ratio to the two networks, one for each task, run after one
-another. Beside the network that shares all of its encoder stand those whose tasks part at a stage. Weights are random.
-Nothing is promised here, so nothing is checked but that all compute the same at first, and parameters are counted.
+All alternate in one process, and every value is a ratio to the two networks, one for each task, run one after the
+other. In addition to the network with a completely shared encoder, networks whose tasks branch at a stage are measured.
+Weights are random. There is no claim, so the only checks are equal initial outputs and parameter counts.
 
     python benchmarks/muranet.py            # a few minutes on one core
-    python benchmarks/muranet.py --quick    # small pictures, a few rounds
+    python benchmarks/muranet.py --quick    # small images, a few rounds
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TWO = "two networks"
 
 
 def networks(size: int, encoder: str) -> dict[str, list[PlanNetwork]]:
-    """What takes turns: two networks, one that shares all, and ones that share some."""
+    """Return the compared networks: two networks, one with everything shared, and partially shared ones."""
 
     def built(**parts: Any) -> PlanNetwork:
         torch.manual_seed(0)

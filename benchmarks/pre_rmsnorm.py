@@ -1,8 +1,9 @@
-"""What norms take, and what a model gains when they change: LayerNorm, RMSNorm and CRMSNorm, eager and compiled.
+"""The time of norms, and the gain of a model from changing them: LayerNorm, RMSNorm and CRMSNorm, eager and compiled.
 
-Norms alone, at two widths: torch's fused kernels, the same written out, and CRMSNorm. Then whole models that differ in
-their norms alone, with no norm at all as the bound of what any can save. All take turns in one process, and every
-figure is a ratio to torch's own LayerNorm. Nothing is promised here, so nothing is checked but that results agree.
+First norms alone, at two widths: torch's fused kernels, the same written in plain operations, and CRMSNorm. Then whole
+models that differ only in their norms, and without any norm as the bound on possible savings. All alternate in one
+process, and every value is a ratio to torch's own LayerNorm. There is no claim, so the only check is that the results
+agree.
 
     python benchmarks/pre_rmsnorm.py            # about six minutes on one core, most of it compiling
     python benchmarks/pre_rmsnorm.py --quick    # one model of two layers, a few rounds
@@ -32,7 +33,7 @@ REFERENCE = "LayerNorm, fused"
 
 
 class ByHand(nn.Module):
-    """LayerNorm or RMSNorm written out."""
+    """LayerNorm or RMSNorm in plain operations."""
 
     def __init__(self, centred: bool, eps: float = 1e-5) -> None:
         super().__init__()
@@ -72,7 +73,7 @@ def norms(record: Record, rounds: int) -> None:
 
 
 def variants(model: Model) -> dict[str, Any]:
-    """The model as it is, rewritten, and without norms."""
+    """Return the original model, the rewritten one, and one without norms."""
 
     def written(form: Form) -> Any:
         return with_rewrite(model, RewriteReference(name="pre-rmsnorm", params=vars(form))).model

@@ -1,8 +1,8 @@
-"""Rephrasing beside a plain ``generate`` loop: the same model, the same prompts, the same batch, greedily.
+"""Rephrasing compared with a plain ``generate`` loop: the same model, prompts and batch size, greedily.
 
-The loop takes passages as they come, sixteen in a batch; ``generate`` keeps a finished row to the end of its batch.
-Here prompts of nearly one length stand together, a finished row leaves, and keys and values are appended to in place.
-Answers end where the rephraser ends them, or at one and a half times the length of their passage.
+The loop takes passages in order, sixteen per batch; ``generate`` keeps a finished row to the end of its batch. Here,
+prompts of similar length are batched, finished rows are removed, and keys and values are appended in place. Answers end
+where the rephraser ends them, or at one and a half times the length of their passage.
 
     python benchmarks/rewrite.py            # SmolLM2 on 64 passages of Python's documentation; about half an hour
     python benchmarks/rewrite.py --quick    # 16 passages
@@ -29,7 +29,7 @@ BATCH, GREEDY = 16, Sampling(temperature=0)
 
 
 def prompts_of(writer: LocalWriter, count: int) -> list[Prompt]:
-    """Requests for passages of many lengths, in the order of their documents."""
+    """Return requests for passages of various lengths, in the order of their documents."""
     (style,) = open_styles(("medium",))
     texts = [
         part for each in Documents.open("pydoc", InputContext()) for part in passages(each.text, writer.count, 300)
@@ -44,7 +44,7 @@ def prompts_of(writer: LocalWriter, count: int) -> list[Prompt]:
 
 
 def together(writer: LocalWriter, prompts: Sequence[Prompt], ends: set[int]) -> list[Row]:
-    """As a rollout writes them."""
+    """Generate all answers with a rollout."""
     found: dict[int, Row] = {}
     for numbers in batches(prompts, BATCH):
         rows = decode(writer.view, [prompts[n] for n in numbers], GREEDY, ends)
@@ -54,7 +54,7 @@ def together(writer: LocalWriter, prompts: Sequence[Prompt], ends: set[int]) -> 
 
 @torch.no_grad()
 def plainly(writer: LocalWriter, prompts: Sequence[Prompt], ends: set[int]) -> list[Row]:
-    """By ``generate``, batch by batch, each as long as its longest answer may be."""
+    """Generate with ``generate``, batch by batch, each up to the maximum length of its longest answer."""
     found = []
     for start in range(0, len(prompts), BATCH):
         part = prompts[start : start + BATCH]
