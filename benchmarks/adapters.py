@@ -51,7 +51,7 @@ def main() -> int:
     record.check("tokens that each method has read", str(tokens), ", ".join(map(str, read)), read == [tokens])
     before = compared.evidence.findings["before"]["new"]
     learnt = min(before - run[-1]["new"] for run in points.values())
-    record.check("what the method that learns least has learnt, nats", "above 0", f"{learnt:.3f}", learnt > 0)
+    record.check("smallest reduction of the loss on the new text, nats", "above 0", f"{learnt:.3f}", learnt > 0)
     return record.finish(Path(__file__).parent / "results" / f"{name}.json")
 
 

@@ -97,13 +97,13 @@ def clicks(record: Record, voxel: float, rounds: int) -> None:
         [name, len(tokens), ms(slow), ms(fast), str(faster(slow, fast))]
         for name, slow, fast in zip(WIDTHS, anew, cached, strict=True)
     ]
-    heads = ["encoder", "tokens", "encoded anew, ms", "on what was kept, ms", "times faster"]
+    heads = ["encoder", "tokens", "with re-encoding, ms", "with the stored encoding, ms", "speed-up"]
     record.table(f"A click among fifteen, voxels of {voxel} m, the small decoder", heads, rows)
     nano = float(np.median(times[0]))
     record.check("a click with the smallest encoder", "at least 1.7 times faster", nano, nano >= 1.7)
     growth = [float(np.median(b / a)) for a, b in pairwise(times)]
     ratios = ", ".join(f"{each:.2f} times" for each in growth)
-    record.check("what is saved, from row to row", "grows", ratios, min(growth) > 1)
+    record.check("speed-up from row to row", "grows", ratios, min(growth) > 1)
 
 
 class Timed(Viewer):
@@ -142,7 +142,7 @@ def page(record: Record, voxel: float, rounds: int) -> None:
     finally:
         viewer.stop()
     low, middle, high = quantiles(trips)
-    heads = ["clicks", "median, ms", "quartiles, ms", "longest, ms", "of which the processor computes, ms"]
+    heads = ["clicks", "median, ms", "quartiles, ms", "longest, ms", "of it processor time, ms"]
     row = [len(trips), middle, f"{low:.0f} to {high:.0f}", max(trips), ms(viewer.seconds[2:])]
     record.table(f"A click in the page, {POINTS} points", heads, [row])
     record.check("a click in the page, median", "under 100 ms", middle, middle < 100)
@@ -176,11 +176,11 @@ def convolutions(record: Record, voxels: tuple[float, ...], rounds: int) -> None
         for seconds in others:
             row += [ms(seconds), str(faster(seconds, ours))]
         rows.append(row)
-    heads = ["voxel, m", "occupied", "of the box", "pairs, once, ms", "ours, ms"]
+    heads = ["voxel, m", "occupied", "fraction of the box", "pairs, once, ms", "ours, ms"]
     for name in [*ways][1:]:
-        heads += [f"{name}, ms", "times faster"]
+        heads += [f"{name}, ms", "speed-up"]
     record.table(f"A convolution of 3 voxels a side, {CHANNELS} channels", heads, rows)
-    record.check("all compute the same", "at most 1e-4 apart", apart, apart <= 1e-4)
+    record.check("difference of the outputs", "at most 1e-4 apart", apart, apart <= 1e-4)
 
 
 def dense(x: Tensor, conv: SparseConv, cells: Tensor, sides: list[int]) -> dict[str, Callable[[], Tensor]]:
@@ -209,7 +209,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    record = Record("agile3d", "a room furnished by chance, random weights", chosen.seed)
+    record = Record("agile3d", "a room with random furniture, random weights", chosen.seed)
     clicks(record, 0.25 if chosen.quick else 0.12, 3 if chosen.quick else 15)
     page(record, 0.25 if chosen.quick else 0.12, 5 if chosen.quick else 30)
     convolutions(record, (0.25,) if chosen.quick else (0.12, 0.08, 0.05), 3 if chosen.quick else 15)

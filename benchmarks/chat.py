@@ -85,7 +85,7 @@ def main() -> int:
         print(f"{name}: {plan.removed:.1f} of {len(stack.positions)} sublayers skipped", file=sys.stderr, flush=True)
         record.table(
             f"{name}, {plan.removed:.1f} of 60 sublayers skipped",
-            ["asked", "answered", "without cache", "tokens"],
+            ["question", "answer", "without a cache", "tokens"],
             rows,
         )
         record.check(f"{name}: every token of every turn", "that of the chat without a cache", same, same)

@@ -80,13 +80,13 @@ def main() -> int:
             decoder.decode()
 
     record = Record(
-        "compiled", f"{steps - warm} steps behind {PROMPT} random tokens, {plan.removed:g} sublayers gone", 0
+        "compiled", f"{steps - warm} steps after {PROMPT} random tokens, {plan.removed:g} sublayers removed", 0
     )
     seconds = {name: decoder.seconds[warm:] for name, decoder in decoders.items()}
     first = seconds["whole model, eager"]
     ratios = {name: Ratio.of([a / b for a, b in zip(first, each, strict=True)]) for name, each in seconds.items()}
     rows = [[name, 1e3 * statistics.median(each), str(ratios[name])] for name, each in seconds.items()]
-    record.table("decoding, one token at a time", ["", "ms a step", "speed-up (quartiles)"], rows)
+    record.table("decoding, one token at a time", ["", "ms per step", "speed-up (quartiles)"], rows)
     for name in ("whole model", "view"):
         same = decoders[f"{name}, eager"].tokens == decoders[f"{name}, compiled"].tokens
         record.check(f"{name}: tokens of compiled and eager decoding", "the same", same, same)

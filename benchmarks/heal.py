@@ -136,8 +136,8 @@ def main() -> int:
     before = finished.once("cut", lambda: reached(lamella.apply(stack, plan)))
     record = Record(
         "heal",
-        f"{count} blocks of {TOKENS} tokens of {TEXT}; {len(DROP)} of {len(stack)} layers of SmolLM2 gone; tested on "
-        f"{' and '.join(tests)}",
+        f"{count} blocks of {TOKENS} tokens of {TEXT}; {len(DROP)} of {len(stack)} layers of SmolLM2 removed; tested "
+        f"on {' and '.join(tests)}",
         seed,
     )
     record.table("A step of 4 blocks", ["", "seconds"], [[name, each] for name, each in cost.items()])

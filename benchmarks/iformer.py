@@ -57,7 +57,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one picture, a few rounds")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    record = Record("iformer", "random numbers, random weights, float32", 0)
+    record = Record("iformer", "random inputs, random weights, float32", 0)
     rows: dict[str, list[str]] = {}
     batches = (1,) if chosen.quick else (1, 32)
     for batch in batches:
@@ -72,11 +72,11 @@ def main() -> int:
             for name, ratio in found.items():
                 rows.setdefault(name, []).append(str(ratio))
             how = f"batch {batch}, {'compiled' if compiled else 'eager'}"
-            record.check(f"{POOLED}: time in that of attention alone, {how}", "below a half", str(found[POOLED]),
+            record.check(f"{POOLED}: time relative to attention alone, {how}", "below a half", str(found[POOLED]),
                          found[POOLED].high < 0.5)  # fmt: skip
     columns = [f"batch {batch}, {how}" for batch in batches for how in ("eager", "compiled")]
-    record.table(f"Time on a map of {SIDE} x {SIDE} places and {WIDTH} channels, in that of attention alone: median "
-                 "(quartiles)", ["", *columns], [[name, *cells] for name, cells in rows.items()])  # fmt: skip
+    record.table(f"Time on a feature map of {SIDE} x {SIDE} positions and {WIDTH} channels, relative to attention "
+                 "alone: median (quartiles)", ["", *columns], [[name, *cells] for name, cells in rows.items()])  # fmt: skip
     return record.finish(Path(__file__).parent / "results" / f"iformer{'-quick' if chosen.quick else ''}.json")
 
 

@@ -54,7 +54,7 @@ def timed(work: Callable[..., Any], *given: Any) -> tuple[Any, float]:
 
 def main() -> int:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    record = Record("knapsack", "scores and sizes drawn by chance; half of the parameters shall go", 0)
+    record = Record("knapsack", "random scores and sizes; half of the parameters are removed", 0)
     rows, apart, proved, longest = [], 0.0, True, 0.0
     for kind in ("apart", "alike"):
         for count in COUNTS:
@@ -75,13 +75,13 @@ def main() -> int:
             medians = [1000 * statistics.median(times[name]) for name in ("ours", "HiGHS", "greedy")]
             rows.append([f"{kind}", count, *medians, medians[1] / medians[0], 100 * statistics.median(gaps)])
     record.table(
-        f"Milliseconds, medians of {ROUNDS} drawings",
-        ["scores", "blocks", "exact", "HiGHS", "greedy", "HiGHS / exact", "greedy costs more by, %"],
+        f"Milliseconds, medians of {ROUNDS} random instances",
+        ["scores", "blocks", "exact", "HiGHS", "greedy", "HiGHS / exact", "extra cost of greedy, %"],
         rows,
     )
-    record.check("cost beside HiGHS", "equal to 1e-6", apart, apart < 1e-6)
-    record.check("answers that are proved best", "all", proved, proved)
-    record.check("longest exact answer, seconds", "at most 5", longest, longest <= 5)
+    record.check("cost compared with HiGHS", "equal to 1e-6", apart, apart < 1e-6)
+    record.check("solutions proved optimal", "all", proved, proved)
+    record.check("longest exact solution, seconds", "at most 5", longest, longest <= 5)
     return record.finish(Path(__file__).parent / "results" / "knapsack.json")
 
 

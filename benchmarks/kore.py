@@ -1,4 +1,4 @@
-"""The cost of KORE's calibration on SmolLM2: input covariances of all linear maps, over 64 windows of 128 tokens.
+"""The cost of KORE's calibration on SmolLM2: input covariances of all linear layers, over 64 windows of 128 tokens.
 
 Besides the model, only the matrices are in memory, four for each layer, whatever the amount of text; the inputs
 themselves would be many times larger. Then the null bases and the factors of all maps are computed.
@@ -55,17 +55,17 @@ def measure(record: Record, windows: int) -> None:
     split_weights(stack.model, names, found, RANK)
     factored = time.perf_counter() - begin
     rows = [
-        ["seconds of reading", seconds],
+        ["seconds of calibration passes", seconds],
         ["seconds for bases and factors", factored],
         ["bytes of the matrices", matrices],
-        ["bytes held at most, beside the model", added],
-        ["bytes of one pass by itself", passing],
-        ["bytes of the inputs, which are not held", inputs],
+        ["peak bytes beyond the model", added],
+        ["bytes of one pass", passing],
+        ["bytes of the inputs, not stored", inputs],
     ]
-    what = f"{len(names)} linear maps of SmolLM2, which read {len(found.matrices)} inputs"
+    what = f"{len(names)} linear layers of SmolLM2 with {len(found.matrices)} inputs"
     record.table(f"{what}; {windows} windows of {LENGTH} tokens, rank {RANK}", ["", "measured"], rows)
     bound = int(ROOM * (matrices + passing))
-    record.check("bytes held at most", f"at most {bound}", str(added), added <= bound)
+    record.check("peak bytes", f"at most {bound}", str(added), added <= bound)
 
 
 def main() -> int:

@@ -33,7 +33,7 @@ MEGABYTE = 1e6
 
 
 def pool(stack: Stack, count: int) -> list[Adapter]:
-    """Return adapters of mixed ranks in all linear maps of all layers."""
+    """Return adapters of mixed ranks in all linear layers of all layers."""
     found = [Pool.open(f"random:count={count},r={rank}").members(stack) for rank in RANKS]
     return [found[number % len(RANKS)].load(f"random-{number}") for number in range(count)]
 

@@ -48,7 +48,7 @@ def measured(record: Record, encoder: str, size: int, rounds: int) -> None:
             with torch.no_grad():
                 maps.append(each[0].eval()(batch["x"]).cells)
     same = all(torch.equal(maps[0], each) for each in maps[1:])
-    record.check(f"what {encoder} sees, whatever is shared", "the same", str(same), same)
+    record.check(f"outputs of {encoder}, whatever is shared", "the same", str(same), same)
 
     def forward(name: str) -> None:
         with torch.no_grad():
@@ -69,7 +69,7 @@ def measured(record: Record, encoder: str, size: int, rounds: int) -> None:
     for name, each in found.items():
         count = sum(p.numel() for network in each for p in network.parameters())
         rows.append([name, count, round(count / whole, 3), *(str(way[name]) for way in ways)])
-    title = f"{encoder} on plans of {size} pixels, of two networks: median (quartiles)"
+    title = f"{encoder} on plans of {size} pixels, relative to two networks: median (quartiles)"
     record.table(title, ["", "parameters", "share", "time of a pass", "time of a training step"], rows)
 
 
@@ -78,7 +78,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="small pictures, a few rounds")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    record = Record("muranet", "plans made by chance, random weights, float32", 0)
+    record = Record("muranet", "random floor plans, random weights, float32", 0)
     measured(record, "nano", 64 if chosen.quick else 128, 2 if chosen.quick else 15)
     if not chosen.quick:
         measured(record, "resnet18", 128, 9)

@@ -235,7 +235,7 @@ def main() -> int:
         },
         {"name": "logits against the view", "expected": "0", "measured": f"{difference:g}", "passed": difference == 0},
     ]
-    columns = ["export", "source GB", "written GB", "seconds", "MB/s", "peak MB", "of it imports MB"]
+    columns = ["export", "source GB", "written GB", "seconds", "MB/s", "peak MB", "of it imports, MB"]
     rows = [
         [name, *(round(value, 2) for value in (total / 1e9, size / 1e9, child["seconds"], size / 1e6 / child["seconds"],
                                                child["peak"] / 1e6, child["imports"] / 1e6))]

@@ -364,7 +364,7 @@ def report(record: Record, model: str, results: dict[str, ProgramResults]) -> No
         for case, found in each.read.items()
     ]
     columns = ["program", "version", "export", "reads it", "largest difference (nats)"]
-    columns += [f"same tokens of {CONTINUED}", "why not"]
+    columns += [f"same tokens of {CONTINUED}", "reason"]
     what = f"{LENGTH - 1} log-probabilities and {CONTINUED} greedy tokens, in 32 bits"
     record.table(f"What each program reads of {model}: {what}", columns, rows)
     for name, each in results.items():

@@ -58,7 +58,7 @@ def norms(record: Record, rounds: int) -> None:
         }
         same = all(torch.allclose(m(u), modules[REFERENCE][0](x)[..., : u.shape[-1]], atol=1e-4)
                    for m, u in modules.values())  # fmt: skip
-        record.check(f"what the norms give, width {width}", "the same", str(same), same)
+        record.check(f"outputs of the norms, width {width}", "the same", str(same), same)
         for compiled in (False, True):
             torch.compiler.reset()
             calls = {}
@@ -68,7 +68,7 @@ def norms(record: Record, rounds: int) -> None:
             for name, ratio in turns(calls, REFERENCE, rounds).items():
                 rows.setdefault(name, []).append(str(ratio))
     columns = [f"{width}, {how}" for width in WIDTHS for how in ("eager", "compiled")]
-    record.table("Time of a norm on [8, 256, width], in that of LayerNorm: median (quartiles)",
+    record.table("Time of a norm on [8, 256, width], relative to LayerNorm: median (quartiles)",
                  ["", *columns], [[name, *cells] for name, cells in rows.items()])  # fmt: skip
 
 
@@ -115,7 +115,7 @@ def models(record: Record, layers: int, rounds: int, quick: bool) -> None:
         expected = output(plain, given)
         same = all(torch.allclose(output(each, given), expected, atol=1e-3)
                    for name, each in forms.items() if name != "no norm")  # fmt: skip
-        record.check(f"what the models give: {case}", "the same", str(same), same)
+        record.check(f"outputs of the models: {case}", "the same", str(same), same)
         for compiled in (False, True):
             torch.compiler.reset()
             calls = {}
@@ -125,7 +125,7 @@ def models(record: Record, layers: int, rounds: int, quick: bool) -> None:
             for name, ratio in turns(calls, REFERENCE, rounds).items():
                 rows.setdefault(name, []).append(str(ratio))
     columns = [f"{case}, {how}" for case in cases for how in ("eager", "compiled")]
-    record.table(f"Time of a forward pass, {layers} layers, in that with LayerNorm: median (quartiles)",
+    record.table(f"Time of a forward pass, {layers} layers, relative to LayerNorm: median (quartiles)",
                  ["", *columns], [[name, *cells] for name, cells in rows.items()])  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one model of two layers, a few rounds")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    record = Record("pre_rmsnorm", "random numbers, random weights, float32", 0)
+    record = Record("pre_rmsnorm", "random inputs, random weights, float32", 0)
     norms(record, 5 if chosen.quick else 30)
     models(record, 2 if chosen.quick else 12, 5 if chosen.quick else 30, chosen.quick)
     return record.finish(Path(__file__).parent / "results" / f"pre_rmsnorm{'-quick' if chosen.quick else ''}.json")

@@ -74,7 +74,7 @@ def against_the_loop(record: Record, sizes: list[tuple[int, int, int]], rounds: 
             ratios.append(loop / seconds(lambda: allocate(curves, costs, budget, unit=1)))  # noqa: B023
         medians.append(statistics.median(ratios))
         rows.append([layers, amounts, units, medians[-1], min(ratios), max(ratios)])
-    columns = ["layers", "amounts", "units", "times faster", "least", "most"]
+    columns = ["layers", "amounts", "units", "speed-up", "least", "most"]
     record.table(f"The solver against the loop over cells, {rounds} interleaved rounds", columns, rows)
     record.check("distortion of solver and loop", "the same", "the same" if same else "differ", same)
     record.check("solver against the loop, every instance", "faster", min(medians), min(medians) > 1)
@@ -102,7 +102,7 @@ def growth(record: Record, base: tuple[int, int, int], rounds: int) -> None:
             [*size, cells, statistics.median(times[label]), statistics.median(ratios), min(ratios), max(ratios)]
         )
         worst = max(worst, statistics.median(ratios) / factor)
-    columns = [*names, "cells", "median seconds", "times the first", "least", "most"]
+    columns = [*names, "cells", "median seconds", "relative to the first", "least", "most"]
     record.table(f"The solver as an instance grows, {rounds} interleaved rounds", columns, rows)
     record.check("time / cells, against the first row", "at most 1.5: no worse than linear", worst, worst <= 1.5)
 
@@ -172,7 +172,7 @@ def against_copies(record: Record, candidates: int, length: int) -> None:
         ["a copy each", candidates / sum(theirs for _, theirs in times),
          1 / statistics.median(ratios), 1 / max(ratios), 1 / min(ratios)],
     ]  # fmt: skip
-    columns = ["TraceNAS, SmolLM2", "shapes a second", "against hooks", "least", "most"]
+    columns = ["TraceNAS, SmolLM2", "shapes per second", "relative to hooks", "least", "most"]
     record.table(f"{candidates} shapes, 4 x {length} tokens, interleaved", columns, rows)
     record.check("Phi by hooks and by copies", "within 1e-3", apart, apart <= 1e-3)
     faster = statistics.median(ratios)

@@ -234,7 +234,7 @@ def report_llama(record: Record, found: dict[str, Any], files: dict[str, Path], 
                 100 * float(top1.mean()),
             ]
         )
-    columns = ["model", "MB on disk", "times smaller", "tokens/s", "decode speed-up (quartiles)"]
+    columns = ["model", "MB on disk", "reduction factor", "tokens/s", "decode speed-up (quartiles)"]
     columns += ["KL (nats)", "perplexity", "same top token (%)"]
     positions = SCORED[0] * SCORED[2]
     record.table(f"By llama.cpp (xllamacpp {version}), {positions} positions scored", columns, rows)
@@ -253,12 +253,12 @@ def check_answers(
 ) -> None:
     ours = [tokenizer(each, add_special_tokens=False).input_ids for each in samples(text)]
     same = sum(a == b for a, b in zip(ours, found["tokens"], strict=True))
-    record.check("texts that llama.cpp reads as the same tokens", f"{len(ours)}", same, same == len(ours))
+    record.check("texts that llama.cpp tokenises identically", f"{len(ours)}", same, same == len(ours))
     prompt = windows[:1, :PROMPT]
     settings = {"max_new_tokens": CONTINUED, "min_new_tokens": CONTINUED, "do_sample": False}
     written = stack.model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)[0, PROMPT:].tolist()
     agreeing = next((i for i, (a, b) in enumerate(zip(written, found["continued"], strict=True)) if a != b), CONTINUED)
-    name = "tokens that llama.cpp and transformers continue alike, in 32 bits"
+    name = "equal tokens of llama.cpp's and transformers' continuations, in 32 bits"
     record.check(name, str(CONTINUED), agreeing, agreeing == CONTINUED)
 
 
@@ -266,7 +266,7 @@ def check_answers(
 
 
 def torchao_copy(model: Any, dtype: torch.dtype) -> Any:
-    """Return a copy with its linear maps quantised by torchao, except the head."""
+    """Return a copy with its linear layers quantised by torchao, except the head."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     copied = in_precision(model, dtype)
@@ -316,7 +316,7 @@ def element_size(parameter: Any) -> int:
 
 def report_torch(record: Record, found: dict[str, Any]) -> None:
     whats = ("megabytes", "milliseconds", "decode", "prefill", "kl", "perplexity")
-    columns = ["model", "MB of weights", "ms a step", "decode speed-up (quartiles)", "prefill speed-up", "KL (nats)"]
+    columns = ["model", "MB of weights", "ms per step", "decode speed-up (quartiles)", "prefill speed-up", "KL (nats)"]
     rows = [[name, *(each[what] for what in whats)] for name, each in found.items()]
     record.table("By torch, eagerly", [*columns, "perplexity"], rows)
     ours, eager = (found[f"original, int8, {how}"] for how in ("torch's kernel, bfloat16", "torchao, float32"))
@@ -361,7 +361,7 @@ def report_compiled(record: Record, found: dict[str, Any]) -> None:
     for name, each in found.items():
         ratio = Ratio.of([a / b for a, b in zip(first, each["seconds"], strict=True)])
         rows.append([name, 1e3 * float(torch.tensor(each["seconds"]).median()), str(ratio), each["first"]])
-    columns = ["model", "ms a step", "decode speed-up (quartiles)", "seconds until it decodes"]
+    columns = ["model", "ms per step", "decode speed-up (quartiles)", "seconds to the first step"]
     record.table("By torch, with a static cache", columns, rows)
 
 

@@ -88,22 +88,22 @@ def main() -> int:
     record = Record(
         "rewrite", f"SmolLM2-135M-Instruct, {len(prompts)} passages of Python's documentation, batches of {BATCH}", 0
     )
-    record.table("Rephrasing", ["way", "seconds", "tokens kept a second"], [
+    record.table("Rephrasing", ["way", "seconds", "tokens kept per second"], [
         [name, min(times), sum(len(row.ids) for row in rows[name]) / min(times)] for name, times in seconds.items()
     ])  # fmt: skip
     steps = [len(row.ids) + row.finished for row in rows["generate"]]
     longest = [max(steps[start : start + BATCH]) for start in range(0, len(steps), BATCH)]
-    record.table("What a finished row costs generate", ["steps of rows that write", "steps of rows in all", "share"],
+    record.table("The cost of finished rows in generate", ["steps of unfinished rows", "steps of all rows", "share"],
                  [[sum(steps), BATCH * sum(longest), sum(steps) / (BATCH * sum(longest))]])  # fmt: skip
     same = sum(a.ids == b.ids for a, b in zip(rows["generate"], rows["here"], strict=True)) / len(prompts)
     record.check(
-        "answers that are the same",
-        "at least 90 %: sums end in other digits in other batches",
+        "identical answers",
+        "at least 90 %: rounding depends on the batch",
         f"{same:.0%}",
         same >= 0.9,
     )
     ratio = Ratio.of([a / b for a, b in zip(seconds["generate"], seconds["here"], strict=True)])
-    record.check("time of generate by that of this", "at least 2", f"{ratio.median:.2f}", ratio.median >= 2)
+    record.check("time of generate / time of rephrasing", "at least 2", f"{ratio.median:.2f}", ratio.median >= 2)
     return record.finish(RESULTS / ("rewrite-quick.json" if quick else "rewrite.json"))
 
 

@@ -113,7 +113,7 @@ def static(record: Record, stack: Stack, rounds: int) -> None:
             record.check(f"{name}: decode speed-up / cost model", "at least 0.95", ratio, ratio >= 0.95)
         else:
             overhead(record, "nothing removed", measured.median)
-    columns = ["plan", "sublayers gone", "bytes ratio", "cost model", "decode speed-up", "measured / cost model"]
+    columns = ["plan", "sublayers removed", "bytes ratio", "cost model", "decode speed-up", "measured / cost model"]
     record.table("Decode speed-up at batch 1", [*columns, "variation"], rows)
 
 
@@ -229,7 +229,7 @@ def denoising(record: Record, rounds: int) -> None:
         title = f"dllm-skip, {k} of {layers} layers: time of a step / (1 - k / L)"
         record.check(title, "0.9 to 1.1", took, 0.9 <= took <= 1.1)
     title = f"A denoising step over {2 * PROMPT} tokens, random weights of SmolLM2's width"
-    record.table(title, ["layers skipped", "1 - k / L", "time by the whole model's", "ratio"], rows)
+    record.table(title, ["layers skipped", "1 - k / L", "time relative to the whole model", "ratio"], rows)
 
 
 def image_tokens(record: Record, rounds: int) -> None:
@@ -245,7 +245,7 @@ def image_tokens(record: Record, rounds: int) -> None:
     schedules = {
         "a half": VisualTokenSchedule.one_shot(-1, 0.0, 0.5),
         "a quarter": VisualTokenSchedule.one_shot(-1, 0.0, 0.25),
-        "withdrawn behind layer 3": VisualTokenSchedule.withdraw(3),
+        "dropped after layer 3": VisualTokenSchedule.withdraw(3),
     }
     whole = VisualTokenSchedule()
     views = {name: lamella.apply(model, planned(model, each, criterion="divprune")) for name, each in schedules.items()}
@@ -258,16 +258,20 @@ def image_tokens(record: Record, rounds: int) -> None:
             request.advance()
             took[name].append(time.perf_counter() - began)
     times = {name: statistics.median(each[1:]) for name, each in took.items()}  # tokens are selected in the first step
-    overhead(record, "dmllm-token-redundancy, no token left out", times["whole"] / times["idle"])
+    overhead(record, "dmllm-token-redundancy, no token dropped", times["whole"] / times["idle"])
     rows = []
     for name, schedule in schedules.items():
         flops = [of_step(each, Widths.of(stack), len(stack), 1, sampler.in_all, lengths) for each in (schedule, whole)]
         ideal, measured = flops[0] / flops[1], times[name] / times["whole"]
         ratio = measured / ideal
         rows.append([name, ideal, measured, ratio])
-        record.check(f"image tokens, {name}: time of a step by its FLOPs", "0.8 to 1.2", ratio, 0.8 <= ratio <= 1.2)
+        record.check(
+            f"image tokens, {name}: time of a step relative to its FLOPs", "0.8 to 1.2", ratio, 0.8 <= ratio <= 1.2
+        )
     title = f"A denoising step with {image} image tokens, random weights of SmolLM2's width"
-    record.table(title, ["image tokens", "FLOPs by the whole model's", "time by the whole model's", "ratio"], rows)
+    record.table(
+        title, ["image tokens", "FLOPs relative to the whole model", "time relative to the whole model", "ratio"], rows
+    )
 
 
 def prompts(
@@ -368,7 +372,7 @@ def exits(record: Record, rounds: int) -> None:
         {"role": "assistant", "content": "circle"},
     )
     inputs = Processing(processor, encodes=True).prompts([Conversation((picture,), messages)])
-    left = {"nobody exits": (OFF, 1, 1), "behind layers 2 and 4": (-OFF, 2, 4), "behind layers 6 and 3": (-OFF, 6, 3)}
+    left = {"no token exits": (OFF, 1, 1), "after layers 2 and 4": (-OFF, 2, 4), "after layers 6 and 3": (-OFF, 6, 3)}
     views, shorter = {}, {}
     for name, (tau, e, j) in left.items():
         gone = [f"{side}.layers.{layer}" for side, at in (("encoder", e), ("decoder", j)) for layer in range(at, 6)]
@@ -384,7 +388,7 @@ def exits(record: Record, rounds: int) -> None:
             each.generate(**inputs, max_new_tokens=words, min_new_tokens=words, do_sample=False)
             took[name].append(time.perf_counter() - began)
     times = {name: statistics.median(each[1:]) for name, each in took.items()}
-    overhead(record, "mue, nobody exits", times["whole"] / times["nobody exits"])
+    overhead(record, "mue, no token exits", times["whole"] / times["no token exits"])
     image = int((inputs["input_ids"] == made.config.image_token_id).sum())
     tokens = {"image": torch.tensor([image]), "text": torch.tensor([inputs["input_ids"].shape[1] - image])}
     step, rows = torch.arange(words), []
@@ -398,8 +402,8 @@ def exits(record: Record, rounds: int) -> None:
         rows.append([name, f"{by_layers(taken, (6, 6)):.1%}", 1 / (1 - flops), ideal, measured, measured / ideal])
         said_so = f"mue, {name}: speed-up / ideal"
         record.check(said_so, "at least 0.85", measured / ideal, measured / ideal >= 0.85)
-    title = f"A request with {image} image tokens and {words} written words, random weights of SmolLM2's width"
-    columns = ["exits", "layers left out", "by FLOPs", "ideal: cut there", "speed-up", "measured / ideal"]
+    title = f"A request with {image} image tokens and {words} generated words, random weights of SmolLM2's width"
+    columns = ["exits", "layers skipped", "by FLOPs", "ideal: model cut there", "speed-up", "measured / ideal"]
     record.table(title, columns, rows)
 
 

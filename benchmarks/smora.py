@@ -1,6 +1,6 @@
 """The cost of rank-one experts: the sparse and the dense kernel compared with LoRA, at SmolLM2's width.
 
-A Llama of six layers as wide as SmolLM2-135M, with random weights; every linear map has 64 ranks, of which 8 are
+A Llama of six layers as wide as SmolLM2-135M, with random weights; every linear layer has 64 ranks, of which 8 are
 active, or a LoRA of rank 64. Training, a long prompt, and a decoding step run alternately, so that load changes affect
 all of them.
 
@@ -96,7 +96,7 @@ def compare(record: Record, layers: int, count: int) -> None:
     found = views(plain)
     ids = torch.randint(VOCABULARY, (4, 128), generator=torch.Generator().manual_seed(record.seed))
     apart = max(map(difference, (each for each in found[DENSE].modules() if isinstance(each, RankExperts))))
-    record.check("both kernels beside each map", "the same within 1e-5", f"{apart:.1e}", apart <= 1e-5)
+    record.check("both kernels of each linear layer", "the same within 1e-5", f"{apart:.1e}", apart <= 1e-5)
     for parameter in plain.model.parameters():
         parameter.requires_grad_(False)
     for name in (LORA, DENSE, SPARSE):
@@ -114,10 +114,10 @@ def compare(record: Record, layers: int, count: int) -> None:
             ratio = Ratio.of([a / b for a, b in zip(seconds[name], seconds[LORA], strict=True)])
             ratios[what, name] = ratio
             rows.append([what, name, ratio.median, ratio.low, ratio.high])
-    record.table(f"{layers} layers, rank {R}: time in that of LoRA, {count} interleaved rounds",
-                 ["", "beside each map", "ratio, median", "lower quartile", "upper quartile"], rows)  # fmt: skip
+    record.table(f"{layers} layers, rank {R}: time relative to LoRA, {count} interleaved rounds",
+                 ["", "per linear layer", "ratio, median", "lower quartile", "upper quartile"], rows)  # fmt: skip
     step = ratios[workloads[0][0], DENSE]
-    record.check("a training step of the dense kernel in LoRA's", "at most 1.8", str(step), step.median <= 1.8)
+    record.check("training step of the dense kernel relative to LoRA's", "at most 1.8", str(step), step.median <= 1.8)
 
 
 def main() -> int:

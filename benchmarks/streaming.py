@@ -225,7 +225,7 @@ def main() -> int:
         child(given.child[0], Path(given.child[1]), int(given.child[2]))
         return 0
     record = Record(
-        "streaming", f"{DIFFERENT} different JPEG images of {SIDE} x {SIDE} pixels, linked or named often", 0
+        "streaming", f"{DIFFERENT} different JPEG images of {SIDE} x {SIDE} pixels, linked or named repeatedly", 0
     )
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -237,7 +237,9 @@ def main() -> int:
     columns = ["data set", "items", "items, large", "peak MB", "peak MB, large", "difference", "seconds, large"]
     record.table("Peak memory of a pass over a data set", columns, rows)
     for name, *_, difference, _ in rows:
-        record.check(f"{name}: memory that the larger data set adds", f"< {LIMIT} MB", difference, difference < LIMIT)
+        record.check(
+            f"{name}: additional memory for the larger data set", f"< {LIMIT} MB", difference, difference < LIMIT
+        )
     return record.finish(Path(__file__).parent / "results" / f"streaming{'-quick' if given.quick else ''}.json")
 
 

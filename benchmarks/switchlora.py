@@ -94,17 +94,17 @@ def compare(record: Record, layers: int, rounds: int) -> None:
                  ["LoRA", "SwitchLoRA", "ratio"], rows)  # fmt: skip
     ratio = Ratio.of(ratios)
     held = True if ratio.high <= COSTLIEST else False if ratio.low > COSTLIEST else None  # otherwise undecided
-    record.check("a step of SwitchLoRA in LoRA's", f"at most {COSTLIEST}", str(ratio), held)
+    record.check("a step of SwitchLoRA relative to LoRA's", f"at most {COSTLIEST}", str(ratio), held)
 
     # Two moments of each parameter, and a step count of each vector, all in four bytes.
     shapes = [lora.view.get_submodule(name).get_base_layer().weight.shape for name in lora.modules]
     expected = sum(4 * (2 * R * (m + n) + 2 * R) for m, n in shapes)
     whole = sum(each.numel() for name, each in plain.model.named_parameters() if name.startswith("model.layers.")
                 and each.ndim == 2)  # fmt: skip
-    record.table("Bytes that the optimizer keeps for the linear maps", ["", "bytes"],
+    record.table("Bytes of the optimizer state of the linear layers", ["", "bytes"],
                  [["SwitchLoRA", ours.bytes], ["by the formula, 4 (2 r (m + n) + 2 r) for each", expected],
                   ["AdamW of all their weights", 8 * whole]])  # fmt: skip
-    record.check("bytes of the optimizer", f"{expected}", str(ours.bytes), ours.bytes == expected)
+    record.check("bytes of the optimizer state", f"{expected}", str(ours.bytes), ours.bytes == expected)
 
 
 def main() -> int:

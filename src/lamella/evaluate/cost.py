@@ -39,6 +39,7 @@ class PlanCost:
     kv_bytes_per_token: int
 
     def as_dict(self) -> dict[str, float]:
+        """Return the cost as JSON values."""
         return asdict(self)
 
 
@@ -51,6 +52,7 @@ def cost(stack: Stack, plan: Plan | None = None, context: int = 256) -> PlanCost
 
     Args:
         stack: the one that generates, of a model with several; parameters are those of the whole model.
+        plan: the plan; None for the whole model.
         context: number of tokens that attention attends to.
 
     Raises:
@@ -200,6 +202,7 @@ def measure_step(stack: Stack, batch: int = 1, prompt: int = 64, steps: int = 24
     masked tokens, a step is a forward pass over the whole prompt.
 
     Args:
+        stack: the stack to time.
         batch: rows that decode together.
         prompt: tokens of their random prompt.
         steps: decoding steps to time, after three warm-up steps.

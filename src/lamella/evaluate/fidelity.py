@@ -70,6 +70,7 @@ class Fidelity:
     positions: int
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the estimates and counts as JSON values."""
         values = {name: {"mean": e.mean, "error": e.error} for name, e in vars(self).items() if isinstance(e, Estimate)}
         return values | {"sequences": self.sequences, "positions": self.positions}
 

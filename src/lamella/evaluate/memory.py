@@ -53,6 +53,7 @@ class Memory:
     libraries: int
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the sizes as JSON values."""
         return {"peak_bytes": self.peak, "libraries_bytes": self.libraries}
 
 

@@ -32,6 +32,7 @@ class Ratio:
 
     @classmethod
     def of(cls, ratios: Sequence[float]) -> Ratio:
+        """Return the median and quartiles of the ratios of several rounds."""
         low, median, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else [*ratios] * 3
         return cls(median, low, high)
 
@@ -83,6 +84,7 @@ class Timing:
     variation: float
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the timing as JSON values."""
         return {
             "batch": self.batch,
             "prefill_seconds": statistics.median(self.prefill),
@@ -151,6 +153,7 @@ def _timings(batch: int, times: Mapping[str, Sequence[tuple[float, float]]]) -> 
     """Return the timings of some rounds.
 
     Args:
+        batch: batch size of the rounds.
         times: of each model, seconds of the prefill and of the median decoding step, round by round; the first model is
             the reference.
     """

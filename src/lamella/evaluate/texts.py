@@ -79,6 +79,7 @@ def rouge(*kinds: str, stems: bool = True) -> Callable[[str, str], dict[str, flo
     """Return a function from a text and its reference to F1 scores by kind, such as ``rouge1`` or ``rougeL``.
 
     Args:
+        *kinds: names of the scores.
         stems: compare words by their stems.
 
     Raises:

@@ -24,6 +24,7 @@ def writing_cost(
     token that is trained on costs six per parameter of the student.
 
     Args:
+        writer: the generator.
         student: the model to be trained; by default the generator without a plan.
         rows: all requests, each with the numbers of read and generated tokens, ``n_read`` and ``n_written``.
         kept: the rows that were kept, with the number of kept tokens, ``n_out_tok``.

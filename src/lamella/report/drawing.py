@@ -43,6 +43,7 @@ class Shade:
         ]
 
     def legend(self) -> dict[str, str]:
+        """Return the label, meaning and range of the score."""
         known = [value for value in self.values if value is not None]
         low, high = (number(min(known)), number(max(known))) if known else ("", "")
         return {"label": self.label, "meaning": self.meaning, "low": low, "high": high}
@@ -75,6 +76,7 @@ class StackDrawing(Figure):
 
     @property
     def is_empty(self) -> bool:
+        """Whether there are no layers."""
         return not self.states
 
     @property

@@ -54,6 +54,7 @@ class Axes(Figure):
 
     @property
     def label(self) -> str:
+        """Its title, caption or axis labels."""
         return self.title or self.caption or f"{self.y} against {self.x}"
 
 
@@ -79,6 +80,7 @@ class Lines(Axes):
 
     @property
     def is_empty(self) -> bool:
+        """Whether no value was measured."""
         return not self.values
 
     @property
@@ -151,6 +153,7 @@ class Scatter(Axes):
 
     @property
     def is_empty(self) -> bool:
+        """Whether there are no points."""
         return not self.points
 
 
@@ -184,6 +187,7 @@ class Bars(Axes):
 
     @property
     def is_empty(self) -> bool:
+        """Whether no value was measured."""
         return not self.values
 
     @property
@@ -238,10 +242,12 @@ class Heatmap(Axes):
 
     @property
     def is_empty(self) -> bool:
+        """Whether there are neither values nor a path."""
         return not known(self.values) and not self.path
 
     @property
     def label(self) -> str:
+        """Its title, caption or axis labels."""
         return self.title or self.caption or f"{self.measure} by {self.y} and {self.x}"
 
 
@@ -281,6 +287,7 @@ class Gantt(Axes):
 
     @property
     def is_empty(self) -> bool:
+        """Whether there are no tasks."""
         return not self.tasks
 
 
@@ -309,6 +316,7 @@ class Images(Figure):
 
     @property
     def is_empty(self) -> bool:
+        """Whether there are no images."""
         return not self.images
 
 
@@ -326,6 +334,7 @@ class Excerpts(Figure):
 
     @property
     def is_empty(self) -> bool:
+        """Whether there are no excerpts."""
         return not self.excerpts
 
 

@@ -60,8 +60,10 @@ class Adapted(WithoutModel):
 
     @property
     def size(self) -> int:
+        """The size of the adapters' side files in bytes."""
         return sum(each.located.stat().st_size for each in self.plan.adapters)
 
     def body(self) -> dict[str, Any]:
+        """Return the evidence, with the sites of the adapters."""
         sites = [site for adapter in self.plan.adapters for site in adapter.sites]
         return super().body() | {"sites": sites, "form": "adapter"}

@@ -30,6 +30,7 @@ class Corpus(Result):
         raise NotImplementedError
 
     def write(self, folder: Path) -> None:
+        """Write the rows as JSON lines into a folder."""
         write_rows(folder / FILE, self.rows())
 
     @classmethod

@@ -36,9 +36,11 @@ class ImageCorpus(Corpus):
     kind: ClassVar[str] = "image-corpus"
 
     def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield all rows."""
         yield from self.items
 
     def write(self, folder: Path) -> None:
+        """Write the rows, the splits and the images into a folder."""
         super().write(folder)
         for name in ("train", "test"):
             write_rows(folder / f"{name}.jsonl", getattr(self, name))

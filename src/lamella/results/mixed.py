@@ -55,8 +55,10 @@ class MixedCorpus(Corpus):
 
         Args:
             rows: everything that was generated.
-            documents, held_out: the given documents, and those from which nothing was generated.
-            train, mixture: the training texts, and the account of the mixture.
+            documents: the given documents.
+            held_out: documents from which nothing was generated.
+            train: the training texts.
+            mixture: the account of the training mixture.
             parquet: see :class:`MixedCorpus`.
             notes: notes for the report.
             findings: the method's own.
@@ -74,9 +76,11 @@ class MixedCorpus(Corpus):
         )
 
     def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield all rows."""
         yield from self.items
 
     def write(self, folder: Path) -> None:
+        """Write the rows and the splits into a folder."""
         super().write(folder)
         for name in SPLITS:
             write_rows(folder / f"{name}.jsonl", getattr(self, name))

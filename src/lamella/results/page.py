@@ -14,6 +14,8 @@ def render(evidence: Evidence, summary: Summary, figures: Iterable[Figure] = ())
     """Return the page of a result: one self-contained file.
 
     Args:
+        evidence: the evidence of the result.
+        summary: the summary of the evidence.
         figures: the method's figures; those without data are omitted.
 
     Raises:
@@ -27,7 +29,9 @@ def card(evidence: Evidence, summary: Summary, title: str) -> str:
     """Return the ``README.md`` of a folder: what was done, the results, and how to reproduce them.
 
     Args:
-        title: of the method.
+        evidence: the evidence of the result.
+        summary: the summary of the evidence.
+        title: title of the method.
     """
     name = (evidence.model or {}).get("name")
     heading = f"{name}, by {evidence.method}" if name else evidence.method
@@ -48,6 +52,7 @@ def card(evidence: Evidence, summary: Summary, title: str) -> str:
 
 
 def markdown(table: Table) -> str:
+    """Return a table in Markdown."""
     rows = [table.headers, ["---"] * len(table.columns), *table.cells]
     return "\n".join(f"| {' | '.join(map(inline, row))} |" for row in rows)
 

@@ -79,6 +79,7 @@ class Record:
 
     @property
     def passed(self) -> list[bool | None]:
+        """The verdicts of all checks."""
         return [check["passed"] for check in self.checks]
 
     def finish(self, path: Path) -> int:

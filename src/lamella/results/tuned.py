@@ -36,9 +36,11 @@ class Tuned(WithoutModel):
 
     @property
     def size(self) -> int:
+        """The approximate size of the adapter in bytes."""
         return 4 * self.adapter.parameters
 
     def body(self) -> dict[str, Any]:
+        """Return the evidence, with the adapted layers as sites."""
         prefix = self.stack.architecture.prefix
         layers = {name.removeprefix(prefix).split(".", 1)[0] for name in self.adapter.modules}
         sites = [f"{self.stack.prefix}layers.{layer}" for layer in sorted(layers, key=int)]

@@ -150,7 +150,9 @@ def fit_policy(
         view: its ``lamella_policy`` is trained in place.
         samples: rows of text, or of images with text.
         loss: see :class:`lamella.train.Task`.
-        config, out, settings: see :func:`fit`.
+        config: see :func:`fit`.
+        out: see :func:`fit`.
+        settings: see :func:`fit`.
     """
     task = Task(loss, collate=batching(samples))
     return fit(view, samples, task, config, out=out, trainable=of_policy, settings=settings)

@@ -33,6 +33,8 @@ def with_modules_of(plan: Plan, stack: Stack, view: Any, folder: Path) -> Plan:
     Args:
         plan: of the view; returned unchanged if it inserts no modules.
         stack: the original.
+        view: the trained view.
+        folder: the folder of the side files.
     """
     if not plan.modules:
         return plan

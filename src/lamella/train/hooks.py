@@ -150,22 +150,27 @@ class EarlyStopping(Hook):
         return run.state_tensors
 
     def evaluated(self, run: TrainingRun) -> None:
+        """Keep the tensors if the last held-out loss is the lowest."""
         losses = [point.loss for point in run.log.held_out]  # none without held-out samples
         if losses and losses[-1] < min(losses[:-1], default=math.inf):
             self.best = {name: each.detach().clone() for name, each in self.tracked(run).items()}
 
     def done(self, run: TrainingRun) -> bool:
+        """Return whether the held-out loss has not improved for ``patience`` evaluations."""
         losses = [point.loss for point in run.log.held_out]
         return len(losses) > self.patience and min(losses[-self.patience :]) >= min(losses[: -self.patience])
 
     @torch.no_grad()
     def end(self, run: TrainingRun) -> None:
+        """Restore the tensors with the lowest held-out loss."""
         tensors = self.tracked(run)
         for name, each in self.best.items():
             tensors[name].copy_(each)
 
     def save(self, folder: Path) -> None:
+        """Save the best tensors in a checkpoint."""
         save_file(self.best, folder / self.FILE)
 
     def load(self, folder: Path) -> None:
+        """Load the best tensors from a checkpoint."""
         self.best = load_file(folder / self.FILE)

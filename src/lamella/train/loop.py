@@ -43,10 +43,12 @@ class Objective(nn.Module):
         self.dropout = task.dropout
 
     def forward(self, **batch: Any) -> LossAndParts:
+        """Return the loss of a batch and its named parts."""
         result = self.loss(batch)
         return (result, {}) if isinstance(result, Tensor) else (result[0], dict(result[1]))
 
     def train(self, mode: bool = True) -> Objective:
+        """Set training mode, unless the task disables dropout."""
         return super().train(mode and self.dropout)
 
 
@@ -96,6 +98,7 @@ class Loop(Trainer):
         return mean
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Run the passes of one batch, and return its weighted loss."""
         model.train()
         batch = self._prepare_inputs(inputs)
         processes = self.accelerator.num_processes
@@ -128,6 +131,7 @@ class Loop(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Create the scheduler of a :class:`Schedule`, or else Trainer's own."""
         schedule = self.schedule
         if schedule is None:
             return super().create_scheduler(num_training_steps, optimizer)
@@ -137,6 +141,7 @@ class Loop(Trainer):
         return self.lr_scheduler
 
     def stop_unless_finite(self, value: Tensor, what: str) -> None:
+        """Raise an error that names the step and samples, unless all values are finite."""
         if torch.isfinite(value).all():
             return
         step, size = self.state.global_step, self.order.size

@@ -1,4 +1,4 @@
-"""LoRA on a view, with peft: trained low-rank updates of frozen linear maps.
+"""LoRA on a view, with peft: trained low-rank updates of frozen linear layers.
 
     y = W x + (alpha / r) B A x        A [r, in] random, B [out, r] zero, so the initial output is unchanged
 
@@ -138,7 +138,7 @@ def add_lora(
     sites: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Lora:
-    """Add LoRA adapters to linear maps of a view.
+    """Add LoRA adapters to linear layers of a view.
 
     Only the view's modules change, and its other parameters keep their ``requires_grad``; train with
     ``fit(view, ..., trainable=lora.trains)``.

@@ -199,7 +199,8 @@ def dpo_loss(
 
     Args:
         model: the trained model.
-        good, bad: what :func:`lamella.train.collate` returns; rows of both with the same prompts.
+        good: the preferred continuations, as returned by :func:`lamella.train.collate`.
+        bad: the rejected continuations of the same prompts.
         reference: p_0; it gets no gradient.
         beta: strength of the penalty for divergence from the reference.
 
@@ -231,7 +232,7 @@ def continuation_log_probs(model: Any, batch: Batch) -> Tensor:
 
 
 def projection(model: Any, teacher: Any, seed: int = 0) -> None:
-    """Add a linear map from a model's hidden size to its teacher's, for :func:`distillation_loss`; it is trained too.
+    """Add a linear projection to the hidden size of the teacher, for :func:`distillation_loss`; it is trained too.
 
     Nothing is added if the hidden sizes are equal. Delete the model's attribute ``PROJECTION`` after training.
     """

@@ -43,10 +43,12 @@ def config_for_time(
 
     Args:
         model: a model or a view; it is not changed.
-        samples, task, config, trainable, out: the arguments of :func:`lamella.train.fit`. The number of steps is saved
-            next
-            to ``out``: a second call gives the same answer.
+        samples: see :func:`lamella.train.fit`.
+        task: see :func:`lamella.train.fit`.
+        config: see :func:`lamella.train.fit`; its number of steps is replaced.
         seconds: the training time.
+        trainable: see :func:`lamella.train.fit`.
+        out: the folder of the run. The number of steps is saved next to it: a second call gives the same answer.
 
     Raises:
         TooLittleTime: if not even a few steps fit.

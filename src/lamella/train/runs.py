@@ -74,5 +74,6 @@ def as_json(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def short(value: Any) -> str:
+    """Return a value as text of at most 40 characters."""
     text = str(value)
     return text if len(text) <= 40 else f"{text[:37]}..."

@@ -25,6 +25,7 @@ class Schedule:
     """From the number of an optimizer step, counted from 1, to its learning rate."""
 
     def __call__(self, t: int) -> float:
+        """Return the learning rate of step ``t``."""
         raise NotImplementedError
 
     def after(self, steps: int) -> Schedule:
@@ -53,6 +54,7 @@ class Constant(Schedule):
         _check_rates("constant", self.high, self.high)
 
     def __call__(self, t: int) -> float:
+        """Return the learning rate of step ``t``."""
         return self.high * max(t, 1) / max(self.warmup, 1) if t <= self.warmup else self.high
 
 
@@ -77,6 +79,7 @@ class StepDecay(Schedule):
         _check_rates("step decay", self.low, self.high)
 
     def __call__(self, t: int) -> float:
+        """Return the learning rate of step ``t``."""
         return self.low if t > self.until else Constant(self.high, self.warmup)(t)
 
 
@@ -103,6 +106,7 @@ class Cosine(Schedule):
         _check_rates("cosine", self.low, self.high)
 
     def __call__(self, t: int) -> float:
+        """Return the learning rate of step ``t``."""
         if t <= self.warmup:
             return Constant(self.high, self.warmup)(t)
         x = _progress(t, self.warmup, self.end)
@@ -147,6 +151,7 @@ class Infinite(Schedule):
             )
 
     def __call__(self, t: int) -> float:
+        """Return the learning rate of step ``t``."""
         if t <= self.warmup or (t <= self.cooled and self.cooldown == "cosine"):
             return Cosine(self.high, self.const, self.warmup, self.cooled)(t)
         if t <= self.cooled:
@@ -173,9 +178,11 @@ class Continued(Schedule):
     done: int
 
     def __call__(self, t: int) -> float:
+        """Return the learning rate of step ``t`` of the continued run."""
         return self.schedule(self.done + max(t, 1))
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the schedule's parameters with the number of completed steps."""
         return {**self.schedule.as_dict(), "done": self.done}
 
 
@@ -207,8 +214,11 @@ def infinite(
     Args:
         steps: n_end, when the first annealed model is needed.
         lr: eta_max.
-        const, floor: eta_const and eta_min, as fractions of eta_max.
-        warmup, cooled, anneal: the ends of the phases, as fractions of the steps; ``anneal=None`` omits the anneal.
+        const: eta_const / eta_max.
+        floor: eta_min / eta_max.
+        warmup: end of the warm-up, as a fraction of the steps.
+        cooled: end of the cool-down, as a fraction of the steps.
+        anneal: start of the anneal, as a fraction of the steps; None omits it.
         cooldown: the shape of the cool-down.
     """
     begin, end = (None, None) if anneal is None else (_steps(anneal, steps), steps)
@@ -236,7 +246,8 @@ def step_decay(steps: int, lr: float, *, floor: float = 0.1, warmup: float = 0.0
         steps: of the whole run.
         lr: the peak rate.
         floor: the low rate, as a fraction of it.
-        warmup, until: the ends of the warm-up and of the peak rate, as fractions of the steps.
+        warmup: end of the warm-up, as a fraction of the steps.
+        until: end of the peak rate, as a fraction of the steps.
     """
     begin = _steps(warmup, steps)
     return StepDecay(lr, floor * lr, begin, max(_steps(until, steps), begin))

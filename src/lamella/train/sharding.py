@@ -102,11 +102,13 @@ class ShardedLoop(Loop):
         self.target = trained
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, then copy the result to the original model."""
         result = super().train(*args, **kwargs)
         self._gather()
         return result
 
     def read(self, checkpoint: Path) -> None:
+        """Read a checkpoint, and copy it to the original model."""
         super().read(checkpoint)
         self._gather()
 
@@ -122,13 +124,16 @@ class ShardedLoop(Loop):
         return nullcontext()  # deferred reduction would keep whole gradients
 
     def tensors(self) -> dict[str, Tensor]:
+        """Return the trained parameters, gathered on the host."""
         return {name: gathered(each.detach()).cpu() for name, each in self.trained.items()}
 
     def put(self, name: str, tensor: Tensor) -> None:
+        """Set this process's shard of one parameter."""
         ours: Any = self.trained[name]
         ours.copy_(distribute_tensor(tensor.to(ours.device), ours.device_mesh, ours.placements))
 
     def evaluated(self) -> None:
+        """Free weights gathered by forward passes."""
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # the root keeps gathered weights until a backward pass

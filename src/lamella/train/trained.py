@@ -42,6 +42,7 @@ class Trained(Edit):
         """Keep its own provenance: the plan has that of the method that made it."""
 
     def body(self) -> dict[str, Any]:
+        """Return the evidence, with the settings and curves of training."""
         return super().body() | {
             "settings": dict(self.log.settings),
             "curve": [{"step": point.step, "loss": point.loss, **point.parts} for point in self.log.train],
@@ -49,11 +50,13 @@ class Trained(Edit):
         }
 
     def save(self, out: Path, documents: Documents, *, overwrite: bool = False, tokenizer: Any = None) -> None:
+        """Write the result with its training log."""
         log = {"log.json": self.log.dump()}
         super().save(out, lambda: documents() | log, overwrite=overwrite, tokenizer=tokenizer)
 
     @classmethod
     def summary(cls, evidence: Evidence) -> Summary:
+        """Return the summary with the fidelity and the final loss."""
         assert isinstance(evidence, TrainedEvidence)
         name = (evidence.model or {}).get("name", "the model")
         tables = [fidelity_table(evidence.fidelity, evidence.before)] if evidence.fidelity else []

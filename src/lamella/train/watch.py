@@ -72,6 +72,7 @@ class Watch(TrainerCallback):
         return any(hook.done(self.run) for hook in self.hooks)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the hooks, and evaluate before the first step."""
         self.count(state.global_step)
         for hook in self.hooks:
             hook.begin(self.run)
@@ -79,10 +80,12 @@ class Watch(TrainerCallback):
             self._evaluate(0)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Call the hooks before a step."""
         for hook in self.hooks:
             hook.before_step(self.run)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check the gradients, and call the hooks before the optimizer step."""
         gradients = [each.grad for each in self.loop.trained.values() if each.grad is not None]
         self.loop.stop_unless_finite(gathered(torch.nn.utils.get_total_norm(gradients)), "gradient")
         self.lr = float(kwargs["lr_scheduler"].get_last_lr()[0])
@@ -90,6 +93,7 @@ class Watch(TrainerCallback):
             hook.before_update(self.run)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Call the hooks after a step, evaluate and log."""
         for hook in self.hooks:
             hook.after_step(self.run)
         step, log, config = state.global_step, self.run.log, self.config
@@ -112,6 +116,7 @@ class Watch(TrainerCallback):
         self.count(note=f"loss {log.train[-1].loss:.4g}" if log.train else "")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Complete a checkpoint, and delete older ones."""
         self.loop.accelerator.wait_for_everyone()
         if self.loop.args.should_save:
             newest = Path(args.output_dir) / f"checkpoint-{state.global_step}"

@@ -18,6 +18,7 @@ def check_model(model: str | Path, allow_pickle: bool = False) -> None:
     """Check that a model can be opened, without opening it: a complete folder, a known name, or an existing hub id.
 
     Args:
+        model: a folder, a name of the zoo or of a library, or a hub id.
         allow_pickle: whether pickle checkpoints may be opened.
 
     Raises:

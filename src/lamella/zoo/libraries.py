@@ -166,7 +166,7 @@ def timm_features(name: str, weights: Path | None = None, *, pretrained: bool = 
 
 
 def _is_argument(key: str, value: Any) -> bool:
-    """Return whether an argument of a timm model is a number, a list of numbers, a switch or an allowed name."""
+    """Return whether an argument of a timm model is a value or list of values in range, a switch or an allowed name."""
     if isinstance(value, list):
         return len(value) <= 64 and all(_is_between(each, 0, LARGEST) for each in value)
     is_name = isinstance(value, str) and key in TEXTS

@@ -104,6 +104,7 @@ class Pipeline(Model):
 
     @property
     def modules(self) -> list[nn.Module]:
+        """The parts that are torch modules."""
         return [each for each in self.model.components.values() if isinstance(each, nn.Module)]
 
     def has(self, name: str) -> bool:

@@ -126,7 +126,7 @@ def _read(file: Path, trusted: bool, seen: tuple[Path, ...]) -> dict[str, Any]:
     included = config.pop("include", [])
     merged: dict[str, Any] = {}
     for name in [included] if isinstance(included, str) else included:
-        merged |= _read(_beside(file, name, trusted), trusted, (*seen, file.resolve()))
+        merged |= _read(_next_to(file, name, trusted), trusted, (*seen, file.resolve()))
     return merged | config
 
 
@@ -204,7 +204,7 @@ def _list(value: Any, file: Path, what: str) -> list[dict[str, Any]]:
     return value or []
 
 
-def _beside(file: Path, name: Any, trusted: bool) -> Path:
+def _next_to(file: Path, name: Any, trusted: bool) -> Path:
     """Return a file that a task file names, in its folder or below.
 
     Raises:
@@ -233,7 +233,7 @@ def _documents(config: dict[str, Any], file: Path, trusted: bool) -> dict[str, l
     )  # the datasets library's name for the split of a single file
     documents = {}
     for split, name in files.items():
-        path = _beside(file, name, trusted)
+        path = _next_to(file, name, trusted)
         rows = [row for _, row in read_rows(path, 'write one object a line, such as {"question": "...", "answer": 0}')]
         if not rows or not all(isinstance(row, dict) for row in rows):
             raise TaskError(f"{path}: has no documents: write one object a line")

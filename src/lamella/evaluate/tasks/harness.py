@@ -36,6 +36,7 @@ class CustomTask(ConfigurableTask):
         super().__init__(config=config)
 
     def download(self, *_: Any, **__: Any) -> None:
+        """Make a dataset of the given documents."""
         self.dataset = {split: Dataset.from_list(rows) for split, rows in self.documents.items()}
 
 
@@ -91,8 +92,10 @@ def run_harness(
     Args:
         model: an ``lm_eval`` model.
         tasks: opened ones by name.
-        limit, seed, chat: see :func:`lamella.evaluate.tasks.score`.
-        draws: of the bootstrap.
+        limit: number of questions of each task; None: all.
+        seed: of the choice of worked examples.
+        chat: apply the chat template to the questions.
+        draws: number of bootstrap resamples.
     """
     for task in tasks.values():
         task.set_fewshot_seed(seed=seed)

@@ -50,17 +50,20 @@ class PlannedLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        """The id of the end-of-text token."""
         if self.tokenizer.eos_token_id is None:
             raise ArchitectureError(f"the tokenizer of {self.stack.name} has no end-of-text token: set eos_token")
         return int(self.tokenizer.eos_token_id)
 
     @property
     def prefix_token_id(self) -> int:
+        """The id of the begin token, or else of the end-of-text token."""
         begin = self.tokenizer.bos_token_id
         return self.eot_token_id if begin is None else int(begin)
 
     @property
     def tokenizer_name(self) -> str:
+        """The name or path of the tokenizer."""
         return str(self.tokenizer.name_or_path)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
@@ -70,6 +73,7 @@ class PlannedLM(TemplateLM):
         return list(self.tokenizer(string, add_special_tokens=special, verbose=False)["input_ids"])
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Return a conversation as text, using the tokenizer's chat template."""
         if not getattr(self.tokenizer, "chat_template", None):
             raise TaskError(f"the tokenizer of {self.stack.name} has no chat template: omit chat")
         text: str = self.tokenizer.apply_chat_template(
@@ -81,6 +85,7 @@ class PlannedLM(TemplateLM):
         return text
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """Return the log-likelihood of each request's answer, and whether greedy decoding generates it."""
         found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         return found
 

@@ -68,6 +68,7 @@ def write_nothing(libc: ctypes.CDLL) -> list[str]:
 
 
 def main() -> None:
+    """Read a program from standard input, drop privileges, and run it."""
     token, _, program = sys.stdin.read().partition("\n")
     libc = ctypes.CDLL(None, use_errno=True)
     dropped = leave_the_system(libc) + write_nothing(libc)

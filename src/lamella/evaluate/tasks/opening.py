@@ -31,7 +31,9 @@ def open_tasks(names: Sequence[str], *, trusted: bool = False, run_generated_cod
     """Return the tasks of some names, ready to be evaluated once each.
 
     Args:
-        names, trusted, run_generated_code: see :func:`lamella.evaluate.tasks.score`.
+        names: names of tasks, or task files.
+        trusted: task files may name Python functions, files elsewhere and data of the hub.
+        run_generated_code: allow tasks that run generated code in a restricted process.
 
     Raises:
         TaskError: for a task that is unknown, damaged, or needs a permission that was not given.

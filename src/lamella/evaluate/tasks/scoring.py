@@ -51,6 +51,7 @@ class TaskScore:
         return Estimate.of(tensor(self.each).double() - tensor(other.each).double())
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the score as JSON values."""
         return {
             "task": self.task,
             "metric": self.metric,

@@ -60,6 +60,7 @@ TaskFunction = Callable[[ShapeScene, np.random.Generator], PromptAndAnswer]
 
 
 def name(item: SceneObject) -> str:
+    """Return the colour and shape of an object."""
     return f"{item.colour} {item.shape}"
 
 
@@ -224,12 +225,13 @@ MIN_OBJECTS = {"relation": 2, "list": 2, "entailment": 2, "premise": 2}  # in a 
 def examples(
     tasks: Sequence[str], count: int, part: Part = "calibration", seed: int = 0, size: int = SIZE, most: int = MOST
 ) -> list[ShapeExample]:
-    """Return examples of some tasks in turn, each with its own image.
+    """Return examples that cycle through some tasks, each with its own image.
 
     Args:
         tasks: keys of :data:`TASKS`.
         count: total number.
-        part, size: see :func:`scenes` and :func:`render`.
+        part: see :func:`scenes`.
+        size: see :func:`render`.
         seed: of all random draws.
         most: maximum number of objects in a scene.
 

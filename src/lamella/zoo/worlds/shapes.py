@@ -116,6 +116,7 @@ def render(scene: ShapeScene, size: int = SIZE, seed: int | Sequence[int] | None
     """Return the image of a scene.
 
     Args:
+        scene: the scene.
         size: image size in pixels; for a vision tower with patches of 4, 32 makes 64 tokens and 64 makes 256.
         seed: of the variations; None: without any.
 
