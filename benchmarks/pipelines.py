@@ -1,11 +1,11 @@
-"""What plans of pipelines are worth, and what a limit of time costs the planner as networks grow.
+"""The gain of pipeline plans, and the effect of a time limit on the planner for growing networks.
 
-First the published network of 20 nodes in 12 regions: simulated seconds of an iteration in the full pipeline, by paths
-by chance, by paths that share the load, and by paths that avoid each other. Then networks of the same regions with up
-to 200 nodes, each planned within a short limit and a longer one: the best plan that was found, and the bound on all.
+First the published network of 20 nodes in 12 regions: simulated seconds of an iteration in the full pipeline, with
+random paths, with paths that share the load, and with paths that avoid each other. Then networks of the same regions
+with up to 200 nodes, each planned within a short and a longer time limit: the best plan found, and the bound on all.
 
     python benchmarks/pipelines.py            # about 10 minutes on one core
-    python benchmarks/pipelines.py --quick    # the published network and one of 50 nodes, in short
+    python benchmarks/pipelines.py --quick    # the published network and one of 50 nodes, with less time
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PICTURE = Path(__file__).parents[1] / "docs" / "assets" / "skippipe-gantt.svg"
 
 
 def schedules(record: Record, limit: float, draws: bool) -> None:
-    """The published network, as `lamella run skippipe plan` plans it."""
+    """Plan the published network, as `lamella run skippipe plan` does."""
     begin = time.perf_counter()
     made = plan(published(), evolve_seconds=limit, seconds=limit, seed=record.seed)  # type: ignore[call-arg]
     found = made.findings
@@ -47,7 +47,7 @@ def schedules(record: Record, limit: float, draws: bool) -> None:
 
 
 def growing(record: Record, sizes: list[int], limits: list[float]) -> None:
-    """Networks of more and more nodes, each within a short limit and a longer one."""
+    """Plan networks of increasing size, each within a short and a longer time limit."""
     rows = []
     for nodes in sizes:
         network = published(nodes)

@@ -1,8 +1,8 @@
-"""Rephrasing beside a plain ``generate`` loop: the same model, the same prompts, the same batch, greedily.
+"""Rephrasing compared with a plain ``generate`` loop: the same model, prompts and batch size, greedily.
 
-The loop takes passages as they come, sixteen in a batch; ``generate`` keeps a finished row to the end of its batch.
-Here prompts of nearly one length stand together, a finished row leaves, and keys and values are appended to in place.
-Answers end where the rephraser ends them, or at one and a half times the length of their passage.
+The loop takes passages in order, sixteen per batch; ``generate`` keeps a finished row to the end of its batch. Here,
+prompts of similar length are batched, finished rows are removed, and keys and values are appended in place. Answers end
+where the rephraser ends them, or at one and a half times the length of their passage.
 
     python benchmarks/rewrite.py            # SmolLM2 on 64 passages of Python's documentation; about half an hour
     python benchmarks/rewrite.py --quick    # 16 passages
@@ -29,7 +29,7 @@ BATCH, GREEDY = 16, Sampling(temperature=0)
 
 
 def prompts_of(writer: LocalWriter, count: int) -> list[Prompt]:
-    """Requests for passages of many lengths, in the order of their documents."""
+    """Return requests for passages of various lengths, in the order of their documents."""
     (style,) = open_styles(("medium",))
     texts = [
         part for each in Documents.open("pydoc", InputContext()) for part in passages(each.text, writer.count, 300)
@@ -44,7 +44,7 @@ def prompts_of(writer: LocalWriter, count: int) -> list[Prompt]:
 
 
 def together(writer: LocalWriter, prompts: Sequence[Prompt], ends: set[int]) -> list[Row]:
-    """As a rollout writes them."""
+    """Generate all answers with a rollout."""
     found: dict[int, Row] = {}
     for numbers in batches(prompts, BATCH):
         rows = decode(writer.view, [prompts[n] for n in numbers], GREEDY, ends)
@@ -54,7 +54,7 @@ def together(writer: LocalWriter, prompts: Sequence[Prompt], ends: set[int]) -> 
 
 @torch.no_grad()
 def plainly(writer: LocalWriter, prompts: Sequence[Prompt], ends: set[int]) -> list[Row]:
-    """By ``generate``, batch by batch, each as long as its longest answer may be."""
+    """Generate with ``generate``, batch by batch, each up to the maximum length of its longest answer."""
     found = []
     for start in range(0, len(prompts), BATCH):
         part = prompts[start : start + BATCH]
@@ -88,22 +88,22 @@ def main() -> int:
     record = Record(
         "rewrite", f"SmolLM2-135M-Instruct, {len(prompts)} passages of Python's documentation, batches of {BATCH}", 0
     )
-    record.table("Rephrasing", ["way", "seconds", "tokens kept a second"], [
+    record.table("Rephrasing", ["way", "seconds", "tokens kept per second"], [
         [name, min(times), sum(len(row.ids) for row in rows[name]) / min(times)] for name, times in seconds.items()
     ])  # fmt: skip
     steps = [len(row.ids) + row.finished for row in rows["generate"]]
     longest = [max(steps[start : start + BATCH]) for start in range(0, len(steps), BATCH)]
-    record.table("What a finished row costs generate", ["steps of rows that write", "steps of rows in all", "share"],
+    record.table("The cost of finished rows in generate", ["steps of unfinished rows", "steps of all rows", "share"],
                  [[sum(steps), BATCH * sum(longest), sum(steps) / (BATCH * sum(longest))]])  # fmt: skip
     same = sum(a.ids == b.ids for a, b in zip(rows["generate"], rows["here"], strict=True)) / len(prompts)
     record.check(
-        "answers that are the same",
-        "at least 90 %: sums end in other digits in other batches",
+        "identical answers",
+        "at least 90 %: rounding depends on the batch",
         f"{same:.0%}",
         same >= 0.9,
     )
     ratio = Ratio.of([a / b for a, b in zip(seconds["generate"], seconds["here"], strict=True)])
-    record.check("time of generate by that of this", "at least 2", f"{ratio.median:.2f}", ratio.median >= 2)
+    record.check("time of generate / time of rephrasing", "at least 2", f"{ratio.median:.2f}", ratio.median >= 2)
     return record.finish(RESULTS / ("rewrite-quick.json" if quick else "rewrite.json"))
 
 

@@ -242,7 +242,7 @@ def pretrained(size: Size, steps: int) -> tuple[PlanNetwork, float]:
 def counted(part: Any, count: int) -> list[dict[str, torch.Tensor]]:
     """Rendered shapes, and how many they are less one."""
     return [
-        {"x": torch.from_numpy(render(scene, 32, seed=n)).permute(2, 0, 1), "y": torch.tensor(len(scene.things) - 1)}
+        {"x": torch.from_numpy(render(scene, 32, seed=n)).permute(2, 0, 1), "y": torch.tensor(len(scene.objects) - 1)}
         for n, scene in enumerate(islice(scenes(part), count))
     ]
 

@@ -38,8 +38,8 @@ from lamella.train import Task, TrainConfig, fit, response_loss
 from lamella.zoo import cache_folder
 from lamella.zoo.cache import build_once
 from lamella.zoo.opening import open_config, open_model, open_processor
-from lamella.zoo.vlm import PLACES, SHAPES_SEQ2SEQ, shapes_vlm
-from lamella.zoo.worlds import MOST, QUESTIONS, SIZE, TASKS, Example, Part, Scene, examples, render, scenes
+from lamella.zoo.vlm import POSITION_SCALE, SHAPES_SEQ2SEQ, shapes_vlm
+from lamella.zoo.worlds import MOST, QUESTIONS, SIZE, TASKS, Part, ShapeExample, ShapeScene, examples, render, scenes
 
 SAVED = 50  # steps from one checkpoint to the next
 TURNS = 8  # questions to a picture
@@ -97,12 +97,12 @@ def asked(count: int, seed: int, size: int, tasks: Sequence[str], most: int = MO
     return [shown_row(each) for each in examples(tasks, count, "calibration", seed, size, most)]
 
 
-def shown_row(each: Example) -> ImageTextRow:
+def shown_row(each: ShapeExample) -> Conversation:
     """An example as a row, its image first."""
     return ImageTextRow((each.image,), turns([(f"{MARK}\n{each.prompt}", each.answer)]), task=each.task)
 
 
-def _asked(scene: Scene, drawn: np.random.Generator, end: int) -> Iterator[tuple[str, str]]:
+def _asked(scene: ShapeScene, drawn: np.random.Generator, end: int) -> Iterator[tuple[str, str]]:
     for task in ("count", *drawn.choice(QUESTIONS, TURNS - 1), *WHOLE[end : end + 1]):  # of any scene one can count
         said = TASKS[str(task)](scene, drawn)
         if said is not None:
@@ -217,7 +217,7 @@ def trained_vlm(kind: str, stage: str = "sft", seed: int = 0, size: int = SIZE, 
     recipe = stages[stage]
     config = replace(recipe.config, steps=max(2, round(steps * (recipe.config.steps or 0))), seed=seed)
     said = (
-        f"{[(name, stages[name].config) for name in names[: names.index(stage) + 1]]} {TURNS} {PLACES}"
+        f"{[(name, stages[name].config) for name in names[: names.index(stage) + 1]]} {TURNS} {POSITION_SCALE}"
         + encodes * f" {ENTAILED}"
     )
     digest = hashlib.sha256(said.encode()).hexdigest()[:8]

@@ -75,11 +75,11 @@ def test_where_several_stacks_fit_one_must_be_named_and_where_none_does_all_are(
 @pytest.mark.parametrize("name", ["text", "vision", "encoder", "decoder"])
 def test_the_name_of_a_stack_is_not_taken_for_a_model(lamella: Any, name: str, tmp_path: Path) -> None:
     with pytest.raises(
-        ArchitectureError, match=f"'{name}' names no model, but a stack of models: give a model"
+        ArchitectureError, match=f"'{name}' is the name of a stack, not of a model: give a model"
     ) as error:
         api.open(name)
     assert "\n" not in str(error.value)
-    with pytest.raises(ArchitectureError, match="names no model, but a stack"):
+    with pytest.raises(ArchitectureError, match="is the name of a stack"):
         api.run("gamma-mod", stack=name, train=ROWS)
     assert f"--stack {name}" in lamella("chat", name, "--prompt", "a").refused()
 

@@ -171,7 +171,7 @@ def test_masked_tokens_are_compared_under_the_noise_that_was_drawn(name: str) ->
     test = FidelityTest(stack, ids, prompt=6)
     values: dict[str, list[float]] = {}
     for row in range(3):
-        asked = [draw for draw in test._asked if draw.sequence == row]
+        asked = [draw for draw in test._questions if draw.sequence == row]
         assert [draw.ratio for draw in asked] == [0.1, 0.3, 0.5, 0.7, 0.9]
         assert not any(draw.scored[0, :6].any() for draw in asked)
         pairs, losses = [], torch.zeros(2, dtype=torch.float64)

@@ -181,7 +181,7 @@ def test_what_is_written_is_what_generate_writes_alone_up_to_the_stop(stack: Sta
 
 def test_generation_takes_no_setting_that_loads_code(stack: Stack, tokenizer: Any) -> None:
     for asked in ({"custom_generate": "somebody/code", "trust_remote_code": True}, {"top_k": "os.system"}):
-        with pytest.raises(TaskError, match="of generation_kwargs there are until"):
+        with pytest.raises(TaskError, match="supported generation_kwargs are until"):
             PlannedLM(stack, tokenizer).generate_until([Request("a", asked)])
 
 
@@ -314,30 +314,30 @@ def test_a_task_file_is_scored_with_the_data_beside_it(folder: Path, stack: Stac
 @pytest.mark.parametrize(
     ("line", "why"),
     [
-        ("doc_to_text: !function beside.text", "names the Python function beside.text, which nothing runs unasked"),
-        ("x: !!python/object/apply:os.system [echo]", "is no YAML that can be read"),
-        ("process_docs: beside.text", "'process_docs' is not a value"),
-        ("class: beside.text", "'class' is not a value"),
-        ("custom_dataset: beside.text", "'custom_dataset' is not a value"),
-        ("use_prompt: promptsource:all", "'use_prompt' is not a value"),
-        ("unsafe_code: true", "'unsafe_code' is not a value"),
+        ("doc_to_text: !function beside.text", "names the Python function beside.text, which is not run by default"),
+        ("x: !!python/object/apply:os.system [echo]", "is not valid YAML"),
+        ("process_docs: beside.text", "'process_docs' is not a plain value"),
+        ("class: beside.text", "'class' is not a plain value"),
+        ("custom_dataset: beside.text", "'custom_dataset' is not a plain value"),
+        ("use_prompt: promptsource:all", "'use_prompt' is not a plain value"),
+        ("unsafe_code: true", "'unsafe_code' is not a plain value"),
         ("metric_list: [{metric: ./beside.py}]", "the metric './beside.py' is not one of"),
         ("metric_list: [{metric: acc, hf_evaluate: true}]", "loads a metric's code"),
         ("filter_list: [{name: a, filter: [{function: custom, filter_fn: beside.text}]}]", "the filter 'custom'"),
         ("filter_list: [{name: a, filter: [{function: decontaminate, path: /etc/passwd}]}]", "the filter 'decontamin"),
-        ("fewshot_config: {process_docs: beside.text}", "fewshot_config has 'process_docs'"),
+        ("fewshot_config: {process_docs: beside.text}", "fewshot_config has the unknown key 'process_docs'"),
         ("fewshot_config: {sampler: beside.Sampler}", "the sampler"),
-        ("include: ../secret.yaml", "leads out of its folder"),
-        ("include: /etc/hostname", "leads out of its folder"),
+        ("include: ../secret.yaml", "is outside its folder"),
+        ("include: /etc/hostname", "is outside its folder"),
         ("include: capitals.yaml", "includes itself"),
-        ("dataset_path: somebody/dataset", "'somebody/dataset' is not beside the file"),
-        ("dataset_kwargs: {data_files: {test: ../secret.jsonl}}", "leads out of its folder"),
-        ("dataset_kwargs: {data_files: {test: /etc/passwd}}", "leads out of its folder"),
-        ("dataset_kwargs: {data_files: {test: link.jsonl}}", "leads out of its folder"),
+        ("dataset_path: somebody/dataset", "'somebody/dataset' is not next to the file"),
+        ("dataset_kwargs: {data_files: {test: ../secret.jsonl}}", "is outside its folder"),
+        ("dataset_kwargs: {data_files: {test: /etc/passwd}}", "is outside its folder"),
+        ("dataset_kwargs: {data_files: {test: link.jsonl}}", "is outside its folder"),
         ("dataset_kwargs: {data_files: {test: 'https://host/x.jsonl'}}", "there is no file"),
-        ("dataset_kwargs: {data_files: {train: capitals.jsonl}}", "test_split is 'test', but its data have train"),
-        ("test_split: null", "says no test_split"),
-        ("task: [a, b]", "says no name"),
+        ("dataset_kwargs: {data_files: {train: capitals.jsonl}}", "test_split is 'test', but its data contain train"),
+        ("test_split: null", "has no test_split"),
+        ("task: [a, b]", "has no name"),
         ("output_type: poetry", "lm-eval cannot use it"),
         ("doc_to_text: '{{nothing_there}}'", "lm-eval cannot use it"),
     ],
@@ -434,7 +434,7 @@ def test_a_program_reaches_neither_files_nor_the_network_nor_other_processes(tmp
 
 
 def test_humaneval_is_run_only_where_that_is_allowed() -> None:
-    with pytest.raises(TaskError, match="humaneval runs what the model writes: allow it with --run-generated-code"):
+    with pytest.raises(TaskError, match="humaneval runs code that the model generates: allow it with --run-generated"):
         open_tasks(["humaneval"])
 
 

@@ -118,12 +118,12 @@ def test_a_distance_is_the_same_whatever_streams_are_kept(stack: Stack, tokens: 
 
 
 @pytest.fixture(params=[64, 10**6], ids=["bounded by some tokens", "whole vocabulary alone"])
-def telling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def likely_tokens(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small vocabularies are not worth a bound, so it is asked for."""
     monkeypatch.setattr(module, "LIKELY_TOKENS", request.param)
 
 
-@pytest.mark.usefixtures("telling")
+@pytest.mark.usefixtures("likely_tokens")
 @pytest.mark.parametrize("name", list(DISTANCES))
 def test_an_abandoned_cost_is_a_lower_bound_above_the_bound(name: str, stack: Stack, tokens: LongTensor) -> None:
     """Whatever was measured before, and so in whatever order the positions come."""
@@ -143,7 +143,7 @@ def test_an_abandoned_cost_is_a_lower_bound_above_the_bound(name: str, stack: St
     assert abandoned >= 12
 
 
-@pytest.mark.usefixtures("telling")
+@pytest.mark.usefixtures("likely_tokens")
 def test_the_true_minimum_is_never_pruned(stack: Stack, tokens: LongTensor) -> None:
     measure, true = OutputDistance(stack, tokens), OutputDistance(stack, tokens)
     for removed in ((), (EVERY[10:11],), (EVERY[10:11], EVERY[7:8])):

@@ -331,7 +331,7 @@ def test_text_behind_images_may_skip_layers_while_it_is_generated() -> None:
 def test_a_decoder_that_reads_an_encoder_is_no_matter_of_policies_that_do_not_say_so() -> None:
     model = opened("whisper")
     policies = {"decoder": PolicyReference(name="first")}
-    with pytest.raises(PlanError, match="reads an encoder, for which this policy does not decide: use a path"):
+    with pytest.raises(PlanError, match="reads an encoder, which this policy does not support: use a path"):
         lamella.apply(model, Plan(model=ModelReference.of(model), policies=policies))
 
 

@@ -395,22 +395,26 @@ def test_what_such_a_decoder_cannot_do_is_refused_in_one_line() -> None:
         return lambda: view.generate(**{**given, "max_new_tokens": 2, **options})
 
     attempts = [
-        (lambda: lamella.apply(model, first), PlanError, "reads an encoder, for which this policy does not decide"),
+        (lambda: lamella.apply(model, first), PlanError, "reads an encoder, which this policy does not support"),
         (lambda: view(**given, cache=PlanCache(view.config, plan)), CacheError, f"{pair} PlanCache"),
         (lambda: view(**given, cache=filled), CacheError, f"{pair} EncoderDecoderCache"),
         (lambda: view(**given, cache=other), CacheError, "this cache belongs to another plan"),
         (generate(cache=DynamicCache()), CacheError, f"{pair} DynamicCache"),
         (generate(**empty), CacheError, "a prompt of this batch is empty"),
         (generate(use_cache=False), CacheError, r"switch it on \(use_cache=True in Python\)"),
-        (generate(cache_implementation="static"), CacheError, "not with cache 'static': leave it out"),
-        (generate(prefill_chunk_size=2), CacheError, "prompt_lookup_num_tokens and prefill_chunk_size out"),
+        (generate(cache_implementation="static"), CacheError, "not with cache 'static': omit it"),
+        (
+            generate(prefill_chunk_size=2),
+            CacheError,
+            "omit assistant_model, prompt_lookup_num_tokens and prefill_chunk_size",
+        ),
     ]
     for attempt, kind, said in attempts:
         with pytest.raises(kind, match=said) as error:
             attempt()
         assert type(error.value) is kind and "\n" not in str(error.value)
     single = {key: value[:1] for key, value in given.items()}
-    with pytest.raises(CacheError, match="leave assistant_model, prompt_lookup_num_tokens and"):
+    with pytest.raises(CacheError, match="omit assistant_model, prompt_lookup_num_tokens and"):
         view.generate(**single, max_new_tokens=2, prompt_lookup_num_tokens=2)
     plain = lamella.open(nano("llama"))
     phased = Plan(model=ModelReference.of(plain), path={"text": PhasedPath(prefill=[0, 1, 2, 3], decode=[0, 3])})

@@ -216,7 +216,7 @@ def test_another_run_is_not_resumed(change: dict[str, Any], named: str, tmp_path
 
     run({})
     run({"save_every": 1, "log_every": 1})  # these do not decide the result
-    with pytest.raises(TrainingError, match=f"holds a run with {named}"):
+    with pytest.raises(TrainingError, match=f"contains a run with {named}"):
         run(change)
 
 
@@ -363,5 +363,5 @@ def test_two_processes_train_as_one_does_on_the_same_batches(
 def test_one_process_has_nobody_to_share_with(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="accelerate launch"):
         fit(nano("llama"), SAMPLES, response_loss, out=tmp_path, shard=True, **RUN)
-    with pytest.raises(TrainingError, match="Hook works on whole parameters"):
+    with pytest.raises(TrainingError, match="Hook needs whole parameters"):
         fit(nano("llama"), SAMPLES, response_loss, out=tmp_path, shard=True, hooks=[Hook()], **RUN)

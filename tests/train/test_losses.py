@@ -217,7 +217,7 @@ def test_states_inside_are_compared_after_norms_and_weigh_as_much_as_the_diverge
 
 def test_states_inside_a_family_that_is_not_known_are_refused() -> None:
     stack = Stack(nano("opt"))
-    with pytest.raises(TrainingError, match="states inside opt models are not known"):
+    with pytest.raises(TrainingError, match="intermediate states of opt models are unknown"):
         distillation_loss(stack.model, BATCH, teacher=stack.model, pairs=[(0, 0)])
 
 

@@ -263,11 +263,11 @@ def test_an_optimizer_state_of_something_else_is_refused(tmp_path: Path) -> None
     ("change", "message"),
     [
         ({"fraction": 1.5}, "from 0 to 1"),
-        ({"samples": {}}, "give one for each"),
-        ({"samples": {"a": OLD, "b": OLD}}, "give one for each"),
-        ({"samples": {"a": OLD, "b": OLD}, "mixture": {"a": 0.5, "b": 0.6}}, "add up to 1.1"),
-        ({"seen": {"old": [30]}}, "none, or others, are named as seen"),
-        ({"seen": {"old": []}}, "none, or others, are named as seen"),
+        ({"samples": {}}, "give a share for each"),
+        ({"samples": {"a": OLD, "b": OLD}}, "give a share for each"),
+        ({"samples": {"a": OLD, "b": OLD}, "mixture": {"a": 0.5, "b": 0.6}}, "sum to 1.1"),
+        ({"seen": {"old": [30]}}, "are empty or outside its 30 samples"),
+        ({"seen": {"old": []}}, "are empty or outside its 30 samples"),
     ],
 )
 def test_replay_that_cannot_be_is_refused(change: dict[str, Any], message: str) -> None:
@@ -278,8 +278,8 @@ def test_replay_that_cannot_be_is_refused(change: dict[str, Any], message: str) 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lr": 1e-3}, "leave lr and warmup out"),
-        ({"warmup": 0.1}, "leave lr and warmup out"),
+        ({"lr": 1e-3}, "omit lr and warmup"),
+        ({"warmup": 0.1}, "omit lr and warmup"),
         ({"schedule": "cosine"}, "needs lr"),
         ({"eval_every": -1}, "eval_every -1: give at least 1"),
     ],
@@ -292,5 +292,5 @@ def test_rates_that_contradict_each_other_are_refused(change: dict[str, Any], me
 def test_a_run_with_another_replay_or_schedule_is_not_resumed(tmp_path: Path) -> None:
     fit(nano("llama"), NEW, response_loss, out=tmp_path, replay=REPLAY, **RUN)
     for change in ({"replay": Replay({"old": OLD}, 0.4, seed=9)}, {"schedule": rewarm(12, 1e-3)}):
-        with pytest.raises(TrainingError, match="holds a run with"):
+        with pytest.raises(TrainingError, match="contains a run with"):
             fit(nano("llama"), NEW, response_loss, out=tmp_path, **RUN | {"replay": REPLAY} | change)

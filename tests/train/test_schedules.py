@@ -207,14 +207,14 @@ def test_named_recipes_hold_the_papers_constants() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Cosine(HIGH, LOW, 20, 10), "end at steps 20, 10: give them in their order"),
-        (lambda: Cosine(LOW, HIGH, 1, 10), "let them rise from 0"),
-        (lambda: Cosine(math.inf, LOW, 1, 10), "let them rise from 0"),
-        (lambda: Infinite(HIGH, CONST, LOW, 10, 5), "give them in their order"),
-        (lambda: Infinite(HIGH, CONST, LOW, 1, 5, 7), "both a beginning and an end"),
+        (lambda: Cosine(HIGH, LOW, 20, 10), "end at steps 20, 10: give them in ascending order"),
+        (lambda: Cosine(LOW, HIGH, 1, 10), "give ascending rates from 0"),
+        (lambda: Cosine(math.inf, LOW, 1, 10), "give ascending rates from 0"),
+        (lambda: Infinite(HIGH, CONST, LOW, 10, 5), "give them in ascending order"),
+        (lambda: Infinite(HIGH, CONST, LOW, 1, 5, 7), "both the start and the end"),
         (lambda: Infinite(HIGH, CONST, 0.0, 1, 5), "give positive numbers"),
         (lambda: Infinite(HIGH, CONST, LOW, 1, 5, cooldown="line"), "cosine or invsqrt"),  # type: ignore[arg-type]
-        (lambda: Constant(-1.0), "let them rise from 0"),
+        (lambda: Constant(-1.0), "give ascending rates from 0"),
     ],
 )
 def test_schedules_that_cannot_be_are_refused(make: object, message: str) -> None:

@@ -165,7 +165,7 @@ def test_schedules_have_names_and_a_warm_up_in_shares_or_steps(name: str, shape:
     ("wrong", "message"),
     [
         ({"steps": 0}, "steps 0: give at least 1"),
-        ({"clip": 0.0}, "clip 0: give the largest norm"),
+        ({"clip": 0.0}, "clip 0: give the maximum gradient norm"),
         ({"clip": float("nan")}, "clip nan"),
         ({"save_every": -1}, "save_every -1"),
     ],

@@ -207,8 +207,8 @@ def test_a_clip_opens_as_its_tower_with_the_projection_where_that_is_asked_for(w
         ("timm:hf-hub:someone/else", "timm has no model 'hf-hub:someone/else'"),
         ("torchvision:resnet", "torchvision has no model 'resnet'; did you mean resnet"),
         ("torchvision:__import__", "torchvision has no model '__import__'"),
-        ("torchvision:resnet18@weights.pth", "weights.pth is no safetensors file"),
-        ("torchvision:resnet18@missing.safetensors", "missing.safetensors is no safetensors file"),
+        ("torchvision:resnet18@weights.pth", "weights.pth is not a safetensors file"),
+        ("torchvision:resnet18@missing.safetensors", "missing.safetensors is not a safetensors file"),
     ],
 )
 def test_names_that_a_library_does_not_have_are_refused_in_one_line(name: str, message: str) -> None:
@@ -239,12 +239,12 @@ def test_a_tensor_that_is_missing_is_named(library: str, tmp_path: Path) -> None
     [
         ({"architecture": "hf-hub:someone/else"}, "timm has no model 'hf-hub:someone/else'"),
         ({"architecture": ["os", "system"]}, "timm has no model"),
-        ({"model_args": {**VIT, "checkpoint_path": "evil.pth"}}, "its checkpoint_path is no size"),
-        ({"model_args": {**VIT, "pretrained_cfg": {"file": "evil.pth"}}}, "its pretrained_cfg is no size"),
+        ({"model_args": {**VIT, "checkpoint_path": "evil.pth"}}, "its checkpoint_path is not a valid size"),
+        ({"model_args": {**VIT, "pretrained_cfg": {"file": "evil.pth"}}}, "its pretrained_cfg is not a valid size"),
         ({"model_args": {**VIT, "pretrained": True}}, "pretrained"),
         ({"model_args": {**VIT, "depth": 10_000}}, "more layers than the weights have"),
-        ({"model_args": {**VIT, "depth": 10**12}}, "its depth is no size"),
-        ({"model_args": [1]}, "no timm model"),
+        ({"model_args": {**VIT, "depth": 10**12}}, "its depth is not a valid size"),
+        ({"model_args": [1]}, "not a timm model"),
         ({"num_classes": 10**9}, "its num_classes is out of range"),
         ({"pretrained_cfg": {"crop_pct": 1e-9}}, "its crop_pct is out of range"),
         ({"pretrained_cfg": {"interpolation": "evil"}}, "its interpolation is out of range"),
@@ -255,19 +255,19 @@ def test_a_timm_folder_that_claims_what_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(CheckpointError, match=message) as error:
         lamella.open(timm_folder(tmp_path / "vit", **config))
-    assert "no timm model" in str(error.value) and "\n" not in str(error.value)
+    assert "not a timm model" in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"_class_name": "DDPMPipeline"}, "'DDPMPipeline' is no network of diffusers"),
-        ({"_class_name": "DDPMScheduler"}, "'DDPMScheduler' is no network of diffusers"),
-        ({"_class_name": "os.system"}, "'os.system' is no network of diffusers"),
-        ({"_class_name": ["os", "system"]}, "is no network of diffusers"),
+        ({"_class_name": "DDPMPipeline"}, "'DDPMPipeline' is not a network of diffusers"),
+        ({"_class_name": "DDPMScheduler"}, "'DDPMScheduler' is not a network of diffusers"),
+        ({"_class_name": "os.system"}, "'os.system' is not a network of diffusers"),
+        ({"_class_name": ["os", "system"]}, "is not a network of diffusers"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "its weights are quantised"),
         ({"layers_per_block": 10_000}, "more layers than the weights have"),
-        ({"layers_per_block": 10**9}, "which no weights here are of"),
+        ({"layers_per_block": 10**9}, "which does not fit the weights"),
         ({"block_out_channels": [4, 16]}, "where the network has"),
         ({"act_fn": "evil"}, "cannot be opened"),
     ],
@@ -283,11 +283,11 @@ def test_a_network_of_diffusers_that_claims_what_cannot_be_is_refused(
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ({"unet": ["transformers", "AutoModel"]}, "asks for transformers.AutoModel, which is not opened"),
-        ({"unet": ["evil", "Network"]}, "asks for evil.Network, which is not opened"),
-        ({"unet": ["diffusers", "DiffusionPipeline"]}, "which is not opened"),
-        ({"unet": ["diffusers.loaders", "FromSingleFileMixin"]}, "which is not opened"),
-        ({"_class_name": ["evil", "Pipeline"]}, "is no pipeline of diffusers"),
+        ({"unet": ["transformers", "AutoModel"]}, "needs transformers.AutoModel, which is not supported"),
+        ({"unet": ["evil", "Network"]}, "needs evil.Network, which is not supported"),
+        ({"unet": ["diffusers", "DiffusionPipeline"]}, "which is not supported"),
+        ({"unet": ["diffusers.loaders", "FromSingleFileMixin"]}, "which is not supported"),
+        ({"_class_name": ["evil", "Pipeline"]}, "is not a pipeline of diffusers"),
         ({"_class_name": "DiffusionPipeline"}, "cannot be opened"),
     ],
 )
@@ -332,9 +332,9 @@ def test_an_index_of_weights_that_leads_out_of_its_folder_is_refused(tmp_path: P
     names = load_file(tmp_path / "other.safetensors")
     index = {"metadata": {}, "weight_map": dict.fromkeys(names, "../other.safetensors")}
     (folder / f"{FILES['diffusers']}.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=r"names \.\./other\.safetensors, which is not beside it"):
+    with pytest.raises(CheckpointError, match=r"names \.\./other\.safetensors, which is not in its folder"):
         lamella.open(folder)
-    with pytest.raises(CheckpointError, match="no part of a pipeline"):
+    with pytest.raises(CheckpointError, match="not a valid part of a pipeline"):
         _ = lamella.open(pipeline_folder(tmp_path / "ddpm", **{"../unet": ["diffusers", "UNet2DModel"]})).model
 
 

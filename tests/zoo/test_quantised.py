@@ -87,8 +87,8 @@ def test_mxfp4_of_gpt_oss_is_opened_dequantised(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "way"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "give the checkpoint that it was made from"),
-        ({"quant_method": "awq", "bits": 4}, "give the checkpoint that it was made from"),
+        ({"quant_method": "gptq", "bits": 4}, "give the original checkpoint"),
+        ({"quant_method": "awq", "bits": 4}, "give the original checkpoint"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "dequantise it where bitsandbytes runs"),
     ],
     ids=["gptq", "awq", "bitsandbytes"],

@@ -10,7 +10,7 @@ from annotated_types import Ge, MinLen
 from lamella.data import ImageText
 from lamella.evaluate import bench as timed
 from lamella.evaluate import cost, peak_memory, step_times
-from lamella.evaluate.fidelity import judged
+from lamella.evaluate.fidelity import predicting_stack
 from lamella.plan import Plan
 from lamella.registry import command
 from lamella.result import Evidence, Summary, Table
@@ -81,7 +81,7 @@ def bench(
     Returns:
         Timings by name, predicted speed-ups, costs and peak memory.
     """
-    stack: Any = judged(model.whole) if text is None else model.whole
+    stack: Any = predicting_stack(model.whole) if text is None else model.whole
     first = model.whole.name
     models = {first: model.running.model} | {each.name: model.view(each.name) for each in changed}
     timings = timed(models, batch, prompt if text is None else text, tokens, rounds)

@@ -23,7 +23,7 @@ from lamella.errors import CalibrationError
 from lamella.reading import RowFile, check_in_folder
 from lamella.signature import Fixture
 from lamella.stack import Model
-from lamella.zoo.worlds import QUESTIONS, SIZE, Example, examples
+from lamella.zoo.worlds import QUESTIONS, SIZE, ShapeExample, examples
 
 SHAPES = "shapes"
 FILES = (".jsonl", ".json", ".txt")
@@ -194,7 +194,7 @@ class _Undecoded:
 def _decoded(image: Any, where: str) -> Image:
     if isinstance(image, Path):
         return read_image(image, where)
-    if isinstance(image, Example):
+    if isinstance(image, ShapeExample):
         return image.image
     try:
         return image if hasattr(image, "ndim") else to_rgb(image)

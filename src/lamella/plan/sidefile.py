@@ -63,7 +63,7 @@ def read(path: str | Path, schema: str, what: str, sha256: str | None = None) ->
         shapes = parse_json(metadata.get(schema, "null"))
     except (OSError, SafetensorError, ValueError) as error:
         raise PlanError(
-            f"{what}: {path} cannot be read ({error.__class__.__name__}): keep the file beside its plan"
+            f"{what}: {path} cannot be read ({error.__class__.__name__}): keep the file next to its plan"
         ) from None
     if sha256 is not None and digest != sha256:
         raise PlanError(f"{what}: {path} is not the one that the plan was made with: its hash differs")

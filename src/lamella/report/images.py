@@ -1,4 +1,4 @@
-"""Pictures inside a page, which needs no other file."""
+"""Images embedded in a page, which needs no other file."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import numpy.typing as npt
 
 from lamella.extras import require
 
-SIDE = 96  # pixels, at least: small pictures are shown larger
+SIDE = 96  # minimum height in pixels: small images are enlarged
 
 
-def png_base64(pictures: Iterable[npt.NDArray[np.uint8]]) -> str:
-    """Pictures of one height [height, width, 3] side by side, as the text of a PNG.
+def png_base64(images: Iterable[npt.NDArray[np.uint8]]) -> str:
+    """Return images of the same height [height, width, 3], concatenated horizontally, as a Base64 PNG.
 
     Raises:
-        LamellaError: when Pillow is missing.
+        LamellaError: if Pillow is missing.
     """
-    image = require("PIL.Image", "vision", "pictures")
-    row = np.concatenate(list(pictures), axis=1)
-    times = max(1, SIDE // row.shape[0])
-    made = image.fromarray(np.repeat(np.repeat(row, times, axis=0), times, axis=1))
+    pillow = require("PIL.Image", "vision", "images")
+    row = np.concatenate(list(images), axis=1)
+    scale = max(1, SIDE // row.shape[0])
+    image = pillow.fromarray(np.repeat(np.repeat(row, scale, axis=0), scale, axis=1))
     file = io.BytesIO()
-    made.save(file, "PNG", optimize=True)
+    image.save(file, "PNG", optimize=True)
     return base64.b64encode(file.getvalue()).decode()

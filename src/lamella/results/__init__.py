@@ -1,4 +1,4 @@
-"""What commands return, and how it is described, drawn, written and read."""
+"""Results of commands, and how they are described, drawn, written and read."""
 
 from lamella.plan import PlanSeries, SeriesEvidence
 from lamella.result import Evidence, Result, Summary, Table

@@ -1,4 +1,4 @@
-"""Conversations about pictures, as a result: rows with their provenance, what to train and test on, and the files."""
+"""Conversations about images, as a result: rows with their provenance, training and test splits, and images."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ IMAGES = "images"
 
 @dataclass(kw_only=True)
 class ImageCorpus(Corpus):
-    """A set of conversations about pictures.
+    """A set of conversations about images.
 
-    ``data.jsonl`` holds every row, those that were dropped too, with its provenance. ``train.jsonl`` and ``test.jsonl``
-    are conversations about what lies in ``pictures``, as every method reads them that takes images with text.
+    ``data.jsonl`` contains every row with its provenance, including dropped ones. ``train.jsonl`` and ``test.jsonl``
+    are conversations about the files in ``images``, in the format of every method that accepts images with text.
 
     Attributes:
         items: the rows.
-        train: conversations in the order in which they are seen.
-        test: conversations about what nothing is trained on.
-        images: functions that return each image, by its file name in the folder; one is held in memory at a time.
+        train: conversations in training order.
+        test: conversations that are not trained on.
+        images: functions that return each image, by its file name in the folder; one is in memory at a time.
     """
 
     items: list[dict[str, Any]]
@@ -36,9 +36,11 @@ class ImageCorpus(Corpus):
     kind: ClassVar[str] = "image-corpus"
 
     def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield all rows."""
         yield from self.items
 
     def write(self, folder: Path) -> None:
+        """Write the rows, the splits and the images into a folder."""
         super().write(folder)
         for name in ("train", "test"):
             write_rows(folder / f"{name}.jsonl", getattr(self, name))

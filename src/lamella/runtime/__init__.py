@@ -1,4 +1,4 @@
-"""Running plans: one entry, :func:`apply`, for plans of every kind."""
+"""Running plans: :func:`apply` handles plans of every kind."""
 
 from lamella.runtime.cache import Phase, PlanCache
 from lamella.runtime.denoising import Denoising, Sampler, check_masked, denoise

@@ -1,7 +1,7 @@
-"""Training: samples, losses, LoRA, and one thin layer over ``transformers.Trainer``.
+"""Training: samples, losses, LoRA, and a thin layer over ``transformers.Trainer``.
 
-A training job is four lines: choose what trains (:func:`own` or :func:`add_lora`), make samples, choose a loss, and
-call :func:`fit`, which goes on by itself from where an earlier call was killed:
+A training job takes four lines: choose the trained parameters (:func:`own` or :func:`add_lora`), make samples, choose
+a loss, and call :func:`fit`, which resumes where an earlier, interrupted call stopped:
 
     fit(view, samples, Task(response_loss), TrainConfig(steps=200, lr=1e-4), out="run")
 """
@@ -30,7 +30,7 @@ from lamella.train.losses import (
     projection,
     response_loss,
 )
-from lamella.train.mixing import Feed, Order, Replay, Replayed, past_mixture
+from lamella.train.mixing import Feed, Order, Replay, ReplayedSample, past_mixture
 from lamella.train.optimizers import adamw
 from lamella.train.pace import TooLittleTime
 from lamella.train.parameters import choose, own
@@ -65,7 +65,7 @@ __all__ = [
     "Lora",
     "Order",
     "Replay",
-    "Replayed",
+    "ReplayedSample",
     "Sample",
     "Schedule",
     "ScheduleName",

@@ -1,4 +1,4 @@
-"""Models and texts that every machine can have: the embedded default, built-in texts, nano models."""
+"""Models and texts for any machine: the embedded default model, built-in texts, nano models."""
 
 from lamella.zoo.cache import cache_folder
 from lamella.zoo.configs import open_config

@@ -1,4 +1,4 @@
-"""Models that a command is given by name and opens itself: checkpoints as files, and models to compare."""
+"""Models that a command opens itself by name: checkpoints as files, and models to compare."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lamella.zoo.pull import resolve
 
 @dataclass(frozen=True)
 class LazyCheckpoint:
-    """A checkpoint that is not opened yet: some commands read its files alone.
+    """A checkpoint that is not opened yet: some commands read only its files.
 
     Attributes:
         name: what :func:`open_model` takes.
@@ -29,27 +29,27 @@ class LazyCheckpoint:
 
     @classmethod
     def open(cls, name: Any, **options: Any) -> LazyCheckpoint:
-        """The checkpoint of that name; options are those of :func:`open_model`."""
+        """Return the checkpoint of that name; options are those of :func:`open_model`."""
         return cls(name, {each: value for each, value in options.items() if value is not None})
 
     @property
     def folder(self) -> Path:
-        """Where its files are.
+        """The folder of its files.
 
         Raises:
             CheckpointError: for a model in memory, or one on the hub.
         """
         place = resolve(self.name) if isinstance(self.name, str | Path) else None
         if not isinstance(place, Path):
-            raise CheckpointError(f"{self.name} is no folder here: give a local checkpoint, or a zoo name")
+            raise CheckpointError(f"{self.name} is not a local folder: give a local checkpoint, or a zoo name")
         return place
 
     def opened(self) -> Model:
-        """The model."""
+        """Return the opened model."""
         return open_model(self.name, **self.options)
 
     def processor(self) -> Any:
-        """Its processor or tokenizer; None where it has none."""
+        """Return its processor or tokenizer; None if it has none."""
         if not isinstance(self.name, str | Path):
             return None
         try:
@@ -58,7 +58,7 @@ class LazyCheckpoint:
             return None
 
     def describe(self) -> str:
-        """Its name, for provenance."""
+        """Return its name, for provenance."""
         return str(getattr(self.name, "name", self.name))
 
 
@@ -77,17 +77,17 @@ class ComparedModel:
 
     @classmethod
     def open(cls, name: str | Path) -> ComparedModel:
-        """What has that name; it is opened beside the model that it is compared with, by :meth:`SavedModel.view`."""
+        """Return the reference to that name; :meth:`SavedModel.view` opens it together with the other model."""
         return cls(str(name))
 
     @classmethod
     def check(cls, name: str | Path) -> None:
-        """Check that the plan, or the model, is there."""
+        """Check that the plan, or the model, exists."""
         if names_plan(name):
             Plan.read(name)
         else:
             check_model(name)
 
     def describe(self) -> str:
-        """Its name, for provenance."""
+        """Return its name, for provenance."""
         return self.name

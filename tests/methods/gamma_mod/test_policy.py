@@ -276,5 +276,5 @@ def test_a_model_whose_image_tokens_see_those_behind_them_is_refused() -> None:
              "image_size": 16, "patch_size": 4}  # fmt: skip
     config = Gemma3Config(text_config=text, vision_config=tower, mm_tokens_per_image=4, image_token_index=120)
     stack = open_model(Gemma3ForConditionalGeneration(config)).stacks["text"]
-    with pytest.raises(PlanError, match="see those behind them"):
-        apply(stack, plan_of(stack))
+    with pytest.raises(PlanError, match="see later tokens"):
+        apply(stack, planned(stack))

@@ -24,9 +24,9 @@ from lamella.methods.mue.policy import by_token, saturation
 from lamella.plan import Plan
 from lamella.runtime import PlanCache, empty_cache, parallel, traced, untraced
 from lamella.stack import Model
-from lamella.zoo.nano import SEEING, nano
+from lamella.zoo.nano import IMAGE_POSITIONS, nano
 
-NAMES = list(SEEING)
+NAMES = list(IMAGE_POSITIONS)
 ROWS, LENGTH, PROMPT = 3, 9, 4
 IMAGE, START = 127, {"florence2": 2, "patch_bart": 2, "patch_mbart": 2, "patch_t5": 0}
 DRAWN = torch.Generator().manual_seed(5)
@@ -52,9 +52,9 @@ def opened(name: str, **overrides: Any) -> Model:
 
 def source(name: str) -> dict[str, Tensor]:
     """A ragged batch, of which the last row has no image."""
-    places = SEEING[name]
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, 120, (ROWS, places + 8), generator=generator)
+    places = IMAGE_POSITIONS[name]
+    drawn = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 120, (ROWS, places + 8), generator=drawn)
     mask = torch.ones_like(ids)
     ids[:2, 1 : places + 1] = IMAGE
     mask[1, places + 5 :] = 0
@@ -486,9 +486,9 @@ def test_an_encoder_takes_no_policy_of_another_method_and_a_decoder_none_of_the_
     model = opened("patch_bart")
     encoder, decoder = model.stacks.values()
     with pytest.raises(PlanError, match="does not generate, so its tokens have no phases"):
-        lamella.runtime.with_policy(encoder, exit_plan(model, {"encoder": {}}), TokenExits(encoder))
-    with pytest.raises(PlanError, match="reads an encoder, for which this policy does not decide"):
-        lamella.runtime.with_policy(decoder, exit_plan(model, {"decoder": {}}), ModalityExits(decoder))
+        lamella.runtime.with_policy(encoder, planned(model, {"encoder": {}}), TokenExits(encoder))
+    with pytest.raises(PlanError, match="reads an encoder, which this policy does not support"):
+        lamella.runtime.with_policy(decoder, planned(model, {"decoder": {}}), StreamExits(decoder))
     for wrong in (lamella.open(nano("bart")), lamella.open(nano("llama"))):
         with pytest.raises(MethodError, match="mue works on"):
             exit_view(wrong, ExitSettings(), {})

@@ -266,14 +266,14 @@ def test_provenance_knows_other_plain_twins(tmp_path: Path) -> None:
     ("change", "said"),
     [
         ({"_class_name": "FluxTransformer2DModel"}, "is not WanTransformer3DModel"),
-        ({"num_layers": 10**9}, "which no weights here are of"),
-        ({"rope_max_seq_len": 10**9}, "which no weights here are of"),
+        ({"num_layers": 10**9}, "which does not fit the weights"),
+        ({"rope_max_seq_len": 10**9}, "which does not fit the weights"),
         ({"ffn_dim": 41}, r"is \[40, 48\] where the network has \[41, 48\]"),
         ({"num_layers": 4}, "lacks tensors of the network"),
         ({"num_layers": "three"}, "cannot be opened"),
         ({"num_layers": 2**17}, "more layers than the weights have"),
         ({"vace_layers": [0] * 2**17}, "more layers than the weights have"),
-        ({"rope_max_seq_len": 2**17}, "which no weights here are of"),
+        ({"rope_max_seq_len": 2**17}, "which does not fit the weights"),
         (
             {"num_attention_heads": 1, "attention_head_dim": 2**17},
             r"is \[1, 2, 48\] where the network has \[1, 2, 131072\]",
@@ -335,7 +335,7 @@ def test_weights_in_parts_are_read_and_lead_nowhere_else(tmp_path: Path) -> None
     assert Base.open(where).digest == latents().digest
     (part / "a.safetensors").rename(tmp_path / "a.safetensors")
     index.write_text(index.read_text().replace("a.safetensors", "../../a.safetensors"))
-    with pytest.raises(CheckpointError, match="which is not beside it"):
+    with pytest.raises(CheckpointError, match="which is not in its folder"):
         Base.open(where)
 
 

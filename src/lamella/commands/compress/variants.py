@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from lamella.errors import ExportError
 from lamella.evaluate import FidelityTest, bench
-from lamella.evaluate.fidelity import judged
+from lamella.evaluate.fidelity import predicting_stack
 from lamella.extras import require
 from lamella.plan.quantize import NEEDS, Int8Linear, int8_copy, q8_0_bytes, q8_0_copy
 from lamella.stack import open_model
@@ -113,9 +113,9 @@ def variants(
 
 
 def _bytes(model: Any) -> int:
-    """Return the bytes of a model's weights, without those that the plan of a view removes."""
-    stack = judged(open_model(model))
-    removed = [
+    """What is kept of a model; a view holds what its plan leaves out, too."""
+    stack = predicting_stack(open_model(model))
+    gone = [
         stack.layers[layer].get_submodule(child).parameters()
         for layer, name in stack.dropped
         for child in stack.architecture[name].modules

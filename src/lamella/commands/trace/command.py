@@ -13,7 +13,7 @@ from lamella.commands.trace.tracing import trace_answer
 from lamella.data import open_processing
 from lamella.data.images import Image, read_image
 from lamella.errors import CalibrationError
-from lamella.evaluate.fidelity import judged
+from lamella.evaluate.fidelity import predicting_stack
 from lamella.plan import Plan
 from lamella.registry import command
 from lamella.results import Study
@@ -87,9 +87,9 @@ def trace(
     Raises:
         PlanError: for a plan that is not dynamic, or no plan for a model that predicts masked tokens.
     """
-    stack = judged(model.running if plan is None else model.whole)
-    source = stack.path or stack.name
-    grid, shown = None, {}
+    stack = predicting_stack(model.running if plan is None else model.whole)
+    place = stack.path or stack.name
+    grid, seen = None, {}
     if image is None:
         tokenizer = open_tokenizer(source)
         inputs: dict[str, Any] = chat_inputs(tokenizer, [{"role": "user", "content": prompt}], stack.device)

@@ -37,7 +37,7 @@ from lamella.plan import ModelReference, Plan, PlanSeries, Point, PolicyReferenc
 from lamella.registry import command, method
 from lamella.results import Study
 from lamella.runtime import Sampler, apply
-from lamella.runtime.denoising import Kept
+from lamella.runtime.denoising import CacheKind
 from lamella.stack import Model, Stack
 
 SLUG = "dmllm-token-redundancy"
@@ -85,7 +85,7 @@ def dmllm_token_redundancy(
     pruning: TokenPruning = TokenPruning(),
     provenance: Provenance = "auto",
     length: Annotated[int, Ge(1)] | None = None,
-    cache: Kept = "none",
+    cache: CacheKind = "none",
     batch: Annotated[int, Ge(1)] = 8,
     seed: Annotated[int, Ge(0)] = 0,
 ) -> Study:
@@ -297,7 +297,7 @@ def _study_task(
     rows: list[ImageTextRow],
     schedule: VisualTokenSchedule,
     length: int | None,
-    cache: Kept,
+    cache: CacheKind,
     batch: int,
     seed: int,
 ) -> dict[str, Any]:

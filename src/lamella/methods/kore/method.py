@@ -35,7 +35,7 @@ from transformers.pytorch_utils import Conv1D
 from lamella import processes
 from lamella.data import ImageText, Passages, Text
 from lamella.errors import MethodError
-from lamella.evaluate.fidelity import continuing
+from lamella.evaluate.fidelity import causal_stack
 from lamella.files import Work
 from lamella.methods.kore.covariance import Covariance, equal_rank, input_covariance
 from lamella.methods.kore.nullspace import WEAK, Basis, Factors, null_basis, on_basis
@@ -129,7 +129,7 @@ def kore(
         TrainingError: when training cannot start or stay finite.
     """
     _check(constraint, config)
-    continuing(stack)
+    causal_stack(stack)
     plan = plan or Plan(model=ModelReference.of(stack), provenance={"method": "kore"})
     running = sites_of(plan.running("inputs"), stack.positions)
     view = apply(stack, plan)

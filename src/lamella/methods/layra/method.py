@@ -78,11 +78,11 @@ class Added(Result):
 
     def write(self, folder: Path) -> None:
         """The adapter of all languages as plain peft loads and merges it, and in ``steps`` what each step trained."""
-        self.adapter.put(folder)
+        self.adapter.write_into(folder)
         for name, each in self.adapters.items() if len(self.adapters) > 1 else ():
             place = folder / "steps" / name
             place.mkdir(parents=True)
-            each.put(place)
+            each.write_into(place)
 
     @classmethod
     def read(cls, path: Path) -> Adapter:

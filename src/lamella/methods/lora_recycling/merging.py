@@ -82,7 +82,7 @@ class EntryMerge:
         return total / agreeing.clamp(min=1)
 
     def updates(self) -> Iterator[tuple[str, Tensor]]:
-        """All of them in turn, for :func:`lamella.train.adapters.added`."""
+        """All of them in turn, for :func:`lamella.train.adapters.with_updates`."""
         return ((name, self.delta(name)) for name in self.modules)
 
     @property

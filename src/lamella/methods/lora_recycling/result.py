@@ -109,7 +109,7 @@ class Recycled(Result):
 
     def write(self, folder: Path) -> None:
         """The adapter as plain peft loads and merges it."""
-        self.adapter.put(folder)
+        self.adapter.write_into(folder)
 
     @classmethod
     def read(cls, path: Path) -> Adapter:

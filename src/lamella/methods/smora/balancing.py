@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lamella.methods.smora.modules import RankExperts
 from lamella.train import Hook, response_loss
-from lamella.train.task import Backward, Batch, LossAndParts, at_once
+from lamella.train.task import Backward, Batch, LossAndParts, single_pass
 
 VECTORS = "balance.safetensors"
 
@@ -44,7 +44,7 @@ class Balance(Hook):
 
     def passes(self, forward: Callable[[Batch], LossAndParts], batch: Batch, backward: Backward) -> LossAndParts:
         """A forward and a backward pass, and then the balance: the ``passes`` of a task."""
-        told = at_once(forward, batch, backward)
+        told = single_pass(forward, batch, backward)
         self.move()
         return told
 
