@@ -244,7 +244,7 @@ def image_tokens(record: Record, rounds: int) -> None:
     model = open_model(made)
     picture = np.zeros((64, 64, 3), dtype=np.uint8)
     messages = ({"role": "user", "content": f"{MARK} list the shapes."}, {"role": "assistant", "content": "circle"})
-    inputs = Processing(processor).prompts([Conversation((picture,), messages)])
+    inputs = Processing(processor).prompts([ImageTextRow((picture,), messages)])
     stack, sampler = text_of(model), Sampler(length=32, steps=4 * rounds)
     image = int((inputs["input_ids"] == made.config.image_token_id).sum())
     lengths = RequestLengths(image, inputs["input_ids"].shape[1] - image, sampler.length)
@@ -379,7 +379,7 @@ def exits(record: Record, rounds: int) -> None:
         {"role": "user", "content": f"{MARK} describe the picture."},
         {"role": "assistant", "content": "circle"},
     )
-    inputs = Processing(processor, encodes=True).prompts([Conversation((picture,), messages)])
+    inputs = Processing(processor, encodes=True).prompts([ImageTextRow((picture,), messages)])
     left = {"no token exits": (OFF, 1, 1), "after layers 2 and 4": (-OFF, 2, 4), "after layers 6 and 3": (-OFF, 6, 3)}
     views, shorter = {}, {}
     for name, (tau, e, j) in left.items():

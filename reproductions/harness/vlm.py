@@ -97,7 +97,7 @@ def asked(count: int, seed: int, size: int, tasks: Sequence[str], most: int = MO
     return [shown_row(each) for each in examples(tasks, count, "calibration", seed, size, most)]
 
 
-def shown_row(each: ShapeExample) -> Conversation:
+def shown_row(each: ShapeExample) -> ImageTextRow:
     """An example as a row, its image first."""
     return ImageTextRow((each.image,), turns([(f"{MARK}\n{each.prompt}", each.answer)]), task=each.task)
 

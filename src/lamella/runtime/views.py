@@ -68,7 +68,7 @@ def _policy_of(stack: Stack, plan: Plan) -> Policy:
     reference = plan.policies.get(stack.stack)
     if reference is None:
         return PathPolicy(stack, plan)
-    known = policies(room(reference.name, "policy"))
+    known = policies(submodule(reference.name, "policy"))
     if len(known) > 1:  # one for the encoder, one for the decoder
         known = [each for each in known if each.encodes == encodes(stack)]
     if len(known) != 1:
