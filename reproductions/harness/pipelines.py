@@ -27,13 +27,12 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lamella.methods.skippipe.executor import Node, stage_of_parameter
-from lamella.methods.skippipe.meeting import Meeting
-from lamella.methods.skippipe.network import Network
-from lamella.methods.skippipe.network import Node as Machine
+from lamella.methods.skippipe.communicator import Communicator
+from lamella.methods.skippipe.executor import NodeExecutor, stage_of_parameter
+from lamella.methods.skippipe.network import Machine, PipelineNetwork
 from lamella.methods.skippipe.paths import Assignment, Limits
 from lamella.methods.skippipe.planner import Limit
-from lamella.methods.skippipe.schedule import Schedule, scheduled
+from lamella.methods.skippipe.schedule import PipelineSchedule, make_schedule
 from lamella.methods.skippipe.stages import spans
 from lamella.stack import Context, Stack
 
@@ -58,14 +57,15 @@ def batch() -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
 
 
-def plans(slow: bool = False) -> dict[str, Schedule]:
+def plans(slow: bool = False) -> dict[str, PipelineSchedule]:
     """All stages, and two of three; with ``slow`` links that take as long as a stage."""
     edge = (1 - np.eye(6)) * (2 * WORK if slow else 0.0)
-    network = Network(tuple(Machine("here") for _ in range(6)), edge, np.full(6, WORK))
+    network = PipelineNetwork(tuple(Machine("here") for _ in range(6)), edge, np.full(6, WORK))
     assignment = Assignment(STAGES)
     lengths = {"full": Limits(length=3, swaps=0), "skip": Limits(length=2)}
     return {
-        name: scheduled(network, assignment, MICROBATCHES, limits, limit=LIMIT)[0] for name, limits in lengths.items()
+        name: make_schedule(network, assignment, MICROBATCHES, limits, limit=LIMIT)[0]
+        for name, limits in lengths.items()
     }
 
 
@@ -140,13 +140,13 @@ def _of_stage(stack: Stack, stage: int) -> dict[str, nn.Parameter]:
     return {name: each for name, each in named if ".layers." in name and stage_of(name) == stage}
 
 
-def ours(schedule: Schedule, meeting: Meeting) -> Callable[[], dict[str, Tensor]]:
+def ours(schedule: PipelineSchedule, meeting: Communicator) -> Callable[[], dict[str, Tensor]]:
     """An iteration along the paths of a schedule."""
     stack = model()
     stage_of = stage_of_parameter(stack, spans(stack, len(STAGES)))
     mine = {name: each for name, each in stack.model.named_parameters() if stage_of(name) == meeting.stage}
     meeting.schedule = schedule
-    node = Node(stack, spans(stack, len(STAGES)), mine, meeting, clip=1e9, pace=1.0)
+    node = NodeExecutor(stack, spans(stack, len(STAGES)), mine, meeting, clip=1e9, pace=1.0)
 
     def once() -> dict[str, Tensor]:
         meeting.schedule = schedule
@@ -157,9 +157,11 @@ def ours(schedule: Schedule, meeting: Meeting) -> Callable[[], dict[str, Tensor]
     return once
 
 
-def process(rank: int, rounds: int, out: Path, made: dict[str, Schedule], slow: dict[str, Schedule]) -> None:
+def process(
+    rank: int, rounds: int, out: Path, made: dict[str, PipelineSchedule], slow: dict[str, PipelineSchedule]
+) -> None:
     """One node: all pipelines in turn."""
-    meeting = Meeting(made["full"], torch.device("cpu"))
+    meeting = Communicator(made["full"], torch.device("cpu"))
     groups = [dist.new_group([stage[chain] for stage in STAGES]) for chain in range(2)]
     same = [dist.new_group(list(stage)) for stage in STAGES]
     arms = {

@@ -41,7 +41,8 @@ def _vision(found: dict[str, Any]) -> Summary:
     accuracy = found["accuracy"]
     rows = [[label, percent(accuracy[stage])] for stage, label in STAGES.items() if stage in accuracy]
     correct = percent(accuracy.get("merged", accuracy["trained"]))
-    verdict = f"A network of {counted(found['parameters'], 'parameter')} classifies {correct} of the held-out images correctly."
+    size = counted(found["parameters"], "parameter")
+    verdict = f"A network of {size} classifies {correct} of the held-out images correctly."
     lines = [f"folding the norms changes outputs by up to {number(accuracy['moved'])}"] if "moved" in accuracy else []
     return Summary(verdict, [Table("Accuracy on held-out images", ["", "accuracy"], rows)], lines)
 
