@@ -302,14 +302,14 @@ def nano(run: Run) -> None:
     def mean(way: str, what: str) -> float:
         return fmean(each[what] for each in arms[way])
 
-    quarters = (8, 16, 24)  # of the places of a spectrum, 0 to 32
+    quarters = (8, 16, 24)  # indices of a spectrum, 0 to 32
     run.table(
         f"A Llama of width {WIDTH}, {LAYERS} layers, rank {RANK}, {steps} steps of {BATCH} x {CONTEXT}: held-out nats "
         "per character; updates averaged over linear layers",
-        ["", "best rate", "loss, mean over seeds", "lowest", "highest", "rank of the update", "fraction beyond the rank",
-         *(f"singular value at {index}/32, relative to the first" for index in quarters)],
+        ["", "best rate", "loss, mean over seeds", "lowest", "highest", "rank of the update",
+         "fraction beyond the rank", *(f"singular value at {index}/32, relative to the first" for index in quarters)],
         [[way, best[way], fmean(each), min(each), max(each), mean(way, "rank"), mean(way, "beyond"),
-          *(fmean(one["spectrum"][place] for one in arms[way]) for index in quarters)] for way, each in losses.items()],
+          *(fmean(one["spectrum"][index] for one in arms[way]) for index in quarters)] for way, each in losses.items()],
     )  # fmt: skip
 
     def less(way: str, other: str) -> Measured:
