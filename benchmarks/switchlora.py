@@ -25,7 +25,7 @@ from lamella.evaluate import Ratio
 from lamella.methods.switchlora import ExchangeFrequency, SwitchHook, per_vector
 from lamella.results import Record
 from lamella.stack import Stack, share
-from lamella.train import Hook, Lora, Sample, Task, TrainConfig, Training, add_lora, blocks, fit, own, response_loss
+from lamella.train import Hook, Lora, Sample, Task, TrainConfig, TrainingRun, add_lora, blocks, fit, own, response_loss
 
 R, VOCABULARY = 144, 4096
 STEPS, WARM = 6, 2  # of one turn, and of them those that are not timed
@@ -41,10 +41,10 @@ class Watch(Hook):
         self.ends: list[float] = []
         self.bytes = 0
 
-    def after_step(self, run: Training) -> None:
+    def after_step(self, run: TrainingRun) -> None:
         self.ends.append(time.perf_counter())
 
-    def end(self, run: Training) -> None:
+    def end(self, run: TrainingRun) -> None:
         self.bytes = sum(
             each.nbytes for state in run.optimizer.state.values() for each in state.values() if torch.is_tensor(each)
         )

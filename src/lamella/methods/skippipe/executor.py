@@ -156,10 +156,10 @@ class NodeExecutor:
         """Return the node that sends the input of a stop, or None at the start of a path."""
         path = self.schedule.path(stop.microbatch)
         if stop.phase == "forward":
-            return path[stop.index - 1] if stop.index else None
+            return path[stop.position - 1] if stop.position else None
         if stop.phase == "loss":
             return path[-1]
-        return path[(stop.index + 1) % len(path)]
+        return path[(stop.position + 1) % len(path)]
 
     def _serve(self, stop: Stop, part: Batch) -> Tensor | None:
         """Execute one stop, and return the loss if it is one."""
@@ -182,7 +182,7 @@ class NodeExecutor:
         path = self.schedule.path(stop.microbatch)
         following = stop.next_stop(len(path))
         if following is not None and output is not None:
-            there = path[following.index]
+            there = path[following.position]
             delay = self.pace * self.schedule.network.message_seconds(self.communicator.node, there)
             self.communicator.send(there, Message(stop.microbatch, following.phase, output), delay)
         return None if loss is None else loss.detach()

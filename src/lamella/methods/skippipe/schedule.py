@@ -89,8 +89,8 @@ class PipelineSchedule(Result):
         found = []
         for each in self.timeline:
             if each.node == node:
-                index = 0 if each.phase == "loss" else self.path(each.microbatch).index(node)
-                found.append(Stop(each.microbatch, index, each.phase))
+                position = 0 if each.phase == "loss" else self.path(each.microbatch).index(node)
+                found.append(Stop(each.microbatch, position, each.phase))
         return found
 
     def name(self, node: int) -> str:

@@ -28,12 +28,12 @@ class Stop(NamedTuple):
 
     Attributes:
         microbatch: the index of the microbatch in the iteration.
-        place: the position in its path.
+        position: the position in its path.
         phase: forward, loss or backward.
     """
 
     microbatch: int
-    index: int
+    position: int
     phase: Phase
 
     def next_stop(self, length: int) -> Stop | None:
@@ -41,9 +41,9 @@ class Stop(NamedTuple):
         if self.phase == "loss":
             return Stop(self.microbatch, length - 1, "backward")
         if self.phase == "forward":
-            is_last = self.index == length - 1
-            return Stop(self.microbatch, 0 if is_last else self.index + 1, "loss" if is_last else "forward")
-        return Stop(self.microbatch, self.index - 1, "backward") if self.index else None
+            is_last = self.position == length - 1
+            return Stop(self.microbatch, 0 if is_last else self.position + 1, "loss" if is_last else "forward")
+        return Stop(self.microbatch, self.position - 1, "backward") if self.position else None
 
 
 @dataclass
@@ -143,7 +143,7 @@ def simulate(network: PipelineNetwork, paths: Sequence[Path], microbatches: int 
             if successor < count:
                 schedule_event(now, path[0], Stop(successor, 0, "forward"), False)
         else:
-            there = path[following.index]
+            there = path[following.position]
             schedule_event(now + network.message_seconds(node, there), there, following, False)
         serve(node, now)
     if remaining:

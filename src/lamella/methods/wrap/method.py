@@ -164,7 +164,7 @@ def _check(cutting: PassageSettings) -> None:
 
 
 def _texts(name: str) -> Sequence[str]:
-    """Return the texts of an evaluation set: rows of a file or of a test split, otherwise paragraphs, otherwise lines."""
+    """Return the texts of an evaluation set: rows of a file or of a test split, else paragraphs, else lines."""
     results = load_text(name, "whole" if Path(name).expanduser().is_file() else "test").texts
     if len(results) > 1:
         return results
