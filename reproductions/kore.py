@@ -40,7 +40,7 @@ from harness import Run, main
 from harness.measured import Measured
 from harness.vlm import loss as vlm_loss
 from harness.vlm import opened_vlm, questions, reading, rows_of, trained_vlm, turns
-from harness.vlm import told as told_in_words
+from harness.vlm import text_rows as told_in_words
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda

@@ -17,10 +17,11 @@ from PIL import Image
 
 from lamella.results import Evidence
 
-PLANS, GAP = 2, 8  # how many are shown, and pixels between them
+PLANS, GAP = 2, 8  # number of plans, and pixels between them
 
 
 def main() -> int:
+    """Parse the arguments and run the script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("judged", type=Path, help="result folder of `lamella run muranet judge`")
     parser.add_argument("out", type=Path, help="the PNG to write")
