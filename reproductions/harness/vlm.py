@@ -38,8 +38,8 @@ from lamella.train import Task, TrainConfig, fit, response_loss
 from lamella.zoo import cache_folder
 from lamella.zoo.cache import build_once
 from lamella.zoo.opening import open_config, open_model, open_processor
-from lamella.zoo.vlm import POSITION_SCALE, SHAPES_SEQ2SEQ, shapes_vlm
-from lamella.zoo.worlds import MOST, QUESTIONS, SIZE, TASKS, Part, ShapeExample, ShapeScene, examples, render, scenes
+from lamella.zoo.vlm import SHAPES_SEQ2SEQ, shapes_vlm
+from lamella.zoo.worlds import MOST, QUESTIONS, SIZE, TASKS, Part, examples, render, scenes
 
 SAVED = 50  # steps between checkpoints
 TURNS = 8  # questions per image

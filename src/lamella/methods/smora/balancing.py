@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lamella.methods.smora.modules import RankExperts
 from lamella.train import Hook, response_loss
-from lamella.train.task import Backward, Batch, LossAndParts, single_pass
+from lamella.train.task import Backward, Batch, LossAndParts
 
 VECTORS = "balance.safetensors"
 
