@@ -242,7 +242,7 @@ def sliced(place: Path) -> None:
     tokens = torch.randint(3, 128, (16, 10), generator=torch.Generator().manual_seed(0))
     examples = [{"text": sample} for sample in blocks(tokens, 3, loss_on="all")]
     model = nano("llama")
-    slices = Slices(layer_parameters(Stack(model)), lambda step, norms: step % 4)
+    slices = SliceTraining(layer_parameters(Stack(model)), lambda step, norms: step % 4)
     task = Task(lambda model, batch: response_loss(model, batch["text"]), by_role, count_examples, dropout=False)
     config = TrainConfig(steps=5, schedule=Constant(1e-3, 2), clip=0.5, batch=2, seed=1, save_every=2)
     fit(
@@ -337,7 +337,7 @@ if __name__ == "__main__":
     from lamella.data import load_text, windows
     from lamella.evaluate import Memory
     from lamella.files import Work
-    from lamella.methods.irepair import BestSlices, Slices, by_role, count_examples, layer_parameters
+    from lamella.methods.irepair import BestSlices, SliceTraining, by_role, count_examples, layer_parameters
     from lamella.methods.unified_skip import unified_skip
     from lamella.plan import ModelReference, Plan
     from lamella.plan.export import export, export_out_of_core

@@ -121,16 +121,16 @@ def _features_of_timm(folder: Path, opener: str) -> Opener:
 def _iformer(folder: Path) -> Opener:
     pytest.importorskip("timm")
     from lamella.methods.iformer.folder import network
-    from lamella.methods.iformer.network import Shape
-    from lamella.methods.iformer.result import Classifier
+    from lamella.methods.iformer.network import StageShape
+    from lamella.methods.iformer.result import IFormerClassifier
     from lamella.methods.iformer.vision import Vision
     from lamella.train import TrainingLog
 
     folder.mkdir()
-    shape = Shape(depths=(1, 1), widths=(16, 32), attention=(1, 3), head_dim=8)
+    shape = StageShape(depths=(1, 1), widths=(16, 32), attention=(1, 3), head_dim=8)
     vision = Vision(network(shape, (32, 32), 3, 4), "made", (32, 32), 3, (0.5,) * 3, (0.5,) * 3)
-    Classifier(vision=vision, shape=shape, classes=4, log=TrainingLog({})).write(folder)
-    return folder / "model.safetensors", lambda: Classifier.read(folder)
+    IFormerClassifier(vision=vision, shape=shape, classes=4, log=TrainingLog({})).write(folder)
+    return folder / "model.safetensors", lambda: IFormerClassifier.read(folder)
 
 
 def _slab(folder: Path) -> Opener:

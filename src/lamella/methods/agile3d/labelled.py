@@ -21,14 +21,14 @@ class ClickLogs:
 
     Attributes:
         of_scenes: logs by the digest of their scene.
-        said: provenance.
+        metadata: provenance.
     """
 
     metavar: ClassVar[str] = "CLICKS"
     summaries: ClassVar[str] = "a file saved by a session, or a folder written by `label`"
 
     of_scenes: Mapping[str, ClickLog]
-    said: Mapping[str, Any]
+    metadata: Mapping[str, Any]
 
     @classmethod
     def open(cls, name: str | Path) -> ClickLogs:
@@ -50,7 +50,7 @@ class ClickLogs:
 
     def describe(self) -> dict[str, Any]:
         """Return the provenance of these logs."""
-        return dict(self.said)
+        return dict(self.metadata)
 
 
 @dataclass(kw_only=True)

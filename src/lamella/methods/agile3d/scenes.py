@@ -30,7 +30,7 @@ class Scenes:
 
     Attributes:
         scenes: the scenes.
-        said: provenance.
+        metadata: provenance.
     """
 
     metavar = "SCENES"
@@ -38,7 +38,7 @@ class Scenes:
     example = Fixture("rooms", settings={"count": 2})
 
     scenes: tuple[ClickScene, ...]
-    said: Mapping[str, Any]
+    metadata: Mapping[str, Any]
 
     @classmethod
     def open(cls, name: str | Path, context: InputContext, *, count: int = 24) -> Scenes:
@@ -62,7 +62,7 @@ class Scenes:
 
     def describe(self) -> dict[str, Any]:
         """Return the provenance of these scenes."""
-        return dict(self.said)
+        return dict(self.metadata)
 
     def __len__(self) -> int:
         return len(self.scenes)

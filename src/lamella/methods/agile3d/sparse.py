@@ -57,7 +57,8 @@ class SparseGrid:
     def coarser(self) -> tuple[SparseGrid, Pairs]:
         """The grid of cells twice as wide, and the pairs from fine to coarse cells.
 
-        There is one list of pairs for each of the 2^D positions within a coarse cell."""
+        There is one list of pairs for each of the 2^D positions within a coarse cell.
+        """
         wide = self.cells // 2
         distinct, parent = _numbered(wide)[0].unique(return_inverse=True)
         cells = wide.new_empty(len(distinct), wide.shape[1])

@@ -104,7 +104,8 @@ def pooled(features: Tensor) -> Tensor:
     """Average features over positions; vectors are unchanged.
 
     Args:
-        features: maps [batch, channels, height, width], tokens [batch, tokens, width] or vectors [batch, width]."""
+        features: maps [batch, channels, height, width], tokens [batch, tokens, width] or vectors [batch, width].
+    """
     if features.ndim == 4:
         return features.mean((2, 3))
     return features.mean(1) if features.ndim == 3 else features

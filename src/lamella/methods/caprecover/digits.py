@@ -79,4 +79,4 @@ def _train(model: nn.Module, folder: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
         fit(model, rows, supervised(class_cross_entropy), config, out=Path(work) / "run", trainable=lambda name: True)
     save_file(model.state_dict(), folder / "model.safetensors")
-    return {"pictures": len(rows), "steps": config.steps}
+    return {"images": len(rows), "steps": config.steps}

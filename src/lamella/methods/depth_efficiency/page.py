@@ -101,7 +101,7 @@ def summary(evidence: Evidence) -> Summary:
     found, layers = record["findings"], range(record["model"]["layers"])
     scores = {name: score["values"] for name, score in found["scores"].items()}
     alone = scores["sublayer_removed"]
-    parts = [scores["block_influence"], scores["stream_norm"], alone[::2], alone[1::2], scores["layer_removed"]]
+    parts = [scores["block_influence"], scores["residual_norm"], alone[::2], alone[1::2], scores["layer_removed"]]
     tables = [
         Table(
             f"{record['model']['name']}: depth report (last three columns: change of the output, {_distance(record)})",
