@@ -66,7 +66,7 @@ def diffusion(folder: Path, count: int) -> int:
     from lamella.files import Work
     from lamella.methods.laptop_diff import Denoiser, encode_samples
 
-    pictures = Pictures.open(folder, Reader(), count=count)
+    pictures = CaptionedImages.open(folder, InputContext(), count=count)
     return trained_on(encode_samples(Denoiser(pipeline(), "small"), pictures, Work(folder.parent / "work")))
 
 

@@ -259,9 +259,9 @@ def processor_of(tokenizer: Any) -> Any:
     )
 
 
-def shown(image: np.ndarray, name: str) -> Shown:
+def shown(image: np.ndarray, name: str) -> ImageTextRow:
     turns = ({"role": "user", "content": "<image>\nwhat is in the picture?"}, {"role": "assistant", "content": name})
-    return Shown((image,), turns)
+    return ImageTextRow((image,), turns)
 
 
 # The arms

@@ -299,7 +299,7 @@ def test_images_without_seams_or_no_images_are_refused(llava: Any, grid: EntityG
         build(llava[0], small, Restoring(restore="seams"))
     said = ({"role": "user", "content": "where?"}, {"role": "assistant", "content": "there"})
     with pytest.raises(CalibrationError, match="have no images"):
-        seams(llava[0], ImageText([Shown((), said)], grid.processing))
+        seams(llava[0], ImageText([ImageTextRow((), said)], grid.processing))
     with pytest.raises(CalibrationError, match="fewer than two classes for the probe"):
         seams(llava[0], EntityGrid(grid.questions[:2], grid.processing))
 

@@ -71,7 +71,7 @@ def test_an_iformer_takes_any_size_and_what_surgery_made_takes_its_own(tmp_path:
     trained = new_network(NANO, 32, 3, 20).with_size(44)
     assert trained.prepare([texture_image(3, seed=0)]).shape == (1, 3, 44, 44)
     assert trained.logits([texture_image(3, seed=0)]).shape == (1, 20)
-    ramped = iformer(Vision.of(vit()), Album.open("textures", Reader(), count=20), share=0.9)
+    ramped = iformer(Vision.of(vit()), Album.open("textures", InputContext(), count=20), share=0.9)
     with pytest.raises(MethodError, match="has another kind of attention"):
         ramped.vision.with_size(64)
 
@@ -219,7 +219,7 @@ def test_a_network_is_trained_and_read_back_and_timm_takes_it(tmp_path: Path) ->
 
 def test_two_channels_are_refused() -> None:
     with pytest.raises(MethodError, match="channels 2: give 1 for greyscale images or 3 for colour"):
-        train(Album.open("textures", Reader(), count=20), shape=NANO, size=32, channels=2)
+        train(Album.open("textures", InputContext(), count=20), shape=NANO, size=32, channels=2)
 
 
 def test_pictures_without_classes_train_nothing() -> None:

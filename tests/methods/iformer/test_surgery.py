@@ -217,7 +217,7 @@ def test_the_most_that_surgery_saves_is_what_its_page_says() -> None:
 
 
 def test_a_refused_budget_costs_no_measurement(vision: Vision, monkeypatch: pytest.MonkeyPatch) -> None:
-    images = Album.open("textures", Reader(), count=20)
+    images = Album.open("textures", InputContext(), count=20)
     smallest = costs_by_heads(vision, Geometry.of(vision.model), 3, 0.5)
     monkeypatch.setattr(torch.nn.Module, "register_forward_pre_hook", None)
     with pytest.raises(BudgetError, match=r"below the smallest shape: with 1 of 3 heads") as error:
@@ -233,16 +233,16 @@ def test_a_refused_budget_costs_no_measurement(vision: Vision, monkeypatch: pyte
     ],
 )
 def test_numbers_out_of_range_are_refused_in_one_line(vision: Vision, options: dict[str, Any], message: str) -> None:
-    images = Album.open("textures", Reader(), count=20)
+    images = Album.open("textures", InputContext(), count=20)
     with pytest.raises(MethodError, match=message) as error:
         iformer(vision, images, **options)
     assert "\n" not in str(error.value)
 
 
 def test_too_few_pictures_and_foreign_models_are_refused(vision: Vision, tmp_path: Path) -> None:
-    images = Album.open("textures", Reader(), count=20)
+    images = Album.open("textures", InputContext(), count=20)
     with pytest.raises(CalibrationError, match="9 images are too few"):
-        iformer(vision, Album.open("textures", Reader(), count=9), share=0.9)
+        iformer(vision, Album.open("textures", InputContext(), count=9), share=0.9)
     with pytest.raises(MethodError, match="has no classes"):
         iformer(Vision.of(vit(num_classes=0)), images, share=0.9)
     ramped = iformer(vision, images, share=0.9)
@@ -258,7 +258,7 @@ def test_too_few_pictures_and_foreign_models_are_refused(vision: Vision, tmp_pat
     assert not list(tmp_path.iterdir())
     with pytest.raises(MethodError, match="with plain attention: block 0 has another kind"):
         iformer(ramped.vision, images)
-    digits = Album.open("digits", Reader(), count=20)
+    digits = Album.open("digits", InputContext(), count=20)
     with pytest.raises(CalibrationError, match="has 20: set labels to 0"):
         heal(vision, ramped, digits, labels=1.0)
 
@@ -287,7 +287,7 @@ def test_a_damaged_folder_is_refused_in_one_line(vision: Vision, tmp_path: Path,
     geometry = Geometry.of(vision.model)
     found = [
         replace(each)
-        for each in fit_convolutions(vision, geometry, Album.open("textures", Reader(), count=10).items, 3, 1e-3)
+        for each in fit_convolutions(vision, geometry, Album.open("textures", InputContext(), count=10).items, 3, 1e-3)
     ]
     layers = plan(geometry, [(1,), (0, 1), (0, 1, 2)], 0.5)
     built = apply_plan(vision, geometry, layers, found, 3, 0)

@@ -113,7 +113,9 @@ def test_bounds_of_the_norm_can_be_set(tmp_path: Path) -> None:
 
 def test_a_pool_without_anything_usable_says_why(tmp_path: Path) -> None:
     some(1, model="gpt2").write(tmp_path / "one")
-    with pytest.raises(LamellaError, match=r"none of the 1 adapters of the pool can be used: .*is not a module") as error:
+    with pytest.raises(
+        LamellaError, match=r"none of the 1 adapters of the pool can be used: .*is not a module"
+    ) as error:
         AdapterPool.open(tmp_path).members(Stack(nano("llama")))
     assert "\n" not in str(error.value)
     (tmp_path / "empty").mkdir()

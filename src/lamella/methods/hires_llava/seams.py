@@ -58,7 +58,7 @@ class Seams(NamedTuple):
 
 
 @torch.no_grad()
-def patch_maps(model: HiResLlava, processor: HiResLlavaProcessor, images: Sequence[Picture]) -> list[list[Tensor]]:
+def patch_maps(model: HiResLlava, processor: HiResLlavaProcessor, images: Sequence[Image]) -> list[list[Tensor]]:
     """Record the vision tower's patch features before the first layer and after each layer, as one map per image.
 
     Args:

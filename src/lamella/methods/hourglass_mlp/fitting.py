@@ -77,7 +77,9 @@ def fit_part(
     if not min(training.variance, validation.variance) > 0:
         raise TrainingError("the recorded outputs are constant, so there is nothing to fit: drop that module instead")
     task = supervised(Relative(training.variance))
-    patient = Best(patience=config.lasting(len(training)).steps or 1)  # keeps the best weights, never stops early
+    patient = EarlyStopping(
+        patience=config.lasting(len(training)).steps or 1
+    )  # keeps the best weights, never stops early
     log = fit(part, training, task, config, out=out, trainable=lambda name: True, held_out=validation, hooks=[patient])
     device = next(part.eval().parameters()).device
 

@@ -287,7 +287,7 @@ def train_and_measure(task: Vectors, network: nn.Module, config: TrainConfig, ou
     Returns:
         PSNR on held-out and on test rows, in dB.
     """
-    patient = Best(patience=config.steps or 1)  # keeps the best weights, never stops early
+    patient = EarlyStopping(patience=config.steps or 1)  # keeps the best weights, never stops early
     fit(network, task.train, supervised(task.loss), config, out=out, held_out=task.held_out, hooks=[patient])
     return [psnr(network, task.held_out), psnr(network, task.test)]
 

@@ -200,7 +200,7 @@ def train(
     config = replace(config, steps=config.steps or EPOCHS * max(1, len(images) // config.batch))
     vision = new_network(shape, size, channels, images.classes, seed=config.seed, drop_path=drop_path)
     log = fit(
-        vision.model, rows(vision, images.items), supervised(smoothed_loss), config, out=work.place("run"),
+        vision.model, rows(vision, images.items), supervised(smoothed_loss), config, out=work.directory("run"),
         trainable=lambda name: True,
         settings={"shape": asdict(shape), "size": size, "channels": channels, "drop_path": drop_path},
     )  # fmt: skip

@@ -52,7 +52,7 @@ class Vision(View):
         crop: fraction of the image side that is used.
     """
 
-    told = (
+    source_help = (
         "a folder with config.json and model.safetensors of a timm model, a folder written by iformer, or textures: a "
         "small vision transformer that is trained on first use"
     )
@@ -157,7 +157,7 @@ class Vision(View):
         fitting = data.transforms_factory.transforms_imagenet_eval(
             self.size, crop_pct=self.crop, interpolation="bicubic", normalize=False
         )
-        x = torch.stack([fitting(torch.from_numpy(each.picture).permute(2, 0, 1)) for each in images]) / 255
+        x = torch.stack([fitting(torch.from_numpy(each.image).permute(2, 0, 1)) for each in images]) / 255
         x = x.mean(dim=1, keepdim=True) if self.channels == 1 else x
         return (x - torch.tensor(self.mean).view(-1, 1, 1)) / torch.tensor(self.std).view(-1, 1, 1)
 

@@ -139,7 +139,7 @@ def repair(
         TrainingError: when training fails; the last good checkpoint remains.
     """
     _check(stack, good, bad, utility)
-    folder = work.place()
+    folder = work.directory()
     feed, held_out, config = _training_data(stack, good, bad, utility, settings, config)
     reference = share(stack.model).eval()
     policy = copy.deepcopy(stack.model).float()  # half precision would round small steps away

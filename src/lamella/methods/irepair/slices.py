@@ -108,7 +108,7 @@ class SliceTraining(Hook):
         """The parameters of every slice that was chosen so far."""
         return {name: each for number in self.trace.touched for name, each in self.slices[number].items()}
 
-    def before_step(self, run: Training) -> None:
+    def before_step(self, run: TrainingRun) -> None:
         """Choose the slice of the step."""
         norms: list[float] = []
         if self.score is not None:
@@ -123,7 +123,7 @@ class SliceTraining(Hook):
             times = self.trace.chosen.count(chosen)
             run.optimizer.param_groups[chosen]["lr"] *= math.sqrt(1 - ALPHA**times)
 
-    def _sensitivities(self, run: Training, score: Score) -> Tensor:
+    def _sensitivities(self, run: TrainingRun, score: Score) -> Tensor:
         """The gradient norms of the step's score for each slice [slices]."""
         for own in self.slices:
             for parameter in own.values():
@@ -160,7 +160,7 @@ class SliceTraining(Hook):
         self.trace = Choices.read(folder / TRACE)
 
 
-class BestSlices(Best):
+class BestSlices(EarlyStopping):
     """Hook that keeps the trained parameters of the lowest held-out loss, and restores them at the end.
 
     Args:
@@ -172,11 +172,11 @@ class BestSlices(Best):
         super().__init__(patience)
         self.slices = slices
 
-    def watched(self, run: Training) -> Slice:
+    def watched(self, run: TrainingRun) -> Slice:
         """The parameters that may have changed."""
         return self.slices.touched
 
-    def before_step(self, run: Training) -> None:
+    def before_step(self, run: TrainingRun) -> None:
         """Keep the original values of a slice that is chosen for the first time."""
         for name, parameter in self.slices.touched.items():
             if name not in self.kept:  # chosen for the first time: unchanged so far, at the best point too

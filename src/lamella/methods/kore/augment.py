@@ -35,7 +35,6 @@ from lamella.methods.kore.tree import (
     requests,
 )
 from lamella.registry import command
-from lamella.results import IMAGES, ImageCorpus
 
 SHOWN = 6  # sample turns on the page
 TEMPLATES = "templates"  # writer of turns that no model has written
@@ -76,7 +75,7 @@ def augment(
     """
     lists, items = Templates.open(templates), list(knowledge)
     began = time.perf_counter()
-    texts: dict[str, Written] = {}
+    texts: dict[str, Completion] = {}
     if writer is not None:
         texts = rollout(writer, requests(items, tree, seed), sampling, work.journal("written"))
     seconds = time.perf_counter() - began
@@ -112,7 +111,7 @@ def augment(
 
 
 def forest(
-    items: Sequence[Item], texts: Mapping[str, Written], tree: Tree, templates: Templates, seed: int
+    items: Sequence[Item], texts: Mapping[str, Completion], tree: Tree, templates: Templates, seed: int
 ) -> tuple[list[ConversationTurn], list[Conversation], list[Conversation]]:
     """Build the turns of all items, their training conversations in random order, and their test conversations.
 
@@ -139,7 +138,7 @@ def forest(
     return turns, train, test
 
 
-def turns_of(item: Item, texts: Mapping[str, Written], templates: Templates, seed: int) -> list[ConversationTurn]:
+def turns_of(item: Item, texts: Mapping[str, Completion], templates: Templates, seed: int) -> list[ConversationTurn]:
     """The turns of an item, from the writer's texts or from templates.
 
     Args:

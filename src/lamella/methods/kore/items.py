@@ -50,7 +50,7 @@ class Item:
     facts: tuple[tuple[str, str], ...] = ()
     pixels: int = SIZE
 
-    def image_at(self, number: int, seed: int) -> Picture:
+    def image_at(self, number: int, seed: int) -> Image:
         """Return an image of the item: 0 is its own, higher indices are others, deterministic for a seed.
 
         Without further images, an existing one is shown at another position and scale on another background.
@@ -61,7 +61,7 @@ class Item:
         """
         if isinstance(self.images, Glyph):
             return render_glyph(self.images, self.pixels, (seed, number))
-        image = read_picture(self.images[number % len(self.images)], self.id)
+        image = read_image(self.images[number % len(self.images)], self.id)
         return image if number < len(self.images) else repositioned(image, (seed, number))
 
     def content(self) -> bytes:
@@ -69,10 +69,10 @@ class Item:
         key = repr((self.id, self.subject, self.text, self.kind, self.facts))
         if isinstance(self.images, Glyph):
             return f"{key} {self.images} {self.pixels}".encode()
-        return key.encode() + b"".join(read_picture(each, self.id).tobytes() for each in self.images)
+        return key.encode() + b"".join(read_image(each, self.id).tobytes() for each in self.images)
 
 
-def repositioned(image: Picture, seed: tuple[int, ...]) -> Picture:
+def repositioned(image: Image, seed: tuple[int, ...]) -> Image:
     """Place an image, scaled down, at a random position on a plain background of its own size [height, width, 3].
 
     Args:
@@ -99,7 +99,7 @@ class Knowledge(Rows[Item]):
     """
 
     metavar = "FILE"
-    told = (
+    source_help = (
         'a .jsonl file: {"image": "images/one.png", "subject": "...", "text": "..."} on each line, with the "kind" '
         'of the subject, further "images" of it and "facts" if available; paths are relative to the file. Or '
         "the built-in glyphs, which are invented things"
@@ -107,12 +107,14 @@ class Knowledge(Rows[Item]):
     example = Fixture(GLYPHS, settings={"items": 3})
 
     @classmethod
-    def open(cls, name: str | Path, reader: Reader, *, items: int | None = None, pixels: int = SIZE) -> Knowledge:
+    def open(
+        cls, name: str | Path, context: InputContext, *, items: int | None = None, pixels: int = SIZE
+    ) -> Knowledge:
         """Read items of knowledge, including all their images.
 
         Args:
             name: a file, or ``glyphs``.
-            reader: seed to use.
+            context: seed to use.
             items: maximum number of items; defaults to 40 for glyphs, else to all.
             pixels: side of rendered glyphs in pixels.
 

@@ -143,7 +143,7 @@ def kore(
     split = split_weights(view, names, measured, r)
     notes = _notes(split, measured, r)
     for note in notes if processes.is_first() else ():
-        say(f"kore: {note}")
+        notify(f"kore: {note}")
     lora = add_adapters(view, names, split, r, running, constraint.form, config.seed)
     halves = (".lora_B.",) if constraint.freeze else (".lora_A.", ".lora_B.")
     projector = projector_of(stack) if constraint.projector and isinstance(train, ImageText) else ""

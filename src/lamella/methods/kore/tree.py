@@ -144,7 +144,7 @@ def key_of(item: Item, task: str) -> str:
     return json.dumps([item.id, task])
 
 
-def requests(items: Sequence[Item], tree: Tree, seed: int) -> list[Request]:
+def requests(items: Sequence[Item], tree: Tree, seed: int) -> list[WritingRequest]:
     """Build the requests to the writer: rounds, a summary and questions for each item.
 
     Args:
@@ -165,7 +165,7 @@ def requests(items: Sequence[Item], tree: Tree, seed: int) -> list[Request]:
     return found
 
 
-def read_turns(item: Item, task: str, written: Written, caption: str) -> list[ConversationTurn]:
+def read_turns(item: Item, task: str, written: Completion, caption: str) -> list[ConversationTurn]:
     """Parse a text of the writer into turns; a text in another format becomes one dropped turn.
 
     Args:

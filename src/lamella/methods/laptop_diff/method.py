@@ -226,7 +226,7 @@ def heal(
     pruned = apply(model.blocks, plan).eval()
     network = apply(model.blocks, plan).eval()
     own(network, lambda name: True)
-    log, initial = distil(model, network, images, weights=weights, config=config, out=work.place("run"), work=work)
+    log, initial = distil(model, network, images, weights=weights, config=config, out=work.directory("run"), work=work)
     network.eval()
     findings: dict[str, Any] = {
         "blocks": [

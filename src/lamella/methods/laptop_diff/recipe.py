@@ -182,17 +182,17 @@ class Average(Hook):
         self.share = share
         self.kept: dict[str, Tensor] = {}
 
-    def begin(self, run: Training) -> None:
+    def begin(self, run: TrainingRun) -> None:
         """Start the average from the current weights."""
         self.kept = self.kept or {name: each.detach().clone() for name, each in run.trained.items()}
 
-    def after_step(self, run: Training) -> None:
+    def after_step(self, run: TrainingRun) -> None:
         """Update the average."""
         for name, each in run.trained.items():
             self.kept[name].lerp_(each.detach(), 1 - self.share)
 
     @torch.no_grad()
-    def end(self, run: Training) -> None:
+    def end(self, run: TrainingRun) -> None:
         """Copy the average to the model."""
         for name, each in self.kept.items():
             run.trained[name].copy_(each)
@@ -209,7 +209,7 @@ class Average(Hook):
 def distil(
     denoiser: Denoiser,
     student: nn.Module,
-    images: Pictures,
+    images: CaptionedImages,
     *,
     weights: LossWeights,
     config: TrainConfig,
@@ -242,7 +242,7 @@ def distil(
     return log, initial
 
 
-def encode_samples(denoiser: Denoiser, images: Pictures, work: Work = Work()) -> Sequence[dict[str, Tensor]]:
+def encode_samples(denoiser: Denoiser, images: CaptionedImages, work: Work = Work()) -> Sequence[dict[str, Tensor]]:
     """Prepare training samples: x_0 and conditions of each image.
 
     Latents, and the conditions of each distinct caption and class, are computed once and kept in files. Images of a

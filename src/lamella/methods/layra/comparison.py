@@ -155,7 +155,7 @@ def compare(
     config = config.with_steps(len(language.samples))
     config = replace(config, eval_every=config.eval_every or max(1, (config.steps or 1) // POINTS))
     results: dict[str, list[ArmResult]] = {}
-    folder = work.place()
+    folder = work.directory()
     for arm in arms(Edges.of(len(stack), first, last), r, replay).values():
         for lr in rates:
             result, _ = follow(

@@ -155,7 +155,7 @@ def layra(
     matrix = Matrix(tuple(old), tuple(languages))
     matrix.add("before", measure(stack.model, known, config.batch))
     base, current = revision(stack.model), stack
-    folder = work.place()
+    folder = work.directory()
     view, lora = with_adapters(stack, edges.sites, shape, config.seed)
     for number, (step, samples) in enumerate(_steps(languages, protocol).items()):
         turn = replace(config, seed=config.seed + number)
