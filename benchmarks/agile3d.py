@@ -83,7 +83,7 @@ def ms(seconds: list[float]) -> float:
     return 1000 * median(seconds)
 
 
-def segmenter(widths: Widths, voxel: float, seed: int) -> ClickSegmenter:
+def segmenter(widths: UNetWidths, voxel: float, seed: int) -> ClickSegmenter:
     """Return a segmenter with the small decoder of the reproduction, and random weights."""
     torch.manual_seed(seed)
     return ClickSegmenter(SparseUNet(widths, voxel), ClickDecoder(3, 48, 4, 128, background=6)).eval()
@@ -157,7 +157,7 @@ def page(record: Record, voxel: float, rounds: int) -> None:
     record.check("a click in the page, median", "under 100 ms", middle, middle < 100)
 
 
-def scene_of(points: int, seed: int) -> Scene:
+def scene_of(points: int, seed: int) -> ClickScene:
     """Return a room with so many points, some of which are adjacent to others."""
     scene = next(rooms("test", seed=seed))
     more = np.random.default_rng(seed).integers(len(scene), size=points - len(scene))

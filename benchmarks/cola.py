@@ -39,8 +39,10 @@ SAMPLES = [
 ]
 
 
-def all_searches(new_reader: Callable[[], PathReader], sample: Problem, layers: int, settings: Settings) -> list[Found]:
-    """Run all searches of a study for one sample, each with the given reader."""
+def all_searches(
+    new_answerer: Callable[[], PathAnswerer], sample: Problem, layers: int, settings: PathSettings
+) -> list[PathSearchResult]:
+    """Run all searches of a study for one sample, each with a given answerer."""
 
     def search(target: str, **options: Any) -> PathSearchResult:
         return find_paths(new_answerer(), target, layers, settings, **options)
@@ -56,10 +58,10 @@ def all_searches(new_reader: Callable[[], PathReader], sample: Problem, layers: 
 
 
 def measured(
-    stack: Stack, tokenizer: Any, sample: Problem, settings: Settings, share: bool
-) -> tuple[list[Found], int, float]:
+    stack: Stack, tokenizer: Any, sample: Problem, settings: PathSettings, share: bool
+) -> tuple[list[PathSearchResult], int, float]:
     """Return the outcomes, the number of executed layers and the seconds of one sample's searches."""
-    readers: list[PathReader] = []
+    answerers: list[PathAnswerer] = []
 
     def new_answerer() -> PathAnswerer:
         if not (share and answerers):

@@ -38,8 +38,8 @@ from lamella.train import Task, TrainConfig, fit, response_loss
 from lamella.zoo import cache_folder
 from lamella.zoo.cache import build_once
 from lamella.zoo.opening import open_config, open_model, open_processor
-from lamella.zoo.vlm import SHAPES_SEQ2SEQ, shapes_vlm
-from lamella.zoo.worlds import MOST, QUESTIONS, SIZE, TASKS, Part, examples, render, scenes
+from lamella.zoo.vlm import POSITION_SCALE, SHAPES_SEQ2SEQ, shapes_vlm
+from lamella.zoo.worlds import MOST, QUESTIONS, SIZE, TASKS, Part, ShapeExample, ShapeScene, examples, render, scenes
 
 SAVED = 50  # steps between checkpoints
 TURNS = 8  # questions per image
@@ -124,12 +124,12 @@ def asked(count: int, seed: int, size: int, tasks: Sequence[str], most: int = MO
     return [shown_row(each) for each in examples(tasks, count, "calibration", seed, size, most)]
 
 
-def shown_row(each: Example) -> ImageTextRow:
+def shown_row(each: ShapeExample) -> ImageTextRow:
     """Return an example as a row, with its image first."""
     return ImageTextRow((each.image,), turns([(f"{MARK}\n{each.prompt}", each.answer)]), task=each.task)
 
 
-def _questions(scene: Scene, rng: np.random.Generator, end: int) -> Iterator[tuple[str, str]]:
+def _questions(scene: ShapeScene, rng: np.random.Generator, end: int) -> Iterator[tuple[str, str]]:
     for task in ("count", *rng.choice(QUESTIONS, TURNS - 1), *WHOLE[end : end + 1]):  # counting is always possible
         pair = TASKS[str(task)](scene, rng)
         if pair is not None:
@@ -262,7 +262,7 @@ def trained_vlm(kind: str, stage: str = "sft", seed: int = 0, size: int = SIZE, 
     recipe = stages[stage]
     config = replace(recipe.config, steps=max(2, round(steps * (recipe.config.steps or 0))), seed=seed)
     key = (
-        f"{[(name, stages[name].config) for name in names[: names.index(stage) + 1]]} {TURNS} {PLACES}"
+        f"{[(name, stages[name].config) for name in names[: names.index(stage) + 1]]} {TURNS} {POSITION_SCALE}"
         + encodes * f" {ENTAILED}"
     )
     digest = hashlib.sha256(key.encode()).hexdigest()[:8]

@@ -209,7 +209,7 @@ def test_a_folder_of_timm_is_opened_with_its_weights_and_its_colours(tmp_path: P
 def test_a_folder_of_timm_that_claims_something_else_is_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
     model = timm.create_model("resnet10t", pretrained=False, num_classes=10)
     with pytest.raises(CheckpointError, match="not a timm model"):
-        Victim.open(saved(model, tmp_path / "net", **said))
+        Victim.open(saved(model, tmp_path / "net", **settings))
 
 
 @pytest.mark.parametrize("whole", [True, False])

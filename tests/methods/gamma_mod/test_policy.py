@@ -277,4 +277,4 @@ def test_a_model_whose_image_tokens_see_those_behind_them_is_refused() -> None:
     config = Gemma3Config(text_config=text, vision_config=tower, mm_tokens_per_image=4, image_token_index=120)
     stack = open_model(Gemma3ForConditionalGeneration(config)).stacks["text"]
     with pytest.raises(PlanError, match="see later tokens"):
-        apply(stack, planned(stack))
+        apply(stack, plan_of(stack))

@@ -293,7 +293,7 @@ def test_a_journal_is_of_one_task(stack: Stack, tmp_path: Path) -> None:
 def test_a_dense_merge_adds_to_the_weights_what_it_says(how: str, stack: Stack) -> None:
     adapters = {"one": some(1), "two": some(2, targets=["up_proj"])}
     done = merge_command(stack, AdapterPool.of(adapters), how=how, weight=None if how == "average" else 0.5)
-    wanted = added(stack, updates(list(adapters.values()), 0.5, how=how))
+    wanted = with_updates(stack, updates(list(adapters.values()), 0.5, how=how))
     assert torch.equal(logits(done.stack.model), logits(wanted.model))
     assert not torch.equal(logits(done.stack.model), logits(stack.model)) and done.weight == 0.5
     changed = {

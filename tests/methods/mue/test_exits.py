@@ -62,7 +62,7 @@ def source(name: str) -> dict[str, Tensor]:
     return {
         "input_ids": ids,
         "attention_mask": mask,
-        "pixel_values": torch.randn(2, 3, 16, 16, generator=generator).double(),
+        "pixel_values": torch.randn(2, 3, 16, 16, generator=drawn).double(),
     }
 
 
@@ -486,9 +486,9 @@ def test_an_encoder_takes_no_policy_of_another_method_and_a_decoder_none_of_the_
     model = opened("patch_bart")
     encoder, decoder = model.stacks.values()
     with pytest.raises(PlanError, match="does not generate, so its tokens have no phases"):
-        lamella.runtime.with_policy(encoder, planned(model, {"encoder": {}}), TokenExits(encoder))
+        lamella.runtime.with_policy(encoder, exit_plan(model, {"encoder": {}}), TokenExits(encoder))
     with pytest.raises(PlanError, match="reads an encoder, which this policy does not support"):
-        lamella.runtime.with_policy(decoder, planned(model, {"decoder": {}}), StreamExits(decoder))
+        lamella.runtime.with_policy(decoder, exit_plan(model, {"decoder": {}}), ModalityExits(decoder))
     for wrong in (lamella.open(nano("bart")), lamella.open(nano("llama"))):
         with pytest.raises(MethodError, match="mue works on"):
             exit_view(wrong, ExitSettings(), {})

@@ -113,9 +113,9 @@ def variants(
 
 
 def _bytes(model: Any) -> int:
-    """What is kept of a model; a view holds what its plan leaves out, too."""
+    """Return the bytes of a model's weights, without those that the plan of a view removes."""
     stack = predicting_stack(open_model(model))
-    gone = [
+    removed = [
         stack.layers[layer].get_submodule(child).parameters()
         for layer, name in stack.dropped
         for child in stack.architecture[name].modules

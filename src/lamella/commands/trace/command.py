@@ -88,8 +88,8 @@ def trace(
         PlanError: for a plan that is not dynamic, or no plan for a model that predicts masked tokens.
     """
     stack = predicting_stack(model.running if plan is None else model.whole)
-    place = stack.path or stack.name
-    grid, seen = None, {}
+    source = stack.path or stack.name
+    grid, shown = None, {}
     if image is None:
         tokenizer = open_tokenizer(source)
         inputs: dict[str, Any] = chat_inputs(tokenizer, [{"role": "user", "content": prompt}], stack.device)

@@ -50,7 +50,7 @@ from lamella.methods.hires_llava.slicing import Order, View
 from lamella.plan import ModelReference, Plan
 from lamella.registry import command, method
 from lamella.report.images import png_base64
-from lamella.results import IMAGES, Study
+from lamella.results import IMAGES, ImageCorpus, Study
 from lamella.runtime import apply
 from lamella.signature import Split
 from lamella.stack import Model
@@ -342,7 +342,7 @@ def entities(
     rows: Annotated[int, Ge(1)] = 20_000,
     held_out: Annotated[int, Ge(1)] = 2_000,
     seed: Annotated[int, Ge(0)] = 0,
-) -> Illustrated:
+) -> ImageCorpus:
     """Write questions about entities at nine positions of an image as a training and test dataset.
 
     Args:
@@ -358,7 +358,7 @@ def entities(
     config: Any = model.model.config
     slice_side = int(getattr(config.vision_config, "image_size", 0) or SIDE)
     images: dict[str, Callable[[], Image]] = {}
-    made = Illustrated(items=[], pictures=images)
+    made = ImageCorpus(items=[], pictures=images)
     for part, name, count in (("calibration", "train", rows), ("test", "test", held_out)):
         kept = made.train if name == "train" else made.test
         for number in range(count):

@@ -78,7 +78,7 @@ def fit_part(
         raise TrainingError("the recorded outputs are constant, so there is nothing to fit: drop that module instead")
     task = supervised(Relative(training.variance))
     patient = EarlyStopping(
-        patience=config.lasting(len(training)).steps or 1
+        patience=config.with_steps(len(training)).steps or 1
     )  # keeps the best weights, never stops early
     log = fit(part, training, task, config, out=out, trainable=lambda name: True, held_out=validation, hooks=[patient])
     device = next(part.eval().parameters()).device

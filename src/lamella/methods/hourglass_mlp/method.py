@@ -77,7 +77,7 @@ def hourglass_mlp(
         [site] = reference.sites({stack.stack: [position]})
         held = [stack.model.get_parameter(name) for name in parameters_at(stack, [site])]
         maps = sum(each.numel() for each in held if each.ndim > 1)
-        inner = inner_widths(stack.architecture.sizes_of(stack.config).stream, int(share * maps), blocks)
+        inner = inner_widths(stack.architecture.sizes_of(stack.config).hidden, int(share * maps), blocks)
         network = new_sublayer(stack, position, inner, config.seed)
         fitted = fit_sublayer(stack, calibration, position, network, config, folder / site)
         modules[site], networks[site] = ModuleReference(name="hourglass-mlp", params={"inner": list(inner)}), network

@@ -94,7 +94,7 @@ class Pairs:
 
         Args:
             name: see :func:`read_pair_file`; None for two files.
-            reader: the tokenizer to use.
+            context: the tokenizer to use.
             bad: unwanted continuations. A .jsonl file: {"prompt": "...", "text": "..."} on each line; or a .txt file:
                 the prompt, a tab, the continuation.
             good: wanted continuations: as many lines, with the same prompts in the same order.
@@ -117,7 +117,7 @@ class Pairs:
         files = [str(each) for each in (bad, good, name) if each is not None]
         digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()
         metadata = {"files": files, "pairs": len(found), "sha256": digest}
-        return cls([_tokens(reader.tokenizer, each, chat) for each in found], reader.tokenizer, metadata)
+        return cls([_tokens(context.tokenizer, each, chat) for each in found], context.tokenizer, metadata)
 
     def describe(self) -> Any:
         """Metadata for provenance."""

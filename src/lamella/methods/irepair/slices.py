@@ -179,8 +179,8 @@ class BestSlices(EarlyStopping):
     def before_step(self, run: TrainingRun) -> None:
         """Keep the original values of a slice that is chosen for the first time."""
         for name, parameter in self.slices.touched.items():
-            if name not in self.kept:  # chosen for the first time: unchanged so far, at the best point too
-                self.kept[name] = parameter.detach().clone()
+            if name not in self.best:  # chosen for the first time: unchanged so far, at the best point too
+                self.best[name] = parameter.detach().clone()
 
 
 def by_role(examples: Sequence[Example]) -> Roles:

@@ -35,6 +35,7 @@ from lamella.methods.kore.tree import (
     requests,
 )
 from lamella.registry import command
+from lamella.results import IMAGES, ImageCorpus
 
 SHOWN = 6  # sample turns on the page
 TEMPLATES = "templates"  # writer of turns that no model has written
@@ -50,7 +51,7 @@ def augment(
     templates: Path | None = None,
     work: Work = Work(),
     seed: Annotated[int, Ge(0)] = 0,
-) -> Illustrated:
+) -> ImageCorpus:
     """Generate from each image with its text a dialogue, recognitions, a caption and questions about its images.
 
     Example: lamella run kore augment items.jsonl --writer smollm2 -o augmented
@@ -89,7 +90,7 @@ def augment(
     rows = [asdict(turn) | {"kept": turn.why is None} | by for turn in turns]
     shots = sorted({each.shot for each in (*train, *test)})
     to_train, to_test = (list(map(row_of, each)) for each in (train, test))
-    return Illustrated(
+    return ImageCorpus(
         items=rows,
         train=to_train,
         test=to_test,
@@ -174,7 +175,7 @@ def account(turns: Sequence[ConversationTurn], items: Sequence[Item], tree: Tree
 
 def file_of(shot: tuple[int, int]) -> str:
     """File name of an image in the result folder, made of indices only."""
-    return f"{PICTURES}/{shot[0]:05d}-{shot[1]}.png"
+    return f"{IMAGES}/{shot[0]:05d}-{shot[1]}.png"
 
 
 def _image(item: Item, number: int, seed: int) -> Any:

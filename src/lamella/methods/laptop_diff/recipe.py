@@ -235,7 +235,7 @@ def distil(
     pairs = match_stages(denoiser.network, student) if pairs is None else list(pairs)
     samples = encode_samples(denoiser, images, work)
     loss, initial = balance_loss(denoiser, student, Tuples.of(denoiser, images, PROBES, config.seed), pairs, weights)
-    task = Task(loss, collate=stacked, weight=lambda batch: len(batch["clean"]), beside=(denoiser.network,))
+    task = Task(loss, collate=stacked, weight=lambda batch: len(batch["clean"]), frozen=(denoiser.network,))
     hooks = [Average(weights.average)] if weights.average else []
     settings = {**vars(loss.weights), "teacher": denoiser.describe()["sha256"], "pairs": [list(each) for each in pairs]}
     log = fit(student, samples, task, config, out=out, trainable=lambda name: True, hooks=hooks, settings=settings)

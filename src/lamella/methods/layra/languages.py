@@ -56,7 +56,7 @@ class Language:
 
         Args:
             name: see :func:`lamella.load_text`.
-            reader: tokenizer and seed to use.
+            context: tokenizer and seed to use.
             sequences: number of training windows.
             length: tokens per window.
             held_out_sequences: number of test windows.
@@ -68,10 +68,10 @@ class Language:
             CalibrationError: for a text that is missing, or too short.
         """
         text, test = load_text(name, "calibration"), load_text(name, "test")
-        training = windows(reader.tokenizer, text, sequences, length, reader.seed)
-        held_out_tokens = windows(reader.tokenizer, test, held_out_sequences, length, reader.seed)
+        training = windows(context.tokenizer, text, sequences, length, context.seed)
+        held_out_tokens = windows(context.tokenizer, test, held_out_sequences, length, context.seed)
         source = {"training": text.provenance(training), "held_out": test.provenance(held_out_tokens)}
-        return replace(cls.of(reader.tokenizer, held_out_tokens, training), source=source)
+        return replace(cls.of(context.tokenizer, held_out_tokens, training), source=source)
 
     @classmethod
     def of(cls, tokenizer: Any, held_out: Tensor, samples: Tensor | None = None) -> Language:

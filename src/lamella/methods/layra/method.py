@@ -78,7 +78,7 @@ class Added(Result):
 
     def write(self, folder: Path) -> None:
         """Write the adapter of all languages, which plain peft loads and merges, and in ``steps`` that of each step."""
-        self.adapter.put(folder)
+        self.adapter.write_into(folder)
         for name, each in self.adapters.items() if len(self.adapters) > 1 else ():
             place = folder / "steps" / name
             place.mkdir(parents=True)

@@ -115,7 +115,7 @@ def merge(
 
 
 def _loss(stack: Stack, make: Callable[[float], Iterator[tuple[str, Tensor]]], weight: float, data: Examples) -> float:
-    return AnswerScores.of(added(stack, make(weight)).model, data).loss
+    return AnswerScores.of(with_updates(stack, make(weight)).model, data).loss
 
 
 def updates(

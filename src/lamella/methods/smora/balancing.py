@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lamella.methods.smora.modules import RankExperts
 from lamella.train import Hook, response_loss
-from lamella.train.task import Backward, Batch, LossAndParts
+from lamella.train.task import Backward, Batch, LossAndParts, single_pass
 
 VECTORS = "balance.safetensors"
 
@@ -51,7 +51,7 @@ class LoadBalance(Hook):
             batch: the batch.
             backward: the backward pass.
         """
-        result = at_once(forward, batch, backward)
+        result = single_pass(forward, batch, backward)
         self.update()
         return result
 
