@@ -19,6 +19,7 @@ from lamella.methods.kore import Item, Knowledge, Templates, Tree, augment
 from lamella.methods.kore.glyphs import glyphs
 from lamella.methods.kore.items import repositioned
 from lamella.methods.kore.tree import check_turns, grow, made_turns, read_turns, requests
+from lamella.results import ImageCorpus
 from lamella.runner import run
 from lamella.zoo.vlm import shapes_vlm
 

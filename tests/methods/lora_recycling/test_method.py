@@ -39,6 +39,7 @@ from lamella.methods.lora_recycling.recipe import entropy_loss
 from lamella.methods.lora_recycling.trial import TrialArm, mismatch_answers
 from lamella.stack import Stack, share
 from lamella.train import Adapter, add_lora, collate, mean_loss, merge, pairs, response_loss
+from lamella.train.adapters import with_updates
 from lamella.train.log import Logged
 from lamella.zoo.nano import nano
 

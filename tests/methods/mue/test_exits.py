@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import lamella
 from lamella.errors import LamellaError, MethodError, PlanError
-from lamella.methods.mue import OFF, ExitSettings, TokenExits, decayed, exit_plan, exit_view
+from lamella.methods.mue import OFF, ExitSettings, ModalityExits, TokenExits, decayed, exit_plan, exit_view
 from lamella.methods.mue.policy import by_token, saturation
 from lamella.plan import Plan
 from lamella.runtime import PlanCache, empty_cache, parallel, traced, untraced

@@ -358,7 +358,7 @@ def entities(
     config: Any = model.model.config
     slice_side = int(getattr(config.vision_config, "image_size", 0) or SIDE)
     images: dict[str, Callable[[], Image]] = {}
-    made = ImageCorpus(items=[], pictures=images)
+    made = ImageCorpus(items=[], images=images)
     for part, name, count in (("calibration", "train", rows), ("test", "test", held_out)):
         kept = made.train if name == "train" else made.test
         for number in range(count):

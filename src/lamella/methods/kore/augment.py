@@ -94,7 +94,7 @@ def augment(
         items=rows,
         train=to_train,
         test=to_test,
-        pictures={file_of(shot): partial(_image, items[shot[0]], shot[1], seed) for shot in shots},
+        images={file_of(shot): partial(_image, items[shot[0]], shot[1], seed) for shot in shots},
         findings={
             "items": len(items),
             "images": len(shots),
