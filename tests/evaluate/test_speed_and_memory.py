@@ -144,7 +144,7 @@ def test_bench_encodes_a_prompt_once_and_decodes_word_by_word() -> None:
 
 
 @pytest.mark.slow
-def test_peak_memory_is_of_the_precision_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_memory_is_of_the_requested_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     child = memory._CHILD.replace("print(json", "assert model.dtype == torch.bfloat16; print(json")
     monkeypatch.setattr(memory, "_CHILD", child)
     with pytest.raises(CheckpointError, match="AssertionError"):
@@ -171,7 +171,7 @@ def test_a_folder_that_cannot_be_loaded_is_reported_in_one_line(tmp_path: Path) 
     assert "\n" not in str(error.value)
 
 
-def test_the_environment_says_where_numbers_come_from() -> None:
+def test_the_environment_records_the_origin_of_measurements() -> None:
     found = environment()
     assert set(found) == {"machine", "threads", "versions", "date"}
     assert "\n" not in found["machine"] and "cores" in found["machine"]

@@ -329,7 +329,7 @@ def test_what_is_no_file_of_importances_is_refused(content: str, tmp_path: Path)
 # Batches
 
 
-def test_batches_come_in_the_order_that_is_asked_for() -> None:
+def test_batches_have_the_requested_order() -> None:
     x, y = torch.arange(12.0), torch.tensor([2, 0, 1] * 4)
     pure = [labels.tolist() for _, labels in batches((x, y), 4, "by class")]  # type: ignore[union-attr, misc]
     assert pure == [[0] * 4, [1] * 4, [2] * 4]
@@ -339,7 +339,7 @@ def test_batches_come_in_the_order_that_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "said"),
+    ("call", "error", "message"),
     [
         (lambda m, x, y: fisher(m, (x[:0], y[:0])), CalibrationError, "there are no samples"),
         (lambda m, x, y: fisher(m, []), CalibrationError, "there are no samples"),
@@ -356,8 +356,8 @@ def test_batches_come_in_the_order_that_is_asked_for() -> None:
         (lambda m, x, y: check_disjoint((x[:5], y[:5]), (x[3:], y[3:])), CalibrationError, "2 samples are to be"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_measured_is_refused_in_one_line(call: Any, error: type[LamellaError], said: str) -> None:
-    with pytest.raises(error, match=said) as raised:
+def test_what_cannot_be_measured_is_refused_in_one_line(call: Any, error: type[LamellaError], message: str) -> None:
+    with pytest.raises(error, match=message) as raised:
         call(made("plain"), *data("plain"))
     assert "\n" not in str(raised.value)
 
@@ -380,9 +380,9 @@ def test_importances_that_vanish_are_refused() -> None:
 
 def test_tokens_and_labels_beyond_the_vocabulary_are_refused() -> None:
     model = nano("llama")
-    for ids, said in (([5, 128, 3], "up to 128"), ([5], "has 1 tokens")):
+    for ids, message in (([5, 128, 3], "up to 128"), ([5], "has 1 tokens")):
         row = {"input_ids": torch.tensor(ids), "labels": torch.tensor(ids)}
-        with pytest.raises(CalibrationError, match=said):
+        with pytest.raises(CalibrationError, match=message):
             fisher(model, [row])
     silent = {"input_ids": torch.tensor([4, 5]), "labels": torch.tensor([4, -100])}
     with pytest.raises(CalibrationError, match="no token with a label"):

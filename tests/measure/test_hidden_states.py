@@ -73,7 +73,7 @@ def test_angular_distance_is_the_mean_angle_over_pi(name: str) -> None:
                 assert value == pytest.approx(angles.mean(), abs=2e-4)
 
 
-def test_sublayer_influence_reads_the_stream_between_the_sublayers() -> None:
+def test_sublayer_influence_uses_the_hidden_states_between_sublayers() -> None:
     model = nano("llama")
     middle: list[Tensor] = []
     for layer in model.model.layers:

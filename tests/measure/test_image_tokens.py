@@ -120,7 +120,7 @@ def test_likeness_keeps_the_question_and_the_mean_of_the_rest() -> None:
     assert above_quartiles(torch.tensor([0.0, 0.1, 0.2, 0.1, 5.0])).tolist() == [False] * 4 + [True]
 
 
-def test_the_signal_is_the_first_order_change_when_a_token_is_gone() -> None:
+def test_the_signal_is_the_first_order_change_on_removal_of_a_token() -> None:
     weights = torch.randn(WIDTH, generator=DRAWN, dtype=torch.float64)
     image = torch.randn(N, WIDTH, generator=DRAWN, dtype=torch.float64)
     given = TokenFeatures(image, gradient=weights.expand(N, -1))  # of a linear answer the change is exact

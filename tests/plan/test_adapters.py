@@ -96,12 +96,12 @@ def trained(stack: Stack, folder: Path, sites: list[str], plan: Plan | None = No
     plan = plan or Plan(model=ModelReference.of(stack))
     view = lamella.apply(stack, plan)
     adapters = attach(view, linear_at(view, sites=sites), bent())
-    told = {"name": "bent-test", "params": {"rank": 2}, "sites": sites, "base": revision(stack.model)}
-    return keep_adapters(plan, adapters, folder, **told), view
+    settings = {"name": "bent-test", "params": {"rank": 2}, "sites": sites, "base": revision(stack.model)}
+    return keep_adapters(plan, adapters, folder, **settings), view
 
 
 @pytest.mark.parametrize("name", CAUSAL)
-def test_a_plan_brings_back_what_stood_in_the_view(name: str, tmp_path: Path) -> None:
+def test_a_plan_restores_the_adapters_of_the_view(name: str, tmp_path: Path) -> None:
     stack, given = Stack(nano(name)), nano_inputs(name)
     before = {each for each, _ in stack.model.named_parameters()}
     plan, view = trained(stack, tmp_path, ["layers.1", "layers.2.mlp"])
@@ -119,7 +119,7 @@ def test_a_plan_brings_back_what_stood_in_the_view(name: str, tmp_path: Path) ->
     assert "forward" not in vars(next(m for _, m in stack.model.named_modules() if isinstance(m, torch.nn.Linear)))
 
 
-def test_an_adapter_computes_what_it_says_beside_its_map() -> None:
+def test_an_adapter_is_added_to_its_linear_layer() -> None:
     linear, x = torch.nn.Linear(6, 4), torch.randn(2, 3, 6)
     view = torch.nn.ModuleDict({"map": linear})
     adapter = attach(view, ["map"], bent())["map"]
@@ -155,7 +155,7 @@ def test_it_learns_through_the_view_and_the_model_stays_as_it_was(tmp_path: Path
 # With the rest of a plan: the sites follow the cut, or it is refused.
 
 
-def test_an_adapter_is_gone_with_a_dropped_site_and_goes_with_layers_that_move_or_repeat(tmp_path: Path) -> None:
+def test_an_adapter_is_dropped_moved_and_repeated_with_its_layer(tmp_path: Path) -> None:
     stack, given = Stack(nano("llama")), nano_inputs("llama")
     adapts, view = trained(stack, tmp_path, ["layers.1", "layers.2"])
     dropped = compose(adapts, Plan(model=adapts.model, drop=["layers.2.attn"]))
@@ -208,7 +208,7 @@ def test_a_cache_of_the_plain_model_is_refused(tmp_path: Path) -> None:
         lamella.apply(stack, plan)(given["input_ids"][:, :1], **named, use_cache=True)
 
 
-def test_lora_stands_beside_a_map_with_an_adapter(tmp_path: Path) -> None:
+def test_lora_can_be_added_to_a_linear_layer_with_an_adapter(tmp_path: Path) -> None:
     stack, given = Stack(nano("llama")), nano_inputs("llama")
     _, view = trained(stack, tmp_path, ["layers.1"])
     before = view(**given).logits

@@ -298,7 +298,7 @@ def test_an_output_that_exists_is_kept_unless_it_is_a_model_to_overwrite(tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "out"]
 
 
-def test_a_disk_without_room_is_refused_before_the_write(tmp_path: Path) -> None:
+def test_a_full_disk_is_refused_before_the_write(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"needs .* GB, but its disk has"), new_folder(tmp_path / "out", size=10**18):
         pytest.fail("nothing must be written")
     assert not list(tmp_path.iterdir())

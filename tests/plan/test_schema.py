@@ -158,7 +158,7 @@ def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     one_line(error, "cannot be read")
 
 
-def test_a_plan_for_another_model_is_refused_with_the_mend() -> None:
+def test_a_plan_for_another_model_is_refused_with_a_fix() -> None:
     stack = Stack(nano("llama"))
     reference = ModelReference.of(stack)
     Plan(model=reference, drop=["layers.1"]).check_fits(stack)
@@ -348,7 +348,7 @@ DECIDING = {"text": PolicyReference(name="first", params={}, work=[(0.5, 0.25)] 
     ],
     ids=str,
 )
-def test_what_a_plan_leaves_out_is_said_in_words(decision: dict[str, Any], effect: str) -> None:
+def test_removed_sites_are_described_in_words(decision: dict[str, Any], effect: str) -> None:
     assert Plan(model=MODEL, **decision).effect == effect
 
 

@@ -128,7 +128,7 @@ def test_dropped_sublayers_of_every_stack_are_silent(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WRITES)
-def test_nothing_dropped_is_the_model_to_the_bit_and_the_model_stays_as_it_was(name: str) -> None:
+def test_an_empty_plan_is_bit_exact_and_does_not_change_the_model(name: str) -> None:
     model, given = opened(name), nano_inputs(name)
     before = model.model(**given).logits
     view = lamella.apply(model, dropping(model))

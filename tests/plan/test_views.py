@@ -240,7 +240,7 @@ def test_the_two_modes_agree_mask_and_removed() -> None:
 
 
 @pytest.mark.parametrize("name", NANO)
-def test_the_identity_plan_is_the_model_itself_to_the_bit_and_replaces_no_forward(name: str) -> None:
+def test_the_identity_plan_is_bit_exact_and_replaces_no_forward(name: str) -> None:
     stack = opened(name)
     view = apply_static(stack, make_plan(stack, []))
     given = {"pixel_values": IMAGES} if name == "vit" else {"input_ids": IDS, "attention_mask": MASK}

@@ -216,7 +216,7 @@ def zeroed(name: str, gone: list[int]) -> Stack:
 
 
 @pytest.mark.parametrize("name", ROTARY)
-def test_cutting_silent_channels_of_the_stream_reproduces_the_model_when_norms_are_rescaled(name: str) -> None:
+def test_removing_zero_hidden_channels_reproduces_the_model_when_norms_are_rescaled(name: str) -> None:
     gone = [1, 4, 5, 17, 30, 31]
     stack, keep = zeroed(name, gone), [channel for channel in range(32) if channel not in gone]
     expected = real(stack.model(**GIVEN).logits)
@@ -227,7 +227,7 @@ def test_cutting_silent_channels_of_the_stream_reproduces_the_model_when_norms_a
 
 
 @pytest.mark.parametrize("name", ROTARY)
-def test_a_plainly_cut_stream_is_the_small_model_with_weights_sliced_by_hand(name: str) -> None:
+def test_a_smaller_hidden_size_equals_the_small_model_with_manually_sliced_weights(name: str) -> None:
     stack, keep = opened(name), shuffled(32, 3)[:20]
     view = lamella.apply(stack, plan_of(stack, {"hidden.channels": keep}))
     settings = stack.config.to_dict() | {"hidden_size": 20, "head_dim": HEAD}
@@ -313,8 +313,10 @@ def test_plain_transformers_loads_an_even_export_with_the_logits_of_the_view(nam
         assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         close(real(loaded.eval()(**GIVEN).logits), real(view(**GIVEN).logits))
         written = json.loads((folder / "config.json").read_text())
-        said = [written[key] for key in ("hidden_size", "head_dim", "intermediate_size", "num_attention_heads")]
-        assert said == [20, HEAD, 40, 2] and written["num_hidden_layers"] == LAYERS - len(drop)
+        sizes_in_config = [
+            written[key] for key in ("hidden_size", "head_dim", "intermediate_size", "num_attention_heads")
+        ]
+        assert sizes_in_config == [20, HEAD, 40, 2] and written["num_hidden_layers"] == LAYERS - len(drop)
         assert not {"auto_map", "lamella"} & set(written)
         if mixed:
             assert written["layer_types"] == ([types[0], *types[2:]] if drop else types)
@@ -323,7 +325,7 @@ def test_plain_transformers_loads_an_even_export_with_the_logits_of_the_view(nam
         assert own.config.hidden_size == 20 and len(own) == written["num_hidden_layers"]
 
 
-def test_gpt2_exports_plainly_when_its_heads_fill_the_stream_and_natively_else(tmp_path: Path) -> None:
+def test_gpt2_exports_plain_if_its_heads_fill_the_hidden_size_and_native_otherwise(tmp_path: Path) -> None:
     stack = opened("gpt2")
     channels = {f"layers.{layer}.mlp.channels": shuffled(128, layer)[:50] for layer in range(LAYERS)}
     filled = even(stack, hidden=16)
@@ -342,7 +344,7 @@ def test_gpt2_exports_plainly_when_its_heads_fill_the_stream_and_natively_else(t
 
 
 @pytest.mark.parametrize(("name", "form"), [("llama", "native"), ("mistral", "plain"), ("qwen2", "plain")])
-def test_a_stream_that_heads_do_not_divide_is_exported_as_the_config_allows(
+def test_a_hidden_size_not_divisible_by_heads_is_exported_as_the_config_allows(
     name: str, form: str, tmp_path: Path
 ) -> None:
     stack = opened(name)
@@ -508,7 +510,7 @@ def test_what_has_no_plain_meaning_is_refused_with_the_reason(tmp_path: Path) ->
 
 @pytest.mark.parametrize("drop", [[], ["layers.1"]])
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gpt2", "untied", "headless"])
-def test_out_of_core_cuts_what_is_cut_in_memory_to_the_bit(name: str, drop: list[str], tmp_path: Path) -> None:
+def test_out_of_core_and_in_memory_exports_are_bitwise_equal(name: str, drop: list[str], tmp_path: Path) -> None:
     stack = opened({"untied": "llama", "headless": "gpt2"}.get(name, name), tie_word_embeddings=name != "untied")
     model = stack.base if name == "headless" else stack.model  # whose tensors have shorter names
     model.to(torch.bfloat16).save_pretrained(tmp_path / "source", max_shard_size="20KB")

@@ -172,8 +172,8 @@ def test_generate_equals_the_reference(name: str, beams: int) -> None:
     view = apply(stack, planned(stack))
     settings = {"do_sample": False, "max_new_tokens": 5, "pad_token_id": 0}
     beam = {"num_beams": beams, "num_return_sequences": beams}
-    told = {"output_scores": True, "output_logits": True, "return_dict_in_generate": True}
-    out = view.generate(input_ids=IDS[:, :PROMPT], attention_mask=MASK[:, :PROMPT], **settings, **beam, **told)
+    outputs = {"output_scores": True, "output_logits": True, "return_dict_in_generate": True}
+    out = view.generate(input_ids=IDS[:, :PROMPT], attention_mask=MASK[:, :PROMPT], **settings, **beam, **outputs)
     ids, new = out.sequences, torch.ones(4 * beams, 5, dtype=torch.long)
     mask = torch.cat([MASK[:, :PROMPT].repeat_interleave(beams, dim=0), new], dim=1)
     rows = range(4 * beams)

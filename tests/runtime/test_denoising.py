@@ -257,7 +257,7 @@ def _plan(stack: Stack) -> Plan:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_policy_that_skips_nothing_is_the_model_to_the_bit(name: str) -> None:
+def test_a_policy_that_skips_nothing_is_the_model_bit_exactly(name: str) -> None:
     stack = opened(name)
     view = with_policy(stack, _plan(stack), Every(stack, 0))
     for cache in CACHES:
@@ -302,7 +302,7 @@ def test_a_trace_counts_what_ran() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         ({"algorithm": "nonsense"}, "algorithm 'nonsense': choose one of maskgit_plus"),
         ({"cache": "static"}, "cache 'static': choose one of none, prompt"),
@@ -312,8 +312,8 @@ def test_a_trace_counts_what_ran() -> None:
         ({"temperature": -1.0}, "temperature -1.0"),
     ],
 )
-def test_a_sampler_whose_numbers_do_not_fit_is_refused_in_one_line(given: dict[str, Any], said: str) -> None:
-    with pytest.raises(MethodError, match=said) as error:
+def test_a_sampler_with_inconsistent_settings_is_refused_in_one_line(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(MethodError, match=message) as error:
         Sampler(**given)
     assert "\n" not in str(error.value)
 

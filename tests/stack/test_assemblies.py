@@ -89,7 +89,7 @@ def test_the_stacks_are_named_in_the_order_in_which_they_run(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "stack"), CASES)
-def test_the_sublayers_compose_to_every_layer_to_the_bit(name: str, stack: str) -> None:
+def test_the_sublayers_compose_to_every_layer_bit_exactly(name: str, stack: str) -> None:
     model, given = nano(name), nano_inputs(name)
     calls, outs, _ = noted(model, STACKS[name][stack][0], given, use_cache=False)
     opened = open_model(model).stacks[stack]
@@ -126,7 +126,7 @@ def _marks(given: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("name", "stack"), CASES)
-def test_context_run_and_head_give_what_the_model_gives_to_the_bit(name: str, stack: str) -> None:
+def test_context_run_and_head_give_the_output_of_the_model_bit_exactly(name: str, stack: str) -> None:
     model, given = nano(name), nano_inputs(name)
     calls, outs, output = noted(model, STACKS[name][stack][0], given, use_cache=False)
     opened = open_model(model).stacks[stack]
@@ -150,7 +150,9 @@ def test_context_run_and_head_give_what_the_model_gives_to_the_bit(name: str, st
 
 
 @pytest.mark.parametrize(("name", "stack"), CASES)
-def test_skipped_sublayers_leave_the_stream_as_it_was_and_a_restart_equals_the_whole_run(name: str, stack: str) -> None:
+def test_skipped_sublayers_do_not_change_the_hidden_states_and_a_restart_equals_the_whole_run(
+    name: str, stack: str
+) -> None:
     opened = open_model(nano(name)).stacks[stack]
     context = opened.context(nano_inputs(name))
     assert torch.equal(opened.run(context.h, 0, len(opened), context, skip=opened.positions), context.h)
@@ -160,7 +162,7 @@ def test_skipped_sublayers_leave_the_stream_as_it_was_and_a_restart_equals_the_w
         assert torch.equal(opened.run(h, point, len(opened), context), before[opened.end])
 
 
-def test_positions_are_told_apart_by_modality() -> None:
+def test_positions_are_distinguished_by_modality() -> None:
     given = nano_inputs("llava")
     vision, text = open_model(nano("llava")).stacks.values()
     seen = text.context(given).modalities

@@ -54,9 +54,9 @@ def script() -> dict[str, Any]:
 
 @pytest.mark.parametrize("model_type", SAMPLE)
 def test_a_type_opens_is_cut_decodes_and_is_exported_as_the_table_says(script: Any, model_type: str) -> None:
-    said = {row["type"]: row for row in json.loads((ROOT / "docs" / "architectures.json").read_text())["types"]}
+    documented = {row["type"]: row for row in json.loads((ROOT / "docs" / "architectures.json").read_text())["types"]}
     found = script["looked_at"](model_type)
-    assert found | {"seconds": 0} == said[model_type] | {"seconds": 0}
+    assert found | {"seconds": 0} == documented[model_type] | {"seconds": 0}
     assert found["opens"] == "derived" and found["decodes"]
     assert {"portable", "native"} <= set(found["forms"])
 
@@ -164,7 +164,7 @@ def test_a_readout_of_other_states_than_the_model_reads_is_refused_by_the_proof(
         prove(stack)
 
 
-def test_layers_that_hand_on_more_than_the_stream_are_refused() -> None:
+def test_layers_that_pass_on_more_than_hidden_states_are_refused() -> None:
     with pytest.raises(ArchitectureError, match="pass on 'prev_topk_indices' besides the residual stream"):
         prove(Stack(small("glm_moe_dsa")))
 
@@ -175,7 +175,7 @@ def test_an_encoder_is_refused_though_its_type_has_a_causal_class() -> None:
         lamella.open(transformers.BertLMHeadModel(config).eval())
 
 
-def test_a_proof_is_remembered_and_can_be_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proof_is_remembered_and_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAMELLA_CACHE", str(tmp_path))
     proved: list[str] = []
     monkeypatch.setattr(opening, "prove", lambda stack: proved.append(digest_of_proof(stack)))

@@ -198,7 +198,7 @@ def test_rows_of_a_padded_batch_are_computed_as_alone(layout: str, request: pyte
 
 
 @pytest.mark.parametrize("name", NANO_DIFFUSION)
-def test_its_sublayers_are_its_layers_to_the_bit(name: str) -> None:
+def test_its_sublayers_compose_to_its_layers_bit_exactly(name: str) -> None:
     stack = Stack(nano(name))
     given = {"input_ids": IDS, "attention_mask": MASK}
     context = stack.context(given)

@@ -150,7 +150,7 @@ def same(ours: Any, theirs: Any) -> bool:
     return all(torch.equal(a, b) for a, b in zip(weights(ours), weights(theirs), strict=True))
 
 
-def test_training_with_a_share_of_0_is_plain_training_to_the_bit(tmp_path: Path) -> None:
+def test_training_with_a_share_of_0_is_plain_training_bit_exactly(tmp_path: Path) -> None:
     plain, mixed, other = nano("gpt2"), nano("gpt2"), nano("gpt2")  # with dropout: the random state counts
     fit(plain, NEW, response_loss, out=tmp_path / "plain", **RUN)
     fit(mixed, NEW, response_loss, out=tmp_path / "mixed", replay=Replay({"old": OLD}, 0.0), **RUN)
@@ -167,7 +167,7 @@ def test_training_on_the_past_alone_does_not_depend_on_the_new_data(tmp_path: Pa
 
 
 @pytest.mark.parametrize("call", [2, 5, 11])
-def test_an_interrupted_run_goes_on_to_the_bit(call: int, tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_bit_exactly(call: int, tmp_path: Path) -> None:
     """Schedule, mixer and random state: interrupted before, just after and well after a checkpoint."""
     schedule = infinite(12, 3e-3)
     options = RUN | {"schedule": schedule, "replay": REPLAY, "eval_every": 2, "held_out": {"a": NEW[:3], "b": OLD}}
