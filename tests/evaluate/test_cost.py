@@ -1,4 +1,4 @@
-"""The cost model against counts made by hand and against models that are really smaller."""
+"""The cost model, compared with manual counts and with models that are actually smaller."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fidelity against a float64 brute force that runs transformers alone."""
+"""Fidelity, compared with a float64 brute-force computation that uses only transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Speed is a ratio of interleaved rounds with its spread; memory is read in a process of its own."""
+"""Speed is a ratio of interleaved rounds with its spread; memory is measured in a separate process."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_bench_divides_round_by_round(monkeypatch: pytest.MonkeyPatch) -> None:
     found = bench({"a": "a", "b": "b"}, batches=(1, 8), rounds=3)
     assert calls == [1] * 4 + [8] * 4
     timing = found["b"][0]
-    assert timing.decode == (1.0, 1.0, 1.0) and timing.variation == 0.0  # the warm-up round is left out
+    assert timing.decode == (1.0, 1.0, 1.0) and timing.variation == 0.0  # the warm-up round is excluded
     assert timing.prefill_speedup == Ratio(3.0, 2.5, 3.5) and timing.decode_speedup == Ratio(3.0, 2.5, 3.5)
     assert found["a"][0].decode_speedup == Ratio(1.0, 1.0, 1.0)
     assert found["a"][0].variation == pytest.approx(math.sqrt(2 / 3) / 3)

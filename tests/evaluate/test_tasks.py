@@ -1,4 +1,4 @@
-"""Scores on tasks against transformers alone, one answer at a time, without batches and padding."""
+"""Task scores, compared with transformers alone, one answer at a time, without batches and padding."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def test_definitions_are_three_hundred_questions_and_more_with_one_right_answer(
         assert len(set(row["words"])) == 4 and row["words"][row["answer"]] == row["word"]
         assert len({kinds[word] for word in row["words"]}) == 1  # grammar does not give it away
         assert row["word"] not in row["definition"].lower().replace(",", "").split()
-    for place in range(4):  # nor does the place
+    for place in range(4):  # nor does the position
         assert sum(row["answer"] == place for row in rows) / len(rows) == pytest.approx(0.25, abs=0.07)
 
 

@@ -1,4 +1,4 @@
-"""Importances: equal to the loop and to closed forms, however samples are cut, kept and joined."""
+"""Importances: equal to the loop and to closed forms, however samples are split, stored and merged."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Residual(nn.Module):
 
 
 class Words(nn.Module):
-    """A classifier of token sequences, whose embedding is looked up in every place."""
+    """A classifier of token sequences, whose embedding is used at every position."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,21 +62,21 @@ class Words(nn.Module):
 
 
 class Tied(Words):
-    """The same map twice, which no rule for a single use may touch."""
+    """The same linear layer twice, to which no rule for a single use may be applied."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.mix(self.mix(self.embed(x))).mean(1))
 
 
 class Hidden(Words):
-    """A weight that is also used behind its module's back."""
+    """A weight that is also used outside its module."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.mix(self.norm(self.embed(x))).mean(1)) @ self.head.weight[:, :5]
 
 
 class Mixing(Words):
-    """Samples that see each other."""
+    """Samples that interact with each other."""
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.mix(self.norm(self.embed(x))).mean(1)
@@ -84,7 +84,7 @@ class Mixing(Words):
 
 
 class Attending(Words):
-    """Attention of torch, whose parameters lie above a module of its own; and a weight without a module."""
+    """Torch's attention, whose parameters are on its parent module; and a weight without a module."""
 
     def __init__(self) -> None:
         super().__init__()

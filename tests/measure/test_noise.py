@@ -1,4 +1,4 @@
-"""What is asked of a model by its objective, against the loss written out token by token."""
+"""Scored positions by objective, compared with the loss computed token by token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a sublayer reads and adds, against hooks on the model's own forward."""
+"""Recorded inputs and outputs of a sublayer, compared with hooks on the model's own forward."""
 
 from __future__ import annotations
 

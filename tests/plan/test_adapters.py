@@ -1,4 +1,4 @@
-"""Adapters that a plan puts beside linear maps: by names and tensors alone, going with the maps, never merged."""
+"""Adapters of a plan on linear layers: stored as names and tensors only, moved with their layers, never merged."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def bent(rank: int = 2) -> Any:
 
 
 def trained(stack: Stack, folder: Path, sites: list[str], plan: Plan | None = None) -> tuple[Plan, Any]:
-    """A plan with adapters at some sites, and the view that they stand in."""
+    """Return a plan with adapters at some sites, and the view with these adapters."""
     plan = plan or Plan(model=ModelReference.of(stack))
     view = lamella.apply(stack, plan)
     adapters = attach(view, linear_at(view, sites=sites), bent())
@@ -246,7 +246,7 @@ def test_it_cannot_be_merged_and_a_native_export_keeps_it(tmp_path: Path) -> Non
 
 
 def changed(plan: Plan, folder: Path, **change: Any) -> Plan:
-    """The plan with another reference, whose side file has the tensors that ``change`` says."""
+    """Return the plan with another reference, whose side file has the tensors returned by ``change``."""
     [reference] = plan.adapters
     edit = change.pop("tensors", None)
     if edit is not None:

@@ -1,4 +1,4 @@
-"""Networks that a plan puts at a site: in place of what is there, or beside it, by names and tensors alone."""
+"""Networks that a plan inserts at a site, in place of its sublayers or in addition, as names and tensors only."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from lamella.registry import method
 
 
 class Low(SiteModule):
-    """h + B A h, of some rank; beside what is there, that is added, too."""
+    """h + B A h, of some rank, plus the output of kept sublayers."""
 
     def __init__(self, stack, positions, *, rank: int) -> None:
         super().__init__(stack, positions)
@@ -104,7 +104,7 @@ def trained(folder: Path, width: int = 32, rank: int = 2) -> ModuleReference:
 
 
 def by_hand(stack: Stack, given: dict[str, Tensor], replaced: dict[tuple[int, str], Any]) -> Tensor:
-    """The logits when functions ``f(h, out)`` stand at these positions."""
+    """Return the logits with functions ``f(h, out)`` at these positions."""
     context = stack.context(given)
     h: Any = context.h
     for position in stack.positions:
@@ -113,7 +113,7 @@ def by_hand(stack: Stack, given: dict[str, Tensor], replaced: dict[tuple[int, st
     return stack.head(h)
 
 
-SERIAL = [name for name in CAUSAL if name not in ("gpt_neox",)]  # inside a parallel layer there is no stream to read
+SERIAL = [name for name in CAUSAL if name not in ("gpt_neox",)]  # a parallel layer has no intermediate hidden states
 
 
 @pytest.mark.parametrize("name", SERIAL)

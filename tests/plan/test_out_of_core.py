@@ -1,4 +1,4 @@
-"""Out-of-core exports: the same bytes at another place, and no output from a damaged source."""
+"""Out-of-core exports: the same bytes in another location, and no output from a damaged source."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rotary positions in the names of transformers 4, beside those of transformers 5, which reads them as before."""
+"""Rotary positions with the names of transformers 4, in addition to those of transformers 5, which still reads them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plan is a small document: it survives JSON, and what is wrong with it is said in one line with the mend."""
+"""A plan is a small document: it survives JSON, and errors in it are reported in one line with the fix."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def test_the_weights_fingerprint_is_of_the_tensors_on_disk_however_they_are_divi
     tensors = dict(sorted(load_file(tmp_path / "whole" / "model.safetensors").items(), reverse=True))
     (tmp_path / "other").mkdir()
     save_file(tensors, tmp_path / "other" / "model.safetensors", {"format": "pt", "more": "metadata"})
-    save_file({"a": torch.zeros(1)}, tmp_path / "other" / "plan.abc.safetensors")  # of a plan beside it
+    save_file({"a": torch.zeros(1)}, tmp_path / "other" / "plan.abc.safetensors")  # of a plan in the same folder
     for same in ("parts", "other"):
         assert Stack(model, path=tmp_path / same).files_digest == first.files_digest
     name = min(tensors)

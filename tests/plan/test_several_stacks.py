@@ -1,7 +1,7 @@
-"""Plans for models with several stacks: every named stack is honoured, or refused in one line.
+"""Plans for models with several stacks: every named stack is applied, or refused in one line.
 
-The reference is the transformers model itself: sublayers are silenced by hooks on the modules that write their result,
-and dropped layers by hooks that hand on what they were given.
+The reference is the transformers model itself: sublayers are disabled by hooks on the modules that write their result,
+and dropped layers by hooks that return their input.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ WRITES = {
         "decoder.layers.0.attn": ["model.decoder.layers.0.self_attn"],
     },
 }
-# What a plain checkpoint can say: whole layers of both stacks, and what transformers then calls their numbers.
+# Expressible in a plain checkpoint: whole layers of both stacks, and transformers' names of their counts.
 LAYERS = {
     "llava": (
         ["vision.layers.1", "text.layers.2"],

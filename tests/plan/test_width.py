@@ -1,4 +1,4 @@
-"""Width plans: what is cut out of the tensors is exactly what the plan leaves out, in every family that can be cut."""
+"""Width plans: exactly what the plan removes is cut from the tensors, in every supported family."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def plan_of(stack: Stack, width: dict[str, Any], **more: Any) -> Plan:
 
 
 def uneven(stack: Stack) -> dict[str, Any]:
-    """Other heads and channels in every layer: an odd grouping, a group gone, one head alone, one layer whole."""
+    """Return different heads and channels in every layer: odd groups, a missing group, one head, a whole layer."""
     width: dict[str, Any] = {
         "layers.0.attn.heads": heads(stack, [3, 0, 1]),
         "layers.1.attn.heads": heads(stack, [1, 0]),
@@ -109,7 +109,7 @@ def out(layer: Any) -> Any:
 
 
 def silence(weight: Tensor, inputs: list[int], transposed: bool) -> None:
-    """Let these inputs of a linear map count for nothing."""
+    """Make these inputs of a linear layer have no effect."""
     if transposed:
         weight[inputs] = 0
     else:
@@ -117,7 +117,7 @@ def silence(weight: Tensor, inputs: list[int], transposed: bool) -> None:
 
 
 def masked(stack: Stack, width: dict[str, Any]) -> Stack:
-    """A copy of full size in which what the plan leaves out is multiplied by zero: heads and channels."""
+    """Return a full-size copy in which everything that the plan removes is multiplied by zero: heads and channels."""
     model = copy.deepcopy(stack.model)
     transposed = stack.architecture.name == "gpt2"
     for number, layer in enumerate(Stack(model).layers):
@@ -140,7 +140,7 @@ def close(found: Tensor, expected: Tensor, atol: float = 1e-5) -> None:
 
 
 def exactly(norm: Any, h: Tensor) -> Tensor:
-    """An RMS norm without the detour through float32 that the models make."""
+    """Compute an RMS norm without the models' intermediate cast to float32."""
     return norm.weight * h * torch.rsqrt(h.square().mean(-1, keepdim=True) + norm.variance_epsilon)
 
 
@@ -204,7 +204,7 @@ def test_nothing_of_the_original_changes_and_what_is_not_cut_is_shared(name: str
 
 
 def zeroed(name: str, gone: list[int]) -> Stack:
-    """A model in which some channels of the stream are zero at every point."""
+    """Return a model in which some hidden channels are zero everywhere."""
     stack = opened(name)
     stack.base.embed_tokens.weight[:, gone] = 0
     for layer in stack.layers:
@@ -515,7 +515,7 @@ def test_out_of_core_and_in_memory_exports_are_bitwise_equal(name: str, drop: li
     model = stack.base if name == "headless" else stack.model  # whose tensors have shorter names
     model.to(torch.bfloat16).save_pretrained(tmp_path / "source", max_shard_size="20KB")
     stack.model.to(torch.bfloat16)
-    plan = plan_of(stack, even(stack, 16), drop=drop)  # GPT-2's config wants heads that fill the stream
+    plan = plan_of(stack, even(stack, 16), drop=drop)  # GPT-2's config needs heads that fill the hidden size
     expected = export(stack, plan, tmp_path / "expected", form="plain")
     found = export_out_of_core(tmp_path / "source", plan, tmp_path / "out")
     ours, theirs = (
@@ -529,5 +529,5 @@ def test_out_of_core_and_in_memory_exports_are_bitwise_equal(name: str, drop: li
     )
     configs = [json.loads((folder / "config.json").read_text()) for folder in (found, expected)]
     differ = {key for key in configs[0].keys() | configs[1].keys() if configs[0].get(key) != configs[1].get(key)}
-    assert differ <= {"dtype", "architectures", "max_window_layers"}  # the last says nothing beside layer_types
+    assert differ <= {"dtype", "architectures", "max_window_layers"}  # the last is redundant with layer_types
     assert transformers.AutoModelForCausalLM.from_pretrained(found)(**GIVEN).logits.isfinite().all()

@@ -1,4 +1,4 @@
-"""Figures as data: what is in them, how Plotly is given them, and which pages need Plotly at all."""
+"""Figures as data: their content, their Plotly form, and which pages need Plotly."""
 
 from __future__ import annotations
 

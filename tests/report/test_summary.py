@@ -1,4 +1,4 @@
-"""Tables and summaries as text, wherever they are shown."""
+"""Tables and summaries as text."""
 
 from __future__ import annotations
 

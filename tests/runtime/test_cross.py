@@ -1,7 +1,7 @@
-"""Decoders that read an encoder: every execution of a plan gives what the transformers model gives under hooks.
+"""Decoders that read an encoder: every execution of a plan equals the transformers model with hooks.
 
-The reference is the untouched model over whole sequences, without a cache. At columns whose tokens do not run a layer,
-a hook hands on what the layer was given; where a layer is to see generated tokens alone, another changes its mask.
+The reference is the unmodified model over whole sequences, without a cache. At columns whose tokens do not run a layer,
+a hook returns the layer's input; where a layer attends only to generated tokens, another changes its mask.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The denoising loop, against the sampler written out and against passes that keep nothing."""
+"""The denoising loop, compared with the sampler's definition and with passes that cache nothing."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def whole(model: Any) -> Callable[[Tensor, int, int, int], Tensor]:
 
 
 def frozen(stack: Stack, prompt: int, cache: str) -> Callable[[Tensor, int, int, int], Tensor]:
-    """Passes over all columns, in which the stream of those that are kept is put back in front of every layer."""
+    """Run passes over all columns, in which the stored hidden states are restored before every layer."""
     streams: list[Tensor] = []
 
     def passes(x: Tensor, start: int, end: int, step: int) -> Tensor:

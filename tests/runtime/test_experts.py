@@ -1,4 +1,4 @@
-"""Experts that are skipped, against the mixture written out from its definition, one token after the other."""
+"""Skipped experts, compared with the mixture computed from its definition, one token after the other."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Plans that treat prompt and generated tokens differently: every execution gives the same logits.
 
-The reference never runs Lamella's code: the prompt goes through the untouched transformers model, whose cache is then
-cut to the kept layers and handed to a second transformers model that has those layers only.
+The reference never runs Lamella's code: the prompt goes through the unmodified transformers model, whose cache is then
+cut to the kept layers and passed to a second transformers model that has only those layers.
 """
 
 from __future__ import annotations

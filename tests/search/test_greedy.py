@@ -1,4 +1,4 @@
-"""Searches know nothing of models: they are tested on tables of costs with known answers."""
+"""Searches are independent of models: they are tested on tables of costs with known answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Thresholds have as many scores below them as was asked for; a sweep keeps what brings more than all before."""
+"""Thresholds have the requested number of scores below them; a sweep keeps every improvement over earlier results."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Models with several stacks: each runs what the model runs, to the bit, with and without a cache.
+"""Models with several stacks: each is bit-identical to its part of the model, with and without a cache.
 
-Everything is compared with the transformers classes: hooks note what their layers are called with and return.
+Everything is compared with the transformers classes: hooks record the inputs and outputs of their layers.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def test_context_run_and_head_give_the_output_of_the_model_bit_exactly(name: str
     else:
         images = {key: given[key] for key in ("pixel_values", "image_grid_thw") if key in given}
         expected = torch.cat(list(model.model.get_image_features(**images, return_dict=True).pooler_output))
-        if name == "llava":  # its language model reads the stream before the last layer, and not the class token
+        if name == "llava":  # its language model reads the hidden states before the last layer, without the class token
             last = opened.run(context.h, 0, len(opened) - 1, context)
     found = opened.head(last)
     assert torch.equal(found.flatten(0, 1) if found.ndim > expected.ndim else found, expected)

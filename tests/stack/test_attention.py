@@ -1,4 +1,4 @@
-"""Attention weights of one layer alone, against those of a model that is eager throughout."""
+"""Attention weights of a single layer, compared with those of a fully eager model."""
 
 from __future__ import annotations
 

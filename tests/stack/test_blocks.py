@@ -1,4 +1,4 @@
-"""Blocks of models that are no chains: dropped, recorded, sized and replaced, as hooks inside them would have it."""
+"""Blocks of models that are not chains: dropped, recorded, measured and replaced, compared with hooks inside them."""
 
 from __future__ import annotations
 

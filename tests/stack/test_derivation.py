@@ -1,7 +1,7 @@
-"""Architectures without an entry: derived from their class, proved, cut, exported.
+"""Architectures without an entry: derived from their class, verified, pruned, exported.
 
-What is compared with is the class of transformers itself, with an MLP or an attention taken out by hand: the layer's
-own ``forward``, in which another module gives zeros.
+The reference is the class of transformers itself, with an MLP or an attention removed manually: the layer's own
+``forward``, with another module that returns zeros.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ def test_a_config_cannot_ask_for_millions_of_layers() -> None:
 
 
 def test_a_layer_that_its_config_cannot_place_is_not_exported_plain(tmp_path: Path) -> None:
-    stack = Stack(small("diffllama"))  # a number of every layer follows from its place
+    stack = Stack(small("diffllama"))  # a parameter of every layer depends on its index
     with pytest.raises(ExportError, match=r"counts layers, so it cannot say that layers\.2 becomes layers\.1"):
         lamella.export(stack, Plan(model=ModelReference.of(stack), drop=["layers.1"]), tmp_path / "out", form="plain")
     assert not (tmp_path / "out").exists()

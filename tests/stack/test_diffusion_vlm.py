@@ -1,4 +1,4 @@
-"""Masked-diffusion models that read images: opened from a folder, against their language model given what it reads."""
+"""Masked diffusion models that read images: opened from a folder, compared with their language model."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A stack runs what its model runs: to the bit, from any point, in any order, without touching the model.
+"""A stack is bit-identical to its model, from any point and in any order, and does not change the model.
 
-Everything is compared with the transformers classes themselves: what their layers are called with is noted by hooks,
-and the layers' own ``forward`` is then called by hand.
+Everything is compared with the transformers classes themselves: hooks record the inputs of their layers, whose own
+``forward`` is then called directly.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The training loop: it learns, stops, goes on to the bit, and leaves everything else alone."""
+"""The training loop: it learns, stops, resumes bit-exactly, and changes nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hooks: when they are called, what they may change, and that what they know survives a kill."""
+"""Hooks: when they are called, what they may change, and that their state survives a kill."""
 
 from __future__ import annotations
 

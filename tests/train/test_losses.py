@@ -1,4 +1,4 @@
-"""Losses equal what whole logits give."""
+"""Losses equal those of whole logits."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def _refuse_logits(saved: Tensor, positions: int) -> Tensor:
 
 
 def smaller(stack: Stack, hidden: int = 24) -> Any:
-    """A model of half the depth and a narrower stream, with parameters of its own."""
+    """Return a model of half the depth and a smaller hidden size, with its own parameters."""
     width: Any = {"hidden.channels": list(range(hidden))}
     model = materialise(stack, Plan(model=ModelReference.of(stack), drop=["layers.1", "layers.2"], width=width)).model
     own(model)
@@ -254,7 +254,7 @@ def test_masks_by_count_have_the_mean_loss_over_all_counts(name: str) -> None:
     row = {key: values[:1, BATCH["attention_mask"][0].bool()] for key, values in BATCH.items() if values.ndim == 2}
     row["labels"] = row["labels"].masked_fill(torch.arange(row["labels"].shape[1]) < row["labels"].shape[1] - 3, -100)
     ids, end = row["input_ids"], row["labels"].shape[1]
-    expected = 0.0  # numbers are equally likely, and so are the sets of a number
+    expected = 0.0  # counts are equally likely, and so are the sets of each count
     sets = [[place for place in range(3) if chosen >> place & 1] for chosen in range(1, 8)]
     for some in sets:
         noisy = ids.clone()

@@ -1,4 +1,4 @@
-"""Replay: how much is replayed, of what, in which order, and that nothing else changes."""
+"""Replay: how much is replayed, from which data, in which order, and that nothing else changes."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_the_past_of_a_dataset_that_comes_back_is_one_share() -> None:
 
 
 def test_without_replay_and_with_a_share_of_0_the_order_is_the_plain_one() -> None:
-    generator = torch.Generator().manual_seed(7)  # as it has always been: passes, each shuffled anew
+    generator = torch.Generator().manual_seed(7)  # the order without replay: epochs, each reshuffled
     plain = [int(n) for _ in range(5) for n in torch.randperm(40, generator=generator)]
     assert Order(NEW, 50, 4, 7).picks == plain
     assert order(0.0, seed=7).picks == plain
@@ -239,7 +239,7 @@ def test_accumulated_batches_are_one_step_of_the_schedule_and_of_the_mixer(tmp_p
 
 
 def test_a_kept_optimizer_makes_two_runs_one(tmp_path: Path) -> None:
-    """Six steps and six more with the first run's optimizer are twelve, to the bit; with a fresh one they are not."""
+    """Six steps and six more with the first run's optimizer equal twelve, bit-exactly; with a new one they do not."""
     schedule = infinite(12, 3e-3)
     whole = nano("llama")
     fit(whole, NEW, response_loss, out=tmp_path / "whole", **RUN | {"schedule": schedule})

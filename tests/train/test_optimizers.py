@@ -1,4 +1,4 @@
-"""Optimizers: the groups of the default one, and rates of groups of one's own."""
+"""Optimizers: the groups of the default one, and learning rates of custom groups."""
 
 from __future__ import annotations
 

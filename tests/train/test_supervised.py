@@ -1,4 +1,4 @@
-"""Supervised training: what batch norms see survives a kill, and recordings are what they say."""
+"""Supervised training: statistics of batch norms survive a kill, and recordings are correct."""
 
 from __future__ import annotations
 

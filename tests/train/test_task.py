@@ -1,4 +1,4 @@
-"""Tasks: batches, weights and steps of one's own, against the same computed by hand."""
+"""Tasks: custom batches, weights and steps, compared with manual computations."""
 
 from __future__ import annotations
 

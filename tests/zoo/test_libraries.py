@@ -1,4 +1,4 @@
-"""Models of every library open through ``lamella.open``, and what a folder claims is never executed."""
+"""Models of every library open through ``lamella.open``, and nothing in a folder is ever executed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""In which precision and where models are opened."""
+"""The precision and device with which models are opened."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pulling: what is kept is what the table names; what fails says so in one line and leaves nothing."""
+"""Pulling: only the listed file is kept; failures are reported in one line and leave nothing."""
 
 import hashlib
 import json

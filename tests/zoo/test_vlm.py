@@ -1,4 +1,4 @@
-"""Small models of images and text: opened from a folder with their stacks, tokenizer and processor."""
+"""Small vision-language models: opened from a folder with their stacks, tokenizer and processor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The world of shapes: what is said of a picture is true of its pixels, which are read here by other means."""
+"""The synthetic shapes: text about an image is true of its pixels, which are parsed here by independent code."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Seen(NamedTuple):
 
 
 def look(image: np.ndarray) -> list[Seen]:
-    """The things in a picture, from its pixels alone."""
+    """Return the objects in an image, from its pixels alone."""
     size = len(image) // 4
     found = []
     for row, column in itertools.product(range(4), range(4)):

@@ -1,4 +1,4 @@
-"""GGUF files: opened by transformers' own reader they are the checkpoint again, and what they cannot say is refused."""
+"""GGUF files: read by transformers they equal the checkpoint, and what they cannot express is refused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def logits(folder: Path) -> torch.Tensor:
 
 
 def again(file: Path, folder: Path) -> Path:
-    """The checkpoint that a GGUF file gives back, through transformers' reader."""
+    """Return the checkpoint that transformers reads from a GGUF file."""
     folder.mkdir()
     convert_gguf(file, folder)
     return folder
@@ -59,7 +59,7 @@ def test_a_file_in_8_bits_gives_back_the_logits_of_rounded_weights(family: str, 
     model = lamella.open(folder).model
     with torch.no_grad():
         for each in model.parameters():
-            if each.ndim == 2:  # by the definition: 32 numbers share absmax / 127, kept in 16 bits
+            if each.ndim == 2:  # by the definition: 32 weights share absmax / 127, kept in 16 bits
                 blocks = each.double().reshape(-1, 32)
                 scale = blocks.abs().amax(1, keepdim=True) / 127
                 each.copy_(((blocks / scale).round() * scale.half().double()).reshape(each.shape))
@@ -250,7 +250,7 @@ def test_a_compression_is_quantised_only_on_request(
 @pytest.mark.slow
 def test_smollm2_comes_back_from_8_bits(tmp_path: Path) -> None:
     file, report = quantize("smollm2", tmp_path / "out"), findings(tmp_path / "out")
-    assert 3.6 < report["before"] / report["after"] < 3.8  # 34 bytes for 32 numbers, the tokenizer, the vectors
+    assert 3.6 < report["before"] / report["after"] < 3.8  # 34 bytes for 32 weights, the tokenizer, the vectors
     back = again(file, tmp_path / "back")
     tokenizer, ours = open_tokenizer("smollm2"), open_tokenizer(back)
     text = str(lamella.load_text("pydoc", "test"))[:4000]
