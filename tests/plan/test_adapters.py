@@ -46,7 +46,7 @@ from lamella.registry import method
 
 
 class Bent(SiteAdapter):
-    """y + s tanh(x A^T) B^T, which no weight can say."""
+    """y + s tanh(x A^T) B^T, which cannot be merged into weights."""
 
     def __init__(self, inputs: int, outputs: int, *, rank: int, scale: float = 1.0) -> None:
         super().__init__(inputs, outputs)

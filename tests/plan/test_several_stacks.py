@@ -201,9 +201,9 @@ def test_what_no_config_can_say_travels_as_a_plan(name: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("name", "site", "reason"),
     [
-        ("t5", "encoder.layers.0", "encoder.layers.0 makes the position bias of all layers, so it must stay"),
-        ("t5", "decoder.layers.0", "decoder.layers.0 makes the position bias"),
-        ("llava", "vision.layers.3", "vision.layers.3 is counted by the config to find what the language model reads"),
+        ("t5", "encoder.layers.0", "encoder.layers.0 computes the position bias of all layers, so it must stay"),
+        ("t5", "decoder.layers.0", "decoder.layers.0 computes the position bias"),
+        ("llava", "vision.layers.3", "vision.layers.3 is counted by the config to locate the states that the language model reads"),
     ],
 )
 def test_layers_that_a_plain_checkpoint_counts_on_stay(name: str, site: str, reason: str, tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ def test_sites_name_their_stack_where_there_are_several() -> None:
         (0, "mlp"),
     }
     assert plan.removed == 3
-    with pytest.raises(PlanError, match="has the stacks encoder and decoder: say which one is meant"):
+    with pytest.raises(PlanError, match="has the stacks encoder and decoder: name one of them"):
         _ = plan.skipped
 
 

@@ -338,7 +338,7 @@ def test_gpt2_exports_plain_if_its_heads_fill_the_hidden_size_and_native_otherwi
     plan = plan_of(stack, even(stack))
     assert natural_form(plan) == "native"
     with pytest.raises(
-        PlanError, match=r"plain: the config of gpt2 models cannot say a head's size.*use --form native"
+        PlanError, match=r"plain: the config of gpt2 models cannot express a head size.*use --form native"
     ):
         export(stack, plan, tmp_path / "refused")
 

@@ -214,7 +214,7 @@ def test_a_config_cannot_ask_for_millions_of_layers() -> None:
 
 def test_a_layer_that_its_config_cannot_place_is_not_exported_plain(tmp_path: Path) -> None:
     stack = Stack(small("diffllama"))  # a parameter of every layer depends on its index
-    with pytest.raises(ExportError, match=r"counts layers, so it cannot say that layers\.2 becomes layers\.1"):
+    with pytest.raises(ExportError, match=r"counts layers, so it cannot express that layers\.2 becomes layers\.1"):
         lamella.export(stack, Plan(model=ModelReference.of(stack), drop=["layers.1"]), tmp_path / "out", form="plain")
     assert not (tmp_path / "out").exists()
 
