@@ -75,8 +75,8 @@ def main() -> int:
             record.check(f"{POOLED}: time relative to attention alone, {how}", "below a half", str(found[POOLED]),
                          found[POOLED].high < 0.5)  # fmt: skip
     columns = [f"batch {batch}, {how}" for batch in batches for how in ("eager", "compiled")]
-    record.table(f"Time on a feature map of {SIDE} x {SIDE} positions and {WIDTH} channels, relative to attention "
-                 "alone: median (quartiles)", ["", *columns], [[name, *cells] for name, cells in rows.items()])  # fmt: skip
+    title = f"Time on a feature map of {SIDE} x {SIDE} positions and {WIDTH} channels, relative to attention alone: "
+    record.table(f"{title}median (quartiles)", ["", *columns], [[name, *cells] for name, cells in rows.items()])
     return record.finish(Path(__file__).parent / "results" / f"iformer{'-quick' if chosen.quick else ''}.json")
 
 

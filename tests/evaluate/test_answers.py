@@ -119,10 +119,10 @@ def test_an_encoder_decoder_is_judged_on_what_it_writes() -> None:
     kl = []
     for row in rows:
         batch = rows.batch([row])
-        said = [
+        outputs = [
             each(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}) for each in (model, view)
         ]
-        p, q = (each.logits[0].double().log_softmax(-1) for each in said)
+        p, q = (each.logits[0].double().log_softmax(-1) for each in outputs)
         kl.append(float((p.exp() * (p - q)).sum(-1).mean()))
     assert found.kl.mean == pytest.approx(math.fsum(kl) / len(kl), rel=1e-4) and found.kl.mean > 0
     assert not answered(model, rows).any()

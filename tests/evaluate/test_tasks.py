@@ -1,4 +1,4 @@
-"""Scores on tasks against transformers alone, one answer at a time, without batches and padding."""
+"""Task scores, compared with transformers alone, one answer at a time, without batches and padding."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def test_definitions_are_three_hundred_questions_and_more_with_one_right_answer(
         assert len(set(row["words"])) == 4 and row["words"][row["answer"]] == row["word"]
         assert len({kinds[word] for word in row["words"]}) == 1  # grammar does not give it away
         assert row["word"] not in row["definition"].lower().replace(",", "").split()
-    for place in range(4):  # nor does the place
+    for place in range(4):  # nor does the position
         assert sum(row["answer"] == place for row in rows) / len(rows) == pytest.approx(0.25, abs=0.07)
 
 
@@ -244,7 +244,7 @@ def test_a_model_that_does_not_continue_text_and_one_without_a_template_are_refu
         score(stack, bare, ["definitions"], limit=2, chat=True)
 
 
-def test_questions_go_through_the_chat_template_where_that_is_asked_for(stack: Stack, tokenizer: Any) -> None:
+def test_questions_use_the_chat_template_on_request(stack: Stack, tokenizer: Any) -> None:
     talking = copy.deepcopy(tokenizer)
     talking.chat_template = "{% for m in messages %}<{{m.role}}>{{m.content}}{% endfor %}<assistant>"
     (found,) = score(stack, talking, ["definitions"], limit=2, chat=True)
@@ -295,7 +295,7 @@ def folder(tmp_path: Path) -> Path:
     return place
 
 
-def test_a_task_file_is_scored_with_the_data_beside_it(folder: Path, stack: Stack, tokenizer: Any) -> None:
+def test_a_task_file_is_scored_with_the_data_in_its_folder(folder: Path, stack: Stack, tokenizer: Any) -> None:
     found = score(stack, tokenizer, [str(folder / "capitals.yaml")])
     right = []
     for row in ROWS:
@@ -468,7 +468,7 @@ def test_unknown_tasks_and_no_limit_are_refused_in_one_line(stack: Stack, tokeni
 
 
 @pytest.mark.slow
-def test_a_name_of_lm_evals_is_looked_up_there_and_a_wrong_one_is_told_with_the_nearest() -> None:
+def test_a_name_of_lm_evals_is_looked_up_there_and_a_wrong_one_is_refused_with_the_nearest() -> None:
     with pytest.raises(TaskError, match=r"no task 'hellaswagg': there are definitions.*did you mean hellaswag\?"):
         open_tasks(["hellaswagg"])
     with pytest.raises(DownloadError, match=r"cannot load lm-eval's task 'hellaswag'.*need no network"):
@@ -486,6 +486,6 @@ def test_without_lm_eval_one_line_says_how_to_get_it(
 def test_the_record_of_a_score_says_its_error_version_and_questions(stack: Stack, tokenizer: Any) -> None:
     (found,) = score(stack, tokenizer, ["definitions"], limit=4)
     assert isinstance(found, TaskScore)
-    said = found.as_dict()
-    assert said.keys() == {"task", "metric", "mean", "error", "questions", "version", "shots", "chat"}
-    assert (said["questions"], said["version"], said["chat"]) == (4, "1", False) and json.dumps(said)
+    document = found.as_dict()
+    assert document.keys() == {"task", "metric", "mean", "error", "questions", "version", "shots", "chat"}
+    assert (document["questions"], document["version"], document["chat"]) == (4, "1", False) and json.dumps(document)

@@ -1,4 +1,4 @@
-"""Block influence and angular distance against loops over the hidden states that the model itself puts out."""
+"""Block influence and angular distance, compared with loops over the hidden states that the model itself returns."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ TOKENS = torch.randint(3, 128, (3, 10), generator=torch.Generator().manual_seed(
 
 @torch.no_grad()
 def points(model: torch.nn.Module) -> np.ndarray:
-    """The stream before every layer and after the last [layers + 1, sequences, time, hidden], float64.
+    """Return the hidden states before every layer and after the last [layers + 1, sequences, time, hidden], float64.
 
-    Taken by hooks on the layers, since the model's last hidden state is already normed.
+    They are recorded by hooks on the layers, since the model's last hidden state is already normed.
     """
     found: list[Tensor] = []
     layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
@@ -73,7 +73,7 @@ def test_angular_distance_is_the_mean_angle_over_pi(name: str) -> None:
                 assert value == pytest.approx(angles.mean(), abs=2e-4)
 
 
-def test_sublayer_influence_reads_the_stream_between_the_sublayers() -> None:
+def test_sublayer_influence_uses_the_hidden_states_between_sublayers() -> None:
     model = nano("llama")
     middle: list[Tensor] = []
     for layer in model.model.layers:

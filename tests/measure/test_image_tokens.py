@@ -1,4 +1,4 @@
-"""Criteria for image tokens, against their definitions written out."""
+"""Criteria for image tokens, compared with their definitions."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_clusters_of_two_heaps_are_these() -> None:
 
 def test_merging_keeps_the_sum_and_merges_the_pair_most_alike() -> None:
     states = torch.randn(8, 4, generator=DRAWN, dtype=torch.float64)
-    states[4] = 2 * states[3]  # an even place beside an odd one: cosine 1
+    states[4] = 2 * states[3]  # an even and an odd position: cosine 1
     index, merged, sizes = matched(torch.arange(8), states, torch.ones(8, dtype=torch.float64), 1)
     assert index.tolist() == [0, 1, 2, 3, 5, 6, 7] and sizes.tolist() == [1, 1, 1, 2, 1, 1, 1]
     assert torch.allclose(merged[3], 1.5 * states[3])
@@ -120,7 +120,7 @@ def test_likeness_keeps_the_question_and_the_mean_of_the_rest() -> None:
     assert above_quartiles(torch.tensor([0.0, 0.1, 0.2, 0.1, 5.0])).tolist() == [False] * 4 + [True]
 
 
-def test_the_signal_is_the_first_order_change_when_a_token_is_gone() -> None:
+def test_the_signal_is_the_first_order_change_on_removal_of_a_token() -> None:
     weights = torch.randn(WIDTH, generator=DRAWN, dtype=torch.float64)
     image = torch.randn(N, WIDTH, generator=DRAWN, dtype=torch.float64)
     given = TokenFeatures(image, gradient=weights.expand(N, -1))  # of a linear answer the change is exact

@@ -109,7 +109,7 @@ def test_a_cost_on_top_of_removals_is_the_distance_of_the_union(name: str, stack
             assert found.value == pytest.approx(fresh.of(removed | set(candidate)), rel=1e-6, abs=1e-7)
 
 
-def test_a_distance_is_the_same_whatever_streams_are_kept(stack: Stack, tokens: LongTensor) -> None:
+def test_a_distance_does_not_depend_on_the_stored_hidden_states(stack: Stack, tokens: LongTensor) -> None:
     measure, fresh = OutputDistance(stack, tokens), OutputDistance(stack, tokens)
     for kept, removed in zip(SETS, SETS[::-1], strict=True):
         measure.keep(kept)
@@ -194,7 +194,7 @@ def test_chunks_and_the_kept_reference_change_no_result(
         assert [measure.of(removed) for removed in SETS[:4]] == pytest.approx(plain, rel=1e-5)
 
 
-def test_streams_before_the_first_candidate_are_not_stored(stack: Stack, tokens: LongTensor) -> None:
+def test_hidden_states_before_the_first_candidate_are_not_stored(stack: Stack, tokens: LongTensor) -> None:
     measure, whole = OutputDistance(stack, tokens, first=3), OutputDistance(stack, tokens)
     assert all(len(row.prefixes.states) == len(EVERY) - 6 for row in measure._rows)
     assert all(len(row.prefixes.states) == len(EVERY) for row in whole._rows)

@@ -1,4 +1,4 @@
-"""A network with the weights of a file: refused before it takes room that the file does not."""
+"""Networks with the weights of a file: refused before they take memory that the file does not."""
 
 from __future__ import annotations
 

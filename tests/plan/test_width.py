@@ -1,4 +1,4 @@
-"""Width plans: what is cut out of the tensors is exactly what the plan leaves out, in every family that can be cut."""
+"""Width plans: exactly what the plan removes is cut from the tensors, in every supported family."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def plan_of(stack: Stack, width: dict[str, Any], **more: Any) -> Plan:
 
 
 def uneven(stack: Stack) -> dict[str, Any]:
-    """Other heads and channels in every layer: an odd grouping, a group gone, one head alone, one layer whole."""
+    """Return different heads and channels in every layer: odd groups, a missing group, one head, a whole layer."""
     width: dict[str, Any] = {
         "layers.0.attn.heads": heads(stack, [3, 0, 1]),
         "layers.1.attn.heads": heads(stack, [1, 0]),
@@ -109,7 +109,7 @@ def out(layer: Any) -> Any:
 
 
 def silence(weight: Tensor, inputs: list[int], transposed: bool) -> None:
-    """Let these inputs of a linear map count for nothing."""
+    """Make these inputs of a linear layer have no effect."""
     if transposed:
         weight[inputs] = 0
     else:
@@ -117,7 +117,7 @@ def silence(weight: Tensor, inputs: list[int], transposed: bool) -> None:
 
 
 def masked(stack: Stack, width: dict[str, Any]) -> Stack:
-    """A copy of full size in which what the plan leaves out is multiplied by zero: heads and channels."""
+    """Return a full-size copy in which everything that the plan removes is multiplied by zero: heads and channels."""
     model = copy.deepcopy(stack.model)
     transposed = stack.architecture.name == "gpt2"
     for number, layer in enumerate(Stack(model).layers):
@@ -140,7 +140,7 @@ def close(found: Tensor, expected: Tensor, atol: float = 1e-5) -> None:
 
 
 def exactly(norm: Any, h: Tensor) -> Tensor:
-    """An RMS norm without the detour through float32 that the models make."""
+    """Compute an RMS norm without the models' intermediate cast to float32."""
     return norm.weight * h * torch.rsqrt(h.square().mean(-1, keepdim=True) + norm.variance_epsilon)
 
 
@@ -204,7 +204,7 @@ def test_nothing_of_the_original_changes_and_what_is_not_cut_is_shared(name: str
 
 
 def zeroed(name: str, gone: list[int]) -> Stack:
-    """A model in which some channels of the stream are zero at every point."""
+    """Return a model in which some hidden channels are zero everywhere."""
     stack = opened(name)
     stack.base.embed_tokens.weight[:, gone] = 0
     for layer in stack.layers:
@@ -216,7 +216,7 @@ def zeroed(name: str, gone: list[int]) -> Stack:
 
 
 @pytest.mark.parametrize("name", ROTARY)
-def test_cutting_silent_channels_of_the_stream_reproduces_the_model_when_norms_are_rescaled(name: str) -> None:
+def test_removing_zero_hidden_channels_reproduces_the_model_when_norms_are_rescaled(name: str) -> None:
     gone = [1, 4, 5, 17, 30, 31]
     stack, keep = zeroed(name, gone), [channel for channel in range(32) if channel not in gone]
     expected = real(stack.model(**GIVEN).logits)
@@ -227,7 +227,7 @@ def test_cutting_silent_channels_of_the_stream_reproduces_the_model_when_norms_a
 
 
 @pytest.mark.parametrize("name", ROTARY)
-def test_a_plainly_cut_stream_is_the_small_model_with_weights_sliced_by_hand(name: str) -> None:
+def test_a_smaller_hidden_size_equals_the_small_model_with_manually_sliced_weights(name: str) -> None:
     stack, keep = opened(name), shuffled(32, 3)[:20]
     view = lamella.apply(stack, plan_of(stack, {"hidden.channels": keep}))
     settings = stack.config.to_dict() | {"hidden_size": 20, "head_dim": HEAD}
@@ -313,8 +313,10 @@ def test_plain_transformers_loads_an_even_export_with_the_logits_of_the_view(nam
         assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         close(real(loaded.eval()(**GIVEN).logits), real(view(**GIVEN).logits))
         written = json.loads((folder / "config.json").read_text())
-        said = [written[key] for key in ("hidden_size", "head_dim", "intermediate_size", "num_attention_heads")]
-        assert said == [20, HEAD, 40, 2] and written["num_hidden_layers"] == LAYERS - len(drop)
+        sizes_in_config = [
+            written[key] for key in ("hidden_size", "head_dim", "intermediate_size", "num_attention_heads")
+        ]
+        assert sizes_in_config == [20, HEAD, 40, 2] and written["num_hidden_layers"] == LAYERS - len(drop)
         assert not {"auto_map", "lamella"} & set(written)
         if mixed:
             assert written["layer_types"] == ([types[0], *types[2:]] if drop else types)
@@ -323,7 +325,7 @@ def test_plain_transformers_loads_an_even_export_with_the_logits_of_the_view(nam
         assert own.config.hidden_size == 20 and len(own) == written["num_hidden_layers"]
 
 
-def test_gpt2_exports_plainly_when_its_heads_fill_the_stream_and_natively_else(tmp_path: Path) -> None:
+def test_gpt2_exports_plain_if_its_heads_fill_the_hidden_size_and_native_otherwise(tmp_path: Path) -> None:
     stack = opened("gpt2")
     channels = {f"layers.{layer}.mlp.channels": shuffled(128, layer)[:50] for layer in range(LAYERS)}
     filled = even(stack, hidden=16)
@@ -336,13 +338,13 @@ def test_gpt2_exports_plainly_when_its_heads_fill_the_stream_and_natively_else(t
     plan = plan_of(stack, even(stack))
     assert natural_form(plan) == "native"
     with pytest.raises(
-        PlanError, match=r"plain: the config of gpt2 models cannot say a head's size.*use --form native"
+        PlanError, match=r"plain: the config of gpt2 models cannot express a head size.*use --form native"
     ):
         export(stack, plan, tmp_path / "refused")
 
 
 @pytest.mark.parametrize(("name", "form"), [("llama", "native"), ("mistral", "plain"), ("qwen2", "plain")])
-def test_a_stream_that_heads_do_not_divide_is_exported_as_the_config_allows(
+def test_a_hidden_size_not_divisible_by_heads_is_exported_as_the_config_allows(
     name: str, form: str, tmp_path: Path
 ) -> None:
     stack = opened(name)
@@ -508,12 +510,12 @@ def test_what_has_no_plain_meaning_is_refused_with_the_reason(tmp_path: Path) ->
 
 @pytest.mark.parametrize("drop", [[], ["layers.1"]])
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gpt2", "untied", "headless"])
-def test_out_of_core_cuts_what_is_cut_in_memory_to_the_bit(name: str, drop: list[str], tmp_path: Path) -> None:
+def test_out_of_core_and_in_memory_exports_are_bitwise_equal(name: str, drop: list[str], tmp_path: Path) -> None:
     stack = opened({"untied": "llama", "headless": "gpt2"}.get(name, name), tie_word_embeddings=name != "untied")
     model = stack.base if name == "headless" else stack.model  # whose tensors have shorter names
     model.to(torch.bfloat16).save_pretrained(tmp_path / "source", max_shard_size="20KB")
     stack.model.to(torch.bfloat16)
-    plan = plan_of(stack, even(stack, 16), drop=drop)  # GPT-2's config wants heads that fill the stream
+    plan = plan_of(stack, even(stack, 16), drop=drop)  # GPT-2's config needs heads that fill the hidden size
     expected = export(stack, plan, tmp_path / "expected", form="plain")
     found = export_out_of_core(tmp_path / "source", plan, tmp_path / "out")
     ours, theirs = (
@@ -527,5 +529,5 @@ def test_out_of_core_cuts_what_is_cut_in_memory_to_the_bit(name: str, drop: list
     )
     configs = [json.loads((folder / "config.json").read_text()) for folder in (found, expected)]
     differ = {key for key in configs[0].keys() | configs[1].keys() if configs[0].get(key) != configs[1].get(key)}
-    assert differ <= {"dtype", "architectures", "max_window_layers"}  # the last says nothing beside layer_types
+    assert differ <= {"dtype", "architectures", "max_window_layers"}  # the last is redundant with layer_types
     assert transformers.AutoModelForCausalLM.from_pretrained(found)(**GIVEN).logits.isfinite().all()

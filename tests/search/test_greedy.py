@@ -1,4 +1,4 @@
-"""Searches know nothing of models: they are tested on tables of costs with known answers."""
+"""Searches are independent of models: they are tested on tables of costs with known answers."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_costs_that_stop_early_give_the_same_result(seed: int, levels: int) -> N
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_a_guess_changes_what_is_asked_first_and_not_what_is_found(seed: int) -> None:
+def test_a_guess_changes_the_evaluation_order_and_not_the_result(seed: int) -> None:
     table = random_costs(seed, 4)
     guess = {candidate: random.Random(-seed - candidate).random() for candidate in range(8)}
     found = [step[:2] for step in greedy(range(8), abandoning(table, seed), guess=guess)]

@@ -1,7 +1,7 @@
-"""Architectures without an entry: derived from their class, proved, cut, exported.
+"""Architectures without an entry: derived from their class, verified, pruned, exported.
 
-What is compared with is the class of transformers itself, with an MLP or an attention taken out by hand: the layer's
-own ``forward``, in which another module gives zeros.
+The reference is the class of transformers itself, with an MLP or an attention removed manually: the layer's own
+``forward``, with another module that returns zeros.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ def script() -> dict[str, Any]:
 
 @pytest.mark.parametrize("model_type", SAMPLE)
 def test_a_type_opens_is_cut_decodes_and_is_exported_as_the_table_says(script: Any, model_type: str) -> None:
-    said = {row["type"]: row for row in json.loads((ROOT / "docs" / "architectures.json").read_text())["types"]}
-    found = script["check_type"](model_type)
-    assert found | {"seconds": 0} == said[model_type] | {"seconds": 0}
+    documented = {row["type"]: row for row in json.loads((ROOT / "docs" / "architectures.json").read_text())["types"]}
+    found = script["looked_at"](model_type)
+    assert found | {"seconds": 0} == documented[model_type] | {"seconds": 0}
     assert found["opens"] == "derived" and found["decodes"]
     assert {"portable", "native"} <= set(found["forms"])
 
@@ -164,7 +164,7 @@ def test_a_readout_of_other_states_than_the_model_reads_is_refused_by_the_proof(
         prove(stack)
 
 
-def test_layers_that_hand_on_more_than_the_stream_are_refused() -> None:
+def test_layers_that_pass_on_more_than_hidden_states_are_refused() -> None:
     with pytest.raises(ArchitectureError, match="pass on 'prev_topk_indices' besides the residual stream"):
         prove(Stack(small("glm_moe_dsa")))
 
@@ -175,7 +175,7 @@ def test_an_encoder_is_refused_though_its_type_has_a_causal_class() -> None:
         lamella.open(transformers.BertLMHeadModel(config).eval())
 
 
-def test_a_proof_is_remembered_and_can_be_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proof_is_remembered_and_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAMELLA_CACHE", str(tmp_path))
     proved: list[str] = []
     monkeypatch.setattr(opening, "prove", lambda stack: proved.append(digest_of_proof(stack)))
@@ -213,8 +213,8 @@ def test_a_config_cannot_ask_for_millions_of_layers() -> None:
 
 
 def test_a_layer_that_its_config_cannot_place_is_not_exported_plain(tmp_path: Path) -> None:
-    stack = Stack(small("diffllama"))  # a number of every layer follows from its place
-    with pytest.raises(ExportError, match=r"counts layers, so it cannot say that layers\.2 becomes layers\.1"):
+    stack = Stack(small("diffllama"))  # a parameter of every layer depends on its index
+    with pytest.raises(ExportError, match=r"counts layers, so it cannot express that layers\.2 becomes layers\.1"):
         lamella.export(stack, Plan(model=ModelReference.of(stack), drop=["layers.1"]), tmp_path / "out", form="plain")
     assert not (tmp_path / "out").exists()
 

@@ -1,4 +1,4 @@
-"""Masked-diffusion models that read images: opened from a folder, against their language model given what it reads."""
+"""Masked diffusion models that read images: opened from a folder, compared with their language model."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def rows(images: int, texts: int) -> list[ImageTextRow]:
     drawn = np.random.default_rng(0)
-    said = {"role": "assistant", "content": "red"}
-    asked = [({"role": "user", "content": f"{MARK} what colour is the circle?"}, said)] * images
-    asked += [({"role": "user", "content": "how many shapes are there?"}, said)] * texts
+    reply = {"role": "assistant", "content": "red"}
+    asked = [({"role": "user", "content": f"{MARK} what colour is the circle?"}, reply)] * images
+    asked += [({"role": "user", "content": "how many shapes are there?"}, reply)] * texts
     pictures = [drawn.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(images)]
     return [ImageTextRow((pictures[at],) if at < images else (), each) for at, each in enumerate(asked)]
 

@@ -1,4 +1,4 @@
-"""Adapters apart from a model: what peft says they compute, sums that are exact, merges that round once."""
+"""Adapters separate from a model: equal to peft's results, with exact sums, and merges that round once."""
 
 from __future__ import annotations
 

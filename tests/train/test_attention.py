@@ -1,4 +1,4 @@
-"""Attention in a step of training: by plain products where they are quicker, and the same numbers either way."""
+"""Attention in a training step: unfused where it is faster, with the same values either way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Distillation: what trains and what stays, adapters, views, precision, and how long it takes."""
+"""Distillation: trained and frozen parameters, adapters, views, precision, and the training time."""
 
 from __future__ import annotations
 

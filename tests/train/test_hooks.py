@@ -1,4 +1,4 @@
-"""Hooks: when they are called, what they may change, and that what they know survives a kill."""
+"""Hooks: when they are called, what they may change, and that their state survives a kill."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Diary(Hook):
         self.lines.append("end")
 
 
-def test_hooks_are_called_in_their_order_and_their_numbers_are_logged(tmp_path: Path) -> None:
+def test_hooks_are_called_in_order_and_their_values_are_logged(tmp_path: Path) -> None:
     diary = Diary()
     _, log = fitted(tmp_path, diary, held_out=SAMPLES[:2])
     steps = [f"{when} {step + (when == 'after')}" for step in range(6) for when in ("before", "after")]
@@ -111,7 +111,7 @@ def test_hooks_are_called_in_their_order_and_their_numbers_are_logged(tmp_path: 
     assert again.lines == ["begin 6", "end"]
 
 
-def test_a_hook_may_end_a_run_which_then_is_not_gone_on_with(tmp_path: Path) -> None:
+def test_a_hook_may_end_a_run_which_is_then_not_resumed(tmp_path: Path) -> None:
     class Enough(Hook):
         def done(self, run: TrainingRun) -> bool:
             return bool(run.log.held_out) and run.log.held_out[-1].step >= 4
@@ -160,7 +160,7 @@ def test_what_a_hook_finds_that_is_not_finite_stops_the_run(tmp_path: Path) -> N
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
-def test_a_checkpoint_is_told_of_when_it_is_complete_and_the_older_one_is_still_there(tmp_path: Path) -> None:
+def test_hooks_are_notified_of_a_complete_checkpoint_before_the_older_one_is_deleted(tmp_path: Path) -> None:
     found: list[list[str]] = []
 
     class Looking(Hook):

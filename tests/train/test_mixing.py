@@ -1,4 +1,4 @@
-"""Replay: how much is replayed, of what, in which order, and that nothing else changes."""
+"""Replay: how much is replayed, from which data, in which order, and that nothing else changes."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_the_past_of_a_dataset_that_comes_back_is_one_share() -> None:
 
 
 def test_without_replay_and_with_a_share_of_0_the_order_is_the_plain_one() -> None:
-    generator = torch.Generator().manual_seed(7)  # as it has always been: passes, each shuffled anew
+    generator = torch.Generator().manual_seed(7)  # the order without replay: epochs, each reshuffled
     plain = [int(n) for _ in range(5) for n in torch.randperm(40, generator=generator)]
     assert Order(NEW, 50, 4, 7).picks == plain
     assert order(0.0, seed=7).picks == plain
@@ -150,7 +150,7 @@ def same(ours: Any, theirs: Any) -> bool:
     return all(torch.equal(a, b) for a, b in zip(weights(ours), weights(theirs), strict=True))
 
 
-def test_training_with_a_share_of_0_is_plain_training_to_the_bit(tmp_path: Path) -> None:
+def test_training_with_a_share_of_0_is_plain_training_bit_exactly(tmp_path: Path) -> None:
     plain, mixed, other = nano("gpt2"), nano("gpt2"), nano("gpt2")  # with dropout: the random state counts
     fit(plain, NEW, response_loss, out=tmp_path / "plain", **RUN)
     fit(mixed, NEW, response_loss, out=tmp_path / "mixed", replay=Replay({"old": OLD}, 0.0), **RUN)
@@ -167,7 +167,7 @@ def test_training_on_the_past_alone_does_not_depend_on_the_new_data(tmp_path: Pa
 
 
 @pytest.mark.parametrize("call", [2, 5, 11])
-def test_an_interrupted_run_goes_on_to_the_bit(call: int, tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_bit_exactly(call: int, tmp_path: Path) -> None:
     """Schedule, mixer and random state: interrupted before, just after and well after a checkpoint."""
     schedule = infinite(12, 3e-3)
     options = RUN | {"schedule": schedule, "replay": REPLAY, "eval_every": 2, "held_out": {"a": NEW[:3], "b": OLD}}
@@ -239,7 +239,7 @@ def test_accumulated_batches_are_one_step_of_the_schedule_and_of_the_mixer(tmp_p
 
 
 def test_a_kept_optimizer_makes_two_runs_one(tmp_path: Path) -> None:
-    """Six steps and six more with the first run's optimizer are twelve, to the bit; with a fresh one they are not."""
+    """Six steps and six more with the first run's optimizer equal twelve, bit-exactly; with a new one they do not."""
     schedule = infinite(12, 3e-3)
     whole = nano("llama")
     fit(whole, NEW, response_loss, out=tmp_path / "whole", **RUN | {"schedule": schedule})

@@ -1,4 +1,4 @@
-"""Learning rates: the paper's formulas at every end of a phase, without jumps, and never 0 at the beginning."""
+"""Learning rates: the paper's formulas at the ends of all phases, continuous, and never 0 at the beginning."""
 
 from __future__ import annotations
 

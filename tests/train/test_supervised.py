@@ -1,4 +1,4 @@
-"""Supervised training: what batch norms see survives a kill, and recordings are what they say."""
+"""Supervised training: statistics of batch norms survive a kill, and recordings are correct."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Stop(Hook):
             raise KeyboardInterrupt
 
 
-def test_what_batch_norms_have_seen_survives_a_kill_to_the_bit(tmp_path: Path) -> None:
+def test_statistics_of_batch_norms_survive_a_kill_bit_exactly(tmp_path: Path) -> None:
     whole, broken = normed(), normed()
     fit(whole, rows(), supervised(), CONFIG, out=tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -90,8 +90,8 @@ def test_a_vision_transformer_of_timm_learns_classes_however_its_batches_are_spl
         log = fit(model, samples, supervised(class_cross_entropy), config, out=tmp_path / str(batch))
         assert log.train[0].loss == pytest.approx(math.log(3), abs=0.6)
         losses.append([point.loss for point in log.train[:3]])
-        told = model.eval()(images)
-        assert (told.argmax(dim=1) == classes).float().mean() > 0.9
+        predicted = model.eval()(images)
+        assert (predicted.argmax(dim=1) == classes).float().mean() > 0.9
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 

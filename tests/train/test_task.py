@@ -1,4 +1,4 @@
-"""Tasks: batches, weights and steps of one's own, against the same computed by hand."""
+"""Tasks: custom batches, weights and steps, compared with manual computations."""
 
 from __future__ import annotations
 
@@ -170,6 +170,6 @@ def test_schedules_have_names_and_a_warm_up_in_shares_or_steps(name: str, shape:
         ({"save_every": -1}, "save_every -1"),
     ],
 )
-def test_numbers_that_no_run_can_have_are_refused_where_they_are_given(wrong: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused_at_construction(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(TrainingError, match=message):
         TrainConfig(**wrong)

@@ -1,4 +1,4 @@
-"""Models of every library open through ``lamella.open``, and what a folder claims is never executed."""
+"""Models of every library open through ``lamella.open``, and nothing in a folder is ever executed."""
 
 from __future__ import annotations
 
@@ -50,23 +50,28 @@ def timm_folder(folder: Path, **config: Any) -> Path:
     """A folder in the layout of timm's models on the hub."""
     folder.mkdir(parents=True)
     save_file(vit().state_dict(), folder / "model.safetensors")
-    said = {"architecture": "vit_tiny_patch16_224", "num_classes": 10, "model_args": VIT}
-    said["pretrained_cfg"] = {"mean": [0.1, 0.2, 0.3], "std": [0.5] * 3, "crop_pct": 0.8, "url": "https://example.org"}
-    (folder / "config.json").write_text(json.dumps(said | config))
+    document = {"architecture": "vit_tiny_patch16_224", "num_classes": 10, "model_args": VIT}
+    document["pretrained_cfg"] = {
+        "mean": [0.1, 0.2, 0.3],
+        "std": [0.5] * 3,
+        "crop_pct": 0.8,
+        "url": "https://example.org",
+    }
+    (folder / "config.json").write_text(json.dumps(document | config))
     return folder
 
 
 def unet_folder(folder: Path, **config: Any) -> Path:
     unet().save_pretrained(folder)
-    said = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(said | config))
+    document = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(document | config))
     return folder
 
 
 def pipeline_folder(folder: Path, **index: Any) -> Path:
     pipeline().save_pretrained(folder)
-    said = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps(said | index))
+    document = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(document | index))
     return folder
 
 
@@ -90,7 +95,7 @@ def test_a_timm_folder_opens_with_its_weights_and_its_settings_for_images(tmp_pa
     assert settings["url"] != "https://example.org"
 
 
-def test_a_network_of_diffusers_opens_in_the_precision_that_is_asked_for(tmp_path: Path) -> None:
+def test_a_network_of_diffusers_opens_in_the_requested_precision(tmp_path: Path) -> None:
     opened = lamella.open(unet_folder(tmp_path / "unet"))
     assert isinstance(opened.model, diffusers.UNet2DModel) and same_weights(opened.model, unet())
     assert opened.describe() == {"name": "unet", "library": "diffusers", "parameters": count(unet())}
@@ -176,7 +181,7 @@ def test_models_without_stacks_are_refused_where_a_stack_is_needed(make: Callabl
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_a_clip_opens_as_its_tower_with_the_projection_where_that_is_asked_for(whole: bool, tmp_path: Path) -> None:
+def test_a_clip_opens_as_its_tower_with_the_projection_on_request(whole: bool, tmp_path: Path) -> None:
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     seen = {**tower, "image_size": 16, "patch_size": 4, "projection_dim": 12}
     read = {**tower, "vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1}
@@ -311,7 +316,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("library", FILES)
-def test_code_and_pickles_beside_a_config_are_never_executed(library: str, tmp_path: Path) -> None:
+def test_code_and_pickles_next_to_a_config_are_never_executed(library: str, tmp_path: Path) -> None:
     folder = {"timm": timm_folder, "diffusers": unet_folder}[library](
         tmp_path / "model", auto_map={"AutoModel": "evil.Model"}, custom_load=True
     )

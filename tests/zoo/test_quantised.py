@@ -1,6 +1,6 @@
-"""Checkpoints that are stored quantised: what is opened has the numbers that the format says, the rest is refused.
+"""Quantised checkpoints: opened ones have the values defined by their format, the rest is refused.
 
-What is stored is made by hand here, after the formats' own descriptions: FP8 in blocks with a scale each, and MXFP4 in
+The checkpoints are written here from the formats' own descriptions: FP8 in blocks with one scale each, and MXFP4 in
 blocks of 32 (OCP Microscaling Formats 1.0, section 5.3).
 """
 

@@ -1,4 +1,4 @@
-"""Small models of images and text: opened from a folder with their stacks, tokenizer and processor."""
+"""Small vision-language models: opened from a folder with their stacks, tokenizer and processor."""
 
 from __future__ import annotations
 
@@ -93,10 +93,10 @@ def test_a_context_tells_image_and_text_apart_as_the_data_do(kind: str) -> None:
     context = stack.context(inputs)
     assert torch.equal(context.modalities["image"], places["image"]) and places["image"].any()
     assert torch.equal(context.modalities["text"], places["prompt"] | places["answer"])
-    said = stack.head(stack.run(context.h, 0, len(stack), context))
+    logits = stack.head(stack.run(context.h, 0, len(stack), context))
     real = batch["attention_mask"].bool()
-    assert torch.equal(said[real], model(**inputs, use_cache=False).logits[real])
-    assert torch.equal(stack.logits(stack.hidden(inputs))[real], said[real])
+    assert torch.equal(logits[real], model(**inputs, use_cache=False).logits[real])
+    assert torch.equal(stack.logits(stack.hidden(inputs))[real], logits[real])
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_they_have_about_as_many_weights_as_they_should(kind: str, millions: flo
     assert model.num_parameters() / 1e6 == pytest.approx(millions, rel=0.2)
 
 
-def test_larger_pictures_have_more_positions() -> None:
+def test_larger_images_have_more_positions() -> None:
     for kind in ("llava", "qwen3_vl_moe"):
         _, processor = shapes_vlm(kind, size=64, num_hidden_layers=2)
         rows = ImageText.open("shapes", reader_of(Processing(processor)), rows=2, pixels=64)
@@ -135,9 +135,9 @@ def test_a_processor_that_asks_for_code_of_its_folder_is_refused(folders: dict[s
     folder = Path(shutil.copytree(folders["llava"], tmp_path / "model"))
     (folder / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Mine: pass\n")
     for file in ("processor_config.json", "tokenizer_config.json"):
-        said = json.loads((folder / file).read_text())
-        said |= {"processor_class": "Mine", "auto_map": {"AutoProcessor": "mine.Mine"}}
-        (folder / file).write_text(json.dumps(said))
+        document = json.loads((folder / file).read_text())
+        document |= {"processor_class": "Mine", "auto_map": {"AutoProcessor": "mine.Mine"}}
+        (folder / file).write_text(json.dumps(document))
     with pytest.raises(LamellaError) as error:
         open_processor(folder)
     assert "\n" not in str(error.value) and not (tmp_path / "ran").exists()

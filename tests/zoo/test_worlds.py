@@ -1,4 +1,4 @@
-"""The world of shapes: what is said of a picture is true of its pixels, which are read here by other means."""
+"""The synthetic shapes: text about an image is true of its pixels, which are parsed here by independent code."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Seen(NamedTuple):
 
 
 def look(image: np.ndarray) -> list[Seen]:
-    """The things in a picture, from its pixels alone."""
+    """Return the objects in an image, from its pixels alone."""
     size = len(image) // 4
     found = []
     for row, column in itertools.product(range(4), range(4)):
@@ -93,9 +93,9 @@ def expected(prompt: str, things: list[Seen]) -> str:
 
 def entailed(prompt: str, things: list[Seen], shapes: list[Seen]) -> str:
     covered = len(shapes) < len(things)
-    said = re.fullmatch(r"is it true that (.*)\?", prompt)
-    assert said is not None, prompt
-    sentence = said[1]
+    matched = re.fullmatch(r"is it true that (.*)\?", prompt)
+    assert matched is not None, prompt
+    sentence = matched[1]
     if match := re.fullmatch(r"there is a (\w+) (\w+)", sentence):
         return "yes" if named(shapes, match[1], match[2]) else "maybe" if covered else "no"
     if match := re.fullmatch(r"the shape in (row \w+ column \w+) is (\w+)", sentence):
@@ -114,7 +114,7 @@ def entailed(prompt: str, things: list[Seen], shapes: list[Seen]) -> str:
 
 @pytest.mark.parametrize("size", [32, 48, 64])
 @pytest.mark.parametrize("part", PARTS)
-def test_pictures_show_what_the_scene_holds(part: Any, size: int) -> None:
+def test_images_show_the_objects_of_the_scene(part: Any, size: int) -> None:
     for number, scene in zip(range(60), scenes(part, seed=4, tiles=True), strict=False):
         image = render(scene, size, seed=number)
         assert image.shape == (size, size, 3) and image.dtype == np.uint8
@@ -128,7 +128,7 @@ def test_answers_are_true_of_the_pixels(task: str) -> None:
         assert expected(each.prompt, look(each.image)) == each.answer, each.prompt
 
 
-def test_a_premise_is_the_caption_of_the_picture() -> None:
+def test_a_premise_is_the_caption_of_the_image() -> None:
     for each in examples(["premise"], 60, seed=2):
         premise, prompt = each.prompt.split(". ")
         things = look(each.image)

@@ -85,8 +85,8 @@ def check_alike(model: Any, stack: Stack, order: Sequence[int]) -> None:
         same = kind_of(new) == kind_of(old) and numeric_attributes(new) == numeric_attributes(old)
         if not same or not _same_buffers(stack, index, layer):
             raise ExportError(
-                f"the config of {stack.architecture.name} models counts layers, so it cannot say that layers.{layer} "
-                f"becomes layers.{index}: remove other layers, or single sublayers with --form native"
+                f"the config of {stack.architecture.name} models counts layers, so it cannot express that "
+                f"layers.{layer} becomes layers.{index}: remove other layers, or single sublayers with --form native"
             )
 
 
@@ -118,20 +118,20 @@ def common_sizes(plan: Plan) -> Sizes:
     layers = sorted({run.layer for phase in ("prefill", "decode") for run in plan.runs(phase)})
     for layer, kept in widths.heads.items():
         if layer in layers and not kept.regular:
-            raise PlanError(f"no config can say which key-value head each query head of layers.{layer} reads")
+            raise PlanError(f"a config cannot express which key-value head each query head of layers.{layer} reads")
     everything = Heads(range(whole.heads), [head * whole.kv_heads // whole.heads for head in range(whole.heads)])
     channels = {len(widths.channels.get(layer, range(whole.channels))) for layer in layers}
     by_layer = [widths.heads.get(layer, everything) for layer in layers]
     heads = {(len(kept.keep), len(kept.kv_keep)) for kept in by_layer}
     for what, count in (("channels", len(channels)), ("heads", len(heads))):
         if count > 1:
-            raise PlanError(f"no config can say that layers have different numbers of {what}")
+            raise PlanError(f"a config cannot express that layers have different numbers of {what}")
     hidden = whole.hidden if widths.hidden is None else len(widths.hidden)
     if widths.rescale and architecture.wiring.shared_eps and hidden < whole.hidden:
         raise PlanError(f"{plan.model.family} models have one epsilon for all norms, and rescale needs two")
     [(queries, keys)] = heads
     if not architecture.fits(hidden, queries, whole.head_dim):
-        why = "cannot say a head's size, so the heads must fill the hidden size"
+        why = "cannot express a head size, so the heads must fill the hidden size"
         if architecture.wiring.divides:
             why = f"needs a hidden size that is a multiple of the query heads: {hidden} is not a multiple of {queries}"
         raise PlanError(f"the config of {plan.model.family} models {why}")

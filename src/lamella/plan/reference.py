@@ -131,7 +131,7 @@ class ModelReference(JsonDocument):
             PlanError: for a model with several stacks of which none was chosen.
         """
         if self.stack is None and len(self.stacks) > 1:
-            raise PlanError(f"{self.name} has the stacks {' and '.join(self.stacks)}: say which one is meant")
+            raise PlanError(f"{self.name} has the stacks {' and '.join(self.stacks)}: name one of them")
         return self.stack or next(iter(self.stacks))
 
     def __getitem__(self, stack: str | None) -> StackReference:

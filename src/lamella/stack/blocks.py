@@ -163,7 +163,7 @@ class Blocks:
         kind = type(model).__name__
         if kind not in BLOCK_TABLES:
             known = ", ".join(BLOCK_TABLES)
-            raise ArchitectureError(f"the blocks of a {kind} are not known; known are {known}")
+            raise ArchitectureError(f"the blocks of a {kind} are unknown; supported are {known}")
         self.model, self.name, self.table = model, name or kind, BLOCK_TABLES[kind]
         self.paths = {self.table.site(path): path for path in self._block_paths()}
 

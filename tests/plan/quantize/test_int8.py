@@ -1,4 +1,4 @@
-"""int8: the integers and the form on disk are torchao's, and what runs them gives what torchao gives."""
+"""int8: the integers and the format on disk are torchao's, and the outputs equal torchao's."""
 
 from __future__ import annotations
 

@@ -126,8 +126,8 @@ def _splitter(settings: dict[str, Any]) -> str:
     name = SPLITTERS.get(tuple(steps))
     if name is None or normalised not in ([], ["NFC"] if name == "qwen2" else []):
         raise ExportError(
-            f"this tokenizer splits text by {', '.join([*normalised, *steps]) or 'nothing'}, which llama.cpp is not "
-            f"known to do; known are {', '.join(SPLITTERS.values())}"
+            f"this tokenizer splits text by {', '.join([*normalised, *steps]) or 'nothing'}, which llama.cpp does "
+            f"not support; supported are {', '.join(SPLITTERS.values())}"
         )
     return name
 
