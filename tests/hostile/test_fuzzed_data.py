@@ -1,4 +1,4 @@
-"""Files of data that anyone may have written: each is read, or refused in one line that names it."""
+"""Untrusted data files: each is read, or rejected in one line that names it."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def stack() -> Stack:
 
 
 def row_lines() -> st.SearchStrategy[str]:
-    """One line: a row that is not quite one, another value, or no JSON at all."""
+    """Draw one line: an almost valid row, another value, or no JSON at all."""
     almost = st.sampled_from(ROWS).flatmap(mutated).map(dumped)
     text = st.text(max_size=20)
     return st.one_of(almost, almost, st.sampled_from(ROWS).map(dumped), values.map(dumped), text)
@@ -96,7 +96,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
 
 
 def strings_in(value: Any) -> Iterator[str]:
-    """All strings of what was read, wherever they are."""
+    """Return all strings in the result, at any depth."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):

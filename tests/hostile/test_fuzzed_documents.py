@@ -1,4 +1,4 @@
-"""Documents and images in formats of other programs: each file is read, or refused in one line that names it."""
+"""Untrusted documents and images in formats of other programs: each is read, or rejected in one line that names it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ COCO: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of images, beside something to steal."""
+    """A folder of images, next to a secret file."""
     around = tmp_path_factory.mktemp("documents")
     made = around / "folder"
     made.mkdir()
