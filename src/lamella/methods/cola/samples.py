@@ -82,8 +82,8 @@ class Problems(Rows[Problem]):
         """
         found = read_samples(name)
         content = File(name).expanduser().read_bytes()
-        said = {"data": str(name), "samples": len(found), "sha256": hashlib.sha256(content).hexdigest()}
-        return cls(found, context.tokenizer, said)
+        metadata = {"data": str(name), "samples": len(found), "sha256": hashlib.sha256(content).hexdigest()}
+        return cls(found, context.tokenizer, metadata)
 
 
 def read_samples(file: str | File) -> list[Problem]:

@@ -75,8 +75,8 @@ def _sizes(stack: Stack, parts: int, heads_left: float) -> dict[str, int]:
     heads = max(group, round(whole.heads * heads_left) // group * group)
     width = whole.hidden / math.sqrt(parts)
     # T5 sets the head size explicitly; elsewhere heads may have to fill the width, and RoPE needs even sizes.
-    stream = int(width) if architecture.name == "t5" else EIGHT * heads * max(1, round(width / (EIGHT * heads)))
-    sizes = {"stream": stream, "channels": max(1, whole.channels // parts), "heads": heads, "kv_heads": heads // group}
+    hidden = int(width) if architecture.name == "t5" else EIGHT * heads * max(1, round(width / (EIGHT * heads)))
+    sizes = {"hidden": hidden, "channels": max(1, whole.channels // parts), "heads": heads, "kv_heads": heads // group}
     return {name: size for name, size in sizes.items() if name in architecture.sizes}
 
 
