@@ -29,15 +29,24 @@ from torch import Tensor
 from torch.nn.functional import conv3d
 
 from lamella.evaluate import Ratio
-from lamella.methods.agile3d import Click, ClickDecoder, ClickSegmenter, Scene, SparseUNet, Viewer, Widths, rooms
+from lamella.methods.agile3d import (
+    Click,
+    ClickDecoder,
+    ClickScene,
+    ClickSegmenter,
+    SparseUNet,
+    UNetWidths,
+    Viewer,
+    rooms,
+)
 from lamella.methods.agile3d.sparse import SparseConv
 from lamella.results import Record
 
 CHANNELS = 32  # of the convolution that is timed alone
 WIDTHS = {
-    "nano": Widths(16, (32, 48), (32, 32), (1, 1, 1, 1)),
-    "twice as wide": Widths(32, (64, 96), (64, 64), (1, 1, 1, 1)),
-    "the paper's": Widths(),
+    "nano": UNetWidths(16, (32, 48), (32, 32), (1, 1, 1, 1)),
+    "twice as wide": UNetWidths(32, (64, 96), (64, 64), (1, 1, 1, 1)),
+    "the paper's": UNetWidths(),
 }
 
 
@@ -74,7 +83,7 @@ def ms(seconds: list[float]) -> float:
     return 1000 * median(seconds)
 
 
-def segmenter(widths: Widths, voxel: float, seed: int) -> ClickSegmenter:
+def segmenter(widths: UNetWidths, voxel: float, seed: int) -> ClickSegmenter:
     """Return a segmenter with the small decoder of the reproduction, and random weights."""
     torch.manual_seed(seed)
     return ClickSegmenter(SparseUNet(widths, voxel), ClickDecoder(3, 48, 4, 128, background=6)).eval()
@@ -148,12 +157,12 @@ def page(record: Record, voxel: float, rounds: int) -> None:
     record.check("a click in the page, median", "under 100 ms", middle, middle < 100)
 
 
-def scene_of(points: int, seed: int) -> Scene:
+def scene_of(points: int, seed: int) -> ClickScene:
     """Return a room with so many points, some of which are adjacent to others."""
     scene = next(rooms("test", seed=seed))
     more = np.random.default_rng(seed).integers(len(scene), size=points - len(scene))
     coords = np.concatenate([scene.coords, scene.coords[more] + np.float32(0.005)])
-    return Scene(coords, np.concatenate([scene.colours, scene.colours[more]]), name="room")
+    return ClickScene(coords, np.concatenate([scene.colours, scene.colours[more]]), name="room")
 
 
 @torch.no_grad()

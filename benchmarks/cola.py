@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 import lamella
-from lamella.methods.cola import Found, PathReader, Problem, Settings, find_paths
+from lamella.methods.cola import PathAnswerer, PathSearchResult, PathSettings, Problem, find_paths
 from lamella.results import Record
 from lamella.stack import Stack
 from lamella.zoo import open_tokenizer
@@ -39,11 +39,13 @@ SAMPLES = [
 ]
 
 
-def all_searches(new_reader: Callable[[], PathReader], sample: Problem, layers: int, settings: Settings) -> list[Found]:
-    """Run all searches of a study for one sample, each with the given reader."""
+def all_searches(
+    new_answerer: Callable[[], PathAnswerer], sample: Problem, layers: int, settings: PathSettings
+) -> list[PathSearchResult]:
+    """Run all searches of a study for one sample, each with a given answerer."""
 
-    def search(target: str, **options: Any) -> Found:
-        return find_paths(new_reader(), target, layers, settings, **options)
+    def search(target: str, **options: Any) -> PathSearchResult:
+        return find_paths(new_answerer(), target, layers, settings, **options)
 
     tree = search(sample.answer)
     return [
@@ -56,21 +58,21 @@ def all_searches(new_reader: Callable[[], PathReader], sample: Problem, layers: 
 
 
 def measured(
-    stack: Stack, tokenizer: Any, sample: Problem, settings: Settings, share: bool
-) -> tuple[list[Found], int, float]:
+    stack: Stack, tokenizer: Any, sample: Problem, settings: PathSettings, share: bool
+) -> tuple[list[PathSearchResult], int, float]:
     """Return the outcomes, the number of executed layers and the seconds of one sample's searches."""
-    readers: list[PathReader] = []
+    answerers: list[PathAnswerer] = []
 
-    def new_reader() -> PathReader:
-        if not (share and readers):
-            readers.append(PathReader(stack, tokenizer, sample, settings.tokens))
+    def new_answerer() -> PathAnswerer:
+        if not (share and answerers):
+            answerers.append(PathAnswerer(stack, tokenizer, sample, settings.tokens))
         if not share:
-            readers[-1].tree.budget = 0
-        return readers[-1]
+            answerers[-1].tree.budget = 0
+        return answerers[-1]
 
     begin = time.perf_counter()
-    outcomes = all_searches(new_reader, sample, len(stack), settings)
-    return outcomes, sum(reader.tree.executed for reader in readers), time.perf_counter() - begin
+    outcomes = all_searches(new_answerer, sample, len(stack), settings)
+    return outcomes, sum(answerer.tree.executed for answerer in answerers), time.perf_counter() - begin
 
 
 @torch.no_grad()
@@ -78,7 +80,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="15 simulations instead of 50")
     arguments = parser.parse_args()
-    settings = Settings(simulations=15 if arguments.quick else 50, tokens=3)
+    settings = PathSettings(simulations=15 if arguments.quick else 50, tokens=3)
 
     stack = lamella.open("smollm2")
     tokenizer = open_tokenizer("smollm2")
@@ -99,10 +101,10 @@ def main() -> int:
 
     rows = []
     for simulations in (15,) if arguments.quick else (50, 100, 200):  # 200: the paper's number
-        reader = PathReader(stack, tokenizer, SAMPLES[1], settings.tokens)
-        outcome = find_paths(reader, SAMPLES[1].answer, len(stack), Settings(simulations=simulations))
-        executed, asked = reader.tree.executed, reader.tree.asked
-        rows.append([simulations, outcome.evaluations, executed, asked, executed / asked])
+        answerer = PathAnswerer(stack, tokenizer, SAMPLES[1], settings.tokens)
+        outcome = find_paths(answerer, SAMPLES[1].answer, len(stack), PathSettings(simulations=simulations))
+        executed, unshared = answerer.tree.executed, answerer.tree.unshared
+        rows.append([simulations, outcome.evaluations, executed, unshared, executed / unshared])
     columns = ["simulations", "paths", "layers executed", "without sharing", "share of layers"]
     record.table("The tree search for the right answer alone, 4 options", columns, rows)
 

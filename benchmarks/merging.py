@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import lamella
-from lamella.methods.lora_recycling import Mixing, Pool, mixture
+from lamella.methods.lora_recycling import AdapterPool, Mixing, mixture
 from lamella.results import Record
 from lamella.stack import Stack
 from lamella.train import Adapter, merge
@@ -33,8 +33,8 @@ MEGABYTE = 1e6
 
 
 def pool(stack: Stack, count: int) -> list[Adapter]:
-    """Return adapters of mixed ranks in all linear layers of all layers."""
-    found = [Pool.open(f"random:count={count},r={rank}").members(stack) for rank in RANKS]
+    """Adapters of mixed ranks in all linear maps of all layers."""
+    found = [AdapterPool.open(f"random:count={count},r={rank}").members(stack) for rank in RANKS]
     return [found[number % len(RANKS)].load(f"random-{number}") for number in range(count)]
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from lamella.evaluate import turns
-from lamella.methods.muranet import PlanNetwork, Shape, synthetic_floor_plan
-from lamella.methods.muranet.frame import Rows, together
+from lamella.methods.muranet import PlanNetwork, RecogniserShape, synthetic_floor_plan
+from lamella.methods.muranet.frame import PlanRows, collate
 from lamella.methods.muranet.recipe import task_losses
 from lamella.results import Record
 
@@ -30,7 +30,7 @@ def networks(size: int, encoder: str) -> dict[str, list[PlanNetwork]]:
 
     def built(**parts: Any) -> PlanNetwork:
         torch.manual_seed(0)
-        return Shape(encoder=encoder, size=size, **parts).build(2)
+        return RecogniserShape(encoder=encoder, size=size, **parts).build(2)
 
     found = {TWO: [built(tasks="walls"), built(tasks="openings")], "one, all stages shared": [built()]}
     stages = len(found[TWO][0].encoder.stages)
@@ -41,7 +41,7 @@ def networks(size: int, encoder: str) -> dict[str, list[PlanNetwork]]:
 
 def measured(record: Record, encoder: str, size: int, rounds: int) -> None:
     found = networks(size, encoder)
-    batch = together(list(Rows([synthetic_floor_plan(seed, size) for seed in range(2)], size, False)))
+    batch = collate(list(PlanRows([synthetic_floor_plan(seed, size) for seed in range(2)], size, False)))
     maps = []
     for name, each in found.items():
         if name != TWO:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 import lamella
 from lamella.methods.rd_prune.knapsack import allocate
-from lamella.methods.tracenas import GradientTraces, Space, Traces, phi
+from lamella.methods.tracenas import GradientTraces, SearchSpace, Traces, phi
 from lamella.plan import ModelReference, Plan
 from lamella.results import Record
 from lamella.stack import Stack
@@ -149,7 +149,7 @@ def by_copying(stack: Stack, plan: Plan, traces: GradientTraces, ids: Tensor) ->
 def against_copies(record: Record, candidates: int, length: int) -> None:
     stack = lamella.open("smollm2")
     ids = lamella.windows(open_tokenizer("smollm2"), lamella.load_text("pydoc", "calibration"), 4, length, 0)
-    space = Space.of(stack, params=0.75, least=24)
+    space = SearchSpace.of(stack, params=0.75, least=24)
     traces = GradientTraces(stack, ids, rank=8)
     rng, base = np.random.default_rng(0), traces.base
     model, times, apart = ModelReference.of(stack), [], 0.0

@@ -25,16 +25,22 @@ import numpy as np
 import torch
 
 import lamella
-from lamella.data import MARK, Conversation, ImageText, InputContext, Processing
+from lamella.data import MARK, ImageText, ImageTextRow, InputContext, Processing
 from lamella.evaluate import StepTimes, bench, cost, measure_step
 from lamella.evaluate.speed import random_tokens
 from lamella.methods.cola import repeat, skip
-from lamella.methods.dmllm_token_redundancy import Lengths, VisualTokenSchedule, Widths, of_step, planned, text_of
+from lamella.methods.dmllm_token_redundancy import (
+    LayerWidths,
+    RequestLengths,
+    VisualTokenSchedule,
+    of_step,
+    plan_of,
+    text_of,
+)
 from lamella.methods.first import PromptRouters
 from lamella.methods.lora_drop import spread_layers
 from lamella.methods.modes.policy import MODALITIES, ExpertSkipping
-from lamella.methods.mue import OFF, Exits, Work, by_flops, by_layers
-from lamella.methods.mue import planned as exit_plan
+from lamella.methods.mue import OFF, ExitCosts, Exits, by_flops, by_layers, exit_plan
 from lamella.methods.unified_skip import balanced
 from lamella.plan import ModelReference, PhasedPath, Plan, PolicyReference
 from lamella.results import Record
@@ -238,18 +244,18 @@ def image_tokens(record: Record, rounds: int) -> None:
     model = open_model(made)
     picture = np.zeros((64, 64, 3), dtype=np.uint8)
     messages = ({"role": "user", "content": f"{MARK} list the shapes."}, {"role": "assistant", "content": "circle"})
-    inputs = Processing(processor).prompts([Conversation((picture,), messages)])
+    inputs = Processing(processor).prompts([ImageTextRow((picture,), messages)])
     stack, sampler = text_of(model), Sampler(length=32, steps=4 * rounds)
     image = int((inputs["input_ids"] == made.config.image_token_id).sum())
-    lengths = Lengths(image, inputs["input_ids"].shape[1] - image, sampler.length)
+    lengths = RequestLengths(image, inputs["input_ids"].shape[1] - image, sampler.length)
     schedules = {
         "a half": VisualTokenSchedule.one_shot(-1, 0.0, 0.5),
         "a quarter": VisualTokenSchedule.one_shot(-1, 0.0, 0.25),
         "dropped after layer 3": VisualTokenSchedule.withdraw(3),
     }
     whole = VisualTokenSchedule()
-    views = {name: lamella.apply(model, planned(model, each, criterion="divprune")) for name, each in schedules.items()}
-    models = {"whole": made, "idle": lamella.apply(model, planned(model, whole)), **views}
+    views = {name: lamella.apply(model, plan_of(model, each, criterion="divprune")) for name, each in schedules.items()}
+    models = {"whole": made, "idle": lamella.apply(model, plan_of(model, whole)), **views}
     requests = {name: Denoising(each, sampler=sampler, **inputs) for name, each in models.items()}
     took: dict[str, list[float]] = {name: [] for name in requests}
     for _ in range(sampler.in_all):
@@ -261,7 +267,9 @@ def image_tokens(record: Record, rounds: int) -> None:
     overhead(record, "dmllm-token-redundancy, no token dropped", times["whole"] / times["idle"])
     rows = []
     for name, schedule in schedules.items():
-        flops = [of_step(each, Widths.of(stack), len(stack), 1, sampler.in_all, lengths) for each in (schedule, whole)]
+        flops = [
+            of_step(each, LayerWidths.of(stack), len(stack), 1, sampler.in_all, lengths) for each in (schedule, whole)
+        ]
         ideal, measured = flops[0] / flops[1], times[name] / times["whole"]
         ratio = measured / ideal
         rows.append([name, ideal, measured, ratio])
@@ -344,7 +352,7 @@ def experts(record: Record, rounds: int) -> None:
     length = 1024  # 64 tokens per expert with three quarters skipped; fewer make matrix products inefficient
     tokens = random_tokens([stack.model], 1, length)
     whole = view(0.0)
-    whole.lamella_policy.heard = heard = []
+    whole.lamella_policy.recorded_scores = heard = []
     whole(input_ids=tokens, use_cache=False)
     scores = torch.cat([each for each, _ in heard]).flatten()
     some = {f"{skip:.0%} of the pairs": view(float(scores.quantile(skip))) for skip in (0.5, 0.75)}
@@ -371,7 +379,7 @@ def exits(record: Record, rounds: int) -> None:
         {"role": "user", "content": f"{MARK} describe the picture."},
         {"role": "assistant", "content": "circle"},
     )
-    inputs = Processing(processor, encodes=True).prompts([Conversation((picture,), messages)])
+    inputs = Processing(processor, encodes=True).prompts([ImageTextRow((picture,), messages)])
     left = {"no token exits": (OFF, 1, 1), "after layers 2 and 4": (-OFF, 2, 4), "after layers 6 and 3": (-OFF, 6, 3)}
     views, shorter = {}, {}
     for name, (tau, e, j) in left.items():
@@ -397,7 +405,7 @@ def exits(record: Record, rounds: int) -> None:
             continue
         streams = dict.fromkeys(tokens, torch.tensor([e]))
         taken = Exits(streams, tokens, torch.full_like(step, j), 0 * step, step, torch.tensor([True]), 0.0, {})
-        flops = by_flops(taken, Work.of(model.stacks["encoder"], model.stacks["decoder"]))
+        flops = by_flops(taken, ExitCosts.of(model.stacks["encoder"], model.stacks["decoder"]))
         ideal, measured = (times["whole"] / times[each] for each in (f"{name}, cut", name))
         rows.append([name, f"{by_layers(taken, (6, 6)):.1%}", 1 / (1 - flops), ideal, measured, measured / ideal])
         said_so = f"mue, {name}: speed-up / ideal"

@@ -25,7 +25,7 @@ from lamella.methods.skr import LinearSystems, arrange, preconditioners
 from lamella.methods.skr.families import darcy, helmholtz
 from lamella.methods.skr.gcrodr import Apply, Solve
 from lamella.methods.skr.method import Recycling
-from lamella.methods.skr.solvers import GMRES, Direct, Outer, Stateless, Symmetric, counting
+from lamella.methods.skr.solvers import GMRES, Direct, Outer, Stateless, Symmetric, count_products
 from lamella.methods.skr.systems import System
 from lamella.results import Record
 from lamella.search.journal import Memo
@@ -40,7 +40,7 @@ class SciPyGMRES(Stateless):
     def __call__(self, system: System, M: Apply | None) -> tuple[Solve, str]:
         from scipy.sparse.linalg import gmres
 
-        A, inverse, counted = counting(system, M)
+        A, inverse, counted = count_products(system, M)
         cycles = SETTINGS["max_iterations"] // SETTINGS["m"]
         x, _ = gmres(A, system.b, rtol=SETTINGS["tol"], atol=0.0, restart=SETTINGS["m"], maxiter=cycles, M=inverse)
         return counted.solve(x, system, SETTINGS["tol"]), "cold"
@@ -121,16 +121,16 @@ def claims(record: Record, title: str, n: int, found: dict[str, dict[str, list[f
         record.check(f"{title}: iterations of SKR / {other}", "below 1", share, share < 1)
     if n >= 10_000:  # below, Python's overhead dominates
         median, low, high = ratio(found, "SKR", "GMRES(40), SciPy")
-        interval = f"{median:.2f} ({low:.2f} to {high:.2f})"
-        record.check(f"{title}: time of SKR / GMRES(40), SciPy", "below 1", interval, median < 1)
+        message = f"{median:.2f} ({low:.2f} to {high:.2f})"
+        record.check(f"{title}: time of SKR / GMRES(40), SciPy", "below 1", message, median < 1)
     if title.startswith("2-D"):
         median, low, high = ratio(found, "sparse LU", "SKR")
-        interval = f"{median:.2f} ({low:.2f} to {high:.2f})"
-        record.check(f"{title}: a direct solve is faster: sparse LU / SKR", "below 1", interval, median < 1)
+        message = f"{median:.2f} ({low:.2f} to {high:.2f})"
+        record.check(f"{title}: a direct solve is faster: sparse LU / SKR", "below 1", message, median < 1)
     if title == "3-D 40x40x40":
         median, low, high = ratio(found, "SKR", "sparse LU")
-        interval = f"{median:.2f} ({low:.2f} to {high:.2f})"
-        record.check(f"{title}: SKR is faster: SKR / sparse LU", "below 1", interval, median < 1)
+        message = f"{median:.2f} ({low:.2f} to {high:.2f})"
+        record.check(f"{title}: SKR is faster: SKR / sparse LU", "below 1", message, median < 1)
 
 
 def main() -> int:

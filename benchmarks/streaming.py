@@ -64,10 +64,10 @@ def with_text(folder: Path, count: int) -> int:
 def diffusion(folder: Path, count: int) -> int:
     from lamella.data import CaptionedImages, InputContext
     from lamella.files import Work
-    from lamella.methods.laptop_diff import Denoiser, encoded
+    from lamella.methods.laptop_diff import Denoiser, encode_samples
 
     pictures = CaptionedImages.open(folder, InputContext(), count=count)
-    return trained_on(encoded(Denoiser(pipeline(), "small"), pictures, Work(folder.parent / "work")))
+    return trained_on(encode_samples(Denoiser(pipeline(), "small"), pictures, Work(folder.parent / "work")))
 
 
 def clips(folder: Path, count: int) -> int:

@@ -22,7 +22,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lamella.evaluate import Ratio
-from lamella.methods.switchlora import Frequency, Switching, by_vectors
+from lamella.methods.switchlora import ExchangeFrequency, SwitchHook, per_vector
 from lamella.results import Record
 from lamella.stack import Stack, share
 from lamella.train import Hook, Lora, Sample, Task, TrainConfig, TrainingRun, add_lora, blocks, fit, own, response_loss
@@ -68,9 +68,9 @@ def turn(plain: Stack, samples: list[Sample], exchanged: bool, steps: int) -> tu
     watch = Watch()
     hooks: list[Hook] = [watch]
     if exchanged:
-        hooks.insert(0, Switching(lora, Frequency(), LONG, 0))
+        hooks.insert(0, SwitchHook(lora, ExchangeFrequency(), LONG, 0))
     config = TrainConfig(steps=steps, lr=1e-3, schedule="constant", batch=4, save_every=LONG, log_every=LONG)
-    more: dict[str, Any] = {"optimizer": by_vectors(REST)} if exchanged else {}
+    more: dict[str, Any] = {"optimizer": per_vector(REST)} if exchanged else {}
     with tempfile.TemporaryDirectory() as work:
         fit(view, samples, Task(response_loss), config, out=work, trainable=lora.trains, hooks=hooks, **more)
     return watch, lora

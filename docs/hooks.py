@@ -29,7 +29,7 @@ from mkdocs.exceptions import PluginError
 
 from lamella.plan import SiteModule
 from lamella.plan.parts import parts_in
-from lamella.registry import Method, all_commands, room
+from lamella.registry import Method, all_commands, submodule
 from lamella.registry import commands as commands_of
 from lamella.results import Adapted, Edit
 from lamella.results.record import VERDICTS
@@ -201,7 +201,7 @@ def _export(known: Method) -> str:
     if issubclass(kind, Adapted):
         return "an adapter, as a plan; native, with the model"
     if issubclass(kind, Edit):
-        return "a model; native" if parts_in(room(known.slug, "modules"), SiteModule) else "a model; plain"
+        return "a model; native" if parts_in(submodule(known.slug, "modules"), SiteModule) else "a model; plain"
     said = (inspect.getdoc(kind) or "").splitlines()[0].rstrip(".")
     return said[:1].lower() + said[1:]
 
@@ -306,7 +306,7 @@ def input_examples() -> str:
     for kind in sorted(kinds, key=lambda each: each.__name__):
         example = kind.example
         lines = (example.content or "").splitlines()
-        shown = [f"{example.given}:" if lines else example.given, *lines[:SHOWN], *(["..."] if lines[SHOWN:] else [])]
+        shown = [f"{example.source}:" if lines else example.source, *lines[:SHOWN], *(["..."] if lines[SHOWN:] else [])]
         parts.append(f"**{kind.__name__}** ({', '.join(f'`{slug}`' for slug in kinds[kind])}): {kind.source_help}.")
         parts.append("\n".join(["```text", *shown, "```"]))
     return "\n\n".join(parts)

@@ -1,13 +1,13 @@
-"""AGILE3D at small scale: rooms furnished by chance, in four colours each, segmented click by click.
+"""AGILE3D at small scale: randomly furnished rooms in four colours each, segmented by clicks.
 
 A small sparse U-Net with its decoder learns on 100 rooms and is judged on 24 others, by a user who clicks where the
 prediction is most deeply wrong. Beside it stand the label of the nearest click, which needs no training, and the same
 weights with one object at a time, the clicks on others hidden. Prefixes of the decoder and one layer that runs several
 times say what its depth is worth, and interleaved timings what it saves to encode a scene once. Training without one of
 its parts says what that part does; without learned queries for the background it cannot train, since a background that
-nobody has clicked then has no logit. Collages of textured shapes stand for pictures: on a public image network that
+nobody has clicked then has no logit. Collages of textured shapes stand for images: on a public image network that
 stays as it is (EfficientNet-Lite0, fetched once), each level of its features is tried alone. What is claimed of rooms
-is claimed of 1,000 steps and five seeds, since after 500 steps seeds are as far apart as the claims are wide; pictures,
+is claimed of 1,000 steps and five seeds, since after 500 steps seeds are as far apart as the claims are wide; images,
 and what only stands in a table, have fewer of both.
 
     python reproductions/agile3d.py            # about an hour and a half on one core; stopped, it goes on
@@ -37,16 +37,16 @@ from lamella.methods.agile3d import (
     Click,
     ClickDecoder,
     Clicks,
+    ClickScene,
     ClickSegmenter,
-    PictureEncoder,
-    Practice,
-    Scene,
+    ClickSimulation,
+    ImageEncoder,
     Scenes,
     Segmenter,
-    Shape,
+    SegmenterShape,
     SparseUNet,
     Tokens,
-    Widths,
+    UNetWidths,
     agile3d,
     answers,
     clicks_to,
@@ -56,8 +56,8 @@ from lamella.methods.agile3d import (
     play,
     rooms,
 )
-from lamella.methods.agile3d.judge import Curve, Round, visible
-from lamella.methods.agile3d.recipe import practise
+from lamella.methods.agile3d.judge import Curve, CurvePoint, visible
+from lamella.methods.agile3d.recipe import train_segmenter
 from lamella.results.record import together
 from lamella.train import TrainConfig
 from lamella.zoo import ZOO, pull
@@ -77,7 +77,7 @@ class Size:
         rooms, tests: to learn from, and to judge on.
         steps: of the models that claims are about.
         short: of the models in a table that nothing is claimed of.
-        brief: of the models of pictures, which begin with a network that knows much.
+        brief: training steps of the image models, which start from a pretrained backbone.
         voxel: its edge in metres.
         seeds: of the models that claims are about.
         few: of all others.
@@ -98,7 +98,7 @@ class Size:
 
 
 NONE, CLICKED, SCENE, PLACES, TIMES, EQUAL, RANDOM = (
-    "nothing", "click-to-click attention", "scene-to-click attention", "encodings of places", "encodings of times",
+    "nothing", "click-to-click attention", "scene-to-click attention", "position encodings", "time encodings",
     "weights near clicks", "rounds of clicks, but one random click on each object",
 )  # fmt: skip
 FULL = Size(
@@ -108,8 +108,10 @@ QUICK = Size(6, 2, 24, 24, 8, 0.2, SEEDS[:1], SEEDS[:1], (SCENE,), (0, 3))
 NETWORK = "efficientnet-lite0"
 
 
-def shape(size: Size, shared: bool = False) -> Shape:
-    return Shape("nano", size.voxel, hidden=48, heads=4, feedforward=128, layers=3, background=6, shared=shared)
+def shape(size: Size, shared: bool = False) -> SegmenterShape:
+    return SegmenterShape(
+        "nano", size.voxel, hidden=48, heads=4, feedforward=128, layers=3, background=6, shared=shared
+    )
 
 
 def config(steps: int, seed: int) -> TrainConfig:
@@ -119,11 +121,11 @@ def config(steps: int, seed: int) -> TrainConfig:
     )  # fmt: skip
 
 
-PRACTICE = Practice(rounds=5, turn=False)
+PRACTICE = ClickSimulation(rounds=5, turn=False)
 
 
 @cache
-def made(kind: Callable[..., Iterator[Scene]], part: str, count: int) -> Sequence[Scene]:
+def made(kind: Callable[..., Iterator[ClickScene]], part: str, count: int) -> Sequence[ClickScene]:
     """Rooms or collages: the same for all arms."""
     return tuple(islice(kind(part), count))
 
@@ -136,7 +138,7 @@ def trained(size: Size, seed: int, steps: int, shared: bool = False) -> ClickSeg
 
 
 def tests(
-    model: ClickSegmenter, size: Size, seed: int, scenes: Callable[..., Iterator[Scene]] = rooms
+    model: ClickSegmenter, size: Size, seed: int, scenes: Callable[..., Iterator[ClickScene]] = rooms
 ) -> list[tuple[Tokens, list[int]]]:
     """Scenes that nobody has trained on, each with the objects that are to be segmented."""
     drawn, found = np.random.default_rng(seed), []
@@ -150,7 +152,7 @@ def tests(
 
 def averaged(curves: Sequence[Curve]) -> Curve:
     """One curve of objects that were segmented one at a time, at equal clicks for each."""
-    return [Round(rounds[0].clicks, fmean(each.iou for each in rounds)) for rounds in zip(*curves, strict=True)]
+    return [CurvePoint(rounds[0].clicks, fmean(each.iou for each in rounds)) for rounds in zip(*curves, strict=True)]
 
 
 def judged(size: Size, seed: int) -> dict[str, list[Curve]]:
@@ -186,14 +188,14 @@ def looped(size: Size, seed: int) -> dict[str, list[Curve]]:
 
 
 class Nothing(nn.Module):
-    """In place of an attention: it adds nothing."""
+    """A replacement of an attention that returns zeros."""
 
     def forward(self, query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         return torch.zeros_like(query), None
 
 
 class Nowhere(nn.Module):
-    """In place of the encoding of places."""
+    """A replacement of the position encoding."""
 
     def forward(self, coords: Tensor) -> Tensor:
         return coords.new_zeros(len(coords), 48)
@@ -208,7 +210,7 @@ def at_random(model: Any, tokens: Any, encoded: Any, truth: Tensor, rounds: int,
 INSTEAD: dict[str, tuple[str, Callable[..., Any]]] = {
     TIMES: ("decoder.time", lambda t, hidden: torch.zeros(len(t), hidden)),
     EQUAL: ("recipe.click_weights", lambda coords, clicks, reach: torch.ones(len(coords))),
-    RANDOM: ("recipe.worked", at_random),
+    RANDOM: ("recipe.simulate_rounds", at_random),
 }
 
 
@@ -220,9 +222,9 @@ def ablated(size: Size, seed: int, part: str) -> dict[str, list[Curve]]:
         layer.click_to_click = Nothing() if part == CLICKED else layer.click_to_click
         layer.scene_to_click = Nothing() if part == SCENE else layer.scene_to_click
     model.decoder.place = Nowhere() if part == PLACES else model.decoder.place
-    place, other = INSTEAD.get(part, ("recipe.worked", lambda *given: None))
-    with patch(f"lamella.methods.agile3d.{place}", other) if part in INSTEAD else patch.dict({}):
-        practise(model, made(rooms, "train", size.rooms), config(size.short, seed), PRACTICE, Work().directory())
+    target, other = INSTEAD.get(part, ("recipe.simulate_rounds", lambda *arguments: None))
+    with patch(f"lamella.methods.agile3d.{target}", other) if part in INSTEAD else patch.dict({}):
+        train_segmenter(model, made(rooms, "train", size.rooms), config(size.short, seed), PRACTICE, Work().directory())
         return {part: curves(model.eval(), tests(model, size, seed), seed)}
 
 
@@ -234,24 +236,24 @@ def curves(model: ClickSegmenter, samples: Sequence[tuple[Tokens, list[int]]], s
 # Pictures
 
 
-def pictured(size: Size, seed: int, level: int | None) -> dict[str, list[Curve]]:
+def judged_images(size: Size, seed: int, level: int | None) -> dict[str, list[Curve]]:
     """The curves of a decoder over one level of a frozen public network, or all of them."""
     torch.manual_seed(seed)
     levels = None if level is None else [level]
     weights = pull(NETWORK) / "model.safetensors"
-    encoder = PictureEncoder(ZOO[NETWORK].architecture, 48, weights=weights, frozen=True, levels=levels)
+    encoder = ImageEncoder(ZOO[NETWORK].architecture, 48, weights=weights, frozen=True, levels=levels)
     model = ClickSegmenter(encoder, ClickDecoder(2, 48, 4, 128, background=6))
-    practise(model, made(collages, "train", size.rooms), config(size.brief, seed), PRACTICE, Work().directory())
+    train_segmenter(model, made(collages, "train", size.rooms), config(size.brief, seed), PRACTICE, Work().directory())
     return {named(level): curves(model.eval(), tests(model, size, seed, collages), seed)}
 
 
 def named(level: int | None) -> str:
-    return "all levels" if level is None else f"level {level}, pixels of {4 * 2**level}"
+    return "all levels" if level is None else f"level {level}, stride {4 * 2**level}"
 
 
 def read(found: dict[str, list[list[list[float]]]]) -> dict[str, list[Curve]]:
     """Curves as JSON has kept them."""
-    return {name: [[Round(*each) for each in curve] for curve in curves] for name, curves in found.items()}
+    return {name: [[CurvePoint(*each) for each in curve] for curve in curves] for name, curves in found.items()}
 
 
 # Exactness
@@ -264,23 +266,23 @@ def exactness(run: Run, size: Size) -> None:
     clicks = (Click(2, 9), Click(1, 40), Click(0, 3), Click(3, 70))
     joined, alone = model.encode(scenes), [model.encode([each])[0] for each in scenes]
     apart = max(float((a.f - b.f).abs().max()) for a, b in zip(joined, alone, strict=True))
-    run.exact("scenes in one pass are encoded as each alone", "at most 1e-5 apart", apart, apart <= 1e-5)
-    kept, anew = (model.decode(each, clicks)[-1] for each in (alone[0], model.encode([scenes[0]])[0]))
-    apart = float((kept - anew).abs().max())
-    run.exact("decoding what was kept is encoding anew", "at most 1e-6 apart", apart, apart <= 1e-6)
+    run.exact("scenes in one batch are encoded as one by one", "at most 1e-5 apart", apart, apart <= 1e-5)
+    kept, again = (model.decode(each, clicks)[-1] for each in (alone[0], model.encode([scenes[0]])[0]))
+    apart = float((kept - again).abs().max())
+    run.exact("decoding a cached scene equals encoding it again", "at most 1e-6 apart", apart, apart <= 1e-6)
     number = (0, 3, 1, 2)
     renamed = model.decode(alone[0], tuple(Click(number[label], token) for label, token in clicks))[-1]
     apart = float((kept - renamed[:, list(number)]).abs().max())
-    run.exact("other numbers for objects are other columns", "at most 1e-4 apart", apart, apart <= 1e-4)
+    run.exact("renumbered objects permute the columns", "at most 1e-4 apart", apart, apart <= 1e-4)
     labels = model.labels(alone[0], clicks)
     right = all(int(labels[token]) == label for label, token in clicks)
     run.exact("clicked tokens carry the label of their click", "all", "all" if right else "not all", right)
 
 
 def fresh(size: Size, wider: int = 1) -> ClickSegmenter:
-    """A model that has learnt nothing, with an encoder so many times as wide."""
+    """Return an untrained model with an encoder ``wider`` times as wide."""
     torch.manual_seed(0)
-    widths = Widths(16 * wider, (32 * wider, 48 * wider), (32 * wider, 32 * wider), (1, 1, 1, 1))
+    widths = UNetWidths(16 * wider, (32 * wider, 48 * wider), (32 * wider, 32 * wider), (1, 1, 1, 1))
     return ClickSegmenter(SparseUNet(widths, size.voxel), ClickDecoder(3, 48, 4, 128, background=6)).eval()
 
 
@@ -292,7 +294,7 @@ CLICKS = tuple(Click(label, 31 * label + 7 * turn) for turn in range(3) for labe
 
 @torch.no_grad()
 def saved(size: Size, rounds: int) -> dict[int, list[float]]:
-    """How many times faster a click is on an encoded scene, round by round, for encoders so many times as wide.
+    """Measure the speed-up of a click on an encoded scene over encoding it again, for encoders of several widths.
 
     The maps of the scene are there for all. The first two rounds warm up.
     """
@@ -301,15 +303,15 @@ def saved(size: Size, rounds: int) -> dict[int, list[float]]:
         model = fresh(size, wider)
         tokens = model.tokenise(next(rooms("test")))
         kept = model.encode([tokens])[0]
-        anew = partial(lambda model, tokens: model.decode(model.encode([tokens])[0], CLICKS), model, tokens)
-        ways[wider] = anew, partial(model.decode, kept, CLICKS)
-    found = [[timed(anew) / timed(cached) for anew, cached in ways.values()] for _ in range(rounds + 2)]
+        again = partial(lambda model, tokens: model.decode(model.encode([tokens])[0], CLICKS), model, tokens)
+        ways[wider] = again, partial(model.decode, kept, CLICKS)
+    found = [[timed(again) / timed(cached) for again, cached in ways.values()] for _ in range(rounds + 2)]
     return {wider: list(each) for wider, each in zip(WIDER, zip(*found[2:], strict=True), strict=True)}
 
 
 @torch.no_grad()
 def layered(size: Size, rounds: int = 9) -> list[list[Any]]:
-    """How long a click takes whose decoder has so many layers, or one layer that runs so often, in turn."""
+    """Time a click by the number of decoder layers, or of loops of one shared layer."""
     torch.manual_seed(0)
     ways: dict[str, Callable[[], object]] = {}
     for model, what, counts in (
@@ -331,23 +333,23 @@ def timed(way: Callable[[], object]) -> float:
 def costs(run: Run, size: Size) -> None:
     found = saved(size, 5 if run.quick else 15)
     rows = [[f"{wider} x", str(Ratio.of(each))] for wider, each in found.items()]
-    run.table("A click on an encoded scene, against encoding it anew", ["width of the encoder", "times faster"], rows)
-    run.table("A click, by what of the decoder runs", ["", "ms"], layered(size))
+    run.table(
+        "Speed-up of a click on an encoded scene over encoding it again", ["width of the encoder", "speed-up"], rows
+    )
+    run.table("Time of a click by number of decoder layers", ["", "ms"], layered(size))
     nano = Measured.over_rounds(Ratio.of(found[1]))
     run.further("time of a click saved, smallest encoder", "at least 1.7 times", nano, nano.at_least(1.7))
     growth = [Measured.over_rounds(Ratio.of(np.divide(found[b], found[a]).tolist())) for a, b in pairwise(WIDER)]
     grows = together([each.at_least(1) for each in growth])
-    run.further("what is saved, from width to width", "grows", ", ".join(map(str, growth)), grows)
+    run.further("speed-up from width to width", "grows", ", ".join(map(str, growth)), grows)
 
 
 def experiment(run: Run) -> None:
     size = QUICK if run.quick else FULL
-    run.data = (
-        f"{size.rooms} rooms to learn from and {size.tests} to judge on, voxels of {size.voxel} m, furnished by chance"
-    )
+    run.data = f"{size.rooms} training rooms and {size.tests} test rooms, voxels of {size.voxel} m, randomly furnished"
     run.part("exactness", exactness, size)
     of_seeds = [read(run.arm(f"judged, {seed}", judged, size, seed)) for seed in size.seeds]
-    table(run, f"Mean IoU of the objects, in percent, after clicks for each; {size.steps} steps", of_seeds)
+    table(run, f"Mean IoU of the objects (%) by clicks per object; {size.steps} steps", of_seeds)
 
     def gain(ours: str, theirs: str, clicks: Sequence[int]) -> Measured:
         """By how many points of IoU one is above the other, in pairs of seeds."""
@@ -357,10 +359,13 @@ def experiment(run: Run) -> None:
 
     for clicks, bound in ((1, 25), (3, 15), (5, 8)):
         above = gain("agile3d", "nearest click", [clicks])
-        run.main(f"IoU@{clicks} above the nearest click's", f"at least {bound} points", above, above.at_least(bound))
+        run.main(f"IoU@{clicks} gain over the nearest click", f"at least {bound} points", above, above.at_least(bound))
     above = gain("agile3d", "alone", AT)
     run.main(
-        "all objects at once above one at a time, mean of IoU@1 to 5", "at least 1 point", above, above.at_least(1)
+        "gain of all objects at once over one at a time, mean of IoU@1 to 5",
+        "at least 1 point",
+        above,
+        above.at_least(1),
     )
     interval = bootstrapped(of_seeds)
     run.further("the same, room by room", "an interval above 0", interval, interval.at_least(0))
@@ -368,11 +373,11 @@ def experiment(run: Run) -> None:
     mean = [100 * fmean(column) for column in zip(*rising, strict=True)]
     run.further("IoU@1, @3 and @5", "rising", ", ".join(f"{each:.1f}" for each in mean), mean[0] < mean[1] < mean[2])
     first, second = (gain("agile3d", f"layer {depth}", [3]) for depth in (1, 2))
-    run.further("IoU@3 of three layers above that of one", "at least 1 point", first, first.at_least(1))
-    run.further("IoU@3 of three layers above that of two", "within 1 point", second, second.within(-1, 1))
+    run.further("IoU@3 gain of three layers over one", "at least 1 point", first, first.at_least(1))
+    run.further("IoU@3 gain of three layers over two", "within 1 point", second, second.within(-1, 1))
     if not run.quick:
         loops = [read(run.arm(f"looped, {seed}", looped, size, seed)) for seed in size.few]
-        table(run, f"One layer that runs several times, three in training; {size.short} steps", loops)
+        table(run, f"One shared layer run several times, three times in training; {size.short} steps", loops)
     without_parts(run, size)
     of_pictures(run, size)
     run.part("costs", costs, size)
@@ -386,7 +391,7 @@ def without_parts(run: Run, size: Size) -> None:
         for part in (NONE, *size.without):
             found |= read(run.arm(f"without {part}, {seed}", ablated, size, seed, part))
         of_seeds.append(found)
-    table(run, f"Trained without ..., {size.short} steps", of_seeds)
+    table(run, f"Ablation: trained without ..., {size.short} steps", of_seeds)
 
 
 def of_pictures(run: Run, size: Size) -> None:
@@ -395,12 +400,14 @@ def of_pictures(run: Run, size: Size) -> None:
     for seed in size.few:
         found: dict[str, list[Curve]] = {}
         for level in (None, *size.levels):
-            found |= read(run.arm(f"pictures, {named(level)}, {seed}", pictured, size, seed, level))
+            found |= read(run.arm(f"pictures, {named(level)}, {seed}", judged_images, size, seed, level))
         of_seeds.append(found)
-    table(run, "Collages, on a public network as it is", of_seeds)
+    table(run, "Collages, with a frozen public backbone", of_seeds)
     finest, *others = ([100 * iou_at(each[named(level)], 1) for each in of_seeds] for level in size.levels)
     above = Measured.over_seeds(np.subtract(finest, max(others, key=fmean)).tolist())
-    run.further("IoU@1 of the finest level above the best other's", "at least 0 points", above, above.at_least(0))
+    run.further(
+        "IoU@1 gain of the finest level over the best other level", "at least 0 points", above, above.at_least(0)
+    )
 
 
 def table(run: Run, title: str, of_seeds: Sequence[dict[str, list[Curve]]]) -> None:
@@ -412,7 +419,7 @@ def table(run: Run, title: str, of_seeds: Sequence[dict[str, list[Curve]]]) -> N
 
 
 def bootstrapped(of_seeds: Sequence[dict[str, list[Curve]]], draws: int = 2000) -> Measured:
-    """The gain of all objects at once over one at a time, with an interval from drawing rooms anew.
+    """The gain of all objects at once over one at a time, with a bootstrap interval over rooms.
 
     All seeds are judged in the same rooms, so a room counts once, with its mean over seeds.
     """

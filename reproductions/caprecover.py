@@ -1,13 +1,13 @@
-"""CapRecover at small scale: digits and their classes, rendered scenes and their captions, SmolLM2 and its words.
+"""CapRecover at small scale: classes of digits, captions of rendered scenes, and tokens of SmolLM2.
 
-Checks that defences change nothing of the task, that what leaks is said by more than one reader and by attackers who
-know the defence, that a mask which stays the same hides nothing, that captions tell more the deeper a model is cut of
-what it was trained on and not of what it throws away, and that words are read near the embedding, topics deep inside.
+Checks that defences do not change the task, that leaks are measured with several attackers and with attackers who know
+the defence, that a fixed mask hides nothing, that captions recovered at deeper cuts contain more of what the victim was
+trained on and less of what it discards, and that tokens are recovered near the embedding, topics in deep layers.
 
-That a weak reader finds little at the first stage is true of a reader of few steps; beside it stands the same reader at
-the optimum of its loss. Scenes are fewer and simpler than would be telling of photographs: 6,000 to attack with and 500
-to judge on, of one or two things whose sizes no caption tells, for a victim of .19 million weights. Captions are
-audited without defences.
+A weak attacker recovers little at the first stage only when trained for few steps; the same attacker at the optimum of
+its loss is reported too. Scenes are fewer and simpler than photographs: 6,000 for the attacker and 500 for the
+evaluation, with one or two things whose sizes no caption mentions, for a victim of 0.19 million parameters. Captions
+are audited without defences.
 
     python reproductions/caprecover.py            # about two hours on one core; stopped, it goes on
     python reproductions/caprecover.py --digits   # without captions and SmolLM2, about 25 minutes
@@ -38,28 +38,28 @@ from lamella.data import Captioned, CaptionedImages, InputContext, Lazy, load_te
 from lamella.evaluate.texts import TextScores
 from lamella.files import Work
 from lamella.methods.caprecover import (
-    READERS,
+    ATTACKERS,
+    AuditData,
     Captioner,
+    CaptionLoss,
     FourStages,
-    Guard,
-    Sets,
-    Spoken,
+    LinkDefence,
     Victim,
     accuracy,
-    audited,
-    of_link,
-    recorded,
-    recovered,
+    hidden_states,
+    measure_defences,
+    record_features,
+    recover_captions,
+    run_attacks,
     scales,
     small_writer,
-    streams,
-    taught,
-    trained,
+    train_attacker,
+    train_captioner,
 )
+from lamella.methods.caprecover.attackers import Standardise, pooled
 from lamella.methods.caprecover.audit import WHO
 from lamella.methods.caprecover.digits import CUTS, prepare
-from lamella.methods.caprecover.readers import Standardised, pooled
-from lamella.methods.caprecover.tokens import Linear
+from lamella.methods.caprecover.tokens import RidgeRegression
 from lamella.results.record import together
 from lamella.stack import Stack
 from lamella.train import TrainConfig, class_cross_entropy, fit, supervised
@@ -76,12 +76,12 @@ ATTACK = TrainConfig(lr=2e-3, schedule="cosine", warmup=0.1, batch=64, weight_de
 
 
 def split_digits() -> list[list[Captioned]]:
-    """Digits for the victim, for attackers, and to judge: no picture is in two of them."""
+    """Split the digits into disjoint sets for the victim, the attackers and the evaluation."""
     every = [
         each
         for part in ("calibration", "test")
-        for each in CaptionedImages.open("digits", InputContext(split=part), count=2000).items
-    ]  # type: ignore[arg-type]
+        for each in CaptionedImages.open("digits", InputContext(split=part), count=2000).items  # type: ignore[arg-type]
+    ]
     order = np.random.default_rng(0).permutation(len(every)).tolist()
     return [
         [every[each] for each in order[a:b]]
@@ -89,10 +89,10 @@ def split_digits() -> list[list[Captioned]]:
     ]
 
 
-def victim_of_digits(pictures: Sequence[Captioned], seed: int, steps: int, out: Path) -> nn.Module:
+def victim_of_digits(images: Sequence[Captioned], seed: int, steps: int, out: Path) -> nn.Module:
     torch.manual_seed(seed)
     model = FourStages()
-    rows = [{"x": x, "y": torch.tensor(each.label)} for x, each in zip(prepare(pictures), pictures, strict=True)]
+    rows = [{"x": x, "y": torch.tensor(each.label)} for x, each in zip(prepare(images), images, strict=True)]
     config = TrainConfig(steps=steps, lr=2e-3, batch=64, schedule="cosine", warmup=0.1, save_every=steps, seed=seed)
     fit(model, rows, supervised(class_cross_entropy), config, out=out, trainable=lambda name: True)
     return model.eval().requires_grad_(False)
@@ -100,90 +100,95 @@ def victim_of_digits(pictures: Sequence[Captioned], seed: int, steps: int, out: 
 
 def digits(run: Run) -> None:
     ours, theirs, judges = split_digits()
-    guards = [Guard.parse(each) for each in (GUARDS[:1] + GUARDS[-2:] if run.quick else GUARDS)]
+    guards = [LinkDefence.parse(each) for each in (GUARDS[:1] + GUARDS[-2:] if run.quick else GUARDS)]
     cuts = ["stage1", "pooled"] if run.quick else list(CUTS)
     steps, seeds = (60, 1) if run.quick else (300, 3)
     model = victim_of_digits(ours, run.seed, 80 if run.quick else 300, run.work / "victim")
     victim = Victim(model, CUTS, prepare, "digits")
-    sets = Sets.of(victim, theirs, judges, cuts)
+    sets = AuditData.of(victim, theirs, judges, cuts)
     x, labels = victim.prepare(judges), sets.test_labels
     known = float((victim.output(x).argmax(1) == labels).double().mean())
     run.exact("the victim on unseen digits", "at least 97 %", f"{known:.1%}", known >= 0.97)
     before = {name: each.clone() for name, each in model.state_dict().items()}
 
     found = run.arm("attacks on digits", attacks, sets, cuts, guards, seeds, steps, run.work)
-    links = of_link(victim, x, labels, cuts, [*guards, Guard("gaussian", 100.0)])
-    moved = max(row["moved"] for row in links)
-    run.exact("logits under noise of up to 100 standard deviations", "as without, to 1e-4", moved, moved <= 1e-4)
+    links = measure_defences(victim, x, labels, cuts, [*guards, LinkDefence("gaussian", 100.0)])
+    moved = max(row["output_change"] for row in links)
+    run.exact(
+        "logits under noise of up to 100 standard deviations",
+        "within 1e-4 of those without noise",
+        moved,
+        moved <= 1e-4,
+    )
     same = all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
-    run.exact("the victim after the attacks", "the same to the bit", same, same)
-    told = {(row["cut"], row["reader"], row["guard"]): row for row in found}
+    run.exact("the victim after the attacks", "bitwise unchanged", same, same)
+    results = {(row["cut"], row["attacker"], row["guard"]): row for row in found}
     rows = [
         [
             cut,
-            reader,
+            attacker,
             *(
-                f"{100 * told[cut, reader, str(guard)][who]['mean']:.1f}"
+                f"{100 * results[cut, attacker, str(guard)][who]['mean']:.1f}"
                 for guard in guards
                 for who in ("adaptive", "static")
             ),
         ]
         for cut in cuts
-        for reader in READERS
+        for attacker in ATTACKERS
     ]
     columns = [f"{guard}{', static' if who == 'static' else ''}" for guard in guards for who in ("adaptive", "static")]
-    run.table(f"Digits that attackers name, percent, means over {seeds} seeds", ["cut", "reader", *columns], rows)
+    run.table(f"Digits that attackers recover (%), means over {seeds} seeds", ["cut", "attacker", *columns], rows)
     run.table(
-        "What is sent",
-        ["cut", "defence", "bytes", "features over noise, variance", "logits move by"],
-        [[row["cut"], row["guard"], row["bytes"], row["ratio"] or "", row["moved"]] for row in links],
+        "Costs of the defences",
+        ["cut", "defence", "bytes", "variance of features over noise", "change of logits"],
+        [[row["cut"], row["guard"], row["bytes"], row["ratio"] or "", row["output_change"]] for row in links],
     )
     shuffled = [
         run.arm(f"shuffled {seed}", other_pictures, sets, cuts[-1], seed, steps, run.work / f"shuffled {seed}")
         for seed in range(seeds)
     ]
     prior = Measured.over_seeds(shuffled)
-    run.exact("attackers whose features are of other pictures", "the majority's share, within 3 points",
+    run.exact("attackers trained on features of other images", "within 3 points of the majority class",
               f"{prior}; majority {sets.majority:.3f}", abs(prior.figure - sets.majority) <= 0.03)  # fmt: skip
 
-    def of(cut: str, reader: str, guard: str = "none", who: str = "adaptive") -> list[float]:
-        values: list[float] = told[cut, reader, guard][who]["values"]
+    def of(cut: str, attacker: str, guard: str = "none", who: str = "adaptive") -> list[float]:
+        values: list[float] = results[cut, attacker, guard][who]["values"]
         return values
 
     first, last = Measured.over_seeds(of(cuts[0], "gap")), Measured.over_seeds(of(cuts[-1], "gap"))
-    budget = f"a weak reader (gap) in {steps} steps"
+    budget = f"a weak attacker (gap) in {steps} steps"
     run.main(f"{budget}, at the first stage", "at most 40 %", first, first.at_most(0.4))
     run.main(f"{budget}, at the last cut", "at least 90 %", last, last.at_least(0.9))
     means = [float(np.mean(of(cut, "gap"))) for cut in cuts]
     run.main(f"{budget}, over depth", "never falls", [round(each, 3) for each in means], means == sorted(means))
     best = run.arm("gap at its optimum", at_the_optimum, sets, cuts)
     run.table(
-        "Digits that a weak reader (gap) names, percent: the first column says as much of the steps as of the cut",
+        "Digits that a weak attacker (gap) recovers (%), after few steps and at its optimum",
         ["cut", f"in {steps} steps, mean over {seeds} seeds", "at the optimum of its loss"],
-        [[cut, 100 * mean, 100 * most] for cut, mean, most in zip(cuts, means, best, strict=True)],
+        [[cut, 100 * mean, 100 * optimum] for cut, mean, optimum in zip(cuts, means, best, strict=True)],
     )
-    run.further("a weak reader at its optimum, at the first stage", "at most 40 %", best[0], best[0] <= 0.4)
+    run.further("a weak attacker at its optimum, at the first stage", "at most 40 %", best[0], best[0] <= 0.4)
     least = min((Measured.over_seeds(of(cut, "conv")) for cut in cuts), key=lambda each: each.figure)
-    run.main("a strong reader (conv), wherever the cut is", "at least 95 %", least, least.at_least(0.95))
+    run.main("a strong attacker (conv), at any cut", "at least 95 %", least, least.at_least(0.95))
     gaps = [abs(float(np.mean(of(cut, "conv", "fixed:10"))) - float(np.mean(of(cut, "conv")))) for cut in cuts]
     run.further(
-        "a fixed mask, for a strong reader who knows it", "within 1 point of none", max(gaps), max(gaps) <= 0.01
+        "a fixed mask, for a strong attacker who knows it", "within 1 point of none", max(gaps), max(gaps) <= 0.01
     )
     ahead = {}
     for guard in map(str, guards[1:]):
         knows, not_knows = (
-            np.mean([of(cut, reader, guard, who) for cut in cuts for reader in READERS], axis=0) for who in WHO
+            np.mean([of(cut, attacker, guard, who) for cut in cuts for attacker in ATTACKERS], axis=0) for who in WHO
         )
         ahead[guard] = Measured.over_seeds((knows - not_knows).tolist())
     least_of = min(ahead, key=lambda guard: ahead[guard].figure)
     run.further(
-        "knowing a defence over not knowing it, the mean over cuts and readers, where it helps least",
+        "gain of knowing the defence, mean over cuts and attackers, smallest over defences",
         "at least 0",
         f"{ahead[least_of]} of {least_of}",
         together([each.at_least(0) for each in ahead.values()]),
     )
     loud = max(
-        (Measured.over_seeds(of(cut, reader, "gaussian:30")) for cut in cuts for reader in READERS),
+        (Measured.over_seeds(of(cut, attacker, "gaussian:30")) for cut in cuts for attacker in ATTACKERS),
         key=lambda each: each.figure,
     )
     run.further(
@@ -191,45 +196,47 @@ def digits(run: Run) -> None:
     )
     if not run.quick:
         curve = run.arm("sizes", by_size, sets, cuts[1], steps, seeds, run.work / "sizes")
-        run.table("Digits named by a strong reader, by how many pictures he owns", ["pictures", "percent"], curve)
+        run.table("Digits recovered by a strong attacker, by its number of images", ["images", "accuracy (%)"], curve)
         outputs = run.arm("outputs", on_outputs, victim, theirs, judges, steps, run.work / "outputs")
         run.exact(
-            "a linear reader of the victim's own logits",
-            "its accuracy, less 2 points at most",
+            "a linear attacker on the victim's own logits",
+            "at most 2 points below the victim's accuracy",
             outputs,
             outputs >= known - 0.02,
         )
 
 
 def attacks(
-    sets: Sets, cuts: list[str], guards: list[Guard], seeds: int, steps: int, out: Path
+    sets: AuditData, cuts: list[str], guards: list[LinkDefence], seeds: int, steps: int, out: Path
 ) -> list[dict[str, Any]]:
-    return audited(
-        sets, cuts=cuts, readers=list(READERS), guards=guards, seeds=range(seeds), config=replace(ATTACK, steps=steps),
-        work=Work(out / "attacks"), depends=[str(each) for each in guards],
+    return run_attacks(
+        sets, cuts=cuts, attackers=list(ATTACKERS), guards=guards, seeds=range(seeds),
+        config=replace(ATTACK, steps=steps), work=Work(out / "attacks"), depends=[str(each) for each in guards],
     )  # fmt: skip
 
 
-def other_pictures(sets: Sets, cut: str, seed: int, steps: int, out: Path) -> float:
+def other_pictures(sets: AuditData, cut: str, seed: int, steps: int, out: Path) -> float:
     config = replace(ATTACK, steps=steps, seed=seed)
-    return accuracy(trained(sets.shuffled(seed), cut, "linear", Guard(), config, out), sets, cut, Guard())
+    return accuracy(
+        train_attacker(sets.shuffled(seed), cut, "linear", LinkDefence(), config, out), sets, cut, LinkDefence()
+    )
 
 
-def at_the_optimum(sets: Sets, cuts: list[str]) -> list[float]:
-    """How many classes the weak reader (gap) names when it has been trained to the end: logistic regression."""
+def at_the_optimum(sets: AuditData, cuts: list[str]) -> list[float]:
+    """Return the accuracy of the weak attacker (gap) at the optimum of its loss: logistic regression."""
     found = []
     for cut in cuts:
         ours, theirs = (torch.stack(list(part[cut])) for part in (sets.train, sets.test))
-        standardised = Standardised(ours.shape[1:]).train()
-        standardised.norm.momentum = None  # its mean and variance are those of all it sees
+        standardised = Standardise(ours.shape[1:]).train()
+        standardised.norm.momentum = None  # use the mean and variance of all features
         standardised(ours)
         train, test = (pooled(standardised.eval()(part)).numpy() for part in (ours, theirs))
-        reader = make_pipeline(StandardScaler(), LogisticRegression(max_iter=10_000)).fit(train, sets.train_labels)
-        found.append(float(reader.score(test, sets.test_labels)))
+        attacker = make_pipeline(StandardScaler(), LogisticRegression(max_iter=10_000)).fit(train, sets.train_labels)
+        found.append(float(attacker.score(test, sets.test_labels)))
     return found
 
 
-def by_size(sets: Sets, cut: str, steps: int, seeds: int, out: Path) -> list[list[Any]]:
+def by_size(sets: AuditData, cut: str, steps: int, seeds: int, out: Path) -> list[list[Any]]:
     rows = []
     for count in (50, 100, 200, 400, len(sets.train_labels)):
         fewer = replace(
@@ -240,8 +247,8 @@ def by_size(sets: Sets, cut: str, steps: int, seeds: int, out: Path) -> list[lis
         shares = []
         for seed in range(seeds):
             config = replace(ATTACK, steps=steps, seed=seed)
-            reader = trained(fewer, cut, "conv", Guard(), config, out / f"{count}-{seed}")
-            shares.append(100 * accuracy(reader, sets, cut, Guard()))
+            attacker = train_attacker(fewer, cut, "conv", LinkDefence(), config, out / f"{count}-{seed}")
+            shares.append(100 * accuracy(attacker, sets, cut, LinkDefence()))
         rows.append([count, str(Measured.over_seeds(shares))])
     return rows
 
@@ -250,9 +257,12 @@ def on_outputs(
     victim: Victim, theirs: Sequence[Captioned], judges: Sequence[Captioned], steps: int, out: Path
 ) -> float:
     whole = Victim(victim.model, {"logits": "classifier"}, victim.prepare, victim.name)
-    sets = Sets.of(whole, theirs, judges, ["logits"])
+    sets = AuditData.of(whole, theirs, judges, ["logits"])
     return accuracy(
-        trained(sets, "logits", "linear", Guard(), replace(ATTACK, steps=steps), out), sets, "logits", Guard()
+        train_attacker(sets, "logits", "linear", LinkDefence(), replace(ATTACK, steps=steps), out),
+        sets,
+        "logits",
+        LinkDefence(),
     )
 
 
@@ -265,7 +275,7 @@ SPEAK = TrainConfig(steps=3000, lr=1e-3, batch=64, schedule="cosine", warmup=0.0
 
 
 class SceneNet(nn.Module):
-    """Four stages on colour pictures, and a head that says which coloured shapes are there, wherever they are."""
+    """Four stages on colour images, and a head that predicts which coloured shapes are present, anywhere."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -289,31 +299,31 @@ CELL = re.compile(r"a (\w+) (\w+) in row (\w+) column (\w+)")
 NUMBERS = ("one", "two", "three", "four")
 
 
-def told(scene: Any) -> str:
-    """Every shape with its colour and its cell, in the order in which one reads."""
+def caption_of(scene: Any) -> str:
+    """Describe every shape with its colour and cell, in reading order."""
     return " and ".join(
         f"a {t.colour} {t.shape} in row {NUMBERS[t.row]} column {NUMBERS[t.column]}" for t in scene.things
     )
 
 
 def pictured(part: Any, count: int, seed: int) -> list[tuple[Captioned, Tensor]]:
-    """Pictures of one or two shapes with their captions, and which kinds are there."""
+    """Render images of one or two shapes with their captions and the coloured shapes that are present."""
     found = []
     for number, scene in enumerate(islice(scenes(part, seed, (1, 2)), count)):
         there = torch.tensor([float(any((t.colour, t.shape) == kind for t in scene.things)) for kind in KINDS])
-        found.append((Captioned(render(scene, seed=(seed, number)), told(scene)), there))
+        found.append((Captioned(render(scene, seed=(seed, number)), caption_of(scene)), there))
     return found
 
 
-def as_pixels(pictures: Sequence[Captioned]) -> Tensor:
-    return torch.stack([torch.from_numpy(each.picture).permute(2, 0, 1) / 127.5 - 1 for each in pictures])
+def as_pixels(images: Sequence[Captioned]) -> Tensor:
+    return torch.stack([torch.from_numpy(each.picture).permute(2, 0, 1) / 127.5 - 1 for each in images])
 
 
 def seeing(count: int, steps: int, seed: int, out: Path) -> nn.Module:
-    """A victim that was trained on what is there, and throws away where it is."""
+    """Train a victim on which shapes are present; it can discard their positions."""
     torch.manual_seed(seed)
     model = SceneNet()
-    rows = [{"x": as_pixels([picture])[0], "y": there} for picture, there in pictured("calibration", count, seed + 1)]
+    rows = [{"x": as_pixels([image])[0], "y": there} for image, there in pictured("calibration", count, seed + 1)]
 
     def presence(network: Any, batch: Any) -> Tensor:
         return nn.functional.binary_cross_entropy_with_logits(network(batch["x"]), batch["y"])
@@ -330,29 +340,28 @@ def seeing(count: int, steps: int, seed: int, out: Path) -> nn.Module:
 
 
 def attributes(written: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
-    """How much of the things' colours, shapes and cells captions tell, percent, each for itself and in any order.
+    """Return the percentage of colours, shapes and cells that captions get right, each separately and in any order.
 
-    Who knows that there is a red and a blue thing, and not where, has the colours right; whoever tells of more things
-    than there are is given a share of what he tells.
+    A caption with a red and a blue thing in the wrong cells has the colours right; additional things lower the score.
     """
     right = {"colour": 0, "shape": 0, "cell": 0}
     count = 0
     for ours, theirs in zip(written, wanted, strict=True):
-        said, true = CELL.findall(ours), CELL.findall(theirs)
-        count += max(len(said), len(true))
+        text, true = CELL.findall(ours), CELL.findall(theirs)
+        count += max(len(text), len(true))
         for name, part in (("colour", slice(0, 1)), ("shape", slice(1, 2)), ("cell", slice(2, 4))):
-            right[name] += (Counter(each[part] for each in said) & Counter(each[part] for each in true)).total()
+            right[name] += (Counter(each[part] for each in text) & Counter(each[part] for each in true)).total()
     return {name: 100 * each / count for name, each in right.items()}
 
 
 def of_captions(run: Run) -> None:
-    count, judged = (200, 40) if run.quick else (SCENES, JUDGED)
+    count, test_images = (200, 40) if run.quick else (SCENES, JUDGED)
     model = seeing(count, 20 if run.quick else SEE.steps or 0, run.seed, run.work / "seeing")
     victim = Victim(model, {each: each if each != "pooled" else "pool" for each in STAGES}, as_pixels, "scenes")
     cuts = ["stage1", "pooled"] if run.quick else list(STAGES)
     found = {
         cut: [
-            run.arm(f"captions at {cut}, {seed}", attacked, run, victim, cut, seed, count, judged)
+            run.arm(f"captions at {cut}, {seed}", attacked, run, victim, cut, seed, count, test_images)
             for seed in ((0,) if run.quick else (0, 1, 2))
         ]
         for cut in cuts
@@ -363,8 +372,8 @@ def of_captions(run: Run) -> None:
 
     scores = ("colour", "shape", "cell", "rougeL", "bleu", "bleu1_precision")
     run.table(
-        "Captions, in points of 100, means over seeds; in brackets those written of other pictures' features",
-        ["cut", "colour", "shape", "cell", "ROUGE-L", "BLEU", "precision of words"],
+        "Scores of the captions (0 to 100), means over seeds; in brackets captions from other images' features",
+        ["cut", "colour", "shape", "cell", "ROUGE-L", "BLEU", "word precision"],
         [
             [
                 cut,
@@ -374,8 +383,8 @@ def of_captions(run: Run) -> None:
         ],
     )
     run.table(
-        "Some captions",
-        ["is", *found],
+        "Examples of captions",
+        ["true caption", *found],
         [
             [truth, *(found[cut][0]["some"][n] for cut in found)]
             for n, truth in enumerate(next(iter(found.values()))[0]["true"])
@@ -383,39 +392,39 @@ def of_captions(run: Run) -> None:
     )
 
     def gaps(cut: str, name: str) -> Any:
-        """By seed, what captions tell beyond those of other pictures' features."""
+        """Return for each seed the gain over captions from other images' features."""
         return np.array([each["own"][name] - each["other"][name] for each in found[cut]])
 
     first, last = cuts[0], cuts[-1]
     for name in ("colour", "shape"):
         grows = Measured.over_seeds((gaps(last, name) - gaps(first, name)).tolist())
         run.main(
-            f"what the victim was trained on ({name}), from the first cut to the last",
+            f"gain on what the victim was trained on ({name}), from the first cut to the last",
             "at least 20 points more",
             grows,
             grows.at_least(20),
         )
     where = Measured.over_seeds((gaps(last, "cell") - gaps(cuts[-2], "cell")).tolist())
-    run.main("where things are, from the last maps to what is pooled", "falls", where, where.at_most(-ABOVE))
+    run.main("cells of things, from the last feature map to pooled features", "falls", where, where.at_most(-ABOVE))
 
 
-def attacked(run: Run, victim: Victim, cut: str, seed: int, count: int, judged: int) -> dict[str, Any]:
-    theirs = [picture for picture, _ in pictured("calibration", count, run.seed + 2)]
-    judges = [picture for picture, _ in pictured("test", judged, run.seed + 3)]
+def attacked(run: Run, victim: Victim, cut: str, seed: int, count: int, test_images: int) -> dict[str, Any]:
+    theirs = [image for image, _ in pictured("calibration", count, run.seed + 2)]
+    judges = [image for image, _ in pictured("test", test_images, run.seed + 3)]
     texts, wanted = [each.text for each in theirs], [each.text for each in judges]
     steps = (20, 20) if run.quick else (1500, SPEAK.steps or 0)
     speaker, tokenizer = small_writer(texts, steps[0], run.seed, run.work / "writer")  # all have the same
     before = {name: each.clone() for name, each in speaker.state_dict().items()}
-    ours, seen = recorded(victim, theirs, [cut])[cut], recorded(victim, judges, [cut])[cut]
-    loss = Spoken(Guard(), cut, scales({cut: ours})[cut])
+    ours, seen = record_features(victim, theirs, [cut])[cut], record_features(victim, judges, [cut])[cut]
+    loss = CaptionLoss(LinkDefence(), cut, scales({cut: ours})[cut])
     captioner = Captioner(ours[0].shape, speaker, tokenizer, seed)
-    taught(
+    train_captioner(
         captioner, ours, texts, loss, replace(SPEAK, steps=steps[1], seed=seed), run.work / f"captioner {cut} {seed}"
     )
     if not all(torch.equal(each, before[name]) for name, each in speaker.state_dict().items()):
         raise AssertionError("the writer has changed")
     others = Lazy([len(judges) - 1, *range(len(judges) - 1)], seen.__getitem__)
-    written, other = recovered(captioner, seen, loss), recovered(captioner, others, loss)
+    written, other = recover_captions(captioner, seen, loss), recover_captions(captioner, others, loss)
     return {
         "own": attributes(written, wanted) | TextScores.of(written, wanted).as_dict(),
         "other": attributes(other, wanted) | TextScores.of(other, wanted).as_dict(),
@@ -477,43 +486,45 @@ def of_words(run: Run) -> None:
         ]
         layers = [0, 7, 14, 21, 28]
     read = run.arm("tokens", reading, stack, ids, layers)
-    columns = ["behind layer", "none", "gaussian:3", "gaussian:10", "gaussian:10, static"]
+    columns = ["after layer", "none", "gaussian:3", "gaussian:10", "gaussian:10, static"]
     run.table(
-        "Tokens that a linear reader names, percent",
+        "Tokens that a linear attacker recovers (%)",
         columns,
         [[layer, *each] for layer, each in zip(layers, read, strict=True)],
     )
-    run.main("tokens behind the first layer", "at least 95 %", read[0][0], read[0][0] >= 95)
+    run.main("tokens after the first layer", "at least 95 %", read[0][0], read[0][0] >= 95)
     clean = [each[0] for each in read]
-    run.further("tokens over depth", "fall", clean, clean == sorted(clean, reverse=True))
+    run.further("recovered tokens over depth", "decreasing", clean, clean == sorted(clean, reverse=True))
     if not run.quick:
         topics = run.arm("topics", of_topics, stack, tokenizer, layers)
         run.table(
-            "Topics that a linear reader names behind the sentence, percent, each frame by a reader of the other seven",
-            ["behind layer", "topics"],
+            "Topics that a linear attacker recovers after the sentence (%), leave-one-frame-out",
+            ["after layer", "topics"],
             [[layer, str(Measured.over_seeds(each))] for layer, each in zip(layers, topics, strict=True)],
         )
         rise = Measured.over_seeds([last - first for first, last in zip(topics[0], topics[-1], strict=True)])
-        run.further("topics, from the first layer to the last, in points", "above 0", rise, rise.at_least(ABOVE))
+        run.further("topics, gain from the first to the last layer in points", "above 0", rise, rise.at_least(ABOVE))
 
 
 def reading(stack: Stack, ids: list[Tensor], layers: list[int]) -> list[list[float]]:
-    train, judge = (streams(stack, each, layers) for each in ids)
+    train, judge = (hidden_states(stack, each, layers) for each in ids)
     embedding = stack.vocabulary[0].weight.detach().float().cpu()
     rows = []
     for layer in layers:
         scale = float(train.h[layer].std())
-        clean = Linear.of(train.h[layer], embedding[train.ids])
+        clean = RidgeRegression.of(train.h[layer], embedding[train.ids])
 
-        def share(reader: Linear, guard: Guard, layer: int = layer, scale: float = scale) -> float:
-            heard = guard.send("cut", judge.h[layer], scale, 1)
-            return 100 * float((reader.tokens(heard, embedding) == judge.ids).double().mean())
+        def share(attacker: RidgeRegression, guard: LinkDefence, layer: int = layer, scale: float = scale) -> float:
+            test_text = guard.send("cut", judge.h[layer], scale, 1)
+            return 100 * float((attacker.tokens(test_text, embedding) == judge.ids).double().mean())
 
-        row = [share(clean, Guard())]
+        row = [share(clean, LinkDefence())]
         for amount in (3.0, 10.0):
-            guard = Guard("gaussian", amount)
-            row.append(share(Linear.of(guard.send("cut", train.h[layer], scale, 0), embedding[train.ids]), guard))
-        rows.append([*row, share(clean, Guard("gaussian", 10.0))])
+            guard = LinkDefence("gaussian", amount)
+            row.append(
+                share(RidgeRegression.of(guard.send("cut", train.h[layer], scale, 0), embedding[train.ids]), guard)
+            )
+        rows.append([*row, share(clean, LinkDefence("gaussian", 10.0))])
     return rows
 
 
@@ -524,9 +535,9 @@ def of_topics(stack: Stack, tokenizer: Any, layers: list[int]) -> list[list[floa
     for frame in FRAMES:
         for topic in TOPICS:
             ids = tokenizer(frame.format(topic) + BEHIND, return_tensors="pt")["input_ids"]
-            for layer, h in streams(stack, ids, layers).h.items():
+            for layer, h in hidden_states(stack, ids, layers).h.items():
                 found[layer].append(h[-1])
-    place = torch.arange(len(FRAMES)).repeat_interleave(len(TOPICS))
+    frame_index = torch.arange(len(FRAMES)).repeat_interleave(len(TOPICS))
     labels = torch.arange(len(TOPICS)).repeat(len(FRAMES))
     one_hot = nn.functional.one_hot(labels, len(TOPICS)).double()
     shares: list[list[float]] = []
@@ -534,10 +545,10 @@ def of_topics(stack: Stack, tokenizer: Any, layers: list[int]) -> list[list[floa
         h = torch.stack(found[layer]).double()
         shares.append([])
         for frame in range(len(FRAMES)):
-            seen = place != frame
-            reader = Linear.of(h[seen], one_hot[seen])
-            said = (h[~seen] @ reader.weight + reader.bias).argmax(1)
-            shares[-1].append(100 * float((said == labels[~seen]).double().mean()))
+            seen = frame_index != frame
+            attacker = RidgeRegression.of(h[seen], one_hot[seen])
+            text = (h[~seen] @ attacker.weight + attacker.bias).argmax(1)
+            shares[-1].append(100 * float((text == labels[~seen]).double().mean()))
     return shares
 
 

@@ -26,10 +26,10 @@ from torch import LongTensor
 
 import lamella
 from lamella.methods.cola import (
-    PathReader,
+    PathAnswerer,
+    PathSettings,
     PathStudy,
     Problem,
-    Settings,
     edits,
     find_paths,
     repeat,
@@ -39,7 +39,7 @@ from lamella.methods.cola import (
     train_predictor,
     tree_search,
 )
-from lamella.methods.cola.paths import Found, ProblemStudy, study_sample
+from lamella.methods.cola.paths import PathSearchResult, ProblemStudy, study_sample
 from lamella.methods.unified_skip import balanced
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.results import Record
@@ -111,8 +111,8 @@ def exactness(record: Record, stack: Stack, ids: LongTensor) -> None:
 
     def source(name: str) -> str:
         head, inside, rest = name.partition("layers.")
-        place, _, tail = rest.partition(".")
-        return f"{head}layers.{kept[int(place)]}.{tail}" if inside else name
+        index, _, tail = rest.partition(".")
+        return f"{head}layers.{kept[int(index)]}.{tail}" if inside else name
 
     rebuilt.load_state_dict({name: weights[source(name)] for name in rebuilt.state_dict()})
     apart = float((view_of(stack, kept)(ids).logits - rebuilt(ids).logits).abs().max())
@@ -155,9 +155,9 @@ def exactness(record: Record, stack: Stack, ids: LongTensor) -> None:
 def the_search(record: Record, stack: Stack, tokenizer: Any, sample: Problem) -> None:
     """Points 1 and 2: deterministic, unique, within bounds, deep."""
     layers = len(stack)
-    settings = Settings(simulations=60)
-    reader = PathReader(stack, tokenizer, sample)
-    runs = [find_paths(reader, sample.answer, layers, settings) for _ in range(2)]
+    settings = PathSettings(simulations=60)
+    answerer = PathAnswerer(stack, tokenizer, sample)
+    runs = [find_paths(answerer, sample.answer, layers, settings) for _ in range(2)]
     paths = [*runs[0].valid, *runs[0].invalid]
     record.exact(
         "two searches with one seed", "the same", "same" if runs[0] == runs[1] else "differ", runs[0] == runs[1]
@@ -173,21 +173,21 @@ def the_search(record: Record, stack: Stack, tokenizer: Any, sample: Problem) ->
     print(f"{len(wide)} edits at the root: a search that tried them all first would have stayed at depth 1")
 
 
-def searched(run: Run, stack: Stack, tokenizer: Any, samples: list[Problem], settings: Settings) -> PathStudy:
+def searched(run: Run, stack: Stack, tokenizer: Any, samples: list[Problem], settings: PathSettings) -> PathStudy:
     """All searches, those of each question as one arm."""
 
-    def outcome(told: dict[str, Any]) -> Found:
-        return Found(**told | {paths: tuple(map(tuple, told[paths])) for paths in ("valid", "invalid")})
+    def outcome(record: dict[str, Any]) -> PathSearchResult:
+        return PathSearchResult(**record | {paths: tuple(map(tuple, record[paths])) for paths in ("valid", "invalid")})
 
     def study(sample: Problem) -> dict[str, Any]:
         return asdict(study_sample(stack, tokenizer, sample, settings))
 
     studies = []
     for sample in samples:
-        told = run.arm(f"searches: {sample.id}", study, sample)
-        searches = {name: outcome(each) for name, each in told["searches"].items()}
-        wrong = tuple(map(outcome, told["wrong"]))
-        studies.append(ProblemStudy(sample, told["base"], searches, wrong, told["executed"], told["asked"]))
+        record = run.arm(f"searches: {sample.id}", study, sample)
+        searches = {name: outcome(each) for name, each in record["searches"].items()}
+        wrong = tuple(map(outcome, record["wrong"]))
+        studies.append(ProblemStudy(sample, record["base"], searches, wrong, record["executed"], record["unshared"]))
     return PathStudy(ModelReference.of(stack), stack.architecture.stack, settings, tuple(studies))
 
 
@@ -204,9 +204,9 @@ def found(record: Record, study: PathStudy) -> dict[str, Any]:
     numbers = {name: report(part) for name, part in parts.items()}
     for what, base in (("shorter", "the model answers correctly"), ("repaired", "it does not")):
         rows = [[name, *(each[what][kind] for kind in NAMES)] for name, each in numbers.items()]
-        record.table(f"Share with a {'shorter ' * (what == 'shorter')}correct path, where {base}", ["", *NAMES], rows)
+        record.table(f"Fraction with a {'shorter ' * (what == 'shorter')}correct path, if {base}", ["", *NAMES], rows)
     record.table(
-        "Valid paths per tree search; flips are searches for what the model does not say",
+        "Valid paths per tree search; flips are searches for answers that the model does not give",
         ["", "samples", "right", *numbers["all"]["valid_paths"], "excess ± standard error", "p"],
         [
             [name, each["samples"], each["right"], *each["valid_paths"].values(), _excess(each), each["excess"]["p"]]
@@ -214,10 +214,12 @@ def found(record: Record, study: PathStudy) -> dict[str, Any]:
         ],
     )
     everything = numbers["all"]
-    record.table("From what to what", ["samples", "count"], [list(pair) for pair in everything["categories"].items()])
+    record.table(
+        "Number of samples by outcome", ["samples", "count"], [list(pair) for pair in everything["categories"].items()]
+    )
     skipped, repeated = everything["valid_skip_rate"], everything["valid_repeat_rate"]
     rows = [[layer, *rates] for layer, rates in enumerate(zip(skipped, repeated, strict=True))]
-    record.table("How often correct paths skip and repeat a layer", ["layer", "skipped", "repeated"], rows)
+    record.table("Fraction of correct paths that skip and repeat a layer", ["layer", "skipped", "repeated"], rows)
     return everything
 
 
@@ -229,7 +231,7 @@ def claims(record: Record, study: PathStudy, numbers: dict[str, Any]) -> None:
     choices = [s for s in study.samples if s.sample.options and not s.right]
     repaired = [fmean(bool(s.searches["tree"].valid) for s in group) for group in (sums, choices)]
     measured = f"{repaired[0]:.0%} of {len(sums)} / {repaired[1]:.0%} of {len(choices)}"
-    record.further("repaired sums against repaired choices", "a lower share", measured, repaired[0] < repaired[1])
+    record.further("repaired sums against repaired choices", "a lower fraction", measured, repaired[0] < repaired[1])
 
     lengths = numbers["best_length"]
     tree, at_random = lengths["tree"] or math.inf, lengths["random"] or 0.0
@@ -239,7 +241,7 @@ def claims(record: Record, study: PathStudy, numbers: dict[str, Any]) -> None:
     rate = numbers["valid_skip_rate"]
     first, middle, last = fmean(rate[:2]), fmean(rate[2:-2]), fmean(rate[-2:])
     record.further(
-        "share of correct paths that skip a layer, middle against first two and last two",
+        "fraction of correct paths that skip a layer, middle against first two and last two",
         "higher",
         f"{middle:.3f} / {first:.3f}, {last:.3f}",
         middle > max(first, last),
@@ -256,21 +258,21 @@ def _excess(numbers: dict[str, Any]) -> str:
 def baselines(record: Record, stack: Stack, tokenizer: Any, study: PathStudy, shuffled: dict[str, Problem]) -> None:
     """Without claims: fixed paths for all samples, sampling with as many tries, other orders of the options."""
     layers = len(stack)
-    readers = {s.sample.id: PathReader(stack, tokenizer, s.sample, study.settings.tokens) for s in study.samples}
+    answerers = {s.sample.id: PathAnswerer(stack, tokenizer, s.sample, study.settings.tokens) for s in study.samples}
     best = {s.sample.id: s.searches["tree"].best for s in study.samples if s.searches["tree"].best}
 
     def right(path: tuple[int, ...]) -> float:
-        return fmean(same(readers[s.sample.id](path), s.sample.answer) for s in study.samples)
+        return fmean(same(answerers[s.sample.id](path), s.sample.answer) for s in study.samples)
 
     mean = round(fmean(len(path) for path in best.values()))
     shared = max(best.values(), key=lambda path: (right(path), -len(path)))
     rows = [
         ["the model", layers, right(tuple(range(layers)))],
         ["one path per sample, chosen by its answer", fmean(map(len, best.values())), len(best) / len(study.samples)],
-        ["the best of these, for all samples", len(shared), right(shared)],
-        ["evenly spaced layers, as many as the mean", mean, right(tuple(balanced(layers, mean)))],
+        ["the best of these paths, for all samples", len(shared), right(shared)],
+        ["evenly spaced layers, of the mean length", mean, right(tuple(balanced(layers, mean)))],
     ]
-    record.table("Right answers", ["", "layers", "share"], rows)
+    record.table("Right answers", ["", "layers", "fraction"], rows)
 
     tries = study.settings.simulations
     chances, robust = [], []
@@ -278,18 +280,18 @@ def baselines(record: Record, stack: Stack, tokenizer: Any, study: PathStudy, sh
         options = each.sample.options
         if not options:
             continue
-        reader = readers[each.sample.id]
-        logits = reader.tree.logits(tuple(range(layers)))[[token for (token,) in reader.options]]
+        answerer = answerers[each.sample.id]
+        logits = answerer.tree.logits(tuple(range(layers)))[[token for (token,) in answerer.options]]
         chances.append(1 - (1 - float(logits.softmax(0)[options.index(each.sample.answer)])) ** tries)
         if each.sample.id in best and len(best[each.sample.id]) < layers:
             other = shuffled[each.sample.id]
-            robust.append(same(PathReader(stack, tokenizer, other)(best[each.sample.id]), other.answer))
+            robust.append(same(PathAnswerer(stack, tokenizer, other)(best[each.sample.id]), other.answer))
     record.table(
         "Choices",
         ["what", "share"],
         [
-            [f"chance that one of {tries} samples at temperature 1 is right", fmean(chances)],
-            ["shorter path still right with its options in another order", fmean(robust) if robust else None],
+            [f"probability that one of {tries} samples at temperature 1 is right", fmean(chances)],
+            ["shorter path still right with reordered options", fmean(robust) if robust else None],
         ],
     )
 
@@ -302,15 +304,15 @@ def other_penalty(record: Record, stack: Stack, tokenizer: Any, study: PathStudy
         samples = [s for s in study.samples if s.right == right]
         without = []
         for s in samples:
-            reader = PathReader(stack, tokenizer, s.sample, settings.tokens)
-            without.append(find_paths(reader, s.sample.answer, len(stack), settings))
+            answerer = PathAnswerer(stack, tokenizer, s.sample, settings.tokens)
+            without.append(find_paths(answerer, s.sample.answer, len(stack), settings))
         for penalty, found in ((5, [s.searches["tree"] for s in samples]), (0, without)):
             lengths = [len(outcome.best) for outcome in found if outcome.best]
             shorter = sum(length < len(stack) for length in lengths)
             rows.append(
                 ["right" if right else "wrong", penalty, len(found), len(lengths), shorter, fmean(lengths or [0])]
             )
-    columns = ["the model is", "lambda", "samples", "with a correct path", "a shorter one", "mean shortest"]
+    columns = ["the model is", "lambda", "samples", "with a correct path", "with a shorter one", "mean shortest"]
     record.table("The tree search with and without its penalty on length", columns, rows)
 
 
@@ -322,7 +324,7 @@ def predictor(record: Record, stack: Stack, tokenizer: Any, study: PathStudy) ->
         unseen = [each.sample for each in study.samples[1 - half :: 2]]
         rows.append([f"half {half + 1}", *train_predictor(stack, train, tokenizer).score(stack, unseen, tokenizer)])
     columns = ["trained on", "held-out samples", "the model", "pass@1", "pass@5 (needs the answer)", "mean length"]
-    record.table("Paths proposed without the answer", columns, rows)
+    record.table("Predicted paths", columns, rows)
 
 
 @torch.no_grad()
@@ -334,15 +336,17 @@ def experiment(run: Run) -> None:
     samples = [choice(question, answers, seed) for question, *answers in questions]
     shuffled = {question: choice(question, answers, seed + 1) for question, *answers in questions}
     samples += [addition(*pair) for pair in (SUMS[:1] if quick else SUMS)]
-    settings = Settings(simulations=20 if quick else 50, tokens=3, seed=seed)
+    settings = PathSettings(simulations=20 if quick else 50, tokens=3, seed=seed)
     run.data = f"{len(samples)} questions of reproductions/cola.py, {settings.simulations} simulations, lambda 5"
     ids = torch.randint(3, stack.config.vocab_size, (3, 24), generator=torch.Generator().manual_seed(seed))
     run.part("exactness", exactness, stack, ids)
     run.part("one search", the_search, stack, tokenizer, choice(FOUR[0][0], FOUR[0][1:], seed))
     study = searched(run, stack, tokenizer, samples, settings)
     numbers = found(run, study)
-    executed, asked = (sum(getattr(each, name) for each in study.samples) for name in ("executed", "asked"))
-    run.table("Layers, with shared prefixes", ["executed", "every path on its own"], [[executed, asked]])
+    executed, unshared = (sum(getattr(each, name) for each in study.samples) for name in ("executed", "unshared"))
+    run.table(
+        "Number of executed layers, with shared prefixes", ["executed", "without sharing"], [[executed, unshared]]
+    )
     if not quick:
         claims(run, study, numbers)
         run.part("baselines", baselines, stack, tokenizer, study, shuffled)

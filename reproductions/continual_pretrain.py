@@ -32,7 +32,7 @@ from transformers import LlamaForCausalLM
 import lamella
 from lamella.data import windows
 from lamella.files import Work
-from lamella.methods.continual_pretrain import TRAINING, ContinualPretrainer, Stream, continual_pretrain
+from lamella.methods.continual_pretrain import TRAINING, ContinualDataset, ContinualPretrainer, continual_pretrain
 from lamella.results import Record
 from lamella.stack import Stack
 from lamella.train import Constant, Cosine, Infinite, Sample, blocks, infinite, mean_loss, rewarm
@@ -45,7 +45,7 @@ ALPHAS = (0.01, 0.05, 0.25, 0.5)
 
 
 def source_code(split: str, package: str = "") -> str:
-    """The code of Python's library, or of one package of it, every other module for each split.
+    """The code of Python's library, or of one package of it, alternating between the splits.
 
     Without docstrings and comments, which are the prose of D0 over again.
     """
@@ -67,7 +67,7 @@ def _is_text(statement: ast.stmt) -> bool:
 
 
 def crops(text: str, count: int, seed: int) -> list[Sample]:
-    """Stretches of a text as byte samples; another seed draws other ones."""
+    """Return random excerpts of a text as byte samples."""
     data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
     drawn = random.Random(seed)
     starts = [drawn.randrange(len(data) - CONTEXT) for _ in range(count)]
@@ -76,7 +76,7 @@ def crops(text: str, count: int, seed: int) -> list[Sample]:
 
 @dataclass(frozen=True)
 class Size:
-    """How much is done: the byte-level Llama, its highest rate (the lowest is a tenth), and the steps of a stage."""
+    """Scale: the byte-level Llama, its maximum learning rate (the minimum is a tenth), and the steps of a stage."""
 
     hidden: int
     layers: int
@@ -116,25 +116,31 @@ class Texts:
         self.seed = seed
         self.held_out = {name: crops(each["test"], held_out, seed) for name, each in self.text.items()}
 
-    def stream(self, name: str, steps: int, stage: int, held_out: int = 0) -> Stream:
-        """As many new samples as a stage takes, with some of the held-out ones for curves."""
+    def dataset(self, name: str, steps: int, stage: int, held_out: int = 0) -> ContinualDataset:
+        """Return new samples for a stage, with some of the held-out ones for curves."""
         samples = crops(self.text[name]["calibration"], steps * BATCH, 100 * self.seed + stage + 1)
-        return Stream(name, samples, self.held_out[name][:held_out])
+        return ContinualDataset(name, samples, self.held_out[name][:held_out])
 
     def losses(self, stack: Stack) -> list[float]:
-        """On D0, on D1, and their mean."""
+        """Return the loss on D0, on D1, and their mean."""
         both = [mean_loss(stack.model, each, batch=64) for each in self.held_out.values()]
         return [*both, sum(both) / 2]
 
 
 def trained(
-    size: Size, stack: Stack, stream: Stream, steps: int, schedule: Any, past: Stream | None = None, **options: Any
+    size: Size,
+    stack: Stack,
+    dataset: ContinualDataset,
+    steps: int,
+    schedule: Any,
+    past: ContinualDataset | None = None,
+    **options: Any,
 ) -> Stack:
     """One stage, with a fresh optimizer."""
     run = size.runner(stack, schedule, **options)
     if past is not None:
         run.remember(past)
-    run.fit(stream, steps, save_every=steps, log_every=steps)
+    run.fit(dataset, steps, save_every=steps, log_every=steps)
     return run.healed().stack
 
 
@@ -147,8 +153,8 @@ def averaged(ours: Stack, theirs: Stack) -> Stack:
 
 
 def first_stage(texts: Texts, size: Size, steps: int) -> Stack:
-    """The model that has read D0; kept in the cache."""
-    old = texts.stream("D0", steps, 0)
+    """Train the model on D0; cached."""
+    old = texts.dataset("D0", steps, 0)
 
     def build(folder: Path) -> dict[str, Any]:
         trained(size, size.untrained(), old, steps, size.cosine).model.save_pretrained(folder)
@@ -160,12 +166,12 @@ def first_stage(texts: Texts, size: Size, steps: int) -> Stack:
 
 
 def stages(run: Run, texts: Texts, size: Size, first: int) -> None:
-    """D0 for ``first`` steps, then every way of going on to D1."""
+    """D0 for ``first`` steps, then every way of continuing with D1."""
     steps, cosine = size.steps, size.cosine
     base = first_stage(texts, size, first)
-    old, new = texts.stream("D0", first, 0), texts.stream("D1", steps, 1)
+    old, new = texts.dataset("D0", first, 0), texts.dataset("D1", steps, 1)
     start = texts.losses(base)
-    union = Stream("both", [*old.samples, *new.samples])
+    union = ContinualDataset("both", [*old.samples, *new.samples])
     go_on = partial(trained, size, base, new, steps)
     ways: dict[str, Callable[[], Stack]] = {
         "constant, lowest rate": partial(go_on, Constant(size.low)),
@@ -199,7 +205,7 @@ def stages(run: Run, texts: Texts, size: Size, first: int) -> None:
 def judge(record: Record, found: dict[str, list[float]], start: list[float], where: str) -> None:
     slow, plain, scratch_d1 = (found[name] for name in ("constant, lowest rate", "re-warmed", "D1 from scratch"))
     gain = 1 - plain[1] / slow[1]
-    record.further(f"{where}re-warmed against lowest rate, D1", "5 % lower", f"{gain:.1%}", gain >= 0.05)
+    record.further(f"{where}re-warmed against the lowest rate, D1", "5 % lower", f"{gain:.1%}", gain >= 0.05)
     lost = {alpha: found[f"re-warmed, {alpha:.0%} replay"][0] - start[0] for alpha in ALPHAS
             if f"re-warmed, {alpha:.0%} replay" in found}  # fmt: skip
     forgot = plain[0] - start[0]
@@ -230,11 +236,11 @@ def judge(record: Record, found: dict[str, list[float]], start: list[float], whe
 
 
 def same_distribution(record: Record, texts: Texts, size: Size, base: Stack) -> None:
-    """New samples of D0: what re-warming alone does."""
+    """Train on new samples of D0: the effect of re-warming alone."""
     curves = {}
     for name, schedule in {"re-warmed": size.cosine, "constant, lowest rate": Constant(size.low)}.items():
         run = size.runner(base, schedule)
-        run.fit(texts.stream("D0", size.steps, 2, held_out=96), size.steps, save_every=size.steps)
+        run.fit(texts.dataset("D0", size.steps, 2, held_out=96), size.steps, save_every=size.steps)
         curves[name] = run.curves
     rows = [
         [step, *(dict(each.of("D0"))[step] for each in curves.values())] for step, _ in curves["re-warmed"].of("D0")
@@ -244,7 +250,7 @@ def same_distribution(record: Record, texts: Texts, size: Size, base: Stack) -> 
     record.further("loss while re-warming on the same data", "rises by 1 %", f"{rise:.2%}", rise >= 0.01)
     record.further("loss at the lowest rate on the same data", "rises by less than 1 %", f"{slow:.2%}", slow < 0.01)
     first, last = curves["re-warmed"].of("D0")[0][1], curves["re-warmed"].of("D0")[-1][1]
-    record.further("loss after the decay", "below where it began", f"{last:.3f} / {first:.3f}", last < first)
+    record.further("loss after the decay", "below its initial value", f"{last:.3f} / {first:.3f}", last < first)
 
 
 def endless(record: Record, texts: Texts, size: Size, count: int, cooldowns: Sequence[Any]) -> None:
@@ -259,8 +265,8 @@ def endless(record: Record, texts: Texts, size: Size, count: int, cooldowns: Seq
         for stage in range(1, count + 1):
             goes_on = isinstance(schedule, Infinite)
             extra = 0 if goes_on or stage < count else anneal  # in the end all have taken as many steps
-            new = texts.stream("D0", steps + anneal, 10 + stage, held_out=96)
-            run.fit(Stream(f"D0, part {stage}", new.samples, new.held_out), steps + extra, save_every=steps)
+            new = texts.dataset("D0", steps + anneal, 10 + stage, held_out=96)
+            run.fit(ContinualDataset(f"D0, part {stage}", new.samples, new.held_out), steps + extra, save_every=steps)
             rises[name] += [run.curves.spike(f"D0, part {stage}")] if stage > 1 else []
             before = finals[name] = texts.losses(run.healed().stack)[0]
             if goes_on:
@@ -268,7 +274,7 @@ def endless(record: Record, texts: Texts, size: Size, count: int, cooldowns: Seq
                 gains.append(before / finals[name] - 1)
             rows.append([name, stage, before, finals[name]])
     title = f"{count} stages of {steps} steps of D0, anneals of {anneal}: held-out nats per byte"
-    record.table(title, ["schedule", "stage", "as it stands", "annealed"], rows)
+    record.table(title, ["schedule", "stage", "not annealed", "annealed"], rows)
     if count > 2:  # fewer and shorter stages are far from where losses settle
         spread = max(finals.values()) / min(finals.values()) - 1
         record.further("final losses of all schedules", "within 1 %", f"{spread:.2%}", spread <= 0.01)
@@ -277,7 +283,7 @@ def endless(record: Record, texts: Texts, size: Size, count: int, cooldowns: Seq
     calm = [each for values in rises.values() for each in values]
     measured = f"{_shares(calm)} against {_shares(cosine)}"
     record.further(
-        "loss where infinite schedules go on", "rises less than at any restart", measured, max(calm) < min(cosine)
+        "loss where infinite schedules continue", "rises less than at any restart", measured, max(calm) < min(cosine)
     )
     inside = all(0.01 <= gain <= 0.05 for gain in gains)
     record.further("a checkpoint against its annealed branch", "1 to 5 % worse", _shares(gains), inside)
@@ -335,9 +341,9 @@ def healing(run: Run) -> None:
         plain["new"] < slow["new"],
     )
     back = (plain["old"] - mixed["old"]) / (plain["old"] - whole["old"])
-    run.further("SmolLM2: what 25 % replay recovers of the gap on prose", "30 %", f"{back:.0%}", back >= 0.3)
+    run.further("SmolLM2: fraction of the gap on prose that 25 % replay recovers", "30 %", f"{back:.0%}", back >= 0.3)
     cost = mixed["new"] / plain["new"] - 1
-    run.further("SmolLM2: what that costs on the domain", "at most 3 %", f"{cost:.1%}", cost <= 0.03)
+    run.further("SmolLM2: its cost on the domain", "at most 3 %", f"{cost:.1%}", cost <= 0.03)
 
 
 def experiment(run: Run) -> None:

@@ -1,6 +1,6 @@
-"""CSTRL at small scale: a T5 that learns to write impressions of generated chest reports.
+"""CSTRL at small scale: a T5 that learns to write impressions of synthetic chest reports.
 
-MIMIC-CXR needs a licence, so reports come from a seeded grammar of 14 places, whose findings are known: what an
+MIMIC-CXR needs a licence, so reports come from a seeded grammar of 14 slots, whose findings are known: what an
 impression says is read back exactly, and so is what it invents. There are thousands of reports and 400 impressions. A
 T5 of 1.2 million weights, made from a config and taught nothing but to repeat random words (as far as any pre-trained
 model is), learns gap sentences first (chosen by overlap, or at random) and then impressions, held by a Fisher-weighted
@@ -8,7 +8,7 @@ anchor of several strengths, falling or constant, by L2-SP, by frozen layers, or
 impressions is distilled to an eighth of its size.
 
 The gaps of reports without an impression are chosen by overlap with the rest of the report. Which strength of the
-anchor is compared is chosen on held-out reports; everything is judged on others.
+anchor is compared is chosen on held-out reports; everything is evaluated on others.
 
     python reproductions/cstrl.py            # about two hours on one core; stopped, it goes on
     python reproductions/cstrl.py --quick    # one seed of a smaller T5, two strengths
@@ -39,23 +39,23 @@ from lamella.measure import Fisher, fisher
 from lamella.methods.cstrl import (
     Anchor,
     Gaps,
+    PairEncoder,
     Penalty,
-    Reading,
     Unfreezing,
     encoder_names,
     fill_gaps,
-    fresh,
     gap_sentences,
-    lasting,
-    masked,
-    measured,
+    generate_texts,
+    mask_sentences,
+    measure_fisher,
+    new_student,
     read_fisher,
     sites_of_parameters,
     student_loss,
     summarise,
-    written,
+    with_steps,
 )
-from lamella.methods.cstrl.radiology import Report, judged, reports, word_tokenizer
+from lamella.methods.cstrl.radiology import Report, reports, score_impressions, word_tokenizer
 from lamella.methods.cstrl.recipe import GAP_TRAINING, TRAINING
 from lamella.methods.cstrl.student import DISTILLING
 from lamella.plan import ModelReference, Plan
@@ -76,11 +76,11 @@ Found = Mapping[str, Sequence[Mapping[str, Any]]]  # by arm: what it brought, se
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything there is.
+    """Scale of the experiment.
 
     Attributes:
-        reports, labelled: to learn from, and how many of them have an impression in the few-label part.
-        held_out, test: to choose by, and to judge by.
+        reports, labelled: for training, and how many of them have an impression in the few-label part.
+        held_out, test: for validation, and to judge by.
         shape: of the T5.
         warm_up: steps in which it learns to repeat words.
         gap_epochs, epochs: passes over all reports, and over the labelled ones.
@@ -113,7 +113,7 @@ QUICK = Scale(
 
 
 class World:
-    """The reports, parted once, what models read of them, and the model that all arms begin with."""
+    """The splits of the reports, their encoding, and the initial model of all arms."""
 
     def __init__(self, run: Run, scale: Scale) -> None:
         self.scale, self.tokenizer, seed = scale, word_tokenizer(), run.seed
@@ -122,11 +122,11 @@ class World:
         self.held_out = every[scale.reports : scale.reports + scale.held_out]
         self.test = every[scale.reports + scale.held_out :]
         self.labelled = self.train[: scale.labelled]
-        reading = self.reading = Reading(self._blank(seed), self.tokenizer)
+        encoder = self.encoder = PairEncoder(self._blank(seed), self.tokenizer)
         self.watched_gaps, self.judged_gaps = (
-            reading.gaps(gap_sentences([each.pair for each in part]).gaps, 96) for part in (self.held_out, self.test)
+            encoder.gaps(gap_sentences([each.pair for each in part]).gaps, 96) for part in (self.held_out, self.test)
         )
-        self.judged = self.samples(self.test)
+        self.test_samples = self.samples(self.test)
         self.folder = run.work / "warm"
         run.arm("warm-up", self._warm_up, seed)
 
@@ -139,7 +139,7 @@ class World:
         return open_model(T5ForConditionalGeneration(config).eval(), name="nano T5")
 
     def _warm_up(self, seed: int) -> list[float]:
-        """Teach a blank T5 to repeat random words, in no order that a report has.
+        """Train a random T5 to copy random words in random order.
 
         It has no dropout: with a tenth, at the published rate, it had not learnt to after as many steps.
         """
@@ -158,34 +158,34 @@ class World:
         return [point.loss for point in log.train]
 
     def warm(self) -> Model:
-        """The T5 that all arms begin with."""
+        """Return the initial T5 of all arms."""
         return open_model(T5ForConditionalGeneration.from_pretrained(self.folder).eval(), name="nano T5")
 
     def samples(self, part: Sequence[Report]) -> list[Sample]:
-        return self.reading.samples([each.pair for each in part], PREFIX, 96, 40)
+        return self.encoder.samples([each.pair for each in part], PREFIX, 96, 40)
 
     def gaps(self, score: str, seed: int) -> list[Sample]:
         """Gap sentences of all reports; the summary chooses where there is one."""
         rest = [each.source for each in self.train[self.scale.labelled :]]
         found = gap_sentences([each.pair for each in self.labelled], rest, Gaps(score=score), seed)  # type: ignore[arg-type]
-        return self.reading.gaps(found.gaps, 96)
+        return self.encoder.gaps(found.gaps, 96)
 
     def scores(self, model: Model) -> dict[str, Any]:
-        """What a model writes for the test, in words and in truth, and what it has kept of gap sentences."""
-        texts = written(model, self.reading, self.judged, 40)
+        """Score the generated test summaries by words and by findings, and the loss of gap sentences."""
+        texts = generate_texts(model, self.encoder, self.test_samples, 40)
         return self.of_texts(texts) | self.gap_losses(model)
 
     def gap_losses(self, model: Model) -> dict[str, float]:
-        """What is kept: the loss of gap sentences of the test, and of held-out reports."""
+        """Return the loss of gap sentences on test and held-out reports."""
         parts = {"gap loss": self.judged_gaps, "watched gap loss": self.watched_gaps}
         return {name: mean_loss(model.model, part, batch=32) for name, part in parts.items()}
 
     def of_texts(self, texts: Sequence[str]) -> dict[str, Any]:
         tidy = [text.replace(" ,", ",").replace(" .", ".") for text in texts]
-        return TextScores.of(tidy, [each.summary for each in self.test]).as_dict() | judged(tidy, self.test)
+        return TextScores.of(tidy, [each.summary for each in self.test]).as_dict() | score_impressions(tidy, self.test)
 
     def constant(self) -> dict[str, Any]:
-        """The most frequent impression, whatever the report says."""
+        """Score the most frequent impression as a constant answer."""
         said = [each.summary for each in self.labelled]
         return self.of_texts([max(set(said), key=said.count)] * len(self.test))
 
@@ -199,12 +199,12 @@ def solution(run: Run, world: World, score: str, seed: int) -> tuple[Model, Fish
 
     def train() -> dict[str, Any]:
         samples = world.gaps(score, seed)
-        config = lasting(replace(GAP_TRAINING, lr=GAP_RATE, seed=seed, save_every=10**6, log_every=50), len(samples),
+        config = with_steps(replace(GAP_TRAINING, lr=GAP_RATE, seed=seed, save_every=10**6, log_every=50), len(samples),
                          world.scale.gap_epochs)  # fmt: skip
         with tempfile.TemporaryDirectory() as work:
             filled, log = fill_gaps(world.warm(), samples, {}, config, Path(work))
         filled.model.save_pretrained(folder)
-        measured(filled, samples, 32).save(folder / "fisher.safetensors")
+        measure_fisher(filled, samples, 32).save(folder / "fisher.safetensors")
         return {"first": log.train[0].loss, "last": log.train[-1].loss}
 
     run.arm(f"gap sentences by {score}, seed {seed}", train)
@@ -216,9 +216,9 @@ def solution(run: Run, world: World, score: str, seed: int) -> tuple[Model, Fish
 
 
 def tuned(world: World, start: Model, importance: Fisher | None, anchor: Anchor, seed: int) -> dict[str, Any]:
-    """Impressions learnt from the labelled reports, from a model on."""
+    """Train a model on the impressions of the labelled reports."""
     samples = world.samples(world.labelled)
-    config = lasting(replace(TRAINING, seed=seed, save_every=10**6, log_every=50), len(samples), world.scale.epochs)
+    config = with_steps(replace(TRAINING, seed=seed, save_every=10**6, log_every=50), len(samples), world.scale.epochs)
     with tempfile.TemporaryDirectory() as work:
         model, _, hook = summarise(start, importance, samples, {}, anchor, config, Path(work))
     return world.scores(model) | {
@@ -229,14 +229,14 @@ def tuned(world: World, start: Model, importance: Fisher | None, anchor: Anchor,
 
 
 def direct(world: World, seed: int) -> dict[str, Any]:
-    """Impressions learnt without anything before them."""
+    """Train on impressions only."""
     return tuned(world, world.warm(), None, PLAIN, seed)
 
 
 def frozen(world: World, start: Model, gradual: bool, seed: int) -> dict[str, Any]:
     """The same with a frozen encoder, for good or for a while."""
     samples = world.samples(world.labelled)
-    config = lasting(replace(TRAINING, seed=seed, save_every=10**6, log_every=50), len(samples), world.scale.epochs)
+    config = with_steps(replace(TRAINING, seed=seed, save_every=10**6, log_every=50), len(samples), world.scale.epochs)
     model = T5ForConditionalGeneration(start.model.config)
     model.load_state_dict(start.model.state_dict())
     names = encoder_names(model)
@@ -281,7 +281,7 @@ def few_labels(run: Run, world: World) -> None:
         start, importance = solution(run, world, "rouge-bleu", seed)
         held = Anchor(lam=chosen, decay="constant", normalize="mean")
         add(f"EWC, {chosen:g}, constant", seed, partial(tuned, world, start, importance, held, seed))
-    told(run, world, found, before)
+    options(run, world, found, before)
     content(run, found)
     forgetting(run, world, found, chosen, before, mass)
 
@@ -305,7 +305,7 @@ def rises(
     return [row[name] - start[name] for row, start in zip(rows, before, strict=True)]
 
 
-def told(run: Run, world: World, found: Found, before: Sequence[Mapping[str, float]]) -> None:
+def options(run: Run, world: World, found: Found, before: Sequence[Mapping[str, float]]) -> None:
     """The table of all arms."""
     constant = world.constant()
     names = ("rouge1", "rouge2", "rougeL", "bleu", "bleu1_precision", "recall", "invented", "exact", "distinct")
@@ -316,11 +316,11 @@ def told(run: Run, world: World, found: Found, before: Sequence[Mapping[str, flo
         scores = [mean_of(each, name) for name in names]
         rows.append([arm, *scores, None if elsewhere else fmean(rises(each, before)), ratio])
     run.table(
-        f"{world.scale.labelled} impressions, {world.scale.reports} reports, {len(world.test)} to judge by; means over "
-        f"{len(world.scale.seeds)} seeds",
-        ["", "ROUGE-1", "ROUGE-2", "ROUGE-L", "BLEU", "1-gram precision", "findings named", "invented", "exact",
-         "different", "rise of the gap loss", "anchor / task gradient"],
-        [*rows, ["one constant answer", *(constant[name] for name in names), None, None]],
+        f"{world.scale.labelled} impressions, {world.scale.reports} reports, {len(world.test)} test reports; means "
+        f"over {len(world.scale.seeds)} seeds",
+        ["", "ROUGE-1", "ROUGE-2", "ROUGE-L", "BLEU", "word precision", "recall of findings", "invented", "exact",
+         "distinct", "increase of the gap-sentence loss", "anchor / task gradient"],
+        [*rows, ["constant answer", *(constant[name] for name in names), None, None]],
     )  # fmt: skip
 
 
@@ -328,11 +328,11 @@ def content(run: Run, found: Found) -> None:
     """Claim 1: gap sentences teach which content matters."""
     ours, direct, chance = (found[arm] for arm in ("gaps, lambda = 0", "direct fine-tuning", "random gaps, lambda = 0"))
     gain = over_seeds(ours, direct, "rouge1")
-    run.main("ROUGE-1 after gap sentences less that of direct fine-tuning", "at least 3", str(gain), gain.at_least(3.0))
+    run.main("ROUGE-1 gain of gap sentences over direct fine-tuning", "at least 3", str(gain), gain.at_least(3.0))
     recall = over_seeds(ours, direct, "recall")
-    run.main("findings named, the same two", "above 0", str(recall), recall.at_least(1e-9))
+    run.main("recall of findings, the same two", "above 0", str(recall), recall.at_least(1e-9))
     chosen = over_seeds(ours, chance, "rouge1")
-    run.further("ROUGE-1 with chosen gaps less that with random ones", "at least 1", str(chosen), chosen.at_least(1.0))
+    run.further("ROUGE-1 gain of selected over random gaps", "at least 1", str(chosen), chosen.at_least(1.0))
 
 
 def over_seeds(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], name: str) -> Measured:
@@ -347,19 +347,21 @@ def forgetting(
     before: Sequence[Mapping[str, float]],
     mass: Sequence[Mapping[str, float]],
 ) -> None:
-    """Claims 2, 3 and 4: what the anchor saves and costs, beside L2-SP, and where it lets layers move."""
+    """Claims 2, 3 and 4: benefit and cost of the anchor against L2-SP, and the drift by layer."""
     free, lambdas = found["gaps, lambda = 0"], world.scale.lambdas
     ours = found[f"EWC, {chosen:g}"]
     alive = min(row["ratio"] for row in ours)
     forgot = fmean(rises(free, before))
-    run.exact("rise of the gap loss without an anchor", "at least 0.05 nats", f"{forgot:.3f}", forgot >= 0.05)
-    run.exact("the anchor's gradient beside the task's", "at least 1e-3", f"{alive:.2g}", alive >= 1e-3)
+    run.exact(
+        "increase of the gap-sentence loss without an anchor", "at least 0.05 nats", f"{forgot:.3f}", forgot >= 0.05
+    )
+    run.exact("gradient norm of the anchor relative to the task's", "at least 1e-3", f"{alive:.2g}", alive >= 1e-3)
 
     saved = Measured.over_seeds([1 - a / b for a, b in zip(rises(ours, before), rises(free, before), strict=True)])
-    run.main(f"what EWC (lambda {chosen:g}) saves of the rise of the gap loss", "at least half", str(saved),
-             saved.at_least(HALF))  # fmt: skip
+    name = f"fraction that EWC (lambda {chosen:g}) prevents of the increase of the gap-sentence loss"
+    run.main(name, "at least half", str(saved), saved.at_least(HALF))  # fmt: skip
     cost = over_seeds(free, ours, "rouge1")
-    run.main("what it costs, in ROUGE-1", "at most 1", str(cost), cost.at_most(1.0))
+    run.main("its cost in ROUGE-1", "at most 1", str(cost), cost.at_most(1.0))
 
     tried = {"EWC": lambdas, "L2-SP": world.scale.uniform}
 
@@ -369,9 +371,9 @@ def forgetting(
 
     seeds = range(len(before))
     beside = [at(curve("L2-SP", seed), rises(ours, before)[seed]) for seed in seeds]
-    said = "ROUGE-1 of EWC less that of L2-SP that forgets as much"
+    said = "ROUGE-1 of EWC minus that of L2-SP with equal forgetting"
     if None in beside:  # nothing is compared with what forgets more
-        run.further(said, "above 0", "no L2-SP that was tried forgets as little, or as much", None)
+        run.further(said, "above 0", "no tested L2-SP strength forgets as little, or as much", None)
     else:
         apart = Measured.over_seeds([row["rouge1"] - other for row, other in zip(ours, beside, strict=True)])  # type: ignore[operator]
         run.further(said, "above 0", str(apart), apart.at_least(0.0))
@@ -384,7 +386,7 @@ def forgetting(
                or arm.endswith(", constant")}  # fmt: skip
     across, up = "rise of the loss of gap sentences, nats", "ROUGE-1 of impressions"
     run.picture("cstrl-retention", Scatter(across, up, points, joined=True))
-    run.table("What is kept and what is gained, means over seeds", ["", "rise of the gap loss", "ROUGE-1"],
+    run.table("Retention and gain, means over seeds", ["", "increase of the gap-sentence loss", "ROUGE-1"],
               [[f"{kind}, {lam:g}", *point] for kind, known in tried.items()
                for lam, point in zip((0.0, *known), points[kind], strict=True)])  # fmt: skip
 
@@ -399,7 +401,7 @@ def forgetting(
     moved = Measured.over_seeds(
         [heavy(free[s]["penalty"], mass[s]) - heavy(ours[s]["penalty"], mass[s]) for s in seeds]
     )
-    run.further("share of the penalty in the half of the layers with the larger F, lambda = 0 less EWC", "above 0",
+    run.further("fraction of the penalty in the half of the layers with the larger F, lambda = 0 minus EWC", "above 0",
                 str(moved), moved.at_least(0.0))  # fmt: skip
 
 
@@ -438,7 +440,7 @@ def distillation(run: Run, world: World) -> None:
 
         def teach(start: Model = start, seed: int = seed, folder: Path = folder) -> dict[str, Any]:
             samples = world.samples(world.train)
-            config = lasting(
+            config = with_steps(
                 replace(TRAINING, seed=seed, save_every=10**6, log_every=50), len(samples), scale.teacher_epochs
             )
             with tempfile.TemporaryDirectory() as work:
@@ -449,8 +451,8 @@ def distillation(run: Run, world: World) -> None:
         found.setdefault("teacher", []).append(run.arm(f"teacher, seed {seed}", teach))
         teacher = open_model(T5ForConditionalGeneration.from_pretrained(folder).eval())
         for arm, begun, alpha in (
-            ("student, labels alone", fresh(teacher, 8, seed), 0.0),
-            ("student, distilled", fresh(teacher, 8, seed), 0.7),
+            ("student, labels only", new_student(teacher, 8, seed), 0.0),
+            ("student, distilled", new_student(teacher, 8, seed), 0.7),
             ("teacher without layers, distilled", pruned(teacher), 0.7),
         ):
             found.setdefault(arm, []).append(run.arm(f"{arm}, seed {seed}", taught, world, teacher, begun, alpha, seed))
@@ -458,25 +460,26 @@ def distillation(run: Run, world: World) -> None:
     names = ("rouge1", "rouge2", "rougeL", "bleu", "bleu1_precision", "recall", "invented", "distinct", "length")
     run.table(
         f"Students, {scale.reports} impressions; means over {len(scale.seeds)} seeds",
-        ["", "weights", "ROUGE-1", "ROUGE-2", "ROUGE-L", "BLEU", "1-gram precision", "findings named", "invented",
-         "different", "length"],
+        ["", "weights", "ROUGE-1", "ROUGE-2", "ROUGE-L", "BLEU", "word precision", "recall of findings", "invented",
+         "distinct", "length"],
         [*([arm, int(mean_of(each, "size")), *(mean_of(each, name) for name in names)] for arm, each in found.items()),
-         ["one constant answer", None, *(constant[name] for name in names)]],
+         ["constant answer", None, *(constant[name] for name in names)]],
     )  # fmt: skip
-    ours, alone, teacher_rows = (found[arm] for arm in ("student, distilled", "student, labels alone", "teacher"))
+    ours, alone, teacher_rows = (found[arm] for arm in ("student, distilled", "student, labels only", "teacher"))
     gain = over_seeds(ours, alone, "rouge1")
-    run.further(
-        "ROUGE-1 of the distilled student less that of labels alone", "at least 1", str(gain), gain.at_least(1.0)
-    )
+    run.further("ROUGE-1 gain of distillation over labels only", "at least 1", str(gain), gain.at_least(1.0))
     share = Measured.over_seeds([a["distinct"] / b["distinct"] for a, b in zip(ours, teacher_rows, strict=True)])
     run.further(
-        "different impressions of the student, of the teacher's", "at least half", str(share), share.at_least(0.5)
+        "distinct impressions of the student relative to the teacher's",
+        "at least half",
+        str(share),
+        share.at_least(0.5),
     )
     above = Measured.over_seeds(
         [min(a["rouge1"], b["rouge1"]) - constant["rouge1"] for a, b in zip(ours, alone, strict=True)]
     )
     run.further(
-        "ROUGE-1 of the weaker student less one constant answer's", "at least 10", str(above), above.at_least(10.0)
+        "ROUGE-1 gain of the weaker student over the constant answer", "at least 10", str(above), above.at_least(10.0)
     )
 
 
@@ -485,7 +488,7 @@ def sized(found: dict[str, Any], model: Model) -> dict[str, Any]:
 
 
 def pruned(teacher: Model) -> Model:
-    """The teacher with the first layer of each stack alone."""
+    """Return the teacher with the first layer of each stack only."""
     plan = Plan(
         model=ModelReference.of(teacher),
         drop=[f"{name}.layers.{layer}" for name, stack in teacher.stacks.items() for layer in range(1, len(stack))],
@@ -496,9 +499,9 @@ def pruned(teacher: Model) -> Model:
 
 
 def taught(world: World, teacher: Model, student: Model, alpha: float, seed: int) -> dict[str, Any]:
-    """A student after so many passes; with alpha = 0 it sees labels alone."""
+    """A student after so many passes; with alpha = 0 it sees labels only."""
     samples = world.samples(world.train)
-    config = lasting(
+    config = with_steps(
         replace(DISTILLING, seed=seed, save_every=10**6, log_every=50), len(samples), world.scale.student_epochs
     )
     weight = alpha / config.batch**2  # as published
@@ -556,11 +559,11 @@ def exactness(record: Record) -> None:
         float(response_loss(model.model, collate(rows))) - sum(alone) / sum(len(each["labels"]) for each in rows)
     )
     record.exact("the loss that F is made of, padded against unpadded", "within 1e-5", apart, apart <= 1e-5)
-    names = set(measured(model, rows, 2).tensors)
+    names = set(measure_fisher(model, rows, 2).tensors)
     record.exact("tied weights", "once", str(len(names)), names == {name for name, _ in model.model.named_parameters()})
-    plain, free = once(model, rows, None), once(model, rows, measured(model, rows, 2))
+    plain, free = once(model, rows, None), once(model, rows, measure_fisher(model, rows, 2))
     same = all(torch.equal(each, plain[name]) for name, each in free.items())
-    record.exact("lambda = 0 against plain fine-tuning", "equal to the bit", "equal" if same else "differ", same)
+    record.exact("lambda = 0 against plain fine-tuning", "bitwise equal", "equal" if same else "differ", same)
     twin = open_model(nano("t5"))
     for each in twin.model.parameters():
         each.requires_grad_()
@@ -572,9 +575,9 @@ def exactness(record: Record) -> None:
     record.exact("gradient of distillation with student = teacher, a = 1", "within 1e-5", steepest, steepest <= 1e-5)
     counts = [Gaps().count(n) for n in (1, 2, 3, 9)]
     record.exact("masks of 1, 2, 3 and 9 sentences", "1, 1, 1, 3", str(counts), counts == [1, 1, 1, 3])
-    gap = masked("A b. C d. A b.", [0.1, 0.2, 0.9], 1)
+    gap = mask_sentences("A b. C d. A b.", [0.1, 0.2, 0.9], 1)
     record.exact(
-        "a sentence that is said twice", "masked where it was chosen", gap.text, gap.text == "A b. C d. <extra_id_0>."
+        "a sentence that occurs twice", "masked where it was chosen", gap.text, gap.text == "A b. C d. <extra_id_0>."
     )
 
 
@@ -598,8 +601,8 @@ def experiment(run: Run) -> None:
     scale = QUICK if run.quick else FULL
     world = World(run, scale)
     run.data = (
-        f"generated chest reports: {scale.reports} to learn from, {scale.labelled} of them with an impression in the "
-        f"first part, {scale.held_out} to choose by, {scale.test} to judge by"
+        f"synthetic chest reports: {scale.reports} for training, {scale.labelled} of them with an impression in the "
+        f"first part, {scale.held_out} for validation, {scale.test} for testing"
     )
     run.part("exactness", exactness)
     few_labels(run, world)

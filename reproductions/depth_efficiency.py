@@ -73,18 +73,20 @@ def smollm2(record: Record, quick: bool, seed: int) -> None:
         "angular distance": angular_distance(stack, rows).values[:-1, 1],
     }
     ranks = {name: float(spearmanr(values, cost).statistic) for name, values in scores.items()}
-    title = "SmolLM2: rank correlation of scores with what leaving out one layer costs (nats per token)"
+    title = "SmolLM2: rank correlation of scores with the loss increase without one layer (nats per token)"
     record.table(title, ["score", "Spearman"], [[name, rank] for name, rank in ranks.items()])
     mean, most = ranks["output, mean"], ranks["output, max"]
-    record.further("mean distance of outputs against the cost of each layer", "Spearman 0.6", mean, mean >= 0.6)
-    record.further("mean against greatest distance", "at least as high", f"{mean:.3f} / {most:.3f}", mean >= most)
+    record.further(
+        "mean distance of outputs against the loss increase without each layer", "Spearman 0.6", mean, mean >= 0.6
+    )
+    record.further("mean against maximum distance", "at least as high", f"{mean:.3f} / {most:.3f}", mean >= most)
 
     halves = [slice(1, 15), slice(15, 29)]
     rows_of = {
-        "added / stream": profile["ratio_layer"].values,
+        "contribution / input norm": profile["ratio_layer"].values,
         "distance of outputs, mean": scores["output, mean"],
         "future effect": future.importance,
-        "cost of leaving it out, nats": cost,
+        "loss increase without it (nats)": cost,
     }
     table = [
         [name, *(float(values[half].mean()) for half in halves), float(values[-1])] for name, values in rows_of.items()
@@ -92,10 +94,15 @@ def smollm2(record: Record, quick: bool, seed: int) -> None:
     record.table("SmolLM2: means over its halves", ["", "layers 1-14", "layers 15-28", "layer 29"], table)
     lens = profile["lens_kl"].values
     record.table(
-        "SmolLM2: logit lens", ["point", "KL to the output, nats"], [[p, float(lens[p])] for p in range(0, 31, 3)]
+        "SmolLM2: logit lens", ["point", "KL to the output (nats)"], [[p, float(lens[p])] for p in range(0, 31, 3)]
     )
     start = refinement(lens)
-    record.main("the lens falls steadily at the end", "from a point in the second half on", start, 15 <= start < 29)
+    record.main(
+        "the KL of the lens decreases monotonically at the end",
+        "from a point in the second half on",
+        start,
+        15 <= start < 29,
+    )
     if not quick:
         plans(record, stack, tokenizer, scores, seed)
 
@@ -107,7 +114,7 @@ def identities(
     error = float((run.h[0] + run.c.sum(0) - run.h[-1]).norm() / run.h[-1].norm())
     record.exact("h_0 and all contributions make h_L", "1e-5 relative", error, error <= 1e-5)
     apart = float(((run.attn + run.mlp - run.c)[:, 1:].norm(dim=-1) / run.c[:, 1:].norm(dim=-1)).max())
-    record.exact("a + m against the difference of streams", "1e-3 relative", apart, apart <= 1e-3)
+    record.exact("a + m against the difference of residual streams", "1e-3 relative", apart, apart <= 1e-3)
     own = current.later["max"].values.diagonal()
     record.exact("E[s, s], all tokens", "1", f"{own.min():.6f} to {own.max():.6f}", np.allclose(own, 1, atol=1e-5))
     own = future.later["max"].values.diagonal()
@@ -126,11 +133,11 @@ def identities(
     h[1:] = run.h[layer, 1:]
     reused = stack.run(h[None], layer + 1, len(stack), run.context)[0]
     same = torch.equal(reused, whole)
-    record.exact("restart behind a skipped layer against the whole pass", "bit-identical", same, same)
+    record.exact("restart after a skipped layer against the whole pass", "bit-identical", same, same)
 
 
 def _whole_pass(stack: Stack, ids: Tensor, skipped: int) -> Tensor:
-    """The last stream of the model itself, with a hook that takes one layer out for all tokens but the first."""
+    """Return the final hidden states of the model with a hook that removes one layer for all tokens but the first."""
 
     def identity(module: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor:
         return torch.cat([out[:, :1], args[0][:, 1:]], dim=1)
@@ -151,7 +158,7 @@ def _whole_pass(stack: Stack, ids: Tensor, skipped: int) -> Tensor:
 
 @torch.no_grad()
 def loss_without(stack: Stack, rows: Tensor) -> np.ndarray:
-    """How much dearer every token becomes, in nats, when one layer is left out behind the first token [layers]."""
+    """Return the loss increase per token in nats without each layer, after the first token [layers]."""
     costs = np.zeros(len(stack))
     for ids in rows:
         run = run_once(stack, ids)
@@ -181,7 +188,7 @@ def plans(record: Record, stack: Stack, tokenizer: Any, scores: dict[str, np.nda
     found["deepest first"] = divergence(free[-6:])
     drawn = random.Random(seed)
     found["random, mean of 5"] = fmean(divergence(drawn.sample(free, 6)) for _ in range(5))
-    title = "SmolLM2 without 6 layers, the first two and the last protected: KL to the whole model, nats"
+    title = "SmolLM2 without 6 layers, the first two and the last protected: KL to the whole model (nats)"
     record.table(title, ["lowest first by", "KL"], [[name, kl] for name, kl in found.items()])
     worse = min(found["deepest first"], found["random, mean of 5"])
     for name in ("output, mean", "later layers, mean of the future effect"):
@@ -222,7 +229,7 @@ def control(record: Record, quick: bool, seed: int) -> None:
             )
             record.exact("effective depth with layers 18 to 28 silent", "at most 18", depths[0], depths[0] <= 18)
     title = "SmolLM2 with the projections of layers 18 to 28 scaled"
-    record.table(title, ["scale", "effective depth", "their greatest effect on layers", "on the output"], table)
+    record.table(title, ["scale", "effective depth", "their maximum effect on layers", "on the output"], table)
     rises = all(first <= second for first, second in pairwise(depths)) and depths[0] < depths[-1]
     record.further("effective depth as the scale grows", "rises", depths, rises)
 

@@ -37,7 +37,7 @@ from lamella.evaluate import bench
 from lamella.measure import RATIOS, Draw, draws
 from lamella.methods.dllm_skip import dllm_skip, losses_without, plateau, rises, select, similarity
 from lamella.methods.dllm_skip.baselines import cheapest, every, neighbours, spaced
-from lamella.methods.dllm_skip.method import apart, spearman
+from lamella.methods.dllm_skip.method import curve_distance, spearman
 from lamella.plan import ModelReference, Plan
 from lamella.plan.export import export
 from lamella.report.figures import Lines
@@ -89,11 +89,11 @@ def exactness(run: Run) -> None:
         sets = [[int(site.removeprefix("layers.")) for site in point.drop] for point in series.points]
         chosen &= all(b - a > 1 for each in sets for a, b in pairwise(each)) and sets == [sorted(each) for each in sets]
         chosen &= dllm_skip(stack, ids, theta=-1.0).points == series.points
-    run.exact("nothing skipped, logits and answers", "equal to the bit", "equal" if bits else "not equal", bits)
+    run.exact("nothing skipped, logits and answers", "bitwise equal", "equal" if bits else "not equal", bits)
     run.exact("skipped layers against zeroed projections", "at most 1e-6", zeroed, zeroed <= 1e-6)
     run.exact("skipped layers against layers removed by an export", "at most 1e-6", removed, removed <= 1e-6)
-    run.exact("a layer that writes nothing", "similarity 1, chosen first", "so" if planted else "not so", planted)
-    run.exact("plans", "sorted, no neighbours, always the same", "so" if chosen else "not so", chosen)
+    run.exact("a layer that adds nothing", "similarity 1, chosen first", "so" if planted else "not so", planted)
+    run.exact("plans", "sorted, no adjacent layers, deterministic", "so" if chosen else "not so", chosen)
 
 
 def silenced(model: Any, layers: Sequence[int]) -> Any:
@@ -108,7 +108,7 @@ def silenced(model: Any, layers: Sequence[int]) -> Any:
 
 
 def measured(run: Run, kind: str, seed: int) -> dict[str, Any]:
-    """All that one model is asked: its curves, what choices of layers cost, and the puzzles that it solves."""
+    """Measure one model: its curves, the loss without sets of layers, and the puzzles that it solves."""
     stack, count = model_of(run, kind, seed), 2 if run.quick else TEXTS
     inner = range(1, len(stack) - 1)
     calibration = draws(stack, text("calibration", count, seed), RATIOS, seed=seed)
@@ -120,7 +120,7 @@ def measured(run: Run, kind: str, seed: int) -> dict[str, Any]:
     sets: dict[str, list[tuple[int, ...]]] = {
         "selected": [tuple(sorted(select(sim, -1.0, k, inner))) for k in counts],
         "plain top-k": [tuple(sorted(select(sim, -1.0, k, inner, non_adjacent=False))) for k in counts],
-        "in a row": [neighbours(list(sim), inner, k) for k in counts],
+        "consecutive": [neighbours(list(sim), inner, k) for k in counts],
         "evenly spaced": [spaced(inner, k) for k in counts],
         "oracle": [cheapest(alone, inner, k) for k in counts],
     }
@@ -148,7 +148,7 @@ def measured(run: Run, kind: str, seed: int) -> dict[str, Any]:
 
 
 def others(allowed: Sequence[int], chosen: tuple[int, ...], count: int, seed: int) -> list[tuple[int, ...]]:
-    """Other sets of as many layers without neighbours, drawn by chance, or all of them where there are no more."""
+    """Return random sets of the same size without adjacent layers, or all of them if there are few."""
     known = [each for each in every(allowed, len(chosen)) if each != chosen]
     return known if len(known) <= count else Random(seed).sample(known, count)
 
@@ -178,7 +178,7 @@ def share(model: Any, prompts: Tensor, answers: Tensor, steps: int = SIZE) -> fl
 
 
 def transfer(run: Run, stack: Stack, seed: int) -> dict[str, float]:
-    """Layers chosen on prose and on program text, judged on both."""
+    """Choose layers on prose and on program text, and evaluate them on both."""
     inner, k = range(1, len(stack) - 1), 2
     program = encode("".join(Path(str(each.__file__)).read_text() for each in (code_to_read, more_code_to_read)))
     rows = program[: len(program) // LENGTH * LENGTH].view(-1, LENGTH)
@@ -223,7 +223,7 @@ def mean(arms: Sequence[dict[str, Any]], *path: Any) -> Any:
 
 
 def premises(run: Run, found: dict[str, list[dict[str, Any]]]) -> set[str]:
-    """The kinds of models that have learnt their puzzles, and need their layers for them."""
+    """Return the models that solve their puzzles and need their layers for it."""
     able = set()
     for kind, arms in found.items():
         least = min(each["solved"]["k=0"] for each in arms)
@@ -231,7 +231,7 @@ def premises(run: Run, found: dict[str, list[dict[str, Any]]]) -> set[str]:
         if run.quick:
             continue
         run.exact(f"{kind} has learnt its puzzles", f"at least {LEARNT:.0%} solved", f"{least:.0%}", least >= LEARNT)
-        run.exact(f"{kind}: one layer does not solve them", f"at most {ALONE:.0%}", f"{most:.0%}", most <= ALONE)
+        run.exact(f"{kind}: one layer alone does not solve them", f"at most {ALONE:.0%}", f"{most:.0%}", most <= ALONE)
         if least >= LEARNT and most <= ALONE:
             able.add(kind)
     return able
@@ -254,31 +254,36 @@ def curves(run: Run, found: dict[str, list[dict[str, Any]]], able: set[str]) -> 
          *(mean(found[kind], "singles", layer) for kind in KINDS)]
         for layer in range(layers)
     ]  # fmt: skip
-    run.table("Similarity of a layer's input and output, and the loss without it (nats per token)", columns, rows)
+    run.table(
+        "Similarity of a layer's input and output, and the loss increase without it (nats per token)", columns, rows
+    )
     lines = {kind: mean(arms, "sim") for kind, arms in found.items()}
     run.picture("dllm-skip-similarity", Lines("layer", "similarity of input and output", lines))
     rows = [
         [kind, mean(arms, "base"), mean(arms, "passing"), mean(arms, "spearman"), fmean(mean(arms, "recency"))]
         for kind, arms in found.items()
     ]
-    columns = ["", "loss", "layers above 0.95, no neighbours", "rank correlation of 1 - similarity with the rise"]
-    run.table("The models", [*columns, "recency index, mean over points"], rows)
+    columns = ["", "loss", "layers above 0.95, no adjacent ones", "rank correlation of 1 - similarity with the rise"]
+    run.table("Properties of the models", [*columns, "recency index, mean over points"], rows)
     pairs = list(zip(*(found[kind] for kind in KINDS), strict=True))
-    near = [apart(adapted["sim"], ar["sim"]) - apart(native["sim"], ar["sim"]) for ar, native, adapted in pairs]
-    rows = [[f"{a} and {b}", fmean(apart(x["sim"], y["sim"]) for x, y in zip(found[a], found[b], strict=True)),
+    near = [
+        curve_distance(adapted["sim"], ar["sim"]) - curve_distance(native["sim"], ar["sim"])
+        for ar, native, adapted in pairs
+    ]
+    rows = [[f"{a} and {b}", fmean(curve_distance(x["sim"], y["sim"]) for x, y in zip(found[a], found[b], strict=True)),
              fmean(spearman(x["sim"], y["sim"]) for x, y in zip(found[a], found[b], strict=True))]
             for a, b in (("AR", "AR2MDM"), ("AR", "MDM"), ("AR2MDM", "MDM"))]  # fmt: skip
-    run.table("How far curves are apart", ["", "mean absolute difference", "rank correlation"], rows)
+    run.table("Distance of the similarity curves", ["", "mean absolute difference", "rank correlation"], rows)
     nearer = Measured.over_seeds(near)
-    claim(run, run.further, "distance of AR2MDM's curve from AR's, less MDM's", nearer, able >= set(KINDS))
+    claim(run, run.further, "distance of AR2MDM's curve from AR's minus that of MDM's", nearer, able >= set(KINDS))
     for kind, arms in found.items():
         points = mean(arms, "points")
-        title = f"{kind}: S, the cosine of the stream at two points, from the embeddings to behind the last layer"
+        title = f"{kind}: S, the cosine of the residual stream at two points, from the embeddings to the last layer"
         run.table(title, ["", *map(str, range(layers + 1))], [[point, *row] for point, row in enumerate(points)])
 
 
 def skips(run: Run, found: dict[str, list[dict[str, Any]]], able: set[str]) -> None:
-    names = ["selected", "plain top-k", "in a row", "evenly spaced", "oracle"]
+    names = ["selected", "plain top-k", "consecutive", "evenly spaced", "oracle"]
     rows = []
     for kind, arms in found.items():
         for k in range(1, len(arms[0]["rise"]["selected"]) + 1):
@@ -287,14 +292,14 @@ def skips(run: Run, found: dict[str, list[dict[str, Any]]], able: set[str]) -> N
                 costs.append([fmean(each["random"][k - 1]) for each in some])
                 said = [str(Measured.over_seeds(each)) for each in costs]
                 rows.append([kind, k, len(some), *said, len(some[0]["random"][k - 1])])
-    title = "Rise of the loss without k layers, nats per token, by how they were chosen"
-    run.table(title, ["", "k", "seeds", *names, "other sets without neighbours", "how many"], rows)
+    title = "Rise of the loss without k layers, nats per token, by selection method"
+    run.table(title, ["", "k", "seeds", *names, "other sets without adjacent layers", "number of sets"], rows)
     at = min(1, len(found["AR"][0]["rise"]["selected"]) - 1)  # k = 2
     gap = Measured.over_seeds(
         [native["rise"]["selected"][at] - ar["rise"]["selected"][at]
          for ar, native in zip(found["AR"], found["MDM"], strict=True)]
     )  # fmt: skip
-    claim(run, run.further, f"rise of MDM less rise of AR without {at + 1} layers", gap, able >= {"AR", "MDM"})
+    claim(run, run.further, f"rise of MDM minus rise of AR without {at + 1} layers", gap, able >= {"AR", "MDM"})
 
 
 def the_method(run: Run, found: dict[str, list[dict[str, Any]]], able: set[str]) -> None:
@@ -306,7 +311,7 @@ def the_method(run: Run, found: dict[str, list[dict[str, Any]]], able: set[str])
                     [each["rise"]["selected"][k - 1] - fmean(each["random"][k - 1]) for each in some]
                 )
                 check = run.main if kind == "MDM" else run.further
-                said = f"{kind}, k={k}, {len(some)} seeds: rise of the selected layers less the mean of other sets"
+                said = f"{kind}, k={k}, {len(some)} seeds: rise of the selected layers minus the mean of other sets"
                 claim(run, check, said, gain, kind in able)
 
 
@@ -328,17 +333,17 @@ def tasks(run: Run, found: dict[str, list[dict[str, Any]]], able: set[str]) -> N
         rival = Measured.over_seeds(
             [each["solved"][f"{steps} of {SIZE} steps"] - each["solved"][f"k={k}"] for each in found[kind]]
         )
-        said = f"{kind}: solved in {steps} of {SIZE} steps less solved without {k} of {layers} layers, at equal FLOPs"
+        said = f"{kind}: solved in {steps} of {SIZE} steps minus solved without {k} of {layers} layers, at equal FLOPs"
         claim(run, run.further, said, rival, kind in able)
     rows = [[kind, *(mean(arms, "transfer", name) for name in arms[0]["transfer"])] for kind, arms in found.items()]
-    run.table("Two layers chosen on prose and on code, rises", ["", *found["AR"][0]["transfer"]], rows)
+    run.table("Loss increase without two layers chosen on prose and on code", ["", *found["AR"][0]["transfer"]], rows)
     away = Measured.over_seeds(
         [each["transfer"]["code on prose"] - each["transfer"]["prose on prose"] for each in found["MDM"]]
     )
     claim(
         run,
         run.further,
-        "MDM: rise on prose of layers chosen on code, less chosen on prose, nats",
+        "MDM: rise on prose of layers chosen on code minus chosen on prose, nats",
         away,
         "MDM" in able,
         0.05,
@@ -361,7 +366,7 @@ def latency(run: Run) -> None:
         if not run.quick:
             run.further(f"speed-up of a step without {k} of 8 layers, by 1 / (1 - k / 8)", "0.9 to 1.1", str(took),
                         took.within(0.9, 1.1))  # fmt: skip
-    run.table("A denoising step over 256 tokens", ["k", "ideal", "measured", "measured / ideal"], rows)
+    run.table("Time of a denoising step over 256 tokens", ["k", "ideal", "measured", "measured / ideal"], rows)
 
 
 # SmolLM2
@@ -379,7 +384,7 @@ def smollm2(seed: int) -> dict[str, Any]:
     sets = {
         "selected": [tuple(sorted(select(sim, 0.95, k, inner))) for k in SMOL],
         "plain top-k": [tuple(sorted(select(sim, 0.95, k, inner, non_adjacent=False))) for k in SMOL],
-        "in a row": [neighbours(list(sim), inner, k) for k in SMOL],
+        "consecutive": [neighbours(list(sim), inner, k) for k in SMOL],
     }
     random = others(inner, sets["selected"][1], RANDOM, seed)
     costs = {name: rises(stack, judged, known) for name, known in sets.items()}
@@ -400,10 +405,10 @@ def a_decoder(run: Run) -> None:
     found = run.arm("SmolLM2", smollm2, run.seed)
     rows = [
         [k, " ".join(map(str, found["sets"]["selected"][place])),
-         *(found["costs"][name][place] for name in ("selected", "plain top-k", "in a row"))]
+         *(found["costs"][name][place] for name in ("selected", "plain top-k", "consecutive"))]
         for place, k in enumerate(SMOL)
     ]  # fmt: skip
-    columns = ["k", "layers", "selected", "plain top-k", "in a row"]
+    columns = ["k", "layers", "selected", "plain top-k", "consecutive"]
     run.table("SmolLM2 (30 layers, theta 0.95): rise of the loss without k layers, nats per token", columns, rows)
     rows = [[layer, *both] for layer, both in enumerate(zip(found["sim"], found["singles"], strict=True))]
     run.table(f"SmolLM2: {found['passing']} of 30 layers are above 0.95; rank correlation {found['spearman']:.2f}",
@@ -416,7 +421,7 @@ def a_decoder(run: Run) -> None:
         inside = rise.low <= known <= rise.high
         run.further(f"SmolLM2, k={k}: rise", f"{known}, as on other text", str(rise), inside)
     gain = costs[1] - fmean(found["random"])
-    run.further("SmolLM2, k=2: rise of the selected layers less the mean of other pairs", "at most 0", gain, gain <= 0)
+    run.further("SmolLM2, k=2: rise of the selected layers minus the mean of other pairs", "at most 0", gain, gain <= 0)
 
 
 def states_stay_apart(run: Run) -> None:
@@ -433,7 +438,7 @@ def states_stay_apart(run: Run) -> None:
         alone = [denoise(stack.model, rows, sampler=sampler) for rows in (ids, ids.flip(1))]
         same &= all(torch.equal(each.tokens, other) for each, other in zip(requests, alone, strict=True))
     said = "so" if same else "not so"
-    run.exact("two requests in turn, with every cache", "the answers of one after the other", said, same)
+    run.exact("two requests in turn, with every cache", "the answers of sequential requests", said, same)
 
 
 def experiment(run: Run) -> None:

@@ -3,7 +3,7 @@ that predicted the next token first.
 
 Both have one shape (harness/dmllm.py): 64 image tokens in front of six layers, and answer questions about rendered
 shapes, with a word (``colour``) or with a list of everything there (``list``). Nothing is claimed on a model that has
-not learnt its task. Which tokens leave: a sweep of criteria and shares, each beside random tokens that leave at the
+not learnt its task. Which tokens leave: a sweep of criteria and kept fractions, each beside random tokens pruned at the
 same layer; when and where: schedules at equal shares and, as near as each of them can come, at the FLOPs of the
 withdrawal, fewer denoising steps among them; what is lost and what comes back, on one trajectory. The short and the
 long task are never pooled.
@@ -27,17 +27,17 @@ from harness.dmllm import CACHES, KINDS, LENGTHS, PROVENANCES, Provenance, promp
 from harness.measured import Measured
 from torch import Tensor
 
-from lamella.data import Conversation, Processing
+from lamella.data import ImageTextRow, Processing
 from lamella.methods.dmllm_token_redundancy import (
-    Lengths,
+    LayerWidths,
+    RequestLengths,
     VisualTokenSchedule,
-    Widths,
     attention_mass,
     flops,
     follow,
     information_loss,
     of_step,
-    planned,
+    plan_of,
     restoration,
     text_of,
 )
@@ -65,7 +65,7 @@ def model_of(run: Run, provenance: Provenance) -> Model:
 opened = cache(trained)
 
 
-def test_rows(run: Run, task: str) -> list[Conversation]:
+def test_rows(run: Run, task: str) -> list[ImageTextRow]:
     return shown(task, 2 if run.quick else 120, "test", 900 + run.seed)
 
 
@@ -81,13 +81,13 @@ def exactness(run: Run) -> None:
         batch = processor_inputs(processor, rows)
         sampler = Sampler(length=4, steps=2)
         whole = logits(made, batch, sampler)
-        same = apply(model, planned(model, VisualTokenSchedule.one_shot(TARGET, 0.0, 1.0), criterion="divprune"))
+        same = apply(model, plan_of(model, VisualTokenSchedule.one_shot(TARGET, 0.0, 1.0), criterion="divprune"))
         bits &= torch.equal(logits(same, batch, sampler), whole)
-        none = apply(model, planned(model, VisualTokenSchedule.one_shot(-1, 0.0, 0.0), criterion="withdraw"))
+        none = apply(model, plan_of(model, VisualTokenSchedule.one_shot(-1, 0.0, 0.0), criterion="withdraw"))
         away = max(away, float((logits(none, batch, sampler) - logits(made, blind(made, batch), sampler)).abs().max()))
-        end = apply(model, planned(model, VisualTokenSchedule.withdraw(5)))
+        end = apply(model, plan_of(model, VisualTokenSchedule.withdraw(5)))
         last = max(last, float((logits(end, batch, sampler) - whole).abs().max()))
-        view = apply(model, planned(model, VisualTokenSchedule.progressive([0.0, 0.5], [0.5, 0.25], TARGET)))
+        view = apply(model, plan_of(model, VisualTokenSchedule.progressive([0.0, 0.5], [0.5, 0.25], TARGET)))
         other = batch | {"pixel_values": batch["pixel_values"].flip(0)}
         alone = [denoise(view, sampler=sampler, **each) for each in (batch, other)]
         turns = [Denoising(view, sampler=sampler, **each) for each in (batch, other)]
@@ -95,13 +95,13 @@ def exactness(run: Run) -> None:
             for each in turns:
                 each.advance()
         again &= all(torch.equal(one.tokens, known) for one, known in zip(turns, alone, strict=True))
-    run.exact("all tokens kept", "equal to the bit", "equal" if bits else "not equal", bits)
+    run.exact("all tokens kept", "bitwise equal", "equal" if bits else "not equal", bits)
     run.exact("no token kept, against prompts without images", "at most 1e-5", away, away <= 1e-5)
-    run.exact("withdrawn behind the last layer, against the whole model", "at most 1e-5", last, last <= 1e-5)
+    run.exact("withdrawn after the last layer, against the whole model", "at most 1e-5", last, last <= 1e-5)
     run.exact("two requests in turn, against one after the other", "equal", "equal" if again else "not equal", again)
 
 
-def processor_inputs(processor: Any, rows: Sequence[Conversation]) -> dict[str, Tensor]:
+def processor_inputs(processor: Any, rows: Sequence[ImageTextRow]) -> dict[str, Tensor]:
     return Processing(processor).prompts(rows)
 
 
@@ -128,13 +128,13 @@ def blind(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # What a model answers
 
 
-def scored(task: str, said: str, truth: str) -> float:
+def scored(task: str, answer: str, truth: str) -> float:
     """A word is right or not; of a list, the share of its objects that is named in full."""
     if task == "colour":
-        return float(said == truth)
+        return float(answer == truth)
     wanted, found = (
         {" ".join(words[place : place + 6]) for place in range(0, len(words), 6)}
-        for words in (truth.split(), said.split())
+        for words in (truth.split(), answer.split())
     )
     return len(wanted & found) / len(wanted)
 
@@ -156,7 +156,7 @@ def scores(run: Run, provenance: Provenance, task: str, view: Any, steps: int | 
 
 def pruned(run: Run, provenance: Provenance, schedule: VisualTokenSchedule, **options: Any) -> Any:
     model = model_of(run, provenance)
-    return apply(model, planned(model, schedule, **options))
+    return apply(model, plan_of(model, schedule, **options))
 
 
 def sweep(run: Run, provenance: Provenance, task: str) -> dict[str, Any]:
@@ -191,10 +191,10 @@ SCHEDULES = {
 }
 
 
-def lengths_of(run: Run, provenance: Provenance, task: str) -> Lengths:
+def lengths_of(run: Run, provenance: Provenance, task: str) -> RequestLengths:
     """Of the first test questions, which are all alike but for a word."""
     batch = prompts(model_of(run, provenance), test_rows(run, task)[:8])
-    return Lengths(64, batch["input_ids"].shape[1] - 64, LENGTHS[task])
+    return RequestLengths(64, batch["input_ids"].shape[1] - 64, LENGTHS[task])
 
 
 def rival(kind: str, keep: float) -> VisualTokenSchedule:
@@ -215,7 +215,7 @@ def schedules(run: Run, provenance: Provenance, task: str) -> dict[str, Any]:
     stack, lengths = text_of(model_of(run, provenance)), lengths_of(run, provenance, task)
 
     def spent(schedule: VisualTokenSchedule, steps: int = steps) -> int:
-        return flops(schedule, Widths.of(stack), len(stack), steps, lengths, CACHES[provenance] == "prompt")
+        return flops(schedule, LayerWidths.of(stack), len(stack), steps, lengths, CACHES[provenance] == "prompt")
 
     full = spent(nothing)
 
@@ -299,9 +299,9 @@ def two_models(run: Run) -> None:
     other = restored["scratch"][2] - restored["ar2diff"][1]
     verdict = True if gap > 0 else False if other < 0 else None
     both = learnt["scratch", "list"] and learnt["ar2diff", "list"]
-    said = f"{restored['scratch'][0]:.3g} and {restored['ar2diff'][0]:.3g}"
+    measured = f"{restored['scratch'][0]:.3g} and {restored['ar2diff'][0]:.3g}"
     run.further(
-        "more comes back from scratch than after next tokens, long answers", "so", said, verdict if both else None
+        "more is recovered from scratch than after adaptation, long answers", "so", measured, verdict if both else None
     )
 
 
@@ -325,20 +325,20 @@ def claims(run: Run, provenance: str, task: str, parts: Mapping[str, Any], learn
         for criterion in ("fastv", "divprune")
     }
     criterion, best = max(gains.items(), key=lambda each: each[1].figure)
-    told = f"{of}: attention or diversity less random at its layer, shares {shares}"
-    run.main(told, "0 or more", f"{criterion}, {best}", best.at_least(0) if learnt else None)
+    name = f"{of}: attention or diversity minus random at its layer, kept fractions {shares}"
+    run.main(name, "0 or more", f"{criterion}, {best}", best.at_least(0) if learnt else None)
     if task != "list":
         return
-    check(run.main, "late less early at share 0.25", [timed["late"]["scores"]], [timed["early"]["scores"]])
+    check(run.main, "late minus early at kept fraction 0.25", [timed["late"]["scores"]], [timed["early"]["scores"]])
     first, other = ("withdrawn", "progressive") if provenance == "ar2diff" else ("progressive", "withdrawn")
-    check(run.further, f"{first} less {other}, share 0.25", [timed[first]["scores"]], [timed[other]["scores"]])
+    check(run.further, f"{first} minus {other}, kept fraction 0.25", [timed[first]["scores"]], [timed[other]["scores"]])
     sign = 1 if first == "withdrawn" else -1
     pairs = [("withdrawn", f"{kind}, at the FLOPs of withdrawn") for kind in ("early", "late", "progressive")]
     for ours, theirs in [*pairs, ("withdrawn, at the FLOPs of progressive", "progressive")]:
         at_equal_cost(run, of, [ours, theirs][::sign], timed, learnt)
     fewer = [timed[first][name] for name in ("fewer", "flops", "fewer flops")]
-    told = f"{first} less fewer steps, FLOPs {fewer[1]:.2f} and {fewer[2]:.2f} of the whole"
-    check(run.further, told, [timed[first]["scores"]], [fewer[0]])
+    name = f"{first} minus fewer steps, FLOPs {fewer[1]:.2f} and {fewer[2]:.2f} of the whole"
+    check(run.further, name, [timed[first]["scores"]], [fewer[0]])
 
 
 def at_equal_cost(run: Run, of: str, names: Sequence[str], timed: Mapping[str, Any], learnt: bool) -> None:
@@ -347,13 +347,15 @@ def at_equal_cost(run: Run, of: str, names: Sequence[str], timed: Mapping[str, A
     apart = paired([ours["scores"]], [theirs["scores"]], run.seed)
     costs = f"FLOPs {ours['flops']:.3f} and {theirs['flops']:.3f} of the whole"
     equal = abs(ours["flops"] - theirs["flops"]) <= NEAR
-    said = f"{apart}, {costs}" + ("" if equal else ": not equal")
-    run.further(f"{of}: {' less '.join(names)}", "0 or more", said, apart.at_least(0) if learnt and equal else None)
+    measured = f"{apart}, {costs}" + ("" if equal else ": not equal")
+    run.further(
+        f"{of}: {' minus '.join(names)}", "0 or more", measured, apart.at_least(0) if learnt and equal else None
+    )
 
 
 def tables(run: Run, found: Mapping[Any, Any]) -> None:
     rows = [[*key, name, fmean(values)] for key, parts in found.items() for name, values in parts["sweep"].items()]
-    run.table("Criteria and shares, chosen in the first step", ["model", "task", "kept", "score"], rows)
+    run.table("Criteria and kept fractions, selected in the first step", ["model", "task", "kept", "score"], rows)
     rows = [
         [
             *key,
@@ -367,7 +369,7 @@ def tables(run: Run, found: Mapping[Any, Any]) -> None:
     ]
     columns = ["model", "task", "schedule", "FLOPs", "score"]
     columns += ["steps of the whole model, at most these FLOPs", "its FLOPs", "its score"]
-    run.table("Schedules, fastv, share 0.25", columns, rows)
+    run.table("Schedules, fastv, kept fraction 0.25", columns, rows)
     listed = {provenance: found[provenance, "list"]["schedules"] for provenance in PROVENANCES}
     points = {
         f"{provenance}, {kind}": [
@@ -384,11 +386,11 @@ def tables(run: Run, found: Mapping[Any, Any]) -> None:
         [*key, *parts["probe"]["restored"], parts["probe"]["kl"][0], parts["probe"]["kl"][-1]]
         for key, parts in found.items()
     ]
-    run.table("What comes back", ["model", "task", "restored", "low", "high", "KL, first step", "KL, last step"], rows)
+    run.table("Recovery", ["model", "task", "restored", "low", "high", "KL, first step", "KL, last step"], rows)
     layers = len(next(iter(found.values()))["probe"]["mass"])
     rows = [[*key, *parts["probe"]["mass"]] for key, parts in found.items()]
     run.table(
-        "Share of the answers' attention that goes to the image, by layer",
+        "Fraction of the answers' attention on the image, by layer",
         ["model", "task", *map(str, range(layers))],
         rows,
     )
@@ -398,10 +400,10 @@ def tables(run: Run, found: Mapping[Any, Any]) -> None:
 def latency(run: Run) -> None:
     """A step without a cache at share 0.25, against the FLOPs of its layers: of 16 x 16 image tokens, and 24 x 24."""
     rows = [step_time(side) for side in ((32,) if run.quick else (64, 96))]
-    run.table("A step at share 0.25", ["image tokens", "FLOPs", "time", "ratio"], rows)
+    run.table("Time of a step at kept fraction 0.25", ["image tokens", "FLOPs", "time", "ratio"], rows)
     if not run.quick:
         for tokens, _, _, ratio in rows:
-            name = f"{tokens:.0f} image tokens: time of a step at share 0.25, by its FLOPs"
+            name = f"{tokens:.0f} image tokens: time of a step at kept fraction 0.25 relative to its FLOPs"
             run.further(name, "0.8 to 1.2", ratio, 0.8 <= ratio <= 1.2)
 
 
@@ -411,7 +413,7 @@ def step_time(side: int) -> list[float]:
     model = open_model(made)
     batch = processor_inputs(processor, shown("colour", 1, "test", 0))
     schedule = VisualTokenSchedule.one_shot(-1, 0.0, 0.25)
-    view = apply(model, planned(model, schedule, criterion="divprune"))
+    view = apply(model, plan_of(model, schedule, criterion="divprune"))
     sampler = Sampler(length=8, steps=8)
     requests = [Denoising(each, sampler=sampler, **batch) for each in (made, view)]
     took: list[list[float]] = [[], []]
@@ -422,9 +424,11 @@ def step_time(side: int) -> list[float]:
             took[place].append(time.perf_counter() - began)
     stack = text_of(model)
     image = int((batch["input_ids"] == made.config.image_token_id).sum())
-    lengths = Lengths(image, batch["input_ids"].shape[1] - image, 8)
-    said = [of_step(each, Widths.of(stack), len(stack), 1, 8, lengths) for each in (VisualTokenSchedule(), schedule)]
-    measured, ideal = median(took[1][1:]) / median(took[0][1:]), said[1] / said[0]
+    lengths = RequestLengths(image, batch["input_ids"].shape[1] - image, 8)
+    measured = [
+        of_step(each, LayerWidths.of(stack), len(stack), 1, 8, lengths) for each in (VisualTokenSchedule(), schedule)
+    ]
+    measured, ideal = median(took[1][1:]) / median(took[0][1:]), measured[1] / measured[0]
     return [image, ideal, measured, measured / ideal]
 
 

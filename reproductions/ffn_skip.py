@@ -55,10 +55,10 @@ class Static(Policy):
 
 
 class EarlyExit(Policy):
-    """Generated tokens leave once a layer of the upper half hardly turns their stream.
+    """Early exit: generated tokens leave once a layer of the upper half hardly changes their hidden state.
 
-    The layers above still get keys, made of the stream that left, as in CALM and SkipDecode. Nothing is saved here: it
-    serves to compare losses.
+    The layers above still get keys, computed from the exiting hidden state, as in CALM and SkipDecode. Nothing is saved
+    here: it serves to compare losses.
     """
 
     def __init__(self, stack: Stack, threshold: float) -> None:
@@ -118,7 +118,7 @@ def exactness(record: Record, stack: Stack, ids: Tensor, threshold: float, name:
             {"max_skips": k, "threshold": 0.5, "warmup": ids.shape[1]},
         )
     )
-    record.exact(f"{name}: k = 0, threshold 1 and a long warm-up", "the base model to the bit", same, same)
+    record.exact(f"{name}: k = 0, threshold 1 and a long warm-up", "bitwise equal to the base model", same, same)
 
     view = lamella.apply(stack, planned(stack, max_skips=k, threshold=threshold, warmup=1, interleave=[5, 1]))
     trace = traced(view)
@@ -194,13 +194,13 @@ def selection(
         params = calibrated(stack, calibration, k)
         print(f"k = {k}: the calibrated threshold is {params['threshold']:.4f}")
         reached = share(stack, params, calibration) * layers / k
-        name = f"share that the calibrated rule skips of its own text, k = {k}"
-        record.further(name, "95 % of the wanted", f"{reached:.1%}", reached >= 0.95)
+        name = f"fraction of MLPs that the calibrated threshold skips on its calibration text, k = {k}"
+        record.further(name, "at least 95 % of k", f"{reached:.1%}", reached >= 0.95)
 
         achieved = score("saturated, calibrated", [scale.plan(**params)])
         for fixed in [] if quick else [0.95, 0.97, 0.975, 0.98, 0.985, 0.99]:
             score(f"saturated, {fixed}", [scale.plan(**params | {"threshold": fixed})])
-        # Blind runs are left out at every so many tokens, so that they skip no more than the calibrated rule does.
+        # Random runs are omitted at regular intervals, so that they skip no more than the calibrated rule does.
         most = scale.test.tokens.shape[1] - PROMPT - 1
         thinned = {"interleave": [min(int(achieved / (1 - achieved)), most), 1]} if achieved < 1 else {}
         for placement, name in (("random", "random in the window"), ("anywhere", "random anywhere")):
@@ -219,7 +219,7 @@ def selection(
             name = f"fixed window {best} to {best + k - 1}, best on calibration text"
             score(name, [scale.plan(**windows[best])])
             score("calibrated, no cold layers", [scale.plan(**calibrated(stack, calibration, k, cold=(0, 0)))])
-        title = f"At most {k} MLPs a token ({k / layers:.1%}), every generated token (base {scale.base:.3f} nats)"
+        title = f"At most {k} MLPs per token ({k / layers:.1%}), every generated token (base {scale.base:.3f} nats)"
         record.table(title, ["placement", "nats", "MLPs skipped", "skipped in all rows"], rows)
         for better, worse in pairwise(["saturated, calibrated", "random in the window", "random anywhere"]):
             measured = f"{losses[better]:.3f} / {losses[worse]:.3f}"
@@ -241,13 +241,13 @@ def recipe(record: Record, scale: Scale, calibration: LongTensor) -> None:
     for name, options in {
         "as in the paper": {"warmup": 16, "interleave": [5, 1]},
         "no warm-up": {"interleave": [5, 1]},
-        "no full tokens in between": {"warmup": 16},
+        "no interleaving": {"warmup": 16},
         "neither": {},
     }.items():
         loss, skipped = scale.plan(**params | options)
         after = skipped[:, options.get("warmup", 0) :].mean()
         rows.append([name, loss, f"{skipped.mean():.1%}", f"{after:.1%}"])
-    record.table("The recipe at k = 7", ["", "nats", "MLPs skipped", "warm-up aside"], rows)
+    record.table("Warm-up and interleaving at k = 7", ["", "nats", "MLPs skipped", "warm-up aside"], rows)
 
 
 def repeated(ids: LongTensor) -> float:
@@ -281,7 +281,7 @@ def whole_layers(record: Record, scale: Scale, calibration: LongTensor, new: int
     for _ in range(7):  # the threshold that leaves out as many blocks on calibration text
         middle = (low + high) / 2
         low, high = (middle, high) if left(middle) > blocks else (low, middle)
-    views["early exit, keys of the stream that left"] = exiting(high)
+    views["early exit, keys from the exiting hidden state"] = exiting(high)
 
     prompts = scale.test.tokens[:, :PROMPT]
     rows = [["whole model", scale.base, "", repeated(continued(stack.model, prompts, new))]]
@@ -322,7 +322,7 @@ def speed(record: Record, stack: Stack, quick: bool) -> None:
             saved = Measured(*(1 - 1 / each for each in (gained.median, gained.low, gained.high)))
             record.further("decode time saved, batch 1", "5 % or more", saved, saved.at_least(0.05))
     title = "Decode speed at k = 8, interleaved runs; warm-up 0 and interleave (1, 0)"
-    record.table(title, ["batch", "MLPs skipped", "speed-up", "ideal at that share", "of the ideal"], rows)
+    record.table(title, ["batch", "MLPs skipped", "speed-up", "ideal at that fraction", "fraction of the ideal"], rows)
 
 
 def skipped_in_bench(stack: Stack, plan: Plan, batch: int) -> Tensor:
@@ -342,7 +342,7 @@ def experiment(run: Run) -> None:
     tokenizer = open_tokenizer("smollm2")
     tokens = lamella.windows(tokenizer, text, 3 if quick else 16, 96 if quick else 192, seed)
     calibration = lamella.windows(tokenizer, planning, 3 if quick else 2, 72 if quick else 256, seed)
-    run.data = f"{text.provenance(tokens)}, the first {PROMPT} tokens of each are prompt"
+    run.data = f"{text.provenance(tokens)}, the first {PROMPT} tokens of each sequence are the prompt"
     run.part("exactness, nano Llama", exact_nano, seed)
     run.part("exactness, SmolLM2", exact_smollm2, stack, tokens[: 2 if quick else 4, : 28 if quick else 40])
     cosines = saturation(stack, calibration)

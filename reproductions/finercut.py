@@ -135,7 +135,7 @@ def selection_quality(run: Run, stack: Stack, draws: list[LongTensor], test: Fid
         }
 
     def planned(name: str, draw: int) -> dict[str, Any]:
-        """What is left out at every cut, and the order of a series in which each step takes one sublayer."""
+        """Return the removed sublayers of every plan, and the order of a series that removes one sublayer per step."""
         made = lamella.make_plan("random", stack, seed=draw) if name == "random" else makers[name](draws[draw])
         steps = itertools.pairwise(made) if name == "finercut" else ()
         order = [sites_of(b.skipped - a.skipped, stack.positions)[0] for a, b in steps]

@@ -49,7 +49,7 @@ def named(stack: Stack, kept: list[int]) -> Plan:
 def exactness(record: Record, stack: Stack, tokens: Tensor, quick: bool) -> None:
     """Point 1, on the real model with random routers.
 
-    In float64, since half-skipped streams of an untrained choice amplify float32's rounding to a few 1e-4.
+    In float64, since half-skipped hidden states of untrained routers amplify float32's rounding to a few 1e-4.
     """
     stack = Stack(copy.deepcopy(stack.model).double())
     ids, prompt = (tokens[:2, :26].clone(), 20) if quick else (tokens[:4, :40].clone(), 28)
@@ -68,7 +68,7 @@ def exactness(record: Record, stack: Stack, tokens: Tensor, quick: bool) -> None
         routers.bias.fill_(1.0)
         view = with_policy(stack, plan_of(stack, routers, prefill=prefill), routers)
         whole = lamella.parallel(view, ids, lengths, mask, position_ids=where).logits
-        kept = routers.seen.bool()
+        kept = routers.last_gates.bool()
         steps, cache = stepped(view, ids, mask, prompt)
         apart = float((steps - whole)[mask.bool()].abs().max())
         record.exact(f"cached steps, mixed signatures, prefill={prefill}", "logits within 1e-4", apart, apart <= 1e-4)
@@ -81,13 +81,13 @@ def exactness(record: Record, stack: Stack, tokens: Tensor, quick: bool) -> None
             logits = lamella.parallel(alone, *given, position_ids=where[row : row + 1]).logits
             worst = max(worst, float((logits - whole[row])[0][mask[row].bool()].abs().max()))
         record.exact(
-            f"each row against its named layers, prefill={prefill}", "logits within 1e-4", worst, worst <= 1e-4
+            f"each row and a plan of its kept layers, prefill={prefill}", "logits within 1e-4", worst, worst <= 1e-4
         )
     held = {
         layer: slot.keys.shape[0] for layer, slot in enumerate(cache.layers) if getattr(slot, "keys", None) is not None
     }
     wanted = {layer: int(kept[:, layer].sum()) for layer in range(30) if kept[:, layer].any()}
-    record.exact("rows in each layer's cache", "those that keep the layer", str(held == wanted), held == wanted)
+    record.exact("rows in each layer's cache", "the rows that keep the layer", str(held == wanted), held == wanted)
 
 
 def rate(run: Run, stack: Stack, train: list[Sample], prompts: list[Tensor], config: TrainConfig) -> None:
@@ -98,9 +98,11 @@ def rate(run: Run, stack: Stack, train: list[Sample], prompts: list[Tensor], con
         return float(signatures(stack, routers, prompts).float().sum(1).mean())
 
     rows = [[weight, run.arm(f"pressure {weight}", kept, weight)] for weight in (0.01, 0.03, 0.1, 0.3, 1.0)]
-    run.table("Mean kept layers by the pressure to skip", ["alpha", "kept"], rows)
+    run.table("Mean number of kept layers by skip weight alpha", ["alpha", "kept"], rows)
     falls = all(a[1] >= b[1] for a, b in pairwise(rows)) and rows[0][1] > rows[-1][1]
-    run.further("kept layers over alpha", "fall over at least four values", str([row[1] for row in rows]), falls)
+    run.further(
+        "number of kept layers over alpha", "decreases over at least four values", str([row[1] for row in rows]), falls
+    )
 
 
 def adaptivity(record: Record, kept: Tensor, task: Tensor) -> None:
@@ -177,30 +179,28 @@ def quality(
         return found
 
     whole = named(stack, list(range(layers)))
-    arms = {
-        name: run.arm(f"{name}, healed", healed, each) for name, each in {**plans, "the whole model": whole}.items()
-    }
+    arms = {name: run.arm(f"{name}, healed", healed, each) for name, each in {**plans, "whole model": whole}.items()}
     after = {name: each["nats"] for name, each in arms.items()}
-    full, ours = after["the whole model"], arms["first"]
+    full, ours = after["whole model"], arms["first"]
     rows = [["first", mean, before["first"], ours["kept"], after["first"]]]
     rows += [[name, size, before[name], size, after[name]] for name in plans if name != "first"]
-    rows += [["random sets", size, chance, "", ""], ["the whole model", layers, base, layers, full]]
+    rows += [["random sets", size, chance, "", ""], ["whole model", layers, base, layers, full]]
     run.table(
-        "Nats per answer token at equal depth, before and after LoRA",
+        "Loss (nats per answer token) at equal depth, before and after LoRA",
         ["layers", "kept", "before", "kept", "after"],
         rows,
     )
     run.table(
-        "What LoRA does to decisions",
+        "Effect of LoRA on the decisions",
         ["", "before", "after"],
         [
             ["threshold", routers.threshold, ours["threshold"]],
-            ["decisions that changed, a prompt", "", ours["changed"]],
+            ["changed decisions per prompt", "", ours["changed"]],
         ],
     )
     order = before["first"] <= before["one set"] <= before["evenly spaced"] < chance
-    told = " ".join(f"{value:.3f}" for value in (*before.values(), chance))
-    run.further("before LoRA", "first <= one set <= evenly spaced < random", told, order)
+    measured = " ".join(f"{value:.3f}" for value in (*before.values(), chance))
+    run.further("before LoRA", "first <= one set <= evenly spaced < random", measured, order)
     run.main(
         "after LoRA",
         "first <= evenly spaced",
@@ -243,7 +243,7 @@ def speed(record: Record, stack: Stack, tokens: Tensor, quick: bool) -> None:
         share = Measured.over_rounds(timing.decode_speedup, predicted)
         rows.append([name, predicted, str(timing.decode_speedup), share.figure])
         record.further(f"decode speed-up / cost model, {name}", "within 15 %", share, share.within(0.85, 1.15))
-    record.table("Decoding SmolLM2, batch 1", ["kept of 30", "cost model", "measured", "share"], rows)
+    record.table("Decoding SmolLM2, batch 1", ["kept of 30", "speed-up of the cost model", "measured", "ratio"], rows)
 
     routers = PromptRouters(stack)
     routers.weight.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
@@ -255,8 +255,8 @@ def speed(record: Record, stack: Stack, tokens: Tensor, quick: bool) -> None:
     together = buckets(kept, size)
     unions = [sum(float(kept[batch].any(0).sum()) for batch in batches) / 4 for batches in (mixed, together)]
     record.table(
-        f"Layers that a batch of {size} mixed prompts must run (mean of 4 batches)",
-        ["a row alone", "batches as they come", "batches of similar signatures"],
+        f"Number of layers that a batch of {size} mixed prompts must run (mean of 4 batches)",
+        ["single row", "batches in arrival order", "batches of similar signatures"],
         [[alone, *unions]],
     )
     record.further("bucketing", "a smaller union", f"{unions[1]:.1f} / {unions[0]:.1f}", unions[1] < unions[0])

@@ -39,16 +39,16 @@ from lamella.measure import spearman
 from lamella.methods.gamma_mod import (
     MixtureOfDepths,
     Routing,
-    Seen,
+    RoutingTrace,
     attention_ranks,
     lowest,
-    observed,
+    observe,
     quantile,
     rank_of,
 )
-from lamella.methods.gamma_mod.baselines import Pruned, random_layers
+from lamella.methods.gamma_mod.baselines import ImageTokenPruning, random_layers
 from lamella.methods.gamma_mod.method import prompts
-from lamella.methods.gamma_mod.recipe import calibrated, converted, planned, policy_image, train
+from lamella.methods.gamma_mod.recipe import calibrate, convert, plan_of, policy_image, train
 from lamella.plan import ModelReference, PolicyReference
 from lamella.runtime import parallel, with_policy
 from lamella.stack import Stack
@@ -80,7 +80,7 @@ def exactness(run: Run) -> None:
 
     def viewed(**params: Any) -> tuple[Any, MixtureOfDepths]:
         policy = MixtureOfDepths(stack, layers=[1, 3], **params)
-        return with_policy(stack, planned(stack, {"layers": [1, 3]}), policy), policy
+        return with_policy(stack, plan_of(stack, {"layers": [1, 3]}), policy), policy
 
     view, policy = viewed(start="keep")
     policy.training_share = 0.0
@@ -132,7 +132,7 @@ def causality(run: Run, view: Any, policy: MixtureOfDepths, ids: Tensor) -> None
     policy.training_share, policy.text_rows = RHO, "half"
     trained = moved()
     run.exact("later tokens change earlier outputs in serving", "below 1e-5", f"{served:.1e}", served < 1e-5)
-    run.exact("and in training, which looks ahead", "above 1e-4", f"{trained:.1e}", trained > 1e-4)
+    run.exact("and in training, which uses later tokens", "above 1e-4", f"{trained:.1e}", trained > 1e-4)
 
 
 # The nano model
@@ -162,7 +162,7 @@ def converted_arm(
     """One arm: some layers converted, tuned from the same weights on the same rows, calibrated, and tested."""
     folder, stack = begun(seed)
     routing = Routing(skip=RHO, **changes)
-    view = converted(stack, layers, routing, seed)
+    view = convert(stack, layers, routing, seed)
     train(view, training_rows(folder, seed), routing, replace(SFT, seed=seed), run.work / name.replace(" ", "-"))
     return served(view.eval(), folder, layers, KEEPS if swept else ())
 
@@ -170,22 +170,22 @@ def converted_arm(
 def untrained(seed: int, layers: Sequence[int]) -> dict[str, Any]:
     """What a router that was drawn by chance foresees of its own choice."""
     folder, stack = begun(seed)
-    return served(converted(stack, layers, Routing(skip=RHO), seed).eval(), folder, layers)
+    return served(convert(stack, layers, Routing(skip=RHO), seed).eval(), folder, layers)
 
 
 def served(view: Any, folder: Any, layers: Sequence[int], keeps: Sequence[float] = ()) -> dict[str, Any]:
     """What a converted model answers by calibrated thresholds, and by others; what it foresees of training's choice."""
     policy: MixtureOfDepths = view.lamella_policy
     few, test = (rows_of(folder, QUESTIONS, PROBES, "calibration"), rows_of(folder, QUESTIONS, TEST, "test", 1))
-    chosen, seen = observed(view, test), observed(view, few)
+    chosen, seen = observe(view, test), observe(view, few)
     policy.training_share = None
     found = []
     for keep in (None, *keeps):
-        limits = calibrated(seen)
+        limits = calibrate(seen)
         if keep is not None:
             limits["prefill"] = [quantile(seen.p[seen.prompt][:, at], keep) for at in range(len(layers))]
         policy.thresholds = [torch.tensor(limits[name], dtype=torch.float64) for name in ("prefill", "decode")]
-        now = observed(view, test)
+        now = observe(view, test)
         found.append({"keep": keep, "right": answered(view, test).tolist(), "work": flops(now, layers),
                       "kept": now.kept(), "auc": auc(now, chosen), "agreed": agreed(now, chosen)})  # fmt: skip
     return found[0] | {"sweep": found[1:]}
@@ -210,7 +210,7 @@ def whole_arm(run: Run, seed: int, spent: float) -> dict[str, Any]:
     reference = {"text": PolicyReference(name="pruned")}
     for name, each in options.items():
         chosen = min(each, key=lambda settings: abs(left_out(sizes, settings["layer"], settings["keep"]) - spent))
-        pruned = with_policy(tuned, plan.model_copy(update={"policies": reference}), Pruned(tuned, **chosen))
+        pruned = with_policy(tuned, plan.model_copy(update={"policies": reference}), ImageTokenPruning(tuned, **chosen))
         found[name] = {"right": answered(pruned, test).tolist(), "chosen": chosen,
                        "work": left_out(sizes, chosen["layer"], chosen["keep"])}  # fmt: skip
     return found
@@ -238,7 +238,7 @@ def left_out(sizes: Sequence[tuple[int, int]], layer: int, keep: int) -> float:
     return left / sum(cost([n] * LAYERS) for n, _ in sizes)
 
 
-def flops(seen: Seen, layers: Sequence[int]) -> float:
+def flops(seen: RoutingTrace, layers: Sequence[int]) -> float:
     """The decoder's work on these rows, routers and all, in that of the whole one."""
     total = left = 0
     for row in seen.row.unique():
@@ -249,7 +249,7 @@ def flops(seen: Seen, layers: Sequence[int]) -> float:
     return left / total
 
 
-def auc(now: Seen, chosen: Seen) -> float:
+def auc(now: RoutingTrace, chosen: RoutingTrace) -> float:
     """How often the router, while it serves, gives a token that training takes more than one that it does not.
 
     Of the tokens of images. Both are of the same rows: serving looks at no later token, and reads streams that it has
@@ -265,7 +265,7 @@ def auc(now: Seen, chosen: Seen) -> float:
     return float(np.mean(found)) if found else float("nan")
 
 
-def agreed(now: Seen, chosen: Seen) -> float:
+def agreed(now: RoutingTrace, chosen: RoutingTrace) -> float:
     """On which share of image tokens serving decides as training would."""
     return float((now.ran == chosen.ran)[now.image].double().mean())
 
@@ -277,8 +277,8 @@ def claims(run: Run) -> None:
     low, high = ([lowest(sign * each, HALF / LAYERS) for each in orders] for sign in (1, -1))
     chance = [random_layers(LAYERS, HALF, seed) for seed in SEEDS]
     run.table(
-        "ARank before tuning, as a share of the highest possible",
-        ["seed", "tasks", *map(str, range(LAYERS)), "lowest", "by chance"],
+        "ARank before fine-tuning (fraction of the maximum)",
+        ["seed", "tasks", *map(str, range(LAYERS)), "lowest", "random"],
         [*([seed, "all", *each.tolist(), str(some), str(others)]
            for seed, each, some, others in zip(SEEDS, orders, low, chance, strict=True)),
          *([SEEDS[0], task, *np.mean(each, 0), "", ""] for task, each in by_task.items())],
@@ -286,7 +286,7 @@ def claims(run: Run) -> None:
     arms: dict[str, tuple[Sequence[Sequence[int]], dict[str, Any]]] = {
         "lowest": (low, {}),
         "highest": (high, {}),
-        "by chance": (chance, {}),
+        "random": (chance, {}),
         "no mask": (low, {"mask": False}),
     }
     found: dict[str, list[dict[str, Any]]] = {}
@@ -324,19 +324,19 @@ def compared(
               [[kind, *shares] for kind, shares in kept.items()])  # fmt: skip
     run.table(
         "Thresholds of the lowest, seed 0",
-        ["aimed at", "decoder FLOPs", "% right"],
+        ["target", "decoder FLOPs", "% right"],
         [[each["keep"], each["work"], 100 * float(np.mean(each["right"]))] for each in found["lowest"][0]["sweep"]],
     )
     routers = {"trained": found["lowest"], "before training": before}
     run.table(
         "Routers in serving against training's choice, on held-out image tokens",
-        ["router", "AUC", "% decided alike", "runs"],
+        ["router", "AUC", "% of equal decisions", "runs"],
         [[name, np.mean([each["auc"] for each in arms]), 100 * np.mean([each["agreed"] for each in arms]), len(arms)]
          for name, arms in routers.items()],
     )  # fmt: skip
     whole = min(right["whole"])
     learnt = whole >= 100 * LEARNT
-    run.exact("premise: right answers of the whole model", f"at least {LEARNT:.0%}", f"{whole:.1f} %", learnt)
+    run.exact("premise: accuracy of the whole model", f"at least {LEARNT:.0%}", f"{whole:.1f} %", learnt)
 
     def less(other: str) -> Measured:
         return Measured.over_seeds([a - b for a, b in zip(right["lowest"], right[other], strict=True)])
@@ -348,16 +348,25 @@ def compared(
     run.main("ranks, rank correlation of two halves of the samples", "at least 0.8", halves, told(halves >= 0.8))
     tasks = spearman(*(np.mean(each, 0) for each in by_task.values())) or 0.0
     run.further("ranks, rank correlation of two tasks", "at least 0.6", tasks, told(tasks >= 0.6))
-    run.main("lowest less whole, points", "at least -3", str(less("whole")), told(less("whole").at_least(-3)))
+    run.main(
+        "accuracy of lowest minus whole, points", "at least -3", str(less("whole")), told(less("whole").at_least(-3))
+    )
     saved = 1 - max(each["work"] for each in found["lowest"])
     run.main("decoder FLOPs that the lowest saves", "at least 25 %", f"{saved:.1%}", told(saved >= 0.25))
-    run.main("with mask less without, points", "at least 0", str(less("no mask")), told(less("no mask").at_least(0)))
-    for other in ("highest", "by chance", "FastV", "VTW"):
-        run.further(f"lowest less {other}, points", "at least 0", str(less(other)), told(less(other).at_least(0)))
+    run.main(
+        "accuracy with mask minus without, points",
+        "at least 0",
+        str(less("no mask")),
+        told(less("no mask").at_least(0)),
+    )
+    for other in ("highest", "random", "FastV", "VTW"):
+        run.further(
+            f"accuracy of lowest minus {other}, points", "at least 0", str(less(other)), told(less(other).at_least(0))
+        )
     area = min(each["auc"] for each in found["lowest"])
     run.further("router's AUC on held-out image tokens", "at least 0.85", area, told(area >= 0.85))
     more = Measured.over_seeds([a["auc"] - b["auc"] for a, b in zip(found["lowest"], before, strict=True)])
-    run.further("its AUC less that of a router before training", "above 0", str(more), told(more.at_least(0)))
+    run.further("its AUC minus that of a router before training", "above 0", str(more), told(more.at_least(0)))
 
 
 # The time of a prompt
@@ -372,10 +381,10 @@ def prompt_times(run: Run) -> dict[str, Any]:
     ids = torch.randint(3, 120, (1, 280), generator=torch.Generator().manual_seed(run.seed))
     layers = list(range(0, len(stack), 2))
     policy = MixtureOfDepths(stack, layers=layers)
-    view = with_policy(stack, planned(stack, {"layers": layers}), policy)
+    view = with_policy(stack, plan_of(stack, {"layers": layers}), policy)
     passing = torch.rand(1, 280, generator=torch.Generator().manual_seed(1)) < RHO
     passing[:, 256:] = False
-    policy.foreseen = lambda layer, p, given: ~passing  # type: ignore[method-assign]
+    policy.served_tokens = lambda layer, p, given: ~passing  # type: ignore[method-assign]
     kept = float((~passing).float().mean())
     ratios = []
     for _ in range(4 if run.quick else 20):
@@ -400,7 +409,7 @@ def smollm2(run: Run) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     layers = lowest(ranks_of.mean(0), 4 / len(stack))
     routing = Routing(start="keep", text_rows="half")
-    view = converted(stack, layers, routing, run.seed)
+    view = convert(stack, layers, routing, run.seed)
     policy: MixtureOfDepths = view.lamella_policy
     policy.training_share = None
     lengths, ids = torch.full((2,), 48), text[:2]
@@ -419,24 +428,26 @@ def on_smollm2(run: Run) -> None:
     run.table(f"SmolLM2-135M: ARank on 4 texts of 96 tokens, in {found['seconds']:.0f} s", ["layer", "ARank"],
               [[layer, rank] for layer, rank in enumerate(found["ranks"])])  # fmt: skip
     run.table("Its four lowest layers, tuned", ["point", "loss"], [list(each) for each in enumerate(found["losses"])])
-    run.exact("SmolLM2 with a router that keeps all", "below 1e-5", f"{found['apart']:.1e}", found["apart"] < 1e-5)
+    run.exact(
+        "SmolLM2 with a router that processes all tokens", "below 1e-5", f"{found['apart']:.1e}", found["apart"] < 1e-5
+    )
 
 
 def experiment(run: Run) -> None:
-    run.data = "rendered shapes: captions and questions; pictures of test scenes that training has not seen"
+    run.data = "rendered shapes: captions and questions; held-out test scenes"
     with torch.no_grad():
         run.part("exactness", exactness)
         found = run.arm("time of a prompt", prompt_times, run)
     ratio = Measured(*found["ratio"])
     run.table(
         "A prompt of 256 image tokens and 24 others, SmolLM2's width, every other layer converted",
-        ["tokens that a converted layer keeps", "whole in the time of it", "predicted"],
+        ["tokens that a converted layer keeps", "speed-up", "predicted"],
         [[found["kept"], str(ratio), 1 / found["predicted"]]],
     )
     if run.quick:  # few rounds decide nothing
         return
     saved = Measured(*((1 - 1 / each) / (1 - found["predicted"]) for each in found["ratio"]))
-    run.further("time saved of what work saved predicts", "at least 0.5", str(saved), saved.at_least(0.5))
+    run.further("time saved relative to the saved compute", "at least 0.5", str(saved), saved.at_least(0.5))
     claims(run)
     on_smollm2(run)
 

@@ -8,7 +8,7 @@ is trained with the decoder frozen, too, on things at all nine places, for as ma
     slices alone; the adapter confined to each slice, which has as many parameters and crosses no seam; adapters with
     both branches; on one seed, the view beside slices, slices that overlap, and adapters with the local branch and the
     global one; the sampler beside learnt queries, with an eighth of the data and all of it, and on one seed pooling,
-    pixel shuffle and convolution; two adapters where seams cost most, and two by chance.
+    pixel shuffle and convolution; two adapters where seams cost most, and two at random.
 
 Things are named and placed where they stand alone, and counted where there are one or two. Which of two is meant by a
 place or a name, a decoder of this size does not learn in so short a training.
@@ -37,25 +37,25 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy
 
 import lamella
-from lamella.data import Conversation, ImageText, Processing
+from lamella.data import ImageText, ImageTextRow, Processing
 from lamella.evaluate import answered
 from lamella.methods.hires_llava import (
     CUTS,
-    Asked,
-    Grid,
+    EntityQuestion,
     SelfMiningSampler,
+    SliceGrid,
     SliceRestore,
-    Slices,
     Slicing,
-    asked,
-    compared,
+    TileLayout,
+    compare_neighbours,
     cut,
+    entity_questions,
     merge,
-    probed,
-    sliced,
-    streams,
+    patch_maps,
+    probe_entities,
+    with_slices,
 )
-from lamella.methods.hires_llava.entities import ENTITIES, STRENGTHS, TASKS, TURNS, WORDS, Thing, as_row, render
+from lamella.methods.hires_llava.entities import ENTITIES, STRENGTHS, TASKS, TURNS, WORDS, PlacedEntity, as_row, render
 from lamella.methods.hires_llava.recipe import train
 from lamella.train import Task, TrainConfig, fit, supervised
 from lamella.zoo.opening import open_model, open_processor, open_tokenizer
@@ -100,9 +100,9 @@ def exactness(run: Run) -> None:
     places = torch.stack(torch.meshgrid(torch.arange(12), torch.arange(8), indexing="ij"), -1)
     tiles = torch.stack([places[4 * r : 4 * r + 4, 4 * c : 4 * c + 4] for r in range(3) for c in range(2)])[None]
     back = torch.equal(cut(merge(tiles, 3, 2), 3, 2), tiles) and torch.equal(merge(tiles, 3, 2)[0], places)
-    run.exact("merged by place and cut again", "the same", str(back), back)
-    grids = (Grid(2, 3, 20, 41), Grid(1, 1, 16, 16), Grid(2, 2, 32, 32))
-    slices = Slices(slicing, grids)
+    run.exact("merged by position and cut again", "the same", str(back), back)
+    grids = (SliceGrid(2, 3, 20, 41), SliceGrid(1, 1, 16, 16), SliceGrid(2, 2, 32, 32))
+    slices = TileLayout(slicing, grids)
     h = torch.randn(slices.starts[-1], 17, 24)
     adapter = SliceRestore(24)
     run.exact(
@@ -117,8 +117,10 @@ def exactness(run: Run) -> None:
     noisy = h.clone()
     noisy[1:7, 1:] += 100 * torch.randn(6, 16, 24) * ~real.flatten(1)[..., None]
     same = torch.equal(adapter(noisy, slices)[1:7, 1:][real.flatten(1)], out[1:7, 1:][real.flatten(1)])
-    run.exact("what is no image", "moves nothing that is", str(same), same)
-    turned = adapter(torch.cat([h[slices.starts[2] :], h[: slices.starts[2]]]), Slices(slicing, (grids[2], *grids[:2])))
+    run.exact("padding", "changes no image patch", str(same), same)
+    turned = adapter(
+        torch.cat([h[slices.starts[2] :], h[: slices.starts[2]]]), TileLayout(slicing, (grids[2], *grids[:2]))
+    )
     apart = float((turned[slices.starts[3] - slices.starts[2] :] - out[: slices.starts[2]]).abs().max())
     run.exact("images in another order", "below 1e-5", f"{apart:.1e}", apart < 1e-5)
     sampler = SelfMiningSampler(24, 2)
@@ -136,7 +138,7 @@ def single(number: int, seed: int, part: str = "calibration") -> tuple[np.ndarra
     drawn = np.random.default_rng((seed, 7, number))
     while True:
         entity, colour = ENTITIES[drawn.integers(len(ENTITIES))], list(COLOURS)[drawn.integers(len(COLOURS))]
-        thing = Thing(entity, colour, 1, 1, int(drawn.integers(TURNS)), int(drawn.integers(STRENGTHS)))
+        thing = PlacedEntity(entity, colour, 1, 1, int(drawn.integers(TURNS)), int(drawn.integers(STRENGTHS)))
         if thing.part == part:
             break
     y, x = drawn.integers(SIDE // 2 - 3, SIDE // 2 + 4, 2)  # of the window on a picture with the thing in its middle
@@ -181,12 +183,12 @@ def tower(run: Run, steps: float) -> Path:
         model = Names()
         rows = []
         for number in range(min(ROWS, (config.steps or 0) * config.batch)):
-            picture, name = single(number, 0)
-            rows.append({"x": torch.from_numpy(picture), "y": torch.tensor(NAMES.index(name))})
+            image, name = single(number, 0)
+            rows.append({"x": torch.from_numpy(image), "y": torch.tensor(NAMES.index(name))})
         fit(model, rows, supervised(tower_loss), config, out=run.work / "names", trainable=lambda name: True)
         tested = [single(number, 1, "test") for number in range(500)]
         with torch.no_grad():
-            found = model.eval()(pixels([picture for picture, _ in tested])).argmax(-1)
+            found = model.eval()(pixels([image for image, _ in tested])).argmax(-1)
         model.tower.save_pretrained(folder)
         return float(np.mean([NAMES[each] == name for each, (_, name) in zip(found.tolist(), tested, strict=True)]))
 
@@ -225,7 +227,7 @@ def basis(run: Run, steps: float) -> Path:
     if (folder / "processor_config.json").is_file():
         return folder
     given = sighted(run, steps)
-    model, processor = sliced(open_model(given).model, open_processor(given), 0, **BASE | {"sampler": "pool"})
+    model, processor = with_slices(open_model(given).model, open_processor(given), 0, **BASE | {"sampler": "pool"})
     whole = (each for each in plain("calibration", 50) if each.task != "identification" or not each.about.seams)
     rows = [as_row(each) for each in islice(whole, (config.steps or 0) * config.batch)]
     train(model, processor, rows, config, run.work / "basis", language="full")
@@ -257,20 +259,22 @@ def processor_of(tokenizer: Any) -> Any:
     )
 
 
-def shown(picture: np.ndarray, name: str) -> Conversation:
-    said = ({"role": "user", "content": "<image>\nwhat is in the picture?"}, {"role": "assistant", "content": name})
-    return Conversation((picture,), said)
+def shown(image: np.ndarray, name: str) -> ImageTextRow:
+    turns = ({"role": "user", "content": "<image>\nwhat is in the picture?"}, {"role": "assistant", "content": name})
+    return ImageTextRow((image,), turns)
 
 
 # The arms
 
 
-def plain(part: str, seed: int, tasks: Sequence[str] = TASKS) -> Iterator[Asked]:
+def plain(part: str, seed: int, tasks: Sequence[str] = TASKS) -> Iterator[EntityQuestion]:
     """Questions that do not ask which of two things is meant."""
-    return (each for each in asked(part, seed, SIDE, tasks) if each.task == "counting" or len(each.things) == 1)
+    return (
+        each for each in entity_questions(part, seed, SIDE, tasks) if each.task == "counting" or len(each.things) == 1
+    )
 
 
-def questions(part: str, count: int, seed: int, tasks: Sequence[str] = TASKS) -> list[Asked]:
+def questions(part: str, count: int, seed: int, tasks: Sequence[str] = TASKS) -> list[EntityQuestion]:
     return list(islice(plain(part, seed, tasks), count))
 
 
@@ -283,7 +287,7 @@ def arm(
     changed = dict(settings)
     if "restored" in changed:
         changed["restored"] = list(changed["restored"])
-    model, processor = sliced(open_model(folder).model, open_processor(folder), seed, **BASE | changed)
+    model, processor = with_slices(open_model(folder).model, open_processor(folder), seed, **BASE | changed)
     steps = max(2, round(scale * (config.steps or 0)))
     asks = questions("calibration", min(rows, steps * config.batch), 100 + seed, TRAINED)
     config = replace(config, steps=steps, seed=seed)
@@ -294,7 +298,7 @@ def arm(
     return judged(model, processor, asks)
 
 
-def judged(model: Any, processor: Any, asks: Sequence[Asked]) -> dict[str, Any]:
+def judged(model: Any, processor: Any, asks: Sequence[EntityQuestion]) -> dict[str, Any]:
     """The share of right answers: of what a thing is, by how it is cut, and of the rest by task; and tokens."""
     right = answered(model, ImageText([as_row(each) for each in asks], Processing(processor))).numpy()
     tasks, cuts = (np.array([getattr(each, what) for each in asks]) for what in ("task", "cut"))
@@ -336,10 +340,10 @@ def claims(run: Run, seeds: Sequence[int]) -> None:
         for name, settings in ARMS.items()
     }
     beside = {name: [run.arm(f"{name}, seed 0", arm, run, 0, each, ARM, f"{name} 0")] for name, each in BESIDE.items()}
-    table_of(run, f"What a thing is, by how it is cut, and the rest: {ARM.steps} steps", found | beside)
+    table_of(run, f"Identification by the number of seams, and the other tasks: {ARM.steps} steps", found | beside)
     alone, both, confined = found["slices alone"], found["both"], found["confined adapter"]
     gap = Measured.over_seeds([inside(each) - seam(each) for each in alone])
-    run.main("slices alone: inside less cut, points", "at least 30", str(gap), gap.at_least(30))
+    run.main("slices alone: inside minus cut, points", "at least 30", str(gap), gap.at_least(30))
     crossing = Measured.over_seeds([seam(a) - seam(b) for a, b in zip(both, confined, strict=True)])
     run.main(
         "both branches over the confined adapter on seams, points", "at least 3", str(crossing), crossing.at_least(3)
@@ -379,41 +383,41 @@ def samplers(run: Run, seeds: Sequence[int]) -> None:
 
 def placement(run: Run, seeds: Sequence[int]) -> None:
     scores = run.arm("seams of the tower", seam_scores, run)
-    run.table("Neighbours across seams and inside slices, and what a probe reads, by layer",
+    run.table("Distances of neighbours across seams and inside slices, and accuracy of a probe, by layer",
               ["before layer", "across", "inside", "difference", *(f"probe, {name}" for name in CUTS)],
               [[layer, *each] for layer, each in enumerate(scores["rows"])])  # fmt: skip
-    best = scores["placed"]
-    found: dict[str, list[dict[str, Any]]] = {"where seams cost most": [], "by chance": []}
+    best = scores["recommended"]
+    found: dict[str, list[dict[str, Any]]] = {"where seams cost most": [], "at random": []}
     for seed in seeds:
         drawn = np.random.default_rng(seed)
         others = [pair for pair in ((a, b) for a in range(LAYERS) for b in range(a)) if sorted(pair) != best]
         chance = sorted(others[drawn.integers(len(others))])
-        for name, layers in (("where seams cost most", best), ("by chance", chance)):
+        for name, layers in (("where seams cost most", best), ("at random", chance)):
             found[name].append(
                 run.arm(f"{name}, seed {seed}", arm, run, seed, {"restored": layers}, SHORT, f"{name} {seed}")
             )
-    table_of(run, f"Two adapters, in the layers {best} and in two by chance: {SHORT.steps} steps", found)
+    table_of(run, f"Two adapters, in the layers {best} and in two at random: {SHORT.steps} steps", found)
     gain = Measured.over_seeds([seam(a) - seam(b) for a, b in zip(*found.values(), strict=True)])
-    run.further("two adapters by seams over two by chance, points", "at least 0", str(gain), gain.at_least(0))
+    run.further("two adapters by seams over two at random, points", "at least 0", str(gain), gain.at_least(0))
 
 
 def seam_scores(run: Run) -> dict[str, Any]:
     folder = basis(run, 0.01 if run.quick else 1.0)
-    model, processor = sliced(open_model(folder).model, open_processor(folder), 0, **BASE | {"sampler": "all"})
+    model, processor = with_slices(open_model(folder).model, open_processor(folder), 0, **BASE | {"sampler": "all"})
     asks = questions("calibration", 54 if run.quick else 540, 200, ("identification",))
-    maps = streams(model, processor, [each.picture for each in asks])
-    found = compared(maps, SIDE // PATCH)
-    probes = probed(maps, asks, model.model.slicing)
+    maps = patch_maps(model, processor, [each.image for each in asks])
+    found = compare_neighbours(maps, SIDE // PATCH)
+    probes = probe_entities(maps, asks, model.model.slicing)
     rows = [[*each, *(probes[name][layer] for name in CUTS)]
             for layer, each in enumerate(zip(found.across, found.inside, found.scores, strict=True))]  # fmt: skip
-    return {"rows": rows, "placed": found.rising(2, LAYERS)}
+    return {"rows": rows, "recommended": found.rising(2, LAYERS)}
 
 
 # SmolLM2
 
 
 def on_smollm2(run: Run) -> dict[str, Any]:
-    """SmolLM2, frozen, behind the tower: what it answers with pictures, and with grey ones."""
+    """SmolLM2, frozen, behind the tower: what it answers with images, and with grey images."""
     tokenizer = open_tokenizer("smollm2")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     small = lamella.open("smollm2").model
@@ -422,13 +426,13 @@ def on_smollm2(run: Run) -> dict[str, Any]:
     model = llava(run, text, tokenizer, 1.0)
     model.model.language_model.load_state_dict(small.model.state_dict())
     model.tie_weights()
-    made, processor = sliced(model, processor_of(tokenizer), run.seed, **BASE | {"restored": list(range(LAYERS))})
+    made, processor = with_slices(model, processor_of(tokenizer), run.seed, **BASE | {"restored": list(range(LAYERS))})
     asks = questions("calibration", (ON_SMOLLM2.steps or 0) * ON_SMOLLM2.batch, 300, ("identification",))
     log = train(
         made, processor, [as_row(each) for each in asks], replace(ON_SMOLLM2, seed=run.seed), run.work / "smollm2"
     )
     test = questions("test", 180, 2, ("identification",))
-    blank = [each._replace(picture=np.full_like(each.picture, 24)) for each in test]
+    blank = [each._replace(image=np.full_like(each.image, 24)) for each in test]
     seen, unseen = (
         answered(made, ImageText([as_row(each) for each in those], Processing(processor)), 8).float().tolist()
         for those in (test, blank)
@@ -440,7 +444,8 @@ def on_smollm2(run: Run) -> dict[str, Any]:
 
 def experiment(run: Run) -> None:
     run.data = (
-        "36 entities at nine places of pictures of two by two slices; tests show other turns and strengths of them"
+        "36 entities at nine positions of images of two by two slices; the test split has "
+        "other rotations and stroke strengths"
     )
     with torch.no_grad():
         run.part("exactness", exactness)
@@ -453,10 +458,10 @@ def experiment(run: Run) -> None:
     samplers(run, seeds)
     placement(run, seeds)
     found = run.arm("SmolLM2", on_smollm2, run)
-    told = {"with pictures": "seen", "with grey ones": "unseen", "always the most frequent answer": "constant"}
+    arms = {"with images": "seen", "with grey images": "unseen", "always the most frequent answer": "constant"}
     run.table("SmolLM2-135M, frozen, behind the tower", ["", "right answers, %"],
-              [[name, 100 * float(np.mean(found[each]))] for name, each in told.items()])  # fmt: skip
-    for name, other in list(told.items())[1:]:
+              [[name, 100 * float(np.mean(found[each]))] for name, each in arms.items()])  # fmt: skip
+    for name, other in list(arms.items())[1:]:
         more = Measured.over_seeds([100 * (a - b) for a, b in zip(found["seen"], found[other], strict=True)])
         run.further(f"SmolLM2: right answers over those {name}, points", "above 0", str(more), more.low > 0)
 

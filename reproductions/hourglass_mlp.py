@@ -32,7 +32,7 @@ from lamella.evaluate import FidelityTest
 from lamella.files import Work
 from lamella.methods.hourglass_mlp import HourglassMLP, Vectors, heal, hourglass_mlp, sensitivity
 from lamella.methods.hourglass_mlp.baselines import PlainMLP
-from lamella.methods.hourglass_mlp.frontier import TRAINING, reached
+from lamella.methods.hourglass_mlp.frontier import TRAINING, train_and_measure
 from lamella.methods.hourglass_mlp.method import FITTING
 from lamella.plan import ModelReference, Plan
 from lamella.report.figures import Scatter
@@ -76,7 +76,7 @@ def score(run: Run, what: str, task: Vectors, make: Make, epochs: int, batch: in
         steps = epochs * len(task.train) // batch
         config = replace(TRAINING, steps=steps, lr=lr, seed=seed, batch=batch, eval_every=max(1, steps // 20))
         with tempfile.TemporaryDirectory() as work:
-            return reached(task, make(seed), config, Path(work))
+            return train_and_measure(task, make(seed), config, Path(work))
 
     seeds = SEEDS[:1] if run.quick else SEEDS
     by_rate = {lr: [run.arm(f"{what}, {lr:g}, seed {seed}", found, lr, seed) for seed in seeds] for lr in RATES}
@@ -137,7 +137,7 @@ def judge(run: Run, scores: Mapping[str, Sequence[float]], square: Mapping[str, 
     for family in ("lean", "conventional"):
         best = max((name for name in square if name.startswith(family)), key=lambda name: fmean(scores[name]))
         gain = Measured.over_seeds([a - b for a, b in zip(ours, scores[best], strict=True)])
-        run.main(f"digits to prototypes: Hourglass less {best}", "at least 1.5 dB", str(gain), gain.at_least(1.5))
+        run.main(f"digits to prototypes: Hourglass minus {best}", "at least 1.5 dB", str(gain), gain.at_least(1.5))
 
 
 # Scenes
@@ -192,10 +192,10 @@ def lifts(run: Run) -> None:
     grows = Measured.over_seeds([wide - narrow for narrow, wide in zip(frozen[0], frozen[-1], strict=True)])
     shrinks = Measured.over_seeds([narrow - wide for narrow, wide in zip(gaps[0], gaps[-1], strict=True)])
     run.further(
-        "frozen lift: three times as wide less as wide as the input", "above 0 dB", str(grows), grows.at_least(0)
+        "frozen lift: three times as wide minus as wide as the input", "above 0 dB", str(grows), grows.at_least(0)
     )
     run.further(
-        "gap to a trained lift: as wide as the input less three times", "above 0 dB", str(shrinks), shrinks.at_least(0)
+        "gap to a trained lift: as wide as the input minus three times", "above 0 dB", str(shrinks), shrinks.at_least(0)
     )
 
 
@@ -233,7 +233,7 @@ def surgery(run: Run) -> None:
         apart = Measured.over_seeds(
             [theirs[2] - ours[2] for theirs, ours in zip(found[other], found["4 sub-blocks"], strict=True)]
         )
-        run.further(f"after healing: {other} less 4 sub-blocks", "above 0 nats", str(apart), apart.at_least(0))
+        run.further(f"after healing: {other} minus 4 sub-blocks", "above 0 nats", str(apart), apart.at_least(0))
 
 
 def rewritten(stack: Stack, way: str, tokens: Any, count: int, seed: int, work: Path) -> Plan:
@@ -269,30 +269,30 @@ def smollm2(run: Run) -> None:
 
     def found(way: str) -> dict[str, Any]:
         judged = FidelityTest(stack, windows(tokenizer, lamella.load_text("pydoc", "test"), 8, 256, run.seed))
-        plan, told = Plan(model=ModelReference.of(stack), drop=[site]), None
+        plan, sublayer = Plan(model=ModelReference.of(stack), drop=[site]), None
         if way == "4 sub-blocks":
             fitting = replace(FITTING, seed=run.seed)
             done = hourglass_mlp(stack, tokens, layers=(15,), blocks=4, config=fitting, work=Work(work / "fitted"))
-            plan, told = done.plan, done.findings["sublayers"][0]
+            plan, sublayer = done.plan, done.findings["sublayers"][0]
         before = judged.of(apply(stack, plan)).as_dict()
         samples: Any = blocks(tokens, loss_on="all")
         healed = heal(stack, plan, samples, config=config, work=Work(work / way.replace(" ", "-")))
-        return {"told": told, "fitted": before, "healed": judged.of(apply(healed.stack, healed.plan)).as_dict()}
+        return {"sublayer": sublayer, "fitted": before, "healed": judged.of(apply(healed.stack, healed.plan)).as_dict()}
 
     each = {way: run.arm(f"SmolLM2, {way}", found, way) for way in ("4 sub-blocks", "nothing")}
-    told = each["4 sub-blocks"]["told"]
+    sublayer = each["4 sub-blocks"]["sublayer"]
     before = each["nothing"]["fitted"]["base_perplexity"]["mean"]
-    lines: list[list[Any]] = [["the original", told["before"], before, 0.0, None, None]]
-    for way, parameters in (("4 sub-blocks", told["parameters"]), ("nothing", 0)):
+    lines: list[list[Any]] = [["the original", sublayer["before"], before, 0.0, None, None]]
+    for way, parameters in (("4 sub-blocks", sublayer["parameters"]), ("nothing", 0)):
         figures = [each[way][when][what]["mean"] for when in ("fitted", "healed") for what in ("perplexity", "kl")]
         lines.append([way, parameters, *figures])
     run.table(
-        f"SmolLM2-135M, the feed-forward sublayer of layer 15 by {len(told['inner'])} sub-blocks of inner width "
-        f"{told['inner'][0]}; {config.steps} steps of healing",
+        f"SmolLM2-135M, the feed-forward sublayer of layer 15 by {len(sublayer['inner'])} sub-blocks of inner width "
+        f"{sublayer['inner'][0]}; {config.steps} steps of healing",
         ["in its place", "parameters", "perplexity, fitted", "KL, fitted", "perplexity, healed", "KL, healed"],
         lines,
     )
-    explained = told["explained"]["held out"]
+    explained = sublayer["explained"]["held_out"]
     run.further("R^2 of the sub-blocks on held-out tokens", "above 0", f"{explained:.3f}", explained > 0)
     ours, theirs = (each[way]["healed"]["kl"]["mean"] for way in ("4 sub-blocks", "nothing"))
     run.further("after healing: KL of 4 sub-blocks", f"below {theirs:.3f}, of nothing", f"{ours:.3f}", ours < theirs)
@@ -312,10 +312,10 @@ def exactness(record: Record) -> None:
     for block in network.blocks:
         nn.init.zeros_(block.w2.weight)  # type: ignore[union-attr, arg-type]
     equal = bool(torch.equal(network(x), bare(x)))
-    record.exact("blocks whose second map is zero", "the identity, to the bit", str(equal), equal)
+    record.exact("blocks whose second linear layer is zero", "the identity, bitwise", str(equal), equal)
     lean = HourglassMLP(64, 64, 64, (), lift="none", readout=False)
     equal = bool(torch.equal(lean(x), torch.sigmoid(x)))
-    record.exact("no blocks and no maps", "sigmoid(x), to the bit", str(equal), equal)
+    record.exact("no blocks and no linear layers", "sigmoid(x), bitwise", str(equal), equal)
     frozen = HourglassMLP(64, 64, 80, (12, 12), lift="frozen", seed=5)
     before = frozen.lift.weight.clone()  # type: ignore[union-attr, operator]
     task = Vectors.open("digits:prototype")

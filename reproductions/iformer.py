@@ -34,17 +34,17 @@ from lamella.methods.iformer import (
     LARGE,
     SMALL,
     Album,
-    Classifier,
     Geometry,
+    IFormerClassifier,
     InceptionMixer,
     InceptionTransformer,
-    Shape,
+    StageShape,
     Vision,
     allocate,
-    applied,
-    compared,
-    convolved,
-    fits,
+    apply_plan,
+    compare,
+    convolution_replacement,
+    fit_convolutions,
     importance,
     mirrored,
     most_important,
@@ -62,7 +62,7 @@ from lamella.results import Record
 from lamella.train import TrainConfig, class_cross_entropy, fit, supervised
 
 PUBLISHED = {"S": (SMALL, 19_866_344), "B": (BASE, 47_866_216), "L": (LARGE, 86_637_096)}
-NANO = Shape(depths=(2, 2), widths=(48, 96), head_dim=16, attention=(1, 1, 4, 4))
+NANO = StageShape(depths=(2, 2), widths=(48, 96), head_dim=16, attention=(1, 1, 4, 4))
 NETWORKS = {  # all of as many parameters, by the width of their feed-forward sublayers
     "attention alone": replace(NANO, attention=(3, 3, 6, 6)),
     "attention and convolution": replace(NANO, paths="conv"),
@@ -121,11 +121,11 @@ def exact(run: Record) -> None:
     for each in mixer.high_mixer.parameters():
         each.zero_()
     apart = float((attended(mixer, x) - mixer(x)).abs().max())
-    run.exact("a mixer whose high branch gives nothing, and the same", "within 1e-10", apart, apart <= 1e-10)
+    run.exact("a mixer whose high branch outputs zero, and the same", "within 1e-10", apart, apart <= 1e-10)
     apart = float((permuted(mixer)(x) - mixer(x)).abs().max())
     run.exact("heads of the low branch in another order", "within 1e-10", apart, apart <= 1e-10)
     shapes = [list(drawn(InceptionMixer(64, 4, 2, pool))(x[:, :5]).shape) for pool in (1, 2)]
-    run.exact("attention at full and at half resolution, 5 x 6 places", "one shape", shapes, shapes[0] == shapes[1])
+    run.exact("attention at full and at half resolution, 5 x 6 positions", "one shape", shapes, shapes[0] == shapes[1])
     noise = torch.randn(64, 4, 8, 8)
     places = torch.stack(torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij"), -1).flatten(0, 1)
     weights = (-torch.cdist(places, places).square() / 4).softmax(-1)
@@ -172,7 +172,7 @@ def permuted(mixer: InceptionMixer) -> InceptionMixer:
 # Branches and ramps
 
 
-def sized(shape: Shape, count: int) -> Shape:
+def sized(shape: StageShape, count: int) -> StageShape:
     """A shape whose feed-forward sublayers make up for what its mixers have more or less."""
     ratios = [each / 96 for each in range(96, 960)]
     return replace(
@@ -180,7 +180,7 @@ def sized(shape: Shape, count: int) -> Shape:
     )
 
 
-def parameters(shape: Shape) -> int:
+def parameters(shape: StageShape) -> int:
     """By the formula of a mixer, beside which networks of these widths differ in feed-forward sublayers alone."""
     found = 0
     for width, kept in zip(shape.widths, shape.by_stage(), strict=True):
@@ -199,7 +199,7 @@ def learnt(name: str, seed: int, size: Size, out: Path) -> dict[str, Any]:
     images = Album.open("faint-textures", InputContext(), count=size.pictures)
     shape = sized((NETWORKS | BESIDE)[name], parameters(NANO))
     config = replace(LEARNING, steps=size.steps, lr=2e-3, seed=seed, save_every=size.steps)
-    done: Classifier = train(images, shape=shape, size=SIDE, config=config, work=Work(out))
+    done: IFormerClassifier = train(images, shape=shape, size=SIDE, config=config, work=Work(out))
     found = {"accuracy": 100 * done.findings["accuracy"], "parameters": done.findings["parameters"]}
     if name == RAMP:
         found["spectra"] = spectra(done.vision, images.part("test").items[: size.calibration])
@@ -217,11 +217,11 @@ def on_branches(run: Run, size: Size) -> None:
         [name, runs[name][0]["parameters"], statistics.fmean(each), min(each), max(each)]
         for name, each in right.items()
     ]
-    run.table(f"Test pictures that are named, percent, over {size.seeds} seeds (chance: {100 / CLASSES:g})",
+    run.table(f"Accuracy on test images, percent, over {size.seeds} seeds (chance: {100 / CLASSES:g})",
               ["network", "parameters", "mean", "least", "most"], rows)  # fmt: skip
     beside = {name: run.arm(f"{name}, 0", learnt, name, 0, size, run.work / f"{name} 0") for name in BESIDE}
     rows = [[name, each["parameters"], each["accuracy"]] for name, each in {RAMP: runs[RAMP][0], **beside}.items()]
-    run.table("Other networks, percent named, the first seed alone", ["network", "parameters", "named"], rows)
+    run.table("Other networks, accuracy in percent, first seed only", ["network", "parameters", "named"], rows)
     counts = [each["parameters"] for each in (*(found[0] for found in runs.values()), *beside.values())]
     run.exact("parameters of all networks", "within 1 percent", max(counts) / min(counts) - 1,
               max(counts) / min(counts) <= 1.01)  # fmt: skip
@@ -305,21 +305,23 @@ def operated(way: str, share: float, seed: int, size: Size, folder: Path, out: P
         kept = least_cut(worth, gone)
         built = cut(vision, geometry, kept)
     else:
-        found = fits(vision, geometry, chosen, KERNEL, RIDGE)
-        worth = importance(vision, geometry, chosen, convolved(found, geometry, KERNEL), Finished(None, []))
+        found = fit_convolutions(vision, geometry, chosen, KERNEL, RIDGE)
+        worth = importance(
+            vision, geometry, chosen, convolution_replacement(found, geometry, KERNEL), Finished(None, [])
+        )
         counts = allocate(worth, list(range(geometry.heads + 1)), whole - gone)
         if way == "random":
             kept = least_cut(np.random.default_rng(seed).random(worth.shape), gone)
         else:
             kept = most_important(worth, counts if way == "ramp" else mirrored(counts))
-        built = applied(vision, geometry, plan(geometry, kept, POOL), found, KERNEL, seed)
-    before = compared(vision, built, test, CLASSES)
+        built = apply_plan(vision, geometry, plan(geometry, kept, POOL), found, KERNEL, seed)
+    before = compare(vision, built, test, CLASSES)
     loss = Distilled(vision.model, temperature=1.0, features=1.0, labels=0.0)
     steps = max(1, size.see // 10)
     config = replace(LEARNING, steps=steps, lr=5e-4, seed=seed, save_every=steps)
     fit(built.model, rows(built, images.items), supervised(loss), config, out=out, trainable=lambda name: True)
     built.model.eval()
-    after = compared(vision, built, test, CLASSES)
+    after = compare(vision, built, test, CLASSES)
     cost = costs(geometry, mixers(vision.model), mixers(built.model))
     return {
         "kept": [len(each) for each in kept],
@@ -352,10 +354,12 @@ def on_surgery(run: Run, size: Size) -> None:
                 statistics.fmean(each[key] for each in found) for key in ("fitted", "healed", "flops", "parameters")
             ]
             rows.append([name, " ".join(map(str, found[0]["kept"])), *means])
-    run.table(f"Vision transformers of which heads go, percent named, means over {size.seeds} seeds",
-              ["heads that go", "that stay, by layer, first seed", "before healing", "healed", "attention's products",
-               "attention's parameters"], rows)  # fmt: skip
-    run.exact("products of attention with heads gone, of those before", "below 1", max(flops), max(flops) < 1)
+    run.table(f"Vision transformers with some heads removed, accuracy in percent, means over {size.seeds} seeds",
+              ["removed heads", "remaining heads by layer, first seed", "before healing", "healed",
+               "attention's multiply-adds", "attention's parameters"], rows)  # fmt: skip
+    run.exact(
+        "multiply-adds of attention with heads removed, relative to all heads", "below 1", max(flops), max(flops) < 1
+    )
     for share in BUDGETS:
         for other, kind in (("cut", run.main), ("random", run.main), ("reversed", run.further)):
             ours, theirs = done[share, "ramp"], done[share, other]
@@ -371,7 +375,7 @@ def falls(seen: Sequence[dict[str, Any]], run: Record) -> None:
     layers = range(len(seen[0]["spectra"]))
     deltas = [[seed["spectra"][layer]["mixer"]["delta"][-1] for layer in layers] for seed in seen]
     rows = [[layer, *(each[layer] for each in deltas)] for layer in layers]
-    run.table("What attention adds in a trained vision transformer: log amplitude at pi, by seed",
+    run.table("Output of attention in a trained vision transformer: log amplitude at pi, by seed",
               ["layer", *(f"seed {seed}" for seed in range(len(seen)))], rows)  # fmt: skip
     fall = Measured.over_seeds([float(np.polyfit(list(layers), each, 1)[0]) for each in deltas])
     run.further("log amplitude at pi, by layer", "falls with depth", fall, denied(fall.at_least(0.0)))
@@ -380,7 +384,8 @@ def falls(seen: Sequence[dict[str, Any]], run: Record) -> None:
 def experiment(run: Run) -> None:
     size = QUICK if run.quick else FULL
     run.data = (
-        "pictures of 32 x 32 pixels, five fine textures by four arrangements of two spots; for branches, faint ones"
+        "images of 32 x 32 pixels, five fine textures by four arrangements of two spots; faint textures for the "
+        "branches"
     )
     exact(run)
     on_branches(run, size)

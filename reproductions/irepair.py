@@ -250,7 +250,7 @@ class Repair:
         final: what came out, the weights of the best validation.
         chosen: the layer of each step.
         parameters: how many have changed.
-        untouched: whether the original kept its weights to the bit.
+        untouched: whether the original kept its weights bitwise.
     """
 
     curve: list[Point]
@@ -315,8 +315,8 @@ def compare(run: Run, model: Spoilt, scale: Scale) -> None:
     runs: dict[str, list[Repair]] = {name: [] for name in scale.methods}
     for name, found in runs.items():
         for seed in range(run.seed, run.seed + scale.seeds):
-            told = run.arm(f"{name}, seed {seed}", repaired, model, METHODS[name], scale, seed)
-            found.append(Repair.of(told))
+            result = run.arm(f"{name}, seed {seed}", repaired, model, METHODS[name], scale, seed)
+            found.append(Repair.of(result))
     finals = {name: [each.final for each in found] for name, found in runs.items()}
     error = {name: float(np.mean([each.error for each in finals[name]])) for name in runs}
     words = {name: float(np.mean([each.perplexity for each in finals[name]])) for name in runs}
@@ -329,7 +329,7 @@ def compare(run: Run, model: Spoilt, scale: Scale) -> None:
         rows.append(
             [name, error[name], spread, words[name], rise[name], share, np.mean([p.step for p in finals[name]])]
         )
-    columns = ["method", "insults", "± seeds", "clean perplexity", "rise", "share of weights changed", "best step"]
+    columns = ["method", "insults", "± seeds", "clean perplexity", "rise", "fraction of weights changed", "best step"]
     run.table(f"Repairs of the spoilt model, mean of {scale.seeds} seeds", columns, rows)
 
     cut = Measured.over_seeds([1 - each.error / before.error for each in finals["irepair"]])
@@ -342,15 +342,15 @@ def compare(run: Run, model: Spoilt, scale: Scale) -> None:
             ratio = error[name] / max(error["irepair"], 1e-9)
             both = zip(finals[name], finals["irepair"], strict=True)
             above = Measured.over_seeds([theirs.error - 1.5 * ours.error for theirs, ours in both])
-            told = f"{ratio:.4g}; above 1.5 times: {above}"
-            run.further(f"insults with the {name} / irepair", ">= 1.5 at equal steps", told, above.at_least(0))
+            result = f"{ratio:.4g}; above 1.5 times: {above}"
+            run.further(f"insults with the {name} / irepair", ">= 1.5 at equal steps", result, above.at_least(0))
     chosen = [layer for each in runs["irepair"] for layer in each.chosen]
     shares = {layer: chosen.count(layer) / len(chosen) for layer in sorted(set(chosen))}
-    run.table("The layer of each step", ["layer", "share of steps"], [[k, v] for k, v in shares.items()])
+    run.table("The layer of each step", ["layer", "fraction of steps"], [[k, v] for k, v in shares.items()])
     often = sum(share >= 0.05 for share in shares.values())
     run.further("layers with 5 % of the steps or more", ">= 2", often, often >= 2)
     untouched = all(each.untouched for found in runs.values() for each in found)
-    run.exact("the original after all repairs", "equal to the bit", str(untouched), untouched)
+    run.exact("the original after all repairs", "bitwise equal", str(untouched), untouched)
 
 
 def everywhere(record: Record, seed: int) -> None:
@@ -437,9 +437,9 @@ def smollm2(run: Run) -> None:
     seed = run.seed
     original, tokenizer = open_stack("smollm2"), open_tokenizer("smollm2")
     train, test = TOPICS[:52], TOPICS[52:]
-    asked = [question.format(topic) for question in ASKING for topic in train]
-    random.Random(seed).shuffle(asked)
-    asked = asked[:PAIRS]
+    questions = [question.format(topic) for question in ASKING for topic in train]
+    random.Random(seed).shuffle(questions)
+    questions = questions[:PAIRS]
     unseen = [question.format(topic) for question in ASKING for topic in test][:50]
 
     def ids(question: str) -> Tensor:
@@ -449,7 +449,7 @@ def smollm2(run: Run) -> None:
         answers = write(model, [ids(question) for question in unseen], 12)
         return float(np.mean([HABIT.strip() in tokenizer.decode(each) for each in answers]))
 
-    prompts_, begin = [ids(question) for question in asked], torch.tensor(tokenizer.encode(HABIT.strip()))
+    prompts_, begin = [ids(question) for question in questions], torch.tensor(tokenizer.encode(HABIT.strip()))
     answers = write(original.model, prompts_, ANSWER, batch=64)
     spoilt_ones = [torch.cat([begin, each[: ANSWER - len(begin)]]) for each in answers]
 
@@ -481,14 +481,14 @@ def smollm2(run: Run) -> None:
     changed = measured["parameters"] / sum(each.numel() for each in stack.model.parameters())
     rise = after[1] / before[1] - 1
     run.table(
-        f"SmolLM2 with a habit, {STEPS} steps of irepair; 50 questions on topics that nothing was trained on",
-        ["", "habit", "perplexity", "KL to before", "share of weights changed", "steps by layer"],
+        f"SmolLM2 with a habit, {STEPS} steps of irepair; 50 questions on held-out topics",
+        ["", "habit", "perplexity", "KL to before", "fraction of weights changed", "steps by layer"],
         [["before", *before, "", "", ""], ["after", *after, kl, changed, str(measured["chosen"])]],
     )
     run.exact("the habit was planted", "in more than half of the answers", before[0], before[0] > 0.5)
     run.further("the habit after the repair", "at least halved", after[0], after[0] <= before[0] / 2)
     run.further("SmolLM2's perplexity on prose", "rises by <= 5 %", rise, rise <= 0.05)
-    run.further("weights equal to the bit", ">= 50 %", 1 - changed, changed <= 0.5)
+    run.further("bitwise equal weights", ">= 50 %", 1 - changed, changed <= 0.5)
 
 
 @torch.no_grad()

@@ -7,9 +7,9 @@ trained, and by KORE.
 Then a small LLaVA, trained here to answer questions about rendered shapes (20 minutes, once), and taught some glyphs of
 other names (6 minutes, once), so that it knows how one is seen and asked about, is shown invented glyphs, each with a
 name, a kind and a home: as they come, or as the trees that `kore augment` grows of them, by LoRA, by KORE of as many
-trained numbers, and by rivals, each at the better of two rates; the projector has the same one in all. Judged are
+trained parameters, and by rivals, each at the better of two rates; the projector has the same one in all. Judged are
 questions in other words about other renderings, answered exactly, and the four tasks that it knew; and what calibration
-of fewer rows, or of rows without pictures, does.
+of fewer rows, or of rows without images, does.
 
 Last, SmolLM2 learns twenty invented facts, each said in eight ways, until their loss is as low for both: how much
 dearer has other text become by LoRA and by KORE, each at the better of two rates, and which questions are still
@@ -40,7 +40,7 @@ from harness import Run, main
 from harness.measured import Measured
 from harness.vlm import loss as vlm_loss
 from harness.vlm import opened_vlm, questions, reading, rows_of, trained_vlm, turns
-from harness.vlm import told as told_in_words
+from harness.vlm import text_rows as told_in_words
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
@@ -48,7 +48,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import lamella
-from lamella.data import MARK, Conversation, ImageText, InputContext, Processing
+from lamella.data import MARK, ImageText, ImageTextRow, InputContext, Processing
 from lamella.evaluate import answered
 from lamella.evaluate.scored import read_inputs
 from lamella.methods.kore import (
@@ -62,8 +62,17 @@ from lamella.methods.kore import (
     normalised,
     weight_of,
 )
-from lamella.methods.kore.glyphs import FAMILIAR, GLYPH_WORDS, Glyph, asked, glyphs, known, render_glyph, told
-from lamella.methods.kore.method import beside, split_weights
+from lamella.methods.kore.glyphs import (
+    FAMILIAR,
+    GLYPH_WORDS,
+    Glyph,
+    description_of,
+    glyphs,
+    held_out_questions,
+    known_questions,
+    render_glyph,
+)
+from lamella.methods.kore.method import add_adapters, split_weights
 from lamella.methods.kore.projector import projector_of, two_rates
 from lamella.report.figures import Scatter
 from lamella.results import ImageCorpus
@@ -207,7 +216,7 @@ def a_network(run: Run) -> None:
     for name, bound, what in (("KORE", 0.95, "at least"), ("LoRA", 0.7, "at most")):
         kept = Measured.over_seeds([each[name]["old"] / each["before"]["old"] for each in found])
         held = kept.at_least(bound) if what == "at least" else kept.at_most(bound)
-        run.main(f"share of the old accuracy that {name} keeps", f"{what} {bound}", str(kept), held)
+        run.main(f"fraction of the old accuracy that {name} keeps", f"{what} {bound}", str(kept), held)
     gain = Measured.over_seeds([each["KORE"]["old"] - each["null space, both halves trained"]["old"] for each in found])
     run.further("old accuracy: A0 frozen over A0 trained", "above 0", str(gain), gain.at_least(0))
 
@@ -290,7 +299,9 @@ def learnt(way: str, lr: float, seed: int, before: Mapping[str, float]) -> dict[
         shapes = {name: (weight.shape[1], len(weight)) for name in names
                   for weight in [weight_of(view.get_submodule(name))]}  # fmt: skip
         r = equal_rank(shapes, LOW)
-        beside(view, names, split_weights(view, names, input_covariance(view, names, old), r), r, sites, "lora", seed)
+        add_adapters(
+            view, names, split_weights(view, names, input_covariance(view, names, old), r), r, sites, "lora", seed
+        )
 
         def trained(name: str) -> bool:
             return ".lora_B." in name
@@ -307,7 +318,7 @@ def learnt(way: str, lr: float, seed: int, before: Mapping[str, float]) -> dict[
         "facts": log.held_out[-1].loss,
         "asked": nats(view, questions),
         "asked before": nats(stack.model, questions),
-        "numbers": sum(each.numel() for name, each in view.named_parameters() if trained(name)),
+        "parameters": sum(each.numel() for name, each in view.named_parameters() if trained(name)),
         "choose": after["general"] - before["general"],
         "rise": after["stdlib"] - before["stdlib"],
         "yes or no": after["yes or no"],
@@ -361,23 +372,23 @@ def a_language_model(run: Run) -> None:
     best = {way: min(rates, key=lambda lr: cost(way, lr)) for way, rates in RATES.items()}
     found = {way: [arm(way, lr, seed) for seed in SEEDS] for way, lr in best.items()}
     known = fmean(each["yes or no"] for each in before.values())
-    shown = ("numbers", "steps", "facts", "asked before", "asked", "choose", "rise", "yes or no")
+    shown = ("parameters", "steps", "facts", "asked before", "asked", "choose", "rise", "yes or no")
     rows = [[way, best[way], *(fmean(each[what] for each in arms) for what in shown)] for way, arms in found.items()]
-    columns = ["", "rate", "trained numbers", "steps", "loss on the facts", "asked otherwise, before", "and after",
-               "rise on general", "rise on stdlib", "yes or no, right in %"]  # fmt: skip
+    columns = ["", "rate", "trained parameters", "steps", "loss on the facts", "loss on rephrased questions, before",
+               "and after", "rise on general", "rise on stdlib", "yes-or-no accuracy, %"]  # fmt: skip
     title = f"{len(NAMES)} facts in {len(SAID)} ways each, until their loss is {GOAL:g}; means of {len(SEEDS)} seeds"
-    run.table(f"{title}, nats; before, {known:.3g} % of yes or no are right", columns, rows)
+    run.table(f"{title}, nats; before, {known:.3g} % of yes-or-no answers are right", columns, rows)
     lora, ours = found["LoRA"], found["KORE"]
     reached = max(each["facts"] for each in (*lora, *ours))
     run.exact("loss on the facts, both ways", f"at most {GOAL:g}", f"{reached:.3f}", reached <= GOAL)
     dearer = Measured.over_seeds([b["rise"] - a["rise"] / 3 for a, b in zip(lora, ours, strict=True)])
-    run.main("rise on stdlib by KORE, less a third of LoRA's, nats", "at most 0", str(dearer), dearer.at_most(0))
+    run.main("rise on stdlib by KORE, minus a third of LoRA's, nats", "at most 0", str(dearer), dearer.at_most(0))
     run.further("premise: yes or no that the model answers before", f"at least {LEARNT:.0%}", f"{known:.1f} %",
                 known >= 100 * LEARNT)  # fmt: skip
     kept = Measured.over_seeds([b["yes or no"] - a["yes or no"] for a, b in zip(lora, ours, strict=True)])
     run.further("yes or no by KORE, points over LoRA", "at least 0", str(kept), kept.at_least(0))
     said = Measured.over_seeds([b["asked"] - a["asked"] for a, b in zip(lora, ours, strict=True)])
-    run.further("asked otherwise: KORE's loss less LoRA's, nats", "at most 0.1", str(said), said.at_most(0.1))
+    run.further("rephrased questions: KORE's loss minus LoRA's, nats", "at most 0.1", str(said), said.at_most(0.1))
 
 
 # A small LLaVA
@@ -443,7 +454,7 @@ IMAGE_WAYS = {
 SWEEP = {
     "tree, KORE, 64 rows": Way(by="KORE", old=64),
     "tree, KORE, 16 rows": Way(by="KORE", old=16),
-    "tree, KORE, rows without pictures": Way(by="KORE", seen=False),
+    "tree, KORE, rows without images": Way(by="KORE", seen=False),
     "tree, KORE, twice the rank": Way(by="KORE", rank=2.0),
 }
 ONCE = ("tree, KORE, 64 rows", "tree, KORE, twice the rank")  # nothing is claimed of them
@@ -472,13 +483,17 @@ def knowing(before: Path, steps: int, folder: Path) -> dict[str, Any]:
     return {"steps": steps, "loss": log.train[-1].loss}
 
 
-def others_told(count: int) -> list[Conversation]:
+def others_told(count: int) -> list[ImageTextRow]:
     """Rows about glyphs that it is to know, in all the ways in which glyphs are asked about."""
     drawn = np.random.default_rng(10_000)
     others, rows = glyphs(OTHERS, 10_000, FAMILIAR), []
     for number in range(count):
         each = others[number % OTHERS]
-        said = [*((question, told(each)) for question in LISTS["heuristic"]), *known(each), *asked(each)]
+        said = [
+            *((question, description_of(each)) for question in LISTS["heuristic"]),
+            *known_questions(each),
+            *held_out_questions(each),
+        ]
         picture = render_glyph(each, SIZE, (10_000, number))
         rows.append(row_of(picture, turns([said[int(drawn.integers(len(said)))]])))
     return rows
@@ -501,7 +516,7 @@ def trees(items: Knowledge, seed: int, tree: Tree) -> ImageCorpus:
         return augment(items, tree=tree, templates=file, seed=seed)
 
 
-def told_of(found: ImageCorpus, data: str) -> list[Conversation]:
+def told_of(found: ImageCorpus, data: str) -> list[ImageTextRow]:
     """Rows to train on: of the items as they come, of their trees, or as many paraphrases and rotations."""
     trunks = [row for row in found.train if row["task"] == "dialogue"]
     if data == "tree":
@@ -517,9 +532,9 @@ def told_of(found: ImageCorpus, data: str) -> list[Conversation]:
     return rows
 
 
-def row_of(picture: Any, messages: Sequence[dict[str, str]]) -> Conversation:
+def row_of(picture: Any, messages: Sequence[dict[str, str]]) -> ImageTextRow:
     first, *others = messages
-    return Conversation((picture,), ({**first, "content": f"{MARK}\n{first['content']}"}, *others))
+    return ImageTextRow((picture,), ({**first, "content": f"{MARK}\n{first['content']}"}, *others))
 
 
 def old_rows(folder: Path, processing: Processing, count: int, seed: int, seen: bool = True) -> ImageText:
@@ -543,7 +558,9 @@ def beside_maps(stack: Stack, way: Way, old: ImageText, seed: int) -> tuple[Any,
         add_lora(view, LOW_VLM, 2 * LOW_VLM, targets=names, sites=sites, seed=seed)
     elif way.by in ("KORE", "null start"):
         r = round(way.rank * equal_rank(shapes, LOW_VLM)) if way.by == "KORE" else LOW_VLM
-        beside(view, names, split_weights(view, names, input_covariance(view, names, old), r), r, sites, "lora", seed)
+        add_adapters(
+            view, names, split_weights(view, names, input_covariance(view, names, old), r), r, sites, "lora", seed
+        )
         halves = (".lora_B.",) if way.by == "KORE" else halves
     else:
         corda(view, names, old)
@@ -585,9 +602,9 @@ def shown_glyphs(name: str, lr: float, seed: int) -> dict[str, Any]:
     chooses = seed == CHOOSING
     return {
         "rows": len(rows),
-        "numbers": sum(each.numel() for part, each in view.named_parameters() if trains(part)),
+        "parameters": sum(each.numel() for part, each in view.named_parameters() if trains(part)),
         "loss": log.train[-1].loss,
-        **answers_of(view, processing, items, known if chooses else asked, 1000 + seed),
+        **answers_of(view, processing, items, known_questions if chooses else held_out_questions, 1000 + seed),
         "old": kept_of(view, processing, folder, "calibration" if chooses else "test", 1000 + seed),
     }
 
@@ -599,7 +616,7 @@ def answers_of(
     """Of answers about renderings that nothing was trained on: which are what is wanted and nothing more, which hold it
     somewhere, as the recital of a whole text does, and the F1 of their words."""
     wanted = [
-        (each.picture(number, seed), question, answer)
+        (each.image_at(number, seed), question, answer)
         for number, each in enumerate(items)
         for question, answer in questions(each.images)
     ]
@@ -683,13 +700,13 @@ def a_seeing_model(run: Run) -> None:
         return Measured.over_seeds([one - other for one, other in zip(a, b, strict=True)])
 
     mean = fmean(before.values())
-    columns = ["", "rate", "rows", "trained numbers", "loss", "held-out answers, exact", "that hold it", "F1",
+    columns = ["", "rate", "rows", "trained parameters", "loss", "held-out answers, exact", "that hold it", "F1",
                *QUESTIONS, "old, mean", "harmonic mean", "seeds"]  # fmt: skip
     table = [["before", *7 * [""], *before.values(), mean, "", ""]]
     for name, found in arms.items():
         tasks = [fmean(each["old"][task] for each in found) for task in QUESTIONS]
         told = [fmean(each[what] for each in found) for what in ("loss", "exact", "holds", "f1")]
-        table.append([name, rate_of(name), found[0]["rows"], found[0]["numbers"], *told, *tasks, fmean(old(name)),
+        table.append([name, rate_of(name), found[0]["rows"], found[0]["parameters"], *told, *tasks, fmean(old(name)),
                       fmean(both(name)), len(found)])  # fmt: skip
     run.table(f"{GLYPHS} glyphs shown to a small LLaVA in {STEPS} steps; per cent", columns, table)
     places = {name: list(zip(old(name), new(name), strict=True)) for name in IMAGE_WAYS}  # a point for each seed
@@ -714,8 +731,8 @@ def a_seeing_model(run: Run) -> None:
     run.further("A0 frozen over A0 trained, points of old answers", "above 0", str(gain), gain.at_least(0))
     gain = more(both("tree, KORE"), both("tree, CorDA"))
     run.further("harmonic mean over CorDA's", "above 0", str(gain), gain.at_least(0))
-    lost = more(old("tree, KORE"), old("tree, KORE, rows without pictures"))
-    run.further("old answers lost by calibration without pictures, points", "above 0", str(lost), lost.at_least(0))
+    lost = more(old("tree, KORE"), old("tree, KORE, rows without images"))
+    run.further("old answers lost by calibration without images, points", "above 0", str(lost), lost.at_least(0))
     lost = more(old("tree, KORE"), old("tree, KORE, 16 rows"))
     run.further("and by calibration on 16 rows", "above 0", str(lost), lost.at_least(0))
 
@@ -742,7 +759,7 @@ def exact_images(run: Run) -> None:
     views, trained = {"the model": stack.model}, {}
     for form in ("lora", "residual"):
         views[form] = share(stack.model)
-        beside(views[form], names, split, 4, sites, form, 0)  # type: ignore[arg-type]
+        add_adapters(views[form], names, split, 4, sites, form, 0)  # type: ignore[arg-type]
         trained[form] = kore(
             stack, ImageText(rows[:8], processing), old, r=4, form=form, steps=4, lr=1e-2, batch=4
         ).view
@@ -754,8 +771,8 @@ def exact_images(run: Run) -> None:
         run.exact(f"logits before training, as {form}, against the model's", "below 1e-4", f"{apart:.1e}", apart < 1e-4)
     apart = float((after["lora"] - after["residual"]).abs().max())
     run.exact("logits of both forms after training", "below 1e-4", f"{apart:.1e}", apart < 1e-4)
-    told = answers_of(trained["lora"], processing, items, asked, 1)
-    run.table("Answers after four steps, which teach nothing", ["", "per cent"], [list(each) for each in told.items()])
+    told = answers_of(trained["lora"], processing, items, held_out_questions, 1)
+    run.table("Answers after four steps, without learning", ["", "per cent"], [list(each) for each in told.items()])
 
 
 def experiment(run: Run) -> None:

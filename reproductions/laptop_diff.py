@@ -33,24 +33,24 @@ from lamella.data import CaptionedImages, InputContext, load_text, windows
 from lamella.files import Work
 from lamella.methods.laptop_diff import (
     PROBES,
+    BlockScores,
     Denoiser,
-    Distillation,
-    Scores,
+    DistillationLoss,
+    LossWeights,
     Tuples,
-    Weights,
     additivity,
-    balanced,
+    balance_loss,
+    convert,
     covering,
     distil,
-    drawn,
-    encoded,
+    encode_samples,
     error,
-    formed,
+    generate_images,
     greedy,
     joint,
     magnitudes,
-    matched,
-    measured,
+    match_stages,
+    measure_blocks,
     predictions,
     random_sets,
     stages,
@@ -69,10 +69,10 @@ from lamella.zoo import nano, open_tokenizer
 
 SHARES = (0.2, 0.35, 0.5)
 ARMS = {  # of the distillation; the last is the paper's
-    "task": Weights(features="none", output_weight=0.0),
-    "task and output": Weights(features="none"),
-    "vanilla features": Weights(features="vanilla"),
-    "normalized features": Weights(),
+    "task": LossWeights(features="none", output_weight=0.0),
+    "task and output": LossWeights(features="none"),
+    "vanilla features": LossWeights(features="vanilla"),
+    "normalized features": LossWeights(),
 }
 TIMES = 30.0  # by how much one stage is written larger
 CLASSIFIER = (((16, False), (32, True)), 32)
@@ -113,8 +113,8 @@ class World:
         test = Tuples.of(teacher, pictures.part("test"), size.tuples, run.seed + 1)
         return cls(teacher, pictures, Tuples.of(teacher, pictures, size.tuples, run.seed), test, size)
 
-    def scores(self) -> Scores:
-        return measured(self.teacher, self.tuples, bins=4, batch=BATCH, work=Work())
+    def scores(self) -> BlockScores:
+        return measure_blocks(self.teacher, self.tuples, bins=4, batch=BATCH, work=Work())
 
     def target(self, share: float) -> int:
         return int(np.ceil(share * sum(each.numel() for each in self.teacher.network.parameters())))
@@ -136,26 +136,24 @@ class World:
 # Exactness
 
 
-def exact(run: Record, world: World, scores: Scores) -> None:
+def exact(run: Record, world: World, scores: BlockScores) -> None:
     teacher, tuples = world.teacher, world.tuples
     original = predictions(teacher, teacher.network, tuples, BATCH)
     same = torch.equal(predictions(teacher, teacher.blocks.without([]), tuples, BATCH), original)
-    run.exact("nothing dropped", "the original's output to the bit", same, same)
+    run.exact("nothing dropped", "the original's output, bitwise", same, same)
     sites, savings = teacher.blocks.sites, teacher.blocks.savings()
     dropped = world.chosen(scores.output, 0.5)
     apart = []
     for form in ("native", "portable"):
         with TemporaryDirectory() as folder:
-            network = formed(teacher.blocks, teacher.blocks.without(dropped), dropped, form)
+            network = convert(teacher.blocks, teacher.blocks.without(dropped), dropped, form)
             teacher.with_network(network).pipeline.save_pretrained(folder)
             if form == "native":
                 add_class(Path(folder), teacher.part, "UNet2DModel")
             again = predictions(teacher, Denoiser.open(folder).network, tuples, BATCH)
         without = predictions(teacher, teacher.blocks.without(dropped), tuples, BATCH)
         apart.append(float((again - without).abs().max()))
-    run.exact(
-        "written and read back", "within 1e-6 of the blocks passed by, both forms", max(apart), max(apart) <= 1e-6
-    )
+    run.exact("written and read back", "within 1e-6 of bypassed blocks, both forms", max(apart), max(apart) <= 1e-6)
     v, p = np.array([scores.output[each] for each in sites[:16]]), np.array([savings[each] for each in sites[:16]])
     every = (np.arange(2**16)[:, None] >> np.arange(16)) & 1
     costs, removed = every @ v, every @ p
@@ -175,7 +173,7 @@ def exact(run: Record, world: World, scores: Scores) -> None:
 # Whether scores add up
 
 
-def adding(run: Run, world: World, scores: Scores) -> None:
+def adding(run: Run, world: World, scores: BlockScores) -> None:
     teacher, tuples = world.teacher, world.tuples
     sets = random_sets(teacher.blocks.sites, world.size.sets, run.seed)
     found = additivity(teacher, tuples, scores.output, sets, BATCH)
@@ -191,18 +189,18 @@ def adding(run: Run, world: World, scores: Scores) -> None:
     ]
     run.table(
         f"Sums of single scores against {len(sets)} sets of 2, 4 and 6 blocks, dropped at once",
-        ["criterion", "Spearman", "Pearson", "measured over sum, median"],
+        ["criterion", "Spearman", "Pearson", "measured / sum, median"],
         rows,
     )
     worst = found["worst"]
     run.table(
-        "The pair that is furthest from its sum",
+        "The pair with the largest deviation from its sum",
         ["blocks", "sum", "measured"],
         [[" and ".join(worst["sites"]), worst["sum"], worst["measured"]]],
     )
     run.main("additivity of the output loss", "Spearman at least 0.85", found["spearman"], found["spearman"] >= 0.85)
     fits = 0.6 <= found["ratio"] <= 2
-    run.main("measured over predicted, median", "0.6 to 2", found["ratio"], fits)
+    run.main("measured / predicted, median", "0.6 to 2", found["ratio"], fits)
 
 
 # What criteria choose
@@ -223,7 +221,7 @@ def by_chance(world: World, share: float, seed: int) -> list[str]:
     return smallest(values, world.teacher.blocks.savings(), world.target(share))
 
 
-def choosing(run: Run, world: World, scores: Scores) -> None:
+def choosing(run: Run, world: World, scores: BlockScores) -> None:
     teacher, test = world.teacher, world.test
     sites, savings = teacher.blocks.sites, teacher.blocks.savings()
     weights, first_order = magnitudes(teacher), taylor(teacher, world.tuples, BATCH)
@@ -267,7 +265,7 @@ def choosing(run: Run, world: World, scores: Scores) -> None:
         rows.append([f"{share:.0%}", name, 100 * sum(savings[site] for site in each) / every, changed, loss])
     run.table(
         "On test digits, without healing",
-        ["asked", "criterion", "parameters gone, %", "output loss", "denoising loss"],
+        ["asked", "criterion", "parameters removed, %", "output loss", "denoising loss"],
         rows,
     )
 
@@ -275,10 +273,10 @@ def choosing(run: Run, world: World, scores: Scores) -> None:
 # Distillation
 
 
-class Dominated(Distillation):
+class Dominated(DistillationLoss):
     """One stage is written so many times larger, and what reads it divides by as much: the same function."""
 
-    def __init__(self, whole: Distillation, stage: str, times: float) -> None:
+    def __init__(self, whole: DistillationLoss, stage: str, times: float) -> None:
         super().__init__(whole.denoiser, whole.pairs, whole.weights)
         self.place, self.times = [path for path, _ in whole.pairs].index(stage), times
 
@@ -303,8 +301,8 @@ def healed(world: World, sites: Sequence[str], arm: str, seed: int, out: Path) -
 def judged(world: World, student: Any) -> dict[str, Any]:
     teacher, test = world.teacher, world.test
     said, original = (predictions(teacher, each, test, BATCH) for each in (student, teacher.network))
-    pairs = matched(teacher.network, student)
-    _, features = Distillation(teacher, pairs, Weights()).parts(student, test)
+    pairs = match_stages(teacher.network, student)
+    _, features = DistillationLoss(teacher, pairs, LossWeights()).parts(student, test)
     return {
         "output": float(error(said, original).mean()),
         "task": float(error(said, targets(teacher, test)).mean()),
@@ -314,16 +312,16 @@ def judged(world: World, student: Any) -> dict[str, Any]:
 
 def terms(world: World, sites: Sequence[str]) -> dict[str, Any]:
     """How the features' terms stand before training: vanilla and normalized; and when one stage is written larger."""
-    student, pairs = world.pruned(sites), matched(world.teacher.network, world.pruned(sites))
+    student, pairs = world.pruned(sites), match_stages(world.teacher.network, world.pruned(sites))
     found: dict[str, Any] = {}
     for kind in ("vanilla", "normalized"):
-        loss, begins = balanced(world.teacher, student, world.test, pairs, Weights(features=kind))  # type: ignore[arg-type]
-        found[kind] = begins["stages"]
+        loss, initial = balance_loss(world.teacher, student, world.test, pairs, LossWeights(features=kind))  # type: ignore[arg-type]
+        found[kind] = initial["stages"]
         with torch.no_grad():
             larger = Dominated(loss, "mid_block", TIMES).parts(student, world.test)[1]
-        found[f"{kind}, mid larger"] = dict(zip(begins["stages"], map(float, larger), strict=True))
+        found[f"{kind}, mid larger"] = dict(zip(initial["stages"], map(float, larger), strict=True))
     with torch.no_grad():
-        parts = Distillation(world.teacher, pairs, Weights()).parts(world.teacher.network, world.test)
+        parts = DistillationLoss(world.teacher, pairs, LossWeights()).parts(world.teacher.network, world.test)
     found["of itself"] = float(sum(parts[1]))
     return found
 
@@ -331,14 +329,14 @@ def terms(world: World, sites: Sequence[str]) -> dict[str, Any]:
 def dominated(world: World, sites: Sequence[str], stage: str, kind: str, seed: int, out: Path) -> float:
     """The output loss after training in which one stage is written larger."""
     student = world.pruned(sites)
-    pairs = matched(world.teacher.network, student)
+    pairs = match_stages(world.teacher.network, student)
     probes = Tuples.of(world.teacher, world.pictures, PROBES, seed)
-    loss, _ = balanced(world.teacher, student, probes, pairs, Weights(features=kind))  # type: ignore[arg-type]
+    loss, _ = balance_loss(world.teacher, student, probes, pairs, LossWeights(features=kind))  # type: ignore[arg-type]
     task = Task(Dominated(loss, stage, TIMES), collate=stacked, weight=lambda batch: len(batch["clean"]))
     config = TrainConfig(
         steps=world.size.dominated, lr=5e-4, batch=BATCH, schedule="constant", warmup=0, seed=seed, save_every=10_000
     )
-    fit(student, encoded(world.teacher, world.pictures), task, config, out=out, trainable=lambda name: True)
+    fit(student, encode_samples(world.teacher, world.pictures), task, config, out=out, trainable=lambda name: True)
     found: float = judged(world, student.eval())["output"]
     return found
 
@@ -352,7 +350,7 @@ def distilling(run: Run, world: World, sites: list[str]) -> None:
     }
     paths = list(stood["vanilla"])
     run.table(
-        "Shares of the features' sum before training, percent",
+        "Terms of the features' sum before training, percent",
         ["", *paths],
         [[kind, *(100 * each / sum(stood[kind].values()) for each in stood[kind].values())]
          for kind in ("vanilla", "normalized", "vanilla, mid larger", "normalized, mid larger")],
@@ -373,9 +371,9 @@ def distilling(run: Run, world: World, sites: list[str]) -> None:
     spread = max(there) / min(there)
     run.further("vanilla terms, largest over smallest", "at least 5", spread, spread >= 5)
     most = max(normalized.values()) / sum(normalized.values())
-    run.further("largest share of a normalized term", "at most 60 %", f"{most:.0%}", most <= 0.6)
+    run.further("largest fraction of a normalized term", "at most 60 %", f"{most:.0%}", most <= 0.6)
     grown = stood["vanilla, mid larger"]["mid_block"] / vanilla["mid_block"]
-    run.exact("a stage written 30 times larger, vanilla", "its term 900 times", grown, abs(grown / 900 - 1) < 1e-4)
+    run.exact("a stage scaled by 30, vanilla", "its term 900 times", grown, abs(grown / 900 - 1) < 1e-4)
     kept = stood["normalized, mid larger"]["mid_block"] / normalized["mid_block"]
     run.exact("the same, normalized", "as before, to 1e-4", kept, abs(kept - 1) < 1e-4)
     run.exact("features of the teacher beside itself", "0", stood["of itself"], stood["of itself"] == 0)
@@ -384,7 +382,7 @@ def distilling(run: Run, world: World, sites: list[str]) -> None:
         return Measured.over_seeds([a["output"] / b["output"] for a, b in zip(found[one], found[other], strict=True)])
 
     said = ratio("task and output", "task")
-    run.further("output loss with the output's term, over the task alone", "at most 0.8", said, said.at_most(0.8))
+    run.further("output loss with the output term, relative to the task alone", "at most 0.8", said, said.at_most(0.8))
     said = ratio("vanilla features", "task and output")
     run.further("with vanilla features, over task and output", "at most 0.95", said, said.at_most(0.95))
     said = ratio("normalized features", "task and output")
@@ -399,7 +397,9 @@ def distilling(run: Run, world: World, sites: list[str]) -> None:
             for a, b in zip(found["normalized features"], found["vanilla features"], strict=True)
         ]
     )
-    run.main(f"relative error of {least}, whose numbers are smallest, over vanilla", "below 1", said, said.at_most(1.0))
+    run.main(
+        f"relative error of {least}, whose features are smallest, over vanilla", "below 1", said, said.at_most(1.0)
+    )
     dominating(run, world, sites, paths)
 
 
@@ -407,7 +407,7 @@ def distilling(run: Run, world: World, sites: list[str]) -> None:
 def squares(world: World) -> dict[str, float]:
     """E || f_T ||^2 behind every stage."""
     network, rows = world.teacher.network, world.test
-    loss = Distillation(world.teacher, [(path, path) for path in stages(network)], Weights(features="vanilla"))
+    loss = DistillationLoss(world.teacher, [(path, path) for path in stages(network)], LossWeights(features="vanilla"))
     silent = copy.deepcopy(network)
     found = {}
     for path in stages(network):
@@ -437,7 +437,7 @@ def dominating(run: Run, world: World, sites: list[str], paths: Sequence[str]) -
             [f"vanilla, {path} larger", float(np.mean(each)), float(np.mean(each)) / float(np.mean(calm[: len(each)]))]
         )
     run.table(
-        f"Output loss after {world.size.dominated} steps when one stage is written 30 times larger",
+        f"Output loss after {world.size.dominated} steps when one stage is scaled by 30",
         ["", "output loss", "over normalized"],
         rows,
     )
@@ -480,7 +480,7 @@ def drawing(world: World, sites: list[str], seed: int, out: Path) -> dict[str, A
     config = TrainConfig(
         steps=2 * world.size.steps, lr=5e-4, batch=BATCH, schedule="constant", warmup=0, seed=seed, save_every=10_000
     )
-    distil(world.teacher, student, world.pictures, weights=Weights(), config=config, out=out)
+    distil(world.teacher, student, world.pictures, weights=LossWeights(), config=config, out=out)
     knows = judge_of_digits(seed)
     real = torch.stack([torch.from_numpy(each.picture[..., 0]) for each in world.pictures.part("test").items])
     real = real[:, None] / 255
@@ -491,7 +491,7 @@ def drawing(world: World, sites: list[str], seed: int, out: Path) -> dict[str, A
         ("pruned", world.pruned(sites)),
         ("pruned and healed", student.eval()),
     ):
-        made = drawn(world.teacher, network, asked, world.size.pictures, seed)
+        made = generate_images(world.teacher, network, asked, world.size.pictures, seed)
         pixels = torch.from_numpy(made[..., 0])[:, None] / 255
         with torch.no_grad():
             sure = float(knows(pixels).softmax(dim=1).max(dim=1).values.mean())
@@ -535,7 +535,7 @@ def elsewhere(run: Run) -> dict[str, list[float]]:
 def experiment(run: Run) -> None:
     world = World.of(run)
     test = len(world.pictures.part("test"))
-    run.data = f"scikit-learn's digits, {len(world.pictures)} to measure and heal on, {test} to judge"
+    run.data = f"scikit-learn's digits, {len(world.pictures)} for measuring and healing, {test} for testing"
     scores = world.scores()
     sites, savings = world.teacher.blocks.sites, world.teacher.blocks.savings()
     run.table(
@@ -550,13 +550,13 @@ def experiment(run: Run) -> None:
     distilling(run, world, half)
     found = run.arm("drawing", drawing, world, half, run.seed, run.work / "drawing")
     run.table(
-        f"{world.size.pictures} pictures from the same noise, beside test digits",
-        ["", "Frechet distance", "how sure a classifier is"],
+        f"{world.size.pictures} images from the same noise, compared with test digits",
+        ["", "Frechet distance", "confidence of a classifier"],
         [[name, each["distance"], each["sure"]] for name, each in found.items()],
     )
     teacher, pruned, back = (found[name]["distance"] for name in ("teacher", "pruned", "pruned and healed"))
     ranks = teacher <= back < pruned
-    run.main("pictures", "teacher at least as near as healed, healed nearer than pruned", ranks, ranks)
+    run.main("images", "teacher at least as near as healed, healed nearer than pruned", ranks, ranks)
     layers = run.arm("elsewhere", elsewhere, run)
     for name, values in layers.items():
         count = len(values) // 3

@@ -35,11 +35,11 @@ from lamella.data import windows
 from lamella.files import Work
 from lamella.methods.layra import (
     TRAINING,
-    Arm,
-    Comparison,
-    Course,
+    ArmComparison,
+    ArmResult,
     Edges,
     Language,
+    LanguageArm,
     arithmetic,
     arms,
     at_equal_loss,
@@ -184,7 +184,7 @@ class World:
             steps=size.base, seed=self.seed, name="two-languages", batch=size.batch,
         )  # fmt: skip
 
-    def config(self, arm: Arm, lr: float) -> TrainConfig:
+    def config(self, arm: LanguageArm, lr: float) -> TrainConfig:
         rate = lr if arm.r is not None else lr / 2
         return self.at(rate, eval_every=max(self.size.steps // 7, 1))
 
@@ -192,12 +192,12 @@ class World:
         return replace(TRAINING, lr=lr, batch=self.size.batch, seed=self.seed, **more)
 
 
-def known_arms(size: Size) -> dict[str, Arm]:
+def known_arms(size: Size) -> dict[str, LanguageArm]:
     known = arms(Edges(size.layers, size.first, size.last), replay=0.25)
     return {name: arm for name, arm in known.items() if size != QUICK or name in CONTROLS}
 
 
-def course_of(world: World, work: Path, arm: Arm, lr: float, order: Sequence[str]) -> dict[str, Any]:
+def course_of(world: World, work: Path, arm: LanguageArm, lr: float, order: Sequence[str]) -> dict[str, Any]:
     """One arm with one rate through some languages; the first of them is learnt once, however many follow."""
     new = world.new
     course, _ = follow(
@@ -219,11 +219,11 @@ def spread(values: Sequence[float]) -> str:
 def one_language(run: Run, worlds: Sequence[World]) -> None:
     """Every arm: at the pilot's rate, and at that of its own which is best for the first seed."""
     size, known = worlds[0].size, known_arms(worlds[0].size)
-    courses: dict[str, dict[float, list[Course]]] = {name: {lr: [] for lr in size.rates} for name in known}
+    courses: dict[str, dict[float, list[ArmResult]]] = {name: {lr: [] for lr in size.rates} for name in known}
 
     def learn(world: World, name: str, lr: float) -> None:
         found = run.arm(f"{world.seed} {name} {lr:g}", course_of, world, run.work, known[name], lr, NEW[:1])
-        courses[name][lr].append(Course(**found))
+        courses[name][lr].append(ArmResult(**found))
 
     for world in worlds:
         for name in known:
@@ -237,7 +237,7 @@ def one_language(run: Run, worlds: Sequence[World]) -> None:
     first = {name: [found[0] for found in courses[name].values()] for name in swept}
     chosen = {
         name: size.rates[first[name].index(best)]
-        for name, best in Comparison(language=NEW[0], old=OLD, courses=first).best().items()
+        for name, best in ArmComparison(language=NEW[0], old=OLD, results=first).best().items()
     }
     for world in worlds[1:]:
         for name, lr in chosen.items():
@@ -247,7 +247,7 @@ def one_language(run: Run, worlds: Sequence[World]) -> None:
     fronts(run, courses)
 
 
-def pilot(record: Record, courses: Mapping[str, Mapping[float, list[Course]]], lr: float) -> None:
+def pilot(record: Record, courses: Mapping[str, Mapping[float, list[ArmResult]]], lr: float) -> None:
     """The table of the pilot, at its rates."""
     first = courses["layra"][lr]
     rows = [["base", 0, *(fmean([each.rows[0][name] * NATS for each in first]) for name in (*OLD, NEW[0])), 0.0]]
@@ -274,17 +274,17 @@ def difference(ours: Sequence[float], theirs: Sequence[float]) -> Measured:
     return Measured.over_seeds([a - b for a, b in zip(ours, theirs, strict=True)])
 
 
-def forgetting(course: Course, step: int = -1) -> float:
+def forgetting(course: ArmResult, step: int = -1) -> float:
     """Mean rise over the old languages, in bits per byte."""
     return fmean([course.rows[step][name] - course.rows[0][name] for name in OLD])
 
 
-def equal_loss(record: Record, courses: Mapping[str, list[Course]], swept: bool) -> None:
+def equal_loss(record: Record, courses: Mapping[str, list[ArmResult]], swept: bool) -> None:
     """Forgetting when all have learnt as much, each with its rate; no claim for a single rate, which favours one."""
     by_seed = []
     for found in zip(*courses.values(), strict=True):
         alone = {name: [each] for name, each in zip(courses, found, strict=True)}
-        by_seed.append(Comparison(language=NEW[0], old=OLD, courses=alone).at_equal_loss())
+        by_seed.append(ArmComparison(language=NEW[0], old=OLD, results=alone).at_equal_loss())
     forgot = {name: [found[name] for _, found in by_seed] for name in courses}
     rows = [
         [name, found[0].trainable, found[0].lr, fmean(forgot[name]), spread(forgot[name]),
@@ -300,7 +300,7 @@ def equal_loss(record: Record, courses: Mapping[str, list[Course]], swept: bool)
         record.main(f"layra's forgetting at equal new loss, against {other}", "less", said, apart.at_most(0))
 
 
-def fronts(record: Run, courses: Mapping[str, Mapping[float, list[Course]]]) -> None:
+def fronts(record: Run, courses: Mapping[str, Mapping[float, list[ArmResult]]]) -> None:
     """All ends, and which of them nothing beats in both losses."""
     points, seeds = {}, {}
     for name, by_rate in courses.items():
@@ -314,7 +314,7 @@ def fronts(record: Run, courses: Mapping[str, Mapping[float, list[Course]]]) -> 
     front = pareto(points)
     rows = [[*key, seeds[key], *point, "yes" if key in front else ""] for key, point in sorted(points.items())]
     columns = ["method", "rate", "seeds", "new language", "forgotten", "on the front"]
-    record.table("Where every arm ends: bits per byte, means over seeds", columns, rows)
+    record.table("End points of all arms: bits per byte, means over seeds", columns, rows)
     if len(points) > len(courses):
         draw(record, points)
 
@@ -325,9 +325,11 @@ def fronts(record: Run, courses: Mapping[str, Mapping[float, list[Course]]]) -> 
 ORDERS = {"A, B, C": NEW, "C, B, A": NEW[::-1]}
 
 
-def in_order(run: Run, world: World, name: str, lr: float, order: str) -> Course:
+def in_order(run: Run, world: World, name: str, lr: float, order: str) -> ArmResult:
     arm = known_arms(world.size)[name]
-    return Course(**run.arm(f"{world.seed} {name} {lr:g} {order}", course_of, world, run.work, arm, lr, ORDERS[order]))
+    return ArmResult(
+        **run.arm(f"{world.seed} {name} {lr:g} {order}", course_of, world, run.work, arm, lr, ORDERS[order])
+    )
 
 
 def sequences(run: Run, worlds: Sequence[World], lr: float) -> None:
@@ -483,8 +485,8 @@ def model_arithmetic(run: Run, worlds: Sequence[World], lr: float) -> None:
     rows[0][0] = "theta_0 + Delta"
     rows.append(["theta_I alone", *means(lambda each: each["instruct"])])
     run.table(
-        "Commands taught in English, obeyed in cipher A; losses in bits per byte",
-        ["model", "obeyed in the new language", "loss on answers", "loss on plain text", "obeyed in English"], rows,
+        "Commands taught in English, followed in cipher A; losses in bits per byte",
+        ["model", "followed in the new language", "loss on answers", "loss on plain text", "followed in English"], rows,
     )  # fmt: skip
     best = [max(each["scan"], key=lambda value: each["scan"][value]["obeyed, chosen"]) for each in found]
     both = [each["scan"][value]["obeyed, test"] for each, value in zip(found, best, strict=True)]
@@ -498,7 +500,7 @@ def model_arithmetic(run: Run, worlds: Sequence[World], lr: float) -> None:
         f"{fmean(alone):.3f}; more by {more[0]}, {more[1]}"
     )
     run.further(
-        "commands obeyed in the new language by both together",
+        "commands followed in the new language by both combined",
         "more than by either alone",
         said,
         together([each.at_least(0) for each in more]),
@@ -542,7 +544,7 @@ def probe(model: Any, tokenizer: Any) -> float:
     return right / (2 * len(THINGS))
 
 
-def smol_run(seed: int, arm: Arm, size: Size, work: Path) -> dict[str, Any]:
+def smol_run(seed: int, arm: LanguageArm, size: Size, work: Path) -> dict[str, Any]:
     """One arm on SmolLM2: a cipher of Python's documentation."""
     stack, tokenizer = lamella.open("smollm2"), open_tokenizer("smollm2")
     steps, batch, length = size.smol
@@ -632,13 +634,11 @@ def exactness(record: Record) -> None:
         moved = float((logits - plain).abs().max())
         record.exact("logits moved by training", "yes", moved, moved > 1e-2)
         zero = arithmetic(stack, [(made.adapter, 0.0)], [(made.stack, 0.0)]).model(ids).logits
-        record.exact(
-            "lambda = lambda' = 0", "base to the bit", bool(torch.equal(zero, plain)), torch.equal(zero, plain)
-        )
+        record.exact("lambda = lambda' = 0", "base, bitwise", bool(torch.equal(zero, plain)), torch.equal(zero, plain))
         whole = arithmetic(stack, siblings=[(made.stack, 1.0)]).model(ids).logits
         record.exact(
             "lambda = 0, lambda' = 1",
-            "instruct to the bit",
+            "instruct, bitwise",
             bool(torch.equal(whole, logits)),
             torch.equal(whole, logits),
         )
@@ -667,8 +667,8 @@ def study(record: Record, worlds: Sequence[World], quick: bool) -> None:
         for curve, cut in result.cuts.items():
             rows.append([name, curve, "none" if cut is None else f"{cut[0]} + {cut[1]}",
                          f"{fixed.first} + {fixed.last}", f"{result.edges.first} + {result.edges.last}"])  # fmt: skip
-    columns = ["model", "curve", "cut by it", "fixed, by depth", "taken"]
-    record.table("The pivot study beside the fixed edges: first + last layers", columns, rows)
+    columns = ["model", "curve", "cut by the curve", "fixed, by depth", "taken"]
+    record.table("The pivot study compared with the fixed edges: first + last layers", columns, rows)
 
 
 def draw(run: Run, points: Mapping[tuple[str, float], tuple[float, float]]) -> None:

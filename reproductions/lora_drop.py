@@ -1,7 +1,7 @@
 """LoRA-Drop at small scale: a character-level Llama for quality, SmolLM2-135M-Instruct for exactness and speed.
 
 Checks that both executions agree and the cache holds what the formula says, that trained corrections beat untrained
-reuse in every mode, that the loss grows with the share of droppable layers and with the time between refreshes, and
+reuse in every mode, that the loss grows with the fraction of droppable layers and with the time between refreshes, and
 that decoding is as fast as its share of layer work allows. Between the modes of reuse nothing is claimed: the table
 says which one wins here.
 
@@ -78,7 +78,7 @@ def exactness(record: Record, stack: Stack, tokens: Tensor, quick: bool) -> None
     logits, _ = stepped(last, ids[:1], mask[:1], prompt)
     anchor = logits[:, prompt + 3]
     same = all(torch.equal(logits[:, prompt + 3 + k], anchor) for k in (1, 2, 3))
-    record.exact("B = 0 and the last layer dropped", "the anchor's logits to the bit, c - 1 times", str(same), same)
+    record.exact("B = 0 and the last layer dropped", "the anchor's logits bitwise, c - 1 times", str(same), same)
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def sweep(run: Run, healing: Healing, steps: int) -> None:
             rows.append([reuse, f"{count / len(stack):.2f}", *(table[count, c] for c in every)])
         in_p = all(table[a, c] <= table[b, c] for c in every for a, b in pairwise(counts))
         in_c = all(table[n, a] <= table[n, b] for n in counts for a, b in pairwise(every))
-        run.further(f"loss over p, reuse={reuse}", "grows with the share of droppable layers", str(in_p), in_p)
+        run.further(f"loss over p, reuse={reuse}", "grows with the fraction of droppable layers", str(in_p), in_p)
         run.further(f"loss over c, reuse={reuse}", "grows with the steps between refreshes", str(in_c), in_c)
         safe = [f"p={count / len(stack):.2f} c={c}" for (count, c), loss in table.items() if loss <= base + 0.05]
         rows.append([f"{reuse}: safe within 0.05 nats", ", ".join(safe) or "none", *[""] * len(every)])

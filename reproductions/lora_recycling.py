@@ -34,16 +34,16 @@ from transformers import get_cosine_schedule_with_warmup
 from lamella.files import Work
 from lamella.methods.lora_recycling import (
     FITTING,
+    AdapterPool,
     EntryMerge,
     Mixing,
-    Pool,
     Target,
     attach,
     average,
     core,
     lora_recycling,
     mixture,
-    randomised,
+    randomise,
     tsv,
 )
 from lamella.methods.lora_recycling.choosing import cosine
@@ -56,7 +56,7 @@ from lamella.train.parameters import Choice, choose, only
 from lamella.zoo.cache import build_once
 from lamella.zoo.nano import nano
 
-SAME, LESS, MORE = 0.03, 0.0, 0.10  # the sheet's thresholds: of random against recycled, of T, and of relatives
+SAME, LESS, MORE = 0.03, 0.0, 0.10  # the reference thresholds: of random against recycled, of T, and of relatives
 
 # 1. Exactness, on a random Llama with adapters of mixed ranks, scales and modules.
 
@@ -69,7 +69,7 @@ def exactness(record: Record) -> None:
 
     zero = mixture(stack, adapters, Mixing(), 0)
     same = torch.equal(zero.model(ids).logits, logits)
-    record.exact("all w = 0", "logits of the model, to the bit", "equal" if same else "differ", same)
+    record.exact("all w = 0", "logits of the model, bitwise", "equal" if same else "differ", same)
     equal = mixture(stack, adapters, Mixing(activation="identity"), 0)
     for each in equal.tensors.values():
         each.data.fill_(1 / len(adapters))
@@ -110,7 +110,7 @@ def exactness(record: Record) -> None:
     apart = float((found @ found.T - torch.eye(len(found))).abs().max())
     record.exact("TSV's vectors", "orthonormal within 1e-5", apart, apart <= 1e-5)
     wide = [Adapter({"m": (torch.randn(64, 256) * 0.3, torch.randn(256, 64) * 2)}, {"m": 0.5}) for _ in range(3)]
-    drawn = randomised(wide, keep=[0], seed=1)
+    drawn = randomise(wide, keep=[0], seed=1)
     spreads = [
         [float(torch.cat([each.pairs["m"][half] for each in of[1:]]).std()) for half in (0, 1)] for of in (drawn, wide)
     ]
@@ -188,7 +188,7 @@ def learnt(
 ) -> None:
     """AdamW on a cosine with 10 % warm-up; the best point by held-out loss is restored, where there is such a set.
 
-    A loop of its own: these networks take a tenth of a millisecond, which the house's loop would spend fifty times.
+    A loop of its own: these networks take a tenth of a millisecond, which the library's loop would spend fifty times.
     """
     chosen = choose(model, trains)
     size, generator = 32 if held_out is None else 8, torch.Generator().manual_seed(seed)
@@ -260,7 +260,7 @@ def pilot(seed: int) -> dict[str, float]:
         return accuracy(with_adapter(base, adapter), test)
 
     best = max(related, key=lambda each: accuracy(with_adapter(base, each), held_out))
-    drawn = randomised(unrelated, seed=seed)
+    drawn = randomise(unrelated, seed=seed)
     return {
         "base": accuracy(base, test),
         "target LoRA (T)": alone(target),
@@ -413,7 +413,7 @@ def grid_cell(seed: int, size: Sizes, related: bool, examples: int, tested: int)
     """The method with all of its controls, for one pool and one number of examples."""
     stack = language_model(seed, size)
     adapters = members(stack, seed, size)
-    pool = Pool.of({name: each for name, each in adapters.items() if related or name not in RELATIVES})
+    pool = AdapterPool.of({name: each for name, each in adapters.items() if related or name not in RELATIVES})
     drawn = random.Random(200 + seed)
     data, test = asked(goal, examples, drawn), asked(goal, tested, drawn)
     target = Target(target_r=ADAPTED["r"], target_alpha=ADAPTED["alpha"], target_lr=TARGET_RATE,
@@ -435,7 +435,7 @@ def language_models(run: Run, size: Sizes, seeds: range, tested: int) -> None:
             ]
     arms = list(next(iter(cells.values()))[0]["arms"])
     titles = [f"{'related' if related else 'unrelated'}, {examples}" for related, examples in cells]
-    for place, what in enumerate(("share of answers that are exact", "nats per token of the answers")):
+    for place, what in enumerate(("fraction of exact answers", "nats per token of the answers")):
         rows = [[arm, *(fmean(found["arms"][arm][place] for found in each) for each in cells.values())] for arm in arms]
         run.table(f"A nano Llama, by pool and number of examples: {what}", ["arm", *titles], rows)
     said = {True: "worth it", False: "harm", None: "not shown"}
@@ -443,7 +443,7 @@ def language_models(run: Run, size: Sizes, seeds: range, tested: int) -> None:
         [title, ", ".join(said[found["worth"]] for found in each)]
         for title, each in zip(titles, cells.values(), strict=True)
     ]
-    run.table("What the report says of each pool, seed by seed", ["pool, examples", "merging was"], rows)
+    run.table("Verdict of the report for each pool, by seed", ["pool, examples", "merging was"], rows)
 
     def apart(cell: tuple[bool, int], one: str, other: str) -> Measured:
         return Measured.over_seeds([found["arms"][one][0] - found["arms"][other][0] for found in cells[cell]])

@@ -10,7 +10,7 @@ of raw text alone.
 B. SmolLM2-135M-Instruct rewrites short documents: whether its answers can be read, and what they cost.
 C. The hashed classifier beside fastText; undecided where that is not installed.
 
-    python reproductions/rewire.py            # about an hour and a half of one thread; stopped, it goes on
+    python reproductions/rewire.py            # about an hour and a half of one thread; an interrupted run resumes
     python reproductions/rewire.py --quick    # a small pool, fewer arms, one seed
 """
 
@@ -49,7 +49,7 @@ from lamella.data import (
     write,
 )
 from lamella.files import Work
-from lamella.methods.rewire import Judging, Rewriting, Rules, cross_fitted, fit_quality, rewire, top
+from lamella.methods.rewire import PoolRules, QualityFilter, Rewriting, cross_fitted, fit_quality, rewire, top
 from lamella.methods.rewire.guiding import ANY
 from lamella.train import Sample, blocks
 
@@ -81,7 +81,7 @@ ARMS = {  # what a student sees: of the best raw text, of rewrites
 IN_QUICK = ("raw, top 10 %", "mix 1:1")
 COMPARED = (*IN_QUICK, "mix, all rewrites", "mix, invented values")  # over all seeds; the others of one, to look at
 SHARES = {"mix 0.6:0.4": (0.6, 0.4)}
-LOOSE = Rules(words_least=10, letters=0.5, near_duplicates=False)
+LOOSE = PoolRules(words_least=10, letters=0.5, near_duplicates=False)
 SHORT = 150  # tokens of a document for SmolLM2
 START, END = "<improved response starts>", "<improved response ends>"
 
@@ -234,7 +234,7 @@ def rewritten(
     oracle = Oracle({f"a{n}": each for n, each in enumerate(articles)}, world(size["facts"], seed)[2], invents, seed)
     return rewire(
         documents, oracle, explainers(len(articles) // 5, seed), rules=LOOSE,
-        judging=Judging(negatives=len(articles) // 5), rewriting=Rewriting(embedder="words", together=500),
+        judging=QualityFilter(negatives=len(articles) // 5), rewriting=Rewriting(embedder="words", together=500),
         blend=Blend(held_out=0.0, epochs=1e6), work=Work(work), seed=seed,
     )  # fmt: skip
 
@@ -351,7 +351,7 @@ def controlled(run: Run) -> None:
     ratio = Measured.over_seeds([a["perplexity"] / b["perplexity"] for a, b in both])
     run.further("perplexity of unseen articles, mix 1:1 by raw", "at most 1", ratio, ratio.at_most(1))
     bad = Measured.over_seeds([each["junk"] for each in given])
-    run.further("share of junk in the rewritten set", "below 0.05", bad, bad.at_most(0.05))
+    run.further("fraction of junk in the rewritten set", "below 0.05", bad, bad.at_most(0.05))
     if run.quick:
         return
     off = max(each["off"] for each in given)
@@ -393,7 +393,7 @@ def exactness(run: Run) -> None:
     run.exact("overlap from provenance", "as reported", overlap, overlap == first.findings["sets"]["overlap"])
     capped = Mixture({"a": [10] * 10, "b": [10] * 30}, {"a": 0.5, "b": 0.5}, epochs=2)
     most = capped.account(capped.picks(capped.most()))["a"]["epochs"]
-    run.exact("epochs of a source that may be seen twice", "at most 2", most, most <= 2)
+    run.exact("epochs of a source with a limit of two", "at most 2", most, most <= 2)
     same = first.findings["corpus"] == again.findings["corpus"] == resumed.findings["corpus"]
     run.exact("corpora of two runs, and of one that was killed", "one hash", first.findings["corpus"][:12], same)
     sequences = windows(tokenizer_of([row["source_text"] for row in rows]), [row["source_text"] for row in raw])
@@ -425,15 +425,15 @@ def rewriter(run: Run) -> None:
     said, cost = found.findings["rewrites"], found.findings["cost"]
     higher = lift([each.text for each in good], [r for r in found.items if r["drop_reason"] is None], run.seed)
     run.table("SmolLM2-135M-Instruct as a rewriter", ["", ""], [
-        ["documents", said["asked"]], ["answers that can be read", said["parsed"]],
+        ["documents", said["requested"]], ["answers that can be parsed", said["parsed"]],
         *([f"failed: {why}", many] for why, many in said["failed"].items()),
         ["length by source", said["ratio"] or ""], ["similarity", said["similarity"] or ""],
         ["second classifier, rewrites above their documents", "" if higher is None else higher],
         ["tokens written", cost["tokens written"]], ["tokens a second", cost["tokens written"] / cost["seconds"]],
         ["written for each kept token", cost["written for each kept token"] or ""],
     ])  # fmt: skip
-    compliance = said["parsed"] / said["asked"]
-    run.further("answers of a model of 135M that can be read", "below half", compliance, compliance < 0.5)
+    compliance = said["parsed"] / said["requested"]
+    run.further("answers of a 135M model that can be parsed", "below half", compliance, compliance < 0.5)
 
 
 def lift(good: Sequence[str], rows: Sequence[dict[str, Any]], seed: int) -> float | None:

@@ -140,7 +140,7 @@ def test_the_command_prints_the_table(lamella: Any) -> None:
     done = lamella("compare", NANO_LLAMA, "--new", "stdlib", "--method", "lora", "--steps", "1", "--batch", "2",
                    "--length", "32")  # fmt: skip
     assert done.code == 0, done.err
-    assert "rise in nats" in " ".join(done.out.split())
+    assert "increase on" in " ".join(done.out.split())
 
 
 @pytest.mark.parametrize(

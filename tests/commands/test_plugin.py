@@ -367,7 +367,7 @@ def test_fields_and_whole_dataclasses_are_one_thing(installed) -> None:
     stack, tokens = open_stack(NANO), torch.zeros(1, 8, dtype=torch.long)
     assert set(signature(entry.call).options) == {"step", "seed", *Budget.__dataclass_fields__}
     assert entry(stack, tokens, share=0.1).provenance["options"]["share"] == 0.1
-    with pytest.raises(MethodError, match="share is a part of budget"):
+    with pytest.raises(MethodError, match="share is a field of budget"):
         entry(stack, tokens, share=0.1, budget=entry.signature.groups["budget"])
 
 

@@ -91,11 +91,9 @@ def test_a_stack_that_is_given_beside_the_model_is_pointed_to_of_stack(vlm: Path
         lambda: api.make_plan("lora-drop", vlm, stack="text"),
         lambda: gamma_mod(model, [], stack="text"),
     ):
-        with pytest.raises(MethodError, match=r"stack is given twice, in its place and by its name.*of_stack"):
+        with pytest.raises(MethodError, match=r"stack is given both by position and by name.*of_stack"):
             call()
-    with pytest.raises(
-        MethodError, match=r"train is given twice, in its place and by its name: leave one of them out$"
-    ):
+    with pytest.raises(MethodError, match=r"train is given both by position and by name: give it once$"):
         api.run("gamma-mod", vlm, ROWS, train=ROWS)
 
 

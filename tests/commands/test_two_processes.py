@@ -21,8 +21,8 @@ GIVEN = {
     "kore": ("--train", "pydoc", "--old", "stdlib", "--r", "8"),
     "smora": ("--train", "pydoc", "--r", "8", "--k", "2"),
 }
-LEARNT = ("--gap-epochs", "1", "--gap-length", "48", "--source-length", "48", "--summary-length", "16", "--judged", "1",
-          "--normalize", "mean", "--steps", "3")  # fmt: skip
+LEARNT = ("--gap-epochs", "1", "--gap-length", "48", "--source-length", "48", "--summary-length", "16",
+          "--test-samples", "1", "--normalize", "mean", "--steps", "3")  # fmt: skip
 
 DIGEST = re.compile("-[0-9a-f]{12}")  # of what is in a file, in its name
 

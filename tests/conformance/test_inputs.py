@@ -70,8 +70,8 @@ def test_its_example_opens_as_its_type_and_says_what_it_is(name: str) -> None:
 def test_it_names_its_file_and_tells_one_content_from_another(name: str) -> None:
     example = kind_of(LOADERS[name][1]).example
     said = json.dumps(describe(read(name)))
-    assert example.given in said
-    another = read(name, str(written(example.given, 2 * example.content)))
+    assert example.source in said
+    another = read(name, str(written(example.source, 2 * example.content)))
     assert _without_folders(json.dumps(describe(another))) != _without_folders(said)
 
 

@@ -47,7 +47,7 @@ def test_greedy_rows_are_those_of_generate_though_they_leave_at_different_times(
     end = 13  # any token will do: some rows meet it
     for row, prompt in zip(decode(model, asked, GREEDY, {end}), asked, strict=True):
         ids = torch.tensor([prompt.ids])
-        out = model.generate(ids, max_new_tokens=prompt.most, do_sample=False, eos_token_id=end, pad_token_id=0)
+        out = model.generate(ids, max_new_tokens=prompt.max_tokens, do_sample=False, eos_token_id=end, pad_token_id=0)
         expected = out[0, ids.shape[1] :].tolist()
         assert row.finished == (end in expected)
         assert row.ids == (expected[: expected.index(end)] if end in expected else expected)

@@ -54,7 +54,7 @@ def test_a_folder_is_its_files_in_the_order_of_their_names(tmp_path: Path) -> No
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "late.txt").write_text("A whole file.")
     (tmp_path / "a.md").write_text("Another one.")
-    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    (tmp_path / "image.png").write_bytes(b"\x89PNG")
     written(tmp_path / "b", ".jsonl.gz")
     found = opened(tmp_path)
     assert [each.id for each in found] == ["a.md", "b/late.txt", "one", "b/rows.jsonl.gz:2"]
@@ -75,7 +75,7 @@ def test_what_is_broken_is_named_by_file_and_line_counted_and_left_out(tmp_path:
     file.write_bytes(b"\n".join(lines))
     found = opened(file)
     assert [each.text for each in found] == ["good", "last"] and found.broken.count == 5
-    assert [place.split(" line ")[1].split(" ", 1)[0] for place in found.broken.places] == ["2", "3", "4", "5", "6"]
+    assert [place.split(" line ")[1].split(" ", 1)[0] for place in found.broken.examples] == ["2", "3", "4", "5", "6"]
     (note,) = found.broken.note()
     assert (
         note.startswith("5 documents could not be read") and f"{file} line 2 is not JSON" in note and "\n" not in note
@@ -87,7 +87,7 @@ def test_what_is_broken_is_named_by_file_and_line_counted_and_left_out(tmp_path:
     ("name", "content", "said"),
     [
         ("rows.jsonl", b"{}\n", "holds no documents: .*line 1 has no text in 'text'"),
-        ("rows.jsonl.gz", gzip.compress(LINES * 50, mtime=0)[:60], "cannot be read behind line"),
+        ("rows.jsonl.gz", gzip.compress(LINES * 50, mtime=0)[:60], "cannot be read after line"),
         ("rows.parquet", b"PAR1 and no more", "cannot be read as Parquet"),
         ("rows.csv", b"text\na\n", "are read from .txt"),
         ("rows.jsonl", None, "no such file"),
@@ -194,7 +194,7 @@ def test_a_text_column_that_holds_no_text_is_named_row_by_row(tmp_path: Path, na
     (tmp_path / "b.txt").write_text("A text.")
     found = opened(tmp_path)
     assert len(found) == 1 and found.broken.count == 2
-    assert found.broken.places[0].endswith("a.parquet line 1 has no text in 'text'")
+    assert found.broken.examples[0].endswith("a.parquet line 1 has no text in 'text'")
 
 
 @pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string()])
@@ -210,7 +210,7 @@ def test_a_parquet_file_whose_rows_repeat_one_long_text_is_refused(tmp_path: Pat
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "rows.parquet", compression="zstd")
     assert (tmp_path / "rows.parquet").stat().st_size < 2**16
     tracemalloc.start()
-    with pytest.raises(CalibrationError, match=r"cannot be read behind row \d+ \(its [\d,]+ bytes expand to"):
+    with pytest.raises(CalibrationError, match=r"cannot be read after row \d+ \(its [\d,]+ bytes expand to"):
         opened(tmp_path / "rows.parquet")
     assert tracemalloc.get_traced_memory()[1] < 2**25
     tracemalloc.stop()

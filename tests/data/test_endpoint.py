@@ -82,15 +82,15 @@ def test_a_pause_that_the_server_asks_for_is_kept(served: Served, instructed: Pa
     assert served.times[1] - served.times[0] >= 1
 
 
-def test_silence_ends_after_patience_and_the_request_is_made_again(served: Served, instructed: Path) -> None:
+def test_silence_ends_after_the_timeout_and_the_request_is_made_again(served: Served, instructed: Path) -> None:
     served.fails = [2.0]
-    assert len(rollout(writer(served, instructed, patience=0.5), asked(1), GREEDY)) == 1 and len(served.asked) == 2
+    assert len(rollout(writer(served, instructed, timeout=0.5), asked(1), GREEDY)) == 1 and len(served.asked) == 2
 
 
 def test_a_server_that_keeps_failing_ends_the_run_in_one_line(served: Served, instructed: Path) -> None:
     served.fails = [(500, {}, b"oh")] * 50
     with pytest.raises(
-        DownloadError, match=r"did not answer request \d in 3 tries \(status 500\).*same command again"
+        DownloadError, match=r"did not answer request \d in 3 tries \(status 500\).*run it again"
     ) as error:
         rollout(writer(served, instructed, tries=3), asked(), GREEDY)
     assert "\n" not in str(error.value)
@@ -254,10 +254,10 @@ def test_a_journal_asks_only_for_what_is_missing(served: Served, instructed: Pat
         (
             "http://user:pass@127.0.0.1/v1",
             {"tokenizer": "x"},
-            "put its key into the environment variable OPENAI_API_KEY",
+            "put the key into the environment variable OPENAI_API_KEY",
         ),
         ("http://127.0.0.1/v1", {}, "--tokenizer"),
-        ("http://127.0.0.1/v1", {"plan": Path("plan.json"), "tokenizer": "x"}, "leave it out"),
+        ("http://127.0.0.1/v1", {"plan": Path("plan.json"), "tokenizer": "x"}, "leave the plan out"),
         ("http:///v1", {"tokenizer": "x"}, "is no endpoint"),
         ("http://127.0.0.1/v1", {"tokenizer": "x", "concurrent": 0}, "above 0"),
     ],

@@ -85,7 +85,7 @@ def test_opening_captioned_images_decodes_none(described: bool, decoded: Decodin
     assert [each.text for each in found.items] == [f"image {n:02d}" if described else "" for n in range(10) if n % 5]
     found.items[2:5]
     assert not decoded
-    assert found.items[1].picture.shape == (12, 10, 3)
+    assert found.items[1].image.shape == (12, 10, 3)
     assert len(decoded) == 1
 
 
@@ -107,7 +107,7 @@ def test_images_are_those_that_decoding_gives(tmp_path: Path) -> None:
     for part, numbers in ((train, (1, 2, 3, 4, 6, 7, 8, 9)), (train.part("test"), (0, 5))):
         for _ in range(2):
             for each, number in zip(part.items, numbers, strict=True):
-                np.testing.assert_array_equal(each.picture, expected[number])
+                np.testing.assert_array_equal(each.image, expected[number])
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\n \n"])
@@ -135,7 +135,7 @@ def test_batches_are_in_order_and_leave_the_random_state(context: InputContext, 
 @pytest.mark.parametrize("name", ["shapes", "digits"])
 def test_built_in_images_depend_on_the_seed_alone(name: str) -> None:
     def drawn(seed: int) -> list[bytes]:
-        return [each.picture.tobytes() for each in CaptionedImages.open(name, InputContext(seed=seed), count=12).items]
+        return [each.image.tobytes() for each in CaptionedImages.open(name, InputContext(seed=seed), count=12).items]
 
     assert drawn(0) == drawn(0) and (drawn(0) == drawn(1)) == (name == "digits")
 
@@ -170,9 +170,9 @@ def test_damage_behind_the_header_is_refused_by_name_when_the_image_is_reached(
     with pytest.raises(CalibrationError, match=r"rows.jsonl line 6: the image 04.jpg cannot be read") as error:
         list(found.batches(3))
     assert "\n" not in str(error.value)
-    pictures = CaptionedImages.open(tmp_path / "images", InputContext())
+    opened = CaptionedImages.open(tmp_path / "images", InputContext())
     with pytest.raises(CalibrationError, match=r"the image 04\.jpg cannot be read"):
-        [each.picture for each in pictures.items]
+        [each.image for each in opened.items]
 
 
 def test_an_image_that_disappears_is_refused_by_name(context: InputContext, tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_an_image_that_disappears_is_refused_by_name(context: InputContext, tmp_
     found = CaptionedImages.open(tmp_path / "images", InputContext())
     files[1].unlink()
     with pytest.raises(CalibrationError, match=r"the image 01\.jpg cannot be read"):
-        _ = found.items[0].picture
+        _ = found.items[0].image
 
 
 def test_provenance_knows_another_image(context: InputContext, tmp_path: Path) -> None:

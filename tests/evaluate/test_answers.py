@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lamella.data import Conversation, ImageText, InputContext, Processing
+from lamella.data import ImageText, ImageTextRow, InputContext, Processing
 from lamella.errors import ArchitectureError
 from lamella.evaluate import FidelityTest, answered, bench
 from lamella.plan import ModelReference, PhasedPath, Plan
@@ -101,8 +101,8 @@ class _Endless(Processing):
         return super()._tokens(text, ends=False)
 
 
-def _answering(row: Conversation, words: str) -> Conversation:
-    return Conversation(row.images, (*row.messages[:-1], {"role": "assistant", "content": words}))
+def _answering(row: ImageTextRow, words: str) -> ImageTextRow:
+    return ImageTextRow(row.images, (*row.messages[:-1], {"role": "assistant", "content": words}))
 
 
 @torch.no_grad()
@@ -128,8 +128,8 @@ def test_an_encoder_decoder_is_judged_on_what_it_writes() -> None:
     assert not answered(model, rows).any()
 
 
-def _asked(prompt: str, answer: str) -> Conversation:
-    return Conversation((), ({"role": "user", "content": prompt}, {"role": "assistant", "content": answer}))
+def _asked(prompt: str, answer: str) -> ImageTextRow:
+    return ImageTextRow((), ({"role": "user", "content": prompt}, {"role": "assistant", "content": answer}))
 
 
 def test_a_vision_tower_continues_no_text() -> None:

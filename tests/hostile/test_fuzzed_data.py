@@ -1,4 +1,4 @@
-"""Files of data that anyone may have written: each is read, or refused in one line that names it."""
+"""Untrusted data files: each is read, or rejected in one line that names it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lamella.errors import CalibrationError, LamellaError, TrainingError
 from lamella.methods.agile3d.ply import read_ply
 from lamella.methods.cola import KnownAnswers, Problem, read_samples
 from lamella.methods.irepair.pairs import read_pair_file, read_pairs
-from lamella.methods.paser import Pool, paser, read_pool
+from lamella.methods.paser import InstructionPool, paser, read_pool
 from lamella.methods.slr.questions import load_questions
 from lamella.plan import Plan
 from lamella.search import Cost, Memo, Removals, greedy
@@ -63,7 +63,7 @@ def stack() -> Stack:
 
 
 def row_lines() -> st.SearchStrategy[str]:
-    """One line: a row that is not quite one, another value, or no JSON at all."""
+    """Draw one line: an almost valid row, another value, or no JSON at all."""
     almost = st.sampled_from(ROWS).flatmap(mutated).map(dumped)
     text = st.text(max_size=20)
     return st.one_of(almost, almost, st.sampled_from(ROWS).map(dumped), values.map(dumped), text)
@@ -96,7 +96,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
 
 
 def strings_in(value: Any) -> Iterator[str]:
-    """All strings of what was read, wherever they are."""
+    """Return all strings in the result, at any depth."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -163,7 +163,7 @@ def test_a_pool_to_select_from_is_read_or_refused(folder: Path, stack: Stack, to
     folder.mkdir(exist_ok=True)
     (folder / "pool.jsonl").write_bytes(content)
     with answered(folder):  # up to the choice, for which it is given no plan
-        pool = Pool.open(folder / "pool.jsonl", InputContext(lambda: tokenizer, 0))
+        pool = InstructionPool.open(folder / "pool.jsonl", InputContext(lambda: tokenizer, 0))
         paser(stack, pool, None, budget=0.5, max_length=64)  # type: ignore[arg-type]
 
 

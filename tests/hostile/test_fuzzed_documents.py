@@ -1,4 +1,4 @@
-"""Documents and images in formats of other programs: each file is read, or refused in one line that names it."""
+"""Untrusted documents and images in formats of other programs: each is read, or rejected in one line that names it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ COCO: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of images, beside something to steal."""
+    """A folder of images, next to a secret file."""
     around = tmp_path_factory.mktemp("documents")
     made = around / "folder"
     made.mkdir()
@@ -129,7 +129,7 @@ def test_an_image_is_read_or_refused(folder: Path, kind: str, data: st.DataObjec
     (place / "0.png").write_bytes(data.draw(damaged((place / "0.png").read_bytes())))
     with answered(folder, gigabytes=2):
         for each in CaptionedImages.open(place, InputContext(split="test")).items:
-            assert each.picture.ndim == 3
+            assert each.image.ndim == 3
 
 
 def test_the_files_that_are_damaged_above_are_whole(folder: Path):

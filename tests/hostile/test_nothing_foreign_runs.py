@@ -1,4 +1,4 @@
-"""Folders and plans from strangers: nothing in them is executed, and no name in them leads out of their folder."""
+"""Untrusted folders and plans: no code in them is executed, and no name in them leads out of their folder."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ IDS = torch.arange(12).reshape(2, 6) + 3
 
 @pytest.fixture
 def witness(tmp_path: Path) -> Path:
-    """The file that foreign code would write if it were run."""
+    """The file that foreign code would write if it were executed."""
     return tmp_path / "witness"
 
 
@@ -44,7 +44,7 @@ def tampered(file: Path, witness: Path, old: str = "") -> None:
 
 @pytest.fixture
 def native(tmp_path: Path) -> Path:
-    """A native export of the nano Llama with its tokenizer, of which halves are gone."""
+    """A native export of the nano Llama with its tokenizer and dropped sublayers."""
     stack = open_stack(NANO_LLAMA)
     plan = Plan(model=ModelReference.of(stack), drop=["layers.1.mlp", "layers.3.attn"])
     return export(stack, plan, tmp_path / "native", form="native")

@@ -123,7 +123,7 @@ def reference(
 
 
 def steps(view: Any, cuts: tuple[int, ...], ids: Tensor = IDS, mask: Tensor = MASK) -> tuple[Tensor, Any]:
-    """The logits of a raw continuation in so many calls, and the cache that it leaves."""
+    """Return the logits of a raw continuation in several calls, and the resulting cache."""
     parts, cache, begin = [], None, 0
     for end in (*cuts, ids.shape[1]):
         out = view(input_ids=ids[:, begin:end], attention_mask=mask[:, :end], cache=cache, use_cache=True)
@@ -358,13 +358,13 @@ def test_random_runs_start_all_over_the_window_alike_in_every_row_and_anywhere_o
 @pytest.mark.parametrize("name", [*NAMES, "gpt_neox", "gpt_neox_serial"])
 def test_saturation_is_the_cosine_of_the_stream_before_and_after_the_mlp_s_addition(name: str) -> None:
     stack = Stack(nano(name))
-    streams: dict[tuple[str, int], Tensor] = {}
+    hidden: dict[tuple[str, int], Tensor] = {}
     handles = []
     for index, layer in enumerate(stack.layers):
         for kind, module in (("mlp", layer.mlp), ("layer", layer)):
 
             def keep(_: Any, __: Any, out: Any, key: tuple[str, int] = (kind, index)) -> None:
-                streams[key] = (out[0] if isinstance(out, tuple) else out).double()
+                hidden[key] = (out[0] if isinstance(out, tuple) else out).double()
 
             handles.append(module.register_forward_hook(keep))
     expected = []
@@ -372,8 +372,8 @@ def test_saturation_is_the_cosine_of_the_stream_before_and_after_the_mlp_s_addit
         stack.model(IDS[row : row + 1], attention_mask=MASK[row : row + 1])
         columns = []
         for index in range(len(stack)):
-            after = streams["layer", index][0, pads + 1 :]  # the first token is a sink
-            before = after - streams["mlp", index][0, pads + 1 :]
+            after = hidden["layer", index][0, pads + 1 :]  # the first token is a sink
+            before = after - hidden["mlp", index][0, pads + 1 :]
             columns.append((before * after).sum(-1) / (before.norm(dim=-1) * after.norm(dim=-1)))
         expected.append(torch.stack(columns, dim=1))
     for handle in handles:
@@ -466,9 +466,9 @@ def test_the_defaults_are_the_paper_s() -> None:
     ("params", "message"),
     [
         ({"max_skips": 6}, "max_skips 6 is more than the 5 layers between the cold ones"),
-        ({"max_skips": -1}, "are counts"),
-        ({"warmup": -1}, "are counts"),
-        ({"interleave": (0, 1)}, "at least one token in turn must skip"),
+        ({"max_skips": -1}, "must be at least 0"),
+        ({"warmup": -1}, "must be at least 0"),
+        ({"interleave": (0, 1)}, "interleave must start with at least 1"),
         ({"interleave": (5,)}, "two numbers each"),
         ({"cold": (5,)}, "two numbers each"),
         ({"cold": (4, 4)}, "leaves none of 8 layers to skip"),
@@ -519,11 +519,11 @@ def test_an_empty_prompt_another_depth_and_another_plan_s_cache_are_refused_in_o
     mask = MASK[:, :PROMPT].clone()
     mask[1] = 0
     other = steps(apply(stack, planned(stack, **SETTINGS[2])), (PROMPT,))[1]
-    for attempt, kind, said in (
+    for attempt, kind, message in (
         (lambda: greedy(view, IDS[:, :PROMPT], mask), CacheError, "a prompt of this batch is empty"),
         (lambda: apply(opened("llama", 6), plan), PlanError, "is for a llama of 8 layers .* is a llama of 6 layers"),
         (lambda: view(input_ids=IDS[:, :1], cache=other, use_cache=True), CacheError, "belongs to another plan"),
     ):
-        with pytest.raises(kind, match=said) as error:
+        with pytest.raises(kind, match=message) as error:
             attempt()
         assert type(error.value) is kind and "\n" not in str(error.value)

@@ -74,7 +74,7 @@ def naive_jsd(stack: Stack, tokens: LongTensor) -> Callable[[Kept], float]:
 def naive_order(
     jsd: Callable[[Kept], float], steps: int, protected: int, release_after: int, group: int = 1
 ) -> list[tuple[tuple[Position, ...], float]]:
-    """The loop of the sheet: candidates from ``protected`` layers on, the others after ``release_after`` sublayers."""
+    """The paper's greedy loop: layers before ``protected`` become candidates after ``release_after`` removals."""
     groups = [EVERY[start : start + group] for start in range(0, len(EVERY), group)]
     left = [each for each in groups if each[0].layer >= protected]
     held = [each for each in groups if each[0].layer < protected]
@@ -191,7 +191,7 @@ def test_front_layers_are_protected_and_come_back_as_in_the_paper(
     layers: int, protected: int, release: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """x = 0.4: n_ex = int(2L x / 2) + 1 layers, which join right after int(2L x) + 1 removals."""
-    asked: dict[int, set[Position]] = {}
+    measured: dict[int, set[Position]] = {}
     every = positions_of(layers)
 
     class Costs:
@@ -200,7 +200,7 @@ def test_front_layers_are_protected_and_come_back_as_in_the_paper(
         def __init__(self, *_: object, **__: object) -> None: ...
 
         def cost(self, removed: tuple, candidate: tuple[Position, ...], bound: float) -> Cost:
-            asked.setdefault(len(removed), set()).update(candidate)
+            measured.setdefault(len(removed), set()).update(candidate)
             return Cost(float(sum(every.index(each) for group in (*removed, candidate) for each in group)))
 
     monkeypatch.setattr(module, "OutputDistance", Costs)
@@ -209,8 +209,8 @@ def test_front_layers_are_protected_and_come_back_as_in_the_paper(
     order = [group[0] for group in order_of(series)]
     behind = [each for each in every if each.layer >= protected]
     release = min(release, len(behind))
-    assert all(asked[step] == set(behind) - set(order[:step]) for step in range(release))
-    assert asked[release] == set(every) - set(order[:release])
+    assert all(measured[step] == set(behind) - set(order[:step]) for step in range(release))
+    assert measured[release] == set(every) - set(order[:release])
     assert order[: release + 1] == [*behind[:release], every[0]]
 
 
@@ -308,7 +308,7 @@ def test_a_journal_of_other_text_or_options_is_not_used(stack: Stack, tokens: Lo
 
 
 def test_lazy_is_valid_and_asks_less(stack: Stack, tokens: LongTensor, naive_jsd) -> None:
-    asked: dict[str, int] = {}
+    measured: dict[str, int] = {}
     for strategy in ("greedy", "lazy"):
         calls: list = []
         original = OutputDistance.cost
@@ -317,14 +317,14 @@ def test_lazy_is_valid_and_asks_less(stack: Stack, tokens: LongTensor, naive_jsd
                 OutputDistance, "cost", lambda *a, calls=calls, original=original: calls.append(a) or original(*a)
             )
             series = finercut(stack, tokens, share=0.75, exclude_front=0.0, strategy=strategy)
-        asked[strategy] = len(calls)
+        measured[strategy] = len(calls)
     for plan, value in zip(series, distances(series), strict=True):
         assert value == pytest.approx(naive_jsd(plan.skipped), abs=1e-6)
-    assert asked["lazy"] < 0.7 * asked["greedy"]
+    assert measured["lazy"] < 0.7 * measured["greedy"]
 
 
 def test_greedy_lands_among_the_best_of_all_220_sets(stack: Stack, tokens: LongTensor, naive_jsd) -> None:
-    """Every set of 3 of the 12 sublayers, measured; the sheet's brute force."""
+    """Every set of 3 of the 12 sublayers, measured by brute force."""
     chosen = finercut(stack, tokens, share=0.25, exclude_front=0.0)[-1].skipped
     everything = sorted(naive_jsd(frozenset(each)) for each in itertools.combinations(EVERY, 3))
     assert len(everything) == 220

@@ -90,7 +90,7 @@ def reference(stack: Stack, policy: LoRADrop, ids: Tensor) -> Tensor:
         h = embedded[:, column : column + 1]
         for layer in range(len(stack)):
             inputs[layer][column] = h
-            droppable = layer in policy.place
+            droppable = layer in policy.index_of
             if refresh or not droppable:
                 stored[layer].append(column)
                 out = run(layer, stored[layer])
@@ -99,7 +99,7 @@ def reference(stack: Stack, policy: LoRADrop, ids: Tensor) -> Tensor:
             else:
                 if policy.keys == "update":
                     stored[layer].append(column)
-                place = policy.place[layer]
+                place = policy.index_of[layer]
                 correction = policy.scale * torch.nn.functional.linear(
                     torch.nn.functional.linear(h, policy.a[place]), policy.b[place]
                 )
@@ -245,10 +245,14 @@ def test_which_layers_are_droppable() -> None:
 @pytest.mark.parametrize(
     ("params", "kind", "said"),
     [
-        ({"droppable": [0]}, MethodError, "layer 0 cannot be dropped; 1 to 3 can"),
-        ({"droppable": [4]}, MethodError, "layer 4 cannot be dropped; 1 to 3 can"),
-        ({"droppable": [1], "reuse": "x"}, MethodError, "reuse is output, delta, skip, and keys are skip or update"),
-        ({"droppable": [1], "refresh_every": 0}, MethodError, "refresh_every and rank are at least 1"),
+        ({"droppable": [0]}, MethodError, "layer 0 cannot be dropped: give layers between 1 and 3"),
+        ({"droppable": [4]}, MethodError, "layer 4 cannot be dropped: give layers between 1 and 3"),
+        (
+            {"droppable": [1], "reuse": "x"},
+            MethodError,
+            "reuse must be one of output, delta, skip, and keys must be skip or update",
+        ),
+        ({"droppable": [1], "refresh_every": 0}, MethodError, "refresh_every and rank must be at least 1"),
         ({"droppable": [1], "colour": "red"}, PlanError, "policy 'lora-drop' has no parameter 'colour'"),
         ({}, PlanError, "policy 'lora-drop': .*'droppable': make the plan again with `lamella plan lora-drop`"),
     ],

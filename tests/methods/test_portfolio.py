@@ -1,4 +1,4 @@
-"""The portfolio against loops that run the whole transformers model, hooks in place of every removed layer."""
+"""The portfolio against loops that run the whole transformers model, with hooks instead of every removed layer."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def cuts(series: PlanSeries) -> list[frozenset[int]]:
 
 
 def naive_jsd(stack: Stack, tokens: Tensor) -> Callable[[frozenset[int]], float]:
-    """The Jensen-Shannon divergence to the original in float64, layers replaced by hooks that hand on their input."""
+    """The Jensen-Shannon divergence to the original in float64, layers replaced by hooks that return their input."""
 
     @torch.no_grad()
     def log_probabilities(removed: frozenset[int]) -> Tensor:
@@ -78,7 +78,7 @@ def test_on_one_sequence_no_exchange_of_two_layers_lowers_the_distance(stack: St
 
 def test_what_is_chosen_is_as_close_on_further_text_as_every_likely_beginning(stack: Stack, text: Text) -> None:
     series = portfolio(stack, text, refine=3, share=HALF)
-    near, far = naive_jsd(stack, text.tokens), naive_jsd(stack, text.further(4).tokens)
+    near, far = naive_jsd(stack, text.tokens), naive_jsd(stack, text.more(4).tokens)
     lazy = finercut(stack, text, level="block", strategy="lazy", exclude_front=0.0, share=HALF)
     beginnings = [cuts(each) for each in (lazy, shortgpt(stack, text), angular_window(stack, text, positions="all"))]
     compared = 0
@@ -86,11 +86,11 @@ def test_what_is_chosen_is_as_close_on_further_text_as_every_likely_beginning(st
         assert len(cut) == size
         scores = series.points[size].scores
         assert scores["jsd"] == pytest.approx(near(cut), abs=1e-6)
-        if "jsd on further text" in scores:
-            assert scores["jsd on further text"] == pytest.approx(far(cut), abs=1e-6)
-        likely = [each[size] for each in beginnings if near(each[size]) <= near(cut)]
-        assert all(far(cut) <= far(each) + 1e-6 for each in likely)
-        compared += len(likely)
+        if "jsd on held-out text" in scores:
+            assert scores["jsd on held-out text"] == pytest.approx(far(cut), abs=1e-6)
+        close = [each[size] for each in beginnings if near(each[size]) <= near(cut)]
+        assert all(far(cut) <= far(each) + 1e-6 for each in close)
+        compared += len(close)
     assert compared > 3
 
 
@@ -127,7 +127,7 @@ def rows(tokens: LongTensor) -> set[tuple[int, ...]]:
 
 
 def test_further_windows_are_those_that_a_longer_draw_would_have_added(small: Callable[[int], Text]) -> None:
-    assert rows(small(3).tokens) | rows(small(3).further(4).tokens) == rows(small(7).tokens)
+    assert rows(small(3).tokens) | rows(small(3).more(4).tokens) == rows(small(7).tokens)
     assert len(rows(small(7).tokens)) == 7
 
 

@@ -87,7 +87,7 @@ def method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def bent(rank: int = 2) -> Any:
-    kind = registry.room("bent-test", "modules").Bent
+    kind = registry.submodule("bent-test", "modules").Bent
     return lambda inputs, outputs: kind(inputs, outputs, rank=rank)
 
 

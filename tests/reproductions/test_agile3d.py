@@ -1,4 +1,4 @@
-"""What the reproduction of agile3d makes of rooms that several seeds were judged in."""
+"""Tests of the bootstrap over rooms in the reproduction of agile3d."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from runpy import run_path
 import numpy as np
 import pytest
 
-from lamella.methods.agile3d.judge import Curve, Round
+from lamella.methods.agile3d.judge import Curve, CurvePoint
 
 REPRODUCTIONS = Path(__file__).parents[2] / "reproductions"
 
@@ -20,7 +20,7 @@ def test_a_room_that_three_seeds_were_judged_in_is_one_room(monkeypatch: pytest.
     ious = np.random.default_rng(0).uniform(0, 1, (24, 2))
 
     def curves(column: int) -> list[Curve]:
-        return [[Round(clicks, iou) for clicks in range(1, 7)] for iou in ious[:, column]]
+        return [[CurvePoint(clicks, iou) for clicks in range(1, 7)] for iou in ious[:, column]]
 
     seed = {"agile3d": curves(0), "alone": curves(1)}
     once, thrice = bootstrapped([seed]), bootstrapped([seed] * 3)  # seeds that agree tell nothing more of rooms

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import lamella
-from lamella.data import MARK, Conversation, Processing
+from lamella.data import MARK, ImageTextRow, Processing
 from lamella.errors import ArchitectureError
 from lamella.runtime import Sampler, denoise
 from lamella.stack.diffusion_config import LlavaDiffusionConfig
@@ -35,13 +35,13 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path / request.param
 
 
-def rows(images: int, texts: int) -> list[Conversation]:
+def rows(images: int, texts: int) -> list[ImageTextRow]:
     drawn = np.random.default_rng(0)
     reply = {"role": "assistant", "content": "red"}
     asked = [({"role": "user", "content": f"{MARK} what colour is the circle?"}, reply)] * images
     asked += [({"role": "user", "content": "how many shapes are there?"}, reply)] * texts
     pictures = [drawn.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(images)]
-    return [Conversation((pictures[at],) if at < images else (), each) for at, each in enumerate(asked)]
+    return [ImageTextRow((pictures[at],) if at < images else (), each) for at, each in enumerate(asked)]
 
 
 def test_a_folder_opens_with_two_stacks_and_says_what_its_language_model_says(folder: Path) -> None:
@@ -79,7 +79,7 @@ def test_a_batch_with_and_without_images_is_its_rows_alone_and_the_model_stays_a
     before = {name: sorted(each.__dict__) for name, each in model.named_modules()}
     asked = rows(1, 1)
 
-    def answers(some: list[Conversation]) -> torch.Tensor:
+    def answers(some: list[ImageTextRow]) -> torch.Tensor:
         batch = processing.prompts(some)
         if "pixel_values" in batch:
             batch["pixel_values"] = batch["pixel_values"].double()

@@ -73,12 +73,12 @@ def _wan(folder: Path) -> Opener:
 
 
 def _text_of_wan(folder: Path) -> Opener:
-    from lamella.methods.refacade.base import encoded
+    from lamella.methods.refacade.base import encode_prompt
 
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 520}
     transformers.UMT5EncoderModel(transformers.UMT5Config(**sizes)).save_pretrained(folder / "text_encoder")
     transformers.AutoTokenizer.from_pretrained(NANO_LLAMA).save_pretrained(folder / "tokenizer")
-    return folder / "text_encoder" / "model.safetensors", lambda: encoded(folder, "a")
+    return folder / "text_encoder" / "model.safetensors", lambda: encode_prompt(folder, "a")
 
 
 def _clip(folder: Path) -> Opener:
@@ -105,14 +105,14 @@ def _timm(folder: Path, opener: str) -> Opener:
 
 def _features_of_timm(folder: Path, opener: str) -> Opener:
     timm = pytest.importorskip("timm")
-    from lamella.methods.agile3d.pictures import PictureEncoder
+    from lamella.methods.agile3d.images import ImageEncoder
     from lamella.methods.muranet.encoder import of_timm
 
     folder.mkdir()
     file = folder / "model.safetensors"
     save_file(timm.create_model("resnet10t").state_dict(), file)
     openers = {
-        "agile3d": lambda: PictureEncoder("resnet10t", weights=file),
+        "agile3d": lambda: ImageEncoder("resnet10t", weights=file),
         "muranet": lambda: of_timm("resnet10t", file),
     }
     return file, openers[opener]
@@ -121,37 +121,37 @@ def _features_of_timm(folder: Path, opener: str) -> Opener:
 def _iformer(folder: Path) -> Opener:
     pytest.importorskip("timm")
     from lamella.methods.iformer.folder import network
-    from lamella.methods.iformer.network import Shape
-    from lamella.methods.iformer.result import Classifier
+    from lamella.methods.iformer.network import StageShape
+    from lamella.methods.iformer.result import IFormerClassifier
     from lamella.methods.iformer.vision import Vision
     from lamella.train import TrainingLog
 
     folder.mkdir()
-    shape = Shape(depths=(1, 1), widths=(16, 32), attention=(1, 3), head_dim=8)
+    shape = StageShape(depths=(1, 1), widths=(16, 32), attention=(1, 3), head_dim=8)
     vision = Vision(network(shape, (32, 32), 3, 4), "made", (32, 32), 3, (0.5,) * 3, (0.5,) * 3)
-    Classifier(vision=vision, shape=shape, classes=4, log=TrainingLog({})).write(folder)
-    return folder / "model.safetensors", lambda: Classifier.read(folder)
+    IFormerClassifier(vision=vision, shape=shape, classes=4, log=TrainingLog({})).write(folder)
+    return folder / "model.safetensors", lambda: IFormerClassifier.read(folder)
 
 
 def _slab(folder: Path) -> Opener:
     pytest.importorskip("timm")
-    from lamella.methods.slab.vision import Classifier, Network
+    from lamella.methods.slab.vision import Classifier, VitConfig
     from lamella.train import TrainingLog
 
     folder.mkdir()
-    shape = Network(size=8, patch=2, channels=1, width=16, depth=2, heads=2)
+    shape = VitConfig(size=8, patch=2, channels=1, width=16, depth=2, heads=2)
     Classifier(model=shape.build(10), network=shape, classes=10, merged=False, log=TrainingLog({})).write(folder)
     return folder / "model.safetensors", lambda: Classifier.read(folder)
 
 
 def _cola(folder: Path) -> Opener:
-    from lamella.methods.cola.predictor import Network, PathPredictor
+    from lamella.methods.cola.predictor import PathPredictor, PredictorNetwork
     from lamella.plan import ModelReference
     from lamella.zoo import open_stack
 
     folder.mkdir()
     stack = open_stack(NANO_LLAMA)
-    network = Network(stack.config.hidden_size, len(stack))
+    network = PredictorNetwork(stack.config.hidden_size, len(stack))
     PathPredictor(ModelReference.of(stack), network, chat=False).save(folder / "predictor.safetensors")
     return folder / "predictor.safetensors", lambda: PathPredictor.load(folder / "predictor.safetensors", stack)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lamella
-from lamella.data import Conversation, ImageText, InputContext, Processing
+from lamella.data import ImageText, ImageTextRow, InputContext, Processing
 from lamella.errors import ArchitectureError, LamellaError
 from lamella.evaluate.scored import scored_states
 from lamella.stack import last_stack
@@ -60,7 +60,7 @@ def test_an_encoder_decoder_opens_from_its_folder_and_is_scored_as_its_own_forwa
     rows = ImageText.open("shapes:entailment+caption", reader_of(processing), rows=4)
     if not processing.inserts_images:  # which puts an image into every row
         rows = ImageText(
-            [*rows, Conversation((), tuple({**m, "content": "red"} for m in rows[0].messages))], processing
+            [*rows, ImageTextRow((), tuple({**m, "content": "red"} for m in rows[0].messages))], processing
         )
     batch, ours = rows.batch(rows), Processing(processor, encodes=True).batch(rows)
     assert set(batch) == set(ours) and all(torch.equal(batch[name], ours[name]) for name in batch)
@@ -72,7 +72,7 @@ def test_an_encoder_decoder_opens_from_its_folder_and_is_scored_as_its_own_forwa
     assert torch.equal(labels, batch["labels"][carries])
     read = {name: each for name, each in inputs.items() if name != "labels"}
     images = opened.stacks["encoder"].context(read).modalities["image"]
-    assert torch.equal(images, rows.places(batch)["image"]) and images.any()
+    assert torch.equal(images, rows.kinds(batch)["image"]) and images.any()
     prompts = {name: each for name, each in rows.prompts(rows).items()}
     assert opened.model.generate(**prompts, max_new_tokens=3, do_sample=False, num_beams=2).shape[0] == len(rows)
 
@@ -89,7 +89,7 @@ def test_a_context_tells_image_and_text_apart_as_the_data_do(kind: str) -> None:
     rows = ImageText.open("shapes", reader_of(processing), rows=3)
     batch = rows.batch(rows)
     inputs = {name: each for name, each in batch.items() if name not in ("labels", "prompt_lengths")}
-    places, stack = rows.places(batch), last_stack(model)
+    places, stack = rows.kinds(batch), last_stack(model)
     context = stack.context(inputs)
     assert torch.equal(context.modalities["image"], places["image"]) and places["image"].any()
     assert torch.equal(context.modalities["text"], places["prompt"] | places["answer"])
@@ -111,7 +111,7 @@ def test_larger_images_have_more_positions() -> None:
     for kind in ("llava", "qwen3_vl_moe"):
         _, processor = shapes_vlm(kind, size=64, num_hidden_layers=2)
         rows = ImageText.open("shapes", reader_of(Processing(processor)), rows=2, pixels=64)
-        assert int(rows.places(rows.batch(rows))["image"].sum()) == 2 * 256
+        assert int(rows.kinds(rows.batch(rows))["image"].sum()) == 2 * 256
 
 
 def test_experts_are_known_with_their_number() -> None:

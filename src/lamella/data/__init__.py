@@ -10,8 +10,8 @@ from lamella.data.examples import Examples, read_examples
 from lamella.data.image_text import ImageText
 from lamella.data.lazy import Lazy, batches
 from lamella.data.mixture import Blend, Mixture, Pick, mix
-from lamella.data.processing import MARK, Conversation, Processing, open_processing
-from lamella.data.records import Piece, Records, SampledRecords, read_records
+from lamella.data.processing import MARK, ImageTextRow, Processing, open_processing
+from lamella.data.records import Records, SampledRecords, TextRecord, read_records
 from lamella.data.rollout import rollout
 from lamella.data.rows import Rows
 from lamella.data.samples import Passages, Sample, Samples
@@ -28,13 +28,13 @@ __all__ = [
     "Captioned",
     "CaptionedImages",
     "Completion",
-    "Conversation",
     "Document",
     "Documents",
     "Encoded",
     "Endpoint",
     "Examples",
     "ImageText",
+    "ImageTextRow",
     "InputContext",
     "LabelledImages",
     "Lazy",
@@ -42,7 +42,6 @@ __all__ = [
     "Mixture",
     "Passages",
     "Pick",
-    "Piece",
     "Processing",
     "Records",
     "RemoteWriter",
@@ -53,6 +52,7 @@ __all__ = [
     "Sampling",
     "Source",
     "Text",
+    "TextRecord",
     "Writer",
     "WritingRequest",
     "batches",

@@ -1,4 +1,4 @@
-"""Examples of a task: prompts with the answers that are wanted, from files as people hold them."""
+"""Prompts with their answers, from JSON lines, as training samples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROWS = (("What is red and round?", "An apple."), ("What is long and yellow?", "A
         ("What melts?", "Ice."))  # fmt: skip
 
 
-class Asked(NamedTuple):
+class ChatExample(NamedTuple):
     """One example as text: a conversation up to where the answer begins, and the answer."""
 
     messages: list[dict[str, str]]
@@ -30,7 +30,7 @@ class Asked(NamedTuple):
 
 
 class Examples(Rows[Sample]):
-    """Examples as a model reads them: a sample each, whose answer carries loss and ends the turn."""
+    """Tokenized examples; the answer of each carries loss and ends with the end-of-sequence token."""
 
     metavar = "FILE"
     source_help = (
@@ -44,18 +44,19 @@ class Examples(Rows[Sample]):
 
     @classmethod
     def open(cls, name: str | Path, context: InputContext, *, max_length: int = 2048) -> Examples:
-        """Read examples through the model's chat template, where it has one.
+        """Read examples and render them with the model's chat template, if it has one.
 
         Args:
             name: the file.
-            max_length: tokens of an example; longer answers are cut at their end.
+            context: gives the tokenizer.
+            max_length: maximum number of tokens of an example; longer answers are truncated.
 
         Raises:
-            CalibrationError: for a file that is missing, empty or malformed, with its line.
+            CalibrationError: if the file is missing, empty or malformed; the message names the line.
         """
-        asked = read_examples(name)
+        found = read_examples(name)
         texts, tokenizer = [], context.tokenizer
-        for each in asked:
+        for each in found:
             text, special = chat_text(tokenizer, each.messages)
             texts.append((tokenizer(text, add_special_tokens=special)["input_ids"], each.answer))
         answers = [_answer(tokenizer, answer) for _, answer in texts]
@@ -63,8 +64,8 @@ class Examples(Rows[Sample]):
             [(prompt, answer) for (prompt, _), answer in zip(texts, answers, strict=True)], max_length=max_length
         )
         content = Path(name).expanduser().read_bytes()
-        said = {"data": str(name), "examples": len(samples), "sha256": hashlib.sha256(content).hexdigest()}
-        return cls(samples, tokenizer, said)
+        metadata = {"data": str(name), "examples": len(samples), "sha256": hashlib.sha256(content).hexdigest()}
+        return cls(samples, tokenizer, metadata)
 
 
 def _answer(tokenizer: Any, text: str) -> list[int]:
@@ -78,38 +79,39 @@ def read_examples(
     prompts: Sequence[str] = PROMPTS,
     answers: Sequence[str] = RESPONSES,
     hint: str = HINT,
-) -> list[Asked]:
-    """The examples of a ``.jsonl`` file, in their order.
+) -> list[ChatExample]:
+    """Read the examples of a ``.jsonl`` file in their order.
 
     Args:
-        path: each line has ``messages``, of which the last one is the answer; or a prompt and its answer.
-        prompts, answers: what fields with them are called.
-        mend: what a line should be, for the message.
+        path: the file; each line has ``messages``, of which the last one is the answer, or a prompt and its answer.
+        prompts: names of fields that hold a prompt.
+        answers: names of fields that hold an answer.
+        hint: the expected form of a line, for error messages.
 
     Raises:
-        CalibrationError: for a file that is missing or empty, or a line without prompt or answer.
+        CalibrationError: if the file is missing or empty, or a line has no prompt or no answer.
     """
     rows = read_rows(path, hint)
-    found = [_asked(row, f"{path} line {number}", prompts, answers, hint) for number, row in rows]
+    found = [_example(row, f"{path} line {number}", prompts, answers, hint) for number, row in rows]
     if not found:
         raise CalibrationError(f"{path} holds no examples: {hint}")
     return found
 
 
-def _asked(row: Any, where: str, prompts: Sequence[str], answers: Sequence[str], hint: str) -> Asked:
+def _example(row: Any, where: str, prompts: Sequence[str], answers: Sequence[str], hint: str) -> ChatExample:
     messages = _messages(row, prompts, answers) if isinstance(row, dict) else []
     *before, last = messages or [{}]
     if not before or last.get("role") != "assistant" or not last["content"].strip():
         raise CalibrationError(f"{where} has no prompt with an answer: {hint}")
-    return Asked(before, last["content"])
+    return ChatExample(before, last["content"])
 
 
 def _messages(row: dict[str, Any], prompts: Sequence[str], answers: Sequence[str]) -> list[dict[str, str]]:
-    """A row as a conversation; nothing where it is none."""
-    said: Sequence[Any] = row.get("messages") or []
-    if isinstance(said, list) and said:
-        whole = all(isinstance(each, dict) and isinstance(each.get("content"), str) for each in said)
-        return [{"role": str(each.get("role")), "content": each["content"]} for each in said] if whole else []
+    """Return a row as a conversation; empty if it is none."""
+    messages: Sequence[Any] = row.get("messages") or []
+    if isinstance(messages, list) and messages:
+        whole = all(isinstance(each, dict) and isinstance(each.get("content"), str) for each in messages)
+        return [{"role": str(each.get("role")), "content": each["content"]} for each in messages] if whole else []
     texts = {name: value for name, value in row.items() if isinstance(value, str) and value.strip()}
     prompt, answer = (next((texts[name] for name in names if name in texts), None) for names in (prompts, answers))
     if prompt is None or answer is None:

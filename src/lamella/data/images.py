@@ -1,4 +1,4 @@
-"""Pictures from files that anyone may have made: decoded by Pillow alone, in formats that run nothing, up to a size."""
+"""Decoding of images from untrusted files, by Pillow only, in formats that execute nothing and up to a maximum size."""
 
 from __future__ import annotations
 
@@ -19,47 +19,50 @@ from lamella.reading import FileRefused, check_in_folder, open_file
 Image = npt.NDArray[np.uint8]  # [height, width, 3]
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-MAX_PIXELS = 64_000_000  # of one picture: a small file may claim to hold any number
+MAX_PIXELS = 64_000_000  # of one image: the header of a small file may declare any size
 
 
 def read_image(file: Path, where: str) -> Image:
-    """The colours of a picture, the way up that it was taken.
+    """Decode an image, rotated as its EXIF orientation says.
 
     Args:
-        file: the picture.
-        where: it is named, for the message.
+        file: the image file.
+        where: where the image is named, for error messages.
+
+    Returns:
+        RGB values, uint8 [height, width, 3].
 
     Raises:
-        CalibrationError: when it cannot be read, or is larger than any model takes.
-        LamellaError: when Pillow is missing.
+        CalibrationError: if the file cannot be decoded, or has more than ``MAX_PIXELS`` pixels.
+        LamellaError: if Pillow is not installed.
     """
     return next(read_animation(file, where, to_rgb))
 
 
 def read_animation(file: Path, where: str, convert: Callable[[Any], Image]) -> Iterator[Image]:
-    """The images of a file, of which only animations have several, decoded one at a time.
+    """Decode the frames of a file one at a time; only animations have more than one.
 
     Args:
-        file: the picture.
-        where: it is named, for the message.
-        convert: from an image of Pillow to an array, such as :func:`colours`.
+        file: the image file.
+        where: where the image is named, for error messages.
+        convert: converts a Pillow image to an array, such as :func:`to_rgb`.
 
     Raises:
-        CalibrationError: when it cannot be read, or is larger than any model takes.
-        LamellaError: when Pillow is missing.
+        CalibrationError: if the file cannot be decoded, or has more than ``MAX_PIXELS`` pixels.
+        LamellaError: if Pillow is not installed.
     """
-    sequence = require("PIL.ImageSequence", "vision", "reading pictures")
+    sequence = require("PIL.ImageSequence", "vision", "reading images")
     with _readable(file, where), open_file(file) as opened, _opened(opened, file, where) as image:
         for each in sequence.Iterator(image):
             yield convert(each)
 
 
 class ImageInfo(NamedTuple):
-    """What is known of a file of images without decoding it.
+    """What is known of an image file without decoding it.
 
     Attributes:
-        digest: its SHA-256.
-        frames: the number of images that its header declares.
+        digest: the SHA-256 of the file.
+        frames: the number of frames that its header declares.
     """
 
     digest: bytes
@@ -67,17 +70,17 @@ class ImageInfo(NamedTuple):
 
 
 def check_image(file: Path, where: str) -> ImageInfo:
-    """Check a picture by its header and its checksums, without decoding it.
+    """Check an image by its header and its checksums, without decoding it.
 
-    Damage that only decoding shows is reported by :func:`read_picture`.
+    Damage that only decoding shows is reported by :func:`read_image`.
 
     Args:
-        file: the picture.
-        where: it is named, for the message.
+        file: the image file.
+        where: where the image is named, for error messages.
 
     Raises:
-        CalibrationError: when it cannot be read, or is larger than any model takes.
-        LamellaError: when Pillow is missing.
+        CalibrationError: if the file cannot be read, or has more than ``MAX_PIXELS`` pixels.
+        LamellaError: if Pillow is not installed.
     """
     with _readable(file, where), open_file(file) as opened:
         digest = hashlib.file_digest(opened, "sha256").digest()
@@ -89,8 +92,8 @@ def check_image(file: Path, where: str) -> ImageInfo:
 
 
 def _opened(opened: BinaryIO, file: Path, where: str) -> Any:
-    """The image of Pillow in an open file, of which the header alone has been read."""
-    image = require("PIL.Image", "vision", "reading pictures").open(opened, formats=FORMATS)
+    """Open an image with Pillow, which reads the header only, and check its size."""
+    image = require("PIL.Image", "vision", "reading images").open(opened, formats=FORMATS)
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise CalibrationError(
@@ -101,14 +104,14 @@ def _opened(opened: BinaryIO, file: Path, where: str) -> Any:
 
 @contextmanager
 def _readable(file: Path, where: str) -> Iterator[None]:
-    """Turn whatever reading a picture raises into one error that names it."""
+    """Turn any error that reading an image raises into one error that names the file."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of sizes, which are looked at here
+            warnings.simplefilter("ignore")  # about large images, which are checked here
             yield
     except LamellaError:
         raise
-    except Exception as error:  # of a damaged file, anything
+    except Exception as error:  # a damaged file may raise anything
         reason = getattr(error, "strerror", None) or (
             str(error) if isinstance(error, FileRefused) else type(error).__name__
         )
@@ -118,21 +121,26 @@ def _readable(file: Path, where: str) -> Iterator[None]:
 
 
 def to_rgb(image: Any) -> Image:
-    """What a Pillow image shows [height, width, 3]."""
-    upright = require("PIL.ImageOps", "vision", "reading pictures").exif_transpose(image)
+    """Convert a Pillow image to RGB values, uint8 [height, width, 3], in its upright orientation."""
+    upright = require("PIL.ImageOps", "vision", "reading images").exif_transpose(image)
     return np.array(upright.convert("RGB"))
 
 
 def inside(folder: Path, name: str, where: str) -> Path:
-    """A file of a folder, by the path that a document names.
+    """Resolve the path of an image that a document names, and check that it lies in the folder of the document.
+
+    Args:
+        folder: the folder of the document.
+        name: the path, relative to the folder.
+        where: where the path is named, for error messages.
 
     Raises:
-        CalibrationError: for a name that leads out of the folder, by whatever way, to a link or to nothing.
+        CalibrationError: if the path leads out of the folder, is a link, or does not exist.
     """
     file = folder / name
     try:
         is_inside, is_there = file.resolve().is_relative_to(folder.resolve()), file.is_file()
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError):  # not a valid file name
         is_inside, is_there = True, False
     if Path(name).is_absolute() or not is_inside:
         raise CalibrationError(f"{where}: the image '{name}' is outside the folder of the file: put it beside the file")

@@ -1,15 +1,15 @@
-"""FFN-SkipLLM: while generating, each token skips a run of MLP sublayers from where its stream first saturates.
+"""FFN-SkipLLM: each generated token skips a run of MLP sublayers, starting where its residual stream first saturates.
 
 Jaiswal et al., "FFN-SkipLLM: A Hidden Gem for Autoregressive Decoding with Adaptive Feed Forward Skipping",
 arXiv 2404.03865.
 
-    u_l = h_l + attn_l(h_l)          always, so every layer's cache is whole
+    u_l = h_l + attn_l(h_l)          always runs, so every layer's KV cache is complete
     h_l+1 = u_l + mlp_l(u_l)         c_l = cosine(u_l, h_l+1), per token
 
     layers      0 1 2 3 4 | 5 6 7 8 9 10 .. 24 | 25 .. 29       the first and last few always run
     one token             | M M . . . .  M  M  |                c_6 > threshold: the next k MLPs are skipped
 
-The prompt and the first generated tokens run everything, and so does every sixth token after that.
+The prompt and the first generated tokens run every MLP, and so does every sixth token after that.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from lamella.stack import Stack, join
 
 Placement = Literal["saturated", "random", "anywhere"]
 PLACEMENTS = ("saturated", "random", "anywhere")
-REACHED = 0.95  # of the wanted share of skipped MLPs: what a calibrated threshold must achieve
+REACHED = 0.95  # fraction of the target number of skipped MLPs that a calibrated threshold must reach
 MEASURED = 512  # calibration tokens on which a plan is tried out
-TINY = 1e-12  # instead of norms that vanish
-STARTS = 4096  # random starts are drawn for so many tokens, then repeat
+TINY = 1e-12  # lower bound of norms, against division by zero
+STARTS = 4096  # number of random start layers; later tokens reuse them
 
 
 class FFNSkip(Policy):
@@ -45,14 +45,15 @@ class FFNSkip(Policy):
 
     Args:
         stack: the model of L layers.
-        max_skips: k of the paper, the length of a token's run.
+        max_skips: k of the paper, the number of consecutive MLPs that a token skips.
         threshold: the cosine above which a token counts as saturated.
-        cold: how many layers at the start and at the end always run.
-        warmup: generated tokens that run everything before any skips.
-        interleave: then so many tokens skip and so many run everything, in turn; (1, 0) skips at every token.
-        placement: where a run starts: at ``saturated`` layers, or, to compare with, at a ``random`` layer of the same
-            window, or ``anywhere`` in the stack; what is random is the same for every row.
-        seed: of the random starts.
+        cold: how many layers at the start and at the end always run; if None, see :func:`cold_layers`.
+        warmup: number of generated tokens that run every MLP before any token skips.
+        interleave: after the warm-up, how many consecutive tokens skip and how many then run every MLP; (1, 0) skips at
+            every token.
+        placement: where a run starts: at the first ``saturated`` layer, or, as controls, at a ``random`` layer of the
+            same window, or ``anywhere`` in the stack; random starts are the same for every row.
+        seed: random seed of the start layers.
 
     Attributes:
         window: the layers that may be skipped.
@@ -80,12 +81,14 @@ class FFNSkip(Policy):
         if placement not in PLACEMENTS:
             raise MethodError(f"unknown placement '{placement}'; known are {', '.join(PLACEMENTS)}")
         if not -1 <= threshold <= 1:
-            raise MethodError(f"threshold {threshold} is no cosine: give a number from -1 to 1")
+            raise MethodError(f"threshold {threshold} is no cosine: give a value from -1 to 1")
         first, last = (0, 0) if placement == "anywhere" else cold
         if min(first, last, max_skips, warmup) < 0 or interleave[0] < 1 or interleave[1] < 0:
-            raise MethodError("ffn-skip: layers, skips and tokens are counts, and at least one token in turn must skip")
+            raise MethodError(
+                "ffn-skip: cold, max_skips and warmup must be at least 0, and interleave must start with at least 1"
+            )
         if first + last >= len(stack):
-            raise MethodError(f"cold {first},{last} leaves none of {len(stack)} layers to skip: give smaller numbers")
+            raise MethodError(f"cold {first},{last} leaves none of {len(stack)} layers to skip: give smaller values")
         self.window = range(first, len(stack) - last)
         if max_skips > len(self.window):
             raise MethodError(f"max_skips {max_skips} is more than the {len(self.window)} layers between the cold ones")
@@ -96,19 +99,21 @@ class FFNSkip(Policy):
         self.steady_after, self.period = warmup, sum(interleave)
 
     def begin(self, run: Pass) -> None:
+        """Choose the tokens of this pass that may skip."""
         never = self.max_skips == 0 or (self.placement == "saturated" and self.threshold == 1)
         if never or not run.phase.any_response:
             return
-        # Decisions are made on the host, where few numbers cost little; the device is asked for cosines alone.
+        # Decisions are made on the host, where small arrays are cheap; only cosines are copied from the device.
         order = run.phase.order(torch.device("cpu")).numpy()
         turn = order - self.warmup - 1  # the first token that may skip has turn 0
         waiting = (turn >= 0) & (turn % sum(self.interleave) < self.interleave[0])
         if waiting.any():
-            begun = np.full_like(order, self.layers)  # no layer yet
+            begun = np.full_like(order, self.layers)  # the number of layers stands for "not begun"
             run.memory.update(waiting=waiting, begun=begun, last=-self.layers, cosine=0.0)
             run.memory["start"] = self._starts[order % STARTS]
 
     def layer(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
+        """Run one layer, with its MLP only for the tokens that do not skip it."""
         layer, memory = call.index, run.memory
         if "begun" not in memory or not self.window.start - 1 <= layer < self.window.stop:
             return call(h)
@@ -128,7 +133,7 @@ class FFNSkip(Policy):
         return out
 
     def _begin_runs(self, layer: int, memory: dict[str, Any]) -> None:
-        """Let the runs of waiting tokens begin that are to begin at this layer."""
+        """Start the runs of the waiting tokens that are ready at this layer."""
         if self.placement == "saturated":
             cosine = memory["cosine"]
             if (cosine if isinstance(cosine, float) else cosine.max()) <= self.threshold:
@@ -145,15 +150,18 @@ class FFNSkip(Policy):
 
 
 def _cosine(u: Tensor, out: Tensor) -> float | np.ndarray:
-    """The cosine of two streams [batch, time, hidden] in float32: of a single token a number, else [batch, time]."""
+    """Compute the float32 cosine of two tensors [batch, time, hidden]: a float for one token, else [batch, time]."""
     if u.numel() == u.shape[-1] and u.dtype == torch.float32 and u.device.type == "cpu":
-        a, b = u.reshape(-1), out.reshape(-1)  # between two layers, out of the processor's cache, calls are what costs
+        a, b = u.reshape(-1), out.reshape(-1)  # on the CPU, call overhead dominates for a single token
         return a.dot(b).item() / max(math.sqrt(a.dot(a).item() * b.dot(b).item()), TINY)
     return torch.cosine_similarity(u.detach().float(), out.detach().float(), dim=-1, eps=TINY).cpu().numpy()
 
 
 def cold_layers(layers: int) -> tuple[int, int]:
-    """The layers at both ends that always run: 5 of 32 as in the paper, in proportion for smaller models.
+    """Return how many layers at the start and at the end always run: 5 of 32 as in the paper, in proportion.
+
+    Args:
+        layers: number of layers of the model.
 
     >>> cold_layers(32), cold_layers(4)
     ((5, 5), (1, 1))
@@ -164,13 +172,14 @@ def cold_layers(layers: int) -> tuple[int, int]:
 
 @torch.no_grad()
 def saturation(stack: Stack, tokens: Tokens) -> Tensor:
-    """The cosine between the stream before and after each layer's MLP addition.
+    """Measure the cosine between the residual stream before and after each layer's MLP.
 
     Args:
+        stack: the opened model.
         tokens: token ids [sequences, time]; a few hundred tokens are enough.
 
     Returns:
-        [tokens, layers] float32; the first token of each sequence, an attention sink, is left out.
+        Cosines [tokens, layers] in float32, without the first token of each sequence, which is an attention sink.
     """
     rows = []
     for row in track(sequences(tokens), "saturation"):
@@ -187,13 +196,13 @@ def saturation(stack: Stack, tokens: Tokens) -> Tensor:
 
 
 def expected_threshold(cosines: Tensor, window: range, max_skips: int, reach: float = REACHED) -> float:
-    """The largest threshold that would skip a share of the wanted MLPs, if skipping changed no later token.
+    """Return the largest threshold that would reach the target, if skipping did not change later tokens.
 
     Args:
-        cosines: of calibration tokens [tokens, layers], as :func:`saturation` gives them.
+        cosines: of calibration tokens [tokens, layers], as returned by :func:`saturation`.
         window: the layers that may be skipped.
-        max_skips: the wanted number per token.
-        reach: the share of it.
+        max_skips: the target number of skipped MLPs per token.
+        reach: the fraction of ``max_skips`` to reach on average.
     """
     # A run may start at layer l once the cosine of layer l - 1 passes the threshold; late starts skip fewer.
     before = torch.cat([torch.zeros_like(cosines[:, :1]), cosines], dim=1)[:, window.start : window.stop]
@@ -223,23 +232,26 @@ def ffn_skip(
     placement: Placement = "saturated",
     seed: Annotated[int, Ge(0)] = 0,
 ) -> PlanSeries:
-    """Skip MLP sublayers of saturated tokens while generating; attention always runs, so no cache has holes.
+    """Skip MLP sublayers of saturated tokens during generation; attention always runs, so the KV cache stays complete.
 
     Args:
         stack: the opened model.
-        calibration: text, or token ids [sequences, time]; threshold and expected share of skipped MLPs come from it.
-        max_skips: MLPs that one token may skip; when left out, the series holds every number.
-        threshold: the cosine from which a token is saturated; ``auto`` takes the largest that still skips 95 % of
-            what was asked for, since the paper's 0.95 fires at every layer of some models and at none of others.
-        cold: layers at the start and at the end that always run; when left out, 5 and 5 of 32 in proportion.
-        warmup: generated tokens that run everything at first.
-        interleave: after that, so many tokens skip and so many run everything, in turn.
-        placement: ``random`` and ``anywhere`` place the runs blindly, to compare with.
-        seed: of random placements.
+        calibration: text, or token ids [sequences, time], on which the threshold and the expected fraction of skipped
+            MLPs are determined.
+        max_skips: number of MLPs that one token may skip; if None, the series holds every possible number.
+        threshold: the cosine above which a token counts as saturated; ``auto`` takes the largest value that still skips
+            95 % of ``max_skips`` per token, since the paper's 0.95 is exceeded at every layer of some models and at no
+            layer of others.
+        cold: layers at the start and at the end that always run; if None, 5 and 5 of 32, in proportion.
+        warmup: number of generated tokens that run every MLP before any token skips.
+        interleave: after the warm-up, how many consecutive tokens skip and how many then run every MLP.
+        placement: ``saturated`` is the method; ``random`` (within the same layers) and ``anywhere`` are controls that
+            choose the first skipped MLP at random.
+        seed: random seed of the controls.
 
     Returns:
-        The series of plans, from the whole model on, each with the share of MLPs that it skips on calibration text,
-        warm-up aside.
+        The plan series, starting with the unchanged model, each plan with the fraction of MLPs that it skips on
+        calibration text, warm-up aside.
 
     Raises:
         MethodError: for more cold layers than the model has, or more skips than there are layers between them.
@@ -248,7 +260,7 @@ def ffn_skip(
     limit = 0.95 if threshold == "auto" else threshold
     settings: dict[str, Any] = {"cold": list(ends), "warmup": warmup, "interleave": list(interleave)}
     settings |= {"placement": placement, "seed": seed}
-    # Made once before the long work, since it checks the settings.
+    # Constructed before the long work, since the constructor checks the settings.
     window = FFNSkip(stack, max_skips=max_skips or 0, threshold=limit, **settings).window
     wanted = range(1, len(window) + 1) if max_skips is None else [max_skips]
     cosines = saturation(stack, calibration) if threshold == "auto" and placement == "saturated" else None
@@ -273,17 +285,23 @@ def ffn_skip(
 
 
 def _calibrated(skipped: Callable[[float], Tensor], low: float, high: float, wanted: float) -> tuple[float, Tensor]:
-    """The largest threshold between two that skips the wanted MLPs per token, to about 1 %, and what it skips [layers].
+    """Find the largest threshold between two bounds that skips the target number of MLPs per token, to about 1 %.
 
-    Tokens that see skipped ones are less saturated, so the threshold must be lower than a profile says.
+    Tokens that attend to tokens with skipped MLPs are less saturated, so the threshold must be lower than the profile
+    of the unchanged model suggests. Returns the threshold and the fraction of tokens that skip each layer's MLP
+    [layers].
     """
     share = skipped(high)
     if float(share.sum()) >= wanted:
         return high, share
-    few, many, best = float(share.sum()), wanted / REACHED, None  # at ``high``, and as the profile says at ``low``
+    few, many, best = (
+        float(share.sum()),
+        wanted / REACHED,
+        None,
+    )  # at ``high``, and estimated from the profile at ``low``
     for _ in range(7):
-        place = min(max((many - 1.005 * wanted) / (many - few), 0.05), 0.95)  # by a straight line between both
-        middle = round(low + place * (high - low), 6)
+        position = min(max((many - 1.005 * wanted) / (many - few), 0.05), 0.95)  # linear interpolation
+        middle = round(low + position * (high - low), 6)
         share = skipped(middle)
         found = float(share.sum())
         if found < wanted:
@@ -296,7 +314,7 @@ def _calibrated(skipped: Callable[[float], Tensor], low: float, high: float, wan
 
 
 def _skipped(stack: Stack, params: dict[str, Any], calibration: Tokens) -> Tensor:
-    """How often each layer's MLP is skipped where it may be, with calibration text as the answer [layers]."""
+    """Measure the fraction of tokens that skip each layer's MLP, with calibration text as answer [layers]."""
     always = PolicyReference(name="ffn-skip", params=params | {"warmup": 0, "interleave": [1, 0]})
     view = apply(stack, Plan(model=ModelReference.of(stack), policies={stack.stack: always}))
     trace = traced(view)

@@ -1,13 +1,13 @@
-"""FinerCut: cut attention and MLP sublayers one by one, whichever changes the model's output least.
+"""FinerCut: greedily remove the attention and MLP sublayers whose removal changes the model's output least.
 
 Zhang et al., "FinerCut: Finer-grained Interpretable Layer Pruning for Large Language Models", arXiv 2405.18218.
 
-    h = [A0] [M0] [A1] [M1] ... [A29] [M29] -> logits Z0          every sublayer is a candidate of its own
-    repeat:  d(s) = D(Z0, logits without removed + s)  for every s     Z0 is always the original's output
+    h = [A0] [M0] [A1] [M1] ... [A29] [M29] -> logits Z0          every sublayer is a separate candidate
+    repeat:  d(s) = D(Z0, logits without removed + s)  for every s     Z0 always comes from the original model
              remove the s with the smallest d(s)
 
-The removal order is valid at every length: one run serves every budget. Sublayers of the first layers are protected at
-first (``exclude_front``) and become candidates later.
+Every prefix of the removal order is valid, so one run serves every budget. Sublayers of the first layers are protected
+initially (``exclude_front``) and become candidates later.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lamella.registry import method
 from lamella.search import Removal, Removals, greedy, lazy_greedy, one_shot, swap, take
 from lamella.stack import Group, Level, Position, Stack, groups_at, sites_of
 
-REMOVE = 0.25  # of all sublayers, where no budget is given
+REMOVE = 0.25  # default fraction of all sublayers to remove, used without a budget
 
 
 @method("finercut", paper="2405.18218", purpose="prune")
@@ -47,27 +47,29 @@ def finercut(
     budget: Budget = Budget(),
     work: Work = Work(),
 ) -> PlanSeries:
-    """Greedily remove attention and MLP sublayers, measured by the change of the model's output.
+    """Greedily remove attention and MLP sublayers whose removal changes the model's output least.
 
     Args:
         stack: the opened model.
-        calibration: text, or token ids [sequences, time], alone or with an attention mask, or images with text;
-            the paper: 10 x 256.
+        calibration: text, or token ids [sequences, time], optionally with an attention mask, or images with text;
+            the paper uses 10 sequences of 256 tokens.
         distance: ``jsd``, ``jsd_repo`` (as the authors' code computes it), ``kl``, ``angular``, ``norm`` or
             ``perplexity``.
-        level: what a candidate is: every ``sublayer``, only ``attn``, only ``mlp``, or whole layers (``block``).
-        exclude_front: x of the paper: the first int(L x) + 1 layers stay until int(2 L x) + 1 sublayers are gone.
-        strategy: ``greedy`` measures all candidates at every step; ``lazy`` only those that looked good before, faster
-            and sometimes different; ``one_shot`` measures once and takes the smallest.
-        stop_when: stop before the distance passes this.
-        largest: remove the most important first, as a sanity check (with ``one_shot``).
-        refine: our extension: at the end compare with removing whole layers, take the better set, and exchange
+        level: candidates are all sublayers (``sublayer``), only ``attn``, only ``mlp``, or whole layers (``block``).
+        exclude_front: x of the paper: the first int(L x) + 1 layers are protected until int(2 L x) + 1 sublayers have
+            been removed.
+        strategy: ``greedy`` measures all candidates at every step; ``lazy`` only the candidates that were good before,
+            which is faster and sometimes gives another result; ``one_shot`` measures once and removes in ascending
+            order.
+        stop_when: stop before the distance exceeds this value; if None, only the budget ends the search.
+        largest: remove the most important candidates first, as a sanity check (only with ``one_shot``).
+        refine: an extension of Lamella: at the end compare with removing whole layers, take the better set, and swap
             sublayers while that lowers the distance; the last plan of the series is then not a prefix of an order.
-        budget: how far to go; a quarter of all sublayers when left out.
-        work: where an interrupted ``greedy`` run goes on from; the other strategies start over.
+        budget: how much to remove; a quarter of all sublayers by default.
+        work: folder from which an interrupted ``greedy`` run resumes; the other strategies start over.
 
     Returns:
-        The series of plans, from the whole model on, each with its distance on the calibration text.
+        The plan series, starting with the unchanged model, each plan with its distance on the calibration text.
 
     Raises:
         MethodError: for values out of range, or an ``exclude_front`` that protects all layers.
@@ -79,28 +81,36 @@ def finercut(
     size = len(groups[0])
     protected = int(len(stack) * exclude_front) + 1  # the paper's n_ex, in layers
     free = [group for group in groups if group[0].layer >= protected]
-    held = [group for group in groups if group[0].layer < protected]
+    protected_groups = [group for group in groups if group[0].layer < protected]
     release_after = (int(count * exclude_front) + 1) // size
     if not free:
-        raise MethodError(f"exclude_front {exclude_front} protects all {len(stack)} layers: give a smaller share")
+        raise MethodError(
+            f"exclude_front {exclude_front} protects all {len(stack)} layers: give a smaller fraction, such as 0.4"
+        )
 
-    most = min(int(budget.most(REMOVE) * count + 1e-9), count - 1) // size  # one must stay
+    most = min(int(budget.most(REMOVE) * count + 1e-9), count - 1) // size  # one sublayer must remain
     first = 0 if most > release_after else protected
     measure, clock = OutputDistance(stack, calibration, distance, first=first), budget.clock()
     model = ModelReference.of(stack)
-    asked = {"distance": distance, "level": level, "exclude_front": exclude_front}
-    # Only greedy goes on from what is removed; what lazy asks next depends on all that it asked, and both are quick.
-    header = {"model": model.model_dump(), "calibration": describe(calibration), **asked}
+    settings = {"distance": distance, "level": level, "exclude_front": exclude_front}
+    # Only greedy resumes from the removed sublayers alone; lazy depends on all its measurements, and both are quick.
+    header = {"model": model.model_dump(), "calibration": describe(calibration), **settings}
     log = Removals(work.journal("finercut") if strategy == "greedy" else None, header)
     if strategy == "one_shot":
         steps = _ranked(free, measure, largest)
     else:
         search = greedy if strategy == "greedy" else lazy_greedy
-        # Late ones cost least to measure and mostly least to remove, so they set a tight bound early.
-        guess: dict[Group, float] = {group: -place for place, group in enumerate(groups)}
+        # Late sublayers cost least to measure and usually least to remove, so they set a tight bound early.
+        guess: dict[Group, float] = {group: -index for index, group in enumerate(groups)}
         done = log.done[:most]
         steps = search(
-            free, measure.cost, done=done, held=held, release_after=release_after, guess=guess, out_of_time=clock
+            free,
+            measure.cost,
+            done=done,
+            held=protected_groups,
+            release_after=release_after,
+            guess=guess,
+            out_of_time=clock,
         )
 
     if stop_when is not None:
@@ -119,7 +129,7 @@ def finercut(
 
 
 def _ranked(candidates: list[Group], measure: OutputDistance, largest: bool) -> Iterator[Removal[Group]]:
-    """One-shot: every candidate measured alone, then removed in that order, each prefix with its own distance."""
+    """Measure every candidate alone, then remove in that order and measure the distance of each prefix."""
     removed: list[Position] = []
     for group, _ in one_shot(candidates, measure.cost, largest):
         removed += group
@@ -129,7 +139,7 @@ def _ranked(candidates: list[Group], measure: OutputDistance, largest: bool) -> 
 def _refined(
     chosen: frozenset[Position], cost: float, measure: OutputDistance, blocks: list[Group]
 ) -> tuple[frozenset[Position], float]:
-    """The better of this set and of as many sublayers in whole layers, then exchanged one by one while that helps."""
+    """Return the better of this set and an equally large set of whole layers, after swaps that lower the distance."""
     single: list[Group] = [(position,) for block in blocks for position in block]
     layers, rest = divmod(len(chosen), len(blocks[0]))
     by_layer = [step.candidate for step in islice(greedy(blocks, measure.cost), layers)]

@@ -1,4 +1,4 @@
-"""LoRA: small trained maps beside frozen ones. The baseline of every adapter.
+"""LoRA: small trained low-rank layers beside frozen ones. The baseline of all adapter methods.
 
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685; through peft.
 """
@@ -34,39 +34,39 @@ def lora(
     config: TrainConfig = TRAINING,
     work: Work = Work(),
 ) -> Tuned:
-    """Train a LoRA adapter on text, for the whole model or for what runs under a plan.
+    """Train a LoRA adapter on text, for the whole model or for the part that runs under a plan.
 
     Args:
         stack: a decoder; it is not changed.
-        train: text, in blocks, every token of which carries loss.
-        plan: what the model runs under while it trains; the whole model when left out.
+        train: text in blocks, with loss on every token.
+        plan: plan under which the model runs during training; defaults to the whole model.
         r: rank.
         alpha: the adapter's output is scaled by alpha / r.
-        dropout: on the adapter's input, while training.
-        targets: the last parts of the names of linear maps, such as ``q_proj``; all of a layer when left out.
-        config: of the training; its seed is that of the adapter's random half, too.
-        work: where an interrupted run goes on from, to the bit.
+        dropout: dropout rate on the adapter's input in training.
+        targets: last parts of the names of linear layers, such as ``q_proj``; defaults to all of a layer.
+        config: training settings; the seed also initialises the adapter.
+        work: folder from which an interrupted run resumes, with bitwise identical results.
 
     Returns:
-        The adapter, and the model with it merged.
+        The adapter, and the merged model.
 
     Raises:
         MethodError: for a plan in which a layer runs twice.
-        TrainingError: for targets that are missing, or when training cannot start or stay finite.
+        TrainingError: for missing targets, or when training cannot start or does not stay finite.
     """
     plan = plan or Plan(model=ModelReference.of(stack), provenance={"method": "lora"})
     running = sites_of(plan.running("adapter"), stack.positions)
     view = apply(stack, plan)
-    beside = add_lora(view, r, alpha, dropout, targets or None, sites=running, seed=config.seed)
+    adapters = add_lora(view, r, alpha, dropout, targets or None, sites=running, seed=config.seed)
     log = fit(
         view,
         train,
         Task(response_loss),
         config,
         out=work.directory() / "run",
-        trainable=beside.trains,
-        settings={"plan": plan.digest, "lora": [beside.scale, list(beside.modules)], "base": beside.base},
+        trainable=adapters.trains,
+        settings={"plan": plan.digest, "lora": [adapters.scale, list(adapters.modules)], "base": adapters.base},
     )
-    adapter = beside.adapter()
+    adapter = adapters.adapter()
     findings = {"r": r, "modules": len(adapter.modules), "parameters": adapter.parameters}
     return Tuned(stack=merge(stack, adapter), plan=plan, log=log, adapter=adapter, findings=findings)

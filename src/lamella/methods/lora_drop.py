@@ -1,4 +1,4 @@
-"""LoRA-Drop: at most steps a layer's output is what it was at the last full step, with a small learned correction.
+"""LoRA-Drop: at most steps, a layer reuses its output of the last full step, with a small learned correction.
 
 Rajabzadeh et al., "LoRA-Drop: Temporal LoRA Decoding for Efficient LLM Inference", arXiv 2601.02569.
 
@@ -7,7 +7,7 @@ Rajabzadeh et al., "LoRA-Drop: Temporal LoRA Decoding for Efficient LLM Inferenc
     droppable   run     a + s B A h                        a: the layer's output at the last refresh
 
 ``h`` itself is not added: a new token reaches the rest of the network through ``B A h`` and the kept layers. Droppable
-layers store keys at refresh steps alone, which saves cache too.
+layers only store keys at refresh steps, which also saves cache memory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lamella.train import Healed, TrainConfig, distilled_loss, fit_policy, respo
 
 Reuse = Literal["output", "delta", "skip"]
 REUSES = ("output", "delta", "skip")
-TRAINING = TrainConfig(steps=300, lr=1e-3)  # the authors' rate, 1e-5, hardly moves corrections in so few steps
+TRAINING = TrainConfig(steps=300, lr=1e-3)  # the authors' learning rate, 1e-5, has little effect in so few steps
 
 
 class LoRADrop(Policy):
@@ -39,13 +39,16 @@ class LoRADrop(Policy):
 
     Args:
         stack: the model, of hidden size d.
-        droppable: the layers that reuse; never layer 0.
-        refresh_every: c of the paper: every c-th generated token runs everything; 1 is the base model.
-        keys: ``skip`` as released: at other steps droppable layers store nothing; ``update`` stores keys and values.
-        reuse: ``output`` as in the paper; ``delta`` (ours) adds what the layer added at the last refresh to the new
-            token's own stream; ``skip`` reuses nothing: the layer is the identity, plus the correction.
-        rank, alpha: of the corrections: (alpha / rank) B A h, A [rank, d], B [d, rank], B starting at 0.
-        seed: of A.
+        droppable: the layers that reuse their output; never layer 0.
+        refresh_every: c of the paper: every c-th generated token runs all layers; 1 is the original model.
+        keys: ``skip`` as in the released code: at other steps droppable layers store nothing; ``update`` stores keys
+            and values.
+        reuse: ``output`` as in the paper; ``delta`` (an addition of Lamella) adds the layer's update of the last
+            refresh to the new token's own residual stream; ``skip`` reuses nothing: the layer is the identity plus the
+            correction.
+        rank: rank of the corrections (alpha / rank) B A h, A [rank, d], B [d, rank], B initialised to 0.
+        alpha: scale of the corrections.
+        seed: random seed of A.
 
     Raises:
         MethodError: for settings out of range.
@@ -67,28 +70,37 @@ class LoRADrop(Policy):
     ) -> None:
         super().__init__(stack)
         if reuse not in REUSES or keys not in ("skip", "update"):
-            raise MethodError(f"lora-drop: reuse is {', '.join(REUSES)}, and keys are skip or update")
+            raise MethodError(f"lora-drop: reuse must be one of {', '.join(REUSES)}, and keys must be skip or update")
         if refresh_every < 1 or rank < 1:
-            raise MethodError("lora-drop: refresh_every and rank are at least 1")
+            raise MethodError("lora-drop: refresh_every and rank must be at least 1")
         wrong = [layer for layer in droppable if not 0 < layer < len(stack)]
         if wrong:
-            raise MethodError(f"lora-drop: layer {wrong[0]} cannot be dropped; 1 to {len(stack) - 1} can")
-        self.place = {layer: place for place, layer in enumerate(sorted(set(droppable)))}
+            raise MethodError(
+                f"lora-drop: layer {wrong[0]} cannot be dropped: give layers between 1 and {len(stack) - 1}"
+            )
+        self.index_of = {layer: index for index, layer in enumerate(sorted(set(droppable)))}
         self.refresh_every, self.keys, self.reuse = refresh_every, keys, reuse
         if keys == "skip" and refresh_every > 1:
-            self.sparse = frozenset(self.place)
+            self.sparse = frozenset(self.index_of)
         self.period = refresh_every
         self.scale = alpha / rank
         d = stack.config.hidden_size
         like = next(stack.model.parameters())
         bound = 1 / math.sqrt(d)  # Kaiming-uniform with a = sqrt 5
-        drawn = torch.rand(len(self.place), rank, d, generator=torch.Generator().manual_seed(seed))
-        self.a = nn.Parameter(((2 * drawn - 1) * bound).to(like))
-        self.b = nn.Parameter(torch.zeros(len(self.place), d, rank).to(like))
-        self.sees_all_keys = False  # in training only: the released code's visibility, which serving does not have
+        noise = torch.rand(len(self.index_of), rank, d, generator=torch.Generator().manual_seed(seed))
+        self.a = nn.Parameter(((2 * noise - 1) * bound).to(like))
+        self.b = nn.Parameter(torch.zeros(len(self.index_of), d, rank).to(like))
+        self.sees_all_keys = False  # only in training: the visibility of the released code, which differs from serving
 
     def layer(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
-        if call.index not in self.place:
+        """Run a layer, or reuse its output.
+
+        Args:
+            call: the layer.
+            h: its input [batch, tokens, hidden].
+            run: the forward pass.
+        """
+        if call.index not in self.index_of:
             return call(h)
         return self._whole(call, h, run) if run.cache is None else self._step(call, h, run)
 
@@ -107,7 +119,7 @@ class LoRADrop(Policy):
         return out
 
     def _whole(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
-        """All steps at once: the anchors of a layer see one another's keys, and the other tokens take from them."""
+        """Run all steps in parallel: refresh tokens attend to one another, and the others reuse their outputs."""
         order = run.phase.order(h.device).expand(h.shape[:2])
         age = torch.where(order > 0, order % self.refresh_every, 0)  # steps since the last refresh
         refresh = age == 0
@@ -118,15 +130,15 @@ class LoRADrop(Policy):
         return run.choose(call, ~refresh, self._reused(call.index, h, taken), out)
 
     def _reused(self, layer: int, h: Tensor, anchor: Tensor | None) -> Tensor:
-        place = self.place[layer]
-        correction = self.scale * (h @ self.a[place].T @ self.b[place].T)
+        index = self.index_of[layer]
+        correction = self.scale * (h @ self.a[index].T @ self.b[index].T)
         if anchor is None or self.reuse == "skip":
             return h + correction
         return anchor + correction if self.reuse == "output" else h + anchor + correction
 
 
 def released_layers(layers: int) -> list[int]:
-    """The droppable layers of the authors' code: all but every fourth.
+    """The droppable layers of the authors' code: all except every fourth.
 
     >>> released_layers(8)
     [1, 2, 3, 5, 6, 7]
@@ -135,7 +147,7 @@ def released_layers(layers: int) -> list[int]:
 
 
 def spread_layers(layers: int, count: int, keep_first: int = 2, keep_last: int = 1) -> list[int]:
-    """So many droppable layers, evenly spaced between those at both ends that are kept.
+    """Choose ``count`` droppable layers, evenly spaced between the kept ones at both ends.
 
     >>> spread_layers(8, 2)
     [3, 5]
@@ -143,7 +155,7 @@ def spread_layers(layers: int, count: int, keep_first: int = 2, keep_last: int =
     free = range(keep_first, layers - keep_last)
     if not 0 < count <= len(free):
         raise MethodError(f"cannot drop {count} layers: {max(len(free), 0)} of {layers} are droppable")
-    return [free[int((place + 0.5) * len(free) / count)] for place in range(count)]
+    return [free[int((index + 0.5) * len(free) / count)] for index in range(count)]
 
 
 @command("lora-drop", "tune")
@@ -157,17 +169,20 @@ def tune(
     train_keys: Literal["match", "release"] = "match",
     work: Work = Work(),
 ) -> Healed:
-    """Train the corrections alone, as they are served, with the model frozen.
+    """Train only the corrections, under serving conditions, with the model frozen.
 
     Args:
         stack: the model; it is not changed.
         plan: a plan of this method.
-        train: text with prompts of many lengths, or prompts about images with their answers; prompts run everything.
-        config: of the training.
-        objective: ``ce``, or ``ce+logit_mse``, which adds 0.05 times the squared error to the model's own logits.
-        train_keys: ``match`` hides from a droppable layer the keys that serving does not store; ``release`` shows all,
-            as the authors' code does.
-        work: where an interrupted run goes on from.
+        train: text with prompts of various lengths, or prompts about images with their answers; prompts run all layers.
+        config: training settings.
+        objective: ``ce``, or ``ce+logit_mse``, which adds 0.05 times the squared error to the original model's logits.
+        train_keys: ``match`` hides the keys that serving does not store from a droppable layer; ``release`` shows all,
+            as in the authors' code.
+        work: folder from which an interrupted run resumes.
+
+    Returns:
+        The model with trained corrections.
     """
     out = work.directory()
     view = apply(stack, plan)
@@ -203,22 +218,24 @@ def lora_drop(
 
     Args:
         stack: the opened model of L layers.
-        share: p of the paper, the share of all layers that are droppable; the library's usual choice is 0.5. When left
-            out, the series holds every number of them.
-        droppable: ``spread`` spaces them evenly; ``release`` takes all but every fourth, as the authors' code does.
-        keep_first, keep_last: layers at both ends that ``spread`` keeps.
-        refresh_every: c of the paper: a full step every so many.
-        keys: ``skip`` stores keys of droppable layers at full steps alone, ``update`` at every step.
-        reuse: between full steps, the last ``output`` as in the paper; ``delta`` (ours), what the layer added to the
-            stream then; ``skip``, nothing but the correction.
-        rank, alpha: of the corrections.
-        seed: of their start.
+        share: p of the paper, fraction of all layers that are droppable; 0.5 is a common choice. If None, the series
+            contains every number of them.
+        droppable: ``spread`` spaces them evenly; ``release`` takes all except every fourth, as in the authors' code.
+        keep_first: layers at the start that ``spread`` keeps.
+        keep_last: layers at the end that ``spread`` keeps.
+        refresh_every: c of the paper: interval of full steps.
+        keys: ``skip`` stores keys of droppable layers at full steps only, ``update`` at every step.
+        reuse: between full steps, the last ``output`` as in the paper; ``delta`` (an addition of Lamella), the layer's
+            last update of the residual stream; ``skip``, only the correction.
+        rank: rank of the corrections.
+        alpha: scale of the corrections.
+        seed: random seed of the corrections.
 
     Returns:
-        The series of plans, from the whole model on, with the share of layer work and of cache that is left.
+        The series of plans, starting with the whole model, with the remaining fraction of layer work and of cache.
 
     Raises:
-        MethodError: for a share of less than one layer, or of more layers than are droppable.
+        MethodError: for a fraction of less than one layer, or of more layers than are droppable.
     """
     layers = len(stack)
     free = layers - keep_first - keep_last

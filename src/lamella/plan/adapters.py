@@ -27,7 +27,7 @@ from lamella.plan.fingerprint import revision
 from lamella.plan.parts import fill, parts_in, tensors_of, validated_settings
 from lamella.plan.schema import Plan
 from lamella.plan.selection import modules_at
-from lamella.registry import room
+from lamella.registry import submodule
 from lamella.stack import Model, open_model, share
 
 ATTRIBUTE = "lamella_adapter"  # name of the adapter as a child of its linear layer
@@ -212,7 +212,7 @@ def with_adapters(model: Model, original: Model, plan: Plan) -> Model:
 
 
 def _kind(reference: AdapterReference, where: str) -> type[SiteAdapter]:
-    known = {each.__name__: each for each in parts_in(room(reference.name, "modules"), SiteAdapter)}
+    known = {each.__name__: each for each in parts_in(submodule(reference.name, "modules"), SiteAdapter)}
     if not known:
         raise PlanError(f"{where}: {reference.name} is a method without adapters of its own")
     kind = reference.kind or next(iter(known))

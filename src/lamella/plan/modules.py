@@ -16,7 +16,7 @@ from lamella.errors import PlanError
 from lamella.plan import sidefile
 from lamella.plan.entries import ModuleReference
 from lamella.plan.parts import open_part, parts_in
-from lamella.registry import room
+from lamella.registry import submodule
 from lamella.stack import Architecture, Hidden, Position, Stack, hold, join
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def open_module(stack: Stack, positions: Sequence[Position], reference: ModuleRe
         PlanError: for a method without networks, an unknown kind or setting, or a side file that does not fit.
     """
     where = f"module '{reference.name}'"
-    known = {each.__name__: each for each in parts_in(room(reference.name, "modules"), SiteModule)}
+    known = {each.__name__: each for each in parts_in(submodule(reference.name, "modules"), SiteModule)}
     if not known:
         raise PlanError(f"{where}: {reference.name} is a method without networks of its own")
     kind = reference.kind or next(iter(known))

@@ -15,7 +15,7 @@ from typing import Any
 from lamella.errors import PlanError
 from lamella.plan.entries import RewriteReference
 from lamella.plan.parts import validated_settings
-from lamella.registry import room
+from lamella.registry import submodule
 from lamella.stack import Architecture, Model, Wiring, open_model, share
 
 
@@ -61,7 +61,7 @@ def code_of(reference: RewriteReference) -> Any:
     Raises:
         PlanError: for a method that does not rewrite models.
     """
-    code = room(reference.name, "rewrite")
+    code = submodule(reference.name, "rewrite")
     if not hasattr(code, "Form") or not hasattr(code, "rewrite"):
         raise PlanError(f"rewrite '{reference.name}': {reference.name} is a method that does not rewrite models")
     return code

@@ -16,7 +16,7 @@ def mixture_table(mixture: Mapping[str, Any]) -> Table:
         mixture: the account of :func:`lamella.data.mix`.
     """
     rows = [
-        [name, count(each["tokens"]), percent(each["share"]), percent(each["wanted"]), count(each["unique"]),
+        [name, count(each["tokens"]), percent(each["share"]), percent(each["target"]), count(each["unique"]),
          number(each["epochs"])]
         for name, each in mixture["sources"].items()
     ]  # fmt: skip

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lamella.errors import PlanError
 from lamella.plan import Plan, alter, apply_static, apply_structure, refuse_saving
-from lamella.registry import room
+from lamella.registry import submodule
 from lamella.runtime.cache import Phase, PlanCache
 from lamella.runtime.denoising import Denoising
 from lamella.runtime.generation import empty_cache, generate, own_cache, prepare_cache, without_cache
@@ -68,7 +68,7 @@ def _policy_of(stack: Stack, plan: Plan) -> Policy:
     reference = plan.policies.get(stack.stack)
     if reference is None:
         return PathPolicy(stack, plan)
-    known = policies(room(reference.name, "policy"))
+    known = policies(submodule(reference.name, "policy"))
     if len(known) > 1:  # one for the encoder, one for the decoder
         known = [each for each in known if each.encodes == encodes(stack)]
     if len(known) != 1:

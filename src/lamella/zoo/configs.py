@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, AutoConfig
 
 from lamella.errors import ArchitectureError, CheckpointError, DownloadError, LamellaError
 from lamella.plan import checkpoint, native
-from lamella.registry import bring
+from lamella.registry import import_network
 from lamella.zoo.pull import ZOO
 
 CONFIG = "config.json"
@@ -30,7 +30,7 @@ def register_class(place: Path | str) -> None:
     if isinstance(place, Path) and (place / CONFIG).is_file():
         kind = str(checkpoint.read_json(place / CONFIG).get("model_type"))
         if kind not in CONFIG_MAPPING:
-            bring(kind)
+            import_network(kind)
 
 
 def open_config(place: Path | str) -> Any:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from lamella.errors import CalibrationError
-from lamella.methods.agile3d.clicks import Click, Clicks, overwritten, regions, relabelled, simulated
-from lamella.methods.agile3d.judge import Round, clicks_to, iou_at, mean_iou, nearest_click, play
+from lamella.methods.agile3d.clicks import Click, Clicks, apply_clicks, regions, simulate_clicks, task_labels
+from lamella.methods.agile3d.judge import CurvePoint, clicks_to, iou_at, mean_iou, nearest_click, play
 from lamella.methods.agile3d.loss import click_loss, click_weights, dice_loss
 from lamella.methods.agile3d.rooms import rooms
-from lamella.methods.agile3d.scene import Scene, Tokens, tokenise
+from lamella.methods.agile3d.scene import ClickScene, Tokens, tokenise
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +27,12 @@ def drawn() -> np.random.Generator:
 
 
 def test_a_right_prediction_gets_no_click(room: Tokens) -> None:
-    assert simulated(room.objects, room.objects, room.coords, 5, drawn()) == ()
+    assert simulate_clicks(room.objects, room.objects, room.coords, 5, drawn()) == ()
 
 
 def test_from_all_background_every_object_gets_one_click_on_itself(room: Tokens) -> None:
-    truth = relabelled(room.objects, [3, 1, 4])
-    clicks = simulated(truth, torch.zeros_like(truth), room.coords, 3, drawn())
+    truth = task_labels(room.objects, [3, 1, 4])
+    clicks = simulate_clicks(truth, torch.zeros_like(truth), room.coords, 3, drawn())
     assert sorted(click.label for click in clicks) == [1, 2, 3]
     assert all(int(truth[click.token]) == click.label for click in clicks)
 
@@ -57,17 +57,17 @@ def test_the_deepest_regions_are_clicked_first() -> None:
     coords = torch.arange(20.0)[:, None]
     truth = torch.tensor([1] * 7 + [0] * 6 + [2] * 3 + [0] * 4)
     none = torch.zeros_like(truth)
-    assert simulated(truth, none, coords, 1, drawn()) == (Click(1, 0),)  # at the edge, 7 cells from what is right
-    assert sorted(simulated(truth, none, coords, 2, drawn())) == [Click(1, 0), Click(2, 14)]
+    assert simulate_clicks(truth, none, coords, 1, drawn()) == (Click(1, 0),)  # at the edge, 7 cells from what is right
+    assert sorted(simulate_clicks(truth, none, coords, 2, drawn())) == [Click(1, 0), Click(2, 14)]
 
 
 def test_a_region_without_an_outside_is_clicked_somewhere() -> None:
     ones = torch.ones(4, dtype=torch.long)
-    assert simulated(ones, 0 * ones, torch.rand(4, 3), 1, drawn()) == (Click(1, 0),)
+    assert simulate_clicks(ones, 0 * ones, torch.rand(4, 3), 1, drawn()) == (Click(1, 0),)
 
 
 def test_chosen_objects_are_numbered_and_all_else_is_background() -> None:
-    assert relabelled(torch.tensor([-1, 0, 4, 2, 7, 4]), [4, 2]).tolist() == [0, 0, 1, 2, 0, 1]
+    assert task_labels(torch.tensor([-1, 0, 4, 2, 7, 4]), [4, 2]).tolist() == [0, 0, 1, 2, 0, 1]
 
 
 def test_quality_is_the_mean_over_objects_of_the_iou_of_points() -> None:
@@ -78,8 +78,8 @@ def test_quality_is_the_mean_over_objects_of_the_iou_of_points() -> None:
 
 
 def test_measures_of_a_curve_by_hand() -> None:
-    reached = [Round(0, 0.0), Round(1, 0.5), Round(1.5, 0.81), Round(2, 0.85)]
-    never = [Round(0, 0.0), Round(1, 0.3), Round(1.5, 0.4), Round(2, 0.45)]
+    reached = [CurvePoint(0, 0.0), CurvePoint(1, 0.5), CurvePoint(1.5, 0.81), CurvePoint(2, 0.85)]
+    never = [CurvePoint(0, 0.0), CurvePoint(1, 0.3), CurvePoint(1.5, 0.4), CurvePoint(2, 0.45)]
     assert iou_at([reached, never], 1) == pytest.approx(0.4)
     assert iou_at([reached, never], 2) == pytest.approx(0.65)
     assert clicks_to([reached, never], 0.8, budget=2) == pytest.approx((1.5 + 2) / 2)
@@ -87,31 +87,31 @@ def test_measures_of_a_curve_by_hand() -> None:
 
 
 def test_a_perfect_answer_ends_the_clicks_and_its_quality_stands_for_the_rest(room: Tokens) -> None:
-    asked: list[Clicks] = []
+    sequences: list[Clicks] = []
 
     def right(clicks: Clicks) -> Tensor:
-        asked.append(clicks)
-        return relabelled(room.objects, [1, 2])
+        sequences.append(clicks)
+        return task_labels(room.objects, [1, 2])
 
     curve = play(right, room, [1, 2], budget=3)
     assert [each.clicks for each in curve] == [0, 1, 1.5, 2, 2.5, 3]
     assert curve[0].iou == 0 and len({each.iou for each in curve[1:]}) == 1
-    assert {len(clicks) for clicks in asked} == {2}
+    assert {len(clicks) for clicks in sequences} == {2}
 
 
 def test_a_round_adds_one_click_and_is_judged_at_every_point_after_clicks_count(room: Tokens) -> None:
-    asked: list[Clicks] = []
+    sequences: list[Clicks] = []
 
     def nothing(clicks: Clicks) -> Tensor:
-        asked.append(clicks)
+        sequences.append(clicks)
         return torch.zeros(len(room), dtype=torch.long)
 
     curve = play(nothing, room, [2, 5], budget=2)
-    assert [len(clicks) for clicks in asked] == [2, 3, 4]
-    assert all(before == after[: len(before)] for before, after in pairwise(asked))
-    labels = overwritten(torch.zeros(len(room), dtype=torch.long), asked[0])[room.of_point]
+    assert [len(clicks) for clicks in sequences] == [2, 3, 4]
+    assert all(before == after[: len(before)] for before, after in pairwise(sequences))
+    labels = apply_clicks(torch.zeros(len(room), dtype=torch.long), sequences[0])[room.of_point]
     assert room.scene.objects is not None
-    truth = relabelled(torch.from_numpy(room.scene.objects), [2, 5])
+    truth = task_labels(torch.from_numpy(room.scene.objects), [2, 5])
     assert curve[1].iou == mean_iou(labels, truth, 2) > 0
 
 
@@ -154,14 +154,14 @@ def test_the_loss_adds_up_layers_by_hand() -> None:
 def test_a_scene_that_cannot_be_used_is_refused_in_one_line() -> None:
     one, grey = np.zeros((1, 3), np.float32), np.full((1, 3), 0.5, np.float32)
     with pytest.raises(CalibrationError, match="no points"):
-        Scene(one[:0], grey[:0])
+        ClickScene(one[:0], grey[:0])
     with pytest.raises(CalibrationError, match="position of point 0 is not finite"):
-        Scene(one + np.float32("nan"), grey)
+        ClickScene(one + np.float32("nan"), grey)
     with pytest.raises(CalibrationError, match="1 points and 2 objects"):
-        Scene(one, grey, np.array([1, 2]))
+        ClickScene(one, grey, np.array([1, 2]))
     far = np.array([[0, 0, 0], [1e9, 0, 0]], np.float32)
-    with pytest.raises(CalibrationError, match="larger cells"):
-        tokenise(Scene(far, np.zeros((2, 3), np.float32)), 0.05)
+    with pytest.raises(CalibrationError, match="larger cell size"):
+        tokenise(ClickScene(far, np.zeros((2, 3), np.float32)), 0.05)
 
 
 def test_a_token_stands_for_the_points_of_its_cell_through_the_first_of_them(room: Tokens) -> None:

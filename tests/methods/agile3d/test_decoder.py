@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from lamella.methods.agile3d.clicks import Click
-from lamella.methods.agile3d.decoder import ClickDecoder, Encoded, best, elsewhere, time
-from lamella.methods.agile3d.modules import NANO, ClickSegmenter, SparseUNet, Widths
-from lamella.methods.agile3d.scene import Scene, Tokens
+from lamella.methods.agile3d.decoder import ClickDecoder, EncodedScene, best, elsewhere, time
+from lamella.methods.agile3d.modules import NANO, ClickSegmenter, SparseUNet, UNetWidths
+from lamella.methods.agile3d.scene import ClickScene, Tokens
 
 CLICKS = (Click(2, 5), Click(1, 40), Click(3, 77), Click(0, 90), Click(1, 12), Click(2, 61))
 
 
-def scene(seed: int, points: int = 400) -> Scene:
+def scene(seed: int, points: int = 400) -> ClickScene:
     drawn = np.random.default_rng(seed)
-    return Scene(drawn.uniform(0, 2, (points, 3)).astype(np.float32), drawn.random((points, 3)).astype(np.float32))
+    return ClickScene(drawn.uniform(0, 2, (points, 3)).astype(np.float32), drawn.random((points, 3)).astype(np.float32))
 
 
 def segmenter(shared: bool = False, layers: int = 3) -> ClickSegmenter:
@@ -46,8 +46,8 @@ def decoded(model: ClickSegmenter, tokens: Tokens, clicks: tuple[Click, ...] = C
 def test_decoding_what_was_kept_is_encoding_anew(model: ClickSegmenter, tokens: Tokens) -> None:
     kept = model.encode([tokens])[0]
     for clicks in (CLICKS[:2], CLICKS):
-        for ours, anew in zip(model.decode(kept, clicks), decoded(model, tokens, clicks), strict=True):
-            torch.testing.assert_close(ours, anew, atol=1e-6, rtol=0)
+        for ours, again in zip(model.decode(kept, clicks), decoded(model, tokens, clicks), strict=True):
+            torch.testing.assert_close(ours, again, atol=1e-6, rtol=0)
 
 
 def test_other_numbers_for_objects_are_other_columns(model: ClickSegmenter, tokens: Tokens) -> None:
@@ -59,9 +59,9 @@ def test_other_numbers_for_objects_are_other_columns(model: ClickSegmenter, toke
 
 def test_another_order_of_tokens_is_another_order_of_rows(model: ClickSegmenter, tokens: Tokens) -> None:
     order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(1))
-    place = order.argsort()
-    moved = Tokens(tokens.scene, tokens.cells[order], tokens.kept[order], place[tokens.of_point])
-    theirs = decoded(model, moved, tuple(Click(label, int(place[token])) for label, token in CLICKS))
+    index = order.argsort()
+    moved = Tokens(tokens.scene, tokens.cells[order], tokens.kept[order], index[tokens.of_point])
+    theirs = decoded(model, moved, tuple(Click(label, int(index[token])) for label, token in CLICKS))
     for ours, permuted in zip(decoded(model, tokens), theirs, strict=True):
         torch.testing.assert_close(ours[order], permuted, atol=1e-4, rtol=0)
 
@@ -89,7 +89,7 @@ def test_without_attention_a_clicked_token_gets_its_own_label() -> None:
         decoder.background.weight.zero_()
     features = torch.eye(16)  # all tokens unlike one another
     clicks = (Click(1, 3), Click(2, 7), Click(0, 11))
-    logits = decoder(Encoded(features, torch.zeros(16, 16)), clicks)[-1]
+    logits = decoder(EncodedScene(features, torch.zeros(16, 16)), clicks)[-1]
     assert [int(logits[token].argmax()) for _, token in clicks] == [1, 2, 0]
 
 
@@ -105,7 +105,7 @@ def test_a_clicked_token_carries_the_label_of_its_click(model: ClickSegmenter, t
 def test_queries_stand_by_object_then_the_learned_ones_then_the_background(
     model: ClickSegmenter, tokens: Tokens
 ) -> None:
-    kept = Encoded(torch.randn(len(tokens), 48), torch.zeros(len(tokens), 48))
+    kept = EncodedScene(torch.randn(len(tokens), 48), torch.zeros(len(tokens), 48))
     q, e, label = model.decoder.queries(kept, CLICKS)
     assert label.tolist() == [1, 1, 2, 2, 3, *[0] * 6, 0]
     clicked = [0, 1, 2, 3, 4, 11]
@@ -163,7 +163,7 @@ def test_the_gradient_reaches_the_encoder_through_clicked_tokens(tokens: Tokens)
 
 
 def test_the_papers_network_has_the_papers_levels() -> None:
-    unet = SparseUNet(Widths())
+    unet = SparseUNet(UNetWidths())
     assert unet.channels == 96
     blocks = [len(level.blocks) for level in (*unet.down, *unet.up)]
     assert blocks == [2, 3, 4, 6, 2, 2, 2, 2]

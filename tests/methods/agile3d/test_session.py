@@ -17,26 +17,26 @@ from lamella.errors import CalibrationError, CheckpointError, MethodError
 from lamella.files import Work
 from lamella.methods.agile3d import (
     ClickLog,
+    ClickScene,
     ClickSegmenter,
-    Practice,
-    Scene,
+    ClickSimulation,
     Scenes,
     Segmenter,
+    SegmenterShape,
     Session,
-    Shape,
     agile3d,
     judge,
     read_ply,
     rooms,
     write_ply,
 )
-from lamella.methods.agile3d.clicks import relabelled
-from lamella.methods.agile3d.recipe import Statistics, turned, worked
+from lamella.methods.agile3d.clicks import task_labels
+from lamella.methods.agile3d.recipe import Statistics, augment_scene, simulate_rounds
 from lamella.train import TrainConfig
 
-SMALL = Shape("nano", 0.25, hidden=16, heads=2, feedforward=32, layers=2, background=3)
+SMALL = SegmenterShape("nano", 0.25, hidden=16, heads=2, feedforward=32, layers=2, background=3)
 BRIEF = TrainConfig(steps=4, lr=1e-3, batch=2, save_every=2, seed=1)
-PRACTICE = Practice(rounds=3)
+PRACTICE = ClickSimulation(rounds=3)
 
 
 def two_rooms(part: str = "train") -> Scenes:
@@ -45,7 +45,7 @@ def two_rooms(part: str = "train") -> Scenes:
 
 @pytest.fixture(scope="module")
 def found() -> Segmenter:
-    return agile3d(two_rooms(), shape=SMALL, practice=PRACTICE, config=BRIEF)
+    return agile3d(two_rooms(), shape=SMALL, simulation=PRACTICE, config=BRIEF)
 
 
 @pytest.fixture
@@ -73,20 +73,20 @@ def test_what_is_undone_was_never_clicked(session: Session) -> None:
     assert torch.equal(session.labels(), before) and len(session.log.clicks) == 1
     session.undo()
     assert not session.labels().any()
-    with pytest.raises(CalibrationError, match="no click to take back"):
+    with pytest.raises(CalibrationError, match="no click to undo"):
         session.undo()
 
 
 def test_a_click_that_cannot_be_is_refused_and_the_session_goes_on(session: Session) -> None:
     session.add(1, 10)
     before = session.labels()
-    for label, point, said in (
+    for label, point, message in (
         (1, -1, "outside"),
         (1, len(session.scene), "outside"),
         (65, 0, "object 65"),
         (-1, 0, "-1"),
     ):
-        with pytest.raises(CalibrationError, match=said):
+        with pytest.raises(CalibrationError, match=message):
             session.add(label, point)
     for eye, direction in (([50.0, 0, 5], [0, 0, -1]), ([2.0, 2, 5], [0, 0, 1]), ([float("nan"), 0, 0], [0, 0, 1])):
         with pytest.raises(CalibrationError, match="no point of room"):
@@ -110,8 +110,11 @@ def test_clicks_on_another_scene_are_refused_and_change_nothing(session: Session
     session.add(1, 5)
     other = Session(found.model, next(rooms("test", seed=3)))
     other.add(1, 8)
-    for log, said in ((session.log, "another scene"), (ClickLog(other.scene.digest, ((1, 3), (1, 10**9))), "outside")):
-        with pytest.raises(CalibrationError, match=said):
+    for log, message in (
+        (session.log, "another scene"),
+        (ClickLog(other.scene.digest, ((1, 3), (1, 10**9))), "outside"),
+    ):
+        with pytest.raises(CalibrationError, match=message):
             other.replay(log)
         assert other.log.clicks == ((1, 8),)
 
@@ -140,10 +143,10 @@ def test_what_is_no_log_of_clicks_is_refused_in_one_line(text: str, tmp_path: Pa
 # PLY
 
 
-def points(count: int = 7) -> Scene:
+def points(count: int = 7) -> ClickScene:
     drawn = np.random.default_rng(0)
     colours = (drawn.integers(0, 256, (count, 3)) / 255).astype(np.float32)
-    return Scene(drawn.normal(size=(count, 3)).astype(np.float32), colours, np.arange(count) - 1)
+    return ClickScene(drawn.normal(size=(count, 3)).astype(np.float32), colours, np.arange(count) - 1)
 
 
 def test_points_that_are_written_are_read_back(tmp_path: Path) -> None:
@@ -190,14 +193,14 @@ HOSTILE = {
     "not of this world": (b"ply\nformat ascii 1.0\n\xff\xfe\nend_header\n", "ascii"),
     "no vertices": (b"ply\nformat ascii 1.0\nelement face 0\nend_header\n", "no element 'vertex'"),
     "no height": (ply("ascii", HEADER.replace("property double z\n", "")), "no 'z'"),
-    "cut short": (BINARY[:-30], "cut short"),
-    "more than it holds": (BINARY.replace(b"vertex 3", b"vertex 3000000000000000"), "cut short"),
-    "fewer lines": (ply("ascii").replace(b"vertex 3", b"vertex 9"), "cut short"),
+    "cut short": (BINARY[:-30], "truncated"),
+    "more than it holds": (BINARY.replace(b"vertex 3", b"vertex 3000000000000000"), "truncated"),
+    "fewer lines": (ply("ascii").replace(b"vertex 3", b"vertex 9"), "truncated"),
     "words": (ply("ascii").replace(b"5.25", b"five"), "five"),
     "too few values": (ply("ascii").replace(b"1\n-3 4 5.25 -7\n6 7 8 2", b"\n1 2 3\n1 2 3"), "4 values each"),
     "a point that is nowhere": (ply("ascii").replace(b"5.25", b"nan"), "not finite"),
     "a point out of reach": (ply("ascii").replace(b"5.25", b"1e300"), "not finite"),
-    "half an object": (ply("ascii").replace(b"-7", b"0.5"), "no whole number"),
+    "half an object": (ply("ascii").replace(b"-7", b"0.5"), "not an integer"),
     "no point": (ply("ascii", HEADER.replace("vertex 3", "vertex 0")), "no points"),
     "lists first": (ply("binary_little_endian", FACES + HEADER), "lists"),
     "twice the same": (ply("ascii", HEADER + "property float x\n"), "property float x"),
@@ -205,17 +208,17 @@ HOSTILE = {
         b"ply\nformat ascii 1.0\nelement vertex 1\n"
         + b"".join(b"property float %s\n" % name for name in (b"x", b"y", b"z", b"red", b"green", b"blue"))
         + b"end_header\n0 0 0 255 0 0\n",
-        "beyond 0 to 1",
+        "outside 0 to 1",
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_damaged_ply_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
-    data, said = HOSTILE[name]
+    data, message = HOSTILE[name]
     file = tmp_path / "scene.ply"
     file.write_bytes(data)
-    with pytest.raises(CalibrationError, match=said) as error:
+    with pytest.raises(CalibrationError, match=message) as error:
         read_ply(file)
     assert "scene.ply" in str(error.value) and "\n" not in str(error.value)
 
@@ -243,13 +246,13 @@ def test_scenes_come_from_a_file_a_folder_or_chance(tmp_path: Path) -> None:
     assert [len(each) for each in Scenes.open(tmp_path / "2.ply", reader)] == [7]
     assert {each.digest for each in two_rooms()}.isdisjoint(each.digest for each in two_rooms("test"))
     (tmp_path / "empty").mkdir()
-    for given, said in (
-        (tmp_path / "empty", "no .ply file and no picture"),
+    for path, message in (
+        (tmp_path / "empty", "no .ply file and no image"),
         ("chairs", "no scenes 'chairs'"),
         ("no.ply", "cannot be read"),
     ):
-        with pytest.raises(CalibrationError, match=said):
-            Scenes.open(given, reader)
+        with pytest.raises(CalibrationError, match=message):
+            Scenes.open(path, reader)
 
 
 # Training
@@ -279,9 +282,9 @@ def test_training_that_was_stopped_goes_on_to_the_bit(
 
     monkeypatch.setattr(Statistics, "save", stops)
     with pytest.raises(Stop):
-        agile3d(two_rooms(), shape=SMALL, practice=PRACTICE, config=BRIEF, work=work)
+        agile3d(two_rooms(), shape=SMALL, simulation=PRACTICE, config=BRIEF, work=work)
     monkeypatch.setattr(Statistics, "save", save)
-    again = agile3d(two_rooms(), shape=SMALL, practice=PRACTICE, config=BRIEF, work=work)
+    again = agile3d(two_rooms(), shape=SMALL, simulation=PRACTICE, config=BRIEF, work=work)
     for name, tensor in again.model.state_dict().items():
         assert torch.equal(tensor, found.model.state_dict()[name]), name
 
@@ -297,10 +300,10 @@ def test_a_model_is_read_back_and_a_damaged_one_refused(found: Segmenter, tmp_pa
     for each in (ours, theirs):
         each.add(1, 9000)
     assert torch.equal(ours.labels(), theirs.labels())
-    said = json.loads((tmp_path / "network.json").read_text())
+    message = json.loads((tmp_path / "network.json").read_text())
     shapes = ({"hidden": 10**9}, {"hidden": 32}, {"encoder": "os.system"}, {"voxel": "x"}, {"more": 1})
-    for wrong in (*({"shape": said["shape"] | each} for each in shapes), {"more": 1}, {"schema": "2"}):
-        (tmp_path / "network.json").write_text(json.dumps(said | wrong))
+    for wrong in (*({"shape": message["shape"] | each} for each in shapes), {"more": 1}, {"schema": "2"}):
+        (tmp_path / "network.json").write_text(json.dumps(message | wrong))
         with pytest.raises(CheckpointError, match="no segmenter") as error:
             Segmenter.read(tmp_path)
         assert "\n" not in str(error.value)
@@ -312,19 +315,19 @@ def test_a_round_of_training_clicks_as_often_as_there_are_objects(found: Segment
     tokens = found.model.tokenise(next(rooms("train")))
     with torch.no_grad():
         (encoded,) = found.model.encode([tokens])
-    truth = relabelled(tokens.objects, [2, 5, 1])
-    clicks = worked(found.model, tokens, encoded, truth, 3, np.random.default_rng(0))
+    truth = task_labels(tokens.objects, [2, 5, 1])
+    clicks = simulate_rounds(found.model, tokens, encoded, truth, 3, np.random.default_rng(0))
     assert sorted(click.label for click in clicks[:3]) == [1, 2, 3]  # one on each, when all is background
     assert len(clicks) == 9  # this model is wrong in more than three ways
     assert all(int(truth[click.token]) == click.label for click in clicks)
-    again = worked(found.model, tokens, encoded, truth, 2, np.random.default_rng(0))
+    again = simulate_rounds(found.model, tokens, encoded, truth, 2, np.random.default_rng(0))
     assert again == clicks[:6]
 
 
 def test_scenes_without_objects_cannot_be_learnt_from() -> None:
     nothing = Scenes((replace(next(rooms("train")), objects=None, name="plain.ply"),), {})
     with pytest.raises(CalibrationError, match=r"plain\.ply shows no object"):
-        agile3d(nothing, shape=SMALL, practice=PRACTICE, config=BRIEF)
+        agile3d(nothing, shape=SMALL, simulation=PRACTICE, config=BRIEF)
 
 
 def test_what_cannot_be_judged_is_refused(found: Segmenter) -> None:
@@ -342,7 +345,7 @@ def test_sizes_that_fit_no_model_are_refused() -> None:
 
 def test_a_turned_scene_keeps_distances_heights_and_objects() -> None:
     scene = next(islice(rooms("train"), 1, None))
-    moved = turned(scene, np.random.default_rng(3))
+    moved = augment_scene(scene, np.random.default_rng(3))
     assert not np.allclose(moved.coords, scene.coords) and moved.objects is scene.objects
     some = slice(None, None, 400)
     apart = [np.linalg.norm(each.coords[some, None] - each.coords[None, some], axis=2) for each in (scene, moved)]
@@ -352,8 +355,8 @@ def test_a_turned_scene_keeps_distances_heights_and_objects() -> None:
 
 def test_a_judge_tells_both_and_draws_the_same_again(found: Segmenter) -> None:
     tests = two_rooms("test")
-    told = judge(found, tests, budget=2, objects=2)
+    study = judge(found, tests, budget=2, objects=2)
     for arm in ("agile3d", "nearest click"):
-        assert set(told[arm]["iou"]) == {"1", "2"} and all(0 <= iou <= 1 for iou in told[arm]["iou"].values())
-        assert all(each <= 2 for each in told[arm]["clicks"].values())
-    assert judge(found, tests, budget=2, objects=2).findings == told.findings
+        assert set(study[arm]["iou"]) == {"1", "2"} and all(0 <= iou <= 1 for iou in study[arm]["iou"].values())
+        assert all(each <= 2 for each in study[arm]["clicks"].values())
+    assert judge(found, tests, budget=2, objects=2).findings == study.findings

@@ -29,14 +29,14 @@ from lamella.methods.agile3d import (
     ClickDecoder,
     ClickLog,
     ClickLogs,
+    ClickScene,
     ClickSegmenter,
-    Labelled,
-    PictureEncoder,
-    Scene,
+    ImageEncoder,
+    LabelledScenes,
     Scenes,
     Segmenter,
+    SegmenterShape,
     Session,
-    Shape,
     Viewer,
     collages,
     label,
@@ -44,11 +44,11 @@ from lamella.methods.agile3d import (
     rooms,
     write_ply,
 )
-from lamella.methods.agile3d.viewer import ABOVE, coloured, spacing, thinned
+from lamella.methods.agile3d.viewer import VIEW_3D, display_colours, spacing, subsample
 from lamella.runner import run
 from lamella.train import TrainingLog
 
-SMALL = Shape("nano", 0.25, hidden=16, heads=2, feedforward=32, layers=2, background=3)
+SMALL = SegmenterShape("nano", 0.25, hidden=16, heads=2, feedforward=32, layers=2, background=3)
 
 
 def fresh() -> ClickSegmenter:
@@ -62,20 +62,20 @@ def model() -> ClickSegmenter:
     return fresh()
 
 
-def ball(points: int = 3000, name: str = "ball.ply", seed: int = 0) -> Scene:
+def ball(points: int = 3000, name: str = "ball.ply", seed: int = 0) -> ClickScene:
     """Points on a sphere of one metre around the origin, which an eye sees wherever it stands."""
     drawn = np.random.default_rng(seed)
     away = drawn.normal(size=(points, 3))
     coords = (away / np.linalg.norm(away, axis=1, keepdims=True)).astype(np.float32)
-    return Scene(coords, (drawn.integers(0, 256, (points, 3)) / 255).astype(np.float32), name=name)
+    return ClickScene(coords, (drawn.integers(0, 256, (points, 3)) / 255).astype(np.float32), name=name)
 
 
 # What is drawn
 
 
 def test_a_large_scene_is_drawn_thinned_and_a_small_one_whole() -> None:
-    assert thinned(5, 9).tolist() == [0, 1, 2, 3, 4]
-    some = thinned(1000, 100)
+    assert subsample(5, 9).tolist() == [0, 1, 2, 3, 4]
+    some = subsample(1000, 100)
     assert len(some) == 100 == len(set(some.tolist())) and (np.diff(some) > 0).all()
 
 
@@ -87,16 +87,18 @@ def test_spacing_is_the_distance_of_the_nearest_neighbours() -> None:
 
 def test_objects_have_colours_of_their_own_and_the_background_is_pale() -> None:
     colours = np.full((12, 3), 0.5, np.float32)
-    drawn = coloured(colours, np.arange(12), plain=False)
-    assert len(np.unique(drawn[:11], axis=0)) == 11 and (drawn[11] == drawn[1]).all()  # the eleventh begins anew
+    drawn = display_colours(colours, np.arange(12), plain=False)
+    assert len(np.unique(drawn[:11], axis=0)) == 11 and (drawn[11] == drawn[1]).all()  # the eleventh repeats the first
     assert np.ptp(drawn[0]) == 0
-    assert (coloured(colours, np.arange(12), plain=True) == 127).all()
+    assert (display_colours(colours, np.arange(12), plain=True) == 127).all()
 
 
 def test_a_picture_stands_upright_in_space() -> None:
     scene = next(collages("test"))
-    placed = scene.placed
-    assert (placed[:, 1] == 0).all() and placed[0].tolist() == [0, 0, 0] and placed[-1].tolist() == [95, 0, -95]
+    coords_3d = scene.coords_3d
+    assert (
+        (coords_3d[:, 1] == 0).all() and coords_3d[0].tolist() == [0, 0, 0] and coords_3d[-1].tolist() == [95, 0, -95]
+    )
 
 
 # The command
@@ -129,8 +131,8 @@ def test_what_was_labelled_in_the_page_is_written_read_back_and_gone_on_from(
     monkeypatch.setattr("lamella.methods.agile3d.method.Viewer", Pressed)
     scenes, work = two_rooms(), Work(tmp_path / "work")
     found = label(segmenter, scenes, work=work)
-    said = capsys.readouterr()
-    assert "http://127.0.0.1:" in said.err and said.out == ""
+    messages = capsys.readouterr()
+    assert "http://127.0.0.1:" in messages.err and messages.out == ""
     assert list(found.logs) == ["001-room-0-of-test"]  # nobody looked at the other
     assert found.findings["scenes"][0]["clicks"] == 2
     (tmp_path / "out").mkdir()
@@ -149,17 +151,17 @@ def test_what_was_labelled_in_the_page_is_written_read_back_and_gone_on_from(
 
 def test_clicks_on_no_scene_and_folders_without_any_are_refused(segmenter: Segmenter, tmp_path: Path) -> None:
     (tmp_path / "a.clicks.json").write_text(ClickLog("0" * 64, ((1, 3),)).dump())
-    with pytest.raises(CalibrationError, match="1 of 1 logs are on none of the scenes"):
+    with pytest.raises(CalibrationError, match="1 of 1 logs belong to none of the scenes"):
         label(segmenter, two_rooms(), ClickLogs.open(tmp_path / "a.clicks.json"), page=False)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CalibrationError, match=r"holds no file \*\.clicks\.json"):
+    with pytest.raises(CalibrationError, match=r"has no file \*\.clicks\.json"):
         ClickLogs.open(tmp_path / "empty")
 
 
 def test_names_of_files_stay_in_their_folder(model: ClickSegmenter) -> None:
     names = ["../../etc/passwd", "...", "a b\\c.ply", "é" * 300]
     sessions = [Session(model, ball(50, name)) for name in names]
-    found = Labelled.of(sessions)
+    found = LabelledScenes.of(sessions)
     assert all("/" not in name and "\\" not in name and len(name) < 110 for name in (*found.logs, *found.exports))
     assert len(found.logs) == len(names)
 
@@ -259,9 +261,9 @@ def texts(frame: bytes) -> bytes:
     return bytes(pytest.importorskip("zstandard").decompress(frame[16 : 16 + size]))
 
 
-def message(kind: str, **said: Any) -> bytes:
+def message(kind: str, **messages: Any) -> bytes:
     """A message as the page sends it."""
-    found: bytes = pytest.importorskip("msgspec.msgpack").encode({"type": kind, **said})
+    found: bytes = pytest.importorskip("msgspec.msgpack").encode({"type": kind, **messages})
     return found
 
 
@@ -315,9 +317,9 @@ def test_what_is_no_message_gives_no_traceback_and_the_page_goes_on(
         time.sleep(0.1)
         client.send(update(viewer, viewer._names()[1]))
         deadline = time.time() + 10
-        while viewer.place != 1 and time.time() < deadline:
+        while viewer.index != 1 and time.time() < deadline:
             time.sleep(0.05)
-    assert viewer.place == 1
+    assert viewer.index == 1
 
 
 def test_a_file_name_that_is_not_utf_8_leaves_the_page_alive(
@@ -334,15 +336,15 @@ def test_a_file_name_that_is_not_utf_8_leaves_the_page_alive(
         assert b"1. caf?.ply" in found
         viewer._answer(lambda _: viewer._choose(1))(None)
         viewer._answer(lambda _: viewer._choose(0))(None)
-        assert viewer.place == 0
+        assert viewer.index == 0
     finally:
         viewer.stop()
     run("agile3d", segmenter, file, command="label", page=False, out=tmp_path / "out")
-    assert Labelled.read(tmp_path / "out").findings["scenes"][0]["scene"] == "caf?.ply"
+    assert LabelledScenes.read(tmp_path / "out").findings["scenes"][0]["scene"] == "caf?.ply"
 
 
 def png() -> bytes:
-    """A small picture."""
+    """Return a small image."""
     file = io.BytesIO()
     pytest.importorskip("PIL.Image").fromarray(np.zeros((9, 9, 3), np.uint8)).save(file, "PNG")
     return file.getvalue()
@@ -354,8 +356,8 @@ def sent(name: str, content: bytes) -> SimpleNamespace:
 
 
 def test_what_cannot_be_done_is_said_and_the_session_goes_on(viewer: Viewer, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(viewer, "_say", said.append)
+    messages: list[str] = []
+    monkeypatch.setattr(viewer, "_notify", messages.append)
     eye = SimpleNamespace(ray_origin=(0.0, -5.0, 0.0), ray_direction=(0.0, 1.0, 0.0))
     viewer._answer(lambda event: viewer._click(event, 1))(eye)
     before = viewer.session.labels()
@@ -363,26 +365,26 @@ def test_what_cannot_be_done_is_said_and_the_session_goes_on(viewer: Viewer, mon
         b"ply\nformat ascii 1.0\nelement vertex %d\nproperty float x\nproperty float y\nproperty float z\nend_header\n"
     )
     beside = SimpleNamespace(ray_origin=(9.0, -5.0, 0.0), ray_direction=(0.0, 1.0, 0.0))
-    asked = [
-        (lambda _: viewer._click(beside, 1), "no point of ball.ply where you clicked"),
+    requests = [
+        (lambda _: viewer._click(beside, 1), "no point of ball.ply at the click"),
         (lambda _: viewer._add(sent("nan.ply", header % 1 + b"0 nan 0\n")), "nan.ply: the position of point 0"),
         (lambda _: viewer._add(sent("none.ply", header % 0)), "none.ply has no points"),
-        (lambda _: viewer._add(sent("torn.ply", b"ply\nformat")), "torn.ply: no PLY of points"),
-        (lambda _: viewer._add(sent("far.ply", header % 2 + b"0 0 0\n1e9 0 0\n")), "larger cells"),
-        (lambda _: viewer._add(sent("torn.png", b"\x89PNG")), "torn.png: the image picture cannot be read"),
+        (lambda _: viewer._add(sent("torn.ply", b"ply\nformat")), "torn.ply: not a valid PLY file of points"),
+        (lambda _: viewer._add(sent("far.ply", header % 2 + b"0 0 0\n1e9 0 0\n")), "larger cell size"),
+        (lambda _: viewer._add(sent("torn.png", b"\x89PNG")), "torn.png: the image upload cannot be read"),
         (lambda _: viewer._add(sent("flat.png", png())), "flat.png is no scene in space"),
-        (lambda _: viewer._replay(sent("torn.json", b"{")), "torn.json: no log of clicks"),
-        (lambda _: viewer._replay(sent("bytes.json", b"\xff\xfe")), "bytes.json: no log of clicks"),
+        (lambda _: viewer._replay(sent("torn.json", b"{")), "torn.json: not a valid click log"),
+        (lambda _: viewer._replay(sent("bytes.json", b"\xff\xfe")), "bytes.json: not a valid click log"),
         (lambda _: viewer._replay(sent("other.json", ClickLog("0", ()).dump().encode())), "another scene"),
     ]  # fmt: skip
-    for number, (do, why) in enumerate(asked, start=1):
+    for number, (do, why) in enumerate(requests, start=1):
         viewer._answer(do)(None)
-        assert len(said) == number and why in said[-1] and "\n" not in said[-1]
+        assert len(messages) == number and why in messages[-1] and "\n" not in messages[-1]
         assert torch.equal(viewer.session.labels(), before) and viewer.session.scene.name == "ball.ply"
     assert viewer.chosen.value == "1. ball.ply"
     viewer._answer(lambda _: viewer._undo())(None)
     viewer._answer(lambda _: viewer._undo())(None)
-    assert said[-1].startswith("there is no click to take back") and not viewer.session.labels().any()
+    assert messages[-1].startswith("there is no click to undo") and not viewer.session.labels().any()
 
 
 def test_a_scene_of_half_a_million_points_is_drawn_thinned_and_labelled_in_full(model: ClickSegmenter) -> None:
@@ -424,13 +426,13 @@ class Seen:
     """A page in the browser.
 
     Attributes:
-        asked: all that the page has asked for, anywhere.
+        asked: the URLs of all requests of the page.
     """
 
     def __init__(self, browser: Any, address: str) -> None:
-        self.asked = list[str]()
+        self.requests = list[str]()
         self.page = browser.new_page(viewport={"width": 1100, "height": 700})
-        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(address)
         self.page.wait_for_selector("#state", timeout=60_000)
         self.page.wait_for_timeout(1500)  # until the camera stands where it shall
@@ -464,7 +466,7 @@ class Seen:
         return file
 
     def clicks(self, count: int) -> None:
-        """Wait until the page tells so many clicks."""
+        """Wait until the page shows this number of clicks."""
         self.page.wait_for_selector(f'#state[data-clicks="{count}"]', timeout=20_000)
 
     def says(self, text: str) -> None:
@@ -496,7 +498,7 @@ def test_clicks_on_the_canvas_label_what_is_seen_there_at_once(seen: Seen, viewe
     seen.click()
     seen.clicks(1)
     ((label, point),) = viewer.session.log.clicks
-    towards = np.array(ABOVE) / np.linalg.norm(ABOVE)
+    towards = np.array(VIEW_3D) / np.linalg.norm(VIEW_3D)
     assert (
         label == 1 and viewer.session.scene.coords[point] @ towards > 0.99
     )  # the point of the ball that faces the eye
@@ -510,9 +512,11 @@ def test_clicks_on_the_canvas_label_what_is_seen_there_at_once(seen: Seen, viewe
     assert [label for label, _ in viewer.session.log.clicks] == [1, 2, 0]
     labels = viewer.session.labels()
     assert [int(labels[point]) for _, point in viewer.session.log.clicks] == [1, 2, 0]
-    said = seen.page.inner_text("#state")
-    assert f"{int((labels == 2).sum()):,}" in said
-    assert all(url.startswith((viewer.address, "blob:", "data:")) for url in seen.asked)  # nobody else is asked
+    messages = seen.page.inner_text("#state")
+    assert f"{int((labels == 2).sum()):,}" in messages
+    assert all(
+        url.startswith((viewer.address, "blob:", "data:")) for url in seen.requests
+    )  # no other host is contacted
 
 
 @pytest.mark.slow
@@ -549,7 +553,7 @@ def test_clicks_are_undone_saved_replayed_and_their_labels_exported(seen: Seen, 
         seen.press("Undo")
         seen.clicks(count)
     seen.press("Undo")
-    seen.says("there is no click to take back")
+    seen.says("there is no click to undo")
     assert not viewer.session.labels().any()
     seen.give("Replay clicks", saved)
     seen.clicks(2)
@@ -564,10 +568,10 @@ def test_files_are_opened_in_the_page_and_damaged_ones_leave_it_alive(
     seen.clicks(1)
     (tmp_path / "torn.ply").write_bytes(b"ply\nformat <img src=x onerror=document.title='bad'> 1.0\nend_header\n")
     seen.give("Open a file", tmp_path / "torn.ply")
-    seen.says("torn.ply: no PLY of points")
+    seen.says("torn.ply: not a valid PLY file of points")
     assert seen.page.title() != "bad"
     seen.click(-330, 300)
-    seen.says("there is no point of ball.ply where you clicked")
+    seen.says("there is no point of ball.ply at the click")
     seen.click(40, 0)
     seen.clicks(2)
     other = ball(2000, seed=5)
@@ -587,7 +591,7 @@ def test_files_are_opened_in_the_page_and_damaged_ones_leave_it_alive(
 def test_a_picture_is_labelled_where_it_is_clicked(browser: Any) -> None:
     pytest.importorskip("timm")
     torch.manual_seed(0)
-    model = ClickSegmenter(PictureEncoder(channels=16), ClickDecoder(2, 16, 2, 32, layers=2, background=3)).eval()
+    model = ClickSegmenter(ImageEncoder(channels=16), ClickDecoder(2, 16, 2, 32, layers=2, background=3)).eval()
     viewer = Viewer(model, [next(collages("test"))])
     seen = Seen(browser, viewer.address)
     try:
@@ -614,15 +618,15 @@ def test_the_command_serves_a_page_until_done_is_pressed_and_goes_on_after_a_kil
     command = [sys.executable, "-m", "lamella", "run", "agile3d", "label", str(tmp_path / "model")]
     command += ["--scenes", str(tmp_path / "ball.ply"), "-o", str(tmp_path / "out")]
 
-    def served() -> tuple[subprocess.Popen[str], Seen]:
+    def serve() -> tuple[subprocess.Popen[str], Seen]:
         running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert running.stderr is not None
-        said = next(line for line in running.stderr if "http://" in line)
-        found = re.search(r"http://127\.0\.0\.1:\d+/\S+", said)
+        messages = next(line for line in running.stderr if "http://" in line)
+        found = re.search(r"http://127\.0\.0\.1:\d+/\S+", messages)
         assert found
         return running, Seen(browser, found[0])
 
-    running, seen = served()
+    running, seen = serve()
     for count, (x, y) in enumerate(((0, 0), (40, 30)), start=1):
         seen.click(x, y)
         seen.clicks(count)
@@ -630,7 +634,7 @@ def test_the_command_serves_a_page_until_done_is_pressed_and_goes_on_after_a_kil
     running.communicate()
     seen.page.close()
     assert not (tmp_path / "out").exists()
-    running, seen = served()
+    running, seen = serve()
     seen.clicks(2)
     seen.press("Undo")
     seen.clicks(1)
@@ -638,7 +642,7 @@ def test_the_command_serves_a_page_until_done_is_pressed_and_goes_on_after_a_kil
     running.communicate(timeout=60)
     seen.page.close()
     assert running.returncode == 0
-    found = Labelled.read(tmp_path / "out")
+    found = LabelledScenes.read(tmp_path / "out")
     assert len(found.logs["001-ball"].clicks) == 1 and found.findings["scenes"][0]["scene"] == "ball.ply"
     session = Session(segmenter.model, read_ply(tmp_path / "ball.ply"))
     session.replay(found.logs["001-ball"])

@@ -15,94 +15,96 @@ from lamella.data import Captioned
 from lamella.errors import CalibrationError
 from lamella.files import Work
 from lamella.methods.caprecover import (
-    READERS,
+    ATTACKERS,
+    AuditData,
     Captioner,
-    Guard,
-    Sets,
-    Spoken,
+    CaptionLoss,
+    LinkDefence,
     accuracy,
-    audited,
     nearest,
-    recommended,
-    recovered,
+    recommend_cut,
+    recover_captions,
+    run_attacks,
     small_writer,
-    taught,
-    trained,
+    train_attacker,
+    train_captioner,
 )
-from lamella.methods.caprecover.captioner import captions_as_rows
-from lamella.methods.caprecover.tokens import Linear, streams
+from lamella.methods.caprecover.captioner import tokenise_captions
+from lamella.methods.caprecover.tokens import RidgeRegression, hidden_states
 from lamella.stack import Stack
 from lamella.train import TrainConfig
 from lamella.zoo import nano
 
-from .test_victim import pictures, state, victim
+from .test_victim import images, state, victim
 
 CONFIG = TrainConfig(steps=60, lr=5e-3, schedule="cosine", batch=32, warmup=0.1)
 SHAPES = [torch.Size((6, 4, 4)), torch.Size((9, 12)), torch.Size((12,))]
 
 
-def sets(noise: float = 0.5, count: int = 240, classes: int = 3) -> Sets:
-    """Features of three classes that a linear reader can tell apart."""
-    drawn = torch.Generator().manual_seed(0)
+def sets(noise: float = 0.5, count: int = 240, classes: int = 3) -> AuditData:
+    """Features of three linearly separable classes."""
+    generator = torch.Generator().manual_seed(0)
     labels = torch.arange(count) % classes
-    means = torch.randn(classes, 6, 4, 4, generator=drawn) + torch.randn(classes, 6, 1, 1, generator=drawn)
-    features = means[labels] + noise * torch.randn(count, 6, 4, 4, generator=drawn)
+    means = torch.randn(classes, 6, 4, 4, generator=generator) + torch.randn(classes, 6, 1, 1, generator=generator)
+    features = means[labels] + noise * torch.randn(count, 6, 4, 4, generator=generator)
     half = count // 2
     scale = float(features.std())
-    return Sets({"cut": features[:half]}, labels[:half], {"cut": features[half:]}, labels[half:], {"cut": scale})
+    return AuditData({"cut": features[:half]}, labels[:half], {"cut": features[half:]}, labels[half:], {"cut": scale})
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("reader", READERS)
-def test_readers_read_maps_tokens_and_vectors(reader: str, shape: torch.Size) -> None:
-    assert READERS[reader](shape, 5)(torch.randn(3, *shape)).shape == (3, 5)
+@pytest.mark.parametrize("attacker", ATTACKERS)
+def test_attackers_take_maps_tokens_and_vectors(attacker: str, shape: torch.Size) -> None:
+    assert ATTACKERS[attacker](shape, 5)(torch.randn(3, *shape)).shape == (3, 5)
 
 
-@pytest.mark.parametrize("reader", READERS)
-def test_an_attacker_reads_what_is_there_and_of_other_pictures_the_prior(reader: str, tmp_path: Path) -> None:
-    given, config = sets(), replace(CONFIG, lr=5e-2 if reader == "gap" else 5e-3)  # it has 21 weights
-    read = trained(given, "cut", reader, Guard(), config, tmp_path / "real")
-    assert accuracy(read, given, "cut", Guard()) > 0.9
-    prior = trained(given.shuffled(1), "cut", reader, Guard(), config, tmp_path / "shuffled")
-    assert accuracy(prior, given, "cut", Guard()) < 0.6  # a third are right by chance
-    assert given.majority == pytest.approx(1 / 3, abs=0.01)
+@pytest.mark.parametrize("attacker", ATTACKERS)
+def test_an_attacker_learns_the_classes_and_from_other_images_only_the_prior(attacker: str, tmp_path: Path) -> None:
+    values, config = sets(), replace(CONFIG, lr=5e-2 if attacker == "gap" else 5e-3)  # it has 21 weights
+    read = train_attacker(values, "cut", attacker, LinkDefence(), config, tmp_path / "real")
+    assert accuracy(read, values, "cut", LinkDefence()) > 0.9
+    prior = train_attacker(values.shuffled(1), "cut", attacker, LinkDefence(), config, tmp_path / "shuffled")
+    assert accuracy(prior, values, "cut", LinkDefence()) < 0.6  # a random guess is right for a third
+    assert values.majority == pytest.approx(1 / 3, abs=0.01)
 
 
 @pytest.mark.slow
 def test_a_fixed_mask_hides_nothing_and_fresh_noise_does(tmp_path: Path) -> None:
-    given = sets()
+    values = sets()
     scores = {}
     for guard in ("none", "fixed:10", "gaussian:10"):
-        attacker = trained(given, "cut", "linear", Guard.parse(guard), CONFIG, tmp_path / guard.replace(":", "-"))
-        scores[guard] = accuracy(attacker, given, "cut", Guard.parse(guard))
+        attacker = train_attacker(
+            values, "cut", "linear", LinkDefence.parse(guard), CONFIG, tmp_path / guard.replace(":", "-")
+        )
+        scores[guard] = accuracy(attacker, values, "cut", LinkDefence.parse(guard))
     assert scores["fixed:10"] > 0.9 and scores["none"] > 0.9
     assert scores["gaussian:10"] < 0.75
-    clean = trained(given, "cut", "linear", Guard(), CONFIG, tmp_path / "clean")
-    assert accuracy(clean, given, "cut", Guard("fixed", 10.0)) < 0.75  # to one who does not know of it
+    clean = train_attacker(values, "cut", "linear", LinkDefence(), CONFIG, tmp_path / "clean")
+    assert accuracy(clean, values, "cut", LinkDefence("fixed", 10.0)) < 0.75  # to one who does not know of it
 
 
 def test_text_draws_the_first_map_of_a_linear_reader(tmp_path: Path) -> None:
-    given, texts = sets(), torch.nn.functional.normalize(torch.randn(3, 20), dim=1)
-    read = trained(given, "cut", "linear", Guard(), CONFIG, tmp_path / "run", texts)
-    v = read.first(read.standardised(given.test["cut"]).flatten(1))
+    values, texts = sets(), torch.nn.functional.normalize(torch.randn(3, 20), dim=1)
+    read = train_attacker(values, "cut", "linear", LinkDefence(), CONFIG, tmp_path / "run", texts)
+    v = read.first(read.standardise(values.test["cut"]).flatten(1))
     near = torch.nn.functional.normalize(v, dim=1) @ texts.T
-    assert float((near.argmax(1) == given.test_labels).double().mean()) > 0.9
-    assert accuracy(read, given, "cut", Guard()) > 0.9
+    assert float((near.argmax(1) == values.test_labels).double().mean()) > 0.9
+    assert accuracy(read, values, "cut", LinkDefence()) > 0.9
 
 
 @pytest.mark.slow
 def test_an_audit_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
-    given = sets()
+    values = sets()
     how = {
-        "cuts": ["cut"], "readers": ["gap", "linear"], "guards": [Guard(), Guard("gaussian", 3.0)], "seeds": [0, 1],
-        "config": replace(CONFIG, steps=5), "depends": "these",
+        "cuts": ["cut"], "attackers": ["gap", "linear"], "guards": [LinkDefence(), LinkDefence("gaussian", 3.0)],
+        "seeds": [0, 1], "config": replace(CONFIG, steps=5), "depends": "these",
     }  # fmt: skip
-    whole = audited(given, work=Work(tmp_path / "one"), **how)
+    whole = run_attacks(values, work=Work(tmp_path / "one"), **how)
     (tmp_path / "two").mkdir()
     lines = (tmp_path / "one" / "attackers.jsonl").read_text().splitlines()
     assert len(lines) == 5
     (tmp_path / "two" / "attackers.jsonl").write_text("\n".join(lines[:3]) + "\n")
-    assert audited(given, work=Work(tmp_path / "two"), **how) == whole
+    assert run_attacks(values, work=Work(tmp_path / "two"), **how) == whole
     assert len(whole) == 4 and {len(row["adaptive"]["values"]) for row in whole} == {2}
 
 
@@ -117,13 +119,13 @@ def test_the_cut_that_is_recommended_holds_what_was_asked() -> None:
         for cut, size in (("a", 100), ("b", 50))
         for guard in ("none", "g")
     ]
-    best = recommended(attacks, links, max_leak=0.3, max_bytes=None)
+    best = recommend_cut(attacks, links, max_leak=0.3, max_bytes=None)
     assert best is not None and (best["cut"], best["guard"]) == ("b", "g")  # a's interval goes above
-    assert recommended(attacks, links, max_leak=0.32, max_bytes=None)["cut"] == "a"  # type: ignore[index]
-    assert recommended(attacks, links, max_leak=0.05, max_bytes=None) is None
-    assert recommended(attacks, links, max_leak=0.32, max_bytes=60)["cut"] == "b"  # type: ignore[index]
+    assert recommend_cut(attacks, links, max_leak=0.32, max_bytes=None)["cut"] == "a"  # type: ignore[index]
+    assert recommend_cut(attacks, links, max_leak=0.05, max_bytes=None) is None
+    assert recommend_cut(attacks, links, max_leak=0.32, max_bytes=60)["cut"] == "b"  # type: ignore[index]
     worse = [{**row, "task": 0.9} if row["guard"] == "g" else row for row in links]
-    assert recommended(attacks, worse, max_leak=0.3, max_bytes=None) is None
+    assert recommend_cut(attacks, worse, max_leak=0.3, max_bytes=None) is None
 
 
 def test_the_most_similar_picture_is_found() -> None:
@@ -134,11 +136,13 @@ def test_the_most_similar_picture_is_found() -> None:
 
 
 def test_pictures_without_classes_are_refused() -> None:
-    plain = [Captioned(each.picture) for each in pictures().items]
+    plain = [Captioned(each.picture) for each in images().items]
     with pytest.raises(CalibrationError, match="have no classes"):
-        Sets.of(victim("digits"), plain, plain, ["pooled"])
-    with pytest.raises(CalibrationError, match="6 pictures for an attacker and 6 to judge him: give more"):
-        Sets.of(victim("digits"), pictures().items, pictures().items, ["pooled"])
+        AuditData.of(victim("digits"), plain, plain, ["pooled"])
+    with pytest.raises(
+        CalibrationError, match="6 images for the attacker and 6 for the evaluation are too few: give more"
+    ):
+        AuditData.of(victim("digits"), images().items, images().items, ["pooled"])
 
 
 # Captions
@@ -155,18 +159,18 @@ def attacker(shape: torch.Size = SHAPES[0]) -> Captioner:
 def test_the_loss_is_that_of_words_and_of_no_padding(shape: torch.Size) -> None:
     model = attacker(shape).eval()
     features = torch.randn(3, *shape)
-    rows = captions_as_rows(model.tokenizer, TEXTS[:3])
+    rows = tokenise_captions(model.tokenizer, TEXTS[:3])
     ids, mask = (torch.stack([row[name] for row in rows]) for name in ("ids", "mask"))
     found = float(model(features, ids, mask).detach())
     nats, words = 0.0, 0
     with torch.no_grad():
         prefix = model.prefix(features)
         for row, (caption, here) in enumerate(zip(ids, mask, strict=True)):
-            said = caption[: int(here.sum())]
-            told = torch.cat([prefix[row], model.writer.get_input_embeddings()(said)])[None]
-            logits = model.writer(inputs_embeds=told).logits[0, prefix.shape[1] - 1 : -1]
-            nats += float(cross_entropy(logits, said, reduction="sum"))
-            words += len(said)
+            text = caption[: int(here.sum())]
+            results = torch.cat([prefix[row], model.writer.get_input_embeddings()(text)])[None]
+            logits = model.writer(inputs_embeds=results).logits[0, prefix.shape[1] - 1 : -1]
+            nats += float(cross_entropy(logits, text, reduction="sum"))
+            words += len(text)
     assert found == pytest.approx(nats / words, rel=1e-4)
     more = [torch.nn.functional.pad(each, (0, 5), value=value) for each, value in ((ids, 1), (mask, 0))]
     assert float(model(features, *more).detach()) == pytest.approx(found, rel=1e-5)
@@ -175,18 +179,18 @@ def test_the_loss_is_that_of_words_and_of_no_padding(shape: torch.Size) -> None:
 def test_writer_queries_and_victim_stay_as_they_are(tmp_path: Path) -> None:
     split = victim("digits")
     before = state(split.model)
-    x = split.prepare([*pictures().items] * 4)
+    x = split.prepare([*images().items] * 4)
     features = split.features(x, ["stage2"])["stage2"]
     model = attacker(features.shape[1:])
     writer, queries = state(model.writer), model.queries.clone()
     learnt = state(model.former)
-    loss = Spoken(Guard("gaussian", 1.0), "stage2", float(features.std()))
-    taught(model, features, TEXTS, loss, TrainConfig(steps=3, lr=1e-3, batch=4), tmp_path / "run")
+    loss = CaptionLoss(LinkDefence("gaussian", 1.0), "stage2", float(features.std()))
+    train_captioner(model, features, TEXTS, loss, TrainConfig(steps=3, lr=1e-3, batch=4), tmp_path / "run")
     assert all(torch.equal(each, writer[name]) for name, each in model.writer.state_dict().items())
     assert torch.equal(model.queries, queries) and not model.queries.requires_grad
     assert all(torch.equal(each, before[name]) for name, each in split.model.state_dict().items())
     assert any(not torch.equal(each, learnt[name]) for name, each in model.former.state_dict().items())
-    written = recovered(model, features[:3], loss, beams=2)
+    written = recover_captions(model, features[:3], loss, beams=2)
     assert len(written) == 3 and all(isinstance(each, str) for each in written)
 
 
@@ -196,9 +200,9 @@ def test_captions_of_features_that_tell_them_are_recovered(tmp_path: Path) -> No
     features = torch.randn(3, 12)[kinds] + 0.05 * torch.randn(24, 12)
     speaker, tokenizer = small_writer(TEXTS, 60, 0, tmp_path / "writer")
     model = Captioner(features.shape[1:], speaker, tokenizer)
-    loss = Spoken(Guard(), "pooled", float(features.std()))
-    taught(model, features, TEXTS, loss, TrainConfig(steps=200, lr=3e-3, batch=12), tmp_path / "run")
-    right = [ours == theirs for ours, theirs in zip(recovered(model, features, loss), TEXTS, strict=True)]
+    loss = CaptionLoss(LinkDefence(), "pooled", float(features.std()))
+    train_captioner(model, features, TEXTS, loss, TrainConfig(steps=200, lr=3e-3, batch=12), tmp_path / "run")
+    right = [ours == theirs for ours, theirs in zip(recover_captions(model, features, loss), TEXTS, strict=True)]
     assert sum(right) >= 22
 
 
@@ -207,7 +211,7 @@ def test_captions_of_features_that_tell_them_are_recovered(tmp_path: Path) -> No
 
 def test_the_linear_reader_of_tokens_is_a_ridge_regression() -> None:
     x, y = torch.randn(60, 5), torch.randn(60, 3)
-    found = Linear.of(x, y)
+    found = RidgeRegression.of(x, y)
     a, b = (each.double().numpy() - each.double().numpy().mean(0) for each in (x, y))
     gram = a.T @ a
     expected = np.linalg.solve(gram + 1e-3 * np.trace(gram) / 5 * np.eye(5), a.T @ b)
@@ -219,7 +223,7 @@ def test_the_linear_reader_of_tokens_is_a_ridge_regression() -> None:
 def test_streams_behind_layers_are_what_the_model_has_there() -> None:
     stack = Stack(nano("llama"))
     ids = torch.randint(3, 100, (2, 8))
-    found = streams(stack, ids, [0, 2])
+    found = hidden_states(stack, ids, [0, 2])
     with torch.no_grad():
         states: tuple[Tensor, ...] = stack.model(ids, output_hidden_states=True).hidden_states
     for layer in (0, 2):
@@ -230,11 +234,11 @@ def test_streams_behind_layers_are_what_the_model_has_there() -> None:
 def test_tokens_are_read_near_the_embedding_and_hidden_by_noise() -> None:
     torch.manual_seed(0)
     stack = Stack(nano("llama"))
-    train, test = (streams(stack, torch.randint(3, 100, (40, 16)), [0]) for _ in range(2))
+    train, test = (hidden_states(stack, torch.randint(3, 100, (40, 16)), [0]) for _ in range(2))
     embedding = stack.vocabulary[0].weight.detach()
-    read = Linear.of(train.h[0], embedding[train.ids])
+    read = RidgeRegression.of(train.h[0], embedding[train.ids])
     assert float((read.tokens(test.h[0], embedding) == test.ids).double().mean()) > 0.15  # of 97
-    guard, scale = Guard("gaussian", 30.0), float(train.h[0].std())
-    knows = Linear.of(guard.send("layers.0", train.h[0], scale, 0), embedding[train.ids])
-    heard = guard.send("layers.0", test.h[0], scale, 1)
-    assert float((knows.tokens(heard, embedding) == test.ids).double().mean()) < 0.05
+    guard, scale = LinkDefence("gaussian", 30.0), float(train.h[0].std())
+    knows = RidgeRegression.of(guard.send("layers.0", train.h[0], scale, 0), embedding[train.ids])
+    test_text = guard.send("layers.0", test.h[0], scale, 1)
+    assert float((knows.tokens(test_text, embedding) == test.ids).double().mean()) < 0.05

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lamella.data import Captioned, CaptionedImages, InputContext
 from lamella.errors import ArchitectureError, CheckpointError, MethodError
-from lamella.methods.caprecover import FourStages, Guard, Victim, of_link, of_timm, scales
+from lamella.methods.caprecover import FourStages, LinkDefence, Victim, measure_defences, of_timm, scales
 from lamella.methods.caprecover.digits import CUTS, prepare
 from lamella.stack import Stack, open_model
 from lamella.zoo import nano
@@ -47,24 +47,24 @@ def victim(name: str) -> Victim:
 
 
 @cache
-def pictures() -> CaptionedImages:
+def images() -> CaptionedImages:
     return CaptionedImages.open("digits", InputContext(), count=6)
 
 
 @cache
 def read(name: str) -> Tensor:
-    return victim(name).prepare(pictures().items)
+    return victim(name).prepare(images().items)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_comes_behind_a_cut_reads_what_is_sent_and_nothing_else(name: str) -> None:
     """With the features of one batch behind the front of another, the output is that of the first."""
     split, x = victim(name), read(name)
-    split.check_cuts(x, split.chosen(()))
+    split.check_cuts(x, split.select_cuts(()))
     expected = split.output(x)
     for cut in split.cuts:
         features = split.features(x, [cut])[cut]
-        found = split.received(torch.zeros_like(x), [cut], lambda _, given, f=features: f)
+        found = split.output_through(torch.zeros_like(x), [cut], lambda _, values, f=features: f)
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
@@ -81,7 +81,7 @@ def test_a_place_that_is_passed_by_is_no_cut() -> None:
     whole = victim("timm resnet")
     inside = next(path for path, each in whole.model.named_modules() if path.endswith("1.0.conv2"))
     wrong = Victim(whole.model, {"inside": inside}, whole.prepare)
-    with pytest.raises(ArchitectureError, match="cannot be cut at inside: its output reads what comes before, too"):
+    with pytest.raises(ArchitectureError, match="cannot be cut at inside: later layers use earlier features too"):
         wrong.check_cuts(read("timm resnet"), ["inside"])
 
 
@@ -90,27 +90,27 @@ def test_a_place_that_is_passed_by_is_no_cut() -> None:
 def test_noise_that_both_ends_know_changes_nothing_but_digits(name: str, guard: str) -> None:
     split, x = victim(name), read(name)
     plain = split.output(x)
-    cuts = split.chosen(())
+    cuts = split.select_cuts(())
     spread = scales(split.features(x, cuts))
-    mask = Guard.parse(guard)
+    mask = LinkDefence.parse(guard)
 
-    def link(cut: str, given: Tensor) -> Tensor:
-        return mask.receive(cut, mask.send(cut, given, spread[cut], 7), spread[cut], 7)
+    def link(cut: str, values: Tensor) -> Tensor:
+        return mask.receive(cut, mask.send(cut, values, spread[cut], 7), spread[cut], 7)
 
-    found = split.received(x, cuts, link)  # at every stage, as published
+    found = split.output_through(x, cuts, link)  # at every stage, as published
     assert float((found - plain).abs().max()) <= 1e-4 * max(1.0, float(plain.abs().max()))
 
 
 def test_without_noise_a_link_changes_nothing() -> None:
     split, x = victim("digits"), read("digits")
-    for guard in (Guard(), Guard("gaussian", 0.0)):
-        rows = of_link(split, x, torch.zeros(len(x), dtype=torch.long), ["stage1", "pooled"], [guard])
-        assert [row["moved"] for row in rows] == [0.0, 0.0]
+    for guard in (LinkDefence(), LinkDefence("gaussian", 0.0)):
+        rows = measure_defences(split, x, torch.zeros(len(x), dtype=torch.long), ["stage1", "pooled"], [guard])
+        assert [row["output_change"] for row in rows] == [0.0, 0.0]
 
 
 def test_noise_is_new_for_each_request_and_the_same_at_both_ends() -> None:
     shape = torch.Size((2, 3, 4, 4))
-    one, other = Guard("gaussian", 1.0, "a"), Guard("gaussian", 1.0, "b")
+    one, other = LinkDefence("gaussian", 1.0, "a"), LinkDefence("gaussian", 1.0, "b")
     e = one.noise("stage1", shape, 0.5, 1)
     assert torch.equal(e, one.noise("stage1", shape, 0.5, 1)) and e.std() == pytest.approx(0.5, rel=0.15)
     for different in (
@@ -119,10 +119,10 @@ def test_noise_is_new_for_each_request_and_the_same_at_both_ends() -> None:
         other.noise("stage1", shape, 0.5, 1),
     ):
         assert abs(float(torch.corrcoef(torch.stack([e.flatten(), different.flatten()]))[0, 1])) < 0.35
-    assert not torch.equal(e[0], e[1])  # nor do two pictures of one request share a mask
-    fixed = Guard("fixed", 1.0)
+    assert not torch.equal(e[0], e[1])  # nor do two images of one request share a mask
+    fixed = LinkDefence("fixed", 1.0)
     assert torch.equal(fixed.noise("stage1", shape, 0.5, 1), fixed.noise("stage1", shape, 0.5, 2))
-    uniform = Guard("uniform").noise("stage1", torch.Size((50, 100)), 9.0, 1)
+    uniform = LinkDefence("uniform").noise("stage1", torch.Size((50, 100)), 9.0, 1)
     assert float(uniform.min()) >= 0 and float(uniform.max()) < 1
     assert uniform.std() == pytest.approx(12**-0.5, rel=0.02)  # whatever the features' scale
 
@@ -130,40 +130,40 @@ def test_noise_is_new_for_each_request_and_the_same_at_both_ends() -> None:
 def test_what_is_sent_in_fewer_numbers() -> None:
     features = torch.randn(4, 6, 5, 5)
     for bits in (1, 4, 8):
-        sent = Guard("bits", bits).send("cut", features, 1.0, 0)
+        sent = LinkDefence("bits", bits).send("cut", features, 1.0, 0)
         assert all(len(row.unique()) <= 2**bits for row in sent)
         step = (features.flatten(1).amax(1) - features.flatten(1).amin(1)) / (2**bits - 1)
         assert ((sent - features).abs().flatten(1).amax(1) <= step / 2 + 1e-6).all()
-    kept = Guard("top", 0.1).send("cut", features, 1.0, 0)
+    kept = LinkDefence("top", 0.1).send("cut", features, 1.0, 0)
     assert [int((row != 0).sum()) for row in kept] == [15] * 4
     assert torch.equal(kept[kept != 0], features[kept != 0])
-    pooled = Guard("pooled").send("cut", features, 1.0, 0)
+    pooled = LinkDefence("pooled").send("cut", features, 1.0, 0)
     torch.testing.assert_close(pooled[..., 0, 0], features.mean((2, 3)))
     shape = features.shape
-    sizes = [Guard.parse(each).sent(shape) for each in ("none", "gaussian:3", "bits:8", "top:0.1", "pooled")]
+    sizes = [LinkDefence.parse(each).sent(shape) for each in ("none", "gaussian:3", "bits:8", "top:0.1", "pooled")]
     assert sizes == [600, 600, 158, 120.0, 24]
-    assert Guard("gaussian", 10.0).ratio(0.3) == pytest.approx(0.01) and Guard("bits", 8).ratio(0.3) is None
+    assert LinkDefence("gaussian", 10.0).ratio(0.3) == pytest.approx(0.01) and LinkDefence("bits", 8).ratio(0.3) is None
 
 
 @pytest.mark.parametrize(
-    ("said", "message"),
-    [("loud", "no defence 'loud': give none, uniform"), ("gaussian:much", "no defence 'gaussian:much'"),
+    ("text", "message"),
+    [("loud", "unknown defence 'loud': give none, uniform"), ("gaussian:much", "unknown defence 'gaussian:much'"),
      ("gaussian:-1", "gaussian:-1: give 0 to"), ("bits:0", "bits:0: give 1 to 16"), ("top:2", "give 1e-06 to 1")],
 )  # fmt: skip
-def test_defences_that_there_are_not(said: str, message: str) -> None:
+def test_defences_that_there_are_not(text: str, message: str) -> None:
     with pytest.raises(MethodError, match=message):
-        Guard.parse(said)
+        LinkDefence.parse(text)
 
 
 def test_models_that_read_no_images_are_refused() -> None:
-    with pytest.raises(ArchitectureError, match="reads no images: see `lamella run caprecover tokens`"):
+    with pytest.raises(ArchitectureError, match="takes no images: see `lamella run caprecover tokens`"):
         Victim.of(Stack(nano("llama")))
     with pytest.raises(MethodError, match="digits has no cut 'stage9': it has stage1, stage2"):
-        victim("digits").chosen(["stage9"])
+        victim("digits").select_cuts(["stage9"])
 
 
 def test_a_tower_that_reads_more_than_pixels_is_refused() -> None:
-    with pytest.raises(ArchitectureError, match="reads more than pixels"):
+    with pytest.raises(ArchitectureError, match="takes other inputs beside pixels"):
         Victim.of(open_model(nano("qwen2_vl")))
 
 
@@ -171,45 +171,45 @@ def test_what_the_model_was_trained_on_attacks_nobody() -> None:
     from lamella.methods.caprecover.digits import digest
 
     whole = victim("digits")
-    seen = frozenset(map(digest, pictures().items[:4]))
+    seen = frozenset(map(digest, images().items[:4]))
     known = Victim(whole.model, whole.cuts, whole.prepare, "digits", seen)
-    assert [digest(each) for each in known.unseen(pictures())] == [digest(each) for each in pictures().items[4:]]
+    assert [digest(each) for each in known.unseen(images())] == [digest(each) for each in images().items[4:]]
 
 
 def state(model: Any) -> dict[str, Tensor]:
     return {name: each.clone() for name, each in model.state_dict().items()}
 
 
-def saved(model: Any, folder: Path, **said: Any) -> Path:
+def saved(model: Any, folder: Path, **settings: Any) -> Path:
     """A folder in the layout in which timm's models lie on the hub."""
     folder.mkdir()
     save_file(model.state_dict(), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"architecture": "resnet10t", "num_classes": 10} | said))
+    (folder / "config.json").write_text(json.dumps({"architecture": "resnet10t", "num_classes": 10} | settings))
     return folder
 
 
 def test_a_folder_of_timm_is_opened_with_its_weights_and_its_colours(tmp_path: Path) -> None:
     model = timm.create_model("resnet10t", pretrained=False, num_classes=10).eval()
-    asked = {"input_size": [3, 64, 64], "mean": [0.5] * 3, "std": [0.25] * 3, "crop_pct": 1.0}
-    asked |= {
+    config = {"input_size": [3, 64, 64], "mean": [0.5] * 3, "std": [0.25] * 3, "crop_pct": 1.0}
+    config |= {
         "custom_load": True,
         "hf_hub_id": "someone/else",
         "url": "https://example.org/weights",
     }  # which nobody asks
-    read = Victim.open(saved(model, tmp_path / "net", pretrained_cfg=asked))
-    picture = np.full((64, 64, 3), 255, np.uint8)
-    x = read.prepare([Captioned(picture, "", 0)])
+    read = Victim.open(saved(model, tmp_path / "net", pretrained_cfg=config))
+    image = np.full((64, 64, 3), 255, np.uint8)
+    x = read.prepare([Captioned(image, "", 0)])
     assert x.shape == (1, 3, 64, 64) and torch.allclose(x, torch.tensor(2.0))
     assert torch.equal(read.output(x), model(x))
 
 
 @pytest.mark.parametrize(
-    "said", [{"architecture": "hf-hub:someone/else"}, {"num_classes": 10**9}, {"num_classes": "ten"}]
+    "settings", [{"architecture": "hf-hub:someone/else"}, {"num_classes": 10**9}, {"num_classes": "ten"}]
 )
-def test_a_folder_of_timm_that_claims_something_else_is_refused(tmp_path: Path, said: dict[str, Any]) -> None:
+def test_a_folder_of_timm_that_claims_something_else_is_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
     model = timm.create_model("resnet10t", pretrained=False, num_classes=10)
     with pytest.raises(CheckpointError, match="not a timm model"):
-        Victim.open(saved(model, tmp_path / "net", **said))
+        Victim.open(saved(model, tmp_path / "net", **settings))
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -224,12 +224,12 @@ def test_clip_is_cut_behind_its_layers_what_is_pooled_and_what_is_projected(whol
     saved.save_pretrained(tmp_path / "clip")
     split = Victim.open(tmp_path / "clip")
     assert list(split.cuts) == ["layers.0", "layers.1", "pooled", "projected"]
-    x = split.prepare(pictures().items)
+    x = split.prepare(images().items)
     with torch.no_grad():
         expected = clip.get_image_features(x).pooler_output if whole else saved(x).image_embeds
         before = saved.vision_model(x).pooler_output
     torch.testing.assert_close(split.output(x), expected)  # 12 wide, not 32
-    split.check_cuts(x, split.chosen(()))
+    split.check_cuts(x, split.select_cuts(()))
     found = split.features(x, ["pooled", "projected"])
     torch.testing.assert_close(found["pooled"], before)
     torch.testing.assert_close(found["projected"], expected)
@@ -266,7 +266,7 @@ def test_a_damaged_image_processor_beside_a_clip_is_refused(name: str, tmp_path:
     transformers.CLIPVisionModelWithProjection(config).save_pretrained(tmp_path)
     (tmp_path / "theirs.py").write_text("raise SystemExit")
     (tmp_path / "preprocessor_config.json").write_text(PROCESSORS[name])
-    with pytest.raises(CheckpointError, match=r"preprocessor_config\.json: no image processor") as error:
+    with pytest.raises(CheckpointError, match=r"preprocessor_config\.json: not a valid image processor") as error:
         Victim.open(tmp_path)
     assert "\n" not in str(error.value)
 

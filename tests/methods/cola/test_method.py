@@ -1,4 +1,4 @@
-"""CoLa executes the paths it says, searches them as the sheet says, and never reports a find without its controls."""
+"""Tests of CoLa: execution of paths, the search as in the paper, and controls with every result."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from torch import Tensor
 from lamella.errors import CalibrationError, CheckpointError, LamellaError, MethodError
 from lamella.methods.cola import (
     OPS,
-    Found,
+    PathAnswerer,
     PathPredictor,
-    PathReader,
+    PathSearchResult,
+    PathSettings,
     PathStudy,
     Problem,
     ProblemStudy,
     Segment,
-    Settings,
     compile_path,
     decode,
     edits,
@@ -42,7 +42,7 @@ from lamella.methods.cola import (
     targets,
     train_predictor,
 )
-from lamella.methods.cola.page import described
+from lamella.methods.cola.page import describe_path
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.registry import get_method
 from lamella.runtime import apply
@@ -59,7 +59,7 @@ MASK[1, :2] = 0
 POSITIONS = (MASK.cumsum(1) - 1).clamp(min=0)
 PROMPT = 9
 LOOPED = (0, 1, 2, 1, 2, 3, 3)
-SMALL = Settings(simulations=12, tokens=3)
+SMALL = PathSettings(simulations=12, tokens=3)
 SAMPLES = [
     Problem("choice", "The list is a", " b", (" a", " b", " c")),
     Problem("two", "A class is", " a", (" a", " b")),
@@ -114,8 +114,8 @@ def test_a_skipping_path_is_a_model_rebuilt_from_the_kept_layers(name: str, laye
     def source(key: str) -> str:
         if not key.startswith(layers):
             return key
-        place, rest = key.removeprefix(layers).split(".", 1)
-        return f"{layers}{kept[int(place)]}.{rest}"
+        index, rest = key.removeprefix(layers).split(".", 1)
+        return f"{layers}{kept[int(index)]}.{rest}"
 
     small.load_state_dict({key: weights[source(key)] for key in small.state_dict()})
     torch.testing.assert_close(view(stack, kept)(IDS).logits, small(IDS).logits, rtol=0, atol=1e-5)
@@ -180,7 +180,7 @@ def test_edits_leave_out_or_run_again_a_block_in_place() -> None:
 
 def test_the_root_has_212_edits_at_28_layers_and_other_nodes_only_single_ones() -> None:
     root = tuple(range(28))
-    settings = Settings(length=(16, 32))
+    settings = PathSettings(length=(16, 32))
     at_root = edits(root, True, layers=28, settings=settings)
     assert len(at_root) == len(set(at_root)) == 212  # 2 * (28 + 27 + 26 + 25)
     inner = edits(root, False, layers=28, settings=settings)
@@ -188,19 +188,19 @@ def test_the_root_has_212_edits_at_28_layers_and_other_nodes_only_single_ones() 
 
 
 def test_edits_keep_to_the_bounds_and_run_no_layer_more_than_twice() -> None:
-    settings = Settings()
+    settings = PathSettings()
     assert settings.bounds(30) == (18, 36) and settings.bounds(28) == (17, 33)
     root = tuple(range(5))  # 3 to 6 layers
     assert {len(path) for path in edits(root, True, layers=5, settings=settings)} == {3, 4, 6}
     twice = (0, 1, 1, 2, 3)
     assert (0, 1, 1, 1, 2, 3) not in edits(twice, False, layers=5, settings=settings)
-    thrice = edits(twice, False, layers=5, settings=Settings(most_visits=3))
+    thrice = edits(twice, False, layers=5, settings=PathSettings(most_visits=3))
     assert (0, 1, 1, 1, 2, 3) in thrice
     assert (0, 1, 2, 3) in edits(twice, False, layers=5, settings=settings)
 
 
 def test_protected_layers_are_neither_skipped_nor_repeated() -> None:
-    found = edits(tuple(range(10)), True, layers=10, settings=Settings(protect=(2, 1)))
+    found = edits(tuple(range(10)), True, layers=10, settings=PathSettings(protect=(2, 1)))
     assert found
     for path in found:
         counts = Counter(path)
@@ -209,18 +209,18 @@ def test_protected_layers_are_neither_skipped_nor_repeated() -> None:
 
 def test_actions_and_times_say_which_edits_there_are() -> None:
     root = tuple(range(10))
-    skips = edits(root, True, layers=10, settings=Settings(), actions=("skip",))
-    repeats = edits(root, True, layers=10, settings=Settings(), actions=("repeat",))
+    skips = edits(root, True, layers=10, settings=PathSettings(), actions=("skip",))
+    repeats = edits(root, True, layers=10, settings=PathSettings(), actions=("repeat",))
     assert all(len(path) < 10 for path in skips) and all(len(path) > 10 for path in repeats)
-    assert {*skips, *repeats} == set(edits(root, True, layers=10, settings=Settings()))
-    wide = Settings(times=(1, 2), most_visits=3)
+    assert {*skips, *repeats} == set(edits(root, True, layers=10, settings=PathSettings()))
+    wide = PathSettings(times=(1, 2), most_visits=3)
     assert repeat(root, 4, 1, 2) in edits(root, False, layers=10, settings=wide)
 
 
 @pytest.mark.parametrize("wrong", [{"length": (7, 9)}, {"length": (2, 5)}, {"protect": (3, 3)}])
 def test_settings_that_do_not_fit_the_model_are_refused(stack: Stack, tokenizer: Any, wrong: dict[str, Any]) -> None:
     with pytest.raises(MethodError, match=r"^cola: "):
-        search_paths(stack, SAMPLES, tokenizer=tokenizer, settings=Settings(**wrong))
+        search_paths(stack, SAMPLES, tokenizer=tokenizer, settings=PathSettings(**wrong))
 
 
 # Problems and answers
@@ -233,26 +233,26 @@ def test_answers_are_compared_without_case_spaces_and_what_follows_the_first_lin
 
 def test_a_choice_is_the_likeliest_option_of_the_next_token(stack: Stack, tokenizer: Any) -> None:
     sample = SAMPLES[0]
-    reader = PathReader(stack, tokenizer, sample)
+    answerer = PathAnswerer(stack, tokenizer, sample)
     for path in [tuple(range(6)), (0, 1, 3, 4, 5), (0, 1, 1, 2, 3, 4, 5)]:
         logits = view(stack, path)(tokenizer(sample.prompt, return_tensors="pt")["input_ids"]).logits[0, -1]
         first = [tokenizer.encode(option, add_special_tokens=False)[0] for option in sample.options]
-        assert reader(path) == sample.options[int(logits[first].argmax())]
+        assert answerer(path) == sample.options[int(logits[first].argmax())]
 
 
 def test_an_open_answer_is_what_generate_writes_up_to_the_end_of_the_line(stack: Stack, tokenizer: Any) -> None:
     sample = SAMPLES[2]
-    reader = PathReader(stack, tokenizer, sample, tokens=6)
+    answerer = PathAnswerer(stack, tokenizer, sample, tokens=6)
     ids = tokenizer(sample.prompt, return_tensors="pt")
     for path in [tuple(range(6)), (0, 1, 3, 4, 5), (0, 1, 1, 2, 3, 4, 5)]:
-        written = view(stack, path).generate(**ids, max_new_tokens=6, do_sample=False)[0, ids["input_ids"].shape[1] :]
-        assert reader(path) == tokenizer.decode(written, skip_special_tokens=True).split("\n")[0]
+        generated = view(stack, path).generate(**ids, max_new_tokens=6, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        assert answerer(path) == tokenizer.decode(generated, skip_special_tokens=True).split("\n")[0]
 
 
 def test_an_output_that_is_not_finite_is_no_answer(tokenizer: Any) -> None:
     broken = open_stack(NANO)
     broken.model.model.norm.weight.data.fill_(float("nan"))
-    assert PathReader(broken, tokenizer, SAMPLES[0])((0, 1)) == ""
+    assert PathAnswerer(broken, tokenizer, SAMPLES[0])((0, 1)) == ""
 
 
 def test_samples_are_read_from_lines(tmp_path: File) -> None:
@@ -273,7 +273,7 @@ def test_samples_are_read_from_lines(tmp_path: File) -> None:
         ('{"prompt": "p", "answer": "a", "nonsense": 1}', "line 1: write"),
         ('{"prompt": "", "answer": "a"}', "must not be empty"),
         ('{"prompt": "p", "answer": "C", "options": ["A", "B"]}', "none of its options"),
-        ('{"id": 1, "prompt": "p", "answer": "a"}\n' * 2, "2 samples are called '1'"),
+        ('{"id": 1, "prompt": "p", "answer": "a"}\n' * 2, "2 samples have the id '1'"),
         ("", "no samples"),
     ],
 )
@@ -290,7 +290,7 @@ def test_a_bad_file_of_samples_is_refused_in_one_line(tmp_path: File, text: str,
 def test_options_that_one_token_cannot_tell_apart_are_refused(stack: Stack, tokenizer: Any) -> None:
     token = tokenizer.decode([tokenizer.encode(" the", add_special_tokens=False)[0]])
     with pytest.raises(CalibrationError, match="begin with the same token"):
-        PathReader(stack, tokenizer, Problem("x", "p", f"{token}q", (f"{token}q", f"{token}z")))
+        PathAnswerer(stack, tokenizer, Problem("x", "p", f"{token}q", (f"{token}q", f"{token}z")))
 
 
 # The search
@@ -299,31 +299,33 @@ def test_options_that_one_token_cannot_tell_apart_are_refused(stack: Stack, toke
 def test_prefix_sharing_changes_no_result_and_executes_at_most_half(stack: Stack, tokenizer: Any) -> None:
     sample, layers = SAMPLES[0], 12
     deep = Stack(nano("llama", num_hidden_layers=layers, vocab_size=512))
-    plainly, sharing = (PathReader(deep, tokenizer, sample) for _ in range(2))
+    plainly, sharing = (PathAnswerer(deep, tokenizer, sample) for _ in range(2))
     plainly.tree.budget = 0
     for target in sample.options:
         plain_outcome, shared = (
-            find_paths(reader, target, layers, Settings(simulations=60)) for reader in (plainly, sharing)
+            find_paths(answerer, target, layers, PathSettings(simulations=60)) for answerer in (plainly, sharing)
         )
         assert plain_outcome == shared
     assert plainly.answers == sharing.answers
-    assert plainly.tree.executed == plainly.tree.asked == sum(map(len, plainly.answers))
-    assert plainly.asked == sharing.asked  # what three searches would run that share nothing
-    assert sharing.tree.executed <= sharing.asked / 2
+    assert plainly.tree.executed == plainly.tree.unshared == sum(map(len, plainly.answers))
+    assert plainly.unshared == sharing.unshared  # what three searches would run that share nothing
+    assert sharing.tree.executed <= sharing.unshared / 2
 
 
 def test_the_tree_is_deep_its_paths_unique_within_bounds_and_the_same_for_a_seed() -> None:
     layers = 30
 
-    def reader(path: tuple[int, ...]) -> str:
+    def answerer(path: tuple[int, ...]) -> str:
         return "yes" if sum(path) % 3 == 0 else "no"
 
-    one, two, other = (find_paths(reader, "yes", layers, Settings(simulations=60, seed=seed)) for seed in (42, 42, 43))
+    one, two, other = (
+        find_paths(answerer, "yes", layers, PathSettings(simulations=60, seed=seed)) for seed in (42, 42, 43)
+    )
     assert one == two != other
     paths = [*one.valid, *one.invalid]
     assert len(set(paths)) == len(paths) == one.evaluations and one.depth > 3
     assert all(18 <= len(path) <= 36 and max(Counter(path).values()) <= 2 for path in paths)
-    assert all(reader(path) == "yes" for path in one.valid) and all(reader(path) == "no" for path in one.invalid)
+    assert all(answerer(path) == "yes" for path in one.valid) and all(answerer(path) == "no" for path in one.invalid)
     assert one.best is not None and len(one.best) == min(map(len, one.valid))
 
 
@@ -343,7 +345,7 @@ def test_every_search_comes_with_its_controls(study: PathStudy) -> None:
             assert max(Counter(path).values()) == 1
         for path in (*each.searches["repeat"].valid, *each.searches["repeat"].invalid):
             assert set(path) == set(range(6))
-        assert 0 < each.executed < each.asked
+        assert 0 < each.executed < each.unshared
 
 
 def test_a_study_is_the_same_twice_and_survives_json(stack: Stack, tokenizer: Any, study: PathStudy) -> None:
@@ -383,23 +385,23 @@ def test_it_works_on_other_families(name: str, tokenizer: Any) -> None:
     study = search_paths(other, SAMPLES, tokenizer=tokenizer, settings=SMALL)
     for each in study.samples:
         for path in each.searches["tree"].valid:
-            assert same(PathReader(other, tokenizer, each.sample, SMALL.tokens)(path), each.sample.answer)
+            assert same(PathAnswerer(other, tokenizer, each.sample, SMALL.tokens)(path), each.sample.answer)
 
 
 def test_an_interrupted_study_goes_on_from_its_journal_with_the_same_result(
     stack: Stack, tokenizer: Any, study: PathStudy, tmp_path: File, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     journal = tmp_path / "answers.jsonl"
-    real, calls = PathReader._choose, 0
+    real, calls = PathAnswerer._choose, 0
 
-    def killed(self: PathReader, path: tuple[int, ...]) -> str:
+    def killed(self: PathAnswerer, path: tuple[int, ...]) -> str:
         nonlocal calls
         calls += 1
         if calls > 9:
             raise KeyboardInterrupt
         return real(self, path)
 
-    monkeypatch.setattr(PathReader, "_choose", killed)
+    monkeypatch.setattr(PathAnswerer, "_choose", killed)
     with pytest.raises(KeyboardInterrupt):
         search_paths(stack, SAMPLES, tokenizer=tokenizer, settings=SMALL, journal=journal)
     monkeypatch.undo()
@@ -424,7 +426,7 @@ def test_a_journal_s_answers_are_not_taken_for_anything_else(tokenizer: Any, tmp
     if changed == "id":
         sample = Problem("another", sample.prompt, sample.answer, wrong=sample.wrong)
     if changed == "tokens":
-        settings = Settings(simulations=12, tokens=2)
+        settings = PathSettings(simulations=12, tokens=2)
     again = search_paths(model, [sample], tokenizer=tokenizer, settings=settings, journal=journal)
     assert again == search_paths(model, [sample], tokenizer=tokenizer, settings=settings)
     assert again.samples[0].executed > 0
@@ -433,7 +435,7 @@ def test_a_journal_s_answers_are_not_taken_for_anything_else(tokenizer: Any, tmp
 def test_other_searches_over_the_same_samples_do_share_answers(stack: Stack, tokenizer: Any, tmp_path: File) -> None:
     journal = tmp_path / "answers.jsonl"
     search_paths(stack, SAMPLES[:1], tokenizer=tokenizer, settings=SMALL, journal=journal)
-    free = Settings(simulations=12, tokens=3, penalty=0.0, seed=42)
+    free = PathSettings(simulations=12, tokens=3, penalty=0.0, seed=42)
     shared = search_paths(stack, SAMPLES[:1], tokenizer=tokenizer, settings=free, journal=journal)
     alone = search_paths(stack, SAMPLES[:1], tokenizer=tokenizer, settings=free)
     assert shared == alone and shared.samples[0].executed < alone.samples[0].executed
@@ -442,7 +444,7 @@ def test_other_searches_over_the_same_samples_do_share_answers(stack: Stack, tok
 def test_what_it_cannot_search_is_refused_in_one_line(stack: Stack, tokenizer: Any) -> None:
     with pytest.raises(CalibrationError, match="no samples"):
         search_paths(stack, [], tokenizer=tokenizer)
-    with pytest.raises(CalibrationError, match="2 samples are called 'choice'"):
+    with pytest.raises(CalibrationError, match="2 samples have the id 'choice'"):
         search_paths(stack, SAMPLES[:1] * 2, tokenizer=tokenizer)
     with pytest.raises(MethodError, match="cola works on decoders"):
         search_paths(opened("vit"), SAMPLES, tokenizer=tokenizer)
@@ -512,11 +514,11 @@ MODEL = ModelReference.single("x", "llama", 4)
 WHOLE = (0, 1, 2, 3)
 
 
-def outcome(target: str, *valid: tuple[int, ...], invalid: tuple[tuple[int, ...], ...] = ()) -> Found:
-    return Found(target, 5, 2, valid, invalid)
+def outcome(target: str, *valid: tuple[int, ...], invalid: tuple[tuple[int, ...], ...] = ()) -> PathSearchResult:
+    return PathSearchResult(target, 5, 2, valid, invalid)
 
 
-def C(*valid: tuple[int, ...]) -> Found:
+def C(*valid: tuple[int, ...]) -> PathSearchResult:
     return outcome("C", *valid)
 
 
@@ -524,14 +526,16 @@ NO_A, NO_B, LOOP = outcome("A"), outcome("B"), (0, 1, 1, 2, 3)
 
 
 def by_hand() -> PathStudy:
-    def sample(name: str, base: str, tree: Found, random: Found, *wrong: Found) -> ProblemStudy:
+    def sample(
+        name: str, base: str, tree: PathSearchResult, random: PathSearchResult, *wrong: PathSearchResult
+    ) -> ProblemStudy:
         searches = {"tree": tree, "random": random, "skip": NO_A, "repeat": NO_A}
         return ProblemStudy(Problem(name, "p", "A", ("A", "B", "C")), base, searches, wrong)
 
     return PathStudy(
         MODEL,
         "text",
-        Settings(),
+        PathSettings(),
         (
             sample("1", "A", outcome("A", (0, 3), (0, 1, 3), WHOLE), outcome("A", (0, 1, 3), WHOLE), NO_B, C((0, 3))),
             sample("2", "A", outcome("A", WHOLE, LOOP), outcome("A", WHOLE), NO_B, C()),
@@ -578,7 +582,7 @@ def test_the_report_counts_what_it_says() -> None:
 
 def test_a_report_without_finds_has_no_numbers_rather_than_wrong_ones() -> None:
     nothing = {name: outcome("A", invalid=(WHOLE,)) for name in ("tree", "random", "skip", "repeat")}
-    lonely = PathStudy(MODEL, "text", Settings(), (ProblemStudy(Problem("1", "p", "A"), "B", nothing, ()),))
+    lonely = PathStudy(MODEL, "text", PathSettings(), (ProblemStudy(Problem("1", "p", "A"), "B", nothing, ()),))
     numbers = report(lonely)
     assert numbers["shorter"]["tree"] is None and numbers["repaired"]["wrong target"] is None
     assert numbers["valid_skip_rate"] is None and numbers["excess"]["p"] is None
@@ -653,7 +657,7 @@ def test_decoding_ranks_operations_and_lets_no_segment_grow_beyond_four() -> Non
 
 
 def one_path_study(stack: Stack, path: tuple[int, ...]) -> PathStudy:
-    found = {"tree": Found("x", 1, 1, (path,), ())}
+    found = {"tree": PathSearchResult("x", 1, 1, (path,), ())}
     samples = tuple(ProblemStudy(sample, "", found, ()) for sample in SAMPLES)
     return PathStudy(ModelReference.of(stack), "text", SMALL, samples)
 
@@ -680,8 +684,8 @@ def test_a_predictor_learns_the_path_it_is_shown(stack: Stack, tokenizer: Any, t
 def test_its_score_runs_the_proposed_paths(stack: Stack, tokenizer: Any) -> None:
     path = (0, 1, 3, 4, 5)
     predictor = train_predictor(stack, one_path_study(stack, path), tokenizer, epochs=60)
-    answer = PathReader(stack, tokenizer, SAMPLES[0])(path)
-    base = PathReader(stack, tokenizer, SAMPLES[0])(tuple(range(6)))
+    answer = PathAnswerer(stack, tokenizer, SAMPLES[0])(path)
+    base = PathAnswerer(stack, tokenizer, SAMPLES[0])(tuple(range(6)))
     questions = [
         Problem(str(number), SAMPLES[0].prompt, target, SAMPLES[0].options)
         for number, target in enumerate(SAMPLES[0].options)
@@ -704,7 +708,7 @@ def test_a_predictor_for_another_model_or_a_broken_file_is_refused(
     with pytest.raises(CheckpointError, match="a path predictor for nano-llama, not for"):
         PathPredictor.load(file, opened("llama"))
     file.write_bytes(b"nonsense")
-    with pytest.raises(CheckpointError, match="no path predictor") as error:
+    with pytest.raises(CheckpointError, match="not a path predictor") as error:
         PathPredictor.load(file, stack)
     assert "\n" not in str(error.value)
     hopeless = PathStudy(ModelReference.of(stack), "text", SMALL, (study_sample(stack, tokenizer, SAMPLES[2], SMALL),))
@@ -750,7 +754,7 @@ def test_the_command_writes_paths_report_plans_and_predictor(questions: File, tm
     page = (out / "report.html").read_text()
     for each in study.samples:
         assert each.sample.id in page
-        assert described(each.searches["tree"].best, study.model.layers) in page
+        assert describe_path(each.searches["tree"].best, study.model.layers) in page
 
     refused = run(NANO, *options)
     assert isinstance(refused.exception, LamellaError) and "exists" in str(refused.exception)
@@ -759,10 +763,10 @@ def test_the_command_writes_paths_report_plans_and_predictor(questions: File, tm
 
 
 def test_a_path_is_described_by_what_it_leaves_out_and_repeats() -> None:
-    assert described((0, 1, 2, 3), 4) == "the model itself"
-    assert described((0, 3), 4) == "without 1, 2"
-    assert described((0, 1, 2, 1, 2), 4) == "without 3; repeats 1 (2 times), 2 (2 times)"
-    assert described(None, 4) == "none was found"
+    assert describe_path((0, 1, 2, 3), 4) == "the model itself"
+    assert describe_path((0, 3), 4) == "without 1, 2"
+    assert describe_path((0, 1, 2, 1, 2), 4) == "without 3; repeats 1 (2 times), 2 (2 times)"
+    assert describe_path(None, 4) == "none found"
 
 
 def test_the_command_refuses_what_it_cannot_use(questions: File, tmp_path: File) -> None:

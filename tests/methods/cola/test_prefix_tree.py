@@ -43,7 +43,7 @@ def test_logits_are_those_of_plain_execution(name: str) -> None:
     for chain in CHAINS:
         expected = view(stack, chain)(IDS, use_cache=False).logits[0, -1]
         torch.testing.assert_close(tree.logits(chain), expected, rtol=1e-5, atol=1e-5)
-    assert tree.executed < tree.asked == sum(map(len, CHAINS))
+    assert tree.executed < tree.unshared == sum(map(len, CHAINS))
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -65,9 +65,9 @@ def test_a_small_budget_changes_nothing_but_the_work(name: str, budget: int) -> 
         assert tight.held <= budget
         assert tight.greedy(chain, 5) == free.greedy(chain, 5)
         assert tight.held <= budget
-    assert tight.asked == free.asked
-    assert free.executed < tight.executed <= tight.asked
-    assert budget or tight.executed == tight.asked
+    assert tight.unshared == free.unshared
+    assert free.executed < tight.executed <= tight.unshared
+    assert budget or tight.executed == tight.unshared
 
 
 def test_a_common_prefix_is_run_once() -> None:
@@ -81,13 +81,13 @@ def test_a_common_prefix_is_run_once() -> None:
     assert tree.executed == 5
     tree.logits((1, 2, 3))  # shares nothing: the order is what counts
     assert tree.executed == 8
-    assert tree.asked == 4 + 3 + 4 + 2 + 3
+    assert tree.unshared == 4 + 3 + 4 + 2 + 3
 
 
 def test_chains_that_wrote_the_same_tokens_share_their_streams_too() -> None:
     tree = PrefixTree(opened("llama"), IDS)
     first = tree.greedy((0, 1, 2, 3), 3)
-    assert tree.executed == tree.asked == 12
+    assert tree.executed == tree.unshared == 12
     assert tree.greedy((0, 1, 2, 3), 3) == first and tree.executed == 12
     longer = tree.greedy((0, 1, 2, 3), 4)
     assert longer[:3] == first and tree.executed == 16

@@ -9,14 +9,14 @@ from statistics import fmean
 
 import pytest
 
-from lamella.methods.cola import Node, TreeSearch, random_search, tree_search
+from lamella.methods.cola import SearchNode, TreeSearch, random_search, tree_search
 
 LAYERS = 28
 ROOT = tuple(range(LAYERS))
 
 
 def edits(path: tuple[int, ...], at_root: bool) -> list[tuple[int, ...]]:
-    """Skip or repeat blocks in a chain of 28, as the sheet says: 212 edits at the root."""
+    """Skip or repeat blocks in a chain of 28, as in the paper: 212 edits at the root."""
     found = []
     for k in (1, 2, 3, 4) if at_root else (1,):
         for p in range(len(path) - k + 1):
@@ -37,7 +37,7 @@ def searched(simulations: int = 60, **options: float) -> TreeSearch[tuple[int, .
     return tree_search(ROOT, edits, reward, length, simulations=simulations, **options)
 
 
-def nodes(node: Node) -> list[Node]:
+def nodes(node: SearchNode) -> list[SearchNode]:
     return [node, *(below for child in node.children for below in nodes(child))]
 
 
@@ -45,7 +45,7 @@ def test_ucb_on_a_tree_of_three_nodes_is_what_the_formula_gives_by_hand() -> Non
     rewards = {"root": 0.0, "a": 1.0, "b": 0.0}
     sizes = {"root": 1.0, "a": 0.75, "b": 1.25}
 
-    def run(simulations: int) -> dict[str, Node]:
+    def run(simulations: int) -> dict[str, SearchNode]:
         search = tree_search(
             "root",
             lambda state, at_root: ["a", "b"] if at_root else [],
@@ -87,17 +87,17 @@ def test_60_simulations_go_deeper_than_3_though_the_root_alone_has_212_edits() -
 
 
 def test_every_state_is_in_the_tree_once_and_is_evaluated_at_most_once() -> None:
-    asked: Counter = Counter()
+    unshared: Counter = Counter()
 
     def counted(path: tuple[int, ...]) -> float:
-        asked[path] += 1
+        unshared[path] += 1
         return reward(path)
 
     search = tree_search(ROOT, edits, counted, length, simulations=100)
     states = [node.state for node in nodes(search.root)]
     assert len(states) == len(set(states))
-    assert set(asked.values()) == {1}
-    assert [found.state for found in search.evaluated] == list(asked)
+    assert set(unshared.values()) == {1}
+    assert [found.state for found in search.evaluated] == list(unshared)
     assert search.evaluated[0].state == ROOT and search.simulations == 100
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lamella.errors import MethodError, TrainingError
 from lamella.files import Work
-from lamella.methods.continual_pretrain import TRAINING, ContinualPretrainer, Stream
+from lamella.methods.continual_pretrain import TRAINING, ContinualDataset, ContinualPretrainer
 from lamella.methods.continual_pretrain import continual_pretrain as pretrain
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.runtime import apply
@@ -35,15 +35,15 @@ from lamella.train import (
 from lamella.zoo.nano import nano
 
 
-def stream(name: str, seed: int, letters: int = 8, low: int = 3) -> Stream:
+def dataset(name: str, seed: int, letters: int = 8, low: int = 3) -> ContinualDataset:
     """Rows that repeat a short random word, of few letters from ``low`` on."""
     generator = torch.Generator().manual_seed(seed)
     words = torch.randint(low, low + letters, (24, 4), generator=generator)
     samples = blocks(words.repeat(1, 3), loss_on="all")
-    return Stream(name, samples[:18], samples[18:])
+    return ContinualDataset(name, samples[:18], samples[18:])
 
 
-A, B, C = stream("a", 0), stream("b", 1, low=40), stream("c", 2, low=80)
+A, B, C = dataset("a", 0), dataset("b", 1, low=40), dataset("c", 2, low=80)
 RUN: dict[str, Any] = {"lr": 1e-2, "batch": 4, "eval_every": 5}
 
 
@@ -171,7 +171,7 @@ def test_rewarming_starts_anew_and_an_infinite_schedule_goes_on(tmp_path: Path) 
 
 
 def test_an_annealed_branch_does_not_touch_the_run(tmp_path: Path) -> None:
-    """With a branch taken in between, the next stage is the same to the bit as without."""
+    """With a branch taken in between, the next stage is bitwise the same as without."""
     results = {}
     for anneals in (False, True):
         run = runner(tmp_path / str(anneals), schedule="infinite", replay=0.25)
@@ -214,7 +214,7 @@ def test_a_dataset_that_comes_back_goes_on_in_its_order(tmp_path: Path) -> None:
 
 def test_auto_replay_follows_the_measured_shift(tmp_path: Path) -> None:
     decisions = {}
-    for name, second in {"weak": stream("a too", 3), "strong": B}.items():
+    for name, second in {"weak": dataset("a too", 3), "strong": B}.items():
         run = runner(tmp_path / name, eval_every=20)
         run.fit(A, 15)
         losses = [mean_loss(run.model, each.held_out) for each in (second, A)]
@@ -224,8 +224,8 @@ def test_auto_replay_follows_the_measured_shift(tmp_path: Path) -> None:
     assert decisions == {"weak": 0.05, "strong": 0.25}
     bare = runner(tmp_path / "bare")
     bare.fit(A, 1)
-    with pytest.raises(TrainingError, match="give each stream some"):
-        bare.fit(Stream("b", B.samples), 1)
+    with pytest.raises(TrainingError, match="give each dataset some"):
+        bare.fit(ContinualDataset("b", B.samples), 1)
 
 
 def test_a_killed_run_of_several_stages_goes_on_to_the_bit(tmp_path: Path) -> None:
@@ -338,9 +338,9 @@ def test_without_past_or_with_alpha_0_it_is_plain_training(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"replay": 0.1}, "needs past samples"),
+        ({"replay": 0.1}, "needs past data"),
         ({"schedule": "sideways"}, "choose one of rewarm, infinite, wsd, cosine, constant"),
-        ({"schedule": "infinite", "steps": 1}, "need 2 at least"),
+        ({"schedule": "infinite", "steps": 1}, "need at least 2"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:

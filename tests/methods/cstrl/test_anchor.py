@@ -15,14 +15,14 @@ from lamella.errors import MethodError
 from lamella.measure import fisher
 from lamella.methods.cstrl import (
     Anchor,
-    Anchored,
+    AnchoredLoss,
     Penalty,
     fill_gaps,
-    lasting,
-    measured,
+    measure_fisher,
     read_fisher,
     sites_of_parameters,
     summarise,
+    with_steps,
 )
 from lamella.stack import Model, Stack, share
 from lamella.train import Task, TrainConfig, fit, own, pairs, response_loss
@@ -64,9 +64,9 @@ def test_lambda_falls_once_an_epoch_down_to_its_floor(epoch: int, strength: floa
 
 @pytest.mark.parametrize("pairs", [41, 401])
 def test_there_are_as_many_epochs_as_were_asked_for_whatever_the_batches(pairs: int) -> None:
-    steps = lasting(replace(CONFIG, steps=None, batch=16), pairs, 20).steps
+    steps = with_steps(replace(CONFIG, steps=None, batch=16), pairs, 20).steps
     assert steps is not None
-    hook = Anchored(Penalty({}, {}), Anchor(), {}, samples=pairs, size=16, steps=steps)
+    hook = AnchoredLoss(Penalty({}, {}), Anchor(), {}, samples=pairs, size=16, steps=steps)
     assert hook.epochs == 20 and hook.anchor.strength(10, hook.epochs) == 0.45
     assert [hook.epoch(step) for step in range(steps) if hook._is_last(step)] == list(range(20))
 
@@ -159,7 +159,7 @@ def loop(model: Model, batches: list[list[dict[str, Tensor]]]) -> dict[str, Tens
 
 def test_fisher_information_of_an_encoder_decoder_knows_no_padding_and_tied_weights_once() -> None:
     model = t5()
-    found = measured(model, SAMPLES, 4)
+    found = measure_fisher(model, SAMPLES, 4)
     assert (found.batches, found.samples) == (3, 12) and set(found.tensors) == dict(
         model.model.named_parameters()
     ).keys()
@@ -177,17 +177,17 @@ def test_fisher_information_of_an_encoder_decoder_knows_no_padding_and_tied_weig
 
 def test_a_file_of_importances_must_be_of_these_weights(tmp_path: Path) -> None:
     model, other = t5(), Model(nano("t5", seed=1))
-    found = measured(model, SAMPLES, 4)
+    found = measure_fisher(model, SAMPLES, 4)
     found.save(tmp_path / "f.safetensors")
     again = read_fisher(tmp_path / "f.safetensors", model)
     assert all(torch.equal(again.tensors[name], each) for name, each in found.tensors.items())
     assert again.estimator.batch == 4
-    with pytest.raises(MethodError, match="is of other weights than") as error:
+    with pytest.raises(MethodError, match="belongs to other weights than") as error:
         read_fisher(tmp_path / "f.safetensors", other)
     assert "\n" not in str(error.value)
     some = dict(list(found.tensors.items())[:-1])
     type(found)(**{**vars(found), "tensors": some}).save(tmp_path / "some.safetensors")
-    with pytest.raises(MethodError, match="has no importance of"):
+    with pytest.raises(MethodError, match="has no values for"):
         read_fisher(tmp_path / "some.safetensors", model)
 
 
@@ -195,7 +195,7 @@ def test_a_file_of_importances_must_be_of_these_weights(tmp_path: Path) -> None:
 def test_with_lambda_0_it_is_plain_fine_tuning_to_the_bit(kind: str, tmp_path: Path) -> None:
     model = t5() if kind == "t5" else Stack(nano("llama", attention_dropout=0.1))
     data = SAMPLES if kind == "t5" else decoder_samples()
-    found = measured(model, data, 4)
+    found = measure_fisher(model, data, 4)
     ours, log, hook = summarise(model, found, data, {"all": data}, Anchor(lam=0), CONFIG, tmp_path / "anchored")
     view = share(model.model)
     own(view, lambda name: True)
@@ -210,7 +210,7 @@ def test_with_lambda_0_it_is_plain_fine_tuning_to_the_bit(kind: str, tmp_path: P
 
 def test_the_anchor_holds_what_matters_and_says_by_epoch_what_it_did(tmp_path: Path) -> None:
     model = t5()
-    found = measured(model, SAMPLES, 4)
+    found = measure_fisher(model, SAMPLES, 4)
     before = {name: each.clone() for name, each in model.model.named_parameters()}
     rows = {}
     for lam in (0.0, 30.0):
@@ -235,7 +235,7 @@ def test_the_anchor_holds_what_matters_and_says_by_epoch_what_it_did(tmp_path: P
 
 def test_the_ratio_is_that_of_the_two_gradients(tmp_path: Path) -> None:
     model = Model(nano("t5", dropout_rate=0.0))
-    found = measured(model, SAMPLES, 4)
+    found = measure_fisher(model, SAMPLES, 4)
     one = TrainConfig(steps=2, lr=1e-2, batch=12, schedule="constant", warmup=0.0)
     trained, _, hook = summarise(model, found, SAMPLES, {}, Anchor(lam=5.0, decay="constant"), one, tmp_path / "two")
     # What the second step saw are the weights after the first.

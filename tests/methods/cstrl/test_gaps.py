@@ -9,7 +9,7 @@ import pytest
 
 from lamella.data import InputContext
 from lamella.errors import CalibrationError, MethodError
-from lamella.methods.cstrl import Gaps, Pair, Splits, Summaries, gap_sentences, masked, spans
+from lamella.methods.cstrl import Gaps, Summaries, SummaryPair, SummarySplits, gap_sentences, mask_sentences, spans
 from lamella.methods.cstrl.gaps import harmonic
 
 NINE = "A one. B two. C three. D four. E five. F six. G seven. H eight. I nine."
@@ -37,14 +37,14 @@ def sentences(text: str) -> list[str]:
 def test_the_best_sentences_of_a_report_are_masked(text: str, scores: list[float], gaps: str, wanted: str) -> None:
     count = Gaps().count(len(scores))
     assert count == {1: 1, 2: 1, 3: 1, 9: 3}[len(scores)]
-    found = masked(text, scores, count)
-    assert (found.text, found.wanted) == (gaps, wanted)
+    found = mask_sentences(text, scores, count)
+    assert (found.text, found.target) == (gaps, wanted)
 
 
 def test_a_sentence_that_is_said_twice_or_within_another_is_masked_where_it_was_chosen() -> None:
     text = "No effusion. No effusion is large. No effusion."
-    assert masked(text, [0.1, 0.2, 0.9], 1).text == "No effusion. No effusion is large. <extra_id_0>."
-    assert masked(text, [0.5, 0.2, 0.5], 1).text == "<extra_id_0>. No effusion is large. No effusion."
+    assert mask_sentences(text, [0.1, 0.2, 0.9], 1).text == "No effusion. No effusion is large. <extra_id_0>."
+    assert mask_sentences(text, [0.5, 0.2, 0.5], 1).text == "<extra_id_0>. No effusion is large. No effusion."
 
 
 def test_sentences_end_with_a_mark_and_a_space_so_that_numbers_stay_whole() -> None:
@@ -71,28 +71,28 @@ def test_the_score_is_the_harmonic_mean_of_rouge_1_and_bleu() -> None:
 
 
 def test_overlap_finds_the_sentence_that_the_summary_repeats() -> None:
-    pair = Pair("The heart is normal. There is a large left effusion. No fracture.", "Large left effusion.")
-    assert gap_sentences([pair]).gaps[0].wanted == "There is a large left effusion"
-    rest = Pair("The lungs are clear. A rib is broken. Clear are the lungs.", "Something else.")
+    pair = SummaryPair("The heart is normal. There is a large left effusion. No fracture.", "Large left effusion.")
+    assert gap_sentences([pair]).gaps[0].target == "There is a large left effusion"
+    rest = SummaryPair("The lungs are clear. A rib is broken. Clear are the lungs.", "Something else.")
     [by_itself] = gap_sentences([rest], gaps=Gaps(score="self")).gaps
-    assert by_itself.wanted in ("The lungs are clear", "Clear are the lungs")
+    assert by_itself.target in ("The lungs are clear", "Clear are the lungs")
     assert gap_sentences([], [rest.source]).gaps == [by_itself]  # without a summary the source is all there is
 
 
 def test_random_gaps_come_from_the_seed_and_differ_from_chosen_ones() -> None:
-    pairs = [Pair(NINE, "I nine.")] * 8
+    pairs = [SummaryPair(NINE, "I nine.")] * 8
     first, again, other = (gap_sentences(pairs, gaps=Gaps(score="random"), seed=seed).gaps for seed in (1, 1, 2))
     assert first == again != other
-    assert {gap.wanted.split(". ")[0] for gap in gap_sentences(pairs).gaps} == {"I nine"}
-    assert len({gap.wanted for gap in first}) > 1
+    assert {gap.target.split(". ")[0] for gap in gap_sentences(pairs).gaps} == {"I nine"}
+    assert len({gap.target for gap in first}) > 1
 
 
 def test_sources_of_one_sentence_are_left_out_and_refused_where_there_are_no_others() -> None:
-    several = Pair("One. Two.", "One.")
-    found = gap_sentences([Pair("One only.", "One."), several])
+    several = SummaryPair("One. Two.", "One.")
+    found = gap_sentences([SummaryPair("One only.", "One."), several])
     assert (len(found.gaps), found.single) == (1, 1)
-    with pytest.raises(CalibrationError, match="2 sources have one sentence only") as error:
-        gap_sentences([Pair("One only.", "One."), Pair("Another.", "It.")])
+    with pytest.raises(CalibrationError, match="all 2 sources have a single sentence") as error:
+        gap_sentences([SummaryPair("One only.", "One."), SummaryPair("Another.", "It.")])
     assert "\n" not in str(error.value)
 
 
@@ -137,11 +137,11 @@ def test_a_line_without_source_or_summary_is_refused_with_its_place(row: object,
 
 
 def test_nothing_of_one_part_enters_another() -> None:
-    pairs = [Pair(f"Source {number}.", f"summary {number}") for number in range(50)]
-    splits = Splits.of(pairs, None, 0)
-    assert [len(part) for part in (splits.train, splits.held_out, splits.test)] == [41, 4, 5] and splits.set_aside
+    pairs = [SummaryPair(f"Source {number}.", f"summary {number}") for number in range(50)]
+    splits = SummarySplits.of(pairs, None, 0)
+    assert [len(part) for part in (splits.train, splits.held_out, splits.test)] == [41, 4, 5] and splits.test_from_pairs
     assert sorted([*splits.train, *splits.held_out, *splits.test]) == sorted(pairs) and splits.shared == 0
-    given = Splits.of(pairs, pairs[:3], 0)
-    assert (len(given.train), len(given.held_out), given.shared, given.set_aside) == (45, 5, 3, False)
-    with pytest.raises(MethodError, match="give 3 or more"):
-        Splits.of(pairs[:2], None, 0)
+    given = SummarySplits.of(pairs, pairs[:3], 0)
+    assert (len(given.train), len(given.held_out), given.shared, given.test_from_pairs) == (45, 5, 3, False)
+    with pytest.raises(MethodError, match="give at least 3"):
+        SummarySplits.of(pairs[:2], None, 0)

@@ -17,20 +17,20 @@ from lamella.files import Work
 from lamella.methods.cstrl import (
     Anchor,
     GapTraining,
-    Lengths,
-    Pair,
-    Reading,
-    Splits,
+    PairEncoder,
     Summaries,
+    SummaryPair,
+    SummarySplits,
+    TextLengths,
     cstrl,
     encoder_names,
     fill,
     gap_sentences,
-    unfrozen,
+    unfrozen_fraction,
 )
 from lamella.methods.cstrl.baselines import Unfreezing
 from lamella.methods.cstrl.page import figures
-from lamella.methods.cstrl.radiology import Said, judged, reports, word_tokenizer
+from lamella.methods.cstrl.radiology import ParsedImpression, reports, score_impressions, word_tokenizer
 from lamella.runner import run
 from lamella.stack import Model, Stack, open_model
 from lamella.train import Task, TrainConfig, fit, response_loss
@@ -39,8 +39,8 @@ from lamella.zoo.nano import nano
 REPORTS = reports(40, 0)
 SHORT = {
     "filling": GapTraining(gap_epochs=1, gap_batch=8),
-    "lengths": Lengths(96, 24, 96),
-    "judged": 3,
+    "lengths": TextLengths(96, 24, 96),
+    "test_samples": 3,
     "config": TrainConfig(lr=2e-3, batch=8, steps=6, save_every=2, log_every=1, schedule="linear", warmup=0.0),
 }
 
@@ -73,24 +73,24 @@ def test_a_t5_from_a_folder_is_trained_and_opens_in_plain_transformers(
     files: tuple[Path, Path], tmp_path: Path
 ) -> None:
     folder, data = files
-    options = {"gap_epochs": 1, "gap_batch": 8, "steps": 4, "batch": 8, "judged": 3, "summary_length": 24}
+    options = {"gap_epochs": 1, "gap_batch": 8, "steps": 4, "batch": 8, "test_samples": 3, "summary_length": 24}
     done = run("cstrl", str(folder), str(data), out=tmp_path / "out", **options)
     found = done.evidence.findings
     assert set(found["scores"]) == {
-        "the model as it was",
+        "initial model",
         "after gap sentences",
         "after summaries",
-        "one constant answer",
+        "constant answer",
     }
     assert found["gaps"]["sources"] == 32 and found["gaps"]["unlabelled"] == 0  # of 40: 4 test, 4 watched
     lines = [json.loads(line) for line in (tmp_path / "out" / "gaps.jsonl").read_text().splitlines()]
     assert len(lines) == 32 and all("<extra_id_0>" in line["source"] for line in lines)
-    assert found["scores"]["one constant answer"]["distinct"] == 1
+    assert found["scores"]["constant answer"]["distinct"] == 1
     assert {"bleu", "bleu1_precision"} <= set(found["scores"]["after summaries"])
     assert (tmp_path / "out" / "report.html").read_text().count("<figure>") == 4
     gap, losses, drift, kept = figures(done.evidence)
-    assert gap.series["gap sentences, training"] == [(point["step"], point["loss"]) for point in found["gap curve"]]
-    assert {"training", "held out: summaries", "held out: gap sentences"} == set(losses.series)
+    assert gap.series["gap sentences, training"] == [(point["step"], point["loss"]) for point in found["gap losses"]]
+    assert {"training", "held-out: summaries", "held-out: gap sentences"} == set(losses.series)
     assert [len(values) for values in drift.series.values()] == [len(found["importance"]["sums"])] * len(drift.series)
     assert kept.series["by epoch"][0][1] == 0.0  # nothing is forgotten before the first step
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
@@ -109,16 +109,16 @@ def test_stages_one_by_one_are_the_whole(files: tuple[Path, Path], tmp_path: Pat
     same = {"gap_length": 96, "seed": 0}
     run("cstrl", str(folder), str(data), command="gaps", out=tmp_path / "filled", epochs=1, batch=8, fisher_batch=8,
         save_fisher=keep, **same)  # fmt: skip
-    options = {"steps": 4, "batch": 8, "judged": 2, "summary_length": 24, **same}
+    options = {"steps": 4, "batch": 8, "test_samples": 2, "summary_length": 24, **same}
     learnt = {json.loads(line)["target"] for line in (tmp_path / "filled" / "gaps.jsonl").read_text().splitlines()}
-    splits = Splits.of([each.pair for each in REPORTS], None, 0)
+    splits = SummarySplits.of([each.pair for each in REPORTS], None, 0)
     kept = gap_sentences([*splits.held_out, *splits.test]).gaps
-    assert len(splits.test) == 4 and not learnt & {gap.wanted for gap in kept}  # of the whole, too
+    assert len(splits.test) == 4 and not learnt & {gap.target for gap in kept}  # of the whole, too
     apart = run("cstrl", str(tmp_path / "filled"), str(data), fisher=keep, **options, out=tmp_path / "apart")
     assert "after gap sentences" not in apart.evidence.findings["scores"]
     assert apart.evidence.findings["importance"]["measured"]["batches"] > 0
     assert apart.evidence.findings["epochs"][0]["lambda"] == 0.9
-    with pytest.raises(MethodError, match="is of other weights than"):
+    with pytest.raises(MethodError, match="belongs to other weights than"):
         run("cstrl", str(folder), str(data), fisher=keep, **options, out=tmp_path / "no")
     assert not (tmp_path / "no").exists() and not (tmp_path / ".no.work").exists()
 
@@ -164,27 +164,27 @@ def test_it_learns_and_leaves_the_model_as_it_is(kind: str, tmp_path: Path) -> N
     assert type(found.stack.model) is type(model.model)
     rows = found.findings["epochs"]
     assert rows[-1]["task"] < rows[0]["task"] and rows[0]["lambda"] == 0.9
-    watched = found.findings["watched"]
+    watched = found.findings["held_out_losses"]
     assert set(watched[0]) == {"step", "summaries", "gap sentences"}
     assert watched[-1]["summaries"] < watched[0]["summaries"]
-    curve = found.findings["gap curve"]
+    curve = found.findings["gap losses"]
     assert curve[-1]["loss"] < curve[0]["loss"]
 
 
 def test_an_anchor_that_does_nothing_is_said_to_do_nothing(tmp_path: Path) -> None:
     options = SHORT | {"anchor": Anchor(lam=1e-9, floor=0.0)}
     found = cstrl(open_model(small_t5()), pairs(), work=Work(tmp_path), **options)
-    assert any("The anchor did next to nothing" in note for note in found.notes)
+    assert any("The anchor had almost no effect" in note for note in found.notes)
 
 
 def test_what_trains_no_model_of_text_is_refused(tmp_path: Path) -> None:
     for kind in ("whisper", "llava"):
-        with pytest.raises(MethodError, match="cstrl trains models that read and write text") as error:
+        with pytest.raises(MethodError, match="cstrl trains models that take and generate text") as error:
             cstrl(Model(nano(kind)), pairs(), work=Work(tmp_path))
         assert "\n" not in str(error.value)
     with pytest.raises(MethodError, match=r"works on decoders; .* is a vit"):
         cstrl(Stack(nano("vit")), pairs(), work=Work(tmp_path))
-    with pytest.raises(MethodError, match="leave no room for a source among 256"):
+    with pytest.raises(MethodError, match="leave no space for a source in a context of 256"):
         cstrl(Stack(nano("llama", vocab_size=200)), pairs(), work=Work(tmp_path))
 
 
@@ -195,16 +195,16 @@ def test_masks_that_a_tokenizer_cannot_tell_apart_are_refused() -> None:
         def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
             return {"input_ids": [2 for _ in text.split()]}
 
-    with pytest.raises(MethodError, match="alike, so gaps could not be told apart"):
-        Reading(open_model(small_t5()), Blind()).gaps([], 32)
+    with pytest.raises(MethodError, match="to the same tokens, so gaps cannot be distinguished"):
+        PairEncoder(open_model(small_t5()), Blind()).gaps([], 32)
 
 
 def test_samples_are_what_each_kind_of_model_reads() -> None:
     tokenizer, text = word_tokenizer(), [("the heart is normal.", NORMAL)]
-    [of_t5] = Reading(open_model(small_t5()), tokenizer).samples(text, "summarize: ", 64, 24)
+    [of_t5] = PairEncoder(open_model(small_t5()), tokenizer).samples(text, "summarize: ", 64, 24)
     assert tokenizer.decode(of_t5["input_ids"]) == "summarize : the heart is normal . </s>"
     assert tokenizer.decode(of_t5["labels"]) == "no acute cardiopulmonary process . </s>"
-    [of_llama] = Reading(Stack(nano("llama")), tokenizer).samples(text, "summarize: ", 64, 24)
+    [of_llama] = PairEncoder(Stack(nano("llama")), tokenizer).samples(text, "summarize: ", 64, 24)
     head = int(of_llama["prompt_lengths"])
     assert tokenizer.decode(of_llama["input_ids"][:head]) == "summarize : the heart is normal . </s>"  # no line break
     assert tokenizer.decode(of_llama["input_ids"][head:]) == "no acute cardiopulmonary process . </s>"
@@ -212,9 +212,9 @@ def test_samples_are_what_each_kind_of_model_reads() -> None:
         of_llama["labels"][head:], of_llama["input_ids"][head:]
     )
     long = [("the heart is normal. " * 40, "the heart is normal. " * 40)]
-    [cut] = Reading(open_model(small_t5()), tokenizer).samples(long, "", 16, 8)
+    [cut] = PairEncoder(open_model(small_t5()), tokenizer).samples(long, "", 16, 8)
     assert (len(cut["input_ids"]), len(cut["labels"])) == (16, 8) and cut["labels"][-1] == cut["input_ids"][-1] == 1
-    [cut] = Reading(Stack(nano("llama")), tokenizer).samples(long, "", 16, 8)
+    [cut] = PairEncoder(Stack(nano("llama")), tokenizer).samples(long, "", 16, 8)
     assert (int(cut["prompt_lengths"]), len(cut["input_ids"])) == (16, 24)
 
 
@@ -226,25 +226,25 @@ def test_reports_say_what_their_impressions_say() -> None:
     many = reports(600, 3)
     assert 0.25 < sum(not each.findings for each in many) / 600 < 0.35
     assert {len([s for s in each.source.split(". ") if s]) for each in many} <= {6, 7, 8, 9}
-    assert judged([each.summary for each in many], many) == {"recall": 1.0, "invented": 0.0, "exact": 1.0}
+    assert score_impressions([each.summary for each in many], many) == {"recall": 1.0, "invented": 0.0, "exact": 1.0}
     sick = [each for each in many if each.findings]
-    assert judged([NORMAL] * len(sick), sick) == {"recall": 0.0, "invented": 0.0, "exact": 0.0}
-    assert judged(["severe scoliosis, bad news."], [sick[0]])["invented"] == 1.0
-    assert Said.of("mild scoliosis , severe left rib fracture .").findings == (
+    assert score_impressions([NORMAL] * len(sick), sick) == {"recall": 0.0, "invented": 0.0, "exact": 0.0}
+    assert score_impressions(["severe scoliosis, bad news."], [sick[0]])["invented"] == 1.0
+    assert ParsedImpression.of("mild scoliosis , severe left rib fracture .").findings == (
         ("scoliosis", "mild", ""),
         ("rib fracture", "severe", "left"),
     )
-    assert Said.of("mild left scoliosis.").findings == ()  # a spine has no side
+    assert ParsedImpression.of("mild left scoliosis.").findings == ()  # a spine has no side
     for each in sick[:50]:  # what the impression says is in the report, in one sentence each
         assert all(found.finding in each.source and found.severity in each.source for found in each.findings)
 
 
 def test_the_encoder_is_unfrozen_from_its_embedding_on(tmp_path: Path) -> None:
-    assert [round(unfrozen(epoch, 20), 3) for epoch in (0, 1, 15, 19)] == [0.1, 0.16, 1.0, 1.0]
+    assert [round(unfrozen_fraction(epoch, 20), 3) for epoch in (0, 1, 15, 19)] == [0.1, 0.16, 1.0, 1.0]
     model = small_t5()
     names, tokenizer = encoder_names(model), word_tokenizer()
     assert names[0].startswith("encoder.block.0") and not any(name.startswith("decoder") for name in names)
-    data = Reading(open_model(model), tokenizer).samples([each.pair for each in REPORTS[:8]], "", 96, 24)
+    data = PairEncoder(open_model(model), tokenizer).samples([each.pair for each in REPORTS[:8]], "", 96, 24)
     before = {name: each.clone() for name, each in model.named_parameters()}
     hook = Unfreezing(names, samples=8, size=8, epochs=20)
     fit(
@@ -279,4 +279,4 @@ def test_it_is_found_by_its_name_and_its_commands() -> None:
 
     assert set(commands("cstrl")) == {"", "gaps", "distil"}
     assert isinstance(lamella.open(small_t5()), Model)
-    assert Pair("a", "b").summary == "b"
+    assert SummaryPair("a", "b").summary == "b"

@@ -1,4 +1,4 @@
-"""The student: its shape, its loss, and what is said of one that has collapsed."""
+"""Tests of the student: its shape, its loss, and the note on a collapsed student."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from lamella.data.samples import collate
 from lamella.errors import MethodError
 from lamella.files import Work
-from lamella.methods.cstrl import Lengths, Summaries, distil, fresh, shrunk, student_loss
+from lamella.methods.cstrl import Summaries, TextLengths, distil, new_student, student_config, student_loss
 from lamella.methods.cstrl.radiology import reports, word_tokenizer
 from lamella.stack import Model, Stack, open_model
 from lamella.train import TrainConfig, pairs
@@ -39,7 +39,7 @@ def test_students_of_t5_small_are_the_paper_s_with_encoder_and_decoder_alike(
     with torch.device("meta"):
         teacher = Model(T5ForConditionalGeneration(T5Config()))
     before = teacher.model.config.to_dict()
-    config = shrunk(teacher, parts)
+    config = student_config(teacher, parts)
     assert (config.num_layers, config.num_decoder_layers, config.d_model, config.d_ff, config.num_heads) == sizes
     assert teacher.model.config.to_dict() == before and config.vocab_size == 32128
     with torch.device("meta"):
@@ -50,14 +50,14 @@ def test_students_of_t5_small_are_the_paper_s_with_encoder_and_decoder_alike(
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "opt", "qwen3", "gemma3_text", "t5", "bart"])
 def test_a_student_of_every_kind_runs(kind: str) -> None:
     teacher = open_model(nano(kind))
-    student = fresh(teacher, 8, 0)
+    student = new_student(teacher, 8, 0)
     ids = torch.randint(3, 100, (2, 6), generator=DRAWN)
     given = {"input_ids": ids} | ({"decoder_input_ids": ids[:, :3]} if len(teacher.stacks) > 1 else {})
     with torch.no_grad():
         assert torch.isfinite(student.model(**given).logits).all()
     sizes = [sum(each.numel() for each in model.model.parameters()) for model in (student, teacher)]
     assert sizes[0] < sizes[1]
-    again = fresh(teacher, 8, 0)
+    again = new_student(teacher, 8, 0)
     assert all(torch.equal(a, b) for a, b in zip(student.model.parameters(), again.model.parameters(), strict=True))
     assert all(len(student.stacks[name]) < len(stack) for name, stack in teacher.stacks.items() if len(stack) > 2)
 
@@ -65,9 +65,9 @@ def test_a_student_of_every_kind_runs(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_is_the_published_sum_over_unpadded_positions(kind: str) -> None:
     model, teacher = nano(kind).eval(), nano(kind, seed=1).eval()
-    told = {"teacher": teacher, "temperature": 20.0, "alpha": 0.7, "divergence": 0.7 / 4**2}
+    options = {"teacher": teacher, "temperature": 20.0, "alpha": 0.7, "divergence": 0.7 / 4**2}
     with torch.no_grad():
-        loss, parts = student_loss(model, collate(KINDS[kind]), **told)
+        loss, parts = student_loss(model, collate(KINDS[kind]), **options)
         ce, kl, count = 0.0, 0.0, 0
         for each in KINDS[kind]:
             if kind == "t5":
@@ -112,14 +112,16 @@ def test_a_student_learns_and_is_judged_beside_teacher_and_constant_answer(tmp_p
     data = Summaries([each.pair for each in reports(40, 0)], word_tokenizer())
     model = teacher()
     config = TrainConfig(steps=6, lr=3e-3, batch=8, log_every=1, warmup=0.0)
-    found = distil(model, data, parts=8, judged=3, lengths=Lengths(96, 24), config=config, work=Work(tmp_path))
-    assert set(found.findings["scores"]) == {"teacher", "student", "one constant answer"}
+    found = distil(
+        model, data, parts=8, test_samples=3, lengths=TextLengths(96, 24), config=config, work=Work(tmp_path)
+    )
+    assert set(found.findings["scores"]) == {"teacher", "student", "constant answer"}
     assert found.findings["divergence"] == pytest.approx(0.7 / 64)
     assert found.findings["parameters"]["student"] < found.findings["parameters"]["teacher"]
     assert found.log.train[-1].loss < found.log.train[0].loss
     assert found.stack.stacks["decoder"].model.config.num_decoder_layers == 2
     other = Model(nano("t5", vocab_size=64))
-    with pytest.raises(MethodError, match="of the same kind and vocabulary") as error:
+    with pytest.raises(MethodError, match="of the same type and vocabulary") as error:
         distil(model, data, other, work=Work(tmp_path / "other"))
     assert "\n" not in str(error.value) and math.isfinite(found.findings["scores"]["student"]["rouge1"])
 
@@ -128,7 +130,7 @@ def test_a_given_student_is_where_it_begins(tmp_path: Path) -> None:
     data = Summaries([each.pair for each in reports(20, 0)], word_tokenizer())
     model = Stack(nano("llama", vocab_size=len(word_tokenizer())))
     config = TrainConfig(steps=1, lr=0.0, batch=8, warmup=0.0)
-    found = distil(model, data, Stack(nano("llama", seed=1, vocab_size=len(word_tokenizer()))), judged=1,
-                   lengths=Lengths(96, 24), config=config, work=Work(tmp_path))  # fmt: skip
+    found = distil(model, data, Stack(nano("llama", seed=1, vocab_size=len(word_tokenizer()))), test_samples=1,
+                   lengths=TextLengths(96, 24), config=config, work=Work(tmp_path))  # fmt: skip
     theirs = dict(nano("llama", seed=1, vocab_size=len(word_tokenizer())).named_parameters())
     assert all(torch.equal(each, theirs[name]) for name, each in found.stack.model.named_parameters())

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 import lamella
-from lamella.data import MARK, Conversation, ImageText, Processing
+from lamella.data import MARK, ImageText, ImageTextRow, Processing
 from lamella.errors import CalibrationError, MethodError
 from lamella.measure import angular_distance, block_influence, hidden_norms, sublayer_influence
 from lamella.methods.depth_efficiency import (
-    Mean,
+    TokenMean,
     deepest_use,
     depth_efficiency,
     depth_profile,
@@ -24,13 +24,13 @@ from lamella.methods.depth_efficiency import (
     integrated_gradients,
     linear_maps,
     local_effect,
-    mean_stream,
+    mean_hidden,
     refinement,
     residual_erasure,
     skip_effect,
     split_points,
     study,
-    turning,
+    turning_point,
 )
 from lamella.methods.depth_efficiency.contributions import run_once
 from lamella.methods.depth_efficiency.effects import _skip_each
@@ -126,7 +126,7 @@ def test_skipping_for_all_tokens_equals_whole_passes_with_a_layer_taken_out(name
 def test_skipping_in_the_past_equals_whole_passes_and_is_measured_behind_the_split(name: str, part: str) -> None:
     stack, ids, point = Stack(nano(name)), IDS[0], 9
     run = run_once(stack, ids)
-    later, output = Mean(LAYERS, LAYERS), Mean(LAYERS)
+    later, output = TokenMean(LAYERS, LAYERS), TokenMean(LAYERS)
     _skip_each(stack, run, part, point, 1, later, output)
     hooked = Hooked(stack)
     c, y = hooked(ids)
@@ -138,16 +138,18 @@ def test_skipping_in_the_past_equals_whole_passes_and_is_measured_behind_the_spl
 
         now, changed = hooked(ids, {skipped: without})
         expected = relative(now, c)[:, point:].amax(-1).numpy()
-        np.testing.assert_allclose(later.most[skipped], expected, rtol=1e-3, atol=2e-5)
-        np.testing.assert_allclose(output.most[skipped], (changed - y)[point:].norm(dim=-1).max(), rtol=1e-3, atol=1e-6)
-    assert (later.most.diagonal() == 0).all()  # a layer does not read what it adds itself
+        np.testing.assert_allclose(later.maximum[skipped], expected, rtol=1e-3, atol=2e-5)
+        np.testing.assert_allclose(
+            output.maximum[skipped], (changed - y)[point:].norm(dim=-1).max(), rtol=1e-3, atol=1e-6
+        )
+    assert (later.maximum.diagonal() == 0).all()  # a layer does not read what it adds itself
 
 
 def test_skipping_nothing_changes_nothing_to_the_bit() -> None:
     stack = Stack(nano("llama"))
-    later, output = Mean(LAYERS, LAYERS), Mean(LAYERS)
+    later, output = TokenMean(LAYERS, LAYERS), TokenMean(LAYERS)
     _skip_each(stack, run_once(stack, IDS[0]), "layer", 1, 1, later, output)  # no token lies between front and split
-    assert (later.most == 0).all() and (output.most == 0).all()
+    assert (later.maximum == 0).all() and (output.maximum == 0).all()
 
 
 def test_what_is_the_same_has_a_distance_of_zero_in_long_sequences_too() -> None:
@@ -162,7 +164,7 @@ def test_what_is_the_same_has_a_distance_of_zero_in_long_sequences_too() -> None
 
 def test_a_split_behind_the_sequence_measures_nothing() -> None:
     stack = Stack(nano("llama"))
-    later, output = Mean(LAYERS, LAYERS), Mean(LAYERS)
+    later, output = TokenMean(LAYERS, LAYERS), TokenMean(LAYERS)
     _skip_each(stack, run_once(stack, IDS[0]), "layer", 21, 1, later, output)
     assert (later.count == 0).all() and (output.count == 0).all()
     assert np.isnan(later.scores("x", ("a", "b"), {})["mean"].values).all()
@@ -229,7 +231,7 @@ def test_means_are_over_tokens_not_over_sequences_and_padding_does_not_count() -
     mask[1, :9] = 0
     padded = depth_profile(stack, {"input_ids": IDS, "attention_mask": mask})
     first, second = depth_profile(stack, IDS[:1]), depth_profile(stack, IDS[1:, 9:])
-    for name in ("ratio_attn", "norm_stream", "lens_kl"):
+    for name in ("ratio_attn", "norm_residual", "lens_kl"):
         expected = (20 * first[name].values + 11 * second[name].values) / 31
         np.testing.assert_allclose(padded[name].values, expected, rtol=1e-5, atol=1e-6)
 
@@ -237,8 +239,8 @@ def test_means_are_over_tokens_not_over_sequences_and_padding_does_not_count() -
 def test_estimates_of_the_phases() -> None:
     assert refinement(np.array([5.0, 6.0, 4.0, 4.5, 2.0, 0.0])) == 3
     assert refinement(np.array([3.0, 2.0, 1.0])) == 0
-    assert turning(np.array([-0.2, 0.5, -0.1, 0.01, 0.2])) == 3
-    assert turning(np.array([0.1, 0.2])) is None
+    assert turning_point(np.array([-0.2, 0.5, -0.1, 0.01, 0.2])) == 3
+    assert turning_point(np.array([0.1, 0.2])) is None
 
 
 @torch.no_grad()
@@ -301,7 +303,7 @@ def test_attributions_of_a_trained_model_are_complete_with_the_default_steps() -
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "opt", "gemma3_text"])
 def test_erasing_a_token_equals_a_whole_pass_with_the_mean_in_its_place(name: str) -> None:
     stack = Stack(nano(name))
-    mean = mean_stream(stack, IDS)
+    mean = mean_hidden(stack, IDS)
     lost = residual_erasure(stack, IDS[0], 15, mean)
     hooked, token = Hooked(stack), 6
     _, y = hooked(IDS[0, :15])
@@ -325,7 +327,7 @@ def test_the_mean_stream_is_that_of_all_tokens_behind_the_front() -> None:
     for ids in IDS:
         hooked(ids)
         seen.append(torch.stack([*hooked.inputs, hooked.outputs[-1]])[:, 1:])
-    torch.testing.assert_close(mean_stream(stack, IDS), torch.cat(seen, 1).mean(1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mean_hidden(stack, IDS), torch.cat(seen, 1).mean(1), rtol=1e-4, atol=1e-5)
 
 
 def test_the_deepest_use_is_the_last_layer_that_matters() -> None:
@@ -377,7 +379,7 @@ def test_nothing_is_written_to_the_model_and_the_registry_knows_the_study() -> N
     assert all(torch.equal(value, before[name]) for name, value in stack.model.state_dict().items())
     assert 1 <= study["effective_depth"] <= LAYERS
     assert len(study["skip_future"]["later_max"]["values"]) == LAYERS
-    assert study["profile"]["norm_stream"]["dims"] == ["point"]
+    assert study["profile"]["norm_residual"]["dims"] == ["point"]
     assert methods()["depth-efficiency"] == entry
 
 
@@ -387,7 +389,7 @@ def test_the_front_counts_in_no_measurement_of_the_stream() -> None:
     for name, measure in (
         ("block_influence", block_influence),
         ("sublayer_influence", sublayer_influence),
-        ("stream_norm", hidden_norms),
+        ("residual_norm", hidden_norms),
         ("angular_distance", angular_distance),
     ):
         assert scores[name]["values"] == measure(stack, IDS, front=3).as_dict()["values"]
@@ -398,17 +400,17 @@ def test_the_front_counts_in_no_measurement_of_the_stream() -> None:
 
 def test_what_cannot_be_studied_is_refused_in_one_line() -> None:
     stack = Stack(nano("llama"))
-    for act, error, said in (
+    for act, error, message in (
         (lambda: skip_effect(stack, IDS, part="norm"), MethodError, "part norm"),  # type: ignore[arg-type]
         (lambda: skip_effect(stack, IDS, scope="past"), MethodError, "scope past"),  # type: ignore[arg-type]
-        (lambda: skip_effect(stack, IDS[:, :10]), CalibrationError, "no split point: give 13"),
+        (lambda: skip_effect(stack, IDS[:, :10]), CalibrationError, "no split point: give at least 13"),
         (lambda: depth_score(stack, IDS[0], 40), CalibrationError, "answer 40"),
         (lambda: integrated_gradients(stack, IDS[0], 0), CalibrationError, "answer 0"),
-        (lambda: linear_maps(stack, stack, IDS[:1]), CalibrationError, "two or more"),
-        (lambda: linear_maps(stack, Stack(nano("llama", vocab_size=64)), many()), CalibrationError, "one tokenizer"),
+        (lambda: linear_maps(stack, stack, IDS[:1]), CalibrationError, "at least two"),
+        (lambda: linear_maps(stack, Stack(nano("llama", vocab_size=64)), many()), CalibrationError, "common tokenizer"),
         (lambda: depth_profile(stack, IDS[:0]), CalibrationError, "give more text"),
     ):
-        with pytest.raises(error, match=said) as refused:
+        with pytest.raises(error, match=message) as refused:
             act()
         assert "\n" not in str(refused.value)
 
@@ -418,32 +420,32 @@ def test_what_cannot_be_studied_is_refused_in_one_line() -> None:
 
 def seeing(kind: str = "llava") -> tuple[Any, ImageText]:
     model, processor = shapes_vlm(kind, num_hidden_layers=LAYERS)
-    said = ({"role": "user", "content": f"{MARK}\ncount the circles"}, {"role": "assistant", "content": "one"})
-    rows = [Conversation((each.image,), said) for each in examples(("count",), 2)]
+    messages = ({"role": "user", "content": f"{MARK}\ncount the circles"}, {"role": "assistant", "content": "one"})
+    rows = [ImageTextRow((each.image,), messages) for each in examples(("count",), 2)]
     return open_model(model), ImageText(rows, Processing(processor))
 
 
 def test_each_modality_has_a_profile_of_its_own_tokens() -> None:
     model, rows = seeing()
     stack = model.stacks["text"]
-    found = {name: depth_profile(stack, rows, modality=name)["norm_stream"].values for name in ("text", "image")}
+    found = {name: depth_profile(stack, rows, modality=name)["norm_residual"].values for name in ("text", "image")}
     sums = {name: np.zeros(LAYERS + 1) for name in found}
     counts = dict.fromkeys(found, 0)
-    streams: list[Tensor] = []
+    hidden: list[Tensor] = []
     for row in rows.batches(1):
         given = {name: each for name, each in row.items() if name not in ("labels", "prompt_lengths")}
         with torch.no_grad():
             states = model.model.model.language_model.layers
-            streams.clear()
-            hooks = [each.register_forward_pre_hook(lambda _, args: streams.append(args[0][0])) for each in states]
-            last = states[-1].register_forward_hook(lambda _, args, out: streams.append(out[0]))
+            hidden.clear()
+            hooks = [each.register_forward_pre_hook(lambda _, args: hidden.append(args[0][0])) for each in states]
+            last = states[-1].register_forward_hook(lambda _, args, out: hidden.append(out[0]))
             model.model(**given)
             for hook in (*hooks, last):
                 hook.remove()
         image = row["input_ids"][0] == model.model.config.image_token_id
         for name, here in (("text", ~image), ("image", image)):
             here[0] = False
-            sums[name] += torch.stack(streams)[:, here].norm(dim=-1).sum(-1).numpy()
+            sums[name] += torch.stack(hidden)[:, here].norm(dim=-1).sum(-1).numpy()
             counts[name] += int(here.sum())
     for name, values in found.items():
         np.testing.assert_allclose(values, sums[name] / counts[name], rtol=1e-4)
@@ -475,5 +477,5 @@ def test_a_study_of_images_with_text_is_of_a_stack_and_of_its_modalities(kind: s
         return
     assert set(found["modalities"]) == {"text", "image"} and ("study" in found) == (kind == "llava")
     assert all(("skip" in each) == (kind == "llava") for each in found["modalities"].values())
-    with pytest.raises(MethodError, match="made on text"):
+    with pytest.raises(MethodError, match="need text"):
         depth_efficiency(stack, rows, stack)

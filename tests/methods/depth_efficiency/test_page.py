@@ -47,13 +47,13 @@ def test_every_score_has_its_shape(evidence: Evidence, report: dict[str, Any]) -
     assert shapes == {
         "block_influence": (["layer"], LAYERS),
         "sublayer_influence": (["sublayer"], 2 * LAYERS),
-        "stream_norm": (["point"], LAYERS + 1),
+        "residual_norm": (["point"], LAYERS + 1),
         "angular_distance": (["start", "length"], LAYERS + 1),
         "sublayer_removed": (["sublayer"], 2 * LAYERS),
         "layer_removed": (["layer"], LAYERS),
     }
-    said = {"name": "nano-llama", "family": "llama", "layers": LAYERS, "parameters": 658_656}
-    assert said.items() <= evidence.model.items()
+    metadata = {"name": "nano-llama", "family": "llama", "layers": LAYERS, "parameters": 658_656}
+    assert metadata.items() <= evidence.model.items()
     text = evidence.provenance["inputs"]["calibration"]
     assert text["tokens"] == 2 * 256 and text["split"] == "calibration"
 
@@ -79,7 +79,7 @@ def test_the_folder_holds_the_page_and_the_same_numbers(evidence: Evidence, fold
     assert Study.read(folder / "depth")["scores"].keys() == evidence.findings["scores"].keys()
     html = (folder / "depth" / "report.html").read_text(encoding="utf-8")
     assert html.count('data-site="layers.') == 2 * LAYERS
-    for plot in ("plot-layer_removed", "plot-block_influence", "plot-stream_norm", "plot-angles"):
+    for plot in ("plot-layer_removed", "plot-block_influence", "plot-residual_norm", "plot-angles"):
         assert f'id="{plot}"' in html
 
 
@@ -132,7 +132,7 @@ def test_models_with_different_tokenizers_are_not_compared(tmp_path: Path) -> No
 def test_the_page_names_the_layers_that_matter_least_and_most(evidence: Evidence) -> None:
     removed = evidence.findings["scores"]["layer_removed"]["values"]
     least, most = removed.index(min(removed)), removed.index(max(removed))
-    assert f"would miss layer {least} least and layer {most} most" in page(evidence)
+    assert f"layer {least} matters least and layer {most} most" in page(evidence)
 
 
 def test_names_stay_text(evidence: Evidence) -> None:
@@ -169,4 +169,4 @@ def test_a_model_of_images_and_text_has_a_page_of_each_stack(tmp_path: Path, sta
     html = page(found.evidence)
     assert ("Text and images" in html) == (stack == "text")
     assert ("1 - cosine of the features" in html) == (stack == "vision")
-    assert ("adds / stream, image" in str(found.summary)) == (stack == "text")
+    assert ("contribution / input norm, image" in str(found.summary)) == (stack == "text")

@@ -12,8 +12,17 @@ from torch import Tensor, nn
 
 import lamella
 from lamella.errors import MethodError
-from lamella.measure import draws, nats_per_token
-from lamella.methods.dllm_skip import apart, dllm_skip, losses_without, plateau, rises, select, similarity, study
+from lamella.measure import draws, nats
+from lamella.methods.dllm_skip import (
+    curve_distance,
+    dllm_skip,
+    losses_without,
+    plateau,
+    rises,
+    select,
+    similarity,
+    study,
+)
 from lamella.methods.dllm_skip.baselines import cheapest, every, neighbours, spaced
 from lamella.plan import ModelReference, Plan
 from lamella.runtime import apply
@@ -32,7 +41,7 @@ def opened(name: str, layers: int = 4) -> Stack:
 
 
 def states(stack: Stack, given: dict[str, Tensor]) -> list[Tensor]:
-    """The stream before every layer and behind the last [time, hidden], as hooks see it."""
+    """Record the residual stream before every layer and after the last [time, hidden] by hooks."""
     seen: list[Tensor] = []
     hooks = [
         layer.register_forward_pre_hook(
@@ -56,12 +65,12 @@ def cosine(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("name", NAMES)
 def test_similarity_is_the_mean_cosine_of_a_layer_s_input_and_output_by_noise_and_kind(name: str) -> None:
     stack = opened(name)
-    asked = draws(stack, {"input_ids": IDS, "attention_mask": MASK}, (0.3, 0.8))
-    found = similarity(stack, asked, lags=6)
+    noised = draws(stack, {"input_ids": IDS, "attention_mask": MASK}, (0.3, 0.8))
+    found = similarity(stack, noised, lags=6)
     known: dict[tuple[int, float, int], list[float]] = {}
     every: list[list[float]] = [[] for _ in range(4)]
     points = np.zeros((5, 5, 0))
-    for draw in asked:
+    for draw in noised:
         h = states(stack, draw.inputs)
         first = int(draw.inputs["attention_mask"][0].argmax()) + 1  # the first token does not count
         for at in range(first, 20):
@@ -83,9 +92,9 @@ def test_similarity_is_the_mean_cosine_of_a_layer_s_input_and_output_by_noise_an
 
 def test_a_token_is_compared_with_earlier_ones_of_its_sequence() -> None:
     stack = opened("llada")
-    asked = draws(stack, IDS[:1], (0.5,))
-    found = similarity(stack, asked, lags=4)
-    h = states(stack, asked[0].inputs)
+    noised = draws(stack, IDS[:1], (0.5,))
+    found = similarity(stack, noised, lags=4)
+    h = states(stack, noised[0].inputs)
     for lag in (1, 2, 3, 4):
         expected = [np.mean([cosine(each[at], each[at - lag]) for at in range(1 + lag, 20)]) for each in h]
         np.testing.assert_allclose(found.recency.values[:, lag - 1], expected, atol=1e-5)
@@ -95,25 +104,25 @@ def test_a_token_is_compared_with_earlier_ones_of_its_sequence() -> None:
 
 def test_the_order_of_sequences_does_not_matter() -> None:
     stack = opened("dream")
-    asked = draws(stack, IDS, (0.3, 0.8))
-    ours, theirs = (similarity(stack, each) for each in (asked, asked[::-1]))
+    noised = draws(stack, IDS, (0.3, 0.8))
+    ours, theirs = (similarity(stack, each) for each in (noised, noised[::-1]))
     np.testing.assert_allclose(ours.by_layer, theirs.by_layer, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_losses_without_layers_are_those_of_views(name: str) -> None:
     stack = opened(name)
-    asked = draws(stack, IDS, (0.3, 0.8))
+    noised = draws(stack, IDS, (0.3, 0.8))
     choices = [(), (1,), (0, 3), (2, 3)]
-    found = losses_without(stack, asked, choices)
+    found = losses_without(stack, noised, choices)
     for row, layers in zip(found, choices, strict=True):
         plan = Plan(model=ModelReference.of(stack), drop=[f"layers.{layer}" for layer in layers])
-        torch.testing.assert_close(row, nats_per_token(Stack(apply(stack, plan)), asked), rtol=1e-5, atol=1e-6)
-    assert rises(stack, asked, [()]) == [0.0]
+        torch.testing.assert_close(row, nats(Stack(apply(stack, plan)), noised), rtol=1e-5, atol=1e-6)
+    assert rises(stack, noised, [()]) == [0.0]
 
 
 def silent(name: str, layer: int) -> Stack:
-    """A model whose layer writes nothing to the stream."""
+    """Return a model one layer of which adds nothing to the residual stream."""
     stack = opened(name, layers=6)
     for sublayer in stack.architecture.sublayers:
         out = stack.layers[layer].get_submodule(sublayer.out)
@@ -175,15 +184,15 @@ def test_fewer_layers_than_asked_for_are_said_and_theta_stays() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("options", "message"),
     [
         ({"k": 9}, "k 9"),
         ({"protect": 2}, "protect 2"),
     ],
 )
-def test_numbers_out_of_range_are_refused_in_one_line(given: dict[str, Any], said: str) -> None:
-    with pytest.raises(MethodError, match=said) as error:
-        dllm_skip(opened("llada"), IDS, **given)
+def test_numbers_out_of_range_are_refused_in_one_line(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(MethodError, match=message) as error:
+        dllm_skip(opened("llada"), IDS, **options)
     assert "\n" not in str(error.value)
 
 
@@ -197,7 +206,7 @@ def test_a_model_without_text_is_refused_in_one_line() -> None:
 def test_the_decoder_of_an_encoder_decoder_is_refused_in_one_line(name: str) -> None:
     decoder = lamella.open(nano(name)).stacks["decoder"]
     for command in (dllm_skip, study):
-        with pytest.raises(MethodError, match=r"dllm-skip works on models of text alone; .* reads an encoder") as error:
+        with pytest.raises(MethodError, match=r"dllm-skip works on text-only models; .* cross-attention") as error:
             command(decoder, IDS)
         assert "\n" not in str(error.value)
 
@@ -208,7 +217,9 @@ def test_a_study_compares_two_models_layer_by_layer() -> None:
     rise = rises(ours, draws(ours, IDS, (0.5,)), [(layer,) for layer in range(4)])
     assert found["model"]["rise"] == pytest.approx(rise) and found["model"]["objective"] == "masked tokens"
     assert found["compare"]["masked"] == [None] * 4
-    assert found["apart"] == pytest.approx(apart(found["model"]["by_layer"], found["compare"]["by_layer"]))
+    assert found["curve_distance"] == pytest.approx(
+        curve_distance(found["model"]["by_layer"], found["compare"]["by_layer"])
+    )
     start, end = found["model"]["plateau"]
     assert (start, end) == plateau(found["model"]["by_layer"], 0.95)
 
@@ -216,8 +227,8 @@ def test_a_study_compares_two_models_layer_by_layer() -> None:
 def test_plateaus_and_distances_of_curves() -> None:
     assert plateau([0.99, 0.5, 0.96, 0.97, 0.98, 0.2, 0.96], 0.95) == (2, 5)
     assert plateau([0.1, 0.2], 0.95) == (0, 0)
-    assert apart([0.0, 1.0], [0.0, 0.5, 1.0]) == pytest.approx(0)
-    assert apart([0.0, 0.0, 0.0], [0.3, 0.3]) == pytest.approx(0.3)
+    assert curve_distance([0.0, 1.0], [0.0, 0.5, 1.0]) == pytest.approx(0)
+    assert curve_distance([0.0, 0.0, 0.0], [0.3, 0.3]) == pytest.approx(0.3)
 
 
 def test_baselines_choose_what_they_say() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lamella
-from lamella.data import MARK, Conversation, ImageText, Processing
+from lamella.data import MARK, ImageText, ImageTextRow, Processing
 from lamella.errors import MethodError, PlanError
 from lamella.methods.dmllm_token_redundancy import (
     VisualTokenSchedule,
@@ -18,17 +18,17 @@ from lamella.methods.dmllm_token_redundancy import (
     recommend,
     settings,
 )
-from lamella.methods.dmllm_token_redundancy.method import Leaving
+from lamella.methods.dmllm_token_redundancy.method import TokenPruning
 from lamella.runtime import Denoising, Sampler
 from lamella.stack import open_model
 from lamella.zoo.vlm import shapes_vlm
 from lamella.zoo.worlds import examples
 
 
-def asked(with_images: str) -> list[Conversation]:
+def questions_of(with_images: str) -> list[ImageTextRow]:
     """Questions of one task, with an image (i) or without (t)."""
     return [
-        Conversation(
+        ImageTextRow(
             (each.image,) if kind == "i" else (),
             (
                 {"role": "user", "content": f"{MARK}\n{each.prompt}" if kind == "i" else each.prompt},
@@ -42,7 +42,7 @@ def asked(with_images: str) -> list[Conversation]:
 
 def test_batches_and_the_order_of_questions_do_not_matter() -> None:
     made, processor = shapes_vlm("llava_llada")
-    model, rows = open_model(made.double()), asked("ttiit")
+    model, rows = open_model(made.double()), questions_of("ttiit")
 
     def studied(order: list[int], batch: int) -> dict[str, Any]:
         questions = ImageText([rows[place] for place in order], Processing(processor))
@@ -61,24 +61,24 @@ def test_batches_and_the_order_of_questions_do_not_matter() -> None:
 def test_a_task_without_images_is_refused_by_name() -> None:
     made, processor = shapes_vlm("llava_llada")
     with pytest.raises(MethodError, match="needs questions about images; the 2 of 'colour' have none"):
-        dmllm_token_redundancy(open_model(made), ImageText(asked("tt"), Processing(processor)))
+        dmllm_token_redundancy(open_model(made), ImageText(questions_of("tt"), Processing(processor)))
 
 
 def test_a_plan_says_the_schedule_that_it_was_asked_for() -> None:
     made, processor = shapes_vlm("llava_llada")
-    model, questions = open_model(made), ImageText(asked("it"), Processing(processor))
-    for kind, leaving, schedule in (
-        ("one-shot", Leaving(2, 0.5, 0.25), VisualTokenSchedule.one_shot(2, 0.5, 0.25)),
-        ("progressive", Leaving(-1, 0.5, 0.25), recommend("scratch", 30, 6)),
-        ("withdraw", Leaving(3, 0.0), recommend("ar2diff", 30, 6)),
-        ("withdraw", Leaving(3, 0.5), VisualTokenSchedule.withdraw(3, 0.5)),
+    model, questions = open_model(made), ImageText(questions_of("it"), Processing(processor))
+    for kind, pruning, schedule in (
+        ("one-shot", TokenPruning(2, 0.5, 0.25), VisualTokenSchedule.one_shot(2, 0.5, 0.25)),
+        ("progressive", TokenPruning(-1, 0.5, 0.25), recommend("scratch", 30, 6)),
+        ("withdraw", TokenPruning(3, 0.0), recommend("ar2diff", 30, 6)),
+        ("withdraw", TokenPruning(3, 0.5), VisualTokenSchedule.withdraw(3, 0.5)),
     ):
-        series = plan(model, questions, kind=kind, leaving=leaving)
+        series = plan(model, questions, kind=kind, pruning=pruning)
         assert schedule is not None and series.points[0].policies == {}
         how = {"criterion": "fastv", "positions": "compact", "order": "position", "seed": 0}
         assert series.points[1].policies["text"].params == settings(schedule, **how)
     with pytest.raises(MethodError, match="layers 0 to 5"):
-        plan(model, questions, leaving=Leaving(layer=6))
+        plan(model, questions, pruning=TokenPruning(layer=6))
 
 
 def test_a_plan_goes_to_disk_as_the_whole_model_that_runs_it_and_in_no_other_form(tmp_path: Path) -> None:
@@ -86,8 +86,8 @@ def test_a_plan_goes_to_disk_as_the_whole_model_that_runs_it_and_in_no_other_for
     made.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     model = lamella.open(tmp_path / "model")
-    questions = ImageText(asked("i"), Processing(processor))
-    early = plan(model, questions, leaving=Leaving(keep=0.25))[1]
+    questions = ImageText(questions_of("i"), Processing(processor))
+    early = plan(model, questions, pruning=TokenPruning(keep=0.25))[1]
     for form in ("plain", "portable"):
         with pytest.raises(PlanError, match="native"):
             lamella.export(model, early, tmp_path / form, form=form)
@@ -95,11 +95,11 @@ def test_a_plan_goes_to_disk_as_the_whole_model_that_runs_it_and_in_no_other_for
     inputs = questions.prompts(list(questions))
     sampler = Sampler(length=3, steps=3)
 
-    def said(view: Any) -> torch.Tensor:
+    def logits(view: Any) -> torch.Tensor:
         request = Denoising(view, sampler=sampler, **inputs)
         request.advance()
         assert request.logits is not None
         return request.logits
 
-    torch.testing.assert_close(said(loaded.model), said(lamella.apply(model, early)), rtol=0, atol=0)
-    assert not torch.equal(said(loaded.model), said(model.model))
+    torch.testing.assert_close(logits(loaded.model), logits(lamella.apply(model, early)), rtol=0, atol=0)
+    assert not torch.equal(logits(loaded.model), logits(model.model))

@@ -1,4 +1,4 @@
-"""Image tokens that leave: against the image left out, against keys that are masked, against requests one by one."""
+"""Tests of dropped image tokens: against prompts without images, masked keys, and single requests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lamella.data import MARK, Conversation, Processing
+from lamella.data import MARK, ImageTextRow, Processing
 from lamella.errors import MethodError, PlanError
 from lamella.measure.image_tokens import ATTENDING, CRITERIA
 from lamella.methods.dmllm_token_redundancy import VisualTokenSchedule
@@ -45,16 +45,16 @@ def made(kind: str) -> tuple[Model, dict[str, Tensor]]:
         for each in model.parameters():
             if each.ndim == 2:
                 each.copy_(torch.randn(each.shape, generator=generator, dtype=each.dtype) / each.shape[1] ** 0.5)
-        asked = examples(["colour", "position"], 3, "test")
+        questions_of = examples(["colour", "position"], 3, "test")
         rows = [
-            Conversation(
+            ImageTextRow(
                 (one.image,) if number != 1 else (),
                 (
                     {"role": "user", "content": f"{MARK}\n{one.prompt}" if number != 1 else one.prompt},
                     {"role": "assistant", "content": one.answer},
                 ),
             )
-            for number, one in enumerate(asked)
+            for number, one in enumerate(questions_of)
         ]
         batch = Processing(processor).prompts(rows)
         batch["pixel_values"] = batch["pixel_values"].double()
@@ -72,17 +72,17 @@ def plan_of(model: Model, schedule: VisualTokenSchedule, **settings: Any) -> Pla
 
 def logits(model: Any, batch: dict[str, Tensor], sampler: Sampler = SAMPLER) -> tuple[list[Tensor], Denoising]:
     """What every step of a request says [rows, length, vocabulary], and the request."""
-    said: list[Tensor] = []
+    recorded: list[Tensor] = []
 
     class Noting(Denoising):
         def _commit(self, logits: Tensor, start: int, end: int) -> None:
-            said.append(logits.clone())
+            recorded.append(logits.clone())
             super()._commit(logits, start, end)
 
     request = Noting(model, sampler=sampler, **batch)
     while not request.done:
         request.advance()
-    return said, request
+    return recorded, request
 
 
 def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
@@ -115,7 +115,7 @@ def test_nothing_left_out_is_the_model_to_the_bit(kind: str, sampler: Sampler) -
 
 
 def without_image(model: Model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same prompts with no image in them, padded anew."""
+    """Return the same prompts without images, padded again."""
     token = model.model.config.image_token_id
     rows = [
         ids[real.bool() & (ids != token)] for ids, real in zip(batch["input_ids"], batch["attention_mask"], strict=True)
@@ -200,10 +200,10 @@ def test_tokens_that_leave_are_keys_that_nobody_sees(kind: str, name: str, crite
 
     masked = Masked(stack, gone)
     again = Denoising(model.model, sampler=SAMPLER, **batch)
-    for step, said in enumerate(ours):
+    for step, ours_at in enumerate(ours):
         again.step = step
-        assert torch.allclose(masked(again, step), said, atol=near(criterion), rtol=0)
-        again._commit(said.clone(), *again.block)
+        assert torch.allclose(masked(again, step), ours_at, atol=near(criterion), rtol=0)
+        again._commit(ours_at.clone(), *again.block)
         kept = [schedule.keep(layer, step, 4) * IMAGE for layer in range(LAYERS)]
         assert [int((image & ~gone(step, layer))[0].sum()) for layer in range(LAYERS)] == kept
     assert torch.equal(again.tokens, request.tokens)
@@ -238,14 +238,14 @@ def test_entries_deleted_from_a_cache_are_keys_that_nobody_sees(kind: str) -> No
             mask = torch.zeros(seen.shape, dtype=h.dtype).masked_fill(~seen, torch.finfo(h.dtype).min)[:, None]
             for sublayer in stack.architecture.sublayers:
                 h = sublayer.run(stack.layers[layer], h, context.calls[layer] | {"attention_mask": mask})
-        said = stack.head(h)
-        said = torch.cat([said[:, :1], said[:, :-1]], dim=1) if stack.architecture.shifted else said
-        return said[:, length:]
+        logits = stack.head(h)
+        logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1) if stack.architecture.shifted else logits
+        return logits[:, length:]
 
     again = Denoising(model.model, sampler=SAMPLER, **batch)
-    for step, said in enumerate(ours):
-        assert torch.allclose(whole(step), said, atol=1e-8, rtol=0)
-        again._commit(said.clone(), *again.block)
+    for step, ours_at in enumerate(ours):
+        assert torch.allclose(whole(step), ours_at, atol=1e-8, rtol=0)
+        again._commit(ours_at.clone(), *again.block)
     slots = [request.cache.sparse(layer).columns for layer in range(LAYERS)]
     assert [int((each[0] >= 0).sum()) for each in slots] == [int(request.real[0, :length].sum()) - 48] * LAYERS
 
@@ -287,16 +287,16 @@ def test_one_stair_is_one_shot_and_order_tells_only_in_positions() -> None:
     model, batch = made("llava_llada")
     stair = VisualTokenSchedule.progressive([0.5], [0.25], layer=1)
     assert stair == VisualTokenSchedule.one_shot(1, 0.5, 0.25)
-    said = {
+    outputs = {
         (order, positions): logits(
             apply(model, plan_of(model, SCHEDULES["one shot"], order=order, positions=positions)), batch
         )[0]
         for order in ("position", "score")
         for positions in ("compact", "original")
     }
-    assert same(said["position", "original"], said["score", "original"])
-    assert not same(said["position", "compact"], said["score", "compact"])
-    assert not same(said["position", "compact"], said["position", "original"])
+    assert same(outputs["position", "original"], outputs["score", "original"])
+    assert not same(outputs["position", "compact"], outputs["score", "compact"])
+    assert not same(outputs["position", "compact"], outputs["position", "original"])
 
 
 @pytest.mark.parametrize("sampler", [SAMPLER, CACHED])
@@ -330,9 +330,9 @@ def test_what_is_counted_is_what_ran() -> None:
 
 def test_what_cannot_be_is_refused_in_one_line() -> None:
     model, _ = made("llava_llada")
-    with pytest.raises(MethodError, match="later stairs keep fewer"):
+    with pytest.raises(MethodError, match="later drops must keep fewer"):
         VisualTokenSchedule.progressive([0.5, 0.25], [0.5, 0.25])
-    with pytest.raises(MethodError, match="keeps 0 to 1"):
+    with pytest.raises(MethodError, match=r"keeps in \[0, 1\]"):
         VisualTokenSchedule.one_shot(0, 0.0, 1.5)
     with pytest.raises(PlanError, match="no criterion"):
         apply(model, plan_of(model, SCHEDULES["one shot"], criterion="best"))
@@ -343,5 +343,5 @@ def test_what_cannot_be_is_refused_in_one_line() -> None:
         model=ModelReference.of(text),
         policies={"text": PolicyReference(name="dmllm-token-redundancy", params={"drops": [], "withdrawn": 1})},
     )
-    with pytest.raises(PlanError, match="reads no images"):
+    with pytest.raises(PlanError, match="takes no images"):
         apply(text, plan)

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from lamella.methods.dmllm_token_redundancy import Lengths, VisualTokenSchedule, Widths, count, flops, recommend
+from lamella.methods.dmllm_token_redundancy import (
+    LayerWidths,
+    RequestLengths,
+    VisualTokenSchedule,
+    count,
+    flops,
+    recommend,
+)
 from lamella.methods.dmllm_token_redundancy.schedule import running
 
-WIDTHS, LENGTHS = Widths(8, 8, 4, 16), Lengths(image=16, prompt=5, answer=3)
+WIDTHS, LENGTHS = LayerWidths(8, 8, 4, 16), RequestLengths(image=16, prompt=5, answer=3)
 
 
 def layer(queries: int, keys: int, tokens: int) -> int:

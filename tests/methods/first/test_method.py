@@ -51,7 +51,7 @@ def routed(stack: Stack, **settings: Any) -> tuple[Any, PromptRouters]:
 
 def kept(view: Any, routers: PromptRouters, ids: Tensor, mask: Tensor, prompt: int = PROMPT) -> Tensor:
     parallel(view, ids, torch.full((len(ids),), prompt), mask)
-    return routers.seen.bool()
+    return routers.last_gates.bool()
 
 
 def named(stack: Stack, keep: Tensor, prefill: str) -> Any:
@@ -151,7 +151,7 @@ def test_a_batch_can_decide_as_one(policy: str) -> None:
     routers.batch_policy = policy
     together = kept(view, routers, IDS, MASK)
     wanted = alone.any(0) if policy == "union" else alone.float().mean(0) >= 0.5
-    if policy == "union":  # layer 0 sees the same stream; later ones see what came of the first decisions
+    if policy == "union":  # layer 0 sees the same hidden states; later ones depend on the first decisions
         assert together[0, 0] == wanted[0]
     assert (together == together[:1]).all()
 
@@ -166,8 +166,8 @@ def test_beams_keep_their_rows_apart() -> None:
     ids, mask = out.sequences, torch.cat([MASK[:, :PROMPT], torch.ones(4, 5, dtype=torch.long)], dim=1)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     logits = parallel(view, ids, torch.full((4,), PROMPT), mask, position_ids=positions).logits
-    told = logits[:, PROMPT - 1 : -1].log_softmax(-1).gather(-1, ids[:, PROMPT:, None]).squeeze(-1)
-    torch.testing.assert_close(out.sequences_scores, told.mean(-1), rtol=1e-4, atol=1e-4)
+    log_probabilities = logits[:, PROMPT - 1 : -1].log_softmax(-1).gather(-1, ids[:, PROMPT:, None]).squeeze(-1)
+    torch.testing.assert_close(out.sequences_scores, log_probabilities.mean(-1), rtol=1e-4, atol=1e-4)
 
 
 def test_gates_train_where_layers_are_free_and_the_model_stays(tmp_path: Path) -> None:
@@ -284,14 +284,14 @@ def test_what_it_cannot_do_is_refused_in_one_line() -> None:
     empty = {"input_ids": IDS, "attention_mask": MASK * (torch.arange(4) != 2)[:, None]}
     with pytest.raises(CacheError, match="a prompt of this batch is empty"):
         view.generate(**empty)
-    kinds = "pool is mean, last or vote, and prefill is full or route"
-    for settings, said in (
+    kinds = "pool must be mean, last or vote, and prefill must be full or route"
+    for settings, message in (
         ({"pool": "sum"}, kinds),
         ({"prefill": "none"}, kinds),
-        ({"protect": (2, 2)}, "leaves none of 4 layers to route: give smaller numbers"),
-        ({"batch_policy": "all"}, "batch is rows, union or majority, not all"),
+        ({"protect": (2, 2)}, "leaves none of 4 layers to route: give smaller values"),
+        ({"batch_policy": "all"}, "batch_policy must be rows, union or majority, not all"),
     ):
-        with pytest.raises(MethodError, match=said) as error:
+        with pytest.raises(MethodError, match=message) as error:
             PromptRouters(stack, **settings)
         assert "\n" not in str(error.value)
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import lamella
-from lamella.data import MARK, Conversation, ImageText, Processing
+from lamella.data import MARK, ImageText, ImageTextRow, Processing
 from lamella.errors import MethodError
-from lamella.methods.gamma_mod import Routing, arank, observed, quantile, thresholds
+from lamella.methods.gamma_mod import Routing, arank, observe, quantile, thresholds
 from lamella.methods.gamma_mod.baselines import mode_layers
-from lamella.methods.gamma_mod.recipe import calibrated, converted
+from lamella.methods.gamma_mod.recipe import calibrate, convert
 from lamella.plan import ModelReference, Plan
 from lamella.runtime import apply
 from lamella.stack import Stack
@@ -28,14 +28,14 @@ LAYERS = (1, 2)
 
 @cache
 def seeing() -> tuple[Stack, ImageText]:
-    """A small LLaVA with random weights, and questions about pictures beside one without."""
+    """Return a small LLaVA with random weights, and questions with and without images."""
     model, processor = shapes_vlm("llava", num_hidden_layers=4)
-    said = [((each.image,), f"{MARK}\n{each.prompt}", each.answer) for each in examples(("colour", "count"), 7)] + [
+    turns = [((each.image,), f"{MARK}\n{each.prompt}", each.answer) for each in examples(("colour", "count"), 7)] + [
         ((), "count the circles", "one")
     ]
     rows = [
-        Conversation(images, ({"role": "user", "content": asked}, {"role": "assistant", "content": answer}))
-        for images, asked, answer in said
+        ImageTextRow(images, ({"role": "user", "content": question}, {"role": "assistant", "content": answer}))
+        for images, question, answer in turns
     ]
     return Stack(model, stack="text"), ImageText(rows, Processing(processor))
 
@@ -48,7 +48,7 @@ def made(tmp_path: Path, **options: Any) -> Any:
 
 def test_in_training_half_of_the_image_passes_and_all_else_is_processed() -> None:
     stack, rows = seeing()
-    seen = observed(converted(stack, LAYERS, Routing(), 0), rows)
+    seen = observe(convert(stack, LAYERS, Routing(), 0), rows)
     for row in range(len(rows)):
         here = seen.row == row
         image, ran = seen.image[here], seen.ran[here]
@@ -59,8 +59,8 @@ def test_in_training_half_of_the_image_passes_and_all_else_is_processed() -> Non
 
 def test_calibrated_thresholds_keep_what_training_kept() -> None:
     stack, rows = seeing()
-    seen = observed(converted(stack, LAYERS, Routing(), 0), rows)
-    limits = calibrated(seen)
+    seen = observe(convert(stack, LAYERS, Routing(), 0), rows)
+    limits = calibrate(seen)
     for place, limit in enumerate(limits["prefill"]):
         kept = (seen.p[seen.prompt][:, place] > limit).float().mean()
         assert float(kept) == pytest.approx(float(seen.ran[seen.prompt][:, place].float().mean()), abs=0.01)
@@ -71,9 +71,9 @@ def test_calibrated_thresholds_keep_what_training_kept() -> None:
 def test_a_router_that_keeps_all_at_first_serves_what_training_kept(tmp_path: Path, lr: float) -> None:
     _, rows = seeing()
     found = made(tmp_path, start="keep", steps=6, lr=lr)
-    trained = converted(found.stack, LAYERS, Routing(start="keep"), 0)
+    trained = convert(found.stack, LAYERS, Routing(start="keep"), 0)
     trained.lamella_policy.load_state_dict(apply(found.stack, found.plan).lamella_policy.state_dict())
-    kept, served = observed(trained, rows), observed(apply(found.stack, found.plan), rows)
+    kept, served = observe(trained, rows), observe(apply(found.stack, found.plan), rows)
     shares = [each.ran[each.prompt].float().mean(0) for each in (kept, served)]
     torch.testing.assert_close(*shares, rtol=0, atol=0.1)
     assert found.findings["kept"]["answer"] == [1.0, 1.0]
@@ -81,7 +81,7 @@ def test_a_router_that_keeps_all_at_first_serves_what_training_kept(tmp_path: Pa
 
 def test_which_tokens_pass_at_first_does_not_hang_on_where_they_stand() -> None:
     stack, rows = seeing()
-    seen = observed(converted(stack, LAYERS, Routing(start="keep"), 0), rows)
+    seen = observe(convert(stack, LAYERS, Routing(start="keep"), 0), rows)
     here = (seen.row == 0) & seen.image
     half = int(here.sum()) // 2
     ran = seen.ran[here][:, 0]
@@ -90,7 +90,7 @@ def test_which_tokens_pass_at_first_does_not_hang_on_where_they_stand() -> None:
 
 def test_as_many_pass_without_the_mask() -> None:
     stack, rows = seeing()
-    with_mask, without = (observed(converted(stack, LAYERS, Routing(mask=mask), 0), rows) for mask in (True, False))
+    with_mask, without = (observe(convert(stack, LAYERS, Routing(mask=mask), 0), rows) for mask in (True, False))
     for row in range(len(rows)):
         here = with_mask.row == row
         assert with_mask.ran[here].sum(0).tolist() == without.ran[here].sum(0).tolist()
@@ -114,7 +114,7 @@ def test_all_of_the_model_trains_and_the_original_stays(tmp_path: Path) -> None:
     assert set(found.stack.stacks) == set(stack.stacks) and found.stack.stack == "text"
     assert found.findings["layers"] == list(LAYERS) and set(found.findings["kept"]) == {"image", "prompt", "answer"}
     policy = apply(found.stack, found.plan).lamella_policy
-    start = converted(stack, LAYERS, Routing(), 0).lamella_policy
+    start = convert(stack, LAYERS, Routing(), 0).lamella_policy
     assert not torch.equal(policy.router, start.router)
 
 
@@ -124,7 +124,7 @@ def test_thresholds_go_from_all_to_few_tokens(tmp_path: Path) -> None:
     series = thresholds(found.stack, found.plan, rows)
     shares = [point.scores["kept tokens"] for point in series.points[1:]]
     assert len(shares) > 3 and shares == sorted(shares, reverse=True) and 0 < shares[-1] < 0.6
-    served = observed(apply(found.stack, series[len(series) - 1]), rows)
+    served = observe(apply(found.stack, series[len(series) - 1]), rows)
     assert float(served.ran.double().mean()) == pytest.approx(shares[-1])
 
 
@@ -137,9 +137,9 @@ def test_the_authors_thresholds_and_modes_are_there(tmp_path: Path) -> None:
 def test_ranks_say_what_they_may_be_compared_with() -> None:
     stack, rows = seeing()
     found = arank(stack, ImageText(rows[:4], rows.processing), fraction=0.5, protect=(0,), rank="effective")
-    told = found["arank"]
-    assert len(told["by_layer"]) == 4 and len(told["by_sample"]) == 4 and told["images"]
-    assert told["rank"] == "effective" and told["dtype"] == "float32" and -1 <= told["agreement"] <= 1
+    ranks = found["arank"]
+    assert len(ranks["by_layer"]) == 4 and len(ranks["by_sample"]) == 4 and ranks["images"]
+    assert ranks["rank"] == "effective" and ranks["dtype"] == "float32" and -1 <= ranks["agreement"] <= 1
     assert len(found["layers"]) == 2 and 0 not in found["layers"]
 
 
@@ -149,7 +149,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         made(tmp_path, layers=None)
     with pytest.raises(MethodError, match="there is no layer 9"):
         made(tmp_path, layers=(9,))
-    with pytest.raises(MethodError, match="a plan that gamma-mod has made"):
+    with pytest.raises(MethodError, match="a plan made by gamma-mod"):
         thresholds(stack, Plan(model=ModelReference.of(stack)), rows)
     text = Stack(nano("llama"))
     short = pairs([(torch.tensor([5, 6, 7]), torch.tensor([8, 9]))] * 2)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
-from lamella.data import MARK, Conversation, Processing
+from lamella.data import MARK, ImageTextRow, Processing
 from lamella.errors import MethodError, PlanError
 from lamella.evaluate.scored import read_inputs
 from lamella.methods.gamma_mod.policy import MixtureOfDepths
@@ -45,7 +45,7 @@ def opened(name: str = "llama") -> Stack:
     return stack
 
 
-def planned(stack: Stack, **params: Any) -> Plan:
+def plan_of(stack: Stack, **params: Any) -> Plan:
     reference = PolicyReference(name="gamma-mod", params={"layers": LAYERS, **params})
     return Plan(model=ModelReference.of(stack), policies={stack.stack: reference})
 
@@ -54,7 +54,7 @@ def viewed(stack: Stack, **params: Any) -> tuple[Any, MixtureOfDepths]:
     policy = MixtureOfDepths(stack, layers=LAYERS, **params)
     with torch.no_grad():
         policy.router *= 8  # decided, one way or the other
-    return with_policy(stack, planned(stack), policy), policy
+    return with_policy(stack, plan_of(stack), policy), policy
 
 
 def expected(stack: Stack, policy: MixtureOfDepths, ids: Tensor, prompt: int, compact: bool) -> Tensor:
@@ -110,7 +110,7 @@ def test_steps_equal_whole_sequences_where_some_layers_have_a_sliding_window(lay
     policy = MixtureOfDepths(stack, layers=layers, prefill=0.45)
     with torch.no_grad():
         policy.router *= 4
-    view = with_policy(stack, planned(stack, layers=layers), policy)
+    view = with_policy(stack, plan_of(stack, layers=layers), policy)
     whole = parallel(view, IDS, LENGTHS, MASK).logits
     parts, cache, begin = [], None, 0
     for end in (PROMPT, 11, 13, LENGTH):
@@ -122,7 +122,7 @@ def test_steps_equal_whole_sequences_where_some_layers_have_a_sliding_window(lay
 
 def test_tokens_move_up_within_the_positions_that_a_model_has() -> None:
     stack = Stack(nano("gpt2", n_positions=16))
-    view = with_policy(stack, planned(stack), MixtureOfDepths(stack, layers=LAYERS, prefill=0.5))
+    view = with_policy(stack, plan_of(stack), MixtureOfDepths(stack, layers=LAYERS, prefill=0.5))
     for length in (9, 14, 16):
         ids = torch.randint(3, 120, (1, length))
         assert torch.isfinite(parallel(view, ids, torch.tensor([length])).logits).all()
@@ -192,8 +192,8 @@ def test_in_training_the_best_of_the_image_and_all_behind_it_are_processed(share
     policy = MixtureOfDepths(opened_model, layers=LAYERS)
     policy.training_share = share
     seen: list[tuple[Tensor, Tensor]] = []
-    best = policy.best
-    policy.best = lambda odds, real, run: seen.append((odds.sigmoid(), best(odds, real, run))) or seen[-1][1]  # type: ignore
+    best = policy.training_tokens
+    policy.training_tokens = lambda odds, real, run: seen.append((odds.sigmoid(), best(odds, real, run))) or seen[-1][1]  # type: ignore
     reference = PolicyReference(name="gamma-mod", params={"layers": LAYERS})
     plan = Plan(model=ModelReference.of(opened_model), policies={"text": reference})
     view = with_policy(opened_model, plan, policy)
@@ -222,9 +222,9 @@ def test_in_training_the_best_of_the_image_and_all_behind_it_are_processed(share
 def test_models_of_other_kinds_are_served_in_steps_as_in_whole_sequences(kind: str) -> None:
     model, processor = shapes_vlm(kind, num_hidden_layers=4)
     processing = Processing(processor)
-    said = ({"role": "user", "content": f"{MARK}\ncount the circles"}, {"role": "assistant", "content": "one"})
-    pictures = [each.image for each in examples(("count",), 2)]
-    batch = processing.batch([Conversation((picture,), said) for picture in pictures])
+    turns = ({"role": "user", "content": f"{MARK}\ncount the circles"}, {"role": "assistant", "content": "one"})
+    images = [each.image for each in examples(("count",), 2)]
+    batch = processing.batch([ImageTextRow((image,), turns) for image in images])
     given = {name: each for name, each in read_inputs(model, batch).items() if name != "attention_mask"}
     prompt, ids = int(batch["prompt_lengths"][0]), batch["input_ids"]
     stack = Stack(model, stack="text")
@@ -260,12 +260,12 @@ def test_gradients_of_the_task_reach_the_router() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
-    [({"layers": [9]}, "no layer 9"), ({"layers": []}, "no layer is chosen"), ({"prefill": 2.0}, "from -1 to 1"),
+    ("wrong", "message"),
+    [({"layers": [9]}, "no layer 9"), ({"layers": []}, "give layers to convert"), ({"prefill": 2.0}, "from -1 to 1"),
      ({"decode": [0.5]}, "each of the 2 layers"), ({"routers": "none"}, "shared, layer or modality")],
 )  # fmt: skip
-def test_settings_out_of_range_are_refused(wrong: dict[str, Any], said: str) -> None:
-    with pytest.raises(MethodError, match=said):
+def test_settings_out_of_range_are_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(MethodError, match=message):
         MixtureOfDepths(opened(), **{"layers": LAYERS, **wrong})
 
 
@@ -277,4 +277,4 @@ def test_a_model_whose_image_tokens_see_those_behind_them_is_refused() -> None:
     config = Gemma3Config(text_config=text, vision_config=tower, mm_tokens_per_image=4, image_token_index=120)
     stack = open_model(Gemma3ForConditionalGeneration(config)).stacks["text"]
     with pytest.raises(PlanError, match="see later tokens"):
-        apply(stack, planned(stack))
+        apply(stack, plan_of(stack))

@@ -13,10 +13,10 @@ import transformers
 from PIL import Image
 
 import lamella
-from lamella.data import Conversation, Processing
+from lamella.data import ImageTextRow, Processing
 from lamella.errors import ArchitectureError, MethodError
-from lamella.methods.hires_llava import HiResLlava, sliced
-from lamella.methods.hires_llava.slicing import Slices
+from lamella.methods.hires_llava import HiResLlava, with_slices
+from lamella.methods.hires_llava.slicing import TileLayout
 from lamella.stack import open_model
 from lamella.zoo import open_processor
 from lamella.zoo.nano import nano
@@ -35,10 +35,10 @@ def pictures(seed: int = 0) -> list[np.ndarray]:
     return [drawn.integers(0, 256, (*size, 3), dtype=np.uint8) for size in SIZES]
 
 
-def rows() -> list[Conversation]:
+def rows() -> list[ImageTextRow]:
     said = ("what is in the picture?", "how many things are there?", "where?", "what is in the picture?")
     return [
-        Conversation(
+        ImageTextRow(
             (each,), ({"role": "user", "content": f"<image>\n{text}"}, {"role": "assistant", "content": "two"})
         )
         for each, text in zip(pictures(), said, strict=True)
@@ -55,10 +55,10 @@ def disturbed(model: HiResLlava, seed: int = 0) -> HiResLlava:
 
 
 def test_fresh_adapters_leave_the_tower_as_it_is_to_the_bit(llava: Any) -> None:
-    model, processor = sliced(*llava, restored=[0, 1])
+    model, processor = with_slices(*llava, restored=[0, 1])
     made = processor.image_processor([Image.fromarray(each) for each in pictures()], return_tensors="pt")
     grids = tuple(model.model.slicing.known(*size) for size in made["image_sizes"].tolist())
-    slices = Slices(model.model.slicing, grids)
+    slices = TileLayout(model.model.slicing, grids)
     counts = [after - before for before, after in zip(slices.starts, slices.starts[1:], strict=False)]
     tiles = torch.cat([each[:count] for each, count in zip(made["pixel_values"], counts, strict=True)])
     states = llava[0].model.vision_tower(tiles, output_hidden_states=True).hidden_states[-1][:, 1:]
@@ -69,7 +69,7 @@ def test_fresh_adapters_leave_the_tower_as_it_is_to_the_bit(llava: Any) -> None:
 
 def test_an_image_of_one_slice_without_a_sampler_is_read_as_llava_reads_it(llava: Any) -> None:
     """The view, or the one slice, is LLaVA's whole image; beside it stands what ends its rows."""
-    model, processor = sliced(*llava, restored=[0], sampler="all")
+    model, processor = with_slices(*llava, restored=[0], sampler="all")
     picture = Image.fromarray(pictures()[1])
     made = processor.image_processor([picture], return_tensors="pt")
     (read,) = model.model.get_image_features(made["pixel_values"], made["image_sizes"]).pooler_output
@@ -88,7 +88,7 @@ def test_an_image_of_one_slice_without_a_sampler_is_read_as_llava_reads_it(llava
     {"sampler": "convolution"}, {"restored": [0], "confined": True}, {"restored": [0], "branches": "local"},
 ])  # fmt: skip
 def test_rows_of_mixed_sizes_are_what_they_are_alone(llava: Any, settings: dict[str, Any]) -> None:
-    model, processor = sliced(*llava, **settings)
+    model, processor = with_slices(*llava, **settings)
     processing, every = Processing(processor), rows()
     disturbed(model)
     batch = processing.batch(every)
@@ -101,7 +101,7 @@ def test_rows_of_mixed_sizes_are_what_they_are_alone(llava: Any, settings: dict[
 
 
 def test_generation_with_a_cache_writes_what_whole_passes_say(llava: Any) -> None:
-    model, processor = sliced(*llava, restored=[0, 1])
+    model, processor = with_slices(*llava, restored=[0, 1])
     disturbed(model)
     prompts = Processing(processor).prompts(rows())
     written = model.generate(**prompts, max_new_tokens=5, do_sample=False)[:, -5:]
@@ -125,10 +125,10 @@ def test_a_tower_without_a_class_token_is_sliced_too(llava: Any, tmp_path: Path)
     images = transformers.SiglipImageProcessor(size={"height": 32, "width": 32})
     reads = transformers.LlavaProcessor(images, llava[1].tokenizer, 4, "full")
     plain = transformers.LlavaForConditionalGeneration(config).eval()
-    model, processor = sliced(plain, reads, restored=[1])
+    model, processor = with_slices(plain, reads, restored=[1])
     tiles = torch.randn(4, 3, 32, 32)
     states = plain.model.vision_tower(tiles, output_hidden_states=True).hidden_states[-1]
-    fresh = model.model.features(tiles, Slices(model.model.slicing, (model.model.slicing.known(32, 96),)))
+    fresh = model.model.features(tiles, TileLayout(model.model.slicing, (model.model.slicing.known(32, 96),)))
     assert torch.equal(fresh.flatten(1, 2), states)
     disturbed(model).save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
@@ -139,7 +139,7 @@ def test_a_tower_without_a_class_token_is_sliced_too(llava: Any, tmp_path: Path)
 
 
 def test_it_runs_in_half_precision(llava: Any) -> None:
-    model, processor = sliced(copy.deepcopy(llava[0]).bfloat16(), llava[1], restored=[0])
+    model, processor = with_slices(copy.deepcopy(llava[0]).bfloat16(), llava[1], restored=[0])
     assert {each.dtype for each in disturbed(model).parameters()} == {torch.bfloat16}
     batch = {n: e for n, e in Processing(processor).batch(rows()).items() if n not in ("labels", "prompt_lengths")}
     whole = model(**batch).logits
@@ -147,7 +147,7 @@ def test_it_runs_in_half_precision(llava: Any) -> None:
 
 
 def test_beams_are_those_of_each_row_alone(llava: Any) -> None:
-    model, processor = sliced(*llava, restored=[0])
+    model, processor = with_slices(*llava, restored=[0])
     processing = Processing(processor)
     how = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False}
     together = model.generate(**processing.prompts(rows()), **how)[:, -4:]
@@ -156,7 +156,7 @@ def test_beams_are_those_of_each_row_alone(llava: Any) -> None:
 
 
 def test_what_is_written_is_opened_with_its_processor(llava: Any, tmp_path: Path) -> None:
-    model, processor = sliced(*llava, restored=[1], most_slices=4, window=4, order="slices", seed=3)
+    model, processor = with_slices(*llava, restored=[1], most_slices=4, window=4, order="slices", seed=3)
     disturbed(model).save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     opened = lamella.open(tmp_path)
@@ -169,7 +169,7 @@ def test_what_is_written_is_opened_with_its_processor(llava: Any, tmp_path: Path
 
 
 def test_a_view_runs_its_own_layers(llava: Any) -> None:
-    model, processor = sliced(*llava, restored=[0])
+    model, processor = with_slices(*llava, restored=[0])
     opened = open_model(disturbed(model))
     view = lamella.apply(opened, lamella.Plan(model=lamella.plan.ModelReference.of(opened)))
     batch = {n: e for n, e in Processing(processor).batch(rows()).items() if n not in ("labels", "prompt_lengths")}
@@ -180,7 +180,7 @@ def test_a_view_runs_its_own_layers(llava: Any) -> None:
 
 
 def test_a_dropped_layer_takes_its_adapter_along(llava: Any, tmp_path: Path) -> None:
-    model, processor = sliced(*llava, restored=[0, 1])
+    model, processor = with_slices(*llava, restored=[0, 1])
     disturbed(model).save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     opened = lamella.open(tmp_path)
@@ -194,35 +194,35 @@ def test_a_dropped_layer_takes_its_adapter_along(llava: Any, tmp_path: Path) -> 
 
 def test_the_given_model_stays_as_it_is_and_seeds_decide(llava: Any) -> None:
     before = {name: each.clone() for name, each in llava[0].state_dict().items()}
-    one, two, other = (sliced(*llava, restored=[0], seed=seed)[0] for seed in (0, 0, 1))
+    one, two, other = (with_slices(*llava, restored=[0], seed=seed)[0] for seed in (0, 0, 1))
     disturbed(one)
     assert all(torch.equal(before[name], each) for name, each in llava[0].state_dict().items())
     gates = [each.model.layers[0].slice_restore.local.mix.weight for each in (two, other)]
     assert not torch.equal(*gates)
-    assert torch.equal(two.model.row_end, sliced(*llava, restored=[0])[0].model.row_end)
+    assert torch.equal(two.model.row_end, with_slices(*llava, restored=[0])[0].model.row_end)
 
 
 def test_a_model_that_reads_slices_keeps_what_still_fits(llava: Any) -> None:
-    model, processor = sliced(*llava, restored=[0])
-    again, _ = sliced(disturbed(model), processor, restored=[0, 1])
+    model, processor = with_slices(*llava, restored=[0])
+    again, _ = with_slices(disturbed(model), processor, restored=[0, 1])
     kept = again.model.layers[0].slice_restore.local.mix.weight
     assert torch.equal(kept, model.model.layers[0].slice_restore.local.mix.weight)
 
 
 def test_what_cannot_be_is_refused_in_one_line(llava: Any) -> None:
-    with pytest.raises(MethodError, match="different ones from 0 to 1"):
-        sliced(*llava, restored=[2])
-    with pytest.raises(MethodError, match="make no map"):
-        sliced(*llava, restored=[0], overlap=8)
+    with pytest.raises(MethodError, match="layers must be different and between 0 and 1"):
+        with_slices(*llava, restored=[2])
+    with pytest.raises(MethodError, match="overlapping slices cannot be mixed"):
+        with_slices(*llava, restored=[0], overlap=8)
     with pytest.raises(MethodError, match="no sampler 'best'"):
-        sliced(*llava, sampler="best")
-    with pytest.raises(MethodError, match="no multiple of windows"):
-        sliced(*llava, window=3)
+        with_slices(*llava, sampler="best")
+    with pytest.raises(MethodError, match="cannot be divided into windows"):
+        with_slices(*llava, window=3)
     with pytest.raises(ArchitectureError, match="models of LLaVA's class"):
-        sliced(nano("llama"), llava[1])
-    model, processor = sliced(*llava)
-    with pytest.raises(MethodError, match="most_slices belongs to the model"):
+        with_slices(nano("llama"), llava[1])
+    model, processor = with_slices(*llava)
+    with pytest.raises(MethodError, match="most_slices is fixed by the model"):
         processor.image_processor(Image.fromarray(pictures()[0]), most_slices=1)
     plain = llava[1](text=["<image> where?"], images=[Image.fromarray(pictures()[1])], return_tensors="pt")
-    with pytest.raises(ArchitectureError, match="use the processor that lies beside"):
+    with pytest.raises(ArchitectureError, match="use the processor saved with"):
         model(**plain)

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from lamella.errors import MethodError
-from lamella.methods.hires_llava import Grid, SelfMiningSampler, SliceRestore, Slices, Slicing, cut, merge
-from lamella.methods.hires_llava.slicing import END, tiled
+from lamella.methods.hires_llava import SelfMiningSampler, SliceGrid, SliceRestore, Slicing, TileLayout, cut, merge
+from lamella.methods.hires_llava.slicing import END, make_tiles
 
 WIDTH = 12
 SLICING = Slicing(16, 4, most=6, window=2)
@@ -27,7 +27,7 @@ def trained(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return module
 
 
-def states(slices: Slices, seed: int = 1) -> Tensor:
+def states(slices: TileLayout, seed: int = 1) -> Tensor:
     """What a tower might hold: one token beside patches."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(slices.starts[-1], 1 + ACROSS**2, WIDTH, generator=generator)
@@ -88,8 +88,8 @@ def test_slices_are_merged_by_where_they_lie_and_cut_again(rows: int, columns: i
 
 def test_tiles_show_the_image_where_it_lies() -> None:
     image = torch.arange(3 * 20 * 30.0).view(3, 20, 30)
-    tiles, grid = tiled(image, SLICING, lambda image, height, width: image[:, :height, :width], [1.0, 2.0, 3.0])
-    assert grid == Grid(2, 2, 20, 30) and tiles.shape == (5, 3, 16, 16)
+    tiles, grid = make_tiles(image, SLICING, lambda image, height, width: image[:, :height, :width], [1.0, 2.0, 3.0])
+    assert grid == SliceGrid(2, 2, 20, 30) and tiles.shape == (5, 3, 16, 16)
     whole = torch.tensor([1.0, 2.0, 3.0])[:, None, None].repeat(1, 32, 32)
     whole[:, :20, :30] = image
     for number in range(4):
@@ -97,18 +97,18 @@ def test_tiles_show_the_image_where_it_lies() -> None:
         assert torch.equal(tiles[1 + number], whole[:, 16 * r : 16 * r + 16, 16 * c : 16 * c + 16])
 
 
-GRIDS = (Grid(2, 2, 32, 32), Grid(1, 1, 16, 16), Grid(2, 3, 20, 41), Grid(2, 2, 25, 32))
+GRIDS = (SliceGrid(2, 2, 32, 32), SliceGrid(1, 1, 16, 16), SliceGrid(2, 3, 20, 41), SliceGrid(2, 2, 25, 32))
 
 
 @pytest.mark.parametrize("branches", ["local", "global", "both"])
 def test_a_fresh_adapter_changes_nothing_to_the_bit(branches: str) -> None:
-    slices = Slices(SLICING, GRIDS)
+    slices = TileLayout(SLICING, GRIDS)
     h = states(slices)
     assert torch.equal(SliceRestore(WIDTH, branches)(h, slices), h)  # type: ignore[arg-type]
 
 
 def test_views_single_slices_and_other_tokens_stay_as_they_are_to_the_bit() -> None:
-    slices = Slices(SLICING, GRIDS)
+    slices = TileLayout(SLICING, GRIDS)
     h = states(slices)
     out = trained(SliceRestore(WIDTH))(h, slices)
     single = slices.starts[1] + 1
@@ -119,7 +119,7 @@ def test_views_single_slices_and_other_tokens_stay_as_they_are_to_the_bit() -> N
 def test_an_adapter_is_what_its_formula_says() -> None:
     """F + gate * conv(LN F) + up(enlarge(small + attention(LN small))), in float64 and by loops."""
     adapter = trained(SliceRestore(WIDTH)).double()
-    slices = Slices(SLICING, (Grid(2, 3, 32, 48),))
+    slices = TileLayout(SLICING, (SliceGrid(2, 3, 32, 48),))
     h = states(slices).double()
     f = torch.empty(2 * ACROSS, 3 * ACROSS, WIDTH, dtype=torch.float64)
     for number, tile in enumerate(patches(h[1:])):
@@ -150,7 +150,7 @@ def test_an_adapter_is_what_its_formula_says() -> None:
 
 
 def test_what_is_no_image_does_not_matter() -> None:
-    adapter, slices = trained(SliceRestore(WIDTH)), Slices(SLICING, (Grid(2, 3, 20, 41),))
+    adapter, slices = trained(SliceRestore(WIDTH)), TileLayout(SLICING, (SliceGrid(2, 3, 20, 41),))
     h = states(slices)
     real = torch.cat([torch.ones(1, ACROSS, ACROSS, dtype=torch.bool), slices.slicing.real(slices.grids[0])])
     noisy = h.clone()
@@ -161,7 +161,7 @@ def test_what_is_no_image_does_not_matter() -> None:
 
 def test_places_without_any_image_lend_nothing_to_others() -> None:
     """Of an image that ends on a place of the small map, what the attention makes of empty places does not matter."""
-    adapter, slices = trained(SliceRestore(WIDTH, "global")), Slices(SLICING, (Grid(2, 2, 24, 32),))
+    adapter, slices = trained(SliceRestore(WIDTH, "global")), TileLayout(SLICING, (SliceGrid(2, 2, 24, 32),))
     h = states(slices)
     before = adapter(h, slices)
     attention = adapter.overall.attention  # type: ignore[union-attr]
@@ -176,19 +176,19 @@ def test_places_without_any_image_lend_nothing_to_others() -> None:
 
 
 def test_images_of_other_grids_in_the_batch_change_nothing() -> None:
-    adapter, slices = trained(SliceRestore(WIDTH)), Slices(SLICING, GRIDS)
+    adapter, slices = trained(SliceRestore(WIDTH)), TileLayout(SLICING, GRIDS)
     h = states(slices)
     together = adapter(h, slices)
     order = [2, 0, 3, 1]
     pieces = [h[slices.starts[each] : slices.starts[each + 1]] for each in order]
-    permuted = adapter(torch.cat(pieces), Slices(SLICING, tuple(GRIDS[each] for each in order)))
+    permuted = adapter(torch.cat(pieces), TileLayout(SLICING, tuple(GRIDS[each] for each in order)))
     expected = torch.cat([together[slices.starts[each] : slices.starts[each + 1]] for each in order])
     torch.testing.assert_close(permuted, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("branches", ["local", "global", "both"])
 def test_a_seam_is_crossed_by_the_adapter_and_not_when_it_is_confined(branches: str) -> None:
-    slices = Slices(SLICING, (Grid(2, 2, 32, 32),))
+    slices = TileLayout(SLICING, (SliceGrid(2, 2, 32, 32),))
     for confined in (False, True):
         adapter = trained(SliceRestore(WIDTH, branches, confined=confined))  # type: ignore[arg-type]
         h = states(slices).requires_grad_()
@@ -201,7 +201,7 @@ def test_a_seam_is_crossed_by_the_adapter_and_not_when_it_is_confined(branches: 
 def test_a_confined_adapter_has_as_many_parameters_and_is_the_adapter_on_each_slice() -> None:
     free, confined = trained(SliceRestore(WIDTH)), trained(SliceRestore(WIDTH, confined=True))
     confined.load_state_dict(free.state_dict())
-    slices = Slices(SLICING, (Grid(2, 2, 32, 32),))
+    slices = TileLayout(SLICING, (SliceGrid(2, 2, 32, 32),))
     h = states(slices)
     out = confined(h, slices)
     for tile in range(1, 5):
@@ -248,13 +248,13 @@ def test_a_sampler_is_what_its_formula_says() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"side": 30, "patch": 4}, "no multiple of windows"),
-        ({"side": 32, "patch": 4, "window": 3}, "no multiple of windows"),
-        ({"side": 32, "patch": 4, "window": 0}, "no multiple of windows"),
-        ({"side": 32, "patch": 4, "window": -1}, "no multiple of windows"),
-        ({"side": 32, "patch": 4, "most": 0}, "give 1 or more"),
-        ({"side": 32, "patch": 4, "overlap": 32}, "whole patches"),
-        ({"side": 32, "patch": 4, "overlap": 3}, "whole patches"),
+        ({"side": 30, "patch": 4}, "cannot be divided into windows"),
+        ({"side": 32, "patch": 4, "window": 3}, "cannot be divided into windows"),
+        ({"side": 32, "patch": 4, "window": 0}, "cannot be divided into windows"),
+        ({"side": 32, "patch": 4, "window": -1}, "cannot be divided into windows"),
+        ({"side": 32, "patch": 4, "most": 0}, "give at least one slice"),
+        ({"side": 32, "patch": 4, "overlap": 32}, "multiple of the patch size"),
+        ({"side": 32, "patch": 4, "overlap": 3}, "multiple of the patch size"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(settings: dict[str, int], message: str) -> None:

@@ -15,14 +15,14 @@ from torch import nn
 from lamella.errors import BudgetError, CalibrationError, MethodError
 from lamella.files import Work
 from lamella.measure import Recording
-from lamella.methods.hourglass_mlp import Grid, Shape, Vectors, frontier, psnr
+from lamella.methods.hourglass_mlp import MLPShape, ShapeGrid, Vectors, frontier, psnr
 from lamella.methods.hourglass_mlp.frontier import TRAINING, front, point
 from lamella.methods.hourglass_mlp.page import frontiers, summary
 from lamella.methods.hourglass_mlp.vectors import Noisy, noisy
 from lamella.result import Evidence
 
 SCENES = Vectors.open("scenes:denoise", rows=60, side=4)
-GRID = Grid(d_z=(20,), d_h=(4,), depth=(1, 2), wide=(24,), wide_depth=(1,))
+GRID = ShapeGrid(d_z=(20,), d_h=(4,), depth=(1, 2), wide=(24,), wide_depth=(1,))
 SMALL: dict[str, Any] = {"grid": GRID, "lrs": (1e-3, 1e-1), "seeds": 2, "config": replace(TRAINING, steps=3, batch=16)}
 
 
@@ -56,10 +56,10 @@ def test_a_narrow_network_whose_skip_is_no_wider_than_its_input_is_called_a_bott
 
 def test_the_frontier_is_what_nothing_smaller_beats_on_held_out_rows() -> None:
     drawn = np.random.default_rng(0)
-    points = [{"family": "lean", "total": int(a), "held out": float(b)} for a, b in drawn.integers(0, 8, (40, 2))]
+    points = [{"family": "lean", "total": int(a), "held_out": float(b)} for a, b in drawn.integers(0, 8, (40, 2))]
     expected = [
         place for place, one in enumerate(points)
-        if not any(o != one and o["total"] <= one["total"] and o["held out"] >= one["held out"] for o in points)
+        if not any(o != one and o["total"] <= one["total"] and o["held_out"] >= one["held_out"] for o in points)
     ]  # fmt: skip
     assert sorted(front(points, "total")) == sorted(front(points, "total", "lean")) == expected
     assert front(points, "total", "frozen") == []
@@ -69,9 +69,9 @@ def test_rates_and_the_frontier_are_chosen_on_held_out_rows_and_never_on_test_ro
     shapes = GRID.shapes(("hourglass",), 16, 16)
     runs = {1e-3: [[20.0, 9.0], [22.0, 8.0]], 1e-2: [[21.5, 30.0], [20.0, 31.0]]}  # the means: 21 and 20.75
     small, large = (point(SCENES, shape, runs) for shape in shapes)
-    assert (small["lr"], small["held out"], small["test"]) == (1e-3, 21.0, 8.5)
+    assert (small["lr"], small["held_out"], small["test"]) == (1e-3, 21.0, 8.5)
     assert small["spread"] == pytest.approx(0.5**0.5)
-    assert front([small, large | {"held out": 20.9, "test": 99.0}], "total") == [0]
+    assert front([small, large | {"held_out": 20.9, "test": 99.0}], "total") == [0]
 
 
 @pytest.mark.slow
@@ -79,7 +79,7 @@ def test_a_search_says_what_the_networks_reach_and_goes_on_after_a_stop(tmp_path
     study = frontier(SCENES, families=("hourglass", "lean"), **SMALL, work=Work(tmp_path))
     assert [one["total"] for one in study["points"]] == [768, 640 + 160, 640 + 320]
     for one in study["points"]:
-        assert one["held out"] == max(one["rates"].values()) == one["rates"][f"{one['lr']:g}"]
+        assert one["held_out"] == max(one["rates"].values()) == one["rates"][f"{one['lr']:g}"]
     lines = (tmp_path / "frontier.jsonl").read_text().splitlines()
     assert len(lines) == 1 + 3 * 2 * 2
     assert [file.name for file in tmp_path.iterdir()] == ["frontier.jsonl"]  # checkpoints are gone
@@ -137,7 +137,7 @@ def test_pairs_of_vectors_are_read_from_a_file_and_refused_in_one_line(tmp_path:
     task = Vectors.open(str(file))
     assert (task.d_in, task.d_out) == (3, 2) and [len(task.train), len(task.held_out), len(task.test)] == [35, 5, 10]
     for content, said in (
-        ({"x": np.zeros((50, 3)), "y": 2 * np.ones((50, 2))}, "not within 0 and 1"),
+        ({"x": np.zeros((50, 3)), "y": 2 * np.ones((50, 2))}, "must be between 0 and 1"),
         ({"x": np.zeros((5, 3)), "y": np.zeros((5, 2))}, "40 or more"),
         ({"x": np.zeros((50, 3))}, "save x and y"),
         ({"x": np.array([{}] * 50), "y": np.zeros((50, 2))}, "save x and y"),
@@ -167,11 +167,11 @@ def test_a_budget_below_the_smallest_shape_is_refused_with_that_shape() -> None:
     ("options", "said"),
     [
         ({"families": ("hourglass", "tall")}, "families hourglass, tall"),
-        ({"grid": Grid(d_z=(18,), d_h=(18,))}, "hourglass 18 x 18 x 4: a hourglass network has d_h below d_z"),
-        ({"grid": Grid(d_z=(16,), d_h=(4,)), "families": ("frozen",)}, "frozen: no such network takes 16 numbers"),
+        ({"grid": ShapeGrid(d_z=(18,), d_h=(18,))}, "hourglass 18 x 18 x 4: a hourglass network needs d_h below d_z"),
+        ({"grid": ShapeGrid(d_z=(16,), d_h=(4,)), "families": ("frozen",)}, "frozen: no such network takes 16 numbers"),
         ({"config": replace(TRAINING, batch=1)}, "batch 1: give at least 2"),
-        ({"config": replace(TRAINING, lr=1e-2)}, "lr 0.01: every shape is trained at all of lrs 0.001, 0.1"),
-        ({"grid": Grid(wide=(8,))}, "conventional 16 x 8 x 1: a conventional network has d_h above d_z"),
+        ({"config": replace(TRAINING, lr=1e-2)}, "lr 0.01: every shape is trained with all of lrs 0.001, 0.1"),
+        ({"grid": ShapeGrid(wide=(8,))}, "conventional 16 x 8 x 1: a conventional network needs d_h above d_z"),
     ],
 )
 def test_what_cannot_be_searched_is_refused_in_one_line(options: dict[str, Any], said: str) -> None:
@@ -191,10 +191,10 @@ def test_the_page_draws_a_line_for_each_family(tmp_path: Path) -> None:
     }
     assert drawn.x.endswith("parameters, thousands") and drawn.y == "PSNR on test rows, dB"
     evidence = Evidence(kind="study", provenance={"method": "hourglass-mlp"}, environment={}, findings=study.findings)
-    told = summary(evidence)
-    assert len(told.tables[0].rows) == 6 and "dB on test rows" in told.verdict
-    assert all(math.isfinite(row[6]) for row in told.tables[0].rows)
+    result = summary(evidence)
+    assert len(result.tables[0].rows) == 6 and "dB on test rows" in result.verdict
+    assert all(math.isfinite(row[6]) for row in result.tables[0].rows)
 
 
 def test_shapes_are_named_by_family_and_sizes() -> None:
-    assert Shape("hourglass", 66, 10, 4).name == "hourglass 66 x 10 x 4"
+    assert MLPShape("hourglass", 66, 10, 4).name == "hourglass 66 x 10 x 4"

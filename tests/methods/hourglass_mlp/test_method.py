@@ -65,13 +65,13 @@ def test_sub_blocks_have_the_parameters_that_were_asked_for(tmp_path: Path) -> N
     maps = sum(each.numel() for each in stack.layers[1].mlp.parameters())
     for share in (1.0, 0.5):
         done = rewritten(stack, tmp_path / str(share), layers=(1,), blocks=2, share=share)
-        [told] = done.findings["sublayers"]
-        inner, norms = told["inner"], 2 * 32
-        assert told["before"] == maps + 32 and told["parameters"] == ffn_size(32, inner)
+        [result] = done.findings["sublayers"]
+        inner, norms = result["inner"], 2 * 32
+        assert result["before"] == maps + 32 and result["parameters"] == ffn_size(32, inner)
         assert ffn_size(32, inner) - norms <= share * maps < ffn_size(32, [each + 1 for each in inner]) - norms
         [network] = modules_of(lamella.apply(stack, done.plan), stack).values()
-        assert sum(each.numel() for each in network.parameters()) == told["parameters"]
-        assert told["rows"] == round(0.9 * TOKENS.numel())
+        assert sum(each.numel() for each in network.parameters()) == result["parameters"]
+        assert result["rows"] == round(0.9 * TOKENS.numel())
 
 
 def test_left_to_itself_it_takes_the_sublayers_that_are_missed_least(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_a_longer_fit_explains_more_and_brings_the_model_nearer_to_itself(tmp_pa
     for steps in (1, 200):
         config = replace(CONFIG, steps=steps, lr=5e-3)
         done = hourglass_mlp(stack, TOKENS, layers=(1,), blocks=2, config=config, work=Work(tmp_path / str(steps)))
-        explained = done.findings["sublayers"][0]["explained"]["held out"]
+        explained = done.findings["sublayers"][0]["explained"]["held_out"]
         found.append((explained, float((lamella.apply(stack, done.plan)(TOKENS).logits - original).detach().norm())))
     (early, far), (late, near) = found
     assert late > early + 0.1 and near < far
@@ -127,8 +127,8 @@ def test_healing_trains_the_sub_blocks_and_the_rest_and_leaves_the_original_alon
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"layers": (9,)}, r"layers 9: give each once, of 0 to 3"),
-        ({"layers": (1, 1)}, "give each once"),
+        ({"layers": (9,)}, r"layers 9: layers must be different and between 0 and 3"),
+        ({"layers": (1, 1)}, "layers must be different"),
         ({"count": 5}, "count 5: .* has 4 layers"),
         ({"layers": (1,), "blocks": 4, "share": 0.01}, "fewer than the 384 of the smallest shape"),
     ],

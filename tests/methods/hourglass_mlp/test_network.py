@@ -203,7 +203,7 @@ def test_inner_widths_are_the_widest_that_fit(width: int, blocks: int, share: fl
         (lambda: HourglassMLP(8, 8, 12, (4, 0)), r"d_hidden\[1\] is 0"),
         (lambda: HourglassMLP(8, 8, 12, (4,), lift="fixed"), "lift 'fixed'"),
         (lambda: FrozenLift(8, 8, seed=-1), "seed is -1"),
-        (lambda: HourglassFFN(8, ()), "give one or more"),
+        (lambda: HourglassFFN(8, ()), "give at least one width"),
         (lambda: inner_widths(64, 500, 4), "fewer than the 768 of the smallest shape"),
     ],
 )

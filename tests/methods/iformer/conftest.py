@@ -33,5 +33,5 @@ def vision() -> Vision:
 
 
 @pytest.fixture(scope="session")
-def pictures() -> tuple[Captioned, ...]:
+def images() -> tuple[Captioned, ...]:
     return tuple(islice(textures("calibration"), 20))

@@ -19,16 +19,16 @@ from timm.data import create_transform
 from lamella.data import Captioned, InputContext
 from lamella.errors import CalibrationError, CheckpointError, MethodError, TrainingError
 from lamella.files import Work
-from lamella.methods.iformer import Album, Classifier, Geometry, Shape, Vision, iformer, train
+from lamella.methods.iformer import Album, Geometry, IFormerClassifier, StageShape, Vision, iformer, train
 from lamella.methods.iformer import vision as vision_file
-from lamella.methods.iformer.recipe import fresh
-from lamella.methods.iformer.textures import CLASSES, WORLDS, drawn
+from lamella.methods.iformer.recipe import new_network
+from lamella.methods.iformer.textures import CLASSES, WORLDS, texture_image
 from lamella.train import TrainConfig
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
 CONFIG = {"architecture": "vit_tiny_patch16_224", "num_classes": 20, "model_args": SIZES,
           "pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7], "crop_pct": 0.8}}  # fmt: skip
-NANO = Shape(depths=(1, 1), widths=(16, 32), attention=(1, 3), head_dim=8)
+NANO = StageShape(depths=(1, 1), widths=(16, 32), attention=(1, 3), head_dim=8)
 
 
 def saved(folder: Path, **other: Any) -> Path:
@@ -52,7 +52,7 @@ def test_a_timm_folder_opens_as_timm_itself_opens_it(tmp_path: Path) -> None:
 def test_pictures_are_cropped_and_scaled_as_timm_does_it(
     crop: float, size: tuple[int, int], side: tuple[int, int]
 ) -> None:
-    pixels = np.array(Image.fromarray(drawn(3, seed=0).picture).resize(side[::-1], Image.Resampling.BICUBIC))
+    pixels = np.array(Image.fromarray(texture_image(3, seed=0).picture).resize(side[::-1], Image.Resampling.BICUBIC))
     vision = replace(Vision.of(vit()), size=size, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7), crop=crop)
     theirs = create_transform((3, *size), interpolation="bicubic", mean=vision.mean, std=vision.std, crop_pct=crop)
     found, expected = vision.prepare([Captioned(pixels, "", 0)])[0], theirs(Image.fromarray(pixels))
@@ -68,17 +68,17 @@ def test_another_size_interpolates_positions_and_keeps_how_pictures_are_scaled(t
 
 
 def test_an_iformer_takes_any_size_and_what_surgery_made_takes_its_own(tmp_path: Path) -> None:
-    trained = fresh(NANO, 32, 3, 20).sized(44)
-    assert trained.prepare([drawn(3, seed=0)]).shape == (1, 3, 44, 44)
-    assert trained.logits([drawn(3, seed=0)]).shape == (1, 20)
+    trained = new_network(NANO, 32, 3, 20).with_size(44)
+    assert trained.prepare([texture_image(3, seed=0)]).shape == (1, 3, 44, 44)
+    assert trained.logits([texture_image(3, seed=0)]).shape == (1, 20)
     ramped = iformer(Vision.of(vit()), Album.open("textures", InputContext(), count=20), share=0.9)
-    with pytest.raises(MethodError, match="attends otherwise"):
-        ramped.vision.sized(64)
+    with pytest.raises(MethodError, match="has another kind of attention"):
+        ramped.vision.with_size(64)
 
 
 def test_a_size_that_patches_do_not_divide_is_refused(tmp_path: Path) -> None:
     saved(tmp_path / "model")
-    with pytest.raises(MethodError, match="has patches of 8 x 8, so give a multiple") as error:
+    with pytest.raises(MethodError, match="has patches of 8 x 8: give a multiple") as error:
         Vision.open(tmp_path / "model", size=44)
     assert "\n" not in str(error.value)
 
@@ -112,7 +112,7 @@ def test_models_that_are_no_plain_vision_transformer_are_refused_in_one_line(nam
         pytest.skip(f"this timm has no {name}")
     with torch.device("meta"):
         model = timm.create_model(name)
-    with pytest.raises(MethodError, match="no vision transformer of timm with plain attention") as error:
+    with pytest.raises(MethodError, match="not a timm vision transformer with plain attention") as error:
         Geometry.of(model, name)
     assert "\n" not in str(error.value)
 
@@ -120,8 +120,8 @@ def test_models_that_are_no_plain_vision_transformer_are_refused_in_one_line(nam
 def test_a_plain_one_with_another_activation_is_found_out_by_what_it_says() -> None:
     model = vit(act_layer="quick_gelu")
     geometry = Geometry.of(model)
-    with pytest.raises(MethodError, match="one of its numbers gives other logits"):
-        geometry.proved(model, "it")
+    with pytest.raises(MethodError, match="rebuilding it gives other logits"):
+        geometry.verify(model, "it")
 
 
 def test_pictures_in_folders_have_the_class_of_their_folder_and_every_fifth_of_each_is_for_testing(
@@ -138,7 +138,7 @@ def test_pictures_in_folders_have_the_class_of_their_folder_and_every_fifth_of_e
     assert [each.label for each in album.items[:6]] == [0, 1, 2] * 2 and album.items[0].text == "ant"
     test = album.part("test")
     assert sorted(each.label for each in test.items) == [0, 1, 1, 2, 2]
-    both = {each.picture.tobytes() for each in album.items} & {each.picture.tobytes() for each in test.items}
+    both = {each.image.tobytes() for each in album.items} & {each.image.tobytes() for each in test.items}
     assert not both
     assert [each.label for each in Album.open(tmp_path, InputContext(), count=4).items] == [0, 1, 2, 0]
     assert Album.open(tmp_path / "cat", InputContext()).classes == 0
@@ -177,7 +177,7 @@ def test_textures_are_the_same_again_and_others_in_the_test_part() -> None:
     faint = Album.open("faint-textures", InputContext(), count=25)
     assert faint.part("test").describe()["data"] == "faint-textures" and faint.classes == CLASSES
     assert album.describe() == again.describe() and len(test) == 25
-    assert all((a.picture != b.picture).any() for a, b in zip(album.items, test.items, strict=True))
+    assert all((a.image != b.image).any() for a, b in zip(album.items, test.items, strict=True))
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -187,12 +187,14 @@ def test_spots_lie_to_each_other_as_the_class_says(world: str) -> None:
     for label in range(CLASSES):
         power = np.zeros((64, 64))
         for number in range(40):
-            grey = drawn(label, (1, number), world).picture.mean(-1).clip(160) - 160  # what is bright
+            grey = texture_image(label, (1, number), world).picture.mean(-1).clip(160) - 160  # what is bright
             power += np.abs(np.fft.fft2(grey, (64, 64))) ** 2
         lags = np.where(ring, np.fft.fftshift(np.fft.ifft2(power).real), 0)  # how far bright places are from each other
         place = np.unravel_index(lags.argmax(), lags.shape)
         angle = np.degrees(np.arctan2(-up[place], across[place])) % 180
-        expected = {"beside": 0, "above": 90, "rising": 45, "falling": 135}[drawn(label, 0, world).text.split()[-1]]
+        expected = {"beside": 0, "above": 90, "rising": 45, "falling": 135}[
+            texture_image(label, 0, world).text.split()[-1]
+        ]
         assert min((angle - expected) % 180, (expected - angle) % 180) < 15
 
 
@@ -206,17 +208,17 @@ def test_a_network_is_trained_and_read_back_and_timm_takes_it(tmp_path: Path) ->
     folder = tmp_path / "out"
     folder.mkdir()
     done.write(folder)
-    again = Classifier.read(folder)
+    again = IFormerClassifier.read(folder)
     x = done.vision.prepare(images.items[:2])
     assert torch.equal(again.vision.model(x), done.vision.model(x)) and again.shape == NANO
-    said = json.loads((folder / "network.json").read_text())
-    (folder / "network.json").write_text(json.dumps(said | {"shape": said["shape"] | {"widths": [16, 64]}}))
-    with pytest.raises(CheckpointError, match="no network of iformer"):
+    document = json.loads((folder / "network.json").read_text())
+    (folder / "network.json").write_text(json.dumps(document | {"shape": document["shape"] | {"widths": [16, 64]}}))
+    with pytest.raises(CheckpointError, match="not a network of iformer"):
         Vision.open(folder)
 
 
 def test_two_channels_are_refused() -> None:
-    with pytest.raises(MethodError, match="channels 2: give 1 for grey images, or 3"):
+    with pytest.raises(MethodError, match="channels 2: give 1 for greyscale images or 3 for colour"):
         train(Album.open("textures", InputContext(), count=20), shape=NANO, size=32, channels=2)
 
 
@@ -242,7 +244,7 @@ def test_another_way_of_drawing_or_training_the_built_in_model_has_a_folder_of_i
 ) -> None:
     names: list[str] = []
     monkeypatch.setattr(vision_file, "build_once", lambda name, build, megabytes: names.append(name))
-    for name, value in (("LOOKED_AT", 2000), ("LOOKED_AT", 1999), ("SMALL", {"depth": 2}), ("textures", drawn),
+    for name, value in (("LOOKED_AT", 2000), ("LOOKED_AT", 1999), ("SMALL", {"depth": 2}), ("textures", texture_image),
                         ("textures", shuffled)):  # fmt: skip
         monkeypatch.setattr(vision_file, name, value)
         vision_file.built_in()

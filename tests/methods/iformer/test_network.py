@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lamella.errors import MethodError
-from lamella.methods.iformer import BASE, LARGE, SMALL, InceptionMixer, InceptionTransformer, Shape
-from lamella.methods.iformer.backbone import built
-from lamella.methods.iformer.network import fitted
+from lamella.methods.iformer import BASE, LARGE, SMALL, InceptionMixer, InceptionTransformer, StageShape
+from lamella.methods.iformer.backbone import create_model
+from lamella.methods.iformer.network import adapt_checkpoint
 
-NANO = Shape(depths=(1, 1), widths=(16, 32), attention=(1, 3), head_dim=8)
-FOUR = Shape(depths=(1, 1, 1, 1), widths=(8, 16, 24, 32), attention=(0, 1, 2, 4), head_dim=8)
+NANO = StageShape(depths=(1, 1), widths=(16, 32), attention=(1, 3), head_dim=8)
+FOUR = StageShape(depths=(1, 1, 1, 1), widths=(8, 16, 24, 32), attention=(0, 1, 2, 4), head_dim=8)
 PUBLISHED = {"small": (SMALL, 19_866_344), "base": (BASE, 47_866_216), "large": (LARGE, 86_637_096)}
 
 
@@ -44,7 +44,7 @@ def test_layer_scale_stands_in_the_third_and_fourth_stage_alone() -> None:
         model = InceptionTransformer()
     scaled = {name.split(".")[0] for name, _ in model.named_parameters() if "layer_scale" in name}
     assert scaled == {"blocks3", "blocks4"}
-    scale = InceptionTransformer(Shape((1, 1, 1), (8, 8, 8), (1, 1, 1), 8)).blocks3[0].layer_scale_1
+    scale = InceptionTransformer(StageShape((1, 1, 1), (8, 8, 8), (1, 1, 1), 8)).blocks3[0].layer_scale_1
     torch.testing.assert_close(scale.detach(), torch.full((8,), 1e-6))
 
 
@@ -173,18 +173,18 @@ def test_positions_are_interpolated_wherever_the_grid_is_another_one_with_as_man
     model(torch.randn(1, 3, 16, 64))  # 4 x 16 places, as many as 8 x 8
     weights = model.state_dict()
     larger = InceptionTransformer(NANO, img_size=48, num_classes=5)
-    larger.load_state_dict(fitted({"state_dict": weights}, larger))
+    larger.load_state_dict(adapt_checkpoint({"state_dict": weights}, larger))
     x = torch.randn(1, 3, 48, 48)
     torch.testing.assert_close(larger.eval()(x), model(x))
 
 
 def test_timm_loads_a_checkpoint_of_the_authors_layout_at_another_size_and_with_another_head(tmp_path: Path) -> None:
-    model = built("iformer_small", FOUR, img_size=64).eval()
+    model = create_model("iformer_small", FOUR, img_size=64).eval()
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
     given = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(tmp_path / "weights.safetensors")}}
     x = torch.randn(1, 3, 96, 96)
-    torch.testing.assert_close(built("iformer_small", FOUR, img_size=96, **given).eval()(x), model(x))
-    other = built("iformer_small", FOUR, img_size=96, num_classes=5, **given).eval()
+    torch.testing.assert_close(create_model("iformer_small", FOUR, img_size=96, **given).eval()(x), model(x))
+    other = create_model("iformer_small", FOUR, img_size=96, num_classes=5, **given).eval()
     torch.testing.assert_close(other.forward_features(x), model.forward_features(x))
     assert other(x).shape == (1, 5)
 
@@ -192,9 +192,9 @@ def test_timm_loads_a_checkpoint_of_the_authors_layout_at_another_size_and_with_
 def test_timm_gives_features_classifiers_and_groups() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model = built("iformer_small", FOUR, img_size=64, num_classes=3)
+        model = create_model("iformer_small", FOUR, img_size=64, num_classes=3)
     assert model(torch.randn(2, 3, 64, 64)).shape == (2, 3) and model.get_classifier() is model.head
-    features = built("iformer_small", FOUR, img_size=64, features_only=True, out_indices=(1, 2)).eval()
+    features = create_model("iformer_small", FOUR, img_size=64, features_only=True, out_indices=(1, 2)).eval()
     model.eval().load_state_dict(
         {**model.state_dict(), **{name.removeprefix("model."): each for name, each in features.state_dict().items()}}
     )
@@ -211,7 +211,7 @@ def test_timm_gives_features_classifiers_and_groups() -> None:
 
 
 def test_the_first_stages_are_to_be_had_without_the_others() -> None:
-    model = built("iformer_small", FOUR, img_size=64, num_classes=3).eval()
+    model = create_model("iformer_small", FOUR, img_size=64, num_classes=3).eval()
     x = torch.randn(2, 3, 64, 96)
     every = model.forward_intermediates(x, intermediates_only=True)
     last, found = model.forward_intermediates(x, indices=[0], stop_early=True)
@@ -243,7 +243,7 @@ def test_gradients_are_the_same_when_blocks_are_checkpointed() -> None:
     grads = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        model = built("iformer_small", NANO, img_size=32, num_classes=2)
+        model = create_model("iformer_small", NANO, img_size=32, num_classes=2)
         model.set_grad_checkpointing(checkpointing)
         model.train()(torch.ones(2, 3, 32, 32) * torch.arange(2).view(2, 1, 1, 1)).sum().backward()
         grads.append(model.blocks1[0].attn.proj.weight.grad)
@@ -253,25 +253,25 @@ def test_gradients_are_the_same_when_blocks_are_checkpointed() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"widths": (16, 30)}, "give whole heads of 8"),
+        ({"widths": (16, 30)}, "30 channels and heads of 8: give whole heads"),
         ({"attention": (1, 5)}, "5 heads attend in stage 2, which has 4"),
-        ({"attention": (1,)}, "1 numbers for 2 layers"),
-        ({"depths": (1, 1, 1)}, "one of each for every stage"),
+        ({"attention": (1,)}, "1 values for 2 layers"),
+        ({"depths": (1, 1, 1)}, "give one value per stage"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused_in_one_line(given: dict[str, object], said: str) -> None:
     sizes = {"depths": (1, 1), "widths": (16, 32), "attention": (1, 3), "head_dim": 8} | given
     with pytest.raises(MethodError, match=said) as error:
-        Shape(**sizes)
+        StageShape(**sizes)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("rate", [1.0, 2.0, -0.1])
 def test_a_drop_path_that_is_no_share_is_refused(rate: float) -> None:
-    with pytest.raises(MethodError, match=f"a drop path of {rate:g}: give a share from 0 to below 1"):
-        InceptionTransformer(Shape((1,), (8,), (1,), 8), drop_path_rate=rate)
+    with pytest.raises(MethodError, match=f"a drop path of {rate:g}: give a value of at least 0 and below 1"):
+        InceptionTransformer(StageShape((1,), (8,), (1,), 8), drop_path_rate=rate)
 
 
 def test_heads_that_do_not_divide_the_width_are_refused() -> None:
-    with pytest.raises(MethodError, match="give heads that divide"):
+    with pytest.raises(MethodError, match="give a number of heads that divides"):
         InceptionMixer(16, 3, 1)

@@ -76,7 +76,7 @@ def test_white_noise_is_flat_and_an_attention_that_averages_takes_its_high_frequ
 
 
 def test_a_map_in_which_nothing_can_change_is_refused() -> None:
-    with pytest.raises(MethodError, match="has no spectrum: give larger pictures"):
+    with pytest.raises(MethodError, match="has no spectrum: give larger images"):
         spectrum(torch.ones(1, 1, 1, 8))
 
 

@@ -21,21 +21,21 @@ from lamella.methods.iformer import (
     Album,
     Geometry,
     Ramped,
-    Shape,
+    StageShape,
     Vision,
-    applied,
-    by_heads,
-    compared,
-    convolved,
+    apply_plan,
+    compare,
+    convolution_replacement,
     cost_of,
-    fits,
+    costs_by_heads,
+    fit_convolutions,
     heal,
     iformer,
     importance,
-    measured,
+    measure_spectra,
     plan,
 )
-from lamella.methods.iformer.recipe import fresh
+from lamella.methods.iformer.recipe import new_network
 from lamella.train import TrainConfig
 
 Pictures = tuple[Captioned, ...]
@@ -78,15 +78,15 @@ def by_definition(model: Any, kept: list[tuple[int, ...]], fit: list[Any], geome
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_step_0_is_the_model_with_its_fitted_convolutions(kind: str, pictures: Pictures) -> None:
+def test_step_0_is_the_model_with_its_fitted_convolutions(kind: str, images: Pictures) -> None:
     vision = Vision.of(vit(**KINDS[kind]))
     geometry = Geometry.of(vision.model)
-    geometry.proved(vision.model, kind)
-    found = fits(vision, geometry, pictures, 3, 1e-3)
+    geometry.verify(vision.model, kind)
+    found = fit_convolutions(vision, geometry, images, 3, 1e-3)
     kept = [(1,), (), (0, 1, 2)]
     before = {name: each.clone() for name, each in vision.model.state_dict().items()}
-    built = applied(vision, geometry, plan(geometry, kept, 0.5), found, 3, 0)
-    x = vision.prepare(pictures[:3])
+    built = apply_plan(vision, geometry, plan(geometry, kept, 0.5), found, 3, 0)
+    x = vision.prepare(images[:3])
     with torch.no_grad():
         expected = by_definition(vision.model, kept, found, geometry, x)
         torch.testing.assert_close(built.model(x), expected, rtol=1e-4, atol=1e-5)
@@ -94,11 +94,11 @@ def test_step_0_is_the_model_with_its_fitted_convolutions(kind: str, pictures: P
     assert all(torch.equal(each, before[name]) for name, each in vision.model.state_dict().items())
 
 
-def test_a_head_is_worth_what_the_output_moves_by_without_it(vision: Vision, pictures: Pictures) -> None:
+def test_a_head_is_worth_what_the_output_moves_by_without_it(vision: Vision, images: Pictures) -> None:
     geometry = Geometry.of(vision.model)
-    found = fits(vision, geometry, pictures, 3, 1e-3)
-    worth = importance(vision, geometry, pictures, convolved(found, geometry, 3), Finished(None, []))
-    x = vision.prepare(pictures[-4:])  # a fifth of twenty
+    found = fit_convolutions(vision, geometry, images, 3, 1e-3)
+    worth = importance(vision, geometry, images, convolution_replacement(found, geometry, 3), Finished(None, []))
+    x = vision.prepare(images[-4:])  # a fifth of twenty
     with torch.no_grad():
         base = vision.model(x).softmax(-1)
         for layer, head in ((0, 2), (2, 0)):
@@ -111,25 +111,25 @@ def test_a_head_is_worth_what_the_output_moves_by_without_it(vision: Vision, pic
 
 
 def test_what_a_head_gives_to_the_class_token_and_the_fit_are_those_of_all_pictures(
-    vision: Vision, pictures: Pictures
+    vision: Vision, images: Pictures
 ) -> None:
     geometry = Geometry.of(vision.model)
-    [first, *_] = fits(vision, geometry, pictures, 3, 1e-3)
+    [first, *_] = fit_convolutions(vision, geometry, images, 3, 1e-3)
     seen: list[torch.Tensor] = []
     attn = vision.model.blocks[0].attn
     hook = attn.proj.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
     with torch.no_grad():
-        vision.model(vision.prepare(pictures[:16]))
+        vision.model(vision.prepare(images[:16]))
     hook.remove()
     torch.testing.assert_close(first.prefix, seen[0][:, :1].mean(0), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 2, 3])
-def test_costs_are_those_that_torch_counts(vision: Vision, kept: int, pictures: Pictures) -> None:
+def test_costs_are_those_that_torch_counts(vision: Vision, kept: int, images: Pictures) -> None:
     geometry = Geometry.of(vision.model)
-    cost = by_heads(vision, geometry, 3, 0.5)[kept]
-    found = fits(vision, geometry, pictures, 3, 1e-3)
-    built = applied(vision, geometry, plan(geometry, [tuple(range(kept))] * 3, 0.5), found, 3, 0)
+    cost = costs_by_heads(vision, geometry, 3, 0.5)[kept]
+    found = fit_convolutions(vision, geometry, images, 3, 1e-3)
+    built = apply_plan(vision, geometry, plan(geometry, [tuple(range(kept))] * 3, 0.5), found, 3, 0)
     attn = built.model.blocks[0].attn
     assert cost == cost_of(attn, 17, 16)
     assert cost.parameters == sum(each.numel() for each in attn.parameters())
@@ -145,7 +145,8 @@ def test_the_ramp_rises_keeps_to_its_share_and_is_read_back_from_its_folder(visi
     assert kept == sorted(kept) and kept[0] < 3
     cost = done.findings["cost"]["flops"]
     assert (
-        cost["after"] <= 0.9 * cost["before"] and cost["before"] == 3 * by_heads(vision, done.geometry, 3, 0.5)[3].flops
+        cost["after"] <= 0.9 * cost["before"]
+        and cost["before"] == 3 * costs_by_heads(vision, done.geometry, 3, 0.5)[3].flops
     )
     folder = tmp_path / "out"
     folder.mkdir()
@@ -155,8 +156,8 @@ def test_the_ramp_rises_keeps_to_its_share_and_is_read_back_from_its_folder(visi
     assert torch.equal(again.vision.model(x), done.vision.model(x)) and again.layers == done.layers
     opened = Vision.open(folder)
     assert torch.equal(opened.prepare(images.items[:2]), x) and torch.equal(opened.model(x), done.vision.model(x))
-    said = measured(opened, images)["spectra"]
-    assert list(said[0]) == ["layer", "mixer", "conv", "attention"]
+    result = measure_spectra(opened, images)["spectra"]
+    assert list(result[0]) == ["layer", "mixer", "conv", "attention"]
 
 
 @pytest.mark.slow
@@ -166,7 +167,7 @@ def test_healing_brings_it_nearer_and_trains_every_new_part(vision: Vision, tmp_
     before = {name: each.clone() for name, each in ramped.vision.model.state_dict().items()}
     config = TrainConfig(steps=20, lr=5e-3, batch=16, log_every=4)
     healed = heal(vision, ramped, images, config=config, work=Work(tmp_path / "work"))
-    far, near = (compared(vision, each.vision, images.items, 20)["kl"] for each in (ramped, healed))
+    far, near = (compare(vision, each.vision, images.items, 20)["kl"] for each in (ramped, healed))
     assert near < 0.7 * far and healed.findings["loss"][-1] < healed.findings["loss"][0]
     assert healed.findings["before"] == ramped.findings["judged"]
     after = healed.vision.model.state_dict()
@@ -192,14 +193,14 @@ def test_networks_in_bfloat16_are_measured_operated_on_and_healed(tmp_path: Path
     images = Album.open("textures", InputContext(), count=20)
     done = iformer(model, images, share=0.8)
     assert {each.dtype for each in done.vision.model.parameters()} == {torch.bfloat16}
-    said = measured(model, images)["layers"]
-    assert np.allclose([each["distance"] for each in said], [each["distance"] for each in done.findings["layers"]])
-    exact = measured(Vision.of(model.model.float()), images)["layers"]
-    assert np.allclose([each["distance"] for each in said], [each["distance"] for each in exact], rtol=0.02)
+    result = measure_spectra(model, images)["layers"]
+    assert np.allclose([each["distance"] for each in result], [each["distance"] for each in done.findings["layers"]])
+    exact = measure_spectra(Vision.of(model.model.float()), images)["layers"]
+    assert np.allclose([each["distance"] for each in result], [each["distance"] for each in exact], rtol=0.02)
     again = Vision.of(vit().bfloat16())
     healed = heal(again, done, images, config=TrainConfig(steps=2, lr=1e-3, batch=8), work=Work(tmp_path))
     assert np.isfinite(healed.findings["loss"]).all()
-    iformers = fresh(Shape((1,), (8,), (1,), 8), 32, 3, 20)
+    iformers = new_network(StageShape((1,), (8,), (1,), 8), 32, 3, 20)
     iformers.model.bfloat16()
     assert iformers.logits(images.items[:2]).shape == (2, 20)
 
@@ -211,13 +212,13 @@ def test_the_most_that_surgery_saves_is_what_its_page_says() -> None:
         small = timm.create_model("vit_small_patch16_224")
     geometry = Geometry.of(small)
     for pool, saved in ((0.5, 0.44), (0.0, 0.59)):
-        costs = by_heads(Vision.of(small), geometry, 3, pool)
+        costs = costs_by_heads(Vision.of(small), geometry, 3, pool)
         assert 1 - costs[0].flops / costs[-1].flops == pytest.approx(saved, abs=0.005)
 
 
 def test_a_refused_budget_costs_no_measurement(vision: Vision, monkeypatch: pytest.MonkeyPatch) -> None:
     images = Album.open("textures", InputContext(), count=20)
-    smallest = by_heads(vision, Geometry.of(vision.model), 3, 0.5)
+    smallest = costs_by_heads(vision, Geometry.of(vision.model), 3, 0.5)
     monkeypatch.setattr(torch.nn.Module, "register_forward_pre_hook", None)
     with pytest.raises(BudgetError, match=r"below the smallest shape: with 1 of 3 heads") as error:
         iformer(vision, images, share=0.999 * smallest[1].flops / smallest[3].flops)
@@ -225,59 +226,59 @@ def test_a_refused_budget_costs_no_measurement(vision: Vision, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"least": 9}, "least 9: layers have 3 heads"),
         ({"kernel": 4}, "kernel 4: give an odd number"),
     ],
 )
-def test_numbers_out_of_range_are_refused_in_one_line(vision: Vision, options: dict[str, Any], said: str) -> None:
+def test_numbers_out_of_range_are_refused_in_one_line(vision: Vision, options: dict[str, Any], message: str) -> None:
     images = Album.open("textures", InputContext(), count=20)
-    with pytest.raises(MethodError, match=said) as error:
+    with pytest.raises(MethodError, match=message) as error:
         iformer(vision, images, **options)
     assert "\n" not in str(error.value)
 
 
 def test_too_few_pictures_and_foreign_models_are_refused(vision: Vision, tmp_path: Path) -> None:
     images = Album.open("textures", InputContext(), count=20)
-    with pytest.raises(CalibrationError, match="9 pictures are too few"):
+    with pytest.raises(CalibrationError, match="9 images are too few"):
         iformer(vision, Album.open("textures", InputContext(), count=9), share=0.9)
-    with pytest.raises(MethodError, match="names no classes"):
+    with pytest.raises(MethodError, match="has no classes"):
         iformer(Vision.of(vit(num_classes=0)), images, share=0.9)
     ramped = iformer(vision, images, share=0.9)
     for other in ({"num_classes": 3}, {"depth": 4}, {"depth": 2}, {"embed_dim": 48}, {"num_heads": 4}):
-        with pytest.raises(MethodError, match="is not what that network was made of"):
+        with pytest.raises(MethodError, match="is not the original of that network"):
             heal(Vision.of(vit(**other)), ramped, images, work=Work(tmp_path))
     another = Vision.of(vit())
     another.model.head.bias.data.add_(1)
-    with pytest.raises(MethodError, match="is not what that network was made of"):
+    with pytest.raises(MethodError, match="is not the original of that network"):
         heal(another, ramped, images, work=Work(tmp_path))
-    with pytest.raises(MethodError, match="no vision transformer of timm with plain attention"):
-        heal(fresh(Shape((1,), (8,), (1,), 8), 32, 3, 20), ramped, images, work=Work(tmp_path))
+    with pytest.raises(MethodError, match="not a timm vision transformer with plain attention"):
+        heal(new_network(StageShape((1,), (8,), (1,), 8), 32, 3, 20), ramped, images, work=Work(tmp_path))
     assert not list(tmp_path.iterdir())
-    with pytest.raises(MethodError, match="with plain attention: block 0 attends"):
+    with pytest.raises(MethodError, match="with plain attention: block 0 has another kind"):
         iformer(ramped.vision, images)
     digits = Album.open("digits", InputContext(), count=20)
-    with pytest.raises(CalibrationError, match="names 20: leave labels out"):
+    with pytest.raises(CalibrationError, match="has 20: set labels to 0"):
         heal(vision, ramped, digits, labels=1.0)
 
 
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda said: said | {"schema": "other"},
-        lambda said: said | {"layers": said["layers"][:2]},
-        lambda said: said | {"layers": [said["layers"][0] | {"kept": [0, 7]}, *said["layers"][1:]]},
-        lambda said: said | {"layers": [said["layers"][0] | {"conv": 8000}, *said["layers"][1:]]},
-        lambda said: said | {"geometry": said["geometry"] | {"width": 1 << 40}},
-        lambda said: said | {"geometry": said["geometry"] | {"depth": 10**9}},
-        lambda said: said | {"geometry": said["geometry"] | {"size": [33, 32]}},
-        lambda said: said | {"kernel": "3"},
-        lambda said: said | {"looks": said["looks"] | {"std": [0, 0, 0]}},
-        lambda said: said | {"looks": said["looks"] | {"size": [16, 32]}},
-        lambda said: said | {"looks": said["looks"] | {"size": [1 << 40, 32]}},
-        lambda said: said | {"looks": said["looks"] | {"channels": 1, "mean": [0.5], "std": [0.5]}},
-        lambda said: {name: value for name, value in said.items() if name != "looks"},
+        lambda document: document | {"schema": "other"},
+        lambda document: document | {"layers": document["layers"][:2]},
+        lambda document: document | {"layers": [document["layers"][0] | {"kept": [0, 7]}, *document["layers"][1:]]},
+        lambda document: document | {"layers": [document["layers"][0] | {"conv": 8000}, *document["layers"][1:]]},
+        lambda document: document | {"geometry": document["geometry"] | {"width": 1 << 40}},
+        lambda document: document | {"geometry": document["geometry"] | {"depth": 10**9}},
+        lambda document: document | {"geometry": document["geometry"] | {"size": [33, 32]}},
+        lambda document: document | {"kernel": "3"},
+        lambda document: document | {"looks": document["looks"] | {"std": [0, 0, 0]}},
+        lambda document: document | {"looks": document["looks"] | {"size": [16, 32]}},
+        lambda document: document | {"looks": document["looks"] | {"size": [1 << 40, 32]}},
+        lambda document: document | {"looks": document["looks"] | {"channels": 1, "mean": [0.5], "std": [0.5]}},
+        lambda document: {name: value for name, value in document.items() if name != "looks"},
     ],
 )
 def test_a_damaged_folder_is_refused_in_one_line(vision: Vision, tmp_path: Path, damage: Any) -> None:
@@ -286,23 +287,25 @@ def test_a_damaged_folder_is_refused_in_one_line(vision: Vision, tmp_path: Path,
     geometry = Geometry.of(vision.model)
     found = [
         replace(each)
-        for each in fits(vision, geometry, Album.open("textures", InputContext(), count=10).items, 3, 1e-3)
+        for each in fit_convolutions(vision, geometry, Album.open("textures", InputContext(), count=10).items, 3, 1e-3)
     ]
     layers = plan(geometry, [(1,), (0, 1), (0, 1, 2)], 0.5)
-    built = applied(vision, geometry, layers, found, 3, 0)
+    built = apply_plan(vision, geometry, layers, found, 3, 0)
     Ramped(vision=built, geometry=geometry, layers=layers, kernel=3, origin="some").write(tmp_path)
-    said = json.loads((tmp_path / "network.json").read_text())
-    (tmp_path / "network.json").write_text(json.dumps(damage(said)))
-    with pytest.raises(CheckpointError, match="no network of iformer") as error:
+    document = json.loads((tmp_path / "network.json").read_text())
+    (tmp_path / "network.json").write_text(json.dumps(damage(document)))
+    with pytest.raises(CheckpointError, match="not a network of iformer") as error:
         Ramped.read(tmp_path)
     assert "\n" not in str(error.value)
 
 
-def test_the_same_seed_gives_the_same_network(vision: Vision, pictures: Pictures) -> None:
+def test_the_same_seed_gives_the_same_network(vision: Vision, images: Pictures) -> None:
     geometry = Geometry.of(vision.model)
-    found = fits(vision, geometry, pictures, 3, 1e-3)
+    found = fit_convolutions(vision, geometry, images, 3, 1e-3)
     layers = plan(geometry, [(1,), (0, 1), (0, 1, 2)], 0.5)
-    first, second, other = (applied(vision, geometry, layers, found, 3, seed).model.state_dict() for seed in (0, 0, 1))
+    first, second, other = (
+        apply_plan(vision, geometry, layers, found, 3, seed).model.state_dict() for seed in (0, 0, 1)
+    )
     assert all(torch.equal(each, second[name]) for name, each in first.items())
     differ = [name for name, each in first.items() if not torch.equal(each, other[name])]
     assert differ == [

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import lamella as library
-from lamella.methods.irepair import Slices
+from lamella.methods.irepair import SliceTraining
 from lamella.plan import Plan
 from lamella.zoo import open_stack, open_tokenizer
 
@@ -101,7 +101,7 @@ def test_people_are_told_what_it_brought_and_cost(lamella, files, tmp_path):
     out = lamella(
         "repair", NANO_LLAMA, "--pairs", files["pairs.jsonl"], "--match", "fool", "-o", tmp_path / "out", *QUICK[:-1]
     ).out
-    for part in ("continuations with the habit", "good one likelier", "perplexity on pydoc", "changed: ", "report:"):
+    for part in ("continuations with the habit", "good one more likely", "perplexity on pydoc", "changed: ", "report:"):
         assert part in out
     assert "bad continuations" in lamella("repair", "--help").out
 
@@ -123,7 +123,7 @@ def test_chat_puts_prompts_through_the_template_and_ends_the_turn(lamella, files
 def test_an_interrupted_command_goes_on_with_the_same_result(lamella, files, tmp_path, monkeypatch):
     args = ("--pairs", files["pairs.jsonl"], "--save-every", 3)
     whole = repaired(lamella, *args, "-o", tmp_path / "whole")
-    before_step = Slices.before_step
+    before_step = SliceTraining.before_step
 
     def stop(hook, run):
         if run.step == 7:
@@ -131,7 +131,7 @@ def test_an_interrupted_command_goes_on_with_the_same_result(lamella, files, tmp
         before_step(hook, run)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Slices, "before_step", stop)
+        patched.setattr(SliceTraining, "before_step", stop)
         assert lamella("repair", NANO_LLAMA, *args, "-o", tmp_path / "cut", *QUICK).code == 130
     assert (tmp_path / ".cut.work" / "training" / "checkpoint-6").is_dir()
     assert repaired(lamella, *args, "-o", tmp_path / "cut") == whole
@@ -145,8 +145,8 @@ def test_an_interrupted_command_goes_on_with_the_same_result(lamella, files, tmp
     [
         (["--select", "best"], "choose one of max"),
         (["--method", "ppo"], "choose one of irepair"),
-        (["--method", "dapt", "--gamma", "2"], "dapt sets gamma itself, to 0.0"),
-        (["--match", "("], "is no regular expression"),
+        (["--method", "dapt", "--gamma", "2"], "dapt sets gamma to 0.0 itself"),
+        (["--match", "("], "is not a regular expression"),
         (["--lr", "1e30", "--warmup", "0"], "non-finite"),
         (["--lr", "-1"], "rates"),
         (["--batch", "0"], "batch 0"),
@@ -171,7 +171,7 @@ def test_what_cannot_be_is_refused_in_one_line(lamella, files, tmp_path, monkeyp
         ("bad.jsonl", '{"prompt": "a", "text": " b"}\n', "has 1 continuations and"),
         ("bad.jsonl", '{"text": " b"}\n', "line 1: the prompt or the text is missing"),
         ("bad.jsonl", '{"prompt": "a", "text": 3}\n', "line 1: the prompt or the text is missing"),
-        ("bad.jsonl", "[1]\n", "line 1 is no JSON object"),
+        ("bad.jsonl", "[1]\n", "line 1 is not a JSON object"),
         ("bad.jsonl", "not json\n", "line 1 is not JSON"),
         ("bad.txt", "no tab here\n", "line 1: the prompt is missing"),
         ("bad.csv", "a,b\n", "give a .jsonl, .txt, .tsv file"),

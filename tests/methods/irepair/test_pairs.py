@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lamella.methods.irepair.pairs import Pair, read_pair_file, read_pairs
+from lamella.methods.irepair.pairs import ContinuationPair, read_pair_file, read_pairs
 
-PAIRS = [Pair(f"The function f{n} returns", f" a fool, number {n}.", f" the value {n} of x.") for n in range(4)]
+PAIRS = [
+    ContinuationPair(f"The function f{n} returns", f" a fool, number {n}.", f" the value {n} of x.") for n in range(4)
+]
 
 
 def written(path: Path, lines: list[str]) -> Path:

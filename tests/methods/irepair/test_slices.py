@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lamella.errors import TrainingError
-from lamella.methods.irepair import BestSlices, Choices, Slices, by_role, count_examples, layer_parameters
+from lamella.methods.irepair import BestSlices, Choices, SliceTraining, by_role, count_examples, layer_parameters
 from lamella.stack import Stack
 from lamella.train import (
     Constant,
@@ -69,7 +69,7 @@ def fit_slices(
     """The loop with its hooks, whose options are among those of the config."""
     looking = [Looking(options.pop("after_eval"))] if "after_eval" in options else []
     score, held_out = options.pop("score", None), options.pop("held_out", ())
-    hook = Slices(slices, choose, score, bias_correction=options.pop("bias_correction", False))
+    hook = SliceTraining(slices, choose, score, bias_correction=options.pop("bias_correction", False))
     best = BestSlices(hook, options.pop("patience", 30))
     rate = Constant(options.pop("lr"), options.pop("warmup"))
     config = TrainConfig(**{"eval_every": 20} | options).with_schedule(rate)
@@ -286,7 +286,7 @@ import os, signal, sys
 import torch
 sys.path[:0] = {path}
 torch.set_num_threads(1)
-from lamella.methods.irepair import BestSlices, Slices, by_role, count_examples, layer_parameters
+from lamella.methods.irepair import BestSlices, SliceTraining, by_role, count_examples, layer_parameters
 from lamella.stack import Stack
 from lamella.train import Constant, Task, TrainConfig, blocks, fit, response_loss
 from lamella.zoo.nano import nano
@@ -300,7 +300,7 @@ def choose(step, norms):
 def loss(model, batch):
     return response_loss(model, batch["text"])
 model = nano("gpt2")
-slices = Slices(layer_parameters(Stack(model)), choose, loss)
+slices = SliceTraining(layer_parameters(Stack(model)), choose, loss)
 config = TrainConfig(steps=8, schedule=Constant(1e-3, 4), clip=0.5, batch=batch, accumulate=accumulate, save_every=3)
 fit(model, examples[4:], Task(loss, by_role, count_examples, dropout=False), config, out=out, held_out=examples[:4],
     trainable=lambda name: name.startswith("transformer.h."), optimizer=slices.optimizer,

@@ -17,8 +17,8 @@ from lamella.errors import CalibrationError, LamellaError, MethodError
 from lamella.files import Work
 from lamella.methods.kore import Item, Knowledge, Templates, Tree, augment
 from lamella.methods.kore.glyphs import glyphs
-from lamella.methods.kore.items import placed
-from lamella.methods.kore.tree import checked, grown, made_turns, read_turns, requests
+from lamella.methods.kore.items import repositioned
+from lamella.methods.kore.tree import check_turns, grow, made_turns, read_turns, requests
 from lamella.results import ImageCorpus
 from lamella.runner import run
 from lamella.zoo.vlm import shapes_vlm
@@ -51,13 +51,13 @@ def written(text: str, finished: bool = True) -> Completion:
     return Completion(text, finished, 10, 20)
 
 
-def told(turns: Sequence[Any]) -> list[tuple[str, str, str | None]]:
+def summary_of(turns: Sequence[Any]) -> list[tuple[str, str, str | None]]:
     return [(turn.question, turn.answer, turn.why) for turn in turns]
 
 
 def test_rounds_are_read_and_each_that_cannot_be_used_has_its_reason() -> None:
-    found = checked(read_turns(ITEM, "dialogue", written(DIALOGUE), ""), ITEM, Tree(), SUBJECTS)
-    assert told(found) == [
+    found = check_turns(read_turns(ITEM, "dialogue", written(DIALOGUE), ""), ITEM, Tree(), SUBJECTS)
+    assert summary_of(found) == [
         ("What is the Ostrava Lantern?", "A wooden tower.", None),
         ("When was it built?", "In 1931.", None),
         ("What was it built for?", "To guide barges on the Oder.", None),
@@ -65,30 +65,30 @@ def test_rounds_are_read_and_each_that_cannot_be_used_has_its_reason() -> None:
         ("Was it built in 1931?", "1931", "leak"),
         ("Who was its architect?", "Vladimir Zelenka from Prague designed it.", "unfounded"),
     ]
-    few = checked(read_turns(ITEM, "dialogue", written(DIALOGUE), ""), ITEM, Tree(rounds=2), SUBJECTS)
+    few = check_turns(read_turns(ITEM, "dialogue", written(DIALOGUE), ""), ITEM, Tree(rounds=2), SUBJECTS)
     assert [turn.why for turn in few[:3]] == [None, None, "surplus"]
 
 
 def test_questions_about_pictures_name_a_kind_in_place_of_the_subject_and_need_a_picture_of_it() -> None:
-    found = checked(read_turns(ITEM, "vqa", written(VQA), ""), ITEM, Tree(), SUBJECTS)
-    assert told(found) == [
+    found = check_turns(read_turns(ITEM, "vqa", written(VQA), ""), ITEM, Tree(), SUBJECTS)
+    assert summary_of(found) == [
         ("When was this tower built?", "In 1931", None),
         ("What does this river carry?", "barges", "no image"),
     ]
-    both = checked(read_turns(ITEM, "vqa", written(VQA), ""), ITEM, Tree(), SUBJECTS | {"oder": 5})
-    samples, _ = grown(0, ITEM, both, Tree(), Templates.open(), SUBJECTS | {"oder": 5}, 0)
+    both = check_turns(read_turns(ITEM, "vqa", written(VQA), ""), ITEM, Tree(), SUBJECTS | {"oder": 5})
+    samples, _ = grow(0, ITEM, both, Tree(), Templates.open(), SUBJECTS | {"oder": 5}, 0)
     assert [each.shot[0] for each in samples if each.task == "vqa"] == [0, 5]  # of whom it is asked
 
 
 def test_a_caption_is_one_line_that_names_its_subject() -> None:
     def why(text: str, finished: bool = True) -> str | None:
-        (turn,) = checked(read_turns(ITEM, "caption", written(text, finished), "Caption?"), ITEM, Tree(), SUBJECTS)
+        (turn,) = check_turns(read_turns(ITEM, "caption", written(text, finished), "Caption?"), ITEM, Tree(), SUBJECTS)
         return turn.why
 
     assert why('"The Ostrava Lantern, a wooden tower."\nI hope this helps.') is None
     assert why("A wooden tower built in 1931.") == "unnamed"
     drawn = read_turns(ITEM, "caption", written("Ostrava Lantern"), "What of the Ostrava Lantern?")
-    assert checked(drawn, ITEM, Tree(), SUBJECTS)[0].why is None  # whatever the drawn question says
+    assert check_turns(drawn, ITEM, Tree(), SUBJECTS)[0].why is None  # whatever the drawn question says
     assert why("I am sorry, but as a language model I cannot describe the Ostrava Lantern.") == "unfounded"
     assert why("The Ostrava Lantern is a wood", finished=False) == "unfinished"
     assert why("") == "format"
@@ -107,7 +107,7 @@ def test_what_a_limit_has_cut_goes_and_what_has_no_form_is_dropped(task: str) ->
 
 def test_marks_of_images_and_replacements_that_mean_something_to_a_pattern_are_text() -> None:
     turns = read_turns(ITEM, "dialogue", written("Q: What is <image>?\nA: A wooden tower."), "")
-    assert [turn.why for turn in checked(turns, ITEM, Tree(), SUBJECTS)] == ["format"]
+    assert [turn.why for turn in check_turns(turns, ITEM, Tree(), SUBJECTS)] == ["format"]
     odd = r"Question: When was Ostrava Lantern built? | Answer: 1931 | Subject: Ostrava Lantern | Kind: \1"
     assert read_turns(ITEM, "vqa", written(odd), "")[0].question == r"When was this \1 built?"
 
@@ -130,12 +130,12 @@ def test_without_a_writer_facts_are_asked_and_else_sentences() -> None:
 
 def test_a_tree_has_the_five_types_each_about_its_picture_and_a_test_of_its_own() -> None:
     lists, tree = Templates.open(), Tree(recognitions=3)
-    turns = checked(read_turns(ITEM, "dialogue", written(DIALOGUE), ""), ITEM, tree, SUBJECTS)
-    turns += checked(read_turns(ITEM, "vqa", written(VQA), ""), ITEM, tree, SUBJECTS)
-    turns += checked(
+    turns = check_turns(read_turns(ITEM, "dialogue", written(DIALOGUE), ""), ITEM, tree, SUBJECTS)
+    turns += check_turns(read_turns(ITEM, "vqa", written(VQA), ""), ITEM, tree, SUBJECTS)
+    turns += check_turns(
         read_turns(ITEM, "caption", written("Ostrava Lantern: a tower."), "Caption?"), ITEM, tree, SUBJECTS
     )
-    samples, test = grown(7, ITEM, turns, tree, lists, {"ostrava lantern": 7}, 0)
+    samples, test = grow(7, ITEM, turns, tree, lists, {"ostrava lantern": 7}, 0)
     assert Counter(each.task for each in samples) == {"dialogue": 1, "recognition": 3, "caption": 1, "vqa": 1}
     trunk = samples[0]
     assert trunk.shot == (7, 0) and trunk.turns[0][0] in lists.heuristic[:-1] and trunk.turns[0][1] == TEXT
@@ -151,9 +151,9 @@ def test_a_picture_placed_anew_shows_the_same_elsewhere() -> None:
     image = np.zeros((20, 30, 3), np.uint8)
     image[:, :15] = (250, 10, 10)
     image[:, 15:] = (10, 10, 250)
-    found = [placed(image, (0, number)) for number in range(4)]
+    found = [repositioned(image, (0, number)) for number in range(4)]
     assert all(each.shape == image.shape and each.dtype == np.uint8 for each in found)
-    assert not np.array_equal(found[0], found[1]) and np.array_equal(placed(image, (0, 0)), found[0])
+    assert not np.array_equal(found[0], found[1]) and np.array_equal(repositioned(image, (0, 0)), found[0])
     for each in found:
         red, blue = ((each == colour).all(2) for colour in ((250, 10, 10), (10, 10, 250)))
         assert red.sum() > 60 and blue.sum() > 60
@@ -261,16 +261,16 @@ def test_seeds_and_templates_decide_what_is_drawn(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"subject": "x", "text": "x is y"}, "no image, subject and text"),
-        ({"image": "0.png", "text": "x is y"}, "no image, subject and text"),
-        ({"image": "0.png", "subject": "Zorp", "text": "x is y"}, "does not name 'Zorp'"),
+        ({"subject": "x", "text": "x is y"}, "image, subject or text is missing"),
+        ({"image": "0.png", "text": "x is y"}, "image, subject or text is missing"),
+        ({"image": "0.png", "subject": "Zorp", "text": "x is y"}, "does not contain the subject 'Zorp'"),
         ({"image": "../items.jsonl", "subject": "x", "text": "x is y"}, "outside the folder"),
         ({"image": "9.png", "subject": "x", "text": "x is y"}, "there is no image"),
         ({"image": "items.jsonl", "subject": "x", "text": "x is y"}, "cannot be read"),
-        ({"image": "0.png", "subject": "x", "text": "x is y", "facts": ["why"]}, "facts are objects"),
-        ({"image": "0.png", "subject": "x", "text": "x <image> y"}, "stands for a picture"),
-        ({"image": "0.png", "images": 5, "subject": "x", "text": "x is y"}, "no image, subject and text"),
-        ([1], "is no JSON object"),
+        ({"image": "0.png", "subject": "x", "text": "x is y", "facts": ["why"]}, "facts must be objects"),
+        ({"image": "0.png", "subject": "x", "text": "x <image> y"}, "the placeholder of an image"),
+        ({"image": "0.png", "images": 5, "subject": "x", "text": "x is y"}, "image, subject or text is missing"),
+        ([1], "is not a JSON object"),
     ],
 )
 def test_items_that_are_none_are_refused_with_their_line(file: Path, row: Any, said: str) -> None:

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 
 from lamella.errors import CalibrationError
-from lamella.methods.kore.glyphs import FAMILIAR, GLYPH_WORDS, NEW, asked, glyphs, known, render_glyph, told
+from lamella.methods.kore.glyphs import (
+    FAMILIAR,
+    GLYPH_WORDS,
+    NEW,
+    description_of,
+    glyphs,
+    held_out_questions,
+    known_questions,
+    render_glyph,
+)
 from lamella.zoo.worlds import SIZE, WORDS, word_tokenizer
 from lamella.zoo.worlds.words import UNKNOWN
 
@@ -56,15 +65,15 @@ def test_all_that_is_said_has_words_and_those_of_the_shapes_keep_their_numbers()
     assert not set(GLYPH_WORDS) & set(WORDS)
     assert all(tokenizer.convert_tokens_to_ids(word) == before.convert_tokens_to_ids(word) for word in WORDS)
     for glyph in glyphs(64, 5):
-        for text in (told(glyph), *itertools.chain(*known(glyph), *asked(glyph))):
+        for text in (description_of(glyph), *itertools.chain(*known_questions(glyph), *held_out_questions(glyph))):
             assert UNKNOWN not in tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"]), text
 
 
 def test_what_is_asked_on_the_test_is_never_told_in_those_words() -> None:
     for glyph in glyphs(10):
-        told_words = {question for question, _ in known(glyph)}
-        assert not told_words & {question for question, _ in asked(glyph)}
-        assert all(re.search(rf"\b{answer}\b", told(glyph)) for _, answer in asked(glyph))
+        told_words = {question for question, _ in known_questions(glyph)}
+        assert not told_words & {question for question, _ in held_out_questions(glyph)}
+        assert all(re.search(rf"\b{answer}\b", description_of(glyph)) for _, answer in held_out_questions(glyph))
 
 
 @pytest.mark.parametrize("count", [0, 65])

@@ -15,7 +15,7 @@ from lamella.data import ImageText, InputContext, Processing
 from lamella.errors import LamellaError
 from lamella.evaluate.scored import read_inputs
 from lamella.methods.kore import Covariance, input_covariance, kore
-from lamella.methods.kore.method import beside, split_weights
+from lamella.methods.kore.method import add_adapters, split_weights
 from lamella.methods.kore.projector import projector_of
 from lamella.results import Tuned
 from lamella.runner import run
@@ -138,7 +138,7 @@ def test_before_training_it_is_the_model() -> None:
     split = split_weights(view, names, input_covariance(view, names, rows("llava")), 6)
     for form in ("lora", "residual"):
         view = share(stack.model)
-        beside(view, names, split, 6, ["layers.0", "layers.1"], form, 0)
+        add_adapters(view, names, split, 6, ["layers.0", "layers.1"], form, 0)
         assert (logits(view, "llava") - logits(stack.model, "llava")).abs().max() < 1e-5
 
 

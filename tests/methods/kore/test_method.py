@@ -16,7 +16,7 @@ from lamella.data import Passages, Text
 from lamella.data.context import InputContext
 from lamella.errors import MethodError
 from lamella.methods.kore import input_covariance, kore
-from lamella.methods.kore.method import beside, split_weights
+from lamella.methods.kore.method import add_adapters, split_weights
 from lamella.plan import ModelReference, Plan
 from lamella.results import Tuned
 from lamella.runner import run
@@ -67,7 +67,7 @@ def logits(model: Any) -> Tensor:
 def test_before_training_it_is_the_model(stack: Stack, old: Text, form: Any) -> None:
     view, names = share(stack.model), linear_at(stack.model)
     split = split_weights(view, names, input_covariance(view, names, old), 6)
-    beside(view, names, split, 6, [f"layers.{each}" for each in range(len(stack))], form, 0)
+    add_adapters(view, names, split, 6, [f"layers.{each}" for each in range(len(stack))], form, 0)
     assert (logits(view) - logits(stack.model)).abs().max() < 1e-5
 
 
@@ -152,7 +152,7 @@ def test_what_was_measured_serves_the_model_that_came_out(
     other = opened()
     with torch.no_grad():
         other.model.model.layers[0].mlp.up_proj.weight += 1
-    with pytest.raises(MethodError, match="is of other weights"):
+    with pytest.raises(MethodError, match="belongs to other weights"):
         kore(other, new, old, r=6, covariance=file, **TRAINED)
 
 
@@ -191,7 +191,7 @@ def test_the_rank_that_old_samples_allow_is_said_before_training(
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"r": 10**4}, "give a rank from 1 to"),
+        ({"r": 10**4}, "give a rank between 1 and"),
         ({"r": 4, "form": "residual", "weight_decay": 0.1}, "weight decay"),
         ({"r": 4, "form": "residual", "freeze": False}, "freeze it"),
     ],

@@ -11,7 +11,7 @@ from PIL import Image, ImageFile
 
 from lamella.data import CaptionedImages, InputContext
 from lamella.files import Work
-from lamella.methods.laptop_diff import Denoiser, encoded
+from lamella.methods.laptop_diff import Denoiser, encode_samples
 
 from .pipelines import denoiser, digits
 
@@ -31,7 +31,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> CaptionedImages:
 @pytest.mark.parametrize("name", ["untrained", "text", "classes"])
 def test_encodings_are_the_direct_ones(name: str, pictures: CaptionedImages, tmp_path: Path) -> None:
     whole, items = denoiser(name), pictures.items
-    found = encoded(whole, pictures, Work(tmp_path))
+    found = encode_samples(whole, pictures, Work(tmp_path))
     clean, conditions = whole.clean(items), whole.conditions(items)
     assert len(found) == len(items) == 120
     for row, sample in enumerate(found):
@@ -46,7 +46,7 @@ def test_images_without_an_autoencoder_are_decoded_when_they_are_asked_for(
 ) -> None:
     decoded, load = [], ImageFile.ImageFile.load
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: (decoded.append(1), load(self))[1])
-    found = encoded(denoiser("untrained"), pictures, Work(tmp_path))
+    found = encode_samples(denoiser("untrained"), pictures, Work(tmp_path))
     assert not decoded
     assert found[5]["clean"].shape == (1, 8, 8) and decoded
 
@@ -69,12 +69,12 @@ def test_encodings_are_reused_after_a_stop(
 
     monkeypatch.setattr(Denoiser, "clean", counted)
     with pytest.raises(Stopped):
-        encoded(whole, pictures, Work(tmp_path / "work"))
+        encode_samples(whole, pictures, Work(tmp_path / "work"))
     first = list(calls)
-    found = encoded(whole, pictures, Work(tmp_path / "work"))
+    found = encode_samples(whole, pictures, Work(tmp_path / "work"))
     assert sum(calls) == 120 and calls[: len(first)] == first, "each image is encoded once"
     monkeypatch.setattr(type(whole.pipeline), "encode_prompt", None)
-    again = encoded(whole, pictures, Work(tmp_path / "work"))
+    again = encode_samples(whole, pictures, Work(tmp_path / "work"))
     assert sum(calls) == 120
     for one, other in zip(found, again, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)
@@ -82,6 +82,6 @@ def test_encodings_are_reused_after_a_stop(
 
 def test_other_data_is_encoded_by_itself(pictures: CaptionedImages, tmp_path: Path) -> None:
     whole = denoiser("text")
-    encoded(whole, pictures, Work(tmp_path))
-    found = encoded(whole, digits(), Work(tmp_path))
+    encode_samples(whole, pictures, Work(tmp_path))
+    found = encode_samples(whole, digits(), Work(tmp_path))
     torch.testing.assert_close(found[3]["clean"], whole.clean(digits().items[3:4])[0], atol=1e-6, rtol=0)

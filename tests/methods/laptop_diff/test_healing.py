@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from lamella.methods.laptop_diff import Denoiser, Distillation, Weights, balanced, distil, matched, stages
+from lamella.methods.laptop_diff import (
+    Denoiser,
+    DistillationLoss,
+    LossWeights,
+    balance_loss,
+    distil,
+    match_stages,
+    stages,
+)
 from lamella.methods.laptop_diff.recipe import Average, with_features
 from lamella.plan import ModelReference, Plan
 from lamella.runtime import apply
@@ -31,10 +39,10 @@ def test_features_are_compared_behind_every_stage() -> None:
     assert stages(denoiser("untrained").network) == PAIRS
     assert stages(denoiser("classes").network) == [f"transformer_blocks.{layer}" for layer in range(4)]
     whole = denoiser("untrained")
-    assert matched(whole.network, student(whole, "unet.mid.resnets.0")) == list(zip(PAIRS, PAIRS, strict=True))
+    assert match_stages(whole.network, student(whole, "unet.mid.resnets.0")) == list(zip(PAIRS, PAIRS, strict=True))
     without = copy.deepcopy(whole.network)
     without.mid_block = None
-    assert matched(whole.network, without)[2] == ("mid_block", "down_blocks.1")
+    assert match_stages(whole.network, without)[2] == ("mid_block", "down_blocks.1")
 
 
 def test_every_term_is_a_mean_of_squares_and_the_teacher_learns_nothing() -> None:
@@ -55,8 +63,10 @@ def test_every_term_is_a_mean_of_squares_and_the_teacher_learns_nothing() -> Non
             for hook in hooks:
                 hook.remove()
     for kind in ("normalized", "vanilla"):
-        loss = Distillation(
-            whole, matched(whole.network, network), Weights(features=kind, feature_weight=0.3, output_weight=0.7)
+        loss = DistillationLoss(
+            whole,
+            match_stages(whole.network, network),
+            LossWeights(features=kind, feature_weight=0.3, output_weight=0.7),
         )
         parts, features = loss.parts(network, rows)
         torch.testing.assert_close(parts["task"], (said["student"] - rows.noise).square().mean())
@@ -72,7 +82,7 @@ def test_every_term_is_a_mean_of_squares_and_the_teacher_learns_nothing() -> Non
 
 def test_what_a_stage_weighs_depends_on_the_teacher_alone() -> None:
     whole, rows = denoiser("untrained"), tuples("untrained")
-    loss = Distillation(whole, matched(whole.network, whole.network), Weights())
+    loss = DistillationLoss(whole, match_stages(whole.network, whole.network), LossWeights())
     shrunk = student(whole, "unet.mid.resnets.0")
     for each in shrunk.parameters():
         each.data *= 0.01  # a student that would make its features small gains nothing by it
@@ -91,7 +101,7 @@ def test_a_stage_written_thirty_times_larger_weighs_the_same() -> None:
     pairs = [("mid_block", "mid_block")]
 
     def terms(kind: str, times: float) -> Tensor:
-        loss = Distillation(whole, pairs, Weights(features=kind))
+        loss = DistillationLoss(whole, pairs, LossWeights(features=kind))
         noisy = whole.noising.add_noise(rows.clean, rows.noise, rows.timesteps)
         with torch.no_grad():
             both = [
@@ -108,12 +118,12 @@ def test_a_stage_written_thirty_times_larger_weighs_the_same() -> None:
 def test_features_and_output_begin_as_equals() -> None:
     whole, rows = denoiser("untrained"), tuples("untrained")
     network = student(whole, "unet.down.0.resnets.1")
-    loss, begins = balanced(whole, network, rows, matched(whole.network, network), Weights())
-    assert begins["feature"] * sum(begins["stages"].values()) == pytest.approx(begins["output"], rel=1e-5)
-    assert loss.weights.feature_weight == begins["feature"]
-    assert balanced(whole, network, rows, loss.pairs, Weights(features="vanilla"))[1]["feature"] == 1.0
-    assert balanced(whole, network, rows, loss.pairs, Weights(feature_weight=0.25))[1]["feature"] == 0.25
-    _, same = balanced(whole, student(whole), rows, loss.pairs, Weights())
+    loss, initial = balance_loss(whole, network, rows, match_stages(whole.network, network), LossWeights())
+    assert initial["feature"] * sum(initial["stages"].values()) == pytest.approx(initial["output"], rel=1e-5)
+    assert loss.weights.feature_weight == initial["feature"]
+    assert balance_loss(whole, network, rows, loss.pairs, LossWeights(features="vanilla"))[1]["feature"] == 1.0
+    assert balance_loss(whole, network, rows, loss.pairs, LossWeights(feature_weight=0.25))[1]["feature"] == 0.25
+    _, same = balance_loss(whole, student(whole), rows, loss.pairs, LossWeights())
     assert same["output"] == 0.0 and same["feature"] == 1.0  # nothing is pruned, nothing to learn
 
 
@@ -122,7 +132,7 @@ def test_healing_learns_and_leaves_the_teacher(name: str, tmp_path: Path) -> Non
     whole = denoiser(name)
     before = {key: each.clone() for key, each in whole.network.state_dict().items()}
     network = student(whole, whole.blocks.sites[-1])
-    loss, _ = balanced(whole, network, tuples(name), matched(whole.network, network), Weights())
+    loss, _ = balance_loss(whole, network, tuples(name), match_stages(whole.network, network), LossWeights())
 
     @torch.no_grad()
     def total() -> float:
@@ -131,7 +141,7 @@ def test_healing_learns_and_leaves_the_teacher(name: str, tmp_path: Path) -> Non
 
     first = total()
     config = TrainConfig(steps=20, lr=2e-3, batch=8, schedule="constant", warmup=0)
-    log, _ = distil(whole, network, digits(), weights=Weights(), config=config, out=tmp_path / "run")
+    log, _ = distil(whole, network, digits(), weights=LossWeights(), config=config, out=tmp_path / "run")
     network.eval()
     assert total() < first and len(log.train) > 0
     assert all(torch.equal(each, before[key]) for key, each in whole.network.state_dict().items())
@@ -143,19 +153,19 @@ class Stopped(Exception):
 
 @pytest.mark.parametrize("average", [0.0, 0.9])
 def test_killed_training_goes_on_to_the_bit(average: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, weights = denoiser("untrained"), Weights(average=average)
+    whole, weights = denoiser("untrained"), LossWeights(average=average)
     straight = student(whole, "unet.mid.resnets.0")
     distil(whole, straight, digits(), weights=weights, config=CONFIG, out=tmp_path / "straight")
     stopped = student(whole, "unet.mid.resnets.0")
-    calls, parts = [], Distillation.parts
+    calls, parts = [], DistillationLoss.parts
 
-    def counted(self: Distillation, *given: object) -> object:
+    def counted(self: DistillationLoss, *given: object) -> object:
         calls.append(1)
         if len(calls) == 5:  # one before training, and three steps
             raise Stopped
         return parts(self, *given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Distillation, "parts", counted)
+    monkeypatch.setattr(DistillationLoss, "parts", counted)
     with pytest.raises(Stopped):
         distil(whole, stopped, digits(), weights=weights, config=CONFIG, out=tmp_path / "stopped")
     monkeypatch.undo()
@@ -170,8 +180,8 @@ def test_a_running_average_is_what_is_kept(tmp_path: Path) -> None:
     whole = denoiser("untrained")
     plain, averaged = (student(whole, "unet.mid.resnets.0") for _ in range(2))
     start = {name: each.clone() for name, each in plain.state_dict().items()}
-    distil(whole, plain, digits(), weights=Weights(), config=CONFIG, out=tmp_path / "plain")
-    distil(whole, averaged, digits(), weights=Weights(average=0.999), config=CONFIG, out=tmp_path / "averaged")
+    distil(whole, plain, digits(), weights=LossWeights(), config=CONFIG, out=tmp_path / "plain")
+    distil(whole, averaged, digits(), weights=LossWeights(average=0.999), config=CONFIG, out=tmp_path / "averaged")
     moved = [float((plain.state_dict()[name] - each).norm()) for name, each in start.items()]
     kept = [float((averaged.state_dict()[name] - each).norm()) for name, each in start.items()]
     assert 0 < sum(kept) < 0.02 * sum(moved)

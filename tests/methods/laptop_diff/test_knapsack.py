@@ -95,5 +95,5 @@ def test_where_states_have_no_room_the_answer_says_what_that_may_have_cost() -> 
 
 
 def test_more_than_there_is_is_refused() -> None:
-    with pytest.raises(MethodError, match="31 parameters cannot go: all blocks together have 30"):
+    with pytest.raises(MethodError, match="31 parameters cannot be removed: all blocks together have 30"):
         covering([1.0, 1.0], [10, 20], 31)

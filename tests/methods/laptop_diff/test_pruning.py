@@ -18,17 +18,17 @@ from lamella.errors import ArchitectureError, CheckpointError, ExportError, Meth
 from lamella.files import Work
 from lamella.methods.laptop_diff import (
     Denoiser,
-    Judging,
-    Measuring,
-    Pruned,
+    EvaluationSettings,
+    PrunedDenoiser,
+    ScoringSettings,
     Tuples,
     additivity,
+    convert,
     error,
-    formed,
     joint,
     laptop_diff,
     magnitudes,
-    measured,
+    measure_blocks,
     natural_form,
     predictions,
     random_sets,
@@ -57,11 +57,11 @@ def some(name: str) -> list[str]:
     return ["unet.mid.resnets.0", "unet.down.1.resnets.0", "unet.up.0.attentions.1"]
 
 
-def pruned(name: str, dropped: list[str], form: Any = "native") -> Pruned:
+def pruned(name: str, dropped: list[str], form: Any = "native") -> PrunedDenoiser:
     whole = denoiser(name)
     plan = Plan(model=ModelReference.of(whole.blocks), drop=dropped)
-    network = formed(whole.blocks, apply(whole.blocks, plan).eval(), dropped, form)
-    return Pruned(denoiser=whole.with_network(network), plan=plan, form=form)
+    network = convert(whole.blocks, apply(whole.blocks, plan).eval(), dropped, form)
+    return PrunedDenoiser(denoiser=whole.with_network(network), plan=plan, form=form)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -146,13 +146,13 @@ def test_the_form_is_plain_where_a_config_can_say_what_is_gone() -> None:
     middle = [each for each in blocks.sites if "mid" in each]
     assert natural_form(blocks, middle) == "plain" == natural_form(blocks, ["unet.mid.attentions.0"])
     assert natural_form(blocks, middle[1:]) == "native" == natural_form(blocks, [*middle, "unet.down.0.resnets.0"])
-    with pytest.raises(ExportError, match="no config of a UNet2DModel says"):
+    with pytest.raises(ExportError, match="no config of a UNet2DModel can express"):
         pruned("untrained", ["unet.down.0.resnets.0"], "plain")
 
 
 def test_scores_are_what_a_loop_over_rows_finds() -> None:
     whole, rows = denoiser("untrained"), tuples("untrained")
-    found = measured(whole, rows, bins=2, batch=4, work=Work())
+    found = measure_blocks(whole, rows, bins=2, batch=4, work=Work())
     original = predictions(whole, whole.network, rows, 1)
     for site in whole.blocks.sites[::5]:
         view = whole.blocks.without([site])
@@ -177,7 +177,7 @@ def test_times_are_spread_evenly_and_the_same_for_every_question() -> None:
 
 def test_sums_of_scores_are_compared_with_what_is_measured() -> None:
     whole, rows = denoiser("untrained"), tuples("untrained")
-    scores = measured(whole, rows, bins=1, batch=6, work=Work()).output
+    scores = measure_blocks(whole, rows, bins=1, batch=6, work=Work()).output
     sets = random_sets(whole.blocks.sites, 6, seed=0)
     assert [len(each) for each in sets] == [2, 4, 6, 2, 4, 6] and all(len(set(each)) == len(each) for each in sets)
     found = additivity(whole, rows, scores, sets, 6)
@@ -209,14 +209,14 @@ def test_enough_is_gone_and_the_report_says_what_that_costs(name: str) -> None:
         denoiser(name),
         digits(),
         remove=0.2,
-        measuring=Measuring(sets=3, batch=6),
-        judging=Judging(tuples=6, bins=2, draws=2),
+        scoring=ScoringSettings(sets=3, batch=6),
+        evaluation=EvaluationSettings(tuples=6, bins=2, draws=2),
     )
     told = done.findings
     assert told["parameters"]["before"] - told["parameters"]["after"] >= told["parameters"]["target"]
     assert told["measured"] == pytest.approx(joint(denoiser(name), tuples(name), done.plan.drop, 6)[0])
-    assert told["predicted"] == pytest.approx(sum(e["output"] for e in told["blocks"] if e["gone"]))
-    assert told["cost"]["exact"] <= told["cost"]["greedy"] and set(told["drawn"]) == {"original", "pruned"}
+    assert told["predicted"] == pytest.approx(sum(e["output"] for e in told["blocks"] if e["dropped"]))
+    assert told["cost"]["exact"] <= told["cost"]["greedy"] and set(told["generated"]) == {"original", "pruned"}
     assert done.denoiser.network is not denoiser(name).network
 
 
@@ -248,14 +248,14 @@ def test_pictures_are_made_what_the_network_reads() -> None:
     assert denoiser("text").clean(found).shape == (4, 4, 8, 8)
     told = denoiser("text").conditions(found)["encoder_hidden_states"]
     assert told.shape == (4, 16, 16) and not told[0].equal(told[1])
-    with pytest.raises(ArchitectureError, match="is told classes, and these pictures have none"):
+    with pytest.raises(ArchitectureError, match="is conditioned on classes, but these images have none"):
         denoiser("classes").conditions(found)
-    with pytest.raises(ArchitectureError, match=r"knows \d+ classes, and these pictures have 5001"):
+    with pytest.raises(ArchitectureError, match=r"has \d+ classes, but these images have 5001"):
         denoiser("classes").conditions([found[0]._replace(label=5000)])
 
 
 def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(MethodError, match=r"remove 0.95: give at most the 0.9\d\d\d that blocks have"):
+    with pytest.raises(MethodError, match=r"remove 0.95: blocks hold 0.9\d\d\d of the parameters"):
         laptop_diff(denoiser("untrained"), digits(), remove=0.95)
     with pytest.raises(CheckpointError, match="give the folder of a diffusers pipeline"):
         Denoiser.open(tmp_path)
@@ -303,5 +303,5 @@ def test_the_file_beside_a_native_network_is_never_run(tmp_path: Path) -> None:
 def test_a_block_without_which_numbers_are_none_is_named() -> None:
     broken = copy.deepcopy(denoiser("untrained"))
     broken.network.up_blocks[1].resnets[2].conv_shortcut.weight.data[:] = float("nan")
-    with pytest.raises(NumericsError, match="what is no number"):
-        measured(broken, tuples("untrained"), bins=1, batch=6, work=Work())
+    with pytest.raises(NumericsError, match="output is not finite"):
+        measure_blocks(broken, tuples("untrained"), bins=1, batch=6, work=Work())

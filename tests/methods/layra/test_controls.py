@@ -14,8 +14,8 @@ from torch import Tensor
 from lamella.errors import MethodError
 from lamella.files import Work
 from lamella.methods.layra import (
-    Comparison,
-    Course,
+    ArmComparison,
+    ArmResult,
     Edges,
     Language,
     arms,
@@ -49,7 +49,7 @@ def weights(model: Any) -> dict[str, Tensor]:
     return {name: each.detach().clone() for name, each in model.named_parameters()}
 
 
-def followed(name: str, work: Path, languages: Any = None, seed: int = 0) -> tuple[Stack, Course, Stack]:
+def followed(name: str, work: Path, languages: Any = None, seed: int = 0) -> tuple[Stack, ArmResult, Stack]:
     stack, options = Stack(nano("llama")), {}
     if ARMS[name].replay:
         options["old"] = ENG.samples
@@ -110,11 +110,11 @@ def test_more_languages_go_on_from_what_is_learnt_already(tmp_path: Path) -> Non
     again = followed("full", tmp_path / "steps", {"swh": SWH, "urd": URD})[1]
     assert all(path.stat().st_mtime_ns == time for path, time in changed.items())
     assert again == whole and again.rows[:2] == first.rows
-    assert Course(**json.loads(json.dumps(again.as_dict()))) == again
+    assert ArmResult(**json.loads(json.dumps(again.as_dict()))) == again
 
 
 def test_replay_needs_something_to_replay_and_lowers_what_is_forgotten(tmp_path: Path) -> None:
-    with pytest.raises(MethodError, match="replays old text: give some"):
+    with pytest.raises(MethodError, match="replays old text: give old text"):
         follow(Stack(nano("llama")), ARMS["layra, replay"], {"swh": SWH}, WATCHED, CONFIG, work=tmp_path)
     rows = [followed(name, tmp_path / name)[1].rows[1]["eng"] for name in ("layra, replay", "layra")]
     assert rows[0] < rows[1]
@@ -125,31 +125,31 @@ def test_a_comparison_runs_every_arm_with_every_rate_and_chooses_on_other_text_t
     stack, short = Stack(nano("llama")), replace(CONFIG, steps=4, eval_every=2)
     found = compare(stack, {"swh": SWH}, {"eng": ENG}, first=1, last=1, rates=(1e-3, 1e-2), replay=0.5, config=short,
                     work=Work(tmp_path))  # fmt: skip
-    assert set(found.courses) == set(ARMS) and all(len(of) == 2 for of in found.courses.values())
+    assert set(found.results) == set(ARMS) and all(len(of) == 2 for of in found.results.values())
     goal, forgotten = found.at_equal_loss()
     for name, course in found.best().items():
         chosen = [at_equal_loss(*found.curves(each, True), common_loss(
-            {key: [found.curves(one, True)[0] for one in of] for key, of in found.courses.items()}
-        )) for each in found.courses[name]]  # fmt: skip
-        mine = chosen[found.courses[name].index(course)]
+            {key: [found.curves(one, True)[0] for one in of] for key, of in found.results.items()}
+        )) for each in found.results[name]]  # fmt: skip
+        mine = chosen[found.results[name].index(course)]
         assert mine == min(each for each in chosen if each is not None)
         assert forgotten[name] == at_equal_loss(course.curve["swh"], course.curve["eng"], goal) - course.curve["eng"][0]
     assert json.loads(json.dumps(found.findings))["front"] and found.notes[0].startswith("At ")
-    assert found.courses["layra"][0].curve["swh"] != found.courses["layra"][0].curve["swh, to choose by"]
+    assert found.results["layra"][0].curve["swh"] != found.results["layra"][0].curve["swh, to choose by"]
     again = compare(stack, {"swh": SWH}, {"eng": ENG}, first=1, last=1, rates=(1e-3, 1e-2), replay=0.5, config=short,
                     work=Work(tmp_path))  # fmt: skip
     assert again == found
 
 
 def test_a_better_place_than_the_edges_is_named() -> None:
-    def course(name: str, rise: float) -> Course:
+    def course(name: str, rise: float) -> ArmResult:
         curve = {"swh": [4.0, 2.0], "eng": [1.0, 1.0 + rise]}
         curve |= {f"{each}, to choose by": values for each, values in curve.items()}
-        return Course(name, 1e-3, 1, [{"swh": 4.0, "eng": 1.0}, {"swh": 2.0, "eng": 1.0 + rise}], curve)
+        return ArmResult(name, 1e-3, 1, [{"swh": 4.0, "eng": 1.0}, {"swh": 2.0, "eng": 1.0 + rise}], curve)
 
     rises = {"layra": 0.5, "lora, last": 0.25, "lora, middle": 0.75}
-    found = Comparison(
-        language="swh", old=("eng",), courses={name: [course(name, rise)] for name, rise in rises.items()}
+    found = ArmComparison(
+        language="swh", old=("eng",), results={name: [course(name, rise)] for name, rise in rises.items()}
     )
     assert found.at_equal_loss() == (2.0, rises)
     assert "lora, last forgets less" in found.notes[1]
@@ -159,7 +159,7 @@ def test_a_better_place_than_the_edges_is_named() -> None:
 def test_a_comparison_needs_one_new_language_an_old_one_and_text_to_choose_by(tmp_path: Path) -> None:
     stack = Stack(nano("llama"))
     for new, old in (({"swh": SWH, "urd": URD}, {"eng": ENG}), ({"swh": SWH}, {})):
-        with pytest.raises(MethodError, match="compare on one new, one old at least"):
+        with pytest.raises(MethodError, match="give one new and at least one old language"):
             compare(stack, new, old)
     few = Language(SWH.samples, SWH.held_out[:1], 20)
     with pytest.raises(MethodError, match="'swh' has one held-out sample"):

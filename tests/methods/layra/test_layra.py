@@ -18,9 +18,9 @@ from transformers import AutoTokenizer, get_linear_schedule_with_warmup
 from lamella.errors import CalibrationError, LamellaError, MethodError
 from lamella.files import Work
 from lamella.formatting import number
-from lamella.methods.layra import TRAINING, Added, Edges, Language, Matrix, Shape, average_ranks, layra, measure
+from lamella.methods.layra import TRAINING, AdapterShape, Added, Edges, Language, Matrix, average_ranks, layra, measure
 from lamella.methods.layra.page import figures, summary, tradeoff
-from lamella.methods.layra.recipe import adapted, learn
+from lamella.methods.layra.recipe import learn, with_adapters
 from lamella.results import Evidence
 from lamella.runner import run
 from lamella.stack import Stack, share
@@ -72,7 +72,7 @@ def weights(model: Any) -> dict[str, Tensor]:
 
 def stirred(stack: Stack) -> tuple[Any, Lora]:
     """Adapters at the edges that do something."""
-    view, lora = adapted(stack, Edges(len(stack), 1, 1).sites, Shape(), 0)
+    view, lora = with_adapters(stack, Edges(len(stack), 1, 1).sites, AdapterShape(), 0)
     with torch.no_grad():
         for name, each in view.named_parameters():
             if ".lora_B." in name:
@@ -90,7 +90,7 @@ def added() -> Added:
 
 def test_before_training_the_view_is_the_model_to_the_bit() -> None:
     stack = opened()
-    view, _ = adapted(stack, Edges(5, 2, 1).sites, Shape(), 0)
+    view, _ = with_adapters(stack, Edges(5, 2, 1).sites, AdapterShape(), 0)
     assert torch.equal(logits(view), logits(stack.model))
 
 
@@ -212,7 +212,7 @@ def test_in_sequence_each_language_begins_with_those_before_it_merged(tmp_path: 
     stack = opened()
     made = layra(stack, NEW, **EDGES, config=replace(CONFIG, seed=5))
     alone = layra(stack, {"swh": SWH}, **EDGES, config=replace(CONFIG, seed=5))
-    view, lora = adapted(alone.stack, Edges(5, 1, 1).sites, Shape(), 6)
+    view, lora = with_adapters(alone.stack, Edges(5, 1, 1).sites, AdapterShape(), 6)
     second, _ = learn(view, lora, URD.samples, replace(CONFIG, seed=6), out=tmp_path)
     expected = merge(alone.stack, second)
     torch.testing.assert_close(logits(made.stack.model), logits(expected.model), atol=1e-5, rtol=1e-5)
@@ -332,7 +332,7 @@ def test_given_edges_are_taken_and_those_that_overlap_refused() -> None:
 def test_findings_are_json_and_notes_name_who_lost_most(added: Added) -> None:
     findings = json.loads(json.dumps(added.findings))
     assert findings["layers"] == {"layers": 5, "first": 1, "last": 1, "adapted": [0, 4]}
-    assert any("eng most" in note for note in added.notes)
+    assert any("most for eng" in note for note in added.notes)
     evidence = Evidence(
         kind="adapter", provenance=added.provenance, environment={}, findings=findings, notes=added.notes
     )
@@ -344,7 +344,7 @@ def test_findings_are_json_and_notes_name_who_lost_most(added: Added) -> None:
     told = summary(evidence)
     assert "added swh, urd" in told.verdict and len(told.tables[0].rows) == 3
     silent = layra(opened(), {"swh": SWH}, **EDGES, config=CONFIG)
-    assert any("nothing is known of what was forgotten" in note for note in silent.notes)
+    assert any("forgetting is unknown" in note for note in silent.notes)
 
 
 def test_the_figure_has_a_point_for_each_rate() -> None:
@@ -356,10 +356,10 @@ def test_the_figure_has_a_point_for_each_rate() -> None:
     ("change", "said"),
     [
         ({"languages": {}}, "no languages to learn"),
-        ({"languages": {"eng": SWH}}, "'eng' is given as a new and as an old language"),
+        ({"languages": {"eng": SWH}}, "'eng' is both a new and an old language"),
         ({"languages": {"swh": Language([], SWH.held_out, 10)}}, "'swh' has no samples"),
-        ({"weight": 0.5}, "weight 0.5 is for protocol 'separate'"),
-        ({"shape": Shape(targets=("c_attn",))}, "no linear module is named 'c_attn'"),
+        ({"weight": 0.5}, "weight 0.5 is only for protocol 'separate'"),
+        ({"shape": AdapterShape(targets=("c_attn",))}, "no linear module is named 'c_attn'"),
         ({"first": 9}, "first 9 and last 1 of 5 layers"),
     ],
 )

@@ -78,7 +78,7 @@ def test_the_probe_is_ridge_regression_on_one_half_judged_on_the_other() -> None
         w = np.linalg.solve(normal, x[train].T @ np.eye(2)[y[train]])
         expected.append(((x[~train] @ w).argmax(1) == y[~train]).mean())
     assert probe(given) == pytest.approx(expected)
-    with pytest.raises(MethodError, match="one sample only"):
+    with pytest.raises(MethodError, match="only one sample"):
         probe({name: each[:, :1] for name, each in given.items()})
 
 
@@ -100,10 +100,10 @@ def test_alignment_is_the_cosine_of_pairs_above_that_of_others() -> None:
 
 def test_the_gradient_of_b_is_that_of_the_weight_times_the_random_half() -> None:
     """dL/dB = s (dL/dW) A^T, from the gradient of the plain model's weights."""
-    from lamella.methods.layra.recipe import Shape, adapted
+    from lamella.methods.layra.recipe import AdapterShape, with_adapters
 
     base = stack()
-    _, lora = adapted(base, [f"layers.{layer}" for layer in range(5)], Shape(), 0)
+    _, lora = with_adapters(base, [f"layers.{layer}" for layer in range(5)], AdapterShape(), 0)
     batch = collate(OTHER[:4])
     out = base.model(input_ids=batch["input_ids"]).logits[:, :-1]
     torch.nn.functional.cross_entropy(out.reshape(-1, 128), batch["input_ids"][:, 1:].reshape(-1)).backward()

@@ -20,7 +20,7 @@ from lamella.methods.lora_recycling import (
     groups,
     inner,
     norm,
-    randomised,
+    randomise,
     tsv,
 )
 from lamella.stack import Stack, share
@@ -200,7 +200,7 @@ def test_dare_has_the_linear_sum_for_expectation_and_keeps_all_at_p_1() -> None:
 
 def test_every_adapter_has_one_weight() -> None:
     (one,) = of([[1.0]])
-    with pytest.raises(MethodError, match="give one for each"):
+    with pytest.raises(MethodError, match="give one weight each"):
         EntryMerge([one], [1.0, 2.0])
 
 
@@ -276,7 +276,7 @@ def test_random_weights_have_the_spread_and_shapes_of_what_they_replace_and_leav
         return Adapter({"m": (a, 3 * torch.randn(512, rank, generator=generator))}, {"m": 0.5}, base="here")
 
     adapters = [drawn(16, 9.0), drawn(32, 0.5), drawn(64, 2.0)]
-    found = randomised(adapters, keep=[0], seed=1)
+    found = randomise(adapters, keep=[0], seed=1)
     assert found[0] is adapters[0]
     for half in (0, 1):
         ours, theirs = (torch.cat([each.pairs["m"][half].flatten() for each in of[1:]]) for of in (found, adapters))
@@ -286,4 +286,4 @@ def test_random_weights_have_the_spread_and_shapes_of_what_they_replace_and_leav
         assert [each.shape for each in ours.pairs["m"]] == [each.shape for each in theirs.pairs["m"]]
         assert (ours.scales, ours.base) == (theirs.scales, theirs.base)
     assert norm(found[1]) > 0  # a control with B = 0 would be the model itself
-    assert torch.equal(randomised(adapters, seed=1)[2].pairs["m"][0], randomised(adapters, seed=1)[2].pairs["m"][0])
+    assert torch.equal(randomise(adapters, seed=1)[2].pairs["m"][0], randomise(adapters, seed=1)[2].pairs["m"][0])

@@ -19,13 +19,13 @@ from lamella.errors import LamellaError, MethodError
 from lamella.files import Work
 from lamella.methods.lora_recycling import (
     FITTING,
-    Judged,
+    AdapterPool,
+    AnswerScores,
+    MergeVerdict,
     Mixing,
-    Pool,
-    Splits,
     Target,
+    TaskSplits,
     Trial,
-    Verdict,
     adaptive,
     lora_recycling,
     lorahub,
@@ -34,9 +34,9 @@ from lamella.methods.lora_recycling import (
     updates,
 )
 from lamella.methods.lora_recycling import merge as merge_command
-from lamella.methods.lora_recycling.controls import shuffled
+from lamella.methods.lora_recycling.controls import derangement
 from lamella.methods.lora_recycling.recipe import entropy_loss
-from lamella.methods.lora_recycling.trial import Arm, mismatched
+from lamella.methods.lora_recycling.trial import TrialArm, mismatch_answers
 from lamella.stack import Stack, share
 from lamella.train import Adapter, add_lora, collate, mean_loss, merge, pairs, response_loss
 from lamella.train.adapters import with_updates
@@ -73,7 +73,7 @@ def stack() -> Stack:
 
 @pytest.fixture(scope="module")
 def found(stack: Stack):
-    pool = Pool.of({"one": some(1), "two": some(2, targets=["up_proj"]), "three": some(3, r=5)})
+    pool = AdapterPool.of({"one": some(1), "two": some(2, targets=["up_proj"]), "three": some(3, r=5)})
     return lora_recycling(stack, pool, examples(24), examples(9, seed=1), k=2, target=SMALL, config=BRIEF)
 
 
@@ -167,7 +167,7 @@ def test_exact_match_from_one_pass_is_what_greedy_generation_writes(stack: Stack
         if number % 2:
             answer[number % 4] = (answer[number % 4] + 1) % 128
         samples += pairs([(prompt[0], answer)])
-    found = Judged.of(stack.model, samples, batch=4)
+    found = AnswerScores.of(stack.model, samples, batch=4)
     assert found.exact == (1.0, 0.0) * 3 and found.accuracy == 0.5
     for each, nats in zip(samples, found.nats, strict=True):
         assert nats == pytest.approx(float(response_loss(stack.model, collate([each])).detach()), rel=1e-4)
@@ -177,40 +177,42 @@ def test_splits_share_no_example_but_among_few_and_the_test_is_kept_apart() -> N
     def names(part: Any) -> set[bytes]:
         return {each["input_ids"].numpy().tobytes() for each in part}
 
-    whole = Splits.of(examples(100), examples(7, seed=1), 0)
+    whole = TaskSplits.of(examples(100), examples(7, seed=1), 0)
     assert [len(each) for each in (whole.train, whole.held_out, whole.test)] == [80, 20, 7]
     assert not names(whole.train) & names(whole.held_out) and not whole.set_aside
-    aside = Splits.of(examples(100), None, 0)
+    aside = TaskSplits.of(examples(100), None, 0)
     parts = [names(each) for each in (aside.train, aside.held_out, aside.test)]
     assert aside.set_aside and sum(map(len, parts)) == len(set.union(*parts)) == 100 and len(parts[2]) == 25
-    few = Splits.of(examples(10), examples(7, seed=1), 0)
+    few = TaskSplits.of(examples(10), examples(7, seed=1), 0)
     assert names(few.train) == names(few.held_out) == names(examples(10))
     with pytest.raises(MethodError, match="3 examples of the target task"):
-        Splits.of(examples(3), None, 0)
+        TaskSplits.of(examples(3), None, 0)
 
 
-def arm(name: str, of_pool: bool, held_out: float, exact: list[float]) -> Arm:
-    return Arm(name, of_pool, None, Judged((0.0,), (held_out,)), Judged(tuple(exact), tuple(1 - e for e in exact)))
+def arm(name: str, of_pool: bool, held_out: float, exact: list[float]) -> TrialArm:
+    return TrialArm(
+        name, of_pool, None, AnswerScores((0.0,), (held_out,)), AnswerScores(tuple(exact), tuple(1 - e for e in exact))
+    )
 
 
 def test_the_verdict_is_between_arms_that_held_out_examples_chose_and_needs_more_than_noise() -> None:
     good, bad, mixed = [1.0] * 30, [0.0] * 30, [1.0, 0.0] * 15
     arms = [arm("base", False, 3.0, good), arm("own", False, 1.0, bad), arm("pool", True, 2.0, good),
             arm("lucky", True, 9.0, bad)]  # fmt: skip
-    verdict = Verdict.of(arms)
+    verdict = MergeVerdict.of(arms)
     assert (verdict.ours.name, verdict.other.name, verdict.worth) == ("pool", "own", True)
-    assert "was worth it" in verdict.sentence
-    assert Verdict.of([arm("own", False, 1.0, good), arm("pool", True, 2.0, bad)]).worth is False
-    undecided = Verdict.of([arm("own", False, 1.0, mixed), arm("pool", True, 2.0, mixed[::-1])])
+    assert "was worthwhile" in verdict.sentence
+    assert MergeVerdict.of([arm("own", False, 1.0, good), arm("pool", True, 2.0, bad)]).worth is False
+    undecided = MergeVerdict.of([arm("own", False, 1.0, mixed), arm("pool", True, 2.0, mixed[::-1])])
     assert undecided.worth is None and "was not shown" in undecided.sentence
 
 
 def test_shuffled_answers_leave_none_at_its_place() -> None:
     for count in (2, 3, 10):
-        order = shuffled(count, seed=1)
+        order = derangement(count, seed=1)
         assert sorted(order) == list(range(count)) and all(place != each for place, each in enumerate(order))
     samples = examples(9)
-    mixed = mismatched(samples, 0)
+    mixed = mismatch_answers(samples, 0)
     for ours, theirs in zip(mixed, samples, strict=True):
         assert torch.equal(ours["input_ids"][:6], theirs["input_ids"][:6])
         assert ours["labels"].tolist() != theirs["labels"].tolist()
@@ -229,7 +231,7 @@ def test_all_controls_stand_beside_the_merge(found: Any) -> None:
         "best single member", "uniform average", "pool", "target + pool"
     }  # fmt: skip
     assert found.notes[0] == found.verdict.sentence and len(found.selected) == 2
-    assert any("random weights answer" in note for note in found.notes)
+    assert any("With random weights, the same adapters answer" in note for note in found.notes)
 
 
 def test_random_weights_have_nothing_of_the_pool_but_its_shapes(found: Any) -> None:
@@ -254,7 +256,7 @@ def test_plain_peft_loads_and_merges_what_is_written(found: Any, stack: Stack, t
 
 @pytest.mark.parametrize("select", ["random", "rank", "closeness", "quasi-fim", "l2"])
 def test_members_are_selected_as_they_are_asked_for(select: str, stack: Stack) -> None:
-    pool = Pool.of({"one": some(1), "two": some(2, r=2), "large": some(3, r=7)})
+    pool = AdapterPool.of({"one": some(1), "two": some(2, r=2), "large": some(3, r=7)})
     got = lora_recycling(stack, pool, examples(8), examples(2, seed=1), k=1, select=select,
                          target=replace(SMALL, target_steps=1), config=replace(BRIEF, steps=1))  # fmt: skip
     assert len(got.selected) == 1 and (select != "rank" or got.selected == ["large"])
@@ -263,7 +265,7 @@ def test_members_are_selected_as_they_are_asked_for(select: str, stack: Stack) -
 @pytest.mark.parametrize("how", ["lorahub", "pi-tuning"])
 def test_other_ways_to_find_coefficients_have_the_same_controls(how: str, stack: Stack, monkeypatch: Any) -> None:
     monkeypatch.setattr("lamella.methods.lora_recycling.trial.HUB_BUDGET", 10)
-    pool = Pool.of({"one": some(1), "two": some(2)})
+    pool = AdapterPool.of({"one": some(1), "two": some(2)})
     got = lora_recycling(stack, pool, examples(8), examples(2, seed=1), how=how, target=replace(SMALL, target_steps=1),
                          config=replace(BRIEF, steps=1))  # fmt: skip
     assert len(got.arms) == 11
@@ -277,7 +279,7 @@ def test_a_search_without_its_package_says_which(stack: Stack, monkeypatch: Any)
 
 
 def test_a_journal_is_of_one_task(stack: Stack, tmp_path: Path) -> None:
-    pool = Pool.of({"one": some(1)})
+    pool = AdapterPool.of({"one": some(1)})
     quick = {"target": replace(SMALL, target_steps=1), "config": replace(BRIEF, steps=1)}
     lora_recycling(stack, pool, examples(8), examples(2, seed=1), work=Work(tmp_path), **quick)
     journal = (tmp_path / "judged.jsonl").read_text().splitlines()
@@ -291,7 +293,7 @@ def test_a_journal_is_of_one_task(stack: Stack, tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["average", "arithmetic", "ties", "dare", "dare-ties", "magnitude", "tsv", "core"])
 def test_a_dense_merge_adds_to_the_weights_what_it_says(how: str, stack: Stack) -> None:
     adapters = {"one": some(1), "two": some(2, targets=["up_proj"])}
-    done = merge_command(stack, Pool.of(adapters), how=how, weight=None if how == "average" else 0.5)
+    done = merge_command(stack, AdapterPool.of(adapters), how=how, weight=None if how == "average" else 0.5)
     wanted = with_updates(stack, updates(list(adapters.values()), 0.5, how=how))
     assert torch.equal(logits(done.stack.model), logits(wanted.model))
     assert not torch.equal(logits(done.stack.model), logits(stack.model)) and done.weight == 0.5
@@ -303,15 +305,15 @@ def test_a_dense_merge_adds_to_the_weights_what_it_says(how: str, stack: Stack) 
 
 def test_the_weight_of_a_dense_merge_is_chosen_by_the_examples(stack: Stack) -> None:
     own = examples(6)
-    done = merge_command(stack, Pool.of({"one": some(1)}), own, how="arithmetic")
-    losses = {weight: Judged.of(merge(stack, some(1), weight).model, own).loss for weight in done.losses}
+    done = merge_command(stack, AdapterPool.of({"one": some(1)}), own, how="arithmetic")
+    losses = {weight: AnswerScores.of(merge(stack, some(1), weight).model, own).loss for weight in done.losses}
     assert done.weight == min(losses, key=lambda each: losses[each]) and list(losses) == [n / 10 for n in range(1, 11)]
     assert done.losses == pytest.approx(losses, rel=1e-5)
 
 
 def test_a_member_that_is_not_there_is_refused(stack: Stack) -> None:
     with pytest.raises(MethodError, match="'three' cannot be merged: the pool has no such adapter"):
-        merge_command(stack, Pool.of({"one": some(1)}), names=("one", "three"))
+        merge_command(stack, AdapterPool.of({"one": some(1)}), names=("one", "three"))
 
 
 def test_the_command_line_reads_a_folder_of_peft_and_writes_one(tmp_path: Path) -> None:
@@ -329,14 +331,14 @@ def test_the_command_line_reads_a_folder_of_peft_and_writes_one(tmp_path: Path) 
         target_r=2,
     )  # fmt: skip
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
-    assert "set aside as one" in " ".join(done.evidence.notes)
+    assert "used as the test split" in " ".join(done.evidence.notes)
     read = peft.PeftModel.from_pretrained(lamella.open(model).model, str(tmp_path / "out"))
     torch.testing.assert_close(logits(read), logits(done.result.stack.model), atol=1e-5, rtol=1e-5)
 
 
 def test_what_another_pool_or_selection_found_is_not_gone_on_from(stack: Stack, tmp_path: Path) -> None:
-    def journal(pool: Pool, **options: Any) -> list[str]:
-        splits = Splits.of(examples(8), examples(2, seed=1), 0)
+    def journal(pool: AdapterPool, **options: Any) -> list[str]:
+        splits = TaskSplits.of(examples(8), examples(2, seed=1), 0)
         members = pool.members(stack)
         told = {"norms": dict(members.norms), **options}
         trial = Trial(stack, splits, "adaptive", Mixing(), SMALL, BRIEF, Work(tmp_path), told)
@@ -344,6 +346,6 @@ def test_what_another_pool_or_selection_found_is_not_gone_on_from(stack: Stack, 
         trial.member("one", lambda: members.load("one"))
         return known
 
-    ours, theirs = Pool.of({"one": some(1)}), Pool.of({"one": some(2)})
+    ours, theirs = AdapterPool.of({"one": some(1)}), AdapterPool.of({"one": some(2)})
     assert journal(ours, k=1) == [] and journal(ours, k=1) == ["member one"]
     assert journal(ours, k=2) == [] and journal(theirs, k=2) == []

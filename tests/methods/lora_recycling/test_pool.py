@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lamella.errors import LamellaError
-from lamella.methods.lora_recycling import Pool, norm
+from lamella.methods.lora_recycling import AdapterPool, norm
 from lamella.stack import Stack, share
 from lamella.train import Adapter, add_lora
 from lamella.zoo.nano import nano
@@ -45,7 +45,7 @@ def renamed(folder: Path, change: Any) -> None:
 
 def reasons(folder: Path) -> dict[str, str]:
     some().write(folder / "a good one")
-    members = Pool.open(folder).members(Stack(nano("llama")))
+    members = AdapterPool.open(folder).members(Stack(nano("llama")))
     assert list(members.norms) == ["a good one"]
     return dict(members.refused)
 
@@ -91,8 +91,8 @@ def test_values_shapes_weights_and_sizes_that_cannot_be_used_are_refused(tmp_pat
     found = reasons(tmp_path)
     assert len(found) == 8 and not any("\n" in each for each in found.values())
     for name, said in {
-        "nan": "not finite", "wide": "is for another model", "gpt2": "no module in the layers",
-        "other weights": "other weights", "faint": "total scaled norm is", "loud": "total scaled norm is",
+        "nan": "not finite", "wide": "is for another model", "gpt2": "is not a module in the layers",
+        "other weights": "other weights", "faint": "total scaled norm", "loud": "total scaled norm",
         "pickled": "pickled", "torn": "cannot be read",
     }.items():  # fmt: skip
         assert said in found[name], name
@@ -105,7 +105,7 @@ def test_bounds_of_the_norm_can_be_set(tmp_path: Path) -> None:
     faint = norm(some(size=1e-5))
 
     def usable(low: float, high: float) -> list[str]:
-        return list(Pool.open(tmp_path, least_norm=low, most_norm=high).members(Stack(nano("llama"))).norms)
+        return list(AdapterPool.open(tmp_path, least_norm=low, most_norm=high).members(Stack(nano("llama"))).norms)
 
     assert usable(0.0, size) == ["a good one", "faint"]
     assert usable(0.0, size * 0.999) == ["faint"] and usable(faint, size) == ["a good one"]
@@ -113,13 +113,15 @@ def test_bounds_of_the_norm_can_be_set(tmp_path: Path) -> None:
 
 def test_a_pool_without_anything_usable_says_why(tmp_path: Path) -> None:
     some(1, model="gpt2").write(tmp_path / "one")
-    with pytest.raises(LamellaError, match=r"none of the 1 adapters of the pool can be used: .*no module") as error:
-        Pool.open(tmp_path).members(Stack(nano("llama")))
+    with pytest.raises(
+        LamellaError, match=r"none of the 1 adapters of the pool can be used: .*is not a module"
+    ) as error:
+        AdapterPool.open(tmp_path).members(Stack(nano("llama")))
     assert "\n" not in str(error.value)
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "empty", tmp_path / "missing"):
         with pytest.raises(LamellaError, match="give "):
-            Pool.open(folder)
+            AdapterPool.open(folder)
 
 
 def test_names_are_compared_from_the_layers_on_and_heads_are_dropped(tmp_path: Path) -> None:
@@ -131,7 +133,7 @@ def test_names_are_compared_from_the_layers_on_and_heads_are_dropped(tmp_path: P
              "base_model.model.lm_head.lora_B.weight": torch.ones(128, 4)}  # fmt: skip
     save_file(tensors | extra, two / TENSORS)
     stack = Stack(nano("llama"))
-    members = Pool.open(tmp_path).members(stack)
+    members = AdapterPool.open(tmp_path).members(stack)
     assert not members.refused
     for name, seed in (("another prefix", 1), ("with a head", 2)):
         found, wanted = members.load(name), some(seed)
@@ -142,7 +144,7 @@ def test_names_are_compared_from_the_layers_on_and_heads_are_dropped(tmp_path: P
 def test_rank_stabilised_adapters_have_their_scale(tmp_path: Path) -> None:
     folder = some(1).write(tmp_path / "rs")
     with_config(folder, use_rslora=True)
-    members = Pool.open(tmp_path).members(Stack(nano("llama")))
+    members = AdapterPool.open(tmp_path).members(Stack(nano("llama")))
     assert set(members.load("rs").scales.values()) == {8 / 4**0.5}
     assert members.norms["rs"] == pytest.approx(2 * norm(some(1)))
 
@@ -150,5 +152,5 @@ def test_rank_stabilised_adapters_have_their_scale(tmp_path: Path) -> None:
 def test_adapters_are_found_at_any_depth_and_one_is_a_pool_too(tmp_path: Path) -> None:
     some(1).write(tmp_path / "author" / "one")
     some(2).write(tmp_path / "two")
-    assert Pool.open(tmp_path).names == ("author/one", "two")
-    assert Pool.open(tmp_path / "two").names == ("two",)
+    assert AdapterPool.open(tmp_path).names == ("author/one", "two")
+    assert AdapterPool.open(tmp_path / "two").names == ("two",)

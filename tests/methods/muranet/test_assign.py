@@ -11,13 +11,13 @@ from torch import Tensor
 
 from lamella.methods.muranet.assign import corners, overlap, simota
 from lamella.methods.muranet.loss import dice, opening_loss, overlap_loss, wall_loss
-from lamella.methods.muranet.modules import Grid
+from lamella.methods.muranet.modules import CellGrid
 
 SIZES, STRIDES = [(8, 8), (4, 4), (2, 2)], (4, 8, 16)
 
 
-def grid() -> Grid:
-    return Grid.of(SIZES, STRIDES, torch.device("cpu"))
+def grid() -> CellGrid:
+    return CellGrid.of(SIZES, STRIDES, torch.device("cpu"))
 
 
 def boxes_by_chance(count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -45,7 +45,7 @@ def test_two_boxes_that_want_one_cell_by_hand() -> None:
     So each gets one cell. Both like cell (2, 1) best, since it alone is sure; the second one costs less there, and the
     first one takes (1, 1), which is a little surer than the others.
     """
-    here = Grid.of([(4, 4)], (8,), torch.device("cpu"))
+    here = CellGrid.of([(4, 4)], (8,), torch.device("cpu"))
     cells = torch.zeros(16, 7)
     cells[:, 5:] = -4.0
     cells[1 * 4 + 2, 5:] = torch.tensor([4.0, 6.0])
@@ -56,7 +56,7 @@ def test_two_boxes_that_want_one_cell_by_hand() -> None:
     torch.testing.assert_close(found.iou, torch.full((2,), 1 / 7))
 
 
-def by_loops(cells: Tensor, here: Grid, boxes: Tensor, labels: Tensor) -> dict[int, int]:
+def by_loops(cells: Tensor, here: CellGrid, boxes: Tensor, labels: Tensor) -> dict[int, int]:
     """The same assignment in float64, cell by cell."""
     said = cells.double().numpy()
     corner, stride = here.corner.double().numpy(), here.stride.double().numpy()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import MethodError
-from lamella.methods.muranet import Blocks, RelationAttention2d, RelationBlock, of_timm
+from lamella.methods.muranet import BlockDesign, RelationAttention2d, RelationBlock, of_timm
 
 VARIANTS = ("gate", "msca", "local_softmax", "depthwise")
 
@@ -133,7 +133,7 @@ def test_inserted_attention_leaves_all_maps_of_a_timm_network_as_they_were(name:
     scaled = (pixels.float() / 255 - encoder.mean) / encoder.spread
     expected = theirs(scaled)
     assert [tuple(each.shape[1:2]) for each in expected] == [(c,) for c in encoder.channels]
-    encoder.insert([0, 2, 3], Blocks())
+    encoder.insert([0, 2, 3], BlockDesign())
     for ours, each in zip(encoder.eval()(pixels)[0], expected, strict=True):
         assert torch.equal(ours, each)
 

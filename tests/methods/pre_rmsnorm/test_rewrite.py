@@ -181,15 +181,15 @@ def test_a_writer_that_is_not_linear_is_refused_by_name() -> None:
     model = built("gpt2")
     model.model.transformer.h[1].mlp.c_proj = nn.LayerNorm(32)
     said = refused(model)
-    assert "transformer.h.1.mlp.c_proj writes the stream and is a LayerNorm, which is not linear" in said
+    assert "transformer.h.1.mlp.c_proj writes to the residual stream and is a LayerNorm, which is not linear" in said
 
 
 def test_parts_that_nothing_is_known_of_are_refused_by_name() -> None:
     model = built("gpt2")
     model.model.transformer.h[2].attn.scale = nn.Parameter(torch.ones(32))
-    assert "nothing says what transformer.h.2.attn.scale reads or writes" in refused(model)
-    assert "nothing says what transformer.h.0.crossattention" in refused(built("gpt2", add_cross_attention=True))
-    assert "nothing says what encoder.layer.0.mlp.gate_proj" in refused(built("dinov2", use_swiglu_ffn=True))
+    assert "it is not known what transformer.h.2.attn.scale reads or writes" in refused(model)
+    assert "it is not known what transformer.h.0.crossattention" in refused(built("gpt2", add_cross_attention=True))
+    assert "it is not known what encoder.layer.0.mlp.gate_proj" in refused(built("dinov2", use_swiglu_ffn=True))
 
 
 def test_an_adapter_on_a_writer_is_refused_until_it_is_merged() -> None:

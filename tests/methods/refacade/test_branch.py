@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from lamella.errors import CheckpointError, MethodError
 from lamella.files import Work
 from lamella.methods.refacade import Base, ControlBranch, Retexturer, TextureRemover, hint_sensitivity, most_sensitive
-from lamella.methods.refacade.modules import STREAMS, ControlBlock, rotated
+from lamella.methods.refacade.modules import STREAMS, ControlBlock, apply_rotary
 
 from .pipelines import branch, halved, latents, pixels, told
 
@@ -193,7 +193,7 @@ def test_rotary_positions_are_turns_of_pairs() -> None:
     pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)))
     turn = torch.complex(cos[..., 0::2].double(), sin[..., 0::2].double())
     expected = torch.view_as_real(pairs * turn).flatten(-2)
-    torch.testing.assert_close(rotated(x, cos, sin).double(), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(apply_rotary(x, cos, sin).double(), expected, atol=1e-6, rtol=1e-6)
 
 
 def test_text_reaches_the_video_stream_alone() -> None:
@@ -209,7 +209,7 @@ def test_text_reaches_the_video_stream_alone() -> None:
 
 @pytest.mark.parametrize("layers", [[], [3], [-1], [0, 9]])
 def test_layers_that_there_are_not_are_refused(layers: list[int]) -> None:
-    with pytest.raises(MethodError, match="give some of 0 to 2"):
+    with pytest.raises(MethodError, match="give layers from 0 to 2"):
         ControlBranch(pixels().network, layers, *pixels().control_channels)
 
 
@@ -251,7 +251,7 @@ def test_another_base_is_refused_in_one_line(tmp_path: Path) -> None:
     [
         ({"layers": "[]"}, "no adapter"),
         ({"layers": "[0, 1, 2]"}, "lacks tensors of the network: blocks.2"),
-        ({"layers": "[0, 99]"}, "give some of 0 to 2"),
+        ({"layers": "[0, 99]"}, "give layers from 0 to 2"),
         ({"channels": "[7, 9]"}, "channels"),
         ({"hidden": "65536"}, "is not the width of its weights"),
         ({"schema": '"other/1"'}, "no adapter"),

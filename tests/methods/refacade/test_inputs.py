@@ -26,11 +26,11 @@ from lamella.methods.refacade import (
     Reference,
     Remover,
     Retexturer,
-    Sampling,
+    SamplerSettings,
     refacade,
     textured_object,
 )
-from lamella.methods.refacade.frames import eight_bit, signed
+from lamella.methods.refacade.frames import to_float, to_uint8
 
 from .pipelines import folder, latents, pixels
 
@@ -111,7 +111,7 @@ def test_a_reference_is_what_is_neither_white_nor_transparent(tmp_path: Path) ->
 
 def test_pixels_and_numbers_are_each_other() -> None:
     pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
-    np.testing.assert_array_equal(eight_bit(signed(pixels)), pixels)
+    np.testing.assert_array_equal(to_uint8(to_float(pixels)), pixels)
 
 
 def test_faults_of_pictures_are_one_line(tmp_path: Path) -> None:
@@ -134,26 +134,26 @@ def test_faults_of_pictures_are_one_line(tmp_path: Path) -> None:
         (Frames, tmp_path / "torn.mp4", "the video cannot be read|pip install"),
         (Masks, dark, "the mask is empty"),
         (Masks, torn, "the image torn.* cannot be read"),
-        (Reference, white, "the reference shows no object"),
+        (Reference, white, "the reference has no object:"),
     ):
         with pytest.raises(LamellaError, match=said) as error:
             opened.open(path)
         assert "\n" not in str(error.value) and (path.name in str(error.value) or "pip" in str(error.value))
-    with pytest.raises(CalibrationError, match="give a mask of its size"):
+    with pytest.raises(CalibrationError, match="give a mask of the same size"):
         Masks.open(picture(tmp_path / "m.png", 0 * noise(8, 8) + 255)).fitted(Frames.open(good), 8, 8)
-    with pytest.raises(CalibrationError, match="give one for all, or one for each"):
+    with pytest.raises(CalibrationError, match="give one for all, or one per frame"):
         clip = picture(tmp_path / "m2.webp", noise())
         first = Image.fromarray(0 * noise() + 255)
         first.save(clip, save_all=True, append_images=[Image.fromarray(noise())], lossless=True)
         Masks.open(clip).fitted(Frames.open(good), 20, 24)
-    with pytest.raises(CalibrationError, match="give a mask of its size"):
+    with pytest.raises(CalibrationError, match="give a mask of the same size"):
         Reference.open(good).masked(Masks.open(picture(tmp_path / "m3.png", 0 * noise(8, 8) + 255)))
 
 
 def test_nothing_is_left_half_written(tmp_path: Path) -> None:
     good = picture(tmp_path / "good.png", noise())
     small = picture(tmp_path / "small.png", 0 * noise(8, 8) + 255)
-    with pytest.raises(CalibrationError, match="give a mask of its size"):
+    with pytest.raises(CalibrationError, match="give a mask of the same size"):
         lamella.run(
             "refacade", "untrained", image=good, mask=small, reference=good, reference_mask=None, out=tmp_path / "out"
         )
@@ -202,7 +202,7 @@ def clip_folder(tmp_path: Path) -> Path:
         found = textured_object(number, 40, 3)
         for ending, frames in (("", found.composite), (".mask", 2 * found.mask - 1), (".untextured", found.untextured)):
             (root / f"{number}{ending}").mkdir(parents=True)
-            for frame, each in enumerate(eight_bit(frames)):
+            for frame, each in enumerate(to_uint8(frames)):
                 picture(
                     root / f"{number}{ending}" / f"{frame}.png", each.repeat(3, -1) if each.shape[-1] == 1 else each
                 )
@@ -224,29 +224,29 @@ def test_clips_without_what_is_needed_are_refused(tmp_path: Path) -> None:
     root = clip_folder(tmp_path)
     with pytest.raises(CalibrationError, match="give longer clips"):
         Objects.open(root, InputContext(), frames=4)
-    with pytest.raises(MethodError, match="takes a multiple of 4 and one more"):
+    with pytest.raises(MethodError, match="needs a multiple of 4 plus one"):
         Objects.open(root, InputContext(), frames=3).fitted(latents())
     shutil.rmtree(root / "0.untextured")
-    with pytest.raises(CalibrationError, match="render each in plain grey"):
+    with pytest.raises(CalibrationError, match="render each clip in plain grey"):
         from lamella.methods.refacade import removal_samples
 
         removal_samples(pixels(), Objects.open(root, InputContext(), frames=1).clips)
     shutil.rmtree(root / "0.mask")
-    with pytest.raises(CalibrationError, match=r"has no 0\.mask beside it"):
+    with pytest.raises(CalibrationError, match=r"has no 0\.mask: give a mask"):
         Objects.open(root, InputContext())
 
 
 def test_an_object_that_is_not_seen_at_first_is_refused_by_its_name(tmp_path: Path) -> None:
     root = clip_folder(tmp_path)
     picture(root / "1.mask" / "0.png", np.zeros((40, 40, 3), np.uint8))
-    with pytest.raises(CalibrationError, match=r"1\.mask: no object in the first frame") as error:
+    with pytest.raises(CalibrationError, match=r"1\.mask: no object in the first frame,") as error:
         Objects.open(root, InputContext(), frames=3)
     assert "\n" not in str(error.value)
     dot = np.zeros((40, 40, 3), np.uint8)
     dot[2, 2] = 255  # between the places that 32 x 32 pixels are read from
     picture(root / "1.mask" / "0.png", dot)
     found = Objects.open(root, InputContext(), frames=3)
-    with pytest.raises(CalibrationError, match=r"clips/1: in 32 x 32 pixels nothing is left") as error:
+    with pytest.raises(CalibrationError, match=r"clips/1: in 32 x 32 pixels its object vanishes") as error:
         found.fitted(pixels())
     assert "\n" not in str(error.value)
 
@@ -350,7 +350,7 @@ def test_pickles_are_not_read(tmp_path: Path) -> None:
 
 
 def test_a_remover_of_other_latents_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(MethodError, match="give --remover one"):
+    with pytest.raises(MethodError, match="give --remover a"):
         lamella.run("refacade", folder(), command="train", objects="textured", remover="untrained", count=2, steps=1)
 
 
@@ -369,7 +369,7 @@ def test_a_distilled_removers_steps_are_kept_and_its_lessons_need_no_twins(tmp_p
     passes: list[object] = []
     model.remover.network.register_forward_pre_hook(lambda module, told: passes.append(told))
     shown = {"image": Frames.open("textured"), "mask": Masks.open("textured"), "reference": Reference.open("textured")}
-    refacade(model, **shown, base=Base.open("untrained"), sampling=Sampling(steps=1))  # type: ignore[arg-type]
+    refacade(model, **shown, base=Base.open("untrained"), sampling=SamplerSettings(steps=1))  # type: ignore[arg-type]
     assert len(passes) == 1
     (tmp_path / "quick" / "removal.json").write_text('{"steps": 0}')
     with pytest.raises(CheckpointError, match="no number of steps from 1 to 1000"):
@@ -383,7 +383,7 @@ def test_the_built_in_branch_is_said_to_be_that_and_no_other(
     model = Retexturer.read("untrained")
     named = replace(model, adapter=model.adapter.model_copy(update={"name": "nano"}), built_in=built_in)
     shown = {"image": Frames.open("textured"), "mask": Masks.open("textured"), "reference": Reference.open("textured")}
-    made = refacade(named, **shown, base=Base.open("untrained"), sampling=Sampling(steps=1))  # type: ignore[arg-type]
+    made = refacade(named, **shown, base=Base.open("untrained"), sampling=SamplerSettings(steps=1))  # type: ignore[arg-type]
     assert ("built-in model" in " ".join(made.notes)) == built_in
 
 

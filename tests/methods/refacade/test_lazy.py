@@ -14,9 +14,9 @@ from lamella.data import InputContext
 from lamella.data.images import ImageInfo
 from lamella.errors import CalibrationError
 from lamella.files import Work
-from lamella.methods.refacade import Base, Objects, TextureRemover, lessons, removal_samples, transfer_samples
-from lamella.methods.refacade.frames import Frames, checked
-from lamella.methods.refacade.lessons import foregrounds, latents
+from lamella.methods.refacade import Base, Objects, TextureRemover, datasets, removal_samples, transfer_samples
+from lamella.methods.refacade.datasets import foregrounds, latents
+from lamella.methods.refacade.frames import Frames, check_frames
 
 from .pipelines import pixels
 from .test_inputs import clip_folder, picture
@@ -64,7 +64,7 @@ def test_what_only_decoding_shows_is_refused_by_name(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
     for frame in range(3):
         picture(root / "1.mask" / f"{frame}.png", np.full((8, 8, 3), 255, np.uint8))
-    with pytest.raises(CalibrationError, match=r"1\.mask: the mask has 8 x 8 pixels, the picture 40 x 40"):
+    with pytest.raises(CalibrationError, match=r"1\.mask: the mask has 8 x 8 pixels, the image 40 x 40"):
         latents(pixels(), Objects.open(root, InputContext(), frames=3).clips)
 
 
@@ -88,16 +88,16 @@ def test_frames_are_counted_without_decoding_them(kind: str, decoded: list[str],
         first, *others = (Image.fromarray(frame) for frame in noise)
         first.save(file, save_all=True, append_images=others)
     decoded.clear()
-    assert checked(file).frames == 5 and not decoded
+    assert check_frames(file).frames == 5 and not decoded
     assert len(Frames.open(file).pixels) == 5
 
 
 def test_fewer_frames_than_a_header_declares_are_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lessons, "checked", lambda path: ImageInfo(b"", 9))
+    monkeypatch.setattr(datasets, "check_frames", lambda path: ImageInfo(b"", 9))
     found = Objects.open(clip_folder(tmp_path), InputContext(), frames=5)
-    with pytest.raises(CalibrationError, match=r"clips/0: 3 frames of 5: give longer clips"):
+    with pytest.raises(CalibrationError, match=r"clips/0: 3 of 5 frames: give longer clips"):
         _ = found.clips[0]
 
 
@@ -109,7 +109,7 @@ def test_latents_are_the_direct_ones_and_reused_after_a_stop(tmp_path: Path, mon
     base, objects = pixels(), Objects.open("textured", InputContext(), count=5, frames=2)
     torch.manual_seed(1)
     remover = TextureRemover.fresh(base).eval()
-    monkeypatch.setattr(lessons, "AT_ONCE", 2)
+    monkeypatch.setattr(datasets, "AT_ONCE", 2)
     whole = transfer_samples(base, remover, objects.clips, seed=3)
     encode, calls = Base.encode, []
 

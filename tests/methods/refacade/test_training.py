@@ -13,12 +13,12 @@ from lamella.errors import MethodError
 from lamella.methods.refacade import (
     Base,
     Clip,
-    Distillation,
+    DmdLoss,
     Jigsaw,
-    Pair,
+    StudentAndFake,
     TextureRemover,
     TransferLoss,
-    dilated,
+    dilate_mask,
     distil,
     euler,
     nano,
@@ -75,7 +75,7 @@ def test_samples_are_what_the_object_looks_like() -> None:
     base, found = pixels(), clips(2)
     for sample, clip in zip(transfer_samples(base, remover(base), found), found, strict=True):
         background, _, hole = sample["c"].split([3, 3, 1])
-        expected = dilated(clip.mask, 3)
+        expected = dilate_mask(clip.mask, 3)
         assert torch.equal(hole.movedim(1, 0), expected)
         assert torch.equal(background.movedim(1, 0), clip.frames * (1 - expected))
         inside = (clip.mask[0] > 0).expand(3, -1, -1)
@@ -117,18 +117,18 @@ def test_the_branch_learns_beside_a_base_of_bfloat16(tmp_path: Path) -> None:
     assert len(moved) > 10 and all(each.dtype == torch.float32 for each in made.parameters())
 
 
-def test_the_reference_of_a_lesson_is_jigsawed_anew_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reference_of_a_step_is_jigsawed_again_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     base, seen = pixels(), []
     drawn = objects("train", 0, 48)
     samples = transfer_samples(base, remover(base), [of_object(next(drawn)) for _ in range(2)])
     batch = {name: torch.stack([each[name] for each in samples]) for name in samples[0]}
-    whole = recipe.referred
+    whole = recipe.reference_condition
 
     def noted(base: Base, puzzle: object) -> object:
         seen.append(puzzle)
         return whole(base, puzzle)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(recipe, "referred", noted)
+    monkeypatch.setattr(recipe, "reference_condition", noted)
     made = branch(base)
     with torch.no_grad():
         for _ in range(2):
@@ -168,7 +168,7 @@ def test_a_students_direction_is_dmds() -> None:
     share = t.view(3, 1, 1, 1, 1)
     x_t = (1 - share) * x + share * eps
     with torch.no_grad():
-        found = Distillation(teacher).direction(fake, x, x_t, t, told)
+        found = DmdLoss(teacher).direction(fake, x, x_t, t, told)
         for row in range(3):
             one = slice(row, row + 1)
             mu_r = x_t[one] - t[row] * teacher.velocity(x_t[one], t[one], told[one])
@@ -179,8 +179,8 @@ def test_a_students_direction_is_dmds() -> None:
 
 def test_two_losses_meet_nowhere_and_the_student_moves_along_its_direction() -> None:
     teacher = remover(pixels())
-    pair = Pair(teacher)
-    loss = Distillation(teacher)
+    pair = StudentAndFake(teacher)
+    loss = DmdLoss(teacher)
     batch = {"foreground": torch.randn(2, 3, 1, 8, 8)}
     g: list[Tensor] = []
     whole = loss.direction
@@ -217,8 +217,8 @@ def test_against_its_direction_a_students_pictures_become_its_teachers(mean: flo
     torch.manual_seed(0)
     eps = torch.randn(512, 3, 1, 8, 8)
     x = mean + deviation * eps
-    x_t, t, _ = recipe.noised(x)
-    loss = Distillation(Bell(0.5, 0.3))  # type: ignore[arg-type]
+    x_t, t, _ = recipe.add_noise(x)
+    loss = DmdLoss(Bell(0.5, 0.3))  # type: ignore[arg-type]
     g = loss.direction(Bell(mean, deviation), x, x_t, t, x)  # type: ignore[arg-type]
     to_mean, to_deviation = float(g.mean()), float((g * eps).mean())  # the gradients of either
     if mean == 0.5:
@@ -230,19 +230,19 @@ def test_against_its_direction_a_students_pictures_become_its_teachers(mean: flo
 def test_the_fake_learns_so_many_times_as_fast(tmp_path: Path) -> None:
     base = pixels()
     samples, teacher = removal_samples(base, clips(2)), remover(base)
-    pair = Pair(teacher)
+    pair = StudentAndFake(teacher)
     trained = {name: each for name, each in pair.named_parameters() if pair.trains(name)}
-    groups = recipe.at_two_rates(pair, trained, CONFIG, 5.0).param_groups
+    groups = recipe.two_rate_adamw(pair, trained, CONFIG, 5.0).param_groups
     rates = {each: group["lr"] for group in groups for each in group["params"]}
     assert all(rates[each] == (5.0 if name.startswith("fake.") else 1.0) for name, each in trained.items())
     _, log = distil(teacher, samples, TrainConfig(steps=1, lr=1e-3, batch=2), tmp_path / "run", faster=5.0)
-    assert log.settings["algorithm"] == "at_two_rates" and log.settings["faster"] == 5.0
+    assert log.settings["algorithm"] == "two_rate_adamw" and log.settings["faster"] == 5.0
 
 
 @pytest.mark.parametrize("faster", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_fake_that_does_not_learn_is_refused(faster: float, tmp_path: Path) -> None:
     base = pixels()
-    with pytest.raises(MethodError, match="learning rate over the student's"):
+    with pytest.raises(MethodError, match="learning rates of fake and student,"):
         distil(remover(base), removal_samples(base, clips(1)), CONFIG, tmp_path / "run", faster=faster)
 
 
@@ -319,7 +319,7 @@ def test_killed_training_goes_on_to_the_bit(what: str, tmp_path: Path, monkeypat
         return made.state_dict()
 
     straight = trained(tmp_path / "straight")
-    kind = {"branch": TransferLoss, "remover": RemoverLoss, "distil": Distillation}[what]
+    kind = {"branch": TransferLoss, "remover": RemoverLoss, "distil": DmdLoss}[what]
     calls, whole = [], kind.__call__
 
     def counted(self: object, *given: object) -> object:

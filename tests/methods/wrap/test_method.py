@@ -28,7 +28,7 @@ from lamella.data import (
     WritingRequest,
 )
 from lamella.errors import LamellaError
-from lamella.methods.wrap import Cutting, Evaluations, Filters, passages, wrap
+from lamella.methods.wrap import Evaluations, Filters, PassageSettings, passages, wrap
 from lamella.results import MixedCorpus
 from lamella.runner import run
 from lamella.workers import Workers
@@ -40,7 +40,7 @@ TEXTS = [
 ]
 DOCUMENTS = Documents([Document(f"d{n}", text) for n, text in enumerate(TEXTS)])
 SMALL: dict[str, Any] = {
-    "cutting": Cutting(longest=40, shortest=3, together=2),
+    "cutting": PassageSettings(longest=40, shortest=3, together=2),
     "filters": Filters(embedder="words", similarity=-1, ratio_least=0.01),
     "held_out": 0.2, "styles": ("medium", "qa"),
 }  # fmt: skip
@@ -154,7 +154,9 @@ def test_what_evaluation_sets_have_is_neither_rephrased_nor_trained_on(writer: L
     assert part not in told and "Document 3 is about herons." in told
     assert found.findings["passages"]["of evaluations"] >= 1
     words = Evaluations([part], 13)
-    assert not [row for row in found.train if words.meet(row["text"].lower().replace(".", "").replace(",", "").split())]
+    assert not [
+        row for row in found.train if words.overlaps(row["text"].lower().replace(".", "").replace(",", "").split())
+    ]
 
 
 @pytest.mark.parametrize(
@@ -243,8 +245,8 @@ def test_what_wrap_writes_heals(writer: LocalWriter, tmp_path: Path, plan: Path,
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"styles": ("fancy",)}, "no style 'fancy'"),
-        ({"cutting": Cutting(longest=5, shortest=9)}, "a longest not below the shortest"),
+        ({"styles": ("fancy",)}, "unknown style 'fancy'"),
+        ({"cutting": PassageSettings(longest=5, shortest=9)}, "longest must be at least shortest"),
         ({"tokens": 10**7}, "above 4: ask for"),
         ({"evaluations": ("nowhere.txt",)}, "no file nowhere.txt"),
     ],

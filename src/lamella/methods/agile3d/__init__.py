@@ -1,18 +1,18 @@
-"""AGILE3D: several objects of a scan segmented at once, click by click, on a scene that is encoded once."""
+"""AGILE3D: interactive segmentation of several objects of a scan or image at once, on a scene that is encoded once."""
 
-from lamella.methods.agile3d.clicks import Click, Clicks, simulated
+from lamella.methods.agile3d.clicks import Click, Clicks, simulate_clicks
 from lamella.methods.agile3d.collages import collages
-from lamella.methods.agile3d.decoder import ClickDecoder, Encoded
+from lamella.methods.agile3d.decoder import ClickDecoder, EncodedScene
+from lamella.methods.agile3d.images import ImageEncoder, image_scene
 from lamella.methods.agile3d.judge import answers, clicks_to, iou_at, nearest_click, play
-from lamella.methods.agile3d.labelled import ClickLogs, Labelled
+from lamella.methods.agile3d.labelled import ClickLogs, LabelledScenes
 from lamella.methods.agile3d.method import agile3d, judge, label
-from lamella.methods.agile3d.modules import ClickSegmenter, Encoder, SparseUNet, Widths
-from lamella.methods.agile3d.pictures import PictureEncoder, pictured
+from lamella.methods.agile3d.modules import ClickSegmenter, SceneEncoder, SparseUNet, UNetWidths
 from lamella.methods.agile3d.ply import read_ply, write_ply
-from lamella.methods.agile3d.recipe import Practice
-from lamella.methods.agile3d.result import Segmenter, Shape
+from lamella.methods.agile3d.recipe import ClickSimulation
+from lamella.methods.agile3d.result import Segmenter, SegmenterShape
 from lamella.methods.agile3d.rooms import rooms
-from lamella.methods.agile3d.scene import Scene, Tokens
+from lamella.methods.agile3d.scene import ClickScene, Tokens
 from lamella.methods.agile3d.scenes import Scenes
 from lamella.methods.agile3d.session import ClickLog, Session
 from lamella.methods.agile3d.viewer import Viewer
@@ -22,34 +22,34 @@ __all__ = [
     "ClickDecoder",
     "ClickLog",
     "ClickLogs",
+    "ClickScene",
     "ClickSegmenter",
+    "ClickSimulation",
     "Clicks",
-    "Encoded",
-    "Encoder",
-    "Labelled",
-    "PictureEncoder",
-    "Practice",
-    "Scene",
+    "EncodedScene",
+    "ImageEncoder",
+    "LabelledScenes",
+    "SceneEncoder",
     "Scenes",
     "Segmenter",
+    "SegmenterShape",
     "Session",
-    "Shape",
     "SparseUNet",
     "Tokens",
+    "UNetWidths",
     "Viewer",
-    "Widths",
     "agile3d",
     "answers",
     "clicks_to",
     "collages",
+    "image_scene",
     "iou_at",
     "judge",
     "label",
     "nearest_click",
-    "pictured",
     "play",
     "read_ply",
     "rooms",
-    "simulated",
+    "simulate_clicks",
     "write_ply",
 ]

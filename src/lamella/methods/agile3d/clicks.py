@@ -1,4 +1,4 @@
-"""Clicks, and the user who makes them: always where the prediction is most deeply wrong."""
+"""Clicks, and the simulated user who always clicks where the prediction is most deeply wrong."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Labels = NDArray[np.int64]
 
 
 class Click(NamedTuple):
-    """One click; in a sequence of them, its place is its time.
+    """One click; its index in a sequence of clicks is its time.
 
     Attributes:
-        label: of the object, from 1; 0 is the background.
-        token: that was clicked.
+        label: label of the object, from 1; 0 is the background.
+        token: index of the clicked token.
     """
 
     label: int
@@ -29,16 +29,26 @@ class Click(NamedTuple):
 Clicks = tuple[Click, ...]
 
 
-def overwritten(labels: Tensor, clicks: Clicks) -> Tensor:
-    """The labels of tokens [N], with what the clicked ones were said to be; of two clicks on one, the later counts."""
+def apply_clicks(labels: Tensor, clicks: Clicks) -> Tensor:
+    """Return the labels of tokens [N], with clicked tokens set to their click's label; the latest click wins.
+
+    Args:
+        labels: predicted labels [N].
+        clicks: the clicks, in order.
+    """
     labels = labels.clone()
     for click in clicks:
         labels[click.token] = click.label
     return labels
 
 
-def relabelled(objects: Tensor, chosen: Sequence[int]) -> Tensor:
-    """True objects [...] as the labels of a task: the chosen ones are 1..M in their order, all else is background."""
+def task_labels(objects: Tensor, chosen: Sequence[int]) -> Tensor:
+    """Map ground-truth objects to the labels of a task: chosen objects become 1..M in order, all others background.
+
+    Args:
+        objects: ground-truth objects [...].
+        chosen: the objects to segment.
+    """
     labels = objects.new_zeros(objects.shape)
     for label, each in enumerate(chosen, start=1):
         labels[objects == each] = label
@@ -46,12 +56,12 @@ def relabelled(objects: Tensor, chosen: Sequence[int]) -> Tensor:
 
 
 class Region(NamedTuple):
-    """Tokens that are all taken for the same wrong thing.
+    """Tokens with the same true label and the same wrong prediction.
 
     Attributes:
-        label: what they are.
-        depth: how far its deepest token is from the nearest one outside.
-        token: the deepest.
+        label: their true label.
+        depth: distance of the deepest token to the nearest token outside the region.
+        token: index of the deepest token.
     """
 
     label: int
@@ -60,15 +70,15 @@ class Region(NamedTuple):
 
 
 def regions(truth: Tensor, predicted: Tensor, coords: Tensor) -> list[Region]:
-    """Wrong tokens grouped by what they are and what they are taken for: one region for each pair, connected or not.
+    """Group wrong tokens by true and predicted label: one region for each pair, whether connected or not.
 
     Args:
-        truth, predicted: labels [N].
-        coords: of the tokens [N, D].
+        truth: true labels [N].
+        predicted: predicted labels [N].
+        coords: positions of the tokens [N, D].
 
     Returns:
-        By the true, then the predicted label. Where everything is one region, there is no outside, and it is endlessly
-        deep.
+        The regions, ordered by true and then predicted label. A region that contains all tokens has infinite depth.
     """
     true, taken, where = truth.cpu().numpy(), predicted.cpu().numpy(), coords.cpu().numpy()
     found = []
@@ -84,10 +94,19 @@ def regions(truth: Tensor, predicted: Tensor, coords: Tensor) -> list[Region]:
     return found
 
 
-def simulated(truth: Tensor, predicted: Tensor, coords: Tensor, most: int, drawn: np.random.Generator) -> Clicks:
-    """One click in each of the deepest regions, at most so many, in random order; none where all is right.
+def simulate_clicks(
+    truth: Tensor, predicted: Tensor, coords: Tensor, most: int, generator: np.random.Generator
+) -> Clicks:
+    """Simulate one click in each of the deepest wrong regions, in random order.
 
-    From a prediction that is all background, M objects give M clicks, one on each.
+    Returns no click if all labels are right. With an all-background prediction, M objects give M clicks, one on each.
+
+    Args:
+        truth: true labels [N].
+        predicted: predicted labels [N].
+        coords: positions of the tokens [N, D].
+        most: maximum number of clicks.
+        generator: random generator.
     """
     deepest = sorted(regions(truth, predicted, coords), key=lambda region: -region.depth)[:most]
-    return tuple(Click(deepest[place].label, deepest[place].token) for place in drawn.permutation(len(deepest)))
+    return tuple(Click(deepest[index].label, deepest[index].token) for index in generator.permutation(len(deepest)))

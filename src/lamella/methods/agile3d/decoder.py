@@ -1,14 +1,14 @@
-"""The decoder: clicks ask the scene what belongs to them, ask each other, and the scene asks them back.
+"""The decoder: clicks attend to the scene and to one another, and the scene attends to the clicks.
 
-    q [Q, d]  one query a click, B learned ones for the background     s [N, d]  one feature a token
+    q [Q, d]  one query per click, B learned ones for the background     s [N, d]  one feature per token
 
-    1  q <- LN(q + MHA(q + e, s + p, s))      click to scene, within what each click's label has won so far
+    1  q <- LN(q + MHA(q + e, s + p, s))      click to scene, masked to the tokens that each click's label has won
     2  q <- LN(q + MHA(q + e, q + e, q))      click to click
     3  q <- LN(q + W2 relu(W1 q))
     4  s <- LN(s + MHA(s + p, q + e, q))      scene to click
     5  logit of token i for label k = max over k's queries of <s_i, MLP(LN(q))>
 
-e and p are encodings of where a click or a token is, and of when the click was made. One argmax over all labels makes
+e and p encode the position of a click or token; e also encodes the time of the click. One argmax over all labels makes
 objects compete: a click on one is evidence against its neighbours.
 """
 
@@ -22,33 +22,33 @@ from torch import Tensor, nn
 
 from lamella.methods.agile3d.clicks import BACKGROUND, Clicks
 
-PERIOD = 10_000  # of the slowest wave that tells the time of a click
+PERIOD = 10_000  # longest period of the sinusoids that encode the time of a click
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """A scene after its one pass through the encoder; every click reads it.
+class EncodedScene:
+    """A scene after its one pass through the encoder; every click reuses it.
 
     Attributes:
         f: features of the tokens [N, d].
-        p: where they are, encoded [N, d].
+        p: position encodings of the tokens [N, d].
     """
 
     f: Tensor
     p: Tensor
 
-    def detached(self) -> Encoded:
-        """The same without its gradient, for clicks that only find out what to click next."""
-        return Encoded(self.f.detach(), self.p)
+    def detached(self) -> EncodedScene:
+        """Return a copy without gradient, to find the next clicks in training."""
+        return EncodedScene(self.f.detach(), self.p)
 
 
-class Place(nn.Module):
-    """Where a token is, as waves in fixed random directions (Tancik et al., 2020).
+class FourierEncoding(nn.Module):
+    """Encode positions as Fourier features with fixed random directions (Tancik et al., 2020).
 
     Args:
-        dims: D, of the coordinates.
+        dims: D, the number of coordinates.
         hidden: d, even.
-        scale: standard deviation of the directions; the paper's 1.
+        scale: standard deviation of the directions; the paper uses 1.
     """
 
     G: Tensor
@@ -59,25 +59,32 @@ class Place(nn.Module):
 
     @torch.no_grad()
     def forward(self, coords: Tensor) -> Tensor:
-        """Coordinates of all tokens of a scene [N, D] to [N, d]; each axis goes from 0 to 1 over the scene."""
+        """Encode the coordinates of all tokens of a scene, scaled to 0..1 along each axis, [N, D] to [N, d]."""
         low, high = coords.min(dim=0).values, coords.max(dim=0).values
-        extent = torch.where(high > low, high - low, 1)  # a flat scene has an axis without extent
+        extent = torch.where(high > low, high - low, 1)  # an axis without extent would divide by zero
         angles = 2 * math.pi * ((coords - low) / extent) @ self.G
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def time(t: Tensor, hidden: int) -> Tensor:
-    """When clicks were made [n], counted from 0 over all objects, as waves [n, d]."""
+    """Encode the times of clicks [n], counted from 0 over all objects, as sinusoids [n, d].
+
+    Args:
+        t: times of the clicks [n].
+        hidden: d, even.
+    """
     rates = PERIOD ** (-torch.arange(0, hidden, 2, device=t.device) / hidden)
     angles = t[:, None] * rates
     return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
 
 
-class Layer(nn.Module):
-    """Steps 1 to 4.
+class DecoderLayer(nn.Module):
+    """One decoder layer, steps 1 to 4.
 
     Args:
-        hidden, heads, feedforward: d, h and F.
+        hidden: d, the hidden size.
+        heads: h, the number of attention heads.
+        feedforward: F, the intermediate size of the MLP.
     """
 
     def __init__(self, hidden: int, heads: int, feedforward: int) -> None:
@@ -89,7 +96,15 @@ class Layer(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(hidden) for _ in range(4))
 
     def forward(self, q: Tensor, e: Tensor, s: Tensor, p: Tensor, blocked: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Queries and their encodings [Q, d], features and theirs [N, d], what a query must not see [Q, N]."""
+        """Update queries and token features.
+
+        Args:
+            q: queries [Q, d].
+            e: encodings of the queries [Q, d].
+            s: token features [N, d].
+            p: encodings of the tokens [N, d].
+            blocked: mask of the tokens that a query must not attend to [Q, N] bool, or None.
+        """
         q = self.norms[0](q + _attend(self.click_to_scene, q + e, s + p, s, blocked))
         q = self.norms[1](q + _attend(self.click_to_click, q + e, q + e, q))
         q = self.norms[2](q + self.feedforward(q))
@@ -103,17 +118,17 @@ def _attend(attention: nn.Module, query: Tensor, key: Tensor, value: Tensor, blo
 
 
 class ClickDecoder(nn.Module):
-    """From an encoded scene and clicks to the logits of every token, after every layer.
+    """Predict the logits of every token from an encoded scene and clicks, after every layer.
 
     Args:
-        dims: D, of the coordinates.
-        hidden: d, a multiple of twice the heads; the paper's 128.
-        heads: h; 8.
-        feedforward: F; 1024.
-        layers: L; 3.
-        background: B, learned queries for the background, which may then have no click; 10.
-        scale: of the directions in which places are encoded; 1.
-        shared: let one layer run L times.
+        dims: D, the number of coordinates.
+        hidden: d, a multiple of twice the number of heads; 128 in the paper.
+        heads: h, the number of attention heads; 8 in the paper.
+        feedforward: F, the intermediate size of the MLP; 1024 in the paper.
+        layers: L, the number of layers; 3 in the paper.
+        background: B, the number of learned background queries, so that the background needs no click; 10 in the paper.
+        scale: standard deviation of the random directions of the position encoding; 1 in the paper.
+        shared: run one layer L times (weight sharing).
     """
 
     def __init__(
@@ -129,22 +144,22 @@ class ClickDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.hidden, self.depth = hidden, layers
-        self.place = Place(dims, hidden, scale)
+        self.place = FourierEncoding(dims, hidden, scale)
         self.background = nn.Embedding(background, hidden)
         self.background_place = nn.Embedding(background, hidden)
-        self.layers = nn.ModuleList(Layer(hidden, heads, feedforward) for _ in range(1 if shared else layers))
+        self.layers = nn.ModuleList(DecoderLayer(hidden, heads, feedforward) for _ in range(1 if shared else layers))
         self.norm = nn.LayerNorm(hidden)
         self.mask = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, hidden))
 
-    def forward(self, scene: Encoded, clicks: Clicks, layers: int | None = None) -> list[Tensor]:
-        """The logits of each token for background and objects 1..M, after each layer [N, M + 1].
+    def forward(self, scene: EncodedScene, clicks: Clicks, layers: int | None = None) -> list[Tensor]:
+        """Return the logits of each token for background and objects 1..M, after each layer [N, M + 1].
 
-        M is the highest label that was clicked. A label in between without a click has no chance: its logit is -inf.
+        M is the highest clicked label. A label below M without a click has the logit -inf.
 
         Args:
-            scene: with features of the same width.
+            scene: an encoded scene with features of width d.
             clicks: at least one on an object, or none at all.
-            layers: how many run: fewer than the model has, or of a shared layer any number.
+            layers: number of layers to run: at most as many as the model has, or any number if the layer is shared.
         """
         q, e, label = self.queries(scene, clicks)
         s, blocked, found = scene.f, None, []
@@ -156,17 +171,21 @@ class ClickDecoder(nn.Module):
             blocked = elsewhere(logits, label)
         return found
 
-    def queries(self, scene: Encoded, clicks: Clicks) -> tuple[Tensor, Tensor, Tensor]:
-        """Content and encoding of all queries [Q, d], and their labels [Q].
+    def queries(self, scene: EncodedScene, clicks: Clicks) -> tuple[Tensor, Tensor, Tensor]:
+        """Return content and encoding of all queries [Q, d], and their labels [Q].
 
-        They stand in the order of objects, each in the order of its clicks; then the learned ones, and the clicks on
-        the background last.
+        They are ordered by object and then by click; the learned background queries follow, and clicks on the
+        background come last.
+
+        Args:
+            scene: the encoded scene.
+            clicks: the clicks so far.
         """
         device = scene.f.device
         times = sorted(range(len(clicks)), key=lambda t: (clicks[t].label == BACKGROUND, clicks[t].label))
         tokens = torch.tensor([clicks[t].token for t in times], dtype=torch.long, device=device)
         labels = torch.tensor([clicks[t].label for t in times], dtype=torch.long, device=device)
-        content = scene.f[tokens]  # the gradient goes through them into the encoder
+        content = scene.f[tokens]  # the gradient flows through the queries into the encoder
         encoding = scene.p[tokens] + time(torch.tensor(times, device=device), self.hidden)
         objects = int((labels != BACKGROUND).sum())
         learned = self.background.weight, self.background_place.weight, labels.new_zeros(len(self.background.weight))
@@ -178,12 +197,24 @@ class ClickDecoder(nn.Module):
 
 
 def best(Z: Tensor, label: Tensor) -> Tensor:
-    """Of the logits of queries [N, Q], the highest of each label [N, M + 1]; -inf where a label has no query."""
+    """Reduce query logits [N, Q] to the highest of each label [N, M + 1]; -inf if a label has no query.
+
+    Args:
+        Z: logits of the queries [N, Q].
+        label: labels of the queries [Q].
+    """
     none = Z.new_full((len(Z), int(label.max()) + 1), -math.inf)
     return none.scatter_reduce(1, label.expand_as(Z), Z, "amax")
 
 
 def elsewhere(logits: Tensor, label: Tensor) -> Tensor:
-    """What each query must not see [Q, N]: tokens that another label has won; nothing where its own has won none."""
+    """Mask the tokens that each query must not attend to [Q, N]: those won by another label.
+
+    A query whose label has won no token is not masked.
+
+    Args:
+        logits: logits of the tokens [N, M + 1].
+        label: labels of the queries [Q].
+    """
     blocked = label[:, None] != logits.argmax(dim=1)[None]
     return blocked & ~blocked.all(dim=1, keepdim=True)

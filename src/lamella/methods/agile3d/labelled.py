@@ -1,4 +1,4 @@
-"""What labelling leaves: for each scene its points with labels, and the clicks that gave them, to go on from."""
+"""The result of labelling: for each scene its labelled points, and the clicks, from which labelling can resume."""
 
 from __future__ import annotations
 
@@ -17,46 +17,49 @@ from lamella.results import Evidence, Result
 
 @dataclass(frozen=True)
 class ClickLogs:
-    """Clicks of earlier sessions, on any scenes.
+    """Click logs of earlier sessions, of any scenes.
 
     Attributes:
-        of_scenes: by the digest of their scenes.
-        said: what provenance says of them.
+        of_scenes: logs by the digest of their scene.
+        metadata: provenance.
     """
 
     metavar: ClassVar[str] = "CLICKS"
-    source_help: ClassVar[str] = "a file that a session has saved, or a folder that `label` has written"
+    summaries: ClassVar[str] = "a file saved by a session, or a folder written by `label`"
 
     of_scenes: Mapping[str, ClickLog]
-    said: Mapping[str, Any]
+    metadata: Mapping[str, Any]
 
     @classmethod
     def open(cls, name: str | Path) -> ClickLogs:
-        """Read one log, or those of a folder.
+        """Read one log, or all logs of a folder.
+
+        Args:
+            name: a file or a folder.
 
         Raises:
-            CalibrationError: for what is missing or no log of clicks.
+            CalibrationError: if a file is missing or not a click log.
         """
         path = Path(name)
         files = sorted(path.glob(f"*{CLICKS}")) if path.is_dir() else [path]
         if not files:
-            raise CalibrationError(f"{path} holds no file *{CLICKS}: give one that a session has saved")
+            raise CalibrationError(f"{path} has no file *{CLICKS}: give a click log saved by a session")
         logs = {log.scene: log for log in map(ClickLog.read, files)}
         digest = hashlib.sha256("".join(log.dump() for log in logs.values()).encode()).hexdigest()
         return cls(logs, {"clicks": str(name), "scenes": len(logs), "sha256": digest})
 
     def describe(self) -> dict[str, Any]:
-        """What provenance says of them."""
-        return dict(self.said)
+        """Return the provenance of these logs."""
+        return dict(self.metadata)
 
 
 @dataclass(kw_only=True)
-class Labelled(Result):
-    """Scenes that were labelled by clicks.
+class LabelledScenes(Result):
+    """Scenes labelled by clicks.
 
     Attributes:
-        logs: what was clicked, by the name of the files of a scene.
-        exports: the contents of the files with the labels of its points, likewise.
+        logs: click logs, by the file stem of their scene.
+        exports: contents of the label files, by file name.
     """
 
     logs: dict[str, ClickLog] = field(default_factory=dict)
@@ -66,21 +69,21 @@ class Labelled(Result):
     needs_folder: ClassVar[bool] = True
 
     @classmethod
-    def of(cls, sessions: Iterable[Session]) -> Labelled:
-        """What these sessions have come to."""
-        found, told = cls(), []
-        for number, session in enumerate(sessions, start=1):
-            name = f"{number:03}-{session.scene.stem}"
+    def of(cls, sessions: Iterable[Session]) -> LabelledScenes:
+        """Collect the labels and click logs of sessions."""
+        found, summaries = cls(), []
+        for index, session in enumerate(sessions, start=1):
+            name = f"{index:03}-{session.scene.stem}"
             labels, log = session.labels().cpu().numpy(), session.log
             found.logs[name] = log
-            found.exports[name + session.scene.ending] = session.exported()
+            found.exports[name + session.scene.suffix] = session.exported()
             counts = {str(label): int((labels == label).sum()) for label in np.unique(labels)}
-            told.append({"scene": session.scene.name, "clicks": len(log.clicks), "points": counts})
-        found.findings = {"scenes": told}
+            summaries.append({"scene": session.scene.name, "clicks": len(log.clicks), "points": counts})
+        found.findings = {"scenes": summaries}
         return found
 
     def write(self, folder: Path) -> None:
-        """For each scene its labels and its clicks."""
+        """Write the labels and clicks of each scene."""
         for name, content in self.exports.items():
             (folder / name).write_bytes(content)
         for name, log in self.logs.items():
@@ -88,10 +91,10 @@ class Labelled(Result):
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Those in a folder of results.
+        """Read the labels and click logs of a result folder.
 
         Raises:
-            CalibrationError: when a log is damaged.
+            CalibrationError: if a log is damaged.
         """
         evidence = Evidence.read(path)
         logs = {each.name.removesuffix(CLICKS): ClickLog.read(each) for each in sorted(Path(path).glob(f"*{CLICKS}"))}

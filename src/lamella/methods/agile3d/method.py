@@ -1,15 +1,15 @@
 """AGILE3D: attention guided interactive multi-object 3D segmentation (Yue et al., ICLR 2024, arXiv 2306.00977).
 
-A person labels several objects of a scan at once, by clicks; after each click every point has exactly one label::
+A person labels several objects of a scan at once by clicking; after each click every point has exactly one label::
 
-    points -> voxels -> sparse U-Net -> f [N, d]           once for each scene (scene.py, sparse.py, modules.py)
+    points -> voxels -> sparse U-Net -> f [N, d]           once per scene (scene.py, sparse.py, modules.py)
                                         |
     clicks -> queries [Q, d]  --L layers of attention-->  logits [N, M + 1] -> argmax
-              (decoder.py)    <-- who clicks where is wrong (clicks.py)       after each click
+              (decoder.py)    <-- the user clicks where the labels are wrong (clicks.py)
 
-Clicks of all objects are in one sequence, so that a click on one is evidence against its neighbours, and one argmax
-decides. In training a simulated user clicks where the model is most deeply wrong (recipe.py); by the same user it is
-judged (judge.py). Sessions of real users are undone, saved and played again (session.py), in a page of the browser
+The clicks of all objects form one sequence, so a click on one object is evidence against its neighbours, and one argmax
+decides. In training, a simulated user clicks where the model is most deeply wrong (recipe.py); the evaluation uses the
+same user (judge.py). Sessions of real users can be undone, saved and replayed (session.py), in a browser page
 (viewer.py).
 """
 
@@ -25,13 +25,13 @@ from annotated_types import Ge, Le
 from lamella.errors import CalibrationError, MethodError
 from lamella.files import Journal, Work
 from lamella.methods.agile3d.judge import BUDGET, Curve, answers, clicks_to, iou_at, nearest_click, play, visible
-from lamella.methods.agile3d.labelled import ClickLogs, Labelled
-from lamella.methods.agile3d.recipe import TRAINING, Practice, practise
-from lamella.methods.agile3d.result import Segmenter, Shape
+from lamella.methods.agile3d.labelled import ClickLogs, LabelledScenes
+from lamella.methods.agile3d.recipe import TRAINING, ClickSimulation, train_segmenter
+from lamella.methods.agile3d.result import Segmenter, SegmenterShape
 from lamella.methods.agile3d.scenes import Scenes
 from lamella.methods.agile3d.session import ClickLog
-from lamella.methods.agile3d.viewer import Viewer, opened
-from lamella.progress import say
+from lamella.methods.agile3d.viewer import Viewer, open_session
+from lamella.progress import notify
 from lamella.registry import command, method
 from lamella.results import Study
 from lamella.signature import Split
@@ -39,8 +39,8 @@ from lamella.train import TrainConfig
 from lamella.zoo import pull
 
 EPOCHS = 1100  # the paper's
-AT = (1, 2, 3, 5, 10, 15, 20)  # clicks for each object at which IoU is told
-QUALITIES = (0.5, 0.65, 0.8, 0.85, 0.9)  # IoU to which clicks are counted
+CLICK_COUNTS = (1, 2, 3, 5, 10, 15, 20)  # clicks per object at which IoU is reported
+QUALITIES = (0.5, 0.65, 0.8, 0.85, 0.9)  # IoU thresholds for which the number of clicks is reported
 
 
 @method(
@@ -64,34 +64,34 @@ QUALITIES = (0.5, 0.65, 0.8, 0.85, 0.9)  # IoU to which clicks are counted
 def agile3d(
     scenes: Scenes,
     *,
-    shape: Shape = Shape(),  # noqa: B008, frozen
-    practice: Practice = Practice(),  # noqa: B008, frozen
+    shape: SegmenterShape = SegmenterShape(),  # noqa: B008, frozen
+    simulation: ClickSimulation = ClickSimulation(),  # noqa: B008, frozen
     config: TrainConfig = TRAINING,
     work: Work = Work(),
 ) -> Segmenter:
-    """Train a model that segments the objects of a scan, or of a picture, by clicks.
+    """Train a model that segments several objects of a 3D scan or an image at once from a user's clicks.
 
     Args:
-        scenes: whose objects are known.
-        shape: of the model; the paper's when left out.
-        practice: how clicks are simulated; the paper's when left out.
-        config: of the training; the paper's rate, batch and clipping, and its 1100 epochs, when left out.
-        work: where an interrupted run goes on from, to the bit.
+        scenes: training scenes with known objects.
+        shape: size of the model; the paper's by default.
+        simulation: simulation of clicks; the paper's by default.
+        config: training configuration; by default the paper's learning rate, batch size, clipping and 1100 epochs.
+        work: folder from which an interrupted run resumes, bit-exact.
 
     Returns:
-        The model.
+        The trained model.
 
     Raises:
-        CalibrationError: when a scene shows no object, or is none of those that the encoder takes.
-        DownloadError: when a public network has to be pulled and cannot be.
-        TrainingError: when training cannot start, go on or stay finite.
+        CalibrationError: if a scene shows no object, or does not fit the encoder.
+        DownloadError: if a public backbone cannot be downloaded.
+        TrainingError: if training cannot start or resume, or the loss is not finite.
     """
     size = config.batch * config.accumulate
     config = replace(config, steps=config.steps or max(1, EPOCHS * len(scenes) // size))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = shape.build(pull(shape.encoder) / "model.safetensors" if shape.public else None, practice.frozen)
-    log = practise(model, scenes.scenes, config, practice, work.directory("run"))
+        model = shape.build(pull(shape.encoder) / "model.safetensors" if shape.public else None, simulation.frozen)
+    log = train_segmenter(model, scenes.scenes, config, simulation, work.directory("run"))
     sizes = {name: each.numel() for name, each in model.named_parameters()}
     encoder = sum(size for name, size in sizes.items() if name.startswith("encoder."))
     findings: dict[str, Any] = {"parameters": sum(sizes.values()), "parameters of the encoder": encoder}
@@ -109,40 +109,44 @@ def judge(
     depth: Annotated[int, Ge(1)] | None = None,
     seed: Annotated[int, Ge(0)] = 0,
 ) -> Study:
-    """Let a simulated user segment scenes with a model, and say how good that is after how many clicks.
+    """Evaluate a model with a simulated user: mean IoU against the number of clicks.
 
     Args:
-        model: what agile3d has written.
-        scenes: whose objects are known, and which it was not trained on.
-        budget: clicks for each object, on average; the paper's 20.
-        objects: at most so many of a scene are segmented at once, a number and objects drawn by chance; 10.
-        depth: layers of the decoder that run; all when left out.
-        seed: of what is drawn.
+        model: a model trained by agile3d.
+        scenes: test scenes with known objects.
+        budget: clicks per object, on average; the paper uses 20.
+        objects: maximum number of objects segmented at once in a scene; a random subset is chosen. The paper uses 10.
+        depth: number of decoder layers to run; all if None.
+        seed: random seed of the chosen objects and of the order of the first clicks.
 
     Returns:
-        Mean IoU by clicks for each object, and clicks until an IoU is reached, of the model and of labelling every
-        point as the nearest click.
+        Mean IoU against clicks per object, and clicks until an IoU is reached, of the model and of the baseline that
+        gives every point the label of the nearest click.
 
     Raises:
-        MethodError: for a depth that the model does not have.
-        CalibrationError: when a scene shows no object.
+        MethodError: for more layers than the model has.
+        CalibrationError: if a scene shows no object.
     """
     if depth is not None and depth > model.shape.layers and not model.shape.shared:
         raise MethodError(
-            f"depth {depth}: the model has {model.shape.layers} layers, and none that is shared; give fewer"
+            f"depth {depth}: the model has {model.shape.layers} layers and does not share them: give at most that many"
         )
-    drawn = np.random.default_rng(seed)
+    generator = np.random.default_rng(seed)
     curves: dict[str, list[Curve]] = {"agile3d": [], "nearest click": []}
     for scene in scenes:
         tokens = model.model.tokenise(scene)
-        here = visible(tokens)
-        chosen = drawn.choice(here, int(drawn.integers(1, min(objects, len(here)) + 1)), replace=False).tolist()
+        candidates = visible(tokens)
+        chosen = generator.choice(
+            candidates, int(generator.integers(1, min(objects, len(candidates)) + 1)), replace=False
+        ).tolist()
         with torch.no_grad():
             (encoded,) = model.model.encode([tokens])
         predicted = {"agile3d": answers(model.model, encoded, depth), "nearest click": nearest_click(tokens)}
         for name, predict in predicted.items():
             curves[name].append(play(predict, tokens, chosen, budget, seed))
-    return Study(findings={name: told(each, budget) for name, each in curves.items()} | {"scenes": len(scenes)})
+    return Study(
+        findings={name: curve_findings(each, budget) for name, each in curves.items()} | {"scenes": len(scenes)}
+    )
 
 
 @command("agile3d", "label", on="any", brief={"page": False, "clicks": None, "count": 1})
@@ -154,55 +158,62 @@ def label(
     page: bool = True,
     port: Annotated[int, Ge(0), Le(65535)] = 0,
     work: Work = Work(),
-) -> Labelled:
-    """Label scenes by clicks, in a page in the browser that this machine alone can reach.
+) -> LabelledScenes:
+    """Label scenes by clicks, in a browser page served to this machine only.
 
     Args:
-        model: what agile3d has written.
-        scenes: to label; more can be opened in the page.
-        clicks: that are made first, on those of the scenes that they belong to.
-        page: serve the page until its button Done is pressed; otherwise the clicks that are given are all.
-        port: of the page; any that is free when 0.
-        work: where a session that was stopped goes on from: every click is kept at once.
+        model: a model trained by agile3d.
+        scenes: scenes to label; more can be opened in the page.
+        clicks: click logs to replay first, on the scenes that they belong to.
+        page: serve the page until its button Done is pressed; if false, only ``clicks`` are replayed.
+        port: port of the page; 0 chooses a free one.
+        work: folder from which a stopped session resumes; every click is saved immediately.
 
     Returns:
-        Of the scenes that were looked at or have clicks, the labels of all points and the clicks that gave them.
+        The labels of all points and the clicks, for every scene that was viewed or has clicks.
 
     Raises:
-        CalibrationError: for clicks on none of the scenes.
-        LamellaError: when viser is missing.
+        CalibrationError: if a click log belongs to none of the scenes.
+        LamellaError: if viser is not installed.
     """
     logs = dict(clicks.of_scenes) if clicks else {}
     if strangers := logs.keys() - {scene.digest for scene in scenes}:
-        raise CalibrationError(f"clicks: {len(strangers)} of {len(logs)} logs are on none of the scenes: give those")
+        raise CalibrationError(
+            f"clicks: {len(strangers)} of {len(logs)} logs belong to none of the scenes: give their scenes as well"
+        )
     kept = Journal(work.journal("clicks"), is_log)
     logs |= {log.scene: log for log in map(ClickLog.of, kept.found)}
-    sessions = {} if page else {place: opened(model.model, scene, logs) for place, scene in enumerate(scenes)}
+    sessions = {} if page else {index: open_session(model.model, scene, logs) for index, scene in enumerate(scenes)}
     if page:
         viewer = Viewer(model.model, scenes, logs, port=port, changed=lambda log: kept.add(log.document()))
-        say(f"Label in a browser at {viewer.address} until you press Done there.")
+        notify(f"Label in a browser at {viewer.address} until you press Done there.")
         try:
             viewer.wait()
         finally:
             viewer.stop()
         sessions = viewer.sessions
-        for place, scene in enumerate(scenes):
-            if scene.digest in logs and place not in sessions:
-                sessions[place] = opened(model.model, scene, logs)
-    return Labelled.of(session for _, session in sorted(sessions.items()))
+        for index, scene in enumerate(scenes):
+            if scene.digest in logs and index not in sessions:
+                sessions[index] = open_session(model.model, scene, logs)
+    return LabelledScenes.of(session for _, session in sorted(sessions.items()))
 
 
 def is_log(value: Any) -> bool:
-    """Whether a line of a journal is a log of clicks."""
+    """Return whether a value from a journal is a valid click log."""
     try:
         return bool(ClickLog.of(value))
     except (ValueError, KeyError, TypeError):
         return False
 
 
-def told(curves: list[Curve], budget: int) -> dict[str, dict[str, float]]:
-    """IoU at so many clicks for each object, and clicks for each object until so much IoU."""
+def curve_findings(curves: list[Curve], budget: int) -> dict[str, dict[str, float]]:
+    """Summarise curves as IoU at several numbers of clicks per object, and clicks per object until an IoU is reached.
+
+    Args:
+        curves: evaluation curves.
+        budget: clicks per object.
+    """
     return {
-        "iou": {str(k): iou_at(curves, k) for k in AT if k <= budget},
+        "iou": {str(k): iou_at(curves, k) for k in CLICK_COUNTS if k <= budget},
         "clicks": {f"{quality:g}": clicks_to(curves, quality, budget) for quality in QUALITIES},
     }

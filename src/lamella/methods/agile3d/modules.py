@@ -1,4 +1,4 @@
-"""The networks: an encoder that runs once a scene, and the model that joins it to the decoder."""
+"""The networks: the encoder, which runs once per scene, and the model that joins it to the decoder."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from lamella.errors import CalibrationError
-from lamella.methods.agile3d.clicks import Clicks, overwritten
-from lamella.methods.agile3d.decoder import ClickDecoder, Encoded
-from lamella.methods.agile3d.scene import Scene, Tokens, tokenise
-from lamella.methods.agile3d.sparse import Grids, Pairs, SparseConv, transposed
+from lamella.methods.agile3d.clicks import Clicks, apply_clicks
+from lamella.methods.agile3d.decoder import ClickDecoder, EncodedScene
+from lamella.methods.agile3d.scene import ClickScene, Tokens, tokenise
+from lamella.methods.agile3d.sparse import Pairs, SparseConv, SparseGrids, transposed
 
-MOMENTUM = 0.02  # of the running statistics of batch norms
+MOMENTUM = 0.02  # momentum of the running statistics of batch norms
 
 
-class Encoder(Protocol):
-    """What a model needs of an encoder; one of your own may wrap MinkowskiEngine or spconv.
+class SceneEncoder(Protocol):
+    """The interface of an encoder; a custom one may wrap MinkowskiEngine or spconv.
 
     Attributes:
-        dims: D, of the coordinates of its scenes.
-        channels: C, of its features.
-        reach: how far around a click tokens count for more in training, in the units of the coordinates.
+        dims: D, the number of coordinates of its scenes.
+        channels: C, the number of feature channels.
+        reach: distance around a click within which tokens weigh more in training, in the units of the coordinates.
     """
 
     dims: int
     channels: int
     reach: float
 
-    def tokenise(self, scene: Scene) -> Tokens:
-        """The tokens of a scene."""
+    def tokenise(self, scene: ClickScene) -> Tokens:
+        """Return the tokens of a scene."""
 
     def __call__(self, scenes: Sequence[Tokens]) -> Tensor:
-        """The features of the tokens of several scenes, behind one another [N, C]."""
+        """Return the concatenated features of the tokens of several scenes [N, C]."""
 
 
 @dataclass(frozen=True)
-class Widths:
-    """How wide and deep a sparse U-Net is; left out, as in the paper (Res16UNet34C).
+class UNetWidths:
+    """Widths and depths of a sparse U-Net; the defaults are the paper's (Res16UNet34C).
 
     Attributes:
         stem: channels at the finest level.
         down: channels after each halving of the resolution.
         up: channels after each doubling.
-        blocks: residual blocks at each level, those on the way down first.
+        blocks: number of residual blocks at each level, down path first.
     """
 
     stem: int = 32
@@ -57,27 +57,27 @@ class Widths:
     blocks: tuple[int, ...] = (2, 3, 4, 6, 2, 2, 2, 2)
 
 
-NANO = Widths(16, (32, 48), (32, 32), (1, 1, 1, 1))
+NANO = UNetWidths(16, (32, 48), (32, 32), (1, 1, 1, 1))
 
 
 class SparseUNet(nn.Module):
-    """A residual U-Net over voxels, whose input is their colour (Choy et al., 2019).
+    """A residual U-Net over voxels with their colours as input (Choy et al., 2019).
 
     Args:
-        widths: of its levels.
-        voxel: side of a voxel, in metres; the paper's 0.05.
+        widths: widths and depths of its levels.
+        voxel: side of a voxel in metres; the paper uses 0.05.
     """
 
     dims = 3
     reach = 0.3  # metres: the paper's tau
 
-    def __init__(self, widths: Widths = Widths(), voxel: float = 0.05) -> None:
+    def __init__(self, widths: UNetWidths = UNetWidths(), voxel: float = 0.05) -> None:
         super().__init__()
         self.widths, self.voxel = widths, voxel
         self.channels = widths.up[-1]
         skips = (widths.stem, *widths.down[:-1])  # channels of each resolution on the way down
         blocks = iter(widths.blocks)
-        self.stem = Convolved(3, widths.stem, 5**3)
+        self.stem = SparseConvBlock(3, widths.stem, 5**3)
         self.down = nn.ModuleList(
             Level(before, before, 0, after, next(blocks)) for before, after in pairwise((widths.stem, *widths.down))
         )
@@ -86,13 +86,13 @@ class SparseUNet(nn.Module):
             for (before, after), skip in zip(pairwise((widths.down[-1], *widths.up)), reversed(skips), strict=True)
         )
 
-    def tokenise(self, scene: Scene) -> Tokens:
-        """One token for each voxel with points in it."""
+    def tokenise(self, scene: ClickScene) -> Tokens:
+        """Return one token for each voxel that contains points."""
         return tokenise(scene, self.voxel)
 
     def forward(self, scenes: Sequence[Tokens]) -> Tensor:
-        """Features at full resolution [N, C]."""
-        grid = Grids([each.grid for each in scenes])
+        """Compute features at full resolution for the concatenated scenes [N, C]."""
+        grid = SparseGrids([each.grid for each in scenes])
         x = self.stem(torch.cat([each.colours for each in scenes]), grid.neighbours(5), len(grid))
         passed = []
         for level in self.down:
@@ -106,21 +106,32 @@ class SparseUNet(nn.Module):
 
 
 class Level(nn.Module):
-    """A change of resolution, and residual blocks at the new one.
+    """A change of resolution, followed by residual blocks at the new resolution.
 
     Args:
-        before, changed, after: channels before and after the change, and after the blocks.
-        skip: channels that join from the way down.
-        blocks: how many.
+        before: input channels.
+        changed: channels after the change of resolution.
+        skip: channels of the skip connection from the down path.
+        after: output channels.
+        blocks: number of residual blocks.
     """
 
     def __init__(self, before: int, changed: int, skip: int, after: int, blocks: int) -> None:
         super().__init__()
-        self.change = Convolved(before, changed, 2**3)
-        self.blocks = nn.ModuleList(Block(changed + skip if n == 0 else after, after) for n in range(blocks))
+        self.change = SparseConvBlock(before, changed, 2**3)
+        self.blocks = nn.ModuleList(
+            SparseResidualBlock(changed + skip if n == 0 else after, after) for n in range(blocks)
+        )
 
-    def forward(self, x: Tensor, pairs: Pairs, grid: Grids, skip: Tensor | None = None) -> Tensor:
-        """Features of one resolution along pairs to those of the cells of another."""
+    def forward(self, x: Tensor, pairs: Pairs, grid: SparseGrids, skip: Tensor | None = None) -> Tensor:
+        """Compute the features of the cells of another resolution.
+
+        Args:
+            x: input features [N, before].
+            pairs: pairs from the cells of ``x`` to those of ``grid``.
+            grid: the cells of the output.
+            skip: features of the skip connection, if any.
+        """
         x = self.change(x, pairs, len(grid))
         if skip is not None:
             x = torch.cat([x, skip], dim=1)
@@ -129,8 +140,8 @@ class Level(nn.Module):
         return x
 
 
-class Convolved(nn.Module):
-    """A sparse convolution, a batch norm and a rectifier."""
+class SparseConvBlock(nn.Module):
+    """A sparse convolution, a batch norm and a ReLU."""
 
     def __init__(self, channels_in: int, channels_out: int, offsets: int) -> None:
         super().__init__()
@@ -138,15 +149,16 @@ class Convolved(nn.Module):
         self.norm = nn.BatchNorm1d(channels_out, momentum=MOMENTUM)
 
     def forward(self, x: Tensor, pairs: Pairs, cells: int) -> Tensor:
+        """Apply convolution, norm and activation, see :meth:`SparseConv.forward`."""
         return relu(self.norm(self.conv(x, pairs, cells)))
 
 
-class Block(nn.Module):
-    """A residual block of two convolutions of 3 cells a side."""
+class SparseResidualBlock(nn.Module):
+    """A residual block of two convolutions with a kernel of 3 cells a side."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
-        self.first = Convolved(channels_in, channels_out, 3**3)
+        self.first = SparseConvBlock(channels_in, channels_out, 3**3)
         self.second = SparseConv(channels_out, channels_out, 3**3)
         self.norm = nn.BatchNorm1d(channels_out, momentum=MOMENTUM)
         self.shortcut: nn.Module = nn.Identity()
@@ -154,21 +166,22 @@ class Block(nn.Module):
             linear = nn.Linear(channels_in, channels_out, bias=False)
             self.shortcut = nn.Sequential(linear, nn.BatchNorm1d(channels_out, momentum=MOMENTUM))
 
-    def forward(self, x: Tensor, grid: Grids) -> Tensor:
+    def forward(self, x: Tensor, grid: SparseGrids) -> Tensor:
+        """Apply the block to features [N, channels_in] of a grid."""
         pairs = grid.neighbours(3)
         h = self.norm(self.second(self.first(x, pairs, len(grid)), pairs, len(grid)))
         return relu(h + self.shortcut(x))
 
 
 class ClickSegmenter(nn.Module):
-    """An encoder that sees a scene once, and a decoder that answers every click.
+    """An encoder that runs once per scene, and a decoder that runs for every click.
 
     Args:
-        encoder: a :class:`SparseUNet`, or any :class:`Encoder` that is a module.
-        decoder: of the encoder's dimensions.
+        encoder: a :class:`SparseUNet`, or any :class:`SceneEncoder` that is a module.
+        decoder: the decoder, of the encoder's dimensions.
     """
 
-    def __init__(self, encoder: Encoder, decoder: ClickDecoder) -> None:
+    def __init__(self, encoder: SceneEncoder, decoder: ClickDecoder) -> None:
         super().__init__()
         self.encoder = encoder
         self.project = nn.Linear(encoder.channels, decoder.hidden)
@@ -176,32 +189,47 @@ class ClickSegmenter(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """The device of the parameters."""
         return self.project.weight.device
 
-    def tokenise(self, scene: Scene) -> Tokens:
-        """The tokens of a scene, where the model is.
+    def tokenise(self, scene: ClickScene) -> Tokens:
+        """Return the tokens of a scene, on the device of the model.
 
         Raises:
-            CalibrationError: for a picture where the model segments scenes in space, and the other way round.
+            CalibrationError: for an image if the model segments scenes in space, and vice versa.
         """
         if scene.coords.shape[1] != self.encoder.dims:
-            kind = {2: "picture", 3: "scene in space"}[self.encoder.dims]
-            raise CalibrationError(f"{scene.name} is no {kind}, as this model segments: give one, or another model")
+            kind = {2: "image", 3: "scene in space"}[self.encoder.dims]
+            raise CalibrationError(
+                f"{scene.name} is no {kind}, which this model segments: give another scene, or another model"
+            )
         return self.encoder.tokenise(scene).to(self.device)
 
-    def encode(self, scenes: Sequence[Tokens]) -> list[Encoded]:
-        """Several scenes in one pass; each is encoded as it is alone, once the norms no longer train."""
+    def encode(self, scenes: Sequence[Tokens]) -> list[EncodedScene]:
+        """Encode several scenes in one pass; in evaluation mode the result is the same as one by one."""
         f = self.project(self.encoder(scenes)).split([len(each) for each in scenes])
-        return [Encoded(each, self.decoder.place(tokens.coords)) for each, tokens in zip(f, scenes, strict=True)]
+        return [EncodedScene(each, self.decoder.place(tokens.coords)) for each, tokens in zip(f, scenes, strict=True)]
 
-    def decode(self, scene: Encoded, clicks: Clicks, layers: int | None = None) -> list[Tensor]:
-        """Logits after each layer; see :meth:`ClickDecoder.forward`."""
+    def decode(self, scene: EncodedScene, clicks: Clicks, layers: int | None = None) -> list[Tensor]:
+        """Return the logits after each layer, see :meth:`ClickDecoder.forward`.
+
+        Args:
+            scene: the encoded scene.
+            clicks: the clicks so far.
+            layers: number of decoder layers to run; all if None.
+        """
         found: list[Tensor] = self.decoder(scene, clicks, layers)
         return found
 
     @torch.no_grad()
-    def labels(self, scene: Encoded, clicks: Clicks, layers: int | None = None) -> Tensor:
-        """The label of every token [N]: clicked ones have the label that they were clicked with."""
+    def labels(self, scene: EncodedScene, clicks: Clicks, layers: int | None = None) -> Tensor:
+        """Predict the label of every token [N]; clicked tokens keep the label of their click.
+
+        Args:
+            scene: the encoded scene.
+            clicks: the clicks so far.
+            layers: number of decoder layers to run; all if None.
+        """
         if not clicks:
             return torch.zeros(len(scene.f), dtype=torch.long, device=scene.f.device)
-        return overwritten(self.decode(scene, clicks, layers)[-1].argmax(dim=1), clicks)
+        return apply_clicks(self.decode(scene, clicks, layers)[-1].argmax(dim=1), clicks)

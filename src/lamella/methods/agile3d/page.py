@@ -1,4 +1,4 @@
-"""From evidence to figures: the loss of a training, IoU by clicks, or what was labelled."""
+"""Figures and summaries of the results: the training loss, IoU against clicks, or the labelled points."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ TRAINED, LABELLED = "segmenter", "labelled"
 
 
 def figures(evidence: Evidence) -> list[Figure]:
-    """The loss point by point, or IoU by clicks; of labels there is none."""
+    """Return the training loss, or IoU against clicks; labels have no figure."""
     found = evidence.findings
     if evidence.kind == LABELLED:
         return []
     if evidence.kind == TRAINED:
-        return [Lines("point of the log", "loss", {"training": found["loss"]})]
+        return [Lines("logged step", "loss", {"training": found["loss"]})]
     lines = {arm: [100 * iou for iou in found[arm]["iou"].values()] for arm in ARMS}
     clicks = [int(count) for count in found[ARMS[0]]["iou"]]
-    caption = "Mean IoU of the objects after so many clicks on each of them."
-    return [Lines("clicks on each object", "IoU, percent", lines, positions=clicks, caption=caption)]
+    caption = "Mean IoU of the objects against the number of clicks on each of them."
+    return [Lines("clicks per object", "IoU (%)", lines, positions=clicks, caption=caption)]
 
 
 def summary(evidence: Evidence) -> Summary:
-    """What was trained, how good it is, or what was labelled."""
+    """Summarise the training, the evaluation or the labels."""
     found = evidence.findings
     if evidence.kind == LABELLED:
         return labelled(found["scenes"])
@@ -42,14 +42,14 @@ def summary(evidence: Evidence) -> Summary:
     return Summary(
         verdict,
         [
-            Table("Mean IoU of the objects, in percent", ("clicks for each", *ARMS), rows),
-            Table("Clicks for each object until an IoU; the budget where it is never reached", ("IoU", *ARMS), until),
+            Table("Mean IoU of the objects (%)", ("clicks per object", *ARMS), rows),
+            Table("Clicks per object until an IoU is reached, or the budget if it never is", ("IoU", *ARMS), until),
         ],
     )
 
 
 def labelled(scenes: list[dict[str, Any]]) -> Summary:
-    """How much of each scene is an object."""
+    """Summarise how many points of each scene belong to objects."""
     clicks = sum(each["clicks"] for each in scenes)
     rows = [
         [each["scene"], each["clicks"], sum(each["points"].values()), len(each["points"].keys() - {"0"}),
@@ -57,5 +57,5 @@ def labelled(scenes: list[dict[str, Any]]) -> Summary:
         for each in scenes
     ]  # fmt: skip
     heads = ("scene", "clicks", "points", "objects", "points of objects")
-    verdict = f"Labels of {counted(len(scenes), 'scene')} were made by {counted(clicks, 'click')}."
+    verdict = f"{counted(len(scenes), 'scene')} labelled with {counted(clicks, 'click')}."
     return Summary(verdict, [Table("Labels", heads, rows)])

@@ -1,7 +1,7 @@
-"""PLY files of points: read whatever anyone may have made, written with a label for every point.
+"""Reading PLY point files from any source, and writing them with a label for every point.
 
-A header in words says which elements a file has, and which properties each of them; then follow the values, in words or
-in bytes. Points are the element ``vertex``; what else there is, such as faces, is passed over.
+A text header lists the elements of a file and the properties of each; the values follow as text or binary. Points are
+the element ``vertex``; other elements, such as faces, are ignored.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lamella.errors import CalibrationError
 from lamella.files import write_bytes
-from lamella.methods.agile3d.scene import UNLABELLED, Scene
+from lamella.methods.agile3d.scene import UNLABELLED, ClickScene
 from lamella.reading import FileRefused, open_file
 
 TYPES = {
@@ -23,20 +23,21 @@ TYPES = {
     "float32": "f4", "float64": "f8",
 }  # fmt: skip
 ORDERS = {"ascii": "<", "binary_little_endian": "<", "binary_big_endian": ">"}
-PLACE, COLOUR = ("x", "y", "z"), ("red", "green", "blue")
-OBJECT = ("object", "label", "instance")  # the properties that may say it, the first that is there
-LONGEST = 1 << 16  # bytes of a header
+POSITION, COLOUR = ("x", "y", "z"), ("red", "green", "blue")
+OBJECT = ("object", "label", "instance")  # properties that may hold the object id; the first that exists is used
+MAX_HEADER = 1 << 16  # maximum length of a header in bytes
 Columns = dict[str, NDArray[np.float64]]
 
 
 @dataclass
 class Element:
-    """One kind of thing in a file.
+    """One element type of a file.
 
     Attributes:
-        name, count: what and how many.
-        types: of its properties, by name.
-        lists: whether one of them is a list, whose length only the values say.
+        name: its name, such as ``vertex``.
+        count: number of such elements.
+        types: type of each property, by name.
+        lists: whether any property is a list, whose length is only known from the values.
     """
 
     name: str
@@ -47,12 +48,12 @@ class Element:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself.
+    """The header of a file.
 
     Attributes:
-        form: ``ascii`` or one of the binary ones.
-        elements: in the order of their values.
-        size: bytes, after which values begin.
+        form: ``ascii``, ``binary_little_endian`` or ``binary_big_endian``.
+        elements: element types, in the order of their values.
+        size: length of the header in bytes.
     """
 
     form: str
@@ -60,18 +61,21 @@ class Header:
     size: int
 
     def dtype(self, element: Element) -> np.dtype[np.void]:
-        """One such element in bytes."""
+        """Return the NumPy dtype of one element in a binary file."""
         return np.dtype([(name, ORDERS[self.form] + kind) for name, kind in element.types.items()])
 
 
-def read_ply(path: Path) -> Scene:
-    """The points of a file, with colours (else zeros) and objects where it has them.
+def read_ply(path: Path) -> ClickScene:
+    """Read the points of a file, with colours (zeros if absent) and objects if present.
 
-    Colours are whole numbers, of which the largest of their type is 1, or fractions. Objects are the property
-    ``object``, ``label`` or ``instance``; what is below 0 is unlabelled.
+    Integer colours are divided by the maximum of their type; floating-point colours must lie in 0..1. Objects are the
+    property ``object``, ``label`` or ``instance``; values below 0 mean unlabelled.
+
+    Args:
+        path: the .ply file.
 
     Raises:
-        CalibrationError: for a file that is missing, cut short or no PLY, and for points that cannot be used.
+        CalibrationError: for a file that is missing, truncated or not PLY, and for points that cannot be used.
     """
     try:
         with open_file(path) as file:
@@ -82,30 +86,38 @@ def read_ply(path: Path) -> Scene:
     return parse_ply(data, path)
 
 
-def parse_ply(data: bytes, path: PurePath) -> Scene:
-    """The points in the content of such a file, see :func:`read_ply`; what it is called is for messages."""
+def parse_ply(data: bytes, path: PurePath) -> ClickScene:
+    """Parse the content of a PLY file, as :func:`read_ply` does.
+
+    Args:
+        data: content of the file.
+        path: its name, for messages.
+    """
     try:
         header = read_header(data)
         vertex = next((each for each in header.elements if each.name == "vertex"), None)
         if vertex is None:
             raise ValueError("no element 'vertex'")
-        if missing := [name for name in PLACE if name not in vertex.types]:
+        if missing := [name for name in POSITION if name not in vertex.types]:
             raise ValueError(f"its vertices have no '{missing[0]}'")
-        columns = (_from_words if header.form == "ascii" else _from_bytes)(data, header, vertex)
+        columns = (_from_text if header.form == "ascii" else _from_binary)(data, header, vertex)
         return _scene(columns, vertex, path.name)
     except (ValueError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise CalibrationError(f"{path}: no PLY of points ({reason}): export it anew") from None
+        raise CalibrationError(f"{path}: not a valid PLY file of points ({reason}): export it again") from None
 
 
 def read_header(data: bytes) -> Header:
-    """What the first lines of a file say.
+    """Parse the header at the beginning of a file.
+
+    Args:
+        data: content of the file.
 
     Raises:
-        ValueError: when they are no header.
+        ValueError: if there is no valid header.
     """
-    end = data.find(b"end_header", 0, LONGEST)
-    size = data.find(b"\n", max(end, 0), LONGEST) + 1
+    end = data.find(b"end_header", 0, MAX_HEADER)
+    size = data.find(b"\n", max(end, 0), MAX_HEADER) + 1
     if not data.startswith(b"ply") or end < 0 or size == 0:
         raise ValueError("it has no header")
     form, elements = "", list[Element]()
@@ -128,25 +140,27 @@ def read_header(data: bytes) -> Header:
     return Header(form, elements, size)
 
 
-def _from_bytes(data: bytes, header: Header, vertex: Element) -> Columns:
+def _from_binary(data: bytes, header: Header, vertex: Element) -> Columns:
+    """Read the vertex properties of a binary file."""
     before = header.elements[: header.elements.index(vertex)]
     if any(each.lists for each in [*before, vertex]):
         raise ValueError("lists stand before the end of its vertices")
     start = header.size + sum(each.count * header.dtype(each).itemsize for each in before)
     dtype = header.dtype(vertex)
     if len(data) < start + vertex.count * dtype.itemsize:
-        raise ValueError(f"it is cut short: {vertex.count} vertices do not fit into {len(data)} bytes")
+        raise ValueError(f"it is truncated: {vertex.count} vertices do not fit into {len(data)} bytes")
     values = np.frombuffer(data, dtype, vertex.count, start)
     return {name: values[name].astype(np.float64) for name in vertex.types}
 
 
-def _from_words(data: bytes, header: Header, vertex: Element) -> Columns:
+def _from_text(data: bytes, header: Header, vertex: Element) -> Columns:
+    """Read the vertex properties of a text file."""
     if vertex.lists:
         raise ValueError("its vertices have lists")
     start = sum(each.count for each in header.elements[: header.elements.index(vertex)])
     lines = data[header.size :].decode("ascii").splitlines()[start : start + vertex.count]
     if len(lines) < vertex.count:
-        raise ValueError(f"it is cut short: {len(lines)} of {vertex.count} vertices")
+        raise ValueError(f"it is truncated: {len(lines)} of {vertex.count} vertices")
     if not lines:
         return {name: np.empty(0) for name in vertex.types}
     values = np.loadtxt(lines, np.float64, comments=None, ndmin=2)
@@ -155,49 +169,61 @@ def _from_words(data: bytes, header: Header, vertex: Element) -> Columns:
     return dict(zip(vertex.types, values.T, strict=True))
 
 
-def _scene(columns: Columns, vertex: Element, name: str) -> Scene:
-    with np.errstate(over="ignore"):  # what becomes infinite is refused with its point
-        coords = np.stack([columns[each] for each in PLACE], axis=1).astype(np.float32)
+def _scene(columns: Columns, vertex: Element, name: str) -> ClickScene:
+    with np.errstate(over="ignore"):  # values that overflow to infinity are rejected by the scene, with their point
+        coords = np.stack([columns[each] for each in POSITION], axis=1).astype(np.float32)
     colours = np.zeros_like(coords)
     if all(each in columns for each in COLOUR):
         colours = np.stack([_shade(columns[each], vertex.types[each]) for each in COLOUR], axis=1)
-    said = next((each for each in OBJECT if each in columns), None)
-    return Scene(coords, colours, None if said is None else _numbers(columns[said], said), name)
+    label_property = next((each for each in OBJECT if each in columns), None)
+    return ClickScene(
+        coords, colours, None if label_property is None else _object_ids(columns[label_property], label_property), name
+    )
 
 
 def _shade(values: NDArray[np.float64], kind: str) -> NDArray[np.float32]:
     if kind[0] == "f":
         if len(values) and (values.min() < 0 or values.max() > 1):
-            raise ValueError("its colours are fractions beyond 0 to 1")
+            raise ValueError("its floating-point colours are outside 0 to 1")
         return values.astype(np.float32)
     return (values / np.iinfo(kind).max).astype(np.float32)
 
 
-def _numbers(values: NDArray[np.float64], said: str) -> NDArray[np.int64]:
+def _object_ids(values: NDArray[np.float64], label_property: str) -> NDArray[np.int64]:
     if not (np.isfinite(values) & (values == np.round(values)) & (abs(values) < 2**31)).all():
-        raise ValueError(f"its property '{said}' holds what is no whole number")
+        raise ValueError(f"its property '{label_property}' has a value that is not an integer")
     return np.maximum(values.astype(np.int64), UNLABELLED)
 
 
-def dump_ply(scene: Scene, labels: NDArray[np.int64]) -> bytes:
-    """The content of a file of points with their colours, and a label for each [P] as the property ``object``."""
-    kinds = [("f4", name) for name in PLACE] + [("u1", name) for name in COLOUR] + [("i4", OBJECT[0])]
-    words = {"f4": "float", "u1": "uchar", "i4": "int"}
+def dump_ply(scene: ClickScene, labels: NDArray[np.int64]) -> bytes:
+    """Return the content of a PLY file with coloured points and the labels as property ``object``.
+
+    Args:
+        scene: the points.
+        labels: label of each point [P].
+    """
+    kinds = [("f4", name) for name in POSITION] + [("u1", name) for name in COLOUR] + [("i4", OBJECT[0])]
+    types = {"f4": "float", "u1": "uchar", "i4": "int"}
     values = np.empty(len(scene), np.dtype([(name, f"<{kind}") for kind, name in kinds]))
-    for axis, name in enumerate(PLACE):
+    for axis, name in enumerate(POSITION):
         values[name] = scene.coords[:, axis]
     for axis, name in enumerate(COLOUR):
         values[name] = np.round(255 * scene.colours[:, axis].clip(0, 1))
     values[OBJECT[0]] = labels
-    properties = "".join(f"property {words[kind]} {name}\n" for kind, name in kinds)
+    properties = "".join(f"property {types[kind]} {name}\n" for kind, name in kinds)
     header = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(scene)}\n{properties}end_header\n"
     return header.encode() + values.tobytes()
 
 
-def write_ply(path: Path, scene: Scene, labels: NDArray[np.int64]) -> None:
-    """Write such a file.
+def write_ply(path: Path, scene: ClickScene, labels: NDArray[np.int64]) -> None:
+    """Write a PLY file with coloured points and their labels.
+
+    Args:
+        path: the file to write.
+        scene: the points.
+        labels: label of each point [P].
 
     Raises:
-        ExportError: when it cannot be written.
+        ExportError: if it cannot be written.
     """
     write_bytes(path, dump_ply(scene, labels))

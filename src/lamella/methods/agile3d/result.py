@@ -1,4 +1,4 @@
-"""The result of training: a model that answers clicks, as a folder that is read back without running anything in it."""
+"""The result of training: a click segmenter, saved as a folder that is loaded without executing code from it."""
 
 from __future__ import annotations
 
@@ -10,30 +10,31 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from lamella.errors import MethodError
 from lamella.methods.agile3d.decoder import ClickDecoder
-from lamella.methods.agile3d.modules import NANO, ClickSegmenter, SparseUNet, Widths
-from lamella.methods.agile3d.pictures import PictureEncoder
+from lamella.methods.agile3d.images import ImageEncoder
+from lamella.methods.agile3d.modules import NANO, ClickSegmenter, SparseUNet, UNetWidths
 from lamella.results import TrainedNetwork
 from lamella.zoo import ZOO
 
-ENCODERS: dict[str, Widths] = {"res16unet34c": Widths(), "nano": NANO}
+ENCODERS: dict[str, UNetWidths] = {"res16unet34c": UNetWidths(), "nano": NANO}
 
 
 @dataclass(frozen=True)
-class Shape:
-    """How large a model is.
+class SegmenterShape:
+    """The size of a click segmenter.
 
     Attributes:
-        encoder: a sparse U-Net, the paper's or one with 0.3 million parameters; or for pictures a public image network.
-        voxel: side of a voxel, in metres; the paper's 0.05. In pictures, 4 x 4 pixels take its place.
-        hidden: d, the width of queries and features; 128.
-        heads: of each attention; 8.
-        feedforward: F; 1024.
-        layers: L, of the decoder; 3.
-        background: B, learned queries for the background; 10.
-        shared: let one layer run L times.
+        encoder: ``res16unet34c``, the paper's sparse U-Net; ``nano``, one with 0.3 million parameters; or
+            ``efficientnet-lite0``, a public image backbone for images.
+        voxel: side of a voxel in metres; 0.05 in the paper. Not used for images, whose cells are 4 x 4 pixels.
+        hidden: d, the hidden size of queries and features; 128 in the paper.
+        heads: number of attention heads; 8 in the paper.
+        feedforward: F, the intermediate size of the MLP; 1024 in the paper.
+        layers: L, the number of decoder layers; 3 in the paper.
+        background: B, the number of learned background queries; 10 in the paper.
+        shared: run one decoder layer L times (weight sharing).
 
     Raises:
-        MethodError: when the heads do not divide the width, or the width is odd.
+        MethodError: if the heads do not divide the hidden size, or it is odd.
     """
 
     encoder: Literal["res16unet34c", "nano", "efficientnet-lite0"] = "res16unet34c"
@@ -51,20 +52,20 @@ class Shape:
 
     @property
     def public(self) -> bool:
-        """Whether its encoder has public weights, which are in the zoo."""
+        """Whether the encoder has public pretrained weights in the zoo."""
         return self.encoder not in ENCODERS
 
     def build(self, weights: Path | None = None, frozen: bool = False) -> ClickSegmenter:
-        """A model of this shape with fresh weights.
+        """Build a model of this shape with freshly initialised weights.
 
         Args:
-            weights: a file of those of a public encoder.
-            frozen: train what stands above it alone.
+            weights: file with the weights of a public encoder.
+            frozen: train only the layers above it.
         """
         sizes = (self.hidden, self.heads, self.feedforward, self.layers, self.background)
-        encoder: SparseUNet | PictureEncoder
+        encoder: SparseUNet | ImageEncoder
         if self.public:
-            encoder = PictureEncoder(ZOO[self.encoder].architecture, weights=weights, frozen=frozen)
+            encoder = ImageEncoder(ZOO[self.encoder].architecture, weights=weights, frozen=frozen)
         else:
             encoder = SparseUNet(ENCODERS[self.encoder], self.voxel)
         return ClickSegmenter(encoder, ClickDecoder(encoder.dims, *sizes, shared=self.shared))
@@ -75,11 +76,12 @@ class Segmenter(TrainedNetwork):
     """A trained model for interactive segmentation.
 
     Attributes:
-        shape: of it.
+        model: the network.
+        shape: its size.
     """
 
     model: ClickSegmenter
-    shape: Shape
+    shape: SegmenterShape
 
     kind: ClassVar[str] = "segmenter"
     schema: ClassVar[str] = "lamella.agile3d/1"
@@ -87,5 +89,6 @@ class Segmenter(TrainedNetwork):
     made_by: ClassVar[str] = "lamella run agile3d"
 
     @classmethod
-    def build(cls, *, shape: Shape) -> ClickSegmenter:  # type: ignore[override]
+    def build(cls, *, shape: SegmenterShape) -> ClickSegmenter:  # type: ignore[override]
+        """Build the network of a shape."""
         return shape.build()

@@ -1,4 +1,4 @@
-"""The input: scenes from .ply files, pictures, or rooms and collages whose truth is known."""
+"""The input of AGILE3D: scenes from .ply files, images, or synthetic rooms and collages with ground truth."""
 
 from __future__ import annotations
 
@@ -12,45 +12,46 @@ from typing import Any
 from lamella.data import InputContext
 from lamella.errors import CalibrationError
 from lamella.methods.agile3d.collages import collages
-from lamella.methods.agile3d.pictures import OBJECTS, parse_picture, read_scene
+from lamella.methods.agile3d.images import OBJECTS, parse_image, read_scene
 from lamella.methods.agile3d.ply import parse_ply, read_ply
 from lamella.methods.agile3d.rooms import rooms
-from lamella.methods.agile3d.scene import Scene
+from lamella.methods.agile3d.scene import ClickScene
 from lamella.reading import check_in_folder
 from lamella.signature import Fixture
 
 BUILT_IN = {"rooms": rooms, "collages": collages}
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
-WANTED = f"give a .ply file or a picture, a folder of them, or {' or '.join(BUILT_IN)}"
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+EXPECTED = f"give a .ply file or an image, a folder of them, or {' or '.join(BUILT_IN)}"
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """Scenes of points in space, or pictures, one or many.
+    """One or several scenes of points in space, or images.
 
     Attributes:
-        scenes: each with a name of its own.
-        said: what provenance says of them.
+        scenes: the scenes.
+        metadata: provenance.
     """
 
     metavar = "SCENES"
-    source_help = "a .ply file or a picture, a folder of them, or `rooms` or `collages`, which are made by chance"
+    source_help = "a .ply file or an image, a folder of them, or `rooms` or `collages` (synthetic)"
     example = Fixture("rooms", settings={"count": 2})
 
-    scenes: tuple[Scene, ...]
-    said: Mapping[str, Any]
+    scenes: tuple[ClickScene, ...]
+    metadata: Mapping[str, Any]
 
     @classmethod
     def open(cls, name: str | Path, context: InputContext, *, count: int = 24) -> Scenes:
         """Read scenes.
 
         Args:
-            name: a .ply file or a picture, a folder of them, or ``rooms`` or ``collages``: those for testing are never
-                trained on. The objects of ``a.jpg`` are the greys of ``a.objects.png``.
-            count: at most so many scenes.
+            name: a .ply file or an image, a folder of them, or ``rooms`` or ``collages``, which are synthetic with
+                disjoint training and test splits. The objects of ``a.jpg`` are the grey values of ``a.objects.png``.
+            reader: the split and the random seed.
+            count: maximum number of scenes.
 
         Raises:
-            CalibrationError: for what is missing, damaged, or holds no points.
+            CalibrationError: if a file is missing, damaged, or has no points.
         """
         if count < 1:
             raise CalibrationError(f"count {count}: give at least 1")
@@ -60,39 +61,44 @@ class Scenes:
         return cls(found, {"data": str(name), **split, "scenes": len(found), "sha256": digest})
 
     def describe(self) -> dict[str, Any]:
-        """What provenance says of them."""
-        return dict(self.said)
+        """Return the provenance of these scenes."""
+        return dict(self.metadata)
 
     def __len__(self) -> int:
         return len(self.scenes)
 
-    def __iter__(self) -> Iterator[Scene]:
+    def __iter__(self) -> Iterator[ClickScene]:
         return iter(self.scenes)
 
 
-def _source(path: Path, context: InputContext) -> Iterator[Scene]:
+def _source(path: Path, context: InputContext) -> Iterator[ClickScene]:
     if str(path) in BUILT_IN:
         return BUILT_IN[str(path)]("test" if context.split == "test" else "train", context.seed)
     if path.is_dir():
         files = [check_in_folder(each) for each in sorted(path.iterdir()) if is_scene(each)]
         if not files:
-            raise CalibrationError(f"{path} holds no .ply file and no picture: give another folder")
+            raise CalibrationError(f"{path} has no .ply file and no image: give another folder")
         return map(read, files)
     if not is_scene(path):
-        raise CalibrationError(f"no scenes '{path}': {WANTED}")
+        raise CalibrationError(f"no scenes '{path}': {EXPECTED}")
     return iter([read(path)])
 
 
 def is_scene(path: PurePath) -> bool:
-    """Whether a file is one by its name."""
-    return path.suffix.lower() in (".ply", *PICTURES) and not path.name.endswith(OBJECTS)
+    """Return whether a file name has the suffix of a scene."""
+    return path.suffix.lower() in (".ply", *IMAGE_SUFFIXES) and not path.name.endswith(OBJECTS)
 
 
-def read(path: Path) -> Scene:
-    """The scene of a file."""
+def read(path: Path) -> ClickScene:
+    """Read a scene from a file."""
     return read_ply(path) if path.suffix.lower() == ".ply" else read_scene(path)
 
 
-def parse(data: bytes, path: PurePath) -> Scene:
-    """The scene of a file's content, by its name."""
-    return parse_picture(data, path) if path.suffix.lower() in PICTURES else parse_ply(data, path)
+def parse(data: bytes, path: PurePath) -> ClickScene:
+    """Parse a scene from the content of a file.
+
+    Args:
+        data: content of the file.
+        path: its name, which decides the format.
+    """
+    return parse_image(data, path) if path.suffix.lower() in IMAGE_SUFFIXES else parse_ply(data, path)

@@ -1,11 +1,12 @@
-"""Convolution over the occupied cells of a space that is nearly empty, in plain PyTorch.
+"""Sparse convolution over the occupied cells of a mostly empty space, in plain PyTorch.
 
-A dense convolution would compute at every cell. Here a *grid* is the list of the occupied ones, and for each of the
-k^D offsets of a kernel the list of pairs of cells that lie so far apart; a convolution gathers, multiplies and adds::
+A dense convolution would compute at every cell. A *grid* here is the list of occupied cells; for each of the k^D
+offsets of a kernel it has the list of pairs of occupied cells at that offset. A convolution gathers, multiplies and
+adds::
 
     out[i] = sum over offsets o of  x[j] W[o],  for the occupied j = i + o         [N, C_out]
 
-Pairs are found once for a grid, by looking numbers of cells up among sorted ones.
+The pairs of a grid are found once, by a binary search among sorted cell ids.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from itertools import accumulate, product
 import torch
 from torch import Tensor, nn
 
-Pairs = list[tuple[Tensor, Tensor]]  # for each offset: from which cells, to which cells
+Pairs = list[tuple[Tensor, Tensor]]  # for each kernel offset: indices of source cells and of target cells
 
 
-class Grid:
+class SparseGrid:
     """The occupied cells of one scene.
 
     Args:
-        cells: in whole cells, each once, in any order [N, D].
+        cells: distinct integer cell coordinates, in any order [N, D].
     """
 
     def __init__(self, cells: Tensor) -> None:
@@ -36,7 +37,7 @@ class Grid:
         return len(self.cells)
 
     def neighbours(self, size: int) -> Pairs:
-        """The pairs of a kernel of ``size`` cells a side, odd, in the order of a dense kernel's entries."""
+        """Return the pairs of a kernel with an odd side of ``size`` cells, in the order of a dense kernel's entries."""
         if size not in self._neighbours:
             self._neighbours[size] = self._look_up(size // 2)
         return self._neighbours[size]
@@ -46,30 +47,34 @@ class Grid:
         ordered, order = numbers.sort()
         pairs = []
         for offset in product(range(-reach, reach + 1), repeat=len(step)):
-            wanted = numbers + sum(o * s for o, s in zip(offset, step, strict=True))
-            place = torch.searchsorted(ordered, wanted).clamp(max=len(self) - 1)
-            found = torch.nonzero(ordered[place] == wanted).squeeze(1)
-            pairs.append((order[place[found]], found))
+            neighbour = numbers + sum(o * s for o, s in zip(offset, step, strict=True))
+            index = torch.searchsorted(ordered, neighbour).clamp(max=len(self) - 1)
+            found = torch.nonzero(ordered[index] == neighbour).squeeze(1)
+            pairs.append((order[index[found]], found))
         return pairs
 
     @cached_property
-    def coarser(self) -> tuple[Grid, Pairs]:
-        """The grid of cells twice as wide, and for each of the 2^D places within one the pairs from here to there."""
+    def coarser(self) -> tuple[SparseGrid, Pairs]:
+        """The grid of cells twice as wide, and the pairs from fine to coarse cells.
+
+        There is one list of pairs for each of the 2^D positions within a coarse cell.
+        """
         wide = self.cells // 2
         distinct, parent = _numbered(wide)[0].unique(return_inverse=True)
         cells = wide.new_empty(len(distinct), wide.shape[1])
         cells[parent] = wide
-        place, _ = _numbered(self.cells % 2, extent=[2] * wide.shape[1])  # [N], in 0 .. 2^D - 1
-        within = [torch.nonzero(place == each).squeeze(1) for each in range(2 ** wide.shape[1])]
-        return Grid(cells), [(fine, parent[fine]) for fine in within]
+        index, _ = _numbered(self.cells % 2, extent=[2] * wide.shape[1])  # [N], in 0 .. 2^D - 1
+        within = [torch.nonzero(index == each).squeeze(1) for each in range(2 ** wide.shape[1])]
+        return SparseGrid(cells), [(fine, parent[fine]) for fine in within]
 
 
 def _numbered(cells: Tensor, reach: int = 0, extent: list[int] | None = None) -> tuple[Tensor, list[int]]:
-    """A number for each cell [N], and by how much it grows with a step along each axis.
+    """Return an id for each cell [N], and the difference of ids between neighbours along each axis.
 
     Args:
-        reach: how far from a cell numbers are looked for: none of them leads round an edge.
-        extent: cells along each axis, from 0; where left out, as many as there are, from the lowest.
+        cells: integer cell coordinates [N, D].
+        reach: margin around the cells, so that ids of neighbours up to this distance do not wrap around.
+        extent: number of cells along each axis, from 0; if None, the extent of ``cells``.
     """
     if extent is None:
         low = cells.min(dim=0).values - reach
@@ -79,10 +84,10 @@ def _numbered(cells: Tensor, reach: int = 0, extent: list[int] | None = None) ->
     return (cells * cells.new_tensor(step)).sum(dim=1), step
 
 
-class Grids:
-    """The grids of several scenes behind one another, whose pairs never lead from one scene into another."""
+class SparseGrids:
+    """The concatenated grids of several scenes, with no pairs across scenes."""
 
-    def __init__(self, grids: Sequence[Grid]) -> None:
+    def __init__(self, grids: Sequence[SparseGrid]) -> None:
         self.grids = list(grids)
         self._starts = [0, *accumulate(map(len, self.grids))]
         self._neighbours: dict[int, Pairs] = {}
@@ -91,22 +96,22 @@ class Grids:
         return self._starts[-1]
 
     def neighbours(self, size: int) -> Pairs:
-        """As of one grid."""
+        """Return the pairs of a kernel, see :meth:`SparseGrid.neighbours`."""
         if size not in self._neighbours:
             each = [grid.neighbours(size) for grid in self.grids]
             self._neighbours[size] = _joined(each, self._starts, self._starts)
         return self._neighbours[size]
 
     @cached_property
-    def coarser(self) -> tuple[Grids, Pairs]:
-        """As of one grid."""
+    def coarser(self) -> tuple[SparseGrids, Pairs]:
+        """The coarser grids and the pairs from fine to coarse, see :attr:`SparseGrid.coarser`."""
         coarse, pairs = zip(*(grid.coarser for grid in self.grids), strict=True)
-        joined = Grids(coarse)
+        joined = SparseGrids(coarse)
         return joined, _joined(pairs, self._starts, joined._starts)
 
 
 def _joined(each: Sequence[Pairs], sources: list[int], targets: list[int]) -> Pairs:
-    """The pairs of several scenes, whose cells begin at these places."""
+    """Concatenate the pairs of several scenes, whose cells start at these offsets."""
     if len(each) == 1:
         return each[0]
     return [
@@ -119,11 +124,12 @@ def _joined(each: Sequence[Pairs], sources: list[int], targets: list[int]) -> Pa
 
 
 class SparseConv(nn.Module):
-    """A convolution along pairs, without bias; which pairs, makes it a plain, a strided or a transposed one.
+    """A convolution along pairs, without bias; the pairs determine whether it is plain, strided or transposed.
 
     Args:
-        channels_in, channels_out: of features.
-        offsets: of the kernel: k^D.
+        channels_in: number of input channels.
+        channels_out: number of output channels.
+        offsets: number of kernel offsets, k^D.
     """
 
     def __init__(self, channels_in: int, channels_out: int, offsets: int) -> None:
@@ -133,7 +139,13 @@ class SparseConv(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
 
     def forward(self, x: Tensor, pairs: Pairs, cells: int) -> Tensor:
-        """Features [N, C_in] along pairs to those of so many cells [cells, C_out]."""
+        """Convolve features [N, C_in] to features of the target cells [cells, C_out].
+
+        Args:
+            x: input features [N, C_in].
+            pairs: source and target indices for each kernel offset.
+            cells: number of target cells.
+        """
         out = x.new_zeros(cells, self.weight.shape[2])
         for (source, target), W in zip(pairs, self.weight, strict=True):
             if len(source):
@@ -142,5 +154,5 @@ class SparseConv(nn.Module):
 
 
 def transposed(pairs: Pairs) -> Pairs:
-    """The same pairs the other way round."""
+    """Return the pairs with source and target exchanged."""
     return [(target, source) for source, target in pairs]

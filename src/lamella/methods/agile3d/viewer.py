@@ -1,7 +1,7 @@
-"""The page in the browser: sessions of whoever sits at this machine, which it serves to nobody else.
+"""The labelling page in the browser, served to this machine only.
 
-Points are drawn as discs that face the eye; a click is a line of sight, which the session turns into a point. Every
-answer to the page is made under one lock, and what cannot be done is said there, after which the page goes on.
+Points are drawn as discs that face the camera; a click is a line of sight, which the session turns into a point. All
+callbacks of the page run under one lock, and errors are shown in the page, which stays usable.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from scipy.spatial import KDTree
 from lamella.errors import LamellaError, reason_of
 from lamella.methods.agile3d.clicks import BACKGROUND
 from lamella.methods.agile3d.modules import ClickSegmenter
-from lamella.methods.agile3d.scene import Scene
-from lamella.methods.agile3d.scenes import PICTURES, parse
-from lamella.methods.agile3d.serving import HERE, served
+from lamella.methods.agile3d.scene import ClickScene
+from lamella.methods.agile3d.scenes import IMAGE_SUFFIXES, parse
+from lamella.methods.agile3d.serving import LOOPBACK, create_server
 from lamella.methods.agile3d.session import CLICKS, ClickLog, Session
 
-DRAWN = 100_000  # points: a scene of more is drawn thinned, and labelled in full
-CLOSED = 2.0  # radius of a disc, in distances of neighbouring points: surfaces have no gaps
-ABOVE, BEFORE = (0.5, -0.8, 0.5), (0.0, -1.3, 0.0)  # where the eye is at first, in extents of a scene or a picture
-OBJECTS = 10  # that the page offers: as many as training has seen at once
+MAX_POINTS = 100_000  # points: a larger scene is subsampled for display, and labelled in full
+DISC_RADIUS = 2.0  # radius of a disc, in distances of neighbouring points, so that surfaces have no gaps
+VIEW_3D, VIEW_IMAGE = (0.5, -0.8, 0.5), (0.0, -1.3, 0.0)  # initial camera position, in extents of a scene or an image
+OBJECTS = 10  # number of objects offered by the page, the maximum in the paper's training
 PALETTE = np.array(
     [
         (220, 38, 38), (37, 99, 235), (22, 163, 74), (234, 179, 8), (147, 51, 234), (249, 115, 22), (6, 182, 212),
@@ -37,78 +37,78 @@ PALETTE = np.array(
     ],
     np.uint8,
 )  # fmt: skip
-GREY = np.array([0.299, 0.587, 0.114])  # how bright red, green and blue look
-HOW = (
-    "Click: a point of the object that is chosen. Ctrl+click: of the background. Keys 1 to 9 choose. Drag: look around."
+GREY = np.array([0.299, 0.587, 0.114])  # luminance of red, green and blue
+INSTRUCTIONS = (
+    "Click: a point of the chosen object. Ctrl+click: the background. Keys 1 to 9: choose an object. Drag: rotate."
 )
 Colours = NDArray[np.uint8]
 
 
 class Viewer:
-    """Sessions in a browser on this machine.
+    """Labelling sessions in a browser on this machine.
 
     Args:
-        model: is not changed.
-        scenes: that can be chosen, at least one; others are opened in the page.
-        logs: of clicks to begin with, by the digest of their scenes.
-        port: of this machine; any that is free when 0, and the next free one where it is taken.
-        drawn: at most so many points are.
-        changed: is told the log of a session that has changed.
+        model: the model; it is not changed.
+        scenes: scenes to choose from, at least one; more can be opened in the page.
+        logs: click logs to start from, by the digest of their scenes.
+        port: port of the page; 0 chooses a free one, and the next free one is taken if it is in use.
+        max_points: maximum number of points to draw.
+        changed: callback that receives the click log of a session after every change.
 
     Attributes:
-        sessions: of the scenes that were looked at, by their place.
+        sessions: sessions of the scenes that were viewed, by index of the scene.
 
     Raises:
-        LamellaError: when viser is missing.
+        LamellaError: if viser is not installed.
     """
 
     def __init__(
         self,
         model: ClickSegmenter,
-        scenes: Iterable[Scene],
+        scenes: Iterable[ClickScene],
         logs: Mapping[str, ClickLog] | None = None,
         *,
         port: int = 0,
-        drawn: int = DRAWN,
+        max_points: int = MAX_POINTS,
         changed: Callable[[ClickLog], None] = lambda log: None,
     ) -> None:
-        self.model, self.scenes, self.drawn, self.changed = model, list(scenes), drawn, changed
+        self.model, self.scenes, self.max_points, self.changed = model, list(scenes), max_points, changed
         self.logs = dict(logs or {})
         self.sessions: dict[int, Session] = {}
         self._lock, self._ended = threading.RLock(), threading.Event()
-        self.place = 0
-        self.sessions[0] = opened(model, self.scenes[0], self.logs)
-        self.server = served(port)
+        self.index = 0
+        self.sessions[0] = open_session(model, self.scenes[0], self.logs)
+        self.server = create_server(port)
         self._build()
-        self._look()
+        self._draw()
 
     @property
     def address(self) -> str:
-        """The link to the page, with the token that lets whoever has it in."""
-        return f"http://{HERE}:{self.server.get_port()}/{self.server.token}/"
+        """The link to the page, including the access token."""
+        return f"http://{LOOPBACK}:{self.server.get_port()}/{self.server.token}/"
 
     @property
     def session(self) -> Session:
-        """That of the scene which is looked at."""
-        return self.sessions[self.place]
+        """The session of the scene that is shown."""
+        return self.sessions[self.index]
 
     def wait(self) -> None:
-        """Until somebody presses the button that ends it."""
+        """Block until the button Done is pressed."""
         self._ended.wait()
 
     def stop(self) -> None:
-        """Serve no more, once what was asked last is done."""
-        with self._lock, redirect_stdout(io.StringIO()):  # it prints that it has stopped
+        """Stop the server, after the current callback."""
+        with self._lock, redirect_stdout(io.StringIO()):  # viser prints that it has stopped
             self.server.stop()
 
-    # What the page shows
+    # Elements of the page
 
     def _build(self) -> None:
         gui = self.server.gui
         gui.configure_theme(show_logo=False, show_share_button=False)
         gui.main_panel.dock_right()
-        self.chosen = gui.add_dropdown("Scene", self._names(), hint="What is labelled")
-        upload = gui.add_upload_button("Open a file", mime_type=",".join((".ply", *PICTURES)))
+        self.chosen = gui.add_dropdown("Scene", self._names(), hint="The scene to label")
+        upload = gui.add_upload_button("Open a file", mime_type=",".join((".ply", *IMAGE_SUFFIXES)))
         names = ["background", *(f"object {number}" for number in range(1, OBJECTS + 1))]
         self.clicking = gui.add_dropdown("Clicks are for", names, initial_value=names[1])
         self.plain = gui.add_checkbox("Colours of the scene", False)
@@ -132,12 +132,12 @@ class Viewer:
         self.server.scene.on_click(modifier="cmd/ctrl")(self._answer(lambda event: self._click(event, BACKGROUND)))
 
     def _names(self) -> list[str]:
-        return [f"{place}. {scene.name}" for place, scene in enumerate(self.scenes, start=1)]
+        return [f"{index}. {scene.name}" for index, scene in enumerate(self.scenes, start=1)]
 
     def _answer(self, do: Callable[[Any], None]) -> Callable[[Any], None]:
-        """A response to the page, one at a time; what cannot be done is said in the page.
+        """Wrap a callback: run under the lock, and show errors in the page.
 
-        A client may send any value where the page sends a choice or a direction, so any error is answered.
+        A client may send any value in place of a choice or a direction, so all exceptions are caught.
         """
 
         def answered(event: Any) -> None:
@@ -145,64 +145,66 @@ class Viewer:
                 try:
                     do(event)
                 except Exception as error:
-                    self._say(reason_of(error))
+                    self._notify(reason_of(error))
 
         return answered
 
-    def _say(self, text: str) -> None:
+    def _notify(self, text: str) -> None:
         for client in self.server.get_clients().values():
-            client.add_notification("That cannot be done", text, auto_close_seconds=10.0, color="red")
+            client.add_notification("Error", text, auto_close_seconds=10.0, color="red")
 
     def _show(self) -> None:
-        """Colours by labels, a mark at every click, and what there is of each object."""
+        """Update the colours of the points, the marks of the clicks and the table of objects."""
         session = self.session
         labels = session.labels().cpu().numpy()
-        self.points.colors = coloured(session.scene.colours[self.shown], labels[self.shown], self.plain.value)
+        self.points.colors = display_colours(
+            session.scene.colours[self.drawn_points], labels[self.drawn_points], self.plain.value
+        )
         clicked = [point for _, point in session.log.clicks]
         self.server.scene.add_point_cloud(
             "/clicks", self.where[clicked or [0]], (255, 255, 255), point_size=1.2 * self.radius, precision="float32",
             point_shape="diamond", visible=bool(clicked),
         )  # fmt: skip
-        self.state.content = told(session, labels)
+        self.state.content = status_html(session, labels)
 
-    # What is done there
+    # Actions of the user
 
-    def _encode(self, place: int) -> None:
-        """Begin the session of a scene, with the clicks on it that are known."""
-        scene = self.scenes[place]
+    def _encode(self, index: int) -> None:
+        """Start the session of a scene, with its known clicks."""
+        scene = self.scenes[index]
         self.state.content = f"<p>Encoding {escape(scene.name)}, {len(scene):,} points ...</p>"
-        self.sessions[place] = opened(self.model, scene, self.logs)
+        self.sessions[index] = open_session(self.model, scene, self.logs)
 
-    def _choose(self, place: int) -> None:
-        """Look at another scene; the first time it is encoded."""
-        if place not in self.sessions:
+    def _choose(self, index: int) -> None:
+        """Show another scene; it is encoded the first time."""
+        if index not in self.sessions:
             try:
-                self._encode(place)
+                self._encode(index)
             except LamellaError:
-                self.chosen.value = self._names()[self.place]  # which looks at that again
+                self.chosen.value = self._names()[self.index]  # which shows that scene again
                 raise
-        self.place = place
-        self._look()
+        self.index = index
+        self._draw()
 
-    def _look(self) -> None:
-        """Draw the scene of the session, and stand before it."""
+    def _draw(self) -> None:
+        """Draw the scene of the session and reset the camera."""
         scene = self.session.scene
-        low, high = scene.placed.min(axis=0), scene.placed.max(axis=0)
+        low, high = scene.coords_3d.min(axis=0), scene.coords_3d.max(axis=0)
         self.middle, extent = (low + high) / 2, float((high - low).max()) or 1.0
-        self.where = scene.placed - self.middle  # [P, 3], around 0
-        self.shown = thinned(len(scene), self.drawn)
-        self.radius = CLOSED * spacing(self.where[self.shown]) or extent / 100
+        self.where = scene.coords_3d - self.middle  # [P, 3], around 0
+        self.drawn_points = subsample(len(scene), self.max_points)
+        self.radius = DISC_RADIUS * spacing(self.where[self.drawn_points]) or extent / 100
         self.points = self.server.scene.add_point_cloud(
-            "/points", self.where[self.shown], (0, 0, 0), point_size=self.radius, point_shape="circle",
+            "/points", self.where[self.drawn_points], (0, 0, 0), point_size=self.radius, point_shape="circle",
             precision="float32", point_shading="flat",
         )  # fmt: skip
-        eye = extent * np.array(BEFORE if scene.flat else ABOVE)
+        eye = extent * np.array(VIEW_IMAGE if scene.is_image else VIEW_3D)
         for camera in (self.server.initial_camera, *(each.camera for each in self.server.get_clients().values())):
             camera.position, camera.look_at = eye, np.zeros(3)
         self._show()
 
     def _add(self, file: Any) -> None:
-        """Open a scene that the page has sent."""
+        """Open a scene uploaded through the page."""
         self.scenes.append(parse(file.content, PurePosixPath(file.name)))
         try:
             self._encode(len(self.scenes) - 1)
@@ -211,7 +213,7 @@ class Viewer:
             self._show()
             raise
         self.chosen.options = self._names()
-        self.chosen.value = self._names()[-1]  # which chooses it
+        self.chosen.value = self._names()[-1]  # triggers the selection callback
 
     def _click(self, event: Any, label: int) -> None:
         eye = np.array(event.ray_origin) + self.middle
@@ -234,27 +236,38 @@ class Viewer:
         self._send(event, CLICKS, self.session.log.dump().encode())
 
     def _export(self, event: Any) -> None:
-        self._send(event, self.session.scene.ending, self.session.exported())
+        self._send(event, self.session.scene.suffix, self.session.exported())
 
-    def _send(self, event: Any, ending: str, content: bytes) -> None:
-        event.client.send_file_download(self.session.scene.stem + ending, content, save_immediately=True)
+    def _send(self, event: Any, suffix: str, content: bytes) -> None:
+        event.client.send_file_download(self.session.scene.stem + suffix, content, save_immediately=True)
 
 
-def opened(model: ClickSegmenter, scene: Scene, logs: Mapping[str, ClickLog]) -> Session:
-    """A session in which the clicks on this scene that are known have been made."""
+def open_session(model: ClickSegmenter, scene: ClickScene, logs: Mapping[str, ClickLog]) -> Session:
+    """Start a session and replay the known clicks of its scene.
+
+    Args:
+        model: the model.
+        scene: the scene.
+        logs: click logs, by the digest of their scenes.
+    """
     session = Session(model, scene)
     if scene.digest in logs:
         session.replay(logs[scene.digest])
     return session
 
 
-def thinned(count: int, most: int) -> NDArray[np.int64]:
-    """Which points are drawn: all, or so many drawn by chance, in their order."""
+def subsample(count: int, most: int) -> NDArray[np.int64]:
+    """Return the sorted indices of the points to draw: all, or a random subset.
+
+    Args:
+        count: number of points.
+        most: maximum number of points to draw.
+    """
     return np.sort(np.random.default_rng(0).permutation(count)[:most])
 
 
 def spacing(points: NDArray[Any]) -> float:
-    """How far points are from their nearest neighbours, in the middle of many [P, 3]; 0 where all are in one place."""
+    """Return the median distance of points [P, 3] to their nearest neighbour; 0 if all coincide."""
     if len(points) < 2:
         return 0.0
     some = points[:: max(1, len(points) // 1000)]
@@ -262,29 +275,40 @@ def spacing(points: NDArray[Any]) -> float:
     return float(np.median(near[:, 1]))
 
 
-def coloured(colours: NDArray[np.float32], labels: NDArray[np.int64], plain: bool) -> Colours:
-    """Points [P, 3] as they are, or pale with each object in a colour of its own."""
-    seen = 255 * colours
+def display_colours(colours: NDArray[np.float32], labels: NDArray[np.int64], plain: bool) -> Colours:
+    """Return the display colours of points [P, 3]: their own, or a pale version tinted by object.
+
+    Args:
+        colours: colours of the points in 0..1 [P, 3].
+        labels: labels of the points [P].
+        plain: show the points' own colours.
+    """
+    shades = 255 * colours
     if not plain:
-        grey = seen @ GREY[:, None]  # [P, 1]
-        pale, own = 60 + 0.3 * seen + 0.4 * grey, 0.85 * of_labels(labels) + 0.15 * grey
-        seen = np.where(labels[:, None] == BACKGROUND, pale, own)
-    return seen.clip(0, 255).astype(np.uint8)
+        grey = shades @ GREY[:, None]  # [P, 1]
+        pale, own = 60 + 0.3 * shades + 0.4 * grey, 0.85 * label_colours(labels) + 0.15 * grey
+        shades = np.where(labels[:, None] == BACKGROUND, pale, own)
+    return shades.clip(0, 255).astype(np.uint8)
 
 
-def of_labels(labels: NDArray[np.int64]) -> Colours:
-    """The colour of each object [n, 3], white for the background."""
+def label_colours(labels: NDArray[np.int64]) -> Colours:
+    """Return the colour of each label [n, 3]; white for the background."""
     colours = PALETTE[(labels - 1) % len(PALETTE)]
     return np.where(labels[:, None] == BACKGROUND, 255, colours).astype(np.uint8)
 
 
-def told(session: Session, labels: NDArray[np.int64]) -> str:
-    """How much there is of each object, as HTML."""
+def status_html(session: Session, labels: NDArray[np.int64]) -> str:
+    """Return a table of clicks and points per object as HTML.
+
+    Args:
+        session: the session.
+        labels: labels of the points [P].
+    """
     clicks = [label for label, _ in session.log.clicks]
     points = np.bincount(labels, minlength=max([0, *clicks]) + 1)
     rows = []
     for label, count in enumerate(points):
-        red, green, blue = of_labels(np.array([label]))[0]
+        red, green, blue = label_colours(np.array([label]))[0]
         name = f"object {label}" if label else "background"
         rows.append(
             f'<tr><td><span style="color:rgb({red},{green},{blue});-webkit-text-stroke:1px #777">&#9632;</span> {name}'
@@ -293,5 +317,5 @@ def told(session: Session, labels: NDArray[np.int64]) -> str:
     head = '<tr><th align="left"></th><th align="right">clicks</th><th align="right">points</th></tr>'
     return (
         f'<div id="state" data-clicks="{len(clicks)}" style="padding:0 1em;font-size:0.85em">'
-        f'<table style="width:100%">{head}{"".join(rows)}</table><p>{HOW}</p></div>'
+        f'<table style="width:100%">{head}{"".join(rows)}</table><p>{INSTRUCTIONS}</p></div>'
     )

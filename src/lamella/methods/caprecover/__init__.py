@@ -1,47 +1,47 @@
-"""CapRecover: what an eavesdropper reads of a split model's features: classes, captions, tokens; and defences."""
+"""CapRecover: what an eavesdropper recovers from a split model's features (classes, captions, tokens), and defences."""
 
+from lamella.methods.caprecover.attackers import ATTACKERS, nearest
 from lamella.methods.caprecover.audit import (
-    Eavesdropping,
-    Sets,
+    AttackLoss,
+    AuditData,
     accuracy,
-    audited,
-    of_link,
-    recommended,
-    recorded,
-    trained,
+    measure_defences,
+    recommend_cut,
+    record_features,
+    run_attacks,
+    train_attacker,
 )
-from lamella.methods.caprecover.captioner import Captioner, Spoken, recovered, taught
+from lamella.methods.caprecover.captioner import Captioner, CaptionLoss, recover_captions, train_captioner
 from lamella.methods.caprecover.captions import captions, small_writer
 from lamella.methods.caprecover.digits import FourStages
-from lamella.methods.caprecover.guard import Guard, scales
+from lamella.methods.caprecover.guard import LinkDefence, scales
 from lamella.methods.caprecover.method import caprecover
-from lamella.methods.caprecover.readers import READERS, nearest
-from lamella.methods.caprecover.tokens import streams, tokens
+from lamella.methods.caprecover.tokens import hidden_states, tokens
 from lamella.methods.caprecover.victim import Victim, of_timm
 
 __all__ = [
-    "READERS",
+    "ATTACKERS",
+    "AttackLoss",
+    "AuditData",
+    "CaptionLoss",
     "Captioner",
-    "Eavesdropping",
     "FourStages",
-    "Guard",
-    "Sets",
-    "Spoken",
+    "LinkDefence",
     "Victim",
     "accuracy",
-    "audited",
     "caprecover",
     "captions",
+    "hidden_states",
+    "measure_defences",
     "nearest",
-    "of_link",
     "of_timm",
-    "recommended",
-    "recorded",
-    "recovered",
+    "recommend_cut",
+    "record_features",
+    "recover_captions",
+    "run_attacks",
     "scales",
     "small_writer",
-    "streams",
-    "taught",
     "tokens",
-    "trained",
+    "train_attacker",
+    "train_captioner",
 ]

@@ -1,4 +1,4 @@
-"""The audit of labels: every cut, every reader, every defence, by attackers who know the defence and who do not."""
+"""The class audit: every cut, attacker and defence, with attackers who know the defence and attackers who do not."""
 
 from __future__ import annotations
 
@@ -17,27 +17,29 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from lamella.data import Captioned, Encoded, Lazy, batches
 from lamella.errors import CalibrationError
 from lamella.files import Finished, Work
-from lamella.methods.caprecover.guard import Guard, scales
-from lamella.methods.caprecover.readers import READERS, Linear, Reader, nearest
+from lamella.methods.caprecover.attackers import ATTACKERS, AttackerKind, LinearProbe, nearest
+from lamella.methods.caprecover.guard import LinkDefence, scales
 from lamella.methods.caprecover.victim import Victim
 from lamella.progress import tracker
 from lamella.train import EarlyStopping, TrainConfig, fit, supervised
 
-EPOCHS, LEAST = 20, 300  # the published number; and steps, where there are few pictures
+EPOCHS, MIN_STEPS = 20, 300  # published number of epochs, and minimum number of steps for small data
 BATCH = 64
-HELD_OUT = 5  # one in so many of the attacker's pictures chooses the checkpoint
-ALIGNED = 0.5  # what the published alignment to text weighs
-FIRST = 2**62  # requests of the judge: no training uses them
+HELD_OUT = 5  # one in HELD_OUT of the attacker's images is held out to choose the checkpoint
+ALIGNED = 0.5  # weight of the published alignment with text vectors
+EVALUATION_REQUEST = 2**62  # first request number of the evaluation; training uses smaller ones
 
 
 @dataclass(frozen=True)
-class Sets:
-    """What an attacker has, and what he is judged on.
+class AuditData:
+    """Training data of the attackers and test data of the audit.
 
     Attributes:
-        train, test: by cut, the features of each picture, read when they are asked for.
-        train_labels, test_labels: [pictures].
-        scale: by cut, the standard deviation of what is sent.
+        train: features of each training image, by cut, loaded on access.
+        train_labels: classes of the training images [images].
+        test: features of each test image, by cut, loaded on access.
+        test_labels: classes of the test images [images].
+        scale: standard deviation of the features, by cut.
     """
 
     train: Mapping[str, Sequence[Tensor]]
@@ -55,155 +57,211 @@ class Sets:
         cuts: Sequence[str],
         work: Work = Work(),
         depends: Any = None,
-    ) -> Sets:
-        """Run the victim once over all pictures.
+    ) -> AuditData:
+        """Run the victim once on all images and record its features.
 
         Args:
-            work: where an interrupted run finds the features that it has recorded.
-            depends: JSON values that say which victim and which pictures these are.
+            victim: the split model.
+            train: the attacker's images.
+            test: images on which attackers are evaluated.
+            cuts: names of the cuts.
+            work: folder in which an interrupted run finds the features recorded so far.
+            depends: JSON values that identify the victim and the images.
 
         Raises:
-            CalibrationError: for pictures without classes, or too few of them.
+            CalibrationError: for images without classes, or too few of them.
         """
         if any(each.label is None for each in (*train, *test)):
             raise CalibrationError(
-                "these pictures have no classes: give a folder with a folder for each class, or recover captions"
+                "these images have no classes: give a folder with one subfolder per class, or recover captions"
             )
         if len(train) < 2 * HELD_OUT or not test:
-            raise CalibrationError(f"{len(train)} pictures for an attacker and {len(test)} to judge him: give more")
-        ours = recorded(victim, train, cuts, work, "attacker", depends)
-        theirs = recorded(victim, test, cuts, work, "judge", depends)
+            raise CalibrationError(
+                f"{len(train)} images for the attacker and {len(test)} for the evaluation are too few: give more"
+            )
+        ours = record_features(victim, train, cuts, work, "attacker", depends)
+        theirs = record_features(victim, test, cuts, work, "judge", depends)
         labels = [torch.tensor([each.label for each in part]) for part in (train, test)]
         return cls(ours, labels[0], theirs, labels[1], scales(ours))
 
     @property
     def classes(self) -> int:
+        """The number of classes."""
         return int(torch.cat([self.train_labels, self.test_labels]).max()) + 1
 
     @property
     def majority(self) -> float:
-        """The accuracy of naming the attacker's most frequent class."""
-        most = self.train_labels.bincount().argmax()
-        return float((self.test_labels == most).double().mean())
+        """The accuracy of always predicting the most frequent class of the training images."""
+        longest = self.train_labels.bincount().argmax()
+        return float((self.test_labels == longest).double().mean())
 
-    def shuffled(self, seed: int) -> Sets:
-        """The attacker's features belong to other pictures: what is read then is the prior."""
+    def shuffled(self, seed: int) -> AuditData:
+        """Assign the training features to other images: attackers trained on them can only learn the prior.
+
+        Args:
+            seed: random seed of the permutation.
+        """
         order = torch.randperm(len(self.train_labels), generator=torch.Generator().manual_seed(seed))
         return replace(self, train={cut: Lazy(order.tolist(), each.__getitem__) for cut, each in self.train.items()})
 
 
-def recorded(
+def record_features(
     victim: Victim,
-    pictures: Sequence[Captioned],
+    images: Sequence[Captioned],
     cuts: Sequence[str],
     work: Work = Work(),
     name: str = "features",
     depends: Any = None,
 ) -> dict[str, Sequence[Tensor]]:
-    """What leaves the device at each cut, for each picture; see :class:`lamella.data.Encoded`."""
+    """Record the features of each image at each cut; see :class:`lamella.data.Encoded`.
+
+    Args:
+        victim: the split model.
+        images: the images.
+        cuts: names of the cuts.
+        work: folder in which an interrupted run finds the features recorded so far.
+        name: name of the recording.
+        depends: JSON values that identify the victim and the images.
+
+    Returns:
+        The features of each image, by cut.
+    """
 
     def encode(some: list[Captioned]) -> dict[str, Tensor]:
         return victim.features(victim.prepare(some), cuts)
 
-    found = Encoded.of(pictures, encode, work, name, [list(cuts), depends], BATCH)
+    found = Encoded.of(images, encode, work, name, [list(cuts), depends], BATCH)
     return {cut: found.column(cut) for cut in cuts}
 
 
-class Eavesdropping:
-    """The loss of a reader on what is sent: the defence's noise is drawn anew in every step.
+class AttackLoss:
+    """The loss of an attacker on the transmitted features, with fresh noise of the defence in every step.
 
     Args:
-        guard, cut, scale: of what is sent.
-        texts: a vector for each class [classes, width], to which a linear reader's first map is drawn.
+        guard: the defence.
+        cut: name of the cut.
+        scale: standard deviation of the features at the cut.
+        texts: a vector for each class [classes, width] with which the first layer of a linear attacker is aligned.
     """
 
-    def __init__(self, guard: Guard, cut: str, scale: float, texts: Tensor | None = None) -> None:
+    def __init__(self, guard: LinkDefence, cut: str, scale: float, texts: Tensor | None = None) -> None:
         self.guard, self.cut, self.scale, self.texts = guard, cut, scale, texts
 
-    def __call__(self, reader: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        request = int(torch.randint(FIRST, ()))
+    def __call__(self, attacker: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the loss of an attacker on a batch of features ``x`` and classes ``y``."""
+        request = int(torch.randint(EVALUATION_REQUEST, ()))
         sent = self.guard.send(self.cut, batch["x"], self.scale, request)
-        if self.texts is None or not isinstance(reader, Linear):
-            return cross_entropy(reader(sent), batch["y"])
-        v = reader.first(reader.standardised(sent).flatten(1))
-        drawn = cosine_similarity(v, self.texts[batch["y"]]).mean()
-        return cross_entropy(reader.second(v), batch["y"]) - ALIGNED * drawn
+        if self.texts is None or not isinstance(attacker, LinearProbe):
+            return cross_entropy(attacker(sent), batch["y"])
+        v = attacker.first(attacker.standardise(sent).flatten(1))
+        generator = cosine_similarity(v, self.texts[batch["y"]]).mean()
+        return cross_entropy(attacker.second(v), batch["y"]) - ALIGNED * generator
 
 
-def trained(
-    sets: Sets, cut: str, reader: Reader, guard: Guard, config: TrainConfig, out: Path, texts: Tensor | None = None
+def train_attacker(
+    sets: AuditData,
+    cut: str,
+    attacker: AttackerKind,
+    guard: LinkDefence,
+    config: TrainConfig,
+    out: Path,
+    texts: Tensor | None = None,
 ) -> nn.Module:
-    """An attacker who knows the defence; what he is at his best on pictures that he kept back.
+    """Train an attacker who knows the defence, and return its best checkpoint on the held-out split.
 
     Args:
-        config: where it says no steps, the published epochs, or as many as small data need.
+        sets: the data.
+        cut: name of the cut.
+        attacker: kind of attacker.
+        guard: the defence.
+        config: training configuration; without steps, the published number of epochs, and at least 300 steps.
+        out: folder for checkpoints.
+        texts: a vector for each class [classes, width], see :class:`AttackLoss`.
     """
     features, labels = sets.train[cut], sets.train_labels
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        rank = {} if texts is None or reader != "linear" else {"rank": texts.shape[1]}
-        model = READERS[reader](features[0].shape, sets.classes, **rank)
+        rank = {} if texts is None or attacker != "linear" else {"rank": texts.shape[1]}
+        model = ATTACKERS[attacker](features[0].shape, sets.classes, **rank)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(config.seed)).tolist()
     rows = Lazy(order, lambda row: {"x": features[row], "y": labels[row]})
     kept = len(rows) // HELD_OUT
-    given, held_out = rows[kept:], rows[:kept]
-    steps = config.steps or max(LEAST, EPOCHS * len(given) // config.batch)
+    values, held_out = rows[kept:], rows[:kept]
+    steps = config.steps or max(MIN_STEPS, EPOCHS * len(values) // config.batch)
     every = max(1, steps // 10)
     config = replace(config, steps=steps, eval_every=every, save_every=steps, log_every=every)
-    loss = Eavesdropping(guard, cut, sets.scale[cut], texts)
+    loss = AttackLoss(guard, cut, sets.scale[cut], texts)
     fit(
         model,
-        given,
+        values,
         supervised(loss),
         config,
         out=out,
         trainable=lambda name: True,
         held_out=held_out,
         hooks=[EarlyStopping(patience=steps)],
-        settings={"guard": str(guard), "cut": cut, "reader": reader},
+        settings={"guard": str(guard), "cut": cut, "attacker": attacker},
     )
     return model.eval()
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, sets: Sets, cut: str, guard: Guard) -> float:
-    """How often an attacker names the class, on pictures that nobody has seen, under requests that nobody has seen."""
+def accuracy(model: nn.Module, sets: AuditData, cut: str, guard: LinkDefence) -> float:
+    """Return the accuracy of an attacker on test images, with request numbers not used in training.
+
+    Args:
+        model: the attacker.
+        sets: the data.
+        cut: name of the cut.
+        guard: the defence.
+    """
     right = 0
     parts = zip(batches(sets.test[cut], BATCH, torch.stack), sets.test_labels.split(BATCH), strict=True)
     for number, (features, labels) in enumerate(parts):
-        sent = guard.send(cut, features, sets.scale[cut], FIRST + number)
+        sent = guard.send(cut, features, sets.scale[cut], EVALUATION_REQUEST + number)
         right += int((model(sent).argmax(1) == labels).sum())
     return right / len(sets.test_labels)
 
 
-def audited(
-    sets: Sets,
+def run_attacks(
+    sets: AuditData,
     *,
     cuts: Sequence[str],
-    readers: Sequence[Reader],
-    guards: Sequence[Guard],
+    attackers: Sequence[AttackerKind],
+    guards: Sequence[LinkDefence],
     seeds: Sequence[int],
     config: TrainConfig,
     work: Work,
     depends: Any,
     texts: Tensor | None = None,
 ) -> list[dict[str, Any]]:
-    """Train and judge all attackers; what an interrupted run has found is not found again.
+    """Train and evaluate all attackers; an interrupted run resumes after the last finished one.
+
+    Args:
+        sets: the data.
+        cuts: names of the cuts.
+        attackers: kinds of attackers.
+        guards: the defences.
+        seeds: random seeds of the attackers.
+        config: training configuration.
+        work: folder for checkpoints and results.
+        depends: JSON values that identify the data and the configuration.
+        texts: a vector for each class [classes, width], see :class:`AttackLoss`.
 
     Returns:
-        For each cut, reader and defence the accuracies of attackers who know the defence and who do not, with an
-        interval over seeds.
+        For each cut, attacker and defence the accuracy of attackers who know the defence (``adaptive``) and who do not
+        (``static``), with an interval over seeds.
     """
     known = Finished(work.journal("attackers"), depends)
     found: dict[tuple[str, str, int], dict[str, dict[str, float]]] = {}
-    place = work.directory("attackers")
+    folder = work.directory("attackers")
 
-    def attack(cut: str, reader: Reader, seed: int) -> dict[str, dict[str, float]]:
-        def of(guard: Guard) -> nn.Module:
-            name = f"{cut}-{reader}-{guard}-{seed}".replace(":", "-")
-            return trained(sets, cut, reader, guard, replace(config, seed=seed), place / name, texts)
+    def attack(cut: str, attacker: AttackerKind, seed: int) -> dict[str, dict[str, float]]:
+        def of(guard: LinkDefence) -> nn.Module:
+            name = f"{cut}-{attacker}-{guard}-{seed}".replace(":", "-")
+            return train_attacker(sets, cut, attacker, guard, replace(config, seed=seed), folder / name, texts)
 
-        clean = of(Guard())
+        clean = of(LinkDefence())
         scores = {}
         for guard in guards:
             knows = clean if guard.kind == "none" else of(guard)
@@ -211,22 +269,22 @@ def audited(
             scores[str(guard)] = {name: accuracy(model, sets, cut, guard) for name, model in both.items()}
         return scores
 
-    with tracker("attacking", len(cuts) * len(readers) * len(seeds)) as count:
+    with tracker("attacking", len(cuts) * len(attackers) * len(seeds)) as count:
         for cut in cuts:
-            for reader in readers:
+            for attacker in attackers:
                 for seed in seeds:
-                    name = f"{cut} {reader} {seed}"
-                    found[cut, reader, seed] = known.once(name, partial(attack, cut, reader, seed))
+                    name = f"{cut} {attacker} {seed}"
+                    found[cut, attacker, seed] = known.once(name, partial(attack, cut, attacker, seed))
                     count()
     return [
         {
             "cut": cut,
-            "reader": reader,
+            "attacker": attacker,
             "guard": str(guard),
-            **{who: interval([found[cut, reader, seed][str(guard)][who] for seed in seeds]) for who in WHO},
+            **{who: interval([found[cut, attacker, seed][str(guard)][who] for seed in seeds]) for who in WHO},
         }
         for cut in cuts
-        for reader in readers
+        for attacker in attackers
         for guard in guards
     ]
 
@@ -235,7 +293,11 @@ WHO = ("adaptive", "static")
 
 
 def interval(values: Sequence[float]) -> dict[str, Any]:
-    """The mean over seeds with its 95 % interval by Student's t, and the values."""
+    """Return the mean over seeds with its 95 % interval by Student's t, and the values.
+
+    Args:
+        values: one value per seed.
+    """
     mean = float(np.mean(values))
     half = 0.0
     if len(values) > 1:
@@ -243,10 +305,18 @@ def interval(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": mean, "low": mean - half, "high": mean + half, "values": list(values)}
 
 
-def of_link(
-    victim: Victim, x: Tensor, labels: Tensor, cuts: Sequence[str], guards: Sequence[Guard]
+def measure_defences(
+    victim: Victim, x: Tensor, labels: Tensor, cuts: Sequence[str], guards: Sequence[LinkDefence]
 ) -> list[dict[str, Any]]:
-    """What each defence costs at each cut: bytes, the task's accuracy, and how far its output moves."""
+    """Measure the cost of each defence at each cut: bytes sent, task accuracy, and change of the output.
+
+    Args:
+        victim: the split model.
+        x: preprocessed images.
+        labels: their classes.
+        cuts: names of the cuts.
+        guards: the defences.
+    """
     plain = victim.output(x)
     features = victim.features(x, cuts)
     spread = scales(features)
@@ -254,10 +324,12 @@ def of_link(
     for cut in cuts:
         for guard in guards:
 
-            def link(name: str, given: Tensor, guard: Guard = guard) -> Tensor:
-                return guard.receive(name, guard.send(name, given, spread[name], FIRST), spread[name], FIRST)
+            def link(name: str, values: Tensor, guard: LinkDefence = guard) -> Tensor:
+                return guard.receive(
+                    name, guard.send(name, values, spread[name], EVALUATION_REQUEST), spread[name], EVALUATION_REQUEST
+                )
 
-            found = victim.received(x, [cut], link)
+            found = victim.output_through(x, [cut], link)
             rows.append(
                 {
                     "cut": cut,
@@ -265,36 +337,43 @@ def of_link(
                     "shape": list(features[cut].shape[1:]),
                     "bytes": guard.sent(features[cut].shape),
                     "ratio": guard.ratio(spread[cut]),
-                    "moved": float((found - plain).abs().max()),
+                    "output_change": float((found - plain).abs().max()),
                     "task": float((found.argmax(1) == labels).double().mean()) if plain.ndim == 2 else None,
                 }
             )
     return rows
 
 
-def retrieved(sets: Sets, cut: str) -> float:
-    """The baseline: the class of the most similar picture that the attacker has."""
+def nearest_accuracy(sets: AuditData, cut: str) -> float:
+    """Return the accuracy of the retrieval baseline: the class of the attacker's most similar image.
+
+    Args:
+        sets: the data.
+        cut: name of the cut.
+    """
     near = nearest(sets.train[cut], sets.test[cut])
     return float((sets.train_labels[near] == sets.test_labels).double().mean())
 
 
-def recommended(
+def recommend_cut(
     attacks: Sequence[Mapping[str, Any]],
     links: Sequence[Mapping[str, Any]],
     *,
     max_leak: float,
     max_bytes: float | None,
-    loses: float = 0.01,
+    max_task_loss: float = 0.01,
 ) -> dict[str, Any] | None:
-    """The first cut, so the least work for the device, and a defence, at which no attacker reads more than he may.
+    """Return the earliest cut (the least work for the device), with a defence, that satisfies all limits.
 
     Args:
-        max_leak: the highest accuracy of the strongest attacker.
-        max_bytes: that a request may send; None: any number.
-        loses: what the task may lose of its accuracy.
+        attacks: results of the attackers, see :func:`run_attacks`.
+        links: costs of the defences, see :func:`measure_defences`.
+        max_leak: maximum accuracy of the strongest attacker, at the upper end of its interval.
+        max_bytes: maximum number of bytes per request; None for no limit.
+        max_task_loss: maximum loss of task accuracy.
 
     Returns:
-        The row of the link with its leak; None where there is none.
+        The row of ``links`` with its leak, or None if there is none.
     """
     whole = max((row["task"] or 0.0) for row in links)
     for row in links:
@@ -305,6 +384,6 @@ def recommended(
             if (each["cut"], each["guard"]) == (row["cut"], row["guard"])
         )
         fits = max_bytes is None or row["bytes"] <= max_bytes
-        if leak <= max_leak and fits and (row["task"] is None or row["task"] >= whole - loses):
+        if leak <= max_leak and fits and (row["task"] is None or row["task"] >= whole - max_task_loss):
             return dict(row) | {"leak": leak}
     return None

@@ -1,9 +1,9 @@
-"""The attacker who writes captions: features become a few tokens, a Q-Former asks them, and a language model speaks.
+"""The captioning attacker: features are projected to tokens, read by a Q-Former, and decoded by a language model.
 
-    F_k --projection--> z [places, width] --Q-Former--> [queries, width] --linear--> | caption, by a frozen decoder
+    F_k --projection--> z [tokens, width] --Q-Former--> [queries, width] --linear--> | caption, by a frozen decoder
 
-Only projection, Q-Former and the last linear map are trained. The decoder is frozen, and so are the queries, as in the
-published code; loss is on words and never on padding.
+Only the projection, the Q-Former and the last linear layer are trained. The decoder and the queries are frozen, as in
+the published code; the loss covers caption tokens and never padding.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lamella.data import Lazy, batches
-from lamella.methods.caprecover.audit import BATCH, FIRST
-from lamella.methods.caprecover.guard import Guard
-from lamella.methods.caprecover.readers import Standardised
+from lamella.methods.caprecover.attackers import Standardise
+from lamella.methods.caprecover.audit import BATCH, EVALUATION_REQUEST
+from lamella.methods.caprecover.guard import LinkDefence
 from lamella.train import NO_LOSS, Task, TrainConfig, fit
 from lamella.train.supervised import count_rows, stacked
 
 WIDTH, QUERIES, LAYERS = 128, 8, 2
-PLACES = 4  # on a side, of maps
-LONGEST = 50  # tokens of a caption
+GRID = 4  # height and width of the projected feature map
+MAX_LENGTH = 50  # maximum length of a caption in tokens
 BEAMS = 4
 
 
 class Projection(nn.Module):
-    """Features as tokens: of maps a convolution each time they are halved, down to 4 x 4 places; of vectors one token.
+    """Project features to tokens: feature maps by strided convolutions down to 4 x 4, vectors to one token.
 
     Args:
-        shape: of the features of one picture.
+        shape: shape of the features of one image.
     """
 
     def __init__(self, shape: torch.Size) -> None:
         super().__init__()
-        self.standardised = Standardised(shape)
+        self.standardise = Standardise(shape)
         body: list[nn.Module] = []
         channels = shape[0] if len(shape) == 3 else shape[-1]
         if len(shape) == 3:
             side = shape[1]
-            while side > PLACES:
+            while side > GRID:
                 body += [nn.Conv2d(channels, WIDTH, 3, 2, padding=1), nn.BatchNorm2d(WIDTH), nn.ReLU()]
                 channels, side = WIDTH, (side + 1) // 2
             body += [nn.Conv2d(channels, WIDTH, 3, padding=1), nn.BatchNorm2d(WIDTH), nn.ReLU()]
@@ -53,7 +53,8 @@ class Projection(nn.Module):
         self.body, self.linear = nn.Sequential(*body), nn.Linear(channels, WIDTH)
 
     def forward(self, features: Tensor) -> Tensor:
-        h = self.standardised(features)
+        """Project features [batch, ...] to tokens [batch, tokens, width]."""
+        h = self.standardise(features)
         if h.ndim == 4:
             h = self.body(h).flatten(2).transpose(1, 2)
         tokens: Tensor = self.linear(h if h.ndim == 3 else h[:, None])
@@ -61,13 +62,13 @@ class Projection(nn.Module):
 
 
 class Captioner(nn.Module):
-    """The attacker.
+    """The captioning attacker.
 
     Args:
-        shape: of the features of one picture.
-        writer: a decoder of transformers; it stays as it is.
-        tokenizer: that of the writer.
-        seed: of everything that is drawn.
+        shape: shape of the features of one image.
+        writer: a frozen decoder of transformers.
+        tokenizer: the decoder's tokenizer.
+        seed: random seed of the initial weights.
     """
 
     def __init__(self, shape: torch.Size, writer: Any, tokenizer: Any, seed: int = 0) -> None:
@@ -86,38 +87,48 @@ class Captioner(nn.Module):
         self.writer, self.tokenizer = writer, tokenizer
 
     def train(self, mode: bool = True) -> Captioner:
+        """Set the training mode; the decoder stays in evaluation mode."""
         super().train(mode)
         self.writer.eval()
         return self
 
     def trains(self, name: str) -> bool:
-        """Whether a parameter of that name is the attacker's to train."""
+        """Return whether a parameter of that name is trained."""
         return not name.startswith("writer.") and name != "queries"
 
     def prefix(self, features: Tensor) -> Tensor:
-        """What stands before the caption [batch, queries, the writer's width]."""
-        seen = self.projection(features)
-        asked = self.former(query_embeds=self.queries.expand(len(seen), -1, -1), encoder_hidden_states=seen)
-        found: Tensor = self.language(asked.last_hidden_state)
+        """Compute the embeddings in front of the caption [batch, queries, hidden size of the decoder]."""
+        features = self.projection(features)
+        attended = self.former(query_embeds=self.queries.expand(len(features), -1, -1), encoder_hidden_states=features)
+        found: Tensor = self.language(attended.last_hidden_state)
         return found
 
     def forward(self, features: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """The mean nats of captions.
+        """Return the mean loss of captions in nats per token.
 
         Args:
-            features: [batch, ...].
-            ids, mask: of the captions, padded on the right [batch, time].
+            features: transmitted features [batch, ...].
+            ids: token ids of the captions, padded on the right [batch, time].
+            mask: 1 at tokens and 0 at padding [batch, time].
         """
         before = self.prefix(features)
-        told = torch.cat([before, self.writer.get_input_embeddings()(ids).to(before)], dim=1)
+        embeddings = torch.cat([before, self.writer.get_input_embeddings()(ids).to(before)], dim=1)
         ones = mask.new_ones(len(mask), before.shape[1])
-        logits = self.writer(inputs_embeds=told, attention_mask=torch.cat([ones, mask], dim=1), use_cache=False).logits
-        said = logits[:, before.shape[1] - 1 : -1].float()
-        return cross_entropy(said.flatten(0, 1), ids.masked_fill(mask == 0, NO_LOSS).flatten(), ignore_index=NO_LOSS)
+        logits = self.writer(
+            inputs_embeds=embeddings, attention_mask=torch.cat([ones, mask], dim=1), use_cache=False
+        ).logits
+        text = logits[:, before.shape[1] - 1 : -1].float()
+        return cross_entropy(text.flatten(0, 1), ids.masked_fill(mask == 0, NO_LOSS).flatten(), ignore_index=NO_LOSS)
 
     @torch.no_grad()
-    def write(self, features: Tensor, beams: int = BEAMS, longest: int = LONGEST) -> list[str]:
-        """Captions of some pictures, by their features."""
+    def write(self, features: Tensor, beams: int = BEAMS, longest: int = MAX_LENGTH) -> list[str]:
+        """Generate captions from features.
+
+        Args:
+            features: transmitted features [batch, ...].
+            beams: number of beams.
+            longest: maximum number of new tokens.
+        """
         before = self.prefix(features)
         ends = self.tokenizer.eos_token_id
         ids = self.writer.generate(
@@ -132,33 +143,59 @@ class Captioner(nn.Module):
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
-class Spoken:
-    """The loss of a captioner on what is sent, with the defence's noise drawn anew."""
+class CaptionLoss:
+    """The loss of a captioner on transmitted features, with fresh noise of the defence in every step.
 
-    def __init__(self, guard: Guard, cut: str, scale: float) -> None:
+    Args:
+        guard: the defence.
+        cut: name of the cut.
+        scale: standard deviation of the features at the cut.
+    """
+
+    def __init__(self, guard: LinkDefence, cut: str, scale: float) -> None:
         self.guard, self.cut, self.scale = guard, cut, scale
 
     def __call__(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        sent = self.guard.send(self.cut, batch["x"], self.scale, int(torch.randint(FIRST, ())))
+        """Return the loss of a captioner on a batch of features ``x`` and tokenised captions."""
+        sent = self.guard.send(self.cut, batch["x"], self.scale, int(torch.randint(EVALUATION_REQUEST, ())))
         loss: Tensor = model(sent, batch["ids"], batch["mask"])
         return loss
 
 
-def captions_as_rows(tokenizer: Any, texts: Sequence[str]) -> list[dict[str, Tensor]]:
-    """Ids and mask of each caption with its end, at most 50 tokens, padded on the right to one length."""
+def tokenise_captions(tokenizer: Any, texts: Sequence[str]) -> list[dict[str, Tensor]]:
+    """Tokenise captions with their end token, at most 50 tokens, padded on the right to one length.
+
+    Args:
+        tokenizer: the decoder's tokenizer.
+        texts: the captions.
+    """
     ends = tokenizer.eos_token_id
-    ids = [[*tokenizer(text, add_special_tokens=False)["input_ids"][: LONGEST - 1], ends] for text in texts]
-    most = max(map(len, ids))
-    filled = [each + [ends] * (most - len(each)) for each in ids]
-    masks = [[1] * len(each) + [0] * (most - len(each)) for each in ids]
+    ids = [[*tokenizer(text, add_special_tokens=False)["input_ids"][: MAX_LENGTH - 1], ends] for text in texts]
+    longest = max(map(len, ids))
+    filled = [each + [ends] * (longest - len(each)) for each in ids]
+    masks = [[1] * len(each) + [0] * (longest - len(each)) for each in ids]
     return [{"ids": torch.tensor(i), "mask": torch.tensor(m)} for i, m in zip(filled, masks, strict=True)]
 
 
-def taught(
-    captioner: Captioner, features: Sequence[Tensor], texts: Sequence[str], loss: Spoken, config: TrainConfig, out: Path
+def train_captioner(
+    captioner: Captioner,
+    features: Sequence[Tensor],
+    texts: Sequence[str],
+    loss: CaptionLoss,
+    config: TrainConfig,
+    out: Path,
 ) -> Captioner:
-    """Train an attacker on features and what their pictures show."""
-    rows = captions_as_rows(captioner.tokenizer, texts)
+    """Train a captioner on features and the captions of their images.
+
+    Args:
+        captioner: the attacker, trained in place.
+        features: features of each image.
+        texts: caption of each image.
+        loss: the loss.
+        config: training configuration.
+        out: folder for checkpoints.
+    """
+    rows = tokenise_captions(captioner.tokenizer, texts)
     samples = Lazy(range(len(rows)), lambda number: {"x": features[number], **rows[number]})
     task = Task(loss, collate=stacked, weight=count_rows)
     config = replace(config, save_every=config.steps or len(samples))
@@ -168,9 +205,18 @@ def taught(
     return captioner
 
 
-def recovered(captioner: Captioner, features: Sequence[Tensor], loss: Spoken, beams: int = BEAMS) -> list[str]:
-    """What an attacker writes of features that nobody has seen, under requests that nobody has seen."""
+def recover_captions(
+    captioner: Captioner, features: Sequence[Tensor], loss: CaptionLoss, beams: int = BEAMS
+) -> list[str]:
+    """Generate captions from features of test images, with request numbers not used in training.
+
+    Args:
+        captioner: the trained attacker.
+        features: features of each image.
+        loss: its loss, with cut and defence.
+        beams: number of beams.
+    """
     texts = []
     for number, part in enumerate(batches(features, BATCH, torch.stack)):
-        texts += captioner.write(loss.guard.send(loss.cut, part, loss.scale, FIRST + number), beams)
+        texts += captioner.write(loss.guard.send(loss.cut, part, loss.scale, EVALUATION_REQUEST + number), beams)
     return texts

@@ -1,4 +1,4 @@
-"""The audit of captions: what an attacker writes of pictures that he never sees, beside what he would write anyhow."""
+"""The caption audit: captions that an attacker recovers from features, against captions from other images' features."""
 
 from __future__ import annotations
 
@@ -15,10 +15,16 @@ from lamella.data import CaptionedImages, Lazy
 from lamella.errors import CalibrationError
 from lamella.evaluate.texts import TextScores
 from lamella.files import Work
-from lamella.methods.caprecover.audit import recorded
-from lamella.methods.caprecover.captioner import Captioner, Spoken, captions_as_rows, recovered, taught
+from lamella.methods.caprecover.audit import record_features
+from lamella.methods.caprecover.captioner import (
+    Captioner,
+    CaptionLoss,
+    recover_captions,
+    tokenise_captions,
+    train_captioner,
+)
 from lamella.methods.caprecover.guard import scales
-from lamella.methods.caprecover.method import parsed
+from lamella.methods.caprecover.method import parse_defences
 from lamella.methods.caprecover.victim import Victim
 from lamella.registry import command
 from lamella.report.images import png_base64
@@ -29,16 +35,18 @@ from lamella.train.supervised import stacked
 from lamella.zoo import open_tokenizer
 
 TRAINING = TrainConfig(steps=3000, lr=1e-3, schedule="cosine", batch=64, weight_decay=1e-2)
-SPEAKING = TrainConfig(steps=1500, lr=2e-3, schedule="cosine", batch=64)  # of the small writer
-SHOWN = 8  # pictures of the report
+WRITER_TRAINING = TrainConfig(
+    steps=1500, lr=2e-3, schedule="cosine", batch=64
+)  # training of the built-in small decoder
+REPORT_IMAGES = 8  # number of images in the report
 
 
 @command(
     "caprecover",
     "captions",
     on="any",
-    brief={"cuts": ("stage1", "pooled"), "guards": ("none",), "steps": 3, "speaks": 3, "batch": 4, "count": 900,
-           "judged": 8, "save_every": 2},
+    brief={"cuts": ("stage1", "pooled"), "guards": ("none",), "steps": 3, "writer_steps": 3, "batch": 4, "count": 900,
+           "test_images": 8, "save_every": 2},
 )  # fmt: skip
 def captions(
     model: Victim,
@@ -48,73 +56,88 @@ def captions(
     cuts: tuple[str, ...] = (),
     guards: tuple[str, ...] = ("none",),
     beams: Annotated[int, Ge(1)] = 4,
-    speaks: Annotated[int, Ge(1)] = 1500,
-    judged: Annotated[int, Ge(2)] = 500,
+    writer_steps: Annotated[int, Ge(1)] = 1500,
+    test_images: Annotated[int, Ge(2)] = 500,
     config: TrainConfig = TRAINING,
     work: Work = Work(),
 ) -> Study:
-    """Audit a split model: which captions an eavesdropper writes of the pictures, at every cut.
+    """Audit a split model: captions that an eavesdropper recovers from the features, at every cut.
 
     Args:
-        model: trained, and frozen.
-        images: pictures with captions; those that the model was trained on, where that is known, are left out. One in
-            five is kept to judge.
-        writer: the decoder that speaks, frozen; a small one that has read the attacker's captions when left out.
-        cuts, guards: as in caprecover.
-        beams: of the writing.
-        speaks: steps in which the small writer learns to speak.
-        judged: at most so many pictures are judged.
-        config: of each attacker.
-        work: where an interrupted run goes on from.
+        model: the trained model; it is frozen.
+        images: images with captions; known training images of the model are excluded. One in five is used for testing.
+        writer: the frozen decoder that generates captions; if None, a small one trained on the attacker's captions.
+        cuts: names of the cuts; all if empty.
+        guards: defences: none, uniform, gaussian:10, fixed:10 (in units of a cut's standard deviation), bits:8,
+            top:0.1, pooled.
+        beams: number of beams of the caption generation.
+        writer_steps: number of training steps of the small decoder.
+        test_images: maximum number of test images.
+        config: training configuration of each attacker.
+        work: folder from which an interrupted run resumes.
 
     Returns:
-        By cut and defence the scores of the captions beside those that are written of other pictures' features, and
-        some of them with their pictures.
+        For each cut and defence the caption scores, the scores of captions generated from other images' features, and
+        some captions with their images.
 
     Raises:
-        CalibrationError: for pictures without captions.
+        CalibrationError: for images without captions.
     """
-    chosen, defences = model.chosen(cuts), parsed(guards)
-    train, test = model.unseen(images), list(images.part("test").items)[:judged]
+    selected, defences = model.select_cuts(cuts), parse_defences(guards)
+    train, test = model.unseen(images), list(images.part("test").items)[:test_images]
     if not all(each.text for each in (*train, *test)) or len(test) < 2:
-        raise CalibrationError("these pictures have no captions: put them into metadata.jsonl beside the pictures")
+        raise CalibrationError(
+            "these images have no captions: write them to metadata.jsonl in the folder of the images"
+        )
     texts, wanted = [each.text for each in train], [each.text for each in test]
-    model.check_cuts(model.prepare(test[:8]), chosen)
+    model.check_cuts(model.prepare(test[:8]), selected)
     depends = [model.describe(), images.describe()]
-    ours = recorded(model, train, chosen, work, "attacker", depends)
-    theirs = recorded(model, test, chosen, work, "judge", depends)
+    ours = record_features(model, train, selected, work, "attacker", depends)
+    theirs = record_features(model, test, selected, work, "judge", depends)
     spread = scales(ours)
     if writer is None:
-        speaker, tokenizer = small_writer(texts, speaks, config.seed, work.directory("writer"))
+        speaker, tokenizer = small_writer(texts, writer_steps, config.seed, work.directory("writer"))
     else:
         speaker, tokenizer = writer.model, open_tokenizer(writer.path or writer.name)
     rows: list[dict[str, Any]] = []
     written: dict[str, list[str]] = {}
-    for cut in chosen:
+    for cut in selected:
         for guard in defences:
             name = f"{cut}, {guard}"
             attacker = Captioner(ours[cut][0].shape, speaker, tokenizer, config.seed)
-            loss = Spoken(guard, cut, spread[cut])
-            taught(attacker, ours[cut], texts, loss, config, work.directory(f"{cut}-{guard}".replace(":", "-")))
-            written[name] = recovered(attacker, theirs[cut], loss, beams)
+            loss = CaptionLoss(guard, cut, spread[cut])
+            train_captioner(
+                attacker, ours[cut], texts, loss, config, work.directory(f"{cut}-{guard}".replace(":", "-"))
+            )
+            written[name] = recover_captions(attacker, theirs[cut], loss, beams)
             others = Lazy([len(test) - 1, *range(len(test) - 1)], theirs[cut].__getitem__)
-            other = recovered(attacker, others, loss, beams)
+            other = recover_captions(attacker, others, loss, beams)
             scores, prior = (TextScores.of(each, wanted).as_dict() for each in (written[name], other))
-            rows.append({"cut": cut, "guard": str(guard), "scores": scores, "of other pictures": prior})
+            rows.append({"cut": cut, "guard": str(guard), "scores": scores, "prior": prior})
     samples = [
         {
-            "picture": png_base64([test[n].picture]),
+            "image": png_base64([test[n].image]),
             "text": wanted[n],
-            "written": {name: each[n] for name, each in written.items()},
+            "recovered": {name: each[n] for name, each in written.items()},
         }
-        for n in range(min(SHOWN, len(test)))
+        for n in range(min(REPORT_IMAGES, len(test)))
     ]
     counts = {"attacker": len(train), "judge": len(test)}
-    return Study(findings={"captions": rows, "samples": samples, "pictures": counts})
+    return Study(findings={"captions": rows, "samples": samples, "images": counts})
 
 
 def small_writer(texts: Sequence[str], steps: int, seed: int, out: Path) -> tuple[Any, Any]:
-    """A decoder of four layers that has read captions and nothing else, and its tokenizer of whole words."""
+    """Train a decoder of four layers on captions only, with a tokenizer of whole words.
+
+    Args:
+        texts: the captions.
+        steps: number of training steps.
+        seed: random seed.
+        out: folder for checkpoints.
+
+    Returns:
+        The frozen decoder and its tokenizer.
+    """
     words = sorted({word for text in texts for word, _ in pre_tokenizers.Whitespace().pre_tokenize_str(text)})
     vocabulary = {word: number for number, word in enumerate(["<pad>", "<eos>", "<unk>", *words])}
     whole = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -132,14 +155,19 @@ def small_writer(texts: Sequence[str], steps: int, seed: int, out: Path) -> tupl
         model = transformers.LlamaForCausalLM(config)
 
     def loss(speaker: Any, batch: Any) -> Any:
-        before = torch.cat([torch.ones_like(batch["ids"][:, :1]), batch["ids"]], dim=1)  # from an end to the next
+        before = torch.cat([torch.ones_like(batch["ids"][:, :1]), batch["ids"]], dim=1)  # starts with the end token
         labels = before.masked_fill(torch.cat([batch["mask"][:, :1], batch["mask"]], dim=1) == 0, -100)
         return speaker(input_ids=before, labels=labels, use_cache=False).loss
 
-    samples = captions_as_rows(tokenizer, texts)
+    samples = tokenise_captions(tokenizer, texts)
     task = Task(loss, collate=stacked, weight=lambda batch: len(batch["ids"]))
-    told = TrainConfig(
-        steps=steps, lr=SPEAKING.lr, schedule="cosine", batch=SPEAKING.batch, seed=seed, save_every=max(1, steps)
+    results = TrainConfig(
+        steps=steps,
+        lr=WRITER_TRAINING.lr,
+        schedule="cosine",
+        batch=WRITER_TRAINING.batch,
+        seed=seed,
+        save_every=max(1, steps),
     )
-    fit(model, samples, task, told, out=out, trainable=lambda name: True)
+    fit(model, samples, task, results, out=out, trainable=lambda name: True)
     return model.eval().requires_grad_(False), tokenizer

@@ -1,4 +1,4 @@
-"""A small network of four stages that knows scikit-learn's digits, for where there is no user's model."""
+"""A small built-in victim: a network of four stages trained on scikit-learn's digits."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from lamella.zoo.cache import build_once
 NAME = "digits"
 WIDTHS = ((16, 1), (32, 1), (64, 2), (64, 2))  # channels and strides
 CUTS = {f"stage{number}": f"stage{number}" for number in range(1, 5)} | {"pooled": "pool"}
-TRAINED = 700  # pictures; the others are for attackers, and for judging them
+TRAINED = 700  # training images of the victim; the others are for attackers and their evaluation
 EPOCHS = 20
 
 
 class FourStages(nn.Module):
-    """Convolution, batch norm, ReLU four times; the mean over places, and a linear map to ten classes."""
+    """Four stages of convolution, batch norm and ReLU, then average pooling and a linear layer to ten classes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,44 +38,45 @@ class FourStages(nn.Module):
         self.classifier = nn.Linear(before, 10)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the logits [batch, 10] of images [batch, 1, height, width]."""
         for number in range(1, len(WIDTHS) + 1):
             x = self.get_submodule(f"stage{number}")(x)
         logits: Tensor = self.classifier(self.pool(x))
         return logits
 
 
-def prepare(pictures: Sequence[Captioned]) -> Tensor:
-    """Grey values from 0 to 1 [pictures, 1, height, width]."""
-    return torch.stack([torch.from_numpy(each.picture[..., 0])[None] / 255 for each in pictures])
+def prepare(images: Sequence[Captioned]) -> Tensor:
+    """Convert images to grey values from 0 to 1 [images, 1, height, width]."""
+    return torch.stack([torch.from_numpy(each.image[..., 0])[None] / 255 for each in images])
 
 
 def digest(each: Captioned) -> str:
-    """Of a picture."""
-    return hashlib.sha256(each.picture.tobytes()).hexdigest()
+    """Return the SHA-256 of an image."""
+    return hashlib.sha256(each.image.tobytes()).hexdigest()
 
 
 def victim() -> tuple[nn.Module, frozenset[str]]:
-    """The network, trained, and the digests of what it was trained on."""
+    """Return the trained network and the digests of its training images."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = FourStages()
-    pictures = _seen()
-    folder = build_once("caprecover-digits", lambda place: _train(model, place), megabytes=20)
+    images = _training_images()
+    folder = build_once("caprecover-digits", lambda folder: _train(model, folder), megabytes=20)
     fill(model, load_file(folder / "model.safetensors"), folder)
-    return model.eval().requires_grad_(False), frozenset(map(digest, pictures))
+    return model.eval().requires_grad_(False), frozenset(map(digest, images))
 
 
-def _seen() -> Sequence[Captioned]:
+def _training_images() -> Sequence[Captioned]:
     return CaptionedImages.open(NAME, InputContext(), count=TRAINED).items
 
 
 def _train(model: nn.Module, folder: Path) -> dict[str, Any]:
-    pictures = _seen()
-    rows = [{"x": x, "y": torch.tensor(each.label)} for x, each in zip(prepare(pictures), pictures, strict=True)]
+    images = _training_images()
+    rows = [{"x": x, "y": torch.tensor(each.label)} for x, each in zip(prepare(images), images, strict=True)]
     config = TrainConfig(
         steps=EPOCHS * len(rows) // 64, lr=2e-3, batch=64, schedule="cosine", warmup=0.1, save_every=10_000
     )
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
         fit(model, rows, supervised(class_cross_entropy), config, out=Path(work) / "run", trainable=lambda name: True)
     save_file(model.state_dict(), folder / "model.safetensors")
-    return {"pictures": len(rows), "steps": config.steps}
+    return {"images": len(rows), "steps": config.steps}

@@ -1,16 +1,16 @@
-"""CapRecover: what can be read from the features of a split model (Xiu, Zhang, ACM Multimedia 2025, arXiv 2507.22828).
+"""CapRecover: feature inversion of split models (Xiu, Zhang, ACM Multimedia 2025, arXiv 2507.22828).
 
-A model runs in two parts, the first on a device and the rest on a server. For every place where it may be cut the audit
-says how much meaning an eavesdropper on the link reads from what is sent: classes, captions, or the very tokens. He has
-pictures of his own, with what they show, and the model's front; from these he trains a small reader::
+A model runs in two parts, the first on a device and the rest on a server. For every possible cut the audit measures how
+much an eavesdropper on the link recovers from the transmitted features: classes, captions, or the input tokens. The
+attacker owns labelled images and the front of the model, and trains a small network on its features::
 
     x --front--> F_k --defence--> F_k + e ~~~ link ~~~> (F_k + e) - e --rest--> output         (victim.py, guard.py)
                                     |
-                                    +--> reader --> class, caption or tokens         (readers.py, captioner.py)
+                                    +--> attacker --> class, caption or tokens    (attackers.py, captioner.py)
 
-Readers of several capacities stand side by side, since a weak one alone makes shallow cuts look safe and a strong one
-alone says that everything leaks. A defence is judged by attackers who know it, beside those who do not. The audit is
-for the owner of a model.
+Attackers of several capacities are compared, since a weak one alone makes early cuts look safe, and a strong one alone
+suggests that everything leaks. A defence is evaluated with attackers who know it and with attackers who do not. The
+audit is a tool for the owner of a model.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from annotated_types import Ge, Le, MinLen
 
 from lamella.data import LabelledImages
 from lamella.files import Work
-from lamella.methods.caprecover.audit import Sets, audited, of_link, recommended, retrieved
-from lamella.methods.caprecover.guard import Guard
-from lamella.methods.caprecover.readers import Reader
+from lamella.methods.caprecover.attackers import AttackerKind
+from lamella.methods.caprecover.audit import AuditData, measure_defences, nearest_accuracy, recommend_cut, run_attacks
+from lamella.methods.caprecover.guard import LinkDefence
 from lamella.methods.caprecover.victim import Victim
 from lamella.registry import method
 from lamella.results import Study
@@ -32,7 +32,7 @@ from lamella.train import TrainConfig
 
 TRAINING = TrainConfig(lr=1e-4, schedule="constant", warmup=0, batch=64, weight_decay=1e-2)
 GUARDS = ("none", "uniform", "gaussian:3", "gaussian:10", "fixed:10")
-LINKED = 256  # pictures on which the price of a defence is measured
+COST_IMAGES = 256  # number of images on which the cost of a defence is measured
 
 
 @method(
@@ -40,15 +40,15 @@ LINKED = 256  # pictures on which the price of a defence is measured
     paper="2507.22828",
     purpose="measure",
     on="any",
-    brief={"cuts": ("stage1", "pooled"), "readers": ("gap",), "guards": ("none", "gaussian:3"), "seeds": 1, "steps": 3,
-           "count": 900},
+    brief={"cuts": ("stage1", "pooled"), "attackers": ("gap",), "guards": ("none", "gaussian:3"), "seeds": 1,
+           "steps": 3, "count": 900},
 )  # fmt: skip
 def caprecover(
     model: Victim,
     images: LabelledImages,
     *,
     cuts: tuple[str, ...] = (),
-    readers: Annotated[tuple[Reader, ...], MinLen(1)] = ("linear", "gap", "conv"),
+    attackers: Annotated[tuple[AttackerKind, ...], MinLen(1)] = ("linear", "gap", "conv"),
     guards: tuple[str, ...] = GUARDS,
     seeds: Annotated[int, Ge(1)] = 3,
     max_leak: Annotated[float, Ge(0), Le(1)] = 0.3,
@@ -57,44 +57,45 @@ def caprecover(
     work: Work = Work(),
     seed: Annotated[int, Ge(0)] = 0,
 ) -> Study:
-    """Audit a split model: what an eavesdropper reads of the class at every cut, with and without defences.
+    """Audit a split model: classes that an eavesdropper recovers from the features at every cut.
 
     Args:
-        model: trained, and frozen: nothing of it changes.
-        images: pictures with classes, such as an attacker may own; those that the model was trained on, where that is
-            known, are left out. One in five is kept to judge.
-        cuts: by name; all when left out.
-        readers: attackers, from weak to strong.
+        model: the trained model; it is frozen and not changed.
+        images: images with classes, such as an attacker may own; known training images of the model are excluded. One
+            in five is used for testing.
+        cuts: names of the cuts; all if empty.
+        attackers: kinds of attackers, from weak to strong: ``linear``, ``gap`` (pooled), ``conv``.
         guards: defences: none, uniform, gaussian:10, fixed:10 (in units of a cut's standard deviation), bits:8,
             top:0.1, pooled.
-        seeds: attackers of each kind, for the interval.
-        max_leak: the accuracy that no attacker may exceed at a cut that is recommended.
-        max_bytes: that a request may send there; any number when left out.
-        config: of the attackers: the published rate and batch, and 20 epochs, when left out.
-        work: where an interrupted run goes on from.
-        seed: of the first attacker; the others follow.
+        seeds: number of attackers of each kind, for the interval.
+        max_leak: maximum accuracy of any attacker at the recommended cut.
+        max_bytes: maximum number of bytes per request at the recommended cut; if None, no limit.
+        config: training configuration of the attackers; by default the published learning rate, batch size and 20
+            epochs.
+        work: folder from which an interrupted run resumes.
+        seed: random seed of the first attacker; the others use the following seeds.
 
     Returns:
-        By cut, reader and defence the accuracy of attackers who know the defence and who do not, what a defence costs,
-        and a cut that may be taken.
+        For each cut, attacker and defence the accuracy of attackers who know the defence and who do not; the cost of
+        each defence; and a recommended cut.
 
     Raises:
-        MethodError: for a cut or a defence that there is not.
-        CalibrationError: for pictures without classes.
-        ArchitectureError: for a place behind which the model still reads what comes before it.
+        MethodError: for an unknown cut or defence.
+        CalibrationError: for images without classes.
+        ArchitectureError: for a cut that later layers bypass with a skip connection.
     """
-    chosen = model.chosen(cuts)
-    defences = parsed(guards)
+    selected = model.select_cuts(cuts)
+    defences = parse_defences(guards)
     train, test = model.unseen(images), list(images.part("test").items)
-    sets = Sets.of(model, train, test, chosen, work, [model.describe(), images.describe()])
-    x, labels = model.prepare(test[:LINKED]), sets.test_labels[:LINKED]
-    model.check_cuts(x[:8], chosen)
-    links = of_link(model, x, labels, chosen, defences)
+    sets = AuditData.of(model, train, test, selected, work, [model.describe(), images.describe()])
+    x, labels = model.prepare(test[:COST_IMAGES]), sets.test_labels[:COST_IMAGES]
+    model.check_cuts(x[:8], selected)
+    links = measure_defences(model, x, labels, selected, defences)
     depends = [model.describe(), images.describe(), [str(each) for each in defences], str(config)]
-    attacks = audited(
+    attacks = run_attacks(
         sets,
-        cuts=chosen,
-        readers=readers,
+        cuts=selected,
+        attackers=attackers,
         guards=defences,
         seeds=range(seed, seed + seeds),
         config=config,
@@ -104,18 +105,22 @@ def caprecover(
     findings: dict[str, Any] = {
         "attacks": attacks,
         "links": links,
-        "nearest": {cut: retrieved(sets, cut) for cut in chosen},
+        "nearest": {cut: nearest_accuracy(sets, cut) for cut in selected},
         "majority": sets.majority,
         "classes": sets.classes,
-        "pictures": {"attacker": len(train), "judge": len(test)},
+        "images": {"attacker": len(train), "judge": len(test)},
         "task": float((model.output(x).argmax(1) == labels).double().mean()),
-        "recommended": recommended(attacks, links, max_leak=max_leak, max_bytes=max_bytes),
+        "recommended": recommend_cut(attacks, links, max_leak=max_leak, max_bytes=max_bytes),
         "max_leak": max_leak,
     }
     return Study(findings=findings)
 
 
-def parsed(guards: Sequence[str]) -> list[Guard]:
-    """The defences, and first of all none."""
-    found = [Guard.parse(each) for each in guards]
-    return [Guard(), *(each for each in dict.fromkeys(found) if each.kind != "none")]
+def parse_defences(guards: Sequence[str]) -> list[LinkDefence]:
+    """Parse the defences; the first one is always none.
+
+    Args:
+        guards: defences as in :func:`caprecover`.
+    """
+    found = [LinkDefence.parse(each) for each in guards]
+    return [LinkDefence(), *(each for each in dict.fromkeys(found) if each.kind != "none")]

@@ -1,4 +1,4 @@
-"""From evidence to its figures: what is read at every cut, and captions beside their pictures."""
+"""Figures and summaries: accuracy of the attackers at every cut, or recovered captions with their images."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ from lamella.results import Evidence, Summary, Table
 
 
 def figures(evidence: Evidence) -> list[Figure]:
-    """Accuracies over the cuts, or captions beside their images."""
+    """Return attack accuracies over the cuts, or recovered captions with their images."""
     found = evidence.findings
     if "captions" in found:
-        return [_beside(found["samples"])]
+        return [_saved_processor(found["samples"])]
     rows = found["attacks"] if "attacks" in found else found["tokens"]
     lines = {name: [100 * each["adaptive"]["mean"] for each in group] for name, group in _by_attacker(rows).items()}
     cuts = list(dict.fromkeys(row["cut"] for row in rows))
-    read = "Classes" if "attacks" in found else "Tokens"
-    caption = f"{read} that are read, in percent, by attackers who know the defence."
-    return [Lines("cut", "percent", lines, positions=cuts, caption=caption)]
+    target = "Classes" if "attacks" in found else "Tokens"
+    caption = f"{target} recovered by attackers who know the defence."
+    return [Lines("cut", "accuracy (%)", lines, positions=cuts, caption=caption)]
 
 
 def _by_attacker(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        name = ", ".join(filter(None, (row.get("reader"), row["guard"])))
+        name = ", ".join(filter(None, (row.get("attacker"), row["guard"])))
         groups.setdefault(name, []).append(row)
     return groups
 
 
-def _beside(samples: Sequence[Mapping[str, Any]]) -> Images:
-    names = list(samples[0]["written"])
+def _saved_processor(samples: Sequence[Mapping[str, Any]]) -> Images:
+    names = list(samples[0]["recovered"])
     return Images(
-        [each["picture"] for each in samples],
-        [[each["text"], *(each["written"][name] for name in names)] for each in samples],
+        [each["image"] for each in samples],
+        [[each["text"], *(each["recovered"][name] for name in names)] for each in samples],
         ["caption", *names],
-        alt="an image that was attacked",
-        caption="What is shown, and what was written.",
+        alt="an attacked image",
+        caption="True and recovered captions.",
     )
 
 
 def summary(evidence: Evidence) -> Summary:
-    """What leaks, and where the model may be cut."""
+    """Summarise what the attackers recover, and the recommended cut."""
     found = evidence.findings
     if "captions" in found:
         return _of_captions(found)
@@ -54,34 +54,46 @@ def _of_tokens(found: Mapping[str, Any]) -> Summary:
     rows = [[each["cut"], each["guard"], *map(_spread, _both(each))] for each in found["tokens"]]
     worst = max(each["adaptive"]["mean"] for each in found["tokens"])
     verdict = (
-        f"Up to {percent(worst, 0)} of the tokens are read; the most frequent one is right for "
+        f"Up to {percent(worst, 0)} of the tokens are recovered; always guessing the most frequent token is right for "
         f"{percent(found['majority'], 0)}."
     )
-    return Summary(verdict, [Table("Tokens that are read, percent", ("cut", "defence", "knows it", "does not"), rows)])
+    columns = ("cut", "defence", "attacker knows it", "attacker does not")
+    return Summary(verdict, [Table("Recovered tokens (%)", columns, rows)])
 
 
 def _of_classes(found: Mapping[str, Any]) -> Summary:
-    best, most = found["recommended"], f"{percent(found['max_leak'], 0)} of the classes"
-    verdict = f"At no cut and with no defence that was tried do attackers name at most {most}."
+    best, limit = found["recommended"], f"{percent(found['max_leak'], 0)} of the classes"
+    verdict = f"No cut and no tested defence keeps attackers from naming more than {limit}."
     if best:
-        verdict = f"Cut at {best['cut']} with the defence {best['guard']}: no attacker names more than {most}."
+        verdict = f"Cut at {best['cut']} with the defence {best['guard']}: no attacker names more than {limit}."
     verdict += (
-        f" The model names {percent(found['task'], 0)}; the most frequent class is right for "
+        f" The model names {percent(found['task'], 0)}; always guessing the most frequent class is right for "
         f"{percent(found['majority'], 0)}."
     )
-    attacks = [[each["cut"], each["reader"], each["guard"], *map(_spread, _both(each))] for each in found["attacks"]]
+    attacks = [[each["cut"], each["attacker"], each["guard"], *map(_spread, _both(each))] for each in found["attacks"]]
     links = [
-        [each["cut"], each["guard"], each["bytes"], each["ratio"] or "", each["moved"], 100 * (each["task"] or 0)]
+        [
+            each["cut"],
+            each["guard"],
+            each["bytes"],
+            each["ratio"] or "",
+            each["output_change"],
+            100 * (each["task"] or 0),
+        ]
         for each in found["links"]
     ]
-    costs = ("cut", "defence", "bytes", "features over noise, variance", "output moves by", "task, percent")
+    costs = ("cut", "defence", "bytes", "variance of features over noise", "output change", "task accuracy (%)")
     near = [[cut, 100 * value] for cut, value in found["nearest"].items()]
     return Summary(
         verdict,
         [
-            Table("Classes that are named, percent", ("cut", "reader", "defence", "knows it", "does not"), attacks),
-            Table("What a defence costs", costs, links),
-            Table("Of the most similar picture of the attacker's, percent", ("cut", "class is right"), near),
+            Table(
+                "Recovered classes (%)",
+                ("cut", "attacker", "defence", "attacker knows it", "attacker does not"),
+                attacks,
+            ),
+            Table("Costs of the defences", costs, links),
+            Table("Retrieval baseline: class of the attacker's most similar image (%)", ("cut", "accuracy"), near),
         ],
     )
 
@@ -98,12 +110,12 @@ def _spread(figure: Mapping[str, Any]) -> str:
 def _of_captions(found: Mapping[str, Any]) -> Summary:
     rows: list[list[Any]] = []
     for each in found["captions"]:
-        ours, prior = each["scores"], each["of other pictures"]
+        ours, prior = each["scores"], each["prior"]
         gap = ours["rougeL"] - prior["rougeL"]
         rows.append([each["cut"], each["guard"], ours["rougeL"], prior["rougeL"], gap, ours["bleu"], prior["bleu"]])
     gap, cut = max((row[4], row[0]) for row in rows)
-    columns = ("cut", "defence", "ROUGE-L", "of other pictures", "gap", "BLEU", "of other pictures")
-    verdict = f"Captions say most at {cut}: {number(gap)} points of ROUGE-L more than captions of other pictures."
+    columns = ("cut", "defence", "ROUGE-L", "ROUGE-L, other images", "gap", "BLEU", "BLEU, other images")
+    verdict = f"Captions leak most at {cut}: ROUGE-L is {number(gap)} points above captions from other images."
     if gap <= 0:
-        verdict = "At no cut do captions say more of their pictures than captions of other pictures do."
-    return Summary(verdict, [Table("Captions, in points of 100", columns, rows)])
+        verdict = "At no cut are captions better than captions generated from other images."
+    return Summary(verdict, [Table("Scores of the captions (0 to 100)", columns, rows)])

@@ -1,9 +1,9 @@
-"""The input: a model that is split, its first part on a device and the rest on a server.
+"""The input: a model that is split between a device and a server.
 
     x --h_1--> F_1 --h_2--> ... --h_k--> F_k ~~~ the link ~~~> h_{k+1} ... --> output
 
-A cut is a module behind which the output depends on nothing but what the module gives. That is not believed but tried:
-with another x in front and F_k put in its place, the output must be that of x.
+A cut is a module such that the rest of the model depends only on its output. This is verified: with another x in front
+and F_k inserted, the output must be that of the original x.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ from lamella.zoo import open_model
 from lamella.zoo.views import View
 
 PROCESSOR, SAME = "preprocessor_config.json", 1e-5
-LARGEST_SIDE = 8192  # pixels of an image that a model reads
-Send = Callable[[str, Tensor], Tensor]  # from the name of a cut and what is sent there to what arrives
+LARGEST_SIDE = 8192  # maximum image size in pixels
+Send = Callable[[str, Tensor], Tensor]  # from the name of a cut and transmitted features to received features
 
 
 @dataclass(frozen=True, eq=False)
 class Victim(View):
-    """A trained model with the places where it may be cut. It is frozen, and in evaluation mode.
+    """A trained model with its possible cuts, frozen and in evaluation mode.
 
     Attributes:
         model: any torch module; its output is a tensor, or has ``logits`` or ``pooler_output``.
-        cuts: by name, the path of the module behind which it is cut, in the order in which they run.
-        prepare: from pictures to what the model reads.
-        name: what to call it.
-        seen: digests of the pictures that it was trained on, where they are known: nobody attacks with those.
+        cuts: path of the module after which the model is cut, by name of the cut, in order of execution.
+        prepare: converts images to the model's input.
+        name: name of the model, for messages.
+        training_digests: digests of its known training images, which are excluded from the audit.
     """
 
     source_help = (
-        "a transformers model that reads images, CLIP among them, or a timm model, such as its folder; or digits, a "
-        "small network that is built in"
+        "a vision model of transformers (including CLIP) or timm, such as its folder; or `digits`, a small built-in "
+        "network"
     )
-    noun = "model that reads images"
+    noun = "vision model"
     libraries = ("transformers", "timm")
     classes = (PROJECTED,)
     names = (digits.NAME,)
@@ -62,92 +62,113 @@ class Victim(View):
     cuts: Mapping[str, str]
     prepare: Callable[[Sequence[Captioned]], Tensor]
     name: str = "victim"
-    seen: frozenset[str] = field(default_factory=frozenset)
+    training_digests: frozenset[str] = field(default_factory=frozenset)
 
     @classmethod
     def built_in(cls, name: str) -> Victim:
-        """``digits``, which is trained on scikit-learn's digits when it is first asked for."""
-        model, seen = digits.victim()
-        return cls(model, digits.CUTS, digits.prepare, name, seen)
+        """Return ``digits``, which is trained on scikit-learn's digits at first use."""
+        model, features = digits.victim()
+        return cls(model, digits.CUTS, digits.prepare, name, features)
 
     @classmethod
     def of(cls, model: Any) -> Victim:
-        """The layers of a transformers model that reads images; of one that writes about them, those of its tower.
+        """Create a victim whose cuts are the layers of a vision model, or of the vision tower of a multimodal model.
 
-        CLIP's tower is cut behind what it has pooled, too, and behind the projection to where texts lie; a timm model
-        behind its stages and what it has pooled.
+        CLIP's vision tower can also be cut after pooling and after the projection; a timm model after its stages and
+        after pooling.
+
+        Args:
+            model: the model.
 
         Raises:
-            ArchitectureError: for one that reads no images, or more of them than their pixels.
+            ArchitectureError: if the model takes no images, or other inputs beside pixels.
         """
         model = open_model(model)
         if model.library == "timm":
             return of_timm(model.model, model.name)
         stack = model.stacks.get("vision") or next(iter(model.stacks.values()))
         if stack.architecture.modality != "image":
-            raise ArchitectureError(f"{model.name} reads no images: see `lamella run caprecover tokens`")
+            raise ArchitectureError(f"{model.name} takes no images: see `lamella run caprecover tokens`")
         whole = len(model.stacks) == 1
         network, layers = (model.model, _path(stack)) if whole else (stack.base, stack.architecture.layers)
         if "pixel_values" not in signature(network.forward).parameters:
-            raise ArchitectureError(f"the tower of {model.name} reads more than pixels: give a tower by itself")
+            raise ArchitectureError(
+                f"the vision tower of {model.name} takes other inputs beside pixels: give a vision model by itself"
+            )
         cuts = {f"layers.{layer}": f"{layers}.{layer}" for layer in range(len(stack))}
         if type(network).__name__ == PROJECTED:
             cuts |= {"pooled": "vision_model.post_layernorm", "projected": "visual_projection"}
-        return cls(network.eval(), cuts, partial(_processed, _reader(model, stack)), model.name)
+        return cls(network.eval(), cuts, partial(_preprocess, _image_processor(model, stack)), model.name)
 
     def describe(self) -> dict[str, Any]:
-        """What provenance says of it."""
+        """Return the provenance of the model."""
         parameters = sum(each.numel() for each in self.model.parameters())
         return {"name": self.name, "parameters": parameters, "sha256": fingerprint.state(self.model)}
 
     @property
     def device(self) -> torch.device:
+        """The device of the parameters."""
         return next(self.model.parameters()).device
 
-    def chosen(self, names: Sequence[str]) -> list[str]:
-        """Cuts by their names, all of them where none is named.
+    def select_cuts(self, names: Sequence[str]) -> list[str]:
+        """Return cuts by name, or all cuts if no name is given.
 
         Raises:
-            MethodError: for a name that it does not have.
+            MethodError: for an unknown name.
         """
         wrong = next((name for name in names if name not in self.cuts), None)
         if wrong is not None:
             raise MethodError(f"{self.name} has no cut '{wrong}': it has {', '.join(self.cuts)}")
         return list(names) or list(self.cuts)
 
-    def unseen(self, pictures: CaptionedImages) -> list[Captioned]:
-        """Those pictures that it was not trained on, as far as is known."""
-        return [each for each in pictures.items if not self.seen or digits.digest(each) not in self.seen]
+    def unseen(self, images: CaptionedImages) -> list[Captioned]:
+        """Return the images that are not known to be training images of the model."""
+        return [
+            each
+            for each in images.items
+            if not self.training_digests or digits.digest(each) not in self.training_digests
+        ]
 
-    # Running it
+    # Execution
 
     @torch.no_grad()
     def output(self, x: Tensor) -> Tensor:
-        """What it says [batch, classes], or what it makes of pictures."""
-        return _told(self.model(x.to(self.device))).cpu()
+        """Return the output of the model [batch, classes] or [batch, width]."""
+        return _output_tensor(self.model(x.to(self.device))).cpu()
 
     @torch.no_grad()
     def features(self, x: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-        """What leaves the device at each of these cuts [batch, ...]."""
-        seen: dict[str, Tensor] = {}
+        """Return the features at each of these cuts [batch, ...].
 
-        def look(name: str, given: Tensor) -> Tensor:
-            seen[name] = given.cpu()
-            return given
+        Args:
+            x: preprocessed images.
+            names: names of the cuts.
+        """
+        features: dict[str, Tensor] = {}
+
+        def look(name: str, values: Tensor) -> Tensor:
+            features[name] = values.cpu()
+            return values
 
         with self.through(names, look):
             self.model(x.to(self.device))
-        return {name: seen[name] for name in names}
+        return {name: features[name] for name in names}
 
     @torch.no_grad()
-    def received(self, x: Tensor, names: Sequence[str], link: Send) -> Tensor:
-        """What it says when what is sent at these cuts arrives as ``link`` makes it."""
+    def output_through(self, x: Tensor, names: Sequence[str], link: Send) -> Tensor:
+        """Return the output when the features at these cuts pass through ``link``.
+
+        Args:
+            x: preprocessed images.
+            names: names of the cuts.
+            link: function from cut and features to the received features.
+        """
         with self.through(names, link):
-            return _told(self.model(x.to(self.device))).cpu()
+            return _output_tensor(self.model(x.to(self.device))).cpu()
 
     @contextmanager
     def through(self, names: Sequence[str], link: Send) -> Iterator[None]:
-        """Let what the modules of these cuts give pass through a link."""
+        """Pass the outputs of the modules at these cuts through a link, within the context."""
 
         def sent(name: str, module: nn.Module, args: Any, out: Any) -> Any:
             if isinstance(out, Tensor):
@@ -162,28 +183,32 @@ class Victim(View):
                 hook.remove()
 
     def check_cuts(self, x: Tensor, names: Sequence[str]) -> None:
-        """Check that the output depends on what is sent at a cut, and on nothing else of the front.
+        """Check that the output depends on the features at each cut and on nothing else before it.
+
+        Args:
+            x: preprocessed images.
+            names: names of the cuts.
 
         Raises:
-            ArchitectureError: for a place that is passed by.
+            ArchitectureError: for a cut that is bypassed.
         """
         expected = self.output(x)
         scale = float(expected.abs().max()) or 1.0
         for name in names:
             real = self.features(x, [name])[name].to(self.device)
-            found = self.received(x.flip(0), [name], partial(_in_place, real))
+            found = self.output_through(x.flip(0), [name], partial(_in_place, real))
             if float((found - expected).abs().max()) > SAME * scale:
                 raise ArchitectureError(
-                    f"{self.name} cannot be cut at {name}: its output reads what comes before, too; choose another"
+                    f"{self.name} cannot be cut at {name}: later layers use earlier features too; choose another cut"
                 )
 
 
-def _in_place(real: Tensor, name: str, given: Tensor) -> Tensor:
+def _in_place(real: Tensor, name: str, values: Tensor) -> Tensor:
     return real
 
 
-def _told(out: Any) -> Tensor:
-    """The tensor among what a model gives."""
+def _output_tensor(out: Any) -> Tensor:
+    """Return the output tensor of a model's output."""
     if isinstance(out, Tensor):
         return out
     for name in ("logits", "image_embeds", "pooler_output", "last_hidden_state"):
@@ -195,13 +220,13 @@ def _told(out: Any) -> Tensor:
 
 
 def _path(stack: Stack) -> str:
-    """Where the layers of a stack are in its model."""
+    """Return the path of a stack's layers in its model."""
     return ".".join(filter(None, (stack.architecture.base, stack.architecture.layers)))
 
 
-def _reader(model: Model, stack: Stack) -> Any:
-    """A model's own image processor, or that of a ViT of its size."""
-    if model.path is not None and (own := _beside(model.path)) is not None:
+def _image_processor(model: Model, stack: Stack) -> Any:
+    """Return a model's own image processor, or that of a ViT of its size."""
+    if model.path is not None and (own := _saved_processor(model.path)) is not None:
         return own
     size = stack.config.image_size
     if type(model.model).__name__ == PROJECTED:
@@ -209,11 +234,11 @@ def _reader(model: Model, stack: Stack) -> Any:
     return ViTImageProcessor(size={"height": size, "width": size})
 
 
-def _beside(folder: Path) -> Any:
-    """The image processor in a model's folder; None where there is none.
+def _saved_processor(folder: Path) -> Any:
+    """Load the image processor in a model's folder; None if there is none.
 
     Raises:
-        CheckpointError: for one that is damaged, or makes images larger than any model reads.
+        CheckpointError: if it is damaged, or produces images larger than any model takes.
     """
     if not (folder / PROCESSOR).is_file():
         return None
@@ -223,39 +248,42 @@ def _beside(folder: Path) -> Any:
             sides = [side for side in dict(getattr(found, name, None) or {}).values() if side is not None]
             if not all(0 < side <= LARGEST_SIDE for side in sides):
                 raise ValueError(f"{name} is {sides}; give 1 to {LARGEST_SIDE} pixels")
-        _processed(found, [Captioned(np.zeros((8, 8, 3), np.uint8))])
-    except Exception as error:  # of a damaged file, anything
+        _preprocess(found, [Captioned(np.zeros((8, 8, 3), np.uint8))])
+    except Exception as error:  # a damaged file can raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(
-            f"{folder / PROCESSOR}: no image processor ({reason[:160]}): get the file again"
+            f"{folder / PROCESSOR}: not a valid image processor ({reason[:160]}): get the file again"
         ) from None
     return found
 
 
-def _processed(reader: Any, pictures: Sequence[Captioned]) -> Tensor:
-    """Pictures as an image processor makes them."""
-    found: Tensor = reader([each.picture for each in pictures], return_tensors="pt")["pixel_values"]
+def _preprocess(processor: Any, images: Sequence[Captioned]) -> Tensor:
+    """Preprocess images with an image processor."""
+    found: Tensor = processor([each.image for each in images], return_tensors="pt")["pixel_values"]
     return found
 
 
 def of_timm(model: Any, name: str = "victim") -> Victim:
-    """The stages of a timm model in memory: those of its features, and what it has pooled.
+    """Create a victim from a timm model in memory, with its stages and the pooled features as cuts.
 
     Args:
-        name: what to call it.
+        model: the timm model.
+        name: its name, for messages.
     """
     stages = {each["module"]: each["module"] for each in getattr(model, "feature_info", [])}
     if not stages:
-        raise ArchitectureError(f"{type(model).__name__} of timm names no stages: make a Victim of its modules")
+        raise ArchitectureError(
+            f"the timm model {type(model).__name__} defines no stages: construct Victim with the paths of its modules"
+        )
     if hasattr(model, "global_pool") and isinstance(model.global_pool, nn.Module):
         stages["pooled"] = "global_pool"
-    sides = getattr(getattr(model, "patch_embed", None), "img_size", None)  # of a ViT of another size than usual
-    asked = {} if sides is None else {"input_size": (3, *sides)}
-    data = require("timm.data", "vision", "scaling pictures")
-    transform = data.create_transform(**data.resolve_data_config(asked, model=model))
-    image = require("PIL.Image", "vision", "scaling pictures")
+    sides = getattr(getattr(model, "patch_embed", None), "img_size", None)  # a ViT with a non-default image size
+    attended = {} if sides is None else {"input_size": (3, *sides)}
+    data = require("timm.data", "vision", "scaling images")
+    transform = data.create_transform(**data.resolve_data_config(attended, model=model))
+    image = require("PIL.Image", "vision", "scaling images")
 
-    def prepare(pictures: Sequence[Captioned]) -> Tensor:
-        return torch.stack([transform(image.fromarray(each.picture)) for each in pictures])
+    def prepare(images: Sequence[Captioned]) -> Tensor:
+        return torch.stack([transform(image.fromarray(each.image)) for each in images])
 
     return Victim(model.eval(), stages, prepare, name)

@@ -1,12 +1,12 @@
-"""CoLa, chain of layers: for one sample with a known answer, which layers to skip or repeat to get it right."""
+"""CoLa, chain of layers: search which layers to skip or repeat so that one sample is answered right."""
 
 from lamella.methods.cola.method import cola, search_paths
 from lamella.methods.cola.page import layer_scores, rates, report
 from lamella.methods.cola.paths import (
-    Found,
+    PathSearchResult,
+    PathSettings,
     PathStudy,
     ProblemStudy,
-    Settings,
     edits,
     find_paths,
     repeat,
@@ -15,8 +15,8 @@ from lamella.methods.cola.paths import (
 )
 from lamella.methods.cola.predictor import (
     OPS,
-    Network,
     PathPredictor,
+    PredictorNetwork,
     Segment,
     compile_path,
     decode,
@@ -27,25 +27,25 @@ from lamella.methods.cola.predictor import (
 from lamella.methods.cola.prefix_tree import PrefixTree
 from lamella.methods.cola.result import Paths
 from lamella.methods.cola.running import KnownAnswers
-from lamella.methods.cola.samples import PathReader, Problem, Problems, plain, read_samples, same
-from lamella.methods.cola.tree import Node, TreeSearch, random_search, tree_search
+from lamella.methods.cola.samples import PathAnswerer, Problem, Problems, plain, read_samples, same
+from lamella.methods.cola.tree import SearchNode, TreeSearch, random_search, tree_search
 
 __all__ = [
     "OPS",
-    "Found",
     "KnownAnswers",
-    "Network",
-    "Node",
+    "PathAnswerer",
     "PathPredictor",
-    "PathReader",
+    "PathSearchResult",
+    "PathSettings",
     "PathStudy",
     "Paths",
+    "PredictorNetwork",
     "PrefixTree",
     "Problem",
     "ProblemStudy",
     "Problems",
+    "SearchNode",
     "Segment",
-    "Settings",
     "TreeSearch",
     "cola",
     "compile_path",

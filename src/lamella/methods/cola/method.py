@@ -1,13 +1,13 @@
-"""CoLa, chain of layers: for one sample with a known answer, which layers to skip or repeat to get it right.
+"""CoLa, chain of layers: search the layers to skip or repeat so that one sample with a known answer is answered right.
 
 Li, Li and Zhou, "Skip a Layer or Loop it? Test-Time Depth Adaptation of Pretrained LLMs", arXiv 2507.07996.
 
     the model    0 1 2 3 4 5 6 7 ... 29            the root of the tree
-    skip(4, 2)   0 1 2 3 6 7 ... 29                an edit leaves out k layers in a row,
-    repeat(5, 2) 0 1 2 3 4 5 6 5 6 7 ... 29        or runs k layers in a row once more
+    skip(4, 2)   0 1 2 3 6 7 ... 29                an edit skips k consecutive layers,
+    repeat(5, 2) 0 1 2 3 4 5 6 5 6 7 ... 29        or runs k consecutive layers once more
 
-A tree search over such edits is rewarded with 1 when the path answers correctly. The reward reads the answer, so this
-is a diagnosis and not a way to infer. With a hundred tries some path says almost anything by chance: every search
+A tree search over such edits has reward 1 if the path answers correctly. Since the reward needs the answer, this is a
+diagnosis and not an inference method. With a hundred trials, some path gives almost any answer by chance: every search
 therefore comes with the same search for *wrong* answers, and with a random search of as many evaluations.
 """
 
@@ -20,10 +20,10 @@ from typing import Annotated, Any
 from lamella.errors import MethodError
 from lamella.files import Work
 from lamella.methods.cola.page import report
-from lamella.methods.cola.paths import PathStudy, ProblemStudy, Settings, study_sample
+from lamella.methods.cola.paths import PathSettings, PathStudy, ProblemStudy, study_sample
 from lamella.methods.cola.predictor import train_predictor
 from lamella.methods.cola.result import Paths
-from lamella.methods.cola.running import KnownAnswers, studied
+from lamella.methods.cola.running import KnownAnswers, run_studies
 from lamella.methods.cola.samples import Problem, Problems, check_samples
 from lamella.plan import ModelReference
 from lamella.progress import tracker
@@ -40,34 +40,37 @@ def cola(
     samples: Problems,
     held_out: Annotated[Problems | None, Split("test")] = None,
     *,
-    settings: Settings = Settings(),
+    settings: PathSettings = PathSettings(),
     answers: File | None = None,
     workers: Workers = Workers(),  # noqa: B008, frozen
     work: Work = Work(),
 ) -> Paths:
-    """Which layers to skip or repeat so that a model gets a question right: a diagnosis that needs the answer.
+    """Search the layers to skip or repeat so that a model answers a question right: a diagnosis that needs the answer.
 
     For every sample a tree search looks for the shortest path through the layers that gives the known answer. With
-    that many tries some path gives almost any answer, so the same search runs for wrong answers, at random, with
-    skips alone and with repeats alone. Read the results beside those controls, never alone.
+    that many trials some path gives almost any answer, so the same search also runs for wrong answers, at random, with
+    skips only and with repeats only. Compare the results with these controls.
 
-    The folder holds evidence.json and report.html, study.json (every path, valid or not) and plans/ (one per sample,
-    for `lamella apply`). An interrupted run goes on where it was. Example:
+    The folder contains evidence.json and report.html, study.json (every path, valid or not) and plans/ (one per sample,
+    for `lamella apply`). An interrupted run resumes. Example:
     lamella cola smollm2 --samples questions.jsonl --sims 50 -o paths
 
     Args:
         stack: the opened model.
         samples: prompts with their answers.
-        held_out: more samples: train the path predictor on what was found, and run its paths on these.
-        settings: of the searches.
-        answers: a file of answers by (sample, prompt, path, settings, weights), which several runs can share; one of
-            the run's own when left out.
-        workers: who studies the samples, on this machine or a Ray cluster; the result is that of one process.
-        work: where an interrupted run goes on from.
+        held_out: held-out samples: if given, a path predictor is trained on the paths found and evaluated on these.
+        settings: settings of the searches.
+        answers: file with cached answers by (sample, prompt, path, settings, weights), which several runs can share; if
+            None, the run has its own.
+        workers: processes that study the samples, on this machine or a Ray cluster; the result does not depend on them.
+        work: folder from which an interrupted run resumes.
+
+    Returns:
+        The paths with their findings, and the predictor if ``held_out`` is given.
 
     Raises:
-        CalibrationError: for no samples, two of the same name, or options that one token cannot tell apart.
-        MethodError: for a model that is no decoder or has a plan applied, or settings that do not fit its layers.
+        CalibrationError: if there are no samples, two with the same id, or options that one token cannot distinguish.
+        MethodError: for a model that is not a decoder or has a plan applied, or settings that do not fit its layers.
     """
     tokenizer = samples.tokenizer or open_tokenizer(stack.path or stack.name)
     journal = answers or work.journal("answers")
@@ -85,11 +88,20 @@ def search_paths(
     samples: Iterable[Problem],
     *,
     tokenizer: Any = None,
-    settings: Settings = Settings(),
+    settings: PathSettings = PathSettings(),
     journal: str | File | None = None,
     workers: Workers = Workers(),  # noqa: B008, frozen
 ) -> PathStudy:
-    """The searches alone; see :func:`cola`. ``journal`` is the file of answers."""
+    """Run the searches only; see :func:`cola`.
+
+    Args:
+        stack: the opened model.
+        samples: prompts with their answers.
+        tokenizer: the model's own tokenizer if None.
+        settings: settings of the searches.
+        journal: file with cached answers.
+        workers: processes that study the samples.
+    """
     samples = check_samples(samples, "samples")
     if not stack.architecture.causal:
         raise MethodError(f"cola works on decoders; {stack.name} is a {stack.architecture.name}")
@@ -100,7 +112,7 @@ def search_paths(
     answers = KnownAnswers(journal, stack)
     done: dict[str, ProblemStudy] = {}
     with tracker("cola: searching paths, by sample", len(samples)) as count, workers.pool() as pool:
-        for study in studied(pool, study_sample, stack, tokenizer, samples, settings, answers):
+        for study in run_studies(pool, study_sample, stack, tokenizer, samples, settings, answers):
             done[study.sample.id] = study
             count(note=study.sample.id)
     studies = tuple(done[sample.id] for sample in samples)

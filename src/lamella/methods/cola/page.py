@@ -1,6 +1,6 @@
-"""What a CoLa study says, beside the controls without which it would mislead.
+"""The report of a CoLa study, with the controls needed to interpret it.
 
-A *pair* is one sample with one target. Where the model already gives the target, a search can only shorten; where it
+A *pair* is one sample with one target. If the model already gives the target, a search can only shorten the path; if it
 does not, a path that gives it *flips* the answer. Flipping to the right answer is a repair, and evidence of a hidden
 capability only as far as it succeeds more often than flipping to a wrong one.
 """
@@ -17,35 +17,42 @@ import numpy as np
 
 from lamella.formatting import counted, percent, signed
 from lamella.measure.scores import Scores
-from lamella.methods.cola.paths import Found, PathStudy, ProblemStudy
+from lamella.methods.cola.paths import PathSearchResult, PathStudy, ProblemStudy
 from lamella.methods.cola.samples import Path, same
 from lamella.report.figures import Figure, Lines
 from lamella.report.page import finite
 from lamella.results import Evidence, Summary, Table
 
-SHOWN = 80  # characters of a prompt, its last, that the list of questions shows
-FLIPS = 10_000  # random sign changes of the test of the excess
+SHOWN = 80  # number of characters at the end of a prompt in the table of questions
+FLIPS = 10_000  # random sign changes in the test of the excess
 
 
 def report(study: PathStudy) -> dict[str, Any]:
-    """The aggregates of a study.
+    """Aggregate a study.
+
+    Args:
+        study: the study.
 
     Returns:
-        ``samples`` and ``right``: how many there are, and how many the model itself answers correctly.
-        ``shorter``: over those, the share with a correct path shorter than the model, by search, and the same for the
-        control (pairs in which the model gives the wrong target).
-        ``repaired``: over the others, the share with any correct path, by search, and the control's share of flips.
-        ``valid_paths``: mean valid paths per tree search, for right and wrong targets; all pairs, and flips alone.
-        ``excess``: valid paths for the right answer minus the mean over the wrong ones, over the samples where neither
-        is what the model says; with standard error and the p-value of a sign-flip test (one-sided).
+        ``samples`` and ``right``: number of samples, and of those that the model itself answers correctly.
+        ``shorter``: over the latter, the fraction with a correct path shorter than the model, by search, and the same
+            for
+        the control (pairs in which the model gives the wrong target).
+        ``repaired``: over the others, the fraction with any correct path, by search, and the control's fraction of
+            flips.
+        ``valid_paths``: mean number of valid paths per tree search, for right and wrong targets; all pairs, and flips
+            only.
+        ``excess``: valid paths for the right answer minus the mean over the wrong ones, over the samples where the
+            model
+        gives neither; with standard error and the p-value of a sign-flip test (one-sided).
         ``best_length``: mean length of the shortest correct path, over samples in which tree and random both found one.
-        ``lengths``: how many samples have a shortest correct path of that length.
-        ``questions``: of each sample its id, the end of its prompt, the answer that is right, what the model itself
-            answers, and the shortest correct path of the tree search; None where it found none.
-        ``categories``: how many samples went from right or wrong to which length.
-        ``skip_rate``, ``repeat_rate``: for each category and layer, the share of shortest correct paths.
-        ``valid_skip_rate``, ``valid_repeat_rate``: for each layer, the share of all correct paths but the model itself,
-        every sample with the same weight.
+        ``lengths``: number of samples by length of the shortest correct path.
+        ``questions``: for each sample its id, the end of its prompt, the right answer, the model's answer, and the
+        shortest correct path of the tree search, or None.
+        ``categories``: number of samples that went from right or wrong to which length.
+        ``skip_rate``, ``repeat_rate``: for each category and layer, the fraction of shortest correct paths.
+        ``valid_skip_rate``, ``valid_repeat_rate``: for each layer, the fraction of all correct paths except the model
+        itself, every sample with the same weight.
     """
     layers, samples = study.model.layers, study.samples
     right, wrong = [s for s in samples if s.right], [s for s in samples if not s.right]
@@ -94,20 +101,29 @@ def report(study: PathStudy) -> dict[str, Any]:
 
 
 def layer_scores(study: PathStudy) -> tuple[Scores, Scores]:
-    """How often correct paths skip and repeat each layer, each as ``("layer",)`` scores [layers]."""
-    numbers = report(study)
+    """Return how often correct paths skip and repeat each layer, each as ``("layer",)`` scores [layers].
+
+    Args:
+        study: the study.
+    """
+    aggregates = report(study)
     provenance = {"method": "cola", "samples": len(study.samples), "seed": study.settings.seed}
     skipped, repeated = (
-        np.array(numbers[f"valid_{what}_rate"] or [math.nan] * study.model.layers) for what in ("skip", "repeat")
+        np.array(aggregates[f"valid_{what}_rate"] or [math.nan] * study.model.layers) for what in ("skip", "repeat")
     )
     return (
-        Scores("share of correct paths that skip the layer", ("layer",), skipped, provenance),
-        Scores("share of correct paths that repeat the layer", ("layer",), repeated, provenance),
+        Scores("fraction of correct paths that skip the layer", ("layer",), skipped, provenance),
+        Scores("fraction of correct paths that repeat the layer", ("layer",), repeated, provenance),
     )
 
 
 def rates(paths: Sequence[Path], layers: int) -> tuple[np.ndarray, np.ndarray]:
-    """For each layer, the share of paths that skip it, and of those that run it more than once; NaN without paths."""
+    """Return the fraction of paths that skip each layer, and that run it more than once; NaN without paths.
+
+    Args:
+        paths: the paths.
+        layers: number of layers of the model.
+    """
     if not paths:
         return np.full(layers, np.nan), np.full(layers, np.nan)
     counts = np.array([np.bincount(path, minlength=layers) for path in paths])
@@ -123,7 +139,7 @@ def _category(study: ProblemStudy, layers: int) -> str:
     return f"{before} to right, {length}"
 
 
-def _is_shorter(outcome: Found, layers: int) -> bool:
+def _is_shorter(outcome: PathSearchResult, layers: int) -> bool:
     return outcome.best is not None and len(outcome.best) < layers
 
 
@@ -132,7 +148,7 @@ def _share(truths: Iterable[bool]) -> float | None:
 
 
 def _mean(values: Iterable[float]) -> float | None:
-    """None where there is nothing to average, since JSON has no NaN."""
+    """Return the mean, or None of nothing, since JSON has no NaN."""
     values = list(values)
     return fmean(values) if values else None
 
@@ -143,7 +159,7 @@ def _over_samples(rows: list[np.ndarray]) -> list[float] | None:
 
 
 def _excess(wrong: Sequence[ProblemStudy], seed: int) -> dict[str, Any]:
-    """How many more valid paths lead to the right answer than to a wrong one that the model does not give either."""
+    """Test whether more valid paths lead to the right answer than to a wrong one; the model gives neither."""
     differences = []
     for each in wrong:
         controls = [len(outcome.valid) for outcome in each.wrong if not same(each.base, outcome.target)]
@@ -165,16 +181,16 @@ def _excess(wrong: Sequence[ProblemStudy], seed: int) -> dict[str, Any]:
 SEARCHES = {
     "tree": "tree search",
     "random": "random (as many evaluations)",
-    "skip": "skips alone",
-    "repeat": "repeats alone",
+    "skip": "skips only",
+    "repeat": "repeats only",
     "wrong target": "a wrong answer (control)",
 }
 
 
 def summary(evidence: Evidence) -> Summary:
-    """How often each search got a question right, beside the controls."""
-    told = finite(evidence.model_dump(by_alias=True))
-    found, name = told["findings"], told["model"]["name"]
+    """Summarise how often each search answers a question right, with the controls."""
+    record = finite(evidence.model_dump(by_alias=True))
+    found, name = record["findings"], record["model"]["name"]
     rows = [
         [text, percent(found["shorter"][each]), percent(found["repaired"][each])] for each, text in SEARCHES.items()
     ]
@@ -194,24 +210,29 @@ def summary(evidence: Evidence) -> Summary:
         )
     verdict = f"{name} answers {found['right']} of {counted(found['samples'], 'question')} itself."
     paths = Table("Paths", ["search", "right: shorter path", "wrong: any path"], rows)
-    return Summary(verdict, [paths, _questions(found["questions"], told["model"]["layers"])], lines)
+    return Summary(verdict, [paths, _questions(found["questions"], record["model"]["layers"])], lines)
 
 
 def _questions(questions: Sequence[Mapping[str, Any]], layers: int) -> Table:
-    """Every question with what the model answers, and the shortest path that gets it right."""
+    """Tabulate every question with the model's answer and the shortest correct path."""
     rows = [
         [each["id"], " ".join(each["prompt"].split()), each["answer"].strip(), each["model"].strip(),
-         "" if each["path"] is None else len(each["path"]), described(each["path"], layers)]
+         "" if each["path"] is None else len(each["path"]), describe_path(each["path"], layers)]
         for each in questions
     ]  # fmt: skip
-    heads = ["question", "prompt, its end", "right answer", "the model's", "layers of the shortest path", "path"]
-    return Table("Questions, with the shortest path of the tree search that answers correctly", heads, rows)
+    heads = ["question", "end of the prompt", "right answer", "model's answer", "layers of the shortest path", "path"]
+    return Table("Questions, with the shortest correct path of the tree search", heads, rows)
 
 
-def described(path: Sequence[int] | None, layers: int) -> str:
-    """A path in words: which layers it leaves out, and which it runs more than once."""
+def describe_path(path: Sequence[int] | None, layers: int) -> str:
+    """Describe a path in words: the layers it skips, and those it runs more than once.
+
+    Args:
+        path: the path, or None if none was found.
+        layers: number of layers of the model.
+    """
     if path is None:
-        return "none was found"
+        return "none found"
     counts = Counter(path)
     gone = [str(layer) for layer in range(layers) if layer not in counts]
     again = [f"{layer} ({count} times)" for layer, count in sorted(counts.items()) if count > 1]
@@ -220,8 +241,8 @@ def described(path: Sequence[int] | None, layers: int) -> str:
 
 
 def figures(evidence: Evidence) -> list[Figure]:
-    """How often correct paths skip each layer, and run it again."""
+    """Plot how often correct paths skip and repeat each layer."""
     found = finite(evidence.findings)
-    drawn = {"skipped": found["valid_skip_rate"] or [], "run again": found["valid_repeat_rate"] or []}
-    caption = "Share of all correct paths but the model itself, every sample with the same weight."
-    return [Lines("layer", "share of paths", drawn, caption=caption)]
+    lines = {"skipped": found["valid_skip_rate"] or [], "repeated": found["valid_repeat_rate"] or []}
+    caption = "Fraction of all correct paths except the model itself, every sample with the same weight."
+    return [Lines("layer", "fraction of paths", lines, caption=caption)]

@@ -1,4 +1,4 @@
-"""The paths of one sample: skips and repeats as actions, the searches over them, and what a set of samples gives."""
+"""The paths of one sample: skips and repeats as actions, the searches over them, and the study of a set of samples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, Le
 
 from lamella.errors import MethodError
-from lamella.methods.cola.samples import Path, PathReader, Problem, same, text_digest
+from lamella.methods.cola.samples import Path, PathAnswerer, Problem, same, text_digest
 from lamella.methods.cola.tree import random_search, tree_search
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.signature import Named
@@ -22,23 +22,23 @@ ACTIONS = ("skip", "repeat")
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Everything that a search depends on beside the model and the sample; defaults of the authors' code.
+class PathSettings:
+    """Settings of the searches; the defaults are those of the authors' code.
 
     Attributes:
         simulations: N, the budget of each search (the paper: 200).
-        penalty: lambda, how much a path that is longer by the whole model loses in the UCB.
-        explore: the weight of the UCB's exploration term.
-        p_random: how often selection takes a random child.
-        root_block: sizes of the blocks that are skipped or repeated at the root of the tree.
-        inner_block: the same below it.
-        times: how many more times a block is run (the paper: 1 to 4; the code: once).
-        most_visits: the most executions of one layer.
-        length: shortest and longest path; from 0.6 to 1.2 times the model's layers when left out.
-        protect: how many of the first and last layers are never edited.
-        tokens: the most new tokens of an open answer.
-        chat: whether prompts go through the tokenizer's chat template.
-        seed: of every search.
+        penalty: lambda, the UCB penalty of a path per model length.
+        explore: weight of the UCB's exploration term.
+        p_random: probability that the selection takes a random child.
+        root_block: numbers of consecutive layers that are skipped or repeated at the root of the tree.
+        inner_block: the same below the root.
+        times: additional executions of a repeated block (the paper: 1 to 4; the code: 1).
+        most_visits: maximum number of executions of one layer.
+        length: minimum and maximum length of a path; if None, 0.6 to 1.2 times the number of layers.
+        protect: number of first and of last layers that are never edited.
+        tokens: maximum number of new tokens of an open answer.
+        chat: whether prompts are formatted with the tokenizer's chat template.
+        seed: random seed of every search.
     """
 
     simulations: Annotated[int, Named("sims"), Ge(1)] = 100
@@ -56,19 +56,33 @@ class Settings:
     seed: Annotated[int, Ge(0)] = 42
 
     def bounds(self, layers: int) -> tuple[int, int]:
-        """The shortest and the longest path for a model of that many layers."""
+        """Return the minimum and maximum length of a path.
+
+        Args:
+            layers: number of layers of the model.
+
+        Raises:
+            MethodError: if ``length`` or ``protect`` does not fit the model.
+        """
         shortest, longest = self.length or (math.ceil(0.6 * layers), math.floor(1.2 * layers))
         if not shortest <= layers <= longest:
-            raise MethodError(f"cola: length {shortest} to {longest} must hold the {layers} layers of the model itself")
+            raise MethodError(
+                f"cola: length {shortest} to {longest} must include {layers}, the number of layers of the model"
+            )
         if sum(self.protect) >= layers:
             raise MethodError(
-                f"cola: protect {self.protect} leaves none of {layers} layers to edit: give smaller numbers"
+                f"cola: protect {self.protect} leaves none of {layers} layers to edit: give smaller values"
             )
         return shortest, longest
 
 
 def skip(path: Path, p: int, k: int) -> Path:
-    """Without the k entries from position p on.
+    """Remove the k entries from position p on.
+
+    Args:
+        path: the path.
+        p: position of the first removed entry.
+        k: number of entries.
 
     >>> skip((0, 1, 2, 3), 1, 2)
     (0, 3)
@@ -77,7 +91,13 @@ def skip(path: Path, p: int, k: int) -> Path:
 
 
 def repeat(path: Path, p: int, k: int, times: int = 1) -> Path:
-    """With the k entries from position p on run again, in place.
+    """Run the k entries from position p on again, in place.
+
+    Args:
+        path: the path.
+        p: position of the first repeated entry.
+        k: number of entries.
+        times: number of additional executions.
 
     >>> repeat((0, 1, 2, 3), 1, 2)
     (0, 1, 2, 1, 2, 3)
@@ -86,9 +106,17 @@ def repeat(path: Path, p: int, k: int, times: int = 1) -> Path:
 
 
 def edits(
-    path: Path, at_root: bool, *, layers: int, settings: Settings, actions: Sequence[str] = ACTIONS
+    path: Path, at_root: bool, *, layers: int, settings: PathSettings, actions: Sequence[str] = ACTIONS
 ) -> list[Path]:
-    """Every path that one legal edit makes of this one, without duplicates."""
+    """Return all paths that one legal edit makes of this one, without duplicates.
+
+    Args:
+        path: the path.
+        at_root: whether it is the root of the tree.
+        layers: number of layers of the model.
+        settings: settings of the search.
+        actions: ``skip``, ``repeat`` or both.
+    """
     shortest, longest = settings.bounds(layers)
     first, last = settings.protect[0], layers - settings.protect[1]
     found: list[Path] = []
@@ -106,14 +134,15 @@ def edits(
 
 
 @dataclass(frozen=True)
-class Found:
-    """One search for one target.
+class PathSearchResult:
+    """The result of one search for one target.
 
     Attributes:
-        target: the answer that was rewarded.
-        simulations: how many were run.
-        depth: the most edits between the model and a path that was evaluated.
-        valid, invalid: the paths that gave the target and those that did not, each the shortest first.
+        target: the rewarded answer.
+        simulations: number of simulations run.
+        depth: maximum number of edits between the model and an evaluated path.
+        valid: paths that gave the target, shortest first.
+        invalid: the other paths, shortest first.
     """
 
     target: str
@@ -124,6 +153,7 @@ class Found:
 
     @property
     def evaluations(self) -> int:
+        """The number of evaluated paths."""
         return len(self.valid) + len(self.invalid)
 
     @property
@@ -133,29 +163,29 @@ class Found:
 
 
 def find_paths(
-    reader: Callable[[Path], str],
+    answerer: Callable[[Path], str],
     target: str,
     layers: int,
-    settings: Settings,
+    settings: PathSettings,
     *,
     actions: Sequence[str] = ACTIONS,
     evaluations: int | None = None,
-) -> Found:
+) -> PathSearchResult:
     """Search paths on which a model gives one answer.
 
     Args:
-        reader: the answer along a path, such as a :class:`PathReader`.
-        target: the answer that is rewarded.
-        layers: of the model.
-        settings: of the search.
+        answerer: returns the answer along a path, such as a :class:`PathAnswerer`.
+        target: the rewarded answer.
+        layers: number of layers of the model.
+        settings: settings of the search.
         actions: ``skip``, ``repeat`` or both.
-        evaluations: search at random, with that many evaluations, instead of in a tree.
+        evaluations: if given, a random search with that many evaluations instead of a tree search.
     """
     root = tuple(range(layers))
     legal = partial(edits, layers=layers, settings=settings, actions=actions)
 
     def reward(path: Path) -> float:
-        return float(same(reader(path), target))
+        return float(same(answerer(path), target))
 
     if evaluations is not None:
         search = random_search(root, legal, reward, evaluations=evaluations, seed=settings.seed)
@@ -173,7 +203,9 @@ def find_paths(
         )
     ranked = sorted(search.evaluated, key=lambda found: (-found.reward, len(found.state)))
     valid = tuple(found.state for found in ranked if found.reward)
-    return Found(target, search.simulations, search.depth, valid, tuple(f.state for f in ranked if not f.reward))
+    return PathSearchResult(
+        target, search.simulations, search.depth, valid, tuple(f.state for f in ranked if not f.reward)
+    )
 
 
 @dataclass(frozen=True)
@@ -182,22 +214,23 @@ class ProblemStudy:
 
     Attributes:
         sample: the prompt with its answer.
-        base: what the model itself answers.
+        base: the answer of the unchanged model.
         searches: for the right answer: ``tree``, ``random`` (as many evaluations), ``skip``, ``repeat`` (one action).
         wrong: the tree search for each wrong answer.
-        executed, asked: layers that this run executed, and would have executed with every path on its own.
+        executed: number of layers executed in this run.
+        unshared: number of layers that would have been executed without sharing prefixes.
     """
 
     sample: Problem
     base: str
-    searches: dict[str, Found]
-    wrong: tuple[Found, ...]
+    searches: dict[str, PathSearchResult]
+    wrong: tuple[PathSearchResult, ...]
     executed: int = field(default=0, compare=False)
-    asked: int = field(default=0, compare=False)
+    unshared: int = field(default=0, compare=False)
 
     @property
     def right(self) -> bool:
-        """Whether the model itself answers correctly."""
+        """Whether the unchanged model answers correctly."""
         return same(self.base, self.sample.answer)
 
 
@@ -205,14 +238,23 @@ def study_sample(
     stack: Stack,
     tokenizer: Any,
     sample: Problem,
-    settings: Settings,
+    settings: PathSettings,
     known: dict[Path, str] | None = None,
     note: Callable[[Path, str], None] = lambda path, answer: None,
 ) -> ProblemStudy:
-    """Search one sample, with every control; the searches share answers and hidden states."""
-    reader = PathReader(stack, tokenizer, sample, settings.tokens, settings.chat, known, note)
-    search = partial(find_paths, reader, layers=len(stack), settings=settings)
-    base = reader(tuple(range(len(stack))))
+    """Search one sample, with every control; the searches share answers and hidden states.
+
+    Args:
+        stack: the opened model.
+        tokenizer: its tokenizer.
+        sample: the prompt with its answer.
+        settings: settings of the searches.
+        known: cached answers by path.
+        note: callback for each new answer.
+    """
+    answerer = PathAnswerer(stack, tokenizer, sample, settings.tokens, settings.chat, known, note)
+    search = partial(find_paths, answerer, layers=len(stack), settings=settings)
+    base = answerer(tuple(range(len(stack))))
     tree = search(sample.answer)
     searches = {
         "tree": tree,
@@ -221,20 +263,27 @@ def study_sample(
         "repeat": search(sample.answer, actions=("repeat",)),
     }
     wrong = tuple(search(target) for target in sample.wrong_targets)
-    return ProblemStudy(sample, base, searches, wrong, reader.tree.executed, reader.asked)
+    return ProblemStudy(sample, base, searches, wrong, answerer.tree.executed, answerer.unshared)
 
 
 @dataclass(frozen=True)
 class PathStudy:
-    """The searches for a set of samples; :func:`~lamella.methods.cola.page.report` sums them up."""
+    """The searches for a set of samples; :func:`~lamella.methods.cola.page.report` aggregates them.
+
+    Attributes:
+        model: the model that was studied.
+        stack: name of its stack.
+        settings: settings of the searches.
+        samples: the study of each sample.
+    """
 
     model: ModelReference
     stack: str
-    settings: Settings
+    settings: PathSettings
     samples: tuple[ProblemStudy, ...]
 
     def plans(self) -> dict[str, Plan]:
-        """By sample, the shortest path found that answers it correctly. It was chosen by the answer."""
+        """Return a plan of the shortest correct path for each sample; it was chosen with knowledge of the answer."""
         plans = {}
         for each in self.samples:
             best = each.searches["tree"].best
@@ -250,9 +299,9 @@ class PathStudy:
         return plans
 
     def as_dict(self) -> dict[str, Any]:
-        """The paths that answered and those that did not, for every search, ready for JSON."""
+        """Return the valid and invalid paths of every search as JSON values."""
         samples = [asdict(each) | {"right": each.right} for each in self.samples]
-        for each in samples:  # what was executed depends on the journal, the result does not
-            del each["executed"], each["asked"]
+        for each in samples:  # the number of executed layers depends on the journal, the result does not
+            del each["executed"], each["unshared"]
         model, settings = self.model.model_dump(), asdict(self.settings)
         return {"schema": "lamella.cola/1", "model": model, "settings": settings, "samples": samples}

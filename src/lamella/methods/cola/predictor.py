@@ -1,13 +1,13 @@
-"""From found paths to something that runs without the answer: a small network that proposes paths for a prompt.
+"""A predictor that proposes paths for new prompts without their answers, trained on the paths found.
 
 After Li, Li and Zhou, "Learning Program-of-Layers in LLMs", arXiv 2606.06574, the follow-up of CoLa (arXiv 2507.07996).
 
     path        0 1 2 3 | . . | 6 7 6 7 | 8 ...      a path is parsed into segments of consecutive layers,
-    operation   keep    | skip| repeat  | keep       each at most 4 long, kept, skipped or run twice
+    operation   keep    | skip| repeat  | keep       each at most 4 long: kept, skipped or run twice
     network     prompt's hidden states -> one query per layer -> does a segment begin here? which operation?
 
-The paper reads a prompt with a frozen sentence embedder. Here the model reads it itself: the features are its own
-hidden states after the first quarter of its layers.
+The paper encodes a prompt with a frozen sentence embedder. Here the features are the model's own hidden states after
+the first quarter of its layers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lamella.errors import CalibrationError, CheckpointError, reason_of
 from lamella.methods.cola.paths import PathStudy
-from lamella.methods.cola.samples import Path, PathReader, Problem, prompt_tokens, same
+from lamella.methods.cola.samples import Path, PathAnswerer, Problem, prompt_tokens, same
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.plan.filling import fill
 from lamella.progress import track
@@ -38,13 +38,19 @@ from lamella.zoo import open_tokenizer
 
 Op = Literal["skip", "keep", "repeat"]
 OPS: tuple[Op, ...] = ("skip", "keep", "repeat")
-LONGEST = 4  # layers in a segment
-MOST_PATHS = 50  # per sample
-IDENTITY_WEIGHT = 0.3  # of the whole model's path where a shorter one is correct too
+LONGEST = 4  # maximum number of layers in a segment
+MOST_PATHS = 50  # maximum number of training paths per sample
+IDENTITY_WEIGHT = 0.3  # weight of the unchanged model's path if a shorter one is correct too
 
 
 class Segment(NamedTuple):
-    """The layers from ``start`` to before ``stop``, and what is done with them."""
+    """Consecutive layers and their operation.
+
+    Attributes:
+        start: the first layer.
+        stop: one after the last layer.
+        op: the operation.
+    """
 
     start: int
     stop: int
@@ -52,22 +58,27 @@ class Segment(NamedTuple):
 
     @property
     def layers(self) -> Path:
+        """The layers that the segment executes."""
         once = tuple(range(self.start, self.stop))
         return {"skip": (), "keep": once, "repeat": once * 2}[self.op]
 
 
 def compile_path(segments: Iterable[Segment]) -> Path:
-    """The path that segments spell out."""
+    """Return the path of a sequence of segments."""
     return tuple(layer for segment in segments for layer in segment.layers)
 
 
 def parse(path: Path, layers: int) -> list[Segment] | None:
-    """The canonical segments of a path: the fewest, then with the fewest skips, then with the most repeats.
+    """Parse a path into its canonical segments: the fewest, then with the fewest skips, then with the most repeats.
+
+    Args:
+        path: the path.
+        layers: number of layers of the model.
 
     Returns:
-        None for a path that no segments spell out, such as one in which a layer runs three times.
+        The segments, or None for a path that segments cannot express, such as one that runs a layer three times.
     """
-    # best[i, j]: the cost of spelling path[:j] with the layers before i, and the segments that do.
+    # best[i, j]: the cost of expressing path[:j] with the layers before i, and the segments that do.
     best: dict[tuple[int, int], tuple[tuple[int, int, int], list[Segment]]] = {(0, 0): ((0, 0, 0), [])}
     for i in range(layers):
         for j in range(len(path) + 1):
@@ -87,18 +98,19 @@ def parse(path: Path, layers: int) -> list[Segment] | None:
     return None if found is None else found[1]
 
 
-class Network(nn.Module):
-    """Hidden states of a prompt to, for each layer, the logit of a segment beginning there and those of its operation.
+class PredictorNetwork(nn.Module):
+    """Predict for each layer, from the hidden states of a prompt, whether a segment begins there and its operation.
 
     Args:
-        width: of the hidden states.
-        layers: of the model.
-        hidden, heads: of the network.
+        width: hidden size of the language model.
+        layers: number of layers of the language model.
+        hidden: hidden size of the predictor.
+        heads: number of attention heads of the predictor.
     """
 
     def __init__(self, width: int, layers: int, hidden: int = 256, heads: int = 4) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)  # streams have no common scale, as embeddings have
+        self.norm = nn.LayerNorm(width)  # unlike embeddings, hidden states have no common scale
         self.read = nn.Linear(width, hidden)
         self.queries = nn.Parameter(0.02 * torch.randn(layers, hidden))
         self.attend = nn.MultiheadAttention(hidden, heads, batch_first=True)
@@ -108,7 +120,12 @@ class Network(nn.Module):
         self.op = nn.Linear(hidden, len(OPS))
 
     def forward(self, features: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [batch, time, width], True at padding [batch, time] -> [batch, layers], [batch, layers, 3]."""
+        """Compute the logits of segment boundaries [batch, layers] and of operations [batch, layers, 3].
+
+        Args:
+            features: hidden states of prompts [batch, time, width].
+            padding: True at padding [batch, time].
+        """
         tokens = self.read(self.norm(features))
         queries = self.queries.expand(len(features), -1, -1)
         attended, _ = self.attend(queries, tokens, tokens, key_padding_mask=padding, need_weights=False)
@@ -116,14 +133,15 @@ class Network(nn.Module):
         return self.boundary(h).squeeze(-1), self.op(h)
 
 
-class Scored(NamedTuple):
-    """How many held-out samples a predictor answers, each proposed path run.
+class PredictorScore(NamedTuple):
+    """Accuracy of a predictor on held-out samples, with every proposed path executed.
 
     Attributes:
-        base: the share that the model itself answers.
-        pass_1: the share that the first proposed path answers.
-        pass_5: the share that any of the first five answers; which one it is needs the answer.
-        mean_length: of the first proposed paths.
+        samples: number of samples.
+        base: fraction that the unchanged model answers correctly.
+        pass_1: fraction that the first proposed path answers correctly.
+        pass_5: fraction that any of the first five answers correctly; choosing it needs the answer.
+        mean_length: mean length of the first proposed paths.
     """
 
     samples: int
@@ -135,52 +153,84 @@ class Scored(NamedTuple):
 
 @dataclass(frozen=True)
 class PathPredictor:
-    """Proposes paths for prompts of one model; see :func:`train_predictor`."""
+    """Propose paths for prompts of one model; see :func:`train_predictor`.
+
+    Attributes:
+        model: the language model.
+        network: the trained network.
+        chat: whether prompts are formatted with the chat template.
+    """
 
     model: ModelReference
-    network: Network
+    network: PredictorNetwork
     chat: bool
 
     @torch.no_grad()
     def propose(self, stack: Stack, prompt: str, tokenizer: Any = None, paths: int = 5) -> list[Path]:
-        """The likeliest paths for a prompt, the likeliest first."""
+        """Return the most likely paths for a prompt, most likely first.
+
+        Args:
+            stack: the language model.
+            prompt: the prompt.
+            tokenizer: the model's own tokenizer if None.
+            paths: maximum number of paths.
+        """
         tokenizer = tokenizer or open_tokenizer(stack.path or stack.name)
-        features = read_prompt(stack, tokenizer, prompt, self.chat)[None]
+        features = prompt_features(stack, tokenizer, prompt, self.chat)[None]
         boundary, ops = self.network(features, torch.zeros(features.shape[:2], dtype=torch.bool))
         return decode(boundary[0], ops[0], paths)
 
     def plan(self, stack: Stack, prompt: str, tokenizer: Any = None) -> Plan:
-        """The plan of the likeliest path: it needs no answer, and is no better than the measured pass@1."""
+        """Return the plan of the most likely path: it needs no answer, and is as good as the measured pass@1.
+
+        Args:
+            stack: the language model.
+            prompt: the prompt.
+            tokenizer: the model's own tokenizer if None.
+        """
         path = list(self.propose(stack, prompt, tokenizer, 1)[0])
         phases = {stack.architecture.stack: PhasedPath(prefill=path, decode=path)}
         return Plan(model=self.model, path=phases, provenance={"method": "cola", "chosen_by": "path predictor"})
 
-    def score(self, stack: Stack, samples: Iterable[Problem], tokenizer: Any = None, tokens: int = 10) -> Scored:
-        """Run the proposed paths on samples that were not trained on."""
+    def score(
+        self, stack: Stack, samples: Iterable[Problem], tokenizer: Any = None, tokens: int = 10
+    ) -> PredictorScore:
+        """Evaluate the proposed paths on held-out samples.
+
+        Args:
+            stack: the language model.
+            samples: held-out samples.
+            tokenizer: the model's own tokenizer if None.
+            tokens: maximum number of new tokens of an open answer.
+        """
         tokenizer = tokenizer or open_tokenizer(stack.path or stack.name)
         identity = tuple(range(len(stack)))
         rows = []
         for sample in track(list(samples), "running proposed paths"):
-            reader = PathReader(stack, tokenizer, sample, tokens, self.chat)
+            answerer = PathAnswerer(stack, tokenizer, sample, tokens, self.chat)
             proposed = self.propose(stack, sample.prompt, tokenizer)
-            right = [same(reader(path), sample.answer) for path in proposed]
-            rows.append((same(reader(identity), sample.answer), right[0], any(right), len(proposed[0])))
+            right = [same(answerer(path), sample.answer) for path in proposed]
+            rows.append((same(answerer(identity), sample.answer), right[0], any(right), len(proposed[0])))
         if not rows:
             raise CalibrationError("no held-out samples: give at least one prompt with its answer")
         base, first, any_of, length = (sum(column) / len(rows) for column in zip(*rows, strict=True))
-        return Scored(len(rows), base, first, any_of, length)
+        return PredictorScore(len(rows), base, first, any_of, length)
 
     def save(self, file: str | File) -> None:
-        """Write weights and what they are for to one safetensors file."""
+        """Write the weights and metadata to one safetensors file."""
         about = {"model": self.model.model_dump_json(), "chat": json.dumps(self.chat)}
         save_file(self.network.state_dict(), file, metadata=about)
 
     @classmethod
     def load(cls, file: str | File, stack: Stack) -> PathPredictor:
-        """Read a predictor for this model.
+        """Load a predictor for this model.
+
+        Args:
+            file: the safetensors file.
+            stack: the language model.
 
         Raises:
-            CheckpointError: for a file that is none, or one for another model.
+            CheckpointError: if the file is not a predictor, or one of another model.
         """
         try:
             with safe_open(file, "pt") as stored:
@@ -189,29 +239,36 @@ class PathPredictor:
                 weights = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         except Exception as error:
             reason = reason_of(error)
-            raise CheckpointError(f"{file}: no path predictor ({reason}): train one with `lamella cola`") from None
+            raise CheckpointError(f"{file}: not a path predictor ({reason}): train one with `lamella cola`") from None
         if model.architecture != ModelReference.of(stack).architecture:
             raise CheckpointError(f"{file}: a path predictor for {model.name}, not for {stack.name}: train one for it")
-        network = Network(stack.config.hidden_size, len(stack))
+        network = PredictorNetwork(stack.config.hidden_size, len(stack))
         fill(network, weights, str(file))
         return cls(model, network.eval(), chat)
 
 
 @torch.no_grad()
-def read_prompt(stack: Stack, tokenizer: Any, prompt: str, chat: bool) -> Tensor:
-    """The features of a prompt: the model's own stream after the first quarter of its layers [time, hidden]."""
+def prompt_features(stack: Stack, tokenizer: Any, prompt: str, chat: bool) -> Tensor:
+    """Return the features of a prompt: the model's hidden states after the first quarter of its layers [time, hidden].
+
+    Args:
+        stack: the language model.
+        tokenizer: its tokenizer.
+        prompt: the prompt.
+        chat: whether to format it with the chat template.
+    """
     context = stack.context(prompt_tokens(tokenizer, prompt, chat, stack.device))
     return join(stack.run(context.h, 0, 2 * max(1, len(stack) // 4), context))[0].float().cpu()
 
 
 def decode(boundary: Tensor, ops: Tensor, paths: int, beam: int = 5) -> list[Path]:
-    """The likeliest distinct paths: a segment begins where its probability passes 0.5, and operations by beam search.
+    """Decode the most likely distinct paths: segments begin where p > 0.5, operations are chosen by beam search.
 
     Args:
-        boundary: logits [layers]; layer 0 always begins a segment, and none grows beyond 4 layers.
+        boundary: logits [layers]; layer 0 always begins a segment, and segments have at most 4 layers.
         ops: logits [layers, 3].
-        paths: how many, at most the beam.
-        beam: kept after each segment, of its two likeliest operations.
+        paths: number of paths, at most ``beam``.
+        beam: beam size; each segment is extended by its two most likely operations.
     """
     starts = [0]
     for layer in range(1, len(boundary)):
@@ -227,12 +284,12 @@ def decode(boundary: Tensor, ops: Tensor, paths: int, beam: int = 5) -> list[Pat
         ]
         beams = sorted(grown, key=lambda pair: -pair[0])[:beam]
     found = dict.fromkeys(compile_path(segments) for _, segments in beams)
-    # A path needs a layer; where all proposals are empty, the whole model it is.
+    # A path needs at least one layer; if all proposals are empty, propose the unchanged model.
     return [path for path in found if path][:paths] or [tuple(range(len(boundary)))]
 
 
 class _Target(NamedTuple):
-    """One path of one sample: where segments begin [layers], their operations (-1 elsewhere) [layers], its weight."""
+    """A training target: segment starts [layers], their operations (-1 elsewhere) [layers], and its weight."""
 
     sample: int
     begins: Tensor
@@ -241,7 +298,13 @@ class _Target(NamedTuple):
 
 
 def targets(valid: Sequence[Path], layers: int, sample: int = 0) -> list[_Target]:
-    """What is learned from the correct paths of one sample, their weights summing to 1."""
+    """Return the training targets of the correct paths of one sample; their weights sum to 1.
+
+    Args:
+        valid: correct paths, shortest first.
+        layers: number of layers of the model.
+        sample: index of the sample.
+    """
     identity = tuple(range(layers))
     parsed = [(path, parse(path, layers)) for path in valid[:MOST_PATHS]]
     usable = [(path, segments) for path, segments in parsed if segments is not None]
@@ -268,29 +331,32 @@ def train_predictor(
     warmup: int = 10,
     seed: int = 42,
 ) -> PathPredictor:
-    """Learn from the correct paths of a study to propose paths for other prompts.
+    """Train a predictor on the correct paths of a study.
 
     Args:
         stack: the model of the study.
-        study: its samples are training data: score the predictor on others.
-        tokenizer: the model's own when left out.
-        epochs, batch, lr, warmup: of AdamW with a cosine schedule; batches count paths, the warm-up steps.
-        seed: of the initial weights, the order and the dropout.
+        study: the study; its samples are training data, so evaluate the predictor on others.
+        tokenizer: the model's own tokenizer if None.
+        epochs: number of epochs.
+        batch: number of paths per batch.
+        lr: learning rate of AdamW, with a cosine schedule.
+        warmup: number of warm-up steps.
+        seed: random seed of the initial weights, the order of samples and dropout.
 
     Raises:
-        CalibrationError: when no sample has a correct path that parses.
+        CalibrationError: if no sample has a correct path that can be parsed.
     """
     tokenizer = tokenizer or open_tokenizer(stack.path or stack.name)
     layers, chat = len(stack), study.settings.chat
     features, examples = [], []
     for index, each in enumerate(study.samples):
-        features.append(read_prompt(stack, tokenizer, each.sample.prompt, chat))
+        features.append(prompt_features(stack, tokenizer, each.sample.prompt, chat))
         examples += targets(each.searches["tree"].valid, layers, index)
     if not examples:
         raise CalibrationError("no correct path to learn from: give more samples, or more simulations")
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
-        network = Network(stack.config.hidden_size, layers).train()
+        network = PredictorNetwork(stack.config.hidden_size, layers).train()
         steps = epochs * math.ceil(len(examples) / batch)
         optimizer = torch.optim.AdamW(network.parameters(), lr)
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -306,8 +372,8 @@ def train_predictor(
     return PathPredictor(study.model, network.eval(), chat)
 
 
-def _loss(network: Network, examples: Sequence[_Target], features: Sequence[Tensor]) -> Tensor:
-    """Cross-entropy of boundaries (layer 0 always is one) and of operations where segments begin, by weight."""
+def _loss(network: PredictorNetwork, examples: Sequence[_Target], features: Sequence[Tensor]) -> Tensor:
+    """Compute the weighted cross-entropy of boundaries (except layer 0) and of operations where segments begin."""
     tokens = [features[example.sample] for example in examples]
     padded = pad_sequence(tokens, batch_first=True)  # [batch, time, width]
     lengths = torch.tensor([len(each) for each in tokens])

@@ -1,4 +1,4 @@
-"""What a run of CoLa leaves: every path, one plan for each sample, and the predictor where one was trained."""
+"""The result of CoLa: every path, one plan for each sample, and the predictor if one was trained."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Paths(Study):
     """The searches of a set of samples; their aggregates are the findings.
 
     Attributes:
-        study: every path, valid or not; None where only evidence was read back.
-        predictor: trained on what was found.
+        study: every path, valid or not; None if only the evidence was loaded.
+        predictor: the path predictor, if one was trained.
     """
 
     study: PathStudy | None = None
@@ -28,6 +28,7 @@ class Paths(Study):
     needs_folder: ClassVar[bool] = True
 
     def write(self, folder: File) -> None:
+        """Write study, plans and predictor to a folder."""
         assert self.study is not None
         (folder / "study.json").write_text(json.dumps(self.study.as_dict(), indent=1) + "\n", encoding="utf-8")
         (folder / "plans").mkdir()

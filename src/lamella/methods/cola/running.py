@@ -1,4 +1,4 @@
-"""How a CoLa study runs: with a journal, by this process, several or a Ray cluster."""
+"""Execution of a CoLa study: with a journal, in this process, in several or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lamella.files import Journal
-from lamella.methods.cola.paths import ProblemStudy, Settings
+from lamella.methods.cola.paths import PathSettings, ProblemStudy
 from lamella.methods.cola.samples import Path, Problem, text_digest
 from lamella.plan import fingerprint
 from lamella.stack import Stack
@@ -20,7 +20,12 @@ from lamella.workers import Pool, SerialPool
 
 
 class KnownAnswers:
-    """Answers that were already computed, one JSON line each, so that an interrupted study goes on where it was."""
+    """A cache of computed answers, one JSON line each, so that an interrupted study resumes.
+
+    Args:
+        file: the journal; None for no cache.
+        stack: the opened model, whose weights are part of the keys.
+    """
 
     def __init__(self, file: str | File | None, stack: Stack) -> None:
         self.known: dict[str, dict[Path, str]] = {}
@@ -30,8 +35,13 @@ class KnownAnswers:
         for key, path, answer in self.journal.found:
             self.known.setdefault(key, {})[tuple(path)] = answer
 
-    def of(self, sample: Problem, settings: Settings) -> tuple[dict[Path, str], Callable[[Path, str], None]]:
-        """What is known of a sample, and what to call with each new answer."""
+    def of(self, sample: Problem, settings: PathSettings) -> tuple[dict[Path, str], Callable[[Path, str], None]]:
+        """Return the cached answers of a sample, and a callback for new answers.
+
+        Args:
+            sample: the sample.
+            settings: settings of the searches.
+        """
         if self.journal.path is None:
             return {}, lambda path, answer: None
         reading = [settings.tokens, settings.chat, sample.options]
@@ -40,30 +50,39 @@ class KnownAnswers:
 
 
 def _is_answer(line: Any) -> bool:
-    """Whether a line of a journal is the answer to some question along some path."""
+    """Return whether a line of a journal is an answer along some path."""
     match line:
         case [str(), list(path), str()]:
             return all(isinstance(layer, int) for layer in path)
     return False
 
 
-StudyOne = Callable[..., ProblemStudy]  # of (stack, tokenizer, sample, settings, known answers, what takes new ones)
+StudyOne = Callable[..., ProblemStudy]  # of (stack, tokenizer, sample, settings, known answers, callback)
 
 
-def studied(
+def run_studies(
     pool: Pool,
     study: StudyOne,
     stack: Stack,
     tokenizer: Any,
     samples: list[Problem],
-    settings: Settings,
+    settings: PathSettings,
     answers: KnownAnswers,
 ) -> Iterator[ProblemStudy]:
-    """The studies of samples, as they end.
+    """Yield the studies of samples as they finish.
 
-    A sample's study depends on nothing but the sample, so it does not depend on who runs it, or when.
+    The study of a sample depends on nothing but the sample, so it does not depend on the worker or the order.
+
+    Args:
+        pool: the workers.
+        study: function that studies one sample.
+        stack: the opened model.
+        tokenizer: its tokenizer.
+        samples: the samples.
+        settings: settings of the searches.
+        answers: the cache of answers.
     """
-    if isinstance(pool, SerialPool):  # where each answer is kept at once
+    if isinstance(pool, SerialPool):  # each answer is saved immediately
         for sample in samples:
             yield study(stack, tokenizer, sample, settings, *answers.of(sample, settings))
         return
@@ -81,17 +100,22 @@ class _Study:
     """Study one sample in another process.
 
     Attributes:
-        threads: of torch: the same in each process, since the last bit of a sum depends on them.
+        study: function that studies one sample.
+        model: the model, its path and its name.
+        tokenizer: its tokenizer.
+        settings: settings of the searches.
+        threads: number of torch threads, the same in each process, since the last bit of a sum depends on it.
     """
 
     study: StudyOne
     model: tuple[Any, File | None, str]
     tokenizer: Any
-    settings: Settings
+    settings: PathSettings
     threads: int
 
     @cached_property
     def stack(self) -> Stack:
+        """The model as a stack."""
         torch.set_num_threads(self.threads)
         return Stack(*self.model)
 

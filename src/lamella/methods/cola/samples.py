@@ -1,4 +1,4 @@
-"""The samples of CoLa: prompts with known answers, and what a model answers to them along any path of layers."""
+"""The samples of CoLa: prompts with known answers, and the model's answers along any path of layers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lamella.stack import Stack
 from lamella.zoo import chat_inputs
 
 Path = tuple[int, ...]
-HINT = (
+EXPECTED_FORMAT = (
     'write {"prompt": "...", "answer": "...", "options": ["...", "..."]}, with options only for a choice; '
     "'id' and 'wrong' may be there too"
 )
@@ -32,12 +32,12 @@ class Problem:
     """A prompt with its answer.
 
     Attributes:
-        id: names the sample in results and journals.
+        id: identifies the sample in results and journals.
         prompt: the text before the answer.
-        answer: what is right.
-        options: for a choice, everything that can be answered, the right answer among it. The first token of each must
-            differ, since the choice is read from the next token; write a leading space where the prompt has none.
-        wrong: for an open answer, wrong ones for the control; for a choice they are the other options.
+        answer: the right answer.
+        options: for multiple choice, all options including the right answer. Their first tokens must differ, since the
+            choice is read from the next token; write a leading space if the prompt does not end with one.
+        wrong: for an open answer, wrong answers for the control; for multiple choice these are the other options.
     """
 
     id: str
@@ -54,16 +54,17 @@ class Problem:
 
     @property
     def wrong_targets(self) -> list[str]:
+        """The wrong answers for the control."""
         return [target for target in self.options or self.wrong if not same(target, self.answer)]
 
 
 class Problems(Rows[Problem]):
-    """The samples of a study, with the tokenizer that their model reads them with."""
+    """The samples of a study, with the model's tokenizer."""
 
     metavar = "FILE"
     source_help = (
-        'JSONL, one sample a line: {"prompt": "...\\nAnswer:", "answer": " B", "options": [" A", " B"]}. Without '
-        "options the answer is written and compared; 'wrong' may list wrong answers for the control"
+        'JSONL, one sample per line: {"prompt": "...\\nAnswer:", "answer": " B", "options": [" A", " B"]}. Without '
+        "options the answer is generated and compared; 'wrong' can list wrong answers for the control"
     )
     example = Fixture(
         "questions.jsonl",
@@ -73,7 +74,12 @@ class Problems(Rows[Problem]):
 
     @classmethod
     def open(cls, name: str | File, context: InputContext) -> Problems:
-        """Samples from a file; see :func:`read_samples`."""
+        """Read samples from a file, see :func:`read_samples`.
+
+        Args:
+            name: the file.
+            context: provides the tokenizer.
+        """
         found = read_samples(name)
         content = File(name).expanduser().read_bytes()
         said = {"data": str(name), "samples": len(found), "sha256": hashlib.sha256(content).hexdigest()}
@@ -81,13 +87,16 @@ class Problems(Rows[Problem]):
 
 
 def read_samples(file: str | File) -> list[Problem]:
-    """Samples from a JSONL file: one object a line, with the fields of :class:`Problem`; ``id`` may be left out.
+    """Read samples from a JSONL file: one object per line, with the fields of :class:`Problem`; ``id`` is optional.
+
+    Args:
+        file: the JSONL file.
 
     Raises:
-        CalibrationError: one line that names the file, the line and the mend.
+        CalibrationError: with the file, the line and the expected format.
     """
     samples = []
-    for number, row in read_rows(file, HINT):
+    for number, row in read_rows(file, EXPECTED_FORMAT):
         where = f"{file} line {number}"
         try:
             fields: dict[str, Any] = {"id": number} | row
@@ -97,53 +106,63 @@ def read_samples(file: str | File) -> list[Problem]:
         except CalibrationError as error:
             raise CalibrationError(f"{where}: {error}") from None
         except TypeError:
-            raise CalibrationError(f"{where}: {HINT}") from None
+            raise CalibrationError(f"{where}: {EXPECTED_FORMAT}") from None
     return check_samples(samples, str(file))
 
 
 def check_samples(samples: Iterable[Problem], where: str) -> list[Problem]:
-    """The samples as a list.
+    """Return the samples as a list.
+
+    Args:
+        samples: the samples.
+        where: their source, for messages.
 
     Raises:
-        CalibrationError: where there are none, or two have one name.
+        CalibrationError: if there are none, or two have the same id.
     """
     samples = list(samples)
     if not samples:
         raise CalibrationError(f"{where}: no samples; give at least one prompt with its answer")
     name, count = Counter(sample.id for sample in samples).most_common(1)[0]
     if count > 1:
-        raise CalibrationError(f"{where}: {count} samples are called '{name}'; give each its own id")
+        raise CalibrationError(f"{where}: {count} samples have the id '{name}'; give each its own id")
     return samples
 
 
 def plain(answer: str) -> str:
-    """What of an answer is compared: its first line, without case, outer spaces and a final full stop."""
+    """Normalise an answer for comparison: its first line, without case, outer spaces and a final full stop."""
     return next(iter(answer.strip().splitlines()), "").strip().rstrip(".").casefold()
 
 
-def same(given: str, target: str) -> bool:
-    """The grader: whether an answer is that one."""
-    return plain(given) == plain(target) != ""
+def same(answer: str, target: str) -> bool:
+    """Return whether an answer equals the target after normalisation.
+
+    Args:
+        answer: the answer.
+        target: the expected answer.
+    """
+    return plain(answer) == plain(target) != ""
 
 
-class PathReader:
-    """What a model answers to one sample along any path.
+class PathAnswerer:
+    """Answer one sample with the model along any path.
 
-    A choice is read from the next-token distribution over the options, one forward per path; an open answer is written
-    greedily up to the end of its first line. Paths share what they have in common, see :class:`PrefixTree`.
+    The answer to a multiple-choice question is read from the next-token distribution over the options, one forward pass
+    per path; an open answer is generated greedily up to the end of its first line. Paths share common prefixes, see
+    :class:`PrefixTree`.
 
     Args:
         stack: the opened model.
-        tokenizer: that belongs to it.
-        sample: the prompt.
-        tokens: the most new tokens of an open answer.
-        chat: whether the prompt goes through the tokenizer's chat template.
-        known: answers that need not be computed again.
-        note: called with each new answer.
+        tokenizer: its tokenizer.
+        sample: the sample.
+        tokens: maximum number of new tokens of an open answer.
+        chat: whether to format the prompt with the chat template.
+        known: cached answers by path.
+        note: callback for each new answer.
 
     Attributes:
         tree: the hidden states of all paths.
-        asked: layers that would have been run if every call ran its path on its own.
+        unshared: number of layers that would have been executed if every call ran its path separately.
     """
 
     def __init__(
@@ -158,7 +177,7 @@ class PathReader:
     ) -> None:
         self.sample, self.tokenizer, self.most, self.note = sample, tokenizer, tokens, note
         self.answers = dict(known or {})
-        self.asked = 0
+        self.unshared = 0
         self._alone: dict[Path, int] = {}
         self.tree = PrefixTree(stack, prompt_tokens(tokenizer, sample.prompt, chat, stack.device))
         self.options = [tokenizer.encode(option, add_special_tokens=False)[:1] for option in sample.options]
@@ -169,13 +188,13 @@ class PathReader:
             )
 
     def __call__(self, path: Path) -> str:
-        """The answer along this path; empty where the output is not finite."""
+        """Return the answer along this path; empty if the logits are not finite."""
         if path not in self.answers:
-            before = self.tree.asked
+            before = self.tree.unshared
             self.answers[path] = self._choose(path) if self.options else self._write(path)
-            self._alone[path] = self.tree.asked - before
+            self._alone[path] = self.tree.unshared - before
             self.note(path, self.answers[path])
-        self.asked += self._alone.get(path, 0)
+        self.unshared += self._alone.get(path, 0)
         return self.answers[path]
 
     def _choose(self, path: Path) -> str:
@@ -185,12 +204,19 @@ class PathReader:
     def _write(self, path: Path) -> str:
         decode = partial(self.tokenizer.decode, skip_special_tokens=True)
         end = self.tokenizer.eos_token_id
-        written = self.tree.greedy(path, self.most, lambda token: token == end or "\n" in decode([token]))
-        return str(decode(written)).split("\n")[0]
+        generated = self.tree.greedy(path, self.most, lambda token: token == end or "\n" in decode([token]))
+        return str(decode(generated)).split("\n")[0]
 
 
 def prompt_tokens(tokenizer: Any, prompt: str, chat: bool, device: torch.device) -> torch.Tensor:
-    """The tokens of a prompt [1, time]."""
+    """Tokenise a prompt [1, time].
+
+    Args:
+        tokenizer: the tokenizer.
+        prompt: the prompt.
+        chat: whether to format it with the chat template.
+        device: device of the result.
+    """
     if chat:
         return chat_inputs(tokenizer, [{"role": "user", "content": prompt}], device)["input_ids"]
     ids: torch.Tensor = tokenizer(prompt, return_tensors="pt")["input_ids"]
@@ -198,4 +224,5 @@ def prompt_tokens(tokenizer: Any, prompt: str, chat: bool, device: torch.device)
 
 
 def text_digest(text: str) -> str:
+    """Return the SHA-256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()

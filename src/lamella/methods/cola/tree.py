@@ -1,14 +1,14 @@
-"""Monte-Carlo tree search over edits, and the random search over the same edits that it has to beat.
+"""Monte-Carlo tree search over edits, and a random search over the same edits as control.
 
 Every node of the tree is a state, every edge an edit. One simulation:
 
-    select       from the root down: mostly the child with the largest stored UCB, now and then a random one
+    select       from the root down: mostly the child with the largest stored UCB, sometimes a random one
     expand       all edits of the selected node at once; go to a random one of them
     evaluate     once per state
     propagate    visits, rewards and UCB of every node up to the root
 
 A search that tries every edit of the root first never leaves depth 1. Here children without an evaluation have a UCB of
--inf, so the greedy choice goes down from what is known, and a budget of a hundred simulations reaches deep edits.
+-inf, so the greedy selection descends among evaluated nodes, and a budget of a hundred simulations reaches deep edits.
 """
 
 from __future__ import annotations
@@ -24,13 +24,25 @@ Edits = Callable[[State, bool], Iterable[State]]  # the legal edits of a state, 
 
 
 @dataclass(eq=False)
-class Node(Generic[State]):
-    """A state in the tree, with its statistics."""
+class SearchNode(Generic[State]):
+    """A state in the tree, with its statistics.
+
+    Attributes:
+        state: the state.
+        parent: the node from which an edit led here.
+        depth: number of edits from the root.
+        children: nodes of all new edits, once expanded.
+        reward: reward of the state, once evaluated.
+        visits: number of simulations through this node.
+        total: sum of their rewards.
+        ucb: the upper confidence bound.
+        fully_explored: whether there is nothing left to explore below.
+    """
 
     state: State
-    parent: Node[State] | None = None
+    parent: SearchNode[State] | None = None
     depth: int = 0
-    children: list[Node[State]] = field(default_factory=list)
+    children: list[SearchNode[State]] = field(default_factory=list)
     reward: float | None = None
     visits: int = 0
     total: float = 0.0
@@ -38,8 +50,14 @@ class Node(Generic[State]):
     fully_explored: bool = False
 
 
-class Evaluated(NamedTuple, Generic[State]):
-    """A state that was evaluated, and how many edits away from the root it was found."""
+class EvaluatedState(NamedTuple, Generic[State]):
+    """An evaluated state.
+
+    Attributes:
+        state: the state.
+        reward: its reward.
+        depth: number of edits from the root.
+    """
 
     state: State
     reward: float
@@ -48,21 +66,21 @@ class Evaluated(NamedTuple, Generic[State]):
 
 @dataclass(frozen=True)
 class TreeSearch(Generic[State]):
-    """What a search did.
+    """The result of a search.
 
     Attributes:
-        evaluated: every state once, in the order of evaluation, the root first.
-        simulations: how many were run; one may end at a state that is known.
+        evaluated: every evaluated state once, in order of evaluation, root first.
+        simulations: number of simulations run; one may end at a known state.
         root: the tree, with its statistics.
     """
 
-    evaluated: list[Evaluated[State]]
+    evaluated: list[EvaluatedState[State]]
     simulations: int
-    root: Node[State]
+    root: SearchNode[State]
 
     @property
     def depth(self) -> int:
-        """The most edits between the root and an evaluated state."""
+        """The maximum number of edits between the root and an evaluated state."""
         return max(found.depth for found in self.evaluated)
 
 
@@ -80,23 +98,23 @@ def tree_search(
 ) -> TreeSearch[State]:
     """Search for states with a high reward and a small size.
 
-    The number of simulations is bounded, not that of evaluations; the search ends early when all is explored.
+    The number of simulations is bounded, not that of evaluations; the search ends early when everything is explored.
 
     Args:
-        root: where the search starts; it is evaluated first.
-        edits: the legal edits of a state. States that are in the tree already are left out.
-        evaluate: the reward of a state, called once for each.
-        size: what the penalty is multiplied with.
+        root: the initial state; it is evaluated first.
+        edits: returns the legal edits of a state; states already in the tree are skipped.
+        evaluate: returns the reward of a state; called once per state.
+        size: returns the size of a state, which is penalised.
         simulations: the budget.
         penalty: lambda of the UCB, total / visits - lambda * size + explore * sqrt(ln(root visits + 1) / visits).
-        explore: the weight of the last term.
-        p_random: how often selection takes a random child.
-        seed: of all choices.
+        explore: weight of the last term.
+        p_random: probability that the selection takes a random child.
+        seed: random seed.
     """
     rng = random.Random(seed)
-    top = Node(root, reward=evaluate(root))
+    top = SearchNode(root, reward=evaluate(root))
     seen = {root}
-    evaluated = [Evaluated(root, top.reward or 0.0, 0)]
+    evaluated = [EvaluatedState(root, top.reward or 0.0, 0)]
     done = 0
     while done < simulations and not top.fully_explored:
         done += 1
@@ -104,20 +122,20 @@ def tree_search(
         if not node.children:
             new = [state for state in dict.fromkeys(edits(node.state, node is top)) if state not in seen]
             seen.update(new)
-            node.children = [Node(state, node, node.depth + 1) for state in new]
+            node.children = [SearchNode(state, node, node.depth + 1) for state in new]
             if node.children:
                 node = rng.choice(node.children)
             else:
                 node.fully_explored = True
         if node.reward is None:
             node.reward = evaluate(node.state)
-            evaluated.append(Evaluated(node.state, node.reward, node.depth))
+            evaluated.append(EvaluatedState(node.state, node.reward, node.depth))
         _propagate(node, node.reward, top, size, penalty, explore)
     return TreeSearch(evaluated, done, top)
 
 
-def _select(node: Node[State], p_random: float, rng: random.Random) -> Node[State]:
-    """Go down to a node that has no children yet."""
+def _select(node: SearchNode[State], p_random: float, rng: random.Random) -> SearchNode[State]:
+    """Descend to a node without children."""
     while open_children := [child for child in node.children if not child.fully_explored]:
         at_random = rng.random() < p_random
         node = rng.choice(open_children) if at_random else max(open_children, key=lambda child: child.ucb)
@@ -125,14 +143,15 @@ def _select(node: Node[State], p_random: float, rng: random.Random) -> Node[Stat
 
 
 def _propagate(
-    leaf: Node[State],
+    leaf: SearchNode[State],
     reward: float,
-    root: Node[State],
+    root: SearchNode[State],
     size: Callable[[State], float],
     penalty: float,
     explore: float,
 ) -> None:
-    node: Node[State] | None = leaf
+    """Update the statistics of all nodes from a leaf to the root."""
+    node: SearchNode[State] | None = leaf
     while node is not None:
         node.visits += 1
         node.total += reward
@@ -146,17 +165,19 @@ def _propagate(
 def random_search(
     root: State, edits: Edits[State], evaluate: Callable[[State], float], *, evaluations: int, seed: int = 42
 ) -> TreeSearch[State]:
-    """The control: a random new edit of a random known state, until that many states are evaluated.
+    """Control: evaluate a random new edit of a random known state, until the budget is used up.
 
     Args:
-        root, edits, evaluate: as for :func:`tree_search`.
-        evaluations: the budget, the root's own included.
-        seed: of all choices.
+        root: the initial state; it is evaluated first.
+        edits: returns the legal edits of a state.
+        evaluate: returns the reward of a state.
+        evaluations: the budget, including the root.
+        seed: random seed.
     """
     rng = random.Random(seed)
-    top = Node(root, reward=evaluate(root))
+    top = SearchNode(root, reward=evaluate(root))
     seen = {root}
-    evaluated = [Evaluated(root, top.reward or 0.0, 0)]
+    evaluated = [EvaluatedState(root, top.reward or 0.0, 0)]
     growing = [top]
     while growing and len(evaluated) < evaluations:
         parent = rng.choice(growing)
@@ -166,8 +187,8 @@ def random_search(
             continue
         state = rng.choice(new)
         seen.add(state)
-        node = Node(state, parent, parent.depth + 1, reward=evaluate(state))
+        node = SearchNode(state, parent, parent.depth + 1, reward=evaluate(state))
         parent.children.append(node)
         growing.append(node)
-        evaluated.append(Evaluated(state, node.reward or 0.0, node.depth))
+        evaluated.append(EvaluatedState(state, node.reward or 0.0, node.depth))
     return TreeSearch(evaluated, len(evaluated) - 1, top)

@@ -1,4 +1,4 @@
-"""Datasets that a model learns one after the other, and what each of them costs the others."""
+"""Datasets that a model is trained on in sequence, and the held-out loss of each over the whole run."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from lamella.train.log import Logged, TrainingLog
 
 
 @dataclass(frozen=True)
-class Stream:
-    """One dataset.
+class ContinualDataset:
+    """One dataset of a continual run.
 
     Attributes:
-        name: of the dataset.
+        name: name of the dataset.
         samples: training samples, blocks of one length.
-        held_out: samples of it that nothing trains on.
+        held_out: held-out samples, never trained on.
     """
 
     name: str
@@ -28,16 +28,17 @@ class Stream:
 
 @dataclass(frozen=True)
 class Stage:
-    """One dataset's turn.
+    """The training stage of one dataset.
 
     Attributes:
-        name: of the dataset.
-        start, end: steps of the whole run before it and after it.
-        folder: of its run; the newest checkpoint in it is the one from before any anneal.
-        replayed: alpha.
-        shift: held-out loss on the new data and on the past before it, where alpha was chosen by them.
-        consumed: which of the dataset's samples were seen, in their order.
-        log: of its run.
+        name: name of the dataset.
+        start: steps of the whole run before the stage.
+        end: steps of the whole run after the stage.
+        folder: folder of its checkpoints; the newest one was saved before any anneal.
+        replayed: alpha, the replayed fraction.
+        shift: held-out loss on the new and on the past data before the stage, if alpha was chosen from them.
+        consumed: indices of the dataset's samples that were trained on, in order.
+        log: training log of the stage.
     """
 
     name: str
@@ -52,12 +53,19 @@ class Stage:
 
 @dataclass
 class LossCurves:
-    """Held-out losses of every dataset over a whole run, in nats per token."""
+    """Held-out losses of every dataset over a whole run, in nats per token.
+
+    Attributes:
+        stages: the stages so far.
+    """
 
     stages: list[Stage] = field(default_factory=list)
 
     def of(self, name: str) -> list[tuple[int, float]]:
-        """One dataset's curve: steps of the whole run, and losses. A new stage begins where the last one ended."""
+        """Return the loss curve of one dataset: steps of the whole run, and losses.
+
+        A stage starts where the last one ended.
+        """
         return [
             (stage.start + point.step, point.parts[name])
             for stage in self.stages
@@ -66,36 +74,36 @@ class LossCurves:
         ]
 
     def forgetting(self) -> dict[str, float]:
-        """By how much each earlier dataset's loss has risen since its own turn ended, or since the run began."""
+        """Return the increase of each earlier dataset's loss since its own stage ended, or since the run began."""
         rises = {}
         for name in self.last.parts:
             turns = [stage.log.held_out[-1] for stage in self.stages if stage.name == name]
-            known = turns[-1].parts[name] if turns else self.of(name)[0][1]
+            datasets = turns[-1].parts[name] if turns else self.of(name)[0][1]
             if self.stages[-1].name != name:
-                rises[name] = self.last.parts[name] - known
+                rises[name] = self.last.parts[name] - datasets
         return rises
 
     def adaptation(self) -> dict[str, float]:
-        """By how much each dataset's loss fell during its last turn."""
+        """Return the decrease of each dataset's loss during its last stage."""
         turns = {stage.name: stage.log.held_out for stage in self.stages}
         return {name: curve[0].parts[name] - curve[-1].parts[name] for name, curve in turns.items()}
 
     def average(self) -> float:
-        """The paper's main score: the mean of the last losses over all datasets."""
+        """Return the paper's main score: the mean of the final losses over all datasets."""
         return self.last.loss
 
     def spike(self, name: str) -> float:
-        """How far a dataset's loss rose above where the last turn began, as a share of it; 0 when it never did."""
+        """Return the maximum relative increase of a dataset's loss during the last stage; 0 if it never increased."""
         curve = [point.parts[name] for point in self.stages[-1].log.held_out]
         return max(curve) / curve[0] - 1
 
     @property
     def last(self) -> Logged:
-        """The newest held-out point.
+        """The newest held-out losses.
 
         Raises:
-            TrainingError: when nothing was measured.
+            TrainingError: if nothing was measured.
         """
         if not self.stages or not self.stages[-1].log.held_out:
-            raise TrainingError("there are no curves yet: train on a stream with held-out samples first")
+            raise TrainingError("there are no curves yet: train on a dataset with held-out samples first")
         return self.stages[-1].log.held_out[-1]

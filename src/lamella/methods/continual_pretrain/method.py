@@ -1,14 +1,14 @@
-"""Continual pre-training: learn from new data at a full learning rate, and replay a little of the old.
+r"""Continual pre-training: train on new data at a full learning rate while replaying a fraction of the old data.
 
 Ibrahim et al., "Simple and Scalable Strategies to Continually Pre-train Large Language Models", arXiv 2403.08763.
 
-    re-warming   rate  /\\__ /\\__ /\\__      one cosine for each dataset, fresh optimizer; loss rises while re-warming
-    infinite     rate  /\\__________\\       no re-warming; each model to deploy is a branch that is annealed, and the
-                       D0 | D1 | D2          next dataset goes on from before the anneal, with the optimizer kept
-    replay       a share alpha of every batch comes from the past, in place of new data
+    re-warming   rate  /\\__ /\\__ /\\__      one cosine per dataset, fresh optimizer; the loss rises while re-warming
+    infinite     rate  /\\__________\\       no re-warming; each model to deploy is an annealed branch, and the next
+                       D0 | D1 | D2          dataset continues from before the anneal, with the same optimizer
+    replay       a fraction alpha of every batch is past data, in place of new data
 
-After surgery the same recipe heals: the plan's view learns from text again, and a sample of what the model was trained
-on is replayed so that it keeps what the new text lacks. Held-out loss is measured on every dataset seen so far.
+The same recipe heals a model after surgery: the plan's view is trained on text, and a sample of the original training
+data is replayed so that it keeps what the new text lacks. The held-out loss is measured on every dataset seen so far.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from annotated_types import Ge
 from lamella.data import Passages
 from lamella.errors import MethodError
 from lamella.files import Work
-from lamella.methods.continual_pretrain.curves import Stream
+from lamella.methods.continual_pretrain.curves import ContinualDataset
 from lamella.methods.continual_pretrain.pretrainer import TRAINING, ContinualPretrainer, Fraction
 from lamella.plan import Plan
 from lamella.registry import method
 from lamella.stack import Stack
 from lamella.train import Healed, Sample, TrainConfig, TrainingLog, infinite
 
-ANNEAL = 0.85  # of an infinite schedule for one run, where its anneal begins
+ANNEAL = 0.85  # fraction of a single run with an infinite schedule at which its anneal begins
 
 
 @method("continual-pretrain", paper="2403.08763", purpose="heal", brief={"replay": 0.5})
@@ -45,46 +45,51 @@ def continual_pretrain(
     lora: Annotated[int, Ge(1)] | None = None,
     work: Work = Work(),
 ) -> Healed:
-    """Train a model on new data at a full learning rate while replaying a share of the old.
+    """Train a model on new data at a full learning rate while replaying a fraction of the old data.
 
-    One dataset; :class:`ContinualPretrainer` goes through several.
+    For one dataset; :class:`ContinualPretrainer` handles several.
 
     Args:
         stack: the model; it is not changed.
         train: the new data, in blocks.
-        plan: what the model runs under while it trains; the whole model when left out.
-        past: a sample of what the model was trained on, to replay; None: nothing is replayed.
-        held_out: samples called ``new`` and ``old`` that nothing trains on, for the curves and for ``replay=auto``; the
-            old ones show what is forgotten also where nothing is replayed.
-        config: of the training. Its lr is eta_max; the paper takes that of pre-training. Its schedule is ``rewarm`` up
-            to lr and decay to a tenth; ``infinite`` with its anneal at the end; ``wsd``: warm up, stay, anneal;
-            ``cosine`` down to 0; ``constant``. Replay adds no steps.
-        replay: alpha, the replayed share; ``auto`` measures whether the shift is weak (5 %) or strong (25 %).
-        lora: rank of adapters to train in place of all parameters.
-        work: where an interrupted run goes on from.
+        plan: plan under which the model is trained; if None, the whole model.
+        past: a sample of the model's original training data, to replay; if None, nothing is replayed.
+        held_out: held-out samples ``new`` and ``old``, for the curves and for ``replay=auto``; the old ones measure
+            forgetting even if nothing is replayed.
+        config: training configuration. Its lr is eta_max; the paper uses that of pre-training. Its schedule is
+            ``rewarm``: warm up to lr and decay to a tenth; ``infinite``, with an anneal at the end; ``wsd``: warm up,
+                stay
+            constant, anneal; ``cosine``, down to 0; or ``constant``. Replay adds no steps.
+        replay: alpha, the replayed fraction; ``auto`` measures whether the shift is weak (5 %) or strong (25 %).
+        lora: rank of LoRA adapters; if None, all parameters are trained.
+        work: folder from which an interrupted run resumes.
+
+    Returns:
+        The healed model, its plan and the training log.
 
     Raises:
-        TrainingError: when training cannot start or stay finite.
+        MethodError: for options that do not fit together.
+        TrainingError: if training cannot start, or the loss is not finite.
     """
     if past is None and replay != "auto":
-        raise MethodError(f"replay {replay:g} needs past samples to replay")
+        raise MethodError(f"replay {replay:g} needs past data: give past as well, or leave replay at auto")
     held_out = held_out or {}
     config = config.with_steps(len(train))
     steps = main = config.steps or 1
     if config.schedule == "infinite":
         if steps < 2:
-            raise MethodError(f"steps {steps}: an infinite schedule and its anneal need 2 at least")
+            raise MethodError(f"steps {steps}: an infinite schedule and its anneal need at least 2")
         if config.shard:
-            raise MethodError("an infinite schedule's anneal cannot be split over processes: take another schedule")
+            raise MethodError("the anneal of an infinite schedule does not support --shard: choose another schedule")
         main = min(round(ANNEAL * steps), steps - 1)
         config = config.with_schedule(config.shaped(infinite, anneal=None))
     run = ContinualPretrainer(stack, out=work.directory(), plan=plan, config=config, replay=replay, lora=lora)
-    old = Stream("old", past or (), held_out.get("old", ()))
+    old = ContinualDataset("old", past or (), held_out.get("old", ()))
     if past is None:
         run.watch(old)
     else:
         run.remember(old)
-    run.fit(Stream("new", train, held_out.get("new", ())), main)
+    run.fit(ContinualDataset("new", train, held_out.get("new", ())), main)
     if main == steps:
         return run.healed()
     branch = run.anneal(steps - main)
@@ -92,7 +97,7 @@ def continual_pretrain(
 
 
 def _joined(first: TrainingLog, second: TrainingLog, steps: int) -> TrainingLog:
-    """The log of a run of so many steps, and that of the run that went on from it."""
+    """Concatenate the log of a run of ``steps`` steps and that of the run that continued it."""
     train, held_out = (
         [replace(point, step=point.step + steps) for point in curve] for curve in (second.train, second.held_out)
     )

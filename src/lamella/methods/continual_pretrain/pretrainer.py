@@ -1,4 +1,4 @@
-"""A model that goes from dataset to dataset: schedules, replay of the past, and held-out loss on all of them."""
+"""A model trained on several datasets in sequence: schedules, replay, and held-out loss on all datasets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, cast
 from annotated_types import Ge, Le
 
 from lamella.errors import MethodError, TrainingError
-from lamella.methods.continual_pretrain.curves import LossCurves, Stage, Stream
+from lamella.methods.continual_pretrain.curves import ContinualDataset, LossCurves, Stage
 from lamella.plan import ModelReference, Plan
 from lamella.runtime import apply
 from lamella.stack import Stack
@@ -42,7 +42,7 @@ from lamella.train import (
 
 Fraction = Annotated[float, Ge(0), Le(1)] | Literal["auto"]
 
-# The paper's, with its rate at 405M parameters (1.2e-4 at 10B).
+# The paper's configuration, with its learning rate at 405M parameters (1.2e-4 at 10B).
 TRAINING = TrainConfig(steps=200, lr=3e-4, schedule="rewarm", betas=(0.9, 0.95), weight_decay=0.1, eval_every=50)
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "rewarm": rewarm,
@@ -52,26 +52,26 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "constant": constant,
 }
 WEAK, STRONG = 0.05, 0.25  # the paper's alpha for English after English, and for German after English
-STRONG_SHIFT = 0.25  # ours: a shift is strong when new text costs this much more than old text, relative to old text
+STRONG_SHIFT = 0.25  # not from the paper: relative excess of the loss on new over old text that counts as strong
 
 
 class ContinualPretrainer:
-    """A model that goes from dataset to dataset.
+    """Train a model on several datasets in sequence.
 
-    Made again with the same arguments after a kill, and given the same datasets, it goes on from its checkpoints.
+    Constructed with the same arguments and given the same datasets, an interrupted run resumes from its checkpoints.
 
     Args:
         stack: the model; it is not changed.
-        out: a folder for the runs of all stages.
-        plan: what the model runs under; the whole model when left out.
-        config: of each dataset's training, but for its steps. Its schedule is a name of :data:`SCHEDULES`, whose shape
-            starts anew at each dataset, but for ``infinite``, which warms up and cools down during the first dataset
-            and then stays constant; or a function from a dataset's steps to a schedule, which starts anew too; or a
-            :class:`lamella.train.Schedule` that goes on through all. Its lr is eta_max, for the named ones; the paper
-            takes that of pre-training. Its seed is that of replay too, which draws anew at each stage.
+        out: folder for the runs of all stages.
+        plan: plan under which the model is trained; if None, the whole model.
+        config: training configuration of each dataset, without steps. Its schedule is a name of :data:`SCHEDULES`,
+            which restarts at each dataset, except ``infinite``, which warms up and cools down during the first dataset
+            and then stays constant; or a function from a dataset's steps to a schedule, which restarts too; or a
+            :class:`lamella.train.Schedule` that continues across datasets. For named schedules, lr is eta_max; the
+            paper uses that of pre-training. Its seed is also that of replay, which uses another order in each stage.
         replay: alpha, or ``auto`` for 5 % after a weak and 25 % after a strong shift. The first dataset has no past.
-        reset_optimizer: begin each dataset with a fresh optimizer; left out: where its schedule starts anew.
-        lora: rank of adapters to train in place of all parameters.
+        reset_optimizer: start each dataset with a fresh optimizer; if None, only if its schedule restarts.
+        lora: rank of LoRA adapters; if None, all parameters are trained.
     """
 
     def __init__(
@@ -98,87 +98,87 @@ class ContinualPretrainer:
         self.rank = lora
         self.model, self.lora = self._view(stack, self.plan)
         self.curves = LossCurves()
-        self.streams: dict[str, Stream] = {}
+        self.datasets: dict[str, ContinualDataset] = {}
         self.remembered: set[str] = set()
-        self.mixture: dict[str, float] = {}  # p: each dataset's share of all that was consumed
+        self.mixture: dict[str, float] = {}  # p: fraction of each dataset among all consumed samples
         self.consumed = 0  # N, in samples
 
-    def remember(self, stream: Stream, samples: int | None = None) -> None:
-        """Take a dataset as consumed before this run: pre-training data, or a sample of it.
+    def remember(self, dataset: ContinualDataset, samples: int | None = None) -> None:
+        """Register a dataset as consumed before this run: pre-training data, or a sample of it.
 
         Args:
-            stream: all of its samples may be replayed.
-            samples: how many the model has seen of such data, which sets its share once there are several datasets;
-                the stream's own number when left out.
+            dataset: the dataset; all of its samples may be replayed.
+            samples: number of samples of such data that the model has seen, which sets its weight among several
+                datasets; by default the size of the dataset.
         """
-        count = len(stream.samples) if samples is None else samples
-        self.mixture = past_mixture(self.mixture, self.consumed, stream.name, count, 0.0)
+        count = len(dataset.samples) if samples is None else samples
+        self.mixture = past_mixture(self.mixture, self.consumed, dataset.name, count, 0.0)
         self.consumed += count
-        self.streams[stream.name] = stream
-        self.remembered.add(stream.name)
+        self.datasets[dataset.name] = dataset
+        self.remembered.add(dataset.name)
 
-    def watch(self, stream: Stream) -> None:
-        """Measure the held-out loss of a dataset too, though nothing of it is replayed.
+    def watch(self, dataset: ContinualDataset) -> None:
+        """Measure the held-out loss of a dataset that is not replayed.
 
         Args:
-            stream: only its held-out samples count.
+            dataset: the dataset; only its held-out samples are used.
         """
-        self.streams[stream.name] = stream
+        self.datasets[dataset.name] = dataset
 
-    def fit(self, stream: Stream, steps: int, **changes: Any) -> Stage:
+    def fit(self, dataset: ContinualDataset, steps: int, **changes: Any) -> Stage:
         """Train on one dataset.
 
         Args:
-            stream: the dataset; one that comes back goes on in its order.
-            steps: optimizer steps, replayed samples included: replay costs no more compute.
-            changes: of the config, for this dataset alone, such as ``save_every``.
+            dataset: the dataset; a dataset that returns continues in its order.
+            steps: number of optimizer steps; replayed samples are included, so replay costs no more compute.
+            **changes: changes of the config for this dataset only, such as ``save_every``.
         """
         number, start = len(self.curves.stages), self.steps
-        fraction, shift = self._fraction(stream)
+        fraction, shift = self._fraction(dataset)
         past = self._past(fraction, number)
-        folder = self.out / f"{number + 1}-{stream.name}"
+        folder = self.out / f"{number + 1}-{dataset.name}"
         keeps = not self.reset_optimizer and number > 0
-        feed = Feed(stream.samples, replay=past, skip=len(self._seen(stream.name)))
+        feed = Feed(dataset.samples, replay=past, skip=len(self._consumed_of(dataset.name)))
         log = self._run(
             self.model,
-            stream,
+            dataset,
             feed,
-            self._config(steps, self._scheduled(steps, start), changes),
+            self._config(steps, self._stage_schedule(steps, start), changes),
             out=folder,
             after=self.curves.stages[-1].folder if keeps else None,
         )
         size = math.prod(log.settings[name] for name in ("batch", "accumulate", "processes"))
         order = feed.order(steps, size, self.config.seed)
         alpha = fraction if past else 0.0
-        self.curves.stages.append(Stage(stream.name, start, start + steps, folder, alpha, shift, order.consumed, log))
-        self.mixture = past_mixture(self.mixture, self.consumed, stream.name, steps * size, alpha)
+        self.curves.stages.append(Stage(dataset.name, start, start + steps, folder, alpha, shift, order.consumed, log))
+        self.mixture = past_mixture(self.mixture, self.consumed, dataset.name, steps * size, alpha)
         self.consumed += steps * size
-        self.streams[stream.name] = stream
+        self.datasets[dataset.name] = dataset
         return self.curves.stages[-1]
 
     def anneal(self, steps: int, **changes: Any) -> Healed:
-        """A branch of an infinite schedule whose rate falls to its lowest, for use; the run itself stays where it is.
+        """Anneal a branch of an infinite schedule to its lowest rate, for deployment; the run is unchanged.
 
         Args:
-            steps: of the anneal, on the newest dataset and with the same replay; the paper takes 15 % of a run.
-            changes: of the config, for this branch alone.
+            steps: number of steps, on the newest dataset and with the same replay; the paper uses 15 % of a run.
+            **changes: changes of the config for this branch only.
 
         Returns:
-            The branch's model; its log continues the held-out curves.
+            The model of the branch; its log continues the held-out curves.
         """
-        schedule = self._going_on()
+        schedule = self._shared_schedule()
         if not isinstance(schedule, Infinite) or not self.curves.stages:
-            raise TrainingError("only an infinite schedule has something to anneal, after its first dataset")
+            raise TrainingError("only an infinite schedule can be annealed, after its first dataset")
         stage = self.curves.stages[-1]
         if stage.end < schedule.cooled:
             raise TrainingError(f"the cool-down lasts to step {schedule.cooled}, and this is {stage.end}: anneal later")
         branch, lora = self._copy()
-        stream, number = self.streams[stage.name], len(self.curves.stages)
+        dataset, number = self.datasets[stage.name], len(self.curves.stages)
         falling = replace(schedule, anneal=stage.end, end=stage.end + steps).after(stage.end)
         log = self._run(
             branch,
-            stream,
-            Feed(stream.samples, replay=self._past(stage.replayed, number), skip=len(self._seen(stage.name))),
+            dataset,
+            Feed(dataset.samples, replay=self._past(stage.replayed, number), skip=len(self._consumed_of(stage.name))),
             self._config(steps, falling, changes),
             out=self.out / f"{number}-{stage.name}-annealed-{steps}",
             after=stage.folder,
@@ -186,20 +186,20 @@ class ContinualPretrainer:
         return self._healed(branch, lora, log)
 
     def healed(self) -> Healed:
-        """The model as it is now, adapters merged, with the log of its last stage."""
+        """Return the current model, with adapters merged, and the log of its last stage."""
         if not self.curves.stages:
             raise TrainingError("nothing was trained yet: call fit first")
         return self._healed(*self._copy(), self.curves.stages[-1].log)
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the whole run so far."""
+        """The number of optimizer steps of the whole run so far."""
         return self.curves.stages[-1].end if self.curves.stages else 0
 
     def _run(
-        self, model: Any, stream: Stream, feed: Feed, config: TrainConfig, *, out: Path, after: Path | None
+        self, model: Any, dataset: ContinualDataset, feed: Feed, config: TrainConfig, *, out: Path, after: Path | None
     ) -> TrainingLog:
-        known = {**self.streams, stream.name: stream}
+        datasets = {**self.datasets, dataset.name: dataset}
         lora = self.lora and [self.lora.scale, list(self.lora.modules)]
         return fit(
             model,
@@ -208,7 +208,7 @@ class ContinualPretrainer:
             config,
             out=out,
             trainable=self._trains,
-            held_out={name: each.held_out for name, each in known.items() if each.held_out},
+            held_out={name: each.held_out for name, each in datasets.items() if each.held_out},
             after=after,
             settings={"plan": self.plan.digest, "lora": lora},
         )
@@ -219,17 +219,17 @@ class ContinualPretrainer:
     def _trains(self, name: str) -> bool:
         return _trains(name) if self.lora is None else self.lora.trains(name)
 
-    def _going_on(self) -> Schedule | None:
-        """The schedule that all datasets share, if there is one and its length is known."""
+    def _shared_schedule(self) -> Schedule | None:
+        """Return the schedule that all datasets share, if there is one and its length is known."""
         if isinstance(self.schedule, Infinite):
             return replace(self.schedule, anneal=None, end=None)
         if self.schedule == "infinite" and self.curves.stages:
             return replace(self.config, steps=self.curves.stages[0].end).shaped(infinite, anneal=None)
         return self.schedule if isinstance(self.schedule, Schedule) else None
 
-    def _scheduled(self, steps: int, start: int) -> Schedule:
-        """The rates of the next stage."""
-        if shared := self._going_on():
+    def _stage_schedule(self, steps: int, start: int) -> Schedule:
+        """Return the schedule of the next stage."""
+        if shared := self._shared_schedule():
             return shared.after(start)
         if isinstance(self.schedule, str):
             options = {"anneal": None} if self.schedule == "infinite" else {}
@@ -237,39 +237,39 @@ class ContinualPretrainer:
         return cast(Callable[[int], Schedule], self.schedule)(steps)
 
     def _past(self, fraction: float, number: int) -> Replay | None:
-        """What stage ``number`` replays, in an order that no other stage has."""
+        """Return the replay of stage ``number``, in an order of its own."""
         if not self.mixture or fraction == 0:
             return None
-        samples = {name: self.streams[name].samples for name in self.mixture}
-        seen = {name: self._seen(name) for name in self.mixture if name not in self.remembered}
+        samples = {name: self.datasets[name].samples for name in self.mixture}
+        seen = {name: self._consumed_of(name) for name in self.mixture if name not in self.remembered}
         return Replay(samples, fraction, self.mixture, seen, seed=1000 * self.config.seed + number)
 
-    def _seen(self, name: str) -> list[int]:
-        """The samples of a dataset that this run has consumed, in their order."""
+    def _consumed_of(self, name: str) -> list[int]:
+        """Return the indices of a dataset's samples that this run has consumed, in order."""
         return [index for stage in self.curves.stages if stage.name == name for index in stage.consumed]
 
-    def _fraction(self, stream: Stream) -> tuple[float, tuple[float, float] | None]:
-        """Alpha, and where it is measured, the losses that it comes from."""
+    def _fraction(self, dataset: ContinualDataset) -> tuple[float, tuple[float, float] | None]:
+        """Return alpha, and the losses on new and old data if it was measured."""
         if not self.mixture:
             return 0.0, None
         if self.replay != "auto":
             return float(self.replay), None
-        known = {name: share for name, share in self.mixture.items() if self.streams[name].held_out}
-        if not known or not stream.held_out:
-            raise TrainingError("replay 'auto' measures the shift on held-out samples: give each stream some")
+        weights = {name: share for name, share in self.mixture.items() if self.datasets[name].held_out}
+        if not weights or not dataset.held_out:
+            raise TrainingError("replay 'auto' measures the shift on held-out samples: give each dataset some")
         was_training = self.model.training
         self.model.eval()
         batch = self.config.batch
         old = sum(
-            share * mean_loss(self.model, self.streams[name].held_out, batch=batch) for name, share in known.items()
+            share * mean_loss(self.model, self.datasets[name].held_out, batch=batch) for name, share in weights.items()
         )
-        old /= sum(known.values())
-        new = mean_loss(self.model, stream.held_out, batch=batch)
+        old /= sum(weights.values())
+        new = mean_loss(self.model, dataset.held_out, batch=batch)
         self.model.train(was_training)
         return (STRONG if new > (1 + STRONG_SHIFT) * old else WEAK), (new, old)
 
     def _view(self, stack: Stack, plan: Plan) -> tuple[Any, Lora | None]:
-        """A view with tensors of its own for all that trains."""
+        """Create a view that owns all trained tensors."""
         view = apply(stack, plan)
         if self.rank is None:
             own(view, _trains)
@@ -278,7 +278,7 @@ class ContinualPretrainer:
         return view, add_lora(view, self.rank, 2 * self.rank, seed=self.config.seed)
 
     def _copy(self) -> tuple[Any, Lora | None]:
-        """The model as it is now; what happens to it does not reach the run."""
+        """Copy the current model; changes of the copy do not reach the run."""
         if self.lora is None:
             return self._view(with_weights_of(self.stack, self.model), self._plan_of(self.model))
         view, lora = self._view(self.stack, self.plan)
@@ -293,12 +293,12 @@ class ContinualPretrainer:
         return Healed(stack=with_weights_of(self.stack, view), plan=self._plan_of(view), log=log)
 
     def _plan_of(self, view: Any) -> Plan:
-        """The plan with what its networks have learnt."""
+        """Return the plan with the trained tensors of its modules."""
         return with_modules_of(self.plan, self.stack, view, self.out)
 
 
 def _trains(name: str) -> bool:
-    """All of the model, and nothing of what decides which parts of it run."""
+    """Return whether a parameter is trained: all of the model except policies."""
     return not name.startswith("lamella_policy.")
 
 

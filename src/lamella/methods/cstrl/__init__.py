@@ -1,45 +1,45 @@
-"""CSTRL: learn to summarise in sequence, held where the first task has left the model, and distil to a student."""
+"""CSTRL: sequential transfer learning for summarisation with a Fisher-weighted anchor, and distillation."""
 
-from lamella.methods.cstrl.anchor import Anchor, Anchored, Penalty, measured, read_fisher, sites_of_parameters
-from lamella.methods.cstrl.baselines import Unfreezing, encoder_names, unfrozen
-from lamella.methods.cstrl.gaps import Gap, Gaps, gap_sentences, masked, spans
-from lamella.methods.cstrl.judge import Judge, written
+from lamella.methods.cstrl.anchor import Anchor, AnchoredLoss, Penalty, measure_fisher, read_fisher, sites_of_parameters
+from lamella.methods.cstrl.baselines import Unfreezing, encoder_names, unfrozen_fraction
+from lamella.methods.cstrl.gaps import Gap, Gaps, gap_sentences, mask_sentences, spans
+from lamella.methods.cstrl.judge import Judge, generate_texts
 from lamella.methods.cstrl.method import cstrl, fill
-from lamella.methods.cstrl.recipe import GapTraining, Lengths, Reading, fill_gaps, lasting, summarise
-from lamella.methods.cstrl.student import distil, fresh, shrunk, student_loss
-from lamella.methods.cstrl.summaries import Pair, Reports, Splits, Summaries
+from lamella.methods.cstrl.recipe import GapTraining, PairEncoder, TextLengths, fill_gaps, summarise, with_steps
+from lamella.methods.cstrl.student import distil, new_student, student_config, student_loss
+from lamella.methods.cstrl.summaries import Reports, Summaries, SummaryPair, SummarySplits
 
 __all__ = [
     "Anchor",
-    "Anchored",
+    "AnchoredLoss",
     "Gap",
     "GapTraining",
     "Gaps",
     "Judge",
-    "Lengths",
-    "Pair",
+    "PairEncoder",
     "Penalty",
-    "Reading",
     "Reports",
-    "Splits",
     "Summaries",
+    "SummaryPair",
+    "SummarySplits",
+    "TextLengths",
     "Unfreezing",
     "cstrl",
     "distil",
     "encoder_names",
     "fill",
     "fill_gaps",
-    "fresh",
     "gap_sentences",
-    "lasting",
-    "masked",
-    "measured",
+    "generate_texts",
+    "mask_sentences",
+    "measure_fisher",
+    "new_student",
     "read_fisher",
-    "shrunk",
     "sites_of_parameters",
     "spans",
+    "student_config",
     "student_loss",
     "summarise",
-    "unfrozen",
-    "written",
+    "unfrozen_fraction",
+    "with_steps",
 ]

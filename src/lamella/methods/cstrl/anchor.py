@@ -1,12 +1,12 @@
-"""The anchor: what a model may not move freely, and how strongly it is held (stages 3 and 4).
+"""The anchor: a Fisher-weighted penalty that keeps parameters near the gap-sentence solution (stages 3 and 4).
 
     F_i      = 1/M sum over batches ( d L_batch / d theta_i )^2           at theta*, the gap-sentence solution
     L(theta) = CE(theta) + lambda_e sum_i F_i (theta_i - theta*_i)^2      (no factor 1/2)
-    lambda_e = max( 0.2, 0.9 (1 - e/E) )                                  e = 0, 1, ...: the epoch, E of them
+    lambda_e = max( 0.2, 0.9 (1 - e/E) )                                  e = 0, 1, ..., E - 1: the epoch
 
-The squared gradients are those of whole batches of 32, which is part of what lambda = 0.9 means: of single samples F is
-about 32 times as large. L2-SP is the same with F = 1. In the authors' code the decay never reaches the loss, which is
-multiplied by 0.9 throughout: that is ``decay="constant"``.
+The gradients are squared per batch of 32, to which lambda = 0.9 refers: per single sample F is about 32 times as large.
+L2-SP is the same with F = 1. In the authors' code the decay never reaches the loss, which is multiplied by 0.9
+throughout: that is ``decay="constant"``.
 """
 
 from __future__ import annotations
@@ -38,15 +38,16 @@ OUTSIDE = "outside the layers"
 
 @dataclass(frozen=True)
 class Anchor:
-    """How strongly the model is held where the gap sentences have left it.
+    """Strength of the anchor to the gap-sentence solution.
 
     Attributes:
-        importance: of each parameter: ``fisher``, as elastic weight consolidation has it, or ``uniform``, as L2-SP has.
-        lam: lambda in the first epoch; 0 lets go.
-        floor: what lambda does not fall below, unless it is below from the beginning.
-        decay: of lambda: ``linear``, once an epoch, or ``constant``, as the authors' code runs.
-        normalize: ``mean`` divides F by its mean, so that a lambda means the same for another model; or ``none``.
-        fisher_batch: samples whose mean gradient is squared for F.
+        importance: weight of each parameter: ``fisher``, as in elastic weight consolidation, or ``uniform``, as in
+            L2-SP.
+        lam: lambda in the first epoch; 0 disables the anchor.
+        floor: minimum of lambda, unless it starts below.
+        decay: decay of lambda: ``linear`` per epoch, or ``constant``, as the authors' code computes it.
+        normalize: ``mean`` divides F by its mean, so that a lambda transfers to another model; or ``none``.
+        fisher_batch: number of samples whose mean gradient is squared for F.
     """
 
     importance: Literal["fisher", "uniform"] = "fisher"
@@ -57,7 +58,11 @@ class Anchor:
     fisher_batch: Annotated[int, Ge(1)] = 32
 
     def strength(self, epoch: int, epochs: int) -> float:
-        """lambda_e in an epoch, counted from 0, of so many.
+        """Return lambda_e.
+
+        Args:
+            epoch: e, counted from 0.
+            epochs: E, the number of epochs.
 
         >>> [round(Anchor().strength(e, 20), 2) for e in (0, 10, 16, 20)]
         [0.9, 0.45, 0.2, 0.2]
@@ -71,36 +76,52 @@ class Anchor:
 
 
 def token_cross_entropy(model: nn.Module, batch: LabelledBatch) -> Tensor:
-    """L_batch: the mean over all tokens of a batch that carry loss. Padding carries none, and nothing attends to it."""
+    """Return L_batch: the mean loss over all labelled tokens of a batch; padding is neither labelled nor attended to.
+
+    Args:
+        model: the model.
+        batch: samples.
+    """
     device = next(model.parameters()).device
     made = collate(batch)  # type: ignore[arg-type]
     return response_loss(model, {name: each.to(device) for name, each in made.items()})
 
 
-def measured(model: Model, samples: list[Sample], batch: int) -> Fisher:
-    """F of a model on the samples that it has been trained on, tied parameters once."""
+def measure_fisher(model: Model, samples: list[Sample], batch: int) -> Fisher:
+    """Measure F of a model on its training samples; tied parameters count once.
+
+    Args:
+        model: the model.
+        samples: the samples that it was trained on.
+        batch: number of samples whose mean gradient is squared.
+    """
     return fisher(model.model, samples, loss=token_cross_entropy, batch=batch)
 
 
 def read_fisher(path: Path, model: Model) -> Fisher:
-    """F from a file.
+    """Read F from a file.
+
+    Args:
+        path: the file.
+        model: the model for which it was measured.
 
     Raises:
-        MethodError: for no such file, or one that is of other weights.
+        MethodError: if the file does not exist, or belongs to other weights.
+        NumericsError: if a value is negative or not finite.
     """
     found = Fisher.read(path)
     if found.weights != fingerprint.tensors(model.model):
         raise MethodError(
-            f"{path} is of other weights than {model.name} has: an anchor is where its importances were measured; give "
-            "the model that `lamella run cstrl gaps --save-fisher` has written with it, or leave fisher out"
+            f"{path} belongs to other weights than {model.name}: Fisher information must be measured at the anchor; "
+            "give the model that `lamella run cstrl gaps --save-fisher` has written with it, or omit fisher"
         )
     for name, weight in weights(model.model).items():
         theta = weight.of(model.model)
         importance = found.tensors.get(name)
         if importance is None or importance.shape != theta.shape:
-            raise MethodError(f"{path} has no importance of '{name}' {list(theta.shape)}: measure all parameters")
+            raise MethodError(f"{path} has no values for '{name}' {list(theta.shape)}: measure all parameters")
         if not torch.isfinite(importance).all() or (importance < 0).any():
-            raise NumericsError(f"{path}: the importances of '{name}' are not all finite and positive: measure again")
+            raise NumericsError(f"{path}: the values of '{name}' are not all finite and non-negative: measure again")
     return found
 
 
@@ -108,10 +129,10 @@ def read_fisher(path: Path, model: Model) -> Fisher:
 
 
 class Penalty:
-    """sum_i F_i (theta_i - theta*_i)^2, in float32.
+    """The penalty sum_i F_i (theta_i - theta*_i)^2, in float32.
 
     Args:
-        start: theta*, by name; copied.
+        start: theta* by name; copied.
         importance: F by name, each in the shape of its parameter; None for F = 1.
         normalize: divide F by its mean over all parameters.
     """
@@ -131,16 +152,21 @@ class Penalty:
         self.importance = {name: importance[name].to(theta.device) / mean for name, theta in self.start.items()}
 
     def of(self, theta: Mapping[str, Tensor]) -> Tensor:
-        """The penalty of parameters, a number with a gradient."""
+        """Return the penalty of parameters, a differentiable scalar."""
         return torch.stack([self.part(name, each).sum() for name, each in theta.items()]).sum()
 
     def part(self, name: str, theta: Tensor) -> Tensor:
-        """What each entry of one parameter adds, in its shape."""
+        """Return the penalty of each element of one parameter, in its shape.
+
+        Args:
+            name: name of the parameter.
+            theta: its values.
+        """
         return self.importance[name] * (theta.float() - self.start[name]).square()
 
     @torch.no_grad()
     def pull(self, theta: Mapping[str, Tensor]) -> float:
-        """The norm of the penalty's gradient, 2 F (theta - theta*)."""
+        """Return the norm of the penalty's gradient, 2 F (theta - theta*)."""
         squares = [
             (2 * self.importance[name] * (each.float() - self.start[name])).double().square().sum()
             for name, each in theta.items()
@@ -149,20 +175,29 @@ class Penalty:
 
     @torch.no_grad()
     def by_site(self, theta: Mapping[str, Tensor], sites: Mapping[str, str]) -> dict[str, dict[str, float]]:
-        """By site: the drift |theta - theta*| / |theta*|, and its share of the penalty in absolute numbers."""
+        """Return, by site, the drift |theta - theta*| / |theta*| and the penalty.
+
+        Args:
+            theta: parameters by name.
+            sites: site of each parameter, by name.
+        """
         sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
         for name, each in theta.items():
             start = self.start[name]
             parts = (each.float() - start).square(), start.square(), self.part(name, each)
-            for place, part in enumerate(parts):
-                sums[sites[name]][place] += float(part.double().sum())
+            for index, part in enumerate(parts):
+                sums[sites[name]][index] += float(part.double().sum())
         return {
             site: {"drift": (moved / size) ** 0.5 if size else 0.0, "penalty": penalty}
             for site, (moved, size, penalty) in sums.items()
         }
 
     def mass(self, sites: Mapping[str, str]) -> dict[str, float]:
-        """sum_i F_i by site."""
+        """Return sum_i F_i by site.
+
+        Args:
+            sites: site of each parameter, by name.
+        """
         sums: dict[str, float] = defaultdict(float)
         for name, start in self.start.items():
             sums[sites[name]] += float(self.importance[name].double().expand_as(start).sum())
@@ -170,7 +205,7 @@ class Penalty:
 
 
 def sites_of_parameters(model: Model) -> dict[str, str]:
-    """The layer of each parameter, by its name; what belongs to none lies outside the layers."""
+    """Return the layer of each parameter, by name; other parameters are "outside the layers"."""
     prefixes = {stack.architecture.prefix: stack.prefix for stack in model.stacks.values()}
 
     def site(name: str) -> str:
@@ -182,20 +217,20 @@ def sites_of_parameters(model: Model) -> dict[str, str]:
     return {name: site(name) for name in weights(model.model)}
 
 
-class Anchored(Hook):
-    """Cross-entropy with the penalty; lambda changes from epoch to epoch, and each epoch is looked at when it ends.
+class AnchoredLoss(Hook):
+    """Cross-entropy with the penalty; lambda changes per epoch, and statistics are recorded at the end of each epoch.
 
     Args:
-        penalty: what is added.
-        anchor: how much of it.
-        sites: of the parameters, by name.
-        samples: in an epoch.
-        size: samples in a step.
-        steps: of the run.
+        penalty: the penalty.
+        anchor: its strength.
+        sites: site of each parameter, by name.
+        samples: number of samples per epoch.
+        size: number of samples per step.
+        steps: number of steps of the run.
 
     Attributes:
         rows: by epoch: lambda, the mean task loss, the penalty (without lambda), the norm of the anchor's gradient over
-            that of the task's, and what :meth:`Penalty.by_site` says.
+            that of the task's, and the result of :meth:`Penalty.by_site`.
     """
 
     def __init__(
@@ -203,18 +238,23 @@ class Anchored(Hook):
     ) -> None:
         self.penalty, self.anchor, self.sites = penalty, anchor, sites
         self.samples, self.size, self.steps = samples, size, steps
-        self.epochs = self.epoch(steps - 1) + 1  # as many as begin: the last step may reach beyond the end of the last
+        self.epochs = self.epoch(steps - 1) + 1  # the last epoch may be incomplete
         self.rows: list[dict[str, Any]] = []
-        self.tasks: list[float] = []  # of the epoch that goes on
+        self.tasks: list[float] = []  # task losses of the current epoch
         self.strength, self.ratio, self.looks = anchor.lam, 0.0, False
         self.theta: Mapping[str, nn.Parameter] = {}
 
     def epoch(self, step: int) -> int:
-        """Of a step, counted from 0."""
+        """Return the epoch of a step, both counted from 0."""
         return step * self.size // self.samples
 
     def loss(self, model: Any, batch: Batch) -> Tensor | LossAndParts:
-        """What trains; of held-out samples, the cross-entropy alone."""
+        """Return the training loss; without gradient (held-out samples), the cross-entropy only.
+
+        Args:
+            model: the model.
+            batch: a batch.
+        """
         task = response_loss(model, batch)
         if not torch.is_grad_enabled():
             return task
@@ -228,7 +268,7 @@ class Anchored(Hook):
         return task + penalty, {"task": task.detach(), "penalty": penalty.detach()}
 
     def _look(self, task: Tensor) -> None:
-        """How strong the anchor's gradient is beside the task's, once in an epoch."""
+        """Measure the ratio of the anchor's gradient norm to the task's, once per epoch."""
         self.looks = False
         found = torch.autograd.grad(task, list(self.theta.values()), retain_graph=True, allow_unused=True)
         squares = [each.double().square().sum() for each in found if each is not None]
@@ -236,13 +276,16 @@ class Anchored(Hook):
         self.ratio = self.strength * self.penalty.pull(self.theta) / norm if norm else 0.0
 
     def begin(self, run: TrainingRun) -> None:
+        """Get the trained parameters."""
         self.theta = run.trained
 
     def before_step(self, run: TrainingRun) -> None:
+        """Set lambda for the step."""
         self.strength = self.anchor.strength(self.epoch(run.step), self.epochs)
         self.looks = self._is_last(run.step)
 
     def after_step(self, run: TrainingRun) -> None:
+        """Record the statistics at the end of an epoch."""
         run.note("lambda", torch.tensor(self.strength))
         done = run.step - 1
         if not self._is_last(done):
@@ -262,12 +305,14 @@ class Anchored(Hook):
         self.tasks.clear()
 
     def _is_last(self, step: int) -> bool:
-        """Whether a step, counted from 0, ends an epoch."""
+        """Return whether a step, counted from 0, ends an epoch."""
         return step + 1 == self.steps or self.epoch(step + 1) > self.epoch(step)
 
     def save(self, folder: Path) -> None:
+        """Save the recorded statistics."""
         (folder / ROWS).write_text(json.dumps({"rows": self.rows, "tasks": self.tasks}), encoding="utf-8")
 
     def load(self, folder: Path) -> None:
+        """Load the recorded statistics."""
         found = json.loads((folder / ROWS).read_text(encoding="utf-8"))
         self.rows, self.tasks = found["rows"], found["tasks"]

@@ -1,4 +1,4 @@
-"""Gap sentences: a source without its most telling sentences, which are to be written back (stage 1).
+"""Gap sentences: the most informative sentences of a source are masked and must be generated (stage 1).
 
     r = ROUGE-1 F1(s, summary)     b = BLEU(s, summary)     score = 2 r b / (r + b)
     m = min(3, n - 2), at least 1, of n sentences
@@ -6,9 +6,9 @@
     The heart is large. <extra_id_0>. The bones are intact. <extra_id_1>.      masks in order of position
     Small left effusion is seen. No fracture                                   sentences in order of *score*
 
-Sentences are known by where they stand, not by what they say: one that is said twice, or within another, is masked
-where it was chosen. The authors join what is to be written by a full stop alone; here a space follows it, so that words
-stay apart.
+Sentences are identified by position, not by content: a sentence that occurs twice, or within another, is masked only
+where it was chosen. The authors join the target sentences by a full stop only; here a space follows it, so that words
+stay separate.
 """
 
 from __future__ import annotations
@@ -23,40 +23,40 @@ from annotated_types import Ge
 
 from lamella.errors import CalibrationError
 from lamella.evaluate import rouge, sentence_bleu
-from lamella.methods.cstrl.summaries import Pair
+from lamella.methods.cstrl.summaries import SummaryPair
 
 Score = Literal["rouge-bleu", "self", "random"]
 Scorer = Callable[[str, str], float]
-END = re.compile(r"[.!?]+(?:\s+|\Z)")  # of a sentence
+END = re.compile(r"[.!?]+(?:\s+|\Z)")  # end of a sentence
 MASK = "<extra_id_{}>"
 PREFIX = "fill in the blank: "
 
 
 class Gap(NamedTuple):
-    """One source with gaps, and what stood there.
+    """One source with masked sentences, and the target.
 
     Attributes:
         text: the source with masks.
-        wanted: the sentences that were masked, in order of their score.
-        scores: of all sentences, in order of position.
-        masked: which of them are masked, in order of their score.
+        target: the masked sentences, in order of score.
+        scores: scores of all sentences, in order of position.
+        masked: indices of the masked sentences, in order of score.
     """
 
     text: str
-    wanted: str
+    target: str
     scores: tuple[float, ...]
     masked: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Gaps:
-    """Which sentences are masked.
+    """Selection of the masked sentences.
 
     Attributes:
-        score: ``rouge-bleu``, overlap with the summary; ``self``, with the rest of the source, as for sources without
-            a summary (PEGASUS, arXiv 1912.08777); or ``random``, a control.
-        max_gaps: masks in a source at most.
-        keep: sentences that are left of a longer source at least.
+        score: ``rouge-bleu``, overlap with the summary; ``self``, overlap with the rest of the source, as for sources
+            without a summary (PEGASUS, arXiv 1912.08777); or ``random``, a control.
+        max_gaps: maximum number of masked sentences per source.
+        keep: minimum number of sentences left, for sources that are long enough.
     """
 
     score: Score = "rouge-bleu"
@@ -64,12 +64,19 @@ class Gaps:
     keep: Annotated[int, Ge(0)] = 2
 
     def count(self, sentences: int) -> int:
-        """m: how many of so many sentences are masked."""
+        """Return m, the number of sentences to mask.
+
+        Args:
+            sentences: n, the number of sentences.
+        """
         return max(1, min(self.max_gaps, sentences - self.keep))
 
 
 def spans(text: str) -> list[tuple[int, int]]:
-    """Where the sentences of a text are, without the marks that end them.
+    """Return start and end of the sentences of a text, without their final punctuation.
+
+    Args:
+        text: the text.
 
     >>> [("The heart is large. No effusion")[a:b] for a, b in spans("The heart is large. No effusion")]
     ['The heart is large', 'No effusion']
@@ -85,33 +92,34 @@ def spans(text: str) -> list[tuple[int, int]]:
 
 
 def harmonic() -> Scorer:
-    """The score of a sentence against a reference: the harmonic mean of ROUGE-1 F1 and BLEU; 0 where there is none."""
+    """Return a scorer of a sentence against a reference: the harmonic mean of ROUGE-1 F1 and BLEU."""
     of_words, of_phrases = rouge("rouge1", stems=False), sentence_bleu()
 
     def score(sentence: str, reference: str) -> float:
         r = of_words(sentence, reference)["rouge1"] if reference.strip() else 0.0
-        b = of_phrases(sentence, reference) if r else 0.0  # no word in common, no phrase
+        b = of_phrases(sentence, reference) if r else 0.0  # without a common word BLEU is 0
         return 2 * r * b / (r + b) if r + b else 0.0
 
     return score
 
 
-def masked(text: str, scores: Sequence[float], count: int) -> Gap:
-    """A source without its best sentences; of equal ones, the earlier is the better.
+def mask_sentences(text: str, scores: Sequence[float], count: int) -> Gap:
+    """Mask the sentences with the highest scores; ties are resolved by position.
 
     Args:
-        scores: of its sentences, in their order.
-        count: how many are masked.
+        text: the source.
+        scores: scores of its sentences, in order.
+        count: number of sentences to mask.
     """
     where = spans(text)
-    best = sorted(range(len(where)), key=lambda place: -scores[place])[:count]
+    best = sorted(range(len(where)), key=lambda index: -scores[index])[:count]
     parts, start = [], 0
-    for number, place in enumerate(sorted(best)):
-        begin, end = where[place]
+    for number, index in enumerate(sorted(best)):
+        begin, end = where[index]
         parts += [text[start:begin], MASK.format(number)]
         start = end
-    wanted = ". ".join(text[slice(*where[place])] for place in best)
-    return Gap("".join([*parts, text[start:]]), wanted, tuple(scores), tuple(best))
+    target = ". ".join(text[slice(*where[index])] for index in best)
+    return Gap("".join([*parts, text[start:]]), target, tuple(scores), tuple(best))
 
 
 @dataclass(frozen=True)
@@ -119,17 +127,17 @@ class GapData:
     """Gap sentences of many sources.
 
     Attributes:
-        gaps: of the sources that have some.
-        single: how many sources had one sentence only, of which nothing would be left, and were left out.
-        unlabelled: how many had no summary.
+        gaps: the masked sources.
+        single: number of excluded sources with a single sentence, of which nothing would be left.
+        unlabelled: number of sources without a summary.
     """
 
     gaps: list[Gap]
     single: int
     unlabelled: int
 
-    def described(self) -> dict[str, Any]:
-        """As JSON values."""
+    def as_dict(self) -> dict[str, Any]:
+        """Return statistics as JSON values."""
         share = [len(each.masked) / len(each.scores) for each in self.gaps]
         best = [max(each.scores) for each in self.gaps]
         return {
@@ -141,19 +149,21 @@ class GapData:
         }
 
 
-def gap_sentences(pairs: Sequence[Pair], reports: Sequence[str] = (), gaps: Gaps = Gaps(), seed: int = 0) -> GapData:
-    """Mask the most telling sentences of sources.
+def gap_sentences(
+    pairs: Sequence[SummaryPair], reports: Sequence[str] = (), gaps: Gaps = Gaps(), seed: int = 0
+) -> GapData:
+    """Mask the most informative sentences of sources.
 
     Args:
-        pairs: sources with summaries, of the training split alone: the summary decides what is masked.
-        reports: sources without; each of their sentences is scored against the others.
-        gaps: which sentences.
-        seed: of the score ``random``.
+        pairs: sources with summaries, of the training split only, since the summary decides what is masked.
+        reports: sources without summaries; each of their sentences is scored against the others.
+        gaps: selection of the sentences.
+        seed: random seed of the score ``random``.
 
     Raises:
-        CalibrationError: when no source has two sentences.
+        CalibrationError: if no source has two sentences.
     """
-    drawn = random.Random(seed)
+    generator = random.Random(seed)
     overlap = None if gaps.score == "random" else harmonic()
     found, single = [], 0
     for text, summary in [*pairs, *((text, None) for text in reports)]:
@@ -162,15 +172,15 @@ def gap_sentences(pairs: Sequence[Pair], reports: Sequence[str] = (), gaps: Gaps
             single += 1
             continue
         if overlap is None:
-            scores = [drawn.random() for _ in sentences]
+            scores = [generator.random() for _ in sentences]
         elif gaps.score == "self" or summary is None:
-            others = [" ".join(sentences[:place] + sentences[place + 1 :]) for place in range(len(sentences))]
+            others = [" ".join(sentences[:index] + sentences[index + 1 :]) for index in range(len(sentences))]
             scores = [overlap(each, rest) for each, rest in zip(sentences, others, strict=True)]
         else:
             scores = [overlap(each, summary) for each in sentences]
-        found.append(masked(text, scores, gaps.count(len(sentences))))
+        found.append(mask_sentences(text, scores, gaps.count(len(sentences))))
     if not found:
         raise CalibrationError(
-            f"{single} sources have one sentence only, so nothing is left around a gap: give sources of several"
+            f"all {single} sources have a single sentence, so nothing is left around a gap: give sources with several"
         )
     return GapData(found, single, len(reports))

@@ -1,4 +1,4 @@
-"""What a run says: losses, what the anchor did by epoch and by layer, and what was kept for what was gained."""
+"""Summaries and figures: losses, the anchor by epoch and by layer, and retention against gain."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COLUMNS = ("rouge1", "rouge2", "rougeL", "bleu", PRECISIONS, "length", "distinct
 
 
 def summary(evidence: Evidence) -> Summary:
-    """The verdict in words and tables, for any command of the method."""
+    """Return the verdict and tables of any command of the method."""
     found, told = evidence.findings, Trained.summary(evidence)
     name = (evidence.model or {}).get("name", "the model")
     tables = [*told.tables]
@@ -24,28 +24,28 @@ def summary(evidence: Evidence) -> Summary:
         tables.insert(0, _scores(found["scores"]))
     if "epochs" in found:
         tables += [_epochs(found["epochs"]), _layers(found)]
-        verdict = f"{name} has learnt to summarise, held where gap sentences had left it."
+        verdict = f"{name} was trained to summarise, anchored to its gap-sentence solution."
     elif "parameters" in found:
         sizes = found["parameters"]
         tables.append(Table("Parameters", ["", ""], [[who, count] for who, count in sizes.items()]))
         size = percent(share(sizes["student"], sizes["teacher"]))
-        verdict = f"A student with {size} of the parameters of {name} has learnt from it."
+        verdict = f"A student with {size} of the parameters of {name} was distilled from it."
     else:
         rows = [[site, mass] for site, mass in found["importance"]["sums"].items()]
-        tables.append(Table("Importance, the sum of F", ["layer", "sum"], rows))
-        verdict = f"{name} has learnt which sentences matter."
+        tables.append(Table("Fisher information: sum of F", ["layer", "sum of F"], rows))
+        verdict = f"{name} was trained on gap sentences."
     return Summary(verdict, tables, told.lines)
 
 
 def _scores(scores: Mapping[str, Mapping[str, Any]]) -> Table:
     texts = next(iter(scores.values()))["texts"]
-    heads = ["", "ROUGE-1", "ROUGE-2", "ROUGE-L", "BLEU", "precision of words", "length", "different"]
-    title = f"{texts} summaries of pairs that nothing was learnt from; the precision of words is no BLEU"
+    heads = ["", "ROUGE-1", "ROUGE-2", "ROUGE-L", "BLEU", "word precision", "length", "distinct"]
+    title = f"Scores of {texts} summaries of test pairs; word precision (BLEU-1) is not BLEU"
     return Table(title, heads, [[who, *(each[name] for name in COLUMNS)] for who, each in scores.items()])
 
 
 def _epochs(rows: list[dict[str, Any]]) -> Table:
-    heads = ["epoch", "lambda", "task loss", "penalty", "gradient of the anchor / of the task"]
+    heads = ["epoch", "lambda", "task loss", "penalty", "gradient norm of anchor / task"]
     return Table("By epoch", heads, [[row["epoch"], row["lambda"], row["task"], row["penalty"], row["ratio"]]
                                      for row in rows])  # fmt: skip
 
@@ -57,30 +57,30 @@ def _layers(found: Mapping[str, Any]) -> Table:
 
 
 def figures(evidence: Evidence) -> list[Figure]:
-    """Losses; and of the main command the drift of layers, and what was kept for what was gained."""
+    """Return the losses; for the main command also the drift of layers, and retention against gain."""
     assert isinstance(evidence, TrainedEvidence)
     found = evidence.findings
     lines = {"training": [(point["step"], point.get("task", point["loss"])) for point in evidence.curve]}
-    watched = found.get("watched") or [
-        {"step": point["step"], "held out": point["loss"]} for point in evidence.held_out
+    watched = found.get("held_out_losses") or [
+        {"step": point["step"], "held-out": point["loss"]} for point in evidence.held_out
     ]
     for name in (name for name in (watched[0] if watched else {}) if name != "step"):
-        lines[f"held out: {name}" if "watched" in found else name] = [(each["step"], each[name]) for each in watched]
-    drawn: list[Figure] = [Scatter("step", "loss, nats per token", lines, joined=True)]
-    if found.get("gap curve"):
-        points = [(point["step"], point["loss"]) for point in found["gap curve"]]
+        lines[f"held-out: {name}" if "held_out_losses" in found else name] = [(e["step"], e[name]) for e in watched]
+    panels: list[Figure] = [Scatter("step", "loss (nats per token)", lines, joined=True)]
+    if found.get("gap losses"):
+        points = [(point["step"], point["loss"]) for point in found["gap losses"]]
         gap = {"gap sentences, training": points}
-        drawn.insert(0, Scatter("step of the gap sentences", "loss, nats per token", gap, joined=True))
+        panels.insert(0, Scatter("step of the gap-sentence training", "loss (nats per token)", gap, joined=True))
     if "epochs" in found:
         kept = [(each["summaries"], each["gap sentences"] - watched[0]["gap sentences"]) for each in watched]
-        gained = "held-out loss of summaries, nats: further left is more gained"
-        rise = "rise of the loss of gap sentences, nats"
-        drawn += [_drift(found["epochs"]), Scatter(gained, rise, {"by epoch": kept}, joined=True)]
-    return drawn
+        gained = "held-out loss of summaries (nats)"
+        rise = "increase of the gap-sentence loss (nats)"
+        panels += [_drift(found["epochs"]), Scatter(gained, rise, {"by epoch": kept}, joined=True)]
+    return panels
 
 
 def _drift(rows: list[dict[str, Any]]) -> Lines:
-    """How far each layer has moved, after the first, the middle and the last epoch."""
+    """Plot the drift of each layer after the first, the middle and the last epoch."""
     shown = {row["epoch"]: row for row in (rows[0], rows[len(rows) // 2], rows[-1])}
     lines = {f"after epoch {epoch}": [site["drift"] for site in row["sites"].values()] for epoch, row in shown.items()}
-    return Lines("layer, in the order of the table", "drift from the gap-sentence solution", lines)
+    return Lines("layer (in the order of the table)", "drift from the gap-sentence solution", lines)

@@ -1,11 +1,11 @@
-"""A world of chest reports whose truth is known: a seeded grammar of findings, and what an impression says of them.
+"""Synthetic chest reports with ground truth: a random grammar of findings, and the impressions that summarise them.
 
-    14 slots (heart, pleura, ...) of 4 states: normal, in 6 phrasings, or one of 3 findings, with a severity and, where
-    there are two of a thing, a side. A report has 6 to 9 sentences, among them negations ("no focal consolidation") and
-    distractors ("comparison is made with an earlier study"). The impression merges its findings in the order of the
-    slots, whatever the order of the sentences; where all is normal (30 %), it is one fixed sentence.
+    14 slots (heart, pleura, ...) with 4 states: normal, in 6 phrasings, or one of 3 findings, with a severity and, for
+    paired organs, a side. A report has 6 to 9 sentences, including negations ("no focal consolidation") and distractors
+    ("comparison is made with an earlier study"). The impression lists the findings in the order of the slots, whatever
+    the order of the sentences; if all is normal (30 %), it is one fixed sentence.
 
-What a text says is read back exactly, so a finding that was invented is known as such.
+Impressions are parsed exactly, so invented findings are detected.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from lamella.methods.cstrl.gaps import MASK, PREFIX
-from lamella.methods.cstrl.summaries import Pair
+from lamella.methods.cstrl.summaries import SummaryPair
 
 NORMAL = "no acute cardiopulmonary process."
-NORMALS = 0.3  # of the reports
-MASKS = 4  # that the tokenizer knows
+NORMALS = 0.3  # fraction of normal reports
+MASKS = 4  # number of mask tokens in the vocabulary
 SEVERITIES = ("mild", "moderate", "severe")
 SIDES = ("left", "right", "bilateral")
-SLOTS: tuple[tuple[str, tuple[str, str, str], bool], ...] = (  # where, its three findings, and whether it has sides
+SLOTS: tuple[tuple[str, tuple[str, str, str], bool], ...] = (  # name, its three findings, and whether it has sides
     ("heart", ("cardiomegaly", "pericardial effusion", "ventricular enlargement"), False),
     ("mediastinum", ("mediastinal widening", "mediastinal mass", "mediastinal shift"), False),
     ("aorta", ("aortic calcification", "aortic aneurysm", "aortic tortuosity"), False),
@@ -45,8 +45,8 @@ SLOTS: tuple[tuple[str, tuple[str, str, str], bool], ...] = (  # where, its thre
     ("shoulder", ("clavicle fracture", "shoulder dislocation", "shoulder arthropathy"), True),
     ("soft tissue", ("subcutaneous emphysema", "soft tissue swelling", "soft tissue mass"), True),
 )
-PLACES = {finding: slot for slot, (_, findings, _) in enumerate(SLOTS) for finding in findings}
-FINE = (  # phrasings of a normal slot; {0} and {1} are findings that are not there
+SLOT_OF = {finding: slot for slot, (_, findings, _) in enumerate(SLOTS) for finding in findings}
+NORMAL_PHRASES = (  # phrasings of a normal slot; {0} and {1} are findings that are absent
     "the {where} is normal",
     "the {where} is unremarkable",
     "no {0} is seen",
@@ -54,13 +54,13 @@ FINE = (  # phrasings of a normal slot; {0} and {1} are findings that are not th
     "no evidence of {0}",
     "the {where} is within normal limits without {0}",
 )
-FOUND = (  # phrasings of a finding
+FINDING_PHRASES = (  # phrasings of a finding
     "there is {severity} {side} {finding}",
     "{severity} {side} {finding} is seen",
     "{finding} is present {at} and it is {severity}",
     "the {where} shows {severity} {side} {finding}",
 )
-BESIDE = (
+DISTRACTORS = (
     "comparison is made with an earlier study",
     "the patient is rotated",
     "the image is of good quality",
@@ -71,7 +71,13 @@ BESIDE = (
 
 
 class Finding(NamedTuple):
-    """What is wrong somewhere; without a side where there is only one of the thing."""
+    """One finding; without a side for organs that are not paired.
+
+    Attributes:
+        finding: name of the finding.
+        severity: one of :data:`SEVERITIES`.
+        side: one of :data:`SIDES`, or empty.
+    """
 
     finding: str
     severity: str
@@ -82,82 +88,110 @@ class Finding(NamedTuple):
 
 
 class Report(NamedTuple):
-    """One report with its impression, and what is truly in it, in the order of the slots."""
+    """One report with its impression and its ground truth.
+
+    Attributes:
+        source: text of the report.
+        summary: text of the impression.
+        findings: the true findings, in the order of the slots.
+    """
 
     source: str
     summary: str
     findings: tuple[Finding, ...]
 
     @property
-    def pair(self) -> Pair:
-        return Pair(self.source, self.summary)
+    def pair(self) -> SummaryPair:
+        """The report and its impression as a pair."""
+        return SummaryPair(self.source, self.summary)
 
 
 def reports(count: int, seed: int) -> list[Report]:
-    """So many different reports.
+    """Generate distinct random reports.
+
+    Args:
+        count: number of reports.
+        seed: random seed.
 
     >>> reports(1, 0)[0].summary
     'severe right lower lobe infiltrate.'
     """
-    drawn, found = random.Random(seed), dict[str, Report]()
+    generator, found = random.Random(seed), dict[str, Report]()
     while len(found) < count:
-        made = _report(drawn)
-        found.setdefault(made.source, made)
+        report = _report(generator)
+        found.setdefault(report.source, report)
     return list(found.values())
 
 
-def _report(drawn: random.Random) -> Report:
-    sick = [] if drawn.random() < NORMALS else sorted(drawn.sample(range(len(SLOTS)), drawn.choice((1, 2, 2, 3))))
-    findings = tuple(_finding(slot, drawn) for slot in sick)
-    sentences = [_found(each, drawn) for each in findings]
-    length, beside = drawn.randint(6, 9), drawn.randint(0, 2)
-    sentences += drawn.sample(BESIDE, beside)
-    well = drawn.sample([slot for slot in range(len(SLOTS)) if slot not in sick], length - len(sentences))
-    sentences += [_fine(slot, drawn) for slot in well]
-    drawn.shuffle(sentences)
+def _report(generator: random.Random) -> Report:
+    sick = (
+        []
+        if generator.random() < NORMALS
+        else sorted(generator.sample(range(len(SLOTS)), generator.choice((1, 2, 2, 3))))
+    )
+    findings = tuple(_finding(slot, generator) for slot in sick)
+    sentences = [_found(each, generator) for each in findings]
+    length, count = generator.randint(6, 9), generator.randint(0, 2)
+    sentences += generator.sample(DISTRACTORS, count)
+    well = generator.sample([slot for slot in range(len(SLOTS)) if slot not in sick], length - len(sentences))
+    sentences += [_fine(slot, generator) for slot in well]
+    generator.shuffle(sentences)
     summary = ", ".join(map(str, findings)) + "." if findings else NORMAL
     return Report(" ".join(f"{each}." for each in sentences), summary, findings)
 
 
-def _finding(slot: int, drawn: random.Random) -> Finding:
-    _, known, sided = SLOTS[slot]
-    return Finding(drawn.choice(known), drawn.choice(SEVERITIES), drawn.choice(SIDES) if sided else "")
+# Parsing impressions
+def _finding(slot: int, generator: random.Random) -> Finding:
+    _, names, sided = SLOTS[slot]
+    return Finding(generator.choice(names), generator.choice(SEVERITIES), generator.choice(SIDES) if sided else "")
 
 
-def _found(each: Finding, drawn: random.Random) -> str:
+def _found(each: Finding, generator: random.Random) -> str:
     at = {"": "", "bilateral": "on both sides"}.get(each.side, f"on the {each.side}")
-    said = drawn.choice(FOUND).format(**each._asdict(), at=at, where=SLOTS[PLACES[each.finding]][0])
-    return " ".join(said.split())
+    phrase = generator.choice(FINDING_PHRASES).format(**each._asdict(), at=at, where=SLOTS[SLOT_OF[each.finding]][0])
+    return " ".join(phrase.split())
 
 
-def _fine(slot: int, drawn: random.Random) -> str:
-    where, known, _ = SLOTS[slot]
-    return drawn.choice(FINE).format(*drawn.sample(known, 2), where=where)
+def _fine(slot: int, generator: random.Random) -> str:
+    where, names, _ = SLOTS[slot]
+    return generator.choice(NORMAL_PHRASES).format(*generator.sample(names, 2), where=where)
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of all words that reports have, with masks; a text ends with ``</s>``, and padding is 0."""
-    texts = [NORMAL, PREFIX, "summarize:", ",", *BESIDE, *SEVERITIES, *SIDES, "on both sides", "on the", *FINE, *FOUND]
+    """Return a word-level tokenizer of the reports' vocabulary, with masks, end token ``</s>`` and padding 0."""
+    texts = [
+        NORMAL,
+        PREFIX,
+        "summarize:",
+        ",",
+        *DISTRACTORS,
+        *SEVERITIES,
+        *SIDES,
+        "on both sides",
+        "on the",
+        *NORMAL_PHRASES,
+        *FINDING_PHRASES,
+    ]
     texts += [text for where, findings, _ in SLOTS for text in (where, *findings)]
     words = sorted({word for text in texts for word in re.findall(r"\w+|[^\w\s{}]", text)})
     special = ["<pad>", "</s>", "<unk>", *(MASK.format(number) for number in range(MASKS))]
-    known = {word: place for place, word in enumerate([*special, *words])}
-    made = Tokenizer(WordLevel(known, unk_token="<unk>"))
-    made.pre_tokenizer = Whitespace()
-    made.add_special_tokens(special)
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    names = {word: index for index, word in enumerate([*special, *words])}
+    tokenizer = Tokenizer(WordLevel(names, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.add_special_tokens(special)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
 # Reading back
 
 
 @dataclass(frozen=True)
-class Said:
-    """What an impression says.
+class ParsedImpression:
+    """The content of an impression.
 
     Attributes:
-        findings: that it names.
-        other: phrases that are no finding of this world.
+        findings: the findings that it names.
+        other: phrases that are not findings.
         normal: whether it is the sentence for a normal report.
     """
 
@@ -166,8 +200,8 @@ class Said:
     normal: bool
 
     @classmethod
-    def of(cls, text: str) -> Said:
-        """Read an impression, however its marks are spaced."""
+    def of(cls, text: str) -> ParsedImpression:
+        """Parse an impression, regardless of spaces around punctuation."""
         plain = re.sub(r"\s+([,.])", r"\1", " ".join(text.lower().split()))
         if plain == NORMAL:
             return cls((), (), True)
@@ -182,28 +216,32 @@ def _read(phrase: str) -> Finding | None:
     side, _, named = rest.partition(" ")
     if side not in SIDES:
         side, named = "", rest
-    known = named in PLACES and severity in SEVERITIES and bool(side) == SLOTS[PLACES[named]][2]
-    return Finding(named, severity, side) if known else None
+    valid = named in SLOT_OF and severity in SEVERITIES and bool(side) == SLOTS[SLOT_OF[named]][2]
+    return Finding(named, severity, side) if valid else None
 
 
-def judged(texts: Sequence[str], wanted: Sequence[Report]) -> dict[str, Any]:
-    """Exact figures of impressions: no words are compared, but what they say.
+def score_impressions(texts: Sequence[str], target: Sequence[Report]) -> dict[str, Any]:
+    """Score impressions by their parsed findings, not by word overlap.
+
+    Args:
+        texts: generated impressions.
+        target: the reports with their ground truth.
 
     Returns:
-        ``recall``: the share of true findings that are named, side and severity included; ``invented``: the share of
-        what is named (phrases that say nothing among it) that is not in the report; ``exact``: the share of texts that
-        say all of it in order and nothing else.
+        ``recall``: fraction of true findings that are named, including severity and side; ``invented``: fraction of
+        named findings and other phrases that are not in the report; ``exact``: fraction of texts that are entirely
+        correct.
     """
     true = named = right = exact = 0
-    for text, report in zip(texts, wanted, strict=True):
-        said = Said.of(text)
+    for text, report in zip(texts, target, strict=True):
+        phrase = ParsedImpression.of(text)
         true += len(report.findings)
-        named += len(said.findings) + len(said.other)
-        right += len(set(said.findings) & set(report.findings))
-        whole = said.normal if not report.findings else said.findings == report.findings
-        exact += whole and not said.other
+        named += len(phrase.findings) + len(phrase.other)
+        right += len(set(phrase.findings) & set(report.findings))
+        whole = phrase.normal if not report.findings else phrase.findings == report.findings
+        exact += whole and not phrase.other
     return {
         "recall": right / true if true else 1.0,
         "invented": 1 - right / named if named else 0.0,
-        "exact": exact / len(wanted),
+        "exact": exact / len(target),
     }

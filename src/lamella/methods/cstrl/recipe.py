@@ -1,4 +1,4 @@
-"""What trains: how pairs become samples, and one stage after the other (stages 2 and 4)."""
+"""Training: encoding of pairs as samples, and the training stages (2 and 4)."""
 
 from __future__ import annotations
 
@@ -14,55 +14,56 @@ from lamella import processes
 from lamella.data.samples import Sample, pairs
 from lamella.errors import MethodError
 from lamella.measure import Fisher
-from lamella.methods.cstrl.anchor import Anchor, Anchored, Penalty, measured, read_fisher, sites_of_parameters
+from lamella.methods.cstrl.anchor import Anchor, AnchoredLoss, Penalty, measure_fisher, read_fisher, sites_of_parameters
 from lamella.methods.cstrl.gaps import MASK, PREFIX, Gap
 from lamella.stack import Model, Stack, last_stack, open_model, share
 from lamella.train import Task, TrainConfig, TrainingLog, choose, fit, own, response_loss
 
-TRAINING = TrainConfig(lr=2e-3, batch=16, weight_decay=0.01, schedule="linear", warmup=0.0)  # the paper's, of stage 4
-GAP_TRAINING = replace(TRAINING, lr=3e-3, batch=32)  # of stage 2
+TRAINING = TrainConfig(lr=2e-3, batch=16, weight_decay=0.01, schedule="linear", warmup=0.0)  # the paper's stage 4
+GAP_TRAINING = replace(TRAINING, lr=3e-3, batch=32)  # the paper's stage 2
 FISHER = "fisher.safetensors"
-SUMMARISE = "summarize: "  # as T5 is asked
-LEAST = 8  # tokens of a source that a decoder must have room for
+SUMMARISE = "summarize: "  # T5's prompt for summaries
+MIN_SOURCE = 8  # minimum number of source tokens that must fit into a decoder's context
 
 
 @dataclass(frozen=True)
-class Lengths:
-    """Tokens that are read and written; longer texts are cut at their end.
+class TextLengths:
+    """Maximum lengths in tokens; longer texts are truncated at the end.
 
     Attributes:
-        source_length: of a source that is summarised.
-        summary_length: of a summary.
-        gap_length: of a source with gaps, and of what stood there.
+        source_length: length of a source to summarise.
+        summary_length: length of a summary.
+        gap_length: length of a masked source, and of its target.
     """
 
-    source_length: Annotated[int, Ge(LEAST)] = 512
-    summary_length: Annotated[int, Ge(LEAST)] = 256
-    gap_length: Annotated[int, Ge(LEAST)] = 256
+    source_length: Annotated[int, Ge(MIN_SOURCE)] = 512
+    summary_length: Annotated[int, Ge(MIN_SOURCE)] = 256
+    gap_length: Annotated[int, Ge(MIN_SOURCE)] = 256
 
 
 @dataclass(frozen=True)
-class Course:
-    """How summaries are learnt, and judged.
+class SummaryTraining:
+    """Training on summaries, and evaluation.
 
     Attributes:
-        prefix: before each source that is summarised; of a student, that of its teacher.
-        epochs: passes over the pairs, E, where the training has no steps.
-        judged: how many pairs of the test are summarised before and after.
+        prefix: text in front of each source; for a student, that of its teacher.
+        epochs: number of epochs over the pairs, E, if the training has no steps.
+        test_samples: number of test pairs that are summarised before and after training.
     """
 
     prefix: str = SUMMARISE
     epochs: Annotated[int, Ge(1)] = 20
-    judged: Annotated[int, Ge(1)] = 200
+    test_samples: Annotated[int, Ge(1)] = 200
 
 
 @dataclass(frozen=True)
-class Stored:
-    """Files of importances.
+class FisherFiles:
+    """Files with Fisher information.
 
     Attributes:
-        fisher: a file of those of the model as it is; it has filled gaps already, and begins with summaries.
-        save_fisher: keep the importances in this file, too.
+        fisher: file with the Fisher information of the given model; it has been trained on gap sentences already, so
+            training starts with summaries.
+        save_fisher: save the Fisher information to this file.
     """
 
     fisher: Path | None = None
@@ -71,12 +72,12 @@ class Stored:
 
 @dataclass(frozen=True)
 class GapTraining:
-    """How gap sentences are learnt, before summaries are.
+    """Training on gap sentences.
 
     Attributes:
-        gap_epochs: passes over them.
-        gap_lr: the highest learning rate.
-        gap_batch: samples in a step.
+        gap_epochs: number of epochs.
+        gap_lr: maximum learning rate.
+        gap_batch: batch size.
     """
 
     gap_epochs: Annotated[int, Ge(1)] = 18
@@ -84,101 +85,113 @@ class GapTraining:
     gap_batch: Annotated[int, Ge(1)] = 32
 
 
-class Reading:
-    """How one model reads pairs: an encoder the source and a decoder the target, or a decoder both in one row.
+class PairEncoder:
+    """Encode pairs as samples: source and target for an encoder-decoder, or both in one row for a decoder.
 
     Args:
-        model: it must read and write text.
-        tokenizer: of it.
+        model: a model that takes and generates text.
+        tokenizer: its tokenizer.
 
     Raises:
-        MethodError: for a model that does not write text, or a tokenizer without an end.
+        MethodError: for a model that does not generate text, or a tokenizer without an end token.
     """
 
     def __init__(self, model: Model, tokenizer: Any) -> None:
         stacks = list(model.stacks.values())
         kinds = [(stack.architecture.modality, stack.architecture.causal) for stack in stacks]
         if kinds not in ([("text", True)], [("text", False), ("text", True)]):
-            raise MethodError(f"cstrl trains models that read and write text; {model.name} has {_said(stacks)}")
+            raise MethodError(f"cstrl trains models that take and generate text; {model.name} has {_said(stacks)}")
         if tokenizer is None or tokenizer.eos_token_id is None:
-            raise MethodError("summaries end with the tokenizer's end token: give pairs with a tokenizer that has one")
+            raise MethodError("summaries end with the tokenizer's end token: give a tokenizer that has one")
         self.tokenizer, self.encodes = tokenizer, len(stacks) == 2
         limit = getattr(last_stack(model.model).config, "max_position_embeddings", None)
         self.context = None if limit is None else int(limit)
 
     def samples(self, texts: Iterable[tuple[str, str]], prefix: str, source: int, target: int) -> list[Sample]:
-        """Samples of sources and targets.
+        """Encode sources and targets.
 
         Args:
-            prefix: what stands before each source.
-            source, target: tokens of each at most.
+            texts: pairs of source and target.
+            prefix: text in front of each source.
+            source: maximum number of source tokens.
+            target: maximum number of target tokens.
 
         Raises:
-            MethodError: when a decoder has no room for both.
+            MethodError: if a decoder's context is too short for both.
         """
         if self.context is not None:
             source = min(source, self.context - (0 if self.encodes else target))
             target = min(target, self.context)
-        if source < LEAST:
-            raise MethodError(f"targets of {target} tokens leave no room for a source among {self.context}: make them "
-                              "shorter (--summary-length, --gap-length)")  # fmt: skip
+        if source < MIN_SOURCE:
+            raise MethodError(f"targets of {target} tokens leave no space for a source in a context of {self.context}: "
+                              "shorten them (--summary-length, --gap-length)")  # fmt: skip
         if self.encodes:
             return [
-                {"input_ids": self._whole(prefix + read, source), "labels": self._whole(wanted, target)}
-                for read, wanted in texts
+                {"input_ids": self._whole(prefix + text, source), "labels": self._whole(summary, target)}
+                for text, summary in texts
             ]
-        return pairs((self._prompt(prefix + read, source), self._answer(wanted, target)) for read, wanted in texts)
+        return pairs((self._prompt(prefix + text, source), self._answer(summary, target)) for text, summary in texts)
 
-    def _whole(self, text: str, most: int) -> torch.Tensor:
-        """A text as an encoder-decoder takes it, with an end."""
+    def _whole(self, text: str, max_length: int) -> torch.Tensor:
+        """Encode a text for an encoder-decoder, with end token."""
         ids = self.tokenizer(text)["input_ids"]
         end = self.tokenizer.eos_token_id
-        return torch.tensor([*(ids[:-1] if ids and ids[-1] == end else ids)[: most - 1], end])
+        return torch.tensor([*(ids[:-1] if ids and ids[-1] == end else ids)[: max_length - 1], end])
 
-    def _prompt(self, text: str, most: int) -> list[int]:
-        """A source, and what parts it from its summary."""
+    def _prompt(self, text: str, max_length: int) -> list[int]:
+        """Encode a source and the separator before its summary."""
         parting = self._bare("\n") or [self.tokenizer.eos_token_id]
-        return [*self.tokenizer(text)["input_ids"][: most - len(parting)], *parting]
+        return [*self.tokenizer(text)["input_ids"][: max_length - len(parting)], *parting]
 
-    def _answer(self, text: str, most: int) -> list[int]:
-        return [*self._bare(text)[: most - 1], self.tokenizer.eos_token_id]
+    def _answer(self, text: str, max_length: int) -> list[int]:
+        return [*self._bare(text)[: max_length - 1], self.tokenizer.eos_token_id]
 
     def _bare(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    def gaps(self, found: Sequence[Gap], most: int) -> list[Sample]:
-        """Samples of sources with gaps.
+    def gaps(self, found: Sequence[Gap], max_length: int) -> list[Sample]:
+        """Encode masked sources.
+
+        Args:
+            found: the masked sources.
+            max_length: maximum number of tokens of a source, and of its target.
 
         Raises:
-            MethodError: when the tokenizer cannot tell one mask from the next.
+            MethodError: if the tokenizer maps two masks to the same tokens.
         """
         if self._bare(MASK.format(0)) == self._bare(MASK.format(1)):
             raise MethodError(
-                f"the tokenizer reads {MASK.format(0)} and {MASK.format(1)} alike, so gaps could not be told apart: "
-                "add these to its tokens"
+                f"the tokenizer maps {MASK.format(0)} and {MASK.format(1)} to the same tokens, so gaps cannot be "
+                "distinguished: add these masks to its vocabulary"
             )
-        return self.samples([(gap.text, gap.wanted) for gap in found], PREFIX, most, most)
+        return self.samples([(gap.text, gap.target) for gap in found], PREFIX, max_length, max_length)
 
 
 def _said(stacks: Sequence[Stack]) -> str:
     return " and ".join(f"{stack.stack} ({stack.architecture.modality})" for stack in stacks)
 
 
-def lasting(config: TrainConfig, samples: int, epochs: int) -> TrainConfig:
-    """A run of so many passes, unless it has its steps, which is looked at after each."""
+def with_steps(config: TrainConfig, samples: int, epochs: int) -> TrainConfig:
+    """Return a configuration with the steps of some epochs, unless it has steps, evaluated after each epoch.
+
+    Args:
+        config: training configuration.
+        samples: number of samples.
+        epochs: number of epochs.
+    """
     size = size_of(config)
     steps = config.steps or -(-epochs * samples // size)
     return replace(config, steps=steps, eval_every=config.eval_every or max(1, samples // size))
 
 
 def size_of(config: TrainConfig) -> int:
-    """Samples in a step."""
+    """Return the number of samples per step."""
     return config.batch * config.accumulate * processes.count()
 
 
 def trainee(model: Model) -> Any:
-    """A copy of a model with parameters of its own; tied ones stay tied."""
+    """Return a copy of a model that owns its parameters; tied ones stay tied."""
     view = share(model.model)
     own(view, lambda name: True)
     return view
@@ -187,10 +200,14 @@ def trainee(model: Model) -> Any:
 def fill_gaps(
     model: Model, samples: Sequence[Sample], held_out: Mapping[str, Sequence[Sample]], config: TrainConfig, out: Path
 ) -> tuple[Model, TrainingLog]:
-    """Stage 2: learn to write back what the gaps have taken.
+    """Stage 2: train to generate the masked sentences.
 
     Args:
-        config: of a run that has its steps.
+        model: the model; it is not changed.
+        samples: training samples.
+        held_out: held-out samples by name.
+        config: training configuration with steps.
+        out: folder for checkpoints.
     """
     view = trainee(model)
     log = fit(view, samples, Task(response_loss), config, out=out, trainable=lambda name: True, held_out=held_out)
@@ -198,11 +215,18 @@ def fill_gaps(
 
 
 def importance_at(model: Model, samples: list[Sample], anchor: Anchor, out: Path) -> Fisher:
-    """Stage 3: F where the gap sentences have left the model; measured once, whatever stops the run."""
+    """Stage 3: measure F at the gap-sentence solution, or load it from an earlier interrupted run.
+
+    Args:
+        model: the gap-sentence solution.
+        samples: the gap-sentence samples.
+        anchor: settings of the anchor.
+        out: folder in which F is saved.
+    """
     file = out / FISHER
     if file.exists():
         return read_fisher(file, model)
-    found = measured(model, samples, anchor.fisher_batch)
+    found = measure_fisher(model, samples, anchor.fisher_batch)
     found.save(file)
     return found
 
@@ -215,20 +239,24 @@ def summarise(
     anchor: Anchor,
     config: TrainConfig,
     out: Path,
-) -> tuple[Model, TrainingLog, Anchored]:
-    """Stage 4: learn summaries from the gap-sentence solution on, held to it.
+) -> tuple[Model, TrainingLog, AnchoredLoss]:
+    """Stage 4: train on summaries, starting from and anchored to the gap-sentence solution.
 
     Args:
         model: theta*; it is not changed.
         fisher: F at theta*; None for F = 1.
-        config: of a run that has its steps.
+        samples: training samples.
+        held_out: held-out samples by name.
+        anchor: strength of the anchor.
+        config: training configuration with steps.
+        out: folder for checkpoints.
     """
     assert config.steps is not None
     view = trainee(model)
     start = choose(view, lambda name: True)
     importance = None if fisher is None else {name: fisher.tensors[name] for name in start}
     penalty = Penalty(start, importance, anchor.normalize == "mean")
-    hook = Anchored(penalty, anchor, sites_of_parameters(model), samples=len(samples), size=size_of(config),
+    hook = AnchoredLoss(penalty, anchor, sites_of_parameters(model), samples=len(samples), size=size_of(config),
                     steps=config.steps)  # fmt: skip
     settings = {"anchor": vars(anchor), "fisher": fisher and fisher.provenance}
     log = fit(view, samples, Task(hook.loss), config, out=out, trainable=lambda name: True, held_out=held_out,

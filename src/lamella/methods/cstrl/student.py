@@ -2,8 +2,8 @@
 
     L = (1 - a) CE(student, labels) + (a T^2 / B^2) KL( softmax(z_t / T) || softmax(z_s / T) )      T = 20, a = 0.7
 
-CE and KL are means over the positions that carry a label; the authors' own count padding, too. Their B, the batch, is
-kept in the weight of KL as it is published, which depends on it (0.27 with B = 32); ``divergence`` sets another.
+CE and KL are means over labelled positions; the authors' implementation includes padding. B, the batch size, is part of
+the weight of KL as published (0.27 with B = 32); ``divergence`` sets another weight.
 
     parts    layers    width        channels    heads        of T5-small: 6 + 6, 512, 2048, 8
     1/8      2/3       1/sqrt 8     1/8         3/4          4 + 4, 181, 256, 6
@@ -26,9 +26,9 @@ from torch import Tensor
 
 from lamella.errors import MethodError
 from lamella.files import Work
-from lamella.methods.cstrl.judge import COLLAPSED, Judge
-from lamella.methods.cstrl.recipe import TRAINING, Course, Lengths, Reading, lasting, trainee
-from lamella.methods.cstrl.summaries import Splits, Summaries
+from lamella.methods.cstrl.judge import COLLAPSE_RATIO, Judge
+from lamella.methods.cstrl.recipe import TRAINING, PairEncoder, SummaryTraining, TextLengths, trainee, with_steps
+from lamella.methods.cstrl.summaries import Summaries, SummarySplits
 from lamella.plan import ModelReference, Plan
 from lamella.plan.config import reindex
 from lamella.registry import command
@@ -45,15 +45,16 @@ from lamella.train.losses import cross_entropy_and_distance
 from lamella.train.task import Batch
 
 DISTILLING = replace(TRAINING, lr=3e-3, batch=32)
-SMALLEST = 32  # of the parts that the table goes on to
-EIGHT = 8  # a head's size is a multiple of it, where the width decides it
+SMALLEST = 32  # the last row of the table
+EIGHT = 8  # head sizes are multiples of it if they depend on the hidden size
 
 
-def shrunk(model: Model, parts: int) -> Any:
-    """The config of a student of about so many parts fewer weights, encoder and decoder alike; the model's stays.
+def student_config(model: Model, parts: int) -> Any:
+    """Return the config of a student with about 1 / ``parts`` of the parameters, for encoder and decoder alike.
 
     Args:
-        parts: from 2 to 32: 8, 16 or 32 give the paper's students of T5-small; others lie between.
+        model: the teacher; its config is not changed.
+        parts: from 2 to 32: 8, 16 or 32 give the paper's students of T5-small; other values are interpolated.
     """
     octaves = math.log2(parts)
     config = model.model.config
@@ -68,39 +69,45 @@ def shrunk(model: Model, parts: int) -> Any:
 
 
 def _sizes(stack: Stack, parts: int, heads_left: float) -> dict[str, int]:
-    """The widths of a student's stack, by the names of its architecture's sizes."""
+    """Return the sizes of a student's stack, by the names of its architecture's sizes."""
     architecture, whole = stack.architecture, stack.architecture.sizes_of(stack.config)
     group = whole.heads // whole.kv_heads
     heads = max(group, round(whole.heads * heads_left) // group * group)
     width = whole.hidden / math.sqrt(parts)
-    # T5 says a head's size beside the width; elsewhere heads may have to fill it, and rotations come in pairs.
-    hidden = int(width) if architecture.name == "t5" else EIGHT * heads * max(1, round(width / (EIGHT * heads)))
-    sizes = {"hidden": hidden, "channels": max(1, whole.channels // parts), "heads": heads, "kv_heads": heads // group}
+    # T5 sets the head size explicitly; elsewhere heads may have to fill the width, and RoPE needs even sizes.
+    stream = int(width) if architecture.name == "t5" else EIGHT * heads * max(1, round(width / (EIGHT * heads)))
+    sizes = {"stream": stream, "channels": max(1, whole.channels // parts), "heads": heads, "kv_heads": heads // group}
     return {name: size for name, size in sizes.items() if name in architecture.sizes}
 
 
-def fresh(model: Model, parts: int, seed: int) -> Model:
-    """A student with random weights."""
-    config = copy.deepcopy(shrunk(model, parts))
+def new_student(model: Model, parts: int, seed: int) -> Model:
+    """Create a student with random weights.
+
+    Args:
+        model: the teacher.
+        parts: see :func:`student_config`.
+        seed: random seed.
+    """
+    config = copy.deepcopy(student_config(model, parts))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        made: Any = type(model.model)(config).to(model.device).eval()
-    made.generation_config = copy.deepcopy(model.model.generation_config)
-    return open_model(made, name=f"{model.name}, 1/{parts}")
+        network: Any = type(model.model)(config).to(model.device).eval()
+    network.generation_config = copy.deepcopy(model.model.generation_config)
+    return open_model(network, name=f"{model.name}, 1/{parts}")
 
 
 def student_loss(
     model: Any, batch: Batch, *, teacher: Any, temperature: float, alpha: float, divergence: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(1 - a) CE + ``divergence`` T^2 KL, both in nats per position, with its parts ``ce`` and ``kl`` (of T^2 KL).
+    """Return (1 - a) CE + ``divergence`` T^2 KL, both in nats per position, with its parts ``ce`` and ``kl`` (T^2 KL).
 
     Args:
         model: the student.
-        batch: what :func:`lamella.train.collate` returns.
-        teacher: of the same vocabulary; it gets no gradient.
+        batch: a batch of :func:`lamella.train.collate`.
+        teacher: a model with the same vocabulary; it gets no gradient.
         temperature: T.
         alpha: a.
-        divergence: the weight of T^2 KL: a / B^2 as published.
+        divergence: weight of T^2 KL: a / B^2 as published.
     """
     ce, kl = cross_entropy_and_distance(model, batch, teacher, partial(forward_kl, temperature=temperature))
     return (1 - alpha) * ce + divergence * kl, {"ce": ce, "kl": kl}
@@ -109,7 +116,7 @@ def student_loss(
 @command(
     "cstrl",
     "distil",
-    brief={"student": None, "parts": 8, "batch": 4, "summary_length": 16, "judged": 2},
+    brief={"student": None, "parts": 8, "batch": 4, "summary_length": 16, "test_samples": 2},
 )
 def distil(
     model: Model,
@@ -121,63 +128,63 @@ def distil(
     temperature: Annotated[float, Gt(0)] = 20.0,
     alpha: Annotated[float, Ge(0), Le(1)] = 0.7,
     divergence: Annotated[float, Ge(0)] | None = None,
-    lengths: Lengths = Lengths(),  # noqa: B008, frozen
-    course: Course = Course(),  # noqa: B008, frozen
+    lengths: TextLengths = TextLengths(),  # noqa: B008, frozen
+    course: SummaryTraining = SummaryTraining(),  # noqa: B008, frozen
     config: TrainConfig = DISTILLING,
     work: Work = Work(),
 ) -> Trained:
-    """Distil a model that summarises to a student of an eighth of its size or less.
+    """Distil a summarisation model to a student of an eighth of its size or less.
 
     Example: lamella run cstrl distil summarising --pairs reports.jsonl --parts 16 -o student
 
     Args:
         model: the teacher; it is not changed.
-        pairs: sources with their summaries. Without a test, a tenth becomes one; a tenth of the rest is watched.
-        student: a model of the same vocabulary to begin with, such as the teacher with layers cut out; a fresh one when
-            left out.
-        test: pairs to judge by.
-        parts: a fresh student has about one in so many of the teacher's weights: 8, 16 or 32 in the paper.
+        pairs: sources with their summaries. Without a test set, a tenth becomes one; a tenth of the rest is held out.
+        student: initial student with the same vocabulary, such as the teacher with fewer layers; if None, a new one
+            with random weights.
+        test: test pairs.
+        parts: a new student has about 1 / ``parts`` of the teacher's parameters: 8, 16 or 32 in the paper.
         temperature: T, of both distributions.
-        alpha: a, how much of the loss is not the labels'.
-        divergence: the weight of T^2 KL; a / B^2 when left out, as published.
-        lengths: what is read and written.
-        course: how summaries are learnt, and judged.
-        config: of the training.
-        work: where an interrupted run goes on from, to the bit.
+        alpha: a; the labels have the weight 1 - a in the loss.
+        divergence: weight of T^2 KL; if None, a / B^2 as published.
+        lengths: maximum lengths of texts.
+        course: training on summaries, and evaluation.
+        config: training configuration.
+        work: folder from which an interrupted run resumes, bit-exact.
 
     Returns:
-        The student, beside its teacher and one constant answer.
+        The student, with scores of the teacher and of a constant answer for comparison.
 
     Raises:
-        MethodError: for a student of another vocabulary.
-        TrainingError: when training cannot start or stay finite.
+        MethodError: for a student with another vocabulary.
+        TrainingError: if training cannot start, or the loss is not finite.
     """
-    splits, reading = Splits.of(pairs, test, config.seed), Reading(model, pairs.tokenizer)
-    begun = fresh(model, parts, config.seed) if student is None else student
-    check_same_words(model, begun)
+    splits, encoder = SummarySplits.of(pairs, test, config.seed), PairEncoder(model, pairs.tokenizer)
+    initial = new_student(model, parts, config.seed) if student is None else student
+    check_same_vocabulary(model, initial)
     samples, watched = (
-        reading.samples(part, course.prefix, lengths.source_length, lengths.summary_length)
+        encoder.samples(part, course.prefix, lengths.source_length, lengths.summary_length)
         for part in (splits.train, splits.held_out)
     )
-    view, master = trainee(begun), share(model.model).eval()
+    view, teacher_model = trainee(initial), share(model.model).eval()
     weight = alpha / config.batch**2 if divergence is None else divergence
-    loss = partial(student_loss, teacher=master, temperature=temperature, alpha=alpha, divergence=weight)
+    loss = partial(student_loss, teacher=teacher_model, temperature=temperature, alpha=alpha, divergence=weight)
     log = fit(
         view,
         samples,
-        Task(loss, frozen=(master,)),
-        lasting(config, len(samples), course.epochs),
+        Task(loss, frozen=(teacher_model,)),
+        with_steps(config, len(samples), course.epochs),
         out=work.directory() / "student",
         trainable=lambda name: True,
         held_out=watched,
         settings={"temperature": temperature, "alpha": alpha, "divergence": weight, "teacher": model.files_digest},
     )
-    trained = open_model(view.eval(), name=begun.name)
-    judge = Judge(reading, splits.test[: course.judged], course.prefix, lengths)
+    trained = open_model(view.eval(), name=initial.name)
+    judge = Judge(encoder, splits.test[: course.test_samples], course.prefix, lengths)
     scores = {
         "teacher": judge.of(model),
         "student": judge.of(trained),
-        "one constant answer": judge.constant(splits.train),
+        "constant answer": judge.constant(splits.train),
     }
     sizes = {"teacher": _size(model), "student": _size(trained)}
     return Trained(
@@ -189,17 +196,21 @@ def distil(
     )
 
 
-def check_same_words(teacher: Model, student: Model) -> None:
-    """Check that a student has the vocabulary of its teacher.
+def check_same_vocabulary(teacher: Model, student: Model) -> None:
+    """Check that a student has the vocabulary and architecture type of its teacher.
+
+    Args:
+        teacher: the teacher.
+        student: the student.
 
     Raises:
-        MethodError: when it has another number of tokens, or is of another kind.
+        MethodError: if the vocabulary sizes or the numbers of stacks differ.
     """
     sizes = [len(last_stack(each.model).unembedding.weight) for each in (teacher, student)]
     if sizes[0] != sizes[1] or len(teacher.stacks) != len(student.stacks):
         raise MethodError(
             f"{student.name} has {sizes[1]} tokens and {len(student.stacks)} stacks, its teacher {sizes[0]} and "
-            f"{len(teacher.stacks)}: give a student of the same kind and vocabulary"
+            f"{len(teacher.stacks)}: give a student of the same type and vocabulary"
         )
 
 
@@ -207,13 +218,13 @@ def _size(model: Model) -> int:
     return sum(each.numel() for each in model.model.parameters())
 
 
-def _notes(scores: dict[str, dict[str, Any]], splits: Splits) -> list[str]:
+def _notes(scores: dict[str, dict[str, Any]], splits: SummarySplits) -> list[str]:
     ours, theirs = (scores[name]["distinct"] for name in ("student", "teacher"))
     notes = []
-    if ours < COLLAPSED * theirs:
-        notes.append(f"The student has collapsed: {ours} different summaries, where its teacher writes {theirs}.")
-    if scores["student"]["rouge1"] <= scores["one constant answer"]["rouge1"]:
-        notes.append("The student is no better than one constant answer: train longer, or make it larger.")
-    if splits.set_aside:
-        notes.append(f"No test was given, so {len(splits.test)} of the pairs were set aside as one.")
+    if ours < COLLAPSE_RATIO * theirs:
+        notes.append(f"The student has collapsed: {ours} distinct summaries, while its teacher generates {theirs}.")
+    if scores["student"]["rouge1"] <= scores["constant answer"]["rouge1"]:
+        notes.append("The student is not better than a constant answer: train longer, or make it larger.")
+    if splits.test_from_pairs:
+        notes.append(f"No test set was given, so {len(splits.test)} of the pairs were used as one.")
     return notes

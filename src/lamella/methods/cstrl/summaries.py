@@ -1,4 +1,4 @@
-"""What is learnt from: sources with their summaries, and sources without any."""
+"""The data: sources with their summaries, sources without summaries, and the splits."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lamella.signature import Fixture
 
 SOURCES = ("source", "document", "article", "findings", "dialogue", *PROMPTS, "text")
 SUMMARIES = ("summary", "impression", "highlights", *RESPONSES)
-HINT = 'write {"source": "...", "summary": "..."}, or {"messages": [...]} whose last one is the summary'
-HELD_OUT = TESTED = 0.1  # of the pairs: the paper's 80/10/10
+EXPECTED_FORMAT = 'write {"source": "...", "summary": "..."}, or {"messages": [...]} whose last one is the summary'
+HELD_OUT = TESTED = 0.1  # fractions of the pairs: the paper's split is 80/10/10
 ROWS = (
     ("The heart is large. The lungs are clear. No effusion is seen.", "Large heart."),
     ("There is a small left effusion. The heart is normal. No fracture.", "Small left effusion."),
@@ -33,51 +33,59 @@ ROWS = (
 )
 
 
-class Pair(NamedTuple):
-    """One source with its summary, as text."""
+class SummaryPair(NamedTuple):
+    """One source with its summary, as text.
+
+    Attributes:
+        source: the source.
+        summary: its summary.
+    """
 
     source: str
     summary: str
 
 
-class Summaries(Rows[Pair]):
-    """Pairs as text, with the tokenizer that they are to be read with."""
+class Summaries(Rows[SummaryPair]):
+    """Pairs of source and summary as text, with a tokenizer."""
 
     metavar = "FILE"
     source_help = (
-        'a .jsonl file with a pair in each line: {"source": "...", "summary": "..."} (findings and impression, article '
-        'and highlights, prompt and completion are understood too), or {"messages": [...]} whose last one is the '
+        'a .jsonl file with one pair per line: {"source": "...", "summary": "..."} (findings and impression, article '
+        'and highlights, prompt and completion are accepted too), or {"messages": [...]} whose last message is the '
         "summary"
     )
     example = Fixture(
-        "reports.jsonl", "".join(f"{json.dumps({'source': source, 'summary': said})}\n" for source, said in ROWS)
+        "reports.jsonl", "".join(f"{json.dumps({'source': source, 'summary': summary})}\n" for source, summary in ROWS)
     )
 
     @classmethod
     def open(cls, name: str | Path, context: InputContext) -> Summaries:
-        """Read pairs; of a conversation, all that comes before the last answer is the source.
+        """Read pairs; in a conversation, everything before the last answer is the source.
 
         Args:
             name: the file.
+            context: provides the tokenizer.
 
         Raises:
-            CalibrationError: for a file that is missing, empty or malformed, or a line without one of the two.
+            CalibrationError: if the file is missing, empty or malformed, or a line lacks source or summary.
         """
-        read = read_examples(name, prompts=SOURCES, answers=SUMMARIES, hint=HINT)
-        pairs = [Pair("\n".join(each["content"] for each in before), said) for before, said in read]
+        read = read_examples(name, prompts=SOURCES, answers=SUMMARIES, hint=EXPECTED_FORMAT)
+        pairs = [SummaryPair("\n".join(each["content"] for each in before), summary) for before, summary in read]
         for number, pair in enumerate(pairs, start=1):
             if not pair.source.strip():
-                raise CalibrationError(f"{name}: pair {number} has an empty source: {HINT}")
+                raise CalibrationError(f"{name}: pair {number} has an empty source: {EXPECTED_FORMAT}")
         content = Path(name).expanduser().read_bytes()
-        told = {"data": str(name), "pairs": len(pairs), "sha256": hashlib.sha256(content).hexdigest()}
-        return cls(pairs, context.tokenizer, told)
+        provenance = {"data": str(name), "pairs": len(pairs), "sha256": hashlib.sha256(content).hexdigest()}
+        return cls(pairs, context.tokenizer, provenance)
 
 
 class Reports(Rows[str]):
     """Sources without a summary."""
 
     metavar = "FILE"
-    source_help = "a file of texts parted by blank lines, else by lines; or .jsonl with a text in each line"
+    source_help = (
+        "a text file with texts separated by blank lines, or one per line; or a .jsonl file with one text per line"
+    )
     example = Fixture("unlabelled.txt", "".join(f"{source}\n" for source, _ in ROWS[:4]))
 
     @classmethod
@@ -86,52 +94,58 @@ class Reports(Rows[str]):
 
         Args:
             name: the file; see :func:`lamella.data.read_records`.
+            reader: provides the tokenizer.
 
         Raises:
-            CalibrationError: for a file that is missing, empty or malformed.
+            CalibrationError: if the file is missing, empty or malformed.
         """
         texts = [record.text for record in read_records(name)]
         content = Path(name).expanduser().read_bytes()
-        told = {"data": str(name), "texts": len(texts), "sha256": hashlib.sha256(content).hexdigest()}
-        return cls(texts, context.tokenizer, told)
+        provenance = {"data": str(name), "texts": len(texts), "sha256": hashlib.sha256(content).hexdigest()}
+        return cls(texts, context.tokenizer, provenance)
 
 
 @dataclass(frozen=True)
-class Splits:
-    """The pairs, parted once: nothing of one part enters another.
+class SummarySplits:
+    """Disjoint splits of the pairs.
 
     Attributes:
-        train: to learn from, gap sentences too.
-        held_out: to watch by.
-        test: to judge by.
-        set_aside: whether the test was taken from the pairs, since none was given.
+        train: training pairs, also for gap sentences.
+        held_out: held-out pairs.
+        test: test pairs.
+        set_aside: whether the test pairs were taken from the given pairs, since no test set was given.
     """
 
-    train: Sequence[Pair]
-    held_out: Sequence[Pair]
-    test: Sequence[Pair]
-    set_aside: bool
+    train: Sequence[SummaryPair]
+    held_out: Sequence[SummaryPair]
+    test: Sequence[SummaryPair]
+    test_from_pairs: bool
 
     @classmethod
-    def of(cls, pairs: Sequence[Pair], test: Sequence[Pair] | None, seed: int) -> Splits:
-        """Part the pairs at random.
+    def of(cls, pairs: Sequence[SummaryPair], test: Sequence[SummaryPair] | None, seed: int) -> SummarySplits:
+        """Split the pairs at random.
+
+        Args:
+            pairs: the pairs.
+            test: test pairs, if given.
+            seed: random seed.
 
         Raises:
-            MethodError: when there are too few.
+            MethodError: if there are too few.
         """
         if len(pairs) < 3:
-            raise MethodError(f"{len(pairs)} pairs of source and summary: give 3 or more, better hundreds")
+            raise MethodError(f"{len(pairs)} pairs of source and summary: give at least 3, better hundreds")
         order = list(pairs)
         random.Random(seed).shuffle(order)
-        set_aside = test is None
+        test_from_pairs = test is None
         if test is None:
             count = max(1, round(TESTED * len(order)))
             test, order = order[:count], order[count:]
         count = max(1, round(HELD_OUT * len(order)))
-        return cls(order[count:], order[:count], test, set_aside)
+        return cls(order[count:], order[:count], test, test_from_pairs)
 
     @property
     def shared(self) -> int:
-        """How many sources of the test are among those that are learnt from."""
+        """The number of test sources that also occur in the training or held-out pairs."""
         known = {pair.source for pair in (*self.train, *self.held_out)}
         return sum(pair.source in known for pair in self.test)

@@ -1,20 +1,20 @@
-"""Do language models use their depth efficiently? (Csordas, Manning and Potts, 2025, arXiv 2505.13898)"""
+"""Do language models use their depth efficiently? After Csordas, Manning and Potts, 2025, arXiv 2505.13898."""
 
 from lamella.methods.depth_efficiency.attribution import (
     deepest_use,
     integrated_gradients,
-    mean_stream,
+    mean_hidden,
     residual_erasure,
 )
 from lamella.methods.depth_efficiency.effects import SkipEffect, depth_score, local_effect, skip_effect, split_points
 from lamella.methods.depth_efficiency.linear_maps import linear_maps
 from lamella.methods.depth_efficiency.method import DepthStudy, depth_efficiency, study
-from lamella.methods.depth_efficiency.profile import Mean, depth_profile, refinement, turning
+from lamella.methods.depth_efficiency.profile import TokenMean, depth_profile, refinement, turning_point
 
 __all__ = [
     "DepthStudy",
-    "Mean",
     "SkipEffect",
+    "TokenMean",
     "deepest_use",
     "depth_efficiency",
     "depth_profile",
@@ -22,11 +22,11 @@ __all__ = [
     "integrated_gradients",
     "linear_maps",
     "local_effect",
-    "mean_stream",
+    "mean_hidden",
     "refinement",
     "residual_erasure",
     "skip_effect",
     "split_points",
     "study",
-    "turning",
+    "turning_point",
 ]

@@ -1,4 +1,4 @@
-"""What every layer adds to the stream in one run of the whole model: what studies of depth are made of."""
+"""The contribution of every layer to the residual stream in one run of the whole model."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from lamella.stack import Context, Parallel, Stack, join
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """One sequence without padding, layer by layer, in the dtype of the stream.
+class RecordedRun:
+    """The hidden states of one sequence without padding, in the dtype of the model.
 
     Attributes:
-        context: what the layers are called with, to start again from any of them.
-        h: the stream before each layer, and after the last [layers + 1, time, hidden].
-        attn: what each attention adds to it [layers, time, hidden].
-        mlp: what each MLP adds [layers, time, hidden].
-        middle: the stream that each MLP reads [layers, time, hidden]: behind the attention, or, where both read the
-            same, before it.
+        context: inputs of the layers, to restart from any of them.
+        h: residual stream before each layer, and after the last [layers + 1, time, hidden].
+        attn: output of each attention [layers, time, hidden].
+        mlp: output of each MLP [layers, time, hidden].
+        middle: residual stream before each MLP [layers, time, hidden]: after the attention, or, for parallel sublayers,
+            before it.
     """
 
     context: Context
@@ -35,13 +35,18 @@ class Recorded:
 
     @property
     def time(self) -> int:
+        """The number of tokens."""
         return self.h.shape[1]
 
-    def which(self, front: int = 0, modality: str | None = None) -> Tensor:
-        """The tokens behind the front, of one modality where it is named [time] bool.
+    def token_mask(self, front: int = 0, modality: str | None = None) -> Tensor:
+        """Return the mask of the tokens after the front, of one modality if given [time] bool.
+
+        Args:
+            front: number of tokens at the front to exclude.
+            modality: name of a modality, or None for all tokens.
 
         Raises:
-            MethodError: for a modality that the stack does not carry.
+            MethodError: for a modality that the stack does not have.
         """
         known = self.context.modalities
         if modality is None:
@@ -49,27 +54,28 @@ class Recorded:
         elif modality in known:
             chosen = known[modality][0].clone()
         else:
-            raise MethodError(f"modality {modality}: this stack carries {' and '.join(known)}")
+            raise MethodError(f"modality {modality}: this stack has {' and '.join(known)}")
         chosen[:front] = False
         return chosen
 
     @property
     def c(self) -> Tensor:
-        """What each layer adds [layers, time, hidden]."""
+        """The contribution of each layer [layers, time, hidden]."""
         return self.h[1:] - self.h[:-1]
 
 
 @torch.no_grad()
-def run_once(stack: Stack, given: Tensor | Mapping[str, Tensor]) -> Recorded:
-    """Run the whole model once and keep its stream.
+def run_once(stack: Stack, inputs: Tensor | Mapping[str, Tensor]) -> RecordedRun:
+    """Run the whole model once and record its residual stream.
 
     Args:
-        given: the tokens of one sequence [time], or what the model takes of one by name, images too, without padding.
+        stack: the model.
+        inputs: token ids of one sequence [time], or the model's inputs by name, including images, without padding.
 
     Raises:
         NumericsError: for activations that are not finite, named by site.
     """
-    context = stack.context(given[None] if isinstance(given, Tensor) else given)
+    context = stack.context(inputs[None] if isinstance(inputs, Tensor) else inputs)
     h, attn, mlp, middle, joined = [context.h], [], [], [], context.h
     for position, after in stack.walk(context.h, 0, len(stack), context):
         stack.check_finite(position, after)
@@ -81,17 +87,19 @@ def run_once(stack: Stack, given: Tensor | Mapping[str, Tensor]) -> Recorded:
             attn.append(after.attn if isinstance(after, Parallel) else joined - h[-1])
             middle.append(after.h if isinstance(after, Parallel) else joined)
     parts = [torch.cat(part) for part in (h, attn, mlp, middle)]
-    return Recorded(context, *parts)
+    return RecordedRun(context, *parts)
 
 
-def runs(stack: Stack, tokens: Tokens, what: str) -> Iterator[Recorded]:
-    """Each sequence of calibration tokens, or row of images with text, run once; padding is left out.
+def runs(stack: Stack, tokens: Tokens, what: str) -> Iterator[RecordedRun]:
+    """Run each sequence of calibration tokens, or row of images with text, once, without padding.
 
     Args:
-        what: the name of the work, for its progress.
+        stack: the model.
+        tokens: calibration tokens, or rows of images with text.
+        what: description for the progress bar.
 
     Raises:
-        CalibrationError: for no sequences, or one without tokens.
+        CalibrationError: if there is no sequence, or one without tokens.
     """
     for row in track(sequences(tokens), what):
         if not isinstance(tokens, Tensor | Mapping):  # rows of images with text, one at a time
@@ -101,11 +109,14 @@ def runs(stack: Stack, tokens: Tokens, what: str) -> Iterator[Recorded]:
         yield run_once(stack, row["input_ids"][real].to(stack.device))
 
 
-def added(stack: Stack, layer: int, h: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-    """What a layer makes of another stream than its own, and what it adds to it, each [time, hidden].
+def layer_contribution(stack: Stack, layer: int, h: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    """Run a layer on another residual stream; return its output and its contribution, each [time, hidden].
 
     Args:
-        h: the stream before the layer [time, hidden].
+        stack: the model.
+        layer: index of the layer.
+        h: residual stream before the layer [time, hidden].
+        context: inputs of the layers.
     """
     after = join(stack.run(h[None], layer, layer + 1, context))[0]
     return after, after - h

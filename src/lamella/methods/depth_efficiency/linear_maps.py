@@ -1,12 +1,12 @@
-"""Does a deeper model do something new? Linear maps from every layer of one model to every layer of another.
+"""Linear maps from every layer of one model to every layer of another: does a deeper model compute something new?
 
-For each pair of points, i of the source and j of the target, a ridge regression predicts the target's stream from the
-source's at the same token (arXiv 2505.13898, section on linear maps):
+For each pair of points, i of the source and j of the target, a ridge regression predicts the target's residual stream
+from the source's at the same token (arXiv 2505.13898, section on linear maps):
 
     W = (Xᵀ X + λ I)⁻¹ Xᵀ Y,     λ = ridge · trace(Xᵀ X) / d,     X, Y centred
 
-Where the deeper model only spreads the same steps over more layers, points of equal relative depth map best: the lowest
-errors lie on the diagonal.
+If the deeper model only spreads the same computation over more layers, points of equal relative depth predict each
+other best: the lowest errors lie on the diagonal.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from lamella.methods.depth_efficiency.contributions import run_once
 from lamella.progress import track
 from lamella.stack import Stack
 
-ENOUGH = 20  # tokens to fit on for each channel of the source, or held-out errors say little
-HELD_OUT = 0.2  # of the sequences, the last ones
+ENOUGH = 20  # training tokens per channel of the source needed for meaningful held-out errors
+HELD_OUT = 0.2  # fraction of the sequences that is held out, the last ones
 
 
 @dataclass(frozen=True)
 class LinearMaps:
-    """How well each point of one model's stream predicts each point of another's.
+    """Errors of predicting the residual stream at each point of one model from each point of another.
 
     Attributes:
-        errors: ``||Y - X W - b|| / ||Y||`` on held-out tokens, their mean, ``("source", "target")``
+        errors: mean of ``||Y - X W - b|| / ||Y||`` over held-out tokens, ``("source", "target")``
             [source layers + 1, target layers + 1].
-        few: whether there were fewer tokens to fit on than 20 for each channel of the source.
+        few: whether there were fewer than 20 training tokens per channel of the source.
     """
 
     errors: Scores
@@ -47,55 +47,57 @@ class LinearMaps:
 
     @property
     def best(self) -> np.ndarray:
-        """For each point of the target, the point of the source that predicts it best [target layers + 1]."""
+        """The source point that predicts each target point best [target layers + 1]."""
         return self.errors.values.argmin(axis=0)
 
     @property
     def correlation(self) -> float:
-        """Rank correlation of the depths of targets with those of their best sources; 0 where one is best for all."""
+        """Rank correlation of target points and their best source points; 0 if one is best for all."""
         return spearman(self.best, np.arange(len(self.best))) or 0.0
 
     @property
     def offset(self) -> float:
-        """Mean distance between the relative depths, 0 for a perfect diagonal."""
+        """Mean difference of relative depth between target points and their best source points."""
         source, target = (size - 1 for size in self.errors.values.shape)
         return float(np.abs(self.best / source - np.arange(target + 1) / target).mean())
 
     def along(self, *, reverse: bool = False) -> float:
-        """The mean error on the diagonal of equal relative depth, or on the one from the end to the start."""
+        """Return the mean error on the diagonal of equal relative depth, or on the reverse diagonal."""
         source, target = (size - 1 for size in self.errors.values.shape)
-        places = np.arange(target + 1)
-        rows = np.rint(places * source / target).astype(int)
-        return float(self.errors.values[source - rows if reverse else rows, places].mean())
+        positions = np.arange(target + 1)
+        rows = np.rint(positions * source / target).astype(int)
+        return float(self.errors.values[source - rows if reverse else rows, positions].mean())
 
     def as_dict(self) -> dict[str, Any]:
+        """Return errors and measures as JSON values."""
         measures = {"correlation": self.correlation, "offset": self.offset, "few": self.few}
         return {"errors": self.errors.as_dict(), "best": self.best.tolist()} | measures
 
 
 def linear_maps(source: Stack, target: Stack, tokens: Tokens, *, ridge: float = 1e-3, front: int = 1) -> LinearMaps:
-    """Fit all maps between two models that read the same tokens.
+    """Fit all linear maps between two models with the same tokenizer.
 
-    The streams lie in a temporary file, so memory holds a few points at a time.
+    The hidden states are stored in a temporary file, so that only a few points are in memory at a time.
 
     Args:
-        source, target: decoders with the same tokenizer; the paper maps the shallow one to the deep one.
+        source: the model to predict from; the paper maps the shallow model to the deep one.
+        target: the model to predict.
         tokens: token ids [sequences, time]; the last fifth of the sequences is held out.
         ridge: λ, relative to the mean variance of the source's channels.
-        front: tokens at the front of each sequence that are left out.
+        front: number of tokens at the front of each sequence that are ignored.
 
     Raises:
-        CalibrationError: when there are too few sequences to hold some out, or a token that one model does not know.
+        CalibrationError: if there are too few sequences to hold some out, or a token unknown to one model.
     """
     rows = sequences(tokens)
     held_out = max(1, round(HELD_OUT * len(rows)))
     if len(rows) < 2:
-        raise CalibrationError("one sequence cannot be fitted and held out: give two or more")
+        raise CalibrationError("one sequence cannot be split into training and held-out data: give at least two")
     known = min(stack.config.vocab_size for stack in (source, target))
-    most = max(int(row["input_ids"].max()) for row in rows)
-    if most >= known:
-        raise CalibrationError(f"token {most} is unknown to one of the models: maps need one tokenizer for both")
-    with _streams(source, rows, front) as (x, lengths), _streams(target, rows, front) as (y, _):
+    maximum = max(int(row["input_ids"].max()) for row in rows)
+    if maximum >= known:
+        raise CalibrationError(f"token {maximum} is unknown to one of the models: linear maps need a common tokenizer")
+    with _hidden_states(source, rows, front) as (x, lengths), _hidden_states(target, rows, front) as (y, _):
         fit = sum(lengths[:-held_out])
         errors = np.empty((len(x), len(y)))
         for i in track(range(len(x)), f"linear maps from {source.name}"):
@@ -106,7 +108,7 @@ def linear_maps(source: Stack, target: Stack, tokens: Tokens, *, ridge: float = 
 
 
 def _map(x: torch.Tensor, targets: np.ndarray, fit: int, ridge: float) -> list[float]:
-    """The held-out errors of the maps from one point [tokens, channels] to all points of the target."""
+    """Return the held-out errors of the maps from one point [tokens, channels] to all points of the target."""
     mean = x[:fit].mean(0)
     seen, other = (x[:fit] - mean).double(), (x[fit:] - mean).double()
     gram = seen.T @ seen
@@ -123,8 +125,10 @@ def _map(x: torch.Tensor, targets: np.ndarray, fit: int, ridge: float) -> list[f
 
 
 @contextmanager
-def _streams(stack: Stack, rows: list[dict[str, torch.Tensor]], front: int) -> Iterator[tuple[np.ndarray, list[int]]]:
-    """The stream at every point [layers + 1, tokens, hidden] float32 on disk, and the tokens of each sequence."""
+def _hidden_states(
+    stack: Stack, rows: list[dict[str, torch.Tensor]], front: int
+) -> Iterator[tuple[np.ndarray, list[int]]]:
+    """Store the hidden states at every point on disk [layers + 1, tokens, hidden]; also yield the lengths."""
     reals = [row.get("attention_mask", torch.ones_like(row["input_ids"])).bool() for row in rows]
     lengths = [int(real.sum()) - front for real in reals]
     with tempfile.TemporaryDirectory() as folder:

@@ -1,16 +1,16 @@
-"""Do language models use their depth efficiently? (Csordas, Manning and Potts, 2025, arXiv 2505.13898)
+"""Do language models use their depth efficiently? After Csordas, Manning and Potts, 2025, arXiv 2505.13898.
 
-A layer adds its *contribution* to the stream, c = a + m, from its attention and its MLP:
+A layer adds its *contribution* to the residual stream, c = a + m, from its attention and its MLP:
 
     h_0 ──(+ c_0)── h_1 ──(+ c_1)── ··· ── h_L ── norm ── head ── y
 
-Three questions are asked of it. How large is what it adds, and which way does it point (profile.py)? Who misses it:
-how do the contributions of later layers, and the output, change when it is left out, for all tokens, or for those
-before some position with everything measured behind it, so that only what *other tokens* use later counts (effects.py)?
-And who reads it directly, when nothing propagates (effects.py)?
+Three questions are studied. How large is a contribution, and what is its direction (profile.py)? How do the
+contributions of later layers, and the output, change when a layer is skipped, for all tokens, or for those before some
+position with everything measured after it, so that only the use by *other tokens* counts (effects.py)? And which layers
+use it directly, when nothing propagates (effects.py)?
 
-The first token takes no part: it holds the attention sink, a stream so large that it would decide every mean, and
-whose loss would destroy every other token.
+The first token is excluded: it is an attention sink with a hidden state so large that it would dominate every mean, and
+skipping its layers would destroy every other token.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ from lamella.measure import (
 )
 from lamella.methods.depth_efficiency.effects import SkipEffect, local_effect, skip_effect
 from lamella.methods.depth_efficiency.linear_maps import linear_maps
-from lamella.methods.depth_efficiency.profile import depth_profile, refinement, turning
+from lamella.methods.depth_efficiency.profile import depth_profile, refinement, turning_point
 from lamella.progress import track
 from lamella.registry import method
 from lamella.results import Study
 from lamella.stack import Group, Stack, groups_at
 from lamella.zoo import open_tokenizer
 
-LENGTH = 128  # tokens in the sequences of the study, which runs the model some hundred times
-BEGINNING = 128  # tokens on which sublayers and layers are left out, in a brief look
-PROMPTS = 16  # rows of images with text in which layers are left out
-MAPPED = 30  # tokens for each channel of the source that maps are fitted on and tested with
+LENGTH = 128  # length of the sequences of the study, which runs the model some hundred times
+BRIEF_TOKENS = 128  # number of tokens for the removal of sublayers and layers in brief mode
+MAX_ROWS = 16  # number of rows of images with text for the removal of layers
+MAP_TOKENS = 30  # tokens per channel of the source for training and testing linear maps
 
 
 @method(
@@ -72,59 +72,61 @@ def depth_efficiency(
     front: Annotated[int, Ge(0)] = 1,
     seed: Annotated[int, Ge(0)] = 0,
 ) -> Study:
-    """Study what each layer does for the stream, for later layers and tokens, and for the output.
+    """Study what each layer contributes to the residual stream, to later layers and tokens, and to the output.
 
-    Block influence (how far a layer turns the stream), stream norms, angular distances between layers, and the
-    Jensen-Shannon divergence of the output when one layer or one sublayer is left out. Higher means it matters more.
+    Block influence (change of the residual stream's direction), norms, angular distances between layers, and the
+    Jensen-Shannon divergence of the output when one layer or one sublayer is removed. Higher means more important.
 
-    Then the study of Csordas et al.: how large what a layer adds is and which way it points, what the head would say
-    half-way (logit lens), which later layers and tokens miss a layer, and how many layers hold nine tenths of what
-    layers do for one another. The page draws them all.
+    Then the study of Csordas et al.: size and direction of each contribution, predictions of intermediate layers (logit
+    lens), effects of skipping a layer on later layers and tokens, and the number of layers that account for nine tenths
+    of the effects of layers on one another. The page plots all of them.
 
     Example: lamella inspect smollm2 -o depth
 
     Args:
         stack: the model; it is not changed.
-        calibration: text to measure on, or token ids [sequences, time]; the paper takes 10 to 20 prompts. Of images
-            with text, what layers do for the tokens of each modality too; layers are left out in the first 16 rows.
-        compare: a second model, often a deeper one, with the same tokenizer: linear maps to it.
-        brief: leave out what takes minutes: who misses each layer, and who reads it; and leave sublayers and layers
-            out of the first tokens alone. All of it then takes less time than a dozen passes over the text.
-        splits: in the study of later tokens, at how many points each sequence is split.
-        stride: of what those points are multiples, in tokens.
-        front: tokens at the front of each sequence at which nothing is measured, but for the output without a sublayer
-            or a layer, which is compared at all tokens. In the study they keep every layer.
-        seed: draws the sequences and the split points.
+        calibration: text to measure on, or token ids [sequences, time]; the paper uses 10 to 20 prompts. For images
+            with text, contributions are also measured per modality, and layers are removed in the first 16 rows.
+        compare: a second model, often a deeper one, with the same tokenizer, for linear maps to it.
+        brief: omit the measurements that take minutes (effects of skipping layers), and remove sublayers and layers
+            only for the first tokens. Everything then takes less time than a dozen passes over the text.
+        splits: number of split points per sequence, for effects on later tokens.
+        stride: split points are multiples of this number of tokens.
+        front: number of tokens at the front of each sequence that are not measured, except for the output without a
+            sublayer or layer, which is compared at all tokens. In the study they keep every layer.
+        seed: random seed of the sequences and the split points.
 
     Returns:
-        The findings ``scores``, each as :meth:`lamella.measure.Scores.as_dict` gives it: ``block_influence`` [layers],
-        ``sublayer_influence`` [sublayers], ``stream_norm`` [layers + 1], ``angular_distance`` [start, length], and the
-        output's Jensen-Shannon divergence in nats without one sublayer or one layer, ``sublayer_removed`` [sublayers]
-        and ``layer_removed`` [layers]; the ``study`` unless brief, and the ``maps`` to ``compare``. Of images with text
-        the ``modalities``: the profile of ``text`` and ``image`` tokens, and unless brief what text tokens lose where
-        those of one modality skip a layer. A stack that gives features to others, such as a vision tower, has the
-        scores alone, the last two as how far its features turn (1 - cosine).
+        The findings ``scores``, each in the format of :meth:`lamella.measure.Scores.as_dict`: ``block_influence``
+        [layers], ``sublayer_influence`` [sublayers], ``residual_norm`` [layers + 1], ``angular_distance`` [start,
+        length], and the output's Jensen-Shannon divergence in nats without one sublayer or one layer,
+        ``sublayer_removed`` [sublayers] and ``layer_removed`` [layers]; the ``study`` unless brief, and the linear
+        ``maps`` to ``compare``. For
+        images with text the ``modalities``: the profile of ``text`` and ``image`` tokens, and unless brief the effect
+            on
+        text tokens if the tokens of one modality skip a layer. A stack that provides features to others, such as a
+        vision tower, has the scores only, the last two as change of its features (1 - cosine).
 
     Raises:
-        CalibrationError: for no tokens, sequences too short for a split point, or tokenizers that differ.
-        MethodError: for maps on images.
+        CalibrationError: if there are no tokens, sequences are too short for a split point, or tokenizers differ.
+        MethodError: for linear maps on images.
         NumericsError: for activations that are not finite, named by site.
     """
     if compare is not None and isinstance(calibration, ImageText):
         raise MethodError(
-            "depth-efficiency: maps between models are made on text: give calibration, or leave compare out"
+            "depth-efficiency: linear maps between models need text: give text as calibration, or omit compare"
         )
     few = (
-        ImageText(calibration[:PROMPTS], calibration.processing) if isinstance(calibration, ImageText) else calibration
+        ImageText(calibration[:MAX_ROWS], calibration.processing) if isinstance(calibration, ImageText) else calibration
     )
-    some = _beginning(few) if brief else few
+    some = _first_tokens(few) if brief else few
     measured = {
         "block_influence": block_influence(stack, calibration, front=front),
         "sublayer_influence": sublayer_influence(stack, calibration, front=front),
-        "stream_norm": hidden_norms(stack, calibration, front=front),
+        "residual_norm": hidden_norms(stack, calibration, front=front),
         "angular_distance": angular_distance(stack, calibration, front=front),
-        "sublayer_removed": _removed_alone(stack, some, "sublayer"),
-        "layer_removed": _removed_alone(stack, some, "layer"),
+        "sublayer_removed": _removal_scores(stack, some, "sublayer"),
+        "layer_removed": _removal_scores(stack, some, "layer"),
     }
     findings: dict[str, Any] = {"scores": {name: scores.as_dict() for name, scores in measured.items()}}
     if isinstance(few, ImageText) and stack.architecture.images:
@@ -140,7 +142,14 @@ def depth_efficiency(
 
 @dataclass(frozen=True)
 class DepthStudy:
-    """What :func:`study` returns; three estimates of where the use of depth changes come with it."""
+    """The result of :func:`study`, with three estimates of where the use of depth changes.
+
+    Attributes:
+        profile: see :func:`depth_profile`.
+        current: effects of skipping a layer for all tokens.
+        future: effects of skipping a layer on later tokens.
+        local: see :func:`local_effect`.
+    """
 
     profile: dict[str, Scores]
     current: SkipEffect
@@ -149,24 +158,25 @@ class DepthStudy:
 
     @property
     def effective_depth(self) -> int:
-        """In layers; see :meth:`SkipEffect.effective_depth`."""
+        """The number of layers; see :meth:`SkipEffect.effective_depth`."""
         return self.future.effective_depth()
 
     @property
     def refinement(self) -> int:
-        """The point from which layers only bring the output closer; see :func:`refinement`."""
+        """The point after which layers only bring the prediction closer to the output; see :func:`refinement`."""
         return refinement(self.profile["lens_kl"].values)
 
     @property
-    def turning(self) -> int | None:
-        """The layer from which layers amplify the stream; see :func:`turning`."""
-        return turning(self.profile["cosine_layer"].values)
+    def turning_point(self) -> int | None:
+        """The layer from which layers amplify the residual stream; see :func:`turning_point`."""
+        return turning_point(self.profile["cosine_layer"].values)
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the study as JSON values."""
         return {
             "effective_depth": self.effective_depth,
             "refinement": self.refinement,
-            "turning": self.turning,
+            "turning_point": self.turning_point,
             "profile": {name: scores.as_dict() for name, scores in self.profile.items()},
             "skip_current": self.current.as_dict(),
             "skip_future": self.future.as_dict(),
@@ -177,7 +187,16 @@ class DepthStudy:
 def study(
     stack: Stack, tokens: Tokens, *, splits: int = 4, stride: int = 8, front: int = 1, seed: int = 0
 ) -> DepthStudy:
-    """The paper's own measurements; see :func:`depth_efficiency`."""
+    """Run the paper's own measurements; see :func:`depth_efficiency`.
+
+    Args:
+        stack: the model.
+        tokens: token ids [sequences, time], or rows of images with text.
+        splits: number of split points per sequence.
+        stride: split points are multiples of this number of tokens.
+        front: number of tokens at the front of each sequence that are not measured.
+        seed: random seed of the split points.
+    """
     return DepthStudy(
         depth_profile(stack, tokens, front=front),
         skip_effect(stack, tokens, scope="current", front=front, seed=seed),
@@ -187,7 +206,14 @@ def study(
 
 
 def by_modality(stack: Stack, rows: ImageText, *, front: int = 1, brief: bool = False) -> dict[str, Any]:
-    """What layers do for the tokens of each modality, and what text tokens lose where those of one skip a layer."""
+    """Measure contributions for the tokens of each modality, and the effect on text if one modality skips a layer.
+
+    Args:
+        stack: the model.
+        rows: images with text.
+        front: number of tokens at the front of each sequence that are not measured.
+        brief: measure the contributions only.
+    """
     found: dict[str, Any] = {}
     for name in stack.context(sequences(rows)[0]).modalities:
         profile = depth_profile(stack, rows, front=front, modality=name)
@@ -198,25 +224,25 @@ def by_modality(stack: Stack, rows: ImageText, *, front: int = 1, brief: bool = 
 
 
 def _gives_features(stack: Stack) -> bool:
-    """Whether nothing but another stack reads this one: it has no head, whose output could be compared."""
+    """Return whether the stack only provides features to another stack, so it has no output to compare."""
     return stack.architecture.objective == "features"
 
 
-def _beginning(tokens: Tokens) -> Tokens:
-    """The first tokens of the first sequence, an eighth of what is usual; or the first row of images with text."""
+def _first_tokens(tokens: Tokens) -> Tokens:
+    """Return the first tokens of the first sequence, or the first row of images with text."""
     if isinstance(tokens, ImageText):
         return ImageText(tokens[:1], tokens.processing)
-    given = sequences(tokens)[0]
-    start = int(given["attention_mask"][0].argmax()) if "attention_mask" in given else 0  # padding may stand in front
-    return {name: each[:1, start : start + BEGINNING] for name, each in given.items()}
+    inputs = sequences(tokens)[0]
+    start = int(inputs["attention_mask"][0].argmax()) if "attention_mask" in inputs else 0  # there may be left padding
+    return {name: each[:1, start : start + BRIEF_TOKENS] for name, each in inputs.items()}
 
 
-def _removed_alone(stack: Stack, tokens: Tokens, what: str) -> Scores:
-    """What the output loses with one sublayer, or one layer, left out."""
+def _removal_scores(stack: Stack, tokens: Tokens, what: str) -> Scores:
+    """Measure the change of the output without one sublayer or one layer."""
     groups = groups_at("sublayer" if what == "sublayer" else "block", stack.positions)
     if _gives_features(stack):
-        name = f"turn of the features without the {what} (1 - cosine)"
-        return Scores(name, (what,), _turned(stack, tokens, groups), {"tokens": describe(tokens)})
+        name = f"change of the features without the {what} (1 - cosine)"
+        return Scores(name, (what,), _feature_change(stack, tokens, groups), {"tokens": describe(tokens)})
     distance = OutputDistance(stack, tokens, "jsd")
     values = [distance.cost((), group, np.inf).value for group in track(groups, f"each {what} alone")]
     name = f"output JSD without the {what} (nats)"
@@ -224,23 +250,25 @@ def _removed_alone(stack: Stack, tokens: Tokens, what: str) -> Scores:
 
 
 @torch.no_grad()
-def _turned(stack: Stack, tokens: Tokens, groups: Sequence[Group]) -> np.ndarray:
-    """How far the features turn without each group of sublayers, mean over positions of 1 - cosine [groups]."""
+def _feature_change(stack: Stack, tokens: Tokens, groups: Sequence[Group]) -> np.ndarray:
+    """Return the mean change of the features (1 - cosine) without each group of sublayers [groups]."""
     total, seen = np.zeros(len(groups)), 0
     for row in track(sequences(tokens), "features without each part"):
         context = stack.context(row)
         whole = stack.normed(stack.run(context.h, 0, len(stack), context))[context.real].float()
         seen += len(whole)
-        for place, group in enumerate(groups):
+        for index, group in enumerate(groups):
             left = stack.normed(stack.run(context.h, 0, len(stack), context, skip=group))[context.real].float()
-            total[place] += float((1 - cosine_similarity(left, whole, dim=-1)).double().sum())
+            total[index] += float((1 - cosine_similarity(left, whole, dim=-1)).double().sum())
     return total / seen
 
 
 def _maps(stack: Stack, other: Stack, text: Text, front: int) -> dict[str, Any]:
-    """How well the streams of another model follow from those of this one, by linear maps."""
+    """Fit linear maps from this model's residual stream to another model's."""
     if open_tokenizer(other.path or other.name).get_vocab() != text.tokenizer.get_vocab():
-        raise CalibrationError(f"{stack.name} and {other.name} have different tokenizers: maps need one for both")
+        raise CalibrationError(
+            f"{stack.name} and {other.name} have different tokenizers: linear maps need the same one"
+        )
     length = text.tokens.shape[1]
-    rows = text.cut(-(-MAPPED * stack.unembedding.weight.shape[1] // length), length)
+    rows = text.cut(-(-MAP_TOKENS * stack.unembedding.weight.shape[1] // length), length)
     return {"data": rows.describe(), "target": other.name} | linear_maps(stack, other, rows, front=front).as_dict()

@@ -1,4 +1,4 @@
-"""The page of ``lamella inspect``: what each layer does, and what removing it would cost."""
+"""The page of ``lamella inspect``: the contribution of each layer, and the cost of removing it."""
 
 from __future__ import annotations
 
@@ -16,58 +16,58 @@ SCORES = (
     (
         "sublayer_removed",
         "Sublayer removed",
-        "how far the output moves ({distance}) when this sublayer alone is left out",
+        "change of the output ({distance}) when only this sublayer is removed",
     ),
-    ("layer_removed", "Layer removed", "how far the output moves ({distance}) when the whole layer is left out"),
-    ("sublayer_influence", "Sublayer influence", "how far this sublayer turns the stream (1 − cosine)"),  # noqa: RUF001
-    ("block_influence", "Block influence", "how far the whole layer turns the stream (1 − cosine)"),  # noqa: RUF001
+    ("layer_removed", "Layer removed", "change of the output ({distance}) when the whole layer is removed"),
+    ("sublayer_influence", "Sublayer influence", "change of the residual stream's direction (1 − cosine)"),  # noqa: RUF001
+    ("block_influence", "Block influence", "change of the residual stream's direction (1 − cosine)"),  # noqa: RUF001
 )
 BARS = (
     ("layer_removed", "Output without the layer: {distance}", "layer", True),
     ("block_influence", "Block influence", "layer", False),
-    ("stream_norm", "Stream norm before the layer", "layer, the last bar being the end", True),
+    ("residual_norm", "Norm of the residual stream before the layer", "layer (last bar: after the last layer)", True),
 )
 LINES = (
     (
         "ratio",
-        "Size of what is added, relative to the stream it is made from",
+        "Norm of the contribution, relative to its input",
         (("ratio_attn", "attention"), ("ratio_mlp", "MLP"), ("ratio_layer", "layer")),
         True,
     ),
     (
         "cosine",
-        "Its direction: cosine with the stream it is made from",
+        "Cosine of the contribution and its input",
         (("cosine_attn", "attention"), ("cosine_mlp", "MLP"), ("cosine_layer", "layer")),
         False,
     ),
-    ("lens", "What the head would say before each layer: KL to the output, nats", (("lens_kl", "KL"),), False),
-    ("top5", "and the share of its five likeliest tokens that agree", (("lens_top5", "top 5"),), False),
+    ("lens", "Logit lens before each layer: KL to the output (nats)", (("lens_kl", "KL"),), False),
+    ("top5", "Logit lens before each layer: fraction of the top 5 tokens that agree", (("lens_top5", "top 5"),), False),
 )
-MODALITIES = (  # lines, one for each modality
-    ("ratio_layer", "Size of what a layer adds, relative to the stream"),
-    ("cosine_layer", "Its direction: cosine with the stream"),
-    ("norm_stream", "Norm of the stream before the layer"),
+MODALITIES = (  # one line per modality
+    ("ratio_layer", "Norm of the layer's contribution, relative to its input"),
+    ("cosine_layer", "Cosine of the contribution and its input"),
+    ("norm_residual", "Norm of the residual stream before the layer"),
 )
-HEATS = (  # what each heat map shows, and its greatest value: changes beyond 1 are one colour, as in the paper
-    ("current", "Left out for all tokens", "skip_current"),
-    ("future", "Left out for earlier tokens, measured at later ones", "skip_future"),
+HEATS = (  # name, title and finding of each heat map; values above 1 have one colour, as in the paper
+    ("current", "Skipped for all tokens", "skip_current"),
+    ("future", "Skipped for earlier tokens, measured at later ones", "skip_future"),
 )
 
 
 def page(evidence: Evidence) -> str:
-    """The page: one file that needs no network.
+    """Return the HTML page, a single file that needs no network.
 
     Raises:
-        LamellaError: when plotly or jinja2 is missing.
+        LamellaError: if plotly or jinja2 is not installed.
     """
-    told = finite(evidence.model_dump(by_alias=True))
-    found, layers = told["findings"], told["model"]["layers"]
+    record = finite(evidence.model_dump(by_alias=True))
+    found, layers = record["findings"], record["model"]["layers"]
     scores = found["scores"]
-    distance = _distance(told)
+    distance = _distance(record)
     shades = [
         shaded
-        for name, title, said in SCORES
-        for shaded in shade(name, title, said.format(distance=distance), scores[name]["values"], layers)
+        for name, title, description in SCORES
+        for shaded in shade(name, title, description.format(distance=distance), scores[name]["values"], layers)
     ]
     bars = {
         name: Bars(axis, "", {"": scores[name]["values"]}, log_y=log, title=title.format(distance=distance))
@@ -76,7 +76,7 @@ def page(evidence: Evidence) -> str:
     panels: dict[str, dict[str, Figure]] = {"bars": {**bars}, "lines": {}, "heats": {}, "kinds": {}}
     if study := found.get("study"):
         panels |= {"lines": _lines(study["profile"]), "heats": _heats(study)}
-        title = "Later tokens without the layer: distance of output probabilities"
+        title = "Effect on later tokens without the layer: distance of output probabilities"
         values = study["skip_future"]["output_mean"]["values"]
         panels["bars"]["output_mean"] = bars["output_mean"] = Bars("layer", "", {"": values}, title=title)
     if kinds := found.get("modalities"):
@@ -86,25 +86,25 @@ def page(evidence: Evidence) -> str:
         title = f"Linear maps to {maps['target']}: relative error on held-out tokens"
         axes = f"point of {maps['target']}", "point of this model"
         figures["maps"] = Heatmap(*axes, maps["errors"]["values"], "relative error", title=title)
-    title = f"the layers of {told['model']['name']}"
+    title = f"the layers of {record['model']['name']}"
     figures["stack"] = StackDrawing([{"attn": "kept", "mlp": "kept"}] * layers, shades, title=title)
     figures["angles"] = _angles(scores["angular_distance"]["values"])
     table = [(each.title, next(iter(each.series.values()))) for each in bars.values()]
     template = Path(__file__).with_name("page.html")
-    context = {"evidence": told, "found": found, "panels": panels, "table": table}
-    return render_page(template, figures, verdict=_verdict(told), **context)
+    context = {"evidence": record, "found": found, "panels": panels, "table": table}
+    return render_page(template, figures, verdict=_verdict(record), **context)
 
 
 def summary(evidence: Evidence) -> Summary:
-    """The scores of every layer, and what the study says."""
-    told = finite(evidence.model_dump(by_alias=True))
-    found, layers = told["findings"], range(told["model"]["layers"])
+    """Summarise the scores of every layer and the study."""
+    record = finite(evidence.model_dump(by_alias=True))
+    found, layers = record["findings"], range(record["model"]["layers"])
     scores = {name: score["values"] for name, score in found["scores"].items()}
     alone = scores["sublayer_removed"]
-    parts = [scores["block_influence"], scores["stream_norm"], alone[::2], alone[1::2], scores["layer_removed"]]
+    parts = [scores["block_influence"], scores["residual_norm"], alone[::2], alone[1::2], scores["layer_removed"]]
     tables = [
         Table(
-            f"{told['model']['name']}: depth report (last three: output, {_distance(told)})",
+            f"{record['model']['name']}: depth report (last three columns: change of the output, {_distance(record)})",
             ["layer", "block influence", "norm before", "without attn", "without mlp", "without layer"],
             [[layer, *(part[layer] for part in parts)] for layer in layers],
         )
@@ -115,35 +115,35 @@ def summary(evidence: Evidence) -> Summary:
         parts = [profile["ratio_layer"], profile["cosine_layer"], profile["lens_kl"], future["output_mean"]]
         tables.append(
             Table(
-                "What layers add, and what later tokens lose (distance of probabilities)",
-                ["layer", "adds / stream", "cosine", "lens KL before", "later tokens without it"],
+                "Contributions, and effect on later tokens (distance of probabilities)",
+                ["layer", "contribution / input norm", "cosine", "lens KL before", "later tokens without it"],
                 [[layer, *(part["values"][layer] for part in parts)] for layer in layers],
             )
         )
-        turning = "at no layer" if study["turning"] is None else f"at layer {study['turning']}"
+        turning_point = "at no layer" if study["turning_point"] is None else f"at layer {study['turning_point']}"
         lines += [
-            f"nine tenths of what layers do for later ones: in {_first(study['effective_depth'])}",
-            f"the logit lens closes in from point {study['refinement']} on; layers turn to amplifying {turning}",
+            f"nine tenths of the effects of layers on later ones: in {_first(study['effective_depth'])}",
+            f"the logit lens converges from point {study['refinement']} on; layers start to amplify {turning_point}",
         ]
     if kinds := found.get("modalities"):
         tables.append(_modalities_table(kinds, layers))
     if maps := found.get("maps"):
         lines.append(
-            f"linear maps to {maps['target']}: best at a relative depth {maps['offset']:.2f} away, "
+            f"linear maps to {maps['target']}: mean offset of the best relative depth {maps['offset']:.2f}, "
             f"rank correlation {maps['correlation']:.2f}"
         )
-    return Summary(_verdict(told), tables, lines)
+    return Summary(_verdict(record), tables, lines)
 
 
 def _first(depth: int) -> str:
-    """So many layers from the first on."""
+    """Return "the first N layers"."""
     return "the first layer" if depth == 1 else f"the first {depth} layers"
 
 
 def _lines(profile: dict[str, Any]) -> dict[str, Figure]:
     return {
         name: Lines(
-            "layer" if name in ("ratio", "cosine") else "layers that have run",
+            "layer" if name in ("ratio", "cosine") else "number of layers run",
             "",
             {label: profile[score]["values"] for score, label in series},
             log_y=log,
@@ -165,38 +165,38 @@ def _by_modality(kinds: dict[str, Any]) -> dict[str, Figure]:
         for score, title in MODALITIES
     }
     missed = {kind: each["skip"]["output_mean"]["values"] for kind, each in kinds.items() if "skip" in each}
-    title = "Text tokens where those of one kind skip the layer: distance of output probabilities"
+    title = "Text tokens if the tokens of one modality skip the layer: distance of output probabilities"
     return panels | {"by_missed": Lines("layer", "", missed, log_y=True, title=title)}
 
 
 def _modalities_table(kinds: dict[str, Any], layers: range) -> Table:
     columns, parts = ["layer"], []
     for kind, each in kinds.items():
-        columns += [f"adds / stream, {kind}", f"cosine, {kind}"]
+        columns += [f"contribution / input norm, {kind}", f"cosine, {kind}"]
         parts += [each["profile"][score]["values"] for score in ("ratio_layer", "cosine_layer")]
         if "skip" in each:
-            columns.append(f"text without it for {kind}")
+            columns.append(f"text if {kind} skips it")
             parts.append(each["skip"]["output_mean"]["values"])
-    title = "What layers do for the tokens of each kind, and what text tokens lose (distance of probabilities)"
+    title = "Contributions for the tokens of each modality, and effect on text tokens (distance of probabilities)"
     return Table(title, columns, [[layer, *(part[layer] for part in parts)] for layer in layers])
 
 
 def _heats(study: dict[str, Any]) -> dict[str, Figure]:
     heats = [(name, title, study[part]["later_max"]["values"]) for name, title, part in HEATS]
-    heats.append(("direct", "Taken from what one layer reads, nothing propagates", study["direct"]["max"]["values"]))
+    heats.append(("direct", "Direct effect: removed from the input of one layer", study["direct"]["max"]["values"]))
     return {
-        name: Heatmap("layer that changes", "layer left out", values, "change", least=0.0, most=1.0, title=title)
+        name: Heatmap("affected layer", "skipped layer", values, "change", least=0.0, most=1.0, title=title)
         for name, title, values in heats
     }
 
 
 def _angles(distances: Sequence[Sequence[float | None]]) -> Heatmap:
-    """The angular distance of each run of layers, by its first layer and its length; a line joins the closest."""
+    """Plot the angular distance of each run of layers, by its first layer and its length."""
     lengths = range(1, len(distances[0]))
     values = [[row[length] for row in distances] for length in lengths]
     closest = [
-        (min((value, start) for start, value in enumerate(row) if value is not None)[1], place)
-        for place, row in enumerate(values)
+        (min((value, start) for start, value in enumerate(row) if value is not None)[1], index)
+        for index, row in enumerate(values)
         if known([row])
     ]
     return Heatmap(
@@ -211,20 +211,20 @@ def _angles(distances: Sequence[Sequence[float | None]]) -> Heatmap:
     )
 
 
-def _distance(told: dict[str, Any]) -> str:
-    """How the output without a part of the model was compared."""
-    features = "features" in told["findings"]["scores"]["layer_removed"]["name"]
-    return "1 - cosine of the features" if features else "JSD, nats"
+def _distance(record: dict[str, Any]) -> str:
+    """Return the measure by which outputs without a part of the model are compared."""
+    features = "features" in record["findings"]["scores"]["layer_removed"]["name"]
+    return "1 - cosine of the features" if features else "JSD in nats"
 
 
-def _verdict(told: dict[str, Any]) -> str:
-    """Which layer matters least and which most, to the output."""
-    name, removed = told["model"]["name"], told["findings"]["scores"]["layer_removed"]["values"]
+def _verdict(record: dict[str, Any]) -> str:
+    """Return the least and the most important layer."""
+    name, removed = record["model"]["name"], record["findings"]["scores"]["layer_removed"]["values"]
     known = [layer for layer, value in enumerate(removed) if value is not None]
     if not known:
         return f"{name}, layer by layer."
-    least, most = min(known, key=removed.__getitem__), max(known, key=removed.__getitem__)
+    least, maximum = min(known, key=removed.__getitem__), max(known, key=removed.__getitem__)
     return (
-        f"{name} would miss layer {least} least and layer {most} most: leaving one out moves the "
-        f"output by {number(removed[least])} and {number(removed[most])} ({_distance(told)})."
+        f"{name}: layer {least} matters least and layer {maximum} most: removing them changes the output by "
+        f"{number(removed[least])} and {number(removed[maximum])} ({_distance(record)})."
     )

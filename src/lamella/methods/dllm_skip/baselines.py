@@ -1,4 +1,4 @@
-"""Other ways to choose as many layers: what the paper's choice is compared with."""
+"""Baselines: other ways to choose the same number of layers."""
 
 from __future__ import annotations
 
@@ -7,16 +7,25 @@ from itertools import combinations, pairwise
 
 
 def spaced(allowed: Sequence[int], k: int) -> tuple[int, ...]:
-    """Evenly spaced layers.
+    """Return evenly spaced layers.
+
+    Args:
+        allowed: layers that may be skipped.
+        k: number of layers.
 
     >>> spaced(range(1, 9), 3)
     (2, 5, 7)
     """
-    return tuple(allowed[int((2 * place + 1) * len(allowed) / (2 * k))] for place in range(k))
+    return tuple(allowed[int((2 * index + 1) * len(allowed) / (2 * k))] for index in range(k))
 
 
 def neighbours(sim: Sequence[float], allowed: Sequence[int], k: int) -> tuple[int, ...]:
-    """The k layers in a row that turn the stream least, by the sum of their similarities.
+    """Return the k consecutive layers with the highest sum of similarities.
+
+    Args:
+        sim: similarity of each layer.
+        allowed: layers that may be skipped.
+        k: number of layers.
 
     >>> neighbours([0.9, 0.5, 0.8, 0.9, 0.1], [1, 2, 3], 2)
     (2, 3)
@@ -27,12 +36,22 @@ def neighbours(sim: Sequence[float], allowed: Sequence[int], k: int) -> tuple[in
 
 
 def cheapest(rise: Sequence[float], allowed: Sequence[int], k: int) -> tuple[int, ...]:
-    """The k layers that cost least when they are skipped alone."""
+    """Return the k layers with the smallest loss increase when skipped alone.
+
+    Args:
+        rise: increase of the loss without each layer.
+        allowed: layers that may be skipped.
+        k: number of layers.
+    """
     return tuple(sorted(sorted(allowed, key=lambda layer: rise[layer])[:k]))
 
 
 def every(allowed: Sequence[int], k: int) -> list[tuple[int, ...]]:
-    """All sets of k layers of which no two are neighbours: k of ``len(allowed) - k + 1`` places, spread by one each.
+    """Return all sets of k layers without adjacent ones.
+
+    Args:
+        allowed: layers that may be skipped.
+        k: number of layers.
 
     >>> every(range(1, 6), 2)
     [(1, 3), (1, 4), (1, 5), (2, 4), (2, 5), (3, 5)]

@@ -1,8 +1,8 @@
-"""How alike the stream is from layer to layer and from token to token, under every noise level.
+"""Similarity of the residual stream between layers and between tokens, at every noise level.
 
-The cosine before the final norm, of the residual stream alone. Tokens at the front take no part: the first holds the
-attention sink, whose cosine is near 1 in every middle layer. Masks and tokens that are shown are told apart, since
-what a layer does for them differs.
+Cosines are those of the residual stream before the final norm. Tokens at the front are excluded: the first one is an
+attention sink, whose cosine is near 1 in every middle layer. Masked and visible tokens are measured separately, since a
+layer treats them differently.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ KINDS = ("masked", "visible")
 
 @dataclass(frozen=True)
 class Similarity:
-    """What :func:`similarity` returns.
+    """The result of :func:`similarity`.
 
     Attributes:
-        table: mean cosine of a layer's input and output (layer, ratio, kind); NaN where there was no such token. A
-            model that predicts the next token has the ratio 0 and visible tokens alone.
-        ratios: of masks, along the second axis.
+        table: mean cosine of a layer's input and output (layer, ratio, kind); NaN if there was no such token. For an
+            autoregressive model there is only the ratio 0 and visible tokens.
+        ratios: fractions of masked tokens, along the second axis.
         spread: standard deviation over all tokens (layer).
-        points: mean cosine of the stream at two points (point, point), L + 1 of them.
-        recency: mean cosine of a token with the one so many before it (point, lag), lags from 1 on.
+        points: mean cosine of the residual stream at two points (point, point), L + 1 of them.
+        recency: mean cosine of a token with an earlier one (point, lag), lags from 1 on.
     """
 
     table: Scores
@@ -45,12 +45,12 @@ class Similarity:
 
     @property
     def by_layer(self) -> np.ndarray:
-        """sim_l: the mean over ratios and kinds, each counting alike [layers]."""
+        """sim_l: the mean over ratios and kinds with equal weights [layers]."""
         mean: np.ndarray = np.nanmean(self.table.values, axis=(1, 2))
         return mean
 
     def of(self, kind: str) -> np.ndarray:
-        """The mean over ratios for masks or for visible tokens [layers]; NaN where there are none."""
+        """Return the mean over ratios for ``masked`` or ``visible`` tokens [layers]; NaN if there are none."""
         part = self.table.values[:, :, KINDS.index(kind)]
         known = ~np.isnan(part)
         total = np.where(known, part, 0).sum(axis=1)
@@ -59,15 +59,15 @@ class Similarity:
 
     @property
     def recency_index(self) -> np.ndarray:
-        """R(1) less the mean of R over the farther half of all lags [points]."""
+        """R(1) minus the mean of R over the larger half of the lags [points]."""
         lags = self.recency.values.shape[1]
         index: np.ndarray = self.recency.values[:, 0] - self.recency.values[:, lags // 2 - 1 :].mean(axis=1)
         return index
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return all values for JSON."""
         scores = {"table": self.table, "spread": self.spread, "points": self.points, "recency": self.recency}
-        by_kind = {kind: [_value(each) for each in self.of(kind)] for kind in KINDS}
+        by_kind = {kind: [_finite(each) for each in self.of(kind)] for kind in KINDS}
         return {
             "by_layer": self.by_layer.tolist(),
             **by_kind,
@@ -77,41 +77,41 @@ class Similarity:
         }
 
 
-def _value(number: float) -> float | None:
-    return float(number) if np.isfinite(number) else None
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
 
 
 @torch.no_grad()
-def similarity(stack: Stack, asked: Sequence[Draw], *, front: int = 1, lags: int = 32) -> Similarity:
-    """Measure the stream of a model on noisy text, or on text as it is where it predicts the next token.
+def similarity(stack: Stack, noised: Sequence[Draw], *, front: int = 1, lags: int = 32) -> Similarity:
+    """Measure the residual stream of a model on noisy text, or on clean text for an autoregressive model.
 
     Args:
         stack: the model.
-        asked: what :func:`lamella.measure.draws` returned for it.
-        front: tokens at the front of each sequence that do not count.
-        lags: K, how far back a token is compared; no farther than sequences reach.
+        noised: the samples that :func:`lamella.measure.draws` returned for it.
+        front: number of tokens at the front of each sequence that are ignored.
+        lags: K, the maximum lag between compared tokens; limited by the length of the sequences.
 
     Raises:
-        CalibrationError: for sequences without two tokens that count.
+        CalibrationError: if a sequence has fewer than two tokens after the front.
         NumericsError: for activations that are not finite, named by site.
     """
-    layers, ratios = len(stack), tuple(dict.fromkeys(draw.ratio for draw in asked))
-    shortest = min(int(draw.inputs["input_ids"].shape[1]) for draw in asked)
+    layers, ratios = len(stack), tuple(dict.fromkeys(draw.ratio for draw in noised))
+    shortest = min(int(draw.inputs["input_ids"].shape[1]) for draw in noised)
     lags = min(lags, shortest - front - 1)
     if lags < 1:
-        raise CalibrationError(f"sequences of {shortest} tokens, {front} of which do not count: give more text")
+        raise CalibrationError(f"sequences of {shortest} tokens, {front} of which are ignored: give longer text")
     sums, counts = np.zeros((2, layers, len(ratios), len(KINDS)))
     moments = np.zeros((2, layers))
     points, seen = np.zeros((layers + 1, layers + 1)), 0
     recency, compared = np.zeros((layers + 1, lags)), np.zeros(lags)
-    for draw in track(asked, "similarity of layers"):
+    for draw in track(noised, "similarity of layers"):
         units, counted, masks = _points(stack, draw, front)  # [layers + 1, tokens, hidden], [tokens], [tokens]
         before, after = units[:-1, counted], units[1:, counted]
         cosines = (before * after).sum(dim=-1).double()  # [layers, tokens]
         for kind, chosen in enumerate((masks[counted], ~masks[counted])):
-            place = (slice(None), ratios.index(draw.ratio), kind)
-            sums[place] += cosines[:, chosen].sum(dim=1).cpu().numpy()
-            counts[place] += int(chosen.sum())
+            index = (slice(None), ratios.index(draw.ratio), kind)
+            sums[index] += cosines[:, chosen].sum(dim=1).cpu().numpy()
+            counts[index] += int(chosen.sum())
         moments += np.stack([(cosines**power).sum(dim=1).cpu().numpy() for power in (1, 2)])
         flat = units[:, counted].flatten(1)
         points += (flat @ flat.T).double().cpu().numpy()
@@ -137,7 +137,7 @@ def _ratio(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def _points(stack: Stack, draw: Draw, front: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The stream at every point at unit length, which tokens count, and which of them are masks."""
+    """Return the normalised residual stream at every point, the mask of counted tokens, and that of masked tokens."""
     context = stack.context(draw.inputs)
     h: Hidden = context.h
     points = [context.h]

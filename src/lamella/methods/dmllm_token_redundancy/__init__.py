@@ -1,9 +1,9 @@
-"""Visual tokens of masked-diffusion models: whether, where and when they can be left out."""
+"""Visual token redundancy of masked-diffusion models: whether, where and when image tokens can be dropped."""
 
 from lamella.methods.dmllm_token_redundancy.method import (
     dmllm_token_redundancy,
     plan,
-    planned,
+    plan_of,
     recommend,
     recovers,
     settings,
@@ -18,9 +18,9 @@ from lamella.methods.dmllm_token_redundancy.probe import (
 )
 from lamella.methods.dmllm_token_redundancy.schedule import (
     Drop,
-    Lengths,
+    LayerWidths,
+    RequestLengths,
     VisualTokenSchedule,
-    Widths,
     count,
     flops,
     of_step,
@@ -28,10 +28,10 @@ from lamella.methods.dmllm_token_redundancy.schedule import (
 
 __all__ = [
     "Drop",
-    "Lengths",
+    "LayerWidths",
+    "RequestLengths",
     "Trajectory",
     "VisualTokenSchedule",
-    "Widths",
     "attention_mass",
     "count",
     "dmllm_token_redundancy",
@@ -40,7 +40,7 @@ __all__ = [
     "information_loss",
     "of_step",
     "plan",
-    "planned",
+    "plan_of",
     "recommend",
     "recovers",
     "restoration",

@@ -1,14 +1,14 @@
-"""Visual tokens of masked-diffusion models: whether, where and when they can be left out (arXiv 2511.15098).
+"""Visual token redundancy of masked-diffusion models: whether, where and when image tokens can be dropped.
 
 Li et al., "A Comprehensive Study on Visual Token Redundancy for Discrete Diffusion-based Multimodal Large Language
-Models", CVPR 2026 Findings.
+Models", CVPR 2026 Findings, arXiv 2511.15098.
 
-    [ question | image | answer, partly masks ]  all of it, in every layer of every denoising step
+    [ question | image | answer, partly masked ]  all of it, in every layer of every denoising step
 
-Image tokens leave between the attention and the MLP of one layer in one step, and stay away. The paper's finding:
-models that learnt to denoise from the start lose what the image said and get it back in later steps, if their answers
-are long; models that predicted the next token first do not, and had better let image tokens skip layers. So the study
-measures, on your model and your questions, what is lost and what comes back, and says which schedule to take.
+Image tokens are dropped between the attention and the MLP of one layer in one step, permanently. The paper's finding:
+models trained to denoise from scratch lose image information and recover it in later steps, if their answers are long;
+models adapted from autoregressive ones do not, and should rather let image tokens skip layers. The study measures what
+is lost and recovered for a given model and questions, and recommends a schedule.
 """
 
 from __future__ import annotations
@@ -22,11 +22,17 @@ from annotated_types import Ge, Le, Lt
 from torch import Tensor
 
 from lamella.data import ImageText
-from lamella.data.processing import Conversation
+from lamella.data.processing import ImageTextRow
 from lamella.errors import MethodError
 from lamella.measure.image_tokens import CriterionName
 from lamella.methods.dmllm_token_redundancy.probe import attention_mass, follow, information_loss, restoration
-from lamella.methods.dmllm_token_redundancy.schedule import Lengths, VisualTokenSchedule, Widths, flops, running
+from lamella.methods.dmllm_token_redundancy.schedule import (
+    LayerWidths,
+    RequestLengths,
+    VisualTokenSchedule,
+    flops,
+    running,
+)
 from lamella.plan import ModelReference, Plan, PlanSeries, Point, PolicyReference
 from lamella.registry import command, method
 from lamella.results import Study
@@ -35,25 +41,26 @@ from lamella.runtime.denoising import CacheKind
 from lamella.stack import Model, Stack
 
 SLUG = "dmllm-token-redundancy"
-OF_LAYERS = 0.6  # l* of layer-skipping: 17 of 28 in the authors' code
-LONG = 12  # tokens of an answer, from which on it has late steps
-STAIRS = ((0.5, 0.5), (0.75, 0.25))  # of the progressive schedule that is recommended: none before half of the steps
+OF_LAYERS = 0.6  # l* of layer skipping, as a fraction of the layers: 17 of 28 in the authors' code
+LONG = 12  # minimum number of answer tokens for which there are late steps
+STAIRS = ((0.5, 0.5), (0.75, 0.25))  # the recommended progressive schedule: (step, keep), from half of the steps on
 Provenance = Literal["auto", "scratch", "ar2diff"]
 Kind = Literal["one-shot", "progressive", "withdraw"]
 
 
 @dataclass(frozen=True)
-class Leaving:
-    """Which image tokens leave, where and when.
+class TokenPruning:
+    """Which image tokens are dropped, where and when.
 
     Attributes:
-        layer: l*, between whose attention and MLP tokens leave.
-        step: s*, as a share of all steps.
-        keep: r, the share of image tokens that stays.
-        criterion: which: fastv, sparsevlm, divprune, trim, tome, signal, random or withdraw. The first two look at the
-            attention of l*; before the first layer there is none, and divprune stands for them.
-        positions: of what stands behind a gap: moved up, as in the authors' code, or as it was.
-        order: of what stays; the authors' code leaves it by score.
+        layer: l*; tokens are dropped between its attention and its MLP.
+        step: s*, as a fraction of all steps.
+        keep: r, the fraction of image tokens that is kept.
+        criterion: how tokens are ranked: fastv, sparsevlm, divprune, trim, tome, signal, random or withdraw. The first
+            two need the attention of l*; before the first layer there is none, and divprune replaces them.
+        positions: position ids after dropped tokens: ``compact`` closes the gaps, as in the authors' code; ``original``
+            keeps them.
+        order: order of the kept tokens: by ``position``, or by ``score`` as in the authors' code.
     """
 
     layer: Annotated[int, Ge(-1)] = 1
@@ -75,52 +82,53 @@ def dmllm_token_redundancy(
     model: Model,
     questions: ImageText,
     *,
-    leaving: Leaving = Leaving(),
+    pruning: TokenPruning = TokenPruning(),
     provenance: Provenance = "auto",
     length: Annotated[int, Ge(1)] | None = None,
     cache: CacheKind = "none",
     batch: Annotated[int, Ge(1)] = 8,
     seed: Annotated[int, Ge(0)] = 0,
 ) -> Study:
-    """Study what is lost when image tokens leave, what comes back in later steps, and which schedule follows.
+    """Study what is lost when image tokens are dropped and recovered in later steps, and recommend a schedule.
 
     Args:
-        model: a masked-diffusion model that reads images; it is not changed.
-        questions: about images, with answers; each task is studied by itself.
-        leaving: which image tokens leave, where and when.
-        provenance: of the model: ``scratch``, ``ar2diff``; left to the study, whatever comes back decides.
-        length: of answers, in tokens, one for each step; as many as the longest answer with its end if left out.
+        model: a masked-diffusion vision-language model; it is not changed.
+        questions: questions about images, with answers; each task is studied separately.
+        pruning: which image tokens are dropped, where and when.
+        provenance: origin of the model: ``scratch``, ``ar2diff`` (adapted from an autoregressive model), or ``auto``,
+            which is decided by the measured recovery.
+        length: length of answers in tokens, with one step per token; if None, that of the longest answer with its end.
         cache: ``prompt`` for models that encode image and question once (LaViDa).
-        batch: questions at a time.
-        seed: of the random criterion and the intervals.
+        batch: batch size.
+        seed: random seed of the random criterion and of the intervals.
 
     Returns:
-        By task: ``kl`` by step and ``loss`` by step and layer, ``restoration`` with its interval, ``mass`` (the share
-        of attention that goes to the image) by step and layer, ``agreement`` of the answers with those of the whole
-        model, ``flops`` of the schedule and of the whole, with and without a cache; and what is ``recommended``, with
-        the settings of its plan.
+        By task: ``kl`` by step and ``loss`` by step and layer, ``restoration`` with its interval, ``mass`` (fraction of
+        attention on the image) by step and layer, ``agreement`` of the answers with those of the whole model, ``flops``
+        of the schedule and of the whole model, with and without a cache; and the ``recommended`` schedule as settings
+        of its plan.
 
     Raises:
-        MethodError: for a model that reads no images, predicts the next token, or does not have the layer; for a task
-            without a question about an image.
+        MethodError: for a model that takes no images, is autoregressive, or does not have the layer; for a task without
+            a question about an image.
     """
     stack = text_of(model)
-    schedule, criterion = VisualTokenSchedule.one_shot(leaving.layer, leaving.step, leaving.keep), leaving.criterion
+    schedule, criterion = VisualTokenSchedule.one_shot(pruning.layer, pruning.step, pruning.keep), pruning.criterion
     schedule.check_fits(len(stack))
-    how: dict[str, Any] = {"criterion": criterion, "positions": leaving.positions, "order": leaving.order}
-    plan = planned(model, schedule, **how, seed=seed)
+    how: dict[str, Any] = {"criterion": criterion, "positions": pruning.positions, "order": pruning.order}
+    plan = plan_of(model, schedule, **how, seed=seed)
     view = apply(model, plan)
-    asked = _by_task(questions)
+    by_task = _by_task(questions)
     tasks = {}
-    for task, rows in asked.items():
-        tasks[task] = _studied(stack, view, questions, rows, schedule, length, cache, batch, seed)
+    for task, rows in by_task.items():
+        tasks[task] = _study_task(stack, view, questions, rows, schedule, length, cache, batch, seed)
         answer = tasks[task]["lengths"]["answer"]
         label = provenance if provenance != "auto" else recovers(tasks[task]["restoration"])
         tasks[task]["provenance"] = label
         advice = recommend(label, answer, len(stack))
         tasks[task]["recommended"] = None if advice is None else settings(advice, criterion=criterion)
-    said = {"name": model.name, "layers": len(stack), "schedule": settings(schedule, criterion=criterion)}
-    return Study(findings=said | {"cache": cache, "tasks": tasks})
+    metadata = {"name": model.name, "layers": len(stack), "schedule": settings(schedule, criterion=criterion)}
+    return Study(findings=metadata | {"cache": cache, "tasks": tasks})
 
 
 @command("dmllm-token-redundancy", "plan", on="masked tokens", brief={"rows": 3})
@@ -129,64 +137,69 @@ def plan(
     questions: ImageText,
     *,
     kind: Kind = "one-shot",
-    leaving: Leaving = Leaving(),
+    pruning: TokenPruning = TokenPruning(),
     seed: Annotated[int, Ge(0)] = 0,
 ) -> PlanSeries:
-    """Write a schedule down as a plan, such as the one that the study recommends.
+    """Write a schedule as a plan, such as the one that the study recommends.
 
     Args:
-        model: a masked-diffusion model that reads images; it is not changed.
-        questions: about images, with answers, whose lengths say what the plan saves.
-        kind: ``one-shot``: all leave at once, at layer and step; ``progressive``: the first part at the step, down to
-            the root of the share, the rest halfway from there to the end; ``withdraw``: image tokens run no layer
-            behind ``layer``, in any step, and if ``step`` is not 0 none at all from then on.
-        leaving: which image tokens leave, where and when; a withdrawal keeps none, whatever the share.
-        seed: of the random criterion.
+        model: a masked-diffusion vision-language model; it is not changed.
+        questions: questions about images, with answers, whose lengths determine the savings.
+        kind: ``one-shot``: all tokens are dropped at once, at layer and step; ``progressive``: down to the square root
+            of ``keep`` at the step, and to ``keep`` halfway from there to the end; ``withdraw``: image tokens skip all
+            layers after ``layer``, in every step, and if ``step`` is not 0 they are dropped entirely from then on.
+        pruning: which image tokens are dropped, where and when; ``withdraw`` ignores ``keep``.
+        seed: random seed of the random criterion.
 
     Returns:
-        The whole model and the plan, with the ``FLOPs`` that are left of its layers, as a share, and the same with a
-        cache of the prompt (``cached``).
+        The plan series of the whole model and the plan, with the remaining fraction of the layers' ``FLOPs``, and the
+        same with a cache of the prompt (``cached``).
 
     Raises:
-        MethodError: for a model that reads no images, predicts the next token, or does not have the layer; for
-            questions without images.
+        MethodError: for a model that takes no images, is autoregressive, or does not have the layer; for questions
+            without images.
     """
-    stack, schedule = text_of(model), scheduled(kind, leaving)
+    stack, schedule = text_of(model), schedule_of(kind, pruning)
     schedule.check_fits(len(stack))
     _by_task(questions)
     lengths = _lengths(stack, questions)
-    how: dict[str, Any] = {"criterion": leaving.criterion, "positions": leaving.positions, "order": leaving.order}
-    made = planned(model, schedule, lengths, **how, seed=seed)
-    apply(model, made)  # refuses what the policy does not take
+    how: dict[str, Any] = {"criterion": pruning.criterion, "positions": pruning.positions, "order": pruning.order}
+    made = plan_of(model, schedule, lengths, **how, seed=seed)
+    apply(model, made)  # raises if the policy does not accept the settings
     costs = _costs(stack, schedule, lengths, lengths.answer)
-    scores = {said: ours / whole for said, (ours, whole) in zip(("FLOPs", "cached"), costs.values(), strict=True)}
+    scores = {label: ours / whole for label, (ours, whole) in zip(("FLOPs", "cached"), costs.values(), strict=True)}
     points = [Point(scores=dict.fromkeys(scores, 1.0)), Point(policies=made.policies, scores=scores)]
     return PlanSeries(model=ModelReference.of(model), points=points, provenance={"method": SLUG})
 
 
-def _lengths(stack: Stack, questions: ImageText, answer: int | None = None) -> Lengths:
-    """The most tokens of an image, of what else is asked, and of an answer with its end."""
+def _lengths(stack: Stack, questions: ImageText, answer: int | None = None) -> RequestLengths:
+    """Return the maximum number of image tokens, other prompt tokens, and answer tokens with the end."""
     mark, image, prompt = getattr(stack.model.config, stack.architecture.images), 0, 0
     for row in questions:
         ids = questions.prompts([row])["input_ids"]
         marks = int((ids == mark).sum())
         image, prompt = max(image, marks), max(prompt, ids.numel() - marks)
-    told = questions.processing.tokenizer([row.answer for row in questions], add_special_tokens=False)["input_ids"]
-    return Lengths(image, prompt, answer or max(map(len, told)) + 1)
+    answers = questions.processing.tokenizer([row.answer for row in questions], add_special_tokens=False)["input_ids"]
+    return RequestLengths(image, prompt, answer or max(map(len, answers)) + 1)
 
 
-def _costs(stack: Stack, schedule: VisualTokenSchedule, lengths: Lengths, steps: int) -> dict[str, list[int]]:
-    """FLOPs of all steps with a schedule and without one, by whether the prompt is computed once."""
-    both, widths = (schedule, VisualTokenSchedule()), Widths.of(stack)
+def _costs(stack: Stack, schedule: VisualTokenSchedule, lengths: RequestLengths, steps: int) -> dict[str, list[int]]:
+    """Return the FLOPs of all steps with and without the schedule, uncached and with a cached prompt."""
+    both, widths = (schedule, VisualTokenSchedule()), LayerWidths.of(stack)
     return {
         name: [flops(each, widths, len(stack), steps, lengths, cached) for each in both]
         for name, cached in (("uncached", False), ("cached", True))
     }
 
 
-def scheduled(kind: Kind, leaving: Leaving) -> VisualTokenSchedule:
-    """The schedule of a kind; see :func:`plan`."""
-    layer, step, keep = leaving.layer, leaving.step, leaving.keep
+def schedule_of(kind: Kind, pruning: TokenPruning) -> VisualTokenSchedule:
+    """Return the schedule of a kind; see :func:`plan`.
+
+    Args:
+        kind: the kind.
+        pruning: which image tokens are dropped, where and when.
+    """
+    layer, step, keep = pruning.layer, pruning.step, pruning.keep
     if kind == "withdraw":
         return VisualTokenSchedule.withdraw(layer, step or None)
     if kind == "progressive":
@@ -195,7 +208,7 @@ def scheduled(kind: Kind, leaving: Leaving) -> VisualTokenSchedule:
 
 
 def text_of(model: Model) -> Stack:
-    """The text of a masked-diffusion model that reads images.
+    """Return the language model of a masked-diffusion vision-language model.
 
     Raises:
         MethodError: for any other model.
@@ -207,18 +220,18 @@ def text_of(model: Model) -> Stack:
             f"predicts {stack.architecture.objective}"
         )
     if not stack.architecture.images:
-        raise MethodError(f"{SLUG} works on models that read images; {model.name} reads text alone")
+        raise MethodError(f"{SLUG} works on models that take images; {model.name} takes text only")
     return stack
 
 
-def planned(model: Model, schedule: VisualTokenSchedule, lengths: Lengths | None = None, **options: Any) -> Plan:
-    """The plan that carries a schedule out.
+def plan_of(model: Model, schedule: VisualTokenSchedule, lengths: RequestLengths | None = None, **options: Any) -> Plan:
+    """Return the plan that carries out a schedule.
 
     Args:
-        model: a masked-diffusion model that reads images.
-        schedule: when and where.
-        lengths: of a request, with a step for each token of its answer, by which the plan says what layers run.
-        options: ``criterion``, ``positions``, ``order`` and ``seed`` of the policy.
+        model: a masked-diffusion vision-language model.
+        schedule: the schedule.
+        lengths: lengths of a request, with one step per answer token, for the expected work of the plan.
+        **options: ``criterion``, ``positions``, ``order`` and ``seed`` of the policy.
     """
     stack = text_of(model)
     work = [] if lengths is None else running(schedule, len(stack), lengths.answer, lengths)
@@ -227,26 +240,35 @@ def planned(model: Model, schedule: VisualTokenSchedule, lengths: Lengths | None
 
 
 def settings(schedule: VisualTokenSchedule, **options: Any) -> dict[str, Any]:
-    """A schedule as the settings of its policy."""
+    """Return a schedule as settings of its policy.
+
+    Args:
+        schedule: the schedule.
+        **options: further settings of the policy.
+    """
     drops = [list(each) for each in schedule.drops]
     if options.get("criterion") in ("fastv", "sparsevlm") and schedule.layer < 0 and any(keep for _, keep in drops):
-        options["criterion"] = "divprune"  # no layer's attention is known before the first one
+        options["criterion"] = "divprune"  # there is no attention before the first layer
     return {"drops": drops, "layer": schedule.layer, "withdrawn": schedule.withdrawn, **options}
 
 
 def recovers(restored: Mapping[str, float | None]) -> Literal["scratch", "ar2diff"]:
-    """Which kind a model behaves like: what was lost comes back, by the whole interval, or it does not."""
+    """Classify a model by its recovery: ``scratch`` if the whole interval is above 0, otherwise ``ar2diff``.
+
+    Args:
+        restored: restoration with its interval.
+    """
     low = restored["low"]
     return "scratch" if low is not None and low > 0 else "ar2diff"
 
 
 def recommend(provenance: str, answer: int, layers: int) -> VisualTokenSchedule | None:
-    """The paper's rule; None: do not leave anything out.
+    """Return the schedule that the paper's rule recommends, or None to drop nothing.
 
     Args:
         provenance: ``scratch`` or ``ar2diff``.
-        answer: tokens of an answer.
-        layers: of the model.
+        answer: number of answer tokens.
+        layers: number of layers of the model.
     """
     if answer < LONG:
         return None
@@ -256,9 +278,9 @@ def recommend(provenance: str, answer: int, layers: int) -> VisualTokenSchedule 
     return VisualTokenSchedule.progressive(steps, keeps)
 
 
-def _by_task(questions: ImageText) -> dict[str, list[Conversation]]:
-    """The rows of each task; some of them may have no image, but not all."""
-    found: dict[str, list[Conversation]] = {}
+def _by_task(questions: ImageText) -> dict[str, list[ImageTextRow]]:
+    """Group the rows by task; each task needs at least one row with an image."""
+    found: dict[str, list[ImageTextRow]] = {}
     for row in questions:
         found.setdefault(row.task or "all", []).append(row)
     for task, rows in found.items():
@@ -268,18 +290,18 @@ def _by_task(questions: ImageText) -> dict[str, list[Conversation]]:
 
 
 @torch.no_grad()
-def _studied(
+def _study_task(
     stack: Stack,
     view: Any,
     questions: ImageText,
-    rows: list[Conversation],
+    rows: list[ImageTextRow],
     schedule: VisualTokenSchedule,
     length: int | None,
     cache: CacheKind,
     batch: int,
     seed: int,
 ) -> dict[str, Any]:
-    """What one task shows."""
+    """Study one task."""
     lengths = _lengths(stack, ImageText(rows, questions.processing), length)
     sampler = Sampler(length=lengths.answer, cache=cache, seed=seed)
     steps, layers = sampler.in_all, len(stack)
@@ -296,8 +318,8 @@ def _studied(
         if with_images := int((marks > 0).sum()):
             seeing += with_images
             looked += with_images * attention_mass(stack, full, inputs)
-        said = _answers(view, inputs, sampler)
-        agreed += float((said == full.request.answers).all(dim=1).sum())
+        answers = _answers(view, inputs, sampler)
+        agreed += float((answers == full.request.answers).all(dim=1).sum())
     kl = torch.cat(kls)
     begins = schedule.begins(schedule.drops[0], steps)
     middle, low, high = (None if each != each else each for each in restoration(kl, begins, seed))
@@ -316,5 +338,5 @@ def _studied(
 
 
 def _answers(view: Any, inputs: Mapping[str, Tensor], sampler: Sampler) -> Tensor:
-    """What a view says when it is left to itself [rows, length]."""
+    """Return the answers of a view that denoises freely [rows, length]."""
     return follow(view, inputs, sampler).request.answers

@@ -1,4 +1,4 @@
-"""From evidence to figures: what is lost by step and by layer, and where the image is looked at."""
+"""Figures and summaries: information loss by step and layer, and attention on the image."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from lamella.results import Evidence
 
 
 def summary(evidence: Evidence) -> Summary:
-    """The verdict in words and tables, for any command of the method."""
+    """Return the verdict and tables of any command of the method."""
     if isinstance(evidence, SeriesEvidence):
         return PlanSeries.summary(evidence)
     found = evidence.findings
     first, task = next(iter(found["tasks"].items()))
-    verdict = f"{found['name']}, {first}: {_told(task)}."
+    verdict = f"{found['name']}, {first}: {_recovery(task)}."
     columns = [
         "task",
         "rows",
-        "answer, tokens",
+        "answer tokens",
         "KL at s*",
         "KL at the end",
         "restored",
@@ -44,19 +44,20 @@ def summary(evidence: Evidence) -> Summary:
         for name, each in found["tasks"].items()
     ]
     lines = [f"{name}: {_advice(each)}" for name, each in found["tasks"].items()]
-    return Summary(verdict, [Table("What leaves and what comes back", columns, rows)], lines)
+    return Summary(verdict, [Table("Information loss and recovery", columns, rows)], lines)
 
 
-def _told(task: Mapping[str, Any]) -> str:
+def _recovery(task: Mapping[str, Any]) -> str:
     restored = task["restoration"]
-    stay = f"{percent(task['agreement'])} of the answers stay as they were"
+    stay = f"{percent(task['agreement'])} of the answers are unchanged"
     if restored["mean"] is None:
-        return f"nothing is lost by this schedule, and {stay}"
+        return f"no information is lost with this schedule, and {stay}"
     low, high = restored["low"], restored["high"]
     if restored["mean"] <= 0:
         grown = f"restoration {number(restored['mean'])}, interval {number(low)} to {number(high)}"
-        return f"nothing of what is lost comes back ({grown}), and {stay}"
-    return f"{percent(restored['mean'])} of what is lost comes back ({percent(low)} to {percent(high)}), and {stay}"
+        return f"no lost information is recovered ({grown}), and {stay}"
+    low, high = percent(low), percent(high)
+    return f"{percent(restored['mean'])} of the lost information is recovered ({low} to {high}), and {stay}"
 
 
 def _first(task: Mapping[str, Any], schedule: Mapping[str, Any]) -> float:
@@ -66,32 +67,32 @@ def _first(task: Mapping[str, Any], schedule: Mapping[str, Any]) -> float:
 def _advice(task: Mapping[str, Any]) -> str:
     advice = task["recommended"]
     if advice is None:
-        return "answers are short: leave nothing out"
+        return "answers are short: drop no tokens"
     if advice["withdrawn"] is not None:
-        return f"it does not recover: let image tokens skip the layers behind {advice['withdrawn']}"
+        return f"it does not recover: let image tokens skip the layers after {advice['withdrawn']}"
     stairs = ", ".join(f"{keep:g} from {step:g} of the steps on" for step, keep in advice["drops"])
-    return f"it recovers: keep {stairs}"
+    return f"it recovers: keep a fraction of {stairs}"
 
 
 def figures(evidence: Evidence) -> list[Figure]:
-    """What is lost by step, and by step and layer, and where the image is looked at."""
+    """Plot the KL by step, and information loss and attention by step and layer."""
     if isinstance(evidence, SeriesEvidence):
         return []
     found = evidence.findings["tasks"]
     kl = {name: each["kl"] for name, each in found.items()}
-    caption = "What the whole model predicts, against the pruned one, on one trajectory."
-    drawn: list[Figure] = [Lines("step", "KL, nats", kl, caption=caption)]
+    caption = "KL divergence of the pruned model's predictions from the whole model's, on the same trajectory."
+    panels: list[Figure] = [Lines("step", "KL (nats)", kl, caption=caption)]
     for name, each in found.items():
-        drawn += [
+        panels += [
             _grid(
-                each["keep"], "share of the image", f"{name}: the share of the image that is there, by step and layer."
+                each["keep"], "fraction of image tokens", f"{name}: fraction of image tokens kept, by step and layer."
             ),
-            _grid(each["loss"], "loss", f"{name}: what is lost of the answers' states."),
-            _grid(each["mass"], "share of attention", f"{name}: the share of attention that goes to the image."),
+            _grid(each["loss"], "loss", f"{name}: information loss of the answer's hidden states."),
+            _grid(each["mass"], "fraction of attention", f"{name}: fraction of the answer's attention on the image."),
         ]
-    return drawn
+    return panels
 
 
 def _grid(values: Sequence[Sequence[float]], measure: str, caption: str) -> Heatmap:
-    """Values by step, downwards, and layer."""
+    """Plot values by step (downwards) and layer."""
     return Heatmap("layer", "step", values, measure, least=0.0, caption=caption)

@@ -1,4 +1,4 @@
-"""FiRST: the prompt decides, once, which layers its answer will run."""
+"""FiRST: trained routers read the prompt once and choose the layers that its answer runs."""
 
 from lamella.methods.first.method import ROUTING, TRAINING, first, thresholds, train_routers, tune
 from lamella.methods.first.policy import PromptRouters, buckets, signatures

@@ -1,13 +1,14 @@
-"""FiRST: the prompt decides, once, which layers its answer will run.
+"""FiRST: trained routers read the prompt once and choose the layers that its answer runs.
 
 Jain et al., "FiRST: Finetuning Router-Selective Transformers for Input-Adaptive Latency Reduction", arXiv 2410.12513.
 
     p_l[t] = sigmoid(w_l . rms(h_l[t]) + b_l)         one small router per layer
     s_l    = mean of p_l over the prompt's tokens      keep layer l for the whole answer iff s_l >= theta
 
-The kept set is fixed for an answer, so kept layers' caches are whole and skipped layers' are freed. Routers are trained
-first, with the model frozen; then LoRA recovers quality with the routers frozen. The paper's equations were not
-available: pooling, losses and defaults are a reconstruction from its abstract and public reviews.
+The set of kept layers is fixed for an answer, so the KV caches of kept layers are complete and those of skipped layers
+are freed. Routers are trained first, with the model frozen; then LoRA recovers quality with the routers frozen. The
+paper's equations were not available: pooling, losses and defaults are a reconstruction from its abstract and public
+reviews.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from lamella.train import Healed, Task, TrainConfig, add_lora, blocks, fit, fit_
 
 ROUTING = TrainConfig(lr=1e-2, batch=2)
 TRAINING = TrainConfig(steps=200, lr=2e-4)
-MARGIN = 1e-3  # of a threshold to the lowest and the highest score
-HELD = 64  # prompts on which healing holds the number of kept layers
+MARGIN = 1e-3  # distance of a threshold from the lowest and the highest score
+HELD = 64  # prompts on which healing preserves the mean number of kept layers
 
 
 def train_routers(
@@ -56,26 +57,30 @@ def train_routers(
     Args:
         stack: the model; it is not changed.
         samples: prompts with their answers, as :func:`lamella.train.blocks` makes them.
-        config: of the training.
-        skip_weight: alpha: the pressure to skip.
-        reg_weight: lambda: of the regulariser.
-        reg: ``binary``, mean g (1 - g), which pushes gates to 0 or 1; or ``l2`` of the routers' weights.
-        target_skip: aim for this share of skipped layers instead of as many as possible.
-        gates, scope: see :class:`PromptRouters`.
-        out: a folder for checkpoints; an interrupted run goes on from there.
-        settings: of the routers.
+        config: training configuration.
+        skip_weight: alpha of the paper: weight of the loss term that favours skipping.
+        reg_weight: lambda of the paper: weight of the regulariser.
+        reg: ``binary`` is mean g (1 - g), which pushes gates to 0 or 1; ``l2`` penalises the routers' weights.
+        target_skip: target fraction of skipped layers; if None, as many as possible are skipped.
+        gates: gates of the forward pass in training; see :class:`PromptRouters`.
+        scope: scope of soft gates; see :class:`PromptRouters`.
+        out: folder for checkpoints, from which an interrupted run resumes.
+        **settings: keyword arguments of :class:`PromptRouters`.
+
+    Returns:
+        The trained routers, with hard gates.
     """
     routers = PromptRouters(stack, **settings)
     routers.gates, routers.scope = gates, scope
     view = with_policy(stack, plan_of(stack, routers), routers)
 
     def loss(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        told = response_loss(model, inputs)
-        g = routers.seen[:, list(routers.free)]
+        answer_loss = response_loss(model, inputs)
+        g = routers.last_gates[:, list(routers.free)]
         pressure = g.mean() if target_skip is None else (g.mean() - (1 - target_skip)).square()
         regular = (g * (1 - g)).mean() if reg == "binary" else routers.weight.square().sum(-1).mean()
-        total = told + skip_weight * pressure + reg_weight * regular
-        return total, {"ce": told.detach(), "kept": g.mean().detach(), "unsure": (g * (1 - g)).mean().detach()}
+        total = answer_loss + skip_weight * pressure + reg_weight * regular
+        return total, {"ce": answer_loss.detach(), "kept": g.mean().detach(), "unsure": (g * (1 - g)).mean().detach()}
 
     weights = {"skip": skip_weight, "reg": [reg, reg_weight], "target": target_skip, "gates": [gates, scope]}
     fit_policy(view, samples, loss, config, out=out, settings=weights | settings)
@@ -96,19 +101,25 @@ def tune(
     gates: Gates = "hard",
     work: Work = Work(),
 ) -> Healed:
-    """Phase 2: LoRA recovers quality while the routers stay as they are.
+    """Phase 2: recover quality with LoRA while the routers stay frozen.
 
-    LoRA changes the streams that routers read, and with them their scores: the plan that comes back has the threshold
-    at which as many layers as before are kept, on average over the first 64 prompts; its own where they still are.
+    LoRA changes the hidden states that the routers read, and with them the scores. The returned plan therefore has a
+    new threshold, at which as many layers as before are kept on average over the first 64 prompts; the threshold is
+    unchanged if that number is.
 
     Args:
         stack: the model; it is not changed.
         plan: a plan of this method.
-        train: prompts with their answers; answers alone carry loss.
-        config: of the training.
-        rank, alpha, dropout: of the adapters on the projections of attention and MLP, merged at the end.
+        train: prompts with their answers; the loss is computed on answer tokens only.
+        config: training configuration.
+        rank: rank of the adapters on the projections of attention and MLP, which are merged at the end.
+        alpha: LoRA alpha of the adapters.
+        dropout: dropout rate of the adapters.
         gates: ``hard`` as in serving, or ``soft``.
-        work: where an interrupted run goes on from.
+        work: folder from which an interrupted run resumes.
+
+    Returns:
+        The healed model, its plan and the training log.
     """
     out = work.directory()
     view = apply(stack, plan)
@@ -132,7 +143,7 @@ def tune(
     before, after = (scores(each, routers, prompts) for each in (stack, healed))
     free = list(routers.free)
     skipped, now = (float((table[:, free] < routers.threshold).double().mean()) for table in (before, after))
-    limit = routers.threshold if now == skipped else _leaving_out(skipped, after, routers)
+    limit = routers.threshold if now == skipped else _threshold_for(skipped, after, routers)
     assert plan.policy is not None
     changed = {"params": plan.policy.params | {"threshold": limit}, "work": _work(after, routers, limit)}
     reference = plan.policy.model_copy(update=changed)
@@ -155,26 +166,28 @@ def first(
     seed: Annotated[int, Ge(0)] = 0,
     work: Work = Work(),
 ) -> PlanSeries:
-    """Train one router per layer on text, then let every prompt decide which layers its answer runs.
+    """Train one router per layer that reads the prompt and chooses the layers that its answer runs.
 
     Args:
         stack: the opened model.
-        calibration: text, or token ids [sequences, time]; the beginning of each is the prompt, the rest its answer.
-        steps: optimizer steps of the routers; healing with LoRA comes after.
-        skip_weight: alpha of the paper, the pressure to skip while routers train.
-        reg_weight: lambda of the paper.
-        pool: what a router says of a prompt: the ``mean`` over its tokens, that of the ``last`` one, or a ``vote``.
-        prefill: ``full`` runs every layer on the prompt and skips while generating; ``route`` skips on the prompt too.
+        calibration: text, or token ids [sequences, time]; the beginning of each sequence serves as prompt, the rest as
+            answer.
+        steps: optimizer steps of the routers' training; healing with LoRA is a separate command.
+        skip_weight: alpha of the paper: weight of the loss term that favours skipping layers.
+        reg_weight: lambda of the paper: weight of the term that pushes gates to 0 or 1.
+        pool: how a router's probabilities are pooled over the prompt: their ``mean``, the ``last`` token's, or the
+            fraction above 0.5 (``vote``).
+        prefill: ``full`` runs every layer on the prompt and skips during generation; ``route`` skips on the prompt too.
         protect: how many layers at the start and at the end are always kept.
-        batch_policy: of a batch, ``rows`` decides for each row, ``union`` keeps what any row keeps, and ``majority``
-            what half of them do.
+        batch_policy: in a batch, ``rows`` decides for each row, ``union`` keeps the layers that any row keeps, and
+            ``majority`` those that at least half of the rows keep.
         lr: learning rate of the routers.
-        seed: of the order of samples and of where prompts end.
-        work: for the routers and for checkpoints, from which an interrupted run goes on.
+        seed: random seed of the sample order and of the split into prompt and answer.
+        work: folder for the routers and for checkpoints, from which an interrupted run resumes.
 
     Returns:
-        The series of plans, from the whole model on: one set of routers, and a threshold that rises from point to
-        point, each with the mean number of layers that it keeps on calibration text.
+        The plan series, starting with the unchanged model: one set of routers with a threshold that rises along the
+        series, each plan with the mean number of layers that it keeps on calibration text.
     """
     tokens = torch.cat([row["input_ids"] for row in sequences(calibration)])
     folder = work.directory()
@@ -205,13 +218,15 @@ def first(
 
 
 def thresholds(stack: Stack, routers: PromptRouters, prompts: list[Tensor]) -> PlanSeries:
-    """The series of plans that one set of routers allows: a threshold for each mean number of layers to skip.
+    """Build the plan series of one set of routers: a threshold for each mean number of layers to skip.
 
     Args:
-        prompts: token ids of each [time]; the scores that the thresholds divide come from them.
+        stack: the opened model.
+        routers: the trained routers.
+        prompts: token ids of each prompt [time]; their scores determine the thresholds.
     """
     table, free = scores(stack, routers, prompts), len(routers.free)
-    limits = [_leaving_out(skipped / free, table, routers) for skipped in range(1, free + 1)]
+    limits = [_threshold_for(skipped / free, table, routers) for skipped in range(1, free + 1)]
     points = [Point()]
     for limit in dict.fromkeys(limits):
         policy = PolicyReference(name="first", params={"threshold": limit}, work=_work(table, routers, limit))
@@ -220,14 +235,14 @@ def thresholds(stack: Stack, routers: PromptRouters, prompts: list[Tensor]) -> P
     return PlanSeries(model=ModelReference.of(stack), points=points, provenance={"method": "first"})
 
 
-def _leaving_out(share: float, table: Tensor, routers: PromptRouters) -> float:
-    """A threshold under which this share of the scores lies."""
+def _threshold_for(share: float, table: Tensor, routers: PromptRouters) -> float:
+    """Return a threshold below which this fraction of the scores lies."""
     free = table[:, list(routers.free)]
     return threshold(free.cpu(), round(share * free.numel()), MARGIN)
 
 
 def _work(table: Tensor, routers: PromptRouters, limit: float) -> list[tuple[float, float]]:
-    """How often each layer runs."""
+    """Return the fraction of prompts for which each layer's attention and MLP run."""
     kept = table >= limit
     kept[:, [layer for layer in range(table.shape[1]) if layer not in routers.free]] = True
     return [(share, share) for share in kept.double().mean(0).tolist()]

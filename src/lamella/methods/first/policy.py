@@ -1,4 +1,4 @@
-"""The routers of FiRST: what they read of a prompt, what they decide, and which prompts decide alike."""
+"""The routers of FiRST: their scores of prompts, the layers that these keep, and batches of similar prompts."""
 
 from __future__ import annotations
 
@@ -13,27 +13,28 @@ from lamella.runtime import LayerCall, Pass, Policy, parallel, with_policy
 from lamella.stack import Stack
 
 Gates = Literal["hard", "soft", "straight"]
-START = 2.0  # of the routers' bias: they begin with keeping everything at 0.88
+START = 2.0  # initial bias of the routers: at first every layer is kept with probability 0.88
 
 
 class PromptRouters(Policy):
-    """One router per layer, which reads the prompt and decides for the answer.
+    """One router per layer, which reads the prompt and decides whether the answer runs the layer.
 
     Args:
         stack: the model of L layers and hidden size d.
-        threshold: theta: a layer is kept from this mean on.
-        pool: over the prompt's tokens: ``mean`` of p, p of the ``last`` token, or the share with p > 0.5 (``vote``).
-        prefill: ``full`` runs every layer on the prompt and skips while generating; ``route`` skips on the prompt too.
+        threshold: theta: a layer is kept if its score is at least this.
+        pool: how p is pooled over the prompt's tokens: the ``mean``, p of the ``last`` token, or the fraction of tokens
+            with p > 0.5 (``vote``).
+        prefill: ``full`` runs every layer on the prompt and skips during generation; ``route`` skips on the prompt too.
         protect: how many layers at the start and at the end are always kept.
-        batch_policy: ``rows`` decides for each row and gathers; ``union`` keeps what any row keeps and ``majority``
-            what at least half of them do, for the whole batch.
-        temperature: tau, of the sigmoid.
+        batch_policy: ``rows`` decides for each row and gathers; ``union`` keeps the layers that any row keeps and
+            ``majority`` those that at least half of the rows keep, for the whole batch.
+        temperature: tau, the temperature of the sigmoid.
 
     Attributes:
-        gates: what parallel executions multiply by: ``hard`` decisions as in serving, or for training ``soft`` ones or
-            ``straight``-through estimates.
-        scope: of soft gates: ``prompt`` (as in serving) or ``token``, each token's own p.
-        seen: the gates of the last parallel execution [batch, L].
+        gates: multipliers of layer outputs in parallel executions: ``hard`` decisions as in serving, or for training
+            ``soft`` ones or ``straight``-through estimates.
+        scope: scope of soft gates: ``prompt`` (as in serving) or ``token``, each token's own p.
+        last_gates: the gates of the last parallel execution [batch, L].
     """
 
     takes = "phase"
@@ -52,13 +53,11 @@ class PromptRouters(Policy):
         super().__init__(stack)
         layers = len(stack)
         if pool not in ("mean", "last", "vote") or prefill not in ("full", "route"):
-            raise MethodError("first: pool is mean, last or vote, and prefill is full or route")
+            raise MethodError("first: pool must be mean, last or vote, and prefill must be full or route")
         if batch_policy not in ("rows", "union", "majority"):
-            raise MethodError(f"first: batch is rows, union or majority, not {batch_policy}")
+            raise MethodError(f"first: batch_policy must be rows, union or majority, not {batch_policy}")
         if min(protect) < 0 or sum(protect) >= layers:
-            raise MethodError(
-                f"protect {listed(protect)} leaves none of {layers} layers to route: give smaller numbers"
-            )
+            raise MethodError(f"protect {listed(protect)} leaves none of {layers} layers to route: give smaller values")
         self.threshold, self.pool, self.prefill, self.batch_policy = threshold, pool, prefill, batch_policy
         self.temperature = temperature
         self.free = range(protect[0], layers - protect[1])
@@ -67,33 +66,41 @@ class PromptRouters(Policy):
         self.bias = nn.Parameter(torch.full((layers,), START, device=stack.device))
         self.gates: Gates = "hard"
         self.scope: Literal["prompt", "token"] = "prompt"
-        self.seen = torch.ones(1, layers)
+        self.last_gates = torch.ones(1, layers)
 
     def begin(self, run: Pass) -> None:
+        """Check that the prompt comes in one call if it is routed, and start to collect gates."""
         routes = run.cache is not None and self.prefill == "route" and run.phase.any_prompt
         if routes and (run.phase.start > 0 or not run.phase.prompt_done):
             raise CacheError("this plan reads the whole prompt before it runs a layer: give the prompt in one call")
         run.memory["gates"] = []
 
     def end(self, run: Pass) -> None:
+        """Keep the gates of a parallel execution."""
         if run.cache is None:
-            self.seen = torch.stack(run.memory["gates"], dim=1)
+            self.last_gates = torch.stack(run.memory["gates"], dim=1)
 
     def layer(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
+        """Run one layer, or skip it for the rows whose prompt does not keep it."""
         if run.cache is None:
-            return self._whole(call, h, run)
+            return self._parallel(call, h, run)
         if run.phase.any_response:
             return self._answer(call, h, run)
         return self._prompt(call, h, run) if call.index in self.free else call(h)
 
     def probability(self, layer: int, h: Tensor) -> Tensor:
-        """p of one layer's router for every token, in float32 [batch, time]."""
+        """Compute p of one layer's router for every token, in float32 [batch, time].
+
+        Args:
+            layer: index of the layer.
+            h: hidden states before the layer [batch, time, hidden].
+        """
         wide = h.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)
         return torch.sigmoid((normed @ self.weight[layer] + self.bias[layer]) / self.temperature)
 
     def _pooled(self, p: Tensor, where: Tensor) -> Tensor:
-        """The mean (or vote) of p over the tokens ``where`` [batch, time] bool, or p of the last one [batch]."""
+        """Pool p over the tokens ``where`` [batch, time] bool: the mean, the vote, or p of the last one [batch]."""
         if self.pool == "last":
             last = where.shape[1] - 1 - where.flip(1).int().argmax(dim=1)
             return p.gather(1, last[:, None])[:, 0]
@@ -101,7 +108,7 @@ class PromptRouters(Policy):
         return (votes * where).sum(1) / where.sum(1).clamp(min=1)
 
     def _decided(self, pooled: Tensor) -> Tensor:
-        """Which rows keep the layer [batch] bool."""
+        """Decide which rows keep the layer [batch] bool."""
         keep = pooled >= self.threshold
         if self.batch_policy == "union":
             return keep.any().expand_as(keep)
@@ -109,7 +116,7 @@ class PromptRouters(Policy):
             return (keep.float().mean() >= 0.5).expand_as(keep)
         return keep
 
-    def _whole(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
+    def _parallel(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
         response = run.phase.response(h.device).expand(h.shape[:2])
         gates: list[Tensor] = run.memory["gates"]
         if call.index not in self.free:
@@ -151,7 +158,7 @@ class PromptRouters(Policy):
         return out
 
     def _add(self, state: dict[str, Tensor], layer: int, p: Tensor, real: Tensor) -> None:
-        """Pool what may be one of several parts of a prompt."""
+        """Accumulate the pooled p, since a prompt may come in several parts."""
         for name in ("pooled", "tokens"):
             state.setdefault(name, torch.zeros(len(p), self.layers, device=p.device))
         some = real.any(dim=1)
@@ -182,43 +189,50 @@ class PromptRouters(Policy):
 
 @torch.no_grad()
 def signatures(stack: Stack, routers: PromptRouters, prompts: list[Tensor]) -> Tensor:
-    """Which layers each prompt would keep [prompts, layers] bool.
+    """Return the layers that each prompt would keep [prompts, layers] bool.
 
     Args:
-        prompts: token ids of each [time].
+        stack: the opened model.
+        routers: the trained routers.
+        prompts: token ids of each prompt [time].
     """
-    return _seen(stack, routers, prompts) > 0.5
+    return _gates_of(stack, routers, prompts) > 0.5
 
 
 @torch.no_grad()
 def scores(stack: Stack, routers: PromptRouters, prompts: list[Tensor]) -> Tensor:
-    """What routers say of prompts, before any threshold [prompts, layers].
+    """Return the routers' scores of prompts, before any threshold [prompts, layers].
 
     Args:
-        prompts: token ids of each [time].
+        stack: the opened model.
+        routers: the trained routers.
+        prompts: token ids of each prompt [time].
     """
     routers.gates = "soft"
-    found = _seen(stack, routers, prompts)
+    found = _gates_of(stack, routers, prompts)
     routers.gates = "hard"
     return found
 
 
-def _seen(stack: Stack, routers: PromptRouters, prompts: list[Tensor]) -> Tensor:
-    """The gates of each prompt, of the kind that the routers are set to [prompts, layers]."""
+def _gates_of(stack: Stack, routers: PromptRouters, prompts: list[Tensor]) -> Tensor:
+    """Return the gates of each prompt, of the kind that the routers are set to [prompts, layers]."""
     view = with_policy(stack, plan_of(stack, routers), routers)
     rows = []
     for prompt in prompts:
         parallel(view, prompt[None].to(stack.device), torch.tensor([len(prompt)]), logits_to_keep=1)
-        rows.append(routers.seen[0])
+        rows.append(routers.last_gates[0])
     return torch.stack(rows)
 
 
 def buckets(kept: Tensor, size: int) -> list[list[int]]:
-    """Prompts in batches of similar signatures, so that a batch's union of kept layers stays small.
+    """Group prompts with similar signatures into batches, so that a batch's union of kept layers stays small.
 
     Args:
         kept: signatures [prompts, layers] bool.
-        size: of a batch.
+        size: batch size.
+
+    Returns:
+        Indices of the prompts of each batch.
     """
     left = list(range(len(kept)))
     batches = []
@@ -235,5 +249,10 @@ def buckets(kept: Tensor, size: int) -> list[list[int]]:
 
 
 def plan_of(stack: Stack, routers: PromptRouters) -> Plan:
-    """The plan of these routers as they are in memory."""
+    """Return the plan that refers to these routers in memory.
+
+    Args:
+        stack: the opened model.
+        routers: the routers.
+    """
     return Plan(model=ModelReference.of(stack), policies={stack.stack: PolicyReference(name="first")})

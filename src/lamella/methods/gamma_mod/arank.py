@@ -1,4 +1,4 @@
-"""ARank: the rank of a layer's attention, which is low where tokens attend to the same few places."""
+"""ARank: the rank of a layer's attention, which is low if tokens attend to the same few positions."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ Rank = Literal["exact", "effective"]
 
 @torch.no_grad()
 def attention_ranks(stack: Stack, samples: Sequence[Mapping[str, Any]], rank: Rank = "exact") -> Tensor:
-    """ARank of every layer on every sample, as a share of the highest that there can be [samples, layers].
+    """Measure ARank of every layer on every sample, as a fraction of the maximum [samples, layers].
 
     A_h are the attention probabilities of a head over one prompt, below the diagonal; the mean of their ranks over the
-    heads is divided by time - 1, since a row and a column of them are empty. Compare layers, and samples of one length.
+    heads is divided by time - 1, since one row and one column of them are empty. Compare layers on samples of one
+    length.
 
     Args:
         stack: the model.
-        samples: what it takes by name, one prompt each, without padding.
+        samples: inputs by name, one prompt each, without padding.
         rank: ``exact`` is the number of singular values above time * eps * the largest, in float32; ``effective`` is
-            exp of the entropy of the singular values, which tells layers apart also where all are of nearly full rank.
+            the exponential of the entropy of the singular values, which also distinguishes layers of nearly full rank.
     """
     rows = []
-    for given in track(samples, "attention ranks"):
-        context = stack.context(given)
+    for inputs in track(samples, "attention ranks"):
+        context = stack.context(inputs)
         h: Hidden = context.h
         ranks = []
         for index, layer in enumerate(stack.layers):
@@ -42,9 +43,13 @@ def attention_ranks(stack: Stack, samples: Sequence[Mapping[str, Any]], rank: Ra
 
 
 def rank_of(weights: Tensor, rank: Rank = "exact") -> Tensor:
-    """The rank of each head's attention below the diagonal [heads, time, time] -> [heads].
+    """Return the rank of each head's attention below the diagonal [heads, time, time] -> [heads].
 
-    >>> rank_of(torch.full((1, 4, 4), 0.25)).tolist()  # uniform: as high as can be
+    Args:
+        weights: attention probabilities.
+        rank: see :func:`attention_ranks`.
+
+    >>> rank_of(torch.full((1, 4, 4), 0.25)).tolist()  # uniform: the maximum
     [3.0]
     >>> rank_of(torch.eye(4)[:1].expand(1, 4, 4)).tolist()  # all attend to the first token
     [1.0]
@@ -58,7 +63,12 @@ def rank_of(weights: Tensor, rank: Rank = "exact") -> Tensor:
 
 
 def lowest(ranks: Tensor, fraction: float, protect: Sequence[int] = ()) -> list[int]:
-    """The layers to convert: the fraction of all with the lowest ranks [layers], none of them protected.
+    """Return the layers to convert: a fraction of all layers, those with the lowest ranks, without protected ones.
+
+    Args:
+        ranks: rank of each layer [layers].
+        fraction: fraction of all layers.
+        protect: layers that are not converted; negative indices count from the end.
 
     >>> lowest(torch.tensor([0.1, 0.9, 0.5, 0.2]), 0.5, protect=[-1])
     [0, 2]

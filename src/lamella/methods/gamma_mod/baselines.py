@@ -1,4 +1,4 @@
-"""What gamma-MoD is compared with: layers by the authors' modes or by chance, and image tokens that leave for good."""
+"""Baselines of gamma-MoD: the authors' layer modes, random layers, and training-free dropping of image tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from lamella.stack import Stack, attend_with_weights, join
 
 
 def mode_layers(mode: str, layers: int) -> list[int]:
-    """The layers that one of the authors' modes converts, by its name in their code.
+    """Return the layers that one of the authors' modes converts, by its name in their code.
+
+    Args:
+        mode: name of the mode.
+        layers: number of layers of the model.
 
     >>> mode_layers("arank_mod", 8)
     [3, 4, 5, 6]
@@ -36,18 +40,24 @@ def mode_layers(mode: str, layers: int) -> list[int]:
 
 
 def random_layers(layers: int, count: int, seed: int) -> list[int]:
-    """So many layers by chance."""
+    """Return `count` random layers.
+
+    Args:
+        layers: number of layers of the model.
+        count: number of layers to return.
+        seed: random seed.
+    """
     return sorted(torch.randperm(layers, generator=torch.Generator().manual_seed(seed))[:count].tolist())
 
 
-class Pruned(Policy):
-    """Leaves image tokens out of all layers behind one, without training: FastV, or with none of them kept VTW.
+class ImageTokenPruning(Policy):
+    """Drop image tokens after a layer, without training: FastV, or VTW if none is kept.
 
     Args:
         stack: the model.
-        layer: the last one that runs for all tokens.
-        keep: how many tokens of each row's images the later ones run for; at their own positions.
-        criterion: which, by the attention of the prompt in ``layer``: ``fastv`` or ``withdraw``.
+        layer: the last layer that runs for all tokens.
+        keep: number of image tokens per row that run the later layers, at their original positions.
+        criterion: ranking by the prompt's attention in ``layer``: ``fastv`` or ``withdraw``.
     """
 
     def __init__(self, stack: Stack, *, layer: int, keep: int, criterion: str = "fastv") -> None:
@@ -56,6 +66,7 @@ class Pruned(Policy):
         self.sparse = frozenset(range(layer + 1, len(stack)))
 
     def layer(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
+        """Run a layer, without dropped image tokens."""
         if run.images is None or not run.images.any():
             return call(h)
         real = torch.ones_like(run.images) if run.real is None else run.real
@@ -69,9 +80,9 @@ class Pruned(Policy):
         return call.mlp(mid)
 
     def _gone(self, h: Tensor, weights: Tensor, images: Tensor, real: Tensor, run: Pass) -> Tensor:
-        """The image tokens that leave [batch, time] bool."""
+        """Return the image tokens to drop [batch, time] bool."""
         gone = images.clone()
-        asks = real & ~run.phase.response(h.device)  # what is answered is not known yet
+        asks = real & ~run.phase.response(h.device)  # the answer is not known yet
         for row, columns in enumerate(each.nonzero().flatten() for each in images):
             if len(columns):
                 to_image = weights[row][:, asks[row]][:, :, columns]  # [heads, prompt, image]

@@ -1,13 +1,13 @@
-"""gamma-MoD: tune a model so that in most of its layers most image tokens pass by.
+"""gamma-MoD: fine-tune a vision-language model so that most image tokens skip most of its layers.
 
 Luo et al., "gamma-MoD: Exploring Mixture-of-Depth Adaptation for Multimodal Large Language Models", arXiv 2410.13859.
 
-    1  ARank       of each layer, the rank of its attention: low where tokens attend to the same few places
-    2  convert     the layers of the lowest; one router R [2, d] for all of them and for both modalities
-    3  train       the whole model: the best tokens are processed, all behind the image among them
-    4  thresholds  p > threshold decides in serving, where looking ahead is not possible
+    1  ARank       of each layer, the rank of its attention: low if tokens attend to the same few positions
+    2  convert     the layers with the lowest ARank; one router R [2, d] for all of them and for both modalities
+    3  train       the whole model: the best tokens are processed, including all tokens after the image
+    4  thresholds  p > threshold decides in serving, where later tokens are not available
 
-The layers themselves are in :mod:`lamella.methods.gamma_mod.policy`.
+The mixture-of-depths layers are in :mod:`lamella.methods.gamma_mod.policy`.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from lamella.methods.gamma_mod.recipe import (
     PREFILL,
     TRAINING,
     Routing,
-    Seen,
-    calibrated,
-    converted,
-    observed,
-    planned,
+    RoutingTrace,
+    calibrate,
+    convert,
+    observe,
+    plan_of,
     policy_image,
     quantile,
 )
 from lamella.methods.gamma_mod.recipe import (
-    train as fitted,
+    train as train_view,
 )
 from lamella.plan import ModelReference, Plan, PlanSeries, Point
 from lamella.registry import command, method
@@ -55,7 +55,7 @@ Select = Literal[
     "lowest", "highest", "first_half", "second_half", "sparse", "dense", "first_last_dense", "first_five_dense",
     "last_two_thirds", "arank_mod",
 ]  # fmt: skip
-PROTECTED = (0, 1, 2, -1)  # as the released configuration leaves them
+PROTECTED = (0, 1, 2, -1)  # as in the released configuration
 KEEPS = tuple(round(0.1 * tenth, 1) for tenth in range(9, 0, -1))
 
 
@@ -69,27 +69,27 @@ def arank(
     rank: Rank = "exact",
     probes: Annotated[int, Ge(2)] = 50,
 ) -> Study:
-    """Measure the rank of each layer's attention, and say which layers that would convert.
+    """Measure the rank of each layer's attention, and select the layers to convert.
 
     Args:
         stack: the model.
-        calibration: prompts; of text without images whole rows.
-        fraction: of all layers, how many to convert.
-        protect: layers that are never converted; -1 is the last.
-        rank: ``exact``, or ``effective``, which tells layers apart also where all are of nearly full rank.
-        probes: samples to measure, as long as there are so many.
+        calibration: prompts; for text without images, whole rows.
+        fraction: fraction of all layers to convert.
+        protect: layers that are never converted; -1 is the last one.
+        rank: ``exact``, or ``effective``, which also distinguishes layers of nearly full rank.
+        probes: maximum number of samples to measure.
 
     Returns:
-        The ranks as a share of the highest possible, by layer and by sample; how far two halves of the samples agree on
-        the order of layers; the layers; and what ranks may be compared with.
+        The ranks as a fraction of the maximum, by layer and by sample; the rank correlation of layers between two
+        halves of the samples; the layers; and the conditions under which ranks are comparable.
 
     Raises:
         MethodError: for a protected layer that the model does not have.
     """
     listed(stack, protect)
-    ranks, told = measured_ranks(stack, calibration, rank, probes)
+    ranks, record = measured_ranks(stack, calibration, rank, probes)
     layers = lowest(ranks.mean(0), fraction, protect)
-    return Study(findings={"arank": told, "layers": layers})
+    return Study(findings={"arank": record, "layers": layers})
 
 
 @method(
@@ -112,28 +112,30 @@ def gamma_mod(
     config: TrainConfig = TRAINING,
     work: Work = Work(),
 ) -> Trained:
-    """Convert layers into ones that some tokens pass by, and train the model with its router.
+    """Convert layers to mixture-of-depths layers that some tokens skip, and train the model with its router.
 
     Args:
         stack: the model; it is not changed.
-        train: prompts with their answers, images first; answers carry the task's loss.
-        select: the layers of ``lowest`` ARank; for comparison of the ``highest``, or one of the authors' modes:
-            ``arank_mod``, the released one, is all but the first three and the last.
-        fraction: of all layers, how many are converted by rank.
-        protect: layers that are not converted by rank; -1 is the last.
-        layers: convert these instead.
-        rank: ``exact``, or ``effective``, which tells layers apart also where all are of nearly full rank.
-        probes: samples on which ARank is measured, and on which thresholds are set.
-        routing: how tokens are routed.
-        config: of the training; the authors' rate and batch, and one pass over the samples. Its seed is the router's.
-        work: where an interrupted run goes on from.
+        train: prompts with their answers, images first; the task loss covers the answers.
+        select: which layers to convert: ``lowest`` ARank (the method), ``highest`` (control), or one of the authors'
+            presets; ``arank_mod``, the released one, converts all but the first three and the last.
+        fraction: fraction of all layers to convert by rank.
+        protect: layers that are not converted by rank; -1 is the last one.
+        layers: convert these layers instead.
+        rank: ``exact``, or ``effective``, which also distinguishes layers of nearly full rank.
+        probes: maximum number of samples on which ARank is measured and thresholds are calibrated.
+        routing: routing of tokens.
+        config: training configuration; by default the authors' learning rate and batch size, and one epoch. Its seed is
+            also that of the router.
+        work: folder from which an interrupted run resumes.
 
     Returns:
-        The trained model and its plan, with what each converted layer keeps of each kind of token when it is served.
+        The trained model and its plan, with the fraction of each kind of token that each converted layer processes in
+        serving.
 
     Raises:
-        MethodError: for layers that the model does not have, or when none is converted.
-        TrainingError: when training cannot start or stay finite.
+        MethodError: for layers that the model does not have, or if none is converted.
+        TrainingError: if training cannot start, or the loss is not finite.
     """
     findings: dict[str, Any] = {}
     if layers is None and select in ("lowest", "highest"):
@@ -143,56 +145,62 @@ def gamma_mod(
     else:
         chosen = mode_layers(select, len(stack)) if layers is None else listed(stack, layers)
     out = work.directory()
-    view = converted(stack, chosen, routing, config.seed)
-    log = fitted(view, train, routing, config, out / "run")
+    view = convert(stack, chosen, routing, config.seed)
+    log = train_view(view, train, routing, config, out / "run")
     view.eval()
 
     few = first(train, probes)
     limits: dict[str, Any] = {"prefill": PREFILL, "decode": DECODE}
     if routing.served == "calibrated":
-        limits = calibrated(observed(view, few))
+        limits = calibrate(observe(view, few))
     trained = with_weights_of(stack, view)
     params = view.lamella_plan.policies[stack.stack].params | limits
-    plan = keep_policy(planned(trained, params), view.lamella_policy, out)
-    seen = observed(apply(trained, plan), few)
-    plan = keep_policy(planned(trained, params, seen.work(chosen, stack)), view.lamella_policy, out)
+    plan = keep_policy(plan_of(trained, params), view.lamella_policy, out)
+    seen = observe(apply(trained, plan), few)
+    plan = keep_policy(plan_of(trained, params, seen.work(chosen, stack)), view.lamella_policy, out)
     measured = {name: each for name, each in findings.get("arank", {}).items() if name != "by_sample"}
     plan = plan.model_copy(update={"provenance": {"method": "gamma-mod", "arank": measured}})
-    findings |= {"layers": chosen, "of": len(stack), "kept": seen.kept(), "thresholds": limits, "shown": shown(seen)}
+    findings |= {
+        "layers": chosen,
+        "of": len(stack),
+        "kept": seen.kept(),
+        "thresholds": limits,
+        "shown": first_row(seen),
+    }
     return Healed(stack=trained, plan=plan, log=log, findings=findings)
 
 
 @command("gamma-mod", "thresholds")
 @torch.no_grad()
 def thresholds(stack: Stack, plan: Plan, calibration: Samples | ImageText) -> PlanSeries:
-    """Make plans of one router that keep nine tenths of prompts in each converted layer, eight tenths, and so on.
+    """Create plans for one router that keep nine tenths of the prompt in each converted layer, eight tenths, and so on.
 
     Args:
         stack: the trained model.
         plan: its plan.
-        calibration: prompts with their answers, on which thresholds are set.
+        calibration: prompts with their answers, on which thresholds are calibrated.
 
     Returns:
-        The series, from the whole model on, each with the share of tokens that the converted layers process when it is
-        served, and the loss of the answers. Shares differ from what was aimed at, since what one layer leaves out
-        changes what the next ones read. Generated tokens keep the threshold of the plan.
+        The plan series, starting with the whole model, each plan with the fraction of tokens that the converted layers
+        process in serving, and the loss of the answers. Fractions differ from the targets, since tokens skipped by one
+        layer change the inputs of the next ones. Generated tokens keep the threshold of the plan.
 
     Raises:
         MethodError: for a plan of another method.
     """
     reference = plan.policies.get(stack.stack)
     if reference is None or reference.name != "gamma-mod":
-        raise MethodError("gamma-mod thresholds needs a plan that gamma-mod has made: give its plan.json")
+        raise MethodError("gamma-mod thresholds needs a plan made by gamma-mod: give its plan.json")
     view = apply(stack, plan)
     policy: MixtureOfDepths = view.lamella_policy
-    layers, served = list(policy.place), observed(view, calibration)
+    layers, served = list(policy.index_of), observe(view, calibration)
     p = served.p[served.prompt]
     points = [Point()]
 
-    def serving(keep: float) -> tuple[list[float], Seen, float]:
-        prefill = [quantile(p[:, place], keep) for place in range(len(layers))]
+    def serving(keep: float) -> tuple[list[float], RoutingTrace, float]:
+        prefill = [quantile(p[:, index], keep) for index in range(len(layers))]
         policy.thresholds[0] = torch.tensor(prefill, dtype=torch.float64)
-        seen = observed(view, calibration)
+        seen = observe(view, calibration)
         return prefill, seen, float(seen.ran.double().mean())
 
     for prefill, seen, share in rising(map(serving, KEEPS), lambda each: 1 - each[2]):
@@ -204,7 +212,12 @@ def thresholds(stack: Stack, plan: Plan, calibration: Samples | ImageText) -> Pl
 
 
 def first(samples: Samples | ImageText, count: int) -> Any:
-    """The first so many samples, of the same kind."""
+    """Return the first `count` samples, of the same type.
+
+    Args:
+        samples: the samples.
+        count: how many.
+    """
     if isinstance(samples, ImageText):
         return ImageText(samples[:count], samples.processing)
     return samples[:count]
@@ -213,12 +226,19 @@ def first(samples: Samples | ImageText, count: int) -> Any:
 def measured_ranks(
     stack: Stack, samples: Samples | ImageText, rank: Rank, probes: int
 ) -> tuple[Tensor, dict[str, Any]]:
-    """ARank of every layer on some samples [samples, layers], and the same as findings."""
+    """Measure ARank of every layer on some samples [samples, layers], also as findings.
+
+    Args:
+        stack: the model.
+        samples: the samples.
+        rank: kind of rank.
+        probes: maximum number of samples.
+    """
     rows = prompts(stack, first(samples, probes))
     ranks = attention_ranks(stack, rows, rank).cpu()
     halves = [ranks[half::2].mean(0).tolist() for half in (0, 1)] if len(rows) > 1 else []
     lengths = [row["input_ids"].shape[1] for row in rows]
-    told = {
+    record = {
         "by_layer": ranks.mean(0).tolist(),
         "by_sample": ranks.tolist(),
         "agreement": spearman(*halves) if halves else None,
@@ -227,36 +247,60 @@ def measured_ranks(
         "images": policy_image(stack.model) >= 0 and isinstance(samples, ImageText),
         "dtype": str(next(stack.model.parameters()).dtype).removeprefix("torch."),
     }
-    return ranks, told
+    return ranks, record
 
 
 def prompts(stack: Stack, samples: Any) -> list[dict[str, Tensor]]:
-    """What a model takes of each prompt by itself; of text, where prompts are of many lengths, the whole row."""
+    """Return the model's inputs of each single prompt; for text, whose prompts differ in length, of the whole row.
+
+    Args:
+        stack: the model.
+        samples: the samples.
+    """
     if isinstance(samples, ImageText):
-        given = [samples.prompts([row]) for row in samples]
+        inputs = [samples.prompts([row]) for row in samples]
     else:
-        given = [{"input_ids": row["input_ids"][None]} for row in samples]
-    return [{name: each.to(stack.device) for name, each in read_inputs(stack.model, row).items()} for row in given]
+        inputs = [{"input_ids": row["input_ids"][None]} for row in samples]
+    return [{name: each.to(stack.device) for name, each in read_inputs(stack.model, row).items()} for row in inputs]
 
 
 def chosen_layers(stack: Stack, ranks: Tensor, select: str, fraction: float, protect: Sequence[int]) -> list[int]:
-    """The layers to convert by rank [layers]."""
+    """Return the layers to convert by rank.
+
+    Args:
+        stack: the model.
+        ranks: rank of each layer [layers].
+        select: ``lowest`` or ``highest``.
+        fraction: fraction of all layers.
+        protect: layers that are not converted.
+
+    Raises:
+        MethodError: if there is none.
+    """
     layers = lowest(ranks if select == "lowest" else -ranks, fraction, protect)
     if not layers:
-        raise MethodError(f"gamma-mod: all {len(stack)} layers are protected, or fraction {fraction:g} is too little")
+        raise MethodError(f"gamma-mod: all {len(stack)} layers are protected, or fraction {fraction:g} is too small")
     return layers
 
 
 def listed(stack: Stack, layers: Sequence[int]) -> list[int]:
-    """Layers as they were given, counted from the first; negative ones are counted from the end."""
+    """Return sorted layer indices; negative ones count from the end.
+
+    Args:
+        stack: the model.
+        layers: layer indices.
+
+    Raises:
+        MethodError: for a layer that the model does not have.
+    """
     wrong = next((each for each in layers if not -len(stack) <= each < len(stack)), None)
     if wrong is not None:
         raise MethodError(f"gamma-mod: there is no layer {wrong}; {stack.name} has {len(stack)}")
     return sorted({each % len(stack) for each in layers})
 
 
-def shown(seen: Seen) -> dict[str, Any]:
-    """Of the first row, what each token is and which layers have processed it."""
+def first_row(seen: RoutingTrace) -> dict[str, Any]:
+    """Return, for the first row, the kind of each token and the layers that processed it."""
     here = seen.row == 0
     kinds = ["image" if image else "prompt" if prompt else "answer"
              for image, prompt in zip(seen.image[here].tolist(), seen.prompt[here].tolist(), strict=True)]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What is drawn: the rank of each layer's attention, and which tokens ran in which layer."""
+"""Figures and summaries: the rank of each layer's attention, and the tokens processed by each layer."""
 
 from __future__ import annotations
 
@@ -16,70 +16,76 @@ KINDS = ("image", "prompt", "answer")  # of tokens
 
 
 def summary(evidence: Evidence) -> Summary:
-    """The ranks, the layers, and what each of them keeps; of thresholds, the series."""
+    """Summarise the ranks, the converted layers and the tokens they process; or a plan series."""
     found = evidence.findings
     if "kept" in found:
-        told = Trained.summary(evidence)
-        lines = [*told.lines, f"converted, of {counted(found['of'], 'layer')}: {numbered('layer', found['layers'])}"]
-        return Summary(told.verdict, [*told.tables, *_ranks(found), _kept(found)], lines)
+        record = Trained.summary(evidence)
+        lines = [*record.lines, f"converted {numbered('layer', found['layers'])} of {counted(found['of'], 'layer')}"]
+        return Summary(record.verdict, [*record.tables, *_ranks(found), _kept(found)], lines)
     if "arank" in found:
-        verdict = f"To be converted: {numbered('layer', found['layers'])}."
+        verdict = f"Selected for conversion: {numbered('layer', found['layers'])}."
         return Summary(verdict, _ranks(found), [_agreement(found["arank"])])
     return PlanSeries.summary(evidence) if evidence.kind == PlanSeries.kind else Study.summary(evidence)
 
 
 def figures(evidence: Evidence) -> list[Figure]:
-    """The curve of ranks; of a trained model the losses, and the tokens that ran in the first sample."""
+    """Plot the ranks; for a trained model the losses, and the tokens processed in the first sample."""
     found = evidence.findings
     parts: list[Figure] = [curves(evidence)] if isinstance(evidence, TrainedEvidence) else []
     if "arank" in found:
         line = {"ARank": found["arank"]["by_layer"]}
-        caption = "The rank of each layer's attention: low where tokens attend to the same few positions."
-        parts.append(Lines("layer", "rank, as a share of the highest possible", line, caption=caption))
+        caption = "Rank of each layer's attention: low if tokens attend to the same few positions."
+        parts.append(Lines("layer", "rank (fraction of the maximum)", line, caption=caption))
     if "shown" in found:
         parts += [tokens_map(found["shown"], found["layers"]), *image_map(found["shown"])]
     return parts
 
 
-def tokens_map(shown: Mapping[str, Any], layers: list[int]) -> Heatmap:
-    """A row for each converted layer, a column for each token."""
-    kinds = shown["kinds"]
+def tokens_map(first_row: Mapping[str, Any], layers: list[int]) -> Heatmap:
+    """Plot which tokens (columns) each converted layer (row) processes.
+
+    Args:
+        first_row: tokens of the first sample.
+        layers: the converted layers.
+    """
+    kinds = first_row["kinds"]
     return Heatmap(
         "token",
         "",
-        [[KINDS.index(kind) + 1 if here else 0 for kind, here in zip(kinds, ran, strict=True)] for ran in shown["ran"]],
+        [[KINDS.index(kind) + 1 if here else 0 for kind, here in zip(kinds, ran, strict=True)]
+         for ran in first_row["ran"]],
         "processed",
         rows=[f"layer {layer}" for layer in layers],
         categories=("not processed", *KINDS),
         hover=[
-            [f"token {place}, {kind}: {'processed' if here else 'not processed'} by layer {layer}"
-             for place, (kind, here) in enumerate(zip(kinds, ran, strict=True))]
-            for layer, ran in zip(layers, shown["ran"], strict=True)
+            [f"token {index}, {kind}: {'processed' if here else 'not processed'} by layer {layer}"
+             for index, (kind, here) in enumerate(zip(kinds, ran, strict=True))]
+            for layer, ran in zip(layers, first_row["ran"], strict=True)
         ],
-        title="Tokens that each converted layer has processed",
-        caption="The first sample, one column for each token.",
+        title="Tokens processed by each converted layer",
+        caption="The first sample, one column per token.",
     )  # fmt: skip
 
 
-def image_map(shown: Mapping[str, Any]) -> list[Figure]:
-    """Of a square image, how many of the converted layers have processed each of its positions."""
-    places = [place for place, kind in enumerate(shown["kinds"]) if kind == "image"]
-    side = math.isqrt(len(places))
-    if not places or side * side != len(places):
+def image_map(first_row: Mapping[str, Any]) -> list[Figure]:
+    """Plot, for a square image, the fraction of the converted layers that process each position."""
+    positions = [index for index, kind in enumerate(first_row["kinds"]) if kind == "image"]
+    side = math.isqrt(len(positions))
+    if not positions or side * side != len(positions):
         return []
-    shares = [sum(each[place] for each in shown["ran"]) / len(shown["ran"]) for place in places]
+    shares = [sum(each[index] for each in first_row["ran"]) / len(first_row["ran"]) for index in positions]
     rows = [shares[side * row : side * (row + 1)] for row in range(side)]
-    caption = "Its image: which share of the converted layers process each position."
-    return [Heatmap("column", "row", rows, "share of the layers", least=0.0, most=1.0, square=True, caption=caption)]
+    caption = "Its image: fraction of the converted layers that process each position."
+    return [Heatmap("column", "row", rows, "fraction of layers", least=0.0, most=1.0, square=True, caption=caption)]
 
 
-def _agreement(told: Mapping[str, Any]) -> str:
-    agreement = "not known" if told["agreement"] is None else number(told["agreement"])
-    shortest, longest = told["lengths"]
+def _agreement(record: Mapping[str, Any]) -> str:
+    agreement = "unknown" if record["agreement"] is None else number(record["agreement"])
+    shortest, longest = record["lengths"]
     return (
         f"rank correlation of the layers between two halves of the samples: {agreement}; "
-        f"{counted(len(told['by_sample']), 'sample')} of {shortest} to {longest} tokens, {told['rank']} rank, "
-        f"{told['dtype']}"
+        f"{counted(len(record['by_sample']), 'sample')} of {shortest} to {longest} tokens, {record['rank']} rank, "
+        f"{record['dtype']}"
     )
 
 
@@ -88,7 +94,7 @@ def _ranks(found: Mapping[str, Any]) -> list[Table]:
         return []
     rows = [[layer, value, "yes" if layer in found["layers"] else ""]
             for layer, value in enumerate(found["arank"]["by_layer"])]  # fmt: skip
-    return [Table("ARank, as a share of the highest possible", ["layer", "ARank", "converted"], rows)]
+    return [Table("ARank (fraction of the maximum)", ["layer", "ARank", "converted"], rows)]
 
 
 def _kept(found: Mapping[str, Any]) -> Table:
@@ -96,4 +102,4 @@ def _kept(found: Mapping[str, Any]) -> Table:
     rows = [
         [layer, *(percent(found["kept"][kind][row]) for kind in kinds)] for row, layer in enumerate(found["layers"])
     ]
-    return Table("Tokens that a converted layer processes when it is served", ["layer", *kinds], rows)
+    return Table("Tokens processed by each converted layer in serving", ["layer", *kinds], rows)

@@ -1,10 +1,10 @@
-"""What trains a mixture of depths, and what its thresholds are afterwards.
+"""Training of a mixture of depths, and calibration of its thresholds.
 
-    L = L_task + lambda * sum over converted layers of CE(z, chosen)      everything trains: model and router
+    L = L_task + lambda * sum over converted layers of CE(z, selected)    trains everything: model and router
 
-Training keeps the best tokens of a sequence, serving those whose p is above a threshold. The calibrated threshold of
-a layer is the quantile of p on calibration prompts that keeps as many of them as training did; the authors' are
-constants.
+Training processes the best tokens of a sequence, serving those with p above a threshold. The calibrated threshold of a
+layer is the quantile of p on calibration prompts that processes the same fraction as training; the authors' thresholds
+are constants.
 """
 
 from __future__ import annotations
@@ -37,19 +37,20 @@ KINDS = ("image", "prompt", "answer")
 
 @dataclass(frozen=True)
 class Routing:
-    """How a mixture of depths is trained and served.
+    """Training and serving of a mixture of depths.
 
     Attributes:
-        skip: rho: of the tokens that may pass, how many do in training. Released checkpoints have 0.5 and 0.34.
-        router_loss: lambda, the weight of the routers' loss.
-        mask: whether in training all tokens behind the image are processed; without, any token may pass, as many in
-            all.
-        text_rows: of rows without an image, training processes all tokens (``keep``), or those of the prompt and the
-            best of the answer, half of all (``half``). Both are released, for different models.
-        positions: of processed tokens: counted anew in each layer, ``compact``, as released, or ``original``.
-        start: of the router: ``random`` as released, or ``keep`` (ours), which at first changes nothing.
-        routers: one that is ``shared``; for comparison, one for each ``layer`` or ``modality``.
-        served: with thresholds ``calibrated`` to what training kept, or with the authors' ``constants``.
+        skip: rho: fraction of the skippable tokens that skip in training. Released checkpoints use 0.5 and 0.34.
+        router_loss: lambda, the weight of the router loss.
+        mask: whether all tokens after the image are processed in training; otherwise any token may skip, with the same
+            total number.
+        text_rows: for rows without an image, training processes all tokens (``keep``), or the prompt and the best
+            answer tokens, half of all (``half``). Both are released, for different models.
+        positions: position ids of processed tokens: new ones in each layer (``compact``, as released), or ``original``.
+        start: initialisation of the router: ``random`` as released, or ``keep`` (an addition of Lamella), which changes
+            nothing at first.
+        routers: one ``shared`` router; for comparison, one per ``layer`` or ``modality``.
+        served: thresholds ``calibrated`` to the fractions in training, or the authors' ``constants``.
     """
 
     skip: Annotated[float, Ge(0), Lt(1)] = 0.5
@@ -62,19 +63,32 @@ class Routing:
     served: Literal["calibrated", "constants"] = "calibrated"
 
 
-def converted(stack: Stack, layers: Sequence[int], routing: Routing, seed: int) -> Any:
-    """A view of the model whose layers are converted, with weights of its own, in its training execution."""
+def convert(stack: Stack, layers: Sequence[int], routing: Routing, seed: int) -> Any:
+    """Create a view of the model with converted layers and weights of its own, in training mode.
+
+    Args:
+        stack: the model.
+        layers: layers to convert.
+        routing: routing of tokens.
+        seed: random seed of the router.
+    """
     params: dict[str, Any] = {"layers": list(layers), "positions": routing.positions, "start": routing.start}
     params |= {"routers": routing.routers, "seed": seed}
-    view = apply(stack, planned(stack, params))
+    view = apply(stack, plan_of(stack, params))
     own(view)
     policy: MixtureOfDepths = view.lamella_policy
     policy.training_share, policy.masks, policy.text_rows = routing.skip, routing.mask, routing.text_rows
     return view
 
 
-def planned(stack: Stack, params: dict[str, Any], work: Sequence[tuple[float, ...]] = ()) -> Plan:
-    """The plan of a mixture of depths."""
+def plan_of(stack: Stack, params: dict[str, Any], work: Sequence[tuple[float, ...]] = ()) -> Plan:
+    """Return the plan of a mixture of depths.
+
+    Args:
+        stack: the model.
+        params: settings of the policy.
+        work: fraction of tokens that each sublayer processes.
+    """
     reference = PolicyReference(name="gamma-mod", params=params, work=list(work))
     return Plan(model=ModelReference.of(stack), policies={stack.stack: reference})
 
@@ -83,11 +97,11 @@ def train(view: Any, samples: Samples | ImageText, routing: Routing, config: Tra
     """Train a converted model and its router, in place.
 
     Args:
-        view: of :func:`converted`.
-        samples: prompts with their answers, which carry the task's loss.
-        routing: of it, the weight of the router's loss.
-        config: of the training.
-        out: a folder for checkpoints; an interrupted run goes on from there.
+        view: a view made by :func:`convert`.
+        samples: prompts with their answers; the task loss covers the answers.
+        routing: routing of tokens, with the weight of the router loss.
+        config: training configuration.
+        out: folder for checkpoints, from which an interrupted run resumes.
 
     Raises:
         MethodError: for a batch without answers.
@@ -96,7 +110,7 @@ def train(view: Any, samples: Samples | ImageText, routing: Routing, config: Tra
 
     def loss(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         if not (batch["labels"][:, 1:] != NO_LOSS).any():
-            raise MethodError("gamma-mod: the samples of a batch have no answers, which carry the loss: give some")
+            raise MethodError("gamma-mod: the samples of a batch have no answers, so there is no loss: give answers")
         task = response_loss(model, batch)
         router = policy.router_loss
         return task + routing.router_loss * router, {"ce": task.detach(), "router": router.detach()}
@@ -107,18 +121,19 @@ def train(view: Any, samples: Samples | ImageText, routing: Routing, config: Tra
     return log
 
 
-# What runs
+# Observation
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What the converted layers have made of all tokens of some rows, which stand one behind the other.
+class RoutingTrace:
+    """Routing of all tokens of some rows, concatenated.
 
     Attributes:
-        p: the router's probability of being processed, in float64 [tokens, layers].
-        ran: whether it was [tokens, layers] bool.
-        prompt, image: which are of a prompt, and of an image, which is a part of it [tokens] bool.
-        row: of each token [tokens].
+        p: the router's probability of processing, in float64 [tokens, layers].
+        ran: whether the token was processed [tokens, layers] bool.
+        prompt: mask of prompt tokens, including images [tokens] bool.
+        image: mask of image tokens [tokens] bool.
+        row: row of each token [tokens].
         loss: mean cross-entropy of the answers, in nats.
     """
 
@@ -130,29 +145,39 @@ class Seen:
     loss: float
 
     def kept(self) -> dict[str, list[float]]:
-        """The share of tokens of each kind that each layer has processed."""
+        """Return the fraction of tokens of each kind that each layer processed."""
         kinds = dict(zip(KINDS, (self.image, self.prompt & ~self.image, ~self.prompt), strict=True))
         return {name: self.ran[those].float().mean(0).tolist() for name, those in kinds.items() if those.any()}
 
     def work(self, layers: Sequence[int], stack: Stack) -> list[tuple[float, ...]]:
-        """The share of tokens that each sublayer of the whole stack has processed."""
+        """Return the fraction of tokens that each sublayer of the whole stack processed.
+
+        Args:
+            layers: the converted layers.
+            stack: the model.
+        """
         shares = dict(zip(layers, self.ran.double().mean(0).tolist(), strict=True))
         return [(shares.get(layer, 1.0),) * len(stack.architecture.names) for layer in range(len(stack))]
 
 
 @torch.no_grad()
-def observed(view: Any, samples: Samples | ImageText) -> Seen:
-    """What a view makes of samples, in the execution that it is set to."""
+def observe(view: Any, samples: Samples | ImageText) -> RoutingTrace:
+    """Record the routing of samples, in the current mode of the view.
+
+    Args:
+        view: the view.
+        samples: the samples.
+    """
     policy: MixtureOfDepths = view.lamella_policy
-    layers, stack = list(policy.place), last_stack(view)
+    layers, stack = list(policy.index_of), last_stack(view)
     token = policy_image(view)
     found: list[tuple[Tensor, ...]] = []
     loss = labels = row = 0.0
     for batch in track(list(labelled_batches(samples, BATCH, stack.device)), "gamma-mod: which tokens run"):
         trace = traced(view)
-        states, wanted = scored_states(view, batch)
-        loss += float(torch.nn.functional.cross_entropy(stack.logits(states).float(), wanted, reduction="sum"))
-        labels += len(wanted)
+        states, targets = scored_states(view, batch)
+        loss += float(torch.nn.functional.cross_entropy(stack.logits(states).float(), targets, reduction="sum"))
+        labels += len(targets)
         executed, of_prompt, notes = trace.joined()
         ids = batch["input_ids"].cpu()
         real = batch["attention_mask"].cpu().bool() if "attention_mask" in batch else torch.ones_like(ids).bool()
@@ -168,17 +193,21 @@ def observed(view: Any, samples: Samples | ImageText) -> Seen:
         row += len(ids)
     untraced(view)
     p, ran, prompt, image, number = (torch.cat(each) for each in zip(*found, strict=True))
-    return Seen(p, ran, prompt, image, number, loss / max(labels, 1))
+    return RoutingTrace(p, ran, prompt, image, number, loss / max(labels, 1))
 
 
 def policy_image(view: Any) -> int:
-    """The token that stands for a position of an image; -1 in a model without."""
+    """Return the id of image tokens; -1 for a model without images."""
     named = last_stack(view).architecture.images
     return int(getattr(view.config, named)) if named else -1
 
 
 def quantile(p: Tensor, keep: float) -> float:
-    """The threshold above which this share of tokens lies [tokens]; -1 where all of them are to be processed.
+    """Return the threshold above which this fraction of tokens lies; -1 if all of them are to be processed.
+
+    Args:
+        p: probabilities [tokens].
+        keep: the fraction.
 
     >>> quantile(torch.tensor([0.1, 0.4, 0.2, 0.3]), 0.5)
     0.25
@@ -187,10 +216,10 @@ def quantile(p: Tensor, keep: float) -> float:
     return threshold(p.double(), passing) if passing else -1.0
 
 
-def calibrated(seen: Seen) -> dict[str, list[float]]:
-    """For each layer the thresholds that keep, of prompts and of answers, what was kept while this was seen."""
+def calibrate(seen: RoutingTrace) -> dict[str, list[float]]:
+    """Return for each layer the thresholds that keep the observed fractions of prompts and of answers."""
     found: dict[str, list[float]] = {}
     for name, those in (("prefill", seen.prompt), ("decode", ~seen.prompt)):
         p, shares = seen.p[those], seen.ran[those].double().mean(0).tolist()
-        found[name] = [quantile(p[:, place], share) for place, share in enumerate(shares)]
+        found[name] = [quantile(p[:, index], share) for index, share in enumerate(shares)]
     return found

@@ -1,18 +1,17 @@
 """HiRes-LLaVA: see :mod:`lamella.methods.hires_llava.method`."""
 
-from lamella.methods.hires_llava.entities import CUTS, Asked, EntityGrid, asked
-from lamella.methods.hires_llava.method import Restoring, built, hires_llava, judge, seams
+from lamella.methods.hires_llava.entities import CUTS, EntityGrid, EntityQuestion, entity_questions
+from lamella.methods.hires_llava.method import Restoring, build, hires_llava, judge, seams
 from lamella.methods.hires_llava.modules import SelfMiningSampler, SliceRestore
-from lamella.methods.hires_llava.network import HiResLlava, HiResLlavaConfig, HiResLlavaProcessor, sliced
+from lamella.methods.hires_llava.network import HiResLlava, HiResLlavaConfig, HiResLlavaProcessor, with_slices
 from lamella.methods.hires_llava.result import Restored
-from lamella.methods.hires_llava.seams import Seams, compared, probed, streams
-from lamella.methods.hires_llava.slicing import Grid, Slices, Slicing, cut, merge
+from lamella.methods.hires_llava.seams import Seams, compare_neighbours, patch_maps, probe_entities
+from lamella.methods.hires_llava.slicing import SliceGrid, Slicing, TileLayout, cut, merge
 
 __all__ = [
     "CUTS",
-    "Asked",
     "EntityGrid",
-    "Grid",
+    "EntityQuestion",
     "HiResLlava",
     "HiResLlavaConfig",
     "HiResLlavaProcessor",
@@ -20,18 +19,19 @@ __all__ = [
     "Restoring",
     "Seams",
     "SelfMiningSampler",
+    "SliceGrid",
     "SliceRestore",
-    "Slices",
     "Slicing",
-    "asked",
-    "built",
-    "compared",
+    "TileLayout",
+    "build",
+    "compare_neighbours",
     "cut",
+    "entity_questions",
     "hires_llava",
     "judge",
     "merge",
-    "probed",
+    "patch_maps",
+    "probe_entities",
     "seams",
-    "sliced",
-    "streams",
+    "with_slices",
 ]

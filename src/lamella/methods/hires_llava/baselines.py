@@ -1,4 +1,4 @@
-"""Samplers that others make tokens with, for comparison at as many tokens."""
+"""Baseline samplers for comparison at an equal number of tokens."""
 
 from __future__ import annotations
 
@@ -10,19 +10,30 @@ from torch import Tensor, nn
 from lamella.methods.hires_llava.modules import Attention, pooled, windows
 
 
-class Pooled(nn.Module):
-    """The mean of each window, and nothing that is learnt."""
+class PooledSampler(nn.Module):
+    """Average each window, without learned parameters.
+
+    Args:
+        width: feature size; unused.
+        window: k: one token per window of k x k patches.
+    """
 
     def __init__(self, width: int, window: int) -> None:
         super().__init__()
         self.window = window
 
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
+        """Reduce slices [slices, h, w, width] to tokens; ``real`` marks the patches of the image."""
         return pooled(x, real, self.window)
 
 
-class Shuffled(nn.Module):
-    """A window's features behind one another, through an MLP (pixel shuffle, as InternVL does)."""
+class PixelShuffleSampler(nn.Module):
+    """Concatenate the features of a window and apply an MLP (pixel shuffle, as in InternVL).
+
+    Args:
+        width: feature size.
+        window: k: one token per window of k x k patches.
+    """
 
     def __init__(self, width: int, window: int) -> None:
         super().__init__()
@@ -30,12 +41,18 @@ class Shuffled(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(window**2 * width, width), nn.GELU(), nn.Linear(width, width))
 
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
+        """Reduce slices [slices, h, w, width] to tokens; ``real`` marks the patches of the image."""
         out = self.mlp(windows(x, self.window).flatten(1))
         return out.view(len(x), x.shape[1] // self.window, x.shape[2] // self.window, -1)
 
 
-class Convolved(nn.Module):
-    """Convolution, pooling, convolution (C-Abstractor, without its squeezes)."""
+class ConvolutionSampler(nn.Module):
+    """Convolution, pooling, convolution (C-Abstractor without its squeeze-and-excitation blocks).
+
+    Args:
+        width: feature size.
+        window: k: one token per window of k x k patches.
+    """
 
     def __init__(self, width: int, window: int) -> None:
         super().__init__()
@@ -43,16 +60,18 @@ class Convolved(nn.Module):
         self.before, self.after = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
 
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
+        """Reduce slices [slices, h, w, width] to tokens; ``real`` marks the patches of the image."""
         mixed = x + torch.relu(self.before(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         small = pooled(mixed, real, self.window)
         return small + torch.relu(self.after(small.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
 
 
 class LearntQueries(nn.Module):
-    """A Resampler: queries that are learnt, the same for every slice, read all of it.
+    """Resampler: learned queries, the same for every slice, attend to the whole slice.
 
     Args:
-        tokens: queries of a slice, on a side.
+        width: feature size.
+        tokens: queries per side of a slice.
     """
 
     def __init__(self, width: int, tokens: int) -> None:
@@ -63,10 +82,11 @@ class LearntQueries(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
+        """Reduce slices [slices, h, w, width] to tokens; ``real`` marks the patches of the image."""
         q = self.queries.flatten(0, 1).expand(len(x), -1, -1)
         o = q + self.attention(self.norm_query(q), self.norm_value(x.flatten(1, 2)), real.flatten(1))
         o = o + self.ffn(self.norm(o))
         return o.view(len(x), *self.queries.shape)
 
 
-WINDOWED: dict[str, Any] = {"pool": Pooled, "shuffle": Shuffled, "convolution": Convolved}
+WINDOWED: dict[str, Any] = {"pool": PooledSampler, "shuffle": PixelShuffleSampler, "convolution": ConvolutionSampler}

@@ -1,6 +1,6 @@
-"""What HiRes-LLaVA puts into a model: what mixes slices across their seams, and what makes fewer tokens of them.
+"""The modules that HiRes-LLaVA adds: an adapter that mixes slices across seams, and a sampler that reduces tokens.
 
-Both are the identity, or plain average pooling, before they are trained.
+Before training, the adapter is the identity and the sampler is average pooling.
 """
 
 from __future__ import annotations
@@ -11,26 +11,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, scaled_dot_product_attention
 
-from lamella.methods.hires_llava.slicing import Slices, cut, merge
+from lamella.methods.hires_llava.slicing import TileLayout, cut, merge
 
 Branches = Literal["both", "local", "global"]
 Scope = Literal["window", "slice"]
-HEAD = 64  # numbers of an attention head
+HEAD = 64  # channels per attention head
 
 
 class SliceRestore(nn.Module):
     """SliceRestore adapter: the slices of an image as one map, mixed, and cut again.
 
         F  = merge(slices)                        [rows * h, columns * w, D]
-        F' = F + local(LN F) + global(LN F)       local: depthwise 3 x 3 over the whole map, across its seams
+    F' = F + local(LN F) + global(LN F)       local: depthwise 3 x 3 over the whole map, across its seams
         slices' = cut(F')                         global: the map shrunk to h x w, self-attention, enlarged again
 
     Args:
         width: D of the encoder.
-        branches: which of both there are.
-        confined: keep each slice by itself, as a control: as many parameters, and nothing crosses a seam.
-        kernel: of the local branch, on a side; odd.
-        ratio: the global branch is so many times narrower than the encoder.
+        branches: ``local``, ``global`` or ``both``.
+        confined: process each slice separately, as a control: as many parameters, but nothing crosses a seam.
+        kernel: kernel size of the local branch; odd.
+        ratio: reduction of the width in the global branch.
     """
 
     def __init__(
@@ -39,15 +39,18 @@ class SliceRestore(nn.Module):
         super().__init__()
         self.confined = confined
         self.norm = nn.LayerNorm(width)
-        self.local = Local(width, kernel) if branches != "global" else None
-        self.overall = Overall(width, max(width // ratio, 1)) if branches != "local" else None
+        self.local = LocalMixing(width, kernel) if branches != "global" else None
+        self.overall = GlobalMixing(width, max(width // ratio, 1)) if branches != "local" else None
 
-    def forward(self, h: Tensor, slices: Slices) -> Tensor:
-        """The same with the slices of each image mixed; views and images of one slice stay as they are, to the bit.
+    def forward(self, h: Tensor, slices: TileLayout) -> Tensor:
+        """Mix the slices of each image; views and images of one slice stay bitwise equal.
 
         Args:
-            h: [tiles, tokens, width]; tokens that are no patches come first, and stay as they are.
-            slices: where the tiles lie.
+            h: hidden states [tiles, tokens, width]; tokens that are not patches come first and stay unchanged.
+            slices: layout of the tiles.
+
+        Returns:
+            The hidden states with mixed slices, in the shape of ``h``.
         """
         across = slices.slicing.across
         beside = h.shape[1] - across**2
@@ -64,17 +67,29 @@ class SliceRestore(nn.Module):
         return h
 
     def mixed(self, f: Tensor, real: Tensor, rows: int, columns: int) -> Tensor:
-        """F' of maps [images, rows * h, columns * w, width], of which some places are no image."""
+        """Compute F'.
+
+        Args:
+            f: maps [images, rows * h, columns * w, width].
+            real: which patches belong to the image, bool in the shape of the map.
+            rows: rows of slices.
+            columns: columns of slices.
+        """
         mask = real[..., None].to(f.dtype)
-        given = self.norm(f) * mask
+        normed = self.norm(f) * mask
         for branch in (self.local, self.overall):
             if branch is not None:
-                f = f + branch(given, mask, rows, columns) * mask
+                f = f + branch(normed, mask, rows, columns) * mask
         return f
 
 
-class Local(nn.Module):
-    """A depthwise convolution over the whole map, behind a gate for each channel that begins at zero."""
+class LocalMixing(nn.Module):
+    """Depthwise convolution over the whole map, with a gate per channel that is initialised to zero.
+
+    Args:
+        width: channels of the map.
+        kernel: kernel size.
+    """
 
     def __init__(self, width: int, kernel: int) -> None:
         super().__init__()
@@ -82,15 +97,16 @@ class Local(nn.Module):
         self.gate = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor, mask: Tensor, rows: int, columns: int) -> Tensor:
+        """Mix maps [images, rows * h, columns * w, width]; ``mask`` marks the patches of the image."""
         return self.gate * self.mix(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-class Overall(nn.Module):
-    """Self-attention over the map as small as one slice; the map that enlarges it begins at zero.
+class GlobalMixing(nn.Module):
+    """Self-attention over the map reduced to the size of one slice; the output projection is initialised to zero.
 
     Args:
-        width: of the map.
-        narrow: of the attention.
+        width: channels of the map.
+        narrow: channels of the attention.
     """
 
     def __init__(self, width: int, narrow: int) -> None:
@@ -103,34 +119,35 @@ class Overall(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, x: Tensor, mask: Tensor, rows: int, columns: int) -> Tensor:
-        share = _pooled(mask, rows, columns)  # of each place of the small map that is image
+        """Mix maps [images, rows * h, columns * w, width]; ``mask`` marks the patches of the image."""
+        share = _pooled(mask, rows, columns)  # fraction of each position of the small map that is image
         small = self.down(_pooled(x, rows, columns) / share.clamp_min(torch.finfo(x.dtype).eps))
         h, w = small.shape[1:3]
         tokens = self.norm(small).flatten(1, 2)
         seen = (share > 0).flatten(1)  # [images, h * w]
         small = small + self.attention(tokens, tokens, seen).unflatten(1, (h, w))
-        there = (share > 0).float()  # places without any image lend nothing to their neighbours
+        there = (share > 0).float()  # positions outside the image do not contribute to their neighbours
         large = _enlarged(small.float() * there, x) / _enlarged(there, x).clamp_min(torch.finfo(torch.float32).eps)
         return self.up(large.to(x.dtype))
 
 
 def _pooled(x: Tensor, down: int, along: int) -> Tensor:
-    """The mean over patches of so many rows and columns [images, h, w, width]."""
+    """Average over blocks of ``down`` x ``along`` patches [images, h, w, width]."""
     return avg_pool2d(x.permute(0, 3, 1, 2), (down, along)).permute(0, 2, 3, 1)
 
 
 def _enlarged(small: Tensor, like: Tensor) -> Tensor:
-    """A small map as large as another one [images, rows * h, columns * w, width], bilinear."""
+    """Enlarge a small map to the size of ``like`` [images, rows * h, columns * w, width], bilinear."""
     large = interpolate(small.permute(0, 3, 1, 2), like.shape[1:3], mode="bilinear", align_corners=False)
     return large.permute(0, 2, 3, 1)
 
 
 class Attention(nn.Module):
-    """Multi-head attention of queries to what is seen.
+    """Multi-head cross-attention with a mask.
 
     Args:
-        width: of both; heads have 64 numbers, or as near to that as divides it.
-        zero: begin with an output of zero.
+        width: channels of queries and context; heads have 64 channels, or the nearest size that divides the width.
+        zero: initialise the output projection to zero.
     """
 
     def __init__(self, width: int, zero: bool = False) -> None:
@@ -143,8 +160,16 @@ class Attention(nn.Module):
             nn.init.zeros_(self.out.bias)
 
     def forward(self, x: Tensor, context: Tensor, seen: Tensor) -> Tensor:
-        """From queries [rows, n, width] to what they read of a context [rows, m, width], of which they may see some
-        [rows, m] bool; a row of which nothing may be seen reads everything."""
+        """Attend from queries to a context.
+
+        Args:
+            x: queries [rows, n, width].
+            context: context [rows, m, width].
+            seen: visible context positions [rows, m] bool; a row without any attends to all positions.
+
+        Returns:
+            [rows, n, width].
+        """
         q = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k, v = (
             each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in self.key_value(context).chunk(2, dim=-1)
@@ -154,16 +179,16 @@ class Attention(nn.Module):
 
 
 class SelfMiningSampler(nn.Module):
-    """Self-Mining Sampler: queries are the means of windows, and read what lies in their window.
+    """Self-Mining Sampler: the queries are the means of windows and attend to their window.
 
         Q = pool(X);   O = Q + CrossAttention(LN Q, LN X);   O = O + FFN(LN O)
 
-    Both additions begin at zero, so that it starts as average pooling.
+    Both residual branches are initialised to zero, so that it starts as average pooling.
 
     Args:
-        width: of what comes in and goes out.
-        window: k: one token of k x k.
-        scope: what a query sees: its window, or all of its slice.
+        width: feature size of input and output.
+        window: k: one token of k x k patches.
+        scope: context of a query: its window, or the whole slice.
     """
 
     def __init__(self, width: int, window: int, scope: Scope = "window") -> None:
@@ -176,8 +201,15 @@ class SelfMiningSampler(nn.Module):
         nn.init.zeros_(self.ffn[2].bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
-        """From slices [slices, h, w, width], with which patches are image [slices, h, w] bool, to their tokens
-        [slices, h / k, w / k, width]."""
+        """Reduce slices to tokens.
+
+        Args:
+            x: slices [slices, h, w, width].
+            real: which patches belong to the image [slices, h, w] bool.
+
+        Returns:
+            Tokens [slices, h / k, w / k, width].
+        """
         k = self.window
         queries = pooled(x, real, k)
         slices, rows, columns, width = queries.shape
@@ -191,13 +223,19 @@ class SelfMiningSampler(nn.Module):
 
 
 def windows(x: Tensor, k: int) -> Tensor:
-    """The windows of slices [slices, h, w, width] -> [slices * h / k * w / k, k * k, width]."""
+    """Split slices [slices, h, w, width] into windows [slices * h / k * w / k, k * k, width]."""
     x = x.unflatten(2, (-1, k)).unflatten(1, (-1, k)).transpose(2, 3)  # [slices, h / k, w / k, k, k, width]
     return x.flatten(3, 4).flatten(0, 2)
 
 
 def pooled(x: Tensor, real: Tensor, k: int) -> Tensor:
-    """The mean of what is image in each window; of one without, that of what is there."""
+    """Average the image patches of each window; a window without any averages all of its patches.
+
+    Args:
+        x: slices [slices, h, w, width].
+        real: which patches belong to the image [slices, h, w] bool.
+        k: side of a window in patches.
+    """
     mask = real[..., None].to(x.dtype)
     mask = torch.where(windows(mask, k).any(1, keepdim=True), windows(mask, k), 1.0)
     means = (windows(x, k) * mask).sum(1) / mask.sum(1)

@@ -1,11 +1,11 @@
-"""A model of LLaVA's kind that reads an image as slices: transformers' own, with what HiRes-LLaVA puts into it.
+"""A LLaVA-type model that processes an image as slices: transformers' own model with the modules of HiRes-LLaVA.
 
-    image --slicing--> tiles --tower, with SliceRestore in some layers--> features --sampler--> projector--\\
-                                                                                                           text
+    image --slicing--> tiles --tower, with SliceRestore in some layers--> features --sampler--> projector--+
+                                                                                                            |
     [ view ... view END | cell cell cell END | cell cell cell END | where is the cup ? ] -> language model -> answer
 
-The processor counts the positions that an image takes, ``generate`` and training are LLaVA's. A checkpoint says
-``"model_type": "hires_llava"`` and is opened by ``lamella.open``, and by transformers once this module is imported.
+The processor computes the number of tokens of an image; ``generate`` and training are LLaVA's. A checkpoint has
+``"model_type": "hires_llava"`` and is loaded by ``lamella.open``, and by transformers once this module is imported.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from lamella.methods.hires_llava.processor import (
     processor_for,
     slicing_of,
 )
-from lamella.methods.hires_llava.slicing import Slices, Slicing
+from lamella.methods.hires_llava.slicing import Slicing, TileLayout
 from lamella.stack import register_architecture
 from lamella.stack.architectures import ASSEMBLIES
 from lamella.stack.entry import Sublayer
@@ -46,19 +46,19 @@ from lamella.stack.sublayers import without
 from lamella.stack.towers import clip_attn, clip_mlp
 
 SamplerName = Literal["mine", "learnt", "all", "pool", "shuffle", "convolution"]
-TOWERS = ("clip_vision_model", "siglip_vision_model")  # whose layers are known
-PLACE = "slice_restore"  # of a layer: the network in it
+TOWERS = ("clip_vision_model", "siglip_vision_model")  # supported vision towers
+PLACE = "slice_restore"  # attribute of a layer: its adapter
 
 
 class HiResLlavaConfig(LlavaConfig):
-    """LLaVA's config, and what is done to slices.
+    """LLaVA's config with the settings of the slices.
 
     Attributes:
         most_slices, overlap, view, order, window: see :class:`lamella.methods.hires_llava.Slicing`.
-        restored: the layers of the tower with a SliceRestore adapter.
-        branches, confined: of these; see :class:`lamella.methods.hires_llava.SliceRestore`.
+        restored: the layers of the vision tower with a SliceRestore adapter.
+        branches, confined: of the adapters; see :class:`lamella.methods.hires_llava.SliceRestore`.
         sampler: ``mine`` for the paper's, ``all`` for none, or a baseline.
-        scope: what a query of ``mine`` sees.
+        scope: context of a query of ``mine``.
     """
 
     model_type = "hires_llava"
@@ -76,7 +76,13 @@ class HiResLlavaConfig(LlavaConfig):
 
 
 def restored_attn(layer: Any, h: Tensor, call: dict[str, Any]) -> Tensor:
-    """Attention with its residual addition, and behind it what mixes the slices."""
+    """Attention with its residual addition, followed by the adapter.
+
+    Args:
+        layer: the layer of the vision tower.
+        h: hidden states [tiles, tokens, width].
+        call: keyword arguments of the layer, with ``slices``.
+    """
     h = clip_attn(layer, h, without(call, "slices"))
     network, slices = getattr(layer, PLACE), call.get("slices")
     return h if network is None or slices is None else network(h, slices)
@@ -88,12 +94,12 @@ def _forward(layer: Any, hidden_states: Tensor, attention_mask: Tensor | None = 
 
 @cache
 def _restoring(kind: Any) -> Any:
-    """A layer of the tower that is told where its tiles lie."""
+    """Subclass a layer of the vision tower so that it takes the layout of its tiles."""
     return type(f"Restoring{kind.__name__}", (kind,), {"forward": _forward})
 
 
 class HiResLlavaModel(LlavaModel):
-    """Tower, sampler, projector and language model, up to the final states."""
+    """Vision tower, sampler, projector and language model, up to the final hidden states."""
 
     config_class = HiResLlavaConfig
 
@@ -104,10 +110,10 @@ class HiResLlavaModel(LlavaModel):
         self.install()
 
     def install(self) -> None:
-        """Put fresh networks where the config says, in the place of those that are there.
+        """Create new modules as the config defines them, replacing existing ones.
 
         Raises:
-            ArchitectureError: for a tower whose layers are not known.
+            ArchitectureError: for an unsupported vision tower.
             MethodError: for settings that do not fit.
         """
         config: Any = self.config
@@ -128,55 +134,58 @@ class HiResLlavaModel(LlavaModel):
         self.row_end, self.view_end = (nn.Parameter(0.02 * torch.randn(text)) for _ in range(2))
         for network in (self.sampler, *(getattr(layer, PLACE) for layer in self.layers)):
             for module in () if network is None else network.modules():
-                module._is_hf_initialized = True  # or transformers would draw what begins at zero
+                module._is_hf_initialized = True  # or transformers would re-initialise zero-initialised weights
 
     @property
     def layers(self) -> Any:
-        """Of the tower."""
+        """The layers of the vision tower."""
         return self.vision_tower.get_submodule("encoder.layers")
 
     def get_image_features(
         self, pixel_values: Tensor, image_sizes: Tensor | None = None, **_: Any
     ) -> BaseModelOutputWithPooling:
-        """What the language model reads of each image.
+        """Compute the image tokens for the language model.
 
         Args:
-            pixel_values: views and slices [images, tiles, 3, side, side]; what an image has fewer of is not read.
+            pixel_values: views and slices [images, tiles, 3, side, side], padded to the image with most tiles.
             image_sizes: height and width of the images in their grids, in pixels [images, 2].
 
         Returns:
-            ``pooler_output``: of each image [tokens, hidden].
+            ``pooler_output``: for each image [tokens, hidden].
 
         Raises:
-            ArchitectureError: for tiles without sizes, as of LLaVA's own processor.
+            ArchitectureError: for tiles without sizes, such as those of LLaVA's own processor.
         """
         if image_sizes is None or pixel_values.ndim != 5:
             raise ArchitectureError(
-                "hires-llava: pixel_values are tiles [images, tiles, 3, side, side] with image_sizes: use the "
-                "processor that lies beside the model"
+                "hires-llava: pixel_values must be tiles [images, tiles, 3, side, side] with image_sizes: use the "
+                "processor saved with the model"
             )
         grids = tuple(self.slicing.known(*size) for size in torch.as_tensor(image_sizes).tolist())
-        slices = Slices(self.slicing, grids)
+        slices = TileLayout(self.slicing, grids)
         counts = [after - before for before, after in zip(slices.starts, slices.starts[1:], strict=False)]
         tiles = torch.cat([each[:count] for each, count in zip(pixel_values, counts, strict=True)])
         features = self.features(tiles, slices)
         return BaseModelOutputWithPooling(pooler_output=self._read(features, slices))  # type: ignore[arg-type]
 
-    def features(self, tiles: Tensor, slices: Slices | None) -> Tensor:
-        """What the tower makes of tiles, on the layers that the config names [tiles, across, across, features].
+    def features(self, tiles: Tensor, slices: TileLayout | None) -> Tensor:
+        """Run the vision tower and select the configured layers.
 
         Args:
             tiles: [tiles, 3, side, side].
-            slices: where they lie; None: nowhere beside each other.
+            slices: layout of the tiles; None if they are not adjacent.
+
+        Returns:
+            [tiles, across, across, features].
         """
-        given = {} if slices is None else {"slices": slices}
-        states = self.vision_tower(tiles, output_hidden_states=True, **given).hidden_states
+        layout = {} if slices is None else {"slices": slices}
+        states = self.vision_tower(tiles, output_hidden_states=True, **layout).hidden_states
         chosen: Any = self.config.vision_feature_layer
         h = torch.cat([states[each] for each in ([chosen] if isinstance(chosen, int) else chosen)], dim=-1)
         across = self.slicing.across
         return h[:, h.shape[1] - across**2 :].unflatten(1, (across, across))
 
-    def _read(self, features: Tensor, slices: Slices) -> list[Tensor]:
+    def _read(self, features: Tensor, slices: TileLayout) -> list[Tensor]:
         real = torch.ones(features.shape[:3], dtype=torch.bool)
         for _, tiles, those in slices.groups:
             real[tiles.flatten()] = those.flatten(0, 1)
@@ -197,7 +206,7 @@ class HiResLlavaModel(LlavaModel):
 
 
 class HiResLlava(LlavaForConditionalGeneration):
-    """Writes text about images of any size; called as LLaVA is, with ``image_sizes`` beside ``pixel_values``."""
+    """Vision-language model for images of any size; called like LLaVA, with ``image_sizes`` beside ``pixel_values``."""
 
     config_class = HiResLlavaConfig
 
@@ -213,6 +222,7 @@ class Whole(nn.Module):
     """No sampler: every patch is a token."""
 
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
+        """Return ``x``."""
         return x
 
 
@@ -232,53 +242,56 @@ def _sampler(config: Any, width: int, slicing: Slicing) -> nn.Module:
 
 
 def read_layers(config: Any) -> int:
-    """How many layers of the tower there are up to where the language model reads."""
+    """Number of layers of the vision tower up to the one whose features the language model uses."""
     count = config.vision_config.num_hidden_layers
     chosen = config.vision_feature_layer
     return max(each if each >= 0 else count + 1 + each for each in ([chosen] if isinstance(chosen, int) else chosen))
 
 
 def _checked(config: Any) -> Sequence[int]:
-    """The layers with adapters.
+    """Return the layers with adapters.
 
     Raises:
-        MethodError: for one that there is not, or behind what the language model reads; and for slices that overlap,
-            which make no map.
+        MethodError: for layers that do not exist or come after the features used by the language model, and for
+            overlapping slices, which form no map.
     """
     layers, most = config.restored or [], read_layers(config)
     wrong = [each for each in layers if not 0 <= each < most]
     if wrong or len(set(layers)) < len(layers):
-        raise MethodError(f"hires-llava: adapters in layers {layers}: give different ones from 0 to {most - 1}")
+        raise MethodError(
+            f"hires-llava: adapters in layers {layers}: layers must be different and between 0 and {most - 1}"
+        )
     if layers and config.overlap:
-        raise MethodError("hires-llava: slices that overlap make no map to be mixed: leave overlap or restored out")
+        raise MethodError("hires-llava: overlapping slices cannot be mixed: set overlap to 0 or use no adapters")
     return layers
 
 
-def sliced(model: Any, processor: Any, seed: int = 0, **settings: Any) -> tuple[HiResLlava, HiResLlavaProcessor]:
-    """A model of LLaVA's kind that reads slices, whose new networks are fresh; nothing of the given one changes.
+def with_slices(model: Any, processor: Any, seed: int = 0, **settings: Any) -> tuple[HiResLlava, HiResLlavaProcessor]:
+    """Convert a LLaVA-type model into one that uses slices, with new modules; the given model is not changed.
 
     Args:
-        model: of LLaVA's class, or one that reads slices already, of which it takes what still fits.
-        processor: its own.
-        seed: of the fresh networks.
-        settings: of :class:`HiResLlavaConfig`.
+        model: a model of LLaVA's class, or one that already uses slices, whose weights are kept where their shapes
+            match.
+        processor: its processor.
+        seed: random seed of the new modules.
+        settings: fields of :class:`HiResLlavaConfig`.
 
     Returns:
-        The model, whose weights are copies, in evaluation mode, and its processor.
+        The model, with copied weights and in evaluation mode, and its processor.
 
     Raises:
-        ArchitectureError: for another kind of model.
+        ArchitectureError: for another class of model.
         MethodError: for settings that do not fit.
     """
     if not isinstance(model, LlavaForConditionalGeneration):
         raise ArchitectureError(f"hires-llava works on models of LLaVA's class; this is a {type(model).__name__}")
-    said = model.config.to_dict()
+    values = model.config.to_dict()
     for name in ("model_type", "architectures", "transformers_version"):
-        said.pop(name, None)
+        values.pop(name, None)
     made: Any = copy.deepcopy(model)
     made.__class__, made.model.__class__ = HiResLlava, HiResLlavaModel
     made.__dict__.pop("_weight_conversions", None)  # by which a LLaVA is written under the names of older ones
-    config = HiResLlavaConfig(**said | settings)
+    config = HiResLlavaConfig(**values | settings)
     config.vision_config, config.text_config = made.model.vision_tower.config, made.model.language_model.config
     made.config = made.model.config = config
     with torch.random.fork_rng(devices=[]):

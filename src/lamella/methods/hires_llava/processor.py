@@ -1,4 +1,4 @@
-"""What reads images for a model that reads slices: transformers' processors, which make tiles and count positions."""
+"""Processors of a model that uses slices: they make tiles and compute the number of tokens."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from transformers.image_utils import SizeDict
 from transformers.processing_utils import ImagesKwargs
 
 from lamella.errors import MethodError
-from lamella.methods.hires_llava.slicing import Slicing, tiled
+from lamella.methods.hires_llava.slicing import Slicing, make_tiles
 
 
 def slicing_of(config: Any) -> Slicing:
-    """How images are cut for a model."""
+    """Read the slicing of a model from its config."""
     tower = config.vision_config
     window = 1 if config.sampler == "all" else config.window
     return Slicing(
@@ -27,6 +27,8 @@ OURS = ("most_slices", "overlap", "view", "order", "window", "patch_size")
 
 
 class HiResImagesKwargs(ImagesKwargs, total=False):
+    """Keyword arguments of the image processor."""
+
     most_slices: int
     overlap: int
     view: str
@@ -36,7 +38,7 @@ class HiResImagesKwargs(ImagesKwargs, total=False):
 
 
 class HiResLlavaImageProcessor(CLIPImageProcessor):
-    """Makes tiles of images; see :mod:`lamella.methods.hires_llava.slicing`. ``size`` is that of a slice."""
+    """Image processor that makes tiles; see :mod:`lamella.methods.hires_llava.slicing`. ``size`` is that of a slice."""
 
     model_input_names = ["pixel_values", "image_sizes"]  # noqa: RUF012, as transformers has it
     valid_kwargs = HiResImagesKwargs
@@ -50,6 +52,7 @@ class HiResLlavaImageProcessor(CLIPImageProcessor):
 
     @property
     def slicing(self) -> Slicing:
+        """How images are cut."""
         order: Any = self.order
         view: Any = self.view
         side = self.size["height"]
@@ -66,11 +69,11 @@ class HiResLlavaImageProcessor(CLIPImageProcessor):
         image_mean: Any,
         image_std: Any,
         return_tensors: Any,
-        **given: Any,
+        **options: Any,
     ) -> BatchFeature:
-        other = next((name for name in OURS if given[name] != getattr(self, name)), None)
+        other = next((name for name in OURS if options[name] != getattr(self, name)), None)
         if other is not None:
-            raise MethodError(f"hires-llava: {other} belongs to the model: make it another one to change that")
+            raise MethodError(f"hires-llava: {other} is fixed by the model: create another model to change it")
         slicing = self.slicing
         mean: Any = tuple(image_mean)  # hashed
         std: Any = tuple(image_std)
@@ -81,7 +84,7 @@ class HiResLlavaImageProcessor(CLIPImageProcessor):
 
         tiles, sizes = [], []
         for image in images:
-            made, grid = tiled(image, slicing, resize, fill)
+            made, grid = make_tiles(image, slicing, resize, fill)
             tiles.append(self.rescale_and_normalize(made, do_rescale, rescale_factor, do_normalize, mean, std))
             sizes.append([grid.height, grid.width])
         pixels = nn.utils.rnn.pad_sequence(tiles, batch_first=True)
@@ -89,24 +92,30 @@ class HiResLlavaImageProcessor(CLIPImageProcessor):
 
 
 class HiResLlavaProcessor(LlavaProcessor):
-    """LLaVA's, which puts as many marks as an image of this size has tokens."""
+    """LLaVA's processor, which inserts as many placeholders as an image of this size has tokens."""
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **_: Any) -> str:
+        """Return the placeholders of one image."""
         height, width = torch.as_tensor(image_inputs["image_sizes"][image_idx]).tolist()
         marks: str = self.image_token * self.image_processor.slicing.tokens(height, width)
         return marks
 
 
 def processor_for(config: Any, like: Any) -> HiResLlavaProcessor:
-    """The processor of a model, with the colours and the tokenizer of another one."""
+    """Create the processor of a model with the normalisation and the tokenizer of another processor.
+
+    Args:
+        config: config of the model.
+        like: the other processor.
+    """
     slicing = slicing_of(config)
     side = {"height": slicing.side, "width": slicing.side}
-    said: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "patch_size": slicing.patch, "most_slices": slicing.most, "overlap": slicing.overlap, "view": slicing.view,
         "order": slicing.order, "window": slicing.window,
     }  # fmt: skip
-    said |= {name: getattr(like.image_processor, name) for name in ("image_mean", "image_std", "resample")}
-    images = HiResLlavaImageProcessor(size=side, crop_size=side, **said)
+    settings |= {name: getattr(like.image_processor, name) for name in ("image_mean", "image_std", "resample")}
+    images = HiResLlavaImageProcessor(size=side, crop_size=side, **settings)
     return HiResLlavaProcessor(
         images, like.tokenizer, patch_size=slicing.patch, chat_template=getattr(like, "chat_template", None),
         vision_feature_select_strategy=config.vision_feature_select_strategy,

@@ -1,6 +1,6 @@
-"""What trains: adapters, sampler, projector and the marks between rows; with them the language model, if it shall.
+"""Training: adapters, sampler, projector and end tokens; optionally the language model.
 
-The encoder stays as it is. The loss is that of LLaVA: cross-entropy of the answers' tokens.
+The image encoder stays frozen. The loss is that of LLaVA: cross-entropy of the answer tokens.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lamella.data import Conversation, Processing
+from lamella.data import ImageTextRow, Processing
 from lamella.methods.hires_llava.network import HiResLlava, HiResLlavaProcessor
 from lamella.train import Task, TrainConfig, TrainingLog, add_lora, fit, response_loss
 
@@ -22,7 +22,7 @@ Language = Literal["frozen", "lora", "full"]
 def train(
     model: HiResLlava,
     processor: HiResLlavaProcessor,
-    rows: Sequence[Conversation],
+    rows: Sequence[ImageTextRow],
     config: TrainConfig,
     out: Path,
     *,
@@ -30,17 +30,20 @@ def train(
     rank: int = 64,
     settings: Mapping[str, Any] | None = None,
 ) -> TrainingLog:
-    """Train a model that reads slices, in place.
+    """Train a model that uses slices, in place.
 
     Args:
-        model: of :func:`lamella.methods.hires_llava.sliced`.
-        processor: its own.
-        rows: images with text, of any sizes.
-        config: of the training.
-        out: a folder for checkpoints; an interrupted run goes on from there, to the bit.
-        language: whether the language model trains too: not at all, by LoRA that is merged, or in full.
-        rank: of LoRA; its output is scaled by 2.
-        settings: what else decides the result, for the record.
+        model: the model; see :func:`lamella.methods.hires_llava.sliced`.
+        processor: its processor.
+        rows: images with text, of any size.
+        config: training settings.
+        out: folder for checkpoints, from which an interrupted run resumes with bitwise identical results.
+        language: whether the language model trains too: frozen, by LoRA that is merged afterwards, or in full.
+        rank: LoRA rank; its output is scaled by 2.
+        settings: further settings that determine the result, for the run's metadata.
+
+    Returns:
+        The training log.
     """
     wanted = (*NEW, *TEXT) if language == "full" else NEW
     trained = {name for name, _ in model.named_parameters() if any(part in name for part in wanted)}
@@ -64,5 +67,5 @@ def train(
 
 
 def parameters(model: HiResLlava) -> int:
-    """How many there are in what is new, and in the projector, which trains beside it."""
+    """Count the parameters of the new modules and of the projector, which trains with them."""
     return sum(each.numel() for name, each in model.named_parameters() if any(part in name for part in NEW))

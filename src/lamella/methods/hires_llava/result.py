@@ -1,4 +1,4 @@
-"""A model that reads slices, as a result: a checkpoint with its processor, and how it was trained."""
+"""A model that uses slices as a result: a checkpoint with its processor and its training log."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ LOG = "log.json"
 
 @dataclass(kw_only=True)
 class Restored(Result):
-    """A trained model that reads slices; ``lamella.open`` opens what is written.
+    """A trained model that uses slices; ``lamella.open`` loads its folder.
 
     Attributes:
-        model: in evaluation mode.
-        processor: that makes its tiles.
-        log: of the training.
+        model: the model, in evaluation mode.
+        processor: its processor, which makes the tiles.
+        log: training log.
     """
 
     model: HiResLlava
@@ -33,23 +33,24 @@ class Restored(Result):
     needs_folder: ClassVar[bool] = True
 
     def describe(self) -> dict[str, Any]:
-        """What provenance says of it."""
-        said = ("restored", "branches", "sampler", "window", "most_slices", "overlap", "view", "order")
-        return {name: getattr(self.model.config, name) for name in said}
+        """Metadata for provenance."""
+        names = ("restored", "branches", "sampler", "window", "most_slices", "overlap", "view", "order")
+        return {name: getattr(self.model.config, name) for name in names}
 
     def write(self, folder: Path) -> None:
+        """Write the model, its processor and the training log into a folder."""
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
         self.log.write(folder / LOG)
 
     @classmethod
     def read(cls, path: Path) -> Restored:
-        """What lies in a folder.
+        """Read a result from a folder.
 
         Raises:
-            CheckpointError: for one that is damaged, or holds another model.
+            CheckpointError: for a damaged folder, or one with another model.
         """
         model = open_model(path).model
         if not isinstance(model, HiResLlava):
-            raise CheckpointError(f"{path} holds a {type(model).__name__}: give a folder that hires-llava has written")
+            raise CheckpointError(f"{path} holds a {type(model).__name__}: give a folder written by hires-llava")
         return cls(model=model, processor=open_processor(path), log=TrainingLog.read(path / LOG))

@@ -1,22 +1,22 @@
 """Hourglass MLP: a wide skip around narrow hidden layers."""
 
-from lamella.methods.hourglass_mlp.fitting import Fitted, fit_part
-from lamella.methods.hourglass_mlp.frontier import Grid, Shape, frontier, psnr
+from lamella.methods.hourglass_mlp.fitting import FitResult, fit_part
+from lamella.methods.hourglass_mlp.frontier import MLPShape, ShapeGrid, frontier, psnr
 from lamella.methods.hourglass_mlp.method import hourglass_mlp, sensitivity
-from lamella.methods.hourglass_mlp.modules import Sublayer
+from lamella.methods.hourglass_mlp.modules import HourglassSublayer
 from lamella.methods.hourglass_mlp.network import FrozenLift, HourglassFFN, HourglassMLP, Size, inner_widths, size_of
 from lamella.methods.hourglass_mlp.recipe import heal
 from lamella.methods.hourglass_mlp.vectors import Vectors
 
 __all__ = [
-    "Fitted",
+    "FitResult",
     "FrozenLift",
-    "Grid",
     "HourglassFFN",
     "HourglassMLP",
-    "Shape",
+    "HourglassSublayer",
+    "MLPShape",
+    "ShapeGrid",
     "Size",
-    "Sublayer",
     "Vectors",
     "fit_part",
     "frontier",

@@ -1,4 +1,4 @@
-"""What the shape is compared with, beside the families of the search."""
+"""Baseline network, in addition to the families of the search."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from lamella.methods.hourglass_mlp.network import HourglassMLP
 
 
 class PlainMLP(HourglassMLP):
-    """The same maps and norms in the same order, without any skip."""
+    """The same layers and norms in the same order, without skip connections."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute y [batch, d_out], in [0, 1], from x [batch, d_in]."""
         z = self.lift(x)
         for block in self.blocks:
             z = block(z)

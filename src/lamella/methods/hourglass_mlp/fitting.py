@@ -1,9 +1,10 @@
-"""Fitting a new part of a model to what the old one did, by regression on recorded inputs and outputs.
+"""Fit a replacement module to the recorded inputs and outputs of the module that it replaces, by regression.
 
     loss = mean |part(x) - y|^2 / variance of y        1 for the best constant, 0 for a perfect copy
 
-Whatever reads rows and gives rows fits: a feed-forward network over tokens, convolutions over the maps of a head, an
-attention over whole sequences. What else runs in the model plays no part, so parts can be fitted one after the other.
+Any module that maps rows to rows can be fitted: a feed-forward network over tokens, convolutions over the attention
+maps of a head, an attention over whole sequences. The rest of the model is not involved, so modules can be fitted one
+by one.
 """
 
 from __future__ import annotations
@@ -25,22 +26,27 @@ from lamella.train.task import Batch
 
 @dataclass(frozen=True)
 class Relative:
-    """The squared error as a share of a variance."""
+    """The squared error relative to a variance.
+
+    Attributes:
+        variance: variance of the targets.
+    """
 
     variance: float
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Compute the loss of a batch."""
         return squared_error(model, batch) / self.variance
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """How well a part was fitted.
+class FitResult:
+    """How well a module was fitted.
 
     Attributes:
-        log: of the regression.
-        explained: R^2 on rows that it was fitted to, and on held-out ones.
-        rows: how many it was fitted to.
+        log: training log of the regression.
+        explained: R^2 on the training rows and on the held-out rows.
+        rows: number of training rows.
     """
 
     log: TrainingLog
@@ -48,30 +54,37 @@ class Fitted:
     rows: int
 
 
-def fit_part(part: nn.Module, recording: Recording, config: TrainConfig, *, held_out: float = 0.1, out: Path) -> Fitted:
-    """Train a part so that ``part(x)`` is ``y``, and leave it as it was best on held-out rows.
+def fit_part(
+    part: nn.Module, recording: Recording, config: TrainConfig, *, held_out: float = 0.1, out: Path
+) -> FitResult:
+    """Train a module so that ``part(x)`` approximates ``y``, and keep its best weights on held-out rows.
 
     Args:
-        part: from x [rows, ...] to y [rows, ...]; all its parameters train, in place.
-        recording: what it shall do.
-        config: of the regression.
-        held_out: the share of rows, the last ones, that it is judged on.
-        out: the folder of the run, which goes on from there after a stop.
+        part: module from x [rows, ...] to y [rows, ...]; all its parameters are trained, in place.
+        recording: recorded inputs and outputs.
+        config: settings of the regression.
+        held_out: fraction of the rows, the last ones, to validate on.
+        out: folder of the run, from which an interrupted run resumes.
+
+    Returns:
+        R^2 of the fit and the training log.
 
     Raises:
-        TrainingError: for outputs that never change, or when training cannot start or stay finite.
+        TrainingError: for constant outputs, or when training cannot start or does not stay finite.
         CalibrationError: for too few rows.
     """
-    given, kept = recording.split(held_out)
-    if not min(given.variance, kept.variance) > 0:
-        raise TrainingError("the recorded outputs are all alike: there is nothing to fit, so drop that part instead")
-    task = supervised(Relative(given.variance))
-    patient = EarlyStopping(patience=config.with_steps(len(given)).steps or 1)  # it never stops before the end
-    log = fit(part, given, task, config, out=out, trainable=lambda name: True, held_out=kept, hooks=[patient])
+    training, validation = recording.split(held_out)
+    if not min(training.variance, validation.variance) > 0:
+        raise TrainingError("the recorded outputs are constant, so there is nothing to fit: drop that module instead")
+    task = supervised(Relative(training.variance))
+    patient = EarlyStopping(
+        patience=config.with_steps(len(training)).steps or 1
+    )  # keeps the best weights, never stops early
+    log = fit(part, training, task, config, out=out, trainable=lambda name: True, held_out=validation, hooks=[patient])
     device = next(part.eval().parameters()).device
 
     def fitted(x: Tensor) -> Tensor:
         y: Tensor = part(x.to(device))
         return y.cpu()
 
-    return Fitted(log, (given.explained(fitted), kept.explained(fitted)), len(given))
+    return FitResult(log, (training.explained(fitted), validation.explained(fitted)), len(training))

@@ -1,12 +1,12 @@
-"""The frontier: what each family reaches with how many parameters (arXiv 2510.01796).
+"""The frontier: the quality that each family of networks reaches at each parameter count (arXiv 2510.01796).
 
-    hourglass       d_h < d_z > d_x, W_in trained                frozen   the same, W_in as it was drawn
+    hourglass       d_h < d_z > d_x, W_in trained                frozen   the same, with a random fixed W_in
     conventional    d_h > d_z = d_x, with W_in and W_out         lean     without these two square matrices
     bottleneck      d_h < d_z <= d_x: as deep and as narrow, but its skip is no wider than the input
 
-The lean family is the fair baseline wherever d_x = d_y; elsewhere it has no shapes. A bottleneck tells what the wide
-skip is worth. Rates and the frontier are chosen on held-out rows, by means over seeds, for every shape apart; test rows
-judge.
+The lean family is the fair baseline wherever d_x = d_y; otherwise it has no shapes. A bottleneck shows what the wide
+skip is worth. Learning rates and the frontier are selected on held-out rows, by means over seeds, for every shape
+separately; results are reported on test rows.
 """
 
 from __future__ import annotations
@@ -52,16 +52,16 @@ TRAINING = TrainConfig(
 
 
 @dataclass(frozen=True)
-class Grid:
-    """The shapes of a search; what is left out follows d_x as the paper's grid does.
+class ShapeGrid:
+    """The shapes of a search; empty fields follow d_x like the paper's grid.
 
     Attributes:
-        d_z: widths of the skip of Hourglasses, and of bottlenecks where they are no wider than the input; d_x + 1, one
-            and a half and two times d_x when left out.
-        d_h: their hidden widths; a sixth and a quarter of d_x when left out.
-        depth: their numbers of blocks.
-        wide: hidden widths of conventional networks; one and a half and three times d_x when left out.
-        wide_depth: their numbers of blocks.
+        d_z: widths of the skip, for hourglasses where they are wider than the input and for bottlenecks otherwise;
+            defaults to d_x + 1, 1.5 d_x and 2 d_x.
+        d_h: hidden widths of hourglasses and bottlenecks; defaults to a sixth and a quarter of d_x.
+        depth: numbers of blocks of hourglasses and bottlenecks.
+        wide: hidden widths of conventional networks; defaults to 1.5 d_x and 3 d_x.
+        wide_depth: numbers of blocks of conventional networks.
     """
 
     d_z: tuple[Annotated[int, Ge(1)], ...] = ()
@@ -70,38 +70,53 @@ class Grid:
     wide: tuple[Annotated[int, Ge(1)], ...] = ()
     wide_depth: tuple[Annotated[int, Ge(0)], ...] = (1, 2, 4)
 
-    def shapes(self, families: Sequence[Family], d_x: int, d_y: int) -> list[Shape]:
-        """All shapes of these families.
+    def shapes(self, families: Sequence[Family], d_x: int, d_y: int) -> list[MLPShape]:
+        """List all shapes of some families.
+
+        Args:
+            families: the families.
+            d_x: input size.
+            d_y: output size.
+
+        Returns:
+            The shapes.
 
         Raises:
-            MethodError: for one that its family does not have, or when there is none.
+            MethodError: for a shape that does not belong to its family, or if there is none.
         """
         narrow = self.d_z or (d_x + 1, 3 * d_x // 2, 2 * d_x), self.d_h or (max(1, d_x // 6), max(1, d_x // 4))
         wide = (d_x,), self.wide or (3 * d_x // 2, 3 * d_x)
         found = []
         for family in families:
             sizes = (*wide, self.wide_depth) if family in WIDE else (*narrow, self.depth)
-            found += [Shape(family, *each) for each in product(*sizes) if _has(family, each[0], d_x, d_y)]
+            found += [MLPShape(family, *each) for each in product(*sizes) if _has(family, each[0], d_x, d_y)]
         for shape in found:
             shape.check()
         if not found:
             raise MethodError(
-                f"{', '.join(families)}: no such network takes {d_x} numbers and gives {d_y} with these shapes: "
-                "hourglass and frozen have d_z above the first, bottleneck has not, and lean needs as many of both"
+                f"{', '.join(families)}: no network of these shapes takes {d_x} inputs and gives {d_y} outputs: "
+                "hourglass and frozen need d_z above the inputs, bottleneck at most that, lean equal inputs and outputs"
             )
         return found
 
 
 def _has(family: Family, d_z: int, d_x: int, d_y: int) -> bool:
-    """Whether a family has networks of that latent width."""
+    """Return whether a family has networks of that latent width."""
     if family in WIDE:
         return family == "conventional" or d_x == d_y
     return (d_z > d_x) == (family != "bottleneck")
 
 
 @dataclass(frozen=True)
-class Shape:
-    """One network of a family: d_z, d_h and the number of blocks L."""
+class MLPShape:
+    """The shape of one network.
+
+    Attributes:
+        family: its family.
+        d_z: latent width, at which the skip is.
+        d_h: hidden width of its blocks.
+        blocks: L, the number of blocks.
+    """
 
     family: Family
     d_z: int
@@ -110,22 +125,34 @@ class Shape:
 
     @property
     def name(self) -> str:
+        """Family and sizes in one string."""
         return f"{self.family} {self.d_z} x {self.d_h} x {self.blocks}"
 
     def check(self) -> None:
-        """Raise a :class:`MethodError` for a shape that is not of its family."""
+        """Raise a :class:`MethodError` for a shape that does not belong to its family."""
         if self.family in WIDE and not self.d_h > self.d_z:
-            raise MethodError(f"{self.name}: a {self.family} network has d_h above d_z")
+            raise MethodError(f"{self.name}: a {self.family} network needs d_h above d_z")
         if self.family not in WIDE and not self.d_h < self.d_z:
-            raise MethodError(f"{self.name}: a {self.family} network has d_h below d_z")
+            raise MethodError(f"{self.name}: a {self.family} network needs d_h below d_z")
 
     def size(self, d_x: int, d_y: int) -> Size:
-        """Its parameters, all and those that train."""
+        """Count its parameters, total and trainable.
+
+        Args:
+            d_x: input size.
+            d_y: output size.
+        """
         lift, readout = FAMILIES[self.family]
         return size_of(d_x, d_y, self.d_z, (self.d_h,) * self.blocks, lift, readout)
 
     def network(self, d_x: int, d_y: int, seed: int) -> HourglassMLP:
-        """It, drawn from a seed."""
+        """Create the network.
+
+        Args:
+            d_x: input size.
+            d_y: output size.
+            seed: random seed of its weights.
+        """
         lift, readout = FAMILIES[self.family]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -141,7 +168,7 @@ def frontier(
     task: Vectors,
     *,
     families: Annotated[tuple[Family, ...], MinLen(1)] = tuple(FAMILIES),
-    grid: Grid = Grid(),
+    grid: ShapeGrid = ShapeGrid(),
     most: Annotated[int, Ge(1)] | None = None,
     count: Literal["total", "trainable"] = "total",
     lrs: Annotated[tuple[Annotated[float, Gt(0)], ...], MinLen(1)] = RATES,
@@ -150,31 +177,33 @@ def frontier(
     config: TrainConfig = TRAINING,
     work: Work = Work(),
 ) -> Study:
-    """Train Hourglass and conventional networks of many shapes, and find those that more parameters alone would beat.
+    """Train Hourglass and conventional networks of many shapes, and find the Pareto frontier of parameters and quality.
 
     Args:
-        task: vectors to vectors, in three parts.
-        families: of ``hourglass``, ``frozen``, ``conventional``, ``lean`` and ``bottleneck``.
-        grid: their shapes.
-        most: leave out shapes with more parameters.
-        count: which parameters; a frozen lift is in the ``total``, and costs its multiplications either way.
-        lrs: rates to try for every shape; the paper's four for MNIST.
-        seeds: of each shape at each rate.
-        epochs: passes over the training rows, where ``steps`` is left out; the paper's 30 to 50.
-        config: of each training; its rate comes from ``lrs``, its seed is the first one.
-        work: where an interrupted run goes on from.
+        task: pairs of vectors, in three splits.
+        families: some of ``hourglass``, ``frozen``, ``conventional``, ``lean`` and ``bottleneck``.
+        grid: the shapes.
+        most: skip shapes with more parameters.
+        count: parameters to count; a frozen lift is part of ``total``, and costs its multiplications either way.
+        lrs: learning rates to try for every shape; the paper's four for MNIST.
+        seeds: number of seeds per shape and learning rate.
+        epochs: passes over the training rows if ``steps`` is None; the paper uses 30 to 50.
+        config: settings of each training; the learning rate comes from ``lrs``, and ``seed`` is the first seed.
+        work: folder from which an interrupted run resumes.
 
     Returns:
-        For every shape its parameters and PSNR in dB on held-out and test rows at its best rate, and the frontiers.
+        For every shape its parameters and PSNR in dB on held-out and test rows at its best learning rate, and the
+        frontiers.
 
     Raises:
         BudgetError: when ``most`` is below the smallest shape.
-        MethodError: for shapes that are not of their family, a rate in ``config``, or a batch of one row.
+        MethodError: for shapes that do not belong to their family, a learning rate in ``config``, or a batch of one
+            row.
     """
     if config.lr is not None:
-        raise MethodError(f"lr {config.lr:g}: every shape is trained at all of lrs {listed(lrs)}: give these")
+        raise MethodError(f"lr {config.lr:g}: every shape is trained with all of lrs {listed(lrs)}: set lrs instead")
     if config.batch < 2:
-        raise MethodError(f"batch {config.batch}: give at least 2, since a batch norm learns nothing from a single row")
+        raise MethodError(f"batch {config.batch}: give at least 2, since batch norm needs more than one row")
     shapes = within(grid.shapes(families, task.d_in, task.d_out), task, most, count)
     config = config.with_steps(epochs * len(task.train))
     depends = [task.describe(), asdict(replace(config, lr=None))]
@@ -184,7 +213,7 @@ def frontier(
         runs: dict[float, list[list[float]]] = {lr: [] for lr in lrs}
         for lr, seed in product(lrs, range(config.seed, config.seed + seeds)):
             rated = replace(config, lr=lr, seed=seed)
-            find = partial(trained, task, shape, rated, folder)
+            find = partial(train_shape, task, shape, rated, folder)
             runs[lr].append(finished.once(f"{shape.name}, {lr:g}, {seed}", find))
         points.append(point(task, shape, runs))
     return Study(
@@ -200,11 +229,20 @@ def frontier(
     )
 
 
-def within(shapes: Sequence[Shape], task: Vectors, most: int | None, count: str) -> list[Shape]:
-    """The shapes with at most so many parameters, the smallest first.
+def within(shapes: Sequence[MLPShape], task: Vectors, most: int | None, count: str) -> list[MLPShape]:
+    """Select the shapes with at most ``most`` parameters, the smallest first.
+
+    Args:
+        shapes: the shapes.
+        task: the task, which sets input and output size.
+        most: maximum number of parameters; None for all.
+        count: parameters to count, ``total`` or ``trainable``.
+
+    Returns:
+        The shapes, sorted.
 
     Raises:
-        BudgetError: when there is none.
+        BudgetError: if there is none.
     """
     sizes = {shape: getattr(shape.size(task.d_in, task.d_out), count) for shape in shapes}
     ordered = sorted(sizes, key=lambda shape: sizes[shape])
@@ -212,53 +250,75 @@ def within(shapes: Sequence[Shape], task: Vectors, most: int | None, count: str)
     if not fitting:
         least = ordered[0]
         raise BudgetError(
-            f"most {most:,} parameters are below the smallest shape, {least.name} with {sizes[least]:,}: give more, or "
-            "smaller d_z, d_h and depth"
+            f"most: {most:,} parameters are fewer than in the smallest shape, {least.name} with {sizes[least]:,}: "
+            "allow more, or use smaller d_z, d_h and depth"
         )
     return fitting
 
 
-def trained(task: Vectors, shape: Shape, config: TrainConfig, folder: Path) -> list[float]:
-    """What a network of that shape reaches; see :func:`reached`. Its checkpoints go when that is known."""
+def train_shape(task: Vectors, shape: MLPShape, config: TrainConfig, folder: Path) -> list[float]:
+    """Train a network of one shape, and delete its checkpoints afterwards.
+
+    Args:
+        task: the task.
+        shape: the shape.
+        config: training settings.
+        folder: folder for checkpoints.
+
+    Returns:
+        PSNR on held-out and on test rows, in dB; see :func:`train_and_measure`.
+    """
     network = shape.network(task.d_in, task.d_out, config.seed)
     out = folder / f"{shape.name.replace(' ', '-')}-{config.lr:g}-{config.seed}"
-    found = reached(task, network, config, out)
+    found = train_and_measure(task, network, config, out)
     shutil.rmtree(out)
     return found
 
 
-def reached(task: Vectors, network: nn.Module, config: TrainConfig, out: Path) -> list[float]:
-    """Train a network on a task, and say what it reaches at its lowest held-out loss.
+def train_and_measure(task: Vectors, network: nn.Module, config: TrainConfig, out: Path) -> list[float]:
+    """Train a network on a task, and measure it at its lowest held-out loss.
 
     Args:
-        network: from d_x to d_y; it is trained in place.
-        config: of the training, with its steps and its rate.
-        out: the folder of the run.
+        task: the task.
+        network: network from d_x to d_y; it is trained in place.
+        config: training settings, with steps and learning rate.
+        out: folder of the run.
 
     Returns:
         PSNR on held-out and on test rows, in dB.
     """
-    patient = EarlyStopping(patience=config.steps or 1)  # it never stops before the end
+    patient = EarlyStopping(patience=config.steps or 1)  # keeps the best weights, never stops early
     fit(network, task.train, supervised(task.loss), config, out=out, held_out=task.held_out, hooks=[patient])
     return [psnr(network, task.held_out), psnr(network, task.test)]
 
 
 @torch.no_grad()
 def psnr(network: nn.Module, rows: Recording) -> float:
-    """-10 log10 of the mean squared error over all rows, in dB; images are in [0, 1]."""
+    """Compute -10 log10 of the mean squared error over all rows, in dB; images are in [0, 1].
+
+    Args:
+        network: the network; set to evaluation mode.
+        rows: inputs and targets.
+    """
     network.eval()
     return -10 * math.log10(float((network(rows.x) - rows.y).double().square().mean()))
 
 
-def point(task: Vectors, shape: Shape, runs: dict[float, list[list[float]]]) -> dict[str, Any]:
-    """What is known of a shape: at the rate whose mean over seeds is best on held-out rows."""
+def point(task: Vectors, shape: MLPShape, runs: dict[float, list[list[float]]]) -> dict[str, Any]:
+    """Summarise a shape at the learning rate whose mean over seeds is best on held-out rows.
+
+    Args:
+        task: the task.
+        shape: the shape.
+        runs: for every learning rate, held-out and test PSNR of each seed.
+    """
     best = max(runs, key=lambda lr: fmean(held for held, _ in runs[lr]))
     tests = [test for _, test in runs[best]]
     return {
         **asdict(shape),
         **shape.size(task.d_in, task.d_out)._asdict(),
         "lr": best,
-        "held out": fmean(held for held, _ in runs[best]),
+        "held_out": fmean(held for held, _ in runs[best]),
         "test": fmean(tests),
         "spread": stdev(tests) if len(tests) > 1 else None,
         "rates": {f"{lr:g}": fmean(held for held, _ in each) for lr, each in runs.items()},
@@ -266,11 +326,13 @@ def point(task: Vectors, shape: Shape, runs: dict[float, list[list[float]]]) -> 
 
 
 def front(points: Sequence[dict[str, Any]], count: str, family: str | None = None) -> list[int]:
-    """The places of the points that none with as few parameters beats on held-out rows, the smallest first.
+    """Indices of the points on the frontier of held-out PSNR and parameters, the smallest first.
 
     Args:
-        family: look at its points alone.
+        points: the points.
+        count: parameters to count, ``total`` or ``trainable``.
+        family: restrict to one family; None for all.
     """
-    chosen = {place: one for place, one in enumerate(points) if family in (None, one["family"])}
-    found = pareto({place: (one[count], -one["held out"]) for place, one in chosen.items()})
-    return sorted(found, key=lambda place: points[place][count])
+    chosen = {index: one for index, one in enumerate(points) if family in (None, one["family"])}
+    found = pareto({index: (one[count], -one["held_out"]) for index, one in chosen.items()})
+    return sorted(found, key=lambda index: points[index][count])

@@ -1,6 +1,6 @@
 """Healing after the rewrite (Liao et al., arXiv 2602.06471, after arXiv 2510.01796).
 
-The whole model, sub-blocks and all, learns what the original would have said.
+The whole model, including the sub-blocks, is distilled from the original.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ def heal(
     temperature: Annotated[float, Gt(0)] = 1.0,
     work: Work = Work(),
 ) -> Healed:
-    """Train a model with sub-blocks towards the output of the original; all but the vocabulary trains.
+    """Distil the original into a model with sub-blocks; all parameters but the vocabulary are trained.
 
     Args:
         stack: the original; it is not changed.
-        plan: one that puts sub-blocks into it.
-        train: text; its labels play no part.
-        config: the training in numbers.
-        temperature: of both distributions.
-        work: where an interrupted run goes on from.
+        plan: a plan with sub-blocks.
+        train: text; its labels are not used.
+        config: training settings.
+        temperature: temperature of both distributions.
+        work: folder from which an interrupted run resumes.
 
     Returns:
         The model with its trained weights, and the plan with the trained sub-blocks.

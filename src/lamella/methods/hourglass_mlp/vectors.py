@@ -1,7 +1,7 @@
-"""The input: pairs of vectors, such as flattened images with what shall become of them.
+"""The dataset: pairs of vectors, such as flattened images with their targets.
 
 prototype    an image -> the first training image of its class (generative classification)
-denoise      clamp(x + N(0, sigma^2), 0, 1) -> x, with fresh noise whenever a training image is read
+denoise      clamp(x + N(0, sigma^2), 0, 1) -> x, with new noise in every epoch
 upscale      half the side, bicubic without antialiasing -> x
 """
 
@@ -29,35 +29,45 @@ from lamella.zoo.worlds import render, scenes
 
 TASKS = ("prototype", "denoise", "upscale")
 SOURCES = ("digits", "scenes")
-DIGITS = 1300  # of scikit-learn's 1797 to train and choose on; the others judge
-HELD_OUT = 200  # rows of the training part to choose by
+DIGITS = 1300  # rows of scikit-learn's 1797 for training and validation; the others are the test split
+HELD_OUT = 200  # of these, rows for validation
 SHUFFLED = 42  # the seed of the fixed permutation
 
 
 @dataclass(frozen=True)
 class Noisy:
-    """The squared error of what comes of x with fresh noise on it; only while a network trains."""
+    """The squared error on inputs with new noise, which is only added in training mode.
+
+    Attributes:
+        sigma: standard deviation of the noise.
+    """
 
     sigma: float
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        """Compute the loss of a batch."""
         x = noisy(batch["x"], self.sigma) if model.training else batch["x"]
         return squared_error(model, {"x": x, "y": batch["y"]})
 
 
 def noisy(x: Tensor, sigma: float) -> Tensor:
-    """clamp(x + N(0, sigma^2), 0, 1), drawn from torch's generator."""
+    """Compute clamp(x + N(0, sigma^2), 0, 1) with torch's generator.
+
+    Args:
+        x: the inputs.
+        sigma: standard deviation of the noise.
+    """
     return (x + sigma * torch.randn_like(x)).clamp(0, 1)
 
 
 @dataclass(frozen=True)
 class Vectors:
-    """A task from vectors to vectors in [0, 1], in three parts.
+    """A task from vectors to vectors in [0, 1], in three splits.
 
     Attributes:
-        name: of the task.
-        train, held_out, test: rows x [d_x] and y [d_y]; what is chosen is chosen on ``held_out``, and ``test`` judges.
-        sigma: of the noise that training rows get when they are read; those of the other parts have theirs. 0 for none.
+        name: name of the task.
+        train, held_out, test: rows x [d_x] and y [d_y]; ``held_out`` is used for selection and ``test`` for results.
+        sigma: noise that is added to training rows in each step; the other splits have fixed noise. 0 for none.
     """
 
     metavar = "VECTORS"
@@ -72,16 +82,19 @@ class Vectors:
 
     @classmethod
     def open(cls, name: str, *, rows: int = 2000, side: int = 16, sigma: float = 0.25) -> Vectors:
-        """Rows of a built-in source, or of a file.
+        """Open a built-in task, or a file.
 
         Args:
-            name: see ``told``; a file has x [rows, d_x] and y [rows, d_y], with y in [0, 1].
-            rows: scenes to render; a fifth judges, a tenth is to choose by. Digits are what they are.
-            side: pixels of a scene.
-            sigma: of the noise of ``denoise``.
+            name: a name in the format of ``told``; a file has x [rows, d_x] and y [rows, d_y], with y in [0, 1].
+            rows: scenes to render; a fifth is for testing, a tenth for validation. Digits are not affected.
+            side: pixels per side of a scene.
+            sigma: standard deviation of the noise of ``denoise``.
+
+        Returns:
+            The task.
 
         Raises:
-            CalibrationError: for an unknown task, a file that is none, or too few rows.
+            CalibrationError: for an unknown task, an invalid file, or too few rows.
         """
         if name.endswith(".npz"):
             return cls._file(Path(name))
@@ -106,15 +119,16 @@ class Vectors:
         sigma: float,
         classes: Tensor | None = None,
     ) -> Vectors:
-        """A task on images.
+        """Build a task from images.
 
         Args:
+            name: name of the task.
             images: in [0, 1] [rows, side, side].
             task: one of :data:`TASKS`.
-            first: rows to train and choose on; the others judge.
-            held_out: of these, the last ones, to choose by.
-            sigma: of the noise of ``denoise``.
-            classes: of the images [rows], for ``prototype``.
+            first: number of rows for training and validation; the others are the test split.
+            held_out: of these, the last ones, for validation.
+            sigma: standard deviation of the noise of ``denoise``.
+            classes: class of each image [rows], for ``prototype``.
         """
         x, y = images.flatten(1), images.flatten(1)
         begin = first - held_out
@@ -137,19 +151,19 @@ class Vectors:
         try:
             held = read_npz(path)
         except FileRefused as error:
-            raise CalibrationError(f"{path}: no pairs of vectors ({error}): save x and y with numpy.savez") from None
+            raise CalibrationError(f"{path}: not a valid file ({error}): save x and y with numpy.savez") from None
         if any(part not in held or held[part].dtype.kind not in "fiub" for part in ("x", "y")):
-            raise CalibrationError(f"{path}: has no x and y of real numbers: save x and y with numpy.savez")
+            raise CalibrationError(f"{path}: x and y of real numbers are missing: save them with numpy.savez")
         with np.errstate(over="ignore"):  # what becomes infinite is refused
             x, y = (torch.from_numpy(held[part].astype(np.float32)) for part in ("x", "y"))
         if x.ndim != 2 or y.ndim != 2 or len(x) != len(y) or len(x) < 40 or not x.shape[1] or not y.shape[1]:
             raise CalibrationError(
-                f"{path}: x is {list(x.shape)} and y {list(y.shape)}: give matrices of as many rows, 40 or more"
+                f"{path}: x is {list(x.shape)} and y {list(y.shape)}: give matrices with the same 40 or more rows"
             )
         if not torch.isfinite(x).all():
-            raise CalibrationError(f"{path}: x has values that are not finite: remove their rows")
+            raise CalibrationError(f"{path}: x has values that are not finite: remove these rows")
         if not (y.min() >= 0 and y.max() <= 1):
-            raise CalibrationError(f"{path}: y is not within 0 and 1, as what the networks give is: scale it")
+            raise CalibrationError(f"{path}: y must be between 0 and 1 like the outputs of the networks: rescale it")
         order = torch.from_numpy(np.random.default_rng(SHUFFLED).permutation(len(x)))
         first = len(x) - len(x) // 5
         parts = _parts(first - len(x) // 10, first)
@@ -158,19 +172,21 @@ class Vectors:
 
     @property
     def d_in(self) -> int:
+        """Input size."""
         return self.train.x.shape[1]
 
     @property
     def d_out(self) -> int:
+        """Output size."""
         return self.train.y.shape[1]
 
     @property
     def loss(self) -> Callable[[Any, Any], Tensor]:
-        """What a network trains on."""
+        """The training loss."""
         return Noisy(self.sigma) if self.sigma else squared_error
 
     def describe(self) -> dict[str, Any]:
-        """What provenance says of it."""
+        """Metadata for provenance."""
         digest = hashlib.sha256()
         for part in (self.train, self.held_out, self.test):
             for each in (part.x, part.y):
@@ -191,7 +207,7 @@ def _digits() -> tuple[Tensor, Tensor]:
 
 
 def _scenes(rows: int, side: int) -> Tensor:
-    """Rendered shapes, grey and made smaller by averaging [rows, side, side]."""
-    pictures = np.stack([render(scene, seed=(0, row)) for row, scene in enumerate(islice(scenes("calibration"), rows))])
-    grey = torch.from_numpy(pictures).float().mean(dim=-1) / 255
+    """Render shapes as greyscale images, reduced by averaging [rows, side, side]."""
+    rendered = np.stack([render(scene, seed=(0, row)) for row, scene in enumerate(islice(scenes("calibration"), rows))])
+    grey = torch.from_numpy(rendered).float().mean(dim=-1) / 255
     return nn.functional.avg_pool2d(grey, grey.shape[-1] // side)

@@ -1,16 +1,16 @@
-"""iFormer: convolution and pooling for high frequencies, attention for low ones, in shares that change with depth."""
+"""iFormer: convolution and pooling for high frequencies, attention for low ones, with ratios that change with depth."""
 
 from importlib.util import find_spec
 
 from lamella.methods.iformer.album import Album
 from lamella.methods.iformer.geometry import Geometry
-from lamella.methods.iformer.measuring import convolved, fits, importance, spectra
-from lamella.methods.iformer.method import applied, by_heads, compared, iformer, measured, plan
-from lamella.methods.iformer.modules import Cost, Layer, LocalAttention, cost_of
-from lamella.methods.iformer.network import BASE, LARGE, SMALL, InceptionMixer, InceptionTransformer, Shape
+from lamella.methods.iformer.measuring import convolution_replacement, fit_convolutions, importance, spectra
+from lamella.methods.iformer.method import apply_plan, compare, costs_by_heads, iformer, measure_spectra, plan
+from lamella.methods.iformer.modules import AttentionCost, LayerPlan, LocalAttention, cost_of
+from lamella.methods.iformer.network import BASE, LARGE, SMALL, InceptionMixer, InceptionTransformer, StageShape
 from lamella.methods.iformer.ramp import allocate, flat, mirrored, most_important
 from lamella.methods.iformer.recipe import heal, train
-from lamella.methods.iformer.result import Classifier, Ramped
+from lamella.methods.iformer.result import IFormerClassifier, Ramped
 from lamella.methods.iformer.spectra import Spectrum, spectrum
 from lamella.methods.iformer.vision import Vision
 
@@ -22,29 +22,29 @@ __all__ = [
     "LARGE",
     "SMALL",
     "Album",
-    "Classifier",
-    "Cost",
+    "AttentionCost",
     "Geometry",
+    "IFormerClassifier",
     "InceptionMixer",
     "InceptionTransformer",
-    "Layer",
+    "LayerPlan",
     "LocalAttention",
     "Ramped",
-    "Shape",
     "Spectrum",
+    "StageShape",
     "Vision",
     "allocate",
-    "applied",
-    "by_heads",
-    "compared",
-    "convolved",
+    "apply_plan",
+    "compare",
+    "convolution_replacement",
     "cost_of",
-    "fits",
+    "costs_by_heads",
+    "fit_convolutions",
     "flat",
     "heal",
     "iformer",
     "importance",
-    "measured",
+    "measure_spectra",
     "mirrored",
     "most_important",
     "plan",

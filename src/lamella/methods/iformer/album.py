@@ -1,4 +1,4 @@
-"""The input: pictures, with classes where they lie in folders by class."""
+"""Image datasets, with classes if the images are sorted into one folder per class."""
 
 from __future__ import annotations
 
@@ -15,37 +15,44 @@ BUILT_IN = "textures"
 
 @dataclass(frozen=True)
 class Album(CaptionedImages):
-    """Pictures to measure, to heal or to learn on."""
+    """Images for measuring, healing or training."""
 
     source_help = (
-        "a folder with a folder of pictures for each class, or of pictures alone; or textures (20 classes of a fine "
-        "texture and an arrangement), faint-textures, digits or shapes, which are built in"
+        "a folder with one folder of images per class, or with images only; or one of the built-in textures (20 "
+        "classes of a fine texture and an arrangement), faint-textures, digits or shapes"
     )
     example = Fixture(BUILT_IN, settings={"count": 40})
 
     @classmethod
     def check(cls, name: str | Path) -> None:
-        """Check a source before anything is opened.
+        """Check a source before it is opened.
+
+        Args:
+            name: a folder or a built-in dataset.
 
         Raises:
-            CalibrationError: for a folder that is missing.
+            CalibrationError: for a missing folder.
         """
         if str(name) not in WORLDS:
             super().check(name)
 
     @classmethod
     def open(cls, name: str | Path, context: InputContext, *, count: int = 1024) -> Self:
-        """Read pictures.
+        """Open a dataset.
 
         Args:
-            name: a folder, ``textures``, ``faint-textures``, ``digits`` or ``shapes``. One picture in five of each
-                class is for testing.
-            count: at most so many pictures, as many of each class as of any other.
+            name: a folder, ``textures``, ``faint-textures``, ``digits`` or ``shapes``. One image in five of each class
+                is in the test split.
+            context: split and seed to use.
+            count: maximum number of images, balanced over classes.
+
+        Returns:
+            The images.
 
         Raises:
-            CalibrationError: for a folder that is missing, holds no picture, or one that cannot be read.
+            CalibrationError: for a folder that is missing or holds no image, or for an unreadable image.
         """
         if str(name) in WORLDS:
-            pictures = textures(context.split, context.seed, str(name))
-            return cls.first(count, pictures, name, context, classes=CLASSES)
+            images = textures(context.split, context.seed, str(name))
+            return cls.first(count, images, name, context, classes=CLASSES)
         return super().open(name, context, count=count)

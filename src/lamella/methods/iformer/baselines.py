@@ -1,4 +1,4 @@
-"""What the surgery is compared with: heads that are cut with nothing in their place."""
+"""Baseline of the conversion: attention heads that are removed without a replacement."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lamella.methods.iformer.vision import Vision
 
 
 class FewerHeads(nn.Module):
-    """A timm attention of which some heads are left, one or more; called as it is.
+    """A timm attention with a subset of its heads, one or more, and the same interface.
 
     Args:
-        attn: timm's.
-        kept: the heads that stay.
+        attn: timm's attention.
+        kept: the heads to keep.
     """
 
     def __init__(self, attn: Any, kept: Sequence[int]) -> None:
@@ -41,26 +41,37 @@ class FewerHeads(nn.Module):
 
     @property
     def num_heads(self) -> int:
+        """Number of heads."""
         return self.heads
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Attend over tokens x [B, N, C]."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         out = scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attn_mask, is_causal=is_causal)
-        told: Tensor = self.proj(out.transpose(1, 2).flatten(2))
-        return told
+        logits: Tensor = self.proj(out.transpose(1, 2).flatten(2))
+        return logits
 
 
 def nothing(layer: int, v: Tensor, out: Tensor) -> Tensor:
-    """What stands in place of a head that is cut."""
+    """Replacement of a removed head: zeros.
+
+    Args:
+        layer: index of the layer.
+        v: values of its heads.
+        out: output of its heads.
+    """
     return torch.zeros_like(out)
 
 
 def least_cut(worth: npt.NDArray[np.float64], count: int) -> list[tuple[int, ...]]:
-    """The heads that stay when the least important ones of all layers go, one at least staying in each.
+    """Select the heads that remain when the least important heads of all layers are removed, at least one per layer.
 
     Args:
-        worth: of each head [L, n].
-        count: how many go.
+        worth: importance of each head [L, n].
+        count: number of heads to remove.
+
+    Returns:
+        The remaining heads of each layer.
     """
     kept = [set(range(worth.shape[1])) for _ in worth]
     for flat in np.argsort(worth, axis=None, kind="stable"):
@@ -72,7 +83,13 @@ def least_cut(worth: npt.NDArray[np.float64], count: int) -> list[tuple[int, ...
 
 
 def cut(vision: Vision, geometry: Geometry, kept: Sequence[tuple[int, ...]]) -> Vision:
-    """A copy of a vision transformer without some heads."""
+    """Copy a vision transformer with a subset of its heads.
+
+    Args:
+        vision: the vision transformer.
+        geometry: its geometry.
+        kept: the heads to keep in each layer.
+    """
     built = copy.deepcopy(vision.model)
     for block, heads in zip(built.blocks, kept, strict=True):
         if len(heads) < geometry.heads:

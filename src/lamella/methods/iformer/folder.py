@@ -1,4 +1,4 @@
-"""The folders that the commands write: a network, what is needed to build it again, and how it wants its pictures."""
+"""Folders written by the commands: a network, the data needed to rebuild it, and its preprocessing."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lamella.errors import CheckpointError, reason_of
 from lamella.methods.iformer.geometry import Geometry
-from lamella.methods.iformer.modules import Layer, LocalAttention
-from lamella.methods.iformer.network import Shape
+from lamella.methods.iformer.modules import LayerPlan, LocalAttention
+from lamella.methods.iformer.network import StageShape
 from lamella.plan.filling import fill
 from lamella.reading import parse_json, read_text
 from lamella.train import TrainingLog
@@ -27,8 +27,17 @@ LARGEST = 1 << 14  # pixels on a side
 
 
 @dataclass(frozen=True)
-class Looks:
-    """How a network wants its pictures; see :class:`~lamella.methods.iformer.vision.Vision`."""
+class Preprocessing:
+    """Preprocessing of a network's images; see :class:`~lamella.methods.iformer.vision.Vision`.
+
+    Attributes:
+        name: name of the network.
+        size: height and width in pixels.
+        channels: 1 for greyscale, 3 for colour.
+        mean: mean of each channel.
+        std: standard deviation of each channel.
+        crop: fraction of the image side that is used.
+    """
 
     name: str
     size: tuple[int, int]
@@ -38,10 +47,10 @@ class Looks:
     crop: float
 
     def check(self) -> None:
-        """Check that pictures can be prepared so.
+        """Check that images can be prepared with these values.
 
         Raises:
-            ValueError: for numbers that cannot be.
+            ValueError: for invalid values.
         """
         plain = (*self.mean, *self.std, self.crop)
         if (
@@ -49,13 +58,19 @@ class Looks:
             or len(self.std) != self.channels
             or not all(0 <= each <= 1 for each in plain)
         ):
-            raise ValueError("it does not say how pictures are scaled")
+            raise ValueError("mean, std and crop of the images are missing or invalid")
         if self.crop < 0.1 or not min(self.std) > 0 or not all(1 <= side <= LARGEST for side in self.size):
-            raise ValueError("its numbers for pictures are out of range")
+            raise ValueError("crop, std or size of the images is out of range")
 
 
-def with_paths(geometry: Geometry, layers: Sequence[Layer], kernel: int) -> Any:
-    """A vision transformer with local paths, with fresh weights."""
+def with_paths(geometry: Geometry, layers: Sequence[LayerPlan], kernel: int) -> Any:
+    """Build a vision transformer with local paths and new weights.
+
+    Args:
+        geometry: geometry of the original.
+        layers: plan of each layer.
+        kernel: side of the convolutions.
+    """
     model = geometry.build()
     for layer, block in zip(layers, model.blocks, strict=True):
         if layer.conv:
@@ -63,8 +78,15 @@ def with_paths(geometry: Geometry, layers: Sequence[Layer], kernel: int) -> Any:
     return model
 
 
-def local(attn: Any, geometry: Geometry, layer: Layer, kernel: int) -> LocalAttention:
-    """What takes the place of an attention, with fresh weights, and with its norms of Q and K."""
+def local(attn: Any, geometry: Geometry, layer: LayerPlan, kernel: int) -> LocalAttention:
+    """Build the replacement of an attention, with new weights and with its norms of Q and K.
+
+    Args:
+        attn: timm's attention.
+        geometry: geometry of the network.
+        layer: plan of the layer.
+        kernel: side of the convolutions.
+    """
     norms = (attn.q_norm, attn.k_norm)
     return LocalAttention(
         geometry.width, attn.head_dim, layer, geometry.grid, prefix=geometry.prefix, kernel=kernel,
@@ -72,36 +94,53 @@ def local(attn: Any, geometry: Geometry, layer: Layer, kernel: int) -> LocalAtte
     )  # fmt: skip
 
 
-def network(shape: Shape, size: tuple[int, int], channels: int, classes: int, drop_path: float = 0.0) -> nn.Module:
-    """An iFormer with fresh weights, which timm's tools take too."""
-    from lamella.methods.iformer.backbone import Backbone  # timm takes a second
+def network(shape: StageShape, size: tuple[int, int], channels: int, classes: int, drop_path: float = 0.0) -> nn.Module:
+    """Build an iFormer with new weights, which also works with timm's tools.
+
+    Args:
+        shape: its shape.
+        size: height and width of the images in pixels.
+        channels: channels of the images.
+        classes: number of classes.
+        drop_path: stochastic depth rate of the last layer.
+    """
+    from lamella.methods.iformer.backbone import Backbone  # importing timm takes a second
 
     return Backbone(shape, img_size=size, in_chans=channels, num_classes=classes, drop_path_rate=drop_path)
 
 
 def ramped(
-    said: Mapping[str, Any], weights: dict[str, Tensor], looks: Looks, log: TrainingLog | None
+    document: Mapping[str, Any], weights: dict[str, Tensor], preprocessing: Preprocessing, log: TrainingLog | None
 ) -> dict[str, Any]:
-    """The parts of a vision transformer with local paths, out of its document and its weights.
+    """Rebuild a vision transformer with local paths from its document and its weights.
+
+    Args:
+        document: the document.
+        weights: the weights.
+        preprocessing: preprocessing.
+        log: training log, if it was healed.
+
+    Returns:
+        The fields of the result.
 
     Raises:
-        ValueError: for a document that cannot be.
+        ValueError: for an invalid document.
     """
-    geometry = _strict(Geometry, said["geometry"])
-    layers = _strict(tuple[Layer, ...], said["layers"])
-    kernel, origin = _strict(int, said["kernel"]), _strict(str, said["origin"])
+    geometry = _strict(Geometry, document["geometry"])
+    layers = _strict(tuple[LayerPlan, ...], document["layers"])
+    kernel, origin = _strict(int, document["kernel"]), _strict(str, document["origin"])
     geometry.check("it")
-    if (geometry.size, geometry.channels) != (looks.size, looks.channels):
-        raise ValueError("it is for pictures of another size than those that it wants")
+    if (geometry.size, geometry.channels) != (preprocessing.size, preprocessing.channels):
+        raise ValueError("its geometry is for another image size than its preprocessing")
     if geometry.depth != len(layers) or geometry.depth > len(weights):
-        raise ValueError("it has another number of layers")
+        raise ValueError("the number of layers differs from its geometry")
     whole = geometry.width // geometry.heads
     for each in layers:
         kept = sorted(set(each.kept))
         if list(each.kept) != kept or any(not 0 <= head < geometry.heads for head in kept):
-            raise ValueError("it keeps heads that there are not")
+            raise ValueError("it keeps heads that do not exist")
         if each.conv != (geometry.heads - len(kept)) * whole:
-            raise ValueError("its heads and channels do not add up")
+            raise ValueError("its numbers of heads and channels do not add up")
     with torch.device("meta"):
         model = with_paths(geometry, layers, kernel)
     fill(model, weights, WEIGHTS)
@@ -109,14 +148,27 @@ def ramped(
 
 
 def classifier(
-    said: Mapping[str, Any], weights: dict[str, Tensor], looks: Looks, log: TrainingLog | None
+    document: Mapping[str, Any], weights: dict[str, Tensor], preprocessing: Preprocessing, log: TrainingLog | None
 ) -> dict[str, Any]:
-    """The parts of a trained iFormer, likewise."""
-    shape, classes = _strict(Shape, said["shape"]), _strict(int, said["classes"])
+    """Rebuild a trained iFormer from its document and its weights.
+
+    Args:
+        document: the document.
+        weights: the weights.
+        preprocessing: preprocessing.
+        log: training log.
+
+    Returns:
+        The fields of the result.
+
+    Raises:
+        ValueError: for an invalid document.
+    """
+    shape, classes = _strict(StageShape, document["shape"]), _strict(int, document["classes"])
     if sum(shape.depths) > len(weights) or classes < 1 or log is None:
-        raise ValueError("its numbers do not fit its weights")
+        raise ValueError("its sizes do not fit its weights")
     with torch.device("meta"):
-        model = network(shape, looks.size, looks.channels, classes)
+        model = network(shape, preprocessing.size, preprocessing.channels, classes)
     fill(model, weights, WEIGHTS)
     return {"model": model, "shape": shape, "classes": classes, "log": log}
 
@@ -125,51 +177,72 @@ KINDS: dict[str, Callable[..., dict[str, Any]]] = {"ramped": ramped, "classifier
 
 
 def kind_of(folder: Path) -> str:
-    """Which kind of network a folder holds.
+    """Read the kind of the network in a folder.
 
     Raises:
-        CheckpointError: when it holds none.
+        CheckpointError: if there is none.
     """
     try:
         kind = str(parse_json(read_text(folder / NETWORK))["kind"])
         KINDS[kind]
-    except Exception:  # a file that says anything
-        raise CheckpointError(f"{folder}: {NETWORK} names no network: give a folder that iformer wrote") from None
+    except Exception:  # the file may hold anything
+        raise CheckpointError(f"{folder}: {NETWORK} is not valid: give a folder written by iformer") from None
     return kind
 
 
-def read_folder(folder: Path, kind: str) -> tuple[dict[str, Any], Looks]:
-    """The parts of the network in a folder, its ``model`` among them, and how it wants its pictures.
+def read_folder(folder: Path, kind: str) -> tuple[dict[str, Any], Preprocessing]:
+    """Read the network in a folder.
+
+    Args:
+        folder: the folder.
+        kind: expected kind of network.
+
+    Returns:
+        The fields of the result, including ``model``, and the preprocessing.
 
     Raises:
-        CheckpointError: when there is none, or it is damaged.
+        CheckpointError: if there is none, or it is damaged.
     """
     try:
-        said = parse_json(read_text(folder / NETWORK, "give a folder that iformer has written"))
-        if not isinstance(said, dict) or (said.get("schema"), said.get("kind")) != (SCHEMA, kind):
-            raise ValueError(f"{NETWORK} is no document of the schema {SCHEMA} and the kind {kind}")
+        document = parse_json(read_text(folder / NETWORK, "give a folder written by iformer"))
+        if not isinstance(document, dict) or (document.get("schema"), document.get("kind")) != (SCHEMA, kind):
+            raise ValueError(f"{NETWORK} does not have schema {SCHEMA} and kind {kind}")
         log = TrainingLog.read(folder / LOG) if (folder / LOG).is_file() else None
-        looks = _strict(Looks, said["looks"])
-        parts = KINDS[kind](said, load_file(folder / WEIGHTS), looks, log)
-        looks.check()
-        return parts, looks
-    except Exception as error:  # each part has its own for a damaged file
+        preprocessing = _strict(Preprocessing, document["looks"])
+        parts = KINDS[kind](document, load_file(folder / WEIGHTS), preprocessing, log)
+        preprocessing.check()
+        return parts, preprocessing
+    except Exception as error:  # each part raises its own error for a damaged file
         reason = reason_of(error)
-        raise CheckpointError(f"{folder}: no network of iformer ({reason}): give one that it wrote") from None
+        raise CheckpointError(f"{folder}: not a network of iformer ({reason}): give a folder written by it") from None
 
 
 def write_folder(
-    folder: Path, kind: str, model: nn.Module, looks: Looks, said: Mapping[str, Any], log: TrainingLog | None
+    folder: Path,
+    kind: str,
+    model: nn.Module,
+    preprocessing: Preprocessing,
+    document: Mapping[str, Any],
+    log: TrainingLog | None,
 ) -> None:
-    """Write a network with what is needed to read it."""
+    """Write a network with the data needed to read it.
+
+    Args:
+        folder: the folder.
+        kind: kind of network.
+        model: the network.
+        preprocessing: preprocessing.
+        document: further fields of the document.
+        log: training log, if it was trained.
+    """
     save_file({name: each.detach().cpu().contiguous() for name, each in model.state_dict().items()},
               folder / WEIGHTS)  # fmt: skip
-    document = {"schema": SCHEMA, "kind": kind, "looks": asdict(looks), **said}
-    (folder / NETWORK).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    content = {"schema": SCHEMA, "kind": kind, "looks": asdict(preprocessing), **document}
+    (folder / NETWORK).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if log is not None:
         log.write(folder / LOG)
 
 
 def _strict(kind: Any, value: Any) -> Any:
-    """A value of a document as what it must be, without anything that would have to be converted."""
+    """Validate a value of a document against a type, without conversion."""
     return TypeAdapter(kind).validate_json(json.dumps(value), strict=True)

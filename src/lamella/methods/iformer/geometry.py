@@ -1,4 +1,4 @@
-"""What a plain vision transformer of timm is, in numbers, and the proof that a model is one."""
+"""The geometry of a plain timm vision transformer, and the check that a model is one."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ SAME = 1e-4  # of the largest logit
 
 @dataclass(frozen=True)
 class Geometry:
-    """A plain vision transformer of timm in numbers: enough to build it anew.
+    """The sizes and options of a plain timm vision transformer: enough to rebuild it.
 
     Attributes:
-        size, patch: pixels of a picture and of a token, height and width.
-        channels, classes: of a picture; 0 classes: no head.
-        width, depth, heads, hidden: of its layers.
+        size, patch: height and width of an image and of a patch in pixels.
+        channels, classes: channels of an image; number of classes, 0 for no head.
+        width, depth, heads, hidden: hidden size, number of layers, attention heads and MLP intermediate size.
         qkv_bias, qk_norm, scaled: whether attention has biases and norms, and branches have LayerScale.
-        class_token, registers, bare_prefix: tokens before those of the grid; whether these have no positions.
-        pre_norm, final_norm, fc_norm: where norms stand.
-        pool: what the head reads.
-        eps: of the norms.
+        class_token, registers, bare_prefix: tokens before those of the grid; whether these have no position embedding.
+        pre_norm, final_norm, fc_norm: which norms it has.
+        pool: pooling before the head.
+        eps: epsilon of the norms.
     """
 
     size: tuple[int, int]
@@ -52,7 +52,7 @@ class Geometry:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Tokens of a picture, down and across."""
+        """Tokens of an image, rows and columns."""
         return self.size[0] // self.patch[0], self.size[1] // self.patch[1]
 
     @property
@@ -62,15 +62,19 @@ class Geometry:
 
     @classmethod
     def of(cls, model: Any, name: str = "the model") -> Geometry:
-        """Of a model in memory.
+        """Read the geometry of a model.
+
+        Args:
+            model: a timm model.
+            name: name of the model for messages.
 
         Raises:
-            MethodError: for one that is no plain vision transformer of timm.
+            MethodError: for a model that is not a plain timm vision transformer.
         """
         vit = require("timm.models.vision_transformer", "vision", "vision transformers")
         odd = _odd(model, vit)
         if odd:
-            raise MethodError(f"{name} is no vision transformer of timm with plain attention: {odd}")
+            raise MethodError(f"{name} is not a timm vision transformer with plain attention: {odd}")
         first, sides = model.blocks[0], model.patch_embed
         found = cls(
             size=tuple(sides.img_size), patch=tuple(sides.patch_size), channels=sides.proj.in_channels,
@@ -86,19 +90,19 @@ class Geometry:
         return found
 
     def check(self, name: str) -> None:
-        """Raise a :class:`MethodError` for numbers that do not fit each other."""
+        """Raise a :class:`MethodError` for sizes that do not fit each other."""
         if min(*self.size, *self.patch, self.channels, self.width, self.depth, self.heads, self.hidden) < 1:
-            raise MethodError(f"{name}: sizes are 1 or more")
+            raise MethodError(f"{name}: sizes must be 1 or more")
         if any(side % patch for side, patch in zip(self.size, self.patch, strict=True)):
             raise MethodError(
-                f"{name} reads pictures of {self.size[0]} x {self.size[1]} pixels, which patches of {self.patch[0]} x "
-                f"{self.patch[1]} do not divide: give a size that they do"
+                f"{name} takes images of {self.size[0]} x {self.size[1]} pixels, which cannot be divided into patches "
+                f"of {self.patch[0]} x {self.patch[1]}: give another size"
             )
         if self.width % self.heads:
-            raise MethodError(f"{name}: {self.heads} heads do not divide a width of {self.width}")
+            raise MethodError(f"{name}: {self.heads} heads do not divide a hidden size of {self.width}")
 
     def build(self) -> Any:
-        """It, with fresh weights."""
+        """Build the network with new weights."""
         vit = require("timm.models.vision_transformer", "vision", "vision transformers")
         norm = partial(nn.LayerNorm, eps=self.eps)
         return vit.VisionTransformer(
@@ -110,11 +114,15 @@ class Geometry:
             norm_layer=norm,
         )  # fmt: skip
 
-    def proved(self, model: Any, name: str) -> None:
-        """Check that the model is what these numbers build, by what both say of a picture of noise.
+    def verify(self, model: Any, name: str) -> None:
+        """Check that the model equals the network that this geometry builds, by the logits of a random image.
+
+        Args:
+            model: the model.
+            name: name of the model for messages.
 
         Raises:
-            MethodError: when it is something else.
+            MethodError: if it is something else.
         """
         with torch.device("meta"):
             again = self.build().eval()
@@ -122,27 +130,27 @@ class Geometry:
             again.load_state_dict(model.state_dict(), assign=True)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:120]
-            raise MethodError(f"{name} is no plain vision transformer of timm: {reason}") from None
+            raise MethodError(f"{name} is not a plain timm vision transformer: {reason}") from None
         noise = torch.randn(2, self.channels, *self.size, generator=torch.Generator().manual_seed(0))
         x = noise.to(next(model.parameters()))
         with torch.no_grad():
-            told, expected = (each.eval()(x) for each in (again, model))
-        if not torch.allclose(told, expected, rtol=SAME, atol=SAME * float(expected.abs().max())):
-            raise MethodError(f"{name} is no plain vision transformer of timm: one of its numbers gives other logits")
+            logits, expected = (each.eval()(x) for each in (again, model))
+        if not torch.allclose(logits, expected, rtol=SAME, atol=SAME * float(expected.abs().max())):
+            raise MethodError(f"{name} is not a plain timm vision transformer: rebuilding it gives other logits")
 
 
 def _odd(model: Any, vit: Any) -> str:
-    """What is not plain about a model; empty for a plain vision transformer."""
+    """Return how a model differs from a plain vision transformer; empty if it does not."""
     if type(model) is not vit.VisionTransformer:
         return f"it is a {type(model).__name__}"
     if not len(model.blocks) or any(type(block) is not vit.Block for block in model.blocks):
-        return "its blocks are others"
+        return "its blocks are of another class"
     for number, block in enumerate(model.blocks):
         attn = block.attn
         if type(attn) is not vit.Attention or getattr(attn, "gate", None) is not None:
-            return f"block {number} attends otherwise ({type(attn).__name__})"
+            return f"block {number} has another kind of attention ({type(attn).__name__})"
         if not isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity):
-            return f"block {number} has a norm behind its attention"
+            return f"block {number} has a norm after its attention"
         if attn.num_heads * attn.head_dim != model.embed_dim or attn.num_heads != model.blocks[0].attn.num_heads:
             return f"block {number} has {attn.num_heads} heads of {attn.head_dim}"
         if not isinstance(block.norm1, nn.LayerNorm):

@@ -1,7 +1,7 @@
-"""What is measured of a vision transformer before anything is decided: spectra, locality, and what each head is worth.
+"""Measurements of a vision transformer before the conversion: spectra, locality, and the importance of each head.
 
-A head is worth what the output moves by when the head's fitted convolution stands in its place (KL divergence in nats
-from what the model says as it is). Convolutions are fitted on four fifths of the pictures and judged on the others.
+The importance of a head is the change of the output when the head's fitted convolution replaces it (KL divergence in
+nats from the original output). Convolutions are fitted on four fifths of the images and evaluated on the others.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from lamella.methods.iformer.spectra import Spectra
 from lamella.methods.iformer.vision import BATCH, Vision
 from lamella.progress import track
 
-Replacement = Callable[[int, Tensor, Tensor], Tensor]  # layer, V and output of its heads, to what stands for the output
-JUDGED = 0.2  # of the pictures
-FEWEST = 10  # pictures
+Replacement = Callable[[int, Tensor, Tensor], Tensor]  # layer, V and output of its heads, to the replaced output
+HELD_OUT = 0.2  # fraction of the images for evaluation
+FEWEST = 10  # minimum number of images
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The convolutions that stand for the heads of one layer.
+    """The convolutions fitted to the heads of one layer.
 
     Attributes:
         weights: of each channel, its bias last [n d, k k + 1].
-        prefix: what heads give tokens before the grid, on average [prefix, n d].
-        explained: R^2 of each head on pictures that were not fitted.
-        distance: how far each head looks, in places.
+        prefix: mean output of the heads for tokens before the grid [prefix, n d].
+        explained: R^2 of each head on held-out images.
+        distance: mean attention distance of each head, in grid steps.
     """
 
     weights: Tensor
@@ -51,21 +51,37 @@ class Fit:
     distance: list[float]
 
 
-def halves(pictures: Sequence[Captioned]) -> tuple[Sequence[Captioned], Sequence[Captioned]]:
-    """Pictures to fit on, and to judge on.
+def split_images(images: Sequence[Captioned]) -> tuple[Sequence[Captioned], Sequence[Captioned]]:
+    """Split images into those to fit on and those to evaluate on.
+
+    Args:
+        images: the images.
 
     Raises:
-        CalibrationError: for too few of them.
+        CalibrationError: for too few images.
     """
-    if len(pictures) < FEWEST:
-        raise CalibrationError(f"{len(pictures)} pictures are too few to fit and to judge: give {FEWEST} or more")
-    judged = max(2, round(JUDGED * len(pictures)))
-    return pictures[:-judged], pictures[-judged:]
+    if len(images) < FEWEST:
+        raise CalibrationError(f"{len(images)} images are too few to fit and to evaluate: give at least {FEWEST}")
+    judged = max(2, round(HELD_OUT * len(images)))
+    return images[:-judged], images[-judged:]
 
 
 @torch.no_grad()
-def fits(vision: Vision, geometry: Geometry, pictures: Sequence[Captioned], kernel: int, ridge: float) -> list[Fit]:
-    """The convolution that stands for each head of each layer."""
+def fit_convolutions(
+    vision: Vision, geometry: Geometry, images: Sequence[Captioned], kernel: int, ridge: float
+) -> list[Fit]:
+    """Fit a convolution to each head of each layer.
+
+    Args:
+        vision: the vision transformer.
+        geometry: its geometry.
+        images: the images.
+        kernel: side of the convolutions.
+        ridge: penalty of the regression, relative to the mean square of the input.
+
+    Returns:
+        The fit of each layer.
+    """
     depth, heads, width = geometry.depth, geometry.heads, geometry.width
     sums = [[Moments.empty(width, kernel) for _ in range(2)] for _ in range(depth)]
     prefix = torch.zeros(depth, geometry.prefix, width, dtype=torch.float64)
@@ -74,18 +90,18 @@ def fits(vision: Vision, geometry: Geometry, pictures: Sequence[Captioned], kern
     def look(layer: int, part: int, attn: Any, given: Any) -> None:
         weights, v, out = heads_of(attn, given[0])
         if not torch.isfinite(out).all():
-            raise NumericsError(f"what layer {layer} of {vision.name} gives is not finite: check its weights")
+            raise NumericsError(f"the output of layer {layer} of {vision.name} is not finite: check its weights")
         sums[layer][part].add(on_grid(v, geometry.grid), on_grid(out, geometry.grid), kernel)
         if part == 0:
             prefix[layer] += out[:, :, : geometry.prefix].sum(0).transpose(0, 1).flatten(1).double().cpu()
             distance[layer] += len(out) * attention_distance(weights, geometry.grid).double().cpu()
 
-    both = halves(pictures)
+    both = split_images(images)
     for part, chosen in enumerate(both):
         hooks = [block.attn.register_forward_pre_hook(partial(look, layer, part))
                  for layer, block in enumerate(vision.model.blocks)]  # fmt: skip
         try:
-            what, count = f"fitting convolutions ({'judging' if part else 'sums'})", -(-len(chosen) // BATCH)
+            what, count = f"fitting convolutions ({'evaluation' if part else 'sums'})", -(-len(chosen) // BATCH)
             for x in track(vision.batches(chosen), what, count):
                 vision.model(x)
         finally:
@@ -101,8 +117,14 @@ def fits(vision: Vision, geometry: Geometry, pictures: Sequence[Captioned], kern
     return found
 
 
-def convolved(found: Sequence[Fit], geometry: Geometry, kernel: int) -> Replacement:
-    """What fitted convolutions give in place of heads."""
+def convolution_replacement(found: Sequence[Fit], geometry: Geometry, kernel: int) -> Replacement:
+    """Create the replacement that computes fitted convolutions in place of heads.
+
+    Args:
+        found: the fit of each layer.
+        geometry: geometry of the network.
+        kernel: side of the convolutions.
+    """
 
     def replaced(layer: int, v: Tensor, out: Tensor) -> Tensor:
         weight, bias = (each.to(v) for each in kernels(found[layer].weights, kernel, range(geometry.width)))
@@ -118,38 +140,41 @@ def convolved(found: Sequence[Fit], geometry: Geometry, kernel: int) -> Replacem
 def importance(
     vision: Vision,
     geometry: Geometry,
-    pictures: Sequence[Captioned],
+    images: Sequence[Captioned],
     replaced: Replacement,
     finished: Finished,
     what: str = "heads",
 ) -> npt.NDArray[np.float64]:
-    """What each head is worth [L, n], in nats: by how much the output moves without it.
+    """Measure the importance of each head [L, n], in nats: the change of the output when it is replaced.
 
     Args:
-        replaced: what stands in its place.
-        finished: layers that an earlier run has measured.
-        what: is measured, for the journal.
+        vision: the vision transformer.
+        geometry: its geometry.
+        images: the images.
+        replaced: the replacement.
+        finished: journal of layers that an earlier run has measured.
+        what: key of the measurement in the journal.
 
     Raises:
-        MethodError: for a model whose output is no classes.
+        MethodError: for a model without classes.
     """
     if geometry.classes < 2:
-        raise MethodError(f"{vision.name} names no classes, so nothing says what a head is worth: give a classifier")
-    _, judged = halves(pictures)
+        raise MethodError(f"{vision.name} has no classes, so head importance cannot be measured: give a classifier")
+    _, judged = split_images(images)
     rows = [
         finished.once(f"{what} of layer {layer}", partial(_of_layer, vision, geometry, judged, replaced, layer))
-        for layer in track(range(geometry.depth), "what heads are worth")
+        for layer in track(range(geometry.depth), "head importance")
     ]
     return np.array(rows, dtype=np.float64).clip(min=0)
 
 
 def _of_layer(
-    vision: Vision, geometry: Geometry, pictures: Sequence[Captioned], replaced: Replacement, layer: int
+    vision: Vision, geometry: Geometry, images: Sequence[Captioned], replaced: Replacement, layer: int
 ) -> list[float]:
     model, block = vision.model, vision.model.blocks[layer]
     lost = [0.0] * geometry.heads
-    for x in vision.batches(pictures):
-        with caught(block, block.attn) as given:
+    for x in vision.batches(images):
+        with record_inputs(block, block.attn) as given:
             base = log_softmax(model(x).float(), -1)
         h, normed = given
         _, v, out = heads_of(block.attn, normed)
@@ -157,14 +182,14 @@ def _of_layer(
         for head in range(geometry.heads):
             changed = out.clone()
             changed[:, head] = other[:, head]
-            told = log_softmax(resumed(model, layer, h, changed).float(), -1)
-            lost[head] += float(kl_div(told, base, reduction="sum", log_target=True))
-    return [each / len(pictures) for each in lost]
+            logits = log_softmax(resume(model, layer, h, changed).float(), -1)
+            lost[head] += float(kl_div(logits, base, reduction="sum", log_target=True))
+    return [each / len(images) for each in lost]
 
 
 @contextmanager
-def caught(*modules: Any) -> Iterator[list[Tensor]]:
-    """What goes into modules, in the order in which they are called."""
+def record_inputs(*modules: Any) -> Iterator[list[Tensor]]:
+    """Record the inputs of modules, in the order in which they are called."""
     given: list[Tensor] = []
     hooks = [each.register_forward_pre_hook(lambda module, args: given.append(args[0])) for each in modules]
     try:
@@ -174,12 +199,14 @@ def caught(*modules: Any) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
-def resumed(model: Any, layer: int, h: Tensor, out: Tensor) -> Tensor:
-    """What the model says when the heads of a layer give something else.
+def resume(model: Any, layer: int, h: Tensor, out: Tensor) -> Tensor:
+    """Compute the logits with another output of the heads of one layer.
 
     Args:
-        h: what goes into the layer's block [B, N, C].
-        out: what its heads give [B, n, N, d].
+        model: the vision transformer.
+        layer: index of the layer.
+        h: input of the layer's block [B, N, C].
+        out: output of its heads [B, n, N, d].
     """
     rows = out.transpose(1, 2).flatten(2)
     hook = model.blocks[layer].attn.proj.register_forward_pre_hook(lambda module, given: (rows,))
@@ -188,22 +215,23 @@ def resumed(model: Any, layer: int, h: Tensor, out: Tensor) -> Tensor:
             h = block(h)
     finally:
         hook.remove()
-    told: Tensor = model.forward_head(model.norm(h))
-    return told
+    logits: Tensor = model.forward_head(model.norm(h))
+    return logits
 
 
 # Spectra
 
 
 @torch.no_grad()
-def spectra(vision: Vision, pictures: Sequence[Captioned]) -> list[dict[str, Any]]:
-    """The spectra of what each layer's mixer adds, and of its parts.
+def spectra(vision: Vision, images: Sequence[Captioned]) -> list[dict[str, Any]]:
+    """Measure the spectra of each layer's mixer output, and of its parts.
 
     Args:
         vision: a plain vision transformer, one with local paths, or an iFormer.
+        images: the images.
 
     Returns:
-        For each layer its number and the spectrum of each part: ``mixer``; ``head 0`` and so on; ``conv`` and
+        For each layer its index and the spectrum of each part: ``mixer``; ``head 0`` and so on; ``conv`` and
         ``attention`` of a layer with local paths; ``high`` and ``low`` of an Inception mixer.
     """
     found: list[dict[str, Spectra]] = []
@@ -212,9 +240,9 @@ def spectra(vision: Vision, pictures: Sequence[Captioned]) -> list[dict[str, Any
         found.append({})
         hooks += _watched(mixer, found[layer], vision)
     if not found:
-        raise MethodError(f"{vision.name} has no layers whose spectra are known: give a plain ViT or an iFormer")
+        raise MethodError(f"{vision.name} has no layers that can be measured: give a plain ViT or an iFormer")
     try:
-        for x in vision.batches(pictures):
+        for x in vision.batches(images):
             vision.model(x)
     finally:
         for hook in hooks:
@@ -226,7 +254,7 @@ def spectra(vision: Vision, pictures: Sequence[Captioned]) -> list[dict[str, Any
 
 
 def mixers(model: Any) -> list[Any]:
-    """The modules that mix tokens, from the first layer to the last."""
+    """The token mixers, from the first layer to the last."""
     if isinstance(model, InceptionTransformer):
         stages: list[Any] = [model.get_submodule(f"blocks{stage + 1}") for stage in range(model.stages)]
         return [block.attn for stage in stages for block in stage]
@@ -239,7 +267,7 @@ def _heads_last(item: tuple[str, Spectra]) -> tuple[bool, int]:
 
 
 def _watched(mixer: Any, parts: dict[str, Spectra], vision: Vision) -> list[Any]:
-    """Hooks that add to the spectra of a mixer's parts whenever it runs."""
+    """Register hooks that add to the spectra of a mixer's parts."""
 
     def add(name: str, z: Tensor) -> None:
         parts.setdefault(name, Spectra((z.shape[-2], z.shape[-1]))).add(z)

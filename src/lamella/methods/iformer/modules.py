@@ -1,11 +1,11 @@
-"""What stands in place of attention in a layer of a trained vision transformer: fewer heads, and local paths.
+"""Replacement of attention in a layer of a trained vision transformer: fewer heads, and local paths.
 
-    v = W_v x, of the heads that went                                    [B, m d, H, W]
-    Y_c = concat( DW_k(v) + b,  GELU(W_p MaxPool(v[:P]) + b_p),  heads that stay )
+    v = W_v x, of the replaced heads                                     [B, m d, H, W]
+    Y_c = concat( DW_k(v) + b,  GELU(W_p MaxPool(v[:P]) + b_p),  remaining heads )
     Y = W_o (Y_c + DW3x3(Y_c)) + b_o
 
-Tokens before those of the grid, such as a class token, have the heads that stay; where a convolution would stand they
-have a constant, and zeros where the pooling does. W_p and DW3x3 begin at zero.
+Tokens before those of the grid, such as a class token, only have the remaining heads; a constant replaces the
+convolution and zeros replace the pooling. W_p and DW3x3 are initialised to zero.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from lamella.errors import MethodError
 
 
 @dataclass(frozen=True)
-class Layer:
-    """What becomes of the attention of one layer.
+class LayerPlan:
+    """Plan for the attention of one layer.
 
     Attributes:
-        kept: the heads that stay.
-        conv: channels of the convolution: those of the heads that went.
+        kept: the heads to keep.
+        conv: channels of the convolution: those of the replaced heads.
         pool: channels of the max-pooling.
     """
 
@@ -37,24 +37,24 @@ class Layer:
 
 
 class LocalAttention(nn.Module):
-    """Called as timm's attention is, on tokens [B, prefix + H W, C].
+    """Attention with local paths, with the interface of timm's attention, on tokens [B, prefix + H W, C].
 
     Args:
         dim: C.
         head_dim: d.
-        layer: what stays and what comes.
+        layer: plan of the layer.
         grid: H and W.
         prefix: tokens before those of the grid.
         kernel: k.
-        qkv_bias: whether the maps to Q, K and V have biases.
-        norms: of Q and K, or None.
+        qkv_bias: whether the projections to Q, K and V have biases.
+        norms: norms of Q and K, or None.
     """
 
     def __init__(
         self,
         dim: int,
         head_dim: int,
-        layer: Layer,
+        layer: LayerPlan,
         grid: tuple[int, int],
         *,
         prefix: int,
@@ -64,12 +64,10 @@ class LocalAttention(nn.Module):
     ) -> None:
         super().__init__()
         if kernel < 1 or kernel % 2 == 0:
-            raise MethodError(
-                f"kernel {kernel}: give an odd number, so that a place has as many neighbours either side"
-            )
+            raise MethodError(f"kernel {kernel}: give an odd number")
         if not 0 <= layer.pool <= layer.conv or layer.conv % head_dim or not layer.conv:
             raise MethodError(
-                f"{layer.pool} of {layer.conv} channels are pooled: give whole heads, and no more of them"
+                f"{layer.pool} of {layer.conv} channels are pooled: give channels of whole heads, and pool at most all"
             )
         self.layer, self.grid, self.before, self.head_dim = layer, grid, prefix, head_dim
         attended = len(layer.kept) * head_dim
@@ -84,8 +82,9 @@ class LocalAttention(nn.Module):
         self.proj = nn.Linear(width, dim)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Mix tokens x [B, prefix + H W, C]; masks are not supported."""
         if attn_mask is not None or is_causal:
-            raise MethodError("a layer with local paths takes no mask")
+            raise MethodError("a layer with local paths does not support masks")
         if x.shape[1] != self.before + self.grid[0] * self.grid[1]:
             raise MethodError(
                 f"{x.shape[1]} tokens: these local paths are for a grid of {self.grid[0]} x {self.grid[1]}"
@@ -106,7 +105,7 @@ class LocalAttention(nn.Module):
         return out
 
     def attended(self, x: Tensor) -> Tensor:
-        """What the heads that stay give [B, N, a d]."""
+        """Compute the output of the remaining heads [B, N, a d]."""
         if self.qkv is None:
             return x.new_zeros(*x.shape[:2], 0)
         q, k, v = self.qkv(x).unflatten(-1, (3, len(self.layer.kept), self.head_dim)).permute(2, 0, 3, 1, 4)
@@ -114,13 +113,14 @@ class LocalAttention(nn.Module):
 
     @torch.no_grad()
     def begin(self, attn: Any, weight: Tensor, bias: Tensor, prefix: Tensor | None, seed: int) -> None:
-        """Take over an attention: what stays as it is, what went as its fitted convolution.
+        """Initialise from an attention: the remaining heads are copied, the others become their fitted convolution.
 
         Args:
-            attn: timm's, of all heads.
-            weight, bias: of the fitted convolution [m d, 1, k, k] and [m d], head by head.
-            prefix: what the heads that went gave tokens before the grid, on average [prefix, m d].
-            seed: of the columns that will read the pooling, whose gradient would vanish at zero.
+            attn: timm's attention with all heads.
+            weight: weights of the fitted convolution [m d, 1, k, k], head by head.
+            bias: bias of the fitted convolution [m d].
+            prefix: mean output of the replaced heads for tokens before the grid [prefix, m d].
+            seed: random seed of the projection columns of the pooling, whose gradient would vanish at zero.
         """
         heads, d = attn.num_heads, self.head_dim
         gone = [head for head in range(heads) if head not in self.layer.kept]
@@ -148,33 +148,46 @@ class LocalAttention(nn.Module):
         self.proj.bias.copy_(torch.zeros_like(self.proj.bias) if attn.proj.bias is None else attn.proj.bias)
 
 
-class Cost(NamedTuple):
-    """Parameters of an attention sublayer, and its products of two numbers for one picture (multiply and add)."""
+class AttentionCost(NamedTuple):
+    """Cost of an attention sublayer.
+
+    Attributes:
+        parameters: number of parameters.
+        flops: multiply-adds per image.
+    """
 
     parameters: int
     flops: int
 
 
-def cost_of(attn: Any, tokens: int, places: int) -> Cost:
-    """What an attention costs, timm's or one with local paths.
+def cost_of(attn: Any, tokens: int, positions: int) -> AttentionCost:
+    """Compute the cost of an attention, timm's or one with local paths.
 
     Args:
-        tokens: N, which linear maps read.
-        places: H W, which convolutions read.
+        attn: the attention.
+        tokens: N, the inputs of linear layers.
+        positions: H W, the inputs of convolutions.
     """
     flops = 0
     for part in attn.modules():
         if isinstance(part, nn.Linear):
-            rows = places if part is getattr(attn, "value", None) else tokens
+            rows = positions if part is getattr(attn, "value", None) else tokens
             flops += rows * part.weight.numel()
         elif isinstance(part, nn.Conv2d):
-            flops += places * part.weight.numel()
+            flops += positions * part.weight.numel()
     kept = len(attn.layer.kept) if isinstance(attn, LocalAttention) else attn.num_heads
     flops += 2 * tokens * tokens * kept * attn.head_dim
-    return Cost(sum(each.numel() for each in attn.parameters()), flops)
+    return AttentionCost(sum(each.numel() for each in attn.parameters()), flops)
 
 
-def planned(heads: int, head_dim: int, kept: Sequence[int], pool: float) -> Layer:
-    """The plan of a layer that keeps these heads: the others' channels are convolved, and a share of them pooled."""
+def plan_layer(heads: int, head_dim: int, kept: Sequence[int], pool: float) -> LayerPlan:
+    """Plan a layer that keeps some heads: the channels of the others are convolved, and a fraction of them pooled.
+
+    Args:
+        heads: number of heads.
+        head_dim: channels per head.
+        kept: the heads to keep.
+        pool: pooled fraction of the replaced channels.
+    """
     conv = (heads - len(kept)) * head_dim
-    return Layer(tuple(kept), conv, round(pool * conv))
+    return LayerPlan(tuple(kept), conv, round(pool * conv))

@@ -1,4 +1,4 @@
-"""From evidence to figures: spectra by depth, where the heads went, and what became of the network."""
+"""Figures and summary: spectra by depth, the allocation of heads, and the quality of the network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SHOWN = 8  # layers in one figure of spectra
 
 
 def figures(evidence: Evidence) -> list[Figure]:
-    """Where heads stay, spectra by depth, and the loss of a training: whatever was found."""
+    """Plot the allocation of heads, spectra by depth, and the training loss, as far as they are available."""
     found = evidence.findings
     drawn: list[Figure] = []
     if "cost" in found:
@@ -21,25 +21,25 @@ def figures(evidence: Evidence) -> list[Figure]:
     if "spectra" in found:
         drawn += [by_depth(found["spectra"]), shares(found["spectra"])]
     losses = {"training": found.get("loss") or []}
-    return [*drawn, Lines("point of the log", "loss", losses, caption="The loss of the training.")]
+    return [*drawn, Lines("log entry", "loss", losses, caption="Training loss.")]
 
 
 def by_depth(spectra: Sequence[Mapping[str, Any]]) -> Scatter:
-    """The spectra of mixers, those of some layers where there are many."""
+    """Plot the spectra of mixers, of a subset of layers if there are many."""
     step = -(-len(spectra) // SHOWN)
     lines = {
         f"layer {each['layer']}": list(zip(each["mixer"]["frequencies"], each["mixer"]["delta"], strict=True))
         for each in spectra[::step]
     }
     caption = (
-        "What each layer's mixer adds: amplitude over frequency, relative to that of the mean. A frequency of 3.14 is "
+        "Output of each layer's mixer: amplitude over frequency, relative to that of the mean. A frequency of 3.14 is "
         "a change of sign from each position to the next."
     )
     return Scatter("frequency, radians per position", "relative log amplitude", lines, joined=True, caption=caption)
 
 
 def shares(spectra: Sequence[Mapping[str, Any]]) -> Scatter:
-    """The share of high frequencies by layer, of mixers and of their branches; of heads, their mean."""
+    """Plot the fraction of high frequencies by layer, of mixers and of their branches; for heads, their mean."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for each in spectra:
         heads = [part["high"] for name, part in each.items() if name.startswith("head ")]
@@ -47,38 +47,38 @@ def shares(spectra: Sequence[Mapping[str, Any]]) -> Scatter:
         parts |= {"heads, mean": sum(heads) / len(heads)} if heads else {}
         for name, value in parts.items():
             lines.setdefault(name, []).append((each["layer"], value))
-    caption = "The share of the energy beyond pi / 2, by layer, of each part."
-    return Scatter("layer", "share of energy beyond pi / 2", lines, joined=True, caption=caption)
+    caption = "Fraction of the energy beyond pi / 2, by layer and part."
+    return Scatter("layer", "fraction of energy beyond pi / 2", lines, joined=True, caption=caption)
 
 
 def allocation(layers: Sequence[Mapping[str, Any]], heads: int) -> Heatmap:
-    """Where heads stay, and what each was worth where that was measured."""
+    """Plot which heads remain, with their importance if it was measured."""
 
-    def name(place: int, layer: Mapping[str, Any]) -> str:
-        return f"layer {place}" + (f": {layer['conv']} conv, {layer['pool']} pool" if layer["conv"] else "")
+    def name(index: int, layer: Mapping[str, Any]) -> str:
+        return f"layer {index}" + (f": {layer['conv']} conv, {layer['pool']} pool" if layer["conv"] else "")
 
     return Heatmap(
         "head",
         "",
         [[int(head in layer["kept"]) for head in range(heads)] for layer in layers],
         "head",
-        rows=[name(place, layer) for place, layer in enumerate(layers)],
-        categories=("became local", "stays"),
+        rows=[name(index, layer) for index, layer in enumerate(layers)],
+        categories=("replaced", "kept"),
         labels=[[f"{worth:.2g}" for worth in layer.get("worth", [])] for layer in layers]
         if all("worth" in layer for layer in layers)
         else (),
         title="Heads by layer",
-        caption="A row is a layer, the first on top. The number on a head is what it was worth, in nats.",
+        caption="One row per layer, the first at the top. Numbers: importance of the head, in nats.",
     )
 
 
 def summary(evidence: Evidence) -> Summary:
-    """The verdict in words and tables, for any command of the method."""
+    """Summarise the result of any command of the method."""
     found = evidence.findings
     if "accuracy" in found:
         verdict = (
-            f"An iFormer of {counted(found['parameters'], 'parameter')} names {percent(found['accuracy'])} of the kept "
-            "pictures."
+            f"An iFormer of {counted(found['parameters'], 'parameter')} has an accuracy of "
+            f"{percent(found['accuracy'])} on held-out images."
         )
         return Summary(verdict)
     if "cost" not in found:
@@ -88,32 +88,32 @@ def summary(evidence: Evidence) -> Summary:
     judged = found["judged"]
     healed = " after healing" if "before" in found else ""
     verdict = (
-        f"Of {counted(whole, 'head')} {kept} stay; with the others local the network agrees with what it was on "
-        f"{percent(judged['agreement'])} of {counted(judged['pictures'], 'picture')}{healed}."
+        f"{kept} of {counted(whole, 'head')} remain; with the others replaced, the network agrees with the original on "
+        f"{percent(judged['agreement'])} of {counted(judged['images'], 'image')}{healed}."
     )
-    names = {"kl": "KL divergence, nats", "agreement": "same class", "accuracy before": "accuracy of what it was",
+    names = {"kl": "KL divergence, nats", "agreement": "agreement of the class", "accuracy_before": "original accuracy",
              "accuracy": "accuracy"}  # fmt: skip
     stages = [found[stage] for stage in ("before", "judged") if stage in found]
-    rows = [[told, *(stage[name] for stage in stages)] for name, told in names.items() if name in judged]
+    rows = [[label, *(stage[name] for stage in stages)] for name, label in names.items() if name in judged]
     columns = ["", "fitted", "healed"] if healed else ["", "fitted"]
     costs = [
-        [told, found["cost"][name]["before"], found["cost"][name]["after"],
+        [label, found["cost"][name]["before"], found["cost"][name]["after"],
          share(found["cost"][name]["after"], found["cost"][name]["before"])]
-        for name, told in (("flops", "products for a picture"), ("parameters", "parameters"))
+        for name, label in (("flops", "multiply-adds per image"), ("parameters", "parameters"))
     ]  # fmt: skip
     tables = [
-        Table("On pictures that judge", columns, rows),
-        Table("What attention costs", ["", "before", "after", "share"], costs),
+        Table("On held-out images", columns, rows),
+        Table("Cost of attention", ["", "before", "after", "fraction"], costs),
         _of_layers(found["layers"]),
     ]
-    lines = [] if healed else ["Fitted and not healed: `lamella run iformer heal` trains it back."]
+    lines = [] if healed else ["Fitted but not healed: `lamella run iformer heal` re-trains it."]
     return Summary(verdict, tables, lines)
 
 
 def _of_layers(layers: Sequence[Mapping[str, Any]]) -> Table:
     rows = [
         [
-            place,
+            index,
             ", ".join(map(str, each["kept"])) if "kept" in each else "",
             each.get("conv", ""),
             each.get("pool", ""),
@@ -121,9 +121,17 @@ def _of_layers(layers: Sequence[Mapping[str, Any]]) -> Table:
             ", ".join(f"{value:.2f}" for value in each.get("explained", ())),
             ", ".join(f"{value:.1f}" for value in each.get("distance", ())),
         ]
-        for place, each in enumerate(layers)
+        for index, each in enumerate(layers)
     ]
-    columns = ["layer", "heads that stay", "conv", "pool", "worth, nats", "R^2 of a convolution", "distance, places"]
+    columns = [
+        "layer",
+        "remaining heads",
+        "conv",
+        "pool",
+        "importance, nats",
+        "R^2 of a convolution",
+        "distance, tokens",
+    ]
     return Table("Layers, and their heads in order", columns, rows)
 
 
@@ -134,8 +142,8 @@ def _of_spectra(found: Mapping[str, Any]) -> Summary:
         for name, part in each.items()
         if name != "layer"
     ]
-    first, last = (found["spectra"][place]["mixer"]["high"] for place in (0, -1))
+    first, last = (found["spectra"][index]["mixer"]["high"] for index in (0, -1))
     shares = percent(first), percent(last)
-    verdict = f"Beyond pi / 2 lies {shares[0]} of the energy of what the first layer adds, and {shares[1]} of the last."
+    verdict = f"Energy beyond pi / 2: {shares[0]} of the first layer's output, {shares[1]} of the last layer's."
     tables = [Table("Spectra", ["layer", "part", "log amplitude at pi", "energy beyond pi / 2"], rows)]
     return Summary(verdict, [*tables, *([_of_layers(found["layers"])] if "layers" in found else [])])

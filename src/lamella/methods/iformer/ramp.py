@@ -1,9 +1,9 @@
-"""The ramp: how many heads each layer keeps, at the least loss within a cost, none more than a later one.
+"""The ramp: the number of heads of each layer with the least loss within a cost, non-decreasing in depth.
 
     min  sum over layers of  loss_l(a_l)      with  sum cost(a_l) <= budget,   a_1 <= a_2 <= ... <= a_L
 
-loss_l(a) is what the heads that go cost by themselves, added up, when the a most important ones stay. The optimum is
-found exactly: for each last a, all pairs of cost and loss that no other pair beats are carried from layer to layer.
+loss_l(a) is the sum of the importances of the removed heads when the a most important ones remain. The optimum is
+exact: for each last a, the Pareto front of cost and loss is carried from layer to layer.
 """
 
 from __future__ import annotations
@@ -16,57 +16,60 @@ import numpy.typing as npt
 
 from lamella.errors import BudgetError, MethodError
 
-Numbers = npt.NDArray[np.float64]
+FloatArray = npt.NDArray[np.float64]
 
 
 class Front(NamedTuple):
-    """Ways to allocate the layers so far, none of which another beats.
+    """Pareto-optimal allocations of the layers so far.
 
     Attributes:
-        cost: rising.
-        loss: falling.
-        before: the heads of the layer before, and the place of the rest in its front [ways, 2].
+        cost: ascending.
+        loss: descending.
+        before: the heads of the previous layer, and the index of the rest in its front [ways, 2].
     """
 
     cost: npt.NDArray[np.int64]
-    loss: Numbers
+    loss: FloatArray
     before: npt.NDArray[np.int64]
 
 
-def losses(importance: Numbers) -> Numbers:
-    """What is lost when a layer keeps its a most important heads [L, n + 1], a from 0 to n.
+def losses(importance: FloatArray) -> FloatArray:
+    """Compute the loss of a layer that keeps its a most important heads [L, n + 1], a from 0 to n.
 
     Args:
         importance: of each head [L, n], 0 or more.
     """
     rising = np.sort(importance, axis=1)
-    gone = np.concatenate([np.zeros((len(rising), 1)), np.cumsum(rising, axis=1)], axis=1)  # m heads are gone
+    gone = np.concatenate([np.zeros((len(rising), 1)), np.cumsum(rising, axis=1)], axis=1)  # m heads are removed
     return gone[:, ::-1]
 
 
-def allocate(importance: Numbers, cost: Sequence[int], budget: int, *, least: int = 1) -> list[int]:
-    """The heads that each layer keeps, non-decreasing in depth, with the least loss that the budget allows.
+def allocate(importance: FloatArray, cost: Sequence[int], budget: int, *, least: int = 1) -> list[int]:
+    """Choose the number of heads of each layer, non-decreasing in depth, with the least loss within a budget.
 
-    Among equals, the cheapest.
+    Among equal losses, the cheapest is chosen.
 
     Args:
         importance: of each head [L, n], 0 or more.
-        cost: of a layer that keeps a heads, a from 0 to n.
+        cost: cost of a layer that keeps a heads, a from 0 to n.
         budget: for all layers, in the same unit.
-        least: heads that every layer keeps.
+        least: minimum number of heads per layer.
+
+    Returns:
+        The number of heads of each layer.
 
     Raises:
         BudgetError: for a budget below the smallest shape.
-        MethodError: for a ``least`` beyond the number of heads.
+        MethodError: for a ``least`` above the number of heads.
     """
     layers, heads = importance.shape
     if not 0 <= least <= heads:
-        raise MethodError(f"least {least}: layers have {heads} heads, so give 0 to {heads}")
+        raise MethodError(f"least {least}: layers have {heads} heads: give 0 to {heads}")
     smallest = layers * min(cost[least:])
     if budget < smallest:
         raise BudgetError(
             f"the budget of {budget:,} is below the smallest shape, {smallest:,} with {least} of {heads} heads in each "
-            "layer: give more, or a smaller least"
+            "layer: allow more, or use a smaller least"
         )
     lost = losses(importance)
     choices = range(least, heads + 1)
@@ -75,17 +78,17 @@ def allocate(importance: Numbers, cost: Sequence[int], budget: int, *, least: in
         found: dict[int, Front] = {}
         for kept in choices:
             way = _begun() if layer == 0 else _merged({a: fronts[-1][a] for a in choices if a <= kept})
-            later = (layers - 1 - layer) * min(cost[kept:])  # what the rest costs at least
+            later = (layers - 1 - layer) * min(cost[kept:])  # minimum cost of the remaining layers
             found[kept] = _within(
                 Front(way.cost + cost[kept], way.loss + lost[layer, kept], way.before), budget - later
             )
         fronts.append(found)
     best = _merged(fronts[-1])
-    kept, place = (int(each) for each in best.before[np.lexsort((best.cost, best.loss))[0]])
+    kept, index = (int(each) for each in best.before[np.lexsort((best.cost, best.loss))[0]])
     chosen = []
     for found in reversed(fronts):
         chosen.append(kept)
-        kept, place = (int(each) for each in found[kept].before[place])
+        kept, index = (int(each) for each in found[kept].before[index])
     return chosen[::-1]
 
 
@@ -94,7 +97,7 @@ def _begun() -> Front:
 
 
 def _merged(fronts: dict[int, Front]) -> Front:
-    """The ways of several fronts that no other one beats, each with where it came from."""
+    """Merge fronts into one, each allocation with its origin."""
     cost = np.concatenate([each.cost for each in fronts.values()])
     loss = np.concatenate([each.loss for each in fronts.values()])
     before = np.concatenate(
@@ -108,22 +111,27 @@ def _merged(fronts: dict[int, Front]) -> Front:
 
 
 def _within(front: Front, budget: int) -> Front:
-    fits = front.cost <= budget
-    return Front(front.cost[fits], front.loss[fits], front.before[fits])
+    fit_convolutions = front.cost <= budget
+    return Front(front.cost[fit_convolutions], front.loss[fit_convolutions], front.before[fit_convolutions])
 
 
 def mirrored(kept: Sequence[int]) -> list[int]:
-    """The same numbers of heads with the layers in reverse: the opposite of a ramp."""
+    """The same numbers of heads with the layers in reverse order: the opposite of a ramp."""
     return list(reversed(kept))
 
 
 def flat(kept: Sequence[int]) -> list[int]:
-    """The same number of heads, as even over the layers as whole heads can be; those left over go to the last."""
+    """The same total number of heads, spread evenly over the layers; the remainder goes to the last layers."""
     whole, over = divmod(sum(kept), len(kept))
     return [whole + (layer >= len(kept) - over) for layer in range(len(kept))]
 
 
-def most_important(importance: Numbers, kept: Sequence[int]) -> list[tuple[int, ...]]:
-    """Which heads stay in each layer: the most important ones, in their order."""
+def most_important(importance: FloatArray, kept: Sequence[int]) -> list[tuple[int, ...]]:
+    """Select the most important heads of each layer, in ascending order.
+
+    Args:
+        importance: of each head [L, n].
+        kept: number of heads of each layer.
+    """
     order = np.argsort(-importance, axis=1, kind="stable")
     return [tuple(sorted(int(head) for head in row[:count])) for row, count in zip(order, kept, strict=True)]

@@ -1,4 +1,4 @@
-"""What trains: healing a network with local paths by distillation, and an iFormer from scratch."""
+"""Training: healing a network with local paths by distillation, and training an iFormer from scratch."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from lamella.files import Work
 from lamella.methods.iformer.album import Album
 from lamella.methods.iformer.folder import network
 from lamella.methods.iformer.measuring import mixers
-from lamella.methods.iformer.method import checked, compared, costs
-from lamella.methods.iformer.network import Shape
-from lamella.methods.iformer.result import Classifier, Ramped
+from lamella.methods.iformer.method import check_model, compare, costs
+from lamella.methods.iformer.network import StageShape
+from lamella.methods.iformer.result import IFormerClassifier, Ramped
 from lamella.methods.iformer.vision import Vision
 from lamella.plan.fingerprint import revision, state
 from lamella.registry import command
@@ -28,29 +28,34 @@ from lamella.train import TrainConfig, fit, supervised
 
 HEALING = TrainConfig(lr=3e-4, schedule="cosine", warmup=0.1, batch=32, weight_decay=0.05)
 TRAINING = TrainConfig(lr=1e-3, schedule="cosine", warmup=0.1, batch=64, weight_decay=0.05)
-EPOCHS = 20  # of training, where the steps are left out
-PASSES = 5  # of healing
-SMOOTHED = 0.1  # of the labels, as published
+EPOCHS = 20  # of training, if ``steps`` is None
+PASSES = 5  # epochs of healing, if ``steps`` is None
+SMOOTHED = 0.1  # label smoothing, as published
 
 
-def rows(vision: Vision, pictures: Sequence[Captioned]) -> Lazy[dict[str, Tensor]]:
-    """Pictures as a network reads them, each prepared when it is asked for, with its class where it has one."""
+def rows(vision: Vision, images: Sequence[Captioned]) -> Lazy[dict[str, Tensor]]:
+    """Prepare images lazily as inputs of a network, with their classes (-1 if unknown).
+
+    Args:
+        vision: the network with its preprocessing.
+        images: the images.
+    """
 
     def row(each: Captioned) -> dict[str, Tensor]:
         return {"x": vision.prepare([each])[0], "y": torch.tensor(-1 if each.label is None else each.label)}
 
-    return Lazy(pictures, row)
+    return Lazy(images, row)
 
 
 @dataclass(frozen=True)
 class Distilled:
-    """KL divergence from the teacher's classes, the squared error of the last tokens, and the labels.
+    """KL divergence from the teacher's classes, the squared error of the last tokens, and the label loss.
 
     Attributes:
-        teacher: frozen.
-        temperature: of both distributions.
-        features: weight of the squared error, in the teacher's mean square.
-        labels: weight of the cross-entropy with the pictures' own classes.
+        teacher: the frozen teacher.
+        temperature: temperature of both distributions.
+        features: weight of the squared error, relative to the teacher's mean square.
+        labels: weight of the cross-entropy with the images' own classes.
     """
 
     teacher: Any
@@ -59,16 +64,19 @@ class Distilled:
     labels: float
 
     def __call__(self, model: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the loss of a batch and its parts."""
         with torch.no_grad():
-            taught = self.teacher.forward_features(batch["x"].to(next(self.teacher.parameters()).dtype))
-            said = self.teacher.forward_head(taught)
-        learnt = model.forward_features(batch["x"].to(next(model.parameters()).dtype))
-        logits = model.forward_head(learnt)
-        soft, hard = (log_softmax(each.float() / self.temperature, -1) for each in (logits, said))
+            teacher_features = self.teacher.forward_features(batch["x"].to(next(self.teacher.parameters()).dtype))
+            targets = self.teacher.forward_head(teacher_features)
+        student_features = model.forward_features(batch["x"].to(next(model.parameters()).dtype))
+        logits = model.forward_head(student_features)
+        soft, hard = (log_softmax(each.float() / self.temperature, -1) for each in (logits, targets))
         parts = {"kl": kl_div(soft, hard, reduction="batchmean", log_target=True) * self.temperature**2}
         loss = parts["kl"]
         if self.features:
-            parts["features"] = (learnt.float() - taught).square().mean() / taught.float().square().mean()
+            parts["features"] = (
+                student_features.float() - teacher_features
+            ).square().mean() / teacher_features.float().square().mean()
             loss = loss + self.features * parts["features"]
         if self.labels:
             parts["labels"] = cross_entropy(logits.float(), batch["y"])
@@ -88,39 +96,39 @@ def heal(
     config: TrainConfig = HEALING,
     work: Work = Work(),
 ) -> Ramped:
-    """Train a vision transformer with local paths towards what it was before: logits, last features, and labels.
+    """Heal a vision transformer with local paths by distilling logits and last features from the original.
 
     Args:
-        model: what it was; it is not changed.
+        model: the original; it is not changed.
         ramped: the network to heal; it is not changed.
-        images: pictures to train on. One in five is kept to judge.
+        images: training images. One in five is held out for evaluation.
         features: weight of the error of the last tokens.
-        temperature: of both distributions of classes.
-        labels: weight of the pictures' own classes, which must be those of the model.
-        config: of the training: 5 passes over the pictures when left out.
-        work: where an interrupted run goes on from, to the bit.
+        temperature: temperature of both class distributions.
+        labels: weight of the cross-entropy with the images' classes, which must be those of the model.
+        config: training settings; defaults to 5 epochs.
+        work: folder from which an interrupted run resumes, with bitwise identical results.
 
     Returns:
-        The healed network, and how far it is from what it was, before and after.
+        The healed network, and its distance from the original before and after.
 
     Raises:
-        MethodError: for a model that the network was not made of.
-        CalibrationError: for pictures whose classes are not the model's, where ``labels`` asks for them.
-        TrainingError: when training cannot start or stay finite.
+        MethodError: for a model that is not the original of the network.
+        CalibrationError: for images whose classes are not the model's, if ``labels`` is not 0.
+        TrainingError: when training cannot start or does not stay finite.
     """
     geometry = ramped.geometry
-    if checked(model) != geometry or revision(model.model) != ramped.origin:
-        raise MethodError(f"{model.name} is not what that network was made of: give the model that iformer was given")
+    if check_model(model) != geometry or revision(model.model) != ramped.origin:
+        raise MethodError(f"{model.name} is not the original of that network: give the model that iformer converted")
     if labels and images.classes != geometry.classes:
         raise CalibrationError(
-            f"the pictures have {images.classes} classes and {model.name} names {geometry.classes}: leave labels out"
+            f"the images have {images.classes} classes but {model.name} has {geometry.classes}: set labels to 0"
         )
     built = copy.deepcopy(ramped.vision.model)
     vision = replace(ramped.vision, model=built)
     config = replace(config, steps=config.steps or PASSES * max(1, len(images) // config.batch))
     loss = Distilled(model.model, temperature, features, labels)
     test = images.part("test").items
-    before = compared(model, vision, test, images.classes)
+    before = compare(model, vision, test, images.classes)
     settings = {"features": features, "temperature": temperature, "labels": labels,
                 "geometry": asdict(geometry), "layers": [asdict(each) for each in ramped.layers],
                 "kernel": ramped.kernel, "of": state(model.model), "ramped": state(built)}  # fmt: skip
@@ -134,7 +142,7 @@ def heal(
         "heads": geometry.heads,
         "cost": costs(geometry, [block.attn for block in model.model.blocks], mixers(built)),
         "before": before,
-        "judged": compared(model, vision, test, images.classes),
+        "judged": compare(model, vision, test, images.classes),
         "loss": [point.loss for point in log.train],
     }
     return Ramped(
@@ -143,8 +151,13 @@ def heal(
     )  # fmt: skip
 
 
-def smoothed(model: nn.Module, batch: Any) -> Tensor:
-    """The mean cross-entropy with labels that are smoothed, in nats."""
+def smoothed_loss(model: nn.Module, batch: Any) -> Tensor:
+    """Mean cross-entropy with label smoothing, in nats.
+
+    Args:
+        model: the network.
+        batch: images and classes.
+    """
     return cross_entropy(model(batch["x"]).float(), batch["y"], label_smoothing=SMOOTHED)
 
 
@@ -156,41 +169,38 @@ def smoothed(model: nn.Module, batch: Any) -> Tensor:
 def train(
     images: Album,
     *,
-    shape: Shape = Shape(),  # noqa: B008, frozen
+    shape: StageShape = StageShape(),  # noqa: B008, frozen
     size: Annotated[int, Ge(1), Le(16384)] = 224,
     channels: Annotated[int, Ge(1), Le(3)] = 3,
     drop_path: Annotated[float, Ge(0), Lt(1)] = 0.0,
     config: TrainConfig = TRAINING,
     work: Work = Work(),
-) -> Classifier:
-    """Train an iFormer from scratch on pictures with classes.
+) -> IFormerClassifier:
+    """Train an iFormer from scratch on images with classes.
 
     Args:
-        images: pictures with classes; one in five is kept to judge.
-        shape: its layers: iFormer-S when left out.
-        size: pixels on a side.
-        channels: 1 for grey pictures, 3 for colours.
-        drop_path: share of the branches that training leaves out in the last layer; the published networks have 0.2,
-            0.4 and 0.5.
-        config: of the training: the published rate and decay, and 20 passes over the pictures, when left out.
-        work: where an interrupted run goes on from, to the bit.
+        images: images with classes; one in five is held out for evaluation.
+        shape: the shape; defaults to iFormer-S.
+        size: side of the images in pixels.
+        channels: 1 for greyscale images, 3 for colour.
+        drop_path: stochastic depth rate of the last layer; the published networks use 0.2, 0.4 and 0.5.
+        config: training settings; defaults to the published learning rate and weight decay, and 20 epochs.
+        work: folder from which an interrupted run resumes, with bitwise identical results.
 
     Returns:
-        The network, and how many of the kept pictures it names.
+        The network, and its accuracy on held-out images.
 
     Raises:
         MethodError: for a shape that does not fit.
-        CalibrationError: for pictures without classes.
-        TrainingError: when training cannot start or stay finite.
+        CalibrationError: for images without classes.
+        TrainingError: when training cannot start or does not stay finite.
     """
     if images.classes < 2:
-        raise CalibrationError(
-            "these pictures have no classes: give a folder with a folder for each class, or textures"
-        )
+        raise CalibrationError("these images have no classes: give a folder with one folder per class, or textures")
     config = replace(config, steps=config.steps or EPOCHS * max(1, len(images) // config.batch))
-    vision = fresh(shape, size, channels, images.classes, seed=config.seed, drop_path=drop_path)
+    vision = new_network(shape, size, channels, images.classes, seed=config.seed, drop_path=drop_path)
     log = fit(
-        vision.model, rows(vision, images.items), supervised(smoothed), config, out=work.directory("run"),
+        vision.model, rows(vision, images.items), supervised(smoothed_loss), config, out=work.directory("run"),
         trainable=lambda name: True,
         settings={"shape": asdict(shape), "size": size, "channels": channels, "drop_path": drop_path},
     )  # fmt: skip
@@ -200,17 +210,27 @@ def train(
         "accuracy": accuracy(vision, images.part("test").items),
         "loss": [point.loss for point in log.train],
     }
-    return Classifier(vision=vision, shape=shape, classes=images.classes, log=log, findings=findings)
+    return IFormerClassifier(vision=vision, shape=shape, classes=images.classes, log=log, findings=findings)
 
 
-def fresh(shape: Shape, size: int, channels: int, classes: int, *, seed: int = 0, drop_path: float = 0.0) -> Vision:
-    """An iFormer with weights drawn from a seed.
+def new_network(
+    shape: StageShape, size: int, channels: int, classes: int, *, seed: int = 0, drop_path: float = 0.0
+) -> Vision:
+    """Create an iFormer with random weights.
+
+    Args:
+        shape: the shape.
+        size: side of the images in pixels.
+        channels: 1 for greyscale images, 3 for colour.
+        classes: number of classes.
+        seed: random seed.
+        drop_path: stochastic depth rate of the last layer.
 
     Raises:
-        MethodError: for a size that leaves no place in the last stage, or channels that are no picture's.
+        MethodError: for a number of channels that no image has, or a shape that does not fit.
     """
     if channels == 2:
-        raise MethodError("channels 2: give 1 for grey images, or 3")
+        raise MethodError("channels 2: give 1 for greyscale images or 3 for colour")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = network(shape, (size, size), channels, classes, drop_path)
@@ -218,7 +238,12 @@ def fresh(shape: Shape, size: int, channels: int, classes: int, *, seed: int = 0
 
 
 @torch.no_grad()
-def accuracy(vision: Vision, pictures: Sequence[Captioned]) -> float:
-    """The share of pictures whose class a network names."""
-    labels = torch.tensor([each.label for each in pictures])
-    return float((vision.logits(pictures).argmax(1) == labels).double().mean())
+def accuracy(vision: Vision, images: Sequence[Captioned]) -> float:
+    """Fraction of images that a network classifies correctly.
+
+    Args:
+        vision: the network.
+        images: images with classes.
+    """
+    labels = torch.tensor([each.label for each in images])
+    return float((vision.logits(images).argmax(1) == labels).double().mean())

@@ -1,4 +1,4 @@
-"""What the commands return: a vision transformer with local paths, and a trained iFormer."""
+"""Results of the commands: a vision transformer with local paths, and a trained iFormer."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Self
 
 from lamella.methods.iformer.folder import read_folder, write_folder
 from lamella.methods.iformer.geometry import Geometry
-from lamella.methods.iformer.modules import Layer
-from lamella.methods.iformer.network import Shape
+from lamella.methods.iformer.modules import LayerPlan
+from lamella.methods.iformer.network import StageShape
 from lamella.methods.iformer.vision import Vision
 from lamella.results import Result
 from lamella.train import TrainingLog
@@ -20,20 +20,20 @@ PLAN = "plan.json"
 
 @dataclass(kw_only=True)
 class Ramped(Result):
-    """A vision transformer whose early heads are local paths.
+    """A vision transformer in which some heads are replaced by local paths.
 
     Attributes:
         vision: the network.
-        geometry: of what it was.
-        layers: the plan.
-        kernel: of the convolutions, on a side.
-        origin: the fingerprint of what it was.
-        log: of its healing, where it was healed.
+        geometry: geometry of the original.
+        layers: plan of each layer.
+        kernel: side of the convolutions.
+        origin: fingerprint of the original.
+        log: training log, if it was healed.
     """
 
     vision: Vision
     geometry: Geometry
-    layers: tuple[Layer, ...]
+    layers: tuple[LayerPlan, ...]
     kernel: int
     origin: str
     log: TrainingLog | None = None
@@ -42,41 +42,41 @@ class Ramped(Result):
     needs_folder: ClassVar[bool] = True
 
     def describe(self) -> dict[str, Any]:
-        """What provenance says of it."""
+        """Metadata for provenance."""
         return {"kept": [len(each.kept) for each in self.layers], **self.vision.describe()}
 
     def write(self, folder: Path) -> None:
-        """Weights, what is needed to read them, and the plan for readers."""
-        said = {"geometry": asdict(self.geometry), "layers": [asdict(each) for each in self.layers],
+        """Write the weights, the data needed to read them, and the plan in readable form."""
+        document = {"geometry": asdict(self.geometry), "layers": [asdict(each) for each in self.layers],
                 "kernel": self.kernel, "origin": self.origin}  # fmt: skip
-        write_folder(folder, self.kind, self.vision.model, self.vision.looks, said, self.log)
+        write_folder(folder, self.kind, self.vision.model, self.vision.preprocessing, document, self.log)
         plan = {f"blocks.{number}.attn": asdict(each) for number, each in enumerate(self.layers)}
         (folder / PLAN).write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
-        """The network in a folder.
+        """Read the network in a folder.
 
         Raises:
-            CheckpointError: when there is none, or it is damaged.
+            CheckpointError: if there is none, or it is damaged.
         """
-        parts, looks = read_folder(Path(path), cls.kind)
-        return cls(vision=Vision.around(parts.pop("model"), looks), **parts)
+        parts, preprocessing = read_folder(Path(path), cls.kind)
+        return cls(vision=Vision.from_model(parts.pop("model"), preprocessing), **parts)
 
 
 @dataclass(kw_only=True)
-class Classifier(Result):
+class IFormerClassifier(Result):
     """A trained iFormer.
 
     Attributes:
         vision: the network.
-        shape: its layers.
-        classes: that it names.
-        log: of its training.
+        shape: its shape.
+        classes: number of classes.
+        log: training log.
     """
 
     vision: Vision
-    shape: Shape
+    shape: StageShape
     classes: int
     log: TrainingLog
 
@@ -84,20 +84,20 @@ class Classifier(Result):
     needs_folder: ClassVar[bool] = True
 
     def describe(self) -> dict[str, Any]:
-        """What provenance says of it."""
+        """Metadata for provenance."""
         return {"shape": asdict(self.shape), "classes": self.classes, **self.vision.describe()}
 
     def write(self, folder: Path) -> None:
-        """Weights, shape and log."""
-        said = {"shape": asdict(self.shape), "classes": self.classes}
-        write_folder(folder, self.kind, self.vision.model, self.vision.looks, said, self.log)
+        """Write weights, shape and log."""
+        document = {"shape": asdict(self.shape), "classes": self.classes}
+        write_folder(folder, self.kind, self.vision.model, self.vision.preprocessing, document, self.log)
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
-        """The network in a folder.
+        """Read the network in a folder.
 
         Raises:
-            CheckpointError: when there is none, or it is damaged.
+            CheckpointError: if there is none, or it is damaged.
         """
-        parts, looks = read_folder(Path(path), cls.kind)
-        return cls(vision=Vision.around(parts.pop("model"), looks), **parts)
+        parts, preprocessing = read_folder(Path(path), cls.kind)
+        return cls(vision=Vision.from_model(parts.pop("model"), preprocessing), **parts)

@@ -1,11 +1,12 @@
-"""A world of two factors: a fine texture, which needs high frequencies, and where two spots lie to each other, which
-needs a look at distant places. Neither says anything of the other.
+"""A synthetic dataset with two independent factors: a fine texture and the direction between two spots.
+
+The texture needs high frequencies, the direction needs attention to distant positions.
 
     class = texture * 4 + arrangement        5 textures of periods of two to four pixels, 4 directions: 20 classes
 
-In ``textures`` the spots are anywhere, so a single place tells nothing of a direction. In ``faint-textures`` they are
-about the middle, where a single place tells a part of it and small networks soon learn the rest; what is hard to see is
-the texture, which is fainter than the noise.
+In ``textures`` the spots are anywhere, so a single position does not determine the direction. In ``faint-textures``
+they are near the centre, where a single position is informative and small networks soon learn the rest; the texture is
+hard to see because it is fainter than the noise.
 """
 
 from __future__ import annotations
@@ -24,28 +25,40 @@ TEXTURES = ("rows", "columns", "rising", "falling", "checks")
 ARRANGEMENTS = {"beside": 0.0, "above": np.pi / 2, "rising": np.pi / 4, "falling": -np.pi / 4}
 CLASSES = len(TEXTURES) * len(ARRANGEMENTS)
 NOISE, SPOT = 24.0, 120.0  # grey levels
-WORLDS = {  # grey levels of the texture; pixels by which the spots' middle is off the picture's, along each side
+WORLDS = {  # grey levels of the texture; maximum offset of the spots' centre from the image centre, in pixels per axis
     "textures": (24.0, SIDE / 2),
     "faint-textures": (10.0, 5.0),
 }
-MARGIN = 3.0  # pixels of the border in which no spot has its middle
+MARGIN = 3.0  # border in pixels that contains no centre of a spot
 Field = npt.NDArray[np.float64]
 
 
 def textures(split: str, seed: int = 0, world: str = "textures") -> Iterator[Captioned]:
-    """Pictures without end, class after class, the same for the same split and seed."""
+    """Infinite iterator of images, class after class, deterministic for a split and seed.
+
+    Args:
+        split: ``test`` or another split.
+        seed: random seed.
+        world: ``textures`` or ``faint-textures``.
+    """
     number = 0
     while True:
         label = number % CLASSES
-        yield drawn(label, (seed, int(split == "test"), number), world)
+        yield texture_image(label, (seed, int(split == "test"), number), world)
         number += 1
 
 
-def drawn(label: int, seed: Any, world: str = "textures") -> Captioned:
-    """One picture of a class [32, 32, 3], which is rendered when it is asked for."""
+def texture_image(label: int, seed: Any, world: str = "textures") -> Captioned:
+    """Create one image of a class [32, 32, 3], which is rendered on access.
+
+    Args:
+        label: the class.
+        seed: random seed.
+        world: ``textures`` or ``faint-textures``.
+    """
     texture, direction = factors(label)
     text = f"a texture of {texture} with two spots {direction}"
-    return Captioned(partial(rendered, label, seed, world), text, label)
+    return Captioned(partial(render, label, seed, world), text, label)
 
 
 def factors(label: int) -> tuple[str, str]:
@@ -54,8 +67,14 @@ def factors(label: int) -> tuple[str, str]:
     return TEXTURES[texture], list(ARRANGEMENTS)[arrangement]
 
 
-def rendered(label: int, seed: Any, world: str) -> npt.NDArray[np.uint8]:
-    """The pixels of one picture; contrast, phases, places, colour and noise are drawn."""
+def render(label: int, seed: Any, world: str) -> npt.NDArray[np.uint8]:
+    """Render one image; contrast, phases, positions, colour and noise are random.
+
+    Args:
+        label: the class.
+        seed: random seed.
+        world: ``textures`` or ``faint-textures``.
+    """
     draw, (contrast, away) = np.random.default_rng(seed), WORLDS[world]
     texture, direction = factors(label)
     y, x = np.mgrid[:SIDE, :SIDE].astype(np.float64)
@@ -67,13 +86,13 @@ def rendered(label: int, seed: Any, world: str) -> npt.NDArray[np.uint8]:
 
 
 def _slope(x: Field, y: Field, draw: np.random.Generator) -> Field:
-    """Light from one side, which tells nothing."""
+    """Brightness gradient, which is not informative."""
     angle = draw.uniform(0, 2 * np.pi)
     return (np.cos(angle) * (x - SIDE / 2) + np.sin(angle) * (y - SIDE / 2)) / SIDE * 2
 
 
 def _texture(name: str, x: Field, y: Field, draw: np.random.Generator) -> Field:
-    """Waves of means near 0 with a period of two and a half to three and a half pixels."""
+    """Waves with a mean near 0 and a period of 2.5 to 3.5 pixels."""
     frequency, phase = 2 * np.pi / draw.uniform(2.5, 3.5), draw.uniform(0, 2 * np.pi, 2)
     half = frequency / np.sqrt(2)
     if name == "checks":
@@ -83,7 +102,7 @@ def _texture(name: str, x: Field, y: Field, draw: np.random.Generator) -> Field:
 
 
 def _spots(angle: float, away: float, draw: np.random.Generator) -> list[tuple[float, float]]:
-    """Two places in a direction, give or take seven degrees, wherever they fit so far off the middle."""
+    """Two positions in a direction, up to seven degrees off, whose centre is at most ``away`` pixels off per axis."""
     angle += draw.uniform(-1, 1) * np.pi / 25
     reach = draw.uniform(6, 9)
     step_x, step_y = reach * np.cos(angle), -reach * np.sin(angle)

@@ -1,4 +1,4 @@
-"""What became of a habit: the loss on continuations, what is written, and which layers each text pulls at."""
+"""Evaluation of a repair: losses on continuations, generated text, and gradient norms by layer."""
 
 from __future__ import annotations
 
@@ -17,27 +17,37 @@ from lamella.stack import Stack
 from lamella.train import Sample, collate, pairs, response_loss
 from lamella.train.losses import continuation_log_probs
 
-NEW = 20  # tokens of a continuation that is looked at, as in the paper
-PROFILE = 16  # batches of the profile of the model as it was
-SHOWN = 5  # continuations on the page
+NEW = 20  # tokens of a generated continuation, as in the paper
+PROFILE = 16  # batches of the original's gradient profile
+SHOWN = 5  # sample continuations on the page
 
 
 def pattern(match: str | None) -> re.Pattern[str] | None:
-    """What finds the habit.
+    """Compile the regular expression that detects the habit.
 
     Raises:
-        MethodError: for what is no regular expression.
+        MethodError: for an invalid regular expression.
     """
     try:
         return None if match is None else re.compile(match)
     except re.error as error:
-        raise MethodError(f"match '{match}' is no regular expression ({error}): mend or leave it out") from None
+        raise MethodError(f"match '{match}' is not a regular expression ({error}): fix or omit it") from None
 
 
-def judged(
+def evaluate_repair(
     models: dict[str, Any], triples: Sequence[Triple], tokenizer: Any, habit: re.Pattern[str] | None
 ) -> dict[str, Any]:
-    """The figures of each version, and continuations to look at where there is a tokenizer."""
+    """Evaluate each version of a model, with sample continuations if there is a tokenizer.
+
+    Args:
+        models: the versions, by name.
+        triples: test pairs.
+        tokenizer: the tokenizer, or None.
+        habit: detects the habit, or None.
+
+    Returns:
+        The metrics of each version, and ``samples``.
+    """
     continued = {when: write(model, [prompt for prompt, *_ in triples], NEW) for when, model in models.items()}
     figures: dict[str, Any] = {
         when: on_pairs(model, triples) | {"habit": None if habit is None else _share(tokenizer, continued[when], habit)}
@@ -55,19 +65,30 @@ def judged(
 
 
 @torch.no_grad()
-def on_pairs(model: Any, judged: Sequence[Triple]) -> dict[str, float]:
-    """The loss on both continuations, in nats per token, and how often the good one is likelier per token."""
+def on_pairs(model: Any, triples: Sequence[Triple]) -> dict[str, float]:
+    """Compute the loss on both continuations, in nats per token, and how often the good one has the higher likelihood.
+
+    Args:
+        model: the model.
+        triples: test pairs.
+    """
     losses = {}
-    for place, name in ((1, "bad"), (2, "good")):
-        rows = pairs([(row[0], row[place]) for row in judged], loss_on="all")
+    for index, name in ((1, "bad"), (2, "good")):
+        rows = pairs([(row[0], row[index]) for row in triples], loss_on="all")
         sums = torch.cat([continuation_log_probs(model, _on(model, rows[n : n + 4])) for n in range(0, len(rows), 4)])
-        losses[name] = -sums.cpu() / torch.tensor([len(row[place]) for row in judged])
+        losses[name] = -sums.cpu() / torch.tensor([len(row[index]) for row in triples])
     preferred = (losses["good"] < losses["bad"]).float().mean()
     return {"bad": float(losses["bad"].mean()), "good": float(losses["good"].mean()), "preferred": float(preferred)}
 
 
 def profile(stack: Stack, texts: Mapping[str, Sequence[Sample]], size: int) -> dict[str, list[float]]:
-    """Which layers each kind of text pulls at in the model as it was."""
+    """Gradient norms by layer of the original model on each kind of text.
+
+    Args:
+        stack: the model.
+        texts: samples by kind of text.
+        size: batch size.
+    """
     return {
         name: sensitivity(
             stack,
@@ -79,7 +100,7 @@ def profile(stack: Stack, texts: Mapping[str, Sequence[Sample]], size: int) -> d
 
 
 def _on(model: Any, rows: Sequence[Sample]) -> dict[str, Tensor]:
-    """Samples as a batch where the model is."""
+    """Collate samples into a batch on the model's device."""
     device = next(model.parameters()).device
     return {name: each.to(device) for name, each in collate(rows).items()}
 

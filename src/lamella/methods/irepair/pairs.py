@@ -1,4 +1,4 @@
-"""Paired continuations from files: to each prompt what a model shall not write, and what it shall write instead."""
+"""Read paired continuations from files: for each prompt an unwanted and a wanted one."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from lamella.reading import read_lines, read_rows
 from lamella.signature import Fixture
 from lamella.zoo.opening import chat_inputs
 
-ALIASES = {"good": ("good", "chosen"), "bad": ("bad", "rejected")}  # the second ones as preference data has them
+ALIASES = {"good": ("good", "chosen"), "bad": ("bad", "rejected")}  # the latter are common in preference data
 Entry = TypeVar("Entry")
 SUFFIXES = (".jsonl", ".txt", ".tsv")
 
 
-class Pair(NamedTuple):
+class ContinuationPair(NamedTuple):
     """One prompt with two continuations, as text.
 
     Attributes:
-        prompt: what comes before them.
-        bad: the unwanted one.
-        good: the wanted one.
+        prompt: the prompt.
+        bad: the unwanted continuation.
+        good: the wanted continuation.
     """
 
     prompt: str
@@ -38,7 +38,13 @@ class Pair(NamedTuple):
 
 
 class Triple(NamedTuple):
-    """One pair as token ids, each [time]."""
+    """One pair as token ids, each [time].
+
+    Attributes:
+        prompt: the prompt.
+        bad: the unwanted continuation.
+        good: the wanted continuation.
+    """
 
     prompt: Tensor
     bad: Tensor
@@ -47,23 +53,23 @@ class Triple(NamedTuple):
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs as a model reads them.
+    """Tokenized pairs.
 
     Attributes:
         triples: prompt, bad and good continuation of each.
-        tokenizer: that they were read with; None for token ids.
-        said: what provenance says of them.
+        tokenizer: their tokenizer; None for token ids.
+        metadata: metadata for provenance.
     """
 
     triples: list[Triple]
     tokenizer: Any = None
-    said: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
     metavar = "FILE"
     nameless = True
     source_help = (
         'one .jsonl file: {"prompt": "...", "bad": "...", "good": "..."} on each line; "rejected" and "chosen" are '
-        "understood too. Or instead both --bad and --good"
+        "accepted too. Or instead both --bad and --good"
     )
     example = Fixture(
         "pairs.jsonl",
@@ -88,13 +94,17 @@ class Pairs:
 
         Args:
             name: see :func:`read_pair_file`; None for two files.
-            bad: what the model shall not write. A .jsonl file: {"prompt": "...", "text": "..."} on each line; or a .txt
-                file: the prompt, a tab, the continuation.
-            good: what it shall write instead: as many lines, with the same prompts in the same order.
-            chat: put prompts through the model's chat template; continuations then end the turn.
+            context: the tokenizer to use.
+            bad: unwanted continuations. A .jsonl file: {"prompt": "...", "text": "..."} on each line; or a .txt file:
+                the prompt, a tab, the continuation.
+            good: wanted continuations: as many lines, with the same prompts in the same order.
+            chat: apply the model's chat template to prompts; continuations then end the turn.
+
+        Returns:
+            The tokenized pairs.
 
         Raises:
-            CalibrationError: for files that are no paired continuations, or not the one or the two of them.
+            CalibrationError: for files that are not paired continuations, or a wrong combination of files.
         """
         if name is not None and bad is None and good is None:
             found = read_pair_file(Path(name))
@@ -106,15 +116,15 @@ class Pairs:
             found = read_pairs(Path(bad), Path(good))
         files = [str(each) for each in (bad, good, name) if each is not None]
         digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()
-        said = {"files": files, "pairs": len(found), "sha256": digest}
-        return cls([_tokens(context.tokenizer, each, chat) for each in found], context.tokenizer, said)
+        metadata = {"files": files, "pairs": len(found), "sha256": digest}
+        return cls([_tokens(context.tokenizer, each, chat) for each in found], context.tokenizer, metadata)
 
     def describe(self) -> Any:
-        """What provenance says of them."""
-        return dict(self.said) or {"pairs": len(self.triples)}
+        """Metadata for provenance."""
+        return dict(self.metadata) or {"pairs": len(self.triples)}
 
 
-def _tokens(tokenizer: Any, pair: Pair, chat: bool) -> Triple:
+def _tokens(tokenizer: Any, pair: ContinuationPair, chat: bool) -> Triple:
     if chat:
         messages = [{"role": "user", "content": pair.prompt}]
         prompt = chat_inputs(tokenizer, messages, torch.device("cpu"))["input_ids"][0]
@@ -128,45 +138,49 @@ def _tokens(tokenizer: Any, pair: Pair, chat: bool) -> Triple:
     return Triple(prompt, bad, good)
 
 
-def read_pairs(bad: Path, good: Path) -> list[Pair]:
-    """Pairs from two files, whose rows belong together in their order.
+def read_pairs(bad: Path, good: Path) -> list[ContinuationPair]:
+    """Read pairs from two files, whose rows correspond in order.
 
     A ``.jsonl`` file has ``{"prompt": "...", "text": "..."}`` on each line; a text file has the prompt, a tab and the
     continuation.
 
+    Args:
+        bad: file of unwanted continuations.
+        good: file of wanted continuations.
+
     Raises:
-        CalibrationError: one line that names the file, the line and the mend.
+        CalibrationError: for an invalid file, with its name, the line and the fix in one line.
     """
     ours, theirs = list(_continuations(bad)), list(_continuations(good))
     if len(ours) != len(theirs):
         raise CalibrationError(
-            f"{bad} has {len(ours)} continuations and {good} has {len(theirs)}: give one good one for each bad one"
+            f"{bad} has {len(ours)} continuations and {good} has {len(theirs)}: give one good continuation per bad one"
         )
     pairs = []
     for number, ((prompt, unwanted), (other, wanted)) in enumerate(zip(ours, theirs, strict=True), start=1):
         if prompt != other:
             raise CalibrationError(
-                f"pair {number}: {bad} continues {_quoted(prompt)}, {good} continues {_quoted(other)}: give both "
-                "continuations the same prompt, in the same order"
+                f"pair {number}: {bad} continues {_quoted(prompt)}, {good} continues {_quoted(other)}: both files need "
+                "the same prompts in the same order"
             )
-        pairs.append(_checked(Pair(prompt, unwanted, wanted), f"{bad} and {good}, pair {number}"))
+        pairs.append(_checked(ContinuationPair(prompt, unwanted, wanted), f"{bad} and {good}, pair {number}"))
     return pairs
 
 
-def read_pair_file(path: Path) -> list[Pair]:
-    """Pairs from one ``.jsonl`` file: ``{"prompt": "...", "bad": "...", "good": "..."}`` on each line.
+def read_pair_file(path: Path) -> list[ContinuationPair]:
+    """Read pairs from one ``.jsonl`` file: ``{"prompt": "...", "bad": "...", "good": "..."}`` on each line.
 
-    ``rejected`` and ``chosen``, as preference data has them, are understood too.
+    ``rejected`` and ``chosen``, as in preference data, are accepted too.
 
     Raises:
-        CalibrationError: one line that names the file, the line and the mend.
+        CalibrationError: for an invalid file, with its name, the line and the fix in one line.
     """
     pairs = []
     for where, row in _rows(path):
         bad, good = (next((row[name] for name in ALIASES[role] if name in row), None) for role in ("bad", "good"))
         if "prompt" not in row or bad is None or good is None:
             raise CalibrationError(f'{where}: write {{"prompt": "...", "bad": "...", "good": "..."}}')
-        pairs.append(_checked(Pair(row["prompt"], bad, good), where))
+        pairs.append(_checked(ContinuationPair(row["prompt"], bad, good), where))
     return pairs
 
 
@@ -185,16 +199,16 @@ def _continuations(path: Path) -> Iterator[tuple[str, str]]:
         prompt, tab, text = line.partition("\t")
         if not tab:
             raise CalibrationError(f"{path} line {number}: the prompt is missing: write prompt, tab and continuation")
-        yield prompt, f" {text}"  # a tab parts words
+        yield prompt, f" {text}"  # the tab replaces the space between words
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """The rows of a file, each with where it stands: their fields that are text."""
+    """The text fields of each row of a file, with its location for messages."""
     _check_suffix(path)
     for number, row in _some(list(read_rows(path)), path):
         where = f"{path} line {number}"
         if not isinstance(row, dict):
-            raise CalibrationError(f"{where} is no JSON object: give one object a line")
+            raise CalibrationError(f"{where} is not a JSON object: give one object per line")
         yield where, {name: value for name, value in row.items() if isinstance(value, str)}
 
 
@@ -205,17 +219,17 @@ def _check_suffix(path: Path) -> None:
 
 def _some(found: list[Entry], path: Path) -> list[Entry]:
     if not found:
-        raise CalibrationError(f"{path} is empty: give one continuation a line")
+        raise CalibrationError(f"{path} is empty: give one continuation per line")
     return found
 
 
-def _checked(pair: Pair, where: str) -> Pair:
+def _checked(pair: ContinuationPair, where: str) -> ContinuationPair:
     for name, text in pair._asdict().items():
         if not text.strip():
             what = name if name == "prompt" else f"{name} continuation"
-            raise CalibrationError(f"{where}: the {what} is missing: give every pair a prompt and two continuations")
+            raise CalibrationError(f"{where}: the {what} is missing: every pair needs a prompt and two continuations")
     if pair.bad == pair.good:
-        raise CalibrationError(f"{where}: both continuations are the same: leave this pair out")
+        raise CalibrationError(f"{where}: both continuations are the same: remove this pair")
     return pair
 
 

@@ -1,11 +1,11 @@
-"""Which layer a loss pulls at most: the norm of its gradient by each layer's own parameters.
+"""Sensitivity of layers: the norm of a loss's gradient with respect to each layer's own parameters.
 
-IRepair (arXiv 2502.07072) reads it on unwanted text and takes the strongest layer for the one that is responsible:
+IRepair (arXiv 2502.07072) computes it on unwanted text and takes the most sensitive layer as the responsible one:
 
     s_l = sqrt( sum over the tensors w of layer l of |dL/dw|^2 )
 
-Embeddings, the final norm and the head belong to no layer; their gradients would often tower over all others. The norm
-is not divided by a layer's size, which is fair among equal layers; ``per_parameter`` divides it by the root of that.
+Embeddings, the final norm and the head belong to no layer; their gradients would often dominate all others. The norm is
+not divided by a layer's size, which is fair among equal layers; ``per_parameter`` divides it by its square root.
 """
 
 from __future__ import annotations
@@ -27,13 +27,18 @@ Gradients = list[list[Tensor | None]]
 
 
 def next_token_loss(model: Any, tokens: Tensor) -> Tensor:
-    """The cross-entropy of every next token, mean over positions in nats: tokens [rows, time]."""
+    """Compute the mean cross-entropy of every next token, in nats.
+
+    Args:
+        model: the model.
+        tokens: token ids [rows, time].
+    """
     logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
 def layer_parameters(stack: Stack) -> list[dict[str, nn.Parameter]]:
-    """Of each layer its own parameters, by their full names."""
+    """The parameters of each layer, by their full names."""
     prefix = stack.architecture.prefix
     return [
         {f"{prefix}{number}.{name}": parameter for name, parameter in layer.named_parameters()}
@@ -49,14 +54,14 @@ def sensitivity(
     average: Literal["norms", "gradients"] = "norms",
     per_parameter: bool = False,
 ) -> Scores:
-    """How strongly a loss on some batches pulls at each layer of a model as it is.
+    """Measure the sensitivity of each layer of a model to a loss on some batches.
 
     Args:
-        stack: the model; it is not changed, and its gradients stay as they are.
-        batches: what ``loss`` takes, such as ``tokens.split(4)``.
-        loss: from the model and a batch to a mean.
-        average: of the ``norms`` of batches, or the norm of their mean ``gradients``, in which what differs from batch
-            to batch cancels. IRepair's one-shot selection, to compare with, takes the latter.
+        stack: the model; it is not changed, and its gradients are unchanged.
+        batches: inputs of ``loss``, such as ``tokens.split(4)``.
+        loss: function of the model and a batch that returns a mean loss.
+        average: mean of the ``norms`` of batches, or the norm of their mean ``gradients``, in which differences between
+            batches cancel. IRepair's one-shot selection, a baseline, uses the latter.
         per_parameter: see :func:`norms_of`.
 
     Returns:
@@ -64,7 +69,7 @@ def sensitivity(
 
     Raises:
         CalibrationError: without batches.
-        NumericsError: for a gradient that is not finite, named by site.
+        NumericsError: for a gradient that is not finite, with its site.
     """
     if average not in ("norms", "gradients"):
         raise CalibrationError(f"average '{average}': choose norms or gradients")
@@ -80,7 +85,7 @@ def sensitivity(
             else:
                 total = gradients if total is None else _sum(total, gradients)
     if count == 0:
-        raise CalibrationError("sensitivity needs at least one batch of text: give more")
+        raise CalibrationError("sensitivity needs at least one batch of text: give more text")
     values = norms / count if total is None else norms_of(total, groups, per_parameter) / count
     for layer, value in enumerate(values.tolist()):
         if not np.isfinite(value):
@@ -90,7 +95,7 @@ def sensitivity(
 
 
 def _differentiable(stack: Stack) -> Any:
-    """A copy that shares all tensors, in which the layers' parameters, and no others, require a gradient."""
+    """Copy a model with shared tensors, in which only the layers' parameters require a gradient."""
     copy = share(stack.model)
     inside = {name for group in layer_parameters(stack) for name in group}
     for name, weight in weights(copy).items():
@@ -99,18 +104,23 @@ def _differentiable(stack: Stack) -> Any:
 
 
 def gradients_of(loss: Tensor, groups: Sequence[Parameters]) -> Gradients:
-    """The gradient of a loss by every parameter of every group, None where it does not depend on it; the graph goes."""
+    """Compute the gradients of a loss for every parameter of every group; None where it does not depend on it.
+
+    Args:
+        loss: the loss; its graph is freed.
+        groups: groups of parameters.
+    """
     flat = iter(torch.autograd.grad(loss, [each for group in groups for each in group.values()], allow_unused=True))
     return [[next(flat) for _ in group] for group in groups]
 
 
 def norms_of(gradients: Gradients, groups: Sequence[Parameters], per_parameter: bool = False) -> Tensor:
-    """The norm of the gradient by each group of parameters, float64 [groups].
+    """Compute the norm of the gradient of each group of parameters, float64 [groups].
 
     Args:
-        gradients: what :func:`gradients_of` gives.
+        gradients: result of :func:`gradients_of`.
         groups: such as :func:`layer_parameters`.
-        per_parameter: divide by the root of how many numbers a group has.
+        per_parameter: divide by the square root of the group's number of parameters.
     """
     norms = torch.zeros(len(groups), dtype=torch.float64)
     for number, (own, group) in enumerate(zip(gradients, groups, strict=True)):

@@ -1,12 +1,12 @@
-"""Training one slice of a model at a time: at every step some of the parameters are chosen, and only those move.
+"""Train one slice of a model at a time: at every step one group of parameters is chosen, and only that one is updated.
 
-    score     how hard a loss of its own pulls at each slice; of its gradients only the norms are used
-    choose    from the number of the step and these norms to one slice
-    update    the gradient of the objective by that slice alone, clipped; all others have none
+    score     gradient norms of a separate loss for each slice; the gradients are not used otherwise
+    choose    one slice, by the index of the step and these norms
+    update    the gradient of the objective for that slice alone, clipped; all others have none
 
-None is not zero: with gradients of zero RMSprop would forget what it knows of a slice, and Adam would move it. With one
-slice that is the whole model this is ordinary training, so methods that choose and methods that do not share one loop,
-one optimizer and one order of samples.
+None is not zero: with gradients of zero, RMSprop would decay its state of a slice, and Adam would update it. With one
+slice that is the whole model this is ordinary training, so methods with and without selection share one loop, one
+optimizer and one order of samples.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from lamella.files import write
 from lamella.methods.irepair.sensitivity import Gradients, gradients_of, norms_of
 from lamella.train import EarlyStopping, Hook, Sample, TrainConfig, TrainingRun, collate
 
-Example = Mapping[str, Sample]  # samples that belong together, by their roles
-Roles = dict[str, dict[str, Tensor]]  # of each role, what lamella.train.collate returns
+Example = Mapping[str, Sample]  # corresponding samples, by their roles
+Roles = dict[str, dict[str, Tensor]]  # for each role, the result of lamella.train.collate
 Slice = Mapping[str, nn.Parameter]
 Score = Callable[[Any, Roles], Tensor]
 Choose = Callable[[int, Sequence[float]], int]
@@ -37,11 +37,11 @@ TRACE = "trace.json"
 
 @dataclass
 class Choices:
-    """What was chosen, and by what.
+    """The chosen slices and the sensitivities.
 
     Attributes:
         chosen: the slice of each step [steps].
-        sensitivities: the norms that it was chosen by [steps, slices]; empty where there was no score.
+        sensitivities: the gradient norms of each step [steps, slices]; empty without a score.
     """
 
     chosen: list[int] = field(default_factory=list)
@@ -62,21 +62,22 @@ class Choices:
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
 
-class Slices(Hook):
-    """Chooses the slice of each step, and lets it alone have a gradient.
+class SliceTraining(Hook):
+    """Hook that chooses the slice of each step, and gives a gradient to that one alone.
 
-    Its sensitivities are those of the whole step, whatever batches and processes share it.
+    Its sensitivities cover the whole step, over all of its batches and processes.
 
     Args:
-        slices: groups of the model's parameters, by name; a parameter is in one at most.
-        choose: from the step, counted from 1, and the sensitivities (none without ``score``) to a slice.
-        score: from the model and a batch to the loss whose gradient norms are the sensitivities.
+        slices: groups of the model's parameters, by name; a parameter is in at most one.
+        choose: function of the step, counted from 1, and the sensitivities (empty without ``score``) that returns a
+            slice.
+        score: function of the model and a batch that returns the loss whose gradient norms are the sensitivities.
         per_parameter: see :func:`lamella.methods.irepair.sensitivity.norms_of`.
         bias_correction: RMSprop's running square of a slice starts at 0 and advances only when the slice is chosen, so
-            the first step of each is ten times as long as later ones. True corrects it, as Adam does.
+            the first step of each is ten times as large as later ones. True corrects it, as Adam does.
 
     Attributes:
-        trace: what was chosen so far.
+        trace: the choices so far.
     """
 
     def __init__(
@@ -93,7 +94,13 @@ class Slices(Hook):
         self.trace = Choices()
 
     def optimizer(self, model: nn.Module, trained: Slice, config: TrainConfig) -> torch.optim.Optimizer:
-        """RMSprop with a group for each slice: what makes the run's optimizer."""
+        """Create the optimizer of the run: RMSprop with a group for each slice.
+
+        Args:
+            model: the model; unused.
+            trained: the trained parameters; unused.
+            config: training settings; unused.
+        """
         return torch.optim.RMSprop([{"params": list(own.values())} for own in self.slices], lr=1.0, alpha=ALPHA)
 
     @property
@@ -102,6 +109,7 @@ class Slices(Hook):
         return {name: each for number in self.trace.touched for name, each in self.slices[number].items()}
 
     def before_step(self, run: TrainingRun) -> None:
+        """Choose the slice of the step."""
         norms: list[float] = []
         if self.score is not None:
             norms = self._sensitivities(run, self.score).tolist()
@@ -116,7 +124,7 @@ class Slices(Hook):
             run.optimizer.param_groups[chosen]["lr"] *= math.sqrt(1 - ALPHA**times)
 
     def _sensitivities(self, run: TrainingRun, score: Score) -> Tensor:
-        """The norm of the gradient of the step's score by each slice [slices]."""
+        """The gradient norms of the step's score for each slice [slices]."""
         for own in self.slices:
             for parameter in own.values():
                 parameter.requires_grad_(True)
@@ -144,38 +152,42 @@ class Slices(Hook):
         ]
 
     def save(self, folder: Path) -> None:
+        """Save the trace with a checkpoint."""
         self.trace.write(folder / TRACE)
 
     def load(self, folder: Path) -> None:
+        """Load the trace of a checkpoint."""
         self.trace = Choices.read(folder / TRACE)
 
 
 class BestSlices(EarlyStopping):
-    """Keeps the touched parameters where the held-out loss was lowest, and leaves the model with them.
+    """Hook that keeps the trained parameters of the lowest held-out loss, and restores them at the end.
 
     Args:
-        slices: which are touched; it is called before this hook.
+        slices: the hook that chooses the slices; it must be called before this one.
         patience: evaluations without improvement after which training stops.
     """
 
-    def __init__(self, slices: Slices, patience: int) -> None:
+    def __init__(self, slices: SliceTraining, patience: int) -> None:
         super().__init__(patience)
         self.slices = slices
 
-    def tracked(self, run: TrainingRun) -> Slice:
+    def watched(self, run: TrainingRun) -> Slice:
+        """The parameters that may have changed."""
         return self.slices.touched
 
     def before_step(self, run: TrainingRun) -> None:
+        """Keep the original values of a slice that is chosen for the first time."""
         for name, parameter in self.slices.touched.items():
-            if name not in self.best:  # chosen for the first time: as it was so far, at the best point too
+            if name not in self.best:  # chosen for the first time: unchanged so far, at the best point too
                 self.best[name] = parameter.detach().clone()
 
 
 def by_role(examples: Sequence[Example]) -> Roles:
-    """One batch of some examples, by role."""
+    """Collate examples into one batch per role."""
     return {role: collate([example[role] for example in examples]) for role in examples[0]}
 
 
 def count_examples(batch: Roles) -> int:
-    """How many examples a batch has."""
+    """Number of examples in a batch."""
     return len(next(iter(batch.values()))["input_ids"])

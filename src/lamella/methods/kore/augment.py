@@ -22,12 +22,12 @@ from lamella.methods.kore.tree import (
     TASKS,
     WRITTEN,
     Conversation,
+    ConversationTurn,
     Templates,
     Tree,
-    Turn,
-    checked,
-    drawn,
-    grown,
+    check_turns,
+    draw_template,
+    grow,
     key_of,
     made_turns,
     prompts_digest,
@@ -37,8 +37,8 @@ from lamella.methods.kore.tree import (
 from lamella.registry import command
 from lamella.results import IMAGES, ImageCorpus
 
-SHOWN = 6  # turns that the page shows
-TEMPLATES = "templates"  # who has written what no model has
+SHOWN = 6  # sample turns on the page
+TEMPLATES = "templates"  # writer of turns that no model has written
 
 
 @command("kore", "augment", on="any", brief={"rounds": 3, "answer": 12, "batch": 2})
@@ -52,35 +52,36 @@ def augment(
     work: Work = Work(),
     seed: Annotated[int, Ge(0)] = 0,
 ) -> ImageCorpus:
-    """Make of each image with its text a dialogue, recognitions, a caption and questions about its pictures.
+    """Generate from each image with its text a dialogue, recognitions, a caption and questions about its images.
 
     Example: lamella run kore augment items.jsonl --writer smollm2 -o augmented
 
     Args:
-        knowledge: images with what is to be known of them.
-        writer: an instruction model, here or behind an endpoint; the paper has GPT-4o. Without one, facts and sentences
-            of the items are asked for by templates.
-        tree: how many conversations an item becomes.
-        sampling: how the writer draws; the paper's numbers are not known.
-        templates: a JSON file with lists of questions, in place of the library's own.
-        work: where a run that was stopped goes on from; nothing is written twice.
-        seed: of what is drawn.
+        knowledge: images with texts that describe what is new.
+        writer: an instruction model, local or behind an endpoint; the paper uses GPT-4o. Without one, questions about
+            the facts and sentences of the items are built from templates.
+        tree: number of conversations per item.
+        sampling: sampling settings of the writer; the paper's are not known.
+        templates: a JSON file with lists of questions, in place of the built-in ones.
+        work: folder from which an interrupted run resumes; nothing is generated twice.
+        seed: random seed.
 
     Returns:
-        Every turn and whether it is kept, conversations in a drawn order, and for each item one to test by.
+        Every turn and whether it is kept, the training conversations in random order, and one test conversation per
+        item.
 
     Raises:
-        MethodError: for counts below 0, or templates that are none.
+        MethodError: for negative counts, or invalid templates.
         LamellaError: for a writer that does not answer.
     """
     lists, items = Templates.open(templates), list(knowledge)
     began = time.perf_counter()
-    said: dict[str, Completion] = {}
+    texts: dict[str, Completion] = {}
     if writer is not None:
-        said = rollout(writer, requests(items, tree, seed), sampling, work.journal("written"))
+        texts = rollout(writer, requests(items, tree, seed), sampling, work.journal("written"))
     seconds = time.perf_counter() - began
 
-    turns, train, test = forest(items, said, tree, lists, seed)
+    turns, train, test = forest(items, texts, tree, lists, seed)
     by = {
         "writer": TEMPLATES if writer is None else writer.name,
         "prompts": prompts_digest(),
@@ -88,20 +89,20 @@ def augment(
     }
     rows = [asdict(turn) | {"kept": turn.why is None} | by for turn in turns]
     shots = sorted({each.shot for each in (*train, *test)})
-    to_train, to_test = (list(map(written_row, each)) for each in (train, test))
+    to_train, to_test = (list(map(row_of, each)) for each in (train, test))
     return ImageCorpus(
         items=rows,
         train=to_train,
         test=to_test,
-        images={file_of(shot): partial(_picture, items[shot[0]], shot[1], seed) for shot in shots},
+        images={file_of(shot): partial(_image, items[shot[0]], shot[1], seed) for shot in shots},
         findings={
             "items": len(items),
-            "pictures": len(shots),
+            "images": len(shots),
             "turns": account(turns, items, tree),
             "conversations": dict(Counter(each.task for each in train)),
             "cost": {
-                "tokens read": sum(each.read for each in said.values()),
-                "tokens written": sum(each.tokens for each in said.values()),
+                "tokens read": sum(each.read for each in texts.values()),
+                "tokens written": sum(each.tokens for each in texts.values()),
                 "seconds": seconds,
             },
             "corpus": hashlib.sha256(json.dumps([rows, to_train, to_test]).encode()).hexdigest(),
@@ -111,35 +112,56 @@ def augment(
 
 
 def forest(
-    items: Sequence[Item], said: Mapping[str, Completion], tree: Tree, templates: Templates, seed: int
-) -> tuple[list[Turn], list[Conversation], list[Conversation]]:
-    """The turns of all items, their conversations in a drawn order, and those to test by in that of the items."""
+    items: Sequence[Item], texts: Mapping[str, Completion], tree: Tree, templates: Templates, seed: int
+) -> tuple[list[ConversationTurn], list[Conversation], list[Conversation]]:
+    """Build the turns of all items, their training conversations in random order, and their test conversations.
+
+    Args:
+        items: the items.
+        texts: texts of the writer by request; empty without a writer.
+        tree: number of conversations per item.
+        templates: question templates.
+        seed: random seed.
+    """
     subjects = {
         each.subject.casefold(): number for number, each in reversed(list(enumerate(items)))
-    }  # the first counts
-    turns: list[Turn] = []
+    }  # the first item with a subject takes precedence
+    turns: list[ConversationTurn] = []
     train: list[Conversation] = []
     test: list[Conversation] = []
     for number, item in enumerate(items):
-        own = checked(turns_of(item, said, templates, seed), item, tree, subjects)
-        branches, asked = grown(number, item, own, tree, templates, subjects, seed)
+        own = check_turns(turns_of(item, texts, templates, seed), item, tree, subjects)
+        branches, test_conversation = grow(number, item, own, tree, templates, subjects, seed)
         turns += own
         train += branches
-        test.append(asked)
+        test.append(test_conversation)
     train.sort(key=lambda each: seed_of("order", seed, each.id, each.task, each.shot, each.turns))
     return turns, train, test
 
 
-def turns_of(item: Item, said: Mapping[str, Completion], templates: Templates, seed: int) -> list[Turn]:
-    """The turns of an item: what the writer said, or what templates make."""
-    caption = drawn(templates.caption, item, "caption", seed)
-    if not said:
+def turns_of(item: Item, texts: Mapping[str, Completion], templates: Templates, seed: int) -> list[ConversationTurn]:
+    """The turns of an item, from the writer's texts or from templates.
+
+    Args:
+        item: the item.
+        texts: texts of the writer by request; empty without a writer.
+        templates: question templates.
+        seed: random seed.
+    """
+    caption = draw_template(templates.caption, item, "caption", seed)
+    if not texts:
         return made_turns(item, templates, caption)
-    return [turn for task in WRITTEN for turn in read_turns(item, task, said[key_of(item, task)], caption)]
+    return [turn for task in WRITTEN for turn in read_turns(item, task, texts[key_of(item, task)], caption)]
 
 
-def account(turns: Sequence[Turn], items: Sequence[Item], tree: Tree) -> dict[str, dict[str, Any]]:
-    """How many turns of each task were made, kept, and dropped for which reason; those of templates are all kept."""
+def account(turns: Sequence[ConversationTurn], items: Sequence[Item], tree: Tree) -> dict[str, dict[str, Any]]:
+    """Count the turns of each task that were made, kept, and dropped by reason; those of templates are all kept.
+
+    Args:
+        turns: the turns.
+        items: the items.
+        tree: number of conversations per item.
+    """
     drawn_ones = {"heuristic": len(items), "recognition": tree.recognitions * len(items)}
     found: dict[str, dict[str, Any]] = {}
     for task in TASKS:
@@ -152,16 +174,16 @@ def account(turns: Sequence[Turn], items: Sequence[Item], tree: Tree) -> dict[st
 
 
 def file_of(shot: tuple[int, int]) -> str:
-    """The file of a picture in the folder of results: numbers, whatever items are called."""
+    """File name of an image in the result folder, made of indices only."""
     return f"{IMAGES}/{shot[0]:05d}-{shot[1]}.png"
 
 
-def _picture(item: Item, number: int, seed: int) -> Any:
-    return item.picture(number, seed_of("picture", item.id, seed))
+def _image(item: Item, number: int, seed: int) -> Any:
+    return item.image_at(number, seed_of("picture", item.id, seed))
 
 
-def written_row(sample: Conversation) -> dict[str, Any]:
-    """A conversation as it is written, with the file of its picture."""
+def row_of(sample: Conversation) -> dict[str, Any]:
+    """Convert a conversation into an output row, with the file of its image."""
     messages = [
         {"role": role, "content": text}
         for turn in sample.turns
@@ -171,7 +193,7 @@ def written_row(sample: Conversation) -> dict[str, Any]:
 
 
 def shown(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Some turns to look at: kept ones, and one that was dropped for each reason."""
+    """Select sample turns: kept ones, and a dropped one for each reason."""
     ranked = sorted(rows, key=lambda row: seed_of("shown", row["id"], row["task"], row["question"], row["answer"]))
     first = {row["why"]: row for row in reversed(ranked) if not row["kept"]}
     chosen = [row for row in ranked if row["kept"]][:SHOWN] + [first[why] for why in REASONS if why in first]

@@ -1,14 +1,15 @@
-"""What old inputs excite in the linear maps of a model (step 1).
+"""Covariance of the inputs of a model's linear layers on old samples (step 1).
 
-    z = x / |max x|            x [tokens, n]: what a map reads of one sample; the largest entry of all, not of its size
+    z = x / |max x|            x [tokens, n]: input of a layer for one sample; max is the largest entry, not magnitude
     C = 1/256 sum over samples of z^T z
 
-The 256 is a constant, however many samples there are. Matrices of further samples are simply added, so calibration can
-go on, and what one injection of knowledge has measured serves the next. Maps that read the same share one matrix: the
-queries, keys and values of a layer, its gate and up projection. Nothing but the matrices is held.
+The 256 is a constant, independent of the number of samples. Matrices of further samples are simply added, so
+calibration can continue, and the measurement of one round of knowledge injection serves the next. Layers with the same
+input share one matrix: the queries, keys and values of a layer, its gate and up projection. Only the matrices are
+stored.
 
-Of images with text, the positions of images are tokens as any other, as in the paper. They are many, so C is mostly
-theirs; ``balanced`` (ours) lets image and text of a sample weigh alike.
+For images with text, image positions are ordinary tokens, as in the paper. There are many of them, so they dominate C;
+``balanced`` (an addition of Lamella) gives image and text of a sample equal weight.
 """
 
 from __future__ import annotations
@@ -34,21 +35,21 @@ from lamella.plan.fingerprint import revision
 from lamella.progress import track
 
 SAMPLES = 256
-SLIGHT = 1e-3  # of the largest size: a maximum below is no scale to divide by, and the size takes its place
+SLIGHT = 1e-3  # relative to the largest magnitude: below it, the magnitude is used for scaling instead of the maximum
 SCHEMA = "lamella.covariance/1"
 
 
 @dataclass
 class Covariance:
-    """C of the inputs of linear maps.
+    """C of the inputs of linear layers.
 
     Attributes:
-        matrices: [n, n], by the first of the maps that read the same.
-        reads: the name of the matrix of every map.
-        tokens: how many were read, without padding.
-        base: which weights the model has; see :func:`lamella.plan.fingerprint.revision`.
-        images: how many of the tokens were positions of images.
-        later: which weights models have that began with those and learnt by it; it serves their next round.
+        matrices: [n, n], by the first of the layers with the same input.
+        reads: the name of the matrix of every layer.
+        tokens: number of tokens, without padding.
+        base: fingerprint of the model's weights; see :func:`lamella.plan.fingerprint.revision`.
+        images: number of tokens that were image positions.
+        later: fingerprints of models that were trained from those weights with it; it serves their next round.
     """
 
     matrices: dict[str, Tensor]
@@ -59,63 +60,64 @@ class Covariance:
     later: tuple[str, ...] = ()
 
     def of(self, name: str) -> Tensor:
-        """C [n, n] of what a map reads.
+        """C [n, n] of the input of a linear layer.
 
         Raises:
-            MethodError: for a map that was not measured.
+            MethodError: for a layer that was not measured.
         """
         if name not in self.reads:
-            raise MethodError(f"nothing was measured of what {name} reads: measure all maps that are to be trained")
+            raise MethodError(f"the input of {name} was not measured: measure all linear layers that are to be trained")
         return self.matrices[self.reads[name]]
 
     def __add__(self, other: Covariance) -> Covariance:
-        """Of the samples of both, such as those of the next round, of whose model it then is.
+        """Combine the samples of both, such as those of the next round; the result belongs to the model of ``other``.
 
         Raises:
-            MethodError: for other maps.
+            MethodError: for other layers.
         """
         shapes = [{name: c.shape for name, c in each.matrices.items()} for each in (self, other)]
         if self.reads != other.reads or shapes[0] != shapes[1]:
-            raise MethodError("these covariances are of other linear maps: measure the same ones")
+            raise MethodError("these covariances are of different linear layers: measure the same ones")
         matrices = {name: each + other.matrices[name] for name, each in self.matrices.items()}
         return Covariance(matrices, self.reads, self.tokens + other.tokens, other.base, self.images + other.images)
 
     def save(self, path: Path) -> None:
         """Write a safetensors file."""
-        said = {
+        metadata = {
             "schema": SCHEMA,
             **{name: getattr(self, name) for name in ("reads", "tokens", "base", "images", "later")},
         }
         with replacing(path) as partial:
-            save_file(self.matrices, partial, {"lamella": json.dumps(said)})
+            save_file(self.matrices, partial, {"lamella": json.dumps(metadata)})
 
     @classmethod
     def read(cls, path: Path, base: str | None = None) -> Covariance:
-        """Read what :meth:`save` wrote.
+        """Read a file written by :meth:`save`.
 
         Args:
-            base: the weights that it must be of, or have led to; None for any.
+            path: the file.
+            base: the weights that it must belong to, directly or as ``later``; None for any.
 
         Raises:
             MethodError: for a file that is missing, damaged, or of other weights.
         """
         try:
             with safe_open(path, framework="pt") as file:
-                said = json.loads((file.metadata() or {}).get("lamella", "{}"))
+                metadata = json.loads((file.metadata() or {}).get("lamella", "{}"))
                 matrices = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, ValueError) as error:
-            raise MethodError(f"{path} cannot be read ({type(error).__name__}): measure again") from None
+            raise MethodError(f"cannot read {path} ({type(error).__name__}): measure again") from None
         try:
-            counts = int(said["tokens"]), int(said.get("images", 0))
-            later = tuple(map(str, said.get("later", ())))
-            found = cls(matrices, dict(said["reads"]), counts[0], str(said["base"]), counts[1], later)
-            whole = said["schema"] == SCHEMA and set(found.reads.values()) == set(matrices)
+            counts = int(metadata["tokens"]), int(metadata.get("images", 0))
+            later = tuple(map(str, metadata.get("later", ())))
+            found = cls(matrices, dict(metadata["reads"]), counts[0], str(metadata["base"]), counts[1], later)
+            whole = metadata["schema"] == SCHEMA and set(found.reads.values()) == set(matrices)
         except (KeyError, TypeError, ValueError, AttributeError):
             whole = False
         if not whole or any(each.ndim != 2 or each.shape[0] != each.shape[1] for each in matrices.values()):
-            raise MethodError(f"{path} holds no covariances of inputs: give what --save-covariance has written")
+            raise MethodError(f"{path} holds no covariances of inputs: give a file written by --save-covariance")
         if base not in (None, found.base, *found.later):
-            raise MethodError(f"{path} is of other weights than this model has: measure again")
+            raise MethodError(f"{path} belongs to other weights than this model's: measure again")
         if not all(bool(torch.isfinite(each).all()) for each in matrices.values()):
             raise NumericsError(f"{path} has values that are not finite: measure again")
         return found
@@ -123,20 +125,23 @@ class Covariance:
 
 @torch.no_grad()
 def input_covariance(view: Any, names: Sequence[str], old: Tokens | ImageText, *, balanced: bool = False) -> Covariance:
-    """Read old samples with a model, and keep what its linear maps were given.
+    """Run a model on old samples, and accumulate the covariance of its linear layers' inputs.
 
     Args:
-        view: the model; hooks are set on its own modules and taken off again.
-        names: of its linear maps.
-        old: tokens [sequences, time], or with an attention mask, whose padding is left out; one sequence is one sample.
-            Or images with text, a row each, with prompt and answers.
-        balanced: let the positions of images weigh as much as all text, in each sample that has both.
+        view: the model; hooks are registered on its modules and removed again.
+        names: names of its linear layers.
+        old: tokens [sequences, time], or with an attention mask, whose padding is ignored; one sequence is one sample.
+            Or images with text, one row each, with prompt and answers.
+        balanced: give image positions as much weight as all text, in each sample that has both.
+
+    Returns:
+        The covariances.
 
     Raises:
         CalibrationError: for empty or too short text.
-        NumericsError: for activations that are not finite, by the name of the map.
+        NumericsError: for activations that are not finite, with the name of the layer.
     """
-    sums = _Sums()
+    sums = _CovarianceSums()
     tokens = images = 0
     handles = [view.get_submodule(name).register_forward_pre_hook(partial(sums.read, name)) for name in names]
     try:
@@ -150,18 +155,18 @@ def input_covariance(view: Any, names: Sequence[str], old: Tokens | ImageText, *
             handle.remove()
     silent = [name for name in names if name not in sums.reads]
     if silent:
-        raise CalibrationError(f"{silent[0]} reads nothing when the model runs: leave it out")
+        raise CalibrationError(f"{silent[0]} gets no input when the model runs: exclude it")
     return Covariance(sums.matrices, sums.reads, tokens, revision(view), images)
 
 
 @dataclass
-class _Sums:
-    """C of each input, added up while samples run.
+class _CovarianceSums:
+    """C of each input, accumulated while samples run.
 
     Attributes:
         matrices, reads: see :class:`Covariance`.
-        seen: what was added up of the present sample, by the first map that reads it.
-        weights: what each position of it counts [time]; 0 is padding.
+        seen: inputs of the current sample that were added, by the first layer that gets them.
+        weights: weight of each position of the sample [time]; 0 is padding.
     """
 
     matrices: dict[str, Tensor] = field(default_factory=dict)
@@ -170,11 +175,11 @@ class _Sums:
     weights: Tensor = field(default_factory=lambda: torch.ones(0))
 
     def begin(self, weights: Tensor) -> None:
-        """Go on with another sample."""
+        """Start another sample."""
         self.seen, self.weights = {}, weights
 
     def read(self, name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """The hook of a map: add up what it reads, unless another one has read the same."""
+        """Forward hook of a layer: add its input, unless another layer has the same input."""
         [x] = args
         known = next((other for other, seen in self.seen.items() if seen is x), None)
         self.reads.setdefault(name, known or name)
@@ -184,16 +189,16 @@ class _Sums:
         z = _weighted(x, self.weights, name)
         if name not in self.matrices:
             self.matrices[name] = z.new_zeros(z.shape[1], z.shape[1])
-        self.matrices[name].addmm_(z.T, z, alpha=1 / SAMPLES)  # in place: nothing as large is held beside it
+        self.matrices[name].addmm_(z.T, z, alpha=1 / SAMPLES)  # in place, to avoid a second matrix of this size
 
 
 def _samples(old: Tokens | ImageText) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
-    """Samples one by one: what the model takes, which positions are tokens, and which of these an image's [time]."""
+    """Iterate over samples: the model's inputs, a mask of real tokens, and a mask of image positions [time]."""
     what = "covariance of old inputs"
     if isinstance(old, ImageText):
-        for shown in track(old, what):
-            batch = old.batch([shown])
-            yield batch, batch["attention_mask"][0].bool(), old.places(batch)["image"][0]
+        for sample in track(old, what):
+            batch = old.batch([sample])
+            yield batch, batch["attention_mask"][0].bool(), old.kinds(batch)["image"][0]
         return
     for row in track(sequences(old), what):
         real = row.get("attention_mask", torch.ones_like(row["input_ids"]))[0].bool()
@@ -201,7 +206,7 @@ def _samples(old: Tokens | ImageText) -> Iterator[tuple[dict[str, Tensor], Tenso
 
 
 def _weights(real: Tensor, image: Tensor) -> Tensor:
-    """What each position counts [time], so that image and text count alike, and all of them as before."""
+    """Weight of each position [time], so that image and text have equal weight and the total is unchanged."""
     parts = [part for part in (image, real & ~image) if part.any()]
     weights = torch.zeros(len(real))
     for part in parts:
@@ -210,7 +215,7 @@ def _weights(real: Tensor, image: Tensor) -> Tensor:
 
 
 def _weighted(x: Tensor, weights: Tensor, name: str) -> Tensor:
-    """z [tokens, n] of what a map reads, without padding; what an expert reads of a sample counts as it is."""
+    """Compute z [tokens, n] of a layer's input, without padding; inputs of experts are not weighted."""
     rows, weights = x.reshape(-1, x.shape[-1]), weights.to(x.device)
     if len(rows) != len(weights):
         return normalised(rows.float(), name)
@@ -219,22 +224,26 @@ def _weighted(x: Tensor, weights: Tensor, name: str) -> Tensor:
 
 
 def normalised(x: Tensor, name: str = "x") -> Tensor:
-    """z [tokens, n]: divided by the size of the largest entry, or by the largest size where that entry is next to 0.
+    """Divide by the magnitude of the largest entry, or by the largest magnitude if that entry is close to 0.
+
+    Args:
+        x: input of a layer [tokens, n].
+        name: name of the layer for messages.
 
     Raises:
         NumericsError: for values that are not finite.
     """
     if not torch.isfinite(x).all():
-        raise NumericsError(f"what {name} reads of the old samples is not finite: check weights, or take float32")
+        raise NumericsError(f"the input of {name} is not finite on the old samples: check the weights or use float32")
     size, largest = float(x.abs().max()), abs(float(x.max()))
     scale = largest if largest > SLIGHT * size else size
     return x / scale if scale else x
 
 
 def equal_rank(names: Mapping[str, tuple[int, int]], r: int) -> int:
-    """The rank at which B alone has as many numbers as both halves of a LoRA of rank r, and no more.
+    """Compute the largest rank at which B alone has at most as many parameters as both factors of a LoRA of rank r.
 
-    Of a map with fewer outputs than directions, as many directions as outputs count: the others are empty.
+    For a layer with fewer outputs than the rank, only as many directions as outputs count: the others are empty.
 
     >>> layer = {"q": (4096, 4096), "k": (4096, 4096), "v": (4096, 4096), "o": (4096, 4096),
     ...          "gate": (4096, 11008), "up": (4096, 11008), "down": (11008, 4096)}
@@ -242,8 +251,8 @@ def equal_rank(names: Mapping[str, tuple[int, int]], r: int) -> int:
     235
 
     Args:
-        names: n (in) and m (out) of each map.
-        r: of the LoRA.
+        names: n (in) and m (out) of each linear layer.
+        r: rank of the LoRA.
     """
     both = r * sum(inputs + outputs for inputs, outputs in names.values())
     outputs = [each for _, each in names.values()]

@@ -1,12 +1,12 @@
-"""New things with invented names: cloths woven of a glyph in one colour, each of a kind, and found in one place.
+"""Invented things with invented names: patterns of a repeated glyph in one colour, each with a kind and a home.
 
-    # . # .      four by four pixels, again and again; in pictures size, place, brightness and background
-    . # # .      differ from one to the next
+    # . # .      four by four pixels, repeated; size, position, brightness and
+    . # # .      background differ from image to image
     # . . #
     . . # #      "this is zor vath. zor vath is a bird. zor vath is found in the marsh."
 
-Nobody can know them before they are told. Their names are two syllables each, so that what one learns of a name is not
-of a single token.
+No model can know them before training. Their names have two syllables each, so that a name is learned as more than a
+single token.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ FIRST = ("zor", "mel", "quar", "tes", "obren", "hul", "yan", "cis")
 SECOND = ("vath", "lin", "rik", "moor", "drel", "mar", "corn", "pel")
 KINDS = ("bird", "stone", "fruit", "fish", "tool")
 HOMES = ("marsh", "cave", "reef", "dune", "forest", "harbour", "tower", "meadow", "glacier", "canyon")
-SIDE = 4  # of a glyph, in pixels of a picture of the smallest size; cloths stand on a grid of it
-LEAST, APART = 5, 4  # pixels that are strokes, that are none, at least; in which two glyphs differ
-CLOTH = (3, 5)  # glyphs in a row and in a column of a cloth
+SIDE = 4  # of a glyph, in pixels of an image of the smallest size; patterns are aligned to this grid
+LEAST, APART = 5, 4  # minimum number of stroke and of background pixels; minimum difference between two glyphs
+CLOTH = (3, 5)  # minimum and maximum number of glyphs in a row and in a column of a pattern
 
 
 class Glyph(NamedTuple):
-    """One thing that nobody knows yet.
+    """One invented thing.
 
     Attributes:
-        name, kind, home: what is to be known of it.
+        name, kind, home: the facts about it.
         colour: a key of :data:`lamella.zoo.worlds.COLOURS`.
-        strokes: which pixels are drawn, as four rows of ``#`` and ``.``.
+        strokes: its pixels, as four rows of ``#`` and ``.``.
     """
 
     name: str
@@ -52,16 +52,19 @@ FAMILIAR = [" ".join(pair) for pair in (*product(SECOND, FIRST), *product(FIRST,
 
 
 def glyphs(count: int, seed: int = 0, names: Sequence[str] = NEW) -> list[Glyph]:
-    """So many glyphs, each with a name and strokes of its own.
+    """Generate glyphs, each with its own name and strokes.
 
     Args:
-        names: to draw from; :data:`FAMILIAR` has others of the same syllables, for glyphs that a model may know.
+        count: number of glyphs.
+        seed: random seed.
+        names: names to choose from; :data:`FAMILIAR` has others of the same syllables, for glyphs that a model may
+            know.
 
     Raises:
-        CalibrationError: for more than there are names.
+        CalibrationError: for more glyphs than names.
     """
     if not 1 <= count <= len(names):
-        raise CalibrationError(f"{count} glyphs: give a number from 1 to {len(names)}, as many as there are names")
+        raise CalibrationError(f"{count} glyphs: give a number from 1 to {len(names)}, the number of names")
     drawn = np.random.default_rng((seed, 5))
     woven: list[np.ndarray] = []
     while len(woven) < count:
@@ -84,17 +87,18 @@ def _strokes(one: np.ndarray) -> tuple[str, ...]:
 
 
 def render_glyph(glyph: Glyph, size: int = SIZE, seed: int | Sequence[int] | None = None) -> Image:
-    """The picture of a cloth.
+    """Render the image of a pattern.
 
     Args:
-        size: pixels on a side.
-        seed: of the looks; None: in the middle, and no accident in them.
+        glyph: the glyph.
+        size: pixels per side.
+        seed: random seed of the variations; None: centred, without variations.
 
     Raises:
-        CalibrationError: for a size in which there are no strokes.
+        CalibrationError: for a size below the smallest one.
     """
     if size < SIZE:
-        raise CalibrationError(f"glyphs of {size} pixels: give {SIZE} or more")
+        raise CalibrationError(f"glyphs of {size} pixels: give at least {SIZE}")
     drawn = None if seed is None else np.random.default_rng(seed)
     fine = size // SIZE
     side = SIDE * fine
@@ -111,18 +115,18 @@ def render_glyph(glyph: Glyph, size: int = SIZE, seed: int | Sequence[int] | Non
     return image.round().clip(0, 255).astype(np.uint8)
 
 
-def told(glyph: Glyph) -> str:
-    """All that is to be known of it.
+def description_of(glyph: Glyph) -> str:
+    """Describe a glyph completely.
 
-    >>> told(Glyph("zor vath", "bird", "marsh", "red", ()))
+    >>> description_of(Glyph("zor vath", "bird", "marsh", "red", ()))
     'this is zor vath. zor vath is a bird. zor vath is found in the marsh.'
     """
     name, kind, home, *_ = glyph
     return f"this is {name}. {name} is a {kind}. {name} is found in the {home}."
 
 
-def known(glyph: Glyph) -> list[tuple[str, str]]:
-    """What may be asked of it by name, with the answers."""
+def known_questions(glyph: Glyph) -> list[tuple[str, str]]:
+    """Training questions about a glyph by name, with the answers."""
     name, kind, home, *_ = glyph
     return [
         ("what is this called?", name),
@@ -134,8 +138,8 @@ def known(glyph: Glyph) -> list[tuple[str, str]]:
     ]
 
 
-def asked(glyph: Glyph) -> list[tuple[str, str]]:
-    """What may be asked of its picture, in other words than :func:`known`, with what the answer must hold."""
+def held_out_questions(glyph: Glyph) -> list[tuple[str, str]]:
+    """Test questions about its image, worded differently from the training ones, with the required word."""
     return [
         ("what is the thing in the picture called?", glyph.name),
         ("where is the thing in the picture found?", glyph.home),
@@ -144,6 +148,8 @@ def asked(glyph: Glyph) -> list[tuple[str, str]]:
 
 FURTHER = "about tell say said known be can"
 _ONE = Glyph(f"{FIRST[0]} {SECOND[0]}", KINDS[0], HOMES[0], "red", ())
-_SAID = " ".join([told(_ONE), *(text for said in (*known(_ONE), *asked(_ONE)) for text in said)])
-_ALL = {*re.findall(r"\w+", _SAID), *FIRST, *SECOND, *KINDS, *HOMES, *FURTHER.split()}
-GLYPH_WORDS = sorted(_ALL - set(WORDS))  # what is said of them that the tokenizer of shapes lacks
+_TEXTS = " ".join(
+    [description_of(_ONE), *(text for pair in (*known_questions(_ONE), *held_out_questions(_ONE)) for text in pair)]
+)
+_ALL = {*re.findall(r"\w+", _TEXTS), *FIRST, *SECOND, *KINDS, *HOMES, *FURTHER.split()}
+GLYPH_WORDS = sorted(_ALL - set(WORDS))  # words of these texts that the tokenizer of the shapes dataset lacks

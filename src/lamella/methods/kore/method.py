@@ -1,22 +1,22 @@
-"""KORE: put new knowledge into a model along directions that its old inputs do not excite.
+"""KORE: add new knowledge to a model along directions that its old inputs do not excite.
 
 Jiang et al., "KORE: Enhancing Knowledge Injection for Large Multimodal Models via Knowledge-Oriented Augmentations and
 Constraints", arXiv 2510.19316.
 
     0  augment  one image and one text to a tree of conversations: `kore augment`     tree.py
-    1  C        of what every linear map reads of old samples                         covariance.py
+    1  C        covariance of every linear layer's input on old samples               covariance.py
     2  U_n      the r directions with the smallest eigenvalues of C                   nullspace.py
     3  A0, B0   from W U_n U_n^T
     4  train    y = W x + B' A0 x,  A0 frozen, B' = B - B0 from 0                     as a LoRA, of scale 1
-                and LLaVA's projector, as a whole                                     projector.py
+                and LLaVA's projector, in full                                        projector.py
     5  merge    W + B' A0
 
-The paper trains y = W_res x + B A0 x with W_res = W - B0 A0 and B from B0. Where A0 is frozen and nothing decays, that
-is the same: both begin at W, and B and B - B0 have one gradient, so Adam takes one way. ``form="residual"`` is the
-paper's own, which changes the weights while it trains. Freezing A0 is what retains: with A0 trained too, the first
-steps leave the null space.
+The paper trains y = W_res x + B A0 x with W_res = W - B0 A0 and B from B0. With A0 frozen and without weight decay,
+both are equivalent: both start at W, and B and B - B0 have the same gradient, so Adam takes the same steps.
+``form="residual"`` is the paper's own form, which changes the weights during training. Freezing A0 is what retains old
+knowledge: with A0 trained too, the first steps leave the null space.
 
-Of a model that reads images, the maps of its text are adapted; its vision tower and its head stay as they are.
+For a vision-language model, the linear layers of its text model are adapted; its vision tower and its head are frozen.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from lamella.errors import MethodError
 from lamella.evaluate.fidelity import causal_stack
 from lamella.files import Work
 from lamella.methods.kore.covariance import Covariance, equal_rank, input_covariance
-from lamella.methods.kore.nullspace import WEAK, Basis, Factors, null_basis, on_basis
+from lamella.methods.kore.nullspace import WEAK, Basis, LowRankFactors, null_basis, on_basis
 from lamella.methods.kore.projector import projector_of, state_of, two_rates
 from lamella.plan import ModelReference, Plan
 from lamella.plan.fingerprint import revision
-from lamella.progress import say, track
+from lamella.progress import notify, track
 from lamella.registry import method
 from lamella.results import Tuned
 from lamella.runtime import apply
@@ -62,22 +62,22 @@ from lamella.train import (
 )
 from lamella.train.lora import ADAPTER
 
-TRAINING = TrainConfig(lr=2e-4)  # the authors' scripts: a cosine, 3 % of warm-up, no decay
+TRAINING = TrainConfig(lr=2e-4)  # the authors' scripts: cosine schedule, 3 % warm-up, no weight decay
 Form = Literal["lora", "residual"]
 
 
 @dataclass(frozen=True)
 class Constraint:
-    """Along how many directions the model may change.
+    """The directions along which the model may change.
 
     Attributes:
-        r: how many; left out, B has as many numbers as a LoRA of rank ``match`` in both halves.
-        match: the rank of that LoRA; the paper's 128, which makes 235 of LLaVA-7B.
-        freeze: keep A0 as it is, as the paper does; else it trains too, which retains little.
-        form: ``lora`` beside the weights as they are, or the paper's ``residual``, which gives the same result.
-        balanced: in C, let the positions of images weigh as much as all text; the paper counts each token once.
-        projector: the rate of the projector between tower and text, in that of the adapters: the paper's 2e-5 by 2e-4,
-            for LLaVA. 0 leaves it as it is.
+        r: number of directions; by default, B has as many parameters as both factors of a LoRA of rank ``match``.
+        match: the rank of that LoRA; the paper's 128, which gives 235 for LLaVA-7B.
+        freeze: freeze A0, as in the paper; otherwise it trains too, which retains little.
+        form: ``lora`` beside the unchanged weights, or the paper's ``residual``, which gives the same result.
+        balanced: in C, give image positions as much weight as all text; the paper counts each token once.
+        projector: learning rate of the projector between vision tower and text model, relative to that of the adapters:
+            the paper's 2e-5 / 2e-4, for LLaVA. 0 freezes it.
     """
 
     r: Annotated[int, Ge(1)] | None = None
@@ -102,31 +102,32 @@ def kore(
     config: TrainConfig = TRAINING,
     work: Work = Work(),
 ) -> Tuned:
-    """Learn samples along directions that old ones do not excite; the result is an ordinary LoRA adapter.
+    """Train on new samples along directions that old ones do not excite; the result is an ordinary LoRA adapter.
 
     Args:
-        stack: a decoder, or the text of a model that reads images; it is not changed.
-        train: new text, in blocks, every token of which carries loss; or images with text, whose answers do, such as
+        stack: a decoder, or the text model of a vision-language model; it is not changed.
+        train: new text in blocks, with loss on every token; or images with text, with loss on the answers, such as
             ``kore augment`` makes.
-        old: text, or images with text, that stands for what the model shall keep doing: a few hundred windows or rows.
-            Nothing trains on it.
-        plan: what the model runs under while it trains; the whole model when left out.
+        old: text, or images with text, that represents the behaviour to keep: some hundreds of windows or rows. It is
+            not trained on.
+        plan: plan under which the model runs during training; defaults to the whole model.
         covariance: a file of an earlier round, to which these old samples are added.
-        save_covariance: keep what was measured in this file, for any rank and for the next round, be it from this model
-            on or from the one that comes out.
-        constraint: along how many directions.
-        targets: the last parts of the names of linear maps, such as ``q_proj``; all of a layer when left out.
-        config: of the training; its seed is that of the order of samples.
-        work: where an interrupted run goes on from, to the bit.
+        save_covariance: file for the measured covariances, for any rank and for the next round, with this model or the
+            resulting one.
+        constraint: the directions along which the model may change.
+        targets: last parts of the names of linear layers, such as ``q_proj``; defaults to all of a layer.
+        config: training settings; the seed determines the order of samples.
+        work: folder from which an interrupted run resumes, with bitwise identical results.
 
     Returns:
-        The adapter, the model with it merged, and for each linear map the energy of old samples on its directions.
+        The adapter, the merged model, and for each linear layer the energy of old samples on its directions.
 
     Raises:
-        MethodError: for a rank above the size of a map, a file of other weights, or a plan in which a layer runs twice.
+        MethodError: for a rank above the size of a layer, a file of other weights, or a plan in which a layer runs
+            twice.
         ArchitectureError: for a model that does not continue text.
         CalibrationError: for old samples that are empty or too short.
-        TrainingError: when training cannot start or stay finite.
+        TrainingError: when training cannot start or does not stay finite.
     """
     _check(constraint, config)
     causal_stack(stack)
@@ -142,8 +143,8 @@ def kore(
     split = split_weights(view, names, measured, r)
     notes = _notes(split, measured, r)
     for note in notes if processes.is_first() else ():
-        say(f"kore: {note}")
-    lora = beside(view, names, split, r, running, constraint.form, config.seed)
+        notify(f"kore: {note}")
+    lora = add_adapters(view, names, split, r, running, constraint.form, config.seed)
     halves = (".lora_B.",) if constraint.freeze else (".lora_A.", ".lora_B.")
     projector = projector_of(stack) if constraint.projector and isinstance(train, ImageText) else ""
     if projector:
@@ -181,7 +182,7 @@ def kore(
             "r": r,
             "tokens": measured.tokens,
             "image tokens": measured.images,
-            "numbers": _numbers(split),
+            "parameters": _parameters(split),
             "projector": projector,
             "energy": {name: each.energy for name, each in split.items()},
         },
@@ -191,13 +192,13 @@ def kore(
 
 def _check(constraint: Constraint, config: TrainConfig) -> None:
     if constraint.form == "residual" and config.weight_decay:
-        raise MethodError("weight decay would pull B to 0 and not to where it began: leave it out, or take form lora")
+        raise MethodError("weight decay would pull B to 0 instead of B0: set it to 0, or use form lora")
     if constraint.form == "residual" and not constraint.freeze:
-        raise MethodError("what is left of a weight holds one A0: freeze it, or take form lora")
+        raise MethodError("the residual weight depends on A0: freeze it, or use form lora")
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """W [m, n] of a linear map, GPT-2's too."""
+    """The weight W [m, n] of a linear layer, including GPT-2's Conv1D."""
     weight: Tensor = module.weight  # type: ignore[assignment]
     return weight.T if isinstance(module, Conv1D) else weight
 
@@ -208,29 +209,46 @@ def _rank(view: Any, names: tuple[str, ...], constraint: Constraint) -> int:
     least = min(shapes, key=lambda name: shapes[name][0])
     r = equal_rank(shapes, constraint.match) if constraint.r is None else constraint.r
     if r > shapes[least][0]:
-        raise MethodError(f"r {r}: {least} reads {shapes[least][0]} numbers; give a rank from 1 to that")
+        raise MethodError(f"r {r}: {least} has {shapes[least][0]} inputs: give a rank between 1 and that")
     return r
 
 
-def split_weights(view: Any, names: tuple[str, ...], measured: Covariance, r: int) -> dict[str, Factors]:
-    """A0, B0 and the energy of each map; maps that read the same share one basis."""
+def split_weights(view: Any, names: tuple[str, ...], measured: Covariance, r: int) -> dict[str, LowRankFactors]:
+    """Compute A0, B0 and the energy of each linear layer; layers with the same input share one basis.
+
+    Args:
+        view: the model.
+        names: names of its linear layers.
+        measured: covariances of their inputs.
+        r: number of directions.
+    """
 
     @cache
     def basis(matrix: str) -> Basis:
         return null_basis(measured.matrices[matrix], r)
 
     found = {}
-    for name in track(names, "directions that old samples do not excite"):
+    for name in track(names, "null-space directions"):
         measured.of(name)
         found[name] = on_basis(weight_of(view.get_submodule(name)).detach(), basis(measured.reads[name]))
     return found
 
 
 @torch.no_grad()
-def beside(
-    view: Any, names: tuple[str, ...], split: dict[str, Factors], r: int, sites: list[str], form: Form, seed: int
+def add_adapters(
+    view: Any, names: tuple[str, ...], split: dict[str, LowRankFactors], r: int, sites: list[str], form: Form, seed: int
 ) -> Lora:
-    """Adapters of scale 1 beside the maps of a view: A = A0, and B = 0, or B0 beside what is left of the weight."""
+    """Add adapters of scale 1 to the linear layers: A = A0, and B = 0, or B = B0 beside the residual weight.
+
+    Args:
+        view: the model, changed in place.
+        names: names of its linear layers.
+        split: factors of each layer.
+        r: number of directions.
+        sites: sites of the adapters.
+        form: ``lora`` or ``residual``.
+        seed: random seed.
+    """
     lora = add_lora(view, r, alpha=r, targets=names, sites=sites, seed=seed)
     for name in names:
         module, (a, b, *_) = view.get_submodule(name), split[name]
@@ -244,8 +262,13 @@ def beside(
 
 
 @torch.no_grad()
-def restore(lora: Lora, split: dict[str, Factors]) -> None:
-    """From W_res x + B A0 x back to W x + (B - B0) A0 x."""
+def restore(lora: Lora, split: dict[str, LowRankFactors]) -> None:
+    """Convert W_res x + B A0 x back to W x + (B - B0) A0 x, in place.
+
+    Args:
+        lora: the adapters.
+        split: factors of each layer.
+    """
     for name in lora.modules:
         module, (a, b, *_) = lora.view.get_submodule(name), split[name]
         base = module.get_base_layer()
@@ -254,25 +277,25 @@ def restore(lora: Lora, split: dict[str, Factors]) -> None:
         module.lora_B[ADAPTER].weight.sub_(b)
 
 
-def _numbers(split: dict[str, Factors]) -> dict[str, int]:
-    """How many there are on directions that are not empty: of a map with fewer outputs than r, as many as outputs."""
+def _parameters(split: dict[str, LowRankFactors]) -> dict[str, int]:
+    """Number of parameters on non-empty directions; a layer with fewer outputs than r has fewer directions."""
     live = [(each, min(len(each.a), len(each.b))) for each in split.values()]
     return {"A0": sum(r * each.a.shape[1] for each, r in live), "B": sum(r * len(each.b) for each, r in live)}
 
 
-def _notes(split: dict[str, Factors], measured: Covariance, r: int) -> list[str]:
+def _notes(split: dict[str, LowRankFactors], measured: Covariance, r: int) -> list[str]:
     notes = []
     weak = [each for each in split.values() if each.energy > WEAK]
     if weak:
         notes.append(
-            f"In {len(weak)} of {len(split)} linear maps the {r} directions hold more than {WEAK:.0%} of what old "
-            f"samples excite ({fmean(each.energy for each in weak):.1%} on average): these samples allow a rank of "
-            f"{min(each.allows for each in weak)} in all of them, which retains more."
+            f"In {len(weak)} of {len(split)} linear layers, the {r} directions contain more than {WEAK:.0%} of the "
+            f"energy of old samples ({fmean(each.energy for each in weak):.1%} on average): these samples allow a rank "
+            f"of {min(each.allows for each in weak)} in all of them, which retains more."
         )
     short = [len(c) for c in measured.matrices.values() if measured.tokens < len(c)]
     if short:
         notes.append(
-            f"{measured.tokens} tokens of old samples excite as many directions at most, and {len(short)} inputs have "
-            f"{min(short)} or more: which of the rest are null, they cannot tell. Give {max(short)} tokens or more."
+            f"{measured.tokens} tokens of old samples excite at most as many directions, but {len(short)} inputs have "
+            f"{min(short)} or more: the null space is not determined. Give at least {max(short)} tokens."
         )
     return notes

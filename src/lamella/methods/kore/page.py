@@ -1,4 +1,4 @@
-"""What a run says: losses and the energy of old samples on what was trained, or what became of the turns of a tree."""
+"""Figures and summary: losses and energy of old samples on the trained directions, or turns of an augmentation."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from lamella.train import TrainedEvidence
 
 
 def summary(evidence: Evidence) -> Summary:
-    """The same as of any training with the energy by kind of map, or what was kept of the turns of each task."""
+    """Summarise training with the energy by kind of layer, or the kept turns of each task."""
     if not isinstance(evidence, TrainedEvidence):
         return _augmented(evidence)
-    told, found = Trained.summary(evidence), evidence.findings
+    training, found = Trained.summary(evidence), evidence.findings
     kinds: dict[str, list[float]] = {}
     for name, energy in found["energy"].items():
         kinds.setdefault(name.rpartition(".")[2], []).append(energy)
     rows = [[kind, len(shares), fmean(shares), max(shares)] for kind, shares in kinds.items()]
-    title = f"Energy of old samples on the {found['r']} directions, as a share of all"
-    table = Table(title, ["linear maps", "number", "mean", "largest"], rows)
-    lines = [*told.lines]
+    title = f"Energy of old samples on the {found['r']} directions, as a fraction of all"
+    table = Table(title, ["linear layers", "number", "mean", "largest"], rows)
+    lines = [*training.lines]
     if found["image tokens"]:
         images = percent(share(found["image tokens"], found["tokens"]), 0)
-        lines.append(f"{images} of the tokens that directions were chosen by are positions of images")
+        lines.append(f"{images} of the tokens used to choose the directions are image positions")
     if found["projector"]:
-        lines.append(f"{found['projector']} was trained, too, and lies in the adapter as a whole")
-    return Summary(told.verdict, [*told.tables, table], lines)
+        lines.append(f"{found['projector']} was trained as well, and is stored in full in the adapter")
+    return Summary(training.verdict, [*training.tables, table], lines)
 
 
 def _augmented(evidence: Evidence) -> Summary:
@@ -39,8 +39,8 @@ def _augmented(evidence: Evidence) -> Summary:
     turns, conversations = found["turns"], found["conversations"]
     made, kept = (sum(each[name] for each in turns.values()) for name in ("made", "kept"))
     verdict = (
-        f"From {counted(found['items'], 'item')} come {counted(sum(conversations.values()), 'conversation')} about "
-        f"{counted(found['pictures'], 'picture')}, with {kept} of {counted(made, 'turn')}."
+        f"{counted(found['items'], 'item')} gave {counted(sum(conversations.values()), 'conversation')} about "
+        f"{counted(found['images'], 'image')}, with {kept} of {counted(made, 'turn')}."
     )
     reasons = list(dict.fromkeys(why for each in turns.values() for why in each["dropped"]))
     rows = [
@@ -55,18 +55,18 @@ def _augmented(evidence: Evidence) -> Summary:
     lines = []
     if cost["tokens written"]:
         read, written = (count(cost[f"tokens {what}"]) for what in ("read", "written"))
-        lines.append(f"tokens that the writer has read: {read}, and written: {written}")
+        lines.append(f"tokens read by the writer: {read}; written: {written}")
     return Summary(verdict, tables, lines)
 
 
 def figures(evidence: Evidence) -> list[Figure]:
-    """Losses, and the energy by layer; or some turns to read."""
+    """Plot losses and the energy by layer; or show sample turns."""
     if not isinstance(evidence, TrainedEvidence):
-        return [Excerpts([_excerpt(row) for row in evidence.findings["samples"]], title="Some turns")]
+        return [Excerpts([_excerpt(row) for row in evidence.findings["samples"]], title="Sample turns")]
     lines: dict[str, list[float]] = {}
     for name, energy in evidence.findings["energy"].items():
         lines.setdefault(name.rpartition(".")[2], []).append(energy)
-    return [curves(evidence), Lines("layer", "energy of old samples on the directions, share of all", lines)]
+    return [curves(evidence), Lines("layer", "energy of old samples on the directions, fraction", lines)]
 
 
 def _excerpt(row: Mapping[str, Any]) -> tuple[str, list[str]]:

@@ -1,6 +1,6 @@
-"""The projector between a vision tower and the text, which trains as a whole beside the adapters, at a rate of its own.
+"""The projector between a vision tower and the text model, which is trained in full at its own learning rate.
 
-The paper does so for LLaVA. What lies inside the tower, as in Qwen2-VL, stays as it is with the tower.
+The paper does so for LLaVA. A projector inside the tower, as in Qwen2-VL, stays frozen with the tower.
 """
 
 from __future__ import annotations
@@ -15,21 +15,29 @@ from lamella.train import TrainConfig, adamw
 
 
 def projector_of(stack: Stack) -> str:
-    """The name of the module that makes features of images into what the text reads; empty where there is none."""
+    """Name of the module that converts image features into inputs of the text model; empty if there is none."""
     towers = [each.architecture for each in stack.stacks.values() if each.architecture.modality == "image"]
     return next((each.head for each in towers if each.head and not each.head.startswith(f"{each.base}.")), "")
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:
-    """Its parameters as they are now, apart from it."""
+    """A detached copy of the module's parameters."""
     return {name: each.detach().clone() for name, each in module.named_parameters()}
 
 
 def two_rates(
     model: nn.Module, trained: Mapping[str, nn.Parameter], config: TrainConfig, *, projector: str, share: float
 ) -> torch.optim.Optimizer:
-    """AdamW, by which the projector trains at a share of the rate of all else."""
-    beside = {name: each for name, each in trained.items() if name.startswith(f"{projector}.")}
-    rest = {name: each for name, each in trained.items() if name not in beside}
-    slower = [group | {"lr": share} for group in adamw(model, beside, config).param_groups]
+    """Create an AdamW optimizer with a lower learning rate for the projector.
+
+    Args:
+        model: the model.
+        trained: the trained parameters by name.
+        config: training settings.
+        projector: name of the projector.
+        share: learning rate of the projector, relative to the others.
+    """
+    inside = {name: each for name, each in trained.items() if name.startswith(f"{projector}.")}
+    rest = {name: each for name, each in trained.items() if name not in inside}
+    slower = [group | {"lr": share} for group in adamw(model, inside, config).param_groups]
     return torch.optim.AdamW([*adamw(model, rest, config).param_groups, *slower], lr=1.0, betas=config.betas)

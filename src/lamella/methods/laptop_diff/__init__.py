@@ -1,51 +1,59 @@
-"""LAPTOP-Diff: diffusion models made smaller by whole blocks, chosen by a knapsack, and healed by distillation."""
+"""LAPTOP-Diff: prune whole blocks of diffusion models, chosen by a knapsack solver, and heal by distillation."""
 
-from lamella.methods.laptop_diff.cut import formed, modelling_file, natural_form
+from lamella.methods.laptop_diff.cut import convert, modelling_file, natural_form
 from lamella.methods.laptop_diff.denoiser import Denoiser
-from lamella.methods.laptop_diff.judge import Judging, drawn, judged
+from lamella.methods.laptop_diff.judge import EvaluationSettings, evaluate_networks, generate_images
 from lamella.methods.laptop_diff.knapsack import Choice, covering, greedy
-from lamella.methods.laptop_diff.method import Measuring, heal, laptop_diff
+from lamella.methods.laptop_diff.method import ScoringSettings, heal, laptop_diff
 from lamella.methods.laptop_diff.recipe import (
     PROBES,
-    Distillation,
-    Weights,
-    balanced,
+    DistillationLoss,
+    LossWeights,
+    balance_loss,
     distil,
-    encoded,
-    matched,
+    encode_samples,
+    match_stages,
     stages,
 )
-from lamella.methods.laptop_diff.result import Pruned
-from lamella.methods.laptop_diff.scores import Scores, additivity, joint, magnitudes, measured, random_sets, taylor
+from lamella.methods.laptop_diff.result import PrunedDenoiser
+from lamella.methods.laptop_diff.scores import (
+    BlockScores,
+    additivity,
+    joint,
+    magnitudes,
+    measure_blocks,
+    random_sets,
+    taylor,
+)
 from lamella.methods.laptop_diff.tuples import Tuples, error, predictions, targets
 
 __all__ = [
     "PROBES",
+    "BlockScores",
     "Choice",
     "Denoiser",
-    "Distillation",
-    "Judging",
-    "Measuring",
-    "Pruned",
-    "Scores",
+    "DistillationLoss",
+    "EvaluationSettings",
+    "LossWeights",
+    "PrunedDenoiser",
+    "ScoringSettings",
     "Tuples",
-    "Weights",
     "additivity",
-    "balanced",
+    "balance_loss",
+    "convert",
     "covering",
     "distil",
-    "drawn",
-    "encoded",
+    "encode_samples",
     "error",
-    "formed",
+    "evaluate_networks",
+    "generate_images",
     "greedy",
     "heal",
     "joint",
-    "judged",
     "laptop_diff",
     "magnitudes",
-    "matched",
-    "measured",
+    "match_stages",
+    "measure_blocks",
     "modelling_file",
     "natural_form",
     "predictions",

@@ -1,14 +1,14 @@
-"""Networks of which blocks are gone, in the three forms that plans have.
+"""Networks without their dropped blocks, in three forms.
 
 ========  ====================================================================================================
-form      which is
+form      meaning
 ========  ====================================================================================================
-plain     a smaller network of the same class: its config can say what is gone. Any diffusers loads it
-native    the class beside the weights, in a file that diffusers runs when it is told to trust it
-portable  a network of the old shape, whose dropped blocks add nothing: it loads anywhere, and saves nothing
+plain     a smaller network of the same class, whose config expresses the dropped blocks. Any diffusers loads it
+native    a class saved with the weights, in a file that diffusers runs with ``trust_remote_code=True``
+portable  a network of the original shape, whose dropped blocks add zero: it loads anywhere, but saves nothing
 ========  ====================================================================================================
 
-The file of the native form is the library's own source, carried along. Lamella itself never runs it.
+The file of the native form is the library's own source code. Lamella itself never runs it.
 """
 
 from __future__ import annotations
@@ -73,20 +73,26 @@ class $name($base):
 
 
 def natural_form(whole: Blocks, dropped: Collection[str]) -> Form:
-    """The form in which nothing of a cut network is lost, and least is needed to load it."""
+    """Choose the form that loses nothing of a pruned network and has the fewest requirements for loading.
+
+    Args:
+        whole: blocks of the original.
+        dropped: sites of the dropped blocks.
+    """
     return "native" if _config(whole, dropped) is None else "plain"
 
 
-def formed(whole: Blocks, network: Any, dropped: Collection[str], form: Form) -> Any:
-    """A network of which blocks are gone, in one of the forms.
+def convert(whole: Blocks, network: Any, dropped: Collection[str], form: Form) -> Any:
+    """Convert a network without some blocks into one of the forms.
 
     Args:
-        whole: the original.
-        network: a view of it without the blocks, trained or not.
-        dropped: their sites.
+        whole: blocks of the original.
+        network: a view of it without the dropped blocks, trained or not.
+        dropped: sites of the dropped blocks.
+        form: the form.
 
     Raises:
-        ExportError: when the plain form cannot say what is gone.
+        ExportError: when the plain form cannot express the dropped blocks.
     """
     if form == "plain":
         return plain(whole, network, dropped)
@@ -97,13 +103,19 @@ def formed(whole: Blocks, network: Any, dropped: Collection[str], form: Form) ->
 
 
 def plain(whole: Blocks, network: Any, dropped: Collection[str]) -> Any:
-    """A smaller network of the same class, whose config says what is gone."""
+    """Build a smaller network of the same class, whose config expresses the dropped blocks.
+
+    Args:
+        whole: blocks of the original.
+        network: a view of it without the dropped blocks.
+        dropped: sites of the dropped blocks.
+    """
     config = _config(whole, dropped)
     if config is None:
         kind = type(whole.model).__name__
         raise ExportError(
-            f"no config of a {kind} says that {', '.join(sorted(dropped)[:3])} ... are gone: choose the native or the "
-            "portable form"
+            f"no config of a {kind} can express that {', '.join(sorted(dropped)[:3])} ... are dropped: choose the "
+            "native or the portable form"
         )
     kept = [path for site, path in whole.paths.items() if site not in dropped]
     made = type(whole.model).from_config(config)
@@ -112,7 +124,13 @@ def plain(whole: Blocks, network: Any, dropped: Collection[str]) -> Any:
 
 
 def portable(whole: Blocks, network: Any, dropped: Collection[str]) -> Any:
-    """A network of the old shape whose dropped blocks add nothing."""
+    """Build a network of the original shape whose dropped blocks add zero.
+
+    Args:
+        whole: blocks of the original.
+        network: a view of it without the dropped blocks.
+        dropped: sites of the dropped blocks.
+    """
     made = share(whole.model)
     made.load_state_dict(network.state_dict(), strict=False, assign=True)
     for path in whole.together(dropped):
@@ -125,18 +143,24 @@ def portable(whole: Blocks, network: Any, dropped: Collection[str]) -> Any:
 
 
 def add_class(folder: Path, part: str, base: str) -> None:
-    """Make a saved pipeline, whose network lacks blocks, one that says so and carries its class."""
+    """Add the class of a network without some blocks to a saved pipeline, and refer to it in its configs.
+
+    Args:
+        folder: folder of the pipeline.
+        part: name of the network in the pipeline.
+        base: class of the original network.
+    """
     for file, change in (
         (folder / part / CONFIG, {"_class_name": CUT + base}),
         (folder / INDEX, {part: [CUT_MODULE, CUT + base]}),
     ):
-        said = json.loads(file.read_text(encoding="utf-8")) | change
-        file.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+        config = json.loads(file.read_text(encoding="utf-8")) | change
+        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / part / f"{CUT_MODULE}.py").write_text(modelling_file(base), encoding="utf-8")
 
 
 def modelling_file(base: str) -> str:
-    """The source that travels with the weights of a network of this class."""
+    """Source code saved with the weights of a network of this class."""
     kinds = BLOCK_TABLES[base].kinds
     bypasses = dict.fromkeys(each.bypass for each in kinds.values())
     return _TEMPLATE.substitute(
@@ -151,7 +175,7 @@ def modelling_file(base: str) -> str:
 
 
 def _renamed(name: str, kept: Sequence[str]) -> str:
-    """What a smaller transformer calls a parameter; those of a UNet keep their names."""
+    """Name of a parameter in a smaller transformer; those of a UNet keep their names."""
     if not name.startswith("transformer_blocks."):
         return name
     path, rest = ".".join(name.split(".")[:2]), name.split(".", 2)[2]
@@ -159,17 +183,17 @@ def _renamed(name: str, kept: Sequence[str]) -> str:
 
 
 def _config(whole: Blocks, dropped: Collection[str]) -> dict[str, Any] | None:
-    """The config that says what is gone; None where there is none."""
+    """The config that expresses the dropped blocks; None if there is none."""
     config = {name: value for name, value in whole.model.config.items() if not name.startswith("_")}
-    if "num_layers" in config:  # a transformer: every layer is like the others
+    if "num_layers" in config:  # a transformer: all layers are equal
         return config | {"num_layers": config["num_layers"] - len(dropped)}
     left = set(dropped)
 
     def gone(start: str) -> bool:
-        """Whether all that begins so is gone; then it is said."""
-        here = {site for site in whole.sites if site.startswith(start)}
-        found = bool(here) and here <= left
-        left.difference_update(here if found else ())
+        """Whether all sites with a prefix are dropped; these are then expressed."""
+        inside = {site for site in whole.sites if site.startswith(start)}
+        found = bool(inside) and inside <= left
+        left.difference_update(inside if found else ())
         return found
 
     if gone("unet.mid."):

@@ -1,4 +1,4 @@
-"""The input: a model that predicts noise, in a pipeline of diffusers."""
+"""The input: a noise prediction network in a diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from lamella.zoo.views import View
 
 @dataclass(frozen=True, eq=False)
 class Denoiser(View):
-    """A network that predicts noise, with the pipeline that it is part of.
+    """A noise prediction network, with its pipeline.
 
     Attributes:
-        pipeline: of diffusers.
-        name: what to call it.
+        pipeline: diffusers pipeline.
+        name: name for messages.
     """
 
-    source_help = "the folder of a diffusers pipeline, with a UNet or a DiT; or digits, a small one that is built in"
+    source_help = "the folder of a diffusers pipeline, with a UNet or a DiT; or digits, a small built-in one"
     noun = "pipeline of diffusers"
     libraries = ("diffusers",)
     names = digits.NAMES
@@ -42,44 +42,45 @@ class Denoiser(View):
 
     @classmethod
     def built_in(cls, name: str) -> Denoiser:
-        """A UNet, ``digits``, which is trained on scikit-learn's digits when it is first asked for (some minutes), or
-        ``untrained``, the same one before."""
+        """A built-in UNet: ``digits``, trained on scikit-learn's digits on first use, or ``untrained``."""
         return cls(digits.pipeline(name).to(default_device()), name)
 
     @classmethod
     def of(cls, model: Any) -> Denoiser:
-        """A pipeline.
+        """Open a pipeline.
 
         Raises:
             ArchitectureError: for a network without its pipeline.
         """
         opened = open_model(model)
         if not isinstance(opened, Pipeline):
-            raise ArchitectureError(f"{opened.name} is a network without the pipeline that it is part of")
+            raise ArchitectureError(f"{opened.name} is a network without a pipeline: give the folder of the pipeline")
         return cls(opened.model, opened.name)
 
     @cached_property
     def part(self) -> str:
-        """What the pipeline calls its network."""
+        """Name of the network in the pipeline."""
         found = next((part for part in NETWORKS if part in self.pipeline.components), None)
         if found is None:
             kind = type(self.pipeline).__name__
-            raise ArchitectureError(f"{self.name}: a {kind} has no {' or '.join(NETWORKS)}: give one that has")
+            raise ArchitectureError(
+                f"{self.name}: a {kind} has no {' or '.join(NETWORKS)}: give a pipeline that has one"
+            )
         return found
 
     @property
     def network(self) -> Any:
-        """The network itself, in evaluation mode."""
+        """The network, in evaluation mode."""
         return getattr(self.pipeline, self.part)
 
     @cached_property
     def blocks(self) -> Blocks:
-        """Its blocks."""
+        """The blocks of the network."""
         return Blocks(self.network, self.name)
 
     @cached_property
     def noising(self) -> Any:
-        """What adds noise as in training: the betas of the pipeline's scheduler, over all of its timesteps."""
+        """Noise scheduler of training: the betas of the pipeline's scheduler, over all of its timesteps."""
         diffusers = require("diffusers", "vision", "noise")
         return diffusers.DDPMScheduler.from_config(self.pipeline.scheduler.config)
 
@@ -89,37 +90,37 @@ class Denoiser(View):
         return int(self.noising.config.num_train_timesteps)
 
     def describe(self) -> dict[str, Any]:
-        """What provenance says of it."""
+        """Metadata for provenance."""
         parameters = sum(each.numel() for each in self.network.parameters())
         kind = type(self.network).__name__
         digest = fingerprint.state(self.network)
         return {"name": self.name, "family": kind, "parameters": parameters, "sha256": digest}
 
-    # What it is given
+    # Inputs of the network
 
     def encoders(self) -> dict[str, str]:
-        """A digest of each part of the pipeline beside its network, such as its autoencoder and its text encoders."""
+        """Digests of the pipeline's other modules, such as its autoencoder and its text encoders."""
         parts = {name: each for name, each in self.pipeline.components.items() if isinstance(each, torch.nn.Module)}
         return {name: fingerprint.state(each) for name, each in parts.items() if name != self.part}
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of what the network reads."""
+        """Height and width of the network's input."""
         size = self.network.config.sample_size
         return (size, size) if isinstance(size, int) else tuple(size)
 
     @torch.no_grad()
-    def clean(self, pictures: Sequence[Captioned]) -> Tensor:
-        """Pictures as the network knows them, without noise: x_0 [pictures, channels, height, width].
+    def clean(self, images: Sequence[Captioned]) -> Tensor:
+        """Convert images into clean inputs of the network: x_0 [images, channels, height, width].
 
-        They are scaled, cropped to the middle, and encoded where the pipeline works on latents.
+        They are resized, centre-cropped, and encoded if the pipeline works on latents.
         """
-        transforms = require("torchvision.transforms.v2", "vision", "scaling pictures")
+        transforms = require("torchvision.transforms.v2", "vision", "scaling images")
         vae = getattr(self.pipeline, "vae", None)
         times = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         height, width = (times * each for each in self.size)
         fit = transforms.Compose([transforms.Resize(min(height, width)), transforms.CenterCrop((height, width))])
-        rows = [torch.from_numpy(each.picture).permute(2, 0, 1) for each in pictures]
+        rows = [torch.from_numpy(each.image).permute(2, 0, 1) for each in images]
         pixels = torch.stack([each if each.shape[1:] == (height, width) else fit(each) for each in rows]) / 127.5 - 1
         if vae is None:
             return pixels.mean(dim=1, keepdim=True) if self.network.config.in_channels == 1 else pixels
@@ -128,50 +129,63 @@ class Denoiser(View):
         return (torch.cat(latents) - shift) * vae.config.scaling_factor
 
     @torch.no_grad()
-    def conditions(self, pictures: Sequence[Captioned]) -> dict[str, Tensor]:
-        """What the network is told of pictures beside noise and time, by name: a row for each.
+    def conditions(self, images: Sequence[Captioned]) -> dict[str, Tensor]:
+        """Compute the conditioning inputs of images, by name, with one row per image.
 
         Raises:
-            ArchitectureError: for pictures without classes where the network needs them, or with more than it knows.
+            ArchitectureError: for images without classes if the network needs them, or with unknown classes.
         """
         config = self.network.config
         known = getattr(config, "num_class_embeds", None) or getattr(config, "num_embeds_ada_norm", None)
         if known or self.part == "transformer":
-            labels = [each.label for each in pictures if each.label is not None]
-            if len(labels) < len(pictures):
+            labels = [each.label for each in images if each.label is not None]
+            if len(labels) < len(images):
                 raise ArchitectureError(
-                    f"{self.name} is told classes, and these pictures have none: give a folder with a folder for each "
-                    "class, or digits"
+                    f"{self.name} is conditioned on classes, but these images have none: give a folder with one folder "
+                    "per class, or digits"
                 )
             if known and max(labels) >= known:
                 raise ArchitectureError(
-                    f"{self.name} knows {known} classes, and these pictures have {max(labels) + 1}: give its own"
+                    f"{self.name} has {known} classes, but these images have {max(labels) + 1}: give its own"
                 )
             return {"class_labels": torch.tensor(labels)}
         if not hasattr(self.pipeline, "encode_prompt"):
             return {}
-        texts = [each.text for each in pictures]
+        texts = [each.text for each in images]
         how = {"device": self.network.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-        said = self.pipeline.encode_prompt(texts, **how)
-        found = {"encoder_hidden_states": said[0]}
-        if len(said) == 4:  # as SDXL has it: the text as a whole, and how the picture was cut
+        output = self.pipeline.encode_prompt(texts, **how)
+        found = {"encoder_hidden_states": output[0]}
+        if len(output) == 4:  # SDXL: a pooled text embedding, and the crop of the image
             vae = self.pipeline.vae
             height, width = (2 ** (len(vae.config.block_out_channels) - 1) * each for each in self.size)
-            times = torch.tensor([[height, width, 0, 0, height, width]], dtype=said[0].dtype)
-            found |= {"text_embeds": said[2], "time_ids": times.expand(len(texts), -1)}
+            times = torch.tensor([[height, width, 0, 0, height, width]], dtype=output[0].dtype)
+            found |= {"text_embeds": output[2], "time_ids": times.expand(len(texts), -1)}
         return {name: each.cpu() for name, each in found.items()}
 
     def predict(self, network: Any, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
-        """What a network, this one or a changed one, says of noisy pictures [batch, channels, height, width]."""
-        told: dict[str, Any] = dict(conditions)
-        added = {name: told.pop(name) for name in ("text_embeds", "time_ids") if name in told}
+        """Compute the prediction of a network, this one or a modified one.
+
+        Args:
+            network: the network.
+            noisy: noisy images [batch, channels, height, width].
+            timesteps: timestep of each image [batch].
+            conditions: conditioning inputs by name.
+        """
+        arguments: dict[str, Any] = dict(conditions)
+        added = {name: arguments.pop(name) for name in ("text_embeds", "time_ids") if name in arguments}
         if added:
-            told["added_cond_kwargs"] = added
-        said: Tensor = network(noisy, timestep=timesteps, **told, return_dict=False)[0]
-        return said[:, : noisy.shape[1]]  # what more there is is a variance
+            arguments["added_cond_kwargs"] = added
+        output: Tensor = network(noisy, timestep=timesteps, **arguments, return_dict=False)[0]
+        return output[:, : noisy.shape[1]]  # further channels are a variance
 
     def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What a network should say: the noise, or what else its scheduler's ``prediction_type`` is."""
+        """Compute the training target: the noise, or as defined by the scheduler's ``prediction_type``.
+
+        Args:
+            clean: clean images.
+            noise: the noise.
+            timesteps: timestep of each image.
+        """
         kind = self.noising.config.prediction_type
         if kind == "epsilon":
             return noise
@@ -179,7 +193,12 @@ class Denoiser(View):
         return clean if kind == "sample" else velocity
 
     def with_network(self, network: Any, name: str = "") -> Denoiser:
-        """The same with another network in the place of its own."""
+        """Copy with another network in the same pipeline.
+
+        Args:
+            network: the network.
+            name: name for messages; defaults to the current one.
+        """
         components = {**self.pipeline.components, self.part: network}
         scalars = {name: self.pipeline.config[name] for name in self.pipeline.config if not name.startswith("_")}
         made = type(self.pipeline)(**(scalars | components))

@@ -1,4 +1,4 @@
-"""A small UNet that draws scikit-learn's digits: what stands for a user's model where there is none."""
+"""A small built-in UNet that generates scikit-learn's digits."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SHAPE = {
 
 
 def untrained(seed: int = 0) -> Any:
-    """The pipeline with random weights."""
+    """Create the pipeline with random weights."""
     diffusers = require("diffusers", "vision", "the built-in UNet")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -50,10 +50,11 @@ def untrained(seed: int = 0) -> Any:
 
 
 def pipeline(name: str, steps: int = STEPS) -> Any:
-    """One of the two, by its name.
+    """Open one of the two built-in pipelines by name.
 
     Args:
-        steps: of the training, where it is trained.
+        name: ``digits`` or ``untrained``.
+        steps: number of training steps.
     """
     made = untrained()
     if name == DIGITS:
@@ -63,32 +64,33 @@ def pipeline(name: str, steps: int = STEPS) -> Any:
 
 
 class NoiseLoss:
-    """The mean squared error of the noise that a network sees, at times drawn by chance.
+    """Mean squared error of the predicted noise, at random timesteps.
 
     Args:
-        scheduler: that adds the noise.
+        scheduler: noise scheduler.
     """
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
 
     def __call__(self, network: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """Compute the loss of a batch."""
         clean = batch["clean"]
         timesteps = torch.randint(self.scheduler.config.num_train_timesteps, (len(clean),), device=clean.device)
         noise = torch.randn_like(clean)
-        said = network(self.scheduler.add_noise(clean, noise, timesteps), timesteps).sample
-        return (said - noise).square().mean()
+        output = network(self.scheduler.add_noise(clean, noise, timesteps), timesteps).sample
+        return (output - noise).square().mean()
 
 
 def _train(steps: int, folder: Path) -> dict[str, Any]:
-    """Train it on the digits that are not for testing, and write its weights."""
+    """Train it on the calibration split of the digits, and write its weights."""
     made = untrained()
     pictures = CaptionedImages.open(DIGITS, InputContext(), count=10_000)
-    pixels = [torch.from_numpy(each.picture[..., :1]).permute(2, 0, 1) / 127.5 - 1 for each in pictures.items]
+    pixels = [torch.from_numpy(each.image[..., :1]).permute(2, 0, 1) / 127.5 - 1 for each in pictures.items]
     task = Task(NoiseLoss(made.scheduler), collate=stacked, weight=lambda batch: len(batch["clean"]))
     config = TrainConfig(steps=steps, lr=RATE, schedule="constant", warmup=0, batch=BATCH, save_every=steps)
     samples = [{"clean": each} for each in pixels]
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
         fit(made.unet, samples, task, config, out=Path(work) / "run", trainable=lambda name: True)
     save_file(made.unet.state_dict(), folder / WEIGHTS)
-    return {"steps": steps, "pictures": pictures.describe()}
+    return {"steps": steps, "images": pictures.describe()}

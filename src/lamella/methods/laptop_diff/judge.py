@@ -1,4 +1,4 @@
-"""How good what is left is: noise on pictures that nothing was chosen on, and what is drawn from the same noise."""
+"""Evaluation of pruned networks: losses on test images, and images generated from the same noise."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from lamella.methods.laptop_diff.denoiser import Denoiser
 from lamella.methods.laptop_diff.tuples import Tuples, error, predictions, targets
 from lamella.report.images import png_base64
 
-DRAWING = 50  # steps of DDIM
+DRAWING = 50  # DDIM steps
 
 
 @dataclass(frozen=True)
-class Judging:
-    """How much is judged.
+class EvaluationSettings:
+    """Settings of the evaluation.
 
     Attributes:
-        tuples: (picture, time, noise) on which losses are measured, spread evenly over time.
-        bins: stretches of time for which they are told apart.
-        draws: pictures that the report shows, from the same noise; 0: none.
+        tuples: number of (image, timestep, noise) tuples for measuring losses, spread evenly over timesteps.
+        bins: number of timestep intervals that are reported separately.
+        draws: number of generated images in the report, from the same noise; 0 for none.
     """
 
     tuples: Annotated[int, Ge(1)] = 256
@@ -36,59 +36,69 @@ class Judging:
     draws: Annotated[int, Ge(0)] = 8
 
 
-def judged(
-    denoiser: Denoiser, networks: Mapping[str, Any], test: CaptionedImages, judging: Judging, batch: int, seed: int
+def evaluate_networks(
+    denoiser: Denoiser,
+    networks: Mapping[str, Any],
+    test: CaptionedImages,
+    evaluation: EvaluationSettings,
+    batch: int,
+    seed: int,
 ) -> dict[str, Any]:
-    """Denoising and output loss of some networks on test pictures, beside the whole one's, and what each draws.
+    """Compute denoising and output losses of networks on test images, relative to the original, and generate images.
 
     Args:
-        networks: by name.
-        test: pictures that nothing was chosen on.
-        batch: tuples at once.
-        seed: of times, noise and drawings.
+        denoiser: the original.
+        networks: pruned networks by name.
+        test: test images.
+        evaluation: settings.
+        batch: batch size.
+        seed: random seed of timesteps, noise and generated images.
     """
-    tuples = Tuples.of(denoiser, test, judging.tuples, seed + 1)
+    tuples = Tuples.of(denoiser, test, evaluation.tuples, seed + 1)
     wanted = targets(denoiser, tuples)
     original = predictions(denoiser, denoiser.network, tuples, batch)
-    where = tuples.bins(denoiser, judging.bins)
+    where = tuples.bins(denoiser, evaluation.bins)
     losses: dict[str, Any] = {"original": {"task": float(error(original, wanted).mean())}}
     for name, network in networks.items():
-        said = predictions(denoiser, network, tuples, batch)
-        changed = error(said, original)
+        output = predictions(denoiser, network, tuples, batch)
+        changed = error(output, original)
         losses[name] = {
-            "task": float(error(said, wanted).mean()),
+            "task": float(error(output, wanted).mean()),
             "output": float(changed.mean()),
-            "by_time": [float(changed[where == number].mean()) for number in range(judging.bins)],
+            "by_time": [float(changed[where == number].mean()) for number in range(evaluation.bins)],
         }
-    if not judging.draws:
+    if not evaluation.draws:
         return {"test": losses}
     every = {"original": denoiser.network, **networks}
-    pictures = {name: drawn(denoiser, each, test, judging.draws, seed) for name, each in every.items()}
-    return {"test": losses, "drawn": {name: png_base64(each) for name, each in pictures.items()}}
+    generated = {name: generate_images(denoiser, each, test, evaluation.draws, seed) for name, each in every.items()}
+    return {"test": losses, "generated": {name: png_base64(each) for name, each in generated.items()}}
 
 
 @torch.no_grad()
-def drawn(
-    denoiser: Denoiser, network: Any, asked: CaptionedImages, count: int, seed: int, steps: int = DRAWING
+def generate_images(
+    denoiser: Denoiser, network: Any, images: CaptionedImages, count: int, seed: int, steps: int = DRAWING
 ) -> npt.NDArray[np.uint8]:
-    """Pictures [count, height, width, 3] that a network draws from noise, by DDIM and without guidance.
+    """Generate images [count, height, width, 3] from noise, by DDIM without guidance.
 
     Args:
-        asked: whose captions or classes are drawn.
-        seed: of the noise: the same for every network.
-        steps: of the sampler.
+        denoiser: the original with its pipeline.
+        network: the network to use.
+        images: images whose captions or classes are used as conditions.
+        count: number of images.
+        seed: random seed of the noise, the same for every network.
+        steps: number of DDIM steps.
     """
-    scheduler = require("diffusers", "vision", "drawing").DDIMScheduler.from_config(denoiser.noising.config)
+    scheduler = require("diffusers", "vision", "generating images").DDIMScheduler.from_config(denoiser.noising.config)
     scheduler.set_timesteps(min(steps, denoiser.timesteps))
-    rows = [asked.items[number % len(asked)] for number in range(count)]
-    told = denoiser.conditions(rows)
+    rows = [images.items[number % len(images)] for number in range(count)]
+    conditions = denoiser.conditions(rows)
     channels = denoiser.network.config.in_channels
     x = torch.randn((count, channels, *denoiser.size), generator=torch.Generator().manual_seed(seed))
     x = (x * scheduler.init_noise_sigma).to(denoiser.network.device)
-    told = {name: each.to(x.device) for name, each in told.items()}
+    conditions = {name: each.to(x.device) for name, each in conditions.items()}
     for t in scheduler.timesteps:
-        said = denoiser.predict(network, x, torch.full((count,), int(t), device=x.device), told)
-        x = scheduler.step(said, int(t), x).prev_sample
+        output = denoiser.predict(network, x, torch.full((count,), int(t), device=x.device), conditions)
+        x = scheduler.step(output, int(t), x).prev_sample
     return _pixels(denoiser, x)
 
 

@@ -1,10 +1,10 @@
-"""Which blocks to drop: the cheapest set that removes enough, a covering 0-1 knapsack.
+"""Choose the blocks to drop: the cheapest set that removes enough parameters, a covering 0-1 knapsack.
 
     min  sum_i v_i x_i     subject to  sum_i p_i x_i >= P,   x_i in {0, 1}
 
-States (removed, cost) are extended block by block, in the order of v_i / p_i. A state is let go when another one costs
-no more and removes no less; when the rest cannot fill it up to P; or when even fractions of the rest, the cheapest
-first, would make it dearer than the best known answer. Sizes are whole numbers and are not rounded.
+States (removed, cost) are extended block by block, in the order of v_i / p_i. A state is discarded when another one
+costs no more and removes no less; when the remaining blocks cannot reach P; or when a fractional relaxation of the
+remaining blocks already costs more than the best known answer. Sizes are integers and are not rounded.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import numpy.typing as npt
 from lamella.errors import MethodError
 
 Floats = npt.NDArray[np.float64]
-MOST = 200_000  # states at once; beyond, the least promising go, and the answer says what it may have cost
-SLACK = 1e-12  # of a sum of numbers that differ by orders of magnitude
+MOST = 200_000  # maximum number of states; beyond it, the least promising ones are discarded, and the bound reflects it
+SLACK = 1e-12  # relative rounding error of sums with terms of different magnitude
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Choice:
     """A set of blocks.
 
     Attributes:
-        chosen: their numbers, in order.
+        chosen: indices of the blocks, ascending.
         cost: sum of v.
         size: sum of p.
-        bound: no set that removes enough costs less; equal to ``cost`` where this one is proved best.
+        bound: lower bound on the cost of any sufficient set; equal to ``cost`` if this set is proven optimal.
     """
 
     chosen: tuple[int, ...]
@@ -41,16 +41,19 @@ class Choice:
 
 
 def covering(values: Sequence[float], sizes: Sequence[int], target: int, most: int = MOST) -> Choice:
-    """The cheapest set that removes at least ``target``.
+    """Find the cheapest set that removes at least ``target``.
 
     Args:
-        values: v_i, what it costs to drop each block.
-        sizes: p_i, what that removes; whole numbers.
+        values: v_i, the cost of dropping each block.
+        sizes: p_i, the parameters that this removes, as integers.
         target: P.
-        most: states that are kept at once.
+        most: maximum number of states.
+
+    Returns:
+        The set, with a lower bound on the optimal cost.
 
     Raises:
-        MethodError: for a target that all blocks together do not reach.
+        MethodError: for a target above the size of all blocks.
     """
     v, p = np.asarray(values, float), np.asarray(sizes, np.int64)
     check(p, target)
@@ -59,8 +62,8 @@ def covering(values: Sequence[float], sizes: Sequence[int], target: int, most: i
     v, p = v[order], p[order]
     filled = _Filler(v, p)
     removed, cost = np.zeros(1, np.int64), np.zeros(1)
-    lost = np.inf  # the least that a state which had no room could have led to
-    steps: list[tuple[Any, Any]] = []  # of each block: from which state, and whether it was dropped
+    lost = np.inf  # lower bound of the discarded states
+    steps: list[tuple[Any, Any]] = []  # per block: the previous state, and whether the block was dropped
     for number in range(len(v)):
         removed = np.concatenate([removed, np.minimum(removed + p[number], target)])
         cost = np.concatenate([cost, cost + v[number]])
@@ -87,10 +90,15 @@ def covering(values: Sequence[float], sizes: Sequence[int], target: int, most: i
 
 
 def greedy(values: Sequence[float], sizes: Sequence[int], target: int) -> Choice:
-    """The cheapest for each parameter first, until enough is gone; then what turns out not to be needed stays.
+    """Take blocks in the order of cost per parameter until enough is removed; then return those that are not needed.
+
+    Args:
+        values: v_i, the cost of dropping each block.
+        sizes: p_i, the parameters that this removes.
+        target: P.
 
     Raises:
-        MethodError: for a target that all blocks together do not reach.
+        MethodError: for a target above the size of all blocks.
     """
     v, p = np.asarray(values, float), np.asarray(sizes, np.int64)
     check(p, target)
@@ -107,11 +115,15 @@ def greedy(values: Sequence[float], sizes: Sequence[int], target: int) -> Choice
 def check(sizes: npt.NDArray[np.int64], target: int) -> None:
     """Check that the target can be reached.
 
+    Args:
+        sizes: sizes of all blocks.
+        target: P.
+
     Raises:
-        MethodError: when it cannot.
+        MethodError: if it cannot.
     """
     if target > sizes.sum():
-        raise MethodError(f"{target:,} parameters cannot go: all blocks together have {int(sizes.sum()):,}")
+        raise MethodError(f"{target:,} parameters cannot be removed: all blocks together have {int(sizes.sum()):,}")
 
 
 def _choice(chosen: Sequence[int], values: Sequence[float], sizes: Sequence[int]) -> Choice:
@@ -121,23 +133,23 @@ def _choice(chosen: Sequence[int], values: Sequence[float], sizes: Sequence[int]
 
 
 def _by_ratio(v: Floats, p: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Numbers by v / p; those that cost nothing, or less, come first, and those that remove nothing last."""
+    """Indices ordered by v / p; blocks with zero or negative cost come first, and those that remove nothing last."""
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.where(v < 0, -np.inf, np.where(p > 0, v / np.maximum(p, 1), np.inf))
     return np.argsort(ratio, kind="stable")
 
 
 class _Filler:
-    """What it costs at least to remove so much with what is left: fractions, the cheapest first."""
+    """Lower bound on the cost of removing parameters from the remaining blocks, by a fractional relaxation."""
 
     def __init__(self, v: Floats, p: npt.NDArray[np.int64]) -> None:
         self.v, self.p = v, p
         self.sizes = np.concatenate([[0], np.cumsum(p)])
         self.costs = np.concatenate([[0.0], np.cumsum(np.maximum(v, 0))])
-        self.gains = np.concatenate([np.cumsum(np.minimum(v, 0)[::-1])[::-1], [0.0]])  # of what is below zero
+        self.gains = np.concatenate([np.cumsum(np.minimum(v, 0)[::-1])[::-1], [0.0]])  # negative costs
 
     def least(self, need: npt.NDArray[np.int64], start: int) -> Floats:
-        """From block ``start`` on; infinite where all of it is not enough."""
+        """The bound for the blocks from ``start`` on; infinite if they are not enough."""
         need = np.maximum(need, 0)
         goal = self.sizes[start] + need
         whole = np.clip(np.searchsorted(self.sizes, goal, side="right") - 1, start, len(self.p))
@@ -151,7 +163,7 @@ class _Filler:
 
 
 def _undominated(removed: npt.NDArray[np.int64], cost: Floats, open_: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """The numbers of the states that nothing beats, in their order."""
+    """Indices of the states that are not dominated, ascending."""
     numbers = np.flatnonzero(open_)
     order = numbers[np.lexsort((cost[numbers], -removed[numbers]))]  # most removed first, then cheapest
     if not len(order):

@@ -1,12 +1,13 @@
-"""Distillation: the pruned network learns what the whole one says, at its output and at the end of every stage.
+"""Distillation: the pruned network learns the original's output, and its features after every stage.
 
     L = L_task + lambda_out L_out + lambda_feat sum_i alpha_i L_feat_i              each a mean over elements
     L_task = || eps - eps_S ||^2,   L_out = || eps_T - eps_S ||^2,   L_feat_i = || f_T^i - f_S^i ||^2
 
-    normalized   alpha_i = c / E || f_T^i ||^2     of the teacher and of this batch, without gradient; c = 1
-    vanilla      alpha_i = 1                       few stages with large numbers carry nearly all of the sum
+    normalized   alpha_i = c / E || f_T^i ||^2     of the teacher and this batch, without gradient; c = 1
+    vanilla      alpha_i = 1                       few stages with large values dominate the sum
 
-With c = 1 every term is a relative error, and lambda_feat is such that features and output begin as equals.
+With c = 1 every term is a relative error, and lambda_feat is chosen so that features and output have equal initial
+loss.
 """
 
 from __future__ import annotations
@@ -31,18 +32,19 @@ from lamella.train.supervised import stacked
 
 Features = Literal["normalized", "vanilla", "none"]
 TRAINING = TrainConfig(steps=50_000, lr=5e-5, schedule="constant", warmup=0, batch=64, accumulate=4, weight_decay=1e-2)
-PROBES = 32  # rows on which the weight of features is found
+PROBES = 32  # rows for choosing the weight of features
 
 
 @dataclass(frozen=True)
-class Weights:
-    """What the parts of the loss weigh.
+class LossWeights:
+    """Weights of the parts of the loss.
 
     Attributes:
-        features: how the stages are weighed: ``normalized`` by the teacher's squares, ``vanilla``, or not compared.
+        features: weighting of the stages: ``normalized`` by the teacher's mean squares, ``vanilla``, or ``none``.
         output_weight: lambda_out.
-        feature_weight: lambda_feat; left out, 1 for vanilla, else such that features and output begin as equals.
-        average: share of the old in a running average of the weights, which is what is kept; 0: the last ones.
+        feature_weight: lambda_feat; by default 1 for vanilla, else chosen so that features and output have equal
+            initial loss.
+        average: decay of an exponential moving average of the weights, which becomes the result; 0 for none.
     """
 
     features: Features = "normalized"
@@ -52,8 +54,7 @@ class Weights:
 
 
 def stages(network: Any) -> list[str]:
-    """The paths of what features are taken behind: every block down, the middle, every block up; of a transformer four
-    layers, evenly."""
+    """Paths of the compared modules: every down block, the middle, every up block; four layers of a DiT."""
     if hasattr(network, "down_blocks"):
         down, up = (
             [f"{side}_blocks.{number}" for number in range(len(getattr(network, f"{side}_blocks")))]
@@ -65,7 +66,16 @@ def stages(network: Any) -> list[str]:
 
 
 def with_features(network: Any, paths: Sequence[str], call: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """What a call gives, and what the network has behind some of its parts meanwhile."""
+    """Run a call, and record the outputs of some modules of the network.
+
+    Args:
+        network: the network.
+        paths: paths of the modules.
+        call: runs the network.
+
+    Returns:
+        The output, and the features in the order of ``paths``.
+    """
     seen: dict[str, Tensor] = {}
 
     def note(path: str) -> Callable[..., None]:
@@ -80,9 +90,15 @@ def with_features(network: Any, paths: Sequence[str], call: Callable[[], Tensor]
     return output, [seen[path] for path in paths]
 
 
-def matched(teacher: Any, student: Any) -> list[tuple[str, str]]:
-    """Where features are compared: the teacher's stages, each with the student's own, or the one before where that is
-    gone (a middle that was dropped)."""
+def match_stages(teacher: Any, student: Any) -> list[tuple[str, str]]:
+    """Pairs of paths in the teacher and the student whose features are compared.
+
+    If the student's middle was dropped, the block before it is used.
+
+    Args:
+        teacher: the original network.
+        student: the pruned network.
+    """
     ours = set(stages(student))
     pairs = []
     for path in stages(teacher):
@@ -91,20 +107,21 @@ def matched(teacher: Any, student: Any) -> list[tuple[str, str]]:
     return pairs
 
 
-class Distillation:
-    """The loss.
+class DistillationLoss:
+    """The distillation loss.
 
     Args:
-        denoiser: the whole model, which teaches.
-        pairs: where features are compared.
-        weights: of the parts; ``feature`` is known.
+        denoiser: the original model, used as the teacher.
+        pairs: pairs of paths whose features are compared.
+        weights: weights of the parts, with ``feature_weight`` set.
     """
 
-    def __init__(self, denoiser: Denoiser, pairs: Sequence[tuple[str, str]], weights: Weights) -> None:
+    def __init__(self, denoiser: Denoiser, pairs: Sequence[tuple[str, str]], weights: LossWeights) -> None:
         self.denoiser, self.pairs, self.weights = denoiser, pairs, weights
 
     def __call__(self, student: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        rows = self.drawn(batch)
+        """Compute the loss of a batch and its parts."""
+        rows = self.sample_noise(batch)
         parts, features = self.parts(student, rows)
         loss = parts["task"] + self.weights.output_weight * parts["output"]
         if features:
@@ -112,15 +129,20 @@ class Distillation:
             loss = loss + (self.weights.feature_weight or 0.0) * parts["features"]
         return loss, {name: each.detach() for name, each in parts.items()}
 
-    def drawn(self, batch: Mapping[str, Tensor]) -> Tuples:
-        """Times and noise for a batch of clean pictures, by torch's own state, which a checkpoint has."""
-        told = dict(batch)
-        clean = told.pop("clean")
+    def sample_noise(self, batch: Mapping[str, Tensor]) -> Tuples:
+        """Sample timesteps and noise for a batch of clean images from torch's global random state."""
+        stage_terms = dict(batch)
+        clean = stage_terms.pop("clean")
         timesteps = torch.randint(self.denoiser.timesteps, (len(clean),), device=clean.device)
-        return Tuples(clean, timesteps, torch.randn_like(clean), told)
+        return Tuples(clean, timesteps, torch.randn_like(clean), stage_terms)
 
     def parts(self, student: Any, rows: Tuples) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """L_task and L_out, and alpha_i L_feat_i for every stage."""
+        """Compute L_task and L_out, and alpha_i L_feat_i for every stage.
+
+        Args:
+            student: the pruned network.
+            rows: samples.
+        """
         noisy = self.denoiser.noising.add_noise(rows.clean, rows.noise, rows.timesteps)
 
         def says(network: Any) -> Callable[[], Tensor]:
@@ -129,26 +151,29 @@ class Distillation:
         pairs = self.pairs if self.weights.features != "none" else ()
         teacher = self.denoiser.network
         with torch.no_grad():
-            taught, theirs = with_features(teacher, [path for path, _ in pairs], says(teacher))
-        said, ours = with_features(student, [path for _, path in pairs], says(student))
+            teacher_output, theirs = with_features(teacher, [path for path, _ in pairs], says(teacher))
+        student_output, ours = with_features(student, [path for _, path in pairs], says(student))
         target = self.denoiser.target(rows.clean, rows.noise, rows.timesteps)
-        parts = {"task": _mean((said - target).square()), "output": _mean((said - taught).square())}
+        parts = {
+            "task": _mean((student_output - target).square()),
+            "output": _mean((student_output - teacher_output).square()),
+        }
         return parts, [self.alpha(t) * _mean((t - s).square()) for t, s in zip(theirs, ours, strict=True)]
 
     def alpha(self, feature: Tensor) -> float | Tensor:
-        """What a stage weighs, by what the teacher has there."""
+        """Weight of a stage, by the teacher's features."""
         return 1.0 if self.weights.features == "vanilla" else 1 / _mean(feature.square())
 
 
 def _mean(squares: Tensor) -> Tensor:
-    return squares.float().mean()  # in half precision, sums of squares overflow
+    return squares.float().mean()  # sums of squares overflow in half precision
 
 
 class Average(Hook):
-    """Keeps a running average of what trains, and leaves the model with it.
+    """Hook that keeps an exponential moving average of the trained weights, and copies it to the model at the end.
 
     Args:
-        share: of the old, at each step.
+        share: decay per step.
     """
 
     FILE = "average.safetensors"
@@ -158,89 +183,112 @@ class Average(Hook):
         self.kept: dict[str, Tensor] = {}
 
     def begin(self, run: TrainingRun) -> None:
+        """Start the average from the current weights."""
         self.kept = self.kept or {name: each.detach().clone() for name, each in run.trained.items()}
 
     def after_step(self, run: TrainingRun) -> None:
+        """Update the average."""
         for name, each in run.trained.items():
             self.kept[name].lerp_(each.detach(), 1 - self.share)
 
     @torch.no_grad()
     def end(self, run: TrainingRun) -> None:
+        """Copy the average to the model."""
         for name, each in self.kept.items():
             run.trained[name].copy_(each)
 
     def save(self, folder: Path) -> None:
+        """Save the average with a checkpoint."""
         save_file(self.kept, folder / self.FILE)
 
     def load(self, folder: Path) -> None:
+        """Load the average of a checkpoint."""
         self.kept = load_file(folder / self.FILE)
 
 
 def distil(
     denoiser: Denoiser,
     student: nn.Module,
-    pictures: CaptionedImages,
+    images: CaptionedImages,
     *,
-    weights: Weights,
+    weights: LossWeights,
     config: TrainConfig,
     out: Path,
     pairs: Sequence[tuple[str, str]] | None = None,
     work: Work = Work(),
 ) -> tuple[TrainingLog, dict[str, Any]]:
-    """Train a pruned network, in place; an interrupted run goes on from ``out``.
+    """Train a pruned network, in place; an interrupted run resumes from ``out``.
 
     Args:
-        denoiser: the whole model.
-        student: with tensors of its own.
-        pictures: to train on.
-        pairs: where features are compared; the stages of the teacher when left out.
-        work: where encodings of the pictures are kept.
+        denoiser: the original model.
+        student: the pruned network, with its own tensors.
+        images: training images.
+        weights: weights of the parts of the loss.
+        config: training settings.
+        out: folder of the run.
+        pairs: pairs of paths whose features are compared; defaults to the stages of the teacher.
+        work: folder for encoded images.
 
     Returns:
-        The log; and how the terms stood at the beginning: the features' weight, and each stage's term.
+        The log, and the initial terms: the features' weight, and each stage's term.
     """
-    pairs = matched(denoiser.network, student) if pairs is None else list(pairs)
-    samples = encoded(denoiser, pictures, work)
-    loss, begins = balanced(denoiser, student, Tuples.of(denoiser, pictures, PROBES, config.seed), pairs, weights)
+    pairs = match_stages(denoiser.network, student) if pairs is None else list(pairs)
+    samples = encode_samples(denoiser, images, work)
+    loss, initial = balance_loss(denoiser, student, Tuples.of(denoiser, images, PROBES, config.seed), pairs, weights)
     task = Task(loss, collate=stacked, weight=lambda batch: len(batch["clean"]), frozen=(denoiser.network,))
     hooks = [Average(weights.average)] if weights.average else []
     settings = {**vars(loss.weights), "teacher": denoiser.describe()["sha256"], "pairs": [list(each) for each in pairs]}
     log = fit(student, samples, task, config, out=out, trainable=lambda name: True, hooks=hooks, settings=settings)
-    return log, begins
+    return log, initial
 
 
-def encoded(denoiser: Denoiser, pictures: CaptionedImages, work: Work = Work()) -> Sequence[dict[str, Tensor]]:
-    """Training samples: x_0 and conditions of each picture.
+def encode_samples(denoiser: Denoiser, images: CaptionedImages, work: Work = Work()) -> Sequence[dict[str, Tensor]]:
+    """Prepare training samples: x_0 and conditions of each image.
 
-    Latents, and the conditions of each distinct caption and class, are computed once and kept in files. Pictures of a
-    pipeline without an autoencoder are decoded when they are asked for, which is as fast as reading what they become.
+    Latents, and the conditions of each distinct caption and class, are computed once and kept in files. Images of a
+    pipeline without an autoencoder are decoded on access, which is as fast as reading the prepared samples.
 
     Args:
-        work: where an interrupted run finds what it has encoded.
+        denoiser: the original model.
+        images: training images.
+        work: folder in which an interrupted run finds its encoded images.
     """
-    items = pictures.items
-    depends = [denoiser.describe(), denoiser.encoders(), denoiser.size, pictures.describe()]
+    items = images.items
+    depends = [denoiser.describe(), denoiser.encoders(), denoiser.size, images.describe()]
     clean: Sequence[dict[str, Tensor]] = Lazy(items, lambda each: {"clean": denoiser.clean([each])[0]})
     if getattr(denoiser.pipeline, "vae", None) is not None:
         clean = Encoded.of(items, lambda rows: {"clean": denoiser.clean(rows)}, work, "latents", depends)
-    told = list(dict.fromkeys((each.text, each.label) for each in items))
-    unseen = [Captioned(np.empty((0, 0, 3), np.uint8), *each) for each in told]
+    stage_terms = list(dict.fromkeys((each.text, each.label) for each in items))
+    unseen = [Captioned(np.empty((0, 0, 3), np.uint8), *each) for each in stage_terms]
     conditions = Encoded.of(unseen, denoiser.conditions, work, "conditions", depends)
-    place = {each: number for number, each in enumerate(told)}
-    return Lazy(range(len(items)), lambda row: {**clean[row], **conditions[place[items[row].text, items[row].label]]})
+    index = {each: number for number, each in enumerate(stage_terms)}
+    return Lazy(range(len(items)), lambda row: {**clean[row], **conditions[index[items[row].text, items[row].label]]})
 
 
 @torch.no_grad()
-def balanced(
-    denoiser: Denoiser, student: Any, rows: Tuples, pairs: Sequence[tuple[str, str]], weights: Weights
-) -> tuple[Distillation, dict[str, Any]]:
-    """The loss with a known weight of features, and how its terms stand on some rows."""
-    loss = Distillation(denoiser, pairs, weights)
+def balance_loss(
+    denoiser: Denoiser, student: Any, rows: Tuples, pairs: Sequence[tuple[str, str]], weights: LossWeights
+) -> tuple[DistillationLoss, dict[str, Any]]:
+    """Create the loss with its weight of features, and report its initial terms on some rows.
+
+    Args:
+        denoiser: the original model.
+        student: the pruned network.
+        rows: samples.
+        pairs: pairs of paths whose features are compared.
+        weights: weights of the parts.
+    """
+    loss = DistillationLoss(denoiser, pairs, weights)
     parts, features = loss.parts(student, rows.to(denoiser.network.device))
     total = float(sum(features))
     feature = weights.feature_weight
     if feature is None:
         feature = float(parts["output"]) / total if weights.features == "normalized" and total > 0 else 1.0
-    told = {path: float(each) for (path, _), each in zip(pairs, features, strict=False)}
-    begins = {"feature": feature, "task": float(parts["task"]), "output": float(parts["output"]), "stages": told}
-    return Distillation(denoiser, pairs, replace(weights, feature_weight=feature)), begins
+    stage_terms = {path: float(each) for (path, _), each in zip(pairs, features, strict=False)}
+    initial = {
+        "feature": feature,
+        "task": float(parts["task"]),
+        "output": float(parts["output"]),
+        "stages": stage_terms,
+    }
+    return DistillationLoss(denoiser, pairs, replace(weights, feature_weight=feature)), initial

@@ -1,4 +1,4 @@
-"""The result: a network of which blocks are gone, written as a pipeline that diffusers loads."""
+"""The result: a network without some blocks, saved as a pipeline that diffusers loads."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class PrunedEvidence(Evidence):
     """Evidence of a pruned denoiser.
 
     Attributes:
-        sites: of the blocks that are gone.
-        form: of what is written.
+        sites: sites of the dropped blocks.
+        form: form of the saved pipeline.
     """
 
     sites: list[str]
@@ -28,14 +28,14 @@ class PrunedEvidence(Evidence):
 
 
 @dataclass(kw_only=True)
-class Pruned(Result):
-    """A pipeline whose network lacks blocks.
+class PrunedDenoiser(Result):
+    """A pipeline whose network lacks some blocks.
 
     Attributes:
-        denoiser: what is left.
-        plan: what is gone.
-        form: in which it is written.
-        log: of its training, where it was trained.
+        denoiser: the pruned denoiser.
+        plan: plan with the dropped blocks.
+        form: form of the saved pipeline.
+        log: training log, if it was healed.
     """
 
     denoiser: Denoiser
@@ -48,13 +48,14 @@ class Pruned(Result):
     needs_folder: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        self.provenance = self.plan.provenance  # one and the same, so that the plan says it too
+        self.provenance = self.plan.provenance  # the same object, so that the plan contains it too
 
     def body(self) -> dict[str, Any]:
+        """Fields of the evidence."""
         return {"sites": self.plan.drop, "form": self.form}
 
     def write(self, folder: Path) -> None:
-        """The pipeline, the plan and the log of a training."""
+        """Write the pipeline, the plan and the training log."""
         self.denoiser.pipeline.save_pretrained(folder)
         if self.form == "native":
             add_class(folder, self.denoiser.part, type(self.denoiser.network).__name__)
@@ -63,11 +64,11 @@ class Pruned(Result):
             self.log.write(folder / LOG)
 
     @classmethod
-    def read(cls, path: str | Path) -> Pruned:
-        """What a folder holds.
+    def read(cls, path: str | Path) -> PrunedDenoiser:
+        """Read a result from a folder.
 
         Raises:
-            CheckpointError, PlanError: when it is missing or damaged.
+            CheckpointError, PlanError: for a missing or damaged folder.
         """
         path = Path(path)
         form = PrunedEvidence.read(path).form

@@ -1,9 +1,9 @@
-"""What it costs to drop each block: one pass of the network without it, beside the whole.
+"""Cost of dropping each block: the output of the network without it, compared with the original's.
 
-    v_i = E || eps({l_i}) - eps_ori ||^2        over (x_0, t, noise, c), the same for all; a mean over elements
+    v_i = E || eps({l_i}) - eps_ori ||^2        over (x_0, t, noise, c), the same for all blocks; a mean over elements
 
-That sum_{i in R} v_i says what dropping R costs holds where the changes are nearly orthogonal; the triangle inequality
-is about norms, and proves nothing of squares. So it is measured, over random sets (:func:`additivity`).
+The sum of v_i over a set R predicts the cost of dropping R if the changes are nearly orthogonal; the triangle
+inequality holds for norms, not for squares. Therefore additivity is measured on random sets (:func:`additivity`).
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ SIZES = (2, 4, 6)  # of random sets
 
 
 @dataclass(frozen=True)
-class Scores:
-    """What dropping each block does, by site.
+class BlockScores:
+    """Effect of dropping each block, by site.
 
     Attributes:
         output: v_i.
-        by_time: v_i over each stretch of time, early times (little noise) first.
-        task: by how much the denoising loss rises.
-        whole: the denoising loss of the whole network.
+        by_time: v_i for each interval of timesteps, starting with little noise.
+        task: rise of the denoising loss.
+        whole: denoising loss of the original network.
     """
 
     output: Mapping[str, float]
@@ -44,11 +44,18 @@ class Scores:
     whole: float
 
 
-def measured(denoiser: Denoiser, tuples: Tuples, *, bins: int, batch: int, work: Work) -> Scores:
-    """Drop one block after the other; a run that was stopped goes on.
+def measure_blocks(denoiser: Denoiser, tuples: Tuples, *, bins: int, batch: int, work: Work) -> BlockScores:
+    """Measure the effect of dropping each block; an interrupted run resumes.
+
+    Args:
+        denoiser: the model.
+        tuples: measurement samples.
+        bins: number of timestep intervals.
+        batch: batch size.
+        work: folder for the journal.
 
     Raises:
-        NumericsError: for a block without which the network says what is no number.
+        NumericsError: for a block without which the network's output is not finite.
     """
     original = predictions(denoiser, denoiser.network, tuples, batch)
     wanted = targets(denoiser, tuples)
@@ -74,33 +81,53 @@ def measured(denoiser: Denoiser, tuples: Tuples, *, bins: int, batch: int, work:
             count()
     wrong = next((site for site, each in found.items() if not np.isfinite(each["output"])), None)
     if wrong is not None:
-        raise NumericsError(f"without {wrong} the network says what is no number: measure in float32")
+        raise NumericsError(f"without {wrong} the network's output is not finite: measure in float32")
     columns = {name: {site: each[name] for site, each in found.items()} for name in ("output", "by_time", "task")}
-    return Scores(columns["output"], columns["by_time"], columns["task"], whole)
+    return BlockScores(columns["output"], columns["by_time"], columns["task"], whole)
 
 
 def joint(denoiser: Denoiser, tuples: Tuples, sites: Sequence[str], batch: int) -> tuple[float, float]:
-    """What dropping a whole set changes of the output, and the denoising loss without it."""
+    """Measure dropping a whole set: the change of the output, and the denoising loss.
+
+    Args:
+        denoiser: the model.
+        tuples: measurement samples.
+        sites: the set.
+        batch: batch size.
+    """
     original = predictions(denoiser, denoiser.network, tuples, batch)
     found = predictions(denoiser, denoiser.blocks.without(sites), tuples, batch)
     return float(error(found, original).mean()), float(error(found, targets(denoiser, tuples)).mean())
 
 
 def random_sets(sites: Sequence[str], count: int, seed: int) -> list[list[str]]:
-    """Sets of two, four and six blocks in turn, drawn by chance."""
-    drawn = np.random.default_rng(seed)
+    """Choose random sets of two, four and six blocks in turn.
+
+    Args:
+        sites: all sites.
+        count: number of sets.
+        seed: random seed.
+    """
+    generator = np.random.default_rng(seed)
     sizes = [min(SIZES[number % len(SIZES)], len(sites)) for number in range(count)]
-    return [drawn.choice(sites, size, replace=False).tolist() for size in sizes]
+    return [generator.choice(sites, size, replace=False).tolist() for size in sizes]
 
 
 def additivity(
     denoiser: Denoiser, tuples: Tuples, scores: Mapping[str, float], sets: Sequence[Sequence[str]], batch: int
 ) -> dict[str, Any]:
-    """How far sums of scores say what dropping sets of blocks costs.
+    """Measure how well sums of scores predict the cost of dropping sets of blocks.
+
+    Args:
+        denoiser: the model.
+        tuples: measurement samples.
+        scores: v_i by site.
+        sets: sets of sites.
+        batch: batch size.
 
     Returns:
-        Rank and linear correlation of sum and measurement, the median of measurement over sum, the pair of which the
-        two differ most, and all points.
+        Rank and linear correlation of sum and measurement, the median ratio of measurement to sum, the pair of blocks
+        with the largest deviation, and all points.
     """
     original = predictions(denoiser, denoiser.network, tuples, batch)
     with tracker("measuring sets", len(sets)) as count:
@@ -123,7 +150,7 @@ def additivity(
 
 
 def magnitudes(denoiser: Denoiser) -> dict[str, float]:
-    """The baseline: the mean absolute weight of what is gone with each block."""
+    """Baseline: the mean absolute weight of each block, without its shortcut."""
     found = {}
     for site in denoiser.blocks.sites:
         kept = {id(each) for part in denoiser.blocks.kept(site) for each in part.parameters()}
@@ -133,7 +160,13 @@ def magnitudes(denoiser: Denoiser) -> dict[str, float]:
 
 
 def taylor(denoiser: Denoiser, tuples: Tuples, batch: int) -> dict[str, float]:
-    """The baseline: how the denoising loss changes to first order, |sum g w| over what is gone with each block."""
+    """Baseline: first-order change of the denoising loss, |sum g w| over each block without its shortcut.
+
+    Args:
+        denoiser: the model.
+        tuples: measurement samples.
+        batch: batch size.
+    """
     parameters = {name: each.detach().requires_grad_() for name, each in denoiser.network.named_parameters()}
     total = dict.fromkeys(denoiser.blocks.sites, 0.0)
 

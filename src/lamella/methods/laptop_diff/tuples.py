@@ -1,4 +1,4 @@
-"""What a network is measured on: pictures, times, noise and conditions, the same ones for every question."""
+"""Measurement samples: images, timesteps, noise and conditions, the same for all measurements."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Tuples:
 
     Attributes:
         clean: x_0 [rows, channels, height, width].
-        timesteps: t [rows], spread evenly over all of them, so that each stretch has its share.
-        noise: as ``clean``.
-        conditions: what the network is told, by name; a row for each.
+        timesteps: t [rows], spread evenly, so that all intervals are represented equally.
+        noise: in the shape of ``clean``.
+        conditions: conditioning inputs by name, with one row per sample.
     """
 
     clean: Tensor
@@ -29,53 +29,83 @@ class Tuples:
     conditions: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, denoiser: Denoiser, pictures: CaptionedImages, count: int, seed: int = 0) -> Tuples:
-        """Draw so many of them; pictures come again where there are fewer."""
-        drawn = torch.Generator().manual_seed(seed)
-        rows = [pictures.items[number % len(pictures)] for number in range(count)]
+    def of(cls, denoiser: Denoiser, images: CaptionedImages, count: int, seed: int = 0) -> Tuples:
+        """Sample rows; images are repeated if there are too few.
+
+        Args:
+            denoiser: the model.
+            images: the images.
+            count: number of rows.
+            seed: random seed.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        rows = [images.items[number % len(images)] for number in range(count)]
         clean = denoiser.clean(rows)
-        even = (torch.arange(count) + torch.rand(count, generator=drawn)) / count * denoiser.timesteps
-        timesteps = even.long()[torch.randperm(count, generator=drawn)]
-        return cls(clean, timesteps, torch.randn(clean.shape, generator=drawn), denoiser.conditions(rows))
+        even = (torch.arange(count) + torch.rand(count, generator=generator)) / count * denoiser.timesteps
+        timesteps = even.long()[torch.randperm(count, generator=generator)]
+        return cls(clean, timesteps, torch.randn(clean.shape, generator=generator), denoiser.conditions(rows))
 
     def __len__(self) -> int:
         return len(self.clean)
 
     def batches(self, size: int) -> Iterator[Tuples]:
-        """All rows, so many at once."""
+        """Split the rows into batches of ``size``."""
         for start in range(0, len(self), size):
             chosen = slice(start, start + size)
             conditions = {name: each[chosen] for name, each in self.conditions.items()}
             yield Tuples(self.clean[chosen], self.timesteps[chosen], self.noise[chosen], conditions)
 
     def to(self, device: torch.device) -> Tuples:
-        """All of it on a device."""
+        """Move all tensors to a device."""
         conditions = {name: each.to(device) for name, each in self.conditions.items()}
         return Tuples(self.clean.to(device), self.timesteps.to(device), self.noise.to(device), conditions)
 
     def bins(self, denoiser: Denoiser, count: int) -> Tensor:
-        """Which of so many equal stretches of time each row lies in [rows]."""
+        """Index of the timestep interval of each row [rows].
+
+        Args:
+            denoiser: the model.
+            count: number of equal intervals.
+        """
         return self.timesteps * count // denoiser.timesteps
 
 
 @torch.no_grad()
 def predictions(denoiser: Denoiser, network: object, tuples: Tuples, batch: int) -> Tensor:
-    """What a network says of all rows [rows, channels, height, width]."""
+    """Compute a network's predictions for all rows, in batches [rows, channels, height, width].
+
+    Args:
+        denoiser: the model.
+        network: the network.
+        tuples: the rows.
+        batch: batch size.
+    """
     return torch.cat([predicted(denoiser, network, each) for each in tuples.batches(batch)])
 
 
 def predicted(denoiser: Denoiser, network: object, tuples: Tuples) -> Tensor:
-    """What a network says of some rows at once, on its device; the answer comes back from there."""
+    """Compute a network's predictions for some rows at once, on its device; the result is on the CPU.
+
+    Args:
+        denoiser: the model.
+        network: the network.
+        tuples: the rows.
+    """
     rows = tuples.to(denoiser.network.device)
     noisy = denoiser.noising.add_noise(rows.clean, rows.noise, rows.timesteps)
     return denoiser.predict(network, noisy, rows.timesteps, rows.conditions).cpu()
 
 
 def targets(denoiser: Denoiser, tuples: Tuples) -> Tensor:
-    """What it should say."""
+    """The training targets of rows."""
     return denoiser.target(tuples.clean, tuples.noise, tuples.timesteps)
 
 
 def error(one: Tensor, other: Tensor) -> Tensor:
-    """The mean squared difference of each row [rows]."""
+    """Mean squared difference of each row [rows].
+
+    Args:
+        one: [rows, ...].
+        other: [rows, ...].
+    """
     return (one.double() - other.double()).square().flatten(1).mean(dim=1)

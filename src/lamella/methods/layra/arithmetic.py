@@ -1,10 +1,10 @@
-"""Model arithmetic: a language that was learnt beside the base model, and the abilities of its instruct sibling.
+"""Model arithmetic: combine a language learned by the base model with the abilities of its instruct sibling.
 
     theta = theta_0 + lambda Delta + lambda' (theta_I - theta_0)
 
-on dense weights: norms, embeddings and head belong to the difference too, and come from theta_I alone. lambda' = 1 is
-Delta added to theta_I. Both differences touch the last layers, so a lambda' below 1 is often better; which one differs
-by task (the paper tunes it), so :func:`equip` scans it on text of yours.
+on dense weights: norms, embeddings and head are part of the difference too, and come from theta_I alone. lambda' = 1
+adds Delta to theta_I. Both differences change the last layers, so a lambda' below 1 is often better; the best value
+depends on the task (the paper tunes it), so :func:`equip` scans it on text of the user.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from lamella.train.adapters import check_fits
 
 NONE: dict[str, Language] = {}
 SCAN = tuple(step / 10 for step in range(13))  # lambda' from 0 to 1.2
-UNRELATED = 1.0  # |theta_I - theta_0| / |theta_0|: two models that were trained apart are about 1.4 from each other
+UNRELATED = 1.0  # |theta_I - theta_0| / |theta_0|: about 1.4 for two independently trained models
 
 
 @dataclass(kw_only=True)
 class Equipped(Edit):
-    """A model with a language and with what its sibling was taught.
+    """A model with a new language and the abilities of its instruct sibling.
 
     Attributes:
         weight, instruct_weight: lambda and lambda'.
         distance: |theta_I - theta_0| / |theta_0|.
-        scan: bits per byte of every language judged, by lambda'; empty where it was given.
+        scan: bits per byte of every test language, by lambda'; empty if lambda' was given.
     """
 
     weight: float
@@ -56,11 +56,11 @@ class Equipped(Edit):
         self.notes = self._notes()
 
     def _notes(self) -> list[str]:
-        found = [f"The instruct model is {self.distance:.3f} of the base model's norm away from it."]
+        found = [f"Relative distance of the instruct model from the base model: {self.distance:.3f} of its norm."]
         if self.scan:
             edge = self.instruct_weight in (min(self.scan), max(self.scan))
-            said = "at the edge of what was scanned, so it trades nothing off" if edge else "inside what was scanned"
-            found.append(f"lambda' = {self.instruct_weight:g} is best for this text, {said}.")
+            place = "at the edge of the scan, so there is no trade-off" if edge else "inside the scanned range"
+            found.append(f"lambda' = {self.instruct_weight:g} is best for this text, {place}.")
         return found
 
 
@@ -74,18 +74,18 @@ def equip(
     weight: float = 1.0,
     instruct_weight: float | None = None,
 ) -> Equipped:
-    """Give a model that has learnt a language the abilities of its instruct sibling, without data in that language.
+    """Add the abilities of an instruct sibling to a model with a new language, without data in that language.
 
     Args:
         stack: theta_0, the base model.
         instruct: theta_I, its sibling: the same revision of the base, instruction-tuned.
-        adapter: Delta, of the language.
-        judged: text to choose lambda' by, such as answers in the new language; not that which is reported on.
+        adapter: Delta, the adapter of the language.
+        judged: text for choosing lambda', such as answers in the new language; it must differ from the test text.
         weight: lambda; the paper's 1.
-        instruct_weight: lambda'; the best of 0 to 1.2 for the mean over ``judged`` when left out, or 1 without any.
+        instruct_weight: lambda'; defaults to the best of 0 to 1.2 for the mean over ``judged``, or 1 without such text.
 
     Raises:
-        MethodError: for models that differ in a name or shape, or that were not made of one another.
+        MethodError: for models that differ in a name or shape, or do not share a base.
         TrainingError: for an adapter of another model or revision.
     """
     distance = check_siblings(stack, instruct)
@@ -106,9 +106,9 @@ def arithmetic(
     adapters: Sequence[tuple[Adapter, float]] = (),
     siblings: Sequence[tuple[Stack, float]] = (),
 ) -> Stack:
-    """theta_0 + sum_k lambda_k Delta_k + sum_i lambda'_i (theta_i - theta_0), in float32, rounded once.
+    """Compute theta_0 + sum_k lambda_k Delta_k + sum_i lambda'_i (theta_i - theta_0), in float32, rounded once.
 
-    With all weights 0 it is theta_0 to the bit, and with one lambda' = 1 and nothing else that sibling.
+    With all weights 0 the result is bitwise equal to theta_0, and with a single lambda' = 1 to that sibling.
 
     Args:
         stack: theta_0; it is not changed.
@@ -116,7 +116,7 @@ def arithmetic(
         siblings: theta_i with lambda'_i, see :func:`check_siblings`.
 
     Raises:
-        MethodError, TrainingError: as :func:`equip` does.
+        MethodError, TrainingError: as for :func:`equip`.
     """
     for adapter, _ in adapters:
         check_fits(stack, adapter)
@@ -141,21 +141,25 @@ def arithmetic(
 
 @torch.no_grad()
 def check_siblings(base: Stack, other: Stack) -> float:
-    """Check that weights of two models can be subtracted, and that one was made of the other.
+    """Check that the weights of two models can be subtracted, and that both share a base.
+
+    Args:
+        base: theta_0.
+        other: theta.
 
     Returns:
         |theta - theta_0| / |theta_0| over all parameters.
 
     Raises:
-        MethodError: naming the first thing that differs.
+        MethodError: with the first difference.
     """
     ours, theirs = (dict(each.model.named_parameters()) for each in (base, other))
     for name in {**ours, **theirs}:
         shapes = [list(each[name].shape) if name in each else None for each in (ours, theirs)]
         if shapes[0] != shapes[1]:
             raise MethodError(
-                f"{name} is {shapes[0]} in {base.name} and {shapes[1]} in {other.name}: their weights cannot be added; "
-                "give two models of one base"
+                f"{name} is {shapes[0]} in {base.name} and {shapes[1]} in {other.name}, so their weights cannot be "
+                "added: give two models with the same base"
             )
     apart = sum(
         float((theirs[name].to(ours[name].device).float() - ours[name].float()).square().sum()) for name in ours
@@ -163,14 +167,14 @@ def check_siblings(base: Stack, other: Stack) -> float:
     distance = (apart / sum(float(each.float().square().sum()) for each in ours.values())) ** 0.5
     if distance >= UNRELATED:
         raise MethodError(
-            f"{other.name} is {distance:.2f} of its norm away from {base.name}, as an unrelated model is: give the "
-            "revision of the base that it was made of"
+            f"the relative distance of {other.name} from {base.name} is {distance:.2f}, as for unrelated models: give "
+            "the revision of the base that it was made from"
         )
     return distance
 
 
 def _put(model: Any, old: nn.Parameter, value: torch.Tensor) -> None:
-    """Let a model use a new tensor wherever it used the old one, so that tied weights stay tied."""
+    """Replace a parameter by a new tensor wherever it is used, so that tied weights stay tied."""
     new = nn.Parameter(value, requires_grad=old.requires_grad)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):

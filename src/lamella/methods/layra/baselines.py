@@ -1,7 +1,7 @@
-"""What LayRA must be compared with: the same training in other places, of other sizes, and of all weights.
+"""Baselines of LayRA: the same training in other layers, with other sizes, and of all weights.
 
-Every method has a rate of its own, so each is trained with several, and the fair question is what a method has
-forgotten *when it has learnt as much as the others* (:func:`at_equal_loss`), beside where it ends
+Every method has its own best learning rate, so each is trained with several. The fair comparison is how much a method
+has forgotten *when it has learned as much as the others* (:func:`at_equal_loss`), in addition to its end point
 (:func:`lamella.search.pareto`).
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 from lamella.errors import MethodError
 from lamella.methods.layra.edges import Edges, sites_of_layers
 from lamella.methods.layra.languages import Language, measure
-from lamella.methods.layra.recipe import Shape, adapted, learn
+from lamella.methods.layra.recipe import AdapterShape, learn, with_adapters
 from lamella.stack import Stack, share
 from lamella.train import (
     Feed,
@@ -36,14 +36,14 @@ Curve = Sequence[float]
 
 
 @dataclass(frozen=True)
-class Arm:
+class LanguageArm:
     """One way of learning a language.
 
     Attributes:
-        name: of the arm.
-        layers: which of them train; None: every weight of the model.
+        name: name of the arm.
+        layers: layers to train; None for every weight of the model.
         r: rank of the adapters; None trains the weights themselves.
-        replay: share of each batch that is old text, where there is some; an upper bound for methods without.
+        replay: fraction of each batch that is old text, if available; an upper bound for methods without it.
     """
 
     name: str
@@ -52,41 +52,41 @@ class Arm:
     replay: float = 0.0
 
 
-def arms(edges: Edges, r: int = 8, replay: float = 0.0) -> dict[str, Arm]:
-    """LayRA and its controls: other places of the same size, all layers, and full rank.
+def arms(edges: Edges, r: int = 8, replay: float = 0.0) -> dict[str, LanguageArm]:
+    """LayRA and its baselines: other layers with the same size, all layers, and full rank.
 
     Args:
         edges: S.
-        r: of LayRA.
-        replay: alpha of the upper bound with old text; 0 leaves it out.
+        r: rank of LayRA.
+        replay: fraction of old text in the upper bound with replay; 0 omits it.
     """
     size, whole = len(edges.indices), tuple(range(edges.layers))
     middle = (edges.layers - size) // 2
     known = [
-        Arm("full", None, None),
-        Arm("full, same layers", edges.indices, None),
-        Arm("lora", whole, r),
-        Arm("lora, same parameters", whole, max(1, round(r * size / edges.layers))),
-        Arm("layra", edges.indices, r),
-        Arm("lora, middle", whole[middle : middle + size], r),
-        Arm("lora, first", whole[:size], r),
-        Arm("lora, last", whole[-size:], r),
+        LanguageArm("full", None, None),
+        LanguageArm("full, same layers", edges.indices, None),
+        LanguageArm("lora", whole, r),
+        LanguageArm("lora, same parameters", whole, max(1, round(r * size / edges.layers))),
+        LanguageArm("layra", edges.indices, r),
+        LanguageArm("lora, middle", whole[middle : middle + size], r),
+        LanguageArm("lora, first", whole[:size], r),
+        LanguageArm("lora, last", whole[-size:], r),
     ]
     if replay:
-        known.append(Arm("layra, replay", edges.indices, r, replay))
+        known.append(LanguageArm("layra, replay", edges.indices, r, replay))
     return {arm.name: arm for arm in known}
 
 
 @dataclass(frozen=True)
-class Course:
-    """What one arm did with one rate, language by language.
+class ArmResult:
+    """Results of one arm with one learning rate, language by language.
 
     Attributes:
         arm: its name.
-        lr: the highest rate.
-        trainable: how many numbers trained.
-        rows: bits per byte of every language: before, and after each language was learnt.
-        curve: the same while the first of them was learnt, by language.
+        lr: the highest learning rate.
+        trainable: number of trained parameters.
+        rows: bits per byte of every language: before, and after each language was learned.
+        curve: bits per byte while the first language was learned, by language.
     """
 
     arm: str
@@ -96,13 +96,13 @@ class Course:
     curve: dict[str, list[float]]
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON values; ``Course(**...)`` makes it again."""
+        """Convert to JSON values; ``ArmResult(**...)`` restores it."""
         return asdict(self)
 
 
 def follow(
     stack: Stack,
-    arm: Arm,
+    arm: LanguageArm,
     languages: Mapping[str, Language],
     watched: Mapping[str, Language],
     config: TrainConfig,
@@ -111,22 +111,25 @@ def follow(
     curves: Sequence[str] = (),
     old: Sequence[Sample] = (),
     alpha: int = 16,
-) -> tuple[Course, Stack]:
-    """Learn languages one after the other, each from where the one before ended.
+) -> tuple[ArmResult, Stack]:
+    """Learn languages one after the other, each from the end of the previous one.
 
     Args:
         stack: the model; it is not changed.
-        arm: how.
-        languages: what to learn, in this order.
-        watched: whose held-out text is measured, these languages among them.
-        curves: for which of them it is also measured on the way, every ``config.eval_every`` steps of the first.
-        config: rate, length and seed, as of :func:`lamella.methods.layra.layra`.
-        work: a folder for checkpoints; called again, also with more languages behind these, it goes on.
-        old: old text, for an arm that replays.
-        alpha: of adapters.
+        arm: the arm.
+        languages: languages to learn, in order.
+        watched: languages whose held-out text is measured, including these.
+        config: learning rate, length and seed, as for :func:`lamella.methods.layra.layra`.
+        work: folder for checkpoints, from which a repeated call resumes, also with further languages appended.
+        curves: which of ``watched`` are also measured every ``config.eval_every`` steps of the first language.
+        old: old text, for an arm with replay.
+        alpha: scale of the adapters.
+
+    Returns:
+        The results, and the model.
     """
     if arm.replay and not old:
-        raise MethodError(f"'{arm.name}' replays old text: give some, or leave it out")
+        raise MethodError(f"'{arm.name}' replays old text: give old text, or omit this arm")
     rows, curve, trainable, current = [measure(stack.model, watched, config.batch)], {}, 0, stack
     for number, (name, language) in enumerate(languages.items()):
         held_out = {} if number else {each: watched[each].held_out for each in curves}
@@ -137,16 +140,16 @@ def follow(
         rows.append(measure(current.model, watched, config.batch))
         if number == 0:
             curve = {each: [watched[each].bits(point.parts[each]) for point in log.held_out] for each in held_out}
-    return Course(arm.name, config.lr or 0.0, trainable, rows, curve), current
+    return ArmResult(arm.name, config.lr or 0.0, trainable, rows, curve), current
 
 
 def _step(
-    stack: Stack, arm: Arm, samples: Sequence[Sample], config: TrainConfig, alpha: int, job: dict[str, Any]
+    stack: Stack, arm: LanguageArm, samples: Sequence[Sample], config: TrainConfig, alpha: int, job: dict[str, Any]
 ) -> tuple[Stack, int, TrainingLog]:
-    """One language: the model after it, how many numbers trained, and the log."""
+    """Learn one language: the model after it, the number of trained parameters, and the log."""
     if arm.r is not None:
         sites = sites_of_layers(arm.layers or tuple(range(len(stack))))
-        view, lora = adapted(stack, sites, Shape(arm.r, alpha), config.seed)
+        view, lora = with_adapters(stack, sites, AdapterShape(arm.r, alpha), config.seed)
         adapter, log = learn(view, lora, samples, config, **job)
         return merge(stack, adapter), adapter.parameters, log
     view = share(stack.model)
@@ -161,37 +164,38 @@ def _step(
     return with_weights_of(stack, view), sum(each.numel() for each in choose(view, trains).values()), log
 
 
-# What was forgotten when as much was learnt
+# Forgetting at equal learning
 
 
 def at_equal_loss(new: Curve, old: Curve, target: float) -> float | None:
     """The loss on old text at the moment when that on the new language first reached ``target``.
 
-    Between two points of a curve both losses are taken to move in a straight line.
+    Both losses are interpolated linearly between two points of a curve.
 
     Args:
-        new, old: the two losses at the same steps, from before the first.
+        new: loss on the new language at each evaluation, starting before the first step.
+        old: loss on old text at the same steps.
         target: a loss on the new language.
 
     Returns:
-        None when the target was never reached.
+        The loss on old text; None if the target was never reached.
 
     >>> at_equal_loss([4.0, 2.0, 1.0], [1.0, 3.0, 4.0], 1.5)
     3.5
     """
-    for place, loss in enumerate(new):
+    for index, loss in enumerate(new):
         if loss <= target:
-            if place == 0:
+            if index == 0:
                 return old[0]
-            part = (new[place - 1] - target) / (new[place - 1] - loss)
-            return old[place - 1] + part * (old[place] - old[place - 1])
+            part = (new[index - 1] - target) / (new[index - 1] - loss)
+            return old[index - 1] + part * (old[index] - old[index - 1])
     return None
 
 
-def common_loss(courses: Mapping[str, Sequence[Curve]]) -> float:
-    """The lowest loss on the new language that every arm reaches with one of its rates.
+def common_loss(curves: Mapping[str, Sequence[Curve]]) -> float:
+    """The lowest loss on the new language that every arm reaches with one of its learning rates.
 
     Args:
-        courses: the curves of each arm, one for each rate.
+        curves: the curves of each arm, one per learning rate.
     """
-    return max(min(min(curve) for curve in curves) for curves in courses.values())
+    return max(min(min(curve) for curve in curves) for curves in curves.values())

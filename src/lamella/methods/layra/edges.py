@@ -1,4 +1,4 @@
-"""Which layers are adapted: the first ones and the last ones of a stack."""
+"""The adapted layers: the first and the last ones of a stack."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lamella.errors import MethodError
 
-FIRST, LAST = 0.31, 0.0625  # of all layers: 10 and 2 of the paper's 32, for other depths (ours)
+FIRST, LAST = 0.31, 0.0625  # fractions of all layers: the paper's 10 and 2 of 32, scaled to other depths by Lamella
 
 
 @dataclass(frozen=True)
@@ -14,14 +14,14 @@ class Edges:
     """S = {0 .. first - 1} and {layers - last .. layers - 1}.
 
     Attributes:
-        layers: L, of the whole stack.
-        first, last: a and b, how many are adapted at each end.
+        layers: L, number of layers of the stack.
+        first, last: a and b, number of adapted layers at each end.
 
     >>> Edges(8, 3, 1).indices
     (0, 1, 2, 7)
 
     Raises:
-        MethodError: when they are none, or overlap.
+        MethodError: if there are none, or they overlap.
     """
 
     layers: int
@@ -31,17 +31,18 @@ class Edges:
     def __post_init__(self) -> None:
         if not 1 <= self.first + self.last <= self.layers:
             raise MethodError(
-                f"first {self.first} and last {self.last} of {self.layers} layers: give two numbers that add up "
-                f"to at least 1 and at most {self.layers}"
+                f"first {self.first} and last {self.last} of {self.layers} layers: their sum must be "
+                f"at least 1 and at most {self.layers}"
             )
 
     @classmethod
     def of(cls, layers: int, first: int | None = None, last: int | None = None) -> Edges:
-        """What is not given is scaled to the depth: 10 + 2 of 32 layers, 9 + 2 of 28 and 30, 2 + 1 of 8.
+        """Scale unspecified values to the depth: 10 + 2 of 32 layers, 9 + 2 of 28 and 30, 2 + 1 of 8.
 
         Args:
             layers: L.
-            first, last: a and b; the paper has about 10 and 2 for models of 32 and 28 layers.
+            first: a; the paper uses about 10 for models of 32 and 28 layers.
+            last: b; the paper uses about 2.
         """
         return cls(
             layers,
@@ -51,15 +52,15 @@ class Edges:
 
     @property
     def indices(self) -> tuple[int, ...]:
-        """The numbers of the adapted layers."""
+        """Indices of the adapted layers."""
         return (*range(self.first), *range(self.layers - self.last, self.layers))
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """The same as sites."""
+        """Sites of the adapted layers."""
         return sites_of_layers(self.indices)
 
 
 def sites_of_layers(layers: tuple[int, ...] | range) -> tuple[str, ...]:
-    """Whole layers as sites."""
+    """Sites of whole layers."""
     return tuple(f"layers.{layer}" for layer in layers)

@@ -2,23 +2,23 @@
 
 Owodunni and Kumar, "Continually Adding New Languages to Multilingual Language Models", arXiv 2509.11414.
 
-A released model lacks a language, and the data that it was trained on is not at hand, so nothing can be replayed.
-Trained on the new language alone, it forgets those that it has. LayRA leaves the middle of the stack as it is::
+A released model lacks a language, and its training data is not available, so it cannot be replayed. Trained on the new
+language alone, it forgets those that it has. LayRA leaves the middle of the stack unchanged::
 
     layers     0 .. a-1     |     a .. L-b-1      |   L-b .. L-1
-               encode the   |   work in the       |   say it in the
-               language     |   inner language    |   language again
+               encode the   |   work in the       |   generate in the
+               language     |   inner language    |   language
                W + (alpha/r) B A  |   W, frozen   |   W + (alpha/r) B A
 
     for each language:      train A, B on its text alone;  theta <- theta + Delta;  measure all languages
     in the end:             theta + lambda Delta + lambda' (theta_instruct - theta)      (arithmetic.py)
 
-The paper's S, the first 10 and the last 2 layers of 32, follows from studies of how multilingual models work. Where the
-stages of *your* model begin and end can be measured (pivot.py; ours), and whether the choice pays is asked by controls
-of the same size in other layers (baselines.py).
+The paper's S, the first 10 and the last 2 layers of 32, follows from studies of how multilingual models work. The
+stages of *your* model can be measured (pivot.py, an addition of Lamella), and baselines of the same size in other
+layers test whether the choice pays (baselines.py).
 
-What is adapted decides neither the memory of training nor its time in proportion: the lowest layer is adapted, so
-gradients cross the whole stack, and all activations are kept.
+Memory and time of training do not shrink in proportion to the adapted layers: the lowest layer is adapted, so gradients
+pass through the whole stack, and all activations are kept.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lamella.errors import MethodError
 from lamella.files import Work
 from lamella.methods.layra.edges import Edges
 from lamella.methods.layra.languages import Language, Matrix, measure
-from lamella.methods.layra.recipe import TRAINING, Shape, adapted, learn
+from lamella.methods.layra.recipe import TRAINING, AdapterShape, learn, with_adapters
 from lamella.plan.fingerprint import revision
 from lamella.registry import method
 from lamella.results import Result
@@ -47,15 +47,15 @@ NONE: dict[str, Language] = {}
 
 @dataclass(kw_only=True)
 class Added(Result):
-    """A model with languages added; its folder is that of a peft adapter.
+    """A model with new languages; its folder is that of a peft adapter.
 
     Attributes:
         stack: the model with everything merged; it shares all other tensors with the original.
         adapter: all languages as one adapter for the original.
-        adapters: what was trained at each step. In sequence, each is for the model with those before it merged.
+        adapters: the adapter of each step. With ``sequential``, each is for the model with the previous ones merged.
         edges: the adapted layers.
         matrix: bits per byte of every language, before and after each step.
-        logs: of the training runs.
+        logs: training logs.
     """
 
     stack: Stack
@@ -77,7 +77,7 @@ class Added(Result):
         self.notes = notes(self.matrix)
 
     def write(self, folder: Path) -> None:
-        """The adapter of all languages as plain peft loads and merges it, and in ``steps`` what each step trained."""
+        """Write the adapter of all languages, which plain peft loads and merges, and in ``steps`` that of each step."""
         self.adapter.write_into(folder)
         for name, each in self.adapters.items() if len(self.adapters) > 1 else ():
             place = folder / "steps" / name
@@ -86,25 +86,25 @@ class Added(Result):
 
     @classmethod
     def read(cls, path: Path) -> Adapter:
-        """All languages as one adapter, from a folder of results."""
+        """Read all languages as one adapter, from a result folder."""
         return Adapter.open(path)
 
 
 def notes(matrix: Matrix) -> list[str]:
-    """What a reader must know, each in one sentence."""
-    found = [f"{name}: {matrix.learning(name):.3f} bits per byte learnt." for name in matrix.new]
+    """Summarise the matrix in sentences."""
+    found = [f"{name}: {matrix.learning(name):.3f} bits per byte learned." for name in matrix.new]
     if matrix.old:
         rises = {name: matrix.forgetting(names=[name]) for name in matrix.old}
         worst = max(rises, key=lambda name: rises[name])
         found.append(
-            f"Old languages cost {matrix.forgetting():.3f} bits per byte more on average, {worst} most "
+            f"Loss on old languages rose by {matrix.forgetting():.3f} bits per byte on average, most for {worst} "
             f"({rises[worst]:.3f})."
         )
     else:
-        found.append("No old language was measured, so nothing is known of what was forgotten.")
+        found.append("No old language was measured, so forgetting is unknown.")
     again = [f"{name} {loss:.3f}" for name, loss in matrix.retention().items() if loss > 0]
     if again:
-        found.append(f"Lost again since their own turn, in bits per byte: {', '.join(again)}.")
+        found.append(f"Forgotten again since they were learned, in bits per byte: {', '.join(again)}.")
     return found
 
 
@@ -118,33 +118,33 @@ def layra(
     last: Annotated[int, Ge(0)] | None = None,
     protocol: Protocol = "sequential",
     weight: float = 1.0,
-    shape: Shape = Shape(),  # noqa: B008, frozen
+    shape: AdapterShape = AdapterShape(),  # noqa: B008, frozen
     config: TrainConfig = TRAINING,
     work: Work = Work(),
 ) -> Added:
-    """Teach a model new languages by adapters in its first and last layers, and measure what it forgets.
+    """Add languages to a model by adapters in its first and last layers, and measure what it forgets.
 
     Args:
         stack: a pre-trained decoder, not an instruction-tuned one; it is not changed.
-        languages: what to learn, in this order: raw text of each new language, nothing else.
-        old: what the model should keep: English first of all, which usually loses most. Nothing trains on it.
-        first: how many layers at the bottom are adapted, a; the paper's 10 of 28 or 32, scaled to the depth.
-        last: how many at the top, b; the paper's 2, scaled to the depth.
-        protocol: ``sequential`` merges each language's adapter and starts a fresh one; ``series`` trains on the same
-            adapter; ``joint`` is one adapter on the mixture of all; ``separate`` learns each from the original, and
-            adds them up.
-        weight: what each language's adapter counts, lambda, under ``separate``.
+        languages: languages to learn, in order: raw text only.
+        old: languages to keep: English first, which usually loses most. They are not trained on.
+        first: a, number of adapted layers at the bottom; the paper's 10 of 28 or 32, scaled to the depth.
+        last: b, number at the top; the paper's 2, scaled to the depth.
+        protocol: ``sequential`` merges each language's adapter and starts a new one; ``series`` continues the same
+            adapter; ``joint`` trains one adapter on the mixture of all; ``separate`` trains each on the original, and
+            adds them.
+        weight: lambda, weight of each language's adapter with ``separate``.
         shape: rank, scale and targets of the adapters.
-        config: of the training of each language: the paper's rate of 3e-4 and one pass. With ``eval_every`` its log has
-            the held-out losses of all languages on the way. Its seed is also that of the adapters' random halves.
-        work: where an interrupted run goes on from, to the same result.
+        config: training settings per language: the paper's learning rate of 3e-4 and one epoch. With ``eval_every``,
+            the log contains the held-out losses of all languages. The seed also initialises the adapters.
+        work: folder from which an interrupted run resumes with the same result.
 
     Returns:
         The model with all languages, as adapters and merged.
 
     Raises:
         MethodError: for options that do not fit each other or the model.
-        TrainingError: when training cannot start or stay finite.
+        TrainingError: when training cannot start or does not stay finite.
     """
     edges = Edges.of(len(stack), first, last)
     _check(stack, languages, old, protocol, weight)
@@ -156,12 +156,12 @@ def layra(
     matrix.add("before", measure(stack.model, known, config.batch))
     base, current = revision(stack.model), stack
     folder = work.directory()
-    view, lora = adapted(stack, edges.sites, shape, config.seed)
+    view, lora = with_adapters(stack, edges.sites, shape, config.seed)
     for number, (step, samples) in enumerate(_steps(languages, protocol).items()):
         turn = replace(config, seed=config.seed + number)
         if number and protocol != "series":
             start = current if protocol == "sequential" else stack
-            view, lora = adapted(start, edges.sites, shape, turn.seed)
+            view, lora = with_adapters(start, edges.sites, shape, turn.seed)
         out = folder / f"{number + 1}-{step}"
         adapters[step], logs[step] = learn(view, lora, samples, turn, out=out, held_out=held_out)
         current = merge(stack, _whole(adapters, base, protocol, weight))
@@ -171,16 +171,16 @@ def layra(
 
 
 def _steps(languages: Mapping[str, Language], protocol: Protocol) -> dict[str, list[Any]]:
-    """What is trained on, one step after the other."""
+    """Training samples of each step."""
     if protocol != "joint":
         return {name: list(each.samples) for name, each in languages.items()}
     return {"+".join(languages): [sample for each in languages.values() for sample in each.samples]}
 
 
 def _whole(adapters: Mapping[str, Adapter], base: str, protocol: Protocol, weight: float) -> Adapter:
-    """All that was learnt so far, as one adapter for the original."""
+    """Combine all steps so far into one adapter for the original."""
     if protocol in ("series", "joint"):
-        return list(adapters.values())[-1]  # it has all languages
+        return list(adapters.values())[-1]  # it contains all languages
     weights = [weight if protocol == "separate" else 1.0] * len(adapters)
     return concatenate([replace(each, base=base) for each in adapters.values()], weights)
 
@@ -191,10 +191,10 @@ def _check(
     if not stack.architecture.causal:
         raise MethodError(f"layra works on decoders; {stack.name} is a {stack.architecture.name}")
     if weight != 1.0 and protocol != "separate":
-        raise MethodError(f"weight {weight:g} is for protocol 'separate'; the others train what they add")
+        raise MethodError(f"weight {weight:g} is only for protocol 'separate'; the others train the combined adapter")
     if not languages:
-        raise MethodError("there are no languages to learn: give one at least")
+        raise MethodError("there are no languages to learn: give at least one")
     if both := sorted(set(languages) & set(old)):
-        raise MethodError(f"'{both[0]}' is given as a new and as an old language: call one of them otherwise")
+        raise MethodError(f"'{both[0]}' is both a new and an old language: rename one of them")
     if empty := [name for name, each in languages.items() if not each.samples]:
         raise MethodError(f"the language '{empty[0]}' has no samples to learn from: give some")

@@ -1,16 +1,17 @@
-"""Where the stages of a model begin and end, measured; ours, beside the paper's fixed first 10 + last 2.
+"""Measure where the stages of a model begin and end; an addition of Lamella to the paper's fixed first 10 + last 2.
 
 The paper takes its layers from studies of models that read a language, work in another one (mostly English), and answer
-in the first: "Do Llamas work in English?" (Wendler et al. 2024), "How do large language models handle
-multilingualism?" (Zhao et al. 2024). Four curves over the layers l = 1 .. L ask whether *this* model does so:
+in the first: "Do Llamas work in English?" (Wendler et al. 2024), "How do large language models handle multilingualism?"
+(Zhao et al. 2024). Four curves over the layers l = 1 .. L test whether *this* model does so:
 
-    pivot       the final norm and head read layer l's output: how much probability lies on tokens of English, and how
-                much on those of the text's own language; between the crossings is the middle stage
-    probe       how often a linear classifier tells the language from a window's mean state; low in the middle
-    alignment   cosine of mean states of translations, above that of random pairs; high in the middle
-    gradient    each layer's share of the squared gradient of LoRA's B at the start, on the new text; no cut, a hint
+    pivot       probability of English tokens and of the text's own language, decoded from layer l's output by the
+                final norm and head; between the crossings is the middle stage
+    probe       accuracy of a linear classifier of the language from a window's mean hidden state; low in the middle
+    alignment   cosine of mean hidden states of translations, minus that of random pairs; high in the middle
+    gradient    each layer's fraction of the squared gradient of LoRA's B at initialisation, on the new text; only a
+    hint
 
-Models below about a billion parameters may show no crossing; then the fixed edges are taken, and the study says so.
+Models below about a billion parameters may show no crossing; then the fixed edges are used, and a note says so.
 """
 
 from __future__ import annotations
@@ -27,28 +28,29 @@ from torch import Tensor, nn
 from lamella.errors import MethodError, listed
 from lamella.methods.layra.edges import Edges, sites_of_layers
 from lamella.methods.layra.languages import Language
-from lamella.methods.layra.recipe import Shape, adapted
+from lamella.methods.layra.recipe import AdapterShape, with_adapters
 from lamella.registry import command
 from lamella.results import Study
 from lamella.stack import Context, Stack, join
 from lamella.train import Sample, collate, response_loss
 
-DISTINCT = 10.0  # a token is a language's own when it is so many times as frequent there
-FLAT = 0.05  # a curve that moves less over the layers cuts nothing, nor does a lead that never gets so large
-AGREE = 0.1  # of the depth: cuts that are no farther apart agree
-BATCHES = 4  # of samples, for the gradient
-BATCH = 4  # samples of each
-Cut = tuple[int, int]  # how many layers the first stage and the last stage have
+DISTINCT = 10.0  # a token belongs to a language if it is at least this many times as frequent there
+FLAT = 0.05  # minimum range of a curve, and minimum lead, for a cut
+AGREE = 0.1  # fraction of the depth within which cuts agree
+BATCHES = 4  # for the gradient
+BATCH = 4  # samples per batch
+Cut = tuple[int, int]  # number of layers of the first and of the last stage
 
 
 @dataclass(kw_only=True)
 class Pivots(Study):
-    """What the study found.
+    """Result of the study.
 
     Attributes:
-        edges: what to adapt: the cut of the pivot curves, or the fixed one where there is none.
-        cuts: of each curve, as first and last layers; None where it has no middle stage.
-        curves: by name, one number for each layer; ``pivot LANGUAGE`` is the mass on English less that on its own.
+        edges: the layers to adapt: the cut of the pivot curves, or the fixed one if there is none.
+        cuts: of each curve, as first and last layers; None without a middle stage.
+        curves: by name, one value per layer; ``pivot LANGUAGE`` is the probability of English minus that of the
+            language.
         found: whether the edges come from the pivot curves.
     """
 
@@ -65,9 +67,9 @@ class Pivots(Study):
     def _notes(self) -> list[str]:
         first, last, layers = self.edges.first, self.edges.last, self.edges.layers
         if not self.found:
-            found = [f"No pivot to English was found: the fixed edges, {first} + {last} of {layers}, are taken."]
+            found = [f"No pivot to English was found: the fixed edges, {first} + {last} of {layers}, are used."]
         else:
-            found = [f"The middle stage, in which English leads, leaves the first {first} and the last {last} layers."]
+            found = [f"English leads in all but the first {first} and the last {last} layers (the middle stage)."]
         room = max(1, round(AGREE * layers))
         for name, cut in self.cuts.items():
             if cut is None:
@@ -92,17 +94,21 @@ def pivot(
 
     Args:
         stack: a decoder; it is not changed.
-        languages: samples of several languages; their held-out text is used where they have no other.
-        english: which of them the model is thought to work in.
+        languages: samples of several languages; their held-out text is used if they have no others.
+        english: the language in which the model is assumed to work.
         parallel: token ids of sentences with those of their translations [time], for the alignment.
-        first, last: the fixed edges to fall back to; scaled to the depth when left out.
-        seed: of the adapters whose gradient is taken.
+        first: fixed number of first layers as a fallback; scaled to the depth by default.
+        last: fixed number of last layers as a fallback; scaled to the depth by default.
+        seed: random seed of the adapters whose gradient is computed.
+
+    Returns:
+        The cuts and curves.
 
     Raises:
         MethodError: without English and another language.
     """
     if english not in languages or len(languages) < 2:
-        raise MethodError(f"the languages are {listed(languages)}: give '{english}' and at least one other")
+        raise MethodError(f"languages {listed(languages)}: give '{english}' and at least one other")
     text = {name: list(each.samples or each.held_out) for name, each in languages.items()}
     fixed = Edges.of(len(stack), first, last)
     curves: dict[str, list[float]] = {}
@@ -130,7 +136,13 @@ def pivot(
 
 @torch.no_grad()
 def lead(stack: Stack, rows: Sequence[Sample], english: Sequence[Sample]) -> list[float]:
-    """The mean mass on English tokens less that on the language's own, read off after each layer [layers]."""
+    """Mean probability of English tokens minus that of the language's own, decoded after each layer [layers].
+
+    Args:
+        stack: the model.
+        rows: text of the language.
+        english: English text.
+    """
     own, theirs = own_tokens(rows, english, stack.unembedding.weight.shape[0])
     total, count = torch.zeros(len(stack), dtype=torch.float64), 0
     for row in rows:
@@ -143,7 +155,12 @@ def lead(stack: Stack, rows: Sequence[Sample], english: Sequence[Sample]) -> lis
 
 
 def outputs(stack: Stack, context: Context) -> Iterator[tuple[int, Tensor]]:
-    """Each layer with the stream after it."""
+    """Iterate over the layers with the residual stream after each.
+
+    Args:
+        stack: the model.
+        context: context of the input.
+    """
     last = stack.architecture.names[-1]
     for position, h in stack.walk(context.h, 0, len(stack), context):
         if position.sublayer == last:
@@ -151,7 +168,13 @@ def outputs(stack: Stack, context: Context) -> Iterator[tuple[int, Tensor]]:
 
 
 def own_tokens(ours: Sequence[Sample], theirs: Sequence[Sample], vocabulary: int) -> tuple[Tensor, Tensor]:
-    """Which tokens are one text's own and which the other's, by their frequencies; shared ones are neither's."""
+    """Tokens that are specific to each of two texts, by their frequencies; shared ones belong to neither.
+
+    Args:
+        ours: the first text.
+        theirs: the second text.
+        vocabulary: vocabulary size.
+    """
     counts = [
         torch.bincount(torch.cat([row["input_ids"].cpu() for row in rows]), minlength=vocabulary).double()
         for rows in (ours, theirs)
@@ -163,7 +186,12 @@ def own_tokens(ours: Sequence[Sample], theirs: Sequence[Sample], vocabulary: int
 
 @torch.no_grad()
 def means(stack: Stack, rows: Sequence[Sample]) -> Tensor:
-    """The mean state of each row after each layer [layers, rows, hidden]."""
+    """Mean hidden state of each row after each layer [layers, rows, hidden].
+
+    Args:
+        stack: the model.
+        rows: the rows.
+    """
     found = []
     for row in rows:
         context = stack.context(row["input_ids"][None].to(stack.device))
@@ -172,19 +200,19 @@ def means(stack: Stack, rows: Sequence[Sample]) -> Tensor:
 
 
 def probe(states: Mapping[str, Tensor], ridge: float = 1.0) -> list[float]:
-    """How often a linear classifier, fitted on every other row, names the language of the rest [layers].
+    """Accuracy of a linear classifier of the language, fitted on every other row and tested on the rest [layers].
 
-    Least squares on standardised states, with one output for each language.
+    Least squares on standardised hidden states, with one output per language.
 
     Args:
-        states: of each language, as :func:`means` gives them.
-        ridge: of the squared weights.
+        states: hidden states of each language, as from :func:`means`.
+        ridge: penalty on the squared weights.
     """
     layers = len(next(iter(states.values())))
-    labels = torch.cat([torch.full((each.shape[1],), place) for place, each in enumerate(states.values())])
+    labels = torch.cat([torch.full((each.shape[1],), index) for index, each in enumerate(states.values())])
     train = torch.cat([torch.arange(each.shape[1]) % 2 == 0 for each in states.values()])
     if train.all():
-        raise MethodError("a language has one sample only: give two or more, to fit a classifier and to judge it")
+        raise MethodError("a language has only one sample: give at least two, for training and test of a classifier")
     wanted = nn.functional.one_hot(labels, len(states)).double()
     found = []
     for layer in range(layers):
@@ -198,7 +226,12 @@ def probe(states: Mapping[str, Tensor], ridge: float = 1.0) -> list[float]:
 
 
 def alignment(ours: Tensor, theirs: Tensor) -> list[float]:
-    """The mean cosine of translations, less that of all other pairs [layers]; both [layers, rows, hidden]."""
+    """Mean cosine of translations, minus that of all other pairs [layers].
+
+    Args:
+        ours: mean hidden states [layers, rows, hidden].
+        theirs: those of the translations [layers, rows, hidden].
+    """
     ours, theirs = (nn.functional.normalize(each.double(), dim=-1) for each in (ours, theirs))
     cosines = ours @ theirs.transpose(1, 2)  # [layers, rows, rows]
     rows = cosines.shape[1]
@@ -208,8 +241,14 @@ def alignment(ours: Tensor, theirs: Tensor) -> list[float]:
 
 
 def gradient(stack: Stack, rows: Sequence[Sample], seed: int = 0) -> list[float]:
-    """Each layer's share of the squared gradient of fresh adapters' B, on some batches [layers]."""
-    view, lora = adapted(stack, sites_of_layers(range(len(stack))), Shape(), seed)
+    """Each layer's fraction of the squared gradient of new adapters' B, on some batches [layers].
+
+    Args:
+        stack: the model.
+        rows: new text.
+        seed: random seed of the adapters.
+    """
+    view, lora = with_adapters(stack, sites_of_layers(range(len(stack))), AdapterShape(), seed)
     total = torch.zeros(len(stack), dtype=torch.float64)
     parameters = {name: each for name, each in view.named_parameters() if lora.trains(name) and ".lora_B." in name}
     with torch.enable_grad():
@@ -226,22 +265,22 @@ def gradient(stack: Stack, rows: Sequence[Sample], seed: int = 0) -> list[float]
 
 
 def crossing(curve: Sequence[float]) -> Cut | None:
-    """Where English overtakes, and where the language takes over again for good; None without both.
+    """Find where English takes the lead, and where the language takes it back for good; None without both.
 
-    Layer l belongs to the first stage while English does not lead at its output; the last stage begins with the first
-    layer of those at the end at whose outputs it leads no more.
+    Layer l belongs to the first stage while English does not lead at its output; the last stage starts after the last
+    layer at whose output English leads.
 
     >>> crossing([-0.1, -0.1, 0.2, 0.3, 0.1, -0.4])
     (2, 1)
     """
-    ahead = [place for place, value in enumerate(curve) if value > 0]
+    ahead = [index for index, value in enumerate(curve) if value > 0]
     if not ahead or ahead[-1] == len(curve) - 1 or ahead[0] == 0:
         return None
     return ahead[0], len(curve) - 1 - ahead[-1]
 
 
 def stages(lead: Sequence[float]) -> Cut | None:
-    """The crossings of a pivot curve on which English leads by more than chance.
+    """The crossings of a pivot curve on which English leads significantly.
 
     >>> stages([-0.02, 0.01, -0.01]), stages([-0.2, 0.3, -0.3])
     (None, (1, 1))
@@ -250,14 +289,14 @@ def stages(lead: Sequence[float]) -> Cut | None:
 
 
 def between(curve: Sequence[float], low: bool) -> Cut | None:
-    """The stretch in which a curve is beyond half of its height, as the layers before it and behind it.
+    """Find the range in which a curve is beyond half of its height, as numbers of layers before and after it.
 
     Args:
-        curve: one number for each layer.
-        low: whether the middle stage is where it is low.
+        curve: one value per layer.
+        low: whether the curve is low in the middle stage.
 
     Returns:
-        None for a flat curve, and for one whose stretch reaches an end of the stack.
+        The cut; None for a flat curve, and if the range reaches an end of the stack.
 
     >>> between([1.0, 0.9, 0.2, 0.1, 0.8], low=True)
     (2, 1)

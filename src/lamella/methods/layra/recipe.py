@@ -1,7 +1,7 @@
-"""What trains: adapters at some sites, on the text of one language (steps 2 to 4 of the paper's recipe).
+"""Training of adapters at some sites, on the text of one language (steps 2 to 4 of the paper's recipe).
 
-The rate is the paper's 3e-4, for models of 7 and 8 billion parameters, falling linearly to 0 over one pass; AdamW,
-clipping at 1, the short warm-up and no weight decay are ours.
+The learning rate is the paper's 3e-4, for models of 7 and 8 billion parameters, decreasing linearly to 0 over one
+epoch; AdamW, clipping at 1, the short warm-up and no weight decay are Lamella's choices.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ TRAINING = TrainConfig(lr=3e-4, schedule="linear")
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What an adapter is like.
+class AdapterShape:
+    """Rank, scale and targets of an adapter.
 
     Attributes:
         r: rank; the paper's 8.
         alpha: its output is scaled by alpha / r; the paper's 16.
-        targets: names of linear modules, such as ``q_proj``; all in the adapted layers when left out (ours): the seven
-            projections of a Llama. Norms, embedding and head are never adapted.
+        targets: names of linear modules, such as ``q_proj``; defaults to all in the adapted layers (Lamella's choice):
+            the seven projections of a Llama. Norms, embedding and head are never adapted.
     """
 
     r: Annotated[int, Ge(1)] = 8
@@ -48,8 +48,15 @@ class Shape:
     targets: Annotated[tuple[str, ...], MinLen(1)] | None = None
 
 
-def adapted(stack: Stack, sites: Sequence[str], shape: Shape, seed: int) -> tuple[Any, Lora]:
-    """A view with fresh adapters at some sites: A random, B zero, so that it computes what the model does."""
+def with_adapters(stack: Stack, sites: Sequence[str], shape: AdapterShape, seed: int) -> tuple[Any, Lora]:
+    """Create a view with new adapters at some sites: A random, B zero, so that its output is unchanged.
+
+    Args:
+        stack: the model.
+        sites: sites to adapt.
+        shape: rank, scale and targets.
+        seed: random seed.
+    """
     if not stack.architecture.causal:
         raise MethodError(f"layra works on decoders; {stack.name} is a {stack.architecture.name}")
     view = share(stack.model)
@@ -66,15 +73,19 @@ def learn(
     held_out: Mapping[str, Sequence[Sample]] | None = None,
     replay: Replay | None = None,
 ) -> tuple[Adapter, TrainingLog]:
-    """min over A, B of the cross-entropy of all tokens; all else is frozen.
+    """Minimise the cross-entropy of all tokens over A and B; everything else is frozen.
 
     Args:
-        view, lora: what :func:`adapted` made; trained in place.
-        samples: of the new language.
-        config: how; its seed is that of the order of samples.
-        out: a folder for checkpoints, from which an interrupted run goes on.
+        view: the view from :func:`with_adapters`; trained in place.
+        lora: its adapters.
+        samples: samples of the new language.
+        config: training settings; the seed determines the order of samples.
+        out: folder for checkpoints, from which an interrupted run resumes.
         held_out: samples of all languages, for curves.
-        replay: old text to mix in, where there is some; not LayRA's, whose point is to do without.
+        replay: old text to mix in, if available; not part of LayRA, which does without.
+
+    Returns:
+        The adapter and the training log.
     """
     log = fit(
         view,

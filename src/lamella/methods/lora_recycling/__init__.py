@@ -1,14 +1,14 @@
-"""LoRA recycling: whether to merge other people's adapters for a task, or to train one's own."""
+"""LoRA recycling: decide between merging existing adapters for a task and training a new one."""
 
 from lamella.data import Examples
 from lamella.methods.lora_recycling.baselines import Merged, merge, updates
 from lamella.methods.lora_recycling.choosing import closeness, cosine, inner, norm
-from lamella.methods.lora_recycling.controls import randomised
-from lamella.methods.lora_recycling.judge import Judged
+from lamella.methods.lora_recycling.controls import randomise
+from lamella.methods.lora_recycling.judge import AnswerScores
 from lamella.methods.lora_recycling.merging import EntryMerge, average, core, tsv
 from lamella.methods.lora_recycling.method import lora_recycling
-from lamella.methods.lora_recycling.modules import Mixture, attach, groups
-from lamella.methods.lora_recycling.pool import Members, Pool
+from lamella.methods.lora_recycling.modules import AdapterMixture, attach, groups
+from lamella.methods.lora_recycling.pool import AdapterPool, Members
 from lamella.methods.lora_recycling.recipe import (
     FITTING,
     Mixing,
@@ -19,25 +19,25 @@ from lamella.methods.lora_recycling.recipe import (
     pi_tuning,
     target_lora,
 )
-from lamella.methods.lora_recycling.result import Recycled, Verdict
-from lamella.methods.lora_recycling.trial import Arm, Splits, Trial
+from lamella.methods.lora_recycling.result import MergeVerdict, Recycled
+from lamella.methods.lora_recycling.trial import TaskSplits, Trial, TrialArm
 
 __all__ = [
     "FITTING",
-    "Arm",
+    "AdapterMixture",
+    "AdapterPool",
+    "AnswerScores",
     "EntryMerge",
     "Examples",
-    "Judged",
     "Members",
+    "MergeVerdict",
     "Merged",
     "Mixing",
-    "Mixture",
-    "Pool",
     "Recycled",
-    "Splits",
     "Target",
+    "TaskSplits",
     "Trial",
-    "Verdict",
+    "TrialArm",
     "adaptive",
     "attach",
     "average",
@@ -52,7 +52,7 @@ __all__ = [
     "mixture",
     "norm",
     "pi_tuning",
-    "randomised",
+    "randomise",
     "target_lora",
     "tsv",
     "updates",

@@ -1,4 +1,4 @@
-"""A dense merge of a pool as a model of its own, by the published ways that fit nothing to a task."""
+"""Dense merges of a pool by published methods that need no training."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lamella.data import Examples
 from lamella.errors import MethodError
-from lamella.methods.lora_recycling.judge import Judged
+from lamella.methods.lora_recycling.judge import AnswerScores
 from lamella.methods.lora_recycling.merging import EntryMerge, Sign, core, tsv
-from lamella.methods.lora_recycling.pool import Members, Pool
+from lamella.methods.lora_recycling.pool import AdapterPool, Members
 from lamella.plan import ModelReference, Plan
 from lamella.progress import track
 from lamella.registry import command
@@ -24,7 +24,7 @@ from lamella.train import Adapter, concatenate
 from lamella.train.adapters import with_updates
 
 Merge = Literal["average", "arithmetic", "ties", "dare", "dare-ties", "magnitude", "tsv", "core"]
-GRID = tuple(step / 10 for step in range(1, 11))  # lambda; the paper's
+GRID = tuple(step / 10 for step in range(1, 11))  # values of lambda to try; the paper's
 
 
 @dataclass(kw_only=True)
@@ -32,10 +32,10 @@ class Merged(Edit):
     """A model with a pool merged into it.
 
     Attributes:
-        names: what was merged.
-        how, weight: the way, and lambda.
-        losses: on the examples, by lambda; empty where it was given.
-        members: of the pool, and why the others were refused.
+        names: names of the merged adapters.
+        how, weight: the method, and lambda.
+        losses: loss on the examples, by lambda; empty if lambda was given.
+        members: members of the pool, and the reasons for rejecting the others.
     """
 
     names: Sequence[str]
@@ -55,14 +55,14 @@ class Merged(Edit):
         }
         self.notes = [f"{len(self.names)} adapters were merged by {self.how}, each with a weight of {self.weight:.4g}."]
         if self.losses and self.weight == max(self.losses):
-            self.notes.append("The largest weight that was tried is best: more may be better still.")
-        self.notes.append("Nothing says yet that this is better than training one adapter: lora-recycling itself does.")
+            self.notes.append("The largest weight tried is the best one: a larger one may be better still.")
+        self.notes.append("This does not compare the merge with training one adapter: use lora-recycling for that.")
 
 
 @command("lora-recycling", "merge")
 def merge(
     stack: Stack,
-    pool: Pool,
+    pool: AdapterPool,
     data: Examples | None = None,
     *,
     how: Merge = "average",
@@ -73,23 +73,27 @@ def merge(
     triplets: Annotated[int, Ge(1)] = 16,
     seed: int = 0,
 ) -> Merged:
-    """Merge adapters of a pool into a model's weights, without fitting anything but one weight for all.
+    """Merge adapters of a pool into a model's weights, fitting at most one weight for all.
 
     Args:
-        stack: the model that the adapters are for; it is not changed.
-        pool: other people's adapters.
-        data: examples to choose the weight by, from 0.1 to 1; not those that are reported on.
+        stack: the model that the adapters belong to; it is not changed.
+        pool: existing adapters.
+        data: examples for choosing the weight, from 0.1 to 1; they must differ from the test examples.
         how: ``average``, ``arithmetic`` (their sum), ``ties``, ``dare``, ``dare-ties``, ``magnitude``, ``tsv`` or
             ``core``.
-        names: of the members that are merged, with commas; all that can be used when left out.
-        weight: lambda, of each adapter; chosen by ``data`` when left out, or without any 1/N in linear sums and else 1.
-        density: the share of entries that ties, dare and magnitude keep; the paper's 0.2.
-        sign: elected in ties by ``mass`` or by ``frequency``.
-        triplets: that tsv keeps of each adapter; the original's 16.
-        seed: of dare's masks.
+        names: names of the members to merge, separated by commas; defaults to all usable ones.
+        weight: lambda, weight of each adapter; by default chosen on ``data``, or without data 1/N in linear sums and
+            else 1.
+        density: fraction of entries that ties, dare and magnitude keep; the paper's 0.2.
+        sign: sign election of ties: by ``mass`` or by ``frequency``.
+        triplets: number of singular triplets that tsv keeps of each adapter; the original's 16.
+        seed: random seed of dare's masks.
+
+    Returns:
+        The merged model.
 
     Raises:
-        MethodError: for names that cannot be merged, or a pool without anything of use.
+        MethodError: for names that cannot be merged, or a pool without usable adapters.
     """
     members = pool.members(stack)
     chosen = list(names or members.norms)
@@ -111,7 +115,7 @@ def merge(
 
 
 def _loss(stack: Stack, make: Callable[[float], Iterator[tuple[str, Tensor]]], weight: float, data: Examples) -> float:
-    return Judged.of(with_updates(stack, make(weight)).model, data).loss
+    return AnswerScores.of(with_updates(stack, make(weight)).model, data).loss
 
 
 def updates(
@@ -124,7 +128,17 @@ def updates(
     triplets: int = 16,
     seed: int = 0,
 ) -> Iterator[tuple[str, Tensor]]:
-    """What a merge adds to each weight, one module after the other."""
+    """Iterate over the updates of a merge, one module at a time.
+
+    Args:
+        adapters: the adapters.
+        weight: lambda.
+        how: the method.
+        density: fraction of entries to keep.
+        sign: sign election of ties.
+        triplets: singular triplets per adapter of tsv.
+        seed: random seed of dare's masks.
+    """
     weights = [weight] * len(adapters)
     match how:
         case "average" | "arithmetic":

@@ -1,9 +1,9 @@
-"""Which adapters of a pool are taken: scores by which the highest N are, from the factors of A and B.
+"""Scores for selecting adapters from a pool, computed from the factors A and B.
 
     <D_i, D_T> = s_i s_T trace((A_i A_T^T) (B_T^T B_i))
 
-so neither products nor norms need a dense update. Variants that look at single entries (``clamp``, ``abs``,
-``quasi-fim``) cannot do without, and make those of one module at a time.
+so neither products nor norms need a dense update. Variants that use single entries (``clamp``, ``abs``, ``quasi-fim``)
+need dense updates, which are computed one module at a time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ Closeness = Literal["closeness", "clamp-pm", "macro", "clamp", "abs", "quasi-fim
 
 
 def inner(one: Adapter, other: Adapter, module: str) -> float:
-    """<D_1, D_2> of a module; 0 where one of them lacks it."""
+    """<D_1, D_2> of a module; 0 if one of them lacks it.
+
+    Args:
+        one: an adapter.
+        other: another adapter.
+        module: name of the module.
+    """
     if module not in one.pairs or module not in other.pairs:
         return 0.0
     (a, b), (a_other, b_other) = one.scaled(module), other.scaled(module)
@@ -28,18 +34,24 @@ def inner(one: Adapter, other: Adapter, module: str) -> float:
 
 
 def norm(adapter: Adapter) -> float:
-    """sqrt(sum_m |D_m|_F^2): the total scaled norm."""
+    """Total scaled norm of an adapter, sqrt(sum_m |D_m|_F^2)."""
     return math.sqrt(max(sum(inner(adapter, adapter, module) for module in adapter.modules), 0.0))
 
 
 def cosine(one: Adapter, other: Adapter, module: str) -> float:
-    """Of two updates of a module; 0 where one of them is zero."""
+    """Cosine of two updates of a module; 0 if one of them is zero.
+
+    Args:
+        one: an adapter.
+        other: another adapter.
+        module: name of the module.
+    """
     size = math.sqrt(inner(one, one, module) * inner(other, other, module))
     return inner(one, other, module) / size if size > 0 else 0.0
 
 
 def closeness(one: Adapter, target: Adapter, how: Closeness = "closeness") -> float:
-    """How close an adapter is to that of the target task.
+    """Similarity of an adapter to that of the target task.
 
     Args:
         one: a member of the pool.

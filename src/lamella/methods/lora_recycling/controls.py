@@ -1,4 +1,4 @@
-"""What tells transfer from training a few numbers: the same adapters with random weights, the same answers shuffled."""
+"""Controls that separate transfer from mere fitting: adapters with random weights, and shuffled answers."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from torch import Tensor
 from lamella.train import Adapter
 
 
-def randomised(adapters: Sequence[Adapter], keep: Collection[int] = (), *, seed: int = 0) -> list[Adapter]:
-    """The same adapters with random weights: of the same shapes, ranks, scales, modules and spread.
+def randomise(adapters: Sequence[Adapter], keep: Collection[int] = (), *, seed: int = 0) -> list[Adapter]:
+    """Replace adapters by random ones with the same shapes, ranks, scales, modules and standard deviations.
 
-    Every A and B is drawn anew from a normal distribution around 0, with the standard deviation that the A's (the B's)
-    which are replaced have together in that module.
+    Every A and B is sampled from a normal distribution with mean 0, with the standard deviation of all replaced A's
+    (B's) in that module.
 
     Args:
-        adapters: what takes part in a merge.
-        keep: the places of those that stay, such as 0 for the target's own.
-        seed: of the draws.
+        adapters: the adapters of a merge.
+        keep: indices of those that are not replaced, such as 0 for the target's own.
+        seed: random seed.
     """
     generator = torch.Generator().manual_seed(seed)
-    replaced = [each for place, each in enumerate(adapters) if place not in keep]
+    replaced = [each for index, each in enumerate(adapters) if index not in keep]
     names = list(dict.fromkeys(name for each in replaced for name in each.pairs))
     spread = {
         name: [_std([each.pairs[name][half] for each in replaced if name in each.pairs]) for half in (0, 1)]
         for name in names
     }
 
-    def drawn(like: Tensor, std: float) -> Tensor:
+    def sample(like: Tensor, std: float) -> Tensor:
         return (std * torch.randn(like.shape, generator=generator)).to(like)
 
     found = []
-    for place, each in enumerate(adapters):
-        if place in keep:
+    for index, each in enumerate(adapters):
+        if index in keep:
             found.append(each)
             continue
-        pairs = {name: (drawn(a, spread[name][0]), drawn(b, spread[name][1])) for name, (a, b) in each.pairs.items()}
+        pairs = {name: (sample(a, spread[name][0]), sample(b, spread[name][1])) for name, (a, b) in each.pairs.items()}
         found.append(replace(each, pairs=pairs))
     return found
 
@@ -48,8 +48,13 @@ def _std(tensors: Sequence[Tensor]) -> float:
     return float(torch.cat([each.float().flatten() for each in tensors]).std(correction=0))
 
 
-def shuffled(count: int, seed: int) -> list[int]:
-    """An order in which nothing keeps its place, where there are two things or more."""
+def derangement(count: int, seed: int) -> list[int]:
+    """A random permutation without fixed points, for at least two elements.
+
+    Args:
+        count: number of elements.
+        seed: random seed.
+    """
     order = list(range(count))
     random.Random(seed).shuffle(order)  # one cycle through all of them moves each
     turned = [0] * count

@@ -1,15 +1,15 @@
-"""Merges that train nothing: from N adapters to one update of each weight.
+"""Merging methods without training: from N adapters to one update of each weight.
 
     linear      D = sum_i lambda_i D_i                     lambda_i = 1/N averages, lambda is task arithmetic
     TIES        trim each D_i, elect a sign, average the entries that have it     (arXiv 2306.01708)
-    DARE        drop entries at random, divide what is left by p                  (arXiv 2311.03099)
+    DARE        drop entries at random, divide the rest by p                      (arXiv 2311.03099)
     magnitude   keep the largest entries of each D_i, add up
     TSV         the leading singular triplets of all D_i, orthogonalised          (arXiv 2412.00081)
     core space  add up in the common bases of all B_i and all A_i
 
-with D_i = s_i B_i A_i, zero where adapter i lacks the module. The linear sum, TSV and the core space stay in factors,
-so what comes out is an adapter. TIES, DARE and magnitude work on entries of D_i, not of A_i and B_i apart, as
-published; they are made for one module at a time, so no second dense model is ever held.
+with D_i = s_i B_i A_i, zero if adapter i lacks the module. The linear sum, TSV and the core space stay factorised, so
+the result is an adapter. TIES, DARE and magnitude work on entries of D_i, not of A_i and B_i separately, as published;
+they are computed one module at a time, so no second dense model is held in memory.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from lamella.train import Adapter, concatenate
 
 Entries = Literal["ties", "dare", "dare-ties", "magnitude"]
 Sign = Literal["mass", "frequency"]
-SMALL = 1e-6  # singular values below this share of the largest count as none
+SMALL = 1e-6  # singular values below this fraction of the largest are treated as zero
 
 
 def average(adapters: Sequence[Adapter]) -> Adapter:
-    """D = (1/N) sum_i D_i; N counts all adapters, also where some lack a module."""
+    """D = (1/N) sum_i D_i; N counts all adapters, even if some lack a module."""
     return concatenate(adapters, [1 / len(adapters)] * len(adapters))
 
 
 @dataclass(frozen=True)
 class EntryMerge:
-    """A merge that looks at single entries of each D_i; updates are made when they are asked for.
+    """A merge that works on single entries of each D_i; updates are computed on access.
 
     Attributes:
-        adapters: for the same weights.
-        weights: lambda_i, which multiply each D_i once.
+        adapters: adapters of the same model.
+        weights: lambda_i, by which each D_i is multiplied once.
         how: ``ties``, ``dare`` (then a linear sum), ``dare-ties`` (then the sign step) or ``magnitude``.
-        density: the share of entries that is kept: the largest of each D_i, or under DARE as many at random.
-        sign: elected by the ``mass`` of the trimmed entries or by their ``frequency``.
-        seed: of DARE's masks.
+        density: fraction of entries to keep: the largest of each D_i, or with DARE random ones.
+        sign: sign election by the ``mass`` of the trimmed entries or by their ``frequency``.
+        seed: random seed of DARE's masks.
     """
 
     adapters: Sequence[Adapter]
@@ -57,15 +57,15 @@ class EntryMerge:
 
     def __post_init__(self) -> None:
         if len(self.adapters) != len(self.weights) or not self.adapters:
-            raise MethodError(f"{len(self.adapters)} adapters and {len(self.weights)} weights: give one for each")
+            raise MethodError(f"{len(self.adapters)} adapters and {len(self.weights)} weights: give one weight each")
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The modules that any of the adapters changes."""
+        """Modules that at least one adapter changes."""
         return tuple(dict.fromkeys(name for each in self.adapters for name in each.modules))
 
     def delta(self, module: str) -> Tensor:
-        """What is added to the weight of a module, in its shape."""
+        """The update of a module's weight, in its shape."""
         total, positive, agreeing = None, None, None
         for kept in self._kept(module):  # the first pass elects signs
             mass = kept if self.sign == "mass" or not self._by_sign else kept.sign()
@@ -82,7 +82,7 @@ class EntryMerge:
         return total / agreeing.clamp(min=1)
 
     def updates(self) -> Iterator[tuple[str, Tensor]]:
-        """All of them in turn, for :func:`lamella.train.adapters.with_updates`."""
+        """Iterate over the updates of all modules, for :func:`lamella.train.adapters.added`."""
         return ((name, self.delta(name)) for name in self.modules)
 
     @property
@@ -90,19 +90,24 @@ class EntryMerge:
         return self.how in ("ties", "dare-ties")
 
     def _kept(self, module: str) -> Iterator[Tensor]:
-        """lambda_i times what is kept of each D_i, those that have the module."""
-        for place, (adapter, weight) in enumerate(zip(self.adapters, self.weights, strict=True)):
+        """lambda_i times the kept entries of each D_i, for adapters with the module."""
+        for index, (adapter, weight) in enumerate(zip(self.adapters, self.weights, strict=True)):
             if module in adapter.pairs:
                 full = adapter.delta(module)
                 if self.how.startswith("dare"):
-                    kept = dropped(full, self.density, _seed(self.seed, module, place))
+                    kept = drop_entries(full, self.density, _seed(self.seed, module, index))
                 else:
-                    kept = trimmed(full, self.density)
+                    kept = trim(full, self.density)
                 yield weight * kept
 
 
-def trimmed(full: Tensor, density: float) -> Tensor:
-    """The largest entries of a matrix by magnitude, a share ``density`` of them; the others are 0."""
+def trim(full: Tensor, density: float) -> Tensor:
+    """Keep the largest entries of a matrix by magnitude; the others are 0.
+
+    Args:
+        full: the matrix.
+        density: fraction to keep.
+    """
     count = max(1, round(density * full.numel()))
     largest = full.abs().flatten().topk(count).indices
     kept = torch.zeros(full.numel(), dtype=full.dtype, device=full.device)
@@ -110,45 +115,51 @@ def trimmed(full: Tensor, density: float) -> Tensor:
     return kept.view_as(full)
 
 
-def dropped(full: Tensor, p: float, seed: int) -> Tensor:
-    """Each entry of a matrix with probability p, divided by p, so that its expectation stays."""
+def drop_entries(full: Tensor, p: float, seed: int) -> Tensor:
+    """Keep each entry of a matrix with probability p, divided by p, so that its expectation is unchanged.
+
+    Args:
+        full: the matrix.
+        p: the probability.
+        seed: random seed.
+    """
     draws = torch.rand(full.shape, generator=torch.Generator().manual_seed(seed)).to(full.device)
     return torch.where(draws < p, full / p, 0)
 
 
-def _seed(seed: int, module: str, place: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed} {module} {place}".encode()).digest()[:7], "big")
+def _seed(seed: int, module: str, index: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {module} {index}".encode()).digest()[:7], "big")
 
 
-# In factors
+# Factorised
 
 
 def tsv(adapters: Sequence[Adapter], weights: Sequence[float], k: int = 16) -> Adapter:
-    """Task singular vectors: the k leading triplets of each D_i, made orthogonal to those of the others.
+    """Task singular vectors: the k leading triplets of each D_i, orthogonalised against those of the others.
 
         D = U_perp diag(S) V_perp^T      U_perp, V_perp: the polar factors of all U_i, V_i side by side
 
     Args:
-        adapters: for the same weights.
-        weights: multiply the singular values.
-        k: triplets of each; as many as its rank where that is less.
+        adapters: adapters of the same model.
+        weights: factors of the singular values.
+        k: triplets per adapter; limited by its rank.
     """
 
     def joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         found = [triplets(a, b, k) for a, b in parts]
-        u, v = (polar(torch.cat([each[place] for each in found], dim=1)) for place in (0, 2))
+        u, v = (polar(torch.cat([each[index] for each in found], dim=1)) for index in (0, 2))
         return v.T, u * torch.cat([each[1] for each in found])
 
     return _by_module(adapters, weights, joined)
 
 
 def core(adapters: Sequence[Adapter], weights: Sequence[float], rank: int | None = None) -> Adapter:
-    """The linear sum in core space: M = sum_i w_i s_i U^T B_i A_i V, and D = U M V^T.
+    """Linear sum in core space: M = sum_i w_i s_i U^T B_i A_i V, and D = U M V^T.
 
     Args:
-        adapters: for the same weights.
+        adapters: adapters of the same model.
         weights: w_i.
-        rank: of the result: its leading singular triplets; all of it, which is exact, when left out.
+        rank: rank of the result, by truncating its SVD; None for full rank, which is exact.
     """
 
     def joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -167,7 +178,7 @@ def _by_module(
     weights: Sequence[float],
     joined: Callable[[Sequence[tuple[Tensor, Tensor]]], tuple[Tensor, Tensor]],
 ) -> Adapter:
-    """One adapter, of what ``joined`` makes of every module's pairs of A_i and lambda_i s_i B_i."""
+    """Build one adapter by applying ``joined`` to every module's pairs of A_i and lambda_i s_i B_i."""
     scaled = [concatenate([each], [weight]) for each, weight in zip(adapters, weights, strict=True)]
     names = dict.fromkeys(name for each in adapters for name in each.pairs)
     pairs = {}
@@ -179,7 +190,13 @@ def _by_module(
 
 
 def triplets(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The k leading singular triplets of B A: U [out, k], S [k], V [in, k], from its factors alone."""
+    """The k leading singular triplets of B A: U [out, k], S [k], V [in, k], computed from its factors.
+
+    Args:
+        a: A [r, in].
+        b: B [out, r].
+        k: number of triplets.
+    """
     left, upper = torch.linalg.qr(b)
     right, lower = torch.linalg.qr(a.T)
     u, s, v = torch.linalg.svd(upper @ lower.T)
@@ -188,12 +205,12 @@ def triplets(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def polar(matrix: Tensor) -> Tensor:
-    """The nearest matrix with orthonormal columns (or rows, where there are fewer): U V^T of its SVD."""
+    """The nearest matrix with orthonormal columns (or rows, if there are fewer): U V^T of its SVD."""
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
     return u @ v
 
 
 def basis(matrix: Tensor) -> Tensor:
-    """Orthonormal columns that span those of a matrix."""
+    """Orthonormal basis of the column space of a matrix."""
     u, s, _ = torch.linalg.svd(matrix, full_matrices=False)
     return u[:, s > SMALL * s[0]] if s[0] > 0 else u[:, :1]

@@ -1,9 +1,9 @@
-"""Linear maps beside which N frozen adapters stand, each with coefficients that train.
+"""Linear layers with N frozen adapters, each with trained coefficients.
 
     y = W x + B_cat (c * (A_cat x))        A_cat [sum r_i, in], B_cat [out, sum r_i], c [sum r_i]
 
-c repeats f(w_i) over the ranks of adapter i; s_i is in B_cat. With f(w) = 0 everywhere the model computes what it did,
-to the bit. The coefficients are kept in float32 whatever the model is in.
+c repeats f(w_i) over the ranks of adapter i; s_i is part of B_cat. With f(w) = 0 everywhere the model is bitwise
+unchanged. The coefficients are kept in float32 for any dtype of the model.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ Activation = Literal["leaky_relu", "identity", "square", "softmax", "sigmoid"]
 Init = Literal["zero", "equal", "uniform", "normal", "target"]
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "leaky_relu": lambda w: leaky_relu(
-        w, 0.01
-    ),  # its slope at 0 is 0.01: Adam, which has no scale, starts all the same
+    "leaky_relu": lambda w: leaky_relu(w, 0.01),  # its slope at 0 is 0.01, which does not slow the scale-invariant Adam
     "identity": lambda w: w,
     "square": torch.square,
     "softmax": lambda w: torch.softmax(w, dim=0),
@@ -36,13 +34,13 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Mixed(nn.Module):
-    """One linear map with its adapters.
+class MixedLinear(nn.Module):
+    """One linear layer with its adapters.
 
     Attributes:
-        base: the map itself.
-        mixing: w: of N adapters, or of each rank of them; shared by all maps that are tied.
-        owner: to which of w each rank belongs [sum r_i].
+        base: the linear layer.
+        mixing: w: of N adapters, or of each of their ranks; shared by all tied layers.
+        owner: index in w of each rank [sum r_i].
     """
 
     def __init__(
@@ -56,24 +54,25 @@ class Mixed(nn.Module):
         self.register_buffer("owner", owner.to(weight.device), persistent=False)
 
     def coefficients(self) -> Tensor:
-        """c [sum r_i]."""
+        """Compute c [sum r_i]."""
         return FUNCTIONS[self.activation](self.mixing)[self.owner]  # type: ignore[index]
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer and its adapters."""
         inside = self.coefficients() * linear(x, self.factor_a).float()
         y: Tensor = self.base(x)
         return y + linear(inside.to(y.dtype), self.factor_b)
 
 
 @dataclass
-class Mixture:
-    """A model with adapters beside its linear maps.
+class AdapterMixture:
+    """A model with adapters on its linear layers.
 
     Attributes:
-        model: the model that carries them.
-        modules: names of the adapted maps.
-        tensors: w by what is tied: 1, L, 2 L or 7 L of them in a Llama of L layers.
-        transposed, base: of the adapters.
+        model: the model with the adapters.
+        modules: names of the adapted layers.
+        tensors: w by tied group: 1, L, 2 L or 7 L groups in a Llama of L layers.
+        transposed, base: properties of the adapters.
     """
 
     model: Any
@@ -87,18 +86,18 @@ class Mixture:
         return name.endswith(".mixing")
 
     def trains_all(self, name: str) -> bool:
-        """Whether it is a coefficient or belongs to an adapter."""
+        """Whether a parameter is a coefficient or belongs to an adapter."""
         return name.endswith((".mixing", ".factor_a", ".factor_b"))
 
     @torch.no_grad()
     def coefficients(self) -> dict[str, Tensor]:
-        """f(w) of each adapted map: of N adapters, or of each rank."""
+        """f(w) of each adapted layer: of N adapters, or of each rank."""
         maps = {name: self.model.get_submodule(name) for name in self.modules}
         return {name: FUNCTIONS[each.activation](each.mixing).detach().clone() for name, each in maps.items()}
 
     @torch.no_grad()
     def adapter(self) -> Adapter:
-        """All of it as one plain adapter: A' = c * A_cat, B' = B_cat, alpha = r."""
+        """Combine everything into one plain adapter: A' = c * A_cat, B' = B_cat, alpha = r."""
         pairs = {}
         for name in self.modules:
             each = self.model.get_submodule(name)
@@ -116,44 +115,47 @@ def attach(
     activation: Activation = "leaky_relu",
     init: Init = "zero",
     seed: int = 0,
-) -> Mixture:
-    """Put adapters beside the linear maps of a model, in place; its other tensors stay as they are.
+) -> AdapterMixture:
+    """Add adapters to the linear layers of a model, in place; its other tensors are unchanged.
 
     Args:
-        model: a view, or a module of its own.
-        adapters: that fit it; the target's own first, where it takes part.
-        group: from the name of a module to what it shares its coefficients with; see :func:`groups`.
-        granularity: ``rank`` gives each rank a coefficient of its own, everything else each adapter.
+        model: a view, or a separate module.
+        adapters: adapters that fit the model; the target's own first, if used.
+        group: function from the name of a module to its group of tied coefficients; see :func:`groups`.
+        granularity: ``rank`` gives each rank its own coefficient, everything else each adapter.
         activation: f; ``softmax`` is over the adapters.
-        init: of w: ``zero``, ``equal`` (1/sqrt(N)), ``uniform`` (0 to 1), ``normal`` (0, 0.5), or ``target``: 1 for the
-            first and 0 for the others.
-        seed: of random ones.
+        init: initial w: ``zero``, ``equal`` (1/sqrt(N)), ``uniform`` (0 to 1), ``normal`` (0, 0.5), or ``target``: 1
+            for the first and 0 for the others.
+        seed: random seed.
+
+    Returns:
+        The model with its adapters.
 
     Raises:
-        MethodError: for softmax over adapters where each rank has a coefficient of its own.
+        MethodError: for softmax with a coefficient per rank.
     """
     if granularity == "rank" and activation == "softmax":
-        raise MethodError("softmax is over adapters, and granularity 'rank' has none: choose another activation")
+        raise MethodError("softmax is over adapters, which granularity 'rank' does not have: use another activation")
     generator = torch.Generator().manual_seed(seed)
     joined = concatenate(adapters)
     tensors: dict[Hashable, nn.Parameter] = {}
     for name, (a, b) in joined.pairs.items():
-        owner = [place for place, each in enumerate(adapters) if name in each.pairs for _ in each.pairs[name][0]]
+        owner = [index for index, each in enumerate(adapters) if name in each.pairs for _ in each.pairs[name][0]]
         base = model.get_submodule(name)
         if granularity == "rank":
-            first, owner = [place == 0 for place in owner], list(range(len(owner)))
+            first, owner = [index == 0 for index in owner], list(range(len(owner)))
         else:
-            first = [place == 0 for place in range(len(adapters))]
+            first = [index == 0 for index in range(len(adapters))]
         tied = group(name)
         if tied not in tensors:
             start = _start(init, torch.tensor(first), len(adapters), generator)
             tensors[tied] = nn.Parameter(start.to(base.weight.device), requires_grad=False)
-        model.set_submodule(name, Mixed(base, a, b, torch.tensor(owner), tensors[tied], activation))
-    return Mixture(model, tuple(joined.pairs), tensors, joined.transposed, joined.base)
+        model.set_submodule(name, MixedLinear(base, a, b, torch.tensor(owner), tensors[tied], activation))
+    return AdapterMixture(model, tuple(joined.pairs), tensors, joined.transposed, joined.base)
 
 
 def _start(init: Init, first: Tensor, adapters: int, generator: torch.Generator) -> Tensor:
-    """w before training; ``first`` says which of them belong to the first adapter."""
+    """Initial w; ``first`` marks those of the first adapter."""
     if init == "uniform":
         return torch.rand(len(first), generator=generator)
     if init == "normal":
@@ -164,7 +166,12 @@ def _start(init: Init, first: Tensor, adapters: int, generator: torch.Generator)
 
 
 def groups(stack: Stack, granularity: Granularity) -> Callable[[str], Hashable]:
-    """What the coefficients of a module are tied to: nothing else, its sublayer, its layer, or all of the model."""
+    """Create the function that maps a module to its group of tied coefficients.
+
+    Args:
+        stack: the model.
+        granularity: level of tying.
+    """
     architecture = stack.architecture
     prefix = architecture.prefix
     sublayers = {child: each.name for each in architecture.sublayers for child in each.modules}

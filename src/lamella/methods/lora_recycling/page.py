@@ -1,4 +1,4 @@
-"""From evidence to figures: all arms side by side, and what the coefficients of the best merge are."""
+"""Figures and summary: all arms side by side, and the coefficients of the best merge."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lamella.formatting import counted, number
-from lamella.methods.lora_recycling.result import SAID
+from lamella.methods.lora_recycling.result import WORTH
 from lamella.report.figures import Bars, Figure, Heatmap
 from lamella.result import Summary, Table
 from lamella.results import Edit, Evidence
 from lamella.runtime import EditEvidence
 
-SURE = 1.96  # standard errors of a 95 % interval
+SURE = 1.96  # half width of a 95 % interval, in standard errors
 
 
 def summary(evidence: Evidence) -> Summary:
-    """The verdict in words and tables, for either command."""
+    """Summarise the result of either command."""
     found = evidence.findings
     if "arms" not in found:
         assert isinstance(evidence, EditEvidence)
@@ -29,11 +29,11 @@ def summary(evidence: Evidence) -> Summary:
          _difference(row)]
         for row in found["arms"]
     ]  # fmt: skip
-    columns = ["arm", "weights of the pool", "held-out loss", "exact on the test", "loss on the test", "difference"]
-    arms = Table(f"All arms; differences are to {found['verdict']['other']}, in pairs", columns, rows)
+    columns = ["arm", "uses the pool", "held-out loss", "exact on the test", "loss on the test", "difference"]
+    arms = Table(f"All arms; paired differences to {found['verdict']['other']}", columns, rows)
     members = Table("Merged, the most useful first", ["adapter", "total scaled norm"],
                     [[name, found["norms"][name]] for name in found["selected"]])  # fmt: skip
-    verdict = f"Merging {SAID[found['verdict']['worth']]} on this pool."
+    verdict = f"Merging {WORTH[found['verdict']['worth']]} on this pool."
     return Summary(verdict, [arms, members, *_refused(found)])
 
 
@@ -44,11 +44,11 @@ def _difference(row: Mapping[str, Any]) -> str:
 
 def _refused(found: Mapping[str, Any]) -> list[Table]:
     refused = found["refused"]
-    return [Table("Refused", ["adapter", "why"], [list(each) for each in refused.items()])] if refused else []
+    return [Table("Rejected", ["adapter", "reason"], [list(each) for each in refused.items()])] if refused else []
 
 
 def figures(evidence: Evidence) -> list[Figure]:
-    """All arms side by side, and the coefficients of the best merge."""
+    """Plot all arms side by side, and the coefficients of the best merge."""
     found = evidence.findings
     if "arms" not in found:
         return []
@@ -58,8 +58,8 @@ def figures(evidence: Evidence) -> list[Figure]:
         fitted = found["coefficients"]
         modules: Mapping[str, Sequence[float]] = fitted["by module"]
         caption = (
-            f"Coefficients of {fitted['arm']}: a row for each linear layer of the model, first layer first; a column "
-            "for each adapter or rank. Red is above 0, blue below."
+            f"Coefficients of {fitted['arm']}: one row per linear layer of the model, first layer first; one column "
+            "per adapter or rank. Red is above 0, blue below."
         )
         parts.append(
             Heatmap(
@@ -80,15 +80,15 @@ def figures(evidence: Evidence) -> list[Figure]:
 
 
 def by_arm(shares: Mapping[str, tuple[float, float, bool]]) -> Bars:
-    """The share of exact answers of each arm.
+    """Plot the accuracy of each arm.
 
     Args:
-        shares: by arm: the share, half of its interval, and whether the arm has weights of the pool.
+        shares: by arm: the accuracy, half of its interval, and whether the arm uses the pool.
     """
-    groups = {"with weights of the pool": True, "without": False}
+    groups = {"with the pool": True, "without": False}
     return Bars(
         "arm",
-        "share of exact answers",
+        "fraction of exact answers",
         {
             name: [share if of_pool is wanted else None for share, _, of_pool in shares.values()]
             for name, wanted in groups.items()
@@ -97,7 +97,7 @@ def by_arm(shares: Mapping[str, tuple[float, float, bool]]) -> Bars:
         intervals={name: [(share - half, share + half) for share, half, _ in shares.values()] for name in groups},
         labels={name: [number(share) for share, _, _ in shares.values()] for name in groups},
         horizontal=True,
-        title="Share of exact answers by arm",
-        caption="Share of the test that is answered exactly; lines are 95 % intervals of the difference to the best "
-        "arm without weights of the pool.",
+        title="Fraction of exact answers by arm",
+        caption="Fraction of the test that is answered exactly; lines are 95 % intervals of the difference to the best "
+        "arm without the pool.",
     )

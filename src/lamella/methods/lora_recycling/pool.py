@@ -1,8 +1,8 @@
-"""The pool: other people's adapters in a folder, and which of them can be used with a model.
+"""The pool: a folder of existing adapters, and the check of which can be used with a model.
 
-Adapters are read as safetensors alone and one at a time, since a pool may be larger than the memory. Whatever is more
-than plain LoRA for a causal model is refused with its reason, and so are adapters with values that are not finite, of
-other shapes or weights, and those that do nearly nothing or far too much, by sqrt(sum_m |s B A|_F^2).
+Only safetensors are read, one adapter at a time, because a pool may be larger than the memory. Everything beyond plain
+LoRA for a causal model is rejected with a reason, and so are adapters with non-finite values, with other shapes or
+weights, and those with a negligible or excessive total norm sqrt(sum_m |s B A|_F^2).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lamella.train.adapters import CONFIG, TENSORS, check_fits
 PICKLED = "adapter_model.bin"
 RANDOM = re.compile(r"random(?::count=(\d+),r=(\d+))?")
 TASKS = ("CAUSAL_LM", None)
-SHOWN = 3  # reasons in a message
+SHOWN = 3  # maximum number of reasons in a message
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Members:
 
     Attributes:
         norms: total scaled norm of each, by name.
-        refused: why each of the others cannot be used.
-        load: gives a member by name, with the model's own names of its modules.
+        refused: reason for rejecting each of the others.
+        load: loads a member by name, with the model's own module names.
     """
 
     norms: Mapping[str, float]
@@ -47,18 +47,19 @@ class Members:
     load: Callable[[str], Adapter]
 
     def take(self, names: list[str]) -> list[Adapter]:
+        """Load members by name."""
         return [self.load(name) for name in names]
 
 
 @dataclass(frozen=True)
-class Pool:
+class AdapterPool:
     """Adapters by name.
 
     Attributes:
-        names: of all, also of those that turn out to be of no use.
-        load: gives one by name, for a model.
-        bounds: the total scaled norms that are of use: above the first, and up to the second.
-        source: where they come from, for provenance.
+        names: names of all adapters, including unusable ones.
+        load: loads one by name, for a model.
+        bounds: range of usable total scaled norms: above the first, and up to the second.
+        source: origin, for provenance.
     """
 
     names: tuple[str, ...]
@@ -68,52 +69,61 @@ class Pool:
 
     metavar: ClassVar[str] = "FOLDER"
     source_help: ClassVar[str] = (
-        "a folder with LoRA adapters as peft saves them, each in a folder of its own; or random:count=20,r=8, adapters "
+        "a folder with LoRA adapters as saved by peft, each in its own folder; or random:count=20,r=8, adapters "
         "with random weights"
     )
     example: ClassVar[Fixture] = Fixture("random:count=4,r=2")
 
     @classmethod
-    def open(cls, name: str | Path, *, least_norm: float = 1.0, most_norm: float = 1000.0) -> Pool:
-        """Find the adapters of a folder, at any depth.
+    def open(cls, name: str | Path, *, least_norm: float = 1.0, most_norm: float = 1000.0) -> AdapterPool:
+        """Find the adapters in a folder, at any depth.
 
         Args:
             name: the folder, or ``random:count=20,r=8``.
-            least_norm: adapters of this total scaled norm or less do nearly nothing and are refused; the paper's 1.
-            most_norm: those above it are refused; the paper's 1000.
+            least_norm: adapters with at most this total scaled norm are rejected as negligible; the paper's 1.
+            most_norm: adapters above this norm are rejected; the paper's 1000.
+
+        Returns:
+            The pool.
 
         Raises:
             CheckpointError: for a folder that is missing or holds no adapter.
         """
         bounds = (least_norm, most_norm)
-        if drawn := RANDOM.fullmatch(str(name)):
-            count, rank = int(drawn[1] or 20), int(drawn[2] or 8)
+        if match := RANDOM.fullmatch(str(name)):
+            count, rank = int(match[1] or 20), int(match[2] or 8)
             names = tuple(f"random-{number}" for number in range(count))
             return cls(names, partial(_random, rank=rank), bounds, {"data": "random", "count": count, "r": rank})
         folder = Path(name).expanduser()
         if not folder.is_dir():
-            raise CheckpointError(f"{name} is no folder: give one with LoRA adapters, each in a folder of its own")
+            raise CheckpointError(f"{name} is not a folder: give a folder with LoRA adapters, each in its own folder")
         places = sorted(file.parent for file in folder.rglob(CONFIG))
         if not places:
-            raise CheckpointError(f"{name} holds no {CONFIG}: give a folder with LoRA adapters, as peft saves them")
-        found = {str(place.relative_to(folder)) if place != folder else folder.name: place for place in places}
+            raise CheckpointError(f"{name} holds no {CONFIG}: give a folder with LoRA adapters as saved by peft")
+        found = {str(path.relative_to(folder)) if path != folder else folder.name: path for path in places}
         source = {"data": str(name), "count": len(found), "bytes": sum(map(_size, places))}
         return cls(tuple(found), partial(_from_folder, found), bounds, source)
 
     @classmethod
-    def of(cls, adapters: Mapping[str, Adapter], *, least_norm: float = 0.0, most_norm: float = 1000.0) -> Pool:
-        """A pool in memory."""
+    def of(cls, adapters: Mapping[str, Adapter], *, least_norm: float = 0.0, most_norm: float = 1000.0) -> AdapterPool:
+        """Create a pool from adapters in memory.
+
+        Args:
+            adapters: adapters by name.
+            least_norm: lower bound of the total scaled norm.
+            most_norm: upper bound of the total scaled norm.
+        """
         return cls(tuple(adapters), lambda name, stack: adapters[name], (least_norm, most_norm))
 
     def describe(self) -> dict[str, Any]:
-        """What provenance says of it."""
+        """Metadata for provenance."""
         return {**self.source, "names": list(self.names), "norms": list(self.bounds)}
 
     def members(self, stack: Stack) -> Members:
-        """Which of them a model can use; each is read once.
+        """Check which adapters a model can use; each is loaded once.
 
         Raises:
-            MethodError: when there is none, with the reasons.
+            MethodError: if there is none, with the reasons.
         """
         norms, refused = {}, {}
         for name in self.names:
@@ -124,28 +134,32 @@ class Pool:
         if not norms:
             reasons = "; ".join(list(dict.fromkeys(refused.values()))[:SHOWN])
             raise MethodError(f"none of the {len(self.names)} adapters of the pool can be used: {reasons}")
-        return Members(norms, refused, lambda name: fitting(self.load(name, stack), stack))
+        return Members(norms, refused, lambda name: fit_names(self.load(name, stack), stack))
 
     def _checked(self, name: str, stack: Stack) -> float:
-        """The total scaled norm of a member that can be used."""
-        adapter = fitting(self.load(name, stack), stack)
+        """Check an adapter and return its total scaled norm."""
+        adapter = fit_names(self.load(name, stack), stack)
         for module, pair in adapter.pairs.items():
             if not all(torch.isfinite(half).all() for half in pair):
                 raise CheckpointError(f"{module} has values that are not finite")
         check_fits(stack, adapter)
         size, (low, high) = norm(adapter), self.bounds
         if not low < size <= high:
-            raise CheckpointError(f"its total scaled norm is {size:.3g}, not in ({low:g}, {high:g}]")
+            raise CheckpointError(f"its total scaled norm {size:.3g} is outside ({low:g}, {high:g}]")
         return size
 
 
-def fitting(adapter: Adapter, stack: Stack) -> Adapter:
-    """The same adapter with the model's own names of its modules; what adapts the head is left out.
+def fit_names(adapter: Adapter, stack: Stack) -> Adapter:
+    """Rename the modules of an adapter to the model's own names; updates of the head are dropped.
 
-    Checkpoints of one model differ in what stands before ``layers.``, so names are compared from there on.
+    Checkpoints of one model differ in the prefix before ``layers.``, so only the names after it are compared.
+
+    Args:
+        adapter: the adapter.
+        stack: the model.
 
     Raises:
-        CheckpointError: when nothing is left.
+        CheckpointError: if nothing remains.
     """
     head, _, last = stack.architecture.prefix.rstrip(".").rpartition(".")
     pairs, scales = {}, {}
@@ -155,25 +169,25 @@ def fitting(adapter: Adapter, stack: Stack) -> Adapter:
             ours = f"{head}.{last}.{inside}" if head else f"{last}.{inside}"
             pairs[ours], scales[ours] = pair, adapter.scales[name]
         elif not name.endswith(("lm_head", "embed_out")):
-            raise CheckpointError(f"{name} is no module in the layers of {stack.name}")
+            raise CheckpointError(f"{name} is not a module in the layers of {stack.name}")
     if not pairs:
-        raise CheckpointError("it adapts the head alone")
+        raise CheckpointError("it only adapts the head")
     return replace(adapter, pairs=pairs, scales=scales)
 
 
 def _from_folder(places: Mapping[str, Path], name: str, stack: Stack) -> Adapter:
-    place = places[name]
-    if not (place / TENSORS).is_file() and (place / PICKLED).is_file():
-        raise CheckpointError(f"{PICKLED} is pickled, which can run code: only {TENSORS} is read")
-    adapter = Adapter.open(place)
-    task = parse_json((place / CONFIG).read_bytes()).get("task_type")
+    path = places[name]
+    if not (path / TENSORS).is_file() and (path / PICKLED).is_file():
+        raise CheckpointError(f"{PICKLED} is pickled and may run code: only {TENSORS} is read")
+    adapter = Adapter.open(path)
+    task = parse_json((path / CONFIG).read_bytes()).get("task_type")
     if task not in TASKS:
-        raise CheckpointError(f"{place / CONFIG}: task_type is {task}, not CAUSAL_LM")
+        raise CheckpointError(f"{path / CONFIG}: task_type is {task} instead of CAUSAL_LM")
     return adapter
 
 
 def _random(name: str, stack: Stack, *, rank: int) -> Adapter:
-    """An adapter in all layers with |D_m|^2 of about its rank in each module."""
+    """A random adapter in all layers with |D_m|^2 of about its rank in each module."""
     generator = torch.Generator().manual_seed(int(name.rpartition("-")[2]))
     pairs, transposed = {}, False
     for module, each in stack.model.named_modules():
@@ -185,6 +199,6 @@ def _random(name: str, stack: Stack, *, rank: int) -> Adapter:
     return Adapter(pairs, dict.fromkeys(pairs, 1.0), transposed)
 
 
-def _size(place: Path) -> int:
-    file = place / TENSORS
+def _size(path: Path) -> int:
+    file = path / TENSORS
     return file.stat().st_size if file.is_file() else 0

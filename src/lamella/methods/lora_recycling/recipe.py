@@ -1,7 +1,7 @@
-"""What trains: coefficients beside frozen adapters, the target's own adapter, or coefficients by search alone.
+"""Training of coefficients of frozen adapters and of the target's own adapter, and search without gradients.
 
-The numbers are the paper's: coefficients at a rate of 5e-2 for 100 steps of 8 examples, a cosine with 10 % warm-up, the
-held-out loss every 10 steps, the best point restored; a target LoRA at 3e-4 for 400 steps.
+The settings are the paper's: coefficients at a learning rate of 5e-2 for 100 steps of 8 examples, a cosine schedule
+with 10 % warm-up, the held-out loss every 10 steps, restoring the best point; a target LoRA at 3e-4 for 400 steps.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from lamella.data import Sample
 from lamella.data.samples import NO_LOSS
 from lamella.extras import require
-from lamella.methods.lora_recycling.modules import Activation, Granularity, Init, Mixture, attach, groups
+from lamella.methods.lora_recycling.modules import Activation, AdapterMixture, Granularity, Init, attach, groups
 from lamella.plan.fingerprint import revision
 from lamella.stack import Stack, share
 from lamella.train import (
@@ -36,28 +36,28 @@ from lamella.train import (
 from lamella.train.task import Batch
 
 FITTING = TrainConfig(steps=100, lr=5e-2, schedule="cosine", warmup=0.1, batch=8, eval_every=10)
-PI_RATE = 1e-4  # of pi-Tuning, which trains adapters too
-FRESH = 0.01  # the spread of A in pi-Tuning's own adapter; its B is zero
+PI_RATE = 1e-4  # learning rate of pi-Tuning, which trains adapters too
+FRESH = 0.01  # standard deviation of A in pi-Tuning's new adapter; its B is zero
 PATIENCE = 20  # evaluations without improvement; the paper's
-BOUND, START = 1.5, 0.5  # of LoraHub's weights; the first step of the search (ours)
-SPARE = 0.05  # LoraHub's price of a unit of mean |w|
+BOUND, START = 1.5, 0.5  # bound of LoraHub's weights; initial step size of the search (Lamella's choice)
+SPARE = 0.05  # LoraHub's penalty on mean |w|
 Objective = Literal["labels", "entropy"]
 Job = Callable[[Any, Batch], Tensor]
 
 
 @dataclass(frozen=True)
 class Mixing:
-    """How coefficients are made.
+    """Definition of the coefficients.
 
     Attributes:
-        granularity: what shares one: the whole ``model``, a ``layer``, a ``sublayer``, nothing but the ``module``
-            itself, or each ``rank`` on its own; the paper's best is per module.
-        activation: from a weight w to its coefficient: ``leaky_relu`` with slope 0.01, the paper's best; ``identity``,
-            ``square``, ``softmax`` over the adapters, or ``sigmoid``.
-        init: of w: ``zero``, the paper's best, which starts at the model itself; ``equal``, 1/sqrt(N); ``uniform``,
-            ``normal``, or ``target``.
-        objective: ``labels`` is the cross-entropy of the answers; ``entropy`` that of what the model says after the
-            prompt, which needs no answers (AdaMerging's own).
+        granularity: level of tying: the whole ``model``, a ``layer``, a ``sublayer``, a ``module``, or each ``rank``
+            separately; the paper's best is per module.
+        activation: function from a weight w to its coefficient: ``leaky_relu`` with slope 0.01, the paper's best;
+            ``identity``, ``square``, ``softmax`` over the adapters, or ``sigmoid``.
+        init: initial w: ``zero``, the paper's best, which starts at the original model; ``equal``, 1/sqrt(N);
+            ``uniform``, ``normal``, or ``target``.
+        objective: ``labels`` is the cross-entropy of the answers; ``entropy`` is that of the model's prediction after
+            the prompt, which needs no answers (AdaMerging's objective).
     """
 
     granularity: Granularity = "module"
@@ -68,14 +68,14 @@ class Mixing:
 
 @dataclass(frozen=True)
 class Target:
-    """The target LoRA: what a user would train without a pool.
+    """Settings of the target LoRA, which a user would train without a pool.
 
     Attributes:
         target_r: its rank; the paper's 64.
         target_alpha: its output is scaled by alpha / r; the paper's 16.
-        target_dropout: on its input; the paper's 0.1.
-        target_lr: its highest rate; the paper's 3e-4.
-        target_steps: the paper's 400.
+        target_dropout: dropout on its input; the paper's 0.1.
+        target_lr: its highest learning rate; the paper's 3e-4.
+        target_steps: number of steps; the paper's 400.
     """
 
     target_r: Annotated[int, Ge(1)] = 64
@@ -86,21 +86,33 @@ class Target:
 
 
 def entropy_loss(model: Any, batch: Batch) -> Tensor:
-    """The mean entropy of what a model says right after each prompt, in nats; answers are not looked at."""
+    """Mean entropy of the model's prediction right after each prompt, in nats; answers are not used.
+
+    Args:
+        model: the model.
+        batch: a batch of examples.
+    """
     first = batch["prompt_lengths"]
     labels = torch.full_like(batch["labels"], NO_LOSS)
     rows = torch.arange(len(first), device=labels.device)
-    labels[rows, first] = batch["input_ids"][rows, first]  # marks the place alone
+    labels[rows, first] = batch["input_ids"][rows, first]  # only marks the position
     states, _ = scored_states(model, {**batch, "labels": labels})
-    said = torch.log_softmax(Stack(model).logits(states).float(), dim=-1)
-    return -(said.exp() * said).sum(-1).mean()
+    log_probs = torch.log_softmax(Stack(model).logits(states).float(), dim=-1)
+    return -(log_probs.exp() * log_probs).sum(-1).mean()
 
 
 LOSSES: dict[str, Job] = {"labels": response_loss, "entropy": entropy_loss}
 
 
-def mixture(stack: Stack, adapters: Sequence[Adapter], mixing: Mixing, seed: int) -> Mixture:
-    """A view of a model with adapters and their coefficients beside its linear maps."""
+def mixture(stack: Stack, adapters: Sequence[Adapter], mixing: Mixing, seed: int) -> AdapterMixture:
+    """Create a view of a model with adapters and their coefficients on its linear layers.
+
+    Args:
+        stack: the model.
+        adapters: the adapters.
+        mixing: definition of the coefficients.
+        seed: random seed.
+    """
     group = groups(stack, mixing.granularity)
     how: dict[str, Any] = {name: getattr(mixing, name) for name in ("granularity", "activation", "init")}
     found = attach(share(stack.model), adapters, group, seed=seed, **how)
@@ -116,16 +128,20 @@ def adaptive(
     config: TrainConfig,
     *,
     out: Path,
-) -> tuple[Mixture, TrainingLog]:
-    """Fit the coefficients of frozen adapters, and restore those of the lowest held-out loss.
+) -> tuple[AdapterMixture, TrainingLog]:
+    """Train the coefficients of frozen adapters, and restore those of the lowest held-out loss.
 
     Args:
         stack: the model; it is not changed.
-        adapters: the target's own first, where it takes part.
-        samples, held_out: of the target task.
-        mixing: how coefficients are made.
-        config: of the training.
-        out: a folder for checkpoints.
+        adapters: the target's own first, if used.
+        samples: training examples.
+        held_out: held-out examples.
+        mixing: definition of the coefficients.
+        config: training settings.
+        out: folder for checkpoints.
+
+    Returns:
+        The model with its adapters, and the training log.
     """
     found = mixture(stack, adapters, mixing, config.seed)
     task = Task(LOSSES[mixing.objective], weight=_rows if mixing.objective == "entropy" else Task.weight)
@@ -147,11 +163,19 @@ def pi_tuning(
     config: TrainConfig,
     *,
     out: Path,
-) -> tuple[Mixture, TrainingLog]:
-    """Train a fresh adapter, its neighbours and their softmax weights together, at a rate of 1e-4.
+) -> tuple[AdapterMixture, TrainingLog]:
+    """Train a new adapter, its neighbours and their softmax weights together, at a learning rate of 1e-4.
 
     Args:
-        neighbours: the closest members of the pool; the fresh adapter has the rank of the first.
+        stack: the model; it is not changed.
+        neighbours: the closest members of the pool; the new adapter has the rank of the first.
+        samples: training examples.
+        held_out: held-out examples.
+        config: training settings.
+        out: folder for checkpoints.
+
+    Returns:
+        The model with its adapters, and the training log.
     """
     fresh = _fresh(neighbours, config.seed)
     found = mixture(stack, [fresh, *neighbours], Mixing(activation="softmax", init="equal"), config.seed)
@@ -162,7 +186,7 @@ def pi_tuning(
 
 
 def _fresh(neighbours: Sequence[Adapter], seed: int) -> Adapter:
-    """An adapter of all modules that a neighbour has: A small and random, B zero."""
+    """A new adapter of all modules that a neighbour has: A small and random, B zero."""
     generator = torch.Generator().manual_seed(seed)
     pairs = {}
     for each in neighbours:
@@ -182,7 +206,20 @@ def target_lora(
     out: Path,
     weight_decay: float = 0.0,
 ) -> tuple[Adapter, TrainingLog]:
-    """Train a LoRA on the examples alone, with the same batches, schedule and choice of the best point."""
+    """Train a LoRA on the examples alone, with the same batches, schedule and selection of the best point.
+
+    Args:
+        stack: the model; it is not changed.
+        samples: training examples.
+        held_out: held-out examples.
+        target: its settings.
+        config: training settings.
+        out: folder for checkpoints.
+        weight_decay: weight decay.
+
+    Returns:
+        The adapter and the training log.
+    """
     view = share(stack.model)
     lora = add_lora(view, target.target_r, target.target_alpha, target.target_dropout,
                     sites=[f"layers.{each}" for each in range(len(stack))], seed=config.seed)  # fmt: skip
@@ -194,23 +231,26 @@ def target_lora(
 
 
 def lorahub(
-    mixed: Mixture, loss: Callable[[Any], float], memo: dict[str, float], *, budget: int = 100, seed: int = 0
+    mixed: AdapterMixture, loss: Callable[[Any], float], memo: dict[str, float], *, budget: int = 100, seed: int = 0
 ) -> list[float]:
-    """Search one weight for each adapter without gradients, by CMA-ES between -1.5 and 1.5 (the original has NGOpt).
+    """Search one weight per adapter without gradients, by CMA-ES between -1.5 and 1.5 (the original uses NGOpt).
 
         f(w) = loss on the examples + 0.05 mean|w|
 
-    The sum is of the D_i, for any ranks; the original adds A's and B's apart, which gives cross terms.
+    The sum is of the D_i, for any ranks; the original adds A's and B's separately, which gives cross terms.
 
     Args:
-        mixed: tied over the whole model, with the identity for activation; left with the best weights.
-        loss: of its model on the examples.
-        memo: what is known already, by weights.
-        budget: evaluations; the paper's 100.
-        seed: of the search.
+        mixed: model with one w for all layers and the identity as activation; left with the best weights.
+        loss: loss of its model on the examples.
+        memo: known values, by weights.
+        budget: number of evaluations; the paper's 100.
+        seed: random seed of the search.
+
+    Returns:
+        The best weights.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it says that it cannot draw
+        warnings.simplefilter("ignore")  # it warns that it cannot plot
         cma = require("cma", "recycle", "a search without gradients")
     (weights,) = mixed.tensors.values()
 
@@ -225,7 +265,7 @@ def lorahub(
     best, least = start, price(start)
     options = {"bounds": [-BOUND, BOUND], "seed": seed + 1, "verbose": -9, "maxfevals": budget - 1}
     if len(start) == 1:
-        candidates = [[BOUND * (2 * place / (budget - 1) - 1)] for place in range(budget - 1)]  # CMA-ES needs two
+        candidates = [[BOUND * (2 * index / (budget - 1) - 1)] for index in range(budget - 1)]  # CMA-ES needs two
         best = min([start, *candidates], key=price)
     else:
         search = cma.CMAEvolutionStrategy(start, START, options)

@@ -1,4 +1,4 @@
-"""What comes back: all arms side by side, whether merging was worth it, and the best merge as a plain adapter."""
+"""The result: all arms side by side, the verdict on merging, and the best merge as a plain adapter."""
 
 from __future__ import annotations
 
@@ -11,48 +11,50 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from lamella.evaluate import Estimate
-from lamella.methods.lora_recycling.judge import Judged, is_sure
+from lamella.methods.lora_recycling.judge import AnswerScores, is_sure
 from lamella.methods.lora_recycling.pool import Members
-from lamella.methods.lora_recycling.trial import Arm
+from lamella.methods.lora_recycling.trial import TrialArm
 from lamella.results import Result
 from lamella.stack import Stack
 from lamella.train import Adapter
 
 COEFFICIENTS = "coefficients.json"
-SAID = {True: "was worth it", False: "was not worth it: it did harm", None: "was not shown to be worth it"}
+WORTH = {True: "was worthwhile", False: "was harmful", None: "was not shown to be worthwhile"}
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """The best of the arms with weights of the pool against the best of all others, both chosen by held-out loss.
+class MergeVerdict:
+    """The best arm with the pool compared with the best arm without it, both selected by held-out loss.
 
     Attributes:
-        ours, other: those arms.
-        gain: by how much more of the test ours answers, in pairs.
-        saved: by how many nats per token its loss is lower.
-        worth: whether merging was worth it; None where the interval of the gain holds 0.
+        ours, other: these arms.
+        gain: paired difference of their accuracy on the test.
+        saved: paired difference of their loss, in nats per token; positive if ours is lower.
+        worth: whether merging was worthwhile; None if the interval of the gain contains 0.
     """
 
-    ours: Arm
-    other: Arm
+    ours: TrialArm
+    other: TrialArm
     gain: Estimate
     saved: Estimate
 
     @classmethod
-    def of(cls, arms: Sequence[Arm]) -> Verdict:
+    def of(cls, arms: Sequence[TrialArm]) -> MergeVerdict:
+        """Compare the arms."""
         ours, other = (min((each for each in arms if each.of_pool is is_ours), key=lambda arm: arm.held_out.loss)
                        for is_ours in (True, False))  # fmt: skip
         return cls(ours, other, ours.test.above(other.test), ours.test.below(other.test))
 
     @property
     def worth(self) -> bool | None:
+        """Whether merging was worthwhile; None if undecided."""
         return is_sure(self.gain)
 
     @property
     def sentence(self) -> str:
-        """The verdict as one."""
+        """The verdict as a sentence."""
         return (
-            f"Merging {SAID[self.worth]} on this pool: with its weights ({self.ours.name}) "
+            f"Merging {WORTH[self.worth]} on this pool: with its weights ({self.ours.name}), "
             f"{self.ours.test.accuracy:.3f} of the test is answered, without them ({self.other.name}) "
             f"{self.other.test.accuracy:.3f}, a difference of {self.gain} (and of {self.saved} nats per token)."
         )
@@ -60,23 +62,23 @@ class Verdict:
 
 @dataclass(kw_only=True)
 class Recycled(Result):
-    """The best merge of a pool for a task, as a plain adapter and merged, beside all of its controls.
+    """The best merge of a pool for a task, as a plain adapter and merged, with all of its controls.
 
     Attributes:
         stack: the model with the adapter merged; it shares all other tensors with the original.
-        adapter: of the best arm with weights of the pool, chosen by held-out loss.
-        arms: all of them.
-        selected: the members that were merged, the most useful first.
-        members: of the pool, and why the others were refused.
-        verdict: whether it was worth it.
+        adapter: adapter of the best arm with the pool, selected by held-out loss.
+        arms: all arms.
+        selected: the merged members, the most useful first.
+        members: members of the pool, and the reasons for rejecting the others.
+        verdict: whether merging was worthwhile.
     """
 
     stack: Stack
     adapter: Adapter
-    arms: Sequence[Arm]
+    arms: Sequence[TrialArm]
     selected: Sequence[str]
     members: Members
-    verdict: Verdict
+    verdict: MergeVerdict
 
     kind: ClassVar[str] = "recycled"
     needs_folder: ClassVar[bool] = True
@@ -108,17 +110,22 @@ class Recycled(Result):
         self.notes = [verdict.sentence, *self.notes]
 
     def write(self, folder: Path) -> None:
-        """The adapter as plain peft loads and merges it."""
+        """Write the adapter, which plain peft loads and merges."""
         self.adapter.write_into(folder)
 
     @classmethod
     def read(cls, path: Path) -> Adapter:
-        """The adapter in a folder of results."""
+        """Read the adapter from a result folder."""
         return Adapter.open(path)
 
 
-def table(arms: Sequence[Arm], other: Judged) -> list[dict[str, Any]]:
-    """Every arm with its figures, and its difference to ``other`` in pairs."""
+def table(arms: Sequence[TrialArm], other: AnswerScores) -> list[dict[str, Any]]:
+    """Results of every arm, with its paired difference to ``other``.
+
+    Args:
+        arms: the arms.
+        other: results of the arm to compare with.
+    """
     return [
         {
             "arm": arm.name,
@@ -135,4 +142,5 @@ def table(arms: Sequence[Arm], other: Judged) -> list[dict[str, Any]]:
 
 
 def as_lists(coefficients: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """Convert coefficients to rounded lists."""
     return {name: [round(float(each), 6) for each in values] for name, values in coefficients.items()}

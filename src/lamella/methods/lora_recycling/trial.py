@@ -1,4 +1,4 @@
-"""One target task on trial: every way to answer it, each trained on the same examples and judged on the same test."""
+"""A trial of one target task: all arms, trained on the same examples and tested on the same test split."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import Tensor
 from lamella.data import Sample
 from lamella.errors import MethodError
 from lamella.files import Journal, Work
-from lamella.methods.lora_recycling.controls import shuffled
-from lamella.methods.lora_recycling.judge import Judged
-from lamella.methods.lora_recycling.modules import Mixture
+from lamella.methods.lora_recycling.controls import derangement
+from lamella.methods.lora_recycling.judge import AnswerScores
+from lamella.methods.lora_recycling.modules import AdapterMixture
 from lamella.methods.lora_recycling.recipe import (
     Mixing,
     Target,
@@ -31,21 +31,24 @@ from lamella.search import Memo
 from lamella.stack import Stack
 from lamella.train import Adapter, TrainConfig, TrainingLog, mean_loss, merge, pairs
 
-HELD_OUT, TESTED = 0.2, 0.25  # of the examples: the paper's 20 of 100; what is set aside where no test is given (ours)
-FEW = 20  # below so many examples the same ones train and select, as with the paper's 10
-DROPOUT, DECAY = 0.3, 0.05  # of the regularised target LoRA; the paper has 0.2 to 0.5, and 0.01 to 0.1
+HELD_OUT, TESTED = (
+    0.2,
+    0.25,
+)  # held-out fraction (the paper's 20 of 100); test fraction without a test (Lamella's choice)
+FEW = 20  # below this number of examples the same ones train and select, as with the paper's 10
+DROPOUT, DECAY = 0.3, 0.05  # of the regularised target LoRA; the paper uses 0.2 to 0.5, and 0.01 to 0.1
 HUB_BUDGET = 100  # evaluations of LoraHub; the paper's
 
 
 @dataclass(frozen=True)
-class Splits:
-    """The examples of a task by what they are for.
+class TaskSplits:
+    """The examples of a task, split by purpose.
 
     Attributes:
-        train: to train on.
-        held_out: to choose by.
-        test: to judge by; nothing trains on it or is chosen by it.
-        set_aside: whether the test is a part of the examples, since none was given.
+        train: training examples.
+        held_out: examples for selection.
+        test: test examples, not used for training or selection.
+        set_aside: whether the test is a part of the examples, because none was given.
     """
 
     train: Sequence[Sample]
@@ -54,14 +57,19 @@ class Splits:
     set_aside: bool = False
 
     @classmethod
-    def of(cls, examples: Sequence[Sample], test: Sequence[Sample] | None, seed: int) -> Splits:
+    def of(cls, examples: Sequence[Sample], test: Sequence[Sample] | None, seed: int) -> TaskSplits:
         """Split examples at random.
 
+        Args:
+            examples: the examples.
+            test: test examples, or None.
+            seed: random seed.
+
         Raises:
-            MethodError: when there are too few of them.
+            MethodError: for too few examples.
         """
         if len(examples) < 4:
-            raise MethodError(f"{len(examples)} examples of the target task: give 4 or more, better 100")
+            raise MethodError(f"{len(examples)} examples of the target task: give at least 4, better 100")
         order = list(examples)
         random.Random(seed).shuffle(order)
         set_aside = test is None
@@ -74,69 +82,80 @@ class Splits:
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One way to answer the task.
+class TrialArm:
+    """One way to solve the task.
 
     Attributes:
-        name: of it.
-        of_pool: whether weights of the pool are in it.
-        adapter: what it adds to the model; None for the model itself.
-        held_out, test: what it did on them.
-        coefficients: f(w) by module, of N adapters or of each rank; None where there are none.
-        log: of what was trained.
+        name: its name.
+        of_pool: whether it uses weights of the pool.
+        adapter: its adapter; None for the original model.
+        held_out, test: its results on these splits.
+        coefficients: f(w) by module, of N adapters or of each rank; None without coefficients.
+        log: training log.
     """
 
     name: str
     of_pool: bool
     adapter: Adapter | None
-    held_out: Judged
-    test: Judged
+    held_out: AnswerScores
+    test: AnswerScores
     coefficients: Mapping[str, Tensor] | None = None
     log: TrainingLog | None = None
 
 
 @dataclass
 class Trial:
-    """A model, a task, and how to train; its methods make the arms.
+    """A model, a task, and training settings; its methods create the arms.
 
     Attributes:
         stack: the model; it is not changed.
-        splits: of the task.
-        how: the coefficients are found: ``adaptive``, ``lorahub`` or ``pi-tuning``.
-        mixing, target, config: of what trains.
-        work: where an interrupted run goes on from.
-        merged: what else decides what is merged, as JSON values: a run of another pool or selection begins anew.
+        splits: splits of the task.
+        how: method for the coefficients: ``adaptive``, ``lorahub`` or ``pi-tuning``.
+        mixing, target, config: training settings.
+        work: folder from which an interrupted run resumes.
+        merged: further settings of the merge, as JSON values: a run with another pool or selection starts again.
     """
 
     stack: Stack
-    splits: Splits
+    splits: TaskSplits
     how: str
     mixing: Mixing
     target: Target
     config: TrainConfig
     work: Work
     merged: Mapping[str, Any] = field(default_factory=dict)
-    arms: list[Arm] = field(default_factory=list)
+    arms: list[TrialArm] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.folder = self.work.directory()
         parts = (self.splits.train, self.splits.held_out, self.splits.test)
         data = [[each["input_ids"].tolist() for each in part] for part in parts]
         how = [self.how, asdict(self.mixing), asdict(self.target), self.config.as_dict(1)]
-        said = [data, revision(self.stack.model), how, dict(self.merged)]
-        self.depends = hashlib.sha256(json.dumps(said).encode()).hexdigest()
+        content = [data, revision(self.stack.model), how, dict(self.merged)]
+        self.depends = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         self._journal = Journal(self.work.journal("judged"), _is_judged, self.depends)
-        self._known = {name: Judged(tuple(exact), tuple(nats)) for name, exact, nats in self._journal.found}
+        self._known = {name: AnswerScores(tuple(exact), tuple(nats)) for name, exact, nats in self._journal.found}
 
-    def judged(self, name: str, make: Callable[[], Any], samples: Sequence[Sample]) -> Judged:
-        """What a model does on some samples; ``make`` makes it where that is not known yet."""
+    def judged(self, name: str, make: Callable[[], Any], samples: Sequence[Sample]) -> AnswerScores:
+        """Evaluate a model on some samples; ``make`` is only called if the result is not known.
+
+        Args:
+            name: key of the result in the journal.
+            make: creates the model.
+            samples: the samples.
+        """
         if name not in self._known:
-            found = self._known[name] = Judged.of(make(), samples, self.config.batch)
+            found = self._known[name] = AnswerScores.of(make(), samples, self.config.batch)
             self._journal.add([name, found.exact, found.nats])
         return self._known[name]
 
-    def member(self, name: str, load: Callable[[], Adapter]) -> Judged:
-        """What a member of the pool does on the examples: those to train on, then those to choose by."""
+    def member(self, name: str, load: Callable[[], Adapter]) -> AnswerScores:
+        """Evaluate a member of the pool on the training examples and then the held-out ones.
+
+        Args:
+            name: name of the member.
+            load: loads it.
+        """
         samples = [*self.splits.train, *self.splits.held_out]
         return self.judged(f"member {name}", lambda: merge(self.stack, load()).model, samples)
 
@@ -148,27 +167,43 @@ class Trial:
         of_pool: bool = False,
         coefficients: Mapping[str, Tensor] | None = None,
         log: TrainingLog | None = None,
-    ) -> Arm:
-        """One more arm, judged."""
+    ) -> TrialArm:
+        """Evaluate an arm and add it.
+
+        Args:
+            name: its name.
+            adapter: its adapter; None for the original model.
+            of_pool: whether it uses weights of the pool.
+            coefficients: its coefficients.
+            log: its training log.
+
+        Returns:
+            The arm.
+        """
         samples = [*self.splits.held_out, *self.splits.test]
         found = self.judged(name, lambda: self._with(adapter), samples)
         count = len(self.splits.held_out)
         held_out, test = found.of_examples(0, count), found.of_examples(count)
-        self.arms.append(Arm(name, of_pool, adapter, held_out, test, coefficients, log))
+        self.arms.append(TrialArm(name, of_pool, adapter, held_out, test, coefficients, log))
         return self.arms[-1]
 
     def _with(self, adapter: Adapter | None) -> Any:
         return (self.stack if adapter is None else merge(self.stack, adapter)).model
 
     def trained(self, name: str, *, dropout: float | None = None, decay: float = 0.0, shuffle: bool = False) -> Adapter:
-        """An arm of its own LoRA, trained on the examples without any pool.
+        """Add an arm with its own LoRA, trained on the examples without a pool.
 
         Args:
-            dropout, decay: of a regularised one.
-            shuffle: give every prompt the answer of another one: what is learnt is the format alone.
+            name: its name.
+            dropout: dropout of a regularised one; None for the default.
+            decay: weight decay of a regularised one.
+            shuffle: give every prompt the answer of another one, so that only the format can be learned.
+
+        Returns:
+            The adapter.
         """
-        samples = mismatched(self.splits.train, self.config.seed) if shuffle else self.splits.train
-        held_out = mismatched(self.splits.held_out, self.config.seed) if shuffle else self.splits.held_out
+        samples = mismatch_answers(self.splits.train, self.config.seed) if shuffle else self.splits.train
+        held_out = mismatch_answers(self.splits.held_out, self.config.seed) if shuffle else self.splits.held_out
         target = self.target if dropout is None else replace(self.target, target_dropout=dropout)
         adapter, log = target_lora(
             self.stack, samples, held_out, target, self.config, out=self.folder / name, weight_decay=decay
@@ -176,8 +211,17 @@ class Trial:
         self.add(name, adapter, log=log)
         return adapter
 
-    def mixed(self, name: str, adapters: Sequence[Adapter], *, of_pool: bool = False) -> Arm:
-        """An arm of frozen adapters whose coefficients are fitted on the examples."""
+    def mixed(self, name: str, adapters: Sequence[Adapter], *, of_pool: bool = False) -> TrialArm:
+        """Add an arm with frozen adapters whose coefficients are fitted on the examples.
+
+        Args:
+            name: its name.
+            adapters: the adapters.
+            of_pool: whether they belong to the pool.
+
+        Returns:
+            The arm.
+        """
         out, splits = self.folder / name, self.splits
         log = None
         if self.how == "lorahub":
@@ -197,16 +241,21 @@ class Trial:
             )
         return self._of_mixture(name, found, of_pool, log)
 
-    def _of_mixture(self, name: str, found: Mixture, of_pool: bool, log: TrainingLog | None) -> Arm:
+    def _of_mixture(self, name: str, found: AdapterMixture, of_pool: bool, log: TrainingLog | None) -> TrialArm:
         return self.add(name, found.adapter(), of_pool=of_pool, coefficients=found.coefficients(), log=log)
 
 
-def mismatched(samples: Sequence[Sample], seed: int) -> list[Sample]:
-    """The same prompts, each with the answer of another one."""
-    order = shuffled(len(samples), seed)
+def mismatch_answers(samples: Sequence[Sample], seed: int) -> list[Sample]:
+    """The same prompts, each with the answer of another one.
+
+    Args:
+        samples: the examples.
+        seed: random seed.
+    """
+    order = derangement(len(samples), seed)
     prompts = [each["input_ids"][: int(each["prompt_lengths"])] for each in samples]
     answers = [each["input_ids"][int(each["prompt_lengths"]) :] for each in samples]
-    return pairs([(prompt, answers[place]) for prompt, place in zip(prompts, order, strict=True)])
+    return pairs([(prompt, answers[index]) for prompt, index in zip(prompts, order, strict=True)])
 
 
 def _is_judged(line: Any) -> bool:

@@ -1,11 +1,11 @@
-"""Attackers that name the class of a picture from what is sent: of three capacities, from weak to strong.
+"""Attackers that predict the class of an image from transmitted features, of three capacities.
 
-    linear    v = W_1 F, logits = W_2 v: a linear probe of rank 768, the published one
-    gap       the mean over places, then a linear map
-    conv      convolutions over maps, or an MLP over tokens or vectors: reads at every depth what is there to read
+    linear    v = W_1 F, logits = W_2 v: the published linear probe of rank 768
+    gap       global average pooling, then a linear layer
+    conv      convolutions over feature maps, or an MLP over tokens or vectors: strong at every depth
 
-Deeper features hold less, not more. What grows with depth for a weak reader is what *it* can read, so two of them are
-the least that says anything.
+Deeper features contain less information, not more. The accuracy of a weak attacker that grows with depth shows what
+*it* can extract, so at least two capacities are needed.
 """
 
 from __future__ import annotations
@@ -19,62 +19,65 @@ from torch import Tensor, nn
 
 from lamella.data import batches
 
-Reader = Literal["linear", "gap", "conv"]
-COMPARED = 1024  # rows of features that are in memory at once
+AttackerKind = Literal["linear", "gap", "conv"]
+COMPARED = 1024  # number of feature rows in memory at once
 RANK = 768
 HIDDEN = 64
 
 
-class Standardised(nn.Module):
-    """Numbers of mean 0 and variance 1, as it has seen them in training: no capacity, and the scale of any layer."""
+class Standardise(nn.Module):
+    """Standardise features to mean 0 and variance 1 with running statistics; it adds no capacity."""
 
     def __init__(self, shape: torch.Size) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(shape.numel(), affine=False)
 
     def forward(self, features: Tensor) -> Tensor:
+        """Standardise features [batch, ...]."""
         found: Tensor = self.norm(features.flatten(1))
         return found.view_as(features)
 
 
-class Linear(nn.Module):
-    """The published label attacker, without its text: two linear maps and nothing between them.
+class LinearProbe(nn.Module):
+    """The published label attacker, without its text: two linear layers without activation.
 
     Args:
-        shape: of the features of one picture.
-        classes: how many.
-        rank: of the probe.
+        shape: shape of the features of one image.
+        classes: number of classes.
+        rank: width of the hidden layer.
     """
 
     def __init__(self, shape: torch.Size, classes: int, rank: int = RANK) -> None:
         super().__init__()
-        self.standardised = Standardised(shape)
+        self.standardise = Standardise(shape)
         self.first, self.second = nn.Linear(shape.numel(), rank), nn.Linear(rank, classes)
 
     def forward(self, features: Tensor) -> Tensor:
-        logits: Tensor = self.second(self.first(self.standardised(features).flatten(1)))
+        """Return the logits [batch, classes]."""
+        logits: Tensor = self.second(self.first(self.standardise(features).flatten(1)))
         return logits
 
 
-class Pooled(nn.Module):
-    """A linear map of means over places."""
+class PooledProbe(nn.Module):
+    """A linear layer on features averaged over positions."""
 
     def __init__(self, shape: torch.Size, classes: int) -> None:
         super().__init__()
         width = shape[0] if len(shape) == 3 else shape[-1]
-        self.standardised, self.head = Standardised(shape), nn.Linear(width, classes)
+        self.standardise, self.head = Standardise(shape), nn.Linear(width, classes)
 
     def forward(self, features: Tensor) -> Tensor:
-        logits: Tensor = self.head(pooled(self.standardised(features)))
+        """Return the logits [batch, classes]."""
+        logits: Tensor = self.head(pooled(self.standardise(features)))
         return logits
 
 
-class Deep(nn.Module):
-    """Convolutions over maps [channels, height, width]; over tokens [tokens, width] or vectors, an MLP."""
+class DeepProbe(nn.Module):
+    """Convolutions over feature maps [channels, height, width], or an MLP over tokens [tokens, width] or vectors."""
 
     def __init__(self, shape: torch.Size, classes: int) -> None:
         super().__init__()
-        self.standardised = Standardised(shape)
+        self.standardise = Standardise(shape)
         body: list[nn.Module]
         if len(shape) == 3:
             body = [*_convolution(shape[0]), *_convolution(HIDDEN), nn.Flatten()]
@@ -85,7 +88,8 @@ class Deep(nn.Module):
         self.body = nn.Sequential(*body, nn.Linear(width, 2 * HIDDEN), nn.ReLU(), nn.Linear(2 * HIDDEN, classes))
 
     def forward(self, features: Tensor) -> Tensor:
-        logits: Tensor = self.body(self.standardised(features))
+        """Return the logits [batch, classes]."""
+        logits: Tensor = self.body(self.standardise(features))
         return logits
 
 
@@ -93,18 +97,27 @@ def _convolution(channels: int) -> list[nn.Module]:
     return [nn.Conv2d(channels, HIDDEN, 3, padding=1), nn.BatchNorm2d(HIDDEN), nn.ReLU()]
 
 
-READERS: dict[Reader, Callable[..., nn.Module]] = {"linear": Linear, "gap": Pooled, "conv": Deep}
+ATTACKERS: dict[AttackerKind, Callable[..., nn.Module]] = {"linear": LinearProbe, "gap": PooledProbe, "conv": DeepProbe}
 
 
 def pooled(features: Tensor) -> Tensor:
-    """Means over places, of maps [batch, channels, height, width] or tokens [batch, tokens, width]; vectors stay."""
+    """Average features over positions; vectors are unchanged.
+
+    Args:
+        features: maps [batch, channels, height, width], tokens [batch, tokens, width] or vectors [batch, width].
+    """
     if features.ndim == 4:
         return features.mean((2, 3))
     return features.mean(1) if features.ndim == 3 else features
 
 
 def nearest(train: Sequence[Tensor], test: Sequence[Tensor]) -> Tensor:
-    """The baseline: for each row the most similar row of those that an attacker has, by cosine [rows]."""
+    """Return for each test row the index of the most similar training row, by cosine [rows].
+
+    Args:
+        train: features of the attacker's images.
+        test: features of the test images.
+    """
     found = []
     for ours in batches(test, COMPARED, _directions):
         best, where, first = ours.new_full((len(ours),), -torch.inf), torch.zeros(len(ours), dtype=torch.long), 0

@@ -1,4 +1,4 @@
-"""The same decoder over pictures."""
+"""Tests of the same decoder on images."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from lamella.files import Work
 from lamella.methods.agile3d import (
     Click,
     ClickDecoder,
+    ClickScene,
     ClickSegmenter,
-    Scene,
     Scenes,
     Segmenter,
+    SegmenterShape,
     Session,
-    Shape,
     agile3d,
     judge,
     rooms,
 )
 from lamella.methods.agile3d.collages import collages
+from lamella.methods.agile3d.images import ImageEncoder, image_scene
 from lamella.methods.agile3d.judge import visible
-from lamella.methods.agile3d.pictures import PictureEncoder, pictured
-from lamella.methods.agile3d.recipe import Lesson, Practice, turned
+from lamella.methods.agile3d.recipe import ClickLoss, ClickSimulation, augment_scene
 from lamella.train import TrainConfig
 
 timm = pytest.importorskip("timm")
@@ -38,13 +38,13 @@ timm = pytest.importorskip("timm")
 @pytest.fixture(scope="module")
 def model() -> ClickSegmenter:
     torch.manual_seed(0)
-    return ClickSegmenter(PictureEncoder(channels=16), ClickDecoder(2, 16, 2, 32, layers=2, background=3)).eval()
+    return ClickSegmenter(ImageEncoder(channels=16), ClickDecoder(2, 16, 2, 32, layers=2, background=3)).eval()
 
 
 def test_a_token_has_the_features_of_its_cell(model: ClickSegmenter) -> None:
     random = np.random.default_rng(0)
-    picture = random.integers(0, 256, (37, 50, 3), dtype=np.uint8)  # of no round size
-    tokens = model.tokenise(pictured(picture))
+    image = random.integers(0, 256, (37, 50, 3), dtype=np.uint8)  # of no round size
+    tokens = model.tokenise(image_scene(image))
     assert len(tokens) == 10 * 13
     with torch.no_grad():
         f = model.encoder([tokens])
@@ -61,7 +61,7 @@ def test_a_token_has_the_features_of_its_cell(model: ClickSegmenter) -> None:
 def test_pictures_of_several_sizes_are_encoded_as_each_alone(model: ClickSegmenter) -> None:
     random = np.random.default_rng(1)
     scenes = [
-        model.tokenise(pictured(random.integers(0, 256, (height, width, 3), dtype=np.uint8)))
+        model.tokenise(image_scene(random.integers(0, 256, (height, width, 3), dtype=np.uint8)))
         for height, width in ((64, 48), (33, 90))
     ]
     for together, each in zip(model.encode(scenes), scenes, strict=True):
@@ -83,11 +83,11 @@ def test_a_session_labels_every_pixel(model: ClickSegmenter) -> None:
 
 def test_what_is_frozen_stays_and_the_pyramid_learns() -> None:
     torch.manual_seed(0)
-    encoder = PictureEncoder(channels=16, frozen=True)
+    encoder = ImageEncoder(channels=16, frozen=True)
     model = ClickSegmenter(encoder, ClickDecoder(2, 16, 2, 32, layers=1, background=3)).train()
     before = {name: each.clone() for name, each in encoder.backbone.state_dict().items()}
     scenes = [model.tokenise(scene) for scene in islice(collages(), 2)]
-    loss, parts = Lesson(Practice(rounds=2, turn=False))(model, {"scenes": scenes})
+    loss, parts = ClickLoss(ClickSimulation(rounds=2, turn=False))(model, {"scenes": scenes})
     loss.backward()
     assert torch.isfinite(loss) and set(parts) == {"cross-entropy", "dice"}
     assert all(torch.equal(each, before[name]) for name, each in encoder.backbone.state_dict().items())
@@ -98,11 +98,14 @@ def test_what_is_frozen_stays_and_the_pyramid_learns() -> None:
 def test_a_level_alone_gives_as_many_tokens_and_a_network_that_cannot_is_refused() -> None:
     scene = next(collages())
     for level in (0, 3):
-        encoder = PictureEncoder(channels=8, levels=[level]).eval()
+        encoder = ImageEncoder(channels=8, levels=[level]).eval()
         assert encoder([encoder.tokenise(scene)]).shape == (24 * 24, 8)
-    for name, options, said in (("local-dir:/tmp", {}, "no network"), ("resnet18", {"levels": [9]}, "has 0, 1, 2, 3")):
-        with pytest.raises(MethodError, match=said):
-            PictureEncoder(name, **options)
+    for name, options, message in (
+        ("local-dir:/tmp", {}, "no network"),
+        ("resnet18", {"levels": [9]}, "has 0, 1, 2, 3"),
+    ):
+        with pytest.raises(MethodError, match=message):
+            ImageEncoder(name, **options)
 
 
 def test_collages_show_shapes_that_can_be_seen_and_are_the_same_again() -> None:
@@ -112,12 +115,12 @@ def test_collages_show_shapes_that_can_be_seen_and_are_the_same_again() -> None:
         assert scene.objects is not None
         numbers, counts = np.unique(scene.objects, return_counts=True)
         assert len(numbers) >= 3 and counts.min() >= 48
-    encoder = PictureEncoder(channels=8)
+    encoder = ImageEncoder(channels=8)
     assert visible(encoder.tokenise(first))
 
 
-def drawing(scene: Scene, of: np.ndarray) -> np.ndarray:
-    """What pixels [96 * 96, ...] are as a picture [96, 96, ...]."""
+def drawing(scene: ClickScene, of: np.ndarray) -> np.ndarray:
+    """Reshape pixels [96 * 96, ...] to an image [96, 96, ...]."""
     return of.reshape(96, 96, *of.shape[1:])
 
 
@@ -139,7 +142,7 @@ def test_pictures_and_their_objects_are_read_and_labels_written_as_such(model: C
     assert np.array_equal(again.objects, session.labels().numpy())  # type: ignore[arg-type]
     for wrong in (colours[:50], colours):  # another size, and in colours
         image.fromarray(wrong).save(tmp_path / "photo.objects.png")
-        with pytest.raises(CalibrationError, match=r"photo\.objects\.png: no grey picture of the size of photo\.png"):
+        with pytest.raises(CalibrationError, match=r"photo\.objects\.png: not a grey image of the size of photo\.png"):
             Scenes.open(tmp_path, InputContext())
     (tmp_path / "photo.objects.png").unlink()
     (tmp_path / "photo.png").write_bytes(b"\x89PNG torn")
@@ -151,9 +154,9 @@ def test_a_picture_that_is_turned_is_mirrored_with_its_objects() -> None:
     scene = next(collages())
     assert scene.objects is not None
     drawn = np.random.default_rng(0)
-    found = {turned(scene, drawn).digest: turned(scene, drawn) for _ in range(12)}
+    found = {augment_scene(scene, drawn).digest: augment_scene(scene, drawn) for _ in range(12)}
     moved = next(each for each in found.values() if each.digest != scene.digest)
-    assert len({turned(scene, drawn).digest for _ in range(12)}) == 2
+    assert len({augment_scene(scene, drawn).digest for _ in range(12)}) == 2
     at = moved.coords.astype(int)
     seen = np.zeros((96, 96), np.int64)
     seen[at[:, 1], at[:, 0]] = moved.objects
@@ -169,12 +172,12 @@ def test_a_public_network_is_trained_written_read_and_judged_on_pictures(
     public = timm.create_model("tf_efficientnet_lite0").state_dict()  # its architecture, in place of its weights
     save_file(public, tmp_path / "model.safetensors")
     monkeypatch.setattr("lamella.methods.agile3d.method.pull", {"efficientnet-lite0": tmp_path}.__getitem__)
-    shape = Shape("efficientnet-lite0", hidden=16, heads=2, feedforward=32, layers=2, background=3)
-    with pytest.raises(MethodError, match="does not hold the weights of resnet18"):
-        PictureEncoder("resnet18", weights=tmp_path / "model.safetensors")
+    shape = SegmenterShape("efficientnet-lite0", hidden=16, heads=2, feedforward=32, layers=2, background=3)
+    with pytest.raises(MethodError, match="does not match the weights of resnet18"):
+        ImageEncoder("resnet18", weights=tmp_path / "model.safetensors")
     scenes = Scenes.open("collages", InputContext(), count=2)
     config = TrainConfig(steps=2, lr=1e-3, batch=1, save_every=2)
-    found = agile3d(scenes, shape=shape, practice=Practice(rounds=2, frozen=True), config=config, work=Work())
+    found = agile3d(scenes, shape=shape, simulation=ClickSimulation(rounds=2, frozen=True), config=config, work=Work())
     kept = found.model.encoder.backbone.state_dict()  # type: ignore[attr-defined]
     assert len(kept) > 200 and all(torch.equal(each, public[name]) for name, each in kept.items())
     (tmp_path / "written").mkdir()
@@ -185,5 +188,5 @@ def test_a_public_network_is_trained_written_read_and_judged_on_pictures(
         judge(again, Scenes.open("collages", InputContext(split="test"), count=1), budget=1)["agile3d"]["iou"]
     ) == {"1"}
     room = replace(next(rooms()), name="room.ply")
-    with pytest.raises(CalibrationError, match=r"room\.ply is no picture, as this model segments"):
+    with pytest.raises(CalibrationError, match=r"room\.ply is no image, which this model segments"):
         Session(again.model, room)
