@@ -203,7 +203,11 @@ def test_what_no_config_can_say_travels_as_a_plan(name: str, tmp_path: Path) -> 
     [
         ("t5", "encoder.layers.0", "encoder.layers.0 computes the position bias of all layers, so it must stay"),
         ("t5", "decoder.layers.0", "decoder.layers.0 computes the position bias"),
-        ("llava", "vision.layers.3", "vision.layers.3 is counted by the config to locate the states that the language model reads"),
+        (
+            "llava",
+            "vision.layers.3",
+            "vision.layers.3 is counted by the config to locate the states that the language model reads",
+        ),
     ],
 )
 def test_layers_that_a_plain_checkpoint_counts_on_stay(name: str, site: str, reason: str, tmp_path: Path) -> None:
