@@ -273,7 +273,7 @@ def test_bad_arguments_and_other_runs_are_refused(tmp_path: Path) -> None:
         lambda: fit_slices(model, slices, [], objective, in_turn, out=tmp_path, **RUN)
     )
     fitted(tmp_path / "b", steps=2)
-    assert "holds a run with steps 2, not 3" in refused(lambda: fitted(tmp_path / "b", steps=3))
+    assert "contains a run with steps 2, not 3" in refused(lambda: fitted(tmp_path / "b", steps=3))
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "notes.txt").write_text("mine")
     assert "not the folder of a training run" in refused(lambda: fitted(tmp_path / "c"))
