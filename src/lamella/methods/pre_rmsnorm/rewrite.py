@@ -292,11 +292,11 @@ def _sort(
             )
     elif part.reads == "branch":
         scale(branch.writers[-1], component)
-    elif part.reads is None and part.writes == ("stream",) and not isinstance(component.module, LINEAR):
+    elif part.reads is None and part.writes == ("hidden",) and not isinstance(component.module, LINEAR):
         if not isinstance(component.module, norm):
             raise ValueError(f"{component.path} is a {_kind(component)}, and not a {norm.__name__}")
         branch.norms.append(NormComponent(component.path, component.module))
-    elif part.writes in (("stream",), ("branch",)):
+    elif part.writes in (("hidden",), ("branch",)):
         if isinstance(component.module, LINEAR):
             branch.writers.append(ResidualWriter(component.path, component.module))
         elif part.reads == "embedded" and isinstance(component.module, nn.LayerNorm):
@@ -305,8 +305,8 @@ def _sort(
             raise ValueError(
                 f"{component.path} writes to the residual stream and is a {_kind(component)}, which is not linear"
             )
-    elif part.reads in ("stream", "encoded"):
-        before = branch.norms[-1] if part.reads == "stream" else encoded
+    elif part.reads in ("hidden", "encoded"):
+        before = branch.norms[-1] if part.reads == "hidden" else encoded
         if not isinstance(component.module, nn.Linear | Conv1D):
             raise ValueError(
                 f"{component.path} reads the residual stream and is a {_kind(component)}, which is no linear layer"
