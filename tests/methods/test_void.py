@@ -160,7 +160,7 @@ def test_a_layer_is_active_where_the_norm_grows_by_alpha_of_the_range_so_far(nam
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_tracing_leaves_generation_the_base_model_s_to_the_bit(name: str) -> None:
+def test_tracing_leaves_generation_the_base_model_s_bitwise(name: str) -> None:
     stack = opened(name)
     view = apply(stack, lac_plan(stack, mode="trace"))
     assert torch.equal(steps(view), steps(stack.model))

@@ -127,7 +127,7 @@ def _with_silent_heads(stack: Stack, heads: list[int]) -> Any:
 @pytest.mark.usefixtures("no_gradients")
 @pytest.mark.parametrize("rescale", [True, False])
 @pytest.mark.parametrize("name", FAMILIES[:-1])
-def test_channels_of_the_stream_that_carry_nothing_are_cut_first(name: str, rescale: bool) -> None:
+def test_hidden_channels_that_carry_nothing_are_cut_first(name: str, rescale: bool) -> None:
     stack, gone = opened(name), [2, 3, 11, 29]
     stack.base.embed_tokens.weight[:, gone] = 0
     for layer in stack.layers:
@@ -212,7 +212,7 @@ def test_head_merging_pairs_head_i_with_head_2k_minus_i_plus_1() -> None:
     assert kept.merge == [None, None, 5, 4]  # type: ignore[union-attr]
 
 
-def test_the_layers_that_turn_the_stream_least_are_dropped_even_one_that_does_nothing() -> None:
+def test_the_layers_that_change_the_residual_stream_least_are_dropped_even_one_that_does_nothing() -> None:
     stack = opened("llama")
     with torch.no_grad():
         layer = stack.layers[2]
@@ -236,7 +236,7 @@ def test_by_perplexity_the_layer_whose_loss_is_cheapest_is_dropped() -> None:
 
 
 @pytest.mark.usefixtures("no_gradients")
-def test_a_contiguous_run_of_layers_goes_where_the_stream_turns_least() -> None:
+def test_a_contiguous_run_of_layers_goes_where_the_residual_stream_changes_least() -> None:
     stack = opened("llama")
     hidden = [[], [], [], [], []]
     for row in CALIBRATION.split(1):

@@ -45,7 +45,7 @@ def planned(stack: Stack, text: float, image: float = 0.0, scale: float = 1.0) -
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "olmoe"])
-def test_a_threshold_of_zero_is_the_model_to_the_bit(name: str) -> None:
+def test_a_threshold_of_zero_is_the_model_bitwise(name: str) -> None:
     stack = opened(name)
     found = parallel(apply(stack, planned(stack, 0.0)), IDS, LENGTHS, MASK).logits
     assert torch.equal(found, stack.model(input_ids=IDS, attention_mask=MASK).logits)

@@ -162,7 +162,7 @@ def test_without_exits_the_modalities_run_apart(name: str) -> None:
 
 @pytest.mark.parametrize("reduce", ["flat", "mean", "min"])
 @pytest.mark.parametrize("name", NAMES)
-def test_each_stream_of_each_row_leaves_by_itself_and_nothing_runs_behind(name: str, reduce: Any) -> None:
+def test_each_modality_of_each_row_leaves_by_itself_and_nothing_runs_behind(name: str, reduce: Any) -> None:
     model, given = opened(name), source(name)
     settings = ExitSettings(reduce=reduce)
     full = view_of(model, settings)
@@ -267,7 +267,7 @@ def stepped(view: Any, given: dict[str, Tensor], cuts: tuple[int, ...], cache: A
 
 @pytest.mark.parametrize("decay", [None, (0.7, 1.0)])
 @pytest.mark.parametrize("name", NAMES)
-def test_steps_equal_all_positions_computed_anew(name: str, decay: Any) -> None:
+def test_steps_equal_all_positions_recomputed(name: str, decay: Any) -> None:
     model, given = opened(name), source(name)
     view = view_of(model, ExitSettings(decay=decay, answer=5), **middle(model, given))
     expected = reference(model, view, given, IDS, MASK, LENGTHS)
@@ -303,7 +303,7 @@ def test_whoever_has_left_is_seen_in_all_layers_or_in_none_of_the_deeper_ones(na
 
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("name", NAMES)
-def test_generate_equals_all_positions_computed_anew_beam_by_beam(name: str, beams: int) -> None:
+def test_generate_equals_all_positions_recomputed_beam_by_beam(name: str, beams: int) -> None:
     model, given = opened(name), source(name)
     view = view_of(model, ExitSettings(decay=(0.8, 1.0), answer=5), **middle(model, given))
     start = IDS[:, :PROMPT].clone()
@@ -320,9 +320,9 @@ def test_generate_equals_all_positions_computed_anew_beam_by_beam(name: str, bea
     found = {key: each.tolist() for key, each in view.lamella_policy_encoder.exits.items()}
     memory, _ = by_hand(model, repeated, found)
     with left_at(model, view.lamella_policy.exits):
-        anew = answered(model, memory, repeated, ids, mask)
-    assert (expected - anew)[mask.bool()].abs().max() <= TOLERANCE
-    expected = anew[:, PROMPT - 1 : -1]
+        recomputed = answered(model, memory, repeated, ids, mask)
+    assert (expected - recomputed)[mask.bool()].abs().max() <= TOLERANCE
+    expected = recomputed[:, PROMPT - 1 : -1]
     if beams == 1:
         assert (torch.stack(list(out.logits), dim=1) - expected).abs().max() <= 1e-6  # they come in float32
         assert torch.equal(expected.argmax(-1), ids[:, PROMPT:])
@@ -333,7 +333,7 @@ def test_generate_equals_all_positions_computed_anew_beam_by_beam(name: str, bea
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_without_exits_the_decoder_is_the_model_s_own_to_the_bit(name: str) -> None:
+def test_without_exits_the_decoder_is_the_model_s_own_bitwise(name: str) -> None:
     model, given = opened(name), source(name)
     view = view_of(model)
     settings = {
@@ -462,10 +462,10 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("stack", "params", "said"), BAD)
-def test_settings_that_cannot_be_are_refused_in_one_line(stack: str, params: dict[str, Any], said: str) -> None:
+@pytest.mark.parametrize(("stack", "params", "message"), BAD)
+def test_settings_that_cannot_be_are_refused_in_one_line(stack: str, params: dict[str, Any], message: str) -> None:
     model = opened("patch_bart")
-    with pytest.raises(LamellaError, match=said) as error:
+    with pytest.raises(LamellaError, match=message) as error:
         lamella.apply(model, exit_plan(model, {stack: params}))
     assert "\n" not in str(error.value)
 

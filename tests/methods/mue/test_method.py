@@ -61,13 +61,13 @@ def rows() -> ImageText:
     """Rows with images, and one without."""
     processing = Processing(shapes_vlm("patch_bart", **SMALL)[1], encodes=True)
     found = [
-        ImageTextRow((each.image,), said(f"<image>\n{each.prompt}", each.answer), task=each.task)
+        ImageTextRow((each.image,), turns(f"<image>\n{each.prompt}", each.answer), task=each.task)
         for each in examples(["entailment", "caption"], 6)
     ]
-    return ImageText([*found, ImageTextRow((), said("how many shapes are there?", "two"))], processing)
+    return ImageText([*found, ImageTextRow((), turns("how many shapes are there?", "two"))], processing)
 
 
-def said(prompt: str, answer: str) -> tuple[dict[str, str], ...]:
+def turns(prompt: str, answer: str) -> tuple[dict[str, str], ...]:
     return ({"role": "user", "content": prompt}, {"role": "assistant", "content": answer})
 
 
@@ -224,7 +224,7 @@ def test_flops_are_counted_from_sizes(model: Model) -> None:
     assert histograms(one, (3, 3)) == {"image": [1, 0, 0], "text": [0, 0, 1], "decoder": [0.5, 0.5, 0]}
 
 
-def test_quantiles_leave_so_many_streams_above(model: Model, rows: ImageText) -> None:
+def test_quantiles_leave_that_fraction_above(model: Model, rows: ImageText) -> None:
     found = measure_exits(exit_view(model, ExitSettings(), {}), doubled(rows))
     for q in (0.25, 0.75):
         for name, tau in quantile_thresholds(found, q).items():

@@ -115,7 +115,7 @@ def test_the_block_to_compare_with_has_as_many_parameters(channels: int) -> None
 
 @torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_block_without_scale_changes_nothing_to_the_bit(variant: str) -> None:
+def test_a_block_without_scale_changes_nothing_bitwise(variant: str) -> None:
     block = RelationBlock(32, variant, scale=0.0)  # type: ignore[arg-type]
     x = 100 * torch.randn(2, 32, 9, 8)
     assert torch.equal(block(x), x) and torch.equal(block.eval()(x), x)

@@ -183,7 +183,7 @@ def test_gradnorm_lowers_the_weight_of_the_task_whose_gradient_is_larger() -> No
     assert hook.first.tolist() == pytest.approx([float(parts[task].detach()) for task in ("walls", "openings")])
 
 
-def test_gradnorm_goes_on_from_what_it_has_kept(tmp_path: Path) -> None:
+def test_gradnorm_resumes_from_what_it_has_kept(tmp_path: Path) -> None:
     balance = LossBalance(weighting="gradnorm")
     balanced, hook, _, _ = stepped(balance, network().eval())
     hook.save(tmp_path)

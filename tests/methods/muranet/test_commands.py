@@ -74,10 +74,10 @@ def test_what_is_written_is_read_back(found: Recogniser, tmp_path: Path) -> None
 )
 def test_a_damaged_folder_is_one_line(found: Recogniser, tmp_path: Path, change: dict[str, object]) -> None:
     found.write(tmp_path)
-    said = json.loads((tmp_path / "network.json").read_text())
+    result = json.loads((tmp_path / "network.json").read_text())
     inner = {name: value for name, value in change.items() if name not in ("more", "schema", "classes")}
-    said |= {"shape": said["shape"] | inner} if inner else change
-    (tmp_path / "network.json").write_text(json.dumps(said))
+    result |= {"shape": result["shape"] | inner} if inner else change
+    (tmp_path / "network.json").write_text(json.dumps(result))
     with pytest.raises(CheckpointError, match="no recogniser") as error:
         Recogniser.read(tmp_path)
     assert "\n" not in str(error.value)
@@ -156,7 +156,7 @@ class PlanOutput:
         return self.logs[-1]
 
 
-def test_a_block_is_tried_on_a_network_that_stays_as_it_is_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_is_tried_on_a_network_that_stays_as_it_is_bitwise(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("timm")
     shape = replace(SMALL, encoder="mobilenetv3_small_050")  # whose norms hold an activation, and so have children
     given = Recogniser(model=shape.build(2).eval(), shape=shape, classes=PLANS.classes, log=TrainingLog({}))
@@ -184,7 +184,9 @@ def test_stages_are_judged_by_the_weights_of_the_beginning(
         assert row["after"] == pytest.approx(seen.logs[0].held_out[-1].loss)
 
 
-def test_networks_are_where_the_house_says(found: Recogniser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_networks_are_where_lamella_keeps_them(
+    found: Recogniser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found.write(tmp_path)
     monkeypatch.setattr("lamella.methods.muranet.result.preference", lambda: Preference(device="meta"))
     again = Recogniser.read(tmp_path)
@@ -220,8 +222,8 @@ def test_every_shape_trains_and_is_read_back(change: dict[str, object], tmp_path
         assert torch.equal(each, again.model.state_dict()[name])
     if shape.tasks == "both":
         pytest.importorskip("pycocotools")
-        said = judge(again, FloorPlans.of(PLANS[:2])).findings
-        assert 0 <= said["wall iou"] <= 1 and set(said["openings"]) == {"door", "window"}
+        result = judge(again, FloorPlans.of(PLANS[:2])).findings
+        assert 0 <= result["wall iou"] <= 1 and set(result["openings"]) == {"door", "window"}
 
 
 @pytest.mark.parametrize("how", [{"bf16": True}, {"accumulate": 2}])

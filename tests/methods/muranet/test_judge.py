@@ -73,10 +73,10 @@ def written_out(found: list[Recognition], plans: list[FloorPlan], label: int, le
 @pytest.mark.parametrize("seed", range(4))
 def test_precision_is_that_of_the_protocol_written_out(seed: int) -> None:
     found, plans = some(seed)
-    said = precision(found, plans, CLASSES)
+    scores = precision(found, plans, CLASSES)
     for label, name in enumerate(CLASSES):
         curve = [written_out(found, plans, label, least) for least in IOUS]
-        ours = said[name]
+        ours = scores[name]
         assert (ours["ap50"], ours["ap75"], ours["ap"]) == pytest.approx((curve[0], curve[5], np.mean(curve)), abs=1e-6)
 
 
@@ -104,8 +104,8 @@ def test_what_is_exact_is_1_what_is_empty_0_and_what_is_doubled_less() -> None:
 
 def test_a_class_without_true_boxes_has_no_precision() -> None:
     plans = [plan(torch.tensor([[0.0, 20, 20, 10, 4]]))]
-    said = precision(exact(plans), plans, CLASSES)
-    assert said["door"]["ap"] == pytest.approx(1.0) and said["window"] == {
+    scores = precision(exact(plans), plans, CLASSES)
+    assert scores["door"]["ap"] == pytest.approx(1.0) and scores["window"] == {
         "ap50": None, "ap75": None, "ap": None, "boxes": 0
     }  # fmt: skip
     nothing = [plan(torch.zeros(0, 5))]
@@ -126,5 +126,5 @@ def test_the_floor_calls_dark_pixels_wall() -> None:
     image[0] = 100  # a grey of 0.39
     walls = np.zeros((4, 4), bool)
     walls[0, :2] = True
-    said = grey_floor([FloorPlan("a plan", image, walls)])
-    assert said == {"0.3": 0.0, "0.5": 0.5, "0.7": 0.5}
+    scores = grey_floor([FloorPlan("a plan", image, walls)])
+    assert scores == {"0.3": 0.0, "0.5": 0.5, "0.7": 0.5}

@@ -189,7 +189,7 @@ def test_a_frame_moves_boxes_and_maps_there_and_back(letterbox: bool) -> None:
 
 
 @pytest.mark.parametrize(("height", "width", "low", "across"), [(333, 1000, 43, 128), (1000, 333, 128, 43)])
-def test_boxes_are_scaled_as_the_picture_that_keeps_its_shape(height: int, width: int, low: int, across: int) -> None:
+def test_boxes_are_scaled_as_the_image_that_keeps_its_shape(height: int, width: int, low: int, across: int) -> None:
     """43 pixels hold what 42.62 would: the box of the whole plan is its whole image."""
     whole = np.array([[0, width / 2, height / 2, width, height]], np.float32)
     image = np.zeros((height, width, 3), np.uint8)
@@ -206,8 +206,8 @@ def test_boxes_are_scaled_as_the_picture_that_keeps_its_shape(height: int, width
 # Folders
 
 
-def put(folder: Path, plan: FloorPlan, **said: Any) -> Path:
-    """A folder of one plan; ``said`` replaces parts of its document."""
+def put(folder: Path, plan: FloorPlan, **changes: Any) -> Path:
+    """A folder of one plan; ``changes`` replaces parts of its document."""
     assert plan.walls is not None and plan.boxes is not None
     Image.fromarray(plan.image).save(folder / "a.png")
     Image.fromarray(plan.walls.astype(np.uint8) * 255).save(folder / "a.walls.png")
@@ -220,7 +220,7 @@ def put(folder: Path, plan: FloorPlan, **said: Any) -> Path:
         "annotations": boxes,
         "categories": [{"id": 1, "name": "door"}, {"id": 2, "name": "window"}],
     }
-    (folder / "annotations.json").write_text(json.dumps(document | said))
+    (folder / "annotations.json").write_text(json.dumps(document | changes))
     return folder
 
 
@@ -261,12 +261,12 @@ BROKEN: list[tuple[str, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("document", "said"), [each[1:] for each in BROKEN], ids=[each[0] for each in BROKEN])
-def test_a_broken_document_is_one_line(tmp_path: Path, document: Any, said: str) -> None:
+@pytest.mark.parametrize(("document", "message"), [each[1:] for each in BROKEN], ids=[each[0] for each in BROKEN])
+def test_a_broken_document_is_one_line(tmp_path: Path, document: Any, message: str) -> None:
     folder = put(tmp_path, synthetic_floor_plan(0), **(document if isinstance(document, dict) else {}))
     if isinstance(document, str):
         (folder / "annotations.json").write_text(document)
-    with pytest.raises(CalibrationError, match=said) as error:
+    with pytest.raises(CalibrationError, match=message) as error:
         FloorPlans.open(folder, InputContext())
     assert "\n" not in str(error.value)
 
@@ -274,12 +274,12 @@ def test_a_broken_document_is_one_line(tmp_path: Path, document: Any, said: str)
 def test_a_mask_of_another_size_without_walls_or_damaged_is_one_line(tmp_path: Path) -> None:
     folder = put(tmp_path, synthetic_floor_plan(0))
     mask = folder / "a.walls.png"
-    for content, said in (
+    for content, message in (
         (np.full((64, 128), 255, np.uint8), r"128 x 64 pixels, but a.png has 128 x 128"),
         (np.zeros((128, 128), np.uint8), "shows no wall"),
     ):
         Image.fromarray(content).save(mask)
-        with pytest.raises(CalibrationError, match=said):
+        with pytest.raises(CalibrationError, match=message):
             FloorPlans.open(folder, InputContext())
     mask.write_bytes(b"\x89PNG\r\n\x1a\n and nothing behind it")
     with pytest.raises(CalibrationError, match="cannot be read"):
@@ -290,12 +290,12 @@ def test_a_mask_of_another_size_without_walls_or_damaged_is_one_line(tmp_path: P
 
 
 def test_what_is_no_source_is_one_line(tmp_path: Path) -> None:
-    for given, how, said in (
+    for given, how, message in (
         (tmp_path, {}, "holds no image"),
         (tmp_path / "nothing", {}, "no floor plans"),
         ("synthetic", {"count": 0}, "count 0"),
         ("synthetic", {"side": 9}, "side 9"),
         ("synthetic", {"style": "baroque"}, "choose one of mixed"),
     ):
-        with pytest.raises(CalibrationError, match=said):
+        with pytest.raises(CalibrationError, match=message):
             FloorPlans.open(given, InputContext(), **how)  # type: ignore[arg-type]

@@ -72,10 +72,10 @@ def test_a_perfect_reading_gives_back_the_vectors(tmp_path: Path) -> None:
     found.write(tmp_path)
     names = {"the plan.svg", "the plan.json", "the plan.walls.png", "annotations.json"}
     assert names < {each.name for each in tmp_path.iterdir()} and len(list(tmp_path.iterdir())) == 7
-    said = json.loads((tmp_path / "the plan.json").read_text())
-    turned = {id(wall): area(np.array(wall)) for wall in said["walls"]}
+    result = json.loads((tmp_path / "the plan.json").read_text())
+    turned = {id(wall): area(np.array(wall)) for wall in result["walls"]}
     assert abs(sum(turned.values())) == pytest.approx(plan.walls.sum(), rel=0.02)  # holes go round the other way
-    for ours, truth in zip(said["openings"], plan.drawing.openings, strict=True):
+    for ours, truth in zip(result["openings"], plan.drawing.openings, strict=True):
         box = truth.box
         assert ours["kind"] == truth.kind and ours["snapped"]
         assert ours["bbox"] == pytest.approx([box.x0, box.y0, box.width, box.height], abs=1.0)
@@ -85,7 +85,7 @@ def test_a_perfect_reading_gives_back_the_vectors(tmp_path: Path) -> None:
     assert len(coco["images"]) == 2 and len(coco["annotations"]) == 2 * len(plan.drawing.openings)
 
 
-def test_no_plan_takes_the_name_of_a_file_of_the_house() -> None:
+def test_no_plan_takes_the_name_of_a_file_of_lamella() -> None:
     plans = [replace(synthetic_floor_plan(0), name=f"{name}.png") for name in ("annotations", "evidence", "a", "a")]
     found = Readings.of(plans, [seen_as_it_is(each) for each in plans], plans[0].classes)
     drawn = {name for name in found.contents if name.endswith(".svg")}
@@ -100,15 +100,15 @@ def test_no_plan_overwrites_the_files_of_another() -> None:
     assert drawn == {"0002-a.svg", "a.svg", "0002-0002-a.svg"} and len(found.contents) == 3 * 3 + 1
 
 
-def test_the_page_says_how_many_pictures_of_a_plan_there_are() -> None:
+def test_the_page_says_how_many_images_of_a_plan_there_are() -> None:
     plan = synthetic_floor_plan(0)
-    for given, said in (
+    for given, result in (
         (plan, "the plan, the prediction, and the ground truth"),
         (replace(plan, walls=None, boxes=None), "the plan and the prediction"),
     ):
         found = Readings.of([given], [seen_as_it_is(plan)], plan.classes)
         (drawn,) = figures(Evidence(kind="readings", provenance={}, environment={}, findings=found.findings))
-        assert f"{said}. Doors" in drawn.caption and drawn.alt.endswith(said)
+        assert f"{result}. Doors" in drawn.caption and drawn.alt.endswith(result)
         assert drawn.images == [found.findings["images"][0]["image"]]
 
 
@@ -118,11 +118,11 @@ def Image() -> type:
 
 def test_what_is_drawn_is_svg_whatever_a_class_is_called() -> None:
     openings = [snap(Box(20, 6, 30, 9), '"><script>', 0.9, ring() > 0.5)]
-    svg, said = vector(ring(), openings, (40, 50))
+    svg, result = vector(ring(), openings, (40, 50))
     root = ElementTree.fromstring(svg)
     kinds = [each.get("data-kind") for each in root.iter() if each.get("data-kind")]
     assert kinds == ['"><script>'] and not any(each.tag.endswith("script") for each in root.iter())
-    assert said["height"] == 40 and root.get("viewBox") == "0 0 50 40"
+    assert result["height"] == 40 and root.get("viewBox") == "0 0 50 40"
     drawn = synthetic_floor_plan(0).drawing
     assert drawn is not None
     shapes = [each for each in ElementTree.fromstring(drawn.svg()).iter() if each.tag.endswith("rect")]

@@ -212,7 +212,7 @@ def selected(examples: list[InstructionExample], **options: Any) -> Selection:
     return paser(stack, examples, **{"plan": plan, "tokenizer": tokenizer, "embedder": "tfidf"} | options)
 
 
-def test_skills_are_told_apart() -> None:
+def test_skills_are_distinguished() -> None:
     examples = pool(40)
     stack, tokenizer, _ = opened()
     points = embed("tfidf", stack, tokenizer, [each.instruction for each in examples])

@@ -30,17 +30,19 @@ CRMS = {"norm": "crms", "tied": "untie"}
 def test_it_reports_what_it_did_and_how_equal_the_result_is(name: str) -> None:
     model = built(name)
     done = pre_rmsnorm(model)
-    said = done.findings
-    assert 0 < said["error"]["float64"]["largest"] <= 1e-10 * said["error"]["float64"]["size"]
+    findings = done.findings
+    assert 0 < findings["error"]["float64"]["largest"] <= 1e-10 * findings["error"]["float64"]["size"]
     scales = 2 * 3 * 32 if name.startswith("dinov2") else 0  # each layer's two vectors
-    assert said["parameters"]["delta"] == -scales and said["tied"]["before"] == said["tied"]["after"]
-    assert all(each < 1e-12 for layers in said["mean"]["after"].values() for each in layers)
+    assert findings["parameters"]["delta"] == -scales and findings["tied"]["before"] == findings["tied"]["after"]
+    assert all(each < 1e-12 for layers in findings["mean"]["after"].values() for each in layers)
     layers = sum(len(stack) for stack in model.stacks.values())
-    assert len(said["entrances"]) == (name in ("bloom", "clip", "whisper"))  # what is not linear makes their streams
-    assert len(said["norms"]) > 2 * layers and len(said["recentred"]) >= 2 * layers
+    assert len(findings["entrances"]) == (
+        name in ("bloom", "clip", "whisper")
+    )  # what is not linear makes their streams
+    assert len(findings["norms"]) > 2 * layers and len(findings["recentred"]) >= 2 * layers
 
 
-def test_untying_is_said_with_its_cost() -> None:
+def test_untying_is_reported_with_its_cost() -> None:
     done = pre_rmsnorm(built("gpt2"), **CRMS)
     assert done.findings["tied"] == {"before": True, "after": False}
     assert any("which costs 4,096 parameters" in note for note in done.notes)
@@ -131,7 +133,7 @@ def test_whole_layers_leave_before_and_single_sublayers_do_not(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"name": "no-such"}, "unknown method"),
         ({"params": {"norm": "batch"}}, "norm"),
@@ -139,13 +141,13 @@ def test_whole_layers_leave_before_and_single_sublayers_do_not(tmp_path: Path) -
         ({"name": "../ssd"}, "lamella"),
     ],
 )
-def test_a_config_that_asks_for_what_no_export_says_is_refused(change: dict, said: str, tmp_path: Path) -> None:
+def test_a_config_that_asks_for_what_no_export_says_is_refused(change: dict, message: str, tmp_path: Path) -> None:
     model = built("gpt2")
     out = export(model, pre_rmsnorm(model).plan, tmp_path / "out", form="native")
     config = json.loads((out / "config.json").read_text())
     config["lamella"]["rewrite"] |= change
     (out / "config.json").write_text(json.dumps(config))
-    with pytest.raises(LamellaError, match=said) as found:
+    with pytest.raises(LamellaError, match=message) as found:
         lamella.load(out)
     assert "\n" not in str(found.value)
 
@@ -162,7 +164,7 @@ def test_post_ln_models_are_refused() -> None:
     assert "Pre-LN" in refused(open_model(nano("opt_post_norm"), name="opt"))
 
 
-def test_models_whose_stream_has_a_mean_that_counts_are_refused() -> None:
+def test_models_whose_residual_stream_has_a_mean_that_counts_are_refused() -> None:
     assert "depend on the mean of the residual stream" in refused(open_model(nano("t5"), name="t5"))
     assert "Pre-LN" in refused(open_model(nano("llama"), name="llama"))
 
@@ -181,7 +183,7 @@ def test_models_of_which_nothing_is_known_are_refused() -> None:
         assert "takes images with text" in refused(open_model(nano(name)))
 
 
-def test_a_tied_head_that_would_be_scaled_twice_is_refused_with_the_mend() -> None:
+def test_a_tied_head_that_would_be_scaled_twice_is_refused_with_the_fix() -> None:
     assert "a tied head would be scaled twice" in refused(built("gpt2"), norm="crms")
     assert "--tied untie" in refused(built("gpt2"), fold="affine")
     assert "--fold affine" in refused(built("gpt_neox"), norm="crms", fold="nothing")
@@ -194,7 +196,7 @@ def test_a_model_in_int8_is_refused() -> None:
         pre_rmsnorm(model)
 
 
-def test_a_hook_that_writes_the_stream_behind_our_back_is_found_and_nothing_is_made() -> None:
+def test_a_hook_that_writes_the_residual_stream_behind_our_back_is_found_and_nothing_is_made() -> None:
     model = built("gpt2")
     model.model.transformer.h[1].mlp.register_forward_hook(lambda module, given, out: out + given[0].exp())
     assert "differs by" in refused(model)
@@ -218,7 +220,7 @@ def test_a_test_text_without_a_tokenizer_is_refused_before_anything_is_rewritten
         raise AssertionError("the model is rewritten")
 
     nano("gpt2").save_pretrained(tmp_path / "gpt2")
-    monkeypatch.setattr("lamella.runner._called", rewrites)
+    monkeypatch.setattr("lamella.runner._call", rewrites)
     with pytest.raises(LamellaError, match="tokenizer") as error:
         lamella.run("pre-rmsnorm", tmp_path / "gpt2", test="stdlib")
     assert "\n" not in str(error.value)

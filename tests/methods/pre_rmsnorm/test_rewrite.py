@@ -112,7 +112,7 @@ def test_no_layer_of_it_is_given_a_mean(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TEXT)
-def test_it_decodes_the_same_tokens_and_goes_on_from_a_cache_of_the_original(name: str) -> None:
+def test_it_decodes_the_same_tokens_and_resumes_from_a_cache_of_the_original(name: str) -> None:
     model, given = built(name), inputs(name)
     options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
     expected = model.model.generate(**given, **options)
@@ -163,7 +163,7 @@ def test_norms_without_affine_have_nothing_to_fold() -> None:
         assert error(model.model, written(model, form), given) < 1e-10
 
 
-def test_norms_that_are_not_on_the_stream_stay() -> None:
+def test_norms_that_are_not_on_the_residual_stream_stay() -> None:
     bloom, clip = written(built("bloom"), Form()), written(built("clip"), Form())
     assert type(bloom.transformer.word_embeddings_layernorm) is nn.LayerNorm
     assert type(clip.pre_layrnorm) is nn.LayerNorm
@@ -180,8 +180,8 @@ def refused(model: Model, form: Form = FORMS[0]) -> str:
 def test_a_writer_that_is_not_linear_is_refused_by_name() -> None:
     model = built("gpt2")
     model.model.transformer.h[1].mlp.c_proj = nn.LayerNorm(32)
-    said = refused(model)
-    assert "transformer.h.1.mlp.c_proj writes to the residual stream and is a LayerNorm, which is not linear" in said
+    message = refused(model)
+    assert "transformer.h.1.mlp.c_proj writes to the residual stream and is a LayerNorm, which is not linear" in message
 
 
 def test_parts_that_nothing_is_known_of_are_refused_by_name() -> None:
@@ -195,8 +195,8 @@ def test_parts_that_nothing_is_known_of_are_refused_by_name() -> None:
 def test_an_adapter_on_a_writer_is_refused_until_it_is_merged() -> None:
     config = peft.LoraConfig(target_modules=["c_proj"], init_lora_weights=False, fan_in_fan_out=True)
     tuned = peft.get_peft_model(built("gpt2").model, config)
-    said = refused(open_model(tuned.get_base_model()))
-    assert "attn.c_proj.base_layer.weight reads or writes: merge or remove it first" in said
+    message = refused(open_model(tuned.get_base_model()))
+    assert "attn.c_proj.base_layer.weight reads or writes: merge or remove it first" in message
     merged = open_model(tuned.merge_and_unload())
     assert error(merged.model, written(merged, FORMS[0]), inputs("gpt2")) < 1e-10
 
@@ -245,9 +245,9 @@ def test_a_tied_head_would_be_scaled_twice() -> None:
         Form(fold="affine")
     with pytest.raises(ValueError, match="a CRMSNorm has no gain and no bias"):
         Form(norm="crms", tied="untie")
-    said = {"norm": "rms", "fold": "affine", "tied": "recentre"}
+    message = {"norm": "rms", "fold": "affine", "tied": "recentre"}
     with pytest.raises(PlanError, match="a tied head would be scaled twice") as found:
-        with_rewrite(built("gpt2"), RewriteReference(name=SLUG, params=said))
+        with_rewrite(built("gpt2"), RewriteReference(name=SLUG, params=message))
     assert "\n" not in str(found.value)
 
 

@@ -110,7 +110,7 @@ def test_padding_does_not_count() -> None:
 
 
 @pytest.mark.parametrize("kind", ["module", "stack"])
-def test_the_model_is_the_same_to_the_bit_afterwards_also_when_measuring_fails(kind: str) -> None:
+def test_the_model_is_the_same_bitwise_afterwards_also_when_measuring_fails(kind: str) -> None:
     model: nn.Module = convnet() if kind == "module" else nano("qwen3_moe")
     given = images() if kind == "module" else IDS
     measured = model if kind == "module" else Stack(model)
@@ -210,7 +210,7 @@ def test_a_timm_vision_transformer_is_measured() -> None:
 
 
 @pytest.mark.parametrize("kind", ["module", "stack"])
-def test_an_interrupted_measurement_goes_on_and_a_complete_one_is_read(
+def test_an_interrupted_measurement_resumes_and_a_complete_one_is_read(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model: nn.Module = convnet() if kind == "module" else nano("llama")
@@ -251,8 +251,8 @@ def test_a_file_of_other_curves_is_refused_in_one_line(tmp_path: Path) -> None:
         "other calibration data": (convnet(), images(19), 2),
         "a grid of 2, not 3": (convnet(), images(), 3),
     }
-    for said, (model, inputs, grid) in others.items():
-        with pytest.raises(MethodError, match=f"holds the curves of {said}") as error:
+    for message, (model, inputs, grid) in others.items():
+        with pytest.raises(MethodError, match=f"holds the curves of {message}") as error:
             rate_distortion(model, inputs, grid=grid, path=path)
         assert "\n" not in str(error.value)
     with pytest.raises(MethodError, match="holds the curves of the logits, not ") as error:
@@ -279,7 +279,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line() -> None:
         (CalibrationError, "give more text", (Stack(nano("llama")), IDS[:, :1]), {}),
         (NumericsError, "non-finite output", (broken, torch.randn(2, 3)), {}),
     ]
-    for kind, said, given, options in cases:
-        with pytest.raises(kind, match=said) as error:
+    for kind, message, given, options in cases:
+        with pytest.raises(kind, match=message) as error:
             rate_distortion(*given, **options)
         assert "\n" not in str(error.value)

@@ -55,7 +55,7 @@ def test_neither_momentum_nor_decay_revives_a_weight(optimizer: str) -> None:
     assert losses[-1] < losses[0]
 
 
-def test_fit_holds_them_in_its_checkpoints_too_and_goes_on_to_the_bit(tmp_path: Path) -> None:
+def test_fit_holds_them_in_its_checkpoints_too_and_resumes_bitwise(tmp_path: Path) -> None:
     samples = blocks(torch.randint(3, 128, (6, 12), generator=torch.Generator().manual_seed(0)), (2, 8))
     name = "model.layers.1.mlp.up_proj.weight"
     keep = torch.rand(nano("llama").get_parameter(name).shape, generator=torch.Generator().manual_seed(1)) > 0.5

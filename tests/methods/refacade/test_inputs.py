@@ -35,7 +35,7 @@ from lamella.methods.refacade.frames import to_float, to_uint8
 from .pipelines import folder, latents, pixels
 
 
-def picture(path: Path, pixels: np.ndarray) -> Path:
+def image_file(path: Path, pixels: np.ndarray) -> Path:
     Image.fromarray(pixels).save(path)
     return path
 
@@ -44,13 +44,13 @@ def noise(height: int = 20, width: int = 24, channels: int = 3) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 200, (height, width, channels), dtype=np.uint8)
 
 
-def test_pictures_folders_and_moving_pictures_are_frames(tmp_path: Path) -> None:
-    one = picture(tmp_path / "one.png", noise())
+def test_images_folders_and_videos_are_frames(tmp_path: Path) -> None:
+    one = image_file(tmp_path / "one.png", noise())
     np.testing.assert_array_equal(Frames.open(one).pixels, noise()[None])
     clip = tmp_path / "clip"
     clip.mkdir()
     for number in (2, 10, 1):
-        picture(clip / f"{number:03}.png", noise() // number)
+        image_file(clip / f"{number:03}.png", noise() // number)
     np.testing.assert_array_equal(Frames.open(clip).pixels, [noise(), noise() // 2, noise() // 10])
     first, *others = (Image.fromarray(each) for each in Frames.open(clip).pixels)
     first.save(tmp_path / "clip.webp", save_all=True, append_images=others, lossless=True)
@@ -74,8 +74,8 @@ def test_a_video_file_is_frames(tmp_path: Path) -> None:
 def test_links_and_pipes_in_a_folder_of_frames_are_refused(tmp_path: Path) -> None:
     clip = tmp_path / "clip"
     clip.mkdir()
-    picture(clip / "1.png", noise())
-    (clip / "2.png").symlink_to(picture(tmp_path / "secret.png", noise()))
+    image_file(clip / "1.png", noise())
+    (clip / "2.png").symlink_to(image_file(tmp_path / "secret.png", noise()))
     for kind in (Frames, Masks):
         with pytest.raises(CalibrationError, match=r"2\.png: links in a folder are not followed"):
             kind.open(clip)
@@ -100,13 +100,13 @@ def test_links_in_a_folder_of_clips_are_refused(linked: str, tmp_path: Path) -> 
 def test_a_reference_is_what_is_neither_white_nor_transparent(tmp_path: Path) -> None:
     on_white = np.full((16, 16, 3), 255, np.uint8)
     on_white[4:9, 3:12] = noise(5, 9)
-    found = Reference.open(picture(tmp_path / "white.png", on_white))
+    found = Reference.open(image_file(tmp_path / "white.png", on_white))
     expected = np.zeros((16, 16), bool)
     expected[4:9, 3:12] = True
     np.testing.assert_array_equal(found.shown, expected)
     clear = np.concatenate([noise(16, 16), np.where(expected, 255, 0).astype(np.uint8)[..., None]], axis=-1)
-    np.testing.assert_array_equal(Reference.open(picture(tmp_path / "clear.png", clear)).shown, expected)
-    assert Reference.open(picture(tmp_path / "all.png", noise())).shown.all()
+    np.testing.assert_array_equal(Reference.open(image_file(tmp_path / "clear.png", clear)).shown, expected)
+    assert Reference.open(image_file(tmp_path / "all.png", noise())).shown.all()
 
 
 def test_pixels_and_numbers_are_each_other() -> None:
@@ -114,19 +114,19 @@ def test_pixels_and_numbers_are_each_other() -> None:
     np.testing.assert_array_equal(to_uint8(to_float(pixels)), pixels)
 
 
-def test_faults_of_pictures_are_one_line(tmp_path: Path) -> None:
-    good = picture(tmp_path / "good.png", noise())
+def test_faults_of_images_are_one_line(tmp_path: Path) -> None:
+    good = image_file(tmp_path / "good.png", noise())
     torn = tmp_path / "torn.png"
     torn.write_bytes(good.read_bytes()[:200])
     mixed = tmp_path / "mixed"
     mixed.mkdir()
-    picture(mixed / "1.png", noise())
-    picture(mixed / "2.png", noise(20, 28))
+    image_file(mixed / "1.png", noise())
+    image_file(mixed / "2.png", noise(20, 28))
     (tmp_path / "empty").mkdir()
     (tmp_path / "torn.mp4").write_bytes(b"nothing")
-    dark = picture(tmp_path / "dark.png", 0 * noise())
-    white = picture(tmp_path / "white.png", np.full((8, 8, 3), 255, np.uint8))
-    for opened, path, said in (
+    dark = image_file(tmp_path / "dark.png", 0 * noise())
+    white = image_file(tmp_path / "white.png", np.full((8, 8, 3), 255, np.uint8))
+    for opened, path, message in (
         (Frames, torn, "the image torn.* cannot be read"),
         (Frames, mixed, "frames of 20 x 24 and 20 x 28 pixels: give frames of one size"),
         (Frames, tmp_path / "empty", "holds no frames"),
@@ -136,23 +136,23 @@ def test_faults_of_pictures_are_one_line(tmp_path: Path) -> None:
         (Masks, torn, "the image torn.* cannot be read"),
         (Reference, white, "the reference has no object:"),
     ):
-        with pytest.raises(LamellaError, match=said) as error:
+        with pytest.raises(LamellaError, match=message) as error:
             opened.open(path)
         assert "\n" not in str(error.value) and (path.name in str(error.value) or "pip" in str(error.value))
     with pytest.raises(CalibrationError, match="give a mask of the same size"):
-        Masks.open(picture(tmp_path / "m.png", 0 * noise(8, 8) + 255)).fitted(Frames.open(good), 8, 8)
+        Masks.open(image_file(tmp_path / "m.png", 0 * noise(8, 8) + 255)).fitted(Frames.open(good), 8, 8)
     with pytest.raises(CalibrationError, match="give one for all, or one per frame"):
-        clip = picture(tmp_path / "m2.webp", noise())
+        clip = image_file(tmp_path / "m2.webp", noise())
         first = Image.fromarray(0 * noise() + 255)
         first.save(clip, save_all=True, append_images=[Image.fromarray(noise())], lossless=True)
         Masks.open(clip).fitted(Frames.open(good), 20, 24)
     with pytest.raises(CalibrationError, match="give a mask of the same size"):
-        Reference.open(good).masked(Masks.open(picture(tmp_path / "m3.png", 0 * noise(8, 8) + 255)))
+        Reference.open(good).masked(Masks.open(image_file(tmp_path / "m3.png", 0 * noise(8, 8) + 255)))
 
 
 def test_nothing_is_left_half_written(tmp_path: Path) -> None:
-    good = picture(tmp_path / "good.png", noise())
-    small = picture(tmp_path / "small.png", 0 * noise(8, 8) + 255)
+    good = image_file(tmp_path / "good.png", noise())
+    small = image_file(tmp_path / "small.png", 0 * noise(8, 8) + 255)
     with pytest.raises(CalibrationError, match="give a mask of the same size"):
         lamella.run(
             "refacade", "untrained", image=good, mask=small, reference=good, reference_mask=None, out=tmp_path / "out"
@@ -174,10 +174,10 @@ def test_a_clip_is_written_and_read_back(tmp_path: Path) -> None:
     np.testing.assert_array_equal(Frames.open(tmp_path / "out" / "result.webp").pixels, made.frames)
 
 
-def test_what_is_not_jigsawed_is_told(tmp_path: Path) -> None:
+def test_what_is_not_jigsawed_is_reported(tmp_path: Path) -> None:
     thin = np.full((32, 32, 3), 255, np.uint8)
     thin[:, 15:17] = 10
-    given = {"image": "textured", "mask": "textured", "reference": picture(tmp_path / "thin.png", thin), "steps": 1}
+    given = {"image": "textured", "mask": "textured", "reference": image_file(tmp_path / "thin.png", thin), "steps": 1}
     done = lamella.run("refacade", "untrained", ratio=0.5, **given)
     assert done.result.findings["fallback"] and "not jigsawed" in " ".join(done.result.notes)
     assert "not jigsawed" in " ".join(map(str, done.evidence.notes))
@@ -203,7 +203,7 @@ def clip_folder(tmp_path: Path) -> Path:
         for ending, frames in (("", found.composite), (".mask", 2 * found.mask - 1), (".untextured", found.untextured)):
             (root / f"{number}{ending}").mkdir(parents=True)
             for frame, each in enumerate(to_uint8(frames)):
-                picture(
+                image_file(
                     root / f"{number}{ending}" / f"{frame}.png", each.repeat(3, -1) if each.shape[-1] == 1 else each
                 )
     return root
@@ -238,13 +238,13 @@ def test_clips_without_what_is_needed_are_refused(tmp_path: Path) -> None:
 
 def test_an_object_that_is_not_seen_at_first_is_refused_by_its_name(tmp_path: Path) -> None:
     root = clip_folder(tmp_path)
-    picture(root / "1.mask" / "0.png", np.zeros((40, 40, 3), np.uint8))
+    image_file(root / "1.mask" / "0.png", np.zeros((40, 40, 3), np.uint8))
     with pytest.raises(CalibrationError, match=r"1\.mask: no object in the first frame,") as error:
         Objects.open(root, InputContext(), frames=3)
     assert "\n" not in str(error.value)
     dot = np.zeros((40, 40, 3), np.uint8)
     dot[2, 2] = 255  # between the places that 32 x 32 pixels are read from
-    picture(root / "1.mask" / "0.png", dot)
+    image_file(root / "1.mask" / "0.png", dot)
     found = Objects.open(root, InputContext(), frames=3)
     with pytest.raises(CalibrationError, match=r"clips/1: in 32 x 32 pixels its object vanishes") as error:
         found.fitted(pixels())
@@ -255,7 +255,7 @@ def test_provenance_knows_other_plain_twins(tmp_path: Path) -> None:
     root = clip_folder(tmp_path)
     before = Objects.open(root, InputContext(), frames=3).describe()
     assert Objects.open(root, InputContext(), frames=3).describe() == before
-    picture(root / "0.untextured" / "0.png", np.zeros((40, 40, 3), np.uint8))
+    image_file(root / "0.untextured" / "0.png", np.zeros((40, 40, 3), np.uint8))
     assert Objects.open(root, InputContext(), frames=3).describe() != before
 
 
@@ -263,7 +263,7 @@ def test_provenance_knows_other_plain_twins(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"_class_name": "FluxTransformer2DModel"}, "is not WanTransformer3DModel"),
         ({"num_layers": 10**9}, "which does not fit the weights"),
@@ -281,13 +281,13 @@ def test_provenance_knows_other_plain_twins(tmp_path: Path) -> None:
     ],
 )
 def test_a_config_that_its_weights_do_not_bear_out_is_refused(
-    change: dict[str, object], said: str, tmp_path: Path
+    change: dict[str, object], message: str, tmp_path: Path
 ) -> None:
     where = tmp_path / "pipeline"
     shutil.copytree(folder(), where)
     config = where / "transformer" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | change))
-    with pytest.raises(CheckpointError, match=said) as error:
+    with pytest.raises(CheckpointError, match=message) as error:
         Base.open(where)
     assert "\n" not in str(error.value)
 
@@ -367,7 +367,7 @@ def test_a_distilled_removers_steps_are_kept_and_its_lessons_need_no_twins(tmp_p
     model = Retexturer.read(tmp_path / "model")
     assert model.remover.steps == 1
     passes: list[object] = []
-    model.remover.network.register_forward_pre_hook(lambda module, told: passes.append(told))
+    model.remover.network.register_forward_pre_hook(lambda module, branch_inputs: passes.append(branch_inputs))
     shown = {"image": Frames.open("textured"), "mask": Masks.open("textured"), "reference": Reference.open("textured")}
     refacade(model, **shown, base=Base.open("untrained"), sampling=SamplerSettings(steps=1))  # type: ignore[arg-type]
     assert len(passes) == 1
@@ -377,9 +377,7 @@ def test_a_distilled_removers_steps_are_kept_and_its_lessons_need_no_twins(tmp_p
 
 
 @pytest.mark.parametrize("built_in", [True, False])
-def test_the_built_in_branch_is_said_to_be_that_and_no_other(
-    built_in: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_built_in_branch_is_reported_as_such(built_in: bool, capsys: pytest.CaptureFixture[str]) -> None:
     model = Retexturer.read("untrained")
     named = replace(model, adapter=model.adapter.model_copy(update={"name": "nano"}), built_in=built_in)
     shown = {"image": Frames.open("textured"), "mask": Masks.open("textured"), "reference": Reference.open("textured")}

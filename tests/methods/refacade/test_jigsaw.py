@@ -113,7 +113,7 @@ def test_the_side_of_a_cell_has_its_bounds(height: int, width: int, side: int) -
     assert Jigsaw(0.2).side(height, width) == side
 
 
-def test_a_picture_that_no_cells_divide_is_padded() -> None:
+def test_a_image_that_no_cells_divide_is_padded() -> None:
     puzzle = Jigsaw(0.3)(noise(37, 29), torch.ones(1, 37, 29), drawn(), smallest=4)
     assert puzzle.image.shape == (3, 37, 29) and puzzle.cells >= 4 and torch.isfinite(puzzle.image).all()
 

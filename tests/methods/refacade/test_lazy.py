@@ -19,7 +19,7 @@ from lamella.methods.refacade.datasets import foregrounds, latents
 from lamella.methods.refacade.frames import Frames, check_frames
 
 from .pipelines import pixels
-from .test_inputs import clip_folder, picture
+from .test_inputs import clip_folder, image_file
 
 
 @pytest.fixture
@@ -57,13 +57,13 @@ def test_clips_are_the_same_at_each_access(tmp_path: Path) -> None:
 
 def test_what_only_decoding_shows_is_refused_by_name(tmp_path: Path) -> None:
     root = clip_folder(tmp_path)
-    picture(root / "1.untextured" / "0.png", np.zeros((8, 8, 3), np.uint8))
+    image_file(root / "1.untextured" / "0.png", np.zeros((8, 8, 3), np.uint8))
     found = Objects.open(root, InputContext(), frames=3)
     with pytest.raises(CalibrationError, match=r"1\.untextured: frames of") as error:
         removal_samples(pixels(), found.fitted(pixels()))
     assert "\n" not in str(error.value)
     for frame in range(3):
-        picture(root / "1.mask" / f"{frame}.png", np.full((8, 8, 3), 255, np.uint8))
+        image_file(root / "1.mask" / f"{frame}.png", np.full((8, 8, 3), 255, np.uint8))
     with pytest.raises(CalibrationError, match=r"1\.mask: the mask has 8 x 8 pixels, the image 40 x 40"):
         latents(pixels(), Objects.open(root, InputContext(), frames=3).clips)
 
@@ -83,7 +83,7 @@ def test_frames_are_counted_without_decoding_them(kind: str, decoded: list[str],
     elif kind == "folder":
         file.mkdir()
         for number, frame in enumerate(noise):
-            picture(file / f"{number}.png", frame)
+            image_file(file / f"{number}.png", frame)
     else:
         first, *others = (Image.fromarray(frame) for frame in noise)
         first.save(file, save_all=True, append_images=others)

@@ -89,7 +89,7 @@ def test_outside_the_dilated_mask_the_composite_is_its_background() -> None:
 
 
 @pytest.mark.parametrize("given", [{"res": 4}, {"frames": 0}])
-def test_pictures_without_pixels_are_refused(given: dict[str, int]) -> None:
+def test_images_without_pixels_are_refused(given: dict[str, int]) -> None:
     with pytest.raises(MethodError, match="give images of at least 8 x 8"):
         textured_object(0, **given)
 

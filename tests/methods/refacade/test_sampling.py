@@ -29,7 +29,7 @@ from lamella.methods.refacade import (
 )
 from lamella.methods.refacade.flow import add_noise
 
-from .pipelines import branch, folder, halved, latents, pixels, told
+from .pipelines import branch, branch_inputs, folder, halved, latents, pixels
 
 
 def test_folding_a_mask_is_undone_and_has_64_channels() -> None:
@@ -80,7 +80,7 @@ def test_a_straight_path_needs_one_step() -> None:
 
 
 def all_told(base: Base) -> tuple[torch.Tensor, torch.Tensor, Conditions]:
-    given = told(base)
+    given = branch_inputs(base)
     return given["z"], given["t"], Conditions(given["reference"], given["c"], given["c_r"])
 
 
@@ -132,7 +132,7 @@ def test_the_reference_stays_clean_at_every_step() -> None:
     assert len(seen) == 3 and all(torch.equal(each, conditioned.reference[:, :, 0]) for each in seen)
 
 
-def test_the_white_picture_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_white_image_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     base = Base.open(folder())
     _, _, conditioned = all_told(base)
     seen, whole = [], base.vae.encode
@@ -174,13 +174,13 @@ def test_conditions_hide_the_object_and_a_ring_around_it() -> None:
     image, where = (torch.from_numpy(each) for each in found.own)
     puzzle = Jigsaw()(image, where, np.random.default_rng(0), smallest=4)
     z_unt = base.encode(torch.from_numpy(found.untextured))
-    told = conditions(base, frames, mask, z_unt, puzzle, 3)
+    branch_inputs = conditions(base, frames, mask, z_unt, puzzle, 3)
     hole = dilate_mask(mask, 3)
-    background, plain, marked = told.c[0].split([3, 3, 1])
+    background, plain, marked = branch_inputs.c[0].split([3, 3, 1])
     assert torch.equal(background.movedim(1, 0), frames * (1 - hole))
     assert torch.equal(plain, z_unt) and torch.equal(marked.movedim(1, 0), hole)
-    assert torch.equal(told.reference[0, :, 0], puzzle.image)
-    assert torch.equal(told.c_r[0, :, 0], torch.cat([puzzle.image, puzzle.mask]))
+    assert torch.equal(branch_inputs.reference[0, :, 0], puzzle.image)
+    assert torch.equal(branch_inputs.c_r[0, :, 0], torch.cat([puzzle.image, puzzle.mask]))
 
 
 def given(base: Base, frames: int = 1, side: int = 32) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
@@ -226,8 +226,8 @@ def test_sizes_are_refused_in_one_line() -> None:
     (frames, mask), shown = given(base)
     made, remover = branch(base), TextureRemover.fresh(base)
 
-    def refused(said: str, clip: object, reference: object = shown, on: Base = base) -> None:
-        with pytest.raises(MethodError, match=said) as error:
+    def refused(message: str, clip: object, reference: object = shown, on: Base = base) -> None:
+        with pytest.raises(MethodError, match=message) as error:
             retexture(on, made, remover, clip, reference)  # type: ignore[arg-type]
         assert "\n" not in str(error.value)
 
@@ -258,7 +258,7 @@ def test_text_needs_something_that_encodes_it() -> None:
 def test_a_vace_networks_main_blocks_are_the_base() -> None:
     base = latents()
     whole = diffusers.WanVACETransformer3DModel.from_pretrained(base.folder / "transformer").eval()  # type: ignore[operator]
-    given, text = told(base, frames=2), base.text().expand(2, -1, -1)
+    given, text = branch_inputs(base, frames=2), base.text().expand(2, -1, -1)
     frames = torch.cat([given["reference"], given["z"]], dim=2)
     silent = {"control_hidden_states": torch.zeros(2, 96, 3, 8, 8), "control_hidden_states_scale": torch.zeros(2)}
     with torch.no_grad():
@@ -285,7 +285,7 @@ def test_a_fresh_remover_of_latents_is_the_base_until_its_control_learns() -> No
     plain = Base.open(latents().folder)  # type: ignore[arg-type]
     without = Base(copy.deepcopy(plain.network), plain.vae, "without VACE")
     remover = TextureRemover.fresh(without)
-    given = told(without)
+    given = branch_inputs(without)
     with torch.no_grad():
         expected = without.velocity(given["z"], given["t"])
         found = remover.velocity(given["z"], given["t"], torch.randn_like(given["z"]))
@@ -305,7 +305,7 @@ def test_a_remover_begins_with_vaces_blocks_where_these_are() -> None:
 
 def test_a_remover_of_bfloat16_trains_in_float32() -> None:
     base = halved()
-    remover, given = TextureRemover.fresh(base), told(base)
+    remover, given = TextureRemover.fresh(base), branch_inputs(base)
     kinds = {name: each.dtype for name, each in remover.named_parameters()}
     assert all(kinds[name] == torch.float32 for name in kinds if remover.trains(name))
     assert kinds["network.proj_out.weight"] == torch.bfloat16

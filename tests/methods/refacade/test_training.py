@@ -163,16 +163,16 @@ def test_a_students_direction_is_dmds() -> None:
     fake = remover(pixels())
     for each in fake.parameters():
         each.data.add_(0.02 * torch.randn(each.shape))
-    x, told = torch.randn(3, 3, 1, 8, 8), torch.randn(3, 3, 1, 8, 8)
+    x, branch_inputs = torch.randn(3, 3, 1, 8, 8), torch.randn(3, 3, 1, 8, 8)
     t, eps = torch.tensor([0.2, 0.5, 0.9]), torch.randn(3, 3, 1, 8, 8)
     share = t.view(3, 1, 1, 1, 1)
     x_t = (1 - share) * x + share * eps
     with torch.no_grad():
-        found = DmdLoss(teacher).direction(fake, x, x_t, t, told)
+        found = DmdLoss(teacher).direction(fake, x, x_t, t, branch_inputs)
         for row in range(3):
             one = slice(row, row + 1)
-            mu_r = x_t[one] - t[row] * teacher.velocity(x_t[one], t[one], told[one])
-            mu_f = x_t[one] - t[row] * fake.velocity(x_t[one], t[one], told[one])
+            mu_r = x_t[one] - t[row] * teacher.velocity(x_t[one], t[one], branch_inputs[one])
+            mu_f = x_t[one] - t[row] * fake.velocity(x_t[one], t[one], branch_inputs[one])
             expected = (mu_f - mu_r) / (x[one] - mu_r).abs().mean()
             torch.testing.assert_close(found[one], expected, atol=1e-4, rtol=1e-4)
 
@@ -206,14 +206,14 @@ class Bell:
     def __init__(self, mean: float, deviation: float) -> None:
         self.mean, self.deviation = mean, deviation
 
-    def velocity(self, z_t: Tensor, t: Tensor, told: Tensor) -> Tensor:
+    def velocity(self, z_t: Tensor, t: Tensor, branch_inputs: Tensor) -> Tensor:
         share = t.view(-1, 1, 1, 1, 1)
         away = (z_t - (1 - share) * self.mean) / ((1 - share) ** 2 * self.deviation**2 + share**2)
         return share * away - (self.mean + (1 - share) * self.deviation**2 * away)  # E[eps - z_0 | z_t]
 
 
 @pytest.mark.parametrize(("mean", "deviation"), [(1.0, 0.3), (0.0, 0.3), (0.5, 0.6), (0.5, 0.15)])
-def test_against_its_direction_a_students_pictures_become_its_teachers(mean: float, deviation: float) -> None:
+def test_against_its_direction_a_students_images_become_its_teachers(mean: float, deviation: float) -> None:
     torch.manual_seed(0)
     eps = torch.randn(512, 3, 1, 8, 8)
     x = mean + deviation * eps
@@ -227,7 +227,7 @@ def test_against_its_direction_a_students_pictures_become_its_teachers(mean: flo
         assert abs(to_mean) > 0.05 and (to_mean > 0) == (mean > 0.5)
 
 
-def test_the_fake_learns_so_many_times_as_fast(tmp_path: Path) -> None:
+def test_the_fake_learns_faster_by_its_factor(tmp_path: Path) -> None:
     base = pixels()
     samples, teacher = removal_samples(base, clips(2)), remover(base)
     pair = StudentAndFake(teacher)
@@ -261,7 +261,7 @@ class Stopped(Exception):
     pass
 
 
-def test_the_built_in_network_goes_on_where_its_training_was_stopped(
+def test_the_built_in_network_resumes_where_its_training_was_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nano, "STEPS", {"base": 4})
@@ -291,7 +291,7 @@ def test_the_built_in_network_goes_on_where_its_training_was_stopped(
     assert not list(tmp_path.glob("*/.*.work"))
 
 
-def test_what_another_version_has_begun_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_another_version_has_begun_is_restarted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAMELLA_CACHE", str(tmp_path))
     monkeypatch.setattr(nano, "STEPS", {"base": 1})
     for name, value in {"COUNT": 2, "BATCH": 2}.items():
@@ -303,7 +303,7 @@ def test_what_another_version_has_begun_is_begun_anew(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("what", ["branch", "remover", "distil"])
-def test_killed_training_goes_on_to_the_bit(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_training_resumes_bitwise(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = pixels()
     transfer, removal = transfer_samples(base, remover(base), clips()), removal_samples(base, clips())
 

@@ -1,4 +1,4 @@
-"""rewire as a whole: thinking never gets out, sets are what they are said to be, and a stopped run goes on."""
+"""rewire as a whole: reasoning is removed, sets match their description, and an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_a_floor_keeps_invented_texts_out_of_the_set() -> None:
     assert loose.findings["rewrites"]["similarity"] == strict.findings["rewrites"]["similarity"]
 
 
-def test_runs_of_one_seed_are_equal_and_documents_that_are_too_long_are_told() -> None:
+def test_runs_of_one_seed_are_equal_and_documents_that_are_too_long_are_reported() -> None:
     first, again = (rewired() for _ in range(2))
     assert first.findings["corpus"] == again.findings["corpus"] and first.train == again.train
     short = rewired(rewriting=Rewriting(embedder="words", together=8, longest=22))
@@ -204,8 +204,8 @@ def test_the_time_of_a_stopped_run_has_that_from_before(tmp_path: Path, monkeypa
 def test_good_texts_have_a_column_of_their_own_and_no_limit(tmp_path: Path) -> None:
     pool, good = tmp_path / "pool.jsonl", tmp_path / "good.jsonl"
     pool.write_text("".join(json.dumps({"id": each.id, "text": each.text}) + "\n" for each in documents()))
-    good.write_text("".join(json.dumps({"said": each.text}) + "\n" for each in POSITIVES))
-    given = {"positives": str(good), "positives_column": "said"}
+    good.write_text("".join(json.dumps({"content": each.text}) + "\n" for each in POSITIVES))
+    given = {"positives": str(good), "positives_column": "content"}
     found = run("rewire", str(pool), command="score", limit=6, **given)
     whole = score(Documents(documents()[:6]), POSITIVES)
     assert list(found.result.rows()) == list(whole.rows()) and len(whole.items) == 6  # type: ignore[attr-defined]
@@ -229,13 +229,13 @@ def test_scores_alone_are_a_filter() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"rules": PoolRules(words_least=1000)}, "0 of 40 documents are in the pool"),
         ({"rewriting": Rewriting(prompt="other")}, "no prompt 'other'"),
     ],
 )
-def test_what_cannot_be_done_is_refused_in_one_line(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(LamellaError, match=said) as error:
+def test_what_cannot_be_done_is_refused_in_one_line(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(LamellaError, match=message) as error:
         rewired(**options)
     assert "\n" not in str(error.value)

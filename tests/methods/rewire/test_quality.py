@@ -36,7 +36,7 @@ GOOD, BAD = (
 
 
 @pytest.mark.parametrize("kind", ["hashed", "fasttext"])
-def test_good_texts_are_told_from_others(kind: str) -> None:
+def test_good_texts_are_distinguished_from_others(kind: str) -> None:
     if kind == "fasttext":
         pytest.importorskip("fasttext")
     quality = fit_quality(texts(GOOD, 60, 0), texts(BAD, 60, 1), kind)  # type: ignore[arg-type]

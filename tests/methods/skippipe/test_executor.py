@@ -125,7 +125,7 @@ def test_an_iteration_over_slowed_links_takes_what_the_simulator_says(processes:
 
 
 @pytest.mark.exhaustive
-def test_a_node_that_dies_is_named_and_the_run_goes_on_to_the_bit_or_without_it(processes: Run, tmp_path: Path) -> None:
+def test_a_node_that_dies_is_named_and_the_run_resumes_bitwise_or_without_it(processes: Run, tmp_path: Path) -> None:
     assert processes("learn", SKIPS, tmp_path / "whole", work=str(tmp_path / "w1")) == [0] * 6
     whole = [torch.load(tmp_path / "whole" / f"{rank}.pt") for rank in range(6)]
     for each in whole:

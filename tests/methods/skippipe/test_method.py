@@ -38,7 +38,7 @@ def gradients(orders: list[tuple[int, ...]], rows: list[int]) -> dict[str, Tenso
     return {name: each.grad for name, each in names.items()}
 
 
-def test_without_skips_it_is_plain_training_to_the_bit(tmp_path: Path) -> None:
+def test_without_skips_it_is_plain_training_bitwise(tmp_path: Path) -> None:
     stack = Stack(nano("llama"))
     ours = train(stack, SAMPLES, skip=0.0, microbatches=4, config=CONFIG, work=Work(tmp_path / "ours"))
     view = share(stack.model)
@@ -73,7 +73,7 @@ def test_which_microbatch_takes_which_path_does_not_change_the_gradient_on_avera
 
 
 @pytest.mark.parametrize(("stages", "skip", "count"), [(6, 1 / 3, None), (4, 0.25, 6), (6, 0.5, 10), (2, 0.5, None)])
-def test_orders_by_chance_leave_out_every_stage_but_the_first_equally_often(
+def test_orders_at_random_leave_out_every_stage_but_the_first_equally_often(
     stages: int, skip: float, count: int | None
 ) -> None:
     orders = random_orders(stages, skip, count, seed=0)

@@ -367,7 +367,7 @@ def test_stages_that_do_not_fit_a_network_are_refused() -> None:
         allocate(network, (3, 2))
 
 
-def test_a_search_without_time_says_so_or_returns_what_it_has() -> None:
+def test_a_search_without_time_fails_or_returns_what_it_has() -> None:
     network, assignment = random_network((3, 2, 2, 2), 1)
     agents = agents_of(network, assignment, 2)
     planned = plan_paths(network, assignment, agents, Limits(length=3), limit=Limit(seconds=0.0))
@@ -434,7 +434,7 @@ def test_the_turns_of_nodes_are_all_that_is_done_in_an_iteration() -> None:
     )
 
 
-def test_without_a_node_the_paths_of_the_others_are_planned_anew_for_as_many_microbatches() -> None:
+def test_without_a_node_the_paths_of_the_others_are_planned_again_for_as_many_microbatches() -> None:
     network, assignment = random_network((2, 2, 2), 0)
     made, _ = make_schedule(network, assignment, 8, Limits(length=2), limit=QUICK)
     less = made.without([3], QUICK)

@@ -220,7 +220,7 @@ def test_a_first_guess_is_where_it_starts():
     assert solve.iterations == 0 and solve.converged
 
 
-def test_overflow_is_said_and_not_iterated():
+def test_overflow_is_an_error_and_not_iterated():
     A = sparse.diags_array(np.full(10, 1e200)).tocsr()
     with np.errstate(all="ignore"), pytest.raises(NumericsError, match="not finite"):
         gcrodr(A, np.full(10, 1e200), M=lambda v: v * 1e200)

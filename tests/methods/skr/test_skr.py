@@ -86,7 +86,7 @@ def test_processes_solve_chunks_as_one_process_solves_each_of_them():
     assert len(both.bases) == 2
 
 
-def test_one_worker_is_the_sequential_run_to_the_bit():
+def test_one_worker_is_the_sequential_run_bitwise():
     assert same(skr(FAMILY, workers=Workers(1), **BRIEF), skr(FAMILY, **BRIEF))
 
 
@@ -109,7 +109,7 @@ def counted_jacobi(A: Any) -> Any:
 
 
 @pytest.mark.parametrize("backend", ["numpy", "gcrotmk"])
-def test_a_killed_run_goes_on_with_the_same_result(tmp_path, backend):
+def test_a_killed_run_resumes_with_the_same_result(tmp_path, backend):
     options: dict[str, Any] = {"backend": backend, "recycle": "auto" if backend == "numpy" else "always", **BRIEF}
     whole = skr(FAMILY, preconditioner=counted_jacobi, **options)
     for after in (3, 5):
@@ -138,7 +138,7 @@ def test_lines_that_a_kill_left_behind_its_state_are_solved_again(tmp_path):
     assert same(skr(FAMILY, work=Work(tmp_path), **BRIEF), whole)
 
 
-def test_a_work_folder_of_another_job_begins_anew(tmp_path):
+def test_a_work_folder_of_another_job_starts_from_scratch(tmp_path):
     skr(FAMILY, work=Work(tmp_path), **BRIEF)
     assert same(skr(FAMILY, work=Work(tmp_path), tol=1e-5, **BRIEF), skr(FAMILY, tol=1e-5, **BRIEF))
     items = [(s.A, s.b, p) for s, p in zip(FAMILY, FAMILY.parameters[0], strict=True)]
@@ -167,14 +167,14 @@ def test_the_callers_systems_are_not_changed():
     np.testing.assert_array_equal(b, np.ones(3))
 
 
-def test_a_right_hand_side_of_zero_has_the_solution_zero_and_it_is_said():
+def test_a_right_hand_side_of_zero_has_the_solution_zero_which_is_reported():
     system = darcy(6, 1)[0]
     solutions = skr(LinearSystems.of([(system.A, system.b), (2 * system.A, 0 * system.b)]), order="none")
     assert not solutions.x[1].any() and solutions.solved[1].start == "zero" and solutions.converged.all()
     assert "1 systems have a right-hand side of zero, and thus the solution zero." in solutions.notes
 
 
-def test_one_matrix_for_all_is_said_and_solved_by_one_factorisation_beside_it():
+def test_one_matrix_for_all_is_reported_and_solved_by_one_factorisation_beside_it():
     with pytest.warns(UserWarning, match="have the same matrix; if all do, one factorisation"):
         found = compare(poisson(8, 4), against=("gmres",))
     assert "All 4 systems have the same matrix" in " ".join(found.notes)

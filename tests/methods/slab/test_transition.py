@@ -198,7 +198,7 @@ def test_steps_are_those_of_the_optimizer_however_many_passes_they_have(tmp_path
 
 
 @torch.no_grad()
-def test_statistics_are_measured_anew_and_nothing_else_changes() -> None:
+def test_statistics_are_measured_again_and_nothing_else_changes() -> None:
     model = vit(drop_path_rate=0.3)
     convert(model, sites_of(model), steps=0)
     model.eval()

@@ -63,9 +63,9 @@ def test_a_merged_network_runs_in_onnxruntime(tmp_path: Path) -> None:
     session = runtime.InferenceSession(tmp_path / "model.onnx")
     for count in (1, 5):
         x = prepare_images(digits().items[:count], SMALL)
-        [said] = session.run(None, {"pixels": x.numpy()})
+        [message] = session.run(None, {"pixels": x.numpy()})
         with torch.no_grad():
-            torch.testing.assert_close(torch.from_numpy(said), done.model(x), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(torch.from_numpy(message), done.model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_what_cannot_be_is_refused_in_one_line() -> None:

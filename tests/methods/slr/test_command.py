@@ -98,7 +98,7 @@ def test_every_interval_is_reported_and_the_choice_is_compared_on_other_question
     assert done(lamella, *arguments, "--overwrite")["findings"]["search"]["points"] == found["points"]
 
 
-def test_people_are_told_the_verdict_the_seconds_and_the_evaluations(lamella, base, few, tmp_path):
+def test_the_summary_has_the_verdict_the_seconds_and_the_evaluations(lamella, base, few, tmp_path):
     arguments = [NANO_LLAMA, "--base", base, "-o", tmp_path / "out", *QUICK[:-1], "--stride", "3", "--data", few]
     message = lamella("restore", *arguments).out
     for part in ("On held-out questions", "intervals on 2 questions in", "report.html", "SLR"):
@@ -144,7 +144,7 @@ def test_questions_that_the_model_does_not_answer_are_listed(lamella, base, tmp_
 
 
 @pytest.mark.slow
-def test_an_interrupted_command_goes_on_with_the_same_result(lamella, base, few, tmp_path, monkeypatch):
+def test_an_interrupted_command_resumes_with_the_same_result(lamella, base, few, tmp_path, monkeypatch):
     from lamella.methods.slr.answers import EncodedQuestions
 
     arguments = [NANO_LLAMA, "--base", base, *QUICK, "--data", few]

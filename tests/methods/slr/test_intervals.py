@@ -91,7 +91,7 @@ def test_neither_model_changes() -> None:
         assert all(torch.equal(value, kept[key]) for key, value in each.model.state_dict().items())
 
 
-def test_an_interrupted_sweep_goes_on_with_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_sweep_resumes_with_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     post, pre, questions, journal = (
         Stack(nano("llama")),
         Stack(nano("llama", 1)),

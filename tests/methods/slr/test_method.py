@@ -161,7 +161,7 @@ def test_coarse_to_fine_looks_around_the_best_coarse_interval() -> None:
         assert each.diversity == pytest.approx(everything[each.what].diversity, abs=1e-9)
 
 
-def test_an_interrupted_search_goes_on_with_the_same_result(tmp_path: Path) -> None:
+def test_an_interrupted_search_resumes_with_the_same_result(tmp_path: Path) -> None:
     post, pre = pair()
     whole = search(post, pre, encoded_questions(), min_validity=0, stride=2)
     journal = tmp_path / "intervals.jsonl"
@@ -175,7 +175,7 @@ def test_an_interrupted_search_goes_on_with_the_same_result(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", CAUSAL)
-def test_the_restored_layers_are_pre_and_all_else_is_post_to_the_bit(name: str, tmp_path: Path) -> None:
+def test_the_restored_layers_are_pre_and_all_else_is_post_bitwise(name: str, tmp_path: Path) -> None:
     post, pre = pair(name)
     before = {key: value.clone() for key, value in state(post.model).items()}
     view = lamella.apply(post, restoring(post, pre, layers(1, 3), tmp_path))

@@ -63,7 +63,7 @@ def test_a_mixture_of_loras_is_one_lora_with_gates_over_blocks(count: int) -> No
     assert float((mixture - one).abs().max()) < 1e-5
 
 
-def test_all_ranks_with_constant_scores_are_a_lora_to_the_bit() -> None:
+def test_all_ranks_with_constant_scores_are_a_lora_bitwise() -> None:
     made, x, y = random_experts(r=16, k=16), torch.randn(5, 24), torch.randn(5, 20)
     with torch.no_grad():
         made.lora_router.zero_()  # sigmoid gives 0.5 everywhere
@@ -78,7 +78,7 @@ def test_one_block_of_all_ranks_is_a_lora() -> None:
         torch.testing.assert_close(made(x, y), y + linear(linear(x, made.lora_A), made.lora_B), rtol=0, atol=1e-6)
 
 
-def test_fresh_experts_change_nothing_to_the_bit() -> None:
+def test_fresh_experts_change_nothing_bitwise() -> None:
     made, x = RankExperts(24, 20, r=16, k=4), torch.randn(2, 5, 24)
     for dtype in (torch.float32, torch.bfloat16):
         y = torch.randn(2, 5, 20).to(dtype)

@@ -237,7 +237,7 @@ def test_usage_counts_k_ranks_for_each_token_and_parts_tasks_by_what_they_choose
     assert load[0][1] == int((counts == 0).sum())
 
 
-def test_losses_are_told_of_held_out_examples_and_routing_is_counted_on_many() -> None:
+def test_losses_are_reported_for_held_out_examples_and_routing_is_counted_on_many() -> None:
     given = examples(40).by_task()
     result = smora(Stack(nano("llama")), examples(40), experts=SMALL, config=CONFIG)
     assert {task: each["examples"] for task, each in result.findings["tasks"].items()} == {"turn": 1, "repeat": 1}
@@ -297,7 +297,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line(given: dict[str, Any], me
     assert "\n" not in str(error.value) and not list((tmp_path / "work").rglob("checkpoint-*"))
 
 
-def test_it_cannot_be_merged_and_says_so(tmp_path: Path) -> None:
+def test_it_cannot_be_merged_which_is_an_error(tmp_path: Path) -> None:
     result = trained()
     for form in ("plain", "portable"):
         with pytest.raises(PlanError, match="the adapter of smora cannot be merged into its linear layers"):
@@ -336,7 +336,7 @@ def test_an_adapter_for_another_base_is_refused() -> None:
         apply(Stack(nano("gpt2")), plan)
 
 
-def test_a_run_of_the_house_writes_a_page_with_routing_and_load(tmp_path: Path) -> None:
+def test_a_run_of_lamella_writes_a_page_with_routing_and_load(tmp_path: Path) -> None:
     done = run("smora", NANO, train=str(rows(tmp_path / "tasks.jsonl", *(
         {"task": "ab"[n % 2], "prompt": f"number {n}", "completion": f"is {n}"} for n in range(8)))),
         out=tmp_path / "out", r=4, k=2, steps=2, batch=2, accumulate=1, test="pydoc")  # fmt: skip

@@ -357,7 +357,7 @@ def test_the_same_request_gives_the_same_plan(tmp_path: Path) -> None:
     assert plans[0] == plans[1] and json.loads(plans[0])["provenance"]["stale"] is False
 
 
-def test_an_importance_of_other_weights_is_told_as_stale(tmp_path: Path) -> None:
+def test_an_importance_of_other_weights_is_reported_as_stale(tmp_path: Path) -> None:
     stack, other = Stack(nano("llama")), nano("llama", seed=1)
     d = fisher(other, tokens(1, 8))
     assert make_plan(stack, tokens(0, 2), importance=d, alpha=2.0, work=Work(tmp_path)).provenance["stale"] is True

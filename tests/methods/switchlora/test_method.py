@@ -37,7 +37,7 @@ def test_what_comes_out_is_dense_and_its_update_has_more_directions_than_the_ran
     assert len(result.findings["spectrum"]) == 33 and result.findings["spectrum"][0] == 1
 
 
-def test_with_no_exchange_it_is_lora_from_the_same_start_to_the_bit(tmp_path: Path) -> None:
+def test_with_no_exchange_it_is_lora_from_the_same_start_bitwise(tmp_path: Path) -> None:
     found = []
     for switches in (True, False):
         view = share(nano("llama"))

@@ -235,7 +235,7 @@ def test_without_exchanges_it_is_adamw() -> None:
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_what_is_forgotten_begins_anew_and_nothing_else_does(axis: int) -> None:
+def test_what_is_forgotten_starts_from_scratch_and_nothing_else_does(axis: int) -> None:
     torch.manual_seed(0)
     one = nn.Parameter(torch.randn(5, 5))
     optimizer = VectorAdamW([{"params": [one], "axis": axis}], lr=1e-2)

@@ -131,7 +131,7 @@ def test_the_winner_is_the_best_that_was_scored_and_a_really_smaller_model(tmp_p
         torch.testing.assert_close(opened_again(IDS).logits, view(IDS).logits, rtol=0, atol=1e-5)
 
 
-def test_an_interrupted_search_goes_on_to_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_search_resumes_to_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stack, options = opened(), {"params": 0.8, "min_layers": 3, **SMALL}
     expected = tracenas(stack, IDS, **options)
     scored: list[Any] = []

@@ -194,7 +194,7 @@ def test_both_halves_of_a_document_are_the_measure_of_closeness() -> None:
 
 @pytest.mark.exhaustive
 @pytest.mark.slow
-def test_a_killed_run_goes_on_and_generates_each_once(instructed: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_and_generates_each_once(instructed: Path, tmp_path: Path) -> None:
     given = tmp_path / "documents.jsonl"
     given.write_text("".join(json.dumps({"id": each.id, "text": 2 * each.text}) + "\n" for each in DOCUMENTS))
     command = [
@@ -243,7 +243,7 @@ def test_what_wrap_writes_heals(writer: LocalWriter, tmp_path: Path, plan: Path,
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"styles": ("fancy",)}, "unknown style 'fancy'"),
         ({"cutting": PassageSettings(longest=5, shortest=9)}, "longest must be at least shortest"),
@@ -251,7 +251,7 @@ def test_what_wrap_writes_heals(writer: LocalWriter, tmp_path: Path, plan: Path,
         ({"evaluations": ("nowhere.txt",)}, "no file nowhere.txt"),
     ],
 )
-def test_what_cannot_be_done_is_refused_in_one_line(writer: LocalWriter, options: dict[str, Any], said: str) -> None:
-    with pytest.raises(LamellaError, match=said) as error:
+def test_what_cannot_be_done_is_refused_in_one_line(writer: LocalWriter, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(LamellaError, match=message) as error:
         wrapped(writer, **options)
     assert "\n" not in str(error.value)

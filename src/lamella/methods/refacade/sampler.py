@@ -169,8 +169,8 @@ def retexture(
     z_fg = base.encode(frames * mask)
     z_unt = remover.remove_texture(z_fg[None], generator, sampling.removal)[0]
     conditioning = conditions(base, frames, mask, z_unt, puzzle, sampling.dilate)
-    drawn = base.decode(sample_latents(base, branch, conditioning, sampling, generator)[0])
-    return RetexturedClip(drawn, base.decode(z_unt), puzzle)
+    decoded = base.decode(sample_latents(base, branch, conditioning, sampling, generator)[0])
+    return RetexturedClip(decoded, base.decode(z_unt), puzzle)
 
 
 def check(base: Base, frames: Tensor, mask: Tensor, shown: tuple[Tensor, Tensor]) -> None:
