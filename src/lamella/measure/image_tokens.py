@@ -54,7 +54,7 @@ class TokenFeatures:
 
 
 @dataclass(frozen=True)
-class Selection:
+class TokenSelection:
     """The tokens of an image that are kept.
 
     Attributes:
@@ -66,7 +66,7 @@ class Selection:
     states: Tensor | None = None
 
 
-Criterion = Callable[[TokenFeatures, int], Selection]
+Criterion = Callable[[TokenFeatures, int], TokenSelection]
 
 
 def best(scores: Tensor, k: int) -> Tensor:
@@ -78,10 +78,10 @@ def best(scores: Tensor, k: int) -> Tensor:
     return scores.argsort(descending=True, stable=True)[:k]
 
 
-def fastv(features: TokenFeatures, k: int) -> Selection:
+def fastv(features: TokenFeatures, k: int) -> TokenSelection:
     """Keep the tokens that receive most attention: the mean over heads, summed over queries."""
     assert features.attention is not None
-    return Selection(best(features.attention.mean(dim=0).sum(dim=0), k))
+    return TokenSelection(best(features.attention.mean(dim=0).sum(dim=0), k))
 
 
 def raters(image: Tensor, text: Tensor) -> Tensor:
@@ -96,18 +96,18 @@ def raters(image: Tensor, text: Tensor) -> Tensor:
     return chosen if chosen.any() else torch.ones_like(chosen)
 
 
-def sparsevlm(features: TokenFeatures, k: int) -> Selection:
+def sparsevlm(features: TokenFeatures, k: int) -> TokenSelection:
     """Keep the tokens that the raters attend to most; some of the k are means of the densest clusters of the rest."""
     assert features.text is not None and features.of_text is not None
     scores = features.of_text[:, raters(features.image, features.text)].mean(dim=(0, 1))
     order = best(scores, len(scores))
     count = min(max(1, int(AGGREGATES * k)), k - 1, len(order) - k)
     if count <= 0:
-        return Selection(order[:k])
+        return TokenSelection(order[:k])
     top, rest = order[: k - count], order[k - count :]
     centres, member = clusters(features.image[rest], count)
     means = torch.stack([features.image[rest[member == cluster]].mean(dim=0) for cluster in range(count)])
-    return Selection(torch.cat([top, rest[centres]]), torch.cat([features.image[top], means]))
+    return TokenSelection(torch.cat([top, rest[centres]]), torch.cat([features.image[top], means]))
 
 
 def clusters(states: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -132,7 +132,7 @@ def clusters(states: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return centres, member
 
 
-def divprune(features: TokenFeatures, k: int) -> Selection:
+def divprune(features: TokenFeatures, k: int) -> TokenSelection:
     """Keep, greedily, the token farthest by cosine from those chosen, starting with the most isolated one."""
     unit = normalize(features.image, dim=-1)
     apart = 1 - unit @ unit.T
@@ -143,7 +143,7 @@ def divprune(features: TokenFeatures, k: int) -> Selection:
         nearest[chosen] = -torch.inf
         chosen.append(int(nearest.argmax()))
         nearest = torch.minimum(nearest, apart[chosen[-1]])
-    return Selection(torch.tensor(chosen[:k], device=features.image.device))
+    return TokenSelection(torch.tensor(chosen[:k], device=features.image.device))
 
 
 def above_quartiles(scores: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ def above_quartiles(scores: Tensor) -> Tensor:
     return scores > third + RANK * (third - first)
 
 
-def trim(features: TokenFeatures, k: int) -> Selection:
+def trim(features: TokenFeatures, k: int) -> TokenSelection:
     """Keep the tokens most similar to the mean of the question; the best of the others is replaced by their mean.
 
     TRIM compares in CLIP's space, but small models have no text encoder for it: here the language model's space is
@@ -162,20 +162,20 @@ def trim(features: TokenFeatures, k: int) -> Selection:
     alike = normalize(features.image, dim=-1) @ normalize(features.text.mean(dim=0), dim=0)
     order = best(alike, len(alike))
     if k >= len(order) or k < 2:
-        return Selection(order[:k])
+        return TokenSelection(order[:k])
     rest = order[k - 1 :]
-    return Selection(
+    return TokenSelection(
         order[:k], torch.cat([features.image[order[: k - 1]], features.image[rest].mean(dim=0, keepdim=True)])
     )
 
 
-def tome(features: TokenFeatures, k: int) -> Selection:
+def tome(features: TokenFeatures, k: int) -> TokenSelection:
     """Merge by bipartite soft matching until k tokens are left; each round merges at most half of them."""
     index = torch.arange(len(features.image), device=features.image.device)
     states, sizes = features.image, torch.ones(len(index), dtype=features.image.dtype, device=index.device)
     while len(index) > k:
         index, states, sizes = matched(index, states, sizes, min(len(index) - k, len(index) // 2))
-    return Selection(index, states)
+    return TokenSelection(index, states)
 
 
 def matched(index: Tensor, states: Tensor, sizes: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -203,20 +203,22 @@ def matched(index: Tensor, states: Tensor, sizes: Tensor, r: int) -> tuple[Tenso
     return index[left], (mass / sizes[:, None])[left], sizes[left]
 
 
-def signal(features: TokenFeatures, k: int) -> Selection:
+def signal(features: TokenFeatures, k: int) -> TokenSelection:
     """Keep the tokens whose removal would change the answer most, to first order: abs(h_v . d log p / d h_v)."""
     assert features.gradient is not None
-    return Selection(best((features.image * features.gradient).sum(dim=-1).abs(), k))
+    return TokenSelection(best((features.image * features.gradient).sum(dim=-1).abs(), k))
 
 
-def at_random(features: TokenFeatures, k: int) -> Selection:
+def at_random(features: TokenFeatures, k: int) -> TokenSelection:
     """Keep random tokens."""
-    return Selection(torch.randperm(len(features.image), generator=features.generator)[:k].to(features.image.device))
+    return TokenSelection(
+        torch.randperm(len(features.image), generator=features.generator)[:k].to(features.image.device)
+    )
 
 
-def withdraw(features: TokenFeatures, k: int) -> Selection:
+def withdraw(features: TokenFeatures, k: int) -> TokenSelection:
     """Keep no token."""
-    return Selection(torch.empty(0, dtype=torch.long, device=features.image.device))
+    return TokenSelection(torch.empty(0, dtype=torch.long, device=features.image.device))
 
 
 CRITERIA: dict[str, Criterion] = {
@@ -236,7 +238,7 @@ ATTENDING = ("fastv", "sparsevlm")  # criteria that need the attention weights o
 MERGING = ("sparsevlm", "trim", "tome")  # criteria that change states
 
 
-def choose(criterion: str, features: TokenFeatures, k: int) -> Selection:
+def choose(criterion: str, features: TokenFeatures, k: int) -> TokenSelection:
     """Return the k tokens of an image that a criterion keeps.
 
     Args:

@@ -47,7 +47,7 @@ class Scenes:
         Args:
             name: a .ply file or an image, a folder of them, or ``rooms`` or ``collages``, which are synthetic with
                 disjoint training and test splits. The objects of ``a.jpg`` are the grey values of ``a.objects.png``.
-            reader: the split and the random seed.
+            context: the split and the random seed.
             count: maximum number of scenes.
 
         Raises:

@@ -94,7 +94,7 @@ class Reports(Rows[str]):
 
         Args:
             name: the file; see :func:`lamella.data.read_records`.
-            reader: provides the tokenizer.
+            context: provides the tokenizer.
 
         Raises:
             CalibrationError: if the file is missing, empty or malformed.
