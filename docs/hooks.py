@@ -4,7 +4,7 @@ A page asks with a comment that stands alone on its line:
 
     <!-- results: finercut -->     reproductions/results/finercut.json
     <!-- benchmark: planner -->    benchmarks/results/planner.json
-    <!-- picture: cstrl-retention -->  docs/assets/cstrl-retention.svg, as soon as a reproduction has drawn it
+    <!-- figure: cstrl-retention -->  docs/assets/cstrl-retention.svg, as soon as a reproduction has drawn it
     <!-- methods -->               the registry, with what the reproductions found
     <!-- which -->                 methods by what they are for, and what each needs and leaves
     <!-- raced -->                 all methods on one model, at one target
@@ -95,7 +95,7 @@ def benchmark(name: str) -> str:
     return render(ROOT / "benchmarks" / "results" / f"{name}.json", command=f"python benchmarks/{name}.py")
 
 
-def picture(name: str) -> str:
+def figure(name: str) -> str:
     """What a reproduction has drawn, called by its own title; nothing before it has."""
     path = ROOT / "docs" / "assets" / f"{name}.svg"
     if not path.exists():
@@ -347,7 +347,7 @@ def _cell(value: Any) -> str:
 FILLERS: dict[str, Callable[..., str]] = {
     "results": reproduction,
     "benchmark": benchmark,
-    "picture": picture,
+    "figure": figure,
     "methods": method_table,
     "which": which_table,
     "raced": raced,

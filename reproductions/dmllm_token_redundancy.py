@@ -381,7 +381,7 @@ def tables(run: Run, found: Mapping[Any, Any]) -> None:
     fewer = [each for timed in listed.values() for each in timed.values() if "fewer" in each]
     points["fewer steps, either"] = [(each["fewer flops"], fmean(each["fewer"])) for each in fewer]
     drawn = Scatter("FLOPs, of the whole model's", "objects named in a list, share", points)
-    run.picture("dmllm-token-redundancy-schedules", drawn)
+    run.figure("dmllm-token-redundancy-schedules", drawn)
     rows = [
         [*key, *parts["probe"]["restored"], parts["probe"]["kl"][0], parts["probe"]["kl"][-1]]
         for key, parts in found.items()

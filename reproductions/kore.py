@@ -711,7 +711,7 @@ def a_seeing_model(run: Run) -> None:
     run.table(f"{GLYPHS} glyphs shown to a small LLaVA in {STEPS} steps; per cent", columns, table)
     places = {name: list(zip(old(name), new(name), strict=True)) for name in IMAGE_WAYS}  # a point for each seed
     drawn = Scatter("old questions answered, per cent", "questions on glyphs answered, per cent", places)
-    run.picture("kore-tradeoff", drawn)
+    run.figure("kore-tradeoff", drawn)
 
     run.further("premise: old questions that the model answers before", f"at least {LEARNT:.0%}", f"{mean:.1f} %",
                 mean >= 100 * LEARNT)  # fmt: skip

@@ -542,7 +542,7 @@ def claims(run: Run) -> None:
     shown = {task: found[task, "apart"][0]["mue"]["exits"] for task in ("entailment", "caption")}
     lines = {f"{task}, {name}": [(layer, 100 * share) for layer, share in enumerate(shares, 1)]
              for task, streams in shown.items() for name, shares in streams.items()}  # fmt: skip
-    run.picture("mue-exits", Scatter("exit after layer", "rows or tokens, percent", lines, joined=True))
+    run.figure("mue-exits", Scatter("exit after layer", "rows or tokens, percent", lines, joined=True))
     for task in TASKS:
         exits(run, task, found[task, "apart"], found.get((task, "every layer"), ()), able[task])
     saved(run, found, able)

@@ -138,7 +138,7 @@ def draw(run: Run, found: dict[str, dict[str, Any]]) -> None:
     for name, title in (("helps", "Darcy 48x48, Jacobi"), ("harms", "convection 40x40, Jacobi")):
         arms = ("gmres", "gcrodr-reset", "gcrodr-sorted", "skr")
         lines = {NAMES[arm]: found[title][arm]["per system"] for arm in arms}
-        run.picture(f"skr-{name}", Lines("system, in solved order", "iterations", lines))
+        run.figure(f"skr-{name}", Lines("system, in solved order", "iterations", lines))
 
 
 def _count(figures: dict[str, Any] | None) -> Any:

@@ -60,6 +60,10 @@ FILES = {
     },  # between two residual streams, as in the paper
     "src/lamella/methods/hires_llava/entities.py": {"picture"},  # questions of a dataset, like those that follow
     "src/lamella/methods/kore/glyphs.py": {"picture", "said"},
+    "src/lamella/methods/kore/augment.py": {"picture"},  # part of a random seed
+    "src/lamella/methods/paser": {"he"},  # the first author
+    "docs/methods/paser.md": {"he"},
+    "src/lamella/reading.py": {"stream"},  # a class of pyarrow
     "src/lamella/zoo/worlds/language.py": {"picture"},
     "src/lamella/methods/irepair/pairs.py": {"said"},
     "src/lamella/methods/refacade": {"stream", "streams"},  # of a video file, and of a two-stream transformer

@@ -83,7 +83,7 @@ class Run(Record):
         set_seed(self.seed)
         return found
 
-    def picture(self, name: str, figure: Axes) -> None:
+    def figure(self, name: str, figure: Axes) -> None:
         """Save a figure as docs/assets/NAME.svg for the documentation; a quick run saves none.
 
         Args:

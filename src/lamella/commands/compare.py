@@ -129,7 +129,7 @@ class Bench:
         stack: the original.
         new: the text to learn.
         old: texts for measuring forgetting.
-        windows: number of windows of the new text to train on, if it has so many; longer training repeats them.
+        windows: number of windows of the new text to train on, if there are that many; longer training repeats them.
         length: tokens in each.
         least: minimum number of windows of the new text.
         seed: random seed.

@@ -175,7 +175,7 @@ def mix(
         seed: random seed of the order.
 
     Raises:
-        MethodError: if the sources cannot give these shares or so many tokens.
+        MethodError: if the sources cannot provide these shares or this number of tokens.
     """
     sizes = {name: [count(row["text"]) for row in rows] for name, rows in sources.items()}
     mixture = Mixture(sizes, shares, epochs, seed)

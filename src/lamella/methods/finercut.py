@@ -51,9 +51,9 @@ def finercut(
 
     Args:
         stack: the opened model.
-        calibration: text, or token ids [sequences, time] with an optional attention mask, or images with text; the paper
         calibration: text, or token ids [sequences, time] with an optional attention mask, or images with text; the
             paper uses 10 sequences of 256 tokens each.
+        distance: ``jsd``, ``jsd_repo`` (as the authors' code computes it), ``kl``, ``angular``, ``norm`` or
             ``perplexity``.
         level: candidates are all sublayers (``sublayer``), only ``attn``, only ``mlp``, or whole layers (``block``).
         exclude_front: x of the paper: the first int(L x) + 1 layers are protected until int(2 L x) + 1 sublayers have

@@ -126,7 +126,7 @@ def similarity(stack: Stack, noised: Sequence[Draw], *, front: int = 1, lags: in
         Scores("cosine of a layer's input and output", ("layer", "ratio", "kind"), _ratio(sums, counts)),
         ratios,
         Scores("standard deviation over tokens", ("layer",), np.sqrt(np.maximum(square - mean**2, 0))),
-        Scores("cosine of the stream at two points", ("point", "point"), points / seen),
+        Scores("cosine of the residual stream at two points", ("point", "point"), points / seen),
         Scores("cosine of a token with an earlier one", ("point", "lag"), _ratio(recency, compared)),
     )
 

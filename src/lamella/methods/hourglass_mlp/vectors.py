@@ -85,7 +85,7 @@ class Vectors:
         """Open a built-in task, or a file.
 
         Args:
-            name: a name in the format of ``told``; a file has x [rows, d_x] and y [rows, d_y], with y in [0, 1].
+            name: a name in the format of ``source_help``; a file has x [rows, d_x] and y [rows, d_y], with y in [0, 1].
             rows: scenes to render; a fifth is for testing, a tenth for validation. Digits are not affected.
             side: pixels per side of a scene.
             sigma: standard deviation of the noise of ``denoise``.

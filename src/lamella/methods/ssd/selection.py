@@ -56,7 +56,7 @@ def adaptive_alpha(ratios: Callable[[], Iterator[Tensor]], forget: int, full: in
     """Return the alpha of ASSD: 1 % of the data to forget selects 0.69 % of the weights, 10 % selects 2.4 %.
 
     Args:
-        ratios: returns the stream of F_f / F_D, in which NaN and infinite ratios are ignored.
+        ratios: returns an iterator over F_f / F_D, in which NaN and infinite ratios are ignored.
         forget: the size of D_f.
         full: the size of D.
 
