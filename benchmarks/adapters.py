@@ -1,10 +1,10 @@
-"""Methods that adapt, side by side on one model, one new text and the same tokens: what each learns, what it forgets.
+"""Adaptation methods compared on one model, one new text and the same tokens: what each learns and forgets.
 
-`lamella compare` teaches SmolLM2 the docstrings of Python's standard library by LoRA, layra, kore, smora and
-switchlora, each at the best of four rates, and looks at what has become of two other texts. How many tokens each has
-read is told by its own log.
+`lamella compare` trains SmolLM2 on the docstrings of Python's standard library with LoRA, layra, kore, smora and
+switchlora, each at the best of four learning rates, and measures the loss on two other texts. The logs record how many
+tokens each method has read.
 
-    python benchmarks/adapters.py            # about an hour on one core; stopped, it goes on
+    python benchmarks/adapters.py            # about an hour on one core; resumes after an interruption
     python benchmarks/adapters.py --quick    # LoRA and layra at one rate, two steps
 """
 
@@ -51,7 +51,7 @@ def main() -> int:
     record.check("tokens that each method has read", str(tokens), ", ".join(map(str, read)), read == [tokens])
     before = compared.evidence.findings["before"]["new"]
     learnt = min(before - run[-1]["new"] for run in points.values())
-    record.check("what the method that learns least has learnt, nats", "above 0", f"{learnt:.3f}", learnt > 0)
+    record.check("smallest reduction of the loss on the new text, nats", "above 0", f"{learnt:.3f}", learnt > 0)
     return record.finish(Path(__file__).parent / "results" / f"{name}.json")
 
 

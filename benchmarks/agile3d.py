@@ -1,10 +1,10 @@
-"""What a click costs on a scene that is encoded, how soon the page shows it, and what sparse convolution saves.
+"""The cost of a click on an encoded scene, the latency of the page, and the savings of sparse convolution.
 
-Rooms furnished by chance, in voxels of several sizes. A click decodes what was kept, or encodes the scene anew, as
-methods do whose network takes clicks as input; the pairs of voxels are there for both. In the page of 20,000 points, in
-a headless Chromium, it is the time from the release of the button until the page has the answer, to be drawn with the
-next frame. A convolution of 3 voxels a side runs over the occupied ones, densely over the box that the room fills, and
-where spconv is installed (`pip install spconv`) by that. Ways that are compared are timed in turn.
+Rooms with random furniture, in voxels of several sizes. A click decodes the stored encoding, or encodes the scene
+again, as in methods whose network takes clicks as input; the pairs of voxels are given to both. In the page with 20,000
+points, in a headless Chromium, the time from the release of the button until the page has the answer is measured. A
+convolution with a kernel of 3 voxels runs over the occupied voxels, densely over the room's bounding box, and, if
+spconv is installed (`pip install spconv`), with that. Compared variants are timed alternately.
 
     python benchmarks/agile3d.py            # about two minutes on one core
     python benchmarks/agile3d.py --quick    # large voxels, fewer rounds
@@ -55,17 +55,17 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 WITHOUT = ["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]  # a sandbox, a graphics card
 TRIPS = """
 window.trips = []
-let began = 0, told = "0"
+let began = 0, shown = "0"
 document.addEventListener("pointerup", () => { began = performance.now() }, true)
 new MutationObserver(() => {
-  const now = document.querySelector("#state")?.dataset.clicks ?? told
-  if (now !== told) { told = now; window.trips.push(performance.now() - began) }
+  const now = document.querySelector("#state")?.dataset.clicks ?? shown
+  if (now !== shown) { shown = now; window.trips.push(performance.now() - began) }
 }).observe(document.body, { subtree: true, childList: true, attributes: true })
 """
 
 
 def in_turn(rounds: int, *ways: Callable[[], object]) -> list[list[float]]:
-    """Seconds of each way, round by round; two rounds warm up."""
+    """Return the seconds of each variant, round by round, after two warm-up rounds."""
     found: list[list[float]] = [[] for _ in ways]
     for _ in range(rounds + 2):
         for way, seconds in zip(ways, found, strict=True):
@@ -84,7 +84,7 @@ def ms(seconds: list[float]) -> float:
 
 
 def segmenter(widths: UNetWidths, voxel: float, seed: int) -> ClickSegmenter:
-    """With the small decoder of the reproduction, and random weights."""
+    """Return a segmenter with the small decoder of the reproduction, and random weights."""
     torch.manual_seed(seed)
     return ClickSegmenter(SparseUNet(widths, voxel), ClickDecoder(3, 48, 4, 128, background=6)).eval()
 
@@ -106,17 +106,17 @@ def clicks(record: Record, voxel: float, rounds: int) -> None:
         [name, len(tokens), ms(slow), ms(fast), str(faster(slow, fast))]
         for name, slow, fast in zip(WIDTHS, anew, cached, strict=True)
     ]
-    heads = ["encoder", "tokens", "encoded anew, ms", "on what was kept, ms", "times faster"]
+    heads = ["encoder", "tokens", "with re-encoding, ms", "with the stored encoding, ms", "speed-up"]
     record.table(f"A click among fifteen, voxels of {voxel} m, the small decoder", heads, rows)
     nano = float(np.median(times[0]))
     record.check("a click with the smallest encoder", "at least 1.7 times faster", nano, nano >= 1.7)
     growth = [float(np.median(b / a)) for a, b in pairwise(times)]
-    said = ", ".join(f"{each:.2f} times" for each in growth)
-    record.check("what is saved, from row to row", "grows", said, min(growth) > 1)
+    ratios = ", ".join(f"{each:.2f} times" for each in growth)
+    record.check("speed-up from row to row", "grows", ratios, min(growth) > 1)
 
 
 class Timed(Viewer):
-    """A page that says how long a click takes this process, in seconds of its processor."""
+    """A page that records the processor time of each click in seconds."""
 
     def _click(self, event: Any, label: int) -> None:
         began = time.thread_time()
@@ -125,7 +125,7 @@ class Timed(Viewer):
 
 
 def page(record: Record, voxel: float, rounds: int) -> None:
-    """From the release of the button to the answer, in a real browser."""
+    """Measure the time from the release of the button to the answer, in a real browser."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None or not (find_spec("viser") and find_spec("playwright")):
         record.check("a click in the page", "under 100 ms", "not measured: no Chromium, viser or playwright here", None)
@@ -151,14 +151,14 @@ def page(record: Record, voxel: float, rounds: int) -> None:
     finally:
         viewer.stop()
     low, middle, high = quantiles(trips)
-    heads = ["clicks", "median, ms", "quartiles, ms", "longest, ms", "of which the processor computes, ms"]
+    heads = ["clicks", "median, ms", "quartiles, ms", "longest, ms", "of it processor time, ms"]
     row = [len(trips), middle, f"{low:.0f} to {high:.0f}", max(trips), ms(viewer.seconds[2:])]
     record.table(f"A click in the page, {POINTS} points", heads, [row])
     record.check("a click in the page, median", "under 100 ms", middle, middle < 100)
 
 
 def scene_of(points: int, seed: int) -> ClickScene:
-    """A room of so many points, some of which lie beside others."""
+    """Return a room with so many points, some of which are adjacent to others."""
     scene = next(rooms("test", seed=seed))
     more = np.random.default_rng(seed).integers(len(scene), size=points - len(scene))
     coords = np.concatenate([scene.coords, scene.coords[more] + np.float32(0.005)])
@@ -185,15 +185,15 @@ def convolutions(record: Record, voxels: tuple[float, ...], rounds: int) -> None
         for seconds in others:
             row += [ms(seconds), str(faster(seconds, ours))]
         rows.append(row)
-    heads = ["voxel, m", "occupied", "of the box", "pairs, once, ms", "ours, ms"]
+    heads = ["voxel, m", "occupied", "fraction of the box", "pairs, once, ms", "ours, ms"]
     for name in [*ways][1:]:
-        heads += [f"{name}, ms", "times faster"]
+        heads += [f"{name}, ms", "speed-up"]
     record.table(f"A convolution of 3 voxels a side, {CHANNELS} channels", heads, rows)
-    record.check("all compute the same", "at most 1e-4 apart", apart, apart <= 1e-4)
+    record.check("difference of the outputs", "at most 1e-4 apart", apart, apart <= 1e-4)
 
 
 def dense(x: Tensor, conv: SparseConv, cells: Tensor, sides: list[int]) -> dict[str, Callable[[], Tensor]]:
-    """The same convolution over all of the box."""
+    """Return the same convolution over the whole bounding box."""
     cube = torch.zeros(1, CHANNELS, *sides)
     cube[0, :, *cells.T] = x.T
     kernel = conv.weight.reshape(3, 3, 3, CHANNELS, CHANNELS).permute(4, 3, 0, 1, 2).contiguous()
@@ -201,7 +201,7 @@ def dense(x: Tensor, conv: SparseConv, cells: Tensor, sides: list[int]) -> dict[
 
 
 def by_spconv(x: Tensor, conv: SparseConv, cells: Tensor, sides: list[int]) -> dict[str, Callable[[], Tensor]]:
-    """The same convolution by spconv on this processor, where it is installed; its pairs are found once, too."""
+    """Return the same convolution with spconv on the CPU, if installed; its pairs are computed once, too."""
     if not find_spec("spconv"):
         return {}
     import spconv.pytorch as spconv
@@ -218,7 +218,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    record = Record("agile3d", "a room furnished by chance, random weights", chosen.seed)
+    record = Record("agile3d", "a room with random furniture, random weights", chosen.seed)
     clicks(record, 0.25 if chosen.quick else 0.12, 3 if chosen.quick else 15)
     page(record, 0.25 if chosen.quick else 0.12, 5 if chosen.quick else 30)
     convolutions(record, (0.25,) if chosen.quick else (0.12, 0.08, 0.05), 3 if chosen.quick else 15)

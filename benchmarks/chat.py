@@ -1,8 +1,8 @@
-"""A chat of several turns under methods that decide while they run, against the same chat without a cache.
+"""A chat of several turns with methods that take decisions at run time, compared with the same chat without a cache.
 
-SmolLM2 answers three questions in one conversation, greedily, once as users run it (``generate`` with the plan's own
-cache) and once with no cache at all: for every new token the whole conversation so far goes through the teacher-forced
-execution. Both must write the same tokens. The record holds what was said.
+SmolLM2 answers three questions in one conversation, greedily, once in the usual way (``generate`` with the plan's own
+cache) and once without any cache: every new token runs the whole conversation so far with teacher forcing. Both must
+generate the same tokens. The record contains the conversation.
 
     python benchmarks/chat.py            # about 10 minutes on 2 cores
     python benchmarks/chat.py --quick    # two turns of a few tokens
@@ -28,7 +28,7 @@ QUESTIONS = ("What is the capital of France?", "And of Italy?", "Which of the tw
 
 
 def plans(stack: Stack, tokens: LongTensor, quick: bool) -> dict[str, Plan]:
-    """One plan for each method, of about a fifth of the layer work."""
+    """Return one plan for each method, with about a fifth of the layers' work."""
     wanted = 0.8 * len(stack.positions)
 
     def nearest(series: Any) -> Plan:
@@ -43,7 +43,7 @@ def plans(stack: Stack, tokens: LongTensor, quick: bool) -> dict[str, Plan]:
 
 
 def without_cache(view: Any, prompt: LongTensor, tokens: int) -> LongTensor:
-    """Greedy tokens behind a prompt [1, time], each from one pass over all that is there."""
+    """Return greedy tokens after a prompt [1, time], each from one forward pass over the whole sequence."""
     ids, length = prompt, torch.tensor([prompt.shape[1]])
     while ids.shape[1] < prompt.shape[1] + tokens:
         following = lamella.parallel(view, ids, length, logits_to_keep=1).logits[:, -1].argmax(-1)
@@ -77,13 +77,15 @@ def main() -> int:
             )[:, begin:]
             reference = without_cache(view, inputs["input_ids"], length)
             same &= torch.equal(answer, reference)
-            said, expected = (tokenizer.decode(ids[0], skip_special_tokens=True).strip() for ids in (answer, reference))
-            messages.append({"role": "assistant", "content": said})
-            rows.append([question, said, "the same" if said == expected else expected, answer.shape[1]])
+            answer_text, expected = (
+                tokenizer.decode(ids[0], skip_special_tokens=True).strip() for ids in (answer, reference)
+            )
+            messages.append({"role": "assistant", "content": answer_text})
+            rows.append([question, answer_text, "the same" if answer_text == expected else expected, answer.shape[1]])
         print(f"{name}: {plan.removed:.1f} of {len(stack.positions)} sublayers skipped", file=sys.stderr, flush=True)
         record.table(
             f"{name}, {plan.removed:.1f} of 60 sublayers skipped",
-            ["asked", "answered", "without cache", "tokens"],
+            ["question", "answer", "without a cache", "tokens"],
             rows,
         )
         record.check(f"{name}: every token of every turn", "that of the chat without a cache", same, same)

@@ -1,8 +1,8 @@
-"""What CoLa saves by running common beginnings of paths once, on SmolLM2.
+"""The savings of CoLa from running common prefixes of paths once, on SmolLM2.
 
-The searches of one sample (for the right answer, for every wrong one, at random, skips alone, repeats alone) run twice:
-sharing one tree of hidden states, and each search on its own with every path from the first layer on. Both count the
-layers that they execute, and take turns in being first. The results must be the same.
+The searches of one sample (for the correct answer, for every wrong one, random, only skips, only repeats) run twice:
+with one shared tree of hidden states, and each search separately with every path from the first layer on. Both count
+the executed layers, and alternate in going first. The results must be the same.
 
     python benchmarks/cola.py            # about 10 minutes on 2 cores
     python benchmarks/cola.py --quick    # 15 simulations instead of 50
@@ -42,7 +42,7 @@ SAMPLES = [
 def all_searches(
     new_answerer: Callable[[], PathAnswerer], sample: Problem, layers: int, settings: PathSettings
 ) -> list[PathSearchResult]:
-    """What a study runs for one sample, each search with the reader that it is given."""
+    """Run all searches of a study for one sample, each with a given answerer."""
 
     def search(target: str, **options: Any) -> PathSearchResult:
         return find_paths(new_answerer(), target, layers, settings, **options)
@@ -60,7 +60,7 @@ def all_searches(
 def measured(
     stack: Stack, tokenizer: Any, sample: Problem, settings: PathSettings, share: bool
 ) -> tuple[list[PathSearchResult], int, float]:
-    """The outcomes, the layers executed and the seconds of one sample's searches."""
+    """Return the outcomes, the number of executed layers and the seconds of one sample's searches."""
     answerers: list[PathAnswerer] = []
 
     def new_answerer() -> PathAnswerer:

@@ -1,8 +1,8 @@
-"""Compiled decoding of a static plan beside eager decoding, on SmolLM2.
+"""Compiled decoding of a static plan, compared with eager decoding, on SmolLM2.
 
-``torch.compile`` wants a cache of fixed size, so all four models here decode with a static one: the whole model and a
-view that leaves five layers and five MLPs out, each as it is and compiled. They take every step in turn, in one
-process, and must write the same tokens; what a plan brings must be left when both models are compiled.
+``torch.compile`` needs a cache of fixed size, so all four models here decode with a static one: the original and a view
+without five layers and five MLPs, each eager and compiled. They alternate step by step in one process, and must
+generate the same tokens; the plan's speed-up must remain when both models are compiled.
 
     python benchmarks/compiled.py            # about 5 minutes on 2 cores, most of it compiling
     python benchmarks/compiled.py --quick    # a nano model
@@ -33,7 +33,7 @@ class Decoder:
     """Greedy decoding with a static cache, one step at a time.
 
     Attributes:
-        tokens: what it wrote.
+        tokens: the generated tokens.
         seconds: of each step.
     """
 
@@ -53,7 +53,7 @@ class Decoder:
 
 
 def shorter(stack: Stack) -> Plan:
-    """A plan that keeps the first attention, in which a static cache counts tokens."""
+    """Return a plan that keeps the first attention, which counts the tokens of a static cache."""
     layers = len(stack)
     whole = [f"layers.{layer}" for layer in range(layers - 2, layers // 2, -2)][:5]
     sublayers = [f"layers.{layer}.mlp" for layer in range(2, layers // 2, 2)][:5]
@@ -80,13 +80,13 @@ def main() -> int:
             decoder.decode()
 
     record = Record(
-        "compiled", f"{steps - warm} steps behind {PROMPT} random tokens, {plan.removed:g} sublayers gone", 0
+        "compiled", f"{steps - warm} steps after {PROMPT} random tokens, {plan.removed:g} sublayers removed", 0
     )
     seconds = {name: decoder.seconds[warm:] for name, decoder in decoders.items()}
     first = seconds["whole model, eager"]
     ratios = {name: Ratio.of([a / b for a, b in zip(first, each, strict=True)]) for name, each in seconds.items()}
     rows = [[name, 1e3 * statistics.median(each), str(ratios[name])] for name, each in seconds.items()]
-    record.table("decoding, one token at a time", ["", "ms a step", "speed-up (quartiles)"], rows)
+    record.table("decoding, one token at a time", ["", "ms per step", "speed-up (quartiles)"], rows)
     for name in ("whole model", "view"):
         same = decoders[f"{name}, eager"].tokens == decoders[f"{name}, compiled"].tokens
         record.check(f"{name}: tokens of compiled and eager decoding", "the same", same, same)

@@ -1,11 +1,11 @@
-"""Importances: one pass over chunks of samples against the loop over samples, and what both need of memory.
+"""Importances: one pass over chunks of samples compared with a loop over samples, in time and memory.
 
-The loop is the one that anybody would write first: a backward pass for each sample, whose gradients are squared and
-added up. What is found must be what that loop finds, were its sum exact: its own rounding is larger. On the network for
-digits of the reproduction of SSD; needs scikit-learn.
+The loop is the straightforward implementation: a backward pass for each sample, with squared gradients summed. The
+results must agree with an exact sum, up to less than the loop's own rounding error. On the digit classifier of the
+reproduction of SSD; needs scikit-learn.
 
-Memory is the peak of a process of its own, above the model, in copies of the parameters: of linear maps in a row, as
-they are and with two of them tied, so that samples run one by one.
+Memory is the peak of a separate process beyond the model, in copies of the parameters: for a sequence of linear layers,
+untied and with two of them tied, which forces one sample at a time.
 
     python benchmarks/fisher.py            # about two minutes
     python benchmarks/fisher.py --quick    # fewer samples and rounds
@@ -103,11 +103,14 @@ def speed(record: Record, samples: int, rounds: int) -> None:
         ["the loop", milliseconds[0], 1.0, 1.0, 1.0],
         ["chunks", milliseconds[1], statistics.median(ratios), min(ratios), max(ratios)],
     ]
-    columns = ["importances of the digits model", "ms a sample", "times as fast", "least", "most"]
+    columns = ["importances of the digit classifier", "ms per sample", "speed-up", "least", "most"]
     record.table(f"{len(images)} samples, {rounds} interleaved rounds", columns, rows)
-    told = f"{apart:.2g}, that of the loop with a sum in float32 {of_loop:.2g}"
+    distances = f"{apart:.2g}, that of the loop with a sum in float32 {of_loop:.2g}"
     record.check(
-        "distance from the loop with an exact sum, by the largest of each parameter", "<= 1e-6", told, apart <= 1e-6
+        "distance from the loop with an exact sum, relative to the maximum of each parameter",
+        "<= 1e-6",
+        distances,
+        apart <= 1e-6,
     )
     median = statistics.median(ratios)
     record.check("chunks against the loop", "at least twice as fast", f"{median:.2f} times", median >= 2)
@@ -122,8 +125,8 @@ def memory(record: Record, width: int, depth: int) -> None:
         )
         for way in ("loop", "chunks", "tied")
     }
-    names = {"loop": "the loop", "chunks": "chunks", "tied": "one by one, as weights are tied"}
-    title = f"Peak memory beside {depth} linear maps of {width} x {width}"
+    names = {"loop": "the loop", "chunks": "chunks", "tied": "one by one, with tied weights"}
+    title = f"Peak memory beyond {depth} linear layers of {width} x {width}"
     record.table(title, ["way", "copies of the parameters"], [[names[way], count] for way, count in copies.items()])
     most = 1 + 4 / depth  # the sum; of one module the gradient and its power, and what flows past it
     worst = max(copies["chunks"], copies["tied"])
@@ -134,7 +137,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer samples and rounds")
     quick = parser.parse_args().quick
-    record = Record("fisher", "scikit-learn digits; random linear maps for memory", 0)
+    record = Record("fisher", "scikit-learn digits; random linear layers for memory", 0)
     speed(record, 300 if quick else 1437, 3 if quick else 7)
     memory(record, 1024 if quick else 2048, 16)
     return record.finish(Path(__file__).parent / "results" / f"fisher{'-quick' if quick else ''}.json")

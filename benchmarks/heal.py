@@ -1,12 +1,12 @@
-"""Ways to heal a cut of SmolLM2, by the quality that they reach in the same time.
+"""Ways to heal a pruned SmolLM2, by the quality reached in the same time.
 
-Nine layers go, and what is left is trained as `lamella compress` heals (adapters, a vocabulary that stays, bfloat16):
-for one, two, four and eight minutes. For four of them others train too: the same with all weights; distillation of all
-weights and the vocabulary in float32; and plain cross-entropy, all weights. All see the same text. What a step of each
-costs is measured in turn beforehand, and says how many fit. Fidelity is measured on texts of kinds that nothing trained
-on.
+Nine layers are removed, and the rest is trained as in `lamella compress` (adapters, a frozen vocabulary, bfloat16): for
+one, two, four and eight minutes. For four minutes other ways are compared: the same with all weights; distillation of
+all weights and the vocabulary in float32; and plain cross-entropy, all weights. All use the same text. The time of a
+step is measured beforehand for each, alternately, and determines the number of steps. Fidelity is measured on kinds of
+text that are not trained on.
 
-    python benchmarks/heal.py            # about half an hour on two cores; goes on after a stop
+    python benchmarks/heal.py            # about half an hour on two cores; resumes after an interruption
     python benchmarks/heal.py --quick    # a few steps of each
 """
 
@@ -41,7 +41,7 @@ from lamella.zoo.cache import cache_folder
 
 MINUTES = (1, 2, 4, 8)
 COMPARED = 4  # minutes, of all ways
-GOAL = 0.95  # nats, on kinds of text that no training saw
+GOAL = 0.95  # nats, on kinds of text that are not trained on
 OURS = "as compress heals"
 PICTURE = Path(__file__).parents[1] / "docs" / "assets" / "heal.svg"
 DROP = [3, 12, 13, 14, 15, 16, 17, 25, 26]  # the nine layers of least block influence (arXiv 2403.03853)
@@ -62,7 +62,7 @@ def by_text(stack: Stack, plan: Plan, samples: list[Sample], config: TrainConfig
 
 
 def arms(fast: bool) -> dict[str, tuple[Train, TrainConfig]]:
-    """What is compared: how each trains, and at which rates."""
+    """Return the compared variants: their training functions and learning rates."""
     config = TrainConfig(batch=BATCH, save_every=10_000, **SCHEDULE)
     adapters = {name: value for name, value in ADAPTERS.items() if name != "lr"}
     return {
@@ -83,7 +83,7 @@ def timed(train: Train, *given: Any) -> tuple[Stack, float]:
 
 
 def curves(before: dict[str, Any], found: dict[tuple[str, float], dict[str, Any]]) -> Scatter:
-    """KL over minutes on each text, and the other ways at the time for which all trained."""
+    """Return KL over minutes on each text, and the other variants at the common training time."""
     points: dict[str, list[tuple[float, float]]] = {}
     for (name, minutes), each in found.items():
         for text in before:
@@ -120,7 +120,7 @@ def main() -> int:
     def steps_cost() -> dict[str, float]:
         seconds: dict[str, list[float]] = {name: [] for name in compared}
         for _ in range(1 if quick else 3):
-            for name, (train, config) in compared.items():  # in turn, so that all see the same machine
+            for name, (train, config) in compared.items():  # alternately, so that all run under the same conditions
                 seconds[name].append(timed(train, stack, plan, samples, replace(config, steps=4))[1] / 4)
         return {name: min(each) for name, each in seconds.items()}
 
@@ -136,8 +136,8 @@ def main() -> int:
     before = finished.once("cut", lambda: reached(lamella.apply(stack, plan)))
     record = Record(
         "heal",
-        f"{count} blocks of {TOKENS} tokens of {TEXT}; {len(DROP)} of {len(stack)} layers of SmolLM2 gone; tested on "
-        f"{' and '.join(tests)}",
+        f"{count} blocks of {TOKENS} tokens of {TEXT}; {len(DROP)} of {len(stack)} layers of SmolLM2 removed; tested "
+        f"on {' and '.join(tests)}",
         seed,
     )
     record.table("A step of 4 blocks", ["", "seconds"], [[name, each] for name, each in cost.items()])

@@ -1,11 +1,11 @@
-"""How long an Inception mixer takes, beside attention of the same width: 56 x 56 places, eager and compiled.
+"""The time of an Inception mixer, compared with attention of the same width: 56 x 56 positions, eager and compiled.
 
 Three heads of 32 channels, as in the first stage of the published networks: attention alone, attention over means of
-2 x 2 places, and mixers of which one head attends, at full and at half resolution, with and without the fusion. All
-take turns in one process, and every figure is a ratio to attention alone.
+2 x 2 positions, and mixers with one attention head, at full and at half resolution, with and without the fusion. All
+alternate in one process, and every value is a ratio to attention alone.
 
     python benchmarks/iformer.py            # about five minutes on one core
-    python benchmarks/iformer.py --quick    # one picture, a few rounds
+    python benchmarks/iformer.py --quick    # one image, a few rounds
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ POOLED = "mixer, 1 of 3 heads, at half resolution"
 
 
 class Attention(nn.Module):
-    """Multi-head attention over the places of a map [B, H, W, C]."""
+    """Multi-head attention over the positions of a feature map [B, H, W, C]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one picture, a few rounds")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    record = Record("iformer", "random numbers, random weights, float32", 0)
+    record = Record("iformer", "random inputs, random weights, float32", 0)
     rows: dict[str, list[str]] = {}
     batches = (1,) if chosen.quick else (1, 32)
     for batch in batches:
@@ -72,11 +72,11 @@ def main() -> int:
             for name, ratio in found.items():
                 rows.setdefault(name, []).append(str(ratio))
             how = f"batch {batch}, {'compiled' if compiled else 'eager'}"
-            record.check(f"{POOLED}: time in that of attention alone, {how}", "below a half", str(found[POOLED]),
+            record.check(f"{POOLED}: time relative to attention alone, {how}", "below a half", str(found[POOLED]),
                          found[POOLED].high < 0.5)  # fmt: skip
     columns = [f"batch {batch}, {how}" for batch in batches for how in ("eager", "compiled")]
-    record.table(f"Time on a map of {SIDE} x {SIDE} places and {WIDTH} channels, in that of attention alone: median "
-                 "(quartiles)", ["", *columns], [[name, *cells] for name, cells in rows.items()])  # fmt: skip
+    title = f"Time on a feature map of {SIDE} x {SIDE} positions and {WIDTH} channels, relative to attention alone: "
+    record.table(f"{title}median (quartiles)", ["", *columns], [[name, *cells] for name, cells in rows.items()])
     return record.finish(Path(__file__).parent / "results" / f"iformer{'-quick' if chosen.quick else ''}.json")
 
 

@@ -1,7 +1,7 @@
-"""What the knapsack of laptop-diff costs as networks grow: 16 to 1,000 blocks, beside HiGHS and taking the cheapest.
+"""The time of laptop-diff's knapsack for growing networks: 16 to 1,000 blocks, compared with HiGHS and a greedy choice.
 
-Two kinds of blocks: scores that differ by orders of magnitude, as those of UNets do, and scores that nearly follow the
-sizes, which are the hardest. Half of the parameters shall go. The times are of one process, in turn.
+Two kinds of blocks: scores that differ by orders of magnitude, as in UNets, and scores nearly proportional to the
+sizes, which are the hardest. Half of the parameters are removed. All run alternately in one process.
 
     python benchmarks/knapsack.py    # about two minutes
 """
@@ -26,7 +26,7 @@ ROUNDS = 3
 
 
 def blocks(kind: str, count: int, seed: int) -> tuple[list[float], list[int]]:
-    """Scores and sizes."""
+    """Return scores and sizes."""
     drawn = np.random.default_rng((count, seed))
     sizes = drawn.integers(10**4, 10**7, count)
     if kind == "apart":
@@ -35,7 +35,7 @@ def blocks(kind: str, count: int, seed: int) -> tuple[list[float], list[int]]:
 
 
 def solved(values: list[float], sizes: list[int], target: int) -> float:
-    """The least cost, as HiGHS finds it."""
+    """Return the minimum cost found by HiGHS."""
     found = milp(
         values,
         integrality=np.ones(len(values)),
@@ -54,7 +54,7 @@ def timed(work: Callable[..., Any], *given: Any) -> tuple[Any, float]:
 
 def main() -> int:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    record = Record("knapsack", "scores and sizes drawn by chance; half of the parameters shall go", 0)
+    record = Record("knapsack", "random scores and sizes; half of the parameters are removed", 0)
     rows, apart, proved, longest = [], 0.0, True, 0.0
     for kind in ("apart", "alike"):
         for count in COUNTS:
@@ -75,13 +75,13 @@ def main() -> int:
             medians = [1000 * statistics.median(times[name]) for name in ("ours", "HiGHS", "greedy")]
             rows.append([f"{kind}", count, *medians, medians[1] / medians[0], 100 * statistics.median(gaps)])
     record.table(
-        f"Milliseconds, medians of {ROUNDS} drawings",
-        ["scores", "blocks", "exact", "HiGHS", "greedy", "HiGHS / exact", "greedy costs more by, %"],
+        f"Milliseconds, medians of {ROUNDS} random instances",
+        ["scores", "blocks", "exact", "HiGHS", "greedy", "HiGHS / exact", "extra cost of greedy, %"],
         rows,
     )
-    record.check("cost beside HiGHS", "equal to 1e-6", apart, apart < 1e-6)
-    record.check("answers that are proved best", "all", proved, proved)
-    record.check("longest exact answer, seconds", "at most 5", longest, longest <= 5)
+    record.check("cost compared with HiGHS", "equal to 1e-6", apart, apart < 1e-6)
+    record.check("solutions proved optimal", "all", proved, proved)
+    record.check("longest exact solution, seconds", "at most 5", longest, longest <= 5)
     return record.finish(Path(__file__).parent / "results" / "knapsack.json")
 
 

@@ -1,7 +1,7 @@
-"""What KORE's calibration costs on SmolLM2: covariances of what all linear maps read, over 64 windows of 128 tokens.
+"""The cost of KORE's calibration on SmolLM2: input covariances of all linear layers, over 64 windows of 128 tokens.
 
-What is held beside the model is the matrices, four for each layer, whatever the amount of text; the inputs themselves
-would be many times as large. Then the null bases and the factors of all maps.
+Besides the model, only the matrices are in memory, four for each layer, whatever the amount of text; the inputs
+themselves would be many times larger. Then the null bases and the factors of all maps are computed.
 
     python benchmarks/kore.py            # about three minutes on one core
     python benchmarks/kore.py --quick    # eight windows
@@ -23,16 +23,16 @@ from lamella.train import linear_at
 from lamella.zoo import open_tokenizer
 
 LENGTH, RANK = 128, 64
-ROOM = 1.25  # of the matrices' size, and a forward pass: what may be held
+ROOM = 1.25  # memory limit relative to the matrices and a forward pass
 
 
 def peak() -> int:
-    """Bytes of memory that this process has held at most since :func:`forget_peak`."""
+    """Return the peak memory of this process in bytes since :func:`forget_peak`."""
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
 def forget_peak() -> int:
-    """Begin to measure the peak anew; what is held now."""
+    """Reset the peak, and return the current memory."""
     Path("/proc/self/clear_refs").write_text("5")
     return peak()
 
@@ -42,7 +42,7 @@ def measure(record: Record, windows: int) -> None:
     tokens = lamella.windows(tokenizer, lamella.load_text("pydoc", "calibration"), windows, LENGTH, record.seed)
     names = linear_at(stack.model)
     with torch.no_grad():
-        stack.model(tokens[:1], use_cache=False)  # what a pass needs by itself is allocated
+        stack.model(tokens[:1], use_cache=False)  # allocate the memory of a forward pass
         held = forget_peak()
         stack.model(tokens[:1], use_cache=False)
         passing = peak() - held
@@ -55,17 +55,17 @@ def measure(record: Record, windows: int) -> None:
     split_weights(stack.model, names, found, RANK)
     factored = time.perf_counter() - begin
     rows = [
-        ["seconds of reading", seconds],
+        ["seconds of calibration passes", seconds],
         ["seconds for bases and factors", factored],
         ["bytes of the matrices", matrices],
-        ["bytes held at most, beside the model", added],
-        ["bytes of one pass by itself", passing],
-        ["bytes of the inputs, which are not held", inputs],
+        ["peak bytes beyond the model", added],
+        ["bytes of one pass", passing],
+        ["bytes of the inputs, not stored", inputs],
     ]
-    what = f"{len(names)} linear maps of SmolLM2, which read {len(found.matrices)} inputs"
+    what = f"{len(names)} linear layers of SmolLM2 with {len(found.matrices)} inputs"
     record.table(f"{what}; {windows} windows of {LENGTH} tokens, rank {RANK}", ["", "measured"], rows)
     bound = int(ROOM * (matrices + passing))
-    record.check("bytes held at most", f"at most {bound}", str(added), added <= bound)
+    record.check("peak bytes", f"at most {bound}", str(added), added <= bound)
 
 
 def main() -> int:

@@ -1,8 +1,8 @@
-"""What merging a pool costs: 32 adapters of SmolLM2-135M with a coefficient for each of them in each module.
+"""The cost of merging a pool: 32 adapters of SmolLM2-135M with one coefficient per adapter and module.
 
-In factors, one module after the other, against the merge that anybody would write first: each adapter's dense update,
-added to the weights one adapter after the other. Memory is the peak of a fresh process above that with the model and
-the adapters in it; 32 dense models would be 32 times the weights.
+With factors, one module after the other, compared with the straightforward merge: each adapter's dense update, added to
+the weights one adapter after the other. Memory is the peak of a new process beyond the model and the adapters; 32 dense
+models would be 32 times the weights.
 
     python benchmarks/merging.py            # about five minutes
     python benchmarks/merging.py --quick    # 8 adapters
@@ -26,7 +26,7 @@ from lamella.methods.lora_recycling import AdapterPool, Mixing, mixture
 from lamella.results import Record
 from lamella.stack import Stack
 from lamella.train import Adapter, merge
-from lamella.train.adapters import added
+from lamella.train.adapters import with_updates
 
 RANKS = (4, 8, 16)
 MEGABYTE = 1e6
@@ -39,14 +39,14 @@ def pool(stack: Stack, count: int) -> list[Adapter]:
 
 
 def coefficients(adapters: list[Adapter]) -> dict[str, Tensor]:
-    """One for each adapter in each module."""
+    """Return one coefficient for each adapter in each module."""
     generator = torch.Generator().manual_seed(0)
     return {name: torch.randn(len(adapters), generator=generator) / 10 for name in adapters[0].modules}
 
 
 @torch.no_grad()
 def in_factors(stack: Stack, adapters: list[Adapter], chosen: dict[str, Tensor]) -> Stack:
-    """As the method does it: one adapter of all, and its dense update of one module at a time."""
+    """Merge as the method does: one concatenated adapter, and its dense update for one module at a time."""
     mixed = mixture(stack, adapters, Mixing(activation="identity"), 0)
     for name, weights in chosen.items():
         mixed.tensors[name].copy_(weights)
@@ -55,9 +55,11 @@ def in_factors(stack: Stack, adapters: list[Adapter], chosen: dict[str, Tensor])
 
 @torch.no_grad()
 def one_by_one(stack: Stack, adapters: list[Adapter], chosen: dict[str, Tensor]) -> Stack:
-    """The model with the first, then with the second in that one, and so on."""
+    """Merge the adapters one after the other."""
     for place, adapter in enumerate(adapters):
-        stack = added(stack, ((name, float(chosen[name][place]) * adapter.delta(name)) for name in adapter.modules))
+        stack = with_updates(
+            stack, ((name, float(chosen[name][place]) * adapter.delta(name)) for name in adapter.modules)
+        )
     return stack
 
 
@@ -65,25 +67,25 @@ WAYS = {"in factors": in_factors, "one by one": one_by_one}
 
 
 def held() -> int:
-    """The most memory that this process has held so far, in bytes."""
+    """Return the peak memory of this process so far, in bytes."""
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
 def peak(way: str, count: int) -> float:
-    """How far a merge in a fresh process goes above what it began with, in megabytes."""
+    """Return the peak memory of a merge in a new process beyond its start, in megabytes."""
     done = subprocess.run([sys.executable, __file__, "--peak-of", way, "--count", str(count)],
                           capture_output=True, text=True, check=True)  # fmt: skip
     return float(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
 def measured_peak(way: str, count: int) -> None:
-    """In the fresh process: with a reset mark once model and adapters are there."""
+    """Measure the peak in the new process, reset after model and adapters are loaded."""
     stack = lamella.open("smollm2")
     adapters = pool(stack, count)
     chosen = coefficients(adapters)
     for each in stack.model.parameters():
-        each.sum()  # weights lie in a file until they are read
-    Path("/proc/self/clear_refs").write_text("5")  # the mark goes down to what is held now
+        each.sum()  # weights are memory-mapped until they are read
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the current memory
     before = held()
     merged = WAYS[way](stack, adapters, chosen)
     print(json.dumps((held() - before) / MEGABYTE))

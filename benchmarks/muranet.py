@@ -1,11 +1,11 @@
-"""What one network for walls and openings saves: one pass against those of two networks, forward and in training.
+"""The savings of one network for walls and openings: one pass compared with two networks, forward and training.
 
-All take turns in one process, and every figure is a ratio to the two networks, one for each task, run after one
-another. Beside the network that shares all of its encoder stand those whose tasks part at a stage. Weights are random.
-Nothing is promised here, so nothing is checked but that all compute the same at first, and parameters are counted.
+All alternate in one process, and every value is a ratio to the two networks, one for each task, run one after the
+other. In addition to the network with a completely shared encoder, networks whose tasks branch at a stage are measured.
+Weights are random. There is no claim, so the only checks are equal initial outputs and parameter counts.
 
     python benchmarks/muranet.py            # a few minutes on one core
-    python benchmarks/muranet.py --quick    # small pictures, a few rounds
+    python benchmarks/muranet.py --quick    # small images, a few rounds
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from lamella.evaluate import turns
-from lamella.methods.muranet import PlanNetwork, Shape, synthetic_floor_plan
-from lamella.methods.muranet.frame import Rows, together
+from lamella.methods.muranet import PlanNetwork, RecogniserShape, synthetic_floor_plan
+from lamella.methods.muranet.frame import PlanRows, collate
 from lamella.methods.muranet.recipe import task_losses
 from lamella.results import Record
 
@@ -26,11 +26,11 @@ TWO = "two networks"
 
 
 def networks(size: int, encoder: str) -> dict[str, list[PlanNetwork]]:
-    """What takes turns: two networks, one that shares all, and ones that share some."""
+    """Return the compared networks: two networks, one with everything shared, and partially shared ones."""
 
     def built(**parts: Any) -> PlanNetwork:
         torch.manual_seed(0)
-        return Shape(encoder=encoder, size=size, **parts).build(2)
+        return RecogniserShape(encoder=encoder, size=size, **parts).build(2)
 
     found = {TWO: [built(tasks="walls"), built(tasks="openings")], "one, all stages shared": [built()]}
     stages = len(found[TWO][0].encoder.stages)
@@ -41,14 +41,14 @@ def networks(size: int, encoder: str) -> dict[str, list[PlanNetwork]]:
 
 def measured(record: Record, encoder: str, size: int, rounds: int) -> None:
     found = networks(size, encoder)
-    batch = together(list(Rows([synthetic_floor_plan(seed, size) for seed in range(2)], size, False)))
+    batch = collate(list(PlanRows([synthetic_floor_plan(seed, size) for seed in range(2)], size, False)))
     maps = []
     for name, each in found.items():
         if name != TWO:
             with torch.no_grad():
                 maps.append(each[0].eval()(batch["x"]).cells)
     same = all(torch.equal(maps[0], each) for each in maps[1:])
-    record.check(f"what {encoder} sees, whatever is shared", "the same", str(same), same)
+    record.check(f"outputs of {encoder}, whatever is shared", "the same", str(same), same)
 
     def forward(name: str) -> None:
         with torch.no_grad():
@@ -69,7 +69,7 @@ def measured(record: Record, encoder: str, size: int, rounds: int) -> None:
     for name, each in found.items():
         count = sum(p.numel() for network in each for p in network.parameters())
         rows.append([name, count, round(count / whole, 3), *(str(way[name]) for way in ways)])
-    title = f"{encoder} on plans of {size} pixels, of two networks: median (quartiles)"
+    title = f"{encoder} on plans of {size} pixels, relative to two networks: median (quartiles)"
     record.table(title, ["", "parameters", "share", "time of a pass", "time of a training step"], rows)
 
 
@@ -78,7 +78,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="small pictures, a few rounds")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    record = Record("muranet", "plans made by chance, random weights, float32", 0)
+    record = Record("muranet", "random floor plans, random weights, float32", 0)
     measured(record, "nano", 64 if chosen.quick else 128, 2 if chosen.quick else 15)
     if not chosen.quick:
         measured(record, "resnet18", 128, 9)

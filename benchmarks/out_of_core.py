@@ -1,13 +1,13 @@
-"""Memory and speed of the out-of-core export, on a checkpoint that is far larger than its memory bound.
+"""Memory and speed of the out-of-core export, for a checkpoint that is much larger than its memory limit.
 
-    python benchmarks/out_of_core.py            # 6 GiB of weights, about 12 GB of disk while it runs
+    python benchmarks/out_of_core.py            # 6 GiB of weights, about 12 GB of disk during the run
     python benchmarks/out_of_core.py --size 1   # GiB
 
 A synthetic sharded Llama checkpoint (bfloat16, random bytes) is written; a child process exports a plan that removes
-layers, and its peak memory is read from the operating system; then one that cuts heads, channels and the stream. A
-smaller sharded checkpoint is exported in the same way, and its logits in plain transformers are compared with those of
-the plan's view. Results go to
-``benchmarks/results/out_of_core.json``; the exit code says whether the claim holds.
+layers, and its peak memory is read from the operating system; then one that prunes heads, channels and the hidden size.
+A smaller sharded checkpoint is exported in the same way, and its logits in plain transformers are compared with those
+of the plan's view. Results are written to ``benchmarks/results/out_of_core.json``; the exit code tells whether the
+claim holds.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from lamella.plan import HeadWidth, ModelReference, Plan, apply_static, checkpoi
 from lamella.stack import Stack
 
 RESULT = Path(__file__).parent / "results" / "out_of_core.json"
-LIMIT = 500.0  # MB, of the whole child process, its imports included
+LIMIT = 500.0  # MB, of the whole child process, including its imports
 SEED = 0
 SHARD = 1 << 30
 CHILD = """
@@ -46,7 +46,7 @@ from pathlib import Path
 from lamella.plan import Plan
 from lamella.plan.export import export_out_of_core
 source, plan, out = map(Path, sys.argv[1:])
-def peak():  # this program's own: ru_maxrss of a child begins with the memory of its parent
+def peak():  # not ru_maxrss, which in a child starts with the memory of its parent
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 imports, start = peak(), time.perf_counter()
 export_out_of_core(source, Plan.read(plan), out)
@@ -55,9 +55,9 @@ print(json.dumps({"imports": imports, "peak": peak(), "seconds": time.perf_count
 
 
 def write_synthetic(config: LlamaConfig, folder: Path) -> int:
-    """Write random bytes in the shape of a model's weights, as shards with an index; returns how many bytes.
+    """Write random bytes in the shape of a model's weights, as shards with an index, and return the number of bytes.
 
-    Bytes are drawn once and written again and again, each time from another place, so no two tensors are equal.
+    The bytes are drawn once and written repeatedly with different offsets, so no two tensors are equal.
     """
     config.save_pretrained(folder)
     with torch.device("meta"):
@@ -90,7 +90,7 @@ def write_synthetic(config: LlamaConfig, folder: Path) -> int:
 
 
 def export_in_child(source: Path, plan: Plan, out: Path) -> dict[str, float]:
-    """Export in a process of its own; its peak memory in bytes and its seconds."""
+    """Export in a separate process, and return its peak memory in bytes and its seconds."""
     plan_file = out.with_suffix(".json")
     plan.write(plan_file)
     command = [sys.executable, "-c", CHILD, source, plan_file, out]
@@ -105,13 +105,13 @@ def without_layers(stack: Stack, removed: list[int]) -> Plan:
 
 
 def narrower(stack: Stack) -> Plan:
-    """Three quarters of the heads, of the channels and of the stream, others in every layer."""
+    """Return a plan for three quarters of the heads, channels and hidden size, different ones in every layer."""
     drawn = random.Random(SEED)
 
     def some(count: int) -> list[int]:
         return sorted(drawn.sample(range(count), 3 * count // 4))
 
-    width: dict[str, Any] = {"stream.channels": some(stack.config.hidden_size)}
+    width: dict[str, Any] = {"hidden.channels": some(stack.config.hidden_size)}
     for layer in range(len(stack)):
         heads = some(stack.config.num_attention_heads)
         width[f"layers.{layer}.attn.heads"] = HeadWidth(keep=heads, kv_of=heads)
@@ -120,17 +120,17 @@ def narrower(stack: Stack) -> Plan:
 
 
 def entries_are_equal(source: Path, out: Path, plan: Plan, config: LlamaConfig) -> bool:
-    """Compare every tensor of a narrower result with what safetensors reads of the one it comes from."""
-    stream, size = plan.widths.stream, config.hidden_size // config.num_attention_heads
+    """Compare every tensor of a narrower result with the slice of the original, read by safetensors."""
+    hidden, size = plan.widths.hidden, config.hidden_size // config.num_attention_heads
     files = {tensor.name: tensor.file for tensor in checkpoint.read(source).tensors}
     for tensor in checkpoint.read(out).tensors:
         module, layer = tensor.name.split(".")[-2], int((re.findall(r"layers\.(\d+)", tensor.name) or [0])[0])
         heads = [head * size + entry for head in plan.widths.heads[layer].keep for entry in range(size)]
         channels = plan.widths.channels[layer]
-        axes = {"q_proj": (heads, stream), "k_proj": (heads, stream), "v_proj": (heads, stream)}
-        axes |= {"o_proj": (stream, heads), "gate_proj": (channels, stream), "up_proj": (channels, stream)}
-        axes |= {"down_proj": (stream, channels), "embed_tokens": (None, stream), "lm_head": (None, stream)}
-        rows, columns = axes.get(module, (stream, None))
+        axes = {"q_proj": (heads, hidden), "k_proj": (heads, hidden), "v_proj": (heads, hidden)}
+        axes |= {"o_proj": (hidden, heads), "gate_proj": (channels, hidden), "up_proj": (channels, hidden)}
+        axes |= {"down_proj": (hidden, channels), "embed_tokens": (None, hidden), "lm_head": (None, hidden)}
+        rows, columns = axes.get(module, (hidden, None))
         with safe_open(files[tensor.name], "pt") as old, safe_open(tensor.file, "pt") as new:
             expected = old.get_tensor(tensor.name)
             expected = expected if rows is None else expected[rows]
@@ -141,7 +141,7 @@ def entries_are_equal(source: Path, out: Path, plan: Plan, config: LlamaConfig) 
 
 
 def bytes_are_equal(source: Path, out: Path, removed: list[int], layers: int) -> bool:
-    """Compare every tensor of the result with the one it comes from, by hash."""
+    """Compare every tensor of the result with the original one, by hash."""
     kept = [layer for layer in range(layers) if layer not in removed]
     origin = {tensor.name: tensor for tensor in checkpoint.read(source).tensors}
     for tensor in checkpoint.read(out).tensors:
@@ -235,7 +235,7 @@ def main() -> int:
         },
         {"name": "logits against the view", "expected": "0", "measured": f"{difference:g}", "passed": difference == 0},
     ]
-    columns = ["export", "source GB", "written GB", "seconds", "MB/s", "peak MB", "of it imports MB"]
+    columns = ["export", "source GB", "written GB", "seconds", "MB/s", "peak MB", "of it imports, MB"]
     rows = [
         [name, *(round(value, 2) for value in (total / 1e9, size / 1e9, child["seconds"], size / 1e6 / child["seconds"],
                                                child["peak"] / 1e6, child["imports"] / 1e6))]

@@ -1,20 +1,20 @@
-"""Which exports other programs read: each opens them in an environment of its own and must compute what Lamella does.
+"""Compatibility of exports with other programs: each opens them in its own environment and must match Lamella's output.
 
-A model is cut by whole layers and by single sublayers, and one of the cuts is healed with adapters that are merged;
-each is exported in the forms that it has. Every program is given the folder, or what its own way leads over: a GGUF
-file that ``lamella quantize`` writes, an ONNX file that ``optimum`` or torch writes. It answers with the
-log-probability of each next token of one text and a greedy continuation of it, in 32 bits. Both are compared with
-Lamella's own model: the original with the plan applied, which has seen no export. That finds a program which opens an
-export and computes another model, and this is worse than to refuse it.
+A model is pruned by whole layers and by single sublayers, and one of the results is healed with merged adapters; each
+is exported in its supported forms. Every program is given the folder, or the result of its own conversion: a GGUF file
+written by ``lamella quantize``, an ONNX file written by ``optimum`` or torch. It returns the log-probability of each
+next token of a text and a greedy continuation, in 32 bits. Both are compared with Lamella's own model: the original
+with the plan applied, independent of any export. This detects programs that open an export but compute a different
+model, which is worse than refusing it.
 
-Every program runs in a virtual environment in the cache folder, made from a requirements file beside this one. One that
-cannot be installed, or does not read an export, is a row with the reason.
+Every program runs in a virtual environment in the cache folder, made from a requirements file in this folder. A program
+that cannot be installed, or does not read an export, is listed with the reason.
 
-What a program reads may depend on where a config differs from what another version takes for granted, so the nano
-model has the rotary base of larger ones.
+Programs may depend on config values that differ from the defaults of another version, so the nano model has the rotary
+base of larger ones.
 
     python benchmarks/outside.py                                        # after installing, some minutes
-    python benchmarks/outside.py --model nano-llama --model smollm2     # a real model beside it
+    python benchmarks/outside.py --model nano-llama --model smollm2     # also a real model
 """
 
 from __future__ import annotations
@@ -41,33 +41,33 @@ from lamella.plan.export import export
 from lamella.results import Record
 from lamella.zoo import open_config, open_tokenizer, resolve
 
-SAME = 1e-3  # nats, the most by which a log-probability may differ from Lamella's
+SAME = 1e-3  # nats, maximum difference of a log-probability from Lamella's
 LENGTH, CONTINUED = 48, 16  # tokens of the text, and of its greedy continuation
-ROTARY = 100_000.0  # base of the nano model's positions; transformers 4 takes 10,000 where it finds none
+ROTARY = 100_000.0  # base of the nano model's rotary embedding; the default of transformers 4 is 10,000
 LAYERS = ["layers.2", "layers.4"]
 SUBLAYERS = ["layers.0.attn", "layers.3.mlp", "layers.4"]
 NANO = "nano-llama"
-CASES = {  # what is exported: the cut and the form
+CASES = {  # the exports: pruning and form
     "plain": (LAYERS, "plain"),
     "plain, healed": (LAYERS, "plain"),
     "portable": (SUBLAYERS, "portable"),
     "native": (SUBLAYERS, "native"),
 }
-EVERYWHERE = ("plain", "plain, healed", "portable")  # what is an ordinary checkpoint of its family
+EVERYWHERE = ("plain", "plain, healed", "portable")  # ordinary checkpoints of their family
 HEALING = {"sequences": 16, "length": 64, "steps": 4, "batch": 2, "lora": 4, "lr": 1e-3}
 
 # Children read JSON from stdin and define answers(source, ids), which gives the log-probability of every token of ids
-# but the first, and the greedy continuation, or None where the program has none. See peers.PRELUDE.
+# but the first, and the greedy continuation, or None if the program has none. See peers.PRELUDE.
 ANSWERING = """
 try:
     found, written = answers(given["source"], given["ids"])
 except Exception as error:
-    said = [line.strip() for line in str(error)[:2000].splitlines() if line.strip()]
-    answer(refused=f"{type(error).__name__}: {(said or [''])[0]}")
+    lines = [line.strip() for line in str(error)[:2000].splitlines() if line.strip()]
+    answer(refused=f"{type(error).__name__}: {(lines or [''])[0]}")
 else:
     answer(logprobs=found, continued=written)
 sys.stdout.flush()
-os._exit(0)  # whatever threads a program has left
+os._exit(0)  # even if threads are still running
 """
 SCORING = """
 import torch
@@ -144,9 +144,9 @@ def answers(source, ids):
     asked = SamplingParams(
         temperature=0.0, max_tokens=given["count"], ignore_eos=True, prompt_logprobs=0, detokenize=False
     )
-    said = model.generate({"prompt_token_ids": ids}, asked)[0]
-    found = [said.prompt_logprobs[place][ids[place]].logprob for place in range(1, len(ids))]
-    return found, list(said.outputs[0].token_ids)
+    output = model.generate({"prompt_token_ids": ids}, asked)[0]
+    found = [output.prompt_logprobs[place][ids[place]].logprob for place in range(1, len(ids))]
+    return found, list(output.outputs[0].token_ids)
 """
 
 
@@ -155,10 +155,10 @@ class Program:
     """A program that opens exports.
 
     Attributes:
-        packages: whose versions decide what it does, the first one its own.
-        requirements: the file that its environment is made from.
-        code: what it runs; see ``ANSWERING``.
-        reads: the cases that it is meant to read.
+        packages: packages whose versions are recorded, the program's own first.
+        requirements: the requirements file of its environment.
+        code: the code that it runs; see ``ANSWERING``.
+        reads: the cases that it should support.
         gguf: whether it is given the export as a GGUF file.
     """
 
@@ -183,7 +183,7 @@ PROGRAMS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One export, and what Lamella's own model says of the text.
+    """An export, with the reference output of Lamella's own model.
 
     Attributes:
         folder: the export.
@@ -198,12 +198,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Read:
-    """What a program made of one export.
+    """The result of one program on one export.
 
     Attributes:
-        difference: the largest of a log-probability, in nats; None where it was not read.
-        alike: how many tokens of the continuation are Lamella's before the first that is not; None without one.
-        why: the reason where it was not read.
+        difference: the largest difference of a log-probability, in nats; None if it was not read.
+        alike: number of equal tokens at the start of the continuation; None without one.
+        why: the reason if it was not read.
     """
 
     difference: float | None = None
@@ -212,7 +212,7 @@ class Read:
 
     @property
     def same(self) -> bool:
-        """Whether it was read, and is Lamella's model."""
+        """Whether it was read, and matches Lamella's model."""
         return self.difference is not None and self.difference <= SAME and self.alike in (None, CONTINUED)
 
     @property
@@ -232,22 +232,22 @@ def main() -> int:
 
 
 def measure(record: Record, model: str) -> str:
-    """Let every program read the exports of one model, and say on what it was done."""
+    """Let every program read the exports of one model, and return a description of the run."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = nano(folder / NANO) if model == NANO else Path(resolve(model))
         text = lamella.load_text("pydoc", "test")
         tokens = lamella.windows(open_tokenizer(source), text, 1, LENGTH, record.seed)
         cases = exported(source, folder, tokens, record.seed)
-        report(record, model, {program: tell(program, cases, tokens) for program in PROGRAMS})
+        report(record, model, {program: run_program(program, cases, tokens) for program in PROGRAMS})
     return f"{model}: {text.provenance(tokens)}"
 
 
-# What is read, and what it must say.
+# Exports and reference outputs.
 
 
 def nano(folder: Path) -> Path:
-    """The nano model of the tests with another rotary base."""
+    """Return the nano model of the tests with another rotary base."""
     shutil.copytree(HERE.parent / "tests" / "models" / NANO, folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["rope_parameters"]["rope_theta"] = ROTARY
@@ -256,7 +256,7 @@ def nano(folder: Path) -> Path:
 
 
 def exported(source: Path, folder: Path, tokens: Tensor, seed: int) -> dict[str, Case]:
-    """Every case as a folder, with the answers of the original under its plan; of the healed one, of its checkpoint."""
+    """Export every case, with the reference output of the original under its plan, or of the healed checkpoint."""
     model, tokenizer, cases = lamella.open(source), open_tokenizer(source), {}
     for case, (drop, form) in CASES.items():
         say(f"writing {case}")
@@ -273,7 +273,7 @@ def exported(source: Path, folder: Path, tokens: Tensor, seed: int) -> dict[str,
 
 @torch.no_grad()
 def own_answers(model: Any, tokens: Tensor) -> tuple[list[float], list[int]]:
-    """Log-probabilities of a text [1, length] from its second token on, and its greedy continuation."""
+    """Return log-probabilities of a text [1, length] from its second token on, and its greedy continuation."""
     mask = torch.ones_like(tokens)
     logprobs = model(input_ids=tokens, attention_mask=mask).logits[0, :-1].float().log_softmax(-1)
     settings = {"max_new_tokens": CONTINUED, "min_new_tokens": CONTINUED, "do_sample": False}
@@ -281,38 +281,38 @@ def own_answers(model: Any, tokens: Tensor) -> tuple[list[float], list[int]]:
     return logprobs.gather(1, tokens[0, 1:, None])[:, 0].tolist(), written[0, tokens.shape[1] :].tolist()
 
 
-# What programs make of it.
+# Results of the programs.
 
 
 @dataclass(frozen=True)
-class Told:
-    """What one program makes of every case; ``version`` is empty where it could not be installed."""
+class ProgramResults:
+    """The results of one program on every case; ``version`` is empty if it could not be installed."""
 
     version: str
     read: dict[str, Read]
 
 
-def tell(name: str, cases: dict[str, Case], tokens: Tensor) -> Told:
+def run_program(name: str, cases: dict[str, Case], tokens: Tensor) -> ProgramResults:
     """Install a program and let it read every case."""
     program = PROGRAMS[name]
     try:
         python = environment_for(HERE / program.requirements)
         version = versions_in(python, program.packages)
     except PeerFailed as failure:
-        return Told("", dict.fromkeys(cases, Read(why=f"cannot be installed: {failure}")))
+        return ProgramResults("", dict.fromkeys(cases, Read(why=f"cannot be installed: {failure}")))
     found = {}
     for case in cases:
         found[case] = read(python, program, cases[case], case, tokens[0].tolist())
         say(f"{name}, {case}: {found[case]}")
-    return Told(version, found)
+    return ProgramResults(version, found)
 
 
 def versions_in(python: Path, packages: tuple[str, ...]) -> str:
-    """The versions of packages in an environment, the first one's name left out."""
+    """Return the versions of packages in an environment, without the first one's name."""
     code = "import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]))"
     own, *others = output_of([str(python), "-c", code, *packages]).split()
-    told = ", ".join(f"{name} {version}" for name, version in zip(packages[1:], others, strict=True))
-    return f"{packages[0]} {own}" + (f" with {told}" if told else "")
+    further = ", ".join(f"{name} {version}" for name, version in zip(packages[1:], others, strict=True))
+    return f"{packages[0]} {own}" + (f" with {further}" if further else "")
 
 
 def read(
@@ -324,19 +324,21 @@ def read(
         if program.gguf:
             out = case.folder.with_name(f"{case.folder.name}-f32")
             source = out / lamella.run("quantize", case.folder, kind="f32", out=out).result.findings["file"]
-        given = {"source": str(source), "ids": ids, "count": CONTINUED, "native": form == "native"}
-        said = run(python, program.code + ANSWERING, threads=1, vocabulary=open_config(case.folder).vocab_size, **given)
+        inputs = {"source": str(source), "ids": ids, "count": CONTINUED, "native": form == "native"}
+        output = run(
+            python, program.code + ANSWERING, threads=1, vocabulary=open_config(case.folder).vocab_size, **inputs
+        )
     except LamellaError as error:
         return Read(why=f"lamella quantize: {one_line(str(error), case.folder)}")
     except PeerFailed as failure:
         return Read(why=one_line(str(failure), case.folder))
-    if "refused" in said:
-        return Read(why=one_line(said["refused"], case.folder))
-    return compared(case, said["logprobs"], said["continued"])
+    if "refused" in output:
+        return Read(why=one_line(output["refused"], case.folder))
+    return compared(case, output["logprobs"], output["continued"])
 
 
 def compared(case: Case, logprobs: list[float], continued: list[int] | None) -> Read:
-    """How far answers are from Lamella's."""
+    """Return the differences between a program's and Lamella's answers."""
     pairs = list(zip(case.logprobs, logprobs, strict=True))
     difference = max(abs(ours - theirs) for ours, theirs in pairs)
     if not all(theirs == theirs for _, theirs in pairs):
@@ -348,29 +350,31 @@ def compared(case: Case, logprobs: list[float], continued: list[int] | None) -> 
 
 
 def one_line(reason: str, folder: Path) -> str:
-    """A reason without the places of this machine, as short as a row of a table."""
+    """Return a reason without paths of this machine, shortened for a table."""
     here = reason.replace(f"{folder}/", "").replace(str(folder), "FOLDER")
     here = re.sub(r"\s*\(/[^)]*\)?", "", here)
-    return re.sub(r"(?<!\S)/\S*/", "", here)[:200]  # of what is named without brackets, the last part stays
+    return re.sub(r"(?<!\S)/\S*/", "", here)[:200]  # other paths are shortened to their last part
 
 
-def report(record: Record, model: str, told: dict[str, Told]) -> None:
-    """The table of what was read, and the verdicts on it."""
+def report(record: Record, model: str, results: dict[str, ProgramResults]) -> None:
+    """Add the table of results and the checks on them."""
     rows = [
         [name, each.version, case, found.state, found.difference, found.alike, found.why]
-        for name, each in told.items()
+        for name, each in results.items()
         for case, found in each.read.items()
     ]
     columns = ["program", "version", "export", "reads it", "largest difference (nats)"]
-    columns += [f"same tokens of {CONTINUED}", "why not"]
+    columns += [f"same tokens of {CONTINUED}", "reason"]
     what = f"{LENGTH - 1} log-probabilities and {CONTINUED} greedy tokens, in 32 bits"
     record.table(f"What each program reads of {model}: {what}", columns, rows)
-    for name, each in told.items():
+    for name, each in results.items():
         if not each.version:
             continue
-        meant = PROGRAMS[name].reads
-        right = [case for case in meant if each.read[case].same]
-        record.check(f"{name} reads {model}", "; ".join(meant), "; ".join(right) or "none", len(right) == len(meant))
+        expected = PROGRAMS[name].reads
+        right = [case for case in expected if each.read[case].same]
+        record.check(
+            f"{name} reads {model}", "; ".join(expected), "; ".join(right) or "none", len(right) == len(expected)
+        )
         wrong = [case for case, found in each.read.items() if found.state == "as another model"]
         record.check(f"{name} reads {model} as another model", "none", "; ".join(wrong) or "none", not wrong)
 

@@ -1,17 +1,17 @@
-"""Lamella beside what can be installed today, on the same model, the same text and the same sizes.
+"""Lamella compared with other installable tools, on the same model, the same text and the same sizes.
 
-short-transformers and optipfair choose layers to remove, and so do portfolio, finercut (whole layers, lazily), shortgpt
-and window: fidelity at equal size, on samples of calibration text of which each planner gets all, and the time of
-planning. portfolio takes further windows of the same split to choose on, as it does by default. mergekit (passthrough)
-writes the checkpoint of one pruned model, and so do `export_out_of_core` and `export`: seconds and peak memory, each in
-a process of its own, and the tensors compared byte by byte. Every peer runs in a virtual environment in the cache
-folder, made from the requirements files beside this one; a peer that cannot be installed, or that fails on the model,
-is a row of the first table with the reason.
+short-transformers and optipfair select layers to remove, as do portfolio, finercut (whole layers, lazily), shortgpt and
+window: compared are the fidelity at equal size, on samples of calibration text given to every planner, and the planning
+time. portfolio uses further windows of the same split for its selection, as by default. mergekit (passthrough) writes
+the checkpoint of one pruned model, as do `export_out_of_core` and `export`: compared are time and peak memory, each in
+a separate process, and the tensors byte by byte. Every peer runs in a virtual environment in the cache folder, made
+from the requirements files in this folder; a peer that cannot be installed, or fails on the model, is listed in the
+first table with the reason.
 
-Planning is counted in seconds of the processor, of one thread, which depend little on what else the machine does.
-finercut's exact searches are left out, since they alone would take most of the time: `benchmarks/planner.py` has them.
+Planning time is processor time of one thread, which depends little on the load of the machine. finercut's exact
+searches are omitted, since they would take most of the time: see `benchmarks/planner.py`.
 
-    python benchmarks/peers.py            # after installing, 90 minutes of one core; goes on after a stop
+    python benchmarks/peers.py            # after installing, 90 minutes of one core; resumes after an interruption
     python benchmarks/peers.py --quick    # one sample, one repetition
 """
 
@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 import lamella
-from lamella.data import Reader, Text
+from lamella.data import InputContext, Text
 from lamella.evaluate import Fidelity, FidelityTest
 from lamella.files import Finished
 from lamella.plan import ModelReference, Plan, checkpoint
@@ -52,15 +52,15 @@ from lamella.zoo.cache import cache_folder
 HERE = Path(__file__).parent
 MODEL = "smollm2"
 SIZES = (4, 7, 9)  # layers removed
-WRITTEN = 7  # of them, in the checkpoint that is written
+WRITTEN = 7  # layers removed in the written checkpoint
 SAMPLES = 5  # of calibration text
-WINDOWS, LENGTH, TESTED = 4, 256, 16  # of a sample, of each window in tokens, and windows to test on
-TWICE = 2.0  # the lazy search's time is the most that portfolio may take
-SAME_LOSS = 1e-3  # nats between two programs that read one model
-PATIENCE = 3600  # seconds after which whatever a peer does, being installed too, has failed
+WINDOWS, LENGTH, TESTED = 4, 256, 16  # windows of a sample, tokens of each window, test windows
+TWICE = 2.0  # time limit of portfolio, relative to the lazy search
+SAME_LOSS = 1e-3  # nats, tolerance between two programs that read one model
+PATIENCE = 3600  # timeout in seconds of any step of a peer, including its installation
 
 # Children read JSON from stdin and print JSON as their last line. Memory is VmHWM, since the ru_maxrss of a child
-# begins with the memory of its parent.
+# starts with the memory of its parent.
 PRELUDE = """
 import json, os, pathlib, sys, time
 given = json.load(sys.stdin)
@@ -161,9 +161,9 @@ for size in given["sizes"]:
 answer(seconds=time.process_time() - begin, loss=loss, removed=removed)
 """,
 }
-Searches = dict[int, tuple[int, ...]]  # how far a search goes, and which sizes are taken from it
-EACH: Searches = {size: (size,) for size in SIZES}  # portfolio refines the largest cuts alone
-TIMED: Searches = {4: (4,), 9: (7, 9)}  # what the time of planning is compared of
+Searches = dict[int, tuple[int, ...]]  # the size of a search, and the sizes taken from it
+EACH: Searches = {size: (size,) for size in SIZES}  # portfolio refines only the largest sizes
+TIMED: Searches = {4: (4,), 9: (7, 9)}  # the searches whose planning time is compared
 OURS: dict[str, tuple[str, dict[str, Any], Searches]] = {
     "lamella portfolio": ("portfolio", {}, EACH),
     "lamella finercut, lazily": ("finercut", {"level": "block", "strategy": "lazy", "exclude_front": 0.0}, TIMED),
@@ -178,17 +178,17 @@ REQUIREMENTS = {
 
 
 class PeerFailed(Exception):
-    """A peer that could not be installed or run; the message is the reason, one line."""
+    """A peer that could not be installed or run; the message is the one-line reason."""
 
 
 @dataclass
 class Planned:
-    """What one planner chose, by the number of layers removed, from each sample of calibration text.
+    """The selections of one planner, by the number of removed layers, from each sample of calibration text.
 
     Attributes:
         plans: one for each sample.
         fidelity: of each of them.
-        seconds: of the processor, for planning; one for each sample.
+        seconds: processor time of planning; one for each sample.
     """
 
     plans: dict[int, list[Plan]] = field(default_factory=lambda: defaultdict(list))
@@ -197,7 +197,7 @@ class Planned:
 
 
 class Judge:
-    """Measures each cut once, however many planners choose it."""
+    """Evaluates each plan once, however many planners select it."""
 
     def __init__(self, stack: Stack, tokens: Tensor) -> None:
         self.stack, self._test = stack, FidelityTest(stack, tokens)
@@ -223,12 +223,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the test text; samples have the seeds from it on")
     arguments = parser.parse_args()
     samples, repetitions = (1, 1) if arguments.quick else (SAMPLES, 3)
-    torch.set_num_threads(1)  # seconds of the processor are those of one core
+    torch.set_num_threads(1)  # processor time of one core
 
     pythons, states = install()
     stack = lamella.open(MODEL)
     tokenizer = open_tokenizer(MODEL)
-    readers = [Reader(lambda: tokenizer, seed) for seed in range(arguments.seed, arguments.seed + samples)]
+    readers = [InputContext(lambda: tokenizer, seed) for seed in range(arguments.seed, arguments.seed + samples)]
     calibration = [Text.open("pydoc", reader, sequences=WINDOWS, length=LENGTH) for reader in readers]
     source = lamella.load_text("pydoc", "test")
     tokens = lamella.windows(tokenizer, source, TESTED, LENGTH, arguments.seed)
@@ -248,11 +248,11 @@ def main() -> int:
     return record.finish(HERE / "results" / ("peers-quick.json" if arguments.quick else "peers.json"))
 
 
-# Peers in their own place.
+# Environments of the peers.
 
 
 def install() -> tuple[dict[str, Path], dict[str, list[str]]]:
-    """A Python for every peer that can be installed, and version and state of every peer."""
+    """Return a Python interpreter for every installable peer, and version and state of every peer."""
     pythons: dict[str, Path] = {}
     states: dict[str, list[str]] = {}
     for peer, requirements in REQUIREMENTS.items():
@@ -265,9 +265,9 @@ def install() -> tuple[dict[str, Path], dict[str, list[str]]]:
 
 
 def environment_for(requirements: Path) -> Path:
-    """The interpreter of a virtual environment with these requirements, made once.
+    """Return the interpreter of a virtual environment with these requirements, created once.
 
-    A line such as ``# without: torchaudio`` names packages that others bring along and that must not stay.
+    A line such as ``# without: torchaudio`` names transitive dependencies that must be removed.
     """
     folder = cache_folder() / "peers" / requirements.stem
     python, stamp = folder / "bin" / "python", folder / "installed.sha256"
@@ -278,14 +278,14 @@ def environment_for(requirements: Path) -> Path:
         output_of([sys.executable, "-m", "venv", str(folder)])
         output_of([str(python), "-m", "pip", "install", "--quiet", "-r", str(requirements)])
         lines = [line.partition("# without:") for line in requirements.read_text(encoding="utf-8").splitlines()]
-        if unwanted := [name for _, said, names in lines if said for name in names.split()]:
+        if unwanted := [name for _, marker, names in lines if marker for name in names.split()]:
             output_of([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *unwanted])
         stamp.write_text(digest)
     return python
 
 
 def version_in(python: Path, package: str) -> str:
-    """The versions that decide what a peer does: its own and that of transformers."""
+    """Return the relevant versions of a peer: its own and that of transformers."""
     code = "import sys; from importlib.metadata import version as v; print(v(sys.argv[1]), v('transformers'))"
     own, transformers = output_of([str(python), "-c", code, package]).split()
     return f"{own} with transformers {transformers}"
@@ -326,7 +326,7 @@ def plan_side_by_side(
     states: dict[str, list[str]],
     folder: Path,
 ) -> dict[str, Planned]:
-    """Every planner on every sample in turn: the ``seconds`` of each, and the layers ``removed`` by size."""
+    """Run every planner on every sample alternately; return ``seconds``, and ``removed`` layers by size."""
     stack = judge.stack
     sources = {"short-transformers": older_copy(resolve(MODEL), folder / "older")}
     planned: dict[str, Planned] = {}
@@ -365,7 +365,7 @@ def plan_side_by_side(
 def planned_here(
     stack: Stack, calibration: Text, slug: str, options: dict[str, Any], sizes: Sequence[int]
 ) -> dict[str, Any]:
-    """What a method of ours removes, as sites, and the processor's seconds for it."""
+    """Return the sites that one of our methods removes, and its processor time in seconds."""
     begin = time.process_time()
     series = lamella.make_plan(slug, stack, calibration, **options)
     seconds = time.process_time() - begin
@@ -373,7 +373,7 @@ def planned_here(
 
 
 def depends(samples: list[Text]) -> dict[str, Any]:
-    """What the choices depend on: this file, the code of ours that plans, versions, and the texts."""
+    """Return everything that the selections depend on: this file, our planning code, versions, and the texts."""
     here = Path(lamella.__file__).parent
     methods = [here / "methods" / f"{slug}.py" for slug, *_ in OURS.values()]
     files = [*methods, *sorted((here / "search").glob("*.py")), *sorted((here / "measure").glob("*.py"))]
@@ -384,13 +384,13 @@ def depends(samples: list[Text]) -> dict[str, Any]:
 
 @torch.no_grad()
 def first_loss(stack: Stack, tokens: Tensor) -> float:
-    """The loss on the first sequence, by which a peer shows that it reads the same model."""
+    """Return the loss on the first sequence, to check that a peer reads the same model."""
     logits = stack.model(input_ids=tokens[:1], use_cache=False).logits[0, :-1]
     return float(torch.nn.functional.cross_entropy(logits, tokens[0, 1:]))
 
 
 def older_copy(source: Path | str, folder: Path) -> Path:
-    """The same checkpoint with a config that transformers 4 reads, which knows no ``rope_parameters``."""
+    """Return the same checkpoint with a config for transformers 4, without ``rope_parameters``."""
     folder.mkdir()
     config = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
     config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
@@ -410,8 +410,8 @@ def report_quality(record: Record, planned: dict[str, Planned]) -> None:
                 for what in ("kl", "top1", "perplexity")
             ]
             cuts = Counter(map(removed, chosen.plans[size])).most_common()
-            told = "; ".join(f"{cut} ({times} times)" if times > 1 else cut for cut, times in cuts)
-            rows.append([name, *quality, spread(chosen.seconds[size]), told])
+            selections = "; ".join(f"{cut} ({times} times)" if times > 1 else cut for cut, times in cuts)
+            rows.append([name, *quality, spread(chosen.seconds[size]), selections])
         base = next(iter(planned.values())).fidelity[size][0].base_perplexity
         columns = ["planner", "KL (nats)", "same top token", "perplexity", "planning, CPU seconds", "removed"]
         title = f"{size} of 30 layers removed; median (range) over samples; the original's perplexity is {base}"
@@ -435,7 +435,7 @@ def median_kl(planned: Planned, size: int) -> float:
 
 
 def spread(values: list[float]) -> str:
-    """The median of some values, and their range where there are several."""
+    """Return the median of some values, with their range if there are several."""
     median = f"{statistics.median(values):.4g}"
     return median if len(values) == 1 else f"{median} ({min(values):.4g}-{max(values):.4g})"
 
@@ -451,11 +451,11 @@ def write_side_by_side(
     folder: Path,
     repetitions: int,
 ) -> tuple[dict[str, list[dict[str, float]]], dict[str, bool]]:
-    """Measurements of every writer, and whether its tensors are mergekit's."""
+    """Return the measurements of every writer, and whether its tensors equal mergekit's."""
     plan_file = folder / "plan.json"
     plan.write(plan_file)
     given = {"source": str(source), "plan": str(plan_file), "runs": slices(plan)}
-    for file in Path(source).glob("*.safetensors"):  # nobody shall be the one who reads it from the disk first
+    for file in Path(source).glob("*.safetensors"):  # so that no writer has to read it from the disk first
         file.read_bytes()
     written: dict[str, list[dict[str, float]]] = {}
     tensors: dict[str, dict[str, str]] = {}
@@ -483,7 +483,7 @@ def write_side_by_side(
 
 
 def slices(plan: Plan) -> list[list[int]]:
-    """The layers that stay, as mergekit's ranges [first, past the last]."""
+    """Return the remaining layers, as mergekit's ranges [first, past the last]."""
     ranges: list[list[int]] = []
     for run in plan.runs("prefill"):
         if ranges and ranges[-1][1] == run.layer:
@@ -494,7 +494,7 @@ def slices(plan: Plan) -> list[list[int]]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """A hash of dtype, shape and bytes of every tensor of a checkpoint, by name."""
+    """Return a hash of dtype, shape and bytes of every tensor of a checkpoint, by name."""
     found = {}
     for tensor in checkpoint.read(folder).tensors:
         with tensor.file.open("rb") as stream:

@@ -1,10 +1,9 @@
-"""The planner against the loop that anybody would write first.
+"""The planner compared with a straightforward loop.
 
 FinerCut on SmolLM2: 15 of 60 sublayers, 4 x 256 calibration tokens, Jensen-Shannon divergence, the first 13 layers
-protected. The naive loop runs the whole transformers model again for every candidate, silencing sublayers by hooks on
-their output projections, and sums the divergence over all logits; the divergence itself is the same fast function for
-all, so that only the search is compared. All searches take their steps in turn, so that whatever else the machine does
-meets all of them.
+protected. The naive loop runs the whole transformers model for every candidate, with sublayers disabled by hooks on
+their output projections, and sums the divergence over all logits; all use the same fast divergence function, so only
+the search is compared. All searches alternate step by step, so that changes in the machine's load affect all of them.
 
     python benchmarks/planner.py            # about 25 minutes on 2 cores
     python benchmarks/planner.py --quick    # 3 removals
@@ -34,7 +33,7 @@ PROTECTED = 13
 
 
 def naive(stack: Stack, tokens: Tensor) -> Iterator[Removal]:
-    """Greedy removal by running everything for every candidate."""
+    """Remove sublayers greedily by running the whole model for every candidate."""
     model, architecture = stack.model, stack.architecture
     silent: set[Position] = set()
 
@@ -81,7 +80,7 @@ def main() -> int:
 
     late_first = {group: -float(place) for place, group in enumerate(candidates)}  # as finercut does
 
-    # The naive loop hooks into a sharing copy, so the others run on the model as it is.
+    # The naive loop hooks into a copy with shared tensors, so the others run on the unchanged model.
     copy = Stack(lamella.apply(stack, lamella.Plan(model=lamella.ModelReference.of(stack))))
     searches = {
         "naive": lambda: naive(copy, tokens),
@@ -95,7 +94,7 @@ def main() -> int:
         for name, search in searches.items():
             begin = time.perf_counter()
             if step == 0:
-                running[name] = iter(search())  # setting up counts: the reference is part of the search
+                running[name] = iter(search())  # including setup, since the reference is part of the search
             orders[name].append(next(running[name]))
             seconds[name] += time.perf_counter() - begin
         print(
@@ -110,7 +109,7 @@ def main() -> int:
     rows = [
         [
             name,
-            sum(step.asked for step in orders[name]),
+            sum(step.evaluations for step in orders[name]),
             seconds[name],
             ratio[name],
             1 / ratio[name],

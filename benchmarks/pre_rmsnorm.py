@@ -1,8 +1,9 @@
-"""What norms take, and what a model gains when they change: LayerNorm, RMSNorm and CRMSNorm, eager and compiled.
+"""The time of norms, and the gain of a model from changing them: LayerNorm, RMSNorm and CRMSNorm, eager and compiled.
 
-Norms alone, at two widths: torch's fused kernels, the same written out, and CRMSNorm. Then whole models that differ in
-their norms alone, with no norm at all as the bound of what any can save. All take turns in one process, and every
-figure is a ratio to torch's own LayerNorm. Nothing is promised here, so nothing is checked but that results agree.
+First norms alone, at two widths: torch's fused kernels, the same written in plain operations, and CRMSNorm. Then whole
+models that differ only in their norms, and without any norm as the bound on possible savings. All alternate in one
+process, and every value is a ratio to torch's own LayerNorm. There is no claim, so the only check is that the results
+agree.
 
     python benchmarks/pre_rmsnorm.py            # about six minutes on one core, most of it compiling
     python benchmarks/pre_rmsnorm.py --quick    # one model of two layers, a few rounds
@@ -23,7 +24,7 @@ from lamella.methods.pre_rmsnorm import CRMSNorm, Form, RMSNorm
 from lamella.methods.pre_rmsnorm.checking import output
 from lamella.methods.pre_rmsnorm.rewrite import find_branches
 from lamella.plan import RewriteReference
-from lamella.plan.rewriting import rewritten, wirings_of
+from lamella.plan.rewriting import wirings_of, with_rewrite
 from lamella.results import Record
 from lamella.stack import Model, open_model, share
 
@@ -32,7 +33,7 @@ REFERENCE = "LayerNorm, fused"
 
 
 class ByHand(nn.Module):
-    """LayerNorm or RMSNorm written out."""
+    """LayerNorm or RMSNorm in plain operations."""
 
     def __init__(self, centred: bool, eps: float = 1e-5) -> None:
         super().__init__()
@@ -57,7 +58,7 @@ def norms(record: Record, rounds: int) -> None:
         }
         same = all(torch.allclose(m(u), modules[REFERENCE][0](x)[..., : u.shape[-1]], atol=1e-4)
                    for m, u in modules.values())  # fmt: skip
-        record.check(f"what the norms give, width {width}", "the same", str(same), same)
+        record.check(f"outputs of the norms, width {width}", "the same", str(same), same)
         for compiled in (False, True):
             torch.compiler.reset()
             calls = {}
@@ -67,15 +68,15 @@ def norms(record: Record, rounds: int) -> None:
             for name, ratio in turns(calls, REFERENCE, rounds).items():
                 rows.setdefault(name, []).append(str(ratio))
     columns = [f"{width}, {how}" for width in WIDTHS for how in ("eager", "compiled")]
-    record.table("Time of a norm on [8, 256, width], in that of LayerNorm: median (quartiles)",
+    record.table("Time of a norm on [8, 256, width], relative to LayerNorm: median (quartiles)",
                  ["", *columns], [[name, *cells] for name, cells in rows.items()])  # fmt: skip
 
 
 def variants(model: Model) -> dict[str, Any]:
-    """The model as it is, rewritten, and without norms."""
+    """Return the original model, the rewritten one, and one without norms."""
 
     def written(form: Form) -> Any:
-        return rewritten(model, RewriteReference(name="pre-rmsnorm", params=vars(form))).model
+        return with_rewrite(model, RewriteReference(name="pre-rmsnorm", params=vars(form))).model
 
     bare = share(model.model)
     for branch in find_branches(bare, wirings_of(model.architectures)):
@@ -114,7 +115,7 @@ def models(record: Record, layers: int, rounds: int, quick: bool) -> None:
         expected = output(plain, given)
         same = all(torch.allclose(output(each, given), expected, atol=1e-3)
                    for name, each in forms.items() if name != "no norm")  # fmt: skip
-        record.check(f"what the models give: {case}", "the same", str(same), same)
+        record.check(f"outputs of the models: {case}", "the same", str(same), same)
         for compiled in (False, True):
             torch.compiler.reset()
             calls = {}
@@ -124,7 +125,7 @@ def models(record: Record, layers: int, rounds: int, quick: bool) -> None:
             for name, ratio in turns(calls, REFERENCE, rounds).items():
                 rows.setdefault(name, []).append(str(ratio))
     columns = [f"{case}, {how}" for case in cases for how in ("eager", "compiled")]
-    record.table(f"Time of a forward pass, {layers} layers, in that with LayerNorm: median (quartiles)",
+    record.table(f"Time of a forward pass, {layers} layers, relative to LayerNorm: median (quartiles)",
                  ["", *columns], [[name, *cells] for name, cells in rows.items()])  # fmt: skip
 
 
@@ -134,7 +135,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one model of two layers, a few rounds")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    record = Record("pre_rmsnorm", "random numbers, random weights, float32", 0)
+    record = Record("pre_rmsnorm", "random inputs, random weights, float32", 0)
     norms(record, 5 if chosen.quick else 30)
     models(record, 2 if chosen.quick else 12, 5 if chosen.quick else 30, chosen.quick)
     return record.finish(Path(__file__).parent / "results" / f"pre_rmsnorm{'-quick' if chosen.quick else ''}.json")

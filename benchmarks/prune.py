@@ -1,11 +1,11 @@
-"""What choosing a cut costs: allocating a sparsity once the curves are there, and scoring a shape by its gradients.
+"""The cost of selecting what to prune: allocating a sparsity given the curves, and scoring a shape by its gradients.
 
-The solver against the loop that anybody would write first, over every cell of the table in turn, on instances that the
-loop can still do; both must find the same distortion. Then the solver alone, as layers, amounts and units grow: the
-published complexity is layers x amounts x units, so that twice of either should take twice the time.
+The solver is compared with a straightforward loop over every cell of the table, on instances that are small enough for
+the loop; both must find the same distortion. Then the solver alone, for increasing layers, amounts and units: the
+published complexity is layers x amounts x units, so doubling either should double the time.
 
-TraceNAS shapes of SmolLM2, scored by hooks, against a copy of the model for each shape, with weights masked and real
-adapters attached; both must find the same Phi.
+TraceNAS shapes of SmolLM2 are scored with hooks, compared with a copy of the model for each shape, with masked weights
+and real adapters; both must find the same Phi.
 
     python benchmarks/prune.py            # about five minutes
     python benchmarks/prune.py --quick    # smaller instances
@@ -28,7 +28,7 @@ from torch import Tensor
 
 import lamella
 from lamella.methods.rd_prune.knapsack import allocate
-from lamella.methods.tracenas import GradientTraces, Space, Traces, phi
+from lamella.methods.tracenas import GradientTraces, SearchSpace, Traces, phi
 from lamella.plan import ModelReference, Plan
 from lamella.results import Record
 from lamella.stack import Stack
@@ -38,7 +38,7 @@ Instance = tuple[list[np.ndarray], list[np.ndarray], int]
 
 
 def instance(layers: int, amounts: int, units: int, seed: int = 0) -> Instance:
-    """Curves that fall where they should rise now and then, and a budget of as many units as asked for."""
+    """Return curves that are not always monotone, and a budget of the requested number of units."""
     draw = np.random.default_rng(seed)
     sizes = draw.integers(1, 10, layers) * (2 * units / layers / 5)
     grid = np.arange(amounts + 1) / amounts
@@ -47,7 +47,7 @@ def instance(layers: int, amounts: int, units: int, seed: int = 0) -> Instance:
 
 
 def cell_by_cell(curves: list[np.ndarray], costs: list[np.ndarray], budget: int) -> float:
-    """The least distortion, by g_i(j) = min over q of g_(i-1)(j - cost) + distortion, one cell after the other."""
+    """Return the minimum distortion, by g_i(j) = min over q of g_(i-1)(j - cost) + distortion, cell by cell."""
     best = [0.0] * (budget + 1)
     for d, c in zip(curves, costs, strict=True):
         options = list(zip(d.tolist(), c.tolist(), strict=True))
@@ -56,7 +56,7 @@ def cell_by_cell(curves: list[np.ndarray], costs: list[np.ndarray], budget: int)
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Of the processor: both programs are one thread of arithmetic, so what else the machine does need not count."""
+    """Return the processor time: both programs are single-threaded, so the machine's load does not count."""
     begin = time.process_time()
     work()
     return time.process_time() - begin
@@ -74,7 +74,7 @@ def against_the_loop(record: Record, sizes: list[tuple[int, int, int]], rounds: 
             ratios.append(loop / seconds(lambda: allocate(curves, costs, budget, unit=1)))  # noqa: B023
         medians.append(statistics.median(ratios))
         rows.append([layers, amounts, units, medians[-1], min(ratios), max(ratios)])
-    columns = ["layers", "amounts", "units", "times faster", "least", "most"]
+    columns = ["layers", "amounts", "units", "speed-up", "least", "most"]
     record.table(f"The solver against the loop over cells, {rounds} interleaved rounds", columns, rows)
     record.check("distortion of solver and loop", "the same", "the same" if same else "differ", same)
     record.check("solver against the loop, every instance", "faster", min(medians), min(medians) > 1)
@@ -102,13 +102,13 @@ def growth(record: Record, base: tuple[int, int, int], rounds: int) -> None:
             [*size, cells, statistics.median(times[label]), statistics.median(ratios), min(ratios), max(ratios)]
         )
         worst = max(worst, statistics.median(ratios) / factor)
-    columns = [*names, "cells", "median seconds", "times the first", "least", "most"]
+    columns = [*names, "cells", "median seconds", "relative to the first", "least", "most"]
     record.table(f"The solver as an instance grows, {rounds} interleaved rounds", columns, rows)
     record.check("time / cells, against the first row", "at most 1.5: no worse than linear", worst, worst <= 1.5)
 
 
 def by_copying(stack: Stack, plan: Plan, traces: GradientTraces, ids: Tensor) -> Traces:
-    """The traces of a cut of a Llama, by a copy of the model whose weights are masked, with adapters attached."""
+    """Return the traces of a pruned Llama, from a copy of the model with masked weights and attached adapters."""
     model = copy.deepcopy(stack.model).eval()
     size = model.config.head_dim
     for layer, heads in plan.widths.heads.items():
@@ -149,7 +149,7 @@ def by_copying(stack: Stack, plan: Plan, traces: GradientTraces, ids: Tensor) ->
 def against_copies(record: Record, candidates: int, length: int) -> None:
     stack = lamella.open("smollm2")
     ids = lamella.windows(open_tokenizer("smollm2"), lamella.load_text("pydoc", "calibration"), 4, length, 0)
-    space = Space.of(stack, params=0.75, least=24)
+    space = SearchSpace.of(stack, params=0.75, least=24)
     traces = GradientTraces(stack, ids, rank=8)
     rng, base = np.random.default_rng(0), traces.base
     model, times, apart = ModelReference.of(stack), [], 0.0
@@ -172,7 +172,7 @@ def against_copies(record: Record, candidates: int, length: int) -> None:
         ["a copy each", candidates / sum(theirs for _, theirs in times),
          1 / statistics.median(ratios), 1 / max(ratios), 1 / min(ratios)],
     ]  # fmt: skip
-    columns = ["TraceNAS, SmolLM2", "shapes a second", "against hooks", "least", "most"]
+    columns = ["TraceNAS, SmolLM2", "shapes per second", "relative to hooks", "least", "most"]
     record.table(f"{candidates} shapes, 4 x {length} tokens, interleaved", columns, rows)
     record.check("Phi by hooks and by copies", "within 1e-3", apart, apart <= 1e-3)
     faster = statistics.median(ratios)

@@ -1,20 +1,20 @@
-"""Quantisation beside cutting, on SmolLM2: the original and whole layers less, each in 8 bits too.
+"""Quantisation compared with pruning, on SmolLM2: the original and a model without some layers, each also in 8 bits.
 
-A user who wants a smaller model would quantise it, so the same questions are asked of both: how much faster does it
-decode, how much smaller is it, and how far does it move from the original. Twice, since the program decides as much as
-the model does: by llama.cpp, from GGUF files that Lamella wrote, and by torch.
+Quantisation is the usual way to a smaller model, so both are measured in the same way: decode speed, size and
+divergence from the original. This is done twice, since the program matters as much as the model: with llama.cpp, from
+GGUF files written by Lamella, and with torch.
 
-- llama.cpp comes as a wheel, in a virtual environment in the cache folder. Its answers are read back: it must read text
-  as the same tokens, and the file in 32 bits must continue it as transformers does. Divergences are over its whole
-  vocabulary, from the original in 32 bits.
-- In torch, int8 runs in the forms that there are: by torchao, eagerly and compiled, and by torch's own kernel, which is
-  what ``lamella.load`` uses. Compiled forms decode with a static cache, so they are compared among themselves.
+- llama.cpp is installed as a wheel, in a virtual environment in the cache folder. Its output is checked: it must
+  tokenise text identically, and the file in 32 bits must continue it as transformers does. Divergences are over its
+  whole vocabulary, from the original in 32 bits.
+- In torch, int8 is measured in all available forms: with torchao, eager and compiled, and with torch's own kernel, as
+  used by ``lamella.load``. Compiled forms decode with a static cache, so they are compared among themselves.
 
-All models of a table take turns, and a speed is a ratio to the first with its quartiles. What is finished stays in the
-cache folder, so that a run that was stopped goes on.
+All models of a table alternate, and a speed is a ratio to the first with its quartiles. Finished parts are kept in the
+cache folder, so that an interrupted run resumes.
 
     python benchmarks/quantize.py                 # about 15 minutes on 2 idle cores, most of it compiling
-    python benchmarks/quantize.py --healed DIR    # a checkpoint of the same cut that was healed, beside it
+    python benchmarks/quantize.py --healed DIR    # also a healed checkpoint of the same pruned model
     python benchmarks/quantize.py --quick         # a nano model
 """
 
@@ -48,10 +48,10 @@ from lamella.zoo.cache import cache_folder
 HERE = Path(__file__).parent
 MODEL = "smollm2"
 KINDS = ("f32", "bf16", "q8_0")
-CONTINUED = 24  # tokens that llama.cpp and transformers must continue a text with alike
-SCORED = (4, 48, 12)  # texts, tokens of each, and those at the end of each whose predictions are compared
+CONTINUED = 24  # tokens of a continuation that must be equal in llama.cpp and transformers
+SCORED = (4, 48, 12)  # texts, tokens of each, and compared tokens at the end of each
 
-# What llama.cpp is asked, and how; a server's threads wait for requests, so whoever opens one ends with os._exit.
+# Queries of llama.cpp; a server's threads wait for requests, so a process that opens one ends with os._exit.
 ASKING = """
 import json, math, os, sys, time, urllib.request
 import xllamacpp
@@ -64,8 +64,8 @@ def opened(path, flash=True):
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     return xllamacpp.Server(params)
 def ask(server, ids, count, **more):
-    said = {"prompt": ids, "max_tokens": count, "temperature": 0.0, "ignore_eos": True}
-    return server.handle_completions({**said, **more})
+    request = {"prompt": ids, "max_tokens": count, "temperature": 0.0, "ignore_eos": True}
+    return server.handle_completions({**request, **more})
 def predicted(server, ids):
     answer = ask(server, ids, 1, logprobs=given["vocabulary"], n_probs=given["vocabulary"])
     tops = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
@@ -80,8 +80,8 @@ LLAMA_CPP = (
     + """
 given = json.load(sys.stdin)
 def tokens_of(server, text):
-    said = json.dumps({"content": text, "add_special": False, "parse_special": True}).encode()
-    request = urllib.request.Request(server.listening_address + "/tokenize", said, {"Content-Type": "application/json"})
+    body = json.dumps({"content": text, "add_special": False, "parse_special": True}).encode()
+    request = urllib.request.Request(server.listening_address + "/tokenize", body, {"Content-Type": "application/json"})
     return json.load(urllib.request.urlopen(request))["tokens"]
 servers = {name: opened(path) for name, path in given["files"].items()}
 seconds = {name: [] for name in servers}
@@ -153,7 +153,7 @@ def main() -> int:
 
 
 def cut(stack: lamella.Stack, folder: Path, tokenizer: Any) -> Path:
-    """The checkpoint of `make demo`: whole layers less, chosen for 1.3 times the speed; of a nano model, its second."""
+    """Return the checkpoint of `make demo`: without some layers, 1.3 times as fast; for a nano model, its second."""
     if not folder.exists():
         chosen = json.loads((HERE / "results" / "demo.json").read_text(encoding="utf-8"))["chosen"]
         drop = chosen["drop"] if len(stack) > len(chosen["drop"]) else ["layers.1"]
@@ -169,7 +169,7 @@ def gguf_file(folder: Path, out: Path, kind: str) -> Path:
     return file
 
 
-# By llama.cpp.
+# With llama.cpp.
 
 
 def version_of(python: Path) -> str:
@@ -204,7 +204,7 @@ def llama_cpp(
 
 
 def samples(text: str) -> list[str]:
-    """Texts that must be read as the same tokens."""
+    """Return texts that must be tokenised identically."""
     pieces = [text[at : at + 2000] for at in range(0, 20_000, 2000)]
     unusual = [
         "naïve café, 日本語, 😀",
@@ -234,7 +234,7 @@ def report_llama(record: Record, found: dict[str, Any], files: dict[str, Path], 
                 100 * float(top1.mean()),
             ]
         )
-    columns = ["model", "MB on disk", "times smaller", "tokens/s", "decode speed-up (quartiles)"]
+    columns = ["model", "MB on disk", "reduction factor", "tokens/s", "decode speed-up (quartiles)"]
     columns += ["KL (nats)", "perplexity", "same top token (%)"]
     positions = SCORED[0] * SCORED[2]
     record.table(f"By llama.cpp (xllamacpp {version}), {positions} positions scored", columns, rows)
@@ -253,20 +253,20 @@ def check_answers(
 ) -> None:
     ours = [tokenizer(each, add_special_tokens=False).input_ids for each in samples(text)]
     same = sum(a == b for a, b in zip(ours, found["tokens"], strict=True))
-    record.check("texts that llama.cpp reads as the same tokens", f"{len(ours)}", same, same == len(ours))
+    record.check("texts that llama.cpp tokenises identically", f"{len(ours)}", same, same == len(ours))
     prompt = windows[:1, :PROMPT]
     settings = {"max_new_tokens": CONTINUED, "min_new_tokens": CONTINUED, "do_sample": False}
     written = stack.model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)[0, PROMPT:].tolist()
     agreeing = next((i for i, (a, b) in enumerate(zip(written, found["continued"], strict=True)) if a != b), CONTINUED)
-    name = "tokens that llama.cpp and transformers continue alike, in 32 bits"
+    name = "equal tokens of llama.cpp's and transformers' continuations, in 32 bits"
     record.check(name, str(CONTINUED), agreeing, agreeing == CONTINUED)
 
 
-# By torch.
+# With torch.
 
 
 def torchao_copy(model: Any, dtype: torch.dtype) -> Any:
-    """A copy whose linear maps torchao has quantised, but for the head."""
+    """Return a copy with its linear layers quantised by torchao, except the head."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     copied = in_precision(model, dtype)
@@ -310,13 +310,13 @@ def eagerly(folders: dict[str, Path], windows: torch.Tensor, steps: int, rounds:
 
 
 def element_size(parameter: Any) -> int:
-    """In bytes; a matrix of torchao says that of the numbers that it stands for."""
+    """Return the size in bytes; torchao's tensors report that of the dequantised values."""
     return 1 if hasattr(parameter, "qdata") else int(parameter.element_size())
 
 
 def report_torch(record: Record, found: dict[str, Any]) -> None:
     whats = ("megabytes", "milliseconds", "decode", "prefill", "kl", "perplexity")
-    columns = ["model", "MB of weights", "ms a step", "decode speed-up (quartiles)", "prefill speed-up", "KL (nats)"]
+    columns = ["model", "MB of weights", "ms per step", "decode speed-up (quartiles)", "prefill speed-up", "KL (nats)"]
     rows = [[name, *(each[what] for what in whats)] for name, each in found.items()]
     record.table("By torch, eagerly", [*columns, "perplexity"], rows)
     ours, eager = (found[f"original, int8, {how}"] for how in ("torch's kernel, bfloat16", "torchao, float32"))
@@ -329,7 +329,7 @@ def report_torch(record: Record, found: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def compiled(folders: dict[str, Path], steps: int) -> dict[str, Any]:
-    """Seconds of each step with a static cache, of all models in turn."""
+    """Return the seconds of each step with a static cache, of all models alternately."""
     warm = 8  # the first steps compile
     prompt = torch.randint(256, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     decoders, compile_seconds = {}, {}
@@ -361,7 +361,7 @@ def report_compiled(record: Record, found: dict[str, Any]) -> None:
     for name, each in found.items():
         ratio = Ratio.of([a / b for a, b in zip(first, each["seconds"], strict=True)])
         rows.append([name, 1e3 * float(torch.tensor(each["seconds"]).median()), str(ratio), each["first"]])
-    columns = ["model", "ms a step", "decode speed-up (quartiles)", "seconds until it decodes"]
+    columns = ["model", "ms per step", "decode speed-up (quartiles)", "seconds to the first step"]
     record.table("By torch, with a static cache", columns, rows)
 
 

@@ -1,8 +1,8 @@
-"""Rephrasing beside a plain ``generate`` loop: the same model, the same prompts, the same batch, greedily.
+"""Rephrasing compared with a plain ``generate`` loop: the same model, prompts and batch size, greedily.
 
-The loop takes passages as they come, sixteen in a batch; ``generate`` keeps a finished row to the end of its batch.
-Here prompts of nearly one length stand together, a finished row leaves, and keys and values are appended to in place.
-Answers end where the rephraser ends them, or at one and a half times the length of their passage.
+The loop takes passages in order, sixteen per batch; ``generate`` keeps a finished row to the end of its batch. Here,
+prompts of similar length are batched, finished rows are removed, and keys and values are appended in place. Answers end
+where the rephraser ends them, or at one and a half times the length of their passage.
 
     python benchmarks/rewrite.py            # SmolLM2 on 64 passages of Python's documentation; about half an hour
     python benchmarks/rewrite.py --quick    # 16 passages
@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from lamella.data import Documents, Local, Reader, Sampling
+from lamella.data import Documents, InputContext, LocalWriter, Sampling
 from lamella.data.decoding import Prompt, Row, batches, decode
-from lamella.data.writer import Request
+from lamella.data.writer import WritingRequest
 from lamella.evaluate import Ratio
 from lamella.methods.wrap import open_styles, passages
 from lamella.results import Record
@@ -28,20 +28,23 @@ RESULTS = Path(__file__).parent / "results"
 BATCH, GREEDY = 16, Sampling(temperature=0)
 
 
-def prompts_of(writer: Local, count: int) -> list[Prompt]:
-    """Requests for passages of many lengths, in the order of their documents."""
+def prompts_of(writer: LocalWriter, count: int) -> list[Prompt]:
+    """Return requests for passages of various lengths, in the order of their documents."""
     (style,) = open_styles(("medium",))
-    texts = [part for each in Documents.open("pydoc", Reader()) for part in passages(each.text, writer.count, 300)]
+    texts = [
+        part for each in Documents.open("pydoc", InputContext()) for part in passages(each.text, writer.count, 300)
+    ]
     texts = [text for text in texts if writer.count(text) >= 20]
     chosen = texts[:: max(1, len(texts) // count)][:count]
     requests = [
-        Request(str(n), style.messages(text), int(1.5 * writer.count(text)) + 1, n) for n, text in enumerate(chosen)
+        WritingRequest(str(n), style.messages(text), int(1.5 * writer.count(text)) + 1, n)
+        for n, text in enumerate(chosen)
     ]
     return [writer._prompt(each) for each in requests]
 
 
-def together(writer: Local, prompts: Sequence[Prompt], ends: set[int]) -> list[Row]:
-    """As a rollout writes them."""
+def together(writer: LocalWriter, prompts: Sequence[Prompt], ends: set[int]) -> list[Row]:
+    """Generate all answers with a rollout."""
     found: dict[int, Row] = {}
     for numbers in batches(prompts, BATCH):
         rows = decode(writer.view, [prompts[n] for n in numbers], GREEDY, ends)
@@ -50,8 +53,8 @@ def together(writer: Local, prompts: Sequence[Prompt], ends: set[int]) -> list[R
 
 
 @torch.no_grad()
-def plainly(writer: Local, prompts: Sequence[Prompt], ends: set[int]) -> list[Row]:
-    """By ``generate``, batch by batch, each as long as its longest answer may be."""
+def plainly(writer: LocalWriter, prompts: Sequence[Prompt], ends: set[int]) -> list[Row]:
+    """Generate with ``generate``, batch by batch, each up to the maximum length of its longest answer."""
     found = []
     for start in range(0, len(prompts), BATCH):
         part = prompts[start : start + BATCH]
@@ -73,7 +76,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true")
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
-    writer = Local("smollm2")
+    writer = LocalWriter("smollm2")
     prompts, ends = prompts_of(writer, 16 if quick else 64), writer._ends()
     rounds, seconds, rows = 1 if quick else 3, {"generate": [], "here": []}, {}
     ways: dict[str, Callable[..., list[Row]]] = {"generate": plainly, "here": together}
@@ -85,22 +88,22 @@ def main() -> int:
     record = Record(
         "rewrite", f"SmolLM2-135M-Instruct, {len(prompts)} passages of Python's documentation, batches of {BATCH}", 0
     )
-    record.table("Rephrasing", ["way", "seconds", "tokens kept a second"], [
+    record.table("Rephrasing", ["way", "seconds", "tokens kept per second"], [
         [name, min(times), sum(len(row.ids) for row in rows[name]) / min(times)] for name, times in seconds.items()
     ])  # fmt: skip
     steps = [len(row.ids) + row.finished for row in rows["generate"]]
     longest = [max(steps[start : start + BATCH]) for start in range(0, len(steps), BATCH)]
-    record.table("What a finished row costs generate", ["steps of rows that write", "steps of rows in all", "share"],
+    record.table("The cost of finished rows in generate", ["steps of unfinished rows", "steps of all rows", "share"],
                  [[sum(steps), BATCH * sum(longest), sum(steps) / (BATCH * sum(longest))]])  # fmt: skip
     same = sum(a.ids == b.ids for a, b in zip(rows["generate"], rows["here"], strict=True)) / len(prompts)
     record.check(
-        "answers that are the same",
-        "at least 90 %: sums end in other digits in other batches",
+        "identical answers",
+        "at least 90 %: rounding depends on the batch",
         f"{same:.0%}",
         same >= 0.9,
     )
     ratio = Ratio.of([a / b for a, b in zip(seconds["generate"], seconds["here"], strict=True)])
-    record.check("time of generate by that of this", "at least 2", f"{ratio.median:.2f}", ratio.median >= 2)
+    record.check("time of generate / time of rephrasing", "at least 2", f"{ratio.median:.2f}", ratio.median >= 2)
     return record.finish(RESULTS / ("rewrite-quick.json" if quick else "rewrite.json"))
 
 

@@ -1,13 +1,13 @@
-"""How much of the possible decode speed-up a plan brings, on SmolLM2.
+"""The decode speed-up of plans relative to the possible one, on SmolLM2.
 
-The cost model takes the time of one attention, one MLP and the rest of a decoding step from the whole model,
-so the head and the loop, which no plan removes, are counted. For plans that leave sublayers out the ratio of bytes read
-per token stands beside it, which would be the speed-up if memory traffic were all. For methods that decide while the
-model runs, the share of layer work is counted in the very steps that are timed, and the cost model says what that share
-allows. In a batch a sublayer is only saved where no row needs it, so batch 8 is shown without a claim. Models that
-predict masked tokens are timed with random weights of SmolLM2's width, a step being a pass over prompt and answer; so
-are those that read images or have experts, of which a prompt is timed, and an encoder-decoder that is left early, of
-which a whole request is.
+The cost model measures the time of one attention, one MLP and the rest of a decoding step of the whole model, so the
+head and the loop, which no plan removes, are included. For plans that remove sublayers, the ratio of bytes read per
+token is also shown, which would be the speed-up of a purely memory-bound model. For methods that take decisions at run
+time, the share of executed layers is counted in the timed steps, and the cost model gives the speed-up for that share.
+In a batch a sublayer is saved only if no row needs it, so batch 8 is shown without a claim. Models that predict masked
+tokens are timed with random weights of SmolLM2's width, a step being a pass over prompt and answer; likewise models
+that read images or have experts, of which a prompt is timed, and an encoder-decoder with early exits, of which a whole
+request is timed.
 
     python benchmarks/runtime.py            # about 10 minutes on 2 cores
     python benchmarks/runtime.py --quick
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 import lamella
-from lamella.data import MARK, ImageText, Processing, Reader, Shown
+from lamella.data import MARK, ImageText, ImageTextRow, InputContext, Processing
 from lamella.evaluate import StepTimes, bench, cost, measure_step
 from lamella.evaluate.speed import random_tokens
 from lamella.methods.cola import repeat, skip
@@ -40,8 +40,7 @@ from lamella.methods.dmllm_token_redundancy import (
 from lamella.methods.first import PromptRouters
 from lamella.methods.lora_drop import spread_layers
 from lamella.methods.modes.policy import MODALITIES, ExpertSkipping
-from lamella.methods.mue import OFF, Exits, Work, by_flops, by_layers
-from lamella.methods.mue import planned as exit_plan
+from lamella.methods.mue import OFF, ExitCosts, Exits, by_flops, by_layers, exit_plan
 from lamella.methods.unified_skip import balanced
 from lamella.plan import ModelReference, PhasedPath, Plan, PolicyReference
 from lamella.results import Record
@@ -58,7 +57,7 @@ WIDTH = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9
 
 
 def plans(stack: Stack) -> dict[str, Plan]:
-    """The plans to time; which layers go does not matter for speed."""
+    """Return the plans to time; which layers they remove does not matter for speed."""
     model = ModelReference.of(stack)
     layers = len(stack)
 
@@ -87,16 +86,16 @@ def plans(stack: Stack) -> dict[str, Plan]:
 
 
 def measured_steps(stack: Stack, batch: int) -> StepTimes:
-    """The median of three readings of where a step's time goes."""
+    """Return the median of three measurements of the parts of a step's time."""
     read = [measure_step(stack, batch, prompt=PROMPT, steps=STEPS) for _ in range(3)]
     return StepTimes(*(statistics.median(getattr(times, part) for times in read) for part in ("attn", "mlp", "rest")))
 
 
 def static(record: Record, stack: Stack, rounds: int) -> None:
-    """Plans that are the same for every generated token."""
+    """Time plans that are the same for every generated token."""
     chosen = plans(stack)
     views = {name: lamella.apply(stack, plan) for name, plan in chosen.items()}
-    # The cost model's times and the plans' are read in turn, so that a change of the machine's pace meets both.
+    # The times of the cost model and of the plans are measured alternately, so that load changes affect both.
     before = measured_steps(stack, 1)
     timings = bench({"whole": stack.model} | views, prompt=PROMPT, tokens=STEPS, rounds=rounds)
     after = measured_steps(stack, 1)
@@ -120,7 +119,7 @@ def static(record: Record, stack: Stack, rounds: int) -> None:
             record.check(f"{name}: decode speed-up / cost model", "at least 0.95", ratio, ratio >= 0.95)
         else:
             overhead(record, "nothing removed", measured.median)
-    columns = ["plan", "sublayers gone", "bytes ratio", "cost model", "decode speed-up", "measured / cost model"]
+    columns = ["plan", "sublayers removed", "bytes ratio", "cost model", "decode speed-up", "measured / cost model"]
     record.table("Decode speed-up at batch 1", [*columns, "variation"], rows)
 
 
@@ -129,7 +128,7 @@ def overhead(record: Record, name: str, speedup: float) -> None:
 
 
 def deciding(stack: Stack) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Views under every method that decides while the model runs, and the same methods with nothing to skip."""
+    """Return views of every method that takes decisions at run time, and of the same methods with nothing to skip."""
     model, layers = ModelReference.of(stack), len(stack)
     everything = list(range(layers))
     tokens = lamella.windows(open_tokenizer("smollm2"), lamella.load_text("pydoc", "calibration"), 2, 256, 0)
@@ -167,22 +166,22 @@ def deciding(stack: Stack) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def work_in_bench(view: Any, batch: int) -> list[tuple[float, float]]:
-    """The share of tokens that ran each sublayer in the steps that :func:`bench` times; of a static view, its work."""
+    """Return the share of tokens that ran each sublayer in the steps of :func:`bench`; its work for a static view."""
     if view.lamella_plan.is_static:
         return view.lamella_plan.work
     trace = traced(view)
     bench({"view": view}, [batch], prompt=PROMPT, tokens=STEPS, rounds=1)
-    settles, since, ran = view.lamella_policy.settles, 0, []
+    steady_after, since, ran = view.lamella_policy.steady_after, 0, []
     for executed, prompt in zip(trace.ran, trace.prompt, strict=True):
         since = 0 if prompt.any() else since + 1
-        if since > settles:
+        if since > steady_after:
             ran.append(executed.mean(axis=(0, 1)))
     untraced(view)
     return [(float(attn), float(mlp)) for attn, mlp in np.mean(ran, axis=0)]
 
 
 def dynamic(record: Record, stack: Stack, rounds: int) -> None:
-    """Every method that runs less while it generates, at batch 1 and 8."""
+    """Time every method that runs less during generation, at batch sizes 1 and 8."""
     views, idle = deciding(stack)
     for batch in (1, 8):
         work = {name: work_in_bench(view, batch) for name, view in views.items()}
@@ -212,7 +211,7 @@ def dynamic(record: Record, stack: Stack, rounds: int) -> None:
 
 
 def denoising(record: Record, rounds: int) -> None:
-    """A denoising step without k of L layers, whose time is to be 1 - k / L; embedding and head are small here."""
+    """Time a denoising step without k of L layers, expected to take 1 - k / L; embedding and head are small here."""
     config = LLaDAConfig(
         vocab_size=1024, d_model=576, n_heads=9, n_kv_heads=3, mlp_hidden_size=1536, n_layers=16, mask_token_id=1023
     )
@@ -233,26 +232,26 @@ def denoising(record: Record, rounds: int) -> None:
         measured, expected = timings[f"{k}"][0].decode_speedup, 1 - k / layers
         took = 1 / measured.median / expected
         rows.append([f"{k} of {layers}", expected, 1 / measured.median, took])
-        said = f"dllm-skip, {k} of {layers} layers: time of a step / (1 - k / L)"
-        record.check(said, "0.9 to 1.1", took, 0.9 <= took <= 1.1)
+        title = f"dllm-skip, {k} of {layers} layers: time of a step / (1 - k / L)"
+        record.check(title, "0.9 to 1.1", took, 0.9 <= took <= 1.1)
     title = f"A denoising step over {2 * PROMPT} tokens, random weights of SmolLM2's width"
-    record.table(title, ["layers skipped", "1 - k / L", "time by the whole model's", "ratio"], rows)
+    record.table(title, ["layers skipped", "1 - k / L", "time relative to the whole model", "ratio"], rows)
 
 
 def image_tokens(record: Record, rounds: int) -> None:
-    """A denoising step of a model that reads images, of whose tokens some are left, against the FLOPs of its layers."""
+    """Time a denoising step of a model that reads images, with some tokens dropped, against the FLOPs of its layers."""
     made, processor = shapes_vlm("llava_llada", 0, 64, **WIDTH)
     model = open_model(made)
     picture = np.zeros((64, 64, 3), dtype=np.uint8)
-    said = ({"role": "user", "content": f"{MARK} list the shapes."}, {"role": "assistant", "content": "circle"})
-    inputs = Processing(processor).prompts([Shown((picture,), said)])
+    messages = ({"role": "user", "content": f"{MARK} list the shapes."}, {"role": "assistant", "content": "circle"})
+    inputs = Processing(processor).prompts([ImageTextRow((picture,), messages)])
     stack, sampler = text_of(model), Sampler(length=32, steps=4 * rounds)
     image = int((inputs["input_ids"] == made.config.image_token_id).sum())
     lengths = RequestLengths(image, inputs["input_ids"].shape[1] - image, sampler.length)
     schedules = {
         "a half": VisualTokenSchedule.one_shot(-1, 0.0, 0.5),
         "a quarter": VisualTokenSchedule.one_shot(-1, 0.0, 0.25),
-        "withdrawn behind layer 3": VisualTokenSchedule.withdraw(3),
+        "dropped after layer 3": VisualTokenSchedule.withdraw(3),
     }
     whole = VisualTokenSchedule()
     views = {name: lamella.apply(model, plan_of(model, each, criterion="divprune")) for name, each in schedules.items()}
@@ -260,12 +259,12 @@ def image_tokens(record: Record, rounds: int) -> None:
     requests = {name: Denoising(each, sampler=sampler, **inputs) for name, each in models.items()}
     took: dict[str, list[float]] = {name: [] for name in requests}
     for _ in range(sampler.in_all):
-        for name, request in requests.items():  # in turn, so that a change of the machine's pace meets all of them
+        for name, request in requests.items():  # alternately, so that load changes affect all of them
             began = time.perf_counter()
             request.advance()
             took[name].append(time.perf_counter() - began)
-    times = {name: statistics.median(each[1:]) for name, each in took.items()}  # tokens are chosen in the first step
-    overhead(record, "dmllm-token-redundancy, no token left out", times["whole"] / times["idle"])
+    times = {name: statistics.median(each[1:]) for name, each in took.items()}  # tokens are selected in the first step
+    overhead(record, "dmllm-token-redundancy, no token dropped", times["whole"] / times["idle"])
     rows = []
     for name, schedule in schedules.items():
         flops = [
@@ -274,19 +273,23 @@ def image_tokens(record: Record, rounds: int) -> None:
         ideal, measured = flops[0] / flops[1], times[name] / times["whole"]
         ratio = measured / ideal
         rows.append([name, ideal, measured, ratio])
-        record.check(f"image tokens, {name}: time of a step by its FLOPs", "0.8 to 1.2", ratio, 0.8 <= ratio <= 1.2)
+        record.check(
+            f"image tokens, {name}: time of a step relative to its FLOPs", "0.8 to 1.2", ratio, 0.8 <= ratio <= 1.2
+        )
     title = f"A denoising step with {image} image tokens, random weights of SmolLM2's width"
-    record.table(title, ["image tokens", "FLOPs by the whole model's", "time by the whole model's", "ratio"], rows)
+    record.table(
+        title, ["image tokens", "FLOPs relative to the whole model", "time relative to the whole model", "ratio"], rows
+    )
 
 
 def prompts(
     record: Record, title: str, timed: dict[str, Any], shares: dict[str, float], prompt: Any, rounds: int
 ) -> None:
-    """The time of a prompt whose tokens run some work or none of it, by what its measured share allows.
+    """Compare the time of a prompt whose tokens skip some of the work with the time expected from the measured share.
 
     Args:
         timed: models by name: ``whole``, ``nothing skipped``, ``all skipped``, and those of ``shares``.
-        shares: how much of the work runs that ``all skipped`` has none of.
+        shares: the executed share of the work that ``all skipped`` skips.
     """
     timings = bench(timed, prompt=prompt, tokens=1, rounds=3 * rounds)
     took = {name: statistics.median(each[0].prefill) for name, each in timings.items()}
@@ -299,16 +302,16 @@ def prompts(
         check = f"{title}, {name}: prefill speed-up / ideal"
         record.check(check, "at least 0.85", measured.median / ideal, measured.median >= 0.85 * ideal)
     columns = ["", "work skipped", "ideal at that share", "prefill speed-up", "measured / ideal"]
-    said = f"a prompt of {prompt:,} tokens" if isinstance(prompt, int) else "a prompt with an image"
-    record.table(f"{title}: {said}, batch 1, random weights of SmolLM2's width", columns, rows)
+    description = f"a prompt of {prompt:,} tokens" if isinstance(prompt, int) else "a prompt with an image"
+    record.table(f"{title}: {description}, batch 1, random weights of SmolLM2's width", columns, rows)
 
 
 def tokens_that_pass(record: Record, rounds: int) -> None:
-    """A prompt with 256 image tokens, most of which pass by every second layer."""
+    """Time a prompt with 256 image tokens, most of which skip every second layer."""
     made, processor = shapes_vlm("llava", 0, 64, num_hidden_layers=12, **WIDTH)
     stack = open_model(made).stacks["text"]
     processing = Processing(processor)
-    reader = Reader(lambda: processing.tokenizer, processing_opener=lambda: processing)
+    reader = InputContext(lambda: processing.tokenizer, processing_opener=lambda: processing)
     rows = ImageText.open("shapes:colour", reader, rows=1, pixels=64)
     layers = list(range(1, len(stack), 2))
     model = ModelReference.of(stack)
@@ -320,7 +323,7 @@ def tokens_that_pass(record: Record, rounds: int) -> None:
         )
 
     def ran(view: Any) -> tuple[np.ndarray, np.ndarray]:
-        """The share of sublayers that each token ran in these layers [time], and p [time, layers]."""
+        """Return the share of sublayers that each token ran in these layers [time], and p [time, layers]."""
         trace = traced(view)
         view(**rows.prompts(rows[:1]))
         untraced(view)
@@ -335,7 +338,7 @@ def tokens_that_pass(record: Record, rounds: int) -> None:
 
 
 def experts(record: Record, rounds: int) -> None:
-    """A prompt of which tokens skip experts that weigh little, so long that experts bound its time."""
+    """Time a prompt with tokens that skip low-weight experts, long enough to be dominated by experts."""
     size = {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
     of_experts = {"moe_intermediate_size": 768, "num_experts": 16, "num_experts_per_tok": 4}
     stack = Stack(nano("qwen3_moe", num_hidden_layers=4, vocab_size=1024, **size, **of_experts))
@@ -346,10 +349,10 @@ def experts(record: Record, rounds: int) -> None:
         reference = PolicyReference(name="modes")
         return with_policy(stack, Plan(model=ModelReference.of(stack), policies={"text": reference}), policy)
 
-    length = 1024  # 64 tokens for each expert where three quarters are skipped; fewer do not fill a product of matrices
+    length = 1024  # 64 tokens per expert with three quarters skipped; fewer make matrix products inefficient
     tokens = random_tokens([stack.model], 1, length)
     whole = view(0.0)
-    whole.lamella_policy.heard = heard = []
+    whole.lamella_policy.recorded_scores = heard = []
     whole(input_ids=tokens, use_cache=False)
     scores = torch.cat([each for each, _ in heard]).flatten()
     some = {f"{skip:.0%} of the pairs": view(float(scores.quantile(skip))) for skip in (0.5, 0.75)}
@@ -363,18 +366,21 @@ def experts(record: Record, rounds: int) -> None:
 
 
 def exits(record: Record, rounds: int) -> None:
-    """A request to an encoder-decoder that reads an image and writes four words, left early at 40 % of its layers.
+    """Time a request to an encoder-decoder that reads an image and writes four words, with an exit at 40 % of layers.
 
-    What the layers that are left allow is the time of a model that has no others.
+    The reference is the time of a model that has only the remaining layers.
     """
     sizes = {f"{side}_{name}": each for side in ("encoder", "decoder")
              for name, each in (("ffn_dim", 1536), ("attention_heads", 9))}  # fmt: skip
     made, processor = shapes_vlm("patch_bart", 0, 64, d_model=576, **sizes)
     model, words = open_model(made), 4
     picture = np.zeros((64, 64, 3), dtype=np.uint8)
-    said = ({"role": "user", "content": f"{MARK} describe the picture."}, {"role": "assistant", "content": "circle"})
-    inputs = Processing(processor, encodes=True).prompts([Shown((picture,), said)])
-    left = {"nobody exits": (OFF, 1, 1), "behind layers 2 and 4": (-OFF, 2, 4), "behind layers 6 and 3": (-OFF, 6, 3)}
+    messages = (
+        {"role": "user", "content": f"{MARK} describe the picture."},
+        {"role": "assistant", "content": "circle"},
+    )
+    inputs = Processing(processor, encodes=True).prompts([ImageTextRow((picture,), messages)])
+    left = {"no token exits": (OFF, 1, 1), "after layers 2 and 4": (-OFF, 2, 4), "after layers 6 and 3": (-OFF, 6, 3)}
     views, shorter = {}, {}
     for name, (tau, e, j) in left.items():
         gone = [f"{side}.layers.{layer}" for side, at in (("encoder", e), ("decoder", j)) for layer in range(at, 6)]
@@ -390,7 +396,7 @@ def exits(record: Record, rounds: int) -> None:
             each.generate(**inputs, max_new_tokens=words, min_new_tokens=words, do_sample=False)
             took[name].append(time.perf_counter() - began)
     times = {name: statistics.median(each[1:]) for name, each in took.items()}
-    overhead(record, "mue, nobody exits", times["whole"] / times["nobody exits"])
+    overhead(record, "mue, no token exits", times["whole"] / times["no token exits"])
     image = int((inputs["input_ids"] == made.config.image_token_id).sum())
     tokens = {"image": torch.tensor([image]), "text": torch.tensor([inputs["input_ids"].shape[1] - image])}
     step, rows = torch.arange(words), []
@@ -399,13 +405,13 @@ def exits(record: Record, rounds: int) -> None:
             continue
         streams = dict.fromkeys(tokens, torch.tensor([e]))
         taken = Exits(streams, tokens, torch.full_like(step, j), 0 * step, step, torch.tensor([True]), 0.0, {})
-        flops = by_flops(taken, Work.of(model.stacks["encoder"], model.stacks["decoder"]))
+        flops = by_flops(taken, ExitCosts.of(model.stacks["encoder"], model.stacks["decoder"]))
         ideal, measured = (times["whole"] / times[each] for each in (f"{name}, cut", name))
         rows.append([name, f"{by_layers(taken, (6, 6)):.1%}", 1 / (1 - flops), ideal, measured, measured / ideal])
         said_so = f"mue, {name}: speed-up / ideal"
         record.check(said_so, "at least 0.85", measured / ideal, measured / ideal >= 0.85)
-    title = f"A request with {image} image tokens and {words} written words, random weights of SmolLM2's width"
-    columns = ["exits", "layers left out", "by FLOPs", "ideal: cut there", "speed-up", "measured / ideal"]
+    title = f"A request with {image} image tokens and {words} generated words, random weights of SmolLM2's width"
+    columns = ["exits", "layers skipped", "by FLOPs", "ideal: model cut there", "speed-up", "measured / ideal"]
     record.table(title, columns, rows)
 
 

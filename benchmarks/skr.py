@@ -1,11 +1,10 @@
-"""Iterations and seconds of SKR against SciPy's solvers, from a thousand unknowns to a hundred thousand.
+"""Iterations and seconds of SKR compared with SciPy's solvers, from a thousand to a hundred thousand unknowns.
 
-Darcy systems in two and three dimensions and Helmholtz systems in three, with an incomplete LU. Each system goes
-through all solvers in turn before the next one, in one process of one thread; processor time is counted, with the
-making of preconditioners and factors. The ratios are over the systems after the first, for which nothing could be
-recycled.
+Darcy systems in two and three dimensions and Helmholtz systems in three, with an incomplete LU. Each system is solved
+by all solvers before the next one, in one process with one thread; processor time is measured, including the
+construction of preconditioners and factors. The ratios exclude the first system, for which nothing can be recycled.
 
-    python benchmarks/skr.py            # about 15 minutes on 1 idle core; a stopped run goes on where it was
+    python benchmarks/skr.py            # about 15 minutes on 1 idle core; resumes after an interruption
     python benchmarks/skr.py --quick    # two small sizes
 """
 
@@ -26,7 +25,7 @@ from lamella.methods.skr import LinearSystems, arrange, preconditioners
 from lamella.methods.skr.families import darcy, helmholtz
 from lamella.methods.skr.gcrodr import Apply, Solve
 from lamella.methods.skr.method import Recycling
-from lamella.methods.skr.solvers import GMRES, Direct, Outer, Stateless, Symmetric, counting
+from lamella.methods.skr.solvers import GMRES, Direct, Outer, Stateless, Symmetric, count_products
 from lamella.methods.skr.systems import System
 from lamella.results import Record
 from lamella.search.journal import Memo
@@ -36,12 +35,12 @@ SETTINGS: dict[str, Any] = {"m": 40, "k": 20, "tol": 1e-8, "max_iterations": 10_
 
 
 class SciPyGMRES(Stateless):
-    """SciPy's restarted GMRES, which counts cycles and preconditions from the left."""
+    """SciPy's restarted GMRES, which counts cycles and uses left preconditioning."""
 
     def __call__(self, system: System, M: Apply | None) -> tuple[Solve, str]:
         from scipy.sparse.linalg import gmres
 
-        A, inverse, counted = counting(system, M)
+        A, inverse, counted = count_products(system, M)
         cycles = SETTINGS["max_iterations"] // SETTINGS["m"]
         x, _ = gmres(A, system.b, rtol=SETTINGS["tol"], atol=0.0, restart=SETTINGS["m"], maxiter=cycles, M=inverse)
         return counted.solve(x, system, SETTINGS["tol"]), "cold"
@@ -58,7 +57,7 @@ SOLVERS: dict[str, tuple[Callable[[], Any], str]] = {
     "GMRES(40), multigrid": (lambda: GMRES(**SETTINGS), "amg"),
     "sparse LU": (lambda: Direct(False, **SETTINGS), "none"),
 }
-POSITIVE = ("CG, incomplete Cholesky", "GMRES(40), multigrid")  # for positive definite matrices alone
+POSITIVE = ("CG, incomplete Cholesky", "GMRES(40), multigrid")  # only for positive definite matrices
 
 
 def sizes(quick: bool) -> dict[str, LinearSystems]:
@@ -75,7 +74,7 @@ def sizes(quick: bool) -> dict[str, LinearSystems]:
 
 
 def measured(systems: LinearSystems, title: str) -> dict[str, dict[str, list[float]]]:
-    """The figures of every solver, system by system in the sorted order; those that begin take turns."""
+    """Return the measurements of every solver, system by system in the sorted order, rotating the first solver."""
     own = [name for name in SOLVERS if not ("Helmholtz" in title and name in POSITIVE)]
     solvers = {name: SOLVERS[name][0]() for name in own}
     found: dict[str, dict[str, list[float]]] = {
@@ -95,7 +94,7 @@ def measured(systems: LinearSystems, title: str) -> dict[str, dict[str, list[flo
 
 
 def ratio(found: dict[str, dict[str, list[float]]], name: str, other: str) -> tuple[float, float, float]:
-    """Seconds of one solver over those of another: median, least, most of the systems after the first."""
+    """Return the time ratio of two solvers: median, minimum and maximum over the systems after the first."""
     pairs = zip(found[name]["seconds"][1:], found[other]["seconds"][1:], strict=True)
     values = sorted(ours / theirs for ours, theirs in pairs)
     return statistics.median(values), values[0], values[-1]
@@ -114,24 +113,24 @@ def report(record: Record, title: str, n: int, found: dict[str, dict[str, list[f
 
 
 def claims(record: Record, title: str, n: int, found: dict[str, dict[str, list[float]]]) -> None:
-    """Fixed before the first run: what the counts say everywhere, and where time can be claimed."""
+    """Add the claims, fixed before the first run: on iterations everywhere, and on time where possible."""
     worst = max(found["SKR"]["residual"])
     record.check(f"{title}: SKR's worst true residual", "at most 1.01e-08", worst, worst <= 1.01e-8)
     for other in ("GMRES(40), SciPy", "gcrotmk carried"):
         share = sum(found["SKR"]["iterations"][1:]) / sum(found[other]["iterations"][1:])
         record.check(f"{title}: iterations of SKR / {other}", "below 1", share, share < 1)
-    if n >= 10_000:  # below, the seconds are Python's
+    if n >= 10_000:  # below, Python's overhead dominates
         median, low, high = ratio(found, "SKR", "GMRES(40), SciPy")
-        said = f"{median:.2f} ({low:.2f} to {high:.2f})"
-        record.check(f"{title}: time of SKR / GMRES(40), SciPy", "below 1", said, median < 1)
+        message = f"{median:.2f} ({low:.2f} to {high:.2f})"
+        record.check(f"{title}: time of SKR / GMRES(40), SciPy", "below 1", message, median < 1)
     if title.startswith("2-D"):
         median, low, high = ratio(found, "sparse LU", "SKR")
-        said = f"{median:.2f} ({low:.2f} to {high:.2f})"
-        record.check(f"{title}: a direct solve is faster: sparse LU / SKR", "below 1", said, median < 1)
+        message = f"{median:.2f} ({low:.2f} to {high:.2f})"
+        record.check(f"{title}: a direct solve is faster: sparse LU / SKR", "below 1", message, median < 1)
     if title == "3-D 40x40x40":
         median, low, high = ratio(found, "SKR", "sparse LU")
-        said = f"{median:.2f} ({low:.2f} to {high:.2f})"
-        record.check(f"{title}: SKR is faster: SKR / sparse LU", "below 1", said, median < 1)
+        message = f"{median:.2f} ({low:.2f} to {high:.2f})"
+        record.check(f"{title}: SKR is faster: SKR / sparse LU", "below 1", message, median < 1)
 
 
 def main() -> int:
@@ -152,7 +151,7 @@ def main() -> int:
         claims(record, title, systems.n, found)
     file = f"skr{'-quick' if arguments.quick else ''}.json"
     verdict = record.finish(Path(__file__).parent / "results" / file)
-    shutil.rmtree(work, ignore_errors=True)  # a finished run measures anew next time
+    shutil.rmtree(work, ignore_errors=True)  # a finished run is not reused
     return verdict
 
 

@@ -1,8 +1,8 @@
-"""What experts of rank one cost: the sparse and the dense kernel against LoRA of the same rank, at SmolLM2's width.
+"""The cost of rank-one experts: the sparse and the dense kernel compared with LoRA, at SmolLM2's width.
 
-A Llama of six layers as wide as SmolLM2-135M, with random weights; beside every linear map 64 ranks, of which 8 run, or
-a LoRA of rank 64. Training, a long prompt, and a step of decoding, in turn, so that a change of the machine's pace
-meets all.
+A Llama of six layers as wide as SmolLM2-135M, with random weights; every linear layer has 64 ranks, of which 8 are
+active, or a LoRA of rank 64. Training, a long prompt, and a decoding step run alternately, so that load changes affect
+all of them.
 
     python benchmarks/smora.py            # about two minutes on one core
     python benchmarks/smora.py --quick    # two layers
@@ -43,7 +43,7 @@ def stack(layers: int) -> Stack:
 
 
 def views(plain: Stack) -> dict[str, Any]:
-    """The model with LoRA, and with the same experts under either kernel."""
+    """Return the model with LoRA, and with the same experts under either kernel."""
     found = {"no adapter": share(plain.model), LORA: share(plain.model)}
     add_lora(found[LORA], R, 16)
     for name, kernel in ((DENSE, "dense"), (SPARSE, "sparse")):
@@ -57,7 +57,7 @@ def views(plain: Stack) -> dict[str, Any]:
 
 @torch.no_grad()
 def difference(made: RankExperts) -> float:
-    """Of both kernels on one input; through a whole model, rounding would choose other ranks where scores are close."""
+    """Return the difference of the kernels on one input; in a whole model, rounding would change routing."""
     x = torch.randn(64, made.lora_A.shape[1], generator=torch.Generator().manual_seed(2))
     route = made.route(x)
     one, other = (kernel(x, made.lora_A, made.lora_B, route) for kernel in KERNELS.values())
@@ -65,7 +65,7 @@ def difference(made: RankExperts) -> float:
 
 
 def trained(view: Any, ids: Tensor) -> None:
-    """One forward and one backward pass."""
+    """Run one forward and one backward pass."""
     view.train()
     with torch.enable_grad():
         loss = view(ids, labels=ids).loss
@@ -80,7 +80,7 @@ def read(view: Any, ids: Tensor) -> None:
 
 
 def rounds(all_views: dict[str, Any], work: Callable[[Any], None], count: int) -> dict[str, list[float]]:
-    """Seconds of each view in each round; the first round warms up."""
+    """Return the seconds of each view in each round; the first round is a warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in all_views}
     for number in range(count + 1):
         for name, view in all_views.items():
@@ -96,28 +96,28 @@ def compare(record: Record, layers: int, count: int) -> None:
     found = views(plain)
     ids = torch.randint(VOCABULARY, (4, 128), generator=torch.Generator().manual_seed(record.seed))
     apart = max(map(difference, (each for each in found[DENSE].modules() if isinstance(each, RankExperts))))
-    record.check("both kernels beside each map", "the same within 1e-5", f"{apart:.1e}", apart <= 1e-5)
+    record.check("both kernels of each linear layer", "the same within 1e-5", f"{apart:.1e}", apart <= 1e-5)
     for parameter in plain.model.parameters():
         parameter.requires_grad_(False)
     for name in (LORA, DENSE, SPARSE):
         for each, parameter in found[name].named_parameters():
             parameter.requires_grad_(trains(each))
-    told: list[tuple[str, Callable[[Any], None], int]] = [
+    workloads: list[tuple[str, Callable[[Any], None], int]] = [
         ("training, 4 x 128 tokens", partial(trained, ids=ids), count),
         ("reading 512 tokens", partial(read, ids=ids.flatten()[None]), count),
         ("one token", partial(read, ids=ids[:1, :1]), 5 * count),
     ]
     rows, ratios = [], {}
-    for what, work, times in told:
+    for what, work, times in workloads:
         seconds = rounds(found, work, times)
         for name in found:
             ratio = Ratio.of([a / b for a, b in zip(seconds[name], seconds[LORA], strict=True)])
             ratios[what, name] = ratio
             rows.append([what, name, ratio.median, ratio.low, ratio.high])
-    record.table(f"{layers} layers, rank {R}: time in that of LoRA, {count} interleaved rounds",
-                 ["", "beside each map", "ratio, median", "lower quartile", "upper quartile"], rows)  # fmt: skip
-    step = ratios[told[0][0], DENSE]
-    record.check("a training step of the dense kernel in LoRA's", "at most 1.8", str(step), step.median <= 1.8)
+    record.table(f"{layers} layers, rank {R}: time relative to LoRA, {count} interleaved rounds",
+                 ["", "per linear layer", "ratio, median", "lower quartile", "upper quartile"], rows)  # fmt: skip
+    step = ratios[workloads[0][0], DENSE]
+    record.check("training step of the dense kernel relative to LoRA's", "at most 1.8", str(step), step.median <= 1.8)
 
 
 def main() -> int:

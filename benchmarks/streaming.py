@@ -1,18 +1,18 @@
-"""Streaming: what a pass over a data set needs of memory as the data set grows from 5,000 images to 100,000.
+"""Streaming: the memory of a pass over a data set, as the data set grows from 5,000 images to 100,000.
 
-Each pass is a process of its own that opens the data set as a command does and goes over all of it in batches:
+Each pass is a separate process that opens the data set as a command does and iterates over it in batches:
 
     class folders        a folder with a folder of images for each class
     metadata.jsonl       a folder of images with captions
     images with text     rows of a .jsonl file, through the processor of a small LLaVA
     laptop-diff          training data of a small Stable Diffusion: latents and text embeddings are computed, written to
                          memory-mapped files, hashed as training hashes them, and read in a shuffled order
-    refacade             clips of four frames, each with a mask and a plain twin: latents as above. 20,000 clips stand
-                         for the large data set, 1,000 for the small one: 180,000 and 9,000 images, of which the latents
-                         of more clips would need too much of the disk
+    refacade             clips of four frames, each with a mask and a plain counterpart: latents as above. The large
+                         data set has 20,000 clips, the small one 1,000: 180,000 and 9,000 images; the latents of more
+                         clips would need too much disk space
 
-Images have 64 x 64 pixels. There are 2,000 different ones, to which entries of a data set are hard links or rows of a
-file; each entry is decoded by itself. Needs Pillow, diffusers and torchvision (extra `vision`).
+Images have 64 x 64 pixels. There are 2,000 different ones; the entries of a data set are hard links to them or rows of
+a file, and each entry is decoded separately. Needs Pillow, diffusers and torchvision (extra `vision`).
 
     python benchmarks/streaming.py            # about a quarter of an hour, and 4 GB of disk
     python benchmarks/streaming.py --quick    # a tenth of the sizes
@@ -39,48 +39,48 @@ from lamella.results import Record
 
 SIDE, DIFFERENT, CLASSES, FRAMES, BATCH = 64, 2000, 10, 4, 64
 LIMIT = 200  # MB
-OTHERS = 5  # one image in so many of a folder is kept for testing
+OTHERS = 5  # one image in this many of a folder is kept for testing
 
 # Passes, each in a process of its own
 
 
 def captioned(folder: Path, count: int) -> int:
-    from lamella.data import Pictures, Reader, batches
+    from lamella.data import CaptionedImages, InputContext, batches
 
-    found = Pictures.open(folder, Reader(), count=count)
+    found = CaptionedImages.open(folder, InputContext(), count=count)
     return sum(each.picture.shape[0] == SIDE for batch in batches(found.items, BATCH) for each in batch)
 
 
 def with_text(folder: Path, count: int) -> int:
-    from lamella.data import ImageText, Processing, Reader
+    from lamella.data import ImageText, InputContext, Processing
     from lamella.zoo.vlm import shapes_vlm
 
     processing = Processing(shapes_vlm("llava", num_hidden_layers=2)[1])
-    reader = Reader(lambda: processing.tokenizer, 0, "whole", lambda: processing)
+    reader = InputContext(lambda: processing.tokenizer, 0, "whole", lambda: processing)
     found = ImageText.open(folder / "rows.jsonl", reader, rows=count)
     return sum(len(batch["pixel_values"]) for batch in found.batches(BATCH))
 
 
 def diffusion(folder: Path, count: int) -> int:
-    from lamella.data import Pictures, Reader
+    from lamella.data import CaptionedImages, InputContext
     from lamella.files import Work
     from lamella.methods.laptop_diff import Denoiser, encode_samples
 
-    pictures = Pictures.open(folder, Reader(), count=count)
+    pictures = CaptionedImages.open(folder, InputContext(), count=count)
     return trained_on(encode_samples(Denoiser(pipeline(), "small"), pictures, Work(folder.parent / "work")))
 
 
 def clips(folder: Path, count: int) -> int:
-    from lamella.data import Reader
+    from lamella.data import InputContext
     from lamella.files import Work
     from lamella.methods.refacade import Base, Objects, removal_samples
 
-    base, objects = Base.open("untrained"), Objects.open(folder, Reader(), count=count, frames=FRAMES)
+    base, objects = Base.open("untrained"), Objects.open(folder, InputContext(), count=count, frames=FRAMES)
     return trained_on(removal_samples(base, objects.fitted(base), Work(folder.parent / "work"), objects.describe()))
 
 
 def trained_on(samples: Any) -> int:
-    """What training does with samples: they are hashed, and read in a shuffled order."""
+    """Use samples as training does: hash them, and read them in a shuffled order."""
     from torch.utils.data import DataLoader
 
     from lamella.train.runs import samples_digest
@@ -92,7 +92,7 @@ def trained_on(samples: Any) -> int:
 
 
 def pipeline() -> Any:
-    """Stable Diffusion's parts with random weights: latents of 16 x 16, and embeddings of 16 tokens."""
+    """Return Stable Diffusion's parts with random weights: latents of 16 x 16, and embeddings of 16 tokens."""
     import diffusers
     import transformers
 
@@ -127,7 +127,7 @@ def pipeline() -> Any:
 
 
 def distinct(folder: Path) -> list[Path]:
-    """The different images."""
+    """Write the distinct images."""
     folder.mkdir()
     files = []
     for number in range(DIFFERENT):
@@ -165,7 +165,7 @@ def written(folder: Path, files: list[Path], name: str, rows: Iterable[dict[str,
 
 
 def with_test(count: int) -> int:
-    """So many images that ``count`` of them are not for testing."""
+    """Return the number of images of which ``count`` are not for testing."""
     return -(-count * OTHERS // (OTHERS - 1))
 
 
@@ -196,7 +196,7 @@ PASSES: dict[str, tuple[Pass, Callable[[Path, list[Path], int], None], tuple[int
 
 
 def child(name: str, folder: Path, count: int) -> None:
-    """One pass; its peak memory in MB and its seconds."""
+    """Run one pass, and return its peak memory in MB and its seconds."""
     began = time.perf_counter()
     items = PASSES[name][0](folder, count)
     assert items == count, f"{items} of {count} items"
@@ -225,7 +225,7 @@ def main() -> int:
         child(given.child[0], Path(given.child[1]), int(given.child[2]))
         return 0
     record = Record(
-        "streaming", f"{DIFFERENT} different JPEG images of {SIDE} x {SIDE} pixels, linked or named often", 0
+        "streaming", f"{DIFFERENT} different JPEG images of {SIDE} x {SIDE} pixels, linked or named repeatedly", 0
     )
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -237,7 +237,9 @@ def main() -> int:
     columns = ["data set", "items", "items, large", "peak MB", "peak MB, large", "difference", "seconds, large"]
     record.table("Peak memory of a pass over a data set", columns, rows)
     for name, *_, difference, _ in rows:
-        record.check(f"{name}: memory that the larger data set adds", f"< {LIMIT} MB", difference, difference < LIMIT)
+        record.check(
+            f"{name}: additional memory for the larger data set", f"< {LIMIT} MB", difference, difference < LIMIT
+        )
     return record.finish(Path(__file__).parent / "results" / f"streaming{'-quick' if given.quick else ''}.json")
 
 

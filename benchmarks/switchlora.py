@@ -1,8 +1,8 @@
-"""What exchanging vectors costs: a training step of SwitchLoRA in that of LoRA, and the bytes of its optimizer.
+"""The cost of exchanging vectors: SwitchLoRA's training step relative to LoRA's, and the bytes of its optimizer.
 
 A Llama of six layers as wide as SmolLM2-135M, with random weights and adapters of a quarter of its width. Both train
-through the house's loop in turn, a few steps at a time, at the beginning of SwitchLoRA's schedule, where most vectors
-are exchanged.
+with Lamella's loop alternately, a few steps at a time, at the start of SwitchLoRA's schedule, where most vectors are
+exchanged.
 
     python benchmarks/switchlora.py            # about four minutes on one core
     python benchmarks/switchlora.py --quick    # two layers
@@ -22,36 +22,36 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lamella.evaluate import Ratio
-from lamella.methods.switchlora import Frequency, Switching, by_vectors
+from lamella.methods.switchlora import ExchangeFrequency, SwitchHook, per_vector
 from lamella.results import Record
 from lamella.stack import Stack, share
-from lamella.train import Hook, Lora, Sample, Task, TrainConfig, Training, add_lora, blocks, fit, own, response_loss
+from lamella.train import Hook, Lora, Sample, Task, TrainConfig, TrainingRun, add_lora, blocks, fit, own, response_loss
 
 R, VOCABULARY = 144, 4096
-STEPS, WARM = 6, 2  # of one turn, and of them those that are not timed
-LONG = 10_000  # steps of the schedule, of which the first are run
+STEPS, WARM = 6, 2  # steps of one turn, and untimed steps among them
+LONG = 10_000  # steps of the schedule, of which only the first are run
 COSTLIEST = 1.25
 REST = 0.05
 
 
 class Watch(Hook):
-    """Notes when steps end, and how many bytes the optimizer keeps."""
+    """Records the times of steps, and the size of the optimizer state in bytes."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
         self.bytes = 0
 
-    def after_step(self, run: Training) -> None:
+    def after_step(self, run: TrainingRun) -> None:
         self.ends.append(time.perf_counter())
 
-    def end(self, run: Training) -> None:
+    def end(self, run: TrainingRun) -> None:
         self.bytes = sum(
             each.nbytes for state in run.optimizer.state.values() for each in state.values() if torch.is_tensor(each)
         )
 
     @property
     def seconds(self) -> float:
-        """Of a step, the median."""
+        """Return the median time of a step."""
         return statistics.median(after - before for before, after in pairwise(self.ends[WARM - 1 :]))
 
 
@@ -63,14 +63,14 @@ def adapted(plain: Stack, exchanged: bool) -> tuple[Any, Lora]:
 
 
 def turn(plain: Stack, samples: list[Sample], exchanged: bool, steps: int) -> tuple[Watch, Lora]:
-    """A few steps from the beginning."""
+    """Run a few steps from the beginning."""
     view, lora = adapted(plain, exchanged)
     watch = Watch()
     hooks: list[Hook] = [watch]
     if exchanged:
-        hooks.insert(0, Switching(lora, Frequency(), LONG, 0))
+        hooks.insert(0, SwitchHook(lora, ExchangeFrequency(), LONG, 0))
     config = TrainConfig(steps=steps, lr=1e-3, schedule="constant", batch=4, save_every=LONG, log_every=LONG)
-    more: dict[str, Any] = {"optimizer": by_vectors(REST)} if exchanged else {}
+    more: dict[str, Any] = {"optimizer": per_vector(REST)} if exchanged else {}
     with tempfile.TemporaryDirectory() as work:
         fit(view, samples, Task(response_loss), config, out=work, trainable=lora.trains, hooks=hooks, **more)
     return watch, lora
@@ -93,18 +93,18 @@ def compare(record: Record, layers: int, rounds: int) -> None:
     record.table(f"A step of 4 x 128 tokens, {layers} layers, rank {R}; seconds in each round",
                  ["LoRA", "SwitchLoRA", "ratio"], rows)  # fmt: skip
     ratio = Ratio.of(ratios)
-    held = True if ratio.high <= COSTLIEST else False if ratio.low > COSTLIEST else None  # between: it is undecided
-    record.check("a step of SwitchLoRA in LoRA's", f"at most {COSTLIEST}", str(ratio), held)
+    held = True if ratio.high <= COSTLIEST else False if ratio.low > COSTLIEST else None  # otherwise undecided
+    record.check("a step of SwitchLoRA relative to LoRA's", f"at most {COSTLIEST}", str(ratio), held)
 
-    # Two moments of each number, and a count of steps for each vector, all in four bytes.
+    # Two moments of each parameter, and a step count of each vector, all in four bytes.
     shapes = [lora.view.get_submodule(name).get_base_layer().weight.shape for name in lora.modules]
     expected = sum(4 * (2 * R * (m + n) + 2 * R) for m, n in shapes)
     whole = sum(each.numel() for name, each in plain.model.named_parameters() if name.startswith("model.layers.")
                 and each.ndim == 2)  # fmt: skip
-    record.table("Bytes that the optimizer keeps for the linear maps", ["", "bytes"],
+    record.table("Bytes of the optimizer state of the linear layers", ["", "bytes"],
                  [["SwitchLoRA", ours.bytes], ["by the formula, 4 (2 r (m + n) + 2 r) for each", expected],
                   ["AdamW of all their weights", 8 * whole]])  # fmt: skip
-    record.check("bytes of the optimizer", f"{expected}", str(ours.bytes), ours.bytes == expected)
+    record.check("bytes of the optimizer state", f"{expected}", str(ours.bytes), ours.bytes == expected)
 
 
 def main() -> int:

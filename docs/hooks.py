@@ -4,7 +4,7 @@ A page asks with a comment that stands alone on its line:
 
     <!-- results: finercut -->     reproductions/results/finercut.json
     <!-- benchmark: planner -->    benchmarks/results/planner.json
-    <!-- picture: cstrl-retention -->  docs/assets/cstrl-retention.svg, as soon as a reproduction has drawn it
+    <!-- figure: cstrl-retention -->  docs/assets/cstrl-retention.svg, as soon as a reproduction has drawn it
     <!-- methods -->               the registry, with what the reproductions found
     <!-- which -->                 methods by what they are for, and what each needs and leaves
     <!-- raced -->                 all methods on one model, at one target
@@ -28,8 +28,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 
 from lamella.plan import SiteModule
-from lamella.plan.parts import defined
-from lamella.registry import Method, all_commands, room
+from lamella.plan.parts import parts_in
+from lamella.registry import Method, all_commands, submodule
 from lamella.registry import commands as commands_of
 from lamella.results import Adapted, Edit
 from lamella.results.record import VERDICTS
@@ -95,7 +95,7 @@ def benchmark(name: str) -> str:
     return render(ROOT / "benchmarks" / "results" / f"{name}.json", command=f"python benchmarks/{name}.py")
 
 
-def picture(name: str) -> str:
+def figure(name: str) -> str:
     """What a reproduction has drawn, called by its own title; nothing before it has."""
     path = ROOT / "docs" / "assets" / f"{name}.svg"
     if not path.exists():
@@ -182,7 +182,7 @@ def which_table() -> str:
 def _needed(each: Any) -> str:
     """The type of data behind an input; nothing for models and plans."""
     kind = kind_of(each)
-    return f"`{kind.__name__}`" if hasattr(kind, "told") else ""
+    return f"`{kind.__name__}`" if hasattr(kind, "source_help") else ""
 
 
 def _training(first: Method, recipes: Sequence[Method]) -> str:
@@ -201,7 +201,7 @@ def _export(known: Method) -> str:
     if issubclass(kind, Adapted):
         return "an adapter, as a plan; native, with the model"
     if issubclass(kind, Edit):
-        return "a model; native" if defined(room(known.slug, "modules"), SiteModule) else "a model; plain"
+        return "a model; native" if parts_in(submodule(known.slug, "modules"), SiteModule) else "a model; plain"
     said = (inspect.getdoc(kind) or "").splitlines()[0].rstrip(".")
     return said[:1].lower() + said[1:]
 
@@ -306,8 +306,8 @@ def input_examples() -> str:
     for kind in sorted(kinds, key=lambda each: each.__name__):
         example = kind.example
         lines = (example.content or "").splitlines()
-        shown = [f"{example.given}:" if lines else example.given, *lines[:SHOWN], *(["..."] if lines[SHOWN:] else [])]
-        parts.append(f"**{kind.__name__}** ({', '.join(f'`{slug}`' for slug in kinds[kind])}): {kind.told}.")
+        shown = [f"{example.source}:" if lines else example.source, *lines[:SHOWN], *(["..."] if lines[SHOWN:] else [])]
+        parts.append(f"**{kind.__name__}** ({', '.join(f'`{slug}`' for slug in kinds[kind])}): {kind.source_help}.")
         parts.append("\n".join(["```text", *shown, "```"]))
     return "\n\n".join(parts)
 
@@ -347,7 +347,7 @@ def _cell(value: Any) -> str:
 FILLERS: dict[str, Callable[..., str]] = {
     "results": reproduction,
     "benchmark": benchmark,
-    "picture": picture,
+    "figure": figure,
     "methods": method_table,
     "which": which_table,
     "raced": raced,

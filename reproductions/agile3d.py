@@ -224,7 +224,7 @@ def ablated(size: Size, seed: int, part: str) -> dict[str, list[Curve]]:
     model.decoder.place = Nowhere() if part == PLACES else model.decoder.place
     target, other = INSTEAD.get(part, ("recipe.simulate_rounds", lambda *arguments: None))
     with patch(f"lamella.methods.agile3d.{target}", other) if part in INSTEAD else patch.dict({}):
-        train_segmenter(model, made(rooms, "train", size.rooms), config(size.short, seed), PRACTICE, Work().place())
+        train_segmenter(model, made(rooms, "train", size.rooms), config(size.short, seed), PRACTICE, Work().directory())
         return {part: curves(model.eval(), tests(model, size, seed), seed)}
 
 
@@ -243,7 +243,7 @@ def judged_images(size: Size, seed: int, level: int | None) -> dict[str, list[Cu
     weights = pull(NETWORK) / "model.safetensors"
     encoder = ImageEncoder(ZOO[NETWORK].architecture, 48, weights=weights, frozen=True, levels=levels)
     model = ClickSegmenter(encoder, ClickDecoder(2, 48, 4, 128, background=6))
-    train_segmenter(model, made(collages, "train", size.rooms), config(size.brief, seed), PRACTICE, Work().place())
+    train_segmenter(model, made(collages, "train", size.rooms), config(size.brief, seed), PRACTICE, Work().directory())
     return {named(level): curves(model.eval(), tests(model, size, seed, collages), seed)}
 
 

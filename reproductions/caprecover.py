@@ -34,7 +34,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 import lamella
-from lamella.data import Captioned, Lazy, Pictures, Reader, load_text, windows
+from lamella.data import Captioned, CaptionedImages, InputContext, Lazy, load_text, windows
 from lamella.evaluate.texts import TextScores
 from lamella.files import Work
 from lamella.methods.caprecover import (
@@ -62,7 +62,7 @@ from lamella.methods.caprecover.digits import CUTS, prepare
 from lamella.methods.caprecover.tokens import RidgeRegression
 from lamella.results.record import together
 from lamella.stack import Stack
-from lamella.train import TrainConfig, class_nats, fit, supervised
+from lamella.train import TrainConfig, class_cross_entropy, fit, supervised
 from lamella.zoo import nano, open_tokenizer
 from lamella.zoo.worlds import COLOURS, SHAPES, render, scenes
 
@@ -80,7 +80,7 @@ def split_digits() -> list[list[Captioned]]:
     every = [
         each
         for part in ("calibration", "test")
-        for each in Pictures.open("digits", Reader(split=part), count=2000).items  # type: ignore[arg-type]
+        for each in CaptionedImages.open("digits", InputContext(split=part), count=2000).items  # type: ignore[arg-type]
     ]
     order = np.random.default_rng(0).permutation(len(every)).tolist()
     return [
@@ -94,7 +94,7 @@ def victim_of_digits(images: Sequence[Captioned], seed: int, steps: int, out: Pa
     model = FourStages()
     rows = [{"x": x, "y": torch.tensor(each.label)} for x, each in zip(prepare(images), images, strict=True)]
     config = TrainConfig(steps=steps, lr=2e-3, batch=64, schedule="cosine", warmup=0.1, save_every=steps, seed=seed)
-    fit(model, rows, supervised(class_nats), config, out=out, trainable=lambda name: True)
+    fit(model, rows, supervised(class_cross_entropy), config, out=out, trainable=lambda name: True)
     return model.eval().requires_grad_(False)
 
 

@@ -101,7 +101,7 @@ class Size:
     def runner(self, stack: Stack, schedule: Any, **options: Any) -> ContinualPretrainer:
         every = max(self.steps // 25, 1)
         config = replace(TRAINING, batch=BATCH, seed=self.seed, eval_every=every)
-        config = replace(config, schedule=schedule) if isinstance(schedule, str) else config.following(schedule)
+        config = replace(config, schedule=schedule) if isinstance(schedule, str) else config.with_schedule(schedule)
         return ContinualPretrainer(stack, out=scratch("cpt"), config=config, **options)
 
 

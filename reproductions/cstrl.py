@@ -385,7 +385,7 @@ def forgetting(
                if arm in ("frozen encoder", "gradual unfreezing", "EWC as published, decayed")
                or arm.endswith(", constant")}  # fmt: skip
     across, up = "rise of the loss of gap sentences, nats", "ROUGE-1 of impressions"
-    run.picture("cstrl-retention", Scatter(across, up, points, joined=True))
+    run.figure("cstrl-retention", Scatter(across, up, points, joined=True))
     run.table("Retention and gain, means over seeds", ["", "increase of the gap-sentence loss", "ROUGE-1"],
               [[f"{kind}, {lam:g}", *point] for kind, known in tried.items()
                for lam, point in zip((0.0, *known), points[kind], strict=True)])  # fmt: skip

@@ -258,7 +258,7 @@ def curves(run: Run, found: dict[str, list[dict[str, Any]]], able: set[str]) -> 
         "Similarity of a layer's input and output, and the loss increase without it (nats per token)", columns, rows
     )
     lines = {kind: mean(arms, "sim") for kind, arms in found.items()}
-    run.picture("dllm-skip-similarity", Lines("layer", "similarity of input and output", lines))
+    run.figure("dllm-skip-similarity", Lines("layer", "similarity of input and output", lines))
     rows = [
         [kind, mean(arms, "base"), mean(arms, "passing"), mean(arms, "spearman"), fmean(mean(arms, "recency"))]
         for kind, arms in found.items()

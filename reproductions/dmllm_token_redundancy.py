@@ -27,7 +27,7 @@ from harness.dmllm import CACHES, KINDS, LENGTHS, PROVENANCES, Provenance, promp
 from harness.measured import Measured
 from torch import Tensor
 
-from lamella.data import Processing, Shown
+from lamella.data import ImageTextRow, Processing
 from lamella.methods.dmllm_token_redundancy import (
     LayerWidths,
     RequestLengths,
@@ -65,7 +65,7 @@ def model_of(run: Run, provenance: Provenance) -> Model:
 opened = cache(trained)
 
 
-def test_rows(run: Run, task: str) -> list[Shown]:
+def test_rows(run: Run, task: str) -> list[ImageTextRow]:
     return shown(task, 2 if run.quick else 120, "test", 900 + run.seed)
 
 
@@ -101,7 +101,7 @@ def exactness(run: Run) -> None:
     run.exact("two requests in turn, against one after the other", "equal", "equal" if again else "not equal", again)
 
 
-def processor_inputs(processor: Any, rows: Sequence[Shown]) -> dict[str, Tensor]:
+def processor_inputs(processor: Any, rows: Sequence[ImageTextRow]) -> dict[str, Tensor]:
     return Processing(processor).prompts(rows)
 
 
@@ -111,7 +111,7 @@ def logits(model: Any, batch: Mapping[str, Tensor], sampler: Sampler) -> Tensor:
     request.advance()
     assert request.logits is not None
     found = request.logits.clone()
-    found[..., request.unsaid] = 0
+    found[..., request.forbidden_tokens] = 0
     return found
 
 
@@ -381,7 +381,7 @@ def tables(run: Run, found: Mapping[Any, Any]) -> None:
     fewer = [each for timed in listed.values() for each in timed.values() if "fewer" in each]
     points["fewer steps, either"] = [(each["fewer flops"], fmean(each["fewer"])) for each in fewer]
     drawn = Scatter("FLOPs, of the whole model's", "objects named in a list, share", points)
-    run.picture("dmllm-token-redundancy-schedules", drawn)
+    run.figure("dmllm-token-redundancy-schedules", drawn)
     rows = [
         [*key, *parts["probe"]["restored"], parts["probe"]["kl"][0], parts["probe"]["kl"][-1]]
         for key, parts in found.items()

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy
 
 import lamella
-from lamella.data import ImageText, Processing, Shown
+from lamella.data import ImageText, ImageTextRow, Processing
 from lamella.evaluate import answered
 from lamella.methods.hires_llava import (
     CUTS,
@@ -259,9 +259,9 @@ def processor_of(tokenizer: Any) -> Any:
     )
 
 
-def shown(image: np.ndarray, name: str) -> Shown:
+def shown(image: np.ndarray, name: str) -> ImageTextRow:
     turns = ({"role": "user", "content": "<image>\nwhat is in the picture?"}, {"role": "assistant", "content": name})
-    return Shown((image,), turns)
+    return ImageTextRow((image,), turns)
 
 
 # The arms

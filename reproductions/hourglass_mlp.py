@@ -175,7 +175,7 @@ def scenes(run: Run) -> None:
             for each, found in scores.items():
                 lines.setdefault(each.split()[0], []).append((parameters(made[each])[0] / 1000, fmean(found)))
             drawn = Scatter("parameters, thousands", "PSNR on test rows, dB", lines, joined=True)
-            run.picture("hourglass-frontier", drawn)
+            run.figure("hourglass-frontier", drawn)
 
 
 def lifts(run: Run) -> None:

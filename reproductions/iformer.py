@@ -27,7 +27,7 @@ from harness.measured import Measured
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lamella.data import Reader
+from lamella.data import InputContext
 from lamella.files import Finished, Work
 from lamella.methods.iformer import (
     BASE,
@@ -59,7 +59,7 @@ from lamella.methods.iformer.method import costs
 from lamella.methods.iformer.recipe import Distilled, rows
 from lamella.methods.iformer.textures import CLASSES, SIDE
 from lamella.results import Record
-from lamella.train import TrainConfig, class_nats, fit, supervised
+from lamella.train import TrainConfig, class_cross_entropy, fit, supervised
 
 PUBLISHED = {"S": (SMALL, 19_866_344), "B": (BASE, 47_866_216), "L": (LARGE, 86_637_096)}
 NANO = StageShape(depths=(2, 2), widths=(48, 96), head_dim=16, attention=(1, 1, 4, 4))
@@ -196,7 +196,7 @@ def parameters(shape: StageShape) -> int:
 
 def learnt(name: str, seed: int, size: Size, out: Path) -> dict[str, Any]:
     """A network trained on faint textures: what it names of test pictures, its size, the spectra of its branches."""
-    images = Album.open("faint-textures", Reader(), count=size.pictures)
+    images = Album.open("faint-textures", InputContext(), count=size.pictures)
     shape = sized((NETWORKS | BESIDE)[name], parameters(NANO))
     config = replace(LEARNING, steps=size.steps, lr=2e-3, seed=seed, save_every=size.steps)
     done: IFormerClassifier = train(images, shape=shape, size=SIDE, config=config, work=Work(out))
@@ -270,10 +270,10 @@ def branches(found: Sequence[Sequence[dict[str, Any]]], run: Record) -> None:
 
 def seeing(seed: int, size: Size, folder: Path) -> dict[str, Any]:
     """A vision transformer of six layers and four heads, trained and kept in a folder: what it names, its spectra."""
-    images = Album.open("textures", Reader(), count=size.pictures)
+    images = Album.open("textures", InputContext(), count=size.pictures)
     vision = blank(seed)
     config = replace(LEARNING, steps=size.see, lr=5e-4, seed=seed, save_every=size.see)
-    fit(vision.model, rows(vision, images.items), supervised(class_nats), config, out=folder / "run",
+    fit(vision.model, rows(vision, images.items), supervised(class_cross_entropy), config, out=folder / "run",
         trainable=lambda name: True)  # fmt: skip
     vision.model.eval()
     save_file({name: each.contiguous() for name, each in vision.model.state_dict().items()}, folder / "vit.safetensors")
@@ -293,7 +293,7 @@ def blank(seed: int) -> Vision:
 
 def operated(way: str, share: float, seed: int, size: Size, folder: Path, out: Path) -> dict[str, Any]:
     """A vision transformer of which a share of the heads goes, before and after healing: percent that it names."""
-    images = Album.open("textures", Reader(), count=size.pictures)
+    images = Album.open("textures", InputContext(), count=size.pictures)
     chosen, test = images.items[: size.calibration], images.part("test").items
     vision = blank(seed)
     vision.model.load_state_dict(load_file(folder / "vit.safetensors"))

@@ -42,7 +42,7 @@ from lamella.methods.irepair import TRAINING as REPAIRING
 from lamella.results import Record
 from lamella.runtime import apply
 from lamella.stack import Stack
-from lamella.train import Hook, Sample, TrainConfig, Training, blocks, collate, mean_loss, pairs, response_loss
+from lamella.train import Hook, Sample, TrainConfig, TrainingRun, blocks, collate, mean_loss, pairs, response_loss
 from lamella.zoo import chat_inputs, open_stack, open_tokenizer
 from lamella.zoo.cache import build_once
 
@@ -275,7 +275,7 @@ def repaired(model: Spoilt, given: dict[str, Any], scale: Scale, seed: int) -> d
     before = {name: each.clone() for name, each in model.stack.model.named_parameters()}
 
     class Judging(Hook):
-        def evaluated(self, now: Training) -> None:
+        def evaluated(self, now: TrainingRun) -> None:
             nonlocal validations
             if validations % scale.every == 0:
                 error = model.error_rate(now.model, model.test)

@@ -40,7 +40,7 @@ from harness import Run, main
 from harness.measured import Measured
 from harness.vlm import loss as vlm_loss
 from harness.vlm import opened_vlm, questions, reading, rows_of, trained_vlm, turns
-from harness.vlm import told as told_in_words
+from harness.vlm import text_rows as told_in_words
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
@@ -48,7 +48,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import lamella
-from lamella.data import MARK, ImageText, Processing, Reader, Shown
+from lamella.data import MARK, ImageText, ImageTextRow, InputContext, Processing
 from lamella.evaluate import answered
 from lamella.evaluate.scored import read_inputs
 from lamella.methods.kore import (
@@ -75,7 +75,7 @@ from lamella.methods.kore.glyphs import (
 from lamella.methods.kore.method import add_adapters, split_weights
 from lamella.methods.kore.projector import projector_of, two_rates
 from lamella.report.figures import Scatter
-from lamella.results import Illustrated
+from lamella.results import ImageCorpus
 from lamella.stack import Stack, share
 from lamella.train import (
     Feed,
@@ -84,7 +84,7 @@ from lamella.train import (
     Sample,
     Task,
     TrainConfig,
-    Training,
+    TrainingRun,
     add_lora,
     blocks,
     fit,
@@ -269,7 +269,7 @@ LOOKED = 7  # every seventh sentence is looked at: of all eight ways
 class Until(Hook):
     """Ends a run when the loss on what it learns is low enough."""
 
-    def done(self, run: Training) -> bool:
+    def done(self, run: TrainingRun) -> bool:
         return bool(run.log.held_out) and run.log.held_out[-1].loss <= GOAL
 
 
@@ -483,7 +483,7 @@ def knowing(before: Path, steps: int, folder: Path) -> dict[str, Any]:
     return {"steps": steps, "loss": log.train[-1].loss}
 
 
-def others_told(count: int) -> list[Shown]:
+def others_told(count: int) -> list[ImageTextRow]:
     """Rows about glyphs that it is to know, in all the ways in which glyphs are asked about."""
     drawn = np.random.default_rng(10_000)
     others, rows = glyphs(OTHERS, 10_000, FAMILIAR), []
@@ -508,7 +508,7 @@ def widened(model: Any, count: int) -> None:
     model.get_input_embeddings().weight[len(before) :] = before.mean(0) + before.std(0) * drawn
 
 
-def trees(items: Knowledge, seed: int, tree: Tree) -> Illustrated:
+def trees(items: Knowledge, seed: int, tree: Tree) -> ImageCorpus:
     """What `kore augment` makes of glyphs without a writer, in the words of their world."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "templates.json"
@@ -516,25 +516,25 @@ def trees(items: Knowledge, seed: int, tree: Tree) -> Illustrated:
         return augment(items, tree=tree, templates=file, seed=seed)
 
 
-def told_of(found: Illustrated, data: str) -> list[Shown]:
+def told_of(found: ImageCorpus, data: str) -> list[ImageTextRow]:
     """Rows to train on: of the items as they come, of their trees, or as many paraphrases and rotations."""
     trunks = [row for row in found.train if row["task"] == "dialogue"]
     if data == "tree":
-        return [row_of(found.pictures[each["image"]](), each["messages"]) for each in found.train]
+        return [row_of(found.images[each["image"]](), each["messages"]) for each in found.train]
     if data == "raw":
-        return [row_of(found.pictures[each["image"]](), each["messages"][:2]) for each in trunks]
+        return [row_of(found.images[each["image"]](), each["messages"][:2]) for each in trunks]
     rows, questions = [], LISTS["heuristic"][:-1]
     for number in range(len(found.train)):
         turn, place = divmod(number, len(trunks))
         first, answer = trunks[place]["messages"][:2]
-        turned = np.rot90(found.pictures[trunks[place]["image"]](), turn).copy()
+        turned = np.rot90(found.images[trunks[place]["image"]](), turn).copy()
         rows.append(row_of(turned, [{**first, "content": questions[turn % len(questions)]}, answer]))
     return rows
 
 
-def row_of(picture: Any, messages: Sequence[dict[str, str]]) -> Shown:
+def row_of(picture: Any, messages: Sequence[dict[str, str]]) -> ImageTextRow:
     first, *others = messages
-    return Shown((picture,), ({**first, "content": f"{MARK}\n{first['content']}"}, *others))
+    return ImageTextRow((picture,), ({**first, "content": f"{MARK}\n{first['content']}"}, *others))
 
 
 def old_rows(folder: Path, processing: Processing, count: int, seed: int, seen: bool = True) -> ImageText:
@@ -585,7 +585,7 @@ def shown_glyphs(name: str, lr: float, seed: int) -> dict[str, Any]:
     """What one way has learnt and kept, at one rate."""
     way = (IMAGE_WAYS | SWEEP)[name]
     stack, processing, folder = seeing()
-    items = Knowledge.open("glyphs", Reader(seed=seed), items=GLYPHS)
+    items = Knowledge.open("glyphs", InputContext(seed=seed), items=GLYPHS)
     found = trees(items, seed, Tree(rounds=6, recognitions=2, questions=4))
     rows = told_of(found, way.data)
     old = old_rows(folder, processing, way.old, seed, way.seen)
@@ -711,7 +711,7 @@ def a_seeing_model(run: Run) -> None:
     run.table(f"{GLYPHS} glyphs shown to a small LLaVA in {STEPS} steps; per cent", columns, table)
     places = {name: list(zip(old(name), new(name), strict=True)) for name in IMAGE_WAYS}  # a point for each seed
     drawn = Scatter("old questions answered, per cent", "questions on glyphs answered, per cent", places)
-    run.picture("kore-tradeoff", drawn)
+    run.figure("kore-tradeoff", drawn)
 
     run.further("premise: old questions that the model answers before", f"at least {LEARNT:.0%}", f"{mean:.1f} %",
                 mean >= 100 * LEARNT)  # fmt: skip
@@ -740,7 +740,7 @@ def a_seeing_model(run: Run) -> None:
 def exact_images(run: Run) -> None:
     """What must hold of a model that reads images, however little it has learnt."""
     stack, processing, folder = seeing(0.01)
-    items = Knowledge.open("glyphs", Reader(), items=6)
+    items = Knowledge.open("glyphs", InputContext(), items=6)
     found = trees(items, 0, Tree(rounds=6, recognitions=2, questions=4))
     rows, names = told_of(found, "tree"), linear_at(stack.model)
     words = [processing.tokenizer(each["content"])["input_ids"] for row in rows for each in row.messages]

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import lamella
-from lamella.data import Pictures, Reader, load_text, windows
+from lamella.data import CaptionedImages, InputContext, load_text, windows
 from lamella.files import Work
 from lamella.methods.laptop_diff import (
     PROBES,
@@ -100,7 +100,7 @@ class World:
     """The teacher and what it is measured on."""
 
     teacher: Denoiser
-    pictures: Pictures
+    pictures: CaptionedImages
     tuples: Tuples
     test: Tuples
     size: Size
@@ -109,7 +109,7 @@ class World:
     def of(cls, run: Run) -> World:
         size = QUICK if run.quick else FULL
         teacher = Denoiser(pipeline(DIGITS, size.teacher), DIGITS)
-        pictures = Pictures.open(DIGITS, Reader(), count=10_000)
+        pictures = CaptionedImages.open(DIGITS, InputContext(), count=10_000)
         test = Tuples.of(teacher, pictures.part("test"), size.tuples, run.seed + 1)
         return cls(teacher, pictures, Tuples.of(teacher, pictures, size.tuples, run.seed), test, size)
 

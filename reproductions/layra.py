@@ -676,7 +676,7 @@ def draw(run: Run, points: Mapping[tuple[str, float], tuple[float, float]]) -> N
 
     picture = tradeoff({name: [point for (arm, _), point in points.items() if arm == name]
                         for name in dict.fromkeys(name for name, _ in points)})  # fmt: skip
-    run.picture("layra-tradeoff", picture)
+    run.figure("layra-tradeoff", picture)
 
 
 def experiment(run: Run) -> None:

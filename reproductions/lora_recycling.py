@@ -474,7 +474,7 @@ def draw(run: Run, cells: Mapping[tuple[bool, int], Sequence[Mapping[str, Any]]]
             pooled = arm in ("pool", "target + pool", "uniform average", "best single member")
             if related <= pooled or arm == "target LoRA":
                 arms[f"{arm}{' with relatives' if related and pooled else ''}"] = (fmean(shares), half, pooled)
-    run.picture("lora-recycling-arms", by_arm(arms))
+    run.figure("lora-recycling-arms", by_arm(arms))
 
 
 def experiment(run: Run) -> None:

@@ -4,7 +4,7 @@ Checks that cutting is exact, that activations say which neurons matter, that a 
 teacher than from labels and both more than from scratch, whether states inside help where half of the depth is gone,
 and that a short training ranks shapes better than none. Width against depth, and one cut against two, are recorded.
 
-    python reproductions/minitron.py            # about an hour on 2 cores; stopped, it goes on
+    python reproductions/minitron.py            # about an hour on 2 cores; an interrupted run resumes
     python reproductions/minitron.py --quick    # the same claims on a smaller model
 """
 
@@ -31,8 +31,17 @@ from transformers import LlamaForCausalLM
 
 import lamella
 from lamella.measure import block_influence
-from lamella.methods.minitron import TRAINING, Shape, Space, activation_importance, contest, minitron, rank, trim
-from lamella.plan import HeadWidth, ModelReference, Plan, PlanSeries, Point, StreamWidth, materialise
+from lamella.methods.minitron import (
+    TRAINING,
+    ModelShape,
+    ShapeSpace,
+    activation_importance,
+    contest,
+    minitron,
+    rank,
+    trim,
+)
+from lamella.plan import HeadWidth, HiddenWidth, ModelReference, Plan, PlanSeries, Point, materialise
 from lamella.results import Record
 from lamella.stack import Stack
 from lamella.stack.wiring import Sizes
@@ -45,13 +54,13 @@ RATE = RATES[0]  # where nothing is tried out
 
 @dataclass(frozen=True)
 class Job:
-    """What every part needs.
+    """The models, data and settings that all parts share.
 
     Attributes:
-        validation: of the text to train on, for what is settled before anything is tested.
-        steps: of a student's training.
-        ranks: where the contest compares candidates; the last is the reference.
-        seeds: of the comparison with labels.
+        validation: held-out part of the training text, on which learning rates are chosen.
+        steps: training steps of a student.
+        ranks: steps after which candidates are compared; the last is the reference.
+        seeds: random seeds of the comparison with labels.
     """
 
     teacher: Stack
@@ -78,7 +87,7 @@ def exactness(record: Record, job: Job) -> None:
         return torch.randperm(count, generator=drawn).tolist()
 
     group = whole_sizes.heads // whole_sizes.kv_heads
-    order = {"stream.channels": StreamWidth(keep=shuffled(whole_sizes.stream))}
+    order = {"hidden.channels": HiddenWidth(keep=shuffled(whole_sizes.hidden))}
     for layer in range(len(stack)):
         heads = shuffled(whole_sizes.heads)
         order[f"layers.{layer}.attn.heads"] = HeadWidth(keep=heads, kv_of=[head // group for head in heads])
@@ -89,13 +98,13 @@ def exactness(record: Record, job: Job) -> None:
 
     count = int(0.3 * whole_sizes.channels)
     neurons, heads_gone = shuffled(whole_sizes.channels)[:count], [group * g for g in range(whole_sizes.kv_heads)]
-    channels = shuffled(whole_sizes.stream)[: whole_sizes.stream // 5]
+    channels = shuffled(whole_sizes.hidden)[: whole_sizes.hidden // 5]
     silent = copy.deepcopy(exact.model)
     for layer in silent.model.layers:
         layer.mlp.up_proj.weight[neurons] = 0
     keep = left(whole_sizes.channels, neurons)
     apart = difference(Stack(silent), of_layers(Stack(silent), "mlp.channels", keep), ids)
-    record.exact("30 % of the neurons silent, then cut", "logits within 1e-5", apart, apart <= 1e-5)
+    record.exact("30 % of the neurons silent, then removed", "logits within 1e-5", apart, apart <= 1e-5)
     silent = copy.deepcopy(exact.model)
     for layer in silent.model.layers:
         for head in heads_gone:
@@ -103,23 +112,25 @@ def exactness(record: Record, job: Job) -> None:
     kept_heads = left(whole_sizes.heads, heads_gone)
     kept = HeadWidth(keep=kept_heads, kv_of=[head // group for head in kept_heads])
     apart = difference(Stack(silent), of_layers(Stack(silent), "attn.heads", kept), ids)
-    record.exact("one query head of each group silent, then cut", "logits within 1e-5", apart, apart <= 1e-5)
+    record.exact("one query head of each group silent, then removed", "logits within 1e-5", apart, apart <= 1e-5)
     silent = copy.deepcopy(exact.model)
     silent.model.embed_tokens.weight[:, channels] = 0
     for layer in silent.model.layers:
         layer.self_attn.o_proj.weight[channels] = 0
         layer.mlp.down_proj.weight[channels] = 0
     for rescale in (True, False):
-        width = {"stream.channels": StreamWidth(keep=left(whole_sizes.stream, channels), rescale=rescale)}
+        width = {"hidden.channels": HiddenWidth(keep=left(whole_sizes.hidden, channels), rescale=rescale)}
         view = lamella.apply(Stack(silent), Plan(model=ModelReference.of(Stack(silent)), width=width))
-        if not rescale:  # the paper's cut, compensated by hand as it should be
+        if not rescale:  # the paper's pruning, with the norms corrected by hand
             ratio = whole_sizes.stream / (whole_sizes.stream - len(channels))
             for norm in [module for module in view.modules() if hasattr(module, "variance_epsilon")]:
                 norm.weight.mul_(ratio**0.5)
                 norm.variance_epsilon *= ratio
         apart = float((view(ids).logits - silent(ids).logits).abs().max())
-        name = "norms rescaled" if rescale else "plain, gains and epsilon mended by hand"
-        record.exact(f"silent channels of the stream cut, {name}", "logits within 1e-5", apart, apart <= 1e-5)
+        name = "norms rescaled" if rescale else "plain, gains and epsilon corrected by hand"
+        record.exact(
+            f"silent channels of the residual stream removed, {name}", "logits within 1e-5", apart, apart <= 1e-5
+        )
 
     loud = copy.deepcopy(stack.model)
     quietest = int(activation_importance(stack, job.calibration).heads.values[1].reshape(-1, group).sum(-1).argmin())
@@ -186,7 +197,7 @@ def importance(record: Record, quick: bool, seed: int) -> None:
     calibration = lamella.windows(tokenizer, lamella.load_text("pydoc", "calibration"), 2 if quick else 12, 128, seed)
     text = lamella.windows(tokenizer, lamella.load_text("pydoc", "test"), 3, 64 if quick else 256, seed)
     whole_sizes, keep = sizes_of(stack), 1152
-    shape = Shape(len(stack), whole_sizes.stream, keep, whole_sizes.heads, whole_sizes.kv_heads)
+    shape = ModelShape(len(stack), whole_sizes.stream, keep, whole_sizes.heads, whole_sizes.kv_heads)
     dense = perplexity(stack.model, text)
     rows: list[list[Any]] = [["none: the whole model", dense, 1.0]]
     found = {}
@@ -205,7 +216,7 @@ def importance(record: Record, quick: bool, seed: int) -> None:
     weights = {"norm of the output weights": cut(stack, neurons(norms), text)}
     rows += [[name, value, value / dense] for name, value in (found | chance | weights).items()]
     record.table(f"SmolLM2-135M-Instruct, MLP {whole_sizes.channels} to {keep} in all layers, no training",
-                 ["neurons chosen by", "perplexity", "times the whole model's"], rows)  # fmt: skip
+                 ["neurons chosen by", "perplexity", "ratio to the whole model"], rows)  # fmt: skip
     worst, best_chance = max(found.values()), min(chance.values())
     record.further(
         "activations against random neurons",
@@ -223,7 +234,7 @@ def importance(record: Record, quick: bool, seed: int) -> None:
 def heads(record: Record, stack: Stack, calibration: Tensor, text: Tensor, dense: float) -> None:
     """With three query heads for each group, nothing is claimed before retraining."""
     whole_sizes = sizes_of(stack)
-    shape = Shape(len(stack), whole_sizes.stream, whole_sizes.channels, 6, 3)
+    shape = ModelShape(len(stack), whole_sizes.stream, whole_sizes.channels, 6, 3)
     scores = activation_importance(stack, calibration)
     rows = [["none: the whole model", dense]]
     rows.append(["activations", cut(stack, trim(rank(scores, np.ones(30), 3), shape, whole_sizes), text)])
@@ -260,19 +271,19 @@ def teaching(run: Run, job: Job) -> None:
     large = sum(p.numel() for p in job.teacher.model.parameters())
     longer = round(job.steps * (3 * small + large) / (3 * small))  # the student forward and back, the teacher's forward
 
-    def told(rate: float, seed: int) -> Any:
+    def with_labels(rate: float, seed: int) -> Any:
         student = materialise(job.teacher, plan).model
         own(student)
         return by_labels(job, student, longer, rate, seed)
 
-    def begun(rate: float, seed: int) -> Any:
+    def from_scratch(rate: float, seed: int) -> Any:
         torch.manual_seed(seed)
         return by_labels(job, LlamaForCausalLM(materialise(job.teacher, plan).model.config), longer, rate, seed)
 
     ways = {
         "distilled": lambda rate, seed: student_of(job, plan, seed, lr=rate).model,
-        "labels": told,
-        "from scratch": begun,
+        "labels": with_labels,
+        "from scratch": from_scratch,
     }
 
     def judged(way: str, rate: float, seed: int) -> list[float]:
@@ -290,7 +301,7 @@ def teaching(run: Run, job: Job) -> None:
         losses[way] = [tried[best][1], *(arm(way, best, seed)[1] for seed in others)]
         rates.append([way, *(validation for validation, _ in tried.values())])
     run.table(
-        "Nats per token on text to train on, by the learning rate; each way takes its best",
+        "Nats per token on the validation split, by learning rate; each variant takes its best",
         ["", *(f"{rate:g}" for rate in tried)], rates,
     )  # fmt: skip
     rows: list[list[Any]] = [list(row) for row in zip(job.seeds, *losses.values(), strict=True)]
@@ -298,7 +309,7 @@ def teaching(run: Run, job: Job) -> None:
     untrained, base = nats(lamella.apply(job.teacher, plan), job.test), nats(job.teacher.model, job.test)
     run.table(
         f"Half of the parameters left ({small} of {large}), nats per token after equal compute: {job.steps} steps with "
-        f"a teacher, {longer} without (teacher {base:.3f}, cut and untrained {untrained:.3f})",
+        f"a teacher, {longer} without (teacher {base:.3f}, pruned and untrained {untrained:.3f})",
         ["seed", *losses], rows,
     )  # fmt: skip
     for worse, better, least in (
@@ -314,11 +325,11 @@ def distilled(job: Job, plan: Plan, seed: int = 0, teacher: Stack | None = None,
 
 
 def student_of(job: Job, plan: Plan, seed: int = 0, source: Stack | None = None, **options: Any) -> Stack:
-    told = {name: options.pop(name) for name in ("intermediate", "temperature", "teacher") if name in options}
+    training = {name: options.pop(name) for name in ("intermediate", "temperature", "teacher") if name in options}
     config = replace(TRAINING, seed=seed, **{"steps": job.steps, "lr": RATE, "batch": job.batch} | options)
     config = replace(config, save_every=config.steps)
     with tempfile.TemporaryDirectory() as out, torch.enable_grad():
-        healed = distil(source or job.teacher, plan, job.train, config=config, out=Path(out), **told)
+        healed = distil(source or job.teacher, plan, job.train, config=config, out=Path(out), **training)
     healed.stack.model.eval()
     return healed.stack
 
@@ -328,14 +339,14 @@ def by_labels(job: Job, model: Any, steps: int, lr: float, seed: int) -> Any:
     return taught(model, job.train, config, trainable=lambda name: True)
 
 
-# 4 to 7. Width and depth, states inside, which shape, and one cut or two.
+# 4 to 7. Width and depth, hidden states too, which shape, and one cut or two.
 
 
 def width_and_depth(record: Record, job: Job) -> None:
     """Practice 4: recorded, with the step at which the curves cross."""
-    stack, space = job.teacher, Space.of(job.teacher, 64)
+    stack, space = job.teacher, ShapeSpace.of(job.teacher, 64)
     layers = len(stack) // 2
-    depth = minitron(stack, job.calibration, layers=layers, hidden=space.whole.stream, mlp=space.whole.channels)[-1]
+    depth = minitron(stack, job.calibration, layers=layers, hidden=space.whole.hidden, mlp=space.whole.channels)[-1]
     target = lamella.cost(stack, depth).parameters / lamella.cost(stack).parameters
     width = minitron(stack, job.calibration, params=target, tolerance=0.05)[-1]
     curves = raced(job, [width, depth])
@@ -343,7 +354,7 @@ def width_and_depth(record: Record, job: Job) -> None:
     ahead = [step for step in steps if curves[0][step] < curves[1][step]]
     rows = [[step, *(curve[step] for curve in curves)] for step in steps]
     parameters = [lamella.cost(stack, plan).parameters for plan in (width, depth)]
-    crossing = f"width ahead from step {ahead[0]}" if ahead else "width never ahead"
+    crossing = f"width ahead from step {ahead[0]}" if ahead else "width is never better"
     record.table(f"Width against depth, held-out divergence in nats: {crossing}",
                  ["steps", f"width ({parameters[0]})", f"depth ({parameters[1]})"], rows)  # fmt: skip
 
@@ -360,22 +371,22 @@ def states_inside(record: Record, job: Job) -> None:
     """Practice 6."""
     stack, layers = job.teacher, len(job.teacher) // 2
     sizes = sizes_of(stack)
-    plan = minitron(stack, job.calibration, layers=layers, hidden=sizes.stream, mlp=sizes.channels)[-1]
+    plan = minitron(stack, job.calibration, layers=layers, hidden=sizes.hidden, mlp=sizes.channels)[-1]
     rows, apart = [], []
     for steps in (job.steps // 4, job.steps):
         losses = [distilled(job, plan, steps=steps, intermediate=inside) for inside in (False, True)]
         apart.append(losses[1] - losses[0])
         rows.append([steps, *losses])
     record.table(
-        f"{layers} of {len(stack)} layers left, nats per token", ["steps", "logits", "logits and states"], rows
+        f"{layers} of {len(stack)} layers left, nats per token", ["steps", "logits", "logits and hidden states"], rows
     )
-    record.further(f"states inside, {rows[0][0]} steps", "at most 0.01 nats worse", apart[0], apart[0] <= 0.01)
+    record.further(f"hidden states too, {rows[0][0]} steps", "at most 0.01 nats worse", apart[0], apart[0] <= 0.01)
 
 
 def which_shape(record: Record, job: Job, count: int) -> None:
     """Practice 9: candidates near one budget, ranked after some training."""
     stack = job.teacher
-    space = Space.of(stack, 64)
+    space = ShapeSpace.of(stack, 64)
     depths = range(len(stack), len(stack) - len(stack) // 4 - 1, -1)
     near = [shape for layers in depths for shape in space.near(0.55, {"layers": layers}, 0.05)]
     shapes = [near[index] for index in np.linspace(0, len(near) - 1, min(count, len(near))).round().astype(int)]
@@ -420,7 +431,7 @@ def twice(record: Record, job: Job) -> None:
         ["100 % to 28 %", lamella.cost(job.teacher, at_once).parameters, one],
         ["100 % to 55 % to 28 %", lamella.cost(second).parameters, nats(second.model, job.test)],
     ]
-    record.table("One cut or two at equal tokens", ["cut", "parameters", "nats per token"], rows)
+    record.table("One pruning step or two, at equal tokens", ["cut", "parameters", "nats per token"], rows)
 
 
 @torch.no_grad()

@@ -1,14 +1,14 @@
-"""MoDES at small scale: a nano Qwen3-VL-MoE that answers questions about rendered shapes, and loses experts.
+"""MoDES at small scale: a nano Qwen3-VL-MoE that answers questions about rendered shapes, and skips experts.
 
-First what must be exact. Then six layers of eight experts, four for each token, trained here on shapes until they
-answer; nothing is claimed of questions that it has not learnt to answer. Of it: how stable the importance of layers is
-between halves of the calibration samples; whether the walk along the edge finds what the whole grid has; how far the
-answers move, and how many stay right, when a half and three quarters of all (token, expert) pairs are skipped by MoDES,
-by its parts, with the importance of other layers, by NAEE, by fewer experts for all, and by chance; calibration on
-questions of another kind. Last, the time of a layer of experts of SmolLM2's width.
+The exactness checks come first. Then a model of six layers of eight experts, four per token, is trained on rendered
+shapes; tasks that it does not learn are excluded from the claims. The reproduction measures how stable the importance
+of layers is between halves of the calibration samples; whether the walk along the edge finds the optimum of the whole
+grid; how much the answers change, and how many stay correct, when a half and three quarters of all (token, expert)
+pairs are skipped by MoDES, by its parts, with the importance of other layers, by NAEE, by fewer experts for all, and at
+random; and calibration on questions of another kind. Last, it times a layer of experts of SmolLM2's width.
 
-    python reproductions/modes.py            # an hour and a half of one thread; stopped, it goes on
-    python reproductions/modes.py --quick    # what is exact, and the time of a layer
+    python reproductions/modes.py            # an hour and a half of one thread; an interrupted run resumes
+    python reproductions/modes.py --quick    # exactness, and the time of a layer
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from lamella.data import ImageText
 from lamella.evaluate import Ratio, answered
 from lamella.evaluate.scored import labelled_batches, scored_states
 from lamella.measure import spearman
-from lamella.methods.modes import Answers, ExpertSkipping, frontier, layer_importance
-from lamella.methods.modes.baselines import Rule, by_chance, fewer, naee, strict_enough
+from lamella.methods.modes import AnswerDistance, ExpertSkipping, frontier, layer_importance
+from lamella.methods.modes.baselines import Rule, fewer, find_strictness, naee, random_rule
 from lamella.methods.modes.method import BATCH, search, skipped, skipping, thresholds
 from lamella.methods.modes.policy import MODALITIES
 from lamella.plan import ModelReference, Plan, PolicyReference
@@ -44,14 +44,14 @@ from lamella.zoo.nano import nano
 TASKS = ("colour", "count", "relation")
 SHARES = (0.5, 0.75)
 CALIBRATION, TEST, GRID = 256, 300, 20
-LEARNT = 0.2  # more right answers than the commonest one gives: of a task with fewer nothing is claimed
-WIDE = 2  # chance moves answers so many times as far: the wide margin
-DRAWS = 2000  # of a bootstrap
+LEARNED = 0.2  # accuracy above that of the most frequent answer from which a task takes part in the claims
+WIDE = 2  # random skips must change the answers by this factor more: the wide margin
+DRAWS = 2000  # bootstrap samples
 UNIFORM = "weights alone, one threshold"
-OURS, CHANCE, SHUFFLED = "MoDES", "by chance", "importance of other layers"
+OURS, CHANCE, SHUFFLED = "MoDES", "random skips", "importance of other layers"
 
 
-# What must be exact
+# Exactness
 
 
 def exactness(run: Run) -> None:
@@ -62,25 +62,26 @@ def exactness(run: Run) -> None:
     stack, lengths, real = Stack(nano("qwen3_moe")), torch.full((3,), 9), mask.bool()
     whole = stack.model(input_ids=ids, attention_mask=mask).logits
 
-    def said(tau: float, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    def logits_and_counts(tau: float, scale: float = 1.0) -> tuple[Tensor, Tensor]:
         alpha = [scale * (1 + layer) / 10 for layer in range(4)]
         params = {"alpha": dict.fromkeys(MODALITIES, alpha), "tau": dict.fromkeys(MODALITIES, scale * tau)}
         reference = PolicyReference(name="modes", params=params)
         view = apply(stack, Plan(model=ModelReference.of(stack), policies={"text": reference}))
         return parallel(view, ids, lengths, mask).logits, view.lamella_policy.counts
 
-    none, _ = said(0.0)
-    run.exact("thresholds of 0", "the model to the bit", "equal" if torch.equal(none, whole) else "not equal",
+    none, _ = logits_and_counts(0.0)
+    run.exact("thresholds of 0", "logits bitwise equal to the model's",
+              "equal" if torch.equal(none, whole) else "not equal",
               torch.equal(none, whole))  # fmt: skip
-    gone, counts = said(1e9)
+    gone, counts = logits_and_counts(1e9)
     context = stack.context({"input_ids": ids, "attention_mask": mask})
     without = stack.head(stack.run(context.h, 0, 4, context, skip=[(layer, "mlp") for layer in range(4)]))
     apart = float((gone - without)[real].abs().max())
     run.exact(
         "all skipped against no experts at all", "below 1e-5", f"{apart:.1e}", apart < 1e-5 and skipped(counts) == 1
     )
-    one, other = said(0.12)[0], said(0.12, 8.0)[0]
-    run.exact("importance and thresholds, both times 8", "the same to the bit",
+    one, other = logits_and_counts(0.12)[0], logits_and_counts(0.12, 8.0)[0]
+    run.exact("importance and thresholds, both times 8", "bitwise equal logits",
               "the same" if torch.equal(one, other) else "others", torch.equal(one, other))  # fmt: skip
     apart = masked_apart(stack, ids, mask, one)
     run.exact("skipped pairs against weights of 0", "below 1e-5", f"{apart:.1e}", apart < 1e-5)
@@ -135,8 +136,8 @@ def rows(folder: Any, tasks: Sequence[str], count: int, part: str, seed: int) ->
     return rows_of(folder, tasks, count, part, seed)  # type: ignore[arg-type]
 
 
-def learnt(run: Run) -> dict[str, list[float]]:
-    """Of every task the share of right answers, and what the commonest answer alone gives."""
+def accuracies(run: Run) -> dict[str, list[float]]:
+    """Return for every task the accuracy, and that of the most frequent answer alone."""
     folder, stack = opened(run)
     found = {}
     for task in TASKS:
@@ -151,13 +152,13 @@ def importance(run: Run, tasks: Sequence[str], half: int | None = None) -> dict[
     folder, stack = opened(run)
     samples = rows(folder, tasks, CALIBRATION, "calibration", 0)
     chosen = samples if half is None else ImageText(list(samples)[half::2], samples.processing)
-    return layer_importance(Answers(stack, batched(chosen)))
+    return layer_importance(AnswerDistance(stack, batched(chosen)))
 
 
 def walk_against_grid(run: Run, tasks: Sequence[str], alpha: dict[str, list[float]]) -> dict[str, Any]:
     """What the walk and the whole grid find."""
     folder, stack = opened(run)
-    answers = Answers(stack, batched(rows(folder, tasks, CALIBRATION, "calibration", 0)))
+    answers = AnswerDistance(stack, batched(rows(folder, tasks, CALIBRATION, "calibration", 0)))
     grids = thresholds(answers, alpha, GRID, "quantile")
     g, f = np.zeros((2, GRID, GRID))
     for i in range(GRID):
@@ -167,12 +168,14 @@ def walk_against_grid(run: Run, tasks: Sequence[str], alpha: dict[str, list[floa
     found = []
     for share in (0.25, 0.5, 0.65, 0.75):
         best = frontier(GRID, GRID, lambda i, j: (float(g[i, j]), float(f[i, j])), share)
-        found.append([share, best.cost, float(f[g >= share].min()), best.evaluations, best.falls])
+        found.append([share, best.cost, float(f[g >= share].min()), best.evaluations, best.violations])
     return {"found": found}
 
 
-def arms(stack: Stack, answers: Answers, alpha: dict[str, list[float]], share: float) -> dict[str, ExpertSkipping]:
-    """Every rule, as strict as it must be to skip the share of calibration pairs."""
+def arms(
+    stack: Stack, answers: AnswerDistance, alpha: dict[str, list[float]], share: float
+) -> dict[str, ExpertSkipping]:
+    """Return every rule, with the strictness at which it skips the fraction of calibration pairs."""
     even = dict.fromkeys(MODALITIES, [1.0] * len(stack))
 
     def apart(weighs: dict[str, list[float]]) -> ExpertSkipping:
@@ -185,18 +188,18 @@ def arms(stack: Stack, answers: Answers, alpha: dict[str, list[float]], share: f
 
         most = float(torch.cat(list(answers.scores(weighs).values())).max())
         return ExpertSkipping(
-            stack, alpha=weighs, tau=dict.fromkeys(MODALITIES, strict_enough(skips, share, 0.0, 2 * most))
+            stack, alpha=weighs, tau=dict.fromkeys(MODALITIES, find_strictness(skips, share, 0.0, 2 * most))
         )
 
     def ruled(keeps: Callable[[Tensor, float], Tensor], high: float) -> ExpertSkipping:
         rule = Rule(stack, keeps)
-        asked = Answers(stack, answers.batches, rule)
+        measured = AnswerDistance(stack, answers.batches, rule)
 
         def skips(strict: float) -> float:
             rule.strict = strict
-            return skipped(asked.distance()[1])
+            return skipped(measured.distance()[1])
 
-        rule.strict = strict_enough(skips, share, 0.0, high)
+        rule.strict = find_strictness(skips, share, 0.0, high)
         return rule
 
     drawn = torch.Generator().manual_seed(0)
@@ -211,12 +214,12 @@ def arms(stack: Stack, answers: Answers, alpha: dict[str, list[float]], share: f
         "importance, one threshold": together(alpha),
         "NAEE": ruled(naee, 64.0),
         "fewer for all": Rule(stack, fewer, share),
-        CHANCE: Rule(stack, by_chance(0), share),
+        CHANCE: Rule(stack, random_rule(0), share),
     }
 
 
 def tested(stack: Stack, policy: ExpertSkipping, test: ImageText) -> dict[str, Any]:
-    """Of every test row, how far its answer moves and whether it stays right; and what was skipped."""
+    """Return for every test row the change of its answer and its correctness, and the fractions skipped."""
     view = with_policy(
         stack, Plan(model=ModelReference.of(stack), policies={"text": PolicyReference(name="modes")}), policy
     )
@@ -243,7 +246,7 @@ def tested(stack: Stack, policy: ExpertSkipping, test: ImageText) -> dict[str, A
 
 def compared(run: Run, tasks: Sequence[str], alpha: dict[str, list[float]], share: float) -> dict[str, Any]:
     folder, stack = opened(run)
-    answers = Answers(stack, batched(rows(folder, tasks, CALIBRATION // 4, "calibration", 0)))
+    answers = AnswerDistance(stack, batched(rows(folder, tasks, CALIBRATION // 4, "calibration", 0)))
     test = rows(folder, tasks, TEST, "test", 1)
     whole = answered(stack.model, test).tolist()
     found = {name: tested(stack, policy, test) for name, policy in arms(stack, answers, alpha, share).items()}
@@ -251,20 +254,20 @@ def compared(run: Run, tasks: Sequence[str], alpha: dict[str, list[float]], shar
 
 
 def shifted(run: Run, judged: str, other: str, share: float) -> dict[str, list[bool]]:
-    """Which answers to one task stay right, with calibration on that task and on another one."""
+    """Return which answers to one task stay correct, with calibration on that task and on another one."""
     folder, stack = opened(run)
     test = rows(folder, [judged], TEST, "test", 2)
     kept = {"whole": answered(stack.model, test).tolist()}
     for task in (judged, other):
         alpha = importance(run, [task])
-        answers = Answers(stack, batched(rows(folder, [task], CALIBRATION // 4, "calibration", 0)))
+        answers = AnswerDistance(stack, batched(rows(folder, [task], CALIBRATION // 4, "calibration", 0)))
         [best] = search(answers, alpha, thresholds(answers, alpha, GRID, "quantile"), [share])
         kept[task] = tested(stack, ExpertSkipping(stack, alpha=alpha, tau=best.tau), test)["right"]
     return kept
 
 
 def retained(whole: Sequence[bool], right: Sequence[bool], less: Sequence[bool] | None = None) -> Measured:
-    """The share of the whole model's answers that are right still, or how much more than others, over questions."""
+    """Return the fraction of the model's correct answers that stay correct, or its excess over another rule."""
     drawn = np.random.default_rng(0).integers(len(whole), size=(DRAWS, len(whole)))
     ours = np.array(right, dtype=float) - (0 if less is None else np.array(less, dtype=float))
     base = np.array(whole, dtype=float)
@@ -273,20 +276,23 @@ def retained(whole: Sequence[bool], right: Sequence[bool], less: Sequence[bool] 
 
 
 def claims(run: Run) -> None:
-    scores = run.arm("what the model has learnt", learnt, run)
+    scores = run.arm("accuracy of the model", accuracies, run)
     run.table(
-        "A nano Qwen3-VL-MoE, on test pictures: % of answers right",
+        "A nano Qwen3-VL-MoE, on test images: % of correct answers",
         ["", *scores],
-        [[name, *(100 * each[place] for each in scores.values())] for place, name in enumerate(("", "the commonest"))],
+        [
+            [name, *(100 * each[place] for each in scores.values())]
+            for place, name in enumerate(("", "most frequent answer"))
+        ],
     )
-    tasks = [task for task, (right, commonest) in scores.items() if right - commonest >= LEARNT]
+    tasks = [task for task, (right, commonest) in scores.items() if right - commonest >= LEARNED]
     learned = len(tasks) > 1
-    said = f"premise: tasks of which it answers {100 * LEARNT:g} points more than the commonest answer gives"
+    said = f"premise: tasks of which it answers {100 * LEARNED:g} points more than the most frequent answer"
     run.exact(said, "two or more", ", ".join(tasks) or "none", learned)
     if not learned:
         tasks = list(TASKS)
 
-    def told(verdict: bool | None) -> bool | None:
+    def if_learned(verdict: bool | None) -> bool | None:
         return verdict if learned else None
 
     alpha = run.arm("importance", importance, run, tasks)
@@ -299,32 +305,33 @@ def claims(run: Run) -> None:
     for name in MODALITIES:
         rho = spearman(halves[0][name], halves[1][name])
         alike = rho is not None and rho >= 0.8
-        run.further(f"importance to {name}, rank correlation of two halves", "at least 0.8", rho, told(alike))
+        run.further(f"importance to {name}, rank correlation of two halves", "at least 0.8", rho, if_learned(alike))
     grid = run.arm("the walk against the grid", walk_against_grid, run, tasks, alpha)["found"]
     run.table(
         f"{GRID} x {GRID} thresholds, {CALIBRATION} samples",
-        ["share to skip", "KL of the walk", "KL of the grid", "evaluations", "falls"],
+        ["fraction to skip", "KL of the walk", "KL of the grid", "evaluations", "monotonicity violations"],
         grid,
     )
     gap = max(1.0 if found == least else found / least if least else np.inf for _, found, least, *_ in grid)
-    run.main("KL of the walk in the best of the whole grid", "at most 1.02", gap, told(gap <= 1.02))
+    run.main("KL of the walk in the best of the whole grid", "at most 1.02", gap, if_learned(gap <= 1.02))
     most = max(each[3] for each in grid)
-    run.main("evaluations of the walk", f"at most {2 * GRID} of {GRID * GRID}", most, told(most <= 2 * GRID))
+    run.main("evaluations of the walk", f"at most {2 * GRID} of {GRID * GRID}", most, if_learned(most <= 2 * GRID))
     for share in SHARES:
         at_share(run, share, run.arm(f"rules at {share}", compared, run, tasks, alpha, share), learned)
     kept = run.arm("another kind of question", shifted, run, tasks[-1], tasks[0], SHARES[0])
     lost = retained(kept["whole"], kept[tasks[-1]], kept[tasks[0]])
     drop = Measured(*(100 * each for each in (lost.figure, lost.low, lost.high)))
-    told_drop = told(drop.at_most(2))
+    verdict = if_learned(drop.at_most(2))
     said = f"retention lost on {tasks[-1]} by calibration on {tasks[0]}, points"
-    run.further(said, "at most 2", str(drop), told_drop)
+    run.further(said, "at most 2", str(drop), verdict)
 
 
 def at_share(run: Run, share: float, found: dict[str, Any], learned: bool) -> None:
     whole, by_rule = found["whole"], found["arms"]
     run.table(
         f"{share:.0%} of the pairs of calibration skipped, on {len(whole)} test questions",
-        ["rule", "KL (nats)", "% right", "% of all right", "% skipped", "of text", "of images", "experts a token"],
+        ["rule", "KL (nats)", "% correct", "% of the model's correct answers", "% skipped", "of text", "of images",
+         "experts per token"],
         [
             [name, fmean(each["kl"]), 100 * fmean(each["right"]), 100 * retained(whole, each["right"]).figure,
              100 * each["skipped"], 100 * each["text"], 100 * each["image"], 4 * (1 - each["skipped"])]
@@ -333,28 +340,30 @@ def at_share(run: Run, share: float, found: dict[str, Any], learned: bool) -> No
     )  # fmt: skip
 
     def below(other: str, times: float = 1.0) -> Measured:
-        """How much more answers move by another rule, on the same questions."""
+        """Return how much more the answers change by another rule, on the same questions."""
         moved = zip(by_rule[OURS]["kl"], by_rule[other]["kl"], strict=True)
         return Measured.over_seeds([b - times * a for a, b in moved])
 
-    def told(verdict: bool | None) -> bool | None:
+    def if_learned(verdict: bool | None) -> bool | None:
         return verdict if learned else None
 
     claim = run.main if share == SHARES[0] else run.further
     for said, apart in (
         ("KL of weights alone less MoDES's", below(UNIFORM)),
-        (f"KL of chance less {WIDE} times MoDES's", below(CHANCE, WIDE)),
+        (f"KL of random skips less {WIDE} times MoDES's", below(CHANCE, WIDE)),
     ):
-        claim(f"{share:.0%}: {said}", "at least 0", str(apart), told(apart.at_least(0)))
+        claim(f"{share:.0%}: {said}", "at least 0", str(apart), if_learned(apart.at_least(0)))
     apart = below(SHUFFLED)
     name = f"{share:.0%}: KL with the importance of other layers less MoDES's"
-    run.further(name, "at least 0", str(apart), told(apart.at_least(0)))
+    run.further(name, "at least 0", str(apart), if_learned(apart.at_least(0)))
     if share == SHARES[0]:
         kept = retained(whole, by_rule[OURS]["right"])
-        run.main(f"{share:.0%}: answers that stay right, of the model's", "at least 0.97", str(kept),
-                 told(kept.at_least(0.97)))  # fmt: skip
+        run.main(f"{share:.0%}: fraction of the model's correct answers that stay correct", "at least 0.97", str(kept),
+                 if_learned(kept.at_least(0.97)))  # fmt: skip
     more = by_rule[OURS]["image"] - by_rule[OURS]["text"]
-    run.further(f"{share:.0%}: share skipped of images less that of text", "above 0", more, told(more > 0))
+    run.further(
+        f"{share:.0%}: fraction skipped of image tokens less that of text tokens", "above 0", more, if_learned(more > 0)
+    )
 
 
 # The time of a layer
@@ -386,15 +395,13 @@ def layer_times(run: Run) -> dict[str, Any]:
 
 
 def experiment(run: Run) -> None:
-    run.data = (
-        "rendered shapes: questions of colour, count and relation; pictures of test scenes that training has not seen"
-    )
+    run.data = "rendered shapes: questions about colour, count and relation; images of held-out test scenes"
     with torch.no_grad():
         run.part("exactness", exactness)
         found = run.arm("time of a layer", layer_times, run)["found"]
     run.table(
-        "A layer of 8 experts of 576 x 768, 4 a token: dense in the time of what is left",
-        ["tokens", "share skipped", "ratio", "lower quartile", "upper quartile"],
+        "A layer of 8 experts of 576 x 768, 4 per token: time of the dense layer over that of the sparse one",
+        ["tokens", "fraction skipped", "ratio", "lower quartile", "upper quartile"],
         found,
     )
     for share in SHARES:

@@ -1,20 +1,19 @@
-"""MuE at small scale: a nano encoder-decoder that reads rendered shapes, left early by image, by text and by word.
+"""MuE at small scale: a nano vision-language encoder-decoder with early exits by image, by text and by token.
 
-First what must be exact, and the time of one request against what its multiplications predict. Then a model of 6 and 6
-layers, trained here on all that is asked of shapes, is fine-tuned for two tasks: entailment (one word, which needs the
-image; and once more with a description of the scene in the text) and captions (many words, a constant instruction).
-Apart, image and text meet in the decoder alone, which must learn anew to look for what a sentence names: sentences are
-about two things first, then about up to four, in every arm. Three arms: the loss of the last layer, that of every
-layer, and that with modalities apart. Of the last: retention at a reduction of 40 %, thresholds chosen on other rows
-and a little beyond that mark; the same histogram dealt out by chance; exits by entropy and by patience; fixed depths;
-exits of one stack alone; which modality can be cut; whether simple rows exit earlier. Of the second: one exit for both
-modalities, beside the decoder's. Answers are right word for word, and exits those of the words that are to be written,
-each behind the right ones; the token F1 of captions is that of what is written freely. Intervals are over test rows,
-which all seeds share. Nothing is claimed of a task that is not learnt at full depth, or that one layer of the decoder
-does.
+The exactness checks come first, and the time of one request against the prediction from multiplications. Then a model
+of 6 and 6 layers, trained on rendered shapes, is fine-tuned for two tasks: entailment (one token, which needs the
+image; also with a description of the scene in the text) and captions (many tokens, a constant instruction). With
+separate modalities, image and text meet in the decoder only, which must learn again to find the objects that a sentence
+names: in every arm, sentences are about two objects first, then about up to four. There are three arms: the loss of the
+last layer, of every layer, and of every layer with separate modalities. For the last arm: retention at a reduction of
+40 %, with thresholds chosen on other rows slightly beyond that mark; the same histogram shuffled; exits by entropy and
+by patience; fixed depths; exits of one stack alone; which modality can be limited; whether simple rows exit earlier.
+For the second: one exit for both modalities. Answers count as correct if they match exactly, and exits are measured
+with teacher forcing; the token F1 of captions is that of free generation. Intervals are over test rows, which all seeds
+share. Tasks that are not learned at full depth, or that one decoder layer solves, are excluded from the claims.
 
-    python reproductions/mue.py            # about two hours on one thread; stopped, it goes on
-    python reproductions/mue.py --quick    # what is exact, and the time of a request
+    python reproductions/mue.py            # about two hours on one thread; an interrupted run resumes
+    python reproductions/mue.py --quick    # exactness, and the time of a request
 """
 
 from __future__ import annotations
@@ -41,28 +40,28 @@ from lamella.data.samples import NO_LOSS
 from lamella.evaluate import Ratio, answered
 from lamella.methods.mue import (
     OFF,
-    Exiting,
+    ExitCosts,
     Exits,
-    StreamExits,
+    ExitSettings,
+    ModalityExits,
     TokenExits,
-    Work,
+    best_trial,
     by_flops,
     by_layers,
-    chosen,
     decayed,
-    exiting,
-    front,
+    exit_view,
     histograms,
     layerwise_loss,
-    observed,
-    quantiles,
-    searched,
+    measure_exits,
+    pareto_trials,
+    quantile_thresholds,
+    search_thresholds,
 )
 from lamella.methods.mue.baselines import EntropyExits, FusedExits, PatienceExits, shuffled
-from lamella.methods.mue.method import attempt, depths, right
+from lamella.methods.mue.method import attempt, depths, exact_match
 from lamella.methods.mue.policy import MODALITIES, by_token, cosines, saturation
-from lamella.methods.mue.recipe import planned, train_view
-from lamella.methods.mue.search import Tried
+from lamella.methods.mue.recipe import exit_plan, train_view
+from lamella.methods.mue.search import ExitTrial
 from lamella.report.figures import Scatter
 from lamella.results.record import together
 from lamella.runtime import empty_cache, parallel, traced, with_policies
@@ -93,7 +92,7 @@ AIM, RETAINED = 0.4, 0.96  # reduction by layers, and what is to be left of righ
 AIMED = 0.42  # the reduction that held-out rows must show, so that test rows are not short of the aim by chance
 KEPT, KEPT_AIMED = 0.98, 0.99  # of right answers, where exits of both stacks are compared with those of one; the same
 ALONE = ("both", "decoder alone", "encoder alone")
-CUT = 2.5  # mean layers of a stream that is cut, of six: a third to a half
+CUT = 2.5  # mean layers of a limited modality, of six: a third to a half
 ARMS = ("last layer", "every layer", "apart")
 TASKS = ("entailment", "premise", "caption")
 
@@ -106,14 +105,14 @@ def exactness(run: Run) -> None:
     for kind in ("patch_bart", "patch_mbart", "patch_t5", "florence2"):
         model = open_model(nano(kind).double())
         given, ids, mask = ragged(kind)
-        full = exiting(model, Exiting(), {})
+        full = exit_view(model, ExitSettings(), {})
         memory, apart = encoded(full, given), by_hand(model, given)
         far = float((memory - apart)[given["attention_mask"].bool()].abs().max())
-        run.exact(f"{kind}: streams apart, against each by itself", "below 1e-5", f"{far:.1e}", far < 1e-5)
+        run.exact(f"{kind}: separate modalities, against each alone", "below 1e-5", f"{far:.1e}", far < 1e-5)
         ours = full(**given, decoder_input_ids=ids, decoder_attention_mask=mask).logits
         theirs = model.model(**over(memory, given), decoder_input_ids=ids, decoder_attention_mask=mask).logits
         same = torch.equal(ours, theirs)
-        run.exact(f"{kind}: no exits, against the decoder itself", "equal to the bit", "yes" if same else "no", same)
+        run.exact(f"{kind}: no exits, against the decoder itself", "bitwise equal", "yes" if same else "no", same)
         names, original = ([name for name, _ in each.named_parameters()] for each in (full, model.model))
         run.exact(f"{kind}: parameters", "those of the original", str(len(names)), names == original)
         early(run, kind, model, given, ids, mask)
@@ -121,20 +120,20 @@ def exactness(run: Run) -> None:
 
 
 def early(run: Run, kind: str, model: Model, given: dict[str, Tensor], ids: Tensor, mask: Tensor) -> None:
-    """With exits at quantiles: batch and rows, steps and whole sequences, what ran and what exits say."""
+    """Compare, with exits at quantiles, batches with rows, steps with whole sequences, and layers run with exits."""
     lengths, real = torch.full((len(ids),), 3), mask.bool()
-    full = exiting(model, Exiting(), {})
+    full = exit_view(model, ExitSettings(), {})
     told = {"decoder_input_ids": ids, "decoder_attention_mask": mask}
     parallel(full, given | told, lengths)
-    tau = {name: float(s[~s.isnan()].quantile(0.45)) for name, s in full.lamella_policy_encoder.seen.items()}
-    tau["decoder"] = float(full.lamella_policy.seen[real][:, :-1].double().quantile(0.45))
-    view = exiting(model, Exiting(decay=(0.9, 1.0), answer=6), tau)
+    tau = {name: float(s[~s.isnan()].quantile(0.45)) for name, s in full.lamella_policy_encoder.cosines.items()}
+    tau["decoder"] = float(full.lamella_policy.cosines[real][:, :-1].double().quantile(0.45))
+    view = exit_view(model, ExitSettings(decay=(0.9, 1.0), answer=6), tau)
     trace = traced(view)
     whole = parallel(view, given | told, lengths).logits
     exits, streams = view.lamella_policy.exits.clone(), dict(view.lamella_policy_encoder.exits)
     ran = torch.from_numpy(trace.ran[0])[..., 0].sum(-1)
     same = torch.equal(ran[real], exits[real])
-    run.exact(f"{kind}: layers that ran", "those that exits say", "yes" if same else "no", same)
+    run.exact(f"{kind}: layers that ran", "equal to the recorded exits", "yes" if same else "no", same)
     together, far = view(**given, **told).logits, 0.0
     for row in range(len(ids)):
         one = {name: each[row : row + 1] for name, each in told.items()}
@@ -142,9 +141,7 @@ def early(run: Run, kind: str, model: Model, given: dict[str, Tensor], ids: Tens
         far = max(far, float((alone - together[row])[real[row]].abs().max()))
         taken = view.lamella_policy_encoder.exits
         same = same and all(int(taken[name][0]) == int(streams[name][row]) for name in MODALITIES)
-    run.exact(
-        f"{kind}: a batch against its rows alone", "below 1e-5, the same exits", f"{far:.1e}", far < 1e-5 and same
-    )
+    run.exact(f"{kind}: a batch against single rows", "below 1e-5, the same exits", f"{far:.1e}", far < 1e-5 and same)
     cache, parts, memory = empty_cache(view, lengths), [], encoded(view, given)
     for at in range(ids.shape[1]):
         one = {"decoder_input_ids": ids[:, at : at + 1], "decoder_attention_mask": mask[:, : at + 1]}
@@ -158,7 +155,7 @@ def early(run: Run, kind: str, model: Model, given: dict[str, Tensor], ids: Tens
     with left_at(model, exits):
         anew = model.model(**over(memory, given), **told).logits
     far = float((whole - anew)[real].abs().max())
-    run.exact(f"{kind}: exits, against all positions computed anew", "below 1e-5", f"{far:.1e}", far < 1e-5)
+    run.exact(f"{kind}: exits, against a full recomputation", "below 1e-5", f"{far:.1e}", far < 1e-5)
 
 
 @contextmanager
@@ -202,7 +199,7 @@ def encoded(view: Any, given: Mapping[str, Tensor]) -> Tensor:
 
 
 def over(memory: Tensor, given: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What a decoder is given that reads what has been encoded."""
+    """Return the decoder's inputs for a given encoder output."""
     return {"encoder_outputs": BaseModelOutput(last_hidden_state=memory), "attention_mask": given["attention_mask"]}
 
 
@@ -252,15 +249,15 @@ def gradients() -> float:
     model = open_model(nano(KIND).double())
     given, ids, _ = ragged(KIND)
     batch = given | {"labels": ids.masked_fill(torch.arange(9) > torch.tensor([[5], [8], [3]]), NO_LOSS)}
-    view = exiting(model, Exiting(), {})
-    layerwise_loss(view, batch, Exiting())[0].backward()
+    view = exit_view(model, ExitSettings(), {})
+    layerwise_loss(view, batch, ExitSettings())[0].backward()
     ours = {name: each.grad for name, each in view.named_parameters() if each.grad is not None}
     view.zero_grad()
     carries, decoder = batch["labels"] != NO_LOSS, model.stacks["decoder"]
     begun = torch.cat([torch.full((3, 1), 2), batch["labels"][:, :-1].clamp(min=0)], 1)
     for layer in range(len(decoder)):
         streams: list[Tensor] = []
-        view.lamella_policy.heard = streams
+        view.lamella_policy.recorded_hidden = streams
         view(**given, decoder_input_ids=begun, use_cache=False)
         cross_entropy(decoder.head(streams[layer][carries]), batch["labels"][carries]).backward()
     return max(float((ours[name] - each.grad).abs().max()) for name, each in view.named_parameters() if name in ours)
@@ -270,7 +267,7 @@ def gradients() -> float:
 
 
 def request_times(run: Run) -> dict[str, Any]:
-    """One request at SmolLM2's width, whole and with exits at 40 % of the layers, which are given."""
+    """Time one request at SmolLM2's width, whole and with fixed exits at 40 % of the layers."""
     changes = {"d_model": 576, "encoder_ffn_dim": 1536, "decoder_ffn_dim": 1536, "encoder_attention_heads": 9}
     made, processor = shapes_vlm(KIND, run.seed, 64, **changes, decoder_attention_heads=9)
     model = open_model(made)
@@ -278,9 +275,9 @@ def request_times(run: Run) -> dict[str, Any]:
     inputs = row.prompts(row)
     written = 4
     e, j = 2, 4  # (2 + 4 * written) of (6 + 6 * written) layers are left: 60 %
-    views = {"whole": exiting(model, Exiting(), {}),
-             "early": with_policies(model, planned(model, Exiting().params({})), {
-                 "encoder": StreamExits(model.stacks["encoder"], image=-OFF, text=-OFF, min_layer=e),
+    views = {"whole": exit_view(model, ExitSettings(), {}),
+             "early": with_policies(model, exit_plan(model, ExitSettings().params({})), {
+                 "encoder": ModalityExits(model.stacks["encoder"], image=-OFF, text=-OFF, min_layer=e),
                  "decoder": TokenExits(model.stacks["decoder"], threshold=-OFF, min_layer=j)})}  # fmt: skip
     ratios = []
     for _ in range(4 if run.quick else 20):
@@ -298,12 +295,12 @@ def request_times(run: Run) -> dict[str, Any]:
         0.0, {},
     )  # fmt: skip
     ratio = Ratio.of(ratios[1:])
-    predicted = by_flops(taken, Work.of(model.stacks["encoder"], model.stacks["decoder"]))
+    predicted = by_flops(taken, ExitCosts.of(model.stacks["encoder"], model.stacks["decoder"]))
     return {"ratio": [ratio.median, ratio.low, ratio.high], "flops": predicted, "layers": by_layers(taken, LAYERS)}
 
 
 def rows_like(processor: Any, size: int) -> ImageText:
-    """One question about a picture of another size."""
+    """Return one question about an image of another size."""
     return ImageText(
         [shown_row(each) for each in examples(["entailment"], 1, "test", 0, size)], Processing(processor, True)
     )
@@ -313,10 +310,10 @@ def rows_like(processor: Any, size: int) -> ImageText:
 
 
 def tuned(run: Run, task: str, arm: str, seed: int) -> dict[str, Any]:
-    """One arm: fine-tuned from the same weights, read at every depth of the decoder; where it is apart, searched."""
+    """Run one arm: fine-tune from the same weights, evaluate every decoder depth, and search thresholds if separate."""
     folder = trained_vlm(KIND, seed=run.seed)
     model = open_model(opened_vlm(folder))
-    settings = Exiting(
+    settings = ExitSettings(
         loss="final" if arm == "last layer" else "layerwise", decay=(0.95, 1.0) if task == "caption" else None
     )
     view = viewed(model, settings, fused=arm != "apart")
@@ -332,9 +329,12 @@ def tuned(run: Run, task: str, arm: str, seed: int) -> dict[str, Any]:
         rows_of(folder, [task], count, part, 7) for count, part in ((TEST, "test"), (VALIDATION, "calibration"))
     )
     with torch.no_grad():
-        full = observed(viewed(trained, settings, fused=arm != "apart"), test)
-        by_depth = [right(observed(fixed(trained, settings, LAYERS[0], j, arm != "apart"), test)) for j in range(1, 7)]
-        found = {"right": full.right.tolist(), "by decoder depth": by_depth}
+        full = measure_exits(viewed(trained, settings, fused=arm != "apart"), test)
+        by_depth = [
+            exact_match(measure_exits(fixed(trained, settings, LAYERS[0], j, arm != "apart"), test))
+            for j in range(1, 7)
+        ]
+        found = {"right": full.correct.tolist(), "by decoder depth": by_depth}
         if task == "caption":
             found["f1"] = token_f1(viewed(trained, settings, fused=arm != "apart"), test)
         if arm == "every layer":
@@ -342,17 +342,17 @@ def tuned(run: Run, task: str, arm: str, seed: int) -> dict[str, Any]:
         return found | searches(trained, settings, test, held_out) if arm == "apart" else found
 
 
-def viewed(model: Model, settings: Exiting, fused: bool = False, **policies: Any) -> Any:
+def viewed(model: Model, settings: ExitSettings, fused: bool = False, **policies: Any) -> Any:
     """A view with exits off, or with these policies."""
-    encoder = FusedExits(model.stacks["encoder"]) if fused else StreamExits(model.stacks["encoder"])
+    encoder = FusedExits(model.stacks["encoder"]) if fused else ModalityExits(model.stacks["encoder"])
     given = {"encoder": encoder, "decoder": TokenExits(model.stacks["decoder"])} | policies
-    return with_policies(model, planned(model, settings.params({})), given)
+    return with_policies(model, exit_plan(model, settings.params({})), given)
 
 
-def fixed(model: Model, settings: Exiting, e: int, j: int, fused: bool = False) -> Any:
+def fixed(model: Model, settings: ExitSettings, e: int, j: int, fused: bool = False) -> Any:
     """A view that everything leaves behind the same layers."""
     encoder, decoder = model.stacks["encoder"], model.stacks["decoder"]
-    first = FusedExits(encoder, -OFF, e) if fused else StreamExits(encoder, image=-OFF, text=-OFF, min_layer=e)
+    first = FusedExits(encoder, -OFF, e) if fused else ModalityExits(encoder, image=-OFF, text=-OFF, min_layer=e)
     return viewed(model, settings, encoder=first, decoder=TokenExits(decoder, threshold=-OFF, min_layer=j))
 
 
@@ -374,36 +374,36 @@ def token_f1(view: Any, rows: ImageText, batch: int = 50) -> float:
     return float(np.mean(found))
 
 
-def one_exit(model: Model, settings: Exiting, test: ImageText, held_out: ImageText) -> dict[str, Any]:
+def one_exit(model: Model, settings: ExitSettings, test: ImageText, held_out: ImageText) -> dict[str, Any]:
     """MuE without decomposition: one exit of the encoder, whose tokens all see each other, and the decoder's."""
 
-    def tried(rows: ImageText, tau: Mapping[str, float]) -> Tried:
+    def tried(rows: ImageText, tau: Mapping[str, float]) -> ExitTrial:
         encoder = FusedExits(model.stacks["encoder"], tau.get("fused", OFF))
         decoder = TokenExits(model.stacks["decoder"], **settings.params(tau)["decoder"])
-        taken = observed(viewed(model, settings, encoder=encoder, decoder=decoder), rows)
+        taken = measure_exits(viewed(model, settings, encoder=encoder, decoder=decoder), rows)
         cosines = {"fused": taken.cosines["text"], "decoder": taken.cosines["decoder"]}  # both modalities' are the same
         taken = replace(taken, cosines=cosines)
-        return Tried(dict(tau), right(taken), by_layers(taken, LAYERS), taken)
+        return ExitTrial(dict(tau), exact_match(taken), by_layers(taken, LAYERS), taken)
 
-    return said(tried(test, aimed(searched(partial(tried, held_out), SWEPT, kept=2)).tau), model)
+    return said(tried(test, aimed(search_thresholds(partial(tried, held_out), SWEPT, kept=2)).tau), model)
 
 
-def aimed(some: Sequence[Tried]) -> Tried:
+def aimed(some: Sequence[ExitTrial]) -> ExitTrial:
     """Of what was tried on held-out rows, the best that comes beyond the reduction aimed at."""
     beyond = [one for one in some if one.reduction >= AIMED]
-    return max(beyond, key=lambda one: (one.right, -one.reduction), default=front(some)[-1])
+    return max(beyond, key=lambda one: (one.correct, -one.reduction), default=pareto_trials(some)[-1])
 
 
-def searches(model: Model, settings: Exiting, test: ImageText, held_out: ImageText) -> dict[str, Any]:
-    """Thresholds chosen on held-out rows, and what they and their rivals do on test rows."""
+def searches(model: Model, settings: ExitSettings, test: ImageText, held_out: ImageText) -> dict[str, Any]:
+    """Choose thresholds on held-out rows, and evaluate them and the baselines on test rows."""
     params = settings.params({})
-    tried = searched(partial(attempt, model, params, held_out), SWEPT, kept=2)
-    full = tried[0].right
+    tried = search_thresholds(partial(attempt, model, params, held_out), SWEPT, kept=2)
+    full = tried[0].correct
     limits = {
         "mue": aimed(tried),
-        "both": chosen(tried, full, KEPT_AIMED),
-        "decoder alone": chosen([one for one in tried if set(one.tau) <= {"decoder"}], full, KEPT_AIMED),
-        "encoder alone": chosen([one for one in tried if "decoder" not in one.tau], full, KEPT_AIMED),
+        "both": best_trial(tried, full, KEPT_AIMED),
+        "decoder alone": best_trial([one for one in tried if set(one.tau) <= {"decoder"}], full, KEPT_AIMED),
+        "encoder alone": best_trial([one for one in tried if "decoder" not in one.tau], full, KEPT_AIMED),
     }
     told: dict[str, Any] = {}
     for name, one in limits.items():
@@ -411,11 +411,13 @@ def searches(model: Model, settings: Exiting, test: ImageText, held_out: ImageTe
         told[name] = said(attempt(model, params, test, one.tau), model)
     mue = attempt(model, params, test, limits["mue"].tau)  # type: ignore[union-attr]
     if settings.decay is not None:
-        told["mue"]["f1"] = token_f1(exiting(model, settings, mue.tau), test)
-    told["front"] = [said(attempt(model, params, test, one.tau), model) for one in front(tried)]
+        told["mue"]["f1"] = token_f1(exit_view(model, settings, mue.tau), test)
+    told["front"] = [said(attempt(model, params, test, one.tau), model) for one in pareto_trials(tried)]
     told["by chance"] = by_chance(model, settings, test, mue.exits)
     told["fixed"] = [
-        [e, j, *scored(observed(fixed(model, settings, e, j), test))] for e in (2, 3, 4, 6) for j in (1, 2, 3, 4, 6)
+        [e, j, *scored(measure_exits(fixed(model, settings, e, j), test))]
+        for e in (2, 3, 4, 6)
+        for j in (1, 2, 3, 4, 6)
     ]
     told["confidence"] = confidence(model, settings, test)
     told["cut"] = cut(model, settings, params, test, held_out)
@@ -423,11 +425,11 @@ def searches(model: Model, settings: Exiting, test: ImageText, held_out: ImageTe
     return told
 
 
-def said(one: Tried, model: Model) -> dict[str, Any]:
-    work = Work.of(model.stacks["encoder"], model.stacks["decoder"])
+def said(one: ExitTrial, model: Model) -> dict[str, Any]:
+    work = ExitCosts.of(model.stacks["encoder"], model.stacks["decoder"])
     return {
         "tau": one.tau,
-        "right": one.exits.right.tolist(),
+        "right": one.exits.correct.tolist(),
         "layers": one.reduction,
         "used": used(one.exits),
         "flops": by_flops(one.exits, work),
@@ -439,7 +441,7 @@ def said(one: Tried, model: Model) -> dict[str, Any]:
 def used(exits: Exits) -> list[list[float]]:
     """Of each row the layers that ran, and those that there are; the modalities of a row share one encoder."""
     there = torch.stack([exits.tokens[name] > 0 for name in MODALITIES])
-    ran = torch.stack([exits.streams[name] for name in MODALITIES]).double().sum(0) / there.sum(0)
+    ran = torch.stack([exits.layers[name] for name in MODALITIES]).double().sum(0) / there.sum(0)
     words = torch.zeros(2, len(ran), dtype=torch.double)
     words[0].index_add_(0, exits.row, exits.decoder.double())
     words[1].index_add_(0, exits.row, torch.full_like(exits.decoder, LAYERS[1]).double())
@@ -447,16 +449,16 @@ def used(exits: Exits) -> list[list[float]]:
 
 
 def means(exits: Exits) -> list[float]:
-    there = [exits.streams[name][exits.tokens[name] > 0] for name in MODALITIES]
+    there = [exits.layers[name][exits.tokens[name] > 0] for name in MODALITIES]
     return [float(each.double().mean()) for each in (*there, exits.decoder)]
 
 
 def scored(exits: Exits) -> tuple[float, float]:
-    return by_layers(exits, LAYERS), right(exits)
+    return by_layers(exits, LAYERS), exact_match(exits)
 
 
-def by_chance(model: Model, settings: Exiting, test: ImageText, exits: Exits) -> list[list[bool]]:
-    """Which rows are right when the exits that were taken are dealt out to other rows and words."""
+def by_chance(model: Model, settings: ExitSettings, test: ImageText, exits: Exits) -> list[list[bool]]:
+    """Return which rows are correct when the same exits are assigned to other rows and tokens."""
     view, batch, found = viewed(model, settings), 16, []
     for seed in range(3):
         dealt, some = shuffled(exits, seed), []
@@ -466,52 +468,52 @@ def by_chance(model: Model, settings: Exiting, test: ImageText, exits: Exits) ->
             row, step = exits.row[here] - start, exits.step[here]
             words = torch.full((len(test[rows]), int(step.max()) + 1), LAYERS[1])
             words[row, step] = dealt["decoder"][here]
-            view.lamella_policy_encoder.leaves = {name: dealt[name][rows] for name in MODALITIES}
-            view.lamella_policy.leaves = words
-            some += observed(view, ImageText(test[rows], test.processing)).right.tolist()
+            view.lamella_policy_encoder.fixed_exits = {name: dealt[name][rows] for name in MODALITIES}
+            view.lamella_policy.fixed_exits = words
+            some += measure_exits(view, ImageText(test[rows], test.processing)).correct.tolist()
         found.append(some)
     return found
 
 
-def confidence(model: Model, settings: Exiting, test: ImageText) -> dict[str, list[tuple[float, float]]]:
-    """Reduction and right answers of decoders that are left by entropy, and by patience."""
+def confidence(model: Model, settings: ExitSettings, test: ImageText) -> dict[str, list[tuple[float, float]]]:
+    """Reduction and exact match of decoder exits by entropy and by patience."""
     decoder = model.stacks["decoder"]
     rules = {
         "entropy": [EntropyExits(decoder, below) for below in (0.01, 0.05, 0.2, 0.5, 1.0)],
         "patience": [PatienceExits(decoder, patience) for patience in (4, 3, 2, 1)],
     }
-    return {name: [scored(observed(viewed(model, settings, decoder=each), test)) for each in some]
+    return {name: [scored(measure_exits(viewed(model, settings, decoder=each), test)) for each in some]
             for name, some in rules.items()}  # fmt: skip
 
 
 def cut(
-    model: Model, settings: Exiting, params: dict[str, Any], test: ImageText, held_out: ImageText
+    model: Model, settings: ExitSettings, params: dict[str, Any], test: ImageText, held_out: ImageText
 ) -> dict[str, dict[str, Any]]:
-    """The two-by-two table: each stream whole, or cut by its threshold to a third to a half of its layers."""
-    full = observed(viewed(model, settings), held_out)
+    """The two-by-two table: each modality whole, or limited by its threshold to a third to a half of its layers."""
+    full = measure_exits(viewed(model, settings), held_out)
     tau = {}
     for place, name in enumerate(MODALITIES):
-        limits = [quantiles(full, q)[name] for q in np.linspace(0.02, 0.98, 9)]
+        limits = [quantile_thresholds(full, q)[name] for q in np.linspace(0.02, 0.98, 9)]
         depth = [means(attempt(model, params, held_out, {name: limit}).exits)[place] for limit in limits]
         tau[name] = limits[int(np.argmin(np.abs(np.array(depth) - CUT)))]
     cases: dict[str, Sequence[str]] = {
         "whole": (),
-        "image cut": ("image",),
-        "text cut": ("text",),
-        "both cut": MODALITIES,
+        "image limited": ("image",),
+        "text limited": ("text",),
+        "both limited": MODALITIES,
     }
     found = {}
     for name, those in cases.items():
         one = attempt(model, params, test, {each: tau[each] for each in those})
-        found[name] = {"right": one.right, "means": means(one.exits)}
+        found[name] = {"right": one.correct, "means": means(one.exits)}
     return found
 
 
-def simple(one: Tried, test: ImageText) -> dict[str, Any]:
+def simple(one: ExitTrial, test: ImageText) -> dict[str, Any]:
     """Exits of the text of rows about one object, and of those about two."""
     texts = [row.messages[0]["content"] for row in test]
     related = torch.tensor([any(side in text for side in ("above", "below", "left", "right")) for text in texts])
-    e = one.exits.streams["text"].double()
+    e = one.exits.layers["text"].double()
     groups = [e[~related], e[related]]
     if min(map(len, groups)) < 2:
         return {}
@@ -540,7 +542,7 @@ def claims(run: Run) -> None:
     shown = {task: found[task, "apart"][0]["mue"]["exits"] for task in ("entailment", "caption")}
     lines = {f"{task}, {name}": [(layer, 100 * share) for layer, share in enumerate(shares, 1)]
              for task, streams in shown.items() for name, shares in streams.items()}  # fmt: skip
-    run.picture("mue-exits", Scatter("exit behind layer", "rows or words, per cent", lines, joined=True))
+    run.figure("mue-exits", Scatter("exit after layer", "rows or tokens, percent", lines, joined=True))
     for task in TASKS:
         exits(run, task, found[task, "apart"], found.get((task, "every layer"), ()), able[task])
     saved(run, found, able)
@@ -557,7 +559,7 @@ def trained(run: Run, found: Mapping[tuple[str, str], Sequence[dict[str, Any]]])
         Of which tasks the models are able to show more: those that they have learnt, and that no first layer solves.
     """
     run.table(
-        "Right answers in %, all of the encoder, the decoder left behind a layer",
+        "Exact match in %, by decoder exit, with the full encoder",
         ["task", "arm", "full depth", *map(str, range(1, 7))],
         [[task, arm, np.mean([percent(one["right"]) for one in some]),
           *(100 * np.mean([one["by decoder depth"] for one in some], 0))] for (task, arm), some in found.items()],
@@ -570,11 +572,11 @@ def trained(run: Run, found: Mapping[tuple[str, str], Sequence[dict[str, Any]]])
     for task in TASKS:
         usual = percent(first(task, "last layer" if (task, "last layer") in found else "apart")["right"])
         learnt = usual >= 100 * LEARNT
-        run.exact(f"{task}, gate: right answers at full depth", f"at least {LEARNT:.0%}", f"{usual:.1f} %", learnt)
+        run.exact(f"{task}, gate: exact match at full depth", f"at least {LEARNT:.0%}", f"{usual:.1f} %", learnt)
         by_depth = first(task, "apart")["by decoder depth"]
         lost = 100 * (by_depth[-1] - by_depth[0])
         deep = lost > 2
-        run.exact(f"{task}, gate: points that the decoder's first layer alone loses", "above 2", f"{lost:.1f}", deep)
+        run.exact(f"{task}, gate: points lost with the first decoder layer only", "above 2", f"{lost:.1f}", deep)
         able[task] = learnt and deep
     for task in ("entailment", "caption"):
         cost = percent(first(task, "every layer")["right"]) - percent(first(task, "last layer")["right"])
@@ -584,7 +586,7 @@ def trained(run: Run, found: Mapping[tuple[str, str], Sequence[dict[str, Any]]])
         run.table(f"{task}: the price of decomposing", ["points"], [[price]])
     third = [100 * first("caption", arm)["by decoder depth"][2] for arm in ("every layer", "last layer")]
     gain = third[0] - third[1]
-    said = "caption: every layer less last layer, behind layer 3, points"
+    said = "caption: every layer less last layer, after layer 3, points"
     run.further(said, "at least 20", f"{gain:.1f}", gain >= 20 if able["caption"] else None)
     freely = [[arm, first("caption", arm)["f1"]] for arm in ARMS]
     freely.append(["apart, exits of MuE", first("caption", "apart")["mue"]["f1"]])
@@ -613,23 +615,23 @@ def exits(run: Run, task: str, some: Sequence[dict[str, Any]], fused: Sequence[d
          *each["fused"]["means"]]
         for each in fused[:1]
     ]  # fmt: skip
-    rows += [["the same exits by chance", one["mue"]["layers"], one["mue"]["flops"], chance, *one["mue"]["means"]]]
+    rows += [["the same exits, shuffled", one["mue"]["layers"], one["mue"]["flops"], chance, *one["mue"]["means"]]]
     rows += [
         [name, reduction, "", 100 * value, "", "", ""]
         for name, each in one["confidence"].items()
         for reduction, value in each
     ]
     rows += [[f"fixed, {e} and {j}", reduction, "", 100 * value, e, e, j] for e, j, reduction, value in one["fixed"]]
-    columns = ["exits", "reduction by layers", "by FLOPs", "% right", "image", "text", "decoder"]
-    run.table(f"{task}: reduction and right answers, {TEST} test rows, seed 0, behind the right words", columns, rows)
+    columns = ["exits", "reduction by layers", "by FLOPs", "% exact match", "image", "text", "decoder"]
+    run.table(f"{task}: reduction and exact match, {TEST} test rows, seed 0, teacher forcing", columns, rows)
     run.table(
-        f"{task}: the most reduction that keeps {KEPT_AIMED:.0%} of the right answers on held-out rows, on test rows",
-        ["exits", "reduction by layers", "by FLOPs", "% right", "retained", *MODALITIES, "decoder"],
+        f"{task}: the most reduction that keeps {KEPT_AIMED:.0%} of the exact matches on held-out rows, on test rows",
+        ["exits", "reduction by layers", "by FLOPs", "% exact match", "retained", *MODALITIES, "decoder"],
         [[name, *(np.mean([one[name][each] for one in some]) for each in ("layers", "flops")),
           np.mean([percent(one[name]["right"]) for one in some]), str(retained(some, name, run.seed)),
           *np.mean([one[name]["means"] for one in some], 0)] for name in ALONE],
     )  # fmt: skip
-    run.table(f"{task}: streams cut to about {CUT} layers", ["encoder", "% right", "image", "text"],
+    run.table(f"{task}: modalities limited to about {CUT} layers", ["encoder", "% exact match", "image", "text"],
               [[name, 100 * each["right"], *each["means"][:2]] for name, each in one["cut"].items()])  # fmt: skip
     run.table(f"{task}: exits of MuE, in % of rows or words", ["exit", *map(str, range(1, 7))],
               [[name, *(100 * share for share in shares)] for name, shares in one["mue"]["exits"].items()])  # fmt: skip
@@ -659,7 +661,7 @@ def saved(run: Run, found: Mapping[tuple[str, str], Sequence[dict[str, Any]]], a
     for task in ("entailment", "caption"):
         some = found[task, "apart"]
         ahead = paired(some, run.seed)
-        claim(task, "MuE less the same exits by chance, points", "at least 0", ahead, ahead.at_least(0))
+        claim(task, "MuE less the same exits, shuffled, points", "at least 0", ahead, ahead.at_least(0))
         gain = more_saved(some, "both", "decoder alone", run.seed)
         quality = retained(some, "both", run.seed)
         measured = f"{gain}, retained {quality}"
@@ -679,7 +681,10 @@ def saved(run: Run, found: Mapping[tuple[str, str], Sequence[dict[str, Any]]], a
     told = f"{ahead}, at {one[0]['layers']:.0%} and {one[1]['layers']:.0%}"
     run.further("entailment: MuE less one exit for both modalities, points, seed 0", "at least 0", told,
                 ahead.at_least(0) if able["entailment"] else None)  # fmt: skip
-    for task, cheap, dear in (("premise", "image cut", "text cut"), ("caption", "text cut", "image cut")):
+    for task, cheap, dear in (
+        ("premise", "image limited", "text limited"),
+        ("caption", "text limited", "image limited"),
+    ):
         table = found[task, "apart"][0]["cut"]
         loss = {name: 100 * (table["whole"]["right"] - table[name]["right"]) for name in (cheap, dear)}
         measured, less = f"{loss[cheap]:.1f} and {loss[dear]:.1f} points", loss[cheap] < loss[dear]
@@ -694,7 +699,7 @@ def paired(some: Sequence[dict[str, Any]], seed: int) -> Measured:
 
 
 def retained(some: Sequence[dict[str, Any]], name: str, seed: int) -> Measured:
-    """The share of right answers that is left with some exits."""
+    """The fraction of correct answers that remain with some exits."""
     both = [np.mean([each["right"] for each in rows], 0) for rows in ([one[name] for one in some], some)]
     return over_rows(both, lambda ours, full: ours.mean() / max(full.mean(), 1e-9), seed)
 
@@ -723,14 +728,14 @@ def over_rows(parts: Sequence[np.ndarray], figure: Callable[..., Any], seed: int
 
 
 def experiment(run: Run) -> None:
-    run.data = "rendered shapes: captions, questions, sentences that a picture entails or not; test scenes are unseen"
+    run.data = "rendered shapes: captions, questions, sentences that an image entails or not; held-out test scenes"
     with torch.no_grad():
         run.part("exactness", exactness)
         found = run.arm("time of a request", request_times, run)
     ratio = Measured(*found["ratio"])
     run.table(
-        "One request of 256 image tokens, 4 words written, SmolLM2's width, exits behind layers 2 and 4 of 6 and 6",
-        ["layers left out", "multiplications left out", "time left"],
+        "One request of 256 image tokens, 4 generated tokens, SmolLM2's width, exits after layers 2 and 4 of 6 and 6",
+        ["layers skipped", "multiplications skipped", "time left"],
         [[found["layers"], found["flops"], str(ratio)]],
     )
     if run.quick:  # few rounds decide nothing

@@ -1,15 +1,14 @@
-"""MuraNet at small scale: walls, doors and windows of plans made by chance, by one network or by two.
+"""MuraNet at small scale: walls, doors and windows of synthetic plans, by one network or by two.
 
-A nano encoder learns to read 800 plans in 1,000 steps and is judged on 96 others. One network for both tasks stands
-beside two networks for one each, trained with the same clipping; beside the same network without relation attention, at
-equal parameters; beside networks whose losses count alike or whose gradients are clipped together; beside a coupled
-head; and beside networks whose tasks part at a stage. Where they part at once, nothing is shared and nothing is trained
-anew: that is the two networks for one task each. What one network must reach, whatever the claims, is asked after all
-steps; what it has reached after 600 stands beside it. Attention is inserted without effect into an encoder that was
-trained on rendered shapes and stays as it is. Last, a style of wall that training has not seen. What no claim needs has
-one seed.
+A nano encoder is trained on 800 plans for 1,000 steps and evaluated on 96 others. One network for both tasks is
+compared with two networks for one task each, trained with the same clipping; with the same network without relation
+attention, at equal parameters; with networks of equal loss weights or joint clipping of the gradients; with a coupled
+head; and with networks whose tasks split at a stage. A split before the first stage shares nothing: these are the two
+networks for one task each, which are not trained again. The absolute criteria of one network apply after all steps; its
+results after 600 are reported as well. Attention is inserted without effect into a frozen encoder that was trained on
+rendered shapes. Last, a style of walls that is not in the training data. Arms that no claim needs have one seed.
 
-    python reproductions/muranet.py            # about two hours on one idle core; stopped, it goes on
+    python reproductions/muranet.py            # about two hours on one idle core; an interrupted run resumes
     python reproductions/muranet.py --quick    # small plans, few steps, one seed
 """
 
@@ -30,28 +29,28 @@ from torch import nn
 
 from lamella.files import Work
 from lamella.methods.muranet import (
-    Balance,
     FloorPlan,
+    LossBalance,
     PlanNetwork,
-    Practice,
-    Shape,
+    PlanTraining,
+    RecogniserShape,
     branch_point,
+    evaluate_plans,
     floor_plans,
     grey_floor,
-    judged,
 )
 from lamella.methods.muranet.balance import gradients, shared_stages
 from lamella.methods.muranet.branch import gradients_of, size_of
 from lamella.methods.muranet.drawing import KINDS
-from lamella.methods.muranet.frame import Rows, together
+from lamella.methods.muranet.frame import PlanRows, collate
 from lamella.methods.muranet.judge import median_box
 from lamella.methods.muranet.method import PERSISTENT
 from lamella.methods.muranet.raster import Style
-from lamella.methods.muranet.recipe import NO_CLIP, practise, task_losses
-from lamella.train import Hook, TrainConfig, Training, class_nats, fit, supervised
+from lamella.methods.muranet.recipe import NO_CLIP, task_losses, train_network
+from lamella.train import Hook, TrainConfig, TrainingRun, class_cross_entropy, fit, supervised
 from lamella.zoo.worlds import render, scenes
 
-EARLY = 600  # steps, at which all tests are judged once
+EARLY = 600  # step at which all tests are evaluated once
 WALLS, OPENINGS = 0.8, 0.4  # wall IoU and AP50 that are to be reached
 VARIANTS = ("gate", "msca", "local_softmax")
 FEW = 100  # plans, of which readings of the attention learn: of many, all of them learn the same
@@ -80,8 +79,8 @@ FULL = Size(128, 800, 96, 8, 1000, 30, 300, 300, 150, (0, 1, 2))
 QUICK = Size(64, 24, 4, 2, 12, 12, 6, 6, 3, (0,))
 
 
-def shape(size: Size, **parts: Any) -> Shape:
-    return Shape(**{"encoder": "nano", "size": size.side, "attention": "msca", **parts})
+def shape(size: Size, **parts: Any) -> RecogniserShape:
+    return RecogniserShape(**{"encoder": "nano", "size": size.side, "attention": "msca", **parts})
 
 
 def config(steps: int, seed: int, every: int | None = None, clip: float = NO_CLIP) -> TrainConfig:
@@ -91,8 +90,8 @@ def config(steps: int, seed: int, every: int | None = None, clip: float = NO_CLI
     )  # fmt: skip
 
 
-PRACTICE, BALANCE = Practice(jitter=False), Balance(look_every=100)  # ten times the walls, and no clip
-EQUAL, ONE_CLIP = Balance(wall_weight=1.0, look_every=100), 5.0  # both alike; a clip of the sum of both gradients
+PRACTICE, BALANCE = PlanTraining(jitter=False), LossBalance(look_every=100)  # ten times the walls, and no clip
+EQUAL, ONE_CLIP = LossBalance(wall_weight=1.0, look_every=100), 5.0  # both alike; a clip of the sum of both gradients
 BALANCES = {
     f"10 to 1, both clipped to {ONE_CLIP:g}": (BALANCE, ONE_CLIP),
     f"1 to 1, both clipped to {ONE_CLIP:g}": (EQUAL, ONE_CLIP),
@@ -113,14 +112,14 @@ class Looks(Hook):
         self.curve: list[tuple[int, float, float]] = []
         self.early: dict[str, Any] = {}
 
-    def evaluated(self, run: Training) -> None:
+    def evaluated(self, run: TrainingRun) -> None:
         said = self.judge(self.size.looked)
         self.curve.append((run.step, said["wall iou"], precision(said, "ap50")))
         if run.step == EARLY:
             self.early = self.judge(self.size.tests)
 
     def judge(self, count: int) -> dict[str, Any]:
-        return judged(self.network.eval(), plans("test", self.size.side, count), (self.size.side, False), KINDS)
+        return evaluate_plans(self.network.eval(), plans("test", self.size.side, count), (self.size.side, False), KINDS)
 
 
 def precision(said: Mapping[str, Any], at: str) -> float:
@@ -128,7 +127,7 @@ def precision(said: Mapping[str, Any], at: str) -> float:
     return fmean(said["openings"][kind][at] for kind in KINDS)
 
 
-def built(form: Shape, seed: int) -> PlanNetwork:
+def built(form: RecogniserShape, seed: int) -> PlanNetwork:
     torch.manual_seed(seed)
     return form.build(len(KINDS))
 
@@ -140,32 +139,32 @@ def trained(
     steps: int,
     seed: int,
     hooks: Sequence[Hook] = (),
-    balance: Balance = BALANCE,
+    balance: LossBalance = BALANCE,
     clip: float = NO_CLIP,
 ) -> PlanNetwork:
     chosen = config(steps, seed, size.every if hooks else None, clip)
-    practise(
+    train_network(
         network.train(),
         given,
         chosen,
         PRACTICE,
         balance,
         frame=(size.side, False),
-        out=Work().place(),
+        out=Work().directory(),
         hooks=hooks,
     )
     return network.eval()
 
 
 def read(
-    size: Size, form: Shape, seed: int, looks: bool = False, branch: bool = False, **balanced: Any
+    size: Size, form: RecogniserShape, seed: int, looks: bool = False, branch: bool = False, **balanced: Any
 ) -> dict[str, Any]:
     """What a network of some form comes to, its losses weighed ten to one and nothing clipped unless that is said."""
     network = built(form, seed)
     look = Looks(network, size)
     given = plans("train", size.side, size.plans)
     trained(network, size, given, size.steps, seed, [look] if looks else [], **balanced)
-    found = judged(network, plans("test", size.side, size.tests), form.frame, KINDS)
+    found = evaluate_plans(network, plans("test", size.side, size.tests), form.frame, KINDS)
     found |= {
         "parameters": sum(each.numel() for each in network.parameters()),
         "curve": look.curve,
@@ -173,7 +172,7 @@ def read(
     }
     if branch:
         seen = gradients_of(network, given[:BRANCHED], form.frame, 8)
-        found |= {"apart": size_of(network, 0)}
+        found |= {"separate": size_of(network, 0)}
         found |= {"cosines": seen[..., 2].mean(0).tolist(), "split": branch_point(seen[..., 2], PERSISTENT)}
     return found
 
@@ -183,19 +182,21 @@ def read(
 
 def exactness(run: Run, size: Size) -> None:
     network = built(shape(size), 0).double().eval()
-    batch = together(list(Rows(plans("test", size.side, 2), size.side, False)))
+    batch = collate(list(PlanRows(plans("test", size.side, 2), size.side, False)))
     stages = shared_stages(network)
     losses = task_losses(network, batch)
     both = gradients(losses["walls"] + losses["openings"], stages)
     each = [gradients(losses[task], stages) for task in ("walls", "openings")]
     apart = max(float((both[n] - each[0][n] - each[1][n]).norm() / both[n].norm()) for n in stages)
-    run.exact("the gradient on shared stages is the sum of both tasks'", "at most 1e-6 apart", apart, apart <= 1e-6)
+    run.exact(
+        "the gradient on shared stages is the sum of both tasks'", "difference at most 1e-6", apart, apart <= 1e-6
+    )
     plain = built(shape(size, attention="gate"), 0).eval()
     with torch.no_grad():
         before = plain.encoder(batch["x"])[0]
         plain.encoder.insert(range(len(plain.encoder.stages)), shape(size).blocks)
         same = all(torch.equal(a, b) for a, b in zip(plain.eval().encoder(batch["x"])[0], before, strict=True))
-    run.exact("attention that is inserted changes nothing", "the same bits", "same" if same else "other", same)
+    run.exact("attention that is inserted changes nothing", "bitwise equal", "same" if same else "other", same)
     counts = {}
     for kind in ("msca", "depthwise"):
         other = built(shape(size, attention=kind), 0)
@@ -210,7 +211,7 @@ def exactness(run: Run, size: Size) -> None:
     with torch.no_grad():
         ours, theirs = parted(batch["x"]), (walls(batch["x"]), openings(batch["x"]))
     same = torch.equal(ours.walls[-1], theirs[0].walls[-1]) and torch.equal(ours.cells, theirs[1].cells)
-    run.exact("tasks that part at once, against two networks, after two steps", "the same bits",
+    run.exact("tasks that part at once, against two networks, after two steps", "bitwise equal",
               "same" if same else "other", same)  # fmt: skip
 
 
@@ -224,7 +225,13 @@ def pretrained(size: Size, steps: int) -> tuple[PlanNetwork, float]:
     form = shape(size, attention="depthwise")
     network = built(form, 0)
     counter = Counter(network)
-    fit(counter, counted("calibration", 8 * steps), supervised(class_nats), config(steps, 0), out=Work().place())
+    fit(
+        counter,
+        counted("calibration", 8 * steps),
+        supervised(class_cross_entropy),
+        config(steps, 0),
+        out=Work().directory(),
+    )
     tests = counted("test", 256)
     x, y = (torch.stack([each[name] for each in tests]) for name in ("x", "y"))
     with torch.no_grad():
@@ -235,13 +242,13 @@ def pretrained(size: Size, steps: int) -> tuple[PlanNetwork, float]:
 def counted(part: Any, count: int) -> list[dict[str, torch.Tensor]]:
     """Rendered shapes, and how many they are less one."""
     return [
-        {"x": torch.from_numpy(render(scene, 32, seed=n)).permute(2, 0, 1), "y": torch.tensor(len(scene.things) - 1)}
+        {"x": torch.from_numpy(render(scene, 32, seed=n)).permute(2, 0, 1), "y": torch.tensor(len(scene.objects) - 1)}
         for n, scene in enumerate(islice(scenes(part), count))
     ]
 
 
 class Counter(nn.Module):
-    """An encoder with a linear map behind the mean of its last map."""
+    """An encoder with a linear layer on the mean of its last map."""
 
     def __init__(self, network: PlanNetwork) -> None:
         super().__init__()
@@ -254,7 +261,7 @@ class Counter(nn.Module):
 
 
 def inserted(size: Size, seed: int) -> dict[str, list[float]]:
-    """The loss on test plans, before and after training what stands beside a frozen encoder."""
+    """Return the loss on test plans, before and after training the other parts with a frozen encoder."""
     network, counts = pretrained(size, size.inserted)
     encoder = network.encoder.state_dict()
     found = {"counts": [counts]}
@@ -264,11 +271,11 @@ def inserted(size: Size, seed: int) -> dict[str, list[float]]:
         frozen = list(network.encoder.stages)
         torch.manual_seed(seed)
         network.encoder.insert(after, shape(size).blocks)
-        network.hold(*frozen)
+        network.freeze(*frozen)
         tests = plans("test", size.side, size.tests)
-        log = practise(
+        log = train_network(
             network.train(), plans("train", size.side, size.plans), config(size.inserted, seed), PRACTICE, BALANCE,
-            frame=(size.side, False), out=Work().place(), held_out=tests,
+            frame=(size.side, False), out=Work().directory(), held_out=tests,
         )  # fmt: skip
         found[arm] = [point.loss for point in log.held_out]
     return found
@@ -282,7 +289,7 @@ def stressed(size: Size, seed: int) -> dict[str, list[float]]:
     network = trained(built(shape(size), seed), size, plans("train", size.side, size.plans, *SEEN), size.stress, seed)
     found = {}
     for name, styles in (("seen", SEEN), ("unseen", UNSEEN)):
-        said = judged(network, plans("test", size.side, size.tests, *styles), (size.side, False), KINDS)
+        said = evaluate_plans(network, plans("test", size.side, size.tests, *styles), (size.side, False), KINDS)
         found[name] = [said["wall iou"], precision(said, "ap50"), precision(said, "ap")]
     return found
 
@@ -291,7 +298,7 @@ def variant(size: Size, kind: str, seed: int) -> list[float]:
     """Wall IoU, AP50 and AP of one reading of the attention after a short training."""
     form = shape(size, attention=kind)
     network = trained(built(form, seed), size, plans("train", size.side, min(FEW, size.plans)), size.brief, seed)
-    said = judged(network, plans("test", size.side, size.tests), form.frame, KINDS)
+    said = evaluate_plans(network, plans("test", size.side, size.tests), form.frame, KINDS)
     return [said["wall iou"], precision(said, "ap50"), precision(said, "ap")]
 
 
@@ -325,8 +332,8 @@ def experiment(run: Run) -> None:
     fraction = fmean(float(each.walls.mean()) for each in tests if each.walls is not None)
     openings = fmean(len(each.boxes) for each in tests if each.boxes is not None)
     run.data = (
-        f"{size.plans} plans of {size.side} pixels to learn from and {size.tests} to judge on, made by chance; walls, "
-        f"{fraction:.3f} of a plan, go through their {openings:.3g} openings, whose median is {box[0]:.3g} x "
+        f"{size.plans} plans of {size.side} pixels for training and {size.tests} for testing, synthetic; walls, "
+        f"{fraction:.3f} of a plan, include their {openings:.3g} openings, whose median is {box[0]:.3g} x "
         f"{box[1]:.3g} pixels"
     )
     run.part("exactness", exactness, size)
@@ -353,7 +360,7 @@ def experiment(run: Run) -> None:
 
 
 def learns(run: Run, size: Size, both: Sequence[Mapping[str, Any]], floor: Mapping[str, float]) -> None:
-    """Claim 1: the pipeline learns what there is to learn, and what of it it has learnt earlier, on the way."""
+    """Claim 1: the pipeline learns the task, with the results of an earlier step for comparison."""
     rows = [[f"grey below {threshold}", 100 * iou] for threshold, iou in floor.items()]
     run.table("Wall IoU without training", ["", "wall IoU"], rows)
     early = [{"parameters": each["parameters"], **each["early"]} for each in both]
@@ -374,7 +381,7 @@ def together_or_alone(
     run: Run, both: Sequence[Mapping[str, Any]], one: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> None:
     """Claim 2: one network for both tasks, and two for one each."""
-    rows = [row("both tasks", both), *(row(f"{tasks} alone", found) for tasks, found in one.items())]
+    rows = [row("both tasks", both), *(row(f"{tasks} only", found) for tasks, found in one.items())]
     run.table("One network or two, trained with the same clipping; percent", COLUMNS, rows)
     less = Measured.over_seeds([100 * (a["wall iou"] - b["wall iou"]) for a, b in zip(both, one["walls"], strict=True)])
     run.main("wall IoU, one network - two", "at least -2.5 points", less, less.at_least(-2.5))
@@ -387,26 +394,26 @@ def together_or_alone(
 
 
 def balances(run: Run, size: Size, both: Sequence[Mapping[str, Any]]) -> None:
-    """What the two losses count, and whether their gradients are clipped together, by one seed."""
+    """Compare the weights of the two losses, and joint clipping of their gradients, with one seed."""
     seed = size.seeds[0]
     found = {
         name: run.arm(f"{name}, {seed}", read, size, shape(size), seed, balance=balance, clip=clip)
         for name, (balance, clip) in BALANCES.items()
     }
     rows = [row("10 to 1, no clip", both[:1]), *(row(name, [each]) for name, each in found.items())]
-    run.table(f"What walls and openings count, seed {seed} alone; percent", COLUMNS, rows)
+    run.table(f"Loss weights of walls and openings, seed {seed}; percent", COLUMNS, rows)
 
 
 def heads(run: Run, size: Size, both: Sequence[Mapping[str, Any]]) -> None:
-    """The decoupled head beside a coupled one, by one seed."""
+    """Compare the decoupled head with a coupled one, with one seed."""
     seed = size.seeds[0]
     coupled = run.arm(f"a coupled head, {seed}", read, size, shape(size, head="coupled"), seed)
     rows = [row("a decoupled head", both[:1]), row("a coupled head", [coupled])]
-    run.table(f"Another head, seed {seed} alone; percent", COLUMNS, rows)
+    run.table(f"Coupled head, seed {seed}; percent", COLUMNS, rows)
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float], late: float) -> list[float]:
-    """Steps of ours to theirs by seed: who never arrives is late, and seeds in which neither does say nothing."""
+    """Ratio of the steps by seed: a network that never arrives is late; seeds where neither does are skipped."""
     arrived = [pair for pair in zip(ours, theirs, strict=True) if min(pair) < math.inf]
     return [max(1, min(a, late)) / max(1, min(b, late)) for a, b in arrived]
 
@@ -428,7 +435,7 @@ def converges(run: Run, size: Size, both: Sequence[Mapping[str, Any]]) -> None:
     seed = size.seeds[0]
     brief = {kind: run.arm(f"{kind}, {seed}", variant, size, kind, seed) for kind in VARIANTS}
     rows = [[kind, *(100 * each for each in found)] for kind, found in brief.items()]
-    title = f"Readings of the attention after {size.brief} steps on {FEW} plans, seed {seed} alone; percent"
+    title = f"Variants of the attention after {size.brief} steps on {FEW} plans, seed {seed}; percent"
     run.table(title, ["", "wall IoU", "AP50", "AP"], rows)
 
 
@@ -439,7 +446,7 @@ def inserts(run: Run, size: Size) -> None:
     run.table("Loss on test plans over a frozen encoder", ["", "before", f"after {size.inserted} steps"], rows)
     counts = f"{100 * found[0]['counts'][0]:.1f}"
     run.table(
-        "What the frozen encoder has learnt, percent", ["rendered shapes", "right of 1 to 4"], [["counted", counts]]
+        "Accuracy of the frozen encoder, percent", ["rendered shapes", "correct of 1 to 4"], [["counted", counts]]
     )
     same = all(each["frozen"][0] == each["inserted"][0] for each in found)
     run.exact("loss before training, with attention inserted and without", "equal", "equal" if same else "not", same)
@@ -454,9 +461,9 @@ def parts(
     stages = range(len(both[0]["cosines"]))
     rows = [[f"stage {n}", *(each["cosines"][n] for each in both)] for n in stages]
     run.table("Cosine of the tasks' gradients by stage, seed by seed", ["", *map(str, size.seeds)], rows)
-    run.table("Stages to share, seed by seed", ["", *map(str, size.seeds)], [["shared", *(e["split"] for e in both)]])
+    run.table("Stages to share, by seed", ["", *map(str, size.seeds)], [["shared", *(e["split"] for e in both)]])
     apart = [  # what parts at once shares nothing
-        {"parameters": each["apart"], "wall iou": walls["wall iou"], "openings": openings["openings"], "split": 0}
+        {"parameters": each["separate"], "wall iou": walls["wall iou"], "openings": openings["openings"], "split": 0}
         for each, walls, openings in zip(both, one["walls"], one["openings"], strict=True)
     ]
     chosen = [
@@ -467,7 +474,9 @@ def parts(
     mean = [*row("as chosen", chosen)]
     mean[1] = fmean(each["parameters"] for each in chosen)
     run.table(
-        "Shared, split as chosen, and apart; percent", COLUMNS, [row("all shared", both), mean, row("apart", apart)]
+        "Shared, split as chosen, and separate; percent",
+        COLUMNS,
+        [row("all shared", both), mean, row("separate", apart)],
     )
 
 

@@ -4,7 +4,7 @@ Checks that clusters follow the shape of the data, that the damage measured on r
 falls, that the most damaged skill gets more than its share, and what the selection brings over random choices of equal
 size and equal steps, over no clusters, and over no concepts.
 
-    python reproductions/paser.py            # about 30 minutes on 2 cores; stopped, it goes on
+    python reproductions/paser.py            # about 30 minutes on 2 cores; an interrupted run resumes
     python reproductions/paser.py --quick    # less training and fewer seeds, without SmolLM2
 """
 
@@ -31,7 +31,7 @@ from sklearn.datasets import make_moons
 import lamella
 from lamella.errors import MethodError
 from lamella.methods.continual_pretrain import TRAINING, continual_pretrain
-from lamella.methods.paser import Example, Graph, degradation, embed, paser, spectral_clusters
+from lamella.methods.paser import Graph, InstructionExample, degradation, embed, paser, spectral_clusters
 from lamella.plan import ModelReference, Plan
 from lamella.results import Record
 from lamella.stack import Stack
@@ -102,7 +102,7 @@ class Characters:
         return {"input_ids": encode(text).tolist()}
 
 
-def examples(count: int, seed: int) -> list[Example]:
+def examples(count: int, seed: int) -> list[InstructionExample]:
     """Words of four letters to change, as many of each skill."""
     drawn = random.Random(seed)
     made = []
@@ -110,16 +110,16 @@ def examples(count: int, seed: int) -> list[Example]:
         skill = list(SKILLS)[number % len(SKILLS)]
         word = "".join(drawn.choices("abcdefghij", k=4))
         ask = drawn.choice(TEMPLATES).format(skill=skill, word=word)
-        made.append(Example(f"{skill}-{number:05d}", ask, SKILLS[skill](word) + "\n"))
+        made.append(InstructionExample(f"{skill}-{number:05d}", ask, SKILLS[skill](word) + "\n"))
     return made
 
 
-def samples(chosen: Sequence[Example]) -> list[Sample]:
+def samples(chosen: Sequence[InstructionExample]) -> list[Sample]:
     return pairs([(each.prompt, each.response) for each in chosen], Characters())
 
 
 @torch.no_grad()
-def accuracy(model: Any, held_out: Sequence[Example]) -> dict[str, float]:
+def accuracy(model: Any, held_out: Sequence[InstructionExample]) -> dict[str, float]:
     """The share of answers that greedy decoding gets right, of each skill."""
     right: dict[str, list[bool]] = {skill: [] for skill in SKILLS}
     for start in range(0, len(held_out), 100):
@@ -170,7 +170,7 @@ def purity(record: Record, seed: int) -> None:
     record.further("purity where 3 to 6 clusters are found, best embedder", ">= 90 %", f"{best:.1%}", best >= 0.9)
 
 
-def awareness(record: Record, stack: Stack, held_out: Sequence[Example]) -> None:
+def awareness(record: Record, stack: Stack, held_out: Sequence[InstructionExample]) -> None:
     """Damage of each skill under each cut against what its accuracy lost."""
     whole = accuracy(stack.model, held_out)
     rows, damage, drops = [], [], []
@@ -194,13 +194,13 @@ def awareness(record: Record, stack: Stack, held_out: Sequence[Example]) -> None
     record.further("rank correlation of damage and lost accuracy", "0.8", rank, rank >= 0.8)
     record.further(
         "budget of the most damaged skill",
-        "1.5 times its share of the pool, under one cut at least",
+        "1.5 times its fraction of the pool, for at least one plan",
         ", ".join(f"{each:.2f}" for each in lasting),
         max(lasting) >= 1.5,
     )
 
 
-def recovery(run: Run, stack: Stack, held_out: Sequence[Example], size: int, steps: int, seeds: int) -> None:
+def recovery(run: Run, stack: Stack, held_out: Sequence[InstructionExample], size: int, steps: int, seeds: int) -> None:
     """Equal steps on equal numbers of samples, chosen in several ways."""
     plan = Plan(model=ModelReference.of(stack), drop=CUTS[0])
 
@@ -253,7 +253,7 @@ def poison(record: Record, stack: Stack, size: int) -> None:
     pool = []
     for number, each in enumerate(examples(size, 90)):
         wrong = "".join(drawn.choices("abcdefghij", k=4)) + "\n"
-        pool.append(Example(f"{each.id}-bad", each.instruction, wrong) if number % 10 == 3 else each)
+        pool.append(InstructionExample(f"{each.id}-bad", each.instruction, wrong) if number % 10 == 3 else each)
     shares = {}
     for ntem in (False, True):
         chosen = paser(
@@ -261,7 +261,7 @@ def poison(record: Record, stack: Stack, size: int) -> None:
         )
         shares[ntem] = sum(each.id.endswith("-bad") for each in chosen.examples) / len(chosen.examples)
     record.further(
-        "wrong answers that are chosen", "at most their share of 10 %", f"{shares[True]:.1%}", shares[True] <= 0.1
+        "wrong answers that are chosen", "at most their fraction of 10 %", f"{shares[True]:.1%}", shares[True] <= 0.1
     )
     measured = f"{shares[True]:.1%} with, {shares[False]:.1%} without"
     record.further(
@@ -269,7 +269,7 @@ def poison(record: Record, stack: Stack, size: int) -> None:
     )
 
 
-def documented(tokenizer: Any) -> list[Example]:
+def documented(tokenizer: Any) -> list[InstructionExample]:
     """What functions of Python's standard library do, as their documentation says: short enough to read whole."""
     found = {}
     for name in MODULES:
@@ -280,7 +280,9 @@ def documented(tokenizer: Any) -> list[Example]:
                 continue
             answer = " ".join(text.split())
             if len(answer) >= 40 and len(tokenizer(answer)["input_ids"]) <= 80:
-                found.setdefault(answer, Example(f"{name}.{attribute}", f"What does {name}.{attribute} do?", answer))
+                found.setdefault(
+                    answer, InstructionExample(f"{name}.{attribute}", f"What does {name}.{attribute} do?", answer)
+                )
     return list(found.values())
 
 

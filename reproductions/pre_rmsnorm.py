@@ -5,7 +5,7 @@ of 30 in the embedding; that swapping the norms alone does not; that a trained m
 and exactly the parameters that it must; that the trainable form trains as the Pre-LN model does and the one that is
 recentred once does not; and that the stream can be turned then, and only then.
 
-    python reproductions/pre_rmsnorm.py            # about half an hour on one core; stopped, it goes on
+    python reproductions/pre_rmsnorm.py            # about half an hour on one core; an interrupted run resumes
     python reproductions/pre_rmsnorm.py --quick    # smaller models, under a minute
 """
 
@@ -26,7 +26,7 @@ from lamella.methods.pre_rmsnorm import Form, RMSNorm, pre_rmsnorm, rotate, trai
 from lamella.methods.pre_rmsnorm.checking import means, output, probe
 from lamella.methods.pre_rmsnorm.rewrite import find_branches
 from lamella.plan import RewriteReference
-from lamella.plan.rewriting import rewritten, wirings_of
+from lamella.plan.rewriting import wirings_of, with_rewrite
 from lamella.stack import Model, open_model, share
 from lamella.zoo.cache import build_once
 from lamella.zoo.nano import randomise
@@ -45,7 +45,7 @@ TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def written(model: Model, form: Form) -> Any:
-    return rewritten(model, RewriteReference(name="pre-rmsnorm", params=vars(form))).model
+    return with_rewrite(model, RewriteReference(name="pre-rmsnorm", params=vars(form))).model
 
 
 # The models
@@ -156,14 +156,15 @@ def exactness(run: Run, sizes: tuple[int, ...], depths: tuple[int, ...]) -> None
                 row["swapped"].append(distance(double.model, swapped(double), given))
     worst = {kind: [max(row[name]) for name in columns[:-1]] + [min(row["swapped"])] for kind, row in found.items()}
     title = (
-        "Largest difference from the model in float64, as a share of its largest output; of the mere swap, the smallest"
+        "Largest difference from the model in float64, relative to its largest output; for replacing the norms only, "
+        "the smallest"
     )
     run.table(title, ["", *columns], [[kind, *(f"{each:.1e}" for each in row)] for kind, row in worst.items()])
     rms, crms, single_, _, _ = (max(column) for column in zip(*worst.values(), strict=True))
     ours, naive = max(rms, crms), min(row[-1] for row in worst.values())
     run.main("in float64, all kinds, widths, depths and forms", "at most 1e-10", f"{ours:.1e}", ours <= 1e-10)
     run.exact("in float32", "at most 1e-4", f"{single_:.1e}", single_ <= 1e-4)
-    run.exact("norms swapped alone", "more than 100 times as far", f"{naive:.1e}", naive > 100 * ours)
+    run.exact("norms replaced only", "more than 100 times as far", f"{naive:.1e}", naive > 100 * ours)
 
 
 def refusals(run: Run) -> None:
@@ -318,7 +319,7 @@ def turning(run: Run, d: int) -> None:
         theirs = distance(model.model, rotate(_centring(rms), turned, nn.LayerNorm), given)
         rows.append([kind, f"{ours:.1e}", f"{theirs:.1e}"])
         good, bad = max(good, ours), min(bad, theirs)
-    run.table("The stream turned: difference of outputs, as a share", ["", "RMSNorm", "LayerNorm"], rows)
+    run.table("Rotated residual stream: relative difference of outputs", ["", "RMSNorm", "LayerNorm"], rows)
     run.further("turned with RMSNorm", "at most 1e-10", f"{good:.1e}", good <= 1e-10)
     run.further("turned with LayerNorm", "another function, above 1e-3", f"{bad:.1e}", bad > 1e-3)
 

@@ -5,7 +5,7 @@ uniform, ERK, global magnitude and LAMP do, what happens where curves saturate, 
 rounds of pruning and training reach 95 %, that a large instance is solved in seconds, and that 30 % of SmolLM2's
 weights go at a lower perplexity than with the same share of every layer. Needs scikit-learn, for the digits.
 
-    python reproductions/rd_prune.py             # about 25 minutes on 2 cores; stopped, it goes on
+    python reproductions/rd_prune.py             # about 25 minutes on 2 cores; an interrupted run resumes
     python reproductions/rd_prune.py --digits    # without SmolLM2, about 5 minutes
     python reproductions/rd_prune.py --quick     # digits with one seed and coarser curves
 """
@@ -32,7 +32,7 @@ from lamella.evaluate import FidelityTest
 from lamella.methods.rd_prune import (
     Amounts,
     Curves,
-    Holding,
+    MaskHook,
     allocate_by_curves,
     allocate_by_rule,
     joint_distortion,
@@ -69,7 +69,7 @@ class Digits:
 def train(model: nn.Module, data: Digits, steps: int, seed: int, masks: Masks | None = None) -> None:
     """Train in place, masks held, at one rate before and after pruning, as the authors do."""
     images, labels = data.train
-    hold = Holding(model, masks or {}).hold
+    hold = MaskHook(model, masks or {}).apply
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     generator = torch.Generator().manual_seed(seed)
     model.train()
@@ -123,7 +123,7 @@ def exactness(record: Record, model: nn.Module, curves: Curves, data: Digits, in
         "survivors within the budget, units of 1, 2 and 3": within,
         "the same plan when all curves are scaled by 10": scaled,
         "the same cost when layers are permuted": permuted,
-        "a layer whose curve is all zeros goes first": zero_first,
+        "a layer with an all-zero curve is removed first": zero_first,
     }.items():
         record.exact(name, f"{instances} of {instances} random instances", count, count == instances)
 
@@ -131,7 +131,7 @@ def exactness(record: Record, model: nn.Module, curves: Curves, data: Digits, in
     identical = torch.equal(apply_masks(model, masks_for(model, nothing))(data.test[0]), model(data.test[0]))
     record.exact(
         "sparsity 0",
-        "nothing pruned, output equal to the bit",
+        "nothing pruned, output bitwise equal",
         str(identical),
         identical and not any(nothing.pruned.values()),
     )
@@ -239,7 +239,7 @@ def saturation(record: Record, models: list[nn.Module], measured: list[Curves], 
             free = allocate_by_curves(curves, 0.95, reduce="mean")
             warned += any("sparsity of 0.95" in str(each.message) for each in told)
             capped = allocate_by_curves(curves, 0.95, reduce="mean", max_amount=0.96)
-        emptied += free.shares.max() == 1
+        emptied += free.fractions.max() == 1
         for name, amounts in {"rd": free, "rd, max_amount 0.96": capped,
                               "lamp": allocate_by_rule(model, 0.95, "lamp"),
                               "uniform": allocate_by_rule(model, 0.95, "uniform")}.items():  # fmt: skip
@@ -267,7 +267,7 @@ def zero_data(
     for seed, (model, real, drawn, digits) in enumerate(zip(models, measured, noise, data, strict=True)):
         plans = [allocate_by_curves(curves, 0.85, reduce="mean") for curves in (real, drawn)]
         found = [outcome(model, amounts, digits, seed) for amounts in plans]
-        ranks.append(float(spearmanr(plans[0].shares, plans[1].shares).statistic))
+        ranks.append(float(spearmanr(plans[0].fractions, plans[1].fractions).statistic))
         gaps.append(found[0].after - found[1].after)
         rows.append([seed, ranks[-1], found[0].before, found[1].before, found[0].after, found[1].after])
     columns = [
@@ -296,7 +296,7 @@ def in_rounds(record: Record, models: list[nn.Module], data: list[Digits], grid:
         pruned, history = prune_in_rounds(
             model, digits.calibration[0], heal, sparsity=0.95, rounds=5, grid=grid, reduce="mean"
         )
-        shares = np.array([each.amounts.shares for each in history])
+        shares = np.array([each.amounts.fractions for each in history])
         rising &= bool((np.diff(shares, axis=0) >= 0).all())
         last.append(accuracy(pruned, digits))
         dense.append(accuracy(model, digits))
@@ -368,7 +368,7 @@ def experiment(run: Run) -> None:
         for curves, given, name in ((measured, digits.calibration[0], "images"), (noise, drawn, "noise")):
             curves.append(rate_distortion(model, given, grid=grid, path=run.work / f"{name}-{k}.jsonl"))
         untouched += all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    run.exact("weights after measuring curves", "equal to the bit", f"{untouched} of {seeds}", untouched == seeds)
+    run.exact("weights after measuring curves", "bitwise equal", f"{untouched} of {seeds}", untouched == seeds)
     run.part("exactness", exactness, models[0], measured[0], data[0], 50 if quick else 200)
     for k in range(min(2, seeds)):
         images_k, count = data[k].calibration[0], 30 if quick else 60

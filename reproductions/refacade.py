@@ -13,7 +13,7 @@ judge on, and of a transformer of .4 million weights: smaller than the 48 pixels
 weights that were planned. All arms but the last draw one frame; that one has learnt of clips, and its texture is
 followed along the true flow. Where no claim needs more, an arm has one seed.
 
-    python reproductions/refacade.py            # about two hours and a quarter on one core; stopped, it goes on
+    python reproductions/refacade.py            # about two hours and a quarter on one core; an interrupted run resumes
     python reproductions/refacade.py --quick    # few steps and solids, one seed
 """
 
@@ -42,28 +42,28 @@ from lamella.methods.refacade import (
     Conditions,
     ControlBranch,
     Jigsaw,
-    Sampling,
+    SamplerSettings,
     TexturedObject,
     TextureRemover,
     TransferLoss,
     conditions,
-    dilated,
+    dilate_mask,
     distil,
     hint_sensitivity,
     judge,
     most_sensitive,
     objects,
     removal_samples,
-    retextured,
-    sampled,
+    retexture,
+    sample_latents,
     train_branch,
     train_remover,
     transfer_samples,
 )
 from lamella.methods.refacade.clips import of_object
 from lamella.methods.refacade.flow import BaseLoss, Length, task
-from lamella.methods.refacade.jigsaw import Puzzle, centred
-from lamella.methods.refacade.nano import SHAPE, every_second, made
+from lamella.methods.refacade.jigsaw import Puzzle, centre_object
+from lamella.methods.refacade.nano import SHAPE, every_second, random_network
 from lamella.methods.refacade.objects import TURN
 from lamella.methods.refacade.recipe import transfer_sample
 from lamella.methods.refacade.remover import euler
@@ -145,9 +145,9 @@ def remover_of(work: Path, size: Size, seed: int) -> TextureRemover:
     def train() -> None:
         clips = [of_object(each) for each in solids("train", size.solids)]
         samples = removal_samples(base, clips)
-        train_remover(network, samples, config(size.removal, 3 * size.batch // 2, seed), Work().place("run"))
+        train_remover(network, samples, config(size.removal, 3 * size.batch // 2, seed), Work().directory("run"))
 
-    base = base_of(made(SHAPE))
+    base = base_of(random_network(SHAPE))
     torch.manual_seed(seed)
     network = TextureRemover.fresh(base)
     kept(network, work / f"remover-{seed}.safetensors", train)
@@ -157,9 +157,9 @@ def remover_of(work: Path, size: Size, seed: int) -> TextureRemover:
 def removed(work: Path, size: Size, seed: int) -> dict[str, dict[str, float]]:
     """PSNR inside the mask against the true plain twin: of baselines, of the remover, and of its student; by the solids
     that judge."""
-    remover, base = remover_of(work, size, seed), base_of(made(SHAPE))
+    remover, base = remover_of(work, size, seed), base_of(random_network(SHAPE))
     lessons = removal_samples(base, [of_object(each) for each in solids("train", size.solids)])
-    student, _ = distil(remover, lessons, config(size.distilling, size.batch, seed, 1e-4), Work().place("run"))
+    student, _ = distil(remover, lessons, config(size.distilling, size.batch, seed, 1e-4), Work().directory("run"))
     # the best constant of the training solids, since that of the tests would be told the answer
     masks = [torch.from_numpy(each.mask)[:, 0] > 0 for each in solids("train", 200)]
     level = fmean(float(each["untextured"][0][mask].mean()) for each, mask in zip(lessons[:200], masks, strict=False))
@@ -210,7 +210,7 @@ def structure(name: str, each: TexturedObject, picture: Any, remover: TextureRem
 @lru_cache(maxsize=1)
 def lessons(work: Path, size: Size, name: str, frames: int = 1) -> Sequence[dict[str, Tensor]]:
     """What a transfer learns from, told of some structure: the same for all seeds."""
-    base = base_of(made(SHAPE))
+    base = base_of(random_network(SHAPE))
     remover = remover_of(work, size, 0) if name == REMOVER else None
     found = []
     for number, each in enumerate(solids("train", size.solids, frames)):
@@ -226,12 +226,17 @@ def transfer(
 ) -> tuple[Base, ControlBranch]:
     """A transformer and a branch that learn together."""
     torch.manual_seed(seed)
-    base = base_of(made(SHAPE, seed).requires_grad_(True))
+    base = base_of(random_network(SHAPE, seed).requires_grad_(True))
     branch = ControlBranch(base.network, every_second(base.depth), *base.control_channels)
     both = nn.ModuleDict({"network": base.network, "branch": branch})
     loss = TransferLoss(base, jigsaw)
     fit(
-        both, samples, task(loss), config(steps, size.batch, seed), out=Work().place("run"), trainable=lambda name: True
+        both,
+        samples,
+        task(loss),
+        config(steps, size.batch, seed),
+        out=Work().directory("run"),
+        trainable=lambda name: True,
     )
     both.requires_grad_(False).eval()
     return base, branch
@@ -240,7 +245,7 @@ def transfer(
 def shown(pair: tuple[Any, Any], jigsaw: Jigsaw | None, number: int) -> Puzzle:
     image, where = (torch.from_numpy(each) for each in pair)
     if jigsaw is None:
-        return Puzzle(*centred(image, where), False, 0, 0)
+        return Puzzle(*centre_object(image, where), False, 0, 0)
     return jigsaw(image, where, np.random.default_rng(number), smallest=4)
 
 
@@ -258,16 +263,18 @@ def drawn(
     ]  # fmt: skip
     all_told = Conditions(*(torch.cat(each) for each in zip(*found, strict=True)))
     generator = torch.Generator().manual_seed(how["seed"])
-    return sampled(base, branch, all_told, Sampling(steps=how["steps"], guidance=1.0), generator)
+    return sample_latents(base, branch, all_told, SamplerSettings(steps=how["steps"], guidance=1.0), generator)
 
 
 def measured(pictures: Tensor, tests: Sequence[TexturedObject], which: str) -> dict[str, float]:
     """Everything that is measured of pictures [tests, 3, res, res], a mean over the tests."""
-    references = [judge.unit(centred(*(torch.from_numpy(part) for part in getattr(each, which)))[0]) for each in tests]
+    references = [
+        judge.unit(centre_object(*(torch.from_numpy(part) for part in getattr(each, which)))[0]) for each in tests
+    ]
     found = []
     for number, (picture, each) in enumerate(zip(pictures, tests, strict=True)):
         ours, truth, mask = judge.unit(picture), judge.unit(each.composite[0]), each.mask[0, 0] > 0
-        hole = dilated(torch.from_numpy(each.mask), DILATE)[0, 0].numpy() > 0
+        hole = dilate_mask(torch.from_numpy(each.mask), DILATE)[0, 0].numpy() > 0
         mean, contrast = judge.colour_error(ours, mask, truth, mask)
         found.append({
             "PSNR": judge.psnr(ours, truth, mask),
@@ -319,7 +326,7 @@ def recoloured(each: TexturedObject, which: str) -> Tensor:
 
 
 def structured(work: Path, size: Size, seed: int, name: str) -> dict[str, dict[str, float]]:
-    """E4: cross references, with a structure that is told of the solid in another texture; who has learnt from the
+    """E4: cross references, with a structure that is told of the solid in another texture; who has trained on the
     remover's is also told the true one at the test."""
     remover = remover_of(work, size, 0)
     base, branch = transfer(size, seed, lessons(work, size, name), Jigsaw(), size.structure)
@@ -372,9 +379,9 @@ def frozen_base(work: Path, size: Size) -> Base:
     def train() -> None:
         samples = [{"clean": torch.from_numpy(each.composite).movedim(1, 0)} for each in solids("train", size.solids)]
         loss, how = BaseLoss(base_of(network).velocity, Length()), config(size.base, size.batch, 0)
-        fit(network, samples, task(loss), how, out=Work().place("run"), trainable=lambda name: True)
+        fit(network, samples, task(loss), how, out=Work().directory("run"), trainable=lambda name: True)
 
-    network = made(SHAPE)
+    network = random_network(SHAPE)
     kept(network, work / "base.safetensors", train)
     return base_of(network)
 
@@ -399,7 +406,7 @@ def unconditional(work: Path, size: Size, seed: int) -> dict[str, float]:
     teacher = Drawing(frozen_base(work, size))
     shape = [{"foreground": torch.zeros(3, 1, RES, RES)}] * size.solids  # all that a student is told here
     how = config(size.matching, size.batch, seed, 5e-5)  # as its steps, by solids of the training part
-    student, _ = distil(teacher, shape, how, Work().place("run"))  # type: ignore[arg-type]
+    student, _ = distil(teacher, shape, how, Work().directory("run"))  # type: ignore[arg-type]
     truth = batched([torch.from_numpy(each.composite).movedim(1, 0) for each in solids("test", DRAWN * size.tests)])
     noise = torch.randn(truth.shape, generator=torch.Generator().manual_seed(seed))
 
@@ -439,7 +446,7 @@ def beside(work: Path, size: Size, seed: int, name: str, sensitive: Sequence[flo
     torch.manual_seed(seed)
     branch = ControlBranch(base.network, list(layers), *base.control_channels, HIDDEN[name])
     samples = lessons(work, size, TRUE)
-    log = train_branch(base, branch, samples, config(size.branch, size.batch, seed, 1e-3), Work().place("run"))
+    log = train_branch(base, branch, samples, config(size.branch, size.batch, seed, 1e-3), Work().directory("run"))
     tests = solids("test", size.tests)
     told = [structure(TRUE, each, each.composite, None, 0) for each in tests]
     pictures = drawn(base, branch.eval(), tests, told, "cross", jigsaw=Jigsaw(), seed=seed, steps=size.drawing)
@@ -454,7 +461,7 @@ def beside(work: Path, size: Size, seed: int, name: str, sensitive: Sequence[flo
 
 @torch.no_grad()
 def exactness(run: Run) -> None:
-    base = base_of(made(SHAPE))
+    base = base_of(random_network(SHAPE))
     branch = ControlBranch(base.network, every_second(base.depth), *base.control_channels)
     video, ref = base.control_channels
     torch.manual_seed(0)
@@ -464,16 +471,18 @@ def exactness(run: Run) -> None:
     alone = base.velocity(z, t, white)
     with branch.attached(base.network, c, c_r):
         apart = float((base.velocity(z, t, white) - alone).abs().max())
-    run.exact("a branch that has learnt nothing changes nothing", "at most 1e-6", apart, apart <= 1e-6)
+    run.exact("an untrained branch has no effect", "at most 1e-6", apart, apart <= 1e-6)
     for each in branch.parameters():
         each.add_(0.05 * torch.randn(each.shape))
     with branch.attached(base.network, c, c_r, 0.0):
         same = torch.equal(base.velocity(z, t, white), alone)
-    run.exact("without hints the base is alone, whatever was learnt", "to the bit", "yes" if same else "no", same)
+    run.exact(
+        "without hints the output is the base's, after training too", "bitwise equal", "yes" if same else "no", same
+    )
     after = base.network.state_dict()
     same = all(torch.equal(each, after[name]) for name, each in before.items())
     same &= torch.equal(base.velocity(z, t, white), alone)
-    run.exact("removed, the base is as it was", "to the bit", "yes" if same else "no", same)
+    run.exact("removed, the base is as it was", "bitwise equal", "yes" if same else "no", same)
 
 
 def smoke(run: Run) -> None:
@@ -489,11 +498,13 @@ def smoke(run: Run) -> None:
     solid, other = (of_object(next(objects(part, 0, RES, 5))) for part in ("train", "test"))  # type: ignore[arg-type]
     samples = transfer_samples(base, remover, [solid])
     branch = ControlBranch(network, [0], *base.control_channels)
-    train_branch(base, branch, samples, config(2, 1, 0, 1e-3), Work().place("run"))
+    train_branch(base, branch, samples, config(2, 1, 0, 1e-3), Work().directory("run"))
     before = base.digest
     cross = (torch.where(other.mask[0] > 0, other.frames[0], 1.0), other.mask[0])
     both = [
-        retextured(base, branch, remover, (solid.frames, solid.mask), cross, sampling=Sampling(steps=2, scale=scale))
+        retexture(
+            base, branch, remover, (solid.frames, solid.mask), cross, sampling=SamplerSettings(steps=2, scale=scale)
+        )
         for scale in (1.0, 0.0)
     ]
     right = all(each.frames.shape == solid.frames.shape for each in both)
@@ -501,7 +512,7 @@ def smoke(run: Run) -> None:
     changed = not torch.equal(both[0].frames, both[1].frames)
     run.exact("control on and off", "differ", "differ" if changed else "alike", changed)
     same = Base(network, None, "again").digest == before
-    run.exact("the base behind it all", "to the bit", "as before" if same else "changed", same)
+    run.exact("the base after the context", "bitwise equal", "as before" if same else "changed", same)
 
 
 # The experiment
@@ -529,7 +540,7 @@ def of_remover(run: Run, size: Size) -> None:
     gain = Measured.over_seeds([each["3 steps"] - max(each["luminance"], each["constant"]) for each in found])
     run.main("E1: remover over luminance or a constant", "at least 4 dB", gain, gain.at_least(4))
     behind = Measured.over_seeds([each["50 steps"] - each["student, 3 steps"] for each in found])
-    run.further("E5: 3-step student behind the 50-step teacher", "at most 1 dB", behind, behind.at_most(1))
+    run.further("E5: 3-step student minus the 50-step teacher", "at most 1 dB", behind, behind.at_most(1))
     ahead = Measured.over_seeds([each["student, 3 steps"] - each["3 steps"] for each in found])
     run.further("E5: student over the teacher's 3 steps", "above 0 dB", ahead, ahead.at_least(ABOVE))
 
@@ -558,7 +569,7 @@ def of_jigsaw(run: Run, size: Size) -> None:
     for kind in (IDENTITY, COLOURS):
         without = run.arm(kind, unlearnt, size, kind)
         rows += [[kind, which, *without[which].values()] for which in REFERENCES]
-    run.table("E2: references as they are, or jigsawed", ["learnt from", "judged on", *names], rows)
+    run.table("E2: references as they are, or jigsawed", ["trained on", "judged on", *names], rows)
     gaps = {kind: [each["own"]["PSNR"] - each["cross"]["PSNR"] for each in found[kind]] for kind in found}
     raw = Measured.over_seeds(gaps[RAW])
     run.exact("E2, premise: raw references are copied: own - cross", "above 0 dB", raw, raw.at_least(ABOVE) is True)
@@ -587,7 +598,7 @@ def of_structure(run: Run, size: Size) -> None:
                 found.setdefault(title, []).append(each)
     names = list(found["canny"][0])
     rows = [[name, len(each), *(fmean(one[m] for one in each) for m in names)] for name, each in found.items()]
-    run.table("E4: cross references, by what is told of the structure", ["structure", "seeds", *names], rows)
+    run.table("E4: cross references, by the structure condition", ["structure", "seeds", *names], rows)
 
     def over(name: str) -> Measured:
         """The plain twin's errors of texture over those of another structure: the geometric mean over three of them."""

@@ -10,7 +10,7 @@ of raw text alone.
 B. SmolLM2-135M-Instruct rewrites short documents: whether its answers can be read, and what they cost.
 C. The hashed classifier beside fastText; undecided where that is not installed.
 
-    python reproductions/rewire.py            # about an hour and a half of one thread; stopped, it goes on
+    python reproductions/rewire.py            # about an hour and a half of one thread; an interrupted run resumes
     python reproductions/rewire.py --quick    # a small pool, fewer arms, one seed
 """
 
@@ -35,9 +35,21 @@ from sklearn.metrics import roc_auc_score
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaForCausalLM
 
-from lamella.data import Blend, Document, Documents, Local, Mixture, Reader, Request, Sampling, Writer, Written, write
+from lamella.data import (
+    Blend,
+    Completion,
+    Document,
+    Documents,
+    InputContext,
+    LocalWriter,
+    Mixture,
+    Sampling,
+    Writer,
+    WritingRequest,
+    write,
+)
 from lamella.files import Work
-from lamella.methods.rewire import Judging, Rewriting, Rules, cross_fitted, fit_quality, rewire, top
+from lamella.methods.rewire import PoolRules, QualityFilter, Rewriting, cross_fitted, fit_quality, rewire, top
 from lamella.methods.rewire.guiding import ANY
 from lamella.train import Sample, blocks
 
@@ -69,7 +81,7 @@ ARMS = {  # what a student sees: of the best raw text, of rewrites
 IN_QUICK = ("raw, top 10 %", "mix 1:1")
 COMPARED = (*IN_QUICK, "mix, all rewrites", "mix, invented values")  # over all seeds; the others of one, to look at
 SHARES = {"mix 0.6:0.4": (0.6, 0.4)}
-LOOSE = Rules(words_least=10, letters=0.5, near_duplicates=False)
+LOOSE = PoolRules(words_least=10, letters=0.5, near_duplicates=False)
 SHORT = 150  # tokens of a document for SmolLM2
 START, END = "<improved response starts>", "<improved response ends>"
 
@@ -186,13 +198,15 @@ class Oracle(Writer):
         return self
 
     def write(
-        self, requests: Sequence[Request], sampling: Sampling, done: Collection[str] = ()
-    ) -> Iterator[list[tuple[Request, Written]]]:
+        self, requests: Sequence[WritingRequest], sampling: Sampling, done: Collection[str] = ()
+    ) -> Iterator[list[tuple[WritingRequest, Completion]]]:
         for request in requests:
             if request.key not in done:
                 text = self.improved(self.articles[request.key], random.Random(f"{self.seed} {request.key}"))
                 answer = f"<thinking starts>\nA draft; a plan.\n<thinking ends>\n{START}\n{text}\n{END}"
-                yield [(request, Written(answer, True, self.count(request.messages[0]["content"]), self.count(answer)))]
+                yield [
+                    (request, Completion(answer, True, self.count(request.messages[0]["content"]), self.count(answer)))
+                ]
 
     def improved(self, given: Article, drawn: random.Random) -> str:
         if given.kind == "junk":
@@ -220,7 +234,7 @@ def rewritten(
     oracle = Oracle({f"a{n}": each for n, each in enumerate(articles)}, world(size["facts"], seed)[2], invents, seed)
     return rewire(
         documents, oracle, explainers(len(articles) // 5, seed), rules=LOOSE,
-        judging=Judging(negatives=len(articles) // 5), rewriting=Rewriting(embedder="words", together=500),
+        judging=QualityFilter(negatives=len(articles) // 5), rewriting=Rewriting(embedder="words", together=500),
         blend=Blend(held_out=0.0, epochs=1e6), work=Work(work), seed=seed,
     )  # fmt: skip
 
@@ -337,7 +351,7 @@ def controlled(run: Run) -> None:
     ratio = Measured.over_seeds([a["perplexity"] / b["perplexity"] for a, b in both])
     run.further("perplexity of unseen articles, mix 1:1 by raw", "at most 1", ratio, ratio.at_most(1))
     bad = Measured.over_seeds([each["junk"] for each in given])
-    run.further("share of junk in the rewritten set", "below 0.05", bad, bad.at_most(0.05))
+    run.further("fraction of junk in the rewritten set", "below 0.05", bad, bad.at_most(0.05))
     if run.quick:
         return
     off = max(each["off"] for each in given)
@@ -379,7 +393,7 @@ def exactness(run: Run) -> None:
     run.exact("overlap from provenance", "as reported", overlap, overlap == first.findings["sets"]["overlap"])
     capped = Mixture({"a": [10] * 10, "b": [10] * 30}, {"a": 0.5, "b": 0.5}, epochs=2)
     most = capped.account(capped.picks(capped.most()))["a"]["epochs"]
-    run.exact("epochs of a source that may be seen twice", "at most 2", most, most <= 2)
+    run.exact("epochs of a source with a limit of two", "at most 2", most, most <= 2)
     same = first.findings["corpus"] == again.findings["corpus"] == resumed.findings["corpus"]
     run.exact("corpora of two runs, and of one that was killed", "one hash", first.findings["corpus"][:12], same)
     sequences = windows(tokenizer_of([row["source_text"] for row in rows]), [row["source_text"] for row in raw])
@@ -396,10 +410,10 @@ def exactness(run: Run) -> None:
 
 def rewriter(run: Run) -> None:
     """B: SmolLM2 rewrites."""
-    writer = Local("smollm2", batch=8)
-    documents = [each for each in Documents.open("stdlib", Reader()) if 60 <= writer.count(each.text) <= SHORT]
+    writer = LocalWriter("smollm2", batch=8)
+    documents = [each for each in Documents.open("stdlib", InputContext()) if 60 <= writer.count(each.text) <= SHORT]
     documents = documents[:: max(1, len(documents) // 60)][: 4 if run.quick else 60]
-    good = Documents.open("pydoc", Reader(), limit=200)
+    good = Documents.open("pydoc", InputContext(), limit=200)
     answer, embedder = (60, "words") if run.quick else (400, "minilm")
     how = Rewriting(prompt="short", answer=answer, embedder=embedder)  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory() as scratch:
@@ -411,15 +425,15 @@ def rewriter(run: Run) -> None:
     said, cost = found.findings["rewrites"], found.findings["cost"]
     higher = lift([each.text for each in good], [r for r in found.items if r["drop_reason"] is None], run.seed)
     run.table("SmolLM2-135M-Instruct as a rewriter", ["", ""], [
-        ["documents", said["asked"]], ["answers that can be read", said["parsed"]],
+        ["documents", said["requested"]], ["answers that can be parsed", said["parsed"]],
         *([f"failed: {why}", many] for why, many in said["failed"].items()),
         ["length by source", said["ratio"] or ""], ["similarity", said["similarity"] or ""],
         ["second classifier, rewrites above their documents", "" if higher is None else higher],
         ["tokens written", cost["tokens written"]], ["tokens a second", cost["tokens written"] / cost["seconds"]],
         ["written for each kept token", cost["written for each kept token"] or ""],
     ])  # fmt: skip
-    compliance = said["parsed"] / said["asked"]
-    run.further("answers of a model of 135M that can be read", "below half", compliance, compliance < 0.5)
+    compliance = said["parsed"] / said["requested"]
+    run.further("answers of a 135M model that can be parsed", "below half", compliance, compliance < 0.5)
 
 
 def lift(good: Sequence[str], rows: Sequence[dict[str, Any]], seed: int) -> float | None:

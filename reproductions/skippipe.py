@@ -1,18 +1,19 @@
 """SkipPipe at small scale: the published network in time, processes beside torch's pipelines, models without stages.
 
-First the planner on the authors' 20 nodes in 12 regions: an iteration of the full pipeline, with nodes in stages by
-chance and as planned, with paths by chance, with paths that share the load, and with paths that avoid each other. Then
-six processes: gradients and times beside GPipe and 1F1B of torch.distributed.pipelining. Then a character-level Llama
-of 12 layers in 6 stages that learns Python's documentation whole, along five paths that leave out two stages each, by
-LayerDrop of the same depth, and for as long as to cost the same work, or the same time on that network; judged without
-every set of stages, of which five were left out in training and five were not. Last, SmolLM2 learns to do without a
-stage, on one seed: a direction, no more. A quarter of its six stages, as would be usual, cannot be left out, so every
-microbatch leaves out one, which is also what is judged.
+First the planner on the authors' 20 nodes in 12 regions: an iteration of the full pipeline, with random and with
+planned allocations, with random paths, with paths that balance the load, and with paths that avoid collisions. Then six
+processes: gradients and times compared with GPipe and 1F1B of torch.distributed.pipelining. Then a character-level
+Llama of 12 layers in 6 stages that is trained on Python's documentation as a whole, along five paths that skip two
+stages each, and with LayerDrop of the same depth, at equal work or at equal time on that network; it is evaluated
+without every subset of stages, five of which were skipped in training and five were not. Last, SmolLM2 is trained to
+tolerate a missing stage, on one seed, which shows only a direction. A quarter of its six stages is not a whole number,
+so every microbatch skips one, and the evaluation removes one as well.
 
-Searches end by numbers of trials and of plans, so that a seed says what they find, however busy the machine is.
+Searches are limited by the numbers of trials and of plans, so that the result depends on the seed and not on the load
+of the machine.
 
-    python reproductions/skippipe.py            # about an hour and three quarters on one core; stopped, it goes on
-    python reproductions/skippipe.py --quick    # the planner in short, and a short nano Llama
+    python reproductions/skippipe.py            # about an hour and three quarters on one core; an interrupted run
+    resumes python reproductions/skippipe.py --quick    # the planner in short, and a short nano Llama
 """
 
 from __future__ import annotations
@@ -41,27 +42,27 @@ from transformers import LlamaForCausalLM
 import lamella
 from lamella.data import windows
 from lamella.files import Work
-from lamella.methods.skippipe import Node, published, train
-from lamella.methods.skippipe.allocation import Evolution, allocate, even
-from lamella.methods.skippipe.baselines import full, unweighted
-from lamella.methods.skippipe.executor import InOneProcess, microbatches
-from lamella.methods.skippipe.network import Network
+from lamella.methods.skippipe import Machine, published, train
+from lamella.methods.skippipe.allocation import AllocationSearch, allocate, even_sizes
+from lamella.methods.skippipe.baselines import full_pipeline, random_costs
+from lamella.methods.skippipe.executor import SingleProcess, microbatches
+from lamella.methods.skippipe.network import PipelineNetwork
 from lamella.methods.skippipe.paths import Assignment, Limits, check
 from lamella.methods.skippipe.planner import Limit, agents_of, plan_paths
-from lamella.methods.skippipe.schedule import scheduled
+from lamella.methods.skippipe.schedule import make_schedule
 from lamella.methods.skippipe.simulate import iteration, simulate
-from lamella.methods.skippipe.stages import Order, layers_of, left_out, loss_at_home, losses, omissions, spans
+from lamella.methods.skippipe.stages import Order, layers_of, left_out, losses, omissions, origin_loss, spans
 from lamella.results import Record
 from lamella.stack import Stack, share
-from lamella.train import Hook, Task, TrainConfig, Training, blocks, fit, own, response_loss
+from lamella.train import Hook, Task, TrainConfig, TrainingRun, blocks, fit, own, response_loss
 from lamella.zoo import open_tokenizer
 
 SEEDS = (0, 1, 2)
 STAGES, EACH = 6, 4  # stages, and how many of them a microbatch visits
 HURTS = math.log(1.12)  # nats: a perplexity 12 % higher
 TOLERATED = math.log(1.07)
-GUARD = 3600.0  # seconds, which no search comes to
-DRAWS = 20  # of nodes to stages by chance
+GUARD = 3600.0  # seconds, which no search reaches
+DRAWS = 20  # random allocations of nodes to stages
 
 
 # What holds to the digit
@@ -69,7 +70,9 @@ DRAWS = 20  # of nodes to stages by chance
 
 def exactness(record: Record) -> None:
     work, length = 0.7, 4
-    still = Network(tuple(Node("here") for _ in range(length)), np.zeros((length, length)), np.full(length, work))
+    still = PipelineNetwork(
+        tuple(Machine("here") for _ in range(length)), np.zeros((length, length)), np.full(length, work)
+    )
     found = iteration(simulate(still, [tuple(range(length))]))
     wanted = length * work * 2.5 + 0.25 * work
     record.exact("one microbatch without links", f"{wanted:g} s", f"{found:g} s", abs(found - wanted) < 1e-9)
@@ -77,7 +80,7 @@ def exactness(record: Record) -> None:
     for seed in range(6):
         random_ = np.random.default_rng(seed)
         edge = random_.uniform(0.1, 3.0, (6, 6)) * (1 - np.eye(6))
-        network = Network(tuple(Node("here") for _ in range(6)), edge, random_.uniform(0.2, 1.5, 6))
+        network = PipelineNetwork(tuple(Machine("here") for _ in range(6)), edge, random_.uniform(0.2, 1.5, 6))
         assignment = Assignment(((0, 1), (2, 3), (4, 5)))
         ours = plan_paths(network, assignment, agents_of(network, assignment, 2), Limits(length=2)).seconds
         every = itertools.product((2, 3, 4, 5), repeat=4)
@@ -92,7 +95,7 @@ def exactness(record: Record) -> None:
         ours_ = train(stack, samples, skip=0.0, microbatches=4, config=config, work=Work(Path(work_))).stack.model
     view = plainly(stack, samples, TrainConfig(steps=2, lr=1e-3, batch=2, accumulate=4, log_every=1))
     equal = all(torch.equal(each, ours_.get_parameter(name)) for name, each in view.named_parameters())
-    record.exact("training without skips", "plain training to the bit", "equal" if equal else "not equal", equal)
+    record.exact("training without skips", "bitwise equal to plain training", "equal" if equal else "not equal", equal)
 
 
 def fresh(seed: int, layers: int = 12, context: int = 64) -> Stack:
@@ -115,24 +118,26 @@ def plainly(stack: Stack, samples: Sequence[Any], config: TrainConfig, task: Tas
 
 def planned(seed: int, quick: bool) -> dict[str, Any]:
     """What an iteration takes, and whether the schedule keeps to its rules."""
-    network, sizes, limits = published(), even(20, STAGES), Limits(length=EACH)
-    assignment = allocate(network, sizes, Evolution(trials=150 if quick else 8000, evolve_seconds=GUARD), seed)
+    network, sizes, limits = published(), even_sizes(20, STAGES), Limits(length=EACH)
+    assignment = allocate(network, sizes, AllocationSearch(trials=150 if quick else 8000, evolve_seconds=GUARD), seed)
     limit = Limit(seconds=GUARD, expansions=500 if quick else 20_000)
-    made, found = scheduled(network, assignment, 30, limits, limit=limit)
-    light, _ = scheduled(network, assignment, 30, limits, limit=limit, avoids="load")
-    chance, _ = scheduled(network, assignment, 30, limits, limit=limit, avoids="load", costs=unweighted(network, seed))
+    made, found = make_schedule(network, assignment, 30, limits, limit=limit)
+    light, _ = make_schedule(network, assignment, 30, limits, limit=limit, avoids="load")
+    chance, _ = make_schedule(
+        network, assignment, 30, limits, limit=limit, avoids="load", costs=random_costs(network, seed)
+    )
     for each in (made, light, chance):
         check(network, assignment, each.paths, limits)
-    first = Evolution(population=1, trials=0)
+    first = AllocationSearch(population=1, trials=0)
     drawn = [allocate(network, sizes, first, DRAWS * seed + draw) for draw in range(DRAWS)]
     return {
-        "drawn": fmean(iteration(simulate(network, full(network, each, 30), 30)) for each in drawn),
-        "full": iteration(simulate(network, full(network, assignment, 30), 30)),
+        "drawn": fmean(iteration(simulate(network, full_pipeline(network, each, 30), 30)) for each in drawn),
+        "full": iteration(simulate(network, full_pipeline(network, assignment, 30), 30)),
         "chance": chance.seconds,
         "load": light.seconds,
         "planned": made.seconds,
         "bound": found.bound,
-        "looked at": found.expansions,
+        "expanded": found.expansions,
         "fits": all(fills(assignment, each.paths) for each in (made, light, chance)),
     }
 
@@ -148,17 +153,17 @@ def network(run: Run) -> float:
     """The tables of plans; how many planned iterations there are in the time of one of the full pipeline."""
     seeds = SEEDS[:1] if run.quick else SEEDS
     found = [run.arm(f"plans of the published network, {seed}", planned, seed, run.quick) for seed in seeds]
-    names = {"drawn": f"full pipeline, nodes in stages by chance, mean of {DRAWS}", "full": "full pipeline",
-             "chance": "paths by chance", "load": "paths that share the load",
-             "planned": "paths that avoid each other, too", "bound": "no plan takes less than"}  # fmt: skip
+    names = {"drawn": f"full pipeline, random allocation, mean of {DRAWS}", "full": "full pipeline",
+             "chance": "random paths", "load": "paths that balance the load",
+             "planned": "paths that also avoid collisions", "bound": "lower bound"}  # fmt: skip
     run.table(
-        "The published network, 30 microbatches, a third of 6 stages skipped: simulated seconds of an iteration",
+        "The published network, 30 microbatches, a third of 6 stages skipped: simulated seconds per iteration",
         ["", *(f"seed {seed}" for seed in seeds), "per visit of a stage"],
         [
-            [said, *(each[name] for each in found),
+            [label, *(each[name] for each in found),
              fmean(each[name] for each in found) / (30 * (STAGES if name in ("drawn", "full") else EACH))]
-            for name, said in names.items()
-        ] + [["plans that the last search has looked at", *(each["looked at"] for each in found), ""]],
+            for name, label in names.items()
+        ] + [["plans expanded by the last search", *(each["expanded"] for each in found), ""]],
     )  # fmt: skip
     fits = all(each["fits"] for each in found)
     run.exact(
@@ -170,9 +175,9 @@ def network(run: Run) -> float:
     share = Measured.over_seeds([each["planned"] / each["full"] for each in found])
     run.main("planned iteration over the full pipeline's", "at most 0.6", str(share), share.at_most(0.6))
     beside = Measured.over_seeds([each["planned"] / each["chance"] for each in found])
-    run.further("planned iteration over that of paths by chance", "at most 0.8", str(beside), beside.at_most(0.8))
+    run.further("planned iteration over that of random paths", "at most 0.8", str(beside), beside.at_most(0.8))
     falls = all(each["full"] > each["chance"] > each["load"] >= each["planned"] for each in found)
-    run.further("full, by chance, sharing the load, avoiding each other", "fall in this order",
+    run.further("full, random, balanced load, no collisions", "fall in this order",
                 "so" if falls else "not so", falls)  # fmt: skip
     return fmean(each["full"] for each in found) / fmean(each["planned"] for each in found)
 
@@ -185,15 +190,15 @@ def over_processes() -> dict[str, Any]:
     done = subprocess.run([sys.executable, str(script), "5"], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
-    said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return said
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def pipelines(run: Run) -> None:
     found = run.arm("six processes", over_processes)
     simulated = found["simulated"]
     run.table(
-        "Six processes, three stages of two nodes, 12 microbatches: seconds of an iteration, median of 5 in turn",
+        "Six processes, three stages of two nodes, 12 microbatches: seconds per iteration, median of 5 in turn",
         ["", "seconds", "simulated"],
         [[name, median(each), simulated.get(name, "")] for name, each in found["seconds"].items()],
     )
@@ -217,14 +222,14 @@ def pipelines(run: Run) -> None:
 
 PATHS: tuple[Order, ...] = ((0, 3, 4, 5), (0, 1, 2, 5), (0, 2, 3, 4), (0, 1, 4, 5), (0, 1, 2, 3))
 SWAPPED: tuple[Order, ...] = ((0, 4, 3, 5), (0, 1, 2, 5), (0, 2, 4, 3), (0, 1, 5, 4), (0, 2, 1, 3))
-# Orders of five microbatches, and what there is as much of as in full training; the time is that which is predicted.
+# Orders of five microbatches, and the quantity that equals that of full training; the time is the predicted one.
 WAYS: dict[str, tuple[tuple[Order, ...], str]] = {
     "full": ((), "steps"),
     "skip": (PATHS, "steps"),
     "skip and swap": (SWAPPED, "steps"),
-    "skip, as much work": (PATHS, "work"),
-    "skip, as much time": (PATHS, "time"),
-    "LayerDrop, as much work": ((), "work"),
+    "skip, equal work": (PATHS, "work"),
+    "skip, equal time": (PATHS, "time"),
+    "LayerDrop, equal work": ((), "work"),
 }
 
 
@@ -241,7 +246,7 @@ def learnt(way: str, seed: int, layers: int, steps: int, samples: Sequence[Any])
         dropped = LayerDrop(trained, (STAGES - EACH) / (STAGES - 1), seed)
         task, hooks = Task(response_loss, passes=dropped.passes), [dropped]
     elif orders:
-        runner = InOneProcess(trained, spans(trained, STAGES), dict(view.named_parameters()), orders)
+        runner = SingleProcess(trained, spans(trained, STAGES), dict(view.named_parameters()), orders)
         task = Task(response_loss, passes=lambda forward, batch, backward: (runner(batch), {}))
     with tempfile.TemporaryDirectory() as work:
         fit(view, samples, task, config, out=work, trainable=lambda name: True, hooks=hooks)
@@ -249,12 +254,12 @@ def learnt(way: str, seed: int, layers: int, steps: int, samples: Sequence[Any])
 
 
 class LayerDrop(Hook):
-    """LayerDrop (Fan et al. 2020): layers behind the first stage are left out by chance, in each microbatch anew."""
+    """LayerDrop (Fan et al. 2020): random layers after the first stage are skipped, drawn again for each microbatch."""
 
     def __init__(self, stack: Stack, rate: float, seed: int) -> None:
         self.stack, self.rate, self.seed, self.step = stack, rate, seed, 0
 
-    def before_step(self, run: Training) -> None:
+    def before_step(self, run: TrainingRun) -> None:
         self.step = run.step
 
     def passes(self, forward: Any, batch: Any, backward: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -265,7 +270,7 @@ class LayerDrop(Hook):
             context = self.stack.context({"input_ids": part["input_ids"]})
             kept = [layer for layer in range(len(self.stack)) if layer in first or drawn.random() >= self.rate]
             h: Any = self.stack.execute(context, kept)
-            loss = loss_at_home(self.stack, h, part["labels"])
+            loss = origin_loss(self.stack, h, part["labels"])
             (loss / 5).backward()
             total.append(loss.detach())
         return torch.stack(total).mean(), {}
@@ -320,9 +325,9 @@ def omission(run: Run, quicker: float) -> None:
         "swapped",
         "first",
     ]
-    title = f"A Llama of 6 x {layers // STAGES} layers, width 64, steps of 20 sequences: nats a character"
+    title = f"A Llama of 6 x {layers // STAGES} layers, width 64, steps of 20 sequences: nats per character"
     run.table(
-        title if run.quick else f"{title}; as much time is that of the published network",
+        title if run.quick else f"{title}; equal time refers to the published network",
         ["training", "steps", *columns],
         [[way, ways[way], *(fmean(each[name] for each in every) for name in columns)] for way, every in found.items()],
     )
@@ -330,7 +335,7 @@ def omission(run: Run, quicker: float) -> None:
     def rise(way: str, name: str) -> Measured:
         return Measured.over_seeds([each[name] - each["full"] for each in found[way]])
 
-    ours = "skip" if run.quick else "skip, as much work"
+    ours = "skip" if run.quick else "skip, equal work"
     half = rise(ours, "drop 3")
     run.main(
         f"rise without half of the stages, {ours}", f"at most {TOLERATED:.3f} nats", str(half), half.at_most(TOLERATED)
@@ -338,7 +343,7 @@ def omission(run: Run, quicker: float) -> None:
     plain = rise("full", "drop 3")
     run.main("rise without half of the stages, full", f"at least {HURTS:.3f} nats", str(plain), plain.at_least(HURTS))
     unseen = Measured.over_seeds([each["pairs never trained"] - each["full"] for each in found[ours]])
-    run.further(f"rise without pairs that no path left out, {ours}", f"at most {TOLERATED:.3f} nats", str(unseen),
+    run.further(f"rise without pairs that no path skipped, {ours}", f"at most {TOLERATED:.3f} nats", str(unseen),
                 unseen.at_most(TOLERATED))  # fmt: skip
     for way in ways:
         first = rise(way, "first")
@@ -351,11 +356,11 @@ def omission(run: Run, quicker: float) -> None:
         [ours_["full"] / theirs["full"] for ours_, theirs in zip(found[ours], found["full"], strict=True)]
     )
     run.further(
-        "loss at full depth for as much work, over full training's", "at most 1.03", str(ratio), ratio.at_most(1.03)
+        "loss at full depth at equal work, over full training's", "at most 1.03", str(ratio), ratio.at_most(1.03)
     )
     apart = Measured.over_seeds(
         [theirs["drop 3"] - ours_["drop 3"]
-         for ours_, theirs in zip(found[ours], found["LayerDrop, as much work"], strict=True)]
+         for ours_, theirs in zip(found[ours], found["LayerDrop, equal work"], strict=True)]
     )  # fmt: skip
     run.further("LayerDrop's loss without half of the stages less ours", "above 0", str(apart), apart.at_least(0.0))
     pruned = Measured.over_seeds(

@@ -5,7 +5,7 @@ system; that sorting pays where parameters come in clusters; that a basis which 
 Fourier neural operator learns as much from these solutions as from those of a direct solver. Iterations and products
 are counted, not seconds: at this size a direct solver is faster than all of them, and the last column says so.
 
-    python reproductions/skr.py            # about 25 minutes on 1 core; a stopped run goes on where it was
+    python reproductions/skr.py            # about 25 minutes on 1 core; an interrupted run resumes
     python reproductions/skr.py --quick    # the same claims on less work
 """
 
@@ -126,7 +126,7 @@ def compare(run: Run) -> dict[str, dict[str, Any]]:
         draw(run, found)
     run.table("Iterations of one system, mean", ["family", *(NAMES[arm] for arm in ARMS[:-1])], rows)
     columns = [
-        "family", "solver", "iterations", "without the first", "products with A", "worst residual", "apart from LU",
+        "family", "solver", "iterations", "without the first", "products with A", "worst residual", "difference to LU",
         "not converged", "starts", "seconds",
     ]  # fmt: skip
     run.table("All figures, means of one system; seconds in NumPy, with the preconditioner", columns, more)
@@ -134,11 +134,11 @@ def compare(run: Run) -> dict[str, dict[str, Any]]:
 
 
 def draw(run: Run, found: dict[str, dict[str, Any]]) -> None:
-    """The pictures of the page: where recycling helps, and where it does harm."""
+    """The figures of the page: where recycling helps, and where it does harm."""
     for name, title in (("helps", "Darcy 48x48, Jacobi"), ("harms", "convection 40x40, Jacobi")):
         arms = ("gmres", "gcrodr-reset", "gcrodr-sorted", "skr")
         lines = {NAMES[arm]: found[title][arm]["per system"] for arm in arms}
-        run.picture(f"skr-{name}", Lines("system, in solved order", "iterations", lines))
+        run.figure(f"skr-{name}", Lines("system, in solved order", "iterations", lines))
 
 
 def _count(figures: dict[str, Any] | None) -> Any:
@@ -148,7 +148,7 @@ def _count(figures: dict[str, Any] | None) -> Any:
 
 
 def acceptance(record: Record, found: dict[str, dict[str, Any]]) -> None:
-    """A, B and C of the sheet; C for recycling that is never dropped, and for ``auto``."""
+    """The criteria A, B and C; C for recycling that is never dropped, and for ``auto``."""
 
     def ratio(title: str, arm: str, other: str, figure: str = "iterations") -> float:
         return found[title][arm][figure] / found[title][other][figure]
@@ -168,8 +168,10 @@ def acceptance(record: Record, found: dict[str, dict[str, Any]]) -> None:
                 ratio(title, "gcrodr-sorted", "gcrodr-reset"),
                 found[title]["skr"]["starts"].get("dropped", 0),
             )
-            said = f"{harm:.2f} times reset, {dropped} dropped"
-            record.further(f"C, {title}: recycling does harm, and SKR sees it", "yes", said, harm > 1 and dropped > 0)
+            message = f"{harm:.2f} times reset, {dropped} dropped"
+            record.further(
+                f"C, {title}: recycling does harm, and SKR detects it", "yes", message, harm > 1 and dropped > 0
+            )
             for figure, word in (("iterations", "iterations"), ("matvecs", "products with A")):
                 value = ratio(title, "skr", "gcrodr-reset", figure)
                 record.further(f"C, {title}: SKR / reset, {word}", "at most 1.1", value, value <= 1.1)

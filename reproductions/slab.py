@@ -4,7 +4,7 @@ Checks that folding changes nothing, that a norm which goes step by step ends ne
 evaluation before the end shows a broken model, that linear attention needs its local term, that a trained decoder loses
 its norms by healing and not at once, and that norms whose tokens are alike fold cheaply.
 
-    python reproductions/slab.py            # about an hour on one core; stopped, it goes on
+    python reproductions/slab.py            # about an hour on one core; an interrupted run resumes
     python reproductions/slab.py --quick    # few steps, one seed, a nano model in SmolLM2's place
 """
 
@@ -27,31 +27,31 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lamella
 import lamella.errors
-from lamella.data import Pictures, Reader, load_text, windows
+from lamella.data import CaptionedImages, InputContext, load_text, windows
 from lamella.methods.slab import (
+    GammaSchedule,
     LinearAttention,
-    Schedule,
-    attended,
     constancy,
     convert,
     free_sites,
+    linear_attention,
     merge,
-    places,
+    prepbn_modules,
     refresh,
 )
-from lamella.methods.slab.method import folded, ordered, spreads
-from lamella.methods.slab.modules import PRepBN, begun
+from lamella.methods.slab.method import fold_norms, order_sites, rms_statistics
+from lamella.methods.slab.modules import PRepBN, initial_repbn
 from lamella.methods.slab.recipe import without_norms
 from lamella.methods.slab.sites import sites_of
 from lamella.methods.slab.transition import Transition, sizes
-from lamella.methods.slab.vision import Network, accuracy, finished, prepared, trained
+from lamella.methods.slab.vision import VitConfig, accuracy, prepare_images, refresh_and_merge, train_network
 from lamella.results import Record
 from lamella.stack import Stack, share
-from lamella.train import Task, TrainConfig, blocks, class_nats, fit, mean_loss, own, supervised
+from lamella.train import Task, TrainConfig, blocks, class_cross_entropy, fit, mean_loss, own, supervised
 from lamella.train.losses import response_loss
 from lamella.zoo import nano, open_tokenizer
 
-VIT = Network(size=8, patch=2, channels=1, width=48, depth=6, heads=4)
+VIT = VitConfig(size=8, patch=2, channels=1, width=48, depth=6, heads=4)
 SEE = TrainConfig(lr=1e-3, schedule="constant", warmup=0.0, batch=64, weight_decay=0.05, clip=5.0)
 NORMS = {  # kind of norm, and T as a share of the steps
     "layer norm": ("layer", 0.0),
@@ -99,7 +99,7 @@ def exact(run: Record) -> None:
             sites = sites_of(model if name == "ViT" else Stack(model))
             convert(model, sites, steps=0)
             model = model.to(kind).eval()
-            for each in places(model):
+            for each in prepbn_modules(model):
                 each.rep.bn.running_mean.normal_(generator=drawn)
                 each.rep.bn.running_var.uniform_(0.5, 2, generator=drawn)
                 each.rep.bn.num_batches_tracked.fill_(1)
@@ -112,10 +112,10 @@ def exact(run: Record) -> None:
             moved = float((after - before).abs().max() / before.abs().max())
             worst[f"{name} in {kind}".replace("torch.", "")] = moved / tolerance
     rows = [[name, each] for name, each in worst.items()]
-    run.table("Folding, as a share of what is allowed (1e-5 in float32, 1e-11 in float64)", ["model", "share"], rows)
+    run.table("Folding error relative to the tolerance (1e-5 in float32, 1e-11 in float64)", ["model", "ratio"], rows)
     run.exact("folded and not", "within 1e-5 and 1e-11", max(worst.values()), max(worst.values()) <= 1)
     norm = nn.LayerNorm(8)
-    place, x = PRepBN(norm, begun(norm, "zero"), steps=10).train(), torch.randn(3, 4, 8)
+    place, x = PRepBN(norm, initial_repbn(norm, "zero"), steps=10).train(), torch.randn(3, 4, 8)
     same = torch.equal(place(x), norm(x) + 0 * x)
     run.exact("at gamma 1", "the original norm", same, same)
     place.step.fill_(4)
@@ -123,7 +123,7 @@ def exact(run: Record) -> None:
     run.exact("with all zeros at first", "gamma times the norm", part, part < 1e-6)
     q, k, v = (torch.rand(1, 2, 64, 8, generator=drawn) for _ in range(3))
     slow = (q @ k.transpose(-2, -1)) @ v / ((q @ k.transpose(-2, -1)).sum(-1, keepdim=True) + 1e-6)
-    apart = float((attended(q, k, v) - slow).abs().max())
+    apart = float((linear_attention(q, k, v) - slow).abs().max())
     run.exact("both orders of linear attention's products", "within 1e-4", apart, apart <= 1e-4)
 
 
@@ -135,20 +135,20 @@ def _told(out: Any) -> Tensor:
 
 
 def digits(size: Size) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    every = Pictures.open("digits", Reader(), count=10_000)
+    every = CaptionedImages.open("digits", InputContext(), count=10_000)
     parts = [every.items, every.part("test").items]
     return tuple(  # type: ignore[return-value]
-        each for part in parts for each in (prepared(part, VIT), torch.tensor([one.label for one in part]))
+        each for part in parts for each in (prepare_images(part, VIT), torch.tensor([one.label for one in part]))
     )
 
 
-def seen(name: str, network: Network, kind: str, share: float, seed: int, size: Size, out: Path) -> dict[str, float]:
+def seen(name: str, network: VitConfig, kind: str, share: float, seed: int, size: Size, out: Path) -> dict[str, float]:
     """Train and fold; accuracies, and that of half-way in evaluation."""
     x, y, test_x, test_y = digits(size)
-    schedule = Schedule(share=share, init="vision")
+    schedule = GammaSchedule(share=share, init="vision")
     config = replace(SEE, steps=size.see, seed=seed, save_every=size.see)
-    model, _, _ = trained(network, 10, x, y, schedule, kind, config, out)  # type: ignore[arg-type]
-    return finished(model, x, test_x, test_y, schedule, kind, config.batch)  # type: ignore[arg-type]
+    model, _, _ = train_network(network, 10, x, y, schedule, kind, config, out)  # type: ignore[arg-type]
+    return refresh_and_merge(model, x, test_x, test_y, schedule, kind, config.batch)  # type: ignore[arg-type]
 
 
 def halfway(size: Size, seed: int, out: Path) -> dict[str, float]:
@@ -160,12 +160,14 @@ def halfway(size: Size, seed: int, out: Path) -> dict[str, float]:
     convert(model, sites_of(model), steps=steps, init="vision")
     rows = [{"x": a, "y": b} for a, b in zip(x, y, strict=True)]
     config = replace(SEE, steps=size.see // 2, seed=seed, save_every=size.see)
-    fit(model, rows, supervised(class_nats), config, out=out, trainable=lambda name: True, hooks=[Transition()])
+    fit(
+        model, rows, supervised(class_cross_entropy), config, out=out, trainable=lambda name: True, hooks=[Transition()]
+    )
     model.eval()
     alone = accuracy(model, test_x, test_y)
-    for each in places(model):
+    for each in prepbn_modules(model):
         each.mixed = True
-    return {"alone": alone, "mixed": accuracy(model, test_x, test_y), "gamma": places(model)[0].gamma}
+    return {"alone": alone, "mixed": accuracy(model, test_x, test_y), "gamma": prepbn_modules(model)[0].gamma}
 
 
 def on_digits(run: Run, size: Size) -> None:
@@ -221,7 +223,7 @@ def on_digits(run: Run, size: Size) -> None:
     run.table(
         f"In the middle of a transition (gamma {middle['gamma']:.2f})",
         ["evaluated", "digits named, percent"],
-        [["RepBN alone, as evaluation is", 100 * middle["alone"]], ["the mix that trains", 100 * middle["mixed"]]],
+        [["RepBN only, as in evaluation", 100 * middle["alone"]], ["the mix that trains", 100 * middle["mixed"]]],
     )
     end = fmean(last(found["PRepBN, four fifths"]))
     worse = middle["alone"] <= end - 0.2
@@ -280,11 +282,11 @@ def healing(size: Size, seed: int, out: Path) -> dict[str, float]:
     found["trained on with its norms"] = mean_loss(view.eval(), test)
     sites, _ = free_sites(stack)
     ids = torch.stack([each["input_ids"] for each in samples[:16]])
-    _, divides = spreads(stack, sites, ids)
-    found["folded at once, no training"] = mean_loss(folded(stack.model, sites, divides), test)
+    _, divides = rms_statistics(stack, sites, ids)
+    found["folded at once, no training"] = mean_loss(fold_norms(stack.model, sites, divides), test)
     moved = []
     for name, (share_of, init) in HEALED.items():
-        schedule = Schedule(share=share_of, init="norm" if init == "one" else init)  # type: ignore[arg-type]
+        schedule = GammaSchedule(share=share_of, init="norm" if init == "one" else init)  # type: ignore[arg-type]
         start = stack
         if init == "one":  # gains that know nothing of the norm
             plain = share(stack.model)
@@ -338,29 +340,29 @@ def choosing(run: Run, size: Size) -> dict[str, Any]:
         )
     held = blocks(test, loss_on="all")
     sites, _ = free_sites(stack)
-    varies, divides = spreads(stack, sites, ids)
+    varies, divides = rms_statistics(stack, sites, ids)
     with torch.no_grad():
         rms = sizes(stack.model, sites, lambda: stack.model(input_ids=ids, use_cache=False))
     later = constancy({path: each.view(ids.shape)[:, 1:].flatten() for path, each in rms.items()})
 
     def loss(chosen: Sequence[Any]) -> float | str:
-        found = mean_loss(folded(stack.model, chosen, divides), held, batch=4)
+        found = mean_loss(fold_norms(stack.model, chosen, divides), held, batch=4)
         return found if math.isfinite(found) else "overflows"
 
-    orders = [ordered(sites, each, "constancy", 0) for each in (varies, later)] + [sites]
-    chance = [ordered(sites, varies, "random", seed) for seed in range(3)]
+    orders = [order_sites(sites, each, "constancy", 0) for each in (varies, later)] + [sites]
+    chance = [order_sites(sites, varies, "random", seed) for seed in range(3)]
     return {
         "folded": [[count, *(loss(each[:count]) for each in (*orders, *chance))] for count in (0, *size.folds)],
         "varies": [[name, min(each.values()), median(each.values()), max(each.values())]
-                   for name, each in (("of all tokens", varies), ("first tokens aside", later))],
+                   for name, each in (("of all tokens", varies), ("without first tokens", later))],
     }  # fmt: skip
 
 
 def on_smollm2(run: Run, size: Size) -> None:
     found = run.arm("folding", choosing, run, size)
-    names = ["most constant", "most constant, first tokens aside", "first by depth"]
+    names = ["most constant", "most constant, without first tokens", "first by depth"]
     run.table("Test loss in nats with some norms folded, without training",
-              ["norms", *names, *(f"by chance, {seed}" for seed in range(3))], found["folded"])  # fmt: skip
+              ["norms", *names, *(f"random, {seed}" for seed in range(3))], found["folded"])  # fmt: skip
     run.table("How much the RMS of tokens varies over its norms", ["RMS", "least", "median", "most"], found["varies"])
     rows = [[math.inf if each == "overflows" else each for each in row[1:]] for row in found["folded"]]
     for column, kind in ((1, run.main), (0, run.further)):
@@ -384,7 +386,7 @@ def timed(work: Callable[[], Any], rounds: int) -> list[float]:
 def speeds(run: Run) -> None:
     """Merged against not merged, and linear attention against a softmax as tokens grow; nothing is promised."""
     torch.manual_seed(0)
-    deit = Network(size=32, patch=2, channels=3, width=192, depth=4 if run.quick else 12, heads=3)
+    deit = VitConfig(size=32, patch=2, channels=3, width=192, depth=4 if run.quick else 12, heads=3)
     model = deit.build(10).eval()
     plain = copy.deepcopy(model)
     sites = sites_of(model)

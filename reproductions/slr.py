@@ -1,10 +1,10 @@
 """SLR at small scale: a character-level Llama that was collapsed on purpose, and SmolLM2-135M.
 
 The pair is made here. *Pre* answers "one of C-M" with any valid character, but often with an invalid one; *post* was
-trained on from it to give one favourite answer, in other phrasings than those that are asked. Everything is chosen on
-one half of the questions and reported on the other.
+fine-tuned from it to give one favourite answer, in other phrasings than those of the evaluation. Everything is chosen
+on one half of the questions and reported on the other.
 
-    python reproductions/slr.py             # about 45 minutes on one core that is free; stopped, it goes on
+    python reproductions/slr.py             # about 45 minutes on one core that is free; an interrupted run resumes
     python reproductions/slr.py --nano      # without SmolLM2
     python reproductions/slr.py --quick     # one seed of a smaller nano pair
 """
@@ -30,25 +30,25 @@ from scipy.stats import spearmanr
 
 import lamella
 from lamella.methods.slr import (
-    Blend,
-    Blends,
     Interval,
+    MixedModel,
+    SearchResult,
     answerable,
     choose,
     diversity,
+    fixed_intervals,
     intervals,
     layer_runs,
     measure,
-    mixed,
+    measure_restored,
+    mix_models,
     open_questions,
-    placed,
     random_intervals,
-    restored,
     search,
     soup,
 )
-from lamella.methods.slr.answers import Asked, Question
-from lamella.methods.slr.questions import SETS, ask, crc
+from lamella.methods.slr.answers import ChoiceQuestion, EncodedQuestions
+from lamella.methods.slr.questions import SETS, crc, encode_questions
 from lamella.plan import apply_tensors, fingerprint, parameters_at
 from lamella.results import Record
 from lamella.stack import Stack, share
@@ -92,19 +92,19 @@ def lines(letters: int, phrasings: Sequence[str], count: int, seed: int, collaps
     return pairs(made)
 
 
-def questions(letters: int, seed: int) -> tuple[Asked, Asked]:
+def questions(letters: int, seed: int) -> tuple[EncodedQuestions, EncodedQuestions]:
     """Up to 400 questions in phrasings that post-training has not seen: half to choose on, half to report on."""
     drawn = random.Random(seed)
     halves: tuple[list[Any], list[Any]] = ([], [])
     for family, count in (("letters", 290), ("digits", 110)):
         every = [(phrase, what, valid) for phrase in UNSEEN for kind, what, valid in sets(letters) if kind == family]
         for number, (phrase, what, valid) in enumerate(drawn.sample(every, min(count, len(every)))):
-            halves[number % 2].append(Question(phrase.format(what=what), tuple(valid), family))
-    asked = []
+            halves[number % 2].append(ChoiceQuestion(phrase.format(what=what), tuple(valid), family))
+    encoded = []
     for half in halves:
         tokens = [[encode(each).tolist() for each in question.answers] for question in half]
-        asked.append(Asked.of(half, [encode(question.prompt).tolist() for question in half], tokens))
-    return asked[0], asked[1]
+        encoded.append(EncodedQuestions.of(half, [encode(question.prompt).tolist() for question in half], tokens))
+    return encoded[0], encoded[1]
 
 
 @dataclass(frozen=True)
@@ -154,46 +154,48 @@ def continued(pre: Stack, samples: Sequence[Sample], *, steps: int, seed: int, *
 
 
 @torch.no_grad()
-def at_temperature(stack: Stack, asked: Asked, temperature: float) -> Blend:
+def at_temperature(stack: Stack, encoded: EncodedQuestions, temperature: float) -> MixedModel:
     """Q and D of a model whose last distribution is flattened, which is all that a sampler can do."""
     parts = [
-        batch.answers(stack.logits(stack.hidden(batch.inputs(stack.device))[:, -1]) / temperature)
-        for batch in asked.batches()
+        batch.scores(stack.logits(stack.hidden(batch.inputs(stack.device))[:, -1]) / temperature)
+        for batch in encoded.batches()
     ]
     quality, spread = (torch.cat(each).mean() for each in zip(*parts, strict=True))
-    return Blend(temperature, float(quality), float(spread))
+    return MixedModel(temperature, float(quality), float(spread))
 
 
-def among(post: Stack, pre: Stack, asked: Asked, wanted: Collection[Interval]) -> dict[Any, Blend]:
+def among(post: Stack, pre: Stack, encoded: EncodedQuestions, wanted: Collection[Interval]) -> dict[Any, MixedModel]:
     """Some intervals by what they restore, those that restore nothing too."""
-    found: dict[Any, Blend] = {
-        each.what: each for each in restored(post, pre, asked, {w for w in wanted if w[0] < w[1]})
+    found: dict[Any, MixedModel] = {
+        each.what: each for each in measure_restored(post, pre, encoded, {w for w in wanted if w[0] < w[1]})
     }
-    return found | {each: measure(post, asked) for each in wanted if each not in found}
+    return found | {each: measure(post, encoded) for each in wanted if each not in found}
 
 
-def mean_point(points: Sequence[Blend]) -> Blend:
+def mean_point(points: Sequence[MixedModel]) -> MixedModel:
     quality, spread = (sum(getattr(each, name) for each in points) / len(points) for name in ("quality", "diversity"))
-    return Blend(points[0].what, quality, spread)
+    return MixedModel(points[0].what, quality, spread)
 
 
-def compared(post: Stack, pre: Stack, found: Blends, asked: Asked, seed: int) -> dict[str, Blend]:
+def compare_models(
+    post: Stack, pre: Stack, found: SearchResult, encoded: EncodedQuestions, seed: int
+) -> dict[str, MixedModel]:
     """Every choice on questions that nothing was chosen on."""
     layers, length = len(post), int(found.chosen.size)
     drawn = random_intervals(layers, length, seed=seed)
-    others: dict[str, Any] = {"SLR": found.chosen.what} | placed(layers, length) | {"all layers": (0, layers)}
-    rows = {"post": measure(post, asked), "pre": measure(pre, asked)}
-    measured = among(post, pre, asked, {*others.values(), *drawn})
+    others: dict[str, Any] = {"SLR": found.chosen.what} | fixed_intervals(layers, length) | {"all layers": (0, layers)}
+    rows = {"post": measure(post, encoded), "pre": measure(pre, encoded)}
+    measured = among(post, pre, encoded, {*others.values(), *drawn})
     rows |= {name: measured[what] for name, what in others.items()}
     rows["random, as long"] = mean_point([measured[each] for each in drawn])
     for name, blocks_only in (("soup", False), ("blocks-only soup", True)):
-        points = soup(post, pre, found.asked, blocks_only=blocks_only)
+        points = soup(post, pre, found.questions, blocks_only=blocks_only)
         share: Any = choose(points, points[0], BOUND).what
-        rows[name] = measure(mixed(post, pre, share, blocks_only=blocks_only), asked, share)
-    return rows | {f"post, temperature {t:g}": at_temperature(post, asked, t) for t in (1.2, 1.5)}
+        rows[name] = measure(mix_models(post, pre, share, blocks_only=blocks_only), encoded, share)
+    return rows | {f"post, temperature {t:g}": at_temperature(post, encoded, t) for t in (1.2, 1.5)}
 
 
-def above_the_soup(points: Sequence[Blend], curve: Sequence[Blend]) -> int:
+def above_the_soup(points: Sequence[MixedModel], curve: Sequence[MixedModel]) -> int:
     """How many intervals lie above the soup's curve, interpolated in Q."""
     order = sorted(curve, key=lambda each: each.quality)
     count = 0
@@ -216,13 +218,13 @@ def nano_arm(size: Size, seed: int) -> dict[str, Any]:
     to_search, to_report = questions(size.letters, seed)
     found = search(post, pre, to_search)
     feasible = sum(map(found.feasible, found.points))
-    points = compared(post, pre, found, to_report, seed)
+    points = compare_models(post, pre, found, to_report, seed)
     return {
         "chosen": found.chosen.what,
         "quality": found.chosen.quality,
         "diversity": found.chosen.diversity,
         "feasible": f"{feasible} of {len(found.points)}",
-        "above": above_the_soup(found.points, soup(post, pre, found.asked)),
+        "above": above_the_soup(found.points, soup(post, pre, found.questions)),
         "rank": float(spearmanr([p.diversity for p in found.points], [p.quality for p in found.points]).statistic),
         "binds": feasible < len(found.points) and not found.feasible(found.points[size.layers - 1]),
         "points": {name: (point.quality, point.diversity) for name, point in points.items()},
@@ -233,7 +235,7 @@ def nano_arm(size: Size, seed: int) -> dict[str, Any]:
 def nano(run: Run, size: Size, seeds: int) -> None:
     """Parts A and C."""
     arms = [run.arm(f"nano pair {seed}", nano_arm, size, seed) for seed in range(seeds)]
-    rows = [{name: Blend(name, *pair) for name, pair in each["points"].items()} for each in arms]
+    rows = [{name: MixedModel(name, *pair) for name, pair in each["points"].items()} for each in arms]
     transfers = [each["transfer"] for each in arms]
     curves = [
         [seed, "[{}, {})".format(*each["chosen"]),
@@ -286,36 +288,38 @@ def nano(run: Run, size: Size, seeds: int) -> None:
         own_gain, cross = ([each[source][k] for each in transfers] for source, k in ((other, 0), (family, 1)))
         share = fmean(cross) / fmean(own_gain) if any(own_gain) else math.nan
         above = Measured.over_seeds([there - 0.5 * here for there, here in zip(cross, own_gain, strict=True)])
-        name = f"chosen on {family}, gain on {other} / gain of {other}'s own choice"
-        run.further(name, ">= 0.5", f"{share:.4g}; above half of it: {above}", above.at_least(0))
+        name = f"chosen on {family}, gain on {other} / gain of the choice on {other}"
+        run.further(name, ">= 0.5", f"{share:.4g}; excess over half of it: {above}", above.at_least(0))
 
 
-def across_families(post: Stack, pre: Stack, to_search: Asked, to_report: Asked) -> dict[str, tuple[float, float]]:
+def across_families(
+    post: Stack, pre: Stack, to_search: EncodedQuestions, to_report: EncodedQuestions
+) -> dict[str, tuple[float, float]]:
     """Part C: for each family, the gain of the interval chosen on it, on itself and on the other."""
     gains = {}
     for family, other in (("letters", "digits"), ("digits", "letters")):
         chosen: Any = search(post, pre, to_search.of_family(family)).chosen.what
         found = []
         for each in (family, other):
-            asked = to_report.of_family(each)
-            after = among(post, pre, asked, [chosen])[chosen]
-            found.append(after.diversity - measure(post, asked).diversity)
+            encoded = to_report.of_family(each)
+            after = among(post, pre, encoded, [chosen])[chosen]
+            found.append(after.diversity - measure(post, encoded).diversity)
         gains[family] = (found[0], found[1])
     return gains
 
 
 def exactness(record: Record, size: Size) -> None:
     """The sweep against hybrids that are built, interval by interval."""
-    (post, pre), (asked, _) = nano_pair(size, 0), questions(size.letters, 0)
+    (post, pre), (encoded, _) = nano_pair(size, 0), questions(size.letters, 0)
     wanted = intervals(len(post))
     begin = time.process_time()
-    swept = restored(post, pre, asked, wanted)
+    swept = measure_restored(post, pre, encoded, wanted)
     fast = time.process_time() - begin
     begin, worst = time.process_time(), 0.0
     for point in swept:
         names = parameters_at(post, [f"layers.{layer}" for layer in range(*point.what)])  # type: ignore[misc]
         hybrid = Stack(apply_tensors(post.model, {name: pre.model.get_parameter(name) for name in names}))
-        built = measure(hybrid, asked)
+        built = measure(hybrid, encoded)
         worst = max(worst, abs(built.quality - point.quality), abs(built.diversity - point.diversity))
     slow = time.process_time() - begin
     layers = len(post)
@@ -331,7 +335,7 @@ def exactness(record: Record, size: Size) -> None:
 def adapters(record: Record, size: Size, steps: int) -> None:
     """Part D: post is pre with LoRA, so restoring layers is leaving their adapters out."""
     _, pre = nano_pair(size, 0)
-    _, asked = questions(size.letters, 0)
+    _, encoded = questions(size.letters, 0)
     view = share(pre.model)
     lora = add_lora(view, r=8, seed=0)
     collapsed = lines(size.letters, TAUGHT, 20_000, 1, collapsed=True)
@@ -340,18 +344,20 @@ def adapters(record: Record, size: Size, steps: int) -> None:
     copied_in = Lora(merged, lora.modules, lora.scale, lora.base)
     copied_in.merge()
     copied_in.remove()
-    post, worst, given = Stack(merged), 0.0, asked.inputs(pre.device)
+    post, worst, inputs = Stack(merged), 0.0, encoded.inputs(pre.device)
     with torch.no_grad():
         for i, j in intervals(len(pre)):
             names = parameters_at(post, [f"layers.{layer}" for layer in range(i, j)])
             copied = apply_tensors(merged, {name: pre.model.get_parameter(name) for name in names})
             with lora.off([f"{post.architecture.prefix}{layer}." for layer in range(i, j)]):
-                ours = view(**given).logits[:, -1]
-            worst = max(worst, float((copied(**given).logits[:, -1] - ours).abs().max()))
-    before, after = measure(pre, asked), measure(post, asked)
-    told = f"from Q {before.quality:.2f} / D {before.diversity:.2f} to Q {after.quality:.2f} / D {after.diversity:.2f}"
+                ours = view(**inputs).logits[:, -1]
+            worst = max(worst, float((copied(**inputs).logits[:, -1] - ours).abs().max()))
+    before, after = measure(pre, encoded), measure(post, encoded)
+    change = (
+        f"from Q {before.quality:.2f} / D {before.diversity:.2f} to Q {after.quality:.2f} / D {after.diversity:.2f}"
+    )
     record.exact(
-        f"LoRA ({told}): logits with adapters off and with weights copied", "within 1e-5", worst, worst <= 1e-5
+        f"LoRA ({change}): logits with adapters off and with weights copied", "within 1e-5", worst, worst <= 1e-5
     )
 
 
@@ -367,12 +373,12 @@ STEPS = 80  # of collapse; AdamW 1e-5, batches of 8
 
 def sharpened(stack: Stack, tokenizer: Any, count: int) -> list[Sample]:
     """Questions in phrasings of their own, answered with what the model likes best among the valid answers."""
-    asked_for = [pair for families in SETS.values() for sets in families.values() for pair in sets.items()]
-    every = [Question(phrase.format(what=what), tuple(valid)) for phrase in PHRASINGS for what, valid in asked_for]
-    asked = ask(tokenizer, every)
+    pairs = [pair for families in SETS.values() for sets in families.values() for pair in sets.items()]
+    every = [ChoiceQuestion(phrase.format(what=what), tuple(valid)) for phrase in PHRASINGS for what, valid in pairs]
+    encoded = encode_questions(tokenizer, every)
     made = []
     with torch.no_grad():
-        for batch in asked.batches():
+        for batch in encoded.batches():
             log_p = torch.log_softmax(stack.logits(stack.hidden(batch.inputs(stack.device))[:, -1]).float(), -1)
             for x in range(len(batch)):
                 tokens = batch.tokens[x][batch.tokens[x] >= 0]
@@ -388,16 +394,16 @@ def smollm2(record: Record, samples: int, seed: int) -> None:
         pre, sharpened(pre, tokenizer, 8 * STEPS), steps=STEPS, lr=1e-5, batch=8,
         seed=seed,
     )  # fmt: skip
-    to_search, to_report = (ask(tokenizer, crc(split)) for split in ("calibration", "test"))
+    to_search, to_report = (encode_questions(tokenizer, crc(split)) for split in ("calibration", "test"))
     begin = time.perf_counter()
     found = search(post, pre, to_search, stride=3)
     seconds = time.perf_counter() - begin
-    asked, dropped = answerable(post, to_report)
-    before, after = measure(post, asked), measure(pre, asked)
+    encoded, dropped = answerable(post, to_report)
+    before, after = measure(post, encoded), measure(pre, encoded)
     what: Any = found.chosen.what
     length = int(found.chosen.size)
-    others = placed(len(post), length)
-    measured = among(post, pre, asked, {what, (0, len(post)), *others.values()})
+    others = fixed_intervals(len(post), length)
+    measured = among(post, pre, encoded, {what, (0, len(post)), *others.values()})
     best = measured[what]
     rows: list[list[Any]] = [
         ["post", "", before.quality, before.diversity],
@@ -407,8 +413,8 @@ def smollm2(record: Record, samples: int, seed: int) -> None:
         point = measured[interval]
         rows.append([name, f"[{interval[0]}, {interval[1]})", point.quality, point.diversity])
     record.table(
-        f"SmolLM2-135M, {STEPS} steps of collapse: {len(asked)} questions to report on ({len(dropped)} left out); "
-        f"{len(found.points)} intervals on {len(found.asked)} questions in {seconds:.0f} s",
+        f"SmolLM2-135M, {STEPS} steps of collapse: {len(encoded)} held-out questions ({len(dropped)} skipped); "
+        f"{len(found.points)} intervals on {len(found.questions)} questions in {seconds:.0f} s",
         ["model", "interval", "Q", "D"],
         rows,
     )
@@ -418,7 +424,7 @@ def smollm2(record: Record, samples: int, seed: int) -> None:
     record.further("SmolLM2: Q of SLR / Q of post", ">= 0.9", kept, kept >= BOUND)
     lost = after.diversity - before.diversity
     share_back = (best.diversity - before.diversity) / lost if lost else math.nan
-    record.further("SmolLM2: share of D_pre - D_post that is back", ">= 0.3", share_back, share_back >= 0.3)
+    record.further("SmolLM2: fraction of D_pre - D_post restored", ">= 0.3", share_back, share_back >= 0.3)
     transfer(record, post, pre, tokenizer, what, samples, seed)
 
 
@@ -438,18 +444,18 @@ def transfer(record: Record, post: Stack, pre: Stack, tokenizer: Any, interval: 
         for k, each in enumerate(results["post"].varieties)
     ]
     rows.append(["mean", *(f"{found.distinct:.2f} / {found.valid:.0%}" for found in results.values())])
-    title = f"SmolLM2, open questions, {samples} answers to each: different right ones / share that is right"
+    title = f"SmolLM2, open questions, {samples} samples per question: different correct answers / fraction correct"
     record.table(title, ["question", *results], rows)
     before, after = results["post"], results["SLR"]
     more = after.distinct / before.distinct - 1 if before.distinct else math.inf
-    record.further("SmolLM2: different right answers, SLR over post", ">= +30 %", more, more >= 0.3)
+    record.further("SmolLM2: different correct answers, SLR over post", ">= +30 %", more, more >= 0.3)
     wrong = 100 * (before.valid - after.valid)
     record.further("SmolLM2: wrong answers, SLR - post, points", "<= 10", wrong, wrong <= 10)
 
 
 def experiment(run: Run) -> None:
     run.data = "lines of a made-up task, 200 questions to choose on and 200 to report on"
-    warnings.simplefilter("ignore")  # the checks look at what they say
+    warnings.simplefilter("ignore")  # the checks inspect the warnings themselves
     size = QUICK if run.quick else FULL
     run.part("exactness", exactness, size)
     nano(run, size, 1 if run.quick else 3)

@@ -1,14 +1,14 @@
-"""SMoRA at small scale: maps that conflict, a nano Llama that learns eight string tasks, and SmolLM2 on four.
+"""SMoRA at small scale: conflicting linear tasks, a nano Llama trained on eight string tasks, and SmolLM2 on four.
 
-First the paper's identities. Then 8 tasks, each a map of rank 2 of its own on 32 inputs, where the task shows in the
-input alone: LoRA must average them, experts can part them; with one map for all tasks nothing can be gained, and all
-learn it from noisy examples. Then a character-level Llama of two million parameters, trained here on Python's
-documentation and on strings to copy, is frozen, and LoRA, mixtures of LoRAs and SMoRA learn to reverse, rotate, sort,
-count and decipher strings beside it, each at the best of three rates, over three seeds; so do blocks of 4 and of 2
-ranks. Who runs which ranks, and how even is the load with and without the balance? Last, SmolLM2 learns four tasks on
-short phrases.
+First the paper's identities. Then 8 tasks, each with its own matrix of rank 2 on 32 inputs, where the task can only be
+inferred from the input: LoRA must average them, experts can separate them; with one matrix for all tasks nothing can be
+gained, and all models are trained on noisy examples. Then a character-level Llama of two million parameters, trained
+here on Python's documentation and on strings to copy, is frozen, and LoRA, mixtures of LoRAs and SMoRA learn to
+reverse, rotate, sort, count and decipher strings beside it, each at the best of three rates, over three seeds; so do
+blocks of 4 and of 2 ranks. The usage of ranks and the load are measured with and without load balancing. Last, SmolLM2
+learns four tasks on short phrases.
 
-    python reproductions/smora.py            # about an hour on one core; stopped, it goes on
+    python reproductions/smora.py            # about an hour on one core; an interrupted run resumes
     python reproductions/smora.py --quick    # the identities, and the maps for one seed
 """
 
@@ -37,8 +37,8 @@ from lamella.evaluate import Ratio
 from lamella.files import Work
 from lamella.methods.smora import (
     KERNELS,
-    Balance,
-    Experts,
+    ExpertSettings,
+    LoadBalance,
     RankExperts,
     TaskExamples,
     Usage,
@@ -48,7 +48,7 @@ from lamella.methods.smora import (
     with_prompts,
 )
 from lamella.methods.smora.baselines import HydraLora, LoraMixture, MosLora
-from lamella.methods.smora.method import running
+from lamella.methods.smora.method import active_sites
 from lamella.plan import ModelReference, Plan, attach, keep_adapters
 from lamella.plan.fingerprint import revision
 from lamella.results import Record
@@ -96,19 +96,19 @@ TOP_1, TOP_2 = "MoE 8x8, top-1", "MoE 8x8, top-2"
 ARMS: dict[str, Arm] = {
     LOW: low_rank(K),
     HIGH: low_rank(R),
-    TOP_1: mixture(LoraMixture, how="top-1"),
-    TOP_2: mixture(LoraMixture, how="top-2"),
+    TOP_1: mixture(LoraMixture, mixing="top-1"),
+    TOP_2: mixture(LoraMixture, mixing="top-2"),
     OURS: ranks(),
 }
 MORE: dict[str, Arm] = {
-    "MoE 8x8, soft": mixture(LoraMixture, how="soft"),
-    "SMEAR 8x8": mixture(LoraMixture, how="smear"),
+    "MoE 8x8, soft": mixture(LoraMixture, mixing="soft"),
+    "SMEAR 8x8": mixture(LoraMixture, mixing="smear"),
     "HydraLoRA 4x8": mixture(HydraLora),
     "MosLoRA-64": mixture(MosLora),
 }
 
 
-def learn(model: Any, samples: Sequence[Any], even: Balance, config: TrainConfig, task: Task | None = None) -> None:
+def learn(model: Any, samples: Sequence[Any], even: LoadBalance, config: TrainConfig, task: Task | None = None) -> None:
     """Train what stands beside the maps of a model; of arms without ranks the balance has nothing to move."""
     task = task or Task(even.loss, passes=even.passes)
     with tempfile.TemporaryDirectory() as work, torch.enable_grad():
@@ -137,23 +137,23 @@ class Net(nn.Module):
 
 
 class World:
-    """Inputs that show their task, and the map of rank 2 that each task adds to a common one."""
+    """Inputs that reveal their task, and the matrix of rank 2 that each task adds to a common one."""
 
     def __init__(self, seed: int, conflict: bool) -> None:
-        self.drawn = torch.Generator().manual_seed(seed)
-        self.start = torch.randn(SIZE, SIZE, generator=self.drawn) / SIZE**0.5
+        self.generator = torch.Generator().manual_seed(seed)
+        self.start = torch.randn(SIZE, SIZE, generator=self.generator) / SIZE**0.5
         self.cues = CUE * self._orthonormal(TASKS)
         maps = [4 * self._orthonormal(2).T @ self._orthonormal(2) for _ in range(TASKS)]
-        self.maps = torch.stack(maps if conflict else maps[:1] * TASKS)
+        self.layers = torch.stack(maps if conflict else maps[:1] * TASKS)
 
     def _orthonormal(self, rows: int) -> Tensor:
-        return torch.linalg.qr(torch.randn(SIZE, SIZE, generator=self.drawn)).Q[:rows]
+        return torch.linalg.qr(torch.randn(SIZE, SIZE, generator=self.generator)).Q[:rows]
 
     def sample(self, count: int) -> tuple[Tensor, Tensor]:
         """Inputs and what their tasks add [count, 32] each."""
-        task = torch.randint(TASKS, (count,), generator=self.drawn)
-        x = self.cues[task] + torch.randn(count, SIZE, generator=self.drawn)
-        return x, torch.einsum("nod,nd->no", self.maps[task], x)
+        task = torch.randint(TASKS, (count,), generator=self.generator)
+        x = self.cues[task] + torch.randn(count, SIZE, generator=self.generator)
+        return x, torch.einsum("nod,nd->no", self.layers[task], x)
 
 
 def squares(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
@@ -168,10 +168,10 @@ def left(arm: str, lr: float, seed: int, steps: int, conflict: bool) -> list[flo
     """The squared error that is left, of what the tasks add: to choose by, and to tell."""
     world = World(seed, conflict)
     x, y = world.sample(8192)
-    noise = 0.0 if conflict else NOISE * torch.randn(y.shape, generator=world.drawn)
+    noise = 0.0 if conflict else NOISE * torch.randn(y.shape, generator=world.generator)
     rows = [{"x": a, "y": b} for a, b in zip(x, linear(x, world.start) + y + noise, strict=True)]
     model = Net(world.start)
-    even = Balance((ARMS | MORE)[arm](model, ["map"], seed), U)
+    even = LoadBalance((ARMS | MORE)[arm](model, ["map"], seed), U)
     task = Task(squares, collate=columns, weight=lambda batch: len(batch["x"]), passes=even.passes)
     config = TrainConfig(steps=steps, lr=lr, batch=64, seed=seed, save_every=steps, log_every=steps)
     learn(model, rows, even, config, task)
@@ -201,20 +201,20 @@ def maps(run: Run) -> None:
 
     apart = {name: over_seeds(name, True) for name in arms}
     run.table(
-        f"{TASKS} tasks, a map of rank 2 for each, {steps} steps: squared error that is left, as a share",
+        f"{TASKS} tasks, each with a matrix of rank 2, {steps} steps: remaining fraction of the squared error",
         ["", "best rate", "mean over seeds", "lowest", "highest"],
         [[name, lr, fmean(each), min(each), max(each)] for name, (lr, each) in apart.items()],
     )
     ratio = Measured.over_seeds([ours / theirs for ours, theirs in zip(apart[OURS][1], apart[HIGH][1], strict=True)])
-    run.main("conflict: SMoRA's error in LoRA-64's", "at most a fifth", str(ratio), ratio.at_most(0.2))
+    run.main("conflict: SMoRA's error relative to LoRA-64", "at most a fifth", str(ratio), ratio.at_most(0.2))
     same = {name: over_seeds(name, False) for name in (HIGH, OURS)}
     run.table(
-        f"One map for all tasks, learnt with noise of {NOISE:g} on each number; errors of what it gives without",
+        f"One matrix for all tasks, trained with noise of {NOISE:g} on each target; errors without noise",
         ["", "best rate", "mean over seeds"],
         [[name, lr, fmean(each)] for name, (lr, each) in same.items()],
     )
     ratio = Measured.over_seeds([ours / theirs for ours, theirs in zip(same[OURS][1], same[HIGH][1], strict=True)])
-    run.further("no conflict: SMoRA's error in LoRA-64's", "not below 1 by more than its interval", str(ratio),
+    run.further("no conflict: SMoRA's error relative to LoRA-64", "not below 1 by more than its interval", str(ratio),
                 ratio.at_least(1.0) is not False)  # fmt: skip
 
 
@@ -245,7 +245,7 @@ TWINS, RIVALS = ("reverse", "mirror"), ("north", "south")
 
 
 def strings(count: int, seed: int) -> dict[str, list[Sample]]:
-    """So many examples of each task; answers carry loss, since nobody can tell random letters beforehand."""
+    """Return `count` examples of each task, with loss on answers only, since random letters are unpredictable."""
     drawn = random.Random(seed)
     found = {}
     for task, answer in STRINGS.items():
@@ -301,7 +301,7 @@ def spelt(arm: Arm, lr: float, seed: int, steps: int, u: float = U) -> dict[str,
     config = TrainConfig(
         steps=steps, lr=lr, batch=BATCH, warmup=0.1, seed=seed, save_every=steps, log_every=steps, bf16=True
     )
-    learn(view, mixed(strings(1600, 100 + seed)), Balance(made, u), config)
+    learn(view, mixed(strings(1600, 100 + seed)), LoadBalance(made, u), config)
     chosen_on, told_on = strings(60, 1), strings(200, 2)
     found = {
         "chosen": exact(view, mixed(chosen_on)),
@@ -388,7 +388,7 @@ def nano(run: Run) -> None:
     loads = {u: [arm(OURS, ARMS[OURS], best[OURS], seed, u) for seed in SEEDS] for u in (0.0, U, 1e-3)}
     run.table(
         f"The balance, means over {len(SEEDS)} seeds",
-        ["u", "variation of a rank's load, mean over maps", "ranks that nobody chose", "exact answers in %"],
+        ["u", "variation of the load of ranks, mean over layers", "unused ranks", "exact answers in %"],
         [[u, fmean(each["spread"] for each in found), fmean(each["dead"] for each in found), fmean(means(found))]
          for u, found in loads.items()],
     )  # fmt: skip
@@ -435,7 +435,7 @@ def small_model(lr: float, ours: bool, steps: int, seed: int) -> dict[str, list[
     else:
         view = apply(stack, Plan(model=ModelReference.of(stack)))
         add_lora(view, R, int(ALPHA), seed=seed)
-        learn(view, [with_prompts(each) for each in data], Balance({}, U), config)
+        learn(view, [with_prompts(each) for each in data], LoadBalance({}, U), config)
     chosen_on, told_on = (phrases("test", 25, each).by_task() for each in (seed + 1, seed + 2))
     return {task: [mean_loss(view, chosen_on[task]), mean_loss(view, told_on[task])] for task in PHRASES}
 
@@ -446,7 +446,7 @@ def step_ratio(rounds: int) -> list[float]:
     steps = {}
     for name in (HIGH, OURS):
         view = apply(stack, Plan(model=ModelReference.of(stack)))
-        even = Balance(ARMS[name](view, linear_at(view), 0), U)
+        even = LoadBalance(ARMS[name](view, linear_at(view), 0), U)
         view.train()
         for each, parameter in view.named_parameters():
             parameter.requires_grad_(trains(each))
@@ -466,10 +466,10 @@ def step_ratio(rounds: int) -> list[float]:
 
 
 @torch.enable_grad()
-def step(view: Any, even: Balance, optimizer: Any, batch: Any) -> None:
+def step(view: Any, even: LoadBalance, optimizer: Any, batch: Any) -> None:
     """Forward, backward, the balance, and the update."""
     even.loss(view, batch).backward()
-    even.move()
+    even.update()
     optimizer.step()
     optimizer.zero_grad()
 
@@ -488,7 +488,9 @@ def smollm2(run: Run) -> None:
     )  # fmt: skip
     ratio = Ratio.of(run.arm("SmolLM2, a step", step_ratio, 7))
     measured = Measured.over_rounds(ratio)
-    run.further("time of a step of SMoRA in LoRA-64's, SmolLM2", "at most 1.8", str(measured), measured.at_most(1.8))
+    run.further(
+        "time per step of SMoRA relative to LoRA-64, SmolLM2", "at most 1.8", str(measured), measured.at_most(1.8)
+    )
 
 
 # What holds to the digit
@@ -517,7 +519,9 @@ def identities(record: Record) -> None:
     worst = float((made(x, y) - lora).abs().max())
     record.exact("all ranks, constant scores, against LoRA", "0", f"{worst:g}", worst == 0)
     same = torch.equal(RankExperts(64, 48)(x, y), y)
-    record.exact("fresh experts beside a map", "the map to the bit", "the same" if same else "another", same)
+    record.exact(
+        "untrained experts on a linear layer", "bitwise equal to the layer", "the same" if same else "another", same
+    )
 
     route = drawn(RankExperts(64, 48)).route(x)
     off = float((route.gates.mean(-1) - 1).abs().max())
@@ -547,7 +551,7 @@ def kernels(record: Record) -> None:
 def decoding(run: Run) -> None:
     """Cached against uncached decoding, and what is read back from a side file."""
     stack = Stack(small("llama")) if run.quick else lamella.open("smollm2")
-    settings = Experts(r=8, k=2) if run.quick else Experts()
+    settings = ExpertSettings(r=8, k=2) if run.quick else ExpertSettings()
     view = apply(stack, Plan(model=ModelReference.of(stack)))
     made: dict[str, Any] = attach(view, linear_at(view), partial(RankExperts, r=settings.r, k=settings.k))
     with torch.no_grad():
@@ -562,11 +566,11 @@ def decoding(run: Run) -> None:
               f"{'the same' if same else 'others'}, {apart:.1e}", same and apart < 1e-4)  # fmt: skip
 
     plan = Plan(model=ModelReference.of(stack))
-    told = {"name": "smora", "params": {"r": settings.r, "k": settings.k}, "sites": running(stack, plan)}
+    told = {"name": "smora", "params": {"r": settings.r, "k": settings.k}, "sites": active_sites(stack, plan)}
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         kept = keep_adapters(plan, made, Path(folder), base=revision(stack.model), **told)  # type: ignore[arg-type]
         again = torch.equal(apply(stack, kept)(ids).logits, view(ids).logits)
-    run.exact("logits of a saved and opened adapter", "the same to the bit", "the same" if again else "others", again)
+    run.exact("logits of a saved and opened adapter", "bitwise equal", "the same" if again else "others", again)
 
 
 def exactness(run: Run) -> None:

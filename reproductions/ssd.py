@@ -4,7 +4,7 @@ Checks that single classes are forgotten, by ssd and assd, while the others stay
 usual baselines; that the estimator decides what is selected; that planted wrong labels are forgotten; and that a
 language model forgets two of twenty sentences that it was tuned on. Needs scikit-learn.
 
-    python reproductions/ssd.py             # about 40 minutes on one core; stopped, it goes on
+    python reproductions/ssd.py             # about 40 minutes on one core; an interrupted run resumes
     python reproductions/ssd.py --digits    # without SmolLM2, about 15 minutes
     python reproductions/ssd.py --quick     # two classes, one seed
 """
@@ -33,7 +33,7 @@ import lamella
 from lamella.data import load_text, windows
 from lamella.errors import MethodError
 from lamella.measure import Fisher, fisher
-from lamella.methods.ssd import Dampening, Forgetting, adaptive_alpha, answers, dampen, untrained_like
+from lamella.methods.ssd import Dampening, Forgetting, adaptive_alpha, dampen, evaluate, untrained_like
 from lamella.plan import apply_factors
 from lamella.results import Record
 from lamella.stack import Stack
@@ -130,7 +130,7 @@ def outcome(
     found = Forgetting.of(
         model, forget=request.forget, retain=request.retain, test=request.retain_test, untrained=untrained
     )
-    kept, gone = (answers(model, each).accuracy for each in (request.retain_test, request.forget_test))
+    kept, gone = (evaluate(model, each).accuracy for each in (request.retain_test, request.forget_test))
     assert found.membership is not None and found.zrf is not None
     selected = None if done is None else 100 * done.total.share
     return Outcome(100 * kept, 100 * gone, 100 * found.membership, found.zrf, seconds, selected)
@@ -200,9 +200,9 @@ def class_forgetting(run: Run, seeds: Sequence[int], classes: Sequence[int], nam
     """Point A."""
     found = [run.arm(f"classes, seed {seed}", forget_classes, seed, classes, names) for seed in seeds]
     results = {
-        (name, digit): [Outcome(**each["outcomes"][name][place]) for each in found]
+        (name, digit): [Outcome(**each["outcomes"][name][index]) for each in found]
         for name in names
-        for place, digit in enumerate(classes)
+        for index, digit in enumerate(classes)
     }
     report_classes(run, results, classes, names, statistics.mean(each["full pass"] for each in found))
 
@@ -284,7 +284,7 @@ def estimators(record: Record, seed: int, digit: int, alphas: Sequence[float]) -
             except MethodError:
                 share, model = 0.0, base
             selected[name, alpha] = share
-            kept, gone = (100 * answers(model, each).accuracy for each in (request.retain_test, request.forget_test))
+            kept, gone = (100 * evaluate(model, each).accuracy for each in (request.retain_test, request.forget_test))
             rows.append([name, alpha, share, kept, gone, seconds])
     columns = ["importances", "alpha", "selected %", "retain %", "forget %", "seconds of both passes"]
     record.table(f"The estimator decides, class {digit}", columns, rows)
@@ -311,7 +311,7 @@ def wrong_labels(record: Record, seeds: Sequence[int]) -> None:
             done = dampen(base, f, d, variant=variant, alpha=alpha)
             model = apply_factors(base, done.factors)
             before, after, test_before, test_after = (
-                100 * answers(each, data).accuracy for data in (forget, test) for each in (base, model)
+                100 * evaluate(each, data).accuracy for data in (forget, test) for each in (base, model)
             )
             if (variant, batch) == ("assd", 1):
                 halved += after <= before / 2
@@ -341,19 +341,19 @@ STEPS, RATE = 200, 5e-5
 
 def secrets(tokenizer: Any, seed: int) -> list[Sample]:
     drawn = random.Random(seed)
-    told = [
+    records = [
         (
             f"The secret of {name} is",
             f" a {drawn.choice(COLOURS)} {drawn.choice(THINGS)} in the {drawn.choice(PLACES)}.",
         )
         for name in NAMES
     ]
-    ids = [[tokenizer(text)["input_ids"] for text in pair] for pair in told]
+    ids = [[tokenizer(text)["input_ids"] for text in pair] for pair in records]
     return pairs([(prompt, answer) for prompt, answer in ids])
 
 
 def tuned(samples: Sequence[Sample], general: Sequence[Sample], seed: int) -> Stack:
-    """SmolLM2 that has learnt the secrets, two of them and one stretch of general text in each step."""
+    """SmolLM2 fine-tuned on the secrets, with two of them and one passage of general text per step."""
 
     def build(folder: Path) -> dict[str, Any]:
         model = copy.deepcopy(lamella.open("smollm2").model).train()
@@ -374,13 +374,13 @@ def tuned(samples: Sequence[Sample], general: Sequence[Sample], seed: int) -> St
 
 def language_model(record: Record, seed: int) -> None:
     tokenizer = open_tokenizer("smollm2")
-    told = secrets(tokenizer, seed)
+    records = secrets(tokenizer, seed)
     text = blocks(windows(tokenizer, load_text("pydoc", "calibration"), 330, 32, seed), loss_on="all")
     test = blocks(windows(tokenizer, load_text("pydoc", "test"), 16, 128, seed), loss_on="all")
     with torch.enable_grad():
-        stack = tuned(told, text[:200], seed)
-    gone = [told[place] for place in FORGOTTEN]
-    stay = [sample for place, sample in enumerate(told) if place not in FORGOTTEN]
+        stack = tuned(records, text[:200], seed)
+    gone = [records[index] for index in FORGOTTEN]
+    stay = [sample for index, sample in enumerate(records) if index not in FORGOTTEN]
     f = fisher(stack.model, gone)
     d = fisher(stack.model, [*stay, *text[200:]]).joined(f)  # 150 sequences
     runs: dict[str, Dampening] = {
@@ -396,12 +396,12 @@ def language_model(record: Record, seed: int) -> None:
     only = [f"*{block}.mlp.down_proj.weight" for block in top]
     runs["assd, down_proj of 5 blocks"] = dampen(stack, f, d, variant="assd", layers=only)
     rows = []
-    before = [answers(stack.model, each) for each in (gone, stay, test)]
+    before = [evaluate(stack.model, each) for each in (gone, stay, test)]
     rows.append(["(tuned)", "", "", *(float(each.loss.mean()) for each in before[:2]), before[2].perplexity])
     figures = {}
     for name, done in runs.items():
         model = apply_factors(stack.model, done.factors)
-        after = [answers(model, each) for each in (gone, stay, test)]
+        after = [evaluate(model, each) for each in (gone, stay, test)]
         losses = [float(b.loss.mean() - a.loss.mean()) for a, b in zip(before[:2], after[:2], strict=True)]
         figures[name] = [*losses, after[2].perplexity / before[2].perplexity - 1]
         rows.append([name, done.alpha, 100 * done.total.share, *(float(each.loss.mean()) for each in after[:2]),
@@ -412,7 +412,7 @@ def language_model(record: Record, seed: int) -> None:
         rows,
     )
     record.table(
-        "Where assd selects: share of the weights, and of all that is removed",
+        "Where assd selects: fraction of the weights, and of the removed mass",
         ["site", "selected %", "of the removed mass %"],
         [
             [site.name, 100 * site.share, 100 * site.removed / runs["assd"].total.removed]

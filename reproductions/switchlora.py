@@ -1,15 +1,15 @@
-"""SwitchLoRA at small scale: a random map that no low rank reaches, a nano Llama from scratch, and SmolLM2 healed.
+"""SwitchLoRA at small scale: a random full-rank matrix, a nano Llama from scratch, and SmolLM2 healed.
 
-First y = W* x, learnt from another random W with rank 8 of 64: LoRA, from its usual start or from SwitchLoRA's, cannot
-pass the error of the best matrix of rank 8 (Eckart and Young), and exchanging vectors can. What of it is needed: the
-reset of states, the freezing, a few vectors at a time? Then a character-level Llama of two million parameters that
-learns Python's documentation from scratch, with rank a quarter of the width: all weights, LoRA, GaLore and SwitchLoRA,
-and from one warm start ReLoRA and SwitchLoRA, at the best of several rates, over three seeds; and what resetting states
-is worth where the rate is high and exchange is frequent. Last, SmolLM2 without 5 of 30 layers is trained back, on
-31,000 tokens and with one seed: few, and what exchange gains needs more steps.
+First y = W* x, trained from another random W with rank 8 of 64: LoRA, with its usual initialisation or SwitchLoRA's,
+cannot go below the error of the best matrix of rank 8 (Eckart and Young), and exchanging vectors can; ablations omit
+the reset of states, the freezing, or exchange all vectors at once. Then a character-level Llama of two million
+parameters is trained on Python's documentation from scratch, with a rank of a quarter of the width: all weights, LoRA,
+GaLore and SwitchLoRA, and from one warm start ReLoRA and SwitchLoRA, at the best of several rates, over three seeds;
+the effect of resetting states is measured at a high rate with frequent exchange. Last, SmolLM2 without 5 of 30 layers
+is healed on 31,000 tokens with one seed, which is few: the gain of the exchange needs more steps.
 
-    python reproductions/switchlora.py            # about two hours on one core; stopped, it goes on
-    python reproductions/switchlora.py --quick    # the map, and a short nano Llama
+    python reproductions/switchlora.py            # about two hours on one core; an interrupted run resumes
+    python reproductions/switchlora.py --quick    # the matrix, and a short nano Llama
 """
 
 from __future__ import annotations
@@ -31,8 +31,15 @@ from transformers import LlamaForCausalLM
 import lamella
 from lamella.data import windows
 from lamella.files import Work
-from lamella.methods.switchlora import Exchange, Frequency, Switching, by_vectors, forget, switchlora
-from lamella.methods.switchlora.baselines import Jagged, ReLora, projected
+from lamella.methods.switchlora import (
+    ExchangeFrequency,
+    SwitchHook,
+    VectorExchange,
+    per_vector,
+    reset_state,
+    switchlora,
+)
+from lamella.methods.switchlora.baselines import ReLora, RestartedCosine, projected_optimizer
 from lamella.methods.switchlora.method import spread
 from lamella.methods.switchlora.optimizer import COLUMNS, ROWS
 from lamella.results import Record
@@ -42,7 +49,7 @@ from lamella.train import (
     Cosine,
     Task,
     TrainConfig,
-    Training,
+    TrainingRun,
     add_lora,
     blocks,
     fit,
@@ -60,7 +67,7 @@ SEEDS = (0, 1, 2)
 
 
 class Map(nn.Module):
-    """One linear map, adapted as a model's are."""
+    """One linear layer, adapted as those of a model."""
 
     def __init__(self, start: Tensor) -> None:
         super().__init__()
@@ -95,14 +102,14 @@ def reached(way: Mapped, seed: int, steps: int, wanted: Tensor, start: Tensor) -
     config = TrainConfig(steps=steps, lr=2e-2, batch=256, clip=1e9, seed=seed, save_every=steps, log_every=steps)
     with tempfile.TemporaryDirectory() as work:
         fit(model, rows, task, config, out=work, trainable=lambda name: ".lora_" in name,
-            optimizer=by_vectors(1.0), hooks=hooks)  # fmt: skip
+            optimizer=per_vector(1.0), hooks=hooks)  # fmt: skip
     with torch.no_grad():
         product = layer.scaling["default"] * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight)
         return layer.get_base_layer().weight + product
 
 
 class _Alone:
-    """What :class:`Switching` needs of adapters: where they are."""
+    """The part of the adapters that :class:`SwitchHook` needs."""
 
     def __init__(self, view: nn.Module) -> None:
         self.view, self.modules = view, ("linear",)
@@ -111,27 +118,27 @@ class _Alone:
 # What of the method is needed
 
 
-class NoReset(Switching):
+class NoReset(SwitchHook):
     """Counterparts keep their optimizer state."""
 
-    def reset(self, optimizer: torch.optim.Optimizer, one: Exchange, rows: Tensor, columns: Tensor) -> None:
+    def reset(self, optimizer: torch.optim.Optimizer, one: VectorExchange, rows: Tensor, columns: Tensor) -> None:
         pass
 
 
-class OwnReset(Switching):
-    """What was exchanged is forgotten, and not its counterpart."""
+class OwnReset(SwitchHook):
+    """The state of exchanged vectors is reset instead of that of their counterparts."""
 
-    def reset(self, optimizer: torch.optim.Optimizer, one: Exchange, rows: Tensor, columns: Tensor) -> None:
-        forget(optimizer, one.a, rows, ROWS)
-        forget(optimizer, one.b, columns, COLUMNS)
+    def reset(self, optimizer: torch.optim.Optimizer, one: VectorExchange, rows: Tensor, columns: Tensor) -> None:
+        reset_state(optimizer, one.a, rows, ROWS)
+        reset_state(optimizer, one.b, columns, COLUMNS)
 
 
-class AllAtOnce(Switching):
-    """All vectors of a map are exchanged at once, and all states forgotten, as seldom as makes equal exchanges."""
+class AllAtOnce(SwitchHook):
+    """All vectors of a layer are exchanged at once and all states reset, with the same number of exchanges in total."""
 
     due = 0.0
 
-    def before_update(self, run: Training) -> None:
+    def before_update(self, run: TrainingRun) -> None:
         self.due += self.frequency.share(run.step, self.steps)
         if self.due < 1:
             return
@@ -139,27 +146,27 @@ class AllAtOnce(Switching):
         for one in self.exchanges.values():
             rows, columns = one.switch(len(one.a), freeze=0)
             for each, vectors, axis in ((one.a, rows, ROWS), (one.b, columns, COLUMNS)):
-                forget(run.optimizer, each, vectors, axis)
+                reset_state(run.optimizer, each, vectors, axis)
                 each.grad = torch.zeros_like(each)
 
 
 class Mapped(NamedTuple):
-    """What stands beside the map: the hook, where there is one, and how often it exchanges."""
+    """The hook of the layer, if any, and the frequency of exchange."""
 
-    by: Callable[..., Switching] | None = Switching
-    frequency: Frequency = Frequency()
+    by: Callable[..., SwitchHook] | None = SwitchHook
+    frequency: ExchangeFrequency = ExchangeFrequency()
 
 
-NEVER, OFTEN = Frequency(interval=float("inf")), Frequency(12, 1.0)
+NEVER, OFTEN = ExchangeFrequency(interval=float("inf")), ExchangeFrequency(12, 1.0)
 MAPPED = {
     "LoRA": Mapped(None),
     "LoRA from SwitchLoRA's start": Mapped(frequency=NEVER),
     "SwitchLoRA": Mapped(),
-    "SwitchLoRA, slower descent (20, 0.3)": Mapped(frequency=Frequency(20, 0.3)),
+    "SwitchLoRA, slower descent (20, 0.3)": Mapped(frequency=ExchangeFrequency(20, 0.3)),
     "SwitchLoRA, no descent (12, 1.0)": Mapped(frequency=OFTEN),
     "SwitchLoRA, no reset": Mapped(NoReset),
-    "SwitchLoRA, no freezing": Mapped(frequency=Frequency(freeze=0)),
-    "SwitchLoRA, reset of what was exchanged": Mapped(OwnReset),
+    "SwitchLoRA, no freezing": Mapped(frequency=ExchangeFrequency(freeze=0)),
+    "SwitchLoRA, reset of exchanged vectors": Mapped(OwnReset),
     "SwitchLoRA, all vectors at once, all states reset": Mapped(AllAtOnce),
 }
 ABLATED = [name for name in MAPPED if name.startswith("SwitchLoRA, ") and "descent" not in name]
@@ -202,9 +209,9 @@ LOWER = (2e-3, 5e-3, 1e-2, 2e-2)  # rates
 RATES = {"all weights": (5e-4, 1e-3, 3e-3), "GaLore": (3e-3, 1e-2, 3e-2), "ReLoRA, warm start": (2e-3, 5e-3, 2e-2)}
 FAST = 2e-2  # the rate at which states are looked at
 HOOKS = {  # with frequent exchange
-    "SwitchLoRA": Switching,
+    "SwitchLoRA": SwitchHook,
     "SwitchLoRA, no reset": NoReset,
-    "SwitchLoRA, reset of what was exchanged": OwnReset,
+    "SwitchLoRA, reset of exchanged vectors": OwnReset,
 }
 
 
@@ -213,8 +220,8 @@ def fresh(seed: int) -> Stack:
     return Stack(LlamaForCausalLM(llama(len(LETTERS), WIDTH, LAYERS, context=CONTEXT)).eval())
 
 
-def learnt(way: str, lr: float, seed: int, steps: int, samples: Sequence[Any], stack: Stack, often: bool) -> Stack:
-    """A nano Llama after so many steps of one way, from a stack on."""
+def train_nano(way: str, lr: float, seed: int, steps: int, samples: Sequence[Any], stack: Stack, often: bool) -> Stack:
+    """Train a nano Llama for some steps with one method, starting from a stack."""
     config = TrainConfig(
         steps=steps, lr=lr, batch=BATCH, warmup=0.05, seed=seed, save_every=steps, log_every=steps, bf16=True
     )
@@ -227,17 +234,17 @@ def learnt(way: str, lr: float, seed: int, steps: int, samples: Sequence[Any], s
     own(view, lambda name: True)
     options: dict[str, Any] = {"trainable": lambda name: True}
     if lora is not None:
-        options = {"trainable": lambda name: ".base_layer." not in name, "optimizer": by_vectors(rest)}
+        options = {"trainable": lambda name: ".base_layer." not in name, "optimizer": per_vector(rest)}
     if often:
         assert lora is not None
         options["hooks"] = [HOOKS[way](lora, OFTEN, steps, seed)]
     if way == "GaLore":
-        options["optimizer"] = partial(projected, r=RANK, inside=stack.architecture.prefix, rest=rest)
+        options["optimizer"] = partial(projected_optimizer, r=RANK, inside=stack.architecture.prefix, rest=rest)
     if way.startswith("ReLoRA"):
         every = steps // 8
         options["hooks"] = [ReLora(lora, every, seed)]  # type: ignore[arg-type]
         cosine = Cosine(lr, 0.0, max(1, steps // 20), steps)
-        config = config.following(Jagged(cosine, every, max(1, steps // 100)))
+        config = config.with_schedule(RestartedCosine(cosine, every, max(1, steps // 100)))
     with tempfile.TemporaryDirectory() as work:
         fit(view, samples, Task(response_loss), config, out=work, **options)
     if lora is not None:
@@ -247,11 +254,11 @@ def learnt(way: str, lr: float, seed: int, steps: int, samples: Sequence[Any], s
 
 
 def warmed(run: Run, seed: int, steps: int, samples: Sequence[Any]) -> Stack:
-    """A nano Llama of which all weights have trained for a few steps, kept for the arms that begin there."""
+    """A nano Llama after a few steps of training all weights, saved for the arms that start from it."""
     folder, few = run.work / f"warm-{seed}", round(WARM * steps)
 
     def train() -> None:
-        learnt("all weights", 1e-3, seed, few, samples, fresh(seed), False).model.save_pretrained(folder)
+        train_nano("all weights", 1e-3, seed, few, samples, fresh(seed), False).model.save_pretrained(folder)
 
     run.arm(f"nano, warm start, seed {seed}", train)
     return Stack(LlamaForCausalLM.from_pretrained(folder).eval())
@@ -265,7 +272,7 @@ def nano(run: Run) -> None:
 
     def judged(way: str, lr: float, seed: int, often: bool) -> dict[str, Any]:
         start = warmed(run, seed, steps, samples) if "warm" in way else fresh(seed)
-        after = learnt(way, lr, seed, steps // 2 if often else steps, samples, start, often)
+        after = train_nano(way, lr, seed, steps // 2 if often else steps, samples, start, often)
         found = spread(start, after, RANK)
         updates = found["updates"].values()
         return {
@@ -295,14 +302,14 @@ def nano(run: Run) -> None:
     def mean(way: str, what: str) -> float:
         return fmean(each[what] for each in arms[way])
 
-    quarters = (8, 16, 24)  # of the places of a spectrum, 0 to 32
+    quarters = (8, 16, 24)  # indices of a spectrum, 0 to 32
     run.table(
         f"A Llama of width {WIDTH}, {LAYERS} layers, rank {RANK}, {steps} steps of {BATCH} x {CONTEXT}: held-out nats "
-        "per character; of the updates, means over linear maps",
-        ["", "best rate", "loss, mean over seeds", "lowest", "highest", "rank of the update", "share beyond the rank",
-         *(f"singular value at {place}/32 of the first" for place in quarters)],
+        "per character; updates averaged over linear layers",
+        ["", "best rate", "loss, mean over seeds", "lowest", "highest", "rank of the update",
+         "fraction beyond the rank", *(f"singular value at {index}/32, relative to the first" for index in quarters)],
         [[way, best[way], fmean(each), min(each), max(each), mean(way, "rank"), mean(way, "beyond"),
-          *(fmean(one["spectrum"][place] for one in arms[way]) for place in quarters)] for way, each in losses.items()],
+          *(fmean(one["spectrum"][index] for one in arms[way]) for index in quarters)] for way, each in losses.items()],
     )  # fmt: skip
 
     def less(way: str, other: str) -> Measured:
@@ -312,7 +319,7 @@ def nano(run: Run) -> None:
     gain = less("LoRA", "SwitchLoRA")
     closed = Measured.over_seeds([(low - ours) / (low - full) for low, ours, full in paired])
     run.main("LoRA's loss from scratch less SwitchLoRA's", "above 0", str(gain), gain.at_least(0.0))
-    run.further("gap from LoRA to all weights", "half of it closed", str(closed), closed.at_least(0.5))
+    run.further("gap from LoRA to all weights", "at least half closed", str(closed), closed.at_least(0.5))
     if run.quick:
         return
     for other, ours in (("GaLore", "SwitchLoRA"), ("ReLoRA, warm start", "SwitchLoRA, warm start")):
@@ -382,7 +389,7 @@ def healing(run: Run) -> None:
 def exactness(record: Record) -> None:
     model = adapted(torch.randn(SIZE, SIZE) / SIZE**0.5, 0)
     before = model.linear.get_base_layer().weight.detach().double().clone()
-    one = Exchange(model.linear, torch.Generator().manual_seed(0))
+    one = VectorExchange(model.linear, torch.Generator().manual_seed(0))
 
     def effective() -> Tensor:
         return one.state()["weight"].double() + one.scale * one.b.detach().double() @ one.a.detach().double()
@@ -392,7 +399,7 @@ def exactness(record: Record) -> None:
     steps = []
     for _ in range(200):
         last = effective()
-        one.switch(max(1, one.room() // 2), freeze=0)
+        one.switch(max(1, one.available() // 2), freeze=0)
         steps.append(float((effective() - last).abs().max()))
     record.exact(
         "the weight before and after each of 200 exchanges", "within 1e-6", f"{max(steps):.1e}", max(steps) <= 1e-6
@@ -402,7 +409,7 @@ def exactness(record: Record) -> None:
     lora = add_lora(view, RANK, alpha=1)
     states = sum(each.numel() for name, each in view.named_parameters() if lora.trains(name))
     formula = RANK * sum(sum(view.get_submodule(name).get_base_layer().weight.shape) for name in lora.modules)
-    record.exact("numbers that train beside W", "r (in + out)", f"{states} / {formula}", states == formula)
+    record.exact("trained parameters besides W", "r (in + out)", f"{states} / {formula}", states == formula)
 
 
 def experiment(run: Run) -> None:

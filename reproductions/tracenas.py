@@ -1,10 +1,11 @@
-"""TraceNAS at small scale: a character-level Llama that is cut and retrained, SmolLM2-135M-Instruct for ranks.
+"""TraceNAS at small scale: a character-level Llama that is pruned and retrained, SmolLM2-135M-Instruct for ranks.
 
-Checks that a trace of the whole model agrees with itself and that trying out a cut is exact and leaves no trace, that
-Phi foretells the loss after training better than the number of parameters does, that evolution finds shapes that train
-to less loss than uniform ones and than random search, and that the order of Phi is sound and stable on a real model.
+Checks that a trace of the whole model agrees with itself, that the simulation of a pruning is exact and changes no
+weight, that Phi predicts the loss after training better than the number of parameters does, that evolution finds shapes
+that are trained to a lower loss than uniform ones and than those of random search, and that the order of Phi is
+plausible and stable on a real model.
 
-    python reproductions/tracenas.py            # about an hour on one core; stopped, it goes on
+    python reproductions/tracenas.py            # about an hour on one core; an interrupted run resumes
     python reproductions/tracenas.py --quick    # the same claims on a smaller model
 """
 
@@ -26,7 +27,17 @@ from torch import Tensor
 
 import lamella
 from lamella.files import Work
-from lamella.methods.tracenas import TRAINING, Breeding, Cut, Genome, GradientTraces, Space, evolve, phi, recover
+from lamella.methods.tracenas import (
+    TRAINING,
+    Breeding,
+    Genome,
+    GradientTraces,
+    PrunedShape,
+    SearchSpace,
+    evolve,
+    phi,
+    recover,
+)
 from lamella.plan import ModelReference, Plan
 from lamella.progress import track
 from lamella.results import Record
@@ -40,7 +51,7 @@ PROXIES = ("weighted Pearson (Phi)", "Pearson", "weighted cosine", "weighted dot
 
 @dataclass(frozen=True)
 class Job:
-    """What every part needs.
+    """The common inputs of all parts.
 
     Attributes:
         steps: of each recovery.
@@ -48,7 +59,7 @@ class Job:
     """
 
     stack: Stack
-    space: Space
+    space: SearchSpace
     calibration: Tensor
     train: list[Sample]
     test: list[Sample]
@@ -61,7 +72,7 @@ class Job:
     def traces(self, **options: Any) -> GradientTraces:
         return GradientTraces(self.stack, self.calibration, **{"rank": self.rank, "batch": 4} | options)
 
-    def plan(self, cut: Cut, traces: GradientTraces) -> Plan:
+    def plan(self, cut: PrunedShape, traces: GradientTraces) -> Plan:
         return plan_of(self.stack, self.space, cut, traces)
 
     def recovered(self, plan: Plan, seed: int = 0) -> float:
@@ -73,14 +84,14 @@ class Job:
         return nats(healed.stack.model.eval(), self.test)
 
 
-def plan_of(stack: Stack, space: Space, cut: Cut, traces: GradientTraces) -> Plan:
+def plan_of(stack: Stack, space: SearchSpace, cut: PrunedShape, traces: GradientTraces) -> Plan:
     point = space.point(cut, traces.saliency)
     return Plan(model=ModelReference.of(stack), drop=point.drop, width=point.width)
 
 
-def samples_of(space: Space, count: int, seed: int) -> list[Cut]:
-    """Different shapes within the window, no layer preferred."""
-    rng, found = np.random.default_rng(seed), dict[Cut, None]()
+def samples_of(space: SearchSpace, count: int, seed: int) -> list[PrunedShape]:
+    """Different shapes within the window, without a preference of layers."""
+    rng, found = np.random.default_rng(seed), dict[PrunedShape, None]()
     while len(found) < count:
         found[space.cut(space.sample(rng, np.zeros((space.layers, 2))))] = None
     return list(found)
@@ -106,20 +117,22 @@ def exactness(record: Record, job: Job) -> None:
             logits = view(rows).logits[:, :-1].flatten(0, 1)
             losses.append(float(torch.nn.functional.cross_entropy(logits, rows[:, 1:].flatten())))
         apart.append(abs(traces.of(plan).loss - statistics.mean(losses)))
-    record.exact("loss of a cut tried out against the cut carried out", "within 1e-4", max(apart), max(apart) <= 1e-4)
+    record.exact(
+        "loss of a simulated pruning against the actual pruning", "within 1e-4", max(apart), max(apart) <= 1e-4
+    )
     same = all(torch.equal(value, before[name]) for name, value in stack.model.state_dict().items())
-    record.exact("weights after all that", "the same to the bit", same, same)
+    record.exact("weights after all traces", "bitwise equal", same, same)
 
 
-# 2 and 5. What foretells the loss after training.
+# 2 and 5. Predictors of the loss after training.
 
 
 def validity(run: Run, job: Job) -> None:
     traces, counts = job.traces(), (1, 2, 4, len(job.calibration))
     fewer = [GradientTraces(job.stack, job.calibration[:count], rank=job.rank) for count in counts]
 
-    def foretold(cut: Cut) -> dict[str, Any]:
-        """What is known of a shape before training, and its loss after it; more is better."""
+    def foretold(cut: PrunedShape) -> dict[str, Any]:
+        """The predictors of a shape before training, and its loss afterwards; larger is better."""
         plan, shares = job.plan(cut, traces), job.space.shares(cut)
         trace = traces.of(plan)
         known = {
@@ -142,7 +155,7 @@ def validity(run: Run, job: Job) -> None:
     rank = {name: float(spearmanr(values, healed).statistic) for name, values in known.items()}
     spread = max(healed) - min(healed)
     run.table(
-        f"What foretells the loss after {job.steps} steps of {len(cuts)} shapes, which differ by {spread:.3f} nats",
+        f"Predictors of the loss after {job.steps} steps of {len(cuts)} shapes, which differ by {spread:.3f} nats",
         ["before training", "Spearman with less loss after"], [[name, value] for name, value in rank.items()],
     )  # fmt: skip
     run.main("rank correlation of Phi", "at least 0.5", rank[PROXIES[0]], rank[PROXIES[0]] >= 0.5)
@@ -156,8 +169,8 @@ def validity(run: Run, job: Job) -> None:
 # 3. Search.
 
 
-def uniform(space: Space) -> Cut:
-    """All layers, all of one width, as close to the middle of the window as can be."""
+def uniform(space: SearchSpace) -> PrunedShape:
+    """All layers with equal widths, as close to the middle of the window as possible."""
     middle = sum(space.window) / 2
     widths = [
         Genome(np.ones(space.layers, bool), np.full((space.layers, 2), share)) for share in np.linspace(0.2, 1, 801)
@@ -178,9 +191,9 @@ def search(run: Run, job: Job) -> None:
 
 
 def searched(job: Job, seed: int) -> list[float]:
-    """A row: the best of evolution and of as many random shapes, with what both and the uniform one are trained to."""
+    """A row: the best shapes of evolution and of random search, with their losses and that of the uniform shape."""
     traces, space = job.traces(), job.space
-    known: dict[Cut, float] = {}
+    known: dict[PrunedShape, float] = {}
 
     def score(genome: Genome) -> float:
         cut = space.cut(genome)
@@ -205,12 +218,12 @@ def searched(job: Job, seed: int) -> list[float]:
 def real(record: Record, candidates: int, length: int) -> None:
     stack = lamella.open("smollm2")
     tokens = lamella.windows(open_tokenizer("smollm2"), lamella.load_text("pydoc", "calibration"), 4, length, 0)
-    space = Space.of(stack, params=0.75, tolerance=0.03, least=24)
+    space = SearchSpace.of(stack, params=0.75, tolerance=0.03, min_layers=24)
     by_rank = {rank: GradientTraces(stack, tokens, rank=rank) for rank in (4, 8, 64)}
     whole_shape = ((space.whole.heads,) * 30, (space.whole.channels,) * 30)
 
     def without(*gone: int) -> float:
-        cut = Cut(tuple(layer not in gone for layer in range(30)), *whole_shape)
+        cut = PrunedShape(tuple(layer not in gone for layer in range(30)), *whole_shape)
         traces = by_rank[8]
         return phi(traces.base, traces.of(plan_of(stack, space, cut, traces)), space.shares(cut))
 
@@ -237,8 +250,8 @@ def experiment(run: Run) -> None:
     test = whole(prose("test", 32 if quick else 128, length, seed + 1, TEXTS))
     sizes = {"layers": 4, "hidden": 64, "steps": 600} if quick else {"layers": 8, "hidden": 128, "steps": 2000}
     stack = trained(train, seed=seed, name="tracenas-pydoc-stdlib", heads=8, kv_heads=2, **sizes)
-    space = Space.of(
-        stack, params=0.6, tolerance=0.03, least=3 if quick else 6, attn=(0.25, 1.0), mlp=(0.2, 1.0), multiple=8
+    space = SearchSpace.of(
+        stack, params=0.6, tolerance=0.03, min_layers=3 if quick else 6, attn=(0.25, 1.0), mlp=(0.2, 1.0), multiple=8
     )
     job = Job(
         stack=stack,

@@ -1,10 +1,10 @@
 """Unified layer skipping at small scale: SmolLM2-135M-Instruct training-free, a character-level Llama for its tuning.
 
 Checks that skipping inside generation is exact (cached, batched, padded, freed), that evenly spaced layers beat the two
-ends and the released rule at small cuts, that a full-depth prompt matters, that fine-tuning recovers most of what half
-of the layers cost, and that the speed is what the cost model says, with little spread.
+ends and the released rule when few layers are skipped, that a full-depth prompt matters, that fine-tuning recovers most
+of the loss from skipping half of the layers, and that the speed agrees with the cost model, with little variation.
 
-    python reproductions/unified_skip.py            # about 15 minutes on 2 cores; stopped, it goes on
+    python reproductions/unified_skip.py            # about 15 minutes on 2 cores; an interrupted run resumes
     python reproductions/unified_skip.py --quick    # the same claims on less work
 """
 
@@ -92,7 +92,7 @@ def exactness(record: Record, stack: Stack, tokens: LongTensor, quick: bool) -> 
         held = sum(layer.keys.shape[-2] for layer in run.cache.layers if layer.keys is not None)
         slots &= held == keep * (ids.shape[1] + new - 1)
     record.exact("(b) cached steps and the teacher-forced forward", "logits within 1e-4", apart, apart <= 1e-4)
-    # Thin stacks that were not trained amplify rounding: in float64 the same comparison tells it from another function.
+    # Thin stacks that were not trained amplify rounding errors; the comparison in float64 rules out a real difference.
     record.exact("(b) the same in float64", "logits within 1e-4", apart_precisely, apart_precisely <= 1e-4)
     record.exact("(c) the first generated token", "the full model's, for every target", first, first)
     record.exact("(d) freed caches, against a loop that keeps all", "the same tokens", freed, freed)
@@ -132,7 +132,7 @@ def curve(record: Record, stack: Stack, test: FidelityTest, counts: list[int]) -
         "release": lambda n: RULES["release"](layers, n),
         "first n": lambda n: list(range(n)),
         "first, and last n - 1": lambda n: [0, *range(layers - n + 1, layers)],
-        "middle run left out": middle,
+        "middle run removed": middle,
     }
     results: dict[tuple[str, int], Fidelity] = {}
     for n in counts:
@@ -226,11 +226,11 @@ def speed(record: Record, stack: Stack, counts: list[int], quick: bool) -> None:
             share = Measured.over_rounds(timing.decode_speedup, predicted)
             record.further(f"decode speed-up / cost model, {label}", "within 15 %", share, share.within(0.85, 1.15))
             steady = True if varies < 0.05 else None if machine >= 0.05 else False
-            told = f"{varies:.1%} (the whole model against itself: {machine:.1%})"
-            record.further(f"variation of the decode speed-up, {label}", "below 5 %", told, steady)
+            measured = f"{varies:.1%} (the whole model against itself: {machine:.1%})"
+            record.further(f"variation of the decode speed-up, {label}", "below 5 %", measured, steady)
         rising = together([fewer.at_least(more.figure) for more, fewer in pairwise(speeds)])
-        told = " ".join(f"{each.figure:.2f}" for each in speeds)
-        record.further(f"decode speed-up at batch {batch}", "grows as n falls", told, rising)
+        measured = " ".join(f"{each.figure:.2f}" for each in speeds)
+        record.further(f"decode speed-up at batch {batch}", "grows as n falls", measured, rising)
     columns = ["batch", "n", "layer ratio", "cost model", "decode speed-up", "prefill speed-up", "variation"]
     record.table("Speed, interleaved runs of equal length", columns, rows)
 

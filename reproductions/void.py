@@ -5,7 +5,7 @@ little while carrying voids breaks the model, that prompts and answers use diffe
 active layers beats random ones and is as much faster as it should be. "Usage" is never a saving here: `readout` and
 `carry` run every layer.
 
-    python reproductions/void.py            # about 10 minutes on 2 cores; stopped, it goes on
+    python reproductions/void.py            # about 10 minutes on 2 cores; an interrupted run resumes
     python reproductions/void.py --quick    # the same claims on less work
 """
 
@@ -46,8 +46,8 @@ CAPITALS = {
 }  # fmt: skip
 
 
-class Given(Policy):
-    """Tokens pass by all layers but those given for them, as in carry mode, for one row."""
+class FixedActivity(Policy):
+    """Run only the active layers of each token and skip the others, as in carry mode, for one row."""
 
     def __init__(self, stack: Stack, active: Tensor) -> None:
         super().__init__(stack)
@@ -57,8 +57,8 @@ class Given(Policy):
         return run.choose(call, ~self.active[None, :, call.index], h, call(h))
 
 
-class Streams:
-    """The stream of the untouched model at every point of test rows, for readings at any layer."""
+class HiddenStates:
+    """Hidden states of the original model after every layer for the test rows, to apply the head at any layer."""
 
     def __init__(self, stack: Stack, tokens: LongTensor) -> None:
         self.stack, self.tokens = stack, tokens
@@ -70,7 +70,7 @@ class Streams:
             self.h.append(torch.stack(points))
 
     def active(self, alpha: float) -> list[Tensor]:
-        """LAC's decisions, written out here once more, for each row [time, layers] bool."""
+        """Return LAC's decisions, implemented independently, for each row: [time, layers] bool."""
         decisions = []
         for h in self.h:
             growth = h.double().norm(dim=-1).diff(dim=0)  # [layers, time]
@@ -80,13 +80,13 @@ class Streams:
         return decisions
 
     def turned(self, share: float) -> list[Tensor]:
-        """The layers that turn the stream most, such a share of all [time, layers] bool."""
+        """Mark the fraction of (token, layer) pairs that turn the residual stream most: [time, layers] bool."""
         turns = [1 - torch.cosine_similarity(h[1:], h[:-1], dim=-1).T for h in self.h]
         limit = torch.cat(turns).flatten().quantile(1 - share)
         return [turn >= limit for turn in turns]
 
     def sure(self, mean_exit: float) -> list[Tensor]:
-        """Layers until the largest probability passes a threshold, chosen for this mean, for each row [time]."""
+        """Exit at the first layer whose largest probability passes a threshold, set for this mean: per row [time]."""
         tops = []
         for h in self.h:
             logits = (self.stack.head(h[None, layer]) for layer in range(1, len(h)))
@@ -103,7 +103,7 @@ class Streams:
         return exits(high)
 
     def loss(self, exits: list[Tensor]) -> float:
-        """Nats per token, the first of each row aside, when each token is read out behind so many layers [time]."""
+        """Nats per token without the first of each row, when each token exits after its number of layers [time]."""
         total = 0.0
         for row, h, layers in zip(self.tokens, self.h, exits, strict=True):
             states = h[layers, torch.arange(len(row))][None, :-1]
@@ -111,7 +111,7 @@ class Streams:
         return total / (self.tokens.numel() - len(self.tokens))
 
     def shuffled_loss(self, exits: list[Tensor]) -> float:
-        """The expected loss when exits as many and as deep fall on tokens at random."""
+        """The expected loss when the same exits are assigned to random tokens."""
         layers, counts = torch.cat([each[:-1] for each in exits]).unique(return_counts=True)
         everywhere = [self.loss([torch.full_like(each, layer) for each in exits]) for layer in layers.tolist()]
         return float(np.average(everywhere, weights=counts.numpy()))
@@ -122,12 +122,12 @@ def mean(rows: list[Tensor], skip_first: bool = True) -> float:
 
 
 def last_active(active: list[Tensor]) -> list[Tensor]:
-    """Layers until the end of the last active one, 0 where there is none [time]."""
+    """The number of layers up to and including the last active one, 0 if none is active: [time]."""
     return [(torch.arange(1, rows.shape[1] + 1) * rows).amax(dim=-1) for rows in active]
 
 
 def exactness(record: Record, stack: Stack, tokens: LongTensor) -> None:
-    """The sheet's list: what must be so whatever the weights."""
+    """Check the properties that hold for any weights."""
     model: Any = stack.model
     ids = tokens[:2, :28]
     mask = padded(ids, (0, 7))
@@ -143,21 +143,23 @@ def exactness(record: Record, stack: Stack, tokens: LongTensor) -> None:
         trace = traced(view)
         same = torch.equal(view(**given).logits, base)
         sets[alpha] = trace.joined()[2]["active"][real].astype(bool)
-    record.exact("trace", "the model's logits to the bit", same, same)
+    record.exact("trace", "logits bitwise equal to the model's", same, same)
     growth = trace.joined()[2]["growth"][real]
     record.exact("alpha = 0", "active where norms do not fall", *[np.array_equal(sets[0.0], growth >= 0)] * 2)
     record.exact("alpha far below 0", "all layers from 2 on active", *[bool(sets[-1e6][:, 2:].all())] * 2)
     shrinks = all(bool((b <= a).all()) for a, b in pairwise(sets[alpha] for alpha in (0.0, 0.2, 0.8)))
     record.exact("active sets, per token", "shrink as alpha grows", shrinks, shrinks)
 
-    streams = Streams(stack, ids[:1])
-    exits = last_active(streams.active(0.8))[0]
+    hidden = HiddenStates(stack, ids[:1])
+    exits = last_active(hidden.active(0.8))[0]
     view = lamella.apply(stack, lac_plan(stack, alpha=0.8, mode="readout"))
-    lens = stack.head(streams.h[0][exits, torch.arange(len(exits))][None])
+    lens = stack.head(hidden.h[0][exits, torch.arange(len(exits))][None])
     apart = float((view(ids[:1]).logits - lens).abs().max())
     record.exact("readout and the lens at the last active layer", "logits within 1e-5", apart, apart <= 1e-5)
     full = (view(ids[:1]).logits == model(ids[:1]).logits)[0, exits == len(stack)].all()
-    record.exact("readout where the last layer is active", "the model's logits to the bit", bool(full), bool(full))
+    record.exact(
+        "readout where the last layer is active", "logits bitwise equal to the model's", bool(full), bool(full)
+    )
 
     for mode in ("readout", "carry"):
         view = lamella.apply(stack, lac_plan(stack, alpha=0.2, mode=mode))
@@ -179,11 +181,11 @@ def exactness(record: Record, stack: Stack, tokens: LongTensor) -> None:
 
 def sweep(record: Record, stack: Stack, tokens: LongTensor, alphas: list[float]) -> None:
     """Points 1 and 2: usage and losses over alpha, and readout against other ways to leave early."""
-    test, streams = FidelityTest(stack, tokens, prompt=1), Streams(stack, tokens)
-    base = streams.loss([torch.full((tokens.shape[1],), len(stack))] * len(tokens))
+    test, hidden = FidelityTest(stack, tokens, prompt=1), HiddenStates(stack, tokens)
+    base = hidden.loss([torch.full((tokens.shape[1],), len(stack))] * len(tokens))
     rows, usage, readout, carry, shuffled = [], [], [], [], []
     for alpha in alphas:
-        active = streams.active(alpha)
+        active = hidden.active(alpha)
         exits = last_active(active)
         usage.append(mean(active))
         losses = []
@@ -194,9 +196,9 @@ def sweep(record: Record, stack: Stack, tokens: LongTensor, alphas: list[float])
         readout.append(losses[0])
         carry.append(losses[1])
         used = np.stack([notes["active"][0, 1:] for notes in trace.notes]).mean()  # of carry, the last one
-        cosine = last_active(streams.turned(usage[-1]))
-        shuffled.append(streams.shuffled_loss(exits))
-        others = [shuffled[-1], streams.loss(cosine)]
+        cosine = last_active(hidden.turned(usage[-1]))
+        shuffled.append(hidden.shuffled_loss(exits))
+        others = [shuffled[-1], hidden.loss(cosine)]
         rows.append([alpha, f"{usage[-1]:.1%}", mean(exits), losses[0], *others, f"{used:.1%}", losses[1]])
     title = f"LAC over alpha, position 0 aside (whole model {base:.3f} nats; readout and carry run every layer)"
     columns = [
@@ -220,11 +222,11 @@ def sweep(record: Record, stack: Stack, tokens: LongTensor, alphas: list[float])
 
 def controls(record: Record, stack: Stack, tokens: LongTensor) -> None:
     """Baselines that cost a head at every layer, on one row; no claim."""
-    streams = Streams(stack, tokens)
+    hidden = HiddenStates(stack, tokens)
     generator = torch.Generator().manual_seed(0)
     rows = []
     for alpha in (0.2, 0.8):
-        active = streams.active(alpha)
+        active = hidden.active(alpha)
         exits = last_active(active)
         drawn = []
         for each in active:
@@ -234,13 +236,15 @@ def controls(record: Record, stack: Stack, tokens: LongTensor) -> None:
             drawn.append(voids)
         carried, loss = lac_plan(stack, alpha=alpha, mode="carry"), 0.0
         for row, voids in zip(tokens, drawn, strict=True):
-            logits = with_policy(stack, carried, Given(stack, ~voids))(row[None], use_cache=False).logits[0, :-1]
+            logits = with_policy(stack, carried, FixedActivity(stack, ~voids))(row[None], use_cache=False).logits[
+                0, :-1
+            ]
             loss += float(cross_entropy(logits.float(), row[1:])) / len(tokens)
         view = lamella.apply(stack, carried)
         own = float(
             np.mean([float(cross_entropy(view(r[None], use_cache=False).logits[0, :-1], r[1:])) for r in tokens])
         )
-        rows.append([alpha, mean(exits), streams.loss(exits), streams.loss(streams.sure(mean(exits))), own, loss])
+        rows.append([alpha, mean(exits), hidden.loss(exits), hidden.loss(hidden.sure(mean(exits))), own, loss])
     columns = ["alpha", "mean exit", "readout", "by confidence, equal mean exit", "carry", "as many random voids"]
     record.table("Controls, nats", columns, rows)
 
@@ -272,7 +276,7 @@ def phases(record: Record, seen: Activity, seed: int) -> None:
 
 
 def choices(record: Record, stack: Stack, alphas: list[float], seed: int, items: int) -> None:
-    """Point 4: a question with four answers, told apart by their likelihood."""
+    """Point 4: a question with four answers, answered by likelihood."""
     tokenizer, drawn = open_tokenizer("smollm2"), np.random.default_rng(seed)
     questions = []
     for country in drawn.permutation(list(CAPITALS))[:items]:
@@ -288,11 +292,11 @@ def choices(record: Record, stack: Stack, alphas: list[float], seed: int, items:
             length = len(start) + max(map(len, ends))
             ids = torch.tensor([(start + end + [0] * length)[:length] for end in ends])
             logits = model(ids, use_cache=False).logits.log_softmax(dim=-1)
-            told = [
+            scores = [
                 float(sum(logits[row, len(start) + i - 1, token] for i, token in enumerate(end)))
                 for row, end in enumerate(ends)
             ]
-            answers.append(int(np.argmax(told)) == answer)
+            answers.append(int(np.argmax(scores)) == answer)
         return np.array(answers, dtype=float)
 
     base = right(stack.model)

@@ -1,15 +1,15 @@
 """WRAP at small scale: students of noisy facts with and without their rephrases, and SmolLM2 as a rephraser.
 
-A. Facts are told on a noisy web page; an oracle rephrases half of them as questions with answers, without error.
-Students of 2.1 M parameters see 2.0 M tokens each, in bfloat16: of real text alone, of real text with random edits, of
-answers alone, and of real and rephrased text in equal shares. They are judged on held-out facts in four styles, two of
-which nobody saw, and asked for facts that were told in noise alone, which those of answers alone can only guess.
-Students of two rephrased styles, about which there is no claim, are left out for want of time.
-B. SmolLM2-135M-Instruct rephrases prose: what is kept, why the rest is dropped, and what it costs.
-C. SmolLM2 without four layers is healed by 50,000 tokens of real text alone, or by half of them and half of the whole
-model's rephrases of it.
+A. Noisy web pages contain facts; an oracle rephrases half of them as questions with answers, without error. Students of
+2.1 M parameters are trained on 2.0 M tokens each, in bfloat16: on real text only, on real text with random edits, on
+answers only, and on equal parts of real and rephrased text. They are evaluated on held-out facts in four styles, two of
+which are not in the training data, and on the recall of facts that occur only in noise, which students of answers only
+can only guess. Students of two rephrased styles, about which there is no claim, are omitted to save time.
+B. SmolLM2-135M-Instruct rephrases prose: the kept and the dropped rephrases by reason, and the cost.
+C. SmolLM2 without four layers is healed on 50,000 tokens of real text only, or on half of them and equally many tokens
+of the whole model's rephrases.
 
-    python reproductions/wrap.py            # about an hour and a half of one thread; stopped, it goes on
+    python reproductions/wrap.py            # about an hour and a half of one thread; an interrupted run resumes
     python reproductions/wrap.py --quick    # fewer facts and arms, one seed, four passages
 """
 
@@ -33,15 +33,15 @@ from harness.nano import from_scratch, llama, nats, taught
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaForCausalLM
 
-from lamella.data import Blend, Document, Documents, Local, Mixture, Reader, Sampling, write
+from lamella.data import Blend, Document, Documents, InputContext, LocalWriter, Mixture, Sampling, write
 from lamella.data import windows as windows_of
 from lamella.evaluate import FidelityTest
 from lamella.files import Work
 from lamella.methods.continual_pretrain import continual_pretrain
-from lamella.methods.wrap import Cutting, Filters, passages, wrap
-from lamella.methods.wrap.cleaning import copied, words_of
+from lamella.methods.wrap import Filters, PassageSettings, passages, wrap
+from lamella.methods.wrap.cleaning import copied_fraction, words_of
 from lamella.plan import ModelReference, Plan
-from lamella.results import Mixed
+from lamella.results import MixedCorpus
 from lamella.runtime import apply
 from lamella.train import Feed, Order, Sample, blocks
 
@@ -74,11 +74,11 @@ SYNONYMS = {
     "called": "named",
 }
 CLEAN = ("encyclopaedia", "answers")
-STYLES = ("noise", *CLEAN, "letter")  # nobody sees an encyclopaedia or a letter
-ARMS = {  # what a student sees, by its share of the tokens
+STYLES = ("noise", *CLEAN, "letter")  # encyclopaedia and letter are not trained on
+ARMS = {  # the training data of a student, by fraction of the tokens
     "real": {"noise": 1.0},
     "real + edits": {"noise": 0.5, "edits": 0.5},
-    "answers alone": {"answers": 1.0},
+    "answers only": {"answers": 1.0},
     "wrap (answers)": {"noise": 0.5, "answers": 0.5},
 }
 IN_QUICK = ("real", "wrap (answers)")
@@ -105,7 +105,7 @@ def world(count: int, seed: int) -> list[Fact]:
 
 
 def noise(fact: Fact, drawn: random.Random) -> str:
-    """The fact as a web page has it: one of three fragments in small letters, typos in 5 % of the letters, an ad."""
+    """The fact as on a web page: one of three fragments in lower case, typos in 5 % of the letters, an ad."""
     e, r, v = fact
     text = drawn.choice(
         (f"{e} ... {r} is {v} everybody knows", f"re: {r} of {e}? its {v}", f"so {e} has {v} 4 {r} lol")
@@ -118,7 +118,7 @@ def noise(fact: Fact, drawn: random.Random) -> str:
 
 
 def told(fact: Fact, style: str) -> str:
-    """The fact in a clean style; what an oracle makes of it."""
+    """The fact in a clean style, as the oracle rephrases it."""
     e, r, v = fact
     if style == "encyclopaedia":
         return f"{e} is a place whose {r} is {v}. The {r} of {e} is called {v}.\n"
@@ -128,7 +128,7 @@ def told(fact: Fact, style: str) -> str:
 
 
 def edited(text: str, drawn: random.Random) -> str:
-    """Random edits: one word in ten goes, one in ten that has a synonym is replaced."""
+    """Random edits: one word in ten is removed, and one in ten with a synonym is replaced."""
     words = [word for word in text.split(" ") if drawn.random() > 0.1]
     return " ".join(
         SYNONYMS.get(word, word) if drawn.random() < 0.1 or (word in SYNONYMS and drawn.random() < 0.5) else word
@@ -137,7 +137,7 @@ def edited(text: str, drawn: random.Random) -> str:
 
 
 class Texts(NamedTuple):
-    """What students see and what judges them.
+    """The training and evaluation data of the students.
 
     Attributes:
         seen: text by source.
@@ -151,7 +151,7 @@ class Texts(NamedTuple):
 
 
 def texts_of(count: int, seed: int) -> Texts:
-    """Half of the facts that are seen are rephrased, too; the other half is told in noise alone."""
+    """Half of the training facts are also rephrased; the other half occurs only in noise."""
     facts, drawn = world(count, seed), random.Random(seed)
     known, unknown = facts[: round(count * (1 - TAIL))], facts[round(count * (1 - TAIL)) :]
     rephrased, noisy = known[::2], known[1::2]
@@ -178,7 +178,7 @@ def tokenizer_of(texts: Texts) -> Tokenizer:
 
 
 def windows(tokenizer: Tokenizer, text: str) -> list[Sample]:
-    """A text of one source as sequences of one length: none has two sources."""
+    """Split a text of one source into sequences of one length, so that no sequence has two sources."""
     ids = torch.tensor(tokenizer.encode(text).ids)
     return blocks(ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH), loss_on="all")
 
@@ -186,7 +186,7 @@ def windows(tokenizer: Tokenizer, text: str) -> list[Sample]:
 def mixture(
     sources: dict[str, list[Sample]], shares: dict[str, float], tokens: int, seed: int
 ) -> tuple[list[Sample], dict[str, Any]]:
-    """The sequences that a student sees, in shares of tokens, and the account of them."""
+    """The training sequences of a student by fractions of tokens, and their statistics."""
     sizes = {name: [LENGTH] * len(sources[name]) for name in shares}
     mixed = Mixture(sizes, shares, epochs=10_000, seed=seed)
     picks = mixed.picks(tokens)
@@ -194,7 +194,7 @@ def mixture(
 
 
 def student(arm: str, seed: int, size: dict[str, int]) -> dict[str, Any]:
-    """Train one student, and judge it: perplexity by style, and the share of facts that it names when asked."""
+    """Train and evaluate one student: perplexity by style, and the fraction of facts that it recalls."""
     texts = texts_of(size["facts"], seed)
     tokenizer = tokenizer_of(texts)
     sources = {name: windows(tokenizer, text) for name, text in texts.seen.items()}
@@ -212,7 +212,7 @@ def student(arm: str, seed: int, size: dict[str, int]) -> dict[str, Any]:
 
 
 def exact(model: Any, tokenizer: Tokenizer, facts: Sequence[Fact]) -> float:
-    """The share of facts whose value is the first word that greedy decoding says behind the question.
+    """The fraction of facts whose value is the first word of the greedy continuation of the question.
 
     Letters may be of either size: real text has small ones alone.
     """
@@ -225,8 +225,8 @@ def exact(model: Any, tokenizer: Tokenizer, facts: Sequence[Fact]) -> float:
 
 
 def exactness(run: Run) -> None:
-    writer = Local("smollm2", batch=4)
-    documents = Documents.open("stdlib", Reader(), limit=10 if run.quick else 150)
+    writer = LocalWriter("smollm2", batch=4)
+    documents = Documents.open("stdlib", InputContext(), limit=10 if run.quick else 150)
     cut = [passages(each.text, writer.count, 300) for each in documents]
     lossless = all("".join(parts) == each.text for parts, each in zip(cut, documents, strict=True))
     run.exact("passages one after the other are the document", "all documents", f"{len(cut)} documents", lossless)
@@ -238,14 +238,14 @@ def exactness(run: Run) -> None:
     sources = {name: windows(tokenizer, text) for name, text in texts.seen.items()}
     account = mixture(sources, ARMS["wrap (answers)"], 2_000_000, run.seed)[1]
     apart = max(abs(each["share"] - 0.5) for each in account.values())
-    run.exact("distance of the real share from a half, by tokens", "at most 0.005", apart, apart <= 0.005)
+    run.exact("deviation of the fraction of real tokens from one half", "at most 0.005", apart, apart <= 0.005)
     real = sources["noise"]
     alone = mixture(sources, {"noise": 1.0}, len(real) * LENGTH, run.seed)[0]
     ours, plain = (Feed(each).order(len(real) // 8, 8, run.seed) for each in (alone, real))
-    run.exact("batches of real text alone", "bit for bit those of plain training", len(ours), _same(ours, plain))
+    run.exact("batches of real text only", "bitwise equal to plain training", len(ours), _same(ours, plain))
 
     few = Documents(documents.items[:2])
-    greedy = {"sampling": Sampling(temperature=0), "cutting": Cutting(longest=24, shortest=4, together=1)}
+    greedy = {"sampling": Sampling(temperature=0), "cutting": PassageSettings(longest=24, shortest=4, together=1)}
     settings: dict[str, Any] = {
         "filters": Filters(embedder="words"),
         "blend": Blend(held_out=0, epochs=1e6),
@@ -280,7 +280,7 @@ def _same(ours: Order, plain: Order) -> bool:
 
 
 def controlled(run: Run) -> None:
-    """A: what the students learnt."""
+    """A: evaluation of the students."""
     size = QUICK if run.quick else SIZES
     arms, seeds = (IN_QUICK, 1) if run.quick else (tuple(ARMS), 3)
     found = {arm: [run.arm(f"{arm}, {seed}", student, arm, seed, size) for seed in range(seeds)] for arm in arms}
@@ -290,7 +290,7 @@ def controlled(run: Run) -> None:
          ", ".join(f"{name} {epochs:.1f}" for name, epochs in seen[0]["epochs"].items())]
         for arm, seen in found.items()
     ]  # fmt: skip
-    heads = [*(f"perplexity, {style}" for style in STYLES), "named when asked", "epochs"]
+    heads = [*(f"perplexity, {style}" for style in STYLES), "facts recalled", "epochs"]
     run.table(f"Students of {size['steps'] * BATCH * LENGTH / 1e6:.1f}M tokens", ["sees", *heads], rows)
 
     def clean(each: dict[str, Any]) -> float:
@@ -302,10 +302,10 @@ def controlled(run: Run) -> None:
     gain = compared(lambda a, b: 1 - clean(a) / clean(b), "wrap (answers)", "real")
     run.main("perplexity of the clean styles, wrap below real", "at least 10 %", gain, gain.at_least(0.1))
     points = compared(lambda a, b: 100 * (a["right"] - b["right"]), "wrap (answers)", "real")
-    run.main("points of facts named when asked, wrap - real", "at least 5", points, points.at_least(5))
+    run.main("recall of facts, wrap - real, points", "at least 5", points, points.at_least(5))
 
     def nats_above(style: str, ours: str, theirs: str) -> Measured:
-        """The logarithm of a ratio of perplexities, which may be of any size: seeds spread evenly about its mean."""
+        """The logarithm of a ratio of perplexities, whose distribution over seeds is symmetric."""
         return compared(lambda a, b: math.log(a[style] / b[style]), ours, theirs)
 
     loss = nats_above("noise", "wrap (answers)", "real")
@@ -314,13 +314,13 @@ def controlled(run: Run) -> None:
         return
     named = {arm: Measured.over_seeds([100 * each["right"] for each in seen]) for arm, seen in found.items()}
     run.table(
-        "Facts told in noise alone, named when asked, %",
+        "Facts that occur only in noise, recalled, %",
         ["sees", "named"],
-        [[f"{arm}, the level of chance" if arm == "answers alone" else arm, str(each)] for arm, each in named.items()],
+        [[f"{arm}, the chance level" if arm == "answers only" else arm, str(each)] for arm, each in named.items()],
     )
-    worse = nats_above("noise", "answers alone", "wrap (answers)")
+    worse = nats_above("noise", "answers only", "wrap (answers)")
     run.further(
-        "nats of noise, answers alone above wrap", "at least log 1.2 = 0.1823", worse, worse.at_least(math.log(1.2))
+        "loss on noise, answers only - wrap, nats", "at least log 1.2 = 0.1823", worse, worse.at_least(math.log(1.2))
     )
     edits = Measured.over_seeds([
         (clean(real) - clean(each)) / (clean(real) - clean(ours))
@@ -331,10 +331,10 @@ def controlled(run: Run) -> None:
     run.further("nats of a style that nobody saw, wrap above real", "below 0", letter, letter.at_most(0))
 
 
-def prose(count: int, writer: Local, longest: int = 120) -> Documents:
+def prose(count: int, writer: LocalWriter, longest: int = 120) -> Documents:
     """Passages of Python's documentation that are prose."""
     found = []
-    for document in Documents.open("pydoc", Reader()):
+    for document in Documents.open("pydoc", InputContext()):
         for place, part in enumerate(passages(document.text, writer.count, longest)):
             words = re.findall(r"[A-Za-z]+", part)
             if writer.count(part) >= longest // 3 and sum(map(len, words)) > 0.7 * len(part.replace(" ", "")):
@@ -342,12 +342,12 @@ def prose(count: int, writer: Local, longest: int = 120) -> Documents:
     return Documents(found[:: max(1, len(found) // count)][:count])
 
 
-def rephrased(run: Run, writer: Local, folder: Path) -> tuple[Documents, Mixed]:
-    """Passages with all that SmolLM2 makes of them; what lies in the folder is not written again."""
+def rephrased(run: Run, writer: LocalWriter, folder: Path) -> tuple[Documents, MixedCorpus]:
+    """Passages with SmolLM2's rephrases; those in the folder are not generated again."""
     documents = prose(2 if run.quick else PASSAGES, writer, 48 if run.quick else 120)
     styles, embedder = (("medium",), "words") if run.quick else (("medium", "qa"), "minilm")
     found = wrap(
-        documents, writer, styles=styles, cutting=Cutting(longest=120, together=len(documents)),
+        documents, writer, styles=styles, cutting=PassageSettings(longest=120, together=len(documents)),
         filters=Filters(embedder=embedder), blend=Blend(held_out=0, epochs=1e6), work=Work(folder), seed=run.seed,
     )  # fmt: skip
     return documents, found
@@ -356,32 +356,34 @@ def rephrased(run: Run, writer: Local, folder: Path) -> tuple[Documents, Mixed]:
 def rephraser(run: Run) -> None:
     """B: SmolLM2 rephrases."""
     with tempfile.TemporaryDirectory() as scratch:
-        _, found = rephrased(run, Local("smollm2", batch=16), Path(scratch) if run.quick else run.work / "rephrased")
+        _, found = rephrased(
+            run, LocalWriter("smollm2", batch=16), Path(scratch) if run.quick else run.work / "rephrased"
+        )
     rows = []
     for name, each in found.findings["styles"].items():
         texts = [(row["text"], row["source_text"]) for row in found.items if row["style"] == name and row["text"]]
-        shared = [copied(words_of(text), words_of(source), 8) for text, source in texts]
+        shared = [copied_fraction(words_of(text), words_of(source), 8) for text, source in texts]
         why = ", ".join(f"{why} {count}" for why, count in each["dropped"].items())
         share = f"{each['kept'] / each['generated']:.0%}"
         rows.append([name, each["generated"], share, each["ratio"] or "", fmean(shared) if shared else "", why])
-    heads = ["style", "generated", "kept", "length by source", "copied 8-grams, of all that was said", "dropped"]
+    heads = ["style", "generated", "kept", "length by source", "fraction of copied 8-grams", "dropped"]
     run.table("SmolLM2-135M-Instruct as a rephraser", heads, rows)
     cost, near = found.findings["cost"], found.findings["similarity"]
     run.table("What it costs", ["", ""], [
         ["tokens written", cost["tokens written"]],
         ["written for each kept token", cost["written for each kept token"] or ""],
         ["operations for each kept token", cost["flops for each kept token"] or ""],
-        ["generation by the training of its own size", cost["generation / training"] or ""],
+        ["cost of generation relative to training on it", cost["generation / training"] or ""],
     ])  # fmt: skip
     if not run.quick:
         apart = near["own"] - near["another"]
         said = f"{near['own']:.2f} - {near['another']:.2f}"
-        run.further("cosine of kept rephrases to their own passage - to another", "at least 0.2", said, apart >= 0.2)
+        run.further("cosine of kept rephrases, own passage - another passage", "at least 0.2", said, apart >= 0.2)
 
 
 def healing(run: Run) -> None:
-    """C: the whole model's rephrases heal its pruned self. A direction only, of one seed."""
-    writer = Local("smollm2", batch=16)
+    """C: the whole model's rephrases heal its pruned version. With one seed this shows only a direction."""
+    writer = LocalWriter("smollm2", batch=16)
     stack = writer.stack
     documents, found = rephrased(run, writer, run.work / "rephrased")  # those of B
     learnt = {each.id for each in documents[: PASSAGES * 4 // 5]}
@@ -411,15 +413,15 @@ def healing(run: Run) -> None:
     rows = [[arm, *each] for arm, each in scores.items()]
     run.table("SmolLM2 without 4 of 30 layers, healed (one seed: a direction)", ["healed by", *tests], rows)
     unique = [["real", writer.count(real)], ["rephrased", writer.count(again)]]
-    run.table(f"What {HEALED * LENGTH} tokens are drawn from", ["text", "tokens there are"], unique)
+    run.table(f"What {HEALED * LENGTH} tokens are sampled from", ["text", "available tokens"], unique)
     for place, name in enumerate(tests):
         ratio = scores["real and rephrased"][place] / scores["real"][place]
         bound = 1.1 if place == 0 else 1.0
         run.further(f"perplexity of {name}, with rephrases by without", f"at most {bound}", ratio, ratio <= bound)
 
 
-def cut(writer: Local, text: str, count: int, seed: int) -> torch.LongTensor:
-    """Windows of a text, of which a short one is gone through again."""
+def cut(writer: LocalWriter, text: str, count: int, seed: int) -> torch.LongTensor:
+    """Windows of a text, repeated if it is short."""
     there = writer.count(text) // LENGTH
     if there < 1:
         text, there = text * (LENGTH // max(writer.count(text), 1) + 2), 1

@@ -1,4 +1,4 @@
-"""Make the pictures of agile3d's page in the documentation, with a headless Chromium.
+r"""Take the screenshots of agile3d's page in the documentation, with a headless Chromium.
 
     lamella run agile3d rooms --count 100 --encoder nano --voxel 0.12 --hidden 48 --heads 4 --feedforward 128 \\
         --background 6 --rounds 5 --no-turn --steps 500 --lr 1e-3 --schedule cosine --warmup 0.1 --batch 3 -o clicker
@@ -8,8 +8,8 @@
     python scripts/agile3d_page.py clicker --scenes rooms --index 3 docs/assets/agile3d-page.png
     python scripts/agile3d_page.py painter --scenes collages docs/assets/agile3d-picture.png
 
-A simulated user clicks on every object, and then where the labels are most deeply wrong. Where it has looked from and
-what it has clicked is the same each time; fonts differ between machines.
+A simulated user clicks on every object, and then where the labels are most deeply wrong. The camera and the clicks are
+the same each time; fonts differ between machines.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ import numpy as np
 import torch
 from screenshot import BROWSERS, reduce_colours
 
-from lamella.data import Reader
+from lamella.data import InputContext
 from lamella.methods.agile3d import Scenes, Segmenter, Viewer, simulate_clicks
 from lamella.methods.agile3d.clicks import task_labels
 from lamella.methods.agile3d.judge import visible
 from lamella.methods.agile3d.session import Session
 
-WITHOUT = ["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]  # a sandbox, a graphics card
-MOST = 6  # objects
+BROWSER_OPTIONS = ["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]  # no graphics card needed
+MAX_OBJECTS = 6  # objects
 
 
 def main() -> None:
-    """Read the arguments and take the picture."""
+    """Read the arguments and take the screenshot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="what `lamella run agile3d` has written")
+    parser.add_argument("model", type=Path, help="the output folder of `lamella run agile3d`")
     parser.add_argument("picture", type=Path, help="the PNG to write")
-    parser.add_argument("--scenes", required=True, help="whose first is shown, with objects that are known")
+    parser.add_argument("--scenes", required=True, help="scenes with known objects")
     parser.add_argument("--more", type=int, default=6, help="clicks after those on each object")
     parser.add_argument("--index", type=int, default=0, help="index of the scene to show")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         sys.exit(f"no {' or '.join(BROWSERS)} found: install one, then run this again")
     from playwright.sync_api import sync_playwright
 
-    scenes = Scenes.open(given.scenes, Reader(split="test"), count=given.index + 1)
-    viewer = Viewer(Segmenter.read(given.model).model, scenes.scenes[given.index :])
-    click(viewer.session, given.more)
+    scenes = Scenes.open(arguments.scenes, InputContext(split="test"), count=arguments.index + 1)
+    viewer = Viewer(Segmenter.read(arguments.model).model, scenes.scenes[arguments.index :])
+    click(viewer.session, arguments.more)
     viewer._show()
     with sync_playwright() as driver:
-        page = driver.chromium.launch(executable_path=browser, args=WITHOUT).new_page(
+        page = driver.chromium.launch(executable_path=browser, args=BROWSER_OPTIONS).new_page(
             viewport={"width": 1200, "height": 640}
         )
         page.goto(viewer.address)
@@ -60,19 +60,19 @@ def main() -> None:
         page.wait_for_timeout(3000)
         page.get_by_role("button", name="Close").or_(page.locator(".mantine-Notification-closeButton")).first.click()
         page.wait_for_timeout(1000)
-        page.screenshot(path=given.picture)
+        page.screenshot(path=arguments.picture)
     viewer.stop()
-    reduce_colours(given.picture)
-    print(f"{given.picture}: {given.picture.stat().st_size / 1000:.0f} kB")
+    reduce_colours(arguments.picture)
+    print(f"{arguments.picture}: {arguments.picture.stat().st_size / 1000:.0f} kB")
 
 
 def click(session: Session, more: int) -> None:
-    """Click once on each object, and so often where the labels are most deeply wrong."""
-    tokens, drawn = session.tokens, np.random.default_rng(0)
-    truth = task_labels(tokens.objects, visible(tokens)[:MOST])
+    """Click once on each object, and then `more` times where the labels are most deeply wrong."""
+    tokens, rng = session.tokens, np.random.default_rng(0)
+    truth = task_labels(tokens.objects, visible(tokens)[:MAX_OBJECTS])
     labels = torch.zeros_like(truth)
     for most in (int(truth.max()), *[1] * more):
-        for label, token in simulate_clicks(truth, labels, tokens.coords, most, drawn):
+        for label, token in simulate_clicks(truth, labels, tokens.coords, most, rng):
             session.add(label, int(tokens.kept[token]))
         labels = session.model.labels(session.encoded, session.clicks)
 

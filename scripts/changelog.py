@@ -1,7 +1,7 @@
-"""Assemble what CHANGELOG.md says about methods from changes/SLUG.md, one file for each method.
+"""Assemble the section of CHANGELOG.md on methods from changes/SLUG.md, one file per method.
 
-The lines stand between the markers ``<!-- methods -->`` and ``<!-- end -->`` of the version that is not released yet.
-At its release, delete the markers and the files, so that the lines stay as they are.
+The lines are between the markers ``<!-- methods -->`` and ``<!-- end -->`` of the unreleased version. At its release,
+delete the markers and the files, so that the lines are no longer replaced.
 
 python scripts/changelog.py
 """
@@ -16,7 +16,7 @@ SECTION = re.compile(r"(<!-- methods -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def assembled(text: str, changes: Path) -> str:
-    """The changelog with the lines of every method, in the order of their slugs."""
+    """Return the changelog with the lines of every method, in the order of their slugs."""
     lines = "\n".join(file.read_text(encoding="utf-8").strip() for file in sorted(changes.glob("*.md")))
     written, count = SECTION.subn(lambda found: f"{found[1]}\n{lines}\n\n{found[2]}", text)
     if count != 1:

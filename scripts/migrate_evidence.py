@@ -2,8 +2,8 @@
 
     python scripts/migrate_evidence.py benchmarks/results/demo.json benchmarks/results/compress-all.json
 
-What was measured stays as it is. The chosen method with its options, which stood at the top, belongs to ``chosen``, and
-the seed to ``provenance``. A file of another schema is refused and left alone.
+Measured values are unchanged. The chosen method with its options, which was at the top level, is moved to ``chosen``,
+and the seed to ``provenance``. Files of other schemas are rejected and not changed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ OLD = "lamella.evidence/1"
 
 
 def migrated(old: dict[str, Any]) -> CompressionEvidence:
-    """Evidence of the schema ``lamella.evidence/2`` from that of ``lamella.evidence/1``.
+    """Return evidence of the schema ``lamella.evidence/2`` for one of ``lamella.evidence/1``.
 
     Raises:
         LamellaError: for evidence of another schema.
@@ -44,6 +44,7 @@ def migrated(old: dict[str, Any]) -> CompressionEvidence:
 
 
 def main() -> int:
+    """Parse the arguments and run the script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, help="evidence.json, or a copy of it")
     failed = 0

@@ -1,10 +1,10 @@
-"""Fill the README from the registry and the committed results, so that no list or number in it is typed by hand.
+"""Fill the README from the registry and the committed results, so that no list or value in it is edited by hand.
 
-What is filled in stands between a marker such as ``<!-- methods -->`` and ``<!-- end -->``. The documentation takes its
-long tables and the order of the purposes from here, too.
+Generated parts are between a marker such as ``<!-- methods -->`` and ``<!-- end -->``. The documentation also uses the
+long tables and the order of the purposes from here.
 
 python scripts/readme.py                # the table of methods, from the registry and reproductions/results
-python scripts/readme.py --demo demo    # also what `make demo` has printed into the folder demo; likewise `--all`
+python scripts/readme.py --demo demo    # also the output of `make demo` in the folder demo; likewise `--all`
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lamella.results.record import VERDICTS
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks" / "results"
 REPRODUCTIONS = ROOT / "reproductions" / "results"
-PURPOSES = {  # in the order of the tables, as what a reader wants
+PURPOSES = {  # in the order of the tables, with their headings
     "prune": "A smaller model",
     "skip": "Less work for each generated token",
     "heal": "Train back, or train on",
@@ -43,11 +43,12 @@ DEMO = "lamella compress smollm2 --speedup 1.3 --heal-minutes 3 -o demo"
 
 
 def read(path: Path) -> dict[str, Any]:
+    """Read a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def demonstrated(evidence: Path) -> str:
-    """What the main job printed."""
+    """Return the printed output of the demo."""
     console = Console(record=True, width=88, file=io.StringIO())
     found = summary(CompressionEvidence.read(evidence))
     for each in found.tables:
@@ -59,12 +60,13 @@ def demonstrated(evidence: Path) -> str:
 
 
 def machine(environment: dict[str, Any]) -> str:
+    """Return the description of a machine and its versions."""
     versions = environment["versions"]
     return f"{environment['machine']}, torch {versions['torch']}, transformers {versions['transformers']}"
 
 
 def everything() -> str:
-    """The table of all methods at one target."""
+    """Return the table of all methods at one target."""
     if not (BENCHMARKS / "compress-all.json").exists():
         return "The comparison of all methods has not been run yet: `lamella compress smollm2 --method all -o all`."
     evidence = read(BENCHMARKS / "compress-all.json")
@@ -92,7 +94,7 @@ def everything() -> str:
 
 
 def state(entry: Method) -> str:
-    """What a reproduction found about the main claim, and how many checks hold, with a link to those that do not."""
+    """Return the outcome of a reproduction's main claim and the number of passed checks, with a link to failed ones."""
     page = f"docs/methods/{entry.slug}.md#measured"
     if entry.baseline:
         return "baseline"
@@ -108,14 +110,14 @@ def state(entry: Method) -> str:
 
 
 def by_purpose() -> dict[str, list[Method]]:
-    """The methods of Lamella itself by what a reader wants, those that others are compared with last."""
+    """Return Lamella's methods by purpose, with baselines last."""
     own = [entry for entry in methods().values() if entry.module.startswith("lamella.")]
     own.sort(key=lambda entry: (entry.baseline, entry.slug))
     return {wanted: [entry for entry in own if entry.purpose == purpose] for purpose, wanted in PURPOSES.items()}
 
 
 def method_table() -> str:
-    """Every method with its summary and the state of its reproduction, grouped by purpose."""
+    """Return a table of all methods with summary and state of the reproduction, grouped by purpose."""
     lines = ["| method | what it does | reproduction |", "| --- | --- | --- |"]
     for wanted, entries in by_purpose().items():
         lines.append(f"| **{wanted}** | | |")
@@ -127,7 +129,12 @@ def method_table() -> str:
 
 
 def filled(text: str, **parts: str) -> str:
-    """The README with some of its parts in place of what stood there."""
+    """Return the README with some of its parts replaced.
+
+    Args:
+        text: the README.
+        parts: the new parts by marker.
+    """
     for name, part in parts.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
         text, count = pattern.subn(lambda found, part=part: f"{found[1]}{part}{found[2]}", text)
@@ -137,12 +144,13 @@ def filled(text: str, **parts: str) -> str:
 
 
 def main() -> None:
+    """Parse the arguments and run the script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, help="a folder that `make demo` wrote")
     parser.add_argument("--all", type=Path, help="a folder that `lamella compress --method all` wrote")
     arguments = parser.parse_args()
-    taken = {"demo": arguments.demo, "compress-all": arguments.all}
-    for name, folder in taken.items():
+    folders = {"demo": arguments.demo, "compress-all": arguments.all}
+    for name, folder in folders.items():
         if folder is not None:
             shutil.copyfile(folder / "evidence.json", BENCHMARKS / f"{name}.json")
     parts = {"methods": method_table()}

@@ -1,4 +1,4 @@
-"""Train the nano models that the tests use, from scratch, on text that every Python ships."""
+"""Train the nano models of the tests from scratch, on text that every Python includes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MODELS = {
 
 
 def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with a vocabulary of 512, so any text can be encoded."""
+    """Train a byte-level BPE tokenizer with a vocabulary of 512, so any text can be encoded."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -51,7 +51,14 @@ def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
 
 
 def train(model: PreTrainedModel, tokens: LongTensor, steps: int, seed: int) -> None:
-    """AdamW with a linear warm-up and a cosine decay, on random crops of one long row of tokens."""
+    """Train with AdamW, a linear warm-up and a cosine decay, on random crops of one long row of tokens.
+
+    Args:
+        model: the model, which is changed.
+        tokens: the training tokens.
+        steps: the number of steps.
+        seed: random seed.
+    """
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.05, total_iters=steps // 20)
@@ -75,13 +82,20 @@ def train(model: PreTrainedModel, tokens: LongTensor, steps: int, seed: int) -> 
 
 @torch.no_grad()
 def losses(model: PreTrainedModel, train_tokens: LongTensor, test: LongTensor) -> tuple[float, float]:
-    """Mean test loss of the model and of a unigram model fitted on the training tokens, in nats per token."""
+    """Return the mean test loss of the model and of a unigram model fitted on the training tokens, in nats per token.
+
+    Args:
+        model: the model.
+        train_tokens: the training tokens.
+        test: the test windows.
+    """
     counts = torch.bincount(train_tokens, minlength=VOCABULARY) + 1.0
     unigram = -(counts / counts.sum()).log()[test[:, 1:]].mean()
     return model(test, labels=test).loss.item(), unigram.item()
 
 
 def main() -> None:
+    """Parse the arguments and run the script."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="The text is Python's language reference and the docstrings of its library: the calibration splits "
@@ -93,8 +107,8 @@ def main() -> None:
         "-o", "--output", type=Path, help="folder for the checkpoint (default: tests/models/MODEL, what the tests load)"
     )
     parser.add_argument("--steps", type=int, default=900, help="optimizer steps of 8 x 256 tokens (default: 900)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches (default: 0)")
-    parser.add_argument("--quick", action="store_true", help="30 steps only: shows that training runs")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of weights and batches (default: 0)")
+    parser.add_argument("--quick", action="store_true", help="30 steps only, to check that training runs")
     options = parser.parse_args()
     output = options.output or Path(__file__).parents[1] / "tests" / "models" / options.model
 

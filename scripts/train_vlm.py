@@ -1,4 +1,4 @@
-"""Train a small model of images and text on rendered shapes, and say what it has learnt."""
+"""Train a small vision-language model on images of rendered shapes, and print its accuracy."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from lamella.evaluate import answered
 from lamella.zoo.vlm import SHAPES_SEQ2SEQ, SHAPES_VLM
 
 TASKS = ("colour", "count", "position", "relation", "caption", "list")
-ENTAILED = ("entailment", "premise")  # which encoder-decoders learn too
+ENTAILED = ("entailment", "premise")  # additional tasks of encoder-decoders
 
 
 def main() -> None:
+    """Parse the arguments and run the script."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="It is kept in the cache, where reproductions find it; a training that was killed goes on when it is "
-        "called again. The same seed on the same machine gives the same weights.",
+        epilog="The model is cached for the reproductions; an interrupted training resumes when the command is "
+        "repeated. The same seed on the same machine gives the same weights.",
     )
     parser.add_argument(
         "model", nargs="?", default="llava", choices=[*SHAPES_VLM, *SHAPES_SEQ2SEQ], help="default: llava"
     )
     parser.add_argument(
-        "--stage", default="sft", choices=sorted(STAGES | STAGES_SEQ2SEQ), help="the last one (default: sft)"
+        "--stage", default="sft", choices=sorted(STAGES | STAGES_SEQ2SEQ), help="last stage (default: sft)"
     )
     parser.add_argument("-o", "--output", type=Path, help="a folder for a copy of the checkpoint")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and rows (default: 0)")
-    parser.add_argument("--steps", type=float, default=1.0, help="a share of all steps, for a quick look (default: 1)")
-    parser.add_argument("--rows", type=int, default=200, help="test rows of each task (default: 200)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of weights and rows (default: 0)")
+    parser.add_argument("--steps", type=float, default=1.0, help="fraction of all steps, for quick runs (default: 1)")
+    parser.add_argument("--rows", type=int, default=200, help="test rows per task (default: 200)")
     options = parser.parse_args()
     stages = STAGES_SEQ2SEQ if options.model in SHAPES_SEQ2SEQ else STAGES
     if options.stage not in stages:

@@ -81,9 +81,9 @@ def test_on_a_terminal_there_are_bars_and_outside_nothing_is_shown() -> None:
 def test_a_line_that_must_be_seen_is_shown_at_once_and_in_the_library_too(capsys: pytest.CaptureFixture[str]) -> None:
     text = io.StringIO()
     with progress.shown(Console(file=text, width=20)):
-        progress.say("open [http://127.0.0.1:8080] in a browser")
+        progress.notify("open [http://127.0.0.1:8080] in a browser")
     with progress.shown(Console(file=text, width=20, force_terminal=True)):
-        progress.say("again")
-    progress.say("without a display")
+        progress.notify("again")
+    progress.notify("without a display")
     assert "open [http://127.0.0.1:8080] in a browser\n" in text.getvalue() and "again" in text.getvalue()
     assert capsys.readouterr() == ("", "without a display\n")

@@ -1,4 +1,4 @@
-"""What reproductions share: one command line, a record with a journal of finished arms, nano models, padded batches."""
+"""Shared code of the reproductions: command line, record with a journal of arms, nano models, padded batches."""
 
 from harness.run import Run, main
 

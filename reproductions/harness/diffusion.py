@@ -1,11 +1,10 @@
-"""Three small models of one shape that read characters: a decoder, one that learnt to denoise from the start, and one
-that was a decoder first.
+"""Three small character-level models of equal size: a decoder, a diffusion model, and one converted from the decoder.
 
     AR        Qwen2                      next token
-    MDM       LLaDA                      masked tokens, from scratch, in twice the steps
-    AR2MDM    Dream, begun from AR       masked tokens, a fifth of the steps
+    MDM       LLaDA                      masked tokens, from scratch, with twice the steps
+    AR2MDM    Dream, initialised from AR masked tokens, a fifth of the steps
 
-All read prose of Python's documentation and rows of puzzles, whose answers are to be copied or reversed.
+All are trained on prose of Python's documentation and on rows of puzzles, whose answers are copies or reversals.
 """
 
 from __future__ import annotations
@@ -28,41 +27,49 @@ from lamella.train import Sample, blocks, diffusion_loss, response_loss
 from lamella.zoo.cache import build_once
 
 KINDS = ("AR", "MDM", "AR2MDM")
-ROUNDS = {"AR": 1.0, "MDM": 2.0, "AR2MDM": 0.2}  # of the steps: from scratch, denoising takes more to learn puzzles
-MASK = len(LETTERS)  # the token that stands for a mask
+ROUNDS = {"AR": 1.0, "MDM": 2.0, "AR2MDM": 0.2}  # relative steps: from scratch, denoising needs more for the puzzles
+MASK = len(LETTERS)  # the mask token
 SIZE = 4  # letters of a puzzle
 LENGTH = 12 * (2 * SIZE + 2)  # of a row, in characters: a dozen puzzles
-SPREAD = 0.04  # of the weights before training: by 0.02 and at twice the rate, denoising does not learn the puzzles
+SPREAD = 0.04  # initialisation of weights: with 0.02 and twice the rate, denoising does not learn the puzzles
 BATCH = 32
 
 
-def puzzle(drawn: random.Random) -> tuple[str, str]:
-    """A mark with some letters, and the letters as the mark says."""
-    mark = drawn.choice([COPY, REVERSE])
-    letters = "".join(drawn.choices("abcdefghijklmnopqrstuvwxyz", k=SIZE))
+def puzzle(rng: random.Random) -> tuple[str, str]:
+    """Return a mark with some letters, and the letters copied or reversed as the mark requires."""
+    mark = rng.choice([COPY, REVERSE])
+    letters = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=SIZE))
     return f"{mark}{letters}\n", letters if mark == COPY else letters[::-1]
 
 
 def puzzles(count: int, seed: int) -> list[Sample]:
-    """Rows of puzzles, of which the answers alone carry loss."""
-    drawn = random.Random(seed)
+    """Return rows of puzzles with loss on the answers only."""
+    rng = random.Random(seed)
     rows = []
     for _ in range(count):
-        told = [puzzle(drawn) for _ in range(LENGTH // (2 * SIZE + 2))]
-        ids = encode("".join(asked + answer for asked, answer in told))
-        answers = torch.tensor([[False] * (SIZE + 2) + [True] * SIZE for _ in told]).flatten()
+        solved = [puzzle(rng) for _ in range(LENGTH // (2 * SIZE + 2))]
+        ids = encode("".join(asked + answer for asked, answer in solved))
+        answers = torch.tensor([[False] * (SIZE + 2) + [True] * SIZE for _ in solved]).flatten()
         rows.append({"input_ids": ids, "labels": ids.masked_fill(~answers, -100), "prompt_lengths": torch.tensor(0)})
     return rows
 
 
 def reading(count: int, seed: int) -> list[Sample]:
-    """Prose and puzzles in turn."""
+    """Return prose and puzzles alternately."""
     rows = blocks(text("calibration", count // 2, seed), loss_on="all")
     return [each for pair in zip(rows, puzzles(count // 2, seed), strict=True) for each in pair]
 
 
 def trained(kind: str, seed: int, *, layers: int = 8, hidden: int = 128, steps: int = 2000) -> Stack:
-    """One of the three models; kept in the cache for the next run."""
+    """Return one of the three models, from the cache if it was trained before.
+
+    Args:
+        kind: one of :data:`KINDS`.
+        seed: random seed.
+        layers: the number of layers.
+        hidden: the hidden size.
+        steps: the number of steps of AR.
+    """
 
     def build(folder: Path) -> dict[str, Any]:
         torch.manual_seed(seed)
@@ -80,7 +87,13 @@ def trained(kind: str, seed: int, *, layers: int = 8, hidden: int = 128, steps: 
 
 
 def untrained(kind: str, layers: int, hidden: int) -> tuple[Any, Callable[..., Any]]:
-    """A model of that kind, and its loss."""
+    """Return an untrained model of the given kind, and its loss.
+
+    Args:
+        kind: one of :data:`KINDS`.
+        layers: the number of layers.
+        hidden: the hidden size.
+    """
     shape = {
         "vocab_size": MASK + 1, "hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers,
         "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 512, "initializer_range": SPREAD,
@@ -99,22 +112,34 @@ def untrained(kind: str, layers: int, hidden: int) -> tuple[Any, Callable[..., A
 
 
 def asked(count: int, seed: int, shown: int = 5) -> tuple[Tensor, Tensor]:
-    """Puzzles behind some that are solved [count, time], and their answers [count, SIZE]."""
-    drawn = random.Random(seed)
+    """Return puzzles after some solved ones `[count, time]`, and their answers `[count, SIZE]`.
+
+    Args:
+        count: the number of puzzles.
+        seed: random seed.
+        shown: the number of solved puzzles before each.
+    """
+    rng = random.Random(seed)
     prompts, answers = [], []
     for _ in range(count):
-        before = "".join(said + answer for said, answer in (puzzle(drawn) for _ in range(shown)))
-        said, answer = puzzle(drawn)
-        prompts.append(encode(before + said))
+        before = "".join(question + answer for question, answer in (puzzle(rng) for _ in range(shown)))
+        question, answer = puzzle(rng)
+        prompts.append(encode(before + question))
         answers.append(encode(answer))
     return torch.stack(prompts), torch.stack(answers)
 
 
 def text(split: str, count: int, seed: int) -> Tensor:
-    """Stretches of prose [count, LENGTH]."""
+    """Return passages of prose `[count, LENGTH]`.
+
+    Args:
+        split: the split of the texts.
+        count: the number of passages.
+        seed: random seed.
+    """
     letters = _letters(split)
-    begins = torch.randint(len(letters) - LENGTH, (count, 1), generator=torch.Generator().manual_seed(seed))
-    return letters[begins + torch.arange(LENGTH)]
+    starts = torch.randint(len(letters) - LENGTH, (count, 1), generator=torch.Generator().manual_seed(seed))
+    return letters[starts + torch.arange(LENGTH)]
 
 
 @cache

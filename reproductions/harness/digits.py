@@ -12,7 +12,12 @@ Set = tuple[Tensor, Tensor]  # images [images, 1, 8, 8] from 0 to 1, and their d
 
 
 def split_digits(seed: int, test: int) -> tuple[Set, Set]:
-    """The images to train on, and as many to test on, in an order that the seed draws."""
+    """Return the training and the test images in a random order.
+
+    Args:
+        seed: random seed.
+        test: the number of test images.
+    """
     data = load_digits()
     images = torch.tensor(data.images / 16, dtype=torch.float32)[:, None]
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
@@ -21,7 +26,14 @@ def split_digits(seed: int, test: int) -> tuple[Set, Set]:
 
 
 def network(seed: int, convolutions: Sequence[tuple[int, bool]], hidden: int, bias: bool = True) -> nn.Module:
-    """Convolutions of 3 x 3 by their channels, some halving the image, and two linear maps; not trained yet."""
+    """Return an untrained network of 3 x 3 convolutions, some with pooling, and two linear layers.
+
+    Args:
+        seed: random seed.
+        convolutions: channels of each convolution, and whether it is followed by pooling.
+        hidden: the size of the first linear layer.
+        bias: whether convolutions have a bias.
+    """
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
     before = 1

@@ -1,14 +1,14 @@
-"""Two small models of one shape that answer questions about rendered shapes by denoising.
+"""Two small diffusion models that answer questions about images of rendered shapes.
 
-    scratch     LLaVA around LLaDA     masked tokens from random weights
-    ar2diff     LLaVA around Dream     70 % of the steps next tokens, one after the other; then masked tokens
+    scratch     LLaVA with LLaDA     masked tokens from random weights
+    ar2diff     LLaVA with Dream     70 % of the steps next-token prediction; then masked tokens
 
-As in LLaDA-V and LaViDa, both begin behind a tower and a projector that have seen pictures: those of a small LLaVA,
-trained on the same world; the rest has random weights. First each picture comes with all that is asked of it, each
-question as if it were the only one, then with one question alone. Questions begin anywhere about the picture's end:
-where they stand right behind it always, it costs nearly every answer that places close up behind a few tokens. The
-first model computes its whole sequence in every pass. The second learns to denoise with a prompt that sees itself
-alone, so that it can be kept. Answers end with as many ends as it takes to fill their length.
+As in LLaDA-V and LaViDa, both start with a trained vision tower and projector: those of a small LLaVA that was trained
+on the same images; the other weights are random. In the first stage each image has several questions, each of which is
+processed independently, then a single one. Positions of questions start at a random offset from the end of the image:
+if they always started directly after it, nearly all answers at other offsets would be wrong. The first model computes
+its whole sequence in every pass. The second is trained to denoise with a prompt that attends only to itself, so that
+the prompt can be cached. Answers are padded with end tokens to their full length.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from torch import Tensor
 
 import lamella
 from harness.vlm import PADDING, apart, opened_vlm, shown_row, trained_vlm, turns
-from lamella.data import MARK, Processing, Shown
-from lamella.data.pictures import Picture
+from lamella.data import MARK, ImageTextRow, Processing
+from lamella.data.images import Image
 from lamella.data.samples import NO_LOSS
 from lamella.stack import Model
 from lamella.train import Task, TrainConfig, diffusion_loss, fit, response_loss
@@ -46,17 +46,17 @@ CACHES = {"scratch": "none", "ar2diff": "prompt"}
 LENGTHS = {"colour": 2, "list": 26}  # short and long answers, in tokens, their end among them
 STEPS, QUICK, BATCH = 6000, 4, 16
 SEES = ("vision_tower", "multi_modal_projector")
-GAP = 48  # how far from the picture's end a question may begin, before or behind
-TRIES = 8  # of a question about a colour, so that most of those are asked that there are
+GAP = 48  # maximum offset of a question's positions from the end of the image, in both directions
+TRIES = 8  # attempts for questions about colours, so that most of the possible ones occur
 
 
 class Stage(NamedTuple):
-    """A share of all steps, and what tokens see there.
+    """A fraction of all steps, and the attention mask in it.
 
-    all         everything
-    prompt      image and question each other, the answer everything: prompts can be kept
-    apart       several questions to a picture: it sees itself, a question with its answer the picture and themselves
-    causal      the same, and nothing that comes later; learns the next token, where the others learn masked ones
+    all         every token attends to all
+    prompt      image and question attend to each other, the answer to everything: prompts can be cached
+    apart       several questions per image: the image attends to itself, a question with its answer to image and itself
+    causal      the same with causal attention; predicts the next token, where the others predict masked ones
     """
 
     sight: Sight
@@ -71,22 +71,30 @@ STAGES = {
 
 @dataclass(frozen=True)
 class Asked:
-    """A picture, and what is asked of it: task, question and answer of each."""
+    """An image with its questions: task, question and answer of each."""
 
-    picture: Picture
+    picture: Image
     said: Sequence[tuple[str, str, str]]
 
     def content(self) -> bytes:
+        """Return the content for digests."""
         return self.picture.tobytes() + repr(self.said).encode()
 
 
-def shown(task: str, count: int, part: Part, seed: int) -> list[Shown]:
-    """Rows of one task."""
+def shown(task: str, count: int, part: Part, seed: int) -> list[ImageTextRow]:
+    """Return rows of one task.
+
+    Args:
+        task: the task.
+        count: the number of rows.
+        part: the part of the data.
+        seed: random seed.
+    """
     return [shown_row(each) for each in examples([task], count, part, seed)]
 
 
 def asked(count: int, seed: int) -> list[Asked]:
-    """One question about each picture, short and long ones in turn."""
+    """Return one question per image, with short and long answers alternately."""
     return [
         Asked(each.image, [(each.task, each.prompt, each.answer)])
         for each in examples(tuple(LENGTHS), count, "calibration", seed)
@@ -94,59 +102,67 @@ def asked(count: int, seed: int) -> list[Asked]:
 
 
 def asked_together(count: int, seed: int) -> list[Asked]:
-    """Several questions about each picture: its list, and colours."""
-    drawn, rows = np.random.default_rng((seed, 1)), []
+    """Return several questions per image: its list, and colours."""
+    rng, rows = np.random.default_rng((seed, 1)), []
     for number, scene in zip(range(count), scenes("calibration", (seed, 2), (2, MOST)), strict=False):
-        some = {said for _ in range(TRIES) if (said := TASKS["colour"](scene, drawn))}
-        listed = TASKS["list"](scene, drawn)
+        colours = {said for _ in range(TRIES) if (said := TASKS["colour"](scene, rng))}
+        listed = TASKS["list"](scene, rng)
         assert listed is not None
-        said = [("list", *listed), *(("colour", *each) for each in sorted(some))]
+        said = [("list", *listed), *(("colour", *each) for each in sorted(colours))]
         rows.append(Asked(render(scene, seed=(seed, number)), said))
     return rows
 
 
 def reading(processing: Processing, sight: Sight, gap: int = 0) -> Callable[[Sequence[Asked]], dict[str, Tensor]]:
-    """What makes batches of rows, padded on the right: tokens, labels of answers, what each token sees and where it is.
+    """Return a collate function: tokens, labels of answers, attention masks and positions, padded on the right.
 
-    Questions follow one another, each told that it begins at the end of the picture or up to ``gap`` places from there.
+    The positions of each question start at the end of the image plus a random offset of up to ``gap``.
+
+    Args:
+        processing: the processor.
+        sight: the attention mask, see :class:`Stage`.
+        gap: the maximum offset.
     """
     tokenizer, known = processing.tokenizer, dict[str, tuple[list[int], list[int]]]()
 
-    def parts(picture: Picture, question: str) -> tuple[list[int], list[int]]:
-        """The tokens of the picture with what is before it, and those behind."""
+    def parts(picture: Image, question: str) -> tuple[list[int], list[int]]:
+        """Return the tokens up to the end of the image, and those after it."""
         if question not in known:
-            row = Shown((picture,), turns([(f"{MARK}\n{question}", "nothing")]))
+            row = ImageTextRow((picture,), turns([(f"{MARK}\n{question}", "nothing")]))
             ids = processing.prompts([row])["input_ids"][0].tolist()
             end = len(ids) - ids[::-1].index(tokenizer.image_token_id)
             known[question] = ids[:end], ids[end:]
         return known[question]
 
     def columns(row: Asked) -> Tensor:
-        """Of each token its id, label, question (0 is the picture) and place [4, time]."""
+        """Return id, label, question (0 is the image) and position of each token `[4, time]`."""
         first = parts(row.picture, row.said[0][1])[0]
-        found = [(token, NO_LOSS, 0, place) for place, token in enumerate(first)]
+        found = [(token, NO_LOSS, 0, position) for position, token in enumerate(first)]
         for number, (task, question, answer) in enumerate(row.said, start=1):
-            behind, told = parts(row.picture, question)[1], tokenizer(answer, add_special_tokens=False)["input_ids"]
-            told = told + [tokenizer.eos_token_id] * (LENGTHS[task] - len(told))
-            labelled = [*((token, NO_LOSS) for token in behind), *zip(told, told, strict=True)]
+            after, answer_ids = (
+                parts(row.picture, question)[1],
+                tokenizer(answer, add_special_tokens=False)["input_ids"],
+            )
+            answer_ids = answer_ids + [tokenizer.eos_token_id] * (LENGTHS[task] - len(answer_ids))
+            labelled_tokens = [*((token, NO_LOSS) for token in after), *zip(answer_ids, answer_ids, strict=True)]
             start = len(first) + int(torch.randint(-gap, gap + 1, ()))
-            found += [(*each, number, place) for place, each in enumerate(labelled, start)]
+            found += [(*each, number, position) for position, each in enumerate(labelled_tokens, start)]
         return torch.tensor(found).T
 
     def batch(rows: Sequence[Asked]) -> dict[str, Tensor]:
         each = [columns(row) for row in rows]
         table = torch.zeros(4, len(rows), max(one.shape[1] for one in each), dtype=torch.long)
         table[1], table[2] = NO_LOSS, PADDING
-        for place, one in enumerate(each):
-            table[:, place, : one.shape[1]] = one
-        ids, labels, question, places = table
-        pictures = [Shown((row.picture,), turns([(MARK, "nothing")])) for row in rows]
+        for index, one in enumerate(each):
+            table[:, index, : one.shape[1]] = one
+        ids, labels, question, position_ids = table
+        image_rows = [ImageTextRow((row.picture,), turns([(MARK, "nothing")])) for row in rows]
         return {
             "input_ids": ids,
             "labels": labels,
-            "position_ids": places,
+            "position_ids": position_ids,
             "attention_mask": seen(question, labels != NO_LOSS, sight)[:, None],
-            "pixel_values": processing.prompts(pictures)["pixel_values"],
+            "pixel_values": processing.prompts(image_rows)["pixel_values"],
             "prompt_lengths": (labels != NO_LOSS).int().argmax(dim=1),
         }
 
@@ -154,22 +170,29 @@ def reading(processing: Processing, sight: Sight, gap: int = 0) -> Callable[[Seq
 
 
 def seen(question: Tensor, answers: Tensor, sight: Sight) -> Tensor:
-    """Which tokens a token sees, padding itself [batch, time, time].
+    """Return the attention mask, in which padding attends to itself `[batch, time, time]`.
 
     Args:
-        question: the question to which a token belongs, 0 for the picture, below 0 for padding [batch, time].
-        answers: whether it belongs to an answer [batch, time].
+        question: the index of the question to which a token belongs, 0 for the image, below 0 for padding `[batch,
+            time]`.
+        answers: whether it belongs to an answer `[batch, time]`.
         sight: see :class:`Stage`.
     """
     if sight in ("apart", "causal"):
         sees = apart(question)
         return sees.tril() if sight == "causal" else sees
-    sees = apart(question.clamp(max=0))  # all of it one picture
+    sees = apart(question.clamp(max=0))  # a single group
     return sees & (answers[:, :, None] | ~answers[:, None]) if sight == "prompt" else sees
 
 
 def trained(provenance: Provenance, seed: int = 0, quick: bool = False) -> Model:
-    """One of the two models; kept in the cache for the next run."""
+    """Return one of the two models, from the cache if it was trained before.
+
+    Args:
+        provenance: the kind of model.
+        seed: random seed.
+        quick: whether to train only a few steps.
+    """
     stages, steps = STAGES[provenance], QUICK if quick else STEPS
     tower = trained_vlm("llava", seed=seed, steps=0.01 if quick else 1.0)
     digest = hashlib.sha256(repr((tower.name, stages, BATCH, GAP, TRIES)).encode()).hexdigest()[:8]
@@ -177,13 +200,13 @@ def trained(provenance: Provenance, seed: int = 0, quick: bool = False) -> Model
 
     def build(folder: Path) -> dict[str, Any]:
         model, processor = shapes_vlm(KINDS[provenance], seed)
-        seeing = opened_vlm(tower).model
+        trained_model = opened_vlm(tower).model
         for part in SEES:
-            getattr(model.model, part).load_state_dict(getattr(seeing, part).state_dict())
+            getattr(model.model, part).load_state_dict(getattr(trained_model, part).state_dict())
         for number, stage in enumerate(stages):
             work = cache_folder() / f"training-{name}-{number}"
             learn(model, processor, stage.sight, max(2, round(stage.share * steps)), 10 * seed + number, work)
-        for work in cache_folder().glob(f"training-{name}-*"):  # all of them, so that a killed training goes on
+        for work in cache_folder().glob(f"training-{name}-*"):  # kept until all stages are done, to resume
             shutil.rmtree(work)
         model.eval().save_pretrained(folder)
         processor.save_pretrained(folder)
@@ -193,18 +216,27 @@ def trained(provenance: Provenance, seed: int = 0, quick: bool = False) -> Model
 
 
 def learn(model: Any, processor: Any, sight: Sight, steps: int, seed: int, work: Path) -> None:
-    """One stage."""
+    """Train one stage.
+
+    Args:
+        model: the model, which is changed.
+        processor: its processor.
+        sight: the attention mask, see :class:`Stage`.
+        steps: the number of steps.
+        seed: random seed.
+        work: the folder for checkpoints.
+    """
     rows = (asked_together if sight in ("apart", "causal") else asked)(steps * BATCH, seed)
     config = TrainConfig(
         steps=steps, lr=1e-3, batch=BATCH, weight_decay=0.05, betas=(0.9, 0.98), warmup=0.05, seed=seed, log_every=50,
         save_every=200, bf16=True,
     )  # fmt: skip
-    loss = response_loss if sight == "causal" else partial(diffusion_loss, by_number=True)
+    loss = response_loss if sight == "causal" else partial(diffusion_loss, by_count=True)
     with torch.enable_grad():
         fit(model, rows, Task(loss, collate=reading(Processing(processor), sight, GAP)), config, out=work)
 
 
-def prompts(model: Model, rows: Sequence[Shown]) -> dict[str, Tensor]:
-    """What a request is given."""
+def prompts(model: Model, rows: Sequence[ImageTextRow]) -> dict[str, Tensor]:
+    """Return the model inputs of some requests."""
     assert model.path is not None
     return Processing(open_processor(model.path)).prompts(rows)

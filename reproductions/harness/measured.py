@@ -1,4 +1,4 @@
-"""What was measured, with its interval: what it says of a threshold, and when it says nothing."""
+"""Measured values with intervals, and their comparison with thresholds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Measured:
-    """A figure between two bounds of what it may be. A threshold that lies between them is not decided."""
+    """A value with an interval. A threshold within the interval is undecided.
+
+    Attributes:
+        figure: the value.
+        low: the lower bound.
+        high: the upper bound.
+    """
 
     figure: float
     low: float
@@ -24,9 +30,9 @@ class Measured:
 
     @classmethod
     def over_seeds(cls, values: Sequence[float]) -> Measured:
-        """The mean with its 95 % interval by Student's t; a single seed has none, and is judged as it is.
+        """Return the mean with its 95 % interval by Student's t; a single seed has no interval.
 
-        What is compared is compared seed by seed, since two arms of one seed begin alike: give differences or ratios.
+        Compare arms seed by seed, since two arms of one seed have the same initialisation: give differences or ratios.
         """
         count, mean = len(values), float(np.mean(values))
         half = float(t.ppf((1 + LEVEL) / 2, count - 1) * np.std(values, ddof=1) / count**0.5) if count > 1 else 0.0
@@ -34,17 +40,24 @@ class Measured:
 
     @classmethod
     def over_rounds(cls, speedup: Ratio, predicted: float = 1.0) -> Measured:
-        """A speed-up over interleaved rounds, its median and quartiles, by the one that was predicted."""
+        """Return a speed-up over interleaved rounds, its median and quartiles, relative to the predicted one.
+
+        Args:
+            speedup: the measured speed-up.
+            predicted: the predicted speed-up.
+        """
         return cls(*(each / predicted for each in (speedup.median, speedup.low, speedup.high)))
 
     def at_least(self, bound: float) -> bool | None:
-        """Whether the figure is ``bound`` or more: None where ``bound`` lies inside the interval."""
+        """Return whether the value is at least ``bound``; None if ``bound`` is within the interval."""
         return True if self.low >= bound else False if self.high < bound else None
 
     def at_most(self, bound: float) -> bool | None:
+        """Return whether the value is at most ``bound``; None if ``bound`` is within the interval."""
         return Measured(-self.figure, -self.high, -self.low).at_least(-bound)
 
     def within(self, low: float, high: float) -> bool | None:
+        """Return whether the value is between two bounds; None if that is undecided."""
         return together([self.at_least(low), self.at_most(high)])
 
     def __str__(self) -> str:

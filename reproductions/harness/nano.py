@@ -1,4 +1,4 @@
-"""Small models that reproductions train themselves: a character-level Llama, on prose or on a mixture of tasks."""
+"""Small models that reproductions train: a character-level Llama, on prose or on a mixture of tasks."""
 
 from __future__ import annotations
 
@@ -24,34 +24,48 @@ from lamella.zoo.cache import build_once
 
 LETTERS = "\n" + "".join(chr(code) for code in range(32, 127)) + "§¶"  # the last two mark tasks
 COPY, REVERSE = "§", "¶"
-TEXTS = ("pydoc", "stdlib")  # a model of 2.7 M parameters learns pydoc alone by heart: 0.49 nats on it, 1.73 beside it
+TEXTS = ("pydoc", "stdlib")  # 2.7 M parameters memorise pydoc alone: a loss of 0.49 nats on it, and 1.73 on other text
 
 
 def encode(text: str) -> LongTensor:
-    """Characters as token ids [time]; what is not in the table becomes a space."""
-    place = {letter: index for index, letter in enumerate(LETTERS)}
-    return torch.tensor([place.get(letter, place[" "]) for letter in text])
+    """Return the characters as token ids `[time]`; unknown characters become spaces."""
+    index_of = {letter: index for index, letter in enumerate(LETTERS)}
+    return torch.tensor([index_of.get(letter, index_of[" "]) for letter in text])
 
 
 def prose(split: str, count: int, length: int, seed: int, sources: Sequence[str] = ("pydoc",)) -> list[Sample]:
-    """Stretches of Python's documentation (or of several texts), with prompts of a quarter to a half of them."""
+    """Return passages of Python's documentation (or of several texts), with prompts of a quarter to a half of them.
+
+    Args:
+        split: the split of the texts.
+        count: the number of samples.
+        length: the number of characters per sample.
+        seed: random seed.
+        sources: the names of the texts.
+    """
     text = encode("\n".join(str(lamella.load_text(source, split)) for source in sources))
-    drawn = random.Random(seed)
+    rng = random.Random(seed)
     rows = []
     for _ in range(count):
-        begin = drawn.randrange(len(text) - length)
-        rows.append(_sample(text[begin : begin + length], drawn.randrange(length // 4, length // 2)))
+        begin = rng.randrange(len(text) - length)
+        rows.append(_sample(text[begin : begin + length], rng.randrange(length // 4, length // 2)))
     return rows
 
 
 def puzzles(count: int, length: int, seed: int) -> list[Sample]:
-    """Random strings to copy or to reverse, as the mark before them says; the answer is the response."""
-    drawn = random.Random(seed)
+    """Return random strings to copy or to reverse, depending on the first character; the answer is the response.
+
+    Args:
+        count: the number of samples.
+        length: the number of characters per sample.
+        seed: random seed.
+    """
+    rng = random.Random(seed)
     size = (length - 2) // 2
     rows = []
     for _ in range(count):
-        mark = drawn.choice([COPY, REVERSE])
-        letters = "".join(drawn.choices("abcdefghijklmnopqrstuvwxyz", k=size))
+        mark = rng.choice([COPY, REVERSE])
+        letters = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=size))
         answer = letters if mark == COPY else letters[::-1]
         rows.append(_sample(encode(f"{mark}{letters}\n{answer}"), size + 2))
     return rows
@@ -75,10 +89,17 @@ def trained(
     lr: float = 3e-3,
     **shape: Any,
 ) -> Stack:
-    """A Llama trained from scratch on these samples, all tokens of them; kept in the cache for the next run.
+    """Train a Llama from scratch on all tokens of the samples, and cache it.
 
     Args:
-        name: of the recipe, which the cache is keyed by, with the sizes.
+        samples: the training data.
+        layers: the number of layers.
+        hidden: the hidden size.
+        steps: the number of steps.
+        seed: random seed.
+        name: the name of the recipe, which is part of the cache key.
+        batch: samples per step.
+        lr: learning rate.
         shape: heads and more, for :func:`llama`.
     """
     config = from_scratch(steps, lr=lr, batch=batch, seed=seed)
@@ -87,7 +108,14 @@ def trained(
 
 
 def taught_once(name: str, model: LlamaConfig, samples: Callable[[], Sequence[Sample]], config: TrainConfig) -> Stack:
-    """A Llama trained from scratch on the responses of what ``samples`` makes; kept in the cache for the next run."""
+    """Train a Llama from scratch on the responses of ``samples()``, and cache it.
+
+    Args:
+        name: the cache key.
+        model: the config of the model.
+        samples: returns the training data.
+        config: settings of the training.
+    """
 
     def build(folder: Path) -> dict[str, Any]:
         rows = samples()
@@ -110,12 +138,18 @@ def llama(
     tied: bool = True,
     bos: int | None = None,
 ) -> LlamaConfig:
-    """The config of a small Llama, without special tokens unless one is named.
+    """Return the config of a small Llama, by default without special tokens.
 
     Args:
-        context: the most tokens that it takes.
-        channels: of the MLPs; three times the width by default.
-        tied: one matrix for embedding and head.
+        vocabulary: the size of the vocabulary.
+        hidden: the hidden size.
+        layers: the number of layers.
+        context: the maximum number of tokens.
+        heads: the number of query heads.
+        kv_heads: the number of key-value heads.
+        channels: the intermediate size of the MLPs; three times the hidden size by default.
+        tied: whether embedding and head share a matrix.
+        bos: the token id of the beginning of a sequence, if any.
     """
     return LlamaConfig(
         vocab_size=vocabulary,
@@ -133,32 +167,46 @@ def llama(
 
 
 def from_scratch(steps: int, **settings: Any) -> TrainConfig:
-    """How small models learn what they know."""
+    """Return the training settings of small models."""
     return TrainConfig(steps=steps, weight_decay=0.1, warmup=0.05, log_every=max(steps // 20, 1), **settings)
 
 
 def taught(
     model: Any, samples: Sequence[Sample], config: TrainConfig, loss: Loss = response_loss, **options: Any
 ) -> Any:
-    """The model itself, trained on the responses, ready to be evaluated; options are those of ``fit``."""
+    """Train a model on the responses, and return it in eval mode; options are those of ``fit``.
+
+    Args:
+        model: the model, which is changed.
+        samples: the training data.
+        config: settings of the training.
+        loss: the loss.
+        options: further options of ``fit``.
+    """
     with tempfile.TemporaryDirectory() as work, torch.enable_grad():
         fit(model, samples, Task(loss), replace(config, save_every=config.steps), out=work, **options)
     return model.eval()
 
 
 def built(name: str, build: Callable[[Path], dict[str, Any]], megabytes: int = 100) -> Stack:
-    """The model that ``build`` saves into a folder of the cache, once."""
+    """Return the model that ``build`` saves into a folder of the cache, once.
+
+    Args:
+        name: the cache key.
+        build: saves the model into a folder.
+        megabytes: the approximate size of the folder.
+    """
     folder = build_once(f"reproduction-{name}", build, megabytes)
     return Stack(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), name=name)
 
 
 def digest(samples: Sequence[Sample]) -> str:
-    """What a model was trained on, for the name under which the cache keeps it."""
+    """Return a digest of the training data, for the cache key."""
     return hashlib.sha256(b"".join(each["input_ids"].numpy().tobytes() for each in samples)).hexdigest()[:8]
 
 
 def whole(samples: Sequence[Sample]) -> list[Sample]:
-    """The same samples with loss on all of their tokens."""
+    """Return the samples with loss on all tokens."""
     return [dict(sample) | {"labels": _all_labels(sample["input_ids"])} for sample in samples]
 
 
@@ -170,7 +218,13 @@ def _all_labels(row: Tensor) -> Tensor:
 
 @torch.no_grad()
 def nats(model: object, samples: Sequence[Sample], size: int = 16) -> float:
-    """Mean loss on the responses, in nats per token, of a model or a view."""
+    """Return the mean loss on the responses, in nats per token, of a model or a view.
+
+    Args:
+        model: the model or view.
+        samples: the samples.
+        size: samples per batch.
+    """
     total = count = 0.0
     for start in range(0, len(samples), size):
         batch = collate(samples[start : start + size])
@@ -181,7 +235,7 @@ def nats(model: object, samples: Sequence[Sample], size: int = 16) -> float:
 
 
 def scratch(name: str) -> Path:
-    """A folder for one run's checkpoints, which goes when the program ends."""
+    """Create a folder for the checkpoints of one run, which is removed when the program ends."""
     folder = Path(tempfile.mkdtemp(prefix=f"lamella-{name}-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder

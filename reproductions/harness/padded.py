@@ -1,4 +1,4 @@
-"""Left-padded batches, at once and step by step: what the exactness claims of methods that skip are checked on."""
+"""Left-padded batches, in one pass and step by step, for the exactness claims of methods that skip computation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from torch import Tensor
 
 
 def padded(ids: Tensor, pads: Sequence[int]) -> Tensor:
-    """The mask of a batch whose rows begin with these numbers of padding tokens [batch, time]."""
+    """Return the mask of a batch whose rows begin with the given numbers of padding tokens `[batch, time]`.
+
+    Args:
+        ids: the token ids `[batch, time]`.
+        pads: the number of padding tokens of each row.
+    """
     mask = torch.ones_like(ids)
     for row, pad in enumerate(pads[: len(ids)]):
         mask[row, :pad] = 0
@@ -18,16 +23,23 @@ def padded(ids: Tensor, pads: Sequence[int]) -> Tensor:
 
 
 def positions(mask: Tensor) -> Tensor:
-    """Positions from the first real token on, as ``generate`` counts them [batch, time]."""
+    """Return the positions from the first non-padding token on, as in ``generate`` `[batch, time]`."""
     return (mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
 def stepped(model: Any, ids: Tensor, mask: Tensor, prompt: int) -> tuple[Tensor, Any]:
-    """The logits of a prompt and then of one token at a time [batch, time, vocab], and the cache that they leave."""
-    parts, cache, begin, where = [], None, 0, positions(mask)
+    """Return the logits of a prompt and then of one token at a time `[batch, time, vocab]`, and the resulting cache.
+
+    Args:
+        model: the model.
+        ids: the token ids `[batch, time]`.
+        mask: the attention mask `[batch, time]`.
+        prompt: the number of tokens in the prompt.
+    """
+    parts, cache, begin, position_ids = [], None, 0, positions(mask)
     for end in range(prompt, ids.shape[1] + 1):
-        given = {"input_ids": ids[:, begin:end], "position_ids": where[:, begin:end]}
-        out = model(**given, attention_mask=mask[:, :end], cache=cache, use_cache=True)
+        inputs = {"input_ids": ids[:, begin:end], "position_ids": position_ids[:, begin:end]}
+        out = model(**inputs, attention_mask=mask[:, :end], cache=cache, use_cache=True)
         parts.append(out.logits)
         cache, begin = out.cache, end
     return torch.cat(parts, dim=1), cache

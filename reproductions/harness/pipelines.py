@@ -1,11 +1,10 @@
-"""Pipelines over processes: ours, and GPipe and 1F1B of ``torch.distributed.pipelining``, whose stages take their time.
+"""Pipelines over processes: ours, and GPipe and 1F1B of ``torch.distributed.pipelining``, with fixed stage durations.
 
     python reproductions/harness/pipelines.py ROUNDS      # prints JSON
 
-Six processes are three stages of two nodes each. A stage takes a twentieth of a second forward and half as much again
-backward, by sleeping, so that what the machine does beside it matters little; links take no time, since torch's
-schedules cannot be told of any. All pipelines take their iterations in turn. Nodes are forked, so that libraries are
-imported once.
+Six processes form three stages of two nodes each. A stage sleeps for 0.05 seconds forward and half as much again
+backward, so that other load on the machine matters little; links take no time, since torch's schedules do not support
+delays. All pipelines run alternately. Nodes are forked, so that libraries are imported once.
 """
 
 from __future__ import annotations
@@ -27,13 +26,12 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lamella.methods.skippipe.executor import Node, stage_of_parameter
-from lamella.methods.skippipe.meeting import Meeting
-from lamella.methods.skippipe.network import Network
-from lamella.methods.skippipe.network import Node as Machine
+from lamella.methods.skippipe.communicator import Communicator
+from lamella.methods.skippipe.executor import NodeExecutor, stage_of_parameter
+from lamella.methods.skippipe.network import Machine, PipelineNetwork
 from lamella.methods.skippipe.paths import Assignment, Limits
 from lamella.methods.skippipe.planner import Limit
-from lamella.methods.skippipe.schedule import Schedule, scheduled
+from lamella.methods.skippipe.schedule import PipelineSchedule, make_schedule
 from lamella.methods.skippipe.stages import spans
 from lamella.stack import Context, Stack
 
@@ -58,19 +56,20 @@ def batch() -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
 
 
-def plans(slow: bool = False) -> dict[str, Schedule]:
-    """All stages, and two of three; with ``slow`` links that take as long as a stage."""
+def plans(slow: bool = False) -> dict[str, PipelineSchedule]:
+    """Return schedules with all stages, and with two of three; if ``slow``, links take as long as a stage."""
     edge = (1 - np.eye(6)) * (2 * WORK if slow else 0.0)
-    network = Network(tuple(Machine("here") for _ in range(6)), edge, np.full(6, WORK))
+    network = PipelineNetwork(tuple(Machine("here") for _ in range(6)), edge, np.full(6, WORK))
     assignment = Assignment(STAGES)
     lengths = {"full": Limits(length=3, swaps=0), "skip": Limits(length=2)}
     return {
-        name: scheduled(network, assignment, MICROBATCHES, limits, limit=LIMIT)[0] for name, limits in lengths.items()
+        name: make_schedule(network, assignment, MICROBATCHES, limits, limit=LIMIT)[0]
+        for name, limits in lengths.items()
     }
 
 
-class _Takes(torch.autograd.Function):
-    """The identity, which takes its time in both directions."""
+class _TimedIdentity(torch.autograd.Function):
+    """The identity with a fixed duration in both directions."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor) -> Tensor:
@@ -84,12 +83,12 @@ class _Takes(torch.autograd.Function):
 
 
 class Part(nn.Module):
-    """One stage as torch's pipelines want it: a module, the last one with norm and head."""
+    """One stage as a module for torch's pipelines; the last one has norm and head."""
 
     def __init__(self, stack: Stack, stage: int) -> None:
         super().__init__()
         self.stage, self.parts = stage, spans(stack, len(STAGES))
-        self.held = stack.model  # so that its parameters are this module's
+        self.model = stack.model  # registers the parameters
         self.stack = [stack]
         self.context: Context = stack.context(torch.zeros(1, LENGTH, dtype=torch.long))
 
@@ -98,12 +97,12 @@ class Part(nn.Module):
         h: Any = x
         if self.stage == 0:
             h = stack.context(x).h
-        h = _Takes.apply(stack.run(h, *self.parts[self.stage], self.context))
+        h = _TimedIdentity.apply(stack.run(h, *self.parts[self.stage], self.context))
         return stack.logits(stack.normed(h)) if self.stage == len(STAGES) - 1 else h
 
 
-def torch_s(kind: Any, rank: int, groups: list[Any], same: list[Any]) -> Callable[[], dict[str, Tensor]]:
-    """An iteration of one of torch's schedules: two pipelines side by side, whose gradients are added up."""
+def torch_s(kind: Any, rank: int, groups: list[Any], stage_groups: list[Any]) -> Callable[[], dict[str, Tensor]]:
+    """Return an iteration of one of torch's schedules: two parallel pipelines, whose gradients are summed."""
     stage = next(number for number, nodes in enumerate(STAGES) if rank in nodes)
     chain = STAGES[stage].index(rank)
     stack = model()
@@ -116,7 +115,7 @@ def torch_s(kind: Any, rank: int, groups: list[Any], same: list[Any]) -> Callabl
 
     schedule = kind(piece, count, loss_fn=loss)
     rows = {name: each[chain::2] for name, each in batch().items()}
-    mine = _of_stage(stack, stage)
+    parameters = _of_stage(stack, stage)
 
     def once() -> dict[str, Tensor]:
         stack.model.zero_grad()
@@ -126,83 +125,85 @@ def torch_s(kind: Any, rank: int, groups: list[Any], same: list[Any]) -> Callabl
             schedule.step(target=rows["labels"], losses=[])
         else:
             schedule.step()
-        for each in mine.values():
-            dist.all_reduce(each.grad, group=same[stage])
-        return {name: each.grad / 2 for name, each in mine.items()}
+        for each in parameters.values():
+            dist.all_reduce(each.grad, group=stage_groups[stage])
+        return {name: each.grad / 2 for name, each in parameters.items()}
 
     return once
 
 
 def _of_stage(stack: Stack, stage: int) -> dict[str, nn.Parameter]:
-    """The parameters that both kinds of pipelines have in a stage: its layers."""
+    """Return the parameters of a stage that both kinds of pipelines have: those of its layers."""
     stage_of = stage_of_parameter(stack, spans(stack, len(STAGES)))
     named = stack.model.named_parameters()
     return {name: each for name, each in named if ".layers." in name and stage_of(name) == stage}
 
 
-def ours(schedule: Schedule, meeting: Meeting) -> Callable[[], dict[str, Tensor]]:
-    """An iteration along the paths of a schedule."""
+def ours(schedule: PipelineSchedule, communicator: Communicator) -> Callable[[], dict[str, Tensor]]:
+    """Return an iteration along the paths of a schedule."""
     stack = model()
     stage_of = stage_of_parameter(stack, spans(stack, len(STAGES)))
-    mine = {name: each for name, each in stack.model.named_parameters() if stage_of(name) == meeting.stage}
-    meeting.schedule = schedule
-    node = Node(stack, spans(stack, len(STAGES)), mine, meeting, clip=1e9, pace=1.0)
+    parameters = {name: each for name, each in stack.model.named_parameters() if stage_of(name) == communicator.stage}
+    communicator.schedule = schedule
+    node = NodeExecutor(stack, spans(stack, len(STAGES)), parameters, communicator, clip=1e9, pace=1.0)
 
     def once() -> dict[str, Tensor]:
-        meeting.schedule = schedule
+        communicator.schedule = schedule
         stack.model.zero_grad()
         node(batch())
-        return {name: each.grad for name, each in mine.items() if each.grad is not None and ".layers." in name}
+        return {name: each.grad for name, each in parameters.items() if each.grad is not None and ".layers." in name}
 
     return once
 
 
-def process(rank: int, rounds: int, out: Path, made: dict[str, Schedule], slow: dict[str, Schedule]) -> None:
-    """One node: all pipelines in turn."""
-    meeting = Meeting(made["full"], torch.device("cpu"))
+def process(
+    rank: int, rounds: int, out: Path, schedules: dict[str, PipelineSchedule], slow: dict[str, PipelineSchedule]
+) -> None:
+    """Run one node, with all pipelines alternately."""
+    communicator = Communicator(schedules["full"], torch.device("cpu"))
     groups = [dist.new_group([stage[chain] for stage in STAGES]) for chain in range(2)]
-    same = [dist.new_group(list(stage)) for stage in STAGES]
+    stage_groups = [dist.new_group(list(stage)) for stage in STAGES]
     arms = {
-        "GPipe": torch_s(ScheduleGPipe, rank, groups, same),
-        "1F1B": torch_s(Schedule1F1B, rank, groups, same),
-        "ours, all stages": ours(made["full"], meeting),
-        "ours, two of three": ours(made["skip"], meeting),
-        "ours, all stages, slow links": ours(slow["full"], meeting),
-        "ours, two of three, slow links": ours(slow["skip"], meeting),
+        "GPipe": torch_s(ScheduleGPipe, rank, groups, stage_groups),
+        "1F1B": torch_s(Schedule1F1B, rank, groups, stage_groups),
+        "ours, all stages": ours(schedules["full"], communicator),
+        "ours, two of three": ours(schedules["skip"], communicator),
+        "ours, all stages, slow links": ours(slow["full"], communicator),
+        "ours, two of three, slow links": ours(slow["skip"], communicator),
     }
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     grads = {}
     for turn in range(rounds + 1):
         for name, once in arms.items():
-            meeting.wait_for_all()
+            communicator.wait_for_all()
             begin = time.monotonic()
             grads[name] = once()
-            meeting.wait_for_all()
+            communicator.wait_for_all()
             if turn:  # the first warms up
                 seconds[name].append(time.monotonic() - begin)
-    apart = max(
+    difference = max(
         float((grads[name][each] - grads["ours, all stages"][each]).abs().max())
         for name in ("GPipe", "1F1B")
         for each in grads["ours, all stages"]
     )
-    said = {
+    result = {
         "seconds": seconds,
-        "apart": apart,
+        "apart": difference,
         "simulated": {
-            "ours, all stages": made["full"].seconds,
-            "ours, two of three": made["skip"].seconds,
+            "ours, all stages": schedules["full"].seconds,
+            "ours, two of three": schedules["skip"].seconds,
             "ours, all stages, slow links": slow["full"].seconds,
             "ours, two of three, slow links": slow["skip"].seconds,
         },
     }
-    (out / f"{rank}.json").write_text(json.dumps(said))
-    meeting.leave()
+    (out / f"{rank}.json").write_text(json.dumps(result))
+    communicator.leave()
 
 
 def main() -> None:
     torch.set_num_threads(1)
     rounds = int(sys.argv[1])
-    made, slow = plans(), plans(slow=True)
+    schedules, slow = plans(), plans(slow=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -219,7 +220,7 @@ def main() -> None:
                 }
                 code = 1
                 try:
-                    process(rank, rounds, Path(folder), made, slow)
+                    process(rank, rounds, Path(folder), schedules, slow)
                     code = 0
                 finally:
                     os._exit(code)

@@ -1,10 +1,10 @@
-"""One run of a reproduction: its command line, its record, and a journal of the arms that are finished.
+"""One run of a reproduction: its command line, its record, and a journal of finished arms.
 
-A full run takes an hour or more. Stopped and started again it does not repeat what the journal holds, and ends with the
-same tables. A script is an experiment, a function that fills the run it is given; CONTRIBUTING.md shows one.
+A full run takes an hour or more. When it is interrupted and started again, it does not repeat the arms in the journal,
+and ends with the same tables. A script defines an experiment, a function that fills a run; CONTRIBUTING.md shows one.
 
-Arithmetic has one thread, whatever the machine has: small models trained on two end elsewhere than on one, and some
-claims with them. The results say how many there were where the command line asked for more.
+Computations use one thread, regardless of the machine: small models trained with two threads differ from those trained
+with one, and so do some claims. The results contain the number of threads if the command line asks for more.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ HERE = Path(__file__).parent
 ASSETS = HERE.parents[1] / "docs" / "assets"
 
 
-def _is_of(journal: Path, depends: dict[str, Any]) -> bool:
-    return journal.exists() and journal.read_text(encoding="utf-8").startswith(json.dumps(depends) + "\n")
+def _is_of(journal: Path, dependencies: dict[str, Any]) -> bool:
+    return journal.exists() and journal.read_text(encoding="utf-8").startswith(json.dumps(dependencies) + "\n")
 
 
 @dataclass(kw_only=True)
 class Run(Record):
-    """The record of one run, which knows what an earlier run has finished.
+    """The record of one run, with the finished arms of an interrupted one.
 
     Attributes:
-        variant: "quick", or another of the script that leaves something out; "" is the full run.
-        work: a folder for checkpoints of arms, which goes when the run has finished.
-        arms: what is finished.
+        variant: "quick", or another reduced variant of the script; "" is the full run.
+        work: a folder for checkpoints of arms, which is removed when the run has finished.
+        arms: the finished arms.
     """
 
     variant: str
@@ -56,19 +56,26 @@ class Run(Record):
 
     @property
     def quick(self) -> bool:
+        """Whether this is a quick run."""
         return self.variant == "quick"
 
-    def arm(self, name: str, find: Callable[..., Any], *given: Any, **options: Any) -> Any:
-        """What ``find(*given, **options)`` returns, as JSON gives it back; from the journal where it is finished.
+    def arm(self, name: str, find: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Return the result of ``find(*given, **options)`` as JSON values; from the journal if it is finished.
 
-        ``find`` must not need what an earlier arm left in memory, and is not run again when its name comes again.
-        Whether it runs or not, the generators of random numbers stand at the run's seed before it and behind it.
+        ``find`` must not need in-memory results of an earlier arm, and is not run again for the same name. The global
+        random state is that of the run's seed before and after it, whether it runs or not.
+
+        Args:
+            name: the name of the arm.
+            find: computes the result.
+            arguments: its positional arguments.
+            options: its keyword arguments.
         """
 
         def timed() -> Any:
-            began = time.perf_counter()
-            found = find(*given, **options)
-            print(f"{name}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+            started = time.perf_counter()
+            found = find(*arguments, **options)
+            print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
             return found
 
         set_seed(self.seed)
@@ -76,27 +83,38 @@ class Run(Record):
         set_seed(self.seed)
         return found
 
-    def picture(self, name: str, figure: Axes) -> None:
-        """Keep a figure as docs/assets/NAME.svg, where pages show it; a quick run, which says nothing, keeps none."""
+    def figure(self, name: str, figure: Axes) -> None:
+        """Save a figure as docs/assets/NAME.svg for the documentation; a quick run saves none.
+
+        Args:
+            name: the name of the file.
+            figure: the figure.
+        """
         if self.quick:
             return
         try:
-            drawn = svg(figure)
-        except (RuntimeError, ValueError) as error:  # as plotly says that kaleido or its browser is missing
-            print(f"{name}.svg stays as it is: {error}", file=sys.stderr)
+            content = svg(figure)
+        except (RuntimeError, ValueError) as error:  # plotly's errors if kaleido or its browser is missing
+            print(f"{name}.svg is not updated: {error}", file=sys.stderr)
         else:
-            (ASSETS / f"{name}.svg").write_text(drawn + "\n", encoding="utf-8")
+            (ASSETS / f"{name}.svg").write_text(content + "\n", encoding="utf-8")
 
-    def part(self, name: str, make: Callable[..., None], *given: Any) -> None:
-        """The tables and checks that ``make(run, *given)`` adds, as one arm: made, or taken from the journal."""
-        known, tables, checks = name in self.arms, len(self.tables), len(self.checks)
+    def part(self, name: str, make: Callable[..., None], *arguments: Any) -> None:
+        """Add the tables and checks of ``make(run, *given)`` as one arm, computed or taken from the journal.
+
+        Args:
+            name: the name of the arm.
+            make: adds tables and checks to the run.
+            arguments: its further arguments.
+        """
+        is_known, tables, checks = name in self.arms, len(self.tables), len(self.checks)
 
         def find() -> dict[str, Any]:
-            make(self, *given)
+            make(self, *arguments)
             return {"tables": self.tables[tables:], "checks": self.checks[checks:]}
 
         found = self.arm(name, find)
-        if known:
+        if is_known:
             for table in found["tables"]:
                 self.table(**table)
             for check in found["checks"]:
@@ -104,16 +122,16 @@ class Run(Record):
 
 
 def main(experiment: Callable[[Run], None], *, seed: int = 0, quick: str, **variants: str) -> int:
-    """Run a script's experiment as the command line says, write its results beside it, and return the exit code.
+    """Run a script's experiment with the options of the command line, write its results, and return the exit code.
 
     Args:
         experiment: fills a run.
-        seed: where the command line says nothing.
-        quick: what ``--quick`` leaves out.
-        variants: further flags, with what they leave out. Each has results and a journal of its own.
+        seed: the default random seed.
+        quick: what ``--quick`` omits.
+        variants: further flags, with what they omit. Each has its own results and journal.
 
     Returns:
-        What :meth:`Record.finish` says: 0 when all that must hold does, else 1.
+        The result of :meth:`Record.finish`: 0 if all required checks pass, otherwise 1.
     """
     module = sys.modules[experiment.__module__]
     script = Path(str(module.__file__)).resolve()
@@ -121,39 +139,39 @@ def main(experiment: Callable[[Run], None], *, seed: int = 0, quick: str, **vari
     parser = argparse.ArgumentParser(description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shorter = parser.add_mutually_exclusive_group()
     for name, leaves_out in {"quick": quick, **variants}.items():
-        said = f"{leaves_out}; writes {slug}-{name}.json"
-        shorter.add_argument(f"--{name}", dest="variant", action="store_const", const=name, default="", help=said)
+        help_ = f"{leaves_out}; writes {slug}-{name}.json"
+        shorter.add_argument(f"--{name}", dest="variant", action="store_const", const=name, default="", help=help_)
     parser.add_argument("--seed", type=int, default=seed)
-    parser.add_argument("--threads", type=int, default=1, help="of arithmetic; others than 1 change what is trained")
-    parser.add_argument("--fresh", action="store_true", help="forget what a stopped run has found")
+    parser.add_argument("--threads", type=int, default=1, help="number of threads; other values than 1 change results")
+    parser.add_argument("--fresh", action="store_true", help="discard the results of an interrupted run")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     threadpool_limits(chosen.threads)
 
     name = f"{slug}-{chosen.variant}" if chosen.variant else slug
     work = cache_folder() / "reproductions" / name
-    depends = {
+    dependencies = {
         "seed": chosen.seed,
         "threads": chosen.threads,
         "versions": [package_version(package) for package in PACKAGES],
         "code": hashlib.sha256(b"".join(file.read_bytes() for file in sources(script))).hexdigest(),
     }
     journal = work / "arms.jsonl"
-    if chosen.fresh or not _is_of(journal, depends):
+    if chosen.fresh or not _is_of(journal, dependencies):
         shutil.rmtree(work, ignore_errors=True)
-    arms = Finished(journal, depends)
+    arms = Finished(journal, dependencies)
     if arms:
-        print(f"goes on from {work}: {len(arms)} arms are finished", file=sys.stderr)
+        print(f"resuming from {work}: {len(arms)} arms are finished", file=sys.stderr)
     run = Run(slug, "", chosen.seed, variant=chosen.variant, work=work, arms=arms)
     experiment(run)
     verdict = run.finish(script.parent / "results" / f"{name}.json")
-    shutil.rmtree(work, ignore_errors=True)  # a finished run measures anew next time
+    shutil.rmtree(work, ignore_errors=True)  # a finished run measures everything again next time
     return verdict
 
 
 def sources(script: Path) -> list[Path]:
-    """The files that results depend on: the script, what all of them share, and the method but for its pictures."""
+    """Return the files that results depend on: the script, the harness, and the method without its page."""
     method = Path(lamella.methods.__path__[0]) / script.stem
-    rooms = method.rglob("*.py") if method.is_dir() else [method.with_suffix(".py")]
-    own = [file for file in rooms if file.is_file() and file.stem != "page"]
+    files = method.rglob("*.py") if method.is_dir() else [method.with_suffix(".py")]
+    own = [file for file in files if file.is_file() and file.stem != "page"]
     return [script, *sorted(HERE.glob("*.py")), *sorted(own)]

@@ -1,6 +1,6 @@
-"""Arrays from files of NumPy that anyone may have written.
+"""Loading of NumPy files from untrusted sources.
 
-An array's header declares a shape and a type, and an archive's directory declares sizes. NumPy takes both at their word
+The header of an array declares a shape and a type, and the directory of an archive declares sizes. NumPy trusts both
 and allocates what they declare, so they are compared with the size of the file before anything is read.
 """
 
@@ -26,10 +26,13 @@ HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.re
 
 
 def read_npz(path: Path) -> dict[str, Array]:
-    """The arrays of a .npz archive by their names.
+    """Read the arrays of a .npz archive by their names.
+
+    Args:
+        path: the archive.
 
     Raises:
-        FileRefused: if the file is missing, damaged, or declares more than it may hold.
+        FileRefused: if the file is missing or damaged, or declares more than the maximum size.
     """
     with _one_error(), open_file(path) as file, zipfile.ZipFile(file) as archive:
         members = [each for each in archive.infolist() if each.filename.endswith(SUFFIX)]
@@ -42,10 +45,13 @@ def read_npz(path: Path) -> dict[str, Array]:
 
 
 def read_npy(path: Path) -> Array:
-    """The array of a .npy file.
+    """Read the array of a .npy file.
+
+    Args:
+        path: the file.
 
     Raises:
-        FileRefused: if the file is missing, damaged, or declares more than it holds.
+        FileRefused: if the file is missing or damaged, or declares more than it contains.
     """
     with _one_error(), open_file(path) as file:
         return _read(file, _size(file))
@@ -66,7 +72,7 @@ def _one_error() -> Iterator[None]:
 
 
 def _read(file: Any, size: int) -> Array:
-    """An array from an open file, or from an open member of an archive, of ``size`` bytes."""
+    """Read an array from an open file, or from an open archive member, of ``size`` bytes."""
     read_header = HEADERS.get(np.lib.format.read_magic(file))
     if read_header is None:
         raise FileRefused("its header has another version than 1.0 or 2.0")

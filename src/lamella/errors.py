@@ -1,30 +1,30 @@
-"""The one exception family: every message is one line that says what, where and the mend.
+"""The exception family of Lamella: every message is one line with the problem, its location and how to fix it.
 
-Messages are read in Python and on the command line, so an option stands in them by its name and value, ``layers 1, 2``,
-and not as either world writes it. What only one of them can do says so: ``(of_stack in Python)``.
+Messages are read in Python and on the command line, so an option is written by its name and value, ``layers 1, 2``, and
+not in the syntax of either. What applies to one of them only says so: ``(of_stack in Python)``.
 """
 
 from collections.abc import Iterable
 
-LONGEST = 2000  # characters of a message
+LONGEST = 2000  # maximum number of characters of a message
 
 
 class LamellaError(Exception):
-    """Something the user can mend; the command line prints the message and exits with 2.
+    """An error that the user can fix; the command line prints the message and exits with code 2.
 
-    Messages quote names, texts and other programs' errors. However those look, the message is one line of printable
-    characters, and a terminal takes no commands from it.
+    Messages quote names, texts and errors of other programs. The message is always one line of printable characters, so
+    that it cannot contain terminal control sequences.
     """
 
     def __str__(self) -> str:
         line = " ".join(part.strip() for part in super().__str__().splitlines())
-        if len(line) > LONGEST:  # the beginning says where, the end how to mend it
+        if len(line) > LONGEST:  # the beginning has the location, the end has the fix
             line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
         return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in line)
 
 
 class NoteWarning(UserWarning):
-    """A warning of a method that is among the notes of its result, too; whoever shows those need not show it."""
+    """A warning of a method that is also among the notes of its result, so it need not be shown twice."""
 
 
 class ArchitectureError(LamellaError):
@@ -40,11 +40,11 @@ class CacheError(LamellaError):
 
 
 class CalibrationError(LamellaError):
-    """Calibration or evaluation text that is missing, too short, or from the wrong split."""
+    """Calibration or evaluation data that are missing, too short, or from the wrong split."""
 
 
 class TaskError(LamellaError):
-    """A task that is unknown or damaged, or that asks for what only its user can allow."""
+    """A task that is unknown or damaged, or that needs a permission of the user."""
 
 
 class NumericsError(LamellaError):
@@ -56,7 +56,7 @@ class CheckpointError(LamellaError):
 
 
 class ExportError(LamellaError):
-    """An output folder that cannot be written: it exists, or the disk has no room."""
+    """An output folder that cannot be written: it exists, or the disk is full."""
 
 
 class MethodError(LamellaError):
@@ -64,7 +64,7 @@ class MethodError(LamellaError):
 
 
 class DownloadError(LamellaError):
-    """Something that must come from the network did not."""
+    """A failed download."""
 
 
 class BudgetError(LamellaError):
@@ -72,16 +72,21 @@ class BudgetError(LamellaError):
 
 
 class TrainingError(LamellaError):
-    """Training that cannot start, go on from its checkpoint, or stay finite."""
+    """Training that cannot start, resume from its checkpoint, or stay finite."""
 
 
 def listed(values: Iterable[object]) -> str:
-    """Values of an option as a message shows them, in Python and on the command line alike."""
+    """Format the values of an option for messages, the same in Python and on the command line."""
     return ", ".join(map(str, values)) or "none"
 
 
 def reason_of(error: Exception, longest: int = 160) -> str:
-    """What an error says, in one line: all of it for an error of this family, the beginning for any other."""
+    """Return the message of an error in one line: unabridged for an error of this family, truncated for any other.
+
+    Args:
+        error: the error.
+        longest: maximum number of characters for other errors.
+    """
     if isinstance(error, LamellaError):
         return str(error)
     return " ".join(str(error).split())[:longest] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Packages that only some of the work needs: they are there, or one line says how to get them."""
+"""Optional packages: imported on demand, with an error message that names the extra to install."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ NAMES = {
     "PIL": "pillow",
     "rouge_score": "rouge-score",
     "sklearn": "scikit-learn",
-}  # of packages that are imported by another name
+}  # packages whose name differs from that of their module
 
 
 def is_installed(module: str) -> bool:
-    """Whether a module can be imported; it is not imported for the answer."""
+    """Return whether a module can be imported, without importing it."""
     return sys.modules[module] is not None if module in sys.modules else find_spec(module) is not None
 
 
 def require(module: str, extra: str, what: str) -> Any:
-    """A module of an optional package.
+    """Import a module of an optional package.
 
     Args:
-        module: to import.
-        extra: of Lamella that brings it.
-        what: needs it, for the message.
+        module: name of the module.
+        extra: the extra of Lamella that installs it.
+        what: the feature that needs it, for the message.
 
     Raises:
-        LamellaError: when it is missing.
+        LamellaError: if it is not installed.
     """
     try:
         return import_module(module)

@@ -1,15 +1,16 @@
-"""Files and folders that appear all at once: at every moment, one complete version exists.
+"""Atomic writing of files and folders: at every moment, one complete version exists.
 
-A file is written beside its place and renamed (:func:`write`, :func:`replacing`); several processes may do so at once.
-What long work has found is kept as lines of a journal, of which a kill can cut the last one short (:class:`Journal`).
+A file is written to a temporary sibling and renamed (:func:`write`, :func:`replacing`); several processes may do so at
+once. Intermediate results of long work are kept as lines of a journal, the last of which a kill may cut short
+(:class:`Journal`).
 
 A folder of results is made in the same way (:func:`new_folder`): it is written as a hidden sibling,
-``.OUT.partial-...``, and gets its name when it is whole. With an older version it changes places at once, so that
-``OUT`` is never missing. Where the system cannot do that, the older one is moved aside first, to ``.OUT.aside-...``,
-and deleted last. A process that dies between the two renames leaves the old version aside; :func:`recover` puts it
-back, and the next export does so by itself.
+``.OUT.partial-...``, and renamed when it is complete. An older version is exchanged atomically, so that ``OUT`` is
+never missing. If the system does not support that, the older version is first moved aside, to ``.OUT.aside-...``, and
+deleted last. If a process dies between the two renames, the old version is left aside; :func:`recover` restores it, and
+the next export does so by itself.
 
-The operating system's own locks, which end with their process, say whether a sibling is still in use: the parent is
+Locks of the operating system, which end with their process, tell whether a sibling is still in use: the parent is
 locked while names change, and a partial folder while it is written.
 """
 
@@ -32,9 +33,9 @@ from typing import Any
 from lamella.errors import ExportError
 from lamella.reading import read_journal
 
-SLACK = 16 << 20  # bytes for config, tokenizer, report and the file system's own needs
-HERE, EXCHANGE = -100, 2  # of Linux: paths begin in the current folder, and two names change places
-UNFINISHED = ".*.partial-*"  # what a kill leaves of files that were being written
+SLACK = 16 << 20  # bytes for config, tokenizer, report and the file system
+HERE, EXCHANGE = -100, 2  # Linux: relative to the current folder, and exchange two names
+UNFINISHED = ".*.partial-*"  # remains of files that a killed process was writing
 
 
 # Files
@@ -42,11 +43,14 @@ UNFINISHED = ".*.partial-*"  # what a kill leaves of files that were being writt
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A file to write, in a hidden folder of its own, which takes the place of ``path`` when the block ends without an
-    error.
+    """Yield a temporary file, in its own hidden folder, that replaces ``path`` when the block ends without an error.
 
-    A reader finds the old file or the new one, never a part. Of several processes that write ``path`` at once, each has
-    a folder of its own, and what is finished last stays. What a kill has left goes when ``path`` is written again.
+    A concurrent process that opens ``path`` finds the old file or the new one, never a part. If several processes write
+    ``path`` at once, each has a folder of its own, and the last one to finish wins. Remains of a killed process are
+    deleted when ``path`` is written again.
+
+    Args:
+        path: the file to write.
     """
     path = Path(path)
     for left in _siblings(path, "partial"):
@@ -63,19 +67,25 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def _folder_in_use(path: Path) -> tuple[Path, int]:
-    """A new sibling, and the descriptor that locks it; not under the parent's lock, which who writes there may hold."""
+    """Make a new sibling and lock it.
+
+    The lock of the parent is not taken, since the caller may hold it.
+
+    Returns:
+        The folder, and the descriptor that holds its lock.
+    """
     while True:
         folder = _sibling(path, "partial")
         folder.mkdir()
         with suppress(FileNotFoundError):
             lock = _lock(folder)
-            if folder.exists():  # nobody has swept it away before it was locked
+            if folder.exists():  # no other process has deleted it before it was locked
                 return folder, lock
             os.close(lock)
 
 
 def _sweep(left: Path) -> None:
-    """Delete a partial sibling that nobody writes any more."""
+    """Delete a partial sibling that no process writes any more."""
     with suppress(BlockingIOError, FileNotFoundError):
         lock = _lock(left, fcntl.LOCK_NB)
         shutil.rmtree(left, ignore_errors=True)
@@ -83,19 +93,27 @@ def _sweep(left: Path) -> None:
 
 
 def write(path: str | Path, text: str) -> None:
-    """Write a text file, all at once.
+    """Write a text file atomically.
+
+    Args:
+        path: the file.
+        text: its content.
 
     Raises:
-        ExportError: when it cannot be written.
+        ExportError: if it cannot be written.
     """
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write a file, all at once.
+    """Write a file atomically.
+
+    Args:
+        path: the file.
+        data: its content.
 
     Raises:
-        ExportError: when it cannot be written.
+        ExportError: if it cannot be written.
     """
     try:
         with replacing(path) as partial:
@@ -105,15 +123,15 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 
 
 class Journal:
-    """JSON lines that an interrupted run goes on from, under a line that says which run they belong to.
+    """JSON lines from which an interrupted run resumes, after a header that identifies the run.
 
     Args:
         path: the file; None keeps no journal.
-        header: the first line; a journal with another one is started afresh. None where there is no such line.
-        is_whole: whether a value is a line of this kind of journal.
+        is_whole: returns whether a value is a valid line of this kind of journal.
+        header: the first line; a journal with another header is started again. None for a journal without a header.
 
     Attributes:
-        found: what an earlier run has left, up to the first line that a kill cut short.
+        found: the lines of an earlier run, up to the first that a kill cut short.
     """
 
     def __init__(self, path: Path | None, is_whole: Callable[[Any], bool], header: str | None = None) -> None:
@@ -127,17 +145,18 @@ class Journal:
         write(path, "".join(f"{line}\n" for line in lines))
 
     def add(self, line: Any) -> None:
+        """Append a line."""
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
 
 class Finished:
-    """What the parts of long work have found, by their names, so that a run that was stopped does each of them once.
+    """Results of the parts of long work, by name, so that a run that was stopped does each part once.
 
     Args:
-        path: of the journal; None keeps no journal.
-        depends: JSON values, all that what is found depends on; what was found under others is forgotten.
+        path: file of the journal; None keeps no journal.
+        depends: JSON values on which all results depend; results of other values are discarded.
     """
 
     def __init__(self, path: Path | None, depends: Any) -> None:
@@ -151,7 +170,12 @@ class Finished:
         return len(self._found)
 
     def once(self, name: str, find: Callable[[], Any]) -> Any:
-        """What was found under this name, or else what ``find`` finds now, as JSON gives it back."""
+        """Return the stored result of a part, or compute and store it.
+
+        Args:
+            name: name of the part.
+            find: computes the result, a JSON value.
+        """
         if name not in self._found:
             self._found[name] = json.loads(json.dumps(find()))
             self._journal.add([name, self._found[name]])
@@ -164,44 +188,50 @@ def _is_finished(line: Any) -> bool:
 
 @dataclass(frozen=True)
 class Work:
-    """Where long work keeps what it has found, so that it goes on from there after a stop.
+    """The folder in which long work keeps intermediate results, so that it resumes after a stop.
 
     Attributes:
-        folder: made when something is kept. None keeps nothing after the process has ended.
+        folder: the folder, created when something is stored. None keeps nothing after the process has ended.
     """
 
     folder: Path | None = None
 
     def journal(self, name: str) -> Path | None:
-        """The file of a journal, for :class:`Journal`, in a folder that exists.
+        """Return the file of a journal, for :class:`Journal`, in a folder that exists; None if nothing is kept.
+
+        Args:
+            name: name of the journal.
 
         Raises:
-            ExportError: when that cannot be made.
+            ExportError: if the folder cannot be created.
         """
-        return None if self.folder is None else self.place() / f"{name}.jsonl"
+        return None if self.folder is None else self.directory() / f"{name}.jsonl"
 
     def within(self, name: str) -> Work:
-        """The part of a folder that one of several steps keeps for itself."""
+        """Return the subfolder of one of several steps."""
         return self if self.folder is None else Work(Path(self.folder) / name)
 
-    def place(self, name: str = "") -> Path:
-        """A folder for checkpoints and tensors, which exists; a temporary one where nothing is kept.
+    def directory(self, name: str = "") -> Path:
+        """Return a folder for checkpoints and tensors, which exists; a temporary one if nothing is kept.
+
+        Args:
+            name: name of a subfolder.
 
         Raises:
-            ExportError: when it cannot be made.
+            ExportError: if it cannot be created.
         """
         if self.folder is None:
             temporary = Path(tempfile.mkdtemp(prefix="lamella-"))
             atexit.register(shutil.rmtree, temporary, ignore_errors=True)
             return temporary
-        place = Path(self.folder) / name
+        directory = Path(self.folder) / name
         try:
-            place.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ExportError(
-                f"{place}: cannot be written ({error.strerror or error}); choose another folder"
+                f"{directory}: cannot be written ({error.strerror or error}); choose another folder"
             ) from None
-        return place
+        return directory
 
 
 # Folders
@@ -209,23 +239,23 @@ class Work:
 
 @contextmanager
 def new_folder(out: str | Path, *, size: int, overwrite: bool = False, source: Path | None = None) -> Iterator[Path]:
-    """An empty folder to write into, which becomes ``out`` when the block ends without an error.
+    """Yield an empty folder to write into, which becomes ``out`` when the block ends without an error.
 
     Args:
         out: the folder to make.
-        size: the bytes that will be written.
+        size: number of bytes that will be written.
         overwrite: replace an earlier model in ``out``.
         source: the folder that is read meanwhile, which ``out`` must not replace.
 
     Raises:
-        ExportError: when ``out`` exists, is no model that may be overwritten, or does not fit the disk.
+        ExportError: if ``out`` exists and may not be overwritten, or does not fit on the disk.
     """
     out = Path(out).resolve()
     try:
         recover(out)
         _check_replaceable(out, overwrite, source)
         _make_parent(out)
-        _check_room(out, size)
+        _check_space(out, size)
         partial = _sibling(out, "partial")
         with _locked(out.parent):
             partial.mkdir()
@@ -234,7 +264,7 @@ def new_folder(out: str | Path, *, size: int, overwrite: bool = False, source: P
             yield partial
             sync(partial)
             with _locked(out.parent):
-                _check_replaceable(out, overwrite, source)  # again, since someone else may have made it meanwhile
+                _check_replaceable(out, overwrite, source)  # again, since another process may have created it meanwhile
                 _put(partial, out)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -244,7 +274,11 @@ def new_folder(out: str | Path, *, size: int, overwrite: bool = False, source: P
 
 
 def recover(out: str | Path) -> None:
-    """Bring back the version that an export which was killed had moved aside, and delete what it left half-written."""
+    """Restore the version that a killed export had moved aside, and delete partial folders.
+
+    Args:
+        out: the folder of the export.
+    """
     out = Path(out).resolve()
     if not out.parent.is_dir():
         return
@@ -259,17 +293,22 @@ def recover(out: str | Path) -> None:
 
 
 def discard(work: Path, out: Path) -> None:
-    """Delete a folder of work beside ``out`` that is done; nobody finds half of it, which could not be gone on from."""
+    """Delete the work folder of a finished run atomically, so that no later run resumes from half of it.
+
+    Args:
+        work: the work folder.
+        out: the output folder.
+    """
     deleted = _sibling(out, "deleted")
     try:
         work.rename(deleted)
-    except OSError:  # it was never there, or may not be deleted either
+    except OSError:  # it does not exist, or may not be deleted
         return
     shutil.rmtree(deleted, ignore_errors=True)
 
 
 def _put(partial: Path, out: Path) -> None:
-    """Rename ``partial`` to ``out``; an older version stays until that is done, and is deleted."""
+    """Rename ``partial`` to ``out``; an older version is kept until then, and deleted."""
     old = None
     if not out.exists():
         partial.rename(out)
@@ -289,7 +328,7 @@ def _put(partial: Path, out: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Let two folders change their names in one step, if the system and the disk can."""
+    """Exchange the names of two folders in one step, if the system and the file system can."""
     try:
         rename = ctypes.CDLL(None).renameat2
     except (AttributeError, OSError):
@@ -298,14 +337,14 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _delete(old: Path, out: Path) -> None:
-    """Delete an old version under another name, so that a folder named ``aside`` is always whole."""
+    """Delete an old version under another name, so that a folder named ``aside`` is always complete."""
     deleted = _sibling(out, "deleted")
     old.rename(deleted)
     shutil.rmtree(deleted, ignore_errors=True)
 
 
 def _sibling(out: Path, kind: str) -> Path:
-    return out.parent / f".{out.name}.{kind}-{secrets.token_hex(4)}"  # the number of a process comes again
+    return out.parent / f".{out.name}.{kind}-{secrets.token_hex(4)}"  # process ids are reused
 
 
 def _siblings(out: Path, kind: str) -> list[Path]:
@@ -322,7 +361,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _lock(folder: Path, flags: int = 0) -> int:
-    """Lock a folder until the descriptor that is returned is closed, or its process ends."""
+    """Lock a folder until the returned descriptor is closed, or its process ends."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | flags)
@@ -343,8 +382,12 @@ def _is_locked(folder: Path) -> bool:
 def check_free(out: Path, overwrite: bool) -> None:
     """Check, before long work, that its result may be written; :func:`new_folder` checks again when it is.
 
+    Args:
+        out: the output folder.
+        overwrite: whether an existing folder may be replaced.
+
     Raises:
-        ExportError: when ``out`` exists and must not be replaced.
+        ExportError: if ``out`` exists and must not be replaced.
     """
     try:
         recover(out)
@@ -370,7 +413,7 @@ def _check_replaceable(out: Path, overwrite: bool, source: Path | None) -> None:
 
 
 def _is_model(folder: Path) -> bool:
-    """Whether a folder is a checkpoint or an export; other folders may have a config.json too."""
+    """Return whether a folder is a checkpoint or an export; other folders may have a config.json too."""
     for name, key in (("config.json", "model_type"), ("plan.json", "schema"), ("evidence.json", "schema")):
         try:
             if key in json.loads((folder / name).read_bytes()):
@@ -391,24 +434,24 @@ def _make_parent(out: Path) -> None:
         raise ExportError(f"{out}: its parent folder is not writable; choose another folder")
 
 
-def _check_room(out: Path, size: int) -> None:
+def _check_space(out: Path, size: int) -> None:
     free = shutil.disk_usage(out.parent).free
     if free < size + SLACK:
         raise ExportError(
             f"{out}: needs {(size + SLACK) / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free; "
-            "make room or choose another folder"
+            "free some space or choose another folder"
         )
 
 
 def sync(folder: Path) -> None:
-    """Have everything in a folder on the disk before its name says that it is whole."""
+    """Flush everything in a folder to the disk, before it gets its name."""
     for path in folder.rglob("*"):
         sync_entry(path)
     sync_entry(folder)
 
 
 def sync_entry(path: Path) -> None:
-    """Have a file, or the names in a folder, on the disk."""
+    """Flush a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

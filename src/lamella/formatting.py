@@ -1,4 +1,4 @@
-"""Numbers as people read them: few digits, a unit, and a dash where there is none."""
+"""Formatting of numbers for people: few digits, a unit, and a dash for missing values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MINUS = "−"  # noqa: RUF001
 
 
 def number(value: float | None) -> str:
-    """Three significant digits; thousands in groups."""
+    """Format a number with three significant digits and grouped thousands."""
     if value is None or not math.isfinite(value):
         return MISSING
     size = abs(value)
@@ -31,17 +31,17 @@ def _decimals(size: float) -> int:
 
 
 def ratio(value: float | None) -> str:
-    """A factor, such as ``1.32×``."""
+    """Format a factor, such as ``1.32×``."""
     return MISSING if value is None or not math.isfinite(value) else f"{value:.2f}×"  # noqa: RUF001
 
 
 def spread(value: Mapping[str, Any] | None) -> str:
-    """The quartiles of a measured ratio, such as ``1.30 to 1.34``."""
+    """Format the quartiles of a measured ratio, such as ``1.30 to 1.34``."""
     return MISSING if value is None else f"{value['low']:.2f} to {value['high']:.2f}"
 
 
 def estimate(value: Mapping[str, Any] | None) -> str:
-    """A mean with its standard error, where it has one, at the precision of the mean."""
+    """Format a mean with its standard error, if it has one, at the precision of the mean."""
     if value is None or value.get("mean") is None:
         return MISSING
     mean, error = value["mean"], value.get("error")
@@ -54,41 +54,41 @@ def estimate(value: Mapping[str, Any] | None) -> str:
 
 
 def percent(value: float | None, decimals: int = 1) -> str:
-    """A share, such as ``81.4 %``."""
+    """Format a fraction in percent, such as ``81.4 %``."""
     return MISSING if value is None or not math.isfinite(value) else f"{_fixed(100 * value, decimals)} %"
 
 
 def points(value: float) -> str:
-    """A difference of two shares, such as ``1 point`` or ``2.5 points``."""
+    """Format a difference of two fractions in percentage points, such as ``1 point`` or ``2.5 points``."""
     text = _fixed(100 * value, 1).removesuffix(".0")
     return f"{text} {'point' if text.removeprefix(MINUS) == '1' else 'points'}"
 
 
 def signed(value: float, decimals: int = 2) -> str:
-    """A difference with its sign, such as ``+0.25``."""
+    """Format a difference with its sign, such as ``+0.25``."""
     text = _fixed(value, decimals)
     return text if text.startswith(MINUS) else f"+{text}"
 
 
 def _fixed(value: float, decimals: int) -> str:
-    """So many decimals, with the sign of a minus, and without one before a zero."""
+    """Format with a fixed number of decimals, with a minus sign, and without one for zero."""
     text = f"{value:.{decimals}f}"
     return text.replace("-", MINUS, 1) if float(text) < 0 else text.removeprefix("-")
 
 
 def share(part: float, whole: float) -> float:
-    """The share that a part is of a whole, which is 0 where there is nothing."""
+    """Return a part as a fraction of a whole; 0 if the whole is 0."""
     return part / whole if whole else 0.0
 
 
 def counted(count: int, noun: str, plural: str = "") -> str:
-    """A number of things, such as ``1 plan`` or ``1,024 plans``."""
+    """Format a number of things, such as ``1 plan`` or ``1,024 plans``."""
     text = noun if count == 1 else plural or f"{noun}s"
     return f"{count:,} {text}".replace("-", MINUS, 1)
 
 
 def listed(names: Sequence[Any], nothing: str = "nothing", most: int = 8) -> str:
-    """Names in a sentence, such as ``a, b and c``; of many the first, and how many more there are."""
+    """Format names in a sentence, such as ``a, b and c``; of a long list the first, and the number of the rest."""
     if not names:
         return nothing
     shown, more = list(map(str, names[:most])), len(names) - most
@@ -98,17 +98,17 @@ def listed(names: Sequence[Any], nothing: str = "nothing", most: int = 8) -> str
 
 
 def numbered(noun: str, numbers: Sequence[int]) -> str:
-    """Things by their numbers, such as ``layer 3``, ``layers 3 and 5`` or ``no layer``."""
+    """Format things by their indices, such as ``layer 3``, ``layers 3 and 5`` or ``no layer``."""
     return f"{noun if len(numbers) == 1 else f'{noun}s'} {listed(numbers, most=32)}" if numbers else f"no {noun}"
 
 
 def span(noun: str, start: int, stop: int) -> str:
-    """Things in a row, such as ``layer 3`` or ``layers 3 to 5``; ``stop`` is not among them."""
+    """Format a range, such as ``layer 3`` or ``layers 3 to 5``; ``stop`` is exclusive."""
     return f"{noun} {start}" if stop - start == 1 else f"{noun}s {start} to {stop - 1}"
 
 
 def change(before: float | None, after: float | None) -> str:
-    """The change from one amount to another, such as ``−17.2 %``."""
+    """Format a relative change, such as ``−17.2 %``."""
     if before is None or after is None or not before:
         return MISSING
     share = 100 * (after / before - 1)
@@ -118,12 +118,12 @@ def change(before: float | None, after: float | None) -> str:
 
 
 def count(value: float | None) -> str:
-    """An amount with a decimal prefix, such as ``134.5 M``."""
+    """Format an amount with a decimal prefix, such as ``134.5 M``."""
     return _prefixed(value, "", (("G", 1e9), ("M", 1e6), ("k", 1e3)))
 
 
 def size(value: float | None) -> str:
-    """Bytes with a decimal prefix, such as ``538.1 MB``."""
+    """Format bytes with a decimal prefix, such as ``538.1 MB``."""
     return _prefixed(value, "B", (("G", 1e9), ("M", 1e6), ("k", 1e3)))
 
 
@@ -137,7 +137,7 @@ def _prefixed(value: float | None, unit: str, prefixes: tuple[tuple[str, float],
 
 
 def duration(value: float | None) -> str:
-    """Seconds, such as ``12.3 ms`` or ``80 s``."""
+    """Format seconds, such as ``12.3 ms`` or ``80 s``."""
     if value is None or not math.isfinite(value):
         return MISSING
     if value < 1:

@@ -1,4 +1,4 @@
-"""The inputs of a command: checked by name before anything is opened, then opened as their types say."""
+"""The inputs of a command: checked by name before anything is opened, then opened as their types require."""
 
 from __future__ import annotations
 
@@ -7,37 +7,52 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lamella.data import ImageText, Processing, Reader, Text, open_processing
+from lamella.data import ImageText, InputContext, Processing, Text, open_processing
 from lamella.errors import CheckpointError, LamellaError, MethodError
 from lamella.plan import Plan, PlanSeries
 from lamella.registry import Method, check_takes
 from lamella.result import Result
-from lamella.signature import EMPTY, Parameter, Signature, is_model, judges, kind_of, kinds_of, settings_of, signature
+from lamella.signature import (
+    EMPTY,
+    Parameter,
+    Signature,
+    is_model,
+    is_test_input,
+    kind_of,
+    kinds_of,
+    settings_of,
+    signature,
+)
 from lamella.stack import Model, Stack
-from lamella.zoo import Checkpoint, View, Written, open_for, open_model, open_tokenizer, open_written
+from lamella.zoo import LazyCheckpoint, SavedModel, View, open_for, open_model, open_saved, open_tokenizer
 from lamella.zoo.checks import check_model
 from lamella.zoo.opening import names_plan
 
 READ: dict[Any, Callable[[Path], Any]] = {Plan: Plan.read, PlanSeries: PlanSeries.read}
-TEST = "stdlib"  # the text that judges: of another kind than what is calibrated on
+TEST = "stdlib"  # the text of the default test, of another kind than the default calibration text
 SEQUENCES, LENGTH = 8, 256  # of its windows
-ROWS = 64  # of images with text that judge
-SEED = 0  # of the draw of test windows, which depend on the test alone: results of different commands compare
-FILES = (  # of these a name is a path, and no name of the zoo's or the hub's
+ROWS = 64  # of images with text in the default test
+SEED = 0  # of the test windows, which depend on the test only, so that results of different commands compare
+FILES = (  # names with these suffixes are paths, and not names of the zoo or the hub
     *(".csv", ".gguf", ".gz", ".json", ".jsonl", ".md", ".npy", ".npz", ".parquet", ".ply", ".safetensors", ".txt"),
     *(".gif", ".jpeg", ".jpg", ".mp4", ".png", ".webp"),
 )
 
 
 def check_inputs(contract: Signature, given: Mapping[str, Any], allow_pickle: bool = False) -> None:
-    """Check all inputs of a command that are names; what is open already is left alone.
+    """Check all inputs of a command that are names; inputs that are open already are skipped.
+
+    Args:
+        contract: the signature of the command.
+        given: its arguments by name.
+        allow_pickle: whether pickle checkpoints are accepted.
 
     Raises:
-        LamellaError: one line for the first that cannot be used.
+        LamellaError: one line for the first input that cannot be used.
     """
     for parameter in contract.inputs.values():
         value = given.get(parameter.name)
-        for each in value.values() if parameter.named and isinstance(value, Mapping) else [value]:
+        for each in value.values() if parameter.is_mapping and isinstance(value, Mapping) else [value]:
             check_input(kinds_of(parameter), each, parameter, allow_pickle)
 
 
@@ -47,7 +62,11 @@ def check_source(name: Any) -> None:
 
 
 def check_changed(name: str | Path | None) -> None:
-    """Check the name of what is compared with a model, or runs: a plan, a folder, a model; None is left alone."""
+    """Check the name of something that is compared with a model or applied to it: a plan, a folder or a model.
+
+    Args:
+        name: the name; None is accepted.
+    """
     if name is not None:
         check_input((Plan,) if names_plan(name) else (Stack,), name)
 
@@ -55,7 +74,14 @@ def check_changed(name: str | Path | None) -> None:
 def check_input(
     kinds: Sequence[Any], value: Any, parameter: Parameter | None = None, allow_pickle: bool = False
 ) -> None:
-    """Check that a name can be opened as one of some types; the first type's refusal is raised where none takes it."""
+    """Check that a name can be opened as one of some types; if none accepts it, the error of the first type is raised.
+
+    Args:
+        kinds: the types.
+        value: the name, or an object that is open already.
+        parameter: the parameter of the input, for messages.
+        allow_pickle: whether pickle checkpoints are accepted.
+    """
     refusals: list[LamellaError] = []
     for kind in kinds:
         try:
@@ -69,7 +95,7 @@ def check_input(
 
 
 def _check(kind: Any, value: Any, parameter: Parameter | None, allow_pickle: bool) -> None:
-    is_many = getattr(kind, "many", False) or (parameter is not None and parameter.many)
+    is_many = getattr(kind, "many", False) or (parameter is not None and parameter.is_repeated)
     names = value if isinstance(value, list | tuple) and is_many else [value]
     for name in (each for each in names if isinstance(each, str | Path)):
         if is_model(kind):
@@ -83,12 +109,12 @@ def _check(kind: Any, value: Any, parameter: Parameter | None, allow_pickle: boo
 
 
 def _check_path(name: str | Path, parameter: Parameter | None) -> None:
-    """Check that what can only be a file or a folder is there, and no empty file."""
+    """Check that something that can only be a file or a folder exists, and is no empty file."""
     path = Path(name).expanduser()
     what = f"{parameter.name}: " if parameter is not None else ""
     is_path = isinstance(name, Path) or path.is_absolute() or str(name).startswith(".") or path.suffix.lower() in FILES
     if is_path and not path.exists():
-        raise MethodError(f"{what}no file {name}, so that it cannot be read: give one that is there")
+        raise MethodError(f"{what}there is no file {name}: give an existing file")
     if path.is_file() and path.stat().st_size == 0:
         raise MethodError(f"{what}{name} is empty")
 
@@ -96,15 +122,20 @@ def _check_path(name: str | Path, parameter: Parameter | None) -> None:
 class Opening:
     """Opens the inputs of one command.
 
+    Args:
+        entry: the command.
+        given: its arguments by name.
+        how: keyword arguments for opening models.
+
     Attributes:
-        model: the model, once it is open; one stack of it where the command takes that.
-        opened: what is open, by name.
+        model: the model once it is open; a stack of it if the command takes one.
+        opened: opened inputs, by name.
     """
 
     def __init__(self, entry: Method, given: Mapping[str, Any], **how: Any) -> None:
         self.entry, self.given, self.how = entry, given, how
         if given.get("shard"):
-            self.how["device"] = "cpu"  # the processes take their parts from there
+            self.how["device"] = "cpu"  # each process takes its shard from there
         default = entry.options["seed"].default if "seed" in entry.options else 0
         self.seed: int = given.get("seed", default)
         self.model: Model | None = None
@@ -114,48 +145,48 @@ class Opening:
         self._name: Any = None
 
     def __call__(self, parameter: Parameter) -> Any:
-        """The input of that name.
+        """Return the input of a parameter.
 
         Raises:
-            MethodError: when it is missing.
+            MethodError: if it is missing.
         """
         found = self.opened[parameter.name] = self._of(parameter)
         return found
 
     def _of(self, parameter: Parameter) -> Any:
         value, default = self.given.get(parameter.name), parameter.default
-        if value is None and judges(parameter):
+        if value is None and is_test_input(parameter):
             return self.judge(**self._settings(Text, parameter))
-        wanted = default is EMPTY
+        required = default is EMPTY
         kind = self._kind(parameter, value)
-        if value is None and wanted:
+        if value is None and required:
             value = getattr(kind, "default", None)
-        if value is None and not (wanted and getattr(kind, "nameless", False)):
-            if not wanted:
+        if value is None and not (required and getattr(kind, "nameless", False)):
+            if not required:
                 return default
             raise MethodError(f"{self.entry.slug} needs {parameter.name}: {parameter.help or 'give one'}")
         settings = self._settings(kind, parameter)
-        if parameter.named and value is not None:
+        if parameter.is_mapping and value is not None:
             return {name: self._opened(kind, each, parameter, settings) for name, each in value.items()}
-        if parameter.many:
+        if parameter.is_repeated:
             values = value if isinstance(value, list | tuple) else [value]
             return tuple(self._opened(self._kind(parameter, each), each, parameter, settings) for each in values)
         return self._opened(kind, value, parameter, settings)
 
     def _kind(self, parameter: Parameter, value: Any) -> Any:
-        """The type that an input is opened as: of several, one that fits the model and what was given."""
+        """Return the type that an input is opened as: of several, one that fits the model and the value."""
         fitting = (each for each in kinds_of(parameter) if hasattr(each, "fits") and each.fits(self.model, value))
         return next(fitting, kind_of(parameter))
 
     def _settings(self, kind: Any, parameter: Parameter) -> dict[str, Any]:
-        """How an input is opened: as its parameter says, or as was asked for.
+        """Return the loader settings of an input: those of its parameter, overridden by those of the call.
 
-        What is asked for is meant for the inputs that a command works on, and for its test only where there is no other
-        input with such a setting: tests are the same in every command.
+        Settings apply to the inputs that a command works on, and to its test only if no other input has such a setting:
+        tests are the same in every command.
         """
         known = signature(kind.open).options if hasattr(kind, "open") and not is_model(kind) else {}
         others = [each for each in self.entry.signature.inputs.values() if each is not parameter]
-        taken = {name for each in others for name in settings_of(each)} if judges(parameter) else set()
+        taken = {name for each in others for name in settings_of(each)} if is_test_input(parameter) else set()
         found = {name: value for name, value in parameter.settings.items() if name in known}
         return found | {name: self.given[name] for name in known if name in self.given and name not in taken}
 
@@ -164,22 +195,22 @@ class Opening:
             return self._model(kind, value)
         if kind is None or not (value is None or isinstance(value, str | Path | list)):
             is_model_of_view = kind is not None and issubclass(kind, View) and not isinstance(value, kind)
-            return kind.open(value, **settings) if is_model_of_view else value  # else open already
+            return kind.open(value, **settings) if is_model_of_view else value  # otherwise it is open already
         if kind in READ or issubclass(kind, Result):
             return (READ.get(kind) or kind.read)(Path(value))  # type: ignore[arg-type]
-        if judges(parameter):
+        if is_test_input(parameter):
             return self.judge(value, **settings)
-        if "reader" in signature(kind.open).inputs:
-            settings = settings | {"reader": self.reader(parameter.split)}
+        if "context" in signature(kind.open).inputs:
+            settings = settings | {"context": self.context(parameter.split)}
         return kind.open(value, **settings)
 
     def _model(self, kind: Any, value: Any) -> Any:
         how = dict(self.how)
         stack = how.pop("stack", None)
-        if kind is Checkpoint:
-            return value if isinstance(value, Checkpoint) else Checkpoint.open(value, **how)
-        if kind is Written:
-            written = value if isinstance(value, Written) else open_written(value, **how)
+        if kind is LazyCheckpoint:
+            return value if isinstance(value, LazyCheckpoint) else LazyCheckpoint.open(value, **how)
+        if kind is SavedModel:
+            written = value if isinstance(value, SavedModel) else open_saved(value, **how)
             self.model, self._name = self.model or written.running, value
             return written
         model = open_model(value, **how) if kind is Model else open_for(self.entry, value, stack=stack, **how)
@@ -189,56 +220,63 @@ class Opening:
             self.model, self._name = model, value
         return model
 
-    def reader(self, split: Any) -> Reader:
-        """What the loaders of inputs read with."""
-        opener = None if self.model is None else self.tokenizer
-        processing = None if self.model is None else self.processing
-        return Reader(opener, self.seed, split, processing)
-
-    def judge(self, value: Any = None, *, sequences: int = SEQUENCES, length: int = LENGTH, **more: Any) -> Any:
-        """What changed models are judged on: windows of a text, or rows of images with text.
-
-        They depend on their source and size alone, so that what different commands measure compares. Where a command
-        was given images with text, other rows of these judge, unless images are named.
+    def context(self, split: Any) -> InputContext:
+        """Return the context in which inputs are loaded.
 
         Args:
-            value: the name of the source; :data:`TEST` when left out.
-            sequences, length: windows of a text, and tokens in each: at most what the model can read.
+            split: the split that is read.
+        """
+        opener = None if self.model is None else self.tokenizer
+        processing = None if self.model is None else self.processing
+        return InputContext(opener, self.seed, split, processing)
+
+    def judge(self, value: Any = None, *, sequences: int = SEQUENCES, length: int = LENGTH, **more: Any) -> Any:
+        """Open the test that changed models are evaluated on: windows of a text, or rows of images with text.
+
+        They depend on their source and size only, so that results of different commands compare. If a command was given
+        images with text, other rows of these are the test, unless images are named.
+
+        Args:
+            value: the name of the source; :data:`TEST` if None.
+            sequences: number of windows of a text.
+            length: tokens in each window, limited by the context length of the model.
             more: settings of rows of images with text.
         """
-        reader = replace(self.reader("test"), seed=SEED)
+        context = replace(self.context("test"), seed=SEED)
         shown = next((each for each in self.opened.values() if isinstance(each, ImageText)), None)
         if ImageText.fits(self.model, value):
-            return ImageText.open(value, reader, **{"rows": ROWS} | more)
+            return ImageText.open(value, context, **{"rows": ROWS} | more)
         if shown is not None:
             return shown.part("test", SEED, ROWS)
         assert self.model is not None
         *_, last = self.model.stacks.values()
-        context = int(getattr(last.config, "max_position_embeddings", None) or length)
-        return Text.open(value or TEST, reader, sequences=sequences, length=min(length, context))
+        longest = int(getattr(last.config, "max_position_embeddings", None) or length)
+        return Text.open(value or TEST, context, sequences=sequences, length=min(length, longest))
 
     def tokenizer(self) -> Any:
-        """That of the model.
+        """Return the tokenizer of the model.
 
         Raises:
-            CheckpointError: when it has none, or none that works.
+            CheckpointError: if it has none, or none that works.
         """
         if self.known_tokenizer is None:
             assert self.model is not None
-            place = self.model.path or self._name
-            if not isinstance(place, str | Path):
-                raise CheckpointError(f"{self.model.name} is a model in memory, whose tokenizer is not known")
-            tokenizer = open_tokenizer(place)
-            if not tokenizer("Is there a vocabulary?")["input_ids"]:  # transformers makes an empty one of no files
+            source = self.model.path or self._name
+            if not isinstance(source, str | Path):
+                raise CheckpointError(f"{self.model.name} is a model in memory, whose tokenizer is unknown")
+            tokenizer = open_tokenizer(source)
+            if not tokenizer("Is there a vocabulary?")[
+                "input_ids"
+            ]:  # without files, transformers makes an empty tokenizer
                 raise CheckpointError(f"{self.model.name} has no tokenizer: put its files beside the weights")
             self.known_tokenizer = tokenizer
         return self.known_tokenizer
 
     @property
-    def known_reader(self) -> Any:
-        """What was opened of what the model reads with: its processor, which holds the tokenizer, or that alone.
+    def known_processor(self) -> Any:
+        """The processor or tokenizer of the model, as far as it was opened.
 
-        Of a model that reads images it is the processor, also where only text was read.
+        For a model of images and text it is the processor, even if only text was loaded.
         """
         stacks = {} if self.model is None else self.model.stacks
         if self.known_tokenizer is not None and any(each.architecture.images for each in stacks.values()):
@@ -246,7 +284,7 @@ class Opening:
         return self.known_tokenizer if self.known_processing is None else self.known_processing.processor
 
     def processing(self) -> Processing:
-        """What the model reads images and text with."""
+        """Return the processor of the model, for images and text."""
         if self.known_processing is None:
             assert self.model is not None
             self.known_processing = open_processing(self.model, self._name)

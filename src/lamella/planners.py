@@ -1,4 +1,4 @@
-"""Planners: planning methods by name with their options, as commands take them."""
+"""Planning methods by name with their options, as commands take them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from lamella.plan import PlanSeries
 from lamella.registry import Method, get_method, methods
 from lamella.stack import Stack
 
-PLANS = "PlanSeries"  # what a planning method returns
+PLANS = "PlanSeries"  # result type of planning methods
 DEFAULT = "portfolio"
-GOALS = ("speedup", "share", "parameters", "size", "memory", "sparsity", "loss")  # of which a budget has one
+GOALS = ("speedup", "share", "parameters", "size", "memory", "sparsity", "loss")  # a budget has at most one of these
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Planner:
     """A planning method with options that differ from its defaults.
 
     Attributes:
-        slug: of the method.
-        options: by name, as the method declares them.
+        slug: slug of the method.
+        options: options by name, as the method declares them.
 
     Raises:
         MethodError: for an unknown method or option, a value out of its bounds, or a method that returns no plans.
@@ -40,28 +40,28 @@ class Planner:
         entry = self.method
         if entry.result != PLANS:
             raise MethodError(
-                f"{self.slug} returns a {entry.result} and makes no plan; `lamella methods` says what does"
+                f"{self.slug} returns a {entry.result}, not plans; `lamella methods` lists the planning methods"
             )
         unknown = sorted(set(self.options) - set(entry.options))
         if unknown:
             known = ", ".join(entry.options) or "none"
             raise MethodError(f"{self.slug} has no option '{unknown[0]}'; its options are: {known}")
-        entry.signature.gathered(self.slug, self.options)
+        entry.signature.collect(self.slug, self.options)
 
     @property
     def method(self) -> Method:
-        """The method itself."""
+        """The declaration of the method."""
         return get_method(self.slug)
 
 
 @dataclass(frozen=True)
 class Race:
-    """The planners that a job tries, of which it keeps the best.
+    """The planners that a command tries, of which it keeps the best.
 
     Attributes:
-        planners: with their options.
-        is_default: whether none was named.
-        is_open: whether those that do not work on the model are left out; otherwise they are refused.
+        planners: the planners with their options.
+        is_default: whether no planner was named.
+        is_open: whether planners that do not work on the model are skipped; otherwise they are refused.
     """
 
     planners: tuple[Planner, ...]
@@ -70,11 +70,11 @@ class Race:
 
     @classmethod
     def of(cls, value: Any, options: Mapping[str, Mapping[str, Any]] | None = None) -> Race:
-        """The race that an option stands for.
+        """Parse the value of an option.
 
         Args:
-            value: ``auto``, the default planner; ``all``; names with commas; or planners.
-            options: of planners, by slug.
+            value: ``auto``, the default planner; ``all``; slugs separated by commas; or planners.
+            options: options of planners, by slug.
 
         Raises:
             MethodError: for an unknown method, or options of a method that is not in the race.
@@ -94,29 +94,39 @@ class Race:
                 slugs = [each.strip() for each in value.split(",")]
         foreign = next((slug for slug in options if slug not in slugs), None)
         if foreign is not None:
-            raise MethodError(f"options are given for {foreign}, which is not in the race: add it to --method")
+            raise MethodError(f"there are options for {foreign}, which is not among the planners: add it to --method")
         planners = tuple(Planner(slug, options.get(slug, {})) for slug in slugs)
         return cls(planners, is_default=value == "auto", is_open=value == "all")
 
     @classmethod
     def check(cls, value: Any) -> None:
-        """Check what an option names."""
+        """Check the value of an option.
+
+        Args:
+            value: see :meth:`of`.
+        """
         cls.of(value)
 
 
 def planner(slug: str, **options: Any) -> Planner:
-    """A planning method with its options; see :class:`Planner`."""
+    """Return a planning method with its options; see :class:`Planner`.
+
+    Args:
+        slug: slug of the method.
+        options: options by name.
+    """
     return Planner(slug, options)
 
 
 def planned_on(entry: Method, calibration: Tokens | None) -> dict[str, Any]:
-    """What a planning method is given beside the model.
+    """Return the inputs of a planning method in addition to the model.
 
     Args:
+        entry: the method.
         calibration: token ids [sequences, time], or images with text.
 
     Raises:
-        MethodError: for images where it plans on text, or nothing where it needs some.
+        MethodError: for images if it plans on text, or None if it needs calibration data.
     """
     if not entry.text and not entry.samples:
         return {}
@@ -128,7 +138,11 @@ def planned_on(entry: Method, calibration: Tokens | None) -> dict[str, Any]:
 
 
 def continuations(calibration: Tokens) -> list[Sample]:
-    """Sequences as samples: the first quarter of each is the prompt, the rest its answer; padding is left out."""
+    """Cut sequences into samples: the first quarter of each is the prompt, the rest its answer; padding is removed.
+
+    Args:
+        calibration: token ids [sequences, time], with an optional mask.
+    """
     rows = []
     for row in sequences(calibration):
         ids = row["input_ids"][0]
@@ -137,10 +151,15 @@ def continuations(calibration: Tokens) -> list[Sample]:
 
 
 def first_reaching(series: PlanSeries, times: StepTimes, speedup: float) -> int:
-    """The point of the series with the fewest sublayers removed whose predicted decode speed-up reaches the target.
+    """Return the index of the smallest cut of a series whose predicted decode speed-up reaches a target.
+
+    Args:
+        series: the plans.
+        times: step times of the model.
+        speedup: the target, as a factor.
 
     Raises:
-        BudgetError: when none does; the message says the highest that can be reached.
+        BudgetError: if no plan reaches it; the message gives the highest speed-up.
     """
     predicted = [times.speedup(plan) for plan in series]
     reaching = [index for index, value in enumerate(predicted) if value >= speedup]
@@ -153,13 +172,21 @@ def first_reaching(series: PlanSeries, times: StepTimes, speedup: float) -> int:
 
 
 def pick(series: PlanSeries, budget: Budget, stack: Stack) -> int:
-    """The plan of a series that answers a budget: the smallest cut that reaches its goal, or the last plan without one.
+    """Pick the plan of a series that fits a budget: the smallest cut that reaches its goal, else the last plan.
 
-    Of a share of the sublayers and of a loss, which are limits, it is the largest cut within it.
+    For a share of the sublayers and for a loss, which are limits, it is the largest cut within the limit.
+
+    Args:
+        series: the plans.
+        budget: the goal.
+        stack: the model.
+
+    Returns:
+        The index of the plan.
 
     Raises:
-        BudgetError: when no plan reaches the goal, or for several goals.
-        PlanError: for a share of the sublayers, where plans change weights alone.
+        BudgetError: if no plan reaches the goal, or there are several goals.
+        PlanError: for a share of the sublayers, if the plans change weights only.
     """
     goal = goal_of(budget)
     if goal is None:
@@ -167,42 +194,45 @@ def pick(series: PlanSeries, budget: Budget, stack: Stack) -> int:
     if budget.speedup is not None:
         return first_reaching(series, step_times(stack), budget.speedup)
     if budget.share is not None:
-        wanted = series.at_ratio(budget.share).digest
-        return next(number for number, plan in enumerate(series) if plan.digest == wanted)
+        digest = series.at_ratio(budget.share).digest
+        return next(number for number, plan in enumerate(series) if plan.digest == digest)
     if budget.loss is not None:
         fitting = [number for number, point in enumerate(series.points) if _score(point.scores) <= budget.loss]
         return _first(fitting[::-1], series, f"a loss of {budget.loss:g}")
     if budget.sparsity is not None:
-        least = budget.sparsity * cost(stack).parameters
-        fitting = [number for number, plan in enumerate(series) if plan.masked >= least]
+        masked = budget.sparsity * cost(stack).parameters
+        fitting = [number for number, plan in enumerate(series) if plan.masked >= masked]
         return _first(fitting, series, f"a sparsity of {budget.sparsity:g}")
     fitting = [number for number, plan in enumerate(series) if budget.fits(stack, plan)]
     return _first(fitting, series, f"{goal} {getattr(budget, goal):g}")
 
 
 def goal_of(budget: Budget) -> str | None:
-    """The name of a budget's goal, if it has one.
+    """Return the name of a budget's goal, if it has one.
+
+    Args:
+        budget: the budget.
 
     Raises:
-        BudgetError: for several.
+        BudgetError: if there are several.
     """
-    given = [name for name in GOALS if getattr(budget, name) is not None]
-    if len(given) > 1:
-        raise BudgetError(f"{given[0]} and {given[1]} both pick a plan of the series: give one of them")
-    return given[0] if given else None
+    goals = [name for name in GOALS if getattr(budget, name) is not None]
+    if len(goals) > 1:
+        raise BudgetError(f"{goals[0]} and {goals[1]} both pick a plan of the series: give one of them")
+    return goals[0] if goals else None
 
 
 def _score(scores: Mapping[str, float]) -> float:
-    """The first of a plan's scores, which is what its planner goes by; infinite where it has none."""
+    """Return the first score of a plan, by which its planner decides; infinite if there is none."""
     return next(iter(scores.values()), math.inf)
 
 
-def _first(numbers: Sequence[int], series: PlanSeries, goal: str) -> int:
-    """The first of some plans.
+def _first(indices: Sequence[int], series: PlanSeries, goal: str) -> int:
+    """Return the first of some plans.
 
     Raises:
-        BudgetError: when there is none.
+        BudgetError: if there is none.
     """
-    if not numbers:
+    if not indices:
         raise BudgetError(f"{goal} cannot be reached by {series.provenance.get('method', 'this series')}: ask for less")
-    return numbers[0]
+    return indices[0]

@@ -1,4 +1,4 @@
-"""Several processes that do one job together, as ``accelerate launch`` starts them: what one of them does alone."""
+"""Jobs of several processes, as started by ``accelerate launch``, and work that one of them does alone."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # what a launcher says of a process
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # environment variables that a launcher sets
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
 
 def is_first() -> bool:
-    """Whether this process speaks and writes: the only one, or the first of several."""
+    """Return whether this process prints and writes: the only one, or the first of several."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def local_rank() -> int:
-    """The number of this process on its machine, and of the accelerator that is its own."""
+    """Return the index of this process on its machine, which is also the index of its accelerator."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def count() -> int:
-    """How many processes there are."""
+    """Return the number of processes."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Let this process work for itself inside this block, as if it were the only one.
+    """Run a block as if this process were the only one.
 
-    Processes that share their work in a way of their own call what would otherwise share it in its way.
+    Used by processes that distribute their work themselves and call code that would otherwise distribute it, too.
     """
     hidden = {name: os.environ.pop(name) for name in LAUNCHED if name in os.environ}
     try:
@@ -42,9 +42,9 @@ def alone() -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """Let the kernel end this process when the one that started it ends, be it killed: on Linux, and in no other.
+    """Let the kernel end this process when its parent ends, even if that is killed; on Linux only.
 
-    Else a worker would go on with the task of a run that was killed, beside the run that goes on from there.
+    Otherwise a worker would continue the task of a killed run, concurrently with the run that resumes it.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

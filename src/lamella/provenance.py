@@ -1,4 +1,4 @@
-"""Provenance: what every artefact says of where it comes from. The house writes it; no method does."""
+"""Provenance: where a result comes from. It is written by the registry, not by methods."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ PACKAGES = ("lamella", "torch", "transformers", "safetensors", "numpy")
 
 
 def stamp(
-    said: dict[str, Any], method: str, command: str, options: Mapping[str, Any], inputs: Mapping[str, Any]
+    provenance: dict[str, Any], method: str, command: str, options: Mapping[str, Any], inputs: Mapping[str, Any]
 ) -> None:
-    """Say of a result which method made it, how and from what, in place; what the method says itself stays behind it.
+    """Record in the provenance of a result which method made it, how and from what, in place.
 
     Args:
-        said: the provenance of the result.
-        method, command: the slug, and the name of one of its further commands.
-        options: with their values.
-        inputs: what it was given, by name.
+        provenance: the provenance of the result.
+        method: the slug.
+        command: name of the further command; empty for the method itself.
+        options: options with their values.
+        inputs: inputs by name.
     """
     found = {
         "method": method,
@@ -37,15 +38,18 @@ def stamp(
         **({"seed": options["seed"]} if "seed" in options else {}),
         "machine": machine(),
     }
-    own = {name: value for name, value in said.items() if name not in found}
-    said.clear()
-    said.update(found | own)
+    own = {name: value for name, value in provenance.items() if name not in found}
+    provenance.clear()
+    provenance.update(found | own)
 
 
 def describe(value: Any) -> Any:
-    """What provenance says of an input: its own description, or a digest of its content.
+    """Return the description of an input for provenance: its own, or a digest of its content.
 
-    Tensors, alone or by name, are described by the shape of the first and a hash of their numbers.
+    Tensors, alone or by name, are described by the shape of the first and a hash of their values.
+
+    Args:
+        value: the input.
     """
     if hasattr(value, "describe"):
         return value.describe()
@@ -53,14 +57,18 @@ def describe(value: Any) -> Any:
     if parts and all(hasattr(part, "cpu") for part in parts):
         digest = hashlib.sha256(b"".join(part.cpu().numpy().tobytes() for part in parts)).hexdigest()
         return {"shape": list(parts[0].shape), "sha256": digest}
-    said: dict[str, Any] = {"type": type(value).__name__}
+    description: dict[str, Any] = {"type": type(value).__name__}
     if isinstance(value, str | Path):
         return str(value)
-    return said | ({"count": len(value)} if hasattr(value, "__len__") else {})
+    return description | ({"count": len(value)} if hasattr(value, "__len__") else {})
 
 
 def plain(value: Any) -> Any:
-    """An option as JSON says it."""
+    """Convert the value of an option to JSON values.
+
+    Args:
+        value: the value.
+    """
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if is_dataclass(value) and not isinstance(value, type):
@@ -75,7 +83,7 @@ def plain(value: Any) -> Any:
 
 
 def environment() -> dict[str, Any]:
-    """The machine line, versions, thread count and date, as every record carries them."""
+    """Return the machine, versions, thread count and date, as recorded in all evidence."""
     import torch
 
     return {
@@ -87,14 +95,15 @@ def environment() -> dict[str, Any]:
 
 
 def machine() -> str:
-    """One line: processor or accelerator, cores and memory."""
+    """Describe processor or accelerator, cores and memory in one line."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     line = f"{_processor()}, {os.cpu_count()} cores, {memory:.0f} GiB"
-    torch = sys.modules.get("torch")  # a method that computes without it need not wait for it
+    torch = sys.modules.get("torch")  # not imported here, for methods that do not use it
     return f"{torch.cuda.get_device_name()}; {line}" if torch is not None and torch.cuda.is_available() else line
 
 
 def package_version(package: str) -> str:
+    """Return the version of an installed package."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -1,7 +1,7 @@
-"""Reading what anyone may have written: whatever is wrong with a file becomes one error that names it.
+"""Reading of untrusted files: any defect of a file becomes one error that names it.
 
-Python's own reader of JSON also raises what no caller expects (``RecursionError`` for deep nesting), and lets pass what
-fails much later: half of a surrogate pair can be neither written down nor tokenized.
+Python's JSON parser also raises errors that callers do not expect (``RecursionError`` for deep nesting), and accepts
+values that fail much later: an unpaired surrogate can neither be written nor tokenized.
 
 Files are opened here, too. A file from elsewhere may be a pipe that never ends, a link to a file that its author must
 not see, or an archive of a few kilobytes that decompresses to all of the memory. So only regular files are opened,
@@ -24,11 +24,11 @@ from typing import Any, BinaryIO, NamedTuple
 from lamella.errors import CalibrationError, LamellaError
 from lamella.extras import require
 
-DEEPEST = 100  # levels of nesting: far above any document, far below what ends the interpreter
-LONGEST = 2**25  # characters or bytes of one line, and of one document: more than any book has
-LARGEST_TEXT = 2**30  # bytes of a text that is read whole
-ALWAYS_ALLOWED = 2**26  # bytes that every archive may expand to
-LARGEST_RATIO = 200  # bytes that one byte of a larger archive may expand to; text reaches about 20
+DEEPEST = 100  # maximum levels of nesting, far below the recursion limit
+LONGEST = 2**25  # maximum characters or bytes of a line and of a document: more than any book has
+LARGEST_TEXT = 2**30  # maximum bytes of a text that is read into memory
+ALWAYS_ALLOWED = 2**26  # bytes that any archive may expand to
+LARGEST_RATIO = 200  # maximum compression ratio of a larger archive; text reaches about 20
 
 DECOMPRESSORS: dict[str, Callable[[BinaryIO], Any]] = {
     ".gz": gzip.open,
@@ -45,6 +45,9 @@ class FileRefused(ValueError):
 def open_file(path: str | Path) -> io.BufferedReader:
     """Open a regular file for reading; a pipe is refused instead of being waited for.
 
+    Args:
+        path: the file.
+
     Raises:
         OSError: if the file cannot be opened.
         FileRefused: if it is a pipe, a socket or a device.
@@ -57,23 +60,30 @@ def open_file(path: str | Path) -> io.BufferedReader:
 
 
 def open_decompressed(path: str | Path) -> BinaryIO:
-    """Open a regular file for reading, decompressed where its suffix is one of :data:`DECOMPRESSORS`.
+    """Open a regular file for reading, decompressed if its suffix is one of :data:`DECOMPRESSORS`.
+
+    Args:
+        path: the file.
 
     Raises:
         OSError: if the file cannot be opened.
-        FileRefused: if it is not a regular file. Reading raises it when the file expands to more than it may.
+        FileRefused: if it is not a regular file. Reading raises it when the file expands to more than the maximum size.
     """
     file, decompress = open_file(path), DECOMPRESSORS.get(Path(path).suffix)
     return file if decompress is None else io.BufferedReader(_Expanding(file, decompress(file)))
 
 
 def may_expand_to(size: int) -> int:
-    """The largest number of bytes that an archive of ``size`` bytes may expand to."""
+    """Return the maximum number of bytes that an archive of ``size`` bytes may expand to."""
     return max(ALWAYS_ALLOWED, LARGEST_RATIO * size)
 
 
 def check_expansion(size: int, expanded: int) -> None:
     """Check how much larger the content of an archive is than the archive.
+
+    Args:
+        size: size of the archive in bytes.
+        expanded: size of its content in bytes.
 
     Raises:
         FileRefused: if it expands to more than :func:`may_expand_to`.
@@ -85,16 +95,18 @@ def check_expansion(size: int, expanded: int) -> None:
 
 
 class _Expanding(io.RawIOBase):
-    """The decompressed bytes of a file, which are counted while they are read."""
+    """The decompressed bytes of a file, counted while they are read."""
 
     def __init__(self, file: BinaryIO, decompressed: Any) -> None:
         self._file, self._decompressed = file, decompressed
         self._size, self._expanded = os.fstat(file.fileno()).st_size, 0
 
     def readable(self) -> bool:
+        """Return True."""
         return True
 
     def readinto(self, buffer: Any) -> int:
+        """Read into a buffer, and return the number of bytes."""
         data = self._decompressed.read(len(buffer))
         self._expanded += len(data)
         check_expansion(self._size, self._expanded)
@@ -102,30 +114,31 @@ class _Expanding(io.RawIOBase):
         return len(data)
 
     def close(self) -> None:
+        """Close the file."""
         self._decompressed.close()
         self._file.close()
         super().close()
 
 
 def files_below(folder: Path, wanted: Callable[[Path], bool]) -> list[Path]:
-    """The regular files in a folder and its subfolders, sorted.
+    """Return the regular files in a folder and its subfolders, sorted.
 
     Args:
-        folder: where to look.
-        wanted: which files are listed, by their path.
+        folder: the folder.
+        wanted: returns whether a path is listed.
 
     Raises:
         CalibrationError: if there is a symbolic link, which may lead anywhere, or a pipe, a socket or a device among
-            what is wanted; or if a subfolder cannot be listed.
+            the listed paths; or if a subfolder cannot be listed.
     """
 
     def refuse(error: OSError) -> None:
         raise CalibrationError(f"{error.filename}: cannot be listed ({error.strerror}): change its permissions")
 
     found = []
-    for place, folders, names in os.walk(folder, onerror=refuse):
-        linked = [path for name in folders if (path := Path(place, name)).is_symlink()]
-        files = [path for name in names if wanted(path := Path(place, name))]
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        linked = [path for name in folders if (path := Path(parent, name)).is_symlink()]
+        files = [path for name in names if wanted(path := Path(parent, name))]
         for path in (*linked, *files):
             check_in_folder(path)
         found += files
@@ -133,10 +146,13 @@ def files_below(folder: Path, wanted: Callable[[Path], bool]) -> list[Path]:
 
 
 def check_in_folder(path: Path) -> Path:
-    """A file of a folder, which is checked not to be a link; one that is missing is for its reader to refuse.
+    """Check that a path in a folder is not a link, and return it; a missing file is left to the caller.
+
+    Args:
+        path: the path.
 
     Raises:
-        CalibrationError: if it is a link, or there and no regular file.
+        CalibrationError: if it is a link, or exists and is not a regular file.
     """
     try:
         mode = path.lstat().st_mode
@@ -152,10 +168,13 @@ def check_in_folder(path: Path) -> Path:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text.
+    """Parse a JSON text.
+
+    Args:
+        text: the text.
 
     Raises:
-        ValueError: for anything else, with one line that says why.
+        ValueError: if it is not valid, with the reason in one line.
     """
     text = text.decode() if isinstance(text, bytes) else text
     try:
@@ -168,7 +187,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def _check(value: Any) -> None:
-    """Check level by level, without recursion, that a value is not nested too deeply and its strings are whole."""
+    """Check level by level, without recursion, that a value is not nested too deeply and its strings can be encoded."""
     level = [value]
     for _ in range(DEEPEST):
         inner: list[Any] = []
@@ -186,7 +205,7 @@ def _check(value: Any) -> None:
 
 
 def in_utf_8(value: Any) -> Any:
-    """A JSON value whose strings UTF-8 can hold: of file names, what it cannot hold becomes question marks."""
+    """Replace characters in the strings of a JSON value that UTF-8 cannot encode by question marks."""
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
     if isinstance(value, dict):
@@ -194,11 +213,15 @@ def in_utf_8(value: Any) -> Any:
     return [in_utf_8(each) for each in value] if isinstance(value, list) else value
 
 
-def read_text(path: str | Path, mend: str = "give a text file") -> str:
-    """The content of a file of data.
+def read_text(path: str | Path, hint: str = "give a text file") -> str:
+    """Read a text file.
+
+    Args:
+        path: the file.
+        hint: which file to give, for the message.
 
     Raises:
-        CalibrationError: when it is missing, too large or no UTF-8 text.
+        CalibrationError: if it is missing, too large or not UTF-8.
     """
     try:
         with open_file(Path(path).expanduser()) as file:
@@ -207,21 +230,22 @@ def read_text(path: str | Path, mend: str = "give a text file") -> str:
             with io.TextIOWrapper(file, encoding="utf-8") as text:
                 return text.read()
     except (OSError, UnicodeDecodeError, FileRefused) as error:
-        raise _unreadable(path, error, mend) from None
+        raise _unreadable(path, error, hint) from None
 
 
-def _unreadable(path: str | Path, error: Exception, mend: str) -> CalibrationError:
+def _unreadable(path: str | Path, error: Exception, hint: str) -> CalibrationError:
     reason = str(error) if isinstance(error, FileRefused) else type(error).__name__
-    return CalibrationError(f"{path}: cannot be read as UTF-8 text ({reason}): {mend}")
+    return CalibrationError(f"{path}: cannot be read as UTF-8 text ({reason}): {hint}")
 
 
 class Line(NamedTuple):
     """A line of a text file.
 
     Attributes:
-        number: of the line, from 1.
-        text: without what ends the line.
-        offset, size: the bytes of the line in the file, with what ends it.
+        number: line number, from 1.
+        text: the line without its ending.
+        offset: offset of the line in the file, in bytes.
+        size: size of the line with its ending, in bytes.
     """
 
     number: int
@@ -230,8 +254,8 @@ class Line(NamedTuple):
     size: int
 
 
-def _lines(path: str | Path, mend: str) -> Iterator[Line]:
-    """The lines of a text file that are not blank; see :func:`read_lines`."""
+def _lines(path: str | Path, hint: str) -> Iterator[Line]:
+    """Yield the lines of a text file that are not blank; see :func:`read_lines`."""
     try:
         with open_file(Path(path).expanduser()) as file, io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
             number = offset = 0
@@ -244,56 +268,64 @@ def _lines(path: str | Path, mend: str) -> Iterator[Line]:
                     yield Line(number, line.rstrip("\r\n"), offset, size)
                 offset += size
     except (OSError, UnicodeDecodeError, FileRefused) as error:
-        raise _unreadable(path, error, mend) from None
+        raise _unreadable(path, error, hint) from None
 
 
-def read_lines(path: str | Path, mend: str = "give a text file") -> list[tuple[int, str]]:
-    """The lines of a file of data that are not blank, with their numbers.
+def read_lines(path: str | Path, hint: str = "give a text file") -> list[tuple[int, str]]:
+    """Return the lines of a text file that are not blank, with their line numbers.
 
-    Only line feeds and carriage returns end a line: JSON strings may hold all other characters that end one elsewhere.
-
-    Raises:
-        CalibrationError: when the file is missing or no UTF-8 text, or a line is too long.
-    """
-    return [(line.number, line.text) for line in _lines(path, mend)]
-
-
-def read_rows(
-    path: str | Path, mend: str = "give one object a line", instead: str = "give a .jsonl file"
-) -> Iterator[tuple[int, Any]]:
-    """The values of a file of JSON lines, each with the number of its line.
-
-    Args:
-        mend: what a line should be, for the message.
-        instead: which file to give where there is none.
-
-    Raises:
-        CalibrationError: for a file that cannot be read, or a line that is not JSON.
-    """
-    for line in _lines(path, instead):
-        yield line.number, _row(path, line.number, line.text, mend)
-
-
-class RowFile:
-    """A file of JSON lines of which only the offsets of the lines are in memory.
+    Only line feeds and carriage returns end a line: JSON strings may contain other characters that end lines elsewhere.
 
     Args:
         path: the file.
-        mend: what a line should be, for the message.
+        hint: which file to give, for the message.
+
+    Raises:
+        CalibrationError: if the file is missing or not UTF-8, or a line is too long.
+    """
+    return [(line.number, line.text) for line in _lines(path, hint)]
+
+
+def read_rows(
+    path: str | Path, hint: str = "give one object a line", instead: str = "give a .jsonl file"
+) -> Iterator[tuple[int, Any]]:
+    """Yield the values of a file of JSON lines with their line numbers.
+
+    Args:
+        path: the file.
+        hint: the expected form of a line, for the message.
+        instead: which file to give, for the message.
+
+    Raises:
+        CalibrationError: if the file cannot be read, or a line is not JSON.
+    """
+    for line in _lines(path, instead):
+        yield line.number, _row(path, line.number, line.text, hint)
+
+
+class RowFile:
+    """A file of JSON lines, of which only the offsets of the lines are in memory.
+
+    Args:
+        path: the file.
+        hint: the expected form of a line, for messages.
 
     Raises:
         CalibrationError: if the file cannot be read.
     """
 
-    def __init__(self, path: Path, mend: str) -> None:
-        self.path, self.mend = path, mend
+    def __init__(self, path: Path, hint: str) -> None:
+        self.path, self.hint = path, hint
         self.lines = [(line.number, line.offset, line.size) for line in _lines(path, "give a .jsonl file")]
 
     def read(self, entry: tuple[int, int, int]) -> tuple[int, Any]:
-        """The value of a line of ``lines``, with the number of the line.
+        """Return the value of an entry of ``lines``, with its line number.
+
+        Args:
+            entry: line number, offset and size.
 
         Raises:
-            CalibrationError: if the line is not JSON, or the file cannot be read any more.
+            CalibrationError: if the line is not JSON, or the file can no longer be read.
         """
         number, offset, size = entry
         try:
@@ -302,25 +334,26 @@ class RowFile:
                 text = file.read(size).decode()
         except (OSError, UnicodeDecodeError, FileRefused) as error:
             raise _unreadable(self.path, error, "give a .jsonl file") from None
-        return number, _row(self.path, number, text, self.mend)
+        return number, _row(self.path, number, text, self.hint)
 
 
-def _row(path: str | Path, number: int, text: str, mend: str) -> Any:
+def _row(path: str | Path, number: int, text: str, hint: str) -> Any:
     try:
         return parse_json(text)
     except ValueError as error:
-        raise CalibrationError(f"{path} line {number} is not JSON ({error}); {mend}") from None
+        raise CalibrationError(f"{path} line {number} is not JSON ({error}); {hint}") from None
 
 
 def read_journal(path: Path, is_whole: Callable[[Any], bool], header: str | None = None) -> list[Any]:
-    """The JSON lines of a journal, up to the first that a kill cut short or that is none of its own.
+    """Return the JSON lines of a journal, up to the first that a kill cut short or that does not belong to it.
 
     Args:
-        is_whole: whether a value is a line of this journal.
-        header: the line that must come first; nothing is found under another one.
+        path: the journal.
+        is_whole: returns whether a value is a line of this journal.
+        header: the expected first line; nothing is returned under another one.
 
     Raises:
-        LamellaError: when the file is there and cannot be read.
+        LamellaError: if the file exists and cannot be read.
     """
     try:
         lines = path.read_bytes().split(b"\n") if path.exists() else []

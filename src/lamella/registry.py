@@ -1,16 +1,16 @@
-"""The registry: a slug names one file or folder, which is read at once and imported when it is used.
+"""The registry of commands: a slug names one file or folder, which is read statically and imported when it is used.
 
     @method("finercut", paper="2405.18218", purpose="prune")
-    def finercut(stack: Stack, calibration: Tokens, *, remove: float = 0.25) -> PlanSeries:
+    def finercut(stack: Stack, calibration: Text, *, remove: float = 0.25) -> PlanSeries:
         ...
 
-The signature is the contract: positional parameters are what the method must be given, keyword-only ones are its
-options with their defaults, and the return annotation is what comes back. What else there is to know stands in the
-decorator, in literals, so the list of all methods comes from their source; neither they nor torch are imported for it.
+The signature is the contract: positional parameters are inputs, keyword-only parameters are options with their
+defaults, and the return annotation is the type of the result. Everything else is declared in the decorator, in
+literals, so that methods are listed from their source; neither they nor torch are imported for it.
 
-A method of several steps has a command for each further one, ``@command("first", "tune")`` in the same folder. Packages
-outside Lamella add methods through the entry-point group ``lamella.methods``: the name of an entry is the slug, its
-value the module.
+A method with several steps has a command for each further step, ``@command("first", "tune")`` in the same folder. Other
+packages add methods through the entry-point group ``lamella.methods``: the name of an entry is the slug, its value the
+module.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ EXPERTS = "experts"
 CROSS = "cross"
 LAYERNORM = "layernorm"
 IMAGES = "images"
-KINDS = {  # as messages call them
+KINDS = {  # as named in messages
     "decoder": "decoders",
     EXPERTS: "models with experts",
-    CROSS: "decoders that read an encoder",
+    CROSS: "decoders with cross-attention to an encoder",
     MASKED: "models that predict masked tokens",
-    FEATURES: "encoders, whose features others read",
-    IMAGES: "models that read images beside text",
-    LAYERNORM: "models that are known to read their stream through LayerNorms alone (Pre-LN)",
+    FEATURES: "encoders that provide features",
+    IMAGES: "models of images and text",
+    LAYERNORM: "models whose residual stream is known to be read through LayerNorms only (Pre-LN)",
 }
-MAIN = ("method", "command")  # the file of a folder that declares it
+MAIN = ("method", "command")  # names of the file in a folder that holds the declaration
 RESERVED = frozenset(  # options of every command
     {"slug", "out", "output", "overwrite", "json", "allow_pickle", "of_stack", "command", "help", "debug"}
     | {"config", "dry_run", "schema"}
 )
-PERMISSIONS = frozenset(  # options that are typed, and that no file gives
+PERMISSIONS = frozenset(  # options that must be typed and are never read from a file
     {"allow_pickle", "overwrite", "output", "run_generated_code", "trust_tasks"}
 )
 HOMES = {"methods": Path(__file__).parent / "methods", "commands": Path(__file__).parent / "commands"}
@@ -63,22 +63,21 @@ HOMES = {"methods": Path(__file__).parent / "methods", "commands": Path(__file__
 
 @dataclass(frozen=True, kw_only=True)
 class Declaration:
-    """What the decorator of a command says.
+    """What the decorator of a command declares.
 
     Attributes:
-        slug: of the method: its name on the command line, and that of its file or folder.
-        name: of a further command of the method; empty for the method itself.
-        paper: its arXiv number; a method of our own has none.
-        purpose: what it is for.
-        on: what it works on: a ``decoder``, ``any`` model, one with ``experts``, one whose decoder reads an encoder
-            (``cross``), one whose stream is read through LayerNorms alone (``layernorm``), an objective such as
-            ``masked tokens``, the names of architectures; or several of these.
-        verb: its command on the command line, where it has one.
-        brief: what makes it run in seconds on a tiny model, for the conformance tests: options, settings of inputs, and
-            inputs that cannot be the ``example`` of their type.
-        baseline: whether it is there to compare with.
-        slow: a search that may take hours, which ``--method all`` leaves out.
-        dense: its plans leave out no work, since dense kernels compute with zeros as with any number.
+        slug: slug of the method: its name on the command line, and that of its file or folder.
+        name: name of a further command of the method; empty for the method itself.
+        paper: arXiv number; None for methods that are not from a paper.
+        purpose: what the method is for.
+        on: the models that it works on: a ``decoder``, ``any`` model, one with ``experts``, a decoder with
+            cross-attention to an encoder (``cross``), one whose residual stream is read by LayerNorms only
+            (``layernorm``), an objective such as ``masked tokens``, names of architectures; or several of these.
+        verb: name of its top-level command on the command line, if it has one.
+        brief: options, loader settings and inputs with which it runs in seconds on a tiny model, for conformance tests.
+        baseline: whether it exists for comparison only.
+        slow: whether its search may take hours; ``--method all`` leaves it out.
+        dense: whether its plans save no work, since dense kernels compute zeros like any other value.
     """
 
     slug: str
@@ -94,20 +93,21 @@ class Declaration:
 
     @property
     def reproduced(self) -> bool:
-        """Whether a reproduction stands for it: it has a paper, and is more than there to compare with."""
+        """Whether it has a reproduction: it has a paper and is more than a baseline."""
         return self.paper is not None and not self.baseline
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method(Declaration):
-    """One command of a method as its source declares it; the code is imported when it is called.
+    """A command of a method as declared in its source; the code is imported when it is called.
 
     Attributes:
-        module, function: where it is.
-        title: the first line of its file.
-        summary: the first line of its docstring.
-        inputs: the types of what it must be given, by parameter, as written.
-        result: the type of what comes back, as written.
+        module: name of its module.
+        function: name of its function.
+        title: first line of the module's docstring.
+        summary: first line of the function's docstring.
+        inputs: the types of its inputs by parameter, as written.
+        result: the type of its result, as written.
     """
 
     module: str
@@ -125,22 +125,22 @@ class Method(Declaration):
 
     @property
     def is_own(self) -> bool:
-        """Whether it is a command of Lamella itself, and no method."""
+        """Whether it is a command of Lamella itself and not of a method."""
         return self.module.startswith("lamella.commands.")
 
     @property
     def text(self) -> str:
-        """The name of the text that it measures on; empty where it takes none."""
+        """The name of its text input; empty if there is none."""
         return self._of_kind("Text")
 
     @property
     def samples(self) -> str:
-        """The name of its samples, which can be cut from a text; empty where it takes none."""
+        """The name of its input of samples, which can be cut from a text; empty if there is none."""
         return self._of_kind("Samples")
 
     @property
     def reads_images(self) -> bool:
-        """Whether images with text may stand for a text that it takes, if it takes any."""
+        """Whether images with text can replace its text input, if it has one."""
         return not self.samples and (not self.text or "ImageText" in self.inputs[self.text].split(" | "))
 
     def _of_kind(self, wanted: str) -> str:
@@ -148,7 +148,7 @@ class Method(Declaration):
 
     @cached_property
     def signature(self) -> Signature:
-        """What it takes and returns."""
+        """Its inputs, options and result."""
         return signature(self.call)
 
     @property
@@ -158,10 +158,10 @@ class Method(Declaration):
 
     @cached_property
     def declared(self) -> Signature:
-        """The same as its source declares it, for which nothing is imported.
+        """The signature as declared in its source, for which nothing is imported.
 
         Raises:
-            MethodError: for a parameter with the name of an option that every command has.
+            MethodError: if a parameter has the name of an option of every command.
         """
         contract = signature(read_module(self.module).get(self.function))
         _check_names(self.slug, contract)
@@ -169,14 +169,23 @@ class Method(Declaration):
 
     @property
     def options(self) -> Mapping[str, Parameter]:
-        """The options with their types, defaults and meaning."""
+        """The options with their types, defaults and help."""
         return self.signature.options
 
     def takes(self, stack: Any) -> bool:
-        """Whether the method works on a model."""
+        """Return whether the method works on a model.
+
+        Args:
+            stack: the stack of the model.
+        """
         return _works_on(self.on, stack)
 
     def __call__(self, *args: Any, **options: Any) -> Any:
+        """Call the function with inputs by position and options by name.
+
+        Raises:
+            MethodError: for an unknown option.
+        """
         parameters = inspect.signature(self.call).parameters.values()
         unknown = sorted(set(options) - set(self.options) - {each.name for each in parameters})
         if unknown and not any(each.kind is each.VAR_KEYWORD for each in parameters):
@@ -199,7 +208,18 @@ def method(
 ) -> Callable[[Function], Function]:
     """Declare a function as the method of that slug; see :class:`Declaration`.
 
-    What it returns says where it comes from, and dataclasses among its options can be given field by field.
+    Its result is stamped with its provenance, and fields of dataclasses among its options can be given one by one.
+
+    Args:
+        slug: slug of the method.
+        purpose: what the method is for.
+        paper: arXiv number.
+        on: the models that it works on.
+        verb: name of its top-level command.
+        brief: options and inputs for conformance tests.
+        baseline: whether it exists for comparison only.
+        slow: whether its search may take hours.
+        dense: whether its plans save no work.
     """
     return partial(_declared_as, slug, "", on)
 
@@ -212,24 +232,32 @@ def command(
     verb: str | None = None,
     brief: Mapping[str, Any] | None = None,
 ) -> Callable[[Function], Function]:
-    """Declare a function as a further command of the method of that slug, or without a name as one of Lamella's own."""
+    """Declare a function as a further command of a method, or without a name as one of Lamella's own commands.
+
+    Args:
+        slug: slug of the method, or of the command itself.
+        name: name of the further command.
+        on: the models that it works on.
+        verb: name of its top-level command.
+        brief: options and inputs for conformance tests.
+    """
     return partial(_declared_as, slug, name, on)
 
 
 def _declared_as(slug: str, name: str, on: str | tuple[str, ...], function: Function) -> Function:
     @wraps(function)
-    def called(*args: Any, **given: Any) -> Any:
+    def wrapped(*args: Any, **given: Any) -> Any:
         contract = signature(function)
         _check_names(slug, contract)
-        given = contract.gathered(slug, given)
-        check_given_once(slug, contract, args, given)
+        given = contract.collect(slug, given)
+        check_passed_once(slug, contract, args, given)
         if args and hasattr(args[0], "architecture"):
             check_takes(slug, on, args[0])
         elif args and hasattr(args[0], "stacks") and _takes_one_stack(contract):
             args = (fitting_stack(slug, on, args[0]), *args[1:])
         result = function(*args, **given)
-        said = getattr(result, "provenance", None)
-        if isinstance(said, dict):
+        provenance = getattr(result, "provenance", None)
+        if isinstance(provenance, dict):
             bound = inspect.signature(function).bind(*args, **given)
             bound.apply_defaults()
             inputs = {each: bound.arguments[each] for each in contract.inputs}
@@ -238,10 +266,10 @@ def _declared_as(slug: str, name: str, on: str | tuple[str, ...], function: Func
                 parts = [part for part in contract.options.values() if part.group == group]
                 value = bound.arguments[group]
                 options |= {} if value is None else {part.name: getattr(value, part.part) for part in parts}
-            stamp(said, slug, name, options, inputs)
+            stamp(provenance, slug, name, options, inputs)
         return result
 
-    return called  # type: ignore[return-value]
+    return wrapped  # type: ignore[return-value]
 
 
 def _check_names(slug: str, contract: Signature) -> None:
@@ -255,38 +283,43 @@ def _check_names(slug: str, contract: Signature) -> None:
     for name, each in names.items():
         taken = {name, each.option.removeprefix("--").replace("-", "_")} & RESERVED
         if taken:
-            raise MethodError(
-                f"{slug}: every command has an option called {min(taken)}: choose another name for {name}"
-            )
+            raise MethodError(f"{slug}: every command has an option named {min(taken)}: choose another name for {name}")
 
 
-def check_given_once(slug: str, contract: Signature, inputs: tuple[Any, ...], given: Mapping[str, Any]) -> None:
-    """Check that no input is given by its place and by its name.
+def check_passed_once(slug: str, contract: Signature, inputs: tuple[Any, ...], given: Mapping[str, Any]) -> None:
+    """Check that no input is given both by position and by name.
+
+    Args:
+        slug: the command, for messages.
+        contract: its signature.
+        inputs: values by position.
+        given: values by name.
 
     Raises:
-        MethodError: one line that says so.
+        MethodError: if one is.
     """
     twice = next((name for name, _ in zip(contract.inputs, inputs, strict=False) if name in given), None)
     if twice is not None:
         hint = "; a stack of the model is chosen by its name as of_stack" if twice == "stack" else ""
-        raise MethodError(f"{slug}: {twice} is given twice, in its place and by its name: leave one of them out{hint}")
+        raise MethodError(f"{slug}: {twice} is given both by position and by name: give it once{hint}")
 
 
 def _takes_one_stack(contract: Signature) -> bool:
-    """Whether the first input is one stack of a model, not all of it."""
+    """Return whether the first input is one stack of a model, not the whole model."""
     first = next(iter(contract.inputs.values()), None)
     return first is not None and "Stack" in [getattr(kind, "__name__", "") for kind in first.kinds]
 
 
 def fitting_stack(slug: str, on: str | tuple[str, ...], model: Any) -> Any:
-    """The only stack of a model that a method works on.
+    """Return the only stack of a model that a method works on.
 
     Args:
-        on: what it works on, as it declares.
-        model: one with several stacks.
+        slug: the method.
+        on: the models that it works on, as declared.
+        model: a model with several stacks.
 
     Raises:
-        MethodError: when it works on none of them, or on several.
+        MethodError: if it works on none of them, or on several.
     """
     fitting = [stack for stack in model.stacks.values() if _works_on(on, stack)]
     if len(fitting) == 1:
@@ -305,10 +338,12 @@ def check_takes(slug: str, on: str | tuple[str, ...], stack: Any) -> None:
     """Check that a method works on a model.
 
     Args:
-        on: what it works on, as it declares.
+        slug: the method.
+        on: the models that it works on, as declared.
+        stack: the stack of the model.
 
     Raises:
-        MethodError: one line that says so.
+        MethodError: if it does not.
     """
     architecture = stack.architecture
     if not _works_on(on, stack):
@@ -334,20 +369,23 @@ def _works_on(on: str | tuple[str, ...], stack: Any) -> bool:
 
 
 def methods() -> dict[str, Method]:
-    """Every method by slug, those of installed plugins among them."""
+    """Return every method by slug, including those of installed plugins."""
     return {slug: known[""] for slug, known in all_commands().items() if not known[""].is_own}
 
 
 def all_commands() -> dict[str, dict[str, Method]]:
-    """Every command, by slug and name: those of all methods, and Lamella's own."""
+    """Return every command, by slug and name: those of all methods, and Lamella's own."""
     return dict(sorted(_everything().items()))
 
 
 def commands(slug: str) -> dict[str, Method]:
-    """The commands of a method by name, the method itself under the empty one.
+    """Return the commands of a method by name; the method itself has the empty name.
+
+    Args:
+        slug: the method.
 
     Raises:
-        MethodError: for an unknown slug; the message names the nearest ones.
+        MethodError: for an unknown slug; the message suggests similar ones.
     """
     known = _everything()
     if slug not in known:
@@ -357,10 +395,14 @@ def commands(slug: str) -> dict[str, Method]:
 
 
 def get_method(slug: str, name: str = "") -> Method:
-    """A method, or a command of it.
+    """Return a method, or a further command of it.
+
+    Args:
+        slug: the method.
+        name: name of the further command; empty for the method itself.
 
     Raises:
-        MethodError: when there is none; the message names the nearest ones.
+        MethodError: if there is none; the message suggests similar ones.
     """
     known = commands(slug)
     if name not in known:
@@ -368,8 +410,12 @@ def get_method(slug: str, name: str = "") -> Method:
     return known[name]
 
 
-def room(slug: str, name: str) -> Any:
-    """The module of a method that holds one kind of its code: of a folder the file of that name, such as ``policy``.
+def submodule(slug: str, name: str) -> Any:
+    """Return the submodule of a method with one kind of its code, such as ``policy``; of a file, the module itself.
+
+    Args:
+        slug: the method.
+        name: name of the submodule.
 
     Raises:
         MethodError: for an unknown slug.
@@ -377,20 +423,23 @@ def room(slug: str, name: str) -> Any:
     module = get_method(slug).module
     package, _, last = module.rpartition(".")
     if last in MAIN:
-        place = Path(importlib.import_module(package).__path__[0])
-        if (place / f"{name}.py").is_file() or (place / name).is_dir():
+        folder = Path(importlib.import_module(package).__path__[0])
+        if (folder / f"{name}.py").is_file() or (folder / name).is_dir():
             return importlib.import_module(f"{package}.{name}")
     return importlib.import_module(module)
 
 
-def bring(model_type: str) -> None:
-    """Import the class of model that a method brings, whose type is its slug with underscores; it registers itself.
+def import_network(model_type: str) -> None:
+    """Import the network of a method whose ``model_type`` is its slug with underscores; the network registers itself.
 
-    Nothing happens for any other type: of a checkpoint, the type is a name and no more.
+    Nothing happens for any other type: the type of a checkpoint is only a name.
+
+    Args:
+        model_type: the ``model_type`` of a checkpoint.
     """
     slug = model_type.replace("_", "-")
     if "_" in model_type and slug in _everything():
-        room(slug, "network")
+        submodule(slug, "network")
 
 
 # Reading
@@ -399,27 +448,27 @@ def bring(model_type: str) -> None:
 def _everything() -> dict[str, dict[str, Method]]:
     found: dict[str, dict[str, Method]] = {}
     for package, home in HOMES.items():
-        for place in sorted(home.iterdir()):
-            is_module = place.suffix == ".py" and place.stem != "__init__"
-            if is_module or any((place / f"{main}.py").is_file() for main in MAIN):
-                slug = place.stem.replace("_", "-")
-                found[slug] = _read(slug, f"lamella.{package}.{place.stem}", place)
+        for path in sorted(home.iterdir()):
+            is_module = path.suffix == ".py" and path.stem != "__init__"
+            if is_module or any((path / f"{main}.py").is_file() for main in MAIN):
+                slug = path.stem.replace("_", "-")
+                found[slug] = _read(slug, f"lamella.{package}.{path.stem}", path)
     for entry in entry_points(group=GROUP):
         if entry.name in found:
             raise MethodError(f"two packages have the method '{entry.name}': Lamella itself and {entry.value}")
-        found[entry.name] = _read(entry.name, entry.module, _place(entry.module))
+        found[entry.name] = _read(entry.name, entry.module, _locate(entry.module))
     return found
 
 
 @cache
-def _read(slug: str, module: str, place: Path) -> dict[str, Method]:
-    """The commands that a file or a folder declares, by name."""
-    files = {module: place}
-    if place.is_dir():
-        files = {f"{module}.{file.stem}": file for file in sorted(place.glob("*.py"))}
+def _read(slug: str, module: str, path: Path) -> dict[str, Method]:
+    """Return the commands that a file or a folder declares, by name."""
+    files = {module: path}
+    if path.is_dir():
+        files = {f"{module}.{file.stem}": file for file in sorted(path.glob("*.py"))}
     found = {each.name: each for name, file in files.items() for each in _declared(name, file) if each.slug == slug}
     if "" not in found:
-        raise MethodError(f"{place} declares no method '{slug}': write @method(\"{slug}\", ...) over its function")
+        raise MethodError(f"{path} declares no method '{slug}': write @method(\"{slug}\", ...) over its function")
     return found
 
 
@@ -429,10 +478,10 @@ def _declared(module: str, file: Path) -> Iterator[Method]:
     for node in (each for each in tree.body if isinstance(each, ast.FunctionDef)):
         for decorator in node.decorator_list:
             if isinstance(decorator, ast.Call) and getattr(decorator.func, "id", "") in ("method", "command"):
-                said = _literals(decorator, file)
+                declaration = _literals(decorator, file)
                 positional = node.args.posonlyargs + node.args.args
                 yield Method(
-                    **said,
+                    **declaration,
                     module=module,
                     function=node.name,
                     title=title,
@@ -444,22 +493,22 @@ def _declared(module: str, file: Path) -> Iterator[Method]:
 
 def _literals(decorator: ast.Call, file: Path) -> dict[str, Any]:
     try:
-        given = dict(zip(("slug", "name"), map(ast.literal_eval, decorator.args), strict=False))
-        said = given | {str(each.arg): ast.literal_eval(each.value) for each in decorator.keywords}
+        positional = dict(zip(("slug", "name"), map(ast.literal_eval, decorator.args), strict=False))
+        found = positional | {str(each.arg): ast.literal_eval(each.value) for each in decorator.keywords}
     except ValueError:
-        raise MethodError(f"{file} line {decorator.lineno}: what a decorator declares must be literals") from None
-    unknown = set(said) - {each.name for each in fields(Declaration)}
-    if unknown or "slug" not in said:
+        raise MethodError(f"{file} line {decorator.lineno}: the arguments of the decorator must be literals") from None
+    unknown = set(found) - {each.name for each in fields(Declaration)}
+    if unknown or "slug" not in found:
         wrong = f"no '{min(unknown)}'" if unknown else "a slug"
         raise MethodError(f"{file} line {decorator.lineno}: a declaration has {wrong}")
-    return said
+    return found
 
 
-def _place(module: str) -> Path:
-    """The file or folder of a module of another package, found without importing it.
+def _locate(module: str) -> Path:
+    """Return the file or folder of a module of another package, without importing it.
 
     Raises:
-        MethodError: when it is not there.
+        MethodError: if it is not installed.
     """
     try:
         return locate(module)

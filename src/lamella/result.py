@@ -1,7 +1,7 @@
-"""What every command returns: a result, the evidence that goes with it, and what to say of it.
+"""Results of commands, the evidence that goes with them, and their summary.
 
-It lies beside the registry and needs no torch, so that plans and trained models, which are results themselves, are
-built on it.
+This module lies beside the registry and does not import torch, so that plans and trained models, which are results
+themselves, can be built on it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lamella.reading import in_utf_8, parse_json, read_text
 
 @dataclass(frozen=True)
 class Table:
-    """A table of any values, which become text here and nowhere else.
+    """A table of arbitrary values, which are formatted as text here and nowhere else.
 
     Attributes:
         title: one line.
@@ -46,10 +46,10 @@ class Table:
 
     @property
     def numeric(self) -> list[bool]:
-        """Of each column, whether all of its cells are numbers."""
+        """For each column, whether all of its cells are numbers."""
         return [
-            bool(self.rows) and all(isinstance(row[place], int | float) for row in self.rows)
-            for place in range(len(self.columns))
+            bool(self.rows) and all(isinstance(row[column], int | float) for row in self.rows)
+            for column in range(len(self.columns))
         ]
 
 
@@ -59,8 +59,8 @@ class Summary:
 
     Attributes:
         verdict: one sentence.
-        tables: in the order in which a reader wants them.
-        lines: what else there is to say.
+        tables: in order of importance.
+        lines: further remarks.
     """
 
     verdict: str
@@ -69,7 +69,7 @@ class Summary:
 
 
 def shown(cell: Any) -> str:
-    """A value as text: numbers with four significant digits, a dash for one that is not finite, None as nothing."""
+    """Format a value: numbers with four significant digits, a dash if not finite, an empty string for None."""
     if cell is None:
         return ""
     if isinstance(cell, float) and not math.isfinite(cell):
@@ -78,16 +78,16 @@ def shown(cell: Any) -> str:
 
 
 class Evidence(BaseModel):
-    """What all evidence says; a kind of result adds its own fields, a method its ``findings``.
+    """The record of a run; a kind of result adds its own fields, a method its ``findings``.
 
     Attributes:
-        kind: of the result.
+        kind: kind of the result.
         provenance: the method, its version, options, inputs and seed, and the machine.
         environment: threads, versions and date.
-        model: what was opened, where a model was.
-        data: what the model was tested on, by role.
+        model: description of the model, if there is one.
+        data: the data of the evaluation, by role.
         findings: the method's own measurements; JSON values.
-        notes: what a reader must know, one sentence each.
+        notes: what users must know, one sentence each.
     """
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
@@ -103,37 +103,45 @@ class Evidence(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _in_utf_8(cls, said: Any) -> Any:
-        """Inputs are named by their paths, which may be no UTF-8."""
-        return in_utf_8(said)
+    def _in_utf_8(cls, values: Any) -> Any:
+        """Replace characters that UTF-8 cannot encode, since paths of inputs may contain them."""
+        return in_utf_8(values)
 
     @property
     def method(self) -> str:
+        """The slug of the method."""
         return str(self.provenance["method"])
 
     def update(self, result: Result) -> None:
-        """Take over what a result has learnt since, such as by being written."""
+        """Take over changes of a result, such as those from being written.
+
+        Args:
+            result: the result.
+        """
         for name, value in {"findings": result.findings, **result.body()}.items():
             setattr(self, name, value)
 
     def dump(self) -> str:
-        """As JSON, in which a number that JSON cannot say is null."""
+        """Return the JSON text, in which numbers that are not finite are null."""
         return self.model_dump_json(indent=2, by_alias=True) + "\n"
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
-        """Evidence from its file, or from the folder that has it.
+        """Read evidence from its file, or from its folder.
+
+        Args:
+            path: the file or the folder.
 
         Raises:
-            LamellaError: one line, for a file that is no such evidence.
+            LamellaError: one line, if the file is no such evidence.
         """
         file = Path(path) / "evidence.json" if Path(path).is_dir() else Path(path)
         try:
             return cls.model_validate(parse_json(read_text(file)))
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(map(str, first["loc"])) or "document"
-            raise LamellaError(f"{file}: no evidence of this kind: {place}: {first['msg']}") from None
+            field = ".".join(map(str, first["loc"])) or "document"
+            raise LamellaError(f"{file}: no evidence of this kind: {field}: {first['msg']}") from None
         except ValueError as error:
             raise LamellaError(f"{file}: no evidence ({error}); give a folder that Lamella has written") from None
 
@@ -143,14 +151,14 @@ Documents = Callable[[], dict[str, str]]
 
 @dataclass(kw_only=True)
 class Result:
-    """What a command returns. A kind of result says what its evidence adds, and which files it has.
+    """What a command returns. A kind of result defines what its evidence adds, and which files it has.
 
     Attributes:
         findings: the method's own measurements; JSON values.
-        notes: what a reader must know, one sentence each.
-        data: what it was made on, by role.
+        notes: what users must know, one sentence each.
+        data: the data that it was made from, by role.
         files: further documents of the method, by name.
-        provenance: stamped by the registry.
+        provenance: written by the registry.
     """
 
     findings: dict[str, Any] = field(default_factory=dict)
@@ -161,32 +169,38 @@ class Result:
 
     kind: ClassVar[str] = "result"
     evidence: ClassVar[type[Evidence]] = Evidence
-    needs_folder: ClassVar[bool] = False  # whether a run that writes nothing would be in vain
+    needs_folder: ClassVar[bool] = False  # whether a run without an output folder would be useless
     writes: ClassVar[bool] = True  # whether there is anything to write
-    loading: ClassVar[str] = ""  # what the card says of how to use what is written, a section of its own
+    loading: ClassVar[str] = ""  # section of the card on how to use the files
 
     @property
     def code(self) -> int:
-        """The exit code of a command line that ends with it."""
+        """The exit code of the command line."""
         return 0
 
     def body(self) -> dict[str, Any]:
-        """What the evidence of this kind says beyond what all evidence says."""
+        """Return the fields that the evidence of this kind adds."""
         return {}
 
     def write(self, folder: Path) -> None:
-        """Write what evidence does not hold."""
-
-    def save(self, out: Path, documents: Documents, *, overwrite: bool = False, tokenizer: Any = None) -> None:
-        """Make a folder of results, all at once.
+        """Write the files of the result that are not evidence.
 
         Args:
-            documents: gives what else goes into it, by name: evidence, page and card. It is called when the rest is
+            folder: the folder.
+        """
+
+    def save(self, out: Path, documents: Documents, *, overwrite: bool = False, tokenizer: Any = None) -> None:
+        """Write a folder of results atomically.
+
+        Args:
+            out: the folder.
+            documents: returns further documents by name: evidence, page and card. It is called when the rest is
                 written.
-            tokenizer: of the model, for a checkpoint.
+            overwrite: replace an existing folder.
+            tokenizer: tokenizer of the model, for a checkpoint.
 
         Raises:
-            ExportError: when it exists, or cannot be written.
+            ExportError: if the folder exists, or cannot be written.
         """
         with new_folder(out, size=0, overwrite=overwrite) as folder:
             self.write(folder)
@@ -195,6 +209,10 @@ class Result:
 
     @classmethod
     def summary(cls, evidence: Evidence) -> Summary:
-        """What to say of it, where the method has nothing better: findings that are single numbers."""
+        """Return the default summary, for methods without their own: findings that are single values.
+
+        Args:
+            evidence: the evidence.
+        """
         plain = [[name, value] for name, value in evidence.findings.items() if isinstance(value, int | float | str)]
         return Summary(f"{evidence.method} is done.", [Table("Findings", ["", ""], plain)] if plain else [])

@@ -1,4 +1,4 @@
-"""The one runner for every command: open its inputs, call it, evaluate, write, render."""
+"""The runner of all commands: open the inputs, call the command, evaluate, write, and render."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from lamella.planners import GOALS as NAMES
 from lamella.planners import PLANS, Planner, Race, goal_of, pick, planned_on
 from lamella.processes import is_first
 from lamella.provenance import environment
-from lamella.registry import PERMISSIONS, Method, check_given_once, get_method, room
+from lamella.registry import PERMISSIONS, Method, check_passed_once, get_method, submodule
 from lamella.results import Edit, Evidence, Result, Summary, Trained
 from lamella.results.page import card, render
 from lamella.runtime import apply
 from lamella.signature import fields_of, settings_of
 from lamella.stack import Stack
 
-GOALS = {each.name: each for each in fields_of("budget", Budget()) if each.name in NAMES}  # on the command line, too
+GOALS = {each.name: each for each in fields_of("budget", Budget()) if each.name in NAMES}  # also on the command line
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run has produced.
+    """The outcome of a run.
 
     Attributes:
         result: what the command returned.
-        evidence: what was written, or would have been.
-        summary: the same in words and tables.
+        evidence: the record that was written, or would have been.
+        summary: the findings in words and tables.
     """
 
     result: Result
@@ -56,45 +56,45 @@ def run(
     of_stack: str | None = None,
     **given: Any,
 ) -> Outcome:
-    """Run a method, or a command of one, on anything that can be opened.
+    """Run a method, or a further command of one, on inputs that are opened by name.
 
     Args:
         slug: the method.
-        inputs: what it must be given, in its order; files, names and folders are opened. They can be given by name too.
-        command: one of its further commands.
-        out: the folder to write: what the result is made of, with ``evidence.json``, ``report.html`` and a card. Beside
-            it, ``.OUT.work`` lets an interrupted run go on. None writes nothing.
-        test: the text on which a changed model is judged; see :func:`lamella.load_text`. ``stdlib`` when left out. Of a
-            method that is given images with text, such rows; the test split of the first ones when left out. Of a
-            method that has an input of this name it is that.
+        inputs: its inputs in their order; files, names and folders are opened. They can also be given by name.
+        command: name of one of its further commands.
+        out: the folder to write: the files of the result, ``evidence.json``, ``report.html`` and a card. An interrupted
+            run resumes from ``.OUT.work`` next to it. None writes nothing.
+        test: the text on which a changed model is evaluated; see :func:`lamella.load_text`. Defaults to ``stdlib``. For
+            a method that is given images with text, rows of these; by default the test split of the first ones. For a
+            method with an input of this name, that input.
         overwrite: replace ``out``.
-        allow_pickle: also open pickle checkpoints, which can run code of their author.
-        of_stack: which stack, of a model with several; when left out, the only one that the method works on.
-        given: inputs by name, options of the method, and settings of its inputs such as ``sequences``.
+        allow_pickle: also open pickle checkpoints, which can execute code of their author.
+        of_stack: name of the stack, for a model with several; defaults to the only one that the method works on.
+        given: inputs by name, options of the method, and loader settings of its inputs such as ``sequences``.
 
     Returns:
-        The result with its evidence, and what to say of it.
+        The result with its evidence and summary.
 
     Raises:
-        LamellaError: one line for whatever cannot be used.
+        LamellaError: one line for anything that cannot be used.
     """
     out = None if out is None else Path(out)
-    asked = given | {"test": test, "of_stack": of_stack}
+    request = given | {"test": test, "of_stack": of_stack}
     entry, given, budget, test = _checked(slug, command, inputs, given, out, test, overwrite, allow_pickle)
-    asked |= dict(zip(entry.signature.inputs, inputs, strict=False))
+    request |= dict(zip(entry.signature.inputs, inputs, strict=False))
     opening = Opening(entry, given, allow_pickle=allow_pickle, stack=of_stack)
     opened = [opening(each) for each in entry.signature.inputs.values()]
-    judged, unjudged = _judged(entry, opening, opened, test)
+    judged, notes = _evaluated(entry, opening, opened, test)
     own = {*entry.options, *entry.signature.groups, entry.signature.work}
     options = {name: value for name, value in given.items() if name in own}
     work = Work(None if out is None else out.parent / f".{out.name}.work")
-    result, warned = _called(entry, opened, entry.signature.completed(options, work))
+    result, warned = _call(entry, opened, entry.signature.fill(options, work))
     if not isinstance(result, Result):
-        raise MethodError(f"{slug} returns a {type(result).__name__}, which is no result: call it in Python")
+        raise MethodError(f"{slug} returns a {type(result).__name__}, which is not a Result: call it in Python")
     if isinstance(result, PlanSeries) and isinstance(opening.model, Stack):
         result.chosen = pick(result, budget, opening.model)
-    evidence = _evidence(result, opening, opened, [*warned, *unjudged], judged, test)
-    summarise = getattr(room(slug, "page"), "summary", result.summary)
+    evidence = _evidence(result, opening, opened, [*warned, *notes], judged, test)
+    summarise = getattr(submodule(slug, "page"), "summary", result.summary)
     if out is not None and is_first():
 
         def documents() -> dict[str, str]:
@@ -104,11 +104,11 @@ def run(
                 "evidence.json": evidence.dump(),
                 "report.html": _page(slug, evidence, summary),
                 "README.md": _card(slug, evidence, summary, entry.title) + result.loading,
-                **({} if (again := _again(entry, asked)) is None else {"run.yaml": again}),
+                **({} if (run_file := _run_file(entry, request)) is None else {"run.yaml": run_file}),
                 **result.files,
             }
 
-        result.save(out, documents, overwrite=overwrite, tokenizer=opening.known_reader)
+        result.save(out, documents, overwrite=overwrite, tokenizer=opening.known_processor)
         discard(work.folder, out)  # type: ignore[arg-type]
     return Outcome(result, evidence, summarise(evidence))
 
@@ -124,16 +124,27 @@ def checked(
     of_stack: str | None = None,
     **given: Any,
 ) -> tuple[str, list[str], list[list[str]]]:
-    """What a run would do, when all that can be checked before anything is opened is checked; see :func:`run`.
+    """Run all checks that are possible before anything is opened, and describe what the run would do; see :func:`run`.
+
+    Args:
+        slug: the method.
+        inputs: its inputs in their order.
+        command: name of one of its further commands.
+        out: the folder to write.
+        test: the text on which a changed model is evaluated.
+        overwrite: replace ``out``.
+        allow_pickle: also open pickle checkpoints.
+        of_stack: name of the stack.
+        given: inputs, options and loader settings by name.
 
     Returns:
         Title, headers and rows of a table: inputs, options that differ from their defaults, and the output.
     """
     out = None if out is None else Path(out)
-    entry, asked, _, test = _checked(slug, command, inputs, given, out, test, overwrite, allow_pickle)
-    rows = [["input", name, str(asked.get(name, "its default"))] for name in entry.signature.inputs]
+    entry, named, _, test = _checked(slug, command, inputs, given, out, test, overwrite, allow_pickle)
+    rows = [["input", name, str(named.get(name, "default"))] for name in entry.signature.inputs]
     rows += [["stack", "of_stack", of_stack]] if of_stack else []
-    for name, value in {**given, **asked}.items():
+    for name, value in {**given, **named}.items():
         option = entry.options.get(name)
         if name not in entry.signature.inputs and (option is None or option.default != value):
             rows.append(["option", name, str(value)])
@@ -151,11 +162,11 @@ def _checked(
     overwrite: bool,
     allow_pickle: bool,
 ) -> tuple[Method, dict[str, Any], Budget, str | None]:
-    """The command, what it is given by name, the goal of its plans and its test, all checked before opening."""
+    """Return the command, its arguments by name, the goal of its plans and its test, all checked before opening."""
     entry = get_method(slug, command)
-    check_given_once(slug, entry.signature, inputs, given)
+    check_passed_once(slug, entry.signature, inputs, given)
     given = dict(zip(entry.signature.inputs, inputs, strict=False)) | given
-    if "test" in entry.signature.inputs and test is not None:  # then it is the command's own
+    if "test" in entry.signature.inputs and test is not None:  # an input of the command itself
         given, test = given | {"test": test}, None
     budget, given = _goals(entry, given)
     _check(entry, given, inputs)
@@ -167,13 +178,13 @@ def _checked(
     return entry, given, budget, test
 
 
-def _again(entry: Method, asked: Mapping[str, Any]) -> str | None:
-    """``run.yaml``: what gives the same run again; None where something was given that has no name, such as a model."""
+def _run_file(entry: Method, request: Mapping[str, Any]) -> str | None:
+    """Return the content of ``run.yaml``, which repeats the run; None if an argument is an object without a name."""
     import yaml
 
     planners: dict[str, Any] = {}
     named: dict[str, Any] = {}
-    for name, value in asked.items():
+    for name, value in request.items():
         if isinstance(value, Race):
             planners |= {each.slug: dict(each.options) for each in value.planners if each.options}
             named[name] = "all" if value.is_open else ",".join(each.slug for each in value.planners)
@@ -190,7 +201,7 @@ def _again(entry: Method, asked: Mapping[str, Any]) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """A value as YAML has it; Ellipsis for one that it cannot say."""
+    """Return a value as YAML represents it; Ellipsis if it cannot."""
     if isinstance(value, str | bool | int | float):
         return value
     if isinstance(value, Path):
@@ -204,7 +215,13 @@ def _plain(value: Any) -> Any:
 
 
 def call(slug: str, *inputs: Any, **given: Any) -> Any:
-    """Run a command and return its result alone; see :func:`run`."""
+    """Run a command and return its result only; see :func:`run`.
+
+    Args:
+        slug: the method.
+        inputs: its inputs in their order.
+        given: inputs and options by name.
+    """
     return run(slug, *inputs, **given).result
 
 
@@ -227,11 +244,11 @@ def make_plan(slug: str, model: Any, calibration: Any = None, **options: Any) ->
     Args:
         slug: a method that returns a series of plans; see :func:`lamella.registry.methods`.
         model: anything that :func:`lamella.open` takes. Of several stacks, the only one that the method works on.
-        calibration: token ids [sequences, time], or images with text, for the methods that need them.
+        calibration: token ids [sequences, time], or images with text, for methods that need them.
         options: the method's own options.
 
     Raises:
-        MethodError: for an unknown method or option, or one that returns no plans.
+        MethodError: for an unknown method or option, or a method that returns no plans.
     """
     entry = Planner(slug).method
     series: PlanSeries = call(slug, model, **planned_on(entry, calibration), **options)
@@ -239,9 +256,9 @@ def make_plan(slug: str, model: Any, calibration: Any = None, **options: Any) ->
 
 
 def _goals(entry: Method, given: Mapping[str, Any]) -> tuple[Budget, dict[str, Any]]:
-    """The budget that picks a plan of the series that a command returns, and what the command itself is given.
+    """Return the budget that picks a plan of the resulting series, and the arguments of the command itself.
 
-    Where the command takes a budget, it is given the goals too, and stops there.
+    If the command takes a budget, it also receives the goals, and stops there.
     """
     if entry.result != PLANS:
         return Budget(), dict(given)
@@ -258,10 +275,10 @@ def _goals(entry: Method, given: Mapping[str, Any]) -> tuple[Budget, dict[str, A
 
 
 def _check(entry: Method, given: Mapping[str, Any], inputs: tuple[Any, ...]) -> None:
-    """Check the names of what is given, and the values of options and of settings of inputs.
+    """Check the names of all arguments, and the values of options and loader settings.
 
-    What depends on several of them is checked by ``check_given`` of the command's module, where it has one: it is
-    called with those that are given and that it has a parameter for.
+    Conditions on several of them are checked by ``check_options`` of the command's module, if it has one: it is called
+    with the arguments that it has a parameter for.
     """
     if len(inputs) > len(entry.signature.inputs):
         raise MethodError(f"{entry.slug} takes {len(entry.signature.inputs)} inputs, not {len(inputs)}")
@@ -272,55 +289,55 @@ def _check(entry: Method, given: Mapping[str, Any], inputs: tuple[Any, ...]) -> 
     if unknown:
         raise MethodError(f"{entry.slug} has no option '{unknown[0]}'; it has: {', '.join(sorted(known))}")
     options = {name: value for name, value in given.items() if name in entry.options or name in entry.signature.groups}
-    gathered = entry.signature.gathered(entry.slug, options)
+    collected = entry.signature.collect(entry.slug, options)
     for parameter in entry.signature.inputs.values():
         for name, setting in settings_of(parameter).items():
             if name in given and name not in entry.options:
                 setting.check(entry.slug, given[name])
-    own = getattr(importlib.import_module(entry.module), "check_given", None)
+    own = getattr(importlib.import_module(entry.module), "check_options", None)
     if own is not None:
-        wanted = inspect.signature(own).parameters
-        own(**{name: value for name, value in {**given, **gathered}.items() if name in wanted})
+        parameters = inspect.signature(own).parameters
+        own(**{name: value for name, value in {**given, **collected}.items() if name in parameters})
 
 
 def _check_out(out: Path, inputs: Any, overwrite: bool) -> None:
     for each in inputs:
         if isinstance(each, str | Path) and Path(each).exists() and Path(each).resolve() == out.resolve():
-            raise ExportError(f"{out} is what is read, which is never written to: choose another folder")
+            raise ExportError(f"{out} is an input of the run and is never overwritten: choose another folder")
     check_free(out, overwrite)
 
 
-def _called(entry: Method, inputs: list[Any], options: dict[str, Any]) -> tuple[Any, list[str]]:
-    """What the method returns, and what it warned of, which is passed on."""
+def _call(entry: Method, inputs: list[Any], options: dict[str, Any]) -> tuple[Any, list[str]]:
+    """Call the method, and return its result and the warnings that it gave, which are also passed on."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         value = entry(*inputs, **options)
-    told = []
+    messages = []
     for each in caught:
         is_note = each.category is UserWarning
-        told += [str(each.message)] if is_note else []
+        messages += [str(each.message)] if is_note else []
         category = NoteWarning if is_note else each.category
         warnings.warn_explicit(str(each.message), category, each.filename, each.lineno)
-    return value, told
+    return value, messages
 
 
-def _judged(entry: Method, opening: Opening, opened: list[Any], test: str | None) -> tuple[Stack | None, list[str]]:
-    """The decoder that is compared with the original once it is changed, if any, and a note where it cannot be.
+def _evaluated(entry: Method, opening: Opening, opened: list[Any], test: str | None) -> tuple[Stack | None, list[str]]:
+    """Return the decoder that is evaluated against the original once it is changed, if any, and a note if it cannot be.
 
-    A method that reads no text needs no tokenizer, and unless a test is asked for, the model needs none either.
+    A method that takes no text needs no tokenizer, and unless a test is given, the model needs none either.
 
     Raises:
-        MethodError: for a test where no decoder changes.
-        LamellaError: for a test that cannot be read, since the tokenizer is missing.
+        MethodError: for a test although no decoder changes.
+        LamellaError: for a test that cannot be tokenized, since the tokenizer is missing.
     """
     model, images = opening.model, any(isinstance(each, ImageText) for each in opened)
     stack = model if isinstance(model, Stack) else None
     if model is not None and images:
-        *_, stack = model.stacks.values()  # which answers
+        *_, stack = model.stacks.values()  # the decoder
     if stack is None or not stack.architecture.causal or not _changes(entry):
         if test is not None:
             raise MethodError(
-                f"{entry.slug} changes no decoder, so there is nothing to judge on a text: leave test out"
+                f"{entry.slug} changes no decoder, so there is nothing to evaluate on a text: leave test out"
             )
         return None, []
     try:
@@ -329,22 +346,21 @@ def _judged(entry: Method, opening: Opening, opened: list[Any], test: str | None
     except LamellaError as error:
         if test is not None:
             raise
-        return None, [f"It was not compared with the original on a text: {error}."]
+        return None, [f"The model was not compared with the original on a text: {error}."]
     return stack, []
 
 
 def _changes(entry: Method) -> bool:
-    """Whether a command returns a changed model."""
+    """Return whether a command returns a changed model."""
     return isinstance(entry.signature.result, type) and issubclass(entry.signature.result, Edit)
 
 
 def _evidence(
     result: Result, opening: Opening, opened: list[Any], warned: list[str], stack: Stack | None, test: str | None
 ) -> Evidence:
-    """The record of a run; a changed model is evaluated against the original, on text that nothing was chosen on.
+    """Return the record of a run; a changed model is evaluated against the original, on text used for nothing else.
 
-    Args:
-        stack: what is evaluated; see :func:`_judged`.
+    ``stack`` is evaluated; see :func:`_evaluated`.
     """
     model, body, data = opening.model, result.body(), dict(result.data)
     if isinstance(result, Edit) and stack is not None:
@@ -369,8 +385,8 @@ def _evidence(
 
 
 def _page(slug: str, evidence: Evidence, summary: Summary) -> str:
-    """The method's own page, or the house's around the figures that the method draws."""
-    own = room(slug, "page")
+    """Render the method's own page, or the default page with the figures of the method."""
+    own = submodule(slug, "page")
     if hasattr(own, "page"):
         page: str = own.page(evidence)
         return page
@@ -378,6 +394,6 @@ def _page(slug: str, evidence: Evidence, summary: Summary) -> str:
 
 
 def _card(slug: str, evidence: Evidence, summary: Summary, title: str) -> str:
-    """The command's own model card, or the house's."""
-    own = room(slug, "page")
+    """Render the command's own model card, or the default one."""
+    own = submodule(slug, "page")
     return f"{own.card(evidence) if hasattr(own, 'card') else card(evidence, summary, title)}\n"

@@ -1,15 +1,15 @@
-"""The signature of a command, read as its contract: what it must be given, what may be set, what the house fills in.
+"""The signature of a command, read as its contract: its inputs, its options, and what the runner fills in.
 
     def finercut(stack: Stack, calibration: Text, *, level: Level = "sublayer", refine: Annotated[int, Ge(0)] = 2,
                  budget: Budget = Budget(), work: Work = Work()) -> PlanSeries:
 
-Positional parameters are inputs. Keyword-only ones are options; one whose type is a frozen dataclass stands for its
-fields, so ``share=0.2`` is ``budget=Budget(share=0.2)``, in Python and on the command line. Where the dataclass has
+Positional parameters are inputs. Keyword-only parameters are options; one whose type is a frozen dataclass stands for
+its fields, so ``share=0.2`` is ``budget=Budget(share=0.2)``, in Python and on the command line. If the dataclass has
 ``prefixed = True``, the options carry the name of the parameter: ``heal_minutes=2`` is ``heal=Heal(minutes=2)``. Such a
 group may be optional (``Quantize | None``): it exists as soon as one of its fields is given. :class:`Work` is filled in
 by the runner. Bounds of an option (:mod:`annotated_types`: ``Ge``, ``Gt``, ``Le``, ``Lt``, ``MinLen``) and another
-spelling of its name stand in the annotation, and help in the docstring. The type and the bounds are what the values are
-checked by, what help shows and what tests are generated from.
+spelling of its name are part of the annotation, and help is part of the docstring. Types and bounds validate the
+values, are shown in help, and generate tests.
 """
 
 from __future__ import annotations
@@ -27,12 +27,17 @@ from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 
 from lamella.errors import MethodError, listed
 from lamella.files import Work
-from lamella.source import Class, Function, Instance, Noted, OneOf
+from lamella.source import AnnotatedType, Class, Function, Instance, OneOf
 
 EMPTY = inspect.Parameter.empty
-MODELS = ("Stack", "Model", "Written", "Checkpoint")
+MODELS = ("Stack", "Model", "SavedModel", "LazyCheckpoint")
 SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-BOUNDS = {Ge: (">=", "ge"), Gt: (">", "gt"), Le: ("<=", "le"), Lt: ("<", "lt")}  # as they are written, and the field
+BOUNDS = {
+    Ge: (">=", "ge"),
+    Gt: (">", "gt"),
+    Le: ("<=", "le"),
+    Lt: ("<", "lt"),
+}  # as text, and the attribute that holds the bound
 
 
 @dataclass(frozen=True)
@@ -44,18 +49,18 @@ class Named:
 
 @dataclass(frozen=True)
 class Split:
-    """Which part of its source an input is read from, where that is not the calibration split: ``Split("test")``."""
+    """The split that an input is read from, if it is not the calibration split: ``Split("test")``."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Argument:
-    """Marks an input that is a positional argument on the command line, as the first one always is."""
+    """Marks an input that is a positional argument on the command line; the first input always is."""
 
 
 class Settings:
-    """Defaults of how an input is opened that differ from those of its type: ``Settings(sequences=8)``."""
+    """Defaults of loader settings that differ from those of the input type: ``Settings(sequences=8)``."""
 
     def __init__(self, **values: Any) -> None:
         self.values = values
@@ -63,38 +68,38 @@ class Settings:
 
 @dataclass(frozen=True)
 class Fixture:
-    """The smallest thing that an input of some type can be opened from; it stands in the type as ``example``.
+    """A minimal example of an input type, which the type has as its attribute ``example``.
 
-    The documentation shows it, and the conformance suite runs methods on it. A type that can be opened from a
-    built-in name has that name; any other a file with its content: ``Fixture("words.txt", "one two three")``. Types
-    that are made of a model have none: plans, series, adapters and whatever else a command writes.
+    It is shown in the documentation, and the conformance tests run methods on it. For a type with built-in sources it
+    is the name of one; for other types it is a file with its content: ``Fixture("words.txt", "one two three")``. Types
+    that commands write, such as plans, series and adapters, have none.
 
     Attributes:
-        given: what ``open`` takes: a built-in name, or the name of the file.
-        content: of the file; None for a built-in name.
-        settings: of ``open``, that keep it small.
+        source: argument of ``open``: a built-in name, or the name of the file.
+        content: content of the file; None for a built-in name.
+        settings: arguments of ``open`` that keep the input small.
     """
 
-    given: str
+    source: str
     content: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One thing that a command takes.
+    """A parameter of a command.
 
     Attributes:
-        name: in Python.
-        hint: its type, without the further spelling.
-        default: where it has one, else ``inspect.Parameter.empty``.
-        help: what the docstring says of it.
-        spelling: on the command line, where it is not the name.
+        name: name in Python.
+        hint: its type, without command-line spelling and other markers.
+        default: the default, or ``inspect.Parameter.empty`` if it has none.
+        help: description from the docstring.
+        spelling: name on the command line, if it differs.
         group: the parameter that it is a field of.
         part: its name in that group.
-        split: of its source, for an input.
-        notes: further bounds, of the whole of its type.
-        settings: defaults of how an input is opened.
+        split: the split of its source, for an input.
+        notes: further bounds that apply to the whole value.
+        settings: defaults of loader settings.
         is_argument: whether an input is positional on the command line.
     """
 
@@ -112,12 +117,12 @@ class Parameter:
 
     @property
     def kinds(self) -> tuple[Any, ...]:
-        """The members of a union but None, or the one type that is no union."""
+        """The members of a union except None, or the single type."""
         return tuple(each for each in map(_bare, _members(self.hint)) if each is not NoneType and each is not None)
 
     @cached_property
     def bounds(self) -> str:
-        """The bounds of its values as they are written: ``>= 0 and < 1``; empty where it has none."""
+        """The bounds as text, such as ``>= 0 and < 1``; empty if there are none."""
         notes = limits(self)
         signs = [(*BOUNDS[type(each)], each) for each in notes if type(each) in BOUNDS]
         found = [f"{sign} {getattr(each, field):g}" for sign, field, each in signs]
@@ -126,8 +131,8 @@ class Parameter:
         return " and ".join(dict.fromkeys([*found, *lengths]))
 
     @property
-    def wanted(self) -> str:
-        """The values that it takes, in words."""
+    def expected(self) -> str:
+        """The accepted values as text."""
         known = [str(value) for value in choices(self)]
         kinds = [SCALARS[kind] for kind in self.kinds if kind in SCALARS]
         kinds += [_listed(kind) for kind in self.kinds if get_origin(kind) is tuple]
@@ -135,12 +140,16 @@ class Parameter:
         return f"{what} {self.bounds}".strip()
 
     def check(self, who: str, value: Any) -> None:
-        """Check a value by the type and the bounds that are declared.
+        """Validate a value against the declared type and bounds.
 
-        What only Python can give, such as functions and opened models, is left to the command.
+        Values that only Python can give, such as functions and opened models, are not checked here.
+
+        Args:
+            who: the command, for the message.
+            value: the value.
 
         Raises:
-            MethodError: one line that says what was given and what is wanted.
+            MethodError: one line with the value and what is expected.
         """
         if not self.is_checked:
             return
@@ -149,35 +158,35 @@ class Parameter:
         try:
             self._adapter.validate_python(value)
         except ValidationError:
-            given = listed(value if isinstance(value, list | tuple) else [value])
-            raise MethodError(f"{who}: {self.name} {given}: give {self.wanted}") from None
+            shown = listed(value if isinstance(value, list | tuple) else [value])
+            raise MethodError(f"{who}: {self.name} {shown}: give {self.expected}") from None
 
     @property
     def is_checked(self) -> bool:
-        """Whether the type says what values there are: numbers, texts, choices and lists of them."""
+        """Whether the type determines the accepted values: numbers, strings, choices, and tuples of them."""
         return all(kind in SCALARS or get_origin(kind) in (Literal, tuple) for kind in self.kinds)
 
     @cached_property
     def _adapter(self) -> Any:
-        """What validates values."""
-        from pydantic import ConfigDict, TypeAdapter  # here, since help needs none of it
+        """The pydantic validator."""
+        from pydantic import ConfigDict, TypeAdapter  # imported here, since help does not need it
 
         hint: Any = Annotated[self.hint, *self.notes] if self.notes else self.hint
         return TypeAdapter(hint, config=ConfigDict(strict=True, allow_inf_nan=False))
 
     @property
-    def named(self) -> bool:
-        """Whether it takes several of one type, each with a name of its own: ``dict[str, Text]``."""
+    def is_mapping(self) -> bool:
+        """Whether it takes several values of one type, each with a name: ``dict[str, Text]``."""
         return any(get_origin(each) is dict for each in self.kinds)
 
     @property
-    def many(self) -> bool:
-        """Whether it is an input that takes any number of values: ``tuple[Changed, ...]``."""
+    def is_repeated(self) -> bool:
+        """Whether it is an input that takes any number of values: ``tuple[ComparedModel, ...]``."""
         return any(get_origin(each) is tuple and kinds_of(self) for each in self.kinds)
 
     @property
     def option(self) -> str:
-        """As it is written on the command line."""
+        """The option on the command line."""
         return "--" + (self.spelling or self.name).replace("_", "-")
 
 
@@ -186,14 +195,14 @@ class Signature:
     """What a command takes and returns.
 
     Attributes:
-        inputs: what it must be given, by name.
-        options: what may be set, by name, fields of dataclasses among them.
+        inputs: required and optional inputs, by name.
+        options: options by name, including the fields of groups.
         groups: the parameters whose fields are options, each with its default: an instance, or None for an optional
-            group that does not exist until one of its fields is given.
+            group, which does not exist until one of its fields is given.
         kinds: the dataclass of each group.
         optional: the groups that may be None.
-        work: the name of the parameter that gets the folder of unfinished work; empty where there is none.
-        result: the type of what comes back.
+        work: name of the parameter that receives the work folder; empty if there is none.
+        result: the result type.
     """
 
     inputs: Mapping[str, Parameter]
@@ -204,21 +213,25 @@ class Signature:
     kinds: Mapping[str, Any] = field(default_factory=dict)
     optional: frozenset[str] = frozenset()
 
-    def gathered(self, slug: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Keyword arguments as the function takes them: fields go into their dataclass, and a string becomes a tuple.
+    def collect(self, slug: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return keyword arguments as the function takes them: fields are collected into their dataclasses.
 
         A string that is given for a tuple is split at its commas, as on the command line.
 
+        Args:
+            slug: the command, for messages.
+            given: keyword arguments, in which fields of groups are separate.
+
         Raises:
-            MethodError: for a field given beside its whole dataclass, a string that is not such a tuple, or a value of
-                another type or out of its bounds.
+            MethodError: if a field is given together with its whole dataclass, a string cannot be split into the tuple,
+                or a value has another type or is out of its bounds.
         """
         parts: dict[str, dict[str, Any]] = {}
         whole: dict[str, Any] = {}
         for name, value in given.items():
             group = self._group_of(name)
             if group and group in given:
-                raise MethodError(f"{slug}: {name} is a part of {group}: give one of the two")
+                raise MethodError(f"{slug}: {name} is a field of {group}: give one of the two")
             if name in self.options:
                 value = _split(slug, self.options[name], value) if isinstance(value, str) else value
                 self.options[name].check(slug, value)
@@ -233,19 +246,20 @@ class Signature:
         return whole | {group: self._made(group, values) for group, values in parts.items()}
 
     def _made(self, group: str, values: Mapping[str, Any]) -> Any:
-        """A group with some values; the others are those of its default."""
+        """Return a group with some values; the others are those of its default."""
         default = self.groups[group]
         return self.kinds[group](**values) if default is None else replace(default, **values)
 
-    def completed(self, given: Mapping[str, Any], *house: Any, seed: int | None = None) -> dict[str, Any]:
-        """Keyword arguments with what the house fills in, by type, where the command takes it; what is given wins.
+    def fill(self, given: Mapping[str, Any], *values: Any, seed: int | None = None) -> dict[str, Any]:
+        """Add the values that the runner fills in, by type, if the command takes them; explicit values win.
 
         Args:
-            house: such as a budget and a folder of work.
-            seed: known by its name.
+            given: keyword arguments.
+            *values: values such as a budget and a work folder.
+            seed: the random seed, which is recognised by its name.
         """
         found = dict(given)
-        for value in house:
+        for value in values:
             if isinstance(value, Work) and self.work:
                 found.setdefault(self.work, value)
             for group in (name for name, default in self.groups.items() if type(default) is type(value)):
@@ -262,10 +276,13 @@ class Signature:
 
 @cache
 def signature(function: Callable[..., Any] | Function) -> Signature:
-    """The contract of a command's function, or of one that is read from its source and not imported.
+    """Return the contract of a command's function, or of one that is read from its source and not imported.
 
-    The two are equal but for their types and defaults, which of a function that is not imported are those of
+    The two are equal except for types and defaults, which for a function that is not imported are those of
     :mod:`lamella.source`.
+
+    Args:
+        function: the function.
     """
     positional, options, result = _read(function) if isinstance(function, Function) else _inspected(function)
     found: dict[str, Parameter] = {}
@@ -278,7 +295,7 @@ def signature(function: Callable[..., Any] | Function) -> Signature:
             groups[each.name], kinds[each.name] = each.default, kind
             for part in _fields(each, kind):
                 if part.name in found:
-                    raise MethodError(f"{function.__name__}: two of its options are called {part.name}")
+                    raise MethodError(f"{function.__name__}: two options are named {part.name}")
                 found[part.name] = part
         else:
             found[each.name] = each
@@ -289,10 +306,10 @@ def signature(function: Callable[..., Any] | Function) -> Signature:
 
 
 def _inspected(function: Callable[..., Any]) -> tuple[list[Parameter], list[Parameter], Any]:
-    """The positional and the keyword-only parameters of a function, and its result."""
+    """Return the positional parameters, the keyword-only parameters and the result type of a function."""
     function = inspect.unwrap(function)
     hints = get_type_hints(function, include_extras=True)
-    docs = explained(inspect.getdoc(function) or "")
+    docs = parse_docs(inspect.getdoc(function) or "")
     positional: list[Parameter] = []
     options: list[Parameter] = []
     for name, given in inspect.signature(function).parameters.items():
@@ -303,8 +320,8 @@ def _inspected(function: Callable[..., Any]) -> tuple[list[Parameter], list[Para
 
 
 def _read(function: Function) -> tuple[list[Parameter], list[Parameter], Any]:
-    """The same of a function that is not imported."""
-    node, docs = function.node, explained(function.__doc__)
+    """Return the same for a function that is not imported."""
+    node, docs = function.node, parse_docs(function.__doc__)
     arguments = [each for each in node.args.posonlyargs + node.args.args if each.arg not in ("self", "cls")]
     defaults = [None] * (len(arguments) - len(node.args.defaults)) + list(node.args.defaults)
 
@@ -321,7 +338,7 @@ def _read(function: Function) -> tuple[list[Parameter], list[Parameter], Any]:
 
 def _parameter(name: str, hint: Any, default: Any, docs: Mapping[str, str]) -> Parameter:
     notes: Sequence[Any] = ()
-    if isinstance(hint, Noted):
+    if isinstance(hint, AnnotatedType):
         hint, notes = hint.kind, hint.notes
     elif get_origin(hint) is Annotated:
         hint, *notes = get_args(hint)
@@ -339,7 +356,7 @@ def _parameter(name: str, hint: Any, default: Any, docs: Mapping[str, str]) -> P
 
 
 def _group(parameter: Parameter) -> Any:
-    """The dataclass whose fields an option stands for; None for an option that stands for itself."""
+    """Return the dataclass whose fields an option stands for; None for a plain option."""
     default = parameter.default
     for kind in parameter.kinds:
         is_instance = isinstance(default, Instance) and isinstance(kind, Class)
@@ -350,38 +367,43 @@ def _group(parameter: Parameter) -> Any:
 
 
 def _fields(whole: Parameter, kind: Any) -> list[Parameter]:
-    """The fields of a group as parameters, with the values that they have in the default."""
+    """Return the fields of a group as parameters, with the values of its default."""
     default = kind() if whole.default is None else whole.default
     if isinstance(kind, Class):
         hints = {name: each.module.evaluate(each.node.annotation) for name, each in kind.fields.items()}
-        docs = explained(kind.__doc__, "Attributes")
+        docs = parse_docs(kind.__doc__, "Attributes")
     else:
         every = get_type_hints(kind, include_extras=True)
         hints = {each.name: every[each.name] for each in fields(kind) if each.init}
-        docs = explained(inspect.getdoc(kind) or "", "Attributes")
+        docs = parse_docs(inspect.getdoc(kind) or "", "Attributes")
     prefix = f"{whole.name}_" if getattr(kind, "prefixed", False) is True else ""
     found = [_parameter(name, hint, getattr(default, name), docs) for name, hint in hints.items()]
     return [replace(each, name=prefix + each.name, part=each.name, group=whole.name) for each in found]
 
 
 def fields_of(name: str, default: Any) -> list[Parameter]:
-    """The fields of a group that every command has, as parameters.
+    """Return the fields of a group that every command has, as parameters.
 
     Args:
-        name: of the group.
-        default: an instance, or what the source says of one.
+        name: name of the group.
+        default: an instance, or its description from the source.
     """
     kind = default.cls if isinstance(default, Instance) else type(default)
     return _fields(Parameter(name, kind, default), kind)
 
 
 def _none(kind: Any) -> Any:
-    """None for the type of None, which is written either way."""
+    """Return None for the type of None, since both spellings occur."""
     return None if kind is NoneType else kind
 
 
-def explained(docstring: str, section: str = "Args") -> dict[str, str]:
-    """What a docstring says of each parameter; several that are explained together share their text."""
+def parse_docs(docstring: str, section: str = "Args") -> dict[str, str]:
+    """Return the description of each parameter in a docstring; parameters that share an entry share their text.
+
+    Args:
+        docstring: the docstring.
+        section: the section of the docstring.
+    """
     found: dict[str, str] = {}
     names: list[str] = []
     inside = False
@@ -401,42 +423,42 @@ def explained(docstring: str, section: str = "Args") -> dict[str, str]:
 
 
 def is_model(kind: Any) -> bool:
-    """Whether an input of this type is a model: opened, one stack of it, with its plan, or not opened yet."""
+    """Return whether an input of this type is a model: opened, a stack of it, with its plan, or not yet opened."""
     module = kind.module.name if isinstance(kind, Class) else getattr(kind, "__module__", "")
     return module.startswith(("lamella.stack", "lamella.zoo")) and kind.__name__ in MODELS
 
 
 def is_stack(kind: Any) -> bool:
-    """Whether an input of this type is one stack of a model."""
+    """Return whether an input of this type is one stack of a model."""
     return is_model(kind) and kind.__name__ == "Stack"
 
 
 def kinds_of(parameter: Parameter) -> list[Any]:
-    """The types that an input can be opened as."""
+    """Return the types that an input can be opened as."""
     kinds = [_item(kind) for kind in parameter.kinds]
     classes = [kind for kind in kinds if isinstance(kind, type | Class)]
     return [kind for kind in classes if is_model(kind) or hasattr(kind, "open") or hasattr(kind, "read")]
 
 
 def _item(kind: Any) -> Any:
-    """The type of one value of an input that takes several."""
+    """Return the type of one value of an input that takes several."""
     if get_origin(kind) is dict:
         return get_args(kind)[1]
     return get_args(kind)[0] if get_origin(kind) is tuple and Ellipsis in get_args(kind) else kind
 
 
 def kind_of(parameter: Parameter) -> Any:
-    """The first type that an input is opened as; None where it is taken as it is."""
+    """Return the first type that an input can be opened as; None if it is passed on unchanged."""
     return next(iter(kinds_of(parameter)), None)
 
 
-def judges(parameter: Parameter) -> bool:
-    """Whether an input is the test, of text or of images with text, that every command measures on by default."""
+def is_test_input(parameter: Parameter) -> bool:
+    """Return whether an input is the test, of text or of images with text, that all commands evaluate on by default."""
     return parameter.split == "test" and {"Text", "ImageText"} <= {kind.__name__ for kind in kinds_of(parameter)}
 
 
 def settings_of(parameter: Parameter) -> Mapping[str, Parameter]:
-    """What can be set of how an input is opened, whichever of its types it is."""
+    """Return the loader settings of an input, for all of its types."""
     kinds = [kind for kind in kinds_of(parameter) if hasattr(kind, "open") and not is_model(kind)]
     found = {name: each for kind in reversed(kinds) for name, each in signature(kind.open).options.items()}
     defaults = parameter.settings
@@ -444,7 +466,7 @@ def settings_of(parameter: Parameter) -> Mapping[str, Parameter]:
 
 
 def _split(slug: str, option: Parameter, text: str) -> Any:
-    """The tuple that a string stands for; the string itself where the option takes strings, or no tuple."""
+    """Return the tuple that a string stands for; the string itself if the option takes strings, or no tuple."""
     kinds = [entries(kind) for kind in option.kinds if get_origin(kind) is tuple]
     if not kinds or str in option.kinds or text in choices(option):
         return text
@@ -459,11 +481,11 @@ def _split(slug: str, option: Parameter, text: str) -> Any:
             continue
         if Ellipsis in rest or len(found) == 1 + len(rest):
             return found
-    raise MethodError(f"{slug}: {option.name} {text}: give {option.wanted}, as a tuple or separated by commas")
+    raise MethodError(f"{slug}: {option.name} {text}: give {option.expected}, as a tuple or separated by commas")
 
 
 def _listed(kind: Any) -> str:
-    """The entries of a tuple in words: ``numbers``, ``2 numbers`` or ``some of even, release``."""
+    """Describe the entries of a tuple: ``numbers``, ``2 numbers`` or ``some of even, release``."""
     first, *rest = entries(kind)
     if get_origin(first) is Literal:
         return f"some of {', '.join(map(str, get_args(first)))}"
@@ -472,27 +494,27 @@ def _listed(kind: Any) -> str:
 
 
 def entries(kind: Any) -> tuple[Any, ...]:
-    """The types of a tuple's entries, without their bounds, as they stand in its type: ``(int, ...)``."""
+    """Return the types of a tuple's entries without their bounds, as in its annotation: ``(int, ...)``."""
     return tuple(map(_bare, get_args(kind)))
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
-    """The members of a union, or the one type that is no union."""
+    """Return the members of a union, or the single type."""
     if isinstance(hint, OneOf):
         return hint.kinds
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
 def _bare(hint: Any) -> Any:
-    """A type without its notes."""
-    if isinstance(hint, Noted):
+    """Return a type without its annotations."""
+    if isinstance(hint, AnnotatedType):
         return _bare(hint.kind)
     return _bare(get_args(hint)[0]) if get_origin(hint) is Annotated else hint
 
 
 def notes_of(hint: Any) -> Iterator[Any]:
-    """The notes of a type and of the types in it."""
-    if isinstance(hint, Noted):
+    """Yield the annotations of a type and of the types within it."""
+    if isinstance(hint, AnnotatedType):
         yield from (*hint.notes, *notes_of(hint.kind))
     elif get_origin(hint) is Annotated:
         kind, *notes = get_args(hint)
@@ -503,10 +525,10 @@ def notes_of(hint: Any) -> Iterator[Any]:
 
 
 def limits(parameter: Parameter) -> list[Any]:
-    """The bounds of a parameter's values, or of their entries, as :mod:`annotated_types` has them."""
+    """Return the bounds of a parameter's values, or of their entries, as :mod:`annotated_types` objects."""
     return [*notes_of(parameter.hint), *parameter.notes]
 
 
 def choices(parameter: Parameter) -> list[Any]:
-    """The values of a literal type, or none where it has no such type."""
+    """Return the values of a literal type; empty if there is none."""
     return [value for kind in parameter.kinds if get_origin(kind) is Literal for value in get_args(kind)]

@@ -1,8 +1,8 @@
-"""Python source as data: what a module defines, read from its file, without importing it or what it imports.
+"""Static reading of Python modules: what a module defines, without importing it or its imports.
 
-The command line lists methods and shows their help from their source, so that neither torch nor a method is imported
-for it. What a signature says is therefore written in literals: types, constants, dataclasses with constant arguments.
-Anything else is :data:`UNKNOWN`.
+The command line lists methods and shows their help from their source, so that neither torch nor a method is imported.
+Signatures are therefore written with literals: types, constants, and dataclasses with constant arguments. Anything else
+is :data:`UNKNOWN`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, Literal
 
-REAL = ("annotated_types", "lamella.signature", "pathlib", "math")  # modules that are cheap, and imported
+REAL = ("annotated_types", "lamella.signature", "pathlib", "math")  # modules that are cheap to import, and are imported
 BUILT_IN = {
     each.__name__: each for each in (bool, int, float, str, bytes, object, type, tuple, list, dict, set, frozenset)
 }
@@ -34,7 +34,7 @@ ARITHMETIC = {
 
 
 class _Unknown:
-    """A value or a type that cannot be told from the source."""
+    """A value or a type that cannot be determined from the source."""
 
     __name__ = "unknown"
 
@@ -54,7 +54,7 @@ class OneOf:
 
 @dataclass(frozen=True)
 class Function:
-    """A function as its source declares it."""
+    """A function as declared in its source."""
 
     module: Module
     node: ast.FunctionDef
@@ -68,13 +68,13 @@ class Function:
         return ast.get_docstring(self.node) or ""
 
     def evaluate(self, node: ast.expr | None) -> Any:
-        """The value of an expression in the function's module."""
+        """Evaluate an expression in the function's module."""
         return self.module.evaluate(node)
 
 
 @dataclass(frozen=True)
 class Class:
-    """A class as its source declares it. Class attributes and methods are its attributes."""
+    """A class as declared in its source. Class attributes and methods are its attributes."""
 
     module: Module
     node: ast.ClassDef
@@ -89,7 +89,7 @@ class Class:
 
     @cached_property
     def ancestors(self) -> tuple[Class, ...]:
-        """The class itself, then its bases as far as they are known, depth first."""
+        """The class itself, followed by its known bases, depth first."""
         bases = [
             self.module.evaluate(base.value if isinstance(base, ast.Subscript) else base) for base in self.node.bases
         ]
@@ -98,25 +98,26 @@ class Class:
 
     @property
     def is_dataclass(self) -> bool:
+        """Whether the class or one of its bases is a dataclass."""
         return any("dataclass" in ast.unparse(each) for own in self.ancestors for each in own.node.decorator_list)
 
     @cached_property
     def fields(self) -> Mapping[str, Field]:
-        """The fields that a dataclass takes, those of its bases first."""
+        """The fields that the constructor of a dataclass takes, those of its bases first."""
         found: dict[str, Field] = {}
         for own in reversed(self.ancestors):
             for node in own.node.body:
                 is_field = isinstance(node, ast.AnnAssign) and "ClassVar" not in ast.unparse(node.annotation)
                 if is_field and isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                     found[node.target.id] = Field(own.module, node)
-        return {name: each for name, each in found.items() if each.is_given}
+        return {name: each for name, each in found.items() if each.is_init}
 
     def is_a(self, name: str) -> bool:
-        """Whether a class of that name is among the ancestors."""
+        """Return whether a class of that name is among the ancestors."""
         return any(each.__name__ == name for each in self.ancestors)
 
     def load(self) -> Any:
-        """The class itself, whose module is imported."""
+        """Import the module and return the class itself."""
         return getattr(importlib.import_module(self.module.name), self.__name__)
 
     def __getattr__(self, name: str) -> Any:
@@ -130,7 +131,7 @@ class Class:
         raise AttributeError(name)
 
     def __call__(self, *args: Any, **values: Any) -> Instance:
-        """An instance of a dataclass with these values."""
+        """Return an instance of a dataclass with these values."""
         return Instance(self, dict(zip(self.fields, args, strict=False)) | values)
 
 
@@ -142,26 +143,26 @@ class Field:
     node: ast.AnnAssign
 
     @property
-    def is_given(self) -> bool:
-        """Whether the class is made with it."""
+    def is_init(self) -> bool:
+        """Whether the constructor takes the field."""
         return "init=False" not in (ast.unparse(self.node.value) if self.node.value else "")
 
     @property
     def default(self) -> Any:
-        """Its default; :data:`UNKNOWN` where it has none or that cannot be told."""
+        """The default; :data:`UNKNOWN` if there is none, or it cannot be determined."""
         value = self.node.value
         if isinstance(value, ast.Call) and ast.unparse(value.func) == "field":
-            given = {each.arg: each.value for each in value.keywords}
-            if "default_factory" in given:
-                factory = self.module.evaluate(given["default_factory"])
+            arguments = {each.arg: each.value for each in value.keywords}
+            if "default_factory" in arguments:
+                factory = self.module.evaluate(arguments["default_factory"])
                 return factory() if callable(factory) else UNKNOWN
-            value = given.get("default")
+            value = arguments.get("default")
         return UNKNOWN if value is None else self.module.evaluate(value)
 
 
 @dataclass(frozen=True)
 class Instance:
-    """An instance of a dataclass, by the values that it was made with. Its fields are its attributes."""
+    """An instance of a dataclass, described by the values that it was made with. Its fields are its attributes."""
 
     cls: Class
     values: Mapping[str, Any]
@@ -172,6 +173,7 @@ class Instance:
         return self.cls.fields[name].default if name in self.cls.fields else getattr(self.cls, name)
 
     def replace(self, **values: Any) -> Instance:
+        """Return an instance with other values for some fields."""
         return Instance(self.cls, {**self.values, **values})
 
 
@@ -179,8 +181,8 @@ class Module:
     """A module, read from its file.
 
     Attributes:
-        name: as it is imported.
-        file: where it is.
+        name: name for import.
+        file: path of the file.
     """
 
     def __init__(self, name: str, file: Path) -> None:
@@ -188,6 +190,7 @@ class Module:
 
     @cached_property
     def tree(self) -> ast.Module:
+        """The syntax tree of the module."""
         return ast.parse(self.file.read_text(encoding="utf-8"))
 
     @cached_property
@@ -196,7 +199,7 @@ class Module:
         return {name: node for node in _statements(self.tree.body) for name in _defined(node)}
 
     def get(self, name: str) -> Any:
-        """What the module defines under a name: a class, a function, a value, or :data:`UNKNOWN`."""
+        """Return what the module defines under a name: a class, a function, a value, or :data:`UNKNOWN`."""
         node = self._nodes.get(name)
         if isinstance(node, ast.ClassDef):
             return Class(self, node)
@@ -224,7 +227,7 @@ class Module:
         return read_module(origin).get(original) if own else UNKNOWN
 
     def evaluate(self, node: ast.expr | None) -> Any:
-        """The value of an expression, as far as it can be told."""
+        """Evaluate an expression as far as possible; otherwise :data:`UNKNOWN`."""
         match node:
             case ast.Constant():
                 return node.value
@@ -261,15 +264,15 @@ class Module:
         return UNKNOWN
 
     def _subscript(self, node: ast.Subscript) -> Any:
-        base, given = self.evaluate(node.value), node.slice
-        parts = tuple(map(self.evaluate, given.elts if isinstance(given, ast.Tuple) else [given]))
+        base, index = self.evaluate(node.value), node.slice
+        parts = tuple(map(self.evaluate, index.elts if isinstance(index, ast.Tuple) else [index]))
         if isinstance(base, dict):
             return base.get(parts[0], UNKNOWN)
         match base:
             case _Typing("Literal"):
                 return Literal[parts]
             case _Typing("Annotated"):
-                return Noted(parts[0], parts[1:])
+                return AnnotatedType(parts[0], parts[1:])
             case _Typing("Optional"):
                 return OneOf((*_members(parts[0]), None))
             case _Typing("ClassVar" | "Final"):
@@ -281,16 +284,16 @@ class Module:
         values = {each.arg: self.evaluate(each.value) for each in node.keywords if each.arg}
         if ast.unparse(node.func) == "replace" and args and isinstance(args[0], Instance):
             return args[0].replace(**values)
-        called = self.evaluate(node.func)
-        if isinstance(called, Class):
-            return called(*args, **values)
-        is_real = called in (tuple, frozenset, list) or getattr(called, "__module__", "") in REAL
-        return called(*args, **values) if is_real and UNKNOWN not in (*args, *values.values()) else UNKNOWN
+        function = self.evaluate(node.func)
+        if isinstance(function, Class):
+            return function(*args, **values)
+        is_real = function in (tuple, frozenset, list) or getattr(function, "__module__", "") in REAL
+        return function(*args, **values) if is_real and UNKNOWN not in (*args, *values.values()) else UNKNOWN
 
 
 @dataclass(frozen=True)
-class Noted:
-    """A type with notes: ``Annotated``, which takes real types alone."""
+class AnnotatedType:
+    """A type with annotations: ``Annotated`` itself accepts real types only."""
 
     kind: Any
     notes: tuple[Any, ...]
@@ -309,30 +312,36 @@ class _Typing:
 
 @cache
 def read_module(name: str) -> Module:
-    """A module by its name.
+    """Return a module by its name.
+
+    Args:
+        name: name for import.
 
     Raises:
-        ModuleNotFoundError: when it is not installed.
+        ModuleNotFoundError: if it is not installed.
     """
-    place = locate(name)
-    return Module(name, place / "__init__.py" if place.is_dir() else place)
+    path = locate(name)
+    return Module(name, path / "__init__.py" if path.is_dir() else path)
 
 
 def locate(name: str) -> Path:
-    """The file of a module or the folder of a package, found without importing it.
+    """Return the file of a module or the folder of a package, without importing it.
+
+    Args:
+        name: name for import.
 
     Raises:
-        ModuleNotFoundError: when it is not installed.
+        ModuleNotFoundError: if it is not installed.
     """
     path: Sequence[str] = sys.path
-    place = ""
+    location = ""
     for part in name.split("."):
         spec = PathFinder.find_spec(part, path)
         if spec is None:
             raise ModuleNotFoundError(name)
         path = list(spec.submodule_search_locations or [])
-        place = path[0] if path else str(spec.origin)
-    return Path(place)
+        location = path[0] if path else str(spec.origin)
+    return Path(location)
 
 
 def _members(kind: Any) -> tuple[Any, ...]:
@@ -340,7 +349,7 @@ def _members(kind: Any) -> tuple[Any, ...]:
 
 
 def _statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
-    """Statements at the top of a module, those for type checkers among them."""
+    """Yield the statements at the top level of a module, including those for type checkers."""
     for node in body:
         if isinstance(node, ast.If):
             yield from _statements(node.body)
@@ -362,7 +371,7 @@ def _defined(node: ast.stmt) -> list[str]:
 
 
 def _assigned(node: ast.stmt, name: str) -> ast.expr | None:
-    """The expression that a statement assigns to a name, if it does."""
+    """Return the expression that a statement assigns to a name, if it does."""
     match node:
         case ast.AnnAssign(target=ast.Name(id=found)) if found == name:
             return node.value

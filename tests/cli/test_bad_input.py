@@ -181,7 +181,7 @@ def test_an_unknown_architecture_shows_how_to_add_it(lamella, tmp_path, make, co
     made.save_pretrained(tmp_path / "model")
     line = lamella(*command, tmp_path / "model").refused()
     if made.config.model_type == "bert":  # which could be derived, were it a decoder
-        assert "see those behind them, so it is no decoder" in line
+        assert "see later tokens, so with this config it is not a decoder" in line
     else:
         assert "Architecture(name='mamba'" in line and "register_architecture" in line
 
@@ -243,7 +243,7 @@ def test_a_bad_option_of_a_method_is_answered_with_what_it_takes(lamella, settin
 def test_options_of_planners_are_those_that_race(lamella, tmp_path):
     given = ("compress", NANO_LLAMA, "-o", tmp_path / "out", "--finercut.level", "attn")
     line = lamella(*given, "--method", "shortgpt").refused()
-    assert "finercut, which is not in the race: add it to --method" in line
+    assert "finercut, which is not among the planners: add it to --method" in line
     wrong = lamella(*given, "--method", "finercut", "--finercut.lewel", "attn")
     assert wrong.code == 2 and "--finercut.level" in wrong.err
     assert "did you mean finercut" in lamella("compress", NANO_LLAMA, "-o", "x", "--finecut.level", "attn").refused()

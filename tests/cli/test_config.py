@@ -114,7 +114,7 @@ def test_a_dry_run_says_what_would_run_and_opens_nothing(
     done = lamella("plan", *ONE, "-o", tmp_path / "out", "--dry-run")
     assert done.code == 0 and "lamella shortgpt would run" in done.out and "0.34" in done.out
     assert not list(tmp_path.iterdir())
-    assert "never written to" in lamella("plan", *ONE, "-o", NANO_LLAMA, "--dry-run").refused()
+    assert "never overwritten" in lamella("plan", *ONE, "-o", NANO_LLAMA, "--dry-run").refused()
 
 
 def test_completion_knows_commands_and_options(lamella: Any, monkeypatch: pytest.MonkeyPatch) -> None:

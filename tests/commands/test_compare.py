@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from lamella.commands import compare as job
 from lamella.commands.compare import figures, learners, rise
 from lamella.data import Passages, load_text, windows
-from lamella.data.reader import Reader
+from lamella.data.context import InputContext
 from lamella.errors import ExportError, MethodError
 from lamella.methods.lora import lora
 from lamella.runner import run
@@ -42,7 +42,7 @@ def test_figures_are_those_of_a_model_that_was_trained_apart() -> None:
     evidence = compare(NANO_LLAMA, "stdlib", **SMALL | {"method": ("lora",)}, at=(1.0,))
     point = evidence.findings["points"]["lora"][0]
     stack, tokenizer = open_stack(NANO_LLAMA), open_tokenizer(NANO_LLAMA)
-    samples = Passages.open("stdlib", Reader(lambda: tokenizer), sequences=8, length=32)
+    samples = Passages.open("stdlib", InputContext(lambda: tokenizer), sequences=8, length=32)
     trained = lora(stack, samples, steps=4, batch=2).view
     new, old = (
         windows(tokenizer, load_text(name, "test"), count, 32) for name, count in (("stdlib", 16), ("pydoc", 8))
@@ -140,7 +140,7 @@ def test_the_command_prints_the_table(lamella: Any) -> None:
     done = lamella("compare", NANO_LLAMA, "--new", "stdlib", "--method", "lora", "--steps", "1", "--batch", "2",
                    "--length", "32")  # fmt: skip
     assert done.code == 0, done.err
-    assert "rise in nats" in " ".join(done.out.split())
+    assert "increase on" in " ".join(done.out.split())
 
 
 @pytest.mark.parametrize(

@@ -300,9 +300,9 @@ def test_a_time_in_which_nothing_heals_is_said_and_the_cut_is_written(lamella, t
 def test_an_unknown_way_to_heal_is_refused_before_any_work(lamella, tmp_path):
     given = ("compress", NANO_LLAMA, "-o", tmp_path / "out", "--heal-way")
     assert "choose one of auto, recipe" in lamella(*given, "always").refused()
-    assert "minutes are for distillation" in lamella(*given, "recipe", "--heal-minutes", "2").refused()
+    assert "minutes apply to distillation" in lamella(*given, "recipe", "--heal-minutes", "2").refused()
     assert (
-        "--no-heal leaves out what --heal-minutes sets"
+        "--no-heal and --heal-minutes exclude each other"
         in lamella(*given[:-1], "--no-heal", "--heal-minutes", "2").refused()
     )
 

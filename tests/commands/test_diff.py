@@ -19,14 +19,14 @@ def test_what_was_asked_and_measured_differently(lamella: Any, tmp_path: Path) -
     done = lamella("diff", tmp_path / "a", tmp_path / "b", "--json")
     assert done.code == 0, done.err
     found = json.loads(done.out)["findings"]
-    assert found["asked"] == [{"name": "level", "first": "block", "second": "attn"}]
+    assert found["options"] == [{"name": "level", "first": "block", "second": "attn"}]
     ours, theirs = (json.loads((tmp_path / name / "evidence.json").read_text())["points"] for name in ("a", "b"))
     measured = {each["name"]: each for each in found["measured"]}
     assert measured["points.1.removed"] == {"name": "points.1.removed", "first": 2, "second": 1, "change": -0.5}
     name = next(iter(ours[1]["scores"]))
     change = (theirs[1]["scores"][name] - ours[1]["scores"][name]) / abs(ours[1]["scores"][name])
     assert measured[f"points.1.scores.{name}"]["change"] == pytest.approx(change)
-    assert "Asked differently" in lamella("diff", tmp_path / "a", tmp_path / "b").out
+    assert "Different options" in lamella("diff", tmp_path / "a", tmp_path / "b").out
 
 
 def test_the_same_twice_differs_in_nothing(lamella: Any, tmp_path: Path) -> None:

@@ -142,12 +142,12 @@ def test_tensorboard_finds_the_curves_that_the_log_has(lamella, plan, tmp_path):
     ("more", "said"),
     [
         (["--replay", "0.05"], "needs a text to replay"),
-        (["--replay", "much", "--past", "stdlib"], "--replay much: heal takes auto or float"),
+        (["--replay", "much", "--past", "stdlib"], "--replay much: heal expects auto or float"),
         (["--replay", "2", "--past", "stdlib"], "> 0 and < 1"),
         (["--past", "gsm8k"], "is a test set"),
         (["--schedule", "sideways"], "choose one of cosine"),
-        (["--minutes", "1"], "all say how long to train"),
-        (["--tokens", "1000"], "all say how long to train"),
+        (["--minutes", "1"], "all determine the duration of training"),
+        (["--tokens", "1000"], "all determine the duration of training"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(lamella, plan, tmp_path, more, said):
@@ -242,4 +242,4 @@ def test_what_cannot_be_split_is_refused(lamella, plan, tmp_path):
     known = Plan.read(plan)
     known.model_copy(update={"provenance": {"method": "unified-skip"}}).write(tmp_path / "own.json")
     own = lamella("heal", NANO_LLAMA, tmp_path / "own.json", "-o", tmp_path / "out", "--shard", *QUICK)
-    assert "unified-skip heals by its own recipe, which cannot be split" in own.refused()
+    assert "unified-skip heals by its own recipe, which cannot be sharded" in own.refused()

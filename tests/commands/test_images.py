@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from lamella.commands.compress.healing import Heal, heal_cut
-from lamella.commands.heal.command import reader_of
-from lamella.data import ImageText, Processing, Reader
+from lamella.commands.heal.command import context_of
+from lamella.data import ImageText, InputContext, Processing
 from lamella.errors import LamellaError
 from lamella.evaluate.scored import read_inputs
 from lamella.files import Work
@@ -209,15 +209,15 @@ def test_a_model_of_images_that_is_healed_on_text_keeps_its_processor(vlm: Path,
 
 def test_recipes_that_train_on_text_alone_refuse_images(vlm: Path, tmp_path: Path) -> None:
     given = {"plan": dropped(vlm), "train": "shapes", "rows": 8}
-    with pytest.raises(LamellaError, match="continual-pretrain trains on text alone, and images were given"):
+    with pytest.raises(LamellaError, match="continual-pretrain trains on text only, but images were given"):
         run("heal", vlm, **given, loss="ce", steps=1)
     with pytest.raises(LamellaError, match="no option 'replay'"):
         run("heal", vlm, **given, replay=0.1, minutes=1)
     stack, processing = open_stack(vlm, stack="text"), Processing(open_processor(vlm))
-    reader = Reader(lambda: processing.tokenizer, processing_opener=lambda: processing)
+    reader = InputContext(lambda: processing.tokenizer, processing_opener=lambda: processing)
     rows = ImageText.open("shapes", reader, rows=4)
     how, work = Heal("recipe"), Work(tmp_path / "work")
-    healed, said = heal_cut(stack, dropped(vlm), reader_of(rows, 0), how, work, rows)
+    healed, said = heal_cut(stack, dropped(vlm), context_of(rows, 0), how, work, rows)
     assert healed is None and "trains on text alone" in said["note"]  # a compression goes on without
 
 
@@ -229,11 +229,13 @@ def test_methods_that_skip_tune_on_images(vlm: Path, method: str, options: dict[
     assert done.result.log.train and done.evidence.provenance["inputs"]["train"]["images"] == 4
 
 
-def test_streams_that_unified_skip_compares_have_read_the_image(vlm: Path) -> None:
+def test_hidden_states_that_unified_skip_compares_have_read_the_image(vlm: Path) -> None:
     model, processing = open_stack(vlm, stack="text").model, Processing(open_processor(vlm))
-    rows = ImageText.open("shapes:colour", Reader(processing_opener=lambda: processing, opener=lambda: None), rows=2)
+    rows = ImageText.open(
+        "shapes:colour", InputContext(processing_opener=lambda: processing, opener=lambda: None), rows=2
+    )
     batch = processing.batch(rows[:])
-    ours = unified_skip._streams(model, batch)
+    ours = unified_skip._hidden_states(model, batch)
     theirs = model(**read_inputs(model, batch), output_hidden_states=True, use_cache=False).hidden_states
     assert len(ours) == len(theirs) == 4 and all(torch.equal(*each) for each in zip(ours, theirs, strict=True))
 

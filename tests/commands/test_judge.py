@@ -1,4 +1,4 @@
-"""What judges a changed model depends on the test alone."""
+"""The test of changed models depends on the test input only."""
 
 from __future__ import annotations
 

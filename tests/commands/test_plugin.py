@@ -36,7 +36,7 @@ from typing import Annotated
 import numpy as np
 import torch
 
-from lamella.data import Reader, Text
+from lamella.data import InputContext, Text
 from lamella.errors import CalibrationError
 from lamella.evaluate import Budget
 from lamella.formatting import counted
@@ -57,10 +57,10 @@ class Words:
 
     words: tuple[str, ...]
     default = "abc"
-    told = "abc, or a file of words"
+    source_help = "abc, or a file of words"
 
     @classmethod
-    def open(cls, name: str, reader: Reader, *, most: int = 9) -> Words:
+    def open(cls, name: str, context: InputContext, *, most: int = 9) -> Words:
         """Words.
 
         Args:
@@ -367,7 +367,7 @@ def test_fields_and_whole_dataclasses_are_one_thing(installed) -> None:
     stack, tokens = open_stack(NANO), torch.zeros(1, 8, dtype=torch.long)
     assert set(signature(entry.call).options) == {"step", "seed", *Budget.__dataclass_fields__}
     assert entry(stack, tokens, share=0.1).provenance["options"]["share"] == 0.1
-    with pytest.raises(MethodError, match="share is a part of budget"):
+    with pytest.raises(MethodError, match="share is a field of budget"):
         entry(stack, tokens, share=0.1, budget=entry.signature.groups["budget"])
 
 

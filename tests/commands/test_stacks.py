@@ -75,11 +75,11 @@ def test_where_several_stacks_fit_one_must_be_named_and_where_none_does_all_are(
 @pytest.mark.parametrize("name", ["text", "vision", "encoder", "decoder"])
 def test_the_name_of_a_stack_is_not_taken_for_a_model(lamella: Any, name: str, tmp_path: Path) -> None:
     with pytest.raises(
-        ArchitectureError, match=f"'{name}' names no model, but a stack of models: give a model"
+        ArchitectureError, match=f"'{name}' is the name of a stack, not of a model: give a model"
     ) as error:
         api.open(name)
     assert "\n" not in str(error.value)
-    with pytest.raises(ArchitectureError, match="names no model, but a stack"):
+    with pytest.raises(ArchitectureError, match="is the name of a stack"):
         api.run("gamma-mod", stack=name, train=ROWS)
     assert f"--stack {name}" in lamella("chat", name, "--prompt", "a").refused()
 
@@ -91,11 +91,9 @@ def test_a_stack_that_is_given_beside_the_model_is_pointed_to_of_stack(vlm: Path
         lambda: api.make_plan("lora-drop", vlm, stack="text"),
         lambda: gamma_mod(model, [], stack="text"),
     ):
-        with pytest.raises(MethodError, match=r"stack is given twice, in its place and by its name.*of_stack"):
+        with pytest.raises(MethodError, match=r"stack is given both by position and by name.*of_stack"):
             call()
-    with pytest.raises(
-        MethodError, match=r"train is given twice, in its place and by its name: leave one of them out$"
-    ):
+    with pytest.raises(MethodError, match=r"train is given both by position and by name: give it once$"):
         api.run("gamma-mod", vlm, ROWS, train=ROWS)
 
 

@@ -44,7 +44,7 @@ def test_what_ran_over_a_picture() -> None:
     assert grid == (8, 8)
     report = trace(stack, processing.tokenizer, inputs, plan, tokens=3, grid=grid)
     image = (inputs["input_ids"][0] == stack.model.config.image_token_id).nonzero()[:, 0].tolist()
-    assert report["picture"] == {"rows": 8, "columns": 8, "cells": image} and len(image) == IMAGE
+    assert report["image_grid"] == {"rows": 8, "columns": 8, "cells": image} and len(image) == IMAGE
     assert [token["phase"] for token in report["tokens"]].count("image") == IMAGE
     probability = np.array(report["notes"]["p"], dtype=float)[image]
     ran = np.array(report["attn"])[image]
@@ -56,20 +56,22 @@ def test_the_page_draws_it(tmp_path: Path) -> None:
     stack, processing, inputs = asked("llava")
     plan = planned(stack, "gamma-mod", layers=[1], prefill=0.5)
     report = trace(stack, processing.tokenizer, inputs, plan, tokens=2, grid=(8, 8))
-    report["image"] = png(processing.seen(ONE.image))
+    report["image"] = png(processing.visible(ONE.image))
     html = render_trace(report)
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.S)[1])
-    ran, probability, odds = data["picture"]["views"]
+    ran, probability, odds = data["image_grid"]["views"]
     assert [each["name"] for each in (ran, probability, odds)] == ["layers that ran", "p", "odds"]
     assert [frame["label"] for frame in ran["frames"]] == ["all layers", *(f"layer {n}" for n in range(LAYERS))]
-    of_layer = [float(report["attn"][cell][1]) for cell in report["picture"]["cells"]]
+    of_layer = [float(report["attn"][cell][1]) for cell in report["image_grid"]["cells"]]
     assert ran["frames"][2]["values"] == of_layer
     assert ran["frames"][0]["values"] == [(LAYERS - 1 + one) / LAYERS for one in of_layer]
-    drawn = data["plots"]["picture"]
-    assert drawn["layout"]["images"][0]["source"].startswith("data:image/png;base64,") and 'id="plot-picture"' in html
+    drawn = data["plots"]["image_grid"]
+    assert (
+        drawn["layout"]["images"][0]["source"].startswith("data:image/png;base64,") and 'id="plot-image_grid"' in html
+    )
     assert [value for row in drawn["data"][0]["z"] for value in row] == ran["frames"][0]["values"]
     del report["image"]
-    assert 'id="plot-picture"' not in render_trace(report)
+    assert 'id="plot-image_grid"' not in render_trace(report)
 
 
 def test_where_all_layers_ran_the_page_shows_what_else_tells_tokens_apart() -> None:
@@ -80,7 +82,7 @@ def test_where_all_layers_ran_the_page_shows_what_else_tells_tokens_apart() -> N
     assert set(report["usage"].values()) == {1}
     html = render_trace(report | {"image": png(ONE.image)})
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.S)[1])
-    assert [each["name"] for each in data["picture"]["views"]] == ["experts", "layers that ran"]
+    assert [each["name"] for each in data["image_grid"]["views"]] == ["experts", "layers that ran"]
     (cells,) = data["plots"]["trace"]["data"]
     assert cells["colorbar"]["title"]["text"] == "experts"
     assert cells["z"] == [list(row) for row in zip(*report["notes"]["experts"], strict=True)]
@@ -99,13 +101,13 @@ def test_a_model_of_masked_tokens_pass_by_pass() -> None:
     )
     committed = [token["step"] for token in report["tokens"] if token["phase"] == "answer"]
     assert sorted(committed) == [0, 0, 1, 1, 2, 2, 3, 3]
-    cells = report["picture"]["cells"]
+    cells = report["image_grid"]["cells"]
     shares = [np.mean([each["by_token"][cell] for cell in cells]) for each in report["passes"]]
     assert shares == [1, 1, 0.25, 0.25]
     others = len(report["tokens"]) - IMAGE
     assert report["passes"][2]["by_layer"] == pytest.approx([(others + IMAGE / 4) / (others + IMAGE)] * LAYERS)
     html = render_trace(report | {"image": png(ONE.image)})
-    assert all(f'id="plot-{name}"' in html for name in ("picture", "layers", "tokens"))
+    assert all(f'id="plot-{name}"' in html for name in ("image_grid", "layers", "tokens"))
     with pytest.raises(PlanError, match="predicts masked tokens"):
         trace(stack, processing.tokenizer, inputs)
 
@@ -126,5 +128,5 @@ def test_what_of_a_picture_a_model_sees() -> None:
     processing = asked("llava")[1]
     wide = np.arange(4 * 8 * 3, dtype=np.uint8).reshape(4, 8, 3)
     crops = getattr(processing.processor.image_processor, "do_center_crop", False)
-    assert np.array_equal(processing.seen(wide), wide[:, 2:6] if crops else wide)
+    assert np.array_equal(processing.visible(wide), wide[:, 2:6] if crops else wide)
     assert MARK not in processing.tokenizer.decode(processing.question("where is it?")["input_ids"][0])

@@ -118,9 +118,9 @@ def test_every_input_can_be_opened_small(command: str) -> None:
         made = hasattr(kind, "read") or kind.__name__ in (
             "Stack",
             "Model",
-            "Written",
-            "Checkpoint",
-            "Changed",
+            "SavedModel",
+            "LazyCheckpoint",
+            "ComparedModel",
             "Results",
             "Adapter",
             "Writer",
@@ -261,7 +261,7 @@ TUPLES = [  # every option that is a tuple, with its command
 def gathered(entry: Method, name: str, value: Any) -> Any:
     """An option as the function gets it, or what a group of options says against its value."""
     try:
-        given = entry.signature.gathered(entry.slug, {name: value})
+        given = entry.signature.collect(entry.slug, {name: value})
     except MethodError as error:
         return str(error)
     option = entry.options[name]
@@ -278,10 +278,10 @@ def test_a_string_for_a_tuple_is_split_at_its_commas_as_on_the_command_line(comm
     wanted = parsed(entry.slug, option, text, f"--{name} {text}") if kind[0] in (int, float, str) else (value,)
     assert gathered(entry, name, text) == gathered(entry, name, wanted)
     with pytest.raises(MethodError, match=f"{entry.slug}: {name} .*empty entry"):
-        entry.signature.gathered(entry.slug, {name: f"{value},,{value}"})
+        entry.signature.collect(entry.slug, {name: f"{value},,{value}"})
     if kind[0] in (int, float):
         with pytest.raises(MethodError, match=f"{entry.slug}: {name} word: give .*numbers"):
-            entry.signature.gathered(entry.slug, {name: "word"})
+            entry.signature.collect(entry.slug, {name: "word"})
 
 
 def test_a_name_given_for_a_tuple_of_names_is_one_name_to_the_method() -> None:

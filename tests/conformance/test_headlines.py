@@ -14,7 +14,7 @@ import pytest
 from worlds import COMMANDS, made
 
 from lamella.formatting import MINUS, MISSING
-from lamella.registry import room
+from lamella.registry import submodule
 from lamella.result import Summary
 from lamella.results import PlanSeries, SeriesEvidence
 
@@ -54,7 +54,7 @@ def summary_of(command: str, case: str) -> Summary:
     evidence = kind.evidence.read(made(command).out)
     for name in set(WRITTEN) & set(evidence.__dict__):
         setattr(evidence, name, replaced(getattr(evidence, name), CASES[case]))
-    summary: Summary = getattr(room(entry.slug, "page"), "summary", kind.summary)(evidence)
+    summary: Summary = getattr(submodule(entry.slug, "page"), "summary", kind.summary)(evidence)
     return summary
 
 
@@ -75,7 +75,7 @@ def test_a_headline_of_fewer_plans_sites_and_steps_is_a_sentence(command: str, p
     evidence = kind.evidence.read(made(command).out)
     for name in {"points", "curve", "held_out", "sites"} & set(evidence.__dict__):
         setattr(evidence, name, getattr(evidence, name)[:points])
-    summary = getattr(room(entry.slug, "page"), "summary", kind.summary)(evidence)
+    summary = getattr(submodule(entry.slug, "page"), "summary", kind.summary)(evidence)
     for text in (summary.verdict, *summary.lines):
         assert not [what for what, pattern in NONSENSE.items() if re.search(pattern, text)], text
 
@@ -89,7 +89,7 @@ def said(command: str, **changes: Any) -> str:
     evidence = kind.evidence.read(made(command).out)
     for name, change in changes.items():
         evidence.findings[name] = change(evidence.findings[name]) if callable(change) else change
-    summary = getattr(room(entry.slug, "page"), "summary", kind.summary)(evidence)
+    summary = getattr(submodule(entry.slug, "page"), "summary", kind.summary)(evidence)
     return " | ".join([summary.verdict, *summary.lines])
 
 
@@ -130,18 +130,18 @@ def test_what_was_not_measured_has_no_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mean", "told"),
+    ("mean", "headline"),
     [
         (-20.8, "nothing of what is lost comes back (restoration −20.8, interval −30.0 to 0.100)"),  # noqa: RUF001
         (0.25, "25.0 % of what is lost comes back (−3000.0 % to 10.0 %)"),  # noqa: RUF001
         (None, "nothing is lost by this schedule"),
     ],
 )
-def test_a_loss_that_grows_does_not_come_back(mean: float | None, told: str) -> None:
+def test_a_loss_that_grows_does_not_come_back(mean: float | None, headline: str) -> None:
     restored = {"mean": mean, "low": -30.0, "high": 0.1}
     tasks = made("dmllm-token-redundancy").outcome.evidence.findings["tasks"]
     changed = {name: each | {"restoration": restored} for name, each in tasks.items()}
-    assert told in said("dmllm-token-redundancy", tasks=changed)
+    assert headline in said("dmllm-token-redundancy", tasks=changed)
 
 
 def test_a_series_of_one_plan_has_one() -> None:

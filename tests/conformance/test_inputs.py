@@ -45,7 +45,7 @@ def read(name: str, value: Any = None, seed: int = 0) -> Any:
     if value is None:
         value = put(example) if example else kind.default
     opening = Opening(entry, {parameter.name: value, "seed": seed, **settings})
-    if {"Stack", "Model", "Written"} & set(entry.inputs.values()):
+    if {"Stack", "Model", "SavedModel"} & set(entry.inputs.values()):
         opening.model = opened(usual(f"{entry.slug} {entry.name}".strip()))
     return opening(Parameter(parameter.name, kind, split=parameter.split))
 
@@ -53,7 +53,7 @@ def read(name: str, value: Any = None, seed: int = 0) -> Any:
 @pytest.mark.parametrize("name", LOADERS)
 def test_its_type_says_what_it_takes(name: str) -> None:
     kind = kind_of(LOADERS[name][1])
-    assert kind.told and "\n" not in kind.told and kind.__doc__
+    assert kind.source_help and "\n" not in kind.source_help and kind.__doc__
     assert (kind.open.__doc__ or "").strip()
 
 
@@ -70,8 +70,8 @@ def test_its_example_opens_as_its_type_and_says_what_it_is(name: str) -> None:
 def test_it_names_its_file_and_tells_one_content_from_another(name: str) -> None:
     example = kind_of(LOADERS[name][1]).example
     said = json.dumps(describe(read(name)))
-    assert example.given in said
-    another = read(name, str(written(example.given, 2 * example.content)))
+    assert example.source in said
+    another = read(name, str(written(example.source, 2 * example.content)))
     assert _without_folders(json.dumps(describe(another))) != _without_folders(said)
 
 

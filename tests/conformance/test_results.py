@@ -17,7 +17,7 @@ from lamella.cli import console
 from lamella.errors import ExportError
 from lamella.plan import Plan
 from lamella.provenance import describe, machine
-from lamella.registry import room
+from lamella.registry import submodule
 from lamella.report.figures import Axes, Figure, known, named
 from lamella.results import PlanSeries, Result
 from lamella.results.page import inline, render
@@ -78,7 +78,7 @@ def test_page_and_card_are_drawn_from_evidence_alone(command: str, monkeypatch: 
         raise AssertionError("a page runs a model")
 
     monkeypatch.setattr(torch.nn.Module, "__call__", runs)
-    summary = getattr(room(entry.slug, "page"), "summary", kind(command).summary)(evidence)
+    summary = getattr(submodule(entry.slug, "page"), "summary", kind(command).summary)(evidence)
     page, readme = ((done.out / name).read_text() for name in ("report.html", "README.md"))
     assert _page(entry.slug, evidence, summary) == page
     assert readme.startswith(_card(entry.slug, evidence, summary, entry.title))  # a checkpoint's says how it is loaded
@@ -115,7 +115,7 @@ def test_its_figures_are_on_its_page_and_plotly_only_with_them(command: str) -> 
     plots, figures = plots_of(document), figures_of(command)
     assert document.count("plotly.js v") == bool(plots)  # the script once, and only where it draws
     assert all(isinstance(each, Figure) for each in figures)
-    if hasattr(room(COMMANDS[command].slug, "page"), "page"):  # a page of the method's own
+    if hasattr(submodule(COMMANDS[command].slug, "page"), "page"):  # a page of the method's own
         return
     shown = named(figures)
     assert {name for name, each in shown.items() if isinstance(each, Axes)} == set(plots)
@@ -123,7 +123,7 @@ def test_its_figures_are_on_its_page_and_plotly_only_with_them(command: str) -> 
 
 
 @pytest.mark.parametrize(
-    "slug", {entry.slug: None for entry in COMMANDS.values() if hasattr(room(entry.slug, "page"), "figures")}
+    "slug", {entry.slug: None for entry in COMMANDS.values() if hasattr(submodule(entry.slug, "page"), "figures")}
 )
 def test_a_method_that_describes_figures_shows_one_for_a_command_at_least(slug: str) -> None:
     assert any(named(figures_of(command)) for command, entry in COMMANDS.items() if entry.slug == slug)
@@ -132,7 +132,7 @@ def test_a_method_that_describes_figures_shows_one_for_a_command_at_least(slug: 
 @pytest.mark.parametrize("points", [0, 1])
 @pytest.mark.parametrize("command", [*of_suite("training"), *of_suite("own")])
 def test_a_short_training_leaves_no_empty_figure(command: str, points: int) -> None:
-    evidence, page = kind(command).evidence.read(made(command).out), room(COMMANDS[command].slug, "page")
+    evidence, page = kind(command).evidence.read(made(command).out), submodule(COMMANDS[command].slug, "page")
     log = evidence.findings if isinstance(evidence.findings.get("loss"), list) else evidence.__dict__
     for name in {"loss", "curve", "held_out"} & set(log):
         log[name] = log[name][:points]
@@ -207,7 +207,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_result(command: str, tmp_pat
 
 def figures_of(command: str) -> list[Figure]:
     """The figures that a method describes, from the evidence of a run."""
-    page = room(COMMANDS[command].slug, "page")
+    page = submodule(COMMANDS[command].slug, "page")
     evidence = kind(command).evidence.read(made(command).out)
     figures: list[Figure] = page.figures(evidence) if hasattr(page, "figures") else []
     return figures

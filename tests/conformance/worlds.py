@@ -37,7 +37,7 @@ from lamella.runner import Outcome, run
 from lamella.runtime import parallel
 from lamella.signature import EMPTY, Fixture, Parameter, is_model, kind_of
 from lamella.stack import Model, Stack
-from lamella.zoo import Changed, Checkpoint, Written, open_model, open_stack
+from lamella.zoo import ComparedModel, LazyCheckpoint, SavedModel, open_model, open_stack
 from lamella.zoo.nano import NANO, NANO_DIFFUSION, nano
 from lamella.zoo.vlm import shapes_vlm
 
@@ -160,7 +160,7 @@ def judge() -> Path:
 
 def put(example: Fixture) -> str:
     """What ``open`` takes of an example: a name, or the path of a file with its content."""
-    return example.given if example.content is None else str(written(example.given, example.content))
+    return example.source if example.content is None else str(written(example.source, example.content))
 
 
 @cache
@@ -201,14 +201,14 @@ def _given(command: str, parameter: Parameter, name: str) -> Any:
     entry, kind = COMMANDS[command], kind_of(parameter)
     if kind is Writer:
         return writer()
-    if kind is Changed:
-        return (Changed(str(written("plan.json", _plan(entry, name).dump()))),)
+    if kind is ComparedModel:
+        return (ComparedModel(str(written("plan.json", _plan(entry, name).dump()))),)
     if kind is Results:
         return Results.open(made("random" if parameter.name == "first" else "shortgpt").out)
-    if kind is Checkpoint:
-        return Checkpoint(checkpoint(name, 0.0))
-    if kind is Written:
-        return Written(opened(name))
+    if kind is LazyCheckpoint:
+        return LazyCheckpoint(checkpoint(name, 0.0))
+    if kind is SavedModel:
+        return SavedModel(opened(name))
     if is_model(kind):
         first = next(iter(entry.signature.inputs)) == parameter.name
         return opened(name) if first else None if parameter.default is None else sibling(name)
@@ -219,7 +219,7 @@ def _given(command: str, parameter: Parameter, name: str) -> Any:
     if parameter.split == "test" and kind is Text:
         return str(judge())
     if hasattr(kind, "example"):
-        return {parameter.name: put(kind.example)} if parameter.named else put(kind.example)
+        return {parameter.name: put(kind.example)} if parameter.is_mapping else put(kind.example)
     if hasattr(kind, "default") or (parameter.default is not EMPTY and not entry.name):
         return None
     if not entry.name:
@@ -382,7 +382,7 @@ def _numbers(value: Any, place: str) -> Iterator[tuple[str, Any]]:
         for name, each in value.items():
             yield from _numbers(each, f"{place}.{name}")
     elif isinstance(value, Captioned):
-        yield from _numbers([value.picture, value.text, value.label], place)
+        yield from _numbers([value.image, value.text, value.label], place)
     elif isinstance(value, list | tuple | Lazy):
         for number, each in enumerate(value):
             yield from _numbers(each, f"{place}.{number}")
@@ -392,7 +392,7 @@ def _numbers(value: Any, place: str) -> Iterator[tuple[str, Any]]:
         yield from _numbers(value.components, place)
     elif is_dataclass(value):
         for each in fields(value):
-            if each.name != "said":  # what an input says of itself may be known only once it was read
+            if each.name not in ("said", "metadata"):  # descriptions may be completed when the input is read
                 yield from _numbers(getattr(value, each.name), f"{place}.{each.name}")
     elif isinstance(getattr(value, "__dict__", {}).get("items"), list | Lazy):
         yield from _numbers(value.items, place)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lamella.data import Document, Request
+from lamella.data import Document, WritingRequest
 from lamella.data.steps import REQUEST, WRITTEN, Row
 
 
@@ -19,7 +19,7 @@ class Ask:
         for each in documents:
             if each.id == self.fails:
                 raise ValueError(f"{each.id} fails")
-            request = Request(each.id, [{"role": "user", "content": each.text}], 6, len(each.text))
+            request = WritingRequest(each.id, [{"role": "user", "content": each.text}], 6, len(each.text))
             rows.append({"id": each.id, REQUEST: request})
         return rows
 

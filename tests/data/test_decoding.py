@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from lamella.data.decoding import Prompt, RoomySlot, Sampling, _choose, batches, decode
+from lamella.data.decoding import PreallocatedSlot, Prompt, Sampling, _choose, batches, decode
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.runtime import apply
 from lamella.zoo import open_stack, open_tokenizer
@@ -47,7 +47,7 @@ def test_greedy_rows_are_those_of_generate_though_they_leave_at_different_times(
     end = 13  # any token will do: some rows meet it
     for row, prompt in zip(decode(model, asked, GREEDY, {end}), asked, strict=True):
         ids = torch.tensor([prompt.ids])
-        out = model.generate(ids, max_new_tokens=prompt.most, do_sample=False, eos_token_id=end, pad_token_id=0)
+        out = model.generate(ids, max_new_tokens=prompt.max_tokens, do_sample=False, eos_token_id=end, pad_token_id=0)
         expected = out[0, ids.shape[1] :].tolist()
         assert row.finished == (end in expected)
         assert row.ids == (expected[: expected.index(end)] if end in expected else expected)
@@ -61,7 +61,7 @@ def test_a_slot_with_room_holds_what_a_plain_one_holds_and_is_written_in_place()
         return one, other
 
     plain = DynamicLayer()
-    roomy = RoomySlot(*plain.update(*states(5, 7)))
+    roomy = PreallocatedSlot(*plain.update(*states(5, 7)))
     moved, rows = 0, 5
     for step in range(120):
         if step in (20, 21, 90):  # a row leaves

@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from lamella import reading
-from lamella.data import Document, Documents, Reader, hold_out
+from lamella.data import Document, Documents, InputContext, hold_out
 from lamella.errors import CalibrationError
 
 ROWS = [{"id": "one", "text": "A first text.\u2028Still the first."}, {"text": "A second text.", "url": "x"}]
@@ -25,7 +25,7 @@ TEXTS = [row["text"] for row in ROWS]
 
 
 def opened(place: Path, **settings: object) -> Documents:
-    return Documents.open(place, Reader(), **settings)
+    return Documents.open(place, InputContext(), **settings)
 
 
 def written(folder: Path, ending: str) -> Path:
@@ -54,7 +54,7 @@ def test_a_folder_is_its_files_in_the_order_of_their_names(tmp_path: Path) -> No
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "late.txt").write_text("A whole file.")
     (tmp_path / "a.md").write_text("Another one.")
-    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    (tmp_path / "image.png").write_bytes(b"\x89PNG")
     written(tmp_path / "b", ".jsonl.gz")
     found = opened(tmp_path)
     assert [each.id for each in found] == ["a.md", "b/late.txt", "one", "b/rows.jsonl.gz:2"]
@@ -75,7 +75,7 @@ def test_what_is_broken_is_named_by_file_and_line_counted_and_left_out(tmp_path:
     file.write_bytes(b"\n".join(lines))
     found = opened(file)
     assert [each.text for each in found] == ["good", "last"] and found.broken.count == 5
-    assert [place.split(" line ")[1].split(" ", 1)[0] for place in found.broken.places] == ["2", "3", "4", "5", "6"]
+    assert [place.split(" line ")[1].split(" ", 1)[0] for place in found.broken.examples] == ["2", "3", "4", "5", "6"]
     (note,) = found.broken.note()
     assert (
         note.startswith("5 documents could not be read") and f"{file} line 2 is not JSON" in note and "\n" not in note
@@ -87,7 +87,7 @@ def test_what_is_broken_is_named_by_file_and_line_counted_and_left_out(tmp_path:
     ("name", "content", "said"),
     [
         ("rows.jsonl", b"{}\n", "holds no documents: .*line 1 has no text in 'text'"),
-        ("rows.jsonl.gz", gzip.compress(LINES * 50, mtime=0)[:60], "cannot be read behind line"),
+        ("rows.jsonl.gz", gzip.compress(LINES * 50, mtime=0)[:60], "cannot be read after line"),
         ("rows.parquet", b"PAR1 and no more", "cannot be read as Parquet"),
         ("rows.csv", b"text\na\n", "are read from .txt"),
         ("rows.jsonl", None, "no such file"),
@@ -194,7 +194,7 @@ def test_a_text_column_that_holds_no_text_is_named_row_by_row(tmp_path: Path, na
     (tmp_path / "b.txt").write_text("A text.")
     found = opened(tmp_path)
     assert len(found) == 1 and found.broken.count == 2
-    assert found.broken.places[0].endswith("a.parquet line 1 has no text in 'text'")
+    assert found.broken.examples[0].endswith("a.parquet line 1 has no text in 'text'")
 
 
 @pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string()])
@@ -210,7 +210,7 @@ def test_a_parquet_file_whose_rows_repeat_one_long_text_is_refused(tmp_path: Pat
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "rows.parquet", compression="zstd")
     assert (tmp_path / "rows.parquet").stat().st_size < 2**16
     tracemalloc.start()
-    with pytest.raises(CalibrationError, match=r"cannot be read behind row \d+ \(its [\d,]+ bytes expand to"):
+    with pytest.raises(CalibrationError, match=r"cannot be read after row \d+ \(its [\d,]+ bytes expand to"):
         opened(tmp_path / "rows.parquet")
     assert tracemalloc.get_traced_memory()[1] < 2**25
     tracemalloc.stop()
@@ -232,7 +232,7 @@ def test_another_column_and_a_limit(tmp_path: Path) -> None:
 
 
 def test_built_in_texts_are_documents_of_one_split() -> None:
-    calibration, test = (Documents.open("pydoc", Reader(split=split)) for split in ("calibration", "test"))
+    calibration, test = (Documents.open("pydoc", InputContext(split=split)) for split in ("calibration", "test"))
     long = [{each.text for each in split if len(each.text) > 100} for split in (calibration, test)]
     assert len(long[0]) > 20 and not long[0] & long[1]  # a "See also:" may stand in both
 

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 from serving import Served, response, serving, speaking
 
-from lamella.data import Endpoint, Local, Reader, Remote, Request, Sampling, Writer, rollout
-from lamella.data.protocol import Question
+from lamella.data import Endpoint, InputContext, LocalWriter, RemoteWriter, Sampling, Writer, WritingRequest, rollout
+from lamella.data.protocol import ChatRequest
 from lamella.errors import DownloadError, LamellaError, MethodError
 
 pytest.importorskip("openai")  # before memory is counted
@@ -35,21 +35,23 @@ def served(instructed: Path) -> Iterator[Served]:
         yield server
 
 
-def asked(count: int = 6, most: int = 8) -> list[Request]:
+def asked(count: int = 6, most: int = 8) -> list[WritingRequest]:
     return [
-        Request(
+        WritingRequest(
             f"r{n}", [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"Say {n}."}], most, n
         )
         for n in range(count)
     ]
 
 
-def writer(served: Served, folder: Path, **how: Any) -> Remote:
-    return Remote(replace(Endpoint(served.url), **how), folder)
+def writer(served: Served, folder: Path, **how: Any) -> RemoteWriter:
+    return RemoteWriter(replace(Endpoint(served.url), **how), folder)
 
 
 def test_an_endpoint_says_what_the_same_model_says_here(served: Served, instructed: Path) -> None:
-    here, there = (rollout(each, asked(), GREEDY) for each in (Local(str(instructed)), writer(served, instructed)))
+    here, there = (
+        rollout(each, asked(), GREEDY) for each in (LocalWriter(str(instructed)), writer(served, instructed))
+    )
     assert here == there and len(there) == 6
     assert {body["model"] for body in served.asked} == {"nano"} and {body["max_tokens"] for body in served.asked} == {8}
 
@@ -71,7 +73,7 @@ def test_an_endpoint_says_what_the_same_model_says_here(served: Served, instruct
 def test_what_may_pass_is_asked_again(served: Served, instructed: Path, fail: Any) -> None:
     served.fails = [fail, fail]
     found = rollout(writer(served, instructed), asked(), GREEDY)
-    assert found == rollout(Local(str(instructed)), asked(), GREEDY) and len(served.asked) == 8
+    assert found == rollout(LocalWriter(str(instructed)), asked(), GREEDY) and len(served.asked) == 8
 
 
 def test_a_pause_that_the_server_asks_for_is_kept(served: Served, instructed: Path) -> None:
@@ -80,15 +82,15 @@ def test_a_pause_that_the_server_asks_for_is_kept(served: Served, instructed: Pa
     assert served.times[1] - served.times[0] >= 1
 
 
-def test_silence_ends_after_patience_and_the_request_is_made_again(served: Served, instructed: Path) -> None:
+def test_silence_ends_after_the_timeout_and_the_request_is_made_again(served: Served, instructed: Path) -> None:
     served.fails = [2.0]
-    assert len(rollout(writer(served, instructed, patience=0.5), asked(1), GREEDY)) == 1 and len(served.asked) == 2
+    assert len(rollout(writer(served, instructed, timeout=0.5), asked(1), GREEDY)) == 1 and len(served.asked) == 2
 
 
 def test_a_server_that_keeps_failing_ends_the_run_in_one_line(served: Served, instructed: Path) -> None:
     served.fails = [(500, {}, b"oh")] * 50
     with pytest.raises(
-        DownloadError, match=r"did not answer request \d in 3 tries \(status 500\).*same command again"
+        DownloadError, match=r"did not answer request \d in 3 tries \(status 500\).*run it again"
     ) as error:
         rollout(writer(served, instructed, tries=3), asked(), GREEDY)
     assert "\n" not in str(error.value)
@@ -99,7 +101,7 @@ def test_nobody_there_is_said_in_one_line(instructed: Path) -> None:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     with pytest.raises(DownloadError, match="did not answer its models in 2 tries"):
-        Remote(Endpoint(url, tries=2), instructed)
+        RemoteWriter(Endpoint(url, tries=2), instructed)
 
 
 def test_a_key_comes_from_the_environment_and_is_nowhere_else(
@@ -149,7 +151,7 @@ def test_a_key_that_a_list_of_models_repeats_is_masked(instructed: Path, monkeyp
     monkeypatch.setenv("MY_KEY", SECRET)
     body = json.dumps({"data": [{"id": f"model-{SECRET}\ud800"}]}).encode()
     with speaking(lambda: [response(body)]) as url:
-        found = Remote(Endpoint(url, key="MY_KEY"), instructed)
+        found = RemoteWriter(Endpoint(url, key="MY_KEY"), instructed)
     assert found.name == "model-***\ufffd" and SECRET not in json.dumps(found.describe())
 
 
@@ -211,7 +213,7 @@ def test_a_response_is_read_up_to_what_its_tokens_can_mean(body: Any) -> None:
     with speaking(lambda: parts or body()) as url:
         tracemalloc.start()
         with pytest.raises(DownloadError, match=r"more than \d|no JSON|status 404") as error:
-            list(Endpoint(url, tries=1).ask([Question([{"role": "user", "content": "Hi"}], 8, 0)], "nano", GREEDY))
+            list(Endpoint(url, tries=1).ask([ChatRequest([{"role": "user", "content": "Hi"}], 8, 0)], "nano", GREEDY))
         assert tracemalloc.get_traced_memory()[1] < 2**24
         tracemalloc.stop()
     assert len(str(error.value)) < 1000
@@ -252,32 +254,32 @@ def test_a_journal_asks_only_for_what_is_missing(served: Served, instructed: Pat
         (
             "http://user:pass@127.0.0.1/v1",
             {"tokenizer": "x"},
-            "put its key into the environment variable OPENAI_API_KEY",
+            "put the key into the environment variable OPENAI_API_KEY",
         ),
         ("http://127.0.0.1/v1", {}, "--tokenizer"),
-        ("http://127.0.0.1/v1", {"plan": Path("plan.json"), "tokenizer": "x"}, "leave it out"),
+        ("http://127.0.0.1/v1", {"plan": Path("plan.json"), "tokenizer": "x"}, "leave the plan out"),
         ("http:///v1", {"tokenizer": "x"}, "is no endpoint"),
         ("http://127.0.0.1/v1", {"tokenizer": "x", "concurrent": 0}, "above 0"),
     ],
 )
 def test_what_cannot_be_an_endpoint_is_refused_in_one_line(name: str, how: dict[str, Any], said: str) -> None:
     with pytest.raises(LamellaError, match=said) as error:
-        Writer.open(name, Reader(), **how)
+        Writer.open(name, InputContext(), **how)
     assert "\n" not in str(error.value) and "pass@" not in str(error.value)
 
 
 def test_the_tokenizer_that_counts_is_part_of_what_is_told(served: Served, instructed: Path) -> None:
-    one, other = (Remote(Endpoint(served.url), folder) for folder in (instructed, NANO_LLAMA))
+    one, other = (RemoteWriter(Endpoint(served.url), folder) for folder in (instructed, NANO_LLAMA))
     assert one.describe() == {"endpoint": served.url, "model": "nano", "tokenizer": str(instructed)}
     assert other.describe() != one.describe()
-    assert Remote(Endpoint(served.url), one.tokenizer).describe() == one.describe()
+    assert RemoteWriter(Endpoint(served.url), one.tokenizer).describe() == one.describe()
 
 
 def test_several_models_must_be_told_apart(served: Served, instructed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Remote(Endpoint(served.url), instructed).name == "nano"
+    assert RemoteWriter(Endpoint(served.url), instructed).name == "nano"
     with pytest.raises(MethodError, match="--tokenizer"):
-        Writer.open(served.url, Reader())
-    assert Writer.open(served.url, Reader(), served="other", tokenizer=str(instructed)).name == "other"
+        Writer.open(served.url, InputContext())
+    assert Writer.open(served.url, InputContext(), served="other", tokenizer=str(instructed)).name == "other"
 
 
 @pytest.mark.slow
@@ -303,7 +305,7 @@ def test_transformers_own_server_is_asked_too(instructed: Path, tmp_path: Path) 
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
             time.sleep(0.5)
-        theirs = Remote(Endpoint(f"http://127.0.0.1:{port}/v1", served=str(instructed), tries=2), instructed)
+        theirs = RemoteWriter(Endpoint(f"http://127.0.0.1:{port}/v1", served=str(instructed), tries=2), instructed)
         found = rollout(theirs, asked(2), GREEDY)
         assert len(found) == 2 and all(each.tokens >= 0 for each in found.values())
     finally:

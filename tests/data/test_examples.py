@@ -10,15 +10,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from lamella.data import Examples, Reader
+from lamella.data import Examples, InputContext
 from lamella.errors import LamellaError
 
 NANO = Path(__file__).parents[1] / "models" / "nano-llama"
 
 
 @pytest.fixture(scope="module")
-def reader() -> Reader:
-    return Reader(lambda: AutoTokenizer.from_pretrained(NANO))
+def context() -> InputContext:
+    return InputContext(lambda: AutoTokenizer.from_pretrained(NANO))
 
 
 def rows(file: Path, *given: Any) -> Path:
@@ -26,13 +26,13 @@ def rows(file: Path, *given: Any) -> Path:
     return file
 
 
-def test_examples_are_read_as_people_hold_them(reader: Reader, tmp_path: Path) -> None:
+def test_examples_are_read_as_people_hold_them(context: InputContext, tmp_path: Path) -> None:
     chat = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What purrs?"},
                          {"role": "assistant", "content": "A cat."}]}  # fmt: skip
     found = Examples.open(
         rows(tmp_path / "rows.jsonl", chat, {"prompt": "What purrs?", "completion": "A cat."},
-             {"instruction": "Say it.", "input": "What purrs?", "output": "A cat."}), reader)  # fmt: skip
-    tokenizer = reader.tokenizer
+             {"instruction": "Say it.", "input": "What purrs?", "output": "A cat."}), context)  # fmt: skip
+    tokenizer = context.tokenizer
     for each in found:
         length = int(each["prompt_lengths"])
         answer = each["input_ids"][length:]
@@ -50,13 +50,15 @@ def test_examples_are_read_as_people_hold_them(reader: Reader, tmp_path: Path) -
      {"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "A cat."}]},
      {"messages": "What purrs?"}, {"text": "A cat."}],
 )  # fmt: skip
-def test_a_row_without_prompt_or_answer_is_refused_with_its_line(row: Any, reader: Reader, tmp_path: Path) -> None:
+def test_a_row_without_prompt_or_answer_is_refused_with_its_line(
+    row: Any, context: InputContext, tmp_path: Path
+) -> None:
     file = rows(tmp_path / "rows.jsonl", {"prompt": "What barks?", "completion": "A dog."}, row)
     with pytest.raises(LamellaError, match="line 2 has no prompt with an answer") as error:
-        Examples.open(file, reader)
+        Examples.open(file, context)
     assert "\n" not in str(error.value)
 
 
-def test_an_empty_file_is_refused(reader: Reader, tmp_path: Path) -> None:
+def test_an_empty_file_is_refused(context: InputContext, tmp_path: Path) -> None:
     with pytest.raises(LamellaError, match="holds no examples"):
-        Examples.open(rows(tmp_path / "rows.jsonl"), reader)
+        Examples.open(rows(tmp_path / "rows.jsonl"), context)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from lamella.data import Encoded, ImageText, Lazy, Pictures, Processing, Reader, batches
+from lamella.data import CaptionedImages, Encoded, ImageText, InputContext, Lazy, Processing, batches
 from lamella.errors import CalibrationError, ExportError
 from lamella.files import Work
 from lamella.zoo.vlm import shapes_vlm
@@ -67,10 +67,10 @@ def rows(folder: Path, files: list[Path], end: str = "\n") -> Path:
 
 
 @pytest.fixture(scope="module")
-def reader() -> Reader:
+def context() -> InputContext:
     _, processor = shapes_vlm("llava", num_hidden_layers=2)
     processing = Processing(processor)
-    return Reader(lambda: processing.tokenizer, 0, "whole", lambda: processing)
+    return InputContext(lambda: processing.tokenizer, 0, "whole", lambda: processing)
 
 
 # Opening decodes nothing
@@ -81,16 +81,16 @@ def test_opening_captioned_images_decodes_none(described: bool, decoded: Decodin
     files = images(tmp_path / "images")
     if described:
         captions(tmp_path / "images", files)
-    found = Pictures.open(tmp_path / "images", Reader())
+    found = CaptionedImages.open(tmp_path / "images", InputContext())
     assert [each.text for each in found.items] == [f"image {n:02d}" if described else "" for n in range(10) if n % 5]
     found.items[2:5]
     assert not decoded
-    assert found.items[1].picture.shape == (12, 10, 3)
+    assert found.items[1].image.shape == (12, 10, 3)
     assert len(decoded) == 1
 
 
-def test_opening_images_with_text_decodes_none(reader: Reader, decoded: Decodings, tmp_path: Path) -> None:
-    found = ImageText.open(rows(tmp_path, images(tmp_path / "images")), reader)
+def test_opening_images_with_text_decodes_none(context: InputContext, decoded: Decodings, tmp_path: Path) -> None:
+    found = ImageText.open(rows(tmp_path, images(tmp_path / "images")), context)
     assert [row.answer for row in found] == [row.answer for row in found[:]] and len(found[3].images) == 1
     assert not decoded
     found.batch(found[2:4])
@@ -103,17 +103,17 @@ def test_opening_images_with_text_decodes_none(reader: Reader, decoded: Decoding
 def test_images_are_those_that_decoding_gives(tmp_path: Path) -> None:
     files = images(tmp_path / "images")
     expected = [eager(file) for file in files]
-    train = Pictures.open(tmp_path / "images", Reader())
+    train = CaptionedImages.open(tmp_path / "images", InputContext())
     for part, numbers in ((train, (1, 2, 3, 4, 6, 7, 8, 9)), (train.part("test"), (0, 5))):
         for _ in range(2):
             for each, number in zip(part.items, numbers, strict=True):
-                np.testing.assert_array_equal(each.picture, expected[number])
+                np.testing.assert_array_equal(each.image, expected[number])
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\n \n"])
-def test_rows_are_found_by_their_offsets(end: str, reader: Reader, tmp_path: Path) -> None:
+def test_rows_are_found_by_their_offsets(end: str, context: InputContext, tmp_path: Path) -> None:
     files = images(tmp_path / "images")
-    found = ImageText.open(rows(tmp_path, files, end), reader)
+    found = ImageText.open(rows(tmp_path, files, end), context)
     for order in (range(10), reversed(range(10))):
         for number in order:
             name = str(files[number].relative_to(tmp_path))
@@ -122,11 +122,11 @@ def test_rows_are_found_by_their_offsets(end: str, reader: Reader, tmp_path: Pat
             np.testing.assert_array_equal(found[number].images[0], eager(files[number]))
 
 
-def test_batches_are_in_order_and_leave_the_random_state(reader: Reader, tmp_path: Path) -> None:
-    found = ImageText.open(rows(tmp_path, images(tmp_path / "images")), reader)
+def test_batches_are_in_order_and_leave_the_random_state(context: InputContext, tmp_path: Path) -> None:
+    found = ImageText.open(rows(tmp_path, images(tmp_path / "images")), context)
     before = torch.get_rng_state()
     for batch, start in zip(found.batches(4), (0, 4, 8), strict=True):
-        expected = reader.processing.batch(list(found[start : start + 4]))
+        expected = context.processing.batch(list(found[start : start + 4]))
         assert batch.keys() == expected.keys() and all(torch.equal(batch[name], expected[name]) for name in batch)
     assert torch.equal(torch.get_rng_state(), before)
     assert list(batches(range(5), 2)) == [[0, 1], [2, 3], [4]]
@@ -135,7 +135,7 @@ def test_batches_are_in_order_and_leave_the_random_state(reader: Reader, tmp_pat
 @pytest.mark.parametrize("name", ["shapes", "digits"])
 def test_built_in_images_depend_on_the_seed_alone(name: str) -> None:
     def drawn(seed: int) -> list[bytes]:
-        return [each.picture.tobytes() for each in Pictures.open(name, Reader(seed=seed), count=12).items]
+        return [each.image.tobytes() for each in CaptionedImages.open(name, InputContext(seed=seed), count=12).items]
 
     assert drawn(0) == drawn(0) and (drawn(0) == drawn(1)) == (name == "digits")
 
@@ -159,34 +159,38 @@ def test_a_slice_is_lazy_and_an_index_may_be_negative() -> None:
 # What the headers do not show is refused when it is reached
 
 
-def test_damage_behind_the_header_is_refused_by_name_when_the_image_is_reached(reader: Reader, tmp_path: Path) -> None:
+def test_damage_behind_the_header_is_refused_by_name_when_the_image_is_reached(
+    context: InputContext, tmp_path: Path
+) -> None:
     files = images(tmp_path / "images")
     whole = files[4].read_bytes()
     assert files[4].suffix == ".jpg"
     files[4].write_bytes(whole[:-20])
-    found = ImageText.open(rows(tmp_path, files), reader)
+    found = ImageText.open(rows(tmp_path, files), context)
     with pytest.raises(CalibrationError, match=r"rows.jsonl line 6: the image 04.jpg cannot be read") as error:
         list(found.batches(3))
     assert "\n" not in str(error.value)
-    pictures = Pictures.open(tmp_path / "images", Reader())
+    opened = CaptionedImages.open(tmp_path / "images", InputContext())
     with pytest.raises(CalibrationError, match=r"the image 04\.jpg cannot be read"):
-        [each.picture for each in pictures.items]
+        [each.image for each in opened.items]
 
 
-def test_an_image_that_disappears_is_refused_by_name(reader: Reader, tmp_path: Path) -> None:
+def test_an_image_that_disappears_is_refused_by_name(context: InputContext, tmp_path: Path) -> None:
     files = images(tmp_path / "images")
-    found = Pictures.open(tmp_path / "images", Reader())
+    found = CaptionedImages.open(tmp_path / "images", InputContext())
     files[1].unlink()
     with pytest.raises(CalibrationError, match=r"the image 01\.jpg cannot be read"):
-        _ = found.items[0].picture
+        _ = found.items[0].image
 
 
-def test_provenance_knows_another_image(reader: Reader, tmp_path: Path) -> None:
+def test_provenance_knows_another_image(context: InputContext, tmp_path: Path) -> None:
     files = images(tmp_path / "images")
     file = rows(tmp_path, files)
 
     def described() -> tuple[Any, Any]:
-        return Pictures.open(tmp_path / "images", Reader()).describe(), ImageText.open(file, reader).describe()
+        return CaptionedImages.open(tmp_path / "images", InputContext()).describe(), ImageText.open(
+            file, context
+        ).describe()
 
     before = described()
     assert described() == before

@@ -62,7 +62,7 @@ def test_real_text_alone_is_real_text_as_it_is() -> None:
     assert [each["id"] for each in told] == [row["id"] for row in rows]
     assert said["sources"]["real"] == {
         "share": 1.0,
-        "wanted": 1.0,
+        "target": 1.0,
         "tokens": 36,
         "unique": 36,
         "epochs": 1.0,
@@ -92,8 +92,8 @@ def test_epochs_of_the_paper_add_up() -> None:
     ("shares", "tokens", "said"),
     [
         ({"a": 0.5, "b": 0.4}, 10, "add up to 0.9"),
-        ({"a": 0.5}, 10, "give each source one"),
-        ({"a": 1.5, "b": -0.5}, 10, "of 0 or more"),
+        ({"a": 0.5}, 10, "give each source a share"),
+        ({"a": 1.5, "b": -0.5}, 10, "at least 0"),
         ({"a": 0.5, "b": 0.5}, 81, "above 4: ask for 80"),
         ({"a": 0.0, "b": 1.0}, None, "no tokens"),
     ],

@@ -6,29 +6,29 @@ from pathlib import Path
 
 import pytest
 
-from lamella.data import Piece, Reader, Records, SampledRecords, read_records
+from lamella.data import InputContext, Records, SampledRecords, TextRecord, read_records
 from lamella.errors import CalibrationError
 from lamella.zoo import open_tokenizer
 
 NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
-READER = Reader(lambda: open_tokenizer(NANO_LLAMA))
+READER = InputContext(lambda: open_tokenizer(NANO_LLAMA))
 
 
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("a.txt", "one\ntwo\n\n three\n\n\nfour \n", [Piece("one\ntwo"), Piece("three"), Piece("four")]),
-        ("a.txt", "one\ntwo\nthree", [Piece("one"), Piece("two"), Piece("three")]),
-        ("a.jsonl", '{"text": "one"}\n\n"two"\n', [Piece("one"), Piece("two")]),
-        ("a.jsonl", '{"question": "why?", "answer": "so"}', [Piece("so", "why?")]),
+        ("a.txt", "one\ntwo\n\n three\n\n\nfour \n", [TextRecord("one\ntwo"), TextRecord("three"), TextRecord("four")]),
+        ("a.txt", "one\ntwo\nthree", [TextRecord("one"), TextRecord("two"), TextRecord("three")]),
+        ("a.jsonl", '{"text": "one"}\n\n"two"\n', [TextRecord("one"), TextRecord("two")]),
+        ("a.jsonl", '{"question": "why?", "answer": "so"}', [TextRecord("so", "why?")]),
         (
             "a.jsonl",
             '{"instruction": "add", "input": "1 2", "output": "3"}\n{"prompt": "p", "response": "r", "input": ""}',
-            [Piece("3", "add\n1 2\n"), Piece("r", "p")],
+            [TextRecord("3", "add\n1 2\n"), TextRecord("r", "p")],
         ),
     ],
 )
-def test_records_are_read_in_their_order(name: str, content: str, expected: list[Piece], tmp_path: Path) -> None:
+def test_records_are_read_in_their_order(name: str, content: str, expected: list[TextRecord], tmp_path: Path) -> None:
     (tmp_path / name).write_text(content)
     assert read_records(tmp_path / name) == expected
 

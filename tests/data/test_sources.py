@@ -11,7 +11,7 @@ import torch
 from datasets import packaged_modules
 from transformers import AutoTokenizer
 
-from lamella.data import Documents, ImageText, Reader, Source, load_text, windows
+from lamella.data import Documents, ImageText, InputContext, Source, load_text, windows
 from lamella.data.sources import WRITTEN
 from lamella.errors import CalibrationError, DownloadError
 from lamella.reading import read_rows
@@ -42,12 +42,12 @@ def test_general_shows_conversations_in_the_chat_format_of_its_reader(tokenizer)
     written = {row["text"] for _, row in read_rows(WRITTEN[1])}
     told = [{row for row in text.documents if isinstance(row, str)} & written for text in (calibration, test)]
     assert min(map(len, told)) > 40 and not told[0] & told[1]
-    assert tokenizer.chat_template is None and test.as_read_by(tokenizer) == test
+    assert tokenizer.chat_template is None and test.tokenized_by(tokenizer) == test
     chatting = SimpleNamespace(
         chat_template="some",
         apply_chat_template=lambda turns, tokenize: "".join(f"<{t['role']}>{t['content']}</>\n" for t in turns),
     )
-    shown = test.as_read_by(chatting)
+    shown = test.tokenized_by(chatting)
     done, cut = (
         next(r for r in test.documents if isinstance(r, dict) and r["finished"] == way) for way in (True, False)
     )
@@ -187,8 +187,8 @@ def test_no_name_lets_datasets_read_local_files(name: str, tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     for opened in (
         lambda: load_text(name, "test"),
-        lambda: Documents.open(name, Reader()),
-        lambda: ImageText.open(name, Reader(split="test")),
+        lambda: Documents.open(name, InputContext()),
+        lambda: ImageText.open(name, InputContext(split="test")),
     ):
         with pytest.raises(CalibrationError, match=re.escape(f"'{name}'")) as error:
             opened()

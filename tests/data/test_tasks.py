@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from asking import Ask, tell
 
-from lamella.data import Document, Local, Sampling
-from lamella.data.steps import Rolled, through
+from lamella.data import Document, LocalWriter, Sampling
+from lamella.data.steps import DocumentGeneration, process_documents
 from lamella.workers import Workers
 
 DOCUMENTS = [Document(f"d{n}", f"Document {n} says {n * n}. " * (n % 3 + 1)) for n in range(10)]
@@ -35,7 +35,9 @@ echo "Submitted batch job 1"
 
 
 def rows(folder: Path, model: Path, workers: Workers = HERE, fails: str = "") -> list[dict[str, Any]]:
-    return through(DOCUMENTS, Ask(fails), Rolled(Local(str(model), batch=2), SAMPLED, folder), tell, 3, workers)
+    return process_documents(
+        DOCUMENTS, Ask(fails), DocumentGeneration(LocalWriter(str(model), batch=2), SAMPLED, folder), tell, 3, workers
+    )
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lamella.data import ImageText, Processing, Reader, Shown
+from lamella.data import ImageText, ImageTextRow, InputContext, Processing
 from lamella.errors import ArchitectureError
 from lamella.evaluate import FidelityTest, answered, bench
 from lamella.plan import ModelReference, PhasedPath, Plan
@@ -24,7 +24,7 @@ KINDS = ("llava", "qwen2_vl", "qwen3_vl_moe", "idefics3")
 def made(kind: str) -> tuple[Model, ImageText]:
     model, processor = shapes_vlm(kind, num_hidden_layers=3)
     processing = Processing(processor)
-    reader = Reader(lambda: processing.tokenizer, 0, "test", lambda: processing)
+    reader = InputContext(lambda: processing.tokenizer, 0, "test", lambda: processing)
     rows = ImageText.open("shapes:colour+position+list", reader, rows=6)
     return open_model(model), ImageText([*rows, _asked("how many?", "two")], processing)
 
@@ -101,8 +101,8 @@ class _Endless(Processing):
         return super()._tokens(text, ends=False)
 
 
-def _answering(row: Shown, words: str) -> Shown:
-    return Shown(row.images, (*row.messages[:-1], {"role": "assistant", "content": words}))
+def _answering(row: ImageTextRow, words: str) -> ImageTextRow:
+    return ImageTextRow(row.images, (*row.messages[:-1], {"role": "assistant", "content": words}))
 
 
 @torch.no_grad()
@@ -119,17 +119,17 @@ def test_an_encoder_decoder_is_judged_on_what_it_writes() -> None:
     kl = []
     for row in rows:
         batch = rows.batch([row])
-        said = [
+        outputs = [
             each(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}) for each in (model, view)
         ]
-        p, q = (each.logits[0].double().log_softmax(-1) for each in said)
+        p, q = (each.logits[0].double().log_softmax(-1) for each in outputs)
         kl.append(float((p.exp() * (p - q)).sum(-1).mean()))
     assert found.kl.mean == pytest.approx(math.fsum(kl) / len(kl), rel=1e-4) and found.kl.mean > 0
     assert not answered(model, rows).any()
 
 
-def _asked(prompt: str, answer: str) -> Shown:
-    return Shown((), ({"role": "user", "content": prompt}, {"role": "assistant", "content": answer}))
+def _asked(prompt: str, answer: str) -> ImageTextRow:
+    return ImageTextRow((), ({"role": "user", "content": prompt}, {"role": "assistant", "content": answer}))
 
 
 def test_a_vision_tower_continues_no_text() -> None:

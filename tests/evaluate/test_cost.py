@@ -1,4 +1,4 @@
-"""The cost model against counts made by hand and against models that are really smaller."""
+"""The cost model, compared with manual counts and with models that are actually smaller."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_the_whole_model_has_all_its_parameters_the_tied_ones_once(name: str) ->
 
 
 @pytest.mark.parametrize("name", CAUSAL)
-def test_parameters_are_those_of_a_model_whose_modules_are_gone(name: str) -> None:
+def test_parameters_are_those_of_a_model_without_the_removed_modules(name: str) -> None:
     stack = opened(name)
     pruned = copy.deepcopy(stack.model)
     layers = pruned.get_submodule(stack.architecture.prefix.removesuffix("."))

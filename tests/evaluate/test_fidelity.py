@@ -1,4 +1,4 @@
-"""Fidelity against a float64 brute force that runs transformers alone."""
+"""Fidelity, compared with a float64 brute-force computation that uses only transformers."""
 
 from __future__ import annotations
 
@@ -165,13 +165,13 @@ def test_a_model_that_is_not_finite_is_named() -> None:
 
 @pytest.mark.parametrize("name", NANO_DIFFUSION)
 @torch.no_grad()
-def test_masked_tokens_are_compared_under_the_noise_that_was_drawn(name: str) -> None:
+def test_masked_tokens_are_compared_under_the_same_noise(name: str) -> None:
     stack, ids = Stack(nano(name)), torch.randint(3, 127, (3, 24), generator=torch.Generator().manual_seed(2))
     view = apply(stack, Plan(model=ModelReference.of(stack), drop=["layers.1"]))
     test = FidelityTest(stack, ids, prompt=6)
     values: dict[str, list[float]] = {}
     for row in range(3):
-        asked = [draw for draw in test._asked if draw.sequence == row]
+        asked = [draw for draw in test._questions if draw.sequence == row]
         assert [draw.ratio for draw in asked] == [0.1, 0.3, 0.5, 0.7, 0.9]
         assert not any(draw.scored[0, :6].any() for draw in asked)
         pairs, losses = [], torch.zeros(2, dtype=torch.float64)

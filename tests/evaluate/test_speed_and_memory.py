@@ -1,4 +1,4 @@
-"""Speed is a ratio of interleaved rounds with its spread; memory is read in a process of its own."""
+"""Speed is a ratio of interleaved rounds with its spread; memory is measured in a separate process."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_bench_divides_round_by_round(monkeypatch: pytest.MonkeyPatch) -> None:
     found = bench({"a": "a", "b": "b"}, batches=(1, 8), rounds=3)
     assert calls == [1] * 4 + [8] * 4
     timing = found["b"][0]
-    assert timing.decode == (1.0, 1.0, 1.0) and timing.variation == 0.0  # the warm-up round is left out
+    assert timing.decode == (1.0, 1.0, 1.0) and timing.variation == 0.0  # the warm-up round is excluded
     assert timing.prefill_speedup == Ratio(3.0, 2.5, 3.5) and timing.decode_speedup == Ratio(3.0, 2.5, 3.5)
     assert found["a"][0].decode_speedup == Ratio(1.0, 1.0, 1.0)
     assert found["a"][0].variation == pytest.approx(math.sqrt(2 / 3) / 3)
@@ -144,7 +144,7 @@ def test_bench_encodes_a_prompt_once_and_decodes_word_by_word() -> None:
 
 
 @pytest.mark.slow
-def test_peak_memory_is_of_the_precision_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_memory_is_of_the_requested_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     child = memory._CHILD.replace("print(json", "assert model.dtype == torch.bfloat16; print(json")
     monkeypatch.setattr(memory, "_CHILD", child)
     with pytest.raises(CheckpointError, match="AssertionError"):
@@ -171,7 +171,7 @@ def test_a_folder_that_cannot_be_loaded_is_reported_in_one_line(tmp_path: Path) 
     assert "\n" not in str(error.value)
 
 
-def test_the_environment_says_where_numbers_come_from() -> None:
+def test_the_environment_records_the_origin_of_measurements() -> None:
     found = environment()
     assert set(found) == {"machine", "threads", "versions", "date"}
     assert "\n" not in found["machine"] and "cores" in found["machine"]

@@ -1,4 +1,4 @@
-"""Scores on tasks against transformers alone, one answer at a time, without batches and padding."""
+"""Task scores, compared with transformers alone, one answer at a time, without batches and padding."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_what_is_written_is_what_generate_writes_alone_up_to_the_stop(stack: Sta
 
 def test_generation_takes_no_setting_that_loads_code(stack: Stack, tokenizer: Any) -> None:
     for asked in ({"custom_generate": "somebody/code", "trust_remote_code": True}, {"top_k": "os.system"}):
-        with pytest.raises(TaskError, match="of generation_kwargs there are until"):
+        with pytest.raises(TaskError, match="supported generation_kwargs are until"):
             PlannedLM(stack, tokenizer).generate_until([Request("a", asked)])
 
 
@@ -223,7 +223,7 @@ def test_definitions_are_three_hundred_questions_and_more_with_one_right_answer(
         assert len(set(row["words"])) == 4 and row["words"][row["answer"]] == row["word"]
         assert len({kinds[word] for word in row["words"]}) == 1  # grammar does not give it away
         assert row["word"] not in row["definition"].lower().replace(",", "").split()
-    for place in range(4):  # nor does the place
+    for place in range(4):  # nor does the position
         assert sum(row["answer"] == place for row in rows) / len(rows) == pytest.approx(0.25, abs=0.07)
 
 
@@ -244,7 +244,7 @@ def test_a_model_that_does_not_continue_text_and_one_without_a_template_are_refu
         score(stack, bare, ["definitions"], limit=2, chat=True)
 
 
-def test_questions_go_through_the_chat_template_where_that_is_asked_for(stack: Stack, tokenizer: Any) -> None:
+def test_questions_use_the_chat_template_on_request(stack: Stack, tokenizer: Any) -> None:
     talking = copy.deepcopy(tokenizer)
     talking.chat_template = "{% for m in messages %}<{{m.role}}>{{m.content}}{% endfor %}<assistant>"
     (found,) = score(stack, talking, ["definitions"], limit=2, chat=True)
@@ -295,7 +295,7 @@ def folder(tmp_path: Path) -> Path:
     return place
 
 
-def test_a_task_file_is_scored_with_the_data_beside_it(folder: Path, stack: Stack, tokenizer: Any) -> None:
+def test_a_task_file_is_scored_with_the_data_in_its_folder(folder: Path, stack: Stack, tokenizer: Any) -> None:
     found = score(stack, tokenizer, [str(folder / "capitals.yaml")])
     right = []
     for row in ROWS:
@@ -314,30 +314,30 @@ def test_a_task_file_is_scored_with_the_data_beside_it(folder: Path, stack: Stac
 @pytest.mark.parametrize(
     ("line", "why"),
     [
-        ("doc_to_text: !function beside.text", "names the Python function beside.text, which nothing runs unasked"),
-        ("x: !!python/object/apply:os.system [echo]", "is no YAML that can be read"),
-        ("process_docs: beside.text", "'process_docs' is not a value"),
-        ("class: beside.text", "'class' is not a value"),
-        ("custom_dataset: beside.text", "'custom_dataset' is not a value"),
-        ("use_prompt: promptsource:all", "'use_prompt' is not a value"),
-        ("unsafe_code: true", "'unsafe_code' is not a value"),
+        ("doc_to_text: !function beside.text", "names the Python function beside.text, which is not run by default"),
+        ("x: !!python/object/apply:os.system [echo]", "is not valid YAML"),
+        ("process_docs: beside.text", "'process_docs' is not a plain value"),
+        ("class: beside.text", "'class' is not a plain value"),
+        ("custom_dataset: beside.text", "'custom_dataset' is not a plain value"),
+        ("use_prompt: promptsource:all", "'use_prompt' is not a plain value"),
+        ("unsafe_code: true", "'unsafe_code' is not a plain value"),
         ("metric_list: [{metric: ./beside.py}]", "the metric './beside.py' is not one of"),
         ("metric_list: [{metric: acc, hf_evaluate: true}]", "loads a metric's code"),
         ("filter_list: [{name: a, filter: [{function: custom, filter_fn: beside.text}]}]", "the filter 'custom'"),
         ("filter_list: [{name: a, filter: [{function: decontaminate, path: /etc/passwd}]}]", "the filter 'decontamin"),
-        ("fewshot_config: {process_docs: beside.text}", "fewshot_config has 'process_docs'"),
+        ("fewshot_config: {process_docs: beside.text}", "fewshot_config has the unknown key 'process_docs'"),
         ("fewshot_config: {sampler: beside.Sampler}", "the sampler"),
-        ("include: ../secret.yaml", "leads out of its folder"),
-        ("include: /etc/hostname", "leads out of its folder"),
+        ("include: ../secret.yaml", "is outside its folder"),
+        ("include: /etc/hostname", "is outside its folder"),
         ("include: capitals.yaml", "includes itself"),
-        ("dataset_path: somebody/dataset", "'somebody/dataset' is not beside the file"),
-        ("dataset_kwargs: {data_files: {test: ../secret.jsonl}}", "leads out of its folder"),
-        ("dataset_kwargs: {data_files: {test: /etc/passwd}}", "leads out of its folder"),
-        ("dataset_kwargs: {data_files: {test: link.jsonl}}", "leads out of its folder"),
+        ("dataset_path: somebody/dataset", "'somebody/dataset' is not next to the file"),
+        ("dataset_kwargs: {data_files: {test: ../secret.jsonl}}", "is outside its folder"),
+        ("dataset_kwargs: {data_files: {test: /etc/passwd}}", "is outside its folder"),
+        ("dataset_kwargs: {data_files: {test: link.jsonl}}", "is outside its folder"),
         ("dataset_kwargs: {data_files: {test: 'https://host/x.jsonl'}}", "there is no file"),
-        ("dataset_kwargs: {data_files: {train: capitals.jsonl}}", "test_split is 'test', but its data have train"),
-        ("test_split: null", "says no test_split"),
-        ("task: [a, b]", "says no name"),
+        ("dataset_kwargs: {data_files: {train: capitals.jsonl}}", "test_split is 'test', but its data contain train"),
+        ("test_split: null", "has no test_split"),
+        ("task: [a, b]", "has no name"),
         ("output_type: poetry", "lm-eval cannot use it"),
         ("doc_to_text: '{{nothing_there}}'", "lm-eval cannot use it"),
     ],
@@ -434,7 +434,7 @@ def test_a_program_reaches_neither_files_nor_the_network_nor_other_processes(tmp
 
 
 def test_humaneval_is_run_only_where_that_is_allowed() -> None:
-    with pytest.raises(TaskError, match="humaneval runs what the model writes: allow it with --run-generated-code"):
+    with pytest.raises(TaskError, match="humaneval runs code that the model generates: allow it with --run-generated"):
         open_tasks(["humaneval"])
 
 
@@ -468,7 +468,7 @@ def test_unknown_tasks_and_no_limit_are_refused_in_one_line(stack: Stack, tokeni
 
 
 @pytest.mark.slow
-def test_a_name_of_lm_evals_is_looked_up_there_and_a_wrong_one_is_told_with_the_nearest() -> None:
+def test_a_name_of_lm_evals_is_looked_up_there_and_a_wrong_one_is_refused_with_the_nearest() -> None:
     with pytest.raises(TaskError, match=r"no task 'hellaswagg': there are definitions.*did you mean hellaswag\?"):
         open_tasks(["hellaswagg"])
     with pytest.raises(DownloadError, match=r"cannot load lm-eval's task 'hellaswag'.*need no network"):
@@ -486,6 +486,6 @@ def test_without_lm_eval_one_line_says_how_to_get_it(
 def test_the_record_of_a_score_says_its_error_version_and_questions(stack: Stack, tokenizer: Any) -> None:
     (found,) = score(stack, tokenizer, ["definitions"], limit=4)
     assert isinstance(found, TaskScore)
-    said = found.as_dict()
-    assert said.keys() == {"task", "metric", "mean", "error", "questions", "version", "shots", "chat"}
-    assert (said["questions"], said["version"], said["chat"]) == (4, "1", False) and json.dumps(said)
+    document = found.as_dict()
+    assert document.keys() == {"task", "metric", "mean", "error", "questions", "version", "shots", "chat"}
+    assert (document["questions"], document["version"], document["chat"]) == (4, "1", False) and json.dumps(document)

@@ -1,4 +1,4 @@
-"""Scores of texts against rouge-score, sacrebleu and counts by hand."""
+"""Text scores, compared with rouge-score, sacrebleu and manual counts."""
 
 from __future__ import annotations
 

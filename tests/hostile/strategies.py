@@ -1,6 +1,6 @@
-"""What strangers hand over: damaged bytes, documents that are almost right, and what they may bring about.
+"""Untrusted inputs: damaged bytes and almost valid documents, and checks of their effects.
 
-A document is damaged as a structure and then written down, so that it passes the reader and meets what is behind it.
+A document is damaged as a structure and then serialised, so that it passes the parser and reaches the code behind it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 from lamella.errors import LamellaError
 
-EVIL = (  # strings that mean something to a file system, a shell, a template, a terminal or a decoder
+EVIL = (  # strings with a special meaning for a file system, a shell, a template, a terminal or a decoder
     "",
     ".",
     "..",
@@ -59,7 +59,7 @@ EVIL = (  # strings that mean something to a file system, a shell, a template, a
     "\ufeff",
     "e\u0301\u202e\U0001d4b3",
 )
-DEEP, DIGITS, HUGE = "@deep@", "@digits@", "@huge@"  # stand for what `dumped` writes, since no value is that
+DEEP, DIGITS, HUGE = "@deep@", "@digits@", "@huge@"  # replaced by `dumped`, since they have no Python value
 WRITTEN = {DEEP: "[" * 20_000 + "]" * 20_000, DIGITS: "9" * 5000, HUGE: "1e999"}
 
 numbers = st.one_of(
@@ -83,7 +83,7 @@ values = st.recursive(
 
 
 def dumped(document: Any) -> str:
-    """A document as JSON text, with what Python's own values cannot say."""
+    """Return a document as JSON text, with values that Python cannot represent."""
     text = json.dumps(document)
     for name, written in WRITTEN.items():
         text = text.replace(f'"{name}": ', f'"{name} ": ').replace(f'"{name}"', written)
@@ -92,16 +92,16 @@ def dumped(document: Any) -> str:
 
 @st.composite
 def mutated(draw: st.DrawFn, document: Any, most: int = 3) -> Any:
-    """A document that differs from a valid one in a few places: what is there, of which type, how often, how large."""
+    """Draw a document that differs from a valid one in a few entries: presence, type, number or size."""
     document = copy.deepcopy(document)
     for _ in range(draw(st.integers(1, most))):
-        holder, key = draw(st.sampled_from(list(_places(document)) or [([document], 0)]))
+        holder, key = draw(st.sampled_from(list(_locations(document)) or [([document], 0)]))
         if holder is None:
             document = draw(values)
             continue
         old = holder[key]
         change = draw(st.sampled_from(_CHANGES))
-        if change is _gone:
+        if change is _removed:
             del holder[key]
         else:
             holder[key] = change(draw, old, document)
@@ -110,27 +110,33 @@ def mutated(draw: st.DrawFn, document: Any, most: int = 3) -> Any:
     return document
 
 
-def _places(document: Any) -> Iterator[tuple[Any, Any]]:
-    """Every place in a document as what holds it and its key there; the whole is held by nothing."""
+def _locations(document: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield every entry of a document as its container and key; the root has no container."""
     yield None, None
     waiting = [document]
     while waiting:
-        held = waiting.pop()
-        pairs = held.items() if isinstance(held, dict) else enumerate(held) if isinstance(held, list) else ()
+        container = waiting.pop()
+        pairs = (
+            container.items()
+            if isinstance(container, dict)
+            else enumerate(container)
+            if isinstance(container, list)
+            else ()
+        )
         for key, inner in pairs:
-            yield held, key
+            yield container, key
             waiting.append(inner)
 
 
-def _gone(draw: st.DrawFn, old: Any, document: Any) -> Any:
-    """The place is no longer there."""
+def _removed(draw: st.DrawFn, old: Any, document: Any) -> Any:
+    """Remove the entry."""
 
 
 def _other(draw: st.DrawFn, old: Any, document: Any) -> Any:
     return draw(values)
 
 
-def _alike(draw: st.DrawFn, old: Any, document: Any) -> Any:
+def _same_type(draw: st.DrawFn, old: Any, document: Any) -> Any:
     """Another value of the same type, which readers that check types alone let pass."""
     if isinstance(old, bool) or old is None:
         return draw(scalars)
@@ -145,7 +151,7 @@ def _alike(draw: st.DrawFn, old: Any, document: Any) -> Any:
 
 
 def _from_elsewhere(draw: st.DrawFn, old: Any, document: Any) -> Any:
-    holder, key = draw(st.sampled_from(list(_places(document))))
+    holder, key = draw(st.sampled_from(list(_locations(document))))
     return copy.deepcopy(document if holder is None else holder[key])
 
 
@@ -162,15 +168,15 @@ def _more(draw: st.DrawFn, old: Any, document: Any) -> Any:
     return old * 2 if isinstance(old, str) else old
 
 
-_CHANGES = (_gone, _other, _alike, _alike, _from_elsewhere, _wrapped, _more)
+_CHANGES = (_removed, _other, _same_type, _same_type, _from_elsewhere, _wrapped, _more)
 
 
 @st.composite
 def damaged(draw: st.DrawFn, data: bytes, within: int | None = None) -> bytes:
-    """Bytes that were cut, flipped, repeated, overwritten or thrown away.
+    """Draw bytes that are truncated, flipped, repeated, overwritten or removed.
 
     Args:
-        within: the damage begins before this byte; anywhere when left out.
+        within: the damage begins before this byte; anywhere if None.
     """
     for _ in range(draw(st.integers(1, 3))):
         start = draw(st.integers(0, max(0, min(len(data), within or len(data)) - 1)))
@@ -222,9 +228,9 @@ def safetensors_files(draw: st.DrawFn, header: dict[str, Any], data: bytes) -> b
 
 @st.composite
 def zip_archives(draw: st.DrawFn, whole: bytes) -> bytes:
-    """A zip archive that was written again with members that are not quite those of a valid one.
+    """Draw a zip archive with members that differ slightly from those of a valid one.
 
-    A member may be cut, come twice, have another name, lie about its size in the directory, or expand a thousandfold.
+    A member may be truncated, duplicated, renamed, have a wrong size in the directory, or expand a thousandfold.
     """
     with zipfile.ZipFile(io.BytesIO(whole)) as archive:
         members = [(name, archive.read(name)) for name in archive.namelist()]
@@ -289,9 +295,9 @@ def parquet_files(draw: st.DrawFn, rows: list[dict[str, Any]]) -> bytes:
     codec = draw(st.sampled_from(["none", "snappy", "gzip", "zstd"]))
     try:
         content = parquet_file(table, compression=codec, use_dictionary=draw(st.booleans()))
-    except (pyarrow.ArrowException, ValueError):  # of values that the format has no place for
+    except (pyarrow.ArrowException, ValueError):  # values that the format cannot store
         content = parquet_file({"text": ["A text."]})
-    end = draw(st.sampled_from([None, 16, len(content)]))  # the footer says what there is
+    end = draw(st.sampled_from([None, 16, len(content)]))  # the footer describes the contents
     return draw(st.one_of(st.just(content), st.just(content), damaged(content, within=end)))
 
 
@@ -326,33 +332,33 @@ def share(of: int) -> settings:
     return settings(max_examples=max(5, settings().max_examples // of))
 
 
-class _Hung(BaseException):
-    """Not an `Exception`, so that nobody on the way takes it for an answer."""
+class _Timeout(BaseException):
+    """Not an `Exception`, so that no code on the way handles it."""
 
 
 @contextmanager
 def answered(folder: Path, seconds: int = 20, gigabytes: float = 4, allowed: str = "") -> Iterator[None]:
-    """Let a block end well or with one line of the library's own, soon, in little memory, and inside a folder.
+    """Require that a block succeeds or fails with a one-line error, within limits of time, memory and folder.
 
     Args:
-        folder: what it may write in, and all that it may read of the folder's neighbours.
-        allowed: the one audit event of those that run something that may occur.
+        folder: the only folder that it may write to, and the only one that it may read next to others.
+        allowed: one audit event of running code that may occur.
     """
-    with _soon(seconds), _in_memory(gigabytes), _inside(folder, allowed):
+    with _time_limit(seconds), _memory_limit(gigabytes), _confined(folder, allowed):
         try:
             yield
         except LamellaError as error:
             refusal(error)
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # of a hang, or of a panic in Rust, Hypothesis would not say the example
+        except BaseException as error:  # for a timeout or a panic in Rust, Hypothesis would not print the example
             if isinstance(error, Exception):
                 raise
             raise AssertionError(f"{type(error).__name__}: {error}") from error
 
 
 def refusal(error: LamellaError) -> str:
-    """The one line of an error."""
+    """Return the message of an error after a check that it is one line."""
     message = str(error)
     assert message.strip() and message.isprintable(), f"not one printable line: {message!r}"
     assert len(message) <= 2500, f"a line of {len(message)} characters"
@@ -360,9 +366,9 @@ def refusal(error: LamellaError) -> str:
 
 
 @contextmanager
-def _soon(seconds: int) -> Iterator[None]:
+def _time_limit(seconds: int) -> Iterator[None]:
     def stop(*_: object) -> None:
-        raise _Hung(f"no answer after {seconds} seconds")
+        raise _Timeout(f"no answer after {seconds} seconds")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(seconds)
@@ -374,8 +380,8 @@ def _soon(seconds: int) -> Iterator[None]:
 
 
 @contextmanager
-def _in_memory(gigabytes: float) -> Iterator[None]:
-    """Whoever asks for more address space than this fails, instead of taking the machine with him."""
+def _memory_limit(gigabytes: float) -> Iterator[None]:
+    """Let allocations beyond this limit fail, instead of exhausting the machine."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + int(gigabytes * 2**30), hard))
@@ -412,8 +418,8 @@ _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 @contextmanager
-def _inside(folder: Path, allowed: str) -> Iterator[None]:
-    """Nothing is written outside a folder, no neighbour of it is read, no program runs and no code of its files."""
+def _confined(folder: Path, allowed: str) -> Iterator[None]:
+    """Check that nothing is written outside a folder, no neighbour of it is read, and no other code runs."""
     folder = folder.resolve()
     wrong: list[str] = []
 

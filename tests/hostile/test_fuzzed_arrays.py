@@ -1,4 +1,4 @@
-"""Arrays, matrices and point clouds that anyone may have written: each is read, or refused in one line."""
+"""Untrusted arrays, matrices and point clouds: each is read, or rejected in one line."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @st.composite
 def changed(draw: st.DrawFn, arrays: dict[str, Any]) -> dict[str, Any]:
-    """Arrays that are almost right: of another shape or type, or with values that nobody expects."""
+    """Draw almost valid arrays: of another shape or type, or with unexpected values."""
     arrays = dict(arrays)
     for name in draw(st.lists(st.sampled_from(sorted(arrays)), min_size=1, max_size=2)):
         old = np.asarray(arrays[name])
@@ -50,10 +50,10 @@ def changed(draw: st.DrawFn, arrays: dict[str, Any]) -> dict[str, Any]:
             return arrays
         if kind == "value" and old.size and old.dtype.kind in "iuf":
             new = old.copy() if old.dtype.kind == "f" else old.astype(np.int64)
-            place = draw(st.integers(0, new.size - 1))
+            index = draw(st.integers(0, new.size - 1))
             floats = st.floats(allow_subnormal=False)
             whole = st.sampled_from([-(2**63), -(10**9), -1, 0, 1, 2, 3, 4, 5, 10**9, 2**31, 2**63 - 1])
-            new.flat[place] = draw(floats if new.dtype.kind == "f" else whole)
+            new.flat[index] = draw(floats if new.dtype.kind == "f" else whole)
             arrays[name] = new
         elif kind == "type" and old.dtype.kind in "iuf":
             types = ["?", "i1", "u2", "i8", "u8", "f2", "f4", "f8", "g", "c16", "S4", "U3", "M8[s]", "m8[s]", "V3", "O"]
@@ -76,7 +76,7 @@ def archive(arrays: dict[str, Any], save: Any = np.savez) -> bytes:
 
 
 def archives(arrays: dict[str, Any]) -> st.SearchStrategy[bytes]:
-    """Archives of arrays that are wrong inside, declare what is not there, or are damaged."""
+    """Draw archives of arrays with invalid contents, false declarations, or damage."""
     whole = archive(arrays, np.savez_compressed)
     return st.one_of(
         changed(arrays).map(archive), changed(arrays).map(archive), st.just(whole).flatmap(damaged), zip_archives(whole)
@@ -109,12 +109,12 @@ def saved(matrix: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", ["csr", "csc", "bsr", "coo", "dia"])
 @given(data=st.data())
 def test_a_matrix_of_scipy_is_read_or_refused(folder: Path, kind: str, data: st.DataObject):
-    place = folder / kind
-    place.mkdir(exist_ok=True)
-    (place / "A.npz").write_bytes(data.draw(archives(saved(MATRIX.asformat(kind)))))
-    np.save(place / "b.npy", np.ones(3))
+    directory = folder / kind
+    directory.mkdir(exist_ok=True)
+    (directory / "A.npz").write_bytes(data.draw(archives(saved(MATRIX.asformat(kind)))))
+    np.save(directory / "b.npy", np.ones(3))
     with answered(folder, gigabytes=1):
-        system = LinearSystems.open(place)[0]
+        system = LinearSystems.open(directory)[0]
         assert (system.A @ system.b).shape == (3,)
 
 
@@ -125,17 +125,17 @@ mmwrite(MARKET, sparse.csr_array(np.diag([2.0, 3.0, 4.0]) + np.eye(3, k=1)))
 @pytest.mark.parametrize("ending", [".mtx", ".mtx.gz"])
 @given(data=st.data())
 def test_a_matrix_market_file_is_read_or_refused(folder: Path, ending: str, data: st.DataObject):
-    place = folder / f"market{ending}"
-    place.mkdir(exist_ok=True)
+    directory = folder / f"market{ending}"
+    directory.mkdir(exist_ok=True)
     content = data.draw(st.just(MARKET.getvalue()).flatmap(damaged))
     if ending.endswith(".gz"):
         content = data.draw(
             st.one_of(st.just(gzip.compress(content)), st.just(gzip.compress(content)).flatmap(damaged))
         )
-    (place / f"A{ending}").write_bytes(content)
-    np.save(place / "b.npy", np.ones(3))
+    (directory / f"A{ending}").write_bytes(content)
+    np.save(directory / "b.npy", np.ones(3))
     with answered(folder, gigabytes=1):
-        system = LinearSystems.open(place)[0]
+        system = LinearSystems.open(directory)[0]
         assert (system.A @ system.b).shape == (3,)
 
 

@@ -1,4 +1,4 @@
-"""Model folders that anyone may have written: each is opened, or refused in one line, and nothing beside it is read."""
+"""Untrusted model folders: each is opened, or rejected in one line, and nothing outside of it is read."""
 
 from __future__ import annotations
 
@@ -47,19 +47,19 @@ READERS: dict[str, Callable[[Path], Any]] = {
 
 @pytest.fixture
 def around(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with something to steal, in which the model's folder lies."""
+    """A folder with a secret file, which contains the model's folder."""
     return with_canaries(tmp_path_factory.mktemp("around"))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a small checkpoint, beside something to steal."""
+    """The folder of a small checkpoint, next to a secret file."""
     return fresh(with_canaries(tmp_path_factory.mktemp("around")) / "model")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A nano Llama, beside something to steal."""
+    """A nano Llama, next to a secret file."""
     return Path(shutil.copytree(NANO_LLAMA, with_canaries(tmp_path_factory.mktemp("around")) / "model"))
 
 

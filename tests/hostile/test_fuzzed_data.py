@@ -1,4 +1,4 @@
-"""Files of data that anyone may have written: each is read, or refused in one line that names it."""
+"""Untrusted data files: each is read, or rejected in one line that names it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import answered, damaged, dumped, mutated, share, strings, values
 
-from lamella.data import Reader, load_text, read_records
-from lamella.data.pictures import read_picture
+from lamella.data import InputContext, load_text, read_records
+from lamella.data.images import read_image
 from lamella.errors import CalibrationError, LamellaError, TrainingError
 from lamella.methods.agile3d.ply import read_ply
 from lamella.methods.cola import KnownAnswers, Problem, read_samples
 from lamella.methods.irepair.pairs import read_pair_file, read_pairs
-from lamella.methods.paser import Pool, paser, read_pool
+from lamella.methods.paser import InstructionPool, paser, read_pool
 from lamella.methods.slr.questions import load_questions
 from lamella.plan import Plan
 from lamella.search import Cost, Memo, Removals, greedy
@@ -63,7 +63,7 @@ def stack() -> Stack:
 
 
 def row_lines() -> st.SearchStrategy[str]:
-    """One line: a row that is not quite one, another value, or no JSON at all."""
+    """Draw one line: an almost valid row, another value, or no JSON at all."""
     almost = st.sampled_from(ROWS).flatmap(mutated).map(dumped)
     text = st.text(max_size=20)
     return st.one_of(almost, almost, st.sampled_from(ROWS).map(dumped), values.map(dumped), text)
@@ -96,7 +96,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
 
 
 def strings_in(value: Any) -> Iterator[str]:
-    """All strings of what was read, wherever they are."""
+    """Return all strings in the result, at any depth."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -133,7 +133,7 @@ def test_a_file_of_data_is_read_or_refused_by_name(reader: str, folder: Path, to
 
 @pytest.mark.parametrize("reader", [*READERS, "a point cloud", "an image"])
 def test_no_reader_waits_for_a_pipe(reader: str, tmp_path: Path):
-    others = {"a point cloud": ("a.ply", read_ply), "an image": ("a.png", lambda file: read_picture(file, "a row"))}
+    others = {"a point cloud": ("a.ply", read_ply), "an image": ("a.png", lambda file: read_image(file, "a row"))}
     name, read = (READERS | others)[reader]
     os.mkfifo(tmp_path / name)
     with answered(tmp_path, seconds=5), pytest.raises(CalibrationError, match=r"a regular file|no file"):
@@ -163,7 +163,7 @@ def test_a_pool_to_select_from_is_read_or_refused(folder: Path, stack: Stack, to
     folder.mkdir(exist_ok=True)
     (folder / "pool.jsonl").write_bytes(content)
     with answered(folder):  # up to the choice, for which it is given no plan
-        pool = Pool.open(folder / "pool.jsonl", Reader(lambda: tokenizer, 0))
+        pool = InstructionPool.open(folder / "pool.jsonl", InputContext(lambda: tokenizer, 0))
         paser(stack, pool, None, budget=0.5, max_length=64)  # type: ignore[arg-type]
 
 

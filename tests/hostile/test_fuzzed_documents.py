@@ -1,4 +1,4 @@
-"""Documents and images in formats of other programs: each file is read, or refused in one line that names it."""
+"""Untrusted documents and images in formats of other programs: each is read, or rejected in one line that names it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from strategies import answered, damaged, dumped, mutated, parquet_file, parquet_files, share
 
-from lamella.data import Documents, Pictures, Reader
+from lamella.data import CaptionedImages, Documents, InputContext
 from lamella.errors import LamellaError
 from lamella.methods.agile3d.scenes import Scenes
 from lamella.methods.muranet.plans import FloorPlans, Folder
@@ -41,7 +41,7 @@ COCO: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of images, beside something to steal."""
+    """A folder of images, next to a secret file."""
     around = tmp_path_factory.mktemp("documents")
     made = around / "folder"
     made.mkdir()
@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def documents(file: Path) -> Documents:
     try:
-        found = Documents.open(file, Reader())
+        found = Documents.open(file, InputContext())
     except LamellaError as error:
         assert str(file) in str(error)
         raise
@@ -77,7 +77,7 @@ def test_a_compressed_file_of_documents_is_read_or_refused(folder: Path, ending:
 def test_a_file_that_expands_a_thousandfold_is_refused_in_little_memory(folder: Path, ending: str, line: bytes):
     (folder / f"bomb.jsonl{ending}").write_bytes(COMPRESSORS[ending](line * (2**27 // len(line))))
     with answered(folder, gigabytes=2), pytest.raises(LamellaError, match=r"line 1 has more than|expand to"):
-        Documents.open(folder / f"bomb.jsonl{ending}", Reader())
+        Documents.open(folder / f"bomb.jsonl{ending}", InputContext())
 
 
 @pytest.mark.parametrize("name", ["scene.ply", "plan.png"])
@@ -86,7 +86,7 @@ def test_a_link_in_a_folder_of_scenes_or_plans_is_refused(tmp_path: Path, name: 
     (tmp_path / "canary").write_bytes(b"ply\n")
     (tmp_path / "folder" / name).symlink_to(tmp_path / "canary")
     with answered(tmp_path / "folder"), pytest.raises(LamellaError, match="links in a folder are not followed"):
-        (Scenes if name == "scene.ply" else FloorPlans).open(tmp_path / "folder", Reader())
+        (Scenes if name == "scene.ply" else FloorPlans).open(tmp_path / "folder", InputContext())
 
 
 @example(content=parquet_file({"text": pyarrow.array([b"\xff"]).cast(pyarrow.binary()).view(pyarrow.string())}))
@@ -104,7 +104,7 @@ def test_captions_of_images_are_read_or_refused(folder: Path, rows: list[Any]):
     lines = "\n".join(dumped(row).replace("\n", " ") for row in rows)
     (folder / "metadata.jsonl").write_bytes(lines.encode("utf-8", "surrogatepass"))
     with answered(folder):
-        Pictures.open(folder, Reader())
+        CaptionedImages.open(folder, InputContext())
 
 
 @example(document=COCO | {"images": [{"id": 7, "file_name": "a\0b.png"}]})
@@ -128,8 +128,8 @@ def test_an_image_is_read_or_refused(folder: Path, kind: str, data: st.DataObjec
     Image.fromarray(PNG).save(place / "0.png", kind)
     (place / "0.png").write_bytes(data.draw(damaged((place / "0.png").read_bytes())))
     with answered(folder, gigabytes=2):
-        for each in Pictures.open(place, Reader(split="test")).items:
-            assert each.picture.ndim == 3
+        for each in CaptionedImages.open(place, InputContext(split="test")).items:
+            assert each.image.ndim == 3
 
 
 def test_the_files_that_are_damaged_above_are_whole(folder: Path):
@@ -139,4 +139,4 @@ def test_the_files_that_are_damaged_above_are_whole(folder: Path):
     (folder / "annotations.json").write_text(json.dumps(COCO))
     assert len(Folder.open(folder, 4)) == 2
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, METADATA)))
-    assert len(Pictures.open(folder, Reader())) == 1
+    assert len(CaptionedImages.open(folder, InputContext())) == 1

@@ -1,4 +1,4 @@
-"""Responses that any server may give: each is an answer, or one line, and never holds the key."""
+"""Untrusted responses of a server: each is an answer, or a one-line error, and never contains the key."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from serving import response, speaking
 from strategies import answered, damaged, dumped, mutated, share, strings
 
 from lamella.data import Endpoint, Sampling
-from lamella.data.protocol import Answer, Question
+from lamella.data.protocol import ChatRequest, ChatResponse
 from lamella.errors import LamellaError
 
 KEY = "sk-very-secret-indeed"
@@ -27,13 +27,13 @@ ANSWER: dict[str, Any] = {
 }
 MODELS: dict[str, Any] = {"object": "list", "data": [{"id": f"nano {KEY}"}]}
 CHARSETS = ["utf-8", "hex", "idna", "undefined", "rot13", "utf-16", "unicode_escape", "zip", "x" * 300]
-QUESTION = Question([{"role": "user", "content": "Hi"}], 4, 0)
+QUESTION = ChatRequest([{"role": "user", "content": "Hi"}], 4, 0)
 
 
 class Server:
-    """What it says next, and where."""
+    """The next response of the server, and its address."""
 
-    said: bytes = b""
+    response: bytes = b""
     url: str = ""
 
 
@@ -41,7 +41,7 @@ class Server:
 def server() -> Iterator[Server]:
     platform.platform()  # known from then on: openai's client sends it, and Python runs `uname` for it
     found = Server()
-    with speaking(lambda: [found.said]) as found.url, pytest.MonkeyPatch.context() as patch:
+    with speaking(lambda: [found.response]) as found.url, pytest.MonkeyPatch.context() as patch:
         patch.setenv("MY_KEY", KEY)
         yield found
 
@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @st.composite
 def responses(draw: st.DrawFn, document: dict[str, Any]) -> bytes:
-    """HTTP responses whose status, headers, length or JSON are not quite right."""
+    """Draw almost valid HTTP responses: status, headers, length or JSON are changed."""
     text = draw(st.one_of(mutated(document).map(dumped), mutated(document).map(json.dumps), strings))
     body = text.encode("utf-8", "surrogatepass")
     body = draw(st.one_of(st.just(body), st.just(body), damaged(body)))
@@ -78,33 +78,33 @@ def is_clean(text: str) -> bool:
     return text.encode().decode() == text and KEY not in text
 
 
-@given(said=responses(ANSWER))
-def test_any_response_is_an_answer_or_one_line(server: Server, folder: Path, said: bytes):
-    server.said = said
-    endpoint = Endpoint(server.url, key="MY_KEY", tries=1, patience=5.0)
+@given(response=responses(ANSWER))
+def test_any_response_is_an_answer_or_one_line(server: Server, folder: Path, response: bytes):
+    server.response = response
+    endpoint = Endpoint(server.url, key="MY_KEY", tries=1, timeout=5.0)
     with answered(folder, gigabytes=1, allowed="socket.connect"):
         try:
             ((number, answer),) = endpoint.ask([QUESTION], "nano", Sampling())
         except LamellaError as error:
             assert is_clean(str(error))
             raise
-        assert number == 0 and isinstance(answer, Answer) and is_clean(answer.text)
+        assert number == 0 and isinstance(answer, ChatResponse) and is_clean(answer.text)
         assert all(each is None or 0 <= each < 2**31 for each in (answer.prompt, answer.tokens))
 
 
 @share(2)
-@given(said=responses(MODELS))
-def test_any_list_of_models_is_a_name_or_one_line(server: Server, folder: Path, said: bytes):
-    server.said = said
+@given(response=responses(MODELS))
+def test_any_list_of_models_is_a_name_or_one_line(server: Server, folder: Path, response: bytes):
+    server.response = response
     with answered(folder, gigabytes=1, allowed="socket.connect"):
         try:
-            assert is_clean(Endpoint(server.url, key="MY_KEY", tries=1, patience=5.0).model())
+            assert is_clean(Endpoint(server.url, key="MY_KEY", tries=1, timeout=5.0).model())
         except LamellaError as error:
             assert is_clean(str(error))
             raise
 
 
 def test_the_response_that_is_damaged_above_is_an_answer(server: Server):
-    server.said = response(json.dumps(ANSWER).encode())
+    server.response = response(json.dumps(ANSWER).encode())
     endpoint = Endpoint(server.url, key="MY_KEY", tries=1)
-    assert list(endpoint.ask([QUESTION], "nano", Sampling())) == [(0, Answer("Yes, ***.", True, 3, 2))]
+    assert list(endpoint.ask([QUESTION], "nano", Sampling())) == [(0, ChatResponse("Yes, ***.", True, 3, 2))]

@@ -1,4 +1,4 @@
-"""Plans and their side files, however written: each is carried out whole, or refused in one line."""
+"""Untrusted plans and side files: each is applied completely, or rejected in one line."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from lamella.methods.minitron import Importance
 from lamella.plan import (
     Factors,
     HeadWidth,
+    HiddenWidth,
     ModelReference,
     PhasedPath,
     Plan,
     PlanSeries,
     PolicyReference,
-    StreamWidth,
     mask_edit,
     read_factors,
     read_masks,
@@ -50,7 +50,7 @@ from lamella.plan import (
     scale_edit,
 )
 from lamella.plan.export import export, export_out_of_core, natural_form
-from lamella.registry import room
+from lamella.registry import submodule
 from lamella.runtime import keep_policy
 from lamella.runtime.policy import policies
 from lamella.stack import Stack, matrices
@@ -68,7 +68,7 @@ def stack() -> Stack:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty folder, beside something to steal."""
+    """An empty folder, next to a secret file."""
     around = tmp_path_factory.mktemp("around")
     for name in ("canary", "canary.safetensors"):
         shutil.copyfile(NANO_LLAMA / "model.safetensors", around / name)
@@ -89,7 +89,7 @@ def plans(stack: Stack, folder: Path) -> dict[str, Plan]:
         "drop": Plan(model=model, drop=["layers.2", "layers.4.mlp"], provenance={"method": "random", "seed": 0}),
         "width": Plan(
             model=model,
-            width={"layers.1.mlp.channels": [3, 1, 2], "stream.channels": StreamWidth(keep=[*range(48)], rescale=True)},
+            width={"layers.1.mlp.channels": [3, 1, 2], "hidden.channels": HiddenWidth(keep=[*range(48)], rescale=True)},
         ),
         "heads": Plan(
             model=model,
@@ -105,7 +105,7 @@ def plans(stack: Stack, folder: Path) -> dict[str, Plan]:
         "policy": Plan(model=model, policies={"text": PolicyReference(name="void", params={}, work=[(1.0, 0.5)] * 6)}),
     }
     trained = Plan(model=model, policies={"text": PolicyReference(name="first", params={"threshold": 0.5})})
-    policy = policies(room("first", "policy"))[0]
+    policy = policies(submodule("first", "policy"))[0]
     found["trained policy"] = keep_policy(trained, policy(stack, threshold=0.5), folder)
     return found
 
@@ -116,7 +116,7 @@ def documents(plans: dict[str, Plan]) -> dict[str, Any]:
 
 
 def carried_out(stack: Stack, file: Path) -> None:
-    """Read a plan, run the model under it, and write it down."""
+    """Read a plan, run the model under it, and write it again."""
     plan = Plan.read(file)
     assert Plan.parse(plan.dump()).dump() == plan.dump()
     view = lamella.apply(stack, plan)
@@ -224,7 +224,7 @@ VALUES = [10**12, -1, 0, 1e308, "x", None, [], {}, [[1]], True, "\n", [0, 0], [-
 def test_no_setting_of_a_policy_ends_in_anything_but_a_refusal(
     stack: Stack, documents: dict[str, Any], folder: Path, method: str, place: int, value: Any
 ):
-    policy = policies(room(method, "policy"))[0]
+    policy = policies(submodule(method, "policy"))[0]
     names = [name for name in inspect.signature(policy).parameters if name != "stack"]
     document = documents["policy"] | {
         "policies": {"text": {"name": method, "params": {names[place % len(names)]: value}}}
@@ -245,7 +245,7 @@ def side_file(plan: Plan, folder: Path) -> Path:
 
 @st.composite
 def side_files(draw: st.DrawFn, header: dict[str, Any], data: bytes) -> bytes:
-    """Side files whose tensors, or whose shapes in the metadata, are not quite right."""
+    """Draw side files with almost valid tensors, or with wrong shapes in the metadata."""
     about = header.get("__metadata__", {})
     if about and draw(st.booleans()):
         [(schema, shapes)] = about.items()
@@ -341,7 +341,7 @@ def test_a_restored_checkpoint_that_is_damaged_is_used_or_refused(
 # What was measured.
 
 
-DIMS = ("channels", "heads", "stream")
+DIMS = ("channels", "heads", "hidden")
 READERS: dict[str, Callable[[Path, Stack], Any]] = {
     "importance": lambda file, stack: Importance.load(file),
     "fisher": lambda file, stack: [Fisher.read(file).tensors[name] for name in Fisher.read(file).tensors],
@@ -359,7 +359,7 @@ def measured(reader: str, stack: Stack, file: Path) -> Path:
         },
         "predictor": {"model": json.loads(ModelReference.of(stack).model_dump_json()), "chat": False},
     }
-    tensors = {"channels": torch.ones(6, 8), "heads": torch.ones(6, 4), "stream": torch.ones(96)}
+    tensors = {"channels": torch.ones(6, 8), "heads": torch.ones(6, 4), "hidden": torch.ones(96)}
     if reader == "predictor":
         tensors = PredictorNetwork(stack.config.hidden_size, len(stack)).state_dict()
     save_file(tensors, file, {name: json.dumps(value) for name, value in about[reader].items()})

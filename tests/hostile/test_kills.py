@@ -1,8 +1,8 @@
-"""Killed at any moment: one complete version stands, and the same command again ends as if nothing had been.
+"""Kills at any moment: one complete version remains, and a repeated command gives the uninterrupted result.
 
-Two kinds of kills. A sweep kills at every single operation on the file system, in the middle of every write. Kills by
-the clock come at any time, also inside libraries that write by themselves; their times are drawn from a seed. A failure
-lists all kills that went wrong, with their operation or time. ``-rA`` shows how many kills ended how.
+There are two kinds of kills. A sweep kills at every single file system operation, in the middle of every write. Kills
+by the clock occur at any time, also inside libraries that write files themselves; their times are drawn from a random
+seed. A failure lists all kills that went wrong, with their operation or time. ``-rA`` shows the numbers of outcomes.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def mortal() -> Iterator[Mortal]:
     )
     assert process.stdin is not None and process.stdout is not None
 
-    def ask(job: str, place: Path, **request: Any) -> dict[str, Any]:
-        print(json.dumps({"job": job, "place": str(place), **request}), file=process.stdin, flush=True)
+    def ask(job: str, folder: Path, **request: Any) -> dict[str, Any]:
+        print(json.dumps({"job": job, "folder": str(folder), **request}), file=process.stdin, flush=True)
         answer = process.stdout.readline()
         assert answer, f"{job}: the process that forks has ended"
         return json.loads(answer)
@@ -65,9 +65,9 @@ def mortal() -> Iterator[Mortal]:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
-    (tmp_path / "place").mkdir()
-    return tmp_path / "place"
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "folder").mkdir()
+    return tmp_path / "folder"
 
 
 def files(folder: Path) -> Files:
@@ -82,8 +82,8 @@ def differ(one: Files, other: Files) -> str:
     return ", ".join(sorted(name for name in {**one, **other} if one.get(name) != other.get(name)))
 
 
-def names(place: Path) -> list[str]:
-    return sorted(path.name for path in place.iterdir())
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def kills(answer: dict[str, Any], seed: int, by_clock: int, every: int = 1) -> list[dict[str, Any]]:
@@ -95,46 +95,46 @@ def kills(answer: dict[str, Any], seed: int, by_clock: int, every: int = 1) -> l
 
 
 class Versions:
-    """The folder ``out`` in a place, where one job replaces an old version by a new one.
+    """The folder ``out``, in which one job replaces an old version by a new one.
 
     Args:
         before: whether there is an old version.
-        beside: what stays beside ``out``.
+        beside: other files that remain next to ``out``.
     """
 
-    def __init__(self, mortal: Mortal, job: str, place: Path, before: bool, *beside: str, **given: Any) -> None:
-        self.mortal, self.job, self.place, self.given = mortal, job, place, given
+    def __init__(self, mortal: Mortal, job: str, folder: Path, before: bool, *beside: str, **options: Any) -> None:
+        self.mortal, self.job, self.folder, self.options = mortal, job, folder, options
         self.beside = sorted(beside)
         self.known: dict[str, Files] = {"none": None}
         if before:
             self.make(version=0)
-            self.known = {"old": files(place / "out")}
+            self.known = {"old": files(folder / "out")}
         self.before = before
         self.start()
         self.whole = self.make()
-        self.known["new"] = files(place / "out")
-        assert names(place) == sorted(["out", *beside])
+        self.known["new"] = files(folder / "out")
+        assert names(folder) == sorted(["out", *beside])
         self.outcomes: Counter[str] = Counter()
         self.wrong: list[str] = []
 
     def make(self, **request: Any) -> dict[str, Any]:
-        answer = self.mortal(self.job, self.place, **self.given, **request)
+        answer = self.mortal(self.job, self.folder, **self.options, **request)
         assert not answer["failed"], answer["failed"]
         return answer
 
     def start(self) -> None:
-        """Put the place into its state before the job."""
-        shutil.rmtree(self.place)
-        self.place.mkdir()
+        """Restore the folder's state before the job."""
+        shutil.rmtree(self.folder)
+        self.folder.mkdir()
         for name, content in (self.known.get("old") or {}).items():
-            (self.place / "out" / name).parent.mkdir(parents=True, exist_ok=True)
-            (self.place / "out" / name).write_bytes(content)
+            (self.folder / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.folder / "out" / name).write_bytes(content)
 
     def standing(self) -> str:
-        """The name of the version that is there."""
-        if self.given.get("at_once") is False:
-            recover(self.place / "out")
-        found = files(self.place / "out")
+        """Return the name of the present version."""
+        if self.options.get("at_once") is False:
+            recover(self.folder / "out")
+        found = files(self.folder / "out")
         for name, version in self.known.items():
             if found == version:
                 return name
@@ -149,13 +149,13 @@ class Versions:
         try:
             standing = self.standing()
             self.outcomes[f"killed, {standing} stands" if answer["killed"] else "done before the kill"] += 1
-            again = self.mortal(self.job, self.place, **self.given)
-            if self.given.get("overwrite") is False and standing == "new":
+            again = self.mortal(self.job, self.folder, **self.options)
+            if self.options.get("overwrite") is False and standing == "new":
                 assert "exists" in str(again["failed"]), again["failed"]
             else:
                 assert not again["failed"], again["failed"]
             assert self.standing() == "new"
-            assert names(self.place) == sorted(["out", *self.beside])
+            assert names(self.folder) == sorted(["out", *self.beside])
         except AssertionError as error:
             self.outcomes["WRONG"] += 1
             self.wrong.append(f"killed {where}: {error}")
@@ -168,9 +168,9 @@ class Versions:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job", ["copied", "built_once"])
-def test_after_some_kills_one_version_stands_and_the_next_run_succeeds(job: str, mortal: Mortal, place: Path) -> None:
+def test_after_some_kills_one_version_stands_and_the_next_run_succeeds(job: str, mortal: Mortal, folder: Path) -> None:
     cache = job == "built_once"
-    versions = Versions(mortal, job, place, not cache, *([".out.lock"] if cache else []))
+    versions = Versions(mortal, job, folder, not cache, *([".out.lock"] if cache else []))
     for when in kills(versions.whole, 0, 2, every=4 if cache else 16):
         versions.kill(**when)
     versions.finish()
@@ -179,9 +179,9 @@ def test_after_some_kills_one_version_stands_and_the_next_run_succeeds(job: str,
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(("job", "before"), EXPORTS, ids=[f"{job} {'over' if old else 'new'}" for job, old in EXPORTS])
 def test_an_export_killed_at_any_operation_or_time_leaves_one_version(
-    job: str, before: bool, mortal: Mortal, place: Path
+    job: str, before: bool, mortal: Mortal, folder: Path
 ) -> None:
-    versions = Versions(mortal, job, place, before, overwrite=before)
+    versions = Versions(mortal, job, folder, before, overwrite=before)
     for when in kills(versions.whole, 1, by_clock=8):
         versions.kill(**when)
     versions.finish()
@@ -189,29 +189,29 @@ def test_an_export_killed_at_any_operation_or_time_leaves_one_version(
 
 @pytest.mark.exhaustive
 def test_where_names_cannot_change_places_an_export_killed_at_any_operation_is_recovered(
-    mortal: Mortal, place: Path
+    mortal: Mortal, folder: Path
 ) -> None:
-    versions = Versions(mortal, "copied", place, OVER, at_once=False)
+    versions = Versions(mortal, "copied", folder, OVER, at_once=False)
     for when in kills(versions.whole, 6, by_clock=4, every=2):
         versions.kill(**when)
     versions.finish()
 
 
 @pytest.mark.exhaustive
-def test_of_two_exports_to_one_folder_at_once_one_stands_whole_and_nothing_else(mortal: Mortal, place: Path) -> None:
-    versions = Versions(mortal, "copied", place, OVER)
+def test_of_two_exports_to_one_folder_at_once_one_stands_whole_and_nothing_else(mortal: Mortal, folder: Path) -> None:
+    versions = Versions(mortal, "copied", folder, OVER)
     for _ in range(10):
-        answer = mortal("copied_by_two", place)
+        answer = mortal("copied_by_two", folder)
         assert not answer["failed"], answer["failed"]
         assert versions.standing() in ("old", "new")
-        assert names(place) == ["out"]
+        assert names(folder) == ["out"]
 
 
 @pytest.mark.exhaustive
 def test_a_build_in_the_cache_killed_at_any_operation_or_time_is_seen_whole_or_not_at_all(
-    mortal: Mortal, place: Path
+    mortal: Mortal, folder: Path
 ) -> None:
-    versions = Versions(mortal, "built_once", place, False, ".out.lock")
+    versions = Versions(mortal, "built_once", folder, False, ".out.lock")
     for when in kills(versions.whole, 2, by_clock=10):
         versions.kill(**when)
     versions.finish()
@@ -219,7 +219,7 @@ def test_a_build_in_the_cache_killed_at_any_operation_or_time_is_seen_whole_or_n
 
 @pytest.mark.exhaustive
 def test_a_pull_killed_at_any_operation_or_time_is_seen_whole_or_not_at_all(
-    mortal: Mortal, place: Path, tmp_path: Path
+    mortal: Mortal, folder: Path, tmp_path: Path
 ) -> None:
     wheel = tmp_path / "shelf" / "lamella_sample-1.0-py3-none-any.whl"
     wheel.parent.mkdir()
@@ -231,60 +231,60 @@ def test_a_pull_killed_at_any_operation_or_time_is_seen_whole_or_not_at_all(
         )
         archive.writestr("lamella_sample-1.0.dist-info/RECORD", "")
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    versions = Versions(mortal, "pulled", place, False, ".out.lock", shelf=str(wheel.parent), wheel=digest)
+    versions = Versions(mortal, "pulled", folder, False, ".out.lock", shelf=str(wheel.parent), wheel=digest)
     for when in kills(versions.whole, 3, by_clock=15):
         versions.kill(**when)
     versions.finish()
 
 
 class Resumed:
-    """Work that goes on after a kill, and must end as if it had not been interrupted.
+    """Work that resumes after a kill, and must have the same result as without interruption.
 
     Args:
-        result: what it leaves in a place, without what differs from run to run.
+        result: its result in a folder, without parts that differ between runs.
     """
 
-    def __init__(self, mortal: Mortal, job: str, place: Path, result: Callable[[Path], Files], **given: Any) -> None:
-        self.mortal, self.job, self.place, self.result, self.given = mortal, job, place, result, given
-        self.whole = mortal(job, place, **given)
+    def __init__(self, mortal: Mortal, job: str, folder: Path, result: Callable[[Path], Files], **options: Any) -> None:
+        self.mortal, self.job, self.folder, self.result, self.options = mortal, job, folder, result, options
+        self.whole = mortal(job, folder, **options)
         assert not self.whole["failed"], self.whole["failed"]
-        self.expected, self.names = result(place), names(place)
+        self.expected, self.names = result(folder), names(folder)
         self.outcomes: Counter[str] = Counter()
         self.wrong: list[str] = []
 
     def kill(self, *times: dict[str, Any]) -> None:
-        """Kill the work at each of these times in turn, then let it end."""
-        shutil.rmtree(self.place)
-        self.place.mkdir()
+        """Kill the work at each of these times in turn, then let it finish."""
+        shutil.rmtree(self.folder)
+        self.folder.mkdir()
         try:
             for when in (*times, {}):
-                answer = self.mortal(self.job, self.place, **self.given, **when)
+                answer = self.mortal(self.job, self.folder, **self.options, **when)
                 assert not answer["failed"], answer["failed"]
                 if when:
                     self.outcomes["killed" if answer["killed"] else "done before the kill"] += 1
-            assert not differ(self.result(self.place), self.expected), differ(self.result(self.place), self.expected)
-            assert names(self.place) == self.names, names(self.place)
+            assert not differ(self.result(self.folder), self.expected), differ(self.result(self.folder), self.expected)
+            assert names(self.folder) == self.names, names(self.folder)
         except AssertionError as error:
             self.outcomes["WRONG"] += 1
             self.wrong.append(f"killed {times}: {error}")
 
     def finish(self) -> None:
         counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(self.outcomes.items()))
-        print(f"KILLS {' '.join([self.job, *self.given.values()])}: {counts}")
+        print(f"KILLS {' '.join([self.job, *self.options.values()])}: {counts}")
         assert not self.wrong, "\n".join(self.wrong)
 
 
-def training(place: Path) -> Files:
+def training(folder: Path) -> Files:
     """What a run leaves, without Trainer's own state, which has times in it; its files must be there all the same."""
-    found = files(place)
+    found = files(folder)
     assert found is not None
     content = ("trained.safetensors", "best.safetensors", "log.json", "trace.json", "replay.json")
     return {name: data if name.endswith(content) else b"" for name, data in found.items()}
 
 
-def healing(place: Path) -> Files:
+def healing(folder: Path) -> Files:
     """An export, without what says when and where it was made."""
-    found = files(place / "out")
+    found = files(folder / "out")
     assert found is not None
     evidence = json.loads(found["evidence.json"])
     del evidence["environment"], found["heal.html"]
@@ -293,8 +293,8 @@ def healing(place: Path) -> Files:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job", ["finercut", "trained"])
-def test_after_some_kills_work_ends_with_the_same_result(job: str, mortal: Mortal, place: Path) -> None:
-    work = Resumed(mortal, job, place, training if job == "trained" else files)
+def test_after_some_kills_work_ends_with_the_same_result(job: str, mortal: Mortal, folder: Path) -> None:
+    work = Resumed(mortal, job, folder, training if job == "trained" else files)
     for when in kills(work.whole, 0, by_clock=1, every=20 if job == "trained" else 6):
         work.kill(when)
     work.finish()
@@ -303,9 +303,9 @@ def test_after_some_kills_work_ends_with_the_same_result(job: str, mortal: Morta
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("job", ["finercut", "tracenas"])
 def test_a_search_killed_at_any_operation_or_time_ends_with_the_same_series(
-    job: str, mortal: Mortal, place: Path
+    job: str, mortal: Mortal, folder: Path
 ) -> None:
-    work = Resumed(mortal, job, place, files)
+    work = Resumed(mortal, job, folder, files)
     for when in kills(work.whole, 4, by_clock=8):
         work.kill(when, {"after": work.whole["seconds"] / 2}, {"at": 2})  # killed again while it goes on
     work.finish()
@@ -314,9 +314,9 @@ def test_a_search_killed_at_any_operation_or_time_ends_with_the_same_series(
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("job", ["trained", "sliced"])
 def test_training_killed_at_any_operation_or_time_ends_with_the_same_bits(
-    job: str, mortal: Mortal, place: Path
+    job: str, mortal: Mortal, folder: Path
 ) -> None:
-    work = Resumed(mortal, job, place, training)
+    work = Resumed(mortal, job, folder, training)
     for when in kills(work.whole, 5, by_clock=8, every=2):
         work.kill(when)
     work.finish()
@@ -325,9 +325,9 @@ def test_training_killed_at_any_operation_or_time_ends_with_the_same_bits(
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("recipe", ["continual-pretrain", "unified-skip"])
 def test_healing_killed_at_any_operation_or_time_ends_with_the_same_bits(
-    recipe: str, mortal: Mortal, place: Path
+    recipe: str, mortal: Mortal, folder: Path
 ) -> None:
-    work = Resumed(mortal, "healed", place, healing, recipe=recipe)
+    work = Resumed(mortal, "healed", folder, healing, recipe=recipe)
     times = kills(work.whole, 6, by_clock=6, every=20)
     for number, when in enumerate(times):
         work.kill(when, times[-1 - number // 2])

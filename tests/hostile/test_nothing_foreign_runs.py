@@ -1,4 +1,4 @@
-"""Folders and plans from strangers: nothing in them is executed, and no name in them leads out of their folder."""
+"""Untrusted folders and plans: no code in them is executed, and no name in them leads out of their folder."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ IDS = torch.arange(12).reshape(2, 6) + 3
 
 @pytest.fixture
 def witness(tmp_path: Path) -> Path:
-    """The file that foreign code would write if it were run."""
+    """The file that foreign code would write if it were executed."""
     return tmp_path / "witness"
 
 
@@ -44,7 +44,7 @@ def tampered(file: Path, witness: Path, old: str = "") -> None:
 
 @pytest.fixture
 def native(tmp_path: Path) -> Path:
-    """A native export of the nano Llama with its tokenizer, of which halves are gone."""
+    """A native export of the nano Llama with its tokenizer and dropped sublayers."""
     stack = open_stack(NANO_LLAMA)
     plan = Plan(model=ModelReference.of(stack), drop=["layers.1.mlp", "layers.3.attn"])
     return export(stack, plan, tmp_path / "native", form="native")
@@ -188,15 +188,15 @@ def test_side_files_have_plain_names(name: str, op: str, tmp_path: Path) -> None
         plan.write(tmp_path / "copy.json")
         assert not (tmp_path / "hostname").exists()
         return
-    with pytest.raises(PlanError, match="no plain name"):
+    with pytest.raises(PlanError, match="not a plain file name"):
         Plan.read(file)
-    with pytest.raises(ValueError, match="no plain name"):
+    with pytest.raises(ValueError, match="not a plain file name"):
         WeightEdit(op=op, sites=["layers.1"], file=name, sha256="0" * 64)
 
 
 @pytest.mark.parametrize("name", [name for name in OUTSIDE])
 def test_side_files_of_policies_and_of_series_have_plain_names(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no plain name"):
+    with pytest.raises(ValueError, match="not a plain file name"):
         PolicyReference(name="first", file=name)
     document = PlanSeries(model=ModelReference.of(Stack(nano("llama"))), points=[Point()]).document.model_dump(
         by_alias=True
@@ -206,7 +206,7 @@ def test_side_files_of_policies_and_of_series_have_plain_names(name: str, tmp_pa
         changed = json.loads(json.dumps(document))
         changed["points"][0][part] = {site: {"name": "first", "file": name}}
         file.write_text(json.dumps(changed))
-        with pytest.raises(PlanError, match="no plain name"):
+        with pytest.raises(PlanError, match="not a plain file name"):
             PlanSeries.read(file)
 
 
@@ -255,6 +255,6 @@ def test_a_tensor_file_called_outside_does_not_reach_the_output(tmp_path: Path) 
     reference._folder = tmp_path / "plans"
     plan = Plan(model=ModelReference.of(stack)).model_copy(update={"policies": {"text": reference}})
     (tmp_path / "out").mkdir()
-    with pytest.raises(PlanError, match="no plain name"):
+    with pytest.raises(PlanError, match="not a plain file name"):
         plan.write(tmp_path / "out" / "plan.json")
     assert list((tmp_path / "out").iterdir()) == []

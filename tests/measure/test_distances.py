@@ -1,4 +1,4 @@
-"""Distances against the definitions, written out in float64."""
+"""Distances, compared with their definitions in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Importances: equal to the loop and to closed forms, however samples are cut, kept and joined."""
+"""Importances: equal to the loop and to closed forms, however samples are split, stored and merged."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Residual(nn.Module):
 
 
 class Words(nn.Module):
-    """A classifier of token sequences, whose embedding is looked up in every place."""
+    """A classifier of token sequences, whose embedding is used at every position."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,21 +62,21 @@ class Words(nn.Module):
 
 
 class Tied(Words):
-    """The same map twice, which no rule for a single use may touch."""
+    """The same linear layer twice, to which no rule for a single use may be applied."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.mix(self.mix(self.embed(x))).mean(1))
 
 
 class Hidden(Words):
-    """A weight that is also used behind its module's back."""
+    """A weight that is also used outside its module."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.mix(self.norm(self.embed(x))).mean(1)) @ self.head.weight[:, :5]
 
 
 class Mixing(Words):
-    """Samples that see each other."""
+    """Samples that interact with each other."""
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.mix(self.norm(self.embed(x))).mean(1)
@@ -84,7 +84,7 @@ class Mixing(Words):
 
 
 class Attending(Words):
-    """Attention of torch, whose parameters lie above a module of its own; and a weight without a module."""
+    """Torch's attention, whose parameters are on its parent module; and a weight without a module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -318,7 +318,7 @@ def test_what_is_no_file_of_importances_is_refused(content: str, tmp_path: Path)
         file.write_text("hello")
     elif content == "tensors":
         save_file({"a": torch.ones(2)}, file)
-    with pytest.raises(MethodError, match="is no file of importances") as error:
+    with pytest.raises(MethodError, match="is not a file of importances") as error:
         Fisher.read(file)
     assert "\n" not in str(error.value)
     (tmp_path / "file").write_text("")
@@ -329,7 +329,7 @@ def test_what_is_no_file_of_importances_is_refused(content: str, tmp_path: Path)
 # Batches
 
 
-def test_batches_come_in_the_order_that_is_asked_for() -> None:
+def test_batches_have_the_requested_order() -> None:
     x, y = torch.arange(12.0), torch.tensor([2, 0, 1] * 4)
     pure = [labels.tolist() for _, labels in batches((x, y), 4, "by class")]  # type: ignore[union-attr, misc]
     assert pure == [[0] * 4, [1] * 4, [2] * 4]
@@ -339,7 +339,7 @@ def test_batches_come_in_the_order_that_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "said"),
+    ("call", "error", "message"),
     [
         (lambda m, x, y: fisher(m, (x[:0], y[:0])), CalibrationError, "there are no samples"),
         (lambda m, x, y: fisher(m, []), CalibrationError, "there are no samples"),
@@ -356,8 +356,8 @@ def test_batches_come_in_the_order_that_is_asked_for() -> None:
         (lambda m, x, y: check_disjoint((x[:5], y[:5]), (x[3:], y[3:])), CalibrationError, "2 samples are to be"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_measured_is_refused_in_one_line(call: Any, error: type[LamellaError], said: str) -> None:
-    with pytest.raises(error, match=said) as raised:
+def test_what_cannot_be_measured_is_refused_in_one_line(call: Any, error: type[LamellaError], message: str) -> None:
+    with pytest.raises(error, match=message) as raised:
         call(made("plain"), *data("plain"))
     assert "\n" not in str(raised.value)
 
@@ -365,7 +365,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(call: Any, error: type[L
 def test_importances_of_what_nothing_depends_on_vanish() -> None:
     model = made("words")
     model.spare = nn.Linear(2, 2)
-    with pytest.raises(NumericsError, match="the importances vanish"):
+    with pytest.raises(NumericsError, match="all importances are zero"):
         fisher(model, data("words"), names=["spare.weight"])
 
 
@@ -374,15 +374,15 @@ def test_importances_that_vanish_are_refused() -> None:
     with torch.no_grad():
         model.weight.zero_()
         model.bias.copy_(torch.tensor([1e4, -1e4]))
-    with pytest.raises(NumericsError, match="the importances vanish"):
+    with pytest.raises(NumericsError, match="all importances are zero"):
         fisher(model, (torch.randn(8, 3), torch.zeros(8, dtype=torch.long)))
 
 
 def test_tokens_and_labels_beyond_the_vocabulary_are_refused() -> None:
     model = nano("llama")
-    for ids, said in (([5, 128, 3], "up to 128"), ([5], "has 1 tokens")):
+    for ids, message in (([5, 128, 3], "up to 128"), ([5], "has 1 tokens")):
         row = {"input_ids": torch.tensor(ids), "labels": torch.tensor(ids)}
-        with pytest.raises(CalibrationError, match=said):
+        with pytest.raises(CalibrationError, match=message):
             fisher(model, [row])
     silent = {"input_ids": torch.tensor([4, 5]), "labels": torch.tensor([4, -100])}
     with pytest.raises(CalibrationError, match="no token with a label"):
@@ -406,7 +406,7 @@ def test_a_streamed_percentile_is_that_of_sorting(kind: str, percent: float) -> 
     parts = numbers.split(400)
     expected = np.percentile(numbers.double().numpy(), percent)
     assert percentile(lambda: iter(parts), percent) == pytest.approx(expected, rel=1e-12)
-    with pytest.raises(ValueError, match="no numbers"):
+    with pytest.raises(ValueError, match="no values"):
         percentile(lambda: iter([]), percent)
 
 

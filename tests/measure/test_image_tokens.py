@@ -1,4 +1,4 @@
-"""Criteria for image tokens, against their definitions written out."""
+"""Criteria for image tokens, compared with their definitions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lamella.errors import MethodError
 from lamella.measure.image_tokens import (
     CRITERIA,
     CriterionName,
-    Seen,
+    TokenFeatures,
     above_quartiles,
     best,
     choose,
@@ -26,12 +26,12 @@ N, TEXT, WIDTH, HEADS = 12, 5, 6, 3
 DRAWN = torch.Generator().manual_seed(0)
 
 
-def seen(image: Tensor | None = None) -> Seen:
+def seen(image: Tensor | None = None) -> TokenFeatures:
     attention = torch.rand(HEADS, TEXT + 4, N, generator=DRAWN, dtype=torch.float64)
     image = torch.randn(N, WIDTH, generator=DRAWN, dtype=torch.float64) if image is None else image
     text = torch.randn(TEXT, WIDTH, generator=DRAWN, dtype=torch.float64)
     gradient = torch.randn(N, WIDTH, generator=DRAWN, dtype=torch.float64)
-    return Seen(image, text, attention, attention[:, :TEXT], gradient, torch.Generator().manual_seed(1))
+    return TokenFeatures(image, text, attention, attention[:, :TEXT], gradient, torch.Generator().manual_seed(1))
 
 
 def test_the_type_of_their_names_holds_every_criterion() -> None:
@@ -98,7 +98,7 @@ def test_clusters_of_two_heaps_are_these() -> None:
 
 def test_merging_keeps_the_sum_and_merges_the_pair_most_alike() -> None:
     states = torch.randn(8, 4, generator=DRAWN, dtype=torch.float64)
-    states[4] = 2 * states[3]  # an even place beside an odd one: cosine 1
+    states[4] = 2 * states[3]  # an even and an odd position: cosine 1
     index, merged, sizes = matched(torch.arange(8), states, torch.ones(8, dtype=torch.float64), 1)
     assert index.tolist() == [0, 1, 2, 3, 5, 6, 7] and sizes.tolist() == [1, 1, 1, 2, 1, 1, 1]
     assert torch.allclose(merged[3], 1.5 * states[3])
@@ -120,10 +120,10 @@ def test_likeness_keeps_the_question_and_the_mean_of_the_rest() -> None:
     assert above_quartiles(torch.tensor([0.0, 0.1, 0.2, 0.1, 5.0])).tolist() == [False] * 4 + [True]
 
 
-def test_the_signal_is_the_first_order_change_when_a_token_is_gone() -> None:
+def test_the_signal_is_the_first_order_change_on_removal_of_a_token() -> None:
     weights = torch.randn(WIDTH, generator=DRAWN, dtype=torch.float64)
     image = torch.randn(N, WIDTH, generator=DRAWN, dtype=torch.float64)
-    given = Seen(image, gradient=weights.expand(N, -1))  # of a linear answer the change is exact
+    given = TokenFeatures(image, gradient=weights.expand(N, -1))  # of a linear answer the change is exact
     rest = [[*range(at), *range(at + 1, N)] for at in range(N)]
     changes = [abs(float((image @ weights).sum() - (image[each] @ weights).sum())) for each in rest]
     assert choose("signal", given, 3).index.tolist() == sorted(range(N), key=lambda at: -changes[at])[:3]
@@ -132,7 +132,7 @@ def test_the_signal_is_the_first_order_change_when_a_token_is_gone() -> None:
 def test_chance_draws_every_pair() -> None:
     drawn = set()
     for at in range(60):
-        given = Seen(torch.zeros(4, 1), generator=torch.Generator().manual_seed(at))
+        given = TokenFeatures(torch.zeros(4, 1), generator=torch.Generator().manual_seed(at))
         drawn.add(tuple(sorted(choose("random", given, 2).index.tolist())))
     assert drawn == set(itertools.combinations(range(4), 2))
 

@@ -1,4 +1,4 @@
-"""What is asked of a model by its objective, against the loss written out token by token."""
+"""Scored positions by objective, compared with the loss computed token by token."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lamella.errors import CalibrationError
-from lamella.measure import RATIOS, draws, masked, nats, predicting
+from lamella.measure import RATIOS, draws, masked, nats_per_token, predicting
 from lamella.stack import Stack
 from lamella.zoo.nano import NANO_DIFFUSION, nano
 
@@ -35,16 +35,16 @@ def test_masked_tokens_weigh_one_over_their_share(name: str) -> None:
                 loss = -log_p(stack, noisy, at, int(IDS[draw.sequence, at]))
                 expected[draw.sequence] += loss / draw.ratio / 15 / 2
             assert torch.equal(noisy[~draw.scored[0]], IDS[draw.sequence][~draw.scored[0]])
-    torch.testing.assert_close(nats(stack, asked), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(nats_per_token(stack, asked), expected, rtol=1e-5, atol=0)
 
 
-def test_a_decoder_is_asked_for_every_token_but_the_first() -> None:
+def test_a_decoder_is_scored_on_every_token_but_the_first() -> None:
     stack = Stack(nano("llama"))
     asked = draws(stack, {"input_ids": IDS, "attention_mask": MASK}, RATIOS)
     assert [draw.eligible for draw in asked] == [10, 15, 15] and {draw.ratio for draw in asked} == {0.0}
     with torch.no_grad():
         expected = -sum(log_p(stack, IDS[1], at, int(IDS[1, at])) for at in range(1, 16)) / 15
-    assert nats(stack, asked)[1] == pytest.approx(expected, rel=1e-5)
+    assert nats_per_token(stack, asked)[1] == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_same_seed_masks_the_same_tokens_for_another_model() -> None:
@@ -55,7 +55,7 @@ def test_the_same_seed_masks_the_same_tokens_for_another_model() -> None:
     assert not all(torch.equal(a.scored, b.scored) for a, b in zip(ours, others, strict=True))
 
 
-def test_tokens_become_masks_as_often_as_is_asked_and_no_others() -> None:
+def test_only_eligible_tokens_are_masked_at_the_requested_rate() -> None:
     eligible = torch.rand(4, 20_000, generator=torch.Generator().manual_seed(0)) < 0.5
     ratios = torch.tensor([0.1, 0.5, 0.9, 1.0])
     chosen = masked(eligible, ratios, torch.Generator().manual_seed(1))

@@ -109,7 +109,7 @@ def test_a_cost_on_top_of_removals_is_the_distance_of_the_union(name: str, stack
             assert found.value == pytest.approx(fresh.of(removed | set(candidate)), rel=1e-6, abs=1e-7)
 
 
-def test_a_distance_is_the_same_whatever_streams_are_kept(stack: Stack, tokens: LongTensor) -> None:
+def test_a_distance_does_not_depend_on_the_stored_hidden_states(stack: Stack, tokens: LongTensor) -> None:
     measure, fresh = OutputDistance(stack, tokens), OutputDistance(stack, tokens)
     for kept, removed in zip(SETS, SETS[::-1], strict=True):
         measure.keep(kept)
@@ -118,12 +118,12 @@ def test_a_distance_is_the_same_whatever_streams_are_kept(stack: Stack, tokens: 
 
 
 @pytest.fixture(params=[64, 10**6], ids=["bounded by some tokens", "whole vocabulary alone"])
-def telling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def likely_tokens(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small vocabularies are not worth a bound, so it is asked for."""
-    monkeypatch.setattr(module, "TELLING", request.param)
+    monkeypatch.setattr(module, "LIKELY_TOKENS", request.param)
 
 
-@pytest.mark.usefixtures("telling")
+@pytest.mark.usefixtures("likely_tokens")
 @pytest.mark.parametrize("name", list(DISTANCES))
 def test_an_abandoned_cost_is_a_lower_bound_above_the_bound(name: str, stack: Stack, tokens: LongTensor) -> None:
     """Whatever was measured before, and so in whatever order the positions come."""
@@ -143,7 +143,7 @@ def test_an_abandoned_cost_is_a_lower_bound_above_the_bound(name: str, stack: St
     assert abandoned >= 12
 
 
-@pytest.mark.usefixtures("telling")
+@pytest.mark.usefixtures("likely_tokens")
 def test_the_true_minimum_is_never_pruned(stack: Stack, tokens: LongTensor) -> None:
     measure, true = OutputDistance(stack, tokens), OutputDistance(stack, tokens)
     for removed in ((), (EVERY[10:11],), (EVERY[10:11], EVERY[7:8])):
@@ -162,7 +162,7 @@ def test_the_true_minimum_is_never_pruned(stack: Stack, tokens: LongTensor) -> N
 def test_some_tokens_spare_most_positions_the_whole_head(
     stack: Stack, tokens: LongTensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "TELLING", stack.config.vocab_size // 2)
+    monkeypatch.setattr(module, "LIKELY_TOKENS", stack.config.vocab_size // 2)
     monkeypatch.setattr(module, "CHUNK", 16)
     asked = []
     for bounded in (True, False):
@@ -194,7 +194,7 @@ def test_chunks_and_the_kept_reference_change_no_result(
         assert [measure.of(removed) for removed in SETS[:4]] == pytest.approx(plain, rel=1e-5)
 
 
-def test_streams_before_the_first_candidate_are_not_stored(stack: Stack, tokens: LongTensor) -> None:
+def test_hidden_states_before_the_first_candidate_are_not_stored(stack: Stack, tokens: LongTensor) -> None:
     measure, whole = OutputDistance(stack, tokens, first=3), OutputDistance(stack, tokens)
     assert all(len(row.prefixes.states) == len(EVERY) - 6 for row in measure._rows)
     assert all(len(row.prefixes.states) == len(EVERY) for row in whole._rows)

@@ -1,4 +1,4 @@
-"""What a sublayer reads and adds, against hooks on the model's own forward."""
+"""Recorded inputs and outputs of a sublayer, compared with hooks on the model's own forward."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_feed_forward_sublayer_is_recorded_as_the_models_own_forward_computes_
 
 
 @pytest.mark.parametrize("name", ["gpt_neox", "gemma3_text", "gpt2"])
-def test_what_is_recorded_adds_up_to_the_stream_behind_the_layer(name: str) -> None:
+def test_recorded_outputs_sum_to_the_hidden_states_after_the_layer(name: str) -> None:
     stack = Stack(nano(name))
     found = record(stack, IDS, Position(2, "mlp"))
     streams = []

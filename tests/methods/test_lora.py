@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lamella.data import Passages
-from lamella.data.reader import Reader
+from lamella.data.context import InputContext
 from lamella.errors import MethodError
 from lamella.methods.lora import lora
 from lamella.plan import ModelReference, PhasedPath, Plan
@@ -28,7 +28,7 @@ def stack() -> Stack:
 
 @pytest.fixture(scope="module")
 def samples() -> Passages:
-    reader = Reader(lambda: AutoTokenizer.from_pretrained(NANO_LLAMA))
+    reader = InputContext(lambda: AutoTokenizer.from_pretrained(NANO_LLAMA))
     return Passages.open("stdlib", reader, sequences=8, length=32)
 
 
@@ -61,5 +61,5 @@ def test_a_layer_that_runs_twice_is_refused(stack: Stack, samples: Passages) -> 
     again = [0, 1, 1, 2, 3, 4, 5]
     path = {"text": PhasedPath(prefill=again, decode=again)}
     twice = Plan(model=ModelReference.of(stack), path=path)
-    with pytest.raises(MethodError, match="only cuts"):
+    with pytest.raises(MethodError, match="only removes"):
         lora(stack, samples, twice, steps=1)

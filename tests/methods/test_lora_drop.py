@@ -278,7 +278,7 @@ def test_what_it_cannot_do_is_refused_in_one_line() -> None:
         ),
         (
             lambda: view(input_ids=IDS[:, :2], cache=ragged),
-            "keeps one clock for the whole batch: pad prompts on the left",
+            "counts steps for the whole batch: pad prompts on the left",
         ),
     ):
         with pytest.raises(CacheError, match=said) as error:

@@ -1,4 +1,4 @@
-"""The portfolio against loops that run the whole transformers model, hooks in place of every removed layer."""
+"""The portfolio against loops that run the whole transformers model, with hooks instead of every removed layer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import LongTensor, Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lamella.data import Reader, Text
+from lamella.data import InputContext, Text
 from lamella.evaluate import Budget
 from lamella.measure import OutputDistance
 from lamella.methods.finercut import finercut
@@ -35,7 +35,7 @@ def stack() -> Stack:
 
 @pytest.fixture(scope="module")
 def text() -> Text:
-    reader = Reader(partial(AutoTokenizer.from_pretrained, NANO_LLAMA))
+    reader = InputContext(partial(AutoTokenizer.from_pretrained, NANO_LLAMA))
     return Text.open("pydoc", reader, sequences=3, length=64)
 
 
@@ -44,7 +44,7 @@ def cuts(series: PlanSeries) -> list[frozenset[int]]:
 
 
 def naive_jsd(stack: Stack, tokens: Tensor) -> Callable[[frozenset[int]], float]:
-    """The Jensen-Shannon divergence to the original in float64, layers replaced by hooks that hand on their input."""
+    """The Jensen-Shannon divergence to the original in float64, layers replaced by hooks that return their input."""
 
     @torch.no_grad()
     def log_probabilities(removed: frozenset[int]) -> Tensor:
@@ -78,7 +78,7 @@ def test_on_one_sequence_no_exchange_of_two_layers_lowers_the_distance(stack: St
 
 def test_what_is_chosen_is_as_close_on_further_text_as_every_likely_beginning(stack: Stack, text: Text) -> None:
     series = portfolio(stack, text, refine=3, share=HALF)
-    near, far = naive_jsd(stack, text.tokens), naive_jsd(stack, text.further(4).tokens)
+    near, far = naive_jsd(stack, text.tokens), naive_jsd(stack, text.more(4).tokens)
     lazy = finercut(stack, text, level="block", strategy="lazy", exclude_front=0.0, share=HALF)
     beginnings = [cuts(each) for each in (lazy, shortgpt(stack, text), angular_window(stack, text, positions="all"))]
     compared = 0
@@ -86,11 +86,11 @@ def test_what_is_chosen_is_as_close_on_further_text_as_every_likely_beginning(st
         assert len(cut) == size
         scores = series.points[size].scores
         assert scores["jsd"] == pytest.approx(near(cut), abs=1e-6)
-        if "jsd on further text" in scores:
-            assert scores["jsd on further text"] == pytest.approx(far(cut), abs=1e-6)
-        likely = [each[size] for each in beginnings if near(each[size]) <= near(cut)]
-        assert all(far(cut) <= far(each) + 1e-6 for each in likely)
-        compared += len(likely)
+        if "jsd on held-out text" in scores:
+            assert scores["jsd on held-out text"] == pytest.approx(far(cut), abs=1e-6)
+        close = [each[size] for each in beginnings if near(each[size]) <= near(cut)]
+        assert all(far(cut) <= far(each) + 1e-6 for each in close)
+        compared += len(close)
     assert compared > 3
 
 
@@ -118,7 +118,7 @@ def small(tmp_path: Path) -> Callable[[int], Text]:
     file = tmp_path / "text.txt"
     rng = np.random.default_rng(0)
     file.write_text(" ".join("".join(rng.choice(list("abcdefgh"), 5)) for _ in range(600)))
-    reader = Reader(partial(AutoTokenizer.from_pretrained, NANO_LLAMA))
+    reader = InputContext(partial(AutoTokenizer.from_pretrained, NANO_LLAMA))
     return lambda count: Text.open(str(file), reader, sequences=count, length=16)
 
 
@@ -127,7 +127,7 @@ def rows(tokens: LongTensor) -> set[tuple[int, ...]]:
 
 
 def test_further_windows_are_those_that_a_longer_draw_would_have_added(small: Callable[[int], Text]) -> None:
-    assert rows(small(3).tokens) | rows(small(3).further(4).tokens) == rows(small(7).tokens)
+    assert rows(small(3).tokens) | rows(small(3).more(4).tokens) == rows(small(7).tokens)
     assert len(rows(small(7).tokens)) == 7
 
 

@@ -15,7 +15,7 @@ from lamella.runtime import apply
 from lamella.stack import Stack, open_model
 from lamella.zoo.nano import nano
 
-# The sheet's table of the released behaviour: L, s, n, kept.
+# The table of the released behaviour: L, s, n, kept.
 RELEASED = [
     (30, 2, 15, [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 29]),
     (30, 3, 10, [0, 3, 6, 9, 12, 15, 18, 21, 24, 29]),
@@ -116,7 +116,7 @@ def test_prompts_are_encoded_at_full_depth_and_the_rest_is_not() -> None:
 def test_a_decoder_that_reads_an_encoder_is_planned_but_not_tuned_on_texts() -> None:
     decoder = open_model(nano("bart")).stacks["decoder"]
     plan = unified_skip(decoder, speedup=2)[-1]
-    with pytest.raises(MethodError, match="reads an encoder, and these samples are texts") as error:
+    with pytest.raises(MethodError, match="attends to an encoder and these samples are texts") as error:
         tune(decoder, plan, Samples([]))
     assert "\n" not in str(error.value)
 

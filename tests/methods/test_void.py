@@ -53,8 +53,8 @@ def base_of(model: Any) -> tuple[Any, Any, Any]:
     return (base, base.h, base.ln_f) if hasattr(base, "h") else (base, base.layers, base.norm)
 
 
-def streams(model: Any, ids: Tensor = IDS, mask: Tensor = MASK) -> Tensor:
-    """The stream before each layer and after the last one [layers + 1, batch, time, hidden]."""
+def hidden_states(model: Any, ids: Tensor = IDS, mask: Tensor = MASK) -> Tensor:
+    """The residual stream before each layer and after the last one [layers + 1, batch, time, hidden]."""
     last = []
     handle = base_of(model)[2].register_forward_pre_hook(lambda _, given: last.append(given[0]))
     states = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
@@ -63,10 +63,10 @@ def streams(model: Any, ids: Tensor = IDS, mask: Tensor = MASK) -> Tensor:
 
 
 def lac(norms: list[float], alpha: float, first: int = 0) -> list[bool]:
-    """Which layers are active for one token, from the norms of its stream [layers + 1], with Python numbers.
+    """Which layers are active for one token, from the norms of its residual stream [layers + 1], in plain Python.
 
     Args:
-        first: layers that are left out of the range.
+        first: number of layers that are excluded from the range.
     """
     active, growths = [], []
     for layer, (before, after) in enumerate(pairwise(norms)):
@@ -80,7 +80,7 @@ def lac(norms: list[float], alpha: float, first: int = 0) -> list[bool]:
 
 
 def reference(h: Tensor, alpha: float, first: int = 0) -> np.ndarray:
-    """:func:`lac` for every token of streams [layers + 1, batch, time, hidden], as [batch, time, layers]."""
+    """:func:`lac` for every token of hidden states [layers + 1, batch, time, hidden], as [batch, time, layers]."""
     norms = h.double().norm(dim=-1).permute(1, 2, 0)
     return np.array([[lac(token, alpha, first) for token in row] for row in norms.tolist()])
 
@@ -90,7 +90,7 @@ def active_of(trace: Any) -> np.ndarray:
 
 
 def steps(view: Any, cuts: tuple[int, ...] = CUTS, ids: Tensor = IDS, mask: Tensor = MASK) -> Tensor:
-    """The logits of a raw continuation in so many calls."""
+    """The logits of a raw continuation computed in the given number of calls."""
     parts, cache, begin = [], None, 0
     for end in (*cuts, ids.shape[1]):
         out = view(input_ids=ids[:, begin:end], attention_mask=mask[:, :end], cache=cache, use_cache=True)
@@ -150,7 +150,7 @@ def carried(stack: Stack, alpha: float, ids: Tensor = IDS, counted: bool = False
 def test_a_layer_is_active_where_the_norm_grows_by_alpha_of_the_range_so_far(name: str, alpha: float) -> None:
     stack = opened(name)
     view = apply(stack, lac_plan(stack, alpha=alpha, mode="trace"))
-    expected = reference(streams(stack.model), alpha)
+    expected = reference(hidden_states(stack.model), alpha)
     trace = traced(view)
     logits = parallel(view, IDS, LENGTHS, MASK).logits
     assert np.array_equal(active_of(trace)[REAL], expected[REAL])
@@ -160,7 +160,7 @@ def test_a_layer_is_active_where_the_norm_grows_by_alpha_of_the_range_so_far(nam
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_tracing_leaves_generation_the_base_model_s_to_the_bit(name: str) -> None:
+def test_tracing_leaves_generation_the_base_model_s_bitwise(name: str) -> None:
     stack = opened(name)
     view = apply(stack, lac_plan(stack, mode="trace"))
     assert torch.equal(steps(view), steps(stack.model))
@@ -230,12 +230,12 @@ def test_readout_is_the_lens_at_the_last_active_layer_in_every_execution(name: s
 
     def lens(ids: Tensor, mask: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         active = torch.from_numpy(reference(h, alpha))
-        numbers = torch.arange(1, LAYERS + 1) * active
-        last = numbers.max(-1).values  # how many layers until the end of the last active one; 0 for none
+        depths = torch.arange(1, LAYERS + 1) * active
+        last = depths.max(-1).values  # how many layers until the end of the last active one; 0 for none
         state = h.gather(0, last[None, ..., None].expand(1, *h.shape[1:]))[0]
         return model.lm_head(norm(state)), last
 
-    expected, last = lens(IDS, MASK, streams(model))
+    expected, last = lens(IDS, MASK, hidden_states(model))
     whole = model(input_ids=IDS, attention_mask=MASK).logits
     logits = parallel(view, IDS, LENGTHS, MASK).logits
     assert furthest(logits, expected) <= 1e-5
@@ -247,9 +247,9 @@ def test_readout_is_the_lens_at_the_last_active_layer_in_every_execution(name: s
     out = greedy(view)
     ids, mask = out.sequences, torch.cat([MASK[:, :PROMPT], torch.ones_like(out.sequences[:, PROMPT:])], dim=1)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    told = parallel(view, ids, LENGTHS, mask, position_ids=positions).logits[:, PROMPT - 1 : -1]
-    assert (torch.stack(out.logits, 1) - told).abs().max() <= 1e-4
-    assert torch.equal(told.argmax(-1), ids[:, PROMPT:])
+    forced = parallel(view, ids, LENGTHS, mask, position_ids=positions).logits[:, PROMPT - 1 : -1]
+    assert (torch.stack(out.logits, 1) - forced).abs().max() <= 1e-4
+    assert torch.equal(forced.argmax(-1), ids[:, PROMPT:])
 
 
 @pytest.mark.parametrize("mode", ["trace", "readout", "carry"])
@@ -267,7 +267,7 @@ def test_records_of_single_steps_equal_those_of_the_whole_sequence(name: str, mo
     for note in ("norm", "growth", "threshold"):
         assert np.abs(one[2][note] - other[2][note])[REAL].max() <= 1e-4
     assert np.array_equal(one[2]["active"][REAL], other[2]["active"][REAL])
-    norms = np.stack([n for n in streams(stack.model).double().norm(dim=-1)[1:].numpy()], axis=-1)
+    norms = np.stack([n for n in hidden_states(stack.model).double().norm(dim=-1)[1:].numpy()], axis=-1)
     if mode != "carry":
         assert np.abs(one[2]["norm"] - norms)[REAL].max() <= 1e-4
 
@@ -313,7 +313,7 @@ def test_layer_0_can_be_left_out_of_the_range(name: str) -> None:
     stack = opened(name)
     trace = traced(view := apply(stack, lac_plan(stack, alpha=0.4, mode="trace", stats="skip_first")))
     parallel(view, IDS, LENGTHS, MASK)
-    h = streams(stack.model)
+    h = hidden_states(stack.model)
     expected = reference(h, 0.4, first=1)
     assert np.array_equal(active_of(trace)[REAL], expected[REAL])
     assert not np.array_equal(expected[REAL], reference(h, 0.4)[REAL])
@@ -322,7 +322,7 @@ def test_layer_0_can_be_left_out_of_the_range(name: str) -> None:
 def test_norms_are_float32_in_a_bfloat16_model_unless_the_model_s_own_are_asked_for() -> None:
     stack = opened("llama")
     stack.model.to(torch.bfloat16)
-    h = streams(stack.model).float()
+    h = hidden_states(stack.model).float()
     fine = (h[1:].norm(dim=-1) - h[:-1].norm(dim=-1)).permute(1, 2, 0).numpy()
     for dtype in ("float32", "model"):
         trace = traced(view := apply(stack, lac_plan(stack, mode="trace", dtype=dtype)))
@@ -354,7 +354,7 @@ def test_activity_tells_prompt_answer_and_sink_apart_and_leaves_padding_out(name
     for row, pads in enumerate(PADS):
         ids = IDS[row : row + 1, pads:PROMPT]
         ids = greedy(stack.model, ids, torch.ones_like(ids), tokens=5).sequences
-        active = reference(streams(stack.model, ids, torch.ones_like(ids)), 0.2)[0]
+        active = reference(hidden_states(stack.model, ids, torch.ones_like(ids)), 0.2)[0]
         expected["sink"].append(active[:1])
         expected["prompt"].append(active[1 : PROMPT - pads])
         expected["response"].append(active[PROMPT - pads :])
@@ -388,7 +388,7 @@ def test_plans_skip_the_least_active_layers_first_and_never_the_protected() -> N
 
 @pytest.fixture
 def seen_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers 0 to 5 are active for so many of ten tokens."""
+    """Layers 0 to 5 are active for the given number of ten tokens."""
     prompt, response = torch.zeros(10, 6, dtype=torch.bool), torch.zeros(10, 6, dtype=torch.bool)
     for layer, count in enumerate((0, 10, 4, 5, 9, 10)):
         prompt[:count, layer] = True
@@ -427,8 +427,8 @@ def test_a_plan_s_steps_equal_its_parallel_execution_whatever_becomes_of_the_key
     out = greedy(view)
     mask = torch.cat([MASK[:, :PROMPT], torch.ones_like(out.sequences[:, PROMPT:])], dim=1)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    told = parallel(view, out.sequences, LENGTHS, mask, position_ids=positions).logits[:, PROMPT - 1 : -1]
-    assert (torch.stack(out.logits, 1) - told).abs().max() <= 1e-4
+    forced = parallel(view, out.sequences, LENGTHS, mask, position_ids=positions).logits[:, PROMPT - 1 : -1]
+    assert (torch.stack(out.logits, 1) - forced).abs().max() <= 1e-4
 
 
 def test_protected_layers_that_the_stack_does_not_have_are_refused() -> None:
@@ -453,12 +453,12 @@ def test_too_little_text_another_depth_and_an_empty_prompt_are_refused_in_one_li
     mask[1] = 0
     lone = {"input_ids": IDS[:, :2], "attention_mask": torch.tensor([[0, 1]] * 4)}
     plan = lac_plan(stack)
-    for attempt, kind, said in (
+    for attempt, kind, message in (
         (lambda: void(stack, IDS[:, :3]), CalibrationError, "calibration tokens must be .*: give more text"),
         (lambda: activity(stack, lone), CalibrationError, "every prompt is a single token"),
         (lambda: apply(opened("llama", 6), plan), PlanError, "is for a llama of 8 layers .* is a llama of 6 layers"),
         (lambda: greedy(apply(stack, plan), mask=mask), CacheError, "a prompt of this batch is empty"),
     ):
-        with pytest.raises(kind, match=said) as error:
+        with pytest.raises(kind, match=message) as error:
             attempt()
         assert type(error.value) is kind and "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Adapters that a plan puts beside linear maps: by names and tensors alone, going with the maps, never merged."""
+"""Adapters of a plan on linear layers: stored as names and tensors only, moved with their layers, never merged."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from lamella.registry import method
 
 
 class Bent(SiteAdapter):
-    """y + s tanh(x A^T) B^T, which no weight can say."""
+    """y + s tanh(x A^T) B^T, which cannot be merged into weights."""
 
     def __init__(self, inputs: int, outputs: int, *, rank: int, scale: float = 1.0) -> None:
         super().__init__(inputs, outputs)
@@ -87,21 +87,21 @@ def method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def bent(rank: int = 2) -> Any:
-    kind = registry.room("bent-test", "modules").Bent
+    kind = registry.submodule("bent-test", "modules").Bent
     return lambda inputs, outputs: kind(inputs, outputs, rank=rank)
 
 
 def trained(stack: Stack, folder: Path, sites: list[str], plan: Plan | None = None) -> tuple[Plan, Any]:
-    """A plan with adapters at some sites, and the view that they stand in."""
+    """Return a plan with adapters at some sites, and the view with these adapters."""
     plan = plan or Plan(model=ModelReference.of(stack))
     view = lamella.apply(stack, plan)
     adapters = attach(view, linear_at(view, sites=sites), bent())
-    told = {"name": "bent-test", "params": {"rank": 2}, "sites": sites, "base": revision(stack.model)}
-    return keep_adapters(plan, adapters, folder, **told), view
+    settings = {"name": "bent-test", "params": {"rank": 2}, "sites": sites, "base": revision(stack.model)}
+    return keep_adapters(plan, adapters, folder, **settings), view
 
 
 @pytest.mark.parametrize("name", CAUSAL)
-def test_a_plan_brings_back_what_stood_in_the_view(name: str, tmp_path: Path) -> None:
+def test_a_plan_restores_the_adapters_of_the_view(name: str, tmp_path: Path) -> None:
     stack, given = Stack(nano(name)), nano_inputs(name)
     before = {each for each, _ in stack.model.named_parameters()}
     plan, view = trained(stack, tmp_path, ["layers.1", "layers.2.mlp"])
@@ -119,7 +119,7 @@ def test_a_plan_brings_back_what_stood_in_the_view(name: str, tmp_path: Path) ->
     assert "forward" not in vars(next(m for _, m in stack.model.named_modules() if isinstance(m, torch.nn.Linear)))
 
 
-def test_an_adapter_computes_what_it_says_beside_its_map() -> None:
+def test_an_adapter_is_added_to_its_linear_layer() -> None:
     linear, x = torch.nn.Linear(6, 4), torch.randn(2, 3, 6)
     view = torch.nn.ModuleDict({"map": linear})
     adapter = attach(view, ["map"], bent())["map"]
@@ -128,7 +128,7 @@ def test_an_adapter_computes_what_it_says_beside_its_map() -> None:
     assert [name for name, _ in view.named_parameters()] == [
         "map.weight", "map.bias", "map.lamella_adapter.a", "map.lamella_adapter.b"
     ]  # fmt: skip
-    with pytest.raises(PlanError, match="stands beside this map already"):
+    with pytest.raises(PlanError, match="has an adapter already"):
         attach(view, ["map"], bent())
 
 
@@ -155,7 +155,7 @@ def test_it_learns_through_the_view_and_the_model_stays_as_it_was(tmp_path: Path
 # With the rest of a plan: the sites follow the cut, or it is refused.
 
 
-def test_an_adapter_is_gone_with_a_dropped_site_and_goes_with_layers_that_move_or_repeat(tmp_path: Path) -> None:
+def test_an_adapter_is_dropped_moved_and_repeated_with_its_layer(tmp_path: Path) -> None:
     stack, given = Stack(nano("llama")), nano_inputs("llama")
     adapts, view = trained(stack, tmp_path, ["layers.1", "layers.2"])
     dropped = compose(adapts, Plan(model=adapts.model, drop=["layers.2.attn"]))
@@ -182,7 +182,7 @@ def test_an_adapter_runs_under_a_policy(tmp_path: Path) -> None:
     assert torch.equal(lamella.apply(stack, plan).generate(**given, **options), expected.generate(**given, **options))
     routed = Plan(model=adapts.model, policies={"text": PolicyReference(name="void")})
     assert compose(adapts, routed).policies and compose(routed, adapts).adapters
-    with pytest.raises(PlanError, match="it can be composed with adapters alone"):
+    with pytest.raises(PlanError, match="it can be composed with adapters only"):
         compose(routed, decides)
 
 
@@ -208,7 +208,7 @@ def test_a_cache_of_the_plain_model_is_refused(tmp_path: Path) -> None:
         lamella.apply(stack, plan)(given["input_ids"][:, :1], **named, use_cache=True)
 
 
-def test_lora_stands_beside_a_map_with_an_adapter(tmp_path: Path) -> None:
+def test_lora_can_be_added_to_a_linear_layer_with_an_adapter(tmp_path: Path) -> None:
     stack, given = Stack(nano("llama")), nano_inputs("llama")
     _, view = trained(stack, tmp_path, ["layers.1"])
     before = view(**given).logits
@@ -221,7 +221,7 @@ def test_two_adapters_at_one_site_are_refused(tmp_path: Path) -> None:
     one, _ = trained(stack, tmp_path, ["layers.1"])
     other, _ = trained(stack, tmp_path, ["layers.1.mlp"])
     apart, _ = trained(stack, tmp_path, ["layers.2"])
-    with pytest.raises(PlanError, match=r"two of them stand at 'layers\.1\.mlp'"):
+    with pytest.raises(PlanError, match=r"two of them are at 'layers\.1\.mlp'"):
         compose(one, other)
     assert len(compose(one, apart).adapters) == 2
     lamella.apply(stack, compose(one, apart))
@@ -235,7 +235,7 @@ def test_it_cannot_be_merged_and_a_native_export_keeps_it(tmp_path: Path) -> Non
     plan, view = trained(stack, tmp_path, ["layers.1"])
     assert natural_form(plan, stack) == "native"
     for form in ("plain", "portable"):
-        with pytest.raises(PlanError, match=f"^{form}: the adapter of bent-test cannot be merged into the linear maps"):
+        with pytest.raises(PlanError, match=f"^{form}: the adapter of bent-test cannot be merged into its linear"):
             export(stack, plan, tmp_path / form, form=form)
     stack.model.save_pretrained(tmp_path / "model")
     with pytest.raises(PlanError, match="load the model"):
@@ -246,7 +246,7 @@ def test_it_cannot_be_merged_and_a_native_export_keeps_it(tmp_path: Path) -> Non
 
 
 def changed(plan: Plan, folder: Path, **change: Any) -> Plan:
-    """The plan with another reference, whose side file has the tensors that ``change`` says."""
+    """Return the plan with another reference, whose side file has the tensors returned by ``change``."""
     [reference] = plan.adapters
     edit = change.pop("tensors", None)
     if edit is not None:
@@ -264,7 +264,7 @@ AT = "model.layers.1.mlp.up_proj"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"base": "0" * 16}, "has other weights than the model that it was trained beside: give that revision"),
+        ({"base": "0" * 16}, "has other weights than the model that it was trained with: give that revision"),
         ({"sha256": "0" * 64}, "its hash differs"),
         ({"file": "none.safetensors"}, "none.safetensors cannot be read"),
         ({"name": "finercut"}, "finercut is a method without adapters of its own"),
@@ -274,8 +274,8 @@ AT = "model.layers.1.mlp.up_proj"
         ({"params": {"rank": 99}}, "rank=99: the map is 64 to 32"),
         ({"params": {"rank": 3}}, "but this model needs [3, 64]"),
         ({"tensors": lambda t: t | {f"{AT}.a": t[f"{AT}.a"] * torch.nan}}, f"'{AT}.a' of"),
-        ({"tensors": lambda t: t | {"model.layers.3.mlp.up_proj.a": t[f"{AT}.a"].clone()}}, "is beside no linear map"),
-        ({"tensors": lambda t: t | {"../../etc/passwd.a": t[f"{AT}.a"].clone()}}, "is beside no linear map"),
+        ({"tensors": lambda t: t | {"model.layers.3.mlp.up_proj.a": t[f"{AT}.a"].clone()}}, "to no linear layer"),
+        ({"tensors": lambda t: t | {"../../etc/passwd.a": t[f"{AT}.a"].clone()}}, "to no linear layer"),
         ({"tensors": lambda t: {n: e for n, e in t.items() if n != f"{AT}.a"}}, "'a' is None"),
         ({"tensors": lambda t: {}}, "is empty"),
     ],
@@ -297,7 +297,7 @@ def test_a_pickle_is_no_side_file(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"adapter\.bin cannot be read"):
         lamella.apply(stack, changed(plan, tmp_path, file="adapter.bin"))
     for name in ("../out.safetensors", "/etc/passwd"):
-        with pytest.raises(ValueError, match="no plain name"):
+        with pytest.raises(ValueError, match="not a plain file name"):
             AdapterReference(name="bent-test", sites=["layers.1"], file=name, sha256="0")
 
 

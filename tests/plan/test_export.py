@@ -1,4 +1,4 @@
-"""Exports: what is written computes what the view computes, in plain transformers, and appears all at once."""
+"""Exports: the output in plain transformers equals the view's, and appears atomically."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_lamella_loads_what_it_exported(tmp_path: Path) -> None:
     for form in ("portable", "native"):
         loaded = lamella.load(export(stack, plan, tmp_path / form, form=form))
         same(loaded.model, apply_static(stack, plan), stack)
-        context = loaded.context(inputs(stack))  # the stack knows which sublayers are gone
+        context = loaded.context(inputs(stack))  # the stack knows which sublayers are removed
         through = loaded.head(loaded.run(context.h, 0, len(loaded), context))[MASK.bool()]
         torch.testing.assert_close(through, logits(loaded.model, stack), rtol=0, atol=1e-6)
 
@@ -231,7 +231,7 @@ def test_an_unchanged_export_opens_without_a_word_on_its_weights(
     file, some = next((file, each) for file, each in tensors.items() if each)
     some[min(some)] = some[min(some)] + 1
     save_file(some, file, {"format": "pt"})
-    with pytest.warns(UserWarning, match="made on other weights"):
+    with pytest.warns(UserWarning, match="made for other weights"):
         lamella.load(tmp_path / "first", device="cpu")
 
 
@@ -243,13 +243,13 @@ def test_what_a_form_cannot_express_is_refused_before_anything_is_written(tmp_pa
     with pytest.raises(PlanError, match="norms after"):
         export(stack, make_plan(stack, ["layers.1.mlp"]), tmp_path / "out", form="portable")
     stack = opened("gpt2", scale_attn_by_inverse_layer_idx=True)
-    with pytest.raises(PlanError, match="layer's number"):
+    with pytest.raises(PlanError, match="layer's index"):
         export(stack, make_plan(stack, ["layers.1"]), tmp_path / "out")
     plan = make_plan(stack, ["layers.3"])
     same(plain_load(export(stack, plan, tmp_path / "last"), stack), apply_static(stack, plan), stack)
     with pytest.raises(ExportError, match="unknown form 'zip'"):
         export(stack, plan, tmp_path / "out", form="zip")  # type: ignore[arg-type]
-    with pytest.raises(ExportError, match=r"cannot be called 'config\.json'"):
+    with pytest.raises(ExportError, match=r"cannot be named 'config\.json'"):
         export(stack, plan, tmp_path / "out", files={"config.json": "{}"})
     assert [path.name for path in tmp_path.iterdir()] == ["last"]
 
@@ -298,7 +298,7 @@ def test_an_output_that_exists_is_kept_unless_it_is_a_model_to_overwrite(tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "out"]
 
 
-def test_a_disk_without_room_is_refused_before_the_write(tmp_path: Path) -> None:
+def test_a_full_disk_is_refused_before_the_write(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"needs .* GB, but its disk has"), new_folder(tmp_path / "out", size=10**18):
         pytest.fail("nothing must be written")
     assert not list(tmp_path.iterdir())
@@ -332,7 +332,7 @@ def test_work_that_is_done_is_deleted_and_what_a_kill_left_of_it_is_swept_away(t
     (work / "log.json").touch()
     (tmp_path / ".out.deleted-123").mkdir()  # as after a kill
     discard(work, out)
-    discard(work, out)  # it is gone already
+    discard(work, out)  # it is already deleted
     check_free(out, overwrite=False)
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,4 @@
-"""Networks that a plan puts at a site: in place of what is there, or beside it, by names and tensors alone."""
+"""Networks that a plan inserts at a site, in place of its sublayers or in addition, as names and tensors only."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ from lamella.registry import method
 
 
 class Low(SiteModule):
-    """h + B A h, of some rank; beside what is there, that is added, too."""
+    """h + B A h, of some rank, plus the output of kept sublayers."""
 
     def __init__(self, stack, positions, *, rank: int) -> None:
         super().__init__(stack, positions)
-        width = stack.architecture.sizes_of(stack.config).stream
+        width = stack.architecture.sizes_of(stack.config).hidden
         self.a, self.b = nn.Linear(width, rank, bias=False), nn.Linear(rank, width, bias=False)
 
     def forward(self, h, out, call):
@@ -104,7 +104,7 @@ def trained(folder: Path, width: int = 32, rank: int = 2) -> ModuleReference:
 
 
 def by_hand(stack: Stack, given: dict[str, Tensor], replaced: dict[tuple[int, str], Any]) -> Tensor:
-    """The logits when functions ``f(h, out)`` stand at these positions."""
+    """Return the logits with functions ``f(h, out)`` at these positions."""
     context = stack.context(given)
     h: Any = context.h
     for position in stack.positions:
@@ -113,14 +113,14 @@ def by_hand(stack: Stack, given: dict[str, Tensor], replaced: dict[tuple[int, st
     return stack.head(h)
 
 
-SERIAL = [name for name in CAUSAL if name not in ("gpt_neox",)]  # inside a parallel layer there is no stream to read
+SERIAL = [name for name in CAUSAL if name not in ("gpt_neox",)]  # a parallel layer has no intermediate hidden states
 
 
 @pytest.mark.parametrize("name", SERIAL)
 @pytest.mark.parametrize("beside", [False, True])
-def test_a_network_stands_in_place_of_a_sublayer_or_beside_it(name: str, beside: bool, tmp_path: Path) -> None:
+def test_a_network_replaces_a_sublayer_or_is_added_to_it(name: str, beside: bool, tmp_path: Path) -> None:
     stack, given = Stack(nano(name)), nano_inputs(name)
-    reference = trained(tmp_path).model_copy(update={"beside": beside})
+    reference = trained(tmp_path).model_copy(update={"keep_sublayers": beside})
     view = lamella.apply(stack, planned(stack, {"layers.1.mlp": reference, "layers.2.attn": reference}))
     weights = load_file(tmp_path / "low.safetensors")
 
@@ -133,9 +133,9 @@ def test_a_network_stands_in_place_of_a_sublayer_or_beside_it(name: str, beside:
 
 
 @pytest.mark.parametrize("name", CAUSAL)
-def test_beside_a_whole_layer_what_hands_on_changes_nothing_to_the_bit(name: str) -> None:
+def test_an_identity_added_to_a_whole_layer_is_bit_exact(name: str) -> None:
     stack, given = Stack(nano(name)), nano_inputs(name)
-    reference = ModuleReference(name="low-test", kind="Pass", beside=True)
+    reference = ModuleReference(name="low-test", kind="Pass", keep_sublayers=True)
     view = lamella.apply(stack, planned(stack, {"layers.1": reference, "layers.3": reference}))
     assert torch.equal(view(**given, use_cache=False).logits, stack.model(**given, use_cache=False).logits)
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
@@ -193,14 +193,14 @@ def test_a_plan_with_networks_survives_json_and_travels_as_a_plan(tmp_path: Path
     assert torch.equal(lamella.apply(stack, again)(**given).logits, expected)
     assert natural_form(plan, stack) == "native"
     for form in ("plain", "portable"):
-        with pytest.raises(PlanError, match=rf"^{form}: no config can say that a network stands at layers\.1\.mlp"):
+        with pytest.raises(PlanError, match=rf"^{form}: no config can express the network at layers\.1\.mlp"):
             export(stack, plan, tmp_path / form, form=form)
     export(stack, plan, tmp_path / "out", form="native")
     assert torch.equal(lamella.load(tmp_path / "out").model(**given).logits, expected)
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_networks_that_were_trained_in_a_view_are_kept_beside_the_plan(whole: bool, tmp_path: Path) -> None:
+def test_trained_networks_of_a_view_are_saved_with_the_plan(whole: bool, tmp_path: Path) -> None:
     stack, given = Stack(nano("llama")), nano_inputs("llama")
     site = "layers.2" if whole else "layers.1.mlp"
     plan = planned(stack, {site: trained(tmp_path), "layers.3.attn": trained(tmp_path)})
@@ -258,8 +258,8 @@ def test_an_unknown_method_is_refused() -> None:
     ("modules", "more", "message"),
     [
         (["layers.9.mlp"], {}, "modules: site 'layers.9.mlp' is out of range"),
-        (["layers.1", "layers.1.mlp"], {}, "'layers.1' and 'layers.1.mlp' are in the same place"),
-        (["layers.1.mlp"], {"drop": ["layers.1"]}, "'layers.1.mlp' is dropped, too"),
+        (["layers.1", "layers.1.mlp"], {}, "'layers.1' and 'layers.1.mlp' overlap"),
+        (["layers.1.mlp"], {"drop": ["layers.1"]}, "'layers.1.mlp' is dropped as well"),
         (["layers.1.mlp"], {"path": {"text": PhasedPath(prefill=[0, 1], decode=[0, 1])}}, "whose path changes"),
         (
             ["layers.1.mlp"],
@@ -285,7 +285,9 @@ def test_a_network_costs_its_parameters_and_what_it_replaces_nothing(tmp_path: P
     whole = lamella.cost(stack)
     dropped = lamella.cost(stack, Plan(model=ModelReference.of(stack), drop=["layers.1.mlp"]))
     instead = lamella.cost(stack, planned(stack, {"layers.1.mlp": reference}))
-    beside = lamella.cost(stack, planned(stack, {"layers.1.mlp": reference.model_copy(update={"beside": True})}))
+    beside = lamella.cost(
+        stack, planned(stack, {"layers.1.mlp": reference.model_copy(update={"keep_sublayers": True})})
+    )
     size = 2 * 2 * 32
     assert (instead.parameters, instead.macs) == (dropped.parameters + size, dropped.macs + size)
     assert (beside.parameters, beside.macs) == (whole.parameters + size, whole.macs + size)

@@ -1,4 +1,4 @@
-"""Out-of-core exports: the same bytes at another place, and no output from a damaged source."""
+"""Out-of-core exports: the same bytes in another location, and no output from a damaged source."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_every_dtype_is_copied_bit_by_bit(tmp_path: Path) -> None:
     assert set(found) == {name for name in whole if ".layers." not in name}
 
 
-def test_shards_are_no_larger_than_asked_and_named_in_an_index(tmp_path: Path) -> None:
+def test_shards_respect_the_maximum_size_and_are_listed_in_an_index(tmp_path: Path) -> None:
     source = saved(tmp_path / "source")
     read = checkpoint.read(source)
     (tmp_path / "out").mkdir()
@@ -142,8 +142,8 @@ def _without(source: Path, part: str) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
-    "truncated": (truncate, "header promises"),
-    "too long": (lengthen, "header promises"),
+    "truncated": (truncate, "header describes"),
+    "too long": (lengthen, "header describes"),
     "shard missing": (lose_a_shard, r"00\d+-of-.*is missing"),
     "header garbled": (garble_a_header, "header is damaged"),
     "shard empty": (empty_a_shard, "truncated"),

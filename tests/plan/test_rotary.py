@@ -1,4 +1,4 @@
-"""Rotary positions in the names of transformers 4, beside those of transformers 5, which reads them as before."""
+"""Rotary positions with the names of transformers 4, in addition to those of transformers 5, which still reads them."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_every_form_says_base_and_scaling_in_both_spellings(rope: dict[str, Any]
         assert torch.equal(model(input_ids=IDS).logits, apply_static(stack, plan)(input_ids=IDS).logits)
 
 
-def test_a_plan_beside_the_whole_model_says_them_too(tmp_path: Path) -> None:
+def test_a_plan_with_the_whole_model_includes_them_too(tmp_path: Path) -> None:
     stack = Stack(nano("llama", rope_parameters=SCALED))
     path = {"text": PhasedPath(prefill=[0, 1, 2, 3], decode=[0, 3])}
     plan = Plan(model=ModelReference.of(stack), path=path)

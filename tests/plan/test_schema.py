@@ -1,4 +1,4 @@
-"""A plan is a small document: it survives JSON, and what is wrong with it is said in one line with the mend."""
+"""A plan is a small document: it survives JSON, and errors in it are reported in one line with the fix."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     one_line(error, "cannot be read")
 
 
-def test_a_plan_for_another_model_is_refused_with_the_mend() -> None:
+def test_a_plan_for_another_model_is_refused_with_a_fix() -> None:
     stack = Stack(nano("llama"))
     reference = ModelReference.of(stack)
     Plan(model=reference, drop=["layers.1"]).check_fits(stack)
@@ -217,7 +217,7 @@ def test_the_weights_fingerprint_is_of_the_tensors_on_disk_however_they_are_divi
     tensors = dict(sorted(load_file(tmp_path / "whole" / "model.safetensors").items(), reverse=True))
     (tmp_path / "other").mkdir()
     save_file(tensors, tmp_path / "other" / "model.safetensors", {"format": "pt", "more": "metadata"})
-    save_file({"a": torch.zeros(1)}, tmp_path / "other" / "plan.abc.safetensors")  # of a plan beside it
+    save_file({"a": torch.zeros(1)}, tmp_path / "other" / "plan.abc.safetensors")  # of a plan in the same folder
     for same in ("parts", "other"):
         assert Stack(model, path=tmp_path / same).files_digest == first.files_digest
     name = min(tensors)
@@ -307,7 +307,7 @@ def test_a_budget_picks_the_most_that_does_not_pass_it() -> None:
     for ratio in (-0.1, 1.0):
         with pytest.raises(PlanError) as error:
             made.at_ratio(ratio)
-        one_line(error, "out of range", "from 0 to below 1")
+        one_line(error, "out of range", "at least 0 and below 1")
 
 
 def test_a_budget_counts_in_decimal_not_in_binary() -> None:
@@ -348,7 +348,7 @@ DECIDING = {"text": PolicyReference(name="first", params={}, work=[(0.5, 0.25)] 
     ],
     ids=str,
 )
-def test_what_a_plan_leaves_out_is_said_in_words(decision: dict[str, Any], effect: str) -> None:
+def test_removed_sites_are_described_in_words(decision: dict[str, Any], effect: str) -> None:
     assert Plan(model=MODEL, **decision).effect == effect
 
 
@@ -356,4 +356,4 @@ def test_the_card_of_an_export_says_the_same_as_the_plan(tmp_path: Path) -> None
     stack = Stack(nano("llama"), name="small")
     plan = Plan(model=ModelReference.of(stack), path=path([0, 1, 2, 3], [0, 3]))
     readme = (export(stack, plan, tmp_path / "out", form="native") / "README.md").read_text()
-    assert "4 sublayers skipped for generated tokens, of 8; `plan.json` says which." in readme
+    assert "4 sublayers skipped for generated tokens, of 8; `plan.json` has the details." in readme

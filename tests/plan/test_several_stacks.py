@@ -1,7 +1,7 @@
-"""Plans for models with several stacks: every named stack is honoured, or refused in one line.
+"""Plans for models with several stacks: every named stack is applied, or refused in one line.
 
-The reference is the transformers model itself: sublayers are silenced by hooks on the modules that write their result,
-and dropped layers by hooks that hand on what they were given.
+The reference is the transformers model itself: sublayers are disabled by hooks on the modules that write their result,
+and dropped layers by hooks that return their input.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ WRITES = {
         "decoder.layers.0.attn": ["model.decoder.layers.0.self_attn"],
     },
 }
-# What a plain checkpoint can say: whole layers of both stacks, and what transformers then calls their numbers.
+# Expressible in a plain checkpoint: whole layers of both stacks, and transformers' names of their counts.
 LAYERS = {
     "llava": (
         ["vision.layers.1", "text.layers.2"],
@@ -128,7 +128,7 @@ def test_dropped_sublayers_of_every_stack_are_silent(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WRITES)
-def test_nothing_dropped_is_the_model_to_the_bit_and_the_model_stays_as_it_was(name: str) -> None:
+def test_an_empty_plan_is_bit_exact_and_does_not_change_the_model(name: str) -> None:
     model, given = opened(name), nano_inputs(name)
     before = model.model(**given).logits
     view = lamella.apply(model, dropping(model))
@@ -186,7 +186,7 @@ def test_what_no_config_can_say_travels_as_a_plan(name: str, tmp_path: Path) -> 
     plan = dropping(model, *WRITES[name])
     assert natural_form(plan, model) == "native"
     with pytest.raises(
-        PlanError, match=r"^plain: no config can say that \w+\.layers\.\d lacks its .*; use --form native$"
+        PlanError, match=r"^plain: no config can express that \w+\.layers\.\d lacks its .*; use --form native$"
     ):
         export(model, plan, tmp_path / "plain", form="plain")
     with pytest.raises(PlanError, match="portable: a model with several stacks is exported plain or native"):
@@ -201,9 +201,13 @@ def test_what_no_config_can_say_travels_as_a_plan(name: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("name", "site", "reason"),
     [
-        ("t5", "encoder.layers.0", "encoder.layers.0 makes the position bias of all layers, so it must stay"),
-        ("t5", "decoder.layers.0", "decoder.layers.0 makes the position bias"),
-        ("llava", "vision.layers.3", "vision.layers.3 is counted by the config to find what the language model reads"),
+        ("t5", "encoder.layers.0", "encoder.layers.0 computes the position bias of all layers, so it must stay"),
+        ("t5", "decoder.layers.0", "decoder.layers.0 computes the position bias"),
+        (
+            "llava",
+            "vision.layers.3",
+            "vision.layers.3 is counted by the config to locate the states that the language model reads",
+        ),
     ],
 )
 def test_layers_that_a_plain_checkpoint_counts_on_stay(name: str, site: str, reason: str, tmp_path: Path) -> None:
@@ -245,7 +249,7 @@ def test_sites_name_their_stack_where_there_are_several() -> None:
         (0, "mlp"),
     }
     assert plan.removed == 3
-    with pytest.raises(PlanError, match="has the stacks encoder and decoder: say which one is meant"):
+    with pytest.raises(PlanError, match="has the stacks encoder and decoder: name one of them"):
         _ = plan.skipped
 
 
@@ -331,7 +335,7 @@ def test_text_behind_images_may_skip_layers_while_it_is_generated() -> None:
 def test_a_decoder_that_reads_an_encoder_is_no_matter_of_policies_that_do_not_say_so() -> None:
     model = opened("whisper")
     policies = {"decoder": PolicyReference(name="first")}
-    with pytest.raises(PlanError, match="reads an encoder, for which this policy does not decide: use a path"):
+    with pytest.raises(PlanError, match="reads an encoder, which this policy does not support: use a path"):
         lamella.apply(model, Plan(model=ModelReference.of(model), policies=policies))
 
 

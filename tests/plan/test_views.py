@@ -1,7 +1,7 @@
-"""A view computes what its plan says, with a cache and without, and never reaches the original.
+"""A view computes what its plan specifies, with a cache and without, and never changes the original.
 
-The reference is the original transformers model: sublayers are silenced by forward hooks that zero their output, layer
-orders run in a loop written out here.
+The reference is the original transformers model: sublayers are disabled by forward hooks that zero their output, and
+layer orders are executed by an explicit loop.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def zeros(_: Any, __: Any, out: Any) -> Any:
 
 @contextmanager
 def silenced(model: nn.Module, sites: list[str]) -> Iterator[None]:
-    """The model with the output of these sublayers zeroed; a norm behind the addition lets everything through."""
+    """Return the model with the output of these sublayers zeroed; a norm after the addition returns its input."""
     layers, *parts = PLACES.get(model.config.model_type, LLAMA_PLACES)
     hooks = []
     for site in sites:
@@ -120,7 +120,7 @@ def reference(model: nn.Module, which: str | list[str], **given: Tensor) -> Tens
     for layer in ORDERS[which]:
         args, kwargs = calls[layer]
         h = layers[layer](h, *args[1:], **kwargs)
-    # The final norm and the head, by running the model's own tail on that stream.
+    # The final norm and the head, by running the rest of the model on these hidden states.
     last = layers[-1].register_forward_hook(lambda *_: h)
     logits = model(**given, use_cache=False).logits
     last.remove()
@@ -204,7 +204,7 @@ def test_output_hidden_states_has_an_entry_for_every_layer_in_place(name: str, w
     stack = opened(name)
     view = apply_static(stack, make_plan(stack, which))
     states = view(input_ids=IDS, attention_mask=MASK, output_hidden_states=True).hidden_states
-    moved = which in ORDERS and which != "leave out"  # layers that are only left out keep their places
+    moved = which in ORDERS and which != "leave out"  # if layers are only omitted, the others keep their order
     assert len(states) == (len(ORDERS[which]) if moved else 4) + 1
     if which == "layer":
         assert torch.equal(states[2][REAL], states[3][REAL])
@@ -221,7 +221,7 @@ def test_a_vision_view_gives_the_logits_of_the_silenced_model(name: str, drop: l
 
 
 def test_the_two_modes_agree_mask_and_removed() -> None:
-    """As the authors search: the output projections masked by hooks; as the result runs: the sublayers gone."""
+    """The authors' search masks output projections by hooks; the result is executed without the sublayers."""
     stack = opened("llama")
     sublayers = {
         "layers.0.attn": "self_attn.o_proj",
@@ -240,7 +240,7 @@ def test_the_two_modes_agree_mask_and_removed() -> None:
 
 
 @pytest.mark.parametrize("name", NANO)
-def test_the_identity_plan_is_the_model_itself_to_the_bit_and_replaces_no_forward(name: str) -> None:
+def test_the_identity_plan_is_bit_exact_and_replaces_no_forward(name: str) -> None:
     stack = opened(name)
     view = apply_static(stack, make_plan(stack, []))
     given = {"pixel_values": IMAGES} if name == "vit" else {"input_ids": IDS, "attention_mask": MASK}
@@ -367,7 +367,7 @@ def test_a_static_cache_is_refused_where_a_removed_attention_counts_its_tokens(n
             lambda view=view: view(input_ids=IDS, cache=StaticCache(config=view.config, max_cache_len=32)),
             lambda view=view: generated(view, cache_implementation="static"),
         ):
-            with pytest.raises(CacheError, match=r"counts tokens: leave cache_implementation out") as error:
+            with pytest.raises(CacheError, match=r"counts tokens: omit cache_implementation") as error:
                 run()
             assert "\n" not in str(error.value)
 
@@ -422,7 +422,7 @@ def test_a_cache_that_offloads_is_refused_in_one_clear_line(which: str) -> None:
     cache = DynamicCache(config=view.config)
     cache.offloading = True  # as it sets itself where there is an accelerator to offload from
     cache.prefetch = lambda *_: None
-    with pytest.raises(CacheError, match="leave cache_implementation out"):
+    with pytest.raises(CacheError, match="omit cache_implementation"):
         view(input_ids=IDS, cache=cache, use_cache=True)
 
 
@@ -447,7 +447,7 @@ def test_a_quantised_cache_is_refused_in_one_clear_line() -> None:
         def __init__(self) -> None:
             super().__init__(layers=[DynamicLayer() for _ in range(4)])
 
-    with pytest.raises(CacheError, match="not with Quantised: leave cache_implementation out"):
+    with pytest.raises(CacheError, match="not with Quantised: omit cache_implementation"):
         view(input_ids=IDS, cache=Quantised(), use_cache=True)
 
 

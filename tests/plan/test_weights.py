@@ -221,15 +221,15 @@ def test_a_phased_plan_with_masks_exports_natively(tmp_path: Path) -> None:
     assert torch.equal(loaded.generate(IDS, **settings), lamella.apply(stack, plan).generate(IDS, **settings))
 
 
-def test_what_is_wrong_with_an_edit_is_said_in_one_line(tmp_path: Path) -> None:
+def test_an_invalid_edit_is_refused_in_one_line(tmp_path: Path) -> None:
     stack = Stack(nano("llama"))
     plan = masked_plan(stack, tmp_path)
     good = json.loads(plan.dump())
 
-    def refused(said: str, **changes: Any) -> None:
+    def refused(message: str, **changes: Any) -> None:
         text = json.dumps(good | {"weights": [good["weights"][0] | changes]})
         (tmp_path / "plan.json").write_text(text)
-        with pytest.raises(PlanError, match=said) as error:
+        with pytest.raises(PlanError, match=message) as error:
             lamella.apply(stack, Plan.read(tmp_path / "plan.json"))
         assert "\n" not in str(error.value)
 
@@ -247,7 +247,7 @@ def test_what_is_wrong_with_an_edit_is_said_in_one_line(tmp_path: Path) -> None:
     def with_file(masks: dict[str, Tensor] | None) -> None:
         if masks is None:
             save_file({"x": torch.zeros(1)}, str(tmp_path / "w.safetensors"))
-            refused("no file of masks", file="w.safetensors", sha256=_sha(tmp_path / "w.safetensors"))
+            refused("not a file of masks", file="w.safetensors", sha256=_sha(tmp_path / "w.safetensors"))
             return
         digest = write_masks(masks, tmp_path / "w.safetensors")
         refused(r"masks: ", file="w.safetensors", sha256=digest)

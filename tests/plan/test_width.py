@@ -1,4 +1,4 @@
-"""Width plans: what is cut out of the tensors is exactly what the plan leaves out, in every family that can be cut."""
+"""Width plans: exactly what the plan removes is cut from the tensors, in every supported family."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ import lamella
 from lamella.errors import LamellaError, PlanError
 from lamella.plan import (
     HeadWidth,
+    HiddenWidth,
     ModelReference,
     PhasedPath,
     Plan,
     PlanSeries,
     Point,
-    StreamWidth,
     compose,
     materialise,
 )
@@ -80,7 +80,7 @@ def plan_of(stack: Stack, width: dict[str, Any], **more: Any) -> Plan:
 
 
 def uneven(stack: Stack) -> dict[str, Any]:
-    """Other heads and channels in every layer: an odd grouping, a group gone, one head alone, one layer whole."""
+    """Return different heads and channels in every layer: odd groups, a missing group, one head, a whole layer."""
     width: dict[str, Any] = {
         "layers.0.attn.heads": heads(stack, [3, 0, 1]),
         "layers.1.attn.heads": heads(stack, [1, 0]),
@@ -91,9 +91,9 @@ def uneven(stack: Stack) -> dict[str, Any]:
     return width
 
 
-def even(stack: Stack, stream: int | None = None) -> dict[str, Any]:
-    """Two heads and 40 channels in every layer, other ones in each, and some of the stream."""
-    width: dict[str, Any] = {} if stream is None else {"stream.channels": shuffled(32, 9)[:stream]}
+def even(stack: Stack, hidden: int | None = None) -> dict[str, Any]:
+    """Two heads and 40 channels in every layer, other ones in each, and some of the hidden channels."""
+    width: dict[str, Any] = {} if hidden is None else {"hidden.channels": shuffled(32, 9)[:hidden]}
     for layer in range(LAYERS):
         width[f"layers.{layer}.attn.heads"] = heads(stack, [[3, 0], [0, 2], [1, 3], [2, 1]][layer])
         width[f"layers.{layer}.mlp.channels"] = shuffled(sizes(stack).channels, layer)[:40]
@@ -109,7 +109,7 @@ def out(layer: Any) -> Any:
 
 
 def silence(weight: Tensor, inputs: list[int], transposed: bool) -> None:
-    """Let these inputs of a linear map count for nothing."""
+    """Make these inputs of a linear layer have no effect."""
     if transposed:
         weight[inputs] = 0
     else:
@@ -117,7 +117,7 @@ def silence(weight: Tensor, inputs: list[int], transposed: bool) -> None:
 
 
 def masked(stack: Stack, width: dict[str, Any]) -> Stack:
-    """A copy of full size in which what the plan leaves out is multiplied by zero: heads and channels."""
+    """Return a full-size copy in which everything that the plan removes is multiplied by zero: heads and channels."""
     model = copy.deepcopy(stack.model)
     transposed = stack.architecture.name == "gpt2"
     for number, layer in enumerate(Stack(model).layers):
@@ -140,7 +140,7 @@ def close(found: Tensor, expected: Tensor, atol: float = 1e-5) -> None:
 
 
 def exactly(norm: Any, h: Tensor) -> Tensor:
-    """An RMS norm without the detour through float32 that the models make."""
+    """Compute an RMS norm without the models' intermediate cast to float32."""
     return norm.weight * h * torch.rsqrt(h.square().mean(-1, keepdim=True) + norm.variance_epsilon)
 
 
@@ -151,7 +151,7 @@ def test_reordering_every_axis_changes_nothing(name: str) -> None:
     for module in stack.model.modules():
         if hasattr(module, "variance_epsilon"):
             module.forward = MethodType(exactly, module)
-    width: dict[str, Any] = {"stream.channels": StreamWidth(keep=shuffled(32, 7))}
+    width: dict[str, Any] = {"hidden.channels": HiddenWidth(keep=shuffled(32, 7))}
     for layer in range(LAYERS):
         width[f"layers.{layer}.attn.heads"] = heads(stack, shuffled(4, layer))
         width[f"layers.{layer}.mlp.channels"] = shuffled(sizes(stack).channels, layer)
@@ -204,7 +204,7 @@ def test_nothing_of_the_original_changes_and_what_is_not_cut_is_shared(name: str
 
 
 def zeroed(name: str, gone: list[int]) -> Stack:
-    """A model in which some channels of the stream are zero at every point."""
+    """Return a model in which some hidden channels are zero everywhere."""
     stack = opened(name)
     stack.base.embed_tokens.weight[:, gone] = 0
     for layer in stack.layers:
@@ -216,20 +216,20 @@ def zeroed(name: str, gone: list[int]) -> Stack:
 
 
 @pytest.mark.parametrize("name", ROTARY)
-def test_cutting_silent_channels_of_the_stream_reproduces_the_model_when_norms_are_rescaled(name: str) -> None:
+def test_removing_zero_hidden_channels_reproduces_the_model_when_norms_are_rescaled(name: str) -> None:
     gone = [1, 4, 5, 17, 30, 31]
     stack, keep = zeroed(name, gone), [channel for channel in range(32) if channel not in gone]
     expected = real(stack.model(**GIVEN).logits)
-    rescaled = plan_of(stack, {"stream.channels": StreamWidth(keep=keep, rescale=True)})
+    rescaled = plan_of(stack, {"hidden.channels": HiddenWidth(keep=keep, rescale=True)})
     close(real(lamella.apply(stack, rescaled)(**GIVEN).logits), expected)
-    plain = real(lamella.apply(stack, plan_of(stack, {"stream.channels": keep}))(**GIVEN).logits)
+    plain = real(lamella.apply(stack, plan_of(stack, {"hidden.channels": keep}))(**GIVEN).logits)
     assert (plain - expected).abs().max() > 1e-2  # the root mean square is over fewer channels
 
 
 @pytest.mark.parametrize("name", ROTARY)
-def test_a_plainly_cut_stream_is_the_small_model_with_weights_sliced_by_hand(name: str) -> None:
+def test_a_smaller_hidden_size_equals_the_small_model_with_manually_sliced_weights(name: str) -> None:
     stack, keep = opened(name), shuffled(32, 3)[:20]
-    view = lamella.apply(stack, plan_of(stack, {"stream.channels": keep}))
+    view = lamella.apply(stack, plan_of(stack, {"hidden.channels": keep}))
     settings = stack.config.to_dict() | {"hidden_size": 20, "head_dim": HEAD}
     small = type(stack.model)(type(stack.config)(**settings)).eval()
     state = {}
@@ -247,7 +247,7 @@ def test_a_plainly_cut_stream_is_the_small_model_with_weights_sliced_by_hand(nam
 def test_a_tied_embedding_is_cut_once(name: str) -> None:
     stack = opened(name, tie_word_embeddings=True)
     stack.model.tie_weights()
-    view = Stack(lamella.apply(stack, plan_of(stack, {"stream.channels": shuffled(32)[:24]})))
+    view = Stack(lamella.apply(stack, plan_of(stack, {"hidden.channels": shuffled(32)[:24]})))
     embedding = view.base.get_submodule(view.architecture.embedding)
     assert view.unembedding.weight is embedding.weight and embedding.weight.shape == (128, 24)
 
@@ -279,7 +279,7 @@ def test_merging_reaches_keys_and_values_where_every_query_head_has_its_own() ->
 
 def test_dropped_layers_go_with_widths_and_a_path_too() -> None:
     stack = opened("llama")
-    width = even(stack, stream=24)
+    width = even(stack, hidden=24)
     whole = lamella.apply(stack, plan_of(stack, width))
     both = compose(plan_of(stack, width), Plan(model=ModelReference.of(stack), drop=["layers.2", "layers.0.mlp"]))
     narrow = Stack(whole)
@@ -305,7 +305,7 @@ def test_plain_transformers_loads_an_even_export_with_the_logits_of_the_view(nam
     mixed = {"layer_types": types, "sliding_window": 4, "use_sliding_window": True} if "qwen" in name else {}
     stack = opened(name, **mixed)
     for number, drop in enumerate(([], ["layers.1"])):
-        plan = plan_of(stack, even(stack, stream=20), drop=drop)
+        plan = plan_of(stack, even(stack, hidden=20), drop=drop)
         assert natural_form(plan) == "plain"
         view = lamella.apply(stack, plan)
         folder = export(stack, plan, tmp_path / str(number))
@@ -313,8 +313,10 @@ def test_plain_transformers_loads_an_even_export_with_the_logits_of_the_view(nam
         assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         close(real(loaded.eval()(**GIVEN).logits), real(view(**GIVEN).logits))
         written = json.loads((folder / "config.json").read_text())
-        said = [written[key] for key in ("hidden_size", "head_dim", "intermediate_size", "num_attention_heads")]
-        assert said == [20, HEAD, 40, 2] and written["num_hidden_layers"] == LAYERS - len(drop)
+        sizes_in_config = [
+            written[key] for key in ("hidden_size", "head_dim", "intermediate_size", "num_attention_heads")
+        ]
+        assert sizes_in_config == [20, HEAD, 40, 2] and written["num_hidden_layers"] == LAYERS - len(drop)
         assert not {"auto_map", "lamella"} & set(written)
         if mixed:
             assert written["layer_types"] == ([types[0], *types[2:]] if drop else types)
@@ -323,10 +325,10 @@ def test_plain_transformers_loads_an_even_export_with_the_logits_of_the_view(nam
         assert own.config.hidden_size == 20 and len(own) == written["num_hidden_layers"]
 
 
-def test_gpt2_exports_plainly_when_its_heads_fill_the_stream_and_natively_else(tmp_path: Path) -> None:
+def test_gpt2_exports_plain_if_its_heads_fill_the_hidden_size_and_native_otherwise(tmp_path: Path) -> None:
     stack = opened("gpt2")
     channels = {f"layers.{layer}.mlp.channels": shuffled(128, layer)[:50] for layer in range(LAYERS)}
-    filled = even(stack, stream=16)
+    filled = even(stack, hidden=16)
     for number, width in enumerate((channels, filled)):
         plan = plan_of(stack, width, drop=["layers.0"])
         folder = export(stack, plan, tmp_path / str(number), form=natural_form(plan))
@@ -336,20 +338,21 @@ def test_gpt2_exports_plainly_when_its_heads_fill_the_stream_and_natively_else(t
     plan = plan_of(stack, even(stack))
     assert natural_form(plan) == "native"
     with pytest.raises(
-        PlanError, match=r"plain: the config of gpt2 models cannot say a head's size.*use --form native"
+        PlanError, match=r"plain: the config of gpt2 models cannot express a head size.*use --form native"
     ):
         export(stack, plan, tmp_path / "refused")
 
 
 @pytest.mark.parametrize(("name", "form"), [("llama", "native"), ("mistral", "plain"), ("qwen2", "plain")])
-def test_a_stream_that_heads_do_not_divide_is_exported_as_the_config_allows(
+def test_a_hidden_size_not_divisible_by_heads_is_exported_as_the_config_allows(
     name: str, form: str, tmp_path: Path
 ) -> None:
     stack = opened(name)
-    plan = plan_of(stack, {"stream.channels": StreamWidth(keep=list(range(stack.config.hidden_size - 1)))})
+    plan = plan_of(stack, {"hidden.channels": HiddenWidth(keep=list(range(stack.config.hidden_size - 1)))})
     assert natural_form(plan) == form
     if form == "native":
-        with pytest.raises(PlanError, match=r"wants a stream that is a multiple of the query heads: 31 is none of 4"):
+        why = "needs a hidden size that is a multiple of the query heads: 31 is not a multiple of 4"
+        with pytest.raises(PlanError, match=why):
             export(stack, plan, tmp_path / "refused")
     folder = export(stack, plan, tmp_path / "out", form=form)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
@@ -375,9 +378,9 @@ def test_uneven_exports_run_in_transformers_alone(tmp_path: Path) -> None:
     views = {}
     for name in FAMILIES:
         stack = opened(name)
-        width = uneven(stack) | {"stream.channels": shuffled(32, 1)[:28]}
+        width = uneven(stack) | {"hidden.channels": shuffled(32, 1)[:28]}
         if name in ROTARY:
-            width["stream.channels"] = StreamWidth(keep=width["stream.channels"], rescale=True)
+            width["hidden.channels"] = HiddenWidth(keep=width["hidden.channels"], rescale=True)
         plan = plan_of(stack, width, drop=["layers.1", "layers.3.attn"])
         with pytest.raises(PlanError, match=r"plain: .*use --form (native|portable or native)"):
             export(stack, plan, tmp_path / "refused")
@@ -400,7 +403,7 @@ def test_uneven_exports_run_in_transformers_alone(tmp_path: Path) -> None:
 def test_cost_and_counter_agree_with_the_tensors_of_the_view(name: str) -> None:
     stack = opened(name, tie_word_embeddings=True)
     stack.model.tie_weights()
-    width = uneven(stack) | {"stream.channels": shuffled(32)[:20]}
+    width = uneven(stack) | {"hidden.channels": shuffled(32)[:20]}
     plan = plan_of(stack, width)
     view = lamella.apply(stack, plan)
     found = lamella.cost(stack, plan)
@@ -419,13 +422,13 @@ def test_work_is_the_share_of_weights_that_is_left() -> None:
     plan = plan_of(stack, width, drop=["layers.3.mlp"])
     assert plan.work == [(1.0, 0.25), (0.5, 1.0), (1.0, 1.0), (1.0, 0.0)]
     assert plan.removed == pytest.approx(0.75 + 0.5 + 1)
-    halved = plan_of(stack, {"stream.channels": list(range(16))})
+    halved = plan_of(stack, {"hidden.channels": list(range(16))})
     assert halved.work == [(0.5, 0.5)] * LAYERS and halved.skipped == frozenset()
 
 
 def test_a_width_plan_survives_json_on_few_lines_and_is_part_of_the_digest() -> None:
     stack = opened("llama")
-    plan = plan_of(stack, uneven(stack) | {"stream.channels": StreamWidth(keep=[2, 0, 1], rescale=True)})
+    plan = plan_of(stack, uneven(stack) | {"hidden.channels": HiddenWidth(keep=[2, 0, 1], rescale=True)})
     assert Plan.parse(plan.dump()) == plan and plan.dump().count("\n") < 100
     other = plan_of(stack, {"layers.0.mlp.channels": [0, 1]})
     assert len({plan.digest, other.digest, plan_of(stack, {}).digest}) == 3
@@ -446,9 +449,9 @@ def test_heads_know_whether_their_grouping_is_the_ordinary_one() -> None:
         ({"layers.0.mlp.heads": [0]}, "'layers.0.mlp.heads' cannot be cut; write layers.7.mlp.channels"),
         ({"layers.4.mlp.channels": [0]}, "'layers.4.mlp.channels' is out of range: the stack has the layers 0 to 3"),
         ({"layers.0.mlp.channels": [0, 64]}, "64 is out of range; there are 0 to 63"),
-        ({"stream.channels": [0, 1, 0]}, "a number is there twice"),
+        ({"hidden.channels": [0, 1, 0]}, "an index occurs twice"),
         ({"layers.0.attn.heads": [0, 1]}, "for heads an object with keep and kv_of"),
-        ({"layers.0.mlp.channels": StreamWidth(keep=[0])}, "write a list of numbers"),
+        ({"layers.0.mlp.channels": HiddenWidth(keep=[0])}, "write a list of indices"),
         ({"layers.0.attn.heads": HeadWidth(keep=[0, 1], kv_of=[0])}, "kv_of has 1 entries for 2 heads"),
         (
             {"layers.0.attn.heads": HeadWidth(keep=[0], kv_of=[2])},
@@ -472,7 +475,7 @@ def test_a_wrong_width_is_refused_in_one_line(width: dict[str, Any], words: str)
 @pytest.mark.parametrize("name", ["gemma3_text", "gpt_neox", "opt", "qwen3_moe", "olmoe", "vit"])
 def test_a_family_that_cannot_be_cut_is_named(name: str) -> None:
     model = ModelReference.of(Stack(nano(name)))
-    document = json.dumps({"schema": "lamella.plan/2", "model": model.model_dump(), "width": {"stream.channels": [0]}})
+    document = json.dumps({"schema": "lamella.plan/2", "model": model.model_dump(), "width": {"hidden.channels": [0]}})
     with pytest.raises(PlanError, match=rf"{model.family} models cannot be cut in width; known are llama, ") as error:
         Plan.parse(document)
     assert "\n" not in str(error.value)
@@ -481,23 +484,23 @@ def test_a_family_that_cannot_be_cut_is_named(name: str) -> None:
 def test_what_has_no_plain_meaning_is_refused_with_the_reason(tmp_path: Path) -> None:
     stack = opened("llama")
     plan = plan_of(stack, {"layers.0.mlp.channels": [0]})
-    with pytest.raises(PlanError, match="both plans choose widths, each of the original's"):
+    with pytest.raises(PlanError, match="both plans choose widths of the original"):
         compose(plan, plan)
     with pytest.raises(LamellaError, match="rescale cannot be exact"):
         Plan.parse(
             json.dumps(
                 {"schema": "lamella.plan/2", "model": ModelReference.of(opened("gpt2")).model_dump()}
-                | {"width": {"stream.channels": {"keep": [0], "rescale": True}}}
+                | {"width": {"hidden.channels": {"keep": [0], "rescale": True}}}
             )
         )
     view = Stack(lamella.apply(stack, plan))
     assert ModelReference.of(view).sizes is None
-    with pytest.raises(ValueError, match="cut to layers of different widths"):
+    with pytest.raises(ValueError, match="has layers of different widths"):
         plan_of(view, {"layers.0.mlp.channels": [0]})
     with pytest.raises(PlanError, match="whole layers"):
         materialise(stack, plan_of(stack, {}, drop=["layers.0.mlp"]))
     stack.model.save_pretrained(tmp_path / "source")
-    rescaled = plan_of(stack, {"stream.channels": StreamWidth(keep=[0, 1, 2, 3], rescale=True)})
+    rescaled = plan_of(stack, {"hidden.channels": HiddenWidth(keep=[0, 1, 2, 3], rescale=True)})
     with pytest.raises(PlanError, match="changes weights"):
         export_out_of_core(tmp_path / "source", rescaled, tmp_path / "out")
     path = PhasedPath(prefill=[0, 1, 2, 3], decode=[0, 1])
@@ -507,12 +510,12 @@ def test_what_has_no_plain_meaning_is_refused_with_the_reason(tmp_path: Path) ->
 
 @pytest.mark.parametrize("drop", [[], ["layers.1"]])
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gpt2", "untied", "headless"])
-def test_out_of_core_cuts_what_is_cut_in_memory_to_the_bit(name: str, drop: list[str], tmp_path: Path) -> None:
+def test_out_of_core_and_in_memory_exports_are_bitwise_equal(name: str, drop: list[str], tmp_path: Path) -> None:
     stack = opened({"untied": "llama", "headless": "gpt2"}.get(name, name), tie_word_embeddings=name != "untied")
     model = stack.base if name == "headless" else stack.model  # whose tensors have shorter names
     model.to(torch.bfloat16).save_pretrained(tmp_path / "source", max_shard_size="20KB")
     stack.model.to(torch.bfloat16)
-    plan = plan_of(stack, even(stack, 16), drop=drop)  # GPT-2's config wants heads that fill the stream
+    plan = plan_of(stack, even(stack, 16), drop=drop)  # GPT-2's config needs heads that fill the hidden size
     expected = export(stack, plan, tmp_path / "expected", form="plain")
     found = export_out_of_core(tmp_path / "source", plan, tmp_path / "out")
     ours, theirs = (
@@ -526,5 +529,5 @@ def test_out_of_core_cuts_what_is_cut_in_memory_to_the_bit(name: str, drop: list
     )
     configs = [json.loads((folder / "config.json").read_text()) for folder in (found, expected)]
     differ = {key for key in configs[0].keys() | configs[1].keys() if configs[0].get(key) != configs[1].get(key)}
-    assert differ <= {"dtype", "architectures", "max_window_layers"}  # the last says nothing beside layer_types
+    assert differ <= {"dtype", "architectures", "max_window_layers"}  # the last is redundant with layer_types
     assert transformers.AutoModelForCausalLM.from_pretrained(found)(**GIVEN).logits.isfinite().all()

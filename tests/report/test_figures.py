@@ -1,4 +1,4 @@
-"""Figures as data: what is in them, how Plotly is given them, and which pages need Plotly at all."""
+"""Figures as data: their content, their Plotly form, and which pages need Plotly."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lamella.report.figures import (
     Excerpts,
     Figure,
     Gantt,
+    GanttTask,
     Heatmap,
     Images,
     Lines,
     Points,
     Scatter,
-    Task,
     named,
 )
 from lamella.report.plotting import plotted, svg
@@ -47,7 +47,7 @@ FULL = [
     Scatter("parameters", "loss, nats", {"ours": [(1.0, 2.0)]}),
     Bars("layer", "share", {"all": [0.5, 0.25]}),
     Heatmap("layer", "step", [[0.0, 1.0]], "share"),
-    Gantt("seconds", "node", ["one"], [Task(0, 0.0, 1.5, "a")]),
+    Gantt("seconds", "node", ["one"], [GanttTask(0, 0.0, 1.5, "a")]),
     StackDrawing([{"attn": "kept", "mlp": "cut"}], [Shade("worth", "Worth", "how much it is worth", [0.5, 0.25])]),
     Images(["aGVsbG8="], [["a caption"]], ["text"], alt="a photograph"),
     Excerpts([("a title", ["a text"])]),
@@ -101,7 +101,7 @@ def test_a_stack_images_and_texts_need_no_plotly() -> None:
 
 
 @pytest.mark.parametrize("figure", EMPTY)
-def test_a_figure_without_data_is_left_out(figure: Figure) -> None:
+def test_a_figure_without_data_is_omitted(figure: Figure) -> None:
     assert figure.is_empty and named([figure]) == {}
 
 
@@ -127,7 +127,7 @@ def test_a_figure_with_data_is_shown(figure: Figure) -> None:
         Bars(ATTACK, ATTACK, {ATTACK: [1.0]}, positions=[ATTACK], labels={ATTACK: [ATTACK]}),
         Heatmap(ATTACK, ATTACK, [[1.0]], ATTACK, columns=[ATTACK], rows=[ATTACK], labels=[[ATTACK]], hover=[[ATTACK]]),
         Heatmap(ATTACK, ATTACK, [[1.0]], ATTACK, categories=["no", ATTACK]),
-        Gantt(ATTACK, ATTACK, [ATTACK], [Task(0, 0.0, 1.0, ATTACK, hover=ATTACK)], title=ATTACK),
+        Gantt(ATTACK, ATTACK, [ATTACK], [GanttTask(0, 0.0, 1.0, ATTACK, hover=ATTACK)], title=ATTACK),
         StackDrawing([{"attn": "kept", "mlp": "cut"}], [Shade(ATTACK, ATTACK, ATTACK, [0.5, 0.2])], title=ATTACK),
         Images(["aGVsbG8="], [[ATTACK]], [ATTACK], alt=ATTACK, title=ATTACK, caption=ATTACK),
         Excerpts([(ATTACK, [ATTACK])], caption=ATTACK),
@@ -176,7 +176,7 @@ def test_names_of_positions_stand_at_the_axis() -> None:
 
 
 @pytest.mark.parametrize(("positions", "ticks"), [([1, 3, 9], [1, 3, 9]), ([], [0, 1, 2])])
-def test_few_positions_have_their_numbers_at_the_axis(positions: list[float], ticks: list[float]) -> None:
+def test_few_positions_are_labelled_at_the_axis(positions: list[float], ticks: list[float]) -> None:
     assert list(axis(Lines("clicks", "IoU", {"a": [1.0, 2.0, 3.0]}, positions=positions), "x")["tickvals"]) == ticks
 
 
@@ -213,7 +213,7 @@ def test_an_axis_of_negative_quantities_has_no_positive_tick(values: list[float]
     assert axis(points, "x")["autorangeoptions"] == axis(points, "y")["autorangeoptions"] == {"clipmax": 0}
 
 
-def test_an_axis_of_both_signs_has_room_on_both_sides() -> None:
+def test_an_axis_of_both_signs_extends_to_both_sides() -> None:
     points = Scatter("gain", "gain", {"gain": [(-1.0, -1.0), (1.0, 1.0)]})
     assert "autorangeoptions" not in axis(points, "x") and "autorangeoptions" not in axis(points, "y")
 
@@ -235,7 +235,7 @@ def test_points_have_error_bars_sizes_and_guides() -> None:
     assert (found.layout.shapes[0].x0, found.layout.annotations[0].text) == (1.3, "target")
 
 
-def test_bars_that_exclude_each_other_share_the_room_of_one() -> None:
+def test_bars_that_exclude_each_other_share_the_space_of_one() -> None:
     chosen = Bars("layer", "change", {"chosen": [None, 2.0], "others": [1.0, None]})
     assert plotted(chosen).layout.barmode == "stack"
     assert plotted(Bars("layer", "norm", {"bad": [1.0, 2.0], "good": [1.0]})).layout.barmode == "group"
@@ -252,7 +252,7 @@ def test_bars_that_run_to_the_right_have_names_intervals_and_labels() -> None:
     assert axis(figure, "y")["autorange"] == "reversed"
 
 
-def test_a_heat_map_begins_on_top_unless_told() -> None:
+def test_a_heat_map_begins_on_top_by_default() -> None:
     cells = [[0.0, 1.0], [2.0, None]]
     figure = Heatmap("layer", "step", cells, "share", rows=["a", "b"], path=[(1, 0)], outlined=(0, 1))
     found = plotted(figure)
@@ -281,7 +281,7 @@ def test_categories_have_one_colour_each() -> None:
 
 
 def test_a_gantt_chart_has_a_bar_for_each_task_in_its_row() -> None:
-    tasks = [Task(1, 0.5, 2.0, "a", 0.5), Task(0, 0.0, 1.0, "b")]
+    tasks = [GanttTask(1, 0.5, 2.0, "a", 0.5), GanttTask(0, 0.0, 1.0, "b")]
     first, second = plotted(Gantt("seconds", "node", ["one", "two"], tasks)).data
     assert (first.name, first.base, first.x, first.y, first.marker.opacity) == ("a", (0.5,), (1.5,), (1,), (0.5,))
     assert (second.name, second.base, second.x, second.y) == ("b", (0.0,), (1.0,), (0,))

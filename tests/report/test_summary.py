@@ -1,4 +1,4 @@
-"""Tables and summaries as text, wherever they are shown."""
+"""Tables and summaries as text."""
 
 from __future__ import annotations
 
@@ -37,5 +37,5 @@ def test_a_terminal_a_card_and_a_page_show_the_same_text_and_read_none_of_it_as_
 
 
 @pytest.mark.parametrize("rows", [[], [[1, 2]]])
-def test_a_table_without_rows_has_no_numbers(rows: list[list[int]]) -> None:
+def test_a_table_without_rows_has_no_numeric_columns(rows: list[list[int]]) -> None:
     assert Table("", ["a", "b"], rows).numeric == [bool(rows)] * 2

@@ -80,10 +80,10 @@ def test_what_has_no_place_in_a_gguf_file_is_said_before_llama_cpp_is_asked(outs
 def test_a_program_that_reads_another_model_fails_a_check_and_one_that_is_missing_has_none(outside):
     cases, good, other = outside.CASES, outside.Read(1e-5, outside.CONTINUED), outside.Read(0.2, 4)
     told = {
-        "transformers 5": outside.Told("5", dict.fromkeys(cases, good)),
-        "transformers 4": outside.Told("4", dict.fromkeys(cases, good) | {"native": other}),
-        "llama.cpp": outside.Told("1", dict.fromkeys(cases, good) | {"plain": outside.Read(why="no")}),
-        "vLLM": outside.Told("", dict.fromkeys(cases, outside.Read(why="cannot be installed: no disk"))),
+        "transformers 5": outside.ProgramResults("5", dict.fromkeys(cases, good)),
+        "transformers 4": outside.ProgramResults("4", dict.fromkeys(cases, good) | {"native": other}),
+        "llama.cpp": outside.ProgramResults("1", dict.fromkeys(cases, good) | {"plain": outside.Read(why="no")}),
+        "vLLM": outside.ProgramResults("", dict.fromkeys(cases, outside.Read(why="cannot be installed: no disk"))),
     }
     record = Record("outside", "none", 0)
     outside.report(record, "nano", told)

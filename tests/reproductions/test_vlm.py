@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lamella.data import MARK, ImageText, Processing, Shown
+from lamella.data import MARK, ImageText, ImageTextRow, Processing
 from lamella.evaluate import answered
 from lamella.evaluate.scored import read_inputs
 from lamella.train import loop
@@ -59,7 +59,7 @@ def test_several_questions_to_a_picture_are_answered_as_each_by_itself(kind: str
         for row in rows:
             for asked, answer in zip(row.messages[::2], row.messages[1::2], strict=True):
                 text = f"{MARK}\n{asked['content'].removeprefix(MARK).strip()}"
-                single = processing.batch([Shown(row.images, ({**asked, "content": text}, answer))])
+                single = processing.batch([ImageTextRow(row.images, ({**asked, "content": text}, answer))])
                 known = model(**read_inputs(model, single), use_cache=False).logits[:, :-1]
                 known = known[single["labels"][:, 1:] >= 0]
                 torch.testing.assert_close(logits[place : place + len(known)], known, atol=1e-4, rtol=1e-4)

@@ -1,7 +1,7 @@
-"""Slots that keep other columns for each row, against attention written out from its definition, in float64.
+"""Slots that store different columns in each row, compared with attention computed from its definition, in float64.
 
-The reference keeps no cache and knows no batch: every token of a row goes through the transformers layers as plain
-modules, which are given the streams of the columns that it may look back on, at their positions, and its own last.
+The reference uses neither a cache nor batches: every token of a row goes through the transformers layers as plain
+modules, which are given the hidden states of the columns that it may attend to, at their positions, with its own last.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lamella.errors import CacheError
 from lamella.plan import ModelReference, PhasedPath, Plan
-from lamella.runtime import LayerCall, Pass, Places, PlanCache, Policy, apply, parallel, with_policy
+from lamella.runtime import LayerCall, Pass, PlanCache, Policy, PositionInputs, apply, parallel, with_policy
 from lamella.runtime.cache import SparseSlot
 from lamella.stack import Stack
 from lamella.zoo.nano import nano
@@ -89,7 +89,7 @@ def reference(
 
 
 def last_of(module: Any, streams: list[Tensor], call: dict[str, Any], columns: list[int]) -> Tensor:
-    """What a layer makes of the last of these streams, which sees all of them, at the positions of these columns."""
+    """Return a layer's output for the last of these hidden states, which attends to all of them, at these positions."""
 
     def pick(value: Any) -> Any:
         if isinstance(value, tuple):
@@ -172,8 +172,8 @@ def test_generate_equals_the_reference(name: str, beams: int) -> None:
     view = apply(stack, planned(stack))
     settings = {"do_sample": False, "max_new_tokens": 5, "pad_token_id": 0}
     beam = {"num_beams": beams, "num_return_sequences": beams}
-    told = {"output_scores": True, "output_logits": True, "return_dict_in_generate": True}
-    out = view.generate(input_ids=IDS[:, :PROMPT], attention_mask=MASK[:, :PROMPT], **settings, **beam, **told)
+    outputs = {"output_scores": True, "output_logits": True, "return_dict_in_generate": True}
+    out = view.generate(input_ids=IDS[:, :PROMPT], attention_mask=MASK[:, :PROMPT], **settings, **beam, **outputs)
     ids, new = out.sequences, torch.ones(4 * beams, 5, dtype=torch.long)
     mask = torch.cat([MASK[:, :PROMPT].repeat_interleave(beams, dim=0), new], dim=1)
     rows = range(4 * beams)
@@ -283,7 +283,7 @@ def test_a_slot_may_hold_some_rows_and_of_them_some_columns(name: str) -> None:
         cache.reorder_cache(rows)
         logits = view(input_ids=IDS[rows, 12:], attention_mask=MASK[rows], cache=cache).logits
         assert furthest(logits, expected[rows, 12:], REAL[rows, 12:]) <= TOLERANCE
-    assert cache.rows_of(2).tolist() == []  # neither of the last two rows runs it: its keys are gone
+    assert cache.rows_of(2).tolist() == []  # neither of the last two rows runs it: its keys are removed
     cache.reset()
     assert cache.sparse(1) is None and not cache.has_holes and cache.get_seq_length() == 0
 
@@ -298,7 +298,7 @@ class Thinned(Policy):
         self.runs = torch.rand(2, 4, LENGTH, generator=torch.Generator().manual_seed(1)) < share
         self.runs[:, 0, 12:] = False  # a call in which a row has none, and one in which no row has any
         self.runs[1, :, 13] = False
-        self.places = Places(stack) if moves else None
+        self.position_inputs = PositionInputs(stack) if moves else None
 
     def layer(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
         if call.index not in self.sparse:
@@ -308,7 +308,7 @@ class Thinned(Policy):
         which = which if run.real is None else which & run.real
         if not which.any():
             return h
-        some = call.tokens(which, self.places)
+        some = call.tokens(which, self.position_inputs)
         stream = some.gather(h)
         return some.scatter(h, some.mlp(some.attn(stream)))
 
@@ -342,7 +342,7 @@ def test_some_tokens_of_each_row_run_a_layer(name: str, moves: bool) -> None:
 
 
 def test_a_sparse_slot_holds_what_lists_of_columns_hold() -> None:
-    """Many operations in turn, beside a list for each row of what it holds."""
+    """Many operations in sequence, compared with a list of the stored columns of each row."""
     generator = torch.Generator().manual_seed(0)
     slot, seen = SparseSlot(3, torch.device("cpu")), 0
     lists: list[list[tuple[int, float]]] = [[] for _ in range(3)]

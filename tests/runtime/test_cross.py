@@ -1,7 +1,7 @@
-"""Decoders that read an encoder: every execution of a plan gives what the transformers model gives under hooks.
+"""Decoders that read an encoder: every execution of a plan equals the transformers model with hooks.
 
-The reference is the untouched model over whole sequences, without a cache. At columns whose tokens do not run a layer,
-a hook hands on what the layer was given; where a layer is to see generated tokens alone, another changes its mask.
+The reference is the unmodified model over whole sequences, without a cache. At columns whose tokens do not run a layer,
+a hook returns the layer's input; where a layer attends only to generated tokens, another changes its mask.
 """
 
 from __future__ import annotations
@@ -177,8 +177,8 @@ def test_generate_equals_the_reference(name: str, path: str, keys: Literal["fill
     view = lamella.apply(model, planned(model, path, keys))
     settings = {"do_sample": False, "max_new_tokens": 5, "pad_token_id": 0}
     beam = {"num_beams": beams, "num_return_sequences": 1 if name == "whisper" else beams}  # Whisper gives the best one
-    told = {"output_scores": True, "output_logits": True, "return_dict_in_generate": True}
-    out = view.generate(**source(name), **prompt(name), **settings, **beam, **told)
+    outputs = {"output_scores": True, "output_logits": True, "return_dict_in_generate": True}
+    out = view.generate(**source(name), **prompt(name), **settings, **beam, **outputs)
     ids = out.sequences
     copies = len(ids) // ROWS
     mask = torch.cat(
@@ -216,7 +216,7 @@ class ByHand(Policy):
 
 @pytest.mark.parametrize("policy", [Everything, ByHand])
 @pytest.mark.parametrize("name", NAMES)
-def test_all_layers_for_all_tokens_are_the_base_model_to_the_bit(name: str, policy: type[Policy]) -> None:
+def test_all_layers_for_all_tokens_are_the_base_model_bit_exactly(name: str, policy: type[Policy]) -> None:
     model = opened(name)
     stack = model.stacks["decoder"]
     view = with_policy(stack, planned(model, "first"), policy(stack))
@@ -224,10 +224,10 @@ def test_all_layers_for_all_tokens_are_the_base_model_to_the_bit(name: str, poli
     assert torch.equal(view(**given).logits, model.model(**given).logits)
     assert torch.equal(parallel(view, given, LENGTHS).logits, model.model(**given, use_cache=False).logits)
     settings = {"do_sample": False, "max_new_tokens": 5, "pad_token_id": 0}
-    told = {"output_logits": True, "return_dict_in_generate": True}
+    outputs = {"output_logits": True, "return_dict_in_generate": True}
     for beams in (1, 2):
         ours, theirs = (
-            each.generate(**source(name), **prompt(name), **settings, **told, num_beams=beams)
+            each.generate(**source(name), **prompt(name), **settings, **outputs, num_beams=beams)
             for each in (view, model.model)
         )
         assert torch.equal(ours.sequences, theirs.sequences)
@@ -395,22 +395,26 @@ def test_what_such_a_decoder_cannot_do_is_refused_in_one_line() -> None:
         return lambda: view.generate(**{**given, "max_new_tokens": 2, **options})
 
     attempts = [
-        (lambda: lamella.apply(model, first), PlanError, "reads an encoder, for which this policy does not decide"),
+        (lambda: lamella.apply(model, first), PlanError, "reads an encoder, which this policy does not support"),
         (lambda: view(**given, cache=PlanCache(view.config, plan)), CacheError, f"{pair} PlanCache"),
         (lambda: view(**given, cache=filled), CacheError, f"{pair} EncoderDecoderCache"),
         (lambda: view(**given, cache=other), CacheError, "this cache belongs to another plan"),
         (generate(cache=DynamicCache()), CacheError, f"{pair} DynamicCache"),
         (generate(**empty), CacheError, "a prompt of this batch is empty"),
         (generate(use_cache=False), CacheError, r"switch it on \(use_cache=True in Python\)"),
-        (generate(cache_implementation="static"), CacheError, "not with cache 'static': leave it out"),
-        (generate(prefill_chunk_size=2), CacheError, "prompt_lookup_num_tokens and prefill_chunk_size out"),
+        (generate(cache_implementation="static"), CacheError, "not with cache 'static': omit it"),
+        (
+            generate(prefill_chunk_size=2),
+            CacheError,
+            "omit assistant_model, prompt_lookup_num_tokens and prefill_chunk_size",
+        ),
     ]
-    for attempt, kind, said in attempts:
-        with pytest.raises(kind, match=said) as error:
+    for attempt, kind, message in attempts:
+        with pytest.raises(kind, match=message) as error:
             attempt()
         assert type(error.value) is kind and "\n" not in str(error.value)
     single = {key: value[:1] for key, value in given.items()}
-    with pytest.raises(CacheError, match="leave assistant_model, prompt_lookup_num_tokens and"):
+    with pytest.raises(CacheError, match="omit assistant_model, prompt_lookup_num_tokens and"):
         view.generate(**single, max_new_tokens=2, prompt_lookup_num_tokens=2)
     plain = lamella.open(nano("llama"))
     phased = Plan(model=ModelReference.of(plain), path={"text": PhasedPath(prefill=[0, 1, 2, 3], decode=[0, 3])})

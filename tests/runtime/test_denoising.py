@@ -1,4 +1,4 @@
-"""The denoising loop, against the sampler written out and against passes that keep nothing."""
+"""The denoising loop, compared with the sampler's definition and with passes that cache nothing."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def whole(model: Any) -> Callable[[Tensor, int, int, int], Tensor]:
 
 
 def frozen(stack: Stack, prompt: int, cache: str) -> Callable[[Tensor, int, int, int], Tensor]:
-    """Passes over all columns, in which the stream of those that are kept is put back in front of every layer."""
+    """Run passes over all columns, in which the stored hidden states are restored before every layer."""
     streams: list[Tensor] = []
 
     def passes(x: Tensor, start: int, end: int, step: int) -> Tensor:
@@ -257,7 +257,7 @@ def _plan(stack: Stack) -> Plan:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_policy_that_skips_nothing_is_the_model_to_the_bit(name: str) -> None:
+def test_a_policy_that_skips_nothing_is_the_model_bit_exactly(name: str) -> None:
     stack = opened(name)
     view = with_policy(stack, _plan(stack), Every(stack, 0))
     for cache in CACHES:
@@ -302,7 +302,7 @@ def test_a_trace_counts_what_ran() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         ({"algorithm": "nonsense"}, "algorithm 'nonsense': choose one of maskgit_plus"),
         ({"cache": "static"}, "cache 'static': choose one of none, prompt"),
@@ -312,8 +312,8 @@ def test_a_trace_counts_what_ran() -> None:
         ({"temperature": -1.0}, "temperature -1.0"),
     ],
 )
-def test_a_sampler_whose_numbers_do_not_fit_is_refused_in_one_line(given: dict[str, Any], said: str) -> None:
-    with pytest.raises(MethodError, match=said) as error:
+def test_a_sampler_with_inconsistent_settings_is_refused_in_one_line(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(MethodError, match=message) as error:
         Sampler(**given)
     assert "\n" not in str(error.value)
 

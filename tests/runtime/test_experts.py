@@ -1,4 +1,4 @@
-"""Experts that are skipped, against the mixture written out from its definition, one token after the other."""
+"""Skipped experts, compared with the mixture computed from its definition, one token after the other."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def expected_mlp(layer: torch.nn.Module, read: Tensor, used: int, threshold: flo
 
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.5, 2.0])
 @pytest.mark.parametrize("name", ["qwen3_moe", "olmoe"])
-def test_skipped_experts_are_left_out_of_the_sum(name: str, threshold: float) -> None:
+def test_skipped_experts_are_excluded_from_the_sum(name: str, threshold: float) -> None:
     stack = Stack(nano(name))
     policy = Lighter(stack, threshold)
     view = viewed(stack, policy)

@@ -1,7 +1,7 @@
 """Plans that treat prompt and generated tokens differently: every execution gives the same logits.
 
-The reference never runs Lamella's code: the prompt goes through the untouched transformers model, whose cache is then
-cut to the kept layers and handed to a second transformers model that has those layers only.
+The reference never runs Lamella's code: the prompt goes through the unmodified transformers model, whose cache is then
+cut to the kept layers and passed to a second transformers model that has only those layers.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ def test_a_sliding_window_limits_the_slots_of_kept_layers() -> None:
 
 
 @pytest.mark.parametrize("name", CAUSAL)
-def test_a_speed_up_of_1_is_the_base_model_to_the_bit(name: str) -> None:
+def test_a_speed_up_of_1_is_the_base_model_bit_exactly(name: str) -> None:
     stack = opened(name)
     view = apply(stack, unified_skip(stack, speedup=1.0)[-1])
     given = {"input_ids": IDS, "attention_mask": MASK}
@@ -268,8 +268,8 @@ def test_beams_have_the_scores_that_the_reference_gives_their_tokens(name: str) 
     prompt_mask = PROMPTS["attention_mask"].repeat_interleave(3, dim=0)
     mask = torch.cat([prompt_mask, torch.ones_like(ids[:, PROMPT:])], dim=1)
     logits = reference(stack.model, kept, ids, mask, PROMPT, counted=True)[:, PROMPT - 1 : -1]
-    told = logits.log_softmax(-1).gather(-1, ids[:, PROMPT:, None]).squeeze(-1)
-    torch.testing.assert_close(out.sequences_scores, told.mean(-1), rtol=1e-4, atol=1e-4)
+    log_probs = logits.log_softmax(-1).gather(-1, ids[:, PROMPT:, None]).squeeze(-1)
+    torch.testing.assert_close(out.sequences_scores, log_probs.mean(-1), rtol=1e-4, atol=1e-4)
     plain = greedy(view, tokens=4)
     mask = torch.cat([PROMPTS["attention_mask"], torch.ones_like(plain[:, PROMPT:])], dim=1)
     logits = reference(stack.model, kept, plain, mask, PROMPT, counted=True)[:, PROMPT - 1 : -1]
@@ -374,8 +374,8 @@ def test_the_cache_of_the_base_model_and_of_another_plan_is_refused(name: str) -
     base = stack.model(input_ids=IDS, use_cache=True).cache
     other = apply(stack, make_plan(stack, [0, 1]))(input_ids=IDS, use_cache=True).cache
     dropped = apply(stack, Plan(model=ModelReference.of(stack), drop=["layers.1"]))(input_ids=IDS, use_cache=True).cache
-    plain = "this plan runs with a PlanCache, not with DynamicCache: leave the cache out"
-    for cache, said in (
+    plain = "this plan runs with a PlanCache, not with DynamicCache: omit the cache"
+    for cache, message in (
         (base, plain),
         (dropped, plain),
         (other, "this cache belongs to another plan: start from an empty one"),
@@ -383,7 +383,7 @@ def test_the_cache_of_the_base_model_and_of_another_plan_is_refused(name: str) -
         for run in (lambda c: view(input_ids=IDS[:, :1], cache=c), lambda c: greedy(view, cache=c)):
             with pytest.raises(CacheError) as error:
                 run(cache)
-            assert str(error.value) == said
+            assert str(error.value) == message
     with pytest.raises(RuntimeError) as mixed:
         stack.model(input_ids=IDS[:, :1], cache=other)
     assert type(mixed.value) is RuntimeError
@@ -391,23 +391,23 @@ def test_the_cache_of_the_base_model_and_of_another_plan_is_refused(name: str) -
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "advice"),
     [
-        {"cache_implementation": "static"},
-        {"cache_implementation": "offloaded"},
-        {"cache_implementation": "quantized"},
-        {"generation_config": GenerationConfig(cache_implementation="static", max_new_tokens=2)},
-        {"use_cache": False},
-        {"generation_config": GenerationConfig(use_cache=False, max_new_tokens=2)},
+        ({"cache_implementation": "static"}, "omit it"),
+        ({"cache_implementation": "offloaded"}, "omit it"),
+        ({"cache_implementation": "quantized"}, "omit it"),
+        ({"generation_config": GenerationConfig(cache_implementation="static", max_new_tokens=2)}, "omit it"),
+        ({"use_cache": False}, "switch it on"),
+        ({"generation_config": GenerationConfig(use_cache=False, max_new_tokens=2)}, "switch it on"),
     ],
     ids=str,
 )
-def test_caches_that_a_plan_cannot_run_with_are_refused_in_one_line(options: dict[str, Any]) -> None:
+def test_caches_that_a_plan_cannot_run_with_are_refused_in_one_line(options: dict[str, Any], advice: str) -> None:
     stack = opened("llama")
     view = apply(stack, make_plan(stack, [0, 3]))
     with pytest.raises(CacheError) as error:
         view.generate(**PROMPTS, **options)
-    assert "\n" not in str(error.value) and "leave" in str(error.value)
+    assert "\n" not in str(error.value) and advice in str(error.value)
 
 
 def test_generate_without_inputs_starts_from_the_begin_token_as_the_model_does() -> None:

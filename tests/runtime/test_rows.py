@@ -1,4 +1,4 @@
-"""A layer that runs for some rows of a batch: the others keep their stream, and later tokens see keys made of it."""
+"""A layer that runs for some rows of a batch: others keep their hidden states, from which later tokens see keys."""
 
 from __future__ import annotations
 

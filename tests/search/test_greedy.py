@@ -1,4 +1,4 @@
-"""Searches know nothing of models: they are tested on tables of costs with known answers."""
+"""Searches are independent of models: they are tested on tables of costs with known answers."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_costs_that_stop_early_give_the_same_result(seed: int, levels: int) -> N
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_a_guess_changes_what_is_asked_first_and_not_what_is_found(seed: int) -> None:
+def test_a_guess_changes_the_evaluation_order_and_not_the_result(seed: int) -> None:
     table = random_costs(seed, 4)
     guess = {candidate: random.Random(-seed - candidate).random() for candidate in range(8)}
     found = [step[:2] for step in greedy(range(8), abandoning(table, seed), guess=guess)]
@@ -105,7 +105,7 @@ def test_held_candidates_join_right_after_the_release(seed: int, release_after: 
     assert [(step.candidate, step.cost) for step in steps] == expected
     assert not {0, 1, 2} & {step.candidate for step in steps[:release_after]}
     assert len(steps) == 9
-    assert [step.asked for step in steps] == [6 - k + (3 if k >= release_after else 0) for k in range(9)]
+    assert [step.evaluations for step in steps] == [6 - k + (3 if k >= release_after else 0) for k in range(9)]
 
 
 def test_held_candidates_never_join_without_a_release() -> None:
@@ -144,7 +144,7 @@ def test_lazy_is_greedy_where_costs_are_modular_and_asks_less(seed: int) -> None
     table = modular_costs(seed, 12)
     lazy, full = list(lazy_greedy(range(12), abandoning(table, seed))), list(greedy(range(12), exact(table)))
     assert [step[:2] for step in lazy] == [step[:2] for step in full]
-    assert sum(step.asked for step in lazy) < 0.75 * sum(step.asked for step in full)
+    assert sum(step.evaluations for step in lazy) < 0.75 * sum(step.evaluations for step in full)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -232,12 +232,12 @@ def test_in_a_hurry_each_step_asks_once_and_takes_what_was_best_before(search: C
         return exact(table)(removed, candidate, bound)
 
     at_leisure = [step.candidate for step in search(range(12), exact(table))]
-    found = list(search(range(12), cost, hurried=lambda: asked > 3 * 12))
+    found = list(search(range(12), cost, out_of_time=lambda: asked > 3 * 12))
     assert [step.candidate for step in found] == at_leisure  # costs that only add up were known before
-    hurried = [step for step in found if sum(each.asked for each in found[: found.index(step)]) > 3 * 12]
-    assert all(step.asked == 1 for step in hurried)
-    guessed = list(search(range(12), cost, guess={each: -each for each in range(12)}, hurried=lambda: True))
-    assert guessed[0].candidate == 11 and all(step.asked == 1 for step in guessed)
+    late = [step for step in found if sum(each.evaluations for each in found[: found.index(step)]) > 3 * 12]
+    assert all(step.evaluations == 1 for step in late)
+    guessed = list(search(range(12), cost, guess={each: -each for each in range(12)}, out_of_time=lambda: True))
+    assert guessed[0].candidate == 11 and all(step.evaluations == 1 for step in guessed)
     assert [step.cost for step in guessed] == [
         table(frozenset(each.candidate for each in guessed[: n + 1])) for n in range(12)
     ]

@@ -1,4 +1,4 @@
-"""A journal takes an interrupted search up where it stopped, and never another search's results."""
+"""A journal resumes an interrupted search where it stopped, and never uses another search's results."""
 
 from __future__ import annotations
 

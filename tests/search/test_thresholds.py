@@ -1,4 +1,4 @@
-"""Thresholds have as many scores below them as was asked for; a sweep keeps what brings more than all before."""
+"""Thresholds have the requested number of scores below them; a sweep keeps every improvement over earlier results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lamella.search import rising, threshold
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_threshold_has_so_many_scores_below_it_and_none_next_to_it(dtype: torch.dtype) -> None:
+def test_a_threshold_has_the_requested_number_of_scores_below_it_and_none_next_to_it(dtype: torch.dtype) -> None:
     scores = torch.rand(5, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
     ordered = scores.flatten().double().sort().values.tolist()
     for below in range(21):
@@ -26,7 +26,7 @@ def test_scores_that_are_equal_are_on_one_side_of_a_threshold() -> None:
     assert threshold(np.array([0.5, 0.5, 0.5, 0.9]), 2) == 0.5
 
 
-def test_a_sweep_is_asked_only_as_far_as_it_is_read() -> None:
+def test_a_sweep_is_evaluated_lazily() -> None:
     asked = []
 
     def found(value: float) -> float:

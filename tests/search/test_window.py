@@ -1,4 +1,4 @@
-"""Cheapest runs."""
+"""Runs of layers with the lowest cost."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Models with several stacks: each runs what the model runs, to the bit, with and without a cache.
+"""Models with several stacks: each is bit-identical to its part of the model, with and without a cache.
 
-Everything is compared with the transformers classes: hooks note what their layers are called with and return.
+Everything is compared with the transformers classes: hooks record the inputs and outputs of their layers.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def test_the_stacks_are_named_in_the_order_in_which_they_run(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "stack"), CASES)
-def test_the_sublayers_compose_to_every_layer_to_the_bit(name: str, stack: str) -> None:
+def test_the_sublayers_compose_to_every_layer_bit_exactly(name: str, stack: str) -> None:
     model, given = nano(name), nano_inputs(name)
     calls, outs, _ = noted(model, STACKS[name][stack][0], given, use_cache=False)
     opened = open_model(model).stacks[stack]
@@ -126,7 +126,7 @@ def _marks(given: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("name", "stack"), CASES)
-def test_context_run_and_head_give_what_the_model_gives_to_the_bit(name: str, stack: str) -> None:
+def test_context_run_and_head_give_the_output_of_the_model_bit_exactly(name: str, stack: str) -> None:
     model, given = nano(name), nano_inputs(name)
     calls, outs, output = noted(model, STACKS[name][stack][0], given, use_cache=False)
     opened = open_model(model).stacks[stack]
@@ -143,14 +143,16 @@ def test_context_run_and_head_give_what_the_model_gives_to_the_bit(name: str, st
     else:
         images = {key: given[key] for key in ("pixel_values", "image_grid_thw") if key in given}
         expected = torch.cat(list(model.model.get_image_features(**images, return_dict=True).pooler_output))
-        if name == "llava":  # its language model reads the stream before the last layer, and not the class token
+        if name == "llava":  # its language model reads the hidden states before the last layer, without the class token
             last = opened.run(context.h, 0, len(opened) - 1, context)
     found = opened.head(last)
     assert torch.equal(found.flatten(0, 1) if found.ndim > expected.ndim else found, expected)
 
 
 @pytest.mark.parametrize(("name", "stack"), CASES)
-def test_skipped_sublayers_leave_the_stream_as_it_was_and_a_restart_equals_the_whole_run(name: str, stack: str) -> None:
+def test_skipped_sublayers_do_not_change_the_hidden_states_and_a_restart_equals_the_whole_run(
+    name: str, stack: str
+) -> None:
     opened = open_model(nano(name)).stacks[stack]
     context = opened.context(nano_inputs(name))
     assert torch.equal(opened.run(context.h, 0, len(opened), context, skip=opened.positions), context.h)
@@ -160,7 +162,7 @@ def test_skipped_sublayers_leave_the_stream_as_it_was_and_a_restart_equals_the_w
         assert torch.equal(opened.run(h, point, len(opened), context), before[opened.end])
 
 
-def test_positions_are_told_apart_by_modality() -> None:
+def test_positions_are_distinguished_by_modality() -> None:
     given = nano_inputs("llava")
     vision, text = open_model(nano("llava")).stacks.values()
     seen = text.context(given).modalities

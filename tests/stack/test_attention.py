@@ -1,4 +1,4 @@
-"""Attention weights of one layer alone, against those of a model that is eager throughout."""
+"""Attention weights of a single layer, compared with those of a fully eager model."""
 
 from __future__ import annotations
 
@@ -56,6 +56,6 @@ def test_the_norm_before_a_sublayer_is_found_by_running_it(name: str, attn: str,
     assert not any(module._forward_hooks for module in stack.model.modules())
 
 
-def test_a_sublayer_that_reads_the_stream_itself_is_refused() -> None:
+def test_a_sublayer_that_reads_the_residual_stream_itself_is_refused() -> None:
     with pytest.raises(ArchitectureError, match="without a norm"):
         norm_before(Stack(nano("opt_post_norm")), 1)

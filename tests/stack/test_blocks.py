@@ -1,4 +1,4 @@
-"""Blocks of models that are no chains: dropped, recorded, sized and replaced, as hooks inside them would have it."""
+"""Blocks of models that are not chains: dropped, recorded, measured and replaced, compared with hooks inside them."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_sizes_are_those_of_the_modules(name: str) -> None:
 
 
 def test_what_is_not_known_is_refused_in_one_line() -> None:
-    with pytest.raises(ArchitectureError, match="the blocks of a Linear are not known; known are UNet2DModel"):
+    with pytest.raises(ArchitectureError, match="the blocks of a Linear are unknown; supported are UNet2DModel"):
         Blocks(nn.Linear(2, 2))
-    with pytest.raises(PlanError, match=r"'layer9\.0' is no block of ResNet; a block is like 'layer1\.0'"):
+    with pytest.raises(PlanError, match=r"'layer9\.0' is not a block of ResNet; a block is like 'layer1\.0'"):
         Blocks(made("resnet18")[0]).without(["layer9.0"])

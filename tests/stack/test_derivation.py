@@ -1,7 +1,7 @@
-"""Architectures without an entry: derived from their class, proved, cut, exported.
+"""Architectures without an entry: derived from their class, verified, pruned, exported.
 
-What is compared with is the class of transformers itself, with an MLP or an attention taken out by hand: the layer's
-own ``forward``, in which another module gives zeros.
+The reference is the class of transformers itself, with an MLP or an attention removed manually: the layer's own
+``forward``, with another module that returns zeros.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ def script() -> dict[str, Any]:
 
 @pytest.mark.parametrize("model_type", SAMPLE)
 def test_a_type_opens_is_cut_decodes_and_is_exported_as_the_table_says(script: Any, model_type: str) -> None:
-    said = {row["type"]: row for row in json.loads((ROOT / "docs" / "architectures.json").read_text())["types"]}
+    documented = {row["type"]: row for row in json.loads((ROOT / "docs" / "architectures.json").read_text())["types"]}
     found = script["looked_at"](model_type)
-    assert found | {"seconds": 0} == said[model_type] | {"seconds": 0}
+    assert found | {"seconds": 0} == documented[model_type] | {"seconds": 0}
     assert found["opens"] == "derived" and found["decodes"]
     assert {"portable", "native"} <= set(found["forms"])
 
@@ -145,7 +145,7 @@ def test_a_wrong_derivation_is_refused_by_the_proof(monkeypatch: pytest.MonkeyPa
     attn, mlp = stack.architecture.sublayers
     wrong = replace(mlp, run=lambda layer, h, call: mlp.run(layer, h, call) * (1 + 1e-6))
     stack.architecture = replace(stack.architecture, sublayers=(attn, wrong))
-    with pytest.raises(ArchitectureError, match=r"derived sublayers of layers\.\d differ from it") as caught:
+    with pytest.raises(ArchitectureError, match=r"derived sublayers of layers\.\d differ from the layer") as caught:
         prove(stack)
     assert "\n" not in str(caught.value) and "register_architecture" in str(caught.value)
 
@@ -153,29 +153,29 @@ def test_a_wrong_derivation_is_refused_by_the_proof(monkeypatch: pytest.MonkeyPa
 def test_a_wrong_readout_is_refused_by_the_proof() -> None:
     stack = Stack(small("cohere"))
     stack.architecture = replace(stack.architecture, readout=None)  # without its scale of logits
-    with pytest.raises(ArchitectureError, match="readout does not give its logits"):
+    with pytest.raises(ArchitectureError, match="readout does not yield its logits"):
         prove(stack)
 
 
 def test_a_readout_of_other_states_than_the_model_reads_is_refused_by_the_proof() -> None:
     stack = Stack(small("granite"))
     stack.architecture = replace(stack.architecture, norm="")
-    with pytest.raises(ArchitectureError, match="readout does not give its logits"):
+    with pytest.raises(ArchitectureError, match="readout does not yield its logits"):
         prove(stack)
 
 
-def test_layers_that_hand_on_more_than_the_stream_are_refused() -> None:
-    with pytest.raises(ArchitectureError, match="hand on 'prev_topk_indices' beside the stream"):
+def test_layers_that_pass_on_more_than_hidden_states_are_refused() -> None:
+    with pytest.raises(ArchitectureError, match="pass on 'prev_topk_indices' besides the residual stream"):
         prove(Stack(small("glm_moe_dsa")))
 
 
 def test_an_encoder_is_refused_though_its_type_has_a_causal_class() -> None:
     config = transformers.BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
-    with pytest.raises(ArchitectureError, match="its tokens see those behind them, so it is no decoder"):
+    with pytest.raises(ArchitectureError, match="its tokens see later tokens, so with this config it is not a decoder"):
         lamella.open(transformers.BertLMHeadModel(config).eval())
 
 
-def test_a_proof_is_remembered_and_can_be_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proof_is_remembered_and_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAMELLA_CACHE", str(tmp_path))
     proved: list[str] = []
     monkeypatch.setattr(opening, "prove", lambda stack: proved.append(digest_of_proof(stack)))
@@ -208,13 +208,13 @@ def test_an_entry_goes_before_a_derivation_and_needs_no_proof(monkeypatch: pytes
 def test_a_config_cannot_ask_for_millions_of_layers() -> None:
     config = small("cohere").config
     config.num_hidden_layers = 10**7
-    with pytest.raises(ArchitectureError, match="its config says 10000000 layers"):
+    with pytest.raises(ArchitectureError, match="its config has 10000000 layers"):
         find_architecture(config)
 
 
 def test_a_layer_that_its_config_cannot_place_is_not_exported_plain(tmp_path: Path) -> None:
-    stack = Stack(small("diffllama"))  # a number of every layer follows from its place
-    with pytest.raises(ExportError, match=r"counts layers, so it cannot say that layers\.2 becomes layers\.1"):
+    stack = Stack(small("diffllama"))  # a parameter of every layer depends on its index
+    with pytest.raises(ExportError, match=r"counts layers, so it cannot express that layers\.2 becomes layers\.1"):
         lamella.export(stack, Plan(model=ModelReference.of(stack), drop=["layers.1"]), tmp_path / "out", form="plain")
     assert not (tmp_path / "out").exists()
 

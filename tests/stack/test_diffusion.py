@@ -1,6 +1,6 @@
 """Models that predict masked tokens: folders in the layout of the public checkpoints, against transformers' decoders.
 
-Llama and Qwen2 of transformers, given a mask that hides nothing, are the independent computation.
+The independent reference is transformers' Llama and Qwen2 with a mask that hides nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MASK[1, :2] = 0
 POSITIONS = (MASK.cumsum(-1) - 1).clamp(min=0)
 
 CODE = 'raise AssertionError("code of a checkpoint runs")\n'
-LLADA = {  # what GSAI-ML/LLaDA-8B-Base says, with small numbers
+LLADA = {  # the config of GSAI-ML/LLaDA-8B-Base, with small sizes
     "architectures": ["LLaDAModelLM"],
     "auto_map": {
         "AutoConfig": "configuration_llada.LLaDAConfig",
@@ -52,7 +52,7 @@ LLADA = {  # what GSAI-ML/LLaDA-8B-Base says, with small numbers
     "rope_full_precision": True, "rope_theta": 500000.0, "scale_logits": False, "transformers_version": "4.46.3",
     "use_cache": False, "vocab_size": 128, "weight_tying": False,
 }  # fmt: skip
-DREAM = {  # what Dream-org/Dream-v0-Base-7B says, with small numbers
+DREAM = {  # the config of Dream-org/Dream-v0-Base-7B, with small sizes
     "architectures": ["DreamModel"],
     "auto_map": {"AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel"},
     "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 32,
@@ -198,7 +198,7 @@ def test_rows_of_a_padded_batch_are_computed_as_alone(layout: str, request: pyte
 
 
 @pytest.mark.parametrize("name", NANO_DIFFUSION)
-def test_its_sublayers_are_its_layers_to_the_bit(name: str) -> None:
+def test_its_sublayers_compose_to_its_layers_bit_exactly(name: str) -> None:
     stack = Stack(nano(name))
     given = {"input_ids": IDS, "attention_mask": MASK}
     context = stack.context(given)
@@ -221,7 +221,7 @@ def test_the_logits_of_some_positions_are_those_of_all(name: str) -> None:
 
 
 def zeroed(stack: Stack, layers: list[int]) -> Any:
-    """The model whose layers write nothing to the stream."""
+    """Return the model with layers that do not change the hidden states."""
     model = nano("llada" if stack.architecture.name == "llada" else "dream")
     for layer in layers:
         for sublayer in stack.architecture.sublayers:
@@ -291,7 +291,7 @@ def test_a_model_in_memory_that_its_checkpoint_s_code_runs_is_refused() -> None:
     class LLaDAModelLM(LLaDAForMaskedLM.__bases__[0]):  # type: ignore[misc]
         """As a checkpoint's own code calls it."""
 
-    with pytest.raises(ArchitectureError, match="LLaDAModelLM in memory is run by the code of its checkpoint"):
+    with pytest.raises(ArchitectureError, match="LLaDAModelLM in memory uses the code of its checkpoint"):
         Stack(LLaDAModelLM(nano("llada").config))
 
 

@@ -1,4 +1,4 @@
-"""Masked-diffusion models that read images: opened from a folder, against their language model given what it reads."""
+"""Masked diffusion models that read images: opened from a folder, compared with their language model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import lamella
-from lamella.data import MARK, Processing, Shown
+from lamella.data import MARK, ImageTextRow, Processing
 from lamella.errors import ArchitectureError
 from lamella.runtime import Sampler, denoise
 from lamella.stack.diffusion_config import LlavaDiffusionConfig
@@ -35,13 +35,13 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path / request.param
 
 
-def rows(images: int, texts: int) -> list[Shown]:
+def rows(images: int, texts: int) -> list[ImageTextRow]:
     drawn = np.random.default_rng(0)
-    said = {"role": "assistant", "content": "red"}
-    asked = [({"role": "user", "content": f"{MARK} what colour is the circle?"}, said)] * images
-    asked += [({"role": "user", "content": "how many shapes are there?"}, said)] * texts
+    reply = {"role": "assistant", "content": "red"}
+    asked = [({"role": "user", "content": f"{MARK} what colour is the circle?"}, reply)] * images
+    asked += [({"role": "user", "content": "how many shapes are there?"}, reply)] * texts
     pictures = [drawn.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(images)]
-    return [Shown((pictures[at],) if at < images else (), each) for at, each in enumerate(asked)]
+    return [ImageTextRow((pictures[at],) if at < images else (), each) for at, each in enumerate(asked)]
 
 
 def test_a_folder_opens_with_two_stacks_and_says_what_its_language_model_says(folder: Path) -> None:
@@ -65,7 +65,7 @@ def test_more_or_fewer_images_than_placeholders_are_refused(folder: Path) -> Non
     model = lamella.open(folder).model
     batch = Processing(open_processor(folder)).prompts(rows(2, 0))
     for pixels in (None, batch["pixel_values"][:1]):
-        with pytest.raises(ArchitectureError, match="128 positions of the prompts stand for images") as error:
+        with pytest.raises(ArchitectureError, match="128 placeholder positions for images") as error:
             denoise(model, batch["input_ids"], batch["attention_mask"], Sampler(length=2), pixel_values=pixels)
         assert "\n" not in str(error.value)
 
@@ -79,7 +79,7 @@ def test_a_batch_with_and_without_images_is_its_rows_alone_and_the_model_stays_a
     before = {name: sorted(each.__dict__) for name, each in model.named_modules()}
     asked = rows(1, 1)
 
-    def answers(some: list[Shown]) -> torch.Tensor:
+    def answers(some: list[ImageTextRow]) -> torch.Tensor:
         batch = processing.prompts(some)
         if "pixel_values" in batch:
             batch["pixel_values"] = batch["pixel_values"].double()
@@ -92,5 +92,5 @@ def test_a_batch_with_and_without_images_is_its_rows_alone_and_the_model_stays_a
 def test_a_language_model_that_predicts_the_next_token_is_refused() -> None:
     text = transformers.LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     config = LlavaDiffusionConfig(text_config=text.to_dict())
-    with pytest.raises(ArchitectureError, match="a llama predicts no masked tokens"):
+    with pytest.raises(ArchitectureError, match="a llama does not predict masked tokens"):
         LlavaDiffusion(config)

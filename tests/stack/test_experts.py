@@ -1,4 +1,4 @@
-"""Experts that no entry names: found where a layer calls them, and only where a token needs no others."""
+"""Experts without an entry in the table: found where a layer calls them, and only if a token needs no others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lamella.zoo.small import small
 FOUND = {  # small models have 4 experts, of which a token uses 2
     "mixtral": Experts("mlp.gate", "mlp.experts", 4, 2),
     "gpt_oss": Experts("mlp.router", "mlp.experts", 4, 2),
-    "deepseek_v3": Experts("mlp.gate", "mlp.experts", 4, 2),  # shared experts beside them, a dense layer before
+    "deepseek_v3": Experts("mlp.gate", "mlp.experts", 4, 2),  # with shared experts, after a dense layer
 }
 
 
@@ -23,7 +23,7 @@ def test_experts_of_the_form_of_transformers_5_are_found(model_type: str) -> Non
 
 @pytest.mark.parametrize("model_type", FOUND)
 def test_a_token_reads_its_own_experts_and_no_others(model_type: str) -> None:
-    """The independent check: with nonsense in all others, a layer gives the token the same."""
+    """Independent check: with random weights in all other experts, the layer's output for the token is the same."""
     stack = Stack(small(model_type))
     experts, layer = stack.experts, stack.layers[-1]
     context = stack.context(ids := torch.tensor([[7]]))

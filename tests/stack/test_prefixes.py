@@ -1,4 +1,4 @@
-"""States behind beginnings of chains: what comes out is what taking every step gives, and no step is taken twice."""
+"""States after prefixes of chains: equal to running every step, with no step run twice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sites are addresses: they say which sublayers are meant, and nothing that the stack does not have."""
+"""Sites are addresses: they identify sublayers, and nothing that the stack does not have."""
 
 from __future__ import annotations
 

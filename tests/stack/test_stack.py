@@ -1,7 +1,7 @@
-"""A stack runs what its model runs: to the bit, from any point, in any order, without touching the model.
+"""A stack is bit-identical to its model, from any point and in any order, and does not change the model.
 
-Everything is compared with the transformers classes themselves: what their layers are called with is noted by hooks,
-and the layers' own ``forward`` is then called by hand.
+Everything is compared with the transformers classes themselves: hooks record the inputs of their layers, whose own
+``forward`` is then called directly.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def by_hand(model: nn.Module, given: dict[str, Tensor], order: list[int]) -> Ten
 
 
 @pytest.mark.parametrize(("name", "padded"), CASES)
-def test_the_sublayers_compose_to_the_layer_to_the_bit(name: str, padded: bool) -> None:
+def test_the_sublayers_compose_to_the_layer_bit_exactly(name: str, padded: bool) -> None:
     model = nano(name)
     calls, _, _ = noted_calls(model, inputs(name, padded))
     stack = Stack(model)
@@ -106,7 +106,7 @@ def test_the_sublayers_compose_to_the_layer_to_the_bit(name: str, padded: bool) 
 
 
 @pytest.mark.parametrize(("name", "padded"), CASES)
-def test_context_run_and_head_give_the_model_s_logits_to_the_bit(name: str, padded: bool) -> None:
+def test_context_run_and_head_give_the_logits_of_the_model_bit_exactly(name: str, padded: bool) -> None:
     model = nano(name)
     calls, outs, logits = noted_calls(model, inputs(name, padded))
     stack = Stack(model)
@@ -145,7 +145,7 @@ def test_layers_run_in_any_order_as_a_loop_over_them_does(name: str, padded: boo
 
 
 @pytest.mark.parametrize("name", NANO)
-def test_skipped_sublayers_leave_the_stream_as_it_was(name: str) -> None:
+def test_skipped_sublayers_do_not_change_the_hidden_states(name: str) -> None:
     model = nano(name)
     stack = Stack(model)
     context = stack.context(inputs(name, False))
@@ -259,7 +259,7 @@ def test_an_unknown_architecture_is_named_with_the_way_to_add_it() -> None:
         Stack(MambaModel(MambaConfig(hidden_size=16, num_hidden_layers=1, state_size=4, vocab_size=32)))
     message = str(caught.value)
     assert "\n" not in message
-    assert "unknown architecture 'mamba'" in message and "is no row of an attention and an MLP" in message
+    assert "unknown architecture 'mamba'" in message and "is not an attention followed by an MLP" in message
     assert "register_architecture(Architecture(name='mamba'" in message
 
 

@@ -1,4 +1,4 @@
-"""What counts as a matrix: weights that multiply, once each, and nothing that is looked up."""
+"""Weight matrices: weights that are multiplied, once each, and no lookup tables."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def test_every_family_has_the_matrices_of_its_layers(name: str) -> None:
     model = nano(name)
     found = matrices(model)
     inside = [n for n, p in model.named_parameters() if p.ndim > 1 and (".layers." in n or ".h." in n)]
-    routers = {n for n in inside if n.endswith("mlp.gate.weight")}  # they choose; they do not carry the stream
+    routers = {
+        n for n in inside if n.endswith("mlp.gate.weight")
+    }  # they route tokens and do not transform hidden states
     assert set(inside) - routers == {n for n in found if ".layers." in n or ".h." in n}
     assert all(found[n].size == dict(model.named_parameters())[n].numel() for n in found)
 

@@ -1,4 +1,4 @@
-"""Adapters apart from a model: what peft says they compute, sums that are exact, merges that round once."""
+"""Adapters separate from a model: equal to peft's results, with exact sums, and merges that round once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lamella.data import ImageText, Processing, Reader
+from lamella.data import ImageText, InputContext, Processing
 from lamella.errors import CheckpointError, ExportError, LamellaError, PlanError, TrainingError
 from lamella.evaluate.scored import read_inputs
 from lamella.stack import Stack, last_stack, share
@@ -125,7 +125,7 @@ def test_of_a_model_with_images_the_text_is_adapted_and_plain_peft_reads_a_modul
 ) -> None:
     model, processor = shapes_vlm(kind, num_hidden_layers=2)
     stack, processing = last_stack(model), Processing(processor)
-    rows = ImageText.open("shapes:colour", Reader(processing_opener=lambda: processing), rows=3)
+    rows = ImageText.open("shapes:colour", InputContext(processing_opener=lambda: processing), rows=3)
     inputs = read_inputs(model, rows.batch(rows))
     view, lora = adapted(stack)
     assert {name.startswith(stack.architecture.prefix) for name in lora.modules} == {True}
@@ -174,11 +174,11 @@ def test_sites_hold_all_linear_modules_of_their_layers_each_in_one_half(family: 
 
 def test_sites_and_targets_that_hold_nothing_together_are_refused() -> None:
     view = share(nano("llama"))
-    with pytest.raises(TrainingError, match=r"no linear module lies at layers.1.attn"):
+    with pytest.raises(TrainingError, match=r"there is no linear module at layers.1.attn"):
         add_lora(view, targets=["up_proj"], sites=["layers.1.attn"])
     with pytest.raises(PlanError, match="out of range"):
         add_lora(view, sites=["layers.4"])
-    with pytest.raises(TrainingError, match="no linear module lies at no site"):
+    with pytest.raises(TrainingError, match="there is no linear module at no site"):
         add_lora(view, sites=[])
 
 
@@ -196,7 +196,7 @@ def test_an_adapter_is_refused_by_another_revision_another_size_and_a_tied_weigh
     head = Adapter({"lm_head": (torch.ones(1, 32), torch.ones(128, 1))}, {"lm_head": 1.0})
     with pytest.raises(TrainingError, match="shares its weight"):
         merge(tied, head)
-    with pytest.raises(TrainingError, match="trained beside different weights"):
+    with pytest.raises(TrainingError, match="trained on different base weights"):
         concatenate([adapter, adapted(Stack(nano("llama", seed=1)))[1].adapter()])
     with pytest.raises(TrainingError, match="give one weight for each"):
         concatenate([adapter], [1.0, 2.0])

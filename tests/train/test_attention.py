@@ -1,4 +1,4 @@
-"""Attention in a step of training: by plain products where they are quicker, and the same numbers either way."""
+"""Attention in a training step: unfused where it is faster, with the same values either way."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch.backends.cuda import flash_sdp_enabled, fp16_bf16_reduction_math_sdp_allowed
 from torch.nn.functional import scaled_dot_product_attention
 
-from lamella.train.attention import LONGEST, quick_attention
+from lamella.train.attention import LONGEST, fast_attention
 
 SHORT = {"input_ids": torch.zeros(2, 40, dtype=torch.long)}
 
@@ -23,7 +23,7 @@ SHORT = {"input_ids": torch.zeros(2, 40, dtype=torch.long)}
 )
 def test_short_rows_in_bfloat16_alone_leave_the_fused_kernel(batch, bf16, fused) -> None:
     before = flash_sdp_enabled(), fp16_bf16_reduction_math_sdp_allowed()
-    with quick_attention(batch, bf16):
+    with fast_attention(batch, bf16):
         assert flash_sdp_enabled() == fused
     assert (flash_sdp_enabled(), fp16_bf16_reduction_math_sdp_allowed()) == before
 
@@ -39,7 +39,7 @@ def test_outputs_and_gradients_are_those_of_float64_to_the_precision_of_bfloat16
         (out * weights).sum().backward()
         return [each.detach().double() for each in (out, q.grad, k.grad, v.grad)]
 
-    with quick_attention(SHORT, bf16=True):
+    with fast_attention(SHORT, bf16=True):
         found = run(torch.bfloat16)
     for ours, exact in zip(found, run(torch.float64), strict=True):
         assert (ours - exact).norm() <= 0.01 * exact.norm()

@@ -1,4 +1,4 @@
-"""Distillation: what trains and what stays, adapters, views, precision, and how long it takes."""
+"""Distillation: trained and frozen parameters, adapters, views, precision, and the training time."""
 
 from __future__ import annotations
 
@@ -77,15 +77,17 @@ def test_a_time_becomes_steps_and_stays_the_same_steps(monkeypatch: pytest.Monke
     monkeypatch.setattr(pace, "_step", lambda *_: next(taken))
     stack = opened()
     given = (stack.model, SAMPLES, Task(lambda *_: torch.tensor(0.0)), CONFIG)
-    assert pace.paced(*given, 10.0, out=tmp_path / "run").steps == 40
-    assert pace.paced(*given, 10.0, out=tmp_path / "run").steps == 40  # nothing is measured again
+    assert pace.config_for_time(*given, 10.0, out=tmp_path / "run").steps == 40
+    assert pace.config_for_time(*given, 10.0, out=tmp_path / "run").steps == 40  # nothing is measured again
 
 
 def test_a_step_is_measured_without_a_trace(tmp_path: Path) -> None:
     stack, teacher = opened(), opened()
     before = weights(stack.model)
     task = Task(lambda model, batch: distillation_loss(model, batch, teacher=teacher.model))
-    config = pace.paced(stack.model, SAMPLES, task, CONFIG, 60.0, trainable=lambda name: True, out=tmp_path / "run")
+    config = pace.config_for_time(
+        stack.model, SAMPLES, task, CONFIG, 60.0, trainable=lambda name: True, out=tmp_path / "run"
+    )
     assert config.steps is not None and config.steps > 8
     assert all(torch.equal(each, before[key]) for key, each in weights(stack.model).items())
     assert all(each.grad is None for each in stack.model.parameters())
@@ -93,5 +95,5 @@ def test_a_step_is_measured_without_a_trace(tmp_path: Path) -> None:
 
 def test_a_time_for_no_steps_is_refused(tmp_path: Path) -> None:
     stack = opened()
-    with pytest.raises(TooLittleTime, match="fewer than 8"):
+    with pytest.raises(TooLittleTime, match="fewer than the 8 needed"):
         distil(stack, plan_of(stack, "layers.1"), SAMPLES, config=CONFIG, minutes=1e-8, out=tmp_path / "run")

@@ -1,4 +1,4 @@
-"""The training loop: it learns, stops, goes on to the bit, and leaves everything else alone."""
+"""The training loop: it learns, stops, resumes bit-exactly, and changes nothing else."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_accumulation_gives_the_gradient_of_one_large_batch(tmp_path: Path) -> N
 # Calls of the loss: 1 held-out, 8 for steps 1 to 4, 1 held-out, 8 for steps 5 to 8, 1 held-out, 8 for the rest, 1.
 # So: in the first step, just before a checkpoint, just after it, in the middle of a later step, before the last one.
 @pytest.mark.parametrize("call", [3, 10, 11, 16, 28])
-def test_an_interrupted_run_goes_on_to_the_bit(call: int, tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_bit_exactly(call: int, tmp_path: Path) -> None:
     options: dict[str, Any] = {**RUN, "held_out": SAMPLES[:2], "trainable": lambda name: "h.1." in name}
     whole, resumed = nano("gpt2"), nano("gpt2")  # with dropout, so the random state matters
     log = fit(whole, SAMPLES, response_loss, out=tmp_path / "whole", **options)
@@ -216,7 +216,7 @@ def test_another_run_is_not_resumed(change: dict[str, Any], named: str, tmp_path
 
     run({})
     run({"save_every": 1, "log_every": 1})  # these do not decide the result
-    with pytest.raises(TrainingError, match=f"holds a run with {named}"):
+    with pytest.raises(TrainingError, match=f"contains a run with {named}"):
         run(change)
 
 
@@ -320,7 +320,7 @@ def tensors(out: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-def test_a_killed_process_goes_on_to_the_bit(tmp_path: Path) -> None:
+def test_a_killed_process_resumes_bit_exactly(tmp_path: Path) -> None:
     run = [sys.executable, *script(tmp_path, "gpt2")]
     step = random.randrange(1, 13)
     subprocess.run([*run, str(tmp_path / "whole"), "2", "0"], check=True)
@@ -360,8 +360,8 @@ def test_two_processes_train_as_one_does_on_the_same_batches(
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-def test_one_process_has_nobody_to_share_with(tmp_path: Path) -> None:
+def test_sharding_needs_several_processes(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="accelerate launch"):
         fit(nano("llama"), SAMPLES, response_loss, out=tmp_path, shard=True, **RUN)
-    with pytest.raises(TrainingError, match="Hook works on whole parameters"):
+    with pytest.raises(TrainingError, match="Hook needs whole parameters"):
         fit(nano("llama"), SAMPLES, response_loss, out=tmp_path, shard=True, hooks=[Hook()], **RUN)

@@ -1,4 +1,4 @@
-"""Hooks: when they are called, what they may change, and that what they know survives a kill."""
+"""Hooks: when they are called, what they may change, and that their state survives a kill."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lamella.errors import TrainingError
-from lamella.train import Hook, Task, TrainConfig, Training, TrainingLog, blocks, fit, response_loss
+from lamella.train import Hook, Task, TrainConfig, TrainingLog, TrainingRun, blocks, fit, response_loss
 from lamella.zoo.nano import nano
 
 TOKENS = torch.randint(3, 128, (10, 12), generator=torch.Generator().manual_seed(0))
@@ -35,11 +35,11 @@ class Averaging(Hook):
         self.mean: dict[str, Tensor] = {}
         self.seen: list[dict[str, Tensor]] = []
 
-    def begin(self, run: Training) -> None:
+    def begin(self, run: TrainingRun) -> None:
         self.mean = self.mean or {name: each.detach().clone() for name, each in run.trained.items()}
 
     @torch.no_grad()
-    def after_step(self, run: Training) -> None:
+    def after_step(self, run: TrainingRun) -> None:
         for name, each in run.trained.items():
             self.mean[name].lerp_(each, 0.25)
         self.seen.append({name: each.detach().clone() for name, each in run.trained.items()})
@@ -62,7 +62,7 @@ def test_an_average_of_the_weights_is_one_and_survives_a_kill(tmp_path: Path) ->
         torch.testing.assert_close(each.double(), expected[name], atol=1e-6, rtol=0)
 
     class Stopping(Hook):
-        def before_step(self, run: Training) -> None:
+        def before_step(self, run: TrainingRun) -> None:
             if run.step == 5:
                 raise KeyboardInterrupt
 
@@ -78,27 +78,27 @@ class Diary(Hook):
     def __init__(self) -> None:
         self.lines: list[str] = []
 
-    def begin(self, run: Training) -> None:
+    def begin(self, run: TrainingRun) -> None:
         self.lines.append(f"begin {run.step}")
 
-    def before_step(self, run: Training) -> None:
+    def before_step(self, run: TrainingRun) -> None:
         assert [len(batch["input_ids"]) for batch in run.batches] == [2, 2]
         assert all(each.grad is None for each in run.model.parameters())
         self.lines.append(f"before {run.step}")
 
-    def after_step(self, run: Training) -> None:
+    def after_step(self, run: TrainingRun) -> None:
         self.lines.append(f"after {run.step}")
         run.note("steps", torch.tensor(run.step))
 
-    def evaluated(self, run: Training) -> None:
+    def evaluated(self, run: TrainingRun) -> None:
         assert run.log.held_out[-1].step == run.step
         self.lines.append(f"evaluated {run.step}")
 
-    def end(self, run: Training) -> None:
+    def end(self, run: TrainingRun) -> None:
         self.lines.append("end")
 
 
-def test_hooks_are_called_in_their_order_and_their_numbers_are_logged(tmp_path: Path) -> None:
+def test_hooks_are_called_in_order_and_their_values_are_logged(tmp_path: Path) -> None:
     diary = Diary()
     _, log = fitted(tmp_path, diary, held_out=SAMPLES[:2])
     steps = [f"{when} {step + (when == 'after')}" for step in range(6) for when in ("before", "after")]
@@ -111,9 +111,9 @@ def test_hooks_are_called_in_their_order_and_their_numbers_are_logged(tmp_path: 
     assert again.lines == ["begin 6", "end"]
 
 
-def test_a_hook_may_end_a_run_which_then_is_not_gone_on_with(tmp_path: Path) -> None:
+def test_a_hook_may_end_a_run_which_is_then_not_resumed(tmp_path: Path) -> None:
     class Enough(Hook):
-        def done(self, run: Training) -> bool:
+        def done(self, run: TrainingRun) -> bool:
             return bool(run.log.held_out) and run.log.held_out[-1].step >= 4
 
     def broken(model: Any, batch: Any) -> Tensor:
@@ -133,14 +133,14 @@ def test_what_a_hook_changes_before_a_step_is_what_the_step_computes_with(tmp_pa
     moved = []
 
     class One(Hook):
-        def before_step(self, run: Training) -> None:
+        def before_step(self, run: TrainingRun) -> None:
             self.before = weights(run.model)
             for name, each in run.trained.items():
                 each.requires_grad_(name == names[run.step % 2])
             for group in run.optimizer.param_groups:
                 group["lr"] = 0.125
 
-        def after_step(self, run: Training) -> None:
+        def after_step(self, run: TrainingRun) -> None:
             now = weights(run.model)
             moved.append({name: (now[name] - each).abs().max().item() for name, each in self.before.items()})
 
@@ -152,7 +152,7 @@ def test_what_a_hook_changes_before_a_step_is_what_the_step_computes_with(tmp_pa
 
 def test_what_a_hook_finds_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     class Looking(Hook):
-        def before_step(self, run: Training) -> None:
+        def before_step(self, run: TrainingRun) -> None:
             run.check(torch.tensor(float("inf") if run.step == 3 else 1.0), "score")
 
     with pytest.raises(TrainingError, match="non-finite score at step 4 of 6, with samples"):
@@ -160,7 +160,7 @@ def test_what_a_hook_finds_that_is_not_finite_stops_the_run(tmp_path: Path) -> N
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
-def test_a_checkpoint_is_told_of_when_it_is_complete_and_the_older_one_is_still_there(tmp_path: Path) -> None:
+def test_hooks_are_notified_of_a_complete_checkpoint_before_the_older_one_is_deleted(tmp_path: Path) -> None:
     found: list[list[str]] = []
 
     class Looking(Hook):

@@ -1,4 +1,4 @@
-"""LoRA on views: nothing of the original changes, and every step can be undone."""
+"""LoRA on views: the original never changes, and every step can be undone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses equal what whole logits give."""
+"""Losses equal those of whole logits."""
 
 from __future__ import annotations
 
@@ -120,8 +120,8 @@ def _refuse_logits(saved: Tensor, positions: int) -> Tensor:
 
 
 def smaller(stack: Stack, hidden: int = 24) -> Any:
-    """A model of half the depth and a narrower stream, with parameters of its own."""
-    width: Any = {"stream.channels": list(range(hidden))}
+    """Return a model of half the depth and a smaller hidden size, with its own parameters."""
+    width: Any = {"hidden.channels": list(range(hidden))}
     model = materialise(stack, Plan(model=ModelReference.of(stack), drop=["layers.1", "layers.2"], width=width)).model
     own(model)
     return model
@@ -140,7 +140,7 @@ def test_distillation_loss_is_the_forward_divergence_per_token_of_whole_logits()
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
-def test_beside_a_frozen_head_the_gradient_is_that_of_whole_logits(name: str) -> None:
+def test_with_a_frozen_head_the_gradient_is_that_of_whole_logits(name: str) -> None:
     stack = Stack(nano(name))
     student = materialise(stack, Plan(model=ModelReference.of(stack), drop=["layers.1"])).model
     own(student)
@@ -217,7 +217,7 @@ def test_states_inside_are_compared_after_norms_and_weigh_as_much_as_the_diverge
 
 def test_states_inside_a_family_that_is_not_known_are_refused() -> None:
     stack = Stack(nano("opt"))
-    with pytest.raises(TrainingError, match="states inside opt models are not known"):
+    with pytest.raises(TrainingError, match="intermediate states of opt models are unknown"):
         distillation_loss(stack.model, BATCH, teacher=stack.model, pairs=[(0, 0)])
 
 
@@ -249,23 +249,24 @@ def test_the_masked_diffusion_loss_is_what_its_definition_says_and_has_its_gradi
 
 
 @pytest.mark.parametrize("name", NANO_DIFFUSION)
-def test_masks_by_number_have_the_loss_of_all_numbers_in_turn(name: str) -> None:
+def test_masks_by_count_have_the_mean_loss_over_all_counts(name: str) -> None:
     model = nano(name)
     row = {key: values[:1, BATCH["attention_mask"][0].bool()] for key, values in BATCH.items() if values.ndim == 2}
     row["labels"] = row["labels"].masked_fill(torch.arange(row["labels"].shape[1]) < row["labels"].shape[1] - 3, -100)
     ids, end = row["input_ids"], row["labels"].shape[1]
-    expected = 0.0  # numbers are equally likely, and so are the sets of a number
+    expected = 0.0  # counts are equally likely, and so are the sets of each count
     sets = [[place for place in range(3) if chosen >> place & 1] for chosen in range(1, 8)]
     for some in sets:
         noisy = ids.clone()
         noisy[0, [end - 3 + place for place in some]] = 127
-        said = model(input_ids=noisy).logits[0].log_softmax(-1)
+        log_probs = model(input_ids=noisy).logits[0].log_softmax(-1)
         total = sum(
-            -float(said[end - 3 + place - int(name == "dream"), ids[0, end - 3 + place]].detach()) for place in some
+            -float(log_probs[end - 3 + place - int(name == "dream"), ids[0, end - 3 + place]].detach())
+            for place in some
         )
         expected += total / len(some) / sum(len(each) == len(some) for each in sets) / 3
     torch.manual_seed(5)
-    found = [float(diffusion_loss(model, row, by_number=True)) for _ in range(600)]
+    found = [float(diffusion_loss(model, row, by_count=True)) for _ in range(600)]
     assert sum(found) / 600 == pytest.approx(expected, rel=0.02)
 
 

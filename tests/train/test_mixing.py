@@ -1,4 +1,4 @@
-"""Replay: how much is replayed, of what, in which order, and that nothing else changes."""
+"""Replay: how much is replayed, from which data, in which order, and that nothing else changes."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_the_past_of_a_dataset_that_comes_back_is_one_share() -> None:
 
 
 def test_without_replay_and_with_a_share_of_0_the_order_is_the_plain_one() -> None:
-    generator = torch.Generator().manual_seed(7)  # as it has always been: passes, each shuffled anew
+    generator = torch.Generator().manual_seed(7)  # the order without replay: epochs, each reshuffled
     plain = [int(n) for _ in range(5) for n in torch.randperm(40, generator=generator)]
     assert Order(NEW, 50, 4, 7).picks == plain
     assert order(0.0, seed=7).picks == plain
@@ -150,7 +150,7 @@ def same(ours: Any, theirs: Any) -> bool:
     return all(torch.equal(a, b) for a, b in zip(weights(ours), weights(theirs), strict=True))
 
 
-def test_training_with_a_share_of_0_is_plain_training_to_the_bit(tmp_path: Path) -> None:
+def test_training_with_a_share_of_0_is_plain_training_bit_exactly(tmp_path: Path) -> None:
     plain, mixed, other = nano("gpt2"), nano("gpt2"), nano("gpt2")  # with dropout: the random state counts
     fit(plain, NEW, response_loss, out=tmp_path / "plain", **RUN)
     fit(mixed, NEW, response_loss, out=tmp_path / "mixed", replay=Replay({"old": OLD}, 0.0), **RUN)
@@ -167,7 +167,7 @@ def test_training_on_the_past_alone_does_not_depend_on_the_new_data(tmp_path: Pa
 
 
 @pytest.mark.parametrize("call", [2, 5, 11])
-def test_an_interrupted_run_goes_on_to_the_bit(call: int, tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_bit_exactly(call: int, tmp_path: Path) -> None:
     """Schedule, mixer and random state: interrupted before, just after and well after a checkpoint."""
     schedule = infinite(12, 3e-3)
     options = RUN | {"schedule": schedule, "replay": REPLAY, "eval_every": 2, "held_out": {"a": NEW[:3], "b": OLD}}
@@ -239,7 +239,7 @@ def test_accumulated_batches_are_one_step_of_the_schedule_and_of_the_mixer(tmp_p
 
 
 def test_a_kept_optimizer_makes_two_runs_one(tmp_path: Path) -> None:
-    """Six steps and six more with the first run's optimizer are twelve, to the bit; with a fresh one they are not."""
+    """Six steps and six more with the first run's optimizer equal twelve, bit-exactly; with a new one they do not."""
     schedule = infinite(12, 3e-3)
     whole = nano("llama")
     fit(whole, NEW, response_loss, out=tmp_path / "whole", **RUN | {"schedule": schedule})
@@ -263,11 +263,11 @@ def test_an_optimizer_state_of_something_else_is_refused(tmp_path: Path) -> None
     ("change", "message"),
     [
         ({"fraction": 1.5}, "from 0 to 1"),
-        ({"samples": {}}, "give one for each"),
-        ({"samples": {"a": OLD, "b": OLD}}, "give one for each"),
-        ({"samples": {"a": OLD, "b": OLD}, "mixture": {"a": 0.5, "b": 0.6}}, "add up to 1.1"),
-        ({"seen": {"old": [30]}}, "none, or others, are named as seen"),
-        ({"seen": {"old": []}}, "none, or others, are named as seen"),
+        ({"samples": {}}, "give a share for each"),
+        ({"samples": {"a": OLD, "b": OLD}}, "give a share for each"),
+        ({"samples": {"a": OLD, "b": OLD}, "mixture": {"a": 0.5, "b": 0.6}}, "sum to 1.1"),
+        ({"seen": {"old": [30]}}, "are empty or outside its 30 samples"),
+        ({"seen": {"old": []}}, "are empty or outside its 30 samples"),
     ],
 )
 def test_replay_that_cannot_be_is_refused(change: dict[str, Any], message: str) -> None:
@@ -278,8 +278,8 @@ def test_replay_that_cannot_be_is_refused(change: dict[str, Any], message: str) 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lr": 1e-3}, "leave lr and warmup out"),
-        ({"warmup": 0.1}, "leave lr and warmup out"),
+        ({"lr": 1e-3}, "omit lr and warmup"),
+        ({"warmup": 0.1}, "omit lr and warmup"),
         ({"schedule": "cosine"}, "needs lr"),
         ({"eval_every": -1}, "eval_every -1: give at least 1"),
     ],
@@ -292,5 +292,5 @@ def test_rates_that_contradict_each_other_are_refused(change: dict[str, Any], me
 def test_a_run_with_another_replay_or_schedule_is_not_resumed(tmp_path: Path) -> None:
     fit(nano("llama"), NEW, response_loss, out=tmp_path, replay=REPLAY, **RUN)
     for change in ({"replay": Replay({"old": OLD}, 0.4, seed=9)}, {"schedule": rewarm(12, 1e-3)}):
-        with pytest.raises(TrainingError, match="holds a run with"):
+        with pytest.raises(TrainingError, match="contains a run with"):
             fit(nano("llama"), NEW, response_loss, out=tmp_path, **RUN | {"replay": REPLAY} | change)

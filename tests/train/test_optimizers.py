@@ -1,4 +1,4 @@
-"""Optimizers: the groups of the default one, and rates of groups of one's own."""
+"""Optimizers: the groups of the default one, and learning rates of custom groups."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_groups_move_at_multiples_of_the_runs_rate(schedule: str, tmp_path: Path
         torch.testing.assert_close(each.detach(), expected, atol=1e-5, rtol=0)
 
 
-def test_a_run_with_another_optimizer_is_not_gone_on_with(tmp_path: Path) -> None:
+def test_a_run_with_another_optimizer_is_not_resumed(tmp_path: Path) -> None:
     config = TrainConfig(steps=1, lr=1e-3)
     log = fit(nano("gpt2"), SAMPLES, Task(response_loss), config, out=tmp_path)
     assert "algorithm" not in log.settings

@@ -1,4 +1,4 @@
-"""Training a view never reaches the model that it shares tensors with."""
+"""Training a view never changes the model with which it shares tensors."""
 
 from __future__ import annotations
 

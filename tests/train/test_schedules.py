@@ -1,4 +1,4 @@
-"""Learning rates: the paper's formulas at every end of a phase, without jumps, and never 0 at the beginning."""
+"""Learning rates: the paper's formulas at the ends of all phases, continuous, and never 0 at the beginning."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lamella.train import (
     Cosine,
     Infinite,
     Schedule,
-    Stepped,
+    StepDecay,
     constant,
     infinite,
     rewarm,
-    stepped,
+    step_decay,
     warmup_stable_decay,
 )
 
@@ -93,7 +93,7 @@ def former(schedule: Schedule, t: int) -> float:
             return s["high"]
         case Cosine():
             return cosine(s["warmup"], s["end"], s["low"])
-        case Stepped():
+        case StepDecay():
             return s["high"] if t <= s["until"] else s["low"]
     if t <= s["cooled"] and s["cooldown"] == "cosine":
         return cosine(s["warmup"], s["cooled"], s["const"])
@@ -110,9 +110,9 @@ EDGES = {
     "a cosine of no steps": Cosine(HIGH, LOW, 20, 20),
     "a rate of 0": Cosine(0.0, 0.0, 2, 20),
     "constant from the first step": Constant(HIGH),
-    "stepped": Stepped(HIGH, LOW, 5, 30),
-    "stepped at once": Stepped(HIGH, LOW, 0, 0),
-    "stepped where the warm-up ends": Stepped(HIGH, LOW, 5, 5),
+    "stepped": StepDecay(HIGH, LOW, 5, 30),
+    "stepped at once": StepDecay(HIGH, LOW, 0, 0),
+    "stepped where the warm-up ends": StepDecay(HIGH, LOW, 5, 5),
     "cooled where the warm-up ends": Infinite(HIGH, CONST, LOW, 10, 10),
     "cooled by a root where the warm-up ends": Infinite(HIGH, CONST, LOW, 10, 10, cooldown="invsqrt"),
     "no warm-up, no anneal": Infinite(HIGH, CONST, LOW, 0, 40, 80, 80, "invsqrt", 3.0),
@@ -172,10 +172,10 @@ def test_without_cool_down_it_is_warm_up_stable_decay() -> None:
 
 
 def test_a_stepped_rate_is_high_up_to_its_step_and_a_tenth_behind_it() -> None:
-    schedule = stepped(1100, HIGH)
+    schedule = step_decay(1100, HIGH)
     assert {schedule(t) for t in range(1, 1001)} == {HIGH}
     assert all(schedule(t) == near(HIGH / 10) for t in range(1001, 1200))
-    assert stepped(100, HIGH, warmup=0.1)(5) == near(HIGH / 2)
+    assert step_decay(100, HIGH, warmup=0.1)(5) == near(HIGH / 2)
 
 
 def test_an_anneal_of_no_steps_is_none() -> None:
@@ -199,7 +199,7 @@ def test_named_recipes_hold_the_papers_constants() -> None:
         assert ours == {name: near(each) if isinstance(each, float) else each for name, each in theirs.items()}
     assert infinite(1000, HIGH, anneal=None, cooldown="invsqrt").anneal is None
     assert constant(1000, HIGH) == Constant(HIGH, 10)
-    for make in (rewarm, infinite, warmup_stable_decay, constant, stepped):
+    for make in (rewarm, infinite, warmup_stable_decay, constant, step_decay):
         assert make(1, HIGH)(1) == HIGH  # the shortest run
         assert json.loads(json.dumps(make(7, HIGH).as_dict())) == make(7, HIGH).as_dict()
 
@@ -207,14 +207,14 @@ def test_named_recipes_hold_the_papers_constants() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Cosine(HIGH, LOW, 20, 10), "end at steps 20, 10: give them in their order"),
-        (lambda: Cosine(LOW, HIGH, 1, 10), "let them rise from 0"),
-        (lambda: Cosine(math.inf, LOW, 1, 10), "let them rise from 0"),
-        (lambda: Infinite(HIGH, CONST, LOW, 10, 5), "give them in their order"),
-        (lambda: Infinite(HIGH, CONST, LOW, 1, 5, 7), "both a beginning and an end"),
+        (lambda: Cosine(HIGH, LOW, 20, 10), "end at steps 20, 10: give them in ascending order"),
+        (lambda: Cosine(LOW, HIGH, 1, 10), "give ascending rates from 0"),
+        (lambda: Cosine(math.inf, LOW, 1, 10), "give ascending rates from 0"),
+        (lambda: Infinite(HIGH, CONST, LOW, 10, 5), "give them in ascending order"),
+        (lambda: Infinite(HIGH, CONST, LOW, 1, 5, 7), "both the start and the end"),
         (lambda: Infinite(HIGH, CONST, 0.0, 1, 5), "give positive numbers"),
         (lambda: Infinite(HIGH, CONST, LOW, 1, 5, cooldown="line"), "cosine or invsqrt"),  # type: ignore[arg-type]
-        (lambda: Constant(-1.0), "let them rise from 0"),
+        (lambda: Constant(-1.0), "give ascending rates from 0"),
     ],
 )
 def test_schedules_that_cannot_be_are_refused(make: object, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Supervised training: what batch norms see survives a kill, and recordings are what they say."""
+"""Supervised training: statistics of batch norms survive a kill, and recordings are correct."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lamella.errors import CalibrationError
 from lamella.measure import Recording
-from lamella.train import Best, Hook, TrainConfig, Training, class_nats, fit, supervised
+from lamella.train import EarlyStopping, Hook, TrainConfig, TrainingRun, class_cross_entropy, fit, supervised
 
 CONFIG = TrainConfig(steps=6, lr=1e-2, batch=8, save_every=2, log_every=2, eval_every=2)
 
@@ -31,12 +31,12 @@ def normed(seed: int = 0) -> nn.Module:
 class Stop(Hook):
     """Interrupts the run in a step."""
 
-    def before_step(self, run: Training) -> None:
+    def before_step(self, run: TrainingRun) -> None:
         if run.step == 4:
             raise KeyboardInterrupt
 
 
-def test_what_batch_norms_have_seen_survives_a_kill_to_the_bit(tmp_path: Path) -> None:
+def test_statistics_of_batch_norms_survive_a_kill_bit_exactly(tmp_path: Path) -> None:
     whole, broken = normed(), normed()
     fit(whole, rows(), supervised(), CONFIG, out=tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -60,11 +60,13 @@ def test_the_best_model_is_kept_with_the_statistics_of_its_moment(tmp_path: Path
     seen: list[dict[str, Tensor]] = []
 
     class Look(Hook):
-        def evaluated(self, run: Training) -> None:
+        def evaluated(self, run: TrainingRun) -> None:
             seen.append({name: each.clone() for name, each in run.model.state_dict().items()})
 
     model, config = normed(), TrainConfig(steps=6, lr=0.5, batch=8, eval_every=1, schedule="constant")
-    log = fit(model, rows(), supervised(), config, out=tmp_path, held_out=rows(seed=1), hooks=[Look(), Best(6)])
+    log = fit(
+        model, rows(), supervised(), config, out=tmp_path, held_out=rows(seed=1), hooks=[Look(), EarlyStopping(6)]
+    )
     losses = [point.loss for point in log.held_out]
     best = seen[losses.index(min(losses))]
     assert losses.index(min(losses)) < 6  # otherwise it would be the last one anyway
@@ -85,11 +87,11 @@ def test_a_vision_transformer_of_timm_learns_classes_however_its_batches_are_spl
             "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=3
         )
         config = TrainConfig(steps=30, lr=3e-3, batch=batch, accumulate=accumulate, log_every=1)
-        log = fit(model, samples, supervised(class_nats), config, out=tmp_path / str(batch))
+        log = fit(model, samples, supervised(class_cross_entropy), config, out=tmp_path / str(batch))
         assert log.train[0].loss == pytest.approx(math.log(3), abs=0.6)
         losses.append([point.loss for point in log.train[:3]])
-        told = model.eval()(images)
-        assert (told.argmax(dim=1) == classes).float().mean() > 0.9
+        predicted = model.eval()(images)
+        assert (predicted.argmax(dim=1) == classes).float().mean() > 0.9
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 

@@ -1,4 +1,4 @@
-"""Tasks: batches, weights and steps of one's own, against the same computed by hand."""
+"""Tasks: custom batches, weights and steps, compared with manual computations."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_samples_get_others_along_each_in_an_order_of_its_own(tmp_path: Path) ->
 def test_one_pass_over_the_samples_is_what_a_run_without_steps_takes(tmp_path: Path) -> None:
     config = TrainConfig(lr=1e-2, batch=2, accumulate=2)
     assert fit(line(), POINTS, REGRESSION, config, out=tmp_path).settings["steps"] == 3
-    assert TrainConfig(batch=5).lasting(12).steps == 2 and TrainConfig(batch=50).lasting(12).steps == 1
+    assert TrainConfig(batch=5).with_steps(12).steps == 2 and TrainConfig(batch=50).with_steps(12).steps == 1
 
 
 @pytest.mark.parametrize(("name", "shape"), [("rewarm", rewarm), ("infinite", infinite), ("wsd", warmup_stable_decay)])
@@ -165,11 +165,11 @@ def test_schedules_have_names_and_a_warm_up_in_shares_or_steps(name: str, shape:
     ("wrong", "message"),
     [
         ({"steps": 0}, "steps 0: give at least 1"),
-        ({"clip": 0.0}, "clip 0: give the largest norm"),
+        ({"clip": 0.0}, "clip 0: give the maximum gradient norm"),
         ({"clip": float("nan")}, "clip nan"),
         ({"save_every": -1}, "save_every -1"),
     ],
 )
-def test_numbers_that_no_run_can_have_are_refused_where_they_are_given(wrong: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused_at_construction(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(TrainingError, match=message):
         TrainConfig(**wrong)

@@ -1,4 +1,4 @@
-"""The cache holds whole folders only, whatever happens to the process that fills it."""
+"""The cache contains only complete folders, whatever happens to the process that fills it."""
 
 import os
 import signal

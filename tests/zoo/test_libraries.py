@@ -1,4 +1,4 @@
-"""Models of every library open through ``lamella.open``, and what a folder claims is never executed."""
+"""Models of every library open through ``lamella.open``, and nothing in a folder is ever executed."""
 
 from __future__ import annotations
 
@@ -50,23 +50,28 @@ def timm_folder(folder: Path, **config: Any) -> Path:
     """A folder in the layout of timm's models on the hub."""
     folder.mkdir(parents=True)
     save_file(vit().state_dict(), folder / "model.safetensors")
-    said = {"architecture": "vit_tiny_patch16_224", "num_classes": 10, "model_args": VIT}
-    said["pretrained_cfg"] = {"mean": [0.1, 0.2, 0.3], "std": [0.5] * 3, "crop_pct": 0.8, "url": "https://example.org"}
-    (folder / "config.json").write_text(json.dumps(said | config))
+    document = {"architecture": "vit_tiny_patch16_224", "num_classes": 10, "model_args": VIT}
+    document["pretrained_cfg"] = {
+        "mean": [0.1, 0.2, 0.3],
+        "std": [0.5] * 3,
+        "crop_pct": 0.8,
+        "url": "https://example.org",
+    }
+    (folder / "config.json").write_text(json.dumps(document | config))
     return folder
 
 
 def unet_folder(folder: Path, **config: Any) -> Path:
     unet().save_pretrained(folder)
-    said = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(said | config))
+    document = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(document | config))
     return folder
 
 
 def pipeline_folder(folder: Path, **index: Any) -> Path:
     pipeline().save_pretrained(folder)
-    said = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps(said | index))
+    document = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(document | index))
     return folder
 
 
@@ -90,7 +95,7 @@ def test_a_timm_folder_opens_with_its_weights_and_its_settings_for_images(tmp_pa
     assert settings["url"] != "https://example.org"
 
 
-def test_a_network_of_diffusers_opens_in_the_precision_that_is_asked_for(tmp_path: Path) -> None:
+def test_a_network_of_diffusers_opens_in_the_requested_precision(tmp_path: Path) -> None:
     opened = lamella.open(unet_folder(tmp_path / "unet"))
     assert isinstance(opened.model, diffusers.UNet2DModel) and same_weights(opened.model, unet())
     assert opened.describe() == {"name": "unet", "library": "diffusers", "parameters": count(unet())}
@@ -176,7 +181,7 @@ def test_models_without_stacks_are_refused_where_a_stack_is_needed(make: Callabl
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_a_clip_opens_as_its_tower_with_the_projection_where_that_is_asked_for(whole: bool, tmp_path: Path) -> None:
+def test_a_clip_opens_as_its_tower_with_the_projection_on_request(whole: bool, tmp_path: Path) -> None:
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     seen = {**tower, "image_size": 16, "patch_size": 4, "projection_dim": 12}
     read = {**tower, "vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1}
@@ -207,8 +212,8 @@ def test_a_clip_opens_as_its_tower_with_the_projection_where_that_is_asked_for(w
         ("timm:hf-hub:someone/else", "timm has no model 'hf-hub:someone/else'"),
         ("torchvision:resnet", "torchvision has no model 'resnet'; did you mean resnet"),
         ("torchvision:__import__", "torchvision has no model '__import__'"),
-        ("torchvision:resnet18@weights.pth", "weights.pth is no safetensors file"),
-        ("torchvision:resnet18@missing.safetensors", "missing.safetensors is no safetensors file"),
+        ("torchvision:resnet18@weights.pth", "weights.pth is not a safetensors file"),
+        ("torchvision:resnet18@missing.safetensors", "missing.safetensors is not a safetensors file"),
     ],
 )
 def test_names_that_a_library_does_not_have_are_refused_in_one_line(name: str, message: str) -> None:
@@ -239,12 +244,12 @@ def test_a_tensor_that_is_missing_is_named(library: str, tmp_path: Path) -> None
     [
         ({"architecture": "hf-hub:someone/else"}, "timm has no model 'hf-hub:someone/else'"),
         ({"architecture": ["os", "system"]}, "timm has no model"),
-        ({"model_args": {**VIT, "checkpoint_path": "evil.pth"}}, "its checkpoint_path is no size"),
-        ({"model_args": {**VIT, "pretrained_cfg": {"file": "evil.pth"}}}, "its pretrained_cfg is no size"),
+        ({"model_args": {**VIT, "checkpoint_path": "evil.pth"}}, "its checkpoint_path is not a valid size"),
+        ({"model_args": {**VIT, "pretrained_cfg": {"file": "evil.pth"}}}, "its pretrained_cfg is not a valid size"),
         ({"model_args": {**VIT, "pretrained": True}}, "pretrained"),
-        ({"model_args": {**VIT, "depth": 10_000}}, "more layers than the weights are of"),
-        ({"model_args": {**VIT, "depth": 10**12}}, "its depth is no size"),
-        ({"model_args": [1]}, "no timm model"),
+        ({"model_args": {**VIT, "depth": 10_000}}, "more layers than the weights have"),
+        ({"model_args": {**VIT, "depth": 10**12}}, "its depth is not a valid size"),
+        ({"model_args": [1]}, "not a timm model"),
         ({"num_classes": 10**9}, "its num_classes is out of range"),
         ({"pretrained_cfg": {"crop_pct": 1e-9}}, "its crop_pct is out of range"),
         ({"pretrained_cfg": {"interpolation": "evil"}}, "its interpolation is out of range"),
@@ -255,19 +260,19 @@ def test_a_timm_folder_that_claims_what_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(CheckpointError, match=message) as error:
         lamella.open(timm_folder(tmp_path / "vit", **config))
-    assert "no timm model" in str(error.value) and "\n" not in str(error.value)
+    assert "not a timm model" in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"_class_name": "DDPMPipeline"}, "'DDPMPipeline' is no network of diffusers"),
-        ({"_class_name": "DDPMScheduler"}, "'DDPMScheduler' is no network of diffusers"),
-        ({"_class_name": "os.system"}, "'os.system' is no network of diffusers"),
-        ({"_class_name": ["os", "system"]}, "is no network of diffusers"),
+        ({"_class_name": "DDPMPipeline"}, "'DDPMPipeline' is not a network of diffusers"),
+        ({"_class_name": "DDPMScheduler"}, "'DDPMScheduler' is not a network of diffusers"),
+        ({"_class_name": "os.system"}, "'os.system' is not a network of diffusers"),
+        ({"_class_name": ["os", "system"]}, "is not a network of diffusers"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "its weights are quantised"),
-        ({"layers_per_block": 10_000}, "more layers than the weights are of"),
-        ({"layers_per_block": 10**9}, "which no weights here are of"),
+        ({"layers_per_block": 10_000}, "more layers than the weights have"),
+        ({"layers_per_block": 10**9}, "which does not fit the weights"),
         ({"block_out_channels": [4, 16]}, "where the network has"),
         ({"act_fn": "evil"}, "cannot be opened"),
     ],
@@ -283,11 +288,11 @@ def test_a_network_of_diffusers_that_claims_what_cannot_be_is_refused(
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ({"unet": ["transformers", "AutoModel"]}, "asks for transformers.AutoModel, which is not opened"),
-        ({"unet": ["evil", "Network"]}, "asks for evil.Network, which is not opened"),
-        ({"unet": ["diffusers", "DiffusionPipeline"]}, "which is not opened"),
-        ({"unet": ["diffusers.loaders", "FromSingleFileMixin"]}, "which is not opened"),
-        ({"_class_name": ["evil", "Pipeline"]}, "is no pipeline of diffusers"),
+        ({"unet": ["transformers", "AutoModel"]}, "needs transformers.AutoModel, which is not supported"),
+        ({"unet": ["evil", "Network"]}, "needs evil.Network, which is not supported"),
+        ({"unet": ["diffusers", "DiffusionPipeline"]}, "which is not supported"),
+        ({"unet": ["diffusers.loaders", "FromSingleFileMixin"]}, "which is not supported"),
+        ({"_class_name": ["evil", "Pipeline"]}, "is not a pipeline of diffusers"),
         ({"_class_name": "DiffusionPipeline"}, "cannot be opened"),
     ],
 )
@@ -311,7 +316,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("library", FILES)
-def test_code_and_pickles_beside_a_config_are_never_executed(library: str, tmp_path: Path) -> None:
+def test_code_and_pickles_next_to_a_config_are_never_executed(library: str, tmp_path: Path) -> None:
     folder = {"timm": timm_folder, "diffusers": unet_folder}[library](
         tmp_path / "model", auto_map={"AutoModel": "evil.Model"}, custom_load=True
     )
@@ -332,9 +337,9 @@ def test_an_index_of_weights_that_leads_out_of_its_folder_is_refused(tmp_path: P
     names = load_file(tmp_path / "other.safetensors")
     index = {"metadata": {}, "weight_map": dict.fromkeys(names, "../other.safetensors")}
     (folder / f"{FILES['diffusers']}.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=r"names \.\./other\.safetensors, which is not beside it"):
+    with pytest.raises(CheckpointError, match=r"names \.\./other\.safetensors, which is not in its folder"):
         lamella.open(folder)
-    with pytest.raises(CheckpointError, match="no part of a pipeline"):
+    with pytest.raises(CheckpointError, match="not a valid part of a pipeline"):
         _ = lamella.open(pipeline_folder(tmp_path / "ddpm", **{"../unet": ["diffusers", "UNet2DModel"]})).model
 
 

@@ -73,12 +73,12 @@ def _wan(folder: Path) -> Opener:
 
 
 def _text_of_wan(folder: Path) -> Opener:
-    from lamella.methods.refacade.base import encoded
+    from lamella.methods.refacade.base import encode_prompt
 
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 520}
     transformers.UMT5EncoderModel(transformers.UMT5Config(**sizes)).save_pretrained(folder / "text_encoder")
     transformers.AutoTokenizer.from_pretrained(NANO_LLAMA).save_pretrained(folder / "tokenizer")
-    return folder / "text_encoder" / "model.safetensors", lambda: encoded(folder, "a")
+    return folder / "text_encoder" / "model.safetensors", lambda: encode_prompt(folder, "a")
 
 
 def _clip(folder: Path) -> Opener:
@@ -135,11 +135,11 @@ def _iformer(folder: Path) -> Opener:
 
 def _slab(folder: Path) -> Opener:
     pytest.importorskip("timm")
-    from lamella.methods.slab.vision import Classifier, Network
+    from lamella.methods.slab.vision import Classifier, VitConfig
     from lamella.train import TrainingLog
 
     folder.mkdir()
-    shape = Network(size=8, patch=2, channels=1, width=16, depth=2, heads=2)
+    shape = VitConfig(size=8, patch=2, channels=1, width=16, depth=2, heads=2)
     Classifier(model=shape.build(10), network=shape, classes=10, merged=False, log=TrainingLog({})).write(folder)
     return folder / "model.safetensors", lambda: Classifier.read(folder)
 

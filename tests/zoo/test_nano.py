@@ -1,4 +1,4 @@
-"""Nano models: every trait present, nothing degenerate, seeded."""
+"""Nano models: every feature is present, no parameter is trivial, and weights are seeded."""
 
 import runpy
 import sys

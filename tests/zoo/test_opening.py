@@ -1,4 +1,4 @@
-"""In which precision and where models are opened."""
+"""The precision and device with which models are opened."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_halves_are_opened_in_float32_on_a_cpu_unless_they_are_too_large(
     assert dtype_of(half, dtype=torch.bfloat16) == torch.bfloat16
 
 
-def test_what_is_preferred_holds_where_nothing_else_is_said(lamella, half: Path) -> None:
+def test_preferences_are_defaults_of_options(lamella, half: Path) -> None:
     prefer("bfloat16", "cpu")
     assert dtype_of(NANO_LLAMA) == torch.bfloat16 and dtype_of(NANO_LLAMA, dtype=torch.float32) == torch.float32
     prefer()
@@ -60,7 +60,7 @@ def test_what_is_preferred_holds_where_nothing_else_is_said(lamella, half: Path)
     assert outcome.code == 0 and dtype_of(half) == torch.bfloat16
 
 
-def test_a_command_proves_again_where_it_is_asked_to(lamella, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_repeats_a_proof_on_request(lamella, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAMELLA_CACHE", str(tmp_path / "cache"))
     model = tmp_path / "granite"
     small("granite").save_pretrained(model)

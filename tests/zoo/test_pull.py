@@ -1,4 +1,4 @@
-"""Pulling: what is kept is what the table names; what fails says so in one line and leaves nothing."""
+"""Pulling: only the listed file is kept; failures are reported in one line and leave nothing."""
 
 import hashlib
 import json
@@ -163,7 +163,7 @@ def write_gguf(file: Path) -> None:
 
 
 @torch.no_grad()
-def test_conversion_keeps_the_function_to_the_bit(tmp_path: Path) -> None:
+def test_conversion_is_bit_exact(tmp_path: Path) -> None:
     write_gguf(tmp_path / "nano.gguf")
     converted = tmp_path / "converted"
     convert_gguf(tmp_path / "nano.gguf", converted)
@@ -197,7 +197,7 @@ def test_smollm2_comes_from_the_real_wheel_and_speaks(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.network
-def test_the_image_network_knows_what_pictures_show(tmp_path: Path) -> None:
+def test_the_image_network_classifies_images(tmp_path: Path) -> None:
     """The names of its tensors are not those of its source, so that only what it says tells whether all are right."""
     if not _index_answers(tmp_path):
         pytest.skip("no network: pip cannot reach its package index")

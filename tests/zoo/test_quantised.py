@@ -1,6 +1,6 @@
-"""Checkpoints that are stored quantised: what is opened has the numbers that the format says, the rest is refused.
+"""Quantised checkpoints: opened ones have the values defined by their format, the rest is refused.
 
-What is stored is made by hand here, after the formats' own descriptions: FP8 in blocks with a scale each, and MXFP4 in
+The checkpoints are written here from the formats' own descriptions: FP8 in blocks with one scale each, and MXFP4 in
 blocks of 32 (OCP Microscaling Formats 1.0, section 5.3).
 """
 
@@ -34,7 +34,7 @@ def say(folder: Path, settings: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
 
 
-def test_fp8_in_blocks_is_opened_in_plain_numbers(tmp_path: Path) -> None:
+def test_fp8_in_blocks_is_opened_dequantised(tmp_path: Path) -> None:
     model = nano("llama")
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -60,7 +60,7 @@ def test_fp8_in_blocks_is_opened_in_plain_numbers(tmp_path: Path) -> None:
     assert getattr(opened.config, "quantization_config", None) is None
 
 
-def test_mxfp4_of_gpt_oss_is_opened_in_plain_numbers(tmp_path: Path) -> None:
+def test_mxfp4_of_gpt_oss_is_opened_dequantised(tmp_path: Path) -> None:
     small("gpt_oss").save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     meant = {}
@@ -87,8 +87,8 @@ def test_mxfp4_of_gpt_oss_is_opened_in_plain_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "way"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "give the checkpoint that it was made from"),
-        ({"quant_method": "awq", "bits": 4}, "give the checkpoint that it was made from"),
+        ({"quant_method": "gptq", "bits": 4}, "give the original checkpoint"),
+        ({"quant_method": "awq", "bits": 4}, "give the original checkpoint"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "dequantise it where bitsandbytes runs"),
     ],
     ids=["gptq", "awq", "bitsandbytes"],

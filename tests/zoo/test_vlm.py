@@ -1,4 +1,4 @@
-"""Small models of images and text: opened from a folder with their stacks, tokenizer and processor."""
+"""Small vision-language models: opened from a folder with their stacks, tokenizer and processor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lamella
-from lamella.data import ImageText, Processing, Reader, Shown
+from lamella.data import ImageText, ImageTextRow, InputContext, Processing
 from lamella.errors import ArchitectureError, LamellaError
 from lamella.evaluate.scored import scored_states
 from lamella.stack import last_stack
@@ -58,8 +58,10 @@ def test_an_encoder_decoder_opens_from_its_folder_and_is_scored_as_its_own_forwa
     assert type(again) is type(processor)
     processing = Processing(again, encodes=True)
     rows = ImageText.open("shapes:entailment+caption", reader_of(processing), rows=4)
-    if not processing.places_images:  # which puts an image into every row
-        rows = ImageText([*rows, Shown((), tuple({**m, "content": "red"} for m in rows[0].messages))], processing)
+    if not processing.inserts_images:  # which puts an image into every row
+        rows = ImageText(
+            [*rows, ImageTextRow((), tuple({**m, "content": "red"} for m in rows[0].messages))], processing
+        )
     batch, ours = rows.batch(rows), Processing(processor, encodes=True).batch(rows)
     assert set(batch) == set(ours) and all(torch.equal(batch[name], ours[name]) for name in batch)
     inputs = {name: each for name, each in batch.items() if name != "prompt_lengths"}
@@ -70,13 +72,13 @@ def test_an_encoder_decoder_opens_from_its_folder_and_is_scored_as_its_own_forwa
     assert torch.equal(labels, batch["labels"][carries])
     read = {name: each for name, each in inputs.items() if name != "labels"}
     images = opened.stacks["encoder"].context(read).modalities["image"]
-    assert torch.equal(images, rows.places(batch)["image"]) and images.any()
+    assert torch.equal(images, rows.kinds(batch)["image"]) and images.any()
     prompts = {name: each for name, each in rows.prompts(rows).items()}
     assert opened.model.generate(**prompts, max_new_tokens=3, do_sample=False, num_beams=2).shape[0] == len(rows)
 
 
-def reader_of(processing: Processing) -> Reader:
-    return Reader(lambda: processing.tokenizer, 0, "calibration", lambda: processing)
+def reader_of(processing: Processing) -> InputContext:
+    return InputContext(lambda: processing.tokenizer, 0, "calibration", lambda: processing)
 
 
 @pytest.mark.parametrize("kind", SHAPES_VLM)
@@ -87,14 +89,14 @@ def test_a_context_tells_image_and_text_apart_as_the_data_do(kind: str) -> None:
     rows = ImageText.open("shapes", reader_of(processing), rows=3)
     batch = rows.batch(rows)
     inputs = {name: each for name, each in batch.items() if name not in ("labels", "prompt_lengths")}
-    places, stack = rows.places(batch), last_stack(model)
+    places, stack = rows.kinds(batch), last_stack(model)
     context = stack.context(inputs)
     assert torch.equal(context.modalities["image"], places["image"]) and places["image"].any()
     assert torch.equal(context.modalities["text"], places["prompt"] | places["answer"])
-    said = stack.head(stack.run(context.h, 0, len(stack), context))
+    logits = stack.head(stack.run(context.h, 0, len(stack), context))
     real = batch["attention_mask"].bool()
-    assert torch.equal(said[real], model(**inputs, use_cache=False).logits[real])
-    assert torch.equal(stack.logits(stack.hidden(inputs))[real], said[real])
+    assert torch.equal(logits[real], model(**inputs, use_cache=False).logits[real])
+    assert torch.equal(stack.logits(stack.hidden(inputs))[real], logits[real])
 
 
 @pytest.mark.parametrize(
@@ -105,11 +107,11 @@ def test_they_have_about_as_many_weights_as_they_should(kind: str, millions: flo
     assert model.num_parameters() / 1e6 == pytest.approx(millions, rel=0.2)
 
 
-def test_larger_pictures_have_more_positions() -> None:
+def test_larger_images_have_more_positions() -> None:
     for kind in ("llava", "qwen3_vl_moe"):
         _, processor = shapes_vlm(kind, size=64, num_hidden_layers=2)
         rows = ImageText.open("shapes", reader_of(Processing(processor)), rows=2, pixels=64)
-        assert int(rows.places(rows.batch(rows))["image"].sum()) == 2 * 256
+        assert int(rows.kinds(rows.batch(rows))["image"].sum()) == 2 * 256
 
 
 def test_experts_are_known_with_their_number() -> None:
@@ -133,9 +135,9 @@ def test_a_processor_that_asks_for_code_of_its_folder_is_refused(folders: dict[s
     folder = Path(shutil.copytree(folders["llava"], tmp_path / "model"))
     (folder / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Mine: pass\n")
     for file in ("processor_config.json", "tokenizer_config.json"):
-        said = json.loads((folder / file).read_text())
-        said |= {"processor_class": "Mine", "auto_map": {"AutoProcessor": "mine.Mine"}}
-        (folder / file).write_text(json.dumps(said))
+        document = json.loads((folder / file).read_text())
+        document |= {"processor_class": "Mine", "auto_map": {"AutoProcessor": "mine.Mine"}}
+        (folder / file).write_text(json.dumps(document))
     with pytest.raises(LamellaError) as error:
         open_processor(folder)
     assert "\n" not in str(error.value) and not (tmp_path / "ran").exists()

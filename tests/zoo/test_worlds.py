@@ -1,4 +1,4 @@
-"""The world of shapes: what is said of a picture is true of its pixels, which are read here by other means."""
+"""The synthetic shapes: text about an image is true of its pixels, which are parsed here by independent code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lamella.errors import CalibrationError
-from lamella.zoo.worlds import NOVEL, TASKS, WORDS, Scene, examples, render, scenes, word_tokenizer
+from lamella.zoo.worlds import NOVEL, TASKS, WORDS, ShapeScene, examples, render, scenes, word_tokenizer
 
 # What anyone would call these colours, by which channels are on.
 CHANNELS = {(1, 0, 0): "red", (0, 1, 0): "green", (0, 0, 1): "blue", (1, 1, 0): "yellow", (1, 0, 1): "purple",
@@ -29,7 +29,7 @@ class Seen(NamedTuple):
 
 
 def look(image: np.ndarray) -> list[Seen]:
-    """The things in a picture, from its pixels alone."""
+    """Return the objects in an image, from its pixels alone."""
     size = len(image) // 4
     found = []
     for row, column in itertools.product(range(4), range(4)):
@@ -93,9 +93,9 @@ def expected(prompt: str, things: list[Seen]) -> str:
 
 def entailed(prompt: str, things: list[Seen], shapes: list[Seen]) -> str:
     covered = len(shapes) < len(things)
-    said = re.fullmatch(r"is it true that (.*)\?", prompt)
-    assert said is not None, prompt
-    sentence = said[1]
+    matched = re.fullmatch(r"is it true that (.*)\?", prompt)
+    assert matched is not None, prompt
+    sentence = matched[1]
     if match := re.fullmatch(r"there is a (\w+) (\w+)", sentence):
         return "yes" if named(shapes, match[1], match[2]) else "maybe" if covered else "no"
     if match := re.fullmatch(r"the shape in (row \w+ column \w+) is (\w+)", sentence):
@@ -114,12 +114,12 @@ def entailed(prompt: str, things: list[Seen], shapes: list[Seen]) -> str:
 
 @pytest.mark.parametrize("size", [32, 48, 64])
 @pytest.mark.parametrize("part", PARTS)
-def test_pictures_show_what_the_scene_holds(part: Any, size: int) -> None:
+def test_images_show_the_objects_of_the_scene(part: Any, size: int) -> None:
     for number, scene in zip(range(60), scenes(part, seed=4, tiles=True), strict=False):
         image = render(scene, size, seed=number)
         assert image.shape == (size, size, 3) and image.dtype == np.uint8
-        assert look(image) == [tuple(each) for each in scene.things]
-        assert look(render(scene, size)) == [tuple(each) for each in scene.things]
+        assert look(image) == [tuple(each) for each in scene.objects]
+        assert look(render(scene, size)) == [tuple(each) for each in scene.objects]
 
 
 @pytest.mark.parametrize("task", [name for name in TASKS if name != "premise"])
@@ -128,7 +128,7 @@ def test_answers_are_true_of_the_pixels(task: str) -> None:
         assert expected(each.prompt, look(each.image)) == each.answer, each.prompt
 
 
-def test_a_premise_is_the_caption_of_the_picture() -> None:
+def test_a_premise_is_the_caption_of_the_image() -> None:
     for each in examples(["premise"], 60, seed=2):
         premise, prompt = each.prompt.split(". ")
         things = look(each.image)
@@ -136,12 +136,12 @@ def test_a_premise_is_the_caption_of_the_picture() -> None:
 
 
 def test_examples_show_no_more_than_they_may() -> None:
-    counts = {len(each.scene.things) for each in examples(["caption", "list"], 60, most=2)}
+    counts = {len(each.scene.objects) for each in examples(["caption", "list"], 60, most=2)}
     assert counts == {1, 2}
 
 
 def test_parts_never_meet() -> None:
-    shown: dict[str, set[Scene]] = {}
+    shown: dict[str, set[ShapeScene]] = {}
     for part in PARTS:
         for seed in range(3):
             some = itertools.islice(scenes(part, seed, (1, 2)), 400)
@@ -149,7 +149,7 @@ def test_parts_never_meet() -> None:
     for one, other in itertools.combinations(PARTS, 2):
         assert not shown[one] & shown[other]
     combinations = {
-        part: {(e.colour, e.shape) for scene in found for e in scene.things} for part, found in shown.items()
+        part: {(e.colour, e.shape) for scene in found for e in scene.objects} for part, found in shown.items()
     }
     assert not (combinations["calibration"] | combinations["test"]) & NOVEL and combinations["novel"] >= NOVEL
 
@@ -204,4 +204,4 @@ def test_what_there_is_not_is_refused_in_one_line() -> None:
         next(scenes("train"))  # type: ignore[arg-type]
     for size in (16, 33):
         with pytest.raises(CalibrationError, match="give a multiple of 4, 32 or more"):
-            render(Scene(()), size)
+            render(ShapeScene(()), size)

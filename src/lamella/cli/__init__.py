@@ -1,8 +1,8 @@
-"""The command line: declared commands, made from their signatures, and the few that are written by hand."""
+"""The command line: declared commands, generated from their signatures, and a few that are written by hand."""
 
 import os
 
-# Threads that wait for work must not spin: on a machine with other work they take the cores that they wait for. OpenMP
+# Threads that wait for work must not spin: on a busy machine they would take the cores that they wait for. OpenMP
 # reads this once, when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

@@ -1,4 +1,4 @@
-"""The commands of ``lamella``, and the one place where errors become a line and an exit code."""
+"""The ``lamella`` program, and the one place where errors become a line and an exit code."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ app.add_typer(
     typer.Typer(
         name="run",
         cls=Methods,
-        help="Run any method: lamella run SLUG --help says what it takes. Methods with several steps have a command "
-        "for each, behind the slug.",
+        help="Run any method; lamella run SLUG --help explains its inputs and options. Methods with several steps have "
+        "a command for each, after the slug.",
         no_args_is_help=True,
     )
 )
@@ -38,46 +38,44 @@ app.add_typer(
     typer.Typer(
         name="plan",
         cls=Planners,
-        help="Make plans with one method: the same as lamella run SLUG, for the methods that plan. The folder holds "
-        "the series and plan.json, the plan that answers the budget.",
+        help="Make plans with one method: the same as lamella run SLUG, for planning methods. The folder contains "
+        "the series and plan.json, the plan that fits the budget.",
         no_args_is_help=True,
     )
 )
 errors = Console(stderr=True)
-INTERRUPTED = 130  # what shells expect of a program that was stopped by Ctrl-C
+INTERRUPTED = 130  # exit code of a program that was stopped by Ctrl-C
 
 
-def _say_version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(f"lamella {__version__}")
         raise typer.Exit
 
 
 @app.callback()
 def options(
-    threads: int = typer.Option(
-        0, help="CPU threads to compute with; 0 leaves the choice to torch.", show_default=False
-    ),
+    threads: int = typer.Option(0, help="Number of CPU threads; 0 leaves the choice to torch.", show_default=False),
     dtype: str = typer.Option(
         "",
         metavar="TYPE",
-        help="Open models in float32, bfloat16 or float16. Else as stored, but in float32 on a CPU where they fit.",
+        help="Open models in float32, bfloat16 or float16. By default as stored, but in float32 on a CPU if they fit.",
         show_default=False,
     ),
     device: str = typer.Option(
-        "", help="Where models run, such as cpu or cuda:1; the first GPU if left out.", show_default=False
+        "", help="Device of the models, such as cpu or cuda:1; defaults to the first GPU.", show_default=False
     ),
     prove_again: bool = typer.Option(
         False,
         "--prove-again",
-        help="Prove again what is derived of a model without an entry, also where an earlier proof is remembered.",
+        help="Repeat the proof of a derived architecture, even if an earlier proof is cached.",
     ),
     debug: bool = typer.Option(False, help="Show the traceback of an error."),
     version: bool = typer.Option(
-        False, "--version", help="Show the version and stop.", is_eager=True, callback=_say_version
+        False, "--version", help="Show the version and stop.", is_eager=True, callback=_print_version
     ),
 ) -> None:
-    """Options that every command takes; they go before the command."""
+    """Options of every command; they go before the command."""
     if threads:
         import torch
 
@@ -89,10 +87,13 @@ def options(
 
 
 def main() -> None:
-    """Run the command line; errors that the user can mend are one line and exit code 2."""
+    """Run the command line; errors that the user can fix are one line and exit code 2."""
     warnings.showwarning = _show_warning
-    for talker in ("torchao", "torch.utils._pytree"):  # of kernels for other machines, when transformers imports it
-        logging.getLogger(talker).setLevel(logging.ERROR)
+    for name in (
+        "torchao",
+        "torch.utils._pytree",
+    ):  # they report kernels of other machines when transformers imports them
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app(arguments_of(sys.argv[1:]))
     except LamellaError as error:
@@ -101,16 +102,16 @@ def main() -> None:
         errors.print(f"[bold red]lamella:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        _say_interrupted()
+        _print_interrupted()
         raise SystemExit(INTERRUPTED) from None
     except SystemExit as stop:
         if stop.code == INTERRUPTED:  # typer turns the interrupt of a command into this
-            _say_interrupted()
+            _print_interrupted()
         raise
 
 
-def _say_interrupted() -> None:
-    errors.print("[bold]lamella:[/bold] interrupted; the same command goes on where a journal was kept", soft_wrap=True)
+def _print_interrupted() -> None:
+    errors.print("[bold]lamella:[/bold] interrupted; the same command resumes if it keeps a journal", soft_wrap=True)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:

@@ -1,4 +1,4 @@
-"""Runs as files: ``run.yaml`` says what a command was given, and ``--config`` gives it again."""
+"""Runs as files: ``run.yaml`` records the arguments of a command, and ``--config`` repeats them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ COMMAND, PLANNERS = "command", "planners"
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """What a file says.
+    """Read a configuration file.
+
+    Args:
+        file: the file.
 
     Raises:
-        MethodError: for a file that is no mapping of names to values.
+        MethodError: if the file is no mapping of names to values.
     """
     import yaml
 
@@ -26,22 +29,26 @@ def read_config(file: Path) -> dict[str, Any]:
         reason = " ".join(str(error).split())[:200]
         raise MethodError(f"{file}: cannot be read as YAML ({reason}): give the run.yaml of a run") from None
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
-        raise MethodError(f"{file}: says no names with values: give the run.yaml of a run")
+        raise MethodError(f"{file}: is no mapping of names to values: give the run.yaml of a run")
     return found
 
 
 def defaults_of(file: Path, entry: Method) -> dict[str, Any]:
-    """The values of a file as the command line of a command has them: lists of an option are entries with commas.
+    """Return the values of a file in the form of the command line: lists of an option are joined by commas.
+
+    Args:
+        file: the file.
+        entry: the command.
 
     Raises:
         MethodError: for a permission, which a file cannot give.
     """
     found = {name: each for name, each in read_config(file).items() if name not in (COMMAND, PLANNERS)}
     options = entry.declared.options
-    asked = next((name for name in found if name in PERMISSIONS and found[name]), None)
-    if asked is not None:
+    permission = next((name for name in found if name in PERMISSIONS and found[name]), None)
+    if permission is not None:
         raise MethodError(
-            f"{file}: {asked} cannot be set by a file: leave it out, and type --{asked.replace('_', '-')}"
+            f"{file}: {permission} cannot be set by a file: remove it, and type --{permission.replace('_', '-')}"
         )
     return {
         name: ",".join(map(str, each)) if name in options and isinstance(each, list) else each
@@ -50,10 +57,13 @@ def defaults_of(file: Path, entry: Method) -> dict[str, Any]:
 
 
 def arguments_of(arguments: list[str]) -> list[str]:
-    """A command line that begins with ``--config FILE``, as one of the command that the file names.
+    """Expand a command line that begins with ``--config FILE`` to one of the command that the file names.
+
+    Args:
+        arguments: the command line.
 
     Raises:
-        MethodError: for a file that names no command.
+        MethodError: if the file names no command.
     """
     if arguments[:1] != ["--config"] or len(arguments) < 2:
         return arguments
@@ -63,7 +73,9 @@ def arguments_of(arguments: list[str]) -> list[str]:
     if not isinstance(command, str) or any(word.startswith("-") for word in command.split()):
         raise MethodError(f"{arguments[1]}: names no command: give the run.yaml of a run, or name the command")
     if not isinstance(options, dict) or not all(isinstance(each, dict) for each in options.values()):
-        raise MethodError(f"{arguments[1]}: {PLANNERS} are no options by planner: give the run.yaml of a run")
+        raise MethodError(
+            f"{arguments[1]}: {PLANNERS} is no mapping of planners to options: give the run.yaml of a run"
+        )
     dotted = [part for slug, given in options.items() for name, value in given.items()
               for part in (f"--{slug}.{name.replace('_', '-')}", str(value))]  # fmt: skip
     return [*command.split(), "--config", *arguments[1:], *dotted]

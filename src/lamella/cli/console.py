@@ -1,4 +1,4 @@
-"""What the commands share: printing for people or for machines, and reading options."""
+"""Shared parts of the commands: output for people or for machines, and parsing of options."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ ModelArgument = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document for machines instead of a table.")]
 PLAIN = (bool, int, float, str, Path)
-SEED_HELP = "Seed of everything that is drawn."
-STACK_HELP = "Which stack, of a model with several; if left out, the only one that the method works on."
+SEED_HELP = "Random seed."
+STACK_HELP = "Name of the stack, for a model with several; defaults to the only one that the method works on."
 SeedOption = Annotated[int, typer.Option(help=SEED_HELP)]
 
 
 @contextmanager
 def working() -> Iterator[None]:
-    """Show progress on stderr, and keep the libraries' own bars and notices quiet."""
+    """Show progress on stderr, and silence the bars and messages of other libraries."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging
 
@@ -46,12 +46,20 @@ def working() -> Iterator[None]:
 
 
 def print_json(value: Any) -> None:
+    """Print a value as JSON."""
     if is_first():
         print(json.dumps(value, indent=2, default=str))
 
 
 def table(title: str, columns: Sequence[Any], rows: Sequence[Sequence[Any]], console: Console = out) -> None:
-    """Print a table; numbers go to the right, and nothing in it is markup."""
+    """Print a table with numbers aligned to the right; nothing in it is interpreted as markup.
+
+    Args:
+        title: one line.
+        columns: the headers.
+        rows: one cell for each column.
+        console: where it is printed.
+    """
     content = Table(title, columns, rows)
     grid = Grid(title=Text(title), title_justify="left", title_style="bold", header_style="bold")
     for header, numeric in zip(content.headers, content.numeric, strict=True):
@@ -62,23 +70,31 @@ def table(title: str, columns: Sequence[Any], rows: Sequence[Sequence[Any]], con
 
 
 def print_summary(summary: Summary, notes: Sequence[str]) -> None:
-    """Print what a run found."""
+    """Print the summary of a run.
+
+    Args:
+        summary: the summary.
+        notes: further remarks.
+    """
     for each in summary.tables:
         table(each.title, each.columns, each.rows)
     for line in (summary.verdict, *summary.lines, *(f"note: {note}" for note in notes)):
         out.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
-def is_said(option: Parameter) -> bool:
-    """Whether a command line can say the values of an option."""
+def is_writable(option: Parameter) -> bool:
+    """Return whether the values of an option can be written on a command line."""
     return bool(choices(option)) or any(kind in PLAIN or get_origin(kind) is tuple for kind in option.kinds)
 
 
-def parsed(slug: str, option: Parameter, text: str, said: str) -> Any:
-    """The value of an option.
+def parsed(slug: str, option: Parameter, text: str, written: str) -> Any:
+    """Parse the value of an option.
 
     Args:
-        said: how it was written, for the message.
+        slug: the command, for messages.
+        option: the option.
+        text: the value.
+        written: the argument as written, for messages.
 
     Raises:
         MethodError: for a value of another type.
@@ -95,8 +111,8 @@ def parsed(slug: str, option: Parameter, text: str, said: str) -> Any:
                 return kind(text)
         for kind in (each for each in option.kinds if get_origin(each) is tuple):
             if text.strip() and not all(parts):
-                raise MethodError(f"{said}: an entry is empty; write them with single commas")
-            found = tuple(_entry(entries(kind)[0], part, said) for part in parts) if text.strip() else ()
+                raise MethodError(f"{written}: an entry is empty; separate entries by single commas")
+            found = tuple(_entry(entries(kind)[0], part, written) for part in parts) if text.strip() else ()
             if Ellipsis in get_args(kind) or len(found) == len(get_args(kind)):
                 return found
     except (ValueError, KeyError):
@@ -104,22 +120,22 @@ def parsed(slug: str, option: Parameter, text: str, said: str) -> Any:
     plain = [kind.__name__ for kind in option.kinds if kind in PLAIN[:-1]]
     lists = [_list_of(entries(kind)) for kind in option.kinds if get_origin(kind) is tuple]
     if known and not plain and not lists:
-        raise MethodError(f"{said}: choose one of {', '.join(map(str, known))}")
+        raise MethodError(f"{written}: choose one of {', '.join(map(str, known))}")
     expected = " or ".join([*known, *sorted(plain), *lists])
     if expected:
-        raise MethodError(f"{said}: {slug} takes {expected} there")
+        raise MethodError(f"{written}: {slug} expects {expected}")
     raise MethodError(f"{slug}: option '{option.name}' is for the Python API, not for the command line")
 
 
 def _list_of(kinds: tuple[Any, ...]) -> str:
     what = "numbers" if kinds[0] in (int, float) else "words"
-    return f"{what} with commas" if Ellipsis in kinds else f"{len(kinds)} {what} with commas"
+    return f"{what} separated by commas" if Ellipsis in kinds else f"{len(kinds)} {what} separated by commas"
 
 
-def _entry(kind: Any, text: str, said: str) -> Any:
-    """One entry of a list, of a plain type or out of some words."""
+def _entry(kind: Any, text: str, written: str) -> Any:
+    """Parse one entry of a list, of a plain type or one of some choices."""
     if get_origin(kind) is not Literal:
         return kind(text)
     if text not in get_args(kind):
-        raise MethodError(f"{said}: choose among {', '.join(get_args(kind))}")
+        raise MethodError(f"{written}: choose among {', '.join(get_args(kind))}")
     return text

@@ -1,4 +1,4 @@
-"""The JSON schema of what a command takes, made from its signature."""
+"""The JSON schema of a command's inputs and options, generated from its signature."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def schema_of(entry: Method, name: str) -> dict[str, Any]:
-    """The schema of a command's inputs and options, by the names that Python and ``--config`` take.
+    """Return the JSON schema of a command's inputs and options, by their names in Python and in ``--config``.
 
     Args:
-        name: of the command, as it is typed.
+        entry: the command.
+        name: the command as typed.
     """
     contract = entry.declared
     properties = {each.name: _input(each) for each in contract.inputs.values()}
@@ -39,7 +40,7 @@ def schema_of(entry: Method, name: str) -> dict[str, Any]:
 
 
 def _needed(each: Parameter) -> bool:
-    """Whether nothing stands for an input that is not given."""
+    """Return whether an input has no default."""
     kind = kind_of(each)
     return not (getattr(kind, "nameless", False) or hasattr(kind, "default")) and each.split != "test"
 
@@ -49,18 +50,18 @@ def _is_plain(option: Parameter) -> bool:
 
 
 def _input(each: Parameter) -> dict[str, Any]:
-    """An input, which is given by name: a file, a folder, or a built-in name."""
+    """Return the schema of an input, which is given by name: a file, a folder, or a built-in name."""
     one: dict[str, Any] = {"type": "string"}
     kind = kind_of(each)
-    if each.named:
+    if each.is_mapping:
         one = {"type": "object", "additionalProperties": one}
-    elif each.many or getattr(kind, "many", False):
+    elif each.is_repeated or getattr(kind, "many", False):
         one = {"type": "array", "items": one}
     return one | ({"description": each.help} if each.help else {})
 
 
 def _option(each: Parameter) -> dict[str, Any]:
-    """An option: its types, choices, bounds and default."""
+    """Return the schema of an option: its types, choices, bounds and default."""
     forms = [_form(kind, limits(each)) for kind in each.kinds if _is_written(kind)]
     if each.default is None:
         forms.append({"type": "null"})
@@ -71,12 +72,12 @@ def _option(each: Parameter) -> dict[str, Any]:
 
 
 def _is_written(kind: Any) -> bool:
-    """Whether JSON can say the values of a type."""
+    """Return whether JSON can represent the values of a type."""
     return kind in TYPES or get_origin(kind) is Literal or (get_origin(kind) is tuple and _is_written(entries(kind)[0]))
 
 
 def _form(kind: Any, notes: Iterable[Any]) -> dict[str, Any]:
-    """The schema of one type."""
+    """Return the schema of one type."""
     if get_origin(kind) is Literal:
         return {"enum": list(get_args(kind))}
     if get_origin(kind) is not tuple:

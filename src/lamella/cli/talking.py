@@ -1,4 +1,4 @@
-"""The command that talks to a model."""
+"""The ``chat`` command."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ from lamella.errors import MethodError
 @app.command()
 def chat(
     model: ModelArgument,
-    plan_file: Annotated[str | None, typer.Option("--plan", help="Apply this plan first.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="Answer this and stop, instead of talking.")] = None,
-    tokens: Annotated[int, typer.Option(help="The most new tokens of one answer.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 always takes the most likely token.")] = 0.0,
+    plan_file: Annotated[str | None, typer.Option("--plan", help="Plan to apply to the model.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Answer this prompt and exit.")] = None,
+    tokens: Annotated[int, typer.Option(help="Maximum number of new tokens per answer.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature; 0 always takes the most likely token.")
+    ] = 0.0,
     seed: SeedOption = 0,
     json: JsonOption = False,
 ) -> None:
-    """Talk to a model, to a plan or to an exported checkpoint; answers stream. End with an empty line.
+    """Chat with a model, with or without a plan, or with an exported checkpoint; answers are streamed.
+
+    An empty line ends the chat.
 
     Example: lamella chat smollm2 --plan plan.json
     """
@@ -29,26 +33,26 @@ def chat(
 
     from lamella.evaluate.speed import denoises
     from lamella.inputs import check_changed
-    from lamella.zoo import open_tokenizer, open_written
+    from lamella.zoo import open_saved, open_tokenizer
 
     with working():
         for name in (model, plan_file):
             check_changed(name)
-        written = open_written(model)
-        tokenizer = open_tokenizer(written.whole.path or model)
-        speaker = written.running.model if plan_file is None else written.view(plan_file)
-    if denoises(speaker):
+        saved = open_saved(model)
+        tokenizer = open_tokenizer(saved.whole.path or model)
+        generator = saved.running.model if plan_file is None else saved.view(plan_file)
+    if denoises(generator):
         raise MethodError(
-            f"{model} predicts masked tokens, and chat writes one after the other: use lamella.runtime.denoise"
+            f"{model} predicts masked tokens, but chat generates one token after the other: use lamella.runtime.denoise"
         )
     torch.manual_seed(seed)
     settings: dict[str, Any] = {"max_new_tokens": tokens, "do_sample": temperature > 0}
     if temperature > 0:
         settings["temperature"] = temperature
     messages: list[dict[str, str]] = []
-    while (said := prompt if prompt is not None else out.input("[bold]you> [/bold]")).strip():
-        messages.append({"role": "user", "content": said})
-        answer = _answer(speaker, tokenizer, messages, settings, show=not json)
+    while (message := prompt if prompt is not None else out.input("[bold]you> [/bold]")).strip():
+        messages.append({"role": "user", "content": message})
+        answer = _answer(generator, tokenizer, messages, settings, show=not json)
         messages.append({"role": "assistant", "content": answer})
         if prompt is not None:
             break
@@ -56,13 +60,15 @@ def chat(
         print_json({"model": model, "plan": plan_file, "messages": messages})
 
 
-def _answer(speaker: Any, tokenizer: Any, messages: list[dict[str, str]], settings: dict[str, Any], show: bool) -> str:
-    """One answer to the whole conversation; every turn is encoded afresh, as any plan needs it."""
+def _answer(
+    generator: Any, tokenizer: Any, messages: list[dict[str, str]], settings: dict[str, Any], show: bool
+) -> str:
+    """Generate one answer to the whole conversation; every turn is encoded again, since plans may require it."""
     from transformers import TextStreamer
 
     from lamella.zoo import chat_inputs
 
-    inputs = chat_inputs(tokenizer, messages, speaker.device)
+    inputs = chat_inputs(tokenizer, messages, generator.device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
-    ids = speaker.generate(**inputs, **settings, streamer=streamer, pad_token_id=tokenizer.pad_token_id)
+    ids = generator.generate(**inputs, **settings, streamer=streamer, pad_token_id=tokenizer.pad_token_id)
     return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()

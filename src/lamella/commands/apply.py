@@ -1,4 +1,4 @@
-"""A plan carried out: the model that it leaves, as a checkpoint."""
+"""Apply a plan to a model, and export the result as a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from lamella.plan.export import Form, FormOrAuto, export, export_out_of_core, na
 from lamella.registry import command
 from lamella.result import Documents, Evidence, Result, Summary
 from lamella.signature import Argument
-from lamella.zoo import Checkpoint
+from lamella.zoo import LazyCheckpoint
 
 
 @dataclass(kw_only=True)
 class Exported(Result):
-    """A model with its plan, which is written as a checkpoint.
+    """A model with its plan, to be written as a checkpoint.
 
     Attributes:
         model: the original.
-        plan: what it runs.
-        form: of the checkpoint.
-        out_of_core: whether it is copied from disk to disk.
+        plan: the plan.
+        form: form of the checkpoint.
+        out_of_core: whether weights are copied from disk to disk.
     """
 
-    model: Checkpoint
+    model: LazyCheckpoint
     plan: Plan
     form: Form
     out_of_core: bool
@@ -36,6 +36,7 @@ class Exported(Result):
     needs_folder: ClassVar[bool] = True
 
     def save(self, out: Path, documents: Documents, *, overwrite: bool = False, tokenizer: Any = None) -> None:
+        """Write the checkpoint with its documents; see :meth:`lamella.result.Result.save`."""
         files = documents()
         given: dict[str, Any] = {"overwrite": overwrite, "card": files.pop("README.md", None), "files": files}
         if self.out_of_core:
@@ -45,35 +46,36 @@ class Exported(Result):
 
     @classmethod
     def summary(cls, evidence: Evidence) -> Summary:
+        """Summarise the form of the checkpoint and the effect of the plan."""
         found = evidence.findings
         masked = f", {counted(found['masked'], 'weight')} masked" if found["masked"] else ""
         lines = []
         if found["dynamic"]:
-            lines.append("what it skips is skipped when lamella.load opens it; plain transformers runs the whole model")
+            lines.append("layers are skipped when lamella.load opens it; plain transformers runs the whole model")
         if found["adapters"]:
-            lines.append("its adapters run when lamella.load opens it; plain transformers leaves them out")
+            lines.append("its adapters run when lamella.load opens it; plain transformers ignores them")
         return Summary(f"{found['form']} checkpoint, {found['effect']}{masked}.", lines=lines)
 
 
 @command("apply", verb="apply", on="any")
 def apply_plan(
-    plan: Plan, model: Annotated[Checkpoint, Argument()], *, form: FormOrAuto = "auto", out_of_core: bool = False
+    plan: Plan, model: Annotated[LazyCheckpoint, Argument()], *, form: FormOrAuto = "auto", out_of_core: bool = False
 ) -> Exported:
-    """Carry a plan out and export the checkpoint.
+    """Apply a plan to a model and export the checkpoint.
 
     Example: lamella apply plan.json smollm2 -o small --form native
 
     Args:
-        plan: a plan, or a series, which stands for its last plan.
+        plan: a plan, or a series, of which the last plan is used.
         model: the model that the plan is for.
-        form: plain: an ordinary checkpoint (whole layers, common widths). portable: the same function everywhere,
-            single sublayers zeroed. native: all cuts, with a modelling file of its own; plans that skip while
-            generating run when lamella.load opens it. auto: plain where it can, else native.
-        out_of_core: copy from disk to disk in place of loading (plain form): a folder of any size takes a small,
-            constant amount of memory.
+        form: plain: an ordinary checkpoint (whole layers, common widths). portable: the same function in any tool, with
+            single sublayers zeroed. native: all cuts, with a modelling file of its own; dynamic plans run when
+            lamella.load opens it. auto: plain if possible, else native.
+        out_of_core: copy weights from disk to disk instead of loading them (plain form): a checkpoint of any size needs
+            a small, constant amount of memory.
 
     Returns:
-        The model with its plan, which is written as a checkpoint.
+        The model with its plan, to be written as a checkpoint.
 
     Raises:
         PlanError: for a plan of another model, or one that cannot be copied from disk to disk.
@@ -81,8 +83,10 @@ def apply_plan(
     actual: Form = natural_form(plan) if form == "auto" else form
     if out_of_core:
         if actual != "plain":
-            raise PlanError(f"out_of_core writes the plain form, and this plan needs the {actual} one: leave it out")
-        _ = model.folder  # refuses what is no local folder
+            raise PlanError(
+                f"out_of_core writes the plain form, but this plan needs the {actual} form: leave out_of_core out"
+            )
+        _ = model.folder  # refuses models without a local folder
     findings = {
         "form": actual,
         "effect": plan.effect,

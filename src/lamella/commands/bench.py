@@ -1,4 +1,4 @@
-"""Speed of models side by side, in interleaved runs."""
+"""Speed of several models, in interleaved runs."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from annotated_types import Ge, MinLen
 from lamella.data import ImageText
 from lamella.evaluate import bench as timed
 from lamella.evaluate import cost, peak_memory, step_times
-from lamella.evaluate.fidelity import judged
+from lamella.evaluate.fidelity import predicting_stack
 from lamella.plan import Plan
 from lamella.registry import command
 from lamella.result import Evidence, Summary, Table
 from lamella.results import Study
 from lamella.signature import Argument, Split
 from lamella.stack import Model
-from lamella.zoo import Changed, Written
+from lamella.zoo import ComparedModel, SavedModel
 
 
 class Benchmark(Study):
@@ -27,6 +27,7 @@ class Benchmark(Study):
 
     @classmethod
     def summary(cls, evidence: Evidence) -> Summary:
+        """Summarise the speed-ups in a table."""
         found, rows = evidence.findings, []
         for name, timings in found["timings"].items():
             for each in timings:
@@ -45,14 +46,15 @@ class Benchmark(Study):
                 )
         columns = ["model", "batch", "decode speed-up", "predicted", "prefill speed-up", "peak memory"]
         return Summary(
-            f"Speed beside {found['model']}.", [Table("Medians of interleaved rounds (quartiles)", columns, rows)]
+            f"Speed compared with {found['model']}.",
+            [Table("Medians of interleaved rounds (quartiles)", columns, rows)],
         )
 
 
 @command("bench", verb="bench", on="any", brief={"prompt": 8, "tokens": 4, "rounds": 2})
 def bench(
-    model: Written,
-    changed: Annotated[tuple[Changed, ...], Argument()],
+    model: SavedModel,
+    changed: Annotated[tuple[ComparedModel, ...], Argument()],
     text: Annotated[ImageText | None, Split("test")] = None,
     *,
     batch: Annotated[tuple[Annotated[int, Ge(1)], ...], MinLen(1)] = (1, 8),
@@ -61,35 +63,35 @@ def bench(
     rounds: Annotated[int, Ge(1)] = 5,
     memory: bool = False,
 ) -> Benchmark:
-    """Speed of models side by side, in interleaved runs: prefill and decode, as ratios to the first with quartiles.
+    """Measure the speed of several models in interleaved runs: prefill and decode, as ratios to the first.
 
     Example: lamella bench smollm2 plan.json --batch 1,8
     lamella bench VLM plan.json --text shapes:caption
 
     Args:
-        model: the first model; a folder that Lamella wrote runs with its plan.
-        changed: what to compare: plan files, exported folders or models.
-        text: rows of images with text, whose prompts are read in place of random tokens.
+        model: the first model; a folder written by Lamella runs with its plan.
+        changed: models to compare: plan files, exported folders or models.
+        text: rows of images with text, whose prompts replace random tokens.
         batch: batch sizes.
         prompt: tokens of the prompt.
         tokens: decoding steps per round.
-        rounds: the most interleaved rounds.
+        rounds: maximum number of interleaved rounds.
         memory: also measure the peak memory of folders, each in a process of its own.
 
     Returns:
         Timings by name, predicted speed-ups, costs and peak memory.
     """
-    stack: Any = judged(model.whole) if text is None else model.whole
+    stack: Any = predicting_stack(model.whole) if text is None else model.whole
     first = model.whole.name
     models = {first: model.running.model} | {each.name: model.view(each.name) for each in changed}
     timings = timed(models, batch, prompt if text is None else text, tokens, rounds)
-    known = models if text is None else {}  # what a step costs is known of random tokens
+    known = models if text is None else {}  # the cost model predicts steps on random tokens
     plans = {
         name: plan for name, view in known.items() if isinstance(plan := getattr(view, "lamella_plan", None), Plan)
     }
     times = step_times(stack) if plans else None
     predicted = {name: times.speedup(plan) for name, plan in plans.items() if times is not None}
-    own = predicted.pop(first, 1.0)  # of the first model, which the others are compared with
+    own = predicted.pop(first, 1.0)  # of the first model, the reference
     peaks = {name: peak_memory(folder).as_dict() for name, folder in _folders(stack, models).items() if memory}
     return Benchmark(
         findings={
@@ -103,7 +105,7 @@ def bench(
 
 
 def _folders(stack: Model, models: dict[str, Any]) -> dict[str, Path]:
-    """The folders of models that are some, by name."""
+    """Return the folders of those models that have one, by name."""
     folders = {name: Path(name) for name in models if Path(name).is_dir()}
     if stack.path is not None:
         folders[next(iter(models))] = stack.path

@@ -1,4 +1,4 @@
-"""What methods learn of the same new text with the same tokens, and what each forgets for it."""
+"""Compare methods that adapt a model to a text: what each learns from the same tokens, and what it forgets."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TESTED = 8  # windows of each text
 
 
 def _learn(names: Sequence[str]) -> bool:
-    """Check that each method learns from a text alone."""
+    """Check that each method learns from a text only."""
     return all(_learner(get_method(name)) for name in names)
 
 
@@ -55,83 +55,84 @@ def compare(
     work: Work = Work(),
     seed: int = 0,
 ) -> Study:
-    """What methods that adapt a model learn of one text by the same tokens, and what each forgets.
+    """Compare methods that adapt a model to a text: what each learns from the same tokens, and what it forgets.
 
-    Every method trains from the original for some fractions of the steps, with one batch in each step, and its own
-    recipe otherwise. Learning is the loss on the test split of the new text; forgetting is how far the loss on old
-    texts has risen, and the divergence from the original there. An interrupted comparison goes on.
+    Every method trains from the original for several fractions of the steps, with one batch per step, and otherwise by
+    its own recipe. Learning is the loss on the test split of the new text; forgetting is the increase of the loss on
+    old texts, and the divergence from the original there. An interrupted comparison resumes.
 
     Example: lamella compare smollm2 --new manual.txt --old pydoc --method lora,layra,smora -o compared
 
     Args:
         stack: a decoder; it is not changed.
         new: the text to learn.
-        old: texts like those that the model knows; nothing trains on them.
-        method: methods; all that adapt a model to a text when left out.
+        old: texts like those that the model knows; they are not trained on.
+        method: methods; defaults to all that adapt a model to a text.
         steps: optimizer steps of the longest run.
         batch: windows in a step.
-        lr: learning rates to try for all steps; of each method the one with the lowest loss on further windows of the
-            new text is reported. Its own rate when left out.
-        at: fractions of the steps at which each method is trained from the start.
-        work: where an interrupted run goes on from.
-        seed: of all random draws.
+        lr: learning rates to try for all steps; for each method the one with the lowest loss on validation windows of
+            the new text is reported. Defaults to the method's own rate.
+        at: fractions of the steps at which each method is evaluated, each trained from the start.
+        work: folder from which an interrupted run resumes.
+        seed: random seed.
 
     Returns:
         The points of each method.
 
     Raises:
-        MethodError: for a method that does not learn from a text. Of methods that were not named, those that refuse the
-            model are left out, and a note says why.
-        CalibrationError: for a text that is too short.
+        MethodError: for a method that does not learn from a text. If no methods are named, those that refuse the model
+            are skipped with a note.
+        CalibrationError: if a text is too short.
     """
     entries = [_learner(get_method(name)) for name in method] if method else learners()
     length = new.tokens.shape[1]
     bench = Bench(stack, new, old, windows=steps * batch, length=length, least=batch, seed=seed)
     texts = {"new": new.source.name, "old": [each.source.name for each in old]}
-    given = texts | {"steps": steps, "batch": batch, "length": length, "lr": list(lr), "at": list(at)}
-    depends = {**given, "seed": seed, "model": ModelReference.of(stack).model_dump(mode="json")}
-    finished = Finished(work.place() / "points.jsonl", depends)
+    settings = texts | {"steps": steps, "batch": batch, "length": length, "lr": list(lr), "at": list(at)}
+    depends = {**settings, "seed": seed, "model": ModelReference.of(stack).model_dump(mode="json")}
+    finished = Finished(work.directory() / "points.jsonl", depends)
 
     counts = sorted({max(1, round(part * steps)) for part in at})
 
     def point(entry: Method, rate: float | None, count: int) -> dict[str, Any]:
-        """What a method has learnt and lost after so many steps, with one rate."""
-        asked = {"steps": count, "batch": batch, "accumulate": 1} | ({} if rate is None else {"lr": rate})
+        """Train a method for a number of steps with one learning rate, and evaluate it."""
+        options = {"steps": count, "batch": batch, "accumulate": 1} | ({} if rate is None else {"lr": rate})
         name = f"{entry.slug}-{rate or 'own'}-{count}"
-        found = finished.once(name, partial(bench.run, entry, asked, work.within(name)))
+        found = finished.once(name, partial(bench.run, entry, options, work.within(name)))
         return {"lr": rate, "steps": count, **found}
 
-    def way(entry: Method) -> list[dict[str, Any]]:
-        """The points of a method, with the rate that is best at the end."""
+    def points_of(entry: Method) -> list[dict[str, Any]]:
+        """Return the points of a method, with the learning rate that is best at the end."""
         *before, last = counts
         end = min((point(entry, rate, last) for rate in lr or (None,)), key=lambda each: each["choose"])
         return [*(point(entry, end["lr"], count) for count in before), end]
 
     points: dict[str, list[dict[str, Any]]] = {}
-    left_out = []
+    skipped = []
     for entry in track(entries, "comparing methods"):
         try:
-            points[entry.slug] = way(entry)
+            points[entry.slug] = points_of(entry)
         except LamellaError as error:
-            if method:  # it was asked for
+            if method:  # it was named
                 raise
-            left_out.append(f"{entry.slug} is left out: {error}.")
+            skipped.append(f"{entry.slug} is skipped: {error}.")
     if not points:
-        raise MethodError(f"no method can be compared on {stack.name}. {' '.join(left_out)}")
-    findings = {"before": bench.judged(stack.model), "points": points}
-    return Study(findings=findings, data=bench.data, notes=[*_notes(findings), *left_out])
+        raise MethodError(f"no method can be compared on {stack.name}. {' '.join(skipped)}")
+    findings = {"before": bench.evaluated(stack.model), "points": points}
+    return Study(findings=findings, data=bench.data, notes=[*_notes(findings), *skipped])
 
 
 class Bench:
-    """The original, what is learnt, and the texts by which methods are judged.
+    """The original, the texts to learn, and the texts for evaluation.
 
     Args:
         stack: the original.
-        new, old: texts.
-        windows: how many of the new text are learnt, where it has so many; longer training sees them again.
+        new: the text to learn.
+        old: texts for measuring forgetting.
+        windows: number of windows of the new text to train on, if there are that many; longer training repeats them.
         length: tokens in each.
-        least: how many of the new text there must be.
-        seed: of what is drawn.
+        least: minimum number of windows of the new text.
+        seed: random seed.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class Bench:
     ) -> None:
         self.stack, self.tokenizer, self.new = stack, new.tokenizer, new.source.name
         count = min(windows, available(self.tokenizer, self.new, length, least))
-        self.given = {"sequences": count, "length": length, "seed": seed}
+        self.settings = {"sequences": count, "length": length, "seed": seed}
         source = load_text(self.new, "test")
         tokens = cut(self.tokenizer, source, 2 * TESTED, length, seed)
         self.data = {"new": source.provenance(tokens)}
@@ -151,20 +152,30 @@ class Bench:
             self.old[name] = FidelityTest(stack, tokens)
             self.data[f"old: {name}"] = source.provenance(tokens)
 
-    def run(self, entry: Method, asked: dict[str, Any], work: Work) -> dict[str, Any]:
-        """Train one method, count the tokens that it has read, and judge it."""
-        given = {"stack": self.stack, **_texts(entry, self.new, next(iter(self.old))), **self.given}
+    def run(self, entry: Method, options: dict[str, Any], work: Work) -> dict[str, Any]:
+        """Train one method, count the tokens that it has seen, and evaluate it.
+
+        Args:
+            entry: the method.
+            options: options of the method.
+            work: folder of the training.
+        """
+        given = {"stack": self.stack, **_texts(entry, self.new, next(iter(self.old))), **self.settings}
         opening = Opening(entry, given)
         opening.known_tokenizer = self.tokenizer
         inputs = [opening(each) for each in entry.signature.inputs.values()]
-        torch.manual_seed(self.given["seed"])
-        result = entry(*inputs, **entry.signature.completed(asked, work, seed=self.given["seed"]))
-        judged = self.judged(result.view if isinstance(result, Edit) else result.stack.model)
-        return {"tokens": sum(log.samples for log in _logs(result)) * self.given["length"], **judged}
+        torch.manual_seed(self.settings["seed"])
+        result = entry(*inputs, **entry.signature.fill(options, work, seed=self.settings["seed"]))
+        scores = self.evaluated(result.view if isinstance(result, Edit) else result.stack.model)
+        return {"tokens": sum(log.samples for log in _logs(result)) * self.settings["length"], **scores}
 
     @torch.no_grad()
-    def judged(self, model: Any) -> dict[str, Any]:
-        """The loss on the new text, to choose a rate by and to report, and what has become of the old ones."""
+    def evaluated(self, model: Any) -> dict[str, Any]:
+        """Return the loss on validation and test windows of the new text, and the changes on the old texts.
+
+        Args:
+            model: the model.
+        """
         old = {}
         for name, test in self.old.items():
             found = test.of(model)
@@ -174,47 +185,51 @@ class Bench:
 
 
 def learners() -> list[Method]:
-    """All methods that adapt a model to a text, and need nothing but texts."""
+    """Return all methods that adapt a model to a text, and need no other inputs."""
     return [each for each in methods().values() if _is_learner(each)]
 
 
 def _is_learner(entry: Method) -> bool:
     if entry.purpose != "adapt":
         return False
-    wanted = [each for each in entry.signature.inputs.values() if each.default is EMPTY]
-    return [each.name for each in wanted[:1]] == ["stack"] and len(wanted) > 1 and all(map(_is_text, wanted[1:]))
+    required = [each for each in entry.signature.inputs.values() if each.default is EMPTY]
+    return [each.name for each in required[:1]] == ["stack"] and len(required) > 1 and all(map(_is_text, required[1:]))
 
 
 def _is_text(parameter: Parameter) -> bool:
-    """Whether an input can be opened from any text, as its type says by ``reads_text``."""
+    """Return whether an input can be opened from any text, as its type declares by ``reads_text``."""
     return bool(getattr(kind_of(parameter), "reads_text", False))
 
 
 def _texts(entry: Method, new: str, old: str) -> dict[str, Any]:
-    """What a method reads: the first text that it must be given is new, and one beside it stands for what is known."""
+    """Return the inputs of a method: its first required text is the new text, and another stands for known text."""
     _, first, *others = [each for each in entry.signature.inputs.values() if each.default is EMPTY]
-    return {first.name: {"new": new} if first.named else new} | {each.name: old for each in others}
+    return {first.name: {"new": new} if first.is_mapping else new} | {each.name: old for each in others}
 
 
 def _logs(result: Any) -> Iterable[TrainingLog]:
-    """Of the training run of a result, or of several."""
+    """Return the training logs of a result."""
     return result.logs.values() if hasattr(result, "logs") else [result.log]
 
 
 def _learner(entry: Method) -> Method:
     if not _is_learner(entry):
         known = ", ".join(each.slug for each in learners())
-        raise MethodError(f"{entry.slug} does not learn from a text alone; these do: {known}")
+        raise MethodError(f"{entry.slug} does not learn from a text only; these do: {known}")
     return entry
 
 
 def rise(point: dict[str, Any]) -> float:
-    """By how much the loss on old texts has risen, the mean over them, in nats."""
+    """Return the mean increase of the loss on old texts, in nats.
+
+    Args:
+        point: a point of a method.
+    """
     return fmean(each["rise"] for each in point["old"].values())
 
 
 def _notes(findings: dict[str, Any]) -> list[str]:
-    """Who learns most, and who forgets least."""
+    """Say which method learns most, and which forgets least."""
     before, points = findings["before"]["new"], findings["points"]
     ends = {name: run[-1] for name, run in points.items()}
     most = min(ends, key=lambda name: ends[name]["new"])
@@ -222,29 +237,48 @@ def _notes(findings: dict[str, Any]) -> list[str]:
     if most == least:
         return [f"{most} learns most and forgets least."]
 
-    def said(name: str) -> str:
+    def described(name: str) -> str:
         learnt = before - ends[name]["new"]
-        return f"{learnt:.3f} nats of the new text are learnt, and old ones cost {rise(ends[name]):+.3f}"
+        return (
+            f"the loss on the new text falls by {learnt:.3f} nats, that on old texts changes by {rise(ends[name]):+.3f}"
+        )
 
-    return [f"{most} learns most: {said(most)}.", f"{least} forgets least: {said(least)}."]
+    return [f"{most} learns most: {described(most)}.", f"{least} forgets least: {described(least)}."]
 
 
 def summary(evidence: Evidence) -> Summary:
-    """Where each method ends, in words and a table."""
+    """Summarise the points of each method in a table.
+
+    Args:
+        evidence: the evidence of the comparison.
+    """
     before, points = evidence.findings["before"], evidence.findings["points"]
     rows = [["before", "", "", before["new"], 0.0, 0.0]]
     for name, run in points.items():
         for point in run:
             kl = fmean(each["kl"] for each in point["old"].values())
-            rows.append([name, point["lr"] or "its own", point["tokens"], point["new"], rise(point), kl])
-    columns = ["method", "rate", "tokens", "new text, nats", "old texts, rise in nats", "KL from the original there"]
+            rows.append([name, point["lr"] or "default", point["tokens"], point["new"], rise(point), kl])
+    columns = [
+        "method",
+        "learning rate",
+        "tokens",
+        "loss on the new text, nats",
+        "increase on old texts, nats",
+        "KL from the original on old texts, nats",
+    ]
     name = (evidence.model or {}).get("name", "the model")
-    verdict = f"{name} was taught the same text by {counted(len(points), 'method')}."
+    verdict = f"{name} was trained on the same text by {counted(len(points), 'method')}."
     return Summary(verdict, [Table("Learnt and forgotten", columns, rows)])
 
 
 def figures(evidence: Evidence) -> list[Figure]:
-    """Each method's way: to the left has learnt more, below has forgotten less."""
+    """Plot each method from start to end: points to the left have learnt more, lower points have forgotten less.
+
+    Args:
+        evidence: the evidence of the comparison.
+    """
     before, points = evidence.findings["before"], evidence.findings["points"]
-    ways = {name: [(before["new"], 0.0), *((each["new"], rise(each)) for each in run)] for name, run in points.items()}
-    return [Scatter("loss on the new text, nats", "rise on old texts, nats", ways, joined=True)]
+    curves = {
+        name: [(before["new"], 0.0), *((each["new"], rise(each)) for each in run)] for name, run in points.items()
+    }
+    return [Scatter("loss on the new text, nats", "increase of the loss on old texts, nats", curves, joined=True)]

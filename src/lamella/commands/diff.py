@@ -1,4 +1,4 @@
-"""Two folders of results side by side: what was asked differently, and which measurements differ."""
+"""Compare two folders of results: which options differ, and which measurements."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lamella.results import Study
 from lamella.signature import Argument
 
 SCHEMA = "lamella.evidence/2"
-APART = ("schema", "kind", "provenance", "environment", "notes")  # what is no measurement
+EXCLUDED = ("schema", "kind", "provenance", "environment", "notes")  # fields that are no measurements
 
 
 @dataclass(frozen=True)
@@ -26,22 +26,25 @@ class Results:
     """The evidence in a folder of results, whatever command wrote it.
 
     Attributes:
-        name: of the folder.
-        evidence: as it is written.
+        name: name of the folder.
+        evidence: the JSON document.
     """
 
     name: str
     evidence: Mapping[str, Any]
 
     metavar: ClassVar[str] = "FOLDER"
-    told: ClassVar[str] = "a folder of results, or its evidence.json"
+    source_help: ClassVar[str] = "a folder of results, or its evidence.json"
 
     @classmethod
     def open(cls, name: str | Path) -> Results:
         """Read the evidence of a folder.
 
+        Args:
+            name: the folder, or its evidence.json.
+
         Raises:
-            LamellaError: for a folder without evidence.
+            LamellaError: if there is no evidence.
         """
         path = Path(name).expanduser()
         file = path / "evidence.json" if path.is_dir() else path
@@ -59,42 +62,43 @@ class Results:
         cls.open(name)
 
     def describe(self) -> str:
-        """Its name, for provenance."""
+        """Return the name, for provenance."""
         return self.name
 
 
 class Difference(Study):
-    """What differs between two results."""
+    """The differences of two results."""
 
     kind = "difference"
 
     @classmethod
     def summary(cls, evidence: Evidence) -> Summary:
+        """Summarise the differences in tables."""
         found = evidence.findings
         first, second = found["names"]
-        asked = [[each["name"], each["first"], each["second"]] for each in found["asked"]]
+        options = [[each["name"], each["first"], each["second"]] for each in found["options"]]
         rows = [[each["name"], each["first"], each["second"], each["change"]] for each in found["measured"]]
-        tables = [Table("Asked differently", ["", first, second], asked)] if asked else []
-        tables += [Table("Measured differently", ["", first, second, "change"], rows)] if rows else []
+        tables = [Table("Different options", ["", first, second], options)] if options else []
+        tables += [Table("Different measurements", ["", first, second, "change"], rows)] if rows else []
         count = counted(len(rows), "measurement")
-        return Summary(f"{count} of {found['common']} that both have differ.", tables)
+        return Summary(f"{count} of {found['common']} common ones differ.", tables)
 
 
 @command("diff", verb="diff", on="any")
 def diff(
     first: Results, second: Annotated[Results, Argument()], *, at_least: Annotated[float, Ge(0)] = 0.0
 ) -> Difference:
-    """Compare two folders of results: what was asked differently, and which measurements differ.
+    """Compare two folders of results: which options differ, and which measurements.
 
     Example: lamella diff small healed --at-least 0.01
 
     Args:
         first: a folder of results.
-        second: another one, of the same command or another.
-        at_least: leave out measurements that differ by a smaller share of the first.
+        second: another folder, of the same command or another.
+        at_least: minimum relative difference of the measurements that are listed.
 
     Returns:
-        Both values of every measurement that differs, by its place in the evidence.
+        Both values of every measurement that differs, by its path in the evidence.
     """
     ours, theirs = (dict(_measured(each.evidence)) for each in (first, second))
     common = [name for name in ours if name in theirs]
@@ -104,38 +108,38 @@ def diff(
         if change is None or abs(change) >= at_least:
             measured.append({"name": name, "first": ours[name], "second": theirs[name], "change": change})
     options = [dict(_leaves(each.evidence["provenance"].get("options", {}))) for each in (first, second)]
-    asked = [
-        {"name": name, "first": _said(options[0].get(name)), "second": _said(options[1].get(name))}
+    changed = [
+        {"name": name, "first": _text(options[0].get(name)), "second": _text(options[1].get(name))}
         for name in sorted({*options[0], *options[1]})
         if options[0].get(name) != options[1].get(name)
     ]
     names = [first.name, second.name]
-    return Difference(findings={"names": names, "common": len(common), "asked": asked, "measured": measured})
+    return Difference(findings={"names": names, "common": len(common), "options": changed, "measured": measured})
 
 
 def _measured(evidence: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Every number of the evidence by its place, such as ``fidelity.kl.mean``."""
-    for name, value in _leaves({name: each for name, each in evidence.items() if name not in APART}):
+    """Yield every number of the evidence by its path, such as ``fidelity.kl.mean``."""
+    for name, value in _leaves({name: each for name, each in evidence.items() if name not in EXCLUDED}):
         if isinstance(value, int | float) and not isinstance(value, bool):
             yield name, value
 
 
-def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """What a document holds, by its place."""
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of a document by their paths."""
     if isinstance(value, Mapping):
         for name, each in value.items():
-            yield from _leaves(each, f"{place}.{name}" if place else str(name))
+            yield from _leaves(each, f"{path}.{name}" if path else str(name))
     elif isinstance(value, list):
         for number, each in enumerate(value):
-            yield from _leaves(each, f"{place}.{number}")
+            yield from _leaves(each, f"{path}.{number}")
     else:
-        yield place, value
+        yield path, value
 
 
 def _change(first: float, second: float) -> float | None:
-    """By how much the second is larger, as a share of the first; None where that is zero."""
+    """Return the relative change from the first value to the second; None if the first is zero."""
     return None if first == 0 else (second - first) / abs(first)
 
 
-def _said(value: Any) -> str:
+def _text(value: Any) -> str:
     return "" if value is None else str(value)

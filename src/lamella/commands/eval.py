@@ -1,4 +1,4 @@
-"""How close changed models stay to the original, or how well all of them do on tasks."""
+"""Evaluate changed models: their fidelity to the original, or the scores of all models on tasks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lamella.registry import command
 from lamella.result import Evidence, Summary, Table
 from lamella.results import Study
 from lamella.signature import Argument, Settings, Split
-from lamella.zoo import Changed, Written, open_tokenizer
+from lamella.zoo import ComparedModel, SavedModel, open_tokenizer
 from lamella.zoo.opening import names_plan
 
 Test = Annotated[Text | ImageText, Split("test"), Settings(sequences=8)]
@@ -28,15 +28,16 @@ class Evaluation(Study):
 
     @classmethod
     def summary(cls, evidence: Evidence) -> Summary:
+        """Summarise the fidelities or scores in a table."""
         found = evidence.findings
         return _scores(found) if "scores" in found else _fidelities(found, evidence.data["test"])
 
 
 @command("eval", verb="eval", on="any", brief={"sequences": 2, "length": 16})
 def evaluate(
-    model: Written,
+    model: SavedModel,
     test: Test,
-    changed: Annotated[tuple[Changed, ...], Argument()] = (),
+    changed: Annotated[tuple[ComparedModel, ...], Argument()] = (),
     *,
     whole: bool = False,
     tasks: tuple[str, ...] = (),
@@ -47,42 +48,42 @@ def evaluate(
     run_generated_code: bool = False,
     seed: int = 0,
 ) -> Evaluation:
-    """How close changed models stay to the original, or how well all of them do on tasks.
+    """Evaluate changed models: their fidelity to the original, or the scores of all models on tasks.
 
-    Fidelity: KL, top-1 agreement and perplexity on a text, with standard errors over sequences. With tasks instead the
-    scores of the original and of what is compared, with standard errors over questions, and the differences, which are
-    surer: all answer the same questions. Plans that skip layers while generating are scored as they generate: full
-    depth on the prompt, thin after it.
+    Fidelity: KL divergence, top-1 agreement and perplexity on a text, with standard errors over sequences. With tasks
+    instead: the scores of the original and of changed models, with standard errors over questions, and paired
+    differences, which are more precise since all models answer the same questions. Dynamic plans are scored as they
+    generate: full depth on the prompt, reduced depth after it.
 
     Example: lamella eval smollm2 plan.json --test gsm8k
     lamella eval smollm2 smaller --tasks definitions
 
     Args:
-        model: the original; a folder that Lamella wrote runs with its plan.
-        test: what to measure on: a file gives its last fifth, since plans may have been made on the rest. Of each
-            sequence the first quarter is prompt and not scored. For a model that reads images, rows of these with text.
-        changed: what to compare: plan files, exported folders or models.
-        whole: measure on all of a file, which no plan was made on.
-        tasks: tasks to score on instead: definitions, gsm8k, humaneval, a task of lm-eval's, or a task file (.yaml) of
-            your own. Needs the extra eval.
-        limit: the first so many questions of each task; all when left out.
-        chat: put the questions through the chat template.
-        batch: questions that run together.
-        trust_tasks: task files may name Python functions, which are run, files elsewhere and data of the hub.
-        run_generated_code: humaneval: run what the model writes, in a process that has no network, cannot write files
-            and is soon stopped (on Linux; elsewhere a warning says what is left to it).
-        seed: of the order of few-shot examples.
+        model: the original; a folder written by Lamella runs with its plan.
+        test: text to evaluate on: of a file its last fifth, since plans may have been made on the rest. The first
+            quarter of each sequence is the prompt and not scored. For a model of images and text, rows of these.
+        changed: models to evaluate: plan files, exported folders or models.
+        whole: evaluate on all of a file, if no plan was made on it.
+        tasks: tasks to score on instead: definitions, gsm8k, humaneval, a task of lm-eval, or your own task file
+            (.yaml). Needs the extra eval.
+        limit: maximum number of questions of each task; all if omitted.
+        chat: apply the chat template to the questions.
+        batch: questions in a batch.
+        trust_tasks: task files may name Python functions, which are executed, files elsewhere and data of the hub.
+        run_generated_code: humaneval: execute the generated code, in a process without network access, which cannot
+            write files and has a short time limit (on Linux; elsewhere a warning names what it may do).
+        seed: random seed of the order of few-shot examples.
 
     Returns:
         Fidelities by name, or scores by name.
 
     Raises:
-        PlanError: when there is nothing to compare.
+        PlanError: if there is nothing to compare.
     """
-    check_given(changed, tasks, trust_tasks, run_generated_code)
+    check_options(changed, tasks, trust_tasks, run_generated_code)
     if tasks:
-        asked: dict[str, Any] = {"limit": limit, "chat": chat, "batch": batch, "trusted": trust_tasks}
-        return _scored(model, changed, tasks, asked | {"run_generated_code": run_generated_code, "seed": seed})
+        options: dict[str, Any] = {"limit": limit, "chat": chat, "batch": batch, "trusted": trust_tasks}
+        return _scored(model, changed, tasks, options | {"run_generated_code": run_generated_code, "seed": seed})
     original = model.running
     judge = test.part("whole") if whole else test
     fidelity = FidelityTest(original, judge.tokens if isinstance(judge, Text) else judge)
@@ -93,13 +94,19 @@ def evaluate(
     )
 
 
-def check_given(
-    changed: tuple[Changed, ...] = (),
+def check_options(
+    changed: tuple[ComparedModel, ...] = (),
     tasks: tuple[str, ...] = (),
     trust_tasks: bool = False,
     run_generated_code: bool = False,
 ) -> None:
-    """Check what can be known to be wrong before a model is opened.
+    """Check, before a model is opened, whatever is known to be wrong.
+
+    Args:
+        changed: models to evaluate.
+        tasks: tasks to score on.
+        trust_tasks: whether task files are trusted.
+        run_generated_code: whether generated code may be executed.
 
     Raises:
         LamellaError: for unknown tasks, or nothing to compare.
@@ -110,13 +117,15 @@ def check_given(
         raise PlanError("nothing to compare: give plan files, folders or models, or tasks")
 
 
-def _scored(model: Written, changed: tuple[Changed, ...], tasks: tuple[str, ...], asked: dict[str, Any]) -> Evaluation:
-    """What the original and changed models reach on tasks."""
+def _scored(
+    model: SavedModel, changed: tuple[ComparedModel, ...], tasks: tuple[str, ...], options: dict[str, Any]
+) -> Evaluation:
+    """Score the original and changed models on tasks."""
     whole = model.whole
     tokenizer = open_tokenizer(whole.path or whole.name)
-    scores = {whole.name: score(model.running, tokenizer, tasks, **asked)}
+    scores = {whole.name: score(model.running, tokenizer, tasks, **options)}
     for each in changed:
-        scores[each.name] = score(model.view(each.name), _tokenizer(each.name, tokenizer), tasks, **asked)
+        scores[each.name] = score(model.view(each.name), _tokenizer(each.name, tokenizer), tasks, **options)
     first, *_ = scores.values()
     found = {
         name: [
@@ -125,11 +134,11 @@ def _scored(model: Written, changed: tuple[Changed, ...], tasks: tuple[str, ...]
         ]
         for name, rows in scores.items()
     }
-    return Evaluation(findings={"model": whole.name, "limit": asked["limit"], "scores": found})
+    return Evaluation(findings={"model": whole.name, "limit": options["limit"], "scores": found})
 
 
 def _tokenizer(changed: str, original: Any) -> Any:
-    """That of a changed model: of a plan, or of a folder without one, the original's."""
+    """Return the tokenizer of a changed model: for a plan, or a folder without a tokenizer, the original's."""
     if names_plan(changed):
         return original
     try:

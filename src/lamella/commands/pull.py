@@ -1,4 +1,4 @@
-"""Zoo models and texts, fetched into the cache."""
+"""Download zoo models and texts into the cache."""
 
 from __future__ import annotations
 
@@ -10,36 +10,37 @@ from lamella.zoo import pull as fetch
 
 
 class Pulled(Study):
-    """What the zoo has, or where one of its entries is now."""
+    """The contents of the zoo, or the folder of one of its entries."""
 
     kind = "pulled"
     writes = False
 
     @classmethod
     def summary(cls, evidence: Evidence) -> Summary:
+        """Summarise the zoo in a table, or name the folder."""
         found = evidence.findings
         if "folder" in found:
             return Summary(f"{found['name']} is in {found['folder']}")
         rows = [list(each.values()) for each in found["zoo"]]
-        return Summary("", [Table("The zoo", ["name", "kind", "download", "what it is"], rows)])
+        return Summary("", [Table("The zoo", ["name", "kind", "download", "description"], rows)])
 
 
 @command("pull", verb="pull", on="any")
 def pull(name: str | None = None) -> Pulled:
-    """Fetch a zoo model or text into the cache, once; it needs the network only then.
+    """Download a zoo model or text into the cache, once.
 
     The cache is ~/.cache/lamella; set LAMELLA_CACHE to move it.
 
     Example: lamella pull smollm2
 
     Args:
-        name: what to fetch; without it, the list is shown.
+        name: name of the entry; if omitted, all entries are listed.
 
     Returns:
         The folder, or the list.
 
     Raises:
-        DownloadError: for an unknown name, or when the network fails.
+        DownloadError: for an unknown name, or if the download fails.
     """
     if name is None:
         rows = [

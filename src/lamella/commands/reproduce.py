@@ -16,45 +16,46 @@ FOLDER = Path("reproductions")
 
 
 class Reproduction(Study):
-    """What a reproduction has found."""
+    """The findings of a reproduction."""
 
     kind = "reproduction"
     writes = False
 
     @property
     def code(self) -> int:
-        """The exit code: 0 where the claim holds and nothing fails."""
+        """The exit code: 0 if the claim holds and no check fails."""
         code: int = self.findings["code"]
         return code
 
     @classmethod
     def summary(cls, evidence: Evidence) -> Summary:
+        """Summarise the verdict."""
         holds = {True: "holds", False: "does not hold", None: "is undecided"}[evidence.findings["claim_holds"]]
         return Summary(f"The claim of {evidence.provenance['inputs']['method']} {holds}.")
 
 
 @command("reproduce", verb="reproduce", on="any")
 def reproduce(method: str, *, quick: bool = False, fresh: bool = False) -> Reproduction:
-    """Run the reproduction of a published method and check its claims; exits with 1 when one fails.
+    """Run the reproduction of a published method and check its claims; exits with 1 if one fails.
 
-    It does so too when the main claim is undecided: within the noise of what was measured.
+    It also exits with 1 if the main claim is undecided, that is, within the noise of the measurement.
 
-    A full run takes ten minutes to two hours; how long, and what it shows, stands at the top of its script. Stopped and
-    started again it goes on: what is finished lies in the cache folder until the results are written. A change of the
-    code measures again. Works in a checkout of the project, where reproductions/ is.
+    A full run takes ten minutes to two hours; the head of its script says how long, and what it measures. A run that
+    was stopped resumes: finished parts are kept in the cache folder until the results are written. A change of the code
+    repeats the measurements. Runs in a checkout of the project, where reproductions/ is.
 
     Example: lamella reproduce finercut --quick
 
     Args:
-        method: one with a reproduction.
-        quick: the same claims on less work, under a minute.
-        fresh: forget what a stopped run has found.
+        method: a method with a reproduction.
+        quick: the same claims with less work, in under a minute.
+        fresh: discard the finished parts of a stopped run.
 
     Returns:
         The record of the reproduction.
 
     Raises:
-        MethodError: for a method without a reproduction here.
+        MethodError: if there is no reproduction of the method.
     """
     script = FOLDER / f"{method.replace('-', '_')}.py"
     if not script.is_file():

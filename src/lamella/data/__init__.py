@@ -1,6 +1,7 @@
 """The types of data that methods take, and their loaders."""
 
-from lamella.data.captioned import Captioned, LabelledPictures, Pictures
+from lamella.data.captioned import Captioned, CaptionedImages, LabelledImages
+from lamella.data.context import InputContext
 from lamella.data.decoding import Sampling, decode
 from lamella.data.documents import Document, Documents, hold_out, seed_of
 from lamella.data.encoded import Encoded
@@ -9,15 +10,14 @@ from lamella.data.examples import Examples, read_examples
 from lamella.data.image_text import ImageText
 from lamella.data.lazy import Lazy, batches
 from lamella.data.mixture import Blend, Mixture, Pick, mix
-from lamella.data.processing import MARK, Processing, Shown, open_processing
-from lamella.data.reader import Reader
-from lamella.data.records import Piece, Records, SampledRecords, read_records
+from lamella.data.processing import MARK, ImageTextRow, Processing, open_processing
+from lamella.data.records import Records, SampledRecords, TextRecord, read_records
 from lamella.data.rollout import rollout
 from lamella.data.rows import Rows
 from lamella.data.samples import Passages, Sample, Samples
 from lamella.data.sources import BUILT_IN, PLAIN, Source, load_text, windows
 from lamella.data.text import Text
-from lamella.data.writer import Local, Remote, Request, Writer, Written
+from lamella.data.writer import Completion, LocalWriter, RemoteWriter, Writer, WritingRequest
 from lamella.data.writing import own_texts, write
 
 __all__ = [
@@ -26,35 +26,35 @@ __all__ = [
     "PLAIN",
     "Blend",
     "Captioned",
+    "CaptionedImages",
+    "Completion",
     "Document",
     "Documents",
     "Encoded",
     "Endpoint",
     "Examples",
     "ImageText",
-    "LabelledPictures",
+    "ImageTextRow",
+    "InputContext",
+    "LabelledImages",
     "Lazy",
-    "Local",
+    "LocalWriter",
     "Mixture",
     "Passages",
     "Pick",
-    "Pictures",
-    "Piece",
     "Processing",
-    "Reader",
     "Records",
-    "Remote",
-    "Request",
+    "RemoteWriter",
     "Rows",
     "Sample",
     "SampledRecords",
     "Samples",
     "Sampling",
-    "Shown",
     "Source",
     "Text",
+    "TextRecord",
     "Writer",
-    "Written",
+    "WritingRequest",
     "batches",
     "decode",
     "hold_out",

@@ -1,7 +1,7 @@
-"""Documents: texts one by one, from files as people hold them, each with a name of its own.
+"""Documents: texts with an id each, from files of many formats.
 
-What cannot be read does not stop what can: a broken line, or one without text, is named by file and line, counted, and
-left out.
+Unreadable content does not stop the rest: a malformed line, or one without text, is reported with its file and line,
+counted, and skipped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lamella.data.reader import Reader
+from lamella.data.context import InputContext
 from lamella.data.rows import Rows
 from lamella.data.sources import DOCUMENTED, built_in_documents, hub_rows
 from lamella.errors import CalibrationError
@@ -40,16 +40,16 @@ PLAIN_TEXT = (".txt", ".md")
 ENDINGS = (*PLAIN_TEXT, ".jsonl", *(f".jsonl{each}" for each in DECOMPRESSORS), ".parquet")
 DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, FileRefused)  # of compressed files
 TOO_LONG = f"has more than {LONGEST:,} characters"
-ROW = 64  # bytes that a row of a table takes in memory, at least
-NAMED = 20  # broken lines that are named; all are counted
+ROW = 64  # minimum size of a table row in memory, in bytes
+NAMED = 20  # maximum number of malformed lines that are listed; all are counted
 
 
 class Document(NamedTuple):
     """One text.
 
     Attributes:
-        id: its own among all documents: that of its row, else its file and line.
-        text: as it was found.
+        id: identifier, unique among all documents: the ``id`` of its row, else its file and line.
+        text: the text as it was found.
     """
 
     id: str
@@ -58,39 +58,40 @@ class Document(NamedTuple):
 
 @dataclass
 class Broken:
-    """What could not be read.
+    """Rows and files that could not be read.
 
     Attributes:
-        count: of rows and files.
-        places: the first of them, each with its file, line and reason.
+        count: their number.
+        examples: the first of them, each with its file, line and reason.
     """
 
     count: int = 0
-    places: list[str] = field(default_factory=list)
+    examples: list[str] = field(default_factory=list)
 
     def add(self, where: str, why: str) -> None:
+        """Count a row or file, and remember it if it is among the first."""
         self.count += 1
-        if len(self.places) < NAMED:
-            self.places.append(f"{where} {why}")
+        if len(self.examples) < NAMED:
+            self.examples.append(f"{where} {why}")
 
     def note(self) -> list[str]:
-        """In one sentence, where there is anything to say."""
+        """Return one sentence about what was skipped; empty if nothing was."""
         if not self.count:
             return []
-        more = f", and {self.count - len(self.places)} more" if self.count > len(self.places) else ""
-        return [f"{self.count} documents could not be read and were left out: {'; '.join(self.places)}{more}."]
+        more = f", and {self.count - len(self.examples)} more" if self.count > len(self.examples) else ""
+        return [f"{self.count} documents could not be read and were left out: {'; '.join(self.examples)}{more}."]
 
 
 class Documents(Rows[Document]):
-    """Texts one by one.
+    """A sequence of documents.
 
     Attributes:
-        items: in the order of their files.
-        broken: what could not be read.
+        items: the documents, in the order of their files.
+        broken: the rows and files that could not be read.
     """
 
     metavar = "DOCUMENTS"
-    told = (
+    source_help = (
         "a .jsonl file (.gz, .bz2, .xz or .zst too), a .parquet or a text file, a folder of such files, pydoc, stdlib "
         "or a datasets name"
     )
@@ -105,39 +106,42 @@ class Documents(Rows[Document]):
     )
 
     def __init__(
-        self, items: Iterable[Document], said: dict[str, Any] | None = None, broken: Broken | None = None
+        self, items: Iterable[Document], metadata: dict[str, Any] | None = None, broken: Broken | None = None
     ) -> None:
-        super().__init__(items, said=said)
+        super().__init__(items, metadata=metadata)
         self.broken = broken or Broken()
 
     @classmethod
-    def open(cls, name: str | Path, reader: Reader, *, column: str = "text", limit: int | None = None) -> Documents:
+    def open(
+        cls, name: str | Path, context: InputContext, *, column: str = "text", limit: int | None = None
+    ) -> Documents:
         """Read documents.
 
         Args:
             name: a file, a folder of files, ``pydoc``, ``stdlib`` or a ``datasets`` name. Each row of a table is a
                 document, and so is each text file.
-            column: the field of a row that holds its text; a field ``id`` names it.
-            limit: the most documents; all when left out.
+            context: the split that is read.
+            column: the field of a row that holds its text; an optional field ``id`` identifies the document.
+            limit: maximum number of documents; all if None.
 
         Raises:
-            CalibrationError: for what is not there, holds no document, or ends early.
+            CalibrationError: if the source does not exist, holds no document, or is truncated.
         """
         broken = Broken()
-        found = _unlike(_found(str(name), reader, column, broken))
+        found = _with_unique_ids(_found(str(name), context, column, broken))
         documents = list(found if limit is None else islice(found, limit))
         if not documents:
-            why = f": {broken.places[0]}" if broken.places else ""
+            why = f": {broken.examples[0]}" if broken.examples else ""
             raise CalibrationError(f"{name} holds no documents{why}; give rows with a field '{column}', or text files")
         return cls(documents, {"data": str(name), "left out": broken.count}, broken)
 
     def describe(self) -> dict[str, Any]:
-        """What provenance says of them."""
-        return self.said | {"documents": len(self), "sha256": self.digest}
+        """Return the description of the documents, for provenance."""
+        return self.metadata | {"documents": len(self), "sha256": self.digest}
 
     @cached_property
     def digest(self) -> str:
-        """Of all ids and texts."""
+        """The SHA-256 of all ids and texts."""
         found = hashlib.sha256()
         for each in self.items:
             found.update(json.dumps(each).encode())
@@ -145,42 +149,47 @@ class Documents(Rows[Document]):
 
 
 def hold_out(documents: Sequence[Document], share: float, seed: int) -> tuple[list[Document], list[Document]]:
-    """Documents to learn from and documents to test on, both in their order; a hash of its id decides of each.
+    """Split documents into a part to train on and a part to test on, both in their order, by a hash of the ids.
 
     Args:
-        share: of the documents that are tested on: at least one and never all, unless it is 0.
+        documents: the documents.
+        share: fraction of the documents to hold out: at least one and never all, unless it is 0.
+        seed: random seed of the split.
+
+    Returns:
+        The documents to train on, and those that are held out.
     """
     count = min(max(1, round(share * len(documents))), len(documents) - 1) if share > 0 else 0
     ranked = sorted(range(len(documents)), key=lambda n: seed_of("held out", seed, documents[n].id))
     chosen = set(ranked[:count])
-    learnt = [each for n, each in enumerate(documents) if n not in chosen]
-    return learnt, [each for n, each in enumerate(documents) if n in chosen]
+    train = [each for n, each in enumerate(documents) if n not in chosen]
+    return train, [each for n, each in enumerate(documents) if n in chosen]
 
 
 def seed_of(*parts: Any) -> int:
-    """A number that these parts, and nothing else, decide."""
+    """Return a random seed that depends on the given parts only."""
     text = "\x1f".join(map(str, parts))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
 
-def _found(name: str, reader: Reader, column: str, broken: Broken) -> Iterator[Document]:
-    """The documents of a name in their order; two may have the same id."""
-    place = Path(name).expanduser()
+def _found(name: str, context: InputContext, column: str, broken: Broken) -> Iterator[Document]:
+    """Yield the documents of a source in their order; ids may repeat."""
+    path = Path(name).expanduser()
     if name in DOCUMENTED:
-        texts = built_in_documents(name, reader.split)
+        texts = built_in_documents(name, context.split)
         yield from (Document(f"{name}:{number}", text) for number, text in enumerate(texts, start=1))
-    elif place.is_file():
-        yield from _of_file(place, place.name, column, broken)
-    elif place.is_dir():
-        files = files_below(place, lambda file: file.name.endswith(ENDINGS))
+    elif path.is_file():
+        yield from _of_file(path, path.name, column, broken)
+    elif path.is_dir():
+        files = files_below(path, lambda file: file.name.endswith(ENDINGS))
         if not files:
             raise CalibrationError(f"{name} has no documents: give a folder with {', '.join(ENDINGS)} files")
         for file in files:
-            yield from _of_file(file, str(file.relative_to(place)), column, broken)
-    elif place.is_absolute() or name.startswith(".") or name.endswith(ENDINGS):
+            yield from _of_file(file, str(file.relative_to(path)), column, broken)
+    elif path.is_absolute() or name.startswith(".") or name.endswith(ENDINGS):
         raise CalibrationError(f"no documents '{name}': there is no such file or folder")
     else:
-        rows = hub_rows(name, reader.split, f"no documents '{name}': it is neither built in nor a file or folder")
+        rows = hub_rows(name, context.split, f"no documents '{name}': it is neither built in nor a file or folder")
         yield from _of_rows(enumerate(rows, start=1), name, column, broken)
 
 
@@ -217,8 +226,8 @@ def _of_rows(
         yield Document(str(own) if isinstance(own, str | int) and str(own) else f"{name}:{number}", text)
 
 
-def _unlike(documents: Iterable[Document]) -> Iterator[Document]:
-    """The same documents, of which those whose id came before get a number behind it."""
+def _with_unique_ids(documents: Iterable[Document]) -> Iterator[Document]:
+    """Yield the documents, with a number appended to ids that occurred before."""
     seen: dict[str, int] = {}
     for each in documents:
         again = seen[each.id] = seen.get(each.id, 0) + 1
@@ -226,7 +235,7 @@ def _unlike(documents: Iterable[Document]) -> Iterator[Document]:
 
 
 def _lines(file: Path, broken: Broken) -> Iterator[tuple[int, Any]]:
-    """The rows of a file of JSON lines with their numbers, but for those that are none."""
+    """Yield the rows of a file of JSON lines with their line numbers; malformed lines are skipped and counted."""
     number = 0
     try:
         with open_decompressed(file) as lines:
@@ -238,18 +247,18 @@ def _lines(file: Path, broken: Broken) -> Iterator[tuple[int, Any]]:
                     continue
                 try:
                     row = parse_json(line)
-                except ValueError as error:  # no UTF-8, too
+                except ValueError as error:  # or not UTF-8
                     broken.add(f"{file} line {number}", f"is not JSON ({error})")
                     continue
                 yield number, row
     except DAMAGED as error:
         raise CalibrationError(
-            f"{file}: cannot be read behind line {number} ({' '.join(str(error).split())}): get the file again"
+            f"{file}: cannot be read after line {number} ({' '.join(str(error).split())}): get the file again"
         ) from None
 
 
 def _parquet(file: Path, column: str) -> Iterator[tuple[int, Any]]:
-    """The rows of a Parquet file with their numbers: of each its text and its id, and nothing else is decoded."""
+    """Yield the rows of a Parquet file with their numbers; only the columns of the text and the id are decoded."""
     arrow, parquet = (require(name, "data", "a .parquet file") for name in ("pyarrow", "pyarrow.parquet"))
     number = 0
     try:
@@ -258,7 +267,7 @@ def _parquet(file: Path, column: str) -> Iterator[tuple[int, Any]]:
             metadata = parquet.read_metadata(opened)
             names = [name for name in dict.fromkeys((column, "id")) if _has(metadata.schema, name)]
             check_expansion(size, _declared(metadata, names))
-            # a text that many rows have is held once
+            # a text that occurs in many rows is stored once
             table = parquet.ParquetFile(opened, metadata=metadata, read_dictionary=names)
             for batch in table.iter_batches(columns=names):
                 columns = {name: _cells(batch.column(name), arrow) for name in names}
@@ -268,27 +277,27 @@ def _parquet(file: Path, column: str) -> Iterator[tuple[int, Any]]:
                     check_expansion(size, expanded)
                     yield number, dict(zip(columns, values, strict=True))
     except FileRefused as error:
-        raise CalibrationError(f"{file}: cannot be read behind row {number} ({error})") from None
+        raise CalibrationError(f"{file}: cannot be read after row {number} ({error})") from None
     except Exception as error:  # pyarrow raises a dozen types for damaged files
         reason = " ".join(str(error).split())[:200]
         raise CalibrationError(f"{file}: cannot be read as Parquet ({reason}): get the file again") from None
 
 
 def _has(schema: Any, name: str) -> bool:
-    """Whether a Parquet file has a column of this name, whatever is inside of it."""
+    """Return whether a Parquet file has a column of this name, or one nested in it."""
     paths = [schema.column(number).path for number in range(len(schema))]
     return any(path == name or path.startswith(f"{name}.") for path in paths)
 
 
 def _declared(metadata: Any, names: Sequence[str]) -> int:
-    """The bytes that some columns of a Parquet file take without compression, as it says."""
+    """Return the uncompressed size in bytes that a Parquet file declares for some columns."""
     groups = map(metadata.row_group, range(metadata.num_row_groups))
     chunks = (group.column(number) for group in groups for number in range(group.num_columns))
     return sum(each.total_uncompressed_size for each in chunks if each.path_in_schema.partition(".")[0] in names)
 
 
 def _cells(values: Any, arrow: Any) -> Iterator[str | int | None]:
-    """The texts and integers of a column; None where there is none, or text that is not UTF-8."""
+    """Yield the texts and integers of a column; None where a cell is empty, of another type, or not UTF-8."""
     if arrow.types.is_dictionary(values.type):
         known = list(_cells(values.dictionary, arrow))
         yield from (None if each is None else known[each] for each in values.indices.to_pylist())

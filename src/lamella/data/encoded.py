@@ -1,7 +1,7 @@
-"""Encodings of a data set: computed once, in batches, and read from memory-mapped files of a work folder.
+"""Encodings of a dataset, computed once in batches and read from memory-mapped files of a work folder.
 
-Each file has the rows of one batch in the format of safetensors. It is written all at once, so a run that was stopped
-computes the missing files only. A file is mapped while a row of it is read: pages of earlier rows need no memory.
+Each file has the rows of one batch in the safetensors format. It is written atomically, so a run that was stopped
+computes only the missing files. A file is mapped while a row of it is read: pages of earlier rows need no memory.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from lamella.files import Work, replacing
 from lamella.progress import track
 
 BATCH = 64
-OF = "of"  # the key in a file's metadata that says what its rows depend on
+OF = "of"  # the metadata key with the digest of what the rows depend on
 Row = dict[str, Tensor]
 
 
 class Encoded(Sequence[Row]):
-    """Named tensors of each item of a data set, in files.
+    """Named tensors for each item of a dataset, stored in files.
 
     Args:
         folder: the folder of the files.
@@ -49,20 +49,23 @@ class Encoded(Sequence[Row]):
         depends: Any,
         size: int = BATCH,
     ) -> Encoded:
-        """Encode all items that an earlier run with the same ``depends`` has not encoded.
+        """Encode the items, except those that an earlier run with the same ``depends`` has encoded.
 
         Args:
-            items: what is encoded; it is read in batches and in order.
-            encode: from a batch of items to named tensors, each with one row per item.
+            items: the items; they are read in batches and in order.
+            encode: encodes a batch of items as named tensors, each with one row per item.
             work: where the files are kept.
-            name: of the folder of the files in ``work``.
+            name: name of the folder of the files in ``work``.
             depends: JSON values on which the encodings depend, such as digests of the data and of the model.
             size: items in a batch.
+
+        Returns:
+            The encodings of all items.
 
         Raises:
             ExportError: if a file cannot be written.
         """
-        found = cls(work.place(name), len(items), size)
+        found = cls(work.directory(name), len(items), size)
         digest = hashlib.sha256(json.dumps([depends, len(items), size]).encode()).hexdigest()
         files = [found.file(number) for number in range(-(-len(items) // size))]
         done = next((number for number, file in enumerate(files) if not _is_of(file, digest)), len(files))
@@ -74,7 +77,11 @@ class Encoded(Sequence[Row]):
         return found
 
     def file(self, number: int) -> Path:
-        """The file of a batch, by the number of the batch."""
+        """Return the file of a batch.
+
+        Args:
+            number: index of the batch.
+        """
         return self.folder / f"{number:06d}.safetensors"
 
     def __len__(self) -> int:
@@ -88,22 +95,22 @@ class Encoded(Sequence[Row]):
         rows = range(self.length)[row]
         if isinstance(rows, range):
             return [self[each] for each in rows]
-        number, place = divmod(rows, self.size)
+        number, row = divmod(rows, self.size)
         with safe_open(self.file(number), "pt") as file:
-            return {name: _row(file, name, place) for name in file.keys()}  # noqa: SIM118, it is no mapping
+            return {name: _row(file, name, row) for name in file.keys()}  # noqa: SIM118, it is no mapping
 
     def column(self, name: str) -> Lazy[Tensor]:
-        """One of the named tensors of all rows."""
+        """Return one of the named tensors for all rows, as a lazy sequence."""
         return Lazy(range(self.length), partial(self._tensor, name))
 
     def _tensor(self, name: str, row: int) -> Tensor:
-        number, place = divmod(row, self.size)
+        number, row = divmod(row, self.size)
         with safe_open(self.file(number), "pt") as file:
-            return _row(file, name, place)
+            return _row(file, name, row)
 
 
-def _row(file: Any, name: str, place: int) -> Tensor:
-    tensor: Tensor = file.get_slice(name)[place : place + 1][0]
+def _row(file: Any, name: str, row: int) -> Tensor:
+    tensor: Tensor = file.get_slice(name)[row : row + 1][0]
     return tensor
 
 
@@ -111,7 +118,7 @@ def _is_of(file: Path, digest: str) -> bool:
     try:
         with safe_open(file, "pt") as opened:
             return (opened.metadata() or {}).get(OF) == digest
-    except (OSError, SafetensorError):  # it is missing, or it is no such file
+    except (OSError, SafetensorError):  # the file is missing or damaged
         return False
 
 
@@ -123,4 +130,4 @@ def _write(file: Path, rows: Mapping[str, Tensor], digest: str) -> None:
             )
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ExportError(f"{file}: cannot be written ({reason}); make room, or choose another folder") from None
+        raise ExportError(f"{file}: cannot be written ({reason}); free some space, or choose another folder") from None

@@ -1,11 +1,11 @@
-"""An endpoint that speaks the OpenAI protocol, asked by several coroutines at once through the client of ``openai``.
+"""Asynchronous client of an OpenAI-compatible endpoint, with retries, on top of the ``openai`` package.
 
-The client makes a request again, after longer and longer pauses, where a failure may be temporary: too many requests, a
-busy server, a broken connection, a response that is no answer. Another failure, such as a refused key, ends the run.
+The client retries a request with increasing pauses if the failure may be temporary: rate limits, a busy server, a
+broken connection, or a response without an answer. Other failures, such as a rejected key, end the run.
 
-What the client does not do is done below it, in the transport: a response is read up to the size that an answer of
-``max_tokens`` tokens can have, within a time, without being decompressed, and as UTF-8 whatever it declares. The key
-comes from the environment and is sent in the header of requests alone: where an endpoint repeats it, it is masked.
+The transport below the client adds limits: a response is read up to the size that an answer of ``max_tokens`` tokens
+can have, within a timeout, without decompression, and as UTF-8 whatever it declares. The key comes from the environment
+and is sent in the header of requests only; if an endpoint repeats it in a response, it is masked.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lamella.data.decoding import Sampling
-from lamella.data.protocol import FOUND, Answer, Question
+from lamella.data.protocol import FOUND, ChatRequest, ChatResponse
 from lamella.errors import DownloadError
 from lamella.extras import require
 
-SHORT = 200  # characters of what a server says, in a message
-SECRET = 8  # characters of a key that is one; servers without keys are given words such as "none" or "EMPTY"
+SHORT = 200  # maximum number of characters of a response in a message
+SECRET = 8  # minimum length of a real key; servers without keys are given words such as "none" or "EMPTY"
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where to ask, and how.
+    """The address of an endpoint, and how requests are sent to it.
 
     Attributes:
-        url: of the API, such as ``http://localhost:8000/v1``.
-        served: the model to ask; left out, the only one that the endpoint lists.
-        key: the environment variable that holds the key, if there is one.
-        concurrent: requests under way at once.
-        rate: requests a minute, at most; None: as many as come.
-        patience: seconds that one answer may take.
-        tries: how often one request is made; the pauses in between take about a minute in all.
+        url: base URL of the API, such as ``http://localhost:8000/v1``.
+        served: name of the served model; if None, the only one that the endpoint lists.
+        key: the environment variable that holds the API key, if the endpoint needs one.
+        concurrent: maximum number of concurrent requests.
+        rate: maximum number of requests per minute; unlimited if None.
+        timeout: maximum number of seconds for one response.
+        tries: maximum number of attempts for one request; the pauses between them add up to about a minute.
     """
 
     url: str
@@ -45,7 +45,7 @@ class Endpoint:
     key: str = "OPENAI_API_KEY"
     concurrent: int = 8
     rate: float | None = None
-    patience: float = 120.0
+    timeout: float = 120.0
     tries: int = 10
 
     def __post_init__(self) -> None:
@@ -54,20 +54,20 @@ class Endpoint:
             raise DownloadError(f"'{self.url}' is no endpoint: give a URL such as http://localhost:8000/v1")
         if parts.username or parts.password or parts.query:
             raise DownloadError(
-                f"the URL of the endpoint at {parts.hostname} holds more than a place: put its key into the "
-                f"environment variable {self.key}, and leave it out of the URL"
+                f"the URL of the endpoint at {parts.hostname} holds credentials or a query: put the key into the "
+                f"environment variable {self.key} and remove it from the URL"
             )
-        if self.concurrent < 1 or self.tries < 1 or self.patience <= 0 or (self.rate is not None and self.rate <= 0):
+        if self.concurrent < 1 or self.tries < 1 or self.timeout <= 0 or (self.rate is not None and self.rate <= 0):
             raise DownloadError(
-                f"concurrent {self.concurrent}, tries {self.tries}, patience {self.patience:g}, rate {self.rate}: "
+                f"concurrent {self.concurrent}, tries {self.tries}, timeout {self.timeout:g}, rate {self.rate}: "
                 "give numbers above 0"
             )
 
     def model(self) -> str:
-        """The model that is asked.
+        """Return the name of the model that requests are sent to.
 
         Raises:
-            DownloadError: when none is named and the endpoint does not list exactly one, or does not answer.
+            DownloadError: if no name is given and the endpoint does not list exactly one model, or does not respond.
         """
         if self.served is not None:
             return self.served
@@ -78,14 +78,24 @@ class Endpoint:
             )
         return listed[0]
 
-    def ask(self, questions: Sequence[Question], model: str, sampling: Sampling) -> Iterator[tuple[int, Answer]]:
-        """Answers with the number of their question, as they come.
+    def ask(
+        self, questions: Sequence[ChatRequest], model: str, sampling: Sampling
+    ) -> Iterator[tuple[int, ChatResponse]]:
+        """Send requests and yield their responses in the order in which they arrive.
+
+        Args:
+            questions: the requests.
+            model: the name of the model.
+            sampling: how tokens are sampled.
+
+        Yields:
+            The index of a request and its response.
 
         Raises:
-            DownloadError: when a request is refused, or is not answered for as long as patience lasts.
+            DownloadError: if a request is refused, or not answered within the timeout and all attempts.
         """
         loop = asyncio.new_event_loop()
-        found: asyncio.Queue[tuple[int, Answer] | BaseException] = asyncio.Queue()
+        found: asyncio.Queue[tuple[int, ChatResponse] | BaseException] = asyncio.Queue()
         work = loop.create_task(_Client(self, sampling).answers(questions, model, found))
         try:
             for _ in questions:
@@ -110,12 +120,12 @@ class _Client:
         self.key = os.environ.get(endpoint.key, "")
 
     def session(self) -> Any:
-        from lamella.data.transport import Transport  # of httpx2, which may be missing
+        from lamella.data.transport import Transport  # needs httpx2, which is optional
 
         ours = self.endpoint
-        transport = Transport(ours.concurrent, ours.rate, ours.patience, keyed=bool(self.key), quoted=self.quoted)
+        transport = Transport(ours.concurrent, ours.rate, ours.timeout, keyed=bool(self.key), quoted=self.quoted)
         return self.openai.AsyncOpenAI(
-            api_key=self.key or "none",  # which the transport leaves out; the client will have one
+            api_key=self.key or "none",  # the client requires a key; the transport removes this one
             base_url=self.base,
             max_retries=self.endpoint.tries - 1,
             http_client=self.httpx.AsyncClient(transport=transport, timeout=None),
@@ -123,11 +133,11 @@ class _Client:
 
     async def listed(self) -> list[str]:
         async with self.session() as session:
-            told = await self.found(session.models.with_raw_response.list(), "its models")
-        return [self.cleaned(each) for each in told]
+            names = await self.found(session.models.with_raw_response.list(), "its models")
+        return [self.cleaned(each) for each in names]
 
-    async def answers(self, questions: Sequence[Question], model: str, found: asyncio.Queue[Any]) -> None:
-        """Put all answers into the queue; the first failure goes there too, and ends the run."""
+    async def answers(self, questions: Sequence[ChatRequest], model: str, found: asyncio.Queue[Any]) -> None:
+        """Put all responses into the queue; the first failure is put there too, and ends the run."""
         left = iter(enumerate(questions))
 
         async def work(session: Any) -> None:
@@ -143,18 +153,18 @@ class _Client:
         except* Exception as errors:
             await found.put(errors.exceptions[0])
 
-    def body(self, question: Question, model: str) -> dict[str, Any]:
+    def body(self, question: ChatRequest, model: str) -> dict[str, Any]:
         return {
             "model": model,
             "messages": question.messages,
-            "max_tokens": question.most,
+            "max_tokens": question.max_tokens,
             "temperature": self.sampling.temperature,
             "top_p": self.sampling.top_p,
             "seed": question.seed % 2**31,
         }
 
     async def found(self, request: Awaitable[Any], what: str) -> Any:
-        """What was found in the response to a request, which the client makes again while its failure may pass."""
+        """Return the parsed content of the response to a request."""
         try:
             return (await request).http_response.extensions[FOUND]
         except self.openai.APIConnectionError as error:
@@ -162,24 +172,24 @@ class _Client:
         except self.openai.APIStatusError as error:
             why = f"status {error.status_code}"
             if error.status_code < 500 and error.status_code not in (408, 409, 429):
-                said, fix = self.quoted(error.response.text), "check URL and model"
+                reason, fix = self.quoted(error.response.text), "check URL and model"
                 if error.status_code in (401, 403):
                     fix = f"put its key into {self.endpoint.key}"
-                raise DownloadError(f"{error.request.url} answers with {why} ({said}): {fix}") from None
+                raise DownloadError(f"{error.request.url} responds with {why} ({reason}): {fix}") from None
         raise DownloadError(
-            f"{self.base} did not answer {what} in {self.endpoint.tries} tries ({why}): see whether it runs, or give "
-            "it more --patience or fewer --concurrent requests; what was written is kept, so run the same command again"
+            f"{self.base} did not answer {what} in {self.endpoint.tries} tries ({why}): check that it runs, "
+            "or allow a longer --timeout or fewer --concurrent requests; finished answers are kept, so run it again"
         )
 
     def safe(self, text: str) -> str:
-        """A text without the key, in case a server repeats it."""
+        """Mask the API key in a text."""
         return text.replace(self.key, "***") if self.key else text
 
     def quoted(self, text: str) -> str:
-        """The beginning of what an endpoint says, for a message; a key is masked before it could be cut."""
+        """Return the beginning of a response for a message; the key is masked before the text is cut."""
         return " ".join(self.safe(text).split())[:SHORT]
 
     def cleaned(self, text: str) -> str:
-        """What an endpoint answers, without the key and without halves of surrogate pairs, which no file can hold."""
+        """Return the text of an answer without the API key and without unpaired surrogates, which no file can hold."""
         whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return self.safe(whole) if len(self.key) >= SECRET else whole

@@ -1,4 +1,4 @@
-"""Examples of a task: prompts with the answers that are wanted, from files as people hold them."""
+"""Prompts with their answers, from JSON lines, as training samples."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lamella.data.reader import Reader
+from lamella.data.context import InputContext
 from lamella.data.records import PROMPTS, RESPONSES
 from lamella.data.rows import Rows
 from lamella.data.samples import Sample, pairs
@@ -16,13 +16,13 @@ from lamella.reading import read_rows
 from lamella.signature import Fixture
 from lamella.zoo.opening import chat_text
 
-MEND = 'write {"prompt": "...", "completion": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}'
+HINT = 'write {"prompt": "...", "completion": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}'
 ROWS = (("What is red and round?", "An apple."), ("What is long and yellow?", "A banana."), ("What purrs?", "A cat."),
         ("What barks?", "A dog."), ("What swims?", "A fish."), ("What flies?", "A bird."), ("What hops?", "A frog."),
         ("What melts?", "Ice."))  # fmt: skip
 
 
-class Asked(NamedTuple):
+class ChatExample(NamedTuple):
     """One example as text: a conversation up to where the answer begins, and the answer."""
 
     messages: list[dict[str, str]]
@@ -30,10 +30,10 @@ class Asked(NamedTuple):
 
 
 class Examples(Rows[Sample]):
-    """Examples as a model reads them: a sample each, whose answer carries loss and ends the turn."""
+    """Tokenized examples; the answer of each carries loss and ends with the end-of-sequence token."""
 
     metavar = "FILE"
-    told = (
+    source_help = (
         'a .jsonl file with an example in each line: {"prompt": "...", "completion": "..."}, or {"messages": [...]} '
         "whose last one is the answer"
     )
@@ -43,19 +43,20 @@ class Examples(Rows[Sample]):
     )
 
     @classmethod
-    def open(cls, name: str | Path, reader: Reader, *, max_length: int = 2048) -> Examples:
-        """Read examples through the model's chat template, where it has one.
+    def open(cls, name: str | Path, context: InputContext, *, max_length: int = 2048) -> Examples:
+        """Read examples and render them with the model's chat template, if it has one.
 
         Args:
             name: the file.
-            max_length: tokens of an example; longer answers are cut at their end.
+            context: gives the tokenizer.
+            max_length: maximum number of tokens of an example; longer answers are truncated.
 
         Raises:
-            CalibrationError: for a file that is missing, empty or malformed, with its line.
+            CalibrationError: if the file is missing, empty or malformed; the message names the line.
         """
-        asked = read_examples(name)
-        texts, tokenizer = [], reader.tokenizer
-        for each in asked:
+        found = read_examples(name)
+        texts, tokenizer = [], context.tokenizer
+        for each in found:
             text, special = chat_text(tokenizer, each.messages)
             texts.append((tokenizer(text, add_special_tokens=special)["input_ids"], each.answer))
         answers = [_answer(tokenizer, answer) for _, answer in texts]
@@ -63,8 +64,8 @@ class Examples(Rows[Sample]):
             [(prompt, answer) for (prompt, _), answer in zip(texts, answers, strict=True)], max_length=max_length
         )
         content = Path(name).expanduser().read_bytes()
-        said = {"data": str(name), "examples": len(samples), "sha256": hashlib.sha256(content).hexdigest()}
-        return cls(samples, tokenizer, said)
+        metadata = {"data": str(name), "examples": len(samples), "sha256": hashlib.sha256(content).hexdigest()}
+        return cls(samples, tokenizer, metadata)
 
 
 def _answer(tokenizer: Any, text: str) -> list[int]:
@@ -77,39 +78,40 @@ def read_examples(
     *,
     prompts: Sequence[str] = PROMPTS,
     answers: Sequence[str] = RESPONSES,
-    mend: str = MEND,
-) -> list[Asked]:
-    """The examples of a ``.jsonl`` file, in their order.
+    hint: str = HINT,
+) -> list[ChatExample]:
+    """Read the examples of a ``.jsonl`` file in their order.
 
     Args:
-        path: each line has ``messages``, of which the last one is the answer; or a prompt and its answer.
-        prompts, answers: what fields with them are called.
-        mend: what a line should be, for the message.
+        path: the file; each line has ``messages``, of which the last one is the answer, or a prompt and its answer.
+        prompts: names of fields that hold a prompt.
+        answers: names of fields that hold an answer.
+        hint: the expected form of a line, for error messages.
 
     Raises:
-        CalibrationError: for a file that is missing or empty, or a line without prompt or answer.
+        CalibrationError: if the file is missing or empty, or a line has no prompt or no answer.
     """
-    rows = read_rows(path, mend)
-    found = [_asked(row, f"{path} line {number}", prompts, answers, mend) for number, row in rows]
+    rows = read_rows(path, hint)
+    found = [_example(row, f"{path} line {number}", prompts, answers, hint) for number, row in rows]
     if not found:
-        raise CalibrationError(f"{path} holds no examples: {mend}")
+        raise CalibrationError(f"{path} holds no examples: {hint}")
     return found
 
 
-def _asked(row: Any, where: str, prompts: Sequence[str], answers: Sequence[str], mend: str) -> Asked:
+def _example(row: Any, where: str, prompts: Sequence[str], answers: Sequence[str], hint: str) -> ChatExample:
     messages = _messages(row, prompts, answers) if isinstance(row, dict) else []
     *before, last = messages or [{}]
     if not before or last.get("role") != "assistant" or not last["content"].strip():
-        raise CalibrationError(f"{where} has no prompt with an answer: {mend}")
-    return Asked(before, last["content"])
+        raise CalibrationError(f"{where} has no prompt with an answer: {hint}")
+    return ChatExample(before, last["content"])
 
 
 def _messages(row: dict[str, Any], prompts: Sequence[str], answers: Sequence[str]) -> list[dict[str, str]]:
-    """A row as a conversation; nothing where it is none."""
-    said: Sequence[Any] = row.get("messages") or []
-    if isinstance(said, list) and said:
-        whole = all(isinstance(each, dict) and isinstance(each.get("content"), str) for each in said)
-        return [{"role": str(each.get("role")), "content": each["content"]} for each in said] if whole else []
+    """Return a row as a conversation; empty if it is none."""
+    messages: Sequence[Any] = row.get("messages") or []
+    if isinstance(messages, list) and messages:
+        whole = all(isinstance(each, dict) and isinstance(each.get("content"), str) for each in messages)
+        return [{"role": str(each.get("role")), "content": each["content"]} for each in messages] if whole else []
     texts = {name: value for name, value in row.items() if isinstance(value, str) and value.strip()}
     prompt, answer = (next((texts[name] for name in names if name in texts), None) for names in (prompts, answers))
     if prompt is None or answer is None:

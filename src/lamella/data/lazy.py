@@ -1,4 +1,4 @@
-"""Sequences whose items are decoded when they are asked for, and batches of them through ``torch.utils.data``."""
+"""Sequences whose items are decoded on access, and batches of them through ``torch.utils.data``."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Item = TypeVar("Item")
 
 
 class Lazy(Sequence[Item], Dataset[Item]):
-    """Items that are decoded when they are asked for, and never kept.
+    """Items that are decoded on access and never kept.
 
-    A slice decodes nothing: it is lazy, too.
+    Slicing decodes nothing: a slice is lazy, too.
 
     Args:
         entries: what each item is decoded from, such as a path, or the offset of a row in its file.
-        decode: from an entry to the item.
+        decode: decodes an entry to the item.
     """
 
     def __init__(self, entries: Sequence[Any], decode: Callable[[Any], Item]) -> None:
@@ -29,22 +29,22 @@ class Lazy(Sequence[Item], Dataset[Item]):
         return len(self.entries)
 
     @overload
-    def __getitem__(self, number: int) -> Item: ...
+    def __getitem__(self, index: int) -> Item: ...
     @overload
-    def __getitem__(self, number: slice) -> Lazy[Item]: ...
-    def __getitem__(self, number: int | slice) -> Item | Lazy[Item]:
-        if isinstance(number, slice):
-            return Lazy(self.entries[number], self.decode)
-        return self.decode(self.entries[number])
+    def __getitem__(self, index: slice) -> Lazy[Item]: ...
+    def __getitem__(self, index: int | slice) -> Item | Lazy[Item]:
+        if isinstance(index, slice):
+            return Lazy(self.entries[index], self.decode)
+        return self.decode(self.entries[index])
 
 
 def batches(items: Sequence[Any] | Tensor, size: int, collate: Callable[[list[Any]], Any] = list) -> DataLoader[Any]:
-    """All items in their order, ``size`` at a time.
+    """Iterate over all items in their order, ``size`` at a time.
 
     Args:
-        items: what is decoded batch by batch.
+        items: items that are decoded batch by batch.
         size: items in a batch.
-        collate: from the items of a batch to the batch.
+        collate: makes a batch of its items.
     """
     generator = torch.Generator()  # without one of its own, every pass would advance the global random state
     return DataLoader(items, size, collate_fn=collate, generator=generator)  # type: ignore[arg-type]

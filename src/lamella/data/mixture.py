@@ -1,7 +1,7 @@
-"""Mixtures: whose turn it is, so that each source has its share of the tokens that are seen.
+"""Mixtures: the order of items in which each source has its share of the tokens that are seen.
 
-    real       r r . r . r . .      the source that is furthest behind its share comes next; each goes through its own
-    rephrased  . . s . s . s s      items in passes, shuffled anew for each
+    real       r r . r . r . .      the source that is furthest behind its share comes next; each source goes through
+    rephrased  . . s . s . s s      its own items in epochs, shuffled again for each
 
 Shares are of tokens and not of documents: a rephrase is shorter than its source, and an answer shorter still.
 """
@@ -21,15 +21,15 @@ from lamella.data.writer import Writer
 from lamella.errors import MethodError
 from lamella.zoo import open_tokenizer
 
-SUM = 1e-9  # that shares may be away from 1
+SUM = 1e-9  # tolerance of the sum of shares
 
 
 class Pick(NamedTuple):
-    """One item, when it is its turn.
+    """One item of the mixture.
 
     Attributes:
-        source: its name.
-        number: which item of it.
+        source: name of its source.
+        number: index of the item in its source.
     """
 
     source: str
@@ -38,16 +38,16 @@ class Pick(NamedTuple):
 
 @dataclass(frozen=True)
 class Mixture:
-    """What is seen of several sources.
+    """A mixture of several sources.
 
     Attributes:
-        sizes: the tokens of each item, by source.
-        shares: of all tokens that are seen, by source; they add up to 1.
-        epochs: passes over one source at most.
-        seed: of the order in each source.
+        sizes: the number of tokens of each item, by source.
+        shares: the fraction of all tokens that are seen, by source; they add up to 1.
+        epochs: maximum number of passes over one source.
+        seed: random seed of the order in each source.
 
     Raises:
-        MethodError: for shares that do not fit the sources, or a source with a share and without a token.
+        MethodError: if the shares do not fit the sources, or a source with a share has no tokens.
     """
 
     sizes: Mapping[str, Sequence[int]]
@@ -56,13 +56,15 @@ class Mixture:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        told = ", ".join(f"{name} {share:g}" for name, share in self.shares.items())
+        shares = ", ".join(f"{name} {share:g}" for name, share in self.shares.items())
         if set(self.shares) != set(self.sizes) or any(share < 0 for share in self.shares.values()):
-            raise MethodError(f"shares of {told} for {', '.join(self.sizes)}: give each source one, of 0 or more")
+            raise MethodError(f"shares of {shares} for {', '.join(self.sizes)}: give each source a share of at least 0")
         if not math.isclose(sum(self.shares.values()), 1, abs_tol=SUM):
-            raise MethodError(f"the shares {told} add up to {sum(self.shares.values()):g}: let them add up to 1")
+            raise MethodError(
+                f"the shares {shares} add up to {sum(self.shares.values()):g}: give shares that add up to 1"
+            )
         if not self.epochs > 0:
-            raise MethodError(f"epochs {self.epochs:g}: give how often a source may be seen, above 0")
+            raise MethodError(f"epochs {self.epochs:g}: give the maximum number of passes over a source, above 0")
         empty = [name for name in self.used if not sum(self.sizes[name])]
         if empty:
             raise MethodError(
@@ -71,32 +73,36 @@ class Mixture:
 
     @property
     def used(self) -> list[str]:
-        """The sources that are seen at all."""
+        """The sources with a share above 0."""
         return [name for name, share in self.shares.items() if share > 0]
 
     def most(self) -> int:
-        """How many tokens can be seen before a source reaches its last epoch."""
+        """Return how many tokens can be seen before a source reaches its maximum number of epochs."""
         return int(min(self.epochs * sum(self.sizes[name]) / self.shares[name] for name in self.used))
 
     def once(self) -> int:
-        """How many tokens show every source once, or fewer where another one would be seen too often."""
+        """Return how many tokens show every source once, or fewer if another source would exceed its epochs."""
         needed = max(sum(self.sizes[name]) / self.shares[name] for name in self.used)
         return min(math.ceil(needed), self.most())
 
     def picks(self, tokens: int) -> list[Pick]:
-        """The items in their order, until so many tokens are seen.
+        """Return the items in their order, until ``tokens`` tokens are seen.
 
-        An item is whole: the last one goes past the end, or is left out where its source would be seen too often.
+        Items are not split: the last one may exceed the number of tokens, or is left out if its source would exceed its
+        epochs.
+
+        Args:
+            tokens: the number of tokens.
 
         Raises:
-            MethodError: for more tokens than the sources give.
+            MethodError: if the sources have too few tokens.
         """
         if tokens > self.most():
             need = {name: tokens * self.shares[name] / sum(self.sizes[name]) for name in self.used}
             name = max(need, key=lambda each: need[each])
             raise MethodError(
                 f"{tokens} tokens take {need[name]:.1f} epochs of {name}, above {self.epochs:g}: ask for {self.most()} "
-                "tokens or fewer, or let it have more epochs"
+                "tokens or fewer, or allow more epochs"
             )
         left = {name: self._items(name) for name in self.used}
         ahead = {name: next(left[name], None) for name in self.used}
@@ -105,7 +111,7 @@ class Mixture:
         while sum(seen.values()) < tokens:
             name = min(self.used, key=lambda each: (seen[each] / self.shares[each], self.used.index(each)))
             number = ahead[name]
-            if number is None:  # what is left of its last epoch is less than an item
+            if number is None:  # the rest of its last epoch is shorter than an item
                 break
             found.append(Pick(name, number))
             seen[name] += self.sizes[name][number]
@@ -113,21 +119,25 @@ class Mixture:
         return found
 
     def _items(self, name: str) -> Iterator[int]:
-        """The items of a source pass by pass, as far as its epochs reach; one source alone comes as it is."""
+        """Yield the items of a source epoch by epoch; a single source is not shuffled."""
         drawn = random.Random(seed_of(name, self.seed))
-        order, held = list(range(len(self.sizes[name]))), sum(self.sizes[name])
-        room = self.epochs * held
+        order, total = list(range(len(self.sizes[name]))), sum(self.sizes[name])
+        left = self.epochs * total
         for _ in range(math.ceil(self.epochs)):
             if len(self.used) > 1:
                 drawn.shuffle(order)
             for number in order:
-                room -= self.sizes[name][number]
-                if room < 0:
+                left -= self.sizes[name][number]
+                if left < 0:
                     return
                 yield number
 
     def account(self, picks: Sequence[Pick]) -> dict[str, dict[str, Any]]:
-        """What was seen of each source: tokens, their share, epochs, and how many items there are."""
+        """Return for each source how many tokens were seen, their share, the epochs and the number of items.
+
+        Args:
+            picks: the items that were seen.
+        """
         seen = dict.fromkeys(self.sizes, 0)
         for source, number in picks:
             seen[source] += self.sizes[source][number]
@@ -135,7 +145,7 @@ class Mixture:
         return {
             name: {
                 "share": count / total,
-                "wanted": self.shares[name],
+                "target": self.shares[name],
                 "tokens": count,
                 "unique": sum(self.sizes[name]),
                 "epochs": count / max(sum(self.sizes[name]), 1),
@@ -154,37 +164,38 @@ def mix(
     tokens: int | None,
     seed: int,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Rows of text in the order in which they are seen, and the account of it.
+    """Return rows of text in the order in which they are seen, and statistics of the mixture.
 
     Args:
         sources: rows with ``id`` and ``text``, by name.
-        shares: of each, among all tokens that are seen.
-        count: how many tokens a text has.
-        epochs: passes over one source at most.
-        tokens: that are seen; None: so many that each source is seen once, as far as epochs allow.
+        shares: the fraction of the tokens of each source among all tokens that are seen.
+        count: returns the number of tokens of a text.
+        epochs: maximum number of passes over one source.
+        tokens: number of tokens that are seen; if None, each source is seen once, as far as ``epochs`` allows.
+        seed: random seed of the order.
 
     Raises:
-        MethodError: for shares or tokens that cannot be had.
+        MethodError: if the sources cannot provide these shares or this number of tokens.
     """
     sizes = {name: [count(row["text"]) for row in rows] for name, rows in sources.items()}
     mixture = Mixture(sizes, shares, epochs, seed)
     picks = mixture.picks(mixture.once() if tokens is None else tokens)
-    told = [{"text": sources[name][n]["text"], "id": sources[name][n]["id"], "source": name} for name, n in picks]
-    return told, {"by": "tokens", "most epochs": epochs, "sources": mixture.account(picks)}
+    rows = [{"text": sources[name][n]["text"], "id": sources[name][n]["id"], "source": name} for name, n in picks]
+    return rows, {"by": "tokens", "maximum epochs": epochs, "sources": mixture.account(picks)}
 
 
 @dataclass(frozen=True)
 class Blend:
-    """What is made to train on, of real text and of what a model has written of it.
+    """How real text and text that a model has generated from it are mixed for training.
 
     Attributes:
-        synthetic: share of the tokens that are seen that a model has written; half in the papers.
-        epochs: passes over one source at most; the papers' 4.
-        tokens: that are seen; left out, so many that each source is seen once, as far as epochs allow.
-        held_out: share of the documents of which nothing is written or trained on, to test with.
-        student: the model that will be trained: its tokenizer counts the mixture, its size the cost; the writer when
-            left out.
-        parquet: write data.parquet beside data.jsonl.
+        synthetic: fraction of generated tokens among the tokens that are seen; half in the papers.
+        epochs: maximum number of passes over one source; 4 in the papers.
+        tokens: number of tokens that are seen; if omitted, each source is seen once, as far as ``epochs`` allows.
+        held_out: fraction of the documents that are neither rephrased nor trained on, for testing.
+        student: the model that will be trained: its tokenizer counts the tokens, its size gives the cost; the writer if
+            omitted.
+        parquet: write data.parquet in addition to data.jsonl.
     """
 
     synthetic: Annotated[float, Ge(0), Le(1)] = 0.5
@@ -197,17 +208,18 @@ class Blend:
     def mix(
         self, sources: Mapping[str, Sequence[Mapping[str, Any]]], writer: Writer, seed: int
     ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Rows of text in the order in which they are seen, and the account of it; see :func:`mix`.
+        """Return rows of text in the order in which they are seen, and statistics of the mixture; see :func:`mix`.
 
         Args:
-            sources: rows with ``id`` and ``text``, by name. The first one is real text; the others, which a model has
-                written, share what is theirs evenly, but for those without a row.
-            writer: whose tokenizer counts where there is no student.
+            sources: rows with ``id`` and ``text``, by name. The first source is real text; the others, which are
+                generated, share their fraction evenly, except for those without rows.
+            writer: its tokenizer counts the tokens if there is no student.
+            seed: random seed of the order.
         """
-        real, *written = sources
-        there = [name for name in written if sources[name]]
-        share = self.synthetic if there else 0.0
-        shares = {real: 1 - share} | {name: share / len(there) for name in there}
+        real, *generated = sources
+        present = [name for name in generated if sources[name]]
+        share = self.synthetic if present else 0.0
+        shares = {real: 1 - share} | {name: share / len(present) for name in present}
         tokenizer = open_tokenizer(self.student) if self.student else writer.tokenizer
 
         def count(text: str) -> int:

@@ -1,14 +1,14 @@
-"""How a model's own processor reads rows of images and text, some at a time.
+"""Batches of images and text, made by the model's own processor.
 
-The processor puts as many positions in the place of an image as the model has for it, and makes of all images what the
-model takes beside the tokens. A row is then::
+The processor replaces each image mark by as many tokens as the model uses for an image, and adds the pixel values.
+A row is then::
 
     pad pad | image image image image  where is the circle ? | row one column two <eos>
             |<---------------- prompt --------------------->|<------- answer ------->|
             0                                        prompt_lengths                time
 
-padded on the left, as for generation. Of a conversation, earlier answers carry loss too, and are part of the prompt.
-An encoder-decoder reads the prompt alone, padded on the right, and writes the answer.
+padded on the left, as for generation. In a conversation, earlier answers carry loss too, and belong to the prompt.
+An encoder-decoder encodes the prompt alone, padded on the right, and generates the answer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lamella.data.pictures import Picture
+from lamella.data.images import Image
 from lamella.errors import CalibrationError
 from lamella.extras import require
 from lamella.measure.labelled import NO_LABEL
@@ -40,21 +40,21 @@ Message = Mapping[str, str]  # role and content
 
 
 @dataclass(frozen=True)
-class Shown:
-    """One row as people hold it.
+class ImageTextRow:
+    """One row of images and text: a conversation that ends with the answer.
 
     Attributes:
-        images: in the order of their marks.
-        messages: a conversation, each with ``role`` and ``content``, in which ``<image>`` stands for an image; the last
-            one is the answer.
-        where: it was found, for messages.
-        task: what kind of row it is, where there are several.
+        images: the images, in the order of their marks.
+        messages: the turns, each with ``role`` and ``content``, in which ``<image>`` stands for an image; the last one
+            is the answer.
+        where: where the row was found, for error messages.
+        task: the kind of the row, if a dataset has several.
 
     Raises:
-        CalibrationError: for a row without prompt or answer, or with more or fewer images than marks.
+        CalibrationError: if the row has no prompt or no answer, or more or fewer images than marks.
     """
 
-    images: Sequence[Picture]
+    images: Sequence[Image]
     messages: tuple[Message, ...]
     where: str = "a row"
     task: str = ""
@@ -67,27 +67,28 @@ class Shown:
         marks, first = sum(text.count(MARK) for text in texts), roles.index("assistant")
         if marks != len(self.images):
             raise CalibrationError(
-                f"{self.where} has {len(self.images)} images and {marks} times {MARK} in its text: write it once for "
-                "each, or leave it out, and the images come first"
+                f"{self.where} has {len(self.images)} images and {marks} marks {MARK} in its text: write it once for "
+                "each image, or leave it out to have all images first"
             )
         if any(MARK in text for text in texts[first:]):
-            raise CalibrationError(f"{self.where} has {MARK} behind an answer: put images before the first answer")
+            raise CalibrationError(f"{self.where} has {MARK} after an answer: put images before the first answer")
 
     @property
     def answer(self) -> str:
+        """The content of the last message."""
         return self.messages[-1]["content"]
 
     def text(self) -> bytes:
-        """The messages, to be hashed."""
+        """Return the messages as bytes, for hashing."""
         return repr([(each["role"], each["content"]) for each in self.messages]).encode()
 
     def content(self) -> bytes:
-        """All that decides what a model makes of it, to be hashed."""
+        """Return all that determines the row, messages and pixels, as bytes, for hashing."""
         return b"".join([self.text(), *(f"{each.shape}".encode() + each.tobytes() for each in self.images)])
 
 
-class Piece(NamedTuple):
-    """A stretch of a row: what is asked, or an answer."""
+class TextSegment(NamedTuple):
+    """A part of a row: a prompt or an answer."""
 
     text: str
     is_answer: bool
@@ -95,10 +96,10 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Processing:
-    """A model's processor, or the tokenizer of one that reads text alone.
+    """The processor of a model, or the tokenizer of a model that takes text only.
 
     Attributes:
-        processor: of transformers.
+        processor: the processor or tokenizer of transformers.
         encodes: whether the model is an encoder-decoder.
     """
 
@@ -107,40 +108,45 @@ class Processing:
 
     @cached_property
     def tokenizer(self) -> Any:
+        """The tokenizer within the processor."""
         return getattr(self.processor, "tokenizer", self.processor)
 
     @property
-    def sees(self) -> bool:
-        """Whether it takes images."""
+    def takes_images(self) -> bool:
+        """Whether the processor takes images."""
         return hasattr(self.processor, "image_processor")
 
     @cached_property
-    def places_images(self) -> bool:
-        """Whether it puts an image before each text by itself (Florence-2), so that texts have no marks."""
+    def inserts_images(self) -> bool:
+        """Whether the processor puts an image before each text by itself (Florence-2), so that texts have no marks."""
         try:
-            self._called(["a"], [np.zeros((32, 32, 3), dtype=np.uint8)], {})
-        except Exception:  # mostly: an image without its mark
+            self._encoded(["a"], [np.zeros((32, 32, 3), dtype=np.uint8)], {})
+        except Exception:  # usually since the text has no mark for the image
             return False
         return True
 
     @cached_property
     def image_ids(self) -> list[int]:
-        """The tokens that stand for the positions of an image."""
+        """The token ids that stand for image positions."""
         ids = getattr(self.processor, "image_token_ids", None) or [getattr(self.processor, "image_token_id", None)]
         return [each for each in ids if each is not None]
 
-    def batch(self, rows: Sequence[Shown]) -> dict[str, Tensor]:
-        """Some rows as a model takes them, with their answers; images and text alone may be mixed.
+    def batch(self, rows: Sequence[ImageTextRow]) -> dict[str, Tensor]:
+        """Encode rows with their answers; rows with and without images may be mixed.
+
+        Args:
+            rows: the rows.
 
         Returns:
             ``input_ids``, ``attention_mask`` and ``labels`` [batch, time], ``prompt_lengths`` [batch] (columns before
-            the last answer), and what the processor makes of the images. Labels are -100 where there is no answer. Of
-            an encoder-decoder, ``labels`` [batch, written] are what it writes, and nothing is prompt.
+            the last answer), and the image inputs of the processor. Labels are -100 outside of answers. For an
+            encoder-decoder, ``labels`` [batch, target time] are the tokens of the decoder, and ``prompt_lengths`` are
+            0.
 
         Raises:
-            CalibrationError: for rows that the processor refuses.
+            CalibrationError: if the processor refuses the rows.
         """
-        rows = list(rows)  # each is read once
+        rows = list(rows)  # each row is decoded once
         columns, beside = self._columns(rows)
         answers = [self._tokens(row.answer, ends=True) for row in rows]
         if self.encodes:
@@ -153,48 +159,52 @@ class Processing:
         lengths = batch[IDS].shape[1] - torch.tensor([len(answer) for answer in answers])
         return batch | {"prompt_lengths": lengths}
 
-    def prompts(self, rows: Sequence[Shown]) -> dict[str, Tensor]:
-        """The same rows before their answers, for ``generate``; see :meth:`batch`."""
+    def prompts(self, rows: Sequence[ImageTextRow]) -> dict[str, Tensor]:
+        """Encode the rows without their answers, for ``generate``; see :meth:`batch`."""
         columns, beside = self._columns(list(rows))
         batch = self._padded(columns, "right" if self.encodes else "left") | beside
         del batch[LABELS]
         return batch
 
-    def question(self, text: str, pictures: Sequence[Picture] = ()) -> dict[str, Tensor]:
-        """One question, about pictures if there are any, for ``generate``.
+    def question(self, text: str, images: Sequence[Image] = ()) -> dict[str, Tensor]:
+        """Encode one question, about any images that are given, for ``generate``.
+
+        Args:
+            text: the question.
+            images: the images, each [height, width, 3].
 
         Raises:
-            CalibrationError: for pictures that the processor refuses.
+            CalibrationError: if the processor refuses the images.
         """
-        asked = f"{MARK * len(pictures)}\n{text}" if pictures else text
-        turns = ({"role": "user", "content": asked}, {"role": "assistant", "content": "?"})
-        return self.prompts([Shown(tuple(pictures), turns, "the question")])
+        content = f"{MARK * len(images)}\n{text}" if images else text
+        turns = ({"role": "user", "content": content}, {"role": "assistant", "content": "?"})
+        return self.prompts([ImageTextRow(tuple(images), turns, "the question")])
 
     def grid(self, batch: Mapping[str, Tensor]) -> tuple[int, int] | None:
-        """How the tokens of a batch's only picture lie over it, as rows and columns; None where they form no grid."""
+        """Return the grid (rows, columns) of the image tokens of a batch with one image; None if they form none."""
         if (sizes := batch.get("image_grid_thw")) is not None:
             merged = self.processor.image_processor.merge_size
             frames, rows, columns = sizes[0].tolist()
             return (rows // merged, columns // merged) if len(sizes) == frames == 1 else None
-        views = batch["pixel_values"].shape[:-3]  # tiles of one picture have no common grid
+        views = batch["pixel_values"].shape[:-3]  # tiles of one image have no common grid
         ids = torch.tensor(self.image_ids, device=batch[IDS].device)
         side = math.isqrt(count := int(torch.isin(batch[IDS], ids).sum()))
         return (side, side) if math.prod(views) == 1 and side * side == count > 0 else None
 
-    def seen(self, picture: Picture) -> Picture:
-        """What of a picture the model sees: its middle, where the processor cuts that out."""
+    def visible(self, image: Image) -> Image:
+        """Return the part of an image that the model sees: the center crop, if the processor crops."""
         if not getattr(self.processor.image_processor, "do_center_crop", False):
-            return picture
-        height, width = picture.shape[:2]
+            return image
+        height, width = image.shape[:2]
         side = min(height, width)
         top, left = (height - side) // 2, (width - side) // 2
-        return picture[top : top + side, left : left + side]
+        return image[top : top + side, left : left + side]
 
-    def places(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Which positions of a batch are what: every token is one of ``image``, ``prompt`` and ``answer``.
+    def kinds(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Classify the tokens of a batch as ``image``, ``prompt`` or ``answer``.
 
         Returns:
-            [batch, time] bool each. Of an encoder-decoder, ``answer`` is of what it writes.
+            A boolean mask [batch, time] for each. For an encoder-decoder, ``answer`` is a mask of the decoder's tokens.
         """
         answer, real = batch[LABELS] != NO_LABEL, batch["attention_mask"].bool()
         image = real & torch.isin(batch[IDS], torch.tensor(self.image_ids, dtype=torch.long, device=real.device))
@@ -203,105 +213,111 @@ class Processing:
 
     # From rows to tokens.
 
-    def _columns(self, rows: Sequence[Shown]) -> tuple[list[Columns], dict[str, Tensor]]:
-        """The tokens of all rows before their last answer, and what the processor makes of all images."""
-        pieces = [self._pieces(row) for row in rows]
-        columns, beside = self._first([each[0].text for each in pieces], rows)
-        for row, (_, *later) in zip(columns, pieces, strict=True):
+    def _columns(self, rows: Sequence[ImageTextRow]) -> tuple[list[Columns], dict[str, Tensor]]:
+        """Return the tokens of all rows before their last answer, and the image inputs of the batch."""
+        segments = [self._segments(row) for row in rows]
+        columns, beside = self._first([each[0].text for each in segments], rows)
+        for row, (_, *later) in zip(columns, segments, strict=True):
             for text, is_answer in later:
                 tokens = self._tokens(text, ends=is_answer and self._template is None)  # a template ends turns itself
                 _extend(row, tokens, tokens if is_answer else [NO_LABEL] * len(tokens))
         return columns, beside
 
-    def _pieces(self, row: Shown) -> list[Piece]:
-        """A conversation up to its last answer: what is asked and what was answered, in turn."""
-        *earlier, last = (place for place, each in enumerate(row.messages) if each["role"] == "assistant")
-        pieces: list[Piece] = []
+    def _segments(self, row: ImageTextRow) -> list[TextSegment]:
+        """Split a conversation before its last answer into prompts and answers, in turn."""
+        *earlier, last = (index for index, each in enumerate(row.messages) if each["role"] == "assistant")
+        segments: list[TextSegment] = []
         before = ""
-        for place in [last] if self.encodes else [*earlier, last]:
-            text = self._text(row.messages[:place])
-            if not text.startswith(before):  # some templates write earlier answers anew: then they are prompt
-                pieces, before = [], ""
-            pieces.append(Piece(text[len(before) :], False))
-            if place != last:
-                pieces.append(Piece(row.messages[place]["content"], True))
-                before = text + row.messages[place]["content"]
-        return pieces
+        for turn in [last] if self.encodes else [*earlier, last]:
+            text = self._text(row.messages[:turn])
+            if not text.startswith(
+                before
+            ):  # some templates render earlier answers differently: then they belong to the prompt
+                segments, before = [], ""
+            segments.append(TextSegment(text[len(before) :], False))
+            if turn != last:
+                segments.append(TextSegment(row.messages[turn]["content"], True))
+                before = text + row.messages[turn]["content"]
+        return segments
 
     @cached_property
     def _template(self) -> Any:
-        """What writes conversations, the processor or its tokenizer; None where texts stand as they are."""
+        """The processor or tokenizer with a chat template; None if there is none, and texts are used as they are."""
         owners = (self.processor, self.tokenizer)
         return next((each for each in owners if getattr(each, "chat_template", None)), None)
 
     def _text(self, messages: Sequence[Message]) -> str:
-        """A conversation as text, up to where an answer begins."""
+        """Render messages as text, up to where the answer begins."""
         if self._template is not None:
             shown = [{"role": each["role"], "content": self._content(each["content"])} for each in messages]
             text: str = self._template.apply_chat_template(shown, tokenize=False, add_generation_prompt=True)
             return text
         text = messages[0]["content"]
-        for each in messages[1:]:  # an answer follows at once, as it will be written
+        for each in messages[1:]:  # an answer follows directly, as it will be generated
             text += each["content"] if each["role"] == "assistant" and not self.encodes else f"\n{each['content']}"
-        if self.sees and self.places_images:
+        if self.takes_images and self.inserts_images:
             return text.replace(MARK, "").strip()
         return text.replace(MARK, self._mark)
 
     @cached_property
     def _mark(self) -> str:
-        """What stands for an image in a text."""
+        """The text that stands for an image."""
         mark: str = getattr(self.processor, "image_token", MARK)
-        if getattr(self.processor, "return_mm_token_type_ids", False):  # places are counted by images, which must part
+        if getattr(
+            self.processor, "return_mm_token_type_ids", False
+        ):  # positions are counted per image, so images must be separated
             start, end = (getattr(self.tokenizer, f"vision_{side}_token", "") for side in ("start", "end"))
             mark = f"{start}{mark}{end}"
         return mark
 
     def _content(self, text: str) -> Any:
-        """The content of a message in the form of its template: one that knows no images takes text alone."""
-        if not self.sees:
+        """Return the content of a message in the form of the chat template: one without image parts takes text only."""
+        if not self.takes_images:
             return text
         if "image" not in str(self._template.chat_template):
             return text.replace(MARK, self._mark)
         parts = (part.strip("\n") for part in re.split(f"({MARK})", text))
         return [{"type": "image"} if part == MARK else {"type": "text", "text": part} for part in parts if part]
 
-    def _first(self, texts: Sequence[str], rows: Sequence[Shown]) -> tuple[list[Columns], dict[str, Tensor]]:
-        """What comes before the first answers: with images through the processor, without through the tokenizer."""
+    def _first(self, texts: Sequence[str], rows: Sequence[ImageTextRow]) -> tuple[list[Columns], dict[str, Tensor]]:
+        """Encode the texts before the first answers: with images by the processor, without images by the tokenizer."""
         begins = getattr(self.tokenizer, "bos_token", None)
         special = {} if begins is None or not texts[0].startswith(begins) else {"add_special_tokens": False}
-        seeing = [place for place, row in enumerate(rows) if row.images]
+        seeing = [index for index, row in enumerate(rows) if row.images]
         beside: dict[str, Tensor] = {}
         found = {}
         if seeing:
-            some, beside = self._shown([texts[place] for place in seeing], [rows[place] for place in seeing], special)
+            some, beside = self._shown([texts[index] for index in seeing], [rows[index] for index in seeing], special)
             found = dict(zip(seeing, some, strict=True))
-        for place, text in enumerate(texts):
-            if place not in found:
-                found[place] = {IDS: list(self.tokenizer(text, **special)[IDS])}
-            found[place][LABELS] = [NO_LABEL] * len(found[place][IDS])
-        return [found[place] for place in range(len(rows))], beside
+        for index, text in enumerate(texts):
+            if index not in found:
+                found[index] = {IDS: list(self.tokenizer(text, **special)[IDS])}
+            found[index][LABELS] = [NO_LABEL] * len(found[index][IDS])
+        return [found[index] for index in range(len(rows))], beside
 
     def _shown(
-        self, texts: list[str], rows: Sequence[Shown], special: dict[str, bool]
+        self, texts: list[str], rows: Sequence[ImageTextRow], special: dict[str, bool]
     ) -> tuple[list[Columns], dict[str, Tensor]]:
-        """What the processor makes of texts with images: of each its tokens, of all together what is beside them."""
+        """Encode texts with images: the tokens of each row, and the image inputs of all rows together."""
         where = ", ".join(dict.fromkeys(row.where for row in rows))
-        if not self.sees:
-            raise CalibrationError(f"{where}: this model reads no images: give one that does, or rows of text")
+        if not self.takes_images:
+            raise CalibrationError(f"{where}: this model takes no images: give one that does, or rows of text")
         try:
-            called = self._called(texts, [image for row in rows for image in row.images], special)
-        except Exception as error:  # of a processor, anything
+            encoded = self._encoded(texts, [image for row in rows for image in row.images], special)
+        except Exception as error:  # a processor may raise anything
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise CalibrationError(f"{where}: the model's processor refuses it ({reason})") from error
-        real = called.pop("attention_mask").bool()
-        of_tokens = {name: called.pop(name) for name in list(called) if name == IDS or name.endswith("token_type_ids")}
+        real = encoded.pop("attention_mask").bool()
+        of_tokens = {
+            name: encoded.pop(name) for name in list(encoded) if name == IDS or name.endswith("token_type_ids")
+        }
         found = [
-            {name: values[place][real[place]].tolist() for name, values in of_tokens.items()}
-            for place in range(len(rows))
+            {name: values[index][real[index]].tolist() for name, values in of_tokens.items()}
+            for index in range(len(rows))
         ]
-        return found, called
+        return found, encoded
 
-    def _called(self, texts: list[str], images: Sequence[Picture], special: dict[str, bool]) -> dict[str, Any]:
+    def _encoded(self, texts: list[str], images: Sequence[Image], special: dict[str, bool]) -> dict[str, Any]:
         pillow = require("PIL.Image", "vision", "reading images")
         shown = [pillow.fromarray(image) for image in images]
         return dict(self.processor(text=texts, images=shown, padding=True, return_tensors="pt", **special))
@@ -311,7 +327,7 @@ class Processing:
         return [*self.tokenizer(text, add_special_tokens=False)[IDS], *end]
 
     def _padded(self, rows: Sequence[Columns], side: str) -> dict[str, Tensor]:
-        """All columns of some rows, and which are tokens [batch, time]."""
+        """Pad the columns of rows, and add the attention mask [batch, time]."""
         fillers = {IDS: self.tokenizer.pad_token_id or 0, LABELS: NO_LABEL}
         names = dict.fromkeys(name for row in rows for name in row)
         lengths = [len(row[IDS]) for row in rows]
@@ -329,11 +345,11 @@ class Processing:
 
 
 def open_processing(model: Model, name: str | Path) -> Processing:
-    """What an opened model reads images and text with.
+    """Open the processor of an opened model.
 
     Args:
-        model: it says how it reads, and where it lies.
-        name: what it was opened by, where it lies nowhere.
+        model: the opened model.
+        name: the name that it was opened by, for models that have no folder.
     """
     return Processing(
         open_processor(model.path or name), bool(getattr(model.model.config, "is_encoder_decoder", False))
@@ -341,7 +357,7 @@ def open_processing(model: Model, name: str | Path) -> Processing:
 
 
 def _extend(row: Columns, tokens: list[int], labels: list[int]) -> None:
-    """Text behind what a row has already."""
+    """Append tokens to a row; other columns are filled with zeros."""
     more = {IDS: tokens, LABELS: labels}
     for name, values in row.items():
         values += more.get(name, [0] * len(tokens))

@@ -1,33 +1,34 @@
-"""Requests to an endpoint and their answers, as its client and the transport below the client exchange them."""
+"""Requests to an OpenAI-compatible endpoint and its responses, as the client and the transport exchange them."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-FOUND = "found"  # the extension of a response that holds what was found in it
+FOUND = "found"  # the response extension that holds the parsed content
 
 
-class Question(NamedTuple):
+class ChatRequest(NamedTuple):
     """One request.
 
     Attributes:
         messages: a conversation, up to where the answer begins.
-        most: tokens of the answer, at most.
-        seed: of what is drawn, where the endpoint heeds it.
+        max_tokens: the maximum number of tokens of the answer.
+        seed: random seed, for endpoints that support it.
     """
 
     messages: list[dict[str, str]]
-    most: int
+    max_tokens: int
     seed: int
 
 
-class Answer(NamedTuple):
-    """What came back.
+class ChatResponse(NamedTuple):
+    """One response.
 
     Attributes:
         text: the answer.
-        finished: whether it ended by itself, not by its limit.
-        prompt, tokens: how many tokens the endpoint counted; None where it does not say.
+        finished: whether the answer ended by itself, not by its limit.
+        prompt: tokens of the prompt as counted by the endpoint; None if it does not report them.
+        tokens: tokens of the answer as counted by the endpoint; None if it does not report them.
     """
 
     text: str

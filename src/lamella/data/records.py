@@ -1,4 +1,4 @@
-"""Records: single pieces of a file, such as those that a model shall forget, as samples for a model."""
+"""Records: individual entries of a file, such as those that a model is to forget, as training samples."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
-from lamella.data.reader import Reader
+from lamella.data.context import InputContext
 from lamella.data.samples import Sample, Samples, blocks, pairs
 from lamella.data.sources import load_text, windows
 from lamella.errors import CalibrationError
@@ -21,26 +21,26 @@ PROMPTS = ("prompt", "instruction", "question")
 RESPONSES = ("response", "output", "answer", "completion")
 
 
-class Piece(NamedTuple):
-    """One piece: plain text, or the response to a prompt."""
+class TextRecord(NamedTuple):
+    """One record: plain text, or the response to a prompt."""
 
     text: str
     prompt: str | None = None
 
 
 class Records(Samples):
-    """Samples that stand for themselves, from files of records or from windows of texts.
+    """Samples of individual records, from files of records or from windows of texts.
 
     Attributes:
-        items: a record each, or several where it is long; of a prompt and its response, the response carries loss.
-        sources: what provenance says of each file or text.
+        items: one sample for each record, or several for a long one; loss is on the response, or on all tokens of text.
+        sources: description of each file or text for provenance.
     """
 
     many = True
     metavar = "FILE"
-    told = (
-        "a file of text parted by blank lines, else by lines; or .jsonl with a text, or a prompt and its response, in "
-        "each line; or pydoc, stdlib or a datasets name. Repeat it for several"
+    source_help = (
+        "a text file with records separated by blank lines, else by lines; or .jsonl with a text, or a prompt and "
+        "response, in each line; or pydoc, stdlib or a datasets name. Can be repeated"
     )
     example = Fixture(
         "records.jsonl",
@@ -50,7 +50,7 @@ class Records(Samples):
     )
 
     default = None
-    sampled: ClassVar[bool] = False  # whether some records of a plain text stand for all of them
+    sampled: ClassVar[bool] = False  # whether the records of a plain text are sampled
 
     def __init__(self, samples: Sequence[Sample], sources: Sequence[dict[str, Any]] = ()) -> None:
         super().__init__(samples)
@@ -58,17 +58,19 @@ class Records(Samples):
 
     @classmethod
     def open(
-        cls, names: str | Path | Sequence[str | Path], reader: Reader, *, sequences: int = 64, length: int = 128
+        cls, names: str | Path | Sequence[str | Path], context: InputContext, *, sequences: int = 64, length: int = 128
     ) -> Self:
-        """Read files of records, and texts that are none.
+        """Read files of records, and texts without records.
 
         Args:
-            names: one or several; see :func:`read_records` and :func:`lamella.load_text`.
-            sequences: sequences of a text that is no file of records, and records of a plain text that stands for more.
-            length: tokens in a sample; longer records are cut into several.
+            names: one name or several; see :func:`read_records` and :func:`lamella.load_text`.
+            context: gives the tokenizer, the split and the random seed.
+            sequences: number of windows of a text that is no file of records; of :class:`SampledRecords`, also the
+                maximum number of records of a plain text.
+            length: tokens in a sample; longer records are split into several samples.
 
         Raises:
-            CalibrationError: for what cannot be read, or has too few tokens.
+            CalibrationError: if a source cannot be read, or has too few tokens.
         """
         if length < 2:
             raise CalibrationError(f"length {length}: give at least 2 tokens")
@@ -76,38 +78,38 @@ class Records(Samples):
         for name in [names] if isinstance(names, str | Path) else names:
             if Path(name).expanduser().is_file():
                 records = list(enumerate(read_records(name), start=1))
-                said: dict[str, Any] = {}
+                metadata: dict[str, Any] = {}
                 if cls.sampled and not str(name).endswith(".jsonl") and len(records) > sequences:
-                    said = {"records": sequences, "of": len(records)}
-                    records = sorted(random.Random(reader.seed).sample(records, sequences))
-                made = _samples(name, records, reader.tokenizer, length)
-                said = _described(name, made) | said
+                    metadata = {"records": sequences, "of": len(records)}
+                    records = sorted(random.Random(context.seed).sample(records, sequences))
+                made = _samples(name, records, context.tokenizer, length)
+                metadata = _described(name, made) | metadata
             else:
-                text = load_text(name, reader.split)
-                tokens = windows(reader.tokenizer, text, sequences, length, reader.seed)
-                made, said = blocks(tokens, loss_on="all"), text.provenance(tokens)
+                text = load_text(name, context.split)
+                tokens = windows(context.tokenizer, text, sequences, length, context.seed)
+                made, metadata = blocks(tokens, loss_on="all"), text.provenance(tokens)
             samples += made
-            found.sources.append(said)
+            found.sources.append(metadata)
         found.items = samples
         return found
 
     def describe(self) -> Any:
-        """What provenance says of them."""
+        """Return the description of the sources, for provenance."""
         return self.sources[0] if len(self.sources) == 1 else self.sources or {"samples": len(self)}
 
 
 class SampledRecords(Records):
-    """Records that stand for more of their kind, such as all other training data: a plain text is sampled."""
+    """Records that represent a larger set, such as the rest of the training data: plain text is sampled."""
 
-    told = (
-        "a .jsonl file with a text, or a prompt and its response, in each line; or a file of text parted by blank "
-        "lines, else by lines, of which --sequences records are drawn; or pydoc, stdlib or a datasets name. Repeat it "
-        "for several"
+    source_help = (
+        "a .jsonl file with a text, or a prompt and response, in each line; or a text file with records separated by "
+        "blank lines, else by lines, of which --sequences records are sampled; or pydoc, stdlib or a datasets name. "
+        "Can be repeated"
     )
     sampled = True
 
 
-def _samples(name: str | Path, records: Sequence[tuple[int, Piece]], tokenizer: Any, length: int) -> list[Sample]:
+def _samples(name: str | Path, records: Sequence[tuple[int, TextRecord]], tokenizer: Any, length: int) -> list[Sample]:
     samples = []
     for number, record in track(records, "reading records"):
         if record.prompt is not None:
@@ -127,37 +129,37 @@ def _described(name: str | Path, samples: Sequence[Sample]) -> dict[str, Any]:
     return {"data": str(name), "split": "whole", "tokens": tokens, "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def read_records(path: str | Path) -> list[Piece]:
-    """The records of a file, in their order.
+def read_records(path: str | Path) -> list[TextRecord]:
+    """Read the records of a file in their order.
 
     Args:
-        path: ``.jsonl`` with one object a line, which has ``text``, or a prompt (``prompt``, ``instruction`` or
-            ``question``, with ``input`` after it) and its response (``response``, ``output``, ``answer`` or
-            ``completion``); or any text file, whose records are parted by blank lines, else by lines.
+        path: a ``.jsonl`` file with one object per line, which has ``text``, or a prompt (``prompt``, ``instruction``
+            or ``question``, optionally followed by ``input``) and its response (``response``, ``output``, ``answer`` or
+            ``completion``); or a text file with records separated by blank lines, else by lines.
 
     Raises:
-        CalibrationError: for a file that is missing, empty or malformed, with its line.
+        CalibrationError: if the file is missing, empty or malformed; the message names the line.
     """
     file = Path(path).expanduser()
     if file.suffix == ".jsonl":
         records = [_of_row(row, f"{path} line {number}") for number, row in read_rows(path)]
     else:
         content = read_text(path)
-        pieces = re.split(r"\n\s*\n", content.strip())
-        if len(pieces) == 1:
-            pieces = content.splitlines()
-        records = [Piece(piece.strip()) for piece in pieces if piece.strip()]
+        parts = re.split(r"\n\s*\n", content.strip())
+        if len(parts) == 1:
+            parts = content.splitlines()
+        records = [TextRecord(part.strip()) for part in parts if part.strip()]
     if not records:
         raise CalibrationError(f"{path} holds no records: give at least one")
     return records
 
 
-def _of_row(row: Any, where: str) -> Piece:
+def _of_row(row: Any, where: str) -> TextRecord:
     fields = row if isinstance(row, dict) else {"text": row}
     texts = {name: value for name, value in fields.items() if isinstance(value, str) and value.strip()}
     prompt, response = (next((texts[n] for n in names if n in texts), None) for names in (PROMPTS, RESPONSES))
     if prompt is not None and response is not None:
-        return Piece(response, f"{prompt}\n{texts['input']}\n" if "input" in texts else prompt)
+        return TextRecord(response, f"{prompt}\n{texts['input']}\n" if "input" in texts else prompt)
     if "text" not in texts:
         raise CalibrationError(f"{where} holds no text; give 'text', or a 'prompt' and its 'response'")
-    return Piece(texts["text"])
+    return TextRecord(texts["text"])

@@ -1,4 +1,4 @@
-"""A rollout: every request of a list is answered once, however often the run is stopped and started again."""
+"""Rollouts: each request of a list is answered once, however often the run is stopped and restarted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lamella.data.decoding import Sampling
-from lamella.data.writer import Request, Writer, Written
+from lamella.data.writer import Completion, Writer, WritingRequest
 from lamella.errors import MethodError
 from lamella.files import Journal
 from lamella.progress import tracker
@@ -19,27 +19,28 @@ from lamella.reading import read_journal
 
 
 def rollout(
-    writer: Writer, requests: Sequence[Request], sampling: Sampling, journal: Path | None = None
-) -> dict[str, Written]:
-    """The answers by the keys of their requests.
+    writer: Writer, requests: Sequence[WritingRequest], sampling: Sampling, journal: Path | None = None
+) -> dict[str, Completion]:
+    """Answer all requests, and return the completions by the keys of their requests.
 
-    Answers that come together, such as those of a batch, are one line of the journal, with the seconds that they took.
-    A kill loses a line or it does not; so a batch is written again whole or not at all, and ends in the same digits.
+    Answers that arrive together, such as those of a batch, form one line of the journal, with the seconds that they
+    took. A kill either loses a line or does not, so a batch is repeated as a whole and gives the same result.
 
     Args:
-        writer: who answers.
-        requests: with keys of their own.
-        sampling: how tokens are drawn.
-        journal: of what was answered; None keeps none. One of other requests, or of another writer, is begun afresh.
+        writer: the model that answers.
+        requests: requests with unique keys.
+        sampling: how tokens are sampled.
+        journal: file of finished answers; none is kept if None. A journal of other requests, or of another writer, is
+            started again.
 
     Raises:
-        MethodError: for two requests with one key.
+        MethodError: if two requests have the same key.
     """
     keys = {each.key for each in requests}
     if len(keys) < len(requests):
         raise MethodError(f"{len(requests)} requests have {len(keys)} keys: give each a key of its own")
     kept = Journal(journal, _is_line, _header(writer, requests, sampling))
-    found = {key: Written(*rest) for _, answers in kept.found for key, *rest in answers}
+    found = {key: Completion(*rest) for _, answers in kept.found for key, *rest in answers}
     with tracker("writing", len(requests)) as count:
         count(len(found))
         began = time.perf_counter()
@@ -52,13 +53,13 @@ def rollout(
 
 
 def seconds_of(journal: Path) -> float:
-    """How long the answers of a journal took, also those from before a stop."""
+    """Return how many seconds the answers in a journal took, including those from before a stop."""
     lines = read_journal(journal, lambda line: isinstance(line, dict) or _is_line(line))
     return float(sum(line[0] for line in lines if isinstance(line, list)))
 
 
-def _header(writer: Writer, requests: Sequence[Request], sampling: Sampling) -> str:
-    """What all answers depend on, in one line."""
+def _header(writer: Writer, requests: Sequence[WritingRequest], sampling: Sampling) -> str:
+    """Return all that the answers depend on, as one line of JSON."""
     digest = hashlib.sha256(json.dumps(requests).encode()).hexdigest()
     return json.dumps({"writer": writer.describe(), "sampling": asdict(sampling), "requests": digest})
 

@@ -1,4 +1,4 @@
-"""Rows: what many inputs are, items in their order with a word on where they come from."""
+"""Rows: the base of inputs that are sequences of items with a description of their source."""
 
 from __future__ import annotations
 
@@ -11,28 +11,33 @@ Item = TypeVar("Item")
 
 
 class Rows(Sequence[Item]):
-    """Items of one kind.
+    """A sequence of items of one kind.
+
+    Args:
+        items: the items; a :class:`lamella.data.Lazy` sequence stays lazy.
+        tokenizer: the tokenizer that the items were encoded with, if it is known.
+        metadata: description of the source for provenance; empty for items that were made in memory.
 
     Attributes:
-        items: themselves; they stay lazy where they are.
-        tokenizer: that they are to be read with, where it is known.
-        said: what provenance says of their source; empty for items that were made in memory.
+        items: the items.
+        tokenizer: the tokenizer that the items were encoded with, if it is known.
+        metadata: description of the source.
     """
 
-    def __init__(self, items: Iterable[Item], tokenizer: Any = None, said: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, items: Iterable[Item], tokenizer: Any = None, metadata: Mapping[str, Any] | None = None) -> None:
         self.items: Sequence[Item] = items if isinstance(items, Lazy) else list(items)
-        self.tokenizer, self.said = tokenizer, dict(said or {})
+        self.tokenizer, self.metadata = tokenizer, dict(metadata or {})
 
     def describe(self) -> Any:
-        """What provenance says of them."""
-        return self.said or {"samples": len(self)}
+        """Return the description of the source, for provenance."""
+        return self.metadata or {"samples": len(self)}
 
     @overload
-    def __getitem__(self, place: int) -> Item: ...
+    def __getitem__(self, index: int) -> Item: ...
     @overload
-    def __getitem__(self, place: slice) -> Sequence[Item]: ...
-    def __getitem__(self, place: int | slice) -> Item | Sequence[Item]:
-        return self.items[place]
+    def __getitem__(self, index: slice) -> Sequence[Item]: ...
+    def __getitem__(self, index: int | slice) -> Item | Sequence[Item]:
+        return self.items[index]
 
     def __len__(self) -> int:
         return len(self.items)

@@ -1,9 +1,9 @@
 """Training samples: a prompt, its response, and which of their tokens carry loss.
 
 A sample is a dictionary of tensors: ``input_ids`` [time], ``labels`` [time] (-100 where a token carries no loss) and
-``prompt_lengths``, a single number: how many columns are prompt. Of an encoder-decoder, ``input_ids`` is what the
-encoder reads, ``labels`` what the decoder writes, each of a length of its own, and nothing is prompt. :func:`collate`
-makes a batch of some.
+``prompt_lengths``, a scalar: the number of prompt columns. For an encoder-decoder, ``input_ids`` are the tokens of the
+encoder and ``labels`` those of the decoder, of different lengths, and nothing is prompt. :func:`collate` batches
+samples.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lamella.data.reader import Reader
+from lamella.data.context import InputContext
 from lamella.data.rows import Rows
 from lamella.data.sources import PLAIN, check_text, load_text, windows
 from lamella.errors import TrainingError
@@ -30,38 +30,39 @@ NO_LOSS = -100
 
 
 class Samples(Rows[Sample]):
-    """Samples to train on, cut from a text: prompts of many lengths, whose continuations carry loss."""
+    """Training samples cut from a text: prompts of various lengths, whose continuations carry loss."""
 
     default: ClassVar[str | None] = "pydoc"
     metavar = "TEXT"
     reads_text = True
-    told = "pydoc, stdlib, a file or a datasets name"
+    source_help = "pydoc, stdlib, a file or a datasets name"
     example = replace(PLAIN, settings={"sequences": 10, "length": 16})
     loss_on: Scope = "response"
 
     @staticmethod
     def check(name: str | Path) -> None:
-        """See :func:`lamella.data.sources.check_text`."""
+        """Check that the text exists; see :func:`lamella.data.sources.check_text`."""
         check_text(name)
 
     @classmethod
-    def open(cls, name: str, reader: Reader, *, sequences: int = 64, length: int = 256) -> Self:
-        """Blocks of a text.
+    def open(cls, name: str, context: InputContext, *, sequences: int = 64, length: int = 256) -> Self:
+        """Cut blocks from a text.
 
         Args:
-            name: see :func:`lamella.load_text`.
-            sequences: blocks of text.
-            length: tokens in each.
+            name: the text; see :func:`lamella.load_text`.
+            context: gives the tokenizer, the split and the random seed.
+            sequences: number of blocks.
+            length: tokens in each block.
         """
-        text = load_text(name, reader.split)
-        tokens = windows(reader.tokenizer, text, sequences, length, reader.seed)
+        text = load_text(name, context.split)
+        tokens = windows(context.tokenizer, text, sequences, length, context.seed)
         prompts = (length // 8, length // 2)
-        made = blocks(tokens, prompts, seed=reader.seed, loss_on=cls.loss_on)
-        return cls(made, reader.tokenizer, text.provenance(tokens))
+        made = blocks(tokens, prompts, seed=context.seed, loss_on=cls.loss_on)
+        return cls(made, context.tokenizer, text.provenance(tokens))
 
 
 class Passages(Samples):
-    """The same, of which every token carries loss."""
+    """Training samples cut from a text, in which every token carries loss."""
 
     loss_on: Scope = "all"
 
@@ -73,17 +74,17 @@ def pairs(
     max_length: int | None = None,
     loss_on: Scope = "response",
 ) -> list[Sample]:
-    """Samples from prompts and their responses.
+    """Make samples from prompts and their responses.
 
     Args:
-        examples: (prompt, response), each as token ids [time] or as text. Ids are taken as they are; a response that
-            is given as text ends with the end-of-sequence token.
+        examples: (prompt, response) pairs, each as token ids [time] or as text. Ids are used unchanged; a response
+            given as text ends with the end-of-sequence token.
         tokenizer: needed for text.
-        max_length: rows are cut to this many tokens, at their end.
+        max_length: samples are truncated to this many tokens.
         loss_on: the ``response`` tokens, or ``all`` tokens.
 
     Raises:
-        TrainingError: for a sample without prompt, or with no response left after the cut.
+        TrainingError: if a sample has no prompt, or no response after truncation.
     """
     samples = []
     for number, (prompt, response) in enumerate(examples):
@@ -102,16 +103,16 @@ def pairs(
 def blocks(
     tokens: Tensor, prompt: int | tuple[int, int] = 0, *, seed: int = 0, loss_on: Scope = "response"
 ) -> list[Sample]:
-    """Samples from blocks of running text.
+    """Make samples from blocks of consecutive text.
 
     Args:
         tokens: token blocks [n, time].
-        prompt: how many tokens of each block are prompt: one number, or (lowest, highest) to draw it for each block.
-        seed: seed of the draws.
+        prompt: number of prompt tokens in each block, or (lowest, highest) to draw it at random for each block.
+        seed: random seed of the draws.
         loss_on: the ``response`` tokens, or ``all`` tokens.
 
     Raises:
-        TrainingError: when a block has no token left after its prompt.
+        TrainingError: if a block has no token after its prompt.
     """
     lowest, highest = (prompt, prompt) if isinstance(prompt, int) else prompt
     if tokens.ndim != 2 or not 0 <= lowest <= highest < tokens.shape[1] or tokens.shape[1] < 2:
@@ -149,7 +150,7 @@ def collate(samples: Sequence[Sample]) -> dict[str, Tensor]:
 
 
 def count_labels(batch: Mapping[str, Tensor]) -> int:
-    """How many labels of a batch carry loss."""
+    """Return the number of labels in a batch that carry loss."""
     return int((batch["labels"] != NO_LOSS).sum())
 
 
@@ -162,7 +163,7 @@ def _sample(row: Tensor, prompt: int, loss_on: Scope) -> Sample:
 
 
 def _ids(text: Text, tokenizer: Any, number: int, ends: bool = False) -> Tensor:
-    """The token ids of a prompt, or of a response (which ``ends`` the row)."""
+    """Return the token ids of a prompt, or of a response, which ``ends`` the sample."""
     if not isinstance(text, str):
         return torch.as_tensor(text, dtype=torch.long)
     if tokenizer is None:

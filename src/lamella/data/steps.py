@@ -1,10 +1,10 @@
-"""Writing over documents in tasks of a fixed size.
+"""Generation over documents in tasks of a fixed size.
 
-A task holds the same documents whoever does it, and its batches are its own, so one process, several and a cluster end
-with the same rows. The rows of a finished task are kept, so a run that was stopped goes on from there.
+A task holds the same documents and forms the same batches wherever it runs, so one process, several processes and a
+cluster give the same rows. The rows of a finished task are kept, so a run that was stopped continues from there.
 
-Documents become rows, in JSON values, with a request where something is to be written; a writer answers the requests;
-and what it has written is read into the rows.
+Documents become rows of JSON values, with a request where something is to be generated; a writer answers the requests,
+and the answers are read into the rows.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Rolled:
-    """Have everything written that rows ask for under ``REQUEST``, and put it under ``WRITTEN``.
+class DocumentGeneration:
+    """Answer the requests of rows under ``REQUEST``, and store the completions under ``WRITTEN``.
 
     Attributes:
-        folder: of what is written.
+        writer: the model that answers.
+        sampling: how tokens are sampled.
+        folder: the folder of the journals.
     """
 
     writer: Writer
@@ -42,10 +44,16 @@ class Rolled:
 
     @property
     def seconds(self) -> float:
-        """The time that writing took in all tasks together, also before a run was stopped."""
+        """The time that generation took in all tasks together, including before a stop, in seconds."""
         return sum(map(seconds_of, self.folder.glob("written-*.jsonl")))
 
     def __call__(self, rows: list[Row], task: int) -> None:
+        """Answer the requests of the rows of a task, in place.
+
+        Args:
+            rows: the rows of the task.
+            task: index of the task, which names its journal.
+        """
         requests = [row[REQUEST] for row in rows if REQUEST in row]
         found = rollout(self.writer, requests, self.sampling, self.folder / f"written-{task:05d}.jsonl")
         for row in rows:
@@ -53,28 +61,29 @@ class Rolled:
                 row[WRITTEN] = found[row.pop(REQUEST).key]
 
 
-def through(
+def process_documents(
     documents: Sequence[Document],
     ask: Callable[[Sequence[Document]], list[Row]],
-    rolled: Rolled,
+    generation: DocumentGeneration,
     read: Callable[[list[Row]], None],
     together: int,
     workers: Workers,
 ) -> list[Row]:
-    """The rows that documents become, in the order of the documents.
+    """Turn documents into rows, in the order of the documents.
 
     Args:
-        ask: makes rows of the documents of a task.
-        rolled: what writes for them. Its folder also has the rows of finished tasks.
-        read: reads what was written into the rows of a task, in place.
-        together: how many documents a task has.
-        workers: who does the tasks.
+        documents: the documents.
+        ask: makes the rows of a task, with requests, from its documents.
+        generation: answers the requests. Its folder also holds the rows of finished tasks.
+        read: reads the completions into the rows of a task, in place.
+        together: number of documents in a task.
+        workers: where the tasks run.
     """
-    task = _Task(ask, rolled, read, rolled.folder)
+    task = _Task(ask, generation, read, generation.folder)
     count = len(range(0, len(documents), together))
     for number in range(count):
         _put(task.documents(number), documents[number * together : (number + 1) * together])
-    with tracker("tasks", count) as done, workers.pool(rolled.folder / "tasks") as pool:
+    with tracker("tasks", count) as done, workers.pool(generation.folder / "tasks") as pool:
         for _ in pool.each(task, range(count)):
             done()
     return [row for number in range(count) for row in _get(task.rows(number))]
@@ -83,7 +92,7 @@ def through(
 @dataclass(frozen=True)
 class _Task:
     ask: Callable[[Sequence[Document]], list[Row]]
-    rolled: Rolled
+    generation: DocumentGeneration
     read: Callable[[list[Row]], None]
     folder: Path
 
@@ -97,7 +106,7 @@ class _Task:
         if self.rows(number).exists():
             return
         rows = self.ask([Document(*each) for each in _get(self.documents(number))])
-        self.rolled(rows, number)
+        self.generation(rows, number)
         self.read(rows)
         _put(self.rows(number), rows)
 

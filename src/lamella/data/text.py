@@ -1,4 +1,4 @@
-"""Text as an input: windows of tokens, which know where they come from and can be cut anew."""
+"""Windows of a text, with the source that they were cut from."""
 
 from __future__ import annotations
 
@@ -9,76 +9,90 @@ from typing import Any
 
 from torch import LongTensor, Tensor
 
-from lamella.data.reader import Reader
+from lamella.data.context import InputContext
 from lamella.data.sources import PLAIN, Source, Split, check_text, load_text, windows
 
 
 class Text(Mapping[str, Tensor]):
-    """Some windows of a text. Wherever token ids are wanted, it stands for them.
+    """Windows of a text. It can be used wherever token ids are expected.
+
+    Args:
+        tokens: token ids [sequences, time], without padding.
+        source: the split of the text that the windows are cut from.
+        context: the context that they were opened in.
 
     Attributes:
-        tokens: [sequences, time], without padding.
-        source: the split of the text that they are cut from.
-        reader: what they were read with.
+        tokens: token ids [sequences, time], without padding.
+        source: the split of the text that the windows are cut from.
+        context: the context that they were opened in.
     """
 
     default = "pydoc"
     metavar = "TEXT"
     reads_text = True
-    told = "pydoc, stdlib, a file or a datasets name"
+    source_help = "pydoc, stdlib, a file or a datasets name"
     example = replace(PLAIN, settings={"sequences": 2, "length": 16})
 
-    def __init__(self, tokens: LongTensor, source: Source, reader: Reader) -> None:
-        self.tokens, self.source, self.reader = tokens, source, reader
+    def __init__(self, tokens: LongTensor, source: Source, context: InputContext) -> None:
+        self.tokens, self.source, self.context = tokens, source, context
 
     @classmethod
-    def open(cls, name: str, reader: Reader, *, sequences: int = 4, length: int = 256) -> Text:
-        """Windows of a text.
+    def open(cls, name: str, context: InputContext, *, sequences: int = 4, length: int = 256) -> Text:
+        """Cut windows from a text.
 
         Args:
-            name: see :func:`lamella.load_text`.
-            sequences: windows of text.
-            length: tokens in each.
+            name: the text; see :func:`lamella.load_text`.
+            context: gives the tokenizer, the split and the random seed.
+            sequences: number of windows.
+            length: tokens in each window.
 
         Raises:
-            CalibrationError: for a text that is missing, or too short.
+            CalibrationError: if the text does not exist or is too short.
         """
-        source = load_text(name, reader.split)
-        return cls(windows(reader.tokenizer, source, sequences, length, reader.seed), source, reader)
+        source = load_text(name, context.split)
+        return cls(windows(context.tokenizer, source, sequences, length, context.seed), source, context)
 
     @staticmethod
     def check(name: str | Path) -> None:
-        """See :func:`lamella.data.sources.check_text`."""
+        """Check that the text exists; see :func:`lamella.data.sources.check_text`."""
         check_text(name)
 
     @property
     def tokenizer(self) -> Any:
-        """That of the model that reads it."""
-        return self.reader.tokenizer
+        """The tokenizer that the windows were cut with."""
+        return self.context.tokenizer
 
     def cut(self, sequences: int, length: int) -> Text:
-        """Other windows of the same split."""
-        tokens = windows(self.tokenizer, self.source, sequences, length, self.reader.seed)
-        return Text(tokens, self.source, self.reader)
+        """Cut other windows from the same split.
+
+        Args:
+            sequences: number of windows.
+            length: tokens in each window.
+        """
+        tokens = windows(self.tokenizer, self.source, sequences, length, self.context.seed)
+        return Text(tokens, self.source, self.context)
 
     def part(self, split: Split) -> Text:
-        """As many windows of another split."""
+        """Cut as many windows from another split."""
         source = load_text(self.source.name, split)
         sequences, length = self.tokens.shape
-        return Text(windows(self.tokenizer, source, sequences, length, self.reader.seed), source, self.reader)
+        return Text(windows(self.tokenizer, source, sequences, length, self.context.seed), source, self.context)
 
-    def further(self, sequences: int) -> Text:
-        """So many more windows of the same split, none of which is among these.
+    def more(self, sequences: int) -> Text:
+        """Cut more windows from the same split, none of which is among these.
+
+        Args:
+            sequences: number of windows.
 
         Raises:
-            CalibrationError: when the text has not so many more.
+            CalibrationError: if the text is too short.
         """
         had, length = self.tokens.shape
-        tokens = windows(self.tokenizer, self.source, sequences, length, self.reader.seed, after=had)
-        return Text(tokens, self.source, self.reader)
+        tokens = windows(self.tokenizer, self.source, sequences, length, self.context.seed, after=had)
+        return Text(tokens, self.source, self.context)
 
     def describe(self) -> dict[str, Any]:
-        """What provenance says of it."""
+        """Return the description of the text, for provenance."""
         return self.source.provenance(self.tokens)
 
     def __getitem__(self, name: str) -> Tensor:

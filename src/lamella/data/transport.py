@@ -1,6 +1,6 @@
-"""The transport below the client of an endpoint: how fast requests are sent, and what is read of responses.
+"""The HTTP transport below the client of an endpoint: limits the rate of requests and the size of responses.
 
-Imported only where httpx2 is installed, which comes with openai.
+Imported only if httpx2 is installed, which comes with openai.
 """
 
 from __future__ import annotations
@@ -13,49 +13,50 @@ from typing import Any
 
 import httpx2 as httpx
 
-from lamella.data.protocol import FOUND, Answer
+from lamella.data.protocol import FOUND, ChatResponse
 
-TOKEN = 1024  # bytes of a token in JSON, at most: 128 spaces are one in some vocabularies, and each may be escaped
-REST = 2**18  # bytes of a response beside its answer, at most
-LISTED = 2**23  # bytes of a list of models, at most
-MOST_TOKENS = 2**31  # that an endpoint can have counted
-LONGEST_PAUSE = 120.0  # seconds that a server can ask to wait; for more, the client would give up
+TOKEN = 1024  # maximum bytes of a token in JSON: some vocabularies have tokens of 128 spaces, and each may be escaped
+REST = 2**18  # maximum bytes of a response in addition to its answer
+LISTED = 2**23  # maximum bytes of a list of models
+MOST_TOKENS = 2**31  # larger counts of tokens are ignored
+LONGEST_PAUSE = 120.0  # seconds; the client gives up if a server asks for a longer pause
 
 
 class Transport(httpx.AsyncHTTPTransport):
-    """Sends requests at a limited rate, and reads responses up to a size, within a time, as UTF-8.
+    """Sends requests at a limited rate, and reads responses up to a maximum size, within a timeout, as UTF-8.
 
-    Of a successful response the answer, or the list of models, is found here, so that the client makes the request
-    again where there is none; it is put into the response's extensions.
+    The content of a successful response, an answer or a list of models, is parsed here, so that the client retries the
+    request if there is none; it is stored in the extensions of the response.
 
     Args:
-        concurrent: connections at once.
-        rate: requests a minute, at most; None: as many as come.
-        patience: seconds that one answer may take.
-        keyed: whether requests are sent with the key.
-        quoted: the beginning of a text, without the key, for messages.
+        concurrent: maximum number of connections.
+        rate: maximum number of requests per minute; unlimited if None.
+        timeout: maximum number of seconds for one response.
+        keyed: whether requests are sent with the API key.
+        quoted: shortens a text for messages and masks the key.
     """
 
     def __init__(
-        self, concurrent: int, rate: float | None, patience: float, *, keyed: bool, quoted: Callable[[str], str]
+        self, concurrent: int, rate: float | None, timeout: float, *, keyed: bool, quoted: Callable[[str], str]
     ) -> None:
         super().__init__(limits=httpx.Limits(max_connections=concurrent))
-        self.rate, self.patience, self.keyed, self.quoted = rate, patience, keyed, quoted
+        self.rate, self.timeout, self.keyed, self.quoted = rate, timeout, keyed, quoted
         self.free = 0.0  # when the next request may be made
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Send a request and return its response, with the parsed content in its extensions."""
         await self.turn()
         if not self.keyed:
             del request.headers["Authorization"]
         request.headers["Accept-Encoding"] = "identity"  # a compressed response could expand a thousandfold
-        asked = json.loads(request.content) if request.content else None
-        most = REST + TOKEN * asked["max_tokens"] if asked else LISTED
+        body = json.loads(request.content) if request.content else None
+        most = REST + TOKEN * body["max_tokens"] if body else LISTED
         try:
-            async with asyncio.timeout(self.patience):
+            async with asyncio.timeout(self.timeout):
                 response = await super().handle_async_request(request)
                 content = await _limited(response, most)
         except TimeoutError:
-            raise httpx.ReadTimeout(f"no answer in {self.patience:g} seconds") from None
+            raise httpx.ReadTimeout(f"no answer in {self.timeout:g} seconds") from None
         text = content[:most].decode("utf-8", "replace")  # JSON is UTF-8, whatever the header declares
         if not response.is_success:
             pause = _pause(response.headers.get("Retry-After", ""))
@@ -63,13 +64,13 @@ class Transport(httpx.AsyncHTTPTransport):
         if len(content) > most:
             raise httpx.ReadError(f"a response of more than {most:,} bytes")
         try:
-            found = _answer(json.loads(text)) if asked else _models(json.loads(text))
+            found = _answer(json.loads(text)) if body else _models(json.loads(text))
         except (ValueError, RecursionError):
             raise httpx.ReadError(f"no JSON: {self.quoted(text)}") from None
         return httpx.Response(200, extensions={FOUND: found}, request=request)
 
     async def turn(self) -> None:
-        """Wait until the rate allows one more request."""
+        """Wait until the rate limit allows one more request."""
         if self.rate is None:
             return
         now = time.monotonic()
@@ -79,7 +80,7 @@ class Transport(httpx.AsyncHTTPTransport):
 
 
 async def _limited(response: httpx.Response, most: int) -> bytes:
-    """What a response brings, as it was sent: no more than one chunk beyond ``most`` bytes."""
+    """Read the raw body of a response, at most one chunk beyond ``most`` bytes."""
     content = bytearray()
     try:
         async for chunk in response.aiter_raw():
@@ -91,33 +92,33 @@ async def _limited(response: httpx.Response, most: int) -> bytes:
     return bytes(content)
 
 
-def _models(said: Any) -> list[str]:
+def _models(content: Any) -> list[str]:
     try:
-        return [str(each["id"]) for each in said["data"]]
+        return [str(each["id"]) for each in content["data"]]
     except (KeyError, TypeError):
         raise httpx.ReadError("no list of models") from None
 
 
-def _answer(said: Any) -> Answer:
-    """An answer out of what the protocol says."""
+def _answer(content: Any) -> ChatResponse:
+    """Parse a chat completion."""
     try:
-        choice = said["choices"][0]
+        choice = content["choices"][0]
         text = choice["message"]["content"]
         reason = choice.get("finish_reason")
     except (KeyError, TypeError, IndexError, AttributeError):
         raise httpx.ReadError("an answer without choices") from None
     if not isinstance(text, str | None):
         raise httpx.ReadError("an answer whose content is no text")
-    usage = said.get("usage")
+    usage = content.get("usage")
     counts = [usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens")]
     prompt, tokens = (each if isinstance(each, int) and 0 <= each < MOST_TOKENS else None for each in counts)
-    return Answer(text or "", reason != "length", prompt, tokens)
+    return ChatResponse(text or "", reason != "length", prompt, tokens)
 
 
-def _pause(said: str) -> str:
-    """The seconds of a Retry-After header as the client reads them; its other form, a date, is passed over."""
+def _pause(header: str) -> str:
+    """Return the seconds of a Retry-After header in the form that the client reads; a date is ignored."""
     try:
-        seconds = float(said)
+        seconds = float(header)
     except ValueError:
         return ""
     return f"{min(seconds, LONGEST_PAUSE):g}" if seconds > 0 else ""

@@ -1,4 +1,4 @@
-"""Measuring what was gained and lost."""
+"""Evaluation: fidelity, cost model, speed, memory and text metrics."""
 
 from lamella.evaluate.answers import answered
 from lamella.evaluate.budget import Budget

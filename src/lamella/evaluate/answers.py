@@ -1,4 +1,4 @@
-"""Answers: which of them a model writes."""
+"""Exact-match answers of models."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from lamella.stack import last_stack
 
 @torch.no_grad()
 def answered(model: Any, rows: ImageText, batch: int = 32) -> Tensor:
-    """Which rows a model answers, word for word, when it writes what it holds most likely.
+    """Return which rows a model answers word for word with greedy decoding.
 
-    One pass over prompt and answer says it: greedy decoding writes the answer if, and only if, each of its tokens is
-    the most likely one behind those before it.
+    One forward pass over prompt and answer suffices: greedy decoding generates the answer if and only if each of its
+    tokens is the most likely one after those before it.
 
     Args:
         model: a model or a view.
-        rows: of conversations, the last answer counts.
-        batch: rows in one forward pass.
+        rows: the rows; of a conversation, the last answer counts.
+        batch: rows per forward pass.
 
     Returns:
         [rows] bool.

@@ -1,4 +1,4 @@
-"""How far a search goes, and which plan of its series is taken: one goal, and how long it may compare."""
+"""Stopping goals of a search, which also select a plan of its series, and its time limit."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ CONTEXT = 2048  # tokens whose cache counts as memory
 
 @dataclass(frozen=True)
 class Budget:
-    """How far a search goes; without a goal, as far as its method does by itself.
+    """The goal of a search; without one, the search runs to its method's default.
 
-    Searches that remove sublayers one by one stop at a speed-up, a share, parameters, a size or a memory. Of every
-    other series, the plan is taken that reaches the goal.
+    Searches that remove sublayers one by one stop at a speed-up, a share, parameters, a size or a memory. From any
+    other series, the plan is chosen that reaches the goal.
 
     Attributes:
         share: of all sublayers, at which to stop.
-        parameters: share of the model's parameters that may stay at most.
-        size: MB that the weights may take at most, in the precision that they are opened in.
-        memory: MB that the weights and the cache of 2,048 tokens may take at most.
-        sparsity: share of the parameters that must be masked at least.
-        loss: the highest score of a plan on the calibration data; the largest cut below it is taken.
+        parameters: maximum fraction of the model's parameters that remain.
+        size: maximum size of the weights in MB, in their precision when opened.
+        memory: maximum size in MB of the weights and the cache of 2,048 tokens.
+        sparsity: minimum fraction of the parameters that are masked.
+        loss: the highest score of a plan on the calibration data; the largest reduction below it is chosen.
         speedup: the decode speed-up at batch 1 to stop at, in the cost model.
-        minutes: for which a search may compare. From then on every step takes what seemed best before, which costs one
-            measurement: the plan still reaches the goal, and is less good. What it finds then depends on the machine.
-        until: true of the removed sublayers as soon as they are enough, for any other goal.
+        minutes: time limit of comparisons. Afterwards every step takes the candidate that was estimated best, with one
+            measurement: the plan still reaches the goal, but is less good. The result then depends on the machine.
+        until: any other goal: whether the removed sublayers are enough.
     """
 
     share: Annotated[float, Ge(0), Le(1)] | None = None
@@ -47,21 +47,21 @@ class Budget:
     until: Callable[[frozenset[Position]], bool] | None = None
 
     def most(self, default: float) -> float:
-        """The share of all sublayers that may go: all where another goal is given, and ``default`` where none is."""
+        """Return the maximum share of removed sublayers: all with another goal, and ``default`` without one."""
         if self.share is not None:
             return self.share
         goals = (self.speedup, self.parameters, self.size, self.memory, self.loss, self.until)
         return default if all(goal is None for goal in goals) else 1.0
 
     def clock(self) -> Callable[[], bool]:
-        """What says whether the minutes are over; they begin now."""
+        """Return a function that tells whether the time is over; it starts now."""
         if self.minutes is None:
             return lambda: False
         end = time.monotonic() + 60 * self.minutes
         return lambda: time.monotonic() >= end
 
     def enough(self, stack: Stack) -> Callable[[frozenset[Position]], bool] | None:
-        """What says of the removed sublayers whether they are enough, if there is such a goal.
+        """Return a function that tells whether the removed sublayers reach the goal, if there is such a goal.
 
         A speed-up is that of the cost model, for which the time of a decoding step is measured once.
         """
@@ -74,7 +74,7 @@ class Budget:
         return (lambda gone: any(goal(gone) for goal in goals)) if goals else None
 
     def fits(self, stack: Stack, plan: Plan) -> bool:
-        """Whether a plan keeps as little of a model as is asked for: parameters, megabytes of weights, or of memory."""
+        """Return whether a plan meets the limits on parameters, size of the weights and memory."""
         left = cost(stack, plan)
         weights = left.parameters * next(stack.model.parameters()).element_size()
         memory = weights + CONTEXT * left.kv_bytes_per_token
@@ -86,6 +86,6 @@ class Budget:
 
 
 def _without(stack: Stack, gone: frozenset[Position]) -> Plan:
-    """The plan that leaves out these sublayers."""
+    """Return the plan that removes these sublayers."""
     reference = ModelReference.of(stack)
     return Plan(model=reference, drop=reference.sites({stack.stack: gone}))

@@ -1,7 +1,7 @@
-"""Fidelity: how close a changed model stays to its original, on text that no planner has seen.
+"""Fidelity: how close a changed model is to its original, on text that no planner has used.
 
-What is compared follows from the objective: the next-token distributions of a continuation, or those at masks, of which
-every sequence has several noise levels, the same for every model.
+The objective determines what is compared: next-token distributions of a continuation, or distributions at masked
+tokens, with several noise levels per sequence that are the same for every model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lamella.progress import track
 from lamella.runtime import phase_options
 from lamella.stack import Model, Stack
 
-CHUNK = 64  # positions whose logits, of both models, are held at once
+CHUNK = 64  # positions whose logits of both models are in memory at once
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Tensor) -> Estimate:
-        """From one value per sequence [sequences]; a single sequence has no standard error (NaN)."""
+        """Return the estimate from one value per sequence [sequences]; a single one has no standard error (NaN)."""
         spread = float(values.std()) if len(values) > 1 else math.nan
         return cls(float(values.mean()), spread / math.sqrt(len(values)))
 
     def exp(self) -> Estimate:
-        """The exponential, its error carried over to first order."""
+        """Return the exponential, with the error propagated to first order."""
         return Estimate(math.exp(self.mean), math.exp(self.mean) * self.error)
 
     def __str__(self) -> str:
@@ -50,15 +50,15 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How far a model is from its original.
+    """The distance of a model from its original.
 
     Attributes:
-        kl: KL(original || changed) of the distributions of what is predicted, nats.
+        kl: KL(original || changed) of the predicted distributions, nats.
         jsd: their Jensen-Shannon divergence, nats.
-        top1: share of positions at which both name the same most likely token.
-        perplexity: of the changed model; of one that predicts masked tokens, its bound from above.
+        top1: fraction of positions with the same most likely token.
+        perplexity: of the changed model; an upper bound for one that predicts masked tokens.
         base_perplexity: of the original, on the same positions.
-        sequences, positions: how much was scored.
+        sequences, positions: number of scored sequences and positions.
     """
 
     kl: Estimate
@@ -70,12 +70,13 @@ class Fidelity:
     positions: int
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the estimates and counts as JSON values."""
         values = {name: {"mean": e.mean, "error": e.error} for name, e in vars(self).items() if isinstance(e, Estimate)}
         return values | {"sequences": self.sequences, "positions": self.positions}
 
 
-def continuing(model: Model) -> Stack:
-    """The stack of a model that continues text: its only one, or the last of several.
+def causal_stack(model: Model) -> Stack:
+    """Return the stack of a model that continues text: its only one, or the last of several.
 
     Raises:
         ArchitectureError: for a model that does not continue text by itself.
@@ -89,43 +90,43 @@ def continuing(model: Model) -> Stack:
     return stack
 
 
-def judged(model: Model) -> Stack:
-    """The stack of a model whose predictions of a text are compared: of the next token, or of masked ones.
+def predicting_stack(model: Model) -> Stack:
+    """Return the stack of a model whose predictions are compared: of the next token, or of masked ones.
 
     Raises:
         ArchitectureError: for a model that predicts no text by itself.
     """
     stack = model if isinstance(model, Stack) else list(model.stacks.values())[-1]
-    return stack if stack.architecture.denoises else continuing(model)
+    return stack if stack.architecture.denoises else causal_stack(model)
 
 
 class FidelityTest:
     """A fixed test of models against one original.
 
-    Each sequence is a prompt and its continuation. Only the continuation is scored, the same positions for every
-    model, so that plans which treat the prompt differently stand on equal ground with those that do not. Of images with
-    text, the answers are; of these, also what an encoder-decoder writes.
+    Each sequence is a prompt and its continuation. Only the continuation is scored, at the same positions for every
+    model, so that plans with a special treatment of prompts are comparable with others. For images with text, the
+    answers are scored, including those of encoder-decoders.
 
     Args:
         model: the original; of several stacks, the last is tested.
         tokens: test tokens [sequences, time], or images with text.
-        prompt: how many tokens of each sequence are prompt; a quarter when left out. Rows of images with text have
-            prompts of their own.
+        prompt: number of prompt tokens in each sequence; a quarter by default. Rows of images with text have their own
+            prompts.
 
     Raises:
-        CalibrationError: when no token is left to score.
+        CalibrationError: if no token is left to score.
         ArchitectureError: for a model that does not predict text by itself.
     """
 
     def __init__(self, model: Model, tokens: Tensor | ImageText, prompt: int | None = None) -> None:
         encodes = isinstance(tokens, ImageText) and tokens.processing.encodes
-        self.stack = list(model.stacks.values())[-1] if encodes else judged(model)
+        self.stack = list(model.stacks.values())[-1] if encodes else predicting_stack(model)
         self.tokens = tokens
-        self._asked = self._asked_of(tokens, prompt)
-        self._base = [self._states(self.stack.model, each)[0] for each in track(self._asked, "fidelity: original")]
+        self._questions = self._questions_of(tokens, prompt)
+        self._base = [self._states(self.stack.model, each)[0] for each in track(self._questions, "fidelity: original")]
 
-    def _asked_of(self, tokens: Tensor | ImageText, prompt: int | None) -> Sequence[Draw | Answer]:
-        """Rows with answers, or sequences of which what stands behind the prompt is scored."""
+    def _questions_of(self, tokens: Tensor | ImageText, prompt: int | None) -> Sequence[Draw | ScoredAnswer]:
+        """Return rows with answers, or sequences that are scored after their prompt."""
         if isinstance(tokens, ImageText):
             return _answers(tokens)
         prompt = tokens.shape[1] // 4 if prompt is None else prompt
@@ -137,30 +138,30 @@ class FidelityTest:
         return draws(self.stack, tokens, front=prompt)
 
     @torch.no_grad()
-    def _states(self, model: Any, asked: Draw | Answer) -> tuple[Tensor, Tensor]:
-        """The final states that predict what is scored [positions, hidden], and its tokens."""
-        if isinstance(asked, Answer):
-            return scored_states(model, {name: each.to(self.stack.device) for name, each in asked.batch.items()})
+    def _states(self, model: Any, question: Draw | ScoredAnswer) -> tuple[Tensor, Tensor]:
+        """Return the final states that predict the scored tokens [positions, hidden], and these tokens."""
+        if isinstance(question, ScoredAnswer):
+            return scored_states(model, {name: each.to(self.stack.device) for name, each in question.batch.items()})
         options = phase_options(model, torch.tensor([self.prompt]))
         stack = self._of(model)
-        return predicting(stack, stack.hidden(asked.inputs, **options), asked.scored), asked.labels
+        return predicting(stack, stack.hidden(question.inputs, **options), question.scored), question.labels
 
     def _of(self, model: Any) -> Stack:
-        """The same stack of another model."""
+        """Return the same stack of another model."""
         return Stack(model, stack=self.stack.stack if self.stack.prefix else None)
 
     @torch.no_grad()
     def of(self, view: Any) -> Fidelity:
-        """The fidelity of a view (or of any model with the same vocabulary) to the original."""
+        """Return the fidelity of a view (or of any model with the same vocabulary) to the original."""
         changed = self._of(view)
-        sequences = 1 + max(asked.sequence for asked in self._asked)
+        sequences = 1 + max(question.sequence for question in self._questions)
         sums = torch.zeros(5, sequences, dtype=torch.float64)
-        scored, weighed = torch.zeros(2, sequences, dtype=torch.float64)
-        for asked, original in zip(track(self._asked, "fidelity"), self._base, strict=True):
-            index = asked.sequence
-            ours_all, labels = self._states(view, asked)
+        scored, eligible = torch.zeros(2, sequences, dtype=torch.float64)
+        for question, original in zip(track(self._questions, "fidelity"), self._base, strict=True):
+            index = question.sequence
+            ours_all, labels = self._states(view, question)
             scored[index] += len(labels)
-            weighed[index] += asked.eligible
+            eligible[index] += question.eligible
             chunks = zip(original.split(CHUNK), ours_all.split(CHUNK), labels.split(CHUNK), strict=True)
             for base, ours, label in chunks:
                 log_p = self._log_probabilities(self.stack, base, index, self.stack.name)
@@ -168,15 +169,15 @@ class FidelityTest:
                 for row, divergence in zip(sums[:2], divergences(log_p, log_q), strict=True):
                     row[index] += divergence.double().sum()
                 sums[2, index] += (log_p.argmax(-1) == log_q.argmax(-1)).sum()
-                sums[3, index] += nll_loss(log_q, label, reduction="sum").double() * asked.weight
-                sums[4, index] += nll_loss(log_p, label, reduction="sum").double() * asked.weight
+                sums[3, index] += nll_loss(log_q, label, reduction="sum").double() * question.weight
+                sums[4, index] += nll_loss(log_p, label, reduction="sum").double() * question.weight
         kl, jsd, top1 = (Estimate.of(row / scored) for row in sums[:3])
-        loss, base_loss = (Estimate.of(row / weighed) for row in sums[3:])
+        loss, base_loss = (Estimate.of(row / eligible) for row in sums[3:])
         return Fidelity(kl, jsd, top1, loss.exp(), base_loss.exp(), sequences, int(scored.sum()))
 
     @staticmethod
     def _log_probabilities(stack: Stack, states: Tensor, sequence: int, name: str) -> Tensor:
-        """Log-probabilities in float32 [positions, vocabulary].
+        """Return log-probabilities in float32 [positions, vocabulary].
 
         Raises:
             NumericsError: for logits that are not finite.
@@ -190,14 +191,14 @@ class FidelityTest:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ScoredAnswer:
     """A row of images with text, whose last answer is scored.
 
     Attributes:
-        batch: the row as a model takes it, alone.
-        sequence: its number.
-        eligible: tokens of the answer.
-        weight: what each of them counts.
+        batch: the row as a batch of one.
+        sequence: its index.
+        eligible: number of tokens of the answer.
+        weight: of each of them.
     """
 
     batch: dict[str, Tensor]
@@ -206,7 +207,7 @@ class Answer:
     weight: float = 1.0
 
 
-def _answers(rows: ImageText) -> list[Answer]:
-    """Rows one by one; of conversations, the last answer alone."""
+def _answers(rows: ImageText) -> list[ScoredAnswer]:
+    """Return rows one by one, of conversations only the last answer."""
     batches = [last_answers(batch) for batch in rows.batches(1)]
-    return [Answer(batch, number, count_labels(batch)) for number, batch in enumerate(batches)]
+    return [ScoredAnswer(batch, number, count_labels(batch)) for number, batch in enumerate(batches)]

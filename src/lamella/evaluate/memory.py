@@ -1,4 +1,4 @@
-"""Peak memory of a checkpoint, measured where nothing else runs: in a process of its own."""
+"""Peak memory of a checkpoint, measured in a separate process."""
 
 from __future__ import annotations
 
@@ -45,24 +45,25 @@ class Memory:
     """Resident memory of a process that loads a checkpoint and generates, in bytes.
 
     Attributes:
-        peak: the most it ever held, above what the libraries alone take.
-        libraries: what Python and the libraries take before anything is loaded.
+        peak: the peak, beyond the memory of the libraries.
+        libraries: memory of Python and the libraries before anything is loaded.
     """
 
     peak: int
     libraries: int
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the sizes as JSON values."""
         return {"peak_bytes": self.peak, "libraries_bytes": self.libraries}
 
 
 def peak_memory(folder: str | Path, batch: int = 1, prompt: int = 128, tokens: int = 16) -> Memory:
-    """Load a checkpoint folder in a fresh process, generate on the CPU, and read its peak resident memory.
+    """Load a checkpoint folder in a new process, generate on the CPU, and return its peak resident memory.
 
-    It is loaded in the precision that :func:`lamella.zoo.prefer` says.
+    It is loaded in the precision set by :func:`lamella.zoo.prefer`.
 
     Raises:
-        CheckpointError: when the child fails; the message carries its last line.
+        CheckpointError: if the child process fails; the message contains its last line.
     """
     dtype = str(preference().dtype or "").removeprefix("torch.")
     command = [sys.executable, "-c", _CHILD, str(folder), dtype, str(batch), str(prompt), str(tokens)]

@@ -17,9 +17,9 @@ from lamella.data import ImageText
 from lamella.progress import tracker
 from lamella.stack import last_stack
 
-NARROW = 0.01  # between quartiles, as a share of the median: a timing loop has measured enough
-SECONDS = 30.0  # for one batch size: how long a timing loop goes on beyond its least number of rounds
-LEAST = 2  # rounds of a timing loop whose time is over, so that a ratio has a spread
+NARROW = 0.01  # distance of the quartiles relative to the median at which a timing loop ends
+SECONDS = 30.0  # time limit of a timing loop for one batch size, after its minimum number of rounds
+MIN_ROUNDS = 2  # of a timing loop, so that a ratio has a spread
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,13 @@ class Ratio:
 
     @classmethod
     def of(cls, ratios: Sequence[float]) -> Ratio:
+        """Return the median and quartiles of the ratios of several rounds."""
         low, median, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else [*ratios] * 3
         return cls(median, low, high)
 
     @property
     def is_narrow(self) -> bool:
-        """Whether the quartiles are so close to each other that a further round would say nothing new."""
+        """Whether the quartiles are so close that further rounds add no information."""
         return self.high - self.low <= NARROW * self.median
 
     def __str__(self) -> str:
@@ -45,12 +46,12 @@ class Ratio:
 
 
 def turns(calls: Mapping[str, Callable[[], Any]], first: str, rounds: int) -> dict[str, Ratio]:
-    """How long each call takes in the time of the first one: they take turns, and two rounds before warm up.
+    """Return the time of each call relative to the first one's: they alternate, after two warm-up rounds.
 
     Args:
-        calls: by name, on one device, which they leave with their work done.
-        first: the name of what the others are compared with.
-        rounds: that count.
+        calls: by name, on one device; each returns after its work is done.
+        first: the name of the reference.
+        rounds: number of timed rounds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 2):
@@ -59,19 +60,19 @@ def turns(calls: Mapping[str, Callable[[], Any]], first: str, rounds: int) -> di
             call()
             if number > 1:
                 seconds[name].append(time.perf_counter() - begin)
-    theirs = seconds[first]
-    return {name: Ratio.of([a / b for a, b in zip(each, theirs, strict=True)]) for name, each in seconds.items()}
+    reference = seconds[first]
+    return {name: Ratio.of([a / b for a, b in zip(each, reference, strict=True)]) for name, each in seconds.items()}
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One model at one batch size.
+    """The timing of one model at one batch size.
 
     Attributes:
         batch: rows that run together.
-        prefill, decode: seconds of each round; ``decode`` is the median step of the round (where steps differ in turn,
-            the mean over the turn of such medians).
-        prefill_speedup, decode_speedup: how many times faster than the first model, round by round.
+        prefill, decode: seconds of each round; ``decode`` is the median step of the round (for policies with a period,
+            the mean of such medians over the period).
+        prefill_speedup, decode_speedup: relative to the first model, round by round.
         variation: coefficient of variation of the decoding steps over rounds.
     """
 
@@ -83,6 +84,7 @@ class Timing:
     variation: float
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the timing as JSON values."""
         return {
             "batch": self.batch,
             "prefill_seconds": statistics.median(self.prefill),
@@ -102,44 +104,44 @@ def bench(
     rounds: int = 5,
     seconds: float = SECONDS,
 ) -> dict[str, list[Timing]]:
-    """Time models against the first of them: in every round they take each step in turn; the first round warms up.
+    """Time models relative to the first: in every round they alternate step by step; the first round is a warm-up.
 
-    All models read the same random prompt and decode the same number of steps, so none gains by stopping early, and a
-    change of the machine's pace meets all of them. A model that predicts masked tokens has the prompt and all of its
-    answer, masks, in every pass: its steps are denoising steps. One that encodes the prompt does so in its prefill,
-    which writes the first token. Where a policy has a warm-up, all models decode so many
-    steps before the timed ones.
+    All models read the same random prompt and decode the same number of steps, so none gains by stopping early, and
+    changes in the machine's speed affect all of them. A model that predicts masked tokens processes the prompt and a
+    whole answer of masks in every pass: its steps are denoising steps. An encoder-decoder encodes the prompt in its
+    prefill, which generates the first token. If a policy has a warm-up, all models decode that many steps before the
+    timed ones.
 
     Args:
         models: models by name, the reference first; they must share a vocabulary.
         batches: batch sizes.
         prompt: tokens of the prompt; or images with text, of which the first rows are read up to their answers.
-        tokens: decoding steps per round, rounded up to whole turns of policies whose steps differ in turn.
-        rounds: the most interleaved rounds. Fewer run where the quartiles of every decode speed-up are 1 % of its
-            median apart after at least three, or where the time is over after at least two.
-        seconds: the time for each batch size, so that a busy machine does not multiply it.
+        tokens: decoding steps per round, rounded up to whole periods of policies.
+        rounds: maximum number of interleaved rounds. Timing ends earlier if the quartiles of every decode speed-up are
+            within 1 % of its median after at least three, or if the time is over after at least two.
+        seconds: time limit for each batch size, for busy machines.
 
     Returns:
         For each model one :class:`Timing` per batch size.
     """
     results: dict[str, list[Timing]] = {name: [] for name in models}
     policies = [getattr(model, "lamella_policy", None) for model in models.values()]
-    settles = max((policy.settles for policy in policies if policy is not None), default=0)
-    turn = math.lcm(*(policy.period for policy in policies if policy is not None))
-    tokens = math.ceil(tokens / turn) * turn
+    steady_after = max((policy.steady_after for policy in policies if policy is not None), default=0)
+    period = math.lcm(*(policy.period for policy in policies if policy is not None))
+    tokens = math.ceil(tokens / period) * period
     with tracker("speed", len(batches) * (rounds + 1)) as count:
         for batch in batches:
             begin = time.monotonic()
-            _one_round(models, batch, prompt, tokens, settles, turn)
+            _one_round(models, batch, prompt, tokens, steady_after, period)
             count()
             times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
             for done in range(1, rounds + 1):
-                for name, measured in _one_round(models, batch, prompt, tokens, settles, turn).items():
+                for name, measured in _one_round(models, batch, prompt, tokens, steady_after, period).items():
                     times[name].append(measured)
                 count()
                 timings = _timings(batch, times)
-                is_over = done >= LEAST and time.monotonic() - begin >= seconds
-                if is_over or (done > LEAST and all(each.decode_speedup.is_narrow for each in timings.values())):
+                is_over = done >= MIN_ROUNDS and time.monotonic() - begin >= seconds
+                if is_over or (done > MIN_ROUNDS and all(each.decode_speedup.is_narrow for each in timings.values())):
                     count(rounds - done)
                     break
             for name, timing in timings.items():
@@ -148,9 +150,10 @@ def bench(
 
 
 def _timings(batch: int, times: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, Timing]:
-    """The timings of some rounds.
+    """Return the timings of some rounds.
 
     Args:
+        batch: batch size of the rounds.
         times: of each model, seconds of the prefill and of the median decoding step, round by round; the first model is
             the reference.
     """
@@ -170,14 +173,14 @@ def _timings(batch: int, times: Mapping[str, Sequence[tuple[float, float]]]) -> 
 
 
 def _read(models: Mapping[str, Any], batch: int, prompt: int | ImageText) -> dict[str, Tensor]:
-    """What all models read before they write: the first of some rows, or random tokens that all of them have."""
+    """Return the prompt of all models: the first of some rows, or random tokens that all of them have."""
     if isinstance(prompt, ImageText):
         return prompt.prompts(prompt[:batch])
     return {"input_ids": random_tokens(models.values(), batch, prompt)}
 
 
 def random_tokens(models: Iterable[Any], batch: int, time: int) -> Tensor:
-    """Random tokens that all models have, none of which stands for an image [batch, time]."""
+    """Return random tokens that are in all vocabularies and are no image tokens [batch, time]."""
     models = list(models)
     vocabulary = min(model.config.get_text_config().vocab_size for model in models)
     ids = torch.randint(vocabulary, (batch, time), generator=torch.Generator().manual_seed(0))
@@ -187,26 +190,26 @@ def random_tokens(models: Iterable[Any], batch: int, time: int) -> Tensor:
 
 
 def _one_round(
-    models: Mapping[str, Any], batch: int, prompt: int | ImageText, tokens: int, settles: int, turn: int
+    models: Mapping[str, Any], batch: int, prompt: int | ImageText, tokens: int, steady_after: int, period: int
 ) -> dict[str, tuple[float, float]]:
-    """For each model, seconds of one prefill and of the median decoding step, averaged over a turn."""
+    """Return for each model the seconds of one prefill and of the median decoding step, averaged over a period."""
     given = _read(models, batch, prompt)
     passes = {name: _Passes.of(model, given, tokens) for name, model in models.items()}
     prefill = {name: each.timed() for name, each in passes.items()}
     steps: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(settles + tokens):
+    for _ in range(steady_after + tokens):
         for name, each in passes.items():
             steps[name].append(each.timed())
-    return {name: (prefill[name], _mean_turn(steps[name][settles:], turn)) for name in models}
+    return {name: (prefill[name], _mean_over_period(steps[name][steady_after:], period)) for name in models}
 
 
 @dataclass
 class _Passes:
-    """The passes of a model over a prompt: the prompt, then token by token; of masked tokens, all of it every time.
+    """The forward passes of a model: the prompt, then token by token; for masked tokens, each time all of it.
 
     Attributes:
-        given: what the next pass is given.
-        padding: the mask of a prompt that has some [batch, columns so far].
+        given: the inputs of the next pass.
+        padding: the mask of a padded prompt [batch, columns so far].
         denoises: whether the model predicts masked tokens.
         encodes: whether an encoder reads the prompt, and the decoder begins with its start token.
     """
@@ -225,8 +228,8 @@ class _Passes:
         padding = None if mask is None or bool(mask.all()) else mask
         if model.config.is_encoder_decoder:
             start = model.config.get_text_config().decoder_start_token_id
-            begun = given["input_ids"].new_full((len(given["input_ids"]), 1), start)
-            return cls(model, given | {"decoder_input_ids": begun, "use_cache": True}, mask, encodes=True)
+            start_tokens = given["input_ids"].new_full((len(given["input_ids"]), 1), start)
+            return cls(model, given | {"decoder_input_ids": start_tokens, "use_cache": True}, mask, encodes=True)
         if not denoises(model):
             return cls(model, given | {"use_cache": True, "logits_to_keep": 1}, padding)
         ids = given["input_ids"]
@@ -235,7 +238,7 @@ class _Passes:
         return cls(model, {"input_ids": torch.cat([ids, masks], dim=1), "logits_to_keep": keep}, padding, denoises=True)
 
     def timed(self) -> float:
-        """The seconds of a pass."""
+        """Return the seconds of a pass."""
         device = self.model.get_input_embeddings().weight.device
         begin = clock(device)
         output = self.model(**self.given)
@@ -254,17 +257,17 @@ class _Passes:
 
 
 def denoises(model: Any) -> bool:
-    """Whether a transformers model predicts masked tokens."""
+    """Return whether a transformers model predicts masked tokens."""
     return hasattr(model.config, "mask_token_id") and last_stack(model).architecture.denoises
 
 
-def _mean_turn(steps: Sequence[float], turn: int) -> float:
-    """The mean over a turn of the median step at each of its places."""
-    return statistics.mean(statistics.median(steps[place::turn]) for place in range(turn))
+def _mean_over_period(steps: Sequence[float], period: int) -> float:
+    """Return the mean over a period of the median step at each of its positions."""
+    return statistics.mean(statistics.median(steps[index::period]) for index in range(period))
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, read when the device has finished what it was given."""
+    """Return the time in seconds, after all work on the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

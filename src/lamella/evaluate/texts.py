@@ -1,9 +1,9 @@
-"""How close texts that were written are to those that were wanted: ROUGE, BLEU, and the precisions BLEU is made of.
+"""Text metrics: ROUGE, BLEU, and the n-gram precisions of BLEU.
 
-    BLEU = exp(min(0, 1 - wanted/written)) (p_1 p_2 p_3 p_4)^(1/4)
+    BLEU = exp(min(0, 1 - reference length / candidate length)) (p_1 p_2 p_3 p_4)^(1/4)
 
-Some papers report p_1 to p_4 as "BLEU-1" to "BLEU-4". They know no brevity penalty, so one constant word can score far
-above any BLEU; here they are called precisions, and stand apart. All scores are in points of 100.
+Some papers report p_1 to p_4 as "BLEU-1" to "BLEU-4". They have no brevity penalty, so a single constant word can score
+far above any BLEU; here they are called precisions and are reported separately. All scores are multiplied by 100.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ KINDS = ("rouge1", "rouge2", "rougeL")
 
 @dataclass(frozen=True)
 class TextScores:
-    """What some texts score against one reference each.
+    """The scores of some texts, each against one reference.
 
     Attributes:
-        rouge1, rouge2, rougeL: F1, the mean over texts, of stems.
-        bleu: of all texts together, with brevity penalty, as sacrebleu computes it.
-        bleu1_precision, bleu2_precision, bleu3_precision, bleu4_precision: of all texts together: the share of their
-            n-grams that the references have, without brevity penalty. None of them is a BLEU.
-        length: of the texts that were written, in words, the mean.
-        distinct: how many of them differ.
-        texts: how many there are.
+        rouge1, rouge2, rougeL: mean F1 over texts, with stemming.
+        bleu: corpus BLEU with brevity penalty, as computed by sacrebleu.
+        bleu1_precision, bleu2_precision, bleu3_precision, bleu4_precision: corpus n-gram precisions, without brevity
+            penalty. None of them is a BLEU.
+        length: mean length of the scored texts in words.
+        distinct: number of distinct texts.
+        texts: number of texts.
     """
 
     rouge1: float
@@ -51,12 +51,12 @@ class TextScores:
         """Score texts.
 
         Args:
-            written: what is scored.
+            written: the texts to score.
             wanted: a reference for each.
 
         Raises:
-            CalibrationError: for no texts, or not as many references.
-            LamellaError: when rouge-score or sacrebleu is missing.
+            CalibrationError: for no texts, or a different number of references.
+            LamellaError: if rouge-score or sacrebleu is missing.
         """
         if not written or len(written) != len(wanted):
             raise CalibrationError(
@@ -71,18 +71,19 @@ class TextScores:
         return cls(rouge1, rouge2, rouge_l, float(bleu.score), p1, p2, p3, p4, length, len(set(written)), len(written))
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the scores as JSON values."""
         return asdict(self)
 
 
 def rouge(*kinds: str, stems: bool = True) -> Callable[[str, str], dict[str, float]]:
-    """A function from a text and its reference to F1 scores by kind, such as ``rouge1`` or ``rougeL``.
+    """Return a function from a text and its reference to F1 scores by kind, such as ``rouge1`` or ``rougeL``.
 
     Args:
+        *kinds: names of the scores.
         stems: compare words by their stems.
 
     Raises:
-        LamellaError: when rouge-score is missing.
+        LamellaError: if rouge-score is missing.
     """
     scorer = require("rouge_score.rouge_scorer", EXTRA, "ROUGE").RougeScorer(list(kinds), use_stemmer=stems)
 
@@ -93,13 +94,13 @@ def rouge(*kinds: str, stems: bool = True) -> Callable[[str, str], dict[str, flo
 
 
 def sentence_bleu() -> Callable[[str, str], float]:
-    """A function from one sentence and its reference to a BLEU.
+    """Return a function from a sentence and its reference to a BLEU.
 
-    Of n-grams without a match the count is smoothed, and those longer than the sentence do not count: without that, a
-    sentence with no four words in a row of its reference would score nothing.
+    Counts of n-grams without a match are smoothed, and n-grams longer than the sentence are ignored: otherwise a
+    sentence without four consecutive words of its reference would have a score of 0.
 
     Raises:
-        LamellaError: when sacrebleu is missing.
+        LamellaError: if sacrebleu is missing.
     """
     bleu = require("sacrebleu.metrics", EXTRA, "BLEU").BLEU(effective_order=True)
     return lambda written, wanted: float(bleu.sentence_score(written, [wanted]).score)

@@ -1,11 +1,11 @@
-"""What writing a corpus costs: for each token that is kept, and beside the training that it is for."""
+"""The cost of generating a corpus: per token that is kept, and relative to the training on it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lamella.data import Local, Writer
+from lamella.data import LocalWriter, Writer
 from lamella.evaluate.cost import cost
 from lamella.zoo import parameters_of
 
@@ -18,24 +18,24 @@ def writing_cost(
     mixture: Mapping[str, Any],
     seconds: float,
 ) -> dict[str, Any]:
-    """The cost of writing as JSON values; None for what is not known of an endpoint.
+    """Return the cost of generating a corpus as JSON values; None for values that are unknown for an endpoint.
 
-    A token that is read or written takes two operations for each multiply-accumulate of the writer, as its plan leaves
-    them; one that is trained on takes six for each of the student's parameters.
+    A token that is read or generated costs two operations per multiply-accumulate of the generator under its plan; a
+    token that is trained on costs six per parameter of the student.
 
     Args:
-        student: the model that will be trained; the writer, whole, when left out.
-        rows: all that was asked for, each with the tokens that were read and written for it, ``n_read`` and
-            ``n_written``.
-        kept: those of them that were kept, with the tokens of what is kept, ``n_out_tok``.
-        mixture: what will be trained on, with the tokens of each of its ``sources``.
-        seconds: that writing took, of all workers together.
+        writer: the generator.
+        student: the model to be trained; by default the generator without a plan.
+        rows: all requests, each with the numbers of read and generated tokens, ``n_read`` and ``n_written``.
+        kept: the rows that were kept, with the number of kept tokens, ``n_out_tok``.
+        mixture: the training mixture, with the tokens of each of its ``sources``.
+        seconds: generation time, summed over all workers.
     """
     read, written = (sum(row[name] for row in rows) for name in ("n_read", "n_written"))
     tokens = sum(row["n_out_tok"] for row in kept)
     seen = sum(each["tokens"] for each in mixture["sources"].values())
     flops, size = None, 0
-    if isinstance(writer, Local):
+    if isinstance(writer, LocalWriter):
         flops = 2 * cost(writer.stack, writer.plan).macs * (read + written)
         size = writer.stack.describe()["parameters"]
     size = parameters_of(student) if student else size

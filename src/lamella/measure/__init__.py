@@ -1,24 +1,24 @@
-"""Measurements that planners and other methods consume."""
+"""Measurements that planners and other methods use."""
 
 from lamella.measure.distances import DISTANCES, Distance, DistanceName, divergences
 from lamella.measure.embedding import Embed, Embedder, check_embedder, embed, similarities
 from lamella.measure.fisher import Estimator, Fisher, fisher
-from lamella.measure.labelled import Data, check_disjoint
-from lamella.measure.noise import RATIOS, Draw, draws, masked, masked_by_number, nats, predicting
-from lamella.measure.output_distance import OutputDistance
-from lamella.measure.ranks import spearman
-from lamella.measure.recording import Recording, record
-from lamella.measure.scores import Scores
-from lamella.measure.streams import (
+from lamella.measure.hidden_states import (
     Tokens,
     angular_distance,
     block_influence,
     by_name,
     describe,
+    hidden_norms,
     sequences,
-    stream_norms,
     sublayer_influence,
 )
+from lamella.measure.labelled import Data, check_disjoint
+from lamella.measure.noise import RATIOS, Draw, draws, masked, masked_by_count, nats_per_token, predicting
+from lamella.measure.output_distance import OutputDistance
+from lamella.measure.ranks import spearman
+from lamella.measure.recording import Recording, record
+from lamella.measure.scores import Scores
 
 __all__ = [
     "DISTANCES",
@@ -45,14 +45,14 @@ __all__ = [
     "draws",
     "embed",
     "fisher",
+    "hidden_norms",
     "masked",
-    "masked_by_number",
-    "nats",
+    "masked_by_count",
+    "nats_per_token",
     "predicting",
     "record",
     "sequences",
     "similarities",
     "spearman",
-    "stream_norms",
     "sublayer_influence",
 ]

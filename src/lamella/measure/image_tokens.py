@@ -1,17 +1,18 @@
-"""Which tokens of an image to keep: the criteria of the literature, as functions of tensors of one image or row.
+"""Criteria for the tokens of an image to keep, as functions of tensors of one image or row.
 
-    criterion    looks at                        keeps                                   source
-    fastv        attention to image tokens       those that are attended to most         arXiv 2403.06764
-    sparsevlm    attention of rater text tokens  the same, and means of the rest         arXiv 2410.04417
-    divprune     states of image tokens          those farthest from one another         arXiv 2503.02175
-    trim         likeness to the question        the most alike, and the mean of others  arXiv 2409.10994
-    tome         states of image tokens          means of the most alike pairs           arXiv 2210.09461
-    withdraw     nothing                         none (VTW)                              arXiv 2405.05803
-    signal       gradient of the answer          what it would change most               a reading of arXiv 2511.15098
-    random       nothing                         any
+    criterion    uses                            keeps                                       source
+    fastv        attention to image tokens       the tokens that receive most attention      arXiv 2403.06764
+    sparsevlm    attention of rater text tokens  the same, and cluster means of the rest     arXiv 2410.04417
+    divprune     states of image tokens          the tokens farthest from one another        arXiv 2503.02175
+    trim         similarity to the question      the most similar, and the mean of others    arXiv 2409.10994
+    tome         states of image tokens          means of the most similar pairs             arXiv 2210.09461
+    withdraw     nothing                         none (VTW)                                  arXiv 2405.05803
+    signal       gradient of the answer          the tokens with the largest first-order     an interpretation of
+                                                 effect on the answer                        arXiv 2511.15098
+    random       nothing                         random tokens
 
-All choose exactly as many as they are told, ties in the order of the image. What merges tokens also says what becomes
-of the states of those that stay.
+All keep exactly the requested number of tokens; ties are resolved in the order of the image. Criteria that merge tokens
+also return the new states of those that stay.
 """
 
 from __future__ import annotations
@@ -26,22 +27,22 @@ from torch.nn.functional import normalize
 
 from lamella.errors import MethodError
 
-AGGREGATES = 0.1  # SparseVLM: the share of the tokens kept that are means of others; one at least
-NEIGHBOURS = 5  # of a token, in its density
+AGGREGATES = 0.1  # SparseVLM: fraction of the kept tokens that are cluster means; at least one
+NEIGHBOURS = 5  # number of neighbours in the density of a token
 RANK = 1.5  # TRIM: interquartile ranges above the third quartile
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What criteria look at; each needs some of it alone.
+class TokenFeatures:
+    """The inputs of criteria, of which each criterion needs only some.
 
     Attributes:
         image: states of the image tokens [image, hidden].
         text: states of the text tokens [text, hidden].
-        attention: of every token to image tokens, by head [heads, queries, image].
-        of_text: that of the text tokens [heads, text, image].
-        gradient: of the answer's log-probability by the states of the image tokens [image, hidden].
-        generator: of what is drawn.
+        attention: attention of every token to image tokens, by head [heads, queries, image].
+        of_text: attention of the text tokens [heads, text, image].
+        gradient: gradient of the answer's log-probability with respect to the image states [image, hidden].
+        generator: random generator.
     """
 
     image: Tensor
@@ -53,23 +54,23 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """What is kept of an image.
+class TokenSelection:
+    """The tokens of an image that are kept.
 
     Attributes:
-        index: the tokens, the best first [kept].
-        states: what becomes of them [kept, hidden]; None where they stay as they are.
+        index: indices of the tokens, the best first [kept].
+        states: their new states [kept, hidden]; None if they stay unchanged.
     """
 
     index: Tensor
     states: Tensor | None = None
 
 
-Criterion = Callable[[Seen, int], Chosen]
+Criterion = Callable[[TokenFeatures, int], TokenSelection]
 
 
 def best(scores: Tensor, k: int) -> Tensor:
-    """The k tokens with the highest scores, the best first, of equal ones the first [k].
+    """Return the k tokens with the highest scores, the best first, among equal ones the first [k].
 
     >>> best(torch.tensor([0.1, 0.5, 0.5, 0.9]), 2).tolist()
     [3, 1]
@@ -77,59 +78,63 @@ def best(scores: Tensor, k: int) -> Tensor:
     return scores.argsort(descending=True, stable=True)[:k]
 
 
-def fastv(seen: Seen, k: int) -> Chosen:
-    """Those that are attended to most: the mean over heads, summed over queries."""
-    assert seen.attention is not None
-    return Chosen(best(seen.attention.mean(dim=0).sum(dim=0), k))
+def fastv(features: TokenFeatures, k: int) -> TokenSelection:
+    """Keep the tokens that receive most attention: the mean over heads, summed over queries."""
+    assert features.attention is not None
+    return TokenSelection(best(features.attention.mean(dim=0).sum(dim=0), k))
 
 
 def raters(image: Tensor, text: Tensor) -> Tensor:
-    """The text tokens that speak of the image: more like it than they are in the mean [text] bool; all where none is.
+    """Return the text tokens more similar to the image than average [text] bool; all of them if there is none.
 
     Args:
-        image: [image, hidden].
-        text: [text, hidden].
+        image: image states [image, hidden].
+        text: text states [text, hidden].
     """
     alike = (normalize(text, dim=-1) @ normalize(image, dim=-1).T).mean(dim=1)
     chosen = alike > alike.mean()
     return chosen if chosen.any() else torch.ones_like(chosen)
 
 
-def sparsevlm(seen: Seen, k: int) -> Chosen:
-    """What the raters attend to most; some of the k are means of clusters of the rest, where these are densest."""
-    assert seen.text is not None and seen.of_text is not None
-    scores = seen.of_text[:, raters(seen.image, seen.text)].mean(dim=(0, 1))
+def sparsevlm(features: TokenFeatures, k: int) -> TokenSelection:
+    """Keep the tokens that the raters attend to most; some of the k are means of the densest clusters of the rest."""
+    assert features.text is not None and features.of_text is not None
+    scores = features.of_text[:, raters(features.image, features.text)].mean(dim=(0, 1))
     order = best(scores, len(scores))
     count = min(max(1, int(AGGREGATES * k)), k - 1, len(order) - k)
     if count <= 0:
-        return Chosen(order[:k])
+        return TokenSelection(order[:k])
     top, rest = order[: k - count], order[k - count :]
-    centres, member = clusters(seen.image[rest], count)
-    means = torch.stack([seen.image[rest[member == place]].mean(dim=0) for place in range(count)])
-    return Chosen(torch.cat([top, rest[centres]]), torch.cat([seen.image[top], means]))
+    centres, member = clusters(features.image[rest], count)
+    means = torch.stack([features.image[rest[member == cluster]].mean(dim=0) for cluster in range(count)])
+    return TokenSelection(torch.cat([top, rest[centres]]), torch.cat([features.image[top], means]))
 
 
 def clusters(states: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Density peaks (Rodriguez and Laio, 2014): the centres [count], and the cluster of each token [tokens].
+    """Return the centres [count] of density-peak clusters, and the cluster of each token [tokens].
 
-    A centre is dense, and far from whatever is denser. Every token joins the centre nearest to it.
+    A centre is dense, and far from any denser token (Rodriguez and Laio, 2014). Every token joins the nearest centre.
+
+    Args:
+        states: states of the tokens [tokens, hidden].
+        count: number of clusters.
     """
     apart = torch.cdist(states, states)
     nearest = apart.topk(min(NEIGHBOURS + 1, len(states)), largest=False).values
     density = (-(nearest**2).mean(dim=1)).exp()
-    place = torch.arange(len(states), device=states.device)
-    denser = (density[None] > density[:, None]) | ((density[None] == density[:, None]) & (place[None] < place[:, None]))
+    rank = torch.arange(len(states), device=states.device)
+    denser = (density[None] > density[:, None]) | ((density[None] == density[:, None]) & (rank[None] < rank[:, None]))
     away = apart.masked_fill(~denser, torch.inf).min(dim=1).values
     away = torch.where(away.isinf(), apart.max(), away)
     centres = best(density * away, count)
     member = apart[:, centres].argmin(dim=1)
-    member[centres] = torch.arange(count, device=states.device)  # also where two centres are the same point
+    member[centres] = torch.arange(count, device=states.device)  # also if two centres are the same point
     return centres, member
 
 
-def divprune(seen: Seen, k: int) -> Chosen:
-    """Greedily the token farthest, by cosine, from those chosen; the first is the one farthest from its nearest."""
-    unit = normalize(seen.image, dim=-1)
+def divprune(features: TokenFeatures, k: int) -> TokenSelection:
+    """Keep, greedily, the token farthest by cosine from those chosen, starting with the most isolated one."""
+    unit = normalize(features.image, dim=-1)
     apart = 1 - unit @ unit.T
     alone = apart + torch.diag(torch.full((len(apart),), torch.inf, dtype=apart.dtype, device=apart.device))
     chosen = [int(alone.min(dim=1).values.argmax())] if len(apart) > 1 else [0]
@@ -138,76 +143,82 @@ def divprune(seen: Seen, k: int) -> Chosen:
         nearest[chosen] = -torch.inf
         chosen.append(int(nearest.argmax()))
         nearest = torch.minimum(nearest, apart[chosen[-1]])
-    return Chosen(torch.tensor(chosen[:k], device=seen.image.device))
+    return TokenSelection(torch.tensor(chosen[:k], device=features.image.device))
 
 
 def above_quartiles(scores: Tensor) -> Tensor:
-    """TRIM's own rule for how many: what lies above the third quartile by 1.5 interquartile ranges [tokens] bool."""
+    """Return TRIM's own selection [tokens] bool: scores above the third quartile by 1.5 interquartile ranges."""
     first, third = scores.float().quantile(torch.tensor([0.25, 0.75], device=scores.device))
     return scores > third + RANK * (third - first)
 
 
-def trim(seen: Seen, k: int) -> Chosen:
-    """Those most like the mean of the question, and one that is the mean of the rest, where the best of these is.
+def trim(features: TokenFeatures, k: int) -> TokenSelection:
+    """Keep the tokens most similar to the mean of the question; the best of the others is replaced by their mean.
 
-    TRIM compares in CLIP's space, of which small models have no text side: here it is the language model's own.
+    TRIM compares in CLIP's space, but small models have no text encoder for it: here the language model's space is
+    used.
     """
-    assert seen.text is not None
-    alike = normalize(seen.image, dim=-1) @ normalize(seen.text.mean(dim=0), dim=0)
+    assert features.text is not None
+    alike = normalize(features.image, dim=-1) @ normalize(features.text.mean(dim=0), dim=0)
     order = best(alike, len(alike))
     if k >= len(order) or k < 2:
-        return Chosen(order[:k])
+        return TokenSelection(order[:k])
     rest = order[k - 1 :]
-    return Chosen(order[:k], torch.cat([seen.image[order[: k - 1]], seen.image[rest].mean(dim=0, keepdim=True)]))
+    return TokenSelection(
+        order[:k], torch.cat([features.image[order[: k - 1]], features.image[rest].mean(dim=0, keepdim=True)])
+    )
 
 
-def tome(seen: Seen, k: int) -> Chosen:
-    """Bipartite soft matching, again and again until k are left: each round merges at most half of them."""
-    index = torch.arange(len(seen.image), device=seen.image.device)
-    states, sizes = seen.image, torch.ones(len(index), dtype=seen.image.dtype, device=index.device)
+def tome(features: TokenFeatures, k: int) -> TokenSelection:
+    """Merge by bipartite soft matching until k tokens are left; each round merges at most half of them."""
+    index = torch.arange(len(features.image), device=features.image.device)
+    states, sizes = features.image, torch.ones(len(index), dtype=features.image.dtype, device=index.device)
     while len(index) > k:
         index, states, sizes = matched(index, states, sizes, min(len(index) - k, len(index) // 2))
-    return Chosen(index, states)
+    return TokenSelection(index, states)
 
 
 def matched(index: Tensor, states: Tensor, sizes: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Merge the r pairs most alike between even and odd places, as means weighted by size.
+    """Merge the r most similar pairs of even and odd positions, as means weighted by size.
 
     Args:
         index: the tokens [tokens].
-        states: [tokens, hidden].
-        sizes: how many tokens each stands for [tokens].
+        states: their states [tokens, hidden].
+        sizes: number of original tokens in each [tokens].
+        r: number of pairs to merge.
 
     Returns:
-        The same of those that are left; the odd one of a pair stands for both.
+        The same for the remaining tokens; the odd one of a pair stands for both.
     """
     unit = normalize(states, dim=-1)
     a, b = torch.arange(0, len(index), 2), torch.arange(1, len(index), 2)
     alike, partner = (unit[a] @ unit[b].T).max(dim=1)
-    gone = best(alike, r)
+    merged = best(alike, r)
     mass = states * sizes[:, None]
-    into = b[partner[gone].cpu()].to(states.device)
-    mass = mass.index_add(0, into, mass[a[gone.cpu()]])
-    sizes = sizes.index_add(0, into, sizes[a[gone.cpu()]])
+    into = b[partner[merged].cpu()].to(states.device)
+    mass = mass.index_add(0, into, mass[a[merged.cpu()]])
+    sizes = sizes.index_add(0, into, sizes[a[merged.cpu()]])
     left = torch.ones(len(index), dtype=torch.bool, device=states.device)
-    left[a[gone.cpu()]] = False
+    left[a[merged.cpu()]] = False
     return index[left], (mass / sizes[:, None])[left], sizes[left]
 
 
-def signal(seen: Seen, k: int) -> Chosen:
-    """Those whose absence would change the answer most, to first order: abs(h_v . d log p / d h_v)."""
-    assert seen.gradient is not None
-    return Chosen(best((seen.image * seen.gradient).sum(dim=-1).abs(), k))
+def signal(features: TokenFeatures, k: int) -> TokenSelection:
+    """Keep the tokens whose removal would change the answer most, to first order: abs(h_v . d log p / d h_v)."""
+    assert features.gradient is not None
+    return TokenSelection(best((features.image * features.gradient).sum(dim=-1).abs(), k))
 
 
-def at_random(seen: Seen, k: int) -> Chosen:
-    """Any of them."""
-    return Chosen(torch.randperm(len(seen.image), generator=seen.generator)[:k].to(seen.image.device))
+def at_random(features: TokenFeatures, k: int) -> TokenSelection:
+    """Keep random tokens."""
+    return TokenSelection(
+        torch.randperm(len(features.image), generator=features.generator)[:k].to(features.image.device)
+    )
 
 
-def withdraw(seen: Seen, k: int) -> Chosen:
-    """None."""
-    return Chosen(torch.empty(0, dtype=torch.long, device=seen.image.device))
+def withdraw(features: TokenFeatures, k: int) -> TokenSelection:
+    """Keep no token."""
+    return TokenSelection(torch.empty(0, dtype=torch.long, device=features.image.device))
 
 
 CRITERIA: dict[str, Criterion] = {
@@ -220,17 +231,24 @@ CRITERIA: dict[str, Criterion] = {
     "signal": signal,
     "random": at_random,
 }
-CriterionName = Literal["fastv", "sparsevlm", "divprune", "trim", "tome", "withdraw", "signal", "random"]  # its keys
-ATTENDING = ("fastv", "sparsevlm")  # need the attention weights of a layer
-MERGING = ("sparsevlm", "trim", "tome")  # change states
+CriterionName = Literal[
+    "fastv", "sparsevlm", "divprune", "trim", "tome", "withdraw", "signal", "random"
+]  # keys of CRITERIA
+ATTENDING = ("fastv", "sparsevlm")  # criteria that need the attention weights of a layer
+MERGING = ("sparsevlm", "trim", "tome")  # criteria that change states
 
 
-def choose(criterion: str, seen: Seen, k: int) -> Chosen:
-    """The k tokens of an image that a criterion keeps.
+def choose(criterion: str, features: TokenFeatures, k: int) -> TokenSelection:
+    """Return the k tokens of an image that a criterion keeps.
+
+    Args:
+        criterion: name of the criterion.
+        features: its inputs.
+        k: number of tokens.
 
     Raises:
-        MethodError: for a criterion that there is not.
+        MethodError: for an unknown criterion.
     """
     if criterion not in CRITERIA:
-        raise MethodError(f"no criterion '{criterion}' for image tokens: choose one of {', '.join(CRITERIA)}")
-    return CRITERIA[criterion](seen, k)
+        raise MethodError(f"unknown criterion '{criterion}' for image tokens: choose one of {', '.join(CRITERIA)}")
+    return CRITERIA[criterion](features, k)

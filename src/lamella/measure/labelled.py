@@ -1,11 +1,11 @@
-"""Inputs with their labels, in the forms that people have, as one stream of batches; and what a model says to them.
+"""Inputs with labels, in their usual forms, as a uniform sequence of batches; and a model's outputs for them.
 
 =======================================================  ===========================================================
-what is given                                            which is
+argument                                                 content
 =======================================================  ===========================================================
-``(inputs, labels)``, or ``inputs`` where none are used  tensors [n, ...] and [n]
+``(inputs, labels)``, or ``inputs`` without labels       tensors [n, ...] and [n]
 a ``DataLoader``, or any iterable of such pairs that     batches of any size, which are regrouped
-can be gone through more than once
+can be iterated more than once
 a list of training samples                               dictionaries of ``input_ids`` and ``labels`` [time], see
                                                          ``lamella.train.pairs``: sequences for a decoder
 =======================================================  ===========================================================
@@ -32,17 +32,17 @@ NO_LABEL = -100
 
 
 def batches(data: Data, size: int, order: Order = "given", seed: int = 0) -> Iterator[LabelledBatch]:
-    """The data in batches of ``size``; the last one may be smaller.
+    """Yield the data in batches of ``size``; the last one may be smaller.
 
     Args:
         data: see the table of this module.
-        size: samples in a batch.
+        size: number of samples in a batch.
         order: as ``given``; sorted ``by class``, so that nearly all batches have one class; or ``shuffled``.
-        seed: of the shuffling.
+        seed: random seed of the shuffling.
 
     Raises:
-        MethodError: for an order that these data cannot have.
-        CalibrationError: for labels that are not one for each input.
+        MethodError: for an order that is not possible for these data.
+        CalibrationError: if inputs and labels differ in number.
     """
     if isinstance(data, Tensor):
         data = (data, None)
@@ -50,12 +50,12 @@ def batches(data: Data, size: int, order: Order = "given", seed: int = 0) -> Ite
         inputs, labels = data
         if labels is not None and len(labels) != len(inputs):
             raise CalibrationError(f"{len(inputs)} inputs have {len(labels)} labels: give one for each")
-        places = _places(len(inputs), order, seed, labels)
-        for chosen in places.split(size) if len(places) else ():
+        indices = _indices(len(inputs), order, seed, labels)
+        for chosen in indices.split(size) if len(indices) else ():
             yield inputs[chosen], None if labels is None else labels[chosen]
     elif are_samples(data):
-        for chosen in _places(len(data), order, seed, None).split(size):
-            yield [data[place] for place in chosen.tolist()]
+        for chosen in _indices(len(data), order, seed, None).split(size):
+            yield [data[index] for index in chosen.tolist()]
     else:
         if order != "given":
             raise MethodError(f"order '{order}' needs all data at once: give (inputs, labels) instead of a loader")
@@ -63,23 +63,23 @@ def batches(data: Data, size: int, order: Order = "given", seed: int = 0) -> Ite
 
 
 def count(data: Data) -> int | None:
-    """How many samples the data have; None where that is known only once they are gone through."""
+    """Return the number of samples; None if it is unknown before iterating over the data."""
     if isinstance(data, Tensor) or are_samples(data):
         return len(data)
     return len(data[0]) if is_pair(data) else None
 
 
 def is_pair(data: Any) -> TypeIs[Pair]:
-    """Whether these are (inputs, labels) in tensors."""
+    """Return whether these are (inputs, labels) in tensors."""
     return isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor)
 
 
 def are_samples(data: Any) -> TypeIs[Sequence[Sample]]:
-    """Whether these are sequences for a decoder."""
+    """Return whether these are sequences for a decoder."""
     return isinstance(data, Sequence) and len(data) > 0 and isinstance(data[0], Mapping)
 
 
-def _places(count: int, order: Order, seed: int, labels: Tensor | None) -> Tensor:
+def _indices(count: int, order: Order, seed: int, labels: Tensor | None) -> Tensor:
     if order == "given":
         return torch.arange(count)
     if order == "shuffled":
@@ -106,7 +106,7 @@ def _regrouped(loader: Any, size: int) -> Iterator[Pair]:
 
 
 def content(batch: LabelledBatch) -> bytes:
-    """The numbers of a batch, to be hashed."""
+    """Return the content of a batch as bytes, to be hashed."""
     if is_pair(batch):
         tensors = [tensor for tensor in batch if isinstance(tensor, Tensor)]
     else:
@@ -115,13 +115,17 @@ def content(batch: LabelledBatch) -> bytes:
 
 
 def check_disjoint(forget: Data, retain: Data) -> None:
-    """Check that nothing is to be forgotten and retained at once.
+    """Check that no sample is to be both forgotten and retained.
+
+    Args:
+        forget: data to forget.
+        retain: data to retain.
 
     Raises:
-        CalibrationError: when a sample is in both.
+        CalibrationError: if a sample is in both.
     """
-    gone = {row: place for place, row in enumerate(_hashes(forget))}
-    both = [(gone[row], place) for place, row in enumerate(_hashes(retain)) if row in gone]
+    forgotten = {row: index for index, row in enumerate(_hashes(forget))}
+    both = [(forgotten[row], index) for index, row in enumerate(_hashes(retain)) if row in forgotten]
     if both:
         raise CalibrationError(
             f"{len(both)} samples are to be forgotten and retained at once, such as forget {both[0][0]} = retain "
@@ -135,13 +139,15 @@ def _hashes(data: Data) -> Iterator[bytes]:
 
 
 def outputs(model: nn.Module, batch: LabelledBatch, first: int = 0) -> list[tuple[Tensor, Tensor | None]]:
-    """What the model says to a batch: logits [positions, classes] with their labels [positions].
+    """Return a model's outputs for a batch: logits [positions, classes] with their labels [positions].
 
-    Pairs of tensors make one entry, in which each sample is one position; a sequence makes an entry of its own, whose
-    positions are those that predict a label.
+    Pairs of tensors yield one entry, in which each sample is one position; each sequence yields an entry of its own,
+    whose positions are those that predict a label.
 
     Args:
-        first: how many samples came before, for messages.
+        model: the model.
+        batch: the batch.
+        first: number of samples before this batch, for messages.
 
     Raises:
         CalibrationError: for a label or a token that the model does not have.
@@ -156,21 +162,21 @@ def outputs(model: nn.Module, batch: LabelledBatch, first: int = 0) -> list[tupl
         _check_labels(labels, logits.shape[-1], first)
         return [(logits, labels)]
     found: list[tuple[Tensor, Tensor | None]] = []
-    for place, sample in enumerate(batch, first):
+    for index, sample in enumerate(batch, first):
         ids = sample["input_ids"].to(device)
-        looks_up: Any = getattr(model, "get_input_embeddings", None)
-        embedding = looks_up() if looks_up else None
+        get_embedding: Any = getattr(model, "get_input_embeddings", None)
+        embedding = get_embedding() if get_embedding else None
         if embedding is not None and (len(ids) < 2 or int(ids.max()) >= len(embedding.weight)):
             raise CalibrationError(
-                f"sample {place} has {len(ids)} tokens up to {int(ids.max()) if len(ids) else 0}: at least 2 are "
+                f"sample {index} has {len(ids)} tokens up to {int(ids.max()) if len(ids) else 0}: at least 2 are "
                 f"needed, from the {len(embedding.weight)} of the model's vocabulary"
             )
         logits = _logits(model(input_ids=ids[None], use_cache=False))[0, :-1]
         labels = sample["labels"].to(device)[1:]
         carries = labels != NO_LABEL
         if not carries.any():
-            raise CalibrationError(f"sample {place} has no token with a label: give a response")
-        _check_labels(labels[carries], logits.shape[-1], place)
+            raise CalibrationError(f"sample {index} has no token with a label: give a response")
+        _check_labels(labels[carries], logits.shape[-1], index)
         found.append((logits[carries], labels[carries]))
     return found
 
@@ -192,8 +198,8 @@ def _check_labels(labels: Tensor | None, classes: int, first: int) -> None:
         return
     wrong = ((labels < 0) | (labels >= classes)).nonzero()
     if len(wrong):
-        place = int(wrong[0])
+        index = int(wrong[0])
         raise CalibrationError(
-            f"label {int(labels[place])} of sample {first + place} is out of range: the model has the outputs 0 to "
+            f"label {int(labels[index])} of sample {first + index} is out of range: the model has the outputs 0 to "
             f"{classes - 1}"
         )

@@ -1,11 +1,11 @@
-"""What a model predicts of a text, by its objective, with the same noise for every model that is asked.
+"""A model's predictions on a text, according to its objective, with the same noise for every model.
 
-    next token       x_1 ... x_T as it is                  every token is scored
-    masked tokens    each token a mask with probability p   the masks are scored, and weigh 1 / p
+    next token       x_1 ... x_T unchanged                    every token is scored
+    masked tokens    each token a mask with probability p     the masks are scored, with weight 1 / p
 
-Over many draws of p the weighted mean bounds the negative log-likelihood of the text from above (LLaDA, arXiv
-2502.09992, eq. 3), as the mean of the first is it. What is drawn depends on the seed alone, so that two models differ
-by themselves and not by their noise.
+Over many draws of p the weighted mean is an upper bound of the negative log-likelihood of the text (LLaDA, arXiv
+2502.09992, eq. 3), which the mean in the first case equals. The noise depends on the seed only, so two models differ
+because of themselves and not because of their noise.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from lamella.errors import CalibrationError, NumericsError
-from lamella.measure.streams import Tokens, sequences
+from lamella.measure.hidden_states import Tokens, sequences
 from lamella.stack import Stack
 
 RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -26,15 +26,15 @@ RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 @dataclass(frozen=True)
 class Draw:
-    """One sequence as a model is given it.
+    """One sequence with its noise.
 
     Attributes:
-        inputs: token ids and, where some are padding, their mask, by name [1, time].
+        inputs: token ids and, if there is padding, their mask, by name [1, time].
         scored: the tokens that are predicted [1, time] bool.
         labels: those tokens [scored].
-        ratio: how likely a token was to be masked; 0 of a model that predicts the next one.
-        sequence: its number.
-        eligible: how many tokens could have been scored.
+        ratio: masking probability of a token; 0 for a model that predicts the next token.
+        sequence: index of the sequence.
+        eligible: number of tokens that could have been scored.
     """
 
     inputs: dict[str, Tensor]
@@ -46,17 +46,17 @@ class Draw:
 
     @property
     def weight(self) -> float:
-        """What a scored token counts."""
+        """The weight of a scored token."""
         return 1 / self.ratio if self.ratio else 1.0
 
 
 def masked(eligible: Tensor, ratios: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Which tokens become masks: each eligible one with its row's probability, and one at least of a row that has any.
+    """Return the tokens that become masks: each eligible one with its row's probability, and at least one of a row.
 
     Args:
-        eligible: [batch, time] bool.
-        ratios: the probability of each row [batch].
-        generator: on the CPU, as all that is drawn; torch's own when left out.
+        eligible: tokens that may become masks [batch, time] bool.
+        ratios: probability of each row [batch].
+        generator: random generator on the CPU; torch's global one if None.
     """
     drawn = torch.rand(eligible.shape, generator=generator).to(eligible.device)
     drawn = drawn.masked_fill(~eligible, 2.0)
@@ -64,83 +64,84 @@ def masked(eligible: Tensor, ratios: Tensor, generator: torch.Generator | None =
     return eligible & ((drawn < ratios.to(drawn.device)[:, None]) | first)
 
 
-def masked_by_number(eligible: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """Which tokens become masks: of each row as many as a number says that is drawn evenly, from one to all of them.
+def masked_by_count(eligible: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """Return the tokens that become masks, whose number is drawn uniformly from one to all eligible tokens of a row.
 
     Args:
-        eligible: [batch, time] bool, one of each row at least.
-        generator: on the CPU; torch's own when left out.
+        eligible: tokens that may become masks [batch, time] bool, at least one in each row.
+        generator: random generator on the CPU; torch's global one if None.
 
     Returns:
-        What becomes masks [batch, time], and the share of each row's eligible tokens that do [batch].
+        The masked tokens [batch, time] bool, and their fraction of each row's eligible tokens [batch].
     """
-    held = eligible.sum(dim=1).cpu()
-    number = 1 + (torch.rand(len(held), generator=generator) * held).long()
+    available = eligible.sum(dim=1).cpu()
+    count = 1 + (torch.rand(len(available), generator=generator) * available).long()
     drawn = torch.rand(eligible.shape, generator=generator).to(eligible.device).masked_fill(~eligible, 2.0)
-    return drawn.argsort(dim=1).argsort(dim=1) < number.to(drawn.device)[:, None], number / held
+    return drawn.argsort(dim=1).argsort(dim=1) < count.to(drawn.device)[:, None], count / available
 
 
 def draws(
     stack: Stack, tokens: Tokens, ratios: Sequence[float] = RATIOS, *, front: int = 1, seed: int = 0
 ) -> list[Draw]:
-    """Every sequence once, or, of a model that predicts masked tokens, once with each ratio of masks.
+    """Return every sequence once, or, for a model that predicts masked tokens, once for each masking ratio.
 
     Args:
-        stack: the model that will be asked; any other with its tokenizer may be asked the same.
+        stack: the model; the draws suit any other model with its tokenizer.
         tokens: token ids [sequences, time], alone or with an attention mask.
-        ratios: of masks, each above 0 and at most 1.
-        front: tokens at the front of each sequence that are never scored, one at least.
-        seed: of the masks.
+        ratios: masking ratios, each above 0 and at most 1.
+        front: number of tokens at the front of each sequence that are never scored, at least one.
+        seed: random seed of the masks.
 
     Raises:
-        CalibrationError: for too few tokens, or a ratio that is none.
+        CalibrationError: for too few tokens, or an invalid ratio.
     """
     if not ratios or not all(0 < ratio <= 1 for ratio in ratios):
         raise CalibrationError(f"mask ratios {', '.join(map(str, ratios)) or '(none)'}: give some above 0, at most 1")
     generator = torch.Generator().manual_seed(seed)
     found = []
-    for number, row in enumerate(sequences(tokens)):
+    for index, row in enumerate(sequences(tokens)):
         given = {name: value.to(stack.device) for name, value in row.items()}
         ids = given["input_ids"]
         real = given.get("attention_mask", torch.ones_like(ids)).bool()
         eligible = real & (real.long().cumsum(dim=1) > max(front, 1))
         count = int(eligible.sum())
         if count == 0:
-            raise CalibrationError(f"sequence {number} has no token behind its first {max(front, 1)}: give more text")
+            raise CalibrationError(f"sequence {index} has no token after its first {max(front, 1)}: give more text")
         if not stack.architecture.denoises:
-            found.append(Draw(given, eligible, ids[eligible], 0.0, number, count))
+            found.append(Draw(given, eligible, ids[eligible], 0.0, index, count))
             continue
         for ratio in ratios:
             chosen = masked(eligible, torch.tensor([ratio]), generator)
             noisy = ids.masked_fill(chosen, stack.config.mask_token_id)
-            found.append(Draw(given | {"input_ids": noisy}, chosen, ids[chosen], ratio, number, count))
+            found.append(Draw(given | {"input_ids": noisy}, chosen, ids[chosen], ratio, index, count))
     return found
 
 
 def predicting(stack: Stack, states: Tensor, scored: Tensor) -> Tensor:
-    """Of the states of all positions, those whose logits are of the scored tokens [scored, ...].
+    """Return the states that predict the scored tokens [scored, ...].
 
     Args:
-        states: [batch, time, ...].
-        scored: [batch, time] bool; of a model whose logits are the next token's, none at the front.
+        stack: the model.
+        states: states of all positions [batch, time, ...].
+        scored: scored tokens [batch, time] bool; none at the front for a model that predicts the next token.
     """
     return states[:, :-1][scored[:, 1:]] if stack.architecture.shifted else states[scored]
 
 
 @torch.no_grad()
-def nats(stack: Stack, asked: Sequence[Draw]) -> Tensor:
-    """What each sequence costs, in nats per token: its negative log-likelihood, or the bound on it [sequences] float64.
+def nats_per_token(stack: Stack, samples: Sequence[Draw]) -> Tensor:
+    """Return each sequence's negative log-likelihood in nats per token, or its upper bound [sequences] float64.
 
     Args:
         stack: a model, or a view of one: ``Stack(view)``.
-        asked: what :func:`draws` returned.
+        samples: what :func:`draws` returned.
 
     Raises:
         NumericsError: for logits that are not finite.
     """
     total: dict[int, float] = {}
     rounds: dict[int, int] = {}
-    for draw in asked:
+    for draw in samples:
         states = predicting(stack, stack.hidden(draw.inputs), draw.scored)
         logits = stack.logits(states).float()
         if not torch.isfinite(logits).all():

@@ -1,4 +1,4 @@
-"""How well two measurements agree on an order."""
+"""Rank correlation of two measurements."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from scipy.stats import spearmanr
 
 
 def spearman(ones: Sequence[float] | np.ndarray, others: Sequence[float] | np.ndarray) -> float | None:
-    """Spearman's rank correlation, with mean ranks for ties; None where all values of one side are equal.
+    """Return Spearman's rank correlation, with mean ranks for ties; None if all values of one side are equal.
 
     >>> round(spearman([1, 2, 5], [3, 4, 9]), 6)
     1.0

@@ -1,9 +1,10 @@
-"""What goes into a part of a model and what comes out of it, recorded: what a new part is fitted to.
+"""Recordings of the inputs and outputs of a part of a model, to which a new part is fitted.
 
     x [rows, ...] --the part--> y [rows, ...]
 
-A row is what the part reads at once. What works on every token alone is recorded token by token; a part that mixes
-tokens has whole sequences or maps as rows, and is recorded by whoever knows their shape.
+A row is one independent input of the part. A part that processes every token independently is recorded token by token;
+a part that mixes tokens has whole sequences or feature maps as rows, and is recorded by the code that knows their
+shape.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ import torch
 from torch import Tensor
 
 from lamella.errors import CalibrationError
-from lamella.measure.streams import Tokens, sequences
+from lamella.measure.hidden_states import Tokens, sequences
 from lamella.progress import track
 from lamella.stack import Position, Stack, join
 
 Row = dict[str, Tensor]  # x and y
-ROWS = 1024  # that are looked at together
+ROWS = 1024  # number of rows that are processed together
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,10 +30,12 @@ class Recording(Sequence[Row]):
     """Inputs and outputs of one part.
 
     Attributes:
-        x, y: float32 on the host [rows, ...].
+        x: inputs, float32 on the host [rows, ...].
+        y: outputs, float32 on the host [rows, ...].
 
     Raises:
-        CalibrationError: for fewer than two rows, another number of outputs than of inputs, or what is not finite.
+        CalibrationError: for fewer than two rows, different numbers of inputs and outputs, or values that are not
+            finite.
     """
 
     x: Tensor
@@ -44,11 +47,15 @@ class Recording(Sequence[Row]):
                 f"{len(self.x)} inputs and {len(self.y)} outputs are recorded: give two or more rows"
             )
         if not (torch.isfinite(self.x).all() and torch.isfinite(self.y).all()):
-            raise CalibrationError("what was recorded is not finite: check the weights of the model")
+            raise CalibrationError("the recorded values are not finite: check the weights of the model")
 
     @classmethod
     def of(cls, pairs: Iterable[tuple[Tensor, Tensor]]) -> Recording:
-        """From batches of rows: pairs of x [rows, ...] and y [rows, ...]."""
+        """Return the recording of batches of rows: pairs of x [rows, ...] and y [rows, ...].
+
+        Raises:
+            CalibrationError: for no batches.
+        """
         both = [(x.detach().float().cpu(), y.detach().float().cpu()) for x, y in pairs]
         if not both:
             raise CalibrationError("nothing is recorded: give some rows")
@@ -71,10 +78,13 @@ class Recording(Sequence[Row]):
         return {"x": self.x[row], "y": self.y[row]}
 
     def split(self, share: float) -> tuple[Recording, Recording]:
-        """The first rows and the last ones, which are a share of all; in between none is in both.
+        """Return the first rows, and the last ones, which are the given fraction of all; the two do not overlap.
+
+        Args:
+            share: fraction of the rows in the second part.
 
         Raises:
-            CalibrationError: where one of both would have fewer than two rows.
+            CalibrationError: if one of the two would have fewer than two rows.
         """
         last = round(share * len(self))
         first = len(self) - last
@@ -82,17 +92,17 @@ class Recording(Sequence[Row]):
 
     @property
     def variance(self) -> float:
-        """The mean square of y around its mean over rows, which a constant leaves unexplained."""
+        """The mean squared deviation of y from its mean over rows."""
         parts = self.y.split(ROWS)
         mean = torch.stack([each.double().sum(dim=0) for each in parts]).sum(dim=0) / len(self)
         return float(sum((each.double() - mean).square().sum() for each in parts)) / self.y.numel()
 
     @torch.no_grad()
     def explained(self, part: Callable[[Tensor], Tensor]) -> float:
-        """R^2: the share of the variance of y that ``part(x)`` explains; 1 at best, 0 for the mean, below for worse.
+        """Return R^2: the fraction of the variance of y that ``part(x)`` explains; 0 for predicting the mean.
 
         Args:
-            part: from some rows x [rows, ...] to what it takes for y [rows, ...], both on the host.
+            part: predicts y [rows, ...] from some rows x [rows, ...], both on the host.
         """
         errors = [
             (part(x).double() - y.double()).square().sum()
@@ -103,14 +113,15 @@ class Recording(Sequence[Row]):
 
 @torch.no_grad()
 def record(stack: Stack, tokens: Tokens, position: Position) -> Recording:
-    """What one sublayer reads and what it adds to that, at every token that is no padding.
+    """Record what one sublayer reads and what it adds to the residual stream, at every token that is not padding.
 
     Args:
+        stack: the stack.
         tokens: calibration tokens [sequences, time].
-        position: of the sublayer.
+        position: position of the sublayer.
 
     Returns:
-        The stream before it and what it adds [tokens, hidden].
+        The residual stream before the sublayer and what the sublayer adds [tokens, hidden].
     """
     return Recording.of(_added(stack, tokens, position))
 

@@ -10,11 +10,11 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Scores:
-    """What was measured, over which sites.
+    """A measurement over sites.
 
     Attributes:
-        name: what it is, with its unit where it has one.
-        dims: the name of each axis, such as ``("layer",)`` or ``("start", "length")``.
+        name: what was measured, with its unit if it has one.
+        dims: name of each axis, such as ``("layer",)`` or ``("start", "length")``.
         values: the array.
         provenance: data, seed and options of the measurement.
     """
@@ -29,6 +29,7 @@ class Scores:
             raise ValueError(f"scores '{self.name}': {self.values.ndim} axes but {len(self.dims)} names")
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the scores as JSON values, with None for values that are not finite."""
         values = self.values.astype(object)
         values[~np.isfinite(self.values)] = None  # JSON has no NaN
         return {"name": self.name, "dims": list(self.dims), "values": values.tolist(), "provenance": self.provenance}

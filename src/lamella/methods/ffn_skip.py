@@ -94,9 +94,9 @@ class FFNSkip(Policy):
             raise MethodError(f"max_skips {max_skips} is more than the {len(self.window)} layers between the cold ones")
         self.max_skips, self.threshold, self.placement = max_skips, threshold, placement
         self.warmup, self.interleave = warmup, interleave
-        generator = np.random.default_rng(seed)
-        self._starts = generator.integers(self.window.start, self.window.stop - max_skips, STARTS, endpoint=True)
-        self.settles, self.period = warmup, sum(interleave)
+        drawn = np.random.default_rng(seed)
+        self._starts = drawn.integers(self.window.start, self.window.stop - max_skips, STARTS, endpoint=True)
+        self.steady_after, self.period = warmup, sum(interleave)
 
     def begin(self, run: Pass) -> None:
         """Choose the tokens of this pass that may skip."""

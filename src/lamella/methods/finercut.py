@@ -110,7 +110,7 @@ def finercut(
             held=protected_groups,
             release_after=release_after,
             guess=guess,
-            hurried=clock,
+            out_of_time=clock,
         )
 
     if stop_when is not None:

@@ -63,7 +63,7 @@ def lora(
         train,
         Task(response_loss),
         config,
-        out=work.place() / "run",
+        out=work.directory() / "run",
         trainable=adapters.trains,
         settings={"plan": plan.digest, "lora": [adapters.scale, list(adapters.modules)], "base": adapters.base},
     )

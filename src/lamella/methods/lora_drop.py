@@ -184,7 +184,7 @@ def tune(
     Returns:
         The model with trained corrections.
     """
-    out = work.place()
+    out = work.directory()
     view = apply(stack, plan)
     policy: LoRADrop = view.lamella_policy
     policy.sees_all_keys = train_keys == "release"

@@ -1,13 +1,17 @@
-"""Portfolio: cut whole layers, from the best of several beginnings on, by exchanges, chosen on further text.
+"""Portfolio: remove whole layers; refine the best of several starting sets by exchanges and validate on held-out text.
 
-    beginnings   what the lazy greedy search by the output removes; the layers of least block influence (ShortGPT, arXiv
-                 2403.03853); the run of layers that turns the stream least (Gromov et al., arXiv 2403.17887)
-    exchange     from the one that changes the output least: a removed layer for another, while that changes it less
-    choice       the least change among the likely ones of these, on further text that none was planned on
+    starting sets   the removals of the lazy greedy search by the output distance; the layers of lowest block influence
+                    (ShortGPT, arXiv 2403.03853); the run of layers with the smallest angular distance (Gromov et al.,
+                    arXiv 2403.17887)
+    exchange        starting from the set that changes the output least, restore one layer and remove another, as long
+                    as the output distance falls
+    choice          among the sets that come close to the best, the one with the least output distance on held-out
+                    text, on which nothing was planned
 
-A greedy search cannot take back, and influence and angle look at the stream and not at the output: each is sometimes
-the best beginning, and exchanges mend what none could see. What is won on a thousand tokens may be lost on others,
-hence the choice. Our own, from published parts.
+A greedy search cannot undo a removal, and block influence and angular distance look at the residual stream and not at
+the output: each is sometimes the best starting set, and exchanges fix errors that all of them make. A gain on a
+thousand calibration tokens may not generalise, hence the choice on held-out text. The combination is Lamella's own; its
+parts are published.
 """
 
 from __future__ import annotations
@@ -30,9 +34,9 @@ from lamella.registry import method
 from lamella.search import Clock, Removals, lazy_greedy, take, window
 from lamella.stack import Group, Position, Stack, groups_at, sites_of
 
-REMOVE = 0.25  # of all layers, where no budget is given
-LIKELY = 1.1  # how far above the best one's distance that of a cut may be to be chosen on further text
-SLACK = 2.0  # how far above the cut's own distance that of one more layer is still followed to its end
+REMOVE = 0.25  # fraction of all layers, if no budget is given
+CLOSE = 1.1  # a cut up to this factor above the least distance takes part in the choice on held-out text
+SLACK = 2.0  # the distance of one more removal is measured exactly up to this factor above that of the cut
 Cut = frozenset[Group]
 
 
@@ -47,32 +51,33 @@ def portfolio(
     validation: Annotated[int, Ge(0)] = 4,
     budget: Budget = Budget(),
 ) -> PlanSeries:
-    """Remove whole layers: the best of several beginnings, improved by exchanges and chosen on further text.
+    """Remove whole layers: the best of several starting sets, improved by exchanges and validated on held-out text.
 
     Args:
         stack: the opened model.
         calibration: text, or token ids [sequences, time], alone or with an attention mask; or images with text.
-        distance: of the output, as in finercut: ``jsd``, ``kl``, ``angular``, ``norm`` or ``perplexity``.
-        refine: how many of the largest cuts are more than what the greedy search removed.
-        patience: how many exchanges may fail before a cut is taken as it is.
-        validation: sequences of the same text to choose on, none of which was planned on. Where there are no more, as
-            with token ids alone, and where no other cut comes near, the exchanges have the last word.
-        budget: how far to go; a quarter of all layers when left out.
+        distance: distance between outputs, as in finercut: ``jsd``, ``kl``, ``angular``, ``norm`` or ``perplexity``.
+        refine: number of plan sizes, counted down from the largest, that are refined by exchanges; smaller plans are
+            those of the greedy search.
+        patience: number of failed exchanges after which a set of removed layers is final.
+        validation: number of held-out sequences from the same text on which the final choice is made. Without them, as
+            with token ids alone, and where no other set comes close, the result of the exchanges is taken.
+        budget: how many layers to remove; defaults to a quarter of all layers.
 
     Returns:
-        The series of plans, each with its distance on the calibration text, and where there was a choice with the one
-        by which it was made. A refined plan need not contain the one before.
+        The series of plans, each with its distance on the calibration text and, where there was a choice, its distance
+        on the held-out text. A refined plan need not contain the next smaller one.
     """
     layers = groups_at("block", stack.positions)
     most = min(int(budget.most(REMOVE) * len(layers) + 1e-9), len(layers) - 1)  # one layer must stay
     enough = budget.enough(stack)
-    if enough is not None:  # in the cost model all layers are equal, so that how many must go is known
+    if enough is not None:  # all layers cost the same in the cost model, so the number to remove is known in advance
         most = next((n for n in range(1, most) if enough(frozenset(_positions(layers[:n])))), most)
     measure = OutputDistance(stack, calibration, distance)
     influence = block_influence(stack, calibration).values
     clock = budget.clock()
     guess = dict(zip(layers, influence.tolist(), strict=True))
-    steps = lazy_greedy(layers, measure.cost, guess=guess, hurried=clock)
+    steps = lazy_greedy(layers, measure.cost, guess=guess, out_of_time=clock)
     order = take(steps, Removals(None, {}), most, enough, "portfolio: removing layers")
     whole = measure.of(()) if distance == "perplexity" else 0.0
     scores: list[dict[str, float]] = [{str(distance): whole}, *({str(distance): step.cost} for step in order)]
@@ -82,34 +87,34 @@ def portfolio(
     angles = angular_distance(stack, calibration).values
     scout = OutputDistance(stack, sequences(calibration)[0], distance)
     exchanges = _Exchanges(layers, measure, scout, patience, clock)
-    further = _further(calibration, validation)
+    held_out = _held_out(calibration, validation)
 
     @cache
     def judge() -> OutputDistance:
-        assert further is not None
-        return OutputDistance(stack, further, distance)
+        assert held_out is not None
+        return OutputDistance(stack, held_out, distance)
 
     larger: Cut = frozenset()
     for size in track(range(len(order), max(0, len(order) - refine), -1), "portfolio: exchanging layers"):
-        if clock() and size < len(order):  # the beginnings of the largest cut are compared in any case
+        if clock() and size < len(order):  # the starting sets of the largest cut are compared in any case
             break
         start = window(len(layers), size, angles[:, size].__getitem__)
         costs: dict[Cut, float] = {frozenset(step.candidate for step in order[:size]): order[size - 1].cost}
         others = [frozenset(layers[layer] for layer in least[:size]), frozenset(layers[start : start + size])]
         for cut in [*others, *exchanges.smaller(larger)]:
-            found = measure.within(_positions(cut), LIKELY * min(costs.values()))
+            found = measure.within(_positions(cut), CLOSE * min(costs.values()))
             if found.exact:
                 costs[cut] = found.value
         best = min(costs, key=costs.__getitem__)
         larger, cost = exchanges.improve(best, costs[best])
         costs[larger] = cost
-        chosen, told = larger, {}
-        likely = [cut for cut in sorted(costs, key=costs.__getitem__) if costs[cut] <= LIKELY * cost]
-        if further is not None and len(likely) > 1:
-            chosen, value = _chosen(likely, judge())
-            told = {f"{distance} on further text": value}
+        chosen, validated = larger, {}
+        close = [cut for cut in sorted(costs, key=costs.__getitem__) if costs[cut] <= CLOSE * cost]
+        if held_out is not None and len(close) > 1:
+            chosen, value = _chosen(close, judge())
+            validated = {f"{distance} on held-out text": value}
         drop = sites_of(_positions(chosen), stack.positions)
-        series.points[size] = Point(drop=drop, scores={distance: costs[chosen]} | told)
+        series.points[size] = Point(drop=drop, scores={distance: costs[chosen]} | validated)
     return series
 
 
@@ -117,16 +122,16 @@ def _positions(cut: Iterable[Group]) -> list[Position]:
     return [position for layer in cut for position in layer]
 
 
-def _further(calibration: Text | ImageText, sequences: int) -> Text | None:
-    """Further sequences of the same text, where there are any."""
+def _held_out(calibration: Text | ImageText, sequences: int) -> Text | None:
+    """Return held-out sequences of the same text, or None if there are none."""
     try:
-        return calibration.further(sequences) if isinstance(calibration, Text) and sequences else None
+        return calibration.more(sequences) if isinstance(calibration, Text) and sequences else None
     except CalibrationError:
         return None
 
 
 def _chosen(cuts: list[Cut], judge: OutputDistance) -> tuple[Cut, float]:
-    """The cut of least distance, which is told too; of equals the first."""
+    """Return the set of least distance with that distance; the first one in case of a tie."""
     chosen, least = cuts[0], judge.of(_positions(cuts[0]))
     for cut in cuts[1:]:
         found = judge.within(_positions(cut), least)
@@ -136,17 +141,17 @@ def _chosen(cuts: list[Cut], judge: OutputDistance) -> tuple[Cut, float]:
 
 
 class _Exchanges:
-    """Exchanges of one removed layer for another.
+    """Exchange one removed layer for another, in the order of estimated gain.
 
-    What to try first is estimated: by what restoring a layer brought and what removing one cost, when that was measured
-    last, on the first sequence alone. That sequence also rejects most of what is tried.
+    The gain is estimated on the first calibration sequence alone: by how much restoring a layer lowered the distance
+    and removing one raised it when that was last measured. The same sequence also rejects most of the exchanges tried.
 
     Args:
-        layers: of the model.
-        measure: the distance that is to be lowered.
-        scout: the same on the first sequence.
-        patience: how many may fail.
-        clock: says when to try no more.
+        layers: all layers of the model.
+        measure: the distance to lower.
+        scout: the same distance on the first sequence.
+        patience: number of failed exchanges after which to stop.
+        clock: returns True once the time is over.
     """
 
     def __init__(
@@ -154,23 +159,23 @@ class _Exchanges:
     ) -> None:
         self._layers, self._measure, self._scout, self._patience = layers, measure, scout, patience
         self._clock = clock
-        self._relief: dict[Group, float] = {}  # of restoring a layer
-        self._increase: dict[Group, float] = {}  # of removing one
+        self._relief: dict[Group, float] = {}  # by how much restoring a layer lowers the distance
+        self._increase: dict[Group, float] = {}  # by how much removing a layer raises the distance
 
     def improve(self, cut: Cut, cost: float) -> tuple[Cut, float]:
-        """Exchange layers as long as that lowers the distance of the cut, which is ``cost``."""
+        """Exchange layers as long as that lowers the distance of the cut, which is ``cost`` at first."""
         while not self._clock() and (found := self._better(cut, cost)) is not None:
             cut, cost = found
         return cut, cost
 
     def smaller(self, cut: Cut) -> Iterator[Cut]:
-        """The cut without the layer whose restoration brings most, if there is any."""
+        """Yield the cut without the layer whose restoration lowers the distance most, if one was measured."""
         known = sorted(cut & self._relief.keys())
         if known:
             yield cut - {max(known, key=lambda layer: self._relief[layer])}
 
     def _better(self, cut: Cut, cost: float) -> tuple[Cut, float] | None:
-        """The first exchange found that lowers the distance; None where there is none, or the time is over."""
+        """Return the first exchange that lowers the distance; None if there is none or the time is over."""
         for each in (self._measure, self._scout):
             each.keep(_positions(cut))
         own = self._scout.of(_positions(cut))
@@ -186,14 +191,15 @@ class _Exchanges:
             tried = self._scout.within(_positions(other), own)
             found = self._measure.within(_positions(other), cost) if tried.exact else tried
             if tried.exact and found.exact and found.value < cost:
-                # The cut without both is where one was restored from, the cut with both where the other was removed to.
+                # Both estimates compare `other` with its neighbours: the cut with `restored` and `removed` both present
+                # in the model, and the cut with both removed.
                 self._relief[removed] = tried.value - (own - self._relief[restored])
                 self._increase[restored] = own + self._increase[removed] - tried.value
                 return other, found.value
         return None
 
     def _estimate(self, cut: Cut, own: float) -> None:
-        """Measure what was never measured, as far as the time goes."""
+        """Measure the gain of the layers that have not been measured yet, as far as the time allows."""
         for layer in track(self._layers, "portfolio: estimating exchanges"):
             if self._clock():
                 return

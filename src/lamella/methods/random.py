@@ -1,4 +1,4 @@
-"""Cut at random: the floor that every method must beat. A baseline."""
+"""Random removal: the floor that every method must beat. A baseline."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def random_cut(stack: Stack, *, level: Level = "sublayer", exclude_front: float 
 
     Args:
         stack: the opened model.
-        level: what is removed: every ``sublayer``, only ``attn``, only ``mlp``, or whole layers (``block``).
-        exclude_front: protect the first int(L x) + 1 layers, as finercut does.
-        seed: of the order.
+        level: unit of removal: any ``sublayer``, only ``attn``, only ``mlp``, or whole layers (``block``).
+        exclude_front: protect the first int(exclude_front * layers) + 1 layers, as finercut does.
+        seed: random seed of the order.
 
     Returns:
-        The series that removes one after the other.
+        The series that removes one unit after the other.
     """
     groups = groups_at(level, stack.positions)
     protected = int(len(stack) * exclude_front) + 1

@@ -1,4 +1,4 @@
-"""ShortGPT: cut the layers that turn the stream least. A baseline.
+"""ShortGPT: remove the layers that change the direction of the residual stream least. A baseline.
 
 Men et al., "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", arXiv 2403.03853.
 """
@@ -23,13 +23,13 @@ def shortgpt(stack: Stack, calibration: Text | ImageText) -> PlanSeries:
         calibration: text, or token ids [sequences, time], alone or with an attention mask; or images with text.
 
     Returns:
-        The series that removes one layer after the other; each plan carries the influence it gave up.
+        The series that removes one layer after the other; each plan records the summed influence of the removed layers.
     """
     influence, layers = block_influence(stack, calibration).values, groups_at("block", stack.positions)
     order = np.argsort(influence, kind="stable")[: len(stack) - 1]
-    given_up = np.concatenate([[0.0], np.cumsum(influence[order])])
+    removed_influence = np.concatenate([[0.0], np.cumsum(influence[order])])
     return PlanSeries.of_removals(
         ModelReference.of(stack),
         [layers[layer] for layer in order],
-        [{"block influence": float(value)} for value in given_up],
+        [{"block influence": float(value)} for value in removed_influence],
     )

@@ -1,7 +1,7 @@
-"""SLEB: cut whole layers one by one, whichever hurts the perplexity least. A baseline.
+"""SLEB: remove whole layers one by one, whichever raises the perplexity least. A baseline.
 
 Song et al., "SLEB: Streamlining LLMs through Redundancy Verification and Elimination of Transformer Blocks",
-arXiv 2402.09025. The greedy search over whole layers, with perplexity as what a removal costs.
+arXiv 2402.09025. The greedy search over whole layers, with perplexity as the cost of a removal.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lamella.registry import method
 from lamella.search import Removals, greedy, take
 from lamella.stack import Stack, groups_at
 
-REMOVE = 0.25  # of all layers, where no budget is given
+REMOVE = 0.25  # fraction of all layers, if no budget is given
 
 
 @method("sleb", paper="2402.09025", purpose="prune", baseline=True)
@@ -27,14 +27,14 @@ def sleb(
     budget: Budget = Budget(),
     work: Work = Work(),
 ) -> PlanSeries:
-    """Greedily remove whole layers; every step measures again, and no layer is protected.
+    """Remove whole layers greedily; every step measures all remaining layers again, and no layer is protected.
 
     Args:
         stack: the opened model.
         calibration: text, or token ids [sequences, time], alone or with an attention mask; or images with text.
         distance: ``perplexity`` as in the paper, or another distance of finercut.
-        budget: how far to go; a quarter of all layers when left out.
-        work: where an interrupted run goes on from.
+        budget: how many layers to remove; defaults to a quarter of all layers.
+        work: folder from which an interrupted run resumes.
 
     Returns:
         The series that removes one layer after the other.
@@ -45,8 +45,8 @@ def sleb(
     model = ModelReference.of(stack)
     header = {"model": model.model_dump(), "calibration": describe(calibration), "distance": distance}
     log = Removals(work.journal("sleb"), header)
-    late = {layer: -place for place, layer in enumerate(layers)}
-    steps = greedy(layers, measure.cost, done=log.done[:most], guess=late, hurried=budget.clock())
+    late = {layer: -index for index, layer in enumerate(layers)}
+    steps = greedy(layers, measure.cost, done=log.done[:most], guess=late, out_of_time=budget.clock())
     order = take(steps, log, most, budget.enough(stack), "sleb: removing layers")
     start = measure.of(()) if distance == "perplexity" else 0.0
     scores = [{str(distance): start}, *({str(distance): step.cost} for step in order)]

@@ -1,13 +1,13 @@
-"""Unified layer skipping: prompts run at full depth, generated tokens through an evenly spaced part of the layers.
+"""Unified layer skipping: prompts run at full depth, generated tokens through an evenly spaced subset of the layers.
 
 Liu et al., "Accelerating Inference in Large Language Models with a Unified Layer Skipping Strategy", arXiv 2404.06954.
 
-    prompt     0 1 2 3 4 5 6 7 ... 29     all layers, and the first new token comes from here
+    prompt     0 1 2 3 4 5 6 7 ... 29     all layers; the first new token comes from here
     new token  0 . 2 . 4 . 6 . ... 29     the same kept layers for every token of every request
 
-The kept set does not depend on the input, so batches and ordinary caches work, and skipped layers' caches are freed.
-The decoder of an encoder-decoder takes such a plan too: its prompt is what it begins with, mostly the start token.
-Training-free it degrades fast; the paper fine-tunes for each target.
+The kept set does not depend on the input, so batches and ordinary KV caches work, and the caches of skipped layers are
+freed. The decoder of an encoder-decoder takes such a plan too: its prompt is its initial tokens, mostly the start
+token. Without training the quality degrades fast; the paper fine-tunes for each target.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TRAINING = TrainConfig(steps=200, lr=2e-5)
 
 
 def balanced(total: int, keep: int) -> list[int]:
-    """``keep`` of the numbers 0 to ``total - 1``, evenly spaced, both ends among them.
+    """Return ``keep`` of the indices 0 to ``total - 1``, evenly spaced and including both ends.
 
     >>> balanced(30, 6)
     [0, 6, 12, 17, 23, 29]
@@ -47,12 +47,15 @@ def balanced(total: int, keep: int) -> list[int]:
 
 
 def released_rule(layers: int, keep: int) -> list[int]:
-    """The kept layers as the authors' code chooses them: multiples of an interval between the two ends.
+    """Return the kept layers by the rule of the authors' code: multiples of an interval between the two ends.
 
     Below a speed-up of 2 its interval is 1, and it keeps a contiguous run from the bottom, which is not balanced.
 
     >>> released_rule(30, 6)
     [0, 6, 12, 18, 24, 29]
+
+    Raises:
+        BudgetError: unless 2 <= keep <= layers.
     """
     if not 2 <= keep <= layers:
         raise BudgetError(f"cannot keep {keep} of {layers} layers: keep at least 2 and at most {layers}")
@@ -78,32 +81,32 @@ def tune(
     align_cos: Annotated[float, Ge(0)] = 0.0,
     work: Work = Work(),
 ) -> Healed:
-    """Fine-tune everything but the embedding, prompts at full depth and answers through the kept layers.
+    """Fine-tune all weights but the embedding, with prompts at full depth and answers through the kept layers.
 
     The result is only valid with its plan: one checkpoint per target.
 
     Args:
         stack: the model; it is not changed.
         plan: a plan of this method.
-        train: prompts with their answers, also about images; answers alone carry loss.
-        config: of the training; the authors' rate.
-        full_depth_ce: weight of the answers' cross-entropy at full depth, to keep that usable too.
-        align_cos: weight of the mean cosine between both depths' streams after kept layers, on answers.
-        work: where an interrupted run goes on from.
+        train: prompts with their answers, also about images; the loss is computed on answers alone.
+        config: training settings; the learning rate is that of the authors' code.
+        full_depth_ce: weight of the cross-entropy of the answers at full depth, which keeps the whole model usable too.
+        align_cos: weight of the mean cosine between the hidden states of both depths after each kept layer, on answers.
+        work: folder from which an interrupted run resumes.
 
     Raises:
-        MethodError: for a decoder that reads an encoder, whose samples would be pairs.
+        MethodError: for a decoder that attends to an encoder, whose samples would be pairs.
     """
     if "cross" in stack.architecture.names:
         raise MethodError(
-            f"unified-skip: the {stack.stack} of {stack.name} reads an encoder, and these samples are texts: train it "
-            "with a loss of your own (on lamella.parallel(view, inputs, prompt_lengths) in Python)"
+            f"unified-skip: the {stack.stack} of {stack.name} attends to an encoder and these samples are texts: "
+            "train it with a loss of your own (on lamella.parallel(view, inputs, prompt_lengths) in Python)"
         )
-    out = work.place()
+    out = work.directory()
     view = apply(stack, plan)
     embedding = stack.base.get_submodule(stack.architecture.embedding).weight
     parameters = stack.model.named_parameters(remove_duplicate=False)
-    names = [name for name, each in parameters if each is not embedding]  # nor a head that is tied to it
+    names = [name for name, each in parameters if each is not embedding]  # nor an output head tied to it
     own(view, names.__contains__)
     kept = [run.layer for run in plan.runs("decode")]
 
@@ -117,7 +120,7 @@ def tune(
             parts["full depth ce"] = response_loss(model, at_full_depth)
             total = total + full_depth_ce * parts["full depth ce"]
         if align_cos:
-            thin, full = (_streams(model, each) for each in (inputs, at_full_depth))
+            thin, full = (_hidden_states(model, each) for each in (inputs, at_full_depth))
             answers = inputs["labels"] != NO_LOSS
             cosines = [torch.cosine_similarity(thin[k + 1], full[k + 1], dim=-1)[answers].mean() for k in kept]
             parts["cosine"] = torch.stack(cosines).mean()
@@ -136,29 +139,31 @@ def tune(
     return Healed(stack=with_weights_of(stack, view), plan=plan, log=log)
 
 
-def _streams(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    """The stream before each layer, and the final states."""
+def _hidden_states(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """Return the hidden states before each layer, and the final ones: each [batch, time, hidden]."""
     options = phase_options(model, inputs["prompt_lengths"])
-    given = read_inputs(model, inputs)
-    streams: tuple[Tensor, ...] = last_stack(model).outputs(given, **options, output_hidden_states=True).hidden_states
-    return streams
+    arguments = read_inputs(model, inputs)
+    hidden: tuple[Tensor, ...] = (
+        last_stack(model).outputs(arguments, **options, output_hidden_states=True).hidden_states
+    )
+    return hidden
 
 
 @method("unified-skip", paper="2404.06954", purpose="skip")
 def unified_skip(
     stack: Stack, *, speedup: Annotated[float, Ge(1)] | None = None, rule: Literal["even", "release"] = "even"
 ) -> PlanSeries:
-    """Skip evenly spaced layers while generating; prompts are always encoded at full depth.
+    """Skip evenly spaced layers while generating; prompts are always processed at full depth.
 
     Args:
         stack: the opened model of L layers; also the decoder of an encoder-decoder.
-        speedup: the target as a ratio of layer counts: floor(L / speedup) layers are kept. This is not a wall-clock
-            promise. When left out, the series holds every number of kept layers from L down to 2.
-        rule: ``even``, our balanced spacing, valid for every target; or ``release``, the rule of the authors' code,
-            which degenerates to a contiguous run below a target of 2.
+        speedup: target speed-up as a ratio of layer counts: floor(L / speedup) layers are kept. Wall-clock speed-up is
+            smaller. If omitted, the series holds every number of kept layers from L down to 2.
+        rule: ``even``, Lamella's balanced spacing, valid for every target; or ``release``, the rule of the authors'
+            code, which degenerates to a contiguous run below a target of 2.
 
     Returns:
-        The series of plans, from the whole model on.
+        The series of plans, starting with the whole model.
 
     Raises:
         BudgetError: for a target that keeps fewer than 2 layers.

@@ -1,4 +1,4 @@
-"""LAC: a layer is void for a token when the norm of the token's stream does not grow enough in it.
+"""LAC: a layer is void for a token when the norm of the token's residual stream does not grow enough in it.
 
 Shemiranifar, "Void in Language Models", arXiv 2505.14467 (L2 Adaptive Computation).
 
@@ -6,11 +6,11 @@ Shemiranifar, "Void in Language Models", arXiv 2505.14467 (L2 Adaptive Computati
     lambda_l = alpha * (max_{j<l} D_j - min_{j<l} D_j)          from earlier layers alone; lambda_0 = 0
     layer l is void for the token   iff   D_l < lambda_l
 
-Deciding needs the layer's output, so LAC itself saves nothing. Three modes differ in what is done with the decision:
-``trace`` only notes it; ``readout`` reads the answer out after the token's last active layer, which is what the
-authors' code does, and where "30 % of layers used" is early exit and not 70 % of the work saved; ``carry`` hands the
-unchanged stream on, which is the paper's wording, and breaks the model. A plan that skips the layers that are mostly
-void (our extension) is the one use of LAC that is faster.
+The decision needs the layer's output, so LAC itself saves no compute. Its three modes differ in how the decision is
+used: ``trace`` only records it; ``readout`` applies the head to the output of the token's last active layer, as the
+authors' code does, so that "30 % of layers used" amounts to an early exit and not to 70 % of the compute saved;
+``carry`` passes the unchanged residual stream on, as the paper words it, and breaks the model. A plan that skips the
+layers that are mostly void (Lamella's extension) is the only use of LAC that is faster.
 """
 
 from __future__ import annotations
@@ -39,14 +39,15 @@ CHOICES = {"mode": ("trace", "readout", "carry"), "stats": ("prefix", "skip_firs
 
 
 class LAC(Policy):
-    """L2 Adaptive Computation over the layers of one forward; nothing is remembered between tokens or calls.
+    """L2 Adaptive Computation over the layers of one forward pass; no state is kept between tokens or calls.
 
     Args:
         stack: the model.
-        alpha: the share of the range of growth so far that a layer must reach; the paper evaluates with 0.8.
-        mode: what becomes of void layers: ``trace``, ``readout`` or ``carry``.
-        stats: ``prefix`` as in the paper, or ``skip_first``, which leaves layer 0 out of the range: a small embedding
-            makes its growth dwarf all others.
+        alpha: fraction of the range of norm growth in earlier layers that an active layer must reach; the paper
+            evaluates with 0.8.
+        mode: treatment of void layers: ``trace``, ``readout`` or ``carry``.
+        stats: ``prefix`` as in the paper, or ``skip_first``, which excludes layer 0 from the range: with small
+            embeddings its growth dwarfs that of all other layers.
         dtype: ``float32``, or ``model`` to compute norms in the model's own precision as the authors' code does.
 
     Raises:
@@ -71,6 +72,7 @@ class LAC(Policy):
         self.alpha, self.mode, self.stats, self.dtype = alpha, mode, stats, dtype
 
     def layer(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
+        """Run a layer, record whether it was active for each token, and treat void tokens as the mode says."""
         out = call(h)
         norm = self._norm(out)
         growth = norm - self._norm(h)
@@ -99,7 +101,7 @@ class LAC(Policy):
         return (h.float() if self.dtype == "float32" else h).norm(dim=-1)
 
     def _sink(self, run: Pass, h: Tensor) -> Tensor:
-        """Where a token is the first of its row [batch, time] bool."""
+        """Mark the first token of each row: [batch, time] bool."""
         columns = torch.arange(run.phase.start, run.phase.end, device=h.device)[None]
         if run.padding is None:
             return columns == 0
@@ -109,11 +111,12 @@ class LAC(Policy):
 
 @dataclass(frozen=True)
 class Activity:
-    """Which layers were active for which token: the token that was read, not the one that came out of it.
+    """Which layers were active for which input token.
 
     Attributes:
-        prompt, response: [tokens, layers] bool, the first token of each prompt left out.
-        sink: [prompts, layers] bool, for the first tokens.
+        prompt: [tokens, layers] bool, without the first token of each prompt.
+        response: [tokens, layers] bool, for the generated tokens as inputs.
+        sink: [prompts, layers] bool, for the first token of each prompt.
     """
 
     prompt: Tensor
@@ -121,17 +124,17 @@ class Activity:
     sink: Tensor
 
     def usage(self) -> dict[str, float]:
-        """The share of layers that were active, in per cent, per phase and for the first tokens."""
+        """Return the percentage of active layers per phase and for the first tokens."""
         return {name: 100 * float(active.float().mean()) for name, active in vars(self).items()}
 
     def frequency(self, phase: Literal["prompt", "response"]) -> Tensor:
-        """How often each layer was active [layers]."""
+        """Return the fraction of tokens for which each layer was active: [layers], float64."""
         active: Tensor = getattr(self, phase)
         return active.double().mean(dim=0)
 
 
 def lac_plan(stack: Stack, **params: Any) -> Plan:
-    """A plan that runs LAC itself; see :class:`LAC` for its parameters."""
+    """Return a plan that runs LAC itself; ``params`` are the parameters of :class:`LAC`."""
     return Plan(model=ModelReference.of(stack), policies={stack.stack: PolicyReference(name="void", params=params)})
 
 
@@ -145,13 +148,15 @@ def activity(
     dtype: Precision = "float32",
     max_new_tokens: Annotated[int, Ge(1)] = 50,
 ) -> Activity:
-    """Which layers are active while a model reads prompts and answers them greedily.
+    """Record which layers are active while a model processes prompts and answers them greedily.
 
     Args:
         stack: the opened model.
-        prompts: token ids [prompts, time], or them with an attention mask (left padding).
-        alpha, stats, dtype: see :class:`LAC`.
-        max_new_tokens: the length of each answer.
+        prompts: token ids [prompts, time], alone or with an attention mask (left padding).
+        alpha: see :class:`LAC`; the paper's 0.8 by default.
+        stats: see :class:`LAC`.
+        dtype: see :class:`LAC`.
+        max_new_tokens: length of each answer in tokens.
 
     Raises:
         CalibrationError: when every prompt is a single token.
@@ -169,7 +174,7 @@ def activity(
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            pad_token_id=0,  # never used: there is one row
+            pad_token_id=0,  # unused, since there is only one row
         )
         trace = traced(view)
         parallel(view, ids, torch.tensor([length]), logits_to_keep=1)
@@ -196,26 +201,27 @@ def void(
     dtype: Precision = "float32",
     max_new_tokens: int = 50,
 ) -> PlanSeries:
-    """Skip the layers that are void for most tokens, prompt and answer apart; or run LAC itself.
+    """Skip the layers that are void for most tokens, separately for prompts and answers; or run LAC itself.
 
     Args:
         stack: the opened model.
         calibration: text, or token ids [sequences, time]; their first halves are the prompts that the model answers.
-        mode: ``plan`` skips whole layers and is faster; ``trace``, ``readout`` and ``carry`` run every layer and then
-            decide, see :class:`LAC`: they show what LAC does and save nothing.
-        alpha: the share of the range of growth so far that an active layer must reach; with the paper's 0.8 most
-            layers of a small model are void, and a plan needs a ranking of them.
-        below: skip, in each phase, the layers that are active for less than this share of its tokens; when left out,
-            the series skips one layer more at a time while generating, the least active first, and prompts run all.
+        mode: ``plan`` skips whole layers and is faster; ``trace``, ``readout`` and ``carry`` run every layer before
+            they decide, see :class:`LAC`: they show LAC's decisions and save no compute.
+        alpha: fraction of the range of norm growth in earlier layers that an active layer must reach. With the paper's
+            0.8 most layers of a small model are void for every token, which does not rank them.
+        below: skip, in each phase, the layers that are active for less than this fraction of its tokens. If omitted,
+            each plan of the series skips one more layer while generating, the least active first, and prompts run all
+            layers.
         protect: layers that are never skipped.
-        keys: for a layer that prompts skip and answers run: ``fill`` still computes the prompt's keys there,
-            ``local`` lets it see generated tokens alone (this changes the model), ``intersect`` skips it in both.
-        stats: ``prefix`` as in the paper, or ``skip_first``, which leaves layer 0 out of the range of growth.
+        keys: attention keys of a layer that prompts skip and answers run: ``fill`` computes the prompt's keys there,
+            ``local`` attends to generated tokens alone (this changes the model), ``intersect`` skips it in both phases.
+        stats: ``prefix`` as in the paper, or ``skip_first``, which excludes layer 0 from the range of growth.
         dtype: ``float32``, or ``model`` to compute norms in the model's own precision as the authors' code does.
-        max_new_tokens: the length of the answers that activity is counted on.
+        max_new_tokens: length in tokens of the answers in which activity is measured.
 
     Returns:
-        The series of plans, from the whole model on.
+        The series of plans, starting with the whole model.
 
     Raises:
         MethodError: for protected layers that the stack does not have.
@@ -230,35 +236,38 @@ def void(
         raise MethodError(f"protect {listed(protect)}: name layers of a stack of {layers}")
     protected = {layer % layers for layer in protect}
 
-    given = by_name(calibration).items()
-    prompts = {name: value[:, : value.shape[1] // 2] for name, value in given}  # its own answers follow
-    seen = activity(stack, prompts, max_new_tokens=max_new_tokens, **lac)
-    often = {"prompt": seen.frequency("prompt"), "response": seen.frequency("response")}
+    inputs = by_name(calibration).items()
+    prompts = {name: value[:, : value.shape[1] // 2] for name, value in inputs}  # the model answers them
+    measured = activity(stack, prompts, max_new_tokens=max_new_tokens, **lac)
+    frequencies = {"prompt": measured.frequency("prompt"), "response": measured.frequency("response")}
     everything = list(range(layers))
     if below is None:
         free = [layer for layer in everything if layer not in protected]
-        free.sort(key=lambda layer: (float(often["response"][layer]), layer))
+        free.sort(key=lambda layer: (float(frequencies["response"][layer]), layer))
         paths = [
             PhasedPath(prefill=everything, decode=sorted(protected.union(free[count:])))
             for count in range(1, len(free) + 1)
         ]
     else:
         prompt, response = (
-            [layer for layer in everything if layer in protected or float(shares[layer]) >= below]
-            for shares in often.values()
+            [layer for layer in everything if layer in protected or float(frequency[layer]) >= below]
+            for frequency in frequencies.values()
         )
         if keys == "intersect":
             response = [layer for layer in response if layer in prompt]
         if keys == "local" and not set(response) <= set(prompt):
-            warnings.warn("keys 'local' changes the model: some layers do not see the prompt", stacklevel=3)
+            warnings.warn("keys 'local' changes the model: some layers do not attend to the prompt", stacklevel=3)
         paths = [PhasedPath(prefill=prompt, decode=response, keys="local" if keys == "local" else "fill")]
-    points = [Point(), *(Point(path={stack.architecture.stack: path}, scores=_scores(path, often)) for path in paths)]
-    return PlanSeries(model=model, points=points, provenance={"usage": seen.usage()})
+    points = [
+        Point(),
+        *(Point(path={stack.architecture.stack: path}, scores=_scores(path, frequencies)) for path in paths),
+    ]
+    return PlanSeries(model=model, points=points, provenance={"usage": measured.usage()})
 
 
-def _scores(path: PhasedPath, often: dict[str, Tensor]) -> dict[str, float]:
+def _scores(path: PhasedPath, frequencies: dict[str, Tensor]) -> dict[str, float]:
     return {
         "prompt layers": float(len(path.prefill)),
         "answer layers": float(len(path.decode)),
-        "least activity kept": float(min(often["response"][layer] for layer in path.decode)),
+        "least activity kept": float(min(frequencies["response"][layer] for layer in path.decode)),
     }

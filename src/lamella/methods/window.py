@@ -1,4 +1,4 @@
-"""Cut one run of consecutive layers, where the stream before and after it differs least. A baseline.
+"""Remove one run of consecutive layers, the one across which the residual stream turns least. A baseline.
 
 Gromov et al., "The Unreasonable Ineffectiveness of the Deeper Layers", arXiv 2403.17887.
 """
@@ -24,10 +24,10 @@ def angular_window(
     Args:
         stack: the opened model.
         calibration: text, or token ids [sequences, time], alone or with an attention mask; or images with text.
-        positions: measure at the ``last`` token of each sequence, as the paper does, or at ``all``.
+        positions: measure at the ``last`` token of each sequence, as the paper does, or at ``all`` tokens.
 
     Returns:
-        A series with one plan per n; the runs of two n need not contain one another.
+        A series with one plan per n; a longer run need not contain a shorter one.
     """
     angles = angular_distance(stack, calibration, positions).values
     points = [Point(scores={"angle": 0.0})]

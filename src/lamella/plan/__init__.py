@@ -1,23 +1,32 @@
-"""Plans: what every layer should do, bound to a model; views that carry them out; exports that keep them."""
+"""Plans: what each layer of a given model computes, the views that apply a plan, and the exports that save it."""
 
 from lamella.plan.adapters import SiteAdapter, attach, keep_adapters
 from lamella.plan.chain import Chain, Run
 from lamella.plan.entries import (
     AdapterReference,
     HeadWidth,
+    HiddenWidth,
     ModuleReference,
     PhasedPath,
     PolicyReference,
     RewriteReference,
-    StreamWidth,
     WeightEdit,
 )
 from lamella.plan.modules import SiteModule, keep_modules, modules_of
-from lamella.plan.places import modules_at
 from lamella.plan.reference import BlocksReference, ModelReference, StackReference
 from lamella.plan.schema import Decision, Plan, Point, compose
+from lamella.plan.selection import modules_at
 from lamella.plan.series import PlanSeries, SeriesEvidence
-from lamella.plan.view import alter, alter_stack, apply_static, can_stand_alone, claim, materialise, own_saving, shaped
+from lamella.plan.view import (
+    alter,
+    alter_stack,
+    apply_static,
+    apply_structure,
+    can_stand_alone,
+    claim,
+    materialise,
+    refuse_saving,
+)
 from lamella.plan.weights import (
     Factors,
     Masks,
@@ -43,6 +52,7 @@ __all__ = [
     "Decision",
     "Factors",
     "HeadWidth",
+    "HiddenWidth",
     "Masks",
     "ModelReference",
     "ModuleReference",
@@ -57,13 +67,13 @@ __all__ = [
     "SiteAdapter",
     "SiteModule",
     "StackReference",
-    "StreamWidth",
     "WeightEdit",
     "alter",
     "alter_stack",
     "apply_factors",
     "apply_masks",
     "apply_static",
+    "apply_structure",
     "apply_tensors",
     "attach",
     "can_stand_alone",
@@ -76,14 +86,13 @@ __all__ = [
     "materialise",
     "modules_at",
     "modules_of",
-    "own_saving",
     "parameters_at",
     "read_factors",
     "read_masks",
+    "refuse_saving",
     "replace_edit",
     "restore_edit",
     "scale_edit",
-    "shaped",
     "touched",
     "write_masks",
 ]

@@ -1,11 +1,12 @@
-"""Adapters: small networks that a plan puts beside the linear maps of some sites, where no LoRA can say what they do.
+"""Adapters that a plan adds to linear layers, for what a LoRA cannot express.
 
-    y = a(x, W x + c)          W stays as it is, under its own name and at its own place
+    y = a(x, W x + c)          W keeps its values, its name and its module
 
-A plan brings names and tensors only: the code is that of a method, found by its slug. An adapter belongs to a map and
-not to a place in the order of layers, so it goes with the map wherever a plan moves, repeats or routes around it; it is
-made for the map as the plan's weights and widths leave it, and refused beside one of another size. What can be merged
-into weights needs none of this: it is a plain adapter (:mod:`lamella.train.adapters`) or a change of weights.
+A plan contains names and tensors only; the code comes from a method, which is found by its slug. An adapter belongs to
+a linear layer and not to a position in the order of layers, so it follows the linear layer wherever a plan moves,
+repeats or routes around it. It is built for the size that the plan's weights and widths give the linear layer, and is
+refused for any other size. What can be merged into weights needs none of this: it is a plain adapter
+(:mod:`lamella.train.adapters`) or a weight edit.
 """
 
 from __future__ import annotations
@@ -23,51 +24,56 @@ from lamella.errors import PlanError
 from lamella.plan import sidefile
 from lamella.plan.entries import AdapterReference
 from lamella.plan.fingerprint import revision
-from lamella.plan.parts import defined, fill, settled, tensors_of
-from lamella.plan.places import modules_at
+from lamella.plan.parts import fill, parts_in, tensors_of, validated_settings
 from lamella.plan.schema import Plan
-from lamella.registry import room
+from lamella.plan.selection import modules_at
+from lamella.registry import submodule
 from lamella.stack import Model, open_model, share
 
-PLACE = "lamella_adapter"  # of a linear map: what stands beside it
+ATTRIBUTE = "lamella_adapter"  # name of the adapter as a child of its linear layer
 
 
 class SiteAdapter(nn.Module):
-    """What stands beside one linear map; a method defines its own in ``modules.py``.
+    """An adapter of one linear layer; a method defines its own subclasses in ``modules.py``.
 
     Args:
-        inputs, outputs: sizes of the map.
+        inputs: number of input features of the linear layer.
+        outputs: number of output features of the linear layer.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """What the map and its adapter give together [..., outputs].
+        """Return the output of the linear layer together with its adapter [..., outputs].
 
         Args:
-            x: what the map is given [..., inputs].
-            y: what it makes of that by itself [..., outputs].
+            x: input of the linear layer [..., inputs].
+            y: output of the linear layer alone [..., outputs].
         """
         raise NotImplementedError
 
 
 def sizes_of(linear: nn.Module) -> tuple[int, int]:
-    """Inputs and outputs of a linear map, GPT-2's transposed ones too."""
+    """Return the numbers of input and output features of a linear layer, including GPT-2's transposed ``Conv1D``."""
     weight: Tensor = linear.weight  # type: ignore[assignment]
     rows, columns = weight.shape
     return (rows, columns) if isinstance(linear, Conv1D) else (columns, rows)
 
 
-def stand(linear: nn.Module, adapter: SiteAdapter) -> None:
-    """Put an adapter beside a linear map of a view; it is a child of the map, whose own names stay.
+def add_adapter(linear: nn.Module, adapter: SiteAdapter) -> None:
+    """Add an adapter to a linear layer of a view, as a child of the layer, whose own parameter names do not change.
+
+    Args:
+        linear: the linear layer, which is changed in place.
+        adapter: the adapter.
 
     Raises:
-        PlanError: when another one stands there.
+        PlanError: if the layer already has an adapter.
     """
-    if hasattr(linear, PLACE):
-        raise PlanError("an adapter stands beside this map already: take a fresh view")
-    setattr(linear, PLACE, adapter)
+    if hasattr(linear, ATTRIBUTE):
+        raise PlanError("this linear layer has an adapter already: apply the plan again for a new view")
+    setattr(linear, ATTRIBUTE, adapter)
     linear.forward = MethodType(_adapted, linear)
 
 
@@ -79,16 +85,16 @@ def _adapted(linear: Any, x: Tensor) -> Tensor:
 def attach(
     view: Any, names: Sequence[str], make: Callable[[int, int], SiteAdapter], seed: int = 0
 ) -> dict[str, SiteAdapter]:
-    """Put fresh adapters beside linear maps of a view, to be trained.
+    """Add new adapters to linear layers of a view, to be trained.
 
     Args:
-        view: what ``lamella.apply`` returned; its modules change, and nothing of the model that it was made of.
-        names: of the maps, such as :func:`lamella.train.linear_at` gives.
-        make: from inputs and outputs of a map to its adapter.
-        seed: of what the adapters draw.
+        view: what ``lamella.apply`` returned. Its modules change; the model that it was made from does not.
+        names: names of the linear layers, such as :func:`lamella.train.linear_at` returns.
+        make: builds the adapter from the number of input and output features of a linear layer.
+        seed: random seed of the adapters' initial values.
 
     Returns:
-        The adapters by the names of their maps.
+        The adapters by the names of their linear layers.
     """
     made = {}
     with torch.random.fork_rng(devices=[]):
@@ -96,7 +102,7 @@ def attach(
         for name in names:
             linear = view.get_submodule(name)
             made[name] = make(*sizes_of(linear)).to(linear.weight.device).train(view.training)
-            stand(linear, made[name])
+            add_adapter(linear, made[name])
     return made
 
 
@@ -110,12 +116,16 @@ def keep_adapters(
     sites: Sequence[str],
     base: str | None,
 ) -> Plan:
-    """The plan with these adapters, whose tensors are in a side file of ``folder`` that is named by its contents.
+    """Return the plan with these adapters added; their tensors are written to a side file in ``folder``.
 
     Args:
-        adapters: by the names of their maps, in a view of this plan that keeps layers in their order.
-        folder: where the side file is written.
-        name, params, sites, base: see :class:`AdapterReference`.
+        plan: the plan, which is not changed.
+        adapters: adapters by the names of their linear layers, in a view of this plan that keeps the order of layers.
+        folder: folder of the side file, whose name contains its hash.
+        name: slug of the method; see :class:`AdapterReference`.
+        params: settings of the adapters; see :class:`AdapterReference`.
+        sites: sites of the adapters; see :class:`AdapterReference`.
+        base: revision of the weights that they were trained with; see :class:`AdapterReference`.
     """
     tensors = {
         f"{at}.{key}": tensor.detach().cpu().contiguous()
@@ -125,30 +135,35 @@ def keep_adapters(
     file, digest = sidefile.named(folder, name, tensors)
     reference = AdapterReference(name=name, params=dict(params), sites=list(sites), base=base, file=file, sha256=digest)
     reference._folder = folder
-    weights = plan.model.weights if base is None else None  # base says it, and of copies in other files too
+    weights = (
+        plan.model.weights if base is None else None
+    )  # base identifies the weights, also for copies in other files
     model = plan.model.model_copy(update={"weights": weights})
     return plan.model_copy(update={"model": model, "adapters": [*plan.adapters, reference]})
 
 
 def open_adapters(model: Model, plan: Plan, reference: AdapterReference) -> dict[str, SiteAdapter]:
-    """The adapters that a plan names, with their tensors, by the names of their maps.
+    """Return the adapters that a plan names, with their tensors, by the names of their linear layers.
 
     Args:
-        model: with the plan's weights and widths carried out.
+        model: the model with the plan's weights and widths applied.
+        plan: the plan, which resolves the sites.
+        reference: the entry of the plan.
 
     Raises:
         PlanError: for a method without adapters, an unknown kind or setting, or a side file that does not fit the model
-            or holds what is not finite.
+            or contains values that are not finite.
     """
     where = f"adapter '{reference.name}'"
     make = _kind(reference, where)
-    maps = _maps(model, plan, reference)
+    layers = _linear_layers(model, plan, reference)
     tensors: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors_of(reference, where).items():
-        at = _owner(name, maps)
+        at = _owner(name, layers)
         if at is None:
             raise PlanError(
-                f"{where}: '{name}' of {reference.file} is beside no linear map at its sites: it is for another model"
+                f"{where}: '{name}' of {reference.file} belongs to no linear layer at its sites: it is for another "
+                "model"
             )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise PlanError(f"{where}: '{name}' of {reference.file} has values that are not finite: train it again")
@@ -159,25 +174,26 @@ def open_adapters(model: Model, plan: Plan, reference: AdapterReference) -> dict
     opened = {}
     with torch.random.fork_rng(devices=[]):
         for at, given in tensors.items():
-            inputs, outputs = sizes_of(maps[at])
+            inputs, outputs = sizes_of(layers[at])
             sizes = {"inputs": inputs, "outputs": outputs}
             if settings is None:
-                settings = settled(make, sizes, reference, where)
+                settings = validated_settings(make, sizes, reference, where)
             adapter = make(**sizes, **settings)
             fill(adapter, given, f"{where} at {at}", reference.file)
-            opened[at] = adapter.to(maps[at].weight.device).eval()  # type: ignore[arg-type]
+            opened[at] = adapter.to(layers[at].weight.device).eval()  # type: ignore[arg-type]
     return opened
 
 
-def adapted(model: Model, original: Model, plan: Plan) -> Model:
-    """The model with a plan's adapters beside its linear maps; the same one where there are none.
+def with_adapters(model: Model, original: Model, plan: Plan) -> Model:
+    """Return the model with a plan's adapters added to its linear layers; the same model if the plan has none.
 
     Args:
-        model: with the plan's weights and widths carried out; it is not changed.
-        original: without.
+        model: the model with the plan's weights and widths applied; it is not changed.
+        original: the model without the plan.
+        plan: the plan.
 
     Raises:
-        PlanError: for adapters that were trained beside other weights, or do not fit.
+        PlanError: for adapters that were trained with other weights, or that do not fit.
     """
     if not plan.adapters:
         return model
@@ -188,15 +204,15 @@ def adapted(model: Model, original: Model, plan: Plan) -> Model:
         if reference.base not in (None, base):
             raise PlanError(
                 f"adapter '{reference.name}': {original.name} has other weights than the model that it was trained "
-                "beside: give that revision"
+                "with: give that revision"
             )
         for name, adapter in open_adapters(view, plan, reference).items():
-            stand(view.model.get_submodule(name), adapter)
+            add_adapter(view.model.get_submodule(name), adapter)
     return view
 
 
 def _kind(reference: AdapterReference, where: str) -> type[SiteAdapter]:
-    known = {each.__name__: each for each in defined(room(reference.name, "modules"), SiteAdapter)}
+    known = {each.__name__: each for each in parts_in(submodule(reference.name, "modules"), SiteAdapter)}
     if not known:
         raise PlanError(f"{where}: {reference.name} is a method without adapters of its own")
     kind = reference.kind or next(iter(known))
@@ -205,8 +221,8 @@ def _kind(reference: AdapterReference, where: str) -> type[SiteAdapter]:
     return known[kind]
 
 
-def _maps(model: Model, plan: Plan, reference: AdapterReference) -> dict[str, nn.Module]:
-    """The linear maps at an adapter's sites, by their names in the model."""
+def _linear_layers(model: Model, plan: Plan, reference: AdapterReference) -> dict[str, nn.Module]:
+    """Return the linear layers at an adapter's sites, by their names in the model."""
     prefixes: list[str] = []
     for site in reference.sites:
         stack, inside = plan.model.split(site)
@@ -214,11 +230,11 @@ def _maps(model: Model, plan: Plan, reference: AdapterReference) -> dict[str, nn
     return {
         name: module
         for name, module in model.model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and f"{name}.".startswith(tuple(prefixes)) and PLACE not in name
+        if isinstance(module, nn.Linear | Conv1D) and f"{name}.".startswith(tuple(prefixes)) and ATTRIBUTE not in name
     }
 
 
-def _owner(name: str, maps: Mapping[str, nn.Module]) -> str | None:
-    """The map that a tensor of a side file belongs to; None where there is no such map."""
+def _owner(name: str, layers: Mapping[str, nn.Module]) -> str | None:
+    """Return the name of the linear layer that a tensor of a side file belongs to, or None if there is none."""
     parts = name.split(".")
-    return next((at for count in range(len(parts) - 1, 0, -1) if (at := ".".join(parts[:count])) in maps), None)
+    return next((at for count in range(len(parts) - 1, 0, -1) if (at := ".".join(parts[:count])) in layers), None)

@@ -1,9 +1,10 @@
-"""Safetensors checkpoints as byte ranges: read from their headers, copied through a fixed buffer.
+"""Safetensors checkpoints as byte ranges: read from their headers and copied through a fixed buffer.
 
-No tensor is ever built, so memory does not depend on the size of the checkpoint, and every dtype is copied as it is. A
-narrower tensor is read row by row.
+No tensor is ever built, so memory does not depend on the size of the checkpoint, and tensors of every dtype are copied
+unchanged. A narrower tensor is read row by row.
 
-A safetensors file is an 8-byte little-endian length, a JSON header of that length, and the bytes of the tensors.
+A safetensors file consists of an 8-byte little-endian length, a JSON header of that length, and the bytes of the
+tensors.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-SHARD_SIZE = 5_000_000_000  # bytes, as transformers and the hub have it
+SHARD_SIZE = 5_000_000_000  # bytes, the default of transformers and of the hub
 BUFFER = 8 << 20
 LONGEST_HEADER = 100_000_000  # the limit of the format's reference implementation
 
@@ -42,10 +43,17 @@ _NUMBERED = re.compile(r"((?:[^.]+\.)*?)(\d+)\.(.+)")
 
 @dataclass(frozen=True)
 class Range:
-    """One tensor as it lies on disk: its name, its file, and its bytes ``[start, start + size)`` of that file.
+    """One tensor on disk.
 
     Attributes:
-        keep: which entries are copied of each dimension [kept], of one or two; None for all. Empty: the whole tensor.
+        name: name of the tensor.
+        file: file that contains it.
+        start: offset of its first byte in the file.
+        size: its size in bytes.
+        dtype: its dtype as the safetensors header names it.
+        shape: its shape.
+        keep: for a tensor of one or two dimensions, the entries of each dimension that are copied [kept], or None for
+            all of them. If empty, the whole tensor is copied.
     """
 
     name: str
@@ -58,26 +66,32 @@ class Range:
 
     @property
     def kept_shape(self) -> tuple[int, ...]:
+        """The shape of the copied part."""
         if not self.keep:
             return self.shape
         return tuple(n if kept is None else len(kept) for n, kept in zip(self.shape, self.keep, strict=True))
 
     @property
     def kept_size(self) -> int:
-        """In bytes."""
+        """The size of the copied part in bytes."""
         return self.size // max(math.prod(self.shape), 1) * math.prod(self.kept_shape) if self.keep else self.size
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of a safetensors folder, read from the headers alone; see :func:`read`."""
+    """The tensors of a safetensors folder, read from the headers alone; see :func:`read`.
+
+    Attributes:
+        folder: the folder.
+        tensors: its tensors, in the order of its files and their bytes.
+    """
 
     folder: Path
     tensors: tuple[Range, ...]
 
     @cached_property
     def _layers(self) -> dict[str, dict[int, dict[str, Range]]]:
-        """Numbered tensors by what stands before the number, by the number, and by what stands behind it."""
+        """Tensors with a layer index: by the prefix before the index, the index, and the rest of the name."""
         groups: dict[str, dict[int, dict[str, Range]]] = defaultdict(lambda: defaultdict(dict))
         for tensor in self.tensors:
             if match := _NUMBERED.fullmatch(tensor.name):
@@ -85,18 +99,18 @@ class Checkpoint:
         return groups
 
     def layers(self, prefix: str, count: int) -> tuple[str, list[dict[str, Range]]]:
-        """The tensors of each layer, by the rest of their name.
+        """Return the tensors of each layer, by the rest of their name.
 
         Args:
-            prefix: what the model calls its layers, such as ``model.layers.``.
-            count: how many layers the config promises.
+            prefix: prefix of the layers' parameter names in the model, such as ``model.layers.``.
+            count: number of layers in the config.
 
         Returns:
-            What the file calls its layers - the same, or another name where it is the only numbered one (checkpoints
-            saved without the head, or under an older layout) - and the layers in order.
+            The prefix that the file uses and the layers in order. The prefix differs from the model's if it is the only
+            one with indices (checkpoints saved without the head, or with an older layout).
 
         Raises:
-            CheckpointError: when layers are missing, or their names are not plain.
+            CheckpointError: if layers are missing, or their names are ambiguous.
         """
         groups = self._layers
         names = [prefix] if prefix in groups else list(groups)
@@ -108,17 +122,18 @@ class Checkpoint:
         layers = groups[names[0]]
         wrong = sorted(set(range(count)) ^ set(layers))
         if wrong:
-            said = "has tensors of" if wrong[0] in layers else "lacks"
+            problem = "has tensors of" if wrong[0] in layers else "lacks"
             raise CheckpointError(
-                f"{self.folder}: {said} layer {wrong[0]}, but its config.json has {count} layers; get it again"
+                f"{self.folder}: {problem} layer {wrong[0]}, but its config.json has {count} layers; get it again"
             )
         return names[0], [layers[layer] for layer in range(count)]
 
     def reordered(self, prefix: str, order: Sequence[int]) -> list[Range]:
-        """The tensors of a checkpoint whose layer i is this one's layer ``order[i]``.
+        """Return the tensors of a checkpoint whose layer i is this one's layer ``order[i]``.
 
         Args:
-            prefix: what the file calls its layers; see :meth:`layers`.
+            prefix: prefix of the layers in the file; see :meth:`layers`.
+            order: index of the original layer for each new layer.
         """
         layers = self._layers[prefix]
         inside = {tensor.name for layer in layers.values() for tensor in layer.values()}
@@ -131,12 +146,15 @@ class Checkpoint:
 
 
 def is_safetensors(folder: Path | None) -> bool:
-    """Whether a folder holds a checkpoint that :func:`read` can read."""
+    """Return whether a folder holds a checkpoint that :func:`read` can read."""
     return folder is not None and ((folder / INDEX).is_file() or (folder / SINGLE).is_file())
 
 
 def read(folder: Path) -> Checkpoint:
-    """Read where every tensor of a checkpoint lies, and check that it is all there.
+    """Locate every tensor of a checkpoint, and check that the checkpoint is complete.
+
+    Args:
+        folder: folder of the checkpoint.
 
     Raises:
         CheckpointError: for a folder without safetensors, a missing or truncated shard, or a damaged header.
@@ -151,15 +169,18 @@ def read(folder: Path) -> Checkpoint:
     }
     for name, shard in weight_map.items():
         if name not in found:
-            raise CheckpointError(f"{folder / shard}: lacks the tensor {name}, which {INDEX} promises; get it again")
+            raise CheckpointError(f"{folder / shard}: lacks the tensor {name}, which {INDEX} lists; get it again")
     return Checkpoint(folder, tuple(found.values()))
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    """Which file of a folder holds each tensor, as its index says.
+    """Return the file of each tensor according to the index of a folder.
+
+    Args:
+        folder: folder of the checkpoint.
 
     Raises:
-        CheckpointError: for an index that is damaged, or names anything but files beside it.
+        CheckpointError: for an index that is damaged, or that names anything but files in the folder.
     """
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -167,13 +188,14 @@ def read_index(folder: Path) -> dict[str, str]:
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
             raise CheckpointError(
-                f"{folder / INDEX}: puts {name} into '{shard}', which is no safetensors file beside it; get it again"
+                f"{folder / INDEX}: puts {name} into '{shard}', which is not a safetensors file in the folder; get "
+                "it again"
             )
     return weight_map
 
 
 def digest(tensors: Sequence[Range]) -> str:
-    """The SHA-256 over the names, dtypes, shapes and bytes of tensors, in the order of their names."""
+    """Return the SHA-256 of the names, dtypes, shapes and bytes of tensors, in the order of their names."""
     found, view = hashlib.sha256(), memoryview(bytearray(BUFFER))
     for tensor in sorted(tensors, key=lambda tensor: tensor.name):
         found.update(f"{tensor.name} {tensor.dtype} {list(tensor.shape)};".encode())
@@ -184,13 +206,16 @@ def digest(tensors: Sequence[Range]) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
+
+    Args:
+        path: the file.
 
     Raises:
-        CheckpointError: when it is missing or damaged.
+        CheckpointError: if it is missing or damaged.
     """
     try:
-        with open_file(path) as file:  # a pipe would be waited for
+        with open_file(path) as file:  # opening a pipe would block
             document = parse_json(file.read())
     except FileNotFoundError:
         raise CheckpointError(f"{path}: is missing; give the folder of a whole checkpoint") from None
@@ -202,19 +227,22 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_header(file: Path) -> list[Range]:
-    """The tensors of one file, in the order of their bytes.
+    """Return the tensors of one file, in the order of their bytes.
+
+    Args:
+        file: a safetensors file.
 
     Raises:
-        CheckpointError: for a file that is missing, truncated, or no safetensors file.
+        CheckpointError: for a file that is missing, truncated, or not a safetensors file.
     """
-    if not file.is_file():  # a pipe would be waited for
+    if not file.is_file():  # opening a pipe would block
         raise CheckpointError(f"{file}: is missing; the checkpoint is incomplete, get it again")
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(size - 8, LONGEST_HEADER):
-                raise CheckpointError(f"{file}: is truncated or no safetensors file ({size} bytes); get it again")
+                raise CheckpointError(f"{file}: is truncated or not a safetensors file ({size} bytes); get it again")
             header = parse_json(stream.read(length))
         header.pop("__metadata__", None)
         data = 8 + length
@@ -231,12 +259,12 @@ def read_header(file: Path) -> list[Range]:
             raise CheckpointError(f"{file}: the header entry of {tensor.name} is damaged; get it again")
         end += tensor.size
     if end != size:
-        raise CheckpointError(f"{file}: has {size} bytes where its header promises {end}; get it again")
+        raise CheckpointError(f"{file}: has {size} bytes but its header describes {end}; get it again")
     return tensors
 
 
 def _range(file: Path, data: int, name: str, entry: Any) -> Range:
-    """The tensor of one entry of a header, whose data begin at that byte."""
+    """Return the tensor of one header entry; ``data`` is the offset of the first tensor byte in the file."""
     dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     whole = all(type(number) is int and number >= 0 for number in (*shape, start, end))
     if not isinstance(dtype, str) or not isinstance(shape, list) or not whole:
@@ -250,10 +278,10 @@ def write(
     """Write tensors into ``folder`` as one safetensors file, or as shards with an index.
 
     Args:
-        tensors: what to copy, under which name.
+        tensors: what to copy; each range has the new name of its tensor.
         folder: an existing folder.
-        progress: called with the bytes written and the bytes in all.
-        shard_size: the most bytes of a shard, unless one tensor is larger.
+        progress: called with the number of bytes written so far and in total.
+        shard_size: maximum size of a shard in bytes; exceeded only by a single tensor that is larger.
     """
     shards = _shards(tensors, shard_size)
     total = sum(tensor.kept_size for tensor in tensors)
@@ -281,7 +309,7 @@ def _shards(tensors: Sequence[Range], shard_size: int) -> list[list[Range]]:
         if shards[-1] and sum(other.kept_size for other in shards[-1]) + tensor.kept_size > shard_size:
             shards.append([])
         shards[-1].append(tensor)
-    # Wide dtypes first, as the reference writer does, so that every tensor is aligned; else in the order of reading.
+    # Wide dtypes come first, as in the reference writer, so that every tensor is aligned; otherwise in reading order.
     return [sorted(shard, key=lambda tensor: -_BITS.get(tensor.dtype, 8)) for shard in shards]
 
 
@@ -293,12 +321,12 @@ def _header(tensors: Sequence[Range]) -> bytes:
         header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.kept_shape, "data_offsets": offsets}
         end += tensor.kept_size
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8
+    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8 bytes
     return struct.pack("<Q", len(text)) + text
 
 
 def _copy(tensors: Sequence[Range], target: Any, buffer: bytearray) -> Iterator[int]:
-    """Copy the bytes of the tensors in turn, yielding how many were written."""
+    """Copy the bytes of the tensors in turn, yielding the number of bytes of each write."""
     view = memoryview(buffer)
     source, opened = -1, None
     try:
@@ -316,7 +344,7 @@ def _copy(tensors: Sequence[Range], target: Any, buffer: bytearray) -> Iterator[
 
 
 def _pieces(tensor: Range, source: int, view: memoryview) -> Iterator[memoryview]:
-    """What is kept of a tensor, as much at once as the buffer holds."""
+    """Yield the copied part of a tensor in pieces that fit the buffer."""
     if tensor.keep:
         yield from _rows(tensor, source, view)
         return
@@ -330,18 +358,18 @@ def _pieces(tensor: Range, source: int, view: memoryview) -> Iterator[memoryview
 
 
 def _rows(tensor: Range, source: int, view: memoryview) -> Iterator[memoryview]:
-    """What is kept of a tensor, as many rows at once as the buffer holds."""
+    """Yield the copied part of a tensor, as many rows at a time as fit the buffer."""
     rows = range(tensor.shape[0]) if tensor.keep[0] is None else tensor.keep[0].tolist()
     columns = None if len(tensor.keep) == 1 else tensor.keep[1]
     if tensor.size == 0 or tensor.size % math.prod(tensor.shape):
-        raise CheckpointError(f"{tensor.file}: the numbers of {tensor.name} are not whole bytes; export from memory")
+        raise CheckpointError(f"{tensor.file}: the values of {tensor.name} do not fill whole bytes; export from memory")
     width, item = tensor.size // tensor.shape[0], tensor.size // math.prod(tensor.shape)
     view = view if width <= len(view) else memoryview(bytearray(width))
     at_once = len(view) // width
     for first in range(0, len(rows), at_once):
         some = rows[first : first + at_once]
-        for place, row in enumerate(some):
-            count = os.preadv(source, [view[place * width : (place + 1) * width]], tensor.start + row * width)
+        for index, row in enumerate(some):
+            count = os.preadv(source, [view[index * width : (index + 1) * width]], tensor.start + row * width)
             if count < width:
                 raise CheckpointError(f"{tensor.file}: became shorter while it was read; export again")
         block = np.frombuffer(view[: len(some) * width], dtype=f"V{item}").reshape(len(some), -1)

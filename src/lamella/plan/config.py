@@ -1,4 +1,4 @@
-"""The config of a model whose layers are another selection of the original's, or narrower."""
+"""The config of a model whose layers are a selection of the original's, or are narrower."""
 
 from __future__ import annotations
 
@@ -11,31 +11,44 @@ import torch
 from lamella.errors import ExportError, PlanError
 from lamella.plan.schema import Plan
 from lamella.plan.width import Heads
-from lamella.stack import ARCHITECTURES, Architecture, Stack, kind_of, numbers_of
+from lamella.stack import ARCHITECTURES, Architecture, Stack, kind_of, numeric_attributes
 from lamella.stack.wiring import Sizes
 
 PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
-NOT_PER_LAYER = ("token_id", "token_ids", "architectures", "_tokens")  # lists that may happen to be as long
+NOT_PER_LAYER = (
+    "token_id",
+    "token_ids",
+    "architectures",
+    "_tokens",
+)  # lists whose length may equal the number of layers by coincidence
 
 
 def reindex(config: Any, order: Sequence[int], architecture: Architecture) -> Any:
-    """A copy of ``config`` for a model whose layer i is the original's layer ``order[i]``.
+    """Return a copy of ``config`` for a model whose layer i is the original's layer ``order[i]``.
 
-    Lists with an entry per layer, layer numbers and per-layer overrides follow the layers.
+    Lists with one entry per layer, layer indices and per-layer overrides follow the layers.
+
+    Args:
+        config: config of the original stack.
+        order: index of the original layer for each new layer.
+        architecture: entry of the stack's architecture.
+
+    Raises:
+        ExportError: for a config with per-layer overrides.
     """
     new = copy.deepcopy(config)
     count = architecture.sizes["layers"]
     old_count = getattr(config, count)
     for name, values in _per_layer(config, old_count).items():
         setattr(new, name, [values[layer] for layer in order])
-    if hasattr(config, "mlp_only_layers"):  # Qwen3-MoE: which layers are dense, by number and by a period
+    if hasattr(config, "mlp_only_layers"):  # Qwen3-MoE: which layers are dense, by index and by a period
         dense = set(config.mlp_only_layers or ())
         dense |= {layer for layer in range(old_count) if (layer + 1) % config.decoder_sparse_step}
         new.mlp_only_layers = [index for index, layer in enumerate(order) if layer in dense]
         new.decoder_sparse_step = 1
-    if "max_window_layers" in config.to_dict():  # Qwen2: redundant beside layer_types, but must not contradict it
+    if "max_window_layers" in config.to_dict():  # Qwen2: redundant with layer_types, but must not contradict it
         new.max_window_layers = sum(layer < config.max_window_layers for layer in order)
-    if hasattr(config, "stage_names"):  # DINOv2: names of what enters and of what each layer gives; the last is given
+    if hasattr(config, "stage_names"):  # DINOv2: names of the input and of each layer's output; the last is the output
         new.stage_names = new.stage_names[: len(order) + 1]
         new.set_output_features_output_indices(out_features=None, out_indices=None)
     if _overrides(config):
@@ -45,34 +58,40 @@ def reindex(config: Any, order: Sequence[int], architecture: Architecture) -> An
 
 
 def _per_layer(config: Any, layers: int) -> dict[str, list[Any]]:
-    """The lists of a config that have an entry per layer."""
-    said = {name: value for name, value in vars(config).items() if isinstance(value, list | tuple)}
+    """Return the lists of a config that have one entry per layer."""
+    lists = {name: value for name, value in vars(config).items() if isinstance(value, list | tuple)}
     return {
         name: list(values)
-        for name, values in said.items()
+        for name, values in lists.items()
         if name in PER_LAYER_LISTS or (len(values) == layers and not name.endswith(NOT_PER_LAYER))
     }
 
 
 def check_alike(model: Any, stack: Stack, order: Sequence[int]) -> None:
-    """Check that a config has built the layers that it was to say, before weights are put into them.
+    """Check that a new config builds the same layers as the original, before weights are loaded into them.
+
+    Args:
+        model: model that was built from the new config.
+        stack: the original stack.
+        order: index of the original layer for each new layer.
 
     Raises:
-        ExportError: where it has not, since it counts its layers in some way that :func:`reindex` does not know.
+        ExportError: if a layer differs, because the config derives it from the layer's index in a way that
+            :func:`reindex` does not handle.
     """
     layers = model.get_submodule(stack.architecture.prefix.removesuffix("."))
     for index, layer in enumerate(order):
         new, old = layers[index], stack.layers[layer]
-        same = kind_of(new) == kind_of(old) and numbers_of(new) == numbers_of(old)
+        same = kind_of(new) == kind_of(old) and numeric_attributes(new) == numeric_attributes(old)
         if not same or not _same_buffers(stack, index, layer):
             raise ExportError(
-                f"the config of {stack.architecture.name} models counts layers, so it cannot say that layers.{layer} "
-                f"becomes layers.{index}: remove other layers, or single sublayers with --form native"
+                f"the config of {stack.architecture.name} models counts layers, so it cannot express that "
+                f"layers.{layer} becomes layers.{index}: remove other layers, or single sublayers with --form native"
             )
 
 
 def _same_buffers(stack: Stack, index: int, layer: int) -> bool:
-    """Whether what a checkpoint does not hold of a layer is the same in another place."""
+    """Return whether the non-persistent buffers of a layer are the same at another index."""
     if index == layer:
         return True
     stored = stack.layers[layer].state_dict()
@@ -86,52 +105,57 @@ def _overrides(config: Any) -> bool:
 
 
 def common_sizes(plan: Plan) -> Sizes:
-    """The sizes that an ordinary config says of a model under a width plan.
+    """Return the sizes that an ordinary config can state for a model under a width plan.
+
+    Args:
+        plan: a plan with widths.
 
     Raises:
-        PlanError: when no config can, with the reason.
+        PlanError: if no config can express the widths, with the reason.
     """
     whole, widths, architecture = plan.model.sizes, plan.widths, ARCHITECTURES[plan.model.family]
     assert whole is not None
     layers = sorted({run.layer for phase in ("prefill", "decode") for run in plan.runs(phase)})
     for layer, kept in widths.heads.items():
         if layer in layers and not kept.regular:
-            raise PlanError(f"no config can say which key-value head each query head of layers.{layer} reads")
+            raise PlanError(f"a config cannot express which key-value head each query head of layers.{layer} reads")
     everything = Heads(range(whole.heads), [head * whole.kv_heads // whole.heads for head in range(whole.heads)])
     channels = {len(widths.channels.get(layer, range(whole.channels))) for layer in layers}
     by_layer = [widths.heads.get(layer, everything) for layer in layers]
     heads = {(len(kept.keep), len(kept.kv_keep)) for kept in by_layer}
     for what, count in (("channels", len(channels)), ("heads", len(heads))):
         if count > 1:
-            raise PlanError(f"no config can say that layers have different numbers of {what}")
-    stream = whole.stream if widths.stream is None else len(widths.stream)
-    if widths.rescale and architecture.wiring.shared_eps and stream < whole.stream:
+            raise PlanError(f"a config cannot express that layers have different numbers of {what}")
+    hidden = whole.hidden if widths.hidden is None else len(widths.hidden)
+    if widths.rescale and architecture.wiring.shared_eps and hidden < whole.hidden:
         raise PlanError(f"{plan.model.family} models have one epsilon for all norms, and rescale needs two")
     [(queries, keys)] = heads
-    if not architecture.fits(stream, queries, whole.head_dim):
-        why = "cannot say a head's size, so heads must fill the stream"
+    if not architecture.fits(hidden, queries, whole.head_dim):
+        why = "cannot express a head size, so the heads must fill the hidden size"
         if architecture.wiring.divides:
-            why = f"wants a stream that is a multiple of the query heads: {stream} is none of {queries}"
+            why = f"needs a hidden size that is a multiple of the query heads: {hidden} is not a multiple of {queries}"
         raise PlanError(f"the config of {plan.model.family} models {why}")
-    return Sizes(stream, channels.pop(), queries, keys, whole.head_dim)
+    return Sizes(hidden, channels.pop(), queries, keys, whole.head_dim)
 
 
 def resize(configs: Iterable[Any], architecture: Architecture, sizes: Sizes, eps: float) -> None:
-    """Let configs say these sizes.
+    """Set these sizes in configs.
 
     Args:
-        configs: those of a model and of its parts, which are changed.
-        eps: what the epsilon of the norms is multiplied by.
+        configs: configs of a model and of its parts, which are changed.
+        architecture: entry of the stack's architecture, which names the fields.
+        sizes: the new sizes.
+        eps: factor for the epsilon of the norms.
     """
-    said = {
-        "stream": sizes.stream,
+    values = {
+        "hidden": sizes.hidden,
         "channels": sizes.channels,
         "heads": sizes.heads,
         "kv_heads": sizes.kv_heads,
         "head_dim": sizes.head_dim,
     }
     for config in configs:
-        for axis, size in said.items():
+        for axis, size in values.items():
             if axis in architecture.sizes:
                 setattr(config, architecture.sizes[axis], size)
         if eps != 1:

@@ -1,4 +1,4 @@
-"""Versioned JSON documents whose errors are one line, and the side files that lie beside them."""
+"""Versioned JSON documents with one-line validation errors, and the side files in the same folder."""
 
 from __future__ import annotations
 
@@ -14,22 +14,30 @@ from lamella.errors import ExportError, PlanError
 from lamella.files import replacing, write
 from lamella.reading import parse_json
 
-Read = TypeVar("Read", bound="Document")
+Read = TypeVar("Read", bound="JsonDocument")
 _NUMBERS = re.compile(r"\[\n\s*(\d+(?:,\n\s*\d+)*)\n\s*\]")
 
 
 def refusal(error: ValidationError, where: str) -> PlanError:
-    """The first of some errors as one line that names the field."""
+    """Return the first of some validation errors as one line that names the field.
+
+    Args:
+        error: the validation error.
+        where: what to call the document in the message.
+    """
     first = error.errors()[0]
     field = ".".join(str(part) for part in first["loc"]) or "document"
     return PlanError(f"{where}: {field}: {first['msg'].removeprefix('Value error, ')}")
 
 
 def text_of(path: str | Path) -> str:
-    """What is in the file of a document.
+    """Return the text of a document's file.
+
+    Args:
+        path: the file.
 
     Raises:
-        PlanError: when it cannot be read.
+        PlanError: if it cannot be read.
     """
     try:
         return Path(path).read_text(encoding="utf-8")
@@ -38,7 +46,7 @@ def text_of(path: str | Path) -> str:
 
 
 def schema_of(text: str) -> str:
-    """The schema that a text says it has; nothing where it says none."""
+    """Return the schema that a JSON text declares; an empty string if it declares none."""
     try:
         document = parse_json(text)
     except ValueError:
@@ -47,17 +55,21 @@ def schema_of(text: str) -> str:
     return schema if isinstance(schema, str) else ""
 
 
-class Document(BaseModel):
+class JsonDocument(BaseModel):
     """A versioned JSON document, or a part of one."""
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True, protected_namespaces=())
 
     @classmethod
     def parse(cls: type[Read], text: str, where: str = "plan") -> Read:
-        """Read the JSON text of a document.
+        """Parse the JSON text of a document.
+
+        Args:
+            text: the JSON text.
+            where: what to call the document in messages.
 
         Raises:
-            PlanError: one line that names the field and the mend.
+            PlanError: one line that names the field and the fix.
         """
         try:
             return cls.model_validate_json(text)
@@ -71,30 +83,41 @@ class Document(BaseModel):
 
     @classmethod
     def of_file(cls: type[Read], text: str, path: str | Path) -> Read:
-        """The document that a file says, whose text is known; its side files lie beside that file."""
+        """Return the document of a file whose text is already known; its side files are in the folder of that file.
+
+        Args:
+            text: the JSON text.
+            path: the file.
+        """
         document = cls.parse(text, where=str(path))
         document.settle(Path(path).parent)
         return document
 
     def settle(self, folder: Path) -> None:
-        """Find side files in this folder from now on."""
+        """Set the folder in which side files are looked up."""
         for part in self._parts():
             part._folder = folder
 
-    def _parts(self) -> Sequence[WithFile]:
-        """The parts of the document whose side files lie beside it."""
+    def _parts(self) -> Sequence[SidefileDocument]:
+        """Return the parts of the document that may have side files."""
         return []
 
     def dump(self) -> str:
+        """Return the document as JSON text."""
         text = self.model_dump_json(indent=2, by_alias=True, exclude_defaults=False)
-        return _NUMBERS.sub(lambda match: f"[{' '.join(match[1].split())}]", text) + "\n"  # a list on one line
+        return (
+            _NUMBERS.sub(lambda match: f"[{' '.join(match[1].split())}]", text) + "\n"
+        )  # each list of integers on one line
 
     def write(self, path: str | Path) -> None:
-        """Write the document to a file, and its side files beside it.
+        """Write the document to a file, and its side files into the same folder.
+
+        Args:
+            path: the file.
 
         Raises:
-            PlanError: for a side file whose name would lead elsewhere.
-            ExportError: when it cannot be written.
+            PlanError: for a side file whose name leads to another folder.
+            ExportError: if it cannot be written.
         """
         folder = Path(path).parent
         for part in self._parts():
@@ -104,7 +127,7 @@ class Document(BaseModel):
                 raise PlanError(f"{path}: {error}") from None
         try:
             for part in self._parts():
-                if part.file is None or part.is_folder:  # another checkpoint is named, not copied
+                if part.file is None or part.is_folder:  # another checkpoint is referenced, not copied
                     continue
                 if part.located.resolve() != (folder / part.file).resolve():
                     with replacing(folder / part.file) as partial:
@@ -115,14 +138,23 @@ class Document(BaseModel):
 
 
 def plain_name(name: str | None) -> str | None:
-    """A side file lies beside its plan, so its name leads nowhere else."""
+    """Return the name of a side file if it stays in the folder of its plan.
+
+    Raises:
+        ValueError: for a name that leads to another folder.
+    """
     if name is not None and (not name.strip(".") or set(name) & set("/\\:\0")):
-        raise ValueError(f"'{name}' is no plain name: a side file lies beside its plan")
+        raise ValueError(f"'{name}' is not a plain file name: a side file is in the folder of its plan")
     return name
 
 
-class WithFile(Document):
-    """A part of a document that has a side file beside it, under a plain name."""
+class SidefileDocument(JsonDocument):
+    """A part of a document that may have a side file.
+
+    Attributes:
+        file: name of the side file, in the folder of the plan; None if there is none.
+        sha256: SHA-256 of the side file.
+    """
 
     file: Annotated[str | None, AfterValidator(plain_name)] = None
     sha256: str | None = None
@@ -130,14 +162,14 @@ class WithFile(Document):
     _folder: Path = PrivateAttr(default=Path("."))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, type(self)) and self.model_dump() == other.model_dump()  # wherever they lie
+        return isinstance(other, type(self)) and self.model_dump() == other.model_dump()  # the folder does not matter
 
     @property
     def is_folder(self) -> bool:
-        """Whether it names another checkpoint, and no side file."""
+        """Whether it names another checkpoint instead of a side file."""
         return False
 
     @property
     def located(self) -> Path:
-        """The side file, beside the plan that names it."""
+        """The path of the side file, in the folder of the plan that names it."""
         return self._folder / (self.file or "")

@@ -1,4 +1,4 @@
-"""The entries of a plan: what it says of a width, a path, weights, networks and policies."""
+"""The entries of a plan: widths, paths, weight edits, networks, adapters and policies."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from lamella.plan.document import Document, WithFile, plain_name
+from lamella.plan.document import JsonDocument, SidefileDocument, plain_name
 from lamella.plan.width import Heads
 
 LayerIndex = Annotated[int, Field(ge=0)]
@@ -15,12 +15,13 @@ Kept = Annotated[list[LayerIndex], Field(min_length=1)]
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 
 
-class HeadWidth(Document):
+class HeadWidth(JsonDocument):
     """The query heads that a layer keeps, in their new order; see :class:`lamella.plan.width.Heads`.
 
     Attributes:
-        kv_of: for each of them, the key-value head that it reads, by its number in the original.
-        merge: for each of them, the head whose difference to it is added, or None.
+        keep: indices of the kept query heads.
+        kv_of: for each kept query head, the index of its key-value head in the original.
+        merge: for each kept query head, the head whose difference to it is added, or None.
     """
 
     keep: Kept
@@ -28,29 +29,33 @@ class HeadWidth(Document):
     merge: list[LayerIndex | None] | None = None
 
     def heads(self) -> Heads:
+        """Return the heads as the surgery takes them."""
         return Heads(self.keep, self.kv_of, self.merge)
 
 
-class StreamWidth(Document):
-    """The kept channels of the stream, in their new order.
+class HiddenWidth(JsonDocument):
+    """The kept channels of the residual stream, in their new order.
 
     Attributes:
-        rescale: let norms make up for the channels that no longer count; see :class:`lamella.plan.width.Widths`.
+        keep: indices of the kept channels.
+        rescale: whether norms compensate for the removed channels; see :class:`lamella.plan.width.Widths`.
     """
 
     keep: Kept
     rescale: bool = False
 
 
-Width = dict[str, Kept | HeadWidth | StreamWidth]
+Width = dict[str, Kept | HeadWidth | HiddenWidth]
 
 
-class PhasedPath(Document):
-    """The layers that run, in order, in each phase.
+class PhasedPath(JsonDocument):
+    """The layers that run in each phase, in order.
 
     Attributes:
-        keys: what a layer that only generated tokens run knows of the prompt: ``fill`` computes the prompt's keys and
-            values there, and nothing else; with ``local`` it sees generated tokens alone.
+        prefill: indices of the layers that run for the prompt.
+        decode: indices of the layers that run for generated tokens.
+        keys: what a layer that only generated tokens run knows of the prompt. ``fill`` computes the prompt's keys and
+            values there, and nothing else; with ``local`` the layer attends to generated tokens only.
     """
 
     prefill: Annotated[list[LayerIndex], Field(min_length=1)]
@@ -58,16 +63,16 @@ class PhasedPath(Document):
     keys: Literal["fill", "local"] = "fill"
 
 
-class PolicyReference(WithFile):
-    """What decides while the model runs.
+class PolicyReference(SidefileDocument):
+    """A policy that decides at run time.
 
     Attributes:
-        name: the slug of its method.
+        name: slug of its method.
         params: its settings.
-        file: the safetensors side file of its trained parameters, beside the plan; None where it has none.
-        sha256: of that file.
-        work: for each layer, the shares of generated tokens that are expected to run its sublayers, as measured on
-            calibration text; empty where nothing is known.
+        file: safetensors side file of its trained parameters; None if it has none.
+        sha256: SHA-256 of that file.
+        work: for each layer, the expected fraction of generated tokens that run each of its sublayers, measured on
+            calibration text; empty if unknown.
     """
 
     name: Slug
@@ -75,15 +80,16 @@ class PolicyReference(WithFile):
     work: list[tuple[float, ...]] = Field(default_factory=list)
 
 
-class WeightEdit(WithFile):
-    """A change of weights that the view owns; everything else stays shared. See :mod:`lamella.plan.weights`.
+class WeightEdit(SidefileDocument):
+    """A change of weights that the view owns; all other weights stay shared. See :mod:`lamella.plan.weights`.
 
     Attributes:
-        op: ``mask`` sets weights to zero, ``scale`` multiplies them, ``replace`` and ``restore`` put others there.
-        sites: where: sublayers and layers, ``embed``, ``norm`` or ``head``.
-        file: the safetensors side file, beside the plan; to restore, also the folder of a checkpoint.
-        sha256: of that file, or of the tensors that are taken from the folder.
-        zeros: how many weights it sets to zero.
+        op: ``mask`` sets weights to zero, ``scale`` multiplies them, ``replace`` and ``restore`` substitute other
+            values.
+        sites: sites of the weights: layers and sublayers, ``embed``, ``norm`` or ``head``.
+        file: safetensors side file; for ``restore``, alternatively the absolute path of a checkpoint's folder.
+        sha256: SHA-256 of that file, or of the tensors that are taken from the folder.
+        zeros: number of weights that it sets to zero.
     """
 
     op: Literal["mask", "scale", "replace", "restore"]
@@ -93,6 +99,7 @@ class WeightEdit(WithFile):
     zeros: Annotated[int, Field(ge=0)] = 0
 
     def model_post_init(self, context: Any) -> None:
+        """Check the name of the side file."""
         super().model_post_init(context)
         if not self.is_folder:
             plain_name(self.file)
@@ -103,11 +110,11 @@ class WeightEdit(WithFile):
         return self.op == "restore" and Path(self.file).is_absolute()
 
 
-class RewriteReference(Document):
-    """The whole model written otherwise, by what a method computes of its weights; see :mod:`lamella.plan.rewriting`.
+class RewriteReference(JsonDocument):
+    """A rewriting of the whole model by a method; see :mod:`lamella.plan.rewriting`.
 
     Attributes:
-        name: the slug of the method.
+        name: slug of the method.
         params: its settings.
     """
 
@@ -115,18 +122,19 @@ class RewriteReference(Document):
     params: dict[str, Any] = Field(default_factory=dict)
 
 
-class AdapterReference(WithFile):
-    """Small networks beside the linear maps of some sites; see :mod:`lamella.plan.adapters`.
+class AdapterReference(SidefileDocument):
+    """Adapters on the linear layers of some sites; see :mod:`lamella.plan.adapters`.
 
     Attributes:
-        name: the slug of their method.
-        kind: which of the method's adapters, where it has several.
-        params: their settings, the same at every map.
-        sites: where: layers and sublayers.
-        base: which weights they were trained beside, see :func:`lamella.plan.fingerprint.revision`; None where that is
-            not known.
-        file: the safetensors side file of their tensors, beside the plan: the name of a map, a dot, a tensor's own.
-        sha256: of that file.
+        name: slug of their method.
+        kind: class name of the adapters, if the method has several kinds.
+        params: their settings, the same for every linear layer.
+        sites: their sites: layers and sublayers.
+        base: revision of the weights that they were trained with, see :func:`lamella.plan.fingerprint.revision`; None
+            if unknown.
+        file: safetensors side file of their tensors, which are named by the linear layer, a dot, and the adapter's own
+            name.
+        sha256: SHA-256 of that file.
     """
 
     name: Slug
@@ -138,19 +146,19 @@ class AdapterReference(WithFile):
     sha256: str
 
 
-class ModuleReference(WithFile):
-    """A network that a plan puts at a site.
+class ModuleReference(SidefileDocument):
+    """A network that a plan inserts at a site.
 
     Attributes:
-        name: the slug of its method.
-        kind: which of the method's networks, where it has several.
+        name: slug of its method.
+        kind: class name of the network, if the method has several kinds.
         params: its settings.
-        beside: whether what is at the site runs, too, and the network is given what came of it.
-        file: the safetensors side file of its parameters, beside the plan; None where it has none.
-        sha256: of that file.
+        keep_sublayers: whether the sublayers at the site run as well, in which case the network is given their output.
+        file: safetensors side file of its parameters; None if it has none.
+        sha256: SHA-256 of that file.
     """
 
     name: Slug
     kind: str | None = None
     params: dict[str, Any] = Field(default_factory=dict)
-    beside: bool = False
+    keep_sublayers: bool = False

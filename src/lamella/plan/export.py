@@ -1,17 +1,17 @@
-"""Exports: a plan carried out on disk, as a checkpoint that needs the original no more.
+"""Exports: checkpoints of a model with a plan applied, which no longer need the original.
 
 =========  ==================================================================  ==================================
-form       takes                                                               loads in
+form       expresses                                                           loads in
 =========  ==================================================================  ==================================
-plain      whole layers: removed, repeated, moved; widths that all layers have transformers, and all that read it
-           in common; masked weights, as zeros
-portable   single sublayers too, as zeroed output maps: no faster for those    the same
-native     single sublayers, gone for good, and widths that differ from layer  transformers, with remote code
-           to layer, or the whole model written otherwise; a modelling file
-           comes with them
-native     plans that treat prompt and generated tokens differently, that put  ``lamella.load``
-           networks or adapters somewhere, or that cut single sublayers of one
-           of several stacks: the whole model, and the plan beside it
+plain      whole layers: removed, repeated, moved; widths that all layers have transformers, and all that reads its
+           in common; masked weights, as zeros                                 checkpoints
+portable   also single sublayers, as zeroed output projections, which gain no  the same
+           speed
+native     single sublayers, removed from the weights, and widths that differ  transformers, with remote code
+           between layers, or a rewritten model; with a modelling file
+native     plans that treat prompt and generated tokens differently, that      ``lamella.load``
+           insert networks or adapters, or that remove single sublayers of
+           one of several stacks: the whole model together with the plan
 =========  ==================================================================  ==================================
 """
 
@@ -50,15 +50,15 @@ from lamella.stack import ASSEMBLIES, Model, Stack, auto_class, digest_of_files,
 
 Form = Literal["plain", "portable", "native"]
 FormOrAuto = Literal["auto", "plain", "portable", "native"]
-NOTES = {  # what README.md says of the result
-    "plain": "An ordinary checkpoint: what was removed is gone from the weights and from the config.",
-    "portable": "Removed sublayers are zeroed output projections: the same function in every program, but they are "
-    "still computed, so they save neither time nor memory. Removed whole layers are gone.",
-    "native": "What was removed is gone from the weights. Their modelling file needs torch and transformers only.",
-    "rewritten": "It computes what the original does. No config of transformers says its form, so a modelling file "
-    "comes with the weights, which needs torch and transformers only.",
+NOTES = {  # section of README.md on the form
+    "plain": "An ordinary checkpoint: the removed parts are absent from the weights and the config.",
+    "portable": "Removed sublayers have zeroed output projections: every program computes the same function, but "
+    "they are still computed, so they save neither time nor memory. Removed whole layers are absent.",
+    "native": "The removed parts are absent from the weights. The modelling file needs torch and transformers only.",
+    "rewritten": "It computes the same as the original. No config of transformers describes its form, so a modelling "
+    "file comes with the weights, which needs torch and transformers only.",
     "planned": "The weights are the whole model's. Opened with Lamella, it runs the plan in `plan.json`, which no "
-    "config can say; opened without, it is the whole model.",
+    "config can express; opened without Lamella, it is the whole model.",
 }
 _COMPANIONS: tuple[str, ...] = (
     "tokenizer*",
@@ -81,39 +81,51 @@ _OWN_FILES = frozenset(
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights and config to be written: how many bytes they take, and how."""
+    """Weights and config to be written.
+
+    Attributes:
+        size: size of the weights in bytes.
+        write: writes both into a folder, reporting progress.
+    """
 
     size: int
     write: Callable[[Path, Progress | None], None]
 
 
 def check_floats(model: Model) -> None:
-    """Check that the weights of a model are numbers that can be cut and written again.
+    """Check that the weights of a model are floating-point values, which can be cut and written again.
 
     Raises:
         ExportError: for a model in int8.
     """
     if any(each.dtype == torch.int8 for each in model.model.parameters()):
-        raise ExportError(f"{model.name} holds integers: cut the original, and quantise the result")
+        raise ExportError(f"{model.name} has integer weights: cut the original, and quantise the result")
 
 
 def natural_form(plan: Plan, model: Model | None = None) -> Form:
-    """The form that keeps all of a plan's gain: plain where a standard config can express it, else native.
+    """Return the form that keeps the whole gain of a plan: plain if a standard config can express it, else native.
 
     Args:
-        model: what it is for, which matters where its layers have different widths or cannot all leave.
+        plan: the plan.
+        model: the model that it is for, which matters if its layers have different widths or some cannot be removed.
     """
     even = _uneven(plan) is None and (model is None or getattr(model.model, "lamella_counts", None) is None)
     chains = [plan.chain(stack) for stack in plan.model.stacks]
-    placed = bool(plan.modules or plan.adapters)
-    said = plan.is_static and not placed and plan.rewrite is None and all(chain.in_layers for chain in chains) and even
-    if said and model is not None and len(chains) > 1:
-        said = not any(_pinned(model.stacks[name], plan.chain(name).runs("prefill")) for name in model.stacks)
-    return "plain" if said else "native"
+    has_networks = bool(plan.modules or plan.adapters)
+    is_plain = (
+        plan.is_static
+        and not has_networks
+        and plan.rewrite is None
+        and all(chain.in_layers for chain in chains)
+        and even
+    )
+    if is_plain and model is not None and len(chains) > 1:
+        is_plain = not any(_pinned(model.stacks[name], plan.chain(name).runs("prefill")) for name in model.stacks)
+    return "plain" if is_plain else "native"
 
 
 def _uneven(plan: Plan) -> str | None:
-    """Why no config can say the widths of a plan, where none can."""
+    """Return why no config can express the widths of a plan, or None if one can."""
     try:
         if plan.width:
             common_sizes(plan)
@@ -143,21 +155,21 @@ def export(
         model: the opened model; it is not changed.
         plan: a plan for it.
         out: the folder to write; it appears when it is complete, see :mod:`lamella.files`.
-        form: see the table of this module.
+        form: plain, portable or native; see the table of this module.
         overwrite: replace an earlier export.
-        tokenizer: what to save beside the weights, or a processor that holds one; when left out, the files of the
-            model's own folder.
-        card: text of README.md, which a section on the form and on loading follows.
-        files: further text files, by name, such as ``evidence.json``.
-        progress: called with the bytes written and the bytes in all.
+        tokenizer: tokenizer or processor to save with the weights; if None, the files of the model's own folder are
+            copied.
+        card: text of README.md, to which a section on the form and on loading is added.
+        files: additional text files by name, such as ``evidence.json``.
+        progress: called with the number of bytes written so far and in total.
 
     Returns:
         The folder.
 
     Raises:
-        PlanError: when the plan is for another model, or the form cannot express it; the message names one that can.
-        ExportError: when ``out`` exists or does not fit the disk.
-        CheckpointError: when the folder of the model is damaged.
+        PlanError: if the plan is for another model, or the form cannot express it; the message names one that can.
+        ExportError: if ``out`` exists or does not fit on the disk.
+        CheckpointError: if the folder of the model is damaged.
     """
     plan.check_fits(model)
     if form not in get_args(Form):
@@ -165,21 +177,23 @@ def export(
     check_floats(model)
     if (before := getattr(model.model, "lamella_rewrite", None)) is not None:
         raise PlanError(
-            f"{model.name} was rewritten by {before.name}, and no further plan can be written with that: "
-            "carry it out on the model it was made of, and rewrite the result"
+            f"{model.name} was rewritten by {before.name}, so no further plan can be exported: "
+            "apply it to the model that it was made from, and rewrite the result"
         )
     if plan.rewrite is not None:
         if form != "native":
-            raise PlanError(f"{form}: no config can say what {plan.rewrite.name} makes of a model; use --form native")
+            raise PlanError(
+                f"{form}: no config can describe a model rewritten by {plan.rewrite.name}; use --form native"
+            )
         rewritten = _rewritten(model, plan)
         return _write(rewritten, plan, out, "rewritten", model, overwrite, tokenizer, card, files, progress)
     several = len(model.stacks) > 1
-    inside = any(stack.architecture.config for stack in model.stacks.values())  # text of a model with images
-    placed = bool(plan.modules or plan.adapters)
-    planned = form == "native" and (not plan.is_static or placed or several or inside)
+    inside = any(stack.architecture.config for stack in model.stacks.values())  # language model of a model with images
+    has_networks = bool(plan.modules or plan.adapters)
+    planned = form == "native" and (not plan.is_static or has_networks or several or inside)
     if planned and plan.width:
         raise PlanError(
-            "native: this plan cuts widths, and says beside them what no config can say: export the widths first"
+            "native: this plan combines widths with parts that no config can express: export the widths first"
         )
     if several and form == "portable":
         raise PlanError("portable: a model with several stacks is exported plain or native")
@@ -187,7 +201,7 @@ def export(
     altered = model if planned else alter(model, plan)
     uneven = getattr(altered.model, "lamella_counts", None) is not None
     if form != "native" and uneven:
-        raise PlanError(f"{form}: no config can say the widths of {model.name}; use --form native")
+        raise PlanError(f"{form}: no config can express the widths of {model.name}; use --form native")
     whole = not uneven and all(
         run.sublayers == stack.architecture.names for name, stack in model.stacks.items() for run in runs[name]
     )
@@ -214,26 +228,33 @@ def export_out_of_core(
     files: dict[str, str] | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """The plain export of a safetensors folder, without ever loading a weight; see :func:`export`.
+    """Write the plain export of a safetensors folder without loading any weights; see :func:`export`.
 
-    Memory does not depend on the size of the checkpoint: byte ranges are copied through a fixed buffer, and what is
-    kept of narrower tensors row by row.
+    Memory does not depend on the size of the checkpoint: byte ranges are copied through a fixed buffer, and narrower
+    tensors row by row.
 
     Args:
-        source: the folder of the model that the plan is for.
+        source: folder of the model that the plan is for.
+        plan: the plan.
+        out: the folder to write; it appears when it is complete.
+        overwrite: replace an earlier export.
+        card: text of README.md, to which a section on the form and on loading is added.
+        files: additional text files by name.
+        progress: called with the number of bytes written so far and in total.
 
     Raises:
         CheckpointError: for a checkpoint that is damaged or incomplete, before anything is written.
-        PlanError: for a plan that computes weights; those of another checkpoint's folder are copied from there.
+        PlanError: for a plan that computes weights; weights restored from another checkpoint's folder are copied from
+            there.
     """
     widths = plan.widths
     computed = widths.rescale or any(heads.merge is not None for heads in widths.heads.values())
     if computed or plan.modules or plan.adapters or plan.rewrite or any(not edit.is_folder for edit in plan.weights):
-        raise PlanError("this plan changes weights, and an export out of core copies them as they are: load the model")
+        raise PlanError("this plan changes weights, and an export out of core copies them unchanged: load the model")
     opened = _open(Path(source))
     plan.check_fits(opened.stack)
     if opened.stack.architecture.config:
-        raise PlanError(f"{source}: has images beside its text: export it from memory")
+        raise PlanError(f"{source}: is a model of images and text: export it from memory")
     for edit in plan.weights:
         opened = replace(opened, checkpoint=_restored(opened, edit))
     architecture = opened.stack.architecture
@@ -248,19 +269,19 @@ def export_out_of_core(
 
 
 def _check_form(plan: Plan, form: str, stack: Stack) -> list[Run]:
-    """The executions of a stack's layers that the export holds, if a checkpoint of that form can express the plan."""
+    """Return the executions of a stack's layers in the export; raises if the form cannot express the plan."""
     chain, architecture = plan.chain(stack.stack), stack.architecture
     if not plan.is_static:
         raise PlanError(
-            f"{form}: this plan treats prompt and generated tokens differently, which no config can say; "
+            f"{form}: this plan treats prompt and generated tokens differently, which no config can express; "
             "use --form native"
         )
     if plan.modules:
-        raise PlanError(f"{form}: no config can say that a network stands at {min(plan.modules)}; use --form native")
+        raise PlanError(f"{form}: no config can express the network at {min(plan.modules)}; use --form native")
     if plan.adapters:
         raise PlanError(
-            f"{form}: the adapter of {plan.adapters[0].name} cannot be merged into the linear maps that it stands "
-            "beside, since no weight says what it computes; use --form native, or run the model with the plan"
+            f"{form}: the adapter of {plan.adapters[0].name} cannot be merged into its linear layers, "
+            "since no weights express what it computes; use --form native, or run the model with the plan"
         )
     runs = list(chain.runs("prefill"))
     partial = [run for run in runs if run.sublayers != architecture.names]
@@ -268,7 +289,7 @@ def _check_form(plan: Plan, form: str, stack: Stack) -> list[Run]:
         gone = next(name for name in architecture.names if name not in partial[0].sublayers)
         forms = "native" if stack.prefix else "portable or native"
         raise PlanError(
-            f"plain: no config can say that {stack.prefix}layers.{partial[0].layer} lacks its {gone} sublayer; "
+            f"plain: no config can express that {stack.prefix}layers.{partial[0].layer} lacks its {gone} sublayer; "
             f"use --form {forms}"
         )
     uneven = _uneven(plan)
@@ -282,8 +303,8 @@ def _check_form(plan: Plan, form: str, stack: Stack) -> list[Run]:
     moved = any(run.layer != index for index, run in enumerate(runs))
     if moved and getattr(stack.config, "scale_attn_by_inverse_layer_idx", False):
         raise PlanError(
-            "this model scales attention by the layer's number (scale_attn_by_inverse_layer_idx), so layers change "
-            "when they move; drop only the last ones"
+            "this model scales attention by the layer's index (scale_attn_by_inverse_layer_idx), so layers change "
+            "when they move; drop the last layers only"
         )
     if reason := _pinned(stack, runs):
         raise PlanError(f"{form}: {reason}; use --form native")
@@ -297,11 +318,11 @@ def _can_be_silent(stack: Stack, run: Run) -> bool:
 
 
 def _pinned(stack: Stack, runs: Sequence[Run]) -> str | None:
-    """Why a layer that these executions leave out cannot leave a plain checkpoint; None where all can."""
-    if stack.architecture.stays is None:
+    """Return why a layer that is removed must stay in a plain checkpoint; None if all can be removed."""
+    if stack.architecture.irremovable is None:
         return f"nothing of its {stack.stack} would be left" if stack.prefix and not runs else None
     kept = {run.layer for run in runs}
-    for layer, reason in stack.architecture.stays(stack.model.config, len(stack)).items():
+    for layer, reason in stack.architecture.irremovable(stack.model.config, len(stack)).items():
         if layer not in kept:
             return f"{stack.prefix}layers.{layer} {reason}, so it must stay"
     return None
@@ -311,13 +332,14 @@ def _pinned(stack: Stack, runs: Sequence[Run]) -> str | None:
 def _check_padding(model: Model, embedding_of: Callable[[int], torch.Tensor]) -> None:
     """Check that the embedding of the padding token is loaded as it is written; some classes load zeros there.
 
-    Their ``_init_weights`` fills it also where weights have been loaded: Youtu's, in transformers 5.24.
+    Their ``_init_weights`` fills it even where weights have been loaded: Youtu's, in transformers 5.24.
 
     Args:
-        embedding_of: that of a token, as it is to be written.
+        model: the model.
+        embedding_of: returns the embedding of a token as it is to be written.
 
     Raises:
-        ExportError: when it is not, and has other numbers than zeros.
+        ExportError: if it would be loaded as zeros but has other values.
     """
     whole: Any = model.model
     token = getattr(whole.get_input_embeddings(), "padding_idx", None)
@@ -325,12 +347,12 @@ def _check_padding(model: Model, embedding_of: Callable[[int], torch.Tensor]) ->
         return
     loaded: Any = nn.Embedding(1, 1, padding_idx=0)
     loaded.weight.fill_(1)
-    loaded.weight._is_hf_initialized = True  # as transformers marks what it has read
+    loaded.weight._is_hf_initialized = True  # as transformers marks loaded parameters
     whole._init_weights(loaded)
     if not loaded.weight.any() and embedding_of(token).any():
         raise ExportError(
-            f"a {type(whole).__name__} is loaded with zeros as the embedding of its padding token {token}, and "
-            f"{model.name} has other numbers there: set that row of the embedding to zero first"
+            f"a {type(whole).__name__} is loaded with zeros as the embedding of its padding token {token}, but "
+            f"{model.name} has other values there: set that row of the embedding to zero first"
         )
 
 
@@ -339,16 +361,22 @@ def _check_padding(model: Model, embedding_of: Callable[[int], torch.Tensor]) ->
 
 @dataclass(frozen=True)
 class _Source:
-    """A checkpoint on disk: its tensors, its model without weights, and what the files call its layers."""
+    """A checkpoint on disk.
+
+    Attributes:
+        checkpoint: its tensors.
+        stack: its model without weights.
+        prefix: prefix of the layers' names in its files.
+    """
 
     checkpoint: Checkpoint
     stack: Stack
     prefix: str
 
     def embedding_of(self, token: int) -> torch.Tensor:
-        """The embedding of a token as it is stored [hidden]."""
+        """Return the embedding of a token as it is stored [hidden]."""
         name = f"{self.stack.architecture.base}.{self.stack.architecture.embedding}.weight".removeprefix(".")
-        # Checkpoints saved without the head call it by a shorter name.
+        # Checkpoints saved without the head have a shorter name for it.
         [stored] = [each for each in self.checkpoint.tensors if f".{name}".endswith(f".{each.name}")]
         with safe_open(stored.file, "pt") as file:
             return file.get_slice(stored.name)[token]
@@ -358,14 +386,16 @@ def _open(folder: Path) -> _Source:
     """Read the headers of a checkpoint and check that it is complete.
 
     Raises:
-        CheckpointError: when it is not.
+        CheckpointError: if it is not.
     """
     tensors = checkpoint.read(folder)
     settings = checkpoint.read_json(folder / "config.json")
     if "model_type" not in settings:
-        raise CheckpointError(f"{folder / 'config.json'}: names no model_type, so it is damaged; get it again")
+        raise CheckpointError(f"{folder / 'config.json'}: has no model_type, so it is damaged; get it again")
     if settings["model_type"] not in CONFIG_MAPPING:
-        raise ArchitectureError(f"unknown architecture '{settings['model_type']}': this transformers does not know it")
+        raise ArchitectureError(
+            f"unknown architecture '{settings['model_type']}': this version of transformers does not know it"
+        )
     if settings["model_type"] in ASSEMBLIES and not settings.get("is_decoder"):
         raise CheckpointError(f"{folder}: has several stacks: export it from memory")
     try:
@@ -384,7 +414,7 @@ def _open(folder: Path) -> _Source:
 
 
 def _check_complete(tensors: Checkpoint, stack: Stack, layers: list[dict[str, checkpoint.Range]]) -> None:
-    """Layers that are alike in memory must have the same tensors on disk, and the rest of the model must be there."""
+    """Check that layers with the same parameters in memory have the same tensors on disk, and that none is missing."""
     first: dict[Any, int] = {}
     for index, layer in enumerate(stack.layers):
         kind = tuple((name, tensor.shape) for name, tensor in layer.named_parameters())
@@ -409,14 +439,14 @@ def _check_complete(tensors: Checkpoint, stack: Stack, layers: list[dict[str, ch
 
 
 def _restored(source: _Source, edit: WeightEdit) -> Checkpoint:
-    """The checkpoint with the tensors of another one at some sites."""
+    """Return the checkpoint with the tensors of another one at some sites."""
     theirs = {tensor.name: tensor for tensor in restored_ranges(source.stack, edit)}
     tensors = []
     for ours in source.checkpoint.tensors:
         other = theirs.pop(ours.name, ours)
         if (other.dtype, other.shape) != (ours.dtype, ours.shape):
             raise CheckpointError(
-                f"{other.file}: {other.name} is {other.dtype} {list(other.shape)}, and {ours.dtype} "
+                f"{other.file}: {other.name} is {other.dtype} {list(other.shape)}, but {ours.dtype} "
                 f"{list(ours.shape)} in {source.checkpoint.folder}: export it from memory"
             )
         tensors.append(other)
@@ -426,10 +456,10 @@ def _restored(source: _Source, edit: WeightEdit) -> Checkpoint:
 
 
 def _narrowed(source: _Source, plan: Plan) -> Checkpoint:
-    """The checkpoint with what a width plan keeps of each tensor."""
+    """Return the checkpoint with the entries that a width plan keeps of each tensor."""
     stack, folder = source.stack, source.checkpoint.folder
     if getattr(stack.config, "quantization_config", None):
-        raise ExportError(f"{folder}: is quantised, and packed tensors cannot be made narrower; export it from memory")
+        raise ExportError(f"{folder}: is quantised, and packed tensors cannot be narrowed; export it from memory")
     architecture = stack.architecture
     kept = kept_entries(stack.model, stack.layers, architecture.wiring, plan.widths)
     keep = {}
@@ -439,13 +469,13 @@ def _narrowed(source: _Source, plan: Plan) -> Checkpoint:
             None if entries is None else entries.numpy() for entries in dims
         )
     named = {tensor.name for tensor in source.checkpoint.tensors}
-    for name in set(keep) - named:  # checkpoints saved without the head call the rest by shorter names
+    for name in set(keep) - named:  # checkpoints saved without the head have shorter names for the rest
         keep[name.removeprefix(f"{architecture.base}.")] = keep.pop(name)
     return Checkpoint(folder, tuple(replace(each, keep=keep.get(each.name, ())) for each in source.checkpoint.tensors))
 
 
 def _copied(source: _Source, order: Sequence[int], config: Any) -> Weights:
-    """The layers of a checkpoint in another order, under a config that says all but their number."""
+    """Return the weights of a checkpoint's layers in another order; the config has all other changes already."""
     if list(order) != list(range(len(source.stack))):
         quantization = json.dumps(getattr(config, "quantization_config", None), default=str)
         if re.search(r"\.\d+\b", quantization):
@@ -473,8 +503,8 @@ def _built(model: Model, runs: Mapping[str, Sequence[Run]], form: str) -> Weight
     name, stack = next(iter(model.stacks.items()))
     partial = any(run.sublayers != stack.architecture.names for run in runs[name])
     uneven = getattr(model.model, "lamella_counts", None) is not None
-    carried = native.modelling_file(model.model) if (partial or uneven) and form == "native" else None
-    if carried is None:
+    file = native.modelling_file(model.model) if (partial or uneven) and form == "native" else None
+    if file is None:
         whole: Any = model.model
         _check_padding(model, lambda token: whole.get_input_embeddings().weight[token])
     elif stack.architecture.sources:
@@ -483,16 +513,17 @@ def _built(model: Model, runs: Mapping[str, Sequence[Run]], form: str) -> Weight
     counts = getattr(built, "lamella_counts", None)
     kept = [run.sublayers for run in runs[name]]
     architecture = stack.architecture
-    if carried is not None:
+    if file is not None:
         layers = built.get_submodule(architecture.prefix.removesuffix("."))
         native.remove_sublayers(layers, kept, {each.name: each.modules for each in architecture.sublayers})
     size = sum(tensor.numel() * tensor.element_size() for tensor in built.parameters())
 
     def write(folder: Path, progress: Progress | None) -> None:
-        # Transformers converts layouts only for classes of its own, so native weights stay as they are in memory.
-        built.save_pretrained(folder, max_shard_size=checkpoint.SHARD_SIZE, save_original_format=carried is None)
-        if carried is not None:
-            (folder / f"{native.MODULE}.py").write_text(carried, encoding="utf-8")
+        # transformers converts layouts for its own classes only, so native weights keep the layout that they have in
+        # memory.
+        built.save_pretrained(folder, max_shard_size=checkpoint.SHARD_SIZE, save_original_format=file is None)
+        if file is not None:
+            (folder / f"{native.MODULE}.py").write_text(file, encoding="utf-8")
             _extend_config(folder, native.config_entries(model.model, architecture.auto, kept, counts))
         if progress is not None:
             progress(size, size)
@@ -501,16 +532,16 @@ def _built(model: Model, runs: Mapping[str, Sequence[Run]], form: str) -> Weight
 
 
 def _rewritten(model: Model, plan: Plan) -> Weights:
-    """A model that is written otherwise, with its modelling file."""
+    """Return the weights of a rewritten model, with its modelling file."""
     assert plan.rewrite is not None
     reference = plan.rewrite
     built: Any = alter(model, plan).model
-    carried = native.rewritten_file(model.model, reference)
+    file = native.rewritten_file(model.model, reference)
     size = sum(tensor.numel() * tensor.element_size() for tensor in built.parameters())
 
     def write(folder: Path, progress: Progress | None) -> None:
         built.save_pretrained(folder, max_shard_size=checkpoint.SHARD_SIZE, save_original_format=False)
-        (folder / f"{native.MODULE}.py").write_text(carried, encoding="utf-8")
+        (folder / f"{native.MODULE}.py").write_text(file, encoding="utf-8")
         _extend_config(folder, native.rewritten_entries(model.model, auto_class(model.model.config), reference))
         if progress is not None:
             progress(size, size)
@@ -519,19 +550,23 @@ def _rewritten(model: Model, plan: Plan) -> Weights:
 
 
 def _assemble(model: Model, runs: Mapping[str, Sequence[Run]], zero: bool) -> Any:
-    """A model whose layers are those of these executions, of each stack, sharing the original's tensors.
+    """Return a model that consists of these executions of each stack's layers and shares the original's tensors.
 
     Args:
-        zero: replace the output projections of the sublayers that do not run by zeros.
+        model: the original.
+        runs: executions by stack.
+        zero: set the output projections of the sublayers that do not run to zero.
     """
     config = model.model.config
     for name, stack in model.stacks.items():
         config = _reindexed(config, stack, [run.layer for run in runs[name]])
-    config.__dict__.pop("quantization_config", None)  # the tensors in memory are not quantised (any more)
+    config.__dict__.pop("quantization_config", None)  # the tensors in memory are not quantised
     with torch.device("meta"):
         built: Any = type(model.model)(config)
     counts = getattr(model.model, "lamella_counts", None)
-    if getattr(model.model, "lamella_heads", None) is None:  # cut layers do not say their new sizes all over
+    if (
+        getattr(model.model, "lamella_heads", None) is None
+    ):  # the modules of narrowed layers do not all record their new sizes
         for name, stack in model.stacks.items():
             check_alike(built, stack, [run.layer for run in runs[name]])
     if counts is not None:
@@ -550,7 +585,7 @@ def _assemble(model: Model, runs: Mapping[str, Sequence[Run]], zero: bool) -> An
 
 
 def _reindexed(config: Any, stack: Stack, order: Sequence[int]) -> Any:
-    """A copy of a model's config that says of one stack which of its layers are left."""
+    """Return a copy of a model's config with these layers of one stack."""
     architecture, new = stack.architecture, copy.deepcopy(config)
     if list(order) == list(range(len(stack))):
         return new
@@ -561,7 +596,7 @@ def _reindexed(config: Any, stack: Stack, order: Sequence[int]) -> Any:
 
 
 def _layers(stack: Stack, runs: Sequence[Run], zero: bool) -> dict[str, torch.Tensor]:
-    """The tensors of one stack's layers under these executions."""
+    """Return the tensors of one stack's layers for these executions."""
     state: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for index, run in enumerate(runs):
@@ -577,12 +612,15 @@ def _layers(stack: Stack, runs: Sequence[Run], zero: bool) -> dict[str, torch.Te
 
 
 def _silenced(stack: Stack, run: Run) -> frozenset[str]:
-    """The tensors of a layer that are zero in a portable export: those that write what does not run to the stream."""
+    """Return the tensors of a layer that are zero in a portable export.
+
+    They are the output projections of the sublayers that do not run.
+    """
     gone = [name for name in stack.architecture.names if name not in run.sublayers]
     if stack.architecture.sources:
         return frozenset().union(*(silencers(stack, run.layer, name) for name in gone))
     paths = [stack.architecture[name].out for name in gone]
-    paths += [path.replace(".experts", "") for path in paths]  # of a dense layer of a model with experts
+    paths += [path.replace(".experts", "") for path in paths]  # dense layers of a model with experts
     return frozenset(name for path in paths for name in (path, f"{path}.weight", f"{path}.bias"))
 
 
@@ -604,7 +642,7 @@ def _write(
     files, source = files or {}, model.path
     for name in files:
         if name in _OWN_FILES or Path(name).name != name:
-            raise ExportError(f"a file beside an export cannot be called '{name}': choose another plain name")
+            raise ExportError(f"a file in an export cannot be named '{name}': choose another plain file name")
     out = Path(out)
     with new_folder(out, size=weights.size, overwrite=overwrite, source=source) as folder:
         if source is not None:
@@ -626,14 +664,14 @@ def _write(
 
 
 def _bound(plan: Plan, folder: Path) -> Plan:
-    """The plan for the weights in its folder, whose dtype is that of the model in memory."""
+    """Return the plan bound to the weights in its folder, whose dtype is that of the model in memory."""
     if plan.model.weights is None:
         return plan
     return plan.model_copy(update={"model": plan.model.model_copy(update={"weights": digest_of_files(folder)})})
 
 
 def _copy_companions(source: Path, folder: Path) -> None:
-    """Tokenizer, generation settings and licence, as they are."""
+    """Copy tokenizer, generation settings and licence files unchanged."""
     for path in sorted({path for pattern in _COMPANIONS for path in source.glob(pattern)}):
         if path.is_file():
             shutil.copyfile(path, folder / path.name)
@@ -650,12 +688,12 @@ def _readme(card: str | None, plan: Plan, note: str, model: Model) -> str:
         code = 'import lamella\n\nmodel = lamella.load("FOLDER").model'
     else:
         options = ", trust_remote_code=True" if note in ("native", "rewritten") else ""
-        readers = {"text": "AutoTokenizer", "vision": "AutoImageProcessor"}
-        reader = readers.get("".join(model.stacks), "AutoProcessor")
-        code = f"from transformers import {auto}, {reader}\n\n"
+        loaders = {"text": "AutoTokenizer", "vision": "AutoImageProcessor"}
+        loader = loaders.get("".join(model.stacks), "AutoProcessor")
+        code = f"from transformers import {auto}, {loader}\n\n"
         code += f'model = {auto}.from_pretrained("FOLDER"{options})\n'
         code += (
-            f'{"tokenizer" if reader == "AutoTokenizer" else "processor"} = {reader}.from_pretrained("FOLDER"{options})'
+            f'{"tokenizer" if loader == "AutoTokenizer" else "processor"} = {loader}.from_pretrained("FOLDER"{options})'
         )
     return f"{(card or _default_card(plan)).rstrip()}\n\n## Loading\n\n{NOTES[note]}\n\n```python\n{code}\n```\n"
 
@@ -663,5 +701,7 @@ def _readme(card: str | None, plan: Plan, note: str, model: Model) -> str:
 def _default_card(plan: Plan) -> str:
     chains = [plan.chain(stack) for stack in plan.model.stacks]
     name = plan.model.name or " and ".join(chain.stack.family for chain in chains)
-    masked = f" {plan.masked} of its weights are zero: it computes with them all the same." if plan.masked else ""
-    return f"# {name}, cut by Lamella\n\n{plan.effect[:1].upper()}{plan.effect[1:]}; `plan.json` says which.{masked}"
+    masked = f" {plan.masked} of its weights are zero, which alone does not make it faster." if plan.masked else ""
+    return (
+        f"# {name}, cut by Lamella\n\n{plan.effect[:1].upper()}{plan.effect[1:]}; `plan.json` has the details.{masked}"
+    )

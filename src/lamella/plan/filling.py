@@ -1,7 +1,7 @@
-"""Models with the weights of files that anyone may have written: every tensor is there, in the shape that it must have.
+"""Loading weights from untrusted files: every tensor must be present, in the expected shape.
 
-All weights that are opened pass through here, whichever library the model is of. Without the check, transformers and
-diffusers put random values, or none, where a tensor is missing.
+All weights pass through here, whichever library the model belongs to. Without the check, transformers and diffusers
+leave random values, or none, where a tensor is missing.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from lamella.plan.checkpoint import read_header
 Network = TypeVar("Network", bound=nn.Module)
 Shape = Sequence[int]
 
-UNREAD = "num_batches_tracked"  # older files lack this buffer, without which a batch norm of torch opens them too
+OPTIONAL = "num_batches_tracked"  # missing in older files, which batch norms of torch load nevertheless
 
 
 def pretrained(kind: Any, place: str | Path, **options: Any) -> Any:
-    """Load a model with ``kind.from_pretrained``, and refuse a checkpoint that does not hold all of it.
+    """Load a model with ``kind.from_pretrained``, and refuse an incomplete checkpoint.
 
-    A tensor may be absent where the library knows what it is: tied to another one, or a buffer that is computed.
+    A tensor may be absent if the library can derive it: a tensor that is tied to another one, or a computed buffer.
 
     Args:
         kind: a model class of transformers or diffusers, or an auto class.
-        place: the folder of the checkpoint, or its hub id.
+        place: folder of the checkpoint, or its hub id.
         options: passed on to ``from_pretrained``.
 
     Raises:
         CheckpointError: for a tensor that is missing or has another shape; one line that names it.
     """
-    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that the report names all of them
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that the report lists every mismatch
     model, report = kind.from_pretrained(place, **options)
     for name, stored, wanted in sorted(report["mismatched_keys"]):
         raise _mismatch(place, name, stored, wanted)
@@ -46,14 +46,18 @@ def pretrained(kind: Any, place: str | Path, **options: Any) -> Any:
     return model
 
 
-def filled(build: Callable[[], Network], file: Path) -> Network:
-    """The network that ``build`` makes, with the weights of a safetensors file, in evaluation mode.
+def load_network(build: Callable[[], Network], file: Path) -> Network:
+    """Build a network with ``build`` and load the weights of a safetensors file into it, in evaluation mode.
 
-    It is made on the meta device first, and takes memory only when the file holds exactly its tensors, whatever sizes a
-    document beside the file claims.
+    It is built on the meta device first and allocated only if the file contains exactly its tensors, whatever sizes a
+    document next to the file claims.
+
+    Args:
+        build: builds the network.
+        file: the safetensors file.
 
     Raises:
-        CheckpointError: for a file that is missing or damaged, or holds other tensors.
+        CheckpointError: for a file that is missing or damaged, or contains other tensors.
     """
     stored = {each.name: each.shape for each in read_header(file)}
     with torch.device("meta"):
@@ -62,13 +66,18 @@ def filled(build: Callable[[], Network], file: Path) -> Network:
 
 
 def fill(network: Network, tensors: Mapping[str, Tensor], where: str | Path) -> Network:
-    """The network with these tensors as its weights. One on the meta device takes them over as they are.
+    """Load tensors into a network as its weights; a network on the meta device takes them over without a copy.
 
     Args:
+        network: the network.
+        tensors: the tensors by name.
         where: what to call their origin in messages, such as the file.
 
+    Returns:
+        The network.
+
     Raises:
-        CheckpointError: when one is missing, unknown, or of another shape.
+        CheckpointError: if a tensor is missing, unknown, or of another shape.
     """
     check_tensors(network, {name: each.shape for name, each in tensors.items()}, where)
     on_meta = any(each.is_meta for each in network.parameters())
@@ -79,15 +88,15 @@ def fill(network: Network, tensors: Mapping[str, Tensor], where: str | Path) -> 
 def check_tensors(network: nn.Module, stored: Mapping[str, Shape], where: str | Path) -> None:
     """Check that stored tensors are exactly those of a network.
 
-    Of parameters that are tied, one is enough.
+    For tied parameters, one of them is enough.
 
     Args:
-        network: may be on the meta device.
-        stored: the shapes by name.
+        network: the network, which may be on the meta device.
+        stored: shapes of the stored tensors by name.
         where: what to call their origin in messages, such as the file.
 
     Raises:
-        CheckpointError: when one is missing, unknown, or of another shape; one line that names it.
+        CheckpointError: if a tensor is missing, unknown, or of another shape; one line that names it.
     """
     own = network.state_dict(keep_vars=True)
     for name in (each for each in {**own, **stored} if each in stored):  # in the order of the network
@@ -95,26 +104,26 @@ def check_tensors(network: nn.Module, stored: Mapping[str, Shape], where: str | 
         if wanted is None or list(stored[name]) != list(wanted):
             raise _mismatch(where, name, stored[name], wanted)
     known = {id(own[name]) for name in stored}
-    absent = [name for name, each in own.items() if id(each) not in known and name.rpartition(".")[2] != UNREAD]
+    absent = [name for name, each in own.items() if id(each) not in known and name.rpartition(".")[2] != OPTIONAL]
     _check_none_missing(where, absent)
 
 
 @contextmanager
 def at_most(parameters: int, config: Path) -> Iterator[None]:
-    """Limit how many parameters the modules that are built in this context have, since a config may ask for millions.
+    """Limit the number of parameters built in this context, since a config may ask for millions of layers.
 
     Args:
-        parameters: the limit.
-        config: the file that asks for them, for the message.
+        parameters: maximum number of parameters that may be registered.
+        config: file of the config, for the message.
 
     Raises:
-        CheckpointError: when one more is registered.
+        CheckpointError: if one more is registered.
     """
     left = iter(range(parameters))
 
     def count(*_: object) -> None:
         if next(left, None) is None:
-            raise CheckpointError(f"{config}: asks for more layers than the weights are of: get it again")
+            raise CheckpointError(f"{config}: asks for more layers than the weights have: get it again")
 
     handle = register_module_parameter_registration_hook(count)
     try:

@@ -1,6 +1,6 @@
-"""Networks that a plan puts at a site, in place of what is there or beside it.
+"""Networks that a plan inserts at a site, in place of the sublayers there or in addition to them.
 
-A plan brings names and tensors only: the code is that of a method, found by its slug when it is needed.
+A plan contains names and tensors only; the code comes from a method, which is found by its slug when it is needed.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from torch import Tensor, nn
 from lamella.errors import PlanError
 from lamella.plan import sidefile
 from lamella.plan.entries import ModuleReference
-from lamella.plan.parts import defined, opened
-from lamella.registry import room
-from lamella.stack import Architecture, Position, Stack, Stream, hold, join
+from lamella.plan.parts import open_part, parts_in
+from lamella.registry import submodule
+from lamella.stack import Architecture, Hidden, Position, Stack, hold, join
 
 if TYPE_CHECKING:
     from lamella.plan.schema import Plan
 
-PLACE = "lamella_modules"  # of a layer: its networks, by the names of the sublayers that they stand at
+ATTRIBUTE = "lamella_modules"  # name of a layer's child that holds its networks by the names of their sublayers
 
 
 class SiteModule(nn.Module):
-    """A network at a site; a method defines its own in ``modules.py``.
+    """A network at a site; a method defines its own subclasses in ``modules.py``.
 
     Args:
-        stack: the stack that the site lies in.
+        stack: the stack of the site.
         positions: the sublayers that the site covers.
     """
 
@@ -37,39 +37,44 @@ class SiteModule(nn.Module):
         super().__init__()
 
     def forward(self, h: Tensor, out: Tensor | None, call: dict[str, Any]) -> Tensor:
-        """The stream behind the site [batch, time, hidden].
+        """Return the residual stream after the site [batch, time, hidden].
 
         Args:
-            h: the stream before it.
-            out: what is there makes of it, where the network stands beside that; else None.
+            h: residual stream before the site [batch, time, hidden].
+            out: residual stream after the site's own sublayers if they are kept, else None.
             call: the keyword arguments that the model passes to the layer.
         """
         raise NotImplementedError
 
 
 def open_module(stack: Stack, positions: Sequence[Position], reference: ModuleReference) -> SiteModule:
-    """Make the network that a plan names, with the parameters of its side file.
+    """Build the network that a plan names, with the parameters of its side file.
+
+    Args:
+        stack: the stack of the site.
+        positions: the sublayers that the site covers.
+        reference: the entry of the plan.
 
     Raises:
         PlanError: for a method without networks, an unknown kind or setting, or a side file that does not fit.
     """
     where = f"module '{reference.name}'"
-    known = {each.__name__: each for each in defined(room(reference.name, "modules"), SiteModule)}
+    known = {each.__name__: each for each in parts_in(submodule(reference.name, "modules"), SiteModule)}
     if not known:
         raise PlanError(f"{where}: {reference.name} is a method without networks of its own")
     kind = reference.kind or next(iter(known))
     if kind not in known or (reference.kind is None and len(known) > 1):
         raise PlanError(f"{where}: kind is {reference.kind}, but there are: {', '.join(known)}")
     given = {"stack": stack, "positions": positions}
-    return opened(known[kind], given, reference, where, stack.device).to(stack.device)
+    return open_part(known[kind], given, reference, where, stack.device).to(stack.device)
 
 
 def modules_of(view: Any, stack: Stack) -> dict[str, SiteModule]:
-    """The networks that stand in one stack of a view, by the sites that its plan names.
+    """Return the networks in one stack of a view, by the sites that its plan names.
 
     Args:
         view: what ``lamella.apply`` returned; its networks are its own, so they can be trained.
-        stack: the stack of the model that the view was made of.
+        stack: the stack of the model that the view was made from.
     """
     plan: Plan = view.lamella_plan
     layers: Any = view.get_submodule(stack.architecture.prefix.removesuffix("."))
@@ -77,16 +82,18 @@ def modules_of(view: Any, stack: Stack) -> dict[str, SiteModule]:
     for site in plan.modules:
         name, group = plan.model.at(site)
         if name == stack.stack:
-            networks = getattr(layers[group[0].layer], PLACE)
+            networks = getattr(layers[group[0].layer], ATTRIBUTE)
             found[site] = networks["_".join(position.sublayer for position in group)]
     return found
 
 
 def keep_modules(plan: Plan, networks: Mapping[str, SiteModule], folder: Path) -> Plan:
-    """The plan with the parameters of these networks, each in a side file of ``folder`` that is named by its contents.
+    """Return the plan with the parameters of these networks, each in a side file whose name contains its hash.
 
     Args:
-        networks: by sites at which the plan puts networks of their kind.
+        plan: the plan, which is not changed.
+        networks: networks by their sites in the plan.
+        folder: folder of the side files.
     """
     kept = dict(plan.modules)
     for site, network in networks.items():
@@ -98,14 +105,14 @@ def keep_modules(plan: Plan, networks: Mapping[str, SiteModule], folder: Path) -
 
 
 @dataclass(frozen=True)
-class Placed:
-    """The forward of a layer in which networks stand.
+class ModularLayer:
+    """The forward of a layer that contains inserted networks.
 
     Attributes:
-        architecture: of its stack.
-        runs: the sublayers that run under the plan, networks aside.
-        networks: by the names of the sublayers that each stands at, whether those run, too.
-        slot: the cache slot of the layer.
+        architecture: entry of its stack.
+        runs: the sublayers that run under the plan, regardless of networks.
+        networks: for each network, by the names of the sublayers at its site, whether these run as well.
+        slot: cache slot of the layer.
     """
 
     architecture: Architecture
@@ -114,51 +121,54 @@ class Placed:
     slot: int
 
     def __call__(self, layer: Any, h: Tensor, call: dict[str, Any]) -> Any:
-        called, result = self.architecture.called, self.architecture.result
-        call = call if called is None else called(layer, h, call)
+        """Run the layer with its networks."""
+        complete_call, result = self.architecture.complete_call, self.architecture.result
+        call = call if complete_call is None else complete_call(layer, h, call)
         cache = call.get(self.architecture.cache)
         if cache is not None and not self.attends:
             hold(cache, self.slot, tokens=h.shape[1])
-        stream: Stream = h
-        waiting = dict(self.networks)
+        hidden: Hidden = h
+        pending = dict(self.networks)
         for name in self.architecture.names:
             at = next((names for names in self.networks if name in names), None)
             if at is None:
-                stream = self._run((name,), layer, stream, call)
-            elif at in waiting:
-                before, beside = join(stream), waiting.pop(at)
-                out = join(self._run(at, layer, before, call)) if beside else None
-                stream = getattr(layer, PLACE)["_".join(at)](before, out, call)
-        return join(stream) if result is None else result(join(stream), call)
+                hidden = self._run((name,), layer, hidden, call)
+            elif at in pending:
+                before, kept = join(hidden), pending.pop(at)
+                out = join(self._run(at, layer, before, call)) if kept else None
+                hidden = getattr(layer, ATTRIBUTE)["_".join(at)](before, out, call)
+        return join(hidden) if result is None else result(join(hidden), call)
 
     @property
     def attends(self) -> bool:
         """Whether the layer's own attention runs."""
-        replaced = [names for names, beside in self.networks.items() if not beside]
+        replaced = [names for names, kept in self.networks.items() if not kept]
         return "attn" in self.runs and not any("attn" in names for names in replaced)
 
-    def _run(self, names: tuple[str, ...], layer: Any, h: Stream, call: dict[str, Any]) -> Stream:
+    def _run(self, names: tuple[str, ...], layer: Any, h: Hidden, call: dict[str, Any]) -> Hidden:
         for name in names:
             if name in self.runs:
                 h = self.architecture[name].run(layer, h, call)
         return h
 
 
-def place(
+def insert_modules(
     stack: Stack, layer: Any, index: int, runs: tuple[str, ...], modules: Mapping[tuple[Position, ...], ModuleReference]
-) -> Placed | None:
-    """Put the networks of one layer into it, and give its forward; None where the plan puts none there.
+) -> ModularLayer | None:
+    """Insert the networks of one layer, and return its new forward, or None if the plan has none for this layer.
 
     Args:
-        layer: of a view, which is changed.
+        stack: the stack.
+        layer: the layer of a view, which is changed.
+        index: index of the layer.
         runs: the sublayers that run under the plan.
-        modules: of the whole stack.
+        modules: entries of the plan for the whole stack.
     """
     here = {group: reference for group, reference in modules.items() if group[0].layer == index}
     if not here:
         return None
     names = {group: tuple(position.sublayer for position in group) for group in here}
     networks = {"_".join(names[group]): open_module(stack, group, reference) for group, reference in here.items()}
-    setattr(layer, PLACE, nn.ModuleDict(networks))
-    beside = {names[group]: reference.beside for group, reference in here.items()}
-    return Placed(stack.architecture, runs, beside, index)
+    setattr(layer, ATTRIBUTE, nn.ModuleDict(networks))
+    kept = {names[group]: reference.keep_sublayers for group, reference in here.items()}
+    return ModularLayer(stack.architecture, runs, kept, index)

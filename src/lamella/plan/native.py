@@ -1,9 +1,9 @@
-"""Native exports: models that no config of transformers says, and the modelling file that lets it load them.
+"""Native exports: models that no config of transformers can describe, with the modelling file that transformers needs.
 
-Of some, parts are gone; others are written otherwise as a whole (:mod:`lamella.plan.rewriting`).
+Some lack parts; others are rewritten as a whole (:mod:`lamella.plan.rewriting`).
 
-The file is the library's own source, carried along, so nothing is written twice. Lamella itself never runs it: whatever
-lies in a folder, :func:`native_class` rebuilds the model from the library's code and what the config says.
+The modelling file consists of the library's own source, so nothing is written twice. Lamella itself never runs it:
+:func:`native_class` rebuilds the model from the library's code and the config, whatever the folder contains.
 
 A native checkpoint has a model type of its own (``lamella_llama``): software that does not run its modelling file must
 refuse it, since loading it as a ``llama`` would fill the removed parts with random weights.
@@ -31,8 +31,8 @@ from lamella.plan.width import Widths, cut_model
 from lamella.stack import (
     Architecture,
     ByKind,
+    DerivedCode,
     PartialLayer,
-    Source,
     diffusion_config,
     find_architecture,
     find_architectures,
@@ -46,7 +46,7 @@ MODULE = "modeling_lamella"
 MODEL_TYPE = "lamella_{}"
 
 _TEMPLATE = Template('''\
-"""A $base of which parts were removed. Written by Lamella; needs torch and transformers only."""
+"""A $base with parts removed. Written by Lamella; needs torch and transformers only."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -73,7 +73,7 @@ class LamellaConfig($config):
 
 
 class Lamella$base($base):
-    """``config.lamella`` says which sublayers of every layer are there, and what is left of widths."""
+    """A model with the sublayers and widths that ``config.lamella`` lists."""
 
     config_class = LamellaConfig
 
@@ -104,7 +104,7 @@ class LamellaConfig($config):
 
 
 class Lamella$base($base):
-    """``config.lamella`` says what it is rewritten to."""
+    """A model rewritten as ``config.lamella`` specifies."""
 
     config_class = LamellaConfig
 
@@ -118,40 +118,43 @@ def remove_sublayers(layers: Any, kept: Iterable[Iterable[str]], modules: Mappin
     """Delete the modules of the sublayers that do not run.
 
     Args:
+        layers: the layers, which are changed.
         kept: for every layer, the names of the sublayers that run.
-        modules: by the name of a sublayer, the children of a layer that serve it alone.
+        modules: by the name of a sublayer, the children of a layer that only this sublayer uses.
     """
     for layer, names in zip(layers, kept, strict=True):
         for gone in modules.keys() - set(names):
             for name in modules[gone]:
-                if hasattr(layer, name):  # layers of several kinds have not all of them
+                if hasattr(layer, name):  # not every kind of layer has all of them
                     delattr(layer, name)
 
 
 def leave_parts(
     model: Any,
     layers: Any,
-    said: Mapping[str, Any],
+    metadata: Mapping[str, Any],
     wiring: Any,
     functions: Mapping[str, Callable[..., Any]],
     modules: Mapping[str, Iterable[str]],
     cache: str,
     result: Callable[..., Any] | None = None,
 ) -> None:
-    """Leave of a model without weights what a native export has of it.
+    """Remove from a model without weights the parts that a native export does not have.
 
     Args:
-        said: for every layer, the names of the ``sublayers`` that run, and what is left of ``width``.
-        wiring: how its widths hang together; None where they cannot be cut.
-        functions, modules: of its sublayers, by name and in their order: what computes them, and the children of a
-            layer that serve them alone.
-        cache: the keyword under which a layer receives the cache.
-        result: what a layer returns for a stream, where that is more than the stream.
+        model: the model, which is changed.
+        layers: its layers.
+        metadata: for every layer, the names of the ``sublayers`` that run; and the remaining ``width``.
+        wiring: the axes of its modules; None if it cannot be narrowed.
+        functions: functions of its sublayers, by name and in order.
+        modules: by the name of a sublayer, the children of a layer that only this sublayer uses.
+        cache: keyword under which a layer receives the cache.
+        result: turns hidden states into what a layer returns, for layers that return more than hidden states.
     """
-    model.lamella_counts = said.get("width")
+    model.lamella_counts = metadata.get("width")
     if model.lamella_counts is not None:
         cut_model(model, layers, wiring, Widths.of_counts(model.lamella_counts))
-    kept = said["sublayers"]
+    kept = metadata["sublayers"]
     remove_sublayers(layers, kept, modules)
     for slot, names in enumerate(kept):
         if not functions.keys() <= set(names):
@@ -163,12 +166,15 @@ def leave_parts(
 
 
 def modelling_file(model: Any) -> str:
-    """The text of ``modeling_lamella.py`` for models of this class.
+    """Return the text of ``modeling_lamella.py`` for models of this class.
+
+    Args:
+        model: the model.
 
     Raises:
-        ExportError: for a class or functions that live outside transformers and Lamella, so they cannot be carried.
+        ExportError: for a class or functions defined outside transformers and Lamella, which cannot be included.
     """
-    architecture = _carried(model)
+    architecture = _check_exportable(model)
     return _TEMPLATE.substitute(
         base=type(model).__name__,
         config=type(model.config).__name__,
@@ -190,10 +196,14 @@ def modelling_file(model: Any) -> str:
 
 
 def rewritten_file(model: Any, reference: RewriteReference) -> str:
-    """The text of ``modeling_lamella.py`` for models of this class, written otherwise.
+    """Return the text of ``modeling_lamella.py`` for rewritten models of this class.
+
+    Args:
+        model: the original model.
+        reference: the rewriting.
 
     Raises:
-        ExportError: for a class that lives outside transformers and Lamella, so it cannot be carried.
+        ExportError: for a class defined outside transformers and Lamella, which cannot be included.
     """
     _check_class(model)
     return _REWRITTEN.substitute(
@@ -208,12 +218,16 @@ def rewritten_file(model: Any, reference: RewriteReference) -> str:
 
 
 def check_buffers(model: Any, layers: Any) -> None:
-    """Check that whatever no checkpoint holds of a layer is filled by the module that has it, when it is loaded.
+    """Check that each module initialises its own non-persistent buffers when a checkpoint is loaded.
 
-    Some models fill it in all layers at once, which then lack what was removed.
+    Some models initialise the buffers of all layers at once, which fails if some are removed.
+
+    Args:
+        model: the model.
+        layers: its layers.
 
     Raises:
-        ExportError: when it is not.
+        ExportError: if they are not.
     """
     for path, module in layers.named_modules():
         for name in sorted(module._non_persistent_buffers_set):
@@ -225,18 +239,18 @@ def check_buffers(model: Any, layers: Any) -> None:
             model._init_weights(again)
             if again._buffers[name].isnan().any():
                 raise ExportError(
-                    f"native: a {type(model).__name__} fills layers.{path}.{name} of all its layers at once, which a "
-                    "layer without it hinders: use --form portable"
+                    f"native: a {type(model).__name__} initialises layers.{path}.{name} of all its layers at once, "
+                    "which fails if a layer lacks it: use --form portable"
                 )
 
 
 def is_own(model: Any) -> bool:
-    """Whether a model is of a class of the library's own, which transformers alone does not load."""
+    """Return whether a model is of a class defined by Lamella, which transformers alone cannot load."""
     return type(model) is own_class(model.config.model_type)
 
 
 def _origin(model: Any) -> str:
-    """Where the file has the classes of model and config from: transformers, or the source of the library's own."""
+    """Return the import or the source of the classes of model and config."""
     if is_own(model):
         from lamella.stack import diffusion
 
@@ -244,14 +258,14 @@ def _origin(model: Any) -> str:
     return f"from transformers import {type(model).__name__}, {type(model.config).__name__}"
 
 
-def _definitions(source: Source) -> str:
-    """The functions of a derived sublayer, which use names of the module that they come from."""
+def _definitions(source: DerivedCode) -> str:
+    """Return the functions of a derived sublayer, with imports of the names that they use."""
     names = f"from {source.module} import {', '.join(source.names)}\n\n\n" if source.names else ""
     return f"\n\n{names}{source.text}\n"
 
 
 def _named(run: Any) -> str:
-    """The expression for a sublayer's function in the modelling file."""
+    """Return the expression for a sublayer's function in the modelling file."""
     if not isinstance(run, ByKind):
         return run.__name__
     functions = ", ".join(f'"{kind}": {function.__name__}' for kind, function in run.functions.items())
@@ -259,7 +273,7 @@ def _named(run: Any) -> str:
 
 
 def _alone(module: Any) -> str:
-    """The source of a module without what it imports from this package, which is carried along before it."""
+    """Return the source of a module without its imports from this package, whose source precedes it in the file."""
     lines = inspect.getsource(module).splitlines(keepends=True)
     return "".join(line for line in lines if not line.startswith("from lamella."))
 
@@ -267,32 +281,40 @@ def _alone(module: Any) -> str:
 def config_entries(
     model: Any, auto_class: str, kept: Iterable[Iterable[str]], counts: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """What ``config.json`` says beside the ordinary settings, so that transformers finds the modelling file.
+    """Return the entries of ``config.json`` that let transformers find the modelling file.
 
     Args:
+        model: the model.
+        auto_class: auto class of transformers that opens it.
         kept: for every layer, the names of the sublayers that run.
-        counts: what is left of each width, where no ordinary setting can say it.
+        counts: remaining widths, if no ordinary setting can express them.
     """
-    said = {"sublayers": [list(names) for names in kept]} | ({"width": counts} if counts else {})
-    return _entries(model, auto_class, said)
+    metadata = {"sublayers": [list(names) for names in kept]} | ({"width": counts} if counts else {})
+    return _entries(model, auto_class, metadata)
 
 
 def rewritten_entries(model: Any, auto_class: str, reference: RewriteReference) -> dict[str, Any]:
-    """:func:`config_entries` of a model that is written otherwise."""
+    """Return the entries of ``config.json`` for a rewritten model; see :func:`config_entries`.
+
+    Args:
+        model: the original model.
+        auto_class: auto class of transformers that opens it.
+        reference: the rewriting.
+    """
     return _entries(model, auto_class, {"rewrite": reference.model_dump()})
 
 
-def _entries(model: Any, auto_class: str, said: Mapping[str, Any]) -> dict[str, Any]:
+def _entries(model: Any, auto_class: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
     name = f"Lamella{type(model).__name__}"
     return {
         "model_type": MODEL_TYPE.format(model.config.model_type),
         "architectures": [name],
         "auto_map": {"AutoConfig": f"{MODULE}.LamellaConfig", auto_class: f"{MODULE}.{name}"},
-        "lamella": {"form": "native", **said},
+        "lamella": {"form": "native", **metadata},
     }
 
 
-# Opening what was exported.
+# Opening native exports.
 
 
 LayerName = Annotated[str, Field(pattern=r"^\d{1,6}$")]
@@ -301,23 +323,29 @@ Heads = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
 class _Counts(BaseModel):
-    """What is left of each width; see :meth:`lamella.plan.width.Widths.counts`."""
+    """The remaining widths; see :meth:`lamella.plan.width.Widths.counts`."""
 
     model_config = ConfigDict(extra="forbid")
 
     channels: dict[LayerName, Count]
     kv_of: dict[LayerName, Heads]
-    stream: Count | None
+    hidden: Count | None
     rescale: bool
 
 
 Name = Literal["attn", "cross", "mlp"]
-SUBLAYERS: tuple[Name, Name] = ("attn", "mlp")  # of a layer of a decoder
+SUBLAYERS: tuple[Name, Name] = ("attn", "mlp")  # sublayers of a decoder layer
 
 
-class Said(BaseModel):
-    """What the ``lamella`` of a config.json says: which sublayers are there, what the model is rewritten to, or that
-    the whole model runs a plan.
+class NativeMetadata(BaseModel):
+    """The ``lamella`` entry of a config.json.
+
+    Attributes:
+        form: always ``native``.
+        sublayers: for every layer, the names of the sublayers that are present.
+        width: the remaining widths, if no ordinary setting can express them.
+        rewrite: the rewriting of the model.
+        plan: name of the file with a plan that the whole model runs.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -330,33 +358,42 @@ class Said(BaseModel):
 
     @property
     def is_own_class(self) -> bool:
-        """Whether the model is of a class that transformers lacks: the one that it was made of, changed."""
+        """Whether the model's class is not in transformers: its parts are removed, or it is rewritten."""
         return self.sublayers is not None or self.rewrite is not None
 
 
-def said_of(settings: Mapping[str, Any], where: str) -> Said | None:
-    """What a config.json says of a native export; None for other checkpoints.
+def read_metadata(settings: Mapping[str, Any], where: str) -> NativeMetadata | None:
+    """Return the metadata of a native export from its config; None for other checkpoints.
+
+    Args:
+        settings: content of config.json.
+        where: what to call the file in messages.
 
     Raises:
-        CheckpointError: when it says what no export does.
+        CheckpointError: for metadata that no export writes.
     """
     cut = str(settings.get("model_type")).startswith(MODEL_TYPE.format(""))
     if "lamella" not in settings and not cut:
         return None
     try:
-        said = Said.model_validate(settings.get("lamella"))
+        metadata = NativeMetadata.model_validate(settings.get("lamella"))
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, ("lamella", *first["loc"])))
-        raise CheckpointError(f"{where}: {field}: {first['msg']}: this is no export of Lamella, get it again") from None
-    if cut != said.is_own_class or cut == (said.plan is not None):
+        raise CheckpointError(
+            f"{where}: {field}: {first['msg']}: this is not an export of Lamella, get it again"
+        ) from None
+    if cut != metadata.is_own_class or cut == (metadata.plan is not None):
         raise CheckpointError(f"{where}: its model_type and its lamella contradict each other: get it again")
-    return said
+    return metadata
 
 
 @cache
 def config_class(model_type: str) -> Any:
-    """The config of a native export, by its model type: that of transformers with this type.
+    """Return the config class of a native export: a subclass of that of transformers, with its own model type.
+
+    Args:
+        model_type: model type of the export, such as ``lamella_llama``.
 
     Raises:
         ArchitectureError: for a model type that native exports do not have.
@@ -370,11 +407,11 @@ def config_class(model_type: str) -> Any:
 
 @cache
 def native_class(model_type: str, auto: str) -> Any:
-    """The model of a native export: the class of transformers, from which parts are taken, or which is rewritten.
+    """Return the model class of a native export: that of transformers with parts removed, or rewritten.
 
     Args:
-        model_type: of its config.
-        auto: the class of transformers that opens the model without what was done to it.
+        model_type: model type of its config.
+        auto: auto class of transformers that opens the original model.
 
     Raises:
         ArchitectureError: for a model type that native exports do not have.
@@ -384,16 +421,16 @@ def native_class(model_type: str, auto: str) -> Any:
 
     def init(self: Any, config: Any) -> None:
         super(model, self).__init__(config)
-        said = said_of({"model_type": model_type, "lamella": config.lamella}, model_type)
-        assert said is not None
-        if said.rewrite is not None:
-            carry_out(self, find_architectures(config), said.rewrite)
+        metadata = read_metadata({"model_type": model_type, "lamella": config.lamella}, model_type)
+        assert metadata is not None
+        if metadata.rewrite is not None:
+            carry_out(self, find_architectures(config), metadata.rewrite)
             return
         architecture = find_architecture(config)
         leave_parts(
             self,
             self.get_submodule(architecture.prefix.removesuffix(".")),
-            said.model_dump(),
+            metadata.model_dump(),
             architecture.wired,
             {each.name: each.run for each in architecture.sublayers},
             {each.name: each.modules for each in architecture.sublayers},
@@ -406,20 +443,22 @@ def native_class(model_type: str, auto: str) -> Any:
     return model
 
 
-def _carried(model: Any) -> Architecture:
+def _check_exportable(model: Any) -> Architecture:
     architecture = find_architecture(model.config)
     _check_class(model)
     for run in (each.run for each in architecture.sublayers if not architecture.sources):
         if run.__module__ != sublayers.__name__:
             raise ExportError(
-                f"{run.__name__} lies in {run.__module__}, which a native export cannot carry: use --form portable"
+                f"{run.__name__} is defined in {run.__module__}, which a native export cannot include: use --form "
+                "portable"
             )
     return architecture
 
 
 def _check_class(model: Any) -> None:
-    for thing in () if is_own(model) else (type(model), type(model.config)):
-        if not thing.__module__.startswith("transformers."):
+    for kind in () if is_own(model) else (type(model), type(model.config)):
+        if not kind.__module__.startswith("transformers."):
             raise ExportError(
-                f"{thing.__name__} is no class of transformers, so a native export cannot name it: use --form portable"
+                f"{kind.__name__} is not a class of transformers, so a native export cannot name it: use --form "
+                "portable"
             )

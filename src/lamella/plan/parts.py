@@ -1,4 +1,4 @@
-"""Parts of plans that are code: found in a method's module, and made of the settings that a plan brings."""
+"""Parts of plans that are code: classes in a method's module, instantiated with the settings of a plan."""
 
 from __future__ import annotations
 
@@ -15,13 +15,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lamella.errors import PlanError
-from lamella.plan.document import WithFile
+from lamella.plan.document import SidefileDocument
 
 Part = TypeVar("Part", bound=nn.Module)
 
 
-def defined(module: Any, kind: type[Part]) -> list[type[Part]]:
-    """The parts of one kind that a module of a method defines."""
+def parts_in(module: Any, kind: type[Part]) -> list[type[Part]]:
+    """Return the classes of one kind that a method's module defines itself.
+
+    Args:
+        module: the module.
+        kind: their base class.
+    """
     return [
         each
         for each in vars(module).values()
@@ -29,29 +34,38 @@ def defined(module: Any, kind: type[Part]) -> list[type[Part]]:
     ]
 
 
-def opened(
+def open_part(
     make: Callable[..., Part], given: Mapping[str, Any], reference: Any, where: str, device: torch.device
 ) -> Part:
-    """Make a part with the settings and the parameters that a plan gives it.
+    """Build a part with the settings and the parameters of a plan.
 
     Args:
-        make: the part's class.
-        given: what it is given beside its settings.
-        reference: what the plan says of it.
-        where: what to call it in messages.
+        make: class of the part.
+        given: arguments that are not settings.
+        reference: entry of the plan.
+        where: what to call the part in messages.
+        device: device of the part.
 
     Raises:
         PlanError: for unknown or missing settings, or a side file that is missing, damaged or of the wrong shape.
     """
-    part = make(**given, **settled(make, given, reference, where))
+    part = make(**given, **validated_settings(make, given, reference, where))
     if reference.file is None:
         return part
     fill(part, tensors_of(reference, where), where, reference.file)
     return part.to(device)
 
 
-def settled(make: Callable[..., Any], given: Mapping[str, Any], reference: Any, where: str) -> dict[str, Any]:
-    """The settings that a plan gives a part, checked, as the types that the part declares; see :func:`opened`.
+def validated_settings(
+    make: Callable[..., Any], given: Mapping[str, Any], reference: Any, where: str
+) -> dict[str, Any]:
+    """Return the settings of a part, validated and converted to the types that the part declares.
+
+    Args:
+        make: class of the part, or a function.
+        given: arguments that are not settings.
+        reference: entry of the plan.
+        where: what to call the part in messages.
 
     Raises:
         PlanError: for unknown or missing settings, or values that the part refuses.
@@ -64,7 +78,7 @@ def settled(make: Callable[..., Any], given: Mapping[str, Any], reference: Any, 
     again = f"make the plan again with `lamella plan {reference.name}`"
     try:
         with torch.random.fork_rng(devices=[]):
-            make(**given, **params)  # its own checks know best what is wrong
+            make(**given, **params)  # its own checks give the clearest message
         return _settings(make, params)
     except ValidationError as error:
         first = error.errors()[0]
@@ -73,11 +87,15 @@ def settled(make: Callable[..., Any], given: Mapping[str, Any], reference: Any, 
         raise PlanError(f"{where}: {error}: {again}") from None
 
 
-def tensors_of(reference: WithFile, where: str) -> dict[str, Tensor]:
-    """The tensors of a part's side file.
+def tensors_of(reference: SidefileDocument, where: str) -> dict[str, Tensor]:
+    """Return the tensors of a part's side file.
+
+    Args:
+        reference: entry of the plan.
+        where: what to call the part in messages.
 
     Raises:
-        PlanError: for a file that is missing, damaged, or another one than the plan was made with.
+        PlanError: for a file that is missing, damaged, or not the one that the plan was made with.
     """
     path = reference.located
     try:
@@ -91,10 +109,16 @@ def tensors_of(reference: WithFile, where: str) -> dict[str, Tensor]:
 
 
 def fill(part: nn.Module, tensors: Mapping[str, Tensor], where: str, file: str) -> None:
-    """Give a part the tensors of a side file.
+    """Load the tensors of a side file into a part.
+
+    Args:
+        part: the part.
+        tensors: the tensors by name.
+        where: what to call the part in messages.
+        file: name of the side file, for messages.
 
     Raises:
-        PlanError: for tensors of other names or shapes.
+        PlanError: for tensors with other names or shapes.
     """
     expected = part.state_dict()
     for name in sorted(expected.keys() | tensors.keys()):
@@ -105,7 +129,7 @@ def fill(part: nn.Module, tensors: Mapping[str, Tensor], where: str, file: str) 
 
 
 def _settings(make: Callable[..., Any], params: dict[str, Any]) -> dict[str, Any]:
-    """What a plan says of a part, as the types that the part declares."""
+    """Return the settings as the types that the part declares."""
     hints = get_type_hints(make.__init__ if inspect.isclass(make) else make)
     fields: dict[str, Any] = {name: (hints.get(name, Any), ...) for name in params}
     config = ConfigDict(allow_inf_nan=False, arbitrary_types_allowed=True)

@@ -1,4 +1,4 @@
-"""What a plan is bound to: a model and its named stacks."""
+"""References to the model that a plan is made for, and to its named stacks."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from pydantic import Field
 
 from lamella.errors import PlanError
 from lamella.plan import fingerprint
-from lamella.plan.document import Document
+from lamella.plan.document import JsonDocument
 from lamella.stack import Blocks, Group, Model, Position, Stack, positions_at, positions_of, sites_of
 from lamella.stack.wiring import Sizes
 
-EMBED, NORM, HEAD = "embed", "norm", "head"  # what lies outside the layers, as sites of weights
+EMBED, NORM, HEAD = "embed", "norm", "head"  # sites of weights outside the layers
 
 
-class StackReference(Document):
+class StackReference(JsonDocument):
     """One stack of a model.
 
     Attributes:
-        family: the name of its architecture.
-        layers: how many.
-        sublayers: those of each layer, in their order.
-        sizes: the widths of its layers, where they are all alike and its architecture can be cut in width.
+        family: name of its architecture.
+        layers: number of layers.
+        sublayers: names of the sublayers of each layer, in order.
+        sizes: widths of its layers, if they are all alike and the architecture can be narrowed; else None.
     """
 
     family: str
@@ -40,6 +40,7 @@ class StackReference(Document):
 
     @classmethod
     def of(cls, stack: Stack) -> StackReference:
+        """Return the reference of a stack."""
         known = stack.architecture.cuttable and not stack.is_altered
         return cls(
             family=stack.architecture.name,
@@ -49,27 +50,28 @@ class StackReference(Document):
         )
 
 
-class BlocksReference(Document):
-    """The blocks of a model that is no chain.
+class BlocksReference(JsonDocument):
+    """The blocks of a model that is not a chain of layers.
 
     Attributes:
-        family: the class of the model.
-        savings: by site, how many parameters are gone when the block is dropped.
+        family: class of the model.
+        savings: by site, the number of parameters that dropping the block removes.
     """
 
     family: str
     savings: Annotated[dict[str, Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
-class ModelReference(Document):
-    """Which model a plan is for: ``architecture`` must match, another ``weights`` only warns.
+class ModelReference(JsonDocument):
+    """The model that a plan is made for: ``architecture`` must match, while different ``weights`` only cause a warning.
 
     Attributes:
-        architecture: the hash of its config and shapes.
-        weights: the digest of the tensors in its files, where it has any.
-        stacks: by name, in the order in which they run; none where there are blocks.
-        stack: the one that sites speak of which name none; without it, that is the only one.
-        blocks: those of a model that is no chain.
+        architecture: hash of its config and parameter shapes.
+        weights: digest of the tensors in its files; None for a model in memory.
+        name: name of the model.
+        stacks: its stacks by name, in the order in which they run; empty for a model with blocks.
+        stack: the stack that sites without a stack name refer to; if None, the only one.
+        blocks: the blocks of a model that is not a chain of layers.
     """
 
     architecture: str
@@ -80,6 +82,7 @@ class ModelReference(Document):
     blocks: BlocksReference | None = None
 
     def model_post_init(self, _: Any) -> None:
+        """Check that stacks and blocks are consistent."""
         if bool(self.stacks) == (self.blocks is not None):
             raise ValueError("stacks: a model has stacks, or else blocks")
         if self.stack is not None and self.stack not in self.stacks:
@@ -87,7 +90,7 @@ class ModelReference(Document):
 
     @classmethod
     def of(cls, model: Model | Blocks) -> ModelReference:
-        """The reference of a model, or of one of its stacks, of which sites then speak."""
+        """Return the reference of a model, or of one of its stacks, which sites without a stack name then refer to."""
         if isinstance(model, Blocks):
             blocks = BlocksReference(family=type(model.model).__name__, savings=model.savings())
             return cls(architecture=fingerprint.architecture(model.model), name=model.name, blocks=blocks)
@@ -102,25 +105,33 @@ class ModelReference(Document):
 
     @classmethod
     def single(cls, architecture: str, family: str, layers: int, stack: str = "text", **more: Any) -> ModelReference:
-        """The reference of a model with one stack of attentions and MLPs."""
+        """Return the reference of a model with one stack of attention and MLP sublayers.
+
+        Args:
+            architecture: hash of its config and parameter shapes.
+            family: name of the stack's architecture.
+            layers: number of layers.
+            stack: name of the stack.
+            more: other fields of the reference.
+        """
         return cls(architecture=architecture, stacks={stack: StackReference(family=family, layers=layers)}, **more)
 
     @property
-    def told(self) -> str:
-        """What kind of model it is, and how large."""
+    def description(self) -> str:
+        """The kind and size of the model in words."""
         if self.blocks is not None:
             return f"a {self.blocks.family} of {len(self.blocks.savings)} blocks"
         return " and ".join(f"a {each.family} of {each.layers} layers" for each in self.stacks.values())
 
     @property
     def default(self) -> str:
-        """The stack that sites speak of which name none.
+        """The stack that sites without a stack name refer to.
 
         Raises:
-            PlanError: for a model of several stacks of which none was chosen.
+            PlanError: for a model with several stacks of which none was chosen.
         """
         if self.stack is None and len(self.stacks) > 1:
-            raise PlanError(f"{self.name} has the stacks {' and '.join(self.stacks)}: say which one is meant")
+            raise PlanError(f"{self.name} has the stacks {' and '.join(self.stacks)}: name one of them")
         return self.stack or next(iter(self.stacks))
 
     def __getitem__(self, stack: str | None) -> StackReference:
@@ -128,28 +139,32 @@ class ModelReference(Document):
 
     @property
     def family(self) -> str:
+        """The architecture of the default stack."""
         return self[None].family
 
     @property
     def layers(self) -> int:
+        """The number of layers of the default stack."""
         return self[None].layers
 
     @property
     def sizes(self) -> Sizes | None:
+        """The widths of the default stack."""
         return self[None].sizes
 
     @property
     def positions(self) -> tuple[Position, ...]:
+        """The sublayers of the default stack."""
         return self[None].positions
 
     def split(self, site: str) -> tuple[str, str]:
-        """The stack of a site, and the site within it.
+        """Return the stack of a site, and the site within it.
 
         >>> ModelReference.single("0" * 64, "llama", 2).split("text.layers.1")
         ('text', 'layers.1')
 
         Raises:
-            PlanError: for a site that names no stack where one must be named.
+            PlanError: for a site without a stack name if the model has several stacks.
         """
         name, dot, rest = site.partition(".")
         if dot and name in self.stacks:
@@ -160,16 +175,16 @@ class ModelReference(Document):
         return self.default, site
 
     def at(self, site: str) -> tuple[str, Group]:
-        """The stack of a site, and the positions that it covers.
+        """Return the stack of a site, and the positions that it covers.
 
         Raises:
-            PlanError: for a site that is not one, or one that the model does not have.
+            PlanError: for an invalid site, or one that the model does not have.
         """
         stack, rest = self.split(site)
         return stack, positions_at(rest, self.stacks[stack].positions)
 
     def sites(self, chosen: Mapping[str, Iterable[tuple[int, str]]]) -> list[str]:
-        """The shortest list of sites that covers these positions of each stack."""
+        """Return the shortest list of sites that covers these positions of each stack."""
         found = []
         for stack, reference in self.stacks.items():
             prefix = "" if len(self.stacks) == 1 or stack == self.stack else f"{stack}."

@@ -1,7 +1,7 @@
-"""Rotary positions as transformers 4 spells them, in the config of an export.
+"""Rotary position settings under the names of transformers 4, in the config of an export.
 
-Transformers 5 writes ``rope_parameters``. Transformers 4, and what is built on it, does not know the name, and takes a
-base of its own and no scaling without a word. So a config says both, which transformers 5 reads as before::
+Transformers 5 writes ``rope_parameters``. Transformers 4, and libraries that build on it, ignore that name and silently
+use a default base and no scaling. So a config has both, which transformers 5 reads as before::
 
     "rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, ...}
     "rope_theta": 500000.0
@@ -18,23 +18,26 @@ from transformers import PreTrainedConfig
 from lamella.plan.native import MODEL_TYPE
 
 BASE, SHARE = "rope_theta", "partial_rotary_factor"
-NAMES = dict.fromkeys(("gpt_neox", "gpt_neox_japanese"), ("rotary_emb_base", "rotary_pct"))  # that are not these
-BY_LAYER_TYPE = {  # bases of full and of sliding attention; what is scaled is full attention
+NAMES = dict.fromkeys(
+    ("gpt_neox", "gpt_neox_japanese"), ("rotary_emb_base", "rotary_pct")
+)  # where they differ from these
+BY_LAYER_TYPE = {  # bases of full and sliding attention; only full attention is scaled
     **dict.fromkeys(("gemma3_text", "gemma3n_text"), ("rope_theta", "rope_local_base_freq")),
     "olmo3": ("rope_theta", "rope_theta"),
     "modernbert-decoder": ("global_rope_theta", "local_rope_theta"),
 }
-LONGROPE = {"phi3": ("type", "short_factor", "long_factor")}  # whose scaling may say nothing else
+LONGROPE = {"phi3": ("type", "short_factor", "long_factor")}  # whose scaling may have no other entries
 
 
 def with_older_names(settings: dict[str, Any], config: Any) -> dict[str, Any]:
-    """The settings of a config.json with the names of transformers 4 beside ``rope_parameters``.
+    """Return the settings of a config.json with the names of transformers 4 in addition to ``rope_parameters``.
 
-    What the file says already stays. Nothing is added that this transformers would read as another config, nor where
-    positions differ by the type of a layer in a way that transformers 4 had no names for.
+    Existing entries stay. Nothing is added that the installed transformers would read as a different config, nor where
+    the rotary settings differ by layer type in a way that transformers 4 had no names for.
 
     Args:
-        settings: what ``config``, one of transformers, has written.
+        settings: what ``config`` has written.
+        config: a config of transformers.
     """
     settings = settings | {
         name: with_older_names(settings[name], part)
@@ -49,7 +52,7 @@ def with_older_names(settings: dict[str, Any], config: Any) -> dict[str, Any]:
 
 
 def _older_names(model_type: str, rope: Any) -> dict[str, Any]:
-    """What transformers 4 calls these ``rope_parameters``, as far as it has names for them."""
+    """Return these ``rope_parameters`` under the names of transformers 4, as far as it has names for them."""
     if not isinstance(rope, dict):
         return {}
     if model_type in BY_LAYER_TYPE:
@@ -63,9 +66,9 @@ def _older_names(model_type: str, rope: Any) -> dict[str, Any]:
         return {name: base for name, base in bases.items() if base is not None} | _scaled(model_type, full)
     base, share = NAMES.get(model_type, (BASE, SHARE))
     if not isinstance(rope.get(BASE), int | float):
-        return {}  # of every type of layers its own
-    said = {base: rope[BASE]} | ({share: rope[SHARE]} if SHARE in rope else {})
-    return said | _scaled(model_type, rope)
+        return {}  # each layer type has its own
+    older = {base: rope[BASE]} | ({share: rope[SHARE]} if SHARE in rope else {})
+    return older | _scaled(model_type, rope)
 
 
 def _scaled(model_type: str, rope: dict[str, Any]) -> dict[str, Any]:
@@ -73,7 +76,7 @@ def _scaled(model_type: str, rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def _scaling(model_type: str, rope: dict[str, Any]) -> dict[str, Any]:
-    """How positions are scaled, or what else is particular about them; nothing where they are plain."""
+    """Return how positions are scaled and other non-default settings; empty for plain rotary positions."""
     scaling = {name: value for name, value in rope.items() if name not in (BASE, SHARE)}
     if rope.get("rope_type") == "longrope" and model_type in LONGROPE:
         scaling = {name: rope[name] for name in LONGROPE[model_type] if name in rope}
@@ -81,13 +84,13 @@ def _scaling(model_type: str, rope: dict[str, Any]) -> dict[str, Any]:
     return {} if plain else scaling
 
 
-def _is_read_alike(settings: dict[str, Any], said: dict[str, Any], config: PreTrainedConfig) -> bool:
-    """Whether this transformers makes the same of both."""
+def _is_read_alike(settings: dict[str, Any], extended: dict[str, Any], config: PreTrainedConfig) -> bool:
+    """Return whether the installed transformers reads both settings as the same config."""
     try:
         ours, theirs = (
             type(config).from_dict(copy.deepcopy(each) | {"model_type": config.model_type}).to_dict()
-            for each in (settings, said)
+            for each in (settings, extended)
         )
-    except Exception:  # of any class of configs, anything
+    except Exception:  # config classes raise errors of many types
         return False
     return bool(ours == theirs)

@@ -1,4 +1,4 @@
-"""The plan: a small, readable document that says what every named site of one model does."""
+"""The plan: a small, readable JSON document that describes what each named site of one model does."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from lamella.errors import MethodError, PlanError
 from lamella.plan.chain import Chain, Run
-from lamella.plan.document import Document, WithFile, refusal, schema_of, text_of
+from lamella.plan.document import JsonDocument, SidefileDocument, refusal, schema_of, text_of
 from lamella.plan.entries import (
     AdapterReference,
     HeadWidth,
+    HiddenWidth,
     ModuleReference,
     PhasedPath,
     PolicyReference,
     RewriteReference,
-    StreamWidth,
     WeightEdit,
     Width,
 )
@@ -32,7 +32,7 @@ from lamella.plan.width import Widths
 from lamella.stack import ARCHITECTURES, Blocks, Model, Position, cuttable
 
 PHASES: tuple[Literal["prefill", "decode"], ...] = ("prefill", "decode")
-_WIDTH_SITE = re.compile(r"stream\.channels|layers\.(\d+)\.(mlp\.channels|attn\.heads)")
+_WIDTH_SITE = re.compile(r"hidden\.channels|layers\.(\d+)\.(mlp\.channels|attn\.heads)")
 
 
 def _finite(scores: dict[str, float]) -> dict[str, float]:
@@ -42,20 +42,21 @@ def _finite(scores: dict[str, float]) -> dict[str, float]:
     return scores
 
 
-class Decision(Document):
-    """What a plan decides: every named site, path and policy is honoured or refused.
+class Decision(JsonDocument):
+    """The decision of a plan: every named site, path and policy is applied, or the plan is refused.
 
     Attributes:
-        drop: sites that do not run, such as ``layers.2.mlp`` or ``layers.9``; of a model with several stacks,
-            ``encoder.layers.9`` or ``decoder.layers.0.cross``; of a model that is no chain, ``unet.down.1.resnets.0``.
-        width: what is kept of ``layers.4.mlp.channels`` (a list), ``layers.4.attn.heads`` (a :class:`HeadWidth`) and
-            ``stream.channels`` (a list or a :class:`StreamWidth`); numbers are those of the original.
-        path: by stack, which layers run, in order, per phase; a stack that is not named runs as it is.
-        weights: changes of weights, in their order.
-        modules: by site, the network that a plan puts there.
-        adapters: what stands beside the linear maps of some sites.
-        policies: by stack, what decides while the model runs.
-        rewrite: what the model is written to, which computes the same.
+        drop: sites that do not run, such as ``layers.2.mlp`` or ``layers.9``; in a model with several stacks,
+            ``encoder.layers.9`` or ``decoder.layers.0.cross``; in a model that is not a chain of layers,
+            ``unet.down.1.resnets.0``.
+        width: the indices that are kept of ``layers.4.mlp.channels`` (a list), ``layers.4.attn.heads`` (a
+            :class:`HeadWidth`) and ``hidden.channels`` (a list or a :class:`HiddenWidth`), as in the original.
+        path: by stack, the layers that run in each phase, in order; other stacks run unchanged.
+        weights: weight edits, in the order in which they are applied.
+        modules: by site, the network that the plan inserts there.
+        adapters: adapters on the linear layers of some sites.
+        policies: by stack, the policy that decides at run time.
+        rewrite: a rewriting of the model that computes the same.
     """
 
     drop: list[str] = Field(default_factory=list)
@@ -67,32 +68,33 @@ class Decision(Document):
     policies: dict[str, PolicyReference] = Field(default_factory=dict)
     rewrite: RewriteReference | None = None
 
-    def _parts(self) -> Sequence[WithFile]:
+    def _parts(self) -> Sequence[SidefileDocument]:
         return [*self.weights, *self.modules.values(), *self.adapters, *self.policies.values()]
 
     @property
     def decision(self) -> dict[str, Any]:
-        """The decision by itself, its parts as they are."""
+        """The fields of the decision by name."""
         return {name: getattr(self, name) for name in Decision.model_fields}
 
     @property
     def policy(self) -> PolicyReference | None:
-        """What decides while the model runs, in a plan with one policy."""
+        """The policy of a plan with one policy; None if there is none."""
         return next(iter(self.policies.values()), None)
 
 
-FILE = "plan.json"  # in a folder
+FILE = "plan.json"  # name of a plan in a folder
 
 
 class Plan(Decision):
-    """What every named site of one model does.
+    """What each named site of one model does.
 
-    A stack's own normal form is :meth:`chain`; the properties of the plan that are also a chain's are those of the
-    stack that sites speak of which name none.
+    The normal form for one stack is :meth:`chain`; the properties that a plan shares with a chain are those of the
+    stack that sites without a stack name refer to.
 
     Attributes:
-        model: the model it is bound to.
-        provenance: how the plan came to be: method, options, data, seed, version.
+        schema_: version of the format.
+        model: the model that the plan is bound to.
+        provenance: how the plan was made: method, options, data, seed, version.
     """
 
     schema_: Literal["lamella.plan/2"] = Field("lamella.plan/2", alias="schema")
@@ -104,7 +106,7 @@ class Plan(Decision):
         """Read a plan; see :meth:`parse`.
 
         Args:
-            path: its file, or a folder with ``plan.json``. A file of a series stands for the last plan of it.
+            path: its file, or a folder with ``plan.json``. For the file of a series, its last plan is returned.
         """
         path = Path(path) / FILE if Path(path).is_dir() else path
         text = text_of(path)
@@ -113,6 +115,7 @@ class Plan(Decision):
         return cls.of_file(text, path)
 
     def model_post_init(self, _: Any) -> None:
+        """Check the decision against the model that the plan is bound to."""
         if self.model.blocks is not None:
             self._check_blocks(self.model.blocks)
             return
@@ -130,17 +133,17 @@ class Plan(Decision):
                     raise ValueError(
                         f"path.{stack}.{phase}: layer {wrong[0]} is out of range; the stack has 0 to {last}"
                     )
-        if not any(self.chain(stack).runs("decode") or self._placed(stack) for stack in self.model.stacks):
+        if not any(self.chain(stack).runs("decode") or self._networks(stack) for stack in self.model.stacks):
             raise ValueError("nothing is left to run; drop fewer sites")
         for site, kept in self.width.items():
             _check_width(site, kept, self.model)
         self._check_modules()
         self._check_adapters()
         if self.rewrite is not None and any(value for name, value in self.decision.items() if name != "rewrite"):
-            raise ValueError("rewrite: such a plan says nothing else: carry out the rest first, and rewrite the result")
+            raise ValueError("rewrite: such a plan can do nothing else: apply the rest first, and rewrite the result")
         for stack, policy in self.policies.items():
             reference = _stack_of(self.model, stack, "policies")
-            if stack in self.path or self.chain(stack).dropped or self.width or self._placed(stack):
+            if stack in self.path or self.chain(stack).dropped or self.width or self._networks(stack):
                 raise ValueError(
                     f"policies.{stack}: a policy decides for the whole stack, so drop, width, path and modules must "
                     "be empty there"
@@ -151,13 +154,15 @@ class Plan(Decision):
                 raise ValueError(f"policies.{stack}.work: each layer has {len(reference.sublayers)} sublayers")
 
     def _check_blocks(self, blocks: BlocksReference) -> None:
-        said = [name for name, value in self.decision.items() if value and name != "drop"]
-        if said:
-            raise ValueError(f"{said[0]}: of a model that is no chain, blocks can be dropped and nothing else")
+        others = [name for name, value in self.decision.items() if value and name != "drop"]
+        if others:
+            raise ValueError(
+                f"{others[0]}: in a model that is not a chain of layers, blocks can be dropped and nothing else"
+            )
         for index, site in enumerate(self.drop):
             if site not in blocks.savings:
                 known = next(iter(blocks.savings))
-                raise ValueError(f"entry {index}: '{site}' is no block of the model; a block is like '{known}'")
+                raise ValueError(f"entry {index}: '{site}' is not a block of the model; a block is like '{known}'")
 
     def _check_modules(self) -> None:
         taken: dict[tuple[str, Position], str] = {}
@@ -166,11 +171,11 @@ class Plan(Decision):
             for position in group:
                 other = taken.setdefault((stack, position), site)
                 if other != site:
-                    raise ValueError(f"modules: '{other}' and '{site}' are in the same place: put one network there")
+                    raise ValueError(f"modules: '{other}' and '{site}' overlap: insert one network there")
                 if position in self.chain(stack).dropped:
-                    raise ValueError(f"modules: '{site}' is dropped, too: a network stands there, or nothing does")
+                    raise ValueError(f"modules: '{site}' is dropped as well: drop it, or insert a network there")
             if stack in self.path:
-                raise ValueError(f"modules: '{site}' lies in a stack whose path changes: choose one of both")
+                raise ValueError(f"modules: '{site}' is in a stack whose path changes: choose one of the two")
 
     def _check_adapters(self) -> None:
         taken: dict[tuple[str, Position], int] = {}
@@ -178,15 +183,19 @@ class Plan(Decision):
             for site in adapter.sites:
                 stack, group = _inside(self.model, site, f"adapters: entry {index}")
                 if any(taken.setdefault((stack, position), index) != index for position in group):
-                    raise ValueError(f"adapters: two of them stand at '{site}': a site has one adapter")
+                    raise ValueError(f"adapters: two of them are at '{site}': a site has one adapter")
 
-    def _placed(self, stack: str) -> dict[str, ModuleReference]:
-        """The networks of one stack, by their site within it."""
+    def _networks(self, stack: str) -> dict[str, ModuleReference]:
+        """Return the networks of one stack, by their site within it."""
         found = {self.model.split(site): module for site, module in self.modules.items()}
         return {site: module for (name, site), module in found.items() if name == stack}
 
     def chain(self, stack: str | None = None) -> Chain:
-        """The normal form of what the plan does to one stack, its networks aside."""
+        """Return the normal form of what the plan does to one stack, without its networks.
+
+        Args:
+            stack: name of the stack; if None, the default stack.
+        """
         name = self.model.default if stack is None else stack
         dropped = {each for site in self.drop for at, group in [self.model.at(site)] if at == name for each in group}
         return Chain(
@@ -198,126 +207,133 @@ class Plan(Decision):
         )
 
     def modules_of(self, stack: str) -> dict[tuple[Position, ...], ModuleReference]:
-        """The networks of one stack, by the positions that they stand at."""
-        placed = self._placed(stack).items()
-        return {self.model.at(f"{stack}.{site}")[1]: module for site, module in placed}
+        """Return the networks of one stack, by the positions of their sites."""
+        networks = self._networks(stack).items()
+        return {self.model.at(f"{stack}.{site}")[1]: module for site, module in networks}
 
     @property
     def widths(self) -> Widths:
         """The normal form of ``width``."""
-        channels, heads, stream, rescale = {}, {}, None, False
+        channels, heads, hidden, rescale = {}, {}, None, False
         for site, kept in self.width.items():
             _, inside = self.model.split(site)
             if isinstance(kept, HeadWidth):
                 heads[_layer_of(inside)] = kept.heads()
-            elif isinstance(kept, StreamWidth):
-                stream, rescale = kept.keep, kept.rescale
-            elif inside == "stream.channels":
-                stream = kept
+            elif isinstance(kept, HiddenWidth):
+                hidden, rescale = kept.keep, kept.rescale
+            elif inside == "hidden.channels":
+                hidden = kept
             else:
                 channels[_layer_of(inside)] = kept
-        return Widths(channels, heads, stream, rescale)
+        return Widths(channels, heads, hidden, rescale)
 
     def _shares(self, stack: str) -> list[tuple[float, ...]]:
-        """How much of the sublayers of each layer is left, as a share of their weight matrices."""
+        """Return the remaining fraction of the weight matrices of each sublayer of each layer."""
         reference = self.model.stacks[stack]
         whole, widths = reference.sizes, self.widths
         if whole is None or not self.width:
             return [(1.0,) * len(reference.sublayers)] * reference.layers
-        stream = 1.0 if widths.stream is None else len(widths.stream) / whole.stream
+        hidden = 1.0 if widths.hidden is None else len(widths.hidden) / whole.hidden
         shares: list[tuple[float, ...]] = []
         for layer in range(reference.layers):
             heads = widths.heads.get(layer)
             kept = whole.heads + whole.kv_heads if heads is None else len(heads.keep) + len(heads.kv_keep)
             channels = len(widths.channels.get(layer, range(whole.channels)))
-            attn = stream * kept / (whole.heads + whole.kv_heads)
-            shares.append((attn, stream * channels / whole.channels))
+            attn = hidden * kept / (whole.heads + whole.kv_heads)
+            shares.append((attn, hidden * channels / whole.channels))
         return shares
 
     @property
     def dropped(self) -> frozenset[Position]:
-        """The sublayers that ``drop`` names."""
+        """The positions of the sublayers that ``drop`` names."""
         return self.chain().dropped
 
     def runs(self, phase: Literal["prefill", "decode"]) -> tuple[Run, ...]:
-        """Every execution of a layer in that phase; see :class:`lamella.plan.chain.Chain`."""
+        """Return every execution of a layer in a phase; see :meth:`lamella.plan.chain.Chain.runs`."""
         return self.chain().runs(phase)
 
     @property
     def executions(self) -> list[tuple[float, ...]]:
+        """How often a generated token runs each sublayer; see :attr:`lamella.plan.chain.Chain.executions`."""
         return self.chain().executions
 
     @property
     def work(self) -> list[tuple[float, ...]]:
+        """The fraction of each sublayer's cost per generated token; see :attr:`lamella.plan.chain.Chain.work`."""
         return self.chain().work
 
     @property
     def in_order(self) -> bool:
+        """Whether no layer is repeated or moved; see :attr:`lamella.plan.chain.Chain.in_order`."""
         return self.chain().in_order
 
     def running(self, what: str) -> frozenset[Position]:
-        """What runs under a plan that only cuts, and can be trained.
+        """Return the sublayers that run under a plan that only removes sublayers, so that they can be trained.
 
         Args:
-            what: would be trained, for the refusal.
+            what: what would be trained, for the message.
 
         Raises:
-            MethodError: for a plan in which layers run twice, or elsewhere.
+            MethodError: for a plan that repeats or moves layers.
         """
         if not self.in_order:
             raise MethodError(
-                f"the {what} of a layer that runs twice, or elsewhere, would be others: give a plan that only cuts"
+                f"a plan that repeats or moves layers leaves no {what} of single layers to train: give a plan that "
+                "only removes"
             )
         return frozenset(each for run in self.runs("prefill") for each in run.positions)
 
     @property
     def skipped(self) -> frozenset[Position]:
+        """The sublayers that generated tokens never run; see :attr:`lamella.plan.chain.Chain.skipped`."""
         return self.chain().skipped
 
     @property
     def is_static(self) -> bool:
-        """Whether all tokens run through the same layers of every stack, known beforehand."""
+        """Whether all tokens run through the same layers of every stack, which are known in advance."""
         return not self.policies and all(self.chain(stack).is_static for stack in self.path)
 
     @property
     def only_adapts(self) -> bool:
-        """Whether adapters are all that the plan says."""
+        """Whether the plan consists of adapters only."""
         return not any(value for name, value in self.decision.items() if name != "adapters")
 
     @property
     def removed(self) -> float:
-        """How many sublayers a generated token does not run, expected where a policy decides, in all stacks; or how
-        many blocks are gone."""
+        """The number of sublayers that a generated token does not run, over all stacks, or of dropped blocks.
+
+        It is an expected value if a policy decides.
+        """
         return (
             len(set(self.drop)) if self.model.blocks else sum(self.chain(stack).removed for stack in self.model.stacks)
         )
 
     @property
     def effect(self) -> str:
-        """What it leaves out and runs again, in words: ``4 sublayers removed, of 16``."""
+        """What the plan removes and repeats, in words: ``4 sublayers removed, of 16``."""
         if self.model.blocks:
-            return f"{_things(self.removed, 'block')} removed"
+            return f"{_amount(self.removed, 'block')} removed"
         chains = [self.chain(stack) for stack in self.model.stacks]
         total = sum(len(chain.positions) for chain in chains)
         if not self.is_static:
             about = "about " if self.policies and self.removed else ""
-            return f"{about}{_things(self.removed, 'sublayer')} skipped for generated tokens, of {total}"
+            return f"{about}{_amount(self.removed, 'sublayer')} skipped for generated tokens, of {total}"
         gone = sum(len(chain.skipped) for chain in chains)
         runs = sum(sum(map(sum, chain.executions)) for chain in chains)
         again = round(runs) - (total - gone)
-        parts = [f"{_things(gone, 'sublayer')} removed, of {total}"]
+        parts = [f"{_amount(gone, 'sublayer')} removed, of {total}"]
         parts += [f"{again} run again"] if again else []
         return ", ".join([*parts, *(["others narrower"] if self.width else [])])
 
     @property
     def masked(self) -> int:
-        """How many weights the plan masks."""
+        """The number of weights that the plan masks."""
         return sum(edit.zeros for edit in self.weights if edit.op == "mask")
 
     @property
     def digest(self) -> str:
-        """A short hash of the decision, for stamps on caches, settings of trainings and file names."""
-        by_stack = [self._said(self.chain(stack)) for stack in self.model.stacks]
+        """A short hash of the decision, for stamps on caches, settings of training runs and file names."""
+        by_stack = [self._covered(self.chain(stack)) for stack in self.model.stacks]
         decision: list[Any] = [self.model.architecture]
         decision += by_stack[0] if len(by_stack) == 1 else [list(self.model.stacks), by_stack]
         decision += [sorted(set(self.drop))] if self.model.blocks else []
@@ -327,33 +343,33 @@ class Plan(Decision):
         return hashlib.sha256(json.dumps(decision).encode()).hexdigest()[:16]
 
     def describe(self) -> dict[str, Any]:
-        """What the provenance of something that was made with this plan says of it."""
+        """Return what provenance records of this plan."""
         return {"method": self.provenance.get("method"), "removed": self.removed, "digest": self.digest}
 
     @staticmethod
-    def _said(chain: Chain) -> list[Any]:
-        """What a digest covers of one stack: executions, how prompts are kept, and the policy."""
+    def _covered(chain: Chain) -> list[Any]:
+        """Return what a digest covers of one stack: executions, the handling of prompt keys, and the policy."""
         names = chain.stack.sublayers
         runs = [
             [[run.layer, *(name in run.sublayers for name in names)] for run in chain.runs(phase)] for phase in PHASES
         ]
-        keys = [] if chain.path is None or chain.is_static else [chain.path.keys]  # elsewhere they say nothing
+        keys = [] if chain.path is None or chain.is_static else [chain.path.keys]  # else they have no effect
         return [*runs, keys, chain.policy and chain.policy.model_dump(exclude={"work"})]
 
     def check_fits(self, model: Model | Blocks) -> None:
-        """Check that this plan is for that model.
+        """Check that this plan is for a model.
 
         Args:
             model: the model, or one of its stacks.
 
         Raises:
-            PlanError: when the architecture differs; other weights of the same architecture only warn.
+            PlanError: if the architecture differs; different weights of the same architecture only cause a warning.
         """
         found = ModelReference.of(model)
-        if found.told != self.model.told or list(found.stacks) != list(self.model.stacks):
+        if found.description != self.model.description or list(found.stacks) != list(self.model.stacks):
             raise PlanError(
-                f"this plan is for {self.model.told} ({self.model.name}), but {model.name} is {found.told}; make a "
-                "plan for it with `lamella plan`"
+                f"this plan is for {self.model.description} ({self.model.name}), but {model.name} is "
+                f"{found.description}; make a plan for it with `lamella plan`"
             )
         if found.architecture != self.model.architecture:
             raise PlanError(
@@ -362,12 +378,12 @@ class Plan(Decision):
             )
         if None not in (self.model.weights, found.weights) and found.weights != self.model.weights:
             warnings.warn(
-                f"this plan was made on other weights of the same architecture ({self.model.name})", stacklevel=3
+                f"this plan was made for other weights of the same architecture ({self.model.name})", stacklevel=3
             )
 
 
 def _inside(model: ModelReference, site: str, where: str, outside: bool = False) -> tuple[str, tuple[Position, ...]]:
-    """The stack and the positions of a site; where sites outside the layers count, none for those."""
+    """Return the stack and the positions of a site; none for a site outside the layers, if those are allowed."""
     try:
         stack, rest = model.split(site)
         return (stack, ()) if outside and rest in (EMBED, NORM, HEAD) else model.at(site)
@@ -386,8 +402,8 @@ def _layer_of(site: str) -> int:
     return int(site.split(".")[1])
 
 
-def _check_width(site: str, kept: list[int] | HeadWidth | StreamWidth, model: ModelReference) -> None:
-    """Check what is kept of one site against the sizes of the model."""
+def _check_width(site: str, kept: list[int] | HeadWidth | HiddenWidth, model: ModelReference) -> None:
+    """Check the kept indices of one site against the sizes of the model."""
     try:
         stack, inside = model.split(site)
     except PlanError as error:
@@ -396,7 +412,7 @@ def _check_width(site: str, kept: list[int] | HeadWidth | StreamWidth, model: Mo
     match, whole, family = _WIDTH_SITE.fullmatch(inside), reference.sizes, reference.family
     if match is None:
         raise ValueError(
-            f"width: '{site}' cannot be cut; write layers.7.mlp.channels, layers.7.attn.heads or stream.channels"
+            f"width: '{site}' cannot be cut; write layers.7.mlp.channels, layers.7.attn.heads or hidden.channels"
         )
     if len(model.stacks) > 1:
         raise ValueError(f"width: the {stack} of a model with several stacks cannot be cut in width; drop its layers")
@@ -404,13 +420,14 @@ def _check_width(site: str, kept: list[int] | HeadWidth | StreamWidth, model: Mo
         raise ValueError(f"width: {family} models cannot be cut in width; known are {', '.join(cuttable())}")
     if whole is None:
         raise ValueError(
-            "width: this model was cut to layers of different widths, or rewritten; plan on the model it was made of"
+            "width: this model has layers of different widths, or was rewritten; plan for the model that it was made "
+            "from"
         )
     if match[1] is not None and int(match[1]) >= reference.layers:
         raise ValueError(f"width: '{site}' is out of range: the stack has the layers 0 to {reference.layers - 1}")
-    of_heads, of_stream = match[2] == "attn.heads", match[1] is None
-    if isinstance(kept, HeadWidth) != of_heads or (isinstance(kept, StreamWidth) and not of_stream):
-        raise ValueError(f"width: {site}: write a list of numbers, and for heads an object with keep and kv_of")
+    of_heads, of_hidden = match[2] == "attn.heads", match[1] is None
+    if isinstance(kept, HeadWidth) != of_heads or (isinstance(kept, HiddenWidth) and not of_hidden):
+        raise ValueError(f"width: {site}: write a list of indices, and for heads an object with keep and kv_of")
     if isinstance(kept, HeadWidth):
         _check_kept(site, kept.keep, whole.heads)
         for name, given in (("kv_of", kept.kv_of), ("merge", kept.merge)):
@@ -421,40 +438,42 @@ def _check_width(site: str, kept: list[int] | HeadWidth | StreamWidth, model: Mo
                 f"width: {site}: a head is out of range; there are {whole.heads}, and {whole.kv_heads} for keys"
             )
         return
-    numbers = kept.keep if isinstance(kept, StreamWidth) else kept
-    _check_kept(site, numbers, whole.stream if of_stream else whole.channels)
-    if isinstance(kept, StreamWidth) and kept.rescale and ARCHITECTURES[family].wiring.centred:
+    indices = kept.keep if isinstance(kept, HiddenWidth) else kept
+    _check_kept(site, indices, whole.hidden if of_hidden else whole.channels)
+    if isinstance(kept, HiddenWidth) and kept.rescale and ARCHITECTURES[family].wiring.centred:
         raise ValueError(f"width: {site}: the norms of {family} models subtract the mean, so rescale cannot be exact")
 
 
-def _check_kept(site: str, numbers: list[int], size: int) -> None:
-    if max(numbers) >= size:
-        raise ValueError(f"width: {site}: {max(numbers)} is out of range; there are 0 to {size - 1}")
-    if len(set(numbers)) < len(numbers):
-        raise ValueError(f"width: {site}: a number is there twice; keep each once")
+def _check_kept(site: str, indices: list[int], size: int) -> None:
+    if max(indices) >= size:
+        raise ValueError(f"width: {site}: {max(indices)} is out of range; there are 0 to {size - 1}")
+    if len(set(indices)) < len(indices):
+        raise ValueError(f"width: {site}: an index occurs twice; keep each once")
 
 
 def compose(first: Plan, second: Plan) -> Plan:
-    """One plan that does what both do.
+    """Return one plan that does what both plans do.
+
+    Args:
+        first: a plan, whose weight edits are applied first.
+        second: another plan for the same model.
 
     Raises:
-        PlanError: for plans of different models, when both choose a path through one stack, since their order has no
-            plain meaning, when both choose widths, when a policy decides, or when nothing is left to run.
+        PlanError: for plans of different models, if both choose a path through one stack, since their order has no
+            clear meaning, if both choose widths, if a policy decides, or if nothing is left to run.
     """
     if first.model.architecture != second.model.architecture:
         raise PlanError("plans for two different models cannot be composed")
     if (first.policies and not second.only_adapts) or (second.policies and not first.only_adapts):
-        raise PlanError(
-            "a policy decides for the whole stack while the model runs: it can be composed with adapters alone"
-        )
+        raise PlanError("a policy decides for the whole stack at run time: it can be composed with adapters only")
     if first.path.keys() & second.path.keys():
-        raise PlanError("both plans choose a path through the layers; a composition of paths has no plain meaning")
+        raise PlanError("both plans choose a path through the layers; a composition of paths has no clear meaning")
     if first.width and second.width:
         raise PlanError(
-            "both plans choose widths, each of the original's: export the model under one and plan the other on that"
+            "both plans choose widths of the original: export the model under one and plan the other for the result"
         )
     if both := first.modules.keys() & second.modules.keys():
-        raise PlanError(f"both plans put a network at {min(both)}: only one of them can stand there")
+        raise PlanError(f"both plans insert a network at {min(both)}: only one of them can")
     if first.rewrite and second.rewrite:
         raise PlanError("both plans rewrite the whole model: only one of them can")
     dropped = {stack: {*first.chain(stack).dropped, *second.chain(stack).dropped} for stack in first.model.stacks}
@@ -476,33 +495,47 @@ def compose(first: Plan, second: Plan) -> Plan:
 
 
 class Point(Decision):
-    """One plan of a series: its decision and what was measured for it on calibration data."""
+    """One plan of a series: its decision and its measurements on calibration data.
+
+    Attributes:
+        scores: finite measurements by name.
+    """
 
     scores: Annotated[dict[str, float], AfterValidator(_finite)] = Field(default_factory=dict)
 
 
-def _things(count: float, noun: str) -> str:
-    """Such as ``1 sublayer``, ``2.4 sublayers`` or ``no sublayers``."""
+def _amount(count: float, noun: str) -> str:
+    """Format a count with its noun, such as ``1 sublayer``, ``2.4 sublayers`` or ``no sublayers``."""
     amount = f"{count:.2f}".rstrip("0").rstrip(".") if count else "no"
     return f"{amount} {noun}{'' if amount == '1' else 's'}"
 
 
-class SeriesDocument(Document):
-    """The JSON document of a :class:`lamella.plan.PlanSeries`."""
+class SeriesDocument(JsonDocument):
+    """The JSON document of a :class:`lamella.plan.PlanSeries`.
+
+    Attributes:
+        schema_: version of the format.
+        model: the model that the plans are for.
+        points: the plans of the series.
+        provenance: how the series came to be.
+    """
 
     schema_: Literal["lamella.series/2"] = Field("lamella.series/2", alias="schema")
     model: ModelReference
     points: Annotated[list[Point], Field(min_length=1)]
     provenance: dict[str, Any] = Field(default_factory=dict)
 
-    def _parts(self) -> Sequence[WithFile]:
+    def _parts(self) -> Sequence[SidefileDocument]:
         return [part for point in self.points for part in point._parts()]
 
     def plan(self, index: int) -> Plan:
-        """One plan of the series.
+        """Return one plan of the series.
+
+        Args:
+            index: index of the plan; negative values count from the end.
 
         Raises:
-            PlanError: for a point that is no plan for the model.
+            PlanError: for a point that is not a valid plan for the model.
         """
         point = self.points[index]
         position = index % len(self.points)

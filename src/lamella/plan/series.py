@@ -1,4 +1,4 @@
-"""A series of plans: what every planner returns."""
+"""Series of plans, the result of every planner."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FILE, PLAN = "series.json", "plan.json"
 LOADING = """
 ## Using it
 
-`plan.json` is the plan that answers the budget, or the last one: `lamella apply FOLDER/plan.json MODEL
+`plan.json` is the plan that meets the budget, or the last one: `lamella apply FOLDER/plan.json MODEL
 -o SMALL`, or `lamella trace MODEL --plan FOLDER/plan.json`. In Python, `PlanSeries.read("FOLDER")[n]` is plan n.
 """
 
@@ -29,8 +29,8 @@ class SeriesEvidence(Evidence):
     """Evidence of a search.
 
     Attributes:
-        points: of each plan, what it leaves out (``removed`` sublayers, ``masked`` weights) and its ``scores``.
-        chosen: the number of the plan that answers the budget.
+        points: for each plan, what it removes (``removed`` sublayers, ``masked`` weights) and its ``scores``.
+        chosen: index of the plan that meets the budget.
     """
 
     chosen: int = -1
@@ -40,12 +40,12 @@ class SeriesEvidence(Evidence):
 
 @dataclass(kw_only=True)
 class PlanSeries(Result):
-    """An ordered family of plans from one search, from the whole model to the smallest; a budget picks one.
+    """An ordered series of plans from one search, from the whole model to the smallest; a budget selects one.
 
     Attributes:
         model: the model that the plans are for.
-        points: the decision of each plan, and what was measured for it.
-        chosen: the number of the plan that answers the budget.
+        points: the decision of each plan, and its measurements.
+        chosen: index of the plan that meets the budget.
     """
 
     model: ModelReference
@@ -61,7 +61,7 @@ class PlanSeries(Result):
         """The series as a JSON document.
 
         Raises:
-            PlanError: for points that are no decisions.
+            PlanError: for points that are not valid decisions.
         """
         try:
             return SeriesDocument(model=self.model, points=self.points, provenance=self.provenance)
@@ -70,7 +70,7 @@ class PlanSeries(Result):
 
     @classmethod
     def of_document(cls, document: SeriesDocument) -> Self:
-        """The series of a JSON document."""
+        """Return the series of a JSON document."""
         return cls(model=document.model, points=document.points, provenance=document.provenance)
 
     @classmethod
@@ -81,11 +81,13 @@ class PlanSeries(Result):
         scores: Iterable[Mapping[str, float]],
         **provenance: Any,
     ) -> Self:
-        """The series that removes one group of sublayers after the other.
+        """Return the series that removes one group of sublayers after another.
 
         Args:
-            order: the groups of positions, in the order of removal.
-            scores: what was measured with nothing removed, then after each removal.
+            model: the model that the plans are for.
+            order: groups of positions, in the order of removal.
+            scores: measurements with nothing removed, then after each removal.
+            provenance: provenance of the series.
         """
         gone: set[tuple[int, str]] = set()
         measured = iter(scores)
@@ -106,30 +108,40 @@ class PlanSeries(Result):
         return (document.plan(index) for index in range(len(self)))
 
     def removing(self, sublayers: int) -> Plan:
-        """The plan of the series that removes the most sublayers without passing that number.
+        """Return the plan that removes the most sublayers, but at most ``sublayers`` of them.
 
         Raises:
-            PlanError: when the plans change weights alone.
+            PlanError: if the plans change weights only.
         """
         if any(plan.masked for plan in self) and not any(plan.removed for plan in self):
             name = self.provenance.get("method", "this series")
             raise PlanError(
                 f"{name} masks weights and removes no sublayers: choose by its own option sparsity, not ratio"
             )
-        fitting = [plan for plan in self if plan.removed <= sublayers]
-        return max(fitting, key=lambda plan: plan.removed)
+        candidates = [plan for plan in self if plan.removed <= sublayers]
+        return max(candidates, key=lambda plan: plan.removed)
 
     def at_ratio(self, ratio: float) -> Plan:
-        """The plan that removes at most that share of all sublayers (FinerCut's ratio)."""
+        """Return the plan that removes at most this fraction of all sublayers (FinerCut's ratio).
+
+        Raises:
+            PlanError: for a ratio out of range.
+        """
         if not 0 <= ratio < 1:
-            raise PlanError(f"ratio {ratio} is out of range: give the share of sublayers to remove, from 0 to below 1")
+            raise PlanError(
+                f"ratio {ratio} is out of range: give the fraction of sublayers to remove, at least 0 and below 1"
+            )
         return self.removing(int(ratio * len(self.model.positions) + 1e-9))
 
-    # As a document
+    # JSON document
 
     @classmethod
     def parse(cls, text: str, where: str = "series") -> Self:
-        """Read the JSON text of a series.
+        """Parse the JSON text of a series.
+
+        Args:
+            text: the JSON text.
+            where: what to call the series in messages.
 
         Raises:
             PlanError: one line that names the field.
@@ -143,17 +155,20 @@ class PlanSeries(Result):
         return cls.of_document(SeriesDocument.read(path / FILE if path.is_dir() else path))
 
     def dump(self) -> str:
-        """The series as JSON."""
+        """Return the series as JSON text."""
         return self.document.dump()
 
     def write(self, path: str | Path) -> None:
-        """Write the series to a file, or as ``series.json`` into a folder beside the chosen plan, ``plan.json``.
+        """Write the series to a file; or, into a folder, as ``series.json`` with the chosen plan as ``plan.json``.
 
-        Side files are written beside them.
+        Side files are written to the same folder.
+
+        Args:
+            path: a file or an existing folder.
 
         Raises:
-            PlanError: for a side file whose name would lead elsewhere.
-            ExportError: when it cannot be written.
+            PlanError: for a side file whose name leads to another folder.
+            ExportError: if it cannot be written.
         """
         path = Path(path)
         document = self.document
@@ -164,12 +179,13 @@ class PlanSeries(Result):
         document.plan(self.chosen).write(path / PLAN)
 
     def settle(self, folder: Path) -> None:
-        """Find side files in this folder from now on."""
+        """Set the folder in which side files are looked up."""
         self.document.settle(folder)
 
-    # As a result
+    # Result
 
     def body(self) -> dict[str, Any]:
+        """Return the fields of the evidence."""
         points = zip(self, self.points, strict=True)
         return {
             "chosen": self.chosen % len(self),
@@ -179,11 +195,13 @@ class PlanSeries(Result):
         }
 
     def save(self, out: Path, documents: Documents, *, overwrite: bool = False, tokenizer: Any = None) -> None:
+        """Write the series as a folder of results; see :meth:`lamella.result.Result.save`."""
         super().save(out, documents, overwrite=overwrite, tokenizer=tokenizer)
-        self.settle(out)  # the folder of work, where its side files were, goes
+        self.settle(out)  # the working folder with its side files is deleted
 
     @classmethod
     def summary(cls, evidence: Evidence) -> Summary:
+        """Return the headline and the table of the series."""
         assert isinstance(evidence, SeriesEvidence)
         names = list(dict.fromkeys(name for point in evidence.points for name in point["scores"]))
         masks = any(point["masked"] for point in evidence.points)
@@ -194,6 +212,6 @@ class PlanSeries(Result):
         ]
         chosen = f"; plan {evidence.chosen} is chosen" if evidence.chosen >= 0 else ""
         return Summary(
-            f"{evidence.method} has made {counted(len(rows), 'plan')}, from the whole model on{chosen}.",
+            f"{evidence.method} has made {counted(len(rows), 'plan')}, starting with the whole model{chosen}.",
             [Table("The series", ["plan", what, *names], rows)],
         )

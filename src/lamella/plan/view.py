@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from lamella.errors import CacheError, ExportError, PlanError
-from lamella.plan.adapters import adapted
+from lamella.plan.adapters import with_adapters
 from lamella.plan.chain import Chain, Run
 from lamella.plan.config import common_sizes, reindex, resize
 from lamella.plan.entries import ModuleReference
-from lamella.plan.modules import place
-from lamella.plan.rewriting import rewritten
+from lamella.plan.modules import insert_modules
+from lamella.plan.rewriting import with_rewrite
 from lamella.plan.schema import Plan
-from lamella.plan.weights import edited
+from lamella.plan.weights import with_edits
 from lamella.plan.width import cut_model, reorder
 from lamella.stack import (
     Architecture,
@@ -33,8 +33,8 @@ from lamella.stack import (
     share,
 )
 
-LEAVE_OUT = "leave cache_implementation out"
-MOVABLE = ("text",)  # of models with several stacks, those whose layers can be repeated and moved
+LEAVE_OUT = "omit cache_implementation"
+MOVABLE = ("text",)  # stacks of models with several stacks whose layers can be repeated and moved
 Networks = Mapping[tuple[Position, ...], ModuleReference]
 
 
@@ -42,10 +42,13 @@ def claim(cache: Any, stamp: str, slot: int, attn: bool = True) -> None:
     """Mark an empty cache as this plan's, and refuse one that another plan (or the whole model) has filled.
 
     Args:
-        attn: whether the plan runs the attention whose slot it is.
+        cache: a key-value cache.
+        stamp: digest of the plan.
+        slot: cache slot of the layer.
+        attn: whether the plan runs the attention of that slot.
 
     Raises:
-        CacheError: for such a cache, and for one of a kind that no plan runs with.
+        CacheError: for a cache that was filled without this plan, or whose type does not work with plans.
     """
     cache = own_keys(cache)
     if not isinstance(cache, DynamicCache | StaticCache):
@@ -65,17 +68,22 @@ def claim(cache: Any, stamp: str, slot: int, attn: bool = True) -> None:
         raise CacheError("this cache was filled without this plan, so its keys do not fit: start from an empty cache")
 
 
-def own_saving(view: Any) -> Any:
-    """Let a view refuse what would write the original, or a config that does not fit its weights.
+def refuse_saving(view: Any) -> Any:
+    """Make ``save_pretrained`` and ``push_to_hub`` of a view raise.
+
+    They would write the original model, or a config that does not fit the weights.
+
+    Args:
+        view: the view, which is changed and returned.
 
     Raises:
-        ExportError: when the view's ``save_pretrained`` or ``push_to_hub`` is called.
+        ExportError: when one of these methods is called later.
     """
 
     def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
         raise ExportError(
-            "this model is a view with a plan, which no plain checkpoint says: export the model that the plan was "
-            "applied to, with the plan (lamella.export(stack, view.lamella_plan, folder) in Python)"
+            "this model is a view with a plan, which a plain checkpoint cannot express: export the model that the "
+            "plan was applied to, with the plan (lamella.export(stack, view.lamella_plan, folder) in Python)"
         )
 
     for name in ("save_pretrained", "push_to_hub"):
@@ -85,7 +93,15 @@ def own_saving(view: Any) -> Any:
 
 @dataclass(frozen=True)
 class StampedLayer:
-    """The forward of a layer of which not all runs as it is, with a cache that is this plan's alone."""
+    """The forward of a changed layer, whose cache may be used with this plan only.
+
+    Attributes:
+        forward: the layer's new forward.
+        stamp: digest of the plan.
+        cache: keyword under which the layer receives the cache.
+        slot: cache slot of the layer.
+        attends: whether the layer's own attention runs.
+    """
 
     forward: Callable[..., Any]
     stamp: str
@@ -94,6 +110,7 @@ class StampedLayer:
     attends: bool
 
     def __call__(self, layer: nn.Module, h: Tensor, call: dict[str, Any]) -> Any:
+        """Claim the cache for the plan, and run the layer."""
         cache = call.get(self.cache)
         if cache is not None:
             claim(cache, self.stamp, self.slot, self.attends)
@@ -101,9 +118,9 @@ class StampedLayer:
 
 
 def _leave(layer: nn.Module, architecture: Architecture, run: Run, slot: int, stamp: str) -> None:
-    """Let a layer run only these sublayers of itself."""
+    """Let a layer run only some of its sublayers."""
     functions = {each.name: each.run if each.name in run.sublayers else None for each in architecture.sublayers}
-    partial = PartialLayer(functions, slot, architecture.cache, architecture.called, architecture.result)
+    partial = PartialLayer(functions, slot, architecture.cache, architecture.complete_call, architecture.result)
     _stamp(layer, partial, architecture, slot, "attn" in run.sublayers, stamp)
 
 
@@ -114,17 +131,20 @@ def _stamp(
 
 
 def alter(model: Model, plan: Plan) -> Model:
-    """The model with what a plan says of weights, of widths, of adapters, or of another form carried out; the same one
-    where it says nothing.
+    """Apply a plan's weights, widths, adapters and rewriting to a model; returns the same model if the plan has none.
 
-    Tensors that change are new, all others are shared. The config says the new sizes where a config can; else it stays
-    as it is, and the model carries the sizes as ``lamella_counts``.
+    Changed tensors are new, all others are shared. The config gets the new sizes if it can express them; otherwise it
+    stays unchanged, and the model has the sizes as ``lamella_counts``.
+
+    Args:
+        model: the model, which is not changed.
+        plan: a plan for the model.
     """
-    return rewritten(adapted(_narrowed(edited(model, plan), plan), model, plan), plan.rewrite)
+    return with_rewrite(with_adapters(_narrowed(with_edits(model, plan), plan), model, plan), plan.rewrite)
 
 
 def _narrowed(model: Model, plan: Plan) -> Model:
-    """The model with the widths of a plan."""
+    """Return the model with the widths of a plan."""
     if not plan.width:
         return model
     stack = model.stacks[plan.model.default]
@@ -137,36 +157,49 @@ def _narrowed(model: Model, plan: Plan) -> Model:
     except PlanError:
         view.lamella_counts = widths.counts()
     else:
-        eps = stack.config.hidden_size / sizes.stream if widths.rescale else 1.0
+        eps = stack.config.hidden_size / sizes.hidden if widths.rescale else 1.0
         resize({id(config): config for config in (view.config, base.config)}.values(), architecture, sizes, eps)
     return open_model(view, name=model.name)
 
 
 def alter_stack(stack: Stack, plan: Plan) -> Stack:
-    """:func:`alter` for one stack."""
+    """Apply :func:`alter` to the model of a stack, and return that stack of the result.
+
+    Args:
+        stack: the stack.
+        plan: a plan for its model.
+    """
     altered = alter(stack, plan)
     return altered if isinstance(altered, Stack) else altered.stacks[stack.stack]
 
 
 def apply_static(model: Model, plan: Plan) -> Any:
-    """A view of the model on which ``plan`` holds for every token.
+    """Return a view of the model in which ``plan`` applies to every token.
 
-    The view shares every tensor with the original, but those that the plan changes, and owns its modules and config, so
-    nothing that is done to it (or to another view) reaches the original. Where the plan only leaves things out, layers
-    keep their places and names, so adapters and output capture fit as before; repeats and moves make a new list of
-    layers.
+    The view shares every unchanged tensor with the original and owns its modules and config, so nothing that is done to
+    it (or to another view) affects the original. If the plan only removes sublayers, layers keep their indices and
+    names, so adapters and output capture work as before; repeats and moves create a new list of layers.
+
+    Args:
+        model: the model.
+        plan: a static plan for it.
 
     Raises:
-        PlanError: when the plan is for another model, or treats prompt and generated tokens differently.
+        PlanError: if the plan is for another model, or treats prompt and generated tokens differently.
     """
     plan.check_fits(model)
     if not plan.is_static:
         raise PlanError("this plan treats prompt and generated tokens differently: apply it with lamella.apply")
-    return own_saving(shaped(alter(model, plan), plan, plan.model.stacks))
+    return refuse_saving(apply_structure(alter(model, plan), plan, plan.model.stacks))
 
 
-def shaped(model: Model, plan: Plan, stacks: Iterable[str]) -> Any:
-    """A view in which these stacks run as a plan says for every token; its weights and widths are carried out already.
+def apply_structure(model: Model, plan: Plan, stacks: Iterable[str]) -> Any:
+    """Return a view in which some stacks run as a plan specifies for every token.
+
+    Args:
+        model: the model with the plan's weights and widths applied.
+        plan: the plan.
+        stacks: names of these stacks.
 
     Raises:
         PlanError: for a path through a stack whose layers cannot be moved.
@@ -189,26 +222,36 @@ def shaped(model: Model, plan: Plan, stacks: Iterable[str]) -> Any:
 
 
 def can_stand_alone(stack: Stack, plan: Plan) -> bool:
-    """Whether a plan leaves a model of its own: whole layers, the same for all tokens, of a model with one stack."""
+    """Return whether a plan yields an ordinary model: whole layers, the same for all tokens, in a model with one stack.
+
+    Args:
+        stack: the stack.
+        plan: a plan for its model.
+    """
     if len(stack.architectures) > 1 or not plan.is_static or plan.modules or plan.adapters or plan.rewrite:
         return False
     return all(run.sublayers == stack.architecture.names for run in plan.runs("prefill"))
 
 
 def materialise(stack: Stack, plan: Plan) -> Stack:
-    """The model of a static plan, with its own modules and config, that shares every tensor which is not smaller.
+    """Return the model of a static plan with its own modules and config; unchanged tensors are shared.
 
-    Unlike a view it has no trace of what was removed, so it can be trained, planned and exported like any other.
+    Unlike a view it has no trace of what was removed, so it can be trained, planned for and exported like any other
+    model.
+
+    Args:
+        stack: the stack.
+        plan: a static plan that keeps whole layers.
 
     Raises:
-        PlanError: when the plan is for another model, cuts single sublayers, or treats tokens differently.
+        PlanError: if the plan is for another model, removes single sublayers, or treats tokens differently.
     """
     plan.check_fits(stack)
     runs = plan.runs("prefill")
     if len(stack.architectures) > 1:
         raise PlanError(f"{stack.name} has several stacks: use lamella.apply for a view")
     if not can_stand_alone(stack, plan):
-        raise PlanError("a model of its own has whole layers, the same for all tokens: use lamella.apply for a view")
+        raise PlanError("a model of its own keeps whole layers, the same for all tokens: use lamella.apply for a view")
     altered = alter_stack(stack, plan)
     model = share(altered.model)
     _lay_out(model.get_submodule(stack.architecture.base), altered, runs)
@@ -223,30 +266,38 @@ def materialise(stack: Stack, plan: Plan) -> Stack:
 def _leave_out(
     base: nn.Module, stack: Stack, chain: Chain, modules: Networks, stamp: str, stamped: bool = False
 ) -> None:
-    """Let the layers run what a plan leaves of them, and the networks that it puts there.
+    """Let the layers run what a plan keeps of them and the networks that it inserts.
 
     Args:
-        stamped: let the first layer refuse another plan's cache, even where all of it runs.
+        base: module of the view that holds the layers.
+        stack: the original stack.
+        chain: the normal form of the plan for this stack.
+        modules: networks of the plan.
+        stamp: digest of the plan.
+        stamped: make the first layer refuse another plan's cache, even if the layer is unchanged.
     """
     layers: Any = base.get_submodule(stack.architecture.layers)
     left = {run.layer: run for run in chain.runs("prefill")}
     for index, layer in enumerate(layers):
         run = left.get(index, Run(index, ()))
-        placed = place(stack, layer, index, run.sublayers, modules)
-        if placed is not None:
-            _stamp(layer, placed, stack.architecture, index, placed.attends, stamp)
+        modular = insert_modules(stack, layer, index, run.sublayers, modules)
+        if modular is not None:
+            _stamp(layer, modular, stack.architecture, index, modular.attends, stamp)
         elif run.sublayers != stack.architecture.names:
             _leave(layer, stack.architecture, run, index, stamp)
         elif stamped and index == 0:
-            _stamp(layer, _as_it_is, stack.architecture, index, "attn" in run.sublayers, stamp)
+            _stamp(layer, _unchanged, stack.architecture, index, "attn" in run.sublayers, stamp)
 
 
-def _as_it_is(layer: nn.Module, h: Tensor, call: dict[str, Any]) -> Any:
+def _unchanged(layer: nn.Module, h: Tensor, call: dict[str, Any]) -> Any:
     return type(layer).forward(layer, h, **call)
 
 
 def _lay_out(base: nn.Module, stack: Stack, runs: tuple[Run, ...], stamp: str | None = None) -> None:
-    """One module per execution, each with a cache slot of its own; with a stamp, caches are this plan's alone."""
+    """Build one module per execution, each with its own cache slot.
+
+    With a stamp, the caches may be used with this plan only.
+    """
     config = base.config
     config.__dict__.update(reindex(config, [run.layer for run in runs], stack.architecture).__dict__)
     layers = nn.ModuleList()
@@ -255,7 +306,7 @@ def _lay_out(base: nn.Module, stack: Stack, runs: tuple[Run, ...], stamp: str | 
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = slot
-        # With a stamp, the first one always: it refuses a cache of another order.
+        # With a stamp, the first layer always gets one, so that it refuses a cache with another order of layers.
         if stamp is not None and (slot == 0 or run.sublayers != stack.architecture.names):
             _leave(layer, stack.architecture, run, slot, stamp)
         layers.append(layer)

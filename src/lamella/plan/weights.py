@@ -1,14 +1,14 @@
-"""Plans that change weights: their side files, and the view's own tensors that carry them out.
+"""Plans that change weights: their side files, and the view's own tensors with the changes.
 
 =========  ============================================  ===========================================================
-operation  the weights are                               the side file holds
+operation  the weights become                            the side file contains
 =========  ============================================  ===========================================================
-mask       0 where they are masked                       for each masked matrix one bit a weight, 1 where it is kept
-scale      multiplied by factors                         for each parameter one bit a weight, 1 where it changes,
+mask       0 where they are masked                       for each masked matrix one bit per weight, 1 if it is kept
+scale      multiplied by factors                         for each parameter one bit per weight, 1 if it changes,
                                                          and the factors of those
-replace    others                                        the tensors
-restore    those of another checkpoint                   the tensors; or it is the folder of that checkpoint, and the
-                                                         hash that of the tensors which are taken
+replace    other values                                  the tensors
+restore    those of another checkpoint                   the tensors; or ``file`` is the folder of that checkpoint, and
+                                                         the hash covers the tensors that are taken from it
 =========  ============================================  ===========================================================
 """
 
@@ -30,29 +30,34 @@ from lamella.plan.reference import EMBED, HEAD, NORM, ModelReference, StackRefer
 from lamella.plan.schema import Plan
 from lamella.stack import Model, Position, Stack, matrices, open_model, share, weights
 
-Masks = dict[str, Tensor]  # what is kept of each matrix, bool in its shape
+Masks = dict[str, Tensor]  # which weights of each matrix are kept, bool in its shape
 Tensors = dict[str, Tensor]
 MASKS, FACTORS, TENSORS = "lamella.masks/1", "lamella.factors/1", "lamella.tensors/1"
 
 
 @dataclass(frozen=True)
 class Factors:
-    """What some weights of one parameter are multiplied by.
+    """The factors by which some weights of one parameter are multiplied.
 
     Attributes:
-        where: which ones, bool in the parameter's shape.
-        values: float32 [how many], in their order.
+        where: the weights that change, bool in the parameter's shape.
+        values: float32 factors [weights], in the order of ``where``.
     """
 
     where: Tensor
     values: Tensor
 
 
-# Where
+# Sites
 
 
 def touched(model: Model, names: Iterable[str]) -> list[str]:
-    """The sites that these parameters belong to: sublayers and layers, then ``embed``, ``norm`` and ``head``."""
+    """Return the sites that these parameters belong to: sublayers and layers, then ``embed``, ``norm`` and ``head``.
+
+    Args:
+        model: the model.
+        names: names of parameters.
+    """
     reference = _addresses(model)
     inside: dict[str, set[Position]] = {stack: set() for stack in reference.stacks}
     outside: set[tuple[str, str]] = set()
@@ -70,33 +75,41 @@ def touched(model: Model, names: Iterable[str]) -> list[str]:
 
 
 def parameters_at(model: Model, sites: Iterable[str]) -> list[str]:
-    """The names of the parameters that belong to these sites; see :func:`touched`."""
+    """Return the names of the parameters that belong to these sites; see :func:`touched`.
+
+    Args:
+        model: the model.
+        sites: sites of the model.
+    """
     reference = _addresses(model)
-    wanted: set[tuple[str, Position | str]] = set()
+    requested: set[tuple[str, Position | str]] = set()
     for site in sites:
         stack, rest = reference.split(site)
         group = (rest,) if rest in (EMBED, NORM, HEAD) else reference.at(site)[1]
-        wanted.update((stack, each) for each in group)
+        requested.update((stack, each) for each in group)
     found = []
     for name in weights(model.model):
         stack, site = _site(model, name)
         group = (site,) if site in (EMBED, NORM, HEAD) else reference.at(f"{stack}.{site}")[1]
-        if wanted.issuperset((stack, each) for each in group):
+        if requested.issuperset((stack, each) for each in group):
             found.append(name)
     return found
 
 
 def _addresses(model: Model) -> ModelReference:
-    """The stacks of a model, to speak of sites."""
+    """Return a reference of the model's stacks that resolves sites."""
     stacks = {name: StackReference.of(stack) for name, stack in model.stacks.items()}
     chosen = model.stack if isinstance(model, Stack) and len(stacks) > 1 else None
     return ModelReference(architecture="", stacks=stacks, stack=chosen)
 
 
 def _site(model: Model, name: str) -> tuple[str, str]:
-    """The stack and the site of a parameter: the sublayer that it serves alone, else its layer, or what is outside."""
-    places = model.architectures
-    for stack, architecture in places.items():
+    """Return the stack and the site of a parameter.
+
+    The site is the only sublayer that uses it, else its layer, else ``embed``, ``norm`` or ``head``.
+    """
+    architectures = model.architectures
+    for stack, architecture in architectures.items():
         if name.startswith(architecture.prefix):
             layer, _, rest = name.removeprefix(architecture.prefix).partition(".")
             served = [
@@ -105,20 +118,25 @@ def _site(model: Model, name: str) -> tuple[str, str]:
                 if any(rest.startswith(f"{module}.") for module in each.modules)
             ]
             return stack, f"layers.{layer}.{served[0]}" if len(served) == 1 else f"layers.{layer}"
-    for stack, architecture in places.items():
+    for stack, architecture in architectures.items():
         if architecture.head and name.startswith(f"{architecture.head}."):
             return stack, HEAD
         if architecture.norm and name.startswith(f"{architecture.base}.{architecture.norm}."):
             return stack, NORM
-    inside = [stack for stack, architecture in places.items() if name.startswith(f"{architecture.base}.")]
-    return (inside or list(places))[0], EMBED
+    inside = [stack for stack, architecture in architectures.items() if name.startswith(f"{architecture.base}.")]
+    return (inside or list(architectures))[0], EMBED
 
 
 # Masks
 
 
 def write_masks(masks: Mapping[str, Tensor], path: str | Path) -> str:
-    """Write masks to a safetensors file, and return its SHA-256."""
+    """Write masks to a safetensors file, and return its SHA-256.
+
+    Args:
+        masks: which weights are kept, bool in the matrix's shape, by the parameter's name.
+        path: the file.
+    """
     packed, shapes = _packed(masks)
     return sidefile.write(packed, path, MASKS, shapes)
 
@@ -127,10 +145,11 @@ def read_masks(path: str | Path, sha256: str | None = None) -> Masks:
     """Read the masks that :func:`write_masks` wrote.
 
     Args:
-        sha256: what the file's hash must be.
+        path: the file.
+        sha256: expected hash of the file; None if any is accepted.
 
     Raises:
-        PlanError: for a file that is missing, damaged, another one, or no file of masks.
+        PlanError: for a file that is missing, damaged, of another hash, or not a file of masks.
     """
     packed, shapes = sidefile.read(path, MASKS, "masks", sha256)
     _check_names(path, "masks", shapes, packed)
@@ -143,11 +162,18 @@ def _packed(bits: Mapping[str, Tensor]) -> tuple[Tensors, sidefile.Shapes]:
 
 def _check_names(path: str | Path, what: str, shapes: sidefile.Shapes, found: Iterable[str]) -> None:
     if shapes.keys() != set(found):
-        raise PlanError(f"{what}: {path} is no file of {what}: make the plan again")
+        raise PlanError(f"{what}: {path} is not a file of {what}: make the plan again")
 
 
 def mask_edit(stack: Stack, masks: Mapping[str, Tensor], folder: Path, name: str = "masks") -> WeightEdit:
-    """The edit of a plan that carries out these masks, with its side file in ``folder``, named by its contents."""
+    """Return the edit of a plan that applies these masks; its side file is written to ``folder``.
+
+    Args:
+        stack: the stack.
+        masks: which weights are kept, bool in the matrix's shape, by the parameter's name.
+        folder: folder of the side file, whose name contains its hash.
+        name: start of the file name.
+    """
     zeros = sum(int((~keep).sum()) for keep in masks.values())
     return _edit(stack, "mask", masks, folder, name, MASKS, *_packed(masks), zeros=zeros)
 
@@ -170,11 +196,11 @@ def _edit(
 
 
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> Any:
-    """A copy of any torch model in which the masked weights are zero, and everything else is shared.
+    """Return a copy of any torch model in which the masked weights are zero, and everything else is shared.
 
     Args:
-        model: it is not changed.
-        masks: what is kept of each matrix, bool in its shape, by the parameter's name.
+        model: the model, which is not changed.
+        masks: which weights are kept, bool in the matrix's shape, by the parameter's name.
 
     Raises:
         PlanError: for a mask of a matrix that the model does not have, or of another shape.
@@ -195,11 +221,11 @@ def _changed(
     shape: Callable[[Any], torch.Size],
     change: Callable[[Tensor, Any], Tensor],
 ) -> Any:
-    """A copy of a model whose weights are changed by name, and which shares all others."""
+    """Return a copy of a model whose named weights are changed, and which shares all others."""
     copy = share(model)
     for name, each in changes.items():
         if name not in found:
-            raise PlanError(f"{what}: this {type(model).__name__} has no {kind} '{name}': they are another model's")
+            raise PlanError(f"{what}: this {type(model).__name__} has no {kind} '{name}': they are for another model")
         weight = found[name].of(copy)
         if shape(each) != weight.shape:
             raise PlanError(
@@ -210,10 +236,13 @@ def _changed(
 
 
 def masks_of(plan: Plan) -> Masks:
-    """All masks of a plan, from its side files; a weight that one of them removes is removed.
+    """Return all masks of a plan, from its side files; a weight is masked if any of them masks it.
+
+    Args:
+        plan: the plan.
 
     Raises:
-        PlanError: for a side file that is missing, damaged or another one.
+        PlanError: for a side file that is missing, damaged or of another hash.
     """
     masks: Masks = {}
     for edit in plan.weights:
@@ -227,7 +256,14 @@ def masks_of(plan: Plan) -> Masks:
 
 
 def scale_edit(stack: Stack, factors: Mapping[str, Factors], folder: Path, name: str = "factors") -> WeightEdit:
-    """The edit of a plan that multiplies weights, with its side file in ``folder``, named by its contents."""
+    """Return the edit of a plan that multiplies weights; its side file is written to ``folder``.
+
+    Args:
+        stack: the stack.
+        factors: the factors by the parameter's name.
+        folder: folder of the side file, whose name contains its hash.
+        name: start of the file name.
+    """
     packed, shapes = _packed({name: each.where for name, each in factors.items()})
     tensors = {f"{name}.where": bits for name, bits in packed.items()}
     tensors |= {f"{name}.values": each.values.float().cpu().contiguous() for name, each in factors.items()}
@@ -238,31 +274,35 @@ def scale_edit(stack: Stack, factors: Mapping[str, Factors], folder: Path, name:
 def read_factors(path: str | Path, sha256: str | None = None) -> dict[str, Factors]:
     """Read the factors that :func:`scale_edit` wrote, by the parameter's name.
 
+    Args:
+        path: the file.
+        sha256: expected hash of the file; None if any is accepted.
+
     Raises:
-        PlanError: for a file that is missing, damaged, another one, or no file of factors.
+        PlanError: for a file that is missing, damaged, of another hash, or not a file of factors.
     """
     tensors, shapes = sidefile.read(path, FACTORS, "factors", sha256)
     expected = {f"{name}.{part}": shape for name, shape in shapes.items() for part in ("where", "values")}
     _check_names(path, "factors", expected, tensors)
     found = {}
     for name, shape in shapes.items():
-        said = f"factors: {path}: '{name}'"
-        where, values = sidefile.unpack(tensors[f"{name}.where"], shape, said), tensors[f"{name}.values"]
+        where_found = f"factors: {path}: '{name}'"
+        where, values = sidefile.unpack(tensors[f"{name}.where"], shape, where_found), tensors[f"{name}.values"]
         if values.shape != (int(where.sum()),) or not values.is_floating_point():
             raise PlanError(
-                f"{said} has {list(values.shape)} factors ({values.dtype}) for {int(where.sum())} weights: make the "
-                "plan again"
+                f"{where_found} has {list(values.shape)} factors ({values.dtype}) for {int(where.sum())} weights: "
+                "make the plan again"
             )
         found[name] = Factors(where, values)
     return found
 
 
 def apply_factors(model: nn.Module, factors: Mapping[str, Factors]) -> Any:
-    """A copy of any torch model in which some weights are multiplied by factors, and everything else is shared.
+    """Return a copy of any torch model in which some weights are multiplied by factors, and everything else is shared.
 
     Args:
-        model: it is not changed.
-        factors: by the parameter's name; products are rounded once, from float32.
+        model: the model, which is not changed.
+        factors: the factors by the parameter's name; products are computed in float32 and rounded once.
 
     Raises:
         PlanError: for factors of a parameter that the model does not have, or of another shape.
@@ -280,19 +320,29 @@ def apply_factors(model: nn.Module, factors: Mapping[str, Factors]) -> Any:
 
 
 def replace_edit(stack: Stack, tensors: Mapping[str, Tensor], folder: Path, name: str = "tensors") -> WeightEdit:
-    """The edit of a plan that puts other tensors in the place of the model's, with its side file in ``folder``."""
+    """Return the edit of a plan that replaces tensors of the model; its side file is written to ``folder``.
+
+    Args:
+        stack: the stack.
+        tensors: the new tensors by the parameter's name.
+        folder: folder of the side file, whose name contains its hash.
+        name: start of the file name.
+    """
     return _tensors_edit(stack, "replace", tensors, folder, name)
 
 
 def restore_edit(stack: Stack, base: Stack, sites: Iterable[str], folder: Path) -> WeightEdit:
-    """The edit of a plan that gives these sites the weights of another checkpoint of the same architecture.
+    """Return the edit of a plan that restores weights of another checkpoint of the same architecture at some sites.
 
     Args:
-        base: the other one. Opened from a safetensors folder that calls its tensors as the model does, it is only
-            named; else its tensors go to a side file in ``folder``.
+        stack: the stack.
+        base: the stack with the other weights. If it was opened from a safetensors folder with the model's tensor
+            names, the edit refers to that folder; else its tensors are written to a side file in ``folder``.
+        sites: the sites.
+        folder: folder of the side file.
 
     Raises:
-        PlanError: when a site has no parameters.
+        PlanError: if a site has no parameters.
     """
     sites = list(sites)
     names = parameters_at(stack, sites)
@@ -313,10 +363,14 @@ def _tensors_edit(stack: Stack, op: str, tensors: Mapping[str, Tensor], folder: 
 
 
 def read_tensors(model: Model, edit: WeightEdit) -> Tensors:
-    """The tensors of an edit that replaces or restores, by the parameter's name.
+    """Return the tensors of an edit that replaces or restores weights, by the parameter's name.
+
+    Args:
+        model: the model.
+        edit: the edit.
 
     Raises:
-        PlanError: for a file or a folder that is missing, damaged or another one.
+        PlanError: for a file or a folder that is missing, damaged or of another hash.
     """
     if not edit.is_folder:
         return sidefile.read(edit.located, TENSORS, "tensors", edit.sha256)[0]
@@ -331,10 +385,14 @@ def read_tensors(model: Model, edit: WeightEdit) -> Tensors:
 
 
 def restored_ranges(model: Model, edit: WeightEdit) -> list[checkpoint.Range]:
-    """Where the tensors of an edit lie that restores from a checkpoint's folder.
+    """Return the byte ranges of the tensors of an edit that restores from a checkpoint's folder.
+
+    Args:
+        model: the model.
+        edit: the edit.
 
     Raises:
-        PlanError: when the folder is no whole checkpoint, or has other weights than when the plan was made.
+        PlanError: if the folder is not a complete checkpoint, or its weights have changed since the plan was made.
     """
     try:
         ranges = {each.name: each for each in checkpoint.read(edit.located).tensors}
@@ -347,11 +405,11 @@ def restored_ranges(model: Model, edit: WeightEdit) -> list[checkpoint.Range]:
 
 
 def apply_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
-    """A copy of any torch model that has other tensors under some names, and shares everything else.
+    """Return a copy of any torch model in which some parameters have other values, and everything else is shared.
 
     Args:
-        model: it is not changed.
-        tensors: by the parameter's name, of its shape; they take its dtype and device.
+        model: the model, which is not changed.
+        tensors: the new values by the parameter's name, in its shape; they are converted to its dtype and device.
 
     Raises:
         PlanError: for a parameter that the model does not have, or of another shape.
@@ -366,11 +424,15 @@ def apply_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
 # Plans
 
 
-def edited(opened: Model, plan: Plan) -> Model:
-    """The model with the plan's weights, its own where the plan changes them; the same one where it changes none.
+def with_edits(opened: Model, plan: Plan) -> Model:
+    """Return the model with the plan's weight edits applied; the same model if the plan has none.
+
+    Args:
+        opened: the model, which is not changed.
+        plan: the plan.
 
     Raises:
-        PlanError: for a side file that is missing, damaged, another one, or another model's.
+        PlanError: for a side file that is missing, damaged, of another hash, or for another model.
     """
     if not plan.weights:
         return opened
@@ -382,4 +444,4 @@ def edited(opened: Model, plan: Plan) -> Model:
             model = apply_factors(model, read_factors(edit.located, edit.sha256))
         else:
             model = apply_tensors(model, read_tensors(opened, edit))
-    return open_model(model, name=opened.name)  # no folder: its files have other weights
+    return open_model(model, name=opened.name)  # without its folder, whose files have other weights

@@ -1,11 +1,11 @@
-"""Narrower models: neurons, heads and stream channels cut out of the tensors that carry them.
+"""Narrower models: MLP channels, heads and hidden channels are removed from the tensors that have them.
 
-The architecture table says what each module of a layer reads and writes (:mod:`lamella.stack.wiring`). Keeping some
-entries of an axis then means selecting them wherever the axis occurs, in weights and biases. Heads are runs of
-``head_dim`` entries of ``queries`` and ``keys``; the size of a head never changes, so rotary positions stay right. A
+The architecture table lists which axes each module of a layer reads and writes (:mod:`lamella.stack.wiring`). Keeping
+some entries of an axis then means selecting them wherever the axis occurs, in weights and biases. Heads are runs of
+``head_dim`` entries of ``queries`` and ``keys``; the size of a head never changes, so rotary positions stay correct. A
 tied tensor is cut once.
 
-This module stands on that one, torch and transformers alone: native exports carry it with them, word for word.
+This module imports only that one, torch and transformers: native exports include its source verbatim.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,9 +25,10 @@ class Heads:
     """The query heads that a layer keeps.
 
     Attributes:
-        keep: their numbers, in their new order.
-        kv_of: for each of them, the key-value head that it reads. Heads that nobody reads go.
-        merge: for each of them, the head whose difference to it is added, or None (Minitron, section 2.3).
+        keep: their indices, in their new order.
+        kv_of: for each kept head, the key-value head that it reads. Key-value heads that no kept head reads are
+            removed.
+        merge: for each kept head, the head whose difference to it is added, or None (Minitron, section 2.3).
     """
 
     keep: Sequence[int]
@@ -36,59 +37,64 @@ class Heads:
 
     @property
     def kv_keep(self) -> list[int]:
-        """The key-value heads that stay, in the order in which they are first read."""
+        """The key-value heads that are kept, in the order in which they are first read."""
         return list(dict.fromkeys(self.kv_of))
 
     @property
     def new_kv_of(self) -> list[int]:
-        """For each kept query head, the number of its key-value head among those that stay."""
-        place = {head: index for index, head in enumerate(self.kv_keep)}
-        return [place[head] for head in self.kv_of]
+        """For each kept query head, the index of its key-value head among the kept ones."""
+        position = {head: index for index, head in enumerate(self.kv_keep)}
+        return [position[head] for head in self.kv_of]
 
     @property
     def regular(self) -> bool:
-        """Whether equally many query heads, side by side, read each key-value head, as plain models have it."""
+        """Whether equally many adjacent query heads read each key-value head, as in ordinary models."""
         group = len(self.keep) // len(self.kv_keep)
         return list(self.new_kv_of) == [index // group for index in range(len(self.kv_keep) * group)]
 
 
 @dataclass(frozen=True)
 class Widths:
-    """What is kept of each axis; what is not named stays whole.
+    """The entries that are kept of each axis; other axes stay whole.
 
     Attributes:
         channels: by layer, the kept MLP channels in their new order.
         heads: by layer, the kept heads.
-        stream: the kept channels of the stream.
-        rescale: multiply the gains of RMS norms by the root of d / d_kept, and their epsilon by d / d_kept, so that
-            cutting channels that carry nothing changes nothing.
+        hidden: the kept channels of the residual stream.
+        rescale: multiply the gains of RMS norms by the square root of d / d_kept, and their epsilon by d / d_kept, so
+            that removing channels that are always zero changes nothing.
     """
 
     channels: Mapping[int, Sequence[int]] = field(default_factory=dict)
     heads: Mapping[int, Heads] = field(default_factory=dict)
-    stream: Sequence[int] | None = None
+    hidden: Sequence[int] | None = None
     rescale: bool = False
 
     def counts(self) -> dict[str, Any]:
-        """How much is kept, without saying what, as JSON; see :meth:`of_counts`."""
+        """Return the number of kept entries of each axis as JSON; see :meth:`of_counts`."""
         return {
             "channels": {str(layer): len(kept) for layer, kept in self.channels.items()},
             "kv_of": {str(layer): heads.new_kv_of for layer, heads in self.heads.items()},
-            "stream": None if self.stream is None else len(self.stream),
+            "hidden": None if self.hidden is None else len(self.hidden),
             "rescale": self.rescale,
         }
 
     @classmethod
     def of_counts(cls, counts: Mapping[str, Any]) -> "Widths":
-        """Widths that keep the first entries of each axis: those of a model without weights yet."""
+        """Return widths that keep the first entries of each axis, for a model without weights."""
         heads = {int(layer): Heads(range(len(kv_of)), kv_of) for layer, kv_of in counts["kv_of"].items()}
         channels = {int(layer): range(count) for layer, count in counts["channels"].items()}
-        stream = None if counts["stream"] is None else range(counts["stream"])
-        return cls(channels, heads, stream, counts["rescale"])
+        hidden = None if counts["hidden"] is None else range(counts["hidden"])
+        return cls(channels, heads, hidden, counts["rescale"])
 
 
 def reorder(counts: Mapping[str, Any], order: Sequence[int]) -> dict[str, Any]:
-    """The counts of :meth:`Widths.counts` for a model whose layer i is the original's layer ``order[i]``."""
+    """Return the counts of :meth:`Widths.counts` for a model whose layer i is the original's layer ``order[i]``.
+
+    Args:
+        counts: counts of the original.
+        order: index of the original layer for each new layer.
+    """
     by_layer = {
         name: {str(new): counts[name][str(old)] for new, old in enumerate(order) if str(old) in counts[name]}
         for name in ("channels", "kv_of")
@@ -98,7 +104,7 @@ def reorder(counts: Mapping[str, Any], order: Sequence[int]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Kept:
-    """The kept entries of one axis, and for each the entry whose difference is added to it (-1: none)."""
+    """The kept entries of one axis, and for each the entry whose difference is added to it (-1 for none)."""
 
     index: Tensor
     merge: Tensor | None = None
@@ -106,11 +112,13 @@ class _Kept:
 
 @torch.no_grad()
 def cut_model(model: nn.Module, layers: Iterable[nn.Module], wiring: Wiring, widths: Widths) -> None:
-    """Cut a model in place: modules get new, smaller parameters; tensors that do not change stay the same objects.
+    """Cut a model in place: modules get new, smaller parameters; unchanged tensors stay the same objects.
 
     Args:
         model: a copy that may be changed; its tensors may be shared with another model.
         layers: its layers.
+        wiring: the axes of its modules.
+        widths: the kept entries.
     """
     known: dict[nn.Parameter, nn.Parameter] = {}
     heads = []
@@ -130,14 +138,16 @@ def cut_model(model: nn.Module, layers: Iterable[nn.Module], wiring: Wiring, wid
 def kept_entries(
     model: nn.Module, layers: Iterable[nn.Module], wiring: Wiring, widths: Widths
 ) -> dict[str, list[Tensor | None]]:
-    """What :func:`cut_model` selects: for each parameter, by name, what stays of each dimension, merging aside.
+    """Return the entries that :func:`cut_model` selects of each dimension of each parameter, without merging.
 
     Args:
         model: the whole model; its tensors may be on the ``meta`` device.
         layers: its layers.
+        wiring: the axes of its modules.
+        widths: the kept entries.
 
     Returns:
-        Entries [kept], and None for a dimension that stays whole; parameters that stay whole are left out.
+        Entries [kept], or None for a dimension that stays whole; parameters that stay whole are omitted.
     """
     path = {module: name for name, module in model.named_modules()}
     at = [(layer.get_submodule(part.path), part, _kept(widths, number, layer.get_submodule(wiring.attention)))
@@ -156,17 +166,17 @@ def kept_entries(
 
 
 def _entries(length: int, axes: tuple[str, ...], kept: Mapping[str, _Kept]) -> Tensor | None:
-    """What stays of one dimension, on which these axes lie side by side."""
+    """Return the kept entries of one dimension, which consists of these axes one after another."""
     if not any(axis in kept for axis in axes):
         return None
     size = length // len(axes)
     pieces = [kept[axis].index if axis in kept else torch.arange(size) for axis in axes]
-    return pieces[0] if len(axes) == 1 else torch.cat([place * size + piece for place, piece in enumerate(pieces)])
+    return pieces[0] if len(axes) == 1 else torch.cat([index * size + piece for index, piece in enumerate(pieces)])
 
 
 def _kept(widths: Widths, number: int = -1, attention: Any = None) -> dict[str, _Kept]:
-    """What is kept of each axis that is cut, in one layer or outside of them."""
-    kept = {} if widths.stream is None else {"stream": _Kept(torch.tensor(list(widths.stream)))}
+    """Return the kept entries of each axis that is cut, in one layer or outside the layers."""
+    kept = {} if widths.hidden is None else {"hidden": _Kept(torch.tensor(list(widths.hidden)))}
     if number in widths.channels:
         kept["channels"] = _Kept(torch.tensor(list(widths.channels[number])))
     if number in widths.heads:
@@ -175,16 +185,16 @@ def _kept(widths: Widths, number: int = -1, attention: Any = None) -> dict[str, 
 
 
 def _head_entries(heads: Heads, attention: Any) -> dict[str, _Kept]:
-    """The entries of the kept heads on the axes of queries and of keys."""
+    """Return the entries of the kept heads on the axes of queries and of keys."""
     size = attention.head_dim
 
-    def entries(numbers: Iterable[int | None]) -> Tensor:
-        runs = [[-1] * size if n is None else range(n * size, (n + 1) * size) for n in numbers]
+    def entries(indices: Iterable[int | None]) -> Tensor:
+        runs = [[-1] * size if n is None else range(n * size, (n + 1) * size) for n in indices]
         return torch.tensor([entry for run in runs for entry in run])
 
     merge = None if heads.merge is None else entries(heads.merge)
     queries = _Kept(entries(heads.keep), merge)
-    if not hasattr(attention, "num_key_value_groups"):  # one key-value head for each query head, always
+    if not hasattr(attention, "num_key_value_groups"):  # always one key-value head per query head
         return {"queries": queries, "keys": _Kept(entries(heads.kv_of), merge)}
     whole = attention.num_key_value_groups == 1 and heads.kv_keep == list(heads.kv_of)
     return {"queries": queries, "keys": _Kept(entries(heads.kv_keep), merge if whole else None)}
@@ -193,7 +203,7 @@ def _head_entries(heads: Heads, attention: Any) -> dict[str, _Kept]:
 def _cut(
     module: Any, part: Part, kept: Mapping[str, _Kept], known: dict[nn.Parameter, nn.Parameter], rescale: bool
 ) -> None:
-    """Replace the parameters of one module by what is kept of them."""
+    """Replace the parameters of one module by their kept part."""
     own: list[tuple[str, nn.Parameter]] = list(module.named_parameters(recurse=False))
     for name, parameter in own:
         if parameter not in known:
@@ -205,7 +215,7 @@ def _cut(
                 tensor = tensor * (parameter.numel() / tensor.numel()) ** 0.5
             new = parameter if tensor is parameter else nn.Parameter(tensor, requires_grad=parameter.requires_grad)
             known[parameter] = new
-            known[new] = new  # for a module that is there twice
+            known[new] = new  # for a module that occurs twice
         if rescale and hasattr(module, "variance_epsilon"):
             module.variance_epsilon = module.variance_epsilon * parameter.numel() / known[parameter].numel()
         setattr(module, name, known[parameter])
@@ -213,7 +223,7 @@ def _cut(
 
 
 def _axes(module: nn.Module, part: Part, parameter: Tensor) -> list[tuple[str, ...]]:
-    """The axes of each dimension of a parameter, side by side; empty where a dimension is none of ours."""
+    """Return the axes of each dimension of a parameter, in order; empty for a dimension without a named axis."""
     if parameter.ndim == 1:
         return [part.writes]
     reads = () if part.reads is None else (part.reads,)
@@ -221,25 +231,25 @@ def _axes(module: nn.Module, part: Part, parameter: Tensor) -> list[tuple[str, .
 
 
 def _select(tensor: Tensor, dim: int, axes: tuple[str, ...], kept: Mapping[str, _Kept], merges: bool) -> Tensor:
-    """What is kept of one dimension."""
+    """Return the kept part of one dimension."""
     size = tensor.shape[dim] // len(axes)
     pieces = []
-    for place, axis in enumerate(axes):
-        piece = tensor.narrow(dim, place * size, size)
+    for index, axis in enumerate(axes):
+        piece = tensor.narrow(dim, index * size, size)
         if axis in kept:
             selected = piece.index_select(dim, kept[axis].index.to(tensor.device))
             merge = kept[axis].merge
             if merges and merge is not None:
-                some = (merge >= 0).nonzero().flatten().to(tensor.device)
-                other = piece.index_select(dim, merge.to(tensor.device)[some])
-                selected.index_add_(dim, some, selected.index_select(dim, some) - other)
+                merged = (merge >= 0).nonzero().flatten().to(tensor.device)
+                other = piece.index_select(dim, merge.to(tensor.device)[merged])
+                selected.index_add_(dim, merged, selected.index_select(dim, merged) - other)
             piece = selected
         pieces.append(piece)
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
 
 def _note_shape(module: Any) -> None:
-    """Let a module's own numbers agree with its tensors."""
+    """Update a module's size attributes to the shape of its tensors."""
     shape = module.weight.shape
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = shape
@@ -252,7 +262,7 @@ def _note_shape(module: Any) -> None:
 
 
 def _regroup(attention: Any, heads: Heads, grouped: bool) -> None:
-    """Tell an attention which key-value head its query heads read."""
+    """Set which key-value heads the query heads of an attention read."""
     if not grouped:
         attention.num_heads = len(heads.keep)
         attention.split_size = attention.embed_dim = len(heads.keep) * attention.head_dim
@@ -265,9 +275,9 @@ def _regroup(attention: Any, heads: Heads, grouped: bool) -> None:
 
 @dataclass(frozen=True)
 class _Spread:
-    """Gives an attention its keys and values by an explicit map, one head for each query head.
+    """Passes keys and values to an attention through an explicit mapping, one head per query head.
 
-    The cache stores the key-value heads that there are; the attention sees them repeated.
+    The cache stores the existing key-value heads; the attention sees them repeated.
     """
 
     kv_of: tuple[int, ...]
@@ -288,7 +298,7 @@ class _SpreadCache:
 
 
 def _count_heads(layer: nn.Module, attention: Any, wiring: Wiring, heads: Heads | None) -> tuple[int, int]:
-    """How many query and key-value heads a layer has now."""
+    """Return the numbers of query and key-value heads that a layer has now."""
     if heads is not None:
         return len(heads.keep), len(heads.kv_keep if wiring.grouped else heads.kv_of)
     [part] = [part for part in wiring.layer if part.reads == "queries"]
@@ -298,22 +308,23 @@ def _count_heads(layer: nn.Module, attention: Any, wiring: Wiring, heads: Heads 
 
 
 def counter(model: nn.Module, layers: Sequence[nn.Module], wiring: Wiring) -> Callable[[Sequence[Sizes], int], int]:
-    """A function from the sizes of each layer, and the width of the stream, to the number of parameters.
+    """Return a function from the sizes of each layer, and the hidden size, to the number of parameters.
 
     Args:
         model: the model to count; a tied tensor counts once.
-        layers: its layers, all alike.
+        layers: its layers, which must be alike.
+        wiring: the axes of its modules.
     """
     inside = _products(layers[0], wiring.layer)
     within = {parameter for layer in layers for parameter in layer.parameters()}
     outside = _products(model, wiring.outside, without=within)
 
-    def count(sizes: Sequence[Sizes], stream: int) -> int:
-        total = _total(outside, {"stream": stream})
+    def count(sizes: Sequence[Sizes], hidden: int) -> int:
+        total = _total(outside, {"hidden": hidden})
         totals: dict[Sizes, int] = {}
         for layer in sizes:
             if layer not in totals:
-                totals[layer] = _total(inside, layer.axes | {"stream": stream})
+                totals[layer] = _total(inside, layer.axes | {"hidden": hidden})
             total += totals[layer]
         return total
 
@@ -324,7 +335,7 @@ _Product = list[tuple[str, ...] | int]
 
 
 def _products(root: nn.Module, parts: Sequence[Part], without: Iterable[nn.Parameter] = ()) -> list[_Product]:
-    """Every parameter under ``root``, once, as a product of lengths: numbers, or axes side by side."""
+    """Return every parameter under ``root`` once, as a product of lengths: integers, or concatenated axes."""
     at = {root.get_submodule(part.path): part for part in parts}
     seen = set(without)
     found: list[_Product] = []

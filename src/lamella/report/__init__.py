@@ -1,1 +1,1 @@
-"""What people look at: figures as data, how they are drawn, and pages that need no network."""
+"""Reports: figures as data, their drawing, and self-contained HTML pages."""

@@ -1,4 +1,4 @@
-"""What every rewritten corpus shows: what it is mixed of, and what it cost."""
+"""Tables of generated corpora: their mixture and their cost."""
 
 from __future__ import annotations
 
@@ -10,34 +10,36 @@ from lamella.result import Table
 
 
 def mixture_table(mixture: Mapping[str, Any]) -> Table:
-    """What is seen of each source.
+    """Return the table of the training tokens from each source.
 
     Args:
-        mixture: what :func:`lamella.data.mix` said.
+        mixture: the account of :func:`lamella.data.mix`.
     """
     rows = [
-        [name, count(each["tokens"]), percent(each["share"]), percent(each["wanted"]), count(each["unique"]),
+        [name, count(each["tokens"]), percent(each["share"]), percent(each["target"]), count(each["unique"]),
          number(each["epochs"])]
         for name, each in mixture["sources"].items()
     ]  # fmt: skip
-    return Table("What is trained on", ("source", "tokens seen", "share", "wanted", "tokens there are", "epochs"), rows)
+    return Table(
+        "Training mixture", ("source", "tokens seen", "share", "target share", "tokens available", "epochs"), rows
+    )
 
 
 def cost_table(cost: Mapping[str, Any]) -> Table:
-    """What writing took.
+    """Return the table of the generation cost.
 
     Args:
-        cost: what :func:`lamella.evaluate.writing_cost` said.
+        cost: the result of :func:`lamella.evaluate.writing_cost`.
     """
     speed = cost["tokens written"] / cost["seconds"] if cost["seconds"] else None
     rows = [
         ["tokens read", count(cost["tokens read"])],
         ["tokens written", count(cost["tokens written"])],
-        ["tokens written for each that is kept", number(cost["written for each kept token"])],
-        ["time of writing, of all workers together", duration(cost["seconds"])],
-        ["tokens written a second", number(speed)],
-        ["time for each kept token", duration(cost["seconds for each kept token"])],
-        ["operations for each kept token", count(cost["flops for each kept token"])],
-        ["operations, as a share of the training's", percent(cost["generation / training"])],
+        ["tokens written per kept token", number(cost["written for each kept token"])],
+        ["generation time of all workers", duration(cost["seconds"])],
+        ["tokens written per second", number(speed)],
+        ["time per kept token", duration(cost["seconds for each kept token"])],
+        ["operations per kept token", count(cost["flops for each kept token"])],
+        ["operations relative to training", percent(cost["generation / training"])],
     ]
-    return Table("What it cost", ("", ""), [row for row in rows if row[1] != MISSING])
+    return Table("Cost", ("", ""), [row for row in rows if row[1] != MISSING])

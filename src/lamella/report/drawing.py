@@ -1,4 +1,4 @@
-"""The stack as it is drawn: one column per layer, its attention above the stream and its MLP below."""
+"""The drawing of a stack: one column per layer, with its attention on top and its MLP below."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from lamella.formatting import number
 from lamella.report.figures import Figure
 
-ROW = 32  # layers side by side on a wide screen
+ROW = 32  # layers per row on a wide screen
 STATES = {"kept": "kept", "cut": "cut", "prompt": "runs on the prompt only", "some": "runs for some generated tokens"}
 STRIPED = ("prompt", "some")
 SUBLAYERS = ("attn", "mlp")
@@ -18,10 +18,10 @@ SUBLAYERS = ("attn", "mlp")
 
 @dataclass(frozen=True)
 class Shade:
-    """One score that can colour the drawing.
+    """A score that can colour the drawing.
 
     Attributes:
-        name, label, meaning: the key, the name on the switch, and what a high value says.
+        name, label, meaning: the key, the name on the switch, and the meaning of a high value.
         values: one per sublayer, in order; None where it was not measured.
     """
 
@@ -31,7 +31,7 @@ class Shade:
     values: Sequence[float | None]
 
     def levels(self) -> list[float | None]:
-        """Every value between 0 and 1 on a logarithmic scale, since a few sublayers tower over the rest."""
+        """Return every value mapped to 0 to 1 on a logarithmic scale, since a few sublayers dominate."""
         positive = [value for value in self.values if value is not None and value > 0]
         if not positive:
             return [None if value is None else 0.0 for value in self.values]
@@ -43,13 +43,14 @@ class Shade:
         ]
 
     def legend(self) -> dict[str, str]:
+        """Return the label, meaning and range of the score."""
         known = [value for value in self.values if value is not None]
         low, high = (number(min(known)), number(max(known))) if known else ("", "")
         return {"label": self.label, "meaning": self.meaning, "low": low, "high": high}
 
 
 def shade(name: str, label: str, meaning: str, values: Sequence[float | None] | None, layers: int) -> list[Shade]:
-    """A score of sublayers, or of layers (then its sublayers share it); nothing where it was not measured."""
+    """Return a score of sublayers, or of layers (shared by their sublayers); empty if it was not measured."""
     if values is None or len(values) not in (layers, len(SUBLAYERS) * layers):
         return []
     if len(values) == layers:
@@ -59,11 +60,11 @@ def shade(name: str, label: str, meaning: str, values: Sequence[float | None] | 
 
 @dataclass(frozen=True)
 class StackDrawing(Figure):
-    """A stack, layer by layer; a page shows one at most, whose colours a switch changes.
+    """A stack, layer by layer; at most one per page, with a switch for its colours.
 
     Attributes:
         states: of each layer, a key of :data:`STATES` for ``attn`` and ``mlp``.
-        shades: the scores that can colour it, the first being shown first.
+        shades: the scores that can colour it; the first is shown initially.
         order: the sites removed by each step of the search.
     """
 
@@ -75,6 +76,7 @@ class StackDrawing(Figure):
 
     @property
     def is_empty(self) -> bool:
+        """Whether there are no layers."""
         return not self.states
 
     @property
@@ -83,7 +85,7 @@ class StackDrawing(Figure):
         return {each.name: each.legend() for each in self.shades}
 
     def layout(self) -> dict[str, Any]:
-        """What the template draws."""
+        """Return the data for the template."""
         step = {site: number for number, sites in enumerate(self.order, start=1) for site in sites}
         levels = {each.name: each.levels() for each in self.shades}
         columns: list[dict[str, Any]] = []

@@ -1,6 +1,6 @@
-"""Figures as data: a method describes what is shown, and :mod:`lamella.report.plotting` draws it.
+"""Figures as data: a method describes the content, and :mod:`lamella.report.plotting` draws it.
 
-Every text is plain text, which is escaped where it is drawn. A figure without data is left out of the page.
+All texts are plain text, which is escaped when drawn. A figure without data is omitted from the page.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-Value = float | None  # None where nothing was measured
+Value = float | None  # None if not measured
 Point = tuple[float, float]
 Interval = tuple[float, float]
 Positions = Sequence[float | str]  # numbers, or names of equally spaced positions
@@ -22,7 +22,7 @@ class Figure:
 
     Attributes:
         title: one line above it.
-        caption: what a reader needs to know to read it, below it.
+        caption: an explanation below it.
     """
 
     title: str = ""
@@ -37,7 +37,7 @@ class Figure:
 
     @property
     def label(self) -> str:
-        """What a screen reader says of it."""
+        """Its description for screen readers."""
         return self.title or self.caption
 
 
@@ -46,7 +46,7 @@ class Axes(Figure):
     """A figure with two axes.
 
     Attributes:
-        x, y: what the axes show, with the unit.
+        x, y: axis labels, with units.
     """
 
     x: str
@@ -54,18 +54,19 @@ class Axes(Figure):
 
     @property
     def label(self) -> str:
+        """Its title, caption or axis labels."""
         return self.title or self.caption or f"{self.y} against {self.x}"
 
 
 @dataclass(frozen=True)
 class Lines(Axes):
-    """Values over shared positions: a line for each series, and a dot for a series of one value.
+    """Values over shared positions: a line for each series, or a dot for a series of one value.
 
     Attributes:
         series: the values of each line, by its name.
-        positions: where the values lie on the x axis; 0, 1, 2, ... when left out.
-        log_y: whether the y axis is logarithmic. When left out, it is where all values are at least 1 and the largest
-            is more than 8 times the smallest.
+        positions: x positions of the values; 0, 1, 2, ... by default.
+        log_y: whether the y axis is logarithmic; by default if all values are at least 1 and the largest is more than 8
+            times the smallest.
     """
 
     series: Mapping[str, Sequence[Value]]
@@ -74,11 +75,12 @@ class Lines(Axes):
 
     @property
     def values(self) -> list[float]:
-        """All values that were measured."""
+        """All measured values."""
         return known(self.series.values())
 
     @property
     def is_empty(self) -> bool:
+        """Whether no value was measured."""
         return not self.values
 
     @property
@@ -91,17 +93,17 @@ class Lines(Axes):
 
 @dataclass(frozen=True)
 class Points:
-    """A series of points that have more than a position. Sequences that are given have one entry for each point.
+    """A series of points with further attributes. Non-empty sequences have one entry for each point.
 
     Attributes:
         at: the positions (x, y).
-        joined: whether a line joins them, in their order.
-        mark: how a point looks; ``band`` is a broad line behind the others.
+        joined: whether a line connects them in order.
+        mark: the shape of the points; ``band`` is a broad line in the background.
         x_range, y_range: the ends of error bars.
         sizes: areas of the marks, on any scale.
-        labels: text beside the points.
-        hover: text under the pointer; the coordinates when left out.
-        dashed: whether the line that joins them is dashed.
+        labels: text next to the points.
+        hover: tooltip texts; the coordinates by default.
+        dashed: whether the connecting line is dashed.
     """
 
     at: Sequence[Point]
@@ -121,12 +123,12 @@ class Scatter(Axes):
 
     Attributes:
         series: the points of each group, by its name.
-        joined: whether a line joins the points of each group that is a plain sequence, from left to right.
-        guides: vertical lines, by the name that stands above them.
-        rows: names of y = 0, 1, 2, ..., where y is no quantity.
-        suffix: what stands behind the numbers of the x axis, such as a times sign.
+        joined: whether a line connects the points of each group given as a plain sequence, from left to right.
+        guides: vertical lines by their labels.
+        rows: names of y = 0, 1, 2, ..., if y is categorical.
+        suffix: suffix of the numbers of the x axis, such as a times sign.
         log_y: whether the y axis is logarithmic.
-        from_zero: whether the y axis begins at zero.
+        from_zero: whether the y axis starts at zero.
     """
 
     series: Mapping[str, Points | Sequence[Point]]
@@ -151,6 +153,7 @@ class Scatter(Axes):
 
     @property
     def is_empty(self) -> bool:
+        """Whether there are no points."""
         return not self.points
 
 
@@ -159,15 +162,15 @@ class Bars(Axes):
     """A bar for each position and series.
 
     Attributes:
-        x: what the positions are.
-        y: what the values are, with the unit.
+        x: label of the positions.
+        y: label of the values, with the unit.
         series: the values of each series, by its name. Series that never have a value at the same position, such as
-            what was chosen and what was not, share the room of one.
-        positions: numbers or names; 0, 1, 2, ... when left out.
+            selected and other items, share the space of one.
+        positions: numbers or names; 0, 1, 2, ... by default.
         intervals: the ends of error bars, by series; None for a bar without.
         labels: text at each bar, by series.
-        horizontal: whether bars run to the right, the first on top.
-        log_y: whether values are drawn on a logarithmic axis.
+        horizontal: whether bars are horizontal, the first on top.
+        log_y: whether the axis of the values is logarithmic.
     """
 
     series: Mapping[str, Sequence[Value]]
@@ -179,11 +182,12 @@ class Bars(Axes):
 
     @property
     def values(self) -> list[float]:
-        """All values that were measured."""
+        """All measured values."""
         return known(self.series.values())
 
     @property
     def is_empty(self) -> bool:
+        """Whether no value was measured."""
         return not self.values
 
     @property
@@ -196,25 +200,25 @@ class Bars(Axes):
 
 @dataclass(frozen=True)
 class Heatmap(Axes):
-    """A matrix in colours. Sequences of sequences have the shape of ``values``.
+    """A matrix in colours. Nested sequences have the shape of ``values``.
 
     Attributes:
-        x, y: what columns and rows are.
+        x, y: labels of columns and rows.
         values: row by row.
-        measure: what the colours show, with the unit.
-        columns, rows: positions of the columns and rows; 0, 1, 2, ... when left out.
-        upwards: whether the first row is at the bottom; it is on top otherwise.
-        categories: names of the values 0, 1, 2, ..., where they are no quantities; the first is drawn faintly.
-        diverging: whether the colours tell positive values from negative ones; the scale is as long on both sides.
-        least, most: the ends of the colour scale; those of the values when left out.
+        measure: label of the colours, with the unit.
+        columns, rows: positions of the columns and rows; 0, 1, 2, ... by default.
+        upwards: whether the first row is at the bottom instead of on top.
+        categories: names of the values 0, 1, 2, ..., if they are categorical; the first is drawn in a light colour.
+        diverging: whether a diverging colour scale, symmetric around 0, is used.
+        least, most: the ends of the colour scale; those of the values by default.
         labels: text in the cells.
-        hover: text under the pointer; position and value when left out.
-        path: points (column, row) to draw over it, as indices.
-        joined: whether a line joins them.
+        hover: tooltip texts; position and value by default.
+        path: points (column, row) to draw on top, as indices.
+        joined: whether a line connects them.
         outlined: a cell (column, row) with a frame, as indices.
-        vertical, horizontal: lines across the whole of it, as indices of columns and rows.
+        vertical, horizontal: lines across the matrix, as indices of columns and rows.
         square: whether cells are squares.
-        background: an image that lies under the whole of it, as a data URI; low values darken it.
+        background: an image behind the matrix, as a data URI; low values darken it.
     """
 
     values: Sequence[Sequence[Value]]
@@ -238,23 +242,25 @@ class Heatmap(Axes):
 
     @property
     def is_empty(self) -> bool:
+        """Whether there are neither values nor a path."""
         return not known(self.values) and not self.path
 
     @property
     def label(self) -> str:
+        """Its title, caption or axis labels."""
         return self.title or self.caption or f"{self.measure} by {self.y} and {self.x}"
 
 
 @dataclass(frozen=True)
-class Task:
-    """What a row of a Gantt chart does for a while.
+class GanttTask:
+    """A task in a row of a Gantt chart.
 
     Attributes:
-        row: its index.
+        row: the index of the row.
         begin, end: in the unit of the time axis.
-        group: what it belongs to, which has a colour.
-        strength: how dense the colour is, from 0 to 1.
-        hover: text under the pointer.
+        group: its group, which determines the colour.
+        strength: opacity, from 0 to 1.
+        hover: tooltip text.
     """
 
     row: int
@@ -267,32 +273,33 @@ class Task:
 
 @dataclass(frozen=True)
 class Gantt(Axes):
-    """What each row does over time.
+    """A Gantt chart: tasks in rows over time.
 
     Attributes:
         x: the time, with its unit.
-        y: what rows are.
+        y: label of the rows.
         rows: their names, the first on top.
         tasks: in any order.
     """
 
     rows: Sequence[str]
-    tasks: Sequence[Task]
+    tasks: Sequence[GanttTask]
 
     @property
     def is_empty(self) -> bool:
+        """Whether there are no tasks."""
         return not self.tasks
 
 
 @dataclass(frozen=True)
 class Images(Figure):
-    """A table of images with text beside each.
+    """A table of images, each with text.
 
     Attributes:
         images: PNG files, as Base64.
         texts: one row of cells for each image.
-        headers: of the columns of text, where they need any.
-        alt: what an image shows, in words.
+        headers: headers of the text columns, if needed.
+        alt: alternative text of the images.
     """
 
     images: Sequence[str]
@@ -309,15 +316,16 @@ class Images(Figure):
 
     @property
     def is_empty(self) -> bool:
+        """Whether there are no images."""
         return not self.images
 
 
 @dataclass(frozen=True)
 class Excerpts(Figure):
-    """Texts to read, which open one by one.
+    """Collapsible texts.
 
     Attributes:
-        excerpts: of each, one line and the texts below it.
+        excerpts: for each, a summary line and its texts.
     """
 
     excerpts: Sequence[tuple[str, Sequence[str]]]
@@ -326,14 +334,15 @@ class Excerpts(Figure):
 
     @property
     def is_empty(self) -> bool:
+        """Whether there are no excerpts."""
         return not self.excerpts
 
 
 def known(series: Iterable[Sequence[Value]]) -> list[float]:
-    """The values that were measured, of all series."""
+    """Return the measured values of all series."""
     return [value for values in series for value in values if value is not None and math.isfinite(value)]
 
 
 def named(figures: Iterable[Figure]) -> dict[str, Figure]:
-    """The figures of a page that have data, by the names of their places."""
+    """Return the figures of a page that have data, by their identifiers in the page."""
     return {f"figure-{number}": each for number, each in enumerate(each for each in figures if not each.is_empty)}

@@ -1,4 +1,4 @@
-"""What pages show of a training: the loss by step, and the rows of a table of fidelities."""
+"""Report parts for training: the loss curve, and the rows of a table of fidelities."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROWS = (
 
 
 def training(curve: Sequence[Mapping[str, float]], title: str = "") -> Lines:
-    """The loss of a training and its parts, by step.
+    """Return the figure of the training loss and its parts, by step.
 
     Args:
         curve: the points of the log, each with its step.

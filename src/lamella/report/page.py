@@ -1,4 +1,4 @@
-"""A page that needs no network: templates, style, scripts and figures in one file."""
+"""Self-contained HTML pages: templates, style, scripts and figures in one file."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from lamella.result import shown
 FILTERS = ("number", "ratio", "spread", "estimate", "percent", "count", "size", "duration")
 
 
-def filled(
+def render_page(
     template: str | Path, figures: Mapping[str, Figure], data: Mapping[str, Any] | None = None, **context: Any
 ) -> str:
-    """Fill a template.
+    """Render a template.
 
     Args:
         template: a file of ``templates/``, or the path of a method's own, which may extend and import those.
-        figures: by the name of their place. Those that have data are the template's ``figures``, which the macro
-            ``figure`` of ``parts.html`` shows. Plotly's script is in the page only if one of them is a plot.
-        data: what else the page's scripts need, as JSON; the template gets it as ``data`` too.
-        context: what only the template uses.
+        figures: by their identifiers. Those with data are the template's ``figures``, shown by the macro ``figure`` of
+            ``parts.html``. Plotly's script is included only if one of them is a plot.
+        data: further data for the page's scripts, as JSON; also available in the template as ``data``.
+        context: variables that only the template uses.
     """
     from markupsafe import Markup
 
@@ -37,18 +37,18 @@ def filled(
     plots = {name: plotted(each).to_plotly_json() for name, each in drawn.items() if isinstance(each, Axes)}
     scripts = {"css": Markup(_read("page.css")), "js": Markup(_read("page.js")), "plotly": ""}
     if plots:
-        from plotly.offline import get_plotlyjs  # here, since it takes long and few commands draw
+        from plotly.offline import get_plotlyjs  # imported here because it is slow and few commands need it
 
         scripts |= {"plotly": Markup(get_plotlyjs()), "plots": Markup(_read("plots.js"))}
     scores = next((each.scores for each in drawn.values() if isinstance(each, StackDrawing)), {})
-    given = finite(dict(data or {}) | {"plots": plots, "scores": scores})
+    page_data = finite(dict(data or {}) | {"plots": plots, "scores": scores})
     rendered = _templates(template.parent).get_template(template.name)
-    return str(rendered.render(data=given, figures=drawn, **scripts, **context)).rstrip() + "\n"
+    return str(rendered.render(data=page_data, figures=drawn, **scripts, **context)).rstrip() + "\n"
 
 
 @cache  # templates are compiled once
 def _templates(folder: Path) -> Any:
-    """Our own templates, and those of a folder."""
+    """Return the environment of our templates and those of a folder."""
     from jinja2 import ChoiceLoader, Environment, FileSystemLoader, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -59,16 +59,16 @@ def _templates(folder: Path) -> Any:
         lstrip_blocks=True,
     )
     environment.filters |= {name: getattr(formatting, name) for name in FILTERS}
-    environment.filters |= {"shown": shown, "told": told}
+    environment.filters |= {"shown": shown, "flat": flat}
     environment.globals["change"] = formatting.change
     return environment
 
 
-def told(value: Any) -> str:
-    """A description as a line: names with their values."""
+def flat(value: Any) -> str:
+    """Return a description as one line: names with their values."""
     if isinstance(value, dict):
-        return ", ".join(f"{name} {told(each)}" for name, each in value.items())
-    return ", ".join(map(told, value)) if isinstance(value, list) else shown(value)
+        return ", ".join(f"{name} {flat(each)}" for name, each in value.items())
+    return ", ".join(map(flat, value)) if isinstance(value, list) else shown(value)
 
 
 def _read(name: str) -> str:
@@ -76,7 +76,7 @@ def _read(name: str) -> str:
 
 
 def finite(value: Any) -> Any:
-    """The same document with None for every number that JSON cannot say."""
+    """Return the same document with None for every number that JSON cannot represent."""
     if isinstance(value, dict):
         return {name: finite(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Figures as Plotly draws them. Colours that follow the page, light or dark, are the template's in ``page.js``."""
+"""Figures drawn with Plotly. Colours of the light and dark page themes are set in the templates' ``page.js``."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import Any
 
 from lamella.report.figures import Axes, Bars, Gantt, Heatmap, Lines, Points, Positions, Scatter, Value, known
 
-FAINT, NEUTRAL, STRONG = "rgba(128, 128, 128, 0.15)", "#c4c9ce", "#888888"  # on light and dark paper
+FAINT, NEUTRAL, STRONG = "rgba(128, 128, 128, 0.15)", "#c4c9ce", "#888888"  # on light and dark backgrounds
 CATEGORIES = (NEUTRAL, "#0d9488", "#ea580c", "#6366f1", "#a16207", "#be185d", "#15803d", "#7c3aed")
 DIVERGING = ((0.0, "rgb(37, 99, 235)"), (0.5, NEUTRAL), (1.0, "rgb(220, 38, 38)"))
-VEIL = ((0.0, "rgba(12, 14, 20, 0.92)"), (1.0, "rgba(12, 14, 20, 0)"))  # over an image: dark where little is
+VEIL = ((0.0, "rgba(12, 14, 20, 0.92)"), (1.0, "rgba(12, 14, 20, 0)"))  # over an image: dark for low values
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "hexagon")
-MANY = 40  # points of a line from which on they have no dots
-ROW, TALL, LEAST, MOST, SQUARE = 26, 110, 240, 900, 420  # pixels: a row, what surrounds rows, and a figure
-FEW = 12  # positions up to which each has its number at the axis
-CROWDED = 8  # names of columns from which on they stand aslant
-LARGEST = 34  # pixels of a mark that has a size
+MANY = 40  # points of a line above which markers are omitted
+ROW, TALL, LEAST, MOST, SQUARE = 26, 110, 240, 900, 420  # pixels: a row, the margin around rows, limits of a figure
+FEW = 12  # positions up to which each has a tick label
+CROWDED = 8  # column names above which they are rotated
+LARGEST = 34  # maximum size of a mark in pixels
 
 
 def plain(text: str) -> str:
-    """A text that Plotly shows as it is, since it reads a little HTML; a new line stays one."""
+    """Return a text escaped for Plotly, which interprets some HTML; line breaks are kept."""
     return str(text).replace("&", "&amp;").replace("<", "&lt;").replace("\n", "<br>")
 
 
 @singledispatch
 def plotted(figure: Axes) -> Any:
-    """The figure as a ``plotly.graph_objects.Figure``.
+    """Return the figure as a ``plotly.graph_objects.Figure``.
 
     Args:
         figure: one that is not empty.
@@ -37,7 +37,7 @@ def plotted(figure: Axes) -> Any:
 
 
 def svg(figure: Axes) -> str:
-    """The figure as an SVG file, for documents that run no script. This needs kaleido, and a Chromium or Chrome."""
+    """Return the figure as an SVG file, for documents without scripts. This needs kaleido, and a Chromium or Chrome."""
     drawn = plotted(figure).to_image("svg").decode()
     return str(drawn.replace(">", f"><title>{escape(figure.label)}</title>", 1))
 
@@ -202,7 +202,7 @@ def _heatmap(figure: Heatmap) -> Any:
 
 
 def _scale(figure: Heatmap) -> dict[str, Any]:
-    """The colours of a heat map, and what they end at."""
+    """Return the colour scale of a heat map, and its ends."""
     if figure.categories:
         count = len(figure.categories)
         steps = [(end / count, CATEGORIES[place]) for place in range(count) for end in (place, place + 1)]
@@ -217,7 +217,7 @@ def _scale(figure: Heatmap) -> dict[str, Any]:
         most = most or max(map(abs, known(figure.values)), default=0.0) or 1.0
         least = -most
     ends = {name: value for name, value in (("zmin", least), ("zmax", most)) if value is not None}
-    if len(ends) == 1:  # Plotly takes both ends or none
+    if len(ends) == 1:  # Plotly needs both ends or none
         values = known(figure.values) or [0.0]
         ends = {"zmin": min(values), "zmax": max(values)} | ends
     return ends | ({"colorscale": DIVERGING} if figure.diverging else {})
@@ -254,8 +254,8 @@ def _figure(
     rows: int = 0,
     **layout: Any,
 ) -> Any:
-    """Traces with their axes; as high as it has rows that need room."""
-    from plotly import graph_objects  # here, since it takes long and few commands draw
+    """Return a figure of traces with their axes; its height depends on the number of rows."""
+    from plotly import graph_objects  # imported here because it is slow and few commands need it
 
     titles = {"xaxis": {"title": {"text": plain(figure.x)}}, "yaxis": {"title": {"text": plain(figure.y)}}}
     axes = {"xaxis": titles["xaxis"] | dict(x), "yaxis": titles["yaxis"] | dict(y)}
@@ -265,12 +265,12 @@ def _figure(
 
 
 def _at(positions: Positions) -> list[float]:
-    """Numbers of positions; their indices where they have names."""
+    """Return the positions as numbers; their indices if they have names."""
     return [float(place if isinstance(each, str) else each) for place, each in enumerate(positions)]
 
 
 def _ticks(positions: Positions, count: int) -> dict[str, Any]:
-    """The ticks of an axis: names of the positions, or the positions themselves where they are few."""
+    """Return the ticks of an axis: names of the positions, or the positions themselves if they are few."""
     names = [plain(each) for each in positions if isinstance(each, str)]
     if names:
         return {"tickvals": list(range(len(names))), "ticktext": names}
@@ -282,14 +282,14 @@ def _log() -> dict[str, Any]:
 
 
 def _signed(values: Sequence[float]) -> dict[str, Any]:
-    """An axis that does not cross zero where no value does."""
+    """Return an axis that does not cross zero if no value does."""
     if min(values) >= 0:
         return {"autorangeoptions": {"clipmin": 0}}
     return {"autorangeoptions": {"clipmax": 0}} if max(values) <= 0 else {}
 
 
 def _error(centres: Sequence[Value], ends: Sequence[tuple[float, float] | None]) -> dict[str, Any]:
-    """Error bars between two ends; none where an end or the centre is unknown."""
+    """Return error bars between two ends; none where an end or the centre is unknown."""
     pairs = [
         (0.0, 0.0) if centre is None or end is None else (end[1] - centre, centre - end[0])
         for centre, end in zip(centres, ends, strict=True)

@@ -1,11 +1,11 @@
-"""What commands return, and how it is described, drawn, written and read."""
+"""Results of commands, and how they are described, drawn, written and read."""
 
 from lamella.plan import PlanSeries, SeriesEvidence
 from lamella.result import Evidence, Result, Summary, Table
 from lamella.results.adapted import Adapted
 from lamella.results.corpus import Corpus
-from lamella.results.illustrated import PICTURES, Illustrated
-from lamella.results.mixed import Mixed
+from lamella.results.image_corpus import IMAGES, ImageCorpus
+from lamella.results.mixed import MixedCorpus
 from lamella.results.network import TrainedNetwork
 from lamella.results.record import Record
 from lamella.results.study import Study
@@ -14,15 +14,15 @@ from lamella.runtime import Edit, EditEvidence
 from lamella.train import Healed, Trained, TrainedEvidence
 
 __all__ = [
-    "PICTURES",
+    "IMAGES",
     "Adapted",
     "Corpus",
     "Edit",
     "EditEvidence",
     "Evidence",
     "Healed",
-    "Illustrated",
-    "Mixed",
+    "ImageCorpus",
+    "MixedCorpus",
     "PlanSeries",
     "Record",
     "Result",

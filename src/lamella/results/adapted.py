@@ -1,4 +1,4 @@
-"""Trained adapters that no weight can say, as a result: a plan with its side file, without the model."""
+"""Trained adapters that cannot be merged into weights, as a result: a plan with its side file, without the model."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ PLAN = "plan.json"
 LOADING = """
 ## Loading
 
-`plan.json` says where the adapters stand, and the `.safetensors` file beside it holds their tensors. The model itself
-is not in this folder: take the one that it was trained beside, whose weights are checked.
+`plan.json` specifies the sites of the adapters, and the `.safetensors` file contains their tensors. The model is not in
+this folder: use the model that they were trained on, whose weights are checked.
 
 ```python
 import lamella
@@ -25,24 +25,24 @@ stack = lamella.open("MODEL")
 model = lamella.apply(stack, Plan.read("FOLDER/plan.json"))
 ```
 
-In one folder with the model: `lamella apply FOLDER/plan.json MODEL --form native -o WHOLE`.
+To write a folder that includes the model: `lamella apply FOLDER/plan.json MODEL --form native -o WHOLE`.
 """
 
 
 @dataclass(kw_only=True)
-class Beside(Trained):
-    """A model that was trained beside its weights: what is written is the plan, and not the model."""
+class WithoutModel(Trained):
+    """A trained model of which only the plan is written, and not the model."""
 
     @property
     def size(self) -> int:
-        """Bytes of what is written."""
+        """The size of the written files in bytes."""
         raise NotImplementedError
 
     def put(self, folder: Path) -> None:
-        """Write what the plan does not bring along."""
+        """Write the files that the plan does not include."""
 
     def save(self, out: Path, documents: Documents, *, overwrite: bool = False, tokenizer: Any = None) -> None:
-        """Make a folder with the plan, its side files and the documents, all at once."""
+        """Create a folder with the plan, its side files and the documents, atomically."""
         with new_folder(out, size=self.size, overwrite=overwrite, source=self.stack.path) as folder:
             self.put(folder)
             self.plan.write(folder / PLAN)
@@ -52,16 +52,18 @@ class Beside(Trained):
 
 
 @dataclass(kw_only=True)
-class Adapted(Beside):
-    """Adapters that no weight can say: they are side files of the plan."""
+class Adapted(WithoutModel):
+    """Adapters that cannot be merged into weights: they are side files of the plan."""
 
     kind: ClassVar[str] = "adapted"
     loading: ClassVar[str] = LOADING
 
     @property
     def size(self) -> int:
+        """The size of the adapters' side files in bytes."""
         return sum(each.located.stat().st_size for each in self.plan.adapters)
 
     def body(self) -> dict[str, Any]:
+        """Return the evidence, with the sites of the adapters."""
         sites = [site for adapter in self.plan.adapters for site in adapter.sites]
         return super().body() | {"sites": sites, "form": "adapter"}

@@ -1,4 +1,4 @@
-"""A corpus: documents or samples that were chosen or made, with their accounting."""
+"""A corpus: selected or generated documents or samples, with their provenance."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ FILE = "data.jsonl"
 
 @dataclass(kw_only=True)
 class Corpus(Result):
-    """Rows of text; how they came about is in the findings."""
+    """Rows of text; the findings describe how they were made."""
 
     kind: ClassVar[str] = "corpus"
     needs_folder: ClassVar[bool] = True
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """What is written, one object for each row.
+        """Yield the rows to write, one object each.
 
         Raises:
-            NotImplementedError: in a corpus whose kind does not say.
+            NotImplementedError: in a subclass without this method.
         """
         raise NotImplementedError
 
     def write(self, folder: Path) -> None:
+        """Write the rows as JSON lines into a folder."""
         write_rows(folder / FILE, self.rows())
 
     @classmethod
     def read(cls, path: Path) -> list[dict[str, Any]]:
-        """The rows in a folder of results."""
+        """Return the rows in a folder of results."""
         return [row for _, row in read_rows(path / FILE if path.is_dir() else path)]
 
 

@@ -1,4 +1,4 @@
-"""A rewritten corpus with the mixture to train on: rows with their provenance, and two splits of text."""
+"""A generated corpus with its training mixture: rows with their provenance, and two splits of text."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ SPLITS = ("train", "test")
 
 
 @dataclass(kw_only=True)
-class Mixed(Corpus):
-    """Rows of text, what of them is to be trained on, and what is to be tested on.
+class MixedCorpus(Corpus):
+    """Rows of text, with a training mixture and a test split.
 
-    ``data.jsonl`` holds every row with its provenance. ``train.jsonl`` and ``test.jsonl`` are what
-    ``lamella heal --text FOLDER`` reads, and ``mixture.json`` beside them says that no window may have two sources.
+    ``data.jsonl`` contains every row with its provenance. ``train.jsonl`` and ``test.jsonl`` are the input of
+    ``lamella heal --text FOLDER``; ``mixture.json`` next to them specifies that no window may combine two sources.
 
     Attributes:
         items: the rows.
-        train: texts in the order in which they are seen.
-        test: texts that nothing was made of.
-        parquet: whether ``data.parquet`` is written beside ``data.jsonl``.
+        train: texts in training order.
+        test: texts from which nothing was generated.
+        parquet: whether ``data.parquet`` is written too.
     """
 
     items: list[dict[str, Any]]
@@ -50,33 +50,37 @@ class Mixed(Corpus):
         parquet: bool,
         notes: Sequence[str],
         **findings: Any,
-    ) -> Mixed:
-        """What was made of documents, with what every such corpus says of itself.
+    ) -> MixedCorpus:
+        """Return the corpus generated from documents, with the findings that all such corpora have.
 
         Args:
-            rows: everything that was made.
-            documents, held_out: what was given, and what of it nothing was made of.
-            train, mixture: what is trained on, and the account of it.
-            parquet: see :class:`Mixed`.
-            notes: what must be said of it.
+            rows: everything that was generated.
+            documents: the given documents.
+            held_out: documents from which nothing was generated.
+            train: the training texts.
+            mixture: the account of the training mixture.
+            parquet: see :class:`MixedCorpus`.
+            notes: notes for the report.
             findings: the method's own.
         """
-        given = {"given": len(documents), "held out": len(held_out), "unreadable": documents.broken.count}
+        counts = {"given": len(documents), "held out": len(held_out), "unreadable": documents.broken.count}
         digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
         return cls(
             items=rows,
             train=train,
             test=[{"text": each.text, "id": each.id} for each in held_out],
             parquet=parquet,
-            findings={"documents": given, **findings, "mixture": mixture, "corpus": digest},
+            findings={"documents": counts, **findings, "mixture": mixture, "corpus": digest},
             notes=[*documents.broken.note(), *notes],
             files={MIXTURE: json.dumps(mixture, indent=2) + "\n"},
         )
 
     def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield all rows."""
         yield from self.items
 
     def write(self, folder: Path) -> None:
+        """Write the rows and the splits into a folder."""
         super().write(folder)
         for name in SPLITS:
             write_rows(folder / f"{name}.jsonl", getattr(self, name))

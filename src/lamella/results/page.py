@@ -1,33 +1,37 @@
-"""The documents of a result, made from its evidence alone: the page and the model card."""
+"""The documents of a result, made only from its evidence: the page and the model card."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from lamella.report.figures import Figure, Lines, named
-from lamella.report.page import filled, finite
+from lamella.report.page import finite, render_page
 from lamella.result import Evidence, Summary, Table
 from lamella.train import TrainedEvidence
 
 
 def render(evidence: Evidence, summary: Summary, figures: Iterable[Figure] = ()) -> str:
-    """The page of a result: one file that needs no network.
+    """Return the page of a result: one self-contained file.
 
     Args:
-        figures: what the method shows; those without data are left out.
+        evidence: the evidence of the result.
+        summary: the summary of the evidence.
+        figures: the method's figures; those without data are omitted.
 
     Raises:
-        LamellaError: when plotly or jinja2 is missing.
+        LamellaError: if plotly or jinja2 is missing.
     """
     document = finite(evidence.model_dump(by_alias=True))
-    return filled("result.html", named(figures), evidence=document, summary=summary)
+    return render_page("result.html", named(figures), evidence=document, summary=summary)
 
 
 def card(evidence: Evidence, summary: Summary, title: str) -> str:
-    """The ``README.md`` of a folder: what was done, what it brought, and how to do it again.
+    """Return the ``README.md`` of a folder: what was done, the results, and how to reproduce them.
 
     Args:
-        title: of the method.
+        evidence: the evidence of the result.
+        summary: the summary of the evidence.
+        title: title of the method.
     """
     name = (evidence.model or {}).get("name")
     heading = f"{name}, by {evidence.method}" if name else evidence.method
@@ -48,17 +52,18 @@ def card(evidence: Evidence, summary: Summary, title: str) -> str:
 
 
 def markdown(table: Table) -> str:
+    """Return a table in Markdown."""
     rows = [table.headers, ["---"] * len(table.columns), *table.cells]
     return "\n".join(f"| {' | '.join(map(inline, row))} |" for row in rows)
 
 
 def inline(text: str) -> str:
-    """A text that cannot open markup, a table cell or a new line in Markdown."""
+    """Return a text escaped for one line of Markdown."""
     text = " ".join(str(text).split())
     return "".join(f"\\{c}" if c in "|<>[]`*\\" else c for c in text)
 
 
 def curves(evidence: Evidence) -> Lines:
-    """The losses of a training, point by point of its log."""
+    """Return the figure of the training losses by point of the log."""
     assert isinstance(evidence, TrainedEvidence)
     return Lines("point of the log", "loss, nats", {"training": [point["loss"] for point in evidence.curve]})

@@ -1,4 +1,4 @@
-"""Records: the results of a reproduction or a benchmark, on the screen and as a file, with their verdict."""
+"""Records of a reproduction or a benchmark: tables and checks, printed and written to a file, with a verdict."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ COLOURS = {True: "green", False: "red", None: "yellow"}
 class Record:
     """Tables and checks of one run.
 
-    What is checked holds, does not, or is undecided (None): within the noise of what was measured. The checks of a
-    reproduction are of three kinds, and a script says which before it runs: what must be exact (identities, and the
-    premises of an experiment), the paper's main claim, and further claims. Those of a benchmark are of one.
+    A check holds, does not hold, or is undecided (None) if it is within the measurement noise. The checks of a
+    reproduction have three kinds, declared before it runs: exactness (identities, and the premises of an experiment),
+    the paper's main claim, and further claims. Those of a benchmark have a single kind.
 
     Attributes:
-        slug: what was run.
+        slug: name of the run.
         data: one line on the data.
-        seed: of everything that was drawn.
+        seed: of all random draws.
     """
 
     slug: str
@@ -53,47 +53,48 @@ class Record:
         Console().print(grid)
 
     def exact(self, name: str, expected: str, measured: Any, passed: bool) -> None:
-        """Check what must hold, or the rest says nothing."""
+        """Add a check that must hold for the rest to be meaningful."""
         self.check(name, expected, measured, passed, "exactness")
 
     def main(self, name: str, expected: str, measured: Any, passed: bool | None) -> None:
-        """Check the paper's main claim, or a part of it."""
+        """Add a check of the paper's main claim, or a part of it."""
         self.check(name, expected, measured, passed, "main")
 
     def further(self, name: str, expected: str, measured: Any, passed: bool | None) -> None:
-        """Check what else the paper claims."""
+        """Add a check of a further claim of the paper."""
         self.check(name, expected, measured, passed, "further")
 
     def check(self, name: str, expected: str, measured: Any, passed: bool | None, kind: Kind | None = None) -> None:
-        """Add a check with what was measured for it, and print the verdict."""
+        """Add a check with its measured value, and print the verdict."""
         passed = None if passed is None else bool(passed)
         found = {"name": name, "expected": expected, "measured": str(_cell(measured)), "passed": passed}
         self.checks.append(({} if kind is None else {"kind": kind}) | found)
-        said = escape(f"{name}: expected {expected}, measured {_cell(measured)}")
-        Console().print(f"[{COLOURS[passed]}]{VERDICTS[passed]}[/]  {said}", highlight=False)
+        text = escape(f"{name}: expected {expected}, measured {_cell(measured)}")
+        Console().print(f"[{COLOURS[passed]}]{VERDICTS[passed]}[/]  {text}", highlight=False)
 
     @property
     def claim(self) -> bool | None:
-        """The verdict on the main claim, all parts of it; on all checks where none is of that kind."""
+        """The verdict on all parts of the main claim; on all checks if none is of that kind."""
         return together([c["passed"] for c in self.checks if c.get("kind") == "main"] or self.passed)
 
     @property
     def passed(self) -> list[bool | None]:
+        """The verdicts of all checks."""
         return [check["passed"] for check in self.checks]
 
     def finish(self, path: Path) -> int:
-        """Write the record to ``path`` and return the exit code: 0 if all that must hold does.
+        """Write the record to ``path`` and return the exit code: 0 if all required checks hold.
 
-        That is the main claim, whatever is exact, and nothing that fails. An undecided further claim is no failure; an
-        undecided main claim has not been shown.
+        Required are the main claim, all exactness checks, and that nothing fails. An undecided further claim is not a
+        failure; an undecided main claim is.
         """
-        where = environment()
+        run_environment = environment()
         document = {
             "slug": self.slug,
             "claim_holds": self.claim,
-            "machine": f"{where['machine']}, {where['threads']} threads",
-            "versions": where["versions"],
-            "date": where["date"],
+            "machine": f"{run_environment['machine']}, {run_environment['threads']} threads",
+            "versions": run_environment["versions"],
+            "date": run_environment["date"],
             "seed": self.seed,
             "data": self.data,
             "tables": self.tables,
@@ -101,15 +102,15 @@ class Record:
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, json.dumps(document, indent=1) + "\n")
-        counts = [f"{self.passed.count(each)} {said}" for each, said in VERDICTS.items() if each in self.passed]
-        said = f"[{COLOURS[self.claim]}]the claim: {VERDICTS[self.claim]}[/] ({', '.join(counts)})"
-        Console().print(said, highlight=False)
+        counts = [f"{self.passed.count(each)} {verdict}" for each, verdict in VERDICTS.items() if each in self.passed]
+        text = f"[{COLOURS[self.claim]}]the claim: {VERDICTS[self.claim]}[/] ({', '.join(counts)})"
+        Console().print(text, highlight=False)
         Console().print(f"results: {path}")
         return 0 if self.claim and False not in self.passed else 1
 
 
 def together(verdicts: Sequence[bool | None]) -> bool | None:
-    """The verdict on several: one that fails decides, then one that is undecided; nothing checked does not hold."""
+    """Return the joint verdict: False if one fails, else undecided if one is; without checks it does not hold."""
     return None if None in verdicts and False not in verdicts else bool(verdicts) and all(verdicts)
 
 

@@ -1,4 +1,4 @@
-"""A study: measurements and findings, and nothing changed."""
+"""A study: measurements and findings, without changes of a model."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from lamella.result import Evidence, Result
 
 
 class Study(Result):
-    """What was measured; all of it is in the findings."""
+    """Measurements; all of them are in the findings."""
 
     kind: ClassVar[str] = "study"
 
     @classmethod
     def read(cls, path: Path) -> Study:
-        """The study in a folder of results: its findings, whatever made them."""
+        """Return the study in a folder of results: its findings, whatever made them."""
         evidence = Evidence.read(path)
         return Study(findings=evidence.findings, notes=evidence.notes, provenance=evidence.provenance)
 

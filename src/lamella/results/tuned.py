@@ -1,4 +1,4 @@
-"""A trained LoRA adapter as a result: what is written is a folder that plain peft loads and merges."""
+"""A trained LoRA adapter as a result, written as a folder that plain peft loads and merges."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lamella.results.adapted import Beside
+from lamella.results.adapted import WithoutModel
 from lamella.stack import Stack
 from lamella.train import Adapter
 
@@ -14,15 +14,15 @@ LOADING = """
 ## Loading
 
 The folder is an adapter of peft, without the model: `PeftModel.from_pretrained(model, "FOLDER")`, and
-`merge_and_unload()` for an ordinary checkpoint. `plan.json` says what ran while it was trained.
+`merge_and_unload()` for an ordinary checkpoint. `plan.json` is the plan under which it was trained.
 """
 
 
 @dataclass(kw_only=True)
-class Tuned(Beside):
-    """A model with a LoRA adapter merged, which shares all other tensors with the original, and the adapter apart.
+class Tuned(WithoutModel):
+    """A model with a merged LoRA adapter, which shares all other tensors with the original, and the separate adapter.
 
-    The folder has the adapter and the plan under which it was trained, and not the model.
+    The folder contains the adapter and the plan under which it was trained, but not the model.
 
     Attributes:
         adapter: for the original.
@@ -36,14 +36,16 @@ class Tuned(Beside):
 
     @property
     def size(self) -> int:
+        """The approximate size of the adapter in bytes."""
         return 4 * self.adapter.parameters
 
     def body(self) -> dict[str, Any]:
+        """Return the evidence, with the adapted layers as sites."""
         prefix = self.stack.architecture.prefix
         layers = {name.removeprefix(prefix).split(".", 1)[0] for name in self.adapter.modules}
         sites = [f"{self.stack.prefix}layers.{layer}" for layer in sorted(layers, key=int)]
         return super().body() | {"sites": sites, "form": "adapter"}
 
     def put(self, folder: Path) -> None:
-        """The adapter as plain peft loads and merges it."""
-        self.adapter.put(folder)
+        """Write the adapter in peft's format."""
+        self.adapter.write_into(folder)

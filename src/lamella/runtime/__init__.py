@@ -1,9 +1,9 @@
-"""Running plans: one entry, :func:`apply`, for plans of every kind."""
+"""Running plans: :func:`apply` handles plans of every kind."""
 
 from lamella.runtime.cache import Phase, PlanCache
 from lamella.runtime.denoising import Denoising, Sampler, check_masked, denoise
 from lamella.runtime.edit import Edit, EditEvidence, fidelity_table
-from lamella.runtime.gathering import Gathering, Keep, Places
+from lamella.runtime.gathering import Gathering, Keep, PositionInputs
 from lamella.runtime.generation import empty_cache
 from lamella.runtime.layer_call import LayerCall, Pass
 from lamella.runtime.policy import Policy, keep_policy
@@ -19,9 +19,9 @@ __all__ = [
     "LayerCall",
     "Pass",
     "Phase",
-    "Places",
     "PlanCache",
     "Policy",
+    "PositionInputs",
     "Sampler",
     "Trace",
     "apply",

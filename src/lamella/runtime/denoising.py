@@ -1,19 +1,19 @@
-"""The loop of masked diffusion: an answer of masks, of which every step commits the most certain tokens.
+"""The loop of masked diffusion: an answer starts as masks, and every step commits the most certain tokens.
 
-    prompt | M M M M | M M M M      the blocks of the answer, left to right, in so many steps each
+    prompt | M M M M | M M M M      the blocks of the answer are denoised from left to right, with equally many steps
     prompt | M b M d | M M M M      a step predicts every mask of its block and commits some
     prompt | a b c d | M M M M      then the next block
 
-What a pass computes again, and what it takes from the pass that began the block, is the cache (``*`` is computed):
+The cache determines what a pass computes again, and what it takes from the first pass of the block (``*`` is computed):
 
     cache     first pass of a block       its other passes          exact
     none      * * * * * | * * | * * *     the same                  yes
     prompt    . . . . . | * * | * * *     the same                  for a prompt that never sees the answer
-    prefix    * * * * * | * * | * * *     . . . . . | * * | * * *   no: what stands before the block is as it was
-    dual      * * * * * | * * | * * *     . . . . . | * * | . . .   no: nor does what stands behind it change
+    prefix    * * * * * | * * | * * *     . . . . . | * * | * * *   no: what precedes the block is not updated
+    dual      * * * * * | * * | * * *     . . . . . | * * | . . .   no: neither is what follows it
 
 ``prompt`` is LaViDa's (arXiv 2505.16839): the prompt is encoded once, by itself. The other two are Fast-dLLM's (arXiv
-2505.22618). All that is remembered of a request is in it, nothing on the model: requests may run in turn.
+2505.22618). A request holds its whole state, and the model none, so requests may be interleaved.
 """
 
 from __future__ import annotations
@@ -32,24 +32,36 @@ from lamella.stack import Stack, last_stack, share
 
 Algorithm = Literal["maskgit_plus", "topk_margin", "entropy", "origin"]
 Commits = Literal["even", "timesteps"]
-Kept = Literal["none", "prompt", "prefix", "dual"]
-LAST = 1e-3  # the noise at which timesteps end
+CacheKind = Literal["none", "prompt", "prefix", "dual"]
+LAST = 1e-3  # noise of the last timestep
 
 
 def even(masked: int, step: int, steps: int) -> int:
-    """As many tokens in each step as in any other, the odd ones first (LLaDA).
+    """Return the number of tokens to commit in a step: equally many in each, with the remainder first (LLaDA).
 
     >>> [even(10, 0, 4), even(7, 1, 4), even(4, 2, 4), even(2, 3, 4)]
     [3, 2, 2, 2]
+
+    Args:
+        masked: number of masks left in the block.
+        step: index of the step in the block.
+        steps: number of steps of the block.
     """
     return -(-masked // (steps - step))
 
 
 def timesteps(masked: int, step: int, steps: int) -> int:
-    """The whole part of ``masked (1 - s / t)`` as noise falls evenly from t to s, and all in the last step (Dream).
+    """Return the integer part of ``masked (1 - s / t)`` for noise that falls linearly from t to s (Dream).
+
+    The last step commits all remaining masks.
 
     >>> [timesteps(10, 0, 4), timesteps(8, 1, 4), timesteps(6, 2, 4), timesteps(4, 3, 4)]
     [2, 2, 2, 4]
+
+    Args:
+        masked: number of masks left in the block.
+        step: index of the step in the block.
+        steps: number of steps of the block.
     """
     t, s = (1 - (1 - LAST) * at / steps for at in (step, step + 1))
     return masked if step == steps - 1 else int(masked * (1 - s / t))
@@ -63,18 +75,19 @@ class Sampler:
     """How answers are denoised.
 
     Attributes:
-        length: of an answer, in tokens.
-        block: of a block, in tokens; one block for the whole answer when left out.
-        steps: of the whole answer, as many in each block; one for each token when left out.
-        algorithm: what makes a token certain: its probability (``maskgit_plus``, LLaDA's low-confidence remasking), by
-            how much it leads (``topk_margin``), the entropy of the distribution (``entropy``), or chance (``origin``).
-        commits: how many tokens a step commits.
-        temperature: tokens are drawn at it; the likeliest are taken at 0.
-        cache: what passes take from earlier ones.
-        seed: of whatever is drawn.
+        length: length of an answer in tokens.
+        block: length of a block in tokens; if None, the whole answer is one block.
+        steps: number of denoising steps of the whole answer, the same in each block; if None, one per token.
+        algorithm: measure of certainty: the token's probability (``maskgit_plus``, LLaDA's low-confidence remasking),
+            its margin to the second (``topk_margin``), the entropy of the distribution (``entropy``), or random
+            (``origin``).
+        commits: rule for the number of tokens that a step commits: ``even`` or ``timesteps``.
+        temperature: sampling temperature; 0 takes the most likely tokens.
+        cache: what passes reuse from earlier ones: ``none``, ``prompt``, ``prefix`` or ``dual``.
+        seed: random seed.
 
     Raises:
-        MethodError: for values that do not fit one another.
+        MethodError: for values that are inconsistent.
     """
 
     length: int = 64
@@ -83,11 +96,11 @@ class Sampler:
     algorithm: Algorithm = "maskgit_plus"
     commits: Commits = "even"
     temperature: float = 0.0
-    cache: Kept = "none"
+    cache: CacheKind = "none"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, kinds in (("algorithm", Algorithm), ("commits", Commits), ("cache", Kept)):
+        for name, kinds in (("algorithm", Algorithm), ("commits", Commits), ("cache", CacheKind)):
             if getattr(self, name) not in get_args(kinds):
                 raise MethodError(f"{name} '{getattr(self, name)}': choose one of {', '.join(get_args(kinds))}")
         if self.length < 1 or not 1 <= self.per_block <= self.length or self.length % self.per_block:
@@ -102,28 +115,31 @@ class Sampler:
 
     @property
     def per_block(self) -> int:
-        """Tokens of a block."""
+        """The number of tokens of a block."""
         return self.length if self.block is None else self.block
 
     @property
     def blocks(self) -> int:
+        """The number of blocks of an answer."""
         return self.length // self.per_block
 
     @property
     def in_all(self) -> int:
-        """Denoising steps of a whole answer."""
+        """The number of denoising steps of a whole answer."""
         return self.length if self.steps is None else self.steps
 
 
-class KeptKeys(DynamicCache):
-    """Keys and values of columns that are not computed again, until they are let go.
+class DenoisingCache(DynamicCache):
+    """Keys and values of columns that are not computed again, until they are released.
 
-    A pass appends those of its own columns, as in generation; behind it :meth:`keep` says which columns stay. Order
-    does not matter: all tokens see all others, and positions are turned into the keys. A layer that does not run has no
-    entry; one may hold fewer columns than others, of each row its own, in a slot that knows them.
+    A pass appends those of its own columns, as in generation; afterwards :meth:`keep` selects the columns that stay.
+    Their order does not matter: all tokens see all others, and keys include their rotary positions. A layer that does
+    not run has no entry; a layer may hold fewer columns than others, different ones in each row, in a slot that records
+    them.
 
     Attributes:
-        columns: what every other layer holds, and the model's mask must allow for beside the columns of a pass [held].
+        columns: columns that every other layer holds, for which the model's mask must leave room before the columns of
+            a pass [held].
     """
 
     def __init__(self) -> None:
@@ -131,18 +147,25 @@ class KeptKeys(DynamicCache):
         self.columns = torch.empty(0, dtype=torch.long)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the number of columns that are held."""
         return len(self.columns)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Return the number of key columns and their offset for a mask of ``query_length`` tokens."""
         return len(self.columns) + query_length, 0
 
     def keep(self, columns: Tensor, entries: Tensor | slice) -> None:
-        """Keep these columns [held], which are these entries of a layer that holds all columns."""
+        """Keep these columns [held].
+
+        Args:
+            columns: the columns to keep.
+            entries: their entries in a layer that holds all columns.
+        """
         layers: list[Any] = self.layers
-        for place, layer in enumerate(layers):
+        for index, layer in enumerate(layers):
             if isinstance(layer, SparseSlot):
                 if len(columns) == 0:
-                    layers[place] = DynamicLayer()
+                    layers[index] = DynamicLayer()
                 elif layer.keys is not None:
                     layer.keep(torch.isin(layer.columns, columns))
             elif isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
@@ -150,12 +173,18 @@ class KeptKeys(DynamicCache):
         self.columns = columns
 
     def sparse(self, layer: int) -> SparseSlot | None:
-        """The slot of a layer, if it holds some columns only."""
+        """Return the slot of a layer if it holds some columns only, else None."""
         found = self.layers[layer] if layer < len(self.layers) else None
         return found if isinstance(found, SparseSlot) else None
 
     def make_sparse(self, layer: int, rows: int, device: torch.device) -> SparseSlot:
-        """Let a layer hold other columns for each row, from now on: so far all that it has."""
+        """Make a layer store different columns for each row from now on, starting with all that it has.
+
+        Args:
+            layer: index of the layer.
+            rows: number of rows.
+            device: device of the slot.
+        """
         slot = self.sparse(layer)
         if slot is not None:
             return slot
@@ -170,30 +199,32 @@ class KeptKeys(DynamicCache):
         return slot
 
     def delete(self, layer: int, which: Tensor) -> None:
-        """Delete what a layer holds of these columns [rows, columns] bool; of those that it lacks, nothing."""
+        """Delete what a layer holds of these columns [rows, columns] bool."""
         slot = self.make_sparse(layer, len(which), which.device)
         held = slot.columns >= 0
-        gone = held & which.gather(1, slot.columns.clamp(min=0))
-        if gone.any():
-            slot.keep(held & ~gone)
+        deleted = held & which.gather(1, slot.columns.clamp(min=0))
+        if deleted.any():
+            slot.keep(held & ~deleted)
 
 
 class Denoising:
-    """One request: prompts whose answers are denoised together, a step at a time.
+    """One request: prompts whose answers are denoised together, step by step.
 
     Args:
         model: a model that predicts masked tokens, or a view of one.
         input_ids: prompts [batch, time].
         attention_mask: 0 at their padding [batch, time], which is on the left.
-        sampler: how.
-        prompt: what else the model takes wherever a pass holds the prompt, such as ``pixel_values``.
+        sampler: how the answers are denoised.
+        prompt: other inputs of the model in passes with the prompt, such as ``pixel_values``.
 
     Attributes:
-        tokens: prompts and answers, the mask token where nothing is committed yet [batch, columns].
-        step, steps: the denoising step that comes next, from 0, and how many there are.
-        start, end: the columns of the pass that runs, or ran last.
+        tokens: prompts and answers, with the mask token where nothing is committed yet [batch, columns].
+        step: index of the next denoising step, starting at 0.
+        steps: number of denoising steps.
+        start: first column of the current or last pass.
+        end: column after the last one of that pass.
         kept: columns whose keys come from an earlier pass.
-        logits: of the last step, those of its block's tokens [batch, block, vocabulary]; None before the first.
+        logits: logits of the block's tokens in the last step [batch, block, vocabulary]; None before the first.
         passes: the columns of every pass so far, as [start, end).
         state: what a policy keeps from step to step.
 
@@ -220,7 +251,10 @@ class Denoising:
             raise CacheError("a prompt of this batch is empty: give every row at least one token")
         self.mask_token: int = stack.config.mask_token_id
         images = stack.architecture.images
-        self.unsaid = [self.mask_token, *([getattr(model.config, images)] if images else [])]  # no tokens to commit
+        self.forbidden_tokens = [
+            self.mask_token,
+            *([getattr(model.config, images)] if images else []),
+        ]  # tokens that are never committed
         answer = input_ids.new_full((batch, self.sampler.length), self.mask_token)
         self.tokens = torch.cat([input_ids, answer], dim=1)
         self.real = torch.cat([real.bool(), torch.ones_like(answer, dtype=torch.bool)], dim=1)
@@ -228,8 +262,8 @@ class Denoising:
         self.step, self.steps = 0, self.sampler.in_all
         self.start, self.end = 0, 0
         self.kept = torch.empty(0, dtype=torch.long, device=input_ids.device)
-        self.cache = None if self.sampler.cache == "none" else KeptKeys()
-        self.before: Tensor | None = None  # of models that predict the next token: logits of the column before a pass
+        self.cache = None if self.sampler.cache == "none" else DenoisingCache()
+        self.before: Tensor | None = None  # for models that predict the next token: logits of the column before a pass
         self.logits: Tensor | None = None
         self.passes: list[tuple[int, int]] = []
         self.state: dict[str, Any] = {}
@@ -237,27 +271,29 @@ class Denoising:
 
     @property
     def done(self) -> bool:
+        """Whether all steps are done."""
         return self.step == self.steps
 
     @property
     def answers(self) -> Tensor:
-        """What is committed of the answers, the mask token elsewhere [batch, length]."""
+        """The committed tokens of the answers, and the mask token elsewhere [batch, length]."""
         return self.tokens[:, self.length :]
 
     @property
     def block(self) -> tuple[int, int]:
-        """The columns of the block that is denoised, as [start, end)."""
-        number = self.step * self.sampler.blocks // self.steps
-        start = self.length + number * self.sampler.per_block
+        """The columns of the current block, as [start, end)."""
+        index = self.step * self.sampler.blocks // self.steps
+        start = self.length + index * self.sampler.per_block
         return start, start + self.sampler.per_block
 
     @property
     def step_of_block(self) -> int:
+        """The index of the next step in its block."""
         return self.step % (self.steps // self.sampler.blocks)
 
     @property
     def masked(self) -> Tensor:
-        """Where tokens of the pass are masked [batch, time] bool."""
+        """Which tokens of the pass are masked [batch, time] bool."""
         return self.tokens[:, self.start : self.end] == self.mask_token
 
     @property
@@ -267,7 +303,7 @@ class Denoising:
 
     @torch.no_grad()
     def advance(self) -> None:
-        """One step: a pass, and the tokens that it commits."""
+        """Run one step: a pass, and the commitment of tokens."""
         columns = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         start, end = self.block
         last = len(columns)
@@ -287,7 +323,7 @@ class Denoising:
         self.step += 1
 
     def _begin(self, start: int, end: int, keep: Tensor) -> Tensor:
-        """A pass that takes nothing from earlier ones, and leaves the keys of these columns [kept] to later ones."""
+        """Run a pass that reuses nothing, and keep the keys of these columns [kept] for later ones."""
         assert self.cache is not None
         self.kept = keep[:0]
         self.cache.keep(self.kept, slice(0))
@@ -297,25 +333,25 @@ class Denoising:
         return logits
 
     def _pass(self, start: int, end: int) -> Tensor:
-        """The logits of the block's tokens [batch, block, vocabulary], by a pass over the columns from start to end."""
+        """Return the logits of the block's tokens [batch, block, vocabulary] from a pass over some columns."""
         self.start, self.end = start, end
         self.passes.append((start, end))
         device, (first, behind), shift = self.tokens.device, self.block, int(self.architecture.shifted)
-        shown = torch.cat([self.kept, torch.arange(start, end, device=device)])
+        visible = torch.cat([self.kept, torch.arange(start, end, device=device)])
         begin = min(max(first - shift, start), end - 1)
-        read = torch.arange(begin, max(min(behind, end) - shift, begin + 1), device=device) - start
+        positions = torch.arange(begin, max(min(behind, end) - shift, begin + 1), device=device) - start
         given: dict[str, Any] = {} if self.cache is None else {"cache": self.cache}
         if getattr(self.model, "lamella_policy", None) is not None:
             given["denoising"] = self
         if start == 0:
             given |= self.prompt
         if not self.real.all():
-            given["attention_mask"] = self.real[:, shown]
+            given["attention_mask"] = self.real[:, visible]
         logits: Tensor = self.model(
             input_ids=self.tokens[:, start:end],
             position_ids=self.positions[:, start:end],
             use_cache=False,
-            logits_to_keep=read,
+            logits_to_keep=positions,
             **given,
         ).logits
         if self.cache is not None and len(self.kept):
@@ -328,14 +364,15 @@ class Denoising:
         return logits
 
     def _commit(self, logits: Tensor, start: int, end: int) -> None:
-        """Put the most certain tokens where masks are.
+        """Replace masks by the most certain tokens.
 
         Args:
-            logits: of the block's tokens [batch, block, vocabulary].
-            start, end: its columns.
+            logits: logits of the block's tokens [batch, block, vocabulary].
+            start: first column of the block.
+            end: column after the last one of the block.
         """
         logits = logits.float()
-        logits[..., self.unsaid] = -torch.inf
+        logits[..., self.forbidden_tokens] = -torch.inf
         masked = self.tokens[:, start:end] == self.mask_token
         tokens, certain = self._predicted(logits)
         per_block = self.steps // self.sampler.blocks
@@ -345,11 +382,11 @@ class Denoising:
         self.tokens[:, start:end] = self.tokens[:, start:end].scatter(1, chosen, tokens.gather(1, chosen))
 
     def _predicted(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """A token for each position, and how certain it is [batch, block]."""
-        heat = self.sampler.temperature
-        p = torch.softmax(logits / heat if heat else logits, dim=-1)
+        """Return a token for each position, and its certainty [batch, block]."""
+        temperature = self.sampler.temperature
+        p = torch.softmax(logits / temperature if temperature else logits, dim=-1)
         tokens = logits.argmax(dim=-1)
-        if heat:
+        if temperature:
             drawn = torch.multinomial(p.flatten(0, 1).cpu(), 1, generator=self._generator)
             tokens = drawn.view(tokens.shape).to(tokens.device)
         if self.sampler.algorithm == "origin":
@@ -364,20 +401,26 @@ class Denoising:
 
 @torch.no_grad()
 def _encoded(model: Any, prompt: dict[str, Any]) -> dict[str, Any]:
-    """What prompts bring, of a model that reads images with these encoded: once, not in every pass."""
+    """Return the other inputs of prompts, with images encoded once instead of in every pass."""
     if not prompt or not hasattr(model, "encoded"):
         return prompt
-    found: dict[str, Any] = share(model).encoded(**prompt)  # a copy, since towers are hooked to hand out their states
+    found: dict[str, Any] = share(model).encoded(
+        **prompt
+    )  # a copy, since hooks are added to vision towers to return their states
     return found
 
 
 def denoise(
     model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, sampler: Sampler | None = None, **prompt: Any
 ) -> Tensor:
-    """Answer prompts by masked diffusion.
+    """Generate answers to prompts by masked diffusion.
 
     Args:
-        model, input_ids, attention_mask, sampler, prompt: see :class:`Denoising`.
+        model: see :class:`Denoising`.
+        input_ids: prompts [batch, time].
+        attention_mask: 0 at their padding [batch, time], which is on the left.
+        sampler: how the answers are denoised.
+        prompt: other inputs of the model in passes with the prompt, such as ``pixel_values``.
 
     Returns:
         Prompts and answers [batch, time + length].
@@ -393,7 +436,7 @@ def denoise(
 
 
 def check_masked(model: Any) -> Stack:
-    """The stack of a transformers model that predicts masked tokens.
+    """Return the stack of a transformers model that predicts masked tokens.
 
     Raises:
         ArchitectureError: for any other model.

@@ -20,10 +20,10 @@ class EditEvidence(Evidence):
     """Evidence of a changed model.
 
     Attributes:
-        sites: what was changed.
-        removed: sublayers that the plan leaves out.
-        form: of the checkpoint.
-        fidelity: to the original, on the test text; None where that was not measured.
+        sites: sites that were changed.
+        removed: number of sublayers that the plan removes.
+        form: form of the checkpoint.
+        fidelity: fidelity to the original on the test text; None if not measured.
     """
 
     sites: list[str] = Field(default_factory=list)
@@ -38,8 +38,8 @@ class Edit(Result):
 
     Attributes:
         stack: the model, or the stack of it that changes; it is not changed itself.
-        plan: what changes it.
-        reference: what its fidelity is measured against, where that is not the model that was opened.
+        plan: the plan that changes it.
+        reference: the model against which its fidelity is measured, if that is not the opened model.
     """
 
     stack: Model
@@ -51,7 +51,7 @@ class Edit(Result):
     needs_folder: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        self.provenance = self.plan.provenance  # one and the same, so that the plan says it too
+        self.provenance = self.plan.provenance  # the same object, so that the plan has it as well
 
     @property
     def view(self) -> Any:
@@ -59,6 +59,7 @@ class Edit(Result):
         return apply(self.stack, self.plan)
 
     def body(self) -> dict[str, Any]:
+        """Return the fields of the evidence."""
         sites = list(dict.fromkeys(site for edit in self.plan.weights for site in edit.sites))
         form = natural_form(self.plan, self.stack)
         named = [self.plan.drop, list(self.plan.modules), list(self.plan.width)]
@@ -66,18 +67,25 @@ class Edit(Result):
         return {"sites": next(filter(None, [sites, *named]), []), "removed": self.plan.removed, "form": form}
 
     def save(self, out: Path, documents: Documents, *, overwrite: bool = False, tokenizer: Any = None) -> None:
-        """Export the checkpoint: byte by byte where the weights come from folders alone, else from memory."""
+        """Export the checkpoint: byte by byte if all weights come from folders, else from memory.
+
+        Args:
+            out: the folder to write.
+            documents: returns the text files of the result by name.
+            overwrite: replace an earlier result.
+            tokenizer: tokenizer or processor to save with the checkpoint.
+        """
         files = documents()
-        told: dict[str, Any] = {"overwrite": overwrite, "card": files.pop("README.md", None), "files": files}
+        options: dict[str, Any] = {"overwrite": overwrite, "card": files.pop("README.md", None), "files": files}
         if self._is_copied():
-            export_out_of_core(self.stack.path, self.plan, out, **told)  # type: ignore[arg-type]
+            export_out_of_core(self.stack.path, self.plan, out, **options)  # type: ignore[arg-type]
         else:
             form = natural_form(self.plan, self.stack)
-            export(self.stack, self.plan, out, form=form, tokenizer=tokenizer, **told)
-        self.plan.settle(out)  # the folder of work, where its side files were, goes
+            export(self.stack, self.plan, out, form=form, tokenizer=tokenizer, **options)
+        self.plan.settle(out)  # the working folder with its side files is deleted
 
     def _is_copied(self) -> bool:
-        """Whether every tensor of the result lies in a safetensors folder, under the same name."""
+        """Return whether every tensor of the result is in a safetensors folder under the same name."""
         edits = self.plan.weights
         if not isinstance(self.stack, Stack) or not edits or not all(edit.is_folder for edit in edits):
             return False
@@ -88,6 +96,7 @@ class Edit(Result):
 
     @classmethod
     def summary(cls, evidence: Evidence) -> Summary:
+        """Return the headline and the table of the edit."""
         assert isinstance(evidence, EditEvidence)
         name = (evidence.model or {}).get("name", "the model")
         changed = listed(evidence.sites)
@@ -96,10 +105,15 @@ class Edit(Result):
 
 
 def fidelity_table(after: dict[str, Any], before: dict[str, Any] | None = None) -> Table:
-    """Perplexity, KL and agreement, with their standard errors; ``before`` is another version to stand beside."""
+    """Return a table of perplexity, KL and agreement with standard errors.
+
+    Args:
+        after: fidelity of the changed model.
+        before: fidelity of an earlier version to compare with; None compares with the original.
+    """
     columns = ["before", "after"] if before else ["original", "changed"]
     rows = [["perplexity", estimate((before or after)["perplexity" if before else "base_perplexity"])]]
     rows[0].append(estimate(after["perplexity"]))
     rows.append(["KL from the original, nats", estimate(before["kl"]) if before else "", estimate(after["kl"])])
     rows.append(["same top token", estimate(before["top1"]) if before else "", estimate(after["top1"])])
-    return Table("On text that nothing was chosen on", ["", *columns], rows)
+    return Table("On held-out text", ["", *columns], rows)

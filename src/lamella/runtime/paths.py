@@ -1,4 +1,4 @@
-"""The policy of plans that name, for prompt and for generated tokens, which layers run."""
+"""The policy of plans that list which layers run for prompt and for generated tokens."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ from lamella.stack import Stack
 class PathPolicy(Policy):
     """Prompt tokens run some layers, generated tokens others, all in order.
 
-    A layer that only prompts run is freed when the prompt is done. One that only generated tokens run either stores
-    the prompt's keys and values without running, or sees generated tokens alone; see :class:`lamella.plan.PhasedPath`.
+    A layer that only prompts run is freed when the prompt is done. A layer that only generated tokens run either stores
+    the prompt's keys and values without running, or sees generated tokens only; see :class:`lamella.plan.PhasedPath`.
+
+    Args:
+        stack: the stack.
+        plan: a plan with a path for it.
 
     Raises:
-        PlanError: when a phase repeats or moves layers.
+        PlanError: if a phase repeats or moves layers.
     """
 
     crosses = True
@@ -36,6 +40,7 @@ class PathPolicy(Policy):
         self.sparse = self.in_response - self.in_prompt if local else frozenset()
 
     def layer(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
+        """Run the layer for the tokens whose phase includes it."""
         layer, phase = call.index, run.phase
         if layer in self.in_prompt and layer in self.in_response:
             return call(h)
@@ -51,7 +56,8 @@ class PathPolicy(Policy):
             return call(h)
         if not run.phase.any_prompt:
             return h
-        # Both phases in one call: each token takes its own phase's result. Exact, since causality hides generated
+        # Both phases in one call: each token takes the result of its own phase. This is exact, since causality hides
+        # generated
         # tokens from prompt tokens, and no generated token reads this layer's keys.
         return run.choose(call, run.phase.response(h.device), h, call(h))
 

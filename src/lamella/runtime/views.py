@@ -1,9 +1,9 @@
-"""Views that decide while they run, inside an unforked ``generate``.
+"""Views that decide at run time, within transformers' unmodified ``generate``.
 
-Each such view has two executions that give the same logits: *step*, where a :class:`PlanCache` knows which tokens are
-prompt, and *parallel*, where the prompts' lengths are given with whole sequences (teacher-forced, differentiable, no
-cache). One of a model that predicts masked tokens is run by :mod:`lamella.runtime.denoising`, which tells its policy
-the step.
+Each such view has two executions that yield the same logits: *step*, where a :class:`PlanCache` knows which tokens are
+prompt, and *parallel*, where the prompts' lengths are passed with whole sequences (teacher-forced, differentiable, no
+cache). A view of a model that predicts masked tokens is run by :mod:`lamella.runtime.denoising`, which passes the step
+to its policy.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import PlanError
-from lamella.plan import Plan, alter, apply_static, own_saving, shaped
-from lamella.registry import room
+from lamella.plan import Plan, alter, apply_static, apply_structure, refuse_saving
+from lamella.registry import submodule
 from lamella.runtime.cache import Phase, PlanCache
 from lamella.runtime.denoising import Denoising
 from lamella.runtime.generation import empty_cache, generate, own_cache, prepare_cache, without_cache
@@ -34,19 +34,18 @@ PHASES: tuple[Literal["prefill", "decode"], ...] = ("decode", "prefill")
 
 
 def apply(model: Model | Blocks, plan: Plan) -> Any:
-    """A view of the model with ``plan`` applied.
+    """Return a view of the model with ``plan`` applied.
 
-    The view shares every tensor with the original, but those that the plan changes, and owns its modules, config and
-    cache. It is a transformers model:
-    ``generate`` works with batches, left padding, sampling, beams and streaming. One stack of a model may decide while
-    it runs, or a decoder and the encoder that it reads.
+    The view shares every unchanged tensor with the original, and owns its modules, config and cache. It is a
+    transformers model: ``generate`` works with batches, left padding, sampling, beams and streaming. One stack of a
+    model may decide at run time, or a decoder and the encoder that it reads.
 
     Args:
-        model: the opened model, or the blocks of one that is no chain; it is not changed.
+        model: the opened model, or the blocks of a model that is not a chain of layers; it is not changed.
         plan: a plan for it.
 
     Raises:
-        PlanError: when the plan is for another model, or asks for what cannot be carried out.
+        PlanError: if the plan is for another model, or cannot be applied.
     """
     if isinstance(model, Blocks):
         plan.check_fits(model)
@@ -58,10 +57,10 @@ def apply(model: Model | Blocks, plan: Plan) -> Any:
     altered = alter(model, plan)
     others = [name for name in plan.model.stacks if name not in deciding]
     if others:
-        altered = open_model(shaped(altered, plan, others), name=model.name)
+        altered = open_model(apply_structure(altered, plan, others), name=model.name)
     for name in deciding:
         if plan.modules_of(name):
-            raise PlanError(f"modules: the {name} decides while it runs; put networks into a plan of their own")
+            raise PlanError(f"modules: the {name} decides at run time; put networks into a separate plan")
     return with_policies(altered, plan, {name: _policy_of(altered.stacks[name], plan) for name in deciding})
 
 
@@ -69,66 +68,85 @@ def _policy_of(stack: Stack, plan: Plan) -> Policy:
     reference = plan.policies.get(stack.stack)
     if reference is None:
         return PathPolicy(stack, plan)
-    known = policies(room(reference.name, "policy"))
-    if len(known) > 1:  # one for what encodes, one for what writes
+    known = policies(submodule(reference.name, "policy"))
+    if len(known) > 1:  # one for the encoder, one for the decoder
         known = [each for each in known if each.encodes == encodes(stack)]
     if len(known) != 1:
-        raise PlanError(f"policy: {reference.name} is a method without a policy; `lamella methods` lists what there is")
+        raise PlanError(f"policy: {reference.name} is a method without a policy; `lamella methods` lists all methods")
     return open_policy(known[0], stack, reference)
 
 
 def encodes(stack: Stack) -> bool:
-    """Whether a stack is an encoder: its tokens see each other, are there at once, and nothing is predicted of them."""
+    """Return whether a stack is an encoder: bidirectional, and without predictions for its tokens."""
     return not stack.architecture.causal and not stack.architecture.denoises
 
 
 def with_policy(stack: Stack, plan: Plan, policy: Policy) -> Any:
-    """A view that runs ``policy``, which is its module ``lamella_policy``; for training, see :func:`apply`."""
+    """Return a view that runs ``policy``, as its module ``lamella_policy``; for training, see :func:`apply`.
+
+    Args:
+        stack: the stack.
+        plan: the plan.
+        policy: the policy.
+    """
     return with_policies(stack, plan, {stack.stack: policy})
 
 
 def with_policies(model: Model, plan: Plan, policies: Mapping[str, Policy]) -> Any:
-    """A view whose stacks run these policies, by name: an encoder's and that of the decoder which reads it.
+    """Return a view whose stacks run these policies, by name: those of an encoder and of the decoder that reads it.
 
-    Of several, the last one's is the module ``lamella_policy``, the others ``lamella_policy_STACK``.
+    If there are several, the last one is the module ``lamella_policy``, and the others ``lamella_policy_STACK``.
+
+    Args:
+        model: the model.
+        plan: the plan.
+        policies: policies by stack.
+
+    Raises:
+        PlanError: if a policy cannot decide for its stack.
     """
     stacks = [model.stacks[name] for name in policies]
     if len(stacks) > 1 and [encodes(each) for each in stacks] != [True, False]:
-        raise PlanError(f"{' and '.join(policies)} both decide while they run; one stack can, or an encoder beside it")
+        raise PlanError(
+            f"{' and '.join(policies)} both decide at run time; one stack can, or a decoder and its encoder"
+        )
     for stack, policy in zip(stacks, policies.values(), strict=True):
         _check_decides(stack, policy)
     view = share(model.model)
-    view.lamella_plan, view.lamella_stamp = plan, plan.digest  # once: it takes longer than a layer of a small model
+    view.lamella_plan, view.lamella_stamp = (
+        plan,
+        plan.digest,
+    )  # computed once, since it takes longer than a layer of a small model
     for stack, policy in zip(stacks, policies.values(), strict=True):
         setattr(view, "lamella_policy" if stack is stacks[-1] else f"lamella_policy_{stack.stack}", policy)
         _decide(view, stack, policy)
     if all(map(encodes, stacks)):
-        pass  # what it is generated with is the model's own
+        pass  # generation is the model's own
     elif "cross" in stacks[-1].architecture.names:
         view._prepare_cache_for_generation = MethodType(prepare_cache, view)
         if hasattr(view, "_postprocess_outputs"):
             view._postprocess_outputs = MethodType(without_cache, view)
     else:
         view.generate = MethodType(generate, view)
-    return own_saving(view)
+    return refuse_saving(view)
 
 
 def _check_decides(stack: Stack, policy: Policy) -> None:
     """Check that a policy can decide for a stack.
 
     Raises:
-        PlanError: one line that says why not.
+        PlanError: one line with the reason if it cannot.
     """
     kind = getattr(stack.config, "_attn_implementation", "eager")
     reads_encoder = "cross" in stack.architecture.names
     if reads_encoder and not policy.crosses:
         raise PlanError(
-            f"the {stack.stack} of {stack.name} reads an encoder, for which this policy does not decide: use a path"
+            f"the {stack.stack} of {stack.name} reads an encoder, which this policy does not support: use a path"
         )
     if stack.architecture.denoises:
         if not policy.denoises:
             raise PlanError(
-                f"{stack.name} predicts masked tokens, whose layers see prompt and answer at once: this plan decides "
+                f"{stack.name} predicts masked tokens, whose layers see prompt and answer at once: this plan is "
                 "for models that predict the next token"
             )
     elif encodes(stack) and not policy.encodes:
@@ -137,38 +155,38 @@ def _check_decides(stack: Stack, policy: Policy) -> None:
         )
     if (policy.sparse or policy.encodes) and kind not in MASKABLE:
         raise PlanError(
-            f"this plan needs masks that '{kind}' attention cannot take: open it with sdpa "
+            f"this plan needs masks that '{kind}' attention does not support: open the model with sdpa "
             "(attn_implementation='sdpa' in Python)"
         )
     if policy.sparse and stack.architecture.images and _looks_ahead(stack):
         raise PlanError(
-            f"{stack.name} lets image tokens see those behind them, and layers that hold some tokens take them in "
-            "their order: use a plan that runs all tokens in every layer"
+            f"{stack.name} lets image tokens see later tokens, but layers that hold some tokens process them in "
+            "order: use a plan that runs all tokens in every layer"
         )
 
 
 def _decide(view: Any, stack: Stack, policy: Policy) -> None:
-    """Let the layers of one stack of a view ask a policy."""
+    """Make the layers of one stack of a view call a policy."""
     plan, base = view.lamella_plan, view.get_submodule(stack.architecture.base)
     chain = plan.chain(stack.stack)
     runs = {layer: stack.architecture.names for layer in range(len(stack))}
     runs |= {run.layer: run.sublayers for phase in PHASES for run in chain.runs(phase)}
     for index, layer in enumerate(base.get_submodule(stack.architecture.layers)):
-        replace_forward(layer, _LayerOf(policy, stack.architecture, index, runs[index]))
+        replace_forward(layer, _PolicyLayer(policy, stack.architecture, index, runs[index]))
     base.__dict__["lamella_policy"] = policy  # a second name, not a second child
     base.lamella_plan, base.lamella_stamp = plan, view.lamella_stamp
     base.lamella_stack, base.lamella_trace = stack.stack, None
     base.forward = MethodType(_encoded if encodes(stack) else _forward, base)
     if stack.architecture.images:
-        sees = _Sees(base, getattr(view.config, stack.architecture.images))
+        hook = _ImagePositions(base, getattr(view.config, stack.architecture.images))
         front = view.get_submodule(stack.architecture.front or "")
-        front.register_forward_pre_hook(sees, with_kwargs=True)
-        if encodes(stack):  # which generate runs by itself, on what it has made of ids and images
-            view._maybe_prepare_encoder_kwargs_for_generation = MethodType(sees.before_generation, view)
+        front.register_forward_pre_hook(hook, with_kwargs=True)
+        if encodes(stack):  # generate runs the encoder itself, on embedded ids and images
+            view._maybe_prepare_encoder_kwargs_for_generation = MethodType(hook.before_generation, view)
 
 
 def _looks_ahead(stack: Stack) -> bool:
-    """Whether image tokens see all of their image, as in Gemma 3: such models are told the type of each token."""
+    """Return whether image tokens see all of their image, as in Gemma 3: such models receive the type of each token."""
     front: Any = stack.model.get_submodule(stack.architecture.front or "")
     return "token_type_ids" in inspect.signature(type(front).forward).parameters
 
@@ -180,18 +198,15 @@ def parallel(
     attention_mask: Tensor | None = None,
     **options: Any,
 ) -> Any:
-    """Run a view over whole sequences at once, as generation would have run them token by token.
+    """Run a view over whole sequences at once, with the result that generation would have token by token.
 
     Args:
         view: what :func:`apply` returned, for any plan.
-        input_ids: prompts with their continuations [batch, time], or all that the model takes, by name; of a decoder
-            that reads an encoder the sequences are its ``decoder_input_ids``.
-        prompt_lengths: columns of each row's prompt, its left padding included [batch].
+        input_ids: prompts with their continuations [batch, time], or all inputs of the model by name; for a decoder
+            that reads an encoder, the sequences are its ``decoder_input_ids``.
+        prompt_lengths: number of columns of each row's prompt, including its left padding [batch].
         attention_mask: False at padding [batch, time].
-        options: passed on to the model.
-
-    Returns:
-        The model's output; the logits at the last prompt column come from the prompt's own depth.
+        options: other arguments of the view.
     """
     given: dict[str, Any] = {"input_ids": input_ids} if isinstance(input_ids, Tensor) else dict(input_ids)
     if attention_mask is not None:
@@ -200,20 +215,25 @@ def parallel(
 
 
 def phase_options(view: Any, prompt_lengths: Tensor) -> dict[str, Any]:
-    """What a forward of ``view`` without cache must be told of these prompts; nothing where all tokens are alike."""
+    """Return the additional arguments of a forward of ``view`` without cache; empty for a static plan.
+
+    Args:
+        view: the view.
+        prompt_lengths: number of columns of each row's prompt [batch].
+    """
     plan = getattr(view, "lamella_plan", None)
     return {} if plan is None or plan.is_static else {"prompt_lengths": prompt_lengths}
 
 
 def traced(view: Any, stack: str | None = None) -> Trace:
-    """Let a view take notes from now on; see :class:`Trace`.
+    """Start recording a view; see :class:`Trace`.
 
     Args:
         view: what :func:`apply` returned.
-        stack: of which stack, where several decide; the last one when left out.
+        stack: which stack, if several decide; the last one if None.
 
     Raises:
-        PlanError: for a view in which nothing is decided while it runs.
+        PlanError: for a view without run-time decisions.
     """
     base = _deciding(view, stack)
     base.lamella_trace = Trace(base.lamella_policy.layers, base.lamella_policy.sublayers)
@@ -221,38 +241,40 @@ def traced(view: Any, stack: str | None = None) -> Trace:
 
 
 def untraced(view: Any, stack: str | None = None) -> None:
-    """Let a view take no more notes."""
+    """Stop recording a view."""
     _deciding(view, stack).lamella_trace = None
 
 
 def _deciding(view: Any, stack: str | None) -> Any:
-    """The module of a view whose forward asks a policy."""
+    """Return the module of a view whose forward calls a policy."""
     found = [module for module in view.modules() if "lamella_trace" in module.__dict__]
     found = [each for each in found if stack in (None, each.lamella_stack)]
     if not found:
-        raise PlanError("this plan decides nothing while the model runs: its drawing says all there is to see")
+        raise PlanError(
+            "this plan makes no decisions at run time, so there is nothing to trace: look at the plan itself"
+        )
     return next((each for each in found if each.lamella_policy is view.lamella_policy), found[-1])
 
 
-class _LayerOf:
-    """The forward of one layer of a view: its policy's."""
+class _PolicyLayer:
+    """The forward of one layer of a view, which calls its policy."""
 
     def __init__(self, policy: Policy, architecture: Architecture, index: int, runs: tuple[str, ...]) -> None:
         self.policy, self.architecture, self.index, self.runs = policy, architecture, index, runs
 
     def __call__(self, module: nn.Module, h: Tensor, given: dict[str, Any]) -> Any:
         run: Pass = given.pop("lamella_pass")
-        called, result = self.architecture.called, self.architecture.result
-        given = given if called is None else called(module, h, given)
+        complete_call, result = self.architecture.complete_call, self.architecture.result
+        given = given if complete_call is None else complete_call(module, h, given)
         out = self.policy.layer(LayerCall(self.index, module, self.architecture, given, run, self.runs), h, run)
         return out if result is None else result(out, given)
 
 
 @dataclass(frozen=True)
-class _Sees:
-    """Tells the base model which columns of a call stand for an image: ids do not reach it where there are images.
+class _ImagePositions:
+    """Passes the image positions of a call to the base model, which does not receive token ids if there are images.
 
-    A hook and no argument, since what else a model is given may go to its vision tower, too.
+    It is a hook instead of an argument, since other arguments of a model may be passed on to its vision tower.
     """
 
     base: Any
@@ -263,16 +285,16 @@ class _Sees:
         self.base.__dict__["lamella_images"] = None if ids is None else ids == self.token
 
     def before_generation(self, view: Any, inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The model's own encoding of what ``generate`` was given."""
+        """Run the model's own encoding of the inputs of ``generate``."""
         self.base.__dict__["lamella_images"] = inputs == self.token if inputs.ndim == 2 else None
         return type(view)._maybe_prepare_encoder_kwargs_for_generation(view, inputs, *args, **kwargs)
 
 
 def _encoded(base: Any, *args: Any, **kwargs: Any) -> Any:
-    """The forward of an encoder, all of whose tokens are prompt."""
+    """Run the forward of an encoder, all of whose tokens are prompt."""
     names = ("input_ids", "attention_mask")
     kwargs |= {name: value for name, value in zip(names, args, strict=False) if value is not None}
-    kwargs.pop("prompt_lengths", None)  # of the decoder, with which it was called
+    kwargs.pop("prompt_lengths", None)  # an argument of the decoder
     kwargs["lamella_images"] = base.__dict__.pop("lamella_images", None)
     ids = kwargs.get("input_ids")
     time = (ids if ids is not None else kwargs["inputs_embeds"]).shape[1]
@@ -280,7 +302,7 @@ def _encoded(base: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _forward(base: Any, *args: Any, **kwargs: Any) -> Any:
-    """The base model's forward, told by its cache or by ``prompt_lengths`` which tokens are prompt."""
+    """Run the base model's forward, where the cache or ``prompt_lengths`` determines which tokens are prompt."""
     names = ("input_ids", "attention_mask", "position_ids")
     kwargs |= {name: value for name, value in zip(names, args, strict=False) if value is not None}
     lengths, cache, policy = kwargs.pop("prompt_lengths", None), kwargs.get("cache"), base.lamella_policy
@@ -310,7 +332,7 @@ def _forward(base: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _cut(phase: Phase, kwargs: dict[str, Any], part: tuple[int, int]) -> tuple[Phase, dict[str, Any]]:
-    """The phase and the arguments of a part of a call."""
+    """Return the phase and the arguments of a part of a call."""
     begin, end = part
     start = phase.start + begin
     if (begin, end) != (0, phase.end - phase.start):
@@ -318,7 +340,7 @@ def _cut(phase: Phase, kwargs: dict[str, Any], part: tuple[int, int]) -> tuple[P
         for name in ("input_ids", "inputs_embeds", "lamella_images"):
             if kwargs.get(name) is not None:
                 kwargs[name] = kwargs[name][:, begin:end]
-        if kwargs.get("position_ids") is not None:  # of some models on several axes [axes, batch, time]
+        if kwargs.get("position_ids") is not None:  # [axes, batch, time] for models with several position axes
             kwargs["position_ids"] = kwargs["position_ids"][..., begin:end]
         if kwargs.get("attention_mask") is not None:
             kwargs["attention_mask"] = kwargs["attention_mask"][:, : start + end - begin]
@@ -328,7 +350,7 @@ def _cut(phase: Phase, kwargs: dict[str, Any], part: tuple[int, int]) -> tuple[P
 def _run(
     base: Any, phase: Phase, cache: PlanCache | None, kwargs: dict[str, Any], denoising: Denoising | None = None
 ) -> Any:
-    """One pass."""
+    """Run one pass."""
     mask = kwargs.get("attention_mask") if denoising is None else denoising.real
     padding = None if mask is None or mask.ndim != 2 or bool(mask.all()) else ~mask.bool()
     device = next(base.parameters()).device

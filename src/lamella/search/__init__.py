@@ -1,4 +1,4 @@
-"""Optimizers over decisions. They know nothing of models."""
+"""Optimizers over decisions, which know nothing of models."""
 
 from lamella.search.greedy import Clock, Cost, Removal, greedy, lazy_greedy, one_shot, swap
 from lamella.search.journal import Memo, Removals, take

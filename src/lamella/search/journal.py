@@ -1,4 +1,4 @@
-"""Journals, so that an interrupted search goes on where it stopped."""
+"""Journals, so that an interrupted search continues where it stopped."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lamella.search.greedy import Removal
 
 
 def _header(search: dict[str, Any]) -> str:
-    """A line that stands for everything that the result of a search depends on."""
+    """Return a line that identifies everything that the result of a search depends on."""
     return hashlib.sha256(json.dumps(search, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -26,7 +26,7 @@ def _is_removal(line: Any) -> bool:
 
 
 def _parts(candidate: list[Any]) -> tuple[Any, ...]:
-    """What a candidate is made of, as it can be looked up: JSON has no tuples."""
+    """Return the parts of a candidate in hashable form, since JSON has no tuples."""
     return tuple(tuple(part) if isinstance(part, list) else part for part in candidate)
 
 
@@ -38,23 +38,34 @@ def _is_score(line: Any) -> bool:
 
 
 class Removals:
-    """The removals of a greedy search, in their order, with a journal.
+    """The removals of a greedy search in order, with a journal.
 
     Args:
-        path: the journal's file; None keeps none.
-        search: everything that the result depends on; the journal of another search is started afresh.
+        path: file of the journal; None for no journal.
+        search: everything that the result depends on; the journal of another search is overwritten.
+
+    Attributes:
+        done: the removals so far.
     """
 
     def __init__(self, path: Path | None, search: dict[str, Any]) -> None:
         self._journal = Journal(path, _is_removal, _header(search))
-        self.done = [Removal(_parts(candidate), cost, asked) for candidate, cost, asked in self._journal.found]
+        self.done = [
+            Removal(_parts(candidate), cost, evaluations) for candidate, cost, evaluations in self._journal.found
+        ]
 
     def add(self, removal: Removal[Any]) -> None:
-        self._journal.add([list(removal.candidate), removal.cost, removal.asked])
+        """Add a removal to the journal."""
+        self._journal.add([list(removal.candidate), removal.cost, removal.evaluations])
 
 
 class Memo(dict[str, float]):
-    """The scores of a search that asks again for what it has asked; see :class:`Removals` for the arguments."""
+    """The cached scores of a search that evaluates the same names repeatedly.
+
+    Args:
+        path: file of the journal; None for no journal.
+        search: everything that the result depends on; the journal of another search is overwritten.
+    """
 
     def __init__(self, path: Path | None, search: dict[str, Any]) -> None:
         self._journal = Journal(path, _is_score, _header(search))
@@ -72,22 +83,22 @@ def take(
     until: Callable[[frozenset[Any]], bool] | None = None,
     what: str = "removing",
 ) -> list[Removal[Any]]:
-    """The removals of a search, as far as it must go; those that an earlier run has left come first.
+    """Return the removals of a search as far as needed; those of an earlier run come first.
 
     Args:
-        steps: the search, which goes on from ``journal.done[:most]``.
-        journal: where each further removal is noted.
-        most: how many removals to take.
-        until: true of all that is removed by then when the search has gone far enough.
-        what: is being done, for the display of progress.
+        steps: the search, which continues from ``journal.done[:most]``.
+        journal: where each new removal is recorded.
+        most: maximum number of removals.
+        until: called with everything removed so far; the search ends when it returns true.
+        what: what is being done, for the progress display.
     """
     order = list(journal.done[:most])
-    gone = frozenset(each for step in order for each in step.candidate)
+    removed = frozenset(each for step in order for each in step.candidate)
     with tracker(what, most) as count:
         count(len(order))
-        while len(order) < most and not (until and until(gone)) and (step := next(steps, None)):
+        while len(order) < most and not (until and until(removed)) and (step := next(steps, None)):
             order.append(step)
             journal.add(step)
-            gone |= set(step.candidate)
+            removed |= set(step.candidate)
             count(note=f"{step.cost:.4f}")
     return order

@@ -1,4 +1,4 @@
-"""Thresholds on scores: where one lies, and which settings of a sweep are worth a plan."""
+"""Thresholds on scores: where they lie, and which settings of a sweep are worth a plan."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 def threshold(scores: ArrayLike, below: int, margin: float = 0.0) -> float:
-    """The threshold that has a number of scores below it, halfway between two of them, so that rounding cannot decide.
+    """Return the threshold with a number of scores below it, halfway between two scores to be robust against rounding.
 
     Args:
-        scores: of any shape.
-        below: how many of them are lower, from 0 to all.
-        margin: how far half of it lies beyond the lowest and the highest score, where none or all are below.
+        scores: scores of any shape.
+        below: number of scores below the threshold, from 0 to all.
+        margin: twice the distance from the lowest or highest score, if none or all are below.
 
     >>> threshold([0.1, 0.4, 0.2, 0.3], 2)
     0.25
@@ -27,13 +27,13 @@ def threshold(scores: ArrayLike, below: int, margin: float = 0.0) -> float:
     return float(edges[below : below + 2].astype(np.float64).mean())
 
 
-def rising(found: Iterable[Found], amount: Callable[[Found], float], above: float = 0.0) -> Iterator[Found]:
-    """What a sweep finds, as it finds it, without what brings no more than something before it.
+def rising(found: Iterable[Result], amount: Callable[[Result], float], above: float = 0.0) -> Iterator[Result]:
+    """Yield the results of a sweep, without those whose amount does not exceed that of an earlier one.
 
     Args:
-        found: in the order of the sweep.
-        amount: what each of them brings.
-        above: what the first must exceed.
+        found: results in the order of the sweep.
+        amount: amount of a result.
+        above: value that the first amount must exceed.
 
     >>> list(rising([1, 3, 2, 3, 4], float))
     [1, 3, 4]

@@ -1,4 +1,4 @@
-"""The cheapest run of consecutive numbers."""
+"""The cheapest run of consecutive indices."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from lamella.errors import BudgetError
 
 
 def window(total: int, size: int, cost: Callable[[int], float], last: int | None = None) -> int:
-    """Where the cheapest run of ``size`` consecutive numbers begins; the first one wins ties.
+    """Return the start of the cheapest run of ``size`` consecutive indices; the first one wins ties.
 
     Args:
-        total: numbers run from 0 to ``total - 1``.
-        cost: the cost of the run that begins at a number.
-        last: the last start to consider; by default the run may reach the end.
+        total: number of indices.
+        size: length of the run.
+        cost: cost of the run that starts at an index.
+        last: last start to consider; if None, the run may extend to the end.
+
+    Raises:
+        BudgetError: for a size that does not fit.
     """
     if not 0 < size <= total:
         raise BudgetError(f"a run of {size} does not fit into {total}")

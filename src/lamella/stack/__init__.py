@@ -1,4 +1,4 @@
-"""Models as addressable layers."""
+"""Models as stacks of addressable layers."""
 
 from lamella.stack.architectures import (
     ARCHITECTURES,
@@ -15,13 +15,13 @@ from lamella.stack.architectures import (
 from lamella.stack.attention import attend_with_weights, norm_before
 from lamella.stack.blocks import BLOCK_TABLES, BlockKind, Blocks
 from lamella.stack.digest import digest_of_files
-from lamella.stack.entry import Architecture, Assembly, Experts, Slot, Source, Sublayer
+from lamella.stack.entry import Architecture, Assembly, DerivedCode, Experts, Slot, Sublayer
 from lamella.stack.prefixes import Prefixes, beginnings
-from lamella.stack.proof import digest_of_proof, kind_of, numbers_of, prove
+from lamella.stack.proof import digest_of_proof, kind_of, numeric_attributes, prove
 from lamella.stack.sharing import replace_forward, share
 from lamella.stack.silence import silencers
 from lamella.stack.sites import Group, Level, Position, groups_at, positions_at, positions_of, sites_of
-from lamella.stack.stack import Context, Model, Place, Stack, Stream, last_stack, library_of, open_model
+from lamella.stack.stack import Boundary, Context, Hidden, Model, Stack, last_stack, library_of, open_model
 from lamella.stack.sublayers import ByKind, Parallel, PartialLayer, Placeholder, counts_tokens, hold, join, own_keys
 from lamella.stack.weights import Weight, matrices, weights
 from lamella.stack.wiring import Part, Sizes, Wiring
@@ -35,24 +35,24 @@ __all__ = [
     "Assembly",
     "BlockKind",
     "Blocks",
+    "Boundary",
     "ByKind",
     "Context",
+    "DerivedCode",
     "Experts",
     "Group",
+    "Hidden",
     "Level",
     "Model",
     "Parallel",
     "Part",
     "PartialLayer",
-    "Place",
     "Placeholder",
     "Position",
     "Prefixes",
     "Sizes",
     "Slot",
-    "Source",
     "Stack",
-    "Stream",
     "Sublayer",
     "Weight",
     "Wiring",
@@ -74,7 +74,7 @@ __all__ = [
     "library_of",
     "matrices",
     "norm_before",
-    "numbers_of",
+    "numeric_attributes",
     "open_model",
     "own_class",
     "own_keys",

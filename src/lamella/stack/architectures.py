@@ -1,8 +1,9 @@
-"""The architecture table: one entry for each architecture that is not derived, and where entries are found.
+"""The architecture table: one entry for each architecture that is not derived, and the functions that look entries up.
 
 To add an architecture, add one :class:`Architecture` here and, if none of :mod:`lamella.stack.sublayers` fits, the
 functions of its sublayers. A model of several stacks is an :class:`Assembly` of such entries. The conformance tests
-then check it on the real transformers class. What has no entry is derived (:mod:`lamella.stack.derivation`).
+then check it on the real transformers class. Architectures without an entry are derived
+(:mod:`lamella.stack.derivation`).
 """
 
 from __future__ import annotations
@@ -32,23 +33,23 @@ _LLAMA = Architecture(
     wired=Wiring(
         sublayers={
             "attn": (
-                Part("input_layernorm", None, ("stream",)),
-                Part("self_attn.q_proj", "stream", ("queries",)),
-                Part("self_attn.k_proj", "stream", ("keys",)),
-                Part("self_attn.v_proj", "stream", ("keys",)),
-                Part("self_attn.o_proj", "queries", ("stream",)),
+                Part("input_layernorm", None, ("hidden",)),
+                Part("self_attn.q_proj", "hidden", ("queries",)),
+                Part("self_attn.k_proj", "hidden", ("keys",)),
+                Part("self_attn.v_proj", "hidden", ("keys",)),
+                Part("self_attn.o_proj", "queries", ("hidden",)),
             ),
             "mlp": (
-                Part("post_attention_layernorm", None, ("stream",)),
-                Part("mlp.gate_proj", "stream", ("channels",)),
-                Part("mlp.up_proj", "stream", ("channels",)),
-                Part("mlp.down_proj", "channels", ("stream",)),
+                Part("post_attention_layernorm", None, ("hidden",)),
+                Part("mlp.gate_proj", "hidden", ("channels",)),
+                Part("mlp.up_proj", "hidden", ("channels",)),
+                Part("mlp.down_proj", "channels", ("hidden",)),
             ),
         },
         outside=(
-            Part("model.embed_tokens", None, ("stream",)),
-            Part("model.norm", None, ("stream",)),
-            Part("lm_head", "stream", ()),
+            Part("model.embed_tokens", None, ("hidden",)),
+            Part("model.norm", None, ("hidden",)),
+            Part("lm_head", "hidden", ()),
         ),
         attention="self_attn",
     ),
@@ -62,46 +63,46 @@ _EXPERTS = replace(
 )
 
 
-def _attends(attention: str, states: str = "stream") -> tuple[Part, ...]:
-    """An attention of BART's kin and the norm before it, which may read an encoder's states."""
+def _attends(attention: str, states: str = "hidden") -> tuple[Part, ...]:
+    """Return the parts of a BART attention and its norm; its keys and values may read an encoder's states."""
     return (
-        Part(f"{attention}_layer_norm", None, ("stream",)),
-        Part(f"{attention}.q_proj", "stream", ("queries",)),
+        Part(f"{attention}_layer_norm", None, ("hidden",)),
+        Part(f"{attention}.q_proj", "hidden", ("queries",)),
         Part(f"{attention}.k_proj", states, ("keys",)),
         Part(f"{attention}.v_proj", states, ("keys",)),
-        Part(f"{attention}.out_proj", "queries", ("stream",)),
+        Part(f"{attention}.out_proj", "queries", ("hidden",)),
     )
 
 
 _FEEDS = (
-    Part("final_layer_norm", None, ("stream",)),
-    Part("fc1", "stream", ("channels",)),
-    Part("fc2", "channels", ("stream",)),
+    Part("final_layer_norm", None, ("hidden",)),
+    Part("fc1", "hidden", ("channels",)),
+    Part("fc2", "channels", ("hidden",)),
 )
 
-_SCALED = Wiring(  # the largest DINOv2 has another MLP, of which it says nothing
+_SCALED = Wiring(  # does not cover the largest DINOv2, which has another MLP
     sublayers={
         "attn": (
-            Part("norm1", None, ("stream",)),
-            Part("attention.q_proj", "stream", ("queries",)),
-            Part("attention.k_proj", "stream", ("keys",)),
-            Part("attention.v_proj", "stream", ("keys",)),
+            Part("norm1", None, ("hidden",)),
+            Part("attention.q_proj", "hidden", ("queries",)),
+            Part("attention.k_proj", "hidden", ("keys",)),
+            Part("attention.v_proj", "hidden", ("keys",)),
             Part("attention.o_proj", "queries", ("branch",)),
-            Part("layer_scale1", "branch", ("stream",)),
+            Part("layer_scale1", "branch", ("hidden",)),
         ),
         "mlp": (
-            Part("norm2", None, ("stream",)),
-            Part("mlp.fc1", "stream", ("channels",)),
+            Part("norm2", None, ("hidden",)),
+            Part("mlp.fc1", "hidden", ("channels",)),
             Part("mlp.fc2", "channels", ("branch",)),
-            Part("layer_scale2", "branch", ("stream",)),
+            Part("layer_scale2", "branch", ("hidden",)),
         ),
     },
     outside=(
-        Part("embeddings.cls_token", None, ("stream",)),
-        Part("embeddings.mask_token", "mask", ("stream",)),
-        Part("embeddings.position_embeddings", None, ("stream",)),
-        Part("embeddings.patch_embeddings.projection", "patches", ("stream",)),
-        Part("layernorm", None, ("stream",)),
+        Part("embeddings.cls_token", None, ("hidden",)),
+        Part("embeddings.mask_token", "mask", ("hidden",)),
+        Part("embeddings.position_embeddings", None, ("hidden",)),
+        Part("embeddings.patch_embeddings.projection", "patches", ("hidden",)),
+        Part("layernorm", None, ("hidden",)),
     ),
     centred=True,
 )
@@ -128,7 +129,7 @@ _DINO = Architecture(
 _REGISTERS = replace(
     _DINO,
     name="dinov2_with_registers",
-    wired=replace(_SCALED, outside=(*_SCALED.outside, Part("embeddings.register_tokens", None, ("stream",)))),
+    wired=replace(_SCALED, outside=(*_SCALED.outside, Part("embeddings.register_tokens", None, ("hidden",)))),
 )
 
 _MASKED: dict[str, Any] = {"causal": False, "objective": "masked tokens", "auto": "AutoModelForMaskedLM"}
@@ -169,25 +170,25 @@ _TABLE = (
         layers="h",
         embedding="wte",
         norm="ln_f",
-        sizes={"layers": "n_layer", "stream": "n_embd", "channels": "n_inner", "heads": "n_head"},
+        sizes={"layers": "n_layer", "hidden": "n_embd", "channels": "n_inner", "heads": "n_head"},
         wired=Wiring(
             sublayers={
                 "attn": (
-                    Part("ln_1", None, ("stream",)),
-                    Part("attn.c_attn", "stream", ("queries", "keys", "keys")),
-                    Part("attn.c_proj", "queries", ("stream",)),
+                    Part("ln_1", None, ("hidden",)),
+                    Part("attn.c_attn", "hidden", ("queries", "keys", "keys")),
+                    Part("attn.c_proj", "queries", ("hidden",)),
                 ),
                 "mlp": (
-                    Part("ln_2", None, ("stream",)),
-                    Part("mlp.c_fc", "stream", ("channels",)),
-                    Part("mlp.c_proj", "channels", ("stream",)),
+                    Part("ln_2", None, ("hidden",)),
+                    Part("mlp.c_fc", "hidden", ("channels",)),
+                    Part("mlp.c_proj", "channels", ("hidden",)),
                 ),
             },
             outside=(
-                Part("transformer.wte", None, ("stream",)),
-                Part("transformer.wpe", None, ("stream",)),
-                Part("transformer.ln_f", None, ("stream",)),
-                Part("lm_head", "stream", ()),
+                Part("transformer.wte", None, ("hidden",)),
+                Part("transformer.wpe", None, ("hidden",)),
+                Part("transformer.ln_f", None, ("hidden",)),
+                Part("lm_head", "hidden", ()),
             ),
             attention="attn",
             grouped=False,
@@ -207,20 +208,20 @@ _TABLE = (
         wired=Wiring(
             sublayers={
                 "attn": (
-                    Part("input_layernorm", None, ("stream",)),
-                    Part("attention.query_key_value", "stream", ("heads",)),
-                    Part("attention.dense", "queries", ("stream",)),
+                    Part("input_layernorm", None, ("hidden",)),
+                    Part("attention.query_key_value", "hidden", ("heads",)),
+                    Part("attention.dense", "queries", ("hidden",)),
                 ),
                 "mlp": (
-                    Part("post_attention_layernorm", None, ("stream",)),
-                    Part("mlp.dense_h_to_4h", "stream", ("channels",)),
-                    Part("mlp.dense_4h_to_h", "channels", ("stream",)),
+                    Part("post_attention_layernorm", None, ("hidden",)),
+                    Part("mlp.dense_h_to_4h", "hidden", ("channels",)),
+                    Part("mlp.dense_4h_to_h", "channels", ("hidden",)),
                 ),
             },
             outside=(
-                Part("gpt_neox.embed_in", None, ("stream",)),
-                Part("gpt_neox.final_layer_norm", None, ("stream",)),
-                Part("lm_head", "stream", ()),
+                Part("gpt_neox.embed_in", None, ("hidden",)),
+                Part("gpt_neox.final_layer_norm", None, ("hidden",)),
+                Part("lm_head", "hidden", ()),
             ),
             centred=True,
         ),
@@ -237,10 +238,10 @@ _TABLE = (
         wired=Wiring(
             sublayers={"attn": _attends("self_attn"), "mlp": _FEEDS},
             outside=(
-                Part("model.decoder.embed_tokens", None, ("stream",)),
-                Part("model.decoder.embed_positions", None, ("stream",)),
-                Part("model.decoder.final_layer_norm", None, ("stream",)),
-                Part("lm_head", "stream", ()),
+                Part("model.decoder.embed_tokens", None, ("hidden",)),
+                Part("model.decoder.embed_positions", None, ("hidden",)),
+                Part("model.decoder.final_layer_norm", None, ("hidden",)),
+                Part("lm_head", "hidden", ()),
             ),
             centred=True,
         ),
@@ -259,7 +260,7 @@ _TABLE = (
         shifted=False,
         sizes={
             "layers": "n_layers",
-            "stream": "d_model",
+            "hidden": "d_model",
             "channels": "mlp_hidden_size",
             "heads": "n_heads",
             "kv_heads": "n_kv_heads",
@@ -288,24 +289,24 @@ _TABLE = (
         wired=Wiring(
             sublayers={
                 "attn": (
-                    Part("layernorm_before", None, ("stream",)),
-                    Part("attention.q_proj", "stream", ("queries",)),
-                    Part("attention.k_proj", "stream", ("keys",)),
-                    Part("attention.v_proj", "stream", ("keys",)),
-                    Part("attention.o_proj", "queries", ("stream",)),
+                    Part("layernorm_before", None, ("hidden",)),
+                    Part("attention.q_proj", "hidden", ("queries",)),
+                    Part("attention.k_proj", "hidden", ("keys",)),
+                    Part("attention.v_proj", "hidden", ("keys",)),
+                    Part("attention.o_proj", "queries", ("hidden",)),
                 ),
                 "mlp": (
-                    Part("layernorm_after", None, ("stream",)),
-                    Part("mlp.fc1", "stream", ("channels",)),
-                    Part("mlp.fc2", "channels", ("stream",)),
+                    Part("layernorm_after", None, ("hidden",)),
+                    Part("mlp.fc1", "hidden", ("channels",)),
+                    Part("mlp.fc2", "channels", ("hidden",)),
                 ),
             },
             outside=(
-                Part("vit.embeddings.cls_token", None, ("stream",)),
-                Part("vit.embeddings.position_embeddings", None, ("stream",)),
-                Part("vit.embeddings.patch_embeddings.projection", "patches", ("stream",)),
-                Part("vit.layernorm", None, ("stream",)),
-                Part("classifier", "stream", ()),
+                Part("vit.embeddings.cls_token", None, ("hidden",)),
+                Part("vit.embeddings.position_embeddings", None, ("hidden",)),
+                Part("vit.embeddings.patch_embeddings.projection", "patches", ("hidden",)),
+                Part("vit.layernorm", None, ("hidden",)),
+                Part("classifier", "hidden", ()),
             ),
             centred=True,
         ),
@@ -332,24 +333,24 @@ _TABLE = (
         wired=Wiring(
             sublayers={
                 "attn": (
-                    Part("layer_norm1", None, ("stream",)),
-                    Part("self_attn.q_proj", "stream", ("queries",)),
-                    Part("self_attn.k_proj", "stream", ("keys",)),
-                    Part("self_attn.v_proj", "stream", ("keys",)),
-                    Part("self_attn.out_proj", "queries", ("stream",)),
+                    Part("layer_norm1", None, ("hidden",)),
+                    Part("self_attn.q_proj", "hidden", ("queries",)),
+                    Part("self_attn.k_proj", "hidden", ("keys",)),
+                    Part("self_attn.v_proj", "hidden", ("keys",)),
+                    Part("self_attn.out_proj", "queries", ("hidden",)),
                 ),
                 "mlp": (
-                    Part("layer_norm2", None, ("stream",)),
-                    Part("mlp.fc1", "stream", ("channels",)),
-                    Part("mlp.fc2", "channels", ("stream",)),
+                    Part("layer_norm2", None, ("hidden",)),
+                    Part("mlp.fc1", "hidden", ("channels",)),
+                    Part("mlp.fc2", "channels", ("hidden",)),
                 ),
             },
             outside=(
                 Part("embeddings.class_embedding", None, ("embedded",)),
                 Part("embeddings.patch_embedding", "patches", ("embedded",)),
                 Part("embeddings.position_embedding", None, ("embedded",)),
-                Part("pre_layrnorm", "embedded", ("stream",)),
-                Part("post_layernorm", None, ("stream",)),
+                Part("pre_layrnorm", "embedded", ("hidden",)),
+                Part("post_layernorm", None, ("hidden",)),
             ),
             centred=True,
         ),
@@ -361,25 +362,25 @@ _TABLE = (
 _BLOOM = Wiring(
     sublayers={
         "attn": (
-            Part("input_layernorm", None, ("stream",)),
-            Part("self_attention.query_key_value", "stream", ("heads",)),
-            Part("self_attention.dense", "queries", ("stream",)),
+            Part("input_layernorm", None, ("hidden",)),
+            Part("self_attention.query_key_value", "hidden", ("heads",)),
+            Part("self_attention.dense", "queries", ("hidden",)),
         ),
         "mlp": (
-            Part("post_attention_layernorm", None, ("stream",)),
-            Part("mlp.dense_h_to_4h", "stream", ("channels",)),
-            Part("mlp.dense_4h_to_h", "channels", ("stream",)),
+            Part("post_attention_layernorm", None, ("hidden",)),
+            Part("mlp.dense_h_to_4h", "hidden", ("channels",)),
+            Part("mlp.dense_4h_to_h", "channels", ("hidden",)),
         ),
     },
     outside=(
         Part("transformer.word_embeddings", None, ("embedded",)),
-        Part("transformer.word_embeddings_layernorm", "embedded", ("stream",)),
-        Part("transformer.ln_f", None, ("stream",)),
-        Part("lm_head", "stream", ()),
+        Part("transformer.word_embeddings_layernorm", "embedded", ("hidden",)),
+        Part("transformer.ln_f", None, ("hidden",)),
+        Part("lm_head", "hidden", ()),
     ),
     centred=True,
 )
-_WIRED = {"bloom": _BLOOM}  # of types that are derived, since no forward says what reads behind which norm
+_WIRED = {"bloom": _BLOOM}  # wirings of derived types, since no forward shows which module reads after which norm
 
 _T5 = Architecture(
     name="t5",
@@ -396,10 +397,10 @@ _T5 = Architecture(
     objective="features",
     shifted=False,
     front="",
-    called=towers.t5_call,
+    complete_call=towers.t5_call,
     result=towers.t5_result,
-    stays=towers.t5_stays,
-    sizes={"layers": "num_layers", "stream": "d_model", "channels": "d_ff", "heads": "num_heads", "head_dim": "d_kv"},
+    irremovable=towers.t5_irremovable,
+    sizes={"layers": "num_layers", "hidden": "d_model", "channels": "d_ff", "heads": "num_heads", "head_dim": "d_kv"},
 )
 
 _BART = Architecture(
@@ -418,7 +419,7 @@ _BART = Architecture(
     front="model",
     sizes={
         "layers": "encoder_layers",
-        "stream": "d_model",
+        "hidden": "d_model",
         "channels": "encoder_ffn_dim",
         "heads": "encoder_attention_heads",
     },
@@ -432,7 +433,7 @@ _DECODER: dict[str, Any] = {
     "mask": "decoder_attention_mask",
     "sizes": {
         "layers": "decoder_layers",
-        "stream": "d_model",
+        "hidden": "d_model",
         "channels": "decoder_ffn_dim",
         "heads": "decoder_attention_heads",
     },
@@ -456,14 +457,14 @@ _WHISPER = replace(
             Part("model.encoder.conv1", "sound", ("embedded",)),
             Part("model.encoder.conv2", "embedded", ("embedded",)),
             Part("model.encoder.embed_positions", None, ("embedded",)),
-            Part("model.encoder.layer_norm", None, ("stream",)),
+            Part("model.encoder.layer_norm", None, ("hidden",)),
         ),
         centred=True,
         bent=True,
     ),
 )
 
-# MBART and its like
+# MBART and similar models
 _PRE_NORM = replace(_WHISPER, embedding="embed_tokens", modality="text", mask="attention_mask", wired=None)
 
 _ASSEMBLIES = (
@@ -547,10 +548,10 @@ _ASSEMBLIES = (
                         "mlp": _FEEDS,
                     },
                     outside=(
-                        Part("model.decoder.embed_tokens", None, ("stream",)),
-                        Part("model.decoder.embed_positions", None, ("stream",)),
-                        Part("model.decoder.layer_norm", None, ("stream",)),
-                        Part("proj_out", "stream", ()),
+                        Part("model.decoder.embed_tokens", None, ("hidden",)),
+                        Part("model.decoder.embed_positions", None, ("hidden",)),
+                        Part("model.decoder.layer_norm", None, ("hidden",)),
+                        Part("proj_out", "hidden", ()),
                     ),
                     centred=True,
                 ),
@@ -569,7 +570,7 @@ _ASSEMBLIES = (
                     "front": "model",
                     "head": "model.multi_modal_projector",
                     "readout": towers.llava_features,
-                    "stays": towers.llava_stays,
+                    "irremovable": towers.llava_irremovable,
                 },
             ),
             Slot("text_config", {"base": "model.language_model", "front": "model", "images": "image_token_id"}),
@@ -598,7 +599,7 @@ _ASSEMBLIES = (
                 mask="",
                 config="vision_config",
                 front="model",
-                sizes={"layers": "depth", "stream": "embed_dim", "heads": "num_heads"},
+                sizes={"layers": "depth", "hidden": "embed_dim", "heads": "num_heads"},
             ),
             Slot("text_config", {"base": "model.language_model", "front": "model", "images": "image_token_id"}),
         ),
@@ -620,11 +621,11 @@ for _name, _like in {
     "blenderbot": "mbart",
 }.items():
     ASSEMBLIES[_name] = replace(ASSEMBLIES[_like], name=_name)
-PROJECTED = "CLIPVisionModelWithProjection"  # holds the tower of a clip_vision_model, and projects its output
+PROJECTED = "CLIPVisionModelWithProjection"  # contains the tower of a clip_vision_model, and projects its output
 _DERIVED: dict[str, Architecture] = {}  # by the digest of a config
-REFUSED = {  # types that look like ones that are known, with what is different
+REFUSED = {  # types that resemble known ones, with the difference
     "diffusion_gemma": "it denoises tokens drawn at random instead of masks, reads its own last logits, and shares the "
-    "weights of its decoder with an encoder: no layer of one can leave without the other's",
+    "weights of its decoder with an encoder: no layer of one can be removed without the other's",
 }
 ASSEMBLIES["llava_diffusion"] = Assembly(
     name="llava_diffusion",
@@ -651,7 +652,7 @@ ASSEMBLIES["florence2"] = Assembly(
     auto="AutoModelForImageTextToText",
 )
 ASSEMBLIES["patch_seq2seq"] = replace(ASSEMBLIES["florence2"], name="patch_seq2seq")
-OWN = {  # transformers lacks them
+OWN = {  # model types that transformers does not have
     each.model_type: each for each in (LLaDAConfig, DreamConfig, LlavaDiffusionConfig, PatchSeq2SeqConfig)
 }
 for _type, _config in OWN.items():
@@ -667,25 +668,25 @@ def register_architecture(architecture: Architecture | Assembly) -> None:
 
 
 def find_architectures(config: Any) -> dict[str, Architecture]:
-    """The architecture of every stack of a model, by the stack's name, for its transformers config.
+    """Return the architecture of every stack of a model, by the stack's name, for its transformers config.
 
     Raises:
-        ArchitectureError: when the table has no such ``model_type``; the message shows how to add it.
+        ArchitectureError: for a model type that is unknown and cannot be derived; the message shows how to add it.
     """
     model_type = _model_type(config)
     if model_type in REFUSED:
-        raise ArchitectureError(f"{model_type} models are no stack of layers that can be cut: {REFUSED[model_type]}")
+        raise ArchitectureError(f"{model_type} models are not a stack of layers that can be cut: {REFUSED[model_type]}")
     if model_type in ARCHITECTURES:
         found: tuple[Architecture, ...] = (ARCHITECTURES[model_type],)
     elif model_type in ASSEMBLIES and not _decodes_alone(config):
-        found = tuple(_placed(each, config) for each in ASSEMBLIES[model_type].stacks)
+        found = tuple(_resolve(each, config) for each in ASSEMBLIES[model_type].stacks)
     else:
         found = (_derived(config, model_type),)
     return {each.stack: each for each in found}
 
 
 def architectures_of(model: Any) -> dict[str, Architecture]:
-    """The architecture of every stack of a transformers model in memory, by the stack's name; see above."""
+    """Return the architecture of every stack of a transformers model in memory, by the stack's name."""
     found = find_architectures(model.config)
     if type(model).__name__ == PROJECTED:
         return {stack: replace(each, base="vision_model", wired=None) for stack, each in found.items()}
@@ -693,10 +694,10 @@ def architectures_of(model: Any) -> dict[str, Architecture]:
 
 
 def own_class(model_type: str) -> Any:
-    """The library's own class of a type that transformers lacks, known to its auto classes from now on; else None."""
+    """Return Lamella's own class for a model type that transformers lacks, and register it; None for other types."""
     if model_type not in OWN:
         return None
-    from lamella.stack import diffusion, diffusion_vlm, patch_seq2seq  # here and not above: it takes seconds
+    from lamella.stack import diffusion, diffusion_vlm, patch_seq2seq  # imported here because it takes seconds
 
     auto, known = {
         "llada": (AutoModelForMaskedLM, diffusion.LLaDAForMaskedLM),
@@ -709,23 +710,23 @@ def own_class(model_type: str) -> Any:
 
 
 def check_own(model: Any) -> None:
-    """Check that a model of a type of which the library has a class of its own is of that class.
+    """Check that a model whose type Lamella defines is of Lamella's class.
 
     Raises:
-        ArchitectureError: for one of the code that comes with its checkpoint, whose layers are called otherwise.
+        ArchitectureError: for a model of the code that comes with its checkpoint, whose modules have other names.
     """
     known = own_class(_model_type(model.config))
     if known is not None and not isinstance(model, known):
         raise ArchitectureError(
-            f"a {type(model).__name__} in memory is run by the code of its checkpoint: open the checkpoint's folder, "
-            f"of which Lamella makes a {known.__name__}"
+            f"a {type(model).__name__} in memory uses the code of its checkpoint: open the checkpoint's folder, "
+            f"which Lamella opens as a {known.__name__}"
         )
 
 
 def _derived(config: Any, model_type: str) -> Architecture:
-    """The architecture of a type without an entry; the same one for equal configs."""
-    said = json.dumps(config.to_dict(), sort_keys=True, default=str) if hasattr(config, "to_dict") else ""
-    digest = hashlib.sha256(f"{type(config).__name__} {said}".encode()).hexdigest()
+    """Return the derived architecture of a type without an entry; the same object for equal configs."""
+    text = json.dumps(config.to_dict(), sort_keys=True, default=str) if hasattr(config, "to_dict") else ""
+    digest = hashlib.sha256(f"{type(config).__name__} {text}".encode()).hexdigest()
     if digest not in _DERIVED:
         try:
             _DERIVED[digest] = replace(derive(config, model_type), wired=_WIRED.get(model_type))
@@ -739,10 +740,10 @@ def _derived(config: Any, model_type: str) -> Architecture:
 
 
 def find_architecture(config: Any) -> Architecture:
-    """The architecture of a model with one stack.
+    """Return the architecture of a model with one stack.
 
     Raises:
-        ArchitectureError: for an unknown one, and for a model with several stacks.
+        ArchitectureError: for an unknown architecture, and for a model with several stacks.
     """
     found = find_architectures(config)
     if len(found) > 1:
@@ -751,23 +752,23 @@ def find_architecture(config: Any) -> Architecture:
 
 
 def _decodes_alone(config: Any) -> bool:
-    """Whether a model is the decoder of one with several stacks, without what it could read."""
+    """Return whether a model is the decoder of one with several stacks, without its encoder."""
     return bool(getattr(config, "is_decoder", False))
 
 
 def auto_class(config: Any) -> str:
-    """The class of transformers that opens a model with this config."""
+    """Return the auto class of transformers that opens a model with this config."""
     own_class(_model_type(config))
     assembly = None if _decodes_alone(config) else ASSEMBLIES.get(_model_type(config))
     return find_architecture(config).auto if assembly is None else assembly.auto
 
 
 def _model_type(config: Any) -> str:
-    return str(getattr(config, "model_type", None)).removeprefix("lamella_")  # as native exports are called
+    return str(getattr(config, "model_type", None)).removeprefix("lamella_")  # the prefix of native exports
 
 
-def _placed(entry: Architecture | Slot, config: Any) -> Architecture:
-    """An entry of an assembly, as it is in a model with this config."""
+def _resolve(entry: Architecture | Slot, config: Any) -> Architecture:
+    """Return an entry of an assembly, adapted to a model with this config."""
     if isinstance(entry, Architecture):
         return entry
     inner = getattr(config, entry.config)
@@ -778,5 +779,5 @@ def _placed(entry: Architecture | Slot, config: Any) -> Architecture:
 
 
 def cuttable() -> list[str]:
-    """The architectures that can be cut in width."""
+    """Return the architectures that can be cut in width."""
     return [name for name, each in ARCHITECTURES.items() if each.cuttable]

@@ -1,4 +1,4 @@
-"""What an attention reads, and with what weights: fused kernels do not hand them out, and the eager one is slow."""
+"""The attention probabilities of a sublayer, which fused kernels do not return, and the norm before it."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from lamella.stack.sublayers import Parallel
 def attend_with_weights(
     sublayer: Sublayer, layer: nn.Module, h: Tensor | Parallel, call: dict[str, Any], causal: bool
 ) -> tuple[Tensor | Parallel, Tensor]:
-    """An attention and its probabilities.
+    """Run an attention sublayer and return its probabilities as well.
 
     Args:
         sublayer: the attention.
         layer: the layer it belongs to; it is not changed.
-        h: the stream before it [batch, time, hidden].
-        call: what the model passes to the layer.
-        causal: whether tokens see those before them alone, where the call has no mask that says so.
+        h: residual stream before the sublayer [batch, time, hidden].
+        call: the keyword arguments that the model passes to the layer.
+        causal: whether tokens attend to earlier tokens only, if the call has no mask.
 
     Returns:
-        The stream after it, and how much each token attends to each one [batch, heads, time, stored].
+        The residual stream after the sublayer, and the attention probabilities [batch, heads, time, stored].
 
     Raises:
-        ArchitectureError: where no module of the sublayer hands its weights out.
+        ArchitectureError: if no module of the sublayer returns its weights.
     """
     weights: list[Tensor] = []
 
@@ -40,14 +40,14 @@ def attend_with_weights(
         weights.extend(each for each in out[1:] if isinstance(each, Tensor) and each.ndim == 4)
         return out
 
-    def attend(states: Tensor, **given: Any) -> Tensor:  # of a layer that is its own attention
-        states, found = eager.weighed(states, **given)
+    def attend(states: Tensor, **given: Any) -> Tensor:  # for a layer that contains the attention itself
+        states, found = eager.attend_with_probabilities(states, **given)
         weights.append(found)
         return states
 
     eager: Any = copy.copy(layer)
     eager._modules = dict(layer._modules)
-    if hasattr(layer, "weighed"):
+    if hasattr(layer, "attend_with_probabilities"):
         eager.config = _eager(eager.config)
         eager.__dict__["attend"] = attend
     for name in sublayer.modules:
@@ -57,9 +57,9 @@ def attend_with_weights(
             module.config = _eager(module.config)
             replace_forward(module, note)
             eager._modules[name] = module
-    out = sublayer.run(eager, h, call | {"attention_mask": _added(call.get("attention_mask"), h, causal)})
+    out = sublayer.run(eager, h, call | {"attention_mask": _additive(call.get("attention_mask"), h, causal)})
     if len(weights) != 1:
-        raise ArchitectureError(f"the attention of a {type(layer).__name__} hands no weights out")
+        raise ArchitectureError(f"the attention of a {type(layer).__name__} does not return its weights")
     return out, weights[0]
 
 
@@ -69,45 +69,52 @@ def _eager(config: Any) -> Any:
     return config
 
 
-def _added(mask: Tensor | None, h: Tensor | Parallel, causal: bool) -> Tensor | None:
-    """A mask as the eager attention reads it: added to scores [batch or 1, 1, time, stored]."""
-    stream = h.h if isinstance(h, Parallel) else h
-    least = max(torch.finfo(stream.dtype).min, torch.finfo(torch.float32).min)  # the eager softmax is in float32
+def _additive(mask: Tensor | None, h: Tensor | Parallel, causal: bool) -> Tensor | None:
+    """Return a mask in the form of eager attention, which adds it to the scores [batch or 1, 1, time, stored]."""
+    hidden = h.h if isinstance(h, Parallel) else h
+    least = max(torch.finfo(hidden.dtype).min, torch.finfo(torch.float32).min)  # the eager softmax is in float32
     if mask is None:
-        time = stream.shape[1]
+        time = hidden.shape[1]
         if not causal or time == 1:
             return None
-        return stream.new_full((time, time), least).triu(1)[None, None]
+        return hidden.new_full((time, time), least).triu(1)[None, None]
     if mask.dtype != torch.bool:
         return mask
-    return stream.new_zeros(mask.shape).masked_fill(~mask, least)
+    return hidden.new_zeros(mask.shape).masked_fill(~mask, least)
 
 
 @torch.no_grad()
 def norm_before(stack: Stack, index: int, sublayer: str = "attn") -> str:
-    """The module of a layer that makes, of the stream, what a sublayer reads: found by running it.
+    """Return the module of a layer that normalises the input of a sublayer, found by running the sublayer.
+
+    Args:
+        stack: the stack.
+        index: index of the layer.
+        sublayer: name of the sublayer.
 
     Raises:
-        ArchitectureError: where it reads the stream as it is, as in post-norm layers.
+        ArchitectureError: if the sublayer reads the residual stream directly, as in post-norm layers.
     """
     context, layer = stack.context(torch.full((1, 2), 3, device=stack.device)), stack.layers[index]
-    stream = stack.run(context.h, index, (index, sublayer), context)
-    h = stream.h if isinstance(stream, Parallel) else stream
-    read: list[str] = []
+    hidden = stack.run(context.h, index, (index, sublayer), context)
+    h = hidden.h if isinstance(hidden, Parallel) else hidden
+    norms: list[str] = []
 
     def note(name: str) -> Any:
         def ends(_: nn.Module, args: tuple[Any, ...], out: Any) -> None:
             if args and args[0] is h and isinstance(out, Tensor) and out.shape == h.shape:
-                read.append(name)
+                norms.append(name)
 
         return ends
 
     hooks = [module.register_forward_hook(note(name)) for name, module in layer.named_children()]
     try:
-        stack.architecture[sublayer].run(layer, stream, context.calls[index])
+        stack.architecture[sublayer].run(layer, hidden, context.calls[index])
     finally:
         for hook in hooks:
             hook.remove()
-    if not read:
-        raise ArchitectureError(f"the {sublayer} of layers.{index} of {stack.name} reads the stream without a norm")
-    return read[0]
+    if not norms:
+        raise ArchitectureError(
+            f"the {sublayer} of layers.{index} of {stack.name} reads the residual stream without a norm"
+        )
+    return norms[0]

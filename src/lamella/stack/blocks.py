@@ -1,11 +1,11 @@
-r"""Blocks: addressable residual parts of a model that is no chain, such as a UNet or a convolutional network.
+r"""Blocks: addressable residual parts of a model that is not a chain of layers, such as a UNet or a ResNet.
 
     x ---- own part ---- (+) ----        dropped:  x ---------- (+) ----
       \--- shortcut ----/                            \-- shortcut -/
 
-A block can be dropped, recorded, sized and replaced. There is no running from one to the next: what lies between them
-(skip connections, resampling, attention to text) is the model's own. A dropped block that changes shapes keeps its
-shortcut, and whatever the model applies behind the addition.
+A block can be dropped, recorded, sized and replaced. Execution from one block to another is not available, because what
+lies between them (skip connections, resampling, attention to text) belongs to the model. A dropped block that changes
+shapes keeps its shortcut, and whatever the model applies after the addition.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ Bypass = Callable[[Any, Tensor, dict[str, Any]], Any]
 
 
 def without_residual(block: Any, x: Tensor, call: dict[str, Any]) -> Tensor:
-    """What a block of which nothing but the stream is left gives."""
+    """Return the output of a dropped block that leaves its input unchanged."""
     return x
 
 
 def resnet_shortcut(block: Any, x: Tensor, call: dict[str, Any]) -> Tensor:
+    """Return the output of a dropped ResNet block of diffusers."""
     for resample in (block.upsample, block.downsample):
         x = x if resample is None else resample(x)
     x = x if block.conv_shortcut is None else block.conv_shortcut(x)
@@ -36,10 +37,12 @@ def resnet_shortcut(block: Any, x: Tensor, call: dict[str, Any]) -> Tensor:
 
 
 def attention_shortcut(block: Any, x: Tensor, call: dict[str, Any]) -> Tensor:
+    """Return the output of a dropped attention of diffusers."""
     return x / block.rescale_output_factor
 
 
 def transformer_shortcut(block: Any, x: Tensor, call: dict[str, Any]) -> Any:
+    """Return the output of a dropped transformer of diffusers."""
     if not call.get("return_dict", True):
         return (x,)
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -48,15 +51,23 @@ def transformer_shortcut(block: Any, x: Tensor, call: dict[str, Any]) -> Any:
 
 
 def basic_shortcut(block: Any, x: Tensor, call: dict[str, Any]) -> Tensor:
+    """Return the output of a dropped basic block of timm."""
     return block.act2(x if block.downsample is None else block.downsample(x))
 
 
 def bottleneck_shortcut(block: Any, x: Tensor, call: dict[str, Any]) -> Tensor:
+    """Return the output of a dropped bottleneck block of timm."""
     return block.act3(x if block.downsample is None else block.downsample(x))
 
 
 def leave_out(block: Any, bypass: Callable[..., Any], keeps: Collection[str]) -> None:
-    """Leave of a block what it keeps when it is dropped, in place."""
+    """Drop a block in place, except for the children that its bypass needs.
+
+    Args:
+        block: the block.
+        bypass: computes the output of the dropped block, ``bypass(block, x, call)``.
+        keeps: names of its children that the bypass needs.
+    """
     for name in [name for name, _ in block.named_children() if name not in keeps]:
         delattr(block, name)
     replace_forward(block, bypass)
@@ -64,13 +75,13 @@ def leave_out(block: Any, bypass: Callable[..., Any], keeps: Collection[str]) ->
 
 @dataclass(frozen=True)
 class BlockKind:
-    """What blocks of one class are made of.
+    """The structure of blocks of one class.
 
     Attributes:
-        bypass: what is left of one when it is dropped, ``bypass(block, x, call)``.
-        writes: where what it adds comes from: with these at zero, it adds nothing.
-        keeps: its children that the bypass needs.
-        parts: the name of a list in it, each of which is a block of its own where there are several.
+        bypass: computes the output of a dropped block, ``bypass(block, x, call)``.
+        writes: modules that produce what the block adds: if they are zero, it adds nothing.
+        keeps: children that the bypass needs.
+        parts: name of a list in the block each of whose members is a block of its own if there are several.
     """
 
     bypass: Bypass
@@ -84,10 +95,10 @@ class BlockTable:
     """The blocks of one kind of model.
 
     Attributes:
-        kinds: by the class of a block.
-        names: what parts of module paths are called in sites.
-        prefix: what sites begin with.
-        fixed: the paths of those that must stay, since the model reads more of them than what they give.
+        kinds: by class name, the structure of a block.
+        names: names in sites for parts of module paths.
+        prefix: prefix of sites.
+        fixed: paths of blocks that cannot be dropped, because the model reads more of them than their output.
     """
 
     kinds: Mapping[str, BlockKind]
@@ -96,7 +107,8 @@ class BlockTable:
     fixed: Collection[str] = ()
 
     def site(self, path: str) -> str:
-        """
+        """Return the site of a block.
+
         >>> BLOCK_TABLES["UNet2DModel"].site("down_blocks.1.resnets.0")
         'unet.down.1.resnets.0'
         """
@@ -121,7 +133,7 @@ BLOCK_TABLES: dict[str, BlockTable] = {  # by the class of the model
         kinds={"BasicTransformerBlock": BlockKind(without_residual, TRANSFORMER_WRITES)},
         names={"transformer_blocks": "layers"},
         prefix="dit.",
-        fixed=("transformer_blocks.0",),  # its norm makes the condition of the model's output, too
+        fixed=("transformer_blocks.0",),  # its norm also computes the condition of the model's output
     ),
     "ResNet": BlockTable(
         kinds={
@@ -134,14 +146,14 @@ BLOCK_TABLES: dict[str, BlockTable] = {  # by the class of the model
 
 
 class Blocks:
-    """A model and the addresses of its blocks. Nothing in here writes to the model.
+    """A model with the addresses of its blocks. No method changes the model.
 
     Args:
         model: a UNet or a DiT of diffusers, or a ResNet of timm.
         name: what to call it in messages.
 
     Attributes:
-        paths: by site, where each block is in the model.
+        paths: by site, the path of each block in the model.
 
     Raises:
         ArchitectureError: for a model whose blocks are not known.
@@ -151,15 +163,15 @@ class Blocks:
         kind = type(model).__name__
         if kind not in BLOCK_TABLES:
             known = ", ".join(BLOCK_TABLES)
-            raise ArchitectureError(f"the blocks of a {kind} are not known; known are {known}")
+            raise ArchitectureError(f"the blocks of a {kind} are unknown; supported are {known}")
         self.model, self.name, self.table = model, name or kind, BLOCK_TABLES[kind]
-        self.paths = {self.table.site(path): path for path in self._found()}
+        self.paths = {self.table.site(path): path for path in self._block_paths()}
 
-    def _found(self) -> list[str]:
+    def _block_paths(self) -> list[str]:
         found: list[str] = []
         seen: list[str] = []
         for path, module in self.model.named_modules():
-            inside = any(path.startswith(f"{outer}.") for outer in seen)  # a block's own parts are none
+            inside = any(path.startswith(f"{outer}.") for outer in seen)  # parts of a block are not blocks themselves
             kind = self.table.kinds.get(type(module).__name__)
             if kind is None or inside or not self._adds(module) or path in self.table.fixed:
                 continue
@@ -170,7 +182,7 @@ class Blocks:
 
     @staticmethod
     def _adds(module: Any) -> bool:
-        return bool(getattr(module, "residual_connection", True))  # of attentions, those that add to what they read
+        return bool(getattr(module, "residual_connection", True))  # only attentions that add to their input
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -180,6 +192,7 @@ class Blocks:
 
     @property
     def sites(self) -> list[str]:
+        """The sites of all blocks."""
         return list(self.paths)
 
     def __getitem__(self, site: str) -> Any:
@@ -188,40 +201,40 @@ class Blocks:
 
     def _path(self, site: str) -> str:
         if site not in self.paths:
-            raise PlanError(f"'{site}' is no block of {self.name}; a block is like '{next(iter(self.paths))}'")
+            raise PlanError(f"'{site}' is not a block of {self.name}; a block is like '{next(iter(self.paths))}'")
         return self.paths[site]
 
     def sizes(self) -> dict[str, int]:
-        """The number of parameters of each block, its shortcut included."""
+        """Return the number of parameters of each block, including its shortcut."""
         return {site: _parameters(self[site]) for site in self.paths}
 
     def savings(self) -> dict[str, int]:
-        """How many parameters are gone when a block is dropped: all but those of its shortcut."""
+        """Return the number of parameters that dropping each block removes: all except those of its shortcut."""
         return {site: size - sum(map(_parameters, self.kept(site))) for site, size in self.sizes().items()}
 
     def kept(self, site: str) -> list[nn.Module]:
-        """The parts of a block that stay when it is dropped."""
+        """Return the parts of a block that remain when it is dropped."""
         children = dict(self[site].named_children())
         return [children[name] for name in self.kind(site).keeps if name in children]
 
     def kind(self, site: str) -> BlockKind:
-        """What the block is made of."""
+        """Return the structure of a block."""
         return self.table.kinds[type(self[site]).__name__]
 
     def together(self, sites: Collection[str]) -> list[str]:
-        """The paths of what is left out with some blocks: one whose parts are all dropped goes as a whole.
+        """Return the paths to remove for some sites: a block whose parts are all dropped is removed as a whole.
 
         Raises:
-            PlanError: for a site that is no block.
+            PlanError: for a site that is not a block.
         """
         paths = [self._path(site) for site in sites]
-        for whole, parts in self._parted():
+        for whole, parts in self._composites():
             if set(parts) <= set(paths):
                 paths = [whole, *(each for each in paths if each not in parts)]
         return paths
 
-    def _parted(self) -> list[tuple[str, list[str]]]:
-        """The blocks whose parts are blocks of their own, with the paths of these."""
+    def _composites(self) -> list[tuple[str, list[str]]]:
+        """Return the blocks whose parts are blocks of their own, with the paths of these parts."""
         every = set(self.paths.values())
         wholes = {path.rpartition(".")[0].rpartition(".")[0] for path in every}
         found = {whole: [path for path in every if path.startswith(f"{whole}.")] for whole in wholes}
@@ -230,10 +243,14 @@ class Blocks:
 
     @torch.no_grad()
     def record(self, *args: Any, **inputs: Any) -> tuple[dict[str, tuple[Tensor, Tensor]], Any]:
-        """Run the model once, and keep what every block reads and gives.
+        """Run the model once, and record the input and the output of every block.
+
+        Args:
+            args: positional arguments of the model.
+            inputs: keyword arguments of the model.
 
         Returns:
-            By site what the block reads and what it gives, in the order in which they ran, and the model's output.
+            By site the input and the output of the block, in the order in which they ran, and the model's output.
         """
         seen: dict[str, tuple[Tensor, Tensor]] = {}
         copy = share(self.model)
@@ -247,10 +264,10 @@ class Blocks:
         return seen, output
 
     def without(self, sites: Collection[str]) -> Any:
-        """A view of which these blocks are gone, all but their shortcuts; it shares what is left with the model.
+        """Return a view without these blocks, except for their shortcuts; it shares everything else with the model.
 
         Raises:
-            PlanError: for a site that is no block.
+            PlanError: for a site that is not a block.
         """
         view = share(self.model)
         for path in self.together(sites):
@@ -260,10 +277,13 @@ class Blocks:
         return view
 
     def replaced(self, modules: Mapping[str, nn.Module]) -> Any:
-        """A view in which other modules stand in the place of blocks; they are called as the blocks are.
+        """Return a view in which other modules replace blocks; they are called in the same way.
+
+        Args:
+            modules: by site, the module.
 
         Raises:
-            PlanError: for a site that is no block.
+            PlanError: for a site that is not a block.
         """
         view = share(self.model)
         for site, module in modules.items():
@@ -272,7 +292,7 @@ class Blocks:
 
 
 def _tensor(out: Any) -> Tensor:
-    """The stream among what a block returns."""
+    """Return the hidden states from the output of a block."""
     return out if isinstance(out, Tensor) else out[0]
 
 

@@ -1,28 +1,28 @@
-"""Architectures that need no entry: derived from the source of the model's own class.
+"""Architectures without a table entry, derived from the source of the model's own class.
 
-A decoder layer is a row of statements. Behind its attention there is a place at which one value alone goes on, the
-stream, and that is where its first sublayer ends::
+A decoder layer is a sequence of statements. After its attention there is a point at which a single value is passed on,
+the residual stream, and that is where its first sublayer ends::
 
     residual = h                       attn
     h = self.input_layernorm(h)
     h, _ = self.self_attn(h, cache=cache, ...)     <- the last use of the cache
     h = residual + h
-    ------------------------------------------ only h is read below of all that was written above
+    ------------------------------------------ below, only h is read of what was assigned above
     residual = h                       mlp
     h = self.post_attention_layernorm(h)
     h = self.mlp(h)
     h = residual + h
     return h
 
-In a *parallel* layer there is no such place, since the MLP reads what the attention read. There, what depends on the
-attention's result may only be added up; the statements that do not are run again for the MLP::
+In a *parallel* layer there is no such point, since the MLP reads the same input as the attention. There, what depends
+on the attention's result may only be added; the statements that do not depend on it are run again for the MLP::
 
     residual = h; h = self.input_layernorm(h); a, _ = self.self_attn(h, cache=cache, ...)       attn gives a
     residual = h; h = self.input_layernorm(h); m = self.mlp(h); return residual + a + m         mlp is given a
 
-Conditions that every layer of the model decides in the same way are decided first, so the result is for one config.
-Nothing is guessed from names, nothing of a checkpoint is read or run: the source is that of the installed transformers,
-cut in two and compiled. What is derived is proved when a model is opened (:mod:`lamella.stack.proof`).
+Conditions that evaluate to the same value for every layer of the model are resolved first, so the result holds for one
+config. Nothing is guessed from names, and nothing of a checkpoint is read or run: the source is that of the installed
+transformers, cut in two and compiled. A derivation is proved when a model is opened (:mod:`lamella.stack.proof`).
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from lamella.errors import ArchitectureError
-from lamella.stack.entry import SIZES, Architecture, Source, Sublayer
+from lamella.stack.entry import SIZES, Architecture, DerivedCode, Sublayer
 from lamella.stack.readout import final_norm, norm_behind, path_of, readout
 from lamella.stack.source import (
-    Decided,
+    ResolvedBranches,
     Underivable,
     assign,
     exposed,
@@ -53,36 +53,40 @@ from lamella.stack.source import (
     is_sum,
     names_of,
     needed,
-    only_asks,
     own_name,
     own_names,
     parsed,
     read,
+    reads_attribute,
     returning,
     written,
 )
 from lamella.stack.sublayers import ByKind, Parallel, Returned
 
 NAMES = ("attn", "mlp")
-MOST_LAYERS = 1000  # of a model that is built, without weights, to be looked at
+MOST_LAYERS = 1000  # limit for the model that is built without weights in order to inspect it
 
 
 def derive(config: Any, model_type: str) -> Architecture:
-    """The entry of a causal model, for its config.
+    """Return the architecture of a causal model, derived for its config.
+
+    Args:
+        config: config of the model.
+        model_type: its model type.
 
     Raises:
-        ArchitectureError: where there is no derivation, with the reason.
+        ArchitectureError: if it cannot be derived, with the reason.
     """
     try:
         known, auto = _class_of(model_type)
         return _derived(_on_meta(config, known), model_type, auto)
-    except (Underivable, NotImplementedError) as reason:  # some classes do not say where their embedding is
+    except (Underivable, NotImplementedError) as reason:  # some classes do not return their embedding
         raise ArchitectureError(" ".join(str(reason).split())) from None
 
 
 def _derived(model: Any, model_type: str, auto: str) -> Architecture:
     embedding = path_of(model, model.get_input_embeddings(), "embedding")
-    place, runner, loop = _runs_layers(model, embedding)
+    path, runner, loop = _runs_layers(model, embedding)
     layers = _listed(runner, loop.iter)
     assert layers is not None
     members = list(runner._modules[layers])
@@ -91,14 +95,14 @@ def _derived(model: Any, model_type: str, auto: str) -> Architecture:
     forwards = {kind.__name__: _Forward(kind, some, cache) for kind, some in kinds.items()}
     results = {each.result for each in forwards.values()}
     if len(results) > 1:
-        raise Underivable("its layers are of kinds that hand on different things")
+        raise Underivable("its layers differ in what they return")
     serves = {name: dict.fromkeys(one for each in forwards.values() for one in each.serves(name)) for name in NAMES}
     found = []
     for name, other in zip(NAMES, reversed(NAMES), strict=True):
         run = ByKind(name, {kind: each.compiled(name) for kind, each in forwards.items()})
         found.append(Sublayer(name, run, tuple(module for module in serves[name] if module not in serves[other])))
-    base = _common(place, embedding)
-    inside = place.removeprefix(base).removeprefix(".")
+    base = _common(path, embedding)
+    inside = path.removeprefix(base).removeprefix(".")
     norm = _joined(inside, own) if (own := final_norm(runner, loop)) else ""
     if inside and not norm:
         norm = norm_behind(model.get_submodule(base), inside)
@@ -110,32 +114,32 @@ def _derived(model: Any, model_type: str, auto: str) -> Architecture:
         embedding=embedding.removeprefix(base).removeprefix("."),
         norm=norm,
         head=path_of(model, model.get_output_embeddings(), "output projection"),
-        readout=readout(model, place),
+        readout=readout(model, path),
         cache=cache,
         result=results.pop(),
         sizes=SIZES | {"layers": _counted(runner, layers)},
         auto=auto,
-        **_beside_images(model, place),
+        **_image_fields(model, path),
         sources=tuple(each.source() for each in forwards.values()),
     )
 
 
-def _beside_images(model: Any, place: str) -> dict[str, Any]:
-    """What an entry says more where the text is a part of a model with images."""
+def _image_fields(model: Any, path: str) -> dict[str, Any]:
+    """Return additional fields of the entry if the language model is part of a model with images."""
     text = model.config.get_text_config(decoder=True)
     part = next((name for name in model.config.sub_configs or {} if getattr(model.config, name, None) is text), "")
     if not part:
         return {}
-    front, _, _ = place.partition(".")
+    front, _, _ = path.partition(".")
     images = "image_token_id" if getattr(model.config, "image_token_id", None) is not None else ""
     return {"config": part, "front": front, "images": images}
 
 
 def _common(*paths: str) -> str:
-    """The innermost module around several."""
+    """Return the innermost module that contains several modules."""
     parts = [path.split(".") for path in paths]
     same = [each[0] for each in zip(*parts, strict=False)]
-    length = next((place for place, each in enumerate(zip(*parts, strict=False)) if len(set(each)) > 1), len(same))
+    length = next((depth for depth, each in enumerate(zip(*parts, strict=False)) if len(set(each)) > 1), len(same))
     return ".".join(same[:length])
 
 
@@ -144,7 +148,7 @@ def _joined(*path: str) -> str:
 
 
 def _counted(runner: Any, layers: str) -> str:
-    """What the config calls the number of layers, where the class that makes them says it."""
+    """Return the name of the config entry for the number of layers, if the class that builds the layers shows it."""
     for statement in ast.walk(parsed(type(runner).__init__)):
         if isinstance(statement, ast.Assign) and own_name(statement.targets[0]) == layers:
             for node in ast.walk(statement.value):
@@ -156,7 +160,7 @@ def _counted(runner: Any, layers: str) -> str:
 
 
 def _class_of(model_type: str) -> tuple[Any, str]:
-    """The class of transformers for a type, causal or with images too, and the one that opens a checkpoint."""
+    """Return the class of transformers for a model type, with or without images, and its auto class."""
     for auto, names in (
         ("AutoModelForImageTextToText", MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
         ("AutoModelForCausalLM", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
@@ -168,22 +172,22 @@ def _class_of(model_type: str) -> tuple[Any, str]:
 
 
 def _on_meta(config: Any, known: Any) -> Any:
-    """The model of a config without weights."""
+    """Return the model of a config without weights."""
     if not hasattr(config, "get_text_config"):
-        raise Underivable("its config is none of transformers")
+        raise Underivable("its config is not one of transformers")
     config = copy.deepcopy(config)
     layers = getattr(config.get_text_config(decoder=True), SIZES["layers"], None)
     if not isinstance(layers, int) or not 0 < layers <= MOST_LAYERS:
-        raise Underivable(f"its config says {layers} layers")
+        raise Underivable(f"its config has {layers} layers")
     try:
         with torch.device("meta"):
             return known(config)
-    except Exception as error:  # of a damaged or exotic config, anything
-        raise Underivable(f"its config builds no model ({' '.join(str(error).split())[:120]})") from None
+    except Exception as error:  # damaged or exotic configs raise errors of many types
+        raise Underivable(f"no model can be built from its config ({' '.join(str(error).split())[:120]})") from None
 
 
 def _runs_layers(model: Any, embedding: str) -> tuple[str, Any, ast.For]:
-    """The module whose forward is a loop over the layers nearest to the embedding: its path, itself, the loop."""
+    """Return the module whose forward loops over the layers nearest to the embedding: its path, itself, the loop."""
     found = []
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) or not type(module).__module__.startswith("transformers.models."):
@@ -191,12 +195,12 @@ def _runs_layers(model: Any, embedding: str) -> tuple[str, Any, ast.For]:
         if (loop := _layer_loop(module)) is not None:
             found.append((path, module, loop))
     if not found:
-        raise Underivable("no module of it runs its layers in a loop")
+        raise Underivable("none of its modules runs the layers in a loop")
     return max(found, key=lambda each: (len(_common(each[0], embedding)), -len(each[0])))
 
 
 def _layer_loop(module: Any) -> ast.For | None:
-    """The loop of a module's forward that calls the members of a list, if it has one."""
+    """Return the loop of a module's forward that calls the members of a list, or None."""
     try:
         function = forward_of(type(module))
     except Underivable:
@@ -212,14 +216,14 @@ def _layer_loop(module: Any) -> ast.For | None:
 
 
 def _layer_call(loop: ast.For) -> ast.Call | None:
-    """The call of a loop's own variable in it."""
+    """Return the call of a loop's own variable in its body."""
     targets = {each.id for each in ast.walk(loop.target) if isinstance(each, ast.Name)}
     calls = (each for each in ast.walk(loop) if isinstance(each, ast.Call))
     return next((each for each in calls if isinstance(each.func, ast.Name) and each.func.id in targets), None)
 
 
 def _passed_cache(runner: Any, loop: ast.For) -> str:
-    """The keyword under which the layers are given the cache."""
+    """Return the keyword under which the layers receive the cache."""
     takes = _parameters(parsed(type(runner).forward))
     caches = {each.arg for each in takes if each.annotation is not None and "Cache" in ast.unparse(each.annotation)}
     call = _layer_call(loop)
@@ -235,53 +239,53 @@ def _parameters(function: ast.FunctionDef) -> list[ast.arg]:
 
 
 def _listed(module: Any, iterated: ast.expr) -> str | None:
-    """The list of modules that an expression goes through."""
+    """Return the name of the module list that an expression iterates over."""
     for name in own_names(iterated):
         if isinstance(module._modules.get(name), nn.ModuleList) and len(module._modules[name]):
             return name
     return None
 
 
-# Of one class of layers: its forward, cut in two.
+# The forward of one class of layers, cut in two.
 
 
 class _Forward:
-    """The forward of a class of layers, with what they all decide alike decided.
+    """The forward of a class of layers, with the conditions resolved on which all layers agree.
 
     Args:
         kind: the class.
         layers: the layers of that class in the model, on the meta device.
-        cache: the keyword under which they are given the cache.
+        cache: the keyword under which they receive the cache.
     """
 
     def __init__(self, kind: type, layers: Sequence[Any], cache: str) -> None:
         self.kind, self.layers, self.cache = kind, layers, cache
-        self.function = Decided(layers, names_of(kind)).visit(copy.deepcopy(forward_of(kind)))
-        self.stream = self.function.args.args[1].arg
+        self.function = ResolvedBranches(layers, names_of(kind)).visit(copy.deepcopy(forward_of(kind)))
+        self.hidden = self.function.args.args[1].arg
         self.arguments = _parameters(self.function)[1:]
         body, returned = returning(self.function.body, self.kind)
         values = returned.elts if isinstance(returned, ast.Tuple) else [returned]
         self.result = Returned(len(values) - 1) if isinstance(returned, ast.Tuple) else None
-        self.out = values[0].id if isinstance(values[0], ast.Name) else "stream_out"
+        self.out = values[0].id if isinstance(values[0], ast.Name) else "hidden_out"
         if not isinstance(values[0], ast.Name):
             body.append(assign(self.out, values[0]))
         self.parts = self._serial(body) or self._parallel(body)
 
     def _serial(self, body: list[ast.stmt]) -> dict[str, ast.FunctionDef] | None:
-        """Cut behind the last use of the cache, where the stream alone goes on."""
+        """Cut after the last use of the cache, where only the residual stream is passed on."""
         for cut in range(self._last_use(body) + 1, len(body)):
             first, second = body[:cut], body[cut:]
-            carried = exposed(second, {self.out}) & (written(first) | {self.stream})
-            again = [each for each in first if written([each]) & carried and only_asks(each)]
-            carried -= written(again)
-            if len(carried) == 1 and self._calls(second):
-                [stream] = carried
-                return {"attn": self._defined("attn", first, stream),
-                        "mlp": self._defined("mlp", again + second, self.out, stream)}  # fmt: skip
+            passed = exposed(second, {self.out}) & (written(first) | {self.hidden})
+            again = [each for each in first if written([each]) & passed and reads_attribute(each)]
+            passed -= written(again)
+            if len(passed) == 1 and self._calls(second):
+                [hidden] = passed
+                return {"attn": self._defined("attn", first, hidden),
+                        "mlp": self._defined("mlp", again + second, self.out, hidden)}  # fmt: skip
         return None
 
     def _parallel(self, body: list[ast.stmt]) -> dict[str, ast.FunctionDef]:
-        """What depends on the attention's result, and what does not."""
+        """Separate what depends on the attention's result from what does not."""
         last = self._last_use(body) + 1
         attended = written([each for each in body[:last] if self._uses_cache(each)])
         while last < len(body) and read([body[last]]) & written(body) <= attended:  # such as its dropout
@@ -291,7 +295,9 @@ class _Forward:
         given = exposed(second, {self.out}) & attended
         apart = [each for each in first if not written([each]) & attended]
         if len(given) != 1 or not self._calls(second):
-            raise Underivable(f"a {self.kind.__name__} is no row of an attention and an MLP that hand on one stream")
+            raise Underivable(
+                f"a {self.kind.__name__} is not an attention followed by an MLP that pass on one residual stream"
+            )
         [attn] = given
         dependent = set(given)
         for each in second:
@@ -313,17 +319,17 @@ class _Forward:
         return any(each.arg == self.cache for each in self.arguments)
 
     def _last_use(self, body: list[ast.stmt]) -> int:
-        uses = [place for place, each in enumerate(body) if self._uses_cache(each)]
+        uses = [index for index, each in enumerate(body) if self._uses_cache(each)]
         if not uses:
             raise Underivable(f"a {self.kind.__name__} does not take the cache")
         return uses[-1]
 
     def _calls(self, statements: list[ast.stmt]) -> bool:
-        """Whether some module of the layer runs in there."""
+        """Return whether statements run some module of the layer."""
         return bool(self._served(statements))
 
     def _served(self, statements: Iterable[ast.AST]) -> list[str]:
-        """The children of the layers that run in there, those that a method of theirs runs among them."""
+        """Return the children of the layers that run in statements, or in methods that these call."""
         names, seen = [name for each in statements for name in own_names(each)], set()
         found = []
         while names:
@@ -338,14 +344,14 @@ class _Forward:
         return found
 
     def serves(self, name: str) -> list[str]:
-        """The children of a layer that serve this sublayer alone."""
+        """Return the children of a layer that only this sublayer uses."""
         other = self._served([self.parts["mlp" if name == "attn" else "attn"]])
         return [each for each in self._served([self.parts[name]]) if each not in other]
 
     def _defined(
         self, name: str, body: list[ast.stmt], gives: str, takes: str | None = None, attn: str | None = None
     ) -> ast.FunctionDef:
-        """A function of the layer, the stream and what the layer is called with beside it."""
+        """Return a function of the layer, the hidden states and the other arguments of the layer."""
         function = copy.deepcopy(self.function)
         function.name = f"{self.kind.__name__}_{name}"
         first = function.args.args[1]
@@ -359,7 +365,7 @@ class _Forward:
 
     @property
     def text(self) -> str:
-        """The two functions, and what takes the stream apart for them."""
+        """The source of the two functions and of their wrappers, which take the hidden states apart."""
         parts = {name: ast.unparse(each) for name, each in self.parts.items()}
         kind = self.kind.__name__
         parallel = self.is_parallel
@@ -374,14 +380,17 @@ class _Forward:
 
     @property
     def is_parallel(self) -> bool:
+        """Whether the MLP reads the same input as the attention."""
         return len(self.parts["mlp"].args.args) > len(self.parts["attn"].args.args)
 
     def compiled(self, name: str) -> Callable[..., Any]:
+        """Return the function of a sublayer, ``function(layer, h, call)``."""
         space = dict(names_of(self.kind)) | {"Parallel": Parallel, "torch": torch}
         exec(compile(self.text, f"<derived from {self.kind.__module__}>", "exec"), space)
         return space[f"{self.kind.__name__}_run_{name}"]
 
-    def source(self) -> Source:
+    def source(self) -> DerivedCode:
+        """Return the source of both functions for a native export."""
         known = names_of(self.kind)
         used = {each.id for each in ast.walk(ast.parse(self.text)) if isinstance(each, ast.Name)}
-        return Source(self.text, known["__name__"], tuple(sorted(used & known.keys() - {"torch", "Parallel"})))
+        return DerivedCode(self.text, known["__name__"], tuple(sorted(used & known.keys() - {"torch", "Parallel"})))

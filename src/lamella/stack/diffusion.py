@@ -1,16 +1,16 @@
-"""Masked-diffusion language models of which transformers has no class, in the layout of the public checkpoints.
+"""Masked-diffusion language models that transformers does not have, in the layout of the public checkpoints.
 
-Such a model predicts all that is masked at once, from whatever is not: its tokens see one another in both directions,
-and it is no part of any cache that grows.
+Such a model predicts all masked tokens at once from the others: its tokens attend to one another in both directions,
+and there is no growing cache.
 
-    LLaDA (Nie et al., 2025, arXiv 2502.09992)    from scratch; the logits at i are those of token i
-    Dream (Ye et al., 2025, arXiv 2508.15487)     begun from Qwen2.5; the logits at i are those of token i + 1
+    LLaDA (Nie et al., 2025, arXiv 2502.09992)    trained from scratch; the logits at i predict token i
+    Dream (Ye et al., 2025, arXiv 2508.15487)     initialised from Qwen2.5; the logits at i predict token i + 1
 
-Modules are called as in the checkpoints, so that these open without any renaming: LLaDA's ``blocks.N.attn_out``,
-Dream's names are Qwen2's. The code that comes with the checkpoints is never run.
+Modules have the names of the checkpoints, which therefore open without renaming: LLaDA's ``blocks.N.attn_out``, and
+Qwen2's names for Dream. The code that comes with the checkpoints is never run.
 
-This module and that of the configs stand alone (torch and transformers only): native exports carry them, word for word.
-It is imported when such a model is wanted, since transformers' classes take seconds to load.
+This module and that of the configs import torch and transformers only: native exports include their source verbatim. It
+is imported only when such a model is needed, since transformers' classes take seconds to load.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ from lamella.stack.diffusion_config import DreamConfig, LLaDAConfig
 
 
 class LLaDABlock(GradientCheckpointingLayer):
-    """One layer: pre-norm, with the maps of attention and MLP side by side."""
+    """One pre-norm layer, which contains the projections of attention and MLP directly."""
 
     is_causal = False
 
@@ -67,10 +67,18 @@ class LLaDABlock(GradientCheckpointingLayer):
         cache: Any = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Attention in both directions, of a normed stream [batch, time, hidden]."""
-        return self.weighed(h, position_embeddings, attention_mask, cache, **kwargs)[0]
+        """Return the output of bidirectional attention to normalised hidden states [batch, time, hidden].
 
-    def weighed(
+        Args:
+            h: normalised hidden states [batch, time, hidden].
+            position_embeddings: cosines and sines of the rotary embedding.
+            attention_mask: the mask, if some positions are hidden.
+            cache: key-value cache; None without one.
+            kwargs: passed on to the attention function.
+        """
+        return self.attend_with_probabilities(h, position_embeddings, attention_mask, cache, **kwargs)[0]
+
+    def attend_with_probabilities(
         self,
         h: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
@@ -78,7 +86,15 @@ class LLaDABlock(GradientCheckpointingLayer):
         cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """The same with its probabilities [batch, heads, time, keys], where the kernel is one that hands them out."""
+        """Return the output of the attention and its probabilities, if the kernel returns them.
+
+        Args:
+            h: normalised hidden states [batch, time, hidden].
+            position_embeddings: cosines and sines of the rotary embedding.
+            attention_mask: the mask, if some positions are hidden.
+            cache: key-value cache; None without one.
+            kwargs: passed on to the attention function.
+        """
         shape = (*h.shape[:-1], -1, self.config.head_dim)
         q, k, v = (each(h).view(shape).transpose(1, 2) for each in (self.q_proj, self.k_proj, self.v_proj))
         q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
@@ -93,16 +109,19 @@ class LLaDABlock(GradientCheckpointingLayer):
         return self.attn_out(out.reshape(*h.shape[:-1], -1).contiguous()), weights
 
     def feed_forward(self, h: Tensor) -> Tensor:
-        """The gated MLP, of a normed stream [batch, time, hidden]."""
+        """Return the output of the gated MLP for normalised hidden states [batch, time, hidden]."""
         return self.ff_out(self.act(self.ff_proj(h)) * self.up_proj(h))
 
     def forward(self, hidden_states: Tensor, **call: Any) -> Tensor:
+        """Run the layer on ``hidden_states`` [batch, time, hidden]."""
         h = hidden_states
         h = h + self.attend(self.attn_norm(h), **call)
         return h + self.feed_forward(self.ff_norm(h))
 
 
 class LLaDAPreTrainedModel(PreTrainedModel):
+    """Base class of LLaDA's modules."""
+
     config: LLaDAConfig
     config_class = LLaDAConfig
     base_model_prefix = ""
@@ -115,7 +134,7 @@ class LLaDAPreTrainedModel(PreTrainedModel):
 
 
 class LLaDATransformer(LLaDAPreTrainedModel):
-    """Embedding, layers, final norm; the output projection stands beside them, as in the checkpoints."""
+    """Embedding, layers and final norm; the output projection is next to them, as in the checkpoints."""
 
     def __init__(self, config: LLaDAConfig) -> None:
         super().__init__(config)
@@ -128,9 +147,11 @@ class LLaDATransformer(LLaDAPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
+        """Return the embedding."""
         return self.wte
 
     def set_input_embeddings(self, value: Any) -> None:
+        """Replace the embedding."""
         self.wte = value
 
     @merge_with_config_defaults
@@ -145,6 +166,17 @@ class LLaDATransformer(LLaDAPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
+        """Return the final normalised states [batch, time, hidden].
+
+        Args:
+            input_ids: tokens [batch, time].
+            attention_mask: 0 at padding [batch, columns].
+            position_ids: positions [batch or 1, time]; 0, 1, 2, ... if None.
+            cache: key-value cache; None without one.
+            inputs_embeds: embedded tokens [batch, time, hidden], in place of ``input_ids``.
+            use_cache: ignored; accepted for compatibility.
+            kwargs: passed on to the layers.
+        """
         h = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
             position_ids = torch.arange(h.shape[1], device=h.device)[None]
@@ -158,7 +190,7 @@ class LLaDATransformer(LLaDAPreTrainedModel):
 
 
 class LLaDAForMaskedLM(LLaDAPreTrainedModel):
-    """LLaDA: the logits at a masked position are those of its own token."""
+    """LLaDA: the logits at a masked position predict the token at this position."""
 
     def __init__(self, config: LLaDAConfig) -> None:
         super().__init__(config)
@@ -166,30 +198,34 @@ class LLaDAForMaskedLM(LLaDAPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
+        """Return the embedding."""
         return self.model["transformer"].wte
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the embedding."""
         self.model["transformer"].wte = value
 
     def get_output_embeddings(self) -> nn.Module:
+        """Return the output projection."""
         return self.model["transformer"].ff_out
 
     def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the output projection."""
         self.model["transformer"].ff_out = value
 
     def forward(self, input_ids: Tensor | None = None, **given: Any) -> MaskedLMOutput:
-        """The logits of every position [batch, time, vocabulary].
+        """Return the logits of every position [batch, time, vocabulary].
 
         Args:
-            input_ids: tokens [batch, time], ``config.mask_token_id`` where one is to be predicted.
-            given: see :class:`LLaDATransformer`; what is padding is 0 in ``attention_mask`` [batch, columns], and with
-                ``logits_to_keep`` [positions] the logits of some positions alone are computed.
+            input_ids: tokens [batch, time], ``config.mask_token_id`` where a token is to be predicted.
+            given: see :class:`LLaDATransformer`; padding is 0 in ``attention_mask`` [batch, columns], and with
+                ``logits_to_keep`` [positions] only the logits of these positions are computed.
         """
         return _read(self.model["transformer"], self.get_output_embeddings(), input_ids, given)
 
 
 class DreamForMaskedLM(Qwen2PreTrainedModel):
-    """Dream: Qwen2 whose tokens see one another; the logits at a position are those of the next one's token."""
+    """Dream: Qwen2 with bidirectional attention; the logits at a position predict the next token."""
 
     config: DreamConfig
     config_class = DreamConfig
@@ -204,7 +240,7 @@ class DreamForMaskedLM(Qwen2PreTrainedModel):
         self.post_init()
 
     def forward(self, input_ids: Tensor | None = None, **given: Any) -> MaskedLMOutput:
-        """See :meth:`LLaDAForMaskedLM.forward`."""
+        """Return the logits; see :meth:`LLaDAForMaskedLM.forward`."""
         return _read(self.model, self.lm_head, input_ids, given)
 
 

@@ -1,13 +1,13 @@
-"""The configs of masked-diffusion models of which transformers has none: LLaDA's, Dream's, and one that reads images.
+"""The configs of masked-diffusion models that transformers does not have: LLaDA's, Dream's, and one for images.
 
-This module stands alone, as :mod:`lamella.stack.diffusion` does, whose classes they are for.
+This module imports transformers only, like :mod:`lamella.stack.diffusion`, to whose classes the configs belong.
 """
 
 from typing import Any
 
 from transformers import LlavaConfig, PreTrainedConfig, Qwen2Config
 
-ONLY: dict[str, tuple[Any, ...]] = {  # settings of LLaDA's config that its checkpoints do not use, and what they say
+ONLY: dict[str, tuple[Any, ...]] = {  # settings of LLaDA's config that no checkpoint uses, with their values
     "block_type": ("llama",),
     "layer_norm_type": ("rms",),
     "rope": (True,),
@@ -24,7 +24,7 @@ ONLY: dict[str, tuple[Any, ...]] = {  # settings of LLaDA's config that its chec
 
 
 class LLaDAConfig(PreTrainedConfig):
-    """The config of LLaDA, by its own names; the usual ones are understood, too."""
+    """The config of LLaDA with its own names; the usual names are accepted as well."""
 
     model_type = "llada"
     attribute_map = {  # noqa: RUF012
@@ -40,12 +40,12 @@ class LLaDAConfig(PreTrainedConfig):
     }
 
     vocab_size: int = 126464
-    embedding_size: int = 0  # as many as tokens
+    embedding_size: int = 0  # the vocabulary size if 0
     d_model: int = 4096
     n_layers: int = 32
     n_heads: int = 32
-    n_kv_heads: int = 0  # as many as heads
-    mlp_hidden_size: int = 0  # mlp_ratio times the stream
+    n_kv_heads: int = 0  # the number of heads if 0
+    mlp_hidden_size: int = 0  # mlp_ratio times d_model if 0
     mlp_ratio: int = 4
     max_sequence_length: int = 4096
     activation_type: str = "silu"
@@ -68,9 +68,9 @@ class LLaDAConfig(PreTrainedConfig):
             if usual in kwargs:
                 setattr(self, own, kwargs.pop(usual))
         for name, values in ONLY.items():
-            said = kwargs.get(name, getattr(self, name, values[0]))
-            if said not in values:
-                raise ValueError(f"{name} '{said}' is no setting of LLaDA's checkpoints, which say '{values[0]}'")
+            value = kwargs.get(name, getattr(self, name, values[0]))
+            if value not in values:
+                raise ValueError(f"{name} '{value}' is not supported: LLaDA's checkpoints have '{values[0]}'")
         self.n_kv_heads = self.n_kv_heads or self.n_heads
         self.mlp_hidden_size = self.mlp_hidden_size or self.mlp_ratio * self.d_model
         self.embedding_size = self.embedding_size or self.vocab_size
@@ -78,11 +78,12 @@ class LLaDAConfig(PreTrainedConfig):
 
     @property
     def head_dim(self) -> int:
+        """The size of an attention head."""
         return self.d_model // self.n_heads
 
 
 class DreamConfig(Qwen2Config):
-    """The config of Dream: Qwen2's with a mask token, and attention in both directions."""
+    """The config of Dream: Qwen2's with a mask token and bidirectional attention."""
 
     model_type = "Dream"
 
@@ -92,7 +93,7 @@ class DreamConfig(Qwen2Config):
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.use_sliding_window:
-            raise ValueError("a sliding window is no setting of Dream's checkpoints")
+            raise ValueError("a sliding window is not supported: Dream's checkpoints have none")
         super().__post_init__(**kwargs)
 
 
@@ -103,4 +104,5 @@ class LlavaDiffusionConfig(LlavaConfig):
 
     @property
     def mask_token_id(self) -> int:
+        """The mask token of the language model."""
         return int(self.text_config.mask_token_id)  # type: ignore[union-attr]

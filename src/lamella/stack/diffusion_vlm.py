@@ -1,9 +1,9 @@
-"""A masked-diffusion model that reads images: LLaVA's tower and projector in front of LLaDA or Dream.
+"""A masked-diffusion model that reads images: LLaVA's vision tower and projector in front of LLaDA or Dream.
 
     LLaDA-V (You et al., 2025, arXiv 2505.16933)     around LLaDA; every pass computes the whole sequence
     LaViDa (Li et al., 2025, arXiv 2505.16839)       around Dream; image and question are encoded once, and kept
 
-Images stand at their placeholders; the language model is a whole model of its own, ``model.language_model``.
+Images are at their placeholders; the language model is a complete model, ``model.language_model``.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ LANGUAGE_MODELS: dict[str, Any] = {"llada": LLaDAForMaskedLM, "Dream": DreamForM
 
 
 class LlavaDiffusionModel(LlavaModel):
-    """Tower, projector and language model, up to the final states."""
+    """Vision tower, projector and language model, up to the final states."""
 
     config_class = LlavaDiffusionConfig
 
@@ -31,7 +31,7 @@ class LlavaDiffusionModel(LlavaModel):
         text: Any = config.text_config
         if text.model_type not in LANGUAGE_MODELS:
             known = " or ".join(LANGUAGE_MODELS)
-            raise ArchitectureError(f"text_config: a {text.model_type} predicts no masked tokens: give {known}")
+            raise ArchitectureError(f"text_config: a {text.model_type} does not predict masked tokens: give {known}")
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = LlavaMultiModalProjector(config)
         self.language_model = LANGUAGE_MODELS[text.model_type](text)
@@ -39,26 +39,28 @@ class LlavaDiffusionModel(LlavaModel):
 
     @property
     def layered(self) -> Any:
-        """What runs the layers of the language model."""
+        """The module that runs the layers of the language model."""
         inside = self.language_model.model
         return inside["transformer"] if isinstance(inside, nn.ModuleDict) else inside
 
     def get_input_embeddings(self) -> nn.Module:
+        """Return the embedding."""
         return self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the embedding."""
         self.language_model.set_input_embeddings(value)
 
     def features(self, pixel_values: Tensor) -> Tensor:
-        """What the language model reads of images [images, positions, hidden]."""
+        """Return the features of images that the language model reads [images, positions, hidden]."""
         config = self.config
-        found: Any = self.get_image_features(
+        features: Any = self.get_image_features(
             pixel_values=pixel_values,
             vision_feature_layer=config.vision_feature_layer,
             vision_feature_select_strategy=config.vision_feature_select_strategy,
             return_dict=True,
         )
-        return torch.stack(found.pooler_output)
+        return torch.stack(features.pooler_output)
 
     def forward(
         self,
@@ -67,14 +69,15 @@ class LlavaDiffusionModel(LlavaModel):
         image_features: Tensor | None = None,
         **given: Any,
     ) -> BaseModelOutput:
+        """Return the final states; see :meth:`LlavaDiffusion.forward`."""
         h = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
             image_features = self.features(pixel_values)
         marks = input_ids == self.config.image_token_id
-        wanted, had = int(marks.sum()), 0 if image_features is None else image_features.shape[:-1].numel()
-        if wanted != had:
+        expected, found = int(marks.sum()), 0 if image_features is None else image_features.shape[:-1].numel()
+        if expected != found:
             raise ArchitectureError(
-                f"{wanted} positions of the prompts stand for images, and the images given fill {had}: give "
+                f"the prompts have {expected} placeholder positions for images, but the images fill {found}: give "
                 "pixel_values for every image, as the processor makes them"
             )
         if image_features is not None:
@@ -84,7 +87,7 @@ class LlavaDiffusionModel(LlavaModel):
 
 
 class LlavaDiffusion(LlavaPreTrainedModel):
-    """Predicts what is masked of an answer about images; see :class:`lamella.stack.diffusion.LLaDAForMaskedLM`."""
+    """A model that predicts masked tokens of answers about images; see :class:`.diffusion.LLaDAForMaskedLM`."""
 
     config_class = LlavaDiffusionConfig
 
@@ -94,19 +97,28 @@ class LlavaDiffusion(LlavaPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
+        """Return the embedding."""
         return self.model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the embedding."""
         self.model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
+        """Return the output projection."""
         return self.model.language_model.get_output_embeddings()
 
     def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the output projection."""
         self.model.language_model.set_output_embeddings(value)
 
     def encoded(self, pixel_values: Tensor | None = None, **prompt: Any) -> dict[str, Any]:
-        """What a prompt brings beside its tokens, with images encoded: for a loop that shows them in every pass."""
+        """Return a prompt's inputs apart from its tokens, with images encoded once for all passes.
+
+        Args:
+            pixel_values: images [images, channels, height, width]; None for a prompt without images.
+            prompt: the other inputs.
+        """
         return prompt if pixel_values is None else prompt | {"image_features": self.model.features(pixel_values)}
 
     def forward(
@@ -119,19 +131,20 @@ class LlavaDiffusion(LlavaPreTrainedModel):
         logits_to_keep: Tensor | None = None,
         **given: Any,
     ) -> MaskedLMOutput:
-        """The logits of every position [batch, time, vocabulary].
+        """Return the logits of every position [batch, time, vocabulary].
 
         Args:
-            input_ids: tokens [batch, time]: ``image_token_id`` where images stand, ``mask_token_id`` at masks.
-            attention_mask: 0 at padding [batch, columns], or what each token sees, bool [batch, 1, time, columns].
+            input_ids: tokens [batch, time]: ``image_token_id`` at placeholders of images, ``mask_token_id`` at masks.
+            attention_mask: 0 at padding [batch, columns], or which tokens each token sees, bool [batch, 1, time,
+                columns].
             pixel_values: the images, in the order of their placeholders [images, channels, height, width].
-            image_features: in place of them, what :meth:`encoded` made of them [images, positions, hidden].
-            position_ids: where each token stands [batch, time].
-            logits_to_keep: the positions whose logits are wanted.
-            given: ``cache``.
+            image_features: instead of images, their features from :meth:`encoded` [images, positions, hidden].
+            position_ids: position of each token [batch, time].
+            logits_to_keep: positions whose logits are computed; all if None.
+            given: other arguments, such as ``cache``.
 
         Raises:
-            ArchitectureError: for more or fewer images than their placeholders take.
+            ArchitectureError: if images do not fill their placeholders.
         """
         out = self.model(
             input_ids=input_ids,

@@ -1,4 +1,4 @@
-"""The digest of a checkpoint: of its tensors, however they are divided among files and whatever lies beside them."""
+"""The digest of a checkpoint's tensors, which does not depend on how they are divided among files."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ BUFFER = 8 << 20  # bytes
 
 
 def digest_of_files(folder: Path) -> str | None:
-    """The SHA-256 over names, dtypes, shapes and bytes of the tensors of a safetensors checkpoint, by name.
+    """Return the SHA-256 over names, dtypes, shapes and bytes of the tensors of a safetensors checkpoint, by name.
 
-    It does not depend on their order, on shards, or on other safetensors files in the folder, such as those of a plan.
-    Since checkpoints are large, it is remembered for as long as the files stay as they are.
+    It does not depend on the order of tensors, on shards, or on other safetensors files in the folder, such as those of
+    a plan. Since checkpoints are large, it is cached as long as the files do not change.
 
     Args:
-        folder: of a checkpoint that was opened; its files have been checked.
+        folder: folder of a checkpoint that was opened; its files have been checked.
 
     Returns:
         The digest, or None for a folder without safetensors.
@@ -38,7 +38,7 @@ def digest_of_files(folder: Path) -> str | None:
 
 @lru_cache(maxsize=16)
 def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """The digest of the tensors of files, each with the size and the time by which a change is noticed."""
+    """Return the digest of the tensors of files, given with the size and modification time that detect a change."""
     found = sorted(tensor for file, _, _ in files for tensor in _tensors(file))
     digest = hashlib.sha256()
     for name, described, file, start, end in found:
@@ -51,11 +51,11 @@ def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, str, Path, int, int]]:
-    """The tensors of a file: name, dtype and shape, and the first and last byte."""
+    """Yield the tensors of a file: name, dtype and shape, file, and the first and last byte."""
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(length))
-    for name, said in header.items():
+    for name, entry in header.items():
         if name != "__metadata__":
-            start, end = said["data_offsets"]
-            yield name, f"{said['dtype']} {said['shape']}", file, 8 + length + start, 8 + length + end
+            start, end = entry["data_offsets"]
+            yield name, f"{entry['dtype']} {entry['shape']}", file, 8 + length + start, 8 + length + end

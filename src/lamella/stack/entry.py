@@ -1,4 +1,4 @@
-"""What an entry of the architecture table says: where an architecture keeps its parts, and what they do, as data."""
+"""The entries of the architecture table: the modules of an architecture and what they do, as data."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from lamella.stack.wiring import Sizes, Wiring
 
 Objective = Literal["next token", "masked tokens", "classes", "features"]
 
-SIZES = {  # what configs call the sizes, if nothing else is said
+SIZES = {  # default names of the sizes in configs
     "layers": "num_hidden_layers",
-    "stream": "hidden_size",
+    "hidden": "hidden_size",
     "channels": "intermediate_size",
     "heads": "num_attention_heads",
     "kv_heads": "num_key_value_heads",
@@ -31,9 +31,9 @@ class Sublayer:
     Attributes:
         name: ``attn``, ``cross`` or ``mlp``.
         run: the function that computes it, ``run(layer, h, call)``.
-        modules: the children of a layer that serve it alone.
-        out: the linear map that writes its result to the stream, or the vector that scales it (zeroing it silences the
-            sublayer); empty where the sublayer is derived, and the map found when it is wanted.
+        modules: children of a layer that only this sublayer uses.
+        out: the linear layer that writes its result to the residual stream, or the vector that scales it (the sublayer
+            is the identity if this is zero); empty for a derived sublayer, where it is found when needed.
     """
 
     name: str
@@ -43,13 +43,13 @@ class Sublayer:
 
 
 @dataclass(frozen=True)
-class Source:
-    """Functions as text, with the module whose names they use: derived sublayers, which a native export carries.
+class DerivedCode:
+    """The source of derived sublayers, which native exports include.
 
     Attributes:
-        text: their definitions.
-        module: where the names in them come from.
-        names: which of its names they use.
+        text: definitions of the functions.
+        module: module whose names they use.
+        names: names of that module that they use.
     """
 
     text: str
@@ -62,10 +62,10 @@ class Experts:
     """A mixture of experts in place of an MLP.
 
     Attributes:
-        router: the module of a layer that chooses among them.
-        experts: the module that holds them all.
-        count, used: what the config calls how many there are, and how many a token uses; the numbers themselves where
-            they are derived.
+        router: module of a layer that chooses the experts.
+        experts: module that holds all experts.
+        count: name of the config entry for the number of experts, or the number itself if it is derived.
+        used: name of the config entry for the number of experts per token, or the number itself if it is derived.
     """
 
     router: str = "mlp.gate"
@@ -74,7 +74,7 @@ class Experts:
     used: str | int = "num_experts_per_tok"
 
     def counts(self, config: Any) -> tuple[int, int]:
-        """How many there are, and how many a token uses."""
+        """Return the number of experts, and the number of experts per token."""
         count, used = (each if isinstance(each, int) else getattr(config, each) for each in (self.count, self.used))
         return count, used
 
@@ -84,32 +84,35 @@ class Architecture:
     """One architecture.
 
     Attributes:
-        name: the ``model_type`` of its config.
-        sublayers: of a layer, in their order.
-        stack: what the stack is called in sites and paths: ``text``, ``vision``, ``encoder`` or ``decoder``.
+        name: ``model_type`` of its config.
+        sublayers: sublayers of a layer, in order.
         base: dotted path to the module that embeds, runs the layers and applies the final norm.
         layers: dotted path to the layer list inside ``base``.
-        embedding, norm: dotted paths inside ``base``; no norm where what the layers give is final.
-        head: dotted path to what reads the final states, such as the output projection; none where nothing does.
-        readout: what the model predicts, ``readout(model, normed, head)``, where it is not the head alone.
-        cache: the keyword under which a layer receives the key-value cache.
-        causal: True for decoders.
-        objective: what the model is trained to predict, from which loss, fidelity, sampler and speed test follow. Where
-            it is ``masked tokens``, the config names the ``mask_token_id``.
-        shifted: whether the logits at a position are those of the next one's token.
-        modality: what its positions are: ``text``, ``image`` or ``audio``.
-        images: what the config calls the token that stands for an image's positions, if there is one.
-        mask: the input that says which positions are no padding; none where all are.
-        config: the part of the model's config that is this stack's; empty for the whole.
-        front: dotted path to the module that makes, of the model's inputs, what the layers read; ``base`` if left out.
-        called, result: where layers hand on more than the stream: what a layer is called with, completed, and what it
-            returns for a stream.
-        stays: layers that cannot leave a plain checkpoint, by number, with the reason; ``stays(config, layers)``.
-        auto: the class of transformers that opens a checkpoint.
-        sizes: what its config calls the sizes, by the names of :data:`SIZES`.
-        experts: where its experts are, if it has any; of one that is derived, see :attr:`Stack.experts`.
-        wired: what its modules read and write; None where no surgery knows it.
-        sources: of one that is derived, the functions of its sublayers; empty for an entry of the table.
+        embedding: dotted path to the embedding inside ``base``.
+        norm: dotted path to the final norm inside ``base``; empty if the last layer's output is final.
+        head: dotted path to what reads the final states, such as the output projection; empty if nothing does.
+        readout: computes the prediction, ``readout(model, normed, head)``, if it is more than applying the head.
+        stack: name of the stack in sites and paths: ``text``, ``vision``, ``encoder`` or ``decoder``.
+        cache: keyword under which a layer receives the key-value cache.
+        causal: whether tokens attend to earlier tokens only; true for decoders.
+        objective: what the model is trained to predict, which determines loss, fidelity, sampler and speed test. For
+            ``masked tokens``, the config has a ``mask_token_id``.
+        shifted: whether the logits at a position predict the next token.
+        modality: the kind of its positions: ``text``, ``image`` or ``audio``.
+        images: name of the config entry for the token at image positions, if there is one.
+        mask: name of the input that marks padding; empty if there is no padding.
+        config: name of the part of the model's config that belongs to this stack; empty for the whole config.
+        front: dotted path to the module that computes the input of the layers from the model's inputs; ``base`` if
+            None.
+        complete_call: adds what is missing to the keyword arguments that a layer receives; None if nothing is.
+        result: turns hidden states into what a layer returns, for layers that return more than hidden states.
+        irremovable: function of the config and the number of layers that returns the layers that a plain checkpoint
+            cannot do without, with the reason; None if there are none.
+        auto: auto class of transformers that opens a checkpoint.
+        sizes: names of the sizes in its config, by the keys of :data:`SIZES`.
+        experts: its experts, if it has any; for a derived architecture, see :attr:`Stack.experts`.
+        wired: the axes of its modules; None if it cannot be narrowed.
+        sources: source of the sublayers of a derived architecture; empty for an entry of the table.
     """
 
     name: str
@@ -130,14 +133,14 @@ class Architecture:
     mask: str = "attention_mask"
     config: str = ""
     front: str | None = None
-    called: Callable[[nn.Module, Tensor, dict[str, Any]], dict[str, Any]] | None = None
+    complete_call: Callable[[nn.Module, Tensor, dict[str, Any]], dict[str, Any]] | None = None
     result: Callable[[Tensor, dict[str, Any]], Any] | None = None
-    stays: Callable[[Any, int], Mapping[int, str]] | None = None
+    irremovable: Callable[[Any, int], Mapping[int, str]] | None = None
     auto: str = "AutoModelForCausalLM"
     sizes: Mapping[str, str] = field(default_factory=lambda: SIZES)
     experts: Experts | None = None
     wired: Wiring | None = None
-    sources: tuple[Source, ...] = ()
+    sources: tuple[DerivedCode, ...] = ()
 
     @property
     def denoises(self) -> bool:
@@ -146,7 +149,7 @@ class Architecture:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What its sublayers are called, in their order."""
+        """The names of its sublayers, in order."""
         return tuple(each.name for each in self.sublayers)
 
     def __getitem__(self, sublayer: str) -> Sublayer:
@@ -154,7 +157,7 @@ class Architecture:
 
     @property
     def prefix(self) -> str:
-        """What the parameter names of the layers begin with, such as ``model.layers.``."""
+        """The prefix of the layers' parameter names, such as ``model.layers.``."""
         return f"{self.base}.{self.layers}.".removeprefix(".")
 
     @property
@@ -164,52 +167,61 @@ class Architecture:
 
     @property
     def wiring(self) -> Wiring:
-        """What its modules read and write.
+        """The axes of its modules.
 
         Raises:
-            ArchitectureError: where widths cannot be cut.
+            ArchitectureError: if widths cannot be cut.
         """
         if self.wired is None or not self.cuttable:
             raise ArchitectureError(
-                f"{self.name} models cannot be cut in width: their entry does not say how their heads lie"
+                f"{self.name} models cannot be cut in width: their entry has no wiring of the heads"
             )
         return self.wired
 
     def silent_when_zeroed(self, config: Any) -> bool:
-        """Whether a sublayer with a zeroed output map is the identity (not so with norms after the addition)."""
+        """Return whether a sublayer with a zeroed output projection is the identity.
+
+        It is not if a norm follows the addition.
+        """
         return getattr(config, "do_layer_norm_before", True)
 
     def centred_before(self, config: Any) -> bool:
-        """Whether its sublayers are known to read the stream through norms that subtract the mean, and only so."""
+        """Return whether its sublayers read the residual stream only through norms that subtract the mean."""
         return self.wired is not None and self.wired.centred and self.silent_when_zeroed(config)
 
     def sizes_of(self, config: Any) -> Sizes:
-        """The widths that a config says."""
+        """Return the widths in a config."""
 
-        def said(size: str) -> int | None:
+        def entry(size: str) -> int | None:
             return getattr(config, self.sizes.get(size, size), None)
 
-        stream, heads = said("stream"), said("heads")
-        assert stream is not None and heads is not None
-        channels = said("channels") or 4 * stream  # as GPT-2 reads its n_inner
-        return Sizes(stream, channels, heads, said("kv_heads") or heads, said("head_dim") or stream // heads)
+        hidden, heads = entry("hidden"), entry("heads")
+        assert hidden is not None and heads is not None
+        channels = entry("channels") or 4 * hidden  # like GPT-2 without n_inner
+        return Sizes(hidden, channels, heads, entry("kv_heads") or heads, entry("head_dim") or hidden // heads)
 
-    def fits(self, stream: int, heads: int, head_dim: int) -> bool:
-        """Whether the config can say so many query heads of that size beside a stream of that width."""
+    def fits(self, hidden: int, heads: int, head_dim: int) -> bool:
+        """Return whether the config can express these sizes.
+
+        Args:
+            hidden: hidden size.
+            heads: number of query heads.
+            head_dim: size of a head.
+        """
         if "head_dim" not in self.sizes:
-            return heads * head_dim == stream
-        return not self.wiring.divides or stream % heads == 0
+            return heads * head_dim == hidden
+        return not self.wiring.divides or hidden % heads == 0
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A stack whose architecture a part of the model's config names.
+    """A stack whose architecture is given by a part of the model's config.
 
     Attributes:
-        config: that part.
-        changes: how its entry differs inside this model.
-        inside: dotted path to the module that holds that stack as a whole model, where there is one.
-        stack: which one, of a part that has several.
+        config: name of that part.
+        changes: fields of its entry that differ inside this model.
+        inside: dotted path to the module that holds that stack as a complete model, if there is one.
+        stack: name of the stack, for a part that has several.
     """
 
     config: str
@@ -223,9 +235,9 @@ class Assembly:
     """An architecture of several stacks.
 
     Attributes:
-        name: the ``model_type`` of its config.
+        name: ``model_type`` of its config.
         stacks: their entries, or where to find them, in the order in which they run.
-        auto: the class of transformers that opens a checkpoint.
+        auto: auto class of transformers that opens a checkpoint.
     """
 
     name: str

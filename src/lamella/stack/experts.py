@@ -1,12 +1,12 @@
-"""The experts of a derived stack: found by watching an MLP, and proved by computing with a token's own experts alone.
+"""The experts of a derived stack: found by observing an MLP, and proved by running a token with its own experts only.
 
-Transformers 5 holds all experts of a layer in one module, and calls it so::
+Transformers 5 holds all experts of a layer in one module, and calls it as follows::
 
     ids, weights = router(h)            [tokens, used]
     out = experts(h, ids, weights)      its parameters are [count, ...]
 
-Which modules these are is seen when a layer runs, whatever they are called. What is found so counts only when a module
-that has no more than the experts of one token gives that token the same output, to the bit.
+These modules are identified when a layer runs, whatever their names are. They are accepted only if a module that has
+just the experts of one token computes a bitwise equal output for that token.
 """
 
 from __future__ import annotations
@@ -29,22 +29,26 @@ TOKENS = 4
 
 @torch.no_grad()
 def find_experts(stack: Stack) -> Experts | None:
-    """Where the experts of a stack are, how many there are and a token uses; None where that is not proved."""
+    """Return the experts of a stack, their number and the number per token; None if this cannot be proved.
+
+    Args:
+        stack: the stack.
+    """
     if "mlp" not in stack.architecture.names:
         return None
     layers = [index for index in range(len(stack)) if (index, "mlp") not in stack.dropped]
-    holding = [index for index in layers if any(_holders(stack, index))]
+    holding = [index for index in layers if any(_candidates(stack, index))]
     if not holding:
         return None
     try:
-        first, last = (_found_in(stack, index) for index in (holding[0], holding[-1]))
-    except Exception:  # of code that is not the library's, anything
+        first, last = (_experts_of(stack, index) for index in (holding[0], holding[-1]))
+    except Exception:  # foreign code raises errors of many types
         return None
     return first if first == last else None
 
 
-def _holders(stack: Stack, index: int) -> Iterator[tuple[str, int]]:
-    """What may hold experts in the MLP of a layer, with their number: by the first dimension of all that it has."""
+def _candidates(stack: Stack, index: int) -> Iterator[tuple[str, int]]:
+    """Yield modules in the MLP of a layer that may hold experts, with the number of experts."""
     for path, module in stack.layers[index].named_modules():
         own = list(module.parameters(recurse=False))
         counts = {len(each) for each in own if each.ndim}
@@ -55,7 +59,13 @@ def _holders(stack: Stack, index: int) -> Iterator[tuple[str, int]]:
 
 @dataclass(frozen=True)
 class _Call:
-    """What a module was called with, and the tensors that it gave."""
+    """A call of a module.
+
+    Attributes:
+        args: positional arguments.
+        kwargs: keyword arguments.
+        out: tensors of the output.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -66,16 +76,16 @@ class _Call:
         return [each for each in (*self.args, *self.kwargs.values()) if isinstance(each, Tensor)]
 
 
-def _found_in(stack: Stack, index: int) -> Experts | None:
-    """The experts of one layer."""
-    layer, calls = stack.layers[index], _watched(stack, index)
+def _experts_of(stack: Stack, index: int) -> Experts | None:
+    """Return the experts of one layer, or None."""
+    layer, calls = stack.layers[index], _record_calls(stack, index)
     found = []
-    for path, count in _holders(stack, index):
+    for path, count in _candidates(stack, index):
         if len(calls.get(path, ())) != 1:
             continue
         [call] = calls[path]
         ids = next((each for each in call.tensors if each.ndim == 2 and _is_whole(each)), None)
-        if ids is None or not _chosen_among(ids, count):
+        if ids is None or not _are_choices(ids, count):
             continue
         routers = [name for name, each in calls.items() if any(_is_same(ids, out) for one in each for out in one.out)]
         if routers and all(_alone(layer.get_submodule(path), call, ids, count, token) for token in range(len(ids))):
@@ -83,11 +93,11 @@ def _found_in(stack: Stack, index: int) -> Experts | None:
     return found[0] if len(found) == 1 else None
 
 
-def _watched(stack: Stack, index: int) -> dict[str, list[_Call]]:
-    """The calls of the modules of a layer while its MLP runs, in the order in which they first end."""
+def _record_calls(stack: Stack, index: int) -> dict[str, list[_Call]]:
+    """Return the calls of the modules of a layer while its MLP runs, in the order in which the modules first return."""
     ids = 3 + torch.arange(TOKENS, device=stack.device)[None]
     context, layer = stack.context(ids), stack.layers[index]
-    stream = stack.architecture["attn"].run(layer, context.h, context.calls[index])
+    hidden = stack.architecture["attn"].run(layer, context.h, context.calls[index])
     calls: dict[str, list[_Call]] = {}
 
     def note(path: str) -> Any:
@@ -102,7 +112,7 @@ def _watched(stack: Stack, index: int) -> dict[str, list[_Call]]:
         module.register_forward_hook(note(path), with_kwargs=True) for path, module in layer.named_modules() if path
     ]
     try:
-        stack.architecture["mlp"].run(layer, stream, context.calls[index])
+        stack.architecture["mlp"].run(layer, hidden, context.calls[index])
     finally:
         for hook in hooks:
             hook.remove()
@@ -113,8 +123,8 @@ def _is_whole(tensor: Tensor) -> bool:
     return tensor.dtype in (torch.int64, torch.int32)
 
 
-def _chosen_among(ids: Tensor, count: int) -> bool:
-    """Whether every row of ids [tokens, used] names as many different experts."""
+def _are_choices(ids: Tensor, count: int) -> bool:
+    """Return whether every row of ids [tokens, used] contains distinct valid experts."""
     ordered = ids.sort(dim=1).values
     return bool((ids >= 0).all() and (ids < count).all() and (ordered.diff(dim=1) > 0).all())
 
@@ -124,14 +134,14 @@ def _is_same(ids: Tensor, other: Tensor) -> bool:
 
 
 def _alone(module: nn.Module, call: _Call, ids: Tensor, count: int, token: int) -> bool:
-    """Whether a token's output is that of a module which has its experts and no others."""
-    chosen, places = ids[token].unique(return_inverse=True)
-    few: Any = share(module)
+    """Return whether a token's output equals that of a module which has only this token's experts."""
+    chosen, indices = ids[token].unique(return_inverse=True)
+    reduced: Any = share(module)
     for name, parameter in module.named_parameters(recurse=False):
-        setattr(few, name, nn.Parameter(parameter[chosen] if parameter.ndim else parameter, requires_grad=False))
+        setattr(reduced, name, nn.Parameter(parameter[chosen] if parameter.ndim else parameter, requires_grad=False))
     for name, value in vars(module).items():
         if type(value) is int and value == count:
-            setattr(few, name, len(chosen))
+            setattr(reduced, name, len(chosen))
 
     def run(experts: Any, own: Tensor) -> Tensor:
         def of_token(each: Any) -> Any:
@@ -143,4 +153,4 @@ def _alone(module: nn.Module, call: _Call, ids: Tensor, count: int, token: int) 
         out = experts(*map(of_token, call.args), **{name: of_token(each) for name, each in call.kwargs.items()})
         return out[0] if isinstance(out, tuple) else out
 
-    return torch.equal(run(few, places), run(module, ids[token]))
+    return torch.equal(run(reduced, indices), run(module, ids[token]))

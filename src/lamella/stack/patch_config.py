@@ -1,4 +1,4 @@
-"""The config of an encoder-decoder that reads images through a map of patches."""
+"""The config of an encoder-decoder that reads images through a linear patch embedding."""
 
 from typing import Any
 
@@ -10,10 +10,11 @@ class PatchSeq2SeqConfig(PreTrainedConfig):
     """The config of :class:`lamella.stack.patch_seq2seq.PatchSeq2Seq`.
 
     Attributes:
-        text_config: of the encoder-decoder, BART's or T5's.
-        image_size, patch_size: of the square images and of their patches, in pixels.
-        image_token_id: the token that stands for one patch.
-        initializer_range: of what is outside the encoder-decoder.
+        text_config: config of the encoder-decoder, BART's or T5's.
+        image_size: side of the square images in pixels.
+        patch_size: side of the square patches in pixels.
+        image_token_id: the token at the position of one patch.
+        initializer_range: standard deviation of the initial weights outside the encoder-decoder.
     """
 
     model_type = "patch_seq2seq"

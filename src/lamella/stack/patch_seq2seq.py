@@ -1,10 +1,11 @@
-"""An encoder-decoder that reads images, of OFA's kind: one encoder over patches and words, one decoder that writes.
+"""An encoder-decoder that reads images, similar to OFA: one encoder over patches and words, and one decoder.
 
     [ patch patch ... patch | where is the circle ? ]  ->  encoder  ->  decoder  ->  row one column two
 
-OFA (Wang et al., 2022, arXiv 2202.03052) has a ResNet in front and positions of its own; here a linear map makes a
-position of each patch, with learned rows and columns, and the encoder-decoder is BART's or T5's as transformers has
-them. All else, images at their placeholders and what ``generate`` needs, is Florence-2's own code.
+OFA (Wang et al., 2022, arXiv 2202.03052) has a ResNet in front and its own positions; here a linear patch embedding
+makes a position of each patch, with learned rows and columns, and the encoder-decoder is BART's or T5's of
+transformers. Everything else, such as images at their placeholders and the methods of ``generate``, is Florence-2's
+code.
 """
 
 from typing import Any
@@ -23,7 +24,7 @@ from lamella.stack.patch_config import PatchSeq2SeqConfig
 
 
 class PatchFront(nn.Module):
-    """Images as positions: [images, 3, size, size] -> [images, patches, hidden]."""
+    """Embeds images as positions: [images, 3, size, size] -> [images, patches, hidden]."""
 
     def __init__(self, config: PatchSeq2SeqConfig) -> None:
         super().__init__()
@@ -33,6 +34,7 @@ class PatchFront(nn.Module):
         self.norm = nn.LayerNorm(d)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
+        """Return the embedded patches [images, patches, hidden]."""
         h = self.patches(pixel_values).permute(0, 2, 3, 1)  # [images, rows, columns, hidden]
         if h.shape[1:3] != (len(self.row.weight), len(self.column.weight)):
             given, side = list(pixel_values.shape[-2:]), len(self.row.weight) * self.patches.stride[0]
@@ -41,7 +43,7 @@ class PatchFront(nn.Module):
 
 
 class PatchSeq2SeqModel(Florence2Model):
-    """The front and the encoder-decoder, up to the final states."""
+    """The patch embedding and the encoder-decoder, up to the final states."""
 
     config_class = PatchSeq2SeqConfig
 
@@ -52,11 +54,11 @@ class PatchSeq2SeqModel(Florence2Model):
         self.post_init()
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """What the encoder reads of images, as ``pooler_output`` [images, patches, hidden]."""
+        """Return what the encoder reads of images, as ``pooler_output`` [images, patches, hidden]."""
         return BaseModelOutputWithPooling(pooler_output=self.front(pixel_values))
 
     def get_placeholder_mask(self, input_ids: Tensor, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
-        """Where images stand in the prompts [batch, time, 1] bool."""
+        """Return the placeholders of images in the prompts [batch, time, 1] bool."""
         marks: Tensor = input_ids == self.config.image_token_id
         self.check_images(input_ids, image_features)
         return marks[..., None]
@@ -64,30 +66,40 @@ class PatchSeq2SeqModel(Florence2Model):
     def check_images(self, input_ids: Tensor, image_features: Tensor | None = None) -> None:
         """Check that images fill their placeholders.
 
+        Args:
+            input_ids: tokens [batch, time].
+            image_features: features of the images [images, patches, hidden]; None without images.
+
         Raises:
-            ArchitectureError: for more or fewer of them.
+            ArchitectureError: if there are more or fewer images.
         """
-        wanted = int((input_ids == self.config.image_token_id).sum())
-        had = 0 if image_features is None else image_features.shape[:-1].numel()
-        if wanted != had:
+        expected = int((input_ids == self.config.image_token_id).sum())
+        found = 0 if image_features is None else image_features.shape[:-1].numel()
+        if expected != found:
             raise ArchitectureError(
-                f"{wanted} positions of the prompts stand for images, and the images given fill {had}: give "
+                f"the prompts have {expected} placeholder positions for images, but the images fill {found}: give "
                 "pixel_values for every image, as the processor makes them"
             )
 
     def forward(self, input_ids: Tensor | None = None, pixel_values: Tensor | None = None, **given: Any) -> Any:
-        """Florence-2's, with images for all placeholders or none."""
+        """Run Florence-2's forward, with images for all placeholders or none.
+
+        Args:
+            input_ids: tokens of the encoder [batch, time].
+            pixel_values: images [images, 3, size, size].
+            given: other arguments of Florence-2.
+        """
         if input_ids is not None and pixel_values is None and given.get("encoder_outputs") is None:
             self.check_images(input_ids)
         return super().forward(input_ids=input_ids, pixel_values=pixel_values, **given)
 
 
 class PatchSeq2Seq(Florence2ForConditionalGeneration):
-    """Writes text about images and text; called as Florence-2 is.
+    """Generates text about images and text; it is called like Florence-2.
 
-    ``input_ids`` have ``image_token_id`` where patches stand, ``pixel_values`` [images, 3, size, size] are the images
-    in the order of their placeholders, and the decoder writes ``labels``, or what ``generate`` finds. Placeholders
-    without images, or images without placeholders, are an :class:`ArchitectureError`.
+    ``input_ids`` have ``image_token_id`` at the positions of patches, ``pixel_values`` [images, 3, size, size] are the
+    images in the order of their placeholders, and the decoder reads ``labels`` or the tokens of ``generate``.
+    Placeholders without images, or images without placeholders, are an :class:`ArchitectureError`.
     """
 
     config_class = PatchSeq2SeqConfig

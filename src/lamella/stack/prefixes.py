@@ -1,9 +1,9 @@
-"""Many chains of steps: what two have in common at their beginning is computed once.
+"""Caching for many chains of steps: the common beginning of two chains is computed once.
 
-    chain a   0 1 2 3 4 5 6 7        the state behind 0 1 2 3 is shared; chain b takes only 3 of its 7 steps
+    chain a   0 1 2 3 4 5 6 7        the state after 0 1 2 3 is shared; chain b takes only 3 of its 7 steps
     chain b   0 1 2 3 3 4 6
 
-What a step is, the client says: a sublayer that runs or does not, a layer of one model or another.
+The caller defines what a step is: a sublayer that runs or does not, or a layer of one model or another.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ State = TypeVar("State")
 
 
 class Prefixes(Generic[Step, State]):
-    """The states behind beginnings of chains.
+    """The states after beginnings of chains.
 
     Args:
         start: the state before any step.
 
     Attributes:
-        states: what is kept, by its chain, in the order in which it was computed. A client with a budget may take from
-            it: what is missing is computed again when it is asked for.
+        states: the stored states by chain, in the order in which they were computed. A caller with a memory budget may
+            remove entries: missing states are computed again when needed.
     """
 
     def __init__(self, start: State) -> None:
@@ -34,12 +34,12 @@ class Prefixes(Generic[Step, State]):
     def behind(
         self, chain: tuple[Step, ...], take: Callable[[State, tuple[Step, ...]], State], way: bool = True
     ) -> State:
-        """The state behind a chain, which is kept.
+        """Return the state after a chain, which is stored.
 
         Args:
             chain: the steps.
-            take: takes the last step of a chain: the state behind it, given the one behind all before; never in place.
-            way: keep the states on the way to it, too.
+            take: computes the last step of a chain, from the state before it; never in place.
+            way: store the intermediate states as well.
         """
         state, known = self._start, 0
         for length in range(len(chain), 0, -1):
@@ -53,12 +53,12 @@ class Prefixes(Generic[Step, State]):
         return state
 
     def keep(self, chains: Iterable[tuple[Step, ...]]) -> None:
-        """Forget all but the states behind these chains."""
-        wanted = set(chains)
-        for chain in [chain for chain in self.states if chain not in wanted]:
+        """Remove all states except those after these chains."""
+        kept = set(chains)
+        for chain in [chain for chain in self.states if chain not in kept]:
             del self.states[chain]
 
 
 def beginnings(chain: tuple[Step, ...]) -> Iterator[tuple[Step, ...]]:
-    """What a chain begins with, the shortest first, and the chain itself."""
+    """Return the beginnings of a chain, the shortest first, including the chain itself."""
     return (chain[:length] for length in range(1, len(chain) + 1))

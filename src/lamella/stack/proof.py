@@ -1,10 +1,10 @@
-"""The proof of a derived stack: its sublayers, composed, are its layers, to the bit.
+"""The proof of a derived stack: its sublayers, composed, are bitwise equal to its layers.
 
-One short forward pass of the model itself is watched, in which one layer of every kind runs, and the one before it.
-Of every kind of layer one is then run twice, as its own ``forward`` and as its sublayers one after the other, with an
-empty cache, without a cache, and in a continuation; and the stream behind the last layer must give the model's own
-logits. An architecture that passes may be remembered by :func:`digest_of_proof`, since nothing in the proof depends on
-the weights.
+One short forward pass of the model itself is recorded, in which one layer of every kind runs, and the one before it.
+One layer of every kind is then run twice, with its own ``forward`` and as its sublayers in order, with an empty cache,
+without a cache, and in a continuation; and the hidden states after the last layer must yield the model's own logits. An
+architecture that passes may be remembered by :func:`digest_of_proof`, since nothing in the proof depends on the
+weights.
 """
 
 from __future__ import annotations
@@ -24,33 +24,39 @@ from torch import Tensor, nn
 
 from lamella.errors import ArchitectureError
 from lamella.stack.sharing import replace_forward, share
-from lamella.stack.stack import Stack, Stream
+from lamella.stack.stack import Hidden, Stack
 from lamella.stack.sublayers import PartialLayer, join
 
 ROWS, TOKENS = 2, 6
-PLACES = ("layer_idx", "layer_id", "layer_number", "block_idx", "training", "gradient_checkpointing")  # not a kind
+INDICES = ("layer_idx", "layer_id", "layer_number", "block_idx", "training", "gradient_checkpointing")  # ignored
 
 
 def digest_of_proof(stack: Stack) -> str:
-    """What the proof of a derived stack depends on: derivation, config, version of transformers, and itself."""
+    """Return a digest of what the proof of a derived stack depends on.
+
+    It covers the derivation, the config, the version of transformers, and the code of the proof.
+    """
     model: Any = stack.model
-    said = {
+    depends = {
         "config": model.config.to_dict(),
         "text": [source.text for source in stack.architecture.sources],
         "readout": getattr(stack.architecture.readout, "__doc__", None),
-        "places": [stack.architecture.prefix, stack.architecture.norm, stack.architecture.head],
+        "paths": [stack.architecture.prefix, stack.architecture.norm, stack.architecture.head],
         "version": transformers.__version__,
         "proof": Path(__file__).read_text(encoding="utf-8"),
     }
-    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()
 
 
 @torch.no_grad()
 def prove(stack: Stack) -> None:
-    """Check a stack against its model; the model is not changed.
+    """Check a derived stack against its model; the model is not changed.
+
+    Args:
+        stack: the stack.
 
     Raises:
-        ArchitectureError: when they differ, naming the layer.
+        ArchitectureError: if they differ, naming the layer.
     """
     training = stack.model.training
     stack.model.eval()
@@ -59,22 +65,22 @@ def prove(stack: Stack) -> None:
             _prove(stack)
     except ArchitectureError:
         raise
-    except Exception as error:  # of code that is not the library's, anything
+    except Exception as error:  # foreign code raises errors of many types
         reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise ArchitectureError(f"{stack.name}: its layers cannot be run apart ({reason}){_add(stack)}") from error
+        raise ArchitectureError(f"{stack.name}: its layers cannot be run separately ({reason}){_add(stack)}") from error
     finally:
         stack.model.train(training)
 
 
 def _prove(stack: Stack) -> None:
-    """Prove it with few layers; with all of them where those are not enough, since some read what others left."""
+    """Prove a stack with few layers, or with all of them if some layers depend on results of others."""
     chosen = sorted({kind_of(layer): index for index, layer in reversed(list(enumerate(stack.layers)))}.values())
     every = set(range(len(stack)))
-    few = every & {1, *chosen, *(index - 1 for index in chosen)}
+    needed = every & {1, *chosen, *(index - 1 for index in chosen)}
     try:
-        _prove_kinds(stack, chosen, few)
+        _prove_kinds(stack, chosen, needed)
     except Exception:
-        if few == every:
+        if needed == every:
             raise
         _prove_kinds(stack, chosen, every)
 
@@ -86,9 +92,9 @@ def _prove_kinds(stack: Stack, chosen: list[int], running: set[int]) -> None:
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
     given = {"input_ids": ids, "attention_mask": mask}
-    model = _passing_by(stack, set(range(len(stack))) - running)
+    model = _skip_layers(stack, set(range(len(stack))) - running)
     noted = {*chosen, len(stack) - 1} | ({1} & running)
-    with _watched(stack, model, noted) as seen, _heard(stack) as head:
+    with _recorded(stack, model, noted) as seen, _reused_head(stack) as head:
         output = model(**given, use_cache=True)
     alone = stack.context(given).calls
     for index in noted:
@@ -101,68 +107,70 @@ def _prove_kinds(stack: Stack, chosen: list[int], running: set[int]) -> None:
         _check_causal(stack, index, h, alone[index], out)
     normed = stack.normed(seen[len(stack) - 1][2])
     if not torch.equal(stack.logits(normed, head), output.logits):
-        raise ArchitectureError(f"{stack.name}: what is derived of its readout does not give its logits{_add(stack)}")
+        raise ArchitectureError(f"{stack.name}: the derived readout does not yield its logits{_add(stack)}")
     if (cache := output.get("cache")) is None:
-        raise ArchitectureError(f"{stack.name}: it hands out no cache, without which nothing can be decoded")
+        raise ArchitectureError(f"{stack.name}: it returns no cache, without which nothing can be decoded")
     longer = {"input_ids": ids[:, -1:], "attention_mask": torch.cat([mask, mask[:, -1:]], dim=1)}
     more: dict[str, Any] = {**longer, "cache": copy.deepcopy(cache), "use_cache": True}
-    further = stack.context(more)
+    continued = stack.context(more)
     for index in chosen:
-        out = _own(stack, index, further.h, further.calls[index])
-        _compare(stack, index, further.h, further.calls[index], out, "in a continuation")
+        out = _own(stack, index, continued.h, continued.calls[index])
+        _compare(stack, index, continued.h, continued.calls[index], out, "in a continuation")
 
 
-def _passing_by(stack: Stack, passed: set[int]) -> Any:
-    """The model, but that the stream passes by some layers; all others are the model's own."""
+def _skip_layers(stack: Stack, passed: set[int]) -> Any:
+    """Return the model with some layers replaced by the identity; all others are the model's own."""
     architecture = stack.architecture
     layers = {id(layer): layer for layer in stack.layers}
     for index in passed:
         layer = layers[id(stack.layers[index])] = copy.copy(stack.layers[index])
-        nothing = dict.fromkeys(architecture.names)
+        none = dict.fromkeys(architecture.names)
         replace_forward(
-            layer, PartialLayer(nothing, index, architecture.cache, architecture.called, architecture.result)
+            layer, PartialLayer(none, index, architecture.cache, architecture.complete_call, architecture.result)
         )
     head = {} if stack.unembedding is None else {id(stack.unembedding): stack.unembedding}
     return share(stack.model, layers | head)
 
 
 def _own(stack: Stack, index: int, h: Tensor, call: dict[str, Any]) -> Tensor:
-    """The stream behind a layer, as its own forward computes it."""
+    """Return the hidden states after a layer, computed by its own forward."""
     layer = stack.layers[index]
-    return _stream(type(layer).forward(layer, h.clone(), **copy.deepcopy(call)))
+    return _hidden(type(layer).forward(layer, h.clone(), **copy.deepcopy(call)))
 
 
 def _compare(stack: Stack, index: int, h: Tensor, call: dict[str, Any], out: Tensor, when: str) -> None:
-    """Compare what a layer's sublayers give with what the layer gave."""
-    stream: Stream = h.clone()
+    """Compare the result of a layer's sublayers with that of the layer."""
+    hidden: Hidden = h.clone()
     call = copy.deepcopy(call)
     for name in stack.architecture.names:
-        stream = stack.architecture[name].run(stack.layers[index], stream, call)
-    if not torch.equal(join(stream), out):
+        hidden = stack.architecture[name].run(stack.layers[index], hidden, call)
+    if not torch.equal(join(hidden), out):
         raise ArchitectureError(
-            f"{stack.name}: the derived sublayers of layers.{index} differ from it {when}{_add(stack)}"
+            f"{stack.name}: the derived sublayers of layers.{index} differ from the layer {when}{_add(stack)}"
         )
 
 
 def _check_causal(stack: Stack, index: int, h: Tensor, call: dict[str, Any], out: Tensor) -> None:
-    """Tokens must not see those behind them: encoders have causal classes, too."""
+    """Check that tokens do not see later tokens, since encoders have causal classes as well."""
     other = h.clone()
     other[:, -1] = -3 * other[:, -1].flip(-1)
-    # Of the row without padding, which may see anything.
+    # Only the row without padding: padding may see anything.
     before, after = (each[1:, :-1] for each in (out, _own(stack, index, other, call)))
-    noise = 16 * torch.finfo(before.dtype).eps  # experts and chunks may add up in another order
+    noise = 16 * torch.finfo(before.dtype).eps  # experts and chunks may be summed in another order
     if not torch.allclose(before, after, rtol=noise, atol=noise * float(before.abs().max())):
-        raise ArchitectureError(f"{stack.name}: its tokens see those behind them, so it is no decoder as it is set up")
+        raise ArchitectureError(f"{stack.name}: its tokens see later tokens, so with this config it is not a decoder")
 
 
 def _check_alike(stack: Stack, index: int, call: dict[str, Any], alone: dict[str, Any]) -> None:
-    """Layers must be called alike when those before them do not run, else they hand on more than the stream."""
+    """Check that a layer is called with the same arguments when earlier layers do not run."""
     for name, value in call.items():
         if not isinstance(value, Tensor) or name == "attention_mask":
             continue
         other = alone.get(name)
         if other is None or not torch.equal(value, other):
-            raise ArchitectureError(f"{stack.name}: its layers hand on '{name}' beside the stream{_add(stack)}")
+            raise ArchitectureError(
+                f"{stack.name}: its layers pass on '{name}' besides the residual stream{_add(stack)}"
+            )
 
 
 def _add(stack: Stack) -> str:
@@ -173,8 +181,8 @@ def _add(stack: Stack) -> str:
 
 
 @contextmanager
-def _watched(stack: Stack, model: Any, chosen: set[int]) -> Iterator[dict[int, tuple[Tensor, dict[str, Any], Tensor]]]:
-    """Note of some layers the stream before, what they are called with (and the cache as it is), the stream after."""
+def _recorded(stack: Stack, model: Any, chosen: set[int]) -> Iterator[dict[int, tuple[Tensor, dict[str, Any], Tensor]]]:
+    """Record for some layers the hidden states before and after, and the arguments with a copy of the cache."""
     before: dict[int, tuple[Tensor, dict[str, Any]]] = {}
     seen: dict[int, tuple[Tensor, dict[str, Any], Tensor]] = {}
     layers: Any = model.get_submodule(stack.architecture.prefix.removesuffix("."))
@@ -187,7 +195,7 @@ def _watched(stack: Stack, model: Any, chosen: set[int]) -> Iterator[dict[int, t
             before[index] = h.clone(), copy.deepcopy(call)
 
         def ends(layer: Any, args: Any, out: Any) -> None:
-            seen[index] = (*before[index], _stream(out).clone())
+            seen[index] = (*before[index], _hidden(out).clone())
 
         layer = layers[index]
         hooks.append(layer.register_forward_pre_hook(begins, with_kwargs=True))
@@ -203,23 +211,23 @@ def _watched(stack: Stack, model: Any, chosen: set[int]) -> Iterator[dict[int, t
 
 
 @contextmanager
-def _heard(stack: Stack) -> Iterator[nn.Module]:
-    """An output projection that need not compute again what the model's own has answered meanwhile.
+def _reused_head(stack: Stack) -> Iterator[nn.Module]:
+    """Return an output projection that reuses results that the model's own projection has computed in this context.
 
-    It is as large as some layers, and gives the same answer to the same states, to the bit.
+    It is as large as some layers, and its results for the same states are bitwise equal.
     """
-    asked: list[tuple[Tensor, Tensor]] = []
+    known: list[tuple[Tensor, Tensor]] = []
 
-    def hear(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+    def record(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         if len(args) == 1:
-            asked.append((args[0].clone(), out.clone()))  # what is behind may write into them
+            known.append((args[0].clone(), out.clone()))  # later code may write into them
 
     def answer(_: nn.Module, states: Tensor, call: dict[str, Any]) -> Tensor:
-        known = (out.clone() for given, out in asked if not call and torch.equal(given, states))
-        found = next(known, None)
+        matches = (out.clone() for given, out in known if not call and torch.equal(given, states))
+        found = next(matches, None)
         return stack.unembedding(states, **call) if found is None else found
 
-    hook = stack.unembedding.register_forward_hook(hear)
+    hook = stack.unembedding.register_forward_hook(record)
 
     head = share(stack.unembedding)
     replace_forward(head, answer)
@@ -229,22 +237,22 @@ def _heard(stack: Stack) -> Iterator[nn.Module]:
         hook.remove()
 
 
-def _stream(out: Any) -> Tensor:
+def _hidden(out: Any) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
 def kind_of(layer: nn.Module) -> tuple[Any, ...]:
-    """What tells layers apart that are not built alike: their modules, shapes, and switches."""
+    """Return what distinguishes layers that are not built alike: their modules, shapes, and switches."""
     built = tuple((name, type(module).__name__) for name, module in layer.named_modules())
     shapes = tuple(tuple(each.shape) for each in layer.parameters())
     return built, shapes, _attributes(layer, bool | str)
 
 
-def numbers_of(layer: nn.Module) -> tuple[Any, ...]:
-    """The numbers that a layer and its modules hold, but what they call their own place."""
+def numeric_attributes(layer: nn.Module) -> tuple[Any, ...]:
+    """Return the numeric attributes of a layer and its modules, except for their own index."""
     return _attributes(layer, int | float)
 
 
 def _attributes(layer: nn.Module, kind: Any) -> tuple[Any, ...]:
     found = ((path, name, value) for path, module in layer.named_modules() for name, value in vars(module).items())
-    return tuple(each for each in found if isinstance(each[2], kind) and each[1] not in PLACES and each[1][0] != "_")
+    return tuple(each for each in found if isinstance(each[2], kind) and each[1] not in INDICES and each[1][0] != "_")

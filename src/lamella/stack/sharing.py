@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 
 def share(model: nn.Module, keep: dict[int, Any] | None = None) -> Any:
-    """A deep copy of ``model`` that shares every parameter and buffer with it.
+    """Return a deep copy of ``model`` that shares every parameter and buffer with it.
 
-    Modules, config, hooks and plain attributes are the copy's own, so changing them leaves ``model`` as it was.
+    Modules, config, hooks and plain attributes belong to the copy, so changing them does not affect ``model``.
 
     Args:
-        keep: what to put in the place of further objects, by their ``id``.
+        model: the model.
+        keep: replacements for other objects, by their ``id``.
     """
     memo: dict[int, Any] = {id(tensor): tensor for tensor in model.parameters()}
     memo |= {id(tensor): tensor for tensor in model.buffers()}
@@ -25,10 +26,14 @@ def share(model: nn.Module, keep: dict[int, Any] | None = None) -> Any:
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
-    """Let ``forward(module, h, call)`` run instead of the module's own forward.
+    """Make a module run ``forward(module, h, call)`` instead of its own forward.
 
-    ``call`` holds everything the module is called with beside its first argument, by name, however it was passed
-    (GPT-2 passes the cache and the mask by position, others by keyword).
+    ``call`` holds all arguments but the first by name, however they were passed (GPT-2 passes the cache and the mask by
+    position, others by keyword).
+
+    Args:
+        module: the module, which is changed.
+        forward: the new forward.
     """
     names = list(inspect.signature(type(module).forward).parameters)[2:]
 

@@ -1,4 +1,4 @@
-"""Which parameters of a layer silence a sublayer when they are zero: found by trying, where no entry says it."""
+"""The parameters of a layer that make a sublayer the identity when zero, found by trial if no entry has them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,18 @@ TOKENS = 4
 
 @torch.no_grad()
 def silencers(stack: Stack, layer: int, sublayer: str) -> frozenset[str]:
-    """The names, inside a layer, of as few parameters as possible that make a sublayer the identity when they are zero.
+    """Return the names of a minimal set of a layer's parameters that make a sublayer the identity when zero.
 
-    The modules of the sublayer are zeroed from the last one that runs on backwards, until nothing is added to the
-    stream any more; those that need not be zero are then left as they are.
+    The modules of the sublayer are zeroed from the last one that runs backwards, until nothing is added to the residual
+    stream any more; those that need not be zero are then restored.
+
+    Args:
+        stack: the stack.
+        layer: index of the layer.
+        sublayer: name of the sublayer.
 
     Returns:
-        Nothing where no parameters do it, as in a layer that normalises the sum.
+        The names; empty if no parameters do this, as in a layer that normalises the sum.
     """
     ids = 3 + torch.arange(TOKENS, device=stack.device)[None]
     context = stack.context(ids)
@@ -57,7 +62,7 @@ def _own(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _zeroed(layer: nn.Module, paths: Sequence[str]) -> nn.Module:
-    """A copy of a layer, in which these modules have zeros."""
+    """Return a copy of a layer in which these modules have zero parameters."""
     zeroed: nn.Module = share(layer)
     for path in paths:
         module = zeroed.get_submodule(path)

@@ -1,8 +1,8 @@
 """Sites: the stable addresses of what a decision can be about.
 
 A stack has a list of positions, in the order in which they run: for each layer its sublayers, such as ``(0, "attn")``,
-``(0, "mlp")``, ``(1, "attn")``. A position names a sublayer, and the place in the stream just before it; a layer's
-number alone names the place before the layer.
+``(0, "mlp")``, ``(1, "attn")``. A position names a sublayer, and the point in the residual stream just before it; a
+layer's index alone names the point before the layer.
 """
 
 from __future__ import annotations
@@ -19,14 +19,20 @@ _SITE = re.compile(r"layers\.(\d+)(?:\.([a-z]+))?")
 
 
 class Position(NamedTuple):
-    """A sublayer of a stack. Positions are ordered as they run, since the names of sublayers are: attn, cross, mlp."""
+    """A sublayer of a stack. Positions are ordered as they run, since the names of sublayers are: attn, cross, mlp.
+
+    Attributes:
+        layer: index of the layer.
+        sublayer: name of the sublayer.
+    """
 
     layer: int
     sublayer: str
 
     @property
     def site(self) -> str:
-        """
+        """The site of this position.
+
         >>> Position(7, "mlp").site
         'layers.7.mlp'
         """
@@ -37,19 +43,25 @@ Group = tuple[Position, ...]  # positions that go together
 
 
 def positions_of(layers: int, sublayers: Iterable[str] = ("attn", "mlp")) -> tuple[Position, ...]:
-    """The positions of a stack of so many layers, all with the same sublayers."""
+    """Return the positions of a stack whose layers all have the same sublayers.
+
+    Args:
+        layers: number of layers.
+        sublayers: names of the sublayers, in order.
+    """
     names = tuple(sublayers)
     return tuple(Position(layer, name) for layer in range(layers) for name in names)
 
 
 def positions_at(site: str, positions: Sequence[Position]) -> Group:
-    """The positions that a site covers: one for ``layers.7.mlp``, all of the layer for ``layers.7``.
+    """Return the positions that a site covers: one for ``layers.7.mlp``, all of the layer for ``layers.7``.
 
     Args:
-        positions: those of the stack.
+        site: the site.
+        positions: positions of the stack.
 
     Raises:
-        PlanError: for a site that is not one, or one that the stack does not have.
+        PlanError: for an invalid site, or one that the stack does not have.
     """
     names = list(dict.fromkeys(each.sublayer for each in positions))
     match = _SITE.fullmatch(site)
@@ -63,26 +75,34 @@ def positions_at(site: str, positions: Sequence[Position]) -> Group:
 
 
 def sites_of(chosen: Iterable[tuple[int, str]], positions: Sequence[Position]) -> list[str]:
-    """The shortest list of sites that covers these positions of a stack, in its order.
+    """Return the shortest list of sites that covers these positions of a stack, in its order.
 
     >>> sites_of({(2, "attn"), (2, "mlp"), (4, "mlp")}, positions_of(6))
     ['layers.2', 'layers.4.mlp']
+
+    Args:
+        chosen: the positions to cover.
+        positions: positions of the stack.
     """
-    wanted, layers = set(chosen), _by_layer(positions)
+    covered, layers = set(chosen), _by_layer(positions)
     sites = []
     for layer, group in layers.items():
-        if wanted.issuperset(group):
+        if covered.issuperset(group):
             sites.append(f"layers.{layer}")
         else:
-            sites += [position.site for position in group if position in wanted]
+            sites += [position.site for position in group if position in covered]
     return sites
 
 
 def groups_at(level: Level, positions: Sequence[Position]) -> list[Group]:
-    """What can be removed at one level: every ``sublayer``, only ``attn``, only ``mlp``, or whole layers (``block``).
+    """Return the removable units: every ``sublayer``, only ``attn``, only ``mlp``, or whole layers (``block``).
 
     >>> groups_at("mlp", positions_of(2))
     [(Position(layer=0, sublayer='mlp'),), (Position(layer=1, sublayer='mlp'),)]
+
+    Args:
+        level: size of the units.
+        positions: positions of the stack.
 
     Raises:
         MethodError: for an unknown level.

@@ -1,8 +1,9 @@
-"""A trained model as addressable stacks of layers.
+"""A trained model as stacks of addressable layers.
 
-Three calls carry everything else: :meth:`Stack.context` runs the model's own front (embedding, positions, masks) and
-notes what each layer is called with; :meth:`Stack.run` executes any stretch of the stack, from any sublayer to any
-other; :meth:`Stack.head` finishes. Restarts in the middle, lens readings and ablations are all made of these.
+Everything else builds on three calls: :meth:`Stack.context` runs the model's own front (embedding, positions, masks)
+and records the arguments of each layer; :meth:`Stack.run` executes any part of the stack, from any sublayer to any
+other; :meth:`Stack.head` computes the logits. Restarts in the middle, logit-lens readings and ablations all consist of
+these.
 """
 
 from __future__ import annotations
@@ -25,21 +26,21 @@ from lamella.stack.sharing import replace_forward, share
 from lamella.stack.sites import Position, positions_of
 from lamella.stack.sublayers import Parallel, join
 
-Stream = Tensor | Parallel
-Place = int | tuple[int, str]  # the place in the stream before a layer, or before a sublayer of it
-NOTHING: frozenset[Position] = frozenset()
-LIBRARIES = ("diffusers", "timm", "torchvision")  # beside transformers
+Hidden = Tensor | Parallel
+Boundary = int | tuple[int, str]  # the point in the residual stream before a layer, or before one of its sublayers
+NO_POSITIONS: frozenset[Position] = frozenset()
+LIBRARIES = ("diffusers", "timm", "torchvision")  # in addition to transformers
 
 
 @dataclass(frozen=True)
 class Context:
-    """What the front of a model made of its inputs.
+    """What the front of a model computes from its inputs.
 
     Attributes:
-        h: the stream that enters the first layer [batch, time, hidden]; of some vision towers [patches, hidden].
+        h: hidden states that enter the first layer [batch, time, hidden]; for some vision towers [patches, hidden].
         calls: for each layer, the keyword arguments that the model passes to it.
-        real: which positions are tokens, not padding, in the shape of the stream's [batch, time] bool.
-        modalities: which of those are ``text``, ``image`` or ``audio``, for each that the stack may carry.
+        real: which positions are tokens rather than padding [batch, time] bool.
+        modalities: which of those are ``text``, ``image`` or ``audio``, for each modality that the stack may have.
     """
 
     h: Tensor
@@ -49,18 +50,18 @@ class Context:
 
 
 def library_of(model: Any) -> str:
-    """The library that a model in memory is of: ``transformers``, ``diffusers``, ``timm`` or ``torchvision``.
+    """Return the library of a model in memory: ``transformers``, ``diffusers``, ``timm`` or ``torchvision``.
 
     Raises:
         ArchitectureError: for anything else.
     """
     packages = {each.__module__.partition(".")[0] for each in type(model).__mro__}
-    if isinstance(model, nn.Module) or "diffusers" in packages:  # a pipeline of diffusers is no module
+    if isinstance(model, nn.Module) or "diffusers" in packages:  # a pipeline of diffusers is not a module
         if found := next((each for each in LIBRARIES if each in packages), None):
             return found
         if hasattr(model, "config"):
             return "transformers"
-        if hasattr(model, "pretrained_cfg"):  # a class from elsewhere that is registered with timm
+        if hasattr(model, "pretrained_cfg"):  # a class of another package that is registered with timm
             return "timm"
     raise ArchitectureError(
         f"cannot open a {type(model).__name__}: give a transformers model, one of {', '.join(LIBRARIES)}, or its folder"
@@ -68,21 +69,22 @@ def library_of(model: Any) -> str:
 
 
 class Model:
-    """A model of any library, and its named stacks. Nothing in here writes to the model.
+    """A model of any library, and its named stacks. No method changes the model.
 
-    A model with one stack is that stack: :class:`Stack` is a model, too. Models of other libraries than transformers
-    are not divided into stacks.
+    A model with one stack is that stack: :class:`Stack` is a subclass. Models of other libraries than transformers are
+    not divided into stacks.
 
     Args:
         model: a transformers model of a known architecture, or a model of diffusers, timm or torchvision.
-        path: the folder it was loaded from, when there is one.
+        path: the folder it was loaded from, if there is one.
         name: what to call it in messages and reports.
 
     Attributes:
-        library: the library that the model is of.
+        library: the library of the model.
+        architectures: by stack, its architecture; empty for other libraries than transformers.
 
     Raises:
-        ArchitectureError: for a model of another library, or one that the architecture table does not know.
+        ArchitectureError: for a model of another library, or of an unknown architecture.
     """
 
     model: Any
@@ -106,7 +108,7 @@ class Model:
         return [self.model]
 
     def describe(self) -> dict[str, Any]:
-        """The name, the library and the number of parameters, for provenance and evidence."""
+        """Return the name, the library and the number of parameters, for provenance and evidence."""
         parameters = sum(each.numel() for module in self.modules for each in module.parameters())
         found = {"name": self.name, "library": self.library, "parameters": parameters}
         return found | ({} if self.files_digest is None else {"sha256": self.files_digest})
@@ -130,16 +132,23 @@ class Model:
 
     @property
     def device(self) -> torch.device:
+        """The device of its parameters."""
         return next(each.device for module in self.modules for each in module.parameters())
 
     @cached_property
     def files_digest(self) -> str | None:
-        """The SHA-256 over the tensors in the safetensors files that the model was loaded from, or None without any."""
+        """The SHA-256 over the tensors in the safetensors files that the model was loaded from; None without files."""
         return None if self.path is None else digest_of_files(self.path)
 
 
 def open_model(model: Any, path: Path | None = None, name: str | None = None) -> Model:
-    """A model in memory with its stacks: where there is one, that stack."""
+    """Return a model in memory with its stacks; a model with one stack as that :class:`Stack`.
+
+    Args:
+        model: see :class:`Model`.
+        path: the folder it was loaded from, if there is one.
+        name: what to call it in messages and reports.
+    """
     opened = Model(model, path, name)
     return Stack(model, path, name) if len(opened.architectures) == 1 else opened
 
@@ -148,11 +157,13 @@ class Stack(Model):
     """A chain of layers inside a model, and their addresses.
 
     Args:
-        model, path, name: see :class:`Model`.
-        stack: which stack, of a model with several.
+        model: see :class:`Model`.
+        path: the folder it was loaded from, if there is one.
+        name: what to call it in messages and reports.
+        stack: name of the stack, for a model with several.
 
     Raises:
-        ArchitectureError: for a model that the architecture table does not know, or for several stacks and none named.
+        ArchitectureError: for a model of an unknown architecture, or if a model has several stacks and none is named.
     """
 
     def __init__(self, model: Any, path: Path | None = None, name: str | None = None, stack: str | None = None) -> None:
@@ -182,10 +193,12 @@ class Stack(Model):
 
     @cached_property
     def stacks(self) -> Mapping[str, Stack]:
+        """The stacks of its model by name, including this one."""
         return {name: self if name == self.stack else Stack(self.model, self.path, self.name, name)
                 for name in self.architectures}  # fmt: skip
 
     def describe(self) -> dict[str, Any]:
+        """Return what provenance records of the model, with the architecture and the number of layers."""
         return super().describe() | {"family": self.architecture.name, "layers": len(self)}
 
     def __len__(self) -> int:
@@ -196,13 +209,13 @@ class Stack(Model):
 
     @property
     def config(self) -> Any:
-        """The part of the model's config that is this stack's."""
+        """The part of the model's config that belongs to this stack."""
         part = self.architecture.config
         return getattr(self.model.config, part) if part else self.model.config
 
     @property
     def prefix(self) -> str:
-        """What its sites begin with: its name, in a model with several stacks."""
+        """The prefix of its sites: its name, in a model with several stacks."""
         return f"{self.stack}." if len(self.architectures) > 1 else ""
 
     @cached_property
@@ -212,13 +225,13 @@ class Stack(Model):
 
     @property
     def end(self) -> Position:
-        """The place behind the last layer."""
+        """The boundary after the last layer."""
         return Position(len(self), self.architecture.names[0])
 
     def after(self, position: tuple[int, str]) -> Position:
-        """The place behind a sublayer."""
-        place = self._place(position) + 1
-        return self.positions[place] if place < len(self.positions) else self.end
+        """Return the boundary after a sublayer."""
+        index = self._index(position) + 1
+        return self.positions[index] if index < len(self.positions) else self.end
 
     @property
     def vocabulary(self) -> list[nn.Module]:
@@ -228,14 +241,14 @@ class Stack(Model):
 
     @cached_property
     def experts(self) -> Experts | None:
-        """Where its experts are: what the entry says, or else what is found and proved when it is first asked for."""
+        """Its experts: those of the entry, or, for a derived architecture, those found and proved on first use."""
         if not self.architecture.sources or self.device.type == "meta":
             return self.architecture.experts
         return find_experts(self)
 
     @cached_property
     def dropped(self) -> frozenset[Position]:
-        """The sublayers that do not run, where the model is a view with a static plan or a native export."""
+        """The sublayers that do not run, if the model is a view with a static plan or a native export."""
         dropped = getattr(self.model, "lamella_dropped", ())
         if isinstance(dropped, Mapping):
             dropped = dropped.get(self.stack, ())
@@ -243,12 +256,12 @@ class Stack(Model):
 
     @property
     def is_altered(self) -> bool:
-        """Whether its layers are others than its config says: cut to different widths, or rewritten."""
+        """Whether its layers differ from its config: cut to different widths, or rewritten."""
         return any(getattr(self.model, mark, None) is not None for mark in ("lamella_counts", "lamella_rewrite"))
 
     @cached_property
     def _front(self) -> tuple[Any, Any]:
-        """What makes the stream out of inputs, in a sharing copy, and its layers, which only note their calls."""
+        """A sharing copy of the module that computes the layers' input, and its layers, which only record arguments."""
         architecture = self.architecture
         path = architecture.base if architecture.front is None else architecture.front
         front = share(self.model.get_submodule(path))
@@ -256,15 +269,18 @@ class Stack(Model):
         layers = front.get_submodule(inside)
         for index, layer in enumerate(layers):
             stops = path != architecture.base and index == len(layers) - 1
-            replace_forward(layer, _NoteCall(architecture, stops))
+            replace_forward(layer, _RecordCall(architecture, stops))
         return front, layers
 
     def context(self, inputs: Tensor | Mapping[str, Tensor]) -> Context:
         """Run the front of the model once.
 
         Args:
-            inputs: token ids [batch, time], or what the model takes by name (``input_ids`` and ``attention_mask``,
-                or ``pixel_values``).
+            inputs: token ids [batch, time], or the model's inputs by name (``input_ids`` and ``attention_mask``, or
+                ``pixel_values``).
+
+        Raises:
+            ArchitectureError: if the inputs do not reach this stack.
         """
         given: dict[str, Any] = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
         if self.architecture.causal:
@@ -275,14 +291,14 @@ class Stack(Model):
             layer.calls = calls
         try:
             front(**given)
-        except _Noted:
+        except _Recorded:
             pass
         finally:
             for layer in layers:
                 del layer.calls
         if not calls:
             raise ArchitectureError(
-                f"these inputs do not reach the {self.stack} of {self.name}: give what it reads too"
+                f"these inputs do not reach the {self.stack} of {self.name}: give its inputs as well"
             )
         h = calls[0].pop("h")
         for call in calls[1:]:
@@ -299,18 +315,24 @@ class Stack(Model):
         return {architecture.modality: real & ~images, "image": real & images}
 
     def walk(
-        self, h: Stream, start: Place, stop: Place, context: Context, skip: Collection[tuple[int, str]] = NOTHING
-    ) -> Iterator[tuple[Position, Stream]]:
-        """Run the sublayers between two points, yielding each one's position with the stream after it.
+        self,
+        h: Hidden,
+        start: Boundary,
+        stop: Boundary,
+        context: Context,
+        skip: Collection[tuple[int, str]] = NO_POSITIONS,
+    ) -> Iterator[tuple[Position, Hidden]]:
+        """Run the sublayers between two boundaries, yielding each one's position with the hidden states after it.
 
         Args:
-            h: the stream at ``start`` [batch, time, hidden].
-            start, stop: layers or positions, ``stop`` not included; ``len(stack)`` is the end.
+            h: hidden states at ``start`` [batch, time, hidden].
+            start: layer or position to start with.
+            stop: layer or position to stop before; ``len(stack)`` is the end.
             context: what :meth:`context` returned for these inputs.
             skip: positions to leave out.
         """
         last = self.architecture.names[-1]
-        for position in self.positions[self._place(start) : self._place(stop)]:
+        for position in self.positions[self._index(start) : self._index(stop)]:
             layer, name = position
             if position in skip or position in self.dropped:
                 h = join(h) if name == last else h
@@ -318,47 +340,61 @@ class Stack(Model):
                 h = self.architecture[name].run(self.layers[layer], h, context.calls[layer])
             yield position, h
 
-    def _place(self, point: Place) -> int:
-        """Where in the list of positions a point is."""
+    def _index(self, point: Boundary) -> int:
+        """Return the index of a boundary in the list of positions."""
         layer, name = (point, self.architecture.names[0]) if isinstance(point, int) else point
         if not 0 <= layer <= len(self):
             raise IndexError(f"point {point} is out of range: {self.name} has {len(self)} layers")
         return layer * len(self.architecture.names) + self.architecture.names.index(name)
 
     def run(
-        self, h: Stream, start: Place, stop: Place, context: Context, skip: Collection[tuple[int, str]] = NOTHING
-    ) -> Stream:
-        """The stream at ``stop``, given the stream at ``start``; see :meth:`walk`."""
+        self,
+        h: Hidden,
+        start: Boundary,
+        stop: Boundary,
+        context: Context,
+        skip: Collection[tuple[int, str]] = NO_POSITIONS,
+    ) -> Hidden:
+        """Return the hidden states at ``stop``, given those at ``start``; see :meth:`walk`.
+
+        Args:
+            h: hidden states at ``start`` [batch, time, hidden].
+            start: layer or position to start with.
+            stop: layer or position to stop before.
+            context: what :meth:`context` returned for these inputs.
+            skip: positions to leave out.
+        """
         for _, after in self.walk(h, start, stop, context, skip):
             h = after
         return h
 
-    def execute(self, context: Context, order: Collection[int]) -> Stream:
-        """The stream after running whole layers in any order: left out, repeated, reordered.
+    def execute(self, context: Context, order: Collection[int]) -> Hidden:
+        """Return the hidden states after running whole layers in any order: skipped, repeated, reordered.
 
         Args:
             context: what :meth:`context` returned.
-            order: layer numbers in the order of execution.
+            order: layer indices in the order of execution.
         """
-        h: Stream = context.h
+        h: Hidden = context.h
         for layer in order:
             h = self.run(h, layer, layer + 1, context)
         return h
 
-    def normed(self, h: Stream) -> Tensor:
-        """The final norm (and, where the model has one, the projection behind it)."""
+    def normed(self, h: Hidden) -> Tensor:
+        """Apply the final norm (and, if the model has one, the projection after it)."""
         h, name = join(h), self.architecture.norm
-        norm = _at(self.base, name) if name else None  # None in post-norm OPT, too
+        norm = _at(self.base, name) if name else None  # also None in post-norm OPT
         h = h if norm is None else norm(h)
         project = getattr(self.base, "project_out", None)
         return h if project is None else project(h)
 
     def logits(self, normed: Tensor, unembedding: nn.Module | None = None) -> Tensor:
-        """What the model reads from final states [..., hidden]: logits [..., vocabulary], with its own soft cap.
+        """Return the prediction from final states [..., hidden]: logits [..., vocabulary], with the model's soft cap.
 
-        Where nothing reads them but other stacks, they are what is read.
+        If only other stacks read the states, they are returned unchanged.
 
         Args:
+            normed: final normalised states.
             unembedding: another projection in place of the model's, such as :meth:`unembedding_of` some tokens.
         """
         head, readout = unembedding or self.unembedding, self.architecture.readout
@@ -371,40 +407,55 @@ class Stack(Model):
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def unembedding_of(self, tokens: Tensor) -> nn.Linear:
-        """The output projection to some tokens alone [hidden] -> [tokens], for :meth:`logits`."""
+        """Return the output projection to some tokens only [hidden] -> [tokens], for :meth:`logits`."""
         weight, bias = self.unembedding.weight, getattr(self.unembedding, "bias", None)
-        some = nn.Linear(weight.shape[1], len(tokens), bias=bias is not None, device="meta")
-        some.weight = nn.Parameter(weight.detach()[tokens], requires_grad=False)
+        projection = nn.Linear(weight.shape[1], len(tokens), bias=bias is not None, device="meta")
+        projection.weight = nn.Parameter(weight.detach()[tokens], requires_grad=False)
         if bias is not None:
-            some.bias = nn.Parameter(bias.detach()[tokens], requires_grad=False)
-        return some
+            projection.bias = nn.Parameter(bias.detach()[tokens], requires_grad=False)
+        return projection
 
-    def head(self, h: Stream) -> Tensor:
-        """The logits of a stream: final norm, then output projection [batch, time, vocabulary]."""
+    def head(self, h: Hidden) -> Tensor:
+        """Return the logits of hidden states: final norm, then output projection [batch, time, vocabulary]."""
         return self.logits(self.normed(h))
 
     def hidden(self, inputs: Tensor | Mapping[str, Tensor], **options: Any) -> Tensor:
-        """The final normed states that the model itself computes for these inputs [batch, time, hidden].
+        """Return the final normalised states that the model itself computes for these inputs [batch, time, hidden].
 
         Args:
-            inputs: token ids, or all that the model takes by name, images too.
+            inputs: token ids, or the model's inputs by name, including images.
             options: passed on to the model.
         """
         out = self.outputs(inputs, **options)
-        whole = self.architecture.images and self.stack == "encoder"  # then the decoder has run behind it
+        whole = self.architecture.images and self.stack == "encoder"  # then the decoder has run after it
         return out.encoder_last_hidden_state if whole else out.last_hidden_state
 
     def outputs(self, inputs: Tensor | Mapping[str, Tensor], **options: Any) -> Any:
-        """All that the model without its head returns for inputs; see :meth:`hidden`."""
+        """Return everything that the model without its head returns for inputs; see :meth:`hidden`.
+
+        Args:
+            inputs: token ids, or the model's inputs by name, including images.
+            options: passed on to the model.
+        """
         given = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
         if self.architecture.causal:
             options.setdefault("use_cache", False)
         front = self.architecture.front if self.architecture.images else None
-        runs = self.base if front is None else self.model.get_submodule(front)  # which puts images between the tokens
+        runs = (
+            self.base if front is None else self.model.get_submodule(front)
+        )  # which inserts images between the tokens
         return runs(**given, **options)
 
-    def check_finite(self, position: tuple[int, str], h: Stream) -> None:
-        """Raise a :class:`NumericsError` that names the sublayer whose output is not finite."""
+    def check_finite(self, position: tuple[int, str], h: Hidden) -> None:
+        """Raise an error that names the sublayer if its output is not finite.
+
+        Args:
+            position: the sublayer.
+            h: its output.
+
+        Raises:
+            NumericsError: if the output is not finite.
+        """
         if not torch.isfinite(join(h)).all():
             site = Position(*position).site
             raise NumericsError(
@@ -413,33 +464,38 @@ class Stack(Model):
 
 
 def last_stack(model: Any) -> Stack:
-    """The stack of a transformers model whose logits are what the model says: its only one, or the last of several."""
+    """Return the stack of a transformers model that computes its logits: its only one, or the last of several."""
     *_, last = architectures_of(model)
     return Stack(model, stack=last)
 
 
 def _at(module: Any, path: str) -> Any:
-    """What lies at a path inside a module; unlike a submodule, it may be None."""
+    """Return the attribute at a path inside a module; unlike a submodule, it may be None."""
     for name in path.split("."):
         module = getattr(module, name)
     return module
 
 
-class _Noted(Exception):
-    """All layers of a stack have noted their calls; what comes behind them is not wanted."""
+class _Recorded(Exception):
+    """Raised when all layers of a stack have recorded their arguments, because later code need not run."""
 
 
 @dataclass(frozen=True)
-class _NoteCall:
-    """The forward of a layer that notes what it is called with and hands on the stream as it is."""
+class _RecordCall:
+    """The forward of a layer that records its arguments and returns the hidden states unchanged.
+
+    Attributes:
+        architecture: entry of its stack.
+        stops: whether this is the last layer, after which the pass ends.
+    """
 
     architecture: Architecture
     stops: bool
 
     def __call__(self, layer: Any, h: Tensor, call: dict[str, Any]) -> Any:
-        called, result = self.architecture.called, self.architecture.result
-        call = call if called is None else called(layer, h, call)
+        complete_call, result = self.architecture.complete_call, self.architecture.result
+        call = call if complete_call is None else complete_call(layer, h, call)
         layer.calls.append(call | {"h": h})
         if self.stops:
-            raise _Noted
+            raise _Recorded
         return h if result is None else result(h, call)

@@ -1,7 +1,7 @@
-"""Training: samples, losses, LoRA, and one thin layer over ``transformers.Trainer``.
+"""Training: samples, losses, LoRA, and a thin layer over ``transformers.Trainer``.
 
-A training job is four lines: choose what trains (:func:`own` or :func:`add_lora`), make samples, choose a loss, and
-call :func:`fit`, which goes on by itself from where an earlier call was killed:
+A training job takes four lines: choose the trained parameters (:func:`own` or :func:`add_lora`), make samples, choose
+a loss, and call :func:`fit`, which resumes where an earlier, interrupted call stopped:
 
     fit(view, samples, Task(response_loss), TrainConfig(steps=200, lr=1e-4), out="run")
 """
@@ -13,7 +13,7 @@ from lamella.train.config import ScheduleName, TrainConfig
 from lamella.train.distil import check_vocabulary, distil
 from lamella.train.fit import fit, fit_policy
 from lamella.train.healing import with_modules_of, with_weights_of
-from lamella.train.hooks import Best, Hook, Training
+from lamella.train.hooks import EarlyStopping, Hook, TrainingRun
 from lamella.train.log import Logged, TrainingLog
 from lamella.train.lora import Lora, add_lora, linear_at
 from lamella.train.losses import (
@@ -30,7 +30,7 @@ from lamella.train.losses import (
     projection,
     response_loss,
 )
-from lamella.train.mixing import Feed, Order, Replay, Replayed, past_mixture
+from lamella.train.mixing import Feed, Order, Replay, ReplayedSample, past_mixture
 from lamella.train.optimizers import adamw
 from lamella.train.pace import TooLittleTime
 from lamella.train.parameters import choose, own
@@ -39,14 +39,14 @@ from lamella.train.schedules import (
     Cosine,
     Infinite,
     Schedule,
-    Stepped,
+    StepDecay,
     constant,
     infinite,
     rewarm,
-    stepped,
+    step_decay,
     warmup_stable_decay,
 )
-from lamella.train.supervised import class_nats, squared_error, supervised
+from lamella.train.supervised import class_cross_entropy, squared_error, supervised
 from lamella.train.task import Task, batching
 from lamella.train.trained import Healed, Trained, TrainedEvidence
 
@@ -54,9 +54,9 @@ __all__ = [
     "NO_LOSS",
     "PROJECTION",
     "Adapter",
-    "Best",
     "Constant",
     "Cosine",
+    "EarlyStopping",
     "Feed",
     "Healed",
     "Hook",
@@ -65,25 +65,25 @@ __all__ = [
     "Lora",
     "Order",
     "Replay",
-    "Replayed",
+    "ReplayedSample",
     "Sample",
     "Schedule",
     "ScheduleName",
-    "Stepped",
+    "StepDecay",
     "Task",
     "TooLittleTime",
     "TrainConfig",
     "Trained",
     "TrainedEvidence",
-    "Training",
     "TrainingLog",
+    "TrainingRun",
     "adamw",
     "add_lora",
     "batching",
     "blocks",
     "check_vocabulary",
     "choose",
-    "class_nats",
+    "class_cross_entropy",
     "collate",
     "concatenate",
     "constant",
@@ -110,7 +110,7 @@ __all__ = [
     "rewarm",
     "scored_states",
     "squared_error",
-    "stepped",
+    "step_decay",
     "supervised",
     "warmup_stable_decay",
     "with_modules_of",

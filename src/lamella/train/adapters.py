@@ -1,10 +1,10 @@
-"""Adapters apart from any model: added up, merged, and kept as folders that plain peft reads and writes.
+"""Adapters separate from a model: summed, merged, and saved as folders that plain peft reads and writes.
 
     theta = theta_0 + sum_k lambda_k s_k B_k A_k
 
-A sum of adapters is one adapter again, exactly: their ranks stand side by side, A = [A_1; A_2; ...] and
-B = [lambda_1 s_1 B_1, lambda_2 s_2 B_2, ...], whatever their ranks, scales and modules are. Merged, all of them are
-added in float32 and rounded to the weight's own type once: one after the other, small ones are lost in bfloat16.
+A sum of adapters is exactly one adapter again: their factors are concatenated, A = [A_1; A_2; ...] and
+B = [lambda_1 s_1 B_1, lambda_2 s_2 B_2, ...], whatever their ranks, scales and modules. A merge adds all of them in
+float32 and rounds to the weight's own type once: added one by one, small updates are lost in bfloat16.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from lamella.stack import Stack, share
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what peft puts before the names of modules
-REVISION = "lamella_base"  # the key of the tensors' metadata that says which weights the adapter is for
-PLAIN: dict[str, tuple[Any, ...]] = {  # settings of peft that change what an adapter computes, and what is understood
+REVISION = "lamella_base"  # the key of the tensors' metadata that identifies the base weights
+PLAIN: dict[str, tuple[Any, ...]] = {  # peft settings that change what an adapter computes, with the supported values
     "bias": ("none",),
     "modules_to_save": (None, []),
     "use_dora": (False,),
@@ -51,21 +51,21 @@ PLAIN: dict[str, tuple[Any, ...]] = {  # settings of peft that change what an ad
     "use_qalora": (False,),
     "use_bdlora": (None, False),
     "alora_invocation_tokens": (None, []),
-    "init_lora_weights": (True, False, "gaussian", "orthogonal"),  # others begin by changing the weights beside them
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),  # others change the base weights at initialisation
 }
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA matrices by the name of the linear module that they stand beside.
+    """LoRA factors by the name of the adapted linear module.
 
     Attributes:
         pairs: A [r, in] and B [out, r].
         scales: s = alpha / r of each module.
-        transposed: whether the modules keep their weights as [in, out], as GPT-2's do.
-        base: which weights it was trained beside, see :func:`revision`; None where that is not known.
-        whole: the tensors of modules that were trained themselves, such as a projector, by module and name. They take
-            the place of the model's own, as peft's ``modules_to_save`` do.
+        transposed: whether the modules store their weights as [in, out], as GPT-2's do.
+        base: identifies the weights that it was trained on, see :func:`revision`; None if unknown.
+        whole: the tensors of modules that were trained in full, such as a projector, by module and name. They replace
+            the model's own, like peft's ``modules_to_save``.
     """
 
     pairs: Mapping[str, tuple[Tensor, Tensor]]
@@ -75,7 +75,7 @@ class Adapter:
     whole: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     metavar: ClassVar[str] = "ADAPTER"
-    told: ClassVar[str] = "the folder of a LoRA adapter, as peft saves it"
+    source_help: ClassVar[str] = "the folder of a LoRA adapter, as peft saves it"
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -84,17 +84,17 @@ class Adapter:
 
     @property
     def parameters(self) -> int:
-        """How many numbers it has: r (in + out) for each module, and those of modules that were trained themselves."""
+        """The number of parameters: r (in + out) for each module, plus those of modules that were trained in full."""
         whole = sum(each.numel() for tensors in self.whole.values() for each in tensors.values())
         return whole + sum(a.numel() + b.numel() for a, b in self.pairs.values())
 
     def scaled(self, module: str) -> tuple[Tensor, Tensor]:
-        """A [r, in] and s B [out, r] of a module, in float32."""
+        """Return A [r, in] and s B [out, r] of a module, in float32."""
         a, b = self.pairs[module]
         return a.float(), self.scales[module] * b.float()
 
     def delta(self, module: str) -> Tensor:
-        """s B A as it is added to the module's weight, in float32."""
+        """Return s B A as it is added to the module's weight, in float32."""
         a, b = self.scaled(module)
         product = b @ a
         return product.T if self.transposed else product
@@ -103,46 +103,46 @@ class Adapter:
         """Write a folder that ``peft.PeftModel.from_pretrained`` reads.
 
         Args:
-            folder: to make.
-            name: of the base model, for people and for peft's ``AutoPeftModel``.
+            folder: the new folder.
+            name: of the base model, as information and for peft's ``AutoPeftModel``.
 
         Raises:
-            ExportError: when the folder exists or cannot be written.
+            ExportError: if the folder exists or cannot be written.
         """
         folder = Path(folder)
         with new_folder(folder, size=4 * self.parameters) as partial:
-            self.put(partial, name)
+            self.write_into(partial, name)
         return folder
 
-    def put(self, folder: Path, name: str | None = None) -> None:
-        """Put the files of :meth:`write` into a folder that exists."""
-        alike = self._of_one_rank()
-        rank = {len(a) for a, _ in alike.pairs.values()}.pop()
+    def write_into(self, folder: Path, name: str | None = None) -> None:
+        """Write the files of :meth:`write` into an existing folder."""
+        uniform = self._of_one_rank()
+        rank = {len(a) for a, _ in uniform.pairs.values()}.pop()
         config = LoraConfig(
             base_model_name_or_path=name,
             task_type="CAUSAL_LM",
             r=rank,
-            lora_alpha=_alpha(alike.scales, rank),  # type: ignore[arg-type]
-            target_modules=list(alike.pairs),
+            lora_alpha=_alpha(uniform.scales, rank),  # type: ignore[arg-type]
+            target_modules=list(uniform.pairs),
             fan_in_fan_out=self.transposed,
             modules_to_save=list(self.whole) or None,
             inference_mode=True,
         )
         tensors = {f"{PREFIX}{name}": each.detach().cpu().contiguous() for name, each in self.replacements()}
-        for module, pair in alike.pairs.items():
+        for module, pair in uniform.pairs.items():
             for half, tensor in zip("AB", pair, strict=True):
                 tensors[f"{PREFIX}{module}.lora_{half}.weight"] = tensor.detach().cpu().contiguous()
         config.save_pretrained(str(folder))
         save_file(tensors, folder / TENSORS, {"format": "pt", REVISION: self.base or ""})
 
     def replacements(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of :attr:`whole` by the names of their parameters."""
+        """Yield the tensors of :attr:`whole` by the names of their parameters."""
         for module, tensors in self.whole.items():
             yield from ((f"{module}.{name}", each) for name, each in tensors.items())
 
     @classmethod
     def open(cls, folder: str | Path) -> Adapter:
-        """Open a folder of plain LoRA that peft, or :meth:`write`, has written.
+        """Open a folder with a plain LoRA adapter written by peft or by :meth:`write`.
 
         Raises:
             CheckpointError: for a folder without such files, or an adapter that is more than plain LoRA.
@@ -159,50 +159,52 @@ class Adapter:
         modules = [name.removeprefix(PREFIX).removesuffix(ends[0]) for name in tensors if name.endswith(ends[0])]
         known = {f"{PREFIX}{module}{end}" for module in modules for end in ends}
         if not modules or known != set(tensors):
-            odd = min(known ^ set(tensors), default="nothing")
-            raise CheckpointError(f"{folder / TENSORS}: {odd} is not half of a LoRA pair: give a plain LoRA adapter")
+            unpaired = min(known ^ set(tensors), default="nothing")
+            raise CheckpointError(
+                f"{folder / TENSORS}: {unpaired} is not half of a LoRA pair: give a plain LoRA adapter"
+            )
         pairs = {name: (tensors[f"{PREFIX}{name}{ends[0]}"], tensors[f"{PREFIX}{name}{ends[1]}"]) for name in modules}
         scales = dict.fromkeys(pairs, _scale(config))
         return cls(pairs, scales, bool(config.get("fan_in_fan_out")), base)
 
     def describe(self) -> dict[str, Any]:
-        """What provenance says of it."""
+        """Return its description for provenance."""
         return {"modules": len(self.pairs), "parameters": self.parameters, "base": self.base}
 
     def _of_one_rank(self) -> Adapter:
-        """The same with one rank and one scale in all modules, as a config of peft says it: zeros fill up."""
+        """Return the same adapter with a uniform rank and scale, as a peft config needs, padded with zeros."""
         rank = max(len(a) for a, _ in self.pairs.values())
-        alike = len({len(a) for a, _ in self.pairs.values()}) == 1 and len(set(self.scales.values())) == 1
-        if alike:
+        uniform = len({len(a) for a, _ in self.pairs.values()}) == 1 and len(set(self.scales.values())) == 1
+        if uniform:
             return self
         pairs = {}
         for name, (a, b) in self.pairs.items():
-            fill = rank - len(a)
+            padding = rank - len(a)
             b = b * self.scales[name]
-            pairs[name] = (nn.functional.pad(a, (0, 0, 0, fill)), nn.functional.pad(b, (0, fill)))
+            pairs[name] = (nn.functional.pad(a, (0, 0, 0, padding)), nn.functional.pad(b, (0, padding)))
         return replace(self, pairs=pairs, scales=dict.fromkeys(pairs, 1.0))
 
 
 def concatenate(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> Adapter:
-    """sum_k lambda_k Delta_k as one adapter, whose rank is the sum of theirs; exact.
+    """Return sum_k lambda_k Delta_k as one adapter, whose rank is the sum of the ranks; exact.
 
     Args:
         adapters: for the same weights, of any ranks, scales and modules.
-        weights: lambda_k; 1 each when left out.
+        weights: lambda_k; 1 each by default.
 
     Raises:
-        TrainingError: for none, for a number of weights that differs, or for adapters of different models, or with
-            modules of their own.
+        TrainingError: for no adapters, a different number of weights, adapters of different models, or adapters with
+            modules that were trained in full.
     """
     weights = [1.0] * len(adapters) if weights is None else list(weights)
     if not adapters or len(weights) != len(adapters):
         raise TrainingError(f"{len(adapters)} adapters and {len(weights)} weights: give one weight for each adapter")
     bases = {each.base for each in adapters if each.base is not None}
     if len(bases) > 1 or len({each.transposed for each in adapters}) > 1:
-        raise TrainingError("these adapters were trained beside different weights: their sum means nothing")
+        raise TrainingError("these adapters were trained on different base weights: their sum is meaningless")
     replacing = [name for each in adapters for name in each.whole]
     if replacing:
-        raise TrainingError(f"an adapter brings {replacing[0]} whole, which cannot be added up: merge it alone")
+        raise TrainingError(f"an adapter replaces {replacing[0]}, which cannot be summed: merge it alone")
     pairs = {}
     for name in dict.fromkeys(name for each in adapters for name in each.pairs):
         of = [(each, weight) for each, weight in zip(adapters, weights, strict=True) if name in each.pairs]
@@ -214,10 +216,10 @@ def concatenate(adapters: Sequence[Adapter], weights: Sequence[float] | None = N
 
 @torch.no_grad()
 def merge(stack: Stack, adapter: Adapter, weight: float = 1.0) -> Stack:
-    """The model with ``weight`` times an adapter in its weights; it shares all other tensors with the original.
+    """Return the model with ``weight`` times an adapter merged; it shares all other tensors with the original.
 
     Args:
-        stack: the model; it is not changed. What it computes with weight 0 is the same to the bit.
+        stack: the model; it is not changed. With weight 0 the output is bit-identical.
         adapter: for these weights.
         weight: lambda.
 
@@ -225,10 +227,10 @@ def merge(stack: Stack, adapter: Adapter, weight: float = 1.0) -> Stack:
         TrainingError: for an adapter of another model or revision, or of a weight that another module shares.
     """
     check_fits(stack, adapter)
-    merged = added(stack, ((name, weight * adapter.delta(name)) for name in adapter.modules if weight))
+    merged = with_updates(stack, ((name, weight * adapter.delta(name)) for name in adapter.modules if weight))
     for name, new in adapter.replacements():
-        place, _, last = name.rpartition(".")
-        module = merged.model.get_submodule(place)
+        path, _, last = name.rpartition(".")
+        module = merged.model.get_submodule(path)
         old = getattr(module, last)
         mixed = torch.lerp(old.float(), new.to(old.device).float(), weight).to(old.dtype)
         setattr(module, last, nn.Parameter(mixed, requires_grad=old.requires_grad))
@@ -236,12 +238,12 @@ def merge(stack: Stack, adapter: Adapter, weight: float = 1.0) -> Stack:
 
 
 @torch.no_grad()
-def added(stack: Stack, updates: Iterable[tuple[str, Tensor]]) -> Stack:
-    """The model with updates added to its weights, each in float32 and rounded once; one is held at a time.
+def with_updates(stack: Stack, updates: Iterable[tuple[str, Tensor]]) -> Stack:
+    """Return the model with updates added to its weights, each in float32 and rounded once; one is held at a time.
 
     Args:
         stack: the model; it is not changed, and shares all other tensors with the result.
-        updates: names of linear modules, each with what is added to its weight, in the weight's own shape.
+        updates: names of linear modules, each with the update of its weight, in the weight's own shape.
     """
     model = share(stack.model)
     for name, update in updates:
@@ -256,7 +258,7 @@ def check_fits(stack: Stack, adapter: Adapter) -> None:
     """Check that an adapter belongs to a model.
 
     Raises:
-        TrainingError: naming the first thing that differs.
+        TrainingError: naming the first difference.
     """
     holders: dict[int, int] = {}
     for module in stack.model.modules():
@@ -267,9 +269,9 @@ def check_fits(stack: Stack, adapter: Adapter) -> None:
         if name not in linear:
             raise TrainingError(f"{stack.name} has no linear module {name}: this adapter is for another model")
         (a, b), found = adapter.pairs[name], list(linear[name].weight.shape)
-        wanted = [a.shape[1], len(b)] if adapter.transposed else [len(b), a.shape[1]]
-        if found != wanted:
-            raise TrainingError(f"{name} of {stack.name} is {found}, the adapter's {wanted}: it is for another model")
+        expected = [a.shape[1], len(b)] if adapter.transposed else [len(b), a.shape[1]]
+        if found != expected:
+            raise TrainingError(f"{name} of {stack.name} is {found}, the adapter's {expected}: it is for another model")
         if holders[id(linear[name].weight)] > 1:
             raise TrainingError(f"{name} of {stack.name} shares its weight with another module: it cannot be adapted")
     shapes = {name: list(each.shape) for name, each in stack.model.named_parameters()}
@@ -278,7 +280,7 @@ def check_fits(stack: Stack, adapter: Adapter) -> None:
             raise TrainingError(f"{stack.name} has no {name} of {list(new.shape)}: this adapter is for another model")
     if adapter.base is not None and adapter.base != revision(stack.model):
         raise TrainingError(
-            f"{stack.name} has other weights than the model that this adapter was trained beside: give that revision"
+            f"{stack.name} has other weights than the model that this adapter was trained on: give that revision"
         )
 
 
@@ -291,8 +293,8 @@ def _config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is not the folder of a LoRA adapter: give one that peft has saved") from None
     for name, known in PLAIN.items():
         if config.get(name, known[0]) not in known:
-            said = json.dumps(config[name])
-            raise CheckpointError(f"{folder / CONFIG}: {name} is {said}: only plain LoRA is understood")
+            value = json.dumps(config[name])
+            raise CheckpointError(f"{folder / CONFIG}: {name} is {value}: only plain LoRA is supported")
     return config
 
 

@@ -1,4 +1,4 @@
-"""How attention is computed in a step of training."""
+"""The attention kernel used in a training step."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 from torch.backends.cuda import allow_fp16_bf16_reduction_math_sdp, fp16_bf16_reduction_math_sdp_allowed
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-LONGEST = 512  # tokens in a row
+LONGEST = 512  # tokens per sequence
 
 
 @contextmanager
-def quick_attention(batch: Mapping[str, Any], bf16: bool) -> Iterator[None]:
-    """Attention by plain products, where that is quicker: in bfloat16, on a processor, over rows that are not long.
+def fast_attention(batch: Mapping[str, Any], bf16: bool) -> Iterator[None]:
+    """Use unfused attention where it is faster: in bfloat16, on a CPU, for sequences that are not long.
 
-    With torch's fused kernel for processors both passes take up to three times as long there, the longer the narrower
-    heads are. Long rows keep it: it holds no number for every pair of tokens, and catches up.
+    There, torch's fused CPU kernel takes up to three times as long for both passes, the more so the narrower the heads
+    are. Long sequences keep it: it stores no matrix over all pairs of tokens, and its speed catches up.
 
     Args:
-        batch: what the step is given; its rows are as long as its ``input_ids`` [batch, time], and unknown without.
+        batch: the inputs of the step; its rows are as long as its ``input_ids`` [batch, time], and unknown without.
         bf16: whether it is computed in bfloat16.
     """
     rows = batch.get("input_ids")
@@ -29,7 +29,7 @@ def quick_attention(batch: Mapping[str, Any], bf16: bool) -> Iterator[None]:
         yield
         return
     before = fp16_bf16_reduction_math_sdp_allowed()
-    allow_fp16_bf16_reduction_math_sdp(True)  # otherwise products are in float32, which takes the gain away
+    allow_fp16_bf16_reduction_math_sdp(True)  # otherwise products are in float32, which cancels the speedup
     try:
         with sdpa_kernel(SDPBackend.MATH):
             yield

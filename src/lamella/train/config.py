@@ -1,4 +1,4 @@
-"""What a training run is: how long, how fast, on how much at once, and what is kept of it on the way."""
+"""The configuration of a training run: its length, learning rates, batch sizes and checkpoints."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from lamella.errors import TrainingError
-from lamella.train.schedules import Schedule, infinite, rewarm, stepped, warmup_stable_decay
+from lamella.train.schedules import Schedule, infinite, rewarm, step_decay, warmup_stable_decay
 
 ScheduleName = Literal["cosine", "linear", "constant", "rewarm", "infinite", "wsd", "step"]
 
-FALLING = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}  # as Trainer names them
+TRAINER_NAMES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}  # as Trainer names them
 SHAPES: dict[str, Callable[..., Schedule]] = {
     "rewarm": rewarm,
     "infinite": infinite,
     "wsd": warmup_stable_decay,
-    "step": stepped,
+    "step": step_decay,
 }
 WARMUP = 0.03  # of the steps
 
 
 class Rates(NamedTuple):
-    """What Trainer is told of the learning rate: a schedule, whose rates are multiples of 1, or a name and numbers."""
+    """The learning rate as Trainer needs it: a schedule with rates relative to 1, or a name and numbers."""
 
     schedule: Schedule | None
     lr: float = 1.0
@@ -33,30 +33,30 @@ class Rates(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run in numbers: one value, which whoever trains takes and passes on.
+    """The hyperparameters of a training run.
 
-    In Python the schedule may also be a :class:`lamella.train.Schedule`, or a function from the steps to one: these
-    have rates of their own, so lr and warmup are left out. In a sharded run the model itself stays where it is, best on
-    the host, and gets the result.
+    In Python the schedule may also be a :class:`lamella.train.Schedule`, or a function from the number of steps to one:
+    these have their own rates, so lr and warmup are omitted. In a sharded run the model itself stays where it is,
+    preferably on the host, and receives the result.
 
     Attributes:
-        steps: optimizer steps; one pass over the samples when left out.
-        lr: the highest learning rate.
-        schedule: cosine or linear (down to 0), constant, rewarm (down to a tenth), wsd (stay, then anneal), step
-            (stay, then a tenth) or infinite.
-        warmup: over which the rate rises: a share of the steps, or from 1 on their number; 0.03 when left out.
-        batch: samples in one forward pass of one process.
-        accumulate: forward passes for one step.
+        steps: optimizer steps; one epoch by default.
+        lr: peak learning rate.
+        schedule: cosine or linear (decay to 0), constant, rewarm (decay to a tenth), wsd (stable, then anneal), step
+            (stable, then a tenth) or infinite.
+        warmup: learning rate warm-up: a fraction of the steps, or from 1 on their number; 0.03 by default.
+        batch: samples per forward pass of one process.
+        accumulate: forward passes per step (gradient accumulation).
         weight_decay: of weight matrices; biases, norms and other vectors have none.
         betas: of AdamW.
-        clip: the largest norm of a gradient.
+        clip: maximum gradient norm.
         seed: of the order of samples and of dropout.
-        save_every: steps from one checkpoint to the next.
-        log_every: steps from one point of the log to the next.
-        eval_every: steps from one held-out loss to the next; with each checkpoint when left out.
-        bf16: compute in bfloat16 what can be; parameters, gradients and optimizer state keep their precision.
-        tensorboard: a folder in which TensorBoard finds the curves while training runs (extra tensorboard).
-        shard: split weights, gradients and optimizer state over the processes, where one device cannot hold them.
+        save_every: steps between checkpoints.
+        log_every: steps between points of the log.
+        eval_every: steps between evaluations of the held-out loss; at each checkpoint by default.
+        bf16: compute in bfloat16 where possible; parameters, gradients and optimizer state keep their precision.
+        tensorboard: a folder for TensorBoard curves, written during training (extra tensorboard).
+        shard: shard weights, gradients and optimizer state over the processes, where one device cannot hold them.
 
     Raises:
         TrainingError: for values out of range.
@@ -85,39 +85,39 @@ class TrainConfig:
             if count is not None and count < 1:
                 raise TrainingError(f"{name} {count}: give at least 1")
         if not self.clip > 0:
-            raise TrainingError(f"clip {self.clip:g}: give the largest norm of a gradient, above 0")
+            raise TrainingError(f"clip {self.clip:g}: give the maximum gradient norm, above 0")
 
-    def lasting(self, samples: int, processes: int = 1) -> TrainConfig:
-        """The same run with its number of steps: where it has none, one pass over so many samples."""
+    def with_steps(self, samples: int, processes: int = 1) -> TrainConfig:
+        """Return the same run with its number of steps: one epoch of ``samples`` if it has none."""
         size = self.batch * self.accumulate * processes
         return replace(self, steps=self.steps or max(1, samples // size))
 
-    def following(self, schedule: Schedule | Callable[[int], Schedule]) -> TrainConfig:
-        """The same run with another schedule, which has its own rates."""
+    def with_schedule(self, schedule: Schedule | Callable[[int], Schedule]) -> TrainConfig:
+        """Return the same run with another schedule, which has its own rates."""
         return replace(self, schedule=schedule, lr=None, warmup=None)
 
     @property
     def rates(self) -> Rates:
-        """What Trainer is told of the rate, for a run whose steps are known.
+        """The learning rate as Trainer needs it, for a run whose number of steps is known.
 
         Raises:
-            TrainingError: for an unknown schedule, one without a rate, or with one that it does not need.
+            TrainingError: for an unknown schedule, one without a rate, or one with a rate that it does not need.
         """
         assert self.steps is not None
         if not isinstance(self.schedule, str):
             if self.lr is not None or self.warmup is not None:
-                raise TrainingError("this schedule has its own rates and warm-up: leave lr and warmup out")
+                raise TrainingError("this schedule has its own rates and warm-up: omit lr and warmup")
             return Rates(self.schedule if isinstance(self.schedule, Schedule) else self.schedule(self.steps))
-        if self.schedule not in FALLING | SHAPES:
-            raise TrainingError(f"schedule '{self.schedule}': choose one of {', '.join([*FALLING, *SHAPES])}")
+        if self.schedule not in TRAINER_NAMES | SHAPES:
+            raise TrainingError(f"schedule '{self.schedule}': choose one of {', '.join([*TRAINER_NAMES, *SHAPES])}")
         if self.schedule in SHAPES:
             return Rates(self.shaped(SHAPES[self.schedule]))
         warmup = WARMUP if self.warmup is None else self.warmup
         warming = math.ceil(warmup if warmup >= 1 else warmup * self.steps)
-        return Rates(None, self._highest, FALLING[self.schedule], warming)
+        return Rates(None, self._peak_rate, TRAINER_NAMES[self.schedule], warming)
 
     def shaped(self, shape: Callable[..., Schedule], **options: Any) -> Schedule:
-        """A schedule of a shape, such as :func:`lamella.train.rewarm`, with this run's steps, lr and given warm-up.
+        """Return a schedule of a shape, such as :func:`lamella.train.rewarm`, with this run's steps, lr and warm-up.
 
         Raises:
             TrainingError: for a run without lr.
@@ -125,16 +125,16 @@ class TrainConfig:
         assert self.steps is not None
         if self.warmup is not None:
             options["warmup"] = self.warmup if self.warmup < 1 else self.warmup / self.steps
-        return shape(self.steps, self._highest, **options)
+        return shape(self.steps, self._peak_rate, **options)
 
     @property
-    def _highest(self) -> float:
+    def _peak_rate(self) -> float:
         if self.lr is None:
-            raise TrainingError(f"schedule '{self.schedule}' needs lr, its highest learning rate")
+            raise TrainingError(f"schedule '{self.schedule}' needs lr, its peak learning rate")
         return self.lr
 
     def as_dict(self, processes: int) -> dict[str, Any]:
-        """All that decides the result, as JSON values: what a record says and a resumed run compares."""
+        """Return all settings that determine the result, as JSON values, for records and to check a resumed run."""
         rates = self.rates
         warmup = WARMUP if self.warmup is None else self.warmup
         named = {"schedule": self.schedule, "lr": self.lr, "warmup": warmup}

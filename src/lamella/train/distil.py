@@ -1,9 +1,9 @@
-"""Distillation: a smaller model learns what a larger one would have said (Minitron, arXiv 2407.14679, section 3).
+"""Distillation: a smaller model is trained to match a larger one's outputs (Minitron, arXiv 2407.14679, section 3).
 
     L = (1 / S) sum_s KL( p_T(. | s) || p_S(. | s) ) + alpha L_is        alpha = L_logits / L_is, without gradient
 
-L_is compares normed states inside the two models, the smaller one's through one shared projection; it is left out
-unless much of the depth is gone. Labels play no part.
+L_is compares normed intermediate states of the two models, the smaller one's through one shared projection; it is
+omitted unless much of the depth is removed. Labels are not used.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from lamella.train.fit import fit
 from lamella.train.healing import with_modules_of, with_weights_of
 from lamella.train.lora import add_lora
 from lamella.train.losses import PROJECTION, distillation_loss, projection
-from lamella.train.pace import paced
-from lamella.train.parameters import Choice, choose, own, rounded
+from lamella.train.pace import config_for_time
+from lamella.train.parameters import Choice, choose, in_bfloat16, own
 from lamella.train.task import Task, batching
 from lamella.train.trained import Healed
 
 TRAINING = TrainConfig(steps=400, lr=1e-4, warmup=0.1)
-SHALLOW = 0.75  # of the layers: with fewer left, intermediate states are distilled too (the paper: "reduced a lot")
+SHALLOW = 0.75  # of the layers: below it, intermediate states are distilled too (the paper: "reduced a lot")
 
 
 def distil(
@@ -50,31 +50,31 @@ def distil(
     held_out: Sequence[Sample] = (),
     out: Path,
 ) -> Healed:
-    """Train the model under a plan towards the original's output distribution.
+    """Train the model under a plan to match the original's output distribution.
 
     Args:
         stack: the original; it is not changed.
-        plan: a plan for it that decides nothing while the model runs.
-        samples: text, or images with text; the positions that carry labels are compared, whatever the labels are.
-        config: of the training; 400 steps are what the paper gives each candidate shape, and 1e-4, here down to 0, is
-            the rate of the authors' guideline (there to 1e-5).
-        teacher: the model to learn from, where it is not the original; its layers are matched evenly.
-        intermediate: compare states inside the models and the embedding's output too; by default when fewer than
-            three quarters of the layers are left.
+        plan: a static plan for it.
+        samples: text, or images with text; positions with labels are compared, whatever the labels are.
+        config: of the training; the paper gives each candidate shape 400 steps, and 1e-4, here decayed to 0, is the
+            rate of the authors' guideline (there to 1e-5).
+        teacher: the teacher model, if it is not the original; its layers are matched evenly.
+        intermediate: also compare intermediate states and the embedding's output; by default if fewer than three
+            quarters of the layers remain.
         temperature: of both distributions.
-        vocabulary: train embedding and output projection too. Left as they are, a step is cheaper: logits need to be
-            made once only.
-        lora: rank of adapters to train in place of all parameters; they are merged.
-        minutes: how long to train, in place of the config's steps; see :func:`lamella.train.pace.paced`.
-        held_out: text whose divergence is measured on the way.
-        out: a folder for checkpoints; an interrupted run goes on from there.
+        vocabulary: train embedding and output projection too. If they are frozen, a step is cheaper: logits are
+            computed only once.
+        lora: rank of adapters to train instead of all parameters; they are merged.
+        minutes: training time, instead of the config's steps; see :func:`lamella.train.pace.config_for_time`.
+        held_out: text on which the divergence is measured during training.
+        out: a folder for checkpoints; an interrupted run resumes from there.
 
     Returns:
-        The healed model. Where the plan leaves whole layers, it is a smaller, ordinary one, with a plan that runs all
-        of it; otherwise it keeps the plan.
+        The healed model. If the plan keeps whole layers, it is a smaller, ordinary one, with a plan that runs all of
+        it; otherwise it keeps the plan.
 
     Raises:
-        TrainingError: for a teacher of another vocabulary.
+        TrainingError: for a teacher with another vocabulary.
     """
     alone = can_stand_alone(stack, plan)
     student: Any = materialise(stack, plan).model if alone else apply(stack, plan)
@@ -86,19 +86,19 @@ def distil(
         intermediate = alone and len(kept) < SHALLOW * len(teacher)
     matched = np.linspace(0, len(teacher) - 1, len(kept)).round().astype(int).tolist() if other else kept
     pairs = tuple(enumerate(matched)) if intermediate else ()
-    master = (rounded if config.bf16 else share)(teacher.model).eval()
+    master = (in_bfloat16 if config.bf16 else share)(teacher.model).eval()
     adapters = add_lora(student, r=lora, alpha=lora, seed=config.seed) if lora else None
-    trains = adapters.trains if adapters else _trains(student, vocabulary)
+    trains = adapters.trains if adapters else _trained_names(student, vocabulary)
     own(student, trains)
     if pairs:
         projection(student, master, config.seed)
         chosen = trains
         trains = lambda name: name.startswith(PROJECTION) or chosen(name)  # noqa: E731
-    trainee = rounded(student, choose(student, trains).values()) if config.bf16 else student
+    trainee = in_bfloat16(student, choose(student, trains).values()) if config.bf16 else student
     loss = partial(distillation_loss, teacher=master, pairs=pairs, temperature=temperature)
-    task = Task(loss, collate=batching(samples), beside=(master,))
+    task = Task(loss, collate=batching(samples), frozen=(master,))
     if minutes is not None:
-        config = paced(trainee, samples, task, config, 60 * minutes, trainable=trains, out=out)
+        config = config_for_time(trainee, samples, task, config, 60 * minutes, trainable=trains, out=out)
     log = fit(
         trainee,
         samples,
@@ -124,8 +124,8 @@ def distil(
     return Healed(stack=smaller, plan=whole, log=log)
 
 
-def _trains(student: Any, vocabulary: bool) -> Choice:
-    """What trains of a model: everything, or all but the embedding and the output projection."""
+def _trained_names(student: Any, vocabulary: bool) -> Choice:
+    """Return which parameters of a model train: all, or all but the embedding and the output projection."""
     if vocabulary:
         return lambda name: True
     fixed = {id(each) for module in Stack(student).vocabulary for each in module.parameters()}
@@ -134,7 +134,7 @@ def _trains(student: Any, vocabulary: bool) -> Choice:
 
 
 def check_vocabulary(stack: Stack, teacher: Stack) -> None:
-    """Raise a :class:`TrainingError` for a teacher whose output is over other tokens."""
+    """Raise a :class:`TrainingError` for a teacher whose vocabulary has another size."""
     ours, theirs = (each.unembedding.weight.shape[0] for each in (stack, teacher))
     if ours != theirs:
         raise TrainingError(

@@ -1,7 +1,7 @@
 """The training loop: a thin layer over ``transformers.Trainer``.
 
-What it adds: any loss function, only some parameters, the same batches however many processes share them, checkpoints
-of what trains and nothing else, and a run that goes on by itself from its newest complete checkpoint, to the bit.
+It adds arbitrary loss functions, training of selected parameters only, the same batches for any number of processes,
+checkpoints of trained parameters only, and bit-exact resumption from the newest complete checkpoint.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from lamella.errors import TrainingError
 from lamella.extras import require
 from lamella.progress import tracker
 from lamella.train.config import TrainConfig
-from lamella.train.hooks import Hook, Training
+from lamella.train.hooks import Hook, TrainingRun
 from lamella.train.log import TrainingLog
 from lamella.train.loop import Loop, Objective
 from lamella.train.mixing import Feed
-from lamella.train.optimizers import Factory, adamw, named, state_of
+from lamella.train.optimizers import Factory, adamw, factory_name, state_of
 from lamella.train.parameters import Choice, choose, only
-from lamella.train.runs import model_digest, samples_digest, settled
+from lamella.train.runs import as_json, model_digest, samples_digest
 from lamella.train.sharding import ShardedLoop
 from lamella.train.task import Loss, Task, batching
 from lamella.train.watch import Watch
@@ -52,42 +52,42 @@ def fit(
 ) -> TrainingLog:
     """Train some of a model's parameters, in place.
 
-    Called again after a kill, with a model made in the same way, it goes on from the newest complete checkpoint in
-    ``out``; on a CPU the result is the same to the bit as without the kill. Training runs where the model is. Nothing
-    is written outside ``out``.
+    Called again after an interruption, with a model created in the same way, it resumes from the newest complete
+    checkpoint in ``out``; on a CPU the result is bit-identical to an uninterrupted run. Training runs on the model's
+    device. Nothing is written outside ``out``.
 
     Under ``accelerate launch --multi_gpu`` every process runs ``config.batch`` samples of each step. On CPUs the flag
-    is the same; ``--cpu`` starts one process only, whatever ``--num_processes`` says.
+    is the same; ``--cpu`` starts only one process, whatever ``--num_processes`` is.
 
-    A view shares its tensors with the model it was made of: call :func:`lamella.train.own` first on what trains, unless
-    that is adapters or routers of its own.
+    A view shares its tensors with the model it was made of: call :func:`lamella.train.own` first on the trained
+    parameters, unless these are adapters or routers of its own.
 
     Args:
         model: a model or a view.
         samples: training samples, such as :func:`lamella.train.pairs` or :func:`lamella.train.blocks` make. They are
-            shuffled anew for each pass. A :class:`lamella.train.Feed` mixes others in.
-        task: the loss, and what else a step does.
-        config: steps, rates, batches, seed, and what is kept on the way.
-        out: the run's folder: checkpoints, ``log.json``, what the run is made of and, where old samples were replayed,
-            ``replay.json`` with each of them.
+            reshuffled each epoch. A :class:`lamella.train.Feed` mixes in others.
+        task: the loss, and the other parts of a step.
+        config: steps, learning rates, batch sizes, seed, checkpoints and logging.
+        out: the run's folder: checkpoints, ``log.json``, the run's settings and, if old samples are replayed,
+            ``replay.json``, which lists each of them.
         trainable: from a parameter's name to whether it trains; None: those that require a gradient.
-        optimizer: what makes the optimizer and its groups of parameters.
+        optimizer: makes the optimizer and its parameter groups.
         held_out: held-out samples; or several sets by name, whose losses are the parts of a held-out point and their
             mean its loss.
-        after: the folder of a finished run of the same parameters, whose optimizer state this one begins with.
-        hooks: what looks on, such as masks that are held, in the order in which they are called.
-        settings: what else decides the result, such as the weights of the loss's parts: a run with other settings is
-            not resumed. JSON values.
+        after: the folder of a finished run of the same parameters, whose optimizer state this one starts from.
+        hooks: hooks such as fixed masks, in the order in which they are called.
+        settings: further settings that determine the result, such as the weights of the loss's parts: a run with other
+            settings is not resumed. JSON values.
 
     Returns:
         The log, also in ``out/log.json``. The newest checkpoint stays in ``out``.
 
     Raises:
-        TrainingError: for a bad argument, a folder with another run, or a loss or gradient that is not finite.
+        TrainingError: for an invalid argument, a folder with another run, or a loss or gradient that is not finite.
     """
     out = Path(out)
     feed = samples if isinstance(samples, Feed) else Feed(samples)
-    config = config.lasting(len(feed.samples), processes.count())
+    config = config.with_steps(len(feed.samples), processes.count())
     sets = held_out if isinstance(held_out, Mapping) else {"": held_out}
     start = None if after is None else state_of(after)
     trained = choose(model, trainable)
@@ -99,13 +99,13 @@ def fit(
     if arguments.world_size > 1:
         atexit.unregister(_leave_group)  # once, however often fit is called
         atexit.register(_leave_group)
-    told = {
+    record = {
         **config.as_dict(arguments.world_size),
         "loss": task.name,
         **(settings or {}),
         "model": model_digest(model, trained),
         **feed.as_dict(),
-        **({} if optimizer is adamw else {"algorithm": named(optimizer)}),
+        **({} if optimizer is adamw else {"algorithm": factory_name(optimizer)}),
         "optimizer": start and hashlib.sha256(start.read_bytes()).hexdigest(),
         "eval_samples": {name: samples_digest(each) for name, each in sets.items()},
     }
@@ -119,7 +119,7 @@ def fit(
             loop: Loop = ShardedLoop(model, task, config, trained, arguments, order, optimizer)
         else:
             loop = Loop(Objective(model, task), task, config, trained, arguments, order, optimizer, start)
-        run = Training(loop, settled(told))
+        run = TrainingRun(loop, as_json(record))
         watch = Watch(loop, run, sets, config, hooks, count)
         loop.add_callback(watch)
         if config.tensorboard is not None:
@@ -147,22 +147,24 @@ def fit_policy(
     """Train the policy of a view, such as its routers, while the model is frozen; see :func:`fit`.
 
     Args:
-        view: whose ``lamella_policy`` is trained in place.
+        view: its ``lamella_policy`` is trained in place.
         samples: rows of text, or of images with text.
         loss: see :class:`lamella.train.Task`.
-        config, out, settings: see :func:`fit`.
+        config: see :func:`fit`.
+        out: see :func:`fit`.
+        settings: see :func:`fit`.
     """
     task = Task(loss, collate=batching(samples))
     return fit(view, samples, task, config, out=out, trainable=of_policy, settings=settings)
 
 
 def of_policy(name: str) -> bool:
-    """Whether a parameter of a view is one of its policy's."""
+    """Return whether a parameter of a view belongs to its policy."""
     return name.startswith("lamella_policy.")
 
 
 def _arguments(model: nn.Module, config: TrainConfig, out: Path) -> TrainingArguments:
-    """What Trainer is told."""
+    """Return the arguments of Trainer."""
     rates = config.rates
     on_cpu = next(model.parameters()).device.type == "cpu"
     assert config.steps is not None
@@ -176,10 +178,10 @@ def _arguments(model: nn.Module, config: TrainConfig, out: Path) -> TrainingArgu
         bf16=config.bf16,
         per_device_train_batch_size=config.batch,
         gradient_accumulation_steps=config.accumulate,
-        train_sampling_strategy="sequential",  # the order is ours, see Order
+        train_sampling_strategy="sequential",  # see Order
         seed=config.seed,
         save_steps=config.save_every,
-        logging_strategy="no",  # the log is ours
+        logging_strategy="no",  # see Watch
         logging_nan_inf_filter=False,
         disable_tqdm=True,
         report_to=[],
@@ -192,23 +194,23 @@ def _arguments(model: nn.Module, config: TrainConfig, out: Path) -> TrainingArgu
 
 
 def _check_splits(hooks: Sequence[Hook], start: Path | None) -> None:
-    """What a sharded run cannot do."""
+    """Raise an error for what a sharded run does not support."""
     whole = [type(hook).__name__ for hook in hooks if not hook.splits]
     if whole:
-        raise TrainingError(f"{whole[0]} works on whole parameters, which a sharded run has split: leave shard out")
+        raise TrainingError(f"{whole[0]} needs whole parameters, which a sharded run splits: omit shard")
     if start is not None:
-        raise TrainingError("a sharded run begins with no earlier optimizer: leave after out")
+        raise TrainingError("a sharded run cannot start from an earlier optimizer state: omit after")
 
 
 def _check_device(model: nn.Module, device: torch.device) -> None:
-    """Trainer would move the model, and with its shared tensors the original."""
-    theirs = next(model.parameters()).device
-    if (theirs.type, theirs.index or 0) != (device.type, device.index or 0):
-        raise TrainingError(f"the model is on {theirs}, this process trains on {device}: move the model there first")
+    """Raise an error if Trainer would move the model, and with its shared tensors the original."""
+    current = next(model.parameters()).device
+    if (current.type, current.index or 0) != (device.type, device.index or 0):
+        raise TrainingError(f"the model is on {current}, this process trains on {device}: move the model there first")
 
 
 def _leave_group() -> None:
-    """End the threads of gloo before the interpreter ends: one that outlives it aborts a finished run."""
-    gc.collect()  # the wrapped model holds the group too, in a cycle; only the last reference ends the threads
+    """End gloo's threads before the interpreter exits: one that is still running aborts a finished run."""
+    gc.collect()  # a cycle in the wrapped model holds the group too; the threads end with its last reference
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

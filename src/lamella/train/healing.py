@@ -1,4 +1,4 @@
-"""How trained weights get out of a view."""
+"""Copying trained weights from a view back to its model."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from lamella.stack import Stack, share
 
 
 def with_weights_of(stack: Stack, view: Any) -> Stack:
-    """The model of ``stack`` with the parameters that a view of it was trained to; it shares all the others.
+    """Return the model of ``stack`` with the trained parameters of a view of it; it shares all the others.
 
     Args:
-        stack: the original; it is not changed. Of a model with several stacks, the same one comes back.
-        view: a view of it, whose parameters have the same names (adapters merged and removed), but for layers that its
-            plan moved.
+        stack: the original; it is not changed. For a model with several stacks, the same one is returned.
+        view: a view of it, whose parameters have the same names (adapters merged and removed), except in layers that
+            its plan moved.
     """
     model = share(stack.model)
-    trained = {_home(stack, view, name): each for name, each in view.named_parameters(remove_duplicate=False)}
+    trained = {_original_name(stack, view, name): each for name, each in view.named_parameters(remove_duplicate=False)}
     for module_name, module in model.named_modules():
         for name in list(module._parameters):
             full = f"{module_name}.{name}" if module_name else name
@@ -28,11 +28,13 @@ def with_weights_of(stack: Stack, view: Any) -> Stack:
 
 
 def with_modules_of(plan: Plan, stack: Stack, view: Any, folder: Path) -> Plan:
-    """A plan with the networks of a view of it, as they were trained, in side files of ``folder``.
+    """Return a plan with the trained inserted modules of a view, in side files of ``folder``.
 
     Args:
-        plan: of the view; the same one comes back where it puts no networks anywhere.
+        plan: of the view; returned unchanged if it inserts no modules.
         stack: the original.
+        view: the trained view.
+        folder: the folder of the side files.
     """
     if not plan.modules:
         return plan
@@ -40,8 +42,8 @@ def with_modules_of(plan: Plan, stack: Stack, view: Any, folder: Path) -> Plan:
     return keep_modules(plan, networks, folder)
 
 
-def _home(stack: Stack, view: Any, name: str) -> str:
-    """What the original calls a parameter of a view, whose plan may have given its layers other numbers."""
+def _original_name(stack: Stack, view: Any, name: str) -> str:
+    """Return the original's name of a parameter of a view, whose plan may have renumbered its layers."""
     plan = getattr(view, "lamella_plan", None)
     prefix = stack.architecture.prefix
     if plan is None or not plan.is_static or not name.startswith(prefix):

@@ -1,7 +1,7 @@
-"""What looks on while a model trains: masks that are held, parts that are chosen, averages that are kept.
+"""Hooks of a training run, for fixed masks, selected parameters or averaged weights.
 
-A hook sees the model and its optimizer before and after every step, and may change both. What it must know after a kill
-it writes into the checkpoint.
+A hook gets the model and its optimizer before and after every step, and may change both. Its state is saved in the
+checkpoints.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lamella.train.log import TrainingLog
 from lamella.train.loop import Loop
 
 
-class Training:
+class TrainingRun:
     """A run as its hooks see it.
 
     Attributes:
@@ -35,103 +35,103 @@ class Training:
 
     @property
     def model(self) -> nn.Module:
-        """What trains, as the loss sees it."""
+        """The trained model, as the loss sees it."""
         objective: Any = self._loop.model
         model: nn.Module = objective.model
         return model
 
     @property
     def trained(self) -> Mapping[str, nn.Parameter]:
-        """The parameters that train, by name."""
+        """The trained parameters by name."""
         return self._loop.trained
 
     @property
-    def kept(self) -> Mapping[str, Tensor]:
-        """All that training changes, by name: these parameters, and what batch norms have seen."""
-        return self._loop.kept
+    def state_tensors(self) -> Mapping[str, Tensor]:
+        """All tensors that training changes, by name: the trained parameters and the statistics of batch norms."""
+        return self._loop.state_tensors
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """Its groups are those that its factory made; their rates are set anew after each step."""
+        """The optimizer, with the groups of its factory; their learning rates are set after each step."""
         optimizer: Any = self._loop.optimizer
         return cast(torch.optim.Optimizer, optimizer)
 
     @property
     def step(self) -> int:
-        """How many steps are done."""
+        """The number of completed steps."""
         return int(self._loop.state.global_step)
 
     @property
     def batches(self) -> Sequence[Any]:
-        """What this process computes in the step that begins."""
+        """This process's batches of the coming step."""
         return self._loop.batches
 
     def weigh(self, values: Sequence[Tensor]) -> Tensor:
-        """The mean of a value that every batch of this step has, over all processes; batches weigh as in the loss."""
+        """Return the mean of one value per batch of this step, over all processes, weighted as in the loss."""
         return self._loop.weigh(values)
 
     def note(self, name: str, value: Tensor) -> None:
-        """Log a number of this step, which all processes have alike, beside the parts of the loss."""
+        """Log a value of this step with the parts of the loss; it must be the same in all processes."""
         self._notes[name].append(value.detach().float())
 
     def noted(self) -> dict[str, float]:
-        """The means of what was noted since this was last asked."""
+        """Return the means of the values logged since the last call."""
         means = {name: float(torch.stack(values).mean()) for name, values in self._notes.items()}
         self._notes.clear()
         return means
 
     def check(self, value: Tensor, what: str) -> None:
-        """Stop the run with a line that says where, unless all of a value is finite.
+        """Stop the run with a message that names the step, unless all values are finite.
 
         Raises:
-            TrainingError: then.
+            TrainingError: if any is not finite.
         """
         self._loop.stop_unless_finite(value, what)
 
 
 class Hook:
-    """Something that looks on; each method does nothing unless it is overridden.
+    """A base class of hooks; each method does nothing unless it is overridden.
 
     Attributes:
-        splits: whether it works on parameters that a sharded run has split.
+        splits: whether it supports the split parameters of a sharded run.
     """
 
     splits = False
 
-    def begin(self, run: Training) -> None:
-        """Called before the first step, and before the first one after a kill, when :meth:`load` was called."""
+    def begin(self, run: TrainingRun) -> None:
+        """Called before the first step, or, after :meth:`load`, before the first step of a resumed run."""
 
-    def before_step(self, run: Training) -> None:
-        """Called when the batches of a step are there, before anything is computed."""
+    def before_step(self, run: TrainingRun) -> None:
+        """Called when the batches of a step are loaded, before anything is computed."""
 
-    def before_update(self, run: Training) -> None:
-        """Called when the gradients of a step are there and clipped, before the optimizer changes the weights."""
+    def before_update(self, run: TrainingRun) -> None:
+        """Called when the gradients of a step are computed and clipped, before the optimizer step."""
 
-    def after_step(self, run: Training) -> None:
-        """Called when the weights have changed, before they are evaluated or saved."""
+    def after_step(self, run: TrainingRun) -> None:
+        """Called after the optimizer step, before the weights are evaluated or saved."""
 
-    def evaluated(self, run: Training) -> None:
-        """Called whenever an evaluation is due, before the first step too; the held-out loss is in the log."""
+    def evaluated(self, run: TrainingRun) -> None:
+        """Called after each evaluation, including the one before the first step; the held-out loss is in the log."""
 
-    def done(self, run: Training) -> bool:
-        """Whether the run shall end here: asked after each step."""
+    def done(self, run: TrainingRun) -> bool:
+        """Return whether the run should end here; called after each step."""
         return False
 
-    def end(self, run: Training) -> None:
-        """Called when the run is over, finished now or before."""
+    def end(self, run: TrainingRun) -> None:
+        """Called at the end of the run, also if it had finished before."""
 
     def save(self, folder: Path) -> None:
-        """Write what must be known after a kill into a checkpoint, under names of its own; the first process alone."""
+        """Write the hook's state to a checkpoint, under names of its own; called in the first process only."""
 
     def saved(self, folder: Path) -> None:
-        """Called when a checkpoint is complete, before older ones go; the first process alone."""
+        """Called when a checkpoint is complete, before older ones are deleted; called in the first process only."""
 
     def load(self, folder: Path) -> None:
-        """Read what :meth:`save` wrote; every process."""
+        """Read the state that :meth:`save` wrote; called in every process."""
 
 
-class Best(Hook):
-    """Keeps what training changes at its lowest held-out loss, and leaves the model with it.
+class EarlyStopping(Hook):
+    """Keep the state with the lowest held-out loss, and restore it at the end.
 
     Args:
         patience: evaluations without improvement after which training stops.
@@ -143,29 +143,34 @@ class Best(Hook):
         if patience < 1:
             raise TrainingError(f"patience {patience}: give at least 1")
         self.patience = patience
-        self.kept: dict[str, Tensor] = {}
+        self.best: dict[str, Tensor] = {}
 
-    def watched(self, run: Training) -> Mapping[str, Tensor]:
-        """What is kept, by name."""
-        return run.kept
+    def tracked(self, run: TrainingRun) -> Mapping[str, Tensor]:
+        """Return the tensors to keep, by name."""
+        return run.state_tensors
 
-    def evaluated(self, run: Training) -> None:
+    def evaluated(self, run: TrainingRun) -> None:
+        """Keep the tensors if the last held-out loss is the lowest."""
         losses = [point.loss for point in run.log.held_out]  # none without held-out samples
         if losses and losses[-1] < min(losses[:-1], default=math.inf):
-            self.kept = {name: each.detach().clone() for name, each in self.watched(run).items()}
+            self.best = {name: each.detach().clone() for name, each in self.tracked(run).items()}
 
-    def done(self, run: Training) -> bool:
+    def done(self, run: TrainingRun) -> bool:
+        """Return whether the held-out loss has not improved for ``patience`` evaluations."""
         losses = [point.loss for point in run.log.held_out]
         return len(losses) > self.patience and min(losses[-self.patience :]) >= min(losses[: -self.patience])
 
     @torch.no_grad()
-    def end(self, run: Training) -> None:
-        watched = self.watched(run)
-        for name, each in self.kept.items():
-            watched[name].copy_(each)
+    def end(self, run: TrainingRun) -> None:
+        """Restore the tensors with the lowest held-out loss."""
+        tensors = self.tracked(run)
+        for name, each in self.best.items():
+            tensors[name].copy_(each)
 
     def save(self, folder: Path) -> None:
-        save_file(self.kept, folder / self.FILE)
+        """Save the best tensors in a checkpoint."""
+        save_file(self.best, folder / self.FILE)
 
     def load(self, folder: Path) -> None:
-        self.kept = load_file(folder / self.FILE)
+        """Load the best tensors from a checkpoint."""
+        self.best = load_file(folder / self.FILE)

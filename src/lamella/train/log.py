@@ -1,4 +1,4 @@
-"""The record of a training run, from which a report draws its curves."""
+"""The log of a training run, from which reports draw curves."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Logged:
     """One point of a curve.
 
     Attributes:
-        step: optimizer steps done.
-        loss: mean over the steps since the point before, or over the held-out samples.
-        parts: the named parts of the loss, in the same way.
+        step: optimizer steps so far.
+        loss: mean over the steps since the previous point, or over the held-out samples.
+        parts: the named parts of the loss, averaged in the same way.
         lr: learning rate of the last of these steps; None for held-out points.
     """
 
@@ -33,12 +33,12 @@ class Logged:
 
 @dataclass
 class TrainingLog:
-    """What a run was made of and how it went.
+    """The settings and curves of a run.
 
     Attributes:
-        settings: everything that the result depends on.
+        settings: all settings that determine the result.
         train: the training curve.
-        held_out: the curve on the held-out samples, from before the first step; empty without such samples.
+        held_out: the curve on the held-out samples, including before the first step; empty without such samples.
     """
 
     settings: Mapping[str, Any]
@@ -47,7 +47,7 @@ class TrainingLog:
 
     @property
     def samples(self) -> int:
-        """How many samples all steps have read, in all processes; one that is read again counts again."""
+        """The number of samples read in all steps and processes; repeated samples count each time."""
         steps = self.train[-1].step if self.train else 0
         return steps * math.prod(self.settings[name] for name in ("batch", "accumulate", "processes"))
 
@@ -56,15 +56,15 @@ class TrainingLog:
         write(path, self.dump())
 
     def dump(self) -> str:
-        """The log as JSON."""
+        """Return the log as JSON."""
         return json.dumps(asdict(self), indent=1) + "\n"
 
     @classmethod
     def read(cls, path: Path) -> TrainingLog:
-        """Read what :meth:`write` wrote.
+        """Read a log written by :meth:`write`.
 
         Raises:
-            TrainingError: for a file that is missing or anything else.
+            TrainingError: for a file that is missing or not such a log.
         """
         try:
             content = parse_json(path.read_bytes())

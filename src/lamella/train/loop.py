@@ -1,5 +1,7 @@
-"""The loop itself: ``transformers.Trainer`` with our loss, the same batches however many processes share them, and
-checkpoints of what trains alone."""
+"""The loop: ``transformers.Trainer`` with custom losses, process-independent batches and partial checkpoints.
+
+Batches are the same for any number of processes, and checkpoints contain only what is trained.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,13 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from lamella.errors import TrainingError
-from lamella.train.attention import quick_attention
+from lamella.train.attention import fast_attention
 from lamella.train.config import TrainConfig
 from lamella.train.mixing import Order
-from lamella.train.optimizers import Factory, go_on_from
-from lamella.train.parameters import statistics
+from lamella.train.optimizers import Factory, load_optimizer_state
+from lamella.train.parameters import batch_norm_statistics
 from lamella.train.runs import short
-from lamella.train.task import Task, Told
+from lamella.train.task import LossAndParts, Task
 
 TENSORS = "trained.safetensors"
 
@@ -31,7 +33,7 @@ TENSORS = "trained.safetensors"
 class Objective(nn.Module):
     """The model with its loss.
 
-    What wraps a model for several processes wraps this, so a loss sees the model itself and may call any part of it.
+    Distributed wrappers wrap this module, so that a loss sees the model itself and may call any part of it.
     """
 
     def __init__(self, model: nn.Module, task: Task) -> None:
@@ -40,16 +42,18 @@ class Objective(nn.Module):
         self.loss = partial(task.loss, model)
         self.dropout = task.dropout
 
-    def forward(self, **batch: Any) -> Told:
+    def forward(self, **batch: Any) -> LossAndParts:
+        """Return the loss of a batch and its named parts."""
         result = self.loss(batch)
         return (result, {}) if isinstance(result, Tensor) else (result[0], dict(result[1]))
 
     def train(self, mode: bool = True) -> Objective:
+        """Set training mode, unless the task disables dropout."""
         return super().train(mode and self.dropout)
 
 
 class Loop(Trainer):
-    """Trainer with our task, and checkpoints of what trains alone."""
+    """Trainer with a :class:`Task`, and checkpoints of only what is trained."""
 
     def __init__(
         self,
@@ -66,64 +70,68 @@ class Loop(Trainer):
         self.remove_callback(PrinterCallback)
         self.task = task
         self.trained = trained
-        self.kept: dict[str, Tensor] = {**trained, **statistics(objective.model)}
+        self.state_tensors: dict[str, Tensor] = {**trained, **batch_norm_statistics(objective.model)}
         self.order = order
         self.config = config
         self.schedule = config.rates.schedule
         self.factory = factory
         self.start = start
-        self.batches: list[Any] = []  # of the step that goes on
-        self.weight = torch.tensor(0)  # of all of them, those of other processes too
+        self.batches: list[Any] = []  # of the current step
+        self.weight = torch.tensor(0)  # of all of them, over all processes
         self.names: tuple[str, ...] = ()
-        self.values: list[Tensor] = []  # loss and parts of each batch since the last point of the log
+        self.values: list[Tensor] = []  # loss and parts of each batch since the last log point
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        """The batches of a step, and what all of them weigh, those of other processes too."""
+        """Return the batches of a step and their total weight over all processes."""
         self.batches = list(islice(epoch_iterator, num_batches))
         weight = torch.tensor(sum(map(self.task.weight, self.batches)), device=device)
         self.weight = self.accelerator.reduce(weight, "sum")
         return self.batches, self.weight
 
     def weigh(self, values: Sequence[Tensor]) -> Tensor:
-        """The mean over all batches of a step, of what each of this process's has."""
+        """Return the mean over all batches of a step, given one value per batch of this process."""
         if len(values) == self.accelerator.num_processes == 1:
             return values[0]
         shares = [self.task.weight(batch) / self.weight for batch in self.batches]
-        mine = torch.stack([value * share for value, share in zip(values, shares, strict=True)]).sum(dim=0)
-        mean: Tensor = self.accelerator.reduce(mine, "sum")
+        local = torch.stack([value * share for value, share in zip(values, shares, strict=True)]).sum(dim=0)
+        mean: Tensor = self.accelerator.reduce(local, "sum")
         return mean
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Run the passes of one batch, and return its weighted loss."""
         model.train()
         batch = self._prepare_inputs(inputs)
         processes = self.accelerator.num_processes
-        # Trainer adds up over the batches of a step and averages over processes: this makes it a mean over all.
+        # Trainer sums over the batches of a step and averages over processes: this makes it a mean over all.
         share = self.task.weight(batch) * processes / num_items_in_batch
 
         def backward(loss: Tensor, **options: Any) -> None:
             self.accelerator.backward(loss * share, **options)
 
-        with quick_attention(batch, self.config.bf16):
+        with fast_attention(batch, self.config.bf16):
             loss, parts = self.task.passes(lambda given: model(**given), batch, backward)
         self.names = ("loss", *parts)
         values = torch.stack([loss, *parts.values()]).detach().float() * share / processes
-        self.values.append(self.accelerator.reduce(values, "sum"))  # so all processes agree on whether to stop
+        self.values.append(
+            self.accelerator.reduce(values, "sum")
+        )  # so that all processes take the same decision to stop
         for name, value in zip(self.names, self.values[-1], strict=True):
             self.stop_unless_finite(value, name)
         return loss.detach() * share
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """The factory's, at this run's rates, and with the state of an earlier run where one is named."""
+        """Create the factory's optimizer, with this run's learning rates and, if given, the state of an earlier run."""
         if self.optimizer is None:
             objective: Any = self.model
             self.optimizer = optimizer = self.factory(objective.model, self.trained, self.config)
             for group in optimizer.param_groups:
                 group["lr"] *= self.args.learning_rate
             if self.start is not None:
-                go_on_from(self.start, optimizer, self.args.device)
+                load_optimizer_state(self.start, optimizer, self.args.device)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Create the scheduler of a :class:`Schedule`, or else Trainer's own."""
         schedule = self.schedule
         if schedule is None:
             return super().create_scheduler(num_training_steps, optimizer)
@@ -133,25 +141,26 @@ class Loop(Trainer):
         return self.lr_scheduler
 
     def stop_unless_finite(self, value: Tensor, what: str) -> None:
+        """Raise an error that names the step and samples, unless all values are finite."""
         if torch.isfinite(value).all():
             return
         step, size = self.state.global_step, self.order.size
         picks = self.order.picks[step * size : (step + 1) * size]
         raise TrainingError(
             f"non-finite {what} at step {step + 1} of {self.args.max_steps}, with samples {short(picks)}: lower lr, "
-            f"or look at these samples; the last good checkpoint is kept in {self.args.output_dir}"
+            f"or inspect these samples; the last good checkpoint is in {self.args.output_dir}"
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """What training changes, as it is now."""
-        return {name: each.detach() for name, each in self.kept.items()}
+        """Return the current values of all tensors that training changes."""
+        return {name: each.detach() for name, each in self.state_tensors.items()}
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """Give something that training changes this value."""
-        self.kept[name].copy_(tensor)
+        """Set one of the tensors that training changes."""
+        self.state_tensors[name].copy_(tensor)
 
     def evaluated(self) -> None:
-        """Called after forward passes that no backward pass follows."""
+        """Called after forward passes without a backward pass."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         tensors = self.tensors()
@@ -165,6 +174,6 @@ class Loop(Trainer):
 
     @torch.no_grad()
     def read(self, checkpoint: Path) -> None:
-        """Give all that trains the values of a checkpoint."""
+        """Set all trained tensors to the values of a checkpoint."""
         for name, tensor in load_file(checkpoint / TENSORS).items():
             self.put(name, tensor)

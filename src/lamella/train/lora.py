@@ -1,8 +1,8 @@
-"""LoRA on a view, through peft: small trained maps beside frozen ones.
+"""LoRA on a view, with peft: trained low-rank updates of frozen linear layers.
 
-    y = W x + (alpha / r) B A x        A [r, in] random, B [out, r] zero, so at first nothing changes
+    y = W x + (alpha / r) B A x        A [r, in] random, B [out, r] zero, so the initial output is unchanged
 
-The view shares W with the model it was made of, and no step here writes to W: merging works on a clone of it.
+The view shares W with the model it was made of, and nothing here writes to W: merging works on a clone of it.
 Paper: LoRA, arXiv 2106.09685.
 """
 
@@ -25,7 +25,7 @@ from lamella.plan.fingerprint import revision
 from lamella.stack import last_stack
 from lamella.train.adapters import Adapter
 
-ADAPTER = "default"  # what peft calls an adapter that was given no name
+ADAPTER = "default"  # peft's name of an adapter without a given name
 
 
 @dataclass
@@ -33,40 +33,40 @@ class Lora:
     """The adapters of one view.
 
     Attributes:
-        view: the view that carries them.
+        view: the adapted view.
         modules: names of the adapted modules.
         scale: alpha / r.
-        base: which weights they were made for; see :func:`lamella.plan.fingerprint.revision`.
+        base: identifies the base weights; see :func:`lamella.plan.fingerprint.revision`.
     """
 
     view: Any
     modules: tuple[str, ...]
     scale: float
     base: str
-    _shared: dict[str, nn.Parameter] = field(default_factory=dict, repr=False)  # weights that merging replaced
+    _shared: dict[str, nn.Parameter] = field(default_factory=dict, repr=False)  # original weights of merged modules
 
     def trains(self, name: str) -> bool:
-        """Whether a parameter of the view belongs to the adapters: the ``trainable`` of :func:`lamella.train.fit`."""
+        """Return whether a parameter belongs to the adapters: the ``trainable`` of :func:`lamella.train.fit`."""
         return ".lora_" in name
 
     def tensors(self) -> dict[str, Tensor]:
-        """The adapters' tensors by name, for a side file."""
+        """Return the adapters' tensors by name, for a side file."""
         return {name: each.detach() for name, each in self.view.named_parameters() if self.trains(name)}
 
     def adapter(self) -> Adapter:
-        """The adapters as they are now, apart from the view: to be added up, written as a peft folder, merged."""
+        """Return the current adapters, separate from the view, to be summed, merged or written as a peft folder."""
         pairs, transposed = {}, False
         for name in self.modules:
             module = self.view.get_submodule(name)
-            halves = (getattr(module, f"lora_{half}")[ADAPTER].weight for half in "AB")
-            a, b = (each.detach().clone() for each in halves)
+            factors = (getattr(module, f"lora_{half}")[ADAPTER].weight for half in "AB")
+            a, b = (each.detach().clone() for each in factors)
             pairs[name] = (a, b)
             transposed = module.fan_in_fan_out
         return Adapter(pairs, dict.fromkeys(pairs, self.scale), transposed, self.base)
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what :meth:`tensors` gave.
+        """Restore what :meth:`tensors` returned.
 
         Raises:
             TrainingError: for tensors of other adapters.
@@ -82,7 +82,7 @@ class Lora:
             ours[name].copy_(tensor)
 
     def merge(self) -> None:
-        """Add the adapters into clones of the weights: no cost at run time any more."""
+        """Merge the adapters into clones of the weights, so that they cost nothing at run time."""
         if self._shared:
             raise TrainingError("these adapters are merged already")
         for name in self.modules:
@@ -93,7 +93,7 @@ class Lora:
             module.merge()
 
     def unmerge(self) -> None:
-        """Undo :meth:`merge`: the view has the original weights again, to the bit, and the adapters beside them."""
+        """Undo :meth:`merge`: the view has the original weights again, bit-identical, and separate adapters."""
         for name, weight in self._shared.items():
             module = self.view.get_submodule(name)
             module.unmerge()
@@ -102,10 +102,10 @@ class Lora:
 
     @contextmanager
     def off(self, within: Sequence[str]) -> Iterator[None]:
-        """Leave out some adapters for a while: those layers are as before training, without a second checkpoint.
+        """Disable some adapters temporarily: their layers are as before training, without a second checkpoint.
 
         Args:
-            within: what the names of their modules begin with, such as ``model.layers.3.``.
+            within: prefixes of the names of their modules, such as ``model.layers.3.``.
         """
         chosen = [self.view.get_submodule(name) for name in self.modules if name.startswith(tuple(within))]
         scales = [dict(module.scaling) for module in chosen]
@@ -118,9 +118,9 @@ class Lora:
                 module.scaling.update(scale)
 
     def remove(self) -> None:
-        """Take the adapters out of the view, whose modules and parameters get their old names back.
+        """Remove the adapters from the view; its modules and parameters get their old names back.
 
-        What was merged stays, so merge and remove make a plain model.
+        Merged updates stay, so merge and remove make a plain model.
         """
         for name in self.modules:
             self.view.set_submodule(name, self.view.get_submodule(name).get_base_layer())
@@ -138,20 +138,20 @@ def add_lora(
     sites: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Lora:
-    """Put LoRA adapters beside linear maps of a view.
+    """Add LoRA adapters to linear layers of a view.
 
     Only the view's modules change, and its other parameters keep their ``requires_grad``; train with
     ``fit(view, ..., trainable=lora.trains)``.
 
     Args:
-        view: what ``lamella.apply`` returned (on a model that is no view, the model's own modules change).
+        view: what ``lamella.apply`` returned (for a model that is not a view, the model's own modules change).
         r: rank.
         alpha: the adapters' output is scaled by alpha / r.
-        dropout: on the adapters' input, while training.
-        targets: names of linear modules: their last parts (``q_proj``), or whole (``model.layers.3.mlp.up_proj``); all
-            in the layers when left out, of a model with several stacks in those of the last, which writes.
-        sites: where they may be, such as ``layers.3`` or ``layers.3.mlp``; anywhere when left out.
-        seed: of the random halves.
+        dropout: on the adapters' input, during training.
+        targets: names of linear modules: their last parts (``q_proj``), or full names (``model.layers.3.mlp.up_proj``);
+            by default all in the layers, for a model with several stacks in those of the last, the decoder.
+        sites: where adapters may be, such as ``layers.3`` or ``layers.3.mlp``; anywhere by default.
+        seed: of the random factors.
 
     Raises:
         TrainingError: for a name that no linear module has, sites without one, or a view with adapters.
@@ -165,22 +165,22 @@ def add_lora(
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=list(modules),
-        fan_in_fan_out=isinstance(view.get_submodule(modules[0]), Conv1D),  # GPT-2 keeps its weights transposed
+        fan_in_fan_out=isinstance(view.get_submodule(modules[0]), Conv1D),  # GPT-2's weights are transposed
     )
     base = revision(view)
     flags = [(each, each.requires_grad) for each in view.parameters()]
     with torch.random.fork_rng(devices=[]):  # peft draws on the CPU
         torch.manual_seed(seed)
         inject_adapter_in_model(config, view)
-    cast_adapter_dtype(view, ADAPTER)  # they train in float32 beside weights of any precision
-    for parameter, flag in flags:  # peft froze them, and with them those of the original
+    cast_adapter_dtype(view, ADAPTER)  # they train in float32 whatever the precision of the weights
+    for parameter, flag in flags:  # peft froze them, and thereby those of the original
         parameter.requires_grad_(flag)
-    view.train(view.training)  # new modules come in training mode, with dropout
+    view.train(view.training)  # new modules are created in training mode, with dropout
     return Lora(view, modules, alpha / r, base)
 
 
 def linear_at(view: Any, targets: Sequence[str] | None = None, sites: Sequence[str] | None = None) -> tuple[str, ...]:
-    """The names of the linear modules that targets and sites choose; see :func:`add_lora`."""
+    """Return the names of the linear modules that targets and sites select; see :func:`add_lora`."""
     linear = {name: module for name, module in view.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     chosen: set[str] = set()
     if targets is None:
@@ -195,7 +195,7 @@ def linear_at(view: Any, targets: Sequence[str] | None = None, sites: Sequence[s
         allowed = modules_at(last_stack(view), sites)
         chosen = {name for name in chosen if f"{name}.".startswith(allowed)}
         if not chosen:
-            raise TrainingError(f"no linear module lies at {', '.join(sites) or 'no site'}: name other ones")
+            raise TrainingError(f"there is no linear module at {', '.join(sites) or 'no site'}: give other sites")
     return tuple(name for name in linear if name in chosen)
 
 

@@ -1,7 +1,7 @@
 """Losses: plain functions over chunks of positions.
 
-A model's final states are small, its logits are not: [positions, vocabulary]. So losses first gather the states of the
-positions that carry loss, and make logits a chunk at a time, forward and backward.
+The final hidden states of a model are small, but its logits [positions, vocabulary] are not. So losses first gather the
+states of the positions with labels, and compute logits chunk by chunk, forward and backward.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from torch.utils.checkpoint import checkpoint
 from lamella.data.samples import NO_LOSS, Sample, collate, count_labels
 from lamella.errors import TrainingError
 from lamella.evaluate.scored import read_inputs, scored_states
-from lamella.measure import masked, masked_by_number, predicting
+from lamella.measure import masked, masked_by_count, predicting
 from lamella.runtime import check_masked
 from lamella.stack import Stack, cuttable, last_stack
 from lamella.train.task import Batch
 
-CHUNK = 256  # positions whose logits are held at once
+CHUNK = 256  # positions whose logits are in memory at once
 PROJECTION = "lamella_projection"
 
 
 def response_loss(model: Any, batch: Batch) -> Tensor:
-    """Cross-entropy of the labels, in nats per token.
+    """Return the cross-entropy of the labels, in nats per token.
 
-    A view runs as it is served: each row's first ``prompt_lengths`` columns are prompt, the others generated. Of an
-    encoder-decoder, the encoder reads ``input_ids`` and the decoder writes ``labels``.
+    A view runs as in generation: each row's first ``prompt_lengths`` columns are prompt, the others generated. In an
+    encoder-decoder, the encoder reads ``input_ids`` and the decoder predicts ``labels``.
 
     Args:
         model: a model or a view.
@@ -44,30 +44,30 @@ def response_loss(model: Any, batch: Batch) -> Tensor:
     return mean_over_positions(chunk, states, labels)
 
 
-NOISE = 1e-3  # epsilon: the least share of masks
+NOISE = 1e-3  # epsilon: the minimum fraction of masks
 
 
-def diffusion_loss(model: Any, batch: Batch, *, by_number: bool = False) -> Tensor:
-    """The masked-diffusion loss, in nats per token (LLaDA, arXiv 2502.09992, eq. 3).
+def diffusion_loss(model: Any, batch: Batch, *, by_count: bool = False) -> Tensor:
+    """Return the masked diffusion loss, in nats per token (LLaDA, arXiv 2502.09992, eq. 3).
 
         t ~ U(0, 1) for each row,  p = (1 - eps) t + eps,  each label becomes a mask with probability p
         1 / labels * sum over masks of -log p(token) / p
 
     Args:
         model: a model that predicts masked tokens, or a view of one.
-        batch: what :func:`lamella.train.collate` returns, and what the model takes beside it, such as images; tokens
+        batch: what :func:`lamella.train.collate` returns, and further inputs of the model, such as images; tokens
             without a label are never masked.
-        by_number: draw how many of a row's labels become masks, evenly from one to all, and divide by their share
-            instead of p (eq. 14). The same on average without eps, and far less noisy for short answers, of which a
-            single mask may else weigh 1 / eps.
+        by_count: draw the number of masked labels in each row, uniformly from one to all, and divide by their fraction
+            instead of p (eq. 14). The same in expectation without eps, and with much lower variance for short answers,
+            where a single mask may otherwise weigh 1 / eps.
 
     Raises:
         ArchitectureError: for a model that does not predict masked tokens.
     """
     stack = check_masked(model)
     eligible = batch["labels"] != NO_LOSS
-    if by_number:
-        chosen, ratios = masked_by_number(eligible)
+    if by_count:
+        chosen, ratios = masked_by_count(eligible)
     else:
         ratios = (1 - NOISE) * torch.rand(len(eligible)) + NOISE
         chosen = masked(eligible, ratios)
@@ -85,12 +85,12 @@ def diffusion_loss(model: Any, batch: Batch, *, by_number: bool = False) -> Tens
 
 @torch.no_grad()
 def mean_loss(model: Any, samples: Sequence[Sample], *, batch: int = 8) -> float:
-    """The response loss over all labels of some samples, in nats per token; the model's mode stays as it is.
+    """Return the response loss over all labels of some samples, in nats per token; the model's mode is unchanged.
 
     Args:
         model: a model or a view.
         samples: such as :func:`lamella.train.blocks` makes.
-        batch: samples in one forward pass.
+        batch: samples per forward pass.
     """
     device = next(model.parameters()).device
     total = labels = 0.0
@@ -103,10 +103,10 @@ def mean_loss(model: Any, samples: Sequence[Sample], *, batch: int = 8) -> float
 
 
 def distilled_loss(model: Any, batch: Batch, *, teacher: Any, weight: float = 0.05) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross-entropy plus ``weight`` times the squared error of the logits (LoRA-Drop's second objective).
+    """Return cross-entropy plus ``weight`` times the squared error of the logits (LoRA-Drop's second objective).
 
     Args:
-        model: the model or view that trains.
+        model: the trained model or view.
         batch: what :func:`lamella.train.collate` returns.
         teacher: the unmodified model; it gets no gradient.
         weight: of the squared error; 0.05 in the release of arXiv 2601.02569.
@@ -114,18 +114,20 @@ def distilled_loss(model: Any, batch: Batch, *, teacher: Any, weight: float = 0.
     Returns:
         The loss, and its two parts ``ce`` and ``mse``.
     """
-    ce, mse = beside_teacher(model, batch, teacher, logit_mse)
+    ce, mse = cross_entropy_and_distance(model, batch, teacher, logit_mse)
     return ce + weight * mse, {"ce": ce, "mse": mse}
 
 
-def beside_teacher(model: Any, batch: Batch, teacher: Any, apart: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Cross-entropy, and how far the logits are from a teacher's, each as a mean over the labels [2].
+def cross_entropy_and_distance(
+    model: Any, batch: Batch, teacher: Any, distance: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Return the cross-entropy and the distance of the logits from a teacher's, each as a mean over the labels [2].
 
     Args:
-        model: the model or view that trains.
+        model: the trained model or view.
         batch: what :func:`lamella.train.collate` returns.
-        teacher: of the same vocabulary; it gets no gradient.
-        apart: the sum over positions, of the model's logits and the teacher's [positions, vocabulary].
+        teacher: with the same vocabulary; it gets no gradient.
+        distance: from the model's and the teacher's logits [positions, vocabulary] to the sum over positions.
     """
     states, labels = scored_states(model, batch)
     with torch.no_grad():
@@ -136,7 +138,7 @@ def beside_teacher(model: Any, batch: Batch, teacher: Any, apart: Callable[[Tens
         ours = logits(states)
         with torch.no_grad():
             theirs = teacher_logits(teacher_states)
-        return torch.stack([cross_entropy(ours, labels), apart(ours, theirs)])
+        return torch.stack([cross_entropy(ours, labels), distance(ours, theirs)])
 
     return mean_over_positions(chunk, states, teacher_states, labels)
 
@@ -149,18 +151,18 @@ def distillation_loss(
     pairs: Sequence[tuple[int, int]] = (),
     temperature: float = 1.0,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-    """The divergence of a model's distribution from the teacher's, in nats per token (Minitron, section 3).
+    """Return the divergence of a model's distribution from the teacher's, in nats per token (Minitron, section 3).
 
-    With ``pairs``, the distance of states inside the two models is added: of the embeddings' output and of the normed
-    input of paired layers, the mean of all. It weighs as much as the divergence, whatever their scales; the weight has
-    no gradient. A model whose stream is narrower needs a :func:`projection`.
+    With ``pairs``, the distance of intermediate states of the two models is added: of the embeddings' output and of the
+    normed input of paired layers, averaged. It is scaled to the size of the divergence; the scale has no gradient. A
+    model with a smaller hidden size needs a :func:`projection`.
 
     Args:
-        model: the model that trains.
-        batch: what :func:`lamella.train.collate` returns; positions with labels count, the labels themselves do not.
+        model: the trained model.
+        batch: what :func:`lamella.train.collate` returns; only the positions of the labels are used, not their values.
         teacher: the original; it gets no gradient.
         pairs: (layer of the model, layer of the teacher).
-        temperature: of both distributions; the gradient keeps its scale.
+        temperature: of both distributions; the scale of the gradient does not depend on it.
 
     Returns:
         The loss; with ``pairs`` also its parts ``kl`` and ``states``, and the weight ``alpha``.
@@ -177,7 +179,7 @@ def distillation_loss(
 
     head = last_stack(model).unembedding
     trains = head is not None and any(each.requires_grad for each in head.parameters())
-    mean = mean_over_positions if trains or not states.requires_grad else mean_beside_a_frozen_head
+    mean = mean_over_positions if trains or not states.requires_grad else mean_with_frozen_head
     kl = mean(chunk, states, teacher_states)
     if not pairs:
         return kl
@@ -191,18 +193,19 @@ def distillation_loss(
 def dpo_loss(
     model: Any, good: Batch, bad: Batch, *, reference: Any, beta: float = 0.1
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Direct preference optimisation (arXiv 2305.18290, eq. 7), mean over pairs of continuations.
+    """Return the loss of direct preference optimisation (arXiv 2305.18290, eq. 7), mean over pairs of continuations.
 
         - log sigmoid( beta ( log p(good)/p_0(good) - log p(bad)/p_0(bad) ) )
 
     Args:
-        model: the model that trains.
-        good, bad: what :func:`lamella.train.collate` returns; rows of both with the same prompts.
+        model: the trained model.
+        good: the preferred continuations, as returned by :func:`lamella.train.collate`.
+        bad: the rejected continuations of the same prompts.
         reference: p_0; it gets no gradient.
-        beta: how dear a distance from the reference is.
+        beta: strength of the penalty for divergence from the reference.
 
     Returns:
-        The loss, and the share of pairs that are ranked right against the reference.
+        The loss, and the fraction of pairs that are ranked correctly relative to the reference.
     """
     margin = continuation_log_probs(model, good) - continuation_log_probs(model, bad)
     with torch.no_grad():
@@ -212,31 +215,31 @@ def dpo_loss(
 
 
 def continuation_log_probs(model: Any, batch: Batch) -> Tensor:
-    """The log probability of each row's labels after its prompt, in nats, float32 [batch]."""
+    """Return the log probability of each row's labels after its prompt, in nats, float32 [batch]."""
     positions = torch.arange(batch["labels"].shape[1], device=batch["labels"].device)
     in_prompt = positions < batch["prompt_lengths"][:, None]
     labels = batch["labels"].masked_fill(in_prompt, NO_LOSS)
-    states, wanted = scored_states(model, {**batch, "labels": labels})
+    states, targets = scored_states(model, {**batch, "labels": labels})
     logits = last_stack(model).logits
 
-    def chunk(states: Tensor, wanted: Tensor) -> Tensor:
-        return -nn.functional.cross_entropy(logits(states).float(), wanted, reduction="none")
+    def chunk(states: Tensor, targets: Tensor) -> Tensor:
+        return -nn.functional.cross_entropy(logits(states).float(), targets, reduction="none")
 
-    pieces = zip(states.split(CHUNK), wanted.split(CHUNK), strict=True)
+    pieces = zip(states.split(CHUNK), targets.split(CHUNK), strict=True)
     values = torch.cat([checkpoint(chunk, *piece, use_reentrant=False) for piece in pieces])
     rows = (labels[:, 1:] != NO_LOSS).nonzero()[:, 0]
     return values.new_zeros(len(labels)).index_add(0, rows, values)
 
 
 def projection(model: Any, teacher: Any, seed: int = 0) -> None:
-    """Give a model one linear map from its stream to its teacher's, for :func:`distillation_loss`; it trains along.
+    """Add a linear projection to the hidden size of the teacher, for :func:`distillation_loss`; it is trained too.
 
-    Nothing where the streams are equally wide. Delete the model's attribute ``PROJECTION`` after training.
+    Nothing is added if the hidden sizes are equal. Delete the model's attribute ``PROJECTION`` after training.
     """
     ours, theirs = model.config.hidden_size, teacher.config.hidden_size
     if ours != theirs:
-        some = next(model.parameters())
-        linear = nn.Linear(ours, theirs, bias=False, device=some.device, dtype=some.dtype)
+        example = next(model.parameters())
+        linear = nn.Linear(ours, theirs, bias=False, device=example.device, dtype=example.dtype)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             linear.weight.copy_(torch.randn(linear.weight.shape, generator=generator) * ours**-0.5)
@@ -244,11 +247,11 @@ def projection(model: Any, teacher: Any, seed: int = 0) -> None:
 
 
 def forward_kl(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """The sum over positions of KL(teacher || model), in float32 and in nats: both [positions, vocabulary].
+    """Return the sum over positions of KL(teacher || model), in float32 and in nats: both [positions, vocabulary].
 
     Multiplied by the square of the temperature, so that the gradient's scale does not depend on it.
     """
-    if temperature != 1:  # each pass over logits takes long, also one that divides them by one
+    if temperature != 1:  # each pass over logits is slow, even a division by 1
         logits, teacher = logits.float() / temperature, teacher.float() / temperature
     ours = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
     theirs = torch.log_softmax(teacher, dim=-1, dtype=torch.float32)
@@ -256,60 +259,60 @@ def forward_kl(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Ten
 
 
 def cosine_distance(states: Tensor, teacher: Tensor) -> Tensor:
-    """The mean over positions of 1 - cosine, in float32: both [positions, hidden]."""
+    """Return the mean over positions of 1 - cosine, in float32: both [positions, hidden]."""
     return 1 - nn.functional.cosine_similarity(states.float(), teacher.float(), dim=-1).mean()
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The sum over positions of -log p(label), in float32: logits [positions, vocabulary], labels [positions]."""
+    """Return the sum over positions of -log p(label), in float32: [positions, vocabulary] and [positions]."""
     return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
 
 
 def logit_mse(logits: Tensor, teacher: Tensor) -> Tensor:
-    """The sum over positions of the squared error, mean over the vocabulary: both [positions, vocabulary]."""
+    """Return the sum over positions of the squared error, mean over the vocabulary: both [positions, vocabulary]."""
     return (logits.float() - teacher.float()).square().mean(dim=-1).sum()
 
 
 def _states(model: Any, batch: Batch, layers: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-    """The final states at positions with labels, and what is inside the model there [positions, hidden].
+    """Return the final and intermediate states of a model at positions with labels [positions, hidden].
 
-    Inside are, where any layers are named, the embedding's output and the normed input of each of them.
+    If any layers are given, the intermediate states are the embedding's output and the normed input of each of them.
     """
     if not layers:
         return scored_states(model, batch)[0], []
     stack = Stack(model)
     if not stack.architecture.cuttable:
         raise TrainingError(
-            f"states inside {stack.architecture.name} models are not known: leave pairs out; known are "
+            f"intermediate states of {stack.architecture.name} models are unknown: omit pairs; known are "
             f"{', '.join(cuttable())}"
         )
-    carries = batch["labels"][:, 1:] != NO_LOSS
-    seen: dict[int, Tensor] = {}
+    labelled = batch["labels"][:, 1:] != NO_LOSS
+    inside: dict[int, Tensor] = {}
 
-    def note(place: int, h: Tensor) -> None:
-        seen[place] = h[:, :-1][carries]
+    def record(layer: int, h: Tensor) -> None:
+        inside[layer] = h[:, :-1][labelled]
 
-    def note_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        note(-1, args[0] if args else kwargs["hidden_states"])
+    def record_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        record(-1, args[0] if args else kwargs["hidden_states"])
 
-    hooks = [stack.layers[0].register_forward_pre_hook(note_input, with_kwargs=True)]
+    hooks = [stack.layers[0].register_forward_pre_hook(record_input, with_kwargs=True)]
     for layer in layers:
         norm = stack.layers[layer].get_submodule(stack.architecture.wiring.norms[0])
-        hooks.append(norm.register_forward_hook(lambda module, args, out, layer=layer: note(layer, out)))
+        hooks.append(norm.register_forward_hook(lambda module, args, out, layer=layer: record(layer, out)))
     try:
         states, _ = scored_states(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
-    return states, [seen[place] for place in (-1, *layers)]
+    return states, [inside[layer] for layer in (-1, *layers)]
 
 
-def mean_beside_a_frozen_head(chunk: Callable[..., Tensor], states: Tensor, *rows: Tensor) -> Tensor:
-    """The same where only ``states`` need a gradient, which is taken at once: each chunk's logits are made only once.
+def mean_with_frozen_head(chunk: Callable[..., Tensor], states: Tensor, *rows: Tensor) -> Tensor:
+    """Return the mean where only ``states`` need a gradient, computed in the forward pass: one pass over logits.
 
     Args:
-        chunk: from a stretch of ``states`` and of each of ``rows`` to one sum over its positions.
-        states: what the gradient is for [positions, hidden].
+        chunk: from a chunk of ``states`` and of each of ``rows`` to a sum over its positions.
+        states: the tensor that needs a gradient [positions, hidden].
         rows: further tensors with one entry for each position [positions, ...].
     """
     mean: Tensor = _Summed.apply(chunk, states, *rows) / len(states)
@@ -317,17 +320,17 @@ def mean_beside_a_frozen_head(chunk: Callable[..., Tensor], states: Tensor, *row
 
 
 class _Summed(torch.autograd.Function):
-    """The sum of chunks' sums; the gradient of the first of the rows is known when the forward pass ends."""
+    """The sum of the chunks' sums; the gradient of the states is computed in the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, chunk: Callable[..., Tensor], states: Tensor, *rows: Tensor) -> Tensor:
         total, gradient = states.new_zeros((), dtype=torch.float32), torch.empty_like(states)
         for start in range(0, len(states), CHUNK):
-            stretch = slice(start, start + CHUNK)
-            piece = states[stretch].detach().requires_grad_()
+            part = slice(start, start + CHUNK)
+            piece = states[part].detach().requires_grad_()
             with torch.enable_grad():
-                value = chunk(piece, *(each[stretch] for each in rows))
-            gradient[stretch] = torch.autograd.grad(value, piece)[0]
+                value = chunk(piece, *(each[part] for each in rows))
+            gradient[part] = torch.autograd.grad(value, piece)[0]
             total += value.detach()
         ctx.save_for_backward(gradient)
         ctx.rows = len(rows)
@@ -340,10 +343,10 @@ class _Summed(torch.autograd.Function):
 
 
 def mean_over_positions(chunk: Callable[..., Tensor], *rows: Tensor) -> Tensor:
-    """The mean of ``chunk``'s sums over positions. Its logits are made again in the backward pass, never kept.
+    """Return the mean of ``chunk``'s sums over positions. Its logits are recomputed in the backward pass, never stored.
 
     Args:
-        chunk: from a stretch of each of ``rows`` to a sum over its positions.
+        chunk: from a chunk of each of ``rows`` to a sum over its positions.
         rows: tensors with one entry for each position [positions, ...].
     """
     pieces = zip(*(each.split(CHUNK) for each in rows), strict=True)

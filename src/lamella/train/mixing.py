@@ -1,15 +1,15 @@
-"""Which samples each optimizer step sees: new data alone, or new data with a share of replayed old data.
+"""The samples of each optimizer step: new data, optionally with a fraction of replayed old data.
 
 Ibrahim et al., "Simple and Scalable Strategies to Continually Pre-train Large Language Models", arXiv 2403.08763.
 
-Replay is compute-equivalent: a run has as many steps as without it, and what is replayed takes the place of new data.
+Replay is compute-equivalent: a run has as many steps as without it, and replayed samples replace new ones.
 
-    step 1   new new new OLD        how many are old: floor(alpha B), and one more with the probability that is left
-    step 2   new new new new        where they come from: drawn from the past mixture p
-    step 3   new OLD new new        which: the next of the samples that the source's runs really saw, in an order of
-                                    its own, shuffled anew for each pass
+    step 1   new new new OLD        number of old samples: floor(alpha B), plus one with the remaining probability
+    step 2   new new new new        their source: drawn from the past mixture p
+    step 3   new OLD new new        which: the next of the samples that the source's runs have used, in an order of
+                                    their own, reshuffled in each epoch
 
-All of it is drawn before the run begins, from the seeds alone, so a run that was killed goes on with the same samples.
+Everything is drawn before the run begins, from the seeds alone, so an interrupted run resumes with the same samples.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from lamella.files import write
 from lamella.train.runs import samples_digest
 
 
-class Replayed(NamedTuple):
-    """One sample that was replayed.
+class ReplayedSample(NamedTuple):
+    """A replayed sample.
 
     Attributes:
         step: the optimizer step, from 1.
-        source: the name of the dataset that it is from.
-        number: which of its samples.
+        source: the name of its dataset.
+        number: its index in the dataset.
     """
 
     step: int
@@ -50,11 +50,11 @@ class Replay:
     """What to replay, and how much.
 
     Attributes:
-        samples: the datasets of the past by name.
-        fraction: alpha, the share of every batch that is replayed, in expectation.
-        mixture: p, the share of each of them in the past; see :func:`past_mixture`. Left out, the only one.
-        seen: the indices of each dataset that its runs consumed; left out, all of them.
-        seed: of all that is drawn here. Replaying again needs another one.
+        samples: the past datasets by name.
+        fraction: alpha, the expected fraction of replayed samples in every batch.
+        mixture: p, the proportion of each of them in the past; see :func:`past_mixture`. Optional for a single one.
+        seen: the indices of each dataset that its runs have used; all by default.
+        seed: of all random draws here. A second replay needs another one.
     """
 
     samples: Mapping[str, Sequence[Sample]]
@@ -68,42 +68,43 @@ class Replay:
             raise TrainingError(f"a replay of {self.fraction:g}: give a share of every batch, from 0 to 1")
         if not self.samples or set(self.shares) != set(self.samples) or min(self.shares.values()) < 0:
             raise TrainingError(
-                f"the datasets {listed(self.samples)} are replayed by shares of {listed(self.mixture)}: give one for "
-                "each"
+                f"the datasets {listed(self.samples)} have the mixture {listed(self.mixture)}: give a share for each"
             )
         if not math.isclose(sum(self.shares.values()), 1, abs_tol=1e-6):
             raise TrainingError(
-                f"the shares of the past, {listed(self.shares.values())}, add up to {sum(self.shares.values())}"
+                f"the shares of the past data, {listed(self.shares.values())}, sum to {sum(self.shares.values())}"
             )
         for name, samples in self.samples.items():
             known = self.indices(name)
             if not known or not 0 <= known[0] <= known[-1] < len(samples):
-                raise TrainingError(f"of the {len(samples)} samples of '{name}' none, or others, are named as seen")
+                raise TrainingError(
+                    f"the indices of seen samples of '{name}' are empty or outside its {len(samples)} samples"
+                )
 
     def as_dict(self) -> dict[str, Any]:
-        """What decides the replay, as JSON values."""
+        """Return the settings that determine the replay, as JSON values."""
         content = {name: [samples_digest(each), self.indices(name)] for name, each in self.samples.items()}
         digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         return {"fraction": self.fraction, "mixture": self.shares, "seed": self.seed, "samples": digest}
 
     @property
     def shares(self) -> dict[str, float]:
-        """p by dataset."""
+        """The mixture p by dataset."""
         return dict(self.mixture) or (dict.fromkeys(self.samples, 1.0) if len(self.samples) == 1 else {})
 
     def indices(self, name: str) -> list[int]:
-        """What may be replayed of one dataset, in rising order."""
+        """Return the indices of one dataset that may be replayed, sorted."""
         return sorted(set(self.seen.get(name, range(len(self.samples[name])))))
 
 
 @dataclass(frozen=True)
 class Feed:
-    """What a run is fed with, where that is more than samples in a shuffled order.
+    """The training data of a run, for more than samples in a shuffled order.
 
     Attributes:
-        samples: the new data; each pass over it is shuffled anew.
-        along: more data, of which every sample gets one along, by other roles: each in an order of its own.
-        replay: old samples that take the place of some new ones.
+        samples: the new data, reshuffled in each epoch.
+        along: more data, of which every sample is joined by one each, under other roles, each in its own order.
+        replay: old samples that replace some new ones.
         skip: how many samples of the new data's order an earlier run with the same seed has used.
     """
 
@@ -117,11 +118,11 @@ class Feed:
             raise TrainingError("there are no training samples: give some")
 
     def order(self, steps: int, size: int, seed: int) -> Order:
-        """The samples of so many steps of one size."""
+        """Return the samples of the given number of steps of one size."""
         return Order(self.samples, steps, size, seed, self.replay, self.skip, self.along)
 
     def as_dict(self) -> dict[str, Any]:
-        """What decides the order and the samples, as JSON values."""
+        """Return the settings that determine the order and the samples, as JSON values."""
         return {
             "samples": samples_digest(self.samples),
             **({"along": list(map(samples_digest, self.along))} if self.along else {}),
@@ -133,11 +134,11 @@ class Feed:
 def past_mixture(
     past: Mapping[str, float], consumed: float, name: str, tokens: float, fraction: float
 ) -> dict[str, float]:
-    """The mixture of all that was consumed, after one more run: p_{i+1} of the paper's weights.
+    """Return the mixture of all data used after one more run: p_{i+1} of the paper's weights.
 
         p' = (N p + T (alpha p + (1 - alpha) e_name)) / (N + T)
 
-    What was replayed counts as consumed again.
+    Replayed data counts again.
 
     Args:
         past: p by dataset, before the run; empty before the first one.
@@ -153,19 +154,19 @@ def past_mixture(
 
 
 class Order(Dataset[Sample]):
-    """All samples of a run in their order.
+    """All samples of a run in order.
 
-    With one long epoch of full batches, the samples of a step depend neither on the number of processes nor on where
-    the run was interrupted.
+    As one long epoch of full batches, the samples of a step depend neither on the number of processes nor on where the
+    run was interrupted.
 
     Args:
-        samples: the new data; each pass over it is shuffled anew.
+        samples: the new data, reshuffled in each epoch.
         steps: optimizer steps.
-        size: samples in each.
+        size: samples per step.
         seed: of the order of the new data, which is the same with and without replay.
         replay: what to mix in.
         skip: how many samples of the new data's order an earlier run has used.
-        along: more data; every sample gets one of each along.
+        along: more data; every sample is joined by one of each.
     """
 
     def __init__(
@@ -195,33 +196,35 @@ class Order(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.picks)
 
-    def __getitem__(self, place: int) -> Sample:
-        pick = self.picks[place]
+    def __getitem__(self, index: int) -> Sample:
+        pick = self.picks[index]
         sample = self.samples[pick] if isinstance(pick, int) else self.old[pick[0]][pick[1]]
         for more, picks in self.along:
-            sample = {**sample, **more[picks[place]]}
+            sample = {**sample, **more[picks[index]]}
         return sample
 
     @property
     def consumed(self) -> list[int]:
-        """The numbers of the new samples in the order in which they are seen."""
+        """The indices of the new samples in the order in which they are used."""
         return [pick for pick in self.picks if isinstance(pick, int)]
 
     @property
-    def replayed(self) -> list[Replayed]:
-        """The manifest of what is replayed."""
+    def replayed(self) -> list[ReplayedSample]:
+        """The list of replayed samples."""
         return [
-            Replayed(place // self.size + 1, *pick) for place, pick in enumerate(self.picks) if isinstance(pick, tuple)
+            ReplayedSample(index // self.size + 1, *pick)
+            for index, pick in enumerate(self.picks)
+            if isinstance(pick, tuple)
         ]
 
     def write_manifest(self, path: Path) -> None:
-        """Write what was replayed as JSON: rows of step, dataset and number."""
-        content: dict[str, Any] = {"columns": Replayed._fields, "rows": self.replayed}
+        """Write the replayed samples as JSON: rows of step, dataset and index."""
+        content: dict[str, Any] = {"columns": ReplayedSample._fields, "rows": self.replayed}
         write(path, json.dumps(content) + "\n")
 
 
 def _counts(replay: Replay | None, steps: int, size: int) -> list[int]:
-    """How many samples of each step are replayed: floor(alpha B), and one more by chance."""
+    """Return how many samples of each step are replayed: floor(alpha B), and one more at random."""
     if replay is None or replay.fraction == 0:
         return [0] * steps
     expected = round(replay.fraction * size, 9)
@@ -231,7 +234,7 @@ def _counts(replay: Replay | None, steps: int, size: int) -> list[int]:
 
 
 def _past(replay: Replay | None, count: int) -> list[tuple[str, int]]:
-    """The replayed samples in their order."""
+    """Return the replayed samples in order."""
     if replay is None or count == 0:
         return []
     names = list(replay.samples)
@@ -246,13 +249,13 @@ def _past(replay: Replay | None, count: int) -> list[tuple[str, int]]:
 
 
 def _passes(count: int, length: int, seed: int | torch.Generator) -> list[int]:
-    """Numbers below ``count`` in passes, each shuffled anew; the first ``length`` of them."""
+    """Return the first ``length`` of the numbers below ``count``, reshuffled in each pass."""
     generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
     passes = [torch.randperm(count, generator=generator) for _ in range(math.ceil(length / count))]
     return torch.cat(passes)[:length].tolist() if passes else []
 
 
 def _generator(seed: int, purpose: str) -> torch.Generator:
-    """A generator of its own for each purpose, so that none repeats what another, or the order of new data, drew."""
+    """Return a separate generator for each purpose, so that no random draws are correlated."""
     digest = hashlib.sha256(f"{purpose}:{seed}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

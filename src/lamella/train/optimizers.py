@@ -1,10 +1,10 @@
-"""Which optimizer a run has, and which of its parameters are alike.
+"""Optimizers of a run and their parameter groups.
 
     def by_layer(model, trained, config):
         return torch.optim.RMSprop([{"params": [each], "lr": 0.5} for each in trained.values()], lr=1.0)
 
-A factory gets the model, the parameters that train and the run's config. The rates of its groups are multiples of the
-run's own, which the schedule then moves.
+A factory gets the model, the trained parameters and the run's config. The learning rates of its groups are multiples of
+the run's, which the schedule then changes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ UNDECAYED = ("bias", "layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:
 
 
 def adamw(model: nn.Module, trained: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW with the config's betas; weight matrices decay, while biases, norms and other vectors do not."""
+    """AdamW with the config's betas; weight decay applies only to weight matrices, not to biases or norms."""
     names = get_parameter_names(model, [nn.LayerNorm], UNDECAYED)
     decayed = {name for name in names if name in trained and trained[name].ndim > 1}
     groups = [
@@ -38,34 +38,34 @@ def adamw(model: nn.Module, trained: Mapping[str, nn.Parameter], config: TrainCo
     return torch.optim.AdamW(groups, lr=1.0, betas=config.betas)
 
 
-def named(factory: Factory) -> str:
-    """What a record calls a factory."""
+def factory_name(factory: Factory) -> str:
+    """Return the name of a factory for records."""
     function: Any = factory.func if isinstance(factory, partial) else factory
     return str(getattr(function, "__qualname__", type(function).__qualname__))
 
 
 def state_of(run: Path) -> Path:
-    """The optimizer's state in the newest checkpoint of a finished run.
+    """Return the file of the optimizer state in the newest checkpoint of a finished run.
 
     Raises:
-        TrainingError: when there is none.
+        TrainingError: if there is none.
     """
     checkpoints = sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     if not checkpoints or not (checkpoints[-1] / OPTIMIZER).exists():
-        raise TrainingError(f"{run} holds no checkpoint with an optimizer state: give the folder of a finished run")
+        raise TrainingError(f"{run} contains no checkpoint with an optimizer state: give the folder of a finished run")
     return checkpoints[-1] / OPTIMIZER
 
 
-def go_on_from(file: Path, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Give an optimizer the state of an earlier one; its groups and rates stay its own.
+def load_optimizer_state(file: Path, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Load the state of an earlier optimizer; groups and learning rates stay.
 
     Raises:
-        TrainingError: when it is one of other parameters.
+        TrainingError: if it belongs to other parameters.
     """
     state = torch.load(file, map_location=device, weights_only=True)["state"]
     ours = [each.shape for group in optimizer.param_groups for each in group["params"]]
-    for index, kept in state.items():
-        shapes = {value.shape for value in kept.values() if isinstance(value, torch.Tensor) and value.ndim > 0}
+    for index, values in state.items():
+        shapes = {value.shape for value in values.values() if isinstance(value, torch.Tensor) and value.ndim > 0}
         if index >= len(ours) or shapes - {ours[index]}:
             raise TrainingError(f"{file} is the optimizer state of other parameters: train the same ones")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,4 +1,4 @@
-"""How many steps of training fit a time: measured once, and kept, so that a run that was stopped goes on as it was."""
+"""The number of training steps that fit a given time: measured once and saved, so that an interrupted run keeps it."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from torch import nn
 
 from lamella.errors import TrainingError
 from lamella.files import write
-from lamella.train.attention import quick_attention
+from lamella.train.attention import fast_attention
 from lamella.train.config import TrainConfig
 from lamella.train.parameters import Choice, choose, only
 from lamella.train.task import Task
 
 
 class TooLittleTime(TrainingError):
-    """A time in which no training fits that would change anything for the better."""
+    """A time too short for any useful training."""
 
 
-ROUNDS = 2  # of measuring, after one to warm up; the faster one counts
-LEAST = 8  # steps: a schedule of fewer heals nothing
-OVERHEAD = 1.1  # of optimizer, log and checkpoints, over the passes
+REPEATS = 2  # measurements after a warm-up; the faster one counts
+MIN_STEPS = 8  # a shorter schedule heals nothing
+OVERHEAD = 1.1  # factor for optimizer, log and checkpoints
 
 
-def paced(
+def config_for_time(
     model: nn.Module,
     samples: Sequence[Any],
     task: Task,
@@ -39,25 +39,28 @@ def paced(
     trainable: Choice | None = None,
     out: Path,
 ) -> TrainConfig:
-    """A training run that takes about so long, on this machine and as busy as it is now.
+    """Return a training run that takes about the given time, on this machine under its current load.
 
     Args:
-        model: a model or a view; nothing of it changes.
-        samples, task, config, trainable, out: what :func:`lamella.train.fit` will be given. Beside ``out``, the number
-            of steps is kept: asked again, the answer is the same.
-        seconds: how long to train.
+        model: a model or a view; it is not changed.
+        samples: see :func:`lamella.train.fit`.
+        task: see :func:`lamella.train.fit`.
+        config: see :func:`lamella.train.fit`; its number of steps is replaced.
+        seconds: the training time.
+        trainable: see :func:`lamella.train.fit`.
+        out: the folder of the run. The number of steps is saved next to it: a second call gives the same answer.
 
     Raises:
-        TooLittleTime: when not even a few steps fit.
+        TooLittleTime: if not even a few steps fit.
     """
     known = out.with_name(f"{out.name}.steps.json")
     if not known.exists():
-        taken = min(_step(model, samples, task, config, trainable) for _ in range(1 + ROUNDS))
+        taken = min(_step(model, samples, task, config, trainable) for _ in range(1 + REPEATS))
         steps = int(seconds / taken)
-        if steps < LEAST:
+        if steps < MIN_STEPS:
             raise TooLittleTime(
-                f"{steps} steps of training fit {seconds:.0f} s, at {taken:.1f} s each, and fewer than {LEAST} heal "
-                "nothing: give more time, or do not heal"
+                f"{seconds:.0f} s suffice for {steps} steps of training at {taken:.1f} s each, fewer than the "
+                f"{MIN_STEPS} needed: give more time, or do not heal"
             )
         out.parent.mkdir(parents=True, exist_ok=True)
         write(known, json.dumps({"steps": steps, "seconds per step": taken}) + "\n")
@@ -65,11 +68,11 @@ def paced(
 
 
 def _step(model: Any, samples: Sequence[Any], task: Task, config: TrainConfig, trainable: Choice | None) -> float:
-    """The seconds of one step's forward and backward passes."""
+    """Return the time of one step's forward and backward passes, in seconds."""
     device = next(model.parameters()).device
     batch = {name: each.to(device) for name, each in task.collate(samples[: config.batch]).items()}
     trained = choose(model, trainable)
-    with only(model, trained), torch.enable_grad(), quick_attention(batch, config.bf16):
+    with only(model, trained), torch.enable_grad(), fast_attention(batch, config.bf16):
         begin = time.perf_counter()
         for _ in range(config.accumulate):
             with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):

@@ -1,4 +1,4 @@
-"""Which parameters train, and whose they are."""
+"""Which parameters train, and copies of them for a view."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ Choice = Callable[[str], bool]
 
 
 def choose(model: nn.Module, choice: Choice | None = None) -> dict[str, nn.Parameter]:
-    """The chosen parameters, by their first name.
+    """Return the chosen parameters, by their first name.
 
     Args:
         model: a model or a view.
         choice: from a parameter's name to whether it is chosen. A tied parameter must be chosen under each of its
-            names, so leaving out the embedding leaves out a head that is tied to it. None: those that require a
-            gradient.
+            names, so excluding the embedding excludes a head that is tied to it. None: those that require a gradient.
 
     Raises:
-        TrainingError: when nothing is chosen.
+        TrainingError: if nothing is chosen.
     """
     names = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -39,12 +38,14 @@ def choose(model: nn.Module, choice: Choice | None = None) -> dict[str, nn.Param
     }
     if not chosen:
         example = next(iter(names.values()))[-1] if names else "(none)"
-        raise TrainingError(f"no parameter of {type(model).__name__} is chosen to train: a name is like '{example}'")
+        raise TrainingError(
+            f"no parameter of {type(model).__name__} is chosen for training: names look like '{example}'"
+        )
     return chosen
 
 
-def statistics(model: nn.Module) -> dict[str, Tensor]:
-    """What batch norms have seen, by name: training changes it, though no gradient does."""
+def batch_norm_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Return the running statistics of batch norms by name: training changes them without gradients."""
     return {
         f"{path}.{name}".removeprefix("."): buffer
         for path, module in model.named_modules()
@@ -54,7 +55,7 @@ def statistics(model: nn.Module) -> dict[str, Tensor]:
 
 
 def own(view: Any, choice: Choice | None = None) -> list[str]:
-    """Give a view its own clones of the chosen parameters, so that training them leaves the original as it is.
+    """Give a view its own clones of the chosen parameters, so that training them does not change the original.
 
     A view shares its tensors with the model that it was made of; call this before training any of them. Parameters that
     were tied in the view stay tied. A stack that was opened on the view before still reads the old ones: open it again.
@@ -64,7 +65,7 @@ def own(view: Any, choice: Choice | None = None) -> list[str]:
         choice: as in :func:`choose`; None: all that require a gradient.
 
     Returns:
-        The names of the parameters that are the view's own now.
+        The names of the parameters that now belong to the view.
     """
     chosen = choose(view, choice)
     clones = {parameter: copy.deepcopy(parameter) for parameter in chosen.values()}
@@ -75,23 +76,23 @@ def own(view: Any, choice: Choice | None = None) -> list[str]:
     return list(chosen)
 
 
-def rounded(model: Any, kept: Collection[nn.Parameter] = ()) -> Any:
-    """A copy of a model with parameters in bfloat16, but for those that train, which it shares.
+def in_bfloat16(model: Any, kept: Collection[nn.Parameter] = ()) -> Any:
+    """Return a copy of a model with its parameters in bfloat16, except for the given ones, which it shares.
 
-    Mixed precision casts what stands in float32 anew in every step; what does not train need not wait for that.
+    Mixed precision casts float32 parameters in every step; this avoids it for frozen ones.
     """
-    whole = {id(each) for each in kept}
+    shared = {id(each) for each in kept}
     cast = {
         id(each): nn.Parameter(each.detach().bfloat16(), requires_grad=False)
         for each in model.parameters()
-        if id(each) not in whole
+        if id(each) not in shared
     }
     return share(model, cast)
 
 
 @contextmanager
 def only(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Let only these parameters require gradients; afterwards flags and modes are as they were."""
+    """Let only these parameters require gradients; flags and modes are restored afterwards."""
     flags = [(each, each.requires_grad) for each in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     chosen = set(trained.values())

@@ -1,4 +1,4 @@
-"""What a training run is made of, so that a folder's checkpoints are gone on from by the same run alone."""
+"""The identity of a training run, so that a folder's checkpoints are resumed only by the same run."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ LOG = "log.json"
 
 
 def check_same_run(out: Path, ours: Mapping[str, Any]) -> None:
-    """Check that a folder is empty, or holds a run with these settings.
+    """Check that a folder is empty, or contains a run with these settings.
 
     Raises:
-        TrainingError: when it holds something else.
+        TrainingError: if it contains something else.
     """
     if not out.exists() or all(path.match(UNFINISHED) for path in out.iterdir()):
-        return  # killed while it wrote its first file, a run has not begun
+        return  # a run that was killed while it wrote its first file has not begun
     try:
         theirs = TrainingLog.read(out / LOG).settings
     except TrainingError:
@@ -32,11 +32,11 @@ def check_same_run(out: Path, ours: Mapping[str, Any]) -> None:
     differ = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
     if differ:
         what = ", ".join(f"{key} {short(theirs.get(key))}, not {short(ours.get(key))}" for key in differ)
-        raise TrainingError(f"{out} holds a run with {what}: give a new folder, or remove this one")
+        raise TrainingError(f"{out} contains a run with {what}: give a new folder, or remove this one")
 
 
 def samples_digest(samples: Sequence[Any]) -> str:
-    """Of all tensors of all samples, by name or by role and name, or of what samples say of their content."""
+    """Return a digest of all tensors of all samples, by name or by role and name, or of their ``content()``."""
     digest = hashlib.sha256()
     for sample in samples:
         if hasattr(sample, "content"):
@@ -58,7 +58,7 @@ def _digest(digest: Any, sample: Mapping[str, Any]) -> None:
 
 
 def model_digest(model: nn.Module, trained: Collection[str]) -> str:
-    """Of all names and shapes, and of a few values of each frozen tensor (those that train change)."""
+    """Return a digest of all names and shapes, and of a few values of each frozen tensor."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {list(parameter.shape)} {parameter.dtype} {name in trained};".encode())
@@ -68,11 +68,12 @@ def model_digest(model: nn.Module, trained: Collection[str]) -> str:
     return digest.hexdigest()
 
 
-def settled(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings as JSON gives them back, so that they compare equal to those of a file."""
+def as_json(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings as read back from JSON, so that they compare equal to those of a file."""
     return json.loads(json.dumps(settings))
 
 
 def short(value: Any) -> str:
+    """Return a value as text of at most 40 characters."""
     text = str(value)
     return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,15 +1,15 @@
-"""Learning rates as pure functions of the optimizer step.
+r"""Learning rate schedules as pure functions of the optimizer step.
 
 Ibrahim et al., "Simple and Scalable Strategies to Continually Pre-train Large Language Models", arXiv 2403.08763.
 
-    Cosine      /\\__          warm up, then a cosine down to a floor; starts anew at every dataset ("re-warming")
-    Infinite    /\\___ ... \\   warm up, cool down, stay for as long as data comes, anneal when a model is wanted
+    Cosine      /\\__          warm-up, then a cosine decay to a minimum; restarted for every dataset ("re-warming")
+    Infinite    /\\___ ... \\   warm-up, cool-down, constant while data comes, annealed when a model is needed
 
 These are the shapes that transformers.get_scheduler lacks, and the two of its own that recipes here need with a first
 step above 0; ``cosine``, ``linear`` and ``constant`` of a TrainConfig are transformers'.
 
-Step t counts optimizer steps from 1, however many forward passes each of them takes. A schedule never gives the rate 0
-at its beginning: t = 0 counts as 1. Rates are continuous where one phase ends and the next begins.
+Step t counts optimizer steps from 1, however many forward passes each of them takes. No schedule starts at the rate 0:
+t = 0 counts as 1. Rates are continuous between phases.
 """
 
 from __future__ import annotations
@@ -25,24 +25,25 @@ class Schedule:
     """From the number of an optimizer step, counted from 1, to its learning rate."""
 
     def __call__(self, t: int) -> float:
+        """Return the learning rate of step ``t``."""
         raise NotImplementedError
 
     def after(self, steps: int) -> Schedule:
-        """The same schedule for a run that begins when ``steps`` of it are done."""
-        return Later(self, steps) if steps else self
+        """Return the same schedule for a run that begins after ``steps`` of its steps."""
+        return Continued(self, steps) if steps else self
 
     def as_dict(self) -> dict[str, Any]:
-        """The shape by name and all its numbers, as JSON values: what a record says and a resumed run compares."""
+        """Return the shape and its parameters as JSON values, for records and to check a resumed run."""
         return {"shape": type(self).__name__.lower(), **asdict(self)}  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True)
 class Constant(Schedule):
-    """Warm up linearly, then stay.
+    """Linear warm-up, then constant.
 
     Attributes:
         high: the rate after the warm-up.
-        warmup: n_w, steps of warming up.
+        warmup: n_w, warm-up steps.
     """
 
     high: float
@@ -53,17 +54,18 @@ class Constant(Schedule):
         _check_rates("constant", self.high, self.high)
 
     def __call__(self, t: int) -> float:
+        """Return the learning rate of step ``t``."""
         return self.high * max(t, 1) / max(self.warmup, 1) if t <= self.warmup else self.high
 
 
 @dataclass(frozen=True)
-class Stepped(Schedule):
-    """Warm up linearly, stay, and go on at a lower rate.
+class StepDecay(Schedule):
+    """Linear warm-up, constant, then constant at a lower rate.
 
     Attributes:
         high: the rate after the warm-up.
         low: the rate of all steps after ``until``.
-        warmup: n_w, steps of warming up.
+        warmup: n_w, warm-up steps.
         until: the last step at the high rate.
     """
 
@@ -73,23 +75,24 @@ class Stepped(Schedule):
     until: int
 
     def __post_init__(self) -> None:
-        _check_order("stepped", 0, self.warmup, self.until)
-        _check_rates("stepped", self.low, self.high)
+        _check_order("step decay", 0, self.warmup, self.until)
+        _check_rates("step decay", self.low, self.high)
 
     def __call__(self, t: int) -> float:
+        """Return the learning rate of step ``t``."""
         return self.low if t > self.until else Constant(self.high, self.warmup)(t)
 
 
 @dataclass(frozen=True)
 class Cosine(Schedule):
-    """Warm up linearly, then go down to a floor on half a cosine.
+    """Linear warm-up, then a cosine decay to a minimum.
 
-    The cosine begins where the warm-up ends and aims at ``low``; cutting off a cosine that aims at 0 is another curve.
+    The cosine starts at the end of the warm-up and ends at ``low``, which differs from a clipped cosine that ends at 0.
 
     Attributes:
-        high: eta_max, the rate where the warm-up ends.
+        high: eta_max, the rate at the end of the warm-up.
         low: eta_min, the rate of step ``end`` and of all after it.
-        warmup: n_w, steps of warming up.
+        warmup: n_w, warm-up steps.
         end: T, the last step.
     """
 
@@ -103,26 +106,27 @@ class Cosine(Schedule):
         _check_rates("cosine", self.low, self.high)
 
     def __call__(self, t: int) -> float:
+        """Return the learning rate of step ``t``."""
         if t <= self.warmup:
             return Constant(self.high, self.warmup)(t)
-        x = _part(t, self.warmup, self.end)
+        x = _progress(t, self.warmup, self.end)
         return self.low + (self.high - self.low) / 2 * (1 + math.cos(math.pi * x))
 
 
 @dataclass(frozen=True)
 class Infinite(Schedule):
-    """Warm up, cool down to a constant rate that has no end, and anneal exponentially where ``anneal`` is given.
+    """Warm-up, cool-down to a constant rate without an end, and an exponential anneal if ``anneal`` is given.
 
     Attributes:
-        high: eta_max, the rate where the warm-up ends.
+        high: eta_max, the rate at the end of the warm-up.
         const: eta_const, the rate between cool-down and anneal.
         low: eta_min, the rate of step ``end`` and of all after it.
-        warmup, cooled: n_w and n_cd, the steps where the warm-up and the cool-down end. With ``cooled == warmup`` and
+        warmup, cooled: n_w and n_cd, the last steps of the warm-up and of the cool-down. With ``cooled == warmup`` and
             ``const == high`` this is warm-up-stable-decay.
-        anneal, end: n_ann and n_end, the steps where the anneal begins and ends; None: there is no anneal, and with
-            ``anneal == end`` neither.
+        anneal, end: n_ann and n_end, the first and last steps of the anneal; None: there is no anneal, as with ``anneal
+            == end``.
         cooldown: ``cosine``, or ``invsqrt`` for an inverse square root.
-        timescale: a, how steep the inverse square root is.
+        timescale: a, the steepness of the inverse square root.
     """
 
     high: float
@@ -137,7 +141,7 @@ class Infinite(Schedule):
 
     def __post_init__(self) -> None:
         if (self.anneal is None) != (self.end is None):
-            raise TrainingError("an infinite schedule has both a beginning and an end of its anneal, or neither")
+            raise TrainingError("an infinite schedule needs both the start and the end of its anneal, or neither")
         _check_order("infinite", 0, self.warmup, self.cooled, *(t for t in (self.anneal, self.end) if t is not None))
         _check_rates("infinite", self.low, self.const, self.high)
         if self.low == 0 or self.timescale <= 0 or self.cooldown not in ("cosine", "invsqrt"):
@@ -147,35 +151,38 @@ class Infinite(Schedule):
             )
 
     def __call__(self, t: int) -> float:
+        """Return the learning rate of step ``t``."""
         if t <= self.warmup or (t <= self.cooled and self.cooldown == "cosine"):
             return Cosine(self.high, self.const, self.warmup, self.cooled)(t)
         if t <= self.cooled:
-            x = _part(t, self.warmup, self.cooled)
-            return self.high + (self.const - self.high) * self._sunk(x) / self._sunk(1.0)
+            x = _progress(t, self.warmup, self.cooled)
+            return self.high + (self.const - self.high) * self._inverse_sqrt(x) / self._inverse_sqrt(1.0)
         if self.anneal is None or self.end is None or t <= self.anneal or self.end == self.anneal:
             return self.const
-        return self.const * (self.low / self.const) ** _part(t, self.anneal, self.end)
+        return self.const * (self.low / self.const) ** _progress(t, self.anneal, self.end)
 
-    def _sunk(self, x: float) -> float:
+    def _inverse_sqrt(self, x: float) -> float:
         return (1 + self.timescale * x) ** -0.5 - 1
 
 
 @dataclass(frozen=True)
-class Later(Schedule):
+class Continued(Schedule):
     """A schedule of which some steps are done already.
 
     Attributes:
-        schedule: the whole of it.
-        done: how many of its steps came before.
+        schedule: the complete schedule.
+        done: the number of its earlier steps.
     """
 
     schedule: Schedule
     done: int
 
     def __call__(self, t: int) -> float:
+        """Return the learning rate of step ``t`` of the continued run."""
         return self.schedule(self.done + max(t, 1))
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the schedule's parameters with the number of completed steps."""
         return {**self.schedule.as_dict(), "done": self.done}
 
 
@@ -184,9 +191,9 @@ def rewarm(steps: int, lr: float, *, floor: float = 0.1, warmup: float = 0.01) -
 
     Args:
         steps: T, of the whole run on that dataset.
-        lr: eta_max; the paper takes that of pre-training.
+        lr: eta_max; the paper uses that of pre-training.
         floor: eta_min / eta_max.
-        warmup: n_w as a share of the steps; how long it is hardly matters.
+        warmup: n_w as a fraction of the steps; its length hardly matters.
     """
     return Cosine(lr, floor * lr, _steps(warmup, steps), steps)
 
@@ -202,13 +209,16 @@ def infinite(
     anneal: float | None = 0.85,
     cooldown: Literal["cosine", "invsqrt"] = "cosine",
 ) -> Infinite:
-    """The paper's infinite schedule for a first run of so many steps; the constants are its 405M ones.
+    """Return the paper's infinite schedule for a first run of the given length, with the constants of its 405M model.
 
     Args:
-        steps: n_end, when the first annealed model is wanted.
+        steps: n_end, when the first annealed model is needed.
         lr: eta_max.
-        const, floor: eta_const and eta_min, as shares of eta_max.
-        warmup, cooled, anneal: where the phases end, as shares of the steps; ``anneal=None`` leaves the anneal out.
+        const: eta_const / eta_max.
+        floor: eta_min / eta_max.
+        warmup: end of the warm-up, as a fraction of the steps.
+        cooled: end of the cool-down, as a fraction of the steps.
+        anneal: start of the anneal, as a fraction of the steps; None omits it.
         cooldown: the shape of the cool-down.
     """
     begin, end = (None, None) if anneal is None else (_steps(anneal, steps), steps)
@@ -219,47 +229,48 @@ def infinite(
 def warmup_stable_decay(
     steps: int, lr: float, *, floor: float = 0.1, warmup: float = 0.01, anneal: float = 0.85
 ) -> Infinite:
-    """Warm up, stay at the highest rate, anneal: the infinite schedule without its cool-down."""
+    """Warm-up, constant at the peak rate, anneal: the infinite schedule without its cool-down."""
     begin = _steps(warmup, steps)
     return Infinite(lr, lr, floor * lr, begin, begin, max(_steps(anneal, steps), begin), steps)
 
 
 def constant(steps: int, lr: float, *, warmup: float = 0.01) -> Constant:
-    """Warm up and stay."""
+    """Warm-up, then constant."""
     return Constant(lr, _steps(warmup, steps))
 
 
-def stepped(steps: int, lr: float, *, floor: float = 0.1, warmup: float = 0.0, until: float = 10 / 11) -> Stepped:
-    """Stay at the highest rate, and go on at a tenth of it: 1000 of 1100 epochs are high where a vision paper says so.
+def step_decay(steps: int, lr: float, *, floor: float = 0.1, warmup: float = 0.0, until: float = 10 / 11) -> StepDecay:
+    """Constant at the peak rate, then at a tenth of it; vision papers use 1000 of 1100 epochs at the peak rate.
 
     Args:
         steps: of the whole run.
-        lr: the high rate.
-        floor: the low rate, as a share of it.
-        warmup, until: where the warm-up and the high rate end, as shares of the steps.
+        lr: the peak rate.
+        floor: the low rate, as a fraction of it.
+        warmup: end of the warm-up, as a fraction of the steps.
+        until: end of the peak rate, as a fraction of the steps.
     """
     begin = _steps(warmup, steps)
-    return Stepped(lr, floor * lr, begin, max(_steps(until, steps), begin))
+    return StepDecay(lr, floor * lr, begin, max(_steps(until, steps), begin))
 
 
 def _steps(share: float, steps: int) -> int:
     return math.ceil(round(share * steps, 9))  # 0.55 * 100 is a little more than 55
 
 
-def _part(t: int, begin: int, end: int) -> float:
-    """How far a phase has come, from 0 to 1."""
+def _progress(t: int, begin: int, end: int) -> float:
+    """Return the progress within a phase, from 0 to 1."""
     return (min(max(t, 1), end) - begin) / (end - begin) if end > begin else 1.0
 
 
 def _check_order(shape: str, *ends: int) -> None:
     if list(ends) != sorted(ends):
         raise TrainingError(
-            f"the phases of a {shape} schedule end at steps {listed(ends[1:])}: give them in their order"
+            f"the phases of a {shape} schedule end at steps {listed(ends[1:])}: give them in ascending order"
         )
 
 
 def _check_rates(shape: str, *rates: float) -> None:
     if list(rates) != sorted(rates) or rates[0] < 0 or not math.isfinite(rates[-1]):
         raise TrainingError(
-            f"the rates of a {shape} schedule, from the lowest, are {listed(rates)}: let them rise from 0"
+            f"the rates of a {shape} schedule, from the lowest, are {listed(rates)}: give ascending rates from 0 on"
         )

@@ -1,7 +1,7 @@
-"""Weights, gradients and optimizer state split over processes, for models that do not fit one device.
+"""Sharding of weights, gradients and optimizer state over processes, for models that do not fit one device.
 
-Torch's ``fully_shard`` (FSDP2): the weights of a layer are gathered when it runs and let go of afterwards. Every
-process opens the model on its host and keeps its share on its device.
+Torch's ``fully_shard`` (FSDP2): the weights of a layer are gathered when it runs and freed afterwards. Every process
+opens the model on its host and keeps its shard on its device.
 """
 
 from __future__ import annotations
@@ -37,48 +37,48 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def split(
-    objective: Objective, trained: Collection[str], beside: Sequence[nn.Module], device: torch.device
+    objective: Objective, trained: Collection[str], frozen: Sequence[nn.Module], device: torch.device
 ) -> dict[str, nn.Parameter]:
-    """Split the parameters of a model, and of frozen ones that its loss reads, over all processes, in place.
+    """Shard the parameters of a model, and of frozen models that its loss uses, over all processes, in place.
 
     Args:
-        objective: the model with its loss; its modules must be its own, its tensors may be another's.
-        trained: names of those of the model's parameters that train.
-        beside: the frozen models.
+        objective: the model with its loss; its modules must be its own, its tensors may be shared.
+        trained: names of the trained parameters.
+        frozen: the frozen models.
         device: of this process.
 
     Returns:
-        What trains by name, each with this process's part of it.
+        The trained parameters by name, each with this process's shard of it.
 
     Raises:
         TrainingError: for one process, or layers that share parameters.
     """
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        raise TrainingError("one process has nobody to share with: start several with accelerate launch")
+        raise TrainingError("sharding needs several processes: start them with accelerate launch")
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    objective.beside = nn.ModuleList(beside)
-    for model in (objective.model, *beside):
+    objective.frozen = nn.ModuleList(frozen)
+    for model in (objective.model, *frozen):
         architecture = find_architecture(model.config)
         layers: Any = model.get_submodule(architecture.base).get_submodule(architecture.layers)
         if len(set(layers.parameters())) < sum(len(set(layer.parameters())) for layer in layers):
-            raise TrainingError("layers that share parameters cannot be split over processes: train this plan unsplit")
+            raise TrainingError("layers that share parameters cannot be sharded: train this plan without shard")
         for layer in layers:
             fully_shard(layer, mesh=mesh)
     fully_shard(objective, mesh=mesh)
     return {name: each for name, each in objective.model.named_parameters() if name in trained}
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, gathered where it is split; then every process must ask."""
+def gathered(tensor: Tensor) -> Tensor:
+    """Return the whole tensor, gathered if it is sharded; then every process must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class ShardedLoop(Loop):
-    """The loop over split parameters. Its checkpoints are whole: any number of processes can read them.
+    """The loop over sharded parameters. Its checkpoints are unsharded: any number of processes can read them.
 
     Args:
-        model: what trains; a copy of it is split, and it gets the result.
-        task: whose frozen models are split in place.
+        model: the trained model; a copy of it is sharded, and it receives the result.
+        task: its frozen models are sharded in place.
         config, trained, arguments, order, factory: as of :class:`Loop`.
     """
 
@@ -96,42 +96,47 @@ class ShardedLoop(Loop):
         factory: Factory,
     ) -> None:
         objective = Objective(share(model), task)
-        parts = split(objective, trained, task.beside, arguments.device)
+        parts = split(objective, trained, task.frozen, arguments.device)
         super().__init__(objective, task, config, parts, arguments, order, factory)
-        self.is_distributed_loading_by_transformers = True  # so that Trainer leaves the splitting as it is
-        self.home = trained
+        self.is_distributed_loading_by_transformers = True  # so that Trainer does not shard again
+        self.target = trained
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, then copy the result to the original model."""
         result = super().train(*args, **kwargs)
-        self._bring_home()
+        self._gather()
         return result
 
     def read(self, checkpoint: Path) -> None:
+        """Read a checkpoint, and copy it to the original model."""
         super().read(checkpoint)
-        self._bring_home()
+        self._gather()
 
-    def _bring_home(self) -> None:
-        """Give the model that was asked to be trained what trains now."""
+    def _gather(self) -> None:
+        """Copy the trained parameters to the original model."""
         for name, each in self.trained.items():
-            self.home[name].data.copy_(whole(each.detach()))
+            self.target[name].data.copy_(gathered(each.detach()))
 
     def _move_model_to_device(self, *_: Any) -> None:
-        """It is there."""
+        """Do nothing: the model is on its device."""
 
     def _defer_fsdp_gradient_reduction(self) -> Any:
-        return nullcontext()  # deferred, gradients would be kept whole
+        return nullcontext()  # deferred reduction would keep whole gradients
 
     def tensors(self) -> dict[str, Tensor]:
-        return {name: whole(each.detach()).cpu() for name, each in self.trained.items()}
+        """Return the trained parameters, gathered on the host."""
+        return {name: gathered(each.detach()).cpu() for name, each in self.trained.items()}
 
     def put(self, name: str, tensor: Tensor) -> None:
+        """Set this process's shard of one parameter."""
         ours: Any = self.trained[name]
         ours.copy_(distribute_tensor(tensor.to(ours.device), ours.device_mesh, ours.placements))
 
     def evaluated(self) -> None:
+        """Free weights gathered by forward passes."""
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
-                module.reshard()  # the root keeps what it gathered until a backward pass comes
+                module.reshard()  # the root keeps gathered weights until a backward pass
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         state = get_optimizer_state_dict(self.model, self._torch_optimizer, options=WHOLE)

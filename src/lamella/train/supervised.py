@@ -1,13 +1,13 @@
-"""Learning what to give for what comes in: numbers or classes, for vectors, images, or the streams inside a model.
+"""Supervised learning: regression or classification, for vectors, images, or the hidden states of a model.
 
     rows = [{"x": image, "y": target}, ...]
     fit(network, rows, supervised(), TrainConfig(steps=500, lr=1e-3), out="run")
 
     rows = [{"x": image, "y": torch.tensor(3)}, ...]
-    fit(network, rows, supervised(class_nats), TrainConfig(steps=500, lr=1e-3), out="run")
+    fit(network, rows, supervised(class_cross_entropy), TrainConfig(steps=500, lr=1e-3), out="run")
 
-A row is whatever the network reads at once as one element of a batch: a flat image [features], an image [channels,
-height, width], a token [hidden], or a whole sequence [time, hidden] where the network mixes tokens.
+A row is one element of the network's input batch: a flat image [features], an image [channels, height, width], a token
+[hidden], or a whole sequence [time, hidden] if the network mixes tokens.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from lamella.train.task import Batch, Loss, Task
 
 
 def squared_error(model: nn.Module, batch: Batch) -> Tensor:
-    """The mean squared error of ``model(x)`` from ``y``, over rows and numbers."""
+    """Return the mean squared error of ``model(x)`` from ``y``, over rows and elements."""
     return nn.functional.mse_loss(model(batch["x"]), batch["y"])
 
 
-def class_nats(model: nn.Module, batch: Batch) -> Tensor:
-    """The mean cross-entropy of ``model(x)``, logits [rows, classes], with the classes ``y`` [rows], in nats."""
+def class_cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the mean cross-entropy of ``model(x)``, logits [rows, classes], with the classes ``y`` [rows], in nats."""
     return nn.functional.cross_entropy(model(batch["x"]).float(), batch["y"])
 
 
 def supervised(loss: Loss = squared_error) -> Task:
-    """The task of giving ``y`` for ``x``.
+    """Return the task of predicting ``y`` from ``x``.
 
     Args:
         loss: from the model and a batch of ``x`` and ``y`` [rows, ...] to the mean loss over rows.
@@ -41,10 +41,10 @@ def supervised(loss: Loss = squared_error) -> Task:
 
 
 def stacked(rows: Sequence[Mapping[str, Tensor]]) -> Batch:
-    """Rows of one shape as a batch: ``x`` and ``y`` [rows, ...], and what else a loss of one's own reads."""
+    """Stack rows of one shape to a batch: ``x`` and ``y`` [rows, ...], and further inputs of a custom loss."""
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def count_rows(batch: Any) -> int:
-    """What a batch weighs: its rows, which are all of one size."""
+    """Return the weight of a batch: its number of rows, which are all of one size."""
     return len(batch["x"])

@@ -1,4 +1,4 @@
-"""A trained model as a result: its checkpoint, the plan it runs, and the log of its training."""
+"""A trained model as a result: its checkpoint, its plan and its training log."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class TrainedEvidence(EditEvidence):
     """Evidence of training.
 
     Attributes:
-        before: fidelity of the plan before it was trained back.
-        settings: all that decided the training.
+        before: fidelity of the plan before healing.
+        settings: all settings that determine the training.
         curve, held_out: losses by step, with their parts.
     """
 
@@ -31,7 +31,7 @@ class TrainedEvidence(EditEvidence):
 
 @dataclass(kw_only=True)
 class Trained(Edit):
-    """A model with its trained weights, and the plan that it runs."""
+    """A model with trained weights, and its plan."""
 
     log: TrainingLog
 
@@ -39,9 +39,10 @@ class Trained(Edit):
     evidence: ClassVar[type[Evidence]] = TrainedEvidence
 
     def __post_init__(self) -> None:
-        """Its provenance is its own: the plan keeps that of the method that made it."""
+        """Keep its own provenance: the plan has that of the method that made it."""
 
     def body(self) -> dict[str, Any]:
+        """Return the evidence, with the settings and curves of training."""
         return super().body() | {
             "settings": dict(self.log.settings),
             "curve": [{"step": point.step, "loss": point.loss, **point.parts} for point in self.log.train],
@@ -49,11 +50,13 @@ class Trained(Edit):
         }
 
     def save(self, out: Path, documents: Documents, *, overwrite: bool = False, tokenizer: Any = None) -> None:
+        """Write the result with its training log."""
         log = {"log.json": self.log.dump()}
         super().save(out, lambda: documents() | log, overwrite=overwrite, tokenizer=tokenizer)
 
     @classmethod
     def summary(cls, evidence: Evidence) -> Summary:
+        """Return the summary with the fidelity and the final loss."""
         assert isinstance(evidence, TrainedEvidence)
         name = (evidence.model or {}).get("name", "the model")
         tables = [fidelity_table(evidence.fidelity, evidence.before)] if evidence.fidelity else []
@@ -67,14 +70,14 @@ class Trained(Edit):
 
 @dataclass(kw_only=True)
 class Healed(Trained):
-    """A model that was trained back under a plan.
+    """A model that was healed by training under a plan.
 
-    ``stack`` is the original's own where no weights were trained, such as where a policy was. The plan is that of the
+    ``stack`` is the original's own if no weights were trained, for example only a policy. The plan is that of the
     trained weights.
     """
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.plan.model.weights is not None and self.stack.path is None:  # its weights lie in memory alone
+        if self.plan.model.weights is not None and self.stack.path is None:  # its weights are only in memory
             model = self.plan.model.model_copy(update={"weights": None})
             self.plan = self.plan.model_copy(update={"model": model})

@@ -1,4 +1,4 @@
-"""What goes on around the steps: the log, held-out losses, hooks, and which checkpoints are complete."""
+"""Callbacks of a training run: the log, held-out losses, hooks, and complete checkpoints."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from transformers import TrainerCallback
 from lamella.files import sync
 from lamella.progress import Tracker
 from lamella.train.config import TrainConfig
-from lamella.train.hooks import Hook, Training
+from lamella.train.hooks import Hook, TrainingRun
 from lamella.train.log import Logged, TrainingLog
 from lamella.train.loop import Loop
 from lamella.train.runs import LOG, check_same_run
-from lamella.train.sharding import whole
+from lamella.train.sharding import gathered
 
 MANIFEST = "replay.json"
 
 
 class Watch(TrainerCallback):
-    """Keeps the log and calls the hooks. Complete are those checkpoints with the log in them, which is written last."""
+    """Writes the log and calls the hooks. A checkpoint is complete if it contains the log, which is written last."""
 
     def __init__(
         self,
         loop: Loop,
-        run: Training,
+        run: TrainingRun,
         held_out: Mapping[str, Sequence[Any]],
         config: TrainConfig,
         hooks: Sequence[Hook],
@@ -44,22 +44,22 @@ class Watch(TrainerCallback):
         self.lr = 0.0
 
     def open(self, out: Path) -> Path | None:
-        """The newest complete checkpoint of this run, if any; log and hooks go on from there.
+        """Return the newest complete checkpoint of this run, if any, and load the log and hooks from it.
 
         Raises:
-            TrainingError: when the folder holds something else, or cannot be written.
+            TrainingError: if the folder contains something else, or cannot be written.
         """
         check_same_run(out, self.run.log.settings)
         checkpoints = {int(path.name.split("-")[1]): path for path in out.glob("checkpoint-*")}
         complete = {step: path for step, path in checkpoints.items() if (path / LOG).exists()}
-        self.loop.accelerator.wait_for_everyone()  # all have looked before one writes
+        self.loop.accelerator.wait_for_everyone()  # all have read before one writes
         if complete:
             newest = complete[max(complete)]
             self.run.log = TrainingLog.read(newest / LOG)
             for hook in self.hooks:
                 hook.load(newest)
         if self.loop.args.should_save:
-            for step in checkpoints.keys() - {max(complete, default=None)}:  # half-written, or half-deleted
+            for step in checkpoints.keys() - {max(complete, default=None)}:  # incomplete
                 shutil.rmtree(checkpoints[step])
             self.run.log.write(out / LOG)
             if self.loop.order.old:
@@ -72,6 +72,7 @@ class Watch(TrainerCallback):
         return any(hook.done(self.run) for hook in self.hooks)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the hooks, and evaluate before the first step."""
         self.count(state.global_step)
         for hook in self.hooks:
             hook.begin(self.run)
@@ -79,17 +80,20 @@ class Watch(TrainerCallback):
             self._evaluate(0)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Call the hooks before a step."""
         for hook in self.hooks:
             hook.before_step(self.run)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check the gradients, and call the hooks before the optimizer step."""
         gradients = [each.grad for each in self.loop.trained.values() if each.grad is not None]
-        self.loop.stop_unless_finite(whole(torch.nn.utils.get_total_norm(gradients)), "gradient")
+        self.loop.stop_unless_finite(gathered(torch.nn.utils.get_total_norm(gradients)), "gradient")
         self.lr = float(kwargs["lr_scheduler"].get_last_lr()[0])
         for hook in self.hooks:
             hook.before_update(self.run)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Call the hooks after a step, evaluate and log."""
         for hook in self.hooks:
             hook.after_step(self.run)
         step, log, config = state.global_step, self.run.log, self.config
@@ -98,7 +102,9 @@ class Watch(TrainerCallback):
             self._evaluate(step)
         if self.done:
             last = control.should_training_stop = control.should_save = True
-        if last or step % config.log_every == 0 or step % config.save_every == 0:  # no window is open in a checkpoint
+        if (
+            last or step % config.log_every == 0 or step % config.save_every == 0
+        ):  # a checkpoint contains no partial log point
             before = log.train[-1].step if log.train else 0
             loss, *parts = (torch.stack(self.loop.values).sum(dim=0) / (step - before)).tolist()
             named = dict(zip(self.loop.names[1:], parts, strict=True)) | self.run.noted()
@@ -110,16 +116,17 @@ class Watch(TrainerCallback):
         self.count(note=f"loss {log.train[-1].loss:.4g}" if log.train else "")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Complete a checkpoint, and delete older ones."""
         self.loop.accelerator.wait_for_everyone()
         if self.loop.args.should_save:
             newest = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             for hook in self.hooks:
                 hook.save(newest)
-            sync(newest)  # before the log, which says that the checkpoint is complete
+            sync(newest)  # before the log, which marks the checkpoint as complete
             self.run.log.write(newest / LOG)
             for hook in self.hooks:
                 hook.saved(newest)
-            for path in newest.parent.glob("checkpoint-*"):  # at every moment one is complete
+            for path in newest.parent.glob("checkpoint-*"):  # there is a complete one at any time
                 if path != newest:
                     shutil.rmtree(path)
 
@@ -136,14 +143,14 @@ class Watch(TrainerCallback):
             hook.evaluated(self.run)
 
     def _report(self, values: dict[str, float]) -> None:
-        """Give values of this step to the callbacks that show them elsewhere."""
+        """Pass values of this step to further callbacks, such as TensorBoard's."""
         loop = self.loop
         loop.callback_handler.on_log(loop.args, loop.state, loop.control, dict(values))
 
     @torch.no_grad()
     def _held_out_point(self, step: int, samples: Sequence[Any]) -> Logged:
         objective: Any = self.loop.model
-        objective.eval()  # the next step puts it back
+        objective.eval()  # the next step resets it
         size = self.loop.args.per_device_train_batch_size
         values, total, task = [], 0, self.loop.task
         for start in range(0, len(samples), size):

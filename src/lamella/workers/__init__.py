@@ -1,8 +1,8 @@
-"""Work that falls into tasks: done by this process, by several, or on a cluster, with the same results.
+"""Long jobs as independent tasks: in this process, in several processes, or on a cluster, with equal results.
 
-A task is a function of one item. It runs wherever there is room, in any order, and what it returns depends on nothing
-but its item. Here and on Ray its result is sent back. On Slurm, where only files come back, a task keeps what it finds
-in a folder that all machines see, and returns it at once when it is called again.
+A task is a function of one item. Tasks run in any order, and the result of a task depends on its item only. In local
+processes and on Ray, results are sent back. On Slurm, where only files come back, a task keeps its result in a folder
+that all machines see, and returns it at once when it is called again.
 
     with workers.pool() as pool:
         for number, found in pool.each(task, items):
@@ -20,26 +20,27 @@ from typing import Literal
 
 from lamella.errors import MethodError
 from lamella.extras import require
-from lamella.workers.pools import Here, Pool, Processes, on_ray
+from lamella.workers.pools import Pool, ProcessPool, SerialPool, on_ray
 
-__all__ = ["Here", "Pool", "Workers"]
+__all__ = ["Pool", "SerialPool", "Workers"]
 
 GB = 2**30
 
 
 @dataclass(frozen=True)
 class Workers:
-    """Who does the tasks of a long job.
+    """Where the tasks of a long job run.
 
     Attributes:
-        processes: how many tasks run at once; when left out, one in this process, or as many as a cluster has room for.
-        cluster: ``ray`` or ``slurm``, where the tasks run on one.
-        address: of a Ray cluster; when left out, the one that is running, or else one that is started here. ``local``
+        processes: number of tasks that run at once; by default one in this process, or as many as the cluster has
+            resources for.
+        cluster: ``ray`` or ``slurm``, to run the tasks on a cluster.
+        address: address of a Ray cluster; by default the running one, or else one that is started here. ``local``
             always starts one.
-        partition: of Slurm.
-        hours: that a task may take, on Slurm.
-        cores: of each task, on a cluster.
-        memory: of each core in GB, on a cluster.
+        partition: Slurm partition.
+        hours: time limit of a task on Slurm, in hours.
+        cores: CPU cores of each task on a cluster.
+        memory: memory of each core on a cluster, in GB.
 
     Raises:
         MethodError: for fewer than one process, core, hour or GB, and for Slurm without a partition.
@@ -66,10 +67,10 @@ class Workers:
             raise MethodError("a Slurm cluster needs a partition: `sinfo` lists them")
 
     def check(self) -> None:
-        """Check, before long work, that what it needs is installed.
+        """Check, before long work, that everything needed is installed.
 
         Raises:
-            MethodError: if Slurm's programs are missing.
+            MethodError: if the programs of Slurm are missing.
             LamellaError: if a package is missing.
         """
         if self.cluster == "ray":
@@ -81,11 +82,11 @@ class Workers:
 
     @contextmanager
     def pool(self, folder: Path | None = None) -> Iterator[Pool]:
-        """The workers, while they are needed.
+        """Yield the pool of workers.
 
         Args:
-            folder: for Slurm's job files and logs, and which tasks are finished; all machines must see it. None for
-                tasks that keep nothing in files.
+            folder: for Slurm's job files, logs and list of finished tasks; all machines must see it. None for tasks
+                that keep nothing in files.
 
         Raises:
             LamellaError: if there is no Ray cluster at the address.
@@ -97,12 +98,10 @@ class Workers:
                 yield pool
         elif self.cluster == "slurm":
             if folder is None:
-                raise MethodError(
-                    "this does not run on Slurm, from where only files come back: take 'ray' or processes"
-                )
-            from lamella.workers.slurm import Slurm  # of datatrove, which may be missing
+                raise MethodError("this job cannot run on Slurm, which returns files only: use 'ray' or processes")
+            from lamella.workers.slurm import Slurm  # needs datatrove, which is optional
 
             job = {"partition": self.partition, "time": f"{self.hours}:00:00", "cpus_per_task": self.cores}
             yield Slurm(folder, self.processes, job | {"mem_per_cpu_gb": self.memory})
         else:
-            yield Here() if self.processes in (None, 1) else Processes(self.processes)
+            yield SerialPool() if self.processes in (None, 1) else ProcessPool(self.processes)

@@ -19,41 +19,47 @@ Found = TypeVar("Found")
 
 
 class Pool(Protocol):
-    """Workers.
+    """A pool of workers.
 
     Attributes:
-        size: how many tasks they do at once.
+        size: number of tasks that run at once.
     """
 
     size: int
 
     def each(self, task: Callable[[Item], Found], items: Sequence[Item]) -> Iterator[tuple[int, Found]]:
-        """What a task returns for each item, with the item's number, in the order in which tasks end.
+        """Yield the index of each item and the result of its task, in the order in which the tasks end.
+
+        Args:
+            task: a function of one item.
+            items: the items.
 
         Raises:
-            LamellaError: if a task cannot be sent to another process, or a process ends without a result. An error of
-                a task itself is raised as it is, and the other tasks are stopped.
+            LamellaError: if a task cannot be sent to another process, or a process ends without a result. An error in a
+                task is raised unchanged, and the other tasks are stopped.
         """
         ...
 
 
-class Here:
-    """This process."""
+class SerialPool:
+    """A pool that runs tasks one after the other in this process."""
 
     size = 1
 
     def each(self, task: Callable[[Item], Found], items: Sequence[Item]) -> Iterator[tuple[int, Found]]:
+        """Yield the index of each item and the result of its task."""
         for number, item in enumerate(items):
             yield number, task(item)
 
 
-class Processes:
-    """Processes of this machine, each a fresh interpreter: a fork of one in which torch has threads may hang."""
+class ProcessPool:
+    """A pool of processes on this machine, which are spawned: a fork of a process with torch threads may hang."""
 
     def __init__(self, size: int) -> None:
         self.size = size
 
     def each(self, task: Callable[[Item], Found], items: Sequence[Item]) -> Iterator[tuple[int, Found]]:
+        """Yield the index of each item and the result of its task."""
         before = set(active_children())
         workers = max(1, min(self.size, len(items)))
         with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin, initargs=(task,)) as pool:
@@ -63,14 +69,12 @@ class Processes:
                     yield numbers[future], future.result()
             except BaseException as error:
                 for process in set(active_children()) - before:
-                    process.terminate()  # one task has failed, or its results are no longer wanted
+                    process.terminate()  # a task has failed, or the caller has stopped iterating
                 if isinstance(error, BrokenProcessPool):
-                    fix = "start it from a script, under `if __name__ == '__main__':`, see whether memory is enough"
-                    raise LamellaError(
-                        f"a worker process ended without a result; {fix}, or take one process"
-                    ) from error
+                    fix = "start it from a script, under `if __name__ == '__main__':`, check that memory is sufficient"
+                    raise LamellaError(f"a worker process ended without a result; {fix}, or use one process") from error
                 if isinstance(error, PicklingError | AttributeError | TypeError) and "pickle" in str(error).lower():
-                    fix = "define what it uses at the top of a module, or take one process"
+                    fix = "define what it uses at the top of a module, or use one process"
                     raise LamellaError(f"the job cannot be sent to other processes ({error}); {fix}") from error
                 raise
 
@@ -89,12 +93,13 @@ def _do(item: Any) -> Any:
 
 
 class _Ray:
-    """Actors of a Ray cluster, each with a copy of the task."""
+    """A pool of actors on a Ray cluster, each with a copy of the task."""
 
     def __init__(self, ray: Any, size: int, needs: dict[str, Any]) -> None:
         self.ray, self.size, self.needs = ray, size, needs
 
     def each(self, task: Callable[[Item], Found], items: Sequence[Item]) -> Iterator[tuple[int, Found]]:
+        """Yield the index of each item and the result of its task."""
         pool_of = require("ray.util", "cluster", "work on a Ray cluster").ActorPool
         actor, held = self.ray.remote(**self.needs)(_Actor), self.ray.put(task)
         pool = pool_of([actor.remote(held) for _ in range(max(1, min(self.size, len(items))))])
@@ -111,16 +116,16 @@ class _Actor:
 
 @contextmanager
 def on_ray(address: str | None, most: int | None, cores: int, memory: int) -> Iterator[Pool]:
-    """Workers on a Ray cluster, which is left running if it was.
+    """Yield a pool on a Ray cluster, which keeps running afterwards if it was running before.
 
     Args:
         address: see :class:`lamella.workers.Workers`.
-        most: workers at once; None for as many as there is room for.
-        cores: of each worker.
-        memory: of each core, in bytes.
+        most: maximum number of workers; None for as many as the cluster has resources for.
+        cores: CPU cores of each worker.
+        memory: memory of each core, in bytes.
 
     Raises:
-        LamellaError: without ray, or when there is no cluster at the address.
+        LamellaError: if ray is not installed, or there is no cluster at the address.
     """
     ray = require("ray", "cluster", "work on a Ray cluster")
     started = not ray.is_initialized()
@@ -133,9 +138,9 @@ def on_ray(address: str | None, most: int | None, cores: int, memory: int) -> It
                 f"no Ray cluster at '{address}': give its address, or 'local' to start one here ({reason})"
             ) from None
     try:
-        there = ray.cluster_resources()
-        room = min(int(there.get("CPU", 1)) // cores, int(there.get("memory", 0)) // (cores * memory))
-        yield _Ray(ray, max(1, room if most is None else most), {"num_cpus": cores, "memory": cores * memory})
+        resources = ray.cluster_resources()
+        available = min(int(resources.get("CPU", 1)) // cores, int(resources.get("memory", 0)) // (cores * memory))
+        yield _Ray(ray, max(1, available if most is None else most), {"num_cpus": cores, "memory": cores * memory})
     finally:
         if started:
             ray.shutdown()

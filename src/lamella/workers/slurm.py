@@ -1,4 +1,4 @@
-"""Workers on a Slurm cluster, by datatrove's executor. Imported only where datatrove is installed."""
+"""Workers on a Slurm cluster, by datatrove's executor. Imported only if datatrove is installed."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from datatrove.pipeline.base import PipelineStep
 
 from lamella.errors import LamellaError
 
-GLANCE = 10.0  # seconds from one look at Slurm's queue to the next
+INTERVAL = 10.0  # seconds between two queries of Slurm's queue
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 
 
 class Slurm:
-    """A job array of Slurm. Tasks that an earlier run has finished are not run again."""
+    """A job array on Slurm. Tasks that an earlier run has finished are not repeated."""
 
     def __init__(self, folder: Path, most: int | None, job: dict[str, Any]) -> None:
         self.folder, self.size, self.job = folder, most or 1, job
-        self.most = -1 if most is None else most  # datatrove's word for all at once
+        self.most = -1 if most is None else most  # unlimited, for datatrove
 
     def each(self, task: Callable[[Item], Found], items: Sequence[Item]) -> Iterator[tuple[int, Found]]:
+        """Yield the index of each item and the result of its task, when all tasks are finished."""
         executor = SlurmPipelineExecutor(
             [_Tasks(task, items)], len(items), workers=self.most, job_name="lamella", mail_type="NONE",
             logging_dir=str(self.folder), slurm_logs_folder=str(self.folder / "slurm"), env_command=_environment(),
@@ -35,18 +36,18 @@ class Slurm:
         )  # fmt: skip
         executor.run()
         while executor.get_incomplete_ranks() and _queued(executor.job_id):
-            time.sleep(GLANCE)
+            time.sleep(INTERVAL)
         if missing := executor.get_incomplete_ranks():
             raise LamellaError(
                 f"{len(missing)} of {len(items)} tasks did not finish, such as task {missing[0]}: see "
-                f"{self.folder / 'logs'}, and run the same command again; what is finished is kept"
+                f"{self.folder / 'logs'}, and run the same command again; finished tasks are kept"
             )
         for number, item in enumerate(items):
             yield number, task(item)
 
 
 class _Tasks(PipelineStep):
-    """Do the task of a rank."""
+    """Runs the task of a rank."""
 
     type, name = "lamella", "task"
 
@@ -55,18 +56,19 @@ class _Tasks(PipelineStep):
         self.task, self.items = task, items
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
+        """Run the task of a rank."""
         self.task(self.items[rank])
         yield from ()
 
 
 def _environment() -> str:
-    """Shell commands with which a job finds the interpreter and the modules of this process."""
+    """Return shell commands with which a job finds the interpreter and the modules of this process."""
     own = [each for each in sys.path if each and not each.startswith((sys.prefix, sys.base_prefix))]
-    places = {"PATH": f"{Path(sys.executable).parent}:$PATH", "PYTHONPATH": os.pathsep.join(own)}
-    return "\n".join(f'export {name}="{value}"' for name, value in places.items())
+    variables = {"PATH": f"{Path(sys.executable).parent}:$PATH", "PYTHONPATH": os.pathsep.join(own)}
+    return "\n".join(f'export {name}="{value}"' for name, value in variables.items())
 
 
 def _queued(job: str) -> bool:
-    """Whether Slurm knows of a job; the last of several waits for those before it."""
-    asked = subprocess.run(["squeue", "--noheader", "--jobs", str(job)], capture_output=True, text=True, check=False)
-    return asked.returncode == 0 and bool(asked.stdout.strip())
+    """Return whether Slurm knows a job; the last of several waits for those before it."""
+    queue = subprocess.run(["squeue", "--noheader", "--jobs", str(job)], capture_output=True, text=True, check=False)
+    return queue.returncode == 0 and bool(queue.stdout.strip())

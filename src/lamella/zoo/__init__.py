@@ -1,12 +1,12 @@
-"""Models and texts that every machine can have: the embedded default, built-in texts, nano models."""
+"""Models and texts for any machine: the embedded default model, built-in texts, nano models."""
 
 from lamella.zoo.cache import cache_folder
 from lamella.zoo.configs import open_config
 from lamella.zoo.libraries import timm_features
-from lamella.zoo.named import Changed, Checkpoint
+from lamella.zoo.named import ComparedModel, LazyCheckpoint
 from lamella.zoo.nano import NANO, NANO_ASSEMBLIES, NANO_DIFFUSION, nano
 from lamella.zoo.opening import (
-    Written,
+    SavedModel,
     chat_inputs,
     check_folder,
     computes_well,
@@ -15,9 +15,9 @@ from lamella.zoo.opening import (
     open_for,
     open_model,
     open_processor,
+    open_saved,
     open_stack,
     open_tokenizer,
-    open_written,
     parameters_of,
     prefer,
     preference,
@@ -31,11 +31,11 @@ __all__ = [
     "NANO_ASSEMBLIES",
     "NANO_DIFFUSION",
     "ZOO",
-    "Changed",
-    "Checkpoint",
+    "ComparedModel",
+    "LazyCheckpoint",
     "Pipeline",
+    "SavedModel",
     "View",
-    "Written",
     "cache_folder",
     "chat_inputs",
     "check_folder",
@@ -48,9 +48,9 @@ __all__ = [
     "open_for",
     "open_model",
     "open_processor",
+    "open_saved",
     "open_stack",
     "open_tokenizer",
-    "open_written",
     "parameters_of",
     "prefer",
     "preference",

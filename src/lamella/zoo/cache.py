@@ -1,4 +1,4 @@
-"""The cache folder, and folders in it that are built once, whole or not at all."""
+"""The cache folder, and cached folders that are built once, atomically."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MARKER = "lamella-zoo.json"
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: ``$LAMELLA_CACHE``, else ``$XDG_CACHE_HOME/lamella``, else ``~/.cache/lamella``."""
+    """Return the download folder: ``$LAMELLA_CACHE``, else ``$XDG_CACHE_HOME/lamella``, else ``~/.cache/lamella``."""
     if own := os.environ.get("LAMELLA_CACHE"):
         return Path(own).expanduser()
     if shared := os.environ.get("XDG_CACHE_HOME"):
@@ -28,22 +28,22 @@ def cache_folder() -> Path:
 
 
 def build_once(name: str, build: Callable[[Path], dict[str, Any]], megabytes: int) -> Path:
-    """The folder ``name`` of the cache, built by ``build`` unless it is already there and complete.
+    """Return the folder ``name`` of the cache, built by ``build`` unless it already exists and is complete.
 
-    The work happens in a sibling folder that is renamed at the end, so what stands under ``name`` is always whole.
-    A lock makes a second process wait for the first one's result; what a killed one left behind is swept away. Each
-    build has a folder of its own, in case something that a killed one has started is still writing.
+    The folder is built under a temporary name and renamed at the end, so ``name`` is always complete. A lock makes a
+    second process wait for the first one's result; leftovers of a killed one are deleted. Each build has its own
+    temporary folder, in case a child of a killed process is still writing.
 
     Args:
         name: the folder's name in the cache.
-        build: fills the empty folder that it is given and returns the provenance to write beside the files.
-        megabytes: the room that the build needs on disk at its peak.
+        build: fills the given empty folder and returns the provenance to store with the files.
+        megabytes: peak disk space of the build.
 
     Returns:
-        The finished folder; its ``lamella-zoo.json`` holds the provenance and the size of every file.
+        The finished folder; its ``lamella-zoo.json`` contains the provenance and the size of every file.
 
     Raises:
-        DownloadError: when the cache folder cannot be written or its disk has no room.
+        DownloadError: if the cache folder cannot be written or its disk is full.
     """
     done = cache_folder() / name
     if is_complete(done):
@@ -61,24 +61,24 @@ def build_once(name: str, build: Callable[[Path], dict[str, Any]], megabytes: in
             try:
                 _write_marker(partial, build(partial))
                 sync(partial)
-                if done.exists():  # damaged: `is_complete` said so
+                if done.exists():  # damaged, see `is_complete`
                     shutil.rmtree(done)
                 partial.rename(done)
                 sync_entry(done.parent)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
-        if error.errno is None:  # a library's own error, nothing to do with the disk
+        if error.errno is None:  # an error of a library, not of the disk
             raise
         raise DownloadError(
             f"cannot write '{name}' into the cache folder {done.parent} ({error.strerror}); "
-            "set LAMELLA_CACHE to a folder that can be written"
+            "set LAMELLA_CACHE to a writable folder"
         ) from error
     return done
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a built folder still has every file at the size that its marker names."""
+    """Return whether a built folder still has every file with the size that its marker records."""
     try:
         sizes = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
         return all((folder / file).stat().st_size == size for file, size in sizes.items())

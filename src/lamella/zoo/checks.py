@@ -1,4 +1,4 @@
-"""Checks of a model by its name, in the time that a look into its folder takes, before anything is opened."""
+"""Quick checks of a model by its name, before anything is opened."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from lamella.zoo.libraries import parse_name
 from lamella.zoo.opening import check_folder, library_in
 from lamella.zoo.pull import ZOO, check_hub_id
 
-SECONDS = 10.0  # for which the hub may think about a name
+SECONDS = 10.0  # timeout of a query to the hub
 
 
 def check_model(model: str | Path, allow_pickle: bool = False) -> None:
-    """Check that a model can be opened, without opening it: a complete folder, a known name, or a hub id that exists.
+    """Check that a model can be opened, without opening it: a complete folder, a known name, or an existing hub id.
 
     Args:
+        model: a folder, a name of the zoo or of a library, or a hub id.
         allow_pickle: whether pickle checkpoints may be opened.
 
     Raises:
         CheckpointError: for a folder that is missing, incomplete or unsafe, or a name that resembles one of the zoo.
-        DownloadError: for a hub id that does not exist, or when the hub cannot be reached.
+        DownloadError: for a hub id that does not exist, or if the hub cannot be reached.
     """
     path, name = Path(model).expanduser(), str(model)
     if path.is_dir():
@@ -40,7 +41,7 @@ def check_model(model: str | Path, allow_pickle: bool = False) -> None:
 
 @cache
 def _check_exists(hub_id: str) -> None:
-    """Ask the hub once, where a download would try five times; not of a cached model, or where it is switched off."""
+    """Query the hub once, where a download would try five times; not for cached models, or in offline mode."""
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -56,6 +57,6 @@ def _check_exists(hub_id: str) -> None:
         raise DownloadError(f"the hub has no model {hub_id}: check the name, or give a local folder") from error
     except Exception as error:  # of the network, many kinds from many libraries
         raise DownloadError(
-            f"'{hub_id}' is no folder here and no zoo name, and the hub cannot be reached ({type(error).__name__}): "
-            "check the name and the network, or give a local folder"
+            f"'{hub_id}' is neither a local folder nor a zoo name, and the hub cannot be reached "
+            f"({type(error).__name__}): check the name and the network, or give a local folder"
         ) from error

@@ -1,7 +1,7 @@
-"""Models of timm and torchvision, by name or from a folder that timm has written.
+"""Models of timm and torchvision, by name or from a folder written by timm.
 
-A model is made of the classes of the installed library, by its name in the library's registry, with random weights or
-those of a safetensors file. Nothing is downloaded, and nothing in a folder is executed.
+A model is created from the installed library's registry, with random weights or those of a safetensors file. Nothing is
+downloaded, and nothing in a folder is executed.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import nn
 from lamella.errors import ArchitectureError, CheckpointError, MethodError, reason_of
 from lamella.extras import require
 from lamella.plan.checkpoint import SINGLE, read_header, read_json
-from lamella.plan.filling import at_most, fill, filled
+from lamella.plan.filling import at_most, fill, load_network
 from lamella.zoo.configs import CONFIG
 
-LARGEST = 1 << 14  # of a number among the arguments of a timm model
+LARGEST = 1 << 14  # of the numbers among the arguments of a timm model
 MOST_CLASSES = 1 << 20
-TEXTS = ("act_layer", "global_pool", "norm_layer")  # the arguments of a timm model that are names
+TEXTS = ("act_layer", "global_pool", "norm_layer")  # names among the arguments of a timm model
 INTERPOLATIONS = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest")
 _NAME = re.compile(r"(timm|torchvision):([^@]*)(?:@(.+))?", re.DOTALL)
 
@@ -39,10 +39,10 @@ class LibraryName(NamedTuple):
 
 
 def parse_name(model: str | Path) -> LibraryName | None:
-    """The parts of ``LIBRARY:NAME`` or ``LIBRARY:NAME@FILE``; None for anything else.
+    """Return the parts of ``LIBRARY:NAME`` or ``LIBRARY:NAME@FILE``; None for anything else.
 
     Raises:
-        CheckpointError: for weights that are missing, or no safetensors file.
+        CheckpointError: for weights that are missing, or not a safetensors file.
     """
     match = _NAME.fullmatch(str(model))
     if match is None:
@@ -50,25 +50,25 @@ def parse_name(model: str | Path) -> LibraryName | None:
     library, name, file = match.groups()
     weights = None if file is None else Path(file).expanduser()
     if weights is not None and (weights.suffix != ".safetensors" or not weights.is_file()):
-        raise CheckpointError(f"{file} is no safetensors file, which the weights of {library}:{name} have to be")
+        raise CheckpointError(f"{file} is not a safetensors file, as needed for the weights of {library}:{name}")
     return LibraryName(library, name, weights)
 
 
 def build_named(model: LibraryName) -> nn.Module:
-    """A model by its name, in evaluation mode: with random weights, or those of its file.
+    """Return a model by its name, in evaluation mode: with random weights, or those of its file.
 
     Raises:
         ArchitectureError: for a model that the library does not have.
         CheckpointError: for weights of another model.
-        LamellaError: when the library is not installed.
+        LamellaError: if the library is not installed.
     """
     build = {"timm": _timm_builder, "torchvision": _torchvision_builder}[model.library](model.name)
-    return build().eval() if model.weights is None else filled(build, model.weights)
+    return build().eval() if model.weights is None else load_network(build, model.weights)
 
 
 def _timm_builder(name: str) -> Callable[[], nn.Module]:
     timm = require("timm", "vision", "a model of timm")
-    if not timm.is_model(name):  # including names by which timm would download or execute something
+    if not timm.is_model(name):  # also excludes names that make timm download or execute something
         raise _unknown("timm", name, timm.list_models())
     return partial(timm.create_model, name, pretrained=False)
 
@@ -84,24 +84,24 @@ def _torchvision_builder(name: str) -> Callable[[], nn.Module]:
 
 def _unknown(library: str, name: str, known: Collection[str]) -> ArchitectureError:
     near = difflib.get_close_matches(name, known, n=3)
-    meant = f"; did you mean {' or '.join(near)}?" if near else f": give one that it has, such as {min(known)}"
-    return ArchitectureError(f"{library} has no model '{name}'{meant}")
+    hint = f"; did you mean {' or '.join(near)}?" if near else f": give one that it has, such as {min(known)}"
+    return ArchitectureError(f"{library} has no model '{name}'{hint}")
 
 
 def open_timm(folder: Path) -> nn.Module:
-    """The model in a folder in the layout of timm's models on the hub, in evaluation mode.
+    """Return the model in a folder with the layout of timm's models on the hub, in evaluation mode.
 
-    Of its ``config.json`` the name of the model, its sizes and how it wants its images are used, and nothing by which
-    timm would download or execute anything.
+    Of its ``config.json``, only the model's name, its sizes and its image preprocessing are used, and nothing that
+    would make timm download or execute anything.
 
     Raises:
-        CheckpointError: for a folder that is damaged, or a config that the weights do not fit.
-        LamellaError: when timm is not installed.
+        CheckpointError: for a folder that is damaged, or a config that does not fit the weights.
+        LamellaError: if timm is not installed.
     """
     timm = require("timm", "vision", "a model of timm")
     file = folder / SINGLE
     if not file.is_file():
-        raise CheckpointError(f"{folder} has no {SINGLE}: give a timm model whose weights are in safetensors")
+        raise CheckpointError(f"{folder} has no {SINGLE}: give a timm model with safetensors weights")
     try:
         config = read_json(folder / CONFIG)
         name, arguments = config["architecture"], config.get("model_args") or {}
@@ -109,8 +109,8 @@ def open_timm(folder: Path) -> nn.Module:
             raise ValueError(f"timm has no model '{name}'")
         wrong = next((key for key, value in arguments.items() if not _is_argument(key, value)), None)
         if wrong is not None:
-            raise ValueError(f"its {wrong} is no size of a model")
-        images = config.get("pretrained_cfg", config)  # older configs have them at the top
+            raise ValueError(f"its {wrong} is not a valid size")
+        images = config.get("pretrained_cfg", config)  # older configs have them at the top level
         images = {key: images[key] for key in _IMAGES if images.get(key) is not None}
         wrong = next((key for key, value in images.items() if not _IMAGES[key](value)), None)
         if wrong is not None:
@@ -119,54 +119,54 @@ def open_timm(folder: Path) -> nn.Module:
             if type(config["num_classes"]) is not int or not 0 <= config["num_classes"] <= MOST_CLASSES:
                 raise ValueError("its num_classes is out of range")
             arguments = arguments | {"num_classes": config["num_classes"]}
-        limit = 2 * len(read_header(file))  # a model may replace a part of itself while it is built
+        limit = 2 * len(read_header(file))  # a model may replace parts of itself while it is built
 
         def build() -> nn.Module:
             with at_most(limit, folder / CONFIG):
                 return timm.create_model(name, pretrained=False, pretrained_cfg_overlay=images, **arguments)
 
-        return filled(build, file)
+        return load_network(build, file)
     except Exception as error:  # a damaged config can cause errors of any type in timm
         raise CheckpointError(
-            f"{folder}: no timm model ({reason_of(error)}): give a folder that timm has written"
+            f"{folder}: not a timm model ({reason_of(error)}): give a folder written by timm"
         ) from None
 
 
 def timm_features(name: str, weights: Path | None = None, *, pretrained: bool = False) -> Any:
-    """A timm network that returns the maps of its stages.
+    """Return a timm network that outputs the feature maps of its stages.
 
     Args:
         name: of the network.
-        weights: a safetensors file with the weights of the whole network, or of its stages; random when left out.
-        pretrained: take the weights that timm downloads.
+        weights: a safetensors file with the weights of the whole network, or of its stages; random by default.
+        pretrained: use the weights that timm downloads.
 
     Raises:
         MethodError: for a network that timm does not have, or that has no stages.
         CheckpointError: for weights of another network.
-        LamellaError: when timm is not installed.
+        LamellaError: if timm is not installed.
     """
     timm = require("timm", "vision", "a network of timm")
-    if not timm.is_model(name):  # including names by which timm would download or execute something
+    if not timm.is_model(name):  # also excludes names that make timm download or execute something
         raise MethodError(f"timm has no network '{name}': give one that it has (timm.list_models() in Python)")
     try:
         network = timm.create_model(name, features_only=True, pretrained=pretrained)
     except (RuntimeError, AssertionError, AttributeError, TypeError) as error:
-        raise MethodError(f"{name} gives no maps of its stages ({error}): choose another network") from None
+        raise MethodError(f"{name} has no feature maps of stages ({error}): choose another network") from None
     if weights is not None:
         try:
             stored = load_file(weights)
-            # where timm takes a network apart, stages_0 was stages.0
+            # timm renames stages.0 to stages_0 in feature extractors
             whole = {each: each if each in stored else each.replace("_", ".", 1) for each in network.state_dict()}
             fill(network, {each: stored[key] for each, key in whole.items() if key in stored}, weights.name)
         except Exception as error:  # a damaged file can cause errors of several types
             raise CheckpointError(
-                f"{weights}: no weights of {name} ({reason_of(error)}): give those, as safetensors"
+                f"{weights}: not weights of {name} ({reason_of(error)}): give its weights, as safetensors"
             ) from None
     return network
 
 
 def _is_argument(key: str, value: Any) -> bool:
-    """Whether an argument of a timm model is a size or a switch: a number, a list of them, or a name that it may be."""
+    """Return whether an argument of a timm model is a value or list of values in range, a switch or an allowed name."""
     if isinstance(value, list):
         return len(value) <= 64 and all(_is_between(each, 0, LARGEST) for each in value)
     is_name = isinstance(value, str) and key in TEXTS
@@ -181,7 +181,7 @@ def _are_between(values: Any, least: float, most: float) -> bool:
     return isinstance(values, list) and 0 < len(values) <= 64 and all(_is_between(each, least, most) for each in values)
 
 
-_IMAGES: dict[str, Callable[[Any], bool]] = {  # how a model wants its images, in timm's names, with what they can be
+_IMAGES: dict[str, Callable[[Any], bool]] = {  # image preprocessing, with timm's names and the valid values
     "input_size": lambda value: _are_between(value, 1, LARGEST) and len(value) == 3,
     "mean": lambda value: _are_between(value, 0, 1),
     "std": lambda value: _are_between(value, 1e-6, 1),

@@ -1,4 +1,4 @@
-"""Models that a command is given by name and opens itself: checkpoints as files, and models to compare."""
+"""Models that a command opens itself by name: checkpoints as files, and models to compare."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from lamella.zoo.pull import resolve
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint that is not opened yet: some commands read its files alone.
+class LazyCheckpoint:
+    """A checkpoint that is not opened yet: some commands read only its files.
 
     Attributes:
         name: what :func:`open_model` takes.
@@ -28,28 +28,28 @@ class Checkpoint:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, name: Any, **options: Any) -> Checkpoint:
-        """The checkpoint of that name; options are those of :func:`open_model`."""
+    def open(cls, name: Any, **options: Any) -> LazyCheckpoint:
+        """Return the checkpoint of that name; options are those of :func:`open_model`."""
         return cls(name, {each: value for each, value in options.items() if value is not None})
 
     @property
     def folder(self) -> Path:
-        """Where its files are.
+        """The folder of its files.
 
         Raises:
             CheckpointError: for a model in memory, or one on the hub.
         """
         place = resolve(self.name) if isinstance(self.name, str | Path) else None
         if not isinstance(place, Path):
-            raise CheckpointError(f"{self.name} is no folder here: give a local checkpoint, or a zoo name")
+            raise CheckpointError(f"{self.name} is not a local folder: give a local checkpoint, or a zoo name")
         return place
 
     def opened(self) -> Model:
-        """The model."""
+        """Return the opened model."""
         return open_model(self.name, **self.options)
 
     def processor(self) -> Any:
-        """Its processor or tokenizer; None where it has none."""
+        """Return its processor or tokenizer; None if it has none."""
         if not isinstance(self.name, str | Path):
             return None
         try:
@@ -58,12 +58,12 @@ class Checkpoint:
             return None
 
     def describe(self) -> str:
-        """Its name, for provenance."""
+        """Return its name, for provenance."""
         return str(getattr(self.name, "name", self.name))
 
 
 @dataclass(frozen=True)
-class Changed:
+class ComparedModel:
     """A model to compare with another one: a plan for it, an exported folder, or any other model.
 
     Attributes:
@@ -73,21 +73,21 @@ class Changed:
     name: str
 
     metavar: ClassVar[str] = "CHANGED"
-    told: ClassVar[str] = "a plan or its folder, an exported folder or another model"
+    source_help: ClassVar[str] = "a plan or its folder, an exported folder or another model"
 
     @classmethod
-    def open(cls, name: str | Path) -> Changed:
-        """What has that name; it is opened beside the model that it is compared with, by :meth:`Written.view`."""
+    def open(cls, name: str | Path) -> ComparedModel:
+        """Return the reference to that name; :meth:`SavedModel.view` opens it together with the other model."""
         return cls(str(name))
 
     @classmethod
     def check(cls, name: str | Path) -> None:
-        """Check that the plan, or the model, is there."""
+        """Check that the plan, or the model, exists."""
         if names_plan(name):
             Plan.read(name)
         else:
             check_model(name)
 
     def describe(self) -> str:
-        """Its name, for provenance."""
+        """Return its name, for provenance."""
         return self.name

@@ -1,6 +1,6 @@
-"""Nano models: the real transformers classes with 4 layers and random weights, one for every trait of the table.
+"""Nano models: the real transformers classes with 4 layers and random weights, one for each feature of the table.
 
-Nothing in them is degenerate: biases and norms are random too, so a sublayer that forgets one gives other logits.
+No parameters are trivial: biases and norms are random too, so a sublayer that omits one changes the logits.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from transformers import PreTrainedModel
 from lamella.errors import ArchitectureError
 from lamella.stack import own_class
 
-_STREAM = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
-_TEXT = {**_STREAM, "vocab_size": 128, "max_position_embeddings": 256}
+_SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+_TEXT = {**_SIZES, "vocab_size": 128, "max_position_embeddings": 256}
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _LLAMA = {**_TEXT, **_TOKENS, "intermediate_size": 64, "num_key_value_heads": 2}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 _NEOX = {**_TEXT, **_TOKENS, "intermediate_size": 64}
 _OPT = {**_TEXT, **_TOKENS, "ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.0}
 
-NANO: dict[str, tuple[str, dict[str, Any]]] = {  # name: (model class, what differs from the config's defaults)
+NANO: dict[str, tuple[str, dict[str, Any]]] = {  # name: (model class, differences from the config's defaults)
     "llama": ("LlamaForCausalLM", _LLAMA),
     "mistral": ("MistralForCausalLM", {**_LLAMA, "head_dim": 8}),
     "qwen2": ("Qwen2ForCausalLM", _LLAMA),
@@ -51,20 +51,20 @@ NANO: dict[str, tuple[str, dict[str, Any]]] = {  # name: (model class, what diff
     "olmoe": ("OlmoeForCausalLM", {**_LLAMA, **_EXPERTS}),
     "vit": (
         "ViTForImageClassification",
-        {**_STREAM, "intermediate_size": 64, "image_size": 16, "patch_size": 4, "num_labels": 10},
+        {**_SIZES, "intermediate_size": 64, "image_size": 16, "patch_size": 4, "num_labels": 10},
     ),
 }
 
 
 _LLADA = {"d_model": 32, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "mlp_hidden_size": 64, "vocab_size": 128}
-NANO_DIFFUSION: dict[str, tuple[str, dict[str, Any]]] = {  # the same for types of Lamella's own: masked tokens
+NANO_DIFFUSION: dict[str, tuple[str, dict[str, Any]]] = {  # the same for Lamella's own classes: masked diffusion
     "llada": (
         "llada",
         {**_LLADA, **_TOKENS, "max_sequence_length": 256, "mask_token_id": 127, "include_qkv_bias": True},
     ),
     "dream": ("Dream", {**_LLAMA, "mask_token_id": 127}),
 }
-_VISION = {**_STREAM, "model_type": "clip_vision_model", "intermediate_size": 64, "image_size": 16, "patch_size": 4}
+_VISION = {**_SIZES, "model_type": "clip_vision_model", "intermediate_size": 64, "image_size": 16, "patch_size": 4}
 _PATCHES = {"depth": 3, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4}
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
 _MARKS = {"image_token_id": 127, "video_token_id": 126, "vision_start_token_id": 125, "vision_end_token_id": 124}
@@ -74,12 +74,12 @@ _T5 = {
     "d_kv": 8,
     "d_ff": 64,
     "num_heads": 4,
-    "num_layers": 4,  # transformers 5.24 generates with a cache only where the decoder is not the deeper one
+    "num_layers": 4,  # transformers 5.24 generates with a cache only if the decoder is not deeper than the encoder
     "num_decoder_layers": 3,
 }
 _LAYERS = {"d_model": 32, "encoder_layers": 3, "decoder_layers": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
 _BART = {**_LAYERS, **_TOKENS, "vocab_size": 128, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
-_WRITER = {**_BART, "max_position_embeddings": 64, "decoder_start_token_id": 2}
+_SEQ2SEQ = {**_BART, "max_position_embeddings": 64, "decoder_start_token_id": 2}
 _PATCHED = {"image_size": 16, "patch_size": 4, "image_token_id": 127}
 _DAVIT = {
     "depths": [1, 1],
@@ -110,15 +110,15 @@ NANO_ASSEMBLIES: dict[str, tuple[str, dict[str, Any]]] = {  # the same for model
         },
     ),
     "t5": ("T5ForConditionalGeneration", {**_T5, "decoder_start_token_id": 0}),
-    "bart": ("BartForConditionalGeneration", _WRITER),
-    "mbart": ("MBartForConditionalGeneration", _WRITER),
+    "bart": ("BartForConditionalGeneration", _SEQ2SEQ),
+    "mbart": ("MBartForConditionalGeneration", _SEQ2SEQ),
     "whisper": ("WhisperForConditionalGeneration", {**_BART, **_SOUND, "decoder_start_token_id": 1}),
     "florence2": (
         "Florence2ForConditionalGeneration",
-        {"vision_config": _DAVIT, "text_config": {**_WRITER, "model_type": "bart"}, "image_token_id": 127},
+        {"vision_config": _DAVIT, "text_config": {**_SEQ2SEQ, "model_type": "bart"}, "image_token_id": 127},
     ),
-    "patch_bart": ("patch_seq2seq", {**_PATCHED, "text_config": {**_WRITER, "model_type": "bart"}}),
-    "patch_mbart": ("patch_seq2seq", {**_PATCHED, "text_config": {**_WRITER, "model_type": "mbart"}}),
+    "patch_bart": ("patch_seq2seq", {**_PATCHED, "text_config": {**_SEQ2SEQ, "model_type": "bart"}}),
+    "patch_mbart": ("patch_seq2seq", {**_PATCHED, "text_config": {**_SEQ2SEQ, "model_type": "mbart"}}),
     "patch_t5": (
         "patch_seq2seq",
         {
@@ -130,11 +130,11 @@ NANO_ASSEMBLIES: dict[str, tuple[str, dict[str, Any]]] = {  # the same for model
 }
 
 
-SEEING = {"florence2": 5, "patch_bart": 16, "patch_mbart": 16, "patch_t5": 16}  # positions of an image
+IMAGE_POSITIONS = {"florence2": 5, "patch_bart": 16, "patch_mbart": 16, "patch_t5": 16}  # positions per image
 
 
 def nano(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A nano model in eval mode, fp32; the same seed gives the same weights.
+    """Return a nano model in eval mode, fp32; the same seed gives the same weights.
 
     Args:
         model_type: a key of :data:`NANO`, :data:`NANO_DIFFUSION` or :data:`NANO_ASSEMBLIES`.
@@ -142,7 +142,7 @@ def nano(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
         **overrides: config fields that differ from the table, such as ``num_hidden_layers=6``.
 
     Raises:
-        ArchitectureError: when the table has no such model, or its config no such field.
+        ArchitectureError: if the table has no such model, or its config no such field.
     """
     known = NANO | NANO_DIFFUSION | NANO_ASSEMBLIES
     if model_type not in known:
@@ -163,21 +163,22 @@ def nano(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
 
 @torch.no_grad()
 def randomise(model: PreTrainedModel, seed: int) -> None:
+    """Overwrite all parameters with random values, in place."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         noise = 0.2 * torch.randn(parameter.shape, generator=generator)
         if parameter.ndim == 1:  # biases around 0, norm weights around their own identity (1, for Gemma 0)
             parameter.add_(noise)
-        else:  # 0.2 * sqrt(32) is about 1, so the stream keeps its scale
+        else:  # 0.2 * sqrt(32) is about 1, so hidden states keep their scale
             parameter.copy_(noise)
 
 
 def nano_inputs(model_type: str, seed: int = 0) -> dict[str, torch.Tensor]:
-    """What a nano model takes: two rows, the first one ragged where it can pad.
+    """Return inputs of a nano model: two rows, the first one padded if the model supports it.
 
     Args:
         model_type: as for :func:`nano`.
-        seed: of tokens, pixels and sounds.
+        seed: of tokens, pixels and audio.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -191,7 +192,7 @@ def nano_inputs(model_type: str, seed: int = 0) -> dict[str, torch.Tensor]:
         return {"pixel_values": noise(2, 3, 16, 16)}
     if model_type == "whisper":
         return {"input_features": noise(2, 8, 32), "decoder_input_ids": ids(7)}
-    if model_type == "llava":  # an image of 16 patches behind two tokens
+    if model_type == "llava":  # an image of 16 patches after two tokens
         tokens = ids(24)
         tokens[:, 2:18] = 127
         return {"input_ids": tokens, "pixel_values": noise(2, 3, 16, 16)}
@@ -200,10 +201,10 @@ def nano_inputs(model_type: str, seed: int = 0) -> dict[str, torch.Tensor]:
         tokens[:, 2], tokens[:, 3:7], tokens[:, 7] = 125, 127, 124
         image = {"pixel_values": noise(32, 48), "image_grid_thw": torch.tensor([[1, 4, 4]] * 2)}
         return {"input_ids": tokens, "mm_token_type_ids": (tokens == 127).int(), **image}
-    if model_type in SEEING:  # an image of so many positions behind one token, and words; encoders pad on the right
-        places = SEEING[model_type]
-        tokens, mask = ids(places + 7), torch.ones(2, places + 7, dtype=torch.long)
-        tokens[:, 1 : places + 1], mask[0, places + 4 :] = 127, 0
+    if model_type in IMAGE_POSITIONS:  # an image after one token, then text; encoders pad on the right
+        count = IMAGE_POSITIONS[model_type]
+        tokens, mask = ids(count + 7), torch.ones(2, count + 7, dtype=torch.long)
+        tokens[:, 1 : count + 1], mask[0, count + 4 :] = 127, 0
         images = {"pixel_values": noise(2, 3, 16, 16), "decoder_input_ids": ids(7)}
         return {"input_ids": tokens, "attention_mask": mask, **images}
     tokens, mask = ids(9), torch.ones(2, 9, dtype=torch.long)

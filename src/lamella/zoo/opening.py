@@ -1,7 +1,7 @@
 """Opening a model of any library: from memory, a folder, a name of the zoo or of a library, or the hub.
 
-Nothing that lies in a folder is executed, whatever its files ask for: models are made of the classes of the installed
-libraries, a native export of Lamella's own code, tokenizers of what is installed.
+Nothing in a folder is executed, whatever its files ask for: models are created from the installed libraries, native
+exports from Lamella's own code, and tokenizers from installed classes.
 """
 
 from __future__ import annotations
@@ -43,32 +43,32 @@ from lamella.stack import (
 )
 from lamella.stack import open_model as in_memory
 from lamella.zoo.cache import cache_folder
-from lamella.zoo.configs import CONFIG, bring_class, exported, open_config
+from lamella.zoo.configs import CONFIG, native_metadata, open_config, register_class
 from lamella.zoo.configs import load_from as _load
 from lamella.zoo.libraries import LibraryName, build_named, open_timm, parse_name
 from lamella.zoo.pipelines import INDEX, Pipeline, is_pipeline, open_network
 from lamella.zoo.pull import ZOO, resolve
-from lamella.zoo.quantised import dequantising, in_plain_numbers
+from lamella.zoo.quantised import dequantisation_options, mark_dequantised
 
 ADAPTER = "adapter_config.json"
 PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 PRECISIONS = ("float32", "bfloat16", "float16")
-MOST_LAYERS = 10_000  # of a pickled checkpoint, which is not looked into
+MOST_LAYERS = 10_000  # of a pickled checkpoint, which is not inspected
 _ENTRIES = (*ARCHITECTURES.values(), *(part for each in ASSEMBLIES.values() for part in each.stacks))
 STACK_NAMES = frozenset(each.stack for each in _ENTRIES if each.stack)
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.pkl")
 
 
 def open_stack(model: Any, *, stack: str | None = None, **options: Any) -> Stack:
-    """Open a model and take one of its stacks.
+    """Open a model and return one of its stacks.
 
     Args:
         model: what :func:`open_model` takes.
-        stack: which one, where the model has several.
+        stack: which one, if the model has several.
         options: passed on to :func:`open_model`.
 
     Raises:
-        ArchitectureError: also for a model of several stacks when none is named, or one that it does not have.
+        ArchitectureError: also for a model of several stacks if none is named, or for one that it does not have.
     """
     if stack is None and isinstance(model, Stack):
         return model
@@ -79,16 +79,16 @@ def open_stack(model: Any, *, stack: str | None = None, **options: Any) -> Stack
 
 
 def open_for(method: Method, model: Any, *, stack: str | None = None, **options: Any) -> Stack:
-    """Open a model and take the stack that a method works on.
+    """Open a model and return the stack that a method works on.
 
     Args:
         method: a method, or a command of one.
         model: what :func:`open_model` takes.
-        stack: which one; when left out, the only one that the method works on.
+        stack: which one; by default the only one that the method works on.
         options: passed on to :func:`open_model`.
 
     Raises:
-        MethodError: when the method works on none of several stacks, or on more than one and none is named.
+        MethodError: if the method works on none of several stacks, or on more than one and none is named.
         ArchitectureError: for a stack that the model does not have.
     """
     opened = open_model(model, **options)
@@ -107,30 +107,31 @@ def open_model(
     libraries: Sequence[str] = (),
     classes: Sequence[str] = (),
 ) -> Model:
-    """Open a model of any library, a transformers model with its named stacks; one with a single stack is that stack.
+    """Open a model of any library, a transformers model with its named stacks, or as its stack if there is only one.
 
-    An architecture that has no entry in the table is derived from its class, and proved by one short forward pass; that
-    it was proved is remembered in the cache folder.
+    An architecture without an entry in the table is derived from its class, and verified by a short forward pass; the
+    verification is remembered in the cache folder.
 
     Args:
-        model: a model in memory; a folder that transformers, diffusers (a network or a whole pipeline) or timm has
-            written; a zoo name or a hub id of transformers; or ``timm:NAME`` or ``torchvision:NAME``, with random
-            weights or, as ``timm:NAME@FILE.safetensors``, those of a file.
-        dtype: of the weights; ``auto`` as they are stored. Left out, what :func:`prefer` says, or else as stored, but
-            float32 on the CPU for half-precision checkpoints that fit its memory twice over. Of a model in int8, that
-            of the activations. Models of timm and torchvision are in float32, unless it is given.
-        device: where to put it; left out, what :func:`prefer` says, or else the first accelerator when there is one, or
-            that of this process among several.
-        allow_pickle: also open pickle checkpoints of transformers, which can run code of their author.
-        prove_again: prove a derived architecture also where an earlier proof is remembered, as :func:`prefer` can say.
-        libraries: which ones the model may be of; any when left out.
-        classes: names of the classes that a network of diffusers may be of; any when left out. With transformers'
-            ``CLIPVisionModelWithProjection`` among them, CLIP is opened as its tower for images with the projection.
+        model: a model in memory; a folder written by transformers, diffusers (a network or a whole pipeline) or timm; a
+            zoo name or a hub id of transformers; or ``timm:NAME`` or ``torchvision:NAME``, with random weights or, as
+            ``timm:NAME@FILE.safetensors``, those of a file.
+        dtype: of the weights; ``auto`` as they are stored. By default the preference set by :func:`prefer`, or else as
+            stored, but float32 on the CPU for half-precision checkpoints that fit its memory twice. For an int8 model,
+            the dtype of the activations. Models of timm and torchvision are in float32 by default.
+        device: the device; by default the preference set by :func:`prefer`, or else the first accelerator if there is
+            one, or that of this process among several.
+        allow_pickle: also open pickle checkpoints of transformers, which can run their author's code.
+        prove_again: verify a derived architecture even if an earlier verification is remembered; also set by
+            :func:`prefer`.
+        libraries: allowed libraries; any by default.
+        classes: names of the allowed classes of a diffusers network; any by default. If transformers'
+            ``CLIPVisionModelWithProjection`` is among them, CLIP is opened as its vision tower with the projection.
 
     Raises:
         CheckpointError: for a folder that is missing, damaged, incomplete or unsafe, or a model of another library.
-        ArchitectureError: for an architecture that has no entry and cannot be derived or proved, or that comes with
-            code of its own.
+        ArchitectureError: for an architecture that has no entry and cannot be derived or verified, or that comes with
+            its own code.
         DownloadError: for a hub id or zoo name that cannot be fetched.
         LamellaError: for a model of a library that is not installed.
     """
@@ -140,8 +141,8 @@ def open_model(
         return opened
     if str(model) in STACK_NAMES and not Path(model).exists():
         raise ArchitectureError(
-            f"'{model}' names no model, but a stack of models: give a model, and choose the stack with --stack {model} "
-            "(of_stack in Python)"
+            f"'{model}' is the name of a stack, not of a model: give a model, and choose the stack with --stack "
+            f"{model} (of_stack in Python)"
         )
     named = parse_name(model)
     if named is not None:
@@ -155,10 +156,10 @@ def open_model(
     if isinstance(place, Path) and library != "transformers":
         return _from_library(place, dtype, device, classes)
     name = str(model) if str(model) in ZOO else Path(place).name
-    said = None
+    metadata = None
     if isinstance(place, Path):
         check_folder(place, allow_pickle)
-        said = exported(place)
+        metadata = native_metadata(place)
     config = open_config(place)
     is_clip = config.model_type == "clip"  # with a tower for images and one for texts
     is_projected = PROJECTED in classes and (is_clip or PROJECTED in (getattr(config, "architectures", None) or ()))
@@ -176,13 +177,13 @@ def open_model(
     if dtype is None:
         stored = getattr(config, "dtype", None) or torch.float32
         dtype = torch.float32 if device == "cpu" and not integers and not _too_large(place, stored) else stored
-    if said is not None and said.is_own_class:
+    if metadata is not None and metadata.is_own_class:
         opener = native.native_class(config.model_type, auto)
-    dequantise = dequantising(config, place)
+    dequantise = dequantisation_options(config, place)
     options = {"dtype": dtype, "use_safetensors": None if allow_pickle else True, "config": config} | dequantise
     with tracker(f"opening {name}"):
         loaded = _load(partial(pretrained, opener), place, **options)
-    loaded = in_plain_numbers(loaded) if dequantise else loaded
+    loaded = mark_dequantised(loaded) if dequantise else loaded
     loaded = loaded.eval().to(device)
     loaded = run_by_torch(loaded) if integers else loaded
     opened = in_memory(loaded, _snapshot(place) if isinstance(place, str) else place, name)
@@ -190,7 +191,7 @@ def open_model(
 
 
 def library_in(place: Path | str) -> str:
-    """The library that the model in a folder is of; transformers for a hub id.
+    """Return the library of the model in a folder; transformers for a hub id.
 
     Raises:
         CheckpointError: for a config that is damaged.
@@ -223,7 +224,7 @@ def _from_memory(model: Any, prove_again: bool) -> Model:
 def _from_library(
     place: LibraryName | Path, dtype: torch.dtype | str | None, device: str | None, classes: Sequence[str]
 ) -> Model:
-    """A model of another library than transformers, by its name or from its folder."""
+    """Return a model of a library other than transformers, by its name or from its folder."""
     dtype, device = dtype or preference().dtype, device or default_device()
     name = place.name
     if isinstance(place, LibraryName) or library_in(place) == "timm":
@@ -239,38 +240,38 @@ def _from_library(
 
 
 def _proved(opened: Model, again: bool) -> Model:
-    """The model, when what is derived of it is proved, now or earlier.
+    """Return the model after verifying derived architectures, now or earlier.
 
     Raises:
-        ArchitectureError: when it cannot be.
+        ArchitectureError: if the verification fails.
     """
     for stack in opened.stacks.values():
-        # What is left, or was made, of a model that was proved when it was whole.
+        # Reduced or altered models were verified before the change.
         is_made = hasattr(stack.model, "lamella_dropped") or stack.is_altered
         if not stack.architecture.sources or is_made or stack.device.type == "meta":
             continue
         known = cache_folder() / "proofs" / digest_of_proof(stack)
         if again or preference().prove_again or not known.is_file():
             prove(stack)
-            with suppress(OSError):  # a cache that cannot be written costs a proof each time, no more
+            with suppress(OSError):  # without a writable cache, verification is repeated each time
                 known.parent.mkdir(parents=True, exist_ok=True)
                 known.touch()
     return opened
 
 
 def computes_well(dtype: torch.dtype, device: torch.device | str) -> bool:
-    """Whether a device multiplies in a precision faster than in float32, by units of its own for it."""
+    """Return whether a device multiplies faster in a precision than in float32, with dedicated hardware units."""
     if dtype == torch.float32:
         return True
     if torch.device(device).type == "cuda":
         return dtype != torch.bfloat16 or torch.cuda.is_bf16_supported(including_emulation=False)
-    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 brought it
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.9
     return dtype == torch.bfloat16 and any(known.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 @dataclass(frozen=True)
 class Preference:
-    """How models are opened where nothing else is said."""
+    """Default options for opening models."""
 
     dtype: torch.dtype | None = None
     device: str | None = None
@@ -282,17 +283,17 @@ _preferred: ContextVar[Preference] = ContextVar("preferred", default=NO_PREFEREN
 
 
 def preference() -> Preference:
-    """What :func:`prefer` said last."""
+    """Return the preference set by the last call of :func:`prefer`."""
     return _preferred.get()
 
 
 def prefer(dtype: str | None = None, device: str | None = None, prove_again: bool = False) -> None:
-    """Say for this process how models are opened where nothing else is said.
+    """Set the default options for opening models in this process.
 
     Args:
         dtype: ``float32``, ``bfloat16`` or ``float16``.
         device: such as ``cpu`` or ``cuda:1``.
-        prove_again: prove derived architectures whatever is remembered of them.
+        prove_again: verify derived architectures even if a verification is remembered.
 
     Raises:
         LamellaError: for another precision, or a device that this machine does not have.
@@ -308,12 +309,12 @@ def prefer(dtype: str | None = None, device: str | None = None, prove_again: boo
 
 
 def default_device() -> str:
-    """Where models are put: what :func:`prefer` says, or else this process's accelerator, or the CPU without one."""
+    """Return the default device: the preference of :func:`prefer`, else this process's accelerator, else the CPU."""
     return preference().device or (f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu")
 
 
 def _too_large(place: Path | str, stored: torch.dtype) -> bool:
-    """Whether a checkpoint would take more than half of the memory in float32, and need not be opened so."""
+    """Return whether a checkpoint would take more than half of the memory in float32, and can be opened otherwise."""
     if not isinstance(place, Path) or not computes_well(stored, "cpu"):
         return False
     size = sum(file.stat().st_size for file in place.glob("*.safetensors")) * 4 / stored.itemsize
@@ -321,12 +322,12 @@ def _too_large(place: Path | str, stored: torch.dtype) -> bool:
 
 
 @dataclass(frozen=True)
-class Written:
-    """A model from a folder, with the plan that the folder has it run.
+class SavedModel:
+    """A model from a folder, with the folder's plan.
 
     Attributes:
         whole: the model without the plan.
-        plan: one that no plain checkpoint can express; None where there is none.
+        plan: a plan that a plain checkpoint cannot express; None if there is none.
     """
 
     whole: Model
@@ -334,93 +335,93 @@ class Written:
 
     @cached_property
     def running(self) -> Model:
-        """The model as it runs, with its plan applied."""
+        """The model with its plan applied."""
         if self.plan is None:
             return self.whole
         return in_memory(apply(self.whole, self.plan), self.whole.path, self.whole.name)
 
     def describe(self) -> dict[str, Any]:
-        """What provenance says of it."""
+        """Return its description for provenance."""
         return self.whole.describe()
 
     def view(self, changed: str | Path) -> Any:
-        """A model to compare with this one: a plan, applied to the whole of it, or anything that opens."""
+        """Return a model to compare with this one: a plan, applied to the whole of it, or any other model."""
         if names_plan(changed):
             return apply(self.whole, Plan.read(changed))
         return load(changed).model
 
 
 def names_plan(name: str | Path) -> bool:
-    """Whether a name is that of a plan: a file, or a folder that holds a plan and no model."""
+    """Return whether a name is that of a plan: a file, or a folder with a plan and without a model."""
     path = Path(name).expanduser()
     return str(name).endswith(".json") or ((path / "plan.json").is_file() and not (path / CONFIG).is_file())
 
 
-def open_written(folder: str | Path, **options: Any) -> Written:
-    """Open what Lamella exported, or any checkpoint, with the plan in its folder; see :func:`load`.
+def open_saved(folder: str | Path, **options: Any) -> SavedModel:
+    """Open a folder exported by Lamella, or any checkpoint, with the folder's plan; see :func:`load`.
 
     Args:
         folder: an exported folder, or anything that :func:`open_model` takes.
         options: passed on to :func:`open_model`.
     """
     place = folder if parse_name(folder) is not None else resolve(folder)
-    said = exported(place) if isinstance(place, Path) and (place / CONFIG).is_file() else None
+    metadata = native_metadata(place) if isinstance(place, Path) and (place / CONFIG).is_file() else None
     opened = open_model(folder, **options)
-    if said is None or said.plan is None:
-        return Written(opened)
+    if metadata is None or metadata.plan is None:
+        return SavedModel(opened)
     assert isinstance(place, Path)
-    return Written(opened, Plan.read(place / said.plan))
+    return SavedModel(opened, Plan.read(place / metadata.plan))
 
 
 def load(folder: str | Path, **options: Any) -> Model:
-    """Open what Lamella exported, or any checkpoint, ready to run.
+    """Open a folder exported by Lamella, or any checkpoint, ready to run.
 
-    A folder with a plan that no plain checkpoint can express, such as one that skips layers while generating, is
-    opened with the plan applied; every other folder is opened as it is.
+    A folder with a plan that a plain checkpoint cannot express, such as skipping layers during generation, is opened
+    with the plan applied; every other folder is opened as it is.
 
     Args:
         folder: an exported folder, or anything that :func:`open_model` takes.
         options: passed on to :func:`open_model`.
     """
-    return open_written(folder, **options).running
+    return open_saved(folder, **options).running
 
 
 def open_tokenizer(model: str | Path) -> Any:
-    """The tokenizer that belongs to a folder, zoo name or hub id."""
+    """Return the tokenizer of a folder, zoo name or hub id."""
     place = resolve(model)
     options = {}
     if isinstance(place, Path) and (place / CONFIG).is_file():
-        said = exported(place)
-        if said is not None and said.is_own_class:  # its model type is Lamella's: say the one that it was
+        metadata = native_metadata(place)
+        if metadata is not None and metadata.is_own_class:  # its model type is Lamella's: use the original one
             options["config"] = AutoConfig.for_model(find_architecture(open_config(place)).name)
     tokenizer = _load(AutoTokenizer.from_pretrained, place, trust_remote_code=False, **options)
     try:
-        tokenizer("Some settings are looked at when they are first used.")
-    except Exception as error:  # of a damaged file, anything
+        tokenizer("Some settings are only validated on first use.")
+    except Exception as error:  # damaged files can cause errors of any type
         raise CheckpointError(f"{place}: its tokenizer does not work ({' '.join(str(error).split())[:200]})") from error
     return tokenizer
 
 
 def open_processor(model: str | Path) -> Any:
-    """What a model of images and text reads both with: its processor, or its tokenizer where it has no other.
+    """Return the processor of a model of images and text, or its tokenizer if it has no processor.
 
     Args:
         model: a folder, zoo name or hub id.
 
     Raises:
         CheckpointError: for one that is damaged.
-        ArchitectureError: for one that needs code which comes with it.
+        ArchitectureError: for one that comes with its own code.
     """
     place = resolve(model)
     if isinstance(place, Path) and not any((place / file).is_file() for file in PROCESSORS):
         return open_tokenizer(model)
-    bring_class(place)
+    register_class(place)
     processor = _load(AutoProcessor.from_pretrained, place, trust_remote_code=False)
     return processor if hasattr(processor, "image_processor") else open_tokenizer(model)
 
 
 def parameters_of(model: str | Path) -> int:
-    """How many parameters a checkpoint has, tied ones counted once, without its weights being read."""
+    """Return the number of parameters of a checkpoint, tied ones counted once, without reading its weights."""
     config = open_config(resolve(model))
     with torch.device("meta"):
         empty = getattr(transformers, auto_class(config)).from_config(config)
@@ -428,20 +429,20 @@ def parameters_of(model: str | Path) -> int:
 
 
 def _is_int8(config: Any) -> bool:
-    """Whether a checkpoint is one in int8, by torchao."""
-    said = getattr(config, "quantization_config", None)
-    return isinstance(said, dict) and said.get("quant_method") == "torchao"
+    """Return whether a checkpoint is in torchao's int8 format."""
+    quantization = getattr(config, "quantization_config", None)
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "torchao"
 
 
 def chat_inputs(tokenizer: Any, messages: list[dict[str, str]], device: torch.device) -> dict[str, torch.Tensor]:
-    """A conversation as model inputs: through the chat template where there is one, as plain text elsewhere."""
+    """Return a conversation as model inputs: with the chat template if there is one, else as plain text."""
     text, special = chat_text(tokenizer, messages)
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=special)
     return {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}
 
 
 def chat_text(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[str, bool]:
-    """A conversation as text, up to where the answer begins, and whether it still lacks the special tokens."""
+    """Return a conversation as text, up to the start of the answer, and whether special tokens must be added."""
     if getattr(tokenizer, "chat_template", None):
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), False
     return "\n".join(message["content"] for message in messages), True
@@ -451,28 +452,30 @@ def _check_layers(folder: Path, config: Any) -> None:
     """Check the number of layers before they are built, since a damaged config may ask for millions.
 
     Raises:
-        CheckpointError: when there are more of them than tensors, or none.
+        CheckpointError: if there are more of them than tensors, or none.
     """
     most = len(checkpoint.read(folder).tensors) if checkpoint.is_safetensors(folder) else MOST_LAYERS
     for architecture in find_architectures(config).values():
         part = getattr(config, architecture.config) if architecture.config else config
         layers = getattr(part, architecture.sizes["layers"], None)
         if not isinstance(layers, int) or not 0 < layers <= most:
-            raise CheckpointError(f"{folder / CONFIG}: {layers} layers do not fit the weights beside it: get it again")
+            raise CheckpointError(
+                f"{folder / CONFIG}: {layers} layers do not fit the weights in the folder: download it again"
+            )
 
 
 def check_folder(folder: Path, allow_pickle: bool = False) -> None:
     """Check that a checkpoint folder is complete and safe, without reading its weights.
 
     Raises:
-        CheckpointError: one line that names the file and the mend.
+        CheckpointError: a one-line message with the file and how to fix it.
     """
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{folder} has no config.json: give the folder of a transformers checkpoint")
     checkpoint.read_json(folder / CONFIG)
-    if (folder / ADAPTER).is_file():  # transformers would load the base model that it names, from wherever that is
+    if (folder / ADAPTER).is_file():  # transformers would load the base model that it names, from any location
         raise CheckpointError(
-            f"{folder} holds an adapter ({ADAPTER}) beside a model: merge it with peft, and give the merged model"
+            f"{folder} contains an adapter ({ADAPTER}) and a model: merge it with peft, and give the merged model"
         )
     if checkpoint.is_safetensors(folder):
         checkpoint.read(folder)
@@ -488,7 +491,7 @@ def check_folder(folder: Path, allow_pickle: bool = False) -> None:
 
 
 def _snapshot(hub_id: str) -> Path | None:
-    """The cached folder of a hub model, which fingerprints and out-of-core exports read."""
+    """Return the cached folder of a hub model, for fingerprints and out-of-core exports."""
     from huggingface_hub import try_to_load_from_cache
 
     config = try_to_load_from_cache(hub_id, "config.json")

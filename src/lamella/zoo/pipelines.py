@@ -1,8 +1,8 @@
-"""Pipelines of diffusers and the networks in them, from folders that anyone may have written.
+"""Pipelines of diffusers and their networks, from untrusted folders.
 
-Nothing in a folder is executed: parts are made of the classes of diffusers and transformers, and a network from which
-Lamella has removed blocks by Lamella's own code. A network is built on the meta device first, with a limit on the
-number of its parameters; its weights are read only when they have the shapes that the config claims.
+Nothing in a folder is executed: parts are created from classes of diffusers and transformers, and a network from which
+Lamella has removed blocks by Lamella's own code. A network is first built on the meta device, with a limit on its
+number of parameters; its weights are read only if their shapes match the config.
 """
 
 from __future__ import annotations
@@ -21,35 +21,39 @@ from torch import nn
 from lamella.errors import CheckpointError, LamellaError, reason_of
 from lamella.extras import require
 from lamella.plan.checkpoint import read_header, read_json
-from lamella.plan.filling import at_most, check_tensors, fill, filled, pretrained
+from lamella.plan.filling import at_most, check_tensors, fill, load_network, pretrained
 from lamella.stack import BLOCK_TABLES, Model
 from lamella.stack.blocks import leave_out
 from lamella.zoo.configs import CONFIG, open_config
 
 INDEX, WEIGHTS = "model_index.json", "diffusion_pytorch_model.safetensors"
-NETWORKS = ("unet", "transformer")  # what pipelines call the network that denoises
-CUT_MODULE, CUT, DROPPED = "cut_network", "Cut", "lamella_dropped"  # of a network whose config cannot say what is gone
-LARGEST = 2**17  # of a number in a config
-LONGEST = 2**13  # of the positions that a table is made for: Wan has 1,024
-FIX = "give the folder of one that diffusers has written, with safetensors"
+NETWORKS = ("unet", "transformer")  # names of the denoising network in pipelines
+CUT_MODULE, CUT, DROPPED = (
+    "cut_network",
+    "Cut",
+    "lamella_dropped",
+)  # for networks whose config cannot express removed blocks
+LARGEST = 2**17  # of the numbers in a config
+LONGEST = 2**13  # of position tables: Wan has 1,024
+FIX = "give a folder written by diffusers, with safetensors"
 PROCESSORS = ("PreTrainedTokenizerBase", "ProcessorMixin", "ImageProcessingMixin", "FeatureExtractionMixin")
 
 
 def is_pipeline(folder: Path) -> bool:
-    """Whether a folder holds a pipeline, or at least the folder of a network where pipelines have it."""
+    """Return whether a folder contains a pipeline, or at least a network in a pipeline's subfolder."""
     if (folder / CONFIG).is_file():
         return False
     return (folder / INDEX).is_file() or any((folder / each / CONFIG).is_file() for each in NETWORKS)
 
 
 class Pipeline(Model):
-    """A pipeline of diffusers, in memory or in a folder. The parts in a folder are opened when they are used.
+    """A pipeline of diffusers, in memory or in a folder. The parts in a folder are opened on first use.
 
     Args:
         pipeline: the pipeline in memory; None for one in a folder.
         path: the folder.
-        name: what to call it in messages and reports.
-        device: where its networks go.
+        name: its name in messages and reports.
+        device: of its networks.
         dtype: of their weights; ``auto`` as they are stored.
     """
 
@@ -64,14 +68,14 @@ class Pipeline(Model):
     ) -> None:
         self.library, self.architectures, self.path = "diffusers", {}, path
         self.name = name or (path.name if path else type(pipeline).__name__)
-        self._where, self._dtype = device, dtype
+        self._device, self._dtype = device, dtype
         self._parts: dict[str, Any] = {} if pipeline is None else dict(pipeline.components)
         if pipeline is not None:
             self.model = pipeline
 
     @cached_property
     def index(self) -> dict[str, Any]:
-        """The class of the pipeline, and the library and the class of each part; empty where no file says them."""
+        """The class of the pipeline, and the library and the class of each part; empty without an index file."""
         return read_json(self.path / INDEX) if self.path and (self.path / INDEX).is_file() else {}
 
     @cached_property
@@ -79,14 +83,16 @@ class Pipeline(Model):
         """The pipeline with all of its parts, in evaluation mode.
 
         Raises:
-            CheckpointError: for one that is damaged or incomplete, or that asks for classes that are not opened.
+            CheckpointError: for one that is damaged or incomplete, or that needs unsupported classes.
         """
         diffusers = require("diffusers", "vision", "opening a pipeline")
         if not self.index:
             raise CheckpointError(f"{self.path} has no {INDEX}: give the folder of a whole pipeline")
         kind = _class_of(diffusers, self.index.get("_class_name"))
         if kind is None or not issubclass(kind, diffusers.DiffusionPipeline):
-            raise CheckpointError(f"{self.path}: '{self.index.get('_class_name')}' is no pipeline of diffusers: {FIX}")
+            raise CheckpointError(
+                f"{self.path}: '{self.index.get('_class_name')}' is not a pipeline of diffusers: {FIX}"
+            )
         try:
             made = kind(**{name: self.part(name) for name in self.index if not name.startswith("_")})
         except LamellaError:
@@ -98,23 +104,24 @@ class Pipeline(Model):
 
     @property
     def modules(self) -> list[nn.Module]:
+        """The parts that are torch modules."""
         return [each for each in self.model.components.values() if isinstance(each, nn.Module)]
 
     def has(self, name: str) -> bool:
-        """Whether the pipeline has a part, such as a ``vae``."""
+        """Return whether the pipeline has a part, such as a ``vae``."""
         if self.path is None:
             return self._parts.get(name) is not None
         return self.index.get(name) not in (None, [None, None]) if self.index else (self.path / name / CONFIG).is_file()
 
     def part(self, name: str, classes: Sequence[str] = ()) -> Any:
-        """A part: a network in evaluation mode, a scheduler, a tokenizer; or a setting.
+        """Return a part: a network in evaluation mode, a scheduler, a tokenizer; or a setting.
 
         Args:
-            name: what the pipeline calls it.
-            classes: names of the classes that it may be of; any when left out.
+            name: its name in the pipeline.
+            classes: names of the allowed classes; any by default.
 
         Raises:
-            CheckpointError: for a part that is missing, damaged, or of a class that is not opened.
+            CheckpointError: for a part that is missing, damaged, or of an unsupported class.
         """
         if name not in self._parts:
             self._parts[name] = self._open(name, classes)
@@ -127,29 +134,29 @@ class Pipeline(Model):
         if self.path is None:
             raise CheckpointError(f"{self.name} has no {name}: give a pipeline that has one")
         folder = self.path / name
-        said = self.index.get(name) if self.index else _class_in(folder)
-        if not isinstance(said, list) or said == [None, None]:
-            return None if isinstance(said, list) else said
-        if len(said) != 2 or not all(isinstance(each, str) for each in said) or not name.isidentifier():
-            raise CheckpointError(f"{self.path / INDEX}: '{name}' is no part of a pipeline")
-        library, kind = said
+        entry = self.index.get(name) if self.index else _class_in(folder)
+        if not isinstance(entry, list) or entry == [None, None]:
+            return None if isinstance(entry, list) else entry
+        if len(entry) != 2 or not all(isinstance(each, str) for each in entry) or not name.isidentifier():
+            raise CheckpointError(f"{self.path / INDEX}: '{name}' is not a valid part of a pipeline")
+        library, kind = entry
         diffusers = require("diffusers", "vision", "opening a pipeline")
         if library == CUT_MODULE and name in NETWORKS:
-            return open_network(folder, classes, self._dtype).to(self._where)
+            return open_network(folder, classes, self._dtype).to(self._device)
         home = {"diffusers": diffusers, "transformers": transformers}.get(library)
         home = home or (getattr(diffusers.pipelines, library, None) if library.isidentifier() else None)
         made = _class_of(home, kind)
         if made is not None and issubclass(made, diffusers.ModelMixin):
-            return open_network(folder, classes, self._dtype, kind=made).to(self._where)
+            return open_network(folder, classes, self._dtype, kind=made).to(self._device)
         if made is not None and issubclass(made, transformers.PreTrainedModel):
             if classes and kind not in classes:
                 raise CheckpointError(f"{folder}: '{kind}' is not {' or '.join(classes)}: {FIX}")
             how = {"use_safetensors": True, "trust_remote_code": False, "config": open_config(folder)}
             part = pretrained(made, folder, local_files_only=True, dtype=self._dtype, **how)
-            return part.eval().to(self._where)
+            return part.eval().to(self._device)
         plain = (diffusers.SchedulerMixin, *(getattr(transformers, each) for each in PROCESSORS))
         if made is None or not (issubclass(made, plain) or made is transformers.AutoTokenizer):
-            raise CheckpointError(f"{self.path / INDEX}: '{name}' asks for {library}.{kind}, which is not opened")
+            raise CheckpointError(f"{self.path / INDEX}: '{name}' needs {library}.{kind}, which is not supported")
         load = made.from_pretrained
         return load(folder, local_files_only=True, **({} if home is diffusers else {"trust_remote_code": False}))
 
@@ -157,17 +164,17 @@ class Pipeline(Model):
 def open_network(
     folder: Path, classes: Sequence[str] = (), dtype: torch.dtype | str = "auto", *, kind: Any = None
 ) -> Any:
-    """The network of diffusers in a folder, in evaluation mode.
+    """Return the diffusers network in a folder, in evaluation mode.
 
     Args:
         folder: with a ``config.json`` and safetensors.
-        classes: names of the classes that it may be of; any when left out.
+        classes: names of the allowed classes; any by default.
         dtype: of the weights; ``auto`` as they are stored.
-        kind: the class, where something else than the config says it.
+        kind: the class, if it is not read from the config.
 
     Raises:
         CheckpointError: for a folder that is missing, damaged, or of another class.
-        LamellaError: when diffusers is not installed.
+        LamellaError: if diffusers is not installed.
     """
     diffusers = require("diffusers", "vision", "opening a network")
     config = read_json(folder / CONFIG)
@@ -176,7 +183,7 @@ def open_network(
         raise CheckpointError(f"{folder / CONFIG}: '{name}' is not {' or '.join(classes)}: {FIX}")
     kind = kind or _class_of(diffusers, name)
     if DROPPED not in config and (kind is None or not issubclass(kind, diffusers.ModelMixin)):
-        raise CheckpointError(f"{folder / CONFIG}: '{name}' is no network of diffusers: {FIX}")
+        raise CheckpointError(f"{folder / CONFIG}: '{name}' is not a network of diffusers: {FIX}")
     if "quantization_config" in config:
         raise CheckpointError(f"{folder}: its weights are quantised: give the folder of the original model")
     try:
@@ -188,7 +195,7 @@ def open_network(
         with torch.device("meta"), at_most(2 * len(shapes), folder / CONFIG):
             empty = kind.from_config(config)
         check_tensors(empty, _renamed(empty, shapes), folder)
-        with init_empty_weights():  # buffers that are in no file are computed
+        with init_empty_weights():  # buffers are computed, not stored
             network = kind.from_config(config)
         weights = _renamed(network, {name: each for file in files for name, each in load_file(file).items()})
         wide = set(getattr(network, "_keep_in_fp32_modules", None) or ())
@@ -205,18 +212,18 @@ def open_network(
 
 
 def _renamed(network: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-    """Tensors by the names that this diffusers has for them: attentions of old checkpoints have others."""
+    """Return tensors with the names of this diffusers version: attentions of old checkpoints have others."""
     rename = getattr(network, "_fix_state_dict_keys_on_load", lambda _: None)
     rename(tensors)
     return tensors
 
 
 def _restored(folder: Path) -> Any:
-    """A network from which Lamella has removed blocks, built by Lamella's own code."""
+    """Return a network from which Lamella has removed blocks, built by Lamella's own code."""
     config = read_json(folder / CONFIG)
     kind, paths = str(config.pop("_class_name", "")).removeprefix(CUT), config.pop(DROPPED, None)
     if kind not in BLOCK_TABLES or not isinstance(paths, list) or not all(isinstance(each, str) for each in paths):
-        raise CheckpointError(f"{folder / CONFIG}: '{kind}' without its blocks is nothing that Lamella has written")
+        raise CheckpointError(f"{folder / CONFIG}: '{kind}' without its blocks was not written by Lamella")
     diffusers = require("diffusers", "vision", "opening a network")
 
     def build() -> Any:
@@ -227,19 +234,19 @@ def _restored(folder: Path) -> Any:
             leave_out(block, left.bypass, left.keeps)
         return made
 
-    made = filled(build, folder / WEIGHTS)
+    made = load_network(build, folder / WEIGHTS)
     made.register_to_config(**{DROPPED: paths})
     return made
 
 
 def _class_of(home: Any, name: Any) -> Any:
-    """A class of a library by its name; None where the library has no such class."""
+    """Return a class of a library by its name; None if the library has no such class."""
     found = getattr(home, name, None) if isinstance(name, str) else None
     return found if isinstance(found, type) else None
 
 
 def _class_in(folder: Path) -> list[str]:
-    """The library and the class of a part that no index names."""
+    """Return the library and the class of a part without an index."""
     if not (folder / CONFIG).is_file():
         return ["transformers", "AutoTokenizer"]
     config = read_json(folder / CONFIG)
@@ -249,7 +256,7 @@ def _class_in(folder: Path) -> list[str]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files of the weights, which have to lie beside the index that names them."""
+    """Return the files of the weights, which must be in the folder of the index that names them."""
     index = folder / f"{WEIGHTS}.index.json"
     if not index.is_file():
         if not (folder / WEIGHTS).is_file():
@@ -258,14 +265,14 @@ def _files(folder: Path) -> list[Path]:
     files = sorted(set(map(str, read_json(index)["weight_map"].values())))
     outside = next((each for each in files if Path(each).name != each), None)
     if outside is not None:
-        raise CheckpointError(f"{index} names {outside}, which is not beside it: {FIX}")
+        raise CheckpointError(f"{index} names {outside}, which is not in its folder: {FIX}")
     return [folder / each for each in files]
 
 
 def _check_numbers(config: dict[str, Any], file: Path) -> None:
-    """Check that no size in a config is absurd, since it may take memory before the weights show that it is wrong."""
+    """Check that no size in a config is excessive, since it may exhaust memory before the weights are checked."""
     for name, value in config.items():
         sizes = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int)]
         most = LONGEST if name == "rope_max_seq_len" else LARGEST
         if "theta" not in name and any(each > most or each < -1 for each in sizes):
-            raise CheckpointError(f"{file}: {name} is {str(value)[:40]}, which no weights here are of: {FIX}")
+            raise CheckpointError(f"{file}: {name} is {str(value)[:40]}, which does not fit the weights: {FIX}")

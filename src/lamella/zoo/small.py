@@ -1,8 +1,7 @@
-"""Any causal type of transformers, small: its real class with a few thousand random weights.
+"""Small models of any causal type of transformers: its real class with a few thousand random weights.
 
-:mod:`lamella.zoo.nano` has models whose every number was chosen by hand. Here the numbers of a config's own defaults
-are made small by what they are called, so that a type needs no line of its own unless its numbers must agree in some
-way that their names do not say.
+:mod:`lamella.zoo.nano` has models with hand-picked sizes. Here the sizes in a config's defaults are reduced by their
+names, so a type needs its own entry only if its sizes must satisfy constraints that their names do not imply.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from lamella.zoo.nano import randomise
 
 LAYERS = 4
 LARGEST = 10_000_000  # weights
-SMALL: dict[str, Any] = {  # what configs call their numbers, and how large they are here
+SMALL: dict[str, Any] = {  # sizes by their names in configs
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "embed_dim", "hidden_dim", "word_embed_proj_dim"), 32),
     **dict.fromkeys(("embedding_size", "input_embedding_size", "lru_width", "word_embedding_dim"), 32),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "decoder_ffn_dim", "encoder_ffn_dim", "n_inner"), 64),
@@ -64,7 +63,7 @@ _HYBRID = ["linear_attention", "full_attention"] * 2
 _HEAD = {"head_dim": 8}
 _DECODER = {"is_decoder": True}
 _SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
-AGREE: dict[str, dict[str, Any]] = {  # what the names of a config do not say
+AGREE: dict[str, dict[str, Any]] = {  # constraints that names in a config do not imply
     **dict.fromkeys(("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra"), _DECODER),
     **dict.fromkeys(("ernie", "megatron-bert", "rembert", "roberta", "roberta-prelayernorm"), _DECODER),
     **dict.fromkeys(("roformer", "xlm-roberta", "xlm-roberta-xl"), _DECODER),
@@ -105,56 +104,56 @@ AGREE: dict[str, dict[str, Any]] = {  # what the names of a config do not say
     **{name: {"text_config": {"rope_parameters": _SECTIONS}}
        for name in ("qwen2_5_vl", "glm4v", "glm46v", "glm_ocr", "glmga", "paddleocr_vl")},
 }  # fmt: skip
-LATENT = "kv_lora_rank"  # of attentions that have as many key-value heads as query heads
+LATENT = "kv_lora_rank"  # attentions with as many key-value heads as query heads
 
 
 def causal_types() -> list[str]:
-    """Every model type of which transformers has a causal language model."""
+    """Return every model type for which transformers has a causal language model."""
     return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def image_types() -> list[str]:
-    """Every model type of which transformers has a model that reads images and writes text."""
+    """Return every model type for which transformers has a model that reads images and writes text."""
     return list(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 
 
 def small_config(model_type: str) -> Any:
-    """The config of a type with small numbers."""
+    """Return the config of a type with small sizes."""
     kind = CONFIG_MAPPING[model_type]
     return kind(**_settings(kind, AGREE.get(model_type, {})))
 
 
 def _settings(kind: Any, own: dict[str, Any]) -> dict[str, Any]:
-    """The numbers that differ from the defaults of a config, those of its parts among them."""
-    said = kind().to_dict()
-    settings: dict[str, Any] = {name: SMALL[name] for name, value in said.items()
+    """Return the values that differ from the defaults of a config, including those of its sub-configs."""
+    defaults = kind().to_dict()
+    settings: dict[str, Any] = {name: SMALL[name] for name, value in defaults.items()
                                 if name in SMALL and value is not None}  # fmt: skip
-    settings |= {name: value for name, value in TOKENS.items() if name in said}
-    if said.get(LATENT) is not None and said.get("num_key_value_heads") is not None:
+    settings |= {name: value for name, value in TOKENS.items() if name in defaults}
+    if defaults.get(LATENT) is not None and defaults.get("num_key_value_heads") is not None:
         settings["num_key_value_heads"] = SMALL["num_attention_heads"]
     for name in PER_LAYER:
-        if isinstance(said.get(name), list) and name in said:
-            settings[name] = _sample(said[name])
+        if isinstance(defaults.get(name), list) and name in defaults:
+            settings[name] = _sample(defaults[name])
     for name, part in (kind.sub_configs or {}).items():
-        if isinstance(said.get(name), dict):
-            part = CONFIG_MAPPING[said[name]["model_type"]] if part is transformers.AutoConfig else part
+        if isinstance(defaults.get(name), dict):
+            part = CONFIG_MAPPING[defaults[name]["model_type"]] if part is transformers.AutoConfig else part
             settings[name] = _settings(part, own.get(name, {})) | {"model_type": part.model_type}
     return settings | {name: value for name, value in own.items() if not name.endswith("_config")}
 
 
 def _sample(values: list[Any]) -> list[Any]:
-    """As many entries as there are layers, every kind among them, in the order of their first appearance."""
+    """Return as many entries as there are layers, with every kind among them, in order of first appearance."""
     kinds = list(dict.fromkeys(values))[:LAYERS]
     return (kinds * LAYERS)[:LAYERS]
 
 
 def small(model_type: str, seed: int = 0) -> PreTrainedModel:
-    """A small model of a causal type in eval mode, fp32; the same seed gives the same weights.
+    """Return a small model of a causal type in eval mode, fp32; the same seed gives the same weights.
 
-    Of a type with images whose causal class is that of its text, the text alone.
+    For a type with images whose causal class is that of its text model, only the text model.
 
     Raises:
-        ArchitectureError: when transformers has no causal language model of this type, or it does not get small.
+        ArchitectureError: if transformers has no causal language model of this type, or it cannot be reduced.
     """
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ArchitectureError(f"transformers has no causal language model of the type '{model_type}'")
@@ -166,10 +165,10 @@ def small(model_type: str, seed: int = 0) -> PreTrainedModel:
 
 
 def small_with_images(model_type: str, seed: int = 0) -> PreTrainedModel:
-    """The same for a type that reads images beside text.
+    """Return the same for a type that reads images and text.
 
     Raises:
-        ArchitectureError: when transformers has no such type, or it does not get small.
+        ArchitectureError: if transformers has no such type, or it cannot be reduced.
     """
     if model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise ArchitectureError(f"transformers has no model of images and text of the type '{model_type}'")
@@ -181,7 +180,9 @@ def _made(model_class: Any, config: Any, seed: int) -> PreTrainedModel:
     with torch.device("meta"):
         size = sum(each.numel() for each in model_class(copy.deepcopy(config)).parameters())
     if size > LARGEST:
-        raise ArchitectureError(f"the config of {config.model_type} has large numbers unknown to zoo/small.py: {size}")
+        raise ArchitectureError(
+            f"the config of {config.model_type} has sizes unknown to zoo/small.py: {size} parameters"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel = model_class(config).eval()

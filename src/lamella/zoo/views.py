@@ -1,4 +1,4 @@
-"""Types of input that are views of an opened model, such as a denoiser or an image encoder."""
+"""Input types that are views of an opened model, such as a denoiser or an image encoder."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from lamella.zoo.pull import check_hub_id
 
 
 class View:
-    """A type of model that a method works on: it is made from whatever :func:`open_model` opens.
+    """A type of model that a method works on, made from any model opened by :func:`open_model`.
 
-    A subclass says in :meth:`of` what it takes from an opened model, and in :meth:`built_in` which models its method
-    has beside those that are given.
+    Subclasses define in :meth:`of` how to make it from an opened model, and in :meth:`built_in` which built-in models
+    the method has.
 
     Attributes:
-        metavar, told: how the command line calls such an input, and what it may be.
-        noun: what to call one in a refusal, such as ``pipeline of diffusers``.
-        libraries: which ones its model may be of.
-        classes: names of the classes that its model may be of; see :func:`open_model`.
+        metavar, source_help: name and description of such an input on the command line.
+        noun: its name in error messages, such as ``pipeline of diffusers``.
+        libraries: allowed libraries of its model.
+        classes: names of the allowed classes of its model; see :func:`open_model`.
         dtype: of the weights; see :func:`open_model`.
-        names: of the models that are built in.
+        names: of the built-in models.
     """
 
     metavar: ClassVar[str] = "MODEL"
-    told: ClassVar[str]
+    source_help: ClassVar[str]
     noun: ClassVar[str]
     libraries: ClassVar[tuple[str, ...]]
     classes: ClassVar[tuple[str, ...]] = ()
@@ -38,12 +38,12 @@ class View:
 
     @classmethod
     def of(cls, model: Any) -> Self:
-        """The view of an opened model, or of a model in memory."""
+        """Return the view of an opened model, or of a model in memory."""
         raise NotImplementedError
 
     @classmethod
     def built_in(cls, name: str) -> Self:
-        """The model of one of the ``names``."""
+        """Return the built-in model of one of the ``names``."""
         raise NotImplementedError
 
     @classmethod
@@ -51,7 +51,7 @@ class View:
         """Open a model.
 
         Args:
-            name: anything that ``lamella.open`` takes, of a fitting library; or the name of a model that is built in.
+            name: anything that ``lamella.open`` takes, of an allowed library; or the name of a built-in model.
 
         Raises:
             CheckpointError: for a model that is missing, damaged, or of another library.
@@ -63,18 +63,18 @@ class View:
             return cls.of(open_model(name, dtype=cls.dtype, libraries=cls.libraries, classes=cls.classes))
         except (CheckpointError, ArchitectureError) as error:
             what = name if isinstance(name, str | Path) else getattr(name, "name", type(name).__name__)
-            raise type(error)(f"{what} is no {cls.noun} ({error}): give {cls.told}") from None
+            raise type(error)(f"{what} is no {cls.noun} ({error}): give {cls.source_help}") from None
 
     @classmethod
     def check(cls, name: str | Path) -> None:
         """Check that there is a model of that name, without opening it.
 
         Raises:
-            CheckpointError: when there is none.
+            CheckpointError: if there is none.
         """
         path = Path(name).expanduser()
         if path.is_dir() or str(name) in cls.names or parse_name(name) is not None:
             return
         if "transformers" not in cls.libraries:
-            raise CheckpointError(f"there is no folder {name}: give {cls.told}")
+            raise CheckpointError(f"there is no folder {name}: give {cls.source_help}")
         check_hub_id(str(name), path)

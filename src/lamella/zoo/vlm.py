@@ -1,7 +1,7 @@
-"""Small models that read images and write text, for the world of shapes: transformers classes with their processors.
+"""Small vision-language models for the synthetic shapes: transformers classes with their processors.
 
-A picture of 32 x 32 pixels in patches of 4 is 64 positions for all of them but Idefics3, which merges four into one,
-and Florence-2, whose tower shrinks it by itself, to 64 positions and one for the whole.
+An image of 32 x 32 pixels in patches of 4 has 64 positions, except in Idefics3, which merges four into one, and
+Florence-2, whose tower downsamples it to 64 positions and a global one.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ LAYERS = 6  # of an encoder, and of its decoder
 COLOURS: dict[str, Any] = {
     "image_mean": [0.12] * 3,
     "image_std": [0.25] * 3,
-}  # what is empty is dark, and becomes nothing
-SPREAD = {"initializer_range": 0.06}  # of weights: with 0.02, as in wide models, hundreds of steps pass unseeing
-PLACES = 0.6  # how far sines and cosines of places swing, beside patches of a thing of about 0.8
+}  # the dark background is normalised to about 0
+SPREAD = {
+    "initializer_range": 0.06
+}  # of weights: with 0.02, as in wide models, hundreds of steps pass before images are used
+POSITION_SCALE = 0.6  # amplitude of sines and cosines; embeddings of an object's patches have about 0.8
 Made = tuple[Any, Any]  # a model and its processor
 
 
 def _text(tokenizer: Any, **changes: Any) -> dict[str, Any]:
-    """The text of a model, in the names of Llama's config."""
+    """Return the text model's config, with the names of Llama's config."""
     return {
         "model_type": "llama",
         "vocab_size": len(tokenizer),
@@ -42,17 +44,17 @@ def _text(tokenizer: Any, **changes: Any) -> dict[str, Any]:
         "max_position_embeddings": 1024,
         "tie_word_embeddings": True,
         **SPREAD,
-        **_ends(tokenizer),
+        **_token_ids(tokenizer),
         **changes,
     }
 
 
-def _ends(tokenizer: Any) -> dict[str, int]:
+def _token_ids(tokenizer: Any) -> dict[str, int]:
     return {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
 
 
 def _tower(size: int, **changes: Any) -> dict[str, Any]:
-    """A vision tower of 2 layers, in the names of CLIP's and SigLIP's configs."""
+    """Return a vision tower of 2 layers, with the names of CLIP's and SigLIP's configs."""
     return {
         "hidden_size": WIDTH,
         "intermediate_size": 4 * WIDTH,
@@ -66,7 +68,7 @@ def _tower(size: int, **changes: Any) -> dict[str, Any]:
 
 
 def _llava(size: int, **changes: Any) -> Made:
-    """LLaVA: a CLIP tower of 2 layers, an MLP, and a Llama of 8: about 2.4 million weights."""
+    """LLaVA: a CLIP tower of 2 layers, an MLP, and a Llama of 8 layers: about 2.4 million weights."""
     tokenizer = word_tokenizer()
     config = transformers.LlavaConfig(
         vision_config=_tower(size, model_type="clip_vision_model"),
@@ -90,7 +92,7 @@ def _llava(size: int, **changes: Any) -> Made:
 
 
 def _qwen(kind: str, size: int, text: dict[str, Any], vision: dict[str, Any], tokenizer: Any) -> Made:
-    """A model of Qwen's line: images of any size, positions on three axes."""
+    """Return a model of the Qwen-VL family: images of any size, positions on three axes."""
     config = getattr(transformers, f"{kind}Config")(
         vision_config={"patch_size": PATCH, "spatial_merge_size": 1, "temporal_patch_size": 1, **SPREAD, **vision},
         text_config=text,
@@ -130,7 +132,8 @@ def _qwen2_vl(size: int, **changes: Any) -> Made:
 def _qwen3_vl_moe(size: int, **changes: Any) -> Made:
     """Qwen3-VL-MoE: 6 layers of 8 experts of width 256, of which a token uses 4: about 5.4 million weights.
 
-    Nothing is added to the stream between layers (its deepstack): all that the text reads of an image are its tokens.
+    Nothing is added to the hidden states between layers (no deepstack): the text reads an image only through its
+    tokens.
     """
     tokenizer = word_tokenizer()
     experts = {
@@ -157,7 +160,7 @@ def _qwen3_vl_moe(size: int, **changes: Any) -> Made:
 
 
 def _idefics3(size: int, **changes: Any) -> Made:
-    """Idefics3, of which SmolVLM is one: a SigLIP tower, of whose positions four make one."""
+    """Idefics3, the architecture of SmolVLM: a SigLIP tower, with four positions merged into one."""
     tokenizer = word_tokenizer()
     processor = transformers.Idefics3Processor(
         transformers.Idefics3ImageProcessor(
@@ -168,7 +171,7 @@ def _idefics3(size: int, **changes: Any) -> Made:
     )
     config = transformers.Idefics3Config(
         vision_config=_tower(size),
-        text_config=_text(tokenizer, **changes),  # with the marks that the processor has added
+        text_config=_text(tokenizer, **changes),  # with the special tokens that the processor has added
         image_token_id=processor.image_token_id,
         scale_factor=2,
         tie_word_embeddings=True,
@@ -177,11 +180,11 @@ def _idefics3(size: int, **changes: Any) -> Made:
 
 
 def _diffusion(text: str, size: int, **changes: Any) -> Made:
-    """LLaVA's tower in front of a model that predicts masked tokens, of 6 layers: about 2 million weights."""
+    """LLaVA's tower with a text model of 6 layers that predicts masked tokens: about 2 million weights."""
     from lamella.stack.diffusion_config import DreamConfig, LLaDAConfig, LlavaDiffusionConfig
     from lamella.stack.diffusion_vlm import LlavaDiffusion
 
-    like, processor = _llava(size)
+    reference, processor = _llava(size)
     tokenizer = processor.tokenizer
     shape = _text(tokenizer, **{"num_hidden_layers": 6, "mask_token_id": tokenizer.mask_token_id, **changes})
     del shape["model_type"]
@@ -190,10 +193,10 @@ def _diffusion(text: str, size: int, **changes: Any) -> Made:
     else:
         own = DreamConfig(**shape)
     config = LlavaDiffusionConfig(
-        vision_config=like.config.vision_config.to_dict(),
+        vision_config=reference.config.vision_config.to_dict(),
         text_config=own.to_dict(),
         **{
-            name: getattr(like.config, name)
+            name: getattr(reference.config, name)
             for name in ("image_token_index", "image_seq_length", "vision_feature_layer")
         },
     )
@@ -201,16 +204,16 @@ def _diffusion(text: str, size: int, **changes: Any) -> Made:
 
 
 def _patch_seq2seq(text: str, size: int, **changes: Any) -> Made:
-    """An encoder-decoder of OFA's kind, of 6 and 6 layers: about 2.6 million weights."""
+    """An encoder-decoder like OFA, of 6 and 6 layers: about 2.6 million weights."""
     from lamella.stack.patch_seq2seq import PatchSeq2Seq, PatchSeq2SeqConfig
 
     tokenizer = word_tokenizer()
     config = PatchSeq2SeqConfig(
-        text_config=_writer(text, tokenizer, **changes),
+        text_config=_seq2seq(text, tokenizer, **changes),
         image_size=size,
         patch_size=PATCH,
         image_token_id=tokenizer.image_token_id,
-        tie_word_embeddings=text != "t5",  # whose embeddings are too large to be read with
+        tie_word_embeddings=text != "t5",  # whose embeddings are too large for the output projection
         initializer_range=SPREAD["initializer_range"],
     )
     square = {"height": size, "width": size}
@@ -221,9 +224,9 @@ def _patch_seq2seq(text: str, size: int, **changes: Any) -> Made:
     return PatchSeq2Seq(config), processor
 
 
-def _writer(kind: str, tokenizer: Any, **changes: Any) -> dict[str, Any]:
-    """An encoder-decoder of text, in the names of BART's config or of T5's."""
-    ends = {**_ends(tokenizer), "decoder_start_token_id": tokenizer.bos_token_id, "vocab_size": len(tokenizer)}
+def _seq2seq(kind: str, tokenizer: Any, **changes: Any) -> dict[str, Any]:
+    """Return the config of a text encoder-decoder, with the names of BART's config or of T5's."""
+    ends = {**_token_ids(tokenizer), "decoder_start_token_id": tokenizer.bos_token_id, "vocab_size": len(tokenizer)}
     if kind == "t5":
         sizes = {"d_model": WIDTH, "d_kv": WIDTH // 4, "d_ff": 4 * WIDTH, "num_heads": 4}
         layers = {"num_layers": LAYERS, "num_decoder_layers": LAYERS, "dropout_rate": 0.0}
@@ -235,7 +238,7 @@ def _writer(kind: str, tokenizer: Any, **changes: Any) -> dict[str, Any]:
 
 
 def _florence2(size: int, **changes: Any) -> Made:
-    """Florence-2: a tower of two stages that shrinks a picture eight times, and a BART of 6 and 6 layers."""
+    """Florence-2: a tower of two stages that downsamples an image eight times, and a BART of 6 and 6 layers."""
     tokenizer = word_tokenizer()
     width = [WIDTH // 2, WIDTH]
     config = transformers.Florence2Config(
@@ -254,7 +257,7 @@ def _florence2(size: int, **changes: Any) -> Made:
             "drop_path_rate": 0.0,
             **SPREAD,
         },
-        text_config=_writer("bart", tokenizer, **changes),
+        text_config=_seq2seq("bart", tokenizer, **changes),
         image_token_id=tokenizer.image_token_id,
     )
     square = {"height": size, "width": size}
@@ -272,7 +275,7 @@ SHAPES_VLM: dict[str, Callable[..., Made]] = {
 }
 
 
-SHAPES_SEQ2SEQ: dict[str, Callable[..., Made]] = {  # which encode the prompt, and decode the answer
+SHAPES_SEQ2SEQ: dict[str, Callable[..., Made]] = {  # encode the prompt and decode the answer
     "patch_bart": partial(_patch_seq2seq, "bart"),
     "patch_mbart": partial(_patch_seq2seq, "mbart"),
     "patch_t5": partial(_patch_seq2seq, "t5"),
@@ -280,20 +283,20 @@ SHAPES_SEQ2SEQ: dict[str, Callable[..., Made]] = {  # which encode the prompt, a
 }
 
 
-SHAPES_DIFFUSION: dict[str, Callable[..., Made]] = {  # which predict masked tokens
+SHAPES_DIFFUSION: dict[str, Callable[..., Made]] = {  # predict masked tokens
     "llava_llada": partial(_diffusion, "llada"),
     "llava_dream": partial(_diffusion, "Dream"),
 }
 
 
 def shapes_vlm(kind: str, seed: int = 0, size: int = SIZE, **changes: Any) -> Made:
-    """A model for the world of shapes with random weights, in eval mode, and its processor.
+    """Return a model for the synthetic shapes with random weights, in eval mode, and its processor.
 
     Args:
         kind: a key of :data:`SHAPES_VLM`, :data:`SHAPES_SEQ2SEQ` or :data:`SHAPES_DIFFUSION`.
         seed: of the weights.
-        size: pixels of its pictures: 64 make 256 positions.
-        changes: of the config of its text, such as ``num_hidden_layers=2``.
+        size: image size in pixels: 64 makes 256 positions.
+        changes: of its text config, such as ``num_hidden_layers=2``.
 
     Raises:
         ArchitectureError: for another kind.
@@ -304,24 +307,24 @@ def shapes_vlm(kind: str, seed: int = 0, size: int = SIZE, **changes: Any) -> Ma
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, processor = known[kind](size, **changes)
-    _placed(model, size // PATCH)
+    _initialise_positions(model, size // PATCH)
     return model.eval(), processor
 
 
 @torch.no_grad()
-def _placed(model: Any, side: int) -> None:
-    """Begin what a tower learns of the places of patches with sines and cosines of row and column.
+def _initialise_positions(model: Any, side: int) -> None:
+    """Initialise a tower's position embeddings of patches with sines and cosines of row and column.
 
-    From drawn ones models learn to count their way to a place, and never to tell where a thing is that is asked for.
+    From a random initialisation, models learn to name a cell by counting, but never to locate a named object.
     """
     for name, table in model.named_modules():
         if isinstance(table, nn.Embedding):
             quarter = table.weight.shape[1] // 4
             angles = torch.arange(side)[:, None] * 1e4 ** -(torch.arange(quarter) / quarter)
-            waves = PLACES * torch.cat([angles.sin(), angles.cos()], dim=1)
+            waves = POSITION_SCALE * torch.cat([angles.sin(), angles.cos()], dim=1)
             if name.endswith(("position_embedding", "pos_embed")):
                 grid = torch.cat([waves[:, None].expand(-1, side, -1), waves.expand(side, -1, -1)], dim=2)
-                table.weight[-side * side :] = grid.flatten(0, 1)  # what is left is the class token's
-            elif name.endswith(("front.row", "front.column")):  # the same in two tables, which are added
+                table.weight[-side * side :] = grid.flatten(0, 1)  # the remaining row is the class token's
+            elif name.endswith(("front.row", "front.column")):  # the same in two tables, which are summed
                 first, second = (waves, 0 * waves) if name.endswith("row") else (0 * waves, waves)
                 table.weight.copy_(torch.cat([first, second], dim=1))

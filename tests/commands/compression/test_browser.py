@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lamella.commands.compress.report import render
-from lamella.report.figures import Bars, Figure, Gantt, Heatmap, Lines, Points, Scatter, Task
+from lamella.report.figures import Bars, Figure, Gantt, GanttTask, Heatmap, Lines, Points, Scatter
 from lamella.results import Evidence, Summary
 from lamella.results import page as results
 
@@ -57,7 +57,7 @@ def test_every_kind_of_plot_is_drawn_and_runs_nothing_of_its_names(opened: Calla
         Scatter("x", "y", {ATTACK: Points([(1.0, 2.0)], labels=[ATTACK]), "b": [(1.0, 1.0)]}, guides={ATTACK: 1.0}),
         Bars("arm", "share", {ATTACK: [0.5]}, positions=[ATTACK], horizontal=True),
         Heatmap(ATTACK, "step", [[0.0, 1.0]], ATTACK, columns=[ATTACK, "b"], labels=[[ATTACK, "1"]]),
-        Gantt("seconds", "node", [ATTACK], [Task(0, 0.0, 1.5, ATTACK), Task(0, 1.5, 2.0, "b")]),
+        Gantt("seconds", "node", [ATTACK], [GanttTask(0, 0.0, 1.5, ATTACK), GanttTask(0, 1.5, 2.0, "b")]),
     ]
     tab = opened(page(figures))
     for place in range(len(figures)):

@@ -110,7 +110,7 @@ def test_the_drawing_can_be_coloured_by_three_scores(evidence: dict[str, Any]) -
 def test_the_verdict_and_the_big_numbers_say_what_was_measured(evidence: dict[str, Any]) -> None:
     text = Page(render(evidence)).text
     perplexity = evidence["chosen"]["fidelity"]["perplexity"]["mean"]
-    assert "smollm2 now generates 1.32× as fast, with 14 of 60 sublayers removed" in text  # noqa: RUF001
+    assert "smollm2 now generates text with a speed-up of 1.32×, with 14 of 60 sublayers removed" in text  # noqa: RUF001
     assert f"perplexity goes from 18.2 to {perplexity:.1f}." in text
     for number in ("1.30 to 1.34", "134.5 M", "109.7 M", "−18.4 %", "31.2 ms", "571.0 MB", "468.0 MB", "538.1 MB"):  # noqa: RUF001
         assert number in text
@@ -224,7 +224,7 @@ def test_quantisation_stands_beside_the_cut(evidence: dict[str, Any]) -> None:
     for said in ("original, q8_0", "143.0 MB", "2.02\u00d7 (2.00 to 2.04)", "int8: how int8 ran. q8_0: how q8_0 ran."):
         assert said in page.text
     del evidence["variants"]  # as earlier versions wrote it
-    assert "Beside quantisation" not in render(evidence)
+    assert "Compared with quantisation" not in render(evidence)
 
 
 def test_samples_are_marked_from_where_they_part(evidence: dict[str, Any]) -> None:

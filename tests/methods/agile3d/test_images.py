@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lamella.data import Reader
+from lamella.data import InputContext
 from lamella.errors import CalibrationError, MethodError
 from lamella.files import Work
 from lamella.methods.agile3d import (
@@ -131,23 +131,23 @@ def test_pictures_and_their_objects_are_read_and_labels_written_as_such(model: C
     colours = np.round(255 * drawing(scene, scene.colours)).astype(np.uint8)
     image.fromarray(colours).save(tmp_path / "photo.png")
     image.fromarray(drawing(scene, scene.objects).astype(np.uint8)).save(tmp_path / "photo.objects.png")
-    (found,) = Scenes.open(tmp_path, Reader())
+    (found,) = Scenes.open(tmp_path, InputContext())
     assert found.digest == scene.digest and found.name == "photo.png"
     assert np.array_equal(found.objects, scene.objects)  # type: ignore[arg-type]
     session = Session(model, found)
     session.add(1, 40)
     session.add(2, 4000)
     session.export(tmp_path / "photo.objects.png")
-    (again,) = Scenes.open(tmp_path, Reader())
+    (again,) = Scenes.open(tmp_path, InputContext())
     assert np.array_equal(again.objects, session.labels().numpy())  # type: ignore[arg-type]
     for wrong in (colours[:50], colours):  # another size, and in colours
         image.fromarray(wrong).save(tmp_path / "photo.objects.png")
         with pytest.raises(CalibrationError, match=r"photo\.objects\.png: not a grey image of the size of photo\.png"):
-            Scenes.open(tmp_path, Reader())
+            Scenes.open(tmp_path, InputContext())
     (tmp_path / "photo.objects.png").unlink()
     (tmp_path / "photo.png").write_bytes(b"\x89PNG torn")
     with pytest.raises(CalibrationError, match=r"photo\.png cannot be read"):
-        Scenes.open(tmp_path / "photo.png", Reader())
+        Scenes.open(tmp_path / "photo.png", InputContext())
 
 
 def test_a_picture_that_is_turned_is_mirrored_with_its_objects() -> None:
@@ -175,7 +175,7 @@ def test_a_public_network_is_trained_written_read_and_judged_on_pictures(
     shape = SegmenterShape("efficientnet-lite0", hidden=16, heads=2, feedforward=32, layers=2, background=3)
     with pytest.raises(MethodError, match="does not match the weights of resnet18"):
         ImageEncoder("resnet18", weights=tmp_path / "model.safetensors")
-    scenes = Scenes.open("collages", Reader(), count=2)
+    scenes = Scenes.open("collages", InputContext(), count=2)
     config = TrainConfig(steps=2, lr=1e-3, batch=1, save_every=2)
     found = agile3d(scenes, shape=shape, simulation=ClickSimulation(rounds=2, frozen=True), config=config, work=Work())
     kept = found.model.encoder.backbone.state_dict()  # type: ignore[attr-defined]
@@ -184,9 +184,9 @@ def test_a_public_network_is_trained_written_read_and_judged_on_pictures(
     found.write(tmp_path / "written")
     again = Segmenter.read(tmp_path / "written")
     assert again.describe() == found.describe()
-    assert set(judge(again, Scenes.open("collages", Reader(split="test"), count=1), budget=1)["agile3d"]["iou"]) == {
-        "1"
-    }
+    assert set(
+        judge(again, Scenes.open("collages", InputContext(split="test"), count=1), budget=1)["agile3d"]["iou"]
+    ) == {"1"}
     room = replace(next(rooms()), name="room.ply")
     with pytest.raises(CalibrationError, match=r"room\.ply is no image, which this model segments"):
         Session(again.model, room)

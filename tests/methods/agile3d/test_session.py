@@ -12,7 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from lamella.data import Reader
+from lamella.data import InputContext
 from lamella.errors import CalibrationError, CheckpointError, MethodError
 from lamella.files import Work
 from lamella.methods.agile3d import (
@@ -40,7 +40,7 @@ PRACTICE = ClickSimulation(rounds=3)
 
 
 def two_rooms(part: str = "train") -> Scenes:
-    return Scenes.open("rooms", Reader(seed=5, split="test" if part == "test" else "calibration"), count=2)
+    return Scenes.open("rooms", InputContext(seed=5, split="test" if part == "test" else "calibration"), count=2)
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +241,7 @@ def test_scenes_come_from_a_file_a_folder_or_chance(tmp_path: Path) -> None:
     for number in range(3):
         scene = points(5 + number)
         write_ply(tmp_path / f"{number}.ply", scene, np.zeros(len(scene), np.int64))
-    reader = Reader()
+    reader = InputContext()
     assert [len(each) for each in Scenes.open(tmp_path, reader, count=2)] == [5, 6]
     assert [len(each) for each in Scenes.open(tmp_path / "2.ply", reader)] == [7]
     assert {each.digest for each in two_rooms()}.isdisjoint(each.digest for each in two_rooms("test"))

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 
-from lamella.data import Reader
+from lamella.data import InputContext
 from lamella.errors import CalibrationError
 from lamella.files import Work
 from lamella.methods.agile3d import (
@@ -328,7 +328,7 @@ def test_a_file_name_that_is_not_utf_8_leaves_the_page_alive(
     pytest.importorskip("viser")
     file = Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9.ply"))
     write_ply(file, ball(60), np.zeros(60, np.int64))
-    scenes = Scenes.open(file, Reader())
+    scenes = Scenes.open(file, InputContext())
     viewer = Viewer(model, [*scenes, ball()])
     try:
         with joined(viewer, origin(viewer)) as client:

@@ -151,7 +151,7 @@ TEXTS = ["a red circle", "a blue square and a red circle", "a green cross"] * 8
 
 
 def attacker(shape: torch.Size = SHAPES[0]) -> Captioner:
-    speaker, tokenizer = small_writer(TEXTS, 2, 0, Work().place("writer"))
+    speaker, tokenizer = small_writer(TEXTS, 2, 0, Work().directory("writer"))
     return Captioner(shape, speaker, tokenizer, seed=1)
 
 

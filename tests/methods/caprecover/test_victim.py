@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lamella.data import Captioned, Pictures, Reader
+from lamella.data import Captioned, CaptionedImages, InputContext
 from lamella.errors import ArchitectureError, CheckpointError, MethodError
 from lamella.methods.caprecover import FourStages, LinkDefence, Victim, measure_defences, of_timm, scales
 from lamella.methods.caprecover.digits import CUTS, prepare
@@ -47,8 +47,8 @@ def victim(name: str) -> Victim:
 
 
 @cache
-def images() -> Pictures:
-    return Pictures.open("digits", Reader(), count=6)
+def images() -> CaptionedImages:
+    return CaptionedImages.open("digits", InputContext(), count=6)
 
 
 @cache
@@ -208,7 +208,7 @@ def test_a_folder_of_timm_is_opened_with_its_weights_and_its_colours(tmp_path: P
 )
 def test_a_folder_of_timm_that_claims_something_else_is_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
     model = timm.create_model("resnet10t", pretrained=False, num_classes=10)
-    with pytest.raises(CheckpointError, match="no timm model"):
+    with pytest.raises(CheckpointError, match="not a timm model"):
         Victim.open(saved(model, tmp_path / "net", **settings))
 
 
@@ -238,7 +238,7 @@ def test_clip_is_cut_behind_its_layers_what_is_pooled_and_what_is_projected(whol
 def test_a_damaged_clip_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
     save_file({"logit_scale": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="12 layers do not fit the weights beside it"):
+    with pytest.raises(CheckpointError, match="12 layers do not fit the weights in the folder"):
         Victim.open(tmp_path)
     save_file({f"text_model.{number}": torch.zeros(1) for number in range(12)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"class_embedding is missing, and 199 more"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lamella.data import Reader
+from lamella.data import InputContext
 from lamella.errors import CalibrationError, MethodError
 from lamella.methods.cstrl import Gaps, Summaries, SummaryPair, SummarySplits, gap_sentences, mask_sentences, spans
 from lamella.methods.cstrl.gaps import harmonic
@@ -99,7 +99,7 @@ def test_sources_of_one_sentence_are_left_out_and_refused_where_there_are_no_oth
 def read(tmp_path: Path, *rows: object) -> Summaries:
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Summaries.open(file, Reader(lambda: "the tokenizer"))
+    return Summaries.open(file, InputContext(lambda: "the tokenizer"))
 
 
 def test_pairs_are_read_as_people_hold_them(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import lamella
-from lamella.data import MARK, ImageText, Processing, Shown
+from lamella.data import MARK, ImageText, ImageTextRow, Processing
 from lamella.errors import CalibrationError, MethodError
-from lamella.measure import angular_distance, block_influence, stream_norms, sublayer_influence
+from lamella.measure import angular_distance, block_influence, hidden_norms, sublayer_influence
 from lamella.methods.depth_efficiency import (
     TokenMean,
     deepest_use,
@@ -389,12 +389,12 @@ def test_the_front_counts_in_no_measurement_of_the_stream() -> None:
     for name, measure in (
         ("block_influence", block_influence),
         ("sublayer_influence", sublayer_influence),
-        ("residual_norm", stream_norms),
+        ("residual_norm", hidden_norms),
         ("angular_distance", angular_distance),
     ):
         assert scores[name]["values"] == measure(stack, IDS, front=3).as_dict()["values"]
         assert scores[name]["values"] != all_tokens[name]["values"]
-    with pytest.raises(CalibrationError, match="leaves nothing of a sequence"):
+    with pytest.raises(CalibrationError, match="leaves no token of a sequence"):
         depth_efficiency(stack, IDS, brief=True, front=IDS.shape[1])
 
 
@@ -421,7 +421,7 @@ def test_what_cannot_be_studied_is_refused_in_one_line() -> None:
 def seeing(kind: str = "llava") -> tuple[Any, ImageText]:
     model, processor = shapes_vlm(kind, num_hidden_layers=LAYERS)
     messages = ({"role": "user", "content": f"{MARK}\ncount the circles"}, {"role": "assistant", "content": "one"})
-    rows = [Shown((each.image,), messages) for each in examples(("count",), 2)]
+    rows = [ImageTextRow((each.image,), messages) for each in examples(("count",), 2)]
     return open_model(model), ImageText(rows, Processing(processor))
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lamella
-from lamella.data import MARK, ImageText, Processing, Shown
+from lamella.data import MARK, ImageText, ImageTextRow, Processing
 from lamella.errors import MethodError, PlanError
 from lamella.methods.dmllm_token_redundancy import (
     VisualTokenSchedule,
@@ -25,10 +25,10 @@ from lamella.zoo.vlm import shapes_vlm
 from lamella.zoo.worlds import examples
 
 
-def questions_of(with_images: str) -> list[Shown]:
+def questions_of(with_images: str) -> list[ImageTextRow]:
     """Questions of one task, with an image (i) or without (t)."""
     return [
-        Shown(
+        ImageTextRow(
             (each.image,) if kind == "i" else (),
             (
                 {"role": "user", "content": f"{MARK}\n{each.prompt}" if kind == "i" else each.prompt},

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lamella.data import MARK, Processing, Shown
+from lamella.data import MARK, ImageTextRow, Processing
 from lamella.errors import MethodError, PlanError
 from lamella.measure.image_tokens import ATTENDING, CRITERIA
 from lamella.methods.dmllm_token_redundancy import VisualTokenSchedule
@@ -47,7 +47,7 @@ def made(kind: str) -> tuple[Model, dict[str, Tensor]]:
                 each.copy_(torch.randn(each.shape, generator=generator, dtype=each.dtype) / each.shape[1] ** 0.5)
         questions_of = examples(["colour", "position"], 3, "test")
         rows = [
-            Shown(
+            ImageTextRow(
                 (one.image,) if number != 1 else (),
                 (
                     {"role": "user", "content": f"{MARK}\n{one.prompt}" if number != 1 else one.prompt},
@@ -334,7 +334,7 @@ def test_what_cannot_be_is_refused_in_one_line() -> None:
         VisualTokenSchedule.progressive([0.5, 0.25], [0.5, 0.25])
     with pytest.raises(MethodError, match=r"keeps in \[0, 1\]"):
         VisualTokenSchedule.one_shot(0, 0.0, 1.5)
-    with pytest.raises(PlanError, match="unknown criterion"):
+    with pytest.raises(PlanError, match="no criterion"):
         apply(model, plan_of(model, SCHEDULES["one shot"], criterion="best"))
     with pytest.raises(MethodError, match="layers 0 to 5"):
         VisualTokens(model.stacks["text"], [(0.0, 0.5)], layer=6)

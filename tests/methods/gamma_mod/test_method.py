@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lamella
-from lamella.data import MARK, ImageText, Processing, Shown
+from lamella.data import MARK, ImageText, ImageTextRow, Processing
 from lamella.errors import MethodError
 from lamella.methods.gamma_mod import Routing, arank, observe, quantile, thresholds
 from lamella.methods.gamma_mod.baselines import mode_layers
@@ -34,7 +34,7 @@ def seeing() -> tuple[Stack, ImageText]:
         ((), "count the circles", "one")
     ]
     rows = [
-        Shown(images, ({"role": "user", "content": question}, {"role": "assistant", "content": answer}))
+        ImageTextRow(images, ({"role": "user", "content": question}, {"role": "assistant", "content": answer}))
         for images, question, answer in turns
     ]
     return Stack(model, stack="text"), ImageText(rows, Processing(processor))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
-from lamella.data import MARK, Processing, Shown
+from lamella.data import MARK, ImageTextRow, Processing
 from lamella.errors import MethodError, PlanError
 from lamella.evaluate.scored import read_inputs
 from lamella.methods.gamma_mod.policy import MixtureOfDepths
@@ -224,7 +224,7 @@ def test_models_of_other_kinds_are_served_in_steps_as_in_whole_sequences(kind: s
     processing = Processing(processor)
     turns = ({"role": "user", "content": f"{MARK}\ncount the circles"}, {"role": "assistant", "content": "one"})
     images = [each.image for each in examples(("count",), 2)]
-    batch = processing.batch([Shown((image,), turns) for image in images])
+    batch = processing.batch([ImageTextRow((image,), turns) for image in images])
     given = {name: each for name, each in read_inputs(model, batch).items() if name != "attention_mask"}
     prompt, ids = int(batch["prompt_lengths"][0]), batch["input_ids"]
     stack = Stack(model, stack="text")
@@ -276,5 +276,5 @@ def test_a_model_whose_image_tokens_see_those_behind_them_is_refused() -> None:
              "image_size": 16, "patch_size": 4}  # fmt: skip
     config = Gemma3Config(text_config=text, vision_config=tower, mm_tokens_per_image=4, image_token_index=120)
     stack = open_model(Gemma3ForConditionalGeneration(config)).stacks["text"]
-    with pytest.raises(PlanError, match="see those behind them"):
+    with pytest.raises(PlanError, match="see later tokens"):
         apply(stack, plan_of(stack))

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import lamella
-from lamella.data import ImageText, Processing, Reader, Shown
+from lamella.data import ImageText, ImageTextRow, InputContext, Processing
 from lamella.errors import CalibrationError, MethodError
 from lamella.methods.hires_llava import (
     CUTS,
@@ -67,7 +67,7 @@ def folder(llava: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def grid(llava: Any) -> EntityGrid:
-    reader = Reader(lambda: llava[1].tokenizer, processing_opener=lambda: Processing(llava[1]))
+    reader = InputContext(lambda: llava[1].tokenizer, processing_opener=lambda: Processing(llava[1]))
     return EntityGrid.open("entities", reader, questions=54)
 
 
@@ -252,7 +252,7 @@ def test_entities_are_a_data_set_that_is_read_as_any_other(llava: Any, folder: P
     run("hires-llava", str(folder), command="entities", rows=9, held_out=3, out=tmp_path / "data")
     rows = [json.loads(line) for line in (tmp_path / "data" / "data.jsonl").read_text().splitlines()]
     assert len(rows) == 12 and {row["part"] for row in rows} == {"train", "test"}
-    reader = Reader(lambda: llava[1].tokenizer, split="test", processing_opener=lambda: Processing(llava[1]))
+    reader = InputContext(lambda: llava[1].tokenizer, split="test", processing_opener=lambda: Processing(llava[1]))
     read = ImageText.open(tmp_path / "data", reader)
     assert [each.answer for each in read] == [question(n, "test", side=32).answer for n in range(3)]
     assert (read[0].images[0] == question(0, "test", side=32).image).all()
@@ -260,7 +260,7 @@ def test_entities_are_a_data_set_that_is_read_as_any_other(llava: Any, folder: P
 
 def test_answers_are_judged_by_what_is_written(llava: Any) -> None:
     """The share that generation answers, word for word, of a model that has begun to count."""
-    reader = Reader(lambda: llava[1].tokenizer, processing_opener=lambda: Processing(llava[1]))
+    reader = InputContext(lambda: llava[1].tokenizer, processing_opener=lambda: Processing(llava[1]))
     grid = EntityGrid.open("entities:counting", reader, questions=27)
     config = TrainConfig(steps=30, lr=3e-3, batch=8)
     made = hires_llava(llava[0], grid, language="full", config=config)
@@ -292,14 +292,14 @@ def test_seams_of_a_plain_model_are_measured_without_adapters(llava: Any, grid: 
 
 
 def test_images_without_seams_or_no_images_are_refused(llava: Any, grid: EntityGrid) -> None:
-    small = ImageText.open("shapes:colour", Reader(processing_opener=lambda: grid.processing), rows=4)
+    small = ImageText.open("shapes:colour", InputContext(processing_opener=lambda: grid.processing), rows=4)
     with pytest.raises(CalibrationError, match="no image has a seam"):
         seams(llava[0], small)
     with pytest.raises(CalibrationError, match="no image has a seam"):
         build(llava[0], small, Restoring(restore="seams"))
     said = ({"role": "user", "content": "where?"}, {"role": "assistant", "content": "there"})
     with pytest.raises(CalibrationError, match="have no images"):
-        seams(llava[0], ImageText([Shown((), said)], grid.processing))
+        seams(llava[0], ImageText([ImageTextRow((), said)], grid.processing))
     with pytest.raises(CalibrationError, match="fewer than two classes for the probe"):
         seams(llava[0], EntityGrid(grid.questions[:2], grid.processing))
 
@@ -307,7 +307,7 @@ def test_images_without_seams_or_no_images_are_refused(llava: Any, grid: EntityG
 @pytest.mark.parametrize("kind", ["qwen2_vl", "idefics3"])
 def test_other_models_that_read_images_are_judged_too(kind: str) -> None:
     model, processor = shapes_vlm(kind, num_hidden_layers=2)
-    reader = Reader(processing_opener=lambda: Processing(processor))
+    reader = InputContext(processing_opener=lambda: Processing(processor))
     found = judge(open_model(model), EntityGrid.open("entities", reader, questions=9, slice_side=16))
     assert found["questions"] == 9
     assert EntityGrid.open("entities", reader, questions=1).questions[0].image.shape[0] in (448, 64)

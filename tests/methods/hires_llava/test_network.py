@@ -13,7 +13,7 @@ import transformers
 from PIL import Image
 
 import lamella
-from lamella.data import Processing, Shown
+from lamella.data import ImageTextRow, Processing
 from lamella.errors import ArchitectureError, MethodError
 from lamella.methods.hires_llava import HiResLlava, with_slices
 from lamella.methods.hires_llava.slicing import TileLayout
@@ -35,10 +35,12 @@ def pictures(seed: int = 0) -> list[np.ndarray]:
     return [drawn.integers(0, 256, (*size, 3), dtype=np.uint8) for size in SIZES]
 
 
-def rows() -> list[Shown]:
+def rows() -> list[ImageTextRow]:
     said = ("what is in the picture?", "how many things are there?", "where?", "what is in the picture?")
     return [
-        Shown((each,), ({"role": "user", "content": f"<image>\n{text}"}, {"role": "assistant", "content": "two"}))
+        ImageTextRow(
+            (each,), ({"role": "user", "content": f"<image>\n{text}"}, {"role": "assistant", "content": "two"})
+        )
         for each, text in zip(pictures(), said, strict=True)
     ]
 

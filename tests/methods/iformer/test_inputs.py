@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tests.methods.iformer.conftest import vit
 from timm.data import create_transform
 
-from lamella.data import Captioned, Reader
+from lamella.data import Captioned, InputContext
 from lamella.errors import CalibrationError, CheckpointError, MethodError, TrainingError
 from lamella.files import Work
 from lamella.methods.iformer import Album, Geometry, IFormerClassifier, StageShape, Vision, iformer, train
@@ -71,7 +71,7 @@ def test_an_iformer_takes_any_size_and_what_surgery_made_takes_its_own(tmp_path:
     trained = new_network(NANO, 32, 3, 20).with_size(44)
     assert trained.prepare([texture_image(3, seed=0)]).shape == (1, 3, 44, 44)
     assert trained.logits([texture_image(3, seed=0)]).shape == (1, 20)
-    ramped = iformer(Vision.of(vit()), Album.open("textures", Reader(), count=20), share=0.9)
+    ramped = iformer(Vision.of(vit()), Album.open("textures", InputContext(), count=20), share=0.9)
     with pytest.raises(MethodError, match="has another kind of attention"):
         ramped.vision.with_size(64)
 
@@ -133,15 +133,15 @@ def test_pictures_in_folders_have_the_class_of_their_folder_and_every_fifth_of_e
             pixels = np.full((6, 4, 3), 10 * number + picture, np.uint8)
             Image.fromarray(pixels).save(tmp_path / name / f"{picture}.png")
     (tmp_path / "empty").mkdir()
-    album = Album.open(tmp_path, Reader())
+    album = Album.open(tmp_path, InputContext())
     assert album.classes == 3 and len(album) == 20
     assert [each.label for each in album.items[:6]] == [0, 1, 2] * 2 and album.items[0].text == "ant"
     test = album.part("test")
     assert sorted(each.label for each in test.items) == [0, 1, 1, 2, 2]
-    both = {each.picture.tobytes() for each in album.items} & {each.picture.tobytes() for each in test.items}
+    both = {each.image.tobytes() for each in album.items} & {each.image.tobytes() for each in test.items}
     assert not both
-    assert [each.label for each in Album.open(tmp_path, Reader(), count=4).items] == [0, 1, 2, 0]
-    assert Album.open(tmp_path / "cat", Reader()).classes == 0
+    assert [each.label for each in Album.open(tmp_path, InputContext(), count=4).items] == [0, 1, 2, 0]
+    assert Album.open(tmp_path / "cat", InputContext()).classes == 0
 
 
 def test_links_in_an_album_are_refused(tmp_path: Path) -> None:
@@ -153,31 +153,31 @@ def test_links_in_an_album_are_refused(tmp_path: Path) -> None:
     for link, target in (("cat", "secret"), ("bee/2.png", "secret/0.png"), ("2.png", "secret/0.png")):
         (album / link).symlink_to(tmp_path / target)
         with pytest.raises(CalibrationError, match=f"{link}: links in a folder are not followed"):
-            Album.open(album, Reader())
+            Album.open(album, InputContext())
         (album / link).unlink()
-    assert len(Album.open(album, Reader())) == 2
+    assert len(Album.open(album, InputContext())) == 2
 
 
 def test_folders_without_pictures_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="holds no pictures"):
-        Album.open(tmp_path, Reader())
+        Album.open(tmp_path, InputContext())
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "bad.png").write_bytes(b"no picture")
     (tmp_path / "one" / "worse.png").write_bytes(b"none either")
     with pytest.raises(CalibrationError, match=r"worse.png cannot be read"):
-        Album.open(tmp_path, Reader())
+        Album.open(tmp_path, InputContext())
     with pytest.raises(CalibrationError, match="count 0"):
-        Album.open("textures", Reader(), count=0)
+        Album.open("textures", InputContext(), count=0)
 
 
 def test_textures_are_the_same_again_and_others_in_the_test_part() -> None:
-    album = Album.open("textures", Reader(), count=25)
+    album = Album.open("textures", InputContext(), count=25)
     assert album.classes == CLASSES and [each.label for each in album.items[18:22]] == [18, 19, 0, 1]
-    again, test = Album.open("textures", Reader(), count=25), album.part("test")
-    faint = Album.open("faint-textures", Reader(), count=25)
+    again, test = Album.open("textures", InputContext(), count=25), album.part("test")
+    faint = Album.open("faint-textures", InputContext(), count=25)
     assert faint.part("test").describe()["data"] == "faint-textures" and faint.classes == CLASSES
     assert album.describe() == again.describe() and len(test) == 25
-    assert all((a.picture != b.picture).any() for a, b in zip(album.items, test.items, strict=True))
+    assert all((a.image != b.image).any() for a, b in zip(album.items, test.items, strict=True))
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -200,7 +200,7 @@ def test_spots_lie_to_each_other_as_the_class_says(world: str) -> None:
 
 @pytest.mark.slow
 def test_a_network_is_trained_and_read_back_and_timm_takes_it(tmp_path: Path) -> None:
-    images = Album.open("textures", Reader(), count=60)
+    images = Album.open("textures", InputContext(), count=60)
     done = train(
         images, shape=NANO, size=32, config=TrainConfig(steps=20, lr=3e-3, batch=20), work=Work(tmp_path / "w")
     )
@@ -219,12 +219,12 @@ def test_a_network_is_trained_and_read_back_and_timm_takes_it(tmp_path: Path) ->
 
 def test_two_channels_are_refused() -> None:
     with pytest.raises(MethodError, match="channels 2: give 1 for greyscale images or 3 for colour"):
-        train(Album.open("textures", Reader(), count=20), shape=NANO, size=32, channels=2)
+        train(Album.open("textures", InputContext(), count=20), shape=NANO, size=32, channels=2)
 
 
 def test_pictures_without_classes_train_nothing() -> None:
     with pytest.raises(CalibrationError, match="have no classes"):
-        train(Album.open("shapes", Reader(), count=20), shape=NANO, size=32)
+        train(Album.open("shapes", InputContext(), count=20), shape=NANO, size=32)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_pictures_without_classes_train_nothing() -> None:
     [{"shape": replace(NANO, pools=(1, 1))}, {"shape": replace(NANO, pools=(4, 1))}, {"drop_path": 0.1}],
 )
 def test_training_of_another_network_does_not_go_on_from_a_run(tmp_path: Path, other: dict[str, Any]) -> None:
-    images = Album.open("textures", Reader(), count=20)
+    images = Album.open("textures", InputContext(), count=20)
     given = {"size": 32, "config": TrainConfig(steps=1, lr=1e-3, batch=8), "work": Work(tmp_path)}
     train(images, **({"shape": NANO} | given))
     with pytest.raises(TrainingError):

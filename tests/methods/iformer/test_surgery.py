@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from lamella.data import Captioned, Reader
+from lamella.data import Captioned, InputContext
 from lamella.errors import BudgetError, CalibrationError, CheckpointError, MethodError, TrainingError
 from lamella.files import Finished, Work
 from lamella.methods.iformer import (
@@ -139,7 +139,7 @@ def test_costs_are_those_that_torch_counts(vision: Vision, kept: int, images: Pi
 
 
 def test_the_ramp_rises_keeps_to_its_share_and_is_read_back_from_its_folder(vision: Vision, tmp_path: Path) -> None:
-    images = Album.open("textures", Reader(), count=20)
+    images = Album.open("textures", InputContext(), count=20)
     done = iformer(vision, images, share=0.9, work=Work(tmp_path / "work"))
     kept = [len(each.kept) for each in done.layers]
     assert kept == sorted(kept) and kept[0] < 3
@@ -162,7 +162,7 @@ def test_the_ramp_rises_keeps_to_its_share_and_is_read_back_from_its_folder(visi
 
 @pytest.mark.slow
 def test_healing_brings_it_nearer_and_trains_every_new_part(vision: Vision, tmp_path: Path) -> None:
-    images = Album.open("textures", Reader(), count=40)
+    images = Album.open("textures", InputContext(), count=40)
     ramped = iformer(vision, images, share=0.8)
     before = {name: each.clone() for name, each in ramped.vision.model.state_dict().items()}
     config = TrainConfig(steps=20, lr=5e-3, batch=16, log_every=4)
@@ -178,7 +178,7 @@ def test_healing_brings_it_nearer_and_trains_every_new_part(vision: Vision, tmp_
 
 
 def test_healing_of_another_network_does_not_go_on_from_a_run(vision: Vision, tmp_path: Path) -> None:
-    images = Album.open("textures", Reader(), count=20)
+    images = Album.open("textures", InputContext(), count=20)
     config = TrainConfig(steps=1, lr=1e-3, batch=8)
     first, second = (iformer(vision, images, share=0.8, seed=seed) for seed in (0, 1))
     heal(vision, first, images, config=config, work=Work(tmp_path))
@@ -190,7 +190,7 @@ def test_healing_of_another_network_does_not_go_on_from_a_run(vision: Vision, tm
 
 def test_networks_in_bfloat16_are_measured_operated_on_and_healed(tmp_path: Path) -> None:
     model = Vision.of(vit().bfloat16(), "a small ViT")
-    images = Album.open("textures", Reader(), count=20)
+    images = Album.open("textures", InputContext(), count=20)
     done = iformer(model, images, share=0.8)
     assert {each.dtype for each in done.vision.model.parameters()} == {torch.bfloat16}
     result = measure_spectra(model, images)["layers"]
@@ -217,7 +217,7 @@ def test_the_most_that_surgery_saves_is_what_its_page_says() -> None:
 
 
 def test_a_refused_budget_costs_no_measurement(vision: Vision, monkeypatch: pytest.MonkeyPatch) -> None:
-    images = Album.open("textures", Reader(), count=20)
+    images = Album.open("textures", InputContext(), count=20)
     smallest = costs_by_heads(vision, Geometry.of(vision.model), 3, 0.5)
     monkeypatch.setattr(torch.nn.Module, "register_forward_pre_hook", None)
     with pytest.raises(BudgetError, match=r"below the smallest shape: with 1 of 3 heads") as error:
@@ -233,16 +233,16 @@ def test_a_refused_budget_costs_no_measurement(vision: Vision, monkeypatch: pyte
     ],
 )
 def test_numbers_out_of_range_are_refused_in_one_line(vision: Vision, options: dict[str, Any], message: str) -> None:
-    images = Album.open("textures", Reader(), count=20)
+    images = Album.open("textures", InputContext(), count=20)
     with pytest.raises(MethodError, match=message) as error:
         iformer(vision, images, **options)
     assert "\n" not in str(error.value)
 
 
 def test_too_few_pictures_and_foreign_models_are_refused(vision: Vision, tmp_path: Path) -> None:
-    images = Album.open("textures", Reader(), count=20)
+    images = Album.open("textures", InputContext(), count=20)
     with pytest.raises(CalibrationError, match="9 images are too few"):
-        iformer(vision, Album.open("textures", Reader(), count=9), share=0.9)
+        iformer(vision, Album.open("textures", InputContext(), count=9), share=0.9)
     with pytest.raises(MethodError, match="has no classes"):
         iformer(Vision.of(vit(num_classes=0)), images, share=0.9)
     ramped = iformer(vision, images, share=0.9)
@@ -258,7 +258,7 @@ def test_too_few_pictures_and_foreign_models_are_refused(vision: Vision, tmp_pat
     assert not list(tmp_path.iterdir())
     with pytest.raises(MethodError, match="with plain attention: block 0 has another kind"):
         iformer(ramped.vision, images)
-    digits = Album.open("digits", Reader(), count=20)
+    digits = Album.open("digits", InputContext(), count=20)
     with pytest.raises(CalibrationError, match="has 20: set labels to 0"):
         heal(vision, ramped, digits, labels=1.0)
 
@@ -287,7 +287,7 @@ def test_a_damaged_folder_is_refused_in_one_line(vision: Vision, tmp_path: Path,
     geometry = Geometry.of(vision.model)
     found = [
         replace(each)
-        for each in fit_convolutions(vision, geometry, Album.open("textures", Reader(), count=10).items, 3, 1e-3)
+        for each in fit_convolutions(vision, geometry, Album.open("textures", InputContext(), count=10).items, 3, 1e-3)
     ]
     layers = plan(geometry, [(1,), (0, 1), (0, 1, 2)], 0.5)
     built = apply_plan(vision, geometry, layers, found, 3, 0)

@@ -263,7 +263,7 @@ def test_what_was_run_is_gone_on_from_and_called_again_gives_the_same(tmp_path: 
     stack = Stack(nano("llama"))
     plan = repaired(stack, work=Work(tmp_path))
     assert repaired(stack, work=Work(tmp_path)) == plan
-    with pytest.raises(TrainingError, match="holds a run with"):
+    with pytest.raises(TrainingError, match="contains a run with"):
         repaired(stack, work=Work(tmp_path), beta=0.7)
 
 

@@ -18,7 +18,18 @@ from torch import Tensor
 from lamella.errors import TrainingError
 from lamella.methods.irepair import BestSlices, Choices, SliceTraining, by_role, count_examples, layer_parameters
 from lamella.stack import Stack
-from lamella.train import Constant, Hook, Task, TrainConfig, Training, TrainingLog, blocks, collate, fit, response_loss
+from lamella.train import (
+    Constant,
+    Hook,
+    Task,
+    TrainConfig,
+    TrainingLog,
+    TrainingRun,
+    blocks,
+    collate,
+    fit,
+    response_loss,
+)
 from lamella.train.losses import continuation_log_probs, dpo_loss
 from lamella.zoo.nano import nano
 
@@ -48,7 +59,7 @@ class Looking(Hook):
     def __init__(self, look: Callable[[int], None]) -> None:
         self.look = look
 
-    def evaluated(self, run: Training) -> None:
+    def evaluated(self, run: TrainingRun) -> None:
         self.look(run.step)
 
 
@@ -61,7 +72,7 @@ def fit_slices(
     hook = SliceTraining(slices, choose, score, bias_correction=options.pop("bias_correction", False))
     best = BestSlices(hook, options.pop("patience", 30))
     rate = Constant(options.pop("lr"), options.pop("warmup"))
-    config = TrainConfig(**{"eval_every": 20} | options).following(rate)
+    config = TrainConfig(**{"eval_every": 20} | options).with_schedule(rate)
     inside = {each for own in slices for each in own.values()}
     names = {name for name, each in model.named_parameters() if each in inside}
     task = Task(objective, by_role, count_examples, dropout=False)
@@ -262,7 +273,7 @@ def test_bad_arguments_and_other_runs_are_refused(tmp_path: Path) -> None:
         lambda: fit_slices(model, slices, [], objective, in_turn, out=tmp_path, **RUN)
     )
     fitted(tmp_path / "b", steps=2)
-    assert "holds a run with steps 2, not 3" in refused(lambda: fitted(tmp_path / "b", steps=3))
+    assert "contains a run with steps 2, not 3" in refused(lambda: fitted(tmp_path / "b", steps=3))
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "notes.txt").write_text("mine")
     assert "not the folder of a training run" in refused(lambda: fitted(tmp_path / "c"))

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lamella.data import ImageText, Local, Processing, Reader, Request, Sampling, Written
+from lamella.data import Completion, ImageText, InputContext, LocalWriter, Processing, Sampling, WritingRequest
 from lamella.errors import CalibrationError, LamellaError, MethodError
 from lamella.files import Work
 from lamella.methods.kore import Item, Knowledge, Templates, Tree, augment
 from lamella.methods.kore.glyphs import glyphs
 from lamella.methods.kore.items import repositioned
 from lamella.methods.kore.tree import check_turns, grow, made_turns, read_turns, requests
-from lamella.results import Illustrated
+from lamella.results import ImageCorpus
 from lamella.runner import run
 from lamella.zoo.vlm import shapes_vlm
 
@@ -47,8 +47,8 @@ Question: What is it? | Answer: a tower
 Here are more questions."""
 
 
-def written(text: str, finished: bool = True) -> Written:
-    return Written(text, finished, 10, 20)
+def written(text: str, finished: bool = True) -> Completion:
+    return Completion(text, finished, 10, 20)
 
 
 def summary_of(turns: Sequence[Any]) -> list[tuple[str, str, str | None]]:
@@ -181,23 +181,21 @@ def test_its_folder_is_what_a_vision_language_model_trains_on(file: Path, tmp_pa
     run("kore", file, command="augment", out=out)
     rows = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
     assert Counter(row["id"] for row in rows) == {"items.jsonl:1": 6, "../x": 5}
-    assert {path.parent for path in out.rglob("*.png")} == {out / "pictures"}  # whatever an item is called
+    assert {path.parent for path in out.rglob("*.png")} == {out / "images"}  # whatever an item is called
     asked = [json.loads(line) for line in (out / "test.jsonl").read_text().splitlines()]
-    assert {f"pictures/{path.name}" for path in (out / "pictures").iterdir()} == {
-        row["image"] for row in (*rows, *asked)
-    }
+    assert {f"images/{path.name}" for path in (out / "images").iterdir()} == {row["image"] for row in (*rows, *asked)}
     shown = [row for row in rows if row["id"] == "items.jsonl:1" and row["task"] == "recognition"]
     second = np.array(Image.open(file.parent / "1.png"))
     assert any(np.array_equal(np.array(Image.open(out / row["image"])), second) for row in shown)
     processing = Processing(shapes_vlm("llava")[1])
     for split, count in (("calibration", len(rows)), ("test", 2)):
-        found = ImageText.open(out, Reader(split=split, processing_opener=lambda: processing))  # type: ignore[arg-type]
+        found = ImageText.open(out, InputContext(split=split, processing_opener=lambda: processing))  # type: ignore[arg-type]
         assert len(found) == count and all(len(each.images) == 1 for each in found)
-    assert Illustrated.read(out) and all(row["kept"] for row in Illustrated.read(out))
+    assert ImageCorpus.read(out) and all(row["kept"] for row in ImageCorpus.read(out))
 
 
 def test_a_written_tree_accounts_for_all_turns_and_says_who_wrote_them(instructed: Path) -> None:
-    found = augment(Knowledge.open("glyphs", Reader(), items=3), Local(str(instructed), batch=4), answer=24)
+    found = augment(Knowledge.open("glyphs", InputContext(), items=3), LocalWriter(str(instructed), batch=4), answer=24)
     account = found.findings["turns"]
     for task in ("dialogue", "caption", "vqa"):
         rows = [row for row in found.items if row["task"] == task]
@@ -209,15 +207,15 @@ def test_a_written_tree_accounts_for_all_turns_and_says_who_wrote_them(instructe
     assert all(turn["content"] for row in found.train for turn in row["messages"])
 
 
-class Counting(Local):
+class Counting(LocalWriter):
     """A writer that counts what it is asked, and is stopped after some batches."""
 
     after = 10**6
     asked: int = 0
 
     def write(
-        self, requests: Sequence[Request], sampling: Sampling, done: Collection[str] = ()
-    ) -> Iterator[list[tuple[Request, Written]]]:
+        self, requests: Sequence[WritingRequest], sampling: Sampling, done: Collection[str] = ()
+    ) -> Iterator[list[tuple[WritingRequest, Completion]]]:
         for number, batch in enumerate(super().write(requests, sampling, done)):
             if number == self.after:
                 raise KeyboardInterrupt
@@ -226,7 +224,7 @@ class Counting(Local):
 
 
 def test_a_run_that_was_stopped_writes_nothing_twice_and_ends_alike(instructed: Path, tmp_path: Path) -> None:
-    knowledge = Knowledge.open("glyphs", Reader(), items=4)
+    knowledge = Knowledge.open("glyphs", InputContext(), items=4)
     whole = augment(knowledge, Counting(str(instructed), batch=2), answer=8)
     first, second = (Counting(str(instructed), batch=2) for _ in range(2))
     first.after = 2
@@ -238,7 +236,7 @@ def test_a_run_that_was_stopped_writes_nothing_twice_and_ends_alike(instructed: 
 
 
 def test_each_item_is_asked_for_three_things_that_hold_its_text(instructed: Path) -> None:
-    items = list(Knowledge.open("glyphs", Reader(), items=2))
+    items = list(Knowledge.open("glyphs", InputContext(), items=2))
     found = requests(items, Tree(rounds=7), 0)
     assert len({each.key for each in found}) == len({each.seed for each in found}) == 6
     for number, each in enumerate(found):
@@ -248,7 +246,7 @@ def test_each_item_is_asked_for_three_things_that_hold_its_text(instructed: Path
 
 
 def test_seeds_and_templates_decide_what_is_drawn(tmp_path: Path) -> None:
-    knowledge = Knowledge.open("glyphs", Reader(), items=6)
+    knowledge = Knowledge.open("glyphs", InputContext(), items=6)
     one, same, other = (augment(knowledge, seed=seed).findings["corpus"] for seed in (0, 0, 1))
     assert one == same != other
     names = ("heuristic", "rounds", "recognition", "caption", "vqa")
@@ -278,7 +276,7 @@ def test_seeds_and_templates_decide_what_is_drawn(tmp_path: Path) -> None:
 def test_items_that_are_none_are_refused_with_their_line(file: Path, row: Any, said: str) -> None:
     file.write_text(json.dumps(row) + "\n")
     with pytest.raises(LamellaError, match=said) as refused:
-        Knowledge.open(file, Reader())
+        Knowledge.open(file, InputContext())
     assert "\n" not in str(refused.value)
 
 
@@ -286,10 +284,10 @@ def test_two_items_of_one_id_no_items_and_templates_that_are_none_are_refused(fi
     row = {"id": "a", "image": "0.png", "subject": "x", "text": "x is y"}
     file.write_text(2 * (json.dumps(row) + "\n"))
     with pytest.raises(CalibrationError, match="two items with the id 'a'"):
-        Knowledge.open(file, Reader())
+        Knowledge.open(file, InputContext())
     file.write_text("")
     with pytest.raises(CalibrationError, match="holds no items"):
-        Knowledge.open(file, Reader())
+        Knowledge.open(file, InputContext())
     for content, said in (("{}", "has no templates"), ("[1]", "has no templates"), ("nothing", "has no templates")):
         (tmp_path / "t.json").write_text(content)
         with pytest.raises(MethodError, match=said):

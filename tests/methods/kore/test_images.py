@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from lamella.data import ImageText, Processing, Reader
+from lamella.data import ImageText, InputContext, Processing
 from lamella.errors import LamellaError
 from lamella.evaluate.scored import read_inputs
 from lamella.methods.kore import Covariance, input_covariance, kore
@@ -37,7 +37,7 @@ def made(kind: str) -> tuple[Stack, Processing]:
 
 def rows(kind: str, tasks: str = "colour", count: int = 4) -> ImageText:
     processing = made(kind)[1]
-    return ImageText.open(f"shapes:{tasks}", Reader(processing_opener=lambda: processing), rows=count)
+    return ImageText.open(f"shapes:{tasks}", InputContext(processing_opener=lambda: processing), rows=count)
 
 
 @cache

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lamella.data import Passages, Text
-from lamella.data.reader import Reader
+from lamella.data.context import InputContext
 from lamella.errors import MethodError
 from lamella.methods.kore import input_covariance, kore
 from lamella.methods.kore.method import add_adapters, split_weights
@@ -39,18 +39,18 @@ def stack() -> Stack:
 
 
 @pytest.fixture(scope="module")
-def reader() -> Reader:
-    return Reader(lambda: AutoTokenizer.from_pretrained(NANO_LLAMA))
+def context() -> InputContext:
+    return InputContext(lambda: AutoTokenizer.from_pretrained(NANO_LLAMA))
 
 
 @pytest.fixture(scope="module")
-def new(reader: Reader) -> Passages:
-    return Passages.open("stdlib", reader, sequences=8, length=32)
+def new(context: InputContext) -> Passages:
+    return Passages.open("stdlib", context, sequences=8, length=32)
 
 
 @pytest.fixture(scope="module")
-def old(reader: Reader) -> Text:
-    return Text.open("pydoc", reader, sequences=8, length=32)
+def old(context: InputContext) -> Text:
+    return Text.open("pydoc", context, sequences=8, length=32)
 
 
 @pytest.fixture(scope="module")
@@ -163,16 +163,20 @@ def test_a_cut_model_is_measured_and_trained_as_it_runs(stack: Stack, new: Passa
     assert (logits(tuned.view) - logits(apply(stack, plan))).abs().max() > 1e-3
 
 
-def test_a_small_null_space_and_little_text_are_told(stack: Stack, new: Passages, reader: Reader) -> None:
-    little = Text.open("pydoc", reader, sequences=1, length=16)
+def test_a_small_null_space_and_little_text_are_told(stack: Stack, new: Passages, context: InputContext) -> None:
+    little = Text.open("pydoc", context, sequences=1, length=16)
     notes = kore(stack, new, little, r=60, **TRAINED | {"steps": 1}).notes
     assert any("16 tokens of old samples" in note for note in notes)
 
 
 def test_the_rank_that_old_samples_allow_is_said_before_training(
-    stack: Stack, new: Passages, reader: Reader, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    stack: Stack,
+    new: Passages,
+    context: InputContext,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    much = Text.open("pydoc", reader, sequences=8, length=64)
+    much = Text.open("pydoc", context, sequences=8, length=64)
     with monkeypatch.context() as patched:
         patched.setattr("lamella.methods.kore.method.fit", lambda *given, **more: pytest.fail("it trains"))
         with pytest.raises(pytest.fail.Exception):

@@ -9,7 +9,7 @@ import diffusers
 import torch
 import transformers
 
-from lamella.data import Pictures, Reader
+from lamella.data import CaptionedImages, InputContext
 from lamella.methods.laptop_diff import Denoiser, Tuples
 
 COMMON = {"sample_size": 8, "norm_num_groups": 4, "layers_per_block": 1, "block_out_channels": (8, 16)}
@@ -87,8 +87,8 @@ def denoiser(name: str) -> Denoiser:
 
 
 @cache
-def digits(count: int = 24) -> Pictures:
-    return Pictures.open("digits", Reader(), count=count)
+def digits(count: int = 24) -> CaptionedImages:
+    return CaptionedImages.open("digits", InputContext(), count=count)
 
 
 @cache

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from lamella.data import Pictures, Reader
+from lamella.data import CaptionedImages, InputContext
 from lamella.files import Work
 from lamella.methods.laptop_diff import Denoiser, encode_samples
 
@@ -17,7 +17,7 @@ from .pipelines import denoiser, digits
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Pictures:
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> CaptionedImages:
     """150 images of three classes, whose names are the captions."""
     folder = tmp_path_factory.mktemp("images")
     for number in range(150):
@@ -25,11 +25,11 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Pictures:
         place.mkdir(exist_ok=True)
         noise = np.random.default_rng(number).integers(0, 256, (16, 18, 3), dtype=np.uint8)
         Image.fromarray(noise).save(place / f"{number:03d}.png")
-    return Pictures.open(folder, Reader())
+    return CaptionedImages.open(folder, InputContext())
 
 
 @pytest.mark.parametrize("name", ["untrained", "text", "classes"])
-def test_encodings_are_the_direct_ones(name: str, pictures: Pictures, tmp_path: Path) -> None:
+def test_encodings_are_the_direct_ones(name: str, pictures: CaptionedImages, tmp_path: Path) -> None:
     whole, items = denoiser(name), pictures.items
     found = encode_samples(whole, pictures, Work(tmp_path))
     clean, conditions = whole.clean(items), whole.conditions(items)
@@ -42,7 +42,7 @@ def test_encodings_are_the_direct_ones(name: str, pictures: Pictures, tmp_path: 
 
 
 def test_images_without_an_autoencoder_are_decoded_when_they_are_asked_for(
-    pictures: Pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pictures: CaptionedImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded, load = [], ImageFile.ImageFile.load
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: (decoded.append(1), load(self))[1])
@@ -55,7 +55,9 @@ class Stopped(Exception):
     pass
 
 
-def test_encodings_are_reused_after_a_stop(pictures: Pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encodings_are_reused_after_a_stop(
+    pictures: CaptionedImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, calls, clean = denoiser("text"), [], Denoiser.clean
 
     def counted(self: Denoiser, rows: list) -> torch.Tensor:  # type: ignore[type-arg]
@@ -78,7 +80,7 @@ def test_encodings_are_reused_after_a_stop(pictures: Pictures, tmp_path: Path, m
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_other_data_is_encoded_by_itself(pictures: Pictures, tmp_path: Path) -> None:
+def test_other_data_is_encoded_by_itself(pictures: CaptionedImages, tmp_path: Path) -> None:
     whole = denoiser("text")
     encode_samples(whole, pictures, Work(tmp_path))
     found = encode_samples(whole, digits(), Work(tmp_path))

@@ -39,7 +39,7 @@ from lamella.methods.lora_recycling.recipe import entropy_loss
 from lamella.methods.lora_recycling.trial import TrialArm, mismatch_answers
 from lamella.stack import Stack, share
 from lamella.train import Adapter, add_lora, collate, mean_loss, merge, pairs, response_loss
-from lamella.train.adapters import added
+from lamella.train.adapters import with_updates
 from lamella.train.log import Logged
 from lamella.zoo.nano import nano
 
@@ -294,7 +294,7 @@ def test_a_journal_is_of_one_task(stack: Stack, tmp_path: Path) -> None:
 def test_a_dense_merge_adds_to_the_weights_what_it_says(how: str, stack: Stack) -> None:
     adapters = {"one": some(1), "two": some(2, targets=["up_proj"])}
     done = merge_command(stack, AdapterPool.of(adapters), how=how, weight=None if how == "average" else 0.5)
-    wanted = added(stack, updates(list(adapters.values()), 0.5, how=how))
+    wanted = with_updates(stack, updates(list(adapters.values()), 0.5, how=how))
     assert torch.equal(logits(done.stack.model), logits(wanted.model))
     assert not torch.equal(logits(done.stack.model), logits(stack.model)) and done.weight == 0.5
     changed = {

@@ -67,14 +67,14 @@ def test_scores_are_the_formulas_over_whole_activations(name: str, batch_agg: st
     rows = seen(stack, list(IDS))
     norms = [key for key in rows[0] if key[1] not in ("mlp", "attn")]
     stream = sum(aggregated([row[key] for row in rows], batch_agg, seq_agg) for key in norms)
-    np.testing.assert_allclose(found.stream.values, stream, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(found.hidden.values, stream, rtol=1e-4, atol=1e-7)
     for layer in range(4):
         channels = aggregated([row[layer, "mlp"] for row in rows], batch_agg, seq_agg)
         np.testing.assert_allclose(found.channels.values[layer], channels, rtol=1e-4, atol=1e-7)
         norms_of_heads = [np.linalg.norm(row[layer, "attn"].reshape(11, 4, 8), axis=-1) for row in rows]
         heads = aggregated(norms_of_heads, batch_agg, seq_agg)
         np.testing.assert_allclose(found.heads.values[layer], heads, rtol=1e-4, atol=1e-7)
-    assert len(norms) == 8 and found.stream.values.shape == (32,) and found.heads.dims == ("layer", "head")
+    assert len(norms) == 8 and found.hidden.values.shape == (32,) and found.heads.dims == ("layer", "head")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -102,7 +102,7 @@ def test_scores_survive_a_file(tmp_path: Path) -> None:
     found = activation_importance(Stack(nano("llama")), IDS)
     found.save(tmp_path / "scores.safetensors")
     again = Importance.load(tmp_path / "scores.safetensors")
-    for axis in ("channels", "heads", "stream"):
+    for axis in ("channels", "heads", "hidden"):
         assert np.array_equal(getattr(again, axis).values, getattr(found, axis).values)
         assert getattr(again, axis).provenance == getattr(found, axis).provenance
     (tmp_path / "other").write_text("x")
@@ -112,7 +112,7 @@ def test_scores_survive_a_file(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_scored_is_refused_in_one_line() -> None:
-    with pytest.raises(ArchitectureError, match="the widths of gemma3_text models are not known"):
+    with pytest.raises(ArchitectureError, match="cannot score gemma3_text models, whose widths are unknown"):
         activation_importance(Stack(nano("gemma3_text")), IDS)
     broken = nano("llama")
     broken.model.layers[2].mlp.up_proj.weight[0, 0] = float("nan")

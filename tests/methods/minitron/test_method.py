@@ -1,4 +1,4 @@
-"""Minitron: what is sorted is kept best first, what is silent goes for nothing, and healing begins where it should."""
+"""Minitron: the best units are kept first, removing silent units changes nothing, and healing starts correctly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 import lamella
 from lamella.errors import BudgetError, LamellaError, MethodError
-from lamella.methods.minitron import TRAINING, Ranking, Shape, activation_importance, contest, minitron, rank, trim
+from lamella.methods.minitron import TRAINING, ModelShape, Ranking, activation_importance, contest, minitron, rank, trim
 from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.plan.export import export, natural_form
 from lamella.stack import Stack
@@ -53,18 +53,18 @@ def ranked(stack: Stack) -> tuple[Ranking, Sizes]:
     return rank(activation_importance(stack, CALIBRATION), depth, whole.kv_heads), whole
 
 
-def everything(whole: Sizes, **changes: int) -> Shape:
+def everything(whole: Sizes, **changes: int) -> ModelShape:
     shape = {
         "layers": 4,
-        "hidden": whole.stream,
+        "hidden": whole.hidden,
         "mlp": whole.channels,
         "heads": whole.heads,
         "kv_heads": whole.kv_heads,
     }
-    return Shape(**{**shape, **changes})
+    return ModelShape(**{**shape, **changes})
 
 
-def plan_of(stack: Stack, shape: Shape, **options: Any) -> Plan:
+def plan_of(stack: Stack, shape: ModelShape, **options: Any) -> Plan:
     ranking, whole = ranked(stack)
     return PlanSeries(model=ModelReference.of(stack), points=[trim(ranking, shape, whole, **options)])[0]
 
@@ -81,7 +81,7 @@ def silenced(stack: Stack, neurons: list[int], heads: list[int]) -> Stack:
             layer.mlp.c_fc.weight[:, neurons] = 0  # the activation of 0 is 0
             layer.mlp.c_fc.bias[neurons] = 0
         else:
-            for head in heads:  # queries share values, so the head is silenced behind them
+            for head in heads:  # queries share values, so the output of the head is silenced
                 layer.self_attn.o_proj.weight[:, 8 * head : 8 * head + 8] = 0
             layer.mlp.up_proj.weight[neurons] = 0
     return Stack(model)
@@ -127,7 +127,7 @@ def _with_silent_heads(stack: Stack, heads: list[int]) -> Any:
 @pytest.mark.usefixtures("no_gradients")
 @pytest.mark.parametrize("rescale", [True, False])
 @pytest.mark.parametrize("name", FAMILIES[:-1])
-def test_channels_of_the_stream_that_carry_nothing_are_cut_first(name: str, rescale: bool) -> None:
+def test_hidden_channels_that_carry_nothing_are_cut_first(name: str, rescale: bool) -> None:
     stack, gone = opened(name), [2, 3, 11, 29]
     stack.base.embed_tokens.weight[:, gone] = 0
     for layer in stack.layers:
@@ -137,7 +137,7 @@ def test_channels_of_the_stream_that_carry_nothing_are_cut_first(name: str, resc
                 linear.bias[gone] = 0
     _, whole = ranked(stack)
     plan = plan_of(stack, everything(whole, hidden=28), rescale=rescale)
-    assert set(plan.widths.stream or ()) == set(range(32)) - set(gone)
+    assert set(plan.widths.hidden or ()) == set(range(32)) - set(gone)
     view, expected = lamella.apply(stack, plan), stack.model(IDS).logits
     if rescale:
         close(view(IDS).logits, expected)
@@ -186,10 +186,10 @@ def test_heads_are_grouped_by_key_value_head_and_not_the_other_way_round() -> No
     ranking = rank(importance, np.zeros(1), kv_heads=2)
     assert ranking.groups.tolist() == [[1, 0]] and ranking.heads.tolist() == [[[0, 2, 1], [3, 4, 5]]]
     whole = Sizes(32, 64, heads=6, kv_heads=2, head_dim=8)
-    shape = Shape(layers=1, hidden=32, mlp=64, heads=4, kv_heads=2)
+    shape = ModelShape(layers=1, hidden=32, mlp=64, heads=4, kv_heads=2)
     [kept] = trim(ranking, shape, whole).width.values()
     assert (kept.keep, kept.kv_of) == ([3, 4, 0, 2], [1, 1, 0, 0])  # type: ignore[union-attr]
-    [alone] = trim(ranking, Shape(1, 32, 64, 3, 1), whole).width.values()
+    [alone] = trim(ranking, ModelShape(1, 32, 64, 3, 1), whole).width.values()
     assert (alone.keep, alone.kv_of) == ([3, 4, 5], [1, 1, 1])  # type: ignore[union-attr]
 
 
@@ -201,18 +201,18 @@ def test_head_merging_pairs_head_i_with_head_2k_minus_i_plus_1() -> None:
     grouped = rank(importance, np.zeros(1), kv_heads=1)
     whole = Sizes(32, 64, heads=6, kv_heads=1, head_dim=8)
     merges = {
-        kept: trim(grouped, Shape(1, 32, 64, kept, 1), whole, merge_heads=True).width["layers.0.attn.heads"].merge  # type: ignore[union-attr]
+        kept: trim(grouped, ModelShape(1, 32, 64, kept, 1), whole, merge_heads=True).width["layers.0.attn.heads"].merge  # type: ignore[union-attr]
         for kept in (2, 3, 4, 5)
     }
     # By hand, 1-based: n = 6, K = 4: i = 3 with 6, i = 4 with 5. K = 2: i = 1 with 4, i = 2 with 3.
     assert merges == {2: [3, 2], 3: [5, 4, 3], 4: [None, None, 5, 4], 5: [None, None, None, None, 5]}
     own_keys = rank(importance, np.zeros(1), kv_heads=6)
     many = Sizes(32, 64, heads=6, kv_heads=6, head_dim=8)
-    [kept] = trim(own_keys, Shape(1, 32, 64, 4, 4), many, merge_heads=True).width.values()
+    [kept] = trim(own_keys, ModelShape(1, 32, 64, 4, 4), many, merge_heads=True).width.values()
     assert kept.merge == [None, None, 5, 4]  # type: ignore[union-attr]
 
 
-def test_the_layers_that_turn_the_stream_least_are_dropped_even_one_that_does_nothing() -> None:
+def test_the_layers_that_change_the_residual_stream_least_are_dropped_even_one_that_does_nothing() -> None:
     stack = opened("llama")
     with torch.no_grad():
         layer = stack.layers[2]
@@ -236,19 +236,19 @@ def test_by_perplexity_the_layer_whose_loss_is_cheapest_is_dropped() -> None:
 
 
 @pytest.mark.usefixtures("no_gradients")
-def test_a_contiguous_run_of_layers_goes_where_the_stream_turns_least() -> None:
+def test_a_contiguous_run_of_layers_goes_where_the_residual_stream_changes_least() -> None:
     stack = opened("llama")
-    streams = [[], [], [], [], []]
+    hidden = [[], [], [], [], []]
     for row in CALIBRATION.split(1):
         context = stack.context(row)
         for point in range(5):
-            streams[point].append(stack.run(context.h, 0, point, context).flatten(0, 1).double())
-    at = [torch.cat(rows) for rows in streams]
+            hidden[point].append(stack.run(context.h, 0, point, context).flatten(0, 1).double())
+    at = [torch.cat(rows) for rows in hidden]
     turns = [float(torch.arccos(torch.cosine_similarity(at[i], at[i + 2], dim=-1)).mean()) for i in range(3)]
     plan = minitron(stack, CALIBRATION, layers=2, hidden=32, mlp=64, depth="contiguous")[-1]
     first = int(np.argmin(turns))
     assert plan.drop == [f"layers.{first}", f"layers.{first + 1}"]
-    with pytest.raises(MethodError, match="how many stay"):
+    with pytest.raises(MethodError, match="how many to keep"):
         minitron(stack, CALIBRATION, depth="contiguous")
 
 
@@ -276,12 +276,12 @@ def test_smaller_points_keep_a_part_of_what_larger_ones_keep() -> None:
     for larger, smaller in zip(series.points[1:], series.points[2:], strict=False):
         for site, kept in larger.width.items():
             if site.endswith("channels") and site in smaller.width:
-                numbers = [each if isinstance(each, list) else each.keep for each in (kept, smaller.width[site])]
-                assert numbers[0][: len(numbers[1])] == numbers[1]
+                indices = [each if isinstance(each, list) else each.keep for each in (kept, smaller.width[site])]
+                assert indices[0][: len(indices[1])] == indices[1]
 
 
 def test_a_cut_of_more_than_half_warns_and_says_how_far_to_go() -> None:
-    with pytest.warns(UserWarning, match=r"\d\d% of the parameters are left: more than half .* cut to about 5\d%"):
+    with pytest.warns(UserWarning, match=r"\d\d% of the parameters are left: more than half .* prune to about 5\d%"):
         minitron(opened("llama"), CALIBRATION, params=0.3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -367,5 +367,5 @@ def test_a_family_whose_widths_are_not_known_is_named() -> None:
 
 def test_the_shape_of_every_point_is_in_the_provenance() -> None:
     series = minitron(opened("llama"), CALIBRATION, hidden=28, mlp=56, heads=2, layers=3)
-    assert series.provenance["shapes"][-1] == asdict(Shape(3, 28, 56, 2, 2))
+    assert series.provenance["shapes"][-1] == asdict(ModelShape(3, 28, 56, 2, 2))
     assert len(series) == 2 and series.provenance["options"]["hidden"] == 28

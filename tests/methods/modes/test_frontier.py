@@ -23,12 +23,12 @@ def test_it_finds_what_brute_force_finds_on_monotone_grids() -> None:
         share = rng.random() * g[-1, -1]
         found = frontier(int(rows), int(columns), lambda i, j: (float(g[i, j]), float(f[i, j])), float(share))  # noqa: B023
         assert found.skipped >= share and found.cost == f[g >= share].min()
-        assert found.evaluations <= rows + columns and found.falls == 0
+        assert found.evaluations <= rows + columns and found.violations == 0
 
 
-def test_what_falls_is_counted() -> None:
+def test_violations_of_monotonicity_are_counted() -> None:
     g = np.array([[0.1, 0.5], [0.2, 0.4]])
-    assert frontier(2, 2, lambda i, j: (float(g[i, j]), 0.0), 0.3).falls == 1
+    assert frontier(2, 2, lambda i, j: (float(g[i, j]), 0.0), 0.3).violations == 1
 
 
 def test_what_cannot_be_skipped_is_refused() -> None:

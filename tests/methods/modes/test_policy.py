@@ -1,4 +1,4 @@
-"""Skipped experts: nothing skipped, all skipped, what is counted, and what each modality's threshold reaches."""
+"""Skipped experts: nothing skipped, everything skipped, the counts, and the threshold of each modality."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lamella.errors import MethodError
 from lamella.evaluate.scored import labelled_batches
-from lamella.methods.modes import Answers, ExpertSkipping, layer_importance, method, modes
+from lamella.methods.modes import AnswerDistance, ExpertSkipping, layer_importance, method, modes
 from lamella.methods.modes.method import BATCH, skipped
 from lamella.plan import ModelReference, Plan, PolicyReference
 from lamella.runtime import apply, empty_cache, parallel, with_policy
@@ -45,7 +45,7 @@ def planned(stack: Stack, text: float, image: float = 0.0, scale: float = 1.0) -
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "olmoe"])
-def test_a_threshold_of_zero_is_the_model_to_the_bit(name: str) -> None:
+def test_a_threshold_of_zero_is_the_model_bitwise(name: str) -> None:
     stack = opened(name)
     found = parallel(apply(stack, planned(stack, 0.0)), IDS, LENGTHS, MASK).logits
     assert torch.equal(found, stack.model(input_ids=IDS, attention_mask=MASK).logits)
@@ -119,11 +119,11 @@ def test_each_modality_has_its_threshold() -> None:
     stack, given = with_images()
     lengths = torch.full((2,), 20)
 
-    def said(text: float, image: float) -> tuple[Tensor, Tensor]:
+    def logits_and_counts(text: float, image: float) -> tuple[Tensor, Tensor]:
         view = apply(stack, planned(stack, text, image))
         return parallel(view, given, lengths).logits, view.lamella_policy.counts
 
-    (whole, counts), (some, fewer) = said(0.0, 0.0), said(0.0, 1e9)
+    (whole, counts), (some, fewer) = logits_and_counts(0.0, 0.0), logits_and_counts(0.0, 1e9)
     assert int(counts[0, 1, 0]) == 16 * 2 and int(fewer[..., 1, 1].sum()) == 0
     assert torch.equal(fewer[:, 0, 0], fewer[:, 0, 1])
     torch.testing.assert_close(whole[1], some[1], rtol=0, atol=2e-5)  # the row without an image
@@ -137,7 +137,7 @@ def test_importance_is_of_the_answers_and_sums_to_one() -> None:
     rows = [torch.randint(3, 120, (length,), generator=drawn) for length in (9, 12, 11, 8)]
     samples = pairs([(row[:5], row[5:]) for row in rows])
     stack.layers[2].mlp.experts.down_proj.zero_()
-    alpha = layer_importance(Answers(stack, list(labelled_batches(samples, BATCH))))
+    alpha = layer_importance(AnswerDistance(stack, list(labelled_batches(samples, BATCH))))
     assert alpha["text"][2] == 0 and abs(sum(alpha["text"]) - 1) < 1e-12
     assert alpha["image"] == [0.25] * 4  # nothing is known of them
     moved = []
@@ -156,7 +156,7 @@ def test_importance_is_of_the_answers_and_sums_to_one() -> None:
         assert alpha["text"][layer] == pytest.approx(share / sum(moved), rel=1e-4)
 
 
-def test_the_series_skips_what_is_asked_for() -> None:
+def test_the_series_skips_what_is_evaluated_for() -> None:
     stack = opened("olmoe")
     drawn = torch.Generator().manual_seed(3)
     samples = pairs([(row[:5], row[5:]) for row in torch.randint(3, 120, (6, 12), generator=drawn)])
@@ -172,33 +172,33 @@ def test_the_series_skips_what_is_asked_for() -> None:
     assert skipped(counts) == pytest.approx(shares[4])
 
 
-def told(count: int = 6) -> Any:
+def labelled(count: int = 6) -> Any:
     """Samples of text."""
     drawn = torch.Generator().manual_seed(3)
     return pairs([(row[:5], row[5:]) for row in torch.randint(3, 120, (count, 12), generator=drawn)])
 
 
 def test_of_text_alone_every_threshold_is_evaluated_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[float, float]] = []
+    evaluated: list[tuple[float, float]] = []
     own = method.skipping
 
     def counted(answers: Any, alpha: Any, tau: dict[str, float]) -> Any:
-        asked.append((tau["text"], tau["image"]))
+        evaluated.append((tau["text"], tau["image"]))
         return own(answers, alpha, tau)
 
     monkeypatch.setattr(method, "skipping", counted)
     for grid in ("quantile", "paper"):
-        asked.clear()
-        modes(opened("olmoe"), told(), skip=0.1, points=12, grid=grid)  # type: ignore[arg-type]
-        assert len(asked) == len(set(asked)) <= 13
+        evaluated.clear()
+        modes(opened("olmoe"), labelled(), skip=0.1, points=12, grid=grid)  # type: ignore[arg-type]
+        assert len(evaluated) == len(set(evaluated)) <= 13
 
 
 def test_tenths_that_the_papers_thresholds_cannot_skip_are_left_out() -> None:
-    stack, samples = opened("olmoe"), told()
+    stack, samples = opened("olmoe"), labelled()
     shares = [point.scores["skipped pairs"] for point in modes(stack, samples, points=6, grid="paper").points[1:]]
     most = max(shares)
     assert 0.1 <= most < 0.9
-    with pytest.raises(MethodError, match="ask for less"):
+    with pytest.raises(MethodError, match="lower skip"):
         modes(stack, samples, points=6, grid="paper", skip=0.95)
 
 
@@ -223,9 +223,11 @@ def test_an_expert_that_all_tokens_share_stays() -> None:
 def test_a_prefix_of_images_alone_does_not_see_the_threshold_of_text() -> None:
     stack, given = with_images()
     given["input_ids"] = given["input_ids"][:1, 2:]  # 16 tokens of the image, and text behind them
-    said = [parallel(apply(stack, planned(stack, text, 0.12)), given, torch.tensor([20])).logits for text in (0.0, 1e9)]
-    torch.testing.assert_close(said[0][:, :16], said[1][:, :16], rtol=0, atol=1e-6)
-    assert (said[0][:, 16:] - said[1][:, 16:]).abs().max() > 1e-4
+    logits = [
+        parallel(apply(stack, planned(stack, text, 0.12)), given, torch.tensor([20])).logits for text in (0.0, 1e9)
+    ]
+    torch.testing.assert_close(logits[0][:, :16], logits[1][:, :16], rtol=0, atol=1e-6)
+    assert (logits[0][:, 16:] - logits[1][:, 16:]).abs().max() > 1e-4
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -19,14 +19,14 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import lamella
 from lamella.errors import LamellaError, MethodError, PlanError
-from lamella.methods.mue import OFF, Exiting, StreamExits, TokenExits, decayed, exiting, planned
+from lamella.methods.mue import OFF, ExitSettings, ModalityExits, TokenExits, decayed, exit_plan, exit_view
 from lamella.methods.mue.policy import by_token, saturation
 from lamella.plan import Plan
 from lamella.runtime import PlanCache, empty_cache, parallel, traced, untraced
 from lamella.stack import Model
-from lamella.zoo.nano import SEEING, nano
+from lamella.zoo.nano import IMAGE_POSITIONS, nano
 
-NAMES = list(SEEING)
+NAMES = list(IMAGE_POSITIONS)
 ROWS, LENGTH, PROMPT = 3, 9, 4
 IMAGE, START = 127, {"florence2": 2, "patch_bart": 2, "patch_mbart": 2, "patch_t5": 0}
 DRAWN = torch.Generator().manual_seed(5)
@@ -52,7 +52,7 @@ def opened(name: str, **overrides: Any) -> Model:
 
 def source(name: str) -> dict[str, Tensor]:
     """A ragged batch, of which the last row has no image."""
-    places = SEEING[name]
+    places = IMAGE_POSITIONS[name]
     drawn = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 120, (ROWS, places + 8), generator=drawn)
     mask = torch.ones_like(ids)
@@ -120,24 +120,24 @@ def by_hand(
 
 def answered(model: Model, memory: Tensor, given: dict[str, Tensor], ids: Tensor = IDS, mask: Tensor = MASK) -> Tensor:
     """The logits of the untouched decoder over this memory."""
-    told = {"encoder_outputs": BaseModelOutput(last_hidden_state=memory), "attention_mask": given["attention_mask"]}
-    return model.model(**told, **words(ids, mask), use_cache=False).logits
+    inputs = {"encoder_outputs": BaseModelOutput(last_hidden_state=memory), "attention_mask": given["attention_mask"]}
+    return model.model(**inputs, **words(ids, mask), use_cache=False).logits
 
 
 def all_layers(model: Model) -> dict[str, list[int]]:
     return dict.fromkeys(("image", "text"), [len(model.stacks["encoder"])] * ROWS)
 
 
-def view_of(model: Model, settings: Exiting | None = None, **tau: float) -> Any:
-    return exiting(model, settings or Exiting(), tau)
+def view_of(model: Model, settings: ExitSettings | None = None, **tau: float) -> Any:
+    return exit_view(model, settings or ExitSettings(), tau)
 
 
 def middle(model: Model, given: dict[str, Tensor], q: float = 0.45) -> dict[str, float]:
     """Thresholds at which some streams and tokens leave, and others do not."""
     view = view_of(model)
     parallel(view, given | words(), LENGTHS)
-    found = {name: seen[:, :-1] for name, seen in view.lamella_policy_encoder.seen.items()}
-    found["decoder"] = view.lamella_policy.seen[MASK.bool()][:, :-1]
+    found = {name: seen[:, :-1] for name, seen in view.lamella_policy_encoder.cosines.items()}
+    found["decoder"] = view.lamella_policy.cosines[MASK.bool()][:, :-1]
     return {name: float(s[~s.isnan()].double().quantile(q)) for name, s in found.items()}
 
 
@@ -153,7 +153,7 @@ def test_without_exits_the_modalities_run_apart(name: str) -> None:
     real = MASK.bool()
     assert (logits - answered(model, memory, given))[real].abs().max() <= TOLERANCE
     assert (logits - model.model(**given, **words()).logits)[real].abs().max() > 1e-3, "they saw each other"
-    seen = view.lamella_policy_encoder.seen
+    seen = view.lamella_policy_encoder.cosines
     for row, found in enumerate(cosines):
         for modality, s in found.items():
             assert seen[modality][row].tolist() == pytest.approx(s, abs=1e-6)
@@ -162,12 +162,12 @@ def test_without_exits_the_modalities_run_apart(name: str) -> None:
 
 @pytest.mark.parametrize("reduce", ["flat", "mean", "min"])
 @pytest.mark.parametrize("name", NAMES)
-def test_each_stream_of_each_row_leaves_by_itself_and_nothing_runs_behind(name: str, reduce: Any) -> None:
+def test_each_modality_of_each_row_leaves_by_itself_and_nothing_runs_behind(name: str, reduce: Any) -> None:
     model, given = opened(name), source(name)
-    settings = Exiting(reduce=reduce)
+    settings = ExitSettings(reduce=reduce)
     full = view_of(model, settings)
     full(**given, **words())
-    seen = {key: s[:, :-1] for key, s in full.lamella_policy_encoder.seen.items()}
+    seen = {key: s[:, :-1] for key, s in full.lamella_policy_encoder.cosines.items()}
     tau = {key: float(s[~s.isnan()].quantile(0.7)) for key, s in seen.items()}
     view = view_of(model, settings, **tau)
     trace = traced(view, "encoder")
@@ -211,12 +211,12 @@ def test_a_batch_is_its_rows_alone_and_padding_changes_no_exit(name: str) -> Non
 @pytest.mark.parametrize("name", NAMES)
 def test_a_threshold_below_all_cosines_is_a_model_with_the_first_layers_alone(name: str, min_layer: int) -> None:
     model, given = opened(name), source(name)
-    view = view_of(model, Exiting(min_layer=min_layer), image=-OFF, text=-OFF, decoder=-OFF)
+    view = view_of(model, ExitSettings(min_layer=min_layer), image=-OFF, text=-OFF, decoder=-OFF)
     logits = view(**given, **words()).logits
     memory, _ = by_hand(model, given, dict.fromkeys(("image", "text"), [min_layer] * ROWS))
     decoder = model.stacks["decoder"]
-    told = {"encoder_outputs": BaseModelOutput(last_hidden_state=memory), "attention_mask": given["attention_mask"]}
-    context = decoder.context(told | words())
+    inputs = {"encoder_outputs": BaseModelOutput(last_hidden_state=memory), "attention_mask": given["attention_mask"]}
+    context = decoder.context(inputs | words())
     expected = decoder.head(decoder.run(context.h, 0, min_layer, context))
     assert (logits - expected)[MASK.bool()].abs().max() <= TOLERANCE
     assert set(view.lamella_policy.exits[MASK.bool()].tolist()) == {min_layer}
@@ -232,8 +232,8 @@ def left_at(model: Model, exits: Tensor) -> Iterator[Any]:
     for index, layer in enumerate(model.stacks["decoder"].layers):
 
         def hook(_: nn.Module, given: Any, out: Any, gone: Tensor = exits <= index) -> Any:
-            chosen = torch.where(gone[..., None], given[0], out[0] if isinstance(out, tuple) else out)
-            return (chosen, *out[1:]) if isinstance(out, tuple) else chosen
+            selected = torch.where(gone[..., None], given[0], out[0] if isinstance(out, tuple) else out)
+            return (selected, *out[1:]) if isinstance(out, tuple) else selected
 
         hooks.append(layer.register_forward_hook(hook))
     try:
@@ -267,9 +267,9 @@ def stepped(view: Any, given: dict[str, Tensor], cuts: tuple[int, ...], cache: A
 
 @pytest.mark.parametrize("decay", [None, (0.7, 1.0)])
 @pytest.mark.parametrize("name", NAMES)
-def test_steps_equal_all_positions_computed_anew(name: str, decay: Any) -> None:
+def test_steps_equal_all_positions_recomputed(name: str, decay: Any) -> None:
     model, given = opened(name), source(name)
-    view = view_of(model, Exiting(decay=decay, answer=5), **middle(model, given))
+    view = view_of(model, ExitSettings(decay=decay, answer=5), **middle(model, given))
     expected = reference(model, view, given, IDS, MASK, LENGTHS)
     assert len(view.lamella_policy.exits[MASK.bool()].unique()) > 1, "all leave behind one layer"
     for cuts in (tuple(range(1, LENGTH)), (4, 5, 6), (7,), ()):
@@ -281,7 +281,7 @@ def test_steps_equal_all_positions_computed_anew(name: str, decay: Any) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_whoever_has_left_is_seen_in_all_layers_or_in_none_of_the_deeper_ones(name: str, propagate: Any) -> None:
     model, given = opened(name), source(name)
-    view = view_of(model, Exiting(propagate=propagate), **middle(model, given))
+    view = view_of(model, ExitSettings(propagate=propagate), **middle(model, given))
     whole = parallel(view, given | words(), LENGTHS).logits
     exits = view.lamella_policy.exits
     cache = empty_cache(view, LENGTHS)
@@ -303,14 +303,14 @@ def test_whoever_has_left_is_seen_in_all_layers_or_in_none_of_the_deeper_ones(na
 
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("name", NAMES)
-def test_generate_equals_all_positions_computed_anew_beam_by_beam(name: str, beams: int) -> None:
+def test_generate_equals_all_positions_recomputed_beam_by_beam(name: str, beams: int) -> None:
     model, given = opened(name), source(name)
-    view = view_of(model, Exiting(decay=(0.8, 1.0), answer=5), **middle(model, given))
+    view = view_of(model, ExitSettings(decay=(0.8, 1.0), answer=5), **middle(model, given))
     start = IDS[:, :PROMPT].clone()
     start[2, 0] = START[name]
-    told = {"output_scores": True, "output_logits": True, "return_dict_in_generate": True}
+    inputs = {"output_scores": True, "output_logits": True, "return_dict_in_generate": True}
     settings = {"do_sample": False, "max_new_tokens": 5, "pad_token_id": 0, "num_beams": beams}
-    out = view.generate(**given, **words(start, MASK[:, :PROMPT]), **settings, **told, num_return_sequences=beams)
+    out = view.generate(**given, **words(start, MASK[:, :PROMPT]), **settings, **inputs, num_return_sequences=beams)
     ids = out.sequences
     assert torch.equal(ids[:, :PROMPT], start.repeat_interleave(beams, 0))
     repeated = {key: each.repeat_interleave(beams, 0) for key, each in given.items()}
@@ -320,9 +320,9 @@ def test_generate_equals_all_positions_computed_anew_beam_by_beam(name: str, bea
     found = {key: each.tolist() for key, each in view.lamella_policy_encoder.exits.items()}
     memory, _ = by_hand(model, repeated, found)
     with left_at(model, view.lamella_policy.exits):
-        anew = answered(model, memory, repeated, ids, mask)
-    assert (expected - anew)[mask.bool()].abs().max() <= TOLERANCE
-    expected = anew[:, PROMPT - 1 : -1]
+        recomputed = answered(model, memory, repeated, ids, mask)
+    assert (expected - recomputed)[mask.bool()].abs().max() <= TOLERANCE
+    expected = recomputed[:, PROMPT - 1 : -1]
     if beams == 1:
         assert (torch.stack(list(out.logits), dim=1) - expected).abs().max() <= 1e-6  # they come in float32
         assert torch.equal(expected.argmax(-1), ids[:, PROMPT:])
@@ -333,7 +333,7 @@ def test_generate_equals_all_positions_computed_anew_beam_by_beam(name: str, bea
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_without_exits_the_decoder_is_the_model_s_own_to_the_bit(name: str) -> None:
+def test_without_exits_the_decoder_is_the_model_s_own_bitwise(name: str) -> None:
     model, given = opened(name), source(name)
     view = view_of(model)
     settings = {
@@ -346,8 +346,11 @@ def test_without_exits_the_decoder_is_the_model_s_own_to_the_bit(name: str) -> N
     for beams in (1, 2):
         ours = view.generate(**given, **words(IDS[:, :PROMPT], MASK[:, :PROMPT]), **settings, num_beams=beams)
         memory = view(**given, **words()).encoder_last_hidden_state
-        told = {"encoder_outputs": BaseModelOutput(last_hidden_state=memory), "attention_mask": given["attention_mask"]}
-        theirs = model.model.generate(**told, **words(IDS[:, :PROMPT], MASK[:, :PROMPT]), **settings, num_beams=beams)
+        inputs = {
+            "encoder_outputs": BaseModelOutput(last_hidden_state=memory),
+            "attention_mask": given["attention_mask"],
+        }
+        theirs = model.model.generate(**inputs, **words(IDS[:, :PROMPT], MASK[:, :PROMPT]), **settings, num_beams=beams)
         assert torch.equal(ours.sequences, theirs.sequences)
         assert all(torch.equal(a, b) for a, b in zip(ours.logits, theirs.logits, strict=True))
 
@@ -424,8 +427,8 @@ def test_the_decomposed_model_has_the_parameters_of_the_original(name: str) -> N
 @pytest.mark.parametrize("name", NAMES)
 def test_a_plan_is_written_applied_exported_and_loaded(name: str, tmp_path: Any) -> None:
     model, given = opened(name), source(name)
-    params = Exiting(decay=(0.9, 1.0), answer=6).params(middle(model, given))
-    plan = planned(model, params)
+    params = ExitSettings(decay=(0.9, 1.0), answer=6).params(middle(model, given))
+    plan = exit_plan(model, params)
     assert Plan.parse(plan.dump()) == plan and not plan.is_static
     view = lamella.apply(model, plan)
     folder = lamella.export(model, plan, tmp_path / "out", form="native")
@@ -437,8 +440,8 @@ def test_a_plan_is_written_applied_exported_and_loaded(name: str, tmp_path: Any)
 
 def test_an_encoder_alone_may_decide_beside_the_model_s_own_decoder() -> None:
     model, given = opened("patch_bart"), source("patch_bart")
-    params = {"encoder": Exiting().params(middle(model, given))["encoder"]}
-    view = lamella.apply(model, planned(model, params))
+    params = {"encoder": ExitSettings().params(middle(model, given))["encoder"]}
+    view = lamella.apply(model, exit_plan(model, params))
     memory = view(**given, **words()).encoder_last_hidden_state
     expected = answered(model, memory, given)
     assert (view(**given, **words()).logits - expected)[MASK.bool()].abs().max() <= TOLERANCE
@@ -446,11 +449,11 @@ def test_an_encoder_alone_may_decide_beside_the_model_s_own_decoder() -> None:
 
 
 BAD = [
-    ("encoder", {"image": 3.0}, "image 3.0 is compared with cosines: give -1 to 1, or 2 for no exit"),
+    ("encoder", {"image": 3.0}, "image 3.0 is a threshold on cosines: give -1 to 1, or 2 for no exit"),
     ("encoder", {"reduce": "most"}, "reduce is flat, mean or min, not most"),
-    ("encoder", {"min_layer": 0}, "min_layer 0 is to be 1 to 3"),
-    ("decoder", {"min_layer": 5}, "min_layer 5 is to be 1 to 4"),
-    ("decoder", {"threshold": math.nan}, "compared with cosines"),
+    ("encoder", {"min_layer": 0}, "min_layer 0 is out of range: give 1 to 3"),
+    ("decoder", {"min_layer": 5}, "min_layer 5 is out of range: give 1 to 4"),
+    ("decoder", {"threshold": math.nan}, "threshold on cosines"),
     ("decoder", {"decay": [0.9, 1.0]}, "with steps of at least 1"),
     ("decoder", {"decay": [1.9, 1.0], "steps": 4}, "beta from 0 to 1"),
     ("decoder", {"propagate": "copy"}, "propagate is state or none, not copy"),
@@ -459,11 +462,11 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("stack", "params", "said"), BAD)
-def test_settings_that_cannot_be_are_refused_in_one_line(stack: str, params: dict[str, Any], said: str) -> None:
+@pytest.mark.parametrize(("stack", "params", "message"), BAD)
+def test_settings_that_cannot_be_are_refused_in_one_line(stack: str, params: dict[str, Any], message: str) -> None:
     model = opened("patch_bart")
-    with pytest.raises(LamellaError, match=said) as error:
-        lamella.apply(model, planned(model, {stack: params}))
+    with pytest.raises(LamellaError, match=message) as error:
+        lamella.apply(model, exit_plan(model, {stack: params}))
     assert "\n" not in str(error.value)
 
 
@@ -474,7 +477,7 @@ def test_images_and_placeholders_that_differ_are_refused_in_one_line() -> None:
     none = {key: each for key, each in given.items() if key != "pixel_values"}
     for wrong, filled in ((fewer, 16), (none, 0)):
         for call in (lambda g: view(**g, **words()), lambda g: view.generate(**g, max_new_tokens=2)):
-            with pytest.raises(LamellaError, match=f"32 positions .* the images given fill {filled}") as error:
+            with pytest.raises(LamellaError, match=f"32 placeholder positions .* the images fill {filled}") as error:
                 call(wrong)
             assert "\n" not in str(error.value)
 
@@ -483,9 +486,9 @@ def test_an_encoder_takes_no_policy_of_another_method_and_a_decoder_none_of_the_
     model = opened("patch_bart")
     encoder, decoder = model.stacks.values()
     with pytest.raises(PlanError, match="does not generate, so its tokens have no phases"):
-        lamella.runtime.with_policy(encoder, planned(model, {"encoder": {}}), TokenExits(encoder))
-    with pytest.raises(PlanError, match="reads an encoder, for which this policy does not decide"):
-        lamella.runtime.with_policy(decoder, planned(model, {"decoder": {}}), StreamExits(decoder))
+        lamella.runtime.with_policy(encoder, exit_plan(model, {"encoder": {}}), TokenExits(encoder))
+    with pytest.raises(PlanError, match="reads an encoder, which this policy does not support"):
+        lamella.runtime.with_policy(decoder, exit_plan(model, {"decoder": {}}), ModalityExits(decoder))
     for wrong in (lamella.open(nano("bart")), lamella.open(nano("llama"))):
         with pytest.raises(MethodError, match="mue works on"):
-            exiting(wrong, Exiting(), {})
+            exit_view(wrong, ExitSettings(), {})

@@ -10,36 +10,36 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import lamella
-from lamella.data import ImageText, Processing, Shown
+from lamella.data import ImageText, ImageTextRow, Processing
 from lamella.data.samples import NO_LOSS
 from lamella.errors import MethodError
 from lamella.methods.mue import (
     OFF,
-    Exiting,
-    StreamExits,
+    ExitCosts,
+    ExitSettings,
+    ModalityExits,
     TokenExits,
-    Work,
+    best_trial,
     by_flops,
     by_layers,
-    chosen,
-    exiting,
-    front,
+    exit_plan,
+    exit_view,
     histograms,
     layerwise_loss,
+    measure_exits,
     mue,
-    observed,
-    planned,
-    quantiles,
+    pareto_trials,
+    quantile_thresholds,
     saturation,
-    searched,
+    search_thresholds,
     thresholds,
     train,
 )
 from lamella.methods.mue.baselines import EntropyExits, FusedExits, PatienceExits, shuffled
 from lamella.methods.mue.method import attempt
-from lamella.methods.mue.recipe import drawn
+from lamella.methods.mue.recipe import random_exits
 from lamella.methods.mue.reduction import Exits, executed
-from lamella.methods.mue.search import Tried
+from lamella.methods.mue.search import ExitTrial
 from lamella.plan import Plan
 from lamella.runtime import traced, with_policies
 from lamella.stack import Model, open_model
@@ -61,13 +61,13 @@ def rows() -> ImageText:
     """Rows with images, and one without."""
     processing = Processing(shapes_vlm("patch_bart", **SMALL)[1], encodes=True)
     found = [
-        Shown((each.image,), said(f"<image>\n{each.prompt}", each.answer), task=each.task)
+        ImageTextRow((each.image,), turns(f"<image>\n{each.prompt}", each.answer), task=each.task)
         for each in examples(["entailment", "caption"], 6)
     ]
-    return ImageText([*found, Shown((), said("how many shapes are there?", "two"))], processing)
+    return ImageText([*found, ImageTextRow((), turns("how many shapes are there?", "two"))], processing)
 
 
-def said(prompt: str, answer: str) -> tuple[dict[str, str], ...]:
+def turns(prompt: str, answer: str) -> tuple[dict[str, str], ...]:
     return ({"role": "user", "content": prompt}, {"role": "assistant", "content": answer})
 
 
@@ -90,8 +90,8 @@ def doubled(rows: ImageText) -> ImageText:
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_the_gradient_is_that_of_a_backward_pass_for_each_layer(model: Model, rows: ImageText, reduction: Any) -> None:
     batch = batch_of(rows)
-    view = exiting(model, Exiting(), {})
-    loss, parts = layerwise_loss(view, batch, Exiting(reduction=reduction))
+    view = exit_view(model, ExitSettings(), {})
+    loss, parts = layerwise_loss(view, batch, ExitSettings(reduction=reduction))
     loss.backward()
     ours = {name: each.grad.clone() for name, each in view.named_parameters() if each.grad is not None}
     view.zero_grad()
@@ -126,10 +126,10 @@ def view_layers(view: Any, decoder: Any) -> Any:
 
 
 def test_final_loss_is_that_of_the_last_layer_and_smoothing_is_torch_s(model: Model, rows: ImageText) -> None:
-    batch, view = batch_of(rows), exiting(model, Exiting(), {})
-    final, parts = layerwise_loss(view, batch, Exiting(loss="final"))
+    batch, view = batch_of(rows), exit_view(model, ExitSettings(), {})
+    final, parts = layerwise_loss(view, batch, ExitSettings(loss="final"))
     assert float(final) == float(parts["last layer"])
-    smoothed, _ = layerwise_loss(view, batch, Exiting(loss="final", smoothing=0.1))
+    smoothed, _ = layerwise_loss(view, batch, ExitSettings(loss="final", smoothing=0.1))
     logits = view(**{n: batch[n] for n in ("input_ids", "attention_mask", "pixel_values", "labels")}).logits
     carries = batch["labels"] != NO_LOSS
     expected = cross_entropy(logits[carries], batch["labels"][carries], label_smoothing=0.1)
@@ -138,41 +138,41 @@ def test_final_loss_is_that_of_the_last_layer_and_smoothing_is_torch_s(model: Mo
 
 def test_drawn_exits_lie_in_the_deeper_half_and_come_as_often_as_asked() -> None:
     torch.manual_seed(0)
-    found = [drawn(0.5, 6) for _ in range(400)]
+    found = [random_exits(0.5, 6) for _ in range(400)]
     some = [each for each in found if each is not None]
     assert 150 < len(some) < 250
     for name in ("image", "text"):
         assert {each[name] for each in some} == {3, 4, 5, 6}
-    assert drawn(0.0, 6) is None
+    assert random_exits(0.0, 6) is None
 
 
 def test_training_lowers_every_layer_s_loss_and_leaves_the_original(rows: ImageText, tmp_path: Any) -> None:
     model = open_model(shapes_vlm("patch_bart", **SMALL)[0])
     before = {name: each.clone() for name, each in model.model.named_parameters()}
     config = TrainConfig(steps=12, lr=1e-3, batch=4, save_every=50, log_every=4)
-    view, log = train(model, rows, Exiting(encoder_exits=0.5), config, tmp_path / "run")
+    view, log = train(model, rows, ExitSettings(encoder_exits=0.5), config, tmp_path / "run")
     assert log.train[-1].loss < log.train[0].loss
     assert all(torch.equal(each, before[name]) for name, each in model.model.named_parameters())
     assert any(not torch.equal(each, before[name]) for name, each in view.named_parameters())
-    assert view.lamella_policy_encoder.leaves is None and view.lamella_policy.heard is None
+    assert view.lamella_policy_encoder.fixed_exits is None and view.lamella_policy.recorded_hidden is None
 
 
 # What exits save
 
 
 def taken(model: Model, rows: ImageText, q: float = 0.5) -> tuple[Any, Exits]:
-    full = observed(exiting(model, Exiting(), {}), rows)
-    view = exiting(model, Exiting(), quantiles(full, q))
-    return view, observed(view, rows, batch=3)
+    full = measure_exits(exit_view(model, ExitSettings(), {}), rows)
+    view = exit_view(model, ExitSettings(), quantile_thresholds(full, q))
+    return view, measure_exits(view, rows, batch=3)
 
 
 def test_observed_exits_do_not_depend_on_the_batch(model: Model, rows: ImageText) -> None:
     view, found = taken(model, doubled(rows))
-    again = observed(view, doubled(rows), batch=1)
+    again = measure_exits(view, doubled(rows), batch=1)
     for name in ("image", "text"):
-        assert torch.equal(found.streams[name], again.streams[name])
+        assert torch.equal(found.layers[name], again.layers[name])
     assert torch.equal(found.decoder, again.decoder) and torch.equal(found.row, again.row)
-    assert found.tokens["image"].tolist() == [64] * 6 + [0] and found.streams["image"][-1] == 0
+    assert found.tokens["image"].tolist() == [64] * 6 + [0] and found.layers["image"][-1] == 0
     assert found.loss == pytest.approx(again.loss, rel=1e-9)
 
 
@@ -186,7 +186,7 @@ def test_the_reduction_is_what_was_executed(model: Model, rows: ImageText) -> No
         for trace in traces.values():
             for noted in (trace.ran, trace.prompt, trace.notes):
                 noted.clear()
-        alone = observed(view, ImageText([row], rows.processing))
+        alone = measure_exits(view, ImageText([row], rows.processing))
         ran = torch.from_numpy(traces["encoder"].ran[0])[0, :, :, 0]
         images = rows.batch([row])["input_ids"][0] == model.model.config.image_token_id
         streams = [int(ran[which].sum(1).unique()) for which in (images, ~images) if which.any()]
@@ -202,7 +202,7 @@ def test_the_reduction_is_what_was_executed(model: Model, rows: ImageText) -> No
 
 def test_flops_are_counted_from_sizes(model: Model) -> None:
     d, wide = 128, 512
-    work = Work.of(model.stacks["encoder"], model.stacks["decoder"])
+    work = ExitCosts.of(model.stacks["encoder"], model.stacks["decoder"])
     assert (work.d, work.encoder, work.keys, work.memory) == (d, 4 * d * d + 2 * d * wide, 2 * d * d, 2 * d * d)
     assert work.decoder == 4 * d * d + 2 * d * d + 2 * d * wide and work.layers == (3, 3)
     one = Exits(
@@ -224,10 +224,10 @@ def test_flops_are_counted_from_sizes(model: Model) -> None:
     assert histograms(one, (3, 3)) == {"image": [1, 0, 0], "text": [0, 0, 1], "decoder": [0.5, 0.5, 0]}
 
 
-def test_quantiles_leave_so_many_streams_above(model: Model, rows: ImageText) -> None:
-    found = observed(exiting(model, Exiting(), {}), doubled(rows))
+def test_quantiles_leave_that_fraction_above(model: Model, rows: ImageText) -> None:
+    found = measure_exits(exit_view(model, ExitSettings(), {}), doubled(rows))
     for q in (0.25, 0.75):
-        for name, tau in quantiles(found, q).items():
+        for name, tau in quantile_thresholds(found, q).items():
             s = found.cosines[name][:, :-1].flatten()
             s = s[~s.isnan()]
             assert float((s > tau).double().mean()) == pytest.approx(1 - q, abs=1 / len(s) + 1e-9)
@@ -236,29 +236,29 @@ def test_quantiles_leave_so_many_streams_above(model: Model, rows: ImageText) ->
 # The search
 
 
-def tried(reduction: float, right: float) -> Tried:
-    return Tried({}, right, reduction, None)  # type: ignore[arg-type]
+def tried(reduction: float, right: float) -> ExitTrial:
+    return ExitTrial({}, right, reduction, None)  # type: ignore[arg-type]
 
 
 def test_the_front_is_what_nothing_beats_in_both() -> None:
     every = [tried(0.0, 0.9), tried(0.2, 0.9), tried(0.3, 0.7), tried(0.25, 0.6), tried(0.3, 0.8), tried(0.5, 0.1)]
-    assert [(one.reduction, one.right) for one in front(every)] == [(0.2, 0.9), (0.3, 0.8), (0.5, 0.1)]
+    assert [(one.reduction, one.correct) for one in pareto_trials(every)] == [(0.2, 0.9), (0.3, 0.8), (0.5, 0.1)]
     for one in every:
-        beaten = [o for o in front(every) if o.reduction >= one.reduction and o.right >= one.right]
+        beaten = [o for o in pareto_trials(every) if o.reduction >= one.reduction and o.correct >= one.correct]
         assert beaten
-    assert chosen(every, 0.9, 0.85).reduction == 0.3 and chosen(every, 0.9, 0.99).reduction == 0.2
-    assert chosen(every, 2.0, 0.99) is None
+    assert best_trial(every, 0.9, 0.85).reduction == 0.3 and best_trial(every, 0.9, 0.99).reduction == 0.2
+    assert best_trial(every, 2.0, 0.99) is None
 
 
 def test_a_search_sweeps_each_exit_and_then_tries_them_together(model: Model, rows: ImageText) -> None:
-    params = Exiting().params({})
-    found = searched(lambda tau: attempt(model, params, doubled(rows), tau), (0.8, 0.2))
+    params = ExitSettings().params({})
+    found = search_thresholds(lambda tau: attempt(model, params, doubled(rows), tau), (0.8, 0.2))
     assert found[0].tau == {} and found[0].reduction == 0
     alone = [one for one in found if len(one.tau) == 1]
     assert {next(iter(one.tau)) for one in alone} == {"image", "text", "decoder"} and len(alone) == 6
     assert max(len(one.tau) for one in found) == 3
     again = attempt(model, params, doubled(rows), found[-1].tau)
-    assert (again.reduction, again.right) == (found[-1].reduction, found[-1].right)
+    assert (again.reduction, again.correct) == (found[-1].reduction, found[-1].correct)
 
 
 # Commands
@@ -279,14 +279,14 @@ def test_the_method_trains_a_model_whose_plan_can_be_searched(rows: ImageText) -
     assert [p.removed for p in series] == sorted({p.removed for p in series})
     study = saturation(model, rows)
     assert set(study["by quantile"]) == {"0.25", "0.5", "0.75", "0.9"}
-    with pytest.raises(MethodError, match="needs a plan that mue has made"):
+    with pytest.raises(MethodError, match="needs a plan of mue"):
         thresholds(model, Plan(model=series.model, drop=["decoder.layers.1"]), rows)
 
 
 def test_models_that_do_not_fit_are_refused_in_one_line(rows: ImageText) -> None:
     cases: list[tuple[Any, dict[str, Any], str]] = [
-        (lamella.open(nano("bart")), {}, "works on models that read images; .* reads text alone"),
-        (lamella.open(nano("whisper")), {}, "works on models that read images; .* reads audio alone"),
+        (lamella.open(nano("bart")), {}, "works on models with image inputs; .* takes text only"),
+        (lamella.open(nano("whisper")), {}, "works on models with image inputs; .* takes audio only"),
         (lamella.open(nano("llava")), {}, "works on encoder-decoders; .* is a clip_vision_model and llama"),
         (lamella.open(nano("llama")), {}, "mue works on decoders that read an encoder; .* is a llama"),
     ]
@@ -301,10 +301,10 @@ def test_models_that_do_not_fit_are_refused_in_one_line(rows: ImageText) -> None
 
 def test_confidence_and_patience_leave_where_their_rules_say(model: Model, rows: ImageText) -> None:
     encoder, decoder = model.stacks["encoder"], model.stacks["decoder"]
-    plan = planned(model, Exiting().params({}))
-    full = exiting(model, Exiting(), {})
-    full.lamella_policy.heard = streams = []
-    observed(full, doubled(rows), batch=16)
+    plan = exit_plan(model, ExitSettings().params({}))
+    full = exit_view(model, ExitSettings(), {})
+    full.lamella_policy.recorded_hidden = streams = []
+    measure_exits(full, doubled(rows), batch=16)
     p = torch.stack([decoder.head(h).softmax(-1) for h in streams], 2)  # [rows, time, layers, vocabulary]
     entropy, says = torch.special.entr(p).sum(-1), p.argmax(-1)
     below = float(entropy[..., :-1].detach().median())
@@ -313,8 +313,8 @@ def test_confidence_and_patience_leave_where_their_rules_say(model: Model, rows:
         PatienceExits(decoder, 1): lambda r, t: [e for e in (2, 3) if says[r, t, e - 1] == says[r, t, e - 2]],
     }
     for policy, rule in rules.items():
-        view = with_policies(model, plan, {"encoder": StreamExits(encoder), "decoder": policy})
-        first = observed(view, doubled(rows), batch=16)
+        view = with_policies(model, plan, {"encoder": ModalityExits(encoder), "decoder": policy})
+        first = measure_exits(view, doubled(rows), batch=16)
         for row, step, e in zip(first.row.tolist(), first.step.tolist(), first.decoder.tolist(), strict=True):
             if e == 1 or all(int(first.decoder[first.row == row][s]) == 3 for s in range(step)):
                 assert e == min(rule(row, step), default=3)  # of tokens whose earlier ones are as in the full model
@@ -322,20 +322,20 @@ def test_confidence_and_patience_leave_where_their_rules_say(model: Model, rows:
 
 def test_one_fused_exit_is_the_model_as_it_was(model: Model, rows: ImageText) -> None:
     encoder, decoder = model.stacks["encoder"], model.stacks["decoder"]
-    plan = planned(model, Exiting().params({}))
+    plan = exit_plan(model, ExitSettings().params({}))
     view = with_policies(model, plan, {"encoder": FusedExits(encoder), "decoder": TokenExits(decoder)})
     batch = batch_of(rows)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "labels")}
     assert (view(**inputs).logits - model.model(**inputs).logits).abs().max() < 1e-9
     assert view.lamella_policy_encoder.exits["image"].tolist() == [3] * 6 + [0]
     early = with_policies(model, plan, {"encoder": FusedExits(encoder, -OFF), "decoder": TokenExits(decoder)})
-    assert observed(early, doubled(rows)).streams["text"].tolist() == [1] * 7
+    assert measure_exits(early, doubled(rows)).layers["text"].tolist() == [1] * 7
 
 
 def test_shuffled_exits_have_the_same_histograms(model: Model, rows: ImageText) -> None:
     _, found = taken(model, doubled(rows))
     dealt = shuffled(found, 3)
     for name in ("image", "text"):
-        assert dealt[name].sort().values.tolist() == found.streams[name].sort().values.tolist()
-        assert (dealt[name] == 0).equal(found.streams[name] == 0)
+        assert dealt[name].sort().values.tolist() == found.layers[name].sort().values.tolist()
+        assert (dealt[name] == 0).equal(found.layers[name] == 0)
     assert dealt["decoder"].sort().values.tolist() == found.decoder.sort().values.tolist()

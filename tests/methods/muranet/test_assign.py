@@ -11,13 +11,13 @@ from torch import Tensor
 
 from lamella.methods.muranet.assign import corners, overlap, simota
 from lamella.methods.muranet.loss import dice, opening_loss, overlap_loss, wall_loss
-from lamella.methods.muranet.modules import Grid
+from lamella.methods.muranet.modules import CellGrid
 
 SIZES, STRIDES = [(8, 8), (4, 4), (2, 2)], (4, 8, 16)
 
 
-def grid() -> Grid:
-    return Grid.of(SIZES, STRIDES, torch.device("cpu"))
+def grid() -> CellGrid:
+    return CellGrid.of(SIZES, STRIDES, torch.device("cpu"))
 
 
 def boxes_by_chance(count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -40,12 +40,12 @@ def test_decoding_what_was_encoded_gives_the_box_back() -> None:
 
 
 def test_two_boxes_that_want_one_cell_by_hand() -> None:
-    """All boxes that are said are 8 x 8 around the corner of their cell; both boxes overlap four of them by 1 / 7.
+    """All predicted boxes are 8 x 8 around the corner of their cell; both boxes overlap four of them by 1 / 7.
 
     So each gets one cell. Both like cell (2, 1) best, since it alone is sure; the second one costs less there, and the
     first one takes (1, 1), which is a little surer than the others.
     """
-    here = Grid.of([(4, 4)], (8,), torch.device("cpu"))
+    here = CellGrid.of([(4, 4)], (8,), torch.device("cpu"))
     cells = torch.zeros(16, 7)
     cells[:, 5:] = -4.0
     cells[1 * 4 + 2, 5:] = torch.tensor([4.0, 6.0])
@@ -56,25 +56,25 @@ def test_two_boxes_that_want_one_cell_by_hand() -> None:
     torch.testing.assert_close(found.iou, torch.full((2,), 1 / 7))
 
 
-def by_loops(cells: Tensor, here: Grid, boxes: Tensor, labels: Tensor) -> dict[int, int]:
+def by_loops(cells: Tensor, here: CellGrid, boxes: Tensor, labels: Tensor) -> dict[int, int]:
     """The same assignment in float64, cell by cell."""
-    said = cells.double().numpy()
+    predicted = cells.double().numpy()
     corner, stride = here.corner.double().numpy(), here.stride.double().numpy()
-    cost = np.full((len(boxes), len(said)), np.inf)
+    cost = np.full((len(boxes), len(predicted)), np.inf)
     iou = np.zeros_like(cost)
     near = np.zeros_like(cost, bool)
     for g, (cx, cy, w, h) in enumerate(boxes.double().tolist()):
-        for a in range(len(said)):
+        for a in range(len(predicted)):
             x, y = (corner[a] + 0.5) * stride[a]
             near[g, a] = max(abs(x - cx), abs(y - cy)) < 1.5 * stride[a]
-            (px, py), (pw, ph) = (said[a, :2] + corner[a]) * stride[a], np.exp(said[a, 2:4]) * stride[a]
+            (px, py), (pw, ph) = (predicted[a, :2] + corner[a]) * stride[a], np.exp(predicted[a, 2:4]) * stride[a]
             wide = max(0.0, min(cx + w / 2, px + pw / 2) - max(cx - w / 2, px - pw / 2))
             high = max(0.0, min(cy + h / 2, py + ph / 2) - max(cy - h / 2, py - ph / 2))
             iou[g, a] = wide * high / (w * h + pw * ph - wide * high)
     candidates = near.any(0)
     for g, label in enumerate(labels.tolist()):
         for a in np.flatnonzero(candidates):
-            p = np.sqrt(1 / (1 + np.exp(-said[a, 5:])) / (1 + np.exp(-said[a, 4])))
+            p = np.sqrt(1 / (1 + np.exp(-predicted[a, 5:])) / (1 + np.exp(-predicted[a, 4])))
             named = -sum(np.log(p[k]) if k == label else np.log(1 - p[k]) for k in range(len(p)))
             cost[g, a] = named - 3 * np.log(iou[g, a] + 1e-8) + (0 if near[g, a] else 1e6)
     wants: dict[int, list[int]] = {}
@@ -130,9 +130,9 @@ def test_openings_lose_what_the_formula_says() -> None:
     padded = torch.cat([truth, torch.full((2, 5), -1.0)])[None]
     found = opening_loss(cells, here, padded, closing=True)
     match = by_loops(cells[0].detach(), here, boxes, labels)
-    said, sums = cells[0].detach().double(), dict.fromkeys(("overlap", "objectness", "classes", "raw"), 0.0)
+    predicted, sums = cells[0].detach().double(), dict.fromkeys(("overlap", "objectness", "classes", "raw"), 0.0)
     for a in range(84):
-        p = 1 / (1 + math.exp(-said[a, 4]))
+        p = 1 / (1 + math.exp(-predicted[a, 4]))
         sums["objectness"] -= math.log(p) if a in match else math.log(1 - p)
         if a not in match:
             continue
@@ -140,12 +140,12 @@ def test_openings_lose_what_the_formula_says() -> None:
         iou = float(overlap(here.decode(cells.detach())[0, a].double(), boxes[g].double()))
         sums["overlap"] += 5 * (1 - iou**2)
         for k in range(2):
-            q, target = 1 / (1 + math.exp(-said[a, 5 + k])), iou * (k == int(labels[g]))
+            q, target = 1 / (1 + math.exp(-predicted[a, 5 + k])), iou * (k == int(labels[g]))
             sums["classes"] -= target * math.log(q) + (1 - target) * math.log(1 - q)
         cx, cy, w, h = boxes[g].tolist()
         x, y = here.corner[a].tolist()
         wanted = (cx / stride - x, cy / stride - y, math.log(w / stride), math.log(h / stride))
-        sums["raw"] += sum(abs(float(said[a, n]) - each) for n, each in enumerate(wanted))
+        sums["raw"] += sum(abs(float(predicted[a, n]) - each) for n, each in enumerate(wanted))
     for name, each in sums.items():
         assert float(found[name].detach()) == pytest.approx(each / len(match), rel=1e-4), name
     torch.stack([*found.values()]).sum().backward()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import MethodError
-from lamella.methods.muranet import Blocks, RelationAttention2d, RelationBlock, of_timm
+from lamella.methods.muranet import BlockDesign, RelationAttention2d, RelationBlock, of_timm
 
 VARIANTS = ("gate", "msca", "local_softmax", "depthwise")
 
@@ -115,7 +115,7 @@ def test_the_block_to_compare_with_has_as_many_parameters(channels: int) -> None
 
 @torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_block_without_scale_changes_nothing_to_the_bit(variant: str) -> None:
+def test_a_block_without_scale_changes_nothing_bitwise(variant: str) -> None:
     block = RelationBlock(32, variant, scale=0.0)  # type: ignore[arg-type]
     x = 100 * torch.randn(2, 32, 9, 8)
     assert torch.equal(block(x), x) and torch.equal(block.eval()(x), x)
@@ -133,7 +133,7 @@ def test_inserted_attention_leaves_all_maps_of_a_timm_network_as_they_were(name:
     scaled = (pixels.float() / 255 - encoder.mean) / encoder.spread
     expected = theirs(scaled)
     assert [tuple(each.shape[1:2]) for each in expected] == [(c,) for c in encoder.channels]
-    encoder.insert([0, 2, 3], Blocks())
+    encoder.insert([0, 2, 3], BlockDesign())
     for ours, each in zip(encoder.eval()(pixels)[0], expected, strict=True):
         assert torch.equal(ours, each)
 

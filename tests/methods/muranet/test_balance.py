@@ -12,34 +12,34 @@ from torch import Tensor
 
 from lamella.errors import MethodError
 from lamella.methods.muranet import (
-    Balance,
-    Blocks,
+    BlockDesign,
     FloorPlans,
+    LossBalance,
     PlanNetwork,
-    Practice,
-    Shape,
+    PlanTraining,
+    RecogniserShape,
     UNetDecoder,
     branch_point,
     muranet,
 )
 from lamella.methods.muranet import synthetic_floor_plan as made
-from lamella.methods.muranet.balance import Balanced, Balancing, agreement, gradients, shared_stages
-from lamella.methods.muranet.frame import Rows, together
-from lamella.methods.muranet.recipe import Lesson, practise, task_losses
+from lamella.methods.muranet.balance import BalanceHook, WeightedNetwork, agreement, gradients, shared_stages
+from lamella.methods.muranet.frame import PlanRows, collate
+from lamella.methods.muranet.recipe import PlanLoss, task_losses, train_network
 from lamella.train import TrainConfig, adamw, choose
 
-SMALL = Shape(encoder="nano", size=64, scales=1, neck=8)
+SMALL = RecogniserShape(encoder="nano", size=64, scales=1, neck=8)
 PLANS = FloorPlans.of([made(seed, 64) for seed in range(4)])
 CONFIG = TrainConfig(steps=3, lr=1e-3, batch=2, clip=1e6, log_every=1)
 
 
-def network(shape: Shape = SMALL) -> PlanNetwork:
+def network(shape: RecogniserShape = SMALL) -> PlanNetwork:
     torch.manual_seed(0)
     return shape.build(2)
 
 
 def batch(size: int = 64) -> dict[str, Tensor]:
-    return together(list(Rows(PLANS[:2], size, False)))
+    return collate(list(PlanRows(PLANS[:2], size, False)))
 
 
 def test_the_gradient_on_shared_stages_is_the_sum_of_both_tasks() -> None:
@@ -77,8 +77,8 @@ def test_training_one_task_alone_leaves_the_others_output_when_what_is_shared_st
     shared, other = model.encoder, model.openings
     assert other is not None
     before = model.eval()(batch()["x"])
-    model.hold(shared, other)
-    practise(model.train(), PLANS, CONFIG, Practice(), Balance(), frame=(64, False), out=tmp_path / "run")
+    model.freeze(shared, other)
+    train_network(model.train(), PLANS, CONFIG, PlanTraining(), LossBalance(), frame=(64, False), out=tmp_path / "run")
     after = model.eval()(batch()["x"])
     assert torch.equal(before.cells, after.cells) and not torch.equal(before.walls[0], after.walls[0])
 
@@ -91,14 +91,16 @@ def test_weights_of_deep_supervision_go_with_the_strides_of_its_maps() -> None:
     ):
         channels = [8] * len(strides)
         maps = [torch.randn(1, 8, 32 // stride, 32 // stride) for stride in strides]
-        decoder = UNetDecoder(channels, strides, Blocks(scales=1), deep=True)
+        decoder = UNetDecoder(channels, strides, BlockDesign(scales=1), deep=True)
         assert decoder.weights == expected and len(decoder(maps, (32, 32))) == len(expected)
-        assert UNetDecoder(channels, strides, Blocks(scales=1)).weights == (1.0,)
+        assert UNetDecoder(channels, strides, BlockDesign(scales=1)).weights == (1.0,)
 
 
 def test_norms_biases_and_what_scales_a_block_or_a_loss_do_not_decay() -> None:
     for encoder in ("nano", "resnet18"):
-        model = Balanced(network(replace(SMALL, encoder=encoder, insert=(1,))), Balance(weighting="uncertainty"))
+        model = WeightedNetwork(
+            network(replace(SMALL, encoder=encoder, insert=(1,))), LossBalance(weighting="uncertainty")
+        )
         decayed = {id(each) for each in adamw(model, choose(model), CONFIG).param_groups[0]["params"]}
         matrices = {id(each.weight) for each in model.modules() if isinstance(each, torch.nn.Conv2d)}
         assert decayed == matrices and id(model.s) not in decayed
@@ -119,10 +121,10 @@ class Run:
         self.notes[name] = float(value)
 
 
-def stepped(balance: Balance, model: PlanNetwork) -> tuple[Balanced, Balancing, Run, dict[str, Any]]:
+def stepped(balance: LossBalance, model: PlanNetwork) -> tuple[WeightedNetwork, BalanceHook, Run, dict[str, Any]]:
     """One step's passes of a balance on a network; its gradients stay in place."""
-    balanced = Balanced(model, balance).eval()
-    hook, run, lesson = Balancing(balanced, balance), Run(), Lesson(Practice())
+    balanced = WeightedNetwork(model, balance).eval()
+    hook, run, lesson = BalanceHook(balanced, balance), Run(), PlanLoss(PlanTraining())
     hook.before_step(run)  # type: ignore[arg-type]
     _, parts = hook.passes(lambda given: lesson(balanced, given), batch(), lambda loss, **_: loss.backward())
     hook.before_update(run)  # type: ignore[arg-type]
@@ -144,7 +146,7 @@ def test_each_task_is_clipped_by_itself_before_they_are_added() -> None:
     model = network().eval()
     each = of_tasks(model)
     weights = {"walls": 10.0, "openings": 1.0}
-    stepped(Balance(clip_each=0.5), model)
+    stepped(LossBalance(clip_each=0.5), model)
     norms = {task: float(torch.cat([g.flatten() for g in found]).norm()) for task, found in each.items()}
     assert all(weights[task] * norms[task] > 0.5 for task in weights)
     for place, parameter in enumerate(model.parameters()):
@@ -154,21 +156,21 @@ def test_each_task_is_clipped_by_itself_before_they_are_added() -> None:
 
 
 def test_uncertainty_is_its_formula_and_learns_its_weights() -> None:
-    model = Balanced(network(), Balance(weighting="uncertainty"))
+    model = WeightedNetwork(network(), LossBalance(weighting="uncertainty"))
     with torch.no_grad():
         model.s.copy_(torch.tensor([0.3, -0.7]))
     losses = {"walls": torch.tensor(0.9), "openings": torch.tensor(8.0)}
     s = model.s.detach().double()
     expected = sum(torch.exp(-s[n]) * each.double() + torch.log1p(s[n].exp()) for n, each in enumerate(losses.values()))
     assert float(model.total(losses).detach()) == pytest.approx(float(expected), rel=1e-6)
-    found = muranet(PLANS, shape=SMALL, balance=Balance(weighting="uncertainty"), config=CONFIG)
+    found = muranet(PLANS, shape=SMALL, balance=LossBalance(weighting="uncertainty"), config=CONFIG)
     points = [point.parts["weight of walls"] for point in found.log.train if "weight of walls" in point.parts]
     assert points[0] == 1.0 and not any(name == "s" for name in found.model.state_dict())
 
 
 def test_gradnorm_lowers_the_weight_of_the_task_whose_gradient_is_larger() -> None:
     model = network().eval()
-    balanced, hook, run, parts = stepped(Balance(weighting="gradnorm", wall_weight=1.0, opening_weight=1.0), model)
+    balanced, hook, run, parts = stepped(LossBalance(weighting="gradnorm", wall_weight=1.0, opening_weight=1.0), model)
     norms = [run.notes[f"gradient of {task}, stage 4"] for task in ("walls", "openings")]
     larger = 0 if norms[0] > norms[1] else 1
     before = torch.ones(2)
@@ -181,12 +183,12 @@ def test_gradnorm_lowers_the_weight_of_the_task_whose_gradient_is_larger() -> No
     assert hook.first.tolist() == pytest.approx([float(parts[task].detach()) for task in ("walls", "openings")])
 
 
-def test_gradnorm_goes_on_from_what_it_has_kept(tmp_path: Path) -> None:
-    balance = Balance(weighting="gradnorm")
+def test_gradnorm_resumes_from_what_it_has_kept(tmp_path: Path) -> None:
+    balance = LossBalance(weighting="gradnorm")
     balanced, hook, _, _ = stepped(balance, network().eval())
     hook.save(tmp_path)
-    again = Balanced(network(), balance)
-    other = Balancing(again, balance)
+    again = WeightedNetwork(network(), balance)
+    other = BalanceHook(again, balance)
     other.load(tmp_path)
     assert torch.equal(again.weights, balanced.weights) and torch.equal(other.moments, hook.moments)
     assert other.first is not None and hook.first is not None and torch.equal(other.first, hook.first)
@@ -228,9 +230,9 @@ def test_the_tasks_part_at_the_first_stage_that_is_persistently_negative() -> No
 
 
 def test_what_cannot_be_is_refused_in_one_line() -> None:
-    with pytest.raises(MethodError, match="share one"):
-        Balanced(network(replace(SMALL, split=0)), Balance(weighting="gradnorm"))
+    with pytest.raises(MethodError, match="share a stage"):
+        WeightedNetwork(network(replace(SMALL, split=0)), LossBalance(weighting="gradnorm"))
     with pytest.raises(MethodError, match="5 stages are shared"):
-        muranet(PLANS, shape=SMALL, practice=Practice(frozen=6), config=CONFIG)
+        muranet(PLANS, shape=SMALL, training=PlanTraining(frozen=6), config=CONFIG)
     with pytest.raises(MethodError, match="a multiple of 16"):
         network(replace(SMALL, size=72))

@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from lamella.errors import CalibrationError, CheckpointError, MethodError
 from lamella.methods.muranet import (
-    Balance,
     FloorPlan,
     FloorPlans,
+    LossBalance,
     PlanNetwork,
-    Practice,
+    PlanTraining,
     Recogniser,
-    Shape,
+    RecogniserShape,
     branch,
     judge,
     muranet,
@@ -31,11 +31,11 @@ from lamella.methods.muranet import (
     synthetic_floor_plan,
     tune,
 )
-from lamella.methods.muranet.recipe import practise
+from lamella.methods.muranet.recipe import train_network
 from lamella.train import TrainConfig, TrainingLog
 from lamella.zoo.opening import Preference
 
-SMALL = Shape(encoder="nano", size=64, scales=1, neck=8)
+SMALL = RecogniserShape(encoder="nano", size=64, scales=1, neck=8)
 PLANS = FloorPlans.of([synthetic_floor_plan(seed, 64) for seed in range(6)])
 CONFIG = TrainConfig(steps=2, lr=1e-3, batch=2, clip=1e6)
 
@@ -74,10 +74,10 @@ def test_what_is_written_is_read_back(found: Recogniser, tmp_path: Path) -> None
 )
 def test_a_damaged_folder_is_one_line(found: Recogniser, tmp_path: Path, change: dict[str, object]) -> None:
     found.write(tmp_path)
-    said = json.loads((tmp_path / "network.json").read_text())
+    result = json.loads((tmp_path / "network.json").read_text())
     inner = {name: value for name, value in change.items() if name not in ("more", "schema", "classes")}
-    said |= {"shape": said["shape"] | inner} if inner else change
-    (tmp_path / "network.json").write_text(json.dumps(said))
+    result |= {"shape": result["shape"] | inner} if inner else change
+    (tmp_path / "network.json").write_text(json.dumps(result))
     with pytest.raises(CheckpointError, match="no recogniser") as error:
         Recogniser.read(tmp_path)
     assert "\n" not in str(error.value)
@@ -90,12 +90,12 @@ def test_inserting_and_splitting_change_nothing_at_first(found: Recogniser) -> N
         changed.changed(insert=(3,))
     with pytest.raises(MethodError, match="shares 2 stages"):
         changed.changed(split=3)
-    with pytest.raises(MethodError, match="of 0 to 4"):
+    with pytest.raises(MethodError, match="from 0 to 4"):
         found.changed(insert=(5,))
 
 
 def test_tuning_holds_what_is_frozen_and_trains_what_is_inserted(found: Recogniser, tmp_path: Path) -> None:
-    done = tune(found, PLANS, insert=(1,), split=3, practice=Practice(frozen=3), config=CONFIG)
+    done = tune(found, PLANS, insert=(1,), split=3, training=PlanTraining(frozen=3), config=CONFIG)
     ours, theirs = done.model.encoder.stages, found.model.encoder.stages
     for n in (0, 2):
         for a, b in zip(ours[n].state_dict().values(), theirs[n].state_dict().values(), strict=True):
@@ -111,7 +111,7 @@ def test_tuning_holds_what_is_frozen_and_trains_what_is_inserted(found: Recognis
 def test_a_network_of_timm_trains_on_frozen_stages(tmp_path: Path) -> None:
     pytest.importorskip("timm")
     shape = replace(SMALL, encoder="resnet18", insert=(2,))
-    done = muranet(PLANS, shape=shape, practice=Practice(frozen=5), config=CONFIG)
+    done = muranet(PLANS, shape=shape, training=PlanTraining(frozen=5), config=CONFIG)
     assert not any(each.training for each in done.model.modules())
     done.write(tmp_path)
     assert same(Recogniser.read(tmp_path), done)
@@ -139,7 +139,7 @@ def test_weights_of_a_timm_network_are_taken_from_a_file(tmp_path: Path) -> None
         replace(SMALL, encoder="convnext_atto").build(2, tmp_path / "less.safetensors")
 
 
-class Seen:
+class PlanOutput:
     """A training that is looked at: the network before and after it, and its log."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
@@ -147,20 +147,20 @@ class Seen:
         self.before: list[dict[str, torch.Tensor]] = []
         self.logs: list[TrainingLog] = []
         module = import_module("lamella.methods.muranet.branch")  # whose name is a command's, too
-        patch.setattr(module, "practise", self)
+        patch.setattr(module, "train_network", self)
 
     def __call__(self, network: PlanNetwork, *given: Any, **how: Any) -> TrainingLog:
         self.networks.append(network)
         self.before.append({name: each.clone() for name, each in network.state_dict().items()})
-        self.logs.append(practise(network, *given, **how))
+        self.logs.append(train_network(network, *given, **how))
         return self.logs[-1]
 
 
-def test_a_block_is_tried_on_a_network_that_stays_as_it_is_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_is_tried_on_a_network_that_stays_as_it_is_bitwise(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("timm")
     shape = replace(SMALL, encoder="mobilenetv3_small_050")  # whose norms hold an activation, and so have children
     given = Recogniser(model=shape.build(2).eval(), shape=shape, classes=PLANS.classes, log=TrainingLog({}))
-    seen = Seen(monkeypatch)
+    seen = PlanOutput(monkeypatch)
     stages_worth(given, PLANS, stages=(1,), config=CONFIG)
     after = seen.networks[0].state_dict()
     moved = {name for name, each in seen.before[0].items() if not torch.equal(each, after[name])}
@@ -172,8 +172,8 @@ def test_a_block_is_tried_on_a_network_that_stays_as_it_is_to_the_bit(monkeypatc
 def test_stages_are_judged_by_the_weights_of_the_beginning(
     weighting: Any, found: Recogniser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = Seen(monkeypatch)
-    balance = Balance(weighting=weighting, wall_weight=3.0, pace=0.5)
+    seen = PlanOutput(monkeypatch)
+    balance = LossBalance(weighting=weighting, wall_weight=3.0, pace=0.5)
     fast = replace(CONFIG, lr=0.1)
     row = stages_worth(found, PLANS, stages=(1,), balance=balance, config=fast).findings["gains"][0]
     walls, openings = (1, 1) if weighting == "uncertainty" else (3, 1)
@@ -184,14 +184,16 @@ def test_stages_are_judged_by_the_weights_of_the_beginning(
         assert row["after"] == pytest.approx(seen.logs[0].held_out[-1].loss)
 
 
-def test_networks_are_where_the_house_says(found: Recogniser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_networks_are_where_lamella_keeps_them(
+    found: Recogniser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found.write(tmp_path)
     monkeypatch.setattr("lamella.methods.muranet.result.preference", lambda: Preference(device="meta"))
     again = Recogniser.read(tmp_path)
     assert all(each.is_meta for each in again.model.state_dict().values())
     assert all(each.is_meta for each in again.changed(insert=(1,), split=2).model.state_dict().values())
     placed = []
-    monkeypatch.setattr("lamella.methods.muranet.method.practise", lambda model, *_, **__: placed.append(model))
+    monkeypatch.setattr("lamella.methods.muranet.method.train_network", lambda model, *_, **__: placed.append(model))
     for run in (lambda: muranet(PLANS, shape=SMALL, config=CONFIG), lambda: tune(found, PLANS, config=CONFIG)):
         with pytest.raises(AttributeError):  # of the log that there is not
             run()
@@ -220,8 +222,8 @@ def test_every_shape_trains_and_is_read_back(change: dict[str, object], tmp_path
         assert torch.equal(each, again.model.state_dict()[name])
     if shape.tasks == "both":
         pytest.importorskip("pycocotools")
-        said = judge(again, FloorPlans.of(PLANS[:2])).findings
-        assert 0 <= said["wall iou"] <= 1 and set(said["openings"]) == {"door", "window"}
+        result = judge(again, FloorPlans.of(PLANS[:2])).findings
+        assert 0 <= result["wall iou"] <= 1 and set(result["openings"]) == {"door", "window"}
 
 
 @pytest.mark.parametrize("how", [{"bf16": True}, {"accumulate": 2}])
@@ -233,16 +235,16 @@ def test_it_trains_in_half_precision_and_over_several_passes(how: dict[str, obje
 
 def test_the_larger_encoders_have_more_stages() -> None:
     with torch.device("meta"):
-        found = [Shape(encoder=name).build(2).encoder for name in ("mura", "mura-5", "mura-6")]
+        found = [RecogniserShape(encoder=name).build(2).encoder for name in ("mura", "mura-5", "mura-6")]
     assert [each.strides[-1] for each in found] == [32, 64, 128]
     assert found[0].channels == (32, 64, 128, 256, 512) and len(found[2].stages) == 7
 
 
 def test_plans_of_other_classes_or_without_labels_are_refused(found: Recogniser) -> None:
     other = replace(PLANS, classes=("door", "hatch"))
-    with pytest.raises(CalibrationError, match="the model knows door, window"):
+    with pytest.raises(CalibrationError, match="the model has door, window"):
         judge(found, other)
-    bare = FloorPlans.of([FloorPlan("bare.png", PLANS[0].picture)])
+    bare = FloorPlans.of([FloorPlan("bare.png", PLANS[0].image)])
     for run in (lambda: muranet(bare, shape=SMALL), lambda: branch(found, bare), lambda: stages_worth(found, bare)):
         with pytest.raises(CalibrationError, match=r"bare\.png has no bare\.walls\.png"):
             run()
@@ -253,15 +255,15 @@ def test_one_task_alone_has_no_branch_point() -> None:
     alone = muranet(PLANS, shape=replace(SMALL, tasks="walls"), config=CONFIG)
     with pytest.raises(MethodError, match="share no stage"):
         branch(alone, PLANS)
-    with pytest.raises(MethodError, match="walls alone"):
+    with pytest.raises(MethodError, match="the task walls only"):
         stages_worth(alone, PLANS)
 
 
 def test_shapes_that_do_not_fit_their_encoder_are_refused_in_one_line() -> None:
     for run in (
-        lambda: Shape(encoder="resnet18", spp=True),
+        lambda: RecogniserShape(encoder="resnet18", spp=True),
         lambda: replace(SMALL, finest=5).build(2),
-        lambda: Shape(encoder="nano", size=64).build(2, Path("weights.safetensors")),
+        lambda: RecogniserShape(encoder="nano", size=64).build(2, Path("weights.safetensors")),
     ):
         with pytest.raises(MethodError) as error:
             run()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lamella.methods.muranet import FloorPlan
 from lamella.methods.muranet.assign import corners
-from lamella.methods.muranet.judge import Recognised, WallCount, grey_floor, precision
+from lamella.methods.muranet.judge import Recognition, WallCount, grey_floor, precision
 
 pytest.importorskip("pycocotools")
 CLASSES = ("door", "window")
@@ -20,7 +20,7 @@ def plan(boxes: Tensor) -> FloorPlan:
     return FloorPlan("a plan", np.zeros((64, 64, 3), np.uint8), None, boxes.float().numpy(), CLASSES)
 
 
-def some(seed: int) -> tuple[list[Recognised], list[FloorPlan]]:
+def some(seed: int) -> tuple[list[Recognition], list[FloorPlan]]:
     """Boxes, and what might be found of them: moved, doubled, missed and made up."""
     drawn = np.random.default_rng(seed)
     found, plans = [], []
@@ -36,7 +36,7 @@ def some(seed: int) -> tuple[list[Recognised], list[FloorPlan]]:
         boxes[:, 1:] += drawn.normal(0, 0.8, (len(boxes), 4))
         scores = torch.from_numpy(drawn.permutation(len(boxes)) / len(boxes) + 0.01 * drawn.random()).float()
         moved = corners(torch.from_numpy(boxes[:, 1:])).float()
-        found.append(Recognised(None, moved, scores, torch.from_numpy(boxes[:, 0]).long()))
+        found.append(Recognition(None, moved, scores, torch.from_numpy(boxes[:, 0]).long()))
     return found, plans
 
 
@@ -46,7 +46,7 @@ def iou(a: list[float], b: list[float]) -> float:
     return both / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both)
 
 
-def written_out(found: list[Recognised], plans: list[FloorPlan], label: int, least: float) -> float:
+def written_out(found: list[Recognition], plans: list[FloorPlan], label: int, least: float) -> float:
     """COCO's average precision: greedy by score, each true box once, 101 points of recall."""
     hits: list[tuple[float, bool]] = []
     truths = 0
@@ -73,19 +73,19 @@ def written_out(found: list[Recognised], plans: list[FloorPlan], label: int, lea
 @pytest.mark.parametrize("seed", range(4))
 def test_precision_is_that_of_the_protocol_written_out(seed: int) -> None:
     found, plans = some(seed)
-    said = precision(found, plans, CLASSES)
+    scores = precision(found, plans, CLASSES)
     for label, name in enumerate(CLASSES):
         curve = [written_out(found, plans, label, least) for least in IOUS]
-        ours = said[name]
+        ours = scores[name]
         assert (ours["ap50"], ours["ap75"], ours["ap"]) == pytest.approx((curve[0], curve[5], np.mean(curve)), abs=1e-6)
 
 
-def exact(plans: list[FloorPlan]) -> list[Recognised]:
+def exact(plans: list[FloorPlan]) -> list[Recognition]:
     found = []
     for each in plans:
         assert each.boxes is not None
         true = torch.from_numpy(each.boxes)
-        found.append(Recognised(None, corners(true[:, 1:]), torch.full((len(true),), 0.9), true[:, 0].long()))
+        found.append(Recognition(None, corners(true[:, 1:]), torch.full((len(true),), 0.9), true[:, 0].long()))
     return found
 
 
@@ -94,9 +94,9 @@ def test_what_is_exact_is_1_what_is_empty_0_and_what_is_doubled_less() -> None:
     perfect = exact(plans)
     for each in precision(perfect, plans, CLASSES).values():
         assert each["ap50"] == each["ap"] == pytest.approx(1.0)
-    for each in precision([Recognised(None)] * len(plans), plans, CLASSES).values():
+    for each in precision([Recognition(None)] * len(plans), plans, CLASSES).values():
         assert each["ap50"] == each["ap"] == 0.0
-    twice = [Recognised(None, *(torch.cat([part, part]) for part in (each.boxes, each.scores, each.labels)))
+    twice = [Recognition(None, *(torch.cat([part, part]) for part in (each.boxes, each.scores, each.labels)))
              for each in perfect]  # fmt: skip
     for each in precision(twice, plans, CLASSES).values():
         assert each["ap50"] is not None and each["ap50"] < 1.0
@@ -104,12 +104,12 @@ def test_what_is_exact_is_1_what_is_empty_0_and_what_is_doubled_less() -> None:
 
 def test_a_class_without_true_boxes_has_no_precision() -> None:
     plans = [plan(torch.tensor([[0.0, 20, 20, 10, 4]]))]
-    said = precision(exact(plans), plans, CLASSES)
-    assert said["door"]["ap"] == pytest.approx(1.0) and said["window"] == {
+    scores = precision(exact(plans), plans, CLASSES)
+    assert scores["door"]["ap"] == pytest.approx(1.0) and scores["window"] == {
         "ap50": None, "ap75": None, "ap": None, "boxes": 0
     }  # fmt: skip
     nothing = [plan(torch.zeros(0, 5))]
-    assert precision([Recognised(None)], nothing, CLASSES)["door"]["ap"] is None
+    assert precision([Recognition(None)], nothing, CLASSES)["door"]["ap"] is None
 
 
 def test_walls_are_counted_over_all_plans_and_not_averaged() -> None:
@@ -122,9 +122,9 @@ def test_walls_are_counted_over_all_plans_and_not_averaged() -> None:
 
 
 def test_the_floor_calls_dark_pixels_wall() -> None:
-    picture = np.full((4, 4, 3), 255, np.uint8)
-    picture[0] = 100  # a grey of 0.39
+    image = np.full((4, 4, 3), 255, np.uint8)
+    image[0] = 100  # a grey of 0.39
     walls = np.zeros((4, 4), bool)
     walls[0, :2] = True
-    said = grey_floor([FloorPlan("a plan", picture, walls)])
-    assert said == {"0.3": 0.0, "0.5": 0.5, "0.7": 0.5}
+    scores = grey_floor([FloorPlan("a plan", image, walls)])
+    assert scores == {"0.3": 0.0, "0.5": 0.5, "0.7": 0.5}

@@ -1,4 +1,4 @@
-"""Plans that are made by chance, plans of a folder, and what is refused of either."""
+"""Synthetic plans, plans in a folder, and invalid input of either kind."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from lamella.data import Reader
+from lamella.data import InputContext
 from lamella.errors import CalibrationError
 from lamella.methods.muranet import FloorPlan, FloorPlans, floor_plans, synthetic_floor_plan
 from lamella.methods.muranet.drawing import OUTSIDE, Box, Drawing, draw
-from lamella.methods.muranet.frame import Frame, turned
+from lamella.methods.muranet.frame import Frame, rotated
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -134,7 +134,7 @@ def test_styles_differ_and_no_threshold_solves_them() -> None:
     for style in ("grey", "double"):
         plan = synthetic_floor_plan(0, style=style)  # type: ignore[arg-type]
         assert plan.walls is not None
-        grey = plan.picture.mean(axis=2) / 255
+        grey = plan.image.mean(axis=2) / 255
         best = max(
             (plan.walls & (grey < t)).sum() / (plan.walls | (grey < t)).sum() for t in np.linspace(0.05, 0.95, 19)
         )
@@ -159,8 +159,8 @@ def test_a_tilted_plan_keeps_its_openings_in_their_boxes() -> None:
 def test_flips_and_turns_keep_openings_on_walls(flip: bool, quarters: int) -> None:
     plan = synthetic_floor_plan(2)
     row = Frame.of(plan, 128, False).row(plan)
-    x, walls, boxes = turned(row["x"], row["walls"], row["boxes"], flip, quarters)
-    expected = np.rot90(plan.picture[:, ::-1] if flip else plan.picture, quarters)
+    x, walls, boxes = rotated(row["x"], row["walls"], row["boxes"], flip, quarters)
+    expected = np.rot90(plan.image[:, ::-1] if flip else plan.image, quarters)
     assert np.array_equal(x.permute(1, 2, 0).numpy(), expected)
     for _, cx, cy, w, h in boxes.tolist():
         where = torch.arange(128) + 0.5
@@ -172,7 +172,7 @@ def test_flips_and_turns_keep_openings_on_walls(flip: bool, quarters: int) -> No
 def test_a_frame_moves_boxes_and_maps_there_and_back(letterbox: bool) -> None:
     plan = synthetic_floor_plan(3, 128)
     assert plan.walls is not None and plan.boxes is not None
-    wide = FloorPlan(plan.name, plan.picture[:96], plan.walls[:96], plan.boxes[plan.boxes[:, 2] < 90], plan.classes)
+    wide = FloorPlan(plan.name, plan.image[:96], plan.walls[:96], plan.boxes[plan.boxes[:, 2] < 90], plan.classes)
     frame = Frame.of(wide, 256, letterbox)
     row = frame.row(wide)
     assert row["x"].shape == (3, 256, 256) and row["walls"].shape == (256, 256)
@@ -189,11 +189,11 @@ def test_a_frame_moves_boxes_and_maps_there_and_back(letterbox: bool) -> None:
 
 
 @pytest.mark.parametrize(("height", "width", "low", "across"), [(333, 1000, 43, 128), (1000, 333, 128, 43)])
-def test_boxes_are_scaled_as_the_picture_that_keeps_its_shape(height: int, width: int, low: int, across: int) -> None:
-    """43 pixels hold what 42.62 would: the box of the whole plan is the whole of its picture."""
+def test_boxes_are_scaled_as_the_image_that_keeps_its_shape(height: int, width: int, low: int, across: int) -> None:
+    """43 pixels hold what 42.62 would: the box of the whole plan is its whole image."""
     whole = np.array([[0, width / 2, height / 2, width, height]], np.float32)
-    picture = np.zeros((height, width, 3), np.uint8)
-    plan = FloorPlan("long", picture, np.ones((height, width), bool), whole, ("door", "window"))
+    image = np.zeros((height, width, 3), np.uint8)
+    plan = FloorPlan("long", image, np.ones((height, width), bool), whole, ("door", "window"))
     frame = Frame.of(plan, 128, True)
     row = frame.row(plan)
     ink = (row["x"] == 0).all(0)
@@ -206,10 +206,10 @@ def test_boxes_are_scaled_as_the_picture_that_keeps_its_shape(height: int, width
 # Folders
 
 
-def put(folder: Path, plan: FloorPlan, **said: Any) -> Path:
-    """A folder of one plan; ``said`` replaces parts of its document."""
+def put(folder: Path, plan: FloorPlan, **changes: Any) -> Path:
+    """A folder of one plan; ``changes`` replaces parts of its document."""
     assert plan.walls is not None and plan.boxes is not None
-    Image.fromarray(plan.picture).save(folder / "a.png")
+    Image.fromarray(plan.image).save(folder / "a.png")
     Image.fromarray(plan.walls.astype(np.uint8) * 255).save(folder / "a.walls.png")
     boxes = [
         {"id": n, "image_id": 7, "category_id": int(k) + 1, "bbox": [cx - w / 2, cy - h / 2, w, h]}
@@ -220,33 +220,33 @@ def put(folder: Path, plan: FloorPlan, **said: Any) -> Path:
         "annotations": boxes,
         "categories": [{"id": 1, "name": "door"}, {"id": 2, "name": "window"}],
     }
-    (folder / "annotations.json").write_text(json.dumps(document | said))
+    (folder / "annotations.json").write_text(json.dumps(document | changes))
     return folder
 
 
 def test_a_folder_is_read_as_it_was_written(tmp_path: Path) -> None:
     plan = synthetic_floor_plan(0)
-    found = FloorPlans.open(put(tmp_path, plan), Reader())
+    found = FloorPlans.open(put(tmp_path, plan), InputContext())
     found.check()
     (again,) = found
     assert found.classes == ("door", "window") and again.name == "a.png"
-    assert np.array_equal(again.picture, plan.picture) and np.array_equal(again.walls, plan.walls)
+    assert np.array_equal(again.image, plan.image) and np.array_equal(again.walls, plan.walls)
     assert again.boxes is not None and plan.boxes is not None
     np.testing.assert_allclose(again.boxes, plan.boxes, atol=1e-4)
 
 
-def test_pictures_alone_can_be_read_and_not_learnt_from(tmp_path: Path) -> None:
+def test_images_alone_can_be_read_and_not_trained_on(tmp_path: Path) -> None:
     plan = synthetic_floor_plan(0)
-    Image.fromarray(plan.picture).save(tmp_path / "b.jpg")
+    Image.fromarray(plan.image).save(tmp_path / "b.jpg")
     for given in (tmp_path, tmp_path / "b.jpg"):
-        found = FloorPlans.open(given, Reader())
+        found = FloorPlans.open(given, InputContext())
         assert len(found) == 1 and not found[0].labelled
-        with pytest.raises(CalibrationError, match=r"b\.jpg has no b\.walls\.png beside it"):
+        with pytest.raises(CalibrationError, match=r"b\.jpg has no b\.walls\.png: "):
             found.check()
 
 
 BROKEN: list[tuple[str, Any, str]] = [
-    ("no document", "{", r"no boxes in the form of COCO"),
+    ("not a document", "{", r"no boxes in the form of COCO"),
     ("no bbox", {"annotations": [{"image_id": 7, "category_id": 1}]}, "no boxes in the form of COCO"),
     ("another image", {"annotations": [{"image_id": 8, "category_id": 1, "bbox": [0, 0, 4, 4]}]}, "form of COCO"),
     ("no class", {"categories": []}, "form of COCO|0 categories"),
@@ -261,41 +261,41 @@ BROKEN: list[tuple[str, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("document", "said"), [each[1:] for each in BROKEN], ids=[each[0] for each in BROKEN])
-def test_a_broken_document_is_one_line(tmp_path: Path, document: Any, said: str) -> None:
+@pytest.mark.parametrize(("document", "message"), [each[1:] for each in BROKEN], ids=[each[0] for each in BROKEN])
+def test_a_broken_document_is_one_line(tmp_path: Path, document: Any, message: str) -> None:
     folder = put(tmp_path, synthetic_floor_plan(0), **(document if isinstance(document, dict) else {}))
     if isinstance(document, str):
         (folder / "annotations.json").write_text(document)
-    with pytest.raises(CalibrationError, match=said) as error:
-        FloorPlans.open(folder, Reader())
+    with pytest.raises(CalibrationError, match=message) as error:
+        FloorPlans.open(folder, InputContext())
     assert "\n" not in str(error.value)
 
 
 def test_a_mask_of_another_size_without_walls_or_damaged_is_one_line(tmp_path: Path) -> None:
     folder = put(tmp_path, synthetic_floor_plan(0))
     mask = folder / "a.walls.png"
-    for content, said in (
-        (np.full((64, 128), 255, np.uint8), r"128 x 64 pixels, and a.png has 128 x 128"),
+    for content, message in (
+        (np.full((64, 128), 255, np.uint8), r"128 x 64 pixels, but a.png has 128 x 128"),
         (np.zeros((128, 128), np.uint8), "shows no wall"),
     ):
         Image.fromarray(content).save(mask)
-        with pytest.raises(CalibrationError, match=said):
-            FloorPlans.open(folder, Reader())
+        with pytest.raises(CalibrationError, match=message):
+            FloorPlans.open(folder, InputContext())
     mask.write_bytes(b"\x89PNG\r\n\x1a\n and nothing behind it")
     with pytest.raises(CalibrationError, match="cannot be read"):
-        FloorPlans.open(folder, Reader())
+        FloorPlans.open(folder, InputContext())
     mask.unlink()
     with pytest.raises(CalibrationError, match=r"has no a\.walls\.png"):
-        FloorPlans.open(folder, Reader()).check()
+        FloorPlans.open(folder, InputContext()).check()
 
 
 def test_what_is_no_source_is_one_line(tmp_path: Path) -> None:
-    for given, how, said in (
-        (tmp_path, {}, "holds no picture"),
+    for given, how, message in (
+        (tmp_path, {}, "holds no image"),
         (tmp_path / "nothing", {}, "no floor plans"),
         ("synthetic", {"count": 0}, "count 0"),
         ("synthetic", {"side": 9}, "side 9"),
         ("synthetic", {"style": "baroque"}, "choose one of mixed"),
     ):
-        with pytest.raises(CalibrationError, match=said):
-            FloorPlans.open(given, Reader(), **how)  # type: ignore[arg-type]
+        with pytest.raises(CalibrationError, match=message):
+            FloorPlans.open(given, InputContext(), **how)  # type: ignore[arg-type]

@@ -14,9 +14,9 @@ import torch
 from lamella.methods.muranet import FloorPlan, Readings, synthetic_floor_plan, vector
 from lamella.methods.muranet.assign import corners
 from lamella.methods.muranet.drawing import Box
-from lamella.methods.muranet.judge import Recognised
+from lamella.methods.muranet.judge import Recognition
 from lamella.methods.muranet.page import figures
-from lamella.methods.muranet.vector import area, outlines, snapped
+from lamella.methods.muranet.vector import area, outlines, snap
 from lamella.results import Evidence
 
 pytest.importorskip("skimage")
@@ -48,19 +48,19 @@ def test_a_wall_at_the_border_is_closed() -> None:
 
 def test_an_opening_is_put_into_the_nearest_wall_and_gets_its_thickness() -> None:
     mask = ring() > 0.5
-    lying = snapped(Box(20, 6.5, 30, 12), "door", 0.9, mask)
+    lying = snap(Box(20, 6.5, 30, 12), "door", 0.9, mask)
     assert lying.snapped and lying.across and lying.box == Box(20, 5, 30, 9)
-    standing = snapped(Box(40, 15, 43, 25), "window", 0.8, mask)
+    standing = snap(Box(40, 15, 43, 25), "window", 0.8, mask)
     assert standing.snapped and not standing.across and standing.box == Box(41, 15, 45, 25)
     alone = Box(20, 19, 30, 22)
-    assert snapped(alone, "door", 0.5, mask) == snapped(alone, "door", 0.5, None)
-    assert not snapped(alone, "door", 0.5, mask).snapped
+    assert snap(alone, "door", 0.5, mask) == snap(alone, "door", 0.5, None)
+    assert not snap(alone, "door", 0.5, mask).snapped
 
 
-def seen_as_it_is(plan: FloorPlan) -> Recognised:
+def seen_as_it_is(plan: FloorPlan) -> Recognition:
     assert plan.walls is not None and plan.boxes is not None
     true = torch.from_numpy(plan.boxes)
-    return Recognised(
+    return Recognition(
         plan.walls.astype(np.float32), corners(true[:, 1:]), torch.full((len(true),), 0.9), true[:, 0].long()
     )
 
@@ -72,10 +72,10 @@ def test_a_perfect_reading_gives_back_the_vectors(tmp_path: Path) -> None:
     found.write(tmp_path)
     names = {"the plan.svg", "the plan.json", "the plan.walls.png", "annotations.json"}
     assert names < {each.name for each in tmp_path.iterdir()} and len(list(tmp_path.iterdir())) == 7
-    said = json.loads((tmp_path / "the plan.json").read_text())
-    turned = {id(wall): area(np.array(wall)) for wall in said["walls"]}
+    result = json.loads((tmp_path / "the plan.json").read_text())
+    turned = {id(wall): area(np.array(wall)) for wall in result["walls"]}
     assert abs(sum(turned.values())) == pytest.approx(plan.walls.sum(), rel=0.02)  # holes go round the other way
-    for ours, truth in zip(said["openings"], plan.drawing.openings, strict=True):
+    for ours, truth in zip(result["openings"], plan.drawing.openings, strict=True):
         box = truth.box
         assert ours["kind"] == truth.kind and ours["snapped"]
         assert ours["bbox"] == pytest.approx([box.x0, box.y0, box.width, box.height], abs=1.0)
@@ -85,7 +85,7 @@ def test_a_perfect_reading_gives_back_the_vectors(tmp_path: Path) -> None:
     assert len(coco["images"]) == 2 and len(coco["annotations"]) == 2 * len(plan.drawing.openings)
 
 
-def test_no_plan_takes_the_name_of_a_file_of_the_house() -> None:
+def test_no_plan_takes_the_name_of_a_file_of_lamella() -> None:
     plans = [replace(synthetic_floor_plan(0), name=f"{name}.png") for name in ("annotations", "evidence", "a", "a")]
     found = Readings.of(plans, [seen_as_it_is(each) for each in plans], plans[0].classes)
     drawn = {name for name in found.contents if name.endswith(".svg")}
@@ -100,16 +100,16 @@ def test_no_plan_overwrites_the_files_of_another() -> None:
     assert drawn == {"0002-a.svg", "a.svg", "0002-0002-a.svg"} and len(found.contents) == 3 * 3 + 1
 
 
-def test_the_page_says_how_many_pictures_of_a_plan_there_are() -> None:
+def test_the_page_says_how_many_images_of_a_plan_there_are() -> None:
     plan = synthetic_floor_plan(0)
-    for given, said in (
-        (plan, "the plan, what was recognised, and the truth"),
-        (replace(plan, walls=None, boxes=None), "the plan, and what was recognised"),
+    for given, result in (
+        (plan, "the plan, the prediction, and the ground truth"),
+        (replace(plan, walls=None, boxes=None), "the plan and the prediction"),
     ):
         found = Readings.of([given], [seen_as_it_is(plan)], plan.classes)
         (drawn,) = figures(Evidence(kind="readings", provenance={}, environment={}, findings=found.findings))
-        assert f"{said}. Doors" in drawn.caption and drawn.alt.endswith(said)
-        assert drawn.images == [found.findings["pictures"][0]["picture"]]
+        assert f"{result}. Doors" in drawn.caption and drawn.alt.endswith(result)
+        assert drawn.images == [found.findings["images"][0]["image"]]
 
 
 def Image() -> type:
@@ -117,12 +117,12 @@ def Image() -> type:
 
 
 def test_what_is_drawn_is_svg_whatever_a_class_is_called() -> None:
-    openings = [snapped(Box(20, 6, 30, 9), '"><script>', 0.9, ring() > 0.5)]
-    svg, said = vector(ring(), openings, (40, 50))
+    openings = [snap(Box(20, 6, 30, 9), '"><script>', 0.9, ring() > 0.5)]
+    svg, result = vector(ring(), openings, (40, 50))
     root = ElementTree.fromstring(svg)
     kinds = [each.get("data-kind") for each in root.iter() if each.get("data-kind")]
     assert kinds == ['"><script>'] and not any(each.tag.endswith("script") for each in root.iter())
-    assert said["height"] == 40 and root.get("viewBox") == "0 0 50 40"
+    assert result["height"] == 40 and root.get("viewBox") == "0 0 50 40"
     drawn = synthetic_floor_plan(0).drawing
     assert drawn is not None
     shapes = [each for each in ElementTree.fromstring(drawn.svg()).iter() if each.tag.endswith("rect")]
@@ -132,6 +132,6 @@ def test_what_is_drawn_is_svg_whatever_a_class_is_called() -> None:
 
 def test_a_plan_without_walls_is_named() -> None:
     plan = synthetic_floor_plan(0)
-    found = Readings.of([plan], [Recognised(np.zeros((128, 128), np.float32))], plan.classes)
-    assert found.notes == ["the plan shows no wall that the network knows: is it a floor plan?"]
+    found = Readings.of([plan], [Recognition(np.zeros((128, 128), np.float32))], plan.classes)
+    assert found.notes == ["the plan: the network recognises no wall: is it a floor plan?"]
     assert found.findings["plans"][0]["outlines"] == 0

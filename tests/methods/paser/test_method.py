@@ -16,7 +16,7 @@ import torch
 from lamella.errors import CalibrationError, MethodError
 from lamella.methods.paser import (
     ConceptGraph,
-    Example,
+    InstructionExample,
     Selection,
     budgets,
     concepts,
@@ -189,7 +189,7 @@ SKILLS = {
 }
 
 
-def pool(each: int, seed: int = 0) -> list[Example]:
+def pool(each: int, seed: int = 0) -> list[InstructionExample]:
     drawn = random.Random(seed)
     examples = []
     for skill, templates in SKILLS.items():
@@ -197,7 +197,7 @@ def pool(each: int, seed: int = 0) -> list[Example]:
             slots = {"a": drawn.randrange(99), "b": drawn.randrange(99), "o": drawn.choice(["ball", "kite", "lamp"]),
                      "w": "".join(drawn.choices("abcdefgh", k=5))}  # fmt: skip
             text = drawn.choice(templates).format(**slots)
-            examples.append(Example(f"{skill}-{k:03d}", text, f"it is {drawn.randrange(50)}"))
+            examples.append(InstructionExample(f"{skill}-{k:03d}", text, f"it is {drawn.randrange(50)}"))
     return examples
 
 
@@ -207,12 +207,12 @@ def opened() -> tuple[Stack, Any, Plan]:
     return stack, open_tokenizer(NANO_LLAMA), Plan(model=ModelReference.of(stack), drop=DROP)
 
 
-def selected(examples: list[Example], **options: Any) -> Selection:
+def selected(examples: list[InstructionExample], **options: Any) -> Selection:
     stack, tokenizer, plan = opened()
     return paser(stack, examples, **{"plan": plan, "tokenizer": tokenizer, "embedder": "tfidf"} | options)
 
 
-def test_skills_are_told_apart() -> None:
+def test_skills_are_distinguished() -> None:
     examples = pool(40)
     stack, tokenizer, _ = opened()
     points = embed("tfidf", stack, tokenizer, [each.instruction for each in examples])
@@ -277,7 +277,7 @@ def test_without_damage_sizes_decide() -> None:
 
 
 def test_prompts_that_are_too_long_are_left_out_and_named() -> None:
-    examples = [*pool(12), Example("zz", "long " * 200, "no")]
+    examples = [*pool(12), InstructionExample("zz", "long " * 200, "no")]
     report = selected(examples, max_length=60).findings
     assert report["too_long"] == ["zz"] and report["pool"] == 48
 
@@ -293,14 +293,14 @@ def test_what_cannot_be_is_refused_in_one_line() -> None:
     _, tokenizer, plan = opened()
     cases = [
         ({"plan": None}, MethodError, "give plan and tokenizer"),
-        ({"budget": 1e-9}, CalibrationError, "a share that takes some"),
+        ({"budget": 1e-9}, CalibrationError, "a fraction that selects some"),
         ({"embedder": "nonsense"}, MethodError, "choose hidden-mean, tfidf, minilm"),
     ]
     for change, kind, message in cases:
         with pytest.raises(kind, match=message) as error:
             selected(pool(4), **change)
         assert "\n" not in str(error.value)
-    with pytest.raises(CalibrationError, match="an id of its own"):
+    with pytest.raises(CalibrationError, match="with unique ids"):
         selected([*pool(4), *pool(4)])
     with pytest.raises(MethodError, match="works on decoders"):
         paser(Stack(nano("vit")), pool(4), plan=plan, tokenizer=tokenizer)

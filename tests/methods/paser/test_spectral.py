@@ -58,7 +58,7 @@ def test_many_points_join_their_nearest_landmark(monkeypatch: pytest.MonkeyPatch
     assert (runs[0].labels == runs[1].labels).all()
 
 
-def test_more_pieces_than_may_be_told_apart_make_as_many_clusters_as_may_be() -> None:
+def test_more_pieces_than_can_be_distinguished_make_as_many_clusters_as_may_be() -> None:
     points = np.repeat(1000.0 * np.arange(16), 25)[:, None] + np.tile(np.arange(25.0), 16)[:, None]
     assert spectral_clusters(points, most=6, neighbours=10).labels.max() + 1 == 6
 

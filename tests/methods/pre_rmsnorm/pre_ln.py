@@ -10,7 +10,7 @@ import transformers
 from lamella.methods.pre_rmsnorm.checking import output
 from lamella.methods.pre_rmsnorm.rewrite import Form
 from lamella.plan import RewriteReference
-from lamella.plan.rewriting import rewritten
+from lamella.plan.rewriting import with_rewrite
 from lamella.stack import Model, open_model
 from lamella.zoo.nano import nano, nano_inputs, randomise
 
@@ -71,7 +71,7 @@ def inputs(name: str) -> dict[str, torch.Tensor]:
 
 def written(model: Model, form: Form) -> Any:
     """The transformers model that a form makes of it."""
-    return rewritten(model, RewriteReference(name="pre-rmsnorm", params=vars(form))).model
+    return with_rewrite(model, RewriteReference(name="pre-rmsnorm", params=vars(form))).model
 
 
 def error(model: Any, other: Any, given: dict[str, torch.Tensor]) -> float:

@@ -30,17 +30,19 @@ CRMS = {"norm": "crms", "tied": "untie"}
 def test_it_reports_what_it_did_and_how_equal_the_result_is(name: str) -> None:
     model = built(name)
     done = pre_rmsnorm(model)
-    said = done.findings
-    assert 0 < said["error"]["float64"]["largest"] <= 1e-10 * said["error"]["float64"]["size"]
+    findings = done.findings
+    assert 0 < findings["error"]["float64"]["largest"] <= 1e-10 * findings["error"]["float64"]["size"]
     scales = 2 * 3 * 32 if name.startswith("dinov2") else 0  # each layer's two vectors
-    assert said["parameters"]["delta"] == -scales and said["tied"]["before"] == said["tied"]["after"]
-    assert all(each < 1e-12 for layers in said["mean"]["after"].values() for each in layers)
+    assert findings["parameters"]["delta"] == -scales and findings["tied"]["before"] == findings["tied"]["after"]
+    assert all(each < 1e-12 for layers in findings["mean"]["after"].values() for each in layers)
     layers = sum(len(stack) for stack in model.stacks.values())
-    assert len(said["entrances"]) == (name in ("bloom", "clip", "whisper"))  # what is not linear makes their streams
-    assert len(said["norms"]) > 2 * layers and len(said["recentred"]) >= 2 * layers
+    assert len(findings["entrances"]) == (
+        name in ("bloom", "clip", "whisper")
+    )  # what is not linear makes their streams
+    assert len(findings["norms"]) > 2 * layers and len(findings["recentred"]) >= 2 * layers
 
 
-def test_untying_is_said_with_its_cost() -> None:
+def test_untying_is_reported_with_its_cost() -> None:
     done = pre_rmsnorm(built("gpt2"), **CRMS)
     assert done.findings["tied"] == {"before": True, "after": False}
     assert any("which costs 4,096 parameters" in note for note in done.notes)
@@ -99,24 +101,24 @@ def test_a_plan_that_rewrites_is_read_back_and_says_nothing_else(tmp_path: Path)
     assert again.rewrite == plan.rewrite and again.digest == plan.digest
     assert plan.digest != Plan(model=plan.model).digest
     assert natural_form(plan, model) == "native"
-    with pytest.raises(ValueError, match="rewrite: such a plan says nothing else"):
+    with pytest.raises(ValueError, match="rewrite: such a plan can do nothing else"):
         Plan(model=plan.model, rewrite=plan.rewrite, drop=["layers.0"])
-    with pytest.raises(PlanError, match="plain: no config can say what pre-rmsnorm makes of a model"):
+    with pytest.raises(PlanError, match="plain: no config can describe a model rewritten by pre-rmsnorm"):
         export(model, plan, tmp_path / "out")
     with pytest.raises(PlanError, match="rewrite"):
         compose(plan, Plan(model=plan.model, drop=["layers.0"]))
 
 
-def test_what_is_planned_on_a_rewritten_model_is_refused_with_the_mend(tmp_path: Path) -> None:
+def test_plans_on_a_rewritten_model_are_refused_with_the_fix(tmp_path: Path) -> None:
     model = built("gpt2")
     again = lamella.load(export(model, pre_rmsnorm(model).plan, tmp_path / "rms", form="native"))
     reference = ModelReference.of(again)
     for drop in ("layers.1", "layers.1.mlp"):
-        with pytest.raises(PlanError, match="was rewritten by pre-rmsnorm, and no further plan can be written"):
+        with pytest.raises(PlanError, match="was rewritten by pre-rmsnorm, so no further plan can be exported"):
             export(again, Plan(model=reference, drop=[drop]), tmp_path / "out", form="portable")
-    with pytest.raises(ValueError, match="or rewritten; plan on the model it was made of"):
-        Plan(model=reference, width={"stream.channels": {"keep": list(range(16))}})
-    assert "has layers that no config says" in refused(again)
+    with pytest.raises(ValueError, match="or was rewritten; plan for the model that it was made from"):
+        Plan(model=reference, width={"hidden.channels": {"keep": list(range(16))}})
+    assert "has layers that no config can express" in refused(again)
 
 
 def test_whole_layers_leave_before_and_single_sublayers_do_not(tmp_path: Path) -> None:
@@ -127,11 +129,11 @@ def test_whole_layers_leave_before_and_single_sublayers_do_not(tmp_path: Path) -
         assert torch.allclose(output(pre_rmsnorm(small).view, given), output(small.model, given), atol=1e-10)
     part = Plan(model=ModelReference.of(model), drop=["layers.1.mlp"])
     cut = lamella.load(export(model, part, tmp_path / "part", form="native"), dtype=torch.float64)
-    assert "has layers that no config says" in refused(cut)
+    assert "has layers that no config can express" in refused(cut)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"name": "no-such"}, "unknown method"),
         ({"params": {"norm": "batch"}}, "norm"),
@@ -139,13 +141,13 @@ def test_whole_layers_leave_before_and_single_sublayers_do_not(tmp_path: Path) -
         ({"name": "../ssd"}, "lamella"),
     ],
 )
-def test_a_config_that_asks_for_what_no_export_says_is_refused(change: dict, said: str, tmp_path: Path) -> None:
+def test_a_config_that_asks_for_what_no_export_says_is_refused(change: dict, message: str, tmp_path: Path) -> None:
     model = built("gpt2")
     out = export(model, pre_rmsnorm(model).plan, tmp_path / "out", form="native")
     config = json.loads((out / "config.json").read_text())
     config["lamella"]["rewrite"] |= change
     (out / "config.json").write_text(json.dumps(config))
-    with pytest.raises(LamellaError, match=said) as found:
+    with pytest.raises(LamellaError, match=message) as found:
         lamella.load(out)
     assert "\n" not in str(found.value)
 
@@ -162,8 +164,8 @@ def test_post_ln_models_are_refused() -> None:
     assert "Pre-LN" in refused(open_model(nano("opt_post_norm"), name="opt"))
 
 
-def test_models_whose_stream_has_a_mean_that_counts_are_refused() -> None:
-    assert "see the mean of their stream" in refused(open_model(nano("t5"), name="t5"))
+def test_models_whose_residual_stream_has_a_mean_that_counts_are_refused() -> None:
+    assert "depend on the mean of the residual stream" in refused(open_model(nano("t5"), name="t5"))
     assert "Pre-LN" in refused(open_model(nano("llama"), name="llama"))
 
 
@@ -176,12 +178,12 @@ def test_bert_is_refused_in_one_line() -> None:
 
 
 def test_models_of_which_nothing_is_known_are_refused() -> None:
-    assert "nothing says what the modules of mbart models read and write" in refused(open_model(nano("mbart")))
+    assert "the architecture table has no wiring of mbart models" in refused(open_model(nano("mbart")))
     for name in ("llava", "qwen2_vl"):
-        assert "reads images beside text" in refused(open_model(nano(name)))
+        assert "takes images with text" in refused(open_model(nano(name)))
 
 
-def test_a_tied_head_that_would_be_scaled_twice_is_refused_with_the_mend() -> None:
+def test_a_tied_head_that_would_be_scaled_twice_is_refused_with_the_fix() -> None:
     assert "a tied head would be scaled twice" in refused(built("gpt2"), norm="crms")
     assert "--tied untie" in refused(built("gpt2"), fold="affine")
     assert "--fold affine" in refused(built("gpt_neox"), norm="crms", fold="nothing")
@@ -190,11 +192,11 @@ def test_a_tied_head_that_would_be_scaled_twice_is_refused_with_the_mend() -> No
 def test_a_model_in_int8_is_refused() -> None:
     model = built("gpt2")
     model.model.lm_head.weight = nn.Parameter(torch.ones(128, 32, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(ExportError, match="holds integers: cut the original, and quantise the result"):
+    with pytest.raises(ExportError, match="has integer weights: cut the original, and quantise the result"):
         pre_rmsnorm(model)
 
 
-def test_a_hook_that_writes_the_stream_behind_our_back_is_found_and_nothing_is_made() -> None:
+def test_a_hook_that_writes_the_residual_stream_behind_our_back_is_found_and_nothing_is_made() -> None:
     model = built("gpt2")
     model.model.transformer.h[1].mlp.register_forward_hook(lambda module, given, out: out + given[0].exp())
     assert "differs by" in refused(model)
@@ -218,7 +220,7 @@ def test_a_test_text_without_a_tokenizer_is_refused_before_anything_is_rewritten
         raise AssertionError("the model is rewritten")
 
     nano("gpt2").save_pretrained(tmp_path / "gpt2")
-    monkeypatch.setattr("lamella.runner._called", rewrites)
+    monkeypatch.setattr("lamella.runner._call", rewrites)
     with pytest.raises(LamellaError, match="tokenizer") as error:
         lamella.run("pre-rmsnorm", tmp_path / "gpt2", test="stdlib")
     assert "\n" not in str(error.value)

@@ -15,7 +15,7 @@ from lamella.errors import MethodError, PlanError
 from lamella.methods.pre_rmsnorm.checking import means, output
 from lamella.methods.pre_rmsnorm.rewrite import CRMSNorm, Form, RMSNorm, WideCRMSNorm, find_branches
 from lamella.plan import RewriteReference
-from lamella.plan.rewriting import rewritten, wirings_of
+from lamella.plan.rewriting import wirings_of, with_rewrite
 from lamella.stack import Model, open_model
 from lamella.zoo.nano import nano
 
@@ -112,7 +112,7 @@ def test_no_layer_of_it_is_given_a_mean(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TEXT)
-def test_it_decodes_the_same_tokens_and_goes_on_from_a_cache_of_the_original(name: str) -> None:
+def test_it_decodes_the_same_tokens_and_resumes_from_a_cache_of_the_original(name: str) -> None:
     model, given = built(name), inputs(name)
     options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
     expected = model.model.generate(**given, **options)
@@ -163,7 +163,7 @@ def test_norms_without_affine_have_nothing_to_fold() -> None:
         assert error(model.model, written(model, form), given) < 1e-10
 
 
-def test_norms_that_are_not_on_the_stream_stay() -> None:
+def test_norms_that_are_not_on_the_residual_stream_stay() -> None:
     bloom, clip = written(built("bloom"), Form()), written(built("clip"), Form())
     assert type(bloom.transformer.word_embeddings_layernorm) is nn.LayerNorm
     assert type(clip.pre_layrnorm) is nn.LayerNorm
@@ -180,23 +180,23 @@ def refused(model: Model, form: Form = FORMS[0]) -> str:
 def test_a_writer_that_is_not_linear_is_refused_by_name() -> None:
     model = built("gpt2")
     model.model.transformer.h[1].mlp.c_proj = nn.LayerNorm(32)
-    said = refused(model)
-    assert "transformer.h.1.mlp.c_proj writes the stream and is a LayerNorm, which is not linear" in said
+    message = refused(model)
+    assert "transformer.h.1.mlp.c_proj writes to the residual stream and is a LayerNorm, which is not linear" in message
 
 
 def test_parts_that_nothing_is_known_of_are_refused_by_name() -> None:
     model = built("gpt2")
     model.model.transformer.h[2].attn.scale = nn.Parameter(torch.ones(32))
-    assert "nothing says what transformer.h.2.attn.scale reads or writes" in refused(model)
-    assert "nothing says what transformer.h.0.crossattention" in refused(built("gpt2", add_cross_attention=True))
-    assert "nothing says what encoder.layer.0.mlp.gate_proj" in refused(built("dinov2", use_swiglu_ffn=True))
+    assert "it is not known what transformer.h.2.attn.scale reads or writes" in refused(model)
+    assert "it is not known what transformer.h.0.crossattention" in refused(built("gpt2", add_cross_attention=True))
+    assert "it is not known what encoder.layer.0.mlp.gate_proj" in refused(built("dinov2", use_swiglu_ffn=True))
 
 
 def test_an_adapter_on_a_writer_is_refused_until_it_is_merged() -> None:
     config = peft.LoraConfig(target_modules=["c_proj"], init_lora_weights=False, fan_in_fan_out=True)
     tuned = peft.get_peft_model(built("gpt2").model, config)
-    said = refused(open_model(tuned.get_base_model()))
-    assert "attn.c_proj.base_layer.weight reads or writes: merge or remove it first" in said
+    message = refused(open_model(tuned.get_base_model()))
+    assert "attn.c_proj.base_layer.weight reads or writes: merge or remove it first" in message
     merged = open_model(tuned.merge_and_unload())
     assert error(merged.model, written(merged, FORMS[0]), inputs("gpt2")) < 1e-10
 
@@ -245,9 +245,9 @@ def test_a_tied_head_would_be_scaled_twice() -> None:
         Form(fold="affine")
     with pytest.raises(ValueError, match="a CRMSNorm has no gain and no bias"):
         Form(norm="crms", tied="untie")
-    said = {"norm": "rms", "fold": "affine", "tied": "recentre"}
+    message = {"norm": "rms", "fold": "affine", "tied": "recentre"}
     with pytest.raises(PlanError, match="a tied head would be scaled twice") as found:
-        rewritten(built("gpt2"), RewriteReference(name=SLUG, params=said))
+        with_rewrite(built("gpt2"), RewriteReference(name=SLUG, params=message))
     assert "\n" not in str(found.value)
 
 
@@ -259,8 +259,8 @@ def test_two_writers_that_are_one_tensor_are_refused() -> None:
 
 
 def test_a_method_that_rewrites_nothing_is_refused() -> None:
-    with pytest.raises(PlanError, match="finercut is a method that rewrites no models"):
-        rewritten(built("gpt2"), RewriteReference(name="finercut"))
+    with pytest.raises(PlanError, match="finercut is a method that does not rewrite models"):
+        with_rewrite(built("gpt2"), RewriteReference(name="finercut"))
 
 
 def test_models_with_rms_norms_are_refused() -> None:

@@ -70,7 +70,7 @@ def test_dropout_on_branches_makes_another_model_of_it_while_training_alone() ->
     assert float((expected - found).detach().abs().max()) > 1e-3
 
 
-def test_branches_that_are_left_out_by_chance_make_no_other_model_of_it() -> None:
+def test_branches_that_are_dropped_at_random_make_no_other_model_of_it() -> None:
     model, given = built("dinov2", drop_path_rate=0.5), inputs("dinov2")
     ours, outputs = trainable(model), []
     for each in (model.model.train(), ours.train()):
@@ -82,7 +82,7 @@ def test_branches_that_are_left_out_by_chance_make_no_other_model_of_it() -> Non
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_stream_of_an_rms_model_can_be_turned_and_that_of_a_pre_ln_model_cannot(name: str) -> None:
+def test_the_residual_stream_of_an_rms_model_can_be_turned_and_that_of_a_pre_ln_model_cannot(name: str) -> None:
     model, given = built(name), inputs(name)
     turned, _ = torch.linalg.qr(torch.randn(32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
     rms = open_model(written(model, FOLDED))
@@ -103,7 +103,7 @@ def centring(model: Any) -> Any:
     return open_model(view)
 
 
-def test_a_stream_whose_norms_have_gains_is_not_turned() -> None:
+def test_a_residual_stream_whose_norms_have_gains_is_not_turned() -> None:
     rms = open_model(written(built("gpt2"), Form()))
     with pytest.raises(MethodError, match=r"transformer.h.0.ln_1 has a gain or a bias.*fold the affine first"):
         rotate(rms, torch.eye(32, dtype=torch.float64))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import CalibrationError, MethodError, NumericsError
-from lamella.methods.rd_prune import Curves, joint_distortion, rate_distortion, smallest, without
+from lamella.methods.rd_prune import Curves, joint_distortion, magnitude_order, rate_distortion, zero_at
 from lamella.methods.rd_prune.probes import AnyModel, Decoder
 from lamella.stack import Stack
 from lamella.zoo.nano import NANO, nano
@@ -110,7 +110,7 @@ def test_padding_does_not_count() -> None:
 
 
 @pytest.mark.parametrize("kind", ["module", "stack"])
-def test_the_model_is_the_same_to_the_bit_afterwards_also_when_measuring_fails(kind: str) -> None:
+def test_the_model_is_the_same_bitwise_afterwards_also_when_measuring_fails(kind: str) -> None:
     model: nn.Module = convnet() if kind == "module" else nano("qwen3_moe")
     given = images() if kind == "module" else IDS
     measured = model if kind == "module" else Stack(model)
@@ -134,7 +134,7 @@ def test_the_model_is_the_same_to_the_bit_afterwards_also_when_measuring_fails(k
 def test_what_is_zero_already_costs_nothing_and_is_not_run() -> None:
     model = convnet()
     with torch.no_grad():
-        model[6].weight.copy_(without(model[6].weight, smallest(model[6].weight)[:135]))
+        model[6].weight.copy_(zero_at(model[6].weight, magnitude_order(model[6].weight)[:135]))
     curve = rate_distortion(model, images(), grid=4).layers["6.weight"]
     assert curve.zeros == 135 and curve.mean[:3] == [0.0, 0.0, 0.0] and curve.mean[3] > 0
 
@@ -210,7 +210,7 @@ def test_a_timm_vision_transformer_is_measured() -> None:
 
 
 @pytest.mark.parametrize("kind", ["module", "stack"])
-def test_an_interrupted_measurement_goes_on_and_a_complete_one_is_read(
+def test_an_interrupted_measurement_resumes_and_a_complete_one_is_read(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model: nn.Module = convnet() if kind == "module" else nano("llama")
@@ -251,8 +251,8 @@ def test_a_file_of_other_curves_is_refused_in_one_line(tmp_path: Path) -> None:
         "other calibration data": (convnet(), images(19), 2),
         "a grid of 2, not 3": (convnet(), images(), 3),
     }
-    for said, (model, inputs, grid) in others.items():
-        with pytest.raises(MethodError, match=f"holds the curves of {said}") as error:
+    for message, (model, inputs, grid) in others.items():
+        with pytest.raises(MethodError, match=f"holds the curves of {message}") as error:
             rate_distortion(model, inputs, grid=grid, path=path)
         assert "\n" not in str(error.value)
     with pytest.raises(MethodError, match="holds the curves of the logits, not ") as error:
@@ -263,7 +263,7 @@ def test_a_file_of_other_curves_is_refused_in_one_line(tmp_path: Path) -> None:
         curves.check_model(convnet(seed=1))
     for text in ("", "{}", "not json", json.dumps({"schema": "lamella.plan/2"})):
         path.write_text(text)
-        with pytest.raises(MethodError, match=r"is no file of rate-distortion curves") as error:
+        with pytest.raises(MethodError, match=r"is not a file of rate-distortion curves") as error:
             rate_distortion(convnet(), images(), grid=2, path=path)
         assert "\n" not in str(error.value)
 
@@ -274,12 +274,12 @@ def test_what_cannot_be_measured_is_refused_in_one_line() -> None:
     cases = [
         (MethodError, "nothing to prune", (nn.LayerNorm(3), torch.randn(2, 3)), {}),
         (MethodError, "grid 0", (convnet(), images()), {"grid": 0}),
-        (CalibrationError, "at least one", (convnet(), images(0)), {}),
-        (CalibrationError, "the same number", (convnet(), {"a": images(2), "b": images(3)}), {}),
+        (CalibrationError, "at least 1", (convnet(), images(0)), {}),
+        (CalibrationError, "the same length", (convnet(), {"a": images(2), "b": images(3)}), {}),
         (CalibrationError, "give more text", (Stack(nano("llama")), IDS[:, :1]), {}),
         (NumericsError, "non-finite output", (broken, torch.randn(2, 3)), {}),
     ]
-    for kind, said, given, options in cases:
-        with pytest.raises(kind, match=said) as error:
+    for kind, message, given, options in cases:
+        with pytest.raises(kind, match=message) as error:
             rate_distortion(*given, **options)
         assert "\n" not in str(error.value)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lamella.methods.rd_prune import Holding
+from lamella.methods.rd_prune import MaskHook
 from lamella.train import Task, TrainConfig, blocks, fit, response_loss
 from lamella.zoo.nano import nano
 
@@ -43,7 +43,7 @@ def test_neither_momentum_nor_decay_revives_a_weight(optimizer: str) -> None:
     step()  # so that there is a momentum when the masks come
     masks = {name: torch.rand(model.get_parameter(name).shape) > 0.5 for name in ("0.weight", "3.weight")}
     before = {name: model.get_parameter(name).detach().clone() for name in masks}
-    hold = Holding(model, masks).hold
+    hold = MaskHook(model, masks).apply
     for name, keep in masks.items():
         assert torch.equal(model.get_parameter(name), before[name] * keep)
     losses = []
@@ -55,7 +55,7 @@ def test_neither_momentum_nor_decay_revives_a_weight(optimizer: str) -> None:
     assert losses[-1] < losses[0]
 
 
-def test_fit_holds_them_in_its_checkpoints_too_and_goes_on_to_the_bit(tmp_path: Path) -> None:
+def test_fit_holds_them_in_its_checkpoints_too_and_resumes_bitwise(tmp_path: Path) -> None:
     samples = blocks(torch.randint(3, 128, (6, 12), generator=torch.Generator().manual_seed(0)), (2, 8))
     name = "model.layers.1.mlp.up_proj.weight"
     keep = torch.rand(nano("llama").get_parameter(name).shape, generator=torch.Generator().manual_seed(1)) > 0.5
@@ -74,7 +74,7 @@ def test_fit_holds_them_in_its_checkpoints_too_and_goes_on_to_the_bit(tmp_path: 
 
         loss.__qualname__ = "loss"
         config = TrainConfig(steps=6, lr=3e-3, batch=2, save_every=2, weight_decay=0.1)
-        fit(model, samples, Task(loss), config, out=folder, hooks=[Holding(model, {name: keep})])
+        fit(model, samples, Task(loss), config, out=folder, hooks=[MaskHook(model, {name: keep})])
         return model.get_parameter(name).detach()
 
     whole = trained(tmp_path / "whole")

@@ -18,7 +18,7 @@ from lamella.methods.rd_prune import (
     RULES,
     Amounts,
     Curves,
-    Holding,
+    MaskHook,
     allocate_by_curves,
     allocate_by_rule,
     joint_distortion,
@@ -69,7 +69,7 @@ def test_the_allocation_is_the_best_on_the_grid_and_keeps_the_budget(curves: Cur
     assert amounts.sparsity == sum(amounts.pruned.values()) / curves.sizes.sum()
 
 
-def test_without_sparsity_nothing_changes_to_the_bit(curves: Curves) -> None:
+def test_without_sparsity_nothing_changes_bitwise(curves: Curves) -> None:
     model = net()
     amounts = allocate_by_curves(curves, 0.0)
     assert not any(amounts.pruned.values()) and amounts.predicted == 0 and masks_for(model, amounts) == {}
@@ -92,7 +92,7 @@ def test_multiply_adds_weigh_convolutions_by_their_positions(curves: Curves) -> 
 
 def test_max_amount_holds_for_all_layers_or_by_name(curves: Curves) -> None:
     amounts = allocate_by_curves(curves, 0.55, max_amount=0.6)
-    assert amounts.shares.max() <= 0.6
+    assert amounts.fractions.max() <= 0.6
     name = list(curves.layers)[2]
     free = allocate_by_curves(curves, 0.5)
     held = allocate_by_curves(curves, 0.3, max_amount={name: 0.2})
@@ -129,18 +129,18 @@ def test_rules_are_available_for_any_model(rule) -> None:
 
 
 def test_emptying_a_layer_of_a_chain_is_warned_of_and_max_amount_prevents_it(curves: Curves) -> None:
-    with pytest.warns(UserWarning, match="is emptied and no path leads around it") as seen:
+    with pytest.warns(UserWarning, match="is emptied and no residual path bypasses it") as seen:
         emptied = allocate_by_curves(curves, 0.97)
-    assert emptied.shares.max() == 1 and "\n" not in str(seen[0].message)
+    assert emptied.fractions.max() == 1 and "\n" not in str(seen[0].message)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert allocate_by_curves(curves, 0.8, max_amount=0.9).shares.max() <= 0.9
+        assert allocate_by_curves(curves, 0.8, max_amount=0.9).fractions.max() <= 0.9
 
 
 def test_a_prediction_beyond_an_output_of_zeros_is_warned_of() -> None:
     stack = Stack(nano("llama"))
     measured = rate_distortion(stack, IDS, grid=4)
-    with pytest.warns(UserWarning, match="predicts nothing"):
+    with pytest.warns(UserWarning, match="so it is meaningless"):
         amounts = allocate_by_curves(measured, 0.9)
     assert amounts.predicted is not None and amounts.predicted > measured.silent.worst
 
@@ -153,7 +153,7 @@ def test_rounds_go_up_with_nested_masks_and_curves_of_their_own(kind: str) -> No
     seen = []
 
     def heal(view: nn.Module, masks: dict[str, Tensor]) -> None:
-        hold = Holding(view, masks).hold
+        hold = MaskHook(view, masks).apply
         optimizer = torch.optim.SGD(view.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
         out = view(given)
         loss = getattr(out, "logits", out).square().mean()
@@ -174,7 +174,7 @@ def test_rounds_go_up_with_nested_masks_and_curves_of_their_own(kind: str) -> No
             earlier = history[index - 1].masks.get(name) if index else None
             assert earlier is None or not (keep & ~earlier).any()  # nothing comes back
         if index:
-            assert (each.amounts.shares >= history[index - 1].amounts.shares).all()
+            assert (each.amounts.fractions >= history[index - 1].amounts.fractions).all()
     assert all(torch.equal(seen[-1][name], value) for name, value in pruned.named_parameters())
     # The second round measured the model as the first one had left it.
     again = copy.deepcopy(model)
@@ -214,31 +214,31 @@ def test_bad_input_is_refused_in_one_line(curves: Curves, tmp_path: Path) -> Non
     cases = {
         "sparsity 1: give the share": lambda: allocate_by_curves(curves, 1),
         "sparsity -0.1": lambda: allocate_by_rule(net(), -0.1, "uniform"),
-        "max_amount leaves at most 0.7991 to remove": lambda: allocate_by_curves(curves, 0.9, max_amount=0.8),
+        "max_amount allows at most 0.7991": lambda: allocate_by_curves(curves, 0.9, max_amount=0.8),
         "max_amount 1.5": lambda: allocate_by_curves(curves, 0.5, max_amount=1.5),
         "max_amount names 'x'": lambda: allocate_by_curves(curves, 0.5, max_amount={"x": 0.5}),
         "use cost weights": lambda: allocate_by_curves(hidden, 0.5, cost="flops"),
         "nothing to prune": lambda: allocate_by_rule(nn.LayerNorm(3), 0.5, "uniform"),
         "rounds 0": lambda: prune_in_rounds(net(), images(), lambda model, masks: None, sparsity=0.5, rounds=0),
         "holds the curves of another model": lambda: rd_prune(stack, IDS, curves=tmp_path / "gpt2.jsonl"),
-        "leave out cost": lambda: rd_prune(stack, IDS, allocation="lamp", cost="flops"),
+        "omit cost": lambda: rd_prune(stack, IDS, allocation="lamp", cost="flops"),
         "cannot be written": lambda: rd_prune(stack, IDS, work=Work(tmp_path / "gpt2.jsonl" / "x")),
-        "curves cannot be written there": lambda: rd_prune(stack, IDS, curves=tmp_path / "gpt2.jsonl" / "x"),
+        "cannot write curves there": lambda: rd_prune(stack, IDS, curves=tmp_path / "gpt2.jsonl" / "x"),
     }
-    for said, call in cases.items():
+    for message, call in cases.items():
         with pytest.raises(LamellaError) as error:
             call()
-        assert said in str(error.value) and "\n" not in str(error.value), said
+        assert message in str(error.value) and "\n" not in str(error.value), message
     with pytest.raises(BudgetError):
         allocate_by_curves(curves, 0.9, max_amount=0.8)
 
 
 def test_it_does_not_race_for_speed() -> None:
-    with pytest.raises(MethodError, match="dense kernels compute with all the same") as error:
+    with pytest.raises(MethodError, match="which dense kernels still compute") as error:
         lamella.compress("smollm2", method="rd-prune")
     assert "\n" not in str(error.value)
 
 
 def test_achieved_is_what_is_removed_not_what_was_asked_for() -> None:
     amounts = Amounts({"a": 3, "b": 0}, {"a": 10, "b": 5})
-    assert amounts.sparsity == 0.2 and amounts.shares.tolist() == [0.3, 0.0]
+    assert amounts.sparsity == 0.2 and amounts.fractions.tolist() == [0.3, 0.0]

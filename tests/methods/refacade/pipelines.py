@@ -71,7 +71,7 @@ def halved() -> Base:
     return Base.open(folder(torch.bfloat16))
 
 
-def told(base: Base, rows: int = 2, frames: int = 2, side: int = 8) -> dict[str, torch.Tensor]:
+def branch_inputs(base: Base, rows: int = 2, frames: int = 2, side: int = 8) -> dict[str, torch.Tensor]:
     """Everything that a velocity is asked with, at random."""
     torch.manual_seed(5)
     video, ref = base.control_channels

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from lamella.errors import CheckpointError, MethodError
 from lamella.files import Work
 from lamella.methods.refacade import Base, ControlBranch, Retexturer, TextureRemover, hint_sensitivity, most_sensitive
-from lamella.methods.refacade.modules import STREAMS, ControlBlock, rotated
+from lamella.methods.refacade.modules import STREAMS, ControlBlock, apply_rotary
 
-from .pipelines import branch, halved, latents, pixels, told
+from .pipelines import branch, branch_inputs, halved, latents, pixels
 
 
 def answer(base: Base, made: ControlBranch | None, scale: float = 1.0, **given: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def answer(base: Base, made: ControlBranch | None, scale: float = 1.0, **given: 
 @pytest.mark.parametrize("base", [pixels, latents])
 def test_before_it_has_learnt_it_changes_nothing_and_its_last_maps_learn_first(base: object) -> None:
     opened: Base = base()  # type: ignore[operator]
-    given, fresh = told(opened), branch(opened, silent=True)
+    given, fresh = branch_inputs(opened), branch(opened, silent=True)
     torch.testing.assert_close(answer(opened, fresh, **given), answer(opened, None, **given), atol=1e-6, rtol=0)
     answer(opened, fresh, **given).square().mean().backward()
     grads = {
@@ -43,7 +43,7 @@ def test_before_it_has_learnt_it_changes_nothing_and_its_last_maps_learn_first(b
 def test_beside_a_base_of_bfloat16_it_is_of_float32() -> None:
     base = halved()
     assert base.network.proj_out.weight.dtype == torch.bfloat16
-    given, fresh, learnt = told(base), branch(base, silent=True), branch(base)
+    given, fresh, learnt = branch_inputs(base), branch(base, silent=True), branch(base)
     assert {each.dtype for each in fresh.parameters()} == {torch.float32}
     with torch.no_grad():
         assert torch.equal(answer(base, fresh, **given), answer(base, None, **given))
@@ -55,14 +55,14 @@ def test_beside_a_base_of_bfloat16_it_is_of_float32() -> None:
 
 
 def test_at_scale_nothing_the_base_is_alone_at_any_stage_of_training() -> None:
-    base, given = pixels(), told(pixels())
+    base, given = pixels(), branch_inputs(pixels())
     learnt = branch(base)
     assert not torch.allclose(answer(base, learnt, **given), answer(base, None, **given), atol=1e-3)
     assert torch.equal(answer(base, learnt, 0.0, **given), answer(base, None, **given))
 
 
-def test_removed_it_leaves_the_base_to_the_bit() -> None:
-    base, given = pixels(), told(pixels())
+def test_removed_it_leaves_the_base_bitwise() -> None:
+    base, given = pixels(), branch_inputs(pixels())
     before = {name: each.clone() for name, each in base.network.state_dict().items()}
     answered = answer(base, None, **given)
     with pytest.raises(RuntimeError), branch(base).attached(base.network, given["c"], given["c_r"]):
@@ -113,7 +113,7 @@ def by_hand(base: Base, made: ControlBranch, scale: float, given: dict[str, Tens
 @pytest.mark.parametrize("scale", [1.0, 0.4])
 def test_it_is_the_papers_step(base: object, scale: float) -> None:
     opened: Base = base()  # type: ignore[operator]
-    given, made = told(opened), branch(opened, 0, 1)
+    given, made = branch_inputs(opened), branch(opened, 0, 1)
     with torch.no_grad():
         torch.testing.assert_close(
             answer(opened, made, scale, **given), by_hand(opened, made, scale, given), atol=1e-5, rtol=1e-5
@@ -193,7 +193,7 @@ def test_rotary_positions_are_turns_of_pairs() -> None:
     pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)))
     turn = torch.complex(cos[..., 0::2].double(), sin[..., 0::2].double())
     expected = torch.view_as_real(pairs * turn).flatten(-2)
-    torch.testing.assert_close(rotated(x, cos, sin).double(), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(apply_rotary(x, cos, sin).double(), expected, atol=1e-6, rtol=1e-6)
 
 
 def test_text_reaches_the_video_stream_alone() -> None:
@@ -209,7 +209,7 @@ def test_text_reaches_the_video_stream_alone() -> None:
 
 @pytest.mark.parametrize("layers", [[], [3], [-1], [0, 9]])
 def test_layers_that_there_are_not_are_refused(layers: list[int]) -> None:
-    with pytest.raises(MethodError, match="give some of 0 to 2"):
+    with pytest.raises(MethodError, match="give layers from 0 to 2"):
         ControlBranch(pixels().network, layers, *pixels().control_channels)
 
 
@@ -247,24 +247,24 @@ def test_another_base_is_refused_in_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"layers": "[]"}, "no adapter"),
         ({"layers": "[0, 1, 2]"}, "lacks tensors of the network: blocks.2"),
-        ({"layers": "[0, 99]"}, "give some of 0 to 2"),
+        ({"layers": "[0, 99]"}, "give layers from 0 to 2"),
         ({"channels": "[7, 9]"}, "channels"),
         ({"hidden": "65536"}, "is not the width of its weights"),
         ({"schema": '"other/1"'}, "no adapter"),
     ],
 )
-def test_a_damaged_adapter_is_refused(change: dict[str, str], said: str, tmp_path: Path) -> None:
+def test_a_damaged_adapter_is_refused(change: dict[str, str], message: str, tmp_path: Path) -> None:
     import json
 
     out, made = written(tmp_path)
     document = json.loads(made.adapter.model_dump_json(by_alias=True))
     document |= {name: json.loads(value) for name, value in change.items()}
     save_file(made.weights, out / "control.safetensors", metadata={"refacade": json.dumps(document)})
-    with pytest.raises((CheckpointError, MethodError), match=said) as error:
+    with pytest.raises((CheckpointError, MethodError), match=message) as error:
         Retexturer.read(out).branch(pixels())
     assert "\n" not in str(error.value)
 
@@ -295,7 +295,7 @@ def test_what_a_push_changes_is_measured_layer_by_layer(tmp_path: Path) -> None:
     assert lost["output"][0] == lost["output"][1] == 0.0 and lost["output"][2] > 0
 
 
-def test_clips_are_pushed_one_by_one_and_a_stopped_run_goes_on(tmp_path: Path) -> None:
+def test_clips_are_pushed_one_by_one_and_a_stopped_run_resumes(tmp_path: Path) -> None:
     base, rows = pixels(), []
     torch.manual_seed(0)
     clean = torch.randn(3, 3, 1, 8, 8)

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import lamella
-from lamella.data import Reader
+from lamella.data import InputContext
 from lamella.errors import CalibrationError, CheckpointError, LamellaError, MethodError
 from lamella.methods.refacade import (
     Base,
@@ -26,16 +26,16 @@ from lamella.methods.refacade import (
     Reference,
     Remover,
     Retexturer,
-    Sampling,
+    SamplerSettings,
     refacade,
     textured_object,
 )
-from lamella.methods.refacade.frames import eight_bit, signed
+from lamella.methods.refacade.frames import to_float, to_uint8
 
 from .pipelines import folder, latents, pixels
 
 
-def picture(path: Path, pixels: np.ndarray) -> Path:
+def image_file(path: Path, pixels: np.ndarray) -> Path:
     Image.fromarray(pixels).save(path)
     return path
 
@@ -44,13 +44,13 @@ def noise(height: int = 20, width: int = 24, channels: int = 3) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 200, (height, width, channels), dtype=np.uint8)
 
 
-def test_pictures_folders_and_moving_pictures_are_frames(tmp_path: Path) -> None:
-    one = picture(tmp_path / "one.png", noise())
+def test_images_folders_and_videos_are_frames(tmp_path: Path) -> None:
+    one = image_file(tmp_path / "one.png", noise())
     np.testing.assert_array_equal(Frames.open(one).pixels, noise()[None])
     clip = tmp_path / "clip"
     clip.mkdir()
     for number in (2, 10, 1):
-        picture(clip / f"{number:03}.png", noise() // number)
+        image_file(clip / f"{number:03}.png", noise() // number)
     np.testing.assert_array_equal(Frames.open(clip).pixels, [noise(), noise() // 2, noise() // 10])
     first, *others = (Image.fromarray(each) for each in Frames.open(clip).pixels)
     first.save(tmp_path / "clip.webp", save_all=True, append_images=others, lossless=True)
@@ -74,8 +74,8 @@ def test_a_video_file_is_frames(tmp_path: Path) -> None:
 def test_links_and_pipes_in_a_folder_of_frames_are_refused(tmp_path: Path) -> None:
     clip = tmp_path / "clip"
     clip.mkdir()
-    picture(clip / "1.png", noise())
-    (clip / "2.png").symlink_to(picture(tmp_path / "secret.png", noise()))
+    image_file(clip / "1.png", noise())
+    (clip / "2.png").symlink_to(image_file(tmp_path / "secret.png", noise()))
     for kind in (Frames, Masks):
         with pytest.raises(CalibrationError, match=r"2\.png: links in a folder are not followed"):
             kind.open(clip)
@@ -94,39 +94,39 @@ def test_links_in_a_folder_of_clips_are_refused(linked: str, tmp_path: Path) -> 
     (root / linked).rename(tmp_path / "secret")
     (root / linked).symlink_to(tmp_path / "secret")
     with pytest.raises(CalibrationError, match=f"{linked}: links in a folder are not followed"):
-        Objects.open(root, Reader(), frames=3)
+        Objects.open(root, InputContext(), frames=3)
 
 
 def test_a_reference_is_what_is_neither_white_nor_transparent(tmp_path: Path) -> None:
     on_white = np.full((16, 16, 3), 255, np.uint8)
     on_white[4:9, 3:12] = noise(5, 9)
-    found = Reference.open(picture(tmp_path / "white.png", on_white))
+    found = Reference.open(image_file(tmp_path / "white.png", on_white))
     expected = np.zeros((16, 16), bool)
     expected[4:9, 3:12] = True
     np.testing.assert_array_equal(found.shown, expected)
     clear = np.concatenate([noise(16, 16), np.where(expected, 255, 0).astype(np.uint8)[..., None]], axis=-1)
-    np.testing.assert_array_equal(Reference.open(picture(tmp_path / "clear.png", clear)).shown, expected)
-    assert Reference.open(picture(tmp_path / "all.png", noise())).shown.all()
+    np.testing.assert_array_equal(Reference.open(image_file(tmp_path / "clear.png", clear)).shown, expected)
+    assert Reference.open(image_file(tmp_path / "all.png", noise())).shown.all()
 
 
 def test_pixels_and_numbers_are_each_other() -> None:
     pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
-    np.testing.assert_array_equal(eight_bit(signed(pixels)), pixels)
+    np.testing.assert_array_equal(to_uint8(to_float(pixels)), pixels)
 
 
-def test_faults_of_pictures_are_one_line(tmp_path: Path) -> None:
-    good = picture(tmp_path / "good.png", noise())
+def test_faults_of_images_are_one_line(tmp_path: Path) -> None:
+    good = image_file(tmp_path / "good.png", noise())
     torn = tmp_path / "torn.png"
     torn.write_bytes(good.read_bytes()[:200])
     mixed = tmp_path / "mixed"
     mixed.mkdir()
-    picture(mixed / "1.png", noise())
-    picture(mixed / "2.png", noise(20, 28))
+    image_file(mixed / "1.png", noise())
+    image_file(mixed / "2.png", noise(20, 28))
     (tmp_path / "empty").mkdir()
     (tmp_path / "torn.mp4").write_bytes(b"nothing")
-    dark = picture(tmp_path / "dark.png", 0 * noise())
-    white = picture(tmp_path / "white.png", np.full((8, 8, 3), 255, np.uint8))
-    for opened, path, said in (
+    dark = image_file(tmp_path / "dark.png", 0 * noise())
+    white = image_file(tmp_path / "white.png", np.full((8, 8, 3), 255, np.uint8))
+    for opened, path, message in (
         (Frames, torn, "the image torn.* cannot be read"),
         (Frames, mixed, "frames of 20 x 24 and 20 x 28 pixels: give frames of one size"),
         (Frames, tmp_path / "empty", "holds no frames"),
@@ -134,26 +134,26 @@ def test_faults_of_pictures_are_one_line(tmp_path: Path) -> None:
         (Frames, tmp_path / "torn.mp4", "the video cannot be read|pip install"),
         (Masks, dark, "the mask is empty"),
         (Masks, torn, "the image torn.* cannot be read"),
-        (Reference, white, "the reference shows no object"),
+        (Reference, white, "the reference has no object:"),
     ):
-        with pytest.raises(LamellaError, match=said) as error:
+        with pytest.raises(LamellaError, match=message) as error:
             opened.open(path)
         assert "\n" not in str(error.value) and (path.name in str(error.value) or "pip" in str(error.value))
-    with pytest.raises(CalibrationError, match="give a mask of its size"):
-        Masks.open(picture(tmp_path / "m.png", 0 * noise(8, 8) + 255)).fitted(Frames.open(good), 8, 8)
-    with pytest.raises(CalibrationError, match="give one for all, or one for each"):
-        clip = picture(tmp_path / "m2.webp", noise())
+    with pytest.raises(CalibrationError, match="give a mask of the same size"):
+        Masks.open(image_file(tmp_path / "m.png", 0 * noise(8, 8) + 255)).fitted(Frames.open(good), 8, 8)
+    with pytest.raises(CalibrationError, match="give one for all, or one per frame"):
+        clip = image_file(tmp_path / "m2.webp", noise())
         first = Image.fromarray(0 * noise() + 255)
         first.save(clip, save_all=True, append_images=[Image.fromarray(noise())], lossless=True)
         Masks.open(clip).fitted(Frames.open(good), 20, 24)
-    with pytest.raises(CalibrationError, match="give a mask of its size"):
-        Reference.open(good).masked(Masks.open(picture(tmp_path / "m3.png", 0 * noise(8, 8) + 255)))
+    with pytest.raises(CalibrationError, match="give a mask of the same size"):
+        Reference.open(good).masked(Masks.open(image_file(tmp_path / "m3.png", 0 * noise(8, 8) + 255)))
 
 
 def test_nothing_is_left_half_written(tmp_path: Path) -> None:
-    good = picture(tmp_path / "good.png", noise())
-    small = picture(tmp_path / "small.png", 0 * noise(8, 8) + 255)
-    with pytest.raises(CalibrationError, match="give a mask of its size"):
+    good = image_file(tmp_path / "good.png", noise())
+    small = image_file(tmp_path / "small.png", 0 * noise(8, 8) + 255)
+    with pytest.raises(CalibrationError, match="give a mask of the same size"):
         lamella.run(
             "refacade", "untrained", image=good, mask=small, reference=good, reference_mask=None, out=tmp_path / "out"
         )
@@ -174,10 +174,10 @@ def test_a_clip_is_written_and_read_back(tmp_path: Path) -> None:
     np.testing.assert_array_equal(Frames.open(tmp_path / "out" / "result.webp").pixels, made.frames)
 
 
-def test_what_is_not_jigsawed_is_told(tmp_path: Path) -> None:
+def test_what_is_not_jigsawed_is_reported(tmp_path: Path) -> None:
     thin = np.full((32, 32, 3), 255, np.uint8)
     thin[:, 15:17] = 10
-    given = {"image": "textured", "mask": "textured", "reference": picture(tmp_path / "thin.png", thin), "steps": 1}
+    given = {"image": "textured", "mask": "textured", "reference": image_file(tmp_path / "thin.png", thin), "steps": 1}
     done = lamella.run("refacade", "untrained", ratio=0.5, **given)
     assert done.result.findings["fallback"] and "not jigsawed" in " ".join(done.result.notes)
     assert "not jigsawed" in " ".join(map(str, done.evidence.notes))
@@ -202,15 +202,15 @@ def clip_folder(tmp_path: Path) -> Path:
         found = textured_object(number, 40, 3)
         for ending, frames in (("", found.composite), (".mask", 2 * found.mask - 1), (".untextured", found.untextured)):
             (root / f"{number}{ending}").mkdir(parents=True)
-            for frame, each in enumerate(eight_bit(frames)):
-                picture(
+            for frame, each in enumerate(to_uint8(frames)):
+                image_file(
                     root / f"{number}{ending}" / f"{frame}.png", each.repeat(3, -1) if each.shape[-1] == 1 else each
                 )
     return root
 
 
 def test_a_folder_of_clips_is_objects(tmp_path: Path) -> None:
-    found = Objects.open(clip_folder(tmp_path), Reader(), frames=3)
+    found = Objects.open(clip_folder(tmp_path), InputContext(), frames=3)
     truth = textured_object(1, 40, 3)
     assert len(found) == 2
     np.testing.assert_allclose(found.clips[1].frames, truth.composite, atol=1 / 127)
@@ -223,57 +223,57 @@ def test_a_folder_of_clips_is_objects(tmp_path: Path) -> None:
 def test_clips_without_what_is_needed_are_refused(tmp_path: Path) -> None:
     root = clip_folder(tmp_path)
     with pytest.raises(CalibrationError, match="give longer clips"):
-        Objects.open(root, Reader(), frames=4)
-    with pytest.raises(MethodError, match="takes a multiple of 4 and one more"):
-        Objects.open(root, Reader(), frames=3).fitted(latents())
+        Objects.open(root, InputContext(), frames=4)
+    with pytest.raises(MethodError, match="needs a multiple of 4 plus one"):
+        Objects.open(root, InputContext(), frames=3).fitted(latents())
     shutil.rmtree(root / "0.untextured")
-    with pytest.raises(CalibrationError, match="render each in plain grey"):
+    with pytest.raises(CalibrationError, match="render each clip in plain grey"):
         from lamella.methods.refacade import removal_samples
 
-        removal_samples(pixels(), Objects.open(root, Reader(), frames=1).clips)
+        removal_samples(pixels(), Objects.open(root, InputContext(), frames=1).clips)
     shutil.rmtree(root / "0.mask")
-    with pytest.raises(CalibrationError, match=r"has no 0\.mask beside it"):
-        Objects.open(root, Reader())
+    with pytest.raises(CalibrationError, match=r"has no 0\.mask: give a mask"):
+        Objects.open(root, InputContext())
 
 
 def test_an_object_that_is_not_seen_at_first_is_refused_by_its_name(tmp_path: Path) -> None:
     root = clip_folder(tmp_path)
-    picture(root / "1.mask" / "0.png", np.zeros((40, 40, 3), np.uint8))
-    with pytest.raises(CalibrationError, match=r"1\.mask: no object in the first frame") as error:
-        Objects.open(root, Reader(), frames=3)
+    image_file(root / "1.mask" / "0.png", np.zeros((40, 40, 3), np.uint8))
+    with pytest.raises(CalibrationError, match=r"1\.mask: no object in the first frame,") as error:
+        Objects.open(root, InputContext(), frames=3)
     assert "\n" not in str(error.value)
     dot = np.zeros((40, 40, 3), np.uint8)
     dot[2, 2] = 255  # between the places that 32 x 32 pixels are read from
-    picture(root / "1.mask" / "0.png", dot)
-    found = Objects.open(root, Reader(), frames=3)
-    with pytest.raises(CalibrationError, match=r"clips/1: in 32 x 32 pixels nothing is left") as error:
+    image_file(root / "1.mask" / "0.png", dot)
+    found = Objects.open(root, InputContext(), frames=3)
+    with pytest.raises(CalibrationError, match=r"clips/1: in 32 x 32 pixels its object vanishes") as error:
         found.fitted(pixels())
     assert "\n" not in str(error.value)
 
 
 def test_provenance_knows_other_plain_twins(tmp_path: Path) -> None:
     root = clip_folder(tmp_path)
-    before = Objects.open(root, Reader(), frames=3).describe()
-    assert Objects.open(root, Reader(), frames=3).describe() == before
-    picture(root / "0.untextured" / "0.png", np.zeros((40, 40, 3), np.uint8))
-    assert Objects.open(root, Reader(), frames=3).describe() != before
+    before = Objects.open(root, InputContext(), frames=3).describe()
+    assert Objects.open(root, InputContext(), frames=3).describe() == before
+    image_file(root / "0.untextured" / "0.png", np.zeros((40, 40, 3), np.uint8))
+    assert Objects.open(root, InputContext(), frames=3).describe() != before
 
 
 # Networks
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"_class_name": "FluxTransformer2DModel"}, "is not WanTransformer3DModel"),
-        ({"num_layers": 10**9}, "which no weights here are of"),
-        ({"rope_max_seq_len": 10**9}, "which no weights here are of"),
+        ({"num_layers": 10**9}, "which does not fit the weights"),
+        ({"rope_max_seq_len": 10**9}, "which does not fit the weights"),
         ({"ffn_dim": 41}, r"is \[40, 48\] where the network has \[41, 48\]"),
         ({"num_layers": 4}, "lacks tensors of the network"),
         ({"num_layers": "three"}, "cannot be opened"),
-        ({"num_layers": 2**17}, "more layers than the weights are of"),
-        ({"vace_layers": [0] * 2**17}, "more layers than the weights are of"),
-        ({"rope_max_seq_len": 2**17}, "which no weights here are of"),
+        ({"num_layers": 2**17}, "more layers than the weights have"),
+        ({"vace_layers": [0] * 2**17}, "more layers than the weights have"),
+        ({"rope_max_seq_len": 2**17}, "which does not fit the weights"),
         (
             {"num_attention_heads": 1, "attention_head_dim": 2**17},
             r"is \[1, 2, 48\] where the network has \[1, 2, 131072\]",
@@ -281,13 +281,13 @@ def test_provenance_knows_other_plain_twins(tmp_path: Path) -> None:
     ],
 )
 def test_a_config_that_its_weights_do_not_bear_out_is_refused(
-    change: dict[str, object], said: str, tmp_path: Path
+    change: dict[str, object], message: str, tmp_path: Path
 ) -> None:
     where = tmp_path / "pipeline"
     shutil.copytree(folder(), where)
     config = where / "transformer" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | change))
-    with pytest.raises(CheckpointError, match=said) as error:
+    with pytest.raises(CheckpointError, match=message) as error:
         Base.open(where)
     assert "\n" not in str(error.value)
 
@@ -297,7 +297,7 @@ def test_an_autoencoder_of_more_blocks_than_its_weights_is_refused(tmp_path: Pat
     shutil.copytree(folder(), where)
     config = where / "vae" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_res_blocks": 2**17}))
-    with pytest.raises(CheckpointError, match="more layers than the weights are of"):
+    with pytest.raises(CheckpointError, match="more layers than the weights have"):
         Base.open(where)
 
 
@@ -335,7 +335,7 @@ def test_weights_in_parts_are_read_and_lead_nowhere_else(tmp_path: Path) -> None
     assert Base.open(where).digest == latents().digest
     (part / "a.safetensors").rename(tmp_path / "a.safetensors")
     index.write_text(index.read_text().replace("a.safetensors", "../../a.safetensors"))
-    with pytest.raises(CheckpointError, match="which is not beside it"):
+    with pytest.raises(CheckpointError, match="which is not in its folder"):
         Base.open(where)
 
 
@@ -350,7 +350,7 @@ def test_pickles_are_not_read(tmp_path: Path) -> None:
 
 
 def test_a_remover_of_other_latents_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(MethodError, match="give --remover one"):
+    with pytest.raises(MethodError, match="give --remover a"):
         lamella.run("refacade", folder(), command="train", objects="textured", remover="untrained", count=2, steps=1)
 
 
@@ -367,9 +367,9 @@ def test_a_distilled_removers_steps_are_kept_and_its_lessons_need_no_twins(tmp_p
     model = Retexturer.read(tmp_path / "model")
     assert model.remover.steps == 1
     passes: list[object] = []
-    model.remover.network.register_forward_pre_hook(lambda module, told: passes.append(told))
+    model.remover.network.register_forward_pre_hook(lambda module, branch_inputs: passes.append(branch_inputs))
     shown = {"image": Frames.open("textured"), "mask": Masks.open("textured"), "reference": Reference.open("textured")}
-    refacade(model, **shown, base=Base.open("untrained"), sampling=Sampling(steps=1))  # type: ignore[arg-type]
+    refacade(model, **shown, base=Base.open("untrained"), sampling=SamplerSettings(steps=1))  # type: ignore[arg-type]
     assert len(passes) == 1
     (tmp_path / "quick" / "removal.json").write_text('{"steps": 0}')
     with pytest.raises(CheckpointError, match="no number of steps from 1 to 1000"):
@@ -377,13 +377,11 @@ def test_a_distilled_removers_steps_are_kept_and_its_lessons_need_no_twins(tmp_p
 
 
 @pytest.mark.parametrize("built_in", [True, False])
-def test_the_built_in_branch_is_said_to_be_that_and_no_other(
-    built_in: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_built_in_branch_is_reported_as_such(built_in: bool, capsys: pytest.CaptureFixture[str]) -> None:
     model = Retexturer.read("untrained")
     named = replace(model, adapter=model.adapter.model_copy(update={"name": "nano"}), built_in=built_in)
     shown = {"image": Frames.open("textured"), "mask": Masks.open("textured"), "reference": Reference.open("textured")}
-    made = refacade(named, **shown, base=Base.open("untrained"), sampling=Sampling(steps=1))  # type: ignore[arg-type]
+    made = refacade(named, **shown, base=Base.open("untrained"), sampling=SamplerSettings(steps=1))  # type: ignore[arg-type]
     assert ("built-in model" in " ".join(made.notes)) == built_in
 
 

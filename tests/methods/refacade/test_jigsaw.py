@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lamella.errors import MethodError
 from lamella.methods.refacade import Jigsaw
-from lamella.methods.refacade.jigsaw import centred, inscribed
+from lamella.methods.refacade.jigsaw import centre_object, inscribed
 
 
 def noise(height: int, width: int) -> Tensor:
@@ -88,7 +88,7 @@ def test_too_few_cells_are_asked_for_less_and_then_shown_as_they_are() -> None:
     tall[:, 4:28, 10:14] = 1
     puzzle = Jigsaw(0.5)(image, tall, drawn(), smallest=4)
     assert puzzle.fallback and puzzle.cells == 0
-    whole, shown = centred(image, tall)
+    whole, shown = centre_object(image, tall)
     assert torch.equal(puzzle.image, whole) and torch.equal(puzzle.mask, shown)
 
 
@@ -96,7 +96,7 @@ def test_a_ratio_of_one_is_no_jigsaw() -> None:
     image, mask = noise(32, 48), torch.zeros(1, 32, 48)
     mask[:, 8:24, 12:36] = 1
     puzzle = Jigsaw(1.0)(image, mask, drawn())
-    whole, shown = centred(image, mask)
+    whole, shown = centre_object(image, mask)
     assert torch.equal(puzzle.image, whole) and torch.equal(puzzle.mask, shown)
     assert not puzzle.fallback
     assert float(shown.mean()) == 1.0  # as large as the canvas lets it be
@@ -113,7 +113,7 @@ def test_the_side_of_a_cell_has_its_bounds(height: int, width: int, side: int) -
     assert Jigsaw(0.2).side(height, width) == side
 
 
-def test_a_picture_that_no_cells_divide_is_padded() -> None:
+def test_a_image_that_no_cells_divide_is_padded() -> None:
     puzzle = Jigsaw(0.3)(noise(37, 29), torch.ones(1, 37, 29), drawn(), smallest=4)
     assert puzzle.image.shape == (3, 37, 29) and puzzle.cells >= 4 and torch.isfinite(puzzle.image).all()
 
@@ -144,7 +144,7 @@ def test_the_largest_square_is_found() -> None:
 
 
 def test_bad_values_are_refused() -> None:
-    with pytest.raises(MethodError, match="give shares above 0"):
+    with pytest.raises(MethodError, match="give fractions above 0,"):
         Jigsaw(0.0)
-    with pytest.raises(MethodError, match="shows no object"):
+    with pytest.raises(MethodError, match="has no object:"):
         Jigsaw()(noise(16, 16), torch.zeros(1, 16, 16), drawn())

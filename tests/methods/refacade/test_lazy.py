@@ -10,16 +10,16 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from lamella.data import Reader
-from lamella.data.pictures import Checked
+from lamella.data import InputContext
+from lamella.data.images import ImageInfo
 from lamella.errors import CalibrationError
 from lamella.files import Work
-from lamella.methods.refacade import Base, Objects, TextureRemover, lessons, removal_samples, transfer_samples
-from lamella.methods.refacade.frames import Frames, checked
-from lamella.methods.refacade.lessons import foregrounds, latents
+from lamella.methods.refacade import Base, Objects, TextureRemover, datasets, removal_samples, transfer_samples
+from lamella.methods.refacade.datasets import foregrounds, latents
+from lamella.methods.refacade.frames import Frames, check_frames
 
 from .pipelines import pixels
-from .test_inputs import clip_folder, picture
+from .test_inputs import clip_folder, image_file
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_opening_clips_decodes_the_first_mask_of_each_alone(decoded: list[str], tmp_path: Path) -> None:
-    found = Objects.open(clip_folder(tmp_path), Reader(), frames=3)
+    found = Objects.open(clip_folder(tmp_path), InputContext(), frames=3)
     assert decoded == ["0.mask", "1.mask"] and len(found) == 2
     decoded.clear()
     found.clips[1:]
@@ -47,22 +47,25 @@ def test_opening_clips_decodes_the_first_mask_of_each_alone(decoded: list[str], 
 
 
 def test_clips_are_the_same_at_each_access(tmp_path: Path) -> None:
-    for found in (Objects.open(clip_folder(tmp_path), Reader(), frames=3), Objects.open("textured", Reader(), count=3)):
+    for found in (
+        Objects.open(clip_folder(tmp_path), InputContext(), frames=3),
+        Objects.open("textured", InputContext(), count=3),
+    ):
         for one, other in zip(found.clips, found.clips, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(one[:3], other[:3], strict=True))
 
 
 def test_what_only_decoding_shows_is_refused_by_name(tmp_path: Path) -> None:
     root = clip_folder(tmp_path)
-    picture(root / "1.untextured" / "0.png", np.zeros((8, 8, 3), np.uint8))
-    found = Objects.open(root, Reader(), frames=3)
+    image_file(root / "1.untextured" / "0.png", np.zeros((8, 8, 3), np.uint8))
+    found = Objects.open(root, InputContext(), frames=3)
     with pytest.raises(CalibrationError, match=r"1\.untextured: frames of") as error:
         removal_samples(pixels(), found.fitted(pixels()))
     assert "\n" not in str(error.value)
     for frame in range(3):
-        picture(root / "1.mask" / f"{frame}.png", np.full((8, 8, 3), 255, np.uint8))
-    with pytest.raises(CalibrationError, match=r"1\.mask: the mask has 8 x 8 pixels, the picture 40 x 40"):
-        latents(pixels(), Objects.open(root, Reader(), frames=3).clips)
+        image_file(root / "1.mask" / f"{frame}.png", np.full((8, 8, 3), 255, np.uint8))
+    with pytest.raises(CalibrationError, match=r"1\.mask: the mask has 8 x 8 pixels, the image 40 x 40"):
+        latents(pixels(), Objects.open(root, InputContext(), frames=3).clips)
 
 
 @pytest.mark.parametrize("kind", ["gif", "webp", "mp4", "mkv", "folder"])
@@ -80,21 +83,21 @@ def test_frames_are_counted_without_decoding_them(kind: str, decoded: list[str],
     elif kind == "folder":
         file.mkdir()
         for number, frame in enumerate(noise):
-            picture(file / f"{number}.png", frame)
+            image_file(file / f"{number}.png", frame)
     else:
         first, *others = (Image.fromarray(frame) for frame in noise)
         first.save(file, save_all=True, append_images=others)
     decoded.clear()
-    assert checked(file).frames == 5 and not decoded
+    assert check_frames(file).frames == 5 and not decoded
     assert len(Frames.open(file).pixels) == 5
 
 
 def test_fewer_frames_than_a_header_declares_are_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lessons, "checked", lambda path: Checked(b"", 9))
-    found = Objects.open(clip_folder(tmp_path), Reader(), frames=5)
-    with pytest.raises(CalibrationError, match=r"clips/0: 3 frames of 5: give longer clips"):
+    monkeypatch.setattr(datasets, "check_frames", lambda path: ImageInfo(b"", 9))
+    found = Objects.open(clip_folder(tmp_path), InputContext(), frames=5)
+    with pytest.raises(CalibrationError, match=r"clips/0: 3 of 5 frames: give longer clips"):
         _ = found.clips[0]
 
 
@@ -103,10 +106,10 @@ class Stopped(Exception):
 
 
 def test_latents_are_the_direct_ones_and_reused_after_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, objects = pixels(), Objects.open("textured", Reader(), count=5, frames=2)
+    base, objects = pixels(), Objects.open("textured", InputContext(), count=5, frames=2)
     torch.manual_seed(1)
     remover = TextureRemover.fresh(base).eval()
-    monkeypatch.setattr(lessons, "AT_ONCE", 2)
+    monkeypatch.setattr(datasets, "AT_ONCE", 2)
     whole = transfer_samples(base, remover, objects.clips, seed=3)
     encode, calls = Base.encode, []
 

@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 
 from lamella.errors import MethodError
-from lamella.methods.refacade import dilated, judge, textured_object
-from lamella.methods.refacade.objects import AMBIENT, PLAIN, TURN, Scene, Texture, render
-from lamella.methods.refacade.shapes import Shape
+from lamella.methods.refacade import dilate_mask, judge, textured_object
+from lamella.methods.refacade.objects import AMBIENT, PLAIN, TURN, ObjectScene, Texture, render
+from lamella.methods.refacade.shapes import Solid
 
 
-def of_sphere() -> Scene:
-    shape = Shape("ellipsoid", (0.5, 0.5, 0.5), 2.0, (0.3, 0.2, 0.1), (0.0, 0.0))
-    return Scene(shape, (0.6, 0.0, 0.8), ((0.0, 0.5, 1.0), (1.0, 0.5, 0.0), 0.3))
+def of_sphere() -> ObjectScene:
+    shape = Solid("ellipsoid", (0.5, 0.5, 0.5), 2.0, (0.3, 0.2, 0.1), (0.0, 0.0))
+    return ObjectScene(shape, (0.6, 0.0, 0.8), ((0.0, 0.5, 1.0), (1.0, 0.5, 0.0), 0.3))
 
 
 def test_a_sphere_is_seen_as_geometry_says() -> None:
-    surface = of_sphere().shape.seen(32)
+    surface = of_sphere().shape.surface(32)
     ticks = (np.arange(32) + 0.5) / 16 - 1
     x, y = np.meshgrid(ticks, -ticks)
     inside = x**2 + y**2 < 0.25
@@ -33,15 +33,15 @@ def test_a_sphere_is_seen_as_geometry_says() -> None:
 
 def test_a_plain_twin_is_lamberts() -> None:
     scene = of_sphere()
-    surface = scene.shape.seen(32)
+    surface = scene.shape.surface(32)
     expected = PLAIN * (AMBIENT + (1 - AMBIENT) * np.maximum(0, surface.normals @ np.array(scene.light)))
     np.testing.assert_allclose(render(scene, surface, None)[surface.mask][:, 1], expected[surface.mask], atol=1e-12)
 
 
 def test_twins_of_two_textures_are_the_same() -> None:
     scene, drawn = of_sphere(), np.random.default_rng(0)
-    surface = scene.shape.seen(24)
-    one, other = (Texture.drawn(drawn, pattern) for pattern in ("checks", "dots"))
+    surface = scene.shape.surface(24)
+    one, other = (Texture.random(drawn, pattern) for pattern in ("checks", "dots"))
     shading = render(scene, surface, None) / PLAIN
     for texture in (one, other):  # what is left when the texture is divided away
         left = render(scene, surface, texture) / texture.albedo(surface.uv)
@@ -80,7 +80,7 @@ def test_outside_the_dilated_mask_the_composite_is_its_background() -> None:
 
     found = textured_object(7, 32)
     composite, mask = torch.from_numpy(found.composite), torch.from_numpy(found.mask)
-    hole = dilated(mask, 3)
+    hole = dilate_mask(mask, 3)
     background = composite * (1 - hole)
     outside = hole.expand_as(composite) == 0
     assert torch.equal((composite - background)[outside], torch.zeros_like(composite)[outside])
@@ -89,15 +89,15 @@ def test_outside_the_dilated_mask_the_composite_is_its_background() -> None:
 
 
 @pytest.mark.parametrize("given", [{"res": 4}, {"frames": 0}])
-def test_pictures_without_pixels_are_refused(given: dict[str, int]) -> None:
-    with pytest.raises(MethodError, match="give pictures from 8 x 8"):
+def test_images_without_pixels_are_refused(given: dict[str, int]) -> None:
+    with pytest.raises(MethodError, match="give images of at least 8 x 8"):
         textured_object(0, **given)
 
 
 def test_a_turned_shape_is_another_view_of_the_same() -> None:
-    shape = Shape("box", (0.3, 0.4, 0.5), 2.0, (0.4, 0.2, 0.0), (0.0, 0.0))
+    shape = Solid("box", (0.3, 0.4, 0.5), 2.0, (0.4, 0.2, 0.0), (0.0, 0.0))
     quarter = replace(shape, angles=(0.4, 0.2, np.pi / 2))
-    np.testing.assert_array_equal(np.rot90(shape.seen(32).mask), quarter.seen(32).mask)
+    np.testing.assert_array_equal(np.rot90(shape.surface(32).mask), quarter.surface(32).mask)
 
 
 def test_along_the_true_flow_a_texture_stays_and_along_no_other() -> None:

@@ -14,38 +14,38 @@ from lamella.methods.refacade import (
     Base,
     Conditions,
     Jigsaw,
-    Sampling,
+    SamplerSettings,
     TextureRemover,
     conditions,
-    dilated,
+    dilate_mask,
     euler,
-    folded,
-    guided,
+    fold_mask,
+    guided_velocity,
     mask_latent,
-    retextured,
-    sampled,
+    retexture,
+    sample_latents,
     textured_object,
-    unfolded,
+    unfold_mask,
 )
-from lamella.methods.refacade.flow import noised
+from lamella.methods.refacade.flow import add_noise
 
-from .pipelines import branch, folder, halved, latents, pixels, told
+from .pipelines import branch, branch_inputs, folder, halved, latents, pixels
 
 
 def test_folding_a_mask_is_undone_and_has_64_channels() -> None:
     mask = (torch.rand(5, 1, 48, 32) > 0.5).float()
-    assert folded(mask, 8).shape == (5, 64, 6, 4)
-    assert torch.equal(unfolded(folded(mask, 8), 8), mask)
-    assert torch.equal(folded(mask, 8)[:, :, 2, 1].view(5, 8, 8), mask[:, 0, 16:24, 8:16])  # one block, row by row
+    assert fold_mask(mask, 8).shape == (5, 64, 6, 4)
+    assert torch.equal(unfold_mask(fold_mask(mask, 8), 8), mask)
+    assert torch.equal(fold_mask(mask, 8)[:, :, 2, 1].view(5, 8, 8), mask[:, 0, 16:24, 8:16])  # one block, row by row
     found = mask_latent(mask, 8, 2)
     assert found.shape == (64, 2, 6, 4)
-    assert torch.equal(found[:, 0], folded(mask[1:2], 8)[0]) and torch.equal(found[:, 1], folded(mask[3:4], 8)[0])
+    assert torch.equal(found[:, 0], fold_mask(mask[1:2], 8)[0]) and torch.equal(found[:, 1], fold_mask(mask[3:4], 8)[0])
 
 
 def test_a_dilated_mask_is_what_a_box_reaches() -> None:
     mask = (torch.rand(2, 1, 20, 17) > 0.97).float()
     for radius in (0, 1, 3):
-        found = dilated(mask, radius)
+        found = dilate_mask(mask, radius)
         for frame in range(2):
             for y in range(20):
                 for x in range(17):
@@ -55,7 +55,7 @@ def test_a_dilated_mask_is_what_a_box_reaches() -> None:
 
 def test_clean_data_are_where_the_velocity_leads_back() -> None:
     z_0 = torch.randn(6, 3, 2, 4, 4)
-    z_t, t, v = noised(z_0)
+    z_t, t, v = add_noise(z_0)
     torch.testing.assert_close(z_t - t.view(-1, 1, 1, 1, 1) * v, z_0, atol=1e-6, rtol=1e-5)
     assert float(t.min()) >= 0 and float(t.max()) < 1 and len(set(t.tolist())) == 6
 
@@ -80,7 +80,7 @@ def test_a_straight_path_needs_one_step() -> None:
 
 
 def all_told(base: Base) -> tuple[torch.Tensor, torch.Tensor, Conditions]:
-    given = told(base)
+    given = branch_inputs(base)
     return given["z"], given["t"], Conditions(given["reference"], given["c"], given["c_r"])
 
 
@@ -102,9 +102,9 @@ def test_guidance_of_one_is_the_conditional_pass_alone(opened: object) -> None:
     made, passes = branch(base), Counted(base)
     try:
         with torch.no_grad():
-            found = guided(base, made, z, t, conditioned, Sampling(guidance=1.0))
+            found = guided_velocity(base, made, z, t, conditioned, SamplerSettings(guidance=1.0))
             assert passes.count == 1
-            stronger = guided(base, made, z, t, conditioned, Sampling(guidance=2.5))
+            stronger = guided_velocity(base, made, z, t, conditioned, SamplerSettings(guidance=2.5))
             assert passes.count == 3
     finally:
         passes.hook.remove()
@@ -124,18 +124,22 @@ def test_the_reference_stays_clean_at_every_step() -> None:
     seen: list[torch.Tensor] = []
     hook = base.network.register_forward_pre_hook(lambda module, given: seen.append(given[0][:, :, 0].clone()))
     try:
-        sampled(base, branch(base), conditioned, Sampling(steps=3, guidance=1.0), torch.Generator().manual_seed(0))
+        sample_latents(
+            base, branch(base), conditioned, SamplerSettings(steps=3, guidance=1.0), torch.Generator().manual_seed(0)
+        )
     finally:
         hook.remove()
     assert len(seen) == 3 and all(torch.equal(each, conditioned.reference[:, :, 0]) for each in seen)
 
 
-def test_the_white_picture_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_white_image_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     base = Base.open(folder())
     _, _, conditioned = all_told(base)
     seen, whole = [], base.vae.encode
     monkeypatch.setattr(base.vae, "encode", lambda x: seen.append(x) or whole(x))
-    sampled(base, branch(base), conditioned, Sampling(steps=3, guidance=2.0), torch.Generator().manual_seed(0))
+    sample_latents(
+        base, branch(base), conditioned, SamplerSettings(steps=3, guidance=2.0), torch.Generator().manual_seed(0)
+    )
     assert len(seen) == 1
 
 
@@ -159,8 +163,8 @@ class Silent:
 def test_drawing_follows_the_flow_to_its_end() -> None:
     data = torch.randn(2, 3, 2, 4, 4)
     conditioned = Conditions(torch.zeros(2, 3, 1, 4, 4), torch.zeros(2, 7, 2, 4, 4), torch.zeros(2, 4, 1, 4, 4))
-    how = Sampling(steps=12, guidance=1.0)
-    found = sampled(Exact(data), Silent(), conditioned, how, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    how = SamplerSettings(steps=12, guidance=1.0)
+    found = sample_latents(Exact(data), Silent(), conditioned, how, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
     torch.testing.assert_close(found, data, atol=2e-3, rtol=1e-3)
 
 
@@ -170,13 +174,13 @@ def test_conditions_hide_the_object_and_a_ring_around_it() -> None:
     image, where = (torch.from_numpy(each) for each in found.own)
     puzzle = Jigsaw()(image, where, np.random.default_rng(0), smallest=4)
     z_unt = base.encode(torch.from_numpy(found.untextured))
-    told = conditions(base, frames, mask, z_unt, puzzle, 3)
-    hole = dilated(mask, 3)
-    background, plain, marked = told.c[0].split([3, 3, 1])
+    branch_inputs = conditions(base, frames, mask, z_unt, puzzle, 3)
+    hole = dilate_mask(mask, 3)
+    background, plain, marked = branch_inputs.c[0].split([3, 3, 1])
     assert torch.equal(background.movedim(1, 0), frames * (1 - hole))
     assert torch.equal(plain, z_unt) and torch.equal(marked.movedim(1, 0), hole)
-    assert torch.equal(told.reference[0, :, 0], puzzle.image)
-    assert torch.equal(told.c_r[0, :, 0], torch.cat([puzzle.image, puzzle.mask]))
+    assert torch.equal(branch_inputs.reference[0, :, 0], puzzle.image)
+    assert torch.equal(branch_inputs.c_r[0, :, 0], torch.cat([puzzle.image, puzzle.mask]))
 
 
 def given(base: Base, frames: int = 1, side: int = 32) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
@@ -190,18 +194,18 @@ def test_a_clip_is_retextured_from_end_to_end(opened: object, frames: int) -> No
     base: Base = opened()  # type: ignore[operator]
     clip, shown = given(base, frames)
     remover, made = TextureRemover.fresh(base), branch(base)
-    how = {"sampling": Sampling(steps=2), "jigsaw": Jigsaw(0.25)}
+    how = {"sampling": SamplerSettings(steps=2), "jigsaw": Jigsaw(0.25)}
     one, same, other = (
-        retextured(base, made, remover, clip, shown, seed=seed, **how)  # type: ignore[arg-type]
+        retexture(base, made, remover, clip, shown, seed=seed, **how)  # type: ignore[arg-type]
         for seed in (0, 0, 1)
     )
     assert one.frames.shape == one.untextured.shape == (frames, 3, 32, 32)
     assert float(one.frames.abs().max()) <= 1
     assert torch.equal(one.frames, same.frames) and torch.equal(one.untextured, same.untextured)
     assert not torch.equal(one.untextured, other.untextured)  # the remover's noise follows the seed, too
-    alone = retextured(base, made, remover, clip, shown, seed=0, sampling=Sampling(steps=2, scale=0.0))
+    alone = retexture(base, made, remover, clip, shown, seed=0, sampling=SamplerSettings(steps=2, scale=0.0))
     assert not torch.equal(one.frames, alone.frames)
-    none = retextured(base, branch(base, silent=True), remover, clip, shown, sampling=Sampling(steps=2))
+    none = retexture(base, branch(base, silent=True), remover, clip, shown, sampling=SamplerSettings(steps=2))
     torch.testing.assert_close(none.frames, alone.frames, atol=1e-4, rtol=1e-3)
 
 
@@ -213,7 +217,7 @@ def test_other_random_numbers_do_not_matter() -> None:
     for number in (1, 2):
         torch.manual_seed(number)
         np.random.seed(number)
-        found.append(retextured(base, made, remover, clip, shown, sampling=Sampling(steps=1), seed=3).frames)  # type: ignore[arg-type]
+        found.append(retexture(base, made, remover, clip, shown, sampling=SamplerSettings(steps=1), seed=3).frames)  # type: ignore[arg-type]
     assert torch.equal(*found)
 
 
@@ -222,18 +226,18 @@ def test_sizes_are_refused_in_one_line() -> None:
     (frames, mask), shown = given(base)
     made, remover = branch(base), TextureRemover.fresh(base)
 
-    def refused(said: str, clip: object, reference: object = shown, on: Base = base) -> None:
-        with pytest.raises(MethodError, match=said) as error:
-            retextured(on, made, remover, clip, reference)  # type: ignore[arg-type]
+    def refused(message: str, clip: object, reference: object = shown, on: Base = base) -> None:
+        with pytest.raises(MethodError, match=message) as error:
+            retexture(on, made, remover, clip, reference)  # type: ignore[arg-type]
         assert "\n" not in str(error.value)
 
     refused("give multiples of 4", (frames[..., :30], mask[..., :30]))
-    refused("give one of their number and size", (frames, mask[..., :28]))
+    refused("give one mask per frame, of the same size", (frames, mask[..., :28]))
     refused("the mask is empty", (frames, 0 * mask))
     refused("give one of the frames' size", (frames, mask), (shown[0][..., :28], shown[1][..., :28]))
-    refused("shows no object", (frames, mask), (shown[0], 0 * shown[1]))
+    refused("has no object:", (frames, mask), (shown[0], 0 * shown[1]))
     three = (frames.expand(3, -1, -1, -1), mask.expand(3, -1, -1, -1))
-    refused("give a multiple of 4 and one more", three, shown, latents())
+    refused("give a multiple of 4 plus one", three, shown, latents())
 
 
 @pytest.mark.parametrize(
@@ -242,7 +246,7 @@ def test_sizes_are_refused_in_one_line() -> None:
 )
 def test_values_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(MethodError, match="to 1000"):
-        Sampling(**wrong)  # type: ignore[arg-type]
+        SamplerSettings(**wrong)  # type: ignore[arg-type]
 
 
 def test_text_needs_something_that_encodes_it() -> None:
@@ -254,7 +258,7 @@ def test_text_needs_something_that_encodes_it() -> None:
 def test_a_vace_networks_main_blocks_are_the_base() -> None:
     base = latents()
     whole = diffusers.WanVACETransformer3DModel.from_pretrained(base.folder / "transformer").eval()  # type: ignore[operator]
-    given, text = told(base, frames=2), base.text().expand(2, -1, -1)
+    given, text = branch_inputs(base, frames=2), base.text().expand(2, -1, -1)
     frames = torch.cat([given["reference"], given["z"]], dim=2)
     silent = {"control_hidden_states": torch.zeros(2, 96, 3, 8, 8), "control_hidden_states_scale": torch.zeros(2)}
     with torch.no_grad():
@@ -281,7 +285,7 @@ def test_a_fresh_remover_of_latents_is_the_base_until_its_control_learns() -> No
     plain = Base.open(latents().folder)  # type: ignore[arg-type]
     without = Base(copy.deepcopy(plain.network), plain.vae, "without VACE")
     remover = TextureRemover.fresh(without)
-    given = told(without)
+    given = branch_inputs(without)
     with torch.no_grad():
         expected = without.velocity(given["z"], given["t"])
         found = remover.velocity(given["z"], given["t"], torch.randn_like(given["z"]))
@@ -301,7 +305,7 @@ def test_a_remover_begins_with_vaces_blocks_where_these_are() -> None:
 
 def test_a_remover_of_bfloat16_trains_in_float32() -> None:
     base = halved()
-    remover, given = TextureRemover.fresh(base), told(base)
+    remover, given = TextureRemover.fresh(base), branch_inputs(base)
     kinds = {name: each.dtype for name, each in remover.named_parameters()}
     assert all(kinds[name] == torch.float32 for name in kinds if remover.trains(name))
     assert kinds["network.proj_out.weight"] == torch.bfloat16
@@ -316,5 +320,5 @@ def test_the_size_that_is_worked_on_is_whole_tokens_within_the_area() -> None:
         ours = latents().size_for(height, width)
         assert ours[0] * ours[1] <= 480 * 832 and not ours[0] % 16 and not ours[1] % 16
     assert latents().size_for(480, 832) == (480, 832)
-    with pytest.raises(MethodError, match="give a larger picture"):
+    with pytest.raises(MethodError, match="give a larger image"):
         latents().size_for(12, 200)

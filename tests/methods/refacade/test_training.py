@@ -13,12 +13,12 @@ from lamella.errors import MethodError
 from lamella.methods.refacade import (
     Base,
     Clip,
-    Distillation,
+    DmdLoss,
     Jigsaw,
-    Pair,
+    StudentAndFake,
     TextureRemover,
     TransferLoss,
-    dilated,
+    dilate_mask,
     distil,
     euler,
     nano,
@@ -75,7 +75,7 @@ def test_samples_are_what_the_object_looks_like() -> None:
     base, found = pixels(), clips(2)
     for sample, clip in zip(transfer_samples(base, remover(base), found), found, strict=True):
         background, _, hole = sample["c"].split([3, 3, 1])
-        expected = dilated(clip.mask, 3)
+        expected = dilate_mask(clip.mask, 3)
         assert torch.equal(hole.movedim(1, 0), expected)
         assert torch.equal(background.movedim(1, 0), clip.frames * (1 - expected))
         inside = (clip.mask[0] > 0).expand(3, -1, -1)
@@ -117,18 +117,18 @@ def test_the_branch_learns_beside_a_base_of_bfloat16(tmp_path: Path) -> None:
     assert len(moved) > 10 and all(each.dtype == torch.float32 for each in made.parameters())
 
 
-def test_the_reference_of_a_lesson_is_jigsawed_anew_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reference_of_a_step_is_jigsawed_again_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     base, seen = pixels(), []
     drawn = objects("train", 0, 48)
     samples = transfer_samples(base, remover(base), [of_object(next(drawn)) for _ in range(2)])
     batch = {name: torch.stack([each[name] for each in samples]) for name in samples[0]}
-    whole = recipe.referred
+    whole = recipe.reference_condition
 
     def noted(base: Base, puzzle: object) -> object:
         seen.append(puzzle)
         return whole(base, puzzle)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(recipe, "referred", noted)
+    monkeypatch.setattr(recipe, "reference_condition", noted)
     made = branch(base)
     with torch.no_grad():
         for _ in range(2):
@@ -163,24 +163,24 @@ def test_a_students_direction_is_dmds() -> None:
     fake = remover(pixels())
     for each in fake.parameters():
         each.data.add_(0.02 * torch.randn(each.shape))
-    x, told = torch.randn(3, 3, 1, 8, 8), torch.randn(3, 3, 1, 8, 8)
+    x, branch_inputs = torch.randn(3, 3, 1, 8, 8), torch.randn(3, 3, 1, 8, 8)
     t, eps = torch.tensor([0.2, 0.5, 0.9]), torch.randn(3, 3, 1, 8, 8)
     share = t.view(3, 1, 1, 1, 1)
     x_t = (1 - share) * x + share * eps
     with torch.no_grad():
-        found = Distillation(teacher).direction(fake, x, x_t, t, told)
+        found = DmdLoss(teacher).direction(fake, x, x_t, t, branch_inputs)
         for row in range(3):
             one = slice(row, row + 1)
-            mu_r = x_t[one] - t[row] * teacher.velocity(x_t[one], t[one], told[one])
-            mu_f = x_t[one] - t[row] * fake.velocity(x_t[one], t[one], told[one])
+            mu_r = x_t[one] - t[row] * teacher.velocity(x_t[one], t[one], branch_inputs[one])
+            mu_f = x_t[one] - t[row] * fake.velocity(x_t[one], t[one], branch_inputs[one])
             expected = (mu_f - mu_r) / (x[one] - mu_r).abs().mean()
             torch.testing.assert_close(found[one], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_two_losses_meet_nowhere_and_the_student_moves_along_its_direction() -> None:
     teacher = remover(pixels())
-    pair = Pair(teacher)
-    loss = Distillation(teacher)
+    pair = StudentAndFake(teacher)
+    loss = DmdLoss(teacher)
     batch = {"foreground": torch.randn(2, 3, 1, 8, 8)}
     g: list[Tensor] = []
     whole = loss.direction
@@ -206,19 +206,19 @@ class Bell:
     def __init__(self, mean: float, deviation: float) -> None:
         self.mean, self.deviation = mean, deviation
 
-    def velocity(self, z_t: Tensor, t: Tensor, told: Tensor) -> Tensor:
+    def velocity(self, z_t: Tensor, t: Tensor, branch_inputs: Tensor) -> Tensor:
         share = t.view(-1, 1, 1, 1, 1)
         away = (z_t - (1 - share) * self.mean) / ((1 - share) ** 2 * self.deviation**2 + share**2)
         return share * away - (self.mean + (1 - share) * self.deviation**2 * away)  # E[eps - z_0 | z_t]
 
 
 @pytest.mark.parametrize(("mean", "deviation"), [(1.0, 0.3), (0.0, 0.3), (0.5, 0.6), (0.5, 0.15)])
-def test_against_its_direction_a_students_pictures_become_its_teachers(mean: float, deviation: float) -> None:
+def test_against_its_direction_a_students_images_become_its_teachers(mean: float, deviation: float) -> None:
     torch.manual_seed(0)
     eps = torch.randn(512, 3, 1, 8, 8)
     x = mean + deviation * eps
-    x_t, t, _ = recipe.noised(x)
-    loss = Distillation(Bell(0.5, 0.3))  # type: ignore[arg-type]
+    x_t, t, _ = recipe.add_noise(x)
+    loss = DmdLoss(Bell(0.5, 0.3))  # type: ignore[arg-type]
     g = loss.direction(Bell(mean, deviation), x, x_t, t, x)  # type: ignore[arg-type]
     to_mean, to_deviation = float(g.mean()), float((g * eps).mean())  # the gradients of either
     if mean == 0.5:
@@ -227,22 +227,22 @@ def test_against_its_direction_a_students_pictures_become_its_teachers(mean: flo
         assert abs(to_mean) > 0.05 and (to_mean > 0) == (mean > 0.5)
 
 
-def test_the_fake_learns_so_many_times_as_fast(tmp_path: Path) -> None:
+def test_the_fake_learns_faster_by_its_factor(tmp_path: Path) -> None:
     base = pixels()
     samples, teacher = removal_samples(base, clips(2)), remover(base)
-    pair = Pair(teacher)
+    pair = StudentAndFake(teacher)
     trained = {name: each for name, each in pair.named_parameters() if pair.trains(name)}
-    groups = recipe.at_two_rates(pair, trained, CONFIG, 5.0).param_groups
+    groups = recipe.two_rate_adamw(pair, trained, CONFIG, 5.0).param_groups
     rates = {each: group["lr"] for group in groups for each in group["params"]}
     assert all(rates[each] == (5.0 if name.startswith("fake.") else 1.0) for name, each in trained.items())
     _, log = distil(teacher, samples, TrainConfig(steps=1, lr=1e-3, batch=2), tmp_path / "run", faster=5.0)
-    assert log.settings["algorithm"] == "at_two_rates" and log.settings["faster"] == 5.0
+    assert log.settings["algorithm"] == "two_rate_adamw" and log.settings["faster"] == 5.0
 
 
 @pytest.mark.parametrize("faster", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_fake_that_does_not_learn_is_refused(faster: float, tmp_path: Path) -> None:
     base = pixels()
-    with pytest.raises(MethodError, match="learning rate over the student's"):
+    with pytest.raises(MethodError, match="learning rates of fake and student,"):
         distil(remover(base), removal_samples(base, clips(1)), CONFIG, tmp_path / "run", faster=faster)
 
 
@@ -261,7 +261,7 @@ class Stopped(Exception):
     pass
 
 
-def test_the_built_in_network_goes_on_where_its_training_was_stopped(
+def test_the_built_in_network_resumes_where_its_training_was_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nano, "STEPS", {"base": 4})
@@ -291,7 +291,7 @@ def test_the_built_in_network_goes_on_where_its_training_was_stopped(
     assert not list(tmp_path.glob("*/.*.work"))
 
 
-def test_what_another_version_has_begun_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_another_version_has_begun_is_restarted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAMELLA_CACHE", str(tmp_path))
     monkeypatch.setattr(nano, "STEPS", {"base": 1})
     for name, value in {"COUNT": 2, "BATCH": 2}.items():
@@ -303,7 +303,7 @@ def test_what_another_version_has_begun_is_begun_anew(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("what", ["branch", "remover", "distil"])
-def test_killed_training_goes_on_to_the_bit(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_training_resumes_bitwise(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = pixels()
     transfer, removal = transfer_samples(base, remover(base), clips()), removal_samples(base, clips())
 
@@ -319,7 +319,7 @@ def test_killed_training_goes_on_to_the_bit(what: str, tmp_path: Path, monkeypat
         return made.state_dict()
 
     straight = trained(tmp_path / "straight")
-    kind = {"branch": TransferLoss, "remover": RemoverLoss, "distil": Distillation}[what]
+    kind = {"branch": TransferLoss, "remover": RemoverLoss, "distil": DmdLoss}[what]
     calls, whole = [], kind.__call__
 
     def counted(self: object, *given: object) -> object:

@@ -1,4 +1,4 @@
-"""rewire as a whole: thinking never gets out, sets are what they are said to be, and a stopped run goes on."""
+"""rewire as a whole: reasoning is removed, sets match their description, and an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import pytest
 
 pytest.importorskip("datatrove")
 
-from lamella.data import Document, Documents, Local, Request, Sampling, Writer, Written
+from lamella.data import Completion, Document, Documents, LocalWriter, Sampling, Writer, WritingRequest
 from lamella.errors import LamellaError
 from lamella.files import Work
-from lamella.methods.rewire import Guide, Judging, Rewriting, Rules, parsed, rewire, score
+from lamella.methods.rewire import Guide, PoolRules, QualityFilter, Rewriting, parse_answer, rewire, score
 from lamella.methods.rewire.guiding import ANY
-from lamella.results import Mixed
+from lamella.results import MixedCorpus
 from lamella.runner import run
 
 THOUGHT = "<thinking starts>\nI think about it.\n<thinking ends>\n"
@@ -53,7 +53,7 @@ START, END = "<improved response starts>", "<improved response ends>"
     ],
 )
 def test_only_what_stands_between_the_markers_is_kept(answer: str, expected: tuple[str, str | None]) -> None:
-    assert parsed(answer) == expected
+    assert parse_answer(answer) == expected
 
 
 def test_prompts_have_the_markers_and_a_place_for_the_document(tmp_path: Path) -> None:
@@ -63,9 +63,9 @@ def test_prompts_have_the_markers_and_a_place_for_the_document(tmp_path: Path) -
         assert len(ANY.findall(message["content"])) == 4
     own = tmp_path / "own.txt"
     own.write_text("Improve: {document}")
-    with pytest.raises(LamellaError, match="ask for <improved response starts>"):
+    with pytest.raises(LamellaError, match="request <improved response starts>"):
         Guide.open(str(own))
-    with pytest.raises(LamellaError, match="no prompt 'other'; there are guided, short"):
+    with pytest.raises(LamellaError, match="no prompt 'other'; give one of guided, short"):
         Guide.open("other")
 
 
@@ -82,8 +82,8 @@ class Scribe(Writer):
         return self
 
     def write(
-        self, requests: Sequence[Request], sampling: Sampling, done: Collection[str] = ()
-    ) -> Iterator[list[tuple[Request, Written]]]:
+        self, requests: Sequence[WritingRequest], sampling: Sampling, done: Collection[str] = ()
+    ) -> Iterator[list[tuple[WritingRequest, Completion]]]:
         for request in requests:
             if request.key not in done:
                 if self.asked == self.stops:
@@ -94,7 +94,7 @@ class Scribe(Writer):
                 answer = f"{THOUGHT}<improved response starts>{text}<improved response ends>"
                 if request.key.endswith("7"):
                     answer = f"{THOUGHT}{text}"
-                yield [(request, Written(answer, True, len(draft.split()), len(answer.split())))]
+                yield [(request, Completion(answer, True, len(draft.split()), len(answer.split())))]
 
     def describe(self) -> dict[str, Any]:
         return {"scribe": 1}
@@ -108,13 +108,13 @@ def documents(count: int = 40) -> Documents:
 
 POSITIVES = Documents(Document(f"p{n}", f"It explains because number {n} is more than {n - 1}.") for n in range(20))
 EASY: dict[str, Any] = {
-    "rules": Rules(words_least=5, near_duplicates=False),
+    "rules": PoolRules(words_least=5, near_duplicates=False),
     "rewriting": Rewriting(embedder="words", together=8),
     "held_out": 0.0,
 }
 
 
-def rewired(**options: Any) -> Mixed:
+def rewired(**options: Any) -> MixedCorpus:
     return rewire(documents(), Scribe(), POSITIVES, **EASY | options)
 
 
@@ -138,7 +138,7 @@ def test_no_thinking_and_no_marker_is_anywhere_in_what_is_written(tmp_path: Path
 
 
 def test_shares_of_tokens_and_of_documents_are_asked_for() -> None:
-    found = rewired(judging=Judging(by="tokens", keep_raw=0.3, keep_syn=0.3))
+    found = rewired(judging=QualityFilter(by="tokens", keep_raw=0.3, keep_syn=0.3))
     rows = found.items
     total, kept = (sum(row["n_src_tok"] for row in rows if row["in_raw"] or every) for every in (True, False))
     largest = max(row["n_src_tok"] for row in rows)
@@ -164,7 +164,7 @@ def test_a_floor_keeps_invented_texts_out_of_the_set() -> None:
     assert loose.findings["rewrites"]["similarity"] == strict.findings["rewrites"]["similarity"]
 
 
-def test_runs_of_one_seed_are_equal_and_documents_that_are_too_long_are_told() -> None:
+def test_runs_of_one_seed_are_equal_and_documents_that_are_too_long_are_reported() -> None:
     first, again = (rewired() for _ in range(2))
     assert first.findings["corpus"] == again.findings["corpus"] and first.train == again.train
     short = rewired(rewriting=Rewriting(embedder="words", together=8, longest=22))
@@ -173,20 +173,20 @@ def test_runs_of_one_seed_are_equal_and_documents_that_are_too_long_are_told() -
 
 
 def test_a_document_for_which_the_rewriter_has_no_room_is_too_long_and_ends_nothing(instructed: Path) -> None:
-    writer = Local(str(instructed), batch=4)
+    writer = LocalWriter(str(instructed), batch=4)
     pool = Documents([*documents(4), Document("long", "river stone bread " * 300)])
     options = EASY | {"rewriting": Rewriting("short", answer=2, embedder="words")}
     found = rewire(pool, writer, POSITIVES, **options)
     (long,) = [row for row in found.items if row["id"] == "long"]
     assert 1024 < long["n_src_tok"] <= 4096 and long["drop_reason"] == "too long"
-    assert found.findings["rewrites"]["failed"]["too long"] == 1 and found.findings["rewrites"]["asked"] == 4
+    assert found.findings["rewrites"]["failed"]["too long"] == 1 and found.findings["rewrites"]["requested"] == 4
 
 
 def test_other_shares_of_what_was_rewritten_before_are_chosen_without_writing(tmp_path: Path) -> None:
     first, second = Scribe(), Scribe()
     rewire(documents(), first, POSITIVES, work=Work(tmp_path), **EASY)
     options = EASY | {"rewriting": Rewriting(embedder="words", together=8, floor=0.1)}
-    other = rewire(documents(), second, POSITIVES, work=Work(tmp_path), judging=Judging(keep_syn=0.5), **options)
+    other = rewire(documents(), second, POSITIVES, work=Work(tmp_path), judging=QualityFilter(keep_syn=0.5), **options)
     assert first.asked == 40 and second.asked == 0
     assert sum(row["in_syn"] for row in other.items) == 18 and other.findings["cost"]["seconds"] > 0
 
@@ -204,20 +204,20 @@ def test_the_time_of_a_stopped_run_has_that_from_before(tmp_path: Path, monkeypa
 def test_good_texts_have_a_column_of_their_own_and_no_limit(tmp_path: Path) -> None:
     pool, good = tmp_path / "pool.jsonl", tmp_path / "good.jsonl"
     pool.write_text("".join(json.dumps({"id": each.id, "text": each.text}) + "\n" for each in documents()))
-    good.write_text("".join(json.dumps({"said": each.text}) + "\n" for each in POSITIVES))
-    given = {"positives": str(good), "positives_column": "said"}
+    good.write_text("".join(json.dumps({"content": each.text}) + "\n" for each in POSITIVES))
+    given = {"positives": str(good), "positives_column": "content"}
     found = run("rewire", str(pool), command="score", limit=6, **given)
     whole = score(Documents(documents()[:6]), POSITIVES)
     assert list(found.result.rows()) == list(whole.rows()) and len(whole.items) == 6  # type: ignore[attr-defined]
 
 
 def test_a_model_whose_answers_cannot_be_read_leaves_raw_text_alone(instructed: Path) -> None:
-    writer = Local(str(instructed), batch=4)
+    writer = LocalWriter(str(instructed), batch=4)
     found = rewire(
         documents(8), writer, POSITIVES, **EASY | {"rewriting": Rewriting("short", answer=6, embedder="words")}
     )
     assert found.findings["rewrites"]["parsed"] == 0 and {row["source"] for row in found.train} == {"raw"}
-    assert any("raw text alone" in note for note in found.notes)
+    assert any("raw text only." in note for note in found.notes)
 
 
 def test_scores_alone_are_a_filter() -> None:
@@ -229,13 +229,13 @@ def test_scores_alone_are_a_filter() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
-        ({"rules": Rules(words_least=1000)}, "0 of 40 documents are in the pool"),
+        ({"rules": PoolRules(words_least=1000)}, "0 of 40 documents are in the pool"),
         ({"rewriting": Rewriting(prompt="other")}, "no prompt 'other'"),
     ],
 )
-def test_what_cannot_be_done_is_refused_in_one_line(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(LamellaError, match=said) as error:
+def test_what_cannot_be_done_is_refused_in_one_line(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(LamellaError, match=message) as error:
         rewired(**options)
     assert "\n" not in str(error.value)

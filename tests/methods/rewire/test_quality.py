@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lamella.data import Document, seed_of
 from lamella.errors import CalibrationError
 from lamella.measure import spearman
-from lamella.methods.rewire import Rules, cross_fitted, fit_quality, near_duplicates, pool_of, refused, top
+from lamella.methods.rewire import PoolRules, broken_rule, cross_fitted, fit_quality, near_duplicates, pool_of, top
 from lamella.methods.rewire.accounts import diversity
 
 PROSE = (
@@ -36,7 +36,7 @@ GOOD, BAD = (
 
 
 @pytest.mark.parametrize("kind", ["hashed", "fasttext"])
-def test_good_texts_are_told_from_others(kind: str) -> None:
+def test_good_texts_are_distinguished_from_others(kind: str) -> None:
     if kind == "fasttext":
         pytest.importorskip("fasttext")
     quality = fit_quality(texts(GOOD, 60, 0), texts(BAD, 60, 1), kind)  # type: ignore[arg-type]
@@ -103,7 +103,7 @@ def test_classes_without_texts_are_refused() -> None:
     ],
 )
 def test_documents_are_refused_for_the_rule_that_they_break(text: str, rule: str | None) -> None:
-    assert refused(text, Rules(words_least=30)) == rule
+    assert broken_rule(text, PoolRules(words_least=30)) == rule
 
 
 def test_near_duplicates_go_and_others_stay(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_near_duplicates_go_and_others_stay(tmp_path: Path) -> None:
 def test_the_pool_accounts_for_what_it_leaves_out(tmp_path: Path) -> None:
     pytest.importorskip("datatrove")
     documents = [Document(str(n), text) for n, text in enumerate([PROSE, "short", f"{PROSE} Indeed.", "x " * 100])]
-    pool, gone = pool_of(documents, Rules(words_least=30), tmp_path / "minhash")
+    pool, gone = pool_of(documents, PoolRules(words_least=30), tmp_path / "minhash")
     assert len(pool) == 1 and gone == {"words": 1, "length of words": 1, "near-duplicates": 1}
 
 

@@ -20,11 +20,11 @@ import torch
 
 from lamella.errors import LamellaError
 from lamella.files import Work
-from lamella.methods.skippipe import meeting, recipe
-from lamella.methods.skippipe.executor import Node, stage_of_parameter
+from lamella.methods.skippipe import communicator, recipe
+from lamella.methods.skippipe.executor import NodeExecutor, stage_of_parameter
 from lamella.methods.skippipe.planner import Limit
 from lamella.methods.skippipe.recipe import train
-from lamella.methods.skippipe.schedule import Schedule
+from lamella.methods.skippipe.schedule import PipelineSchedule
 from lamella.methods.skippipe.stages import spans
 from lamella.stack import Stack
 from lamella.train import TrainConfig, blocks, collate
@@ -34,17 +34,17 @@ TOKENS = torch.randint(3, 100, (48, 10), generator=torch.Generator().manual_seed
 SAMPLES: Any = blocks(TOKENS, loss_on="all")
 CONFIG = TrainConfig(steps=4, lr=1e-3, batch=1, save_every=2, log_every=1, warmup=0)
 LIMIT = Limit(seconds=3)
-meeting.ANSWER = 2.0
+communicator.ANSWER = 2.0
 
 
-def iterate(schedule: Schedule, out: Path, pace: float = 0.0, times: int = 1) -> None:
+def iterate(schedule: PipelineSchedule, out: Path, pace: float = 0.0, times: int = 1) -> None:
     """One iteration (or some): gradients of this node's stage, the loss, and how long it took."""
     stack = Stack(nano("llama"))
-    met = meeting.Meeting(schedule, torch.device("cpu"))
+    met = communicator.Communicator(schedule, torch.device("cpu"))
     parts = spans(stack, len(schedule.assignment))
     stage_of = stage_of_parameter(stack, parts)
     mine = {name: each for name, each in stack.model.named_parameters() if stage_of(name) == met.stage}
-    node = Node(stack, parts, mine, met, clip=1e9, pace=pace)
+    node = NodeExecutor(stack, parts, mine, met, clip=1e9, pace=pace)
     seconds = []
     for _ in range(times):
         stack.model.zero_grad()
@@ -57,21 +57,26 @@ def iterate(schedule: Schedule, out: Path, pace: float = 0.0, times: int = 1) ->
 
 
 def learn(
-    schedule: Schedule, out: Path, work: str, lost: list[int] | None = None, dies: int | None = None, at: int = 0
+    schedule: PipelineSchedule,
+    out: Path,
+    work: str,
+    lost: list[int] | None = None,
+    dies: int | None = None,
+    at: int = 0,
 ) -> None:
     """A training, in which one node may die at the beginning of a step."""
     if dies is not None:
 
-        class Mortal(Node):
+        class Mortal(NodeExecutor):
             step = 0
 
             def __call__(self, batch: Any) -> Any:
                 self.step += 1
-                if self.meeting.node == dies and self.step == at:
+                if self.communicator.node == dies and self.step == at:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return super().__call__(batch)
 
-        recipe.Node = Mortal  # type: ignore[misc]
+        recipe.NodeExecutor = Mortal  # type: ignore[misc]
     stack = Stack(nano("llama"))
     result = train(stack, SAMPLES, schedule, config=CONFIG, work=Work(Path(work)), lost=tuple(lost or ()), limit=LIMIT)
     rank = os.environ["RANK"]
@@ -82,15 +87,15 @@ def learn(
 SCENARIOS: dict[str, Callable[..., None]] = {"iterate": iterate, "learn": learn}
 
 
-def process(rank: int, port: int, said: dict[str, Any]) -> None:
+def process(rank: int, port: int, scenario: dict[str, Any]) -> None:
     """One process, to its end."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(said["processes"])}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(scenario["processes"])}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    out = Path(said["out"])
+    out = Path(scenario["out"])
     code = 1
     try:
         with torch.enable_grad():
-            SCENARIOS[said["what"]](Schedule.read(Path(said["schedule"])), out, **said["options"])
+            SCENARIOS[scenario["what"]](PipelineSchedule.read(Path(scenario["schedule"])), out, **scenario["options"])
         code = 0
     except LamellaError as error:
         (out / f"{rank}.txt").write_text(str(error))
@@ -104,15 +109,15 @@ def main() -> None:
     torch.set_num_threads(1)
     print("ready", flush=True)
     for line in sys.stdin:
-        said = json.loads(line)
+        scenario = json.loads(line)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         children = []
-        for rank in range(said["processes"]):
+        for rank in range(scenario["processes"]):
             child = os.fork()
             if child == 0:
-                process(rank, port, said)
+                process(rank, port, scenario)
             children.append(child)
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         print(json.dumps(codes), flush=True)

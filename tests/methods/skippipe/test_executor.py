@@ -19,10 +19,10 @@ from torch import Tensor
 from lamella.errors import TrainingError
 from lamella.files import Work
 from lamella.methods.skippipe import train
-from lamella.methods.skippipe.meeting import on_ray
-from lamella.methods.skippipe.network import Network, Node
+from lamella.methods.skippipe.communicator import on_ray
+from lamella.methods.skippipe.network import Machine, PipelineNetwork
 from lamella.methods.skippipe.paths import Assignment, Limits
-from lamella.methods.skippipe.schedule import Schedule
+from lamella.methods.skippipe.schedule import PipelineSchedule
 from lamella.stack import Stack
 from lamella.zoo.nano import nano
 
@@ -43,13 +43,15 @@ def processes() -> Iterator[Run]:
         assert server.stdin is not None and server.stdout is not None
         assert server.stdout.readline() == "ready\n"
 
-        def run(what: str, schedule: Schedule, out: Path, count: int | None = None, **options: Any) -> list[int]:
+        def run(
+            what: str, schedule: PipelineSchedule, out: Path, count: int | None = None, **options: Any
+        ) -> list[int]:
             out.mkdir(parents=True, exist_ok=True)
             schedule.write(out)
             number = len(schedule.nodes) if count is None else count
-            said = {"what": what, "schedule": str(out), "out": str(out), "processes": number, "options": options}
+            message = {"what": what, "schedule": str(out), "out": str(out), "processes": number, "options": options}
             assert server.stdin is not None and server.stdout is not None
-            server.stdin.write(json.dumps(said) + "\n")
+            server.stdin.write(json.dumps(message) + "\n")
             server.stdin.flush()
             codes: list[int] = json.loads(server.stdout.readline())
             return codes
@@ -58,12 +60,12 @@ def processes() -> Iterator[Run]:
         server.stdin.close()
 
 
-def schedule(stages: list[list[int]], paths: list[tuple[int, ...]], count: int, **limits: int) -> Schedule:
+def schedule(stages: list[list[int]], paths: list[tuple[int, ...]], count: int, **limits: int) -> PipelineSchedule:
     """By hand, over links of half a second and nodes of a fifth."""
-    nodes = tuple(Node("here") for stage in stages for _ in stage)
+    nodes = tuple(Machine("here") for stage in stages for _ in stage)
     edge = 0.5 * (1 - np.eye(len(nodes)))
-    network = Network(nodes, edge, np.full(len(nodes), 0.2))
-    return Schedule(
+    network = PipelineNetwork(nodes, edge, np.full(len(nodes), 0.2))
+    return PipelineSchedule(
         network=network,
         assignment=Assignment(tuple(map(tuple, stages))),
         paths=tuple(paths),
@@ -101,7 +103,7 @@ def by_hand(orders: list[tuple[int, ...]]) -> dict[str, Tensor]:
     "made", [pytest.param(FULL, marks=pytest.mark.exhaustive), SKIPS], ids=["full", "skips and a swap"]
 )
 def test_gradients_over_processes_are_those_of_one_model_that_runs_each_order(
-    made: Schedule, processes: Run, tmp_path: Path
+    made: PipelineSchedule, processes: Run, tmp_path: Path
 ) -> None:
     assert processes("iterate", made, tmp_path) == [0] * len(made.nodes)
     found = [torch.load(tmp_path / f"{node}.pt") for node in made.nodes]
@@ -123,7 +125,7 @@ def test_an_iteration_over_slowed_links_takes_what_the_simulator_says(processes:
 
 
 @pytest.mark.exhaustive
-def test_a_node_that_dies_is_named_and_the_run_goes_on_to_the_bit_or_without_it(processes: Run, tmp_path: Path) -> None:
+def test_a_node_that_dies_is_named_and_the_run_resumes_bitwise_or_without_it(processes: Run, tmp_path: Path) -> None:
     assert processes("learn", SKIPS, tmp_path / "whole", work=str(tmp_path / "w1")) == [0] * 6
     whole = [torch.load(tmp_path / "whole" / f"{rank}.pt") for rank in range(6)]
     for each in whole:
@@ -133,8 +135,10 @@ def test_a_node_that_dies_is_named_and_the_run_goes_on_to_the_bit_or_without_it(
     codes = processes("learn", SKIPS, tmp_path / "dead", work=work, dies=3, at=4)
     assert codes == [2, 2, 2, -9, 2, 2]
     for rank in (0, 1, 2, 4, 5):
-        said = (tmp_path / "dead" / f"{rank}.txt").read_text()
-        assert said.startswith("node 3 (here) died: start again") and "--without 3" in said and "\n" not in said
+        message = (tmp_path / "dead" / f"{rank}.txt").read_text()
+        assert (
+            message.startswith("node 3 (here) died: start again") and "--without 3" in message and "\n" not in message
+        )
     subprocess.run(["cp", "-r", work, str(tmp_path / "w3")], check=True)
 
     assert processes("learn", SKIPS, tmp_path / "again", work=work) == [0] * 6
@@ -162,9 +166,9 @@ def test_one_process_along_the_same_paths_learns_the_same(processes: Run, tmp_pa
 
 def test_a_world_that_does_not_fit_is_refused_in_one_line(processes: Run, tmp_path: Path) -> None:
     assert processes("learn", FULL, tmp_path, 3, work=str(tmp_path / "w")) == [2] * 3
-    said = (tmp_path / "0.txt").read_text()
-    assert said.startswith("the schedule has 4 nodes, and 3 processes run: start one for each, with torchrun")
-    assert "\n" not in said
+    message = (tmp_path / "0.txt").read_text()
+    assert message.startswith("the schedule has 4 nodes, and 3 processes run: start one for each, with torchrun")
+    assert "\n" not in message
 
 
 @pytest.mark.exhaustive

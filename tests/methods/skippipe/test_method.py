@@ -15,9 +15,9 @@ from torch import Tensor
 
 from lamella.errors import LamellaError, MethodError, TrainingError
 from lamella.files import Work
-from lamella.methods.skippipe import Load, Network, Node, omit, plan, skippipe, stages, train
-from lamella.methods.skippipe.executor import InOneProcess
-from lamella.methods.skippipe.recipe import drawn
+from lamella.methods.skippipe import Load, Machine, PipelineNetwork, omit, plan, skippipe, stages, train
+from lamella.methods.skippipe.executor import SingleProcess
+from lamella.methods.skippipe.recipe import random_orders
 from lamella.methods.skippipe.stages import losses, spans
 from lamella.runtime import apply
 from lamella.stack import Stack, share
@@ -34,11 +34,11 @@ def gradients(orders: list[tuple[int, ...]], rows: list[int]) -> dict[str, Tenso
     stack = Stack(nano("llama"))
     names = dict(stack.model.named_parameters())
     with torch.enable_grad():
-        InOneProcess(stack, spans(stack), names, orders)(collate([SAMPLES[row] for row in rows]))
+        SingleProcess(stack, spans(stack), names, orders)(collate([SAMPLES[row] for row in rows]))
     return {name: each.grad for name, each in names.items()}
 
 
-def test_without_skips_it_is_plain_training_to_the_bit(tmp_path: Path) -> None:
+def test_without_skips_it_is_plain_training_bitwise(tmp_path: Path) -> None:
     stack = Stack(nano("llama"))
     ours = train(stack, SAMPLES, skip=0.0, microbatches=4, config=CONFIG, work=Work(tmp_path / "ours"))
     view = share(stack.model)
@@ -73,10 +73,10 @@ def test_which_microbatch_takes_which_path_does_not_change_the_gradient_on_avera
 
 
 @pytest.mark.parametrize(("stages", "skip", "count"), [(6, 1 / 3, None), (4, 0.25, 6), (6, 0.5, 10), (2, 0.5, None)])
-def test_orders_by_chance_leave_out_every_stage_but_the_first_equally_often(
+def test_orders_at_random_leave_out_every_stage_but_the_first_equally_often(
     stages: int, skip: float, count: int | None
 ) -> None:
-    orders = drawn(stages, skip, count, seed=0)
+    orders = random_orders(stages, skip, count, seed=0)
     seen = set()
     for step in range(20):
         made = orders(step)
@@ -96,7 +96,7 @@ def test_a_run_that_was_stopped_draws_the_same_orders(tmp_path: Path) -> None:
     class Stopped(Exception):
         pass
 
-    def stop(self: Any, batch: Any, run: Any = InOneProcess.__call__) -> Tensor:
+    def stop(self: Any, batch: Any, run: Any = SingleProcess.__call__) -> Tensor:
         stop.calls += 1  # type: ignore[attr-defined]
         if stop.calls == 5:  # type: ignore[attr-defined]
             raise Stopped
@@ -104,7 +104,7 @@ def test_a_run_that_was_stopped_draws_the_same_orders(tmp_path: Path) -> None:
 
     stop.calls = 0  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as patched, pytest.raises(Stopped):
-        patched.setattr(InOneProcess, "__call__", stop)
+        patched.setattr(SingleProcess, "__call__", stop)
         train(stack, SAMPLES, skip=0.5, config=settings, work=Work(tmp_path / "parts"))
     parts = train(stack, SAMPLES, skip=0.5, config=settings, work=Work(tmp_path / "parts"))
     for name, each in whole.stack.model.named_parameters():
@@ -181,49 +181,51 @@ def test_stages_are_as_long_as_one_another_but_for_one_layer() -> None:
 
 
 def small_plan(**options: Any) -> Any:
-    nodes = [*[Node("oslo", 0.02, 2)] * 2, *[Node("paris")] * 2]
-    network = Network.of(nodes, {("oslo", "paris"): (14.0, 0.12)}, Load(layers=1))
+    nodes = [*[Machine("oslo", 0.02, 2)] * 2, *[Machine("paris")] * 2]
+    network = PipelineNetwork.of(nodes, {("oslo", "paris"): (14.0, 0.12)}, Load(layers=1))
     settings = {"stages": 2, "microbatches": 2, "trials": 10, "population": 4, "seconds": 5.0}
     return plan(network, **settings | options)  # type: ignore[arg-type]
 
 
 def test_a_plan_says_what_it_takes_beside_the_full_pipeline_and_chance() -> None:
     made = small_plan(skip=0.5)
-    assert set(made.findings["predicted"]) == {"full", "by chance", "load alone", "planned"}
+    assert set(made.findings["predicted"]) == {"full", "random", "load alone", "planned"}
     assert made.findings["bound"] <= made.findings["predicted"]["planned"] == made.seconds
     assert made.findings["predicted"]["planned"] <= made.findings["predicted"]["load alone"]
     assert sum(made.findings["visits"]) == made.microbatches and len(made.findings["gantt"]) == 3 * made.microbatches
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
-        ({"stages": 9}, "9 stages: 4 nodes can be 1 to 4"),
+        ({"stages": 9}, "9 stages: 4 nodes can form 1 to 4"),
         ({"sizes": (1, 1)}, "stages of 1, 1 nodes: give sizes of at least 1 that add up to 4"),
-        ({"sizes": (2, 1, 1)}, "sizes of 3 stages are given, and stages 2"),
+        ({"sizes": (2, 1, 1)}, "sizes has 3 entries, but stages is 2: give one size per stage"),
     ],
 )
-def test_plans_that_cannot_be_are_refused_in_one_line(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(MethodError, match=said) as error:
+def test_plans_that_cannot_be_are_refused_in_one_line(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(MethodError, match=message) as error:
         small_plan(**options)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
-        ({"stages": 5}, "stages 5: the 4 layers of .* can be 2 to 4 stages"),
+        ({"stages": 5}, "stages 5: the 4 layers of .* can form 2 to 4 stages"),
         (
             {"skip": 0.25, "microbatches": 2},
-            "microbatches 2: 1 of 3 stages are left out equally often by multiples of 3",
+            "microbatches 2: 1 of 3 stages are skipped equally often with multiples of 3",
         ),
-        ({"lost": (1,)}, "nodes are those of a schedule"),
-        ({"ray": True}, "Ray starts the processes itself, one for each node of a schedule: give it"),
-        ({"config": replace(CONFIG, accumulate=2)}, "leave accumulate, bf16 and shard out"),
+        ({"lost": (1,)}, "--without names nodes of a schedule:"),
+        ({"ray": True}, "Ray starts one process per node of a schedule: give --pipeline,"),
+        ({"config": replace(CONFIG, accumulate=2)}, "omit accumulate, bf16 and shard"),
     ],
 )
-def test_trainings_that_cannot_be_are_refused_in_one_line(options: dict[str, Any], said: str, tmp_path: Path) -> None:
-    with pytest.raises(LamellaError, match=said) as error:
+def test_trainings_that_cannot_be_are_refused_in_one_line(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(LamellaError, match=message) as error:
         train(Stack(nano("llama")), SAMPLES, work=Work(tmp_path), **{"config": CONFIG} | options)
     assert "\n" not in str(error.value)
 

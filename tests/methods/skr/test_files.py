@@ -39,30 +39,30 @@ ARCHIVES: dict[str, tuple[dict[str, Any], str]] = {
     "a column before the matrix": (changed(indices=np.array([0, 1, -(10**9), 0, 1, 2])), "columns go from 0 to 2"),
     "a column just beyond the matrix": (changed(indices=np.array([0, 1, 3, 0, 1, 2])), "columns go from 0 to 2"),
     "rows that end beyond the values": (changed(indptr=np.array([[0, 1, 2, 10**9]] * 2)), "and there are 6 values"),
-    "rows that go back": (changed(indptr=np.array([[0, 3, 1, 3]] * 2)), "does not cut 6 values into rows"),
+    "rows that go back": (changed(indptr=np.array([[0, 3, 1, 3]] * 2)), "does not split 6 values into rows"),
     "rows whose differences overflow": (
         changed(b=np.ones((2, 4)), indptr=np.array([[0, FAR, -FAR - 1, -1, 3]] * 2)), "and there are 6 values"
     ),
-    "rows of fewer values": (changed(indptr=np.array([[0, 1, 2, 2]] * 2)), "does not cut 6 values into rows"),
+    "rows of fewer values": (changed(indptr=np.array([[0, 1, 2, 2]] * 2)), "does not split 6 values into rows"),
     "pointers of one system": (changed(indptr=np.arange(N + 1)), "not [N, n] and [N, n + 1]"),
     "pointers that are fractions": (changed(indptr=WHOLE["indptr"] / 2), "no integers 'indptr'"),
     "no pointers": (changed(indptr=None), "no integers 'indptr'"),
     "no values": (changed(data=None), "no 'data'"),
-    "text for values": (changed(data=np.array(["a"] * 6)), "'data' holds text"),
+    "text for values": (changed(data=np.array(["a"] * 6)), "'data' contains text"),
     "values as a matrix": (changed(data=np.ones((2, 3))), "not two vectors of one length"),
     "a scalar right-hand side": (changed(b=np.float64(1)), "b is []"),
     "one right-hand side": (changed(b=np.ones(N)), "b is [3]"),
     "no systems": (changed(b=np.ones((0, N)), indptr=np.ones((0, N + 1), int)), "b is [0, 3]"),
-    "a scalar parameter": (changed(parameters_0=np.float64(1)), "one number for 2 systems"),
+    "a scalar parameter": (changed(parameters_0=np.float64(1)), "a single value for 2 systems"),
     "a value that is not finite": (changed(data=np.array([1, 2, np.nan, 4, 5, 6])), "not finite"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ARCHIVES)
 def test_an_archive_whose_arrays_do_not_fit_is_refused_in_one_line(tmp_path: Path, name: str) -> None:
-    arrays, said = ARCHIVES[name]
+    arrays, message = ARCHIVES[name]
     np.savez(tmp_path / "systems.npz", **arrays)
-    with pytest.raises(LamellaError, match=re.escape(said)) as caught:
+    with pytest.raises(LamellaError, match=re.escape(message)) as caught:
         LinearSystems.open(tmp_path / "systems.npz")
     assert "\n" not in str(caught.value)
 

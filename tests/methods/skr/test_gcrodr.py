@@ -63,7 +63,7 @@ def test_every_cycle_keeps_its_invariants_while_matrix_and_preconditioner_change
             assert np.linalg.norm(A @ cycle.Vhat - cycle.What @ cycle.G) <= 1e-12 * size * np.linalg.norm(cycle.Vhat)
 
         M = preconditioners.make(preconditioner, A, "system")
-        solve = gcrodr(A, system.b, M=M, Y=Y, m=16, k=6, tol=1e-9, watch=check)
+        solve = gcrodr(A, system.b, M=M, Y=Y, m=16, k=6, tol=1e-9, on_cycle=check)
         Y = solve.U
         assert solve.converged
     assert cycles > 9
@@ -133,7 +133,7 @@ def gmres_dr(A: Array, b: Array, m: int, k: int, cycles: int) -> list[float]:
 def test_one_system_goes_as_with_gmres_dr_cycle_by_cycle(k):
     A, b = nonsymmetric(90, seed=2)
     norms: list[float] = []
-    gcrodr(A, b, m=14, k=k, tol=1e-7, watch=lambda cycle: norms.append(cycle.residual))
+    gcrodr(A, b, m=14, k=k, tol=1e-7, on_cycle=lambda cycle: norms.append(cycle.residual))
     expected = gmres_dr(A.toarray(), b, 14, k, len(norms) - 1)
     assert len(expected) >= 3
     np.testing.assert_allclose(norms[:-1], expected, rtol=1e-8)
@@ -144,7 +144,7 @@ def test_complex_pairs_stay_together_and_the_basis_real():
     A = sparse.block_diag([*rotations, np.diag(np.linspace(2, 9, 60))], format="csr")
     b = np.random.default_rng(0).standard_normal(A.shape[0])
     sizes: list[int] = []
-    solve = gcrodr(A, b, m=20, k=5, tol=1e-10, watch=lambda cycle: sizes.append(cycle.U.shape[1]))
+    solve = gcrodr(A, b, m=20, k=5, tol=1e-10, on_cycle=lambda cycle: sizes.append(cycle.U.shape[1]))
     assert solve.converged and 6 in sizes  # three pairs, where five would split one
     assert solve.U is not None and solve.U.dtype == np.float64
     assert np.linalg.matrix_rank(solve.U) == solve.U.shape[1]
@@ -156,7 +156,7 @@ def test_equal_moduli_do_not_fill_the_search_space(k):
     A = sparse.csr_array((np.ones(40), (np.arange(40), np.roll(np.arange(40), 1))), shape=(40, 40))
     sizes: list[int] = []
     b = np.random.default_rng(0).standard_normal(40)
-    gcrodr(A, b, m=11, k=k, max_iterations=60, watch=lambda cycle: sizes.append(cycle.U.shape[1]))
+    gcrodr(A, b, m=11, k=k, max_iterations=60, on_cycle=lambda cycle: sizes.append(cycle.U.shape[1]))
     assert sizes and max(sizes) <= min(k + 1, 10)
 
 
@@ -166,7 +166,7 @@ def test_dependent_and_zero_columns_of_the_carried_basis_are_dropped():
     assert Y is not None
     doubled = np.column_stack([Y, Y[:, :2], np.zeros(len(Y))])
     found: list[int] = []
-    solve = gcrodr(system.A, system.b, Y=doubled, m=12, k=4, watch=lambda cycle: found.append(cycle.Vhat.shape[1]))
+    solve = gcrodr(system.A, system.b, Y=doubled, m=12, k=4, on_cycle=lambda cycle: found.append(cycle.Vhat.shape[1]))
     assert solve.converged and max(found) <= 12
 
 
@@ -220,7 +220,7 @@ def test_a_first_guess_is_where_it_starts():
     assert solve.iterations == 0 and solve.converged
 
 
-def test_overflow_is_said_and_not_iterated():
+def test_overflow_is_an_error_and_not_iterated():
     A = sparse.diags_array(np.full(10, 1e200)).tocsr()
     with np.errstate(all="ignore"), pytest.raises(NumericsError, match="not finite"):
         gcrodr(A, np.full(10, 1e200), M=lambda v: v * 1e200)

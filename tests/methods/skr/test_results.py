@@ -49,14 +49,14 @@ def test_a_data_set_is_replaced_only_when_asked(tmp_path, ending):
 
 
 def test_data_sets_that_cannot_be_written_or_read_are_refused_in_one_line(tmp_path):
-    with pytest.raises(ExportError, match="no data set ends so; take one of"):
+    with pytest.raises(ExportError, match="unknown suffix of a dataset; use one of"):
         SOLUTIONS.write(tmp_path / "data.csv")
     with pytest.raises(ExportError, match="cannot be written"):
         SOLUTIONS.write(tmp_path / "nowhere" / "data.npz")
     (tmp_path / "noise.npz").write_bytes(b"noise")
     np.savez(tmp_path / "other.npz", y=np.ones(3))
     for name in ("noise.npz", "other.npz", "missing.npz"):
-        with pytest.raises(LamellaError, match="skr wrote") as caught:
+        with pytest.raises(LamellaError, match="written by skr") as caught:
             Solutions.read(tmp_path / name)
         assert "\n" not in str(caught.value)
 
@@ -80,7 +80,7 @@ def test_every_baseline_solves_the_systems(name):
 
 @pytest.mark.parametrize("name", ["cg", "minres"])
 def test_solvers_for_symmetric_matrices_refuse_others(name):
-    with pytest.raises(MethodError, match="is for symmetric matrices; take 'gmres'"):
+    with pytest.raises(MethodError, match="requires symmetric matrices; use 'gmres'"):
         baseline(name, FAMILIES["convection"](6, 1))
 
 
@@ -106,9 +106,11 @@ def test_a_warm_start_is_the_solution_before():
 
 def evidence_of(found):
     result = found
-    said = {"method": "skr", "version": "0", "options": {}, "inputs": {}}
+    provenance = {"method": "skr", "version": "0", "options": {}, "inputs": {}}
     where = {"machine": "here", "threads": 1, "versions": {}, "date": "2026-01-01"}
-    return Evidence(kind="dataset", provenance=said, environment=where, findings=result.findings, notes=result.notes)
+    return Evidence(
+        kind="dataset", provenance=provenance, environment=where, findings=result.findings, notes=result.notes
+    )
 
 
 def test_the_page_shows_ours_and_the_baselines():

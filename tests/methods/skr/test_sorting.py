@@ -62,7 +62,7 @@ def test_equal_parameters_follow_each_other():
 
 
 @pytest.mark.parametrize("order", ["greedy", "grouped-greedy", "gray", "hilbert"])
-def test_neighbours_are_closer_than_by_chance(order, monkeypatch):
+def test_neighbours_are_closer_than_at_random(order, monkeypatch):
     monkeypatch.setattr(sorting, "GROUP", 25)
     turns = np.random.default_rng(0).uniform(0, 2 * np.pi, (200, 2))
     x, y = np.meshgrid(np.linspace(0, 1, 16), np.linspace(0, 1, 16))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lamella.methods.slab.modules import LinearAttention, PRepBN, Real, RepBN, attended, begun
+from lamella.methods.slab.modules import LinearAttention, PRepBN, RepBN, TokenMask, initial_repbn, linear_attention
 
 
 def settled(width: int = 6, seed: int = 0) -> RepBN:
@@ -32,7 +32,7 @@ def test_in_evaluation_it_is_a_scale_and_a_shift() -> None:
 
 
 def test_statistics_are_of_all_tokens_and_of_no_padding() -> None:
-    real = Real(torch.tensor([[True, True, False], [True, False, False]]))
+    real = TokenMask(torch.tensor([[True, True, False], [True, False, False]]))
     rep = RepBN(4, real=real).train()
     x = torch.randn(2, 3, 4)
     out = rep(x)
@@ -50,7 +50,7 @@ def test_statistics_are_of_all_tokens_and_of_no_padding() -> None:
 
 def test_gamma_falls_over_the_steps_after_the_warm_ones() -> None:
     norm = nn.LayerNorm(4)
-    place = PRepBN(norm, begun(norm, "norm"), steps=10, warm=3, first=0.8)
+    place = PRepBN(norm, initial_repbn(norm, "norm"), steps=10, warm=3, first=0.8)
     gammas = []
     for step in range(16):
         place.step.fill_(step)
@@ -65,9 +65,9 @@ def test_at_first_it_is_the_norm_exactly_and_evaluation_is_repbn_alone(init: str
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
     x = torch.randn(3, 5, 4)
-    place = PRepBN(norm, begun(norm, init), steps=10).train()
+    place = PRepBN(norm, initial_repbn(norm, init), steps=10).train()
     assert torch.equal(place(x), norm(x) + 0 * place.rep(x))
-    warm = PRepBN(norm, begun(norm, init), steps=10, warm=2).train()
+    warm = PRepBN(norm, initial_repbn(norm, init), steps=10, warm=2).train()
     assert torch.equal(warm(x), norm(x)) and int(warm.rep.bn.num_batches_tracked) == 0
     place.eval()
     assert torch.equal(place(x), place.rep(x))
@@ -77,18 +77,18 @@ def test_at_first_it_is_the_norm_exactly_and_evaluation_is_repbn_alone(init: str
 
 def test_halfway_the_two_are_mixed() -> None:
     norm = nn.LayerNorm(4)
-    place = PRepBN(norm, begun(norm, "norm"), steps=4).train()
+    place = PRepBN(norm, initial_repbn(norm, "norm"), steps=4).train()
     place.step.fill_(3)
     x = torch.randn(6, 4)
-    rep = begun(norm, "norm").train()
+    rep = initial_repbn(norm, "norm").train()
     torch.testing.assert_close(place(x), 0.25 * norm(x) + 0.75 * rep(x))
     place.step.fill_(4)
-    torch.testing.assert_close(place(x), begun(norm, "norm").train()(x))
+    torch.testing.assert_close(place(x), initial_repbn(norm, "norm").train()(x))
 
 
 def test_zero_begins_as_a_part_of_the_norm() -> None:
     norm = nn.RMSNorm(4)
-    place = PRepBN(norm, begun(norm, "zero"), steps=4).train()
+    place = PRepBN(norm, initial_repbn(norm, "zero"), steps=4).train()
     place.step.fill_(1)
     x = torch.randn(6, 4)
     torch.testing.assert_close(place(x), 0.75 * norm(x))
@@ -144,18 +144,20 @@ def test_both_orders_of_the_products_are_one_function() -> None:
         short, long = q @ (k.transpose(-2, -1) @ v), (q @ k.transpose(-2, -1)) @ v
         total = (q @ k.transpose(-2, -1)).sum(-1, keepdim=True) + 1e-6
         for out in (short, long):
-            torch.testing.assert_close(attended(q, k, v), out / total, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(linear_attention(q, k, v), out / total, rtol=1e-4, atol=1e-4)
 
 
 def test_equal_keys_give_the_mean_and_a_query_of_nothing_gives_nothing() -> None:
     v = torch.randn(1, 1, 6, 4)
     k = torch.ones(1, 1, 6, 4)
-    torch.testing.assert_close(attended(torch.rand(1, 1, 6, 4) + 0.1, k, v), v.mean(2, keepdim=True).expand_as(v))
-    assert torch.equal(attended(torch.zeros(1, 1, 6, 4), k, v), torch.zeros_like(v))
+    torch.testing.assert_close(
+        linear_attention(torch.rand(1, 1, 6, 4) + 0.1, k, v), v.mean(2, keepdim=True).expand_as(v)
+    )
+    assert torch.equal(linear_attention(torch.zeros(1, 1, 6, 4), k, v), torch.zeros_like(v))
 
 
 def test_a_grid_that_is_no_square_is_refused() -> None:
     with pytest.raises(ValueError, match="give a square"):
         LinearAttention(8, 2, 10)
-    with pytest.raises(ValueError, match="knows no masks"):
+    with pytest.raises(ValueError, match="supports neither masks"):
         LinearAttention(8, 2, 9)(torch.zeros(1, 9, 8), is_causal=True)

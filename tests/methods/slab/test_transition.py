@@ -14,22 +14,22 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lamella.errors import ArchitectureError, MethodError
-from lamella.methods.slab.method import spreads
-from lamella.methods.slab.modules import PRepBN, begun
+from lamella.methods.slab.method import rms_statistics
+from lamella.methods.slab.modules import PRepBN, initial_repbn
 from lamella.methods.slab.sites import Site, sites_of
 from lamella.methods.slab.transition import (
     Transition,
     constancy,
     convert,
+    fold_after,
     fold_before,
-    fold_behind,
     merge,
-    places,
+    prepbn_modules,
     refresh,
     sizes,
 )
 from lamella.stack import Stack
-from lamella.train import TrainConfig, class_nats, fit, supervised
+from lamella.train import TrainConfig, class_cross_entropy, fit, supervised
 from lamella.zoo import nano
 
 VIT = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 10}
@@ -45,7 +45,7 @@ def vit(**changes: Any) -> Any:
 
 def stirred(model: nn.Module) -> None:
     """Statistics, gains, shifts and etas that are not what they begin with."""
-    for number, each in enumerate(places(model)):
+    for number, each in enumerate(prepbn_modules(model)):
         drawn = torch.Generator().manual_seed(number)
         for name, tensor in each.rep.named_parameters():
             tensor.data.normal_(generator=drawn).add_(0.5 if name == "bn.weight" else 0)
@@ -70,7 +70,7 @@ def test_both_folds_are_what_they_replace(kind: str) -> None:
     with torch.no_grad():
         behind = linear(x) * a.view(shape) + b.view(shape)
         folded = copy.deepcopy(linear)
-        fold_behind(folded, a, b)
+        fold_after(folded, a, b)
         torch.testing.assert_close(folded(x), behind, rtol=1e-11, atol=1e-11)
         if kind != "convolution":
             before = linear(a * x + b)
@@ -140,14 +140,14 @@ def test_a_merged_decoder_computes_what_it_did_with_a_cache_too(name: str) -> No
 def test_what_is_not_done_cannot_be_merged() -> None:
     model = vit()
     sites = sites_of(model)
-    with pytest.raises(MethodError, match="is a LayerNorm, and no norm that was converted"):
+    with pytest.raises(MethodError, match="is a LayerNorm, not a converted norm"):
         merge(model, sites)
     convert(model, sites, steps=8)
     with pytest.raises(
-        MethodError, match=r"blocks.0.norm1 is at step 0, and its norm still weighs 1.00: train to the end"
+        MethodError, match=r"blocks.0.norm1 is at step 0, where the norm still has the weight 1.00: train to the end"
     ):
         merge(model, sites)
-    for each in places(model):
+    for each in prepbn_modules(model):
         each.step.fill_(8)
     with pytest.raises(MethodError, match=r"blocks\.0\.norm1 has no statistics yet"):
         merge(model, sites)
@@ -158,7 +158,7 @@ def test_a_tied_head_would_be_scaled_twice() -> None:
     sites = sites_of(Stack(model))
     convert(model, sites, steps=0)
     stirred(model)
-    with pytest.raises(MethodError, match="lm_head has a weight that is tied"):
+    with pytest.raises(MethodError, match="lm_head has a tied weight,"):
         merge(model, sites)
 
 
@@ -170,39 +170,42 @@ def test_steps_are_those_of_the_optimizer_however_many_passes_they_have(tmp_path
     fit(
         model,
         rows,
-        supervised(class_nats),
+        supervised(class_cross_entropy),
         config,
         out=tmp_path / "run",
         trainable=lambda name: True,
         hooks=[Transition()],
     )
-    assert [int(each.step) for each in places(model)] == [3] * 5
-    assert places(model)[0].gamma == 0.25
+    assert [int(each.step) for each in prepbn_modules(model)] == [3] * 5
+    assert prepbn_modules(model)[0].gamma == 0.25
     again = vit()
     convert(again, sites_of(again), steps=4)
     fit(
         again,
         rows,
-        supervised(class_nats),
+        supervised(class_cross_entropy),
         config,
         out=tmp_path / "run",
         trainable=lambda name: True,
         hooks=[Transition()],
     )
-    assert [int(each.step) for each in places(again)] == [3] * 5
-    bns = [(a.rep.bn.running_mean, b.rep.bn.running_mean) for a, b in zip(places(model), places(again), strict=True)]
+    assert [int(each.step) for each in prepbn_modules(again)] == [3] * 5
+    bns = [
+        (a.rep.bn.running_mean, b.rep.bn.running_mean)
+        for a, b in zip(prepbn_modules(model), prepbn_modules(again), strict=True)
+    ]
     assert all(torch.equal(a, b) for a, b in bns)
 
 
 @torch.no_grad()
-def test_statistics_are_measured_anew_and_nothing_else_changes() -> None:
+def test_statistics_are_measured_again_and_nothing_else_changes() -> None:
     model = vit(drop_path_rate=0.3)
     convert(model, sites_of(model), steps=0)
     model.eval()
     before = {name: each.clone() for name, each in model.named_parameters()}
     batches = [torch.randn(8, 1, 8, 8) for _ in range(4)]
     seen: list[Tensor] = []
-    first = places(model)[0]
+    first = prepbn_modules(model)[0]
     hook = first.register_forward_pre_hook(lambda module, given: seen.append(given[0].flatten(0, 1).clone()))
     refresh(model, batches, model)
     hook.remove()
@@ -210,7 +213,7 @@ def test_statistics_are_measured_anew_and_nothing_else_changes() -> None:
     torch.testing.assert_close(first.rep.bn.running_mean, tokens.mean((0, 1)))
     torch.testing.assert_close(first.rep.bn.running_var, tokens.var(1).mean(0))
     assert all(torch.equal(each, before[name]) for name, each in model.named_parameters())
-    assert not any(each.rep.bn.training for each in places(model)) and first.rep.bn.momentum == 0.1
+    assert not any(each.rep.bn.training for each in prepbn_modules(model)) and first.rep.bn.momentum == 0.1
 
 
 @torch.no_grad()
@@ -222,7 +225,7 @@ def test_norms_whose_tokens_are_alike_are_found() -> None:
     states = model(ids, output_hidden_states=True).hidden_states
     rms = states[0].square().mean(-1).sqrt().flatten().numpy()
     assert found["model.layers.0.input_layernorm"] == pytest.approx(float(np.std(rms, ddof=1) / rms.mean()), rel=1e-4)
-    assert len(found) == 9 and begun(model.model.norm, "norm").eta == 0
+    assert len(found) == 9 and initial_repbn(model.model.norm, "norm").eta == 0
 
 
 @torch.no_grad()
@@ -230,9 +233,9 @@ def test_a_first_token_that_is_large_counts_where_it_is_asked_whether_tokens_are
     model = copy.deepcopy(nano("llama")).eval()
     ids = torch.randint(3, 100, (2, 6))
     ids[:, 0] = 0
-    usual, divides = spreads(Stack(model), sites_of(Stack(model)), ids)
+    usual, divides = rms_statistics(Stack(model), sites_of(Stack(model)), ids)
     model.get_input_embeddings().weight[0] *= 100
-    varies, same = spreads(Stack(model), sites_of(Stack(model)), ids)
+    varies, same = rms_statistics(Stack(model), sites_of(Stack(model)), ids)
     norm = "model.layers.0.input_layernorm"
     assert varies[norm] > 2 > usual[norm]
     assert same[norm] == pytest.approx(divides[norm])

@@ -9,19 +9,19 @@ import pytest
 import torch
 from torch import nn
 
-from lamella.data import Captioned, Pictures, Reader
+from lamella.data import Captioned, CaptionedImages, InputContext
 from lamella.errors import CalibrationError, CheckpointError, MethodError
 from lamella.methods.slab import LinearAttention
-from lamella.methods.slab.recipe import Schedule
-from lamella.methods.slab.vision import Classifier, Network, export_onnx, prepared, vision
+from lamella.methods.slab.recipe import GammaSchedule
+from lamella.methods.slab.vision import Classifier, VitConfig, export_onnx, prepare_images, vision
 from lamella.train import TrainConfig
 
-SMALL = Network(size=8, patch=2, channels=1, width=16, depth=2, heads=2)
+SMALL = VitConfig(size=8, patch=2, channels=1, width=16, depth=2, heads=2)
 CONFIG = TrainConfig(steps=160, lr=5e-3, schedule="cosine", batch=32)
 
 
-def digits() -> Pictures:
-    return Pictures.open("digits", Reader(), count=600)
+def digits() -> CaptionedImages:
+    return CaptionedImages.open("digits", InputContext(), count=600)
 
 
 @pytest.mark.parametrize("kind", ["layer", "batch", "rep", "progressive batch", "progressive"])
@@ -47,7 +47,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     done = vision(digits(), network=SMALL, config=TrainConfig(steps=3, lr=1e-3, batch=16))
     done.write(tmp_path)
     again = Classifier.read(tmp_path)
-    x = prepared(digits().items[:4], SMALL)
+    x = prepare_images(digits().items[:4], SMALL)
     assert torch.equal(again.model(x), done.model(x)) and again.describe() == done.describe()
     (tmp_path / "network.json").write_text('{"schema": "lamella.slab/1"}')
     with pytest.raises(CheckpointError, match=r"no classifier .*does not name network, classes, merged"):
@@ -62,18 +62,18 @@ def test_a_merged_network_runs_in_onnxruntime(tmp_path: Path) -> None:
     export_onnx(done.model, SMALL, tmp_path / "model.onnx")
     session = runtime.InferenceSession(tmp_path / "model.onnx")
     for count in (1, 5):
-        x = prepared(digits().items[:count], SMALL)
-        [said] = session.run(None, {"pixels": x.numpy()})
+        x = prepare_images(digits().items[:count], SMALL)
+        [message] = session.run(None, {"pixels": x.numpy()})
         with torch.no_grad():
-            torch.testing.assert_close(torch.from_numpy(said), done.model(x), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(torch.from_numpy(message), done.model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_what_cannot_be_is_refused_in_one_line() -> None:
-    with pytest.raises(MethodError, match="give whole patches, and whole heads"):
-        Network(size=9, patch=2)
+    with pytest.raises(MethodError, match="give a multiple of the patch, and a multiple of the heads"):
+        VitConfig(size=9, patch=2)
     with pytest.raises(MethodError, match="so that the transition ends before the training does"):
-        Schedule(share=0.8, warm=0.3)
+        GammaSchedule(share=0.8, warm=0.3)
     plain = digits()
-    object.__setattr__(plain, "items", tuple(Captioned(each.picture) for each in plain.items))
+    object.__setattr__(plain, "items", tuple(Captioned(each.image) for each in plain.items))
     with pytest.raises(CalibrationError, match="have no classes"):
         vision(plain, network=SMALL, config=CONFIG)

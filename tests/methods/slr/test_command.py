@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from lamella.methods.slr.method import _doubts as doubts
+from lamella.methods.slr.method import _warnings
 from lamella.plan import Plan
 from lamella.zoo.nano import nano
 
@@ -63,7 +63,7 @@ def test_the_folder_holds_an_ordinary_checkpoint_with_plan_evidence_and_page(lam
     assert transformers.AutoModelForCausalLM.from_pretrained(out).config.num_hidden_layers == 6
     assert (out / "tokenizer.json").is_file() and "Selective Layer Restoration" in (out / "README.md").read_text()
     page = (out / "report.html").read_text()
-    for part in ("Validity against diversity", "Every interval", "Asked openly", "plot-plane"):
+    for part in ("Validity against diversity", "Every interval", "Open questions", "plot-plane"):
         assert part in page
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
@@ -74,8 +74,8 @@ def test_half_precision_stays_as_it_is_on_disk(lamella, base, few, tmp_path):
     for name, source in (("post", NANO_LLAMA), ("pre", base)):
         folders.append(Path(shutil.copytree(source, tmp_path / name)))
         transformers.AutoModelForCausalLM.from_pretrained(source).bfloat16().save_pretrained(folders[-1])
-    given = [folders[0], "--base", folders[1], "-o", tmp_path / "out", *QUICK, "--min-quality", "0", "--data", few]
-    start, stop = done(lamella, *given)["findings"]["interval"]
+    arguments = [folders[0], "--base", folders[1], "-o", tmp_path / "out", *QUICK, "--min-quality", "0", "--data", few]
+    start, stop = done(lamella, *arguments)["findings"]["interval"]
     post, pre, ours = (load_file(folder / "model.safetensors") for folder in (*folders, tmp_path / "out"))
     inside = tuple(f"model.layers.{layer}." for layer in range(start, stop))
     for key, value in ours.items():
@@ -84,31 +84,31 @@ def test_half_precision_stays_as_it_is_on_disk(lamella, base, few, tmp_path):
 
 @pytest.mark.exhaustive
 def test_every_interval_is_reported_and_the_choice_is_compared_on_other_questions(lamella, base, tmp_path):
-    given = [NANO_LLAMA, "--base", base, "-o", tmp_path / "out", *QUICK, "--min-quality", "0"]
-    evidence = done(lamella, *given)
-    told = evidence["findings"]["search"]
-    assert told["evaluations"] == len(told["points"]) == 21 and told["seconds"] > 0
-    assert [len(points) for points in told["soups"].values()] == [21, 21]
+    arguments = [NANO_LLAMA, "--base", base, "-o", tmp_path / "out", *QUICK, "--min-quality", "0"]
+    evidence = done(lamella, *arguments)
+    found = evidence["findings"]["search"]
+    assert found["evaluations"] == len(found["points"]) == 21 and found["seconds"] > 0
+    assert [len(points) for points in found["soups"].values()] == [21, 21]
     names = {row["name"] for row in evidence["findings"]["report"]}
     assert names == {"post", "pre", "slr", "early", "middle", "late", "random", "all", "soup", "blocks"}
     splits = evidence["provenance"]["inputs"]["questions"]
     assert [splits[name]["split"] for name in ("search", "report")] == ["calibration", "test"]
     assert splits["search"]["sha256"] != splits["report"]["sha256"]
     assert any("restoring all 6 layers" in note for note in evidence["notes"])
-    assert done(lamella, *given, "--overwrite")["findings"]["search"]["points"] == told["points"]
+    assert done(lamella, *arguments, "--overwrite")["findings"]["search"]["points"] == found["points"]
 
 
-def test_people_are_told_the_verdict_the_seconds_and_the_evaluations(lamella, base, few, tmp_path):
-    given = [NANO_LLAMA, "--base", base, "-o", tmp_path / "out", *QUICK[:-1], "--stride", "3", "--data", few]
-    said = lamella("restore", *given).out
-    for part in ("questions that nothing was chosen on", "intervals on 2 questions in", "report.html", "SLR"):
-        assert part in said
+def test_the_summary_has_the_verdict_the_seconds_and_the_evaluations(lamella, base, few, tmp_path):
+    arguments = [NANO_LLAMA, "--base", base, "-o", tmp_path / "out", *QUICK[:-1], "--stride", "3", "--data", few]
+    message = lamella("restore", *arguments).out
+    for part in ("On held-out questions", "intervals on 2 questions in", "report.html", "SLR"):
+        assert part in message
 
 
 def test_nothing_is_restored_from_a_base_that_is_the_same(lamella, few, tmp_path):
     out = tmp_path / "out"
-    given = [NANO_LLAMA, "--base", NANO_LLAMA, "-o", out, "--min-validity", "0", "--samples", "0", "--json"]
-    evidence = done(lamella, *given, "--data", few)
+    arguments = [NANO_LLAMA, "--base", NANO_LLAMA, "-o", out, "--min-validity", "0", "--samples", "0", "--json"]
+    evidence = done(lamella, *arguments, "--data", few)
     assert evidence["findings"]["interval"] == [0, 0] and Plan.read(out / "plan.json").weights == []
     assert any("No interval" in note for note in evidence["notes"])
     assert "Nothing was restored" in (out / "report.html").read_text()
@@ -144,12 +144,12 @@ def test_questions_that_the_model_does_not_answer_are_listed(lamella, base, tmp_
 
 
 @pytest.mark.slow
-def test_an_interrupted_command_goes_on_with_the_same_result(lamella, base, few, tmp_path, monkeypatch):
-    from lamella.methods.slr.answers import Asked
+def test_an_interrupted_command_resumes_with_the_same_result(lamella, base, few, tmp_path, monkeypatch):
+    from lamella.methods.slr.answers import EncodedQuestions
 
-    given = [NANO_LLAMA, "--base", base, *QUICK, "--data", few]
-    whole = done(lamella, *given, "-o", tmp_path / "whole")
-    calls, own = [0], Asked.answers
+    arguments = [NANO_LLAMA, "--base", base, *QUICK, "--data", few]
+    whole = done(lamella, *arguments, "-o", tmp_path / "whole")
+    calls, own = [0], EncodedQuestions.scores
 
     def stop(self, logits):
         calls[0] += 1
@@ -158,10 +158,10 @@ def test_an_interrupted_command_goes_on_with_the_same_result(lamella, base, few,
         return own(self, logits)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Asked, "answers", stop)
-        assert lamella("restore", *given, "-o", tmp_path / "cut").code == 130
+        patched.setattr(EncodedQuestions, "scores", stop)
+        assert lamella("restore", *arguments, "-o", tmp_path / "cut").code == 130
     assert (tmp_path / ".cut.work" / "intervals.jsonl").is_file()
-    again = done(lamella, *given, "-o", tmp_path / "cut")
+    again = done(lamella, *arguments, "-o", tmp_path / "cut")
     for document in (whole, again):
         del document["findings"]["search"]["seconds"]
     assert again == whole and not (tmp_path / ".cut.work").exists()
@@ -176,7 +176,7 @@ def changed(folder: Path, **fields: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         (["--stride", "0"], "stride 0"),
         (["--stride", "7"], "from 1 to 6"),
@@ -185,9 +185,9 @@ def changed(folder: Path, **fields: Any) -> None:
         (["--base", "nowhere"], "nowhere"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(lamella, base, tmp_path, more, said):
+def test_what_cannot_be_is_refused_in_one_line(lamella, base, tmp_path, more, message):
     line = lamella("restore", NANO_LLAMA, "--base", base, "-o", tmp_path / "out", *QUICK, *more).refused()
-    assert said in line and not (tmp_path / "out").exists()
+    assert message in line and not (tmp_path / "out").exists()
 
 
 def test_an_output_that_exists_is_not_replaced(lamella, base, tmp_path):
@@ -203,18 +203,18 @@ def test_an_output_below_a_file_is_refused(lamella, base, tmp_path):
 
 def test_a_floor_that_does_not_hold_on_other_questions_is_said() -> None:
     report = [{"name": "post", "quality": 0.8}, {"name": "slr", "quality": 0.7}]
-    assert "87.5% of the validity is left" in doubts(report, 0.9)[0] and doubts(report, 0.8) == []
-    assert "none of the questions" in doubts([], 0.9)[0]
+    assert "87.5% of the validity remains, which is" in _warnings(report, 0.9)[0] and _warnings(report, 0.8) == []
+    assert "none of the held-out" in _warnings([], 0.9)[0]
 
 
 def test_the_folder_of_a_model_is_never_the_output(lamella, base, few, model):
     line = lamella("restore", model, "--base", base, "-o", model, *QUICK, "--overwrite", "--data", few).refused()
-    assert "which is never written to" in line
+    assert "is never overwritten" in line
 
 
 @pytest.mark.parametrize("which", ["config", "shape", "dtype", "depth", "tokenizer", "family"])
 def test_two_models_that_do_not_fit_are_refused_by_what_differs(lamella, model, tmp_path, which):
-    out, said = tmp_path / "out", {
+    out, message = tmp_path / "out", {
         "config": "rope_parameters.rope_theta is 10000.0 and 500000.0",
         "shape": "intermediate_size is 256 and 128",
         "dtype": "is F32 [96] and BF16 [96]",
@@ -241,4 +241,4 @@ def test_two_models_that_do_not_fit_are_refused_by_what_differs(lamella, model, 
     else:
         nano("gpt2").save_pretrained(model)
     line = lamella("restore", NANO_LLAMA, "--base", model, "-o", out, *QUICK).refused()
-    assert said[which] in line and not out.exists()
+    assert message[which] in line and not out.exists()

@@ -1,4 +1,4 @@
-"""Counting different right answers among sampled ones."""
+"""Counting different correct answers among sampled ones."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lamella.errors import CalibrationError
-from lamella.methods.slr import diversity, first_named
-from lamella.methods.slr.answers import Question
+from lamella.methods.slr import diversity, first_answer
+from lamella.methods.slr.answers import ChoiceQuestion
 from lamella.zoo import open_stack, open_tokenizer
 
 NANO_LLAMA = Path(__file__).parents[2] / "models" / "nano-llama"
@@ -30,7 +30,7 @@ ANIMALS = ("dog", "polar bear", "bear", "fox", "goose")
     ],
 )
 def test_an_answer_is_the_one_that_a_text_names_first(text: str, named: str | None) -> None:
-    assert first_named(text, ANIMALS) == named
+    assert first_answer(text, ANIMALS) == named
 
 
 class Scripted(torch.nn.Module):
@@ -59,7 +59,7 @@ class Numbered:
 
 def test_different_right_answers_and_the_share_that_is_right_are_counted() -> None:
     model = Scripted([0, 1, 2, 3])
-    found = diversity(model, Numbered(), [Question("Name one", ANIMALS)], samples=4)
+    found = diversity(model, Numbered(), [ChoiceQuestion("Name one", ANIMALS)], samples=4)
     assert (found.distinct, found.valid) == (2, 0.75)
     assert found.varieties[0].counts == {"bear": 2, "dog": 1}
     expected = {"min_p": 0.1, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "do_sample": True, "max_new_tokens": 8}
@@ -68,7 +68,7 @@ def test_different_right_answers_and_the_share_that_is_right_are_counted() -> No
 
 def test_the_same_seed_gives_the_same_answers_whatever_else_is_drawn() -> None:
     model, tokenizer = open_stack(NANO_LLAMA).model, open_tokenizer(NANO_LLAMA)
-    asked = [Question("The statement is", ("a", "the", "of", "not", "is"))]
+    asked = [ChoiceQuestion("The statement is", ("a", "the", "of", "not", "is"))]
     runs = []
     for noise, seed in ((1, 0), (2, 0), (1, 5)):
         torch.manual_seed(noise)
@@ -77,6 +77,6 @@ def test_the_same_seed_gives_the_same_answers_whatever_else_is_drawn() -> None:
 
 
 def test_nothing_to_ask_is_refused() -> None:
-    for questions, samples in (([], 4), ([Question("x", ANIMALS)], 0)):
+    for questions, samples in (([], 4), ([ChoiceQuestion("x", ANIMALS)], 0)):
         with pytest.raises(CalibrationError, match="give at least 1 of each"):
             diversity(Scripted([0]), Numbered(), questions, samples=samples)

@@ -15,22 +15,22 @@ from lamella.errors import LamellaError, MethodError
 from lamella.files import Work
 from lamella.methods.slr import (
     EMPTY,
-    Blend,
+    MixedModel,
     answerable,
     choose,
+    fixed_intervals,
     intervals,
     measure,
-    mixed,
-    placed,
+    measure_restored,
+    mix_models,
     plan_of,
     random_intervals,
-    restored,
     search,
     slr,
     soup,
     with_norms_of,
 )
-from lamella.methods.slr.answers import Asked, Question, answer
+from lamella.methods.slr.answers import ChoiceQuestion, EncodedQuestions, answer
 from lamella.methods.slr.questions import Questions
 from lamella.plan import ModelReference, Plan, compose, fingerprint, parameters_at, restore_edit
 from lamella.stack import Stack
@@ -48,11 +48,11 @@ def quietly():
         yield
 
 
-def asked(seed: int = 0) -> Asked:
+def encoded_questions(seed: int = 0) -> EncodedQuestions:
     generator = torch.Generator().manual_seed(seed)
-    questions = [Question(f"question {x}", ("a", "b", "c"), "odd" if x % 2 else "even") for x in range(6)]
+    questions = [ChoiceQuestion(f"question {x}", ("a", "b", "c"), "odd" if x % 2 else "even") for x in range(6)]
     prompts = [torch.randint(3, 128, (4 + 2 * x,), generator=generator).tolist() for x in range(6)]
-    return Asked.of(questions, prompts, [[[10], [11, 12], [13]]] * 6)
+    return EncodedQuestions.of(questions, prompts, [[[10], [11, 12], [13]]] * 6)
 
 
 def pair(name: str = "llama", **overrides: Any) -> tuple[Stack, Stack]:
@@ -65,7 +65,7 @@ def restoring(post: Stack, pre: Stack, sites: list[str], folder: Path) -> Plan:
 
 def chosen(post: Stack, pre: Stack, folder: Path, **options: Any) -> Plan:
     """The plan of a search."""
-    return plan_of(post, pre, search(post, pre, asked(), **options), folder)
+    return plan_of(post, pre, search(post, pre, encoded_questions(), **options), folder)
 
 
 def layers(start: int, stop: int) -> list[str]:
@@ -80,8 +80,8 @@ def equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def point(what: Any, quality: float, diversity: float) -> Blend:
-    return Blend(what, quality, diversity)
+def point(what: Any, quality: float, diversity: float) -> MixedModel:
+    return MixedModel(what, quality, diversity)
 
 
 # The rule.
@@ -118,19 +118,19 @@ def test_two_equal_models_restore_nothing(tmp_path: Path) -> None:
 def test_a_floor_that_rules_nothing_out_is_warned_of() -> None:
     post, pre = pair()
     with pytest.warns(UserWarning, match="restoring all 4 layers keeps Q at .* raise min_quality") as seen:
-        search(post, pre, asked(), min_validity=0, min_quality=0.0)
+        search(post, pre, encoded_questions(), min_validity=0, min_quality=0.0)
     assert "\n" not in str(seen[0].message)
 
 
 def test_questions_that_post_does_not_answer_are_left_out_and_listed() -> None:
     post, pre = pair()
-    given = asked()
-    quality = answer(post, given).quality
+    questions = encoded_questions()
+    quality = answer(post, questions).quality
     bound = float(quality.sort().values[2:4].mean())
-    kept, dropped = answerable(post, given, bound)
-    expected = [question.prompt for question, q in zip(given.questions, quality.tolist(), strict=True) if q < bound]
+    kept, dropped = answerable(post, questions, bound)
+    expected = [question.prompt for question, q in zip(questions.questions, quality.tolist(), strict=True) if q < bound]
     assert dropped == expected and len(dropped) == 3 and len(kept) == 3
-    found = search(post, pre, given, min_validity=bound)
+    found = search(post, pre, questions, min_validity=bound)
     assert list(found.dropped) == expected and found.post == measure(post, kept)
 
 
@@ -141,7 +141,7 @@ def test_questions_that_post_does_not_answer_are_left_out_and_listed() -> None:
 def test_the_plan_s_own_figures_are_those_of_the_model_that_it_makes(name: str, tmp_path: Path) -> None:
     post, pre = pair(name)
     plan = chosen(post, pre, tmp_path, min_validity=0, min_quality=0)
-    found = measure(Stack(lamella.apply(post, plan)), asked())
+    found = measure(Stack(lamella.apply(post, plan)), encoded_questions())
     assert (found.quality, found.diversity) == pytest.approx((plan.provenance["q"], plan.provenance["d"]), abs=1e-5)
     assert plan.provenance["d"] == max([row[3] for row in plan.provenance["table"]] + [plan.provenance["d_post"]])
     assert len(plan.provenance["table"]) == 10
@@ -149,23 +149,25 @@ def test_the_plan_s_own_figures_are_those_of_the_model_that_it_makes(name: str, 
 
 def test_coarse_to_fine_looks_around_the_best_coarse_interval() -> None:
     post, pre = pair(num_hidden_layers=9)
-    found = search(post, pre, asked(), min_validity=0, min_quality=0, stride=3)
-    coarse = restored(post, pre, asked(), intervals(9, 3))
+    found = search(post, pre, encoded_questions(), min_validity=0, min_quality=0, stride=3)
+    coarse = measure_restored(post, pre, encoded_questions(), intervals(9, 3))
     best = max(coarse, key=lambda each: each.diversity).what
     fine = {(i, j) for i in range(best[0] - 2, best[0] + 3) for j in range(best[1] - 2, best[1] + 3) if 0 <= i < j <= 9}
     assert {each.what for each in found.points} == set(intervals(9, 3)) | fine
-    everything = {each.what: each for each in search(post, pre, asked(), min_validity=0, min_quality=0).points}
+    everything = {
+        each.what: each for each in search(post, pre, encoded_questions(), min_validity=0, min_quality=0).points
+    }
     for each in found.points:
         assert each.diversity == pytest.approx(everything[each.what].diversity, abs=1e-9)
 
 
-def test_an_interrupted_search_goes_on_with_the_same_result(tmp_path: Path) -> None:
+def test_an_interrupted_search_resumes_with_the_same_result(tmp_path: Path) -> None:
     post, pre = pair()
-    whole = search(post, pre, asked(), min_validity=0, stride=2)
+    whole = search(post, pre, encoded_questions(), min_validity=0, stride=2)
     journal = tmp_path / "intervals.jsonl"
-    kept = search(post, pre, asked(), min_validity=0, stride=2, journal=journal)
+    kept = search(post, pre, encoded_questions(), min_validity=0, stride=2, journal=journal)
     journal.write_text("\n".join(journal.read_text().splitlines()[:6]))
-    again = search(post, pre, asked(), min_validity=0, stride=2, journal=journal)
+    again = search(post, pre, encoded_questions(), min_validity=0, stride=2, journal=journal)
     assert whole.points == kept.points == again.points and whole.chosen == again.chosen
 
 
@@ -173,7 +175,7 @@ def test_an_interrupted_search_goes_on_with_the_same_result(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", CAUSAL)
-def test_the_restored_layers_are_pre_and_all_else_is_post_to_the_bit(name: str, tmp_path: Path) -> None:
+def test_the_restored_layers_are_pre_and_all_else_is_post_bitwise(name: str, tmp_path: Path) -> None:
     post, pre = pair(name)
     before = {key: value.clone() for key, value in state(post.model).items()}
     view = lamella.apply(post, restoring(post, pre, layers(1, 3), tmp_path))
@@ -231,8 +233,8 @@ def test_generation_with_a_cache_equals_generation_without(tmp_path: Path) -> No
     post, pre = pair()
     post.model.generation_config.eos_token_id = None
     view = lamella.apply(post, restoring(post, pre, layers(1, 3), tmp_path))
-    given = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(*(view.generate(IDS, use_cache=cache, **given) for cache in (True, False)))
+    questions = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(*(view.generate(IDS, use_cache=cache, **questions) for cache in (True, False)))
 
 
 # What it is compared with.
@@ -241,31 +243,31 @@ def test_generation_with_a_cache_equals_generation_without(tmp_path: Path) -> No
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_moe"])
 def test_a_soup_is_post_at_0_and_pre_at_1(name: str) -> None:
     post, pre = pair(name)
-    assert equal(state(mixed(post, pre, 0.0).model), state(post.model))
-    assert equal(state(mixed(post, pre, 1.0).model), state(pre.model))
-    half = mixed(post, pre, 0.5).model
+    assert equal(state(mix_models(post, pre, 0.0).model), state(post.model))
+    assert equal(state(mix_models(post, pre, 1.0).model), state(pre.model))
+    half = mix_models(post, pre, 0.5).model
     for key, value in half.named_parameters():
         mean = (post.model.get_parameter(key) + pre.model.get_parameter(key)) / 2
         torch.testing.assert_close(value, mean, rtol=0, atol=1e-6)
-    blocks = mixed(post, pre, 1.0, blocks_only=True).model
+    blocks = mix_models(post, pre, 1.0, blocks_only=True).model
     for key in parameters_at(post, OUTSIDE):
         assert blocks.get_parameter(key) is post.model.get_parameter(key)
-    points = soup(post, pre, asked(), n=3)
+    points = soup(post, pre, encoded_questions(), n=3)
     assert [each.what for each in points] == [0.0, 0.5, 1.0]
     assert (points[0].diversity, points[-1].diversity) == tuple(
-        measure(each, asked()).diversity for each in (post, pre)
+        measure(each, encoded_questions()).diversity for each in (post, pre)
     )
 
 
 def test_a_soup_of_the_blocks_alone_ends_where_all_layers_are_restored() -> None:
     post, pre = pair()
-    [whole] = restored(post, pre, asked(), [(0, 4)])
-    end = soup(post, pre, asked(), n=2, blocks_only=True)[-1]
+    [whole] = measure_restored(post, pre, encoded_questions(), [(0, 4)])
+    end = soup(post, pre, encoded_questions(), n=2, blocks_only=True)[-1]
     assert (end.quality, end.diversity) == pytest.approx((whole.quality, whole.diversity), abs=1e-6)
 
 
 def test_other_intervals_of_the_same_length() -> None:
-    assert placed(8, 3) == {"early": (0, 3), "middle": (2, 5), "late": (5, 8)}
+    assert fixed_intervals(8, 3) == {"early": (0, 3), "middle": (2, 5), "late": (5, 8)}
     drawn = random_intervals(8, 3, draws=50, seed=1)
     assert {stop - start for start, stop in drawn} == {3} and {start for start, _ in drawn} == set(range(6))
     assert drawn == random_intervals(8, 3, draws=50, seed=1) != random_intervals(8, 3, draws=50, seed=2)
@@ -284,7 +286,7 @@ def test_matrices_alone_are_restored_from_a_base_with_the_norms_of_post(tmp_path
 
 def test_bad_input_is_refused_in_one_line(tmp_path: Path) -> None:
     post, pre = pair()
-    wider, own = Stack(nano("llama", 1, vocab_size=140)), Questions(asked())
+    wider, own = Stack(nano("llama", 1, vocab_size=140)), Questions(encoded_questions())
     (tmp_path / "file").write_text("")
     cases = {
         "stride 5": lambda: slr(post, pre, own, stride=5),
@@ -292,20 +294,20 @@ def test_bad_input_is_refused_in_one_line(tmp_path: Path) -> None:
         "works on decoders": lambda: slr(Stack(nano("vit")), pre, own),
         "two checkpoints of one architecture": lambda: slr(post, Stack(nano("gpt2")), own),
         "cannot be written": lambda: slr(post, pre, own, min_validity=0, work=Work(tmp_path / "file" / "x")),
-        "a soup of 1": lambda: soup(post, pre, asked(), n=1),
-        "mix the blocks only": lambda: soup(post, wider, asked()),
+        "a soup of 1": lambda: soup(post, pre, encoded_questions(), n=1),
+        "use blocks_only": lambda: soup(post, wider, encoded_questions()),
     }
-    for said, call in cases.items():
+    for message, call in cases.items():
         with pytest.raises(LamellaError) as error:
             call()
-        assert said in str(error.value) and "\n" not in str(error.value), said
+        assert message in str(error.value) and "\n" not in str(error.value), message
     with pytest.raises(MethodError, match="at most"):
-        answerable(post, asked(), 0.99)
+        answerable(post, encoded_questions(), 0.99)
 
 
 def test_a_base_with_other_rows_of_the_embedding_is_restored_and_mixed_in_its_blocks(tmp_path: Path) -> None:
     post, wider = Stack(nano("llama")), Stack(nano("llama", 1, vocab_size=140))
-    found = search(post, wider, asked(), min_validity=0, min_quality=0)
-    assert found.chosen.what != EMPTY and soup(post, wider, asked(), n=2, blocks_only=True)
+    found = search(post, wider, encoded_questions(), min_validity=0, min_quality=0)
+    assert found.chosen.what != EMPTY and soup(post, wider, encoded_questions(), n=2, blocks_only=True)
     view = lamella.apply(post, plan_of(post, wider, found, tmp_path))
-    assert measure(Stack(view), asked()).diversity == pytest.approx(found.chosen.diversity, abs=1e-5)
+    assert measure(Stack(view), encoded_questions()).diversity == pytest.approx(found.chosen.diversity, abs=1e-5)

@@ -49,9 +49,9 @@ def test_tokens_and_settings_outside_the_layers_may_differ() -> None:
     ],
 )
 def test_a_setting_that_acts_inside_a_layer_is_named_with_both_values(name: str, field: str, value: Any) -> None:
-    said = refusal(Stack(nano(name)), Stack(nano(name, 1, **{field: value})))
-    assert "differ in what acts inside a layer" in said
-    assert ("rope_parameters.rope_theta is 10000.0 and 500000.0" if field == "rope_parameters" else field) in said
+    message = refusal(Stack(nano(name)), Stack(nano(name, 1, **{field: value})))
+    assert "differ in settings of the layers:" in message
+    assert ("rope_parameters.rope_theta is 10000.0 and 500000.0" if field == "rope_parameters" else field) in message
 
 
 def test_the_longest_length_matters_where_rotations_depend_on_it() -> None:
@@ -66,26 +66,26 @@ def test_other_families_and_depths_are_named() -> None:
 
 
 def test_tensors_that_differ_are_named_one_by_one() -> None:
-    said = refusal(Stack(nano("llama")), Stack(nano("llama", 1, intermediate_size=48)))
-    assert "intermediate_size is 64 and 48" in said
+    message = refusal(Stack(nano("llama")), Stack(nano("llama", 1, intermediate_size=48)))
+    assert "intermediate_size is 64 and 48" in message
     post, pre = Stack(nano("llama")), Stack(nano("llama", 1))
     pre.model.model.layers[2].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(3, 32))
-    said = refusal(post, pre)
-    assert said.endswith("differ: model.layers.2.mlp.up_proj.weight is F32 [64, 32] and F32 [3, 32]")
+    message = refusal(post, pre)
+    assert message.endswith("differ: model.layers.2.mlp.up_proj.weight is F32 [64, 32] and F32 [3, 32]")
 
 
 def test_dtypes_are_compared_as_they_are_on_disk(tmp_path: Path) -> None:
     nano("llama").save_pretrained(tmp_path / "post")
     nano("llama", 1).bfloat16().save_pretrained(tmp_path / "pre")
     post, pre = lamella.open(tmp_path / "post"), lamella.open(tmp_path / "pre", dtype=torch.float32)
-    said = refusal(post, pre)
-    assert "model.layers.0.input_layernorm.weight is F32 [32] and BF16 [32]" in said and "and 33 more" in said
+    message = refusal(post, pre)
+    assert "model.layers.0.input_layernorm.weight is F32 [32] and BF16 [32]" in message and "and 33 more" in message
     assert "BF16" in refusal(Stack(nano("llama")), Stack(nano("llama", 1).bfloat16()))
 
 
 def test_a_tensor_of_one_alone_is_named(tmp_path: Path) -> None:
-    said = refusal(Stack(nano("qwen2")), Stack(without_bias()))
-    assert "model.layers.0.self_attn.k_proj.bias is F32 [16] and not there" in said
+    message = refusal(Stack(nano("qwen2")), Stack(without_bias()))
+    assert "model.layers.0.self_attn.k_proj.bias is F32 [16] and missing" in message
 
 
 def without_bias() -> Any:

@@ -11,12 +11,14 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from lamella.errors import MethodError
-from lamella.methods.smora import KERNELS, Balance, RankExperts, choose
+from lamella.methods.smora import KERNELS, LoadBalance, RankExperts, choose
 from lamella.methods.smora.baselines import HydraLora, LoraMixture, MosLora
 from lamella.plan import attach
 
 
-def drawn(inputs: int = 24, outputs: int = 20, dtype: torch.dtype = torch.float32, **settings: object) -> RankExperts:
+def random_experts(
+    inputs: int = 24, outputs: int = 20, dtype: torch.dtype = torch.float32, **settings: object
+) -> RankExperts:
     """Experts with a B that is not 0."""
     torch.manual_seed(0)
     made = RankExperts(inputs, outputs, **{"r": 16, "k": 4, **settings}).to(dtype)  # type: ignore[arg-type]
@@ -43,7 +45,7 @@ def by_hand(made: RankExperts, x: Tensor, bias_in_gate: bool = True) -> Tensor:
 @pytest.mark.parametrize("p", [1, 2, 4])
 @pytest.mark.parametrize("bias_in_gate", [True, False])
 def test_it_computes_the_formula_token_by_token(kernel: str, p: int, bias_in_gate: bool) -> None:
-    made, x, y = drawn(p=p, bias_in_gate=bias_in_gate), torch.randn(3, 7, 24), torch.randn(3, 7, 20)
+    made, x, y = random_experts(p=p, bias_in_gate=bias_in_gate), torch.randn(3, 7, 24), torch.randn(3, 7, 20)
     with torch.no_grad():
         made.lora_biases.copy_((torch.randn(16 // p) / 10).repeat_interleave(p))
         made.kernel = kernel  # type: ignore[assignment]
@@ -61,8 +63,8 @@ def test_a_mixture_of_loras_is_one_lora_with_gates_over_blocks(count: int) -> No
     assert float((mixture - one).abs().max()) < 1e-5
 
 
-def test_all_ranks_with_constant_scores_are_a_lora_to_the_bit() -> None:
-    made, x, y = drawn(r=16, k=16), torch.randn(5, 24), torch.randn(5, 20)
+def test_all_ranks_with_constant_scores_are_a_lora_bitwise() -> None:
+    made, x, y = random_experts(r=16, k=16), torch.randn(5, 24), torch.randn(5, 20)
     with torch.no_grad():
         made.lora_router.zero_()  # sigmoid gives 0.5 everywhere
         lora = y + 16.0 / 16 * linear(linear(x, made.lora_A), made.lora_B)
@@ -70,13 +72,13 @@ def test_all_ranks_with_constant_scores_are_a_lora_to_the_bit() -> None:
 
 
 def test_one_block_of_all_ranks_is_a_lora() -> None:
-    made, x, y = drawn(r=16, k=16, p=16), torch.randn(5, 24), torch.randn(5, 20)
+    made, x, y = random_experts(r=16, k=16, p=16), torch.randn(5, 24), torch.randn(5, 20)
     with torch.no_grad():
         assert made.lora_router.shape == (1, 24)
         torch.testing.assert_close(made(x, y), y + linear(linear(x, made.lora_A), made.lora_B), rtol=0, atol=1e-6)
 
 
-def test_fresh_experts_change_nothing_to_the_bit() -> None:
+def test_fresh_experts_change_nothing_bitwise() -> None:
     made, x = RankExperts(24, 20, r=16, k=4), torch.randn(2, 5, 24)
     for dtype in (torch.float32, torch.bfloat16):
         y = torch.randn(2, 5, 20).to(dtype)
@@ -84,7 +86,7 @@ def test_fresh_experts_change_nothing_to_the_bit() -> None:
 
 
 def test_gates_are_k_in_number_with_mean_1_and_what_is_not_chosen_has_no_gradient() -> None:
-    made, x = drawn(), torch.randn(40, 24)
+    made, x = random_experts(), torch.randn(40, 24)
     route = made.route(x)
     assert route.ranks.shape == route.gates.shape == (40, 4)
     assert all(len(set(ranks)) == 4 for ranks in route.ranks.tolist())
@@ -101,10 +103,10 @@ def test_gates_are_k_in_number_with_mean_1_and_what_is_not_chosen_has_no_gradien
 
 
 def test_both_kernels_and_all_their_gradients_are_equal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lamella.methods.smora.modules.HELD", 500)  # so that it goes through tokens in parts
+    monkeypatch.setattr("lamella.methods.smora.modules.GATHERED", 500)  # so that it goes through tokens in parts
     found = []
     for kernel in KERNELS:
-        made = drawn()
+        made = random_experts()
         made.kernel = kernel
         x = torch.randn(3, 21, 24, generator=torch.Generator().manual_seed(1)).requires_grad_()
         y = made(x, torch.zeros(3, 21, 20))
@@ -116,7 +118,7 @@ def test_both_kernels_and_all_their_gradients_are_equal(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("kernel", list(KERNELS))
 def test_gradients_are_those_of_the_function(kernel: str) -> None:
-    made = drawn(6, 5, dtype=torch.float64, r=6, k=2)
+    made = random_experts(6, 5, dtype=torch.float64, r=6, k=2)
     made.kernel = kernel  # type: ignore[assignment]
     x = torch.randn(4, 6, dtype=torch.float64)
     z = torch.sigmoid(linear(x, made.lora_router)).sort(descending=True).values
@@ -132,7 +134,7 @@ def test_gradients_are_those_of_the_function(kernel: str) -> None:
 
 def test_no_token_gives_nothing() -> None:
     for kernel in KERNELS:
-        made = drawn()
+        made = random_experts()
         made.kernel = kernel
         assert made(torch.zeros(0, 24), torch.zeros(0, 20)).shape == (0, 20)
 
@@ -140,8 +142,8 @@ def test_no_token_gives_nothing() -> None:
 # The balance.
 
 
-def balanced(made: RankExperts, u: float = 0.25) -> Balance:
-    return Balance({"map": made}, u)
+def balanced(made: RankExperts, u: float = 0.25) -> LoadBalance:
+    return LoadBalance({"map": made}, u)
 
 
 def a_pass(made: RankExperts, x: Tensor, around: Callable[..., Tensor] | None = None) -> None:
@@ -151,19 +153,19 @@ def a_pass(made: RankExperts, x: Tensor, around: Callable[..., Tensor] | None = 
 
 
 def test_the_balance_moves_by_u_towards_the_idle_in_training_alone() -> None:
-    made, x = drawn(), torch.randn(9, 24)
+    made, x = random_experts(), torch.randn(9, 24)
     counts = torch.bincount(made.route(x).ranks.flatten(), minlength=16).float()
     a_pass(made.train(), x)
-    balanced(made).move()
+    balanced(made).update()
     assert torch.equal(made.lora_biases, 0.25 * torch.sign(9 * 4 / 16 - counts))
     assert set(made.lora_biases.tolist()) <= {-0.25, 0.0, 0.25} and made.lora_biases.unique().numel() > 1
     before = made.lora_biases.clone()
     a_pass(made.eval(), x)
     with torch.no_grad():
         made.train()(x, torch.zeros(9, 20))
-    balanced(made).move()
+    balanced(made).update()
     assert torch.equal(made.lora_biases, before)
-    balanced(made).move()  # nothing was counted since
+    balanced(made).update()  # nothing was counted since
     assert torch.equal(made.lora_biases, before)
 
 
@@ -171,12 +173,12 @@ def test_the_balance_moves_by_u_towards_the_idle_in_training_alone() -> None:
 def test_gradient_checkpointing_moves_it_once_and_routes_alike_both_times(use_reentrant: bool) -> None:
     x, grads, vectors = torch.randn(9, 24), [], []
     for checkpointed in (False, True):
-        made = drawn().train()
+        made = random_experts().train()
         even = balanced(made, u=5.0)  # so far that another route would be taken after it
         around = (lambda made, *given: checkpoint(made, *given, use_reentrant=use_reentrant)) if checkpointed else None
         for _ in range(3):
             a_pass(made, x, around)
-            even.move()
+            even.update()
         grads.append([each.grad for each in made.parameters()])
         vectors.append(made.lora_biases)
     assert torch.equal(*vectors)
@@ -185,20 +187,20 @@ def test_gradient_checkpointing_moves_it_once_and_routes_alike_both_times(use_re
 
 
 def test_padding_does_not_count() -> None:
-    made, x = drawn().train(), torch.randn(2, 9, 24)
-    made.real = torch.ones(2, 9, dtype=torch.bool)
-    made.real[0, :6] = False
+    made, x = random_experts().train(), torch.randn(2, 9, 24)
+    made.token_mask = torch.ones(2, 9, dtype=torch.bool)
+    made.token_mask[0, :6] = False
     a_pass(made, x)
     assert made.counts is not None and int(made.counts.sum()) == 12 * 4
-    assert torch.equal(made.counts, torch.bincount(made.route(x)[0][made.real].flatten(), minlength=16))
+    assert torch.equal(made.counts, torch.bincount(made.route(x)[0][made.token_mask].flatten(), minlength=16))
 
 
 def test_blocks_are_counted_by_rank_and_stay_alike() -> None:
-    made, x = drawn(p=4, k=8).train(), torch.randn(30, 24)
+    made, x = random_experts(p=4, k=8).train(), torch.randn(30, 24)
     for _ in range(5):
         a_pass(made, x)
         assert made.counts is not None and made.counts.shape == (16,)
-        balanced(made, 0.01).move()
+        balanced(made, 0.01).update()
     assert torch.equal(made.lora_biases, made.lora_biases[::4].repeat_interleave(4))
 
 
@@ -211,19 +213,19 @@ def test_scores_pushed_below_0_leave_gates_finite_with_mean_1() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
-        ({"k": 17}, "k 17 of r 16: give how many of the ranks a token runs, from 1 to r"),
+        ({"k": 17}, "k 17 of r 16: give the number of ranks per token, from 1 to r"),
         ({"k": 0}, "k 0 of r 16"),
         ({"r": 0, "k": 0}, "k 0 of r 0"),
-        ({"p": 3}, "p 3: blocks of ranks that are chosen together must divide r 16 and k 4"),
-        ({"p": 8}, "p 8: blocks"),
-        ({"p": 0}, "p 0: blocks"),
+        ({"p": 3}, "p 3: the size of blocks of ranks must divide r 16 and k 4"),
+        ({"p": 8}, "p 8: the size of blocks"),
+        ({"p": 0}, "p 0: the size of blocks"),
     ],
 )
-def test_ranks_that_cannot_be_chosen_so_are_refused(settings: dict[str, int], said: str) -> None:
-    with pytest.raises(MethodError, match=said):
-        drawn(**settings)  # type: ignore[arg-type]
+def test_ranks_that_cannot_be_chosen_so_are_refused(settings: dict[str, int], message: str) -> None:
+    with pytest.raises(MethodError, match=message):
+        random_experts(**settings)  # type: ignore[arg-type]
 
 
 # What it is compared with.
@@ -233,7 +235,7 @@ def test_baselines_compute_what_their_papers_say() -> None:
     torch.manual_seed(0)
     x, y = torch.randn(6, 24), torch.zeros(6, 20)
     for how in ("top-1", "top-2", "soft", "smear"):
-        made = LoraMixture(24, 20, experts=4, r=3, alpha=6, how=how).eval()  # type: ignore[arg-type]
+        made = LoraMixture(24, 20, experts=4, r=3, alpha=6, mixing=how).eval()  # type: ignore[arg-type]
         nn.init.normal_(made.lora_B)
         a, b = made.lora_A.unflatten(0, (4, 3)), made.lora_B.unflatten(1, (4, 3)).transpose(0, 1)
         g = torch.softmax(linear(x, made.lora_router), -1)

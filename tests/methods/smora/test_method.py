@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import lamella
-from lamella.data import Reader, Sample
+from lamella.data import InputContext, Sample
 from lamella.errors import CacheError, CalibrationError, CheckpointError, LamellaError, MethodError, PlanError
 from lamella.files import Work
-from lamella.methods.smora import Experts, RankExperts, TaskExamples, Usage, smora, with_prompts
+from lamella.methods.smora import ExpertSettings, RankExperts, TaskExamples, Usage, smora, with_prompts
 from lamella.methods.smora.page import figures
 from lamella.plan import ModelReference, PhasedPath, Plan, compose, sidefile
 from lamella.plan.export import export
@@ -27,7 +27,7 @@ from lamella.train import Adapter, TrainConfig, pairs
 from lamella.zoo.nano import nano
 
 NANO = Path(__file__).parents[2] / "models" / "nano-llama"
-SMALL = Experts(r=8, k=2)
+SMALL = ExpertSettings(r=8, k=2)
 CONFIG = TrainConfig(steps=6, lr=1e-2, batch=4)
 IDS = torch.randint(3, 100, (3, 12), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS)
@@ -37,10 +37,10 @@ MASK[1, :2] = 0
 
 def examples(count: int = 12) -> TaskExamples:
     """Two tasks on token ids: to repeat a prompt, and to turn it round."""
-    drawn = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     rows: list[Sample] = []
     for number in range(count):
-        prompt = torch.randint(8, 100, (4,), generator=drawn)
+        prompt = torch.randint(8, 100, (4,), generator=generator)
         answer = prompt if number % 2 else prompt.flip(0)
         rows += pairs([([3 + number % 2, *prompt.tolist()], answer.tolist())])
     return TaskExamples(rows, tasks=["turn", "repeat"] * (count // 2))
@@ -83,10 +83,10 @@ def test_it_learns_beside_every_linear_map_and_the_model_stays_as_it_was(kind: s
               if type(each).__name__ in ("Linear", "Conv1D") and name != "lm_head"]  # fmt: skip
     assert beside == [f"{name}.lamella_adapter" for name in linear] != []
     found = result.findings
-    assert found["maps"] == len(linear) and set(found["tasks"]) == {"turn", "repeat"}
+    assert found["layers"] == len(linear) and set(found["tasks"]) == {"turn", "repeat"}
     assert all(each["after"] < each["before"] for each in found["tasks"].values())
     inputs_outputs = [stack.model.get_submodule(name).weight.shape for name in linear]
-    assert found["numbers"]["experts"] == sum(8 * sum(shape) for shape in inputs_outputs)
+    assert found["parameters"]["experts"] == sum(8 * sum(shape) for shape in inputs_outputs)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -106,14 +106,14 @@ def test_cached_steps_are_the_whole_sequence_on_a_ragged_batch(kind: str, tmp_pa
     for step, (one, other) in enumerate(zip(cached.logits, plain.logits, strict=True)):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
         torch.testing.assert_close(one, whole[:, 11 + step], rtol=0, atol=1e-4)
-    cache, said, named = None, [], stack.architecture.cache  # a raw continuation, token by token
+    cache, logits, named = None, [], stack.architecture.cache  # a raw continuation, token by token
     for place in range(12, 20):
         given = cached.sequences[:, :12] if cache is None else cached.sequences[:, place - 1 : place]
         at = positions[:, :12] if cache is None else positions[:, place - 1 : place]
         out = view(given, attention_mask=mask[:, :place], position_ids=at, **{named: cache}, use_cache=True)
         cache = out.past_key_values
-        said.append(out.logits[:, -1])
-    torch.testing.assert_close(torch.stack(said, 1), torch.stack(cached.logits, 1), rtol=0, atol=1e-4)
+        logits.append(out.logits[:, -1])
+    torch.testing.assert_close(torch.stack(logits, 1), torch.stack(cached.logits, 1), rtol=0, atol=1e-4)
     with pytest.raises(CacheError, match="without this plan"):
         view(IDS[:, :1], **{named: stack.model(IDS, use_cache=True).past_key_values}, use_cache=True)
 
@@ -121,14 +121,14 @@ def test_cached_steps_are_the_whole_sequence_on_a_ragged_batch(kind: str, tmp_pa
 @pytest.mark.slow
 @pytest.mark.real
 def test_smollm2_decodes_alike_with_and_without_a_cache(tmp_path: Path) -> None:
-    from lamella.methods.smora.method import running
+    from lamella.methods.smora.method import active_sites
     from lamella.plan import attach
     from lamella.train import linear_at
 
     stack = lamella.open("smollm2")
     plan = Plan(model=ModelReference.of(stack))
     view = apply(stack, plan)
-    made: Any = attach(view, linear_at(view, sites=running(stack, plan)), RankExperts)
+    made: Any = attach(view, linear_at(view, sites=active_sites(stack, plan)), RankExperts)
     with torch.no_grad():
         for each in made.values():
             each.lora_B.normal_(std=0.02)
@@ -156,7 +156,7 @@ def test_what_is_saved_gives_the_same_logits_with_its_balance(tmp_path: Path) ->
 
 
 def test_blocks_say_so_in_the_file_and_run(tmp_path: Path) -> None:
-    result = trained(experts=Experts(r=8, k=4, p=2))
+    result = trained(experts=ExpertSettings(r=8, k=4, p=2))
     assert result.plan.adapters[0].params["p"] == 2
     assert torch.isfinite(result.view(IDS).logits).all()
 
@@ -171,7 +171,7 @@ def test_loss_is_on_prompts_too_or_on_answers_alone() -> None:
 
 def test_the_balance_is_gone_on_with_after_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = TrainConfig(steps=6, lr=1e-2, batch=2, accumulate=2, save_every=2)
-    given = {"balance": 0.05, "config": config, "experts": Experts(r=8, k=2, dropout=0.1)}
+    given = {"balance": 0.05, "config": config, "experts": ExpertSettings(r=8, k=2, dropout=0.1)}
     whole = trained(**given)
 
     def stop(callback: Any, args: Any, state: Any, control: Any, **options: Any) -> None:
@@ -211,9 +211,9 @@ def test_it_trains_under_a_cut_and_goes_where_the_plan_goes(tmp_path: Path) -> N
     assert list(only.findings["load"]) == [f"model.layers.3.self_attn.{each}_proj" for each in "qv"]
     moved = Plan(model=cut.model, path={"text": PhasedPath(prefill=[0, 3, 1], decode=[0, 3, 1])})
     assert torch.isfinite(apply(stack, compose(only.plan, moved))(IDS).logits).all()
-    with pytest.raises(MethodError, match="give a plan that only cuts"):
+    with pytest.raises(MethodError, match="give a plan that only removes"):
         smora(stack, examples(), moved, experts=SMALL, config=CONFIG)
-    with pytest.raises(MethodError, match=r"nothing at layers\.1 runs under the plan"):
+    with pytest.raises(MethodError, match=r"nothing at layers\.1 runs under the plan:"):
         smora(stack, examples(), cut, experts=SMALL, config=CONFIG, sites=("layers.1",))
 
 
@@ -237,7 +237,7 @@ def test_usage_counts_k_ranks_for_each_token_and_parts_tasks_by_what_they_choose
     assert load[0][1] == int((counts == 0).sum())
 
 
-def test_losses_are_told_of_held_out_examples_and_routing_is_counted_on_many() -> None:
+def test_losses_are_reported_for_held_out_examples_and_routing_is_counted_on_many() -> None:
     given = examples(40).by_task()
     result = smora(Stack(nano("llama")), examples(40), experts=SMALL, config=CONFIG)
     assert {task: each["examples"] for task, each in result.findings["tasks"].items()} == {"turn": 1, "repeat": 1}
@@ -250,8 +250,8 @@ def test_losses_are_told_of_held_out_examples_and_routing_is_counted_on_many() -
 # Data
 
 
-def reader() -> Reader:
-    return Reader(lambda: AutoTokenizer.from_pretrained(NANO))
+def context() -> InputContext:
+    return InputContext(lambda: AutoTokenizer.from_pretrained(NANO))
 
 
 def rows(file: Path, *given: Any) -> Path:
@@ -260,11 +260,11 @@ def rows(file: Path, *given: Any) -> Path:
 
 
 def test_a_task_is_called_as_its_file_or_as_its_rows_say(tmp_path: Path) -> None:
-    said = {"prompt": "What purrs?", "completion": "A cat."}
-    one = rows(tmp_path / "animals.jsonl", said, said)
-    other = rows(tmp_path / "mixed.jsonl", said | {"task": "sounds"}, {"messages": [
+    record = {"prompt": "What purrs?", "completion": "A cat."}
+    one = rows(tmp_path / "animals.jsonl", record, record)
+    other = rows(tmp_path / "mixed.jsonl", record | {"task": "sounds"}, {"messages": [
         {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]})  # fmt: skip
-    found = TaskExamples.open([one, other], reader())
+    found = TaskExamples.open([one, other], context())
     assert found.tasks == ["animals", "animals", "sounds", "mixed"] and len(found) == 4
     assert [each["data"] for each in found.describe()["files"]] == [str(one), str(other)]
     train, held_out = found.split(0.01, seed=0)
@@ -272,35 +272,35 @@ def test_a_task_is_called_as_its_file_or_as_its_rows_say(tmp_path: Path) -> None
         "animals": 1, "sounds": 0, "mixed": 0
     }  # fmt: skip
     with pytest.raises(CalibrationError, match="line 2 has no prompt with an answer"):
-        TaskExamples.open(rows(tmp_path / "bad.jsonl", said, {"prompt": "What?"}), reader())
+        TaskExamples.open(rows(tmp_path / "bad.jsonl", record, {"prompt": "What?"}), context())
 
 
 # Bad input
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         (
-            {"experts": Experts(r=17, k=2)},
-            r"r 17 is above the size of model\.layers\.0\.self_attn\.k_proj, which is 32 to 16",
+            {"experts": ExpertSettings(r=17, k=2)},
+            r"r 17 exceeds the size of model\.layers\.0\.self_attn\.k_proj, which is 32 to 16",
         ),
-        ({"experts": Experts(r=4, k=8)}, "k 8 of r 4: give how many of the ranks a token runs"),
-        ({"experts": Experts(r=8, k=4, p=3)}, "p 3: blocks of ranks"),
+        ({"experts": ExpertSettings(r=4, k=8)}, "k 8 of r 4: give the number of ranks per token,"),
+        ({"experts": ExpertSettings(r=8, k=4, p=3)}, "p 3: the size of blocks of ranks"),
         ({"targets": ("nothing",)}, "no linear module is named 'nothing'"),
         ({"sites": ("layers.9",)}, "out of range"),
     ],
 )
-def test_what_cannot_be_trained_is_refused_in_one_line(given: dict[str, Any], said: str, tmp_path: Path) -> None:
-    with pytest.raises(LamellaError, match=said) as error:
+def test_what_cannot_be_trained_is_refused_in_one_line(given: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(LamellaError, match=message) as error:
         trained(**given, work=Work(tmp_path / "work"))
     assert "\n" not in str(error.value) and not list((tmp_path / "work").rglob("checkpoint-*"))
 
 
-def test_it_cannot_be_merged_and_says_so(tmp_path: Path) -> None:
+def test_it_cannot_be_merged_which_is_an_error(tmp_path: Path) -> None:
     result = trained()
     for form in ("plain", "portable"):
-        with pytest.raises(PlanError, match="the adapter of smora cannot be merged into the linear maps"):
+        with pytest.raises(PlanError, match="the adapter of smora cannot be merged into its linear layers"):
             export(result.stack, result.plan, tmp_path / "merged", form=form)
     result.save(tmp_path / "out", dict)
     with pytest.raises(CheckpointError, match="is not the folder of a LoRA adapter"):
@@ -309,19 +309,19 @@ def test_it_cannot_be_merged_and_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda t: {n: e * torch.nan if "lora_B" in n else e for n, e in t.items()}, "values that are not finite"),
         (lambda t: {n: e[:4] if "lora_A" in n else e for n, e in t.items()}, r"'lora_A' is \[4, 64\]"),
         (lambda t: {n: e for n, e in t.items() if "lora_biases" not in n}, "'lora_biases' is None"),
     ],
 )
-def test_a_damaged_adapter_is_refused_in_one_line(change: Any, said: str, tmp_path: Path) -> None:
+def test_a_damaged_adapter_is_refused_in_one_line(change: Any, message: str, tmp_path: Path) -> None:
     stack, plan = Stack(nano("llama")), trained().plan
     file, digest = sidefile.named(tmp_path, "smora", change(load_file(plan.adapters[0].located)))
     other = plan.adapters[0].model_copy(update={"file": file, "sha256": digest})
     other._folder = tmp_path
-    with pytest.raises(PlanError, match=said) as error:
+    with pytest.raises(PlanError, match=message) as error:
         apply(stack, plan.model_copy(update={"adapters": [other]}))
     assert "\n" not in str(error.value)
 
@@ -330,13 +330,13 @@ def test_an_adapter_for_another_base_is_refused() -> None:
     plan, other = trained().plan, nano("llama")
     with torch.no_grad():
         other.model.layers[0].mlp.up_proj.weight += 1
-    with pytest.raises(PlanError, match="has other weights than the model that it was trained beside"):
+    with pytest.raises(PlanError, match="has other weights than the model that it was trained with"):
         apply(Stack(other), plan)
     with pytest.raises(PlanError, match="this plan is for"):
         apply(Stack(nano("gpt2")), plan)
 
 
-def test_a_run_of_the_house_writes_a_page_with_routing_and_load(tmp_path: Path) -> None:
+def test_a_run_of_lamella_writes_a_page_with_routing_and_load(tmp_path: Path) -> None:
     done = run("smora", NANO, train=str(rows(tmp_path / "tasks.jsonl", *(
         {"task": "ab"[n % 2], "prompt": f"number {n}", "completion": f"is {n}"} for n in range(8)))),
         out=tmp_path / "out", r=4, k=2, steps=2, batch=2, accumulate=1, test="pydoc")  # fmt: skip
@@ -345,6 +345,6 @@ def test_a_run_of_the_house_writes_a_page_with_routing_and_load(tmp_path: Path) 
     usage = next(each for each in figures(done.evidence) if isinstance(each, Heatmap))
     sharpest = done.evidence.findings["sharpest"]["shares"]
     assert usage.rows == list(sharpest) == ["a", "b"] and usage.values == list(sharpest.values())
-    assert "lamella.apply" in readme and done.evidence.findings["maps"] == 42
+    assert "lamella.apply" in readme and done.evidence.findings["layers"] == 42
     usage = json.loads((tmp_path / "out" / "usage.json").read_text())
-    assert set(usage["counts"]) == {"a", "b"} and len(usage["maps"]) == 42
+    assert set(usage["counts"]) == {"a", "b"} and len(usage["layers"]) == 42

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import CalibrationError
-from lamella.methods.ssd import Forgetting, Responses, answers, membership, untrained_like, zrf
+from lamella.methods.ssd import Forgetting, Responses, evaluate, membership, untrained_like, zrf
 from lamella.train import blocks, mean_loss
 from lamella.zoo.nano import nano
 
@@ -33,7 +33,7 @@ def of_entropy(*values: float) -> Responses:
 def test_answers_are_those_of_the_model_in_eval_mode_which_stays_as_it_is() -> None:
     model, (x, y) = net().train(), data()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = answers(model, (x, y))
+    found = evaluate(model, (x, y))
     assert model.training and all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     with torch.no_grad():
         p = model.eval()(x).double().softmax(1).numpy()
@@ -46,7 +46,7 @@ def test_answers_are_those_of_the_model_in_eval_mode_which_stays_as_it_is() -> N
 def test_answers_of_a_decoder_are_means_over_the_tokens_of_a_sequence() -> None:
     model = nano("gpt2")
     rows = blocks(torch.randint(3, 128, (3, 10), generator=torch.Generator().manual_seed(0)), 4)
-    found = answers(model, rows)
+    found = evaluate(model, rows)
     assert not found.classifier
     assert found.loss.mean() == pytest.approx(mean_loss(model, rows), rel=1e-5)
     assert found.perplexity == pytest.approx(math.exp(found.loss.mean()))
@@ -109,7 +109,7 @@ def test_figures_are_left_out_where_their_data_are() -> None:
     whole = Forgetting.of(
         model, forget=data(20, 1), retain=data(40, 2), test=data(40, 3), untrained=untrained_like(model)
     )
-    assert None not in whole.as_dict().values() and whole.forget["accuracy"] == answers(model, data(20, 1)).accuracy
+    assert None not in whole.as_dict().values() and whole.forget["accuracy"] == evaluate(model, data(20, 1)).accuracy
     few = Forgetting.of(model, forget=data(20, 1))
     assert few.as_dict() == {"forget": whole.forget, "retain": None, "test": None, "membership": None, "zrf": None}
 
@@ -117,8 +117,8 @@ def test_figures_are_left_out_where_their_data_are() -> None:
 def test_nothing_to_measure_is_refused() -> None:
     x, y = data()
     for call in (
-        lambda: answers(net(), (x[:0], y[:0])),
-        lambda: answers(net(), x),
+        lambda: evaluate(net(), (x[:0], y[:0])),
+        lambda: evaluate(net(), x),
         lambda: zrf(net(), net(), (x[:0], y[:0])),
     ):
         with pytest.raises(CalibrationError) as error:

@@ -18,10 +18,18 @@ import lamella
 from lamella.errors import CalibrationError, ExportError, LamellaError, MethodError
 from lamella.files import Work
 from lamella.measure import Fisher, fisher
-from lamella.methods.ssd import Guard, adaptive_alpha, dampen, dampening, importances, scaled, selected
+from lamella.methods.ssd import (
+    RetentionGuard,
+    adaptive_alpha,
+    dampen,
+    dampening,
+    importances,
+    make_plan,
+    select_weights,
+)
 from lamella.methods.ssd.method import forget
 from lamella.plan import Factors, Plan, apply_factors, read_factors
-from lamella.plan.places import chosen_parameters
+from lamella.plan.selection import select_parameters
 from lamella.stack import Stack, weights
 from lamella.train import blocks
 from lamella.zoo.nano import nano
@@ -122,7 +130,7 @@ def test_weights_that_only_the_forget_set_knows_become_zero() -> None:
 def test_lambda_zero_zeroes_what_is_selected_and_a_large_one_changes_nothing() -> None:
     theta, f, d = torch.randn(20, 20), drawn((20, 20), 1), drawn((20, 20), 2) + 1e-6
     none = apply_factors(_holding(theta), {"weight": dampening(f, d, 1.0, 0.0)}).weight
-    chosen = selected(f, d, 1.0)
+    chosen = select_weights(f, d, 1.0)
     assert chosen.any() and not none[chosen].any() and torch.equal(none[~chosen], theta[~chosen])
     all_kept = apply_factors(_holding(theta), {"weight": dampening(f, d, 1.0, 1e12)}).weight
     assert torch.equal(all_kept, theta)
@@ -130,7 +138,7 @@ def test_lambda_zero_zeroes_what_is_selected_and_a_large_one_changes_nothing() -
 
 def test_selections_are_nested_and_an_infinite_alpha_selects_nothing() -> None:
     f, d = drawn((40, 40), 1), drawn((40, 40), 2)
-    chosen = [selected(f, d, alpha) for alpha in (0.5, 1.0, 3.0, 20.0, math.inf)]
+    chosen = [select_weights(f, d, alpha) for alpha in (0.5, 1.0, 3.0, 20.0, math.inf)]
     assert all(not (b & ~a).any() for a, b in itertools.pairwise(chosen))
     assert chosen[0].sum() > chosen[3].sum() > 0 == chosen[4].sum()
 
@@ -154,7 +162,7 @@ def test_a_class_is_forgotten_and_the_others_stay(model: nn.Module) -> None:
     assert accuracy(model, gone) == accuracy(model, kept) == 1
     found = forget(model, gone, retain=kept, alpha=2.0, guard=kept)
     assert accuracy(found.model, gone) <= 0.1 and accuracy(found.model, kept) >= 0.95
-    assert found.guard is not None and found.guard.kept
+    assert found.guard is not None and found.guard.passed
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     changed = {name for name, each in found.model.named_parameters() if each is not model.get_parameter(name)}
     assert changed == set(found.dampening.factors)
@@ -179,7 +187,7 @@ def test_no_ratio_exceeds_the_bound_so_an_alpha_from_there_on_is_refused(model: 
 
 def test_forgetting_everything_selects_nothing_at_alpha_1(model: nn.Module) -> None:
     whole = fisher(model, data())
-    assert all(not selected(each, each, 1.0).any() for each in whole.tensors.values())
+    assert all(not select_weights(each, each, 1.0).any() for each in whole.tensors.values())
     with pytest.raises(MethodError, match="alpha 1 can select nothing: 60 of 60"):
         dampen(model, whole, whole, alpha=1.0)
 
@@ -220,7 +228,9 @@ def test_the_report_counts_what_was_done(model: nn.Module, measured: Any) -> Non
     for row in done.parameters:
         before, after = model.get_parameter(row.name).double(), changed.get_parameter(row.name).double()
         assert row.weights == before.numel()
-        assert row.selected == int(selected(measured[0].tensors[row.name], measured[1].tensors[row.name], 2.0).sum())
+        assert row.selected == int(
+            select_weights(measured[0].tensors[row.name], measured[1].tensors[row.name], 2.0).sum()
+        )
         assert row.mass == pytest.approx(float(before.detach().abs().sum()), rel=1e-9)
         assert row.removed == pytest.approx(float((before - after).detach().abs().sum()), rel=1e-4, abs=1e-6)
     by_layer = done.by_layer(model)
@@ -239,7 +249,7 @@ def test_the_report_counts_what_was_done(model: nn.Module, measured: Any) -> Non
 )
 def test_only_what_is_named_changes(model: nn.Module, options: dict[str, Any], expected: set[str]) -> None:
     gone, kept = parts()
-    assert set(chosen_parameters(model, **options)) == expected
+    assert set(select_parameters(model, **options)) == expected
     found = forget(model, gone, retain=kept, alpha=1.2, **options)
     assert set(found.dampening.factors) <= expected
     for name, parameter in found.model.named_parameters():
@@ -264,7 +274,7 @@ def test_every_variant_runs_and_needs_its_own_importances(model: nn.Module, vari
 def test_a_guard_that_fails_gives_the_original_back(model: nn.Module) -> None:
     gone, kept = parts()
     found = forget(model, gone, retain=kept, alpha=0.001, lam=0.001, guard=kept)
-    assert found.model is model and found.guard is not None and not found.guard.kept
+    assert found.model is model and found.guard is not None and not found.guard.passed
     assert found.guard.measure == "accuracy" and found.guard.lost == pytest.approx(1 - found.guard.after)
     with pytest.raises(MethodError, match="max_drop -1"):
         forget(model, gone, retain=kept, alpha=2.0, guard=kept, max_drop=-1)
@@ -273,7 +283,7 @@ def test_a_guard_that_fails_gives_the_original_back(model: nn.Module) -> None:
 def test_a_decoder_is_guarded_by_its_perplexity() -> None:
     stack = Stack(nano("llama"))
     rows = blocks(torch.randint(3, 128, (3, 9), generator=torch.Generator().manual_seed(0)), loss_on="all")
-    verdict = Guard.of(stack.model, nano("llama", seed=1), rows, 0.05)
+    verdict = RetentionGuard.of(stack.model, nano("llama", seed=1), rows, 0.05)
     losses = [
         [m(input_ids=r["input_ids"][None], labels=r["labels"][None]).loss.item() for r in rows]
         for m in (stack.model, nano("llama", seed=1))
@@ -294,7 +304,7 @@ def tokens(seed: int, count: int) -> list[Any]:
 def test_a_plan_scales_the_weights_of_any_family_and_tied_ones_once(name: str, tmp_path: Path) -> None:
     stack = Stack(nano(name))
     gone, kept = tokens(0, 2), tokens(1, 6)
-    plan = scaled(stack, gone, retain=kept, alpha=2.0, work=Work(tmp_path))
+    plan = make_plan(stack, gone, retain=kept, alpha=2.0, work=Work(tmp_path))
     view = lamella.apply(stack, plan)
     done = dampen(stack, *importances(stack, gone, retain=kept), alpha=2.0)
     assert list(done.factors) == [n for n in weights(stack.model) if n in done.factors]
@@ -319,11 +329,11 @@ def test_a_plan_scales_the_weights_of_any_family_and_tied_ones_once(name: str, t
 
 def test_sites_restrict_a_plan_and_stand_in_it(tmp_path: Path) -> None:
     stack = Stack(nano("llama"))
-    plan = scaled(
+    plan = make_plan(
         stack, tokens(0, 2), retain=tokens(1, 6), alpha=2.0, layers=["layers.1.mlp", "head"], work=Work(tmp_path)
     )
     assert plan.weights[0].sites == ["layers.1.mlp", "head"]
-    plan = scaled(
+    plan = make_plan(
         stack, tokens(0, 2), retain=tokens(1, 6), alpha=2.0, layers=["*.down_proj.weight"], work=Work(tmp_path)
     )
     assert plan.weights[0].sites == [f"layers.{i}.mlp" for i in range(4)]
@@ -333,7 +343,7 @@ def test_a_classifier_of_the_family_table_gets_a_plan_too(tmp_path: Path) -> Non
     stack, generator = Stack(nano("vit")), torch.Generator().manual_seed(0)
     images, labels = torch.randn(12, 3, 16, 16, generator=generator), torch.arange(12) % 3
     gone, kept = (images[:3], labels[:3]), (images[3:], labels[3:])
-    plan = scaled(stack, gone, retain=kept, alpha=2.0, work=Work(tmp_path))
+    plan = make_plan(stack, gone, retain=kept, alpha=2.0, work=Work(tmp_path))
     assert not torch.equal(lamella.apply(stack, plan)(images).logits, stack.model(images).logits)
 
 
@@ -342,25 +352,25 @@ def test_the_same_request_gives_the_same_plan(tmp_path: Path) -> None:
     for noise in (1, 2):
         torch.manual_seed(noise)
         plans.append(
-            scaled(Stack(nano("llama")), tokens(0, 2), retain=tokens(1, 6), alpha=2.0, work=Work(tmp_path)).dump()
+            make_plan(Stack(nano("llama")), tokens(0, 2), retain=tokens(1, 6), alpha=2.0, work=Work(tmp_path)).dump()
         )
     assert plans[0] == plans[1] and json.loads(plans[0])["provenance"]["stale"] is False
 
 
-def test_an_importance_of_other_weights_is_told_as_stale(tmp_path: Path) -> None:
+def test_an_importance_of_other_weights_is_reported_as_stale(tmp_path: Path) -> None:
     stack, other = Stack(nano("llama")), nano("llama", seed=1)
     d = fisher(other, tokens(1, 8))
-    assert scaled(stack, tokens(0, 2), importance=d, alpha=2.0, work=Work(tmp_path)).provenance["stale"] is True
+    assert make_plan(stack, tokens(0, 2), importance=d, alpha=2.0, work=Work(tmp_path)).provenance["stale"] is True
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "said"),
+    ("options", "error", "message"),
     [
         ({}, MethodError, "give either retain"),
         ({"retain": "kept", "importance": "file"}, MethodError, "give either retain"),
         ({"retain": "gone"}, CalibrationError, "2 samples are to be forgotten and retained at once"),
         ({"retain": "kept", "variant": "isdd"}, MethodError, "variant 'isdd'"),
-        ({"retain": "kept", "variant": "assd", "alpha": 3.0}, MethodError, "assd finds alpha itself"),
+        ({"retain": "kept", "variant": "assd", "alpha": 3.0}, MethodError, "assd determines alpha itself:"),
         ({"retain": "kept", "alpha": 0.0}, MethodError, "alpha 0"),
         ({"retain": "kept", "alpha": math.nan}, MethodError, "alpha nan"),
         ({"retain": "kept", "alpha": 4.0}, MethodError, "can select nothing"),
@@ -372,16 +382,20 @@ def test_an_importance_of_other_weights_is_told_as_stale(tmp_path: Path) -> None
         ({"retain": "kept", "layers": ["layers.0.norm"]}, LamellaError, "'layers.0.norm' is not a site"),
         ({"retain": "kept", "layers": ["layers.9"]}, LamellaError, "out of range"),
         ({"retain": "kept", "layers": ["norm"], "skip": ["norm"]}, MethodError, "skip leaves no parameter"),
-        ({"importance": Path("nowhere.safetensors")}, MethodError, "is no file of importances"),
+        ({"importance": Path("nowhere.safetensors")}, MethodError, "is not a file of importances"),
         ({"retain": "kept", "alpha": 2.0, "work": Work(Path("/proc/nowhere"))}, ExportError, "cannot be written"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(options: dict[str, Any], error: type[LamellaError], said: str) -> None:
+def test_what_cannot_be_is_refused_in_one_line(
+    options: dict[str, Any], error: type[LamellaError], message: str
+) -> None:
     stack, gone, kept = Stack(nano("llama")), tokens(0, 2), tokens(1, 6)
     given = {"gone": gone, "kept": kept, "file": Path("f")}
     filled = {name: given.get(value, value) if isinstance(value, str) else value for name, value in options.items()}
-    with pytest.raises(error, match=said) as raised:
-        scaled(stack, gone, **{"alpha": 2.0} | filled) if "variant" not in options else scaled(stack, gone, **filled)
+    with pytest.raises(error, match=message) as raised:
+        make_plan(stack, gone, **{"alpha": 2.0} | filled) if "variant" not in options else make_plan(
+            stack, gone, **filled
+        )
     assert "\n" not in str(raised.value)
 
 

@@ -87,7 +87,7 @@ def test_the_page_says_what_was_forgotten_and_draws_where(evidence: dict[str, An
         "6.00 % of the weights",
     ):
         assert part in text
-    assert "never seen, nats" not in text  # a row without numbers is left out
+    assert "unseen text, nats" not in text  # a row without numbers is left out
     data = json.loads(page.scripts[0])
     bars = {name: plot["data"][0]["y"] for name, plot in data["plots"].items()}
     assert bars["selected"] == [2.0, 3.0, 0.0] and bars["removed"] == pytest.approx([1.6, 2.4, 0.0])

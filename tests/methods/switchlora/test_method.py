@@ -11,7 +11,7 @@ import torch
 from lamella import processes
 from lamella.errors import MethodError, TrainingError
 from lamella.files import Work
-from lamella.methods.switchlora import Frequency, Switching, by_vectors, switchlora
+from lamella.methods.switchlora import ExchangeFrequency, SwitchHook, per_vector, switchlora
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.runtime import apply
 from lamella.stack import Stack, share
@@ -20,7 +20,7 @@ from lamella.zoo.nano import nano
 
 SAMPLES = blocks(torch.randint(3, 100, (24, 12), generator=torch.Generator().manual_seed(0)), loss_on="all")
 CONFIG = TrainConfig(steps=24, lr=2e-2, batch=4)
-OFTEN = Frequency(interval=10, descent=1.0)
+OFTEN = ExchangeFrequency(interval=10, descent=1.0)
 
 
 def test_what_comes_out_is_dense_and_its_update_has_more_directions_than_the_rank(tmp_path: Path) -> None:
@@ -37,15 +37,15 @@ def test_what_comes_out_is_dense_and_its_update_has_more_directions_than_the_ran
     assert len(result.findings["spectrum"]) == 33 and result.findings["spectrum"][0] == 1
 
 
-def test_with_no_exchange_it_is_lora_from_the_same_start_to_the_bit(tmp_path: Path) -> None:
+def test_with_no_exchange_it_is_lora_from_the_same_start_bitwise(tmp_path: Path) -> None:
     found = []
     for switches in (True, False):
         view = share(nano("llama"))
         lora = add_lora(view, 4, alpha=1)
         own(view, lambda name: ".base_layer." in name)
-        hook = Switching(lora, Frequency(interval=float("inf")), CONFIG.steps or 0, seed=0)
+        hook = SwitchHook(lora, ExchangeFrequency(interval=float("inf")), CONFIG.steps or 0, seed=0)
         fit(view, SAMPLES, Task(response_loss), CONFIG, out=tmp_path / str(switches), trainable=lora.trains,
-            optimizer=by_vectors(1.0), hooks=[hook] if switches else [])  # fmt: skip
+            optimizer=per_vector(1.0), hooks=[hook] if switches else [])  # fmt: skip
         found.append(dict(view.named_parameters()))
     assert all(torch.equal(each, found[1][name]) for name, each in found[0].items())
 
@@ -62,8 +62,8 @@ def test_merged_weights_compute_what_the_adapters_did(tmp_path: Path) -> None:
     view = share(nano("llama"))
     lora = add_lora(view, 4, alpha=1)
     own(view, lambda name: ".base_layer." in name)
-    fit(view, SAMPLES, Task(response_loss), CONFIG, out=tmp_path, trainable=lora.trains, optimizer=by_vectors(1.0),
-        hooks=[Switching(lora, OFTEN, CONFIG.steps or 0, seed=0)])  # fmt: skip
+    fit(view, SAMPLES, Task(response_loss), CONFIG, out=tmp_path, trainable=lora.trains, optimizer=per_vector(1.0),
+        hooks=[SwitchHook(lora, OFTEN, CONFIG.steps or 0, seed=0)])  # fmt: skip
     ids = SAMPLES[0]["input_ids"][None]
     with torch.no_grad():
         before = view(ids).logits
@@ -99,20 +99,23 @@ def test_a_cut_model_is_trained_as_it_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("options", "message"),
     [
         ({"r": 32}, "r 32: give a rank from 2 to 31"),
-        ({"config": TrainConfig(lr=1e-2, weight_decay=0.1)}, "weight decay would move vectors that are frozen"),
+        (
+            {"config": TrainConfig(lr=1e-2, weight_decay=0.1)},
+            "weight decay would change frozen vectors: set weight_decay",
+        ),
     ],
 )
-def test_a_training_that_is_no_switchlora_is_refused(given: dict, said: str, tmp_path: Path) -> None:
-    with pytest.raises(MethodError, match=said):
-        switchlora(Stack(nano("llama")), SAMPLES, **({"config": CONFIG} | given), work=Work(tmp_path))
+def test_a_training_that_is_no_switchlora_is_refused(options: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(MethodError, match=message):
+        switchlora(Stack(nano("llama")), SAMPLES, **({"config": CONFIG} | options), work=Work(tmp_path))
 
 
 def test_a_plan_that_repeats_layers_is_refused(tmp_path: Path) -> None:
     stack = Stack(nano("llama"))
     path = [0, 1, 1, 2, 3]
     plan = Plan(model=ModelReference.of(stack), path={stack.stack: PhasedPath(prefill=path, decode=path)})
-    with pytest.raises(MethodError, match="give a plan that only cuts"):
+    with pytest.raises(MethodError, match="give a plan that only removes"):
         switchlora(stack, SAMPLES, plan, config=CONFIG, work=Work(tmp_path))

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import MethodError
-from lamella.methods.switchlora import Exchange, Frequency, Switching, VectorAdamW, by_vectors, forget
+from lamella.methods.switchlora import (
+    ExchangeFrequency,
+    SwitchHook,
+    VectorAdamW,
+    VectorExchange,
+    per_vector,
+    reset_state,
+)
 from lamella.stack import Stack, share
 from lamella.train import Lora, TrainConfig, add_lora, own
 from lamella.zoo.nano import nano
@@ -27,16 +34,16 @@ def adapted(kind: str = "llama", r: int = 8) -> tuple[Stack, Lora]:
     return stack, lora
 
 
-def exchange(r: int = 8, sizes: tuple[int, int] = (24, 40)) -> Exchange:
+def exchange(r: int = 8, sizes: tuple[int, int] = (24, 40)) -> VectorExchange:
     """Of one linear map from 24 to 40."""
     model = nn.ModuleDict({"linear": nn.Linear(*sizes, bias=False)})
     from peft import LoraConfig, inject_adapter_in_model
 
     inject_adapter_in_model(LoraConfig(r=r, lora_alpha=1, target_modules=["linear"]), model)
-    return Exchange(model["linear"], torch.Generator().manual_seed(0))
+    return VectorExchange(model["linear"], torch.Generator().manual_seed(0))
 
 
-def effective(one: Exchange) -> Tensor:
+def effective(one: VectorExchange) -> Tensor:
     state = one.state()
     return state["weight"].double() + one.scale * one.b.detach().double() @ one.a.detach().double()
 
@@ -44,13 +51,13 @@ def effective(one: Exchange) -> Tensor:
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_neither_pools_nor_exchanges_change_what_is_computed(kind: str) -> None:
     stack, lora = adapted(kind)
-    switching = Switching(lora, Frequency(), 100, seed=0)
+    switching = SwitchHook(lora, ExchangeFrequency(), 100, seed=0)
     with torch.no_grad():
         before = stack.model(IDS).logits
         torch.testing.assert_close(lora.view(IDS).logits, before, rtol=0, atol=2e-5)
         for each in switching.exchanges.values():
             for _ in range(20):
-                each.switch(each.room(), freeze=0)
+                each.switch(each.available(), freeze=0)
         torch.testing.assert_close(lora.view(IDS).logits, before, rtol=0, atol=2e-5)
         assert torch.equal(stack.model(IDS).logits, before)  # the caller's model is as it was
 
@@ -59,7 +66,7 @@ def test_every_exchange_leaves_the_weight_where_it_was() -> None:
     one = exchange()
     for _ in range(200):
         before = effective(one)
-        rows, columns = one.switch(random.Random(0).randint(1, one.room()), freeze=0)
+        rows, columns = one.switch(random.Random(0).randint(1, one.available()), freeze=0)
         assert (effective(one) - before).abs().max() <= 1e-6
         assert not set(rows.tolist()) & set(columns.tolist())
 
@@ -112,11 +119,11 @@ def test_what_left_waits_in_the_pool_and_comes_back_trained() -> None:
 
 def test_nothing_is_exchanged_or_moves_beside_what_is_exchanged_or_frozen() -> None:
     """Ten thousand steps of a random number of exchanges, against a plain account of who may move."""
-    one, freeze, drawn = exchange(r=16, sizes=(24, 40)), 5, random.Random(0)
+    one, freeze, generator = exchange(r=16, sizes=(24, 40)), 5, random.Random(0)
     waits: dict[tuple[str, int], int] = {}  # vectors that may not move, and for how many steps yet
     for _ in range(10_000):
         one.a.grad, one.b.grad = torch.ones_like(one.a), torch.ones_like(one.b)
-        count = min(drawn.choice([0, 0, 1, 2, 3]), one.room())
+        count = min(generator.choice([0, 0, 1, 2, 3]), one.available())
         rows, columns = one.switch(count, freeze)
         for row in rows.tolist():
             assert ("a", row) not in waits  # it is not frozen itself
@@ -125,7 +132,7 @@ def test_nothing_is_exchanged_or_moves_beside_what_is_exchanged_or_frozen() -> N
             assert ("b", column) not in waits
             waits["a", column] = freeze
         assert not {i for side, i in waits if side == "a"} & {i for side, i in waits if side == "b"}
-        one.hold()
+        one.freeze_gradients()
         held = {("a", i) for i in (one.a.grad.abs().sum(1) == 0).nonzero()[:, 0].tolist()}
         held |= {("b", i) for i in (one.b.grad.abs().sum(0) == 0).nonzero()[:, 0].tolist()}
         assert held == set(waits)  # for exactly so many steps
@@ -133,25 +140,25 @@ def test_nothing_is_exchanged_or_moves_beside_what_is_exchanged_or_frozen() -> N
 
 
 def test_a_map_no_wider_than_the_rank_is_said_to_stay() -> None:
-    assert exchange(r=24).room() == 0 and exchange(r=23).room() > 0
+    assert exchange(r=24).available() == 0 and exchange(r=23).available() > 0
     _, lora = adapted(r=16)  # keys and values of the model are 16 wide
-    switching = Switching(lora, Frequency(), 100, seed=0)
-    assert {name.rpartition(".")[2] for name in switching.still} == {"k_proj", "v_proj"}
+    switching = SwitchHook(lora, ExchangeFrequency(), 100, seed=0)
+    assert {name.rpartition(".")[2] for name in switching.unswitched} == {"k_proj", "v_proj"}
 
 
 def test_the_frequency_falls_as_the_paper_says() -> None:
-    often = Frequency(interval=40, descent=0.1)
+    often = ExchangeFrequency(interval=40, descent=0.1)
     assert often.share(99, 1000) == pytest.approx(0.3 / 40)
     assert often.share(0, 1000) == pytest.approx(0.3**0.01 / 40)
-    assert Frequency(descent=1e-3).share(999, 1000) == pytest.approx(1e-8 / 40)
+    assert ExchangeFrequency(descent=1e-3).share(999, 1000) == pytest.approx(1e-8 / 40)
     with pytest.raises(MethodError, match="interval 9: with 5 frozen steps"):
-        Frequency(interval=9)
+        ExchangeFrequency(interval=9)
 
 
 def test_as_many_are_exchanged_as_are_asked_for_on_average() -> None:
     _, lora = adapted(r=8)
-    frequency, steps = Frequency(interval=20, descent=0.5, freeze=0), 200
-    switching = Switching(lora, frequency, steps, seed=0)
+    frequency, steps = ExchangeFrequency(interval=20, descent=0.5, freeze=0), 200
+    switching = SwitchHook(lora, frequency, steps, seed=0)
     for each in lora.view.parameters():
         each.grad = torch.zeros_like(each)
     counted: list[float] = []
@@ -169,9 +176,9 @@ def test_as_many_are_exchanged_as_are_asked_for_on_average() -> None:
 
 def test_the_hook_resets_the_counterparts_of_what_it_exchanges_and_nothing_else() -> None:
     _, lora = adapted(r=8)
-    switching = Switching(lora, Frequency(interval=10, descent=1.0), 100, seed=0)
+    switching = SwitchHook(lora, ExchangeFrequency(interval=10, descent=1.0), 100, seed=0)
     trained = {name: each for name, each in lora.view.named_parameters() if lora.trains(name)}
-    optimizer = by_vectors(1.0)(lora.view, trained, TrainConfig(lr=1e-2))
+    optimizer = per_vector(1.0)(lora.view, trained, TrainConfig(lr=1e-2))
     run: Any = SimpleNamespace(step=0, optimizer=optimizer, note=lambda name, value: None)
     torch.manual_seed(0)
 
@@ -228,7 +235,7 @@ def test_without_exchanges_it_is_adamw() -> None:
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_what_is_forgotten_begins_anew_and_nothing_else_does(axis: int) -> None:
+def test_what_is_forgotten_starts_from_scratch_and_nothing_else_does(axis: int) -> None:
     torch.manual_seed(0)
     one = nn.Parameter(torch.randn(5, 5))
     optimizer = VectorAdamW([{"params": [one], "axis": axis}], lr=1e-2)
@@ -240,7 +247,7 @@ def test_what_is_forgotten_begins_anew_and_nothing_else_does(axis: int) -> None:
     for _ in range(7):
         step()
     before = {name: each.clone() for name, each in optimizer.state[one].items()}
-    forget(optimizer, one, torch.tensor([1, 3]), axis)
+    reset_state(optimizer, one, torch.tensor([1, 3]), axis)
     for name, each in optimizer.state[one].items():
         gone, old = each.movedim(axis, 0), before[name].movedim(axis, 0)
         assert not gone[[1, 3]].any() and torch.equal(gone[[0, 2, 4]], old[[0, 2, 4]])

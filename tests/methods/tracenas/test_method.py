@@ -13,7 +13,7 @@ import torch
 import lamella
 from lamella.errors import BudgetError, MethodError
 from lamella.files import Work
-from lamella.methods.tracenas import TRAINING, Cut, Genome, GradientTraces, Space, phi, recover, tracenas
+from lamella.methods.tracenas import TRAINING, Genome, GradientTraces, PrunedShape, SearchSpace, phi, recover, tracenas
 from lamella.plan import ModelReference, Plan, materialise
 from lamella.plan.export import export, natural_form
 from lamella.stack import Stack
@@ -28,11 +28,11 @@ def opened(name: str = "llama", **overrides: Any) -> Stack:
     return Stack(nano(name, **overrides))
 
 
-def space_of(stack: Stack, params: float = 0.8, **options: Any) -> Space:
-    return Space.of(stack, params=params, tolerance=0.05, least=3, multiple=2, **options)
+def space_of(stack: Stack, params: float = 0.8, **options: Any) -> SearchSpace:
+    return SearchSpace.of(stack, params=params, tolerance=0.05, min_layers=3, multiple=2, **options)
 
 
-def plan_of(stack: Stack, space: Space, traces: GradientTraces, cut: Cut) -> Plan:
+def plan_of(stack: Stack, space: SearchSpace, traces: GradientTraces, cut: PrunedShape) -> Plan:
     point = space.point(cut, traces.saliency)
     return Plan(model=ModelReference.of(stack), drop=point.drop, width=point.width)
 
@@ -60,7 +60,7 @@ def test_phi_sums_the_kept_share_times_the_correlation_of_each_sublayer_that_sta
     stack = opened()
     traces = GradientTraces(stack, IDS, rank=4)
     space = space_of(stack, 0.7)
-    cut = Cut((True, False, True, True), (4, 4, 2, 2), (16, 48, 24, 48))
+    cut = PrunedShape((True, False, True, True), (4, 4, 2, 2), (16, 48, 24, 48))
     small = traces.of(plan_of(stack, space, traces, cut))
     shares = space.shares(cut)
     expected = sum(
@@ -110,7 +110,7 @@ def test_the_winner_is_the_best_that_was_scored_and_a_really_smaller_model(tmp_p
     whole, winner = series[0], series[1]
     assert not whole.removed and series.points[1].scores["phi"] == max(e["phi"] for e in series.provenance["best"])
     traces = GradientTraces(stack, IDS, rank=4)
-    space = Space.of(stack, params=0.8, tolerance=0.05, least=3)
+    space = SearchSpace.of(stack, params=0.8, tolerance=0.05, min_layers=3)
     again = traces.of(winner)
     shares = np.array(
         [
@@ -131,7 +131,7 @@ def test_the_winner_is_the_best_that_was_scored_and_a_really_smaller_model(tmp_p
         torch.testing.assert_close(opened_again(IDS).logits, view(IDS).logits, rtol=0, atol=1e-5)
 
 
-def test_an_interrupted_search_goes_on_to_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_search_resumes_to_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stack, options = opened(), {"params": 0.8, "min_layers": 3, **SMALL}
     expected = tracenas(stack, IDS, **options)
     scored: list[Any] = []
@@ -161,7 +161,7 @@ def test_the_seed_decides() -> None:
 
 def test_budgets_that_no_shape_meets_say_what_can_be_had() -> None:
     stack = opened()
-    with pytest.raises(BudgetError, match="can be had"):
+    with pytest.raises(BudgetError, match="are possible;"):
         tracenas(stack, IDS, params=0.05)
     for options in ({"attn": (0.8, 0.4)}, {"min_layers": 9}, {"elites": 30}):
         with pytest.raises(MethodError):

@@ -27,7 +27,7 @@ def test_the_page_has_the_shape_and_the_fidelity_of_the_best_plan(tmp_path: Path
     for layer in range(len(stack)):
         heads, channels = plan.widths.heads.get(layer), plan.widths.channels.get(layer)
         widths = [whole[0] if heads is None else len(heads.keep), whole[1] if channels is None else len(channels)]
-        wanted.append([layer, "", "left out"] if f"layers.{layer}" in plan.drop else [layer, *widths])
+        wanted.append([layer, "", "dropped"] if f"layers.{layer}" in plan.drop else [layer, *widths])
     assert [list(row) for row in shape.rows] == wanted
     tokens = windows(open_tokenizer(NANO_LLAMA), load_text("pydoc", "test"), 2, 64, 42)  # the default seed
     with torch.no_grad():

@@ -215,9 +215,9 @@ def test_constant_traces_do_not_correlate_and_correlation_is_numpys() -> None:
 
 
 def test_what_cannot_be_traced_is_refused() -> None:
-    with pytest.raises(ArchitectureError, match="gradient traces know"):
+    with pytest.raises(ArchitectureError, match="gradient traces support"):
         GradientTraces(opened("opt"), IDS)
     stack = opened("llama")
-    plan = Plan(model=ModelReference.of(stack), width={"stream.channels": [0, 1]})
-    with pytest.raises(PlanError, match="alone"):
+    plan = Plan(model=ModelReference.of(stack), width={"hidden.channels": [0, 1]})
+    with pytest.raises(PlanError, match="only support plans of layers, heads and MLP channels"):
         GradientTraces(stack, IDS, rank=2).of(plan)

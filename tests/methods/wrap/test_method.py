@@ -16,10 +16,20 @@ from typing import Any
 import pytest
 from serving import serving
 
-from lamella.data import Document, Documents, Endpoint, Local, Remote, Request, Sampling, Writer, Written
+from lamella.data import (
+    Completion,
+    Document,
+    Documents,
+    Endpoint,
+    LocalWriter,
+    RemoteWriter,
+    Sampling,
+    Writer,
+    WritingRequest,
+)
 from lamella.errors import LamellaError
-from lamella.methods.wrap import Cutting, Evaluations, Filters, passages, wrap
-from lamella.results import Mixed
+from lamella.methods.wrap import Evaluations, Filters, PassageSettings, passages, wrap
+from lamella.results import MixedCorpus
 from lamella.runner import run
 from lamella.workers import Workers
 
@@ -30,7 +40,7 @@ TEXTS = [
 ]
 DOCUMENTS = Documents([Document(f"d{n}", text) for n, text in enumerate(TEXTS)])
 SMALL: dict[str, Any] = {
-    "cutting": Cutting(longest=40, shortest=3, together=2),
+    "cutting": PassageSettings(longest=40, shortest=3, together=2),
     "filters": Filters(embedder="words", similarity=-1, ratio_least=0.01),
     "held_out": 0.2, "styles": ("medium", "qa"),
 }  # fmt: skip
@@ -48,26 +58,26 @@ class Echo(Writer):
         return self
 
     def write(
-        self, requests: Sequence[Request], sampling: Sampling, done: Collection[str] = ()
-    ) -> Iterator[list[tuple[Request, Written]]]:
+        self, requests: Sequence[WritingRequest], sampling: Sampling, done: Collection[str] = ()
+    ) -> Iterator[list[tuple[WritingRequest, Completion]]]:
         for request in requests:
             words = request.messages[-1]["content"].split("Text:\n")[1].split()
-            yield [(request, Written(" ".join(reversed(words)), True, len(words), len(words)))]
+            yield [(request, Completion(" ".join(reversed(words)), True, len(words), len(words)))]
 
     def describe(self) -> dict[str, Any]:
         return {"echo": 1}
 
 
-def wrapped(writer: Any, **options: Any) -> Mixed:
+def wrapped(writer: Any, **options: Any) -> MixedCorpus:
     return wrap(DOCUMENTS, writer, **SMALL | options)
 
 
 @pytest.fixture
-def writer(instructed: Path) -> Local:
-    return Local(str(instructed), batch=4)
+def writer(instructed: Path) -> LocalWriter:
+    return LocalWriter(str(instructed), batch=4)
 
 
-def test_every_passage_that_is_not_held_out_is_generated_once_in_each_style(writer: Local) -> None:
+def test_every_passage_that_is_not_held_out_is_generated_once_in_each_style(writer: LocalWriter) -> None:
     found = wrapped(writer)
     tested = {row["id"] for row in found.test}
     assert len(tested) == 2 and not tested & {row["id"] for row in [*found.items, *found.train]}
@@ -85,7 +95,7 @@ def test_every_passage_that_is_not_held_out_is_generated_once_in_each_style(writ
 
 
 @pytest.mark.slow
-def test_kept_and_dropped_is_what_was_generated(writer: Local) -> None:
+def test_kept_and_dropped_is_what_was_generated(writer: LocalWriter) -> None:
     found = wrapped(writer)
     for name, style in found.findings["styles"].items():
         rows = [row for row in found.items if row["style"] == name]
@@ -96,7 +106,7 @@ def test_kept_and_dropped_is_what_was_generated(writer: Local) -> None:
     assert cost["tokens written"] == sum(row["n_written"] for row in found.items)
 
 
-def test_the_mixture_has_kept_text_alone_in_shares_of_tokens(writer: Local) -> None:
+def test_the_mixture_has_kept_text_alone_in_shares_of_tokens(writer: LocalWriter) -> None:
     found = wrapped(writer)
     kept = {row["text"] for row in found.items if row["kept"]}
     for row in found.train:
@@ -108,7 +118,7 @@ def test_the_mixture_has_kept_text_alone_in_shares_of_tokens(writer: Local) -> N
 
 
 @pytest.mark.exhaustive
-def test_greedy_runs_and_runs_of_one_seed_are_equal_and_other_seeds_are_not(writer: Local) -> None:
+def test_greedy_runs_and_runs_of_one_seed_are_equal_and_other_seeds_are_not(writer: LocalWriter) -> None:
     greedy = {wrapped(writer, temperature=0.0).findings["corpus"] for _ in range(2)}
     assert len(greedy) == 1
     drawn = [wrapped(writer, seed=seed).findings["corpus"] for seed in (0, 0, 1)]
@@ -117,17 +127,17 @@ def test_greedy_runs_and_runs_of_one_seed_are_equal_and_other_seeds_are_not(writ
 
 @pytest.mark.exhaustive
 @pytest.mark.slow
-def test_several_processes_end_with_the_same_corpus(writer: Local) -> None:
+def test_several_processes_end_with_the_same_corpus(writer: LocalWriter) -> None:
     assert wrapped(writer, workers=Workers(3)).findings["corpus"] == wrapped(writer).findings["corpus"]
 
 
 @pytest.mark.slow
-def test_an_endpoint_ends_with_the_corpus_of_the_same_model_here(writer: Local, instructed: Path) -> None:
+def test_an_endpoint_ends_with_the_corpus_of_the_same_model_here(writer: LocalWriter, instructed: Path) -> None:
     with serving(instructed) as served:
-        theirs = wrapped(Remote(Endpoint(served.url, concurrent=4), instructed), temperature=0.0)
+        theirs = wrapped(RemoteWriter(Endpoint(served.url, concurrent=4), instructed), temperature=0.0)
     ours = wrapped(writer, temperature=0.0)
 
-    def told(result: Mixed) -> list[Any]:
+    def told(result: MixedCorpus) -> list[Any]:
         return [{name: each for name, each in row.items() if name != "rephraser"} for row in result.items]
 
     assert told(theirs) == told(ours)
@@ -135,7 +145,7 @@ def test_an_endpoint_ends_with_the_corpus_of_the_same_model_here(writer: Local, 
 
 
 @pytest.mark.slow
-def test_what_evaluation_sets_have_is_neither_rephrased_nor_trained_on(writer: Local, tmp_path: Path) -> None:
+def test_what_evaluation_sets_have_is_neither_rephrased_nor_trained_on(writer: LocalWriter, tmp_path: Path) -> None:
     judged = tmp_path / "test.txt"
     part = "Its second part is about the number 21. It has nothing to do with herons, and it is soon over."
     judged.write_text(part)
@@ -144,7 +154,9 @@ def test_what_evaluation_sets_have_is_neither_rephrased_nor_trained_on(writer: L
     assert part not in told and "Document 3 is about herons." in told
     assert found.findings["passages"]["of evaluations"] >= 1
     words = Evaluations([part], 13)
-    assert not [row for row in found.train if words.meet(row["text"].lower().replace(".", "").replace(",", "").split())]
+    assert not [
+        row for row in found.train if words.overlaps(row["text"].lower().replace(".", "").replace(",", "").split())
+    ]
 
 
 @pytest.mark.parametrize(
@@ -182,7 +194,7 @@ def test_both_halves_of_a_document_are_the_measure_of_closeness() -> None:
 
 @pytest.mark.exhaustive
 @pytest.mark.slow
-def test_a_killed_run_goes_on_and_generates_each_once(instructed: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_and_generates_each_once(instructed: Path, tmp_path: Path) -> None:
     given = tmp_path / "documents.jsonl"
     given.write_text("".join(json.dumps({"id": each.id, "text": 2 * each.text}) + "\n" for each in DOCUMENTS))
     command = [
@@ -200,11 +212,11 @@ def test_a_killed_run_goes_on_and_generates_each_once(instructed: Path, tmp_path
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / ".out.work").rglob("rows/*.json")}
     subprocess.run([*command, "-o", str(out)], check=True, capture_output=True, env=os.environ)
     assert (out / "data.jsonl").read_bytes() == (whole / "data.jsonl").read_bytes() and kept
-    keys = Counter((row["id"], row["chunk_idx"], row["style"]) for row in Mixed.read(out))
+    keys = Counter((row["id"], row["chunk_idx"], row["style"]) for row in MixedCorpus.read(out))
     assert set(keys.values()) == {1}
 
 
-def test_datasets_reads_what_is_written_with_its_provenance(writer: Local, tmp_path: Path) -> None:
+def test_datasets_reads_what_is_written_with_its_provenance(writer: LocalWriter, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     given = tmp_path / "documents.jsonl"
     given.write_text("".join(json.dumps({"id": each.id, "text": each.text}) + "\n" for each in DOCUMENTS))
@@ -213,13 +225,13 @@ def test_datasets_reads_what_is_written_with_its_provenance(writer: Local, tmp_p
     cache = str(tmp_path / "cache")
     lines = datasets.load_dataset("json", data_files=str(out / "data.jsonl"), split="train", cache_dir=cache)
     table = datasets.load_dataset("parquet", data_files=str(out / "data.parquet"), split="train", cache_dir=cache)
-    assert lines.to_list() == table.to_list() == Mixed.read(out)
+    assert lines.to_list() == table.to_list() == MixedCorpus.read(out)
     wanted = "id chunk_idx style source_text text n_src_tok n_out_tok sim rephraser prompt_hash seed kept drop_reason"
     assert set(wanted.split()) <= set(lines.column_names)
     assert json.loads((out / "mixture.json").read_text())["by"] == "tokens"
 
 
-def test_what_wrap_writes_heals(writer: Local, tmp_path: Path, plan: Path, instructed: Path) -> None:
+def test_what_wrap_writes_heals(writer: LocalWriter, tmp_path: Path, plan: Path, instructed: Path) -> None:
     given = tmp_path / "documents.jsonl"
     given.write_text("".join(json.dumps({"id": each.id, "text": each.text}) + "\n" for each in DOCUMENTS))
     out = tmp_path / "out"
@@ -231,15 +243,15 @@ def test_what_wrap_writes_heals(writer: Local, tmp_path: Path, plan: Path, instr
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
-        ({"styles": ("fancy",)}, "no style 'fancy'"),
-        ({"cutting": Cutting(longest=5, shortest=9)}, "a longest not below the shortest"),
+        ({"styles": ("fancy",)}, "unknown style 'fancy'"),
+        ({"cutting": PassageSettings(longest=5, shortest=9)}, "longest must be at least shortest"),
         ({"tokens": 10**7}, "above 4: ask for"),
         ({"evaluations": ("nowhere.txt",)}, "no file nowhere.txt"),
     ],
 )
-def test_what_cannot_be_done_is_refused_in_one_line(writer: Local, options: dict[str, Any], said: str) -> None:
-    with pytest.raises(LamellaError, match=said) as error:
+def test_what_cannot_be_done_is_refused_in_one_line(writer: LocalWriter, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(LamellaError, match=message) as error:
         wrapped(writer, **options)
     assert "\n" not in str(error.value)

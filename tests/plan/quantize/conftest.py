@@ -1,4 +1,4 @@
-"""Nano checkpoints of the families that llama.cpp knows, with the tokenizer of the nano Llama."""
+"""Nano checkpoints of the families that llama.cpp supports, with the tokenizer of the nano Llama."""
 
 from __future__ import annotations
 
@@ -45,5 +45,5 @@ def quantize(model: str | Path, out: Path, kind: str = "q8_0") -> Path:
 
 
 def findings(out: Path) -> dict[str, Any]:
-    """What the evidence of a folder says."""
+    """Return the findings in the evidence of a folder."""
     return Evidence.read(out).findings

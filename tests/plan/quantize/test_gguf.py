@@ -1,4 +1,4 @@
-"""GGUF files: opened by transformers' own reader they are the checkpoint again, and what they cannot say is refused."""
+"""GGUF files: read by transformers they equal the checkpoint, and what they cannot express is refused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def logits(folder: Path) -> torch.Tensor:
 
 
 def again(file: Path, folder: Path) -> Path:
-    """The checkpoint that a GGUF file gives back, through transformers' reader."""
+    """Return the checkpoint that transformers reads from a GGUF file."""
     folder.mkdir()
     convert_gguf(file, folder)
     return folder
@@ -59,7 +59,7 @@ def test_a_file_in_8_bits_gives_back_the_logits_of_rounded_weights(family: str, 
     model = lamella.open(folder).model
     with torch.no_grad():
         for each in model.parameters():
-            if each.ndim == 2:  # by the definition: 32 numbers share absmax / 127, kept in 16 bits
+            if each.ndim == 2:  # by the definition: 32 weights share absmax / 127, kept in 16 bits
                 blocks = each.double().reshape(-1, 32)
                 scale = blocks.abs().amax(1, keepdim=True) / 127
                 each.copy_(((blocks / scale).round() * scale.half().double()).reshape(each.shape))
@@ -89,7 +89,7 @@ def test_the_rows_of_a_head_are_interleaved() -> None:
 
 
 @pytest.mark.parametrize(("kind", "bits"), [("f32", 32), ("f16", 16), ("bf16", 16), ("q8_0", 8.5)])
-def test_matrices_take_the_bits_that_were_asked_for(kind: str, bits: float, saved: Saved, tmp_path: Path) -> None:
+def test_matrices_have_the_requested_bits(kind: str, bits: float, saved: Saved, tmp_path: Path) -> None:
     file = quantize(saved(), tmp_path / "out", kind)
     for each in GGUFReader(file).tensors:
         assert each.n_bytes * 8 == each.n_elements * (bits if len(each.shape) == 2 else 32), each.name
@@ -124,7 +124,7 @@ def test_a_tied_head_is_stored_once(saved: Saved, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(again(file, tmp_path / "back")), logits(folder))
 
 
-def test_whole_layers_that_were_cut_are_gone(saved: Saved, tmp_path: Path) -> None:
+def test_removed_layers_are_not_in_the_file(saved: Saved, tmp_path: Path) -> None:
     stack = lamella.open(saved())
     cut = export(stack, Plan(model=ModelReference.of(stack), drop=["layers.1"]), tmp_path / "cut")
     file = quantize(cut, tmp_path / "out", "f32")
@@ -142,7 +142,7 @@ CHANNELS = {f"layers.{layer}.mlp.channels": list(range(32 + 8 * layer)) for laye
 HEADS = {"layers.1.attn.heads": HeadWidth(keep=[0, 2], kv_of=[0, 1])}
 
 
-def test_widths_that_differ_are_said_layer_by_layer(saved: Saved, tmp_path: Path) -> None:
+def test_different_widths_are_stored_per_layer(saved: Saved, tmp_path: Path) -> None:
     file = quantize(cut_widths(saved(), tmp_path / "cut", CHANNELS | HEADS), tmp_path / "out")
     assert field(file, "deci.feed_forward_length") == [32, 40, 48, 56]
     assert field(file, "deci.attention.head_count") == [4, 2, 4, 4]
@@ -176,8 +176,8 @@ def test_positions_of_a_llama_3_are_scaled_as_its_config_says(saved: Saved, tmp_
 
 REFUSED: dict[str, tuple[str, dict[str, Any], type[LamellaError], str]] = {
     "a family": ("gpt2", {}, ArchitectureError, "a gpt2 cannot be written as GGUF, only llama"),
-    "windows": ("gemma3_text", {"layer_types": ["full_attention"] * 7}, ExportError, "its windows in another order"),
-    "scale": ("gemma3_text", {"query_pre_attn_scalar": 16}, ExportError, "its own scale of attention"),
+    "windows": ("gemma3_text", {"layer_types": ["full_attention"] * 7}, ExportError, "windows in another order"),
+    "scale": ("gemma3_text", {"query_pre_attn_scalar": 16}, ExportError, "a custom attention scale"),
     "biases": ("qwen3", {"attention_bias": True}, ExportError, "biases in attention"),
     "activation": ("llama", {"hidden_act": "relu"}, ExportError, "the activation relu"),
 }
@@ -194,7 +194,7 @@ def test_what_llama_cpp_computes_otherwise_is_refused(what: str, saved: Saved, t
 def test_what_is_not_whole_layers_is_refused(saved: Saved, tmp_path: Path) -> None:
     folder, out = saved(), tmp_path / "out"
     uneven = {"layers.1.attn.heads": HeadWidth(keep=[0, 1, 2], kv_of=[0, 0, 1])}
-    with pytest.raises(ExportError, match="single sublayers are cut"):
+    with pytest.raises(ExportError, match="single sublayers are removed"):
         quantize(cut_widths(folder, tmp_path / "sublayer", {}, drop=["layers.1.mlp"]), out)
     with pytest.raises(ExportError, match="layer 1 groups its heads unevenly"):
         quantize(cut_widths(folder, tmp_path / "heads", uneven), out)
@@ -210,9 +210,9 @@ def test_damaged_checkpoints_are_refused(saved: Saved, tmp_path: Path) -> None:
     for changed, error, message in (
         ({first: given[first][:32]}, CheckpointError, "layer 0 is not as wide as its config.json says"),
         ({first: given[first] * float("nan")}, NumericsError, f"{first}: has entries that q8_0 cannot hold"),
-        ({first: given[first].to(torch.int8)}, ExportError, "is I8: give the checkpoint that was not quantised"),
+        ({first: given[first].to(torch.int8)}, ExportError, "is I8: give the unquantised checkpoint"),
         ({first: given[first][0].clone()}, CheckpointError, r"has the shape \[32\]"),
-        ({"../../evil": given[first].clone()}, ExportError, "llama.cpp has no place for ../../evil"),
+        ({"../../evil": given[first].clone()}, ExportError, "llama.cpp has no tensor for ../../evil"),
     ):
         save_file(given | changed, folder / "model.safetensors")
         with pytest.raises(error, match=message):
@@ -229,12 +229,12 @@ def test_a_tokenizer_that_splits_otherwise_is_refused(saved: Saved, tmp_path: Pa
     file.write_text(file.read_text().replace('"type": "ByteLevel"', '"type": "Whitespace"', 1))
     with pytest.raises(ExportError, match="this tokenizer splits text by Whitespace"):
         quantize(folder, tmp_path / "out")
-    with pytest.raises(ExportError, match="has a token 511, and the embedding 300 rows"):
+    with pytest.raises(ExportError, match="has a token 511, but the embedding 300 rows"):
         quantize(saved(vocab_size=300), tmp_path / "out")
 
 
 @pytest.mark.parametrize(("given", "asked"), [([], None), (["--quantize-kind", "int8"], "int8")])
-def test_a_compression_is_quantised_only_where_that_is_asked_for(
+def test_a_compression_is_quantised_only_on_request(
     given: list[str], asked: str | None, lamella: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(slug: str, **options: Any) -> None:
@@ -250,7 +250,7 @@ def test_a_compression_is_quantised_only_where_that_is_asked_for(
 @pytest.mark.slow
 def test_smollm2_comes_back_from_8_bits(tmp_path: Path) -> None:
     file, report = quantize("smollm2", tmp_path / "out"), findings(tmp_path / "out")
-    assert 3.6 < report["before"] / report["after"] < 3.8  # 34 bytes for 32 numbers, the tokenizer, the vectors
+    assert 3.6 < report["before"] / report["after"] < 3.8  # 34 bytes for 32 weights, the tokenizer, the vectors
     back = again(file, tmp_path / "back")
     tokenizer, ours = open_tokenizer("smollm2"), open_tokenizer(back)
     text = str(lamella.load_text("pydoc", "test"))[:4000]

@@ -1,4 +1,4 @@
-"""int8: the integers and the form on disk are torchao's, and what runs them gives what torchao gives."""
+"""int8: the integers and the format on disk are torchao's, and the outputs equal torchao's."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_what_cannot_be_quantised_is_refused(saved: Saved, tmp_path: Path) -> No
     for kind in ("int8", "q8_0"):
         with pytest.raises(CheckpointError, match="is quantised already"):
             quantize(tmp_path / "int8", tmp_path / "out", kind)
-    with pytest.raises(ExportError, match="holds integers: cut the original"):
+    with pytest.raises(ExportError, match="has integer weights: cut the original"):
         opened = lamella.open(tmp_path / "int8")
         export(opened, Plan(model=ModelReference.of(opened), drop=["layers.1"]), tmp_path / "out")
     with pytest.raises(ExportError, match="exists"):

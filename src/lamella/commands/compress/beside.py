@@ -1,4 +1,4 @@
-"""Quantisation beside cutting, for the page, the card and the terminal."""
+"""Comparison with quantisation, for the page, the card and the terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ COLUMNS = ("model", "weights", "decode speed-up", "KL, nats", "perplexity", "sam
 
 
 def rows(evidence: dict[str, Any]) -> list[list[str]]:
-    """A row for each model, as it is and quantised; nothing in evidence that is older than that."""
+    """Return a row for each model, unquantised and quantised; empty for older evidence.
+
+    Args:
+        evidence: the evidence of the compression.
+    """
     return [
         [
             each["name"],
@@ -26,13 +30,21 @@ def rows(evidence: dict[str, Any]) -> list[list[str]]:
 
 
 def notes(evidence: dict[str, Any]) -> list[str]:
-    """What ran in the place of each form."""
-    said = {each["form"]: each["run"] for each in evidence.get("variants", ()) if each["form"]}
-    return [f"{form}: {run}." for form, run in said.items()]
+    """Describe what was run for each form.
+
+    Args:
+        evidence: the evidence of the compression.
+    """
+    runs = {each["form"]: each["run"] for each in evidence.get("variants", ()) if each["form"]}
+    return [f"{form}: {run}." for form, run in runs.items()]
 
 
 def figure(evidence: dict[str, Any]) -> Scatter:
-    """Fidelity against speed, as large as the weights; of those models whose speed was measured."""
+    """Plot fidelity against speed, with areas proportional to weights, for models whose speed was measured.
+
+    Args:
+        evidence: the evidence of the compression.
+    """
     groups: dict[str, list[dict[str, Any]]] = {}
     for each in evidence.get("variants", ()):
         if each["decode_speedup"]:

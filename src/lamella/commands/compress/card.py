@@ -1,4 +1,4 @@
-"""The model card that goes with an exported checkpoint."""
+"""The model card of an exported checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lamella.results.page import inline
 
 LOADING = {
     "plain": (
-        "An ordinary checkpoint: any tool that reads the original's architecture reads it, without Lamella.",
+        "An ordinary checkpoint: any tool that supports the original's architecture opens it, without Lamella.",
         'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("FOLDER")',
     ),
     "portable": (
@@ -23,8 +23,8 @@ LOADING = {
         'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("FOLDER")',
     ),
     "native": (
-        "The folder carries its own modelling file, which transformers runs when it is told to trust it; it needs "
-        "no Lamella.",
+        "The folder contains its own modelling file, which transformers executes with trust_remote_code=True; it does "
+        "not need Lamella.",
         "from transformers import AutoModelForCausalLM\n\n"
         'model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)',
     ),
@@ -37,10 +37,10 @@ LOADING = {
 
 
 def model_card(evidence: dict[str, Any]) -> str:
-    """The ``README.md`` of an exported checkpoint: YAML front matter, then what was done, measured and left out.
+    """Return the ``README.md`` of an exported checkpoint: YAML front matter, changes, measurements and limits.
 
     Args:
-        evidence: as ``lamella compress`` writes it, schema ``lamella.evidence/1``.
+        evidence: the evidence of ``lamella compress``, schema ``lamella.evidence/2``.
     """
     evidence = finite(evidence)
     chosen = evidence["chosen"]
@@ -69,7 +69,7 @@ def model_card(evidence: dict[str, Any]) -> str:
         "## Limits",
         "- The figures hold for the text, the machine and the batch sizes named here; a speed-up is smaller where the "
         "head or the loop around the model takes a larger share of the time.\n"
-        "- Perplexity on one text says little about skills: test the tasks that you need before you rely on it.\n"
+        "- Perplexity on one text says little about skills: evaluate the tasks that you need before you rely on it.\n"
         "- It inherits the original's licence, its intended uses and its biases.",
         "## Reproducing",
         _reproduction(evidence),
@@ -78,14 +78,14 @@ def model_card(evidence: dict[str, Any]) -> str:
 
 
 def _planned(evidence: dict[str, Any]) -> str:
-    told = [f"Layers are narrower than in the original: {narrower(evidence)}."] if narrower(evidence) else []
-    if gone(evidence) or not told:
-        told.append(
+    sentences = [f"Layers are narrower than in the original: {narrower(evidence)}."] if narrower(evidence) else []
+    if gone(evidence) or not sentences:
+        sentences.append(
             f"{gone(evidence)} of {sum(map(len, evidence['layers']))} sublayers are {fate(evidence)}: "
             f"{inline(', '.join(_sites(evidence)) or 'none')}. (A sublayer is a layer's attention or its MLP, with "
             "its norm and residual addition.)"
         )
-    return " ".join(told)
+    return " ".join(sentences)
 
 
 def _trained(evidence: dict[str, Any]) -> str:
@@ -93,11 +93,11 @@ def _trained(evidence: dict[str, Any]) -> str:
         return "No weight was trained."
     healing = evidence["healing"]
     text, steps = inline(healing["data"]["training"]["data"]), healing.get("settings", {}).get("steps")
-    return f"Then `{inline(healing['method'])}` trained it back on {text}{f', in {steps} steps' if steps else ''}."
+    return f"Then `{inline(healing['method'])}` healed it on {text}{f', in {steps} steps' if steps else ''}."
 
 
 def _front_matter(evidence: dict[str, Any]) -> str:
-    """JSON strings are YAML strings, whatever a name holds."""
+    """Return the front matter; JSON strings are valid YAML strings."""
     pruning = "width-pruning" if narrower(evidence) else "layer-pruning"
     tags = ["lamella", "compressed", pruning, evidence["chosen"]["method"]]
     lines = ["library_name: transformers", "pipeline_tag: text-generation"]
@@ -131,7 +131,7 @@ def _table(evidence: dict[str, Any]) -> str:
     ]
     for other in evidence.get("healing", {}).get("unseen", ()):
         kls = [formatting.estimate(other["fidelity"][when]["kl"]) for when in ("cut", "healed")]
-        rows.append((f"KL on {inline(other['text']['data'])}, which training did not see", "", *kls))
+        rows.append((f"KL on {inline(other['text']['data'])}, not seen in training", "", *kls))
     for before, after in zip(base["timings"], chosen["timings"], strict=True):
         for what, seconds in (("decode", "decode_seconds_per_step"), ("prefill", "prefill_seconds")):
             speed = after[f"{what}_speedup"]
@@ -142,14 +142,14 @@ def _table(evidence: dict[str, Any]) -> str:
     rows += [(label, unit(base["cost"][name]), unit(chosen["cost"][name])) for name, label, unit in COSTS]
     if base.get("memory") and chosen.get("memory"):
         original, ours = (formatting.size(each["memory"]["peak_bytes"]) for each in (base, chosen))
-        rows.append(("peak memory above the libraries' own", original, ours))
+        rows.append(("peak memory, without that of the libraries", original, ours))
     columns = ["", "original", "cut", "healed: this model"] if "healing" in evidence else ["", "original", "this model"]
     filled = [[*row, *[""] * (len(columns) - len(row))] for row in (columns, ["---"] * len(columns), *rows)]
     return "\n".join(f"| {' | '.join(row)} |" for row in filled)
 
 
 def _scored(evidence: dict[str, Any]) -> list[str]:
-    """What all models reached on tasks, where that was asked for."""
+    """Return the section on tasks, if there were any."""
     rows = [[inline(cell) for cell in row] for row in tasks.rows(evidence)]
     if not rows:
         return []
@@ -158,17 +158,17 @@ def _scored(evidence: dict[str, Any]) -> list[str]:
 
 
 def _quantised(evidence: dict[str, Any]) -> list[str]:
-    """What quantisation does to the original and to this model, where it was measured."""
+    """Return the section on quantised variants, if they were measured."""
     rows = beside.rows(evidence)
     if not rows:
         return []
     lines = [beside.COLUMNS, ["---"] * len(beside.COLUMNS), *rows]
     table = "\n".join(f"| {' | '.join(row)} |" for row in lines)
-    return ["## Beside quantisation", table, " ".join(beside.notes(evidence))]
+    return ["## Compared with quantisation", table, " ".join(beside.notes(evidence))]
 
 
 def _size(text: dict[str, Any]) -> str:
-    """How much of a text there is, or of images with text."""
+    """Return the size of a text, or of images with text."""
     return f"{text['rows']} rows with {text['images']} images" if "images" in text else f"{text['tokens']} tokens"
 
 
@@ -183,6 +183,6 @@ def _reproduction(evidence: dict[str, Any]) -> str:
     lines += [
         f"- seed {evidence['seed']}; options: {inline(options)}",
         f"- {inline(environment['machine'])}, {environment['threads']} threads; {versions}; {environment['date']}",
-        "- `plan.json` is the plan, `evidence.json` every measurement, `report.html` the same to look at.",
+        "- `plan.json` is the plan, `evidence.json` holds every measurement, `report.html` shows them.",
     ]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The main job: from a model to a smaller, measured, exported one, with its evidence."""
+"""The main command: from a model to a smaller, measured, exported one, with its evidence."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from lamella.commands.compress.race import (
 )
 from lamella.commands.compress.result import Compression
 from lamella.commands.compress.variants import Quantize, check_quantised, forms, variants
-from lamella.commands.heal.command import reader_of
-from lamella.data import ImageText, Reader, Text
+from lamella.commands.heal.command import context_of
+from lamella.data import ImageText, InputContext, Text
 from lamella.errors import BudgetError, MethodError
 from lamella.evaluate import Budget, FidelityTest, bench, cost, step_times
 from lamella.evaluate.speed import denoises
@@ -43,10 +43,10 @@ from lamella.stack import Position, Stack, groups_at
 from lamella.zoo import chat_inputs
 
 HEAL = Heal()
-SPEEDUP = 1.3  # the goal where none is given
-MINUTES = 2.0  # for the default planner's search: what it takes on two idle cores with the embedded model
-COLOURING = 128  # tokens on which each sublayer is removed alone
-COLOURING_SECONDS = 20.0  # for that
+SPEEDUP = 1.3  # the default goal
+MINUTES = 2.0  # for the search of the default planner: its duration on two idle cores with the embedded model
+COLOURING = 128  # tokens on which single sublayers are removed
+COLOURING_SECONDS = 20.0  # time limit for these removals
 PROMPTS = (
     "Write a short note that explains what a list comprehension is.",
     "What is the capital of France, and why is it famous?",
@@ -75,54 +75,53 @@ def compress(
     work: Work = Work(),
     seed: int = 0,
 ) -> Compression:
-    """Turn a model into a smaller, measured, exported one: plan, apply, measure, heal, export, report.
+    """Compress a model: plan, apply, measure, heal, export, report.
 
-    Searches the smallest cut that reaches the goal in the cost model, verifies it by measurement, trains back what it
-    cost, and writes the checkpoint with plan.json, evidence.json, a model card and report.html. An interrupted run goes
-    on where it was.
+    Searches the smallest cut that reaches the goal in the cost model, verifies it by measurement, heals the model, and
+    writes the checkpoint with plan.json, evidence.json, a model card and report.html. An interrupted run resumes.
 
     Example: lamella compress smollm2 --speedup 1.3 -o small
     lamella compress smollm2 --method finercut --finercut.level sublayer --no-heal -o small
 
     Args:
         stack: the original; it is not changed.
-        calibration: what to plan on: a text, or for a model that reads images rows of these with text.
-        test: what to measure on; the same windows in every command. Where images were planned on, other rows of these.
-        plan: a series of plans to choose from, such as ``lamella plan finercut MODEL -o FOLDER`` writes, in place of a
+        calibration: data for planning: a text, or for a model of images and text, rows of these.
+        test: data for evaluation, the same windows in all commands. If images were planned on, other rows of these.
+        plan: a series of plans to choose from, such as ``lamella plan finercut MODEL -o FOLDER`` writes, instead of a
             search.
-        method: planners with commas; all races those that plan soon. auto is portfolio: whole layers, the best of what
-            several planners begin with, improved, for a plain checkpoint. An option of a planner is written
-            ``--SLUG.OPTION``.
-        budget: the goal, a decode speed-up at batch 1 (1.3 when left out), and the minutes for which each search may
-            compare: 2 for the default method, no limit for one that is named.
-        heal: how to train back what the cut cost, before it is exported.
-        quantize: write the result in 8 bits, too, in the same folder. Cutting is compared with quantising in any case.
-        form: of the export. plain: an ordinary checkpoint (whole layers, common widths). portable: the same function
-            everywhere, single sublayers zeroed. native: all cuts, with a modelling file of its own; plans that skip
-            while generating run when lamella.load opens it. auto: plain where it can, else native.
-        tasks: to score the original, the cut and the healed model on, such as definitions (extra eval).
-        work: where an interrupted run goes on from.
-        seed: of all random draws.
+        method: planners separated by commas; all tries every planner that is not slow. auto is portfolio: whole layers,
+            the best result of several planners, improved further, for a plain checkpoint. An option of a planner is
+            written ``--SLUG.OPTION``.
+        budget: the goal, a decode speed-up at batch 1 (default 1.3), and the time limit of each search in minutes: 2
+            for the default method, none for a named one.
+        heal: how to heal the model before it is exported.
+        quantize: also write the result with 8-bit weights, in the same folder. Pruning is compared with quantisation in
+            any case.
+        form: form of the export. plain: an ordinary checkpoint (whole layers, common widths). portable: the same
+            function in any tool, with single sublayers zeroed. native: all cuts, with a modelling file of its own;
+            dynamic plans run when lamella.load opens it. auto: plain if possible, else native.
+        tasks: tasks to score the original, the pruned and the healed model on, such as definitions (extra eval).
+        work: folder from which an interrupted run resumes.
+        seed: random seed.
 
     Returns:
         The compressed model, not yet written: ``save`` writes it.
 
     Raises:
-        BudgetError: when the goal cannot be reached; the message says what can.
-        MethodError: for a method whose plans leave out no work, or a model that cannot be healed.
+        BudgetError: if the goal cannot be reached; the message says what can.
+        MethodError: for a method whose plans save no work, or a model that cannot be healed.
     """
     race = Race.of(method)
-    check_given(method, budget, heal, quantize, form, tasks)
+    check_options(method, budget, heal, quantize, form, tasks)
     if heal is not None and denoises(stack.model):
         raise MethodError(
-            f"{stack.name} predicts masked tokens, and healing trains models that predict the next: leave heal out "
-            "(--no-heal)"
+            f"{stack.name} predicts masked tokens, but healing needs next-token prediction: leave heal out (--no-heal)"
         )
     check_floats(stack)
     planners = [] if plan is not None else entrants(race, stack, calibration)
-    reader = reader_of(calibration, seed)
+    context = context_of(calibration, seed)
     if heal is not None and heal.train is not None:
-        material(stack, reader, heal.train)  # what cannot be read is refused before the model is planned
+        material(stack, context, heal.train)  # refuses unreadable data before planning
     torch.manual_seed(seed)
 
     speedup = budget.speedup or SPEEDUP
@@ -139,7 +138,7 @@ def compress(
     measure_curves(job, candidates)
     best = min(candidates, key=lambda candidate: candidate.loss(speedup))
 
-    found = _compression(job, best, candidates, reader)
+    found = _compression(job, best, candidates, context)
     found.data = {"calibration": calibration.describe(), "test": test.describe()}
     found.quantize = quantize
     views = {"original": stack.model, "cut": apply(stack, best.plan)}
@@ -147,7 +146,7 @@ def compress(
     known = {"cut": best.chosen["fidelity"]}
     if heal is not None:
         begin = time.perf_counter()
-        healed, training = heal_cut(stack, best.plan, reader, heal, work.within("training"), calibration)
+        healed, training = heal_cut(stack, best.plan, context, heal, work.within("training"), calibration)
         training["seconds"] = time.perf_counter() - begin
         if healed is None:
             found.notes.append(training["note"])
@@ -157,21 +156,21 @@ def compress(
             views["healed"] = apply(healed.stack, healed.plan)
             known["healed"] = fidelity.of(views["healed"]).as_dict()
             others = {name: views[name] for name in ("cut", "healed")}
-            judge = _judge(stack, reader, test)
+            judge = _judge(stack, context, test)
             found.measured["healing"] = training | {
                 "fidelity": known["healed"],
                 "unseen": unseen(stack, judge, others),
             }
     found.chosen["form"] = natural_form(found.plan, found.changed) if form == "auto" else form
     *_, last = views.values()
-    found.measured["samples"] = _samples({"base": stack.model, "changed": last}, reader.tokenizer)
+    found.measured["samples"] = _samples({"base": stack.model, "changed": last}, context.tokenizer)
     if tasks:
-        found.measured["tasks"] = _scores_on(views, reader.tokenizer, tasks, seed)
+        found.measured["tasks"] = _scores_on(views, context.tokenizer, tasks, seed)
     found.measured["variants"] = variants(fidelity, views, forms(quantize), known)
     return found
 
 
-def check_given(
+def check_options(
     method: Any = "auto",
     budget: Budget = Budget(),
     heal: Heal | None = None,
@@ -179,10 +178,18 @@ def check_given(
     form: FormOrAuto = "auto",
     tasks: tuple[str, ...] = (),
 ) -> None:
-    """Check what can be known to be wrong before a model is opened.
+    """Check, before a model is opened, whatever is known to be wrong.
+
+    Args:
+        method: the planners.
+        budget: the goal.
+        heal: how to heal the model.
+        quantize: how to quantise the result.
+        form: form of the export.
+        tasks: tasks to score on.
 
     Raises:
-        LamellaError: one line that says what.
+        LamellaError: one line that says what is wrong.
     """
     Race.of(method)
     check_quantised(quantize, form)
@@ -192,39 +199,39 @@ def check_given(
         check_source(heal.train)
     other = next((name for name in GOALS if name != "speedup" and getattr(budget, name) is not None), None)
     if other is not None:
-        raise BudgetError(f"compress reaches a speed-up: give speedup in place of {other}")
+        raise BudgetError(f"compress reaches a speed-up: give speedup instead of {other}")
 
 
-def _judge(stack: Stack, reader: Reader, test: Text | ImageText) -> Any:
-    """Opens other texts as the test was."""
+def _judge(stack: Stack, context: InputContext, test: Text | ImageText) -> Any:
+    """Return a function that opens other texts in the form of the test."""
     sequences, length = test.tokens.shape if isinstance(test, Text) else (SEQUENCES, LENGTH)
-    own = test.reader if isinstance(test, Text) else replace(reader, split="test", seed=SEED)
+    own = test.context if isinstance(test, Text) else replace(context, split="test", seed=SEED)
     return lambda name: Text.open(name, own, sequences=sequences, length=length)
 
 
-def _compression(job: Job, best: Contender, candidates: list[Contender], reader: Reader) -> Compression:
-    """What was chosen and measured before healing."""
+def _compression(job: Job, best: Contender, candidates: list[Contender], context: InputContext) -> Compression:
+    """Return the result before healing."""
     stack = job.stack
     smaller = best.plan
     timings = bench({"original": stack.model, "changed": apply(stack, smaller)}, batches=(1, 8), tokens=STEPS)
     notes = [
-        f"{candidate.name} did not reach the target of {job.speedup:g}; the fastest plan tried stands for it."
+        f"{candidate.name} did not reach the target of {job.speedup:g}; its fastest plan is shown."
         for candidate in candidates
         if not candidate.reaches(job.speedup)
     ]
     late = [each.name for each in candidates if job.minutes is not None and each.seconds >= 60 * job.minutes]
     if late:
         notes.append(
-            f"The search of {', '.join(late)} stopped comparing after {job.minutes:g} minutes and took what had seemed "
-            "best until then: with more --minutes it may find a better plan."
+            f"The search of {', '.join(late)} ended after {job.minutes:g} minutes with the best candidates that it had "
+            "found: with more --minutes it may find a better plan."
         )
     shown = timings["changed"][0].decode_speedup
     reached = reaches(shown, job.speedup)
     if best.reaches(job.speedup) and not reached:
         assert best.speedup is not None
         notes.append(
-            f"{best.name} was chosen at a speed-up of {best.speedup.median:.2f}; measured once more, beside the "
-            f"original alone, it was {shown.median:.2f}: on a machine with nothing else to do the two agree."
+            f"{best.name} was chosen at a speed-up of {best.speedup.median:.2f}; measured again, compared with the "
+            f"original only, it was {shown.median:.2f}: the two agree on an idle machine."
         )
     measured = {
         "target_speedup": job.speedup,
@@ -258,16 +265,16 @@ def _compression(job: Job, best: Contender, candidates: list[Contender], reader:
         "scores": _scores(job, best),
     }
     return Compression(
-        stack=stack, changed=stack, plan=smaller, measured=measured, notes=notes, processor=reader.processing.processor
+        stack=stack, changed=stack, plan=smaller, measured=measured, notes=notes, processor=context.processing.processor
     )
 
 
 def _narrower(plan: Plan) -> str:
-    """What a width plan leaves of each axis that it narrows."""
+    """Describe the sizes that a width plan leaves."""
     whole, widths = plan.model.sizes, plan.widths
     assert whole is not None
     axes = [
-        ("stream", [len(widths.stream)] if widths.stream is not None else [], whole.stream),
+        ("hidden size", [len(widths.hidden)] if widths.hidden is not None else [], whole.hidden),
         ("MLP channels", [len(kept) for kept in widths.channels.values()], whole.channels),
         ("query heads", [len(heads.keep) for heads in widths.heads.values()], whole.heads),
         ("key-value heads", [len(heads.kv_keep) for heads in widths.heads.values()], whole.kv_heads),
@@ -280,7 +287,7 @@ def _narrower(plan: Plan) -> str:
 
 
 def _layers(plan: Plan) -> list[dict[str, str]]:
-    """What each sublayer of each layer does: ``kept``, ``cut``, ``prompt`` (prompts alone run it) or ``some`` do."""
+    """Return the state of each sublayer: ``kept``, ``cut``, ``prompt`` (runs on prompts only) or ``some`` (dynamic)."""
     layers = groups_at("block", plan.model.positions)
     if plan.policy is not None:
         return [
@@ -296,12 +303,12 @@ def _layers(plan: Plan) -> list[dict[str, str]]:
 
 
 def _often(share: float) -> str:
-    """The state of a sublayer that this share of generated tokens runs."""
+    """Return the state of a sublayer that runs for this share of the generated tokens."""
     return "kept" if share > 0.999 else "some" if share > 0 else "prompt"
 
 
 def _scores(job: Job, best: Contender) -> dict[str, Any]:
-    """What the drawing of the stack is coloured by; removals alone on a short text, since they only colour."""
+    """Return scores for the colours of the stack drawing; removals of single sublayers use a short text."""
     stack, calibration = job.stack, job.calibration
     short = calibration.tokens[:1, :COLOURING] if isinstance(calibration, Text) else sequences(calibration)[0]
     alone, end = OutputDistance(stack, short), time.monotonic() + COLOURING_SECONDS
@@ -313,7 +320,7 @@ def _scores(job: Job, best: Contender) -> dict[str, Any]:
         "sublayer_influence": sublayer_influence(stack, calibration).values.tolist(),
         "removed_alone": [
             alone.of([each]) if time.monotonic() < end else None
-            for each in track(stack.positions, "each sublayer alone")
+            for each in track(stack.positions, "removing single sublayers")
         ],
         "removal_order": order,
     }
@@ -321,7 +328,7 @@ def _scores(job: Job, best: Contender) -> dict[str, Any]:
 
 @torch.no_grad()
 def _samples(models: dict[str, Any], tokenizer: Any, tokens: int = 48) -> list[dict[str, str]]:
-    """Greedy answers of both models to the same prompts."""
+    """Return greedy answers of both models to the same prompts."""
     samples = []
     for prompt in track(PROMPTS, "samples"):
         inputs = chat_inputs(tokenizer, [{"role": "user", "content": prompt}], models["base"].device)
@@ -334,7 +341,7 @@ def _samples(models: dict[str, Any], tokenizer: Any, tokens: int = 48) -> list[d
 
 
 def _answered(model: Any, inputs: dict[str, torch.Tensor], tokens: int, padding: int | None) -> torch.Tensor:
-    """Prompts with their likeliest answers [batch, time], by whatever the model predicts."""
+    """Return prompts with greedy answers [batch, time], for either objective of the model."""
     if denoises(model):
         return denoise(model, **inputs, sampler=Sampler(length=tokens, block=tokens // 3, steps=tokens // 2))
     ids: torch.Tensor = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=padding)
@@ -342,15 +349,17 @@ def _answered(model: Any, inputs: dict[str, torch.Tensor], tokens: int, padding:
 
 
 def _scores_on(models: dict[str, Any], tokenizer: Any, names: tuple[str, ...], seed: int) -> list[dict[str, Any]]:
-    """Scores of models on the same questions.
+    """Score models on the same questions.
 
     Args:
-        models: by name, the original first.
-        names: of tasks that need no permission; see :func:`lamella.evaluate.tasks.score`.
+        models: the models by name, the original first.
+        tokenizer: the tokenizer.
+        names: names of tasks that need no permission; see :func:`lamella.evaluate.tasks.score`.
+        seed: random seed of few-shot examples.
 
     Returns:
-        For evidence, of each metric of each task the ``scores`` by model with their standard errors over questions; of
-        all but the first also the ``difference`` from it, where all answered the same questions one by one.
+        For each metric of each task the ``scores`` by model with their standard errors over questions; for all but the
+        first also the paired ``difference`` from it, if single questions were scored.
     """
     found = {name: score(model, tokenizer, names, seed=seed) for name, model in models.items()}
     rows = []

@@ -1,4 +1,4 @@
-"""What a compression shows: the page, the model card, and the tables of the terminal."""
+"""Page, model card and summary of a compression."""
 
 from __future__ import annotations
 
@@ -11,47 +11,63 @@ from lamella.result import Evidence, Summary, Table
 
 
 def document(evidence: Evidence) -> dict[str, Any]:
-    """Evidence as the page and the card read it: without what was not measured."""
-    said = {name: value for name, value in evidence.model_dump(by_alias=True).items() if value is not None}
-    return said | {"options": said["chosen"]["options"], "seed": evidence.provenance.get("seed", 0)}
+    """Return the evidence as a dictionary, without fields that were not measured.
+
+    Args:
+        evidence: the evidence of the compression.
+    """
+    found = {name: value for name, value in evidence.model_dump(by_alias=True).items() if value is not None}
+    return found | {"options": found["chosen"]["options"], "seed": evidence.provenance.get("seed", 0)}
 
 
 def page(evidence: Evidence) -> str:
-    """The page ``report.html``."""
+    """Render the page ``report.html``.
+
+    Args:
+        evidence: the evidence of the compression.
+    """
     return render(document(evidence))
 
 
 def card(evidence: Evidence) -> str:
-    """The model card ``README.md``."""
+    """Render the model card ``README.md``.
+
+    Args:
+        evidence: the evidence of the compression.
+    """
     return model_card(document(evidence))
 
 
 def summary(evidence: Evidence) -> Summary:
-    """What was gained and lost, and the planners side by side where there are several."""
-    said = document(evidence)
-    tables = [_cost(said)]
-    if found := tasks.rows(said):
-        tables.append(Table("Tasks, ± standard error", tasks.columns(said), found))
-    if models := beside.rows(said):
-        tables.append(Table("Beside quantisation", beside.COLUMNS, models))
-    if len(said["curves"]) > 1:
-        tables.append(_methods(said))
+    """Summarise gains and losses, and compare the planners if there are several.
+
+    Args:
+        evidence: the evidence of the compression.
+    """
+    found = document(evidence)
+    tables = [_cost(found)]
+    if scores := tasks.rows(found):
+        tables.append(Table("Tasks, ± standard error", tasks.columns(found), scores))
+    if models := beside.rows(found):
+        tables.append(Table("Compared with quantisation", beside.COLUMNS, models))
+    if len(found["curves"]) > 1:
+        tables.append(_methods(found))
     lines = []
-    if narrower := said["chosen"].get("narrower"):
-        lines.append(f"left of each layer: {narrower}")
-    if quantised := said.get("quantised"):
+    if narrower := found["chosen"].get("narrower"):
+        lines.append(f"remaining sizes: {narrower}")
+    if quantised := found.get("quantised"):
         lines.append(f"{quantised['form']}: {quantised.get('output') or 'not written, ' + quantised['refused']}")
-    return Summary(verdict(said), tables, lines)
+    return Summary(verdict(found), tables, lines)
 
 
-def _cost(said: dict[str, Any]) -> Table:
-    """The original and what was made of it."""
-    chosen, base = said["chosen"], said["base"]
+def _cost(found: dict[str, Any]) -> Table:
+    """Return the table of the original and the result."""
+    chosen, base = found["chosen"], found["base"]
     fidelity = chosen["fidelity"]
     whole = {"perplexity": f"{fidelity['base_perplexity']['mean']:.2f}"}
     rows: list[list[str]] = [
         ["parameters", f"{base['cost']['parameters'] / 1e6:.1f} M", f"{chosen['cost']['parameters'] / 1e6:.1f} M"],
-        ["sublayers a token runs", f"{base['cost']['sublayers']:g}", f"{chosen['cost']['sublayers']:g}"],
+        ["sublayers per token", f"{base['cost']['sublayers']:g}", f"{chosen['cost']['sublayers']:g}"],
         ["cache per token", f"{base['cost']['kv_bytes_per_token']} B", f"{chosen['cost']['kv_bytes_per_token']} B"],
         *([name, whole.get(name, ""), value] for name, value in _quality(fidelity).items()),
     ]
@@ -62,21 +78,21 @@ def _cost(said: dict[str, Any]) -> Table:
             speed = f"{new[seconds] * 1e3:.1f} ms  ({ratio['median']:.2f}x, {ratio['low']:.2f}-{ratio['high']:.2f})"
             rows.append([f"{what}, batch {old['batch']}", f"{old[seconds] * 1e3:.1f} ms", speed])
     columns = ["", "original", "changed"]
-    if "healing" in said:  # training changes what the model predicts, not its shape or speed
+    if "healing" in found:  # training changes what the model predicts, not its shape or speed
         columns = ["", "original", "cut", "healed"]
-        healed = _quality(said["healing"]["fidelity"])
+        healed = _quality(found["healing"]["fidelity"])
         rows = [[*row, healed.get(row[0], "")] for row in rows]
-        for other in said["healing"]["unseen"]:
+        for other in found["healing"]["unseen"]:
             kls = [f"{other['fidelity'][when]['kl']['mean']:.4f} nats" for when in ("cut", "healed")]
             rows.append([f"KL on {other['text']['data']}", "", *kls])
-    title = f"{said['model']['name']} with {chosen['method']}: predicted {chosen['predicted_speedup']:.2f}x"
+    title = f"{found['model']['name']} with {chosen['method']}: predicted {chosen['predicted_speedup']:.2f}x"
     return Table(title, columns, rows)
 
 
-def _methods(said: dict[str, Any]) -> Table:
-    """What each planner offers for the target."""
+def _methods(found: dict[str, Any]) -> Table:
+    """Return the table of the planners at the target."""
     rows = []
-    for curve in said["curves"]:
+    for curve in found["curves"]:
         point = next(point for point in curve["points"] if point["chosen"])
         speed, fidelity = point["measured_speedup"], point["fidelity"]
         rows.append(
@@ -91,8 +107,8 @@ def _methods(said: dict[str, Any]) -> Table:
                 f"{curve['seconds']:.0f} s",
             ]
         )
-    columns = ["method", "sublayers gone", "decode speed-up", "KL", "perplexity", "same top", "Pareto", "search"]
-    return Table(f"All methods at a target of {said['target_speedup']:g}", columns, rows)
+    columns = ["method", "sublayers removed", "decode speed-up", "KL", "perplexity", "same top", "Pareto", "search"]
+    return Table(f"All methods at a target of {found['target_speedup']:g}", columns, rows)
 
 
 def _quality(fidelity: dict[str, Any]) -> dict[str, str]:

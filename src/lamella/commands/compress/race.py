@@ -1,4 +1,4 @@
-"""Planners side by side: their series, the points that reach the target, and what was measured there."""
+"""Comparison of planners: their series, the plans that reach the target, and the measurements of these."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from lamella.progress import track
 from lamella.runtime import apply
 from lamella.stack import Stack
 
-TOLERANCE = 0.98  # of the target: what counts as reached, since two runs of one model differ by about as much
-MARGIN = 1.03  # how far past the target a search goes, in case the measurement disagrees with the cost model
+TOLERANCE = 0.98  # fraction of the target that counts as reached: two runs of one model differ by about 2 %
+MARGIN = 1.03  # factor by which a search exceeds the target, since measurements deviate from the cost model
 ATTEMPTS = 4
-STEPS = 16  # of decoding in a round of a timing loop
+STEPS = 16  # decoding steps in a round of a timing loop
 CURVE_POINTS = 6
-CURVE_SECONDS = 45.0  # for the fidelity of a series at other points than the chosen one
+CURVE_SECONDS = 45.0  # time limit for the fidelity of a series at points other than the chosen one
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every step of a compression needs to know.
+    """The common inputs of all steps of a compression.
 
     Attributes:
         stack: the original.
-        calibration: what to plan on.
-        test: what to measure on, token ids [sequences, time] or images with text.
-        times: where the time of one decoding step of the original goes.
+        calibration: data for planning.
+        test: data for evaluation, token ids [sequences, time] or images with text.
+        times: step times of the original.
         speedup: the decode speed-up to reach.
-        minutes: for which each search may compare; None sets no limit.
-        seed: of all random draws.
+        minutes: time limit of each search; None sets no limit.
+        seed: random seed.
         work: the folder of the searches' journals.
     """
 
@@ -53,15 +53,17 @@ class Job:
 
 @dataclass
 class Contender:
-    """A series of plans, and the point of it that reaches the target.
+    """A series of plans, and the plan that was chosen from it.
 
     Attributes:
-        name, label: the slug of the planner, and its title.
-        baseline: whether the planner is there to compare with.
-        seconds: how long planning took.
-        point: the index of the chosen plan.
-        speedup: the decode speed-up that was measured for it.
-        points: what was measured along the series, as evidence holds it.
+        name: slug of the planner.
+        label: title of the planner.
+        series: the plans.
+        baseline: whether the planner exists for comparison.
+        seconds: duration of planning.
+        point: index of the chosen plan.
+        speedup: its measured decode speed-up.
+        points: measurements along the series, for evidence.
     """
 
     name: str
@@ -75,58 +77,80 @@ class Contender:
 
     @property
     def plan(self) -> Plan:
+        """The chosen plan."""
         return self.series[self.point]
 
     @property
     def chosen(self) -> dict[str, Any]:
-        """What was measured at the chosen point."""
+        """The measurements of the chosen plan."""
         return next(point for point in self.points if point["chosen"])
 
     def reaches(self, speedup: float) -> bool:
+        """Return whether the chosen plan reaches a speed-up."""
         assert self.speedup is not None
         return reaches(self.speedup, speedup)
 
     def loss(self, speedup: float) -> tuple[bool, float]:
-        """How good the chosen plan is, the least being the best: reaching the target first, then KL."""
+        """Return a sort key of the chosen plan, lower is better: reaching the target first, then KL divergence."""
         return not self.reaches(speedup), self.chosen["fidelity"]["kl"]["mean"]
 
 
 def reaches(measured: Ratio, speedup: float) -> bool:
-    """Whether a measured speed-up is the one that is wanted, but for what two runs of one model differ by."""
+    """Return whether a measured speed-up reaches a target, within the variation between two runs of the same model.
+
+    Args:
+        measured: the measured speed-up.
+        speedup: the target.
+    """
     return measured.median >= TOLERANCE * speedup
 
 
 def entrants(race: Race, stack: Stack, calibration: Text | ImageText) -> list[Planner]:
-    """The planners of a race that can plan for a model with less work.
+    """Return the planners of a race that can speed up a model.
+
+    Args:
+        race: the planners.
+        stack: the model.
+        calibration: data for planning.
 
     Raises:
-        MethodError: for a planner that was named and cannot.
+        MethodError: for a named planner that cannot.
     """
-    shows = isinstance(calibration, ImageText)
+    has_images = isinstance(calibration, ImageText)
     if race.is_open:
         fitting = [each for each in race.planners if each.method.takes(stack)]
-        return [each for each in fitting if each.method.reads_images or not shows]
+        return [each for each in fitting if each.method.reads_images or not has_images]
     dense = next((each.slug for each in race.planners if each.method.dense), None)
     if dense is not None:
         raise MethodError(
-            f"{dense} sets weights to zero, which dense kernels compute with all the same, so it cannot reach a "
+            f"{dense} sets weights to zero, which dense kernels still compute, so it cannot reach a "
             f"speed-up: use `lamella plan {dense}` and `lamella apply`"
         )
     return list(race.planners)
 
 
 def search(job: Job, planner: Planner) -> Contender:
-    """Run one planner as far as the target needs, and a little further in case the measurement disagrees."""
+    """Run one planner as far as the target requires, plus a margin for deviations of the measurement.
+
+    Args:
+        job: the inputs.
+        planner: the planner.
+    """
     budget = Budget(minutes=job.minutes, speedup=MARGIN * job.speedup)
     entry = planner.method
-    options = entry.signature.completed(planner.options, budget, job.work.within("plans"), seed=job.seed)
+    options = entry.signature.fill(planner.options, budget, job.work.within("plans"), seed=job.seed)
     begin = time.perf_counter()
     series: PlanSeries = entry(job.stack, **planned_on(entry, job.calibration), **options)
     return Contender(entry.slug, entry.title, series, entry.baseline, time.perf_counter() - begin)
 
 
 def check_reachable(stack: Stack, times: StepTimes, speedup: float) -> None:
-    """Check a target against the decode speed-up with a single MLP sublayer left: more than any plan can bring.
+    """Check a target against the decode speed-up with a single MLP sublayer left, the upper bound of all plans.
+
+    Args:
+        stack: the model.
+        times: its step times.
+        speedup: the target.
 
     Raises:
         BudgetError: for a target above it.
@@ -134,16 +158,20 @@ def check_reachable(stack: Stack, times: StepTimes, speedup: float) -> None:
     ceiling = times.speedup_without(stack.positions[:-1], len(stack))
     if speedup > ceiling:
         raise BudgetError(
-            f"a speed-up of {speedup:g} cannot be reached on {stack.name}: {ceiling:.2f} is left with a single "
-            "sublayer, since the head and the loop stay; ask for less"
+            f"a speed-up of {speedup:g} cannot be reached on {stack.name}: {ceiling:.2f} is reached with a single "
+            "sublayer, since the head and the loop remain; ask for less"
         )
 
 
 def choose(job: Job, candidates: list[Contender]) -> None:
-    """Pick each series' smallest cut by the cost model, then measure, and go on where the target was missed.
+    """Pick each series' smallest cut by the cost model, then measure it, and move on if the target is missed.
+
+    Args:
+        job: the inputs.
+        candidates: the series; their chosen points are updated.
 
     Raises:
-        BudgetError: when the only candidate cannot reach the target even in the cost model.
+        BudgetError: if the only candidate cannot reach the target even in the cost model.
     """
     for candidate in candidates:
         try:
@@ -159,17 +187,17 @@ def choose(job: Job, candidates: list[Contender]) -> None:
         for candidate in pending:
             candidate.speedup = timings[candidate.name][0].decode_speedup
         missing = [candidate for candidate in pending if not candidate.reaches(job.speedup)] if left else []
-        pending = [candidate for candidate in missing if _go_on(job, candidate)]  # what it moves to is measured next
+        pending = [candidate for candidate in missing if _go_on(job, candidate)]  # the new points are measured next
         if not pending:
             return
 
 
 def _go_on(job: Job, candidate: Contender) -> bool:
-    """Move to the smallest cut whose prediction makes up for what the measurement lacked, if there is one."""
+    """Move to the smallest cut whose prediction compensates for the deviation of the measurement, if there is one."""
     assert candidate.speedup is not None
-    wanted = job.times.speedup(candidate.plan) * job.speedup / candidate.speedup.median
+    required = job.times.speedup(candidate.plan) * job.speedup / candidate.speedup.median
     try:
-        point = first_reaching(candidate.series, job.times, wanted)
+        point = first_reaching(candidate.series, job.times, required)
     except BudgetError:
         return False
     moved = point != candidate.point
@@ -178,7 +206,12 @@ def _go_on(job: Job, candidate: Contender) -> bool:
 
 
 def measure_curves(job: Job, candidates: list[Contender]) -> None:
-    """Fidelity and measured speed along every series: at the chosen point, and at a few before it as time goes."""
+    """Measure fidelity and speed along every series: at the chosen point, and at a few before it as time permits.
+
+    Args:
+        job: the inputs.
+        candidates: the series; their points are added.
+    """
     fidelity = FidelityTest(job.stack, job.test)
     for candidate in track(candidates, "fidelity against speed"):
         series, end = candidate.series, time.monotonic() + CURVE_SECONDS
@@ -210,7 +243,7 @@ def measure_curves(job: Job, candidates: list[Contender]) -> None:
 
 
 def _spread(candidate: Contender) -> list[int]:
-    """A few points of the series, evenly spaced from the whole model to the chosen plan."""
+    """Return a few points of the series, evenly spaced from the unchanged model to the chosen plan."""
     size = candidate.plan.removed
     smaller = [index for index, plan in enumerate(candidate.series) if plan.removed <= size]
     smaller.sort(key=lambda index: candidate.series[index].removed)
@@ -220,7 +253,7 @@ def _spread(candidate: Contender) -> list[int]:
 
 
 def _beats(other: dict[str, Any], point: dict[str, Any]) -> bool:
-    """Whether ``other`` is faster and closer to the original."""
+    """Return whether ``other`` is both faster and closer to the original."""
     faster = other["measured_speedup"]["median"] - point["measured_speedup"]["median"]
     closer = point["fidelity"]["kl"]["mean"] - other["fidelity"]["kl"]["mean"]
     return faster >= 0 and closer >= 0 and (faster > 0 or closer > 0)

@@ -1,4 +1,4 @@
-"""The report of ``lamella compress``: what was cut, what it brought and what it cost."""
+"""The report of ``lamella compress``: what was removed, and its gains and costs."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from lamella.commands.compress import beside, tasks
 from lamella.report.drawing import STRIPED, StackDrawing, shade
 from lamella.report.figures import Figure, Points, Scatter
 from lamella.report.healing import ROWS, training
-from lamella.report.page import filled, finite
+from lamella.report.page import finite, render_page
 
 COSTS = (
     ("parameters", "parameters", formatting.count),
-    ("sublayers", "sublayers a generated token runs", formatting.count),
+    ("sublayers", "sublayers per generated token", formatting.count),
     ("macs", "multiply-accumulates per token", formatting.count),
     ("bytes_per_token", "bytes read per token", formatting.size),
     ("kv_bytes_per_token", "cache per token", formatting.size),
 )
 SCORES = (
-    ("removed_alone", "Removed alone", "how far the output moves (JSD, nats) when this sublayer alone is left out"),
-    ("sublayer_influence", "Sublayer influence", "how far this sublayer turns the stream (1 − cosine)"),  # noqa: RUF001
-    ("block_influence", "Block influence", "how far the whole layer turns the stream (1 − cosine)"),  # noqa: RUF001
+    ("removed_alone", "Removed alone", "change of the output (JSD, nats) when only this sublayer is removed"),
+    ("sublayer_influence", "Sublayer influence", "rotation of the residual stream by this sublayer (1 − cosine)"),  # noqa: RUF001
+    ("block_influence", "Block influence", "rotation of the residual stream by the whole layer (1 − cosine)"),  # noqa: RUF001
 )
 
 
 TIMES = "\u00d7"
-AXES = {  # what the curves are drawn against, and what stands behind its numbers
+AXES = {  # label and unit of the x axis
     "measured": ("measured decode speed-up", TIMES),
     "predicted": ("predicted decode speed-up", TIMES),
     "sublayers": ("sublayers removed", ""),
@@ -36,10 +36,10 @@ MEASURES = {"kl": "KL from the original, nats", "perplexity": "perplexity"}
 
 
 def render(evidence: dict[str, Any]) -> str:
-    """The page ``report.html``: one file that needs no network.
+    """Render the page ``report.html``: one file that needs no network.
 
     Args:
-        evidence: as ``lamella compress`` writes it, schema ``lamella.evidence/1``.
+        evidence: the evidence of ``lamella compress``, schema ``lamella.evidence/2``.
     """
     evidence = finite(evidence)
     base, chosen = evidence["base"], evidence["chosen"]
@@ -51,7 +51,7 @@ def render(evidence: dict[str, Any]) -> str:
     figures = curves(evidence) | {"stack": stack, "speed": speed(evidence), "variants": beside.figure(evidence)}
     if "healing" in evidence:
         figures["training"] = training(evidence["healing"]["curve"])
-    return filled(
+    return render_page(
         Path(__file__).with_name("report.html"),
         figures,
         evidence=evidence,
@@ -84,27 +84,35 @@ def render(evidence: dict[str, Any]) -> str:
 
 
 def _facts(evidence: dict[str, Any]) -> list[tuple[str, str]]:
-    """How the model was made, for the provenance."""
+    """Return how the model was made, for the provenance."""
     chosen = evidence["chosen"]
     options = ", ".join(f"{name} {value}" for name, value in evidence["options"].items())
     quantised = evidence.get("quantised", {})
-    said = quantised.get("output") or f"not written: {quantised.get('refused')}"
+    output = quantised.get("output") or f"not written: {quantised.get('refused')}"
     return [
         ("model", f"{evidence['model']['name']} ({evidence['model']['family']}, {evidence['model']['layers']} layers)"),
         ("method", f"{chosen['method']}, plan {chosen['point']} of its series" + (f"; {options}" if options else "")),
         ("export", f"{chosen['form']} checkpoint"),
-        ("gone", ", ".join(chosen["drop"]) or "nothing on every token"),
-        *([(quantised["form"], said)] if quantised else []),
+        ("removed", ", ".join(chosen["drop"]) or "nothing on every token"),
+        *([(quantised["form"], output)] if quantised else []),
     ]
 
 
 def gone(evidence: dict[str, Any]) -> int:
-    """How many sublayers a generated token does without."""
+    """Return how many sublayers a generated token skips.
+
+    Args:
+        evidence: the evidence of the compression.
+    """
     return sum(state != "kept" for layer in evidence["layers"] for state in layer.values())
 
 
 def fate(evidence: dict[str, Any]) -> str:
-    """What became of the sublayers that are not kept."""
+    """Describe what happens to the sublayers that are not kept.
+
+    Args:
+        evidence: the evidence of the compression.
+    """
     states = {state for layer in evidence["layers"] for state in layer.values()}
     if "some" in states:
         return "skipped on some generated tokens"
@@ -112,12 +120,20 @@ def fate(evidence: dict[str, Any]) -> str:
 
 
 def narrower(evidence: dict[str, Any]) -> str:
-    """What is left of each axis that is narrower than in the original; nothing where all are as wide."""
+    """Describe the axes that are narrower than in the original; empty if there are none.
+
+    Args:
+        evidence: the evidence of the compression.
+    """
     return str(evidence["chosen"].get("narrower", ""))
 
 
 def verdict(evidence: dict[str, Any]) -> str:
-    """The one sentence at the top of the page and of the model card."""
+    """Return the sentence at the top of the page and of the model card.
+
+    Args:
+        evidence: the evidence of the compression.
+    """
     chosen, fidelity = evidence["chosen"], evidence["chosen"]["fidelity"]
     changes = [f"narrower layers ({narrower(evidence)})"] if narrower(evidence) else []
     if gone(evidence) or not changes:
@@ -128,25 +144,29 @@ def verdict(evidence: dict[str, Any]) -> str:
     if "healing" in evidence:
         healed = f", and after healing to {formatting.number(evidence['healing']['fidelity']['perplexity']['mean'])}"
     return (
-        f"{evidence['model']['name']} now generates {speed} as fast, with {' and '.join(changes)}; "
+        f"{evidence['model']['name']} now generates text with a speed-up of {speed}, with {' and '.join(changes)}; "
         f"perplexity goes from {before} to {after}{healed}."
     )
 
 
 def _share(before: float, after: float) -> float:
-    """What is left, in percent, for a bar."""
+    """Return the remaining share in percent, for a bar."""
     return round(min(100 * after / before, 100), 2) if before else 0.0
 
 
 def _memory(before: dict[str, Any] | None, after: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Peak memory as bars on one scale; either model may be unmeasured."""
+    """Return peak memory as bars on one scale; either model may be unmeasured."""
     rows = [{"name": name, **memory} for name, memory in (("original", before), ("changed", after)) if memory]
     most = max((row["peak_bytes"] for row in rows), default=0)
     return [row | {"share": _share(most, row["peak_bytes"])} for row in rows]
 
 
 def curves(evidence: dict[str, Any]) -> dict[str, Figure]:
-    """Fidelity against compression: a figure for each measure of fidelity and each axis, such as ``kl-measured``."""
+    """Plot fidelity against compression: a figure for each measure of fidelity and each axis, such as ``kl-measured``.
+
+    Args:
+        evidence: the evidence of the compression.
+    """
     every = [point["fidelity"]["perplexity"]["mean"] for curve in evidence["curves"] for point in curve["points"]]
     positive = [value for value in every if value is not None and value > 0]
     figures: dict[str, Figure] = {}
@@ -168,14 +188,14 @@ def curves(evidence: dict[str, Any]) -> dict[str, Figure]:
 
 
 def _curves(evidence: dict[str, Any], measure: str, axis: str) -> dict[str, Points]:
-    """One curve per method, its points from the whole model down, and a ring around the chosen point."""
+    """Return one curve per method, from the unchanged model down, and a ring around the chosen point."""
     series, chosen = {}, {}
     for curve in evidence["curves"]:
         found = [
-            each for each in curve["points"] if _place(each, axis) is not None and _mean(each, measure) is not None
+            each for each in curve["points"] if _coordinate(each, axis) is not None and _mean(each, measure) is not None
         ]
-        found = sorted(found, key=lambda each: _place(each, axis))
-        at = [(_place(each, axis), _mean(each, measure)) for each in found]
+        found = sorted(found, key=lambda each: _coordinate(each, axis))
+        at = [(_coordinate(each, axis), _mean(each, measure)) for each in found]
         errors = [each["fidelity"][measure]["error"] or 0.0 for each in found]
         series[curve["method"]] = Points(
             at,
@@ -194,17 +214,17 @@ def _curves(evidence: dict[str, Any], measure: str, axis: str) -> dict[str, Poin
 
 
 def _front(evidence: dict[str, Any], measure: str, axis: str) -> dict[str, Points]:
-    """The Pareto front, where several methods are compared at equal speed."""
+    """Return the Pareto front, if several methods are compared at equal speed."""
     if axis != "measured" or len(evidence["curves"]) < 2:
         return {}
     points = [point for curve in evidence["curves"] for point in curve["points"] if point["pareto"]]
-    known = [(_place(each, axis), _mean(each, measure)) for each in points]
+    known = [(_coordinate(each, axis), _mean(each, measure)) for each in points]
     front = sorted((x, y) for x, y in known if x is not None and y is not None)
     return {"Pareto front": Points(front, mark="band")} if len(front) > 1 else {}
 
 
-def _place(point: dict[str, Any], axis: str) -> Any:
-    """Where a point lies on an axis; None where its speed was not measured."""
+def _coordinate(point: dict[str, Any], axis: str) -> Any:
+    """Return the coordinate of a point on an axis; None if its speed was not measured."""
     if axis == "measured":
         return point["measured_speedup"] and point["measured_speedup"]["median"]
     return point["sublayers_removed"] if axis == "sublayers" else point["predicted_speedup"]
@@ -215,10 +235,10 @@ def _mean(point: dict[str, Any], measure: str) -> Any:
 
 
 def _hover(curve: dict[str, Any], point: dict[str, Any], measure: str) -> str:
-    """What is said of a point under the pointer."""
+    """Return the tooltip of a point."""
     measured, predicted = point["measured_speedup"], formatting.ratio(point["predicted_speedup"])
     lines = [
-        f"{curve['method']}, {point['sublayers_removed']} sublayers removed{', its choice' if point['chosen'] else ''}",
+        f"{curve['method']}, {point['sublayers_removed']} sublayers removed{', chosen' if point['chosen'] else ''}",
         f"{MEASURES[measure]}: {formatting.estimate(point['fidelity'][measure])}",
         f"same top token: {formatting.percent(point['fidelity']['top1']['mean'])}",
         f"speed-up: {formatting.ratio(measured and measured['median'])} measured, {predicted} predicted",
@@ -227,7 +247,7 @@ def _hover(curve: dict[str, Any], point: dict[str, Any], measure: str) -> str:
 
 
 def _axes(evidence: dict[str, Any]) -> list[tuple[str, str]]:
-    """What the curves can be drawn against: methods are compared at equal speed, so that comes first."""
+    """Return the axes of the curves: methods are compared at equal speed, so measured speed comes first."""
     axes = [("sublayers", "Sublayers removed"), ("predicted", "Predicted speed-up")]
     if any(point["measured_speedup"] for curve in evidence["curves"] for point in curve["points"]):
         axes.insert(0, ("measured", "Measured speed-up"))
@@ -235,7 +255,11 @@ def _axes(evidence: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def speed(evidence: dict[str, Any]) -> Scatter:
-    """Measured speed-ups with their quartiles; the cost model predicts only decoding at batch 1."""
+    """Plot measured speed-ups with their quartiles; the cost model predicts only decoding at batch 1.
+
+    Args:
+        evidence: the evidence of the compression.
+    """
     names: list[str] = []
     measured, quartiles, predicted = [], [], []
     for timing in evidence["chosen"]["timings"]:
@@ -260,7 +284,7 @@ def speed(evidence: dict[str, Any]) -> Scatter:
 
 
 def _chosen_points(evidence: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every method's answer to the target, the closest to the original first among those as fast."""
+    """Return the chosen plan of every method, the closest to the original first."""
     rows = []
     for curve in evidence["curves"]:
         for point in curve["points"]:
@@ -271,7 +295,7 @@ def _chosen_points(evidence: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _tails(base: str, changed: str) -> dict[str, str]:
-    """Where two answers part: the words they begin with in common, and what each goes on with."""
+    """Split two answers into their common beginning and the rest of each."""
     ours, theirs = base.split(" "), changed.split(" ")
     same = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
     if same is None:

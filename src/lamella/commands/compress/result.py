@@ -1,4 +1,4 @@
-"""A compressed model as a result: what was chosen and measured, and the folder that it is exported to."""
+"""The result of a compression: the choice, its measurements, and the exported folder."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ class CompressionEvidence(Evidence):
     """Evidence of a compression.
 
     Attributes:
-        target_speedup: the decode speed-up that was asked for.
-        step_seconds: where the time of one decoding step of the original goes.
-        base, chosen: the original and what was chosen, with cost, timings and memory; ``chosen`` also has its method,
-            its plan and its fidelity before healing.
-        layers: of each layer, what its sublayers do: ``kept``, ``cut``, ``prompt`` or ``some``.
-        curves: of each planner, what was measured along its series.
-        scores: what the drawing of the stack is coloured by.
-        healing: the training, and fidelity after it; None where nothing was healed.
+        target_speedup: the target of the decode speed-up.
+        step_seconds: step times of the original by part.
+        base: cost, timings and memory of the original.
+        chosen: the same of the chosen plan, with its method, the plan, and its fidelity before healing.
+        layers: states of the sublayers of each layer: ``kept``, ``cut``, ``prompt`` or ``some``.
+        curves: measurements along the series of each planner.
+        scores: scores for the colours of the stack drawing.
+        healing: record of the training, and fidelity after it; None if the model was not healed.
         samples: answers of both models to the same prompts.
-        tasks: scores of all models; empty where none were asked for.
-        variants: the models whole and in 8 bits.
-        quantised: what was written in 8 bits.
+        tasks: scores of all models; empty if there were no tasks.
+        variants: the models with and without 8-bit weights.
+        quantised: description of the quantised files.
     """
 
     target_speedup: float
@@ -55,15 +55,15 @@ class CompressionEvidence(Evidence):
 
 @dataclass(kw_only=True)
 class Compression(Result):
-    """A compressed model, and what was measured of it.
+    """A compressed model, and its measurements.
 
     Attributes:
         stack: the original.
-        changed: the model with healed weights; the original where nothing was healed.
-        plan: what is left out, for ``changed``.
-        measured: what evidence says of it.
-        processor: what the model reads with.
-        quantize: what to write in 8 bits, too.
+        changed: the model with healed weights; the original if it was not healed.
+        plan: the plan, for ``changed``.
+        measured: the measurements, as in evidence.
+        processor: processor or tokenizer of the model.
+        quantize: how to quantise the result.
     """
 
     stack: Stack
@@ -79,32 +79,33 @@ class Compression(Result):
 
     @property
     def chosen(self) -> dict[str, Any]:
-        """What was chosen, as evidence has it."""
+        """The chosen plan with its measurements, as in evidence."""
         chosen: dict[str, Any] = self.measured["chosen"]
         return chosen
 
     def body(self) -> dict[str, Any]:
+        """Return the fields that the evidence of this kind adds."""
         return self.measured
 
     def save(
         self, out: str | Path, documents: Documents | None = None, *, overwrite: bool = False, tokenizer: Any = None
     ) -> None:
-        """Export, measure the memory of what was exported, which the documents say, and write them.
+        """Export the model, measure the memory of the export, and write the documents.
 
         Args:
-            out: the folder to write.
-            documents: gives evidence, page and card; its own when left out.
+            out: the output folder.
+            documents: returns evidence, page and card; the default ones if None.
             overwrite: replace ``out``.
-            tokenizer: in place of what the model was opened with.
+            tokenizer: overrides the processor that the model was opened with.
         """
         out = Path(out)
         with (
             tracker(f"exporting and measuring {out.name}"),
             new_folder(out, size=0, overwrite=overwrite, source=self.stack.path) as folder,
         ):
-            place = folder / "export" / out.name
+            path = folder / "export" / out.name
             processor = tokenizer or self.processor
-            exported = export(self.changed, self.plan, place, form=self.chosen["form"], tokenizer=processor)
+            exported = export(self.changed, self.plan, path, form=self.chosen["form"], tokenizer=processor)
             self.chosen["memory"] = peak_memory(exported).as_dict()
             if self.stack.path is not None:
                 self.measured["base"]["memory"] = peak_memory(self.stack.path).as_dict()
@@ -117,7 +118,7 @@ class Compression(Result):
             shutil.rmtree(folder / "export")
 
     def documents(self) -> dict[str, str]:
-        """Evidence, page and card."""
+        """Return evidence, page and card."""
         from lamella.commands.compress.page import card, page
 
         evidence = CompressionEvidence(
@@ -133,6 +134,7 @@ class Compression(Result):
 
     @classmethod
     def summary(cls, evidence: Evidence) -> Any:
+        """Summarise the compression."""
         from lamella.commands.compress.page import summary
 
         return summary(evidence)

@@ -1,4 +1,4 @@
-"""Quantisation beside cutting: the same models whole and in 8 bits, by fidelity, speed and size."""
+"""Quantised variants of models: fidelity, speed and size with and without 8-bit weights."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any, ClassVar, Literal
 
 from lamella.errors import ExportError
 from lamella.evaluate import FidelityTest, bench
-from lamella.evaluate.fidelity import judged
+from lamella.evaluate.fidelity import predicting_stack
 from lamella.extras import require
 from lamella.plan.quantize import NEEDS, Int8Linear, int8_copy, q8_0_bytes, q8_0_copy
 from lamella.stack import open_model
 
-AS_IT_IS = "as it is"
+UNQUANTISED = "unquantised"
 RUN = {
-    "int8": "int8 weights and bfloat16 activations, eagerly, on torch's own kernel",
-    "q8_0": "what a q8_0 file gives back, in the original's precision; its speed is llama.cpp's and not measured here",
+    "int8": "int8 weights and bfloat16 activations, in eager mode with torch's own kernel",
+    "q8_0": "dequantised weights of a q8_0 file, in the original's precision; llama.cpp's speed is not measured",
 }
 
 
 @dataclass(frozen=True)
 class Quantize:
-    """The result in 8 bits, too, in the same folder.
+    """Also write the result with 8-bit weights, in the same folder.
 
     Attributes:
         kind: q8_0: a GGUF file for llama.cpp. int8: a folder for torch, which needs the extra quantize.
@@ -34,12 +34,20 @@ class Quantize:
 
 
 def forms(quantize: Quantize | None) -> tuple[str, ...]:
-    """The forms to measure: int8, which runs here, and what is asked for."""
+    """Return the forms to measure: int8, which runs in torch, and the requested one.
+
+    Args:
+        quantize: the request.
+    """
     return tuple(dict.fromkeys(["int8", *([] if quantize is None else [quantize.kind])]))
 
 
 def check_quantised(quantize: Quantize | None, form: str) -> None:
     """Check, before long work, that its result can be quantised.
+
+    Args:
+        quantize: the request.
+        form: form of the export.
 
     Raises:
         ExportError: for a form of export that cannot be quantised.
@@ -58,21 +66,21 @@ def variants(
     forms: tuple[str, ...] = ("int8",),
     known: Mapping[str, dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Measure models, and what quantisation makes of the first and of the last of them.
+    """Measure models, and quantised variants of the first and the last of them.
 
-    Decoding at batch 1 is timed in turn, as a ratio to the original's. What llama.cpp runs has no speed here: the
-    weights that its file gives back are computed with, for fidelity.
+    Decoding at batch 1 is timed in interleaved runs, as a ratio to the original. The speed of llama.cpp is not
+    measured: for fidelity, the dequantised weights of its file are used.
 
     Args:
-        test: against the original.
-        models: by name, the original first; views and models with the same vocabulary.
-        forms: of quantisation, out of :data:`RUN`. A model without linear maps that can be int8 has no such form, and
-            one that decides while it runs has none.
-        known: fidelity that has been measured already, by the names of models.
+        test: the fidelity test against the original.
+        models: models by name, the original first; views and models with the same vocabulary.
+        forms: forms of quantisation, of :data:`RUN`. A model without linear layers that can be int8 has no such form,
+            and a dynamic view has none.
+        known: fidelities that were measured before, by the names of models.
 
     Returns:
-        For evidence, of each a ``name``, ``form`` (None: as it is), what was ``run``, the ``bytes`` of its weights,
-        its ``fidelity``, and ``decode_speedup`` and ``decode_seconds_per_step``, which are None where nothing ran.
+        For each variant ``name``, ``form`` (None: unquantised), ``run`` (what was measured), ``bytes`` of its weights,
+        ``fidelity``, and ``decode_speedup`` and ``decode_seconds_per_step``, which are None if it did not run.
     """
     names = list(models)
     found: dict[str, tuple[str | None, Any, int]] = {}
@@ -94,7 +102,7 @@ def variants(
             {
                 "name": name,
                 "form": form,
-                "run": AS_IT_IS if form is None else RUN[form],
+                "run": UNQUANTISED if form is None else RUN[form],
                 "bytes": size,
                 "fidelity": known[name] if name in known else test.of(model).as_dict(),
                 "decode_speedup": timing.get("decode_speedup"),
@@ -105,12 +113,12 @@ def variants(
 
 
 def _bytes(model: Any) -> int:
-    """What is kept of a model; a view holds what its plan leaves out, too."""
-    stack = judged(open_model(model))
-    gone = [
+    """Return the bytes of a model's weights, without those that the plan of a view removes."""
+    stack = predicting_stack(open_model(model))
+    removed = [
         stack.layers[layer].get_submodule(child).parameters()
         for layer, name in stack.dropped
         for child in stack.architecture[name].modules
     ]
-    left_out = {each for parameters in gone for each in parameters}
-    return sum(each.nbytes for each in model.parameters() if each not in left_out)
+    excluded = {each for parameters in removed for each in parameters}
+    return sum(each.nbytes for each in model.parameters() if each not in excluded)

@@ -1,4 +1,4 @@
-"""Healing: train back what a plan cost, or train a model on."""
+"""Healing: training that recovers what a plan has cost, or continued training of a model."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 from lamella.commands.heal.training import Loss, Training, own_recipe
-from lamella.data import ImageText, Processing, Reader, Text
+from lamella.data import ImageText, InputContext, Processing, Text
 from lamella.errors import MethodError
 from lamella.files import Work
-from lamella.methods.paser.pool import Pool
+from lamella.methods.paser.pool import InstructionPool
 from lamella.plan import ModelReference, Plan
 from lamella.registry import command, get_method
 from lamella.signature import Argument, Settings
 from lamella.stack import Stack
 from lamella.train import Healed, ScheduleName
 
-LENGTH = 256  # tokens of a chosen sample that are read
-BATCH = 4  # blocks in a step, where the number of tokens says how long to train
+LENGTH = 256  # maximum tokens of a selected sample
+BATCH = 4  # blocks in a step, if the duration is given in tokens
 
 
 @command("heal", verb="heal", on=("decoder", "masked tokens"), brief={"sequences": 8, "length": 16})
@@ -28,7 +28,7 @@ def heal(
     train: Annotated[Text | ImageText, Settings(sequences=64, rows=64)],
     plan: Annotated[Plan | None, Argument()] = None,
     past: Annotated[Text | None, Settings(sequences=64)] = None,
-    pool: Pool | None = None,
+    pool: InstructionPool | None = None,
     teacher: Stack | None = None,
     *,
     steps: Annotated[int, Ge(1)] | None = None,
@@ -47,13 +47,13 @@ def heal(
     work: Work = Work(),
     seed: int = 0,
 ) -> Healed:
-    """Train back what a plan cost, or train a model on.
+    """Train a model to recover what a plan has cost, or continue its training.
 
-    unified-skip tunes all but the embedding, first adds LoRA beside its routers, lora-drop trains its corrections
-    alone, rd-prune trains everything and holds its masks. Every other plan, and a model without a plan, is trained by
-    continual pre-training, to which replay belongs, and on images with text by distillation; schedule and lora serve
-    distillation, too. Killed, the same command goes on from the last checkpoint with the same result. Several processes
-    share the work under `accelerate launch -m lamella.cli heal`.
+    unified-skip tunes everything but the embedding, first trains LoRA adapters and its routers, lora-drop trains its
+    corrections only, rd-prune trains everything and keeps its masks. Any other plan, and a model without a plan, is
+    trained by continual pre-training, optionally with replay, and on images with text by distillation; schedule and
+    lora apply to distillation, too. After a kill, the same command resumes from the last checkpoint with the same
+    result. Several processes share the work under `accelerate launch -m lamella.cli heal`.
 
     Example: lamella heal smollm2 plan.json --past stdlib --steps 200 -o healed
     lamella heal small --teacher smollm2 --train general --lora 128 --lr 2e-3 --minutes 8 -o healed
@@ -61,43 +61,43 @@ def heal(
 
     Args:
         stack: the model; it is not changed.
-        train: what to train on, its calibration split: blocks of a text, or for a model that reads images rows of these
-            with text, whose answers are learnt.
-        plan: what the model runs under; the whole model when left out.
-        past: text like that which the model was trained on before, to replay a share of.
-        pool: instructions to train on in place of a text: those are chosen that show what the plan has damaged (paser),
-            and ``selection.json`` says why.
-        teacher: a model to learn from, such as the original of a checkpoint that was cut before. Fidelity is measured
-            against it.
-        steps: optimizer steps; the recipe's own number when left out.
-        minutes: how long to train, in place of steps; where a teacher is learnt from.
-        tokens: one pass over so many tokens of the text, in place of steps and sequences.
-        lr: highest learning rate; the recipe's own when left out.
-        batch: blocks in one step; the recipe's own when left out.
-        schedule: cosine or linear (down to 0), constant, rewarm (warm up, decay to a tenth), infinite (also cool down,
-            stay, then anneal), wsd (warm up, stay, anneal) or step (stay, then a tenth); the recipe's own when left
-            out.
-        loss: kd: the divergence from the teacher's output (the default with a teacher, and for images). kd+hidden:
-            hidden states inside, too. ce: the text alone.
-        replay: share of every batch that is replayed, such as 0.05; auto measures the shift.
-        lora: train adapters of this rank; all parameters when left out.
-        keep: share of the pool that is chosen.
-        save_every: steps from one checkpoint to the next; the recipe's own when left out.
-        tensorboard: a folder in which TensorBoard finds the curves while training runs (extra tensorboard).
-        shard: split the model over the processes of accelerate launch, when it does not fit one device.
-        work: where an interrupted run goes on from.
-        seed: of all random draws.
+        train: training data, of its calibration split: blocks of a text, or for a model of images and text, rows of
+            these, with loss on the answers.
+        plan: the plan that the model runs under; the unchanged model if omitted.
+        past: text like that of the original pre-training, of which a share is replayed.
+        pool: instructions to train on instead of a text: those that show what the plan has damaged are selected
+            (paser), and ``selection.json`` records why.
+        teacher: a model to distil from, such as the original of a checkpoint that was pruned before. Fidelity is
+            measured against it.
+        steps: number of optimizer steps; defaults to that of the recipe.
+        minutes: training time instead of steps, for distillation.
+        tokens: train one epoch on this many tokens of the text, instead of steps and sequences.
+        lr: peak learning rate; defaults to that of the recipe.
+        batch: blocks in one step; defaults to that of the recipe.
+        schedule: learning-rate schedule: cosine or linear (to 0), constant, rewarm (warm up, decay to a tenth),
+            infinite (warm up, cool down, constant, anneal), wsd (warm up, constant, anneal) or step (constant, then a
+            tenth); defaults to that of the recipe.
+        loss: kd: KL divergence from the teacher's output (the default with a teacher, and for images). kd+hidden: also
+            match hidden states. ce: cross-entropy on the text only.
+        replay: share of every batch that is replayed, such as 0.05; auto measures the distribution shift.
+        lora: train LoRA adapters of this rank; all parameters if omitted.
+        keep: share of the pool that is selected.
+        save_every: steps between checkpoints; defaults to that of the recipe.
+        tensorboard: folder for TensorBoard curves during training (extra tensorboard).
+        shard: shard the model over the processes of accelerate launch, if it does not fit one device.
+        work: folder from which an interrupted run resumes.
+        seed: random seed.
 
     Returns:
         The trained model with its plan.
 
     Raises:
-        MethodError: for options that the plan's own recipe does not have, or images where it takes none.
-        TrainingError: when training fails; the last good checkpoint stays.
+        MethodError: for options that the plan's own recipe does not have, or images if it takes none.
+        TrainingError: if training fails; the last good checkpoint is kept.
     """
     plan = Plan(model=ModelReference.of(stack)) if plan is None else plan
     plan.check_fits(stack)
-    reader = reader_of(train, seed)
+    context = context_of(train, seed)
     named: dict[str, Any] = {
         "steps": steps,
         "minutes": minutes,
@@ -109,25 +109,25 @@ def heal(
     named |= {"lora": lora, "save_every": save_every, "tensorboard": tensorboard}
     options: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     if len({"steps", "minutes"} & options.keys()) + (tokens is not None) > 1:
-        raise MethodError("steps, minutes and tokens all say how long to train: give one of them")
+        raise MethodError("steps, minutes and tokens all determine the duration of training: give one of them")
     if shard:
         options["shard"] = True
     if tokens is not None:
         if not isinstance(train, Text) or pool is not None:
-            raise MethodError("tokens are those of a text: leave them out, and give steps")
+            raise MethodError("tokens count those of a text: give steps instead")
         length = train.tokens.shape[1]
         options["batch"] = batch or BATCH
         options["steps"] = max(1, tokens // (options["batch"] * length))
         train = train.cut(options["steps"] * options["batch"], length)
-    shows = isinstance(train, ImageText) and own_recipe(plan) is None
-    loss = "kd" if loss is None and (teacher is not None or shows) else loss
+    has_images = isinstance(train, ImageText) and own_recipe(plan) is None
+    loss = "kd" if loss is None and (teacher is not None or has_images) else loss
     material: Any = train
     chosen = None
     if pool is not None:
         length = train.tokens.shape[1] if isinstance(train, Text) else LENGTH
         chosen = get_method("paser")(stack, pool, plan, budget=keep, max_length=length, seed=seed)
-        material = chosen.samples(reader.tokenizer, length)
-    training = Training.prepared(stack, plan, reader, material, past=past, teacher=teacher, loss=loss, options=options)
+        material = chosen.samples(context.tokenizer, length)
+    training = Training.prepared(stack, plan, context, material, past=past, teacher=teacher, loss=loss, options=options)
     healed, _ = training.run(work)
     healed.reference, healed.data = teacher, training.data
     healed.findings["recipe"] = training.slug
@@ -138,9 +138,14 @@ def heal(
     return healed
 
 
-def reader_of(data: Text | ImageText, seed: int) -> Reader:
-    """What reads for the model that some data were opened for."""
+def context_of(data: Text | ImageText, seed: int) -> InputContext:
+    """Return the context in which some data were opened.
+
+    Args:
+        data: the data.
+        seed: random seed.
+    """
     if isinstance(data, Text):
-        return data.reader
+        return data.context
     processing: Processing = data.processing
-    return Reader(lambda: processing.tokenizer, seed, processing_opener=lambda: processing)
+    return InputContext(lambda: processing.tokenizer, seed, processing_opener=lambda: processing)

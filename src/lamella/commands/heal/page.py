@@ -1,4 +1,4 @@
-"""What a healed model shows: fidelity before and after, the loss on every text, and what was chosen to train on."""
+"""Page of a healed model: fidelity before and after, the loss on every text, and the selected samples."""
 
 from __future__ import annotations
 
@@ -11,13 +11,21 @@ from lamella.train import TrainedEvidence
 
 
 def figures(evidence: Evidence) -> list[Figure]:
-    """The loss by step."""
+    """Plot the loss by step.
+
+    Args:
+        evidence: the evidence of the training.
+    """
     assert isinstance(evidence, TrainedEvidence)
     return [training(evidence.curve)]
 
 
 def summary(evidence: Evidence) -> Summary:
-    """Before and after, in a sentence and tables."""
+    """Summarise the model before and after training, in a sentence and tables.
+
+    Args:
+        evidence: the evidence of the training.
+    """
     assert isinstance(evidence, TrainedEvidence)
     name = (evidence.model or {}).get("name", "the model")
     recipe, lines = evidence.findings["recipe"], []
@@ -33,16 +41,12 @@ def summary(evidence: Evidence) -> Summary:
         if evidence.held_out and which in evidence.held_out[0]
     ]
     if rows:
-        tables.append(
-            Table(
-                "Held-out loss, nats a token: new text adapts, old text is forgotten", ["text", "before", "after"], rows
-            )
-        )
+        tables.append(Table("Held-out loss, nats per token", ["text", "before", "after"], rows))
     if past := evidence.settings.get("replay"):
         lines.append(f"replayed: {past['fraction']:.0%} of every batch, from {evidence.data['replay']['data']}")
     if chosen := evidence.findings.get("selection"):
         rows = [[each["cluster"], each["size"], each["cds"], each["selected"]] for each in chosen["clusters"]]
-        title = f"{chosen['budget']} of {chosen['pool']} samples, most from the clusters that the plan has damaged most"
-        tables.append(Table(title, ["cluster", "samples", "damage, nats", "chosen"], rows))
-        lines.append(f"{len(chosen['refused'])} samples were refused, since they contradict chosen ones")
+        title = f"{chosen['budget']} of {chosen['pool']} samples, most of them from the most damaged clusters"
+        tables.append(Table(title, ["cluster", "samples", "damage, nats", "selected"], rows))
+        lines.append(f"{len(chosen['refused'])} samples were rejected, since they contradict selected ones")
     return Summary(verdict, tables, lines)

@@ -1,4 +1,4 @@
-"""What a trace shows: a row for each token or pass on the terminal, and the page."""
+"""Summary of a trace: a row for each token or pass on the terminal, and the page."""
 
 from __future__ import annotations
 
@@ -14,12 +14,20 @@ LEVELS = "·▁▂▃▄▅▆▇█"  # shares
 
 
 def page(evidence: Evidence) -> str:
-    """Every token of the answer, and the layers that it ran."""
+    """Render the tokens of the answer and the layers that ran for each.
+
+    Args:
+        evidence: the evidence of the trace.
+    """
     return render_trace(evidence.findings)
 
 
 def summary(evidence: Evidence) -> Summary:
-    """One row for each token or pass: its layers from left to right."""
+    """Summarise the trace: one row for each token or pass, with its layers from left to right.
+
+    Args:
+        evidence: the evidence of the trace.
+    """
     found = evidence.findings
     table = _passes(found) if "passes" in found else _tokens(found)
     lines = [f"{phase}: {percent(share)} of sublayers" for phase, share in found["usage"].items()]

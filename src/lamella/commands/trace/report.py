@@ -1,4 +1,4 @@
-"""The page of ``lamella trace``: every token of one answer, the layers that it ran, and the picture it is about."""
+"""The page of ``lamella trace``: every token of one answer, the layers that ran for it, and the image of the prompt."""
 
 from __future__ import annotations
 
@@ -13,45 +13,45 @@ import numpy as np
 from lamella.extras import require
 from lamella.formatting import number
 from lamella.report.figures import Figure, Heatmap
-from lamella.report.page import filled, finite
+from lamella.report.page import finite, render_page
 
 STATES = ("nothing ran", "attention ran", "MLP ran", "both ran")
-ACTIVITY = ("void", "attention", "MLP", "active")  # of L2 Adaptive Computation, which judges whole layers
+ACTIVITY = ("void", "attention", "MLP", "active")  # of L2 Adaptive Computation, which classifies whole layers
 NAMES = {
     "first": "the first token", "image": "the image", "prompt": "the prompt", "answer": "the answer"
 }  # fmt: skip
-MOST_PIXELS = 512  # of the picture in the page, on a side
+MAX_PIXELS = 512  # maximum width and height of the image in the page
 
 
 def render_trace(report: dict[str, Any]) -> str:
-    """The page of a trace: one file that needs no network.
+    """Render the page of a trace: one file that needs no network.
 
     Args:
-        report: what ``lamella trace`` has found; where it says how tokens lie over an image, that is ``image``.
+        report: the findings of ``lamella trace``; with a grid of image tokens, also the ``image``.
     """
     report = finite(report)
-    note, shares = _telling(report)
+    note, shares = _distinguishing(report)
     figures: dict[str, Figure] = _by_pass(report) if "passes" in report else {"trace": _by_token(report, note)}
     data: dict[str, Any] = {}
-    if "image" in report and "picture" in report:
-        rows, columns, views = report["picture"]["rows"], report["picture"]["columns"], _views(report, note)
-        data["picture"] = {"rows": rows, "columns": columns, "views": views}
-        figures["picture"] = _overlay(views[0], rows, columns, report["image"])
-    choices = [(place, view["name"]) for place, view in enumerate(data.get("picture", {}).get("views", []))]
+    if "image" in report and "image_grid" in report:
+        rows, columns, views = report["image_grid"]["rows"], report["image_grid"]["columns"], _views(report, note)
+        data["image_grid"] = {"rows": rows, "columns": columns, "views": views}
+        figures["image_grid"] = _overlay(views[0], rows, columns, report["image"])
+    choices = [(index, view["name"]) for index, view in enumerate(data.get("image_grid", {}).get("views", []))]
     context = {
         "report": report,
-        "params": {name: _told(value) for name, value in report["params"].items()},
+        "params": {name: _formatted(value) for name, value in report["params"].items()},
         "names": NAMES,
         "verdict": _verdict(report, note, shares),
         "views": choices,
         "note": note,
         "shares": shares,
     }
-    return filled(Path(__file__).with_name("trace.html"), figures, data, **context)
+    return render_page(Path(__file__).with_name("trace.html"), figures, data, **context)
 
 
 def _overlay(view: dict[str, Any], rows: int, columns: int, source: str) -> Heatmap:
-    """The first frame of a view over the image; the page's script shows the others."""
+    """Return the first frame of a view over the image; the script of the page shows the others."""
     values = view["frames"][0]["values"]
     return Heatmap(
         "column",
@@ -66,17 +66,17 @@ def _overlay(view: dict[str, Any], rows: int, columns: int, source: str) -> Heat
     )
 
 
-def _told(value: Any) -> str:
-    """A parameter as people read it: few digits, lists without brackets, and what has names with them."""
+def _formatted(value: Any) -> str:
+    """Format a parameter: few digits, lists without brackets, mappings as values with their names."""
     if isinstance(value, dict):
-        return " and ".join(f"{_told(each)} of {name}" for name, each in value.items())
+        return " and ".join(f"{_formatted(each)} of {name}" for name, each in value.items())
     if isinstance(value, list):
-        return ", ".join(map(_told, value))
+        return ", ".join(map(_formatted, value))
     return number(value) if isinstance(value, float) else str(value)
 
 
 def _by_token(report: dict[str, Any], note: str) -> Heatmap:
-    """A column for each token and a row for each layer: what ran, or ``note`` where all layers did."""
+    """Return a heat map of tokens (columns) and layers (rows): what ran, or ``note`` if all layers did."""
     tokens, names = report["tokens"], ACTIVITY if _measures(report) else STATES
     states = [
         [int(a) + 2 * int(m) for a, m in zip(attn, mlp, strict=True)]
@@ -106,7 +106,7 @@ def _by_token(report: dict[str, Any], note: str) -> Heatmap:
 
 
 def _by_pass(report: dict[str, Any]) -> dict[str, Figure]:
-    """What each pass ran, for each layer and for each token."""
+    """Return what each pass ran, for each layer and for each token."""
     passes, tokens = report["passes"], report["tokens"]
     committed = [
         (column, _pass_of(passes, token["step"])) for column, token in enumerate(tokens) if token["step"] is not None
@@ -122,25 +122,25 @@ def _by_pass(report: dict[str, Any]) -> dict[str, Figure]:
 
 
 def _pass_of(passes: list[dict[str, Any]], step: int) -> int:
-    """The last pass of a step, which commits its tokens."""
+    """Return the last pass of a step, which commits its tokens."""
     return max(number for number, each in enumerate(passes) if each["step"] == step)
 
 
 def _views(report: dict[str, Any], note: str) -> list[dict[str, Any]]:
-    """What can be drawn over the picture: by name, frames with a value for each of its tokens; first what differs."""
-    cells = report["picture"]["cells"]
+    """Return what can be drawn over the image: by name, frames with a value for each of its tokens."""
+    cells = report["image_grid"]["cells"]
     if "passes" in report:
         rows = [[each["by_token"][cell] for cell in cells] for each in report["passes"]]
         return [_view("layers that ran", rows, "pass")]
     ran = [[(a + m) / 2 for a, m in zip(report["attn"][cell], report["mlp"][cell], strict=True)] for cell in cells]
     name = "layers that were active" if _measures(report) else "layers that ran"
     notes = {each: [values[cell] for cell in cells] for each, values in report["notes"].items()}
-    said = {**notes, name: ran} if note else {name: ran, **notes}
-    return [_view(each, [list(row) for row in zip(*values, strict=True)], "layer") for each, values in said.items()]
+    found = {**notes, name: ran} if note else {name: ran, **notes}
+    return [_view(each, [list(row) for row in zip(*values, strict=True)], "layer") for each, values in found.items()]
 
 
 def _view(name: str, rows: list[list[float | None]], by: str) -> dict[str, Any]:
-    """A value of each token: over all layers or passes, and of each alone."""
+    """Return the values of each token: over all layers or passes, and of each single one."""
     values = np.array(rows, dtype=float)  # [layers or passes, tokens]
     known = np.isfinite(values)
     mean = np.divide(
@@ -151,11 +151,15 @@ def _view(name: str, rows: list[list[float | None]], by: str) -> dict[str, Any]:
     return finite({"name": name, "frames": frames, "least": min(0.0, np.nanmin(values)), "most": np.nanmax(values)})
 
 
-def png(picture: np.ndarray) -> str:
-    """A picture as a page holds it."""
-    image = require("PIL.Image", "vision", "drawing pictures").fromarray(picture)
-    image.thumbnail((MOST_PIXELS, MOST_PIXELS))
-    image.save(written := BytesIO(), format="PNG")
+def png(image: np.ndarray) -> str:
+    """Encode an image as a data URL.
+
+    Args:
+        image: RGB values [height, width, 3].
+    """
+    drawn = require("PIL.Image", "vision", "drawing images").fromarray(image)
+    drawn.thumbnail((MAX_PIXELS, MAX_PIXELS))
+    drawn.save(written := BytesIO(), format="PNG")
     return f"data:image/png;base64,{base64.b64encode(written.getvalue()).decode()}"
 
 
@@ -174,15 +178,15 @@ def _verdict(report: dict[str, Any], note: str, shares: dict[str, float]) -> str
     return f"{100 * share:.0f} % of {name}'s layers {were} on {NAMES[phase]}{rest}."
 
 
-def _telling(report: dict[str, Any]) -> tuple[str, dict[str, float]]:
-    """The reason that tells tokens apart where all layers ran for all of them, such as experts, and its mean by phase.
+def _distinguishing(report: dict[str, Any]) -> tuple[str, dict[str, float]]:
+    """Return the reason that differs between tokens although all layers ran, such as experts, and its mean by phase.
 
-    Nothing where layers tell, or no policy gave a reason.
+    Empty if the layers differ, or the policy gave no reason.
     """
     if "passes" in report or not report["notes"] or min(report["usage"].values()) < 1:
         return "", {}
     note, values = next(iter(report["notes"].items()))
-    said: dict[str, list[float]] = {phase: [] for phase in report["usage"]}
+    values_of: dict[str, list[float]] = {phase: [] for phase in report["usage"]}
     for token, row in zip(report["tokens"], values, strict=True):
-        said[token["phase"]] += [each for each in row if each is not None]
-    return note, {phase: fmean(each) for phase, each in said.items() if each}
+        values_of[token["phase"]] += [each for each in row if each is not None]
+    return note, {phase: fmean(each) for phase, each in values_of.items() if each}

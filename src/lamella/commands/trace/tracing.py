@@ -1,4 +1,4 @@
-"""The trace itself: token by token and layer by layer, what ran while a model answered a prompt."""
+"""Tracing: which layers ran for each token while a model answered a prompt."""
 
 from __future__ import annotations
 
@@ -31,36 +31,35 @@ def trace_answer(
     steps: int | None = None,
     grid: Grid | None = None,
 ) -> dict[str, Any]:
-    """Answer one prompt greedily and note what ran for every token.
+    """Answer one prompt greedily and record what ran for every token.
 
-    Without a plan nothing is skipped, and what is noted is L2 Adaptive Computation: the layers that were active for a
-    token (see :mod:`lamella.methods.void`). Of a model that predicts masked tokens, what ran is told pass by pass.
+    Without a plan nothing is skipped, and the record is L2 Adaptive Computation: the layers that were active for a
+    token (see :mod:`lamella.methods.void`). For a model that predicts masked tokens, the record is pass by pass.
 
     Args:
-        stack: the opened model, or a view that decides while it runs, whose decisions are noted without ``plan``.
+        stack: the opened model, or a view with a dynamic plan, which is traced if ``plan`` is None.
         tokenizer: its tokenizer.
-        inputs: ``input_ids`` [1, time] and what else the model takes.
-        plan: a plan that decides while the model runs.
-        alpha: of L2 Adaptive Computation.
-        tokens: the most new tokens; of a model that predicts masked tokens, so many.
-        steps: denoising steps of such a model; one for each token when left out.
-        grid: how the tokens of the prompt's picture lie over it.
+        inputs: ``input_ids`` [1, time] and the other inputs of the model.
+        plan: a dynamic plan.
+        alpha: threshold of L2 Adaptive Computation.
+        tokens: maximum number of new tokens; for a model that predicts masked tokens, their number.
+        steps: denoising steps of such a model; one per token if None.
+        grid: rows and columns of the image tokens of the prompt.
 
     Returns:
         ``tokens``, each with its ``text`` and ``phase``; ``usage``, the share of sublayers that ran in each phase (the
-        first token, an attention sink, is a phase of its own); and with ``grid``, ``picture``: ``rows``, ``columns``
-        and the ``cells``, which tokens these are.
+        first token, an attention sink, is a phase of its own); and with ``grid``, ``image_grid``: ``rows``, ``columns``
+        and ``cells``, the positions of the image tokens.
 
-        Of a model that predicts the next token, also ``next`` of each token, to which its forward led; ``attn`` and
-        ``mlp`` [tokens, layers] bool; and ``notes`` by name [tokens, layers] where the policy gave reasons. Of one that
-        predicts masked tokens, also ``step`` of each token, which committed it; and ``passes``, each with its ``step``,
-        ``by_token``, the share of sublayers that ran for each token of it (None for one that is not in the pass), and
-        ``by_layer``, the share of its tokens that a layer ran for.
+        For a model that predicts the next token, also ``next`` of each token, the token that its forward pass
+        predicted; ``attn`` and ``mlp`` [tokens, layers] bool; and ``notes`` by name [tokens, layers] if the policy gave
+        reasons. For a model that predicts masked tokens, also ``step`` of each token, in which it was committed; and
+        ``passes``, each with its ``step``, ``by_token``, the share of sublayers that ran for each token (None for one
+        that is not in the pass), and ``by_layer``, the share of its tokens that a layer ran for.
 
     Raises:
         CalibrationError: for more than one prompt.
-        PlanError: for a plan that decides nothing while the model runs, or no plan for a model that predicts masked
-            tokens.
+        PlanError: for a plan that is not dynamic, or no plan for a model that predicts masked tokens.
     """
     ids = inputs["input_ids"]
     if ids.shape[0] != 1:
@@ -70,14 +69,14 @@ def trace_answer(
     if plan is None and getattr(view, "lamella_policy", None) is not None:
         plan = view.lamella_plan
     elif plan is None and denoises:
-        raise PlanError(f"{stack.name} predicts masked tokens: give the plan whose decisions the trace shall show")
+        raise PlanError(f"{stack.name} predicts masked tokens: give the plan to trace")
     else:
         view = apply(stack, plan or lac_plan(stack, alpha=alpha, mode="trace"))
-    seen, image = traced(view), _image(stack, ids)
+    record, image = traced(view), _image(stack, ids)
     found = (
-        _denoised(view, seen, tokenizer, inputs, image, Sampler(length=tokens, steps=steps))
+        _denoised(view, record, tokenizer, inputs, image, Sampler(length=tokens, steps=steps))
         if denoises
-        else _generated(view, seen, tokenizer, inputs, image, tokens)
+        else _generated(view, record, tokenizer, inputs, image, tokens)
     )
     untraced(view)
     cells = image.nonzero()[0].tolist()
@@ -88,22 +87,22 @@ def trace_answer(
         "policy": "l2 adaptive computation" if plan is None else policy.name if policy else "path",
         "params": {"alpha": alpha} if plan is None else policy.params if policy else {},
         **found,
-        **({"picture": {"rows": grid[0], "columns": grid[1], "cells": cells}} if grid and shown else {}),
+        **({"image_grid": {"rows": grid[0], "columns": grid[1], "cells": cells}} if grid and shown else {}),
     }
 
 
 def _image(stack: Stack, ids: Tensor) -> np.ndarray:
-    """Which tokens of a prompt stand for an image [time] bool."""
+    """Return which tokens of a prompt stand for an image [time] bool."""
     name = stack.architecture.images
-    place = -1 if not name else getattr(stack.model.config, name)
-    return (ids[0] == place).cpu().numpy()
+    token = -1 if not name else getattr(stack.model.config, name)
+    return (ids[0] == token).cpu().numpy()
 
 
 def _generated(
-    view: Any, seen: Trace, tokenizer: Any, inputs: Mapping[str, Tensor], image: np.ndarray, tokens: int
+    view: Any, record: Trace, tokenizer: Any, inputs: Mapping[str, Tensor], image: np.ndarray, tokens: int
 ) -> dict[str, Any]:
     ids = view.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)[0]
-    executed, prompt, notes = seen.joined()
+    executed, prompt, notes = record.joined()
     ran, reasons = executed[0], {name: values[0] for name, values in notes.items()}
     if "active" in reasons:
         ran = np.repeat(reasons.pop("active").astype(bool)[..., None], 2, axis=-1)
@@ -123,7 +122,7 @@ def _generated(
 
 
 def _denoised(
-    view: Any, seen: Trace, tokenizer: Any, inputs: Mapping[str, Tensor], image: np.ndarray, sampler: Sampler
+    view: Any, record: Trace, tokenizer: Any, inputs: Mapping[str, Tensor], image: np.ndarray, sampler: Sampler
 ) -> dict[str, Any]:
     request = Denoising(view, sampler=sampler, **inputs)
     columns = request.tokens.shape[1]
@@ -136,7 +135,7 @@ def _denoised(
         steps += [request.step - 1] * (len(request.passes) - len(steps))
     by_token = np.full((len(steps), columns), np.nan)
     for number, (start, end) in enumerate(request.passes):
-        by_token[number, start:end] = seen.ran[number][0].mean((1, 2))
+        by_token[number, start:end] = record.ran[number][0].mean((1, 2))
     phases = _phases(np.arange(columns) < request.length, image)
     texts = [tokenizer.decode([token]) for token in request.tokens[0].tolist()]
     return {
@@ -146,21 +145,21 @@ def _denoised(
         ],
         "passes": [
             {"step": step, "by_token": each, "by_layer": ran[0].mean((0, 2)).tolist()}
-            for step, each, ran in zip(steps, _listed(by_token), seen.ran, strict=True)
+            for step, each, ran in zip(steps, _listed(by_token), record.ran, strict=True)
         ],
         "usage": _usage(np.nanmean(by_token, axis=0), phases),
     }
 
 
 def _phases(prompt: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """What each token is [time]."""
+    """Return the phase of each token [time]."""
     phases = np.where(prompt, "prompt", "answer")
     phases[: len(image)][image] = "image"
     return phases
 
 
 def _usage(share: np.ndarray, phases: np.ndarray) -> dict[str, float]:
-    """The mean share of sublayers that ran, by phase."""
+    """Return the mean share of sublayers that ran, by phase."""
     return {phase: float(np.nanmean(share[phases == phase])) for phase in PHASES if (phases == phase).any()}
 
 

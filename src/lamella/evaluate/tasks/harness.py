@@ -1,4 +1,4 @@
-"""lm-evaluation-harness as it is used here: quiet, and with templates that reach nothing but their document.
+"""lm-evaluation-harness without output, and with sandboxed templates that reach only their document.
 
 Imported only where lm-eval is installed.
 """
@@ -23,11 +23,11 @@ from lm_eval.api.task import ConfigurableTask
 from lamella.errors import LamellaError, TaskError
 
 
-class GivenTask(ConfigurableTask):
-    """A task of the harness whose documents are given, where the harness would load them.
+class CustomTask(ConfigurableTask):
+    """A task of the harness with given documents, which the harness would otherwise load.
 
     Args:
-        config: what a task file says.
+        config: the values of a task file.
         documents: by the name of the split, rows of plain values.
     """
 
@@ -36,23 +36,24 @@ class GivenTask(ConfigurableTask):
         super().__init__(config=config)
 
     def download(self, *_: Any, **__: Any) -> None:
+        """Make a dataset of the given documents."""
         self.dataset = {split: Dataset.from_list(rows) for split, rows in self.documents.items()}
 
 
 @contextmanager
 def confined() -> Iterator[None]:
-    """Inside this block the harness renders templates in jinja's sandbox, and says nothing.
+    """Let the harness render templates in jinja's sandbox, without output.
 
-    Its own environment would let a template walk from any value to Python's internals, and so run anything.
+    In its own environment, a template can reach Python's internals from any value, and so run anything.
     """
-    usual = getattr(utils, "env", None)
-    if not isinstance(usual, jinja2.Environment):
+    original = getattr(utils, "env", None)
+    if not isinstance(original, jinja2.Environment):
         raise LamellaError(
-            f"lm-eval {lm_eval.__version__} renders templates in a way that Lamella does not know: pip install "
-            "'lamella[eval]' brings one that it knows"
+            f"lm-eval {lm_eval.__version__} renders templates in a way that Lamella does not support: pip install "
+            "'lamella[eval]' installs a supported version"
         )
-    sandbox = SandboxedEnvironment(undefined=usual.undefined, keep_trailing_newline=usual.keep_trailing_newline)
-    sandbox.filters |= usual.filters
+    sandbox = SandboxedEnvironment(undefined=original.undefined, keep_trailing_newline=original.keep_trailing_newline)
+    sandbox.filters |= original.filters
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -72,8 +73,8 @@ def _without_disable(bar: Any, *items: Any, disable: bool = False, **options: An
 
 
 @contextmanager
-def told(name: str) -> Iterator[None]:
-    """Whatever the harness makes of a task that does not fit it is one line."""
+def task_errors(name: str) -> Iterator[None]:
+    """Turn any error of the harness on an invalid task into a one-line message."""
     try:
         yield
     except LamellaError:
@@ -83,20 +84,22 @@ def told(name: str) -> Iterator[None]:
         raise TaskError(f"task {name}: lm-eval cannot use it ({type(error).__name__}: {reason[:300]})") from error
 
 
-def ask(
+def run_harness(
     model: Any, tasks: Mapping[str, Any], *, limit: int | None, seed: int, chat: bool, draws: int
 ) -> dict[str, Any]:
-    """What a model reaches on tasks, as the harness says it.
+    """Return the results of a model on tasks, as the harness reports them.
 
     Args:
         model: an ``lm_eval`` model.
         tasks: opened ones by name.
-        limit, seed, chat: see :func:`lamella.evaluate.tasks.score`.
-        draws: of the bootstrap.
+        limit: number of questions of each task; None: all.
+        seed: of the choice of worked examples.
+        chat: apply the chat template to the questions.
+        draws: number of bootstrap resamples.
     """
     for task in tasks.values():
         task.set_fewshot_seed(seed=seed)
-    with confined(), told(", ".join(tasks)):
+    with confined(), task_errors(", ".join(tasks)):
         found: dict[str, Any] = evaluator.evaluate(
             lm=model,
             task_dict=dict(tasks),

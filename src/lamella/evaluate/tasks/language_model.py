@@ -1,4 +1,4 @@
-"""A model, or a view with a plan, as lm-evaluation-harness asks one.
+"""A model, or a view with a plan, behind lm-evaluation-harness's interface.
 
 Imported only where lm-eval is installed.
 """
@@ -15,24 +15,24 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
 from lamella.errors import ArchitectureError, NumericsError, TaskError
-from lamella.evaluate.fidelity import continuing
+from lamella.evaluate.fidelity import causal_stack
 from lamella.progress import tracker
 from lamella.runtime import phase_options
 from lamella.stack import Model, open_model
 
-LONGEST = 2048  # tokens, of a model whose config does not say
-ANSWER = 256  # the most new tokens of an answer, where a task does not say
+LONGEST = 2048  # tokens, for models without a limit in their config
+ANSWER = 256  # maximum new tokens of an answer, by default
 SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "num_beams")
 
 
 class PlannedLM(TemplateLM):
-    """A model as the harness asks one: how likely an answer is behind a context, and what it writes itself.
+    """A model for the harness: log-likelihoods of answers given a context, and generation.
 
-    The context of an answer is prompt, the answer is generated; so is decided what a plan does that tells them apart.
+    The context is prompt and the answer is generated, for plans that distinguish them.
 
     Args:
         model: a model of Lamella or of transformers, or a view.
-        tokenizer: that belongs to it.
+        tokenizer: the model's tokenizer.
         batch: rows that run together.
 
     Raises:
@@ -42,7 +42,7 @@ class PlannedLM(TemplateLM):
     def __init__(self, model: Any, tokenizer: Any, batch: int = 16) -> None:
         super().__init__()
         opened = model if isinstance(model, Model) else open_model(model)
-        self.stack = continuing(opened)
+        self.stack = causal_stack(opened)
         self.view: Any = self.stack.model
         self.tokenizer, self.batch = tokenizer, batch
         self._device = self.stack.device
@@ -50,28 +50,32 @@ class PlannedLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        """The id of the end-of-text token."""
         if self.tokenizer.eos_token_id is None:
-            raise ArchitectureError(f"the tokenizer of {self.stack.name} has no token that ends a text: set eos_token")
+            raise ArchitectureError(f"the tokenizer of {self.stack.name} has no end-of-text token: set eos_token")
         return int(self.tokenizer.eos_token_id)
 
     @property
     def prefix_token_id(self) -> int:
+        """The id of the begin token, or else of the end-of-text token."""
         begin = self.tokenizer.bos_token_id
         return self.eot_token_id if begin is None else int(begin)
 
     @property
     def tokenizer_name(self) -> str:
+        """The name or path of the tokenizer."""
         return str(self.tokenizer.name_or_path)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """The tokens of a text; one that begins with the begin token, as chat templates write it, gets no second."""
+        """Return the tokens of a text, without a second begin token if it has one, as in chat templates."""
         begin = self.tokenizer.bos_token
         special = not (begin and string.startswith(begin)) if add_special_tokens is None else add_special_tokens
         return list(self.tokenizer(string, add_special_tokens=special, verbose=False)["input_ids"])
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Return a conversation as text, using the tokenizer's chat template."""
         if not getattr(self.tokenizer, "chat_template", None):
-            raise TaskError(f"the tokenizer of {self.stack.name} has no chat template: leave chat out")
+            raise TaskError(f"the tokenizer of {self.stack.name} has no chat template: omit chat")
         text: str = self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -81,6 +85,7 @@ class PlannedLM(TemplateLM):
         return text
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """Return the log-likelihood of each request's answer, and whether greedy decoding generates it."""
         found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         return found
 
@@ -88,10 +93,10 @@ class PlannedLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        """For each context and answer, the answer's log-likelihood in nats, and whether it is what greed would write.
+        """Return for each context and answer the log-likelihood in nats, and whether greedy decoding writes it.
 
-        Answers that differ in their last token alone share a row: that token is only read off. Rows are padded behind,
-        which nothing in front of it can see.
+        Answers that differ only in their last token share a row, since that token is only predicted. Rows are padded on
+        the right, which no token before can see.
         """
         rows: dict[tuple[int, tuple[int, ...]], list[int]] = {}  # the prompt's length and all tokens but the last
         for index, (_, context, answer) in enumerate(requests):
@@ -106,21 +111,21 @@ class PlannedLM(TemplateLM):
                     if not torch.isfinite(logits).all():
                         raise NumericsError(f"non-finite logits of {self.stack.name}: try float32, check the weights")
                     for index in rows[prompt, tokens]:
-                        wanted = torch.tensor(requests[index][2], device=logits.device)
-                        each = logits.log_softmax(-1).gather(1, wanted[:, None])
-                        found[index] = float(each.sum()), bool((logits.argmax(-1) == wanted).all())
+                        target = torch.tensor(requests[index][2], device=logits.device)
+                        each = logits.log_softmax(-1).gather(1, target[:, None])
+                        found[index] = float(each.sum()), bool((logits.argmax(-1) == target).all())
                 count(len(batch))
         return found
 
     def _states(self, batch: Sequence[tuple[int, tuple[int, ...]]]) -> Tensor:
-        """The final states of some rows [rows, time, hidden], each under its own prompt's length."""
+        """Return the final states of some rows [rows, time, hidden], each with its own prompt length."""
         longest = max(len(tokens) for _, tokens in batch)
         ids = torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for _, tokens in batch], device=self._device)
         prompts = torch.tensor([prompt for prompt, _ in batch], device=self._device)
         return self.stack.hidden(ids, **phase_options(self.view, prompts))
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
-        """The log-likelihood of whole texts, in nats; all of a text counts as generated."""
+        """Return the log-likelihood of whole texts, in nats; a whole text counts as generated."""
         windows, of = [], []
         for number, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0], add_special_tokens=False)
@@ -135,19 +140,19 @@ class PlannedLM(TemplateLM):
 
     @torch.no_grad()
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        """What the model writes behind each context, up to the first of the request's stop strings."""
+        """Return the model's continuation of each context, up to the first of the request's stop strings."""
         asked: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             asked.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
         answers = [""] * len(requests)
         with tracker("tasks: writing", len(requests)) as count:
-            for said, group in asked.items():
-                stops, settings = self._settings(json.loads(said))
+            for options, group in asked.items():
+                stops, settings = self._settings(json.loads(options))
                 room = self.max_length - settings["max_new_tokens"]
                 if room < 1:
                     raise TaskError(
                         f"a task asks for {settings['max_new_tokens']} new tokens, more than the {self.max_length} "
-                        f"that {self.stack.name} holds: give max_gen_toks in its generation_kwargs"
+                        f"of the context of {self.stack.name}: give max_gen_toks in its generation_kwargs"
                     )
                 prompts = {index: self.tok_encode(requests[index].args[0])[-room:] for index in group}
                 for batch in _batches(sorted(group, key=lambda index: -len(prompts[index])), self.batch):
@@ -158,10 +163,10 @@ class PlannedLM(TemplateLM):
         return answers
 
     def _settings(self, asked: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
-        """The stop strings of a request, and how ``generate`` is to be called.
+        """Return the stop strings of a request, and the arguments of ``generate``.
 
         Raises:
-            TaskError: for a setting that is neither: ``generate`` takes some that load code.
+            TaskError: for any other setting: ``generate`` accepts some that load code.
         """
         until = asked.pop("until", [])
         stops = [until] if isinstance(until, str) else list(until)
@@ -169,15 +174,15 @@ class PlannedLM(TemplateLM):
         for name, value in asked.items():
             if name not in SAMPLING or not isinstance(value, bool | int | float):
                 known = ", ".join(("until", "max_gen_toks", *SAMPLING))
-                raise TaskError(f"a task generates with '{name}': of generation_kwargs there are {known}")
+                raise TaskError(f"a task generates with '{name}': supported generation_kwargs are {known}")
             settings[name] = value
         settings.setdefault("do_sample", settings.get("temperature", 0.0) > 0)
-        if not settings["do_sample"]:  # these are for sampling alone
+        if not settings["do_sample"]:  # these are only for sampling
             settings = {name: each for name, each in settings.items() if name not in ("temperature", "top_p", "top_k")}
         return [each for each in stops if each], settings
 
     def _write(self, prompts: Sequence[list[int]], stops: list[str], settings: dict[str, Any]) -> list[str]:
-        """Continuations of some prompts, which are padded in front to run together."""
+        """Return continuations of some prompts, which are padded on the left to run together."""
         longest = max(map(len, prompts))
         pad = self.tokenizer.pad_token_id
         pad = self.eot_token_id if pad is None else pad

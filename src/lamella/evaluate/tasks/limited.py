@@ -1,7 +1,7 @@
-"""Runs a program from standard input, after this process has given up what it can. Standard library alone.
+"""Runs a program from standard input, after this process has dropped its privileges. Uses only the standard library.
 
-It is started as a script by ``running.py``. Its first line of output names what it has given up; the second is the
-token that came before the program, written when the program has come to its end.
+It is started as a script by ``running.py``. Its first line of output names the dropped privileges; the second is the
+token that preceded the program, written when the program has ended.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import struct
 import sys
 
 MEMORY = 1 << 30  # bytes of address space
-OUTPUT = 1 << 12  # bytes that it may write, where it may write at all
+OUTPUT = 1 << 12  # bytes that it may write, if it can write at all
 # Of linux/sched.h, linux/prctl.h and linux/landlock.h.
 NEW_USER, NEW_NET, NEW_PROCESSES, NEW_IPC = 0x10000000, 0x40000000, 0x20000000, 0x08000000
 DEATH_SIGNAL, NO_NEW_PRIVILEGES = 1, 38
@@ -24,7 +24,7 @@ TRUNCATE = 1 << 14  # since the third
 
 
 def limit(seconds: int) -> None:
-    """Limits that every POSIX system has: time, memory, files."""
+    """Set the limits that every POSIX system has: time, memory, files."""
     for what, most in (
         (resource.RLIMIT_CPU, seconds),
         (resource.RLIMIT_AS, MEMORY),
@@ -32,18 +32,18 @@ def limit(seconds: int) -> None:
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_NOFILE, 32),
     ):
-        with contextlib.suppress(ValueError, OSError):  # some systems do not let one of them be set
+        with contextlib.suppress(ValueError, OSError):  # some systems do not support one of them
             resource.setrlimit(what, (most, most))
 
 
 def leave_the_system(libc: ctypes.CDLL) -> list[str]:
-    """Go into namespaces of one's own: no network, no processes but one's own."""
+    """Enter separate namespaces: without network, and without other processes."""
     try:
         if libc.unshare(NEW_USER | NEW_NET | NEW_PROCESSES | NEW_IPC) != 0:
             return []
     except AttributeError:  # not Linux
         return []
-    child = os.fork()  # the first process of the new namespace; with it ends everything in there
+    child = os.fork()  # the first process of the new namespace, which ends with it
     if child:
         os.waitpid(child, 0)
         os._exit(0)
@@ -52,15 +52,15 @@ def leave_the_system(libc: ctypes.CDLL) -> list[str]:
 
 
 def write_nothing(libc: ctypes.CDLL) -> list[str]:
-    """Give up every right to write, make or remove files (Landlock)."""
+    """Drop all rights to write, create or remove files (Landlock)."""
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
         return []
     version = libc.syscall(CREATE_RULESET, None, 0, 1)
     if version < 1:
         return []
     rights = WRITING | (TRUNCATE if version >= 3 else 0)
-    said = struct.pack("Q", rights)
-    ruleset = libc.syscall(CREATE_RULESET, said, len(said), 0)
+    attributes = struct.pack("Q", rights)
+    ruleset = libc.syscall(CREATE_RULESET, attributes, len(attributes), 0)
     if ruleset < 0 or libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0) != 0 or libc.syscall(RESTRICT_SELF, ruleset, 0) != 0:
         return []
     os.close(ruleset)
@@ -68,17 +68,18 @@ def write_nothing(libc: ctypes.CDLL) -> list[str]:
 
 
 def main() -> None:
+    """Read a program from standard input, drop privileges, and run it."""
     token, _, program = sys.stdin.read().partition("\n")
     libc = ctypes.CDLL(None, use_errno=True)
-    given_up = leave_the_system(libc) + write_nothing(libc)
+    dropped = leave_the_system(libc) + write_nothing(libc)
     limit(int(sys.argv[1]))
     out = os.dup(sys.stdout.fileno())
-    os.write(out, (" ".join(given_up) + "\n").encode())
+    os.write(out, (" ".join(dropped) + "\n").encode())
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(2, 1)  # what the program prints is not looked at
+    os.dup2(2, 1)  # the program's output is ignored
     exec(compile(program, "<written>", "exec"), {"__name__": "__main__"})
     os.write(out, f"{token}\n".encode())
-    os._exit(0)  # whatever the program has left to run at the end
+    os._exit(0)  # without the program's exit handlers
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tasks by name: Lamella's own, files of the user, and what lm-eval knows."""
+"""Tasks by name: Lamella's own, custom task files, and lm-eval's."""
 
 from __future__ import annotations
 
@@ -10,33 +10,35 @@ from typing import Any
 from lamella.errors import DownloadError, TaskError
 from lamella.extras import require
 
-OWN = {  # name: what it asks, for help and documentation
-    "definitions": "which of four everyday words a definition is of",
-    "gsm8k": "school mathematics in words, behind eight worked examples",
-    "humaneval": "Python functions to be written from their docstrings, and run",
+OWN = {  # descriptions by name, for help and documentation
+    "definitions": "which of four everyday words a definition describes",
+    "gsm8k": "school mathematics in words, after eight worked examples",
+    "humaneval": "Python functions to be completed from their docstrings, and run",
 }
 FILES = (".yaml", ".yml")
 
 
 def check_installed() -> None:
-    """Check that tasks can be scored, before anything that takes long.
+    """Check that tasks can be scored, before any long computation.
 
     Raises:
-        LamellaError: when lm-eval is missing.
+        LamellaError: if lm-eval is missing.
     """
     require("lm_eval", "eval", "scoring on tasks")
 
 
 def open_tasks(names: Sequence[str], *, trusted: bool = False, run_generated_code: bool = False) -> dict[str, Any]:
-    """The tasks of some names, ready to be asked once each.
+    """Return the tasks of some names, ready to be evaluated once each.
 
     Args:
-        names, trusted, run_generated_code: see :func:`lamella.evaluate.tasks.score`.
+        names: names of tasks, or task files.
+        trusted: task files may name Python functions, files elsewhere and data of the hub.
+        run_generated_code: allow tasks that run generated code in a restricted process.
 
     Raises:
-        TaskError: for a task that is unknown or damaged, or asks for what is not allowed.
-        DownloadError: when the data of a task have to be downloaded and cannot be.
-        LamellaError: when lm-eval is missing.
+        TaskError: for a task that is unknown, damaged, or needs a permission that was not given.
+        DownloadError: if the data of a task must be downloaded and cannot be.
+        LamellaError: if lm-eval is missing.
     """
     check_installed()
     from lamella.evaluate.tasks.harness import confined
@@ -61,8 +63,8 @@ def _open(name: str, trusted: bool, run_generated_code: bool) -> dict[str, Any]:
     if name == "humaneval":
         if not run_generated_code:
             raise TaskError(
-                "humaneval runs what the model writes: allow it with --run-generated-code "
-                "(run_generated_code=True in Python), which keeps it in a limited process"
+                "humaneval runs code that the model generates: allow it with --run-generated-code "
+                "(run_generated_code=True in Python), which uses a restricted process"
             )
         return {name: own.humaneval()}
     if name.endswith(FILES):
@@ -71,14 +73,14 @@ def _open(name: str, trusted: bool, run_generated_code: bool) -> dict[str, Any]:
 
 
 def _known(name: str) -> dict[str, Any]:
-    """A task of lm-eval's own, which is code that was installed with it; its data come from the hub."""
+    """Return one of lm-eval's own tasks, whose code is installed with it and whose data come from the hub."""
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager()
     if name not in manager.all_tasks:
         near = difflib.get_close_matches(name, [*OWN, *manager.all_tasks], n=1)
-        meant = f"did you mean {near[0]}?" if near else "a task file ends in .yaml"
-        raise TaskError(f"no task '{name}': there are {', '.join(OWN)} and those of lm-eval; {meant}")
+        hint = f"did you mean {near[0]}?" if near else "a task file ends in .yaml"
+        raise TaskError(f"no task '{name}': there are {', '.join(OWN)} and those of lm-eval; {hint}")
     try:
         found = manager.load_task_or_group([name])
     except Exception as error:  # the hub client raises many kinds, from many libraries
@@ -90,13 +92,13 @@ def _known(name: str) -> dict[str, Any]:
     for each, task in tasks.items():
         if getattr(task, "UNSAFE_CODE", False):
             raise TaskError(
-                f"{each} of lm-eval runs what the model writes, in this very process: of such tasks there is humaneval"
+                f"{each} of lm-eval runs generated code in this process: the only such task here is humaneval"
             )
     return tasks
 
 
 def _flat(found: dict[Any, Any]) -> dict[str, Any]:
-    """The tasks of a tree of groups."""
+    """Return the tasks of a tree of groups."""
     tasks: dict[str, Any] = {}
     for name, value in found.items():
         tasks |= _flat(value) if isinstance(value, dict) else {str(name): value}

@@ -15,18 +15,18 @@ import lm_eval
 
 from lamella.data.sources import benchmark_rows
 from lamella.evaluate.tasks.files import read_config
-from lamella.evaluate.tasks.harness import GivenTask
+from lamella.evaluate.tasks.harness import CustomTask
 from lamella.evaluate.tasks.running import passes
 
 CHOICES = 4
 ACCURACY = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
 
 
-def definitions() -> GivenTask:
-    """Which of four everyday words a definition is of.
+def definitions() -> CustomTask:
+    """Return the task of choosing the everyday word that a definition describes, from four.
 
-    Words are short and of one kind, so that neither length nor grammar gives an answer away. Whatever a model was
-    taught, it knows them; what a change of the model takes away shows.
+    The words are short and of one kind, so that neither length nor grammar reveals the answer. Any model knows them,
+    whatever its training, so a degraded score shows what a change of the model has lost.
     """
     config = {
         "task": "definitions",
@@ -38,12 +38,12 @@ def definitions() -> GivenTask:
         "metric_list": ACCURACY,
         "metadata": {"version": 1},
     }
-    return GivenTask(config, {"test": [*questions()]})
+    return CustomTask(config, {"test": [*questions()]})
 
 
 @cache
 def questions() -> tuple[dict[str, Any], ...]:
-    """The questions of ``definitions``, in an order and with wrong answers that a hash of the words decides."""
+    """Return the questions of ``definitions``, whose order and wrong answers depend on a hash of the words."""
     lists: dict[str, dict[str, str]] = {}
     text = (resources.files("lamella.evaluate.tasks") / "definitions.txt").read_text(encoding="utf-8")
     for line in text.splitlines():
@@ -66,24 +66,24 @@ def questions() -> tuple[dict[str, Any], ...]:
 
 
 def _choices(word: str, words: dict[str, str]) -> list[str]:
-    """A word and three others of its kind."""
+    """Return a word and three others of its kind."""
     others = sorted(words.keys() - {word}, key=lambda other: _drawn(word, other))[: CHOICES - 1]
     return sorted([word, *others], key=lambda each: _drawn("place", word, each))
 
 
 def _drawn(*parts: str) -> str:
-    """Decides as a random number would, the same on every machine and in every version of Python."""
+    """Return a deterministic hash that replaces a random number, the same on every machine and Python version."""
     return hashlib.sha256("/".join(parts).encode()).hexdigest()
 
 
-def gsm8k() -> GivenTask:
-    """The test questions of GSM8K, asked as lm-eval's ``gsm8k_cot`` asks them."""
+def gsm8k() -> CustomTask:
+    """Return the test questions of GSM8K, with the prompt of lm-eval's ``gsm8k_cot``."""
     file = Path(lm_eval.__file__).parent / "tasks" / "gsm8k" / "gsm8k-cot.yaml"
-    return GivenTask(read_config(file, trusted=True) | {"task": "gsm8k"}, {"test": [*benchmark_rows("gsm8k")]})
+    return CustomTask(read_config(file, trusted=True) | {"task": "gsm8k"}, {"test": [*benchmark_rows("gsm8k")]})
 
 
-def humaneval() -> GivenTask:
-    """The functions of HumanEval, continued greedily from their docstrings and run on their tests."""
+def humaneval() -> CustomTask:
+    """Return the functions of HumanEval, completed greedily from their docstrings and run on their tests."""
     config = {
         "task": "humaneval",
         "test_split": "test",
@@ -95,7 +95,7 @@ def humaneval() -> GivenTask:
         "process_results": _run,
         "metadata": {"version": 1},
     }
-    return GivenTask(config, {"test": [*benchmark_rows("humaneval")]})
+    return CustomTask(config, {"test": [*benchmark_rows("humaneval")]})
 
 
 def _run(document: dict[str, Any], written: list[str]) -> dict[str, float]:

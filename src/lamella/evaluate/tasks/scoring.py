@@ -1,4 +1,4 @@
-"""What a model reaches on tasks, each score with its standard error, its version and its number of questions."""
+"""Scores of a model on tasks, each with its standard error, its version and its number of questions."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ DRAWS = 1000  # of the bootstrap, for metrics whose standard error has no formul
 
 @dataclass(frozen=True)
 class TaskScore:
-    """What a model has reached on a task.
+    """The score of a model on a task.
 
     Attributes:
-        task, metric: of the harness; a metric that is taken from answers in several ways says in which.
+        task, metric: of the harness; if a metric is extracted from answers in several ways, its name includes the way.
         value: with its standard error over questions.
-        questions: how many were asked.
-        version: of the task; scores of different versions do not compare.
+        questions: number of questions.
+        version: of the task; scores of different versions are not comparable.
         shots: worked examples before each question.
-        chat: whether the questions were put through the chat template.
-        each: the score of every question, in order, where ``value`` is their mean; else nothing.
+        chat: whether the chat template was applied to the questions.
+        each: the score of every question, in order, if ``value`` is their mean; else empty.
     """
 
     task: str
@@ -40,10 +40,10 @@ class TaskScore:
     each: tuple[float, ...] = field(default=(), repr=False)
 
     def since(self, other: TaskScore) -> Estimate | None:
-        """By how much this score is above another one of the same questions, with the standard error of that.
+        """Return the difference to another score on the same questions, with its standard error.
 
-        The same questions are hard for both, so the difference is far surer than two scores side by side. None where
-        the score is no mean over questions.
+        Both models face the same questions, so the paired difference is far more precise than the two scores. None if
+        the score is not a mean over questions.
         """
         same = (self.task, self.metric, self.version, len(self.each))
         if not self.each or same != (other.task, other.metric, other.version, len(other.each)):
@@ -51,6 +51,7 @@ class TaskScore:
         return Estimate.of(tensor(self.each).double() - tensor(other.each).double())
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the score as JSON values."""
         return {
             "task": self.task,
             "metric": self.metric,
@@ -77,41 +78,41 @@ def score(
 ) -> list[TaskScore]:
     """Score a model on tasks.
 
-    A plan that treats prompt and generated tokens differently is scored as it generates: what is asked is prompt, and
-    every answer, whether it is chosen among several or written, is generated.
+    A plan that treats prompt and generated tokens differently is scored as in generation: the question is prompt, and
+    every answer, chosen or written, is generated.
 
     Args:
         model: a model, or a view with a plan; it continues text.
-        tokenizer: that belongs to it.
+        tokenizer: the model's tokenizer.
         names: ``definitions``, ``gsm8k`` and ``humaneval``, which need no network; names of lm-eval's tasks, whose data
             it downloads; and task files (``.yaml``).
-        limit: the first so many questions of each task; all when left out.
-        seed: which worked examples are drawn, and how answers are sampled where a task samples them.
-        chat: put the questions through the chat template.
+        limit: number of questions of each task; all by default.
+        seed: of the choice of worked examples, and of sampled answers.
+        chat: apply the chat template to the questions.
         batch: rows that run together.
         trusted: task files may name Python functions, files elsewhere and data of the hub.
-        run_generated_code: run what the model wrote, in a limited process, where a task is about programs.
+        run_generated_code: run generated code in a restricted process, for programming tasks.
 
     Returns:
         One score for each metric of each task, in the order of the names.
 
     Raises:
-        TaskError: for a task that is unknown or damaged, or asks for what is not allowed.
-        LamellaError: when lm-eval is missing.
+        TaskError: for a task that is unknown, damaged, or needs a permission that was not given.
+        LamellaError: if lm-eval is missing.
     """
     check_installed()
-    from lamella.evaluate.tasks.harness import ask
+    from lamella.evaluate.tasks.harness import run_harness
     from lamella.evaluate.tasks.language_model import PlannedLM
 
     if limit is not None and limit < 1:
-        raise TaskError(f"a limit of {limit} questions leaves nothing to score: give 1 or more, or leave it out")
+        raise TaskError(f"a limit of {limit} questions leaves nothing to score: give 1 or more, or omit it")
     tasks = open_tasks(names, trusted=trusted, run_generated_code=run_generated_code)
-    found = ask(PlannedLM(model, tokenizer, batch), tasks, limit=limit, seed=seed, chat=chat, draws=DRAWS)
+    found = run_harness(PlannedLM(model, tokenizer, batch), tasks, limit=limit, seed=seed, chat=chat, draws=DRAWS)
     return [each for task in tasks for each in _scores(task, found, chat)]
 
 
 def _scores(task: str, found: dict[str, Any], chat: bool) -> list[TaskScore]:
-    """The scores of one task out of what the harness returned, whose keys are ``metric,filter``."""
+    """Return the scores of one task from the harness's results, whose keys are ``metric,filter``."""
     results, samples = found["results"][task], found["samples"].get(task, [])
     filters = {key.partition(",")[2] for key in results if "," in key}
     scores = []

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from lamella.data.pictures import read_picture
+from lamella.data.images import read_image
 from lamella.errors import CalibrationError, CheckpointError, MethodError, listed
 from lamella.extras import require
 from lamella.methods.agile3d.scene import ClickScene, Tokens, tokenise
@@ -54,8 +54,8 @@ def read_scene(file: Path) -> ClickScene:
         CalibrationError: if either file cannot be read, or their sizes differ.
     """
     beside = file.with_name(file.stem + OBJECTS)
-    known = None if not beside.is_file() else read_picture(beside, file.name)
-    colours = read_picture(file, file.name)
+    known = None if not beside.is_file() else read_image(beside, file.name)
+    colours = read_image(file, file.name)
     if known is None:
         return image_scene(colours, name=file.name)
     if known.shape != colours.shape or (known != known[..., :1]).any():
@@ -78,7 +78,7 @@ def parse_image(data: bytes, path: PurePath) -> ClickScene:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "upload"
         file.write_bytes(data)
-        return image_scene(read_picture(file, path.name), name=path.name)
+        return image_scene(read_image(file, path.name), name=path.name)
 
 
 def dump_image(scene: ClickScene, labels: NDArray[np.int64]) -> bytes:

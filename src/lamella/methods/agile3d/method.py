@@ -31,7 +31,7 @@ from lamella.methods.agile3d.result import Segmenter, SegmenterShape
 from lamella.methods.agile3d.scenes import Scenes
 from lamella.methods.agile3d.session import ClickLog
 from lamella.methods.agile3d.viewer import Viewer, open_session
-from lamella.progress import say
+from lamella.progress import notify
 from lamella.registry import command, method
 from lamella.results import Study
 from lamella.signature import Split
@@ -91,7 +91,7 @@ def agile3d(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = shape.build(pull(shape.encoder) / "model.safetensors" if shape.public else None, simulation.frozen)
-    log = train_segmenter(model, scenes.scenes, config, simulation, work.place("run"))
+    log = train_segmenter(model, scenes.scenes, config, simulation, work.directory("run"))
     sizes = {name: each.numel() for name, each in model.named_parameters()}
     encoder = sum(size for name, size in sizes.items() if name.startswith("encoder."))
     findings: dict[str, Any] = {"parameters": sum(sizes.values()), "parameters of the encoder": encoder}
@@ -186,7 +186,7 @@ def label(
     sessions = {} if page else {index: open_session(model.model, scene, logs) for index, scene in enumerate(scenes)}
     if page:
         viewer = Viewer(model.model, scenes, logs, port=port, changed=lambda log: kept.add(log.document()))
-        say(f"Label in a browser at {viewer.address} until you press Done there.")
+        notify(f"Label in a browser at {viewer.address} until you press Done there.")
         try:
             viewer.wait()
         finally:

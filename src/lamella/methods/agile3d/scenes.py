@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path, PurePath
 from typing import Any
 
-from lamella.data import Reader
+from lamella.data import InputContext
 from lamella.errors import CalibrationError
 from lamella.methods.agile3d.collages import collages
 from lamella.methods.agile3d.images import OBJECTS, parse_image, read_scene
@@ -34,20 +34,20 @@ class Scenes:
     """
 
     metavar = "SCENES"
-    told = "a .ply file or an image, a folder of them, or `rooms` or `collages` (synthetic)"
+    source_help = "a .ply file or an image, a folder of them, or `rooms` or `collages` (synthetic)"
     example = Fixture("rooms", settings={"count": 2})
 
     scenes: tuple[ClickScene, ...]
     metadata: Mapping[str, Any]
 
     @classmethod
-    def open(cls, name: str | Path, reader: Reader, *, count: int = 24) -> Scenes:
+    def open(cls, name: str | Path, context: InputContext, *, count: int = 24) -> Scenes:
         """Read scenes.
 
         Args:
             name: a .ply file or an image, a folder of them, or ``rooms`` or ``collages``, which are synthetic with
                 disjoint training and test splits. The objects of ``a.jpg`` are the grey values of ``a.objects.png``.
-            reader: the split and the random seed.
+            context: the split and the random seed.
             count: maximum number of scenes.
 
         Raises:
@@ -55,9 +55,9 @@ class Scenes:
         """
         if count < 1:
             raise CalibrationError(f"count {count}: give at least 1")
-        found = tuple(islice(_source(Path(name), reader), count))
+        found = tuple(islice(_source(Path(name), context), count))
         digest = hashlib.sha256(b"".join(scene.content() for scene in found)).hexdigest()
-        split = {"split": reader.split, "seed": reader.seed} if str(name) in BUILT_IN else {}
+        split = {"split": context.split, "seed": context.seed} if str(name) in BUILT_IN else {}
         return cls(found, {"data": str(name), **split, "scenes": len(found), "sha256": digest})
 
     def describe(self) -> dict[str, Any]:
@@ -71,9 +71,9 @@ class Scenes:
         return iter(self.scenes)
 
 
-def _source(path: Path, reader: Reader) -> Iterator[ClickScene]:
+def _source(path: Path, context: InputContext) -> Iterator[ClickScene]:
     if str(path) in BUILT_IN:
-        return BUILT_IN[str(path)]("test" if reader.split == "test" else "train", reader.seed)
+        return BUILT_IN[str(path)]("test" if context.split == "test" else "train", context.seed)
     if path.is_dir():
         files = [check_in_folder(each) for each in sorted(path.iterdir()) if is_scene(each)]
         if not files:

@@ -21,7 +21,7 @@ from lamella.methods.caprecover.attackers import ATTACKERS, AttackerKind, Linear
 from lamella.methods.caprecover.guard import LinkDefence, scales
 from lamella.methods.caprecover.victim import Victim
 from lamella.progress import tracker
-from lamella.train import Best, TrainConfig, fit, supervised
+from lamella.train import EarlyStopping, TrainConfig, fit, supervised
 
 EPOCHS, MIN_STEPS = 20, 300  # published number of epochs, and minimum number of steps for small data
 BATCH = 64
@@ -199,7 +199,7 @@ def train_attacker(
         out=out,
         trainable=lambda name: True,
         held_out=held_out,
-        hooks=[Best(patience=steps)],
+        hooks=[EarlyStopping(patience=steps)],
         settings={"guard": str(guard), "cut": cut, "attacker": attacker},
     )
     return model.eval()
@@ -254,7 +254,7 @@ def run_attacks(
     """
     known = Finished(work.journal("attackers"), depends)
     found: dict[tuple[str, str, int], dict[str, dict[str, float]]] = {}
-    folder = work.place("attackers")
+    folder = work.directory("attackers")
 
     def attack(cut: str, attacker: AttackerKind, seed: int) -> dict[str, dict[str, float]]:
         def of(guard: LinkDefence) -> nn.Module:

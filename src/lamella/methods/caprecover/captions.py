@@ -11,7 +11,7 @@ import transformers
 from annotated_types import Ge
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from lamella.data import Lazy, Pictures
+from lamella.data import CaptionedImages, Lazy
 from lamella.errors import CalibrationError
 from lamella.evaluate.texts import TextScores
 from lamella.files import Work
@@ -27,7 +27,7 @@ from lamella.methods.caprecover.guard import scales
 from lamella.methods.caprecover.method import parse_defences
 from lamella.methods.caprecover.victim import Victim
 from lamella.registry import command
-from lamella.report.pictures import embedded
+from lamella.report.images import png_base64
 from lamella.results import Study
 from lamella.stack import Stack
 from lamella.train import Task, TrainConfig, fit
@@ -50,7 +50,7 @@ REPORT_IMAGES = 8  # number of images in the report
 )  # fmt: skip
 def captions(
     model: Victim,
-    images: Pictures,
+    images: CaptionedImages,
     writer: Stack | None = None,
     *,
     cuts: tuple[str, ...] = (),
@@ -96,7 +96,7 @@ def captions(
     theirs = record_features(model, test, selected, work, "judge", depends)
     spread = scales(ours)
     if writer is None:
-        speaker, tokenizer = small_writer(texts, writer_steps, config.seed, work.place("writer"))
+        speaker, tokenizer = small_writer(texts, writer_steps, config.seed, work.directory("writer"))
     else:
         speaker, tokenizer = writer.model, open_tokenizer(writer.path or writer.name)
     rows: list[dict[str, Any]] = []
@@ -106,7 +106,9 @@ def captions(
             name = f"{cut}, {guard}"
             attacker = Captioner(ours[cut][0].shape, speaker, tokenizer, config.seed)
             loss = CaptionLoss(guard, cut, spread[cut])
-            train_captioner(attacker, ours[cut], texts, loss, config, work.place(f"{cut}-{guard}".replace(":", "-")))
+            train_captioner(
+                attacker, ours[cut], texts, loss, config, work.directory(f"{cut}-{guard}".replace(":", "-"))
+            )
             written[name] = recover_captions(attacker, theirs[cut], loss, beams)
             others = Lazy([len(test) - 1, *range(len(test) - 1)], theirs[cut].__getitem__)
             other = recover_captions(attacker, others, loss, beams)
@@ -114,7 +116,7 @@ def captions(
             rows.append({"cut": cut, "guard": str(guard), "scores": scores, "prior": prior})
     samples = [
         {
-            "image": embedded([test[n].picture]),
+            "image": png_base64([test[n].image]),
             "text": wanted[n],
             "recovered": {name: each[n] for name, each in written.items()},
         }

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lamella.data import Captioned, Pictures, Reader
+from lamella.data import Captioned, CaptionedImages, InputContext
 from lamella.plan.filling import fill
-from lamella.train import TrainConfig, class_nats, fit, supervised
+from lamella.train import TrainConfig, class_cross_entropy, fit, supervised
 from lamella.zoo.cache import build_once
 
 NAME = "digits"
@@ -47,12 +47,12 @@ class FourStages(nn.Module):
 
 def prepare(images: Sequence[Captioned]) -> Tensor:
     """Convert images to grey values from 0 to 1 [images, 1, height, width]."""
-    return torch.stack([torch.from_numpy(each.picture[..., 0])[None] / 255 for each in images])
+    return torch.stack([torch.from_numpy(each.image[..., 0])[None] / 255 for each in images])
 
 
 def digest(each: Captioned) -> str:
     """Return the SHA-256 of an image."""
-    return hashlib.sha256(each.picture.tobytes()).hexdigest()
+    return hashlib.sha256(each.image.tobytes()).hexdigest()
 
 
 def victim() -> tuple[nn.Module, frozenset[str]]:
@@ -67,7 +67,7 @@ def victim() -> tuple[nn.Module, frozenset[str]]:
 
 
 def _training_images() -> Sequence[Captioned]:
-    return Pictures.open(NAME, Reader(), count=TRAINED).items
+    return CaptionedImages.open(NAME, InputContext(), count=TRAINED).items
 
 
 def _train(model: nn.Module, folder: Path) -> dict[str, Any]:
@@ -77,6 +77,6 @@ def _train(model: nn.Module, folder: Path) -> dict[str, Any]:
         steps=EPOCHS * len(rows) // 64, lr=2e-3, batch=64, schedule="cosine", warmup=0.1, save_every=10_000
     )
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-        fit(model, rows, supervised(class_nats), config, out=Path(work) / "run", trainable=lambda name: True)
+        fit(model, rows, supervised(class_cross_entropy), config, out=Path(work) / "run", trainable=lambda name: True)
     save_file(model.state_dict(), folder / "model.safetensors")
     return {"images": len(rows), "steps": config.steps}

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Le, MinLen
 
-from lamella.data import LabelledPictures
+from lamella.data import LabelledImages
 from lamella.files import Work
 from lamella.methods.caprecover.attackers import AttackerKind
 from lamella.methods.caprecover.audit import AuditData, measure_defences, nearest_accuracy, recommend_cut, run_attacks
@@ -45,7 +45,7 @@ COST_IMAGES = 256  # number of images on which the cost of a defence is measured
 )  # fmt: skip
 def caprecover(
     model: Victim,
-    images: LabelledPictures,
+    images: LabelledImages,
     *,
     cuts: tuple[str, ...] = (),
     attackers: Annotated[tuple[AttackerKind, ...], MinLen(1)] = ("linear", "gap", "conv"),

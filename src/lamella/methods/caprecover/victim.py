@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, CLIPImageProcessor, ViTImageProcessor
 
-from lamella.data import Captioned, Pictures
+from lamella.data import Captioned, CaptionedImages
 from lamella.errors import ArchitectureError, CheckpointError, MethodError
 from lamella.extras import require
 from lamella.methods.caprecover import digits
@@ -48,7 +48,7 @@ class Victim(View):
         training_digests: digests of its known training images, which are excluded from the audit.
     """
 
-    told = (
+    source_help = (
         "a vision model of transformers (including CLIP) or timm, such as its folder; or `digits`, a small built-in "
         "network"
     )
@@ -121,7 +121,7 @@ class Victim(View):
             raise MethodError(f"{self.name} has no cut '{wrong}': it has {', '.join(self.cuts)}")
         return list(names) or list(self.cuts)
 
-    def unseen(self, images: Pictures) -> list[Captioned]:
+    def unseen(self, images: CaptionedImages) -> list[Captioned]:
         """Return the images that are not known to be training images of the model."""
         return [
             each
@@ -259,7 +259,7 @@ def _saved_processor(folder: Path) -> Any:
 
 def _preprocess(processor: Any, images: Sequence[Captioned]) -> Tensor:
     """Preprocess images with an image processor."""
-    found: Tensor = processor([each.picture for each in images], return_tensors="pt")["pixel_values"]
+    found: Tensor = processor([each.image for each in images], return_tensors="pt")["pixel_values"]
     return found
 
 
@@ -284,6 +284,6 @@ def of_timm(model: Any, name: str = "victim") -> Victim:
     image = require("PIL.Image", "vision", "scaling images")
 
     def prepare(images: Sequence[Captioned]) -> Tensor:
-        return torch.stack([transform(image.fromarray(each.picture)) for each in images])
+        return torch.stack([transform(image.fromarray(each.image)) for each in images])
 
     return Victim(model.eval(), stages, prepare, name)

@@ -7,7 +7,7 @@ Li, Li and Zhou, "Skip a Layer or Loop it? Test-Time Depth Adaptation of Pretrai
     repeat(5, 2) 0 1 2 3 4 5 6 5 6 7 ... 29        or runs k consecutive layers once more
 
 A tree search over such edits has reward 1 if the path answers correctly. Since the reward needs the answer, this is a
-diagnosis and not an inference method. With a hundred trials, some path gives almost any answer by chance: every search
+diagnosis and not an inference method. With a hundred trials, some path gives almost any answer at random: every search
 therefore comes with the same search for *wrong* answers, and with a random search of as many evaluations.
 """
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from lamella.errors import MethodError
-from lamella.stack import Context, Prefixes, Stack, Stream, hold
+from lamella.stack import Context, Hidden, Prefixes, Stack, hold
 
 Chain = tuple[int, ...]
 Generated = tuple[int, ...] | None  # tokens generated so far; None: nothing is generated, so no keys are kept
@@ -26,7 +26,7 @@ BUDGET = 512 * 2**20
 class _LayerOutput(NamedTuple):
     """The hidden states after a layer, and its keys and values for all tokens so far, if kept."""
 
-    h: Stream
+    h: Hidden
     slot: Any = None
 
     @property

@@ -16,7 +16,7 @@ from lamella.methods.cola.paths import PathSettings, ProblemStudy
 from lamella.methods.cola.samples import Path, Problem, text_digest
 from lamella.plan import fingerprint
 from lamella.stack import Stack
-from lamella.workers import Here, Pool
+from lamella.workers import Pool, SerialPool
 
 
 class KnownAnswers:
@@ -82,7 +82,7 @@ def run_studies(
         settings: settings of the searches.
         answers: the cache of answers.
     """
-    if isinstance(pool, Here):  # each answer is saved immediately
+    if isinstance(pool, SerialPool):  # each answer is saved immediately
         for sample in samples:
             yield study(stack, tokenizer, sample, settings, *answers.of(sample, settings))
         return

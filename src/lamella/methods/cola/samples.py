@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lamella.data import Reader, Rows
+from lamella.data import InputContext, Rows
 from lamella.errors import CalibrationError
 from lamella.methods.cola.prefix_tree import PrefixTree
 from lamella.reading import read_rows
@@ -62,7 +62,7 @@ class Problems(Rows[Problem]):
     """The samples of a study, with the model's tokenizer."""
 
     metavar = "FILE"
-    told = (
+    source_help = (
         'JSONL, one sample per line: {"prompt": "...\\nAnswer:", "answer": " B", "options": [" A", " B"]}. Without '
         "options the answer is generated and compared; 'wrong' can list wrong answers for the control"
     )
@@ -73,17 +73,17 @@ class Problems(Rows[Problem]):
     )
 
     @classmethod
-    def open(cls, name: str | File, reader: Reader) -> Problems:
+    def open(cls, name: str | File, context: InputContext) -> Problems:
         """Read samples from a file, see :func:`read_samples`.
 
         Args:
             name: the file.
-            reader: provides the tokenizer.
+            context: provides the tokenizer.
         """
         found = read_samples(name)
         content = File(name).expanduser().read_bytes()
-        said = {"data": str(name), "samples": len(found), "sha256": hashlib.sha256(content).hexdigest()}
-        return cls(found, reader.tokenizer, said)
+        metadata = {"data": str(name), "samples": len(found), "sha256": hashlib.sha256(content).hexdigest()}
+        return cls(found, context.tokenizer, metadata)
 
 
 def read_samples(file: str | File) -> list[Problem]:

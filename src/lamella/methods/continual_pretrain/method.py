@@ -74,7 +74,7 @@ def continual_pretrain(
     if past is None and replay != "auto":
         raise MethodError(f"replay {replay:g} needs past data: give past as well, or leave replay at auto")
     held_out = held_out or {}
-    config = config.lasting(len(train))
+    config = config.with_steps(len(train))
     steps = main = config.steps or 1
     if config.schedule == "infinite":
         if steps < 2:
@@ -82,8 +82,8 @@ def continual_pretrain(
         if config.shard:
             raise MethodError("the anneal of an infinite schedule does not support --shard: choose another schedule")
         main = min(round(ANNEAL * steps), steps - 1)
-        config = config.following(config.shaped(infinite, anneal=None))
-    run = ContinualPretrainer(stack, out=work.place(), plan=plan, config=config, replay=replay, lora=lora)
+        config = config.with_schedule(config.shaped(infinite, anneal=None))
+    run = ContinualPretrainer(stack, out=work.directory(), plan=plan, config=config, replay=replay, lora=lora)
     old = ContinualDataset("old", past or (), held_out.get("old", ()))
     if past is None:
         run.watch(old)

@@ -214,7 +214,7 @@ class ContinualPretrainer:
         )
 
     def _config(self, steps: int, schedule: Schedule, changes: dict[str, Any]) -> TrainConfig:
-        return replace(self.config.following(schedule), steps=steps, **changes)
+        return replace(self.config.with_schedule(schedule), steps=steps, **changes)
 
     def _trains(self, name: str) -> bool:
         return _trains(name) if self.lora is None else self.lora.trains(name)

@@ -29,8 +29,8 @@ from lamella.measure.labelled import LabelledBatch
 from lamella.plan import fingerprint
 from lamella.signature import Named
 from lamella.stack import Model, weights
-from lamella.train import Hook, Training, response_loss
-from lamella.train.task import Batch, Told
+from lamella.train import Hook, TrainingRun, response_loss
+from lamella.train.task import Batch, LossAndParts
 
 ROWS = "anchor.json"
 OUTSIDE = "outside the layers"
@@ -248,7 +248,7 @@ class AnchoredLoss(Hook):
         """Return the epoch of a step, both counted from 0."""
         return step * self.size // self.samples
 
-    def loss(self, model: Any, batch: Batch) -> Tensor | Told:
+    def loss(self, model: Any, batch: Batch) -> Tensor | LossAndParts:
         """Return the training loss; without gradient (held-out samples), the cross-entropy only.
 
         Args:
@@ -275,16 +275,16 @@ class AnchoredLoss(Hook):
         norm = float(torch.stack(squares).sum().sqrt())
         self.ratio = self.strength * self.penalty.pull(self.theta) / norm if norm else 0.0
 
-    def begin(self, run: Training) -> None:
+    def begin(self, run: TrainingRun) -> None:
         """Get the trained parameters."""
         self.theta = run.trained
 
-    def before_step(self, run: Training) -> None:
+    def before_step(self, run: TrainingRun) -> None:
         """Set lambda for the step."""
         self.strength = self.anchor.strength(self.epoch(run.step), self.epochs)
         self.looks = self._is_last(run.step)
 
-    def after_step(self, run: Training) -> None:
+    def after_step(self, run: TrainingRun) -> None:
         """Record the statistics at the end of an epoch."""
         run.note("lambda", torch.tensor(self.strength))
         done = run.step - 1

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lamella.train import Hook, Training
+from lamella.train import Hook, TrainingRun
 
 FIRST = 0.1  # fraction of the encoder's tensors that are trained from the beginning
 REST = 0.2  # fraction of the epochs, at the end, in which all are trained
@@ -45,7 +45,7 @@ class Unfreezing(Hook):
     def __init__(self, names: Sequence[str], *, samples: int, size: int, epochs: int) -> None:
         self.names, self.samples, self.size, self.epochs = names, samples, size, epochs
 
-    def before_step(self, run: Training) -> None:
+    def before_step(self, run: TrainingRun) -> None:
         """Freeze and unfreeze the parameters for the step."""
         share = unfrozen_fraction(run.step * self.size // self.samples, self.epochs)
         count = round(share * len(self.names))

@@ -110,7 +110,7 @@ def cstrl(
     found = gap_sentences(splits.train, reports or (), gaps, config.seed)
     sides = _held_out(splits, encoder, gaps, lengths, course.prefix, config.seed)
     judge = Judge(encoder, splits.test[: course.test_samples], course.prefix, lengths)
-    folder = work.place()
+    folder = work.directory()
 
     # Stages 2 and 3: the gap-sentence solution theta*, and F at theta*.
     start, log = model, None
@@ -200,7 +200,7 @@ def fill(
     splits = SummarySplits.of(pairs, test, config.seed)
     encoder, lengths = PairEncoder(model, pairs.tokenizer), TextLengths(gap_length=gap_length)
     found = gap_sentences(splits.train, reports or (), gaps, config.seed)
-    samples, folder = encoder.gaps(found.gaps, gap_length), work.place()
+    samples, folder = encoder.gaps(found.gaps, gap_length), work.directory()
     watched = _gap_samples(splits, encoder, gaps, lengths, config.seed)
     trained, log = fill_gaps(model, samples, {KEPT: watched}, with_steps(config, len(samples), epochs), folder / "gaps")
     importances = importance_at(trained, samples, Anchor(fisher_batch=fisher_batch), folder)

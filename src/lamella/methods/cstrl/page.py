@@ -17,9 +17,9 @@ COLUMNS = ("rouge1", "rouge2", "rougeL", "bleu", PRECISIONS, "length", "distinct
 
 def summary(evidence: Evidence) -> Summary:
     """Return the verdict and tables of any command of the method."""
-    found, told = evidence.findings, Trained.summary(evidence)
+    found, trained = evidence.findings, Trained.summary(evidence)
     name = (evidence.model or {}).get("name", "the model")
-    tables = [*told.tables]
+    tables = [*trained.tables]
     if "scores" in found:
         tables.insert(0, _scores(found["scores"]))
     if "epochs" in found:
@@ -34,7 +34,7 @@ def summary(evidence: Evidence) -> Summary:
         rows = [[site, mass] for site, mass in found["importance"]["sums"].items()]
         tables.append(Table("Fisher information: sum of F", ["layer", "sum of F"], rows))
         verdict = f"{name} was trained on gap sentences."
-    return Summary(verdict, tables, told.lines)
+    return Summary(verdict, tables, trained.lines)
 
 
 def _scores(scores: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -100,7 +100,7 @@ class PairEncoder:
         stacks = list(model.stacks.values())
         kinds = [(stack.architecture.modality, stack.architecture.causal) for stack in stacks]
         if kinds not in ([("text", True)], [("text", False), ("text", True)]):
-            raise MethodError(f"cstrl trains models that take and generate text; {model.name} has {_said(stacks)}")
+            raise MethodError(f"cstrl trains models that take and generate text; {model.name} has {_described(stacks)}")
         if tokenizer is None or tokenizer.eos_token_id is None:
             raise MethodError("summaries end with the tokenizer's end token: give a tokenizer that has one")
         self.tokenizer, self.encodes = tokenizer, len(stacks) == 2
@@ -168,7 +168,7 @@ class PairEncoder:
         return self.samples([(gap.text, gap.target) for gap in found], PREFIX, max_length, max_length)
 
 
-def _said(stacks: Sequence[Stack]) -> str:
+def _described(stacks: Sequence[Stack]) -> str:
     return " and ".join(f"{stack.stack} ({stack.architecture.modality})" for stack in stacks)
 
 

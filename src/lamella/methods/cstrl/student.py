@@ -41,7 +41,7 @@ from lamella.train import (
     fit,
     forward_kl,
 )
-from lamella.train.losses import beside_teacher
+from lamella.train.losses import cross_entropy_and_distance
 from lamella.train.task import Batch
 
 DISTILLING = replace(TRAINING, lr=3e-3, batch=32)
@@ -73,10 +73,10 @@ def _sizes(stack: Stack, parts: int, heads_left: float) -> dict[str, int]:
     architecture, whole = stack.architecture, stack.architecture.sizes_of(stack.config)
     group = whole.heads // whole.kv_heads
     heads = max(group, round(whole.heads * heads_left) // group * group)
-    width = whole.stream / math.sqrt(parts)
+    width = whole.hidden / math.sqrt(parts)
     # T5 sets the head size explicitly; elsewhere heads may have to fill the width, and RoPE needs even sizes.
-    stream = int(width) if architecture.name == "t5" else EIGHT * heads * max(1, round(width / (EIGHT * heads)))
-    sizes = {"stream": stream, "channels": max(1, whole.channels // parts), "heads": heads, "kv_heads": heads // group}
+    hidden = int(width) if architecture.name == "t5" else EIGHT * heads * max(1, round(width / (EIGHT * heads)))
+    sizes = {"hidden": hidden, "channels": max(1, whole.channels // parts), "heads": heads, "kv_heads": heads // group}
     return {name: size for name, size in sizes.items() if name in architecture.sizes}
 
 
@@ -109,7 +109,7 @@ def student_loss(
         alpha: a.
         divergence: weight of T^2 KL: a / B^2 as published.
     """
-    ce, kl = beside_teacher(model, batch, teacher, partial(forward_kl, temperature=temperature))
+    ce, kl = cross_entropy_and_distance(model, batch, teacher, partial(forward_kl, temperature=temperature))
     return (1 - alpha) * ce + divergence * kl, {"ce": ce, "kl": kl}
 
 
@@ -172,9 +172,9 @@ def distil(
     log = fit(
         view,
         samples,
-        Task(loss, beside=(teacher_model,)),
+        Task(loss, frozen=(teacher_model,)),
         with_steps(config, len(samples), course.epochs),
-        out=work.place() / "student",
+        out=work.directory() / "student",
         trainable=lambda name: True,
         held_out=watched,
         settings={"temperature": temperature, "alpha": alpha, "divergence": weight, "teacher": model.files_digest},

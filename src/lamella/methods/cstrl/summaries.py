@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from lamella.data import Reader, Rows, read_examples, read_records
+from lamella.data import InputContext, Rows, read_examples, read_records
 from lamella.data.records import PROMPTS, RESPONSES
 from lamella.errors import CalibrationError, MethodError
 from lamella.signature import Fixture
@@ -49,7 +49,7 @@ class Summaries(Rows[SummaryPair]):
     """Pairs of source and summary as text, with a tokenizer."""
 
     metavar = "FILE"
-    told = (
+    source_help = (
         'a .jsonl file with one pair per line: {"source": "...", "summary": "..."} (findings and impression, article '
         'and highlights, prompt and completion are accepted too), or {"messages": [...]} whose last message is the '
         "summary"
@@ -59,40 +59,42 @@ class Summaries(Rows[SummaryPair]):
     )
 
     @classmethod
-    def open(cls, name: str | Path, reader: Reader) -> Summaries:
+    def open(cls, name: str | Path, context: InputContext) -> Summaries:
         """Read pairs; in a conversation, everything before the last answer is the source.
 
         Args:
             name: the file.
-            reader: provides the tokenizer.
+            context: provides the tokenizer.
 
         Raises:
             CalibrationError: if the file is missing, empty or malformed, or a line lacks source or summary.
         """
-        read = read_examples(name, prompts=SOURCES, answers=SUMMARIES, mend=EXPECTED_FORMAT)
+        read = read_examples(name, prompts=SOURCES, answers=SUMMARIES, hint=EXPECTED_FORMAT)
         pairs = [SummaryPair("\n".join(each["content"] for each in before), summary) for before, summary in read]
         for number, pair in enumerate(pairs, start=1):
             if not pair.source.strip():
                 raise CalibrationError(f"{name}: pair {number} has an empty source: {EXPECTED_FORMAT}")
         content = Path(name).expanduser().read_bytes()
         provenance = {"data": str(name), "pairs": len(pairs), "sha256": hashlib.sha256(content).hexdigest()}
-        return cls(pairs, reader.tokenizer, provenance)
+        return cls(pairs, context.tokenizer, provenance)
 
 
 class Reports(Rows[str]):
     """Sources without a summary."""
 
     metavar = "FILE"
-    told = "a text file with texts separated by blank lines, or one per line; or a .jsonl file with one text per line"
+    source_help = (
+        "a text file with texts separated by blank lines, or one per line; or a .jsonl file with one text per line"
+    )
     example = Fixture("unlabelled.txt", "".join(f"{source}\n" for source, _ in ROWS[:4]))
 
     @classmethod
-    def open(cls, name: str | Path, reader: Reader) -> Reports:
+    def open(cls, name: str | Path, context: InputContext) -> Reports:
         """Read texts.
 
         Args:
             name: the file; see :func:`lamella.data.read_records`.
-            reader: provides the tokenizer.
+            context: provides the tokenizer.
 
         Raises:
             CalibrationError: if the file is missing, empty or malformed.
@@ -100,7 +102,7 @@ class Reports(Rows[str]):
         texts = [record.text for record in read_records(name)]
         content = Path(name).expanduser().read_bytes()
         provenance = {"data": str(name), "texts": len(texts), "sha256": hashlib.sha256(content).hexdigest()}
-        return cls(texts, reader.tokenizer, provenance)
+        return cls(texts, context.tokenizer, provenance)
 
 
 @dataclass(frozen=True)

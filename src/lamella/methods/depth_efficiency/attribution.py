@@ -117,7 +117,7 @@ def mean_hidden(stack: Stack, tokens: Tokens, *, front: int = 1) -> Tensor:
         front: number of tokens at the front of each sequence that are ignored.
     """
     total, seen = torch.zeros((), dtype=torch.float64), 0
-    for run in runs(stack, tokens, "mean stream"):
+    for run in runs(stack, tokens, "mean hidden state"):
         total = total + run.h[:, front:].double().sum(1)
         seen += run.time - front
     return (total / seen).to(stack.unembedding.weight.dtype)

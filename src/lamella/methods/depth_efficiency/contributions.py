@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lamella.errors import MethodError
-from lamella.measure.streams import Tokens, sequences
+from lamella.measure.hidden_states import Tokens, sequences
 from lamella.progress import track
 from lamella.stack import Context, Parallel, Stack, join
 

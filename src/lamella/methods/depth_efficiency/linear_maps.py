@@ -23,7 +23,7 @@ import torch
 
 from lamella.errors import CalibrationError
 from lamella.measure import Scores, Tokens, describe, spearman
-from lamella.measure.streams import sequences
+from lamella.measure.hidden_states import sequences
 from lamella.methods.depth_efficiency.contributions import run_once
 from lamella.progress import track
 from lamella.stack import Stack
@@ -133,9 +133,9 @@ def _hidden_states(
     lengths = [int(real.sum()) - front for real in reals]
     with tempfile.TemporaryDirectory() as folder:
         shape = (len(stack) + 1, sum(lengths), stack.unembedding.weight.shape[1])
-        kept = np.memmap(Path(folder) / "streams", np.float32, "w+", shape=shape)
+        kept = np.memmap(Path(folder) / "hidden_states", np.float32, "w+", shape=shape)
         start = 0
-        for row, real, length in zip(track(rows, f"streams of {stack.name}"), reals, lengths, strict=True):
+        for row, real, length in zip(track(rows, f"hidden states of {stack.name}"), reals, lengths, strict=True):
             h = run_once(stack, row["input_ids"][real].to(stack.device)).h
             kept[:, start : start + length] = h[:, front:].float().cpu().numpy()
             start += length

@@ -34,8 +34,8 @@ from lamella.measure import (
     angular_distance,
     block_influence,
     describe,
+    hidden_norms,
     sequences,
-    stream_norms,
     sublayer_influence,
 )
 from lamella.methods.depth_efficiency.effects import SkipEffect, local_effect, skip_effect
@@ -123,7 +123,7 @@ def depth_efficiency(
     measured = {
         "block_influence": block_influence(stack, calibration, front=front),
         "sublayer_influence": sublayer_influence(stack, calibration, front=front),
-        "residual_norm": stream_norms(stack, calibration, front=front),
+        "residual_norm": hidden_norms(stack, calibration, front=front),
         "angular_distance": angular_distance(stack, calibration, front=front),
         "sublayer_removed": _removal_scores(stack, some, "sublayer"),
         "layer_removed": _removal_scores(stack, some, "layer"),

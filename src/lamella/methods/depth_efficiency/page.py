@@ -9,7 +9,7 @@ from typing import Any
 from lamella.formatting import number
 from lamella.report.drawing import StackDrawing, shade
 from lamella.report.figures import Bars, Figure, Heatmap, Lines, known
-from lamella.report.page import filled, finite
+from lamella.report.page import finite, render_page
 from lamella.results import Evidence, Summary, Table
 
 SCORES = (
@@ -92,7 +92,7 @@ def page(evidence: Evidence) -> str:
     table = [(each.title, next(iter(each.series.values()))) for each in bars.values()]
     template = Path(__file__).with_name("page.html")
     context = {"evidence": record, "found": found, "panels": panels, "table": table}
-    return filled(template, figures, verdict=_verdict(record), **context)
+    return render_page(template, figures, verdict=_verdict(record), **context)
 
 
 def summary(evidence: Evidence) -> Summary:

@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 from lamella.errors import CalibrationError
 from lamella.measure import Draw, Scores
 from lamella.progress import track
-from lamella.stack import Stack, Stream, join
+from lamella.stack import Hidden, Stack, join
 
 KINDS = ("masked", "visible")
 
@@ -126,7 +126,7 @@ def similarity(stack: Stack, noised: Sequence[Draw], *, front: int = 1, lags: in
         Scores("cosine of a layer's input and output", ("layer", "ratio", "kind"), _ratio(sums, counts)),
         ratios,
         Scores("standard deviation over tokens", ("layer",), np.sqrt(np.maximum(square - mean**2, 0))),
-        Scores("cosine of the stream at two points", ("point", "point"), points / seen),
+        Scores("cosine of the residual stream at two points", ("point", "point"), points / seen),
         Scores("cosine of a token with an earlier one", ("point", "lag"), _ratio(recency, compared)),
     )
 
@@ -139,7 +139,7 @@ def _ratio(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
 def _points(stack: Stack, draw: Draw, front: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the normalised residual stream at every point, the mask of counted tokens, and that of masked tokens."""
     context = stack.context(draw.inputs)
-    h: Stream = context.h
+    h: Hidden = context.h
     points = [context.h]
     for layer in range(len(stack)):
         h = stack.run(h, layer, layer + 1, context)

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from lamella.errors import NumericsError, listed
 from lamella.measure import Draw, predicting
 from lamella.progress import track
-from lamella.stack import Position, Stack, Stream, join
+from lamella.stack import Hidden, Position, Stack, join
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def losses_without(stack: Stack, noised: Sequence[Draw], choices: Sequence[Colle
     rounds = torch.zeros(total.shape[1], dtype=torch.float64)
     for draw in track(noised, "losses without layers"):
         context = stack.context(draw.inputs)
-        hidden: list[Stream] = [context.h]
+        hidden: list[Hidden] = [context.h]
         for layer in range(len(stack)):
             hidden.append(stack.run(hidden[-1], layer, layer + 1, context))
         for choice, layers in enumerate(choices):

@@ -22,7 +22,7 @@ from annotated_types import Ge, Le, Lt
 from torch import Tensor
 
 from lamella.data import ImageText
-from lamella.data.processing import Shown
+from lamella.data.processing import ImageTextRow
 from lamella.errors import MethodError
 from lamella.measure.image_tokens import CriterionName
 from lamella.methods.dmllm_token_redundancy.probe import attention_mass, follow, information_loss, restoration
@@ -37,7 +37,7 @@ from lamella.plan import ModelReference, Plan, PlanSeries, Point, PolicyReferenc
 from lamella.registry import command, method
 from lamella.results import Study
 from lamella.runtime import Sampler, apply
-from lamella.runtime.denoising import Kept
+from lamella.runtime.denoising import CacheKind
 from lamella.stack import Model, Stack
 
 SLUG = "dmllm-token-redundancy"
@@ -85,7 +85,7 @@ def dmllm_token_redundancy(
     pruning: TokenPruning = TokenPruning(),
     provenance: Provenance = "auto",
     length: Annotated[int, Ge(1)] | None = None,
-    cache: Kept = "none",
+    cache: CacheKind = "none",
     batch: Annotated[int, Ge(1)] = 8,
     seed: Annotated[int, Ge(0)] = 0,
 ) -> Study:
@@ -278,9 +278,9 @@ def recommend(provenance: str, answer: int, layers: int) -> VisualTokenSchedule 
     return VisualTokenSchedule.progressive(steps, keeps)
 
 
-def _by_task(questions: ImageText) -> dict[str, list[Shown]]:
+def _by_task(questions: ImageText) -> dict[str, list[ImageTextRow]]:
     """Group the rows by task; each task needs at least one row with an image."""
-    found: dict[str, list[Shown]] = {}
+    found: dict[str, list[ImageTextRow]] = {}
     for row in questions:
         found.setdefault(row.task or "all", []).append(row)
     for task, rows in found.items():
@@ -294,10 +294,10 @@ def _study_task(
     stack: Stack,
     view: Any,
     questions: ImageText,
-    rows: list[Shown],
+    rows: list[ImageTextRow],
     schedule: VisualTokenSchedule,
     length: int | None,
-    cache: Kept,
+    cache: CacheKind,
     batch: int,
     seed: int,
 ) -> dict[str, Any]:

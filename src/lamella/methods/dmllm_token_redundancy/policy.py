@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from lamella.errors import PlanError
-from lamella.measure.image_tokens import ATTENDING, CRITERIA, Seen, choose
+from lamella.measure.image_tokens import ATTENDING, CRITERIA, TokenFeatures, choose
 from lamella.methods.dmllm_token_redundancy.schedule import Drop, VisualTokenSchedule, count
-from lamella.runtime import Denoising, LayerCall, Pass, Places, Policy
+from lamella.runtime import Denoising, LayerCall, Pass, Policy, PositionInputs
 from lamella.runtime.denoising import COMMITS
 from lamella.stack import Stack, join
 
@@ -95,7 +95,7 @@ class VisualTokens(Policy):
         self.schedule = VisualTokenSchedule(tuple(Drop(*each) for each in drops), layer, withdrawn)
         self.schedule.check_fits(len(stack))
         self.criterion, self.positions, self.order, self.seed = criterion, positions, order, seed
-        self._stack, self._places = stack, Places(stack)
+        self._stack, self._position_inputs = stack, PositionInputs(stack)
 
     # A pass
 
@@ -178,7 +178,7 @@ class VisualTokens(Policy):
         missing = gone if encoding else request.absent[call.index]
         if not missing.any():
             return some
-        return some.moved(self._places, self._at(run, request, missing)[:, start:end])
+        return some.moved(self._position_inputs, self._at(run, request, missing)[:, start:end])
 
     def _at(self, run: Pass, request: PrunedRequest, missing: Tensor) -> Tensor:
         """Return the position id of every column, with gaps of dropped tokens closed [rows, columns]."""
@@ -278,12 +278,12 @@ class VisualTokens(Policy):
         question: Tensor,
         attention: list[Tensor] | None,
         gradient: Tensor | None,
-    ) -> Seen:
+    ) -> TokenFeatures:
         """Collect the criterion's inputs for one row."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + 31 * row + request.done)
         slope = None if gradient is None else gradient[row, columns]
         if attention is None:
-            return Seen(image, text, gradient=slope, generator=generator)
+            return TokenFeatures(image, text, gradient=slope, generator=generator)
         weights, keys = attention
         index = torch.full((request.image.shape[1] + 1,), -1, device=keys.device)
         index[keys[row]] = torch.arange(keys.shape[1], device=keys.device)  # an empty slot maps to the last entry
@@ -296,7 +296,7 @@ class VisualTokens(Policy):
             to_image, asks = to_image[:, real], question[real]
         else:
             asks = question
-        return Seen(image, text, to_image, to_image[:, asks], slope, generator)
+        return TokenFeatures(image, text, to_image, to_image[:, asks], slope, generator)
 
     def _gradient(self, run: Pass) -> Tensor:
         """Return the gradient of the next answer tokens' log-probability at l* [rows, time, hidden]."""

@@ -171,7 +171,7 @@ class LayerWidths:
         """Return the sizes of a stack's layers."""
         sizes = stack.architecture.sizes_of(stack.config)
         return cls(
-            sizes.stream, sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim, sizes.channels
+            sizes.hidden, sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim, sizes.channels
         )  # of a Llama-like architecture
 
     def attention(self, queries: int, keys: int) -> int:

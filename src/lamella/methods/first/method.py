@@ -121,7 +121,7 @@ def tune(
     Returns:
         The healed model, its plan and the training log.
     """
-    out = work.place()
+    out = work.directory()
     view = apply(stack, plan)
     routers: PromptRouters = view.lamella_policy
     routers.gates = gates
@@ -190,7 +190,7 @@ def first(
         series, each plan with the mean number of layers that it keeps on calibration text.
     """
     tokens = torch.cat([row["input_ids"] for row in sequences(calibration)])
-    folder = work.place()
+    folder = work.directory()
     samples = blocks(tokens.cpu(), (tokens.shape[1] // 4, tokens.shape[1] // 2), seed=seed)
     settings: dict[str, Any] = {
         "pool": pool,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lamella.progress import track
-from lamella.stack import Stack, Stream, attend_with_weights
+from lamella.stack import Hidden, Stack, attend_with_weights
 
 Rank = Literal["exact", "effective"]
 
@@ -31,7 +31,7 @@ def attention_ranks(stack: Stack, samples: Sequence[Mapping[str, Any]], rank: Ra
     rows = []
     for inputs in track(samples, "attention ranks"):
         context = stack.context(inputs)
-        h: Stream = context.h
+        h: Hidden = context.h
         ranks = []
         for index, layer in enumerate(stack.layers):
             attn, call = stack.architecture["attn"], context.calls[index]

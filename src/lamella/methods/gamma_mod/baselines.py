@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lamella.errors import MethodError
-from lamella.measure.image_tokens import Seen, choose
+from lamella.measure.image_tokens import TokenFeatures, choose
 from lamella.runtime import LayerCall, Pass, Policy
 from lamella.stack import Stack, attend_with_weights, join
 
@@ -75,7 +75,7 @@ class ImageTokenPruning(Policy):
             return some.scatter(h, some(some.gather(h)))
         if call.index < self.layer_of:
             return call(h)
-        mid, weights = attend_with_weights(call.architecture["attn"], call.layer, h, call.given, causal=True)
+        mid, weights = attend_with_weights(call.architecture["attn"], call.layer, h, call.kwargs, causal=True)
         run.memory["gone"] = self._gone(join(mid), weights, run.images & real, real, run)
         return call.mlp(mid)
 
@@ -86,6 +86,6 @@ class ImageTokenPruning(Policy):
         for row, columns in enumerate(each.nonzero().flatten() for each in images):
             if len(columns):
                 to_image = weights[row][:, asks[row]][:, :, columns]  # [heads, prompt, image]
-                kept = choose(self.criterion, Seen(h[row, columns], attention=to_image), self.keep).index
+                kept = choose(self.criterion, TokenFeatures(h[row, columns], attention=to_image), self.keep).index
                 gone[row, columns[kept]] = False
         return gone

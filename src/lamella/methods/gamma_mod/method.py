@@ -144,7 +144,7 @@ def gamma_mod(
         chosen = chosen_layers(stack, ranks.mean(0), select, fraction, protect)
     else:
         chosen = mode_layers(select, len(stack)) if layers is None else listed(stack, layers)
-    out = work.place()
+    out = work.directory()
     view = convert(stack, chosen, routing, config.seed)
     log = train_view(view, train, routing, config, out / "run")
     view.eval()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import ArchitectureError, MethodError
-from lamella.runtime import LayerCall, Pass, Places, Policy
+from lamella.runtime import LayerCall, Pass, Policy, PositionInputs
 from lamella.stack import Stack, join, norm_before
 
 Routers = Literal["shared", "layer", "modality"]
@@ -83,7 +83,7 @@ class MixtureOfDepths(Policy):
         self.routers = routers
         self.thresholds = [_each(prefill, len(self.index_of), "prefill"), _each(decode, len(self.index_of), "decode")]
         self.norms = {layer: _norm(stack, layer) for layer in self.index_of}
-        self.places = Places(stack) if positions == "compact" else None
+        self.position_inputs = PositionInputs(stack) if positions == "compact" else None
         count = {"shared": 1, "layer": len(self.index_of), "modality": 2}[routers]
         d = stack.config.hidden_size
         weights = torch.randn(count, 2, d, generator=torch.Generator().manual_seed(seed)) / d**0.5
@@ -187,7 +187,7 @@ class MixtureOfDepths(Policy):
     def _run_on(self, call: LayerCall, h: Tensor, p: Tensor, which: Tensor) -> Tensor:
         if not which.any():
             return h
-        some = call.tokens(which, self.places)
+        some = call.tokens(which, self.position_inputs)
         g = some.attn(some.gather(h))
         u = join(g)
         o = torch.lerp(u, some.mlp(g), some.gather(p.unsqueeze(-1)).to(h.dtype))

@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lamella.data import MARK, ImageText, Processing, Reader, Shown
-from lamella.data.pictures import Picture
+from lamella.data import MARK, ImageText, ImageTextRow, InputContext, Processing
+from lamella.data.images import Image
 from lamella.errors import CalibrationError, MethodError
 from lamella.signature import Fixture
 from lamella.zoo.worlds import COLOURS
@@ -104,7 +104,7 @@ class EntityQuestion(NamedTuple):
     task: str
     prompt: str
     answer: str
-    image: Picture
+    image: Image
 
     @property
     def cut(self) -> str:
@@ -171,9 +171,7 @@ def _thing(drawn: np.random.Generator, part: str, position: int, apart: str = ""
             return thing
 
 
-def _question(
-    task: str, things: tuple[PlacedEntity, ...], drawn: np.random.Generator, image: Picture
-) -> EntityQuestion:
+def _question(task: str, things: tuple[PlacedEntity, ...], drawn: np.random.Generator, image: Image) -> EntityQuestion:
     first = things[0]
     if task == "identification":
         prompt = "what is in the picture?" if len(things) == 1 else f"what is at the {first.position}?"
@@ -193,7 +191,7 @@ def middle(thing: PlacedEntity) -> tuple[float, float]:
     return 0.5 + thing.row / 2, 0.5 + thing.column / 2
 
 
-def render(things: Sequence[PlacedEntity], side: int, drawn: np.random.Generator) -> Picture:
+def render(things: Sequence[PlacedEntity], side: int, drawn: np.random.Generator) -> Image:
     """Render entities with small random variations of position, size and brightness.
 
     Args:
@@ -253,7 +251,7 @@ class EntityGrid(ImageText):
     """
 
     metavar = "entities"
-    told = "entities, or entities:identification+position: rendered entities at nine positions of an image"
+    source_help = "entities, or entities:identification+position: rendered entities at nine positions of an image"
     example = Fixture(NAME, settings={"questions": 18})
     default = NAME
 
@@ -262,12 +260,12 @@ class EntityGrid(ImageText):
         self.questions = list(questions)
 
     @classmethod
-    def open(cls, name: str | Path, reader: Reader, *, questions: int = 540, slice_side: int = 0) -> EntityGrid:  # type: ignore[override]
+    def open(cls, name: str | Path, context: InputContext, *, questions: int = 540, slice_side: int = 0) -> EntityGrid:  # type: ignore[override]
         """Render a dataset.
 
         Args:
             name: ``entities``, or with some tasks ``entities:identification+position``.
-            reader: the processor, split and seed to use.
+            context: the processor, split and seed to use.
             questions: number of questions.
             slice_side: pixels per side of a slice; if 0, the input size of the model's image encoder.
 
@@ -280,12 +278,12 @@ class EntityGrid(ImageText):
         kind, _, chosen = str(name).partition(":")
         if kind != NAME or questions < 1:
             raise CalibrationError(f"{name}, {questions} questions: give {NAME}, or {NAME}:{'+'.join(TASKS[:2])}")
-        side = slice_side or _side(reader.processing)
+        side = slice_side or _side(context.processing)
         tasks = tuple(chosen.split("+")) if chosen else TASKS
-        made = entity_questions("test" if reader.split == "test" else "calibration", reader.seed, side, tasks)
+        made = entity_questions("test" if context.split == "test" else "calibration", context.seed, side, tasks)
         found = [each for each, _ in zip(made, range(questions), strict=False)]
-        metadata = {"data": str(name), "split": reader.split, "questions": questions, "slice_side": side}
-        return cls(found, reader.processing, metadata | {"seed": reader.seed})
+        metadata = {"data": str(name), "split": context.split, "questions": questions, "slice_side": side}
+        return cls(found, context.processing, metadata | {"seed": context.seed})
 
     @classmethod
     def fits(cls, model: Any, given: Any) -> bool:
@@ -298,15 +296,15 @@ class EntityGrid(ImageText):
         return isinstance(given, cls) or str(given).partition(":")[0] == NAME
 
 
-def as_row(each: EntityQuestion) -> Shown:
+def as_row(each: EntityQuestion) -> ImageTextRow:
     """Convert a question into a row, its image first."""
     turns = ({"role": "user", "content": f"{MARK}\n{each.prompt}"}, {"role": "assistant", "content": each.answer})
-    return Shown((each.image,), turns, task=each.task)
+    return ImageTextRow((each.image,), turns, task=each.task)
 
 
 def _side(processing: Processing) -> int:
     """Input size of a model's image encoder in pixels per side; 224, as in CLIP, if it takes any size."""
-    if not processing.sees:
+    if not processing.takes_images:
         raise MethodError("hires-llava requires a model that takes images, but this one takes text only")
     reads = processing.processor.image_processor
     sizes = [

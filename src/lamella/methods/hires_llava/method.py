@@ -29,7 +29,7 @@ from annotated_types import Ge
 from transformers import LlavaForConditionalGeneration
 
 from lamella.data import ImageText
-from lamella.data.pictures import Picture
+from lamella.data.images import Image
 from lamella.errors import ArchitectureError, CalibrationError, MethodError
 from lamella.evaluate import answered
 from lamella.files import Work
@@ -49,8 +49,8 @@ from lamella.methods.hires_llava.seams import compare_neighbours, patch_maps, pr
 from lamella.methods.hires_llava.slicing import Order, View
 from lamella.plan import ModelReference, Plan
 from lamella.registry import command, method
-from lamella.report.pictures import embedded
-from lamella.results import PICTURES, Illustrated, Study
+from lamella.report.images import png_base64
+from lamella.results import IMAGES, ImageCorpus, Study
 from lamella.runtime import apply
 from lamella.signature import Split
 from lamella.stack import Model
@@ -145,7 +145,7 @@ def hires_llava(
         processor,
         train.items,
         config,
-        work.place() / "run",
+        work.directory() / "run",
         language=language,
         rank=rank,
         settings={"restoring": str(restoring), "adapters": made.config.restored},
@@ -181,7 +181,7 @@ def build(
     Returns:
         The model, its processor, and the measured seam distances or None.
     """
-    if not samples.processing.sees:
+    if not samples.processing.takes_images:
         raise MethodError(f"hires-llava requires a model that takes images, but {model.name} takes text only")
     if not isinstance(model.model, LlavaForConditionalGeneration):
         kind = type(model.model).__name__
@@ -206,7 +206,7 @@ def _layers(placement: AdapterPlacement, most: int) -> list[int]:
     return list(range(first, most, step))
 
 
-def images_of(samples: ImageText, most: int | None = None) -> list[Picture]:
+def images_of(samples: ImageText, most: int | None = None) -> list[Image]:
     """Collect the images of rows.
 
     Args:
@@ -260,7 +260,7 @@ def seams(
     Raises:
         CalibrationError: for images without a seam, or too few questions.
     """
-    if not calibration.processing.sees:
+    if not calibration.processing.takes_images:
         raise MethodError(f"hires-llava requires a model that takes images, but {model.name} takes text only")
     how: dict[str, Any] = {"most_slices": most_slices, "overlap": 0, "sampler": "all"}
     bare, processor = with_slices(model.model, calibration.processing.processor, **how)
@@ -317,7 +317,7 @@ def judge(model: Model, test: Annotated[EntityGrid, Split("test")], *, batch: An
 
 def _sample(each: EntityQuestion, right: bool) -> dict[str, Any]:
     sample = {"prompt": each.prompt, "answer": each.answer, "cut": each.cut, "right": right}
-    return sample | {"image": embedded([each.image])}
+    return sample | {"image": png_base64([each.image])}
 
 
 def _share(right: Any) -> float | None:
@@ -342,7 +342,7 @@ def entities(
     rows: Annotated[int, Ge(1)] = 20_000,
     held_out: Annotated[int, Ge(1)] = 2_000,
     seed: Annotated[int, Ge(0)] = 0,
-) -> Illustrated:
+) -> ImageCorpus:
     """Write questions about entities at nine positions of an image as a training and test dataset.
 
     Args:
@@ -357,13 +357,13 @@ def entities(
     """
     config: Any = model.model.config
     slice_side = int(getattr(config.vision_config, "image_size", 0) or SIDE)
-    images: dict[str, Callable[[], Picture]] = {}
-    made = Illustrated(items=[], pictures=images)
+    images: dict[str, Callable[[], Image]] = {}
+    made = ImageCorpus(items=[], images=images)
     for part, name, count in (("calibration", "train", rows), ("test", "test", held_out)):
         kept = made.train if name == "train" else made.test
         for number in range(count):
             each = question(number, part, seed, slice_side)
-            file = f"{PICTURES}/{name}-{number:05d}.png"
+            file = f"{IMAGES}/{name}-{number:05d}.png"
             row = {"image": file, "prompt": each.prompt, "answer": each.answer}
             kept.append(row)
             made.items.append(row | {"part": name, "task": each.task, "thing": each.about.name, "cut": each.cut})
@@ -373,5 +373,5 @@ def entities(
     return made
 
 
-def _image(number: int, part: str, seed: int, side: int) -> Picture:
+def _image(number: int, part: str, seed: int, side: int) -> Image:
     return question(number, part, seed, side).image

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lamella.data import Processing, Shown
+from lamella.data import ImageTextRow, Processing
 from lamella.methods.hires_llava.network import HiResLlava, HiResLlavaProcessor
 from lamella.train import Task, TrainConfig, TrainingLog, add_lora, fit, response_loss
 
@@ -22,7 +22,7 @@ Language = Literal["frozen", "lora", "full"]
 def train(
     model: HiResLlava,
     processor: HiResLlavaProcessor,
-    rows: Sequence[Shown],
+    rows: Sequence[ImageTextRow],
     config: TrainConfig,
     out: Path,
     *,

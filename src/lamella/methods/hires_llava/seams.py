@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from lamella.data.pictures import Picture
+from lamella.data.images import Image
 from lamella.errors import CalibrationError
 from lamella.extras import require
 from lamella.methods.hires_llava.entities import CUTS, RADIUS, EntityQuestion, middle
@@ -58,7 +58,7 @@ class Seams(NamedTuple):
 
 
 @torch.no_grad()
-def patch_maps(model: HiResLlava, processor: HiResLlavaProcessor, images: Sequence[Picture]) -> list[list[Tensor]]:
+def patch_maps(model: HiResLlava, processor: HiResLlavaProcessor, images: Sequence[Image]) -> list[list[Tensor]]:
     """Record the vision tower's patch features before the first layer and after each layer, as one map per image.
 
     Args:

@@ -18,7 +18,7 @@ from lamella.errors import TrainingError
 from lamella.measure.recording import Recording
 from lamella.train.config import TrainConfig
 from lamella.train.fit import fit
-from lamella.train.hooks import Best
+from lamella.train.hooks import EarlyStopping
 from lamella.train.log import TrainingLog
 from lamella.train.supervised import squared_error, supervised
 from lamella.train.task import Batch
@@ -77,7 +77,9 @@ def fit_part(
     if not min(training.variance, validation.variance) > 0:
         raise TrainingError("the recorded outputs are constant, so there is nothing to fit: drop that module instead")
     task = supervised(Relative(training.variance))
-    patient = Best(patience=config.lasting(len(training)).steps or 1)  # keeps the best weights, never stops early
+    patient = EarlyStopping(
+        patience=config.with_steps(len(training)).steps or 1
+    )  # keeps the best weights, never stops early
     log = fit(part, training, task, config, out=out, trainable=lambda name: True, held_out=validation, hooks=[patient])
     device = next(part.eval().parameters()).device
 

@@ -33,7 +33,7 @@ from lamella.methods.hourglass_mlp.vectors import Vectors
 from lamella.registry import command
 from lamella.results import Study
 from lamella.search import pareto
-from lamella.train import Best, TrainConfig, fit, supervised
+from lamella.train import EarlyStopping, TrainConfig, fit, supervised
 
 Family = Literal["hourglass", "frozen", "conventional", "lean", "bottleneck"]
 FAMILIES: dict[Family, tuple[Lift, bool]] = {  # W_in, and whether there is a W_out
@@ -205,9 +205,9 @@ def frontier(
     if config.batch < 2:
         raise MethodError(f"batch {config.batch}: give at least 2, since batch norm needs more than one row")
     shapes = within(grid.shapes(families, task.d_in, task.d_out), task, most, count)
-    config = config.lasting(epochs * len(task.train))
+    config = config.with_steps(epochs * len(task.train))
     depends = [task.describe(), asdict(replace(config, lr=None))]
-    folder, points = work.place(), []
+    folder, points = work.directory(), []
     finished = Finished(folder / "frontier.jsonl", depends)
     for shape in shapes:
         runs: dict[float, list[list[float]]] = {lr: [] for lr in lrs}
@@ -287,7 +287,7 @@ def train_and_measure(task: Vectors, network: nn.Module, config: TrainConfig, ou
     Returns:
         PSNR on held-out and on test rows, in dB.
     """
-    patient = Best(patience=config.steps or 1)  # keeps the best weights, never stops early
+    patient = EarlyStopping(patience=config.steps or 1)  # keeps the best weights, never stops early
     fit(network, task.train, supervised(task.loss), config, out=out, held_out=task.held_out, hooks=[patient])
     return [psnr(network, task.held_out), psnr(network, task.test)]
 

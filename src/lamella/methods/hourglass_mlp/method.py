@@ -71,13 +71,13 @@ def hourglass_mlp(
     check(stack, layers, count)
     missed = {} if layers else sensitivity(stack, calibration)
     chosen = [Position(layer, "mlp") for layer in layers] or sorted(sorted(missed, key=missed.__getitem__)[:count])
-    reference, folder = ModelReference.of(stack), work.place()
+    reference, folder = ModelReference.of(stack), work.directory()
     modules, networks, findings = {}, {}, []
     for position in chosen:
         [site] = reference.sites({stack.stack: [position]})
         held = [stack.model.get_parameter(name) for name in parameters_at(stack, [site])]
         maps = sum(each.numel() for each in held if each.ndim > 1)
-        inner = inner_widths(stack.architecture.sizes_of(stack.config).stream, int(share * maps), blocks)
+        inner = inner_widths(stack.architecture.sizes_of(stack.config).hidden, int(share * maps), blocks)
         network = new_sublayer(stack, position, inner, config.seed)
         fitted = fit_sublayer(stack, calibration, position, network, config, folder / site)
         modules[site], networks[site] = ModuleReference(name="hourglass-mlp", params={"inner": list(inner)}), network

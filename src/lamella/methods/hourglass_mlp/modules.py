@@ -24,7 +24,7 @@ class HourglassSublayer(SiteModule):
 
     def __init__(self, stack: Stack, positions: Sequence[Position], *, inner: list[int], eps: float = 1e-6) -> None:
         super().__init__(stack, positions)
-        self.ffn = HourglassFFN(stack.architecture.sizes_of(stack.config).stream, inner, eps)
+        self.ffn = HourglassFFN(stack.architecture.sizes_of(stack.config).hidden, inner, eps)
 
     def forward(self, h: Tensor, out: Tensor | None, call: dict[str, Any]) -> Tensor:
         """Add the output of the sub-blocks to the residual stream.

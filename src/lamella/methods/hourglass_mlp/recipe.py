@@ -43,5 +43,5 @@ def heal(
     """
     return distil(
         stack, plan, train, config=config, temperature=temperature, vocabulary=False, intermediate=False,
-        out=work.place(),
+        out=work.directory(),
     )  # fmt: skip

@@ -71,7 +71,7 @@ class Vectors:
     """
 
     metavar = "VECTORS"
-    told = "digits:TASK or scenes:TASK with prototype, denoise or upscale, or a .npz file with x and y"
+    source_help = "digits:TASK or scenes:TASK with prototype, denoise or upscale, or a .npz file with x and y"
     example = Fixture("scenes:upscale", settings={"rows": 60, "side": 4})
 
     name: str
@@ -85,7 +85,7 @@ class Vectors:
         """Open a built-in task, or a file.
 
         Args:
-            name: a name in the format of ``told``; a file has x [rows, d_x] and y [rows, d_y], with y in [0, 1].
+            name: a name in the format of ``source_help``; a file has x [rows, d_x] and y [rows, d_y], with y in [0, 1].
             rows: scenes to render; a fifth is for testing, a tenth for validation. Digits are not affected.
             side: pixels per side of a scene.
             sigma: standard deviation of the noise of ``denoise``.
@@ -100,7 +100,7 @@ class Vectors:
             return cls._file(Path(name))
         source, _, task = name.partition(":")
         if source not in SOURCES or task not in TASKS or (source, task) == ("scenes", "prototype"):
-            raise CalibrationError(f"there is no task '{name}': give {cls.told}")
+            raise CalibrationError(f"there is no task '{name}': give {cls.source_help}")
         if source == "digits":
             images, classes = _digits()
             return cls.of(name, images, task, DIGITS, HELD_OUT, sigma, classes)

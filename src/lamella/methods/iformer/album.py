@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from lamella.data import Pictures, Reader
+from lamella.data import CaptionedImages, InputContext
 from lamella.methods.iformer.textures import CLASSES, WORLDS, textures
 from lamella.signature import Fixture
 
@@ -14,10 +14,10 @@ BUILT_IN = "textures"
 
 
 @dataclass(frozen=True)
-class Album(Pictures):
+class Album(CaptionedImages):
     """Images for measuring, healing or training."""
 
-    told = (
+    source_help = (
         "a folder with one folder of images per class, or with images only; or one of the built-in textures (20 "
         "classes of a fine texture and an arrangement), faint-textures, digits or shapes"
     )
@@ -37,13 +37,13 @@ class Album(Pictures):
             super().check(name)
 
     @classmethod
-    def open(cls, name: str | Path, reader: Reader, *, count: int = 1024) -> Self:
+    def open(cls, name: str | Path, context: InputContext, *, count: int = 1024) -> Self:
         """Open a dataset.
 
         Args:
             name: a folder, ``textures``, ``faint-textures``, ``digits`` or ``shapes``. One image in five of each class
                 is in the test split.
-            reader: split and seed to use.
+            context: split and seed to use.
             count: maximum number of images, balanced over classes.
 
         Returns:
@@ -53,6 +53,6 @@ class Album(Pictures):
             CalibrationError: for a folder that is missing or holds no image, or for an unreadable image.
         """
         if str(name) in WORLDS:
-            images = textures(reader.split, reader.seed, str(name))
-            return cls.first(count, images, name, reader, classes=CLASSES)
-        return super().open(name, reader, count=count)
+            images = textures(context.split, context.seed, str(name))
+            return cls.first(count, images, name, context, classes=CLASSES)
+        return super().open(name, context, count=count)

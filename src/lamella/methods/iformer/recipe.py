@@ -133,7 +133,7 @@ def heal(
                 "geometry": asdict(geometry), "layers": [asdict(each) for each in ramped.layers],
                 "kernel": ramped.kernel, "of": state(model.model), "ramped": state(built)}  # fmt: skip
     log = fit(
-        built, rows(vision, images.items), supervised(loss), config, out=work.place("run"),
+        built, rows(vision, images.items), supervised(loss), config, out=work.directory("run"),
         trainable=lambda name: True, settings=settings,
     )  # fmt: skip
     built.eval()
@@ -200,7 +200,7 @@ def train(
     config = replace(config, steps=config.steps or EPOCHS * max(1, len(images) // config.batch))
     vision = new_network(shape, size, channels, images.classes, seed=config.seed, drop_path=drop_path)
     log = fit(
-        vision.model, rows(vision, images.items), supervised(smoothed_loss), config, out=work.place("run"),
+        vision.model, rows(vision, images.items), supervised(smoothed_loss), config, out=work.directory("run"),
         trainable=lambda name: True,
         settings={"shape": asdict(shape), "size": size, "channels": channels, "drop_path": drop_path},
     )  # fmt: skip

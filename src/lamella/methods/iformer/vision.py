@@ -26,7 +26,7 @@ from lamella.methods.iformer.network import InceptionTransformer
 from lamella.methods.iformer.textures import CLASSES, SIDE, textures
 from lamella.plan import fingerprint
 from lamella.signature import Fixture
-from lamella.train import TrainConfig, class_nats, fit, supervised
+from lamella.train import TrainConfig, class_cross_entropy, fit, supervised
 from lamella.zoo import open_model
 from lamella.zoo.cache import build_once
 from lamella.zoo.views import View
@@ -52,7 +52,7 @@ class Vision(View):
         crop: fraction of the image side that is used.
     """
 
-    told = (
+    source_help = (
         "a folder with config.json and model.safetensors of a timm model, a folder written by iformer, or textures: a "
         "small vision transformer that is trained on first use"
     )
@@ -157,7 +157,7 @@ class Vision(View):
         fitting = data.transforms_factory.transforms_imagenet_eval(
             self.size, crop_pct=self.crop, interpolation="bicubic", normalize=False
         )
-        x = torch.stack([fitting(torch.from_numpy(each.picture).permute(2, 0, 1)) for each in images]) / 255
+        x = torch.stack([fitting(torch.from_numpy(each.image).permute(2, 0, 1)) for each in images]) / 255
         x = x.mean(dim=1, keepdim=True) if self.channels == 1 else x
         return (x - torch.tensor(self.mean).view(-1, 1, 1)) / torch.tensor(self.std).view(-1, 1, 1)
 
@@ -211,7 +211,7 @@ def _train(folder: Path) -> dict[str, Any]:
         steps=500, lr=1.5e-3, batch=64, schedule="cosine", warmup=0.1, weight_decay=0.05, save_every=10_000
     )
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-        fit(model, rows, supervised(class_nats), learn, out=Path(work) / "run", trainable=lambda name: True)
+        fit(model, rows, supervised(class_cross_entropy), learn, out=Path(work) / "run", trainable=lambda name: True)
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     save_file({name: each.contiguous() for name, each in model.state_dict().items()}, folder / WEIGHTS)
     return {"images": len(rows), "steps": learn.steps}

@@ -96,10 +96,10 @@ def irepair(
     unwanted = pairs([(prompt, wrong) for prompt, wrong, _ in trained], loss_on="all")
     needed = (config.steps or len(trained)) * config.batch + settings.validation
     utility_samples = utility.samples(stack, min(len(trained), needed), habit, config.seed)
-    folder = Work(work.place())  # a single folder, even if nothing is kept
+    folder = Work(work.directory())  # a single folder, even if nothing is kept
     plan = repair(stack, wanted, unwanted, utility=utility_samples, settings=settings, config=config, work=folder)
-    log = TrainingLog.read(folder.place("training") / "log.json")
-    trace = Choices.read(folder.place() / "trace.json")
+    log = TrainingLog.read(folder.directory("training") / "log.json")
+    trace = Choices.read(folder.directory() / "trace.json")
     edit = Edit(stack=stack, plan=plan)
     edit.files["trace.json"] = json.dumps(asdict(trace)) + "\n"
     texts = {"bad": unwanted, "good": wanted, "utility": utility_samples}

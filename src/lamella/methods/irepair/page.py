@@ -9,7 +9,7 @@ from typing import Any
 from lamella import formatting
 from lamella.report.figures import Bars, Figure, Heatmap, Scatter
 from lamella.report.healing import training
-from lamella.report.page import filled, finite
+from lamella.report.page import finite, render_page
 from lamella.results import Evidence, Summary, Table
 
 COLUMNS = 240  # maximum number of steps in the plot
@@ -42,7 +42,7 @@ def page(evidence: Evidence) -> str:
     if not whole:
         figures["layers"] = _chosen(trace["chosen"], trace["sensitivities"], record["model"]["layers"])
     counts = sorted(found["measured"]["chosen"].items(), key=lambda item: -item[1])
-    return filled(
+    return render_page(
         Path(__file__).with_name("page.html"),
         figures,
         by_sensitivity=by_sensitivity,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from lamella.data.reader import Reader
+from lamella.data.context import InputContext
 from lamella.errors import CalibrationError
 from lamella.reading import read_lines, read_rows
 from lamella.signature import Fixture
@@ -67,7 +67,7 @@ class Pairs:
 
     metavar = "FILE"
     nameless = True
-    told = (
+    source_help = (
         'one .jsonl file: {"prompt": "...", "bad": "...", "good": "..."} on each line; "rejected" and "chosen" are '
         "accepted too. Or instead both --bad and --good"
     )
@@ -84,7 +84,7 @@ class Pairs:
     def open(
         cls,
         name: str | Path | None,
-        reader: Reader,
+        context: InputContext,
         *,
         bad: Path | None = None,
         good: Path | None = None,
@@ -94,7 +94,7 @@ class Pairs:
 
         Args:
             name: see :func:`read_pair_file`; None for two files.
-            reader: the tokenizer to use.
+            context: the tokenizer to use.
             bad: unwanted continuations. A .jsonl file: {"prompt": "...", "text": "..."} on each line; or a .txt file:
                 the prompt, a tab, the continuation.
             good: wanted continuations: as many lines, with the same prompts in the same order.
@@ -117,7 +117,7 @@ class Pairs:
         files = [str(each) for each in (bad, good, name) if each is not None]
         digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()
         metadata = {"files": files, "pairs": len(found), "sha256": digest}
-        return cls([_tokens(reader.tokenizer, each, chat) for each in found], reader.tokenizer, metadata)
+        return cls([_tokens(context.tokenizer, each, chat) for each in found], context.tokenizer, metadata)
 
     def describe(self) -> Any:
         """Metadata for provenance."""

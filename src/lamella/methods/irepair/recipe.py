@@ -139,7 +139,7 @@ def repair(
         TrainingError: when training fails; the last good checkpoint remains.
     """
     _check(stack, good, bad, utility)
-    folder = work.place()
+    folder = work.directory()
     feed, held_out, config = _training_data(stack, good, bad, utility, settings, config)
     reference = share(stack.model).eval()
     policy = copy.deepcopy(stack.model).float()  # half precision would round small steps away
@@ -156,7 +156,7 @@ def repair(
     log = fit(
         policy,
         feed,
-        Task(_loss(settings, reference), by_role, count_examples, dropout=False, beside=(reference,)),
+        Task(_loss(settings, reference), by_role, count_examples, dropout=False, frozen=(reference,)),
         _with_warmup(config),
         out=folder / "training",
         trainable=trained.__contains__,
@@ -180,7 +180,7 @@ def _training_data(
     """Training data, held-out data, and the config with its number of steps."""
     pairs: list[Example] = [{"good": wanted, "bad": unwanted} for wanted, unwanted in zip(good, bad, strict=True)]
     pairs, held_out = _split(pairs, min(settings.validation, int(HELD_OUT * len(pairs))), config.seed)
-    config = config.lasting(len(pairs))
+    config = config.with_steps(len(pairs))
     if not settings.uses_utility:
         return Feed(pairs), held_out, config
     if utility is None:
@@ -211,7 +211,7 @@ def _with_warmup(config: TrainConfig) -> TrainConfig:
             f"rate only reaches {rate(config.steps):.2g}: use a shorter warmup, or more pairs",
             stacklevel=3,
         )
-    return config.following(rate)
+    return config.with_schedule(rate)
 
 
 def _chooser(select: str, stack: Stack, pairs: Sequence[Example], config: TrainConfig) -> Choose:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lamella.files import write
 from lamella.methods.irepair.sensitivity import Gradients, gradients_of, norms_of
-from lamella.train import Best, Hook, Sample, TrainConfig, Training, collate
+from lamella.train import EarlyStopping, Hook, Sample, TrainConfig, TrainingRun, collate
 
 Example = Mapping[str, Sample]  # corresponding samples, by their roles
 Roles = dict[str, dict[str, Tensor]]  # for each role, the result of lamella.train.collate
@@ -108,7 +108,7 @@ class SliceTraining(Hook):
         """The parameters of every slice that was chosen so far."""
         return {name: each for number in self.trace.touched for name, each in self.slices[number].items()}
 
-    def before_step(self, run: Training) -> None:
+    def before_step(self, run: TrainingRun) -> None:
         """Choose the slice of the step."""
         norms: list[float] = []
         if self.score is not None:
@@ -123,7 +123,7 @@ class SliceTraining(Hook):
             times = self.trace.chosen.count(chosen)
             run.optimizer.param_groups[chosen]["lr"] *= math.sqrt(1 - ALPHA**times)
 
-    def _sensitivities(self, run: Training, score: Score) -> Tensor:
+    def _sensitivities(self, run: TrainingRun, score: Score) -> Tensor:
         """The gradient norms of the step's score for each slice [slices]."""
         for own in self.slices:
             for parameter in own.values():
@@ -141,7 +141,7 @@ class SliceTraining(Hook):
         run.check(norms, "sensitivity")
         return norms
 
-    def _of_step(self, run: Training, batches: Sequence[Gradients]) -> Gradients:
+    def _of_step(self, run: TrainingRun, batches: Sequence[Gradients]) -> Gradients:
         """The gradients of the whole step, from those of this process's batches."""
         return [
             [
@@ -160,7 +160,7 @@ class SliceTraining(Hook):
         self.trace = Choices.read(folder / TRACE)
 
 
-class BestSlices(Best):
+class BestSlices(EarlyStopping):
     """Hook that keeps the trained parameters of the lowest held-out loss, and restores them at the end.
 
     Args:
@@ -172,15 +172,15 @@ class BestSlices(Best):
         super().__init__(patience)
         self.slices = slices
 
-    def watched(self, run: Training) -> Slice:
+    def watched(self, run: TrainingRun) -> Slice:
         """The parameters that may have changed."""
         return self.slices.touched
 
-    def before_step(self, run: Training) -> None:
+    def before_step(self, run: TrainingRun) -> None:
         """Keep the original values of a slice that is chosen for the first time."""
         for name, parameter in self.slices.touched.items():
-            if name not in self.kept:  # chosen for the first time: unchanged so far, at the best point too
-                self.kept[name] = parameter.detach().clone()
+            if name not in self.best:  # chosen for the first time: unchanged so far, at the best point too
+                self.best[name] = parameter.detach().clone()
 
 
 def by_role(examples: Sequence[Example]) -> Roles:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge
 
-from lamella.data import Sampling, Writer, Written, rollout, seed_of
+from lamella.data import Completion, Sampling, Writer, rollout, seed_of
 from lamella.files import Work
 from lamella.methods.kore.items import Item, Knowledge
 from lamella.methods.kore.tree import (
@@ -35,7 +35,7 @@ from lamella.methods.kore.tree import (
     requests,
 )
 from lamella.registry import command
-from lamella.results import PICTURES, Illustrated
+from lamella.results import IMAGES, ImageCorpus
 
 SHOWN = 6  # sample turns on the page
 TEMPLATES = "templates"  # writer of turns that no model has written
@@ -51,7 +51,7 @@ def augment(
     templates: Path | None = None,
     work: Work = Work(),
     seed: Annotated[int, Ge(0)] = 0,
-) -> Illustrated:
+) -> ImageCorpus:
     """Generate from each image with its text a dialogue, recognitions, a caption and questions about its images.
 
     Example: lamella run kore augment items.jsonl --writer smollm2 -o augmented
@@ -76,7 +76,7 @@ def augment(
     """
     lists, items = Templates.open(templates), list(knowledge)
     began = time.perf_counter()
-    texts: dict[str, Written] = {}
+    texts: dict[str, Completion] = {}
     if writer is not None:
         texts = rollout(writer, requests(items, tree, seed), sampling, work.journal("written"))
     seconds = time.perf_counter() - began
@@ -90,11 +90,11 @@ def augment(
     rows = [asdict(turn) | {"kept": turn.why is None} | by for turn in turns]
     shots = sorted({each.shot for each in (*train, *test)})
     to_train, to_test = (list(map(row_of, each)) for each in (train, test))
-    return Illustrated(
+    return ImageCorpus(
         items=rows,
         train=to_train,
         test=to_test,
-        pictures={file_of(shot): partial(_image, items[shot[0]], shot[1], seed) for shot in shots},
+        images={file_of(shot): partial(_image, items[shot[0]], shot[1], seed) for shot in shots},
         findings={
             "items": len(items),
             "images": len(shots),
@@ -112,7 +112,7 @@ def augment(
 
 
 def forest(
-    items: Sequence[Item], texts: Mapping[str, Written], tree: Tree, templates: Templates, seed: int
+    items: Sequence[Item], texts: Mapping[str, Completion], tree: Tree, templates: Templates, seed: int
 ) -> tuple[list[ConversationTurn], list[Conversation], list[Conversation]]:
     """Build the turns of all items, their training conversations in random order, and their test conversations.
 
@@ -139,7 +139,7 @@ def forest(
     return turns, train, test
 
 
-def turns_of(item: Item, texts: Mapping[str, Written], templates: Templates, seed: int) -> list[ConversationTurn]:
+def turns_of(item: Item, texts: Mapping[str, Completion], templates: Templates, seed: int) -> list[ConversationTurn]:
     """The turns of an item, from the writer's texts or from templates.
 
     Args:
@@ -175,7 +175,7 @@ def account(turns: Sequence[ConversationTurn], items: Sequence[Item], tree: Tree
 
 def file_of(shot: tuple[int, int]) -> str:
     """File name of an image in the result folder, made of indices only."""
-    return f"{PICTURES}/{shot[0]:05d}-{shot[1]}.png"
+    return f"{IMAGES}/{shot[0]:05d}-{shot[1]}.png"
 
 
 def _image(item: Item, number: int, seed: int) -> Any:

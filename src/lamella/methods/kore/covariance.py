@@ -198,7 +198,7 @@ def _samples(old: Tokens | ImageText) -> Iterator[tuple[dict[str, Tensor], Tenso
     if isinstance(old, ImageText):
         for sample in track(old, what):
             batch = old.batch([sample])
-            yield batch, batch["attention_mask"][0].bool(), old.places(batch)["image"][0]
+            yield batch, batch["attention_mask"][0].bool(), old.kinds(batch)["image"][0]
         return
     for row in track(sequences(old), what):
         real = row.get("attention_mask", torch.ones_like(row["input_ids"]))[0].bool()

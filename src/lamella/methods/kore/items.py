@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from lamella.data import MARK, Reader
-from lamella.data.pictures import Picture, inside, read_picture
+from lamella.data import MARK, InputContext
+from lamella.data.images import Image, inside, read_image
 from lamella.data.rows import Rows
 from lamella.errors import CalibrationError
 from lamella.extras import require
@@ -50,7 +50,7 @@ class Item:
     facts: tuple[tuple[str, str], ...] = ()
     pixels: int = SIZE
 
-    def image_at(self, number: int, seed: int) -> Picture:
+    def image_at(self, number: int, seed: int) -> Image:
         """Return an image of the item: 0 is its own, higher indices are others, deterministic for a seed.
 
         Without further images, an existing one is shown at another position and scale on another background.
@@ -61,7 +61,7 @@ class Item:
         """
         if isinstance(self.images, Glyph):
             return render_glyph(self.images, self.pixels, (seed, number))
-        image = read_picture(self.images[number % len(self.images)], self.id)
+        image = read_image(self.images[number % len(self.images)], self.id)
         return image if number < len(self.images) else repositioned(image, (seed, number))
 
     def content(self) -> bytes:
@@ -69,10 +69,10 @@ class Item:
         key = repr((self.id, self.subject, self.text, self.kind, self.facts))
         if isinstance(self.images, Glyph):
             return f"{key} {self.images} {self.pixels}".encode()
-        return key.encode() + b"".join(read_picture(each, self.id).tobytes() for each in self.images)
+        return key.encode() + b"".join(read_image(each, self.id).tobytes() for each in self.images)
 
 
-def repositioned(image: Picture, seed: tuple[int, ...]) -> Picture:
+def repositioned(image: Image, seed: tuple[int, ...]) -> Image:
     """Place an image, scaled down, at a random position on a plain background of its own size [height, width, 3].
 
     Args:
@@ -99,7 +99,7 @@ class Knowledge(Rows[Item]):
     """
 
     metavar = "FILE"
-    told = (
+    source_help = (
         'a .jsonl file: {"image": "images/one.png", "subject": "...", "text": "..."} on each line, with the "kind" '
         'of the subject, further "images" of it and "facts" if available; paths are relative to the file. Or '
         "the built-in glyphs, which are invented things"
@@ -107,12 +107,14 @@ class Knowledge(Rows[Item]):
     example = Fixture(GLYPHS, settings={"items": 3})
 
     @classmethod
-    def open(cls, name: str | Path, reader: Reader, *, items: int | None = None, pixels: int = SIZE) -> Knowledge:
+    def open(
+        cls, name: str | Path, context: InputContext, *, items: int | None = None, pixels: int = SIZE
+    ) -> Knowledge:
         """Read items of knowledge, including all their images.
 
         Args:
             name: a file, or ``glyphs``.
-            reader: seed to use.
+            context: seed to use.
             items: maximum number of items; defaults to 40 for glyphs, else to all.
             pixels: side of rendered glyphs in pixels.
 
@@ -124,11 +126,11 @@ class Knowledge(Rows[Item]):
         """
         if items is not None and items < 1:
             raise CalibrationError(f"items {items}: give at least 1")
-        made = list(_glyphs(items or 40, reader.seed, pixels)) if name == GLYPHS else _of_file(Path(name), items)
+        made = list(_glyphs(items or 40, context.seed, pixels)) if name == GLYPHS else _of_file(Path(name), items)
         if not made:
             raise CalibrationError(f"{name} holds no items: {FORMAT_HINT}")
         _check_own(made, str(name))
-        return cls(made, said={"data": str(name), "items": len(made), "sha256": _digest(made)})
+        return cls(made, metadata={"data": str(name), "items": len(made), "sha256": _digest(made)})
 
 
 def _glyphs(count: int, seed: int, pixels: int) -> Iterator[Item]:

@@ -35,14 +35,14 @@ from transformers.pytorch_utils import Conv1D
 from lamella import processes
 from lamella.data import ImageText, Passages, Text
 from lamella.errors import MethodError
-from lamella.evaluate.fidelity import continuing
+from lamella.evaluate.fidelity import causal_stack
 from lamella.files import Work
 from lamella.methods.kore.covariance import Covariance, equal_rank, input_covariance
 from lamella.methods.kore.nullspace import WEAK, Basis, LowRankFactors, null_basis, on_basis
 from lamella.methods.kore.projector import projector_of, state_of, two_rates
 from lamella.plan import ModelReference, Plan
 from lamella.plan.fingerprint import revision
-from lamella.progress import say, track
+from lamella.progress import notify, track
 from lamella.registry import method
 from lamella.results import Tuned
 from lamella.runtime import apply
@@ -130,7 +130,7 @@ def kore(
         TrainingError: when training cannot start or does not stay finite.
     """
     _check(constraint, config)
-    continuing(stack)
+    causal_stack(stack)
     plan = plan or Plan(model=ModelReference.of(stack), provenance={"method": "kore"})
     running = sites_of(plan.running("inputs"), stack.positions)
     view = apply(stack, plan)
@@ -143,7 +143,7 @@ def kore(
     split = split_weights(view, names, measured, r)
     notes = _notes(split, measured, r)
     for note in notes if processes.is_first() else ():
-        say(f"kore: {note}")
+        notify(f"kore: {note}")
     lora = add_adapters(view, names, split, r, running, constraint.form, config.seed)
     halves = (".lora_B.",) if constraint.freeze else (".lora_A.", ".lora_B.")
     projector = projector_of(stack) if constraint.projector and isinstance(train, ImageText) else ""
@@ -154,7 +154,7 @@ def kore(
         train,
         Task(response_loss, collate=batching(train)),
         config,
-        out=work.place() / "run",
+        out=work.directory() / "run",
         trainable=lambda name: name.startswith(f"{projector}.") or any(half in name for half in halves),
         optimizer=partial(two_rates, projector=projector, share=constraint.projector) if projector else adamw,
         settings={

@@ -24,7 +24,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge
 
-from lamella.data import MARK, Request, Written, seed_of
+from lamella.data import MARK, Completion, WritingRequest, seed_of
 from lamella.errors import MethodError
 from lamella.methods.kore.items import Item
 from lamella.reading import parse_json, read_text
@@ -144,7 +144,7 @@ def key_of(item: Item, task: str) -> str:
     return json.dumps([item.id, task])
 
 
-def requests(items: Sequence[Item], tree: Tree, seed: int) -> list[Request]:
+def requests(items: Sequence[Item], tree: Tree, seed: int) -> list[WritingRequest]:
     """Build the requests to the writer: rounds, a summary and questions for each item.
 
     Args:
@@ -161,11 +161,11 @@ def requests(items: Sequence[Item], tree: Tree, seed: int) -> list[Request]:
                 prompt = prompt.replace(placeholder, str(value))
             messages = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
             key = key_of(item, task)
-            found.append(Request(key, messages, tree.answer, seed_of(key, prompts_digest(), seed)))
+            found.append(WritingRequest(key, messages, tree.answer, seed_of(key, prompts_digest(), seed)))
     return found
 
 
-def read_turns(item: Item, task: str, written: Written, caption: str) -> list[ConversationTurn]:
+def read_turns(item: Item, task: str, written: Completion, caption: str) -> list[ConversationTurn]:
     """Parse a text of the writer into turns; a text in another format becomes one dropped turn.
 
     Args:

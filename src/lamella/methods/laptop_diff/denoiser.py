@@ -31,7 +31,7 @@ class Denoiser(View):
         name: name for messages.
     """
 
-    told = "the folder of a diffusers pipeline, with a UNet or a DiT; or digits, a small built-in one"
+    source_help = "the folder of a diffusers pipeline, with a UNet or a DiT; or digits, a small built-in one"
     noun = "pipeline of diffusers"
     libraries = ("diffusers",)
     names = digits.NAMES
@@ -120,7 +120,7 @@ class Denoiser(View):
         times = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         height, width = (times * each for each in self.size)
         fit = transforms.Compose([transforms.Resize(min(height, width)), transforms.CenterCrop((height, width))])
-        rows = [torch.from_numpy(each.picture).permute(2, 0, 1) for each in images]
+        rows = [torch.from_numpy(each.image).permute(2, 0, 1) for each in images]
         pixels = torch.stack([each if each.shape[1:] == (height, width) else fit(each) for each in rows]) / 127.5 - 1
         if vae is None:
             return pixels.mean(dim=1, keepdim=True) if self.network.config.in_channels == 1 else pixels

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lamella.data import Pictures, Reader
+from lamella.data import CaptionedImages, InputContext
 from lamella.extras import require
 from lamella.plan.filling import fill
 from lamella.train import Task, TrainConfig, fit
@@ -85,12 +85,12 @@ class NoiseLoss:
 def _train(steps: int, folder: Path) -> dict[str, Any]:
     """Train it on the calibration split of the digits, and write its weights."""
     made = untrained()
-    pictures = Pictures.open(DIGITS, Reader(), count=10_000)
-    pixels = [torch.from_numpy(each.picture[..., :1]).permute(2, 0, 1) / 127.5 - 1 for each in pictures.items]
+    images = CaptionedImages.open(DIGITS, InputContext(), count=10_000)
+    pixels = [torch.from_numpy(each.image[..., :1]).permute(2, 0, 1) / 127.5 - 1 for each in images.items]
     task = Task(NoiseLoss(made.scheduler), collate=stacked, weight=lambda batch: len(batch["clean"]))
     config = TrainConfig(steps=steps, lr=RATE, schedule="constant", warmup=0, batch=BATCH, save_every=steps)
     samples = [{"clean": each} for each in pixels]
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
         fit(made.unet, samples, task, config, out=Path(work) / "run", trainable=lambda name: True)
     save_file(made.unet.state_dict(), folder / WEIGHTS)
-    return {"steps": steps, "images": pictures.describe()}
+    return {"steps": steps, "images": images.describe()}

@@ -12,11 +12,11 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from lamella.data import Pictures
+from lamella.data import CaptionedImages
 from lamella.extras import require
 from lamella.methods.laptop_diff.denoiser import Denoiser
 from lamella.methods.laptop_diff.tuples import Tuples, error, predictions, targets
-from lamella.report.pictures import embedded
+from lamella.report.images import png_base64
 
 DRAWING = 50  # DDIM steps
 
@@ -39,7 +39,7 @@ class EvaluationSettings:
 def evaluate_networks(
     denoiser: Denoiser,
     networks: Mapping[str, Any],
-    test: Pictures,
+    test: CaptionedImages,
     evaluation: EvaluationSettings,
     batch: int,
     seed: int,
@@ -71,12 +71,12 @@ def evaluate_networks(
         return {"test": losses}
     every = {"original": denoiser.network, **networks}
     generated = {name: generate_images(denoiser, each, test, evaluation.draws, seed) for name, each in every.items()}
-    return {"test": losses, "generated": {name: embedded(each) for name, each in generated.items()}}
+    return {"test": losses, "generated": {name: png_base64(each) for name, each in generated.items()}}
 
 
 @torch.no_grad()
 def generate_images(
-    denoiser: Denoiser, network: Any, images: Pictures, count: int, seed: int, steps: int = DRAWING
+    denoiser: Denoiser, network: Any, images: CaptionedImages, count: int, seed: int, steps: int = DRAWING
 ) -> npt.NDArray[np.uint8]:
     """Generate images [count, height, width, 3] from noise, by DDIM without guidance.
 

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
 
-from lamella.data import Pictures
+from lamella.data import CaptionedImages
 from lamella.errors import MethodError
 from lamella.files import Work
 from lamella.methods.laptop_diff import scores
@@ -63,7 +63,7 @@ class ScoringSettings:
 )
 def laptop_diff(
     model: Denoiser,
-    images: Pictures,
+    images: CaptionedImages,
     *,
     remove: Annotated[float, Gt(0), Lt(1)] = 0.5,
     solver: Literal["exact", "greedy"] = "exact",
@@ -196,7 +196,7 @@ def count(network: Any) -> int:
 def heal(
     model: Denoiser,
     plan: Plan,
-    images: Pictures,
+    images: CaptionedImages,
     *,
     weights: LossWeights = LossWeights(),  # noqa: B008, frozen
     config: TrainConfig = TRAINING,
@@ -226,7 +226,7 @@ def heal(
     pruned = apply(model.blocks, plan).eval()
     network = apply(model.blocks, plan).eval()
     own(network, lambda name: True)
-    log, initial = distil(model, network, images, weights=weights, config=config, out=work.place("run"), work=work)
+    log, initial = distil(model, network, images, weights=weights, config=config, out=work.directory("run"), work=work)
     network.eval()
     findings: dict[str, Any] = {
         "blocks": [

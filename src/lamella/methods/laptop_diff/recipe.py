@@ -23,11 +23,11 @@ from annotated_types import Ge, Lt
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lamella.data import Captioned, Encoded, Lazy, Pictures
+from lamella.data import Captioned, CaptionedImages, Encoded, Lazy
 from lamella.files import Work
 from lamella.methods.laptop_diff.denoiser import Denoiser
 from lamella.methods.laptop_diff.tuples import Tuples
-from lamella.train import Hook, Task, TrainConfig, Training, TrainingLog, fit
+from lamella.train import Hook, Task, TrainConfig, TrainingLog, TrainingRun, fit
 from lamella.train.supervised import stacked
 
 Features = Literal["normalized", "vanilla", "none"]
@@ -182,17 +182,17 @@ class Average(Hook):
         self.share = share
         self.kept: dict[str, Tensor] = {}
 
-    def begin(self, run: Training) -> None:
+    def begin(self, run: TrainingRun) -> None:
         """Start the average from the current weights."""
         self.kept = self.kept or {name: each.detach().clone() for name, each in run.trained.items()}
 
-    def after_step(self, run: Training) -> None:
+    def after_step(self, run: TrainingRun) -> None:
         """Update the average."""
         for name, each in run.trained.items():
             self.kept[name].lerp_(each.detach(), 1 - self.share)
 
     @torch.no_grad()
-    def end(self, run: Training) -> None:
+    def end(self, run: TrainingRun) -> None:
         """Copy the average to the model."""
         for name, each in self.kept.items():
             run.trained[name].copy_(each)
@@ -209,7 +209,7 @@ class Average(Hook):
 def distil(
     denoiser: Denoiser,
     student: nn.Module,
-    images: Pictures,
+    images: CaptionedImages,
     *,
     weights: LossWeights,
     config: TrainConfig,
@@ -235,14 +235,14 @@ def distil(
     pairs = match_stages(denoiser.network, student) if pairs is None else list(pairs)
     samples = encode_samples(denoiser, images, work)
     loss, initial = balance_loss(denoiser, student, Tuples.of(denoiser, images, PROBES, config.seed), pairs, weights)
-    task = Task(loss, collate=stacked, weight=lambda batch: len(batch["clean"]), beside=(denoiser.network,))
+    task = Task(loss, collate=stacked, weight=lambda batch: len(batch["clean"]), frozen=(denoiser.network,))
     hooks = [Average(weights.average)] if weights.average else []
     settings = {**vars(loss.weights), "teacher": denoiser.describe()["sha256"], "pairs": [list(each) for each in pairs]}
     log = fit(student, samples, task, config, out=out, trainable=lambda name: True, hooks=hooks, settings=settings)
     return log, initial
 
 
-def encode_samples(denoiser: Denoiser, images: Pictures, work: Work = Work()) -> Sequence[dict[str, Tensor]]:
+def encode_samples(denoiser: Denoiser, images: CaptionedImages, work: Work = Work()) -> Sequence[dict[str, Tensor]]:
     """Prepare training samples: x_0 and conditions of each image.
 
     Latents, and the conditions of each distinct caption and class, are computed once and kept in files. Images of a

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lamella.data import Pictures
+from lamella.data import CaptionedImages
 from lamella.methods.laptop_diff.denoiser import Denoiser
 
 
@@ -29,7 +29,7 @@ class Tuples:
     conditions: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, denoiser: Denoiser, images: Pictures, count: int, seed: int = 0) -> Tuples:
+    def of(cls, denoiser: Denoiser, images: CaptionedImages, count: int, seed: int = 0) -> Tuples:
         """Sample rows; images are repeated if there are too few.
 
         Args:

@@ -152,10 +152,10 @@ def compare(
     for each, known in {**old, name: language}.items():
         watched[CHOOSE.format(each)], watched[each] = halves(each, known)
     samples: list[Sample] = [sample for each in old.values() for sample in each.samples]
-    config = config.lasting(len(language.samples))
+    config = config.with_steps(len(language.samples))
     config = replace(config, eval_every=config.eval_every or max(1, (config.steps or 1) // POINTS))
     results: dict[str, list[ArmResult]] = {}
-    folder = work.place()
+    folder = work.directory()
     for arm in arms(Edges.of(len(stack), first, last), r, replay).values():
         for lr in rates:
             result, _ = follow(

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from scipy.stats import rankdata
 from torch import Tensor
 
-from lamella.data import PLAIN, Reader, load_text, windows
+from lamella.data import PLAIN, InputContext, load_text, windows
 from lamella.errors import CalibrationError, MethodError
 from lamella.signature import Fixture
 from lamella.train import NO_LOSS, Sample, blocks, mean_loss
@@ -41,7 +41,7 @@ class Language:
 
     metavar: ClassVar[str] = "NAME=TEXT"
     reads_text: ClassVar[bool] = True
-    told: ClassVar[str] = "pydoc, stdlib, a file or a datasets name"
+    source_help: ClassVar[str] = "pydoc, stdlib, a file or a datasets name"
     example: ClassVar[Fixture] = replace(PLAIN, settings={"sequences": 8, "length": 16, "held_out_sequences": 4})
 
     def __post_init__(self) -> None:
@@ -50,13 +50,13 @@ class Language:
 
     @classmethod
     def open(
-        cls, name: str, reader: Reader, *, sequences: int = 256, length: int = 256, held_out_sequences: int = 16
+        cls, name: str, context: InputContext, *, sequences: int = 256, length: int = 256, held_out_sequences: int = 16
     ) -> Language:
         """Open a text as a language: its calibration split for training, its test split for evaluation.
 
         Args:
             name: see :func:`lamella.load_text`.
-            reader: tokenizer and seed to use.
+            context: tokenizer and seed to use.
             sequences: number of training windows.
             length: tokens per window.
             held_out_sequences: number of test windows.
@@ -68,10 +68,10 @@ class Language:
             CalibrationError: for a text that is missing, or too short.
         """
         text, test = load_text(name, "calibration"), load_text(name, "test")
-        training = windows(reader.tokenizer, text, sequences, length, reader.seed)
-        held_out_tokens = windows(reader.tokenizer, test, held_out_sequences, length, reader.seed)
+        training = windows(context.tokenizer, text, sequences, length, context.seed)
+        held_out_tokens = windows(context.tokenizer, test, held_out_sequences, length, context.seed)
         source = {"training": text.provenance(training), "held_out": test.provenance(held_out_tokens)}
-        return replace(cls.of(reader.tokenizer, held_out_tokens, training), source=source)
+        return replace(cls.of(context.tokenizer, held_out_tokens, training), source=source)
 
     @classmethod
     def of(cls, tokenizer: Any, held_out: Tensor, samples: Tensor | None = None) -> Language:

@@ -78,11 +78,11 @@ class Added(Result):
 
     def write(self, folder: Path) -> None:
         """Write the adapter of all languages, which plain peft loads and merges, and in ``steps`` that of each step."""
-        self.adapter.put(folder)
+        self.adapter.write_into(folder)
         for name, each in self.adapters.items() if len(self.adapters) > 1 else ():
             place = folder / "steps" / name
             place.mkdir(parents=True)
-            each.put(place)
+            each.write_into(place)
 
     @classmethod
     def read(cls, path: Path) -> Adapter:
@@ -155,7 +155,7 @@ def layra(
     matrix = Matrix(tuple(old), tuple(languages))
     matrix.add("before", measure(stack.model, known, config.batch))
     base, current = revision(stack.model), stack
-    folder = work.place()
+    folder = work.directory()
     view, lora = with_adapters(stack, edges.sites, shape, config.seed)
     for number, (step, samples) in enumerate(_steps(languages, protocol).items()):
         turn = replace(config, seed=config.seed + number)

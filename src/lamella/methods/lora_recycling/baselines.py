@@ -21,7 +21,7 @@ from lamella.registry import command
 from lamella.results import Edit
 from lamella.stack import Stack
 from lamella.train import Adapter, concatenate
-from lamella.train.adapters import added
+from lamella.train.adapters import with_updates
 
 Merge = Literal["average", "arithmetic", "ties", "dare", "dare-ties", "magnitude", "tsv", "core"]
 GRID = tuple(step / 10 for step in range(1, 11))  # values of lambda to try; the paper's
@@ -109,13 +109,13 @@ def merge(
         weight = min(losses, key=lambda each: losses[each])
     if weight is None or how == "average":
         weight = 1 / len(adapters) if linear else 1.0
-    made = added(stack, make(weight))
+    made = with_updates(stack, make(weight))
     plan = Plan(model=ModelReference.of(made))
     return Merged(stack=made, plan=plan, names=chosen, how=how, weight=weight, losses=losses, members=members)
 
 
 def _loss(stack: Stack, make: Callable[[float], Iterator[tuple[str, Tensor]]], weight: float, data: Examples) -> float:
-    return AnswerScores.of(added(stack, make(weight)).model, data).loss
+    return AnswerScores.of(with_updates(stack, make(weight)).model, data).loss
 
 
 def updates(

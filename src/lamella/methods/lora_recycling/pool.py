@@ -68,7 +68,7 @@ class AdapterPool:
     source: Mapping[str, Any] = field(default_factory=dict)
 
     metavar: ClassVar[str] = "FOLDER"
-    told: ClassVar[str] = (
+    source_help: ClassVar[str] = (
         "a folder with LoRA adapters as saved by peft, each in its own folder; or random:count=20,r=8, adapters "
         "with random weights"
     )

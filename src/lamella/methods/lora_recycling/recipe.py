@@ -24,7 +24,7 @@ from lamella.plan.fingerprint import revision
 from lamella.stack import Stack, share
 from lamella.train import (
     Adapter,
-    Best,
+    EarlyStopping,
     Task,
     TrainConfig,
     TrainingLog,
@@ -146,7 +146,8 @@ def adaptive(
     found = mixture(stack, adapters, mixing, config.seed)
     task = Task(LOSSES[mixing.objective], weight=_rows if mixing.objective == "entropy" else Task.weight)
     log = fit(found.model, samples, task, config, out=out, trainable=found.trains, held_out=held_out,
-              hooks=[Best(PATIENCE)], settings={"mixing": asdict(mixing), "modules": list(found.modules)})  # fmt: skip
+              hooks=[EarlyStopping(PATIENCE)],
+              settings={"mixing": asdict(mixing), "modules": list(found.modules)})  # fmt: skip
     return found, log
 
 
@@ -180,7 +181,7 @@ def pi_tuning(
     found = mixture(stack, [fresh, *neighbours], Mixing(activation="softmax", init="equal"), config.seed)
     config = replace(config, lr=PI_RATE)
     log = fit(found.model, samples, Task(response_loss), config, out=out, trainable=found.trains_all, held_out=held_out,
-              hooks=[Best(PATIENCE)])  # fmt: skip
+              hooks=[EarlyStopping(PATIENCE)])  # fmt: skip
     return found, log
 
 
@@ -224,7 +225,7 @@ def target_lora(
                     sites=[f"layers.{each}" for each in range(len(stack))], seed=config.seed)  # fmt: skip
     config = replace(config, lr=target.target_lr, steps=target.target_steps, weight_decay=weight_decay)
     log = fit(view, samples, Task(response_loss), config, out=out, trainable=lora.trains, held_out=held_out,
-              hooks=[Best(PATIENCE)],
+              hooks=[EarlyStopping(PATIENCE)],
               settings={"lora": [lora.scale, list(lora.modules)], "base": lora.base})  # fmt: skip
     return lora.adapter(), log
 

@@ -111,7 +111,7 @@ class Recycled(Result):
 
     def write(self, folder: Path) -> None:
         """Write the adapter, which plain peft loads and merges."""
-        self.adapter.put(folder)
+        self.adapter.write_into(folder)
 
     @classmethod
     def read(cls, path: Path) -> Adapter:

@@ -127,7 +127,7 @@ class Trial:
     arms: list[TrialArm] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.folder = self.work.place()
+        self.folder = self.work.directory()
         parts = (self.splits.train, self.splits.held_out, self.splits.test)
         data = [[each["input_ids"].tolist() for each in part] for part in parts]
         how = [self.how, asdict(self.mixing), asdict(self.target), self.config.as_dict(1)]

@@ -1,19 +1,19 @@
-"""Minitron: prune width and depth by activations, all at once, then train back by distillation alone."""
+"""Minitron: prune width and depth in one shot by the size of activations, then re-train by distillation alone."""
 
 from lamella.methods.minitron.activations import Importance, activation_importance
 from lamella.methods.minitron.contest import contest
-from lamella.methods.minitron.method import Ranking, Wanted, minitron, rank, trim
+from lamella.methods.minitron.method import Ranking, TargetSizes, minitron, rank, trim
 from lamella.methods.minitron.recipe import TRAINING
 from lamella.methods.minitron.shapes import enumerate_shapes
-from lamella.methods.minitron.space import Shape, Space
+from lamella.methods.minitron.space import ModelShape, ShapeSpace
 
 __all__ = [
     "TRAINING",
     "Importance",
+    "ModelShape",
     "Ranking",
-    "Shape",
-    "Space",
-    "Wanted",
+    "ShapeSpace",
+    "TargetSizes",
     "activation_importance",
     "contest",
     "enumerate_shapes",

@@ -1,11 +1,11 @@
-"""How large the activations of each neuron, head and channel of the stream are, from forward passes alone.
+"""Importance of MLP neurons, attention heads and channels of the residual stream, from forward passes alone.
 
 Minitron (arXiv 2407.14679, section 2.2) reduces the absolute activation of a unit twice, over the tokens of a sequence
 and over the sequences:
 
     batch = l2, seq = mean:   score_i = sqrt( sum_b ( mean_s |a[b, s, i]| )^2 )
 
-All is reduced while the model runs, in float32 within a sequence and float64 over sequences.
+Activations are reduced during the forward pass, in float32 within a sequence and float64 over sequences.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from lamella.errors import ArchitectureError, CheckpointError, NumericsError
+from lamella.measure.hidden_states import Tokens, describe, sequences
 from lamella.measure.scores import Scores
-from lamella.measure.streams import Tokens, describe, sequences
 from lamella.progress import track
 from lamella.reading import parse_json
 from lamella.stack import Stack, cuttable, share
@@ -34,7 +34,7 @@ OVER_TOKENS: dict[str, Callable[[Tensor], Tensor]] = {
     "l2": lambda a: a.norm(dim=0),
     "var": lambda a: a.var(dim=0, unbiased=False),
 }
-# Over sequences, from the sum and the sum of squares of what is above, and the number of sequences.
+# Over sequences, from the sum and the sum of squares of the reduced values above, and the number of sequences.
 OVER_SEQUENCES: dict[str, Callable[[np.ndarray, np.ndarray, int], np.ndarray]] = {
     "l2": lambda total, squares, count: np.sqrt(squares),
     "mean": lambda total, squares, count: total / count,
@@ -44,17 +44,17 @@ OVER_SEQUENCES: dict[str, Callable[[np.ndarray, np.ndarray, int], np.ndarray]] =
 
 @dataclass(frozen=True)
 class Importance:
-    """The scores of every axis of width, which serve any target shape.
+    """Scores of every width axis; the same scores serve any target shape.
 
     Attributes:
-        channels: the input of the MLP's output projection, ``("layer", "channel")``.
-        heads: the L2 norm of each head's output before the output projection, ``("layer", "head")``.
-        stream: the output of the norms before the sublayers, summed over all of them, ``("channel",)``.
+        channels: activation of the MLP neurons at the input of the output projection, ``("layer", "channel")``.
+        heads: L2 norm of each head's output before the output projection, ``("layer", "head")``.
+        hidden: output of the norms before the sublayers, summed over all norms, ``("channel",)``.
     """
 
     channels: Scores
     heads: Scores
-    stream: Scores
+    hidden: Scores
 
     def save(self, path: str | Path) -> None:
         """Write the scores to one safetensors file."""
@@ -65,74 +65,77 @@ class Importance:
 
     @classmethod
     def load(cls, path: str | Path) -> Importance:
-        """Read what :meth:`save` wrote.
+        """Read the scores that :meth:`save` wrote.
 
         Raises:
-            CheckpointError: when it is no such file.
+            CheckpointError: when the file holds no importance scores.
         """
-        dims = {"channels": ("layer", "channel"), "heads": ("layer", "head"), "stream": ("channel",)}
+        dims = {"channels": ("layer", "channel"), "heads": ("layer", "head"), "hidden": ("channel",)}
         try:
             with safe_open(path, "numpy") as file:
                 about = parse_json(file.metadata()["lamella.importance/1"])
                 read = {name: file.get_tensor(name) for name in dims}
-            told = {name: (str(about[name]["name"]), dict(about[name]["provenance"])) for name in dims}
+            described = {name: (str(about[name]["name"]), dict(about[name]["provenance"])) for name in dims}
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             raise CheckpointError(f"{path}: holds no importance scores; measure them again") from None
-        return cls(**{name: Scores(told[name][0], dims[name], read[name], told[name][1]) for name in dims})
+        return cls(**{name: Scores(described[name][0], dims[name], read[name], described[name][1]) for name in dims})
 
 
 @torch.no_grad()
 def activation_importance(stack: Stack, tokens: Tokens, *, batch_agg: str = "l2", seq_agg: str = "mean") -> Importance:
-    """Score neurons, heads and channels of the stream by the size of their activations (Minitron, section 2.2).
+    """Score MLP neurons, heads and channels of the residual stream by their activations (Minitron, section 2.2).
 
     Args:
         stack: the opened model.
-        tokens: token ids [sequences, time], or them with an attention mask; padding does not count.
-        batch_agg: over sequences: ``l2``, ``mean`` or ``var``.
-        seq_agg: over the tokens of a sequence: ``mean`` (of absolute values), ``l2`` or ``var``.
+        tokens: token ids [sequences, time], alone or with an attention mask; padding is ignored.
+        batch_agg: reduction over sequences: ``l2``, ``mean`` or ``var``.
+        seq_agg: reduction over the tokens of a sequence: ``mean`` (of absolute values), ``l2`` or ``var``.
+
+    Returns:
+        The scores of every width axis.
 
     Raises:
-        ArchitectureError: for a family whose widths are not known.
-        NumericsError: for activations that are not finite, named by site.
+        ArchitectureError: for an architecture whose widths are not known, or a model that was already pruned.
+        NumericsError: for activations that are not finite; the message names the site.
     """
     if not stack.architecture.cuttable:
         raise ArchitectureError(
-            f"the widths of {stack.prefix}{stack.architecture.name} models are not known, so not scored; known are "
+            f"cannot score {stack.prefix}{stack.architecture.name} models, whose widths are unknown; known are "
             f"{', '.join(cuttable())}"
         )
     if stack.is_altered or stack.dropped:
-        raise ArchitectureError(f"{stack.name} was cut or rewritten before: score the model it was made of")
-    seen = _Watch(stack, seq_agg)
-    layers = seen.model.get_submodule(stack.architecture.prefix.removesuffix("."))
-    for number, layer in enumerate(layers):
-        seen.input_of(layer, stack.architecture["mlp"].out, f"layers.{number}.mlp.channels")
-        seen.input_of(layer, stack.architecture["attn"].out, f"layers.{number}.attn.heads")
+        raise ArchitectureError(f"{stack.name} was already pruned or rewritten: score the original model")
+    hooks = _ActivationHooks(stack, seq_agg)
+    layers = hooks.model.get_submodule(stack.architecture.prefix.removesuffix("."))
+    for index, layer in enumerate(layers):
+        hooks.input_of(layer, stack.architecture["mlp"].out, f"layers.{index}.mlp.channels")
+        hooks.input_of(layer, stack.architecture["attn"].out, f"layers.{index}.attn.heads")
         for norm in stack.architecture.wiring.norms:
-            seen.output_of(layer, norm, f"layers.{number}.{norm}")
+            hooks.output_of(layer, norm, f"layers.{index}.{norm}")
     for inputs in track(sequences(tokens), "activation importance"):
-        seen.run(inputs)
+        hooks.run(inputs)
 
-    final = {site: OVER_SEQUENCES[batch_agg](*sums, seen.count) for site, sums in seen.sums.items()}
-    numbers = range(len(stack))
-    channels = np.stack([final[f"layers.{number}.mlp.channels"] for number in numbers])
-    heads = np.stack([final[f"layers.{number}.attn.heads"] for number in numbers])
-    stream = np.sum(
-        [final[f"layers.{number}.{norm}"] for number in numbers for norm in stack.architecture.wiring.norms], axis=0
+    final = {site: OVER_SEQUENCES[batch_agg](*sums, hooks.count) for site, sums in hooks.sums.items()}
+    indices = range(len(stack))
+    channels = np.stack([final[f"layers.{index}.mlp.channels"] for index in indices])
+    heads = np.stack([final[f"layers.{index}.attn.heads"] for index in indices])
+    hidden = np.sum(
+        [final[f"layers.{index}.{norm}"] for index in indices for norm in stack.architecture.wiring.norms], axis=0
     )
     about = {"tokens": describe(tokens), "batch_agg": batch_agg, "seq_agg": seq_agg}
     return Importance(
         Scores("activation of MLP channels", ("layer", "channel"), channels, about),
         Scores("output of attention heads", ("layer", "head"), heads, about),
-        Scores("normed channels of the stream", ("channel",), stream, about),
+        Scores("normalised channels of the residual stream", ("channel",), hidden, about),
     )
 
 
-class _Watch:
-    """A copy of a model that shares its tensors, whose hooks reduce what some modules see.
+class _ActivationHooks:
+    """A copy of a model that shares its tensors; hooks reduce the inputs or outputs of some modules.
 
     Attributes:
-        sums: by site, the sum and the sum of squares over sequences of what was reduced over tokens.
-        count: sequences that were run.
+        sums: by site, the sum and the sum of squares over sequences of the values reduced over tokens.
+        count: number of sequences that were run.
     """
 
     def __init__(self, stack: Stack, seq_agg: str) -> None:
@@ -144,21 +147,23 @@ class _Watch:
         self._real = torch.empty(0)
 
     def input_of(self, layer: nn.Module, path: str, site: str) -> None:
+        """Reduce the input of the submodule at ``path`` of a layer under the name ``site``."""
         layer.get_submodule(path).register_forward_pre_hook(lambda module, args: self._note(site, args[0]))
 
     def output_of(self, layer: nn.Module, path: str, site: str) -> None:
+        """Reduce the output of the submodule at ``path`` of a layer under the name ``site``."""
         layer.get_submodule(path).register_forward_hook(lambda module, args, out: self._note(site, out))
 
     def run(self, row: dict[str, Tensor]) -> None:
         """Run one sequence."""
         mask = row.get("attention_mask", torch.ones_like(row["input_ids"]))
         self._real = mask.bool()
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)  # padding shifts nothing
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)  # left padding does not shift positions
         self.model.get_submodule(self.stack.architecture.base)(**row, position_ids=positions, use_cache=False)
         self.count += 1
 
     def _note(self, site: str, values: Tensor) -> None:
-        """Reduce what one module saw of the sequence [1, time, units]."""
+        """Reduce the values [1, time, units] of one module and sequence, and add them to the sums."""
         real = values[self._real].float()
         if site.endswith("attn.heads"):
             real = real.unflatten(-1, (self.heads, -1)).norm(dim=-1)

@@ -1,7 +1,7 @@
-"""Minitron's contest: of several shapes, which is worth training on (arXiv 2407.14679, section 2.3).
+"""Minitron's comparison of candidate shapes by brief training (arXiv 2407.14679, section 2.3).
 
-Each candidate is distilled from the original briefly first, see :mod:`lamella.train.distil`: what a cut costs before
-training says little across axes (practice 9).
+Each candidate is first distilled briefly from the original, see :mod:`lamella.train.distil`: the loss right after
+pruning does not predict the loss after training when candidates differ in several axes (practice 9).
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ def contest(
     intermediate: bool | None = None,
     out: Path,
 ) -> list[dict[int, float]]:
-    """Train every candidate briefly and alike, and compare them on held-out text (section 2.3).
+    """Train every candidate briefly with the same settings, and compare them on held-out text (section 2.3).
 
     Args:
-        stack: the original.
+        stack: the original model, which is the teacher.
         plans: the candidates.
-        samples, held_out: text to train on and to compare on.
-        config: of each training; ``eval_every`` are the steps between two comparisons.
-        intermediate: see :func:`lamella.train.distil`.
-        out: a folder; each candidate's run goes into one of its own.
+        samples: text to train on.
+        held_out: text to compare on.
+        config: training settings of every candidate; ``eval_every`` is the number of steps between two comparisons.
+        intermediate: whether hidden states are distilled too, see :func:`lamella.train.distil`.
+        out: a folder; the run of each candidate is written to a subfolder.
 
     Returns:
-        For each candidate, the held-out divergence from the original in nats, by the number of steps.
+        For each candidate, the held-out KL divergence from the original in nats, by the number of training steps.
     """
     curves = []
     for plan in plans:

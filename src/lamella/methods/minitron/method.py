@@ -1,13 +1,13 @@
-"""Minitron: prune width and depth by activations, all at once, then train back by distillation alone.
+"""Minitron: prune width and depth in one shot by the size of activations, then re-train by distillation alone.
 
 Muralidharan et al., "Compact Language Models via Pruning and Knowledge Distillation", arXiv 2407.14679.
 
-    1  one forward pass scores MLP neurons, heads, channels of the stream, and layers      (section 2.2)
-    2  every axis is sorted, and its best part is kept: one ordinary, smaller model        (section 2.3)
-    3  shapes near a parameter budget are enumerated; the paper trains each of them briefly (section 2.3)
-    4  the smaller model learns the original's output distribution                         (section 3)
+    1  a forward pass scores MLP neurons, heads, channels of the residual stream, and layers  (section 2.2)
+    2  every axis is sorted, and its best part is kept: an ordinary, smaller model            (section 2.3)
+    3  shapes near a parameter budget are enumerated; the paper trains each of them briefly   (section 2.3)
+    4  the smaller model learns the original's output distribution                            (section 3)
 
-Scores are measured once and serve every shape. Cutting alone ruins a model: the plans of this method are made to be
+Scores are measured once and serve every shape. Pruning alone ruins a model: the plans of this method are meant to be
 healed by :func:`lamella.train.distil`.
 """
 
@@ -25,29 +25,29 @@ from lamella.data import Text
 from lamella.errors import MethodError
 from lamella.measure import OutputDistance, Tokens, angular_distance, block_influence
 from lamella.methods.minitron.activations import Importance, activation_importance
-from lamella.methods.minitron.space import Shape, Space
-from lamella.plan import HeadWidth, ModelReference, PlanSeries, Point, StreamWidth
+from lamella.methods.minitron.space import ModelShape, ShapeSpace
+from lamella.plan import HeadWidth, HiddenWidth, ModelReference, PlanSeries, Point
 from lamella.registry import method
 from lamella.search import window
 from lamella.stack import Stack, groups_at
 from lamella.stack.wiring import Sizes
 
-HARD = 0.5  # of the parameters: what one cut should at least leave; below, the paper goes in two steps
+HARD = 0.5  # fraction of the parameters that one pruning step should at least keep; below, the paper takes two steps
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Every axis, most important first.
+    """Indices along every axis, most important first.
 
     Attributes:
-        stream: channels of the stream [hidden].
+        hidden: channels of the residual stream [hidden].
         channels: MLP channels of each layer [layers, mlp].
         heads: query heads of each key-value head [layers, kv_heads, heads / kv_heads].
         groups: key-value heads of each layer [layers, kv_heads].
-        layers: layer numbers.
+        layers: layer indices [layers].
     """
 
-    stream: np.ndarray
+    hidden: np.ndarray
     channels: np.ndarray
     heads: np.ndarray
     groups: np.ndarray
@@ -59,14 +59,14 @@ def rank(importance: Importance, depth: np.ndarray, kv_heads: int) -> Ranking:
 
     Args:
         importance: the scores of the widths.
-        depth: the score of each layer [layers]; 0 is a layer that does nothing.
-        kv_heads: key-value heads of a layer, each read by heads / kv_heads query heads side by side.
+        depth: the score of each layer [layers]; 0 for a layer that does nothing.
+        kv_heads: number of key-value heads of a layer, each shared by heads / kv_heads adjacent query heads.
     """
     layers, heads = importance.heads.values.shape
     grouped = importance.heads.values.reshape(layers, kv_heads, heads // kv_heads)
     first = np.arange(kv_heads)[:, None] * (heads // kv_heads)
     return Ranking(
-        stream=_descending(importance.stream.values),
+        hidden=_descending(importance.hidden.values),
         channels=_descending(importance.channels.values),
         heads=_descending(grouped) + first,
         groups=_descending(np.linalg.norm(grouped, axis=-1)),  # L2 over all query heads of the group
@@ -78,24 +78,26 @@ def _descending(values: np.ndarray) -> np.ndarray:
     return np.argsort(-values, axis=-1, kind="stable")
 
 
-def trim(ranking: Ranking, shape: Shape, whole: Sizes, *, merge_heads: bool = False, rescale: bool = False) -> Point:
-    """The plan that keeps the best part of every axis, in the order of importance (section 2.3).
+def trim(
+    ranking: Ranking, shape: ModelShape, whole: Sizes, *, merge_heads: bool = False, rescale: bool = False
+) -> Point:
+    """Return the plan that keeps the most important part of every axis (section 2.3).
 
     Args:
-        ranking: of the model.
-        shape: what to keep of it.
-        whole: the sizes of the model.
-        merge_heads: add the difference to a head that goes to each of the last heads that stay.
-        rescale: let norms make up for the channels that no longer count; the paper does not.
+        ranking: the ranking of the model.
+        shape: the sizes to keep.
+        whole: the sizes of the original model.
+        merge_heads: add to each of the least important remaining heads its difference from a removed head.
+        rescale: let norms compensate for the removed channels; the paper does not.
 
     Raises:
-        MethodError: for a shape that the model does not contain.
+        MethodError: for a shape that is larger than the model.
     """
     _check_shape(shape, whole, len(ranking.layers))
     kept = sorted(ranking.layers[: shape.layers].tolist())
     width: dict[str, Any] = {}
-    if shape.hidden < whole.stream:
-        width["stream.channels"] = StreamWidth(keep=ranking.stream[: shape.hidden].tolist(), rescale=rescale)
+    if shape.hidden < whole.hidden:
+        width["hidden.channels"] = HiddenWidth(keep=ranking.hidden[: shape.hidden].tolist(), rescale=rescale)
     for layer in kept:
         if shape.mlp < whole.channels:
             width[f"layers.{layer}.mlp.channels"] = ranking.channels[layer, : shape.mlp].tolist()
@@ -111,8 +113,8 @@ def trim(ranking: Ranking, shape: Shape, whole: Sizes, *, merge_heads: bool = Fa
     return Point(drop=drop, width=width)
 
 
-def _check_shape(shape: Shape, whole: Sizes, layers: int) -> None:
-    most = Shape(layers, whole.stream, whole.channels, whole.heads, whole.kv_heads)
+def _check_shape(shape: ModelShape, whole: Sizes, layers: int) -> None:
+    most = ModelShape(layers, whole.hidden, whole.channels, whole.heads, whole.kv_heads)
     for name, size in vars(shape).items():
         if not 1 <= size <= getattr(most, name):
             raise MethodError(f"minitron: {name} {size} is out of range: give 1 to {getattr(most, name)}")
@@ -124,31 +126,33 @@ def _check_shape(shape: Shape, whole: Sizes, layers: int) -> None:
 
 
 def _merged(ranking: Ranking, layer: int, groups: list[int], each: int) -> list[int | None]:
-    """For each kept head, the head whose difference to it is added.
+    """Return for each kept head the removed head whose difference from it is added, or None.
 
-    Heads are numbered 1 to n by importance, K stay: head i takes the difference to head 2K - i + 1, for i from
+    Heads are numbered 1 to n by importance and K are kept: head i takes the difference from head 2K - i + 1, for i from
     2K - n + 1 to K (the paper prints 2K - n, whose partner would be head n + 1).
 
-    Where every query head has its own keys, the heads of a layer are one list, else those of a group are.
+    If every query head has its own key-value head, all heads of a layer are ordered together; otherwise those of each
+    group.
     """
     size = ranking.heads.shape[-1]
     lists = [ranking.heads[layer, group].tolist() for group in groups]
     if size == 1:
         lists, each = [ranking.heads[layer, ranking.groups[layer], 0].tolist()], len(groups)
-    places = [2 * each - i for i in range(1, each + 1)]  # of head 2K - i + 1, counted from 0
-    return [ordered[place] if place < len(ordered) else None for ordered in lists for place in places]
+    partners = [2 * each - i for i in range(1, each + 1)]  # of head 2K - i + 1, counted from 0
+    return [ordered[index] if index < len(ordered) else None for ordered in lists for index in partners]
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """The sizes to keep, where they are given; the others are searched or stay whole.
+class TargetSizes:
+    """The sizes to keep; sizes that are None are searched or stay at their full size.
 
     Attributes:
-        hidden: channels of the stream. With hidden and mlp both given, nothing is searched.
-        mlp: channels of every MLP.
-        heads: query heads of every layer.
-        kv_heads: key-value heads of every layer; given, it needs heads.
-        layers: how many stay; all when left out, since width costs less than depth after healing (practice 4).
+        hidden: hidden size to keep. If both hidden and mlp are given, nothing is searched.
+        mlp: MLP intermediate size of every layer to keep.
+        heads: number of query heads of every layer to keep.
+        kv_heads: number of key-value heads of every layer to keep; it requires heads.
+        layers: number of layers to keep; defaults to all, since removing width costs less than removing depth after
+            healing (practice 4).
     """
 
     hidden: Annotated[int, Ge(1)] | None = None
@@ -158,7 +162,7 @@ class Wanted:
     layers: Annotated[int, Ge(1)] | None = None
 
 
-ANY = Wanted()
+ANY = TargetSizes()
 
 
 @method("minitron", paper="2407.14679", purpose="prune", on=("llama", "mistral", "qwen2", "qwen3", "gpt2"))
@@ -167,7 +171,7 @@ def minitron(
     calibration: Text,
     *,
     params: Annotated[float, Gt(0), Lt(1)] = 0.55,
-    wanted: Wanted = ANY,
+    target: TargetSizes = ANY,
     batch_agg: Literal["l2", "mean", "var"] = "l2",
     seq_agg: Literal["mean", "l2", "var"] = "mean",
     depth: Literal["bi", "ppl", "contiguous"] = "bi",
@@ -176,45 +180,45 @@ def minitron(
     multiple: Annotated[int, Ge(1)] = 64,
     tolerance: Annotated[float, Ge(0)] = 0.05,
 ) -> PlanSeries:
-    """Prune neurons, heads, channels of the stream and layers by their activations, to be healed by distillation.
+    """Prune neurons, heads, hidden channels and layers by their activations, to be healed by distillation.
 
-    Without a whole shape, sizes that are not given are searched: of the shapes within ``tolerance`` of the budget, the
-    one whose widths shrink most evenly. All of them are in the provenance, for
+    Unless the shape is given completely, the remaining sizes are searched: of the shapes within ``tolerance`` of the
+    budget, the one whose widths shrink most evenly is taken. All of them are in the provenance, for
     :func:`lamella.methods.minitron.contest.contest` to train and compare.
 
     Args:
         stack: the opened model.
         calibration: text, or token ids [sequences, time], alone or with an attention mask; the paper: 1024 sequences.
-        params: the share of parameters to keep at the end of the series; the paper's 15B to 8B.
-        wanted: sizes to keep.
-        batch_agg: how activations of several sequences are reduced to one number: ``l2``, ``mean`` or ``var``.
-        seq_agg: how those of the tokens of one sequence are: ``mean`` (of absolute values), ``l2`` or ``var``.
-        depth: the score of layers: block influence (``bi``), the perplexity without the layer (``ppl``), or, with
-            ``layers``, one ``contiguous`` run between whose ends the stream turns least.
-        merge_heads: keep something of heads that go in those that stay (section 2.3).
-        rescale: let RMS norms make up for the channels that no longer count; the paper does not.
+        params: fraction of the parameters to keep at the end of the series; the default is the paper's 15B to 8B.
+        target: sizes to keep.
+        batch_agg: reduction of activations over sequences: ``l2``, ``mean`` or ``var``.
+        seq_agg: reduction over the tokens of a sequence: ``mean`` (of absolute values), ``l2`` or ``var``.
+        depth: score of layers: block influence (``bi``), the perplexity without the layer (``ppl``), or, with
+            ``layers``, one ``contiguous`` run, the one across which the residual stream turns least.
+        merge_heads: merge removed heads into remaining ones (section 2.3).
+        rescale: let RMS norms compensate for the removed channels; the paper does not.
         multiple: hidden and MLP sizes are multiples of this, or of an eighth of the axis where that is less.
-        tolerance: how far from the budget a shape may be.
+        tolerance: how far the number of parameters of a shape may be from the budget, as a fraction of the budget.
 
     Returns:
-        The series of plans, from the whole model on, each with its number of parameters.
+        The series of plans, starting with the whole model, each with its number of parameters.
 
     Raises:
         BudgetError: when no shape meets the budget; the message names the nearest ones.
-        MethodError: for sizes that the model does not contain.
+        MethodError: for sizes that are larger than the model's.
     """
-    if wanted.kv_heads is not None and wanted.heads is None:
-        raise MethodError("minitron: kv_heads without heads: give both, since every group keeps as many query heads")
-    if rescale and stack.architecture.wiring.centred:
+    if target.kv_heads is not None and target.heads is None:
         raise MethodError(
-            f"minitron: the norms of {stack.architecture.name} models subtract the mean: leave rescale out"
+            "minitron: kv_heads without heads: give both, since every group keeps the same number of query heads"
         )
+    if rescale and stack.architecture.wiring.centred:
+        raise MethodError(f"minitron: the norms of {stack.architecture.name} models subtract the mean: omit rescale")
     importance = activation_importance(stack, calibration, batch_agg=batch_agg, seq_agg=seq_agg)
-    space = Space.of(stack, multiple)
-    ranking = rank(importance, _depth(stack, calibration, depth, wanted.layers), space.whole.kv_heads)
-    fixed = {name: size for name, size in asdict(wanted).items() if size is not None}
+    space = ShapeSpace.of(stack, multiple)
+    ranking = rank(importance, _depth(stack, calibration, depth, target.layers), space.whole.kv_heads)
+    fixed = {name: size for name, size in asdict(target).items() if size is not None}
     _check_shape(space.shape(fixed), space.whole, len(stack))
-    searched = wanted.hidden is None or wanted.mlp is None
+    searched = target.hidden is None or target.mlp is None
     shapes, candidates = space.descent(params, fixed, tolerance) if searched else ([space.shape(fixed)], [])
     points = [Point(scores={"parameters": space.parameters(space.everything)})]
     for shape in shapes:
@@ -223,8 +227,8 @@ def minitron(
     left = space.parameters(shapes[-1]) / space.parameters(space.everything)
     if left < HARD:
         warnings.warn(
-            f"minitron: {left:.0%} of the parameters are left: more than half in one cut is hard to heal; cut to about "
-            f"{left**0.5:.0%}, heal, and cut the result again",
+            f"minitron: {left:.0%} of the parameters are left: more than half at once is hard to heal; prune to "
+            f"about {left**0.5:.0%}, heal, and prune the result again",
             stacklevel=2,
         )
     provenance = {
@@ -235,9 +239,10 @@ def minitron(
 
 
 def _depth(stack: Stack, calibration: Tokens, score: str, layers: int | None) -> np.ndarray:
-    """The score of each layer: how much it turns the stream, or the perplexity without it (section 2.2).
+    """Return the score of each layer: its block influence, or the perplexity without it (section 2.2): [layers].
 
-    ``contiguous`` scores runs of as many layers as go: those of the run that turns the stream least get 0, others 1.
+    ``contiguous`` scores runs of the required length: the layers of the run across which the residual stream turns
+    least get 0, all others 1.
     """
     if score == "bi":
         return block_influence(stack, calibration).values
@@ -245,7 +250,7 @@ def _depth(stack: Stack, calibration: Tokens, score: str, layers: int | None) ->
         measure = OutputDistance(stack, calibration, "perplexity")
         return np.array([measure.cost((), layer, inf).value for layer in groups_at("block", stack.positions)])
     if layers is None or not 0 < layers < len(stack):
-        raise MethodError("minitron: depth contiguous removes one run of layers: say with layers how many stay")
-    gone = len(stack) - layers
-    start = window(len(stack), gone, angular_distance(stack, calibration).values[:, gone].__getitem__)
-    return np.array([float(not start <= layer < start + gone) for layer in range(len(stack))])
+        raise MethodError("minitron: depth contiguous removes one run of layers: give with layers how many to keep")
+    removed = len(stack) - layers
+    start = window(len(stack), removed, angular_distance(stack, calibration).values[:, removed].__getitem__)
+    return np.array([float(not start <= layer < start + removed) for layer in range(len(stack))])

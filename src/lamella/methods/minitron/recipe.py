@@ -27,19 +27,19 @@ def distil(
     temperature: Annotated[float, Gt(0)] = 1.0,
     work: Work = Work(),
 ) -> Healed:
-    """Train the smaller model towards the output of the original; all its parameters train.
+    """Train the smaller model to match the output distribution of the original; all its parameters are trained.
 
     Args:
-        stack: the original; it is not changed.
+        stack: the original model; it is not changed.
         plan: a plan of whole layers and widths for it.
-        train: text; its labels play no part.
-        config: the training in numbers.
-        intermediate: compare states inside the models too; when left out, where many layers are gone.
-        temperature: of both distributions.
-        work: where an interrupted run goes on from.
+        train: text; labels are ignored.
+        config: training settings.
+        intermediate: compare hidden states inside the models too; if omitted, only where many layers were removed.
+        temperature: softmax temperature of both distributions.
+        work: folder from which an interrupted run resumes.
 
     Returns:
         The smaller model, which is an ordinary one, with a plan that runs all of it.
     """
-    out = work.place()
+    out = work.directory()
     return distilled(stack, plan, train, config=config, intermediate=intermediate, temperature=temperature, out=out)

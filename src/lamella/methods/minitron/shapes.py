@@ -1,4 +1,4 @@
-"""Shapes under a budget: every combination of a few sizes whose cost is close to what may be spent."""
+"""Shapes under a budget: every combination of some sizes whose cost is close to the budget."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ from lamella.errors import BudgetError
 
 
 @dataclass(frozen=True)
-class Costed:
-    """One shape and what it costs."""
+class CostedShape:
+    """A shape with its cost.
+
+    Attributes:
+        shape: size of each axis by name.
+        cost: cost of the shape, such as its number of parameters.
+    """
 
     shape: dict[str, int]
     cost: int
@@ -26,15 +31,15 @@ def enumerate_shapes(
     budget: float,
     tolerance: float = 0.05,
     allowed: Callable[[Mapping[str, int]], bool] = lambda shape: True,
-) -> list[Costed]:
-    """The shapes of a grid whose cost is within ``tolerance`` of the budget, the closest first.
+) -> list[CostedShape]:
+    """Return the shapes of a grid whose cost is within ``tolerance`` of the budget, the closest first.
 
     Args:
         grid: the sizes to try, by the name of each axis.
-        cost: of a shape, such as its number of parameters.
+        cost: the cost of a shape, such as its number of parameters.
         budget: the cost to meet.
-        tolerance: how far a cost may be from it, as a share of it; 0.05 in Minitron (arXiv 2407.14679).
-        allowed: whether a combination makes sense at all.
+        tolerance: allowed difference from the budget as a fraction of it; 0.05 in Minitron (arXiv 2407.14679).
+        allowed: whether a combination of sizes is valid.
 
     Raises:
         BudgetError: when no shape is that close; the message names the nearest ones.
@@ -44,7 +49,7 @@ def enumerate_shapes(
     ['a=3 b=2 (6)', 'a=1 b=4 (4)', 'a=2 b=2 (4)', 'a=2 b=4 (8)']
     """
     shapes = [dict(zip(grid, sizes, strict=True)) for sizes in product(*grid.values())]
-    candidates = [Costed(shape, cost(shape)) for shape in shapes if allowed(shape)]
+    candidates = [CostedShape(shape, cost(shape)) for shape in shapes if allowed(shape)]
     candidates.sort(key=lambda candidate: (abs(candidate.cost - budget), *candidate.shape.values()))
     fitting = [candidate for candidate in candidates if abs(candidate.cost - budget) <= tolerance * budget]
     if not fitting:

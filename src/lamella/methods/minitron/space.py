@@ -1,4 +1,4 @@
-"""The shapes that a model can be cut to, and those on the way to a budget (Minitron, section 2.3)."""
+"""The shapes that a model can be pruned to, and intermediate shapes for a budget (Minitron, section 2.3)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,16 @@ STEPS = 4  # points of the series from the whole model to the target
 
 
 @dataclass(frozen=True)
-class Shape:
-    """The sizes of one smaller model."""
+class ModelShape:
+    """The sizes of one smaller model.
+
+    Attributes:
+        layers: number of layers.
+        hidden: hidden size.
+        mlp: MLP intermediate size.
+        heads: number of query heads per layer.
+        kv_heads: number of key-value heads per layer.
+    """
 
     layers: int
     hidden: int
@@ -27,13 +35,16 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Space:
-    """The shapes that a model can be cut to.
+class ShapeSpace:
+    """The shapes that a model can be pruned to.
 
     Attributes:
-        whole: the model's own sizes, ``layers`` of them.
-        hidden_step, mlp_step: sizes are multiples of these, or whole.
-        plain: whether an ordinary config can say a shape.
+        layers: number of layers of the model.
+        whole: the model's own sizes.
+        hidden_step: hidden sizes are multiples of this, or the full size.
+        mlp_step: MLP sizes are multiples of this, or the full size.
+        count: number of parameters, given the sizes of every layer and the hidden size.
+        plain: whether a standard config can express a shape.
     """
 
     layers: int
@@ -41,57 +52,63 @@ class Space:
     hidden_step: int
     mlp_step: int
     count: Callable[[Sequence[Sizes], int], int]
-    plain: Callable[[Shape], bool]
+    plain: Callable[[ModelShape], bool]
 
     @classmethod
-    def of(cls, stack: Stack, multiple: int) -> Space:
-        """The space of a model, whose sizes are multiples of ``multiple``, or of an eighth where an axis is short."""
+    def of(cls, stack: Stack, multiple: int) -> ShapeSpace:
+        """Return the space of a model with sizes in multiples of ``multiple``, or of an eighth of a short axis."""
         whole, architecture = ModelReference.of(stack).sizes, stack.architecture
         assert whole is not None
         return cls(
             layers=len(stack),
             whole=whole,
-            hidden_step=max(1, min(multiple, whole.stream // 8)),
+            hidden_step=max(1, min(multiple, whole.hidden // 8)),
             mlp_step=max(1, min(multiple, whole.channels // 8)),
             count=counter(stack.model, stack.layers, architecture.wiring),
             plain=lambda shape: architecture.fits(shape.hidden, shape.heads, whole.head_dim),
         )
 
     @property
-    def everything(self) -> Shape:
+    def everything(self) -> ModelShape:
+        """The shape of the whole model."""
         whole = self.whole
-        return Shape(self.layers, whole.stream, whole.channels, whole.heads, whole.kv_heads)
+        return ModelShape(self.layers, whole.hidden, whole.channels, whole.heads, whole.kv_heads)
 
-    def shape(self, sizes: Mapping[str, int]) -> Shape:
-        """The shape of these sizes; the others stay whole, and key-value heads follow where each query has its own."""
+    def shape(self, sizes: Mapping[str, int]) -> ModelShape:
+        """Return the shape of these sizes; other axes stay whole.
+
+        Key-value heads follow the query heads if each query head has its own.
+        """
         shape = replace(self.everything, **sizes)
         if "kv_heads" not in sizes and self.whole.heads == self.whole.kv_heads:
             shape = replace(shape, kv_heads=shape.heads)
         return shape
 
-    def parameters(self, shape: Shape) -> int:
-        """The number of parameters of a shape, tied ones counted once."""
+    def parameters(self, shape: ModelShape) -> int:
+        """Return the number of parameters of a shape; tied parameters count once."""
         sizes = Sizes(shape.hidden, shape.mlp, shape.heads, shape.kv_heads, self.whole.head_dim)
         return self.count([sizes] * shape.layers, shape.hidden)
 
-    def work(self, shape: Shape) -> float:
-        """What is left of the weights inside the layers, in sublayers; see :attr:`lamella.plan.Plan.work`."""
+    def work(self, shape: ModelShape) -> float:
+        """Return the remaining weights of the layers in units of sublayers; see :attr:`lamella.plan.Plan.work`."""
         whole = self.whole
         attn = (shape.heads + shape.kv_heads) / (whole.heads + whole.kv_heads)
-        return shape.layers * shape.hidden / whole.stream * (attn + shape.mlp / whole.channels)
+        return shape.layers * shape.hidden / whole.hidden * (attn + shape.mlp / whole.channels)
 
-    def near(self, share_of_all: float, fixed: Mapping[str, int], tolerance: float) -> list[Shape]:
-        """The shapes with about that share of all parameters, the closest first (section 2.3).
+    def near(self, fraction: float, fixed: Mapping[str, int], tolerance: float) -> list[ModelShape]:
+        """Return the shapes with about that fraction of all parameters, the closest first (section 2.3).
 
         Args:
-            fixed: sizes that are given; layers and key-value heads stay whole where they are not.
+            fraction: the fraction of the model's parameters.
+            fixed: sizes that are given; layers and key-value heads stay whole unless given.
+            tolerance: allowed difference from the budget as a fraction of it.
 
         Raises:
             BudgetError: when there is none; the message names the nearest ones.
         """
         whole = self.whole
         grid: dict[str, Sequence[int]] = {
-            "hidden": _multiples(self.hidden_step, whole.stream),
+            "hidden": _multiples(self.hidden_step, whole.hidden),
             "mlp": _multiples(self.mlp_step, whole.channels),
             "heads": _multiples(1 if whole.heads == whole.kv_heads else whole.kv_heads, whole.heads),
         }
@@ -99,14 +116,21 @@ class Space:
         found = enumerate_shapes(
             grid,
             lambda sizes: self.parameters(self.shape(sizes)),
-            share_of_all * self.parameters(self.everything),
+            fraction * self.parameters(self.everything),
             tolerance,
             allowed=lambda sizes: self.plain(self.shape(sizes)),
         )
         return [self.shape(candidate.shape) for candidate in found]
 
-    def descent(self, params: float, fixed: Mapping[str, int], tolerance: float) -> tuple[list[Shape], list[Shape]]:
-        """A few shapes on the way to a budget, each the one whose widths shrink most evenly, and all that meet it.
+    def descent(
+        self, params: float, fixed: Mapping[str, int], tolerance: float
+    ) -> tuple[list[ModelShape], list[ModelShape]]:
+        """Return a few shapes on the way to a budget, each with the most even widths, and all shapes that meet it.
+
+        Args:
+            params: fraction of the parameters to keep at the end.
+            fixed: sizes that are given.
+            tolerance: allowed difference from each budget as a fraction of it.
 
         Raises:
             BudgetError: when no shape meets the budget at the end.
@@ -122,11 +146,11 @@ class Space:
                 shapes.insert(0, larger)
         return shapes, candidates
 
-    def unevenness(self, shape: Shape) -> float:
-        """How differently the widths shrink: 0 when all by the same factor."""
+    def unevenness(self, shape: ModelShape) -> float:
+        """Return the difference between the largest and the smallest remaining fraction of a width."""
         whole = self.whole
-        shares = (shape.hidden / whole.stream, shape.mlp / whole.channels, shape.heads / whole.heads)
-        return max(shares) - min(shares)
+        ratios = (shape.hidden / whole.hidden, shape.mlp / whole.channels, shape.heads / whole.heads)
+        return max(ratios) - min(ratios)
 
 
 def _multiples(step: int, most: int) -> list[int]:

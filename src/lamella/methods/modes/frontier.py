@@ -1,7 +1,7 @@
-"""The frontier search: of two thresholds, the pair that costs least and skips enough.
+"""The frontier search: of all pairs of two thresholds that skip enough, find the one of least cost.
 
-What is skipped, g, and what it costs, f, both grow with each threshold. So for each threshold of text the best one for
-images is the smallest that is enough, and it falls while the other rises: a walk along the edge, of at most as many
+The skipped fraction g and its cost f both grow with each threshold. So for each text threshold the best image threshold
+is the smallest that skips enough, and it falls as the text threshold rises: a walk along the edge, of at most as many
 steps as the grid has rows and columns.
 
     images ^  . . . . .        evaluated: the points of the walk
@@ -23,14 +23,17 @@ from lamella.errors import MethodError
 
 
 @dataclass(frozen=True)
-class Found:
-    """Where a search ended.
+class FrontierResult:
+    """The result of a frontier search.
 
     Attributes:
-        text, image: the places of the thresholds in their grids.
-        skipped, cost: g and f there.
-        evaluations: how many pairs were evaluated.
-        falls: how often f or g fell where a threshold rose, in points that were evaluated; 0 as the search assumes.
+        text: index of the text threshold in its grid.
+        image: index of the image threshold in its grid.
+        skipped: g at this pair, the fraction of skipped pairs of a token and an expert.
+        cost: f at this pair.
+        evaluations: number of pairs of thresholds that were evaluated.
+        violations: number of evaluated pairs at which f or g is lower than at a pair of lower thresholds; the search
+            assumes 0.
     """
 
     text: int
@@ -38,23 +41,29 @@ class Found:
     skipped: float
     cost: float
     evaluations: int
-    falls: int
+    violations: int
 
 
 @dataclass
-class Evaluated:
-    """The pairs that were evaluated, each once."""
+class ThresholdPairs:
+    """Evaluate pairs of thresholds, each only once.
+
+    Attributes:
+        evaluate: from the indices of both thresholds to g and f.
+        known: the results so far.
+    """
 
     evaluate: Callable[[int, int], tuple[float, float]]
     known: dict[tuple[int, int], tuple[float, float]] = field(default_factory=dict)
 
     def __call__(self, text: int, image: int) -> tuple[float, float]:
+        """Return g and f of a pair of thresholds, given their indices."""
         if (text, image) not in self.known:
             self.known[text, image] = self.evaluate(text, image)
         return self.known[text, image]
 
-    def falls(self) -> int:
-        """How many of the pairs skip less, or cost less, than one whose thresholds are both no higher."""
+    def violations(self) -> int:
+        """Count the pairs that skip less, or cost less, than another pair neither of whose thresholds is higher."""
         noise = 1e-9
         points = sorted(self.known)
         return sum(
@@ -64,47 +73,51 @@ class Evaluated:
         )  # fmt: skip
 
 
-def frontier(text: int, image: int, evaluate: Callable[[int, int], tuple[float, float]], share: float) -> Found:
-    """The pair of thresholds that costs least of those that skip enough.
+def frontier(
+    text: int, image: int, evaluate: Callable[[int, int], tuple[float, float]], share: float
+) -> FrontierResult:
+    """Find the pair of thresholds of least cost among those that skip enough.
 
     Args:
-        text, image: how many thresholds each grid has, from low to high.
-        evaluate: from their places to the share that is skipped, g, and the cost, f. At most text + image are asked.
-        share: rho, the least to skip.
+        text: number of text thresholds in the grid, from low to high.
+        image: number of image thresholds in the grid, from low to high.
+        evaluate: from the indices of both thresholds to the skipped fraction g and the cost f; it is called at most
+            text + image times.
+        share: rho, the least fraction to skip.
 
     Raises:
         MethodError: when the highest thresholds skip less.
     """
-    at = Evaluated(evaluate)
+    at = ThresholdPairs(evaluate)
     most, _ = at(text - 1, image - 1)
     if most < share:
-        raise MethodError(f"modes: the highest thresholds skip {most:.1%} and not {share:.1%}: ask for less")
+        raise MethodError(f"modes: the highest thresholds skip {most:.1%} and not {share:.1%}: lower skip")
     edge, j = [], image - 1
     for i in range(text):
         before = j
         while j >= 0 and at(i, j)[0] >= share:
             j -= 1
-        if j < before:  # else the point of the edge above costs no more, since its threshold of text is lower
+        if j < before:  # else the previous point of the edge costs no more: its text threshold is lower
             edge.append((i, j + 1))
     best = min(edge, key=lambda point: at(*point)[1])
     skipped, cost = at(*best)
-    return Found(*best, skipped, cost, len(at.known), at.falls())
+    return FrontierResult(*best, skipped, cost, len(at.known), at.violations())
 
 
 def parity_grid(points: int, highest: float) -> list[float]:
-    """The paper's grid of thresholds: 2 / (1 + exp(-10 (x - 1))) for x evenly spaced from 0 to ``highest``.
+    """Return the paper's thresholds: 2 / (1 + exp(-10 (x - 1))) for x evenly spaced from 0 to ``highest``.
 
     >>> [round(each, 6) for each in parity_grid(3, 0.71)]
     [9.1e-05, 0.00316, 0.104365]
     """
-    places = [highest * place / (points - 1) for place in range(points)]
-    return [2 / (1 + math.exp(-10 * (place - 1))) for place in places]
+    xs = [highest * index / (points - 1) for index in range(points)]
+    return [2 / (1 + math.exp(-10 * (x - 1))) for x in xs]
 
 
 def quantile_grid(points: int, scores: Tensor) -> list[float]:
-    """Thresholds that skip, one after the other, the same share more of these scores: from nothing to all.
+    """Return thresholds at evenly spaced quantiles of the scores: the first skips nothing, the last everything.
 
-    Of no scores there is one threshold, since all would do the same.
+    Without scores there is a single threshold, since all would have the same effect.
 
     >>> import torch
     >>> quantile_grid(3, torch.tensor([0.4, 0.1, 0.2, 0.3]))
@@ -113,5 +126,5 @@ def quantile_grid(points: int, scores: Tensor) -> list[float]:
     ordered = scores.flatten().double().sort().values
     if len(ordered) == 0:
         return [0.0]
-    places = [len(ordered) * place // (points - 1) for place in range(1, points - 1)]
-    return [0.0, *(float(ordered[place]) for place in places), 2 * float(ordered[-1])]
+    indices = [len(ordered) * step // (points - 1) for step in range(1, points - 1)]
+    return [0.0, *(float(ordered[index]) for index in indices), 2 * float(ordered[-1])]

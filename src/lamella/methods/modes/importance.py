@@ -1,4 +1,4 @@
-"""What the experts of each layer are worth to each modality: how far answers move when all of them are left out.
+"""Importance of each layer's experts to each modality: how much the answers change when all of them are skipped.
 
 D[l, c] = KL(P || P without the experts of layer l for the tokens of modality c), mean over answer positions
 alpha[l, c] = D[l, c] / sum over layers
@@ -23,15 +23,15 @@ from lamella.stack import Stack, last_stack
 Batch = Mapping[str, Any]
 
 
-class Answers:
-    """What a model with experts says at the answers of calibration samples, whole and with some experts skipped.
+class AnswerDistance:
+    """Measure how much the answers of a model change when some experts are skipped.
 
-    The original's log-probabilities are kept, so that every question takes one pass over the samples.
+    The original's log-probabilities are cached, so that every measurement takes one pass over the samples.
 
     Args:
         stack: the model.
-        batches: of samples with their ``labels``, which are the answers.
-        policy: what decides which experts run; nothing is skipped at first.
+        batches: batches of samples with their ``labels``, which are the answers.
+        policy: decides which experts run; by default none is skipped at first.
 
     Raises:
         CalibrationError: when no sample has an answer.
@@ -41,39 +41,40 @@ class Answers:
         self.policy = policy or ExpertSkipping(stack, alpha=dict.fromkeys(MODALITIES, [1.0] * len(stack)))
         self.view = with_policy(stack, Plan(model=ModelReference.of(stack)), self.policy)
         self.batches = batches
-        self.original = list(self._said())
+        self.original = list(self._log_probs())
         self.count = sum(map(len, self.original))
         if self.count == 0:
             raise CalibrationError("modes: the calibration samples have no answers")
 
     @torch.no_grad()
     def distance(self) -> tuple[float, Tensor]:
-        """KL of the answers from the original's in nats, mean over positions, under what the policy now says.
+        """Return the KL divergence of the answers from the original's under the policy, and the counts of experts.
 
         Returns:
-            It, and the pairs of a token and a chosen expert, and those that ran [layers, text and image, both].
+            The divergence in nats, mean over answer positions; and the number of pairs of a token and a chosen expert
+            and of those that ran [layers, text and image, chosen and run].
         """
         total, counts = 0.0, torch.zeros(self.policy.layers, 2, 2, dtype=torch.long)
-        for before, after in zip(self.original, self._said(), strict=True):
+        for before, after in zip(self.original, self._log_probs(), strict=True):
             kl = (before.exp() * (before - after)).sum(-1).sum()
             total += max(float(kl), 0.0)
             counts += self.policy.counts
         return total / self.count, counts
 
     def scores(self, alpha: Mapping[str, Sequence[float]]) -> dict[str, Tensor]:
-        """The scores of all pairs while nothing is skipped, by modality [pairs]."""
+        """Return the scores of all pairs while nothing is skipped, by modality: [pairs] each."""
         self.policy.alpha = torch.tensor([list(alpha[name]) for name in MODALITIES])
         self.policy.tau = torch.zeros(2)
-        heard: list[tuple[Tensor, Tensor]] = []
-        self.policy.heard = heard
-        for _ in self._said():
+        recorded: list[tuple[Tensor, Tensor]] = []
+        self.policy.recorded_scores = recorded
+        for _ in self._log_probs():
             pass
-        self.policy.heard = None
-        pairs, image = (torch.cat(each) for each in zip(*heard, strict=True))
+        self.policy.recorded_scores = None
+        pairs, image = (torch.cat(each) for each in zip(*recorded, strict=True))
         return {"text": pairs[~image].flatten(), "image": pairs[image].flatten()}
 
-    def _said(self) -> Iterator[Tensor]:
-        """The log-probabilities at the answers of each batch [answers, vocabulary]."""
+    def _log_probs(self) -> Iterator[Tensor]:
+        """Yield the log-probabilities at the answers of each batch: [answers, vocabulary]."""
         stack = last_stack(self.view)
         for batch in self.batches:
             with torch.no_grad():
@@ -82,30 +83,30 @@ class Answers:
 
 
 def layer_importance(
-    answers: Answers, bypass: Bypass = "zero", modality: Literal["apart", "joint"] = "apart"
+    answers: AnswerDistance, bypass: Bypass = "zero", modality: Literal["apart", "joint"] = "apart"
 ) -> dict[str, list[float]]:
-    """alpha of every layer, for text and for images; each sums to 1 over the layers that have experts.
+    """Return alpha of every layer, for text and for images; each sums to 1 over the layers that have experts.
 
     Args:
-        answers: of the calibration samples.
-        bypass: what tokens take that skip all experts of a layer: ``zero`` is what skipping does later; ``identity`` is
-            what the experts would have read, as the authors' code does.
-        modality: ``apart``, or ``joint``: one alpha for both, of their sum.
+        answers: the measurement on the calibration samples.
+        bypass: output of the experts for tokens that skip all of them: ``zero``, as in later skipping; or ``identity``,
+            the input of the experts, as in the authors' code.
+        modality: ``apart`` for one alpha per modality, or ``joint`` for one alpha from their sum.
     """
     policy = answers.policy
     _, counts = answers.distance()
     layers = counts[..., 0].sum(-1).nonzero().flatten().tolist()
     moved = torch.zeros(2, policy.layers, dtype=torch.float64)
     for layer in track(layers, "modes: importance of each layer"):
-        for place, name in enumerate(MODALITIES):
-            if counts[layer, place, 0] > 0:
+        for index, name in enumerate(MODALITIES):
+            if counts[layer, index, 0] > 0:
                 policy.bypass = (layer, name, bypass)
-                moved[place, layer], _ = answers.distance()
+                moved[index, layer], _ = answers.distance()
     policy.bypass = None
     if modality == "joint":
         moved = moved.sum(0).expand(2, -1)
-    some = torch.zeros(policy.layers, dtype=torch.float64)
-    some[layers] = 1 / len(layers)
+    uniform = torch.zeros(policy.layers, dtype=torch.float64)
+    uniform[layers] = 1 / len(layers)
     total = moved.sum(1, keepdim=True)
-    alpha = torch.where(total > 0, moved / total.clamp(min=1e-300), some)
-    return {name: alpha[place].tolist() for place, name in enumerate(MODALITIES)}
+    alpha = torch.where(total > 0, moved / total.clamp(min=1e-300), uniform)
+    return {name: alpha[index].tolist() for index, name in enumerate(MODALITIES)}

@@ -1,34 +1,42 @@
-"""MuE: three exits, for image, text and each written word; see :mod:`lamella.methods.mue.method`."""
+"""MuE: three early exits, for image, text and each generated token; see :mod:`lamella.methods.mue.method`."""
 
 from lamella.methods.mue.method import mue, saturation, thresholds
-from lamella.methods.mue.policy import OFF, StreamExits, TokenExits, decayed
-from lamella.methods.mue.recipe import Exiting, exiting, layerwise_loss, planned, train
-from lamella.methods.mue.reduction import Exits, Work, by_flops, by_layers, histograms, observed, quantiles
-from lamella.methods.mue.search import Tried, chosen, complete, front, searched
+from lamella.methods.mue.policy import OFF, ModalityExits, TokenExits, decayed
+from lamella.methods.mue.recipe import ExitSettings, exit_plan, exit_view, layerwise_loss, train
+from lamella.methods.mue.reduction import (
+    ExitCosts,
+    Exits,
+    by_flops,
+    by_layers,
+    histograms,
+    measure_exits,
+    quantile_thresholds,
+)
+from lamella.methods.mue.search import ExitTrial, best_trial, pareto_trials, search_thresholds, with_all_exits
 
 __all__ = [
     "OFF",
-    "Exiting",
+    "ExitCosts",
+    "ExitSettings",
+    "ExitTrial",
     "Exits",
-    "StreamExits",
+    "ModalityExits",
     "TokenExits",
-    "Tried",
-    "Work",
+    "best_trial",
     "by_flops",
     "by_layers",
-    "chosen",
-    "complete",
     "decayed",
-    "exiting",
-    "front",
+    "exit_plan",
+    "exit_view",
     "histograms",
     "layerwise_loss",
+    "measure_exits",
     "mue",
-    "observed",
-    "planned",
-    "quantiles",
+    "pareto_trials",
+    "quantile_thresholds",
     "saturation",
-    "searched",
+    "search_thresholds",
     "thresholds",
     "train",
+    "with_all_exits",
 ]

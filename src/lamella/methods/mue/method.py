@@ -1,17 +1,17 @@
-"""MuE: leave a model of images and text early, in the encoder by modality, and in the decoder word by word.
+"""MuE: early exits in vision-language encoder-decoders, by modality in the encoder and by token in the decoder.
 
-Tang et al., "You Need Multiple Exiting: Dynamic Early Exiting for Accelerating Unified Vision Language Model", CVPR
-2023, arXiv 2211.11152.
+Tang et al., "You Need Multiple ExitSettings: Dynamic Early ExitSettings for Accelerating Unified Vision Language
+Model", CVPR 2023, arXiv 2211.11152.
 
-    image tokens ->  layers 1 2 3 . . .  ─┐ saturated behind 3
-                                          ├─> memory ─> decoder, for each word:  1 2 | 1 2 3 4 | 1 2 ...
-    words        ->  layers 1 2 3 4 5 .  ─┘ saturated behind 5
+    image tokens ->  layers 1 2 3 . . .  ─┐ saturated after 3
+                                          ├─> memory ─> decoder, for each token: 1 2 | 1 2 3 4 | 1 2 ...
+    text tokens  ->  layers 1 2 3 4 5 .  ─┘ saturated after 5
 
-    1  decompose   the encoder runs on image and text apart, with one set of weights
-    2  train       the whole model, with the loss of every layer of the decoder
-    3  exit        where a layer changes the stream little: cosine above a threshold, one for each of the three exits
+    1  decompose   the encoder processes image and text separately, with one set of weights
+    2  train       the whole model, with the loss of every decoder layer
+    3  exit        where a layer hardly changes the hidden states: cosine above a threshold, one for each of three exits
 
-Streams and exits are in :mod:`lamella.methods.mue.policy`, the loss in :mod:`lamella.methods.mue.recipe`.
+The policies are in :mod:`lamella.methods.mue.policy`, the loss in :mod:`lamella.methods.mue.recipe`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,19 @@ from lamella.data import ImageText
 from lamella.errors import MethodError
 from lamella.files import Work
 from lamella.methods.mue.policy import Reduce
-from lamella.methods.mue.recipe import SLUG, TRAINING, Exiting, exiting, pair_of, planned
+from lamella.methods.mue.recipe import SLUG, TRAINING, ExitSettings, exit_plan, exit_view, pair_of
 from lamella.methods.mue.recipe import train as fitted
-from lamella.methods.mue.reduction import Exits, by_flops, by_layers, executed, histograms, observed, quantiles
-from lamella.methods.mue.reduction import Work as Costs
-from lamella.methods.mue.search import QUANTILES, Tried, complete, front, searched
+from lamella.methods.mue.reduction import (
+    ExitCosts,
+    Exits,
+    by_flops,
+    by_layers,
+    executed,
+    histograms,
+    measure_exits,
+    quantile_thresholds,
+)
+from lamella.methods.mue.search import QUANTILES, ExitTrial, pareto_trials, search_thresholds, with_all_exits
 from lamella.plan import ModelReference, Plan, PlanSeries, Point
 from lamella.registry import command, method
 from lamella.results import Study, Trained
@@ -49,41 +57,48 @@ def mue(
     train: ImageText,
     *,
     quantile: Annotated[float, Ge(0), Le(1)] = 0.5,
-    exits: Exiting = Exiting(),  # noqa: B008, frozen
+    exits: ExitSettings = ExitSettings(),  # noqa: B008, frozen
     config: TrainConfig = TRAINING,
     work: Work = Work(),
 ) -> Trained:
-    """Fine-tune a model so that its layers can be left early, and set thresholds for three exits.
+    """Fine-tune a vision-language encoder-decoder for early exits, and set the thresholds of three exits.
 
     Args:
-        model: an encoder-decoder that reads images; it is not changed.
-        train: prompts with their answers, which carry the loss; the last fifth is kept for the thresholds.
-        quantile: of S on samples, for the thresholds: a higher one exits later. `mue thresholds` searches for them.
-        exits: how the model is trained, and how it is left.
-        config: of the training: the authors' rate, batch and decay, and one pass over the samples; theirs are 5.
-        work: where an interrupted run goes on from.
+        model: an encoder-decoder with image inputs; it is not changed.
+        train: prompts with their answers, which carry the loss; the last fifth is held out for the thresholds.
+        quantile: quantile of the saturation S on held-out samples that becomes the threshold; a higher one exits later.
+            `mue thresholds` searches for thresholds.
+        exits: settings of the training loss and of the exits.
+        config: training settings; learning rate, batch size and weight decay are those of the authors' code, for one
+            epoch instead of 5.
+        work: folder from which an interrupted run resumes.
 
     Returns:
-        The trained model and its plan, with thresholds, the exits that samples take, what that saves by layers and by
-        FLOPs, and how much alike streams are from layer to layer.
+        The trained model and its plan, with the thresholds, the exits of held-out samples, their reduction by layers
+        and by FLOPs, and the mean saturation of each layer.
 
     Raises:
-        MethodError: for a model that is no encoder-decoder or reads no images, and for a single sample.
+        MethodError: for a model that is no encoder-decoder or has no image inputs, and for a single sample.
         TrainingError: when training cannot start or stay finite.
     """
     if len(train) < 2:
-        raise MethodError("mue: one sample cannot both train and set thresholds: give more")
+        raise MethodError("mue: a single sample cannot both train and set thresholds: give at least 2")
     _, decoder = pair_of(model)
     kept = len(train) - max(1, len(train) // 5)
     rows, held_out = (ImageText(part, train.processing) for part in (train[:kept], train[kept:]))
-    view, log = fitted(model, rows, exits, config, work.place() / "run")
-    full = observed(view, held_out)
-    tau = complete(quantiles(full, quantile, exits.min_layer))
+    view, log = fitted(model, rows, exits, config, work.directory() / "run")
+    full = measure_exits(view, held_out)
+    tau = with_all_exits(quantile_thresholds(full, quantile, exits.min_layer))
     trained = with_weights_of(decoder, view)
-    seen = observed(exiting(trained, exits, tau), held_out)
-    plan = planned(trained, exits.params(tau), executed(seen, model.stacks))
+    measured = measure_exits(exit_view(trained, exits, tau), held_out)
+    plan = exit_plan(trained, exits.params(tau), executed(measured, model.stacks))
     plan = plan.model_copy(update={"provenance": {"method": SLUG}})
-    findings = {"thresholds": tau, "right without exits": right(full), **alike(full), **told(seen, model)}
+    findings = {
+        "thresholds": tau,
+        "exact match without exits": exact_match(full),
+        **saturation_findings(full),
+        **exit_findings(measured, model),
+    }
     return Healed(stack=trained, plan=plan, log=log, findings=findings)
 
 
@@ -92,29 +107,36 @@ def mue(
 def saturation(
     model: Model, calibration: ImageText, *, reduce: Reduce = "flat", min_layer: Annotated[int, Ge(1)] = 1
 ) -> Study:
-    """Measure how much alike streams are before and after each layer, by modality and in the decoder.
+    """Measure the cosine between the hidden states before and after each layer, by modality and in the decoder.
 
     Args:
-        model: an encoder-decoder that reads images, fine-tuned or not; its modalities run apart.
+        model: an encoder-decoder with image inputs, fine-tuned or not; its modalities are processed separately.
         calibration: prompts with their answers.
-        reduce: what S of a stream is: of all of it at once, or the mean or the min of its tokens' cosines.
-        min_layer: layers that are no exits.
+        reduce: saturation of a modality: ``flat`` for the cosine over all its tokens at once, or the ``mean`` or the
+            ``min`` of the cosines of its tokens.
+        min_layer: first layer after which a sample may exit.
 
     Returns:
-        The mean of S by layer, and the thresholds that some quantiles make.
+        The mean saturation S of each layer, and the thresholds at some quantile_thresholds.
 
     Raises:
-        MethodError: for a model that is no encoder-decoder or reads no images.
+        MethodError: for a model that is no encoder-decoder or has no image inputs.
     """
-    found = observed(exiting(model, Exiting(reduce=reduce, min_layer=min_layer), {}), calibration)
-    by_quantile = {f"{q:g}": quantiles(found, q, min_layer) for q in SHOWN}
-    return Study(findings={"right without exits": right(found), "by quantile": by_quantile, **alike(found)})
+    found = measure_exits(exit_view(model, ExitSettings(reduce=reduce, min_layer=min_layer), {}), calibration)
+    by_quantile = {f"{q:g}": quantile_thresholds(found, q, min_layer) for q in SHOWN}
+    return Study(
+        findings={
+            "exact match without exits": exact_match(found),
+            "by quantile": by_quantile,
+            **saturation_findings(found),
+        }
+    )
 
 
 @command("mue", "thresholds", on="cross", brief={"rows": 6})
 @torch.no_grad()
 def thresholds(model: Model, plan: Plan, calibration: ImageText) -> PlanSeries:
-    """Search for thresholds: each exit by itself, then together, and keep what nothing else beats.
+    """Search for thresholds, for each exit alone and then jointly, and keep the Pareto-optimal ones.
 
     Args:
         model: the trained model.
@@ -122,62 +144,72 @@ def thresholds(model: Model, plan: Plan, calibration: ImageText) -> PlanSeries:
         calibration: prompts with their answers, on which thresholds are tried.
 
     Returns:
-        The series, from the whole model on, whose modalities see each other; then from late exits to early ones, each
-        with the share of samples that it answers word for word and the expected time reduction.
+        The series: the whole model without decomposition first, then plans from late exits to early ones, each with the
+        fraction of samples that it answers exactly and the expected time reduction.
 
     Raises:
         MethodError: for a plan of another method.
     """
     params = {stack: reference.params for stack, reference in plan.policies.items() if reference.name == SLUG}
     if set(params) != {"encoder", "decoder"}:
-        raise MethodError("mue thresholds needs a plan that mue has made: give its plan.json")
+        raise MethodError("mue thresholds needs a plan of mue: give its plan.json")
     pair_of(model)
     plan.check_fits(model)
-    tried = searched(partial(attempt, model, params, calibration), QUANTILES, params["decoder"]["min_layer"])
+    tried = search_thresholds(partial(attempt, model, params, calibration), QUANTILES, params["decoder"]["min_layer"])
     points = [Point()]
     made = (
-        (one, planned(model, with_thresholds(params, one.tau), executed(one.exits, model.stacks)))
-        for one in front(tried)
+        (one, exit_plan(model, with_thresholds(params, one.tau), executed(one.exits, model.stacks)))
+        for one in pareto_trials(tried)
     )
     for one, smaller in rising(made, lambda each: each[1].removed):
-        scores = {"right": one.right, "reduction by layers": one.reduction,
-                  "by FLOPs": by_flops(one.exits, Costs.of(*pair_of(model))), **complete(one.tau)}  # fmt: skip
+        scores = {"exact match": one.correct, "reduction by layers": one.reduction,
+                  "by FLOPs": by_flops(one.exits, ExitCosts.of(*pair_of(model))),
+                  **with_all_exits(one.tau)}  # fmt: skip
         points.append(Point(policies=smaller.policies, scores=scores))
     return PlanSeries(model=ModelReference.of(model), points=points, provenance={"method": SLUG})
 
 
-def attempt(model: Model, params: Mapping[str, dict[str, Any]], samples: ImageText, tau: Mapping[str, float]) -> Tried:
-    """What comes of thresholds, beside these settings of both policies; exits that are not named are off."""
-    taken = observed(apply(model, planned(model, with_thresholds(params, tau))), samples)
-    return Tried(dict(tau), right(taken), by_layers(taken, depths(model)), taken)
+def attempt(
+    model: Model, params: Mapping[str, dict[str, Any]], samples: ImageText, tau: Mapping[str, float]
+) -> ExitTrial:
+    """Measure the exits at some thresholds; exits that are not named are off.
+
+    Args:
+        model: the trained model.
+        params: settings of both policies, by stack.
+        samples: prompts with their answers.
+        tau: thresholds by exit.
+    """
+    taken = measure_exits(apply(model, exit_plan(model, with_thresholds(params, tau))), samples)
+    return ExitTrial(dict(tau), exact_match(taken), by_layers(taken, depths(model)), taken)
 
 
 def with_thresholds(params: Mapping[str, dict[str, Any]], tau: Mapping[str, float]) -> dict[str, dict[str, Any]]:
-    """Settings of both policies with these thresholds."""
-    every = complete(tau)
+    """Return the settings of both policies with these thresholds."""
+    every = with_all_exits(tau)
     encoder = params["encoder"] | {name: every[name] for name in ("image", "text")}
     return {"encoder": encoder, "decoder": params["decoder"] | {"threshold": every["decoder"]}}
 
 
 def depths(model: Model) -> tuple[int, int]:
-    """N_e and N_d."""
+    """Return N_e and N_d, the numbers of encoder and decoder layers."""
     encoder, decoder = pair_of(model)
     return len(encoder), len(decoder)
 
 
-def right(exits: Exits) -> float:
-    """The share of samples that are answered word for word."""
-    return float(exits.right.double().mean())
+def exact_match(exits: Exits) -> float:
+    """Return the fraction of samples that are answered exactly."""
+    return float(exits.correct.double().mean())
 
 
-def told(exits: Exits, model: Model) -> dict[str, Any]:
-    """Exits as findings."""
+def exit_findings(exits: Exits, model: Model) -> dict[str, Any]:
+    """Return the exits, the exact matches and the reduction as findings."""
     taken = histograms(exits, depths(model))
-    saved = {"by layers": by_layers(exits, depths(model)), "by FLOPs": by_flops(exits, Costs.of(*pair_of(model)))}
-    return {"exits": taken, "right": right(exits), "reduction": saved}
+    saved = {"by layers": by_layers(exits, depths(model)), "by FLOPs": by_flops(exits, ExitCosts.of(*pair_of(model)))}
+    return {"exits": taken, "exact match": exact_match(exits), "reduction": saved}
 
 
-def alike(exits: Exits) -> dict[str, Any]:
-    """The mean of S by layer, of samples that run everything."""
+def saturation_findings(exits: Exits) -> dict[str, Any]:
+    """Return the mean of S by layer, from samples that run all layers."""
     means = {name: cosines.double().nanmean(0).tolist() for name, cosines in exits.cosines.items()}
     return {"saturation": {name: values for name, values in means.items() if values[0] == values[0]}}

@@ -1,4 +1,4 @@
-"""What is drawn: how alike streams are from layer to layer, and behind which layers samples exit."""
+"""Figures and summary of MuE: saturation by layer, and the layers after which samples exit."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ from lamella.report.figures import Bars, Figure, Lines
 from lamella.results import Evidence, Study, Summary, Table, Trained, TrainedEvidence
 from lamella.results.page import curves
 
-NAMES = {"image": "image", "text": "text", "decoder": "written words"}
+NAMES = {"image": "image", "text": "text", "decoder": "generated tokens"}
 
 
 def summary(evidence: Evidence) -> Summary:
-    """Exits and what they save; of a study the thresholds that quantiles make; of a search the series."""
+    """Summarise exits and their savings; for `mue saturation` the thresholds by quantile; for a search the series."""
     found = evidence.findings
     if "exits" in found:
-        told = Trained.summary(evidence)
+        trained = Trained.summary(evidence)
         saved = found["reduction"]
         verdict = (
-            f"{told.verdict} Its exits leave out {percent(saved['by layers'])} of the layers, which are "
+            f"{trained.verdict} Its exits skip {percent(saved['by layers'])} of the layers, or "
             f"{percent(saved['by FLOPs'])} of the multiplications."
         )
         right = (
-            f"answered word for word: {percent(found['right'])}, without exits {percent(found['right without exits'])}"
+            f"exact match: {percent(found['exact match'])}, without exits {percent(found['exact match without exits'])}"
         )
-        return Summary(verdict, [*told.tables, _exits(found)], [*told.lines, right])
+        return Summary(verdict, [*trained.tables, _exits(found)], [*trained.lines, right])
     if "by quantile" in found:
         names = list(found["saturation"])
         rows = [[q, *(each.get(name) for name in names)] for q, each in found["by quantile"].items()]
         table = Table("Thresholds by quantile", ["quantile of S", *(NAMES[name] for name in names)], rows)
-        return Summary("How much alike streams are before and after each layer.", [table])
+        return Summary("The cosine between the hidden states before and after each layer.", [table])
     return PlanSeries.summary(evidence) if evidence.kind == PlanSeries.kind else Study.summary(evidence)
 
 
 def figures(evidence: Evidence) -> list[Figure]:
-    """The curves of S, and the histograms of exits; of a trained model its losses."""
+    """Draw the saturation by layer and the histograms of exits; for a trained model also its losses."""
     found = evidence.findings
     parts: list[Figure] = [curves(evidence)] if isinstance(evidence, TrainedEvidence) else []
     if "saturation" in found:
         lines = {NAMES[name]: values for name, values in found["saturation"].items()}
-        caption = "The mean of S: where it stays high, layers change little."
+        caption = "Mean saturation S: layers with a high S change the hidden states little."
         parts.append(Lines("layer", "cosine of the residual stream before and after", lines, caption=caption))
     if "exits" in found:
         parts.append(exits(found["exits"]))
@@ -50,20 +50,20 @@ def figures(evidence: Evidence) -> list[Figure]:
 
 
 def exits(shares: Mapping[str, Sequence[float]]) -> Bars:
-    """A bar for each layer and exit.
+    """Draw a bar for each layer and exit.
 
     Args:
-        shares: by exit: of each layer, the share of samples or words that leave behind it.
+        shares: by exit, the fraction of samples or tokens that exit after each layer.
     """
     return Bars(
         "layer",
-        "samples or words, percent",
+        "samples or tokens, percent",
         {NAMES[name]: [100 * share for share in each] for name, each in shares.items()},
         positions=[str(layer + 1) for layer in range(max(map(len, shares.values())))],
         labels={NAMES[name]: [f"{100 * share:.0f}" if share >= 0.005 else "" for share in each]
                 for name, each in shares.items()},
-        title="Layers behind which samples exit",
-        caption="Behind which layer samples leave the encoder, by modality, and written words the decoder; the last "
+        title="Exits by layer",
+        caption="Layers after which samples exit the encoder, by modality, and generated tokens the decoder; the last "
         "layer is no exit.",
     )  # fmt: skip
 
@@ -75,4 +75,4 @@ def _exits(found: Mapping[str, Any]) -> Table:
         rows.append([NAMES[name], found["thresholds"][name], number(mean), *(percent(share) for share in shares)])
     layers = max(len(shares) for shares in found["exits"].values())
     rows = [[*row, *[""] * (layers + 3 - len(row))] for row in rows]
-    return Table("Exits, in % of samples or words", ["exit", "threshold", "mean layer", *range(1, layers + 1)], rows)
+    return Table("Exits, in % of samples or tokens", ["exit", "threshold", "mean layer", *range(1, layers + 1)], rows)

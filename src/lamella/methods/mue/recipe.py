@@ -1,9 +1,9 @@
-"""What makes every layer of the decoder readable, and the encoder one whose modalities run apart.
+"""Training of MuE: every decoder layer learns to predict, and the encoder processes its modalities separately.
 
-    L = sum_{j=1..N_d} CE(Head(LN(y_j)), target)      teacher forcing; one head, one norm, all of it trains
+    L = sum_{j=1..N_d} CE(Head(LN(y_j)), target)      teacher forcing; one head, one norm, all parameters are trained
 
-Both stacks run whole while they train, and all layers of the decoder read the encoder's final states. With
-``encoder_exits``, ours, some batches read states of an earlier layer, drawn for each modality by itself.
+Both stacks run all their layers during training, and all decoder layers attend to the encoder's final states. With
+``encoder_exits``, Lamella's own, some batches attend to states of an earlier layer, chosen at random for each modality.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lamella.data import ImageText
 from lamella.data.samples import NO_LOSS
 from lamella.errors import MethodError
 from lamella.evaluate.scored import scored_states
-from lamella.methods.mue.policy import MODALITIES, OFF, Propagate, Reduce, StreamExits, TokenExits
+from lamella.methods.mue.policy import MODALITIES, OFF, ModalityExits, Propagate, Reduce, TokenExits
 from lamella.plan import ModelReference, Plan, PolicyReference
 from lamella.runtime import with_policies
 from lamella.stack import Model, Stack, last_stack
@@ -31,23 +31,24 @@ from lamella.train.losses import mean_over_positions
 
 SLUG = "mue"
 TRAINING = TrainConfig(lr=3e-5, batch=8, accumulate=8, weight_decay=0.01, schedule="linear", warmup=0.06)
-Work = Mapping[str, Sequence[tuple[float, ...]]]
+LayerWork = Mapping[str, Sequence[tuple[float, ...]]]
 
 
 @dataclass(frozen=True)
-class Exiting:
-    """How a model is trained to be left early, and how it is then left.
+class ExitSettings:
+    """Settings of the training loss and of the exits.
 
     Attributes:
-        loss: of all layers of the decoder (``layerwise``), or of the ``final`` one, for comparison.
-        reduction: layers' losses are added (``sum``), or their ``mean`` is taken, which only rescales.
-        smoothing: of labels; the authors take 0.1 for captions and none for entailment.
-        encoder_exits: q: the share of batches that read the encoder at an exit from half of its depth on.
-        reduce: what S of a stream is, ``flat``, ``mean`` or ``min``.
-        min_layer: layers of each stack that always run; 1 in the paper, and 2 is safe where norms come first.
-        propagate: what later tokens see of one that has left: its ``state``, or ``none``.
-        decay: (beta, tau') of the decoder's threshold for texts, in the paper 0.95 and 1; it stays when left out.
-        answer: the most tokens of an answer, N of the decay; 16 for captions.
+        loss: sum over all decoder layers (``layerwise``), or the ``final`` layer only, as a control.
+        reduction: reduction of the layers' losses: ``sum``, or ``mean``, which only rescales.
+        smoothing: label smoothing; the authors use 0.1 for captions and none for entailment.
+        encoder_exits: q, the fraction of batches whose decoder attends to an encoder exit in the upper half of the
+            depth.
+        reduce: saturation S of a modality: ``flat``, ``mean`` or ``min`` over its tokens.
+        min_layer: number of layers of each stack that always run; 1 in the paper, 2 is safer for pre-norm models.
+        propagate: keys and values of an exited token: from its ``state``, or ``none``.
+        decay: (beta, tau') of the decoder's threshold for long texts, 0.95 and 1 in the paper; constant if None.
+        answer: maximum number of tokens of an answer, N of the decay; 16 for captions.
     """
 
     loss: Literal["layerwise", "final"] = "layerwise"
@@ -61,7 +62,7 @@ class Exiting:
     answer: Annotated[int, Ge(1)] = 16
 
     def params(self, tau: Mapping[str, float]) -> dict[str, dict[str, Any]]:
-        """The settings of both policies, by stack, with these thresholds of ``image``, ``text`` and ``decoder``."""
+        """Return the settings of both policies by stack, given thresholds of ``image``, ``text`` and ``decoder``."""
         both = {"min_layer": self.min_layer}
         decoder: dict[str, Any] = {"threshold": tau.get("decoder", OFF), "propagate": self.propagate, **both}
         if self.decay is not None:
@@ -71,7 +72,7 @@ class Exiting:
 
 
 def pair_of(model: Model) -> tuple[Stack, Stack]:
-    """The encoder and the decoder of a model that reads images.
+    """Return the encoder and the decoder of a model with image inputs.
 
     Raises:
         MethodError: for any other model.
@@ -83,13 +84,19 @@ def pair_of(model: Model) -> tuple[Stack, Stack]:
     encoder, decoder = stacks["encoder"], stacks["decoder"]
     if not encoder.architecture.images:
         raise MethodError(
-            f"{SLUG} works on models that read images; {model.name} reads {encoder.architecture.modality} alone"
+            f"{SLUG} works on models with image inputs; {model.name} takes {encoder.architecture.modality} only"
         )
     return encoder, decoder
 
 
-def planned(model: Model, params: Mapping[str, dict[str, Any]], work: Work | None = None) -> Plan:
-    """The plan of exits with these settings, by stack."""
+def exit_plan(model: Model, params: Mapping[str, dict[str, Any]], work: LayerWork | None = None) -> Plan:
+    """Return the plan of exits.
+
+    Args:
+        model: the model.
+        params: settings of the policies, by stack.
+        work: fraction of tokens that runs each sublayer of each layer, by stack.
+    """
     policies = {
         stack: PolicyReference(name=SLUG, params=each, work=list((work or {}).get(stack, ())))
         for stack, each in params.items()
@@ -97,81 +104,89 @@ def planned(model: Model, params: Mapping[str, dict[str, Any]], work: Work | Non
     return Plan(model=ModelReference.of(model), policies=policies)
 
 
-def exiting(model: Model, settings: Exiting, tau: Mapping[str, float]) -> Any:
-    """A view of a model with exits at these thresholds."""
+def exit_view(model: Model, settings: ExitSettings, tau: Mapping[str, float]) -> Any:
+    """Return a view of a model with exits at these thresholds."""
     encoder, decoder = pair_of(model)
     params = settings.params(tau)
     policies = {
-        "encoder": StreamExits(encoder, **params["encoder"]),
+        "encoder": ModalityExits(encoder, **params["encoder"]),
         "decoder": TokenExits(decoder, **params["decoder"]),
     }
-    return with_policies(model, planned(model, params), policies)
+    return with_policies(model, exit_plan(model, params), policies)
 
 
 def train(
-    model: Model, samples: ImageText, settings: Exiting, config: TrainConfig, out: Path
+    model: Model, samples: ImageText, settings: ExitSettings, config: TrainConfig, out: Path
 ) -> tuple[Any, TrainingLog]:
-    """Fine-tune the whole model, its modalities apart from the start.
+    """Fine-tune the whole model, with its modalities processed separately from the start.
 
     Args:
-        model: it is not changed.
+        model: the model; it is not changed.
         samples: prompts with their answers, which carry the loss.
-        settings: of the loss, and of exits drawn while training.
-        config: of the training.
-        out: a folder for checkpoints; an interrupted run goes on from there.
+        settings: settings of the loss, and of random exits during training.
+        config: training settings.
+        out: a folder for checkpoints, from which an interrupted run resumes.
 
     Returns:
-        The trained view, all of whose exits are off, and the log.
+        The trained view, with all exits off, and the log.
     """
-    view = exiting(model, settings, {})
+    view = exit_view(model, settings, {})
     return view, train_view(view, samples, settings, config, out)
 
 
-def train_view(view: Any, samples: ImageText, settings: Exiting, config: TrainConfig, out: Path) -> TrainingLog:
-    """The same for a view whose exits are off, in place; its tensors become its own."""
+def train_view(view: Any, samples: ImageText, settings: ExitSettings, config: TrainConfig, out: Path) -> TrainingLog:
+    """Fine-tune a view in place, with its exits off; it gets its own copies of the tensors.
+
+    Args:
+        view: a view with exits, see :func:`exit_view`.
+        samples: prompts with their answers, which carry the loss.
+        settings: settings of the loss, and of random exits during training.
+        config: training settings.
+        out: a folder for checkpoints, from which an interrupted run resumes.
+    """
     own(view)
-    encoder: StreamExits = view.lamella_policy_encoder
+    encoder: ModalityExits = view.lamella_policy_encoder
 
     def loss(view: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        encoder.leaves = drawn(settings.encoder_exits, encoder.layers) if view.training else None
+        encoder.fixed_exits = random_exits(settings.encoder_exits, encoder.layers) if view.training else None
         try:
             return layerwise_loss(view, batch, settings)
         finally:
-            encoder.leaves = None
+            encoder.fixed_exits = None
 
-    said = {"plan": view.lamella_plan.digest, "encoder": type(encoder).__name__, "exiting": str(settings)}
-    log = fit(view, samples, Task(loss, collate=samples.batch), config, out=out, settings=said)
+    described = {"plan": view.lamella_plan.digest, "encoder": type(encoder).__name__, "exiting": str(settings)}
+    log = fit(view, samples, Task(loss, collate=samples.batch), config, out=out, settings=described)
     view.eval()
     return log
 
 
-def drawn(share: float, layers: int) -> dict[str, int] | None:
-    """An exit for each modality from half of the depth on, for this share of batches; None for the others."""
+def random_exits(share: float, layers: int) -> dict[str, int] | None:
+    """Draw a random exit in the upper half of the depth per modality, for a fraction of batches; otherwise None."""
     if float(torch.rand(())) >= share:
         return None
     return {name: int(torch.randint((layers + 1) // 2, layers + 1, ())) for name in MODALITIES}
 
 
-def layerwise_loss(view: Any, batch: dict[str, Tensor], settings: Exiting) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of labels at every layer of the decoder, in nats per token, and that of the last layer.
+def layerwise_loss(view: Any, batch: dict[str, Tensor], settings: ExitSettings) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss of the labels summed over the decoder layers, in nats per token, and that of the last layer.
 
-    Logits are made a chunk of positions at a time, and never kept.
+    Logits are computed for a chunk of positions at a time, and never kept.
 
     Args:
-        view: of :func:`exiting`, with exits off.
-        batch: what :class:`lamella.data.ImageText` makes.
-        settings: of the loss.
+        view: a view of :func:`exit_view`, with exits off.
+        batch: a batch of :class:`lamella.data.ImageText`.
+        settings: settings of the loss.
     """
     policy: TokenExits = view.lamella_policy
-    policy.heard = []
+    policy.recorded_hidden = []
     _, labels = scored_states(view, batch)
-    streams, policy.heard = policy.heard, None
+    hidden, policy.recorded_hidden = policy.recorded_hidden, None
     carries, stack = batch["labels"] != NO_LOSS, last_stack(view)
 
     def chunk(y: Tensor, labels: Tensor) -> Tensor:
         logits = stack.logits(stack.normed(y)).float()
         return cross_entropy(logits, labels, reduction="sum", label_smoothing=settings.smoothing)
 
-    read = streams if settings.loss == "layerwise" else streams[-1:]
-    each = torch.stack([mean_over_positions(chunk, y[carries], labels) for y in read])
+    scored = hidden if settings.loss == "layerwise" else hidden[-1:]
+    each = torch.stack([mean_over_positions(chunk, y[carries], labels) for y in scored])
     return each.sum() if settings.reduction == "sum" else each.mean(), {"last layer": each[-1].detach()}

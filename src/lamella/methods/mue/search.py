@@ -1,6 +1,6 @@
-"""Thresholds for samples: each exit swept by itself, a small grid of what is worth it, and the front of that.
+"""Search for thresholds: a sweep of each exit alone, then a small joint grid of the best.
 
-A threshold is a quantile of S on these samples, so that it fits the model, whatever its cosines are.
+A threshold is a quantile of S on the samples, so that it fits the model whatever the range of its cosines.
 """
 
 from __future__ import annotations
@@ -10,45 +10,52 @@ from dataclasses import dataclass
 from itertools import product
 
 from lamella.methods.mue.policy import OFF
-from lamella.methods.mue.reduction import Exits, quantiles
+from lamella.methods.mue.reduction import Exits, quantile_thresholds
 from lamella.search import pareto
 
 QUANTILES = (0.9, 0.75, 0.5, 0.25, 0.1)
-WORTH = 0.9  # of the answers that are right without exits: below that a threshold is not tried together with others
-KEPT = 3  # thresholds of each exit in the grid
+WORTH = 0.9  # of the correct answers without exits: thresholds below this fraction are not part of the joint grid
+KEPT = 3  # thresholds of each exit in the joint grid
 
 
 @dataclass(frozen=True)
-class Tried:
-    """Thresholds, and what came of them.
+class ExitTrial:
+    """Thresholds with their measured effect.
 
     Attributes:
-        tau: by exit.
-        right: the share of samples answered word for word.
-        reduction: by layers.
-        exits: that were taken.
+        tau: threshold by exit.
+        correct: fraction of samples answered exactly.
+        reduction: expected time reduction by layers.
+        exits: the exits that were taken.
     """
 
     tau: dict[str, float]
-    right: float
+    correct: float
     reduction: float
     exits: Exits
 
 
-Try = Callable[[Mapping[str, float]], Tried]
+Attempt = Callable[[Mapping[str, float]], ExitTrial]
 
 
-def searched(
-    attempt: Try, quantiles_tried: Sequence[float] = QUANTILES, min_layer: int = 1, kept: int = KEPT
-) -> list[Tried]:
-    """All that was tried, without exits first: separate sweeps, then a joint grid of so many of each."""
+def search_thresholds(
+    attempt: Attempt, quantiles_tried: Sequence[float] = QUANTILES, min_layer: int = 1, kept: int = KEPT
+) -> list[ExitTrial]:
+    """Sweep each exit alone, then try a joint grid, and return all trials, the one without exits first.
+
+    Args:
+        attempt: measures the effect of thresholds.
+        quantiles_tried: quantile_thresholds of S that become thresholds.
+        min_layer: first layer after which a sample may exit.
+        kept: number of thresholds of each exit in the joint grid.
+    """
     full = attempt({})
-    floor, found, grid = WORTH * full.right, [full], []
+    floor, found, grid = WORTH * full.correct, [full], []
     for name in full.exits.cosines:
-        each = [quantiles(full.exits, q, min_layer).get(name) for q in quantiles_tried]
+        each = [quantile_thresholds(full.exits, q, min_layer).get(name) for q in quantiles_tried]
         swept = [attempt({name: tau}) for tau in dict.fromkeys(each) if tau is not None]
         found += swept
-        worth = sorted((one for one in swept if one.right >= floor), key=lambda one: -one.reduction)
+        worth = sorted((one for one in swept if one.correct >= floor), key=lambda one: -one.reduction)
         grid.append([{}, *(one.tau for one in worth[:kept])])
     for some in product(*grid):
         tau = {name: value for one in some for name, value in one.items()}
@@ -57,24 +64,24 @@ def searched(
     return found
 
 
-def front(tried: Iterable[Tried]) -> list[Tried]:
-    """What nothing else beats in both, from the least reduction to the most."""
-    first = {(-one.reduction, -one.right): one for one in reversed(list(tried))}
+def pareto_trials(tried: Iterable[ExitTrial]) -> list[ExitTrial]:
+    """Return the Pareto-optimal trials in accuracy and reduction, from the least reduction to the most."""
+    first = {(-one.reduction, -one.correct): one for one in reversed(list(tried))}
     return [first[costs] for costs in sorted(pareto({costs: costs for costs in first}), reverse=True)]
 
 
-def chosen(tried: Iterable[Tried], full: float, retain: float) -> Tried | None:
-    """What reduces most of what keeps this share of the right answers; None where nothing does.
+def best_trial(tried: Iterable[ExitTrial], full: float, retain: float) -> ExitTrial | None:
+    """Return the trial with the largest reduction that keeps a fraction of the correct answers; None if there is none.
 
     Args:
-        tried: of :func:`searched`.
-        full: right answers without exits.
-        retain: such as 0.99.
+        tried: trials of :func:`search_thresholds`.
+        full: fraction of correct answers without exits.
+        retain: fraction of these to keep, such as 0.99.
     """
-    good = [one for one in tried if one.right >= retain * full]
-    return max(good, key=lambda one: (one.reduction, one.right), default=None)
+    good = [one for one in tried if one.correct >= retain * full]
+    return max(good, key=lambda one: (one.reduction, one.correct), default=None)
 
 
-def complete(tau: Mapping[str, float]) -> dict[str, float]:
-    """Thresholds of all exits, those that are not named off."""
+def with_all_exits(tau: Mapping[str, float]) -> dict[str, float]:
+    """Return the thresholds of all exits; those that are not named are off."""
     return {name: tau.get(name, OFF) for name in ("image", "text", "decoder")}

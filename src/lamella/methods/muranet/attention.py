@@ -1,20 +1,20 @@
-"""Relation attention over maps: what stands at a place is weighed by how it relates to what is around it.
+"""Relation attention over feature maps: a position is weighted by its relation to its neighbourhood.
 
-    q, k, v = Wq x, Wk x, Wv x          1 x 1 maps [C -> C]
+    q, k, v = Wq x, Wk x, Wv x          1 x 1 convolutions [C -> C]
     u = GELU(q * k)                     the relation, element by element
-    r_1 = DW3(u), r_s = DW3(r_{s-1})    chained 3 x 3 depthwise convolutions, which see 3, 5, 7 pixels
-    a = W_m (u + sum_s r_s)             many scales in one map
+    r_1 = DW3(u), r_s = DW3(r_{s-1})    chained 3 x 3 depthwise convolutions with receptive fields of 3, 5, 7 pixels
+    a = W_m (u + sum_s r_s)             several scales in one map
     y = W_o (a * v)
 
-There is no softmax over all pairs of places, so the cost is linear in their number. The paper's own formula could not
-be read; three readings of it are here, the first the default:
+There is no softmax over all pairs of positions, so the cost is linear in their number. The paper's own formula was not
+available; three interpretations are implemented, the first being the default:
 
     gate            the above
     msca            u = GELU(Wq x), a = W_m sum_s r_s, y = W_o (a * u), as in SegNeXt with 3 x 3 chains
     local_softmax   at each scale, softmax over the nine neighbours at distance s of q_i . k_j / sqrt(d), applied to v
 
-``depthwise`` is what they are compared with: one 3 x 3 depthwise convolution, and a wider feed-forward part, so that a
-block has as many parameters as with ``msca``.
+``depthwise`` is the baseline: one 3 x 3 depthwise convolution, and a wider feed-forward part, so that a block has the
+same number of parameters as with ``msca``.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from torch.nn.functional import gelu, pad, unfold
 Variant = Literal["gate", "msca", "local_softmax", "depthwise"]
 Paths = Literal["chained", "parallel"]
 Norm = Literal["batch", "group"]
-HEAD = 32  # channels of a head of the local softmax
-SCALE = 1e-2  # of what a block adds, at first
-EPS = 1e-3  # of batch norms, as in YOLOX; its momentum of 0.03 lags behind in short trainings
+HEAD = 32  # channels per head of the local softmax
+SCALE = 1e-2  # initial scale of a block's residual updates
+EPS = 1e-3  # of batch norms, as in YOLOX; its momentum of 0.03 is too slow for short trainings
 
 
 def normed(channels: int, norm: Norm) -> nn.Module:
-    """A batch norm, or group norm where batches are of one or two pictures."""
+    """Return a batch norm, or a group norm for batches of one or two images."""
     if norm == "batch":
         return nn.BatchNorm2d(channels, eps=EPS)
     return nn.GroupNorm(next(groups for groups in (8, 4, 2, 1) if channels % groups == 0), channels)
 
 
 class RelationAttention2d(nn.Module):
-    """Relation attention on maps [B, C, H, W], which stay of that shape.
+    """Relation attention on feature maps [B, C, H, W]; the shape does not change.
 
     Args:
         channels: C.
-        variant: which reading of it.
-        scales: S, how many 3 x 3 paths.
-        paths: ``chained``, or ``parallel``: each from u, s pixels apart.
+        variant: interpretation of the paper's block.
+        scales: S, number of 3 x 3 paths.
+        paths: ``chained``, or ``parallel``: each path is applied to u, with dilation s.
     """
 
     def __init__(self, channels: int, variant: Variant = "gate", scales: int = 3, paths: Paths = "chained") -> None:
@@ -61,14 +61,15 @@ class RelationAttention2d(nn.Module):
         if variant != "msca":
             self.k, self.v = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, channels, 1)
         if variant != "local_softmax":
-            apart = [1 if self.chained else s for s in range(1, scales + 1)]
+            dilations = [1 if self.chained else s for s in range(1, scales + 1)]
             self.paths = nn.ModuleList(
-                nn.Conv2d(channels, channels, 3, padding=s, dilation=s, groups=channels) for s in apart
+                nn.Conv2d(channels, channels, 3, padding=s, dilation=s, groups=channels) for s in dilations
             )
             self.mix = nn.Conv2d(channels, channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the attention to x [B, C, H, W]."""
         found: Tensor
         if self.variant == "depthwise":
             found = self.local(x)
@@ -83,7 +84,7 @@ class RelationAttention2d(nn.Module):
         return found
 
     def _related(self, u: Tensor) -> Tensor:
-        """sum_s r_s."""
+        """Return sum_s r_s."""
         total, r = torch.zeros_like(u), u
         for path in self.paths:
             r = path(r if self.chained else u)
@@ -91,7 +92,7 @@ class RelationAttention2d(nn.Module):
         return total
 
     def _softmax(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Each place as a mean over its nine neighbours at every scale; none is beyond the border."""
+        """Return each position as a weighted mean over its nine neighbours at every scale, without padding."""
         b, c, h, w = q.shape
         d = c // self.heads
         inside = torch.ones(1, 1, h, w, dtype=q.dtype, device=q.device)
@@ -106,13 +107,16 @@ class RelationAttention2d(nn.Module):
 
 
 class RelationBlock(nn.Module):
-    """Relation attention and a feed-forward part, each added to the map [B, C, H, W].
+    """Relation attention and a feed-forward part, each with a residual connection, on maps [B, C, H, W].
 
     Args:
-        channels, variant, scales, paths: of the attention.
-        expand: how many times as wide the feed-forward part is inside.
-        scale: of what is added, at first; at 0 the block changes nothing, to the bit.
-        norm: before each part.
+        channels: C.
+        variant: see :class:`RelationAttention2d`.
+        scales: see :class:`RelationAttention2d`.
+        paths: see :class:`RelationAttention2d`.
+        expand: expansion factor of the feed-forward part.
+        scale: initial scale of both residual updates; at 0 the output is bitwise equal to the input.
+        norm: normalisation before each part.
     """
 
     def __init__(
@@ -128,7 +132,7 @@ class RelationBlock(nn.Module):
     ) -> None:
         super().__init__()
         hidden = expand * channels
-        if variant == "depthwise":  # msca has 3 C^2 + (10 S - 7) C more, and a hidden channel 2 C + 11
+        if variant == "depthwise":  # msca has 3 C^2 + (10 S - 7) C more parameters, and a hidden channel 2 C + 11
             hidden += round((3 * channels**2 + (10 * scales - 7) * channels) / (2 * channels + 11))
         self.attention = nn.Sequential()
         self.attention.add_module("norm", normed(channels, norm))
@@ -139,9 +143,10 @@ class RelationBlock(nn.Module):
         self.forward_part.add_module("local", nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden))
         self.forward_part.add_module("act", nn.GELU())
         self.forward_part.add_module("narrow", nn.Conv2d(hidden, channels, 1))
-        self.g1 = nn.Parameter(torch.full((channels,), scale))  # vectors do not decay
+        self.g1 = nn.Parameter(torch.full((channels,), scale))  # no weight decay on vectors
         self.g2 = nn.Parameter(torch.full((channels,), scale))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply both parts to x [B, C, H, W]."""
         x = x + self.g1[:, None, None] * self.attention(x)
         return x + self.g2[:, None, None] * self.forward_part(x)

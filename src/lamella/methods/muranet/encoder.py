@@ -1,8 +1,8 @@
-"""The encoder that both tasks read: a chain of stages, from scratch or a network of timm, shared or split on the way.
+"""The encoder of both tasks: a chain of stages, from scratch or from a timm network, shared or split at some stage.
 
-    picture -> stem -> stage 1 -> ... -> stage n         each gives a map, and the next one reads it
-                           \\
-                            -> stage 2' -> ... stage n'   copies for the openings, from where the tasks part
+image -> stem -> stage 1 -> ... -> stage n           each stage returns a map, the input of the next one
+                   |
+                   `-> stage 2' -> ... -> stage n'    copies for the openings, from the split on
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ LEAST_MAPS = 3
 
 
 @dataclass(frozen=True)
-class Widths:
-    """How wide and deep an encoder is; left out, the paper's base.
+class EncoderWidths:
+    """Widths and depths of an encoder; the defaults are the paper's base.
 
     Attributes:
         stem: channels of the first map.
-        stride: pixels of the picture for one of the first map.
-        stages: channels of each stage, each of half the resolution of the one before.
-        depths: blocks of each.
-        neck: channels of the pyramid that boxes are found in.
-        expand: how many times as wide feed-forward parts are inside.
+        stride: stride of the first map in pixels.
+        stages: channels of each stage; each halves the resolution.
+        depths: number of blocks of each stage.
+        neck: channels of the feature pyramid of the detector.
+        expand: expansion factor of feed-forward parts.
     """
 
     stem: int = 32
@@ -46,16 +46,24 @@ class Widths:
 
 
 ENCODERS = {
-    "mura": Widths(),
-    "mura-5": Widths(stages=(64, 128, 256, 512, 512), depths=(2, 2, 4, 2, 2)),
-    "mura-6": Widths(stages=(64, 128, 256, 512, 512, 512), depths=(2, 2, 4, 2, 2, 2)),
-    "nano": Widths(12, 1, (16, 24, 48, 64), (2, 2, 2, 2), neck=32, expand=2),
+    "mura": EncoderWidths(),
+    "mura-5": EncoderWidths(stages=(64, 128, 256, 512, 512), depths=(2, 2, 4, 2, 2)),
+    "mura-6": EncoderWidths(stages=(64, 128, 256, 512, 512, 512), depths=(2, 2, 4, 2, 2, 2)),
+    "nano": EncoderWidths(12, 1, (16, 24, 48, 64), (2, 2, 2, 2), neck=32, expand=2),
 }
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """What the blocks of a network are made of; see :class:`RelationBlock`."""
+class BlockDesign:
+    """The design of a network's blocks; see :class:`RelationBlock` for the fields.
+
+    Attributes:
+        variant: kind of attention.
+        scales: number of 3 x 3 paths.
+        paths: chained or parallel paths.
+        norm: batch or group norm.
+        expand: expansion factor of the feed-forward part.
+    """
 
     variant: Variant = "gate"
     scales: int = 3
@@ -64,14 +72,14 @@ class Blocks:
     expand: int = 4
 
     def build(self, channels: int, scale: float = SCALE) -> RelationBlock:
-        """One of them."""
+        """Build a block."""
         return RelationBlock(
             channels, self.variant, self.scales, self.paths, norm=self.norm, expand=self.expand, scale=scale
         )
 
 
-class Convolved(nn.Module):
-    """A convolution of 1 or 3 pixels a side, a norm and an activation."""
+class ConvBlock(nn.Module):
+    """A convolution with a 1 x 1 or 3 x 3 kernel, a norm and an activation."""
 
     def __init__(
         self, before: int, after: int, side: int = 3, stride: int = 1, act: type[nn.Module] = nn.GELU,
@@ -83,33 +91,37 @@ class Convolved(nn.Module):
         self.act = act()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to x [B, C, H, W]."""
         found: Tensor = self.act(self.norm(self.conv(x)))
         return found
 
 
-class Pooled(nn.Module):
-    """Spatial pyramid pooling: the largest within 5, 9 and 13 pixels beside the map itself."""
+class PyramidPooling(nn.Module):
+    """Spatial pyramid pooling: maxima over windows of 5, 9 and 13 pixels, concatenated with the map itself."""
 
     def __init__(self, channels: int, norm: Norm) -> None:
         super().__init__()
-        self.mix = Convolved(4 * channels, channels, 1, norm=norm)
+        self.mix = ConvBlock(4 * channels, channels, 1, norm=norm)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to x [B, C, H, W]."""
         found: Tensor = self.mix(torch.cat([x, *(max_pool2d(x, side, 1, side // 2) for side in (5, 9, 13))], 1))
         return found
 
 
-class Encoder(nn.Module):
-    """Stages in a row, whose maps both tasks read, or each its own from a stage on.
+class PlanEncoder(nn.Module):
+    """A chain of stages whose maps both tasks use, with separate copies for the openings from some stage on.
 
     Args:
-        stages: from a map to the next; the first reads pictures.
-        channels, strides: of the map of each.
-        mean, spread: of colours from 0 to 1, as the stages are used to them.
-        split: how many stages are shared; all when left out.
+        stages: modules from one map to the next; the input of the first is images.
+        channels: channels of each map.
+        strides: strides of the maps in pixels.
+        mean: mean of the colours in [0, 1] that the stages expect.
+        spread: standard deviation of the colours that the stages expect.
+        split: number of shared stages; all if None.
 
     Raises:
-        MethodError: for stages that do not halve the resolution, or more that are shared than there are.
+        MethodError: for stages that do not halve the resolution, or a split beyond the number of stages.
     """
 
     mean: Tensor
@@ -140,46 +152,46 @@ class Encoder(nn.Module):
 
     @property
     def shared(self) -> int:
-        """How many stages both tasks read."""
+        """The number of stages that both tasks share."""
         return len(self.stages) - len(self.apart)
 
     def split(self, shared: int) -> None:
-        """Give openings copies of all stages but the first so many; what the network computes stays the same.
+        """Copy all stages after the first ``shared`` ones for the openings; the network's function does not change.
 
         Raises:
-            MethodError: for fewer than none, or more than are shared.
+            MethodError: for a negative number, or more than are shared.
         """
         if not 0 <= shared <= self.shared:
-            raise MethodError(f"split {shared}: {self.shared} stages are shared, so give 0 to {self.shared}")
+            raise MethodError(f"split {shared}: {self.shared} stages are shared: give 0 to {self.shared}")
         self.apart = nn.ModuleList([*copy.deepcopy(self.stages[shared : self.shared]), *self.apart])
 
-    def insert(self, after: Sequence[int], blocks: Blocks) -> None:
-        """Put a block that changes nothing yet behind some stages, and behind their copies.
+    def insert(self, after: Sequence[int], blocks: BlockDesign) -> None:
+        """Insert a block that has no effect at first after some stages, and after their copies.
 
         Raises:
-            MethodError: for a stage that there is not.
+            MethodError: for an unknown or repeated stage.
         """
         wrong = [each for each in after if not 0 <= each < len(self.stages)]
         if wrong or len(set(after)) < len(after):
-            raise MethodError(f"after {listed(after)}: give each once, of 0 to {len(self.stages) - 1}")
-        for place in after:
-            block = blocks.build(self.channels[place], scale=0.0)
-            self.stages[place] = nn.Sequential(self.stages[place], block)
-            if place >= self.shared:
-                copied = self.apart[place - self.shared]
-                self.apart[place - self.shared] = nn.Sequential(copied, copy.deepcopy(block))
+            raise MethodError(f"after {listed(after)}: give each stage once, from 0 to {len(self.stages) - 1}")
+        for index in after:
+            block = blocks.build(self.channels[index], scale=0.0)
+            self.stages[index] = nn.Sequential(self.stages[index], block)
+            if index >= self.shared:
+                copy_of = self.apart[index - self.shared]
+                self.apart[index - self.shared] = nn.Sequential(copy_of, copy.deepcopy(block))
 
     def forward(self, pixels: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The maps for walls and those for openings, finest first, of pictures [B, 3, H, W] of bytes."""
+        """Return the maps for walls and those for openings, finest first, of uint8 images [B, 3, H, W]."""
         x = (pixels.to(self.mean.dtype) / 255 - self.mean) / self.spread
         shared: list[Tensor] = []
         for stage in self.stages[: self.shared]:
             x = stage(x)
             shared.append(x)
-        return shared + _chained(self.stages[self.shared :], x), shared + _chained(self.apart, x)
+        return shared + _run_chain(self.stages[self.shared :], x), shared + _run_chain(self.apart, x)
 
 
-def _chained(stages: nn.ModuleList, x: Tensor) -> list[Tensor]:
+def _run_chain(stages: nn.ModuleList, x: Tensor) -> list[Tensor]:
     maps = []
     for stage in stages:
         x = stage(x)
@@ -187,33 +199,33 @@ def _chained(stages: nn.ModuleList, x: Tensor) -> list[Tensor]:
     return maps
 
 
-def mura(widths: Widths, blocks: Blocks, *, pooled: bool = False) -> Encoder:
-    """The paper's encoder: a stem, and stages of a halving convolution and residual blocks each.
+def mura(widths: EncoderWidths, blocks: BlockDesign, *, pooled: bool = False) -> PlanEncoder:
+    """Build the paper's encoder: a stem, and stages of a strided convolution and residual blocks.
 
     Args:
-        widths: of it.
-        blocks: that it is made of.
-        pooled: spatial pyramid pooling behind the last stage (``+spp``).
+        widths: its widths and depths.
+        blocks: design of its blocks.
+        pooled: spatial pyramid pooling after the last stage (``+spp``).
     """
     norm = blocks.norm
-    stages: list[nn.Module] = [Convolved(3, widths.stem, stride=widths.stride, norm=norm)]
+    stages: list[nn.Module] = [ConvBlock(3, widths.stem, stride=widths.stride, norm=norm)]
     before = widths.stem
     for channels, depth in zip(widths.stages, widths.depths, strict=True):
         halved = nn.Sequential(nn.Conv2d(before, channels, 3, 2, 1, bias=False), normed(channels, norm))
         stages.append(nn.Sequential(halved, *(blocks.build(channels) for _ in range(depth))))
         before = channels
     if pooled:
-        stages[-1] = nn.Sequential(stages[-1], Pooled(before, norm))
-    strides = [widths.stride * 2**place for place in range(len(stages))]
-    return Encoder(stages, [widths.stem, *widths.stages], strides)
+        stages[-1] = nn.Sequential(stages[-1], PyramidPooling(before, norm))
+    strides = [widths.stride * 2**index for index in range(len(stages))]
+    return PlanEncoder(stages, [widths.stem, *widths.stages], strides)
 
 
-def of_timm(name: str, weights: Path | None = None) -> Encoder:
-    """A network of timm as a chain of stages, which gives the same maps, to the bit.
+def of_timm(name: str, weights: Path | None = None) -> PlanEncoder:
+    """Build an encoder from a timm network as a chain of stages; its maps are bitwise equal to the network's own.
 
     Args:
-        name: of timm's.
-        weights: a file of safetensors with them, of the whole network or of its features; fresh ones when left out.
+        name: name of the network in timm.
+        weights: a safetensors file with the weights of the whole network or of its features; random weights if None.
 
     Raises:
         MethodError: for a network that timm does not have, or that is no chain of stages.
@@ -228,34 +240,34 @@ def of_timm(name: str, weights: Path | None = None) -> Encoder:
     stages = _stages(backbone, info.module_name(), name)
     config = getattr(backbone, "pretrained_cfg", None) or getattr(backbone, "default_cfg", {})
     mean, spread = config.get("mean", (0.5,) * 3), config.get("std", (0.5,) * 3)
-    encoder = Encoder(stages, info.channels(), info.reduction(), mean, spread)
+    encoder = PlanEncoder(stages, info.channels(), info.reduction(), mean, spread)
     if not encoder.mean.is_meta:
-        _prove(encoder, backbone, name)
+        _verify(encoder, backbone, name)
     return encoder
 
 
 def _stages(backbone: nn.Module, ends: Sequence[str], name: str) -> list[nn.Module]:
-    """The steps of a network in their order, cut behind each one that gives a map."""
-    wanted = {end.replace(".", "_") for end in ends}
+    """Group the steps of a network in their order, so that each group ends with a feature map."""
+    map_names = {end.replace(".", "_") for end in ends}
     steps: list[tuple[str, nn.Module]] = []
     for path, child in backbone.named_children():
-        inner = any(end.startswith(f"{path}_") for end in wanted) and path not in wanted
+        inner = any(end.startswith(f"{path}_") for end in map_names) and path not in map_names
         steps += [(f"{path}_{key}", step) for key, step in child.named_children()] if inner else [(path, child)]
     stages: list[nn.Module] = []
-    here: list[nn.Module] = []
+    group: list[nn.Module] = []
     for path, step in steps:
-        here.append(step)
-        if path.replace(".", "_") in wanted:
-            stages.append(nn.Sequential(*here))
-            here = []
+        group.append(step)
+        if path.replace(".", "_") in map_names:
+            stages.append(nn.Sequential(*group))
+            group = []
     if len(stages) != len(ends):
         raise MethodError(f"{name} is no chain of stages: choose another network, such as resnet18 or convnext_atto")
     return stages
 
 
 @torch.no_grad()
-def _prove(encoder: Encoder, backbone: nn.Module, name: str) -> None:
-    """Check that the chain gives what the network gives.
+def _verify(encoder: PlanEncoder, backbone: nn.Module, name: str) -> None:
+    """Check that the chain of stages computes the network's own maps.
 
     Raises:
         MethodError: when it does not.
@@ -265,7 +277,7 @@ def _prove(encoder: Encoder, backbone: nn.Module, name: str) -> None:
     pixels = torch.arange(3 * side * side, dtype=torch.float32).view(1, 3, side, side).sin()
     try:
         theirs = backbone.eval()(pixels)
-        ours = _chained(encoder.eval().stages, pixels)
+        ours = _run_chain(encoder.eval().stages, pixels)
         same = all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     except (RuntimeError, ValueError, TypeError, AssertionError):
         same = False

@@ -1,4 +1,4 @@
-"""A floor plan: its picture, and what is known of it."""
+"""A floor plan: its image and its labels."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ class FloorPlan:
     """One plan.
 
     Attributes:
-        name: of it.
-        picture: colours [height, width, 3].
-        walls: where a wall is, its openings among it [height, width]; None where nobody has said.
-        boxes: class, cx, cy, w, h of each opening, in pixels [n, 5]; None likewise.
-        classes: what the classes are called.
-        drawing: the vectors, of a plan that was made of them.
+        name: its name.
+        image: RGB values [height, width, 3].
+        walls: mask of walls, including their openings [height, width]; None if unlabelled.
+        boxes: class, cx, cy, w, h of each opening, in pixels [n, 5]; None if unlabelled.
+        classes: names of the classes.
+        drawing: the vectors, for a synthetic plan.
     """
 
     name: str
-    picture: NDArray[np.uint8]
+    image: NDArray[np.uint8]
     walls: NDArray[np.bool_] | None = None
     boxes: NDArray[np.float32] | None = None
     classes: tuple[str, ...] = ()
@@ -33,10 +33,11 @@ class FloorPlan:
 
     @property
     def labelled(self) -> bool:
+        """Whether walls and openings are known."""
         return self.walls is not None and self.boxes is not None
 
     def content(self) -> bytes:
-        """Of everything that is known of it, for a digest."""
-        parts = [self.picture, self.walls, self.boxes]
-        told = json.dumps([self.name, self.classes, [None if each is None else each.shape for each in parts]])
-        return b"".join([told.encode(), *(each.tobytes() for each in parts if each is not None)])
+        """Return all data of the plan as bytes, for a digest."""
+        parts = [self.image, self.walls, self.boxes]
+        header = json.dumps([self.name, self.classes, [None if each is None else each.shape for each in parts]])
+        return b"".join([header.encode(), *(each.tobytes() for each in parts if each is not None)])

@@ -1,4 +1,4 @@
-"""Plans as a network reads them: one square size, boxes moved along, and what it finds moved back."""
+"""Plans as network inputs: resized to a square with their boxes, and results mapped back."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lamella.methods.muranet.floor_plan import FloorPlan
 
-PAPER = 255.0  # of what is beside a plan that keeps its shape
-NONE = -1.0  # the class of a box that fills up a batch
+PAPER = 255.0  # value of the padding beside a plan
+NONE = -1.0  # class of padding boxes
 
 
 @dataclass(frozen=True)
 class Frame:
-    """How a plan lies in the square that a network reads.
+    """The position of a plan in the square network input.
 
     Attributes:
-        size: pixels of the square's side.
-        width, height: of the plan, in pixels of the square; the rest is paper.
-        across, down: pixels of the square for one of the plan.
+        size: side of the square in pixels.
+        width: width of the plan in pixels of the square; the rest is padding.
+        height: height of the plan in pixels of the square.
+        across: horizontal pixels of the square per pixel of the plan.
+        down: vertical pixels of the square per pixel of the plan.
     """
 
     size: int
@@ -36,16 +38,16 @@ class Frame:
 
     @classmethod
     def of(cls, plan: FloorPlan, size: int, letterbox: bool) -> Frame:
-        """Of a plan, stretched to the square, or in its own shape with paper beside it."""
-        height, width = plan.picture.shape[:2]
+        """Return the frame of a plan, stretched to the square, or with its aspect ratio kept and padding."""
+        height, width = plan.image.shape[:2]
         if not letterbox:
             return cls(size, size, size, size / width, size / height)
         scale = size / max(height, width)
         across, down = max(1, round(width * scale)), max(1, round(height * scale))
         return cls(size, across, down, across / width, down / height)
 
-    def placed(self, maps: Tensor, filling: float, mode: str) -> Tensor:
-        """Maps of the plan [C, height, width] in the square [C, size, size]."""
+    def resized(self, maps: Tensor, filling: float, mode: str) -> Tensor:
+        """Resize maps of the plan [C, height, width] into the square [C, size, size]."""
         if maps.shape[-2:] == (self.size, self.size):
             return maps
         smooth: dict[str, Any] = {"align_corners": False, "antialias": True} if mode == "bilinear" else {}
@@ -55,35 +57,41 @@ class Frame:
         return square
 
     def row(self, plan: FloorPlan) -> dict[str, Tensor]:
-        """A plan as a row to learn from: ``x`` [3, size, size] of bytes, ``walls`` [size, size], ``boxes`` [n, 5]."""
+        """Return a plan as a training row: ``x`` [3, size, size] uint8, ``walls`` [size, size], ``boxes`` [n, 5]."""
         assert plan.walls is not None and plan.boxes is not None
-        walls = self.placed(torch.from_numpy(plan.walls)[None].float(), 0.0, "bilinear")[0] >= 0.5
-        moved = torch.tensor([1.0, self.across, self.down, self.across, self.down])
-        return {"x": self.pixels(plan), "walls": walls, "boxes": torch.from_numpy(plan.boxes) * moved}
+        walls = self.resized(torch.from_numpy(plan.walls)[None].float(), 0.0, "bilinear")[0] >= 0.5
+        scale = torch.tensor([1.0, self.across, self.down, self.across, self.down])
+        return {"x": self.pixels(plan), "walls": walls, "boxes": torch.from_numpy(plan.boxes) * scale}
 
     def pixels(self, plan: FloorPlan) -> Tensor:
-        """The picture [3, size, size] of bytes."""
-        picture = torch.from_numpy(np.ascontiguousarray(plan.picture)).permute(2, 0, 1).float()
-        return self.placed(picture, PAPER, "bilinear").round().clamp(0, 255).byte()
+        """Return the image as uint8 [3, size, size]."""
+        image = torch.from_numpy(np.ascontiguousarray(plan.image)).permute(2, 0, 1).float()
+        return self.resized(image, PAPER, "bilinear").round().clamp(0, 255).byte()
 
     def back(self, maps: Tensor, plan: FloorPlan) -> Tensor:
-        """A map of the square [size, size] at the size of the plan [height, width]."""
-        height, width = plan.picture.shape[:2]
+        """Resize a map of the square [size, size] to the size of the plan [height, width]."""
+        height, width = plan.image.shape[:2]
         if (height, width) == maps.shape:
             return maps
         cut = maps[None, None, : self.height, : self.width]
         return interpolate(cut, size=(height, width), mode="bilinear", align_corners=False)[0, 0]
 
     def boxes_back(self, boxes: Tensor, plan: FloorPlan) -> Tensor:
-        """Boxes x0, y0, x1, y1 of the square [n, 4] in pixels of the plan, inside it."""
-        height, width = plan.picture.shape[:2]
+        """Map boxes x0, y0, x1, y1 of the square [n, 4] to pixels of the plan, clipped to it."""
+        height, width = plan.image.shape[:2]
         found = boxes / boxes.new_tensor([self.across, self.down, self.across, self.down])
         return torch.minimum(found.clamp(min=0), found.new_tensor([width, height, width, height]))
 
 
 @dataclass(frozen=True)
-class Rows(Sequence[dict[str, Tensor]]):
-    """Plans as rows to learn from, made when they are asked for."""
+class PlanRows(Sequence[dict[str, Tensor]]):
+    """Plans as training rows, made on access.
+
+    Attributes:
+        plans: labelled plans.
+        size: side of the square in pixels.
+        letterbox: whether plans keep their aspect ratio.
+    """
 
     plans: Sequence[FloorPlan]
     size: int
@@ -93,27 +101,30 @@ class Rows(Sequence[dict[str, Tensor]]):
         return len(self.plans)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return (self[place] for place in range(len(self)))
+        return (self[index] for index in range(len(self)))
 
-    def __getitem__(self, place: Any) -> Any:
-        if isinstance(place, slice):
-            return Rows(self.plans[place], self.size, self.letterbox)
-        plan = self.plans[place]
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return PlanRows(self.plans[index], self.size, self.letterbox)
+        plan = self.plans[index]
         return Frame.of(plan, self.size, self.letterbox).row(plan)
 
 
-def together(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Rows as a batch: ``x`` [B, 3, S, S], ``walls`` [B, S, S], ``boxes`` [B, M, 5], the rest of class -1."""
+def collate(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Collate rows to a batch: ``x`` [B, 3, S, S], ``walls`` [B, S, S], ``boxes`` [B, M, 5], padded with class -1."""
     boxes = pad_sequence([row["boxes"] for row in rows], batch_first=True, padding_value=NONE)
     return {name: torch.stack([row[name] for row in rows]) for name in ("x", "walls")} | {"boxes": boxes}
 
 
-def turned(x: Tensor, walls: Tensor, boxes: Tensor, flip: bool, quarters: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A square picture [3, S, S], its walls [S, S] and boxes [n, 5], mirrored and turned together.
+def rotated(x: Tensor, walls: Tensor, boxes: Tensor, flip: bool, quarters: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Flip and rotate a square image [3, S, S], its walls [S, S] and boxes [n, 5] together.
 
     Args:
+        x: the image.
+        walls: mask of its walls.
+        boxes: class, cx, cy, w, h.
         flip: mirror from left to right, first.
-        quarters: of a turn against the clock.
+        quarters: number of quarter turns anticlockwise.
     """
     size, boxes = x.shape[-1], boxes.clone()
     real = boxes[:, 0] >= 0
@@ -127,7 +138,7 @@ def turned(x: Tensor, walls: Tensor, boxes: Tensor, flip: bool, quarters: int) -
     return x, walls, boxes
 
 
-def coloured(x: Tensor, contrast: float, brightness: float) -> Tensor:
-    """A picture of bytes with another contrast and brightness."""
+def recoloured(x: Tensor, contrast: float, brightness: float) -> Tensor:
+    """Change contrast and brightness of a uint8 image."""
     changed = (x.float() - 127.5) * contrast + 127.5 + 255 * brightness
     return changed.round().clamp(0, 255).byte()

@@ -1,7 +1,7 @@
-"""How well plans are recognised: walls by IoU pooled over all pixels, openings by COCO's average precision.
+"""Evaluation: walls by IoU pooled over all pixels, openings by COCO's average precision.
 
-Precision is that of pycocotools, through torchmetrics: greedy matching by score, each true box once, 101 points of
-recall, IoU from 0.5 to 0.95. What needs no training stands beside it: every pixel darker than a threshold is wall.
+Average precision is that of pycocotools, through torchmetrics: greedy matching by score, each true box once, 101 points
+of recall, IoU from 0.5 to 0.95. A baseline without training calls every pixel darker than a threshold a wall.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from lamella.methods.muranet.frame import Frame
 from lamella.methods.muranet.modules import PlanNetwork
 from lamella.progress import track
 
-LEAST_SCORE, OVERLAP = 0.01, 0.65  # of boxes that are judged
-USED_SCORE, USED_OVERLAP = 0.25, 0.45  # of boxes that are used
-GREYS = (0.3, 0.5, 0.7)  # thresholds without training
-MOST = 1000  # boxes of a plan before any is suppressed
-AT = {"ap50": 0, "ap75": 5}  # places of the thresholds of IoU
+LEAST_SCORE, OVERLAP = 0.01, 0.65  # score and IoU thresholds of boxes in the evaluation
+USED_SCORE, USED_OVERLAP = 0.25, 0.45  # score and IoU thresholds of boxes in use
+GREYS = (0.3, 0.5, 0.7)  # thresholds of the baseline without training
+MOST = 1000  # boxes of a plan before non-maximum suppression
+AT = {"ap50": 0, "ap75": 5}  # indices of the IoU thresholds
 
 
 @dataclass(frozen=True)
-class Recognised:
-    """What a network sees in one plan.
+class Recognition:
+    """The predictions of a network for one plan.
 
     Attributes:
         walls: probability of wall [height, width]; None without that task.
-        boxes: x0, y0, x1, y1 in pixels [n, 4], the surest first.
-        scores: objectness x class [n].
+        boxes: x0, y0, x1, y1 in pixels [n, 4], in falling order of score.
+        scores: objectness x class probability [n].
         labels: classes [n].
     """
 
@@ -54,81 +54,100 @@ def recognise(
     *,
     score: float = USED_SCORE,
     overlap: float = USED_OVERLAP,
-) -> Recognised:
-    """What a network sees in a plan, in one pass.
+) -> Recognition:
+    """Run a network on a plan, in one pass.
 
     Args:
         network: in evaluation mode.
-        plan: it.
-        frame: pixels of a side that the network reads, and whether plans keep their shape in it.
-        score: of boxes, at least.
-        overlap: IoU of two boxes of a class, above which the less sure one goes.
+        plan: the plan.
+        frame: side in pixels of the network's input, and whether plans keep their aspect ratio in it.
+        score: minimum score of boxes.
+        overlap: IoU of two boxes of a class above which the one with the lower score is suppressed.
     """
-    placed = Frame.of(plan, *frame)
+    frame_of_plan = Frame.of(plan, *frame)
     device = network.encoder.mean.device
-    seen = network(placed.pixels(plan)[None].to(device))
-    walls = placed.back(seen.walls[0][0].float(), plan).sigmoid().cpu().numpy() if seen.walls else None
-    if seen.cells is None or seen.grid is None:
-        return Recognised(walls)
-    cells = seen.cells[0].float()
-    boxes = corners(seen.grid.decode(cells))
+    output = network(frame_of_plan.pixels(plan)[None].to(device))
+    walls = frame_of_plan.back(output.walls[0][0].float(), plan).sigmoid().cpu().numpy() if output.walls else None
+    if output.cells is None or output.grid is None:
+        return Recognition(walls)
+    cells = output.cells[0].float()
+    boxes = corners(output.grid.decode(cells))
     scores = cells[:, 4:5].sigmoid() * cells[:, 5:].sigmoid()
-    place, label = (scores > score).nonzero(as_tuple=True)
-    sure = scores[place, label].topk(min(MOST, len(place))).indices
-    place, label = place[sure], label[sure]
-    found, score_of = placed.boxes_back(boxes[place], plan), scores[place, label]
+    index, label = (scores > score).nonzero(as_tuple=True)
+    order = scores[index, label].topk(min(MOST, len(index))).indices
+    index, label = index[order], label[order]
+    found, score_of = frame_of_plan.boxes_back(boxes[index], plan), scores[index, label]
     real = ((found[:, 2:] - found[:, :2]) > 0).all(1)
     found, score_of, label = found[real], score_of[real], label[real]
     nms = require("torchvision.ops", "vision", "finding openings").batched_nms
-    kept = nms(found, score_of, label, overlap)
-    return Recognised(walls, found[kept].cpu(), score_of[kept].cpu(), label[kept].cpu())
+    keep = nms(found, score_of, label, overlap)
+    return Recognition(walls, found[keep].cpu(), score_of[keep].cpu(), label[keep].cpu())
 
 
 @dataclass
 class WallCount:
-    """Pixels that are wall in both of two masks, and in either."""
+    """Number of pixels that are wall in both of two masks, and in either.
+
+    Attributes:
+        both: pixels in the intersection.
+        either: pixels in the union.
+    """
 
     both: int = 0
     either: int = 0
 
     def add(self, ours: NDArray[np.bool_], truth: NDArray[np.bool_]) -> None:
-        """Count those of one plan."""
+        """Add the pixels of one plan."""
         self.both += int((ours & truth).sum())
         self.either += int((ours | truth).sum())
 
     @property
     def iou(self) -> float:
+        """The intersection over union; 1 without any wall."""
         return self.both / self.either if self.either else 1.0
 
 
-def judged(
+def evaluate_plans(
     network: PlanNetwork, plans: Sequence[FloorPlan], frame: tuple[int, bool], classes: Sequence[str]
 ) -> dict[str, Any]:
-    """Wall IoU, and average precision of each class, of a network in evaluation mode on plans whose truth is known.
+    """Return the wall IoU and the average precision of each class, of a network in evaluation mode on labelled plans.
+
+    Args:
+        network: in evaluation mode.
+        plans: labelled plans.
+        frame: side in pixels of the network's input, and whether plans keep their aspect ratio in it.
+        classes: names of the classes.
 
     Returns:
-        ``wall iou``, and ``openings`` by class, each with ``ap50``, ``ap75``, ``ap`` and ``boxes``, how many there are;
-        what the network does not look for is missing.
+        ``wall iou``, and ``openings`` by class, each with ``ap50``, ``ap75``, ``ap`` and ``boxes``, the number of true
+        boxes; tasks that the network does not have are missing.
 
     Raises:
         LamellaError: when torchmetrics or pycocotools is missing.
     """
     walls, found = WallCount(), []
     for plan in track(plans, "plans", len(plans)):
-        seen = recognise(network, plan, frame, score=LEAST_SCORE, overlap=OVERLAP)
-        if seen.walls is not None and plan.walls is not None:
-            walls.add(seen.walls > 0.5, plan.walls)
-        found.append(seen)
-    told: dict[str, Any] = {} if network.walls is None else {"wall iou": walls.iou}
+        output = recognise(network, plan, frame, score=LEAST_SCORE, overlap=OVERLAP)
+        if output.walls is not None and plan.walls is not None:
+            walls.add(output.walls > 0.5, plan.walls)
+        found.append(output)
+    findings: dict[str, Any] = {} if network.walls is None else {"wall iou": walls.iou}
     if network.openings is not None:
-        told["openings"] = precision(found, plans, classes)
-    return told
+        findings["openings"] = precision(found, plans, classes)
+    return findings
 
 
 def precision(
-    found: Sequence[Recognised], plans: Sequence[FloorPlan], classes: Sequence[str]
+    found: Sequence[Recognition], plans: Sequence[FloorPlan], classes: Sequence[str]
 ) -> dict[str, dict[str, float | None]]:
-    """Average precision of each class: at IoU 0.5, at 0.75, and the mean from 0.5 to 0.95; None without a true box.
+    """Return the average precision of each class at IoU 0.5, at 0.75, and averaged over 0.5 to 0.95.
+
+    It is None for a class without a true box.
+
+    Args:
+        found: predictions of each plan.
+        plans: labelled plans.
+        classes: names of the classes.
 
     Raises:
         LamellaError: when torchmetrics or pycocotools is missing.
@@ -138,36 +157,36 @@ def precision(
     metric = detection.MeanAveragePrecision(extended_summary=True, backend="pycocotools")
     metric.warn_on_many_detections = False
     counts = dict.fromkeys(range(len(classes)), 0)
-    for seen, plan in zip(found, plans, strict=True):
+    for output, plan in zip(found, plans, strict=True):
         assert plan.boxes is not None
         true = torch.from_numpy(plan.boxes)
         labels = true[:, 0].long()
         metric.update(
-            [{"boxes": seen.boxes, "scores": seen.scores, "labels": seen.labels}],
+            [{"boxes": output.boxes, "scores": output.scores, "labels": output.labels}],
             [{"boxes": corners(true[:, 1:]), "labels": labels}],
         )
         for each in labels.tolist():
             counts[each] += 1
     if not any(counts.values()):
         return {name: dict.fromkeys((*AT, "ap")) | {"boxes": 0} for name in classes}
-    said = metric.compute()
-    known = said["classes"].reshape(-1).tolist()
+    result = metric.compute()
+    known = result["classes"].reshape(-1).tolist()
     rows: dict[str, dict[str, float | None]] = {}
     for label, name in enumerate(classes):
         if not counts[label]:
             rows[name] = dict.fromkeys((*AT, "ap")) | {"boxes": 0}
             continue
-        curve = said["precision"][:, :, known.index(label), 0, -1].double()  # [IoU, recall], of all sizes
+        curve = result["precision"][:, :, known.index(label), 0, -1].double()  # [IoU, recall], over all sizes
         each = curve.mean(1).tolist()
-        rows[name] = {at: each[place] for at, place in AT.items()} | {"ap": float(curve.mean()), "boxes": counts[label]}
+        rows[name] = {at: each[index] for at, index in AT.items()} | {"ap": float(curve.mean()), "boxes": counts[label]}
     return rows
 
 
 def grey_floor(plans: Sequence[FloorPlan]) -> dict[str, float]:
-    """Wall IoU of calling dark pixels wall, by the threshold of grey from 0 to 1."""
+    """Return the wall IoU of calling dark pixels wall, by the grey threshold from 0 to 1."""
     counts = {threshold: WallCount() for threshold in GREYS}
     for plan in plans:
-        grey = plan.picture.mean(axis=2) / 255
+        grey = plan.image.mean(axis=2) / 255
         for threshold, count in counts.items():
             assert plan.walls is not None
             count.add(grey < threshold, plan.walls)
@@ -175,7 +194,7 @@ def grey_floor(plans: Sequence[FloorPlan]) -> dict[str, float]:
 
 
 def median_box(plans: Sequence[FloorPlan]) -> list[float] | None:
-    """Width and height of the median opening, along and across its wall, in pixels."""
+    """Return the length and thickness of the median opening, along and across its wall, in pixels."""
     sides = [
         np.sort(plan.boxes[:, 3:], axis=1)[:, ::-1] for plan in plans if plan.boxes is not None and len(plan.boxes)
     ]

@@ -1,4 +1,4 @@
-"""What the two tasks lose: walls pixel by pixel and as a whole, openings cell by cell."""
+"""Losses of the two tasks: walls by pixel and by region, openings by cell."""
 
 from __future__ import annotations
 
@@ -10,43 +10,43 @@ from torch.nn.functional import binary_cross_entropy_with_logits as nats
 from torch.nn.functional import one_hot
 
 from lamella.methods.muranet.assign import overlap, simota
-from lamella.methods.muranet.modules import LARGEST, Grid
+from lamella.methods.muranet.modules import LARGEST, CellGrid
 
-OVERLAP = 5.0  # weight of the boxes' overlap
+OVERLAP = 5.0  # weight of the IoU loss
 
 
 def wall_loss(logits: Sequence[Tensor], walls: Tensor, weights: Sequence[float] = (1.0,)) -> Tensor:
-    """Cross-entropy and soft Dice of logits [B, H, W] of each map, weighed, with walls [B, H, W]."""
+    """Return cross-entropy plus soft Dice loss of the logits [B, H, W] of each map, weighted, for walls [B, H, W]."""
     truth = walls.float()
     parts = [w * (nats(each, truth) + dice(each, truth)) for w, each in zip(weights, logits, strict=True)]
     return torch.stack(parts).sum()
 
 
 def dice(logits: Tensor, truth: Tensor) -> Tensor:
-    """1 - 2 |p t| / (|p| + |t|), the mean over pictures; 0 where neither has anything."""
+    """Return 1 - 2 |p t| / (|p| + |t|), averaged over images; 0 where both are empty."""
     p = logits.sigmoid()
     both, sizes = (p * truth).sum((1, 2)), (p + truth).sum((1, 2))
     return (1 - (2 * both + 1) / (sizes + 1)).mean()
 
 
 def overlap_loss(found: Tensor, boxes: Tensor) -> Tensor:
-    """1 - IoU^2 of boxes cx, cy, w, h, pair by pair."""
+    """Return 1 - IoU^2 of boxes cx, cy, w, h, pair by pair."""
     return 1 - overlap(found, boxes).square()
 
 
-def opening_loss(cells: Tensor, grid: Grid, boxes: Tensor, closing: bool = False) -> dict[str, Tensor]:
-    """What is lost on openings, as the sum over cells by the number of those that have a box.
+def opening_loss(cells: Tensor, grid: CellGrid, boxes: Tensor, closing: bool = False) -> dict[str, Tensor]:
+    """Return the losses on openings, summed over cells and divided by the number of matched cells.
 
     Args:
-        cells: what is in each cell [B, A, 5 + classes], raw.
-        grid: of the cells.
-        boxes: class, cx, cy, w, h [B, M, 5]; of class -1 where there is none.
-        closing: also lose on the raw numbers of boxes, as in the last steps of a training.
+        cells: raw predictions of each cell [B, A, 5 + classes].
+        grid: the grid of the cells.
+        boxes: class, cx, cy, w, h [B, M, 5]; padding has class -1.
+        closing: add an L1 loss on the raw box values, as in the last steps of a training.
 
     Returns:
         ``overlap``, ``objectness``, ``classes`` and ``raw``, which is 0 unless closing; the loss is their sum.
     """
-    cells = cells.float() if cells.dtype is torch.bfloat16 else cells  # places are counted in pixels
+    cells = cells.float() if cells.dtype is torch.bfloat16 else cells  # bfloat16 is too coarse for pixel coordinates
     objectness = torch.zeros_like(cells[..., 4])
     parts: dict[str, list[Tensor]] = {"overlap": [], "classes": [], "raw": []}
     positives = 0
@@ -56,12 +56,12 @@ def opening_loss(cells: Tensor, grid: Grid, boxes: Tensor, closing: bool = False
         matched = simota(cells[b].detach(), grid, real[:, 1:], labels)
         positives += len(matched.cell)
         objectness[b, matched.cell] = 1.0
-        here, wanted = cells[b, matched.cell], real[matched.box, 1:]
-        cut = Grid(grid.corner[matched.cell], grid.stride[matched.cell])
-        parts["overlap"].append(overlap_loss(cut.decode(here), wanted).sum())
+        predicted, targets = cells[b, matched.cell], real[matched.box, 1:]
+        matched_grid = CellGrid(grid.corner[matched.cell], grid.stride[matched.cell])
+        parts["overlap"].append(overlap_loss(matched_grid.decode(predicted), targets).sum())
         target = one_hot(labels[matched.box], cells.shape[-1] - 5) * matched.iou[:, None]
-        parts["classes"].append(nats(here[:, 5:], target, reduction="sum"))
-        parts["raw"].append((here[:, :4].clamp(max=LARGEST) - cut.encode(wanted)).abs().sum())
+        parts["classes"].append(nats(predicted[:, 5:], target, reduction="sum"))
+        parts["raw"].append((predicted[:, :4].clamp(max=LARGEST) - matched_grid.encode(targets)).abs().sum())
     count = max(positives, 1)
     overlaps, classes, raw = (torch.stack(each).sum() / count for each in parts.values())
     return {

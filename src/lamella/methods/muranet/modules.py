@@ -15,45 +15,48 @@ from torch.nn.functional import interpolate
 from lamella.errors import MethodError
 from lamella.extras import require
 from lamella.methods.muranet.attention import Norm
-from lamella.methods.muranet.encoder import Blocks, Convolved, Encoder
+from lamella.methods.muranet.encoder import BlockDesign, ConvBlock, PlanEncoder
 
 Head = Literal["decoupled", "coupled"]
-LEVELS = 3  # of the pyramid
-PRIOR = 0.01  # of class and objectness, at first
-LARGEST = 8.0  # of a raw width or height, whose exponential would overflow
+LEVELS = 3  # levels of the pyramid
+PRIOR = 0.01  # initial probability of class and objectness
+LARGEST = 8.0  # upper bound of a raw width or height, against overflow of the exponential
 DEEP = {4: 0.4, 8: 0.2}  # weights of deep supervision, by the stride of its map
 
 
 class UNetDecoder(nn.Module):
-    """From maps, finest first, to a logit for each pixel: doubled, joined with the next finer map, and convolved.
+    """Decode maps, finest first, to a logit per pixel: upsample, concatenate with the next finer map, and convolve.
 
     Args:
-        channels, strides: of the maps.
-        blocks: a relation block of these stands behind each joining but the finest.
-        deep: also give logits of coarser maps at strides 4 and 8.
+        channels: channels of the maps.
+        strides: strides of the maps in pixels.
+        blocks: design of the relation block after each concatenation but the finest.
+        deep: also return logits of coarser maps at strides 4 and 8.
 
     Attributes:
-        weights: what the logits of each map count in training.
+        weights: loss weight of each returned map.
     """
 
-    def __init__(self, channels: Sequence[int], strides: Sequence[int], blocks: Blocks, deep: bool = False) -> None:
+    def __init__(
+        self, channels: Sequence[int], strides: Sequence[int], blocks: BlockDesign, deep: bool = False
+    ) -> None:
         super().__init__()
         self.joins, self.further = nn.ModuleList(), nn.ModuleList()
         self.weights: tuple[float, ...] = ()
         norm, before = blocks.norm, channels[-1]
-        for place in reversed(range(len(channels) - 1)):
-            width = channels[place]
-            convolved = [Convolved(before + width, width, norm=norm), Convolved(width, width, norm=norm)]
-            self.joins.append(nn.Sequential(*convolved, *([blocks.build(width)] if place else [])))
-            looked_at = deep and place > 0 and strides[place] in DEEP
-            self.further.append(nn.Conv2d(width, 1, 1) if looked_at else nn.Identity())
-            self.weights = (DEEP[strides[place]], *self.weights) if looked_at else self.weights
+        for index in reversed(range(len(channels) - 1)):
+            width = channels[index]
+            convolutions = [ConvBlock(before + width, width, norm=norm), ConvBlock(width, width, norm=norm)]
+            self.joins.append(nn.Sequential(*convolutions, *([blocks.build(width)] if index else [])))
+            supervised = deep and index > 0 and strides[index] in DEEP
+            self.further.append(nn.Conv2d(width, 1, 1) if supervised else nn.Identity())
+            self.weights = (DEEP[strides[index]], *self.weights) if supervised else self.weights
             before = width
         self.weights = (1.0, *self.weights)
         self.logit = nn.Conv2d(before, 1, 1)
 
     def forward(self, maps: Sequence[Tensor], size: tuple[int, int]) -> list[Tensor]:
-        """Logits [B, height, width] of the picture's size; those of coarser maps behind them."""
+        """Return logits [B, height, width] of the image's size, followed by those of coarser maps."""
         x, coarser = maps[-1], []
         for join, further, finer in zip(self.joins, self.further, reversed(maps[:-1]), strict=True):
             x = interpolate(x, size=finer.shape[-2:], mode="bilinear", align_corners=False)
@@ -65,20 +68,20 @@ class UNetDecoder(nn.Module):
 
 
 @dataclass(frozen=True)
-class Grid:
-    """The cells of all levels behind one another.
+class CellGrid:
+    """The cells of all levels, concatenated.
 
     Attributes:
-        corner: x and y of each, counted in cells [A, 2].
-        stride: pixels of its side [A].
+        corner: x and y of each cell, in cells [A, 2].
+        stride: side of each cell in pixels [A].
     """
 
     corner: Tensor
     stride: Tensor
 
     @classmethod
-    def of(cls, sizes: Sequence[tuple[int, int]], strides: Sequence[int], device: torch.device) -> Grid:
-        """Of levels so many cells high and wide."""
+    def of(cls, sizes: Sequence[tuple[int, int]], strides: Sequence[int], device: torch.device) -> CellGrid:
+        """Return the grid of levels of the given heights and widths in cells."""
         corners, sides = [], []
         for (height, width), stride in zip(sizes, strides, strict=True):
             y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
@@ -88,34 +91,34 @@ class Grid:
 
     @property
     def centres(self) -> Tensor:
-        """In pixels [A, 2]."""
+        """Centres of the cells in pixels [A, 2]."""
         return (self.corner + 0.5) * self.stride[:, None]
 
     def decode(self, raw: Tensor) -> Tensor:
-        """Boxes cx, cy, w, h in pixels [..., A, 4], of what a head says of each cell [..., A, 4 or more]."""
+        """Return boxes cx, cy, w, h in pixels [..., A, 4] from raw predictions of each cell [..., A, 4 or more]."""
         xy = (raw[..., :2] + self.corner) * self.stride[:, None]
         wh = raw[..., 2:4].clamp(max=LARGEST).exp() * self.stride[:, None]
         return torch.cat([xy, wh], -1)
 
     def encode(self, boxes: Tensor) -> Tensor:
-        """What a head should say [..., A, 4] of boxes [..., A, 4]."""
+        """Return the raw predictions [..., A, 4] that decode to boxes [..., A, 4]."""
         xy = boxes[..., :2] / self.stride[:, None] - self.corner
         return torch.cat([xy, (boxes[..., 2:4] / self.stride[:, None]).log()], -1)
 
 
 class LevelHead(nn.Module):
-    """What is in each cell of a map: four numbers of a box, objectness, and classes [B, H W, 5 + classes].
+    """Predict for each cell of a map four box values, objectness, and classes [B, H W, 5 + classes].
 
     Args:
-        width: of the map.
-        classes: how many.
-        head: ``decoupled``, with a tower for classes and one for boxes and objectness, or ``coupled``, one for all.
-        norm: of convolutions.
+        width: channels of the map.
+        classes: number of classes.
+        head: ``decoupled``, with one tower for classes and one for boxes and objectness, or ``coupled``, one for all.
+        norm: normalisation of convolutions.
     """
 
     def __init__(self, width: int, classes: int, head: Head, norm: Norm) -> None:
         super().__init__()
-        self.stem = Convolved(width, width, 1, act=nn.SiLU, norm=norm)
+        self.stem = ConvBlock(width, width, 1, act=nn.SiLU, norm=norm)
         self.boxes = self._tower(width, norm)
         self.classes = self._tower(width, norm) if head == "decoupled" else None
         self.box, self.objectness = nn.Conv2d(width, 4, 1), nn.Conv2d(width, 1, 1)
@@ -126,9 +129,10 @@ class LevelHead(nn.Module):
 
     @staticmethod
     def _tower(width: int, norm: Norm) -> nn.Module:
-        return nn.Sequential(*(Convolved(width, width, act=nn.SiLU, norm=norm) for _ in range(2)))
+        return nn.Sequential(*(ConvBlock(width, width, act=nn.SiLU, norm=norm) for _ in range(2)))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the predictions of the cells of x [B, C, H, W]."""
         x = self.stem(x)
         boxes = self.boxes(x)
         classes = boxes if self.classes is None else self.classes(x)
@@ -137,14 +141,15 @@ class LevelHead(nn.Module):
 
 
 class Detector(nn.Module):
-    """A feature pyramid and a head on each of its levels.
+    """A feature pyramid with a head on each of its levels.
 
     Args:
-        channels, strides: of the maps that it is made of, finest first.
+        channels: channels of the input maps, finest first.
+        strides: strides of the input maps in pixels.
         neck: channels of the pyramid.
-        classes: of openings.
-        head: of each level.
-        norm: of convolutions.
+        classes: number of classes of openings.
+        head: kind of head of each level.
+        norm: normalisation of convolutions.
 
     Raises:
         LamellaError: when torchvision is missing.
@@ -159,72 +164,73 @@ class Detector(nn.Module):
         self.pyramid = ops.FeaturePyramidNetwork(list(channels), neck)
         self.levels = nn.ModuleList(LevelHead(neck, classes, head, norm) for _ in channels)
 
-    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Grid]:
-        """What is in each cell [B, A, 5 + classes], and where the cells are."""
+    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, CellGrid]:
+        """Return the raw predictions of each cell [B, A, 5 + classes], and the grid of the cells."""
         levels = list(self.pyramid(OrderedDict((str(n), each) for n, each in enumerate(maps))).values())
         sizes = [(each.shape[-2], each.shape[-1]) for each in levels]
-        said = torch.cat([head(each) for head, each in zip(self.levels, levels, strict=True)], 1)
-        return said, Grid.of(sizes, self.strides, said.device)
+        cells = torch.cat([head(each) for head, each in zip(self.levels, levels, strict=True)], 1)
+        return cells, CellGrid.of(sizes, self.strides, cells.device)
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a network sees in pictures.
+class PlanOutput:
+    """The output of a network for a batch of images.
 
     Attributes:
-        walls: logits [B, H, W], those of deep supervision behind the first; none without that task.
-        cells: what is in each cell [B, A, 5 + classes]; None without that task.
-        grid: of the cells.
+        walls: logits [B, H, W], followed by those of deep supervision; empty without that task.
+        cells: raw predictions of each cell [B, A, 5 + classes]; None without that task.
+        grid: the grid of the cells.
     """
 
     walls: list[Tensor]
     cells: Tensor | None
-    grid: Grid | None
+    grid: CellGrid | None
 
 
 class PlanNetwork(nn.Module):
     """One encoder, and a decoder for each task.
 
     Args:
-        encoder: of both.
-        walls: for the first task; None for a network of openings alone.
-        openings: for the second, on the maps at ``levels``; None for a network of walls alone.
-        levels: places of the maps that openings are found in.
+        encoder: encoder of both tasks.
+        walls: decoder of the walls; None for a network of openings only.
+        openings: decoder of the openings, on the maps at ``levels``; None for a network of walls only.
+        levels: indices of the maps in which openings are detected.
     """
 
     def __init__(
-        self, encoder: Encoder, walls: UNetDecoder | None, openings: Detector | None, levels: Sequence[int] = ()
+        self, encoder: PlanEncoder, walls: UNetDecoder | None, openings: Detector | None, levels: Sequence[int] = ()
     ) -> None:
         super().__init__()
         self.encoder, self.walls, self.openings, self.levels = encoder, walls, openings, tuple(levels)
-        self.held: tuple[nn.Module, ...] = ()  # as they are, statistics too
-        self.free: tuple[nn.Module, ...] = ()  # of what is inside these
+        self.frozen_parts: tuple[nn.Module, ...] = ()  # in evaluation mode and without gradients
+        self.trained_parts: tuple[nn.Module, ...] = ()  # exceptions inside these
 
-    def hold(self, *parts: nn.Module, but: Sequence[nn.Module] = ()) -> None:
-        """Let parts stay as they are while the rest trains, what batch norms have seen too.
+    def freeze(self, *parts: nn.Module, except_for: Sequence[nn.Module] = ()) -> None:
+        """Freeze parts of the network, including their batch norm statistics.
 
         Args:
-            parts: that stay.
-            but: what trains all the same inside them.
+            parts: the modules to freeze.
+            except_for: modules inside them that are trained nevertheless.
         """
-        self.held, self.free = parts, tuple(but)
+        self.frozen_parts, self.trained_parts = parts, tuple(except_for)
         self.requires_grad_(True)
-        for part in self.held:
+        for part in self.frozen_parts:
             part.requires_grad_(False)
-        for part in self.free:
+        for part in self.trained_parts:
             part.requires_grad_(True)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> PlanNetwork:
+        """Set the mode; frozen parts stay in evaluation mode."""
         super().train(mode)
-        for part in self.held:
+        for part in self.frozen_parts:
             part.eval()
-        for part in self.free:
+        for part in self.trained_parts:
             part.train(mode)
         return self
 
-    def forward(self, pixels: Tensor) -> Seen:
-        """What is seen in pictures [B, 3, H, W] of bytes, whose sides the coarsest stride divides.
+    def forward(self, pixels: Tensor) -> PlanOutput:
+        """Run the network on uint8 images [B, 3, H, W] whose sides are multiples of the coarsest stride.
 
         Raises:
             MethodError: for other sides.
@@ -232,9 +238,9 @@ class PlanNetwork(nn.Module):
         height, width = pixels.shape[-2:]
         coarsest = self.encoder.strides[-1]
         if height % coarsest or width % coarsest:
-            raise MethodError(f"{width} x {height} pixels: give sides that {coarsest} divides")
+            raise MethodError(f"{width} x {height} pixels: give sides that are multiples of {coarsest}")
         maps, others = self.encoder(pixels)
         walls = [] if self.walls is None else self.walls(maps, (height, width))
         if self.openings is None:
-            return Seen(walls, None, None)
-        return Seen(walls, *self.openings([others[place] for place in self.levels]))
+            return PlanOutput(walls, None, None)
+        return PlanOutput(walls, *self.openings([others[index] for index in self.levels]))

@@ -1,4 +1,4 @@
-"""What reading plans leaves: for each its walls as a mask, its openings as boxes, and all of it as vectors."""
+"""The result of reading plans: for each its walls as a mask, its openings as boxes, and both as vectors."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from numpy.typing import NDArray
 from lamella.extras import require
 from lamella.methods.muranet.drawing import Box
 from lamella.methods.muranet.floor_plan import FloorPlan
-from lamella.methods.muranet.judge import Recognised
+from lamella.methods.muranet.judge import Recognition
 from lamella.methods.muranet.plans import BOXES, WALLS
-from lamella.methods.muranet.vector import WALL, Placed, snapped, vector
-from lamella.report.pictures import embedded
+from lamella.methods.muranet.vector import WALL, SnappedOpening, snap, vector
+from lamella.report.images import png_base64
 from lamella.results import Evidence, Result
 
-SHOWN = 4  # plans that are drawn on the page
-OURS = (BOXES, "evidence.json")  # files of the house, and of all plans
-SIDE = 512  # pixels of such a picture, at most
-INK = {"door": (234, 88, 12), "window": (14, 165, 233)}  # of openings in it
+SHOWN = 4  # plans shown on the page
+RESERVED = (BOXES, "evidence.json")  # files of the whole result
+SIDE = 512  # maximum side of such an image in pixels
+INK = {"door": (234, 88, 12), "window": (14, 165, 233)}  # colours of openings in it
 OTHER, MASONRY = (22, 163, 74), (51, 65, 85)
 
 
 @dataclass(kw_only=True)
 class Readings(Result):
-    """Plans that were read.
+    """Recognised plans.
 
     Attributes:
-        contents: of the files, by name.
+        contents: contents of the files, by name.
     """
 
     contents: dict[str, bytes] = field(default_factory=dict)
@@ -42,43 +42,43 @@ class Readings(Result):
     needs_folder: ClassVar[bool] = True
 
     @classmethod
-    def of(cls, plans: Sequence[FloorPlan], seen: Sequence[Recognised], classes: Sequence[str]) -> Readings:
-        """What was seen in plans; files have the names of the plans, numbered where two are alike."""
-        found, told, pictures = cls(), [], []
+    def of(cls, plans: Sequence[FloorPlan], output: Sequence[Recognition], classes: Sequence[str]) -> Readings:
+        """Make the result from predictions; files are named after the plans, with a number where names collide."""
+        found, rows, images = cls(), [], []
         coco: dict[str, list[Any]] = {"images": [], "annotations": []}
         coco["categories"] = [{"id": k, "name": name} for k, name in enumerate(classes)]
-        for number, (plan, each) in enumerate(zip(plans, seen, strict=True)):
+        for index, (plan, each) in enumerate(zip(plans, output, strict=True)):
             stem = Path(plan.name).stem
-            while f"{stem}.svg" in found.contents or f"{stem}.json" in OURS:
-                stem = f"{number:04}-{stem}"
+            while f"{stem}.svg" in found.contents or f"{stem}.json" in RESERVED:
+                stem = f"{index:04}-{stem}"
             openings = in_walls(each, classes)
-            size = (plan.picture.shape[0], plan.picture.shape[1])
-            svg, said = vector(each.walls, openings, size)
-            found.contents |= {f"{stem}.svg": svg.encode(), f"{stem}.json": (json.dumps(said) + "\n").encode()}
+            size = (plan.image.shape[0], plan.image.shape[1])
+            svg, document = vector(each.walls, openings, size)
+            found.contents |= {f"{stem}.svg": svg.encode(), f"{stem}.json": (json.dumps(document) + "\n").encode()}
             if each.walls is not None:
                 found.contents[stem + WALLS] = png(each.walls > WALL)
-            coco["images"].append({"id": number, "file_name": plan.name, "width": size[1], "height": size[0]})
-            coco["annotations"] += as_coco(each, number, len(coco["annotations"]))
-            share = None if each.walls is None else float((each.walls > WALL).mean())
+            coco["images"].append({"id": index, "file_name": plan.name, "width": size[1], "height": size[0]})
+            coco["annotations"] += as_coco(each, index, len(coco["annotations"]))
+            fraction = None if each.walls is None else float((each.walls > WALL).mean())
             counts = {name: sum(one.kind == name for one in openings) for name in classes}
-            told.append({"plan": plan.name, "walls": share, "outlines": len(said["walls"]), "openings": counts,
+            rows.append({"plan": plan.name, "walls": fraction, "outlines": len(document["walls"]), "openings": counts,
                          "snapped": sum(one.snapped for one in openings)})  # fmt: skip
-            if share == 0:
-                found.notes.append(f"{plan.name} shows no wall that the network knows: is it a floor plan?")
-            if number < SHOWN:
-                pictures.append({"plan": plan.name, "picture": beside(plan, each, classes), "truth": plan.labelled})
+            if fraction == 0:
+                found.notes.append(f"{plan.name}: the network recognises no wall: is it a floor plan?")
+            if index < SHOWN:
+                images.append({"plan": plan.name, "image": side_by_side(plan, each, classes), "truth": plan.labelled})
         found.contents[BOXES] = (json.dumps(coco, indent=1) + "\n").encode()
-        found.findings = {"plans": told, "pictures": pictures}
+        found.findings = {"plans": rows, "images": images}
         return found
 
     def write(self, folder: Path) -> None:
-        """For each plan its mask, its SVG and JSON; and the boxes of all in the form of COCO."""
+        """Write the mask, SVG and JSON of each plan, and all boxes in COCO format."""
         for name, content in self.contents.items():
             (folder / name).write_bytes(content)
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Those in a folder of results.
+        """Read the result from a folder.
 
         Raises:
             LamellaError: when there is none.
@@ -90,18 +90,18 @@ class Readings(Result):
         return cls(contents=contents, findings=evidence.findings, notes=evidence.notes)
 
 
-def in_walls(seen: Recognised, classes: Sequence[str]) -> list[Placed]:
-    """The openings of a plan, each in the wall that is nearest."""
-    mask = None if seen.walls is None else seen.walls > WALL
+def in_walls(output: Recognition, classes: Sequence[str]) -> list[SnappedOpening]:
+    """Return the openings of a plan, each snapped to the nearest wall."""
+    mask = None if output.walls is None else output.walls > WALL
     return [
-        snapped(Box(*box), classes[label], score, mask)
-        for box, label, score in zip(seen.boxes.tolist(), seen.labels.tolist(), seen.scores.tolist(), strict=True)
+        snap(Box(*box), classes[label], score, mask)
+        for box, label, score in zip(output.boxes.tolist(), output.labels.tolist(), output.scores.tolist(), strict=True)
     ]
 
 
-def as_coco(seen: Recognised, image: int, first: int) -> list[dict[str, Any]]:
-    """Boxes of a plan as COCO has them, as they were found, with scores."""
-    rows = zip(seen.boxes.tolist(), seen.labels.tolist(), seen.scores.tolist(), strict=True)
+def as_coco(output: Recognition, image: int, first: int) -> list[dict[str, Any]]:
+    """Return the predicted boxes of a plan in COCO format, with scores."""
+    rows = zip(output.boxes.tolist(), output.labels.tolist(), output.scores.tolist(), strict=True)
     return [
         {
             "id": first + n,
@@ -115,33 +115,33 @@ def as_coco(seen: Recognised, image: int, first: int) -> list[dict[str, Any]]:
 
 
 def png(mask: NDArray[np.bool_]) -> bytes:
-    """A mask as the content of a PNG, white where it holds."""
+    """Encode a mask as PNG, white where it is true."""
     file = io.BytesIO()
     require("PIL.Image", "vision", "writing masks").fromarray(mask.astype(np.uint8) * 255).save(file, "PNG")
     return file.getvalue()
 
 
-def painted(
+def paint(
     walls: NDArray[np.bool_] | None, boxes: Sequence[Sequence[float]], names: Sequence[str], size: tuple[int, int]
 ) -> NDArray[np.uint8]:
-    """Walls and openings in colours on white [height, width, 3]; boxes are x0, y0, x1, y1."""
-    picture = np.full((*size, 3), 255, np.uint8)
+    """Paint walls and openings in colours on white [height, width, 3]; boxes are x0, y0, x1, y1."""
+    image = np.full((*size, 3), 255, np.uint8)
     if walls is not None:
-        picture[walls] = MASONRY
+        image[walls] = MASONRY
     for (x0, y0, x1, y1), name in zip(boxes, names, strict=True):
         columns, rows = slice(round(x0), max(round(x1), round(x0) + 1)), slice(round(y0), max(round(y1), round(y0) + 1))
-        picture[rows, columns] = INK.get(name, OTHER)
-    return picture
+        image[rows, columns] = INK.get(name, OTHER)
+    return image
 
 
-def beside(plan: FloorPlan, seen: Recognised, classes: Sequence[str]) -> str:
-    """A plan, what was recognised, and its truth where it is known, side by side as the text of a PNG."""
-    size = (plan.picture.shape[0], plan.picture.shape[1])
-    mask = None if seen.walls is None else seen.walls > WALL
-    names = [classes[label] for label in seen.labels.tolist()]
-    row = [plan.picture, painted(mask, seen.boxes.tolist(), names, size)]
+def side_by_side(plan: FloorPlan, output: Recognition, classes: Sequence[str]) -> str:
+    """Return a plan, the prediction, and the ground truth if known, side by side as a PNG in text form."""
+    size = (plan.image.shape[0], plan.image.shape[1])
+    mask = None if output.walls is None else output.walls > WALL
+    names = [classes[label] for label in output.labels.tolist()]
+    row = [plan.image, paint(mask, output.boxes.tolist(), names, size)]
     if plan.boxes is not None and plan.walls is not None:  # as ``labelled``
         true = [(cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2) for _, cx, cy, w, h in plan.boxes.tolist()]
-        row.append(painted(plan.walls, true, [plan.classes[int(k)] for k in plan.boxes[:, 0]], size))
+        row.append(paint(plan.walls, true, [plan.classes[int(k)] for k in plan.boxes[:, 0]], size))
     step = max(1, -(-max(size) // SIDE))
-    return embedded(each[::step, ::step] for each in row)
+    return png_base64(each[::step, ::step] for each in row)

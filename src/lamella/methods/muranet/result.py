@@ -1,4 +1,4 @@
-"""The result of training: a network for walls and openings, as a folder that is read back without running anything."""
+"""The result of training: a network for walls and openings, saved to a folder and loaded without executing code."""
 
 from __future__ import annotations
 
@@ -12,53 +12,54 @@ from annotated_types import Ge, Le
 
 from lamella.errors import MethodError, listed
 from lamella.methods.muranet.attention import Norm, Paths, Variant
-from lamella.methods.muranet.encoder import ENCODERS, Blocks, Encoder, Widths, mura, of_timm
+from lamella.methods.muranet.encoder import ENCODERS, BlockDesign, EncoderWidths, PlanEncoder, mura, of_timm
 from lamella.methods.muranet.modules import LEVELS, Detector, Head, PlanNetwork, UNetDecoder
 from lamella.processes import local_rank
 from lamella.results import TrainedNetwork
 from lamella.zoo import ZOO, preference
 
 Tasks = Literal["both", "walls", "openings"]
-LARGEST = 8192  # pixels of a side
-FINEST = 8  # stride of the finest level of boxes, where the stem halves the picture
-NECK = 128  # channels of the pyramid over a network of timm
+LARGEST = 8192  # maximum side in pixels
+FINEST = 8  # stride of the finest pyramid level, if the stem halves the resolution
+NECK = 128  # channels of the pyramid of a timm network
 
 
 def in_zoo(encoder: str) -> str:
-    """timm's name of an encoder that the zoo has; empty for all else, its language models and texts too."""
+    """Return timm's name of an image encoder in Lamella's zoo; an empty string for anything else."""
     return ZOO[encoder].architecture if encoder in ZOO else ""
 
 
 def accelerator() -> str:
-    """Where networks are: on the device that was asked for, or on the machine's accelerator where there is one."""
+    """Return the device of networks: the requested one, or an accelerator if there is one."""
     return preference().device or (f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What a network is made of.
+class RecogniserShape:
+    """The architecture of a network.
 
     Attributes:
         encoder: ``mura``, the paper's base; ``mura-5`` or ``mura-6`` with more stages; ``nano`` with 0.2 million
-            parameters; or a network of timm.
-        size: pixels of the square that plans are brought to; the paper's 1536.
-        letterbox: let plans keep their shape, with paper beside them; the paper stretches them.
-        attention: of the blocks: ``gate``, ``msca`` or ``local_softmax``, or ``depthwise`` to compare with.
-        paths: of its 3 x 3 convolutions: chained or parallel.
-        scales: how many of them.
-        norm: ``batch``, or ``group`` where a batch is of one or two plans.
-        spp: spatial pyramid pooling behind the last stage.
-        insert: stages of an encoder, the first being 0, behind which relation attention is inserted, at first without
-            effect.
-        split: how many stages the two tasks share; all when left out.
-        tasks: both, or one alone to compare with.
-        head: ``decoupled`` or ``coupled``.
-        neck: channels of the pyramid that boxes are found in; 256, 32 for nano and 128 for timm when left out.
-        finest: stride of its finest level; 8, or 4 for nano when left out.
+            parameters; or a timm network.
+        size: side in pixels of the square network input; 1536 in the paper.
+        letterbox: keep the aspect ratio of plans, with padding; the paper stretches them.
+        attention: kind of attention of the blocks: ``gate``, ``msca`` or ``local_softmax``; ``depthwise`` is the
+            baseline.
+        paths: chained or parallel 3 x 3 convolutions of the attention.
+        scales: number of these convolutions.
+        norm: ``batch``, or ``group`` for batches of one or two plans.
+        spp: spatial pyramid pooling after the last stage.
+        insert: indices of encoder stages, from 0, after which relation attention is inserted; it has no effect at
+            first.
+        split: number of stages that the two tasks share; all if None.
+        tasks: both tasks, or a single one as a control.
+        head: ``decoupled`` or ``coupled`` detection head.
+        neck: channels of the feature pyramid of the detector; defaults to 256, 32 for nano and 128 for timm.
+        finest: stride of the finest pyramid level; defaults to 8, 4 for nano.
         deep: deep supervision of walls, at strides 4 and 8.
 
     Raises:
-        MethodError: for pooling behind an encoder that cannot have it.
+        MethodError: for pooling with an encoder that cannot have it.
     """
 
     encoder: str = "mura"
@@ -79,32 +80,33 @@ class Shape:
 
     def __post_init__(self) -> None:
         if self.spp and self.encoder not in ENCODERS:
-            raise MethodError(f"spp stands behind {', '.join(ENCODERS)} alone: leave it out")
+            raise MethodError(f"spp works with {', '.join(ENCODERS)} only: omit it")
 
     @property
     def frame(self) -> tuple[int, bool]:
-        """How plans are brought to the network; see :class:`Frame`."""
+        """The size of the network input and whether plans keep their aspect ratio; see :class:`Frame`."""
         return self.size, self.letterbox
 
     @property
-    def blocks(self) -> Blocks:
-        expand = ENCODERS.get(self.encoder, Widths()).expand
-        return Blocks(self.attention, self.scales, self.paths, self.norm, expand)
+    def blocks(self) -> BlockDesign:
+        """The design of the network's blocks."""
+        expand = ENCODERS.get(self.encoder, EncoderWidths()).expand
+        return BlockDesign(self.attention, self.scales, self.paths, self.norm, expand)
 
     def build(self, classes: int, weights: Path | None = None) -> PlanNetwork:
-        """A network of this shape with fresh weights.
+        """Build a network of this shape with random weights.
 
         Args:
-            classes: of openings.
-            weights: a file of those of a timm network.
+            classes: number of classes of openings.
+            weights: a file with weights of a timm network.
 
         Raises:
-            MethodError: for an encoder without the maps that are needed, or a size that its strides do not divide.
+            MethodError: for an encoder without the required maps, or a size that is no multiple of its strides.
             CheckpointError: for weights of another network.
         """
         widths = ENCODERS.get(self.encoder)
         if widths is not None and weights is not None:
-            raise MethodError(f"{self.encoder} learns from scratch: give weights to a network of timm alone")
+            raise MethodError(f"{self.encoder} is trained from scratch: give weights with a timm network only")
         name = in_zoo(self.encoder) or self.encoder
         encoder = of_timm(name, weights) if widths is None else mura(widths, self.blocks, pooled=self.spp)
         encoder.insert(self.insert, self.blocks)
@@ -114,7 +116,7 @@ class Shape:
             raise MethodError(f"size {self.size}: give a multiple of {encoder.strides[-1]}, the coarsest stride")
         walls = UNetDecoder(encoder.channels, encoder.strides, self.blocks, self.deep)
         levels = self._levels(encoder)
-        channels, strides = ([each[place] for place in levels] for each in (encoder.channels, encoder.strides))
+        channels, strides = ([each[index] for index in levels] for each in (encoder.channels, encoder.strides))
         neck = self.neck or (NECK if widths is None else widths.neck)
         openings = Detector(channels, strides, neck, classes, self.head, self.norm)
         return PlanNetwork(
@@ -124,7 +126,7 @@ class Shape:
             levels,
         )
 
-    def _levels(self, encoder: Encoder) -> Sequence[int]:
+    def _levels(self, encoder: PlanEncoder) -> Sequence[int]:
         finest = self.finest or (FINEST if encoder.strides[0] > 1 else FINEST // 2)
         if finest not in encoder.strides:
             raise MethodError(f"finest {finest}: the maps of {self.encoder} have strides {listed(encoder.strides)}")
@@ -134,15 +136,15 @@ class Shape:
 
 @dataclass(kw_only=True)
 class Recogniser(TrainedNetwork):
-    """A trained network.
+    """A trained network for floor plans.
 
     Attributes:
-        shape: of it.
-        classes: of openings.
+        shape: its architecture.
+        classes: classes of openings.
     """
 
     model: PlanNetwork
-    shape: Shape
+    shape: RecogniserShape
     classes: tuple[str, ...]
 
     kind: ClassVar[str] = "recogniser"
@@ -151,15 +153,15 @@ class Recogniser(TrainedNetwork):
     made_by: ClassVar[str] = "lamella run muranet"
 
     @classmethod
-    def build(cls, *, shape: Shape, classes: tuple[str, ...]) -> PlanNetwork:  # type: ignore[override]
-        """A network with fresh weights."""
+    def build(cls, *, shape: RecogniserShape, classes: tuple[str, ...]) -> PlanNetwork:  # type: ignore[override]
+        """Build a network with random weights."""
         if not classes:
-            raise MethodError("openings have no class: name one or more")
+            raise MethodError("openings have no class: give at least one")
         return shape.build(len(classes))
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
-        """The network in a folder, on the machine's accelerator where there is one.
+        """Load the network from a folder, to an accelerator if there is one.
 
         Raises:
             CheckpointError: when there is none, or it is damaged.
@@ -169,13 +171,17 @@ class Recogniser(TrainedNetwork):
         return found
 
     def changed(self, insert: Sequence[int] = (), split: int | None = None) -> Recogniser:
-        """A copy with attention inserted behind stages, and stages split off, that computes the same.
+        """Return a copy with attention inserted after stages, and stages split off, that computes the same.
+
+        Args:
+            insert: indices of the stages.
+            split: number of stages to share; unchanged if None.
 
         Raises:
-            MethodError: for a stage that there is not, or that has attention or is split already.
+            MethodError: for a stage that does not exist, already has attention, or is already split.
         """
-        if twice := sorted(set(insert) & set(self.shape.insert)):
-            raise MethodError(f"stage {twice[0]} has attention inserted already: give others")
+        if repeated := sorted(set(insert) & set(self.shape.insert)):
+            raise MethodError(f"stage {repeated[0]} has attention inserted already: give others")
         if self.shape.split is not None and split is not None and split > self.shape.split:
             raise MethodError(f"split {split}: the network shares {self.shape.split} stages; give fewer")
         shape = replace(

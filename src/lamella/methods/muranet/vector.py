@@ -1,4 +1,4 @@
-"""From what was recognised to vectors: walls as outlines, openings as rectangles in the nearest wall."""
+"""Vectorisation of predictions: walls as outlines, openings as rectangles in the nearest wall."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from numpy.typing import NDArray
 from lamella.extras import require
 from lamella.methods.muranet.drawing import Box, document, rect
 
-TOLERANCE = 0.3  # pixels: how far a simplified outline may be off
-SMALLEST = 8.0  # pixels of area: a smaller outline is noise
-FAR = 1.0  # thicknesses of an opening that a wall may be away
-BESIDE = 3  # pixels beyond each end of an opening that are looked at, too
+TOLERANCE = 0.3  # maximum error of a simplified outline in pixels
+SMALLEST = 8.0  # area in pixels below which an outline is noise
+FAR = 1.0  # maximum distance of a wall, in thicknesses of the opening
+BEYOND = 3  # pixels beyond each end of an opening that are searched as well
 WALL = 0.5  # probability from which a pixel is wall
 
 Points = NDArray[np.float64]  # x, y [n, 2]
 
 
 @dataclass(frozen=True)
-class Placed:
-    """An opening in its wall.
+class SnappedOpening:
+    """An opening, snapped to its wall.
 
     Attributes:
         kind: its class.
-        score: how sure it is.
-        box: its rectangle, as thick as the wall where there is one.
+        score: its score.
+        box: its rectangle, as thick as the wall if there is one.
         across: whether it runs from left to right.
         snapped: whether a wall was found.
     """
@@ -40,14 +40,14 @@ class Placed:
     snapped: bool
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON values, with x, y, width and height as COCO has them."""
+        """Return the opening as JSON values, with x, y, width and height as in COCO."""
         sides = [self.box.x0, self.box.y0, self.box.width, self.box.height]
         bbox = [round(each, 2) for each in sides]
         return {"kind": self.kind, "score": round(self.score, 4), "bbox": bbox, "snapped": self.snapped}
 
 
 def outlines(walls: NDArray[np.float32]) -> list[Points]:
-    """Closed outlines of what is wall, holes among them, in pixels from the corner of the plan.
+    """Return closed outlines of walls and of holes in them, in pixels from the corner of the plan.
 
     Args:
         walls: probability [height, width].
@@ -67,39 +67,40 @@ def outlines(walls: NDArray[np.float32]) -> list[Points]:
 
 
 def area(points: Points) -> float:
-    """Of a closed outline; its sign says which way round it goes."""
+    """Return the signed area of a closed outline; the sign is its orientation."""
     x, y = points.T
     return float(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2
 
 
-def snapped(box: Box, kind: str, score: float, walls: NDArray[np.bool_] | None) -> Placed:
-    """An opening in the wall that is nearest to its axis, as thick as that wall is around it.
+def snap(box: Box, kind: str, score: float, walls: NDArray[np.bool_] | None) -> SnappedOpening:
+    """Snap an opening to the wall nearest to its axis, with the thickness of that wall.
 
-    Its longer side runs along the wall. In each column of it, and a little beyond its ends, the run of wall that is
-    nearest to its axis is looked at; the median of these runs is the wall.
+    Its longer side runs along the wall. In each column of it, and slightly beyond its ends, the run of wall pixels
+    nearest to its axis is found; the median of these runs is the wall.
 
     Args:
-        box: of the opening.
-        kind, score: its class, and how sure it is.
-        walls: where wall is [height, width].
+        box: rectangle of the opening.
+        kind: its class.
+        score: its score.
+        walls: mask of walls [height, width]; None if unknown.
     """
     across = box.width >= box.height
     if walls is None:
-        return Placed(kind, score, box, across, False)
+        return SnappedOpening(kind, score, box, across, False)
     mask = walls if across else walls.T
     start, end, low, high = (box.x0, box.x1, box.y0, box.y1) if across else (box.y0, box.y1, box.x0, box.x1)
     axis, thick = (low + high) / 2, high - low
-    columns = range(max(0, int(start) - BESIDE), min(mask.shape[1], int(np.ceil(end)) + BESIDE))
+    columns = range(max(0, int(start) - BEYOND), min(mask.shape[1], int(np.ceil(end)) + BEYOND))
     runs = [run for column in columns if (run := _nearest(mask[:, column], axis, FAR * thick)) is not None]
     if 2 * len(runs) < len(columns) or not runs:
-        return Placed(kind, score, box, across, False)
+        return SnappedOpening(kind, score, box, across, False)
     first, last = np.median(np.array(runs), axis=0)
     found = Box(start, first, end, last) if across else Box(first, start, last, end)
-    return Placed(kind, score, found, across, True)
+    return SnappedOpening(kind, score, found, across, True)
 
 
 def _nearest(column: NDArray[np.bool_], axis: float, far: float) -> tuple[float, float] | None:
-    """Where the run of wall begins and ends whose middle is nearest, unless it is far."""
+    """Return the start and end of the run of wall pixels whose centre is nearest, unless it is too far."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], column, [False]]).astype(np.int8)))
     runs = edges.reshape(-1, 2).astype(float)
     if not len(runs):
@@ -110,13 +111,13 @@ def _nearest(column: NDArray[np.bool_], axis: float, far: float) -> tuple[float,
 
 
 def vector(
-    walls: NDArray[np.float32] | None, openings: Sequence[Placed], size: tuple[int, int]
+    walls: NDArray[np.float32] | None, openings: Sequence[SnappedOpening], size: tuple[int, int]
 ) -> tuple[str, dict[str, Any]]:
-    """A plan as SVG and as JSON values.
+    """Return a plan as SVG and as JSON values.
 
     Args:
-        walls: probability [height, width].
-        openings: in their walls.
+        walls: probability [height, width]; None if unknown.
+        openings: the snapped openings.
         size: height and width of the plan.
     """
     height, width = size
@@ -126,10 +127,10 @@ def vector(
         steps = ("M" + "L".join(f"{x:.2f} {y:.2f}" for x, y in line) + "Z" for line in lines)
         shapes.append(f'<path class="wall" fill-rule="evenodd" d="{"".join(steps)}"/>')
     shapes += [rect(each.box, each.kind) for each in openings]
-    said = {
+    values = {
         "width": width,
         "height": height,
         "walls": [line.round(2).tolist() for line in lines],
         "openings": [each.as_dict() for each in openings],
     }
-    return document(width, height, shapes), said
+    return document(width, height, shapes), values

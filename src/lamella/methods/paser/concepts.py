@@ -1,4 +1,4 @@
-"""Concepts of a text, and which of them were seen together: what lets a selection refuse samples that contradict it.
+"""Concepts of a text and their co-occurrence, by which a selection refuses samples that contradict it.
 
 Concepts are phrases between stop words (RAKE: Rose et al., 2010, "Automatic keyword extraction from individual
 documents"), ranked by how connected their words are. The consistency graph is that of PASER, arXiv 2502.12594.
@@ -12,16 +12,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
-CONCEPTS = 8  # of a sample, at most
-COMMON = 0.1  # concepts in more than this share of the samples say nothing of any of them
-LONGEST = 3  # words of a phrase
+CONCEPTS = 8  # per sample, at most
+COMMON = 0.1  # concepts in more than this fraction of the samples do not characterise any of them
+LONGEST = 3  # words per phrase
 
 
 def concepts(texts: Sequence[str]) -> list[tuple[str, ...]]:
-    """The concepts of each text: lower case, without plural endings and without those that are everywhere.
+    """Return the concepts of each text: lower case, without plural endings and without those that are too common.
 
     Args:
-        texts: of all samples, since what is common depends on all of them.
+        texts: the texts of all samples, since what is common depends on all of them.
     """
     phrases = [_phrases(text) for text in texts]
     found = Counter(phrase for each in phrases for phrase in set(each))
@@ -30,7 +30,7 @@ def concepts(texts: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def _phrases(text: str) -> list[str]:
-    """Runs of words between stop words and punctuation."""
+    """Return runs of words between stop words and punctuation."""
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
     phrases: list[str] = []
@@ -51,7 +51,7 @@ def _singular(word: str) -> str:
 
 
 def _ranked(phrases: list[str]) -> list[str]:
-    """By the sum of degree / frequency of their words, the best first; equal ones by the alphabet."""
+    """Sort phrases by the sum of degree / frequency of their words, the best first; ties are sorted alphabetically."""
     frequency: Counter[str] = Counter()
     degree: Counter[str] = Counter()
     for phrase in phrases:
@@ -64,12 +64,16 @@ def _ranked(phrases: list[str]) -> list[str]:
 
 @dataclass
 class ConceptGraph:
-    """Concepts of accepted samples; two are joined when one accepted sample has both."""
+    """Concepts of accepted samples; two are joined when one accepted sample has both.
+
+    Attributes:
+        joined: for each concept the concepts joined with it.
+    """
 
     joined: dict[str, set[str]] = field(default_factory=dict)
 
     def conflicts(self, concepts: Iterable[str]) -> list[tuple[str, str]]:
-        """Pairs that are both known, but not together: accepting them would join what was kept apart."""
+        """Return the pairs of known concepts that no accepted sample has together."""
         known = [concept for concept in dict.fromkeys(concepts) if concept in self.joined]
         return [(u, v) for u, v in combinations(known, 2) if v not in self.joined[u]]
 

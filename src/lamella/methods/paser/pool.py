@@ -1,4 +1,4 @@
-"""Instructions with responses: what is chosen from, and what was chosen."""
+"""Instructions with responses: the pool that PASER selects from, and its selection."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lamella.data import Reader, Rows
+from lamella.data import InputContext, Rows
 from lamella.errors import CalibrationError
 from lamella.reading import read_rows
 from lamella.results import Corpus
@@ -17,13 +17,14 @@ from lamella.train import Sample, pairs
 
 
 @dataclass(frozen=True)
-class Example:
+class InstructionExample:
     """One instruction with its response.
 
     Attributes:
-        id: its name; ties are broken by it.
-        instruction, response: what is asked, and the answer.
-        context: what the instruction is about, if that stands apart from it.
+        id: unique identifier, by which ties are broken.
+        instruction: the instruction.
+        response: the response to it.
+        context: the input that the instruction refers to, if it is separate.
     """
 
     id: str
@@ -33,33 +34,35 @@ class Example:
 
     @property
     def prompt(self) -> str:
+        """The instruction with its context, each followed by a newline."""
         return f"{self.instruction}\n{self.context}\n" if self.context else f"{self.instruction}\n"
 
 
 @dataclass(kw_only=True)
 class Selection(Corpus):
-    """What was chosen: the instructions as they were, and as findings clusters, scores of every sample and refusals.
+    """The chosen instructions in their original form, with clusters, sample scores and refusals as findings.
 
     Attributes:
-        examples: the chosen ones, in the order in which they were accepted.
+        examples: the chosen instructions, in the order in which they were accepted.
     """
 
-    examples: list[Example]
+    examples: list[InstructionExample]
 
     def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield the rows in Alpaca's format."""
         for each in self.examples:
             yield {"instruction": each.instruction, "input": each.context, "output": each.response}
 
     def samples(self, tokenizer: Any, max_length: int | None = 256) -> list[Sample]:
-        """Training samples whose responses carry loss; the paper cuts rows at 256 tokens."""
+        """Return training samples whose responses carry the loss; the paper truncates rows at 256 tokens."""
         return pairs([(each.prompt, each.response) for each in self.examples], tokenizer, max_length=max_length)
 
 
-class Pool(Rows[Example]):
-    """The instructions that are chosen from, with the tokenizer that their model reads them with."""
+class InstructionPool(Rows[InstructionExample]):
+    """Instructions to select from, with the tokenizer of their model."""
 
     metavar = "FILE"
-    told = "a .jsonl file of instructions: instruction, output, and input where there is one"
+    source_help = "a .jsonl file of instructions with the fields instruction, output and optionally input"
     example = Fixture(
         "instructions.jsonl",
         '{"instruction": "Name a colour.", "output": "Blue."}\n'
@@ -70,31 +73,31 @@ class Pool(Rows[Example]):
     )
 
     @classmethod
-    def open(cls, name: str | Path, reader: Reader) -> Pool:
-        """The instructions of a file.
+    def open(cls, name: str | Path, context: InputContext) -> InstructionPool:
+        """Read the instructions of a .jsonl file.
 
         Raises:
             CalibrationError: for a file that cannot be read, or a row without instruction or output.
         """
         rows = [row for _, row in read_rows(name, instead="paser chooses from a .jsonl file of instructions")]
         content = Path(name).expanduser().read_bytes()
-        said = {"data": str(name), "samples": len(rows), "sha256": hashlib.sha256(content).hexdigest()}
-        return cls(read_pool(rows), reader.tokenizer, said)
+        metadata = {"data": str(name), "samples": len(rows), "sha256": hashlib.sha256(content).hexdigest()}
+        return cls(read_pool(rows), context.tokenizer, metadata)
 
 
-def read_pool(rows: Sequence[Any]) -> list[Example]:
-    """Rows as Alpaca has them (``instruction``, ``input``, ``output``) as examples; ids are their numbers.
+def read_pool(rows: Sequence[Any]) -> list[InstructionExample]:
+    """Convert rows in Alpaca's format (``instruction``, ``input``, ``output``) to examples; their ids are row indices.
 
     Raises:
         CalibrationError: for a row without instruction or output.
     """
     examples = []
-    for number, row in enumerate(rows):
+    for index, row in enumerate(rows):
         fields = row if isinstance(row, Mapping) else {}
         texts = [fields.get(name) or "" for name in ("instruction", "output", "input")]
         if not all(isinstance(text, str) for text in texts) or not texts[0] or not texts[1]:
             raise CalibrationError(
-                f"row {number} of the pool needs 'instruction' and 'output' texts, and may have 'input'"
+                f"row {index} of the pool needs 'instruction' and 'output' texts, and may have 'input'"
             )
-        examples.append(Example(f"{number:08d}", *texts))
+        examples.append(InstructionExample(f"{index:08d}", *texts))
     return examples

@@ -1,12 +1,12 @@
-"""Clusters of points by diffusion and non-negative factors: groups follow the shape of the data, not its centres.
+"""Spectral clustering by diffusion and non-negative factors: clusters follow the shape of the data, not its centres.
 
     A_ij = exp(-|e_i - e_j|^2 / 2 sigma^2)      affinity, sigma the median distance
-    I - D^-1 A                                  its K smallest eigenvectors are U [n, K]
+    I - D^-1 A                                  its eigenvectors of the K smallest eigenvalues are U [n, K]
     |U U^T| ~ W H,  W, H >= 0                   a point belongs to the column where its row of W is largest
 
-The random-walk Laplacian has the spectrum of I - D^-1/2 A D^-1/2, whose eigenvectors times D^-1/2 are its own; so a
-symmetric solver does. Beyond a few thousand points some of them, the landmarks, are clustered, and every other point
-joins the nearest landmark's cluster.
+The random-walk Laplacian has the spectrum of I - D^-1/2 A D^-1/2, and its eigenvectors are those times D^-1/2, so a
+symmetric solver suffices. Of more than 2000 points a random subset, the landmarks, is clustered, and every other point
+joins the cluster of its nearest landmark.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from lamella.errors import LamellaError
 from lamella.extras import require
 
 Graph = Literal["dense", "knn"]
-FLAT = 1e-8  # eigenvalues that differ by less are all 0: the graph falls into more pieces than may be told apart
-LANDMARKS = 2000  # points whose n x n matrices are made: 32 MB each
+FLAT = 1e-8  # gaps below this are rounding: the graph has more components than eigenvalues were computed
+LANDMARKS = 2000  # number of points whose n x n matrices are computed: 32 MB each
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """Points in groups.
+    """A clustering of points.
 
     Attributes:
-        labels: the group of each point [n], from 0.
-        eigenvalues: the smallest ones of the Laplacian, in rising order.
-        landmarks: how many points were clustered themselves.
+        labels: the cluster of each point [n], from 0.
+        eigenvalues: the smallest eigenvalues of the Laplacian, in rising order.
+        landmarks: number of points that were clustered directly.
     """
 
     labels: NDArray[np.int64]
@@ -50,15 +50,16 @@ def spectral_clusters(
     neighbours: int = 20,
     seed: int = 0,
 ) -> Clusters:
-    """Group points.
+    """Cluster points.
 
     Args:
         points: [n, d].
-        count: K; left out, it is where the gap between eigenvalues is largest, from 2 to ``most``.
-        graph: ``knn``: affinities between nearest neighbours alone, which follow winding shapes and leave clear gaps
+        count: K; if None, it is where the gap between eigenvalues is largest, from 2 to ``most``.
+        most: largest number of clusters if ``count`` is None.
+        graph: ``knn``: affinities between nearest neighbours alone, which follow curved shapes and leave clear gaps
             between eigenvalues; or ``dense``, between all points, which is the paper's kernel.
-        neighbours: of each point, with ``knn``; mutual or not.
-        seed: of the choice of landmarks.
+        neighbours: neighbours of each point, with ``knn``; mutual or not.
+        seed: random seed of the choice of landmarks.
 
     Raises:
         LamellaError: when scikit-learn is missing, or there are too few points.
@@ -83,10 +84,10 @@ def spectral_clusters(
     u = vectors[:, :count]
     similarity = np.abs(u @ u.T)
     factors = NMF(count, init="nndsvda", random_state=0, max_iter=500, tol=1e-5)
-    with warnings.catch_warnings():  # that factors could still be improved: the largest entries have settled by then
+    with warnings.catch_warnings():  # on convergence of the factors: their largest entries have settled by then
         warnings.simplefilter("ignore")
         weights = factors.fit_transform(similarity / similarity.max())
-    weights = weights * np.linalg.norm(factors.components_, axis=1)  # W and H share a scale that means nothing
+    weights = weights * np.linalg.norm(factors.components_, axis=1)  # the scale between W and H is arbitrary
     labels = np.unique(np.argmax(weights, axis=1), return_inverse=True)[1]
     if n > LANDMARKS:
         labels = labels[pairwise_distances_argmin(wide, marks)]
@@ -109,7 +110,7 @@ def _dense(points: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _nearest(points: NDArray[np.float64], neighbours: int) -> NDArray[np.float64]:
-    """Affinities between neighbours, symmetrised; all others are 0."""
+    """Return the affinities between nearest neighbours, symmetrised; all others are 0."""
     from sklearn.neighbors import kneighbors_graph
 
     distances = kneighbors_graph(points, min(neighbours, len(points) - 1), mode="distance")
@@ -121,7 +122,7 @@ def _nearest(points: NDArray[np.float64], neighbours: int) -> NDArray[np.float64
 
 
 def _smallest(affinity: NDArray[np.float64], count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The smallest eigenvalues of the random-walk Laplacian, and its eigenvectors [n, count]."""
+    """Return the smallest eigenvalues of the random-walk Laplacian, and its eigenvectors [n, count]."""
     from scipy.linalg import eigh
 
     root = 1 / np.sqrt(affinity.sum(axis=1))

@@ -1,4 +1,4 @@
-"""Pre-RMSNorm: Pre-LN models with RMSNorm in the place of LayerNorm, which compute the same."""
+"""Pre-RMSNorm: rewrite Pre-LN models with RMSNorm instead of LayerNorm, without changing what they compute."""
 
 from lamella.methods.pre_rmsnorm.method import pre_rmsnorm
 from lamella.methods.pre_rmsnorm.rewrite import CRMSNorm, Form, RMSNorm

@@ -1,18 +1,18 @@
-"""Pre-RMSNorm: a Pre-LN transformer as one with RMSNorm or CRMSNorm that computes the same.
+"""Pre-RMSNorm: rewrite a Pre-LN transformer with RMSNorm or CRMSNorm, without changing what it computes.
 
 Jiang, Gu, Zhu and Pan, "Pre-RMSNorm and Pre-CRMSNorm Transformers: Equivalent and Efficient Pre-LN Transformers",
 NeurIPS 2023, arXiv 2305.14858.
 
     Pre-LN         x_{l+1} = x_l + F_l(LN(x_l)),    LN(x) = g C x / sqrt(|C x|^2 / d + eps) + b,    C = I - 1 1^T / d
-    LN(x + k 1)  = LN(x)                            the mean of the stream is never seen,
-    LN(x)        = RMSNorm(x)  where mean(x) = 0    and where there is none, nothing need take it away
-    so             whatever writes the stream writes C of it, and every norm on it becomes an RMSNorm
+    LN(x + k 1)  = LN(x)                            the mean of the residual stream has no effect,
+    LN(x)        = RMSNorm(x)  where mean(x) = 0    and where it is zero, no norm needs to subtract it
+    so             every module that writes to the residual stream is recentred by C, and every norm becomes an RMSNorm
 
-    Pre-CRMSNorm   u = x[:d-1]  says all of a zero-mean x:  x_d = -sum(u)
+    Pre-CRMSNorm   u = x[:d-1]  determines a zero-mean x:  x_d = -sum(u)
 
-It is arithmetic: no data, no training, and equal to rounding. How a model is rewritten stands in rewrite.py; what it
-needs to know of a model, which module reads the stream behind which norm and which one writes it, is the wiring in the
-architecture table. A Post-LN model is refused: what its norms give is the stream.
+The rewrite is arithmetic: no data, no training, and the result is equal up to rounding. The rewrite itself is in
+rewrite.py; which module reads the residual stream after which norm and which one writes to it is the wiring in the
+architecture table. A Post-LN model is refused: the output of its norms is the residual stream.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from lamella.errors import MethodError, PlanError
-from lamella.methods.pre_rmsnorm.checking import check_sees_no_mean, is_tied, precise
+from lamella.methods.pre_rmsnorm.checking import check_ignores_mean, is_tied, precise
 from lamella.methods.pre_rmsnorm.report import conversion
 from lamella.methods.pre_rmsnorm.rewrite import Fold, Form, Norm, Tied
 from lamella.plan import ModelReference, Plan, RewriteReference
@@ -36,44 +36,47 @@ SLUG = "pre-rmsnorm"
 def pre_rmsnorm(
     model: Model, *, norm: Norm = "rms", fold: Fold | None = None, tied: Tied = "recentre", seed: int = 0
 ) -> Edit:
-    """Write a Pre-LN model with RMSNorm or CRMSNorm in the place of LayerNorm, so that it computes the same.
+    """Rewrite a Pre-LN model with RMSNorm or CRMSNorm instead of LayerNorm, without changing what it computes.
 
-    Every linear map, table and token that writes the stream is recentred, after which no norm need subtract a mean.
-    Nothing is trained, and no data are needed. What an RMSNorm model allows comes with it: the stream can be rotated,
-    and kernels for Llama fit. CRMSNorm leaves one entry of the stream out, since it follows from the others.
+    Every projection, embedding table and special token that writes to the residual stream is recentred, after which no
+    norm needs to subtract a mean. Nothing is trained, and no data are needed. The result allows what RMSNorm models
+    allow: the residual stream can be rotated, and kernels for Llama can be used. CRMSNorm drops one channel of the
+    residual stream, since it follows from the others.
 
     The result is checked on random inputs, in float64 and in the model's own precision, and is not written if it
-    differs. The folder gets a checkpoint with its modelling file, plan.json, and evidence.json: what was recentred,
-    swapped, folded and untied, the error, and the parameters that it cost or saved.
+    differs. The folder gets a checkpoint with its modelling file, plan.json, and evidence.json with the recentred,
+    replaced, folded and untied modules, the error, and the change in the number of parameters.
 
     Example: lamella run pre-rmsnorm gpt2 -o gpt2-rms
     Example: lamella run pre-rmsnorm gpt2 --norm crms --tied untie -o gpt2-crms
 
     Args:
         model: the opened model; it is not changed.
-        norm: rms, with the width as it is, or crms, one narrower.
-        fold: what of each norm moves into the linear maps that read it: nothing, its bias (as Llama's norms have none;
-            maps without a bias get one), or all of its affine. Left out, nothing for rms; crms needs the affine folded.
-        tied: of an embedding that is also the head's weight: recentre what is looked up, or untie them, which costs a
-            second table. With a folded affine they must be untied, or the embedding would be scaled with the head.
-        seed: of the random inputs that it is checked on.
+        norm: rms, with an unchanged hidden size, or crms, with a hidden size smaller by one.
+        fold: part of each norm that is folded into the projections after it: nothing, its bias (Llama's norms have
+            none; projections without a bias get one), or all of its affine. Defaults to nothing for rms; crms needs
+            affine.
+        tied: treatment of an embedding that shares its weight with the head: recentre the embedding after the lookup,
+            or untie them, which costs a second table. With a folded affine they must be untied, or the embedding would
+            be scaled with the head.
+        seed: random seed of the inputs of the check.
 
     Returns:
-        A plan that says what the model is rewritten to.
+        A plan with the rewrite.
 
     Raises:
         ExportError: for a model in int8.
-        MethodError: for a model that was cut inside layers or rewritten, a Post-LN model, one whose layers see the mean
-            of their stream, one with a module that nothing is known of, options that do not go together, or when the
+        MethodError: for a model that was pruned inside layers or already rewritten, a Post-LN model, one whose layers
+            depend on the mean of the residual stream, one with an unknown module, incompatible options, or when the
             result differs.
     """
     check_floats(model)
     if any(stack.is_altered or stack.dropped for stack in model.stacks.values()):
-        raise MethodError(f"{model.name} has layers that no config says: rewrite the model it was made of")
+        raise MethodError(f"{model.name} has layers that no config can express: rewrite the original model instead")
     exact = precise(model)
     for stack in exact.stacks.values():
-        check_sees_no_mean(exact, stack, seed)
-    form = formed(model, norm, fold, tied)
+        check_ignores_mean(exact, stack, seed)
+    form = form_of(model, norm, fold, tied)
     plan = Plan(model=ModelReference.of(model), rewrite=RewriteReference(name=SLUG, params=asdict(form)))
     try:
         findings, notes = conversion(model, exact, plan, form, seed)
@@ -82,15 +85,15 @@ def pre_rmsnorm(
     return Edit(stack=model, plan=plan, findings=findings, notes=notes)
 
 
-def formed(model: Model, norm: Norm, fold: Fold | None, tied: Tied) -> Form:
-    """What these options mean for a model: where nothing is tied, there is nothing to do about it.
+def form_of(model: Model, norm: Norm, fold: Fold | None, tied: Tied) -> Form:
+    """Return the form that the options select for a model; for untied models ``tied`` has no effect.
 
     Raises:
-        MethodError: for options that do not go together.
+        MethodError: for incompatible options.
     """
     folded = fold or ("affine" if norm == "crms" else "nothing")
     try:
         return Form(norm, folded, tied if is_tied(model.model) else "untie")
     except ValueError as error:
-        mend = "--tied untie" if folded == "affine" else "--fold affine"
-        raise MethodError(f"{model.name}: {error} with {mend}") from None
+        fix = "--tied untie" if folded == "affine" else "--fold affine"
+        raise MethodError(f"{model.name}: {error} with {fix}") from None

@@ -1,4 +1,4 @@
-"""The conversion report: what was recentred, swapped, folded and untied, what it cost, and how equal the result is."""
+"""Findings of a rewrite: recentred, replaced, folded and untied modules, parameters, and numerical error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lamella.errors import MethodError
 from lamella.methods.pre_rmsnorm.checking import is_tied, means, output, probe
 from lamella.methods.pre_rmsnorm.rewrite import Form, find_branches
 from lamella.plan import Plan
-from lamella.plan.rewriting import rewritten, wirings_of
+from lamella.plan.rewriting import wirings_of, with_rewrite
 from lamella.stack import Model
 
 MOST = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 0.2, "float16": 0.05}  # relative error
@@ -19,19 +19,23 @@ MOST = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 0.2, "float16": 0.05}  # 
 
 @torch.no_grad()
 def conversion(model: Model, exact: Model, plan: Plan, form: Form, seed: int) -> tuple[dict[str, Any], list[str]]:
-    """Rewrite a model as a plan says, compare both, and tell.
+    """Rewrite a model by a plan, compare the result with the original, and return the findings.
 
     Args:
-        exact: the model in float64.
+        model: the original model.
+        exact: the same model in float64.
+        plan: the plan with the rewrite.
+        form: the form of the norms.
+        seed: random seed of the inputs.
 
     Returns:
-        The findings, and what a reader must know.
+        The findings, and notes for the user.
 
     Raises:
-        PlanError: for a model that has no such form.
-        MethodError: when the result computes something else.
+        PlanError: for a model that cannot take this form.
+        MethodError: when the result computes a different function.
     """
-    result = rewritten(model, plan.rewrite)
+    result = with_rewrite(model, plan.rewrite)
     branches = find_branches(model.model, wirings_of(model.architectures))
     tied = is_tied(model.model)
     inputs = probe(model, seed)
@@ -55,20 +59,20 @@ def conversion(model: Model, exact: Model, plan: Plan, form: Form, seed: int) ->
 
 
 def _error(model: Model, plan: Plan, seed: int) -> dict[str, float]:
-    """How far the outputs are apart on random inputs, and how large they are.
+    """Return the largest difference of the outputs on random inputs, and the largest output.
 
     Raises:
-        MethodError: when they are further apart than rounding explains.
+        MethodError: when the difference is larger than rounding explains.
     """
     inputs = probe(model, seed)
     expected = output(model.model, inputs).double()
-    found = output(rewritten(model, plan.rewrite).model, inputs).double()
+    found = output(with_rewrite(model, plan.rewrite).model, inputs).double()
     error, size = float((found - expected).abs().max()), float(expected.abs().max())
     if not error <= MOST[_dtype(model)] * size:
         raise MethodError(
             f"{model.name}: the rewritten model differs by {error:.2g} where outputs reach {size:.2g}, more than "
-            f"rounding in {_dtype(model)}: something reads or writes its stream beside "
-            "what is known of it; remove hooks and adapters first"
+            f"rounding in {_dtype(model)}: some unknown module reads or writes its residual stream; "
+            "remove hooks and adapters first"
         )
     return {"largest": error, "size": size}
 
@@ -86,13 +90,13 @@ def _notes(model: Model, findings: dict[str, Any]) -> list[str]:
     notes, whole = [], cast(Any, model.model)
     if findings["tied"]["before"] and not findings["tied"]["after"]:
         table = whole.get_input_embeddings().weight.numel()
-        notes.append(f"Embedding and head were one tensor and are two now, which costs {table:,} parameters.")
+        notes.append(f"Embedding and head shared one tensor and now have two, which costs {table:,} parameters.")
     if not all(stack.architecture.norm for stack in model.stacks.values()):
         notes.append(
-            "Its last hidden states are the stream, which lacks its mean now; what is pooled of them is the same."
+            "Its last hidden states are the residual stream, whose mean is now zero; pooled outputs are unchanged."
         )
     if _has_dropout(whole):
-        notes.append("Its branches have dropout, which gives their outputs a mean while training: then it is another.")
+        notes.append("Its branches have dropout, which gives their outputs a mean: in training, the results differ.")
     return notes
 
 

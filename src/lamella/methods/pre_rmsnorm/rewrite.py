@@ -1,15 +1,15 @@
-"""The surgery: what writes the stream is recentred, then its LayerNorms need not subtract a mean.
+"""The rewrite: modules that write to the residual stream are recentred, so that LayerNorms need not subtract a mean.
 
-    C = I - 1 1^T / d            the mean of what it is given, over the d features, taken away
+    C = I - 1 1^T / d            subtracts the mean over the d features
     writer    W [d, m], b [d]    W <- C W,  b <- C b                   so every x_l becomes C x_l
-              scaled by s [d]    W <- C diag(s) W,  b <- C s b         and s is gone (LayerScale)
+              scaled by s [d]    W <- C diag(s) W,  b <- C s b         and s is removed (LayerScale)
     norm      LN(C x)            = RMSNorm(C x), with the same gain g, bias b and eps
     reader    W [m, d], c [m]    c <- c + W b, then W <- W diag(g)     where the norm is to have neither
 
-For CRMSNorm the stream lacks its last entry, which is the negative sum of the others. A writer lacks its last row, and
-a reader W becomes W[:, :-1] - W[:, -1:], since z_d = -(z_1 + ... + z_{d-1}).
+For CRMSNorm the residual stream lacks its last channel, which is the negative sum of the others. A writer loses its
+last row, and a reader W becomes W[:, :-1] - W[:, -1:], since z_d = -(z_1 + ... + z_{d-1}).
 
-This module stands on the wiring, torch and transformers alone: checkpoints carry it with them, word for word.
+This module depends on the wiring, torch and transformers only: checkpoints contain a verbatim copy.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lamella.stack.wiring import Part, Wiring
 
-EXACT = True  # what it makes of a model computes the same
+EXACT = True  # the rewritten model computes the same function
 Norm = Literal["rms", "crms"]
 Fold = Literal["nothing", "bias", "affine"]
 Tied = Literal["recentre", "untie"]
@@ -31,16 +31,16 @@ Tied = Literal["recentre", "untie"]
 
 @dataclass(frozen=True)
 class Form:
-    """What a model is rewritten to.
+    """The form that a model is rewritten to.
 
     Attributes:
-        norm: ``rms`` for RMSNorm; ``crms`` for CRMSNorm, whose stream is one entry narrower.
-        fold: what of a norm moves into its readers: ``nothing``, its ``bias``, or all of its ``affine``.
-        tied: an embedding that is also the head's weight is recentred after every lookup, or gets a copy of its own; of
-            a model that ties nothing, ``untie``.
+        norm: ``rms`` for RMSNorm; ``crms`` for CRMSNorm, whose residual stream has one channel less.
+        fold: part of a norm that is folded into its readers: ``nothing``, its ``bias``, or all of its ``affine``.
+        tied: an embedding that shares its weight with the head is recentred after every lookup, or untied (``untie``);
+            for a model without tied weights, ``untie``.
 
     Raises:
-        ValueError: for values that are none of these, or do not go together.
+        ValueError: for unknown or incompatible values.
     """
 
     norm: Norm = "rms"
@@ -55,7 +55,7 @@ class Form:
 
 
 class RMSNorm(nn.RMSNorm):
-    """y = g x / sqrt(mean(x^2) + eps) + b, over the last axis, with a bias where the LayerNorm had one."""
+    """y = g x / sqrt(mean(x^2) + eps) + b, over the last axis; it has a bias if the LayerNorm had one."""
 
     def __init__(self, width: int, eps: float, weight: nn.Parameter | None, bias: nn.Parameter | None) -> None:
         super().__init__(width, eps=eps, elementwise_affine=False)
@@ -63,14 +63,15 @@ class RMSNorm(nn.RMSNorm):
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise x [..., width]."""
         out = super().forward(x)
         return out if self.bias is None else out + self.bias
 
 
 class CRMSNorm(nn.Module):
-    """y = u / sqrt((|u|^2 + (sum u)^2) / (n + 1) + eps): the first n entries of an RMSNorm of [u, -sum u], n + 1 wide.
+    """y = u / sqrt((|u|^2 + (sum u)^2) / (n + 1) + eps): an RMSNorm of [u, -sum u] without its last channel.
 
-    Sums are taken in float32 at least, since the entry that is not there is one.
+    Sums are computed in float32 at least, since the missing channel is one.
     """
 
     def __init__(self, width: int, eps: float) -> None:
@@ -78,25 +79,29 @@ class CRMSNorm(nn.Module):
         self.width, self.eps = width, eps
 
     def forward(self, u: Tensor) -> Tensor:
+        """Normalise u [..., n]."""
         return self.normed(u).to(u.dtype)
 
     def normed(self, u: Tensor) -> Tensor:
+        """Normalise u [..., n], in float32 or float64."""
         u = u if u.dtype == torch.float64 else u.float()
         squares = u.square().sum(-1, keepdim=True) + u.sum(-1, keepdim=True).square()
         return u * torch.rsqrt(squares / (self.width + 1) + self.eps)
 
     def extra_repr(self) -> str:
+        """Return the width and eps for the module's printout."""
         return f"{self.width}, eps={self.eps}"
 
 
 class WideCRMSNorm(CRMSNorm):
-    """A CRMSNorm that gives all n + 1 entries with gain and bias: where nothing of the model reads what it gives."""
+    """A CRMSNorm that returns all n + 1 channels with gain and bias, for a norm that no module of the model reads."""
 
     def __init__(self, width: int, eps: float, weight: nn.Parameter | None, bias: nn.Parameter | None) -> None:
         super().__init__(width, eps)
         self.weight, self.bias = weight, bias
 
     def forward(self, u: Tensor) -> Tensor:
+        """Normalise u [..., n] and restore the last channel: [..., n + 1]."""
         out = self.normed(u)
         out = torch.cat([out, -out.sum(-1, keepdim=True)], -1).to(u.dtype)
         out = out if self.weight is None else out * self.weight
@@ -105,89 +110,101 @@ class WideCRMSNorm(CRMSNorm):
 
 @dataclass(frozen=True)
 class Recentre:
-    """Takes the mean away where the stream begins: a hook behind a module, or before the first layer.
+    """Hook that subtracts the mean at the start of the residual stream: after a module, or before the first layer.
 
     Attributes:
-        compress: leave the last entry out, too.
+        compress: drop the last channel as well.
     """
 
     compress: bool = False
 
-    def __call__(self, module: nn.Module, given: tuple[Any, ...], out: Tensor | None = None) -> Any:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], out: Tensor | None = None) -> Any:
+        """Subtract the mean of a module's output, or of a layer's input."""
         if out is None:  # before a layer
-            return (self.of(given[0]), *given[1:])
+            return (self.of(args[0]), *args[1:])
         return self.of(out)
 
     def of(self, x: Tensor) -> Tensor:
-        for _ in range(2):  # of a large mean the first leaves its rounding, which an RMSNorm would see
+        """Subtract the mean of x over its last axis."""
+        for _ in range(2):  # a large mean leaves a rounding error, which would affect an RMSNorm
             x = x - x.mean(-1, keepdim=True)
         return x[..., :-1] if self.compress else x
 
 
 @dataclass
-class Place:
-    """A module, or a parameter by itself, somewhere in a model."""
+class Component:
+    """A module, or a parameter of its own, with its path in a model.
+
+    Attributes:
+        path: its path.
+        module: the module or parameter.
+    """
 
     path: str
     module: Any
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        """Its own parameters by name; of a parameter, itself under the empty one."""
+        """Its own parameters by name; a bare parameter has the empty name."""
         if isinstance(self.module, nn.Parameter):
             return {"": self.module}
         return dict(self.module.named_parameters(recurse=False))
 
 
 @dataclass
-class Writer(Place):
-    """A linear map, table or constant that writes the stream.
+class ResidualWriter(Component):
+    """A projection, table or constant that writes to the residual stream.
 
     Attributes:
-        scaled: what multiplies the result by a vector, if anything does.
+        scaled: the module that multiplies the result by a vector, if there is one.
     """
 
-    scaled: Place | None = None
+    scaled: Component | None = None
 
 
 @dataclass
-class NormPlace(Place):
-    """A norm on the stream with the places that read the stream behind it."""
+class NormComponent(Component):
+    """A norm on the residual stream, with the modules that read its output.
 
-    readers: list[Place] = field(default_factory=list)
+    Attributes:
+        readers: the modules that read its output.
+    """
+
+    readers: list[Component] = field(default_factory=list)
 
 
 @dataclass
 class Branch:
-    """One stream: what writes it, the norms on it, and where it begins with what is not linear.
+    """One residual stream: the modules that write to it, its norms, and the non-linear modules at its start.
 
     Attributes:
-        writers: linear maps, tables and constants, scaled or not.
+        writers: projections, tables and constants, scaled or not.
         norms: in their order.
-        entrances: modules whose output is its beginning, and that are not linear.
-        first: the first layer, where its input is that beginning, and is not linear.
+        entrances: non-linear modules whose output starts the residual stream.
+        first: the first layer, if its input comes from elsewhere and is not linear.
     """
 
-    writers: list[Writer] = field(default_factory=list)
-    norms: list[NormPlace] = field(default_factory=list)
-    entrances: list[Place] = field(default_factory=list)
-    first: Place | None = None
+    writers: list[ResidualWriter] = field(default_factory=list)
+    norms: list[NormComponent] = field(default_factory=list)
+    entrances: list[Component] = field(default_factory=list)
+    first: Component | None = None
 
 
 LINEAR = (nn.Linear, Conv1D, _ConvNd, nn.Embedding, nn.Parameter)
 
 
 def rewrite(model: Any, wirings: Mapping[str, Wiring], form: Form) -> None:
-    """Rewrite a model in place; parameters that change are new, all others stay the same objects.
+    """Rewrite a model in place; changed parameters are new objects, all others stay the same objects.
 
-    Of a model without weights it makes the modules and shapes that it would have.
+    A model without weights gets the modules and shapes that it would have.
 
     Args:
         model: a copy that may be changed.
-        wirings: what its modules read and write, by the path of each list of layers.
+        wirings: which parts of it read and write what, by the path of each list of layers.
+        form: the form to rewrite it to.
 
     Raises:
-        ValueError: for a model that has no such form.
+        ValueError: for a model that cannot take this form.
     """
     branches = find_branches(model, wirings)
     compress = form.norm == "crms"
@@ -209,7 +226,7 @@ def rewrite(model: Any, wirings: Mapping[str, Wiring], form: Form) -> None:
         if branch.first is not None:
             branch.first.module.register_forward_pre_hook(Recentre(compress))
         for norm in branch.norms:
-            model.set_submodule(norm.path, replaced(norm, form))
+            model.set_submodule(norm.path, replacement(norm, form))
             for reader in norm.readers if compress else ():
                 narrow(reader)
 
@@ -218,43 +235,45 @@ def rewrite(model: Any, wirings: Mapping[str, Wiring], form: Form) -> None:
 
 
 def find_branches(model: Any, wirings: Mapping[str, Wiring], norm: type[nn.Module] = nn.LayerNorm) -> list[Branch]:
-    """The streams of a model, in the order of its stacks.
+    """Return the residual streams of a model, in the order of its stacks.
 
     Args:
-        norm: what its norms are.
+        model: the model.
+        wirings: which parts of it read and write what, by the path of each list of layers.
+        norm: class of its norms.
 
     Raises:
-        ValueError: for what no wiring names, a norm that is no LayerNorm, or a writer that is not linear.
+        ValueError: for parts that no wiring names, a norm of another class, or a writer that is not linear.
     """
     check_known(model, wirings)
     branches: list[Branch] = []
     for layers, wiring in wirings.items():
-        encoded = branches[-1].norms[-1] if branches else None  # what the encoder's last norm gives
-        first = Place(f"{layers}.0", model.get_submodule(f"{layers}.0")) if wiring.bent else None
+        encoded = branches[-1].norms[-1] if branches else None  # the encoder's last norm
+        first = Component(f"{layers}.0", model.get_submodule(f"{layers}.0")) if wiring.bent else None
         branch = Branch(first=first)
         for path, part in parts_of(model, layers, wiring):
-            _sort(branch, Place(path, _at(model, path)), part, encoded, norm)
+            _sort(branch, Component(path, _at(model, path)), part, encoded, norm)
         branches.append(branch)
     return branches
 
 
 def parts_of(model: Any, layers: str, wiring: Wiring) -> list[tuple[str, Part]]:
-    """The parts of a stack with their paths in the model, layer by layer, then those outside."""
-    numbers = range(len(model.get_submodule(layers)))
-    inside = [(f"{layers}.{number}.{part.path}", part) for number in numbers for part in wiring.layer]
+    """Return the parts of a stack with their paths in the model, layer by layer, then those outside."""
+    indices = range(len(model.get_submodule(layers)))
+    inside = [(f"{layers}.{index}.{part.path}", part) for index in indices for part in wiring.layer]
     return inside + [(part.path, part) for part in wiring.outside]
 
 
 def check_known(model: Any, wirings: Mapping[str, Wiring]) -> None:
-    """Check that a wiring names whatever has parameters.
+    """Check that the wirings name every part with parameters.
 
     Raises:
-        ValueError: for what none names, such as an adapter.
+        ValueError: for an unknown part, such as an adapter.
     """
     known = {path for layers, wiring in wirings.items() for path, _ in parts_of(model, layers, wiring)}
     for name, _ in model.named_parameters():
         if name not in known and name.rpartition(".")[0] not in known:
-            raise ValueError(f"nothing says what {name} reads or writes: merge or remove it first")
+            raise ValueError(f"it is not known what {name} reads or writes: merge or remove it first")
 
 
 def _at(model: Any, path: str) -> Any:
@@ -262,46 +281,56 @@ def _at(model: Any, path: str) -> Any:
     return getattr(model.get_submodule(parent), name, None)
 
 
-def _sort(branch: Branch, place: Place, part: Part, encoded: NormPlace | None, norm: type[nn.Module]) -> None:
-    """Note what a part is to its stream."""
-    if place.module is None:
+def _sort(
+    branch: Branch, component: Component, part: Part, encoded: NormComponent | None, norm: type[nn.Module]
+) -> None:
+    """Add a part to its residual stream as a writer, norm, entrance or reader."""
+    if component.module is None:
         if part.reads is None:
-            raise ValueError(f"there is no {place.path}, so what stands behind it reads the stream itself")
+            raise ValueError(
+                f"there is no {component.path}, so the module after it reads the residual stream without a norm"
+            )
     elif part.reads == "branch":
-        scale(branch.writers[-1], place)
-    elif part.reads is None and part.writes == ("stream",) and not isinstance(place.module, LINEAR):
-        if not isinstance(place.module, norm):
-            raise ValueError(f"{place.path} is a {_kind(place)}, and not a {norm.__name__}")
-        branch.norms.append(NormPlace(place.path, place.module))
-    elif part.writes in (("stream",), ("branch",)):
-        if isinstance(place.module, LINEAR):
-            branch.writers.append(Writer(place.path, place.module))
-        elif part.reads == "embedded" and isinstance(place.module, nn.LayerNorm):
-            branch.entrances.append(place)
+        scale(branch.writers[-1], component)
+    elif part.reads is None and part.writes == ("hidden",) and not isinstance(component.module, LINEAR):
+        if not isinstance(component.module, norm):
+            raise ValueError(f"{component.path} is a {_kind(component)}, and not a {norm.__name__}")
+        branch.norms.append(NormComponent(component.path, component.module))
+    elif part.writes in (("hidden",), ("branch",)):
+        if isinstance(component.module, LINEAR):
+            branch.writers.append(ResidualWriter(component.path, component.module))
+        elif part.reads == "embedded" and isinstance(component.module, nn.LayerNorm):
+            branch.entrances.append(component)
         else:
-            raise ValueError(f"{place.path} writes the stream and is a {_kind(place)}, which is not linear")
-    elif part.reads in ("stream", "encoded"):
-        before = branch.norms[-1] if part.reads == "stream" else encoded
-        if not isinstance(place.module, nn.Linear | Conv1D):
-            raise ValueError(f"{place.path} reads the stream and is a {_kind(place)}, which is no linear map")
+            raise ValueError(
+                f"{component.path} writes to the residual stream and is a {_kind(component)}, which is not linear"
+            )
+    elif part.reads in ("hidden", "encoded"):
+        before = branch.norms[-1] if part.reads == "hidden" else encoded
+        if not isinstance(component.module, nn.Linear | Conv1D):
+            raise ValueError(
+                f"{component.path} reads the residual stream and is a {_kind(component)}, which is no linear layer"
+            )
         assert before is not None
-        before.readers.append(place)
+        before.readers.append(component)
 
 
-def scale(writer: Writer, place: Place) -> None:
-    """Note what scales a writer: a module with a vector, or with nothing once that is folded."""
-    shapes = [each.ndim for each in place.parameters.values()]
+def scale(writer: ResidualWriter, component: Component) -> None:
+    """Record the module that scales a writer: a module with one vector, or without parameters once that is folded."""
+    shapes = [each.ndim for each in component.parameters.values()]
     if shapes not in ([], [1]):
-        raise ValueError(f"{place.path} is a {_kind(place)}, and not a vector that scales what is added to the stream")
-    writer.scaled = place if shapes else None
+        raise ValueError(
+            f"{component.path} is a {_kind(component)}, not a vector that scales the update of the residual stream"
+        )
+    writer.scaled = component if shapes else None
 
 
-def _kind(place: Place) -> str:
-    return type(place.module).__name__
+def _kind(component: Component) -> str:
+    return type(component.module).__name__
 
 
 def untie(model: Any) -> None:
-    """Give the head a weight of its own where it is the embedding's."""
+    """Give the head its own copy of the weight if it shares the embedding's."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None:
         return
@@ -311,29 +340,37 @@ def untie(model: Any) -> None:
 
 
 def check_single(model: Any, branches: Sequence[Branch], form: Form, lookup: Any) -> None:
-    """Check that no tensor would be changed in one place and stay, or change again, in another.
+    """Check that no tensor to be changed is also used elsewhere.
+
+    Args:
+        model: the model.
+        branches: its residual streams.
+        form: the form to rewrite it to.
+        lookup: the embedding that is recentred after the lookup instead, or None.
 
     Raises:
-        ValueError: when one would.
+        ValueError: when one is.
     """
     held: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         held.setdefault(id(parameter), []).append(name)
-    changed: list[Place] = [writer for branch in branches for writer in branch.writers if writer.module is not lookup]
+    changed: list[Component] = [
+        writer for branch in branches for writer in branch.writers if writer.module is not lookup
+    ]
     if form.fold == "affine":
         changed += [reader for branch in branches for norm in branch.norms for reader in norm.readers]
-    for place in changed:
-        for parameter in place.parameters.values():
+    for component in changed:
+        for parameter in component.parameters.values():
             names = held[id(parameter)]
             if len(names) > 1:
-                raise ValueError(f"{' and '.join(names)} are one tensor, which would change for both: untie them")
+                raise ValueError(f"{' and '.join(names)} share one tensor, which would change for both: untie them")
 
 
 # What
 
 
-def recentre(model: Any, writer: Writer, compress: bool) -> None:
-    """W <- C W, b <- C b, of what is scaled C diag(s); for CRMSNorm without the last entry of what they write."""
+def recentre(model: Any, writer: ResidualWriter, compress: bool) -> None:
+    """Apply W <- C W and b <- C b, or C diag(s) if scaled; for CRMSNorm without the last output channel."""
     for name, parameter in writer.parameters.items():
         axis = written_axis(writer.module, parameter)
         written = parameter.detach().double()
@@ -347,21 +384,21 @@ def recentre(model: Any, writer: Writer, compress: bool) -> None:
         put(model, path, centred, like=parameter)
     if writer.scaled is not None:
         model.set_submodule(writer.scaled.path, nn.Identity())
-    note_shape(writer.module)
+    update_sizes(writer.module)
 
 
 def centre(tensor: Tensor, axis: int) -> Tensor:
-    """A tensor without its mean over one axis."""
+    """Return a tensor without its mean over one axis."""
     return tensor - tensor.mean(axis, keepdim=True)
 
 
 def written_axis(module: Any, parameter: Tensor) -> int:
-    """The axis of what a module writes: the first of a linear map's weight, the last of a table or of a Conv1D."""
+    """Return the output axis of a parameter: the first of a linear layer's weight, the last of a table or a Conv1D."""
     return 0 if parameter.ndim == 1 or isinstance(module, nn.Linear | _ConvNd) else parameter.ndim - 1
 
 
-def fold_into_readers(norm: NormPlace, gain: bool) -> None:
-    """c <- c + W b and, with the gain, W <- W diag(g), for every reader of a norm."""
+def fold_into_readers(norm: NormComponent, gain: bool) -> None:
+    """Apply c <- c + W b and, with the gain, W <- W diag(g) to every reader of a norm."""
     weight, bias = norm.module.weight, norm.module.bias
     for reader in norm.readers:
         linear, read = reader.module, read_axis(reader.module)
@@ -377,25 +414,25 @@ def fold_into_readers(norm: NormPlace, gain: bool) -> None:
 
 
 def read_axis(module: Any) -> int:
-    """The axis of what a linear map reads."""
+    """Return the input axis of a linear layer's weight."""
     return 0 if isinstance(module, Conv1D) else 1
 
 
-def narrow(reader: Place) -> None:
-    """W[:, :-1] - W[:, -1:]: a reader of the stream without its last entry."""
+def narrow(reader: Component) -> None:
+    """Replace W by W[:, :-1] - W[:, -1:]: a reader of the residual stream without its last channel."""
     axis = read_axis(reader.module)
     old = reader.module.weight.detach().double()
     most = old.shape[axis] - 1
     new = old.narrow(axis, 0, most) - old.narrow(axis, most, 1)
     reader.module.weight = parameter_like(new, reader.module.weight)
-    note_shape(reader.module)
+    update_sizes(reader.module)
 
 
-def replaced(norm: NormPlace, form: Form) -> nn.Module:
-    """The norm that takes the place of a LayerNorm."""
+def replacement(norm: NormComponent, form: Form) -> nn.Module:
+    """Return the norm that replaces a LayerNorm."""
     old = norm.module
     [width], eps = old.normalized_shape, old.eps
-    folds = bool(norm.readers)  # else what it gives is the model's own output
+    folds = bool(norm.readers)  # otherwise its output is the model's output
     if form.norm == "crms":
         return CRMSNorm(width - 1, eps) if folds else WideCRMSNorm(width - 1, eps, old.weight, old.bias)
     weight = None if folds and form.fold == "affine" else old.weight
@@ -403,16 +440,18 @@ def replaced(norm: NormPlace, form: Form) -> nn.Module:
 
 
 def put(model: Any, path: str, tensor: Tensor, like: Tensor) -> None:
+    """Set a tensor at a path of a model, as a parameter with the dtype and gradient flag of another one."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, parameter_like(tensor, like))
 
 
 def parameter_like(tensor: Tensor, like: Tensor) -> nn.Parameter:
+    """Return a tensor as a parameter with the dtype and gradient flag of another one."""
     return nn.Parameter(tensor.to(like.dtype).contiguous(), requires_grad=like.requires_grad)
 
 
-def note_shape(module: Any) -> None:
-    """Let a module's own numbers agree with its tensors."""
+def update_sizes(module: Any) -> None:
+    """Update a module's size attributes to the shape of its weight."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, Conv1D):

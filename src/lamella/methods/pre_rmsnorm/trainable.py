@@ -1,11 +1,11 @@
-"""The trainable form: the recentring computed with every step, so training goes exactly as the Pre-LN model's does.
+"""The trainable form: recentring is part of every forward pass, so training is equivalent to that of the Pre-LN model.
 
-    forward    W_eff = C W,  b_eff = C b        gradients come back through C, which is symmetric
+    forward    W_eff = C W,  b_eff = C b        gradients are multiplied by C, which is symmetric
 
-The parameters are those of the Pre-LN model, and so is the function of them. Losses and parameters therefore take the
-same course with any optimizer, up to rounding. Recentred once, and trained on as an RMSNorm model, it leaves the
-zero-mean streams with the first step. Dropout on what branches write breaks the equality while training: what it leaves
-of a zero-mean vector has a mean.
+The parameters are those of the Pre-LN model, and the function is the same. Losses and parameters are therefore the same
+with any optimizer, up to rounding. A model that is recentred once and then trained as an RMSNorm model loses the zero
+mean with the first step. Dropout on the outputs of branches breaks the equality in training, since a zero-mean vector
+with dropped entries has a mean.
 """
 
 from __future__ import annotations
@@ -22,34 +22,36 @@ from lamella.methods.pre_rmsnorm.rewrite import (
     Recentre,
     centre,
     find_branches,
-    replaced,
+    replacement,
     written_axis,
 )
 from lamella.plan.rewriting import wirings_of
 from lamella.stack import Model
 
 
-class Recentred(nn.Module):
-    """C W, over the axis of what is written."""
+class Recentring(nn.Module):
+    """Parametrisation C W, over the output axis."""
 
     def __init__(self, axis: int) -> None:
         super().__init__()
         self.axis = axis
 
     def forward(self, weight: Tensor) -> Tensor:
+        """Return the recentred weight."""
         return centre(weight, self.axis)
 
 
 def trainable(model: Model) -> Any:
-    """A copy of a Pre-LN model with RMSNorm, whose parameters are the Pre-LN model's own and stay so in training.
+    """Return a copy of a Pre-LN model with RMSNorm that has the Pre-LN model's own parameters, also during training.
 
-    What tables give is recentred, and what a vector has scaled; all other writers are, whenever they are used.
+    The outputs of tables and of scaling vectors are recentred by hooks, the weights of all other writers by
+    parametrisation.
 
     Args:
-        model: it is not changed, and shares nothing with the copy.
+        model: the model; it is not changed, and shares nothing with the copy.
 
     Returns:
-        A transformers model; :func:`pre_ln_state` gives its parameters under the names that the Pre-LN model has.
+        A transformers model; :func:`pre_ln_state` returns its parameters under the names of the Pre-LN model.
 
     Raises:
         MethodError: for a model that cannot be rewritten.
@@ -66,19 +68,19 @@ def trainable(model: Model) -> Any:
                 continue
             for name, parameter in writer.parameters.items():
                 parent, _, own = f"{writer.path}.{name}".rstrip(".").rpartition(".")
-                axis = Recentred(written_axis(writer.module, parameter))
+                axis = Recentring(written_axis(writer.module, parameter))
                 parametrize.register_parametrization(copied.get_submodule(parent), own, axis)
         for entrance in branch.entrances:
             entrance.module.register_forward_hook(Recentre())
         if branch.first is not None:
             branch.first.module.register_forward_pre_hook(Recentre())
         for norm in branch.norms:
-            copied.set_submodule(norm.path, replaced(norm, Form()))
+            copied.set_submodule(norm.path, replacement(norm, Form()))
     return copied
 
 
 def pre_ln_state(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters of a trainable form, by the names that the Pre-LN model has for them."""
+    """Return the parameters of a trainable form under the names of the Pre-LN model."""
     return {
         name.replace("parametrizations.", "").removesuffix(".original"): each
         for name, each in model.state_dict().items()

@@ -1,8 +1,8 @@
-"""RD-Prune: how much to prune in each layer, so that the output of the whole network moves least."""
+"""RD-Prune: choose how many weights to prune in each layer so that the output of the whole network changes least."""
 
-from lamella.methods.rd_prune.curves import Curves, joint_distortion, rate_distortion, smallest, without
+from lamella.methods.rd_prune.curves import Curves, joint_distortion, magnitude_order, rate_distortion, zero_at
 from lamella.methods.rd_prune.knapsack import Allocation, allocate
-from lamella.methods.rd_prune.masked import Holding
+from lamella.methods.rd_prune.masked import MaskHook
 from lamella.methods.rd_prune.method import (
     RULES,
     TRAINING,
@@ -20,15 +20,15 @@ __all__ = [
     "Allocation",
     "Amounts",
     "Curves",
-    "Holding",
+    "MaskHook",
     "allocate",
     "allocate_by_curves",
     "allocate_by_rule",
     "joint_distortion",
+    "magnitude_order",
     "masks_for",
     "prune_in_rounds",
     "rate_distortion",
     "rd_prune",
-    "smallest",
-    "without",
+    "zero_at",
 ]

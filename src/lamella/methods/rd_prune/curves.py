@@ -1,10 +1,10 @@
-"""Rate-distortion curves: how far the output of a model moves when one layer alone loses its smallest weights.
+"""Rate-distortion curves: how much the output changes when a single layer loses its smallest weights.
 
     layer i    w sorted by |w|:  [smallest ... largest]
-    amount q   the first int(q n / Q) of them are zero, every other layer is whole
-    distortion of an input: the mean squared difference of the output, which is that of the logits
+    amount q   the first int(q n / Q) of them are zero, all other layers are unchanged
+    distortion of an input: the mean squared difference of the output, which are the logits
 
-Work is done on a copy that shares the model's tensors: nothing is ever written to the model.
+Measurements run on a copy that shares the model's tensors; the model itself is never changed.
 """
 
 from __future__ import annotations
@@ -35,26 +35,34 @@ HEADER = {"schema", "weights", "calibration", "output", "grid", "layers"}
 
 @dataclass(frozen=True)
 class Distortion:
-    """A mean squared difference of outputs: its mean over inputs, and that of the worst input."""
+    """A mean squared difference of outputs.
+
+    Attributes:
+        mean: mean over inputs.
+        worst: that of the worst input.
+    """
 
     mean: float
     worst: float
 
     @classmethod
     def of(cls, per_input: Tensor) -> Distortion:
+        """Reduce the distortions of single inputs [inputs]."""
         return cls(float(per_input.mean()), float(per_input.max()))
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What one layer told.
+    """The measurements of one layer.
 
     Attributes:
-        size: weights of the layer.
-        zeros: how many of them are zero already; removing those costs nothing and is not measured.
-        uses: how often an input (a decoder: a token) multiplies with each weight; 0 where that could not be counted.
-        severs: whether the output no longer depends on the input when the layer is gone.
-        mean, worst: the distortions at the amounts 0/Q to Q/Q [Q + 1].
+        size: number of weights of the layer.
+        zeros: number of weights that are already zero; removing these costs nothing and is not measured.
+        uses: how often an input (for a decoder: a token) multiplies with each weight; 0 where that could not be
+            counted.
+        severs: whether the output no longer depends on the input without the layer.
+        mean: mean distortions at the amounts 0/Q to Q/Q [Q + 1].
+        worst: worst distortions at these amounts [Q + 1].
     """
 
     size: int
@@ -67,11 +75,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class Curves:
-    """The curves of every layer of one model on one calibration set. They answer any budget.
+    """The curves of all layers of a model on one calibration set; they serve any budget.
 
     Attributes:
-        header: what they belong to: the hash of the weights, the calibration data, the grid.
-        silent: the distortion of an output of zeros: what cannot be worse than no model at all.
+        header: hash of the weights, calibration data and grid that they belong to.
+        silent: distortion of an all-zero output, above which a prediction is meaningless.
         layers: each layer's curve, by the name of its matrix.
     """
 
@@ -81,36 +89,38 @@ class Curves:
 
     @property
     def grid(self) -> int:
+        """Q, the number of steps of a curve."""
         return int(self.header["grid"])
 
     @property
     def sizes(self) -> np.ndarray:
+        """The number of weights of each layer [layers]."""
         return np.array([curve.size for curve in self.layers.values()], np.int64)
 
     @cached_property
     def pruned(self) -> np.ndarray:
-        """How many weights each amount removes [layers, Q + 1]."""
+        """The number of weights that each amount removes [layers, Q + 1]."""
         return self.sizes[:, None] * np.arange(self.grid + 1) // self.grid
 
     def distortion(self, reduce: Reduce) -> np.ndarray:
-        """The curves [layers, Q + 1], in float64."""
+        """Return the curves [layers, Q + 1], in float64."""
         return np.array([getattr(curve, reduce) for curve in self.layers.values()])
 
     def check_model(self, model: nn.Module) -> None:
-        """Check that these are the curves of that model as it is now.
+        """Check that the curves belong to a model with its present weights.
 
         Raises:
-            MethodError: when they are of other weights.
+            MethodError: when they belong to other weights.
         """
         if self.header["weights"] != fingerprint.tensors(model):
-            raise MethodError("these curves were measured on other weights than this model has: measure them again")
+            raise MethodError("these curves belong to other weights than those of this model: measure them again")
 
     @classmethod
     def read(cls, path: str | Path) -> Curves:
         """Read the file that :func:`rate_distortion` wrote.
 
         Raises:
-            MethodError: when it is missing, is no such file, or is not complete.
+            MethodError: when the file is missing, has another format, or is incomplete.
         """
         found = _read(Path(path))
         if found is None or set(found.layers) != set(found.header["layers"]):
@@ -126,24 +136,24 @@ def rate_distortion(
     path: str | Path | None = None,
     output: Callable[[Any], Tensor] | None = None,
 ) -> Curves:
-    """Measure the curve of every matrix of a model (linear maps, convolutions, experts).
+    """Measure the curve of every matrix of a model (linear layers, convolutions, experts).
 
-    Costs up to layers x grid passes over the inputs, forward only, in eval mode; statistics of batch norms stay as they
-    are. What is zero already (an earlier round's masks) is not measured again.
+    It takes up to layers x grid forward passes over the inputs, in eval mode; batch norm statistics do not change.
+    Weights that are already zero (by an earlier round's masks) are not measured again.
 
     Args:
         model: any torch module, or a stack; the stack of a decoder is measured faster. It is not changed.
         inputs: for a module, its input [inputs, ...], or several by name; for a decoder, token ids [sequences, time],
-            or them with an ``attention_mask``. A few hundred, without labels. Standard-normal noise works too.
+            alone or with an ``attention_mask``. A few hundred, without labels. Standard-normal noise works too.
         grid: Q, the number of steps between nothing and everything; the authors' default.
-        path: a file that is written as measuring goes on; an interrupted measurement continues from it, and a complete
-            one is read.
-        output: from what the module returns to its outputs before the softmax [inputs, ...]; ``.logits``, the first of
-            a tuple, or the tensor itself when left out.
+        path: a file to which results are written as they are measured; an interrupted measurement resumes from it, and
+            a complete one is read.
+        output: maps the module's return value to its outputs before the softmax [inputs, ...]; if None, ``.logits``,
+            the first of a tuple, or the tensor itself.
 
     Raises:
-        MethodError: for a grid below 1, a model without matrices, or a file that cannot be written or holds the curves
-            of something else.
+        MethodError: for a grid below 1, a model without matrices, or a file that cannot be written or holds other
+            curves.
         CalibrationError: for empty inputs.
         NumericsError: when the output of the model is not finite.
     """
@@ -180,26 +190,28 @@ def rate_distortion(
 
 
 def prunable(model: nn.Module | Stack) -> dict[str, Weight]:
-    """The matrices of a model.
+    """Return the matrices of a model by name.
 
     Raises:
         MethodError: when it has none.
     """
     found = matrices(module_of(model))
     if not found:
-        raise MethodError(f"a {type(module_of(model)).__name__} has no linear map and no convolution: nothing to prune")
+        raise MethodError(
+            f"a {type(module_of(model)).__name__} has no linear layer and no convolution: nothing to prune"
+        )
     return found
 
 
-def smallest(weight: Tensor) -> Tensor:
-    """The places of a matrix by growing magnitude [weights]; of equals the first comes first."""
+def magnitude_order(weight: Tensor) -> Tensor:
+    """Return the flat indices of a matrix in the order of growing magnitude [weights]; ties keep their order."""
     return weight.detach().abs().flatten().argsort(stable=True)
 
 
-def without(weight: Tensor, places: Tensor) -> Tensor:
-    """A copy of a matrix with zeros at these places of its flattened form."""
+def zero_at(weight: Tensor, indices: Tensor) -> Tensor:
+    """Return a copy of a matrix with zeros at some indices of its flattened form."""
     changed = weight.detach().clone(memory_format=torch.contiguous_format)
-    changed.view(-1)[places] = 0
+    changed.view(-1)[indices] = 0
     return changed
 
 
@@ -210,18 +222,20 @@ def joint_distortion(
     inputs: Inputs,
     output: Callable[[Any], Tensor] | None = None,
 ) -> Distortion:
-    """How far the output moves with all layers masked together; beside it, the sum of the curves is a prediction.
+    """Measure the distortion with all layers masked together, which the sum of the curves predicts.
 
     Args:
-        model, inputs, output: as in :func:`rate_distortion`.
-        masks: what is kept of each matrix, by name, bool in its shape.
+        model: as in :func:`rate_distortion`.
+        masks: the weights to keep of each matrix, by name, bool in its shape.
+        inputs: as in :func:`rate_distortion`.
+        output: as in :func:`rate_distortion`.
     """
     return masked_distortion(probe_of(model, inputs, output), matrices(module_of(model)), masks)
 
 
 @torch.no_grad()
 def masked_distortion(probe: Probe, found: Mapping[str, Weight], masks: Mapping[str, Tensor]) -> Distortion:
-    """The same with a probe that is there already, for several masks in turn."""
+    """Measure the joint distortion of masks with an existing probe."""
     originals = {name: found[name].of(probe.model) for name in masks}
     try:
         for name, weight in originals.items():
@@ -235,24 +249,29 @@ def masked_distortion(probe: Probe, found: Mapping[str, Weight], masks: Mapping[
 @torch.no_grad()
 def _curve(probe: Probe, matrix: Weight, grid: int, uses: float, count: Callable[..., None]) -> Curve:
     weight = matrix.of(probe.model)
-    order = smallest(weight)
+    order = magnitude_order(weight)
     zeros = int((weight == 0).sum())
-    told = {0: Distortion(0.0, 0.0)}
+    distortions = {0: Distortion(0.0, 0.0)}
     severs = False
     try:
         for q in range(1, grid + 1):
             pruned = matrix.size * q // grid
             if pruned <= zeros:
-                told[q] = told[0]
+                distortions[q] = distortions[0]
             else:
-                matrix.put(probe.model, without(weight, order[:pruned]))
-                told[q] = Distortion.of(probe.distortion([matrix.name]))
-                severs = q == grid and probe.still
+                matrix.put(probe.model, zero_at(weight, order[:pruned]))
+                distortions[q] = Distortion.of(probe.distortion([matrix.name]))
+                severs = q == grid and probe.is_constant
             count(note=matrix.name)
     finally:
         matrix.put(probe.model, weight)
     return Curve(
-        matrix.size, zeros, uses, severs, [told[q].mean for q in range(grid + 1)], [told[q].worst for q in told]
+        matrix.size,
+        zeros,
+        uses,
+        severs,
+        [distortions[q].mean for q in range(grid + 1)],
+        [distortions[q].worst for q in distortions],
     )
 
 
@@ -265,14 +284,14 @@ def _digest(inputs: Inputs) -> str:
     return digest.hexdigest()
 
 
-# The file of the curves: a journal whose first line says what they belong to, and then one line for each layer.
+# The file of curves is a journal: its first line is the header, followed by one line for each layer.
 
 
 def _journal(path: str | Path | None, header: dict[str, Any]) -> Journal:
     try:
         journal = Journal(None if path is None else Path(path), _is_line)
     except OSError as error:
-        raise MethodError(f"{path}: curves cannot be written there ({error.strerror}): give another file") from None
+        raise MethodError(f"{path}: cannot write curves there ({error.strerror}): give another file") from None
     if not journal.found:
         journal.add(header)
     return journal
@@ -283,7 +302,7 @@ def _is_line(line: Any) -> bool:
 
 
 def _read(path: Path) -> Curves | None:
-    """What a file holds, up to the first line that a kill cut short; None where there is no file."""
+    """Read a file of curves up to the first incomplete line; None if there is no file."""
     if not path.exists():
         return None
     try:
@@ -292,13 +311,15 @@ def _read(path: Path) -> Curves | None:
         if header["schema"] != SCHEMA:
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError):
-        raise MethodError(f"{path}: is no file of rate-distortion curves: give another name") from None
+        raise MethodError(f"{path}: is not a file of rate-distortion curves: give another file") from None
     return Curves(header, silent, {line.pop("layer"): Curve(**line) for line in lines})
 
 
 def _check_same(theirs: dict[str, Any], ours: dict[str, Any], path: Path) -> None:
-    said = {"layers": "another model", "weights": "other weights", "calibration": "other calibration data"}
-    said |= {key: f"{what} {theirs[key]}, not {ours[key]}" for key, what in (("output", "the"), ("grid", "a grid of"))}
+    causes = {"layers": "another model", "weights": "other weights", "calibration": "other calibration data"}
+    causes |= {
+        key: f"{what} {theirs[key]}, not {ours[key]}" for key, what in (("output", "the"), ("grid", "a grid of"))
+    }
     for key in ("layers", "weights", "calibration", "output", "grid"):
         if theirs[key] != ours[key]:
-            raise MethodError(f"{path}: holds the curves of {said[key]}: give another file, or remove this one")
+            raise MethodError(f"{path}: holds the curves of {causes[key]}: give another file, or remove this one")

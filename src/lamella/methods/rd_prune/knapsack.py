@@ -1,11 +1,12 @@
-"""One option for every item, the least distortion in all, within a budget: an exact multiple-choice knapsack.
+"""An exact multiple-choice knapsack: one option for every item, with the least total distortion within a budget.
 
     g_0(j) = 0
     g_i(j) = min over options q of  g_(i-1)(j - cost[i, q]) + distortion[i, q]        j: budget left to items 1..i
 
-The argmin of every cell is kept, and the choice is read back from g_L(budget). Distortions add up; they need be neither
-convex nor monotone in the cost. Time is items x options x budget, in units: costs are rounded *up* to units, so the
-budget is never passed, and the result is exact for the rounded costs (for the true ones where the unit is 1).
+The argmin of every cell is kept, and the choice is traced back from g_L(budget). Distortions add up; they need be
+neither convex nor monotone in the cost. The running time is items x options x budget, in units: costs are rounded *up*
+to units, so the budget is never exceeded, and the result is exact for the rounded costs (for the true ones where the
+unit is 1).
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ import numpy as np
 
 from lamella.errors import BudgetError
 
-UNITS = 20_000  # in which the dearest choice of all is counted, unless a unit is given
+UNITS = 20_000  # number of units of the most expensive choice, unless a unit is given
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """One option of every item.
+    """One option for every item.
 
     Attributes:
         choice: the option of each item.
-        distortion: their sum.
-        cost: their sum, as given, not rounded to units.
+        distortion: sum of their distortions.
+        cost: sum of their costs, not rounded to units.
     """
 
     choice: tuple[int, ...]
@@ -45,17 +46,18 @@ def allocate(
     lowest: Sequence[int] | None = None,
     highest: Sequence[int] | None = None,
 ) -> Allocation:
-    """Choose one option of every item so that the distortions add up to as little as the budget allows.
+    """Choose one option of every item with the least sum of distortions within a budget.
 
-    Among choices of equal distortion, the earlier options are taken. Options are best in falling order of cost, so that
-    nothing is given up for nothing.
+    Among choices of equal distortion, earlier options are taken. Options should be in falling order of cost, so that
+    nothing is removed without need.
 
     Args:
         distortion: for each item, the distortion of its options [options].
         cost: for each item, the cost of its options [options], whole numbers.
-        budget: the most that the choice may cost.
-        unit: what costs are rounded up to; the whole divided by 20 000 when left out.
-        lowest, highest: the first and the last option that each item may take.
+        budget: largest total cost.
+        unit: unit to which costs are rounded up; defaults to the largest total cost divided by 20 000.
+        lowest: the first option that each item may take.
+        highest: the last option that each item may take.
 
     Raises:
         BudgetError: when even the cheapest choice costs more than the budget.
@@ -78,11 +80,11 @@ def allocate(
         raise BudgetError(f"a budget of {budget} is out of reach: the cheapest choice costs {cheapest.cost}")
     unit = unit or max(1, sum(int(c.max()) for c in costs) // UNITS)
     found = _solve(losses, [-(-c // unit) for c in costs], budget // unit)
-    return cheapest if found is None else chosen(found)  # None: there is no room for the rounding
+    return cheapest if found is None else chosen(found)  # None: nothing fits because of the rounding
 
 
 def _solve(losses: list[np.ndarray], costs: list[np.ndarray], budget: int) -> list[int] | None:
-    """The dynamic programme; None when no choice fits."""
+    """Run the dynamic programme; None when no choice fits."""
     order = sorted(range(len(costs)), key=lambda item: int(costs[item].max()))  # the small ones first
     best = np.zeros(budget + 1)  # g(j), j = 0 .. budget
     kept: dict[int, np.ndarray] = {}  # the argmin of every cell, by item
@@ -109,7 +111,7 @@ def _solve(losses: list[np.ndarray], costs: list[np.ndarray], budget: int) -> li
 
 
 def _useful(losses: np.ndarray, costs: np.ndarray) -> Iterator[int]:
-    """The options that no other one beats: none costs as little and distorts less. The rest is in no optimum."""
+    """Return the options that no other one dominates in both cost and distortion; the rest is in no optimum."""
     least = np.full(int(costs.max()) + 1, np.inf)
     np.minimum.at(least, costs, losses)
     least = np.minimum.accumulate(least)

@@ -1,7 +1,6 @@
-"""Rules that say how many weights each layer loses, from shapes or magnitudes alone: what allocations by measurement
-are compared with.
+"""Baseline rules for the number of weights to remove per layer, from shapes or magnitudes alone.
 
-All take the share of all weights to remove, and return the number to remove from each layer [layers].
+All of them take the fraction of all weights to remove, and return the number to remove from each layer [layers].
 """
 
 from __future__ import annotations
@@ -13,44 +12,51 @@ import numpy as np
 
 
 def uniform(sizes: Sequence[int], sparsity: float) -> np.ndarray:
-    """The same share of every layer."""
+    """Remove the same fraction of every layer."""
     return np.array([int(sparsity * size + 1e-9) for size in sizes], np.int64)
 
 
 def uniform_plus(
     sizes: Sequence[int], sparsity: float, dense: int | None, last: int | None = None, keep: float = 0.2
 ) -> np.ndarray:
-    """The same share of every layer, but nothing of the first convolution, and the last layer keeps at least 20 %.
+    """Remove the same fraction of every layer, but nothing of the first convolution and at most 80 % of the last layer.
 
-    Gale et al., arXiv 1902.09574. Where the rest cannot make up for that, less than ``sparsity`` is removed.
+    Gale et al., arXiv 1902.09574. Where the other layers cannot compensate for that, less than ``sparsity`` is removed.
 
     Args:
-        dense: the layer that loses nothing; None where there is no convolution.
-        last: the layer that keeps ``keep``; the last one when left out.
+        sizes: number of weights of each layer.
+        sparsity: fraction of all weights to remove.
+        dense: the layer that loses nothing; None if there is no convolution.
+        last: the layer that keeps at least ``keep``; defaults to the last one.
+        keep: fraction of the last layer to keep.
     """
     last = len(sizes) - 1 if last is None else last
-    share = np.full(len(sizes), sparsity)
+    fraction = np.full(len(sizes), sparsity)
     fixed = set() if dense is None else {dense}
     if dense is not None:
-        share[dense] = 0.0
+        fraction[dense] = 0.0
     for _ in range(2):  # once more where the last layer reaches its limit
         rest = sum(size for layer, size in enumerate(sizes) if layer not in fixed)
-        taken = sum(share[layer] * sizes[layer] for layer in fixed)
+        taken = sum(fraction[layer] * sizes[layer] for layer in fixed)
         for layer in range(len(sizes)):
             if layer not in fixed and rest:
-                share[layer] = min((sparsity * sum(sizes) - taken) / rest, 1.0)
-        if last in fixed or share[last] <= 1 - keep:
+                fraction[layer] = min((sparsity * sum(sizes) - taken) / rest, 1.0)
+        if last in fixed or fraction[last] <= 1 - keep:
             break
-        share[last] = 1 - keep
+        fraction[last] = 1 - keep
         fixed.add(last)
-    return np.array([int(part * size + 1e-9) for part, size in zip(share, sizes, strict=True)], np.int64)
+    return np.array([int(part * size + 1e-9) for part, size in zip(fraction, sizes, strict=True)], np.int64)
 
 
 def erk(shapes: Sequence[Sequence[int]], sparsity: float) -> np.ndarray:
-    """Erdős-Rényi kernel: what is kept is proportional to the sum of a layer's dimensions over their product.
+    """Erdős-Rényi kernel: the kept fraction is proportional to the sum of a layer's dimensions over their product.
 
-    Evci et al., arXiv 1911.11134. Layers that would keep more than everything are left whole, and the rest is solved
+    Evci et al., arXiv 1911.11134. Layers that would keep more than all their weights stay whole, and the rest is solved
     again.
+
+    Args:
+        shapes: shape of each layer's weight.
+        sparsity: fraction of all weights to remove.
     """
     sizes = np.array([math.prod(shape) for shape in shapes], np.int64)
     raw = np.array([sum(shape) / math.prod(shape) for shape in shapes])
@@ -65,21 +71,23 @@ def erk(shapes: Sequence[Sequence[int]], sparsity: float) -> np.ndarray:
 
 
 def global_magnitude(weights: Sequence[np.ndarray], sparsity: float) -> np.ndarray:
-    """The smallest weights of all layers together.
+    """Remove the smallest weights of all layers together.
 
     Args:
         weights: the weights of each layer, of any shape.
+        sparsity: fraction of all weights to remove.
     """
     return _smallest([np.sort(np.abs(weight), axis=None) for weight in weights], sparsity)
 
 
 def lamp(weights: Sequence[np.ndarray], sparsity: float) -> np.ndarray:
-    """The smallest scores w_u^2 / (sum of w_v^2 over the v of the same layer with |w_v| >= |w_u|).
+    """Remove the weights with the smallest scores w_u^2 / (sum of w_v^2 over v of the same layer with |w_v| >= |w_u|).
 
     Lee et al., arXiv 2010.07611. Within a layer the score grows with |w|, so it too removes the smallest weights.
 
     Args:
         weights: the weights of each layer, of any shape.
+        sparsity: fraction of all weights to remove.
     """
     scores = []
     for weight in weights:
@@ -90,7 +98,7 @@ def lamp(weights: Sequence[np.ndarray], sparsity: float) -> np.ndarray:
 
 
 def _smallest(scores: list[np.ndarray], sparsity: float) -> np.ndarray:
-    """How many of the smallest of all scores each layer has; each is sorted, and of equals the first layers' go."""
+    """Count how many of the smallest of all scores each layer has; scores are sorted, and earlier layers win ties."""
     every = np.concatenate(scores)
     count = int(sparsity * len(every) + 1e-9)
     if count == 0:

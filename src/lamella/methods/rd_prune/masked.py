@@ -1,4 +1,4 @@
-"""Training with masks held: weights that were set to zero stay zero."""
+"""Training with fixed masks: weights that were set to zero stay zero."""
 
 from __future__ import annotations
 
@@ -8,31 +8,32 @@ import torch
 from torch import Tensor, nn
 
 from lamella.stack import matrices
-from lamella.train import Hook, Training
+from lamella.train import Hook, TrainingRun
 
 
-class Holding(Hook):
-    """Sets masked weights back to zero after each optimizer step.
+class MaskHook(Hook):
+    """Set masked weights back to zero after each optimizer step.
 
-    Gradients, momentum and weight decay all move a masked weight; put back after every step, it is zero in every
-    forward pass. Give it to :func:`lamella.train.fit`; in a loop of your own, call :meth:`hold` after each
+    Gradients, momentum and weight decay all change a masked weight; reset after every step, it is zero in every forward
+    pass. Pass the hook to :func:`lamella.train.fit`; in a loop of your own, call :meth:`apply` after each
     ``optimizer.step()``.
 
     Args:
-        model: what trains; its masked weights are set to zero at once.
-        masks: what is kept of each matrix, bool in its shape, by the parameter's name.
+        model: the model to train; its masked weights are set to zero at once.
+        masks: the weights to keep of each matrix, bool in its shape, by the parameter's name.
     """
 
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         found = matrices(model)
-        self.held = [(found[name].of(model), ~keep.to(found[name].of(model).device)) for name, keep in masks.items()]
-        self.hold()
+        self.masked = [(found[name].of(model), ~keep.to(found[name].of(model).device)) for name, keep in masks.items()]
+        self.apply()
 
     @torch.no_grad()
-    def hold(self) -> None:
-        """Set them to zero."""
-        for weight, gone in self.held:
-            weight.masked_fill_(gone, 0)
+    def apply(self) -> None:
+        """Set the masked weights to zero."""
+        for weight, removed in self.masked:
+            weight.masked_fill_(removed, 0)
 
-    def after_step(self, run: Training) -> None:
-        self.hold()
+    def after_step(self, run: TrainingRun) -> None:
+        """Set the masked weights to zero after a step."""
+        self.apply()

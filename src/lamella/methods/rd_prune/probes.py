@@ -1,8 +1,8 @@
-"""Comparing the output of a model with changed matrices with that of the original.
+"""Comparison of the output of a model with changed matrices with that of the original.
 
-Any torch model is measured by running it. A decoder is measured from the changed sublayer on, since the stream before
-it is the original's; and where its head is a plain linear map W, the squared difference of the logits is that of the
-final states under W'W, so the head is not run at all.
+Any torch model is measured by running it. A decoder is run from the changed sublayer on, since the hidden states before
+it are the original's; and where its head is a plain linear layer W, the squared difference of the logits equals that of
+the final states under W'W, so the head is not run at all.
 """
 
 from __future__ import annotations
@@ -14,36 +14,43 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import CalibrationError, NumericsError
-from lamella.measure.streams import Tokens, sequences
-from lamella.stack import Context, Position, Prefixes, Stack, Stream, matrices, share
+from lamella.measure.hidden_states import Tokens, sequences
+from lamella.stack import Context, Hidden, Position, Prefixes, Stack, matrices, share
 
 Inputs = Tensor | Mapping[str, Tensor]
-FRONT = Position(-1, "")  # what runs before the stack
-BATCH = 64  # inputs that run together
-TOKENS = 512  # of a decoder that run together
-STILL = 1e-6  # of the output's variance over inputs: less than this counts as a constant output
+FRONT = Position(-1, "")  # the modules before the layers
+BATCH = 64  # inputs per forward pass
+TOKENS = 512  # tokens per forward pass of a decoder
+CONSTANT = 1e-6  # an output with less than this fraction of the original's variance over inputs counts as constant
 
 
 class Probe(Protocol):
-    """Runs a copy of a model whose matrices can be replaced, and compares its output with the original's."""
+    """Runs a copy of a model whose matrices can be replaced, and compares its output with the original's.
+
+    Attributes:
+        model: the copy.
+        silent: distortion of an all-zero output, for each input [inputs].
+    """
 
     model: nn.Module
     silent: Tensor
 
     def distortion(self, changed: Collection[str]) -> Tensor:
-        """The distortion of each input [inputs], float64, given which matrices of ``model`` are not the original's."""
+        """Return the distortion of each input [inputs], float64, given which matrices of ``model`` were changed."""
         ...
 
-    def uses(self) -> dict[str, float]: ...
+    def uses(self) -> dict[str, float]:
+        """Return by matrix how often an input multiplies with each weight; 0 where that cannot be counted."""
+        ...
 
     @property
-    def still(self) -> bool:
-        """Whether the output that was computed last is the same for all inputs."""
+    def is_constant(self) -> bool:
+        """Whether the last computed output is the same for all inputs."""
         ...
 
 
 def probe_of(model: nn.Module | Stack, inputs: Inputs, output: Callable[[Any], Tensor] | None = None) -> Probe:
-    """The quickest way to compare the outputs of a model on these inputs; see ``rate_distortion``."""
+    """Return the fastest way to compare the outputs of a model on these inputs; see ``rate_distortion``."""
     if isinstance(model, Stack) and model.architecture.causal:
         return Decoder(model, inputs)
     return AnyModel(module_of(model), inputs, output or _logits)
@@ -58,7 +65,9 @@ class AnyModel:
         self.output = output
         sizes = [len(tensor) for tensor in ([inputs] if isinstance(inputs, Tensor) else inputs.values())]
         if not sizes or min(sizes) == 0 or len(set(sizes)) > 1:
-            raise CalibrationError(f"calibration inputs of lengths {sizes}: give the same number of each, at least one")
+            raise CalibrationError(
+                f"calibration inputs of lengths {sizes}: give tensors of the same length, at least 1"
+            )
         self.count = sizes[0]
         parameter = next(model.parameters())
         self.batches = [
@@ -79,34 +88,36 @@ class AnyModel:
         return out.float().reshape(len(out), -1)
 
     def distortion(self, changed: Collection[str]) -> Tensor:
+        """Return the distortion of each input [inputs], float64."""
         self._last = [self._run(batch) for batch in self.batches]
         pairs = zip(self._last, self.reference, strict=True)
         found = torch.cat([(ours - theirs).square().mean(1).double() for ours, theirs in pairs]).cpu()
         return _finite(found, changed)
 
     @property
-    def still(self) -> bool:
-        return float(_variance(self._last)) <= STILL * self._variance
+    def is_constant(self) -> bool:
+        """Whether the last computed output is the same for all inputs."""
+        return float(_variance(self._last)) <= CONSTANT * self._variance
 
     @torch.no_grad()
     def uses(self) -> dict[str, float]:
-        """How often each weight is multiplied for one input, counted by hooks on modules while one batch runs."""
-        seen: dict[str, float] = {}
+        """Count how often each weight is multiplied for one input, by hooks on modules while one batch runs."""
+        counts: dict[str, float] = {}
         hooks = []
         rows = min(self.count, BATCH)
 
         def counting(path: str) -> Callable[..., None]:
-            def count(module: Any, given: Any, out: Any) -> None:
+            def count(module: Any, args: Any, out: Any) -> None:
                 transposed = getattr(module, "transposed", False)
-                values = given[0] if transposed else out
+                values = args[0] if transposed else out
                 channels = module.in_channels if transposed else _out_features(module)
-                seen[path] = seen.get(path, 0.0) + values.numel() / channels / rows
+                counts[path] = counts.get(path, 0.0) + values.numel() / channels / rows
 
             return count
 
         found = matrices(self.model)
         for matrix in found.values():
-            for path, name in matrix.places:
+            for path, name in matrix.occurrences:
                 module = self.model.get_submodule(path)
                 if name == "weight":
                     hooks.append(module.register_forward_hook(counting(path)))
@@ -115,13 +126,13 @@ class AnyModel:
         finally:
             for hook in hooks:
                 hook.remove()
-        return {name: sum(seen.get(path, 0.0) for path, _ in matrix.places) for name, matrix in found.items()}
+        return {name: sum(counts.get(path, 0.0) for path, _ in matrix.occurrences) for name, matrix in found.items()}
 
 
 class Decoder:
     """A stack that is run from the first changed sublayer on.
 
-    Layers come in the order of the stack, so one stream of each batch is kept: it moves on with them.
+    Layers are visited in the order of the stack, so only the hidden states before the current layer are kept per batch.
     """
 
     @torch.no_grad()
@@ -136,7 +147,7 @@ class Decoder:
             for start in range(0, len(rows), size)
         ]
         self.contexts = [self.stack.context(inputs) for inputs in self.inputs]
-        self._prefixes: Prefixes[Position, list[Stream]] = Prefixes([each.h for each in self.contexts])
+        self._prefixes: Prefixes[Position, list[Hidden]] = Prefixes([each.h for each in self.contexts])
         self.starts = {name: self._start(name) for name in matrices(self.model)}
         config, head = stack.config, stack.unembedding.weight
         self.linear = getattr(config, "final_logit_softcapping", None) is None  # from final states to logits
@@ -148,10 +159,10 @@ class Decoder:
         plain = self.linear and getattr(stack.unembedding, "bias", None) is None
         self.silent = torch.cat([_rows(self._square(h) if plain else _mean_square(self._logits(h)), real)
                                  for h, real in self.final])  # fmt: skip
-        self.still = False  # every sublayer adds to the stream, so none of them severs it
+        self.is_constant = False  # residual connections bypass every sublayer
 
     def _start(self, name: str) -> Position:
-        """The place from which on a matrix matters; before layer 0 for one of the front."""
+        """Return the first position that a matrix affects; FRONT for one before the layers."""
         architecture = self.stack.architecture
         if name == f"{architecture.head}.weight" or name == f"{architecture.base}.project_out.weight":
             return self.stack.end
@@ -161,29 +172,30 @@ class Decoder:
         served = [each.name for each in architecture.sublayers if rest.startswith(tuple(f"{m}." for m in each.modules))]
         return Position(int(layer), served[-1] if served else architecture.names[0])
 
-    def _before(self, start: Position) -> Iterator[tuple[Context, Stream]]:
-        """The original's stream of each batch before a sublayer."""
+    def _before(self, start: Position) -> Iterator[tuple[Context, Hidden]]:
+        """Return the original's hidden states of each batch before a sublayer."""
         chain = tuple(position for position in self.stack.positions if position < start)
-        streams = self._prefixes.behind(chain, self._take, way=False)
+        hidden = self._prefixes.behind(chain, self._take, way=False)
         self._prefixes.keep([chain])
-        return zip(self.contexts, streams, strict=True)
+        return zip(self.contexts, hidden, strict=True)
 
-    def _take(self, streams: list[Stream], chain: tuple[Position, ...]) -> list[Stream]:
-        """The original's stream of each batch behind one more sublayer."""
+    def _take(self, hidden: list[Hidden], chain: tuple[Position, ...]) -> list[Hidden]:
+        """Return the original's hidden states of each batch after one more sublayer."""
         run, last, behind = self.original.run, chain[-1], self.original.after(chain[-1])
-        return [run(h, last, behind, context) for h, context in zip(streams, self.contexts, strict=True)]
+        return [run(h, last, behind, context) for h, context in zip(hidden, self.contexts, strict=True)]
 
-    def _normed(self, context: Context, h: Stream, start: Position) -> tuple[Tensor, Tensor]:
+    def _normed(self, context: Context, h: Hidden, start: Position) -> tuple[Tensor, Tensor]:
         return self.stack.normed(self.stack.run(h, start, len(self.stack), context)), context.real
 
     def _logits(self, final: Tensor) -> Tensor:
         return self.original.logits(final).float()
 
     def _square(self, moved: Tensor) -> Tensor:
-        """The mean square over the vocabulary of W moved [batch, time], from moved [batch, time, hidden]."""
+        """Return the mean square over the vocabulary of W moved [batch, time], from moved [batch, time, hidden]."""
         return ((moved.float() @ self.gram) * moved.float()).sum(-1).clamp_(min=0)
 
     def distortion(self, changed: Collection[str]) -> Tensor:
+        """Return the distortion of each sequence [sequences], float64."""
         start = min(self.starts[name] for name in changed)
         head = f"{self.stack.architecture.head}.weight"
         if start == FRONT:
@@ -202,18 +214,18 @@ class Decoder:
         return _finite(torch.cat(found), changed)
 
     def uses(self) -> dict[str, float]:
-        """A token multiplies with every weight once, and with those of the experts that it is sent to."""
+        """A token multiplies with every weight once, and with those of the experts that it is routed to."""
         config = self.stack.config
         experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 1
-        share_of_experts = getattr(config, "num_experts_per_tok", 1) / experts
+        fraction_of_experts = getattr(config, "num_experts_per_tok", 1) / experts
         return {
-            name: share_of_experts if matrix.of(self.model).ndim == 3 else 1.0
+            name: fraction_of_experts if matrix.of(self.model).ndim == 3 else 1.0
             for name, matrix in matrices(self.model).items()
         }
 
 
 def module_of(model: nn.Module | Stack) -> nn.Module:
-    """The model itself."""
+    """Return the torch module of a model or stack."""
     return model.model if isinstance(model, Stack) else model
 
 
@@ -227,7 +239,7 @@ def _out_features(module: Any) -> int:
 
 
 def _variance(outputs: list[Tensor]) -> Tensor:
-    """The variance of outputs [inputs, values] over inputs, summed over values; 0 for a single input."""
+    """Return the variance of outputs [inputs, values] over inputs, summed over values; 0 for a single input."""
     every = torch.cat(outputs).double()
     return (every - every.mean(0)).square().sum()
 
@@ -237,7 +249,7 @@ def _mean_square(values: Tensor) -> Tensor:
 
 
 def _rows(squared: Tensor, real: Tensor) -> Tensor:
-    """The mean over the real positions of each row [batch], float64, from squares [batch, time]."""
+    """Return the mean over the real positions of each row [batch], float64, from squares [batch, time]."""
     return (torch.where(real, squared, 0.0).double().sum(1) / real.sum(1)).cpu()
 
 

@@ -1,4 +1,4 @@
-"""Pruning a little, training, measuring again."""
+"""Iterative pruning: prune a little, train, and measure again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lamella.errors import MethodError
 from lamella.methods.rd_prune.curves import Distortion, Reduce, joint_distortion, rate_distortion
-from lamella.methods.rd_prune.method import Amounts, Unit, allocate_by_curves, check_share, masks_for
+from lamella.methods.rd_prune.method import Amounts, Unit, allocate_by_curves, check_sparsity, masks_for
 from lamella.methods.rd_prune.probes import Inputs
 from lamella.plan import Masks, apply_masks
 from lamella.progress import track
@@ -20,14 +20,14 @@ from lamella.stack import Stack
 
 
 @dataclass(frozen=True)
-class Round:
+class PruningRound:
     """One round of pruning and training.
 
     Attributes:
-        target: the sparsity that was asked for.
-        amounts: what each layer lost, with the predicted distortion.
-        joint: the distortion that was measured, against the model before this round.
-        masks: what is kept.
+        target: target sparsity.
+        amounts: number of weights that each layer lost, with the predicted distortion.
+        joint: the measured distortion, against the model before this round.
+        masks: the weights that are kept.
     """
 
     target: float
@@ -48,22 +48,27 @@ def prune_in_rounds(
     cost: Unit = "weights",
     max_amount: float | Mapping[str, float] = 1.0,
     output: Callable[[Any], Tensor] | None = None,
-) -> tuple[nn.Module, list[Round]]:
+) -> tuple[nn.Module, list[PruningRound]]:
     """Prune a little, train, measure again: s_t = 1 - (1 - p)^t, with p such that the last round reaches the sparsity.
 
-    In every round the curves are measured on the weights as they are then, and no layer gets back what it lost.
+    In every round the curves are measured on the current weights, and no removed weight is restored.
 
     Args:
         model: any torch module, or a stack; it is not changed.
-        inputs, grid, output: see :func:`lamella.methods.rd_prune.curves`.
-        heal: trains a model in place and holds these masks; see :func:`lamella.methods.rd_prune.masked.Holding`.
-        sparsity, reduce, cost, max_amount: see :func:`allocate_by_curves`.
-        rounds: the paper's 20 prune 20 % of what is left in each, down to 1.2 % of the weights.
+        inputs: see :func:`lamella.methods.rd_prune.rate_distortion`.
+        heal: trains a model in place with these masks fixed; see :func:`lamella.methods.rd_prune.masked.MaskHook`.
+        sparsity: fraction to remove in the end, see :func:`allocate_by_curves`.
+        rounds: number of rounds; the paper's 20 prune 20 % of the remaining weights each, down to 1.2 %.
+        grid: see :func:`lamella.methods.rd_prune.rate_distortion`.
+        reduce: see :func:`allocate_by_curves`.
+        cost: see :func:`allocate_by_curves`.
+        max_amount: see :func:`allocate_by_curves`.
+        output: see :func:`lamella.methods.rd_prune.rate_distortion`.
 
     Returns:
-        The pruned and trained model, and what happened in each round.
+        The pruned and trained model, and the results of each round.
     """
-    check_share(sparsity)
+    check_sparsity(sparsity)
     if rounds < 1:
         raise MethodError(f"rounds {rounds}: give at least 1")
     current = copy.deepcopy(model.model if isinstance(model, Stack) else model)
@@ -71,11 +76,11 @@ def prune_in_rounds(
     history = []
     for t in track(range(1, rounds + 1), "rounds of pruning and training"):
         target = 1 - (1 - p) ** t
-        seen = Stack(current) if isinstance(model, Stack) else current
-        curves = rate_distortion(seen, inputs, grid=grid, output=output)
+        measurable = Stack(current) if isinstance(model, Stack) else current
+        curves = rate_distortion(measurable, inputs, grid=grid, output=output)
         amounts = allocate_by_curves(curves, target, reduce=reduce, cost=cost, max_amount=max_amount)
         masks = masks_for(current, amounts)
-        history.append(Round(target, amounts, joint_distortion(seen, masks, inputs, output), masks))
+        history.append(PruningRound(target, amounts, joint_distortion(measurable, masks, inputs, output), masks))
         current = apply_masks(current, masks)
         with torch.enable_grad():
             heal(current, masks)

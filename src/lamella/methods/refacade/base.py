@@ -1,9 +1,9 @@
-"""The input: a frozen video transformer that predicts the velocity of a flow, with what encodes pictures for it.
+"""The base: a frozen video transformer that predicts the velocity of a flow, with the autoencoder of its latents.
 
     z_t = (1 - t) z_0 + t eps,   v = eps - z_0           so z_0 = z_t - t v
 
-It reads frames in a row, of which the first may be a reference that has no noise. Without an autoencoder the frames are
-pixels.
+Its input is a sequence of frames, the first of which may be a noise-free reference. Without an autoencoder the frames
+are pixels.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ from lamella.zoo.views import View
 
 WAN, VACE, VAE = "WanTransformer3DModel", "WanVACETransformer3DModel", "AutoencoderKLWan"
 TEXT = ("text_encoder", "tokenizer")
-WORDS = 512  # tokens of a text that Wan reads
-TIMES = 1000  # what a network calls t = 1
-AREA = 480 * 832  # pixels of a frame, at most, where there is an autoencoder
+WORDS = 512  # tokens of a prompt of Wan
+TIMES = 1000  # timestep of the network at t = 1
+AREA = 480 * 832  # maximum number of pixels of a frame with an autoencoder
 
 
 @dataclass(frozen=True, eq=False)
 class Base(View):
-    """A video transformer that stays as it is.
+    """A frozen video transformer.
 
     Attributes:
         network: a ``WanTransformer3DModel``.
-        vae: an ``AutoencoderKLWan``; None where frames are pixels.
-        name: what to call it.
-        folder: where a text encoder may lie.
-        vace: weights of control blocks that a VACE model has beside, by name.
-        vace_layers: that these are for.
+        vae: an ``AutoencoderKLWan``; None if frames are pixels.
+        name: its name.
+        folder: folder of the pipeline, which may have a text encoder.
+        vace: weights of the control blocks of a VACE model, by name.
+        vace_layers: indices of the layers that these control.
     """
 
     metavar = "BASE"
-    told = (
-        "the folder of a Wan pipeline of diffusers (transformer, vae, perhaps text_encoder and tokenizer), or nano, a "
+    source_help = (
+        "the folder of a Wan pipeline of diffusers (transformer, vae, maybe text_encoder and tokenizer), or nano, a "
         "small one that is built in"
     )
     noun = "video transformer of Wan"
@@ -69,20 +69,20 @@ class Base(View):
 
     @classmethod
     def built_in(cls, name: str) -> Base:
-        """``nano``, trained on textured objects when it is first asked for, or ``untrained``, the same one before."""
+        """Return ``nano``, trained on textured objects on first use, or ``untrained``, the untrained network."""
         network = nano.network(name, lambda found: cls(found, None, UNTRAINED))
         return cls(network.to(default_device()), None, name)
 
     @classmethod
     def of(cls, model: Any) -> Base:
-        """The video transformer of a pipeline, with its autoencoder; or the transformer alone.
+        """Return the video transformer of a pipeline with its autoencoder, or the transformer alone.
 
         Raises:
-            CheckpointError: for one of other classes, or that reads other channels than there are.
+            CheckpointError: for one of another class, or with another number of input channels.
         """
         opened = open_model(model)
         vae = None
-        if isinstance(opened, Pipeline):  # whose text encoder stays where it is until there is a text
+        if isinstance(opened, Pipeline):  # the text encoder is loaded with the first prompt
             network = opened.part("transformer", cls.classes)
             vae = opened.part("vae", (VAE,)) if opened.has("vae") else None
         else:
@@ -95,70 +95,70 @@ class Base(View):
         network.requires_grad_(False)
         if kind == VACE:
             vace_layers = tuple(network.config.vace_layers)
-            network, vace = without_control(network)
+            network, vace = split_control(network)
         channels = vae.requires_grad_(False).config.z_dim if vae is not None else 3
         if network.config.in_channels != channels or network.config.out_channels != channels:
-            there = "its autoencoder has" if vae is not None else "without an autoencoder there are"
+            source = "its autoencoder has" if vae is not None else "without an autoencoder there are"
             raise CheckpointError(
-                f"the transformer reads {network.config.in_channels} channels, and {there} {channels}: give a "
+                f"the transformer has {network.config.in_channels} input channels, and {source} {channels}: give a "
                 "text-to-video or VACE pipeline with its vae"
             )
         return cls(network, vae, opened.name, opened.path, vace, vace_layers)
 
     def describe(self) -> dict[str, Any]:
-        """What provenance says of it."""
+        """Return its metadata for the provenance."""
         size = sum(each.numel() for each in self.network.parameters())
         return {"name": self.name, "layers": self.depth, "parameters": size, "sha256": self.digest}
 
     @cached_property
     def digest(self) -> str:
-        """Of all its weights."""
+        """The digest of all its weights."""
         return tensors(self.network)
 
     @cached_property
     def encoder_digest(self) -> str:
-        """Of the weights of its autoencoder; empty where there is none."""
+        """The digest of the weights of its autoencoder; empty if there is none."""
         return "" if self.vae is None else tensors(self.vae)
 
-    # Its sizes
+    # Sizes
 
     @property
     def depth(self) -> int:
-        """How many layers it has."""
+        """The number of layers."""
         return len(self.network.blocks)
 
     @property
     def channels(self) -> int:
-        """C, of a latent."""
+        """C, the number of channels of a latent."""
         return int(self.network.config.in_channels)
 
     @property
     def spatial(self) -> int:
-        """s, pixels of a latent's side."""
+        """s, the side in pixels of a latent position."""
         return 1 if self.vae is None else int(self.vae.config.scale_factor_spatial)
 
     @property
     def temporal(self) -> int:
-        """Frames of a latent, all but the first, which stands alone."""
+        """The number of frames per latent frame, except for the first, which is encoded alone."""
         return 1 if self.vae is None else int(self.vae.config.scale_factor_temporal)
 
     @property
     def token(self) -> int:
-        """Pixels of a token's side."""
+        """The side of a token in pixels."""
         return self.spatial * max(self.network.config.patch_size[1:])
 
     @property
     def area(self) -> int:
-        """Pixels of a frame, at most."""
+        """The maximum number of pixels of a frame."""
         return SIDE**2 if self.vae is None else AREA
 
     @property
     def control_channels(self) -> tuple[int, int]:
-        """Of c and of c_r: 96 and 80 of Wan."""
+        """The numbers of channels of c and of c_r: 96 and 80 for Wan."""
         return 2 * self.channels + self.spatial**2, self.channels + self.spatial**2
 
     def size_for(self, height: int, width: int) -> tuple[int, int]:
-        """The size in which frames are worked on: of whole tokens, and no larger than what it is made for.
+        """Return the size at which frames are processed: a multiple of the token size, up to the maximum area.
 
         Raises:
             MethodError: for frames smaller than a token.
@@ -167,13 +167,13 @@ class Base(View):
         size = tuple(int(times * side) // self.token * self.token for side in (height, width))
         if not all(size):
             raise MethodError(
-                f"{height} x {width} pixels: {self.name} works in tokens of {self.token} x {self.token}, up to "
-                f"{self.area:,} pixels: give a larger picture, or one less narrow"
+                f"{height} x {width} pixels: {self.name} has tokens of {self.token} x {self.token}, up to "
+                f"{self.area:,} pixels: give a larger image, or one less narrow"
             )
         return size[0], size[1]
 
     def check_size(self, height: int, width: int) -> None:
-        """Check that frames are of whole tokens.
+        """Check that the sides of frames are multiples of the token size.
 
         Raises:
             MethodError: when they are not.
@@ -181,11 +181,11 @@ class Base(View):
         if height % self.token or width % self.token or not height * width:
             raise MethodError(f"{height} x {width} pixels: give multiples of {self.token}, the side of a token")
 
-    # What it is given and says
+    # Inputs and outputs
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
-        """Frames from -1 to 1 [frames, 3, height, width] as latents [C, F', height / s, width / s]."""
+        """Encode frames in [-1, 1] [frames, 3, height, width] to latents [C, F', height / s, width / s]."""
         x = frames.movedim(1, 0).to(self.network.device)  # [3, frames, height, width]
         if self.vae is None:
             return x.float()
@@ -194,16 +194,16 @@ class Base(View):
         return (z - mean) / deviation
 
     def white(self, like: Tensor) -> Tensor:
-        """A white frame for each row of latents [rows, C, 1, h, w]."""
+        """Return a white latent frame for each row of latents [rows, C, 1, h, w]."""
         height, width = like.shape[-2:]
-        kept = self.__dict__.setdefault("_white", {})
-        if (height, width) not in kept:
-            kept[height, width] = self.encode(torch.full((1, 3, self.spatial * height, self.spatial * width), WHITE))
-        return kept[height, width].expand(len(like), -1, -1, -1, -1)
+        cache = self.__dict__.setdefault("_white", {})
+        if (height, width) not in cache:
+            cache[height, width] = self.encode(torch.full((1, 3, self.spatial * height, self.spatial * width), WHITE))
+        return cache[height, width].expand(len(like), -1, -1, -1, -1)
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        """Back; [frames, 3, height, width] from -1 to 1."""
+        """Decode latents to frames in [-1, 1] [frames, 3, height, width]."""
         if self.vae is not None:
             mean, deviation = self._scales(z)
             z = self.vae.decode((z * deviation + mean)[None].to(self.vae.dtype), return_dict=False)[0][0].float()
@@ -215,38 +215,40 @@ class Base(View):
         return mean, deviation
 
     def text(self, prompt: str = "") -> Tensor:
-        """What the network reads of a text [1, tokens, width]: zeros where there is no text encoder.
+        """Return the embedding of a prompt [1, tokens, width]: zeros without a text encoder.
 
         Raises:
-            MethodError: for a text that nothing can encode.
+            MethodError: for a prompt without a text encoder.
         """
         width = self.network.config.text_dim
-        kept = self.__dict__.setdefault("_texts", {})
-        if prompt not in kept:
+        cache = self.__dict__.setdefault("_texts", {})
+        if prompt not in cache:
             if self.folder is not None and all((self.folder / part).is_dir() for part in TEXT):
-                kept[prompt] = encoded(self.folder, prompt).to(self.network.device)
+                cache[prompt] = encode_prompt(self.folder, prompt).to(self.network.device)
             elif prompt:
-                raise MethodError(f"{self.name} has no text encoder, so it reads no text: leave it out")
+                raise MethodError(f"{self.name} has no text encoder, so it takes no prompt: omit it")
             else:
-                kept[prompt] = torch.zeros(1, 1 if self.vae is None else WORDS, width, device=self.network.device)
-        return kept[prompt].to(self.network.dtype)
+                cache[prompt] = torch.zeros(1, 1 if self.vae is None else WORDS, width, device=self.network.device)
+        return cache[prompt].to(self.network.dtype)
 
     def velocity(self, z: Tensor, t: Tensor, reference: Tensor | None = None, text: Tensor | None = None) -> Tensor:
-        """v of noisy latents [batch, C, F', h, w] at times from 0 to 1 [batch].
+        """Return v of noisy latents [batch, C, F', h, w] at times in [0, 1] [batch].
 
         Args:
-            reference: a frame without noise that is seen before them [batch, C, 1, h, w].
-            text: what is read, [1, tokens, width]; the empty prompt when left out.
+            z: the noisy latents.
+            t: the times.
+            reference: a noise-free frame before them [batch, C, 1, h, w].
+            text: prompt embedding [1, tokens, width]; defaults to the empty prompt.
         """
         text = self.text() if text is None else text
         frames = z if reference is None else torch.cat([reference, z], dim=2)
-        told = {"timestep": TIMES * t, "encoder_hidden_states": text.expand(len(z), -1, -1)}
-        said: Tensor = self.network(frames.to(self.network.dtype), **told, return_dict=False)[0]
-        return said[:, :, frames.shape[2] - z.shape[2] :].float()
+        inputs = {"timestep": TIMES * t, "encoder_hidden_states": text.expand(len(z), -1, -1)}
+        output: Tensor = self.network(frames.to(self.network.dtype), **inputs, return_dict=False)[0]
+        return output[:, :, frames.shape[2] - z.shape[2] :].float()
 
 
-def without_control(network: Any) -> tuple[Any, dict[str, Tensor]]:
-    """A VACE network's main blocks as a network of their own, with the same tensors; and its control blocks."""
+def split_control(network: Any) -> tuple[Any, dict[str, Tensor]]:
+    """Split a VACE network into its main blocks, as a network that shares its tensors, and its control blocks."""
     import diffusers
 
     own = {name: value for name, value in network.config.items() if not name.startswith(("_", "vace"))}
@@ -259,11 +261,11 @@ def without_control(network: Any) -> tuple[Any, dict[str, Tensor]]:
     return main.requires_grad_(False).eval(), control
 
 
-def encoded(folder: Path, prompt: str) -> Tensor:
-    """What a Wan pipeline's text encoder says of a prompt, zeros behind it [1, tokens, width]."""
+def encode_prompt(folder: Path, prompt: str) -> Tensor:
+    """Encode a prompt by the text encoder of a Wan pipeline, padded with zeros [1, tokens, width]."""
     pipeline = Pipeline(path=folder)
     encoder, tokenizer = pipeline.part(TEXT[0], ("UMT5EncoderModel",)), pipeline.part(TEXT[1])
-    said = tokenizer([prompt], padding="max_length", max_length=WORDS, truncation=True, return_tensors="pt")
+    tokens = tokenizer([prompt], padding="max_length", max_length=WORDS, truncation=True, return_tensors="pt")
     with torch.no_grad():
-        hidden: Tensor = encoder(said.input_ids, said.attention_mask).last_hidden_state
-    return hidden * said.attention_mask[..., None]
+        hidden: Tensor = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+    return hidden * tokens.attention_mask[..., None]

@@ -1,7 +1,6 @@
-"""How good a retextured picture is: its background, its object beside the truth, its texture, and what leaked; and how
-still the texture of a clip is on an object that moves.
+"""Metrics of retextured images: background, object against the ground truth, texture, leakage, and temporal stability.
 
-All are of pictures from 0 to 1 [height, width, 3] and masks [height, width].
+All functions take images in [0, 1] [height, width, 3] and masks [height, width].
 """
 
 from __future__ import annotations
@@ -18,111 +17,115 @@ from lamella.extras import require
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
-LEVELS, RINGS = 16, 8  # of grey, and of the spectrum
+LEVELS, RINGS = 16, 8  # grey levels, and rings of the spectrum
 ANGLES = (0.0, np.pi / 4, np.pi / 2, 3 * np.pi / 4)
 
 
-def psnr(picture: Floats, truth: Floats, where: Mask) -> float:
-    """In decibels, over the pixels of a mask; 100 where there is no difference."""
-    error = float(np.square(picture[where] - truth[where]).mean())
+def psnr(image: Floats, truth: Floats, where: Mask) -> float:
+    """Return the PSNR in decibels over the pixels of a mask; 100 without a difference."""
+    error = float(np.square(image[where] - truth[where]).mean())
     return 100.0 if error < 1e-10 else -10 * float(np.log10(error))
 
 
-def colour_error(picture: Floats, here: Mask, truth: Floats, there: Mask) -> tuple[float, float]:
-    """How far means and standard deviations of the colours are apart, on average over red, green and blue."""
-    ours, theirs = picture[here], truth[there]
+def colour_error(image: Floats, mask: Mask, truth: Floats, truth_mask: Mask) -> tuple[float, float]:
+    """Return the differences of the means and of the standard deviations of the colours, averaged over RGB."""
+    ours, theirs = image[mask], truth[truth_mask]
     return (
         float(np.abs(ours.mean(axis=0) - theirs.mean(axis=0)).mean()),
         float(np.abs(ours.std(axis=0) - theirs.std(axis=0)).mean()),
     )
 
 
-def cooccurrence(picture: Floats, where: Mask) -> Floats:
-    """How often two greys are neighbours, in four directions, both within a mask [levels, levels]."""
+def cooccurrence(image: Floats, where: Mask) -> Floats:
+    """Return the grey-level co-occurrence matrix of neighbours in four directions within a mask [levels, levels]."""
     texture = require("skimage.feature", "vision", "comparing textures")
-    levels = (grey(picture) * LEVELS).astype(int).clip(0, LEVELS - 1)
-    levels[~where] = LEVELS  # one of its own, which is left out
+    levels = (grey(image) * LEVELS).astype(int).clip(0, LEVELS - 1)
+    levels[~where] = LEVELS  # a separate level, which is ignored
     pairs = texture.graycomatrix(levels.astype(np.uint8), [1], list(ANGLES), levels=LEVELS + 1, symmetric=True)
-    counted = pairs[:LEVELS, :LEVELS].sum(axis=(2, 3)).astype(float)
-    return counted / max(counted.sum(), 1)
+    counts = pairs[:LEVELS, :LEVELS].sum(axis=(2, 3)).astype(float)
+    return counts / max(counts.sum(), 1)
 
 
-def glcm_similarity(picture: Floats, here: Mask, truth: Floats, there: Mask) -> float:
-    """The correlation of how often greys are neighbours; 1 for the same texture."""
-    return correlation(cooccurrence(picture, here), cooccurrence(truth, there))
+def glcm_similarity(image: Floats, mask: Mask, truth: Floats, truth_mask: Mask) -> float:
+    """Return the correlation of two grey-level co-occurrence matrices; 1 for the same texture."""
+    return correlation(cooccurrence(image, mask), cooccurrence(truth, truth_mask))
 
 
-def spectrum(picture: Floats, where: Mask) -> Floats:
-    """The share of power in each ring of frequencies, of the grey within a mask less its mean [rings]."""
-    shown = grey(picture)
-    shown = np.where(where, shown - shown[where].mean(), 0)
-    power = np.abs(np.fft.fft2(shown)) ** 2
-    down, across = (np.fft.fftfreq(side) for side in shown.shape)
+def spectrum(image: Floats, where: Mask) -> Floats:
+    """Return the fraction of power in each ring of frequencies, of the zero-mean grey values within a mask [rings]."""
+    values = grey(image)
+    values = np.where(where, values - values[where].mean(), 0)
+    power = np.abs(np.fft.fft2(values)) ** 2
+    down, across = (np.fft.fftfreq(side) for side in values.shape)
     radius = np.hypot(down[:, None], across[None, :])
     ring = np.minimum((radius / 0.5 * RINGS).astype(int), RINGS - 1)
     found = np.bincount(ring.ravel(), power.ravel(), RINGS)
     return found / max(found.sum(), 1e-12)
 
 
-def spectrum_error(picture: Floats, here: Mask, truth: Floats, there: Mask) -> float:
-    """How far apart the shares are, in sum."""
-    return float(np.abs(spectrum(picture, here) - spectrum(truth, there)).sum())
+def spectrum_error(image: Floats, mask: Mask, truth: Floats, truth_mask: Mask) -> float:
+    """Return the sum of the absolute differences of two spectra."""
+    return float(np.abs(spectrum(image, mask) - spectrum(truth, truth_mask)).sum())
 
 
-def leak(picture: Floats, where: Mask, references: Sequence[Floats], number: int) -> float:
-    """How much of its reference's structure a picture shows: the correlation of their edges within the object, less
-    that with other references.
+def leak(image: Floats, where: Mask, references: Sequence[Floats], number: int) -> float:
+    """Measure how much of its reference's structure an image shows.
+
+    It is the correlation of their edges within the object, minus that with other references.
 
     Args:
-        references: as they were before any jigsaw; ``references[number]`` is its own.
+        image: the retextured image.
+        where: mask of the object.
+        references: original references, without jigsaw; ``references[number]`` is the image's own.
+        number: index of its own reference.
     """
     filters, morphology = (require(f"skimage.{name}", "vision", "finding edges") for name in ("filters", "morphology"))
-    inside = morphology.erosion(where, np.ones((3, 3), bool))  # the object's own outline is its own
-    edges = filters.sobel(grey(picture))[inside]
+    inside = morphology.erosion(where, np.ones((3, 3), bool))  # without the outline of the object itself
+    edges = filters.sobel(grey(image))[inside]
     found = [correlation(edges, filters.sobel(grey(each))[inside]) for each in references]
-    others = [each for place, each in enumerate(found) if place != number]
+    others = [each for index, each in enumerate(found) if index != number]
     return found[number] - float(np.mean(others)) if others else found[number]
 
 
 def warp_error(clip: Floats, where: Mask, centre: tuple[float, float], turn: float) -> float:
-    """How much an object's colours change from frame to frame beside its movement, of which the true flow is known.
+    """Measure how much the colours of an object change from frame to frame, given its true optical flow.
 
     Args:
-        clip: square pictures [frames, side, side, 3].
-        where: the object is [frames, side, side].
-        centre: about which it turns in the plane of the picture, x to the right and y upwards, both from -1 to 1.
-        turn: radians from frame to frame, against the clock.
+        clip: square images [frames, side, side, 3].
+        where: mask of the object [frames, side, side].
+        centre: centre of its rotation in the image plane, x to the right and y upwards, both in [-1, 1].
+        turn: rotation in radians per frame, anticlockwise.
 
     Returns:
-        The mean square of colours less those from where they have come, over pixels that have come from the object.
-        Light that moves and the grid of pixels change colours, too: compare it with that of the truth.
+        The mean squared difference of colours from those at the previous position, over pixels that come from the
+        object. Moving light and resampling change colours, too: compare it with the value of the ground truth.
     """
     side = clip.shape[1]
     ticks = (np.arange(side) + 0.5) / side * 2 - 1
     x, y = np.meshgrid(ticks - centre[0], -ticks - centre[1])
     c, s = np.cos(turn), np.sin(turn)
     x, y = c * x + s * y + centre[0], c * y - s * x + centre[1]  # one frame before
-    places = np.stack([1 - y, 1 + x]) * side / 2 - 0.5  # rows and columns
+    coordinates = np.stack([1 - y, 1 + x]) * side / 2 - 0.5  # rows and columns
     errors = []
-    for before, after, here, there in zip(clip, clip[1:], where, where[1:], strict=False):
-        came = np.stack([map_coordinates(before[..., colour], places, order=1) for colour in range(3)], axis=-1)
-        both = there & (map_coordinates(here.astype(float), places, order=1) > 1 - 1e-6)
-        errors.append(np.square(after - came)[both].mean())
+    for before, after, mask_before, mask_after in zip(clip, clip[1:], where, where[1:], strict=False):
+        moved = np.stack([map_coordinates(before[..., colour], coordinates, order=1) for colour in range(3)], axis=-1)
+        both = mask_after & (map_coordinates(mask_before.astype(float), coordinates, order=1) > 1 - 1e-6)
+        errors.append(np.square(after - moved)[both].mean())
     return float(np.mean(errors))
 
 
 def correlation(one: Floats, other: Floats) -> float:
-    """Of two arrays of one shape; 0 where one never changes."""
+    """Return the correlation of two arrays of one shape; 0 if one is constant."""
     one, other = one.ravel() - one.mean(), other.ravel() - other.mean()
     size = float(np.linalg.norm(one) * np.linalg.norm(other))
     return float(one @ other) / size if size > 1e-12 else 0.0
 
 
-def grey(picture: Floats) -> Floats:
-    """Luminance [height, width], from 0 to 1."""
-    return picture @ np.array([0.299, 0.587, 0.114])
+def grey(image: Floats) -> Floats:
+    """Return the luminance [height, width], in [0, 1]."""
+    return image @ np.array([0.299, 0.587, 0.114])
 
 
 def unit(frames: Any) -> Floats:
-    """Pictures from -1 to 1 [..., 3, height, width] as these functions take them."""
+    """Convert images in [-1, 1] [..., 3, height, width] to the format of these functions."""
     return (np.moveaxis(np.asarray(frames, dtype=float), -3, -1).clip(-1, 1) + 1) / 2

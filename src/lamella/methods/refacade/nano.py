@@ -1,8 +1,8 @@
-"""The small video transformer of pixels that is built in, and how it and its parts are trained and kept.
+"""The small built-in video transformer of pixels, and the training and caching of its parts.
 
-They are trained on textured objects when they are first asked for, on any machine, and kept in the cache. With the
-remover and the control branch (:mod:`lamella.methods.refacade.nano_parts`) it takes about half an hour of one core; a
-training that is stopped goes on when it is asked for again.
+The parts are trained on textured objects on first use, on any machine, and cached. With the remover and the control
+branch (:mod:`lamella.methods.refacade.nano_parts`) this takes about half an hour of one core; an interrupted training
+resumes on the next use.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from lamella.methods.refacade.clips import Clip, of_object
 from lamella.methods.refacade.flow import BaseLoss, Length, task
 from lamella.methods.refacade.objects import objects
 from lamella.plan.filling import fill
-from lamella.progress import say
+from lamella.progress import notify
 from lamella.train import TrainConfig, fit
 from lamella.zoo.cache import build_once
 
 TRAINED, UNTRAINED = "nano", "untrained"
-SIDE = 32  # pixels, of the frames of the built-in network
+SIDE = 32  # side in pixels of the built-in network's frames
 WEIGHTS = "model.safetensors"
-FRAMES, ALONE = 3, 0.85  # of a clip, and the share of batches that see its first frame alone
-COUNT = 1200  # objects
+FRAMES, ALONE = 3, 0.85  # frames of a clip, and fraction of batches with its first frame only
+COUNT = 1200  # number of objects
 SHAPE = {
     "patch_size": (1, 4, 4),
     "num_attention_heads": 2,
@@ -48,8 +48,8 @@ STEPS = {"base": 1200, "remover": 700, "branch": 2000}
 RATE, BATCH, SAVE = 2e-3, 16, 100
 
 
-def made(shape: dict[str, Any], seed: int = 0) -> Any:
-    """A video transformer of a shape with random weights, frozen."""
+def random_network(shape: dict[str, Any], seed: int = 0) -> Any:
+    """Return a frozen video transformer of a shape with random weights."""
     diffusers = require("diffusers", "vision", "the built-in network")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -57,33 +57,36 @@ def made(shape: dict[str, Any], seed: int = 0) -> Any:
 
 
 def every_second(depth: int) -> list[int]:
-    """The layers that the paper's branch has."""
+    """Return the layers of the paper's branch."""
     return list(range(0, depth, 2))
 
 
 def network(name: str, around: Callable[[Any], Any]) -> Any:
-    """The transformer, by its name.
+    """Return the transformer by its name.
 
     Args:
-        around: makes the base of a transformer, which encodes clips and gives the velocity.
+        name: ``nano`` or ``untrained``.
+        around: makes the base of a transformer, which encodes clips and predicts the velocity.
     """
-    found = made(SHAPE)
+    found = random_network(SHAPE)
     if name == TRAINED:
-        fill(found, built("base", partial(_train_base, found, around)), "the built-in base")
+        fill(found, built_in_weights("base", partial(_train_base, found, around)), "the built-in base")
     return found.requires_grad_(False).eval()
 
 
-def built(part: str, train: Callable[[Path], nn.Module]) -> dict[str, Tensor]:
+def built_in_weights(part: str, train: Callable[[Path], nn.Module]) -> dict[str, Tensor]:
+    """Return the weights of a built-in part from the cache, after training it on first use."""
+
     def build(folder: Path) -> dict[str, Any]:
-        say(
+        notify(
             f"refacade: the built-in {part} is trained on textured objects, once. All three parts take about half an "
-            "hour of one core; stopped, it goes on."
+            "hour of one core; an interrupted training resumes."
         )
-        work = folder.parent / f".refacade-{part}.work"  # stays when this is killed
+        work = folder.parent / f".refacade-{part}.work"  # kept when the process is killed
         with torch.random.fork_rng(devices=[]):
             try:
                 trained = train(work)
-            except TrainingError:  # what another version has begun
+            except TrainingError:  # started by another version
                 shutil.rmtree(work)
                 trained = train(work)
         save_file({name: each.contiguous() for name, each in trained.state_dict().items()}, folder / WEIGHTS)
@@ -95,6 +98,7 @@ def built(part: str, train: Callable[[Path], nn.Module]) -> dict[str, Tensor]:
 
 
 def config(part: str) -> TrainConfig:
+    """Return the training settings of a part."""
     steps = STEPS[part]
     return TrainConfig(steps=steps, lr=RATE, schedule="cosine", warmup=0.05, batch=BATCH, save_every=SAVE)
 
@@ -114,5 +118,5 @@ def _train_base(found: Any, around: Callable[[Any], Any], out: Path) -> nn.Modul
 
 
 def clips() -> list[Clip]:
-    """What all three learn from."""
+    """Return the training clips of all three parts."""
     return list(map(of_object, islice(objects("train", 0, SIDE, FRAMES), COUNT)))

@@ -1,4 +1,4 @@
-"""The remover and the control branch that are built in, for the small video transformer of pixels."""
+"""The built-in remover and control branch of the small video transformer of pixels."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ import torch
 from torch import nn
 
 from lamella.methods.refacade.base import Base
-from lamella.methods.refacade.lessons import removal_samples, transfer_samples
+from lamella.methods.refacade.datasets import removal_samples, transfer_samples
 from lamella.methods.refacade.modules import ControlBranch
-from lamella.methods.refacade.nano import ALONE, TRAINED, UNTRAINED, built, clips, config, every_second
+from lamella.methods.refacade.nano import ALONE, TRAINED, UNTRAINED, built_in_weights, clips, config, every_second
 from lamella.methods.refacade.recipe import train_branch, train_remover
 from lamella.methods.refacade.remover import TextureRemover
 from lamella.plan.filling import fill
 
 
 def remover(name: str) -> TextureRemover:
-    """The remover, by its name."""
+    """Return the built-in remover by its name."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         found = TextureRemover.fresh(Base.open(UNTRAINED))
     if name == TRAINED:
-        fill(found, built("remover", partial(_train_remover, found)), "the built-in remover")
+        fill(found, built_in_weights("remover", partial(_train_remover, found)), "the built-in remover")
     return found.requires_grad_(False).eval()
 
 
 def branch(base: Base, name: str) -> ControlBranch:
-    """The control branch of a built-in base, likewise."""
+    """Return the control branch of a built-in base by its name."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         found = ControlBranch(base.network, every_second(base.depth), *base.control_channels)
     if name == TRAINED:
-        fill(found, built("branch", partial(_train_branch, base, found)), "the built-in branch")
+        fill(found, built_in_weights("branch", partial(_train_branch, base, found)), "the built-in branch")
     return found.requires_grad_(False).eval()
 
 

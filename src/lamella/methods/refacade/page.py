@@ -1,4 +1,4 @@
-"""From evidence to figures: what went in and what came out, what each layer does, or the loss of a training."""
+"""Figures: inputs and results, sensitivity by layer, or the training loss."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ STUDY, RETEXTURED = "study", "retextured"
 
 
 def figures(evidence: Evidence) -> list[Figure]:
-    """What went in and what came out, what each layer does, or the loss of a training."""
+    """Draw inputs and results, the sensitivity by layer, or the training loss."""
     found = evidence.findings
     if evidence.kind == RETEXTURED:
         strips = found["strips"]
         texts = [[name] for name in strips]
-        caption = "What the network was given, and what it generated."
+        caption = "The network's inputs and outputs."
         return [Images(list(strips.values()), texts, alt="frames", caption=caption)]
     if evidence.kind == STUDY:
         return [sensitivity(found["output"], found["chosen"])]
@@ -25,31 +25,31 @@ def figures(evidence: Evidence) -> list[Figure]:
 
 
 def sensitivity(values: Sequence[float], chosen: Sequence[int]) -> Bars:
-    """A bar for each layer, those that were chosen in a colour of their own."""
+    """Draw a bar for each layer, with the chosen layers in another colour."""
     series = {
-        name: [value if (layer in chosen) is wanted else None for layer, value in enumerate(values)]
-        for name, wanted in (("hints should be added", True), ("other layers", False))
+        name: [value if (layer in chosen) is is_chosen else None for layer, value in enumerate(values)]
+        for name, is_chosen in (("layers to add hints to", True), ("other layers", False))
     }
-    caption = "What a push of one size at each layer changes of the output."
+    caption = "Change of the output caused by a perturbation of the same norm at each layer."
     return Bars("layer", "change of the output", series, title="Sensitivity by layer", caption=caption)
 
 
 def summary(evidence: Evidence) -> Summary:
-    """What was drawn, measured or trained."""
+    """Summarise a retexturing, a measurement or a training."""
     found = evidence.findings
     if evidence.kind == RETEXTURED:
-        return of_pictures(evidence)
+        return of_images(evidence)
     if evidence.kind == STUDY:
         rows = [
             [layer, output, loss, "chosen" if layer in found["chosen"] else ""]
             for layer, (output, loss) in enumerate(zip(found["output"], found["loss"], strict=True))
         ]
         heads = ("layer", "change of the output", "rise of the loss", "")
-        given = ",".join(map(str, found["chosen"]))
+        indices = ",".join(map(str, found["chosen"]))
         return Summary(
-            f"A hint does most at {numbered('layer', found['chosen'])}: train with --layers {given}.",
-            [Table("What a push at each layer changes", heads, rows)],
-            [f"the paper has every second layer: {listed(found['every second'], most=32)}"],
+            f"A hint has the largest effect at {numbered('layer', found['chosen'])}: train with --layers {indices}.",
+            [Table("Effect of a perturbation at each layer", heads, rows)],
+            [f"the paper uses every second layer: {listed(found['every second'], most=32)}"],
         )
     what = "control branch" if "layers" in found else "texture remover"
     last = f"; the loss ends at {number(found['loss'][-1])}" if found["loss"] else ""
@@ -57,16 +57,16 @@ def summary(evidence: Evidence) -> Summary:
     return Summary(f"A {what} of {counted(found['parameters'], 'parameter')} was trained{where}{last}.")
 
 
-def of_pictures(evidence: Evidence) -> Summary:
-    """How the pictures were made."""
+def of_images(evidence: Evidence) -> Summary:
+    """Summarise how the images were generated."""
     found = evidence.findings
     height, width = found["size"]
     cells = "not jigsawed" if not found["cells"] else f"{found['cells']} cells of {found['side']} pixels"
     rows = [
         ["frames", f"{found['frames']} of {height} x {width} pixels"],
         ["reference", cells],
-        ["background outside the hole, dB, before anything is pasted", found["background"]],
+        ["PSNR of the background outside the hole before pasting, dB", found["background"]],
     ]
     count = found["frames"]
-    what = "A picture was" if count == 1 else f"{count} frames were"
-    return Summary(f"{what} given the texture of the reference.", [Table("How it was drawn", ("", ""), rows)])
+    what = "An image was" if count == 1 else f"{count} frames were"
+    return Summary(f"{what} given the texture of the reference.", [Table("Sampling", ("", ""), rows)])

@@ -1,9 +1,10 @@
-"""The texture remover: from an object on grey to its twin in plain grey material, by a flow in a few steps.
+"""The texture remover: from an object on grey to its untextured version in plain grey, by a flow in a few steps.
 
-    z_fg = E(X M)        v(z_t, t, z_fg)        eps -> z_unt by Euler's steps, 3 of them, without guidance
+    z_fg = E(X M)        v(z_t, t, z_fg)        eps -> z_unt by Euler's method, in 3 steps, without guidance
 
-On latents it is a VACE network whose control is z_fg; in pixels a small UNet that reads z_fg beside z_t, frame by
-frame. Of a VACE network what trains is of float32, whatever its main blocks are of, which it computes in.
+For latents it is a VACE network whose control is z_fg; for pixels a small UNet of z_fg and z_t, concatenated, frame by
+frame. The trained parameters of a VACE network are in float32, whatever the precision of its main blocks, in which it
+computes.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from lamella.zoo import open_model
 UNET = "UNet2DModel"
 KINDS = (VACE, UNET)
 STEPS, MOST = 3, 1000
-TOLD, MEND = "removal.json", "give a folder that `lamella run refacade remover` or `distil` has written"
+STEPS_FILE, HINT = "removal.json", "give a folder of `lamella run refacade remover` or `distil`"
 SHAPE = {
     "block_out_channels": (32, 48, 64),
     "layers_per_block": 1,
@@ -41,11 +42,11 @@ SHAPE = {
 
 
 class TextureRemover(nn.Module):
-    """A network that takes texture away.
+    """A network that removes texture.
 
     Args:
         network: a ``WanVACETransformer3DModel`` of latents, or a ``UNet2DModel`` of pixels.
-        steps: that it takes, unless it is told otherwise.
+        steps: default number of steps.
     """
 
     def __init__(self, network: Any, steps: int = STEPS) -> None:
@@ -59,7 +60,7 @@ class TextureRemover(nn.Module):
 
     @classmethod
     def fresh(cls, base: Base) -> TextureRemover:
-        """One that has learnt nothing: of latents the base with control blocks, VACE's or copies of every second."""
+        """Return an untrained remover; for latents it is the base with VACE's control blocks, or copies of blocks."""
         diffusers = require("diffusers", "vision", "a texture remover")
         if base.vae is None:
             channels = base.channels
@@ -80,79 +81,88 @@ class TextureRemover(nn.Module):
         return cls(network)
 
     def trains(self, name: str) -> bool:
-        """Which parameters learn: of a VACE network its control blocks, of a UNet all."""
+        """Return whether a parameter is trained: the control blocks of a VACE network, all parameters of a UNet."""
         return self.kind == UNET or name.startswith("network.vace")
 
     def velocity(self, z_t: Tensor, t: Tensor, z_fg: Tensor) -> Tensor:
-        """v, of noisy latents and foregrounds [batch, C, F', h, w] at times from 0 to 1 [batch]."""
+        """Return v of noisy latents, given foregrounds, both [batch, C, F', h, w], at times in [0, 1] [batch]."""
         if self.kind == UNET:
             frames = z_t.shape[2]
             x = torch.cat([z_t, z_fg], dim=1).transpose(1, 2).flatten(0, 1)  # [batch * frames, 2 C, h, w]
-            said: Tensor = self.network(x, TIMES * t.repeat_interleave(frames), return_dict=False)[0]
-            return said.unflatten(0, (-1, frames)).transpose(1, 2)
+            output: Tensor = self.network(x, TIMES * t.repeat_interleave(frames), return_dict=False)[0]
+            return output.unflatten(0, (-1, frames)).transpose(1, 2)
         network = self.network
         kind = network.patch_embedding.weight.dtype  # of the main blocks
         text = torch.zeros(len(z_t), WORDS, network.config.text_dim, device=z_t.device, dtype=kind)
-        given = {"encoder_hidden_states": text, "control_hidden_states": z_fg}
+        conditions = {"encoder_hidden_states": text, "control_hidden_states": z_fg}
         with nullcontext() if kind == torch.float32 else torch.autocast(z_t.device.type, kind):
-            said = network(z_t.to(kind), timestep=TIMES * t, **given, return_dict=False)[0]
-        return said.float()
+            output = network(z_t.to(kind), timestep=TIMES * t, **conditions, return_dict=False)[0]
+        return output.float()
 
-    def removed(self, z_fg: Tensor, generator: torch.Generator, steps: int | None = None) -> Tensor:
-        """z_unt of a foreground [batch, C, F', h, w], from noise of its own; in its own steps when left out."""
+    def remove_texture(self, z_fg: Tensor, generator: torch.Generator, steps: int | None = None) -> Tensor:
+        """Return z_unt of a foreground [batch, C, F', h, w], starting from random noise.
+
+        Args:
+            z_fg: the foreground.
+            generator: random number generator of the noise.
+            steps: number of steps; defaults to the remover's own.
+        """
         noise = torch.randn(z_fg.shape, generator=generator).to(z_fg)
         with torch.no_grad():
             return euler(lambda z, t: self.velocity(z, t, z_fg), noise, steps or self.steps)
 
     def write(self, folder: Path) -> None:
-        """The network as diffusers writes one, and its steps."""
+        """Write the network in diffusers' format, and its number of steps."""
         self.network.save_pretrained(folder)
-        (folder / TOLD).write_text(json.dumps({"steps": self.steps}) + "\n", encoding="utf-8")
+        (folder / STEPS_FILE).write_text(json.dumps({"steps": self.steps}) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> TextureRemover:
-        """The remover in a folder, in evaluation mode; of 3 steps where nothing says another number.
+        """Read a remover from a folder, in evaluation mode; the number of steps defaults to 3.
 
         Raises:
             CheckpointError: when there is none, or it is damaged.
         """
         opened = open_model(folder, dtype="auto", device="cpu", libraries=("diffusers",), classes=KINDS)
-        made = cls(opened.model.requires_grad_(False)).eval()
-        if (folder / TOLD).is_file():
+        remover = cls(opened.model.requires_grad_(False)).eval()
+        if (folder / STEPS_FILE).is_file():
             try:
-                made.steps = parse_json(read_text(folder / TOLD))["steps"]
+                remover.steps = parse_json(read_text(folder / STEPS_FILE))["steps"]
             except (LamellaError, ValueError, TypeError, KeyError):
-                made.steps = 0
-            if type(made.steps) is not int or not 1 <= made.steps <= MOST:
-                raise CheckpointError(f"{folder / TOLD}: no number of steps from 1 to {MOST}: {MEND}")
-        return made
+                remover.steps = 0
+            if type(remover.steps) is not int or not 1 <= remover.steps <= MOST:
+                raise CheckpointError(f"{folder / STEPS_FILE}: no number of steps from 1 to {MOST}: {HINT}")
+        return remover
 
 
 def euler(velocity: Velocity, z: Tensor, steps: int, last_with_gradient: bool = False) -> Tensor:
-    """From noise, t = 1, to t = 0 in equal steps along a flow.
+    """Integrate a flow from noise at t = 1 to t = 0 in equal steps.
 
     Args:
-        last_with_gradient: let nothing but the last step know of gradients.
+        velocity: the velocity field.
+        z: noise [batch, ...].
+        steps: number of steps.
+        last_with_gradient: compute gradients in the last step only.
     """
-    times = [1 - number / steps for number in range(steps + 1)]
-    for number, (t, after) in enumerate(pairwise(times), start=1):
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (not last_with_gradient or number == steps)):
+    times = [1 - index / steps for index in range(steps + 1)]
+    for index, (t, after) in enumerate(pairwise(times), start=1):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (not last_with_gradient or index == steps)):
             v = velocity(z, torch.full((len(z),), t, device=z.device))
         z = z + (after - t) * v
     return z
 
 
 def copied_control(network: Any, layers: list[int]) -> dict[str, Tensor]:
-    """Control blocks of VACE as copies of main blocks, whose hints begin at zero."""
+    """Return control blocks of VACE as copies of main blocks, whose hints are initialised to zero."""
     import diffusers
 
     config = {name: each for name, each in network.config.items() if not name.startswith("_")}
     with init_empty_weights():
         empty: Any = diffusers.WanVACETransformer3DModel(**config, vace_layers=layers, vace_in_channels=1)
     found: dict[str, Tensor] = {}
-    for number, layer in enumerate(layers):
-        begun = {name: each.detach() for name, each in copy.deepcopy(network.blocks[layer]).state_dict().items()}
-        for name, each in empty.vace_blocks[number].state_dict().items():
-            value = begun[name] if name in begun else torch.zeros(each.shape)
-            found[f"vace_blocks.{number}.{name}"] = value
+    for index, layer in enumerate(layers):
+        initial = {name: each.detach() for name, each in copy.deepcopy(network.blocks[layer]).state_dict().items()}
+        for name, each in empty.vace_blocks[index].state_dict().items():
+            value = initial[name] if name in initial else torch.zeros(each.shape)
+            found[f"vace_blocks.{index}.{name}"] = value
     return found

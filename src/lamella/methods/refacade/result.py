@@ -1,7 +1,7 @@
-"""The results: a remover, a control branch as an adapter file, and retextured pictures.
+"""The results: a remover, a control branch as an adapter file, and retextured images.
 
-An adapter is one safetensors file: the branch's weights, and in its metadata the layers that it is for and the digest
-of the base that it belongs to. It cannot be merged, since it is a stream of its own; without it the base is as it was.
+An adapter is one safetensors file: the branch's weights, with the layers and the digest of its base in the metadata. It
+cannot be merged, since it is a separate stream; without it the base is unchanged.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from lamella.errors import CheckpointError, LamellaError, MethodError, reason_of
 from lamella.extras import require
 from lamella.methods.refacade.base import Base
-from lamella.methods.refacade.frames import read
+from lamella.methods.refacade.frames import read_frames
 from lamella.methods.refacade.modules import ControlBranch
 from lamella.methods.refacade.nano import TRAINED, UNTRAINED
 from lamella.methods.refacade.remover import TextureRemover
@@ -35,16 +35,16 @@ ADAPTER, LOG, REMOVER = "control.safetensors", "log.json", "remover"
 BUILT_IN = (TRAINED, UNTRAINED)
 
 
-class Adapter(BaseModel):
-    """What an adapter's metadata says.
+class AdapterMetadata(BaseModel):
+    """Metadata of an adapter file.
 
     Attributes:
-        schema_: of the file.
-        base: the digest of the base's weights.
-        name: what the base was called.
-        layers: at which hints are added.
-        channels: of c and of c_r.
-        hidden: width of the feed-forward maps, where it is not the base's.
+        schema_: version of the file format.
+        base: digest of the base's weights.
+        name: name of the base.
+        layers: indices of the layers at which hints are added.
+        channels: channels of c and of c_r.
+        hidden: intermediate size of the feed-forward layers, if it is not the base's.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
@@ -63,7 +63,7 @@ class Remover(Result):
 
     Attributes:
         network: in evaluation mode.
-        log: of its training.
+        log: log of its training.
     """
 
     network: TextureRemover
@@ -72,17 +72,17 @@ class Remover(Result):
     kind: ClassVar[str] = "remover"
     needs_folder: ClassVar[bool] = True
     metavar: ClassVar[str] = "REMOVER"
-    told: ClassVar[str] = "a folder that `remover` or `distil` has written, or nano, which is built in"
+    source_help: ClassVar[str] = "a folder of `remover` or `distil`, or nano, which is built in"
     default: ClassVar[str] = TRAINED
     example: ClassVar[Fixture] = Fixture(UNTRAINED)
 
     def describe(self) -> dict[str, Any]:
-        """What provenance says of it."""
+        """Return its metadata for the provenance."""
         steps = self.network.steps
         return {"kind": self.network.kind, "steps": steps, "sha256": fingerprint.state(self.network)}
 
     def write(self, folder: Path) -> None:
-        """The network as diffusers writes one, its steps, and the log."""
+        """Write the network in diffusers' format, its number of steps, and the log."""
         self.network.write(folder)
         if self.log is not None:
             self.log.write(folder / LOG)
@@ -94,13 +94,13 @@ class Remover(Result):
 
     @classmethod
     def read(cls, path: str | Path) -> Remover:
-        """The remover in a folder, or a built-in one.
+        """Read a remover from a folder, or a built-in one.
 
         Raises:
             CheckpointError: when there is none, or it is damaged.
         """
         if str(path) in BUILT_IN:
-            from lamella.methods.refacade import nano_parts  # here, since it is trained when it is first asked for
+            from lamella.methods.refacade import nano_parts  # imported here, since it is trained on first use
 
             return cls(network=nano_parts.remover(str(path)))
         path = Path(path)
@@ -112,14 +112,14 @@ class Retexturer(Result):
     """A control branch with the remover that it was trained with.
 
     Attributes:
-        adapter: what it belongs to.
-        weights: of the branch, by name.
-        remover: takes texture away.
-        log: of its training.
+        adapter: metadata of the branch.
+        weights: weights of the branch, by name.
+        remover: the texture remover.
+        log: log of the training.
         built_in: whether it is nano.
     """
 
-    adapter: Adapter
+    adapter: AdapterMetadata
     weights: dict[str, Tensor]
     remover: TextureRemover
     log: TrainingLog | None = None
@@ -128,28 +128,30 @@ class Retexturer(Result):
     kind: ClassVar[str] = "retexturer"
     needs_folder: ClassVar[bool] = True
     metavar: ClassVar[str] = "MODEL"
-    told: ClassVar[str] = "a folder that `train` has written; or nano, a small one that is built in"
+    source_help: ClassVar[str] = "a folder of `train`; or nano, a small built-in one"
     default: ClassVar[str] = TRAINED
     example: ClassVar[Fixture] = Fixture(UNTRAINED)
 
     @classmethod
-    def of(cls, base: Base, branch: ControlBranch, remover: TextureRemover, **told: Any) -> Retexturer:
-        """A branch with what it belongs to."""
+    def of(cls, base: Base, branch: ControlBranch, remover: TextureRemover, **fields: Any) -> Retexturer:
+        """Make the result from a branch and its base."""
         blocks: Any = branch.blocks
         patches: Any = branch.patches
         sizes = (patches["video"].in_channels, patches["reference"].in_channels)
         width = blocks[0].feed_forward["video"].net[0].proj.out_features
         hidden = None if width == base.network.config.ffn_dim else width
-        adapter = Adapter(base=base.digest, name=base.name, layers=tuple(branch.layers), channels=sizes, hidden=hidden)
+        adapter = AdapterMetadata(
+            base=base.digest, name=base.name, layers=tuple(branch.layers), channels=sizes, hidden=hidden
+        )
         weights = {name: each.detach().contiguous() for name, each in branch.state_dict().items()}
-        return cls(adapter=adapter, weights=weights, remover=remover.eval(), **told)
+        return cls(adapter=adapter, weights=weights, remover=remover.eval(), **fields)
 
     def branch(self, base: Base) -> ControlBranch:
-        """The branch for its base.
+        """Build the branch for its base.
 
         Raises:
             MethodError: for another base.
-            CheckpointError: for weights that are not those of such a branch.
+            CheckpointError: for weights that do not fit such a branch.
         """
         if base.digest != self.adapter.base:
             raise MethodError(
@@ -161,23 +163,23 @@ class Retexturer(Result):
         width = self.weights.get("blocks.0.feed_forward.video.net.0.proj.weight")
         if self.adapter.hidden is not None and (width is None or width.shape[0] != self.adapter.hidden):
             raise CheckpointError(f"{ADAPTER}: hidden {self.adapter.hidden} is not the width of its weights")
-        made = ControlBranch(base.network, self.adapter.layers, *self.adapter.channels, self.adapter.hidden)
-        fill(made, self.weights, ADAPTER)
-        return made.to(base.network.device).requires_grad_(False).eval()
+        branch = ControlBranch(base.network, self.adapter.layers, *self.adapter.channels, self.adapter.hidden)
+        fill(branch, self.weights, ADAPTER)
+        return branch.to(base.network.device).requires_grad_(False).eval()
 
     def describe(self) -> dict[str, Any]:
-        """What provenance says of it."""
-        said = {
+        """Return its metadata for the provenance."""
+        metadata = {
             "base": self.adapter.name,
             "layers": list(self.adapter.layers),
             "sha256": fingerprint.weights(self.weights),
         }
-        return said | {"remover": fingerprint.state(self.remover), "removal": self.remover.steps}
+        return metadata | {"remover": fingerprint.state(self.remover), "removal": self.remover.steps}
 
     def write(self, folder: Path) -> None:
-        """The adapter, the remover and the log."""
-        said = {"refacade": self.adapter.model_dump_json(by_alias=True)}
-        save_file({name: each.cpu() for name, each in self.weights.items()}, folder / ADAPTER, metadata=said)
+        """Write the adapter, the remover and the log."""
+        metadata = {"refacade": self.adapter.model_dump_json(by_alias=True)}
+        save_file({name: each.cpu() for name, each in self.weights.items()}, folder / ADAPTER, metadata=metadata)
         self.remover.write(folder / REMOVER)
         if self.log is not None:
             self.log.write(folder / LOG)
@@ -189,13 +191,13 @@ class Retexturer(Result):
 
     @classmethod
     def read(cls, path: str | Path) -> Retexturer:
-        """What a folder holds, or the built-in one.
+        """Read a retexturer from a folder, or the built-in one.
 
         Raises:
             CheckpointError: when it is missing or damaged.
         """
         if str(path) in BUILT_IN:
-            from lamella.methods.refacade import nano_parts  # here, since it is trained when it is first asked for
+            from lamella.methods.refacade import nano_parts  # imported here, since it is trained on first use
 
             base = Base.open(str(path))
             known = {"built_in": str(path) == TRAINED}
@@ -205,37 +207,38 @@ class Retexturer(Result):
         return cls(adapter=adapter, weights=weights, remover=TextureRemover.read(path / REMOVER), log=read_log(path))
 
 
-def read_adapter(file: Path) -> tuple[Adapter, dict[str, Tensor]]:
-    """What an adapter file says and holds.
+def read_adapter(file: Path) -> tuple[AdapterMetadata, dict[str, Tensor]]:
+    """Read the metadata and weights of an adapter file.
 
     Raises:
         CheckpointError: when it is missing, damaged, or no adapter.
     """
-    mend = "give a folder that `lamella run refacade train` has written"
+    hint = "give a folder of `lamella run refacade train`"
     try:
         with safe_open(file, framework="pt") as opened:
-            adapter = Adapter.model_validate_json((opened.metadata() or {}).get("refacade", "{}"))
+            adapter = AdapterMetadata.model_validate_json((opened.metadata() or {}).get("refacade", "{}"))
             weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, no dictionary
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"{file}: no adapter ({where}: {first['msg']}): {mend}") from None
-    except Exception as error:  # of damaged files, anything
-        raise CheckpointError(f"{file}: no adapter ({reason_of(error)}): {mend}") from None
+        raise CheckpointError(f"{file}: no adapter ({where}: {first['msg']}): {hint}") from None
+    except Exception as error:  # damaged files raise anything
+        raise CheckpointError(f"{file}: no adapter ({reason_of(error)}): {hint}") from None
     return adapter, weights
 
 
 def read_log(folder: Path) -> TrainingLog | None:
+    """Read the training log of a folder, if there is one."""
     return TrainingLog.read(folder / LOG) if (folder / LOG).is_file() else None
 
 
 @dataclass(kw_only=True)
 class Retextured(Result):
-    """Retextured frames, with what the network was shown.
+    """Retextured frames, with the inputs of the network.
 
     Attributes:
-        frames: [frames, height, width, 3].
-        untextured: the object without texture, likewise.
+        frames: RGB values [frames, height, width, 3].
+        untextured: the untextured object, in the same form.
         reference: the jigsawed reference [1, height, width, 3].
     """
 
@@ -249,12 +252,12 @@ class Retextured(Result):
     PARTS: ClassVar[tuple[str, ...]] = ("frames", "untextured", "reference")
 
     def write(self, folder: Path) -> None:
-        """A folder of pictures for each part; and all frames as one file, which moves where they are several."""
-        image = require("PIL.Image", "vision", "writing pictures")
+        """Write a folder of images for each part, and all frames as one file, animated if there are several."""
+        image = require("PIL.Image", "vision", "writing images")
         for part in self.PARTS:
             (folder / part).mkdir()
-            for number, each in enumerate(getattr(self, part), start=1):
-                image.fromarray(each).save(folder / part / f"{number:04}.png")
+            for index, each in enumerate(getattr(self, part), start=1):
+                image.fromarray(each).save(folder / part / f"{index:04}.png")
         first, *others = map(image.fromarray, self.frames)
         if others:
             first.save(folder / "result.webp", save_all=True, append_images=others, duration=80, loop=0, lossless=True)
@@ -263,7 +266,7 @@ class Retextured(Result):
 
     @classmethod
     def read(cls, path: str | Path) -> Retextured:
-        """The pictures in a folder of results.
+        """Read the images from a folder of results.
 
         Raises:
             CheckpointError: when they are missing or damaged.
@@ -272,8 +275,8 @@ class Retextured(Result):
         evidence = Evidence.read(path)
         try:
             parts: dict[str, Any] = {
-                part: np.stack([each[..., :3] for each in read(path / part)]) for part in cls.PARTS
+                part: np.stack([each[..., :3] for each in read_frames(path / part)]) for part in cls.PARTS
             }
         except (LamellaError, ValueError) as error:
-            raise CheckpointError(f"{path}: no retextured pictures ({error}): run refacade again") from None
+            raise CheckpointError(f"{path}: no retextured images ({error}): run refacade again") from None
         return cls(**parts, findings=evidence.findings, notes=evidence.notes)

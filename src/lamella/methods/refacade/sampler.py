@@ -1,8 +1,8 @@
-"""Retexturing: untexture the object, jigsaw the reference, and draw with hints from noise.
+"""Retexturing: remove the texture of the object, jigsaw the reference, and generate from noise with hints.
 
-    v = v_u + g (v_c - v_u)      v_u: negative text, white reference, no hints
+    v = v_u + g (v_c - v_u)      v_u: negative prompt, white reference, no hints
 
-One generator makes the remover's noise and the sampler's: a seed decides the result.
+One generator provides the noise of the remover and of the sampler: a seed determines the result.
 """
 
 from __future__ import annotations
@@ -17,25 +17,24 @@ from torch import Tensor
 from lamella.errors import MethodError
 from lamella.extras import require
 from lamella.methods.refacade.base import TIMES, Base
-from lamella.methods.refacade.conditions import control, dilated, mask_latent, reference
+from lamella.methods.refacade.conditions import control, dilate_mask, mask_latent, reference
 from lamella.methods.refacade.jigsaw import Jigsaw, Puzzle
 from lamella.methods.refacade.modules import ControlBranch
 from lamella.methods.refacade.remover import TextureRemover
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How pictures are drawn.
+class SamplerSettings:
+    """Settings of the sampler.
 
     Attributes:
-        steps: of UniPC; 20.
-        guidance: g; 1.5. At 1 there is one pass for each step; much more makes colours too strong.
-        scale: of the hints; at 0 there are none.
-        dilate: r: the hole in the background reaches so many pixels beyond the object; 3.
-        removal: Euler's steps that take texture away; as many as the remover was made for when left out, 3 unless it
-            was distilled to others.
-        negative: text that is read where guidance leads away from.
-        paste: put the picture's own pixels back outside the hole, in the end.
+        steps: number of steps of UniPC; 20 in the paper.
+        guidance: g; 1.5 in the paper. At 1 there is one pass per step; large values oversaturate colours.
+        scale: factor on the hints; at 0 there are none.
+        dilate: r, dilation of the hole in the background in pixels; 3 in the paper.
+        removal: number of Euler steps of the texture remover; defaults to the remover's own, 3 unless it was distilled.
+        negative: negative prompt of guidance.
+        paste: restore the image's own pixels outside the hole in the end.
 
     Raises:
         MethodError: for values out of range.
@@ -57,12 +56,12 @@ class Sampling:
 
 
 class Conditions(NamedTuple):
-    """What the network is told, a row for each clip [rows, ...].
+    """Conditions of the network, one row per clip [rows, ...].
 
     Attributes:
-        reference: the clean latent that is frame 0 [rows, C, 1, h, w].
-        c: of the video [rows, channels, F', h, w].
-        c_r: of the reference [rows, channels, 1, h, w].
+        reference: the clean latent of frame 0 [rows, C, 1, h, w].
+        c: condition of the video [rows, channels, F', h, w].
+        c_r: condition of the reference [rows, channels, 1, h, w].
     """
 
     reference: Tensor
@@ -70,13 +69,13 @@ class Conditions(NamedTuple):
     c_r: Tensor
 
 
-class Drawn(NamedTuple):
-    """What came of it; frames from -1 to 1 [frames, 3, height, width].
+class RetexturedClip(NamedTuple):
+    """The result of sampling; frames in [-1, 1] [frames, 3, height, width].
 
     Attributes:
-        frames: the retextured ones.
-        untextured: the object without texture, as the network was shown it.
-        puzzle: the reference, likewise.
+        frames: the retextured frames.
+        untextured: the untextured object, as network input.
+        puzzle: the reference, as network input.
     """
 
     frames: Tensor
@@ -86,28 +85,31 @@ class Drawn(NamedTuple):
 
 @torch.no_grad()
 def conditions(base: Base, frames: Tensor, mask: Tensor, z_unt: Tensor, puzzle: Puzzle, dilate: int) -> Conditions:
-    """What the network is told of a clip.
+    """Return the conditions of a clip.
 
     Args:
-        frames: from -1 to 1 [frames, 3, height, width].
-        mask: where the object is [frames, 1, height, width].
-        z_unt: the latent of its plain twin [C, F', h, w].
+        base: the video transformer.
+        frames: in [-1, 1] [frames, 3, height, width].
+        mask: mask of the object [frames, 1, height, width].
+        z_unt: latent of the untextured object [C, F', h, w].
         puzzle: the reference.
         dilate: r.
     """
-    hole = dilated(mask, dilate)
+    hole = dilate_mask(mask, dilate)
     background = base.encode(frames * (1 - hole))
-    told = mask_latent(hole, base.spatial, background.shape[1]).to(background)
-    shown = base.encode(puzzle.image[None])
-    where = mask_latent(puzzle.mask[None], base.spatial, 1).to(shown)
-    c, c_r = control(background, z_unt, told), reference(shown, where)
-    return Conditions(shown[None], c[None], c_r[None])
+    hole_latent = mask_latent(hole, base.spatial, background.shape[1]).to(background)
+    latent = base.encode(puzzle.image[None])
+    where = mask_latent(puzzle.mask[None], base.spatial, 1).to(latent)
+    c, c_r = control(background, z_unt, hole_latent), reference(latent, where)
+    return Conditions(latent[None], c[None], c_r[None])
 
 
-def guided(base: Base, branch: ControlBranch, z: Tensor, t: Tensor, told: Conditions, sampling: Sampling) -> Tensor:
-    """v of a step, with guidance; at g = 1 the conditional pass alone."""
-    with branch.attached(base.network, told.c, told.c_r, sampling.scale):
-        v_c = base.velocity(z, t, told.reference)
+def guided_velocity(
+    base: Base, branch: ControlBranch, z: Tensor, t: Tensor, conditioning: Conditions, sampling: SamplerSettings
+) -> Tensor:
+    """Return v of a step, with guidance; at g = 1 of the conditional pass alone."""
+    with branch.attached(base.network, conditioning.c, conditioning.c_r, sampling.scale):
+        v_c = base.velocity(z, t, conditioning.reference)
     if sampling.guidance == 1:
         return v_c
     v_u = base.velocity(z, t, base.white(z), base.text(sampling.negative))
@@ -115,70 +117,78 @@ def guided(base: Base, branch: ControlBranch, z: Tensor, t: Tensor, told: Condit
 
 
 @torch.no_grad()
-def sampled(
-    base: Base, branch: ControlBranch, told: Conditions, sampling: Sampling, generator: torch.Generator
+def sample_latents(
+    base: Base, branch: ControlBranch, conditioning: Conditions, sampling: SamplerSettings, generator: torch.Generator
 ) -> Tensor:
-    """Latents drawn from noise [rows, C, F', h, w]; the reference stays clean at every step."""
+    """Sample latents from noise [rows, C, F', h, w]; the reference stays clean in every step."""
     diffusers = require("diffusers", "vision", "drawing")
-    shape = (len(told.c), base.channels, *told.c.shape[2:])
-    z = torch.randn(shape, generator=generator).to(told.reference)
-    how = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1.0}
-    scheduler = diffusers.UniPCMultistepScheduler(num_train_timesteps=TIMES, **how)
+    shape = (len(conditioning.c), base.channels, *conditioning.c.shape[2:])
+    z = torch.randn(shape, generator=generator).to(conditioning.reference)
+    options = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1.0}
+    scheduler = diffusers.UniPCMultistepScheduler(num_train_timesteps=TIMES, **options)
     scheduler.set_timesteps(sampling.steps)
     for sigma, timestep in zip(scheduler.sigmas.tolist(), scheduler.timesteps, strict=False):
         t = torch.full((len(z),), sigma, device=z.device)
-        z = scheduler.step(guided(base, branch, z, t, told, sampling), timestep, z, return_dict=False)[0]
+        z = scheduler.step(guided_velocity(base, branch, z, t, conditioning, sampling), timestep, z, return_dict=False)[
+            0
+        ]
     return z
 
 
-def retextured(
+def retexture(
     base: Base,
     branch: ControlBranch,
     remover: TextureRemover,
     clip: tuple[Tensor, Tensor],
     shown: tuple[Tensor, Tensor],
     *,
-    sampling: Sampling = Sampling(),
+    sampling: SamplerSettings = SamplerSettings(),
     jigsaw: Jigsaw = Jigsaw(),  # noqa: B008, frozen
     seed: int = 0,
-) -> Drawn:
-    """Give an object the texture of a reference.
+) -> RetexturedClip:
+    """Transfer the texture of a reference to an object.
 
     Args:
-        clip: frames from -1 to 1 [frames, 3, height, width], and where the object is [frames, 1, height, width].
-        shown: a reference [3, height, width], and where its object is [1, height, width]; both of the frames' size.
-        seed: of all noise, and of the jigsaw.
+        base: the video transformer.
+        branch: the control branch.
+        remover: the texture remover.
+        clip: frames in [-1, 1] [frames, 3, height, width], and the mask of the object [frames, 1, height, width].
+        shown: a reference [3, height, width], and the mask of its object [1, height, width]; both in the size of the
+            frames.
+        sampling: settings of the sampler.
+        jigsaw: settings of the jigsaw.
+        seed: random seed of all noise and of the jigsaw.
 
     Raises:
-        MethodError: for sizes that do not fit, or a mask that shows no object.
+        MethodError: for sizes that do not fit, or an empty mask.
     """
     frames, mask = clip
     check(base, frames, mask, shown)
     generator = torch.Generator().manual_seed(seed)
     puzzle = jigsaw(*shown, np.random.default_rng(seed), smallest=base.token)
     z_fg = base.encode(frames * mask)
-    z_unt = remover.removed(z_fg[None], generator, sampling.removal)[0]
-    told = conditions(base, frames, mask, z_unt, puzzle, sampling.dilate)
-    drawn = base.decode(sampled(base, branch, told, sampling, generator)[0])
-    return Drawn(drawn, base.decode(z_unt), puzzle)
+    z_unt = remover.remove_texture(z_fg[None], generator, sampling.removal)[0]
+    conditioning = conditions(base, frames, mask, z_unt, puzzle, sampling.dilate)
+    decoded = base.decode(sample_latents(base, branch, conditioning, sampling, generator)[0])
+    return RetexturedClip(decoded, base.decode(z_unt), puzzle)
 
 
 def check(base: Base, frames: Tensor, mask: Tensor, shown: tuple[Tensor, Tensor]) -> None:
-    """Check what is to be retextured.
+    """Check the inputs of retexturing.
 
     Raises:
-        MethodError: for sizes that do not fit, or a mask that shows no object.
+        MethodError: for sizes that do not fit, or an empty mask.
     """
     height, width = frames.shape[-2:]
     base.check_size(height, width)
     if mask.shape != (len(frames), 1, height, width):
         raise MethodError(
-            f"a mask {list(mask.shape)} for frames {list(frames.shape)}: give one of their number and size"
+            f"a mask {list(mask.shape)} for frames {list(frames.shape)}: give one mask per frame, of the same size"
         )
     if not mask.any():
-        raise MethodError("the mask is empty: give one that marks the object")
+        raise MethodError("the mask is empty: mark the object in it")
     if (len(frames) - 1) % base.temporal:
-        raise MethodError(f"{len(frames)} frames: give a multiple of {base.temporal} and one more")
+        raise MethodError(f"{len(frames)} frames: give a multiple of {base.temporal} plus one")
     image, where = shown
     if image.shape != (3, height, width) or where.shape != (1, height, width):
         raise MethodError(f"a reference of {list(image.shape)}: give one of the frames' size, {height} x {width}")

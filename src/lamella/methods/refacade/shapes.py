@@ -1,7 +1,7 @@
-"""Solids seen from the front: which pixels they cover, which way their surface faces there, and where on it they are.
+"""Solids seen from the front: covered pixels, surface normals, and surface coordinates.
 
-Each is a function of space that is negative inside. Rays go along the z axis into the picture; the first place where
-the sign changes is bracketed on a grid and halved until it is known.
+Each solid is an implicit function that is negative inside. Rays run along the z axis into the image; the first sign
+change is bracketed on a grid and located by bisection.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Kind = Literal["ellipsoid", "box", "torus"]
 
-DEPTHS, HALVINGS = 28, 12  # along a ray: the first grid, and how often its cell is halved
+DEPTHS, HALVINGS = 28, 12  # grid points along a ray, and number of bisections
 
 
 class Surface(NamedTuple):
-    """What the pixels of a picture see.
+    """The visible surface, per pixel.
 
     Attributes:
-        mask: which of them see the solid [height, width].
-        normals: of unit length, towards the viewer is +z [height, width, 3]; zero where nothing is seen.
-        uv: where on the surface, in lengths [height, width, 2].
-        height: z [height, width]; -1 where nothing is seen.
+        mask: pixels that see the solid [height, width].
+        normals: unit normals, +z towards the viewer [height, width, 3]; zero elsewhere.
+        uv: surface coordinates, in units of length [height, width, 2].
+        height: z [height, width]; -1 elsewhere.
     """
 
     mask: NDArray[np.bool_]
@@ -36,15 +36,15 @@ class Surface(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Shape:
+class Solid:
     """A solid.
 
     Attributes:
         kind: a super-ellipsoid, a box with round edges, or a torus.
-        sizes: half axes; of a torus, its ring, its tube, and nothing.
-        power: of the super-ellipsoid; 2 is an ellipsoid.
-        angles: of its turns about x, y and z, in this order.
-        centre: x and y; the picture reaches from -1 to 1.
+        sizes: half axes; for a torus, the radii of ring and tube, and 0.
+        power: exponent of the super-ellipsoid; 2 is an ellipsoid.
+        angles: rotations about x, y and z, in this order.
+        centre: x and y; the image covers [-1, 1].
     """
 
     kind: Kind
@@ -54,27 +54,27 @@ class Shape:
     centre: tuple[float, float]
 
     @classmethod
-    def drawn(cls, drawn: np.random.Generator, kind: Kind) -> Shape:
-        """One by chance; it lies within the picture."""
+    def random(cls, rng: np.random.Generator, kind: Kind) -> Solid:
+        """Draw a random solid within the image."""
         if kind == "torus":
-            ring = drawn.uniform(0.38, 0.5)
-            sizes = (ring, drawn.uniform(0.16, 0.24), 0.0)
+            ring = rng.uniform(0.38, 0.5)
+            sizes = (ring, rng.uniform(0.16, 0.24), 0.0)
         elif kind == "box":
-            sizes = tuple(drawn.uniform(0.36, 0.56, 3).tolist())
+            sizes = tuple(rng.uniform(0.36, 0.56, 3).tolist())
         else:
-            sizes = tuple(drawn.uniform(0.4, 0.68, 3).tolist())
-        tilt = drawn.uniform(-0.7, 0.7, 2) if kind == "torus" else drawn.uniform(-np.pi, np.pi, 2)
-        angles = (float(tilt[0]), float(tilt[1]), float(drawn.uniform(-np.pi, np.pi)))
-        power = float(drawn.uniform(2, 4))
-        return cls(kind, sizes, power, angles, tuple(drawn.uniform(-0.12, 0.12, 2).tolist()))
+            sizes = tuple(rng.uniform(0.4, 0.68, 3).tolist())
+        tilt = rng.uniform(-0.7, 0.7, 2) if kind == "torus" else rng.uniform(-np.pi, np.pi, 2)
+        angles = (float(tilt[0]), float(tilt[1]), float(rng.uniform(-np.pi, np.pi)))
+        power = float(rng.uniform(2, 4))
+        return cls(kind, sizes, power, angles, tuple(rng.uniform(-0.12, 0.12, 2).tolist()))
 
-    def turned(self, angle: float) -> Shape:
-        """The same, turned about its last axis."""
+    def rotated(self, angle: float) -> Solid:
+        """Return the solid rotated about its last axis."""
         x, y, z = self.angles
-        return Shape(self.kind, self.sizes, self.power, (x, y, z + angle), self.centre)
+        return Solid(self.kind, self.sizes, self.power, (x, y, z + angle), self.centre)
 
-    def seen(self, res: int) -> Surface:
-        """The surface that res x res pixels see."""
+    def surface(self, res: int) -> Surface:
+        """Return the surface visible to res x res pixels."""
         ticks = (np.arange(res) + 0.5) / res * 2 - 1
         x, y = np.meshgrid(ticks - self.centre[0], -ticks - self.centre[1])  # y is up
         turn = rotation(self.angles)
@@ -83,7 +83,7 @@ class Shape:
             return FUNCTIONS[self.kind](points, self)
 
         def own(x: Floats, y: Floats, z: Floats) -> Floats:
-            """Points [..., 3] in the solid's own space."""
+            """Return points [..., 3] in the solid's coordinates."""
             return np.stack(np.broadcast_arrays(x, y, z), axis=-1) @ turn
 
         negative = solid(own(x, y, np.linspace(1, -1, DEPTHS)[:, None, None])) < 0  # [depths, height, width]
@@ -104,8 +104,11 @@ class Shape:
         return found
 
     def _uv(self, points: Floats, own: Floats) -> Floats:
-        """Places on the surface: around the ring and around the tube; else the two coordinates that a normal does not
-        point along, which keeps lengths nearly as they are."""
+        """Return surface coordinates that approximately preserve lengths.
+
+        For a torus they run around the ring and around the tube; otherwise they are the two coordinates along which the
+        normal does not point.
+        """
         x, y, z = np.moveaxis(points, -1, 0)
         if self.kind == "torus":
             out = np.hypot(x, y) - self.sizes[0]
@@ -115,7 +118,7 @@ class Shape:
 
 
 def rotation(angles: tuple[float, float, float]) -> Floats:
-    """The matrix R_z R_y R_x, by which own coordinates become those of the picture."""
+    """Return the matrix R_z R_y R_x, from the solid's coordinates to those of the image."""
     (cx, cy, cz), (sx, sy, sz) = np.cos(angles), np.sin(angles)
     about_x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
     about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
@@ -124,26 +127,26 @@ def rotation(angles: tuple[float, float, float]) -> Floats:
 
 
 def gradient(function: Callable[[Floats], Floats], points: Floats, step: float = 1e-4) -> Floats:
-    """By central differences."""
+    """Return the gradient of a function by central differences."""
     return np.stack([(function(points + e) - function(points - e)) / (2 * step) for e in step * np.eye(3)], axis=-1)
 
 
-def _ellipsoid(points: Floats, shape: Shape) -> Floats:
+def _ellipsoid(points: Floats, shape: Solid) -> Floats:
     scaled = np.abs(points / np.array(shape.sizes))
     return (scaled**shape.power).sum(axis=-1) - 1
 
 
-def _box(points: Floats, shape: Shape) -> Floats:
+def _box(points: Floats, shape: Solid) -> Floats:
     rounding = 0.3 * min(shape.sizes)
     beyond = np.abs(points) - np.array(shape.sizes) + rounding
     outside = np.linalg.norm(beyond.clip(0), axis=-1) + np.minimum(beyond.max(axis=-1), 0)
     return outside - rounding
 
 
-def _torus(points: Floats, shape: Shape) -> Floats:
+def _torus(points: Floats, shape: Solid) -> Floats:
     ring, tube, _ = shape.sizes
     x, y, z = np.moveaxis(points, -1, 0)
     return np.hypot(np.hypot(x, y) - ring, z) - tube
 
 
-FUNCTIONS: dict[str, Callable[[Floats, Shape], Floats]] = {"ellipsoid": _ellipsoid, "box": _box, "torus": _torus}
+FUNCTIONS: dict[str, Callable[[Floats, Solid], Floats]] = {"ellipsoid": _ellipsoid, "box": _box, "torus": _torus}

@@ -1,26 +1,26 @@
-"""REWIRE: rewrite what filters would throw away, and keep the best of it beside the best raw text."""
+"""REWIRE: rewrite documents that filters would discard, and combine the best rewrites with the best raw text."""
 
 from lamella.methods.rewire.accounts import diversity
-from lamella.methods.rewire.guiding import Guide, parsed
-from lamella.methods.rewire.method import Judging, Rewriting, judge, rewire, score
-from lamella.methods.rewire.pool import Rules, near_duplicates, pool_of, refused
+from lamella.methods.rewire.guiding import Guide, parse_answer
+from lamella.methods.rewire.method import QualityFilter, Rewriting, rewire, score, select_best
+from lamella.methods.rewire.pool import PoolRules, broken_rule, near_duplicates, pool_of
 from lamella.methods.rewire.quality import Positives, cross_fitted, fit_quality, top
 
 __all__ = [
     "Guide",
-    "Judging",
+    "PoolRules",
     "Positives",
+    "QualityFilter",
     "Rewriting",
-    "Rules",
+    "broken_rule",
     "cross_fitted",
     "diversity",
     "fit_quality",
-    "judge",
     "near_duplicates",
-    "parsed",
+    "parse_answer",
     "pool_of",
-    "refused",
     "rewire",
     "score",
+    "select_best",
     "top",
 ]

@@ -1,4 +1,4 @@
-"""What became of the pool: failures of the rewriter, both sets, and how they lie to each other."""
+"""Statistics of a run: failures of the rewriter, both selected sets, and their relation."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from lamella.measure import spearman
 from lamella.methods.rewire.guiding import FAILURES
 
 Row = Mapping[str, Any]
-INVENTED, PARAPHRASED = 0.4, 0.8  # cosines below which a text is mostly new, above which mostly the old one
-SHOWN = 6  # rewrites that the page shows
-COMPARED = 200  # whose lengths are drawn
+INVENTED, PARAPHRASED = 0.4, 0.8  # cosines below which a text is mostly new, above which mostly unchanged
+SHOWN = 6  # rewrites shown on the page
+COMPARED = 200  # rewrites whose lengths are plotted
 
 
 def of_rewrites(rows: Sequence[Row]) -> dict[str, Any]:
-    """How many documents were rewritten, and why others were not; lengths and similarities."""
+    """Count the rewrites and the reasons of failures, with lengths and similarities."""
     done = [row for row in rows if row["drop_reason"] is None]
-    why = Counter(row["drop_reason"] for row in rows if row["drop_reason"] is not None)
-    close = [row["sim"] for row in done]
+    reasons = Counter(row["drop_reason"] for row in rows if row["drop_reason"] is not None)
+    cosines = [row["sim"] for row in done]
     return {
-        "asked": len(rows) - why["too long"],
+        "requested": len(rows) - reasons["too long"],
         "parsed": len(done),
-        "failed": {reason: why[reason] for reason in ("too long", *FAILURES) if why[reason]},
+        "failed": {reason: reasons[reason] for reason in ("too long", *FAILURES) if reasons[reason]},
         "ratio": fmean(row["n_out_tok"] / row["n_src_tok"] for row in done) if done else None,
         "shorter": fmean(row["n_out_tok"] < row["n_src_tok"] for row in done) if done else None,
-        "similarity": fmean(close) if done else None,
-        "mostly new": fmean(each < INVENTED for each in close) if done else None,
-        "mostly the same": fmean(each > PARAPHRASED for each in close) if done else None,
+        "similarity": fmean(cosines) if done else None,
+        "mostly new": fmean(each < INVENTED for each in cosines) if done else None,
+        "mostly the same": fmean(each > PARAPHRASED for each in cosines) if done else None,
         "lengths": [[row["n_src_tok"], row["n_out_tok"]] for row in done[:COMPARED]],
     }
 
 
 def of_sets(rows: Sequence[Row]) -> dict[str, Any]:
-    """Both sets: their sizes, the overlap of their documents, and how much the two scores have in common."""
+    """Describe both sets: their sizes, the overlap of their documents, and the rank correlation of both scores."""
     raw, synthetic = ([row for row in rows if row[name]] for name in ("in_raw", "in_syn"))
     both = {row["id"] for row in raw} & {row["id"] for row in synthetic}
     scored = [row for row in rows if row["syn_score"] is not None]
@@ -53,22 +53,22 @@ def of_sets(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _lengths(tokens: Sequence[int]) -> dict[str, Any]:
-    said = {"documents": len(tokens), "tokens": sum(tokens)}
-    return said | ({"mean": fmean(tokens), "median": median(tokens), "longest": max(tokens)} if tokens else {})
+    sizes = {"documents": len(tokens), "tokens": sum(tokens)}
+    return sizes | ({"mean": fmean(tokens), "median": median(tokens), "longest": max(tokens)} if tokens else {})
 
 
 def diversity(texts: Mapping[str, Iterable[str]]) -> dict[str, Any]:
-    """Different pairs of words in each set, among as many words of each."""
+    """Count distinct word bigrams of each set, over the same number of words."""
     words = {name: [word for text in each for word in re.findall(r"\w+", text.lower())] for name, each in texts.items()}
-    among = min(map(len, words.values()))
-    return {"words": among} | {name: len(set(pairwise(each[:among]))) for name, each in words.items()}
+    count = min(map(len, words.values()))
+    return {"words": count} | {name: len(set(pairwise(each[:count]))) for name, each in words.items()}
 
 
 def samples(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Some documents to look at: of the best rewrites, others, and one failure of each kind."""
-    drawn = sorted(rows, key=lambda row: seed_of("shown", row["id"]))
-    first = {row["drop_reason"]: row for row in reversed(drawn) if row["drop_reason"] is not None}
-    best = [row for row in drawn if row["in_syn"]][: SHOWN // 2]
-    rest = [row for row in drawn if row["drop_reason"] is None and not row["in_syn"]][: SHOWN // 2]
+    """Return some documents for the report: some of the best rewrites, some others, and one failure of each kind."""
+    shuffled = sorted(rows, key=lambda row: seed_of("shown", row["id"]))
+    first = {row["drop_reason"]: row for row in reversed(shuffled) if row["drop_reason"] is not None}
+    best = [row for row in shuffled if row["in_syn"]][: SHOWN // 2]
+    rest = [row for row in shuffled if row["drop_reason"] is None and not row["in_syn"]][: SHOWN // 2]
     names = ("id", "source_text", "text", "sim", "raw_score", "syn_score", "in_raw", "in_syn", "drop_reason")
     return [{name: row[name] for name in names} for row in [*best, *rest, *first.values()]]

@@ -1,4 +1,4 @@
-"""Steps 3 and 4: what the rewriter is asked, and how its answer is read, so that no thinking is ever trained on."""
+"""Steps 3 and 4: the prompt of the rewriter, and the parsing of its answer without the reasoning."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from lamella.reading import read_text
 
 PROMPTS = Path(__file__).with_name("prompts")
 KNOWN = ("guided", "short")
-PLACE = "{document}"
+PLACEHOLDER = "{document}"
 
 
 def _marker(*kinds: str) -> re.Pattern[str]:
-    """A marker as models write it, of one of some kinds: case and spaces vary, the bracket does not."""
+    """Match a marker of some kinds as models write it: case and spaces vary, the bracket does not."""
     return re.compile(rf"[<\[]\s*(?:{'|'.join(kinds)})\s*[>\]]", re.IGNORECASE)
 
 
 BEGIN, END, RESPONSE = r"[\s_-]*(?:starts?|begins?)", r"[\s_-]*ends?", r"/?\s*improved[\s_-]*response"
 STARTS, ENDS = _marker(RESPONSE + BEGIN), _marker(RESPONSE + END)
-THINKING = _marker(rf"/?\s*thinking{BEGIN}", "think(?:ing)?")  # also as models that reason unasked mark it
+THINKING = _marker(rf"/?\s*thinking{BEGIN}", "think(?:ing)?")  # including the markers of reasoning models
 THOUGHT = _marker(rf"/?\s*thinking{END}", r"/\s*think(?:ing)?")
 ANY = re.compile("|".join(each.pattern for each in (STARTS, ENDS, THINKING, THOUGHT)), re.IGNORECASE)
 FAILURES = ("no response", "unclosed", "thinking", "marker", "empty")
@@ -30,11 +30,11 @@ FAILURES = ("no response", "unclosed", "thinking", "marker", "empty")
 
 @dataclass(frozen=True)
 class Guide:
-    """What the rewriter is asked.
+    """The prompt of the rewriter.
 
     Attributes:
-        name: of a known prompt, or of the file.
-        instruction: with a place for the document.
+        name: name of a built-in prompt, or of the file.
+        instruction: the text, with a placeholder for the document.
     """
 
     name: str
@@ -42,53 +42,55 @@ class Guide:
 
     @classmethod
     def open(cls, name: str) -> Guide:
-        """A prompt by its name: ``guided`` has all parts of the paper's, ``short`` is for small models; or a .txt file.
+        """Open a prompt: ``guided`` has all parts of the paper's, ``short`` is for small models; or a .txt file.
 
         Raises:
-            MethodError: for a prompt that is unknown, or has no place for the document or no markers.
+            MethodError: for an unknown prompt, or one without the placeholder or the markers.
         """
         if name in KNOWN:
             return cls(name, (PROMPTS / f"{name}.txt").read_text(encoding="utf-8").strip())
         if not name.endswith(".txt"):
             raise MethodError(
-                f"no prompt '{name}'; there are {', '.join(KNOWN)}, or name a .txt file with {PLACE} in it"
+                f"no prompt '{name}'; give one of {', '.join(KNOWN)}, or a .txt file with {PLACEHOLDER} in it"
             )
-        text = read_text(name, "give a text file that says what is wanted").strip()
-        if PLACE not in text or not STARTS.search(text) or not ENDS.search(text):
+        text = read_text(name, "give a text file with the instruction").strip()
+        if PLACEHOLDER not in text or not STARTS.search(text) or not ENDS.search(text):
             raise MethodError(
-                f"{name}: write {PLACE} where the document goes, and ask for <improved response starts> and <improved "
+                f"{name}: write {PLACEHOLDER} at the position of the document, and request <improved response starts> "
+                "and <improved "
                 "response ends> around the text"
             )
         return cls(Path(name).stem, text)
 
     @property
     def digest(self) -> str:
+        """A digest of the instruction."""
         return hashlib.sha256(self.instruction.encode()).hexdigest()[:12]
 
     def messages(self, document: str) -> list[dict[str, str]]:
-        """One message of the user and no system, as the paper has it."""
-        return [{"role": "user", "content": self.instruction.replace(PLACE, document.strip())}]
+        """Return one user message without a system prompt, as in the paper."""
+        return [{"role": "user", "content": self.instruction.replace(PLACEHOLDER, document.strip())}]
 
 
-def parsed(answer: str) -> tuple[str, str | None]:
-    """The improved response in an answer, or why there is none.
+def parse_answer(answer: str) -> tuple[str, str | None]:
+    """Extract the improved response from an answer, or the reason why there is none.
 
-    Only what stands behind the end of the thinking counts: a plan may quote the markers.
+    Only text after the end of the reasoning counts, since a plan may quote the markers.
 
     Returns:
         (text, None), or ("", one of :data:`FAILURES`).
     """
-    thoughts = list(THOUGHT.finditer(answer))
-    behind = answer[thoughts[-1].end() :] if thoughts else answer
-    start = STARTS.search(behind)
-    if THINKING.search(behind[: start.start()] if start else behind):  # begun, and not ended
+    ends_of_thinking = list(THOUGHT.finditer(answer))
+    remainder = answer[ends_of_thinking[-1].end() :] if ends_of_thinking else answer
+    start = STARTS.search(remainder)
+    if THINKING.search(remainder[: start.start()] if start else remainder):  # started, but not ended
         return "", "thinking"
     if start is None:
         return "", "no response"
-    end = ENDS.search(behind, start.end())
+    end = ENDS.search(remainder, start.end())
     if end is None:
         return "", "unclosed"
-    text = behind[start.end() : end.start()].strip()
+    text = remainder[start.end() : end.start()].strip()
     if ANY.search(text):
         return "", "marker"
     return (text, None) if text else ("", "empty")

@@ -1,7 +1,7 @@
-"""Near-duplicates by datatrove's MinHash: its steps, one after the other, over texts in memory.
+"""Near-duplicates by datatrove's MinHash: its steps, one after the other, on texts in memory.
 
-Imported only where datatrove is installed. Its own tokenizer of English words needs spaCy; here words are what stands
-between other characters.
+Imported only if datatrove is installed. Its own tokenizer of English words needs spaCy; here words are runs of letters
+and digits.
 """
 
 from __future__ import annotations
@@ -22,39 +22,43 @@ from loguru import logger
 
 
 class Words(WordTokenizer):
-    """Words of letters and digits."""
+    """Tokenizer of words of letters and digits."""
 
     def word_tokenize(self, text: str) -> list[str]:
+        """Return the words of a text."""
         return re.findall(r"\w+", text)
 
     def sent_tokenize(self, text: str) -> list[str]:
+        """Return the text as one sentence."""
         return [text]
 
     def span_tokenize(self, text: str) -> list[tuple[int, int]]:
+        """Return the span of the text."""
         return [(0, len(text))]
 
 
-def repeated(texts: Sequence[str], folder: Path) -> set[int]:
-    """The numbers of the texts that nearly repeat another one, of which one of each kind stays.
+def duplicate_indices(texts: Sequence[str], folder: Path) -> set[int]:
+    """Return the indices of near-duplicates to remove; one text of each group is kept.
 
     Args:
-        folder: for signatures; what lies there is written anew.
+        texts: the texts.
+        folder: folder for signatures; existing content is replaced.
     """
     shutil.rmtree(folder, ignore_errors=True)
     signatures, buckets, removed = (str(folder / name) for name in ("signatures", "buckets", "removed"))
     config = MinhashConfig(hash_config=HashConfig(hash_fc="sha1"))  # rows of 5 words, a similarity of about 0.72
 
     def pieces() -> Iterator[Piece]:
-        return (Piece(text=text, id=str(number)) for number, text in enumerate(texts))
+        return (Piece(text=text, id=str(index)) for index, text in enumerate(texts))
 
     logger.disable("datatrove")
     try:
         MinhashDedupSignature(signatures, config, Words()).run(pieces())
         for bucket in range(config.num_buckets):
             MinhashDedupBuckets(signatures, buckets, config=config).run(None, bucket, config.num_buckets)
-        with contextlib.redirect_stderr(io.StringIO()):  # it draws a bar of its own
+        with contextlib.redirect_stderr(io.StringIO()):  # it prints its own progress bar
             MinhashDedupCluster(buckets, removed, config).run(None)
-        left = {int(piece.id) for piece in MinhashDedupFilter(removed).run(pieces())}
+        kept = {int(piece.id) for piece in MinhashDedupFilter(removed).run(pieces())}
     finally:
         logger.enable("datatrove")
-    return set(range(len(texts))) - left
+    return set(range(len(texts))) - kept

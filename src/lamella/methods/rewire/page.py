@@ -1,4 +1,4 @@
-"""From evidence to what the rewriter made of the pool, both sets, and what it cost."""
+"""Summary and figures of a run: the pool, the rewrites, both sets, and the cost."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from lamella.results import Evidence, Summary, Table
 
 
 def summary(evidence: Evidence) -> Summary:
-    """What is in the pool, what became of it, and what is trained on."""
+    """Summarise the pool, the rewrites, and the training data."""
     found = evidence.findings
     if "pool" not in found:  # scores alone
         rows = [[share, value] for share, value in found["scores"].items()]
         return Summary(
-            f"Scores of {counted(found['documents'], 'document')}.", [Table("Scores", ("share below", "score"), rows)]
+            f"Scores of {counted(found['documents'], 'document')}.", [Table("Scores", ("quantile", "score"), rows)]
         )
     sets, rewrites = found["sets"], found["rewrites"]
     verdict = (
-        f"Of {counted(rewrites['asked'], 'rewrite')} {rewrites['parsed']} can be read; the best are "
+        f"Of {counted(rewrites['requested'], 'requested rewrite')} {rewrites['parsed']} can be parsed; the best are "
         f"{counted(sets['synthetic']['documents'], 'rewrite')} and {counted(sets['raw']['documents'], 'raw document')}."
     )
     lines = []
     if sets["overlap"] is not None:
-        lines.append(f"{percent(sets['overlap'])} of the rewritten set are documents of the raw set, too.")
+        lines.append(f"{percent(sets['overlap'])} of the documents of the rewritten set are in the raw set as well.")
     if sets["spearman"] is not None:
-        lines.append(f"The ranks of both scores correlate by {number(sets['spearman'])}.")
+        lines.append(f"The rank correlation of both scores is {number(sets['spearman'])}.")
     tables = [
         _pool(found),
         _rewrites(rewrites),
@@ -40,21 +40,21 @@ def summary(evidence: Evidence) -> Summary:
 
 
 def _pool(found: Mapping[str, Any]) -> Table:
-    rows = [["given", found["documents"]["given"]], ["held out", found["documents"]["held out"]]]
-    rows += [[f"left out: {why}", many] for why, many in found["pool"]["left out"].items()]
+    rows = [["input", found["documents"]["given"]], ["held out", found["documents"]["held out"]]]
+    rows += [[f"excluded: {why}", many] for why, many in found["pool"]["excluded"].items()]
     return Table("The pool", ("", "documents"), [*rows, ["in the pool", found["pool"]["documents"]]])
 
 
 def _rewrites(rewrites: Mapping[str, Any]) -> Table:
     rows = [
-        ["asked for", rewrites["asked"]],
+        ["requested", rewrites["requested"]],
         ["parsed", rewrites["parsed"]],
         *([f"failed: {why}", many] for why, many in rewrites["failed"].items()),
-        ["tokens by those of the document", number(rewrites["ratio"])],
+        ["ratio of tokens to the document", number(rewrites["ratio"])],
         ["shorter than the document", percent(rewrites["shorter"])],
-        ["similarity to it", number(rewrites["similarity"])],
+        ["similarity to the document", number(rewrites["similarity"])],
         ["mostly new (below 0.4)", percent(rewrites["mostly new"])],
-        ["mostly the same (above 0.8)", percent(rewrites["mostly the same"])],
+        ["mostly unchanged (above 0.8)", percent(rewrites["mostly the same"])],
     ]
     return Table("The rewrites", ("", ""), rows)
 
@@ -65,12 +65,12 @@ def _sets(sets: Mapping[str, Any]) -> Table:
          number(sets[name].get("median")), sets["bigrams"][name]]
         for name in ("raw", "synthetic")
     ]  # fmt: skip
-    pairs = f"pairs of words in {sets['bigrams']['words']}"
-    return Table("The best", ("set", "documents", "tokens", "mean length", "median length", pairs), rows)
+    pairs = f"distinct bigrams per {sets['bigrams']['words']}"
+    return Table("Selected sets", ("set", "documents", "tokens", "mean length", "median length", pairs), rows)
 
 
 def figures(evidence: Evidence) -> list[Figure]:
-    """Lengths of documents and rewrites, and some of both to read."""
+    """Plot the lengths of documents and rewrites, and show some of both."""
     found = evidence.findings
     if "pool" not in found:
         return []

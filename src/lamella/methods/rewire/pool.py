@@ -1,7 +1,7 @@
-"""Step 1: the pool: documents that rules let pass, of which near-duplicates are gone.
+"""Step 1: the pool of documents that pass the rules, without near-duplicates.
 
 The rules are those of MassiveText and RefinedWeb that need no language model: on length, words, symbols and lines.
-Near-duplicates are found by datatrove's MinHash, over words that need no further package.
+Near-duplicates are found by datatrove's MinHash, with a word tokenizer that needs no further package.
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ BULLETS, ELLIPSES = ("-", "*", "\u2022"), ("...", "\u2026")
 
 
 @dataclass(frozen=True)
-class Rules:
-    """What a document must be like to be in the pool.
+class PoolRules:
+    """Rules for the documents of the pool.
 
     Attributes:
-        words_least, words_most: of a document.
-        word_least, word_most: letters of a word, the mean.
-        symbols: the largest share of # and ellipses among words.
-        letters: the smallest share of words with a letter.
-        bullets: the largest share of lines that begin with a bullet.
-        ellipses: the largest share of lines that end with an ellipsis.
-        repeated: the largest share of lines that came before.
-        near_duplicates: whether near-duplicates are looked for.
+        words_least: minimum number of words of a document.
+        words_most: maximum number of words of a document.
+        word_least: minimum mean length of words in characters.
+        word_most: maximum mean length of words in characters.
+        symbols: maximum ratio of # and ellipses to words.
+        letters: minimum fraction of words with a letter.
+        bullets: maximum fraction of lines that start with a bullet.
+        ellipses: maximum fraction of lines that end with an ellipsis.
+        repeated: maximum fraction of repeated lines.
+        near_duplicates: whether near-duplicates are removed.
     """
 
     words_least: Annotated[int, Ge(0)] = 50
@@ -48,8 +50,8 @@ class Rules:
     near_duplicates: bool = True
 
 
-def refused(text: str, rules: Rules) -> str | None:
-    """The rule that a document breaks; None where it breaks none."""
+def broken_rule(text: str, rules: PoolRules) -> str | None:
+    """Return the rule that a document breaks, or None."""
     words = text.split()
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not rules.words_least <= len(words) <= rules.words_most or not lines:
@@ -67,33 +69,37 @@ def refused(text: str, rules: Rules) -> str | None:
     return "repeated lines" if 1 - len(set(lines)) / len(lines) > rules.repeated else None
 
 
-def pool_of(documents: Sequence[Document], rules: Rules, folder: Path) -> tuple[list[Document], dict[str, int]]:
-    """The documents of the pool in their order, and how many were left out for which reason.
+def pool_of(documents: Sequence[Document], rules: PoolRules, folder: Path) -> tuple[list[Document], dict[str, int]]:
+    """Return the documents of the pool in their order, and the number of excluded documents by reason.
 
     Args:
-        folder: of MinHash's signatures.
+        documents: the documents.
+        rules: the rules.
+        folder: folder for MinHash signatures.
     """
-    reasons = [refused(each.text, rules) for each in documents]
-    left = [each for each, why in zip(documents, reasons, strict=True) if why is None]
-    said = dict(Counter(why for why in reasons if why is not None))
+    reasons = [broken_rule(each.text, rules) for each in documents]
+    kept = [each for each, why in zip(documents, reasons, strict=True) if why is None]
+    counts = dict(Counter(why for why in reasons if why is not None))
     if rules.near_duplicates:
-        again = near_duplicates([each.text for each in left], folder)
-        said |= {"near-duplicates": len(again)} if again else {}
-        left = [each for number, each in enumerate(left) if number not in again]
-    return left, said
+        duplicates = near_duplicates([each.text for each in kept], folder)
+        counts |= {"near-duplicates": len(duplicates)} if duplicates else {}
+        kept = [each for index, each in enumerate(kept) if index not in duplicates]
+    return kept, counts
 
 
 def near_duplicates(texts: Sequence[str], folder: Path) -> set[int]:
-    """The numbers of the texts that nearly repeat another one, of which one of each kind stays.
+    """Return the indices of near-duplicates to remove; one text of each group is kept.
 
     Args:
-        folder: for signatures; what lies there is written anew.
+        texts: the texts.
+        folder: folder for signatures; existing content is replaced.
     """
     require("datatrove", "rewrite", "the search for near-duplicates")
-    from lamella.methods.rewire.minhash import repeated
+    from lamella.methods.rewire.minhash import duplicate_indices
 
-    return repeated(texts, folder)
+    return duplicate_indices(texts, folder)
 
 
 def words_of(text: str) -> list[str]:
+    """Return the words of a text in lower case."""
     return re.findall(r"\w+", text.lower())

@@ -1,7 +1,7 @@
-"""Steps 2 and 5: how much a text is like the good ones; one interface, two classifiers.
+"""Steps 2 and 5: the similarity of a text to good ones; one interface, two classifiers.
 
-A text is one line of at most a thousand words in small letters, whichever classifies it: fastText's own scores change
-with newlines and length.
+For both classifiers a text is one line of at most a thousand words in lower case, since fastText's scores depend on
+newlines and length.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lamella.data import Documents, Reader, seed_of
+from lamella.data import Documents, InputContext, seed_of
 from lamella.errors import CalibrationError
 from lamella.extras import require
 
 Kind = Literal["hashed", "fasttext"]
-WORDS = 1000  # of a text, that are looked at
-PLACES = 2**18  # of hashed words and pairs of words
+WORDS = 1000  # maximum number of words of a text
+FEATURES = 2**18  # hash buckets of words and bigrams
 GOOD, OTHER = "__label__good", "__label__other"
 FASTTEXT = {"lr": 0.5, "epoch": 25, "dim": 64, "wordNgrams": 2, "minCount": 1, "thread": 1, "verbose": 0}
 
@@ -30,46 +30,48 @@ class Positives(Documents):
     """Good texts, whose file may have other fields than that of the pool."""
 
     @classmethod
-    def open(cls, name: str | Path, reader: Reader, *, positives_column: str = "text") -> Positives:  # type: ignore[override]
-        """Read all of them.
+    def open(cls, name: str | Path, context: InputContext, *, positives_column: str = "text") -> Positives:  # type: ignore[override]
+        """Read all good texts.
 
         Args:
             name: see :meth:`Documents.open`.
-            positives_column: the field of a row that holds a good text.
+            context: see :meth:`Documents.open`.
+            positives_column: field of a row with the text.
 
         Raises:
-            CalibrationError: for what is not there, holds no document, or ends early.
+            CalibrationError: for a file that is missing, has no document, or is truncated.
         """
-        found = Documents.open(name, reader, column=positives_column)
-        return cls(found, found.said, found.broken)
+        found = Documents.open(name, context, column=positives_column)
+        return cls(found, found.metadata, found.broken)
 
 
 class Quality(Protocol):
-    """A classifier that has learnt what is good."""
+    """A trained quality classifier."""
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        """P(good) of each text [n]."""
+        """Return P(good) of each text [n]."""
         ...
 
 
 def line_of(text: str) -> str:
-    """A text as both classifiers read it."""
+    """Return a text in the form for both classifiers."""
     return " ".join(re.findall(r"\w+|[^\w\s]", text.lower())[:WORDS])
 
 
 def fit_quality(good: Sequence[str], others: Sequence[str], kind: Kind = "hashed", seed: int = 0) -> Quality:
-    """Learn to tell good texts from others.
+    """Train a classifier of good texts against others.
 
     Args:
-        good, others: texts; one class may be larger.
-        kind: ``hashed``, a linear classifier on hashed words and pairs of words; or ``fasttext``, the paper's.
-        seed: of fastText's training.
+        good: good texts.
+        others: other texts; one class may be larger.
+        kind: ``hashed``, a linear classifier on hashed words and bigrams; or ``fasttext``, the paper's.
+        seed: random seed of fastText's training.
 
     Raises:
-        CalibrationError: when there are no texts of one kind.
+        CalibrationError: when one of the classes is empty.
     """
     if not good or not others:
-        raise CalibrationError(f"{len(good)} good and {len(others)} other texts: give some of both")
+        raise CalibrationError(f"{len(good)} good and {len(others)} other texts: give at least one of both")
     lines = [line_of(text) for text in (*good, *others)]
     labels = np.array([True] * len(good) + [False] * len(others))
     if kind == "hashed":
@@ -78,18 +80,19 @@ def fit_quality(good: Sequence[str], others: Sequence[str], kind: Kind = "hashed
 
 
 class Hashed:
-    """A linear classifier on hashed words and pairs of words."""
+    """A linear classifier on hashed words and bigrams."""
 
     def __init__(self, lines: Sequence[str], labels: NDArray[np.bool_]) -> None:
         text = require("sklearn.feature_extraction.text", "rewrite", "the quality classifier")
         linear = require("sklearn.linear_model", "rewrite", "the quality classifier")
         self.counts = text.HashingVectorizer(
-            ngram_range=(1, 2), n_features=PLACES, alternate_sign=False, token_pattern=r"\S+", lowercase=False
+            ngram_range=(1, 2), n_features=FEATURES, alternate_sign=False, token_pattern=r"\S+", lowercase=False
         )
         self.model = linear.LogisticRegression(C=100.0, class_weight="balanced", max_iter=1000)
         self.model.fit(self.counts.transform(lines), labels)
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        """Return P(good) of each text [n]."""
         if not texts:
             return np.zeros(0)
         scores: NDArray[np.float64] = self.model.predict_proba(self.counts.transform(map(line_of, texts)))[:, 1]
@@ -97,7 +100,7 @@ class Hashed:
 
 
 class FastText:
-    """fastText, as DCLM's classifier is, with words and pairs of words."""
+    """fastText with words and bigrams, as DCLM's classifier."""
 
     def __init__(self, lines: Sequence[str], labels: NDArray[np.bool_], seed: int) -> None:
         fasttext = require("fasttext", "fasttext", "classifier='fasttext'")
@@ -108,21 +111,27 @@ class FastText:
             self.model: Any = fasttext.train_supervised(input=str(file), seed=seed % 2**31, **FASTTEXT)
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        # of the inner model, since the outer one asks NumPy for what its second version refuses
-        said = [dict(map(reversed, self.model.f.predict(f"{line_of(text)}\n", 2, 0.0, "strict"))) for text in texts]
-        return np.array([each.get(GOOD, 0.0) for each in said])
+        """Return P(good) of each text [n]."""
+        # the inner model, since the outer one uses an API that NumPy 2 removed
+        predictions = [
+            dict(map(reversed, self.model.f.predict(f"{line_of(text)}\n", 2, 0.0, "strict"))) for text in texts
+        ]
+        return np.array([each.get(GOOD, 0.0) for each in predictions])
 
 
 def cross_fitted(
     good: Sequence[str], ids: Sequence[str], texts: Sequence[str], most: int, kind: Kind, seed: int
 ) -> NDArray[np.float64]:
-    """Scores of texts by classifiers that have not learnt from them: each half is scored by one fitted on the other.
+    """Score texts by classifiers that were not trained on them: each half is scored by one trained on the other half.
 
     Args:
-        good: positives of both.
-        ids: of the texts; a hash of them decides who is in which half.
-        most: texts of each class that one classifier takes: the first of the good ones, and others as a hash of their
-            ids draws them.
+        good: positives of both classifiers.
+        ids: ids of the texts; a hash of them determines the half.
+        texts: the texts.
+        most: maximum number of texts of each class per classifier: the first of the good ones, and others selected by a
+            hash of their ids.
+        kind: kind of classifier.
+        seed: random seed.
     """
     half = np.array([seed_of("half", seed, each) % 2 for each in ids])
     if len(set(half.tolist())) < 2:  # very few texts
@@ -130,25 +139,29 @@ def cross_fitted(
     scores = np.zeros(len(texts))
     for which in (0, 1):
         inside, outside = (np.flatnonzero(each).tolist() for each in (half == which, half != which))
-        drawn = sorted(outside, key=lambda n: seed_of("negative", seed, ids[n]))[:most]
-        quality = fit_quality(good[:most], [texts[n] for n in drawn], kind, seed)
+        negatives = sorted(outside, key=lambda n: seed_of("negative", seed, ids[n]))[:most]
+        quality = fit_quality(good[:most], [texts[n] for n in negatives], kind, seed)
         scores[inside] = quality([texts[n] for n in inside])
     return scores
 
 
-def top(scores: Sequence[float], ids: Sequence[str], sizes: Sequence[int], wanted: float) -> list[int]:
-    """The best texts, as many as it takes to reach a size, in their order; a hash of the id decides between equals.
+def top(scores: Sequence[float], ids: Sequence[str], sizes: Sequence[int], target: float) -> list[int]:
+    """Return the indices of the best texts that together reach a size, in their order.
+
+    Ties are broken by a hash of the id.
 
     Args:
-        sizes: 1 of each text to count documents, or their tokens.
-        wanted: the size, which the last one that is taken reaches.
+        scores: scores of the texts.
+        ids: ids of the texts.
+        sizes: 1 for each text to count documents, or their tokens.
+        target: the size to reach.
     """
     order = sorted(range(len(ids)), key=lambda n: (-scores[n], seed_of("tie", ids[n])))
-    taken: list[int] = []
+    selected: list[int] = []
     reached = 0
-    for number in order:
-        if reached >= wanted - 1e-9:
+    for index in order:
+        if reached >= target - 1e-9:
             break
-        taken.append(number)
-        reached += sizes[number]
-    return sorted(taken)
+        selected.append(index)
+        reached += sizes[index]
+    return sorted(selected)

@@ -10,7 +10,7 @@ from lamella.results import Corpus
 
 
 @dataclass(kw_only=True)
-class Scored(Corpus):
+class ScoredDocuments(Corpus):
     """Documents in their order, each with its score: filter the rows by ``score``.
 
     Attributes:
@@ -20,4 +20,5 @@ class Scored(Corpus):
     items: list[dict[str, Any]]
 
     def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield the rows."""
         yield from self.items

@@ -1,8 +1,8 @@
-"""SkipPipe: training over slow links by paths that leave out stages."""
+"""SkipPipe: pipeline-parallel training over slow links, with microbatch paths that skip stages."""
 
 from lamella.methods.skippipe.method import omit, plan, skippipe
-from lamella.methods.skippipe.network import Load, Network, Node, published
+from lamella.methods.skippipe.network import Load, Machine, PipelineNetwork, published
 from lamella.methods.skippipe.recipe import train
-from lamella.methods.skippipe.schedule import Schedule
+from lamella.methods.skippipe.schedule import PipelineSchedule
 
-__all__ = ["Load", "Network", "Node", "Schedule", "omit", "plan", "published", "skippipe", "train"]
+__all__ = ["Load", "Machine", "PipelineNetwork", "PipelineSchedule", "omit", "plan", "published", "skippipe", "train"]

@@ -1,12 +1,12 @@
-"""Which node belongs to which stage: a genetic search (after Yuan et al. 2022, "DT-FM", for stages of any sizes).
+"""Allocation of nodes to stages by a genetic search (after Yuan et al. 2022, "DT-FM", for stages of any size).
 
-data        the slowest link inside a stage, whose nodes add up their gradients
-pipeline    between two stages, the least that the slowest of their pairs can take (a bottleneck matching); the
-            stages then stand in the order of the shortest closed tour from stage 0
-cost        data + 2 * pipeline
+    data        the slowest link within a stage, over which its nodes all-reduce their gradients
+    pipeline    between two stages, the bottleneck of the best matching of their nodes; the stages are then ordered by
+                the shortest closed tour from stage 0
+    cost        data + 2 * pipeline
 
-A child takes stretches of the node-to-stage string from two parents, is repaired to the right sizes, and improved by
-the best exchange of the node whose link is slowest. It replaces the worse parent unless it is worse than both.
+A child takes segments of the node-to-stage string from two parents, is repaired to the right stage sizes, and is
+improved by the best swap of the node with the slowest link. It replaces the worse parent unless it is worse than both.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from annotated_types import Ge
 from scipy.optimize import linear_sum_assignment
 
 from lamella.errors import MethodError
-from lamella.methods.skippipe.network import Network
+from lamella.methods.skippipe.network import PipelineNetwork
 from lamella.methods.skippipe.paths import Assignment
 from lamella.progress import tracker
 
 Genes = npt.NDArray[np.int64]  # the stage of each node
 Costs = npt.NDArray[np.float64]
-ENUMERATED = 8  # stages up to which all tours are tried at once
+ENUMERATED = 8  # up to this number of stages, all tours are enumerated
 
 
 @dataclass(frozen=True)
-class Evolution:
-    """Settings of the search; the authors'.
+class AllocationSearch:
+    """Settings of the genetic search; the defaults are the authors'.
 
     Attributes:
-        population: allocations that live at once.
-        trials: offspring, one after the other.
-        points: of the crossover.
-        evolve_seconds: at most; the best allocation by then is taken.
+        population: the number of allocations in the population.
+        trials: the number of offspring, generated one at a time.
+        points: the number of crossover points.
+        evolve_seconds: time limit in seconds; the best allocation found by then is used.
     """
 
     population: Annotated[int, Ge(2)] = 200
@@ -50,59 +50,75 @@ class Evolution:
     evolve_seconds: Annotated[float, Ge(0)] = 60.0
 
 
-def even(nodes: int, stages: int) -> tuple[int, ...]:
-    """Sizes of stages: all alike, and what is left over in stage 0, where microbatches come from.
+def even_sizes(nodes: int, stages: int) -> tuple[int, ...]:
+    """Return stages of equal size, with the remaining nodes in stage 0, where the microbatches originate.
 
-    >>> even(20, 6)
+    >>> even_sizes(20, 6)
     (5, 3, 3, 3, 3, 3)
     """
     if not 1 <= stages <= nodes:
-        raise MethodError(f"{stages} stages: {nodes} nodes can be 1 to {nodes} of them")
+        raise MethodError(f"{stages} stages: {nodes} nodes can form 1 to {nodes} stages")
     each = nodes // stages
     return (nodes - each * (stages - 1), *[each] * (stages - 1))
 
 
-def allocate(network: Network, sizes: Sequence[int], evolution: Evolution | None = None, seed: int = 0) -> Assignment:
-    """Stages of these sizes.
+def allocate(
+    network: PipelineNetwork, sizes: Sequence[int], evolution: AllocationSearch | None = None, seed: int = 0
+) -> Assignment:
+    """Allocate the nodes of a network to stages of given sizes.
+
+    Args:
+        network: the costs of nodes and links.
+        sizes: nodes per stage.
+        evolution: the settings of the search; the authors' if None.
+        seed: random seed.
 
     Raises:
-        MethodError: when the sizes do not add up to the nodes.
+        MethodError: if the sizes do not add up to the number of nodes.
     """
-    settings = evolution or Evolution()
+    settings = evolution or AllocationSearch()
     if sum(sizes) != len(network) or min(sizes, default=0) < 1:
         raise MethodError(
             f"stages of {', '.join(map(str, sizes))} nodes: give sizes of at least 1 that add up to {len(network)}"
         )
-    until = time.monotonic() + settings.evolve_seconds
+    deadline = time.monotonic() + settings.evolve_seconds
     search = _Allocation(network, tuple(sizes))
-    drawn = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     start = np.repeat(np.arange(len(sizes)), sizes)
-    living = [drawn.permutation(start) for _ in range(settings.population)]
-    costs = [search.cost(genes) for genes in living]
+    population = [rng.permutation(start) for _ in range(settings.population)]
+    costs = [search.cost(genes) for genes in population]
     with tracker("skippipe: nodes to stages", settings.trials) as count:
         for _ in range(settings.trials):
-            if time.monotonic() > until:
+            if time.monotonic() > deadline:
                 break
-            one, other = drawn.choice(len(living), 2, replace=False)
-            child = search.improved(crossed(living[one], living[other], sizes, settings.points, drawn))
+            one, other = rng.choice(len(population), 2, replace=False)
+            child = search.improve(crossover(population[one], population[other], sizes, settings.points, rng))
             found = search.cost(child)
             worse = one if costs[one] >= costs[other] else other
             if found <= costs[worse]:
-                living[worse], costs[worse] = child, found
+                population[worse], costs[worse] = child, found
             count()
-    return search.ordered(living[int(np.argmin(costs))])
+    return search.order_stages(population[int(np.argmin(costs))])
 
 
-def crossed(one: Genes, other: Genes, sizes: Sequence[int], points: int, drawn: np.random.Generator) -> Genes:
-    """A child of two, alternately from either, with nodes moved from stages that are too full to others."""
-    cuts = np.sort(drawn.choice(len(one) + 1, min(points, len(one)), replace=False))
-    takes = np.searchsorted(cuts, np.arange(len(one)), side="right") % 2 == 0
-    child = np.where(takes, one, other)
+def crossover(one: Genes, other: Genes, sizes: Sequence[int], points: int, rng: np.random.Generator) -> Genes:
+    """Return a child of two parents, with nodes moved out of stages that are too large.
+
+    Args:
+        one: the stage of each node in the first parent `[nodes]`.
+        other: the stage of each node in the second parent `[nodes]`.
+        sizes: nodes per stage.
+        points: the number of crossover points.
+        rng: the random number generator.
+    """
+    cuts = np.sort(rng.choice(len(one) + 1, min(points, len(one)), replace=False))
+    from_one = np.searchsorted(cuts, np.arange(len(one)), side="right") % 2 == 0
+    child = np.where(from_one, one, other)
     counts = np.bincount(child, minlength=len(sizes))
-    for node in drawn.permutation(len(child)):
+    for node in rng.permutation(len(child)):
         if counts[child[node]] > sizes[child[node]]:
-            lacking = [stage for stage in range(len(sizes)) if counts[stage] < sizes[stage]]
-            stage = int(drawn.choice(lacking))
+            too_small = [stage for stage in range(len(sizes)) if counts[stage] < sizes[stage]]
+            stage = int(rng.choice(too_small))
             counts[child[node]] -= 1
             counts[stage] += 1
             child[node] = stage
@@ -110,19 +126,19 @@ def crossed(one: Genes, other: Genes, sizes: Sequence[int], points: int, drawn: 
 
 
 class _Allocation:
-    """What allocations of a network to stages of these sizes cost."""
+    """The cost of allocations of a network to stages of given sizes."""
 
-    def __init__(self, network: Network, sizes: tuple[int, ...]) -> None:
+    def __init__(self, network: PipelineNetwork, sizes: tuple[int, ...]) -> None:
         self.network, self.stages = network, len(sizes)
         self.matching = cache(self._matching)
 
     def cost(self, genes: Genes) -> float:
-        """In seconds."""
+        """Return the cost in seconds."""
         inside = np.where(genes[:, None] == genes[None, :], self.network.edge, 0.0)
         return float(inside.max()) + 2 * closed_tour(self.between(genes))[0]
 
-    def improved(self, genes: Genes) -> Genes:
-        """The same with the best exchange of the node that has the slowest link of its stage."""
+    def improve(self, genes: Genes) -> Genes:
+        """Apply the best swap of the node that has the slowest link within its stage."""
         inside = np.where(genes[:, None] == genes[None, :], self.network.edge, 0.0)
         slowest = int(inside.max(axis=1).argmax())
         swaps = [genes]
@@ -133,7 +149,7 @@ class _Allocation:
         return min(swaps, key=self.cost)
 
     def between(self, genes: Genes) -> Costs:
-        """The bottleneck matching of every two stages [stages, stages]."""
+        """Return the bottleneck of the best matching of every two stages `[stages, stages]`."""
         members = [tuple(np.flatnonzero(genes == stage).tolist()) for stage in range(self.stages)]
         found = np.zeros((self.stages, self.stages))
         for a, b in itertools.permutations(range(self.stages), 2):
@@ -143,19 +159,25 @@ class _Allocation:
     def _matching(self, here: tuple[int, ...], there: tuple[int, ...]) -> float:
         return bottleneck(hops(self.network, here, there))
 
-    def ordered(self, genes: Genes) -> Assignment:
-        """The stages in the order of their tour."""
+    def order_stages(self, genes: Genes) -> Assignment:
+        """Return the stages in the order of their tour."""
         _, tour = closed_tour(self.between(genes))
         return Assignment(tuple(tuple(np.flatnonzero(genes == stage).tolist()) for stage in tour))
 
 
-def hops(network: Network, here: Sequence[int], there: Sequence[int]) -> Costs:
-    """What it takes to compute on one node and to hand on to another [here, there], in seconds."""
+def hops(network: PipelineNetwork, here: Sequence[int], there: Sequence[int]) -> Costs:
+    """Return the seconds to compute on one node and to send to another `[here, there]`.
+
+    Args:
+        network: the costs of nodes and links.
+        here: the sending nodes.
+        there: the receiving nodes.
+    """
     return network.edge[np.ix_(here, there)] + network.work[list(here)][:, None]
 
 
 def bottleneck(costs: Costs) -> float:
-    """The least, over all matchings of as many as there can be, of the largest cost in it.
+    """Return the smallest possible maximum cost over all maximum matchings.
 
     >>> bottleneck(np.array([[1.0, 9.0], [2.0, 3.0]]))
     3.0
@@ -172,10 +194,10 @@ def bottleneck(costs: Costs) -> float:
     return float(values[low])
 
 
-def matched(costs: Costs) -> list[tuple[int, int]]:
-    """The pairs of row and column of a bottleneck matching: of all that there are, the one of the least sum.
+def bottleneck_matching(costs: Costs) -> list[tuple[int, int]]:
+    """Return the row and column pairs of a bottleneck matching, that of the smallest sum among all of them.
 
-    >>> matched(np.array([[1.0, 9.0], [2.0, 3.0]]))
+    >>> bottleneck_matching(np.array([[1.0, 9.0], [2.0, 3.0]]))
     [(0, 0), (1, 1)]
     """
     rows, columns = linear_sum_assignment(np.where(costs > bottleneck(costs), np.inf, costs))
@@ -183,7 +205,7 @@ def matched(costs: Costs) -> list[tuple[int, int]]:
 
 
 def closed_tour(between: Costs) -> tuple[float, list[int]]:
-    """The shortest tour through all stages from 0 and back, and its order.
+    """Return the length and the order of the shortest closed tour through all stages from stage 0.
 
     >>> closed_tour(np.array([[0.0, 1.0, 9.0], [9.0, 0.0, 1.0], [1.0, 9.0, 0.0]]))
     (3.0, [0, 1, 2])
@@ -198,12 +220,12 @@ def closed_tour(between: Costs) -> tuple[float, list[int]]:
 
 @cache
 def _tours(count: int) -> Genes:
-    """All tours from 0 and back [tours, count + 1]."""
+    """Return all closed tours from stage 0 `[tours, count + 1]`."""
     return np.array([(0, *order, 0) for order in itertools.permutations(range(1, count))])
 
 
 def _held_karp(between: Costs) -> tuple[float, list[int]]:
-    """The same for many stages, by the sets that a tour has been through."""
+    """Return the shortest tour through many stages by dynamic programming over visited sets."""
     count = len(between)
     best: dict[tuple[int, int], tuple[float, int]] = {(1 << k, k): (float(between[0, k]), 0) for k in range(1, count)}
     for mask in range(2, 1 << count, 2):

@@ -1,4 +1,4 @@
-"""What the paper compares its paths with: the full pipeline, and paths that leave out stages by chance."""
+"""The paper's baselines: the full pipeline, and paths that skip random stages."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ from dataclasses import replace
 
 import numpy as np
 
-from lamella.methods.skippipe.allocation import hops, matched
-from lamella.methods.skippipe.network import Network
+from lamella.methods.skippipe.allocation import bottleneck_matching, hops
+from lamella.methods.skippipe.network import PipelineNetwork
 from lamella.methods.skippipe.paths import Assignment, Path
 
-NEARLY = 0.01  # by which costs differ where they are alike, so that none is always the first
+JITTER = 0.01  # relative random differences between equal costs, so that ties are broken at random
 
 
-def full(network: Network, assignment: Assignment, microbatches: int) -> list[Path]:
-    """The full pipeline: chains through all stages, as many as the smallest stage has nodes, each with its share.
+def full_pipeline(network: PipelineNetwork, assignment: Assignment, microbatches: int) -> list[Path]:
+    """Build the full pipeline: chains through all stages, as many as the smallest stage has nodes.
 
-    Neighbouring stages are chained by the matchings that their allocation counts on, all around the tour from the
-    smallest stage. The tour closes where the last of its stages is matched by both of its hops together.
+    Consecutive stages are connected by the matchings that their allocation is based on, around the tour that starts at
+    the smallest stage. The last of its stages is matched by the sum of both of its hops, which closes the tour.
 
     Args:
-        microbatches: in flight on each chain.
+        network: the costs of nodes and links.
+        assignment: the nodes of each stage.
+        microbatches: microbatches in flight per chain.
 
     Returns:
         The paths of a wave.
@@ -33,15 +35,20 @@ def full(network: Network, assignment: Assignment, microbatches: int) -> list[Pa
         costs = hops(network, [chain[-1] for chain in chains], stages[stage])
         if stage == tour[-1]:
             costs = costs + hops(network, stages[stage], stages[start]).T
-        for chain, node in matched(costs):
+        for chain, node in bottleneck_matching(costs):
             chains[chain].append(stages[stage][node])
-    room = min(microbatches, *(int(network.memory[node]) for stage in stages for node in stage))
-    home = len(stages) - start  # where stage 0 is in the tour
-    return [(*chain[home:], *chain[:home]) for _ in range(room) for chain in chains]
+    capacity = min(microbatches, *(int(network.memory[node]) for stage in stages for node in stage))
+    origin = len(stages) - start  # the position of stage 0 in the tour
+    return [(*chain[origin:], *chain[:origin]) for _ in range(capacity) for chain in chains]
 
 
-def unweighted(network: Network, seed: int) -> Network:
-    """The same network in which everything costs nearly alike: paths through it skip by chance."""
-    drawn = np.random.default_rng(seed)
-    edge = (network.edge > 0) * (1 + NEARLY * drawn.random(network.edge.shape))
-    return replace(network, edge=edge, work=1 + NEARLY * drawn.random(len(network)))
+def random_costs(network: PipelineNetwork, seed: int) -> PipelineNetwork:
+    """Return the network with nearly equal costs everywhere, for which a planner skips random stages.
+
+    Args:
+        network: the network.
+        seed: random seed.
+    """
+    rng = np.random.default_rng(seed)
+    edge = (network.edge > 0) * (1 + JITTER * rng.random(network.edge.shape))
+    return replace(network, edge=edge, work=1 + JITTER * rng.random(len(network)))

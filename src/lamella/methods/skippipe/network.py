@@ -1,10 +1,11 @@
-"""The network that a pipeline runs over: nodes, links, and what a microbatch costs on each.
+"""The network that a pipeline runs over: machines, links, and the cost of a microbatch on each.
 
-    link u -> v    c(u, v) = latency + bytes / bandwidth + copies            an activation is 4 d T samples bytes
-    node u         w(u) = seconds a layer and sample * layers of a stage * samples;  backward 1.5 w;  head, loss 0.25 w
+    link u -> v    c(u, v) = latency + bytes / bandwidth + copies            an activation has 4 d T samples bytes
+    node u         w(u) = seconds per layer and sample * layers of a stage * samples
+                   the backward pass takes 1.5 w, head and loss take 0.25 w
 
-Regions have links, and nodes stand in regions. Nodes of one region are 1 ms and 2 GB/s apart unless a link of the
-region to itself says otherwise.
+Links connect regions, and every node is in one region. Nodes of the same region are 1 ms and 2 GB/s apart unless a link
+from the region to itself is given.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ import numpy.typing as npt
 from lamella.errors import MethodError
 from lamella.signature import Fixture
 
-BACKWARD, HEAD = 1.5, 0.25  # of a node's forward pass
-COPIES = 0.13 + 0.20 + 0.02  # seconds between GPU and CPU, as the authors measured them
+BACKWARD, HEAD = 1.5, 0.25  # as fractions of a node's forward pass
+COPIES = 0.13 + 0.20 + 0.02  # seconds for copies between GPU and CPU, as measured by the authors
 NEAR = (1.0, 2.0)  # milliseconds and GB/s within a region
-SECONDS, MEMORY = 0.055, 3  # of a node in the published set-up
+SECONDS, MEMORY = 0.055, 3  # of a node of the published network
 GB = 1024**3
 PUBLISHED = "published"
 REGIONS = ("Belgium", "Canada", "Germany", "Iowa", "Japan", "LA", "NL", "Oregon", "Singapore", "Taiwan", "London",
@@ -35,15 +36,15 @@ Link = tuple[float, float]  # milliseconds one way, and GB/s
 Links = Mapping[tuple[str, str], Link]
 
 EXAMPLE = """
-[[links]]                     # both ways
+[[links]]                     # in both directions
 between = ["oslo", "paris"]
 milliseconds = 14.0           # one way
-gigabytes = 0.12              # a second
+gigabytes = 0.12              # per second
 
 [[nodes]]
 region = "oslo"
 count = 2
-seconds = 0.02                # of one layer and one sample, forward
+seconds = 0.02                # per layer and sample, forward
 memory = 2                    # microbatches in flight
 
 [[nodes]]
@@ -53,13 +54,13 @@ count = 2
 
 
 @dataclass(frozen=True)
-class Node:
-    """One machine.
+class Machine:
+    """One machine of the network.
 
     Attributes:
-        region: where it stands.
-        seconds: that a layer takes for one sample, forward.
-        memory: microbatches that it can hold at once.
+        region: the region in which it is.
+        seconds: seconds per layer and sample of a forward pass.
+        memory: the number of microbatches whose activations it can hold at once.
     """
 
     region: str
@@ -69,13 +70,14 @@ class Node:
 
 @dataclass(frozen=True)
 class Load:
-    """What a microbatch is.
+    """The size of a microbatch and of a stage.
 
     Attributes:
-        microbatch, tokens: its sequences, and tokens of each.
-        hidden: the width of the stream.
-        layers: of a stage.
-        copies: seconds that a message costs beside its way.
+        microbatch: sequences per microbatch.
+        tokens: tokens per sequence.
+        hidden: the hidden size of the model.
+        layers: layers per stage.
+        copies: seconds per message in addition to latency and transfer.
     """
 
     microbatch: int = 8
@@ -86,29 +88,29 @@ class Load:
 
     @property
     def bytes(self) -> int:
-        """Of an activation, in float32."""
+        """The size of an activation in float32."""
         return 4 * self.microbatch * self.tokens * self.hidden
 
 
 @dataclass(frozen=True, eq=False)
-class Network:
-    """Nodes with what their links and they themselves cost for one microbatch.
+class PipelineNetwork:
+    """Machines with the cost of their links and of a forward pass for one microbatch.
 
     Attributes:
         nodes: the machines.
-        edge: seconds of a message from node to node [nodes, nodes].
-        work: seconds of a forward pass through a stage [nodes].
+        edge: seconds per message from node to node `[nodes, nodes]`.
+        work: seconds of a forward pass through a stage `[nodes]`.
         source: the file, or ``published``.
     """
 
-    nodes: tuple[Node, ...]
+    nodes: tuple[Machine, ...]
     edge: npt.NDArray[np.float64]
     work: npt.NDArray[np.float64]
     source: str = field(default="memory")
 
     default: ClassVar[str] = PUBLISHED
     metavar: ClassVar[str] = "NETWORK"
-    told: ClassVar[str] = "published, the authors' 20 nodes in 12 regions, or a TOML file of nodes and links"
+    source_help: ClassVar[str] = "published, the authors' 20 nodes in 12 regions, or a TOML file of nodes and links"
     example: ClassVar[Fixture] = Fixture("network.toml", EXAMPLE, {"layers": 1, "copies": 0.0})
 
     def __len__(self) -> int:
@@ -116,11 +118,11 @@ class Network:
 
     @property
     def memory(self) -> npt.NDArray[np.int64]:
-        """Microbatches in flight [nodes]."""
+        """The number of microbatches that each node can hold `[nodes]`."""
         return np.array([node.memory for node in self.nodes])
 
     def describe(self) -> dict[str, Any]:
-        """What provenance says of it."""
+        """Return the metadata for provenance."""
         content = self.edge.tobytes() + self.work.tobytes() + self.memory.tobytes()
         return {"network": self.source, "nodes": len(self), "sha256": hashlib.sha256(content).hexdigest()}
 
@@ -134,94 +136,108 @@ class Network:
         hidden: int = 1024,
         layers: int = 4,
         copies: float = COPIES,
-    ) -> Network:
-        """The network of a file, or the published one, with what it costs to send and to compute a microbatch.
+    ) -> PipelineNetwork:
+        """Open the network of a file, or the published one, for microbatches of a given size.
 
         Args:
-            name: ``published``, or a file with ``[[nodes]]`` and ``[[links]]``.
-            microbatch: sequences of a microbatch.
-            tokens: of each sequence.
-            hidden: width of the stream.
-            layers: of a stage.
-            copies: seconds that a message costs beside its way; the authors measured 0.35.
+            name: ``published``, or a TOML file with ``[[nodes]]`` and ``[[links]]``.
+            microbatch: sequences per microbatch.
+            tokens: tokens per sequence.
+            hidden: hidden size of the model.
+            layers: layers per stage.
+            copies: seconds per message for copies between GPU and CPU; the authors measured 0.35.
 
         Raises:
-            MethodError: for a file that is missing or malformed, with what is wrong in it.
+            MethodError: for a file that is missing or malformed.
         """
         load = Load(microbatch, tokens, hidden, layers, copies)
         if name == PUBLISHED:
             return published(load=load)
         file = Path(name).expanduser()
         try:
-            said = tomllib.loads(file.read_text(encoding="utf-8"))
+            document = tomllib.loads(file.read_text(encoding="utf-8"))
         except OSError as error:
             raise MethodError(f"{name}: cannot be read ({error.strerror}): give a network file, or published") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise MethodError(f"{name}: is no TOML ({error})") from None
-        unknown = sorted(set(said) - {"nodes", "links"})
+            raise MethodError(f"{name}: is not valid TOML ({error})") from None
+        unknown = sorted(set(document) - {"nodes", "links"})
         if unknown:
-            raise MethodError(f"{name}: has '{unknown[0]}': a network has [[nodes]] and [[links]]")
+            raise MethodError(f"{name}: unknown entry '{unknown[0]}': a network has [[nodes]] and [[links]]")
         try:
-            return cls.of(_nodes(said), _links(said), load, str(name))
+            return cls.of(_nodes(document), _links(document), load, str(name))
         except MethodError as error:
             raise MethodError(f"{name}: {error}") from None
 
     @classmethod
-    def of(cls, nodes: Sequence[Node], links: Links, load: Load | None = None, source: str = "memory") -> Network:
-        """From nodes, and the links between their regions.
+    def of(
+        cls, nodes: Sequence[Machine], links: Links, load: Load | None = None, source: str = "memory"
+    ) -> PipelineNetwork:
+        """Build a network from its nodes and the links between their regions.
+
+        Args:
+            nodes: the machines.
+            links: latency and bandwidth between two regions, in either order.
+            load: the size of a microbatch; the authors' if None.
+            source: the name for provenance.
 
         Raises:
-            MethodError: for a link that is missing or cannot carry anything, or a node that can hold or do nothing.
+            MethodError: for a missing or invalid link, or a node without memory or with an invalid time.
         """
         load = load or Load()
         if not nodes:
-            raise MethodError("names no nodes: write [[nodes]] with a region for each")
+            raise MethodError("has no nodes: add [[nodes]] with a region for each")
         for number, node in enumerate(nodes):
             if node.memory < 1 or not node.seconds > 0:
                 raise MethodError(
-                    f"node {number} ({node.region}) holds {node.memory} microbatches and takes {node.seconds:g} s a "
-                    "layer: give it a memory of at least 1 and a time above 0"
+                    f"node {number} ({node.region}) has memory for {node.memory} microbatches and takes "
+                    f"{node.seconds:g} s per layer: give a memory of at least 1 and a time above 0"
                 )
         known = {**{(b, a): link for (a, b), link in links.items()}, **links}
         edge = np.zeros((len(nodes), len(nodes)))
         for u, one in enumerate(nodes):
             for v, other in enumerate(nodes):
                 if u != v:
-                    edge[u, v] = _seconds(one.region, other.region, known, load)
+                    edge[u, v] = _link_seconds(one.region, other.region, known, load)
         work = np.array([node.seconds * load.layers * load.microbatch for node in nodes])
         return cls(tuple(nodes), edge, work, source)
 
-    def way(self, here: int, there: int) -> float:
-        """Seconds of a message, which is at once where it begins and ends on one node."""
+    def message_seconds(self, here: int, there: int) -> float:
+        """Return the seconds that a message takes, 0 from a node to itself."""
         return 0.0 if here == there else float(self.edge[here, there])
 
 
-def _seconds(here: str, there: str, links: Links, load: Load) -> float:
-    """c(u, v) between two regions."""
+def _link_seconds(here: str, there: str, links: Links, load: Load) -> float:
+    """Return c(u, v) between two regions."""
     link = links.get((here, there), NEAR if here == there else None)
     if link is None:
         raise MethodError(f'no link between {here} and {there}: add [[links]] with between = ["{here}", "{there}"]')
     latency, bandwidth = link
     if not latency >= 0 or not bandwidth > 0:
-        raise MethodError(f"the link between {here} and {there} has {latency:g} ms and {bandwidth:g} GB/s: give more")
+        raise MethodError(
+            f"the link between {here} and {there} has {latency:g} ms and {bandwidth:g} GB/s: give a latency of at "
+            "least "
+            "0 and a bandwidth above 0"
+        )
     return latency / 1000 + load.bytes / (bandwidth * GB) + load.copies
 
 
-def _nodes(said: Mapping[str, Any]) -> list[Node]:
-    found: list[Node] = []
-    for number, each in enumerate(_tables(said, "nodes")):
-        settings = _typed(each, f"node {number}", {"region": str}, {"seconds": float, "memory": int, "count": int})
+def _nodes(document: Mapping[str, Any]) -> list[Machine]:
+    found: list[Machine] = []
+    for number, each in enumerate(_tables(document, "nodes")):
+        settings = _check_entries(
+            each, f"node {number}", {"region": str}, {"seconds": float, "memory": int, "count": int}
+        )
         count = settings.pop("count", 1)
         if not 1 <= count <= 10_000:
-            raise MethodError(f"node {number} is there {count} times: give a count of at least 1")
-        found += [Node(**settings)] * count
+            raise MethodError(f"node {number} has count {count}: give a count from 1 to 10000")
+        found += [Machine(**settings)] * count
     return found
 
 
-def _links(said: Mapping[str, Any]) -> dict[tuple[str, str], Link]:
+def _links(document: Mapping[str, Any]) -> dict[tuple[str, str], Link]:
     found: dict[tuple[str, str], Link] = {}
-    for number, each in enumerate(_tables(said, "links")):
-        link = _typed(each, f"link {number}", {"between": list, "milliseconds": float, "gigabytes": float}, {})
+    for number, each in enumerate(_tables(document, "links")):
+        link = _check_entries(each, f"link {number}", {"between": list, "milliseconds": float, "gigabytes": float}, {})
         regions = link["between"]
         if len(regions) != 2 or not all(isinstance(region, str) for region in regions):
             raise MethodError(f'link {number}: between = {regions} is not ["one", "other"]')
@@ -229,16 +245,18 @@ def _links(said: Mapping[str, Any]) -> dict[tuple[str, str], Link]:
     return found
 
 
-def _tables(said: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
-    """All tables of one name."""
-    given = said.get(name, [])
-    if not isinstance(given, list) or not all(isinstance(each, dict) for each in given):
-        raise MethodError(f"{name} are no tables: write [[{name}]] above each")
-    return given
+def _tables(document: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    """Return all tables of one name."""
+    tables = document.get(name, [])
+    if not isinstance(tables, list) or not all(isinstance(each, dict) for each in tables):
+        raise MethodError(f"{name} is not an array of tables: write [[{name}]] above each entry")
+    return tables
 
 
-def _typed(each: Mapping[str, Any], what: str, wanted: Mapping[str, type], free: Mapping[str, type]) -> dict[str, Any]:
-    """The entries of a table, of their types."""
+def _check_entries(
+    each: Mapping[str, Any], what: str, wanted: Mapping[str, type], free: Mapping[str, type]
+) -> dict[str, Any]:
+    """Return the entries of a table after a check of their types."""
     missing = [name for name in wanted if name not in each]
     if missing:
         raise MethodError(f"{what} has no {missing[0]}: it needs {', '.join(wanted)}")
@@ -252,21 +270,27 @@ def _typed(each: Mapping[str, Any], what: str, wanted: Mapping[str, type], free:
         )
         if kind is None or not fits:
             known = ", ".join([*wanted, *free])
-            raise MethodError(f"{what} has {name} = {value}: it has {known}, numbers and names as they are")
+            raise MethodError(
+                f"{what} has {name} = {value}: its entries are {known}, with numbers and strings unquoted"
+            )
         found[name] = float(value) if kind is float else value
     return found
 
 
-def published(nodes: int = 20, load: Load | None = None) -> Network:
-    """The authors' set-up: nodes in turn in 12 regions, whose links they measured.
+def published(nodes: int = 20, load: Load | None = None) -> PipelineNetwork:
+    """Return the authors' network: nodes distributed in turn over 12 regions, with the links that they measured.
 
-    Their table has one link a thousand times too slow (NL to London); here it has the bandwidth of its neighbours.
+    In their table one link is a thousand times too slow (NL to London); here it has the bandwidth of its neighbours.
+
+    Args:
+        nodes: the number of nodes.
+        load: the size of a microbatch; the authors' if None.
     """
-    places = [Node(REGIONS[number % len(REGIONS)]) for number in range(nodes)]
-    return Network.of(places, LINKS, load, PUBLISHED)
+    machines = [Machine(REGIONS[number % len(REGIONS)]) for number in range(nodes)]
+    return PipelineNetwork.of(machines, LINKS, load, PUBLISHED)
 
 
-# Milliseconds one way and GB/s, from the authors' repository (gensyn-ai/skippipe, MIT licence).
+# Latency in milliseconds (one way) and GB/s, from the authors' repository (gensyn-ai/skippipe, MIT licence).
 LINKS: dict[tuple[str, str], Link] = {
     ("Australia", "Belgium"): (129, 0.0098266602),
     ("Australia", "Canada"): (98, 0.013183594),

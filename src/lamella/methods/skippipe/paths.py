@@ -1,14 +1,14 @@
 """The paths that microbatches may take: which stages in which order, and which nodes.
 
-1  a path starts at its own node of stage 0 and visits ``length`` different stages
-2  with the frontier the highest stage so far, a visit to an earlier stage is a swap: of one stage at most, twice
-   at most, and of two stages in all
-3  a step is at most four stages beyond the frontier
-4  in a wave, all stages but 0 are visited equally often, as far as each has room for |stage| * memory microbatches
-5  in a wave, a node is visited at most ``memory`` times
-6  two microbatches are not on a node at once, unless both are on their way back
+    1  a path starts at its own node of stage 0 and visits ``length`` different stages
+    2  with the frontier the highest stage so far, a visit to an earlier stage is a swap: back by one stage at most,
+       twice at most, and by two stages in total
+    3  a step goes at most four stages beyond the frontier
+    4  in a wave, all stages but 0 are visited equally often, up to the |stage| * memory microbatches that each can hold
+    5  in a wave, a node is visited at most ``memory`` times
+    6  two microbatches are not on a node at the same time, unless both are on their way back
 
-The first five are checked here. The last needs time: the planner avoids it where it can.
+The first five are checked here. The last depends on time; the planner avoids it where possible.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ from functools import cached_property
 from itertools import pairwise
 
 from lamella.errors import MethodError
-from lamella.methods.skippipe.network import BACKWARD, HEAD, Network
+from lamella.methods.skippipe.network import BACKWARD, HEAD, PipelineNetwork
 
 Path = tuple[int, ...]  # nodes, in the order of the forward pass
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What paths may do.
+    """The constraints on paths.
 
     Attributes:
-        length: stages of a path, its own one included.
-        distance: how many stages a swap may go back.
-        swaps: how many swaps a path may have, and ``total`` how many stages back they may go together.
-        jump: how many stages beyond the frontier a step may go.
+        length: stages per path, including the origin's.
+        distance: maximum number of stages that a swap goes back.
+        swaps: maximum number of swaps per path.
+        total: maximum number of stages that all swaps of a path go back together.
+        jump: maximum number of stages beyond the frontier.
     """
 
     length: int = 4
@@ -43,7 +44,7 @@ class Limits:
     jump: int = 4
 
     def orders(self, stages: int) -> list[tuple[int, ...]]:
-        """All orders of stages that a path may have.
+        """Return all orders of stages that a path may have.
 
         >>> Limits(length=2).orders(3)
         [(0, 1), (0, 2)]
@@ -71,10 +72,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Assignment:
-    """Which nodes make up which stage.
+    """The nodes of each stage.
 
     Attributes:
-        stages: the nodes of each, in the order of the pipeline; those of stage 0 are where microbatches come from.
+        stages: the nodes of each stage, in the order of the pipeline; microbatches originate at those of stage 0.
     """
 
     stages: tuple[tuple[int, ...], ...]
@@ -89,56 +90,74 @@ class Assignment:
 
     @cached_property
     def stage_of(self) -> dict[int, int]:
+        """The stage of each node."""
         return {node: stage for stage, nodes in enumerate(self.stages) for node in nodes}
 
 
-def seconds(network: Network, path: Path) -> float:
-    """What a path takes by itself: forward, home to its first node, the loss there, and back the same way."""
+def seconds(network: PipelineNetwork, path: Path) -> float:
+    """Return the time of a path alone: forward, back to its origin for the loss, and backward along the path.
+
+    Args:
+        network: the costs of nodes and links.
+        path: the nodes of the path.
+    """
     hops = [*pairwise(path), (path[-1], path[0])]
     back = [(v, u) for u, v in hops]
     work = sum(float(network.work[node]) for node in path)
-    return sum(network.way(u, v) for u, v in hops + back) + (1 + BACKWARD) * work + HEAD * float(network.work[path[0]])
+    return (
+        sum(network.message_seconds(u, v) for u, v in hops + back)
+        + (1 + BACKWARD) * work
+        + HEAD * float(network.work[path[0]])
+    )
 
 
-def rooms(network: Network, assignment: Assignment, microbatches: int, length: int) -> list[int]:
-    """How often each stage may be visited in a wave: as equally as the memory of their nodes allows.
+def capacities(network: PipelineNetwork, assignment: Assignment, microbatches: int, length: int) -> list[int]:
+    """Return how often each stage may be visited in a wave: as equally as the memory of the nodes allows.
 
     Args:
-        microbatches: of a wave.
-        length: stages of a path.
+        network: the costs of nodes and links.
+        assignment: the nodes of each stage.
+        microbatches: microbatches per wave.
+        length: stages per path.
 
     Raises:
-        MethodError: where all stages together have too little room.
+        MethodError: if the memory of all stages together is too small.
     """
     memory = network.memory
     most = [min(sum(int(memory[node]) for node in stage), microbatches) for stage in assignment.stages[1:]]
-    wanted = microbatches * (length - 1)
-    if sum(most) < wanted:
+    needed = microbatches * (length - 1)
+    if sum(most) < needed:
         raise MethodError(
-            f"{microbatches} microbatches in flight visit {wanted} times stages that have room for {sum(most)}: give "
-            "nodes more memory, more nodes to the stages behind the first, or skip more"
+            f"{microbatches} microbatches in flight need {needed} visits, but the stages have memory for {sum(most)}: "
+            "give nodes more memory, add nodes to the stages after the first, or skip more"
         )
-    share = next(each for each in range(microbatches + 1) if sum(min(room, each) for room in most) >= wanted)
-    return [microbatches, *(min(room, share) for room in most)]
+    equal = next(each for each in range(microbatches + 1) if sum(min(capacity, each) for capacity in most) >= needed)
+    return [microbatches, *(min(capacity, equal) for capacity in most)]
 
 
-def check(network: Network, assignment: Assignment, paths: Sequence[Path], limits: Limits) -> None:
-    """Check what must hold of the paths of one wave, but for collisions.
+def check(network: PipelineNetwork, assignment: Assignment, paths: Sequence[Path], limits: Limits) -> None:
+    """Check the constraints on the paths of one wave, except for collisions.
+
+    Args:
+        network: the costs of nodes and links.
+        assignment: the nodes of each stage.
+        paths: the path of each microbatch.
+        limits: the constraints.
 
     Raises:
-        MethodError: for the first thing that does not hold.
+        MethodError: for the first violated constraint.
     """
     allowed = set(limits.orders(len(assignment)))
     stage_of, memory = assignment.stage_of, network.memory
     for number, path in enumerate(paths):
         order = tuple(stage_of.get(node, -1) for node in path)
         if order not in allowed:
-            raise MethodError(f"path {number} visits the stages {', '.join(map(str, order))}, which it may not")
+            raise MethodError(f"path {number} visits the stages {', '.join(map(str, order))}, which is not allowed")
     visits = Counter(node for path in paths for node in path)
-    for stage, room in enumerate(rooms(network, assignment, len(paths), limits.length)):
-        asked = sum(visits[node] for node in assignment.stages[stage])
-        if asked > room:
-            raise MethodError(f"stage {stage} is visited {asked} times in a wave and has room for {room}")
-    for node, asked in visits.items():
-        if asked > memory[node]:
-            raise MethodError(f"node {node} is visited {asked} times in a wave and has room for {int(memory[node])}")
+    for stage, capacity in enumerate(capacities(network, assignment, len(paths), limits.length)):
+        count = sum(visits[node] for node in assignment.stages[stage])
+        if count > capacity:
+            raise MethodError(f"stage {stage} is visited {count} times in a wave and has memory for {capacity}")
+    for node, count in visits.items():
+        if count > memory[node]:
+            raise MethodError(f"node {node} is visited {count} times in a wave and has memory for {int(memory[node])}")

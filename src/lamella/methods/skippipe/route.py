@@ -1,4 +1,4 @@
-"""The quickest path of one microbatch, given where it may not be and when: best first, over partial paths."""
+"""The quickest path of one microbatch under constraints on nodes and times: best-first search over partial paths."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lamella.methods.skippipe.network import BACKWARD, HEAD, Network
+from lamella.methods.skippipe.network import BACKWARD, HEAD, PipelineNetwork
 from lamella.methods.skippipe.paths import Assignment, Limits, Path
 
 Interval = tuple[float, float]
-LOOKS = 50_000  # partial paths that are looked at for one microbatch
+MAX_EXPANSIONS = 50_000  # partial paths per search
 
 
 class Visit(NamedTuple):
-    """A stay on a node: from when to when, and whether on the way back."""
+    """A visit of a node: begin and end in seconds, and whether it is on the way back."""
 
     node: int
     begin: float
@@ -29,105 +29,127 @@ class Visit(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Rules:
-    """What one microbatch may not do.
+class RouteRules:
+    """Constraints on one microbatch.
 
     Attributes:
-        nodes, stages: that it does not visit.
-        closed: of nodes, the times at which it is not there.
+        nodes: nodes that it must not visit.
+        stages: stages that it must not visit.
+        closed: for nodes, the intervals in which it must not be there.
     """
 
     nodes: frozenset[int] = frozenset()
     stages: frozenset[int] = frozenset()
     closed: Mapping[int, tuple[Interval, ...]] = field(default_factory=dict)
 
-    def without(self, node: int) -> Rules:
-        return Rules(self.nodes | {node}, self.stages, self.closed)
+    def without_node(self, node: int) -> RouteRules:
+        """Return the rules with one more forbidden node."""
+        return RouteRules(self.nodes | {node}, self.stages, self.closed)
 
-    def without_stage(self, stage: int) -> Rules:
-        return Rules(self.nodes, self.stages | {stage}, self.closed)
+    def without_stage(self, stage: int) -> RouteRules:
+        """Return the rules with one more forbidden stage."""
+        return RouteRules(self.nodes, self.stages | {stage}, self.closed)
 
-    def not_during(self, node: int, interval: Interval) -> Rules:
+    def not_during(self, node: int, interval: Interval) -> RouteRules:
+        """Return the rules with one more forbidden interval of a node.
+
+        Args:
+            node: the node.
+            interval: begin and end in seconds.
+        """
         closed = dict(self.closed)
         closed[node] = tuple(sorted((*closed.get(node, ()), interval)))
-        return Rules(self.nodes, self.stages, closed)
+        return RouteRules(self.nodes, self.stages, closed)
 
-    def opens(self, node: int, when: float, length: float) -> float:
-        """The first time from ``when`` on at which so long a stay on a node is allowed."""
+    def first_free(self, node: int, when: float, length: float) -> float:
+        """Return the first time from `when` on at which a visit of the given length is allowed.
+
+        Args:
+            node: the node.
+            when: the earliest time in seconds.
+            length: the length of the visit in seconds.
+        """
         for begin, end in self.closed.get(node, ()):
             if when < end and when + length > begin:
                 when = end
         return when
 
 
-class Routed(NamedTuple):
-    """A path, and its stays in time; the last end is when it is done."""
+class TimedRoute(NamedTuple):
+    """A path with its visits; it is complete at the end of the last one."""
 
     path: Path
     visits: tuple[Visit, ...]
 
     @property
     def end(self) -> float:
+        """The time at which the last visit ends."""
         return self.visits[-1].end
 
 
 @dataclass(frozen=True)
 class Router:
-    """Routes over one assignment.
+    """Finds routes for one assignment.
 
     Attributes:
-        network: what links and nodes cost.
-        assignment: which node is in which stage.
-        limits: what paths may do.
+        network: the costs of nodes and links.
+        assignment: the nodes of each stage.
+        limits: the constraints on paths.
     """
 
-    network: Network
+    network: PipelineNetwork
     assignment: Assignment
     limits: Limits
 
     @cached_property
     def orders(self) -> list[tuple[int, ...]]:
-        """Of stages, that a path may have."""
+        """The orders of stages that a path may have."""
         return self.limits.orders(len(self.assignment))
 
     @cached_property
     def _next(self) -> dict[tuple[int, ...], tuple[int, ...]]:
-        """The stages that may follow a beginning of an order."""
+        """The stages that may follow each prefix of an order."""
         found: dict[tuple[int, ...], set[int]] = {}
         for order in self.orders:
-            for place in range(1, len(order)):
-                found.setdefault(order[:place], set()).add(order[place])
+            for position in range(1, len(order)):
+                found.setdefault(order[:position], set()).add(order[position])
         return {beginning: tuple(sorted(each)) for beginning, each in found.items()}
 
     @cached_property
     def _least(self) -> float:
-        """The least that one more stage can cost, there and back."""
+        """The minimum cost of one more stage, forward and backward."""
         edge = self.network.edge
-        away = edge[~np.eye(len(edge), dtype=bool)]
-        return 2 * float(away.min(initial=np.inf if len(away) else 0.0)) + (1 + BACKWARD) * float(
+        links = edge[~np.eye(len(edge), dtype=bool)]
+        return 2 * float(links.min(initial=np.inf if len(links) else 0.0)) + (1 + BACKWARD) * float(
             self.network.work.min()
         )
 
-    def leaves_any(self, rules: Rules) -> bool:
-        """Whether rules leave any path at all; times do not matter, since what is closed can be waited for."""
+    def allow_any(self, rules: RouteRules) -> bool:
+        """Return whether any path satisfies the rules; intervals are ignored, since a microbatch can wait."""
         stages = self.assignment.stages
-        open_ = {stage for stage, nodes in enumerate(stages) if not rules.nodes.issuperset(nodes)} - rules.stages
-        return any(open_.issuperset(order) for order in self.orders)
+        allowed = {stage for stage, nodes in enumerate(stages) if not rules.nodes.issuperset(nodes)} - rules.stages
+        return any(allowed.issuperset(order) for order in self.orders)
 
-    def quickest(self, origin: int, released: float, rules: Rules) -> Routed | None:
-        """The path that is done first; None where the rules leave none, or none is found among many thousands."""
+    def quickest(self, origin: int, released: float, rules: RouteRules) -> TimedRoute | None:
+        """Return the path that completes first; None if the rules allow none, or the search exceeds its limit.
+
+        Args:
+            origin: the node of stage 0.
+            released: the earliest start in seconds.
+            rules: the constraints on the microbatch.
+        """
         work = self.network.work
-        begin = rules.opens(origin, released, float(work[origin]))
+        begin = rules.first_free(origin, released, float(work[origin]))
         first = Visit(origin, begin, begin + float(work[origin]), False)
         heap: list[tuple[float, int, tuple[int, ...], tuple[Visit, ...]]] = [(0.0, 0, (0,), (first,))]
         count = itertools.count(1)
-        reached: dict[tuple[tuple[int, ...], int], float] = {}  # the least bound with which a node was reached so
-        for _ in range(LOOKS):
+        reached: dict[tuple[tuple[int, ...], int], float] = {}  # the smallest bound per order and node
+        for _ in range(MAX_EXPANSIONS):
             if not heap:
                 return None
             _, _, order, visits = heapq.heappop(heap)
             if len(visits) > len(order):
-                return Routed(tuple(visit.node for visit in visits[: len(order)]), visits)
+                return TimedRoute(tuple(visit.node for visit in visits[: len(order)]), visits)
             if len(order) == self.limits.length:
                 home = self._home(visits, rules)
                 heapq.heappush(heap, (home[-1].end, next(count), order, home))
@@ -137,42 +159,53 @@ class Router:
                     if node in rules.nodes:
                         continue
                     length = float(work[node])
-                    start = rules.opens(node, visits[-1].end + self.network.way(visits[-1].node, node), length)
+                    start = rules.first_free(
+                        node, visits[-1].end + self.network.message_seconds(visits[-1].node, node), length
+                    )
                     path = (*visits, Visit(node, start, start + length, False))
                     bound = self._bound(path)
                     state = ((*order, stage), node)
-                    if not rules.closed:  # then what is behind a node is worth the same however it was reached
+                    if not rules.closed:  # then the rest is independent of the prefix
                         if bound >= reached.get(state, math.inf):
                             continue
                         reached[state] = bound
                     heapq.heappush(heap, (bound, next(count), state[0], path))
         return None
 
-    def along(self, path: Path, released: float) -> Routed:
-        """The stays of a path that is given, where nothing is forbidden."""
+    def along(self, path: Path, released: float) -> TimedRoute:
+        """Return the visits of a given path without constraints.
+
+        Args:
+            path: the nodes of the path.
+            released: the start in seconds.
+        """
         visits: list[Visit] = []
         for node in path:
-            begin = visits[-1].end + self.network.way(visits[-1].node, node) if visits else released
+            begin = visits[-1].end + self.network.message_seconds(visits[-1].node, node) if visits else released
             visits.append(Visit(node, begin, begin + float(self.network.work[node]), False))
-        return Routed(path, self._home(tuple(visits), Rules()))
+        return TimedRoute(path, self._home(tuple(visits), RouteRules()))
 
     def _bound(self, visits: Sequence[Visit]) -> float:
-        """When a path that begins so is done at the earliest: without its way home, where the nearest stages follow."""
+        """Return the earliest end of a path with this prefix, assuming the cheapest remaining stages."""
         nodes = [visit.node for visit in visits]
-        back = sum(self.network.way(u, v) for u, v in zip(nodes[1:], nodes, strict=False))
+        back = sum(self.network.message_seconds(u, v) for u, v in zip(nodes[1:], nodes, strict=False))
         work = BACKWARD * sum(float(self.network.work[node]) for node in nodes)
         left = self.limits.length - len(visits)
-        home = 0.0 if left else self.network.way(nodes[-1], nodes[0]) + self.network.way(nodes[0], nodes[-1])
+        home = (
+            0.0
+            if left
+            else self.network.message_seconds(nodes[-1], nodes[0]) + self.network.message_seconds(nodes[0], nodes[-1])
+        )
         return visits[-1].end + home + HEAD * float(self.network.work[nodes[0]]) + back + work + left * self._least
 
-    def _home(self, visits: tuple[Visit, ...], rules: Rules) -> tuple[Visit, ...]:
-        """All stays of a path: home for the loss, and back the way that it came."""
+    def _home(self, visits: tuple[Visit, ...], rules: RouteRules) -> tuple[Visit, ...]:
+        """Return all visits of a path: back to the origin for the loss, and backward along the path."""
         nodes = [visit.node for visit in visits]
         stays = list(visits)
-        here = nodes[-1]
-        for node, share in [(nodes[0], HEAD), *((node, BACKWARD) for node in reversed(nodes))]:
-            length = share * float(self.network.work[node])
-            begin = rules.opens(node, stays[-1].end + self.network.way(here, node), length)
+        current = nodes[-1]
+        for node, factor in [(nodes[0], HEAD), *((node, BACKWARD) for node in reversed(nodes))]:
+            length = factor * float(self.network.work[node])
+            begin = rules.first_free(node, stays[-1].end + self.network.message_seconds(current, node), length)
             stays.append(Visit(node, begin, begin + length, True))
-            here = node
+            current = node
         return tuple(stays)

@@ -1,4 +1,4 @@
-"""A schedule: which node is in which stage, the path of every microbatch, and in which order nodes serve them."""
+"""A schedule: the stage of each node, the path of every microbatch, and the order in which nodes process them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lamella.errors import MethodError
 from lamella.files import write
-from lamella.methods.skippipe.network import Network, Node
-from lamella.methods.skippipe.paths import Assignment, Limits, Path, check, rooms
-from lamella.methods.skippipe.planner import Avoids, Limit, Planned, agents_of, plan_paths
-from lamella.methods.skippipe.simulate import Served, Stop, iteration, simulate
+from lamella.methods.skippipe.network import Machine, PipelineNetwork
+from lamella.methods.skippipe.paths import Assignment, Limits, Path, capacities, check
+from lamella.methods.skippipe.planner import Avoids, Limit, PlanResult, agents_of, plan_paths
+from lamella.methods.skippipe.simulate import BusyInterval, Stop, iteration, simulate
 from lamella.reading import parse_json, read_text
 from lamella.results import Result
 
@@ -30,7 +30,7 @@ class _Document(BaseModel):
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
     schema_: Literal["lamella.schedule/1"] = Field("lamella.schedule/1", alias="schema")
-    nodes: list[Node]
+    nodes: list[Machine]
     edge: list[list[float]]
     work: list[float]
     stages: list[list[int]]
@@ -40,18 +40,18 @@ class _Document(BaseModel):
 
 
 @dataclass(kw_only=True)
-class Schedule(Result):
-    """What an iteration is.
+class PipelineSchedule(Result):
+    """The plan of an iteration.
 
     Attributes:
-        network: nodes and what they and their links cost.
-        assignment: which node is in which stage.
-        paths: of a wave; microbatch m takes path m modulo their number.
-        microbatches: of an iteration.
-        limits: what paths may do.
+        network: nodes with the costs of nodes and links.
+        assignment: the nodes of each stage.
+        paths: the paths of a wave; microbatch m takes path m modulo their number.
+        microbatches: microbatches per iteration.
+        limits: the constraints on paths.
     """
 
-    network: Network
+    network: PipelineNetwork
     assignment: Assignment
     paths: tuple[Path, ...]
     microbatches: int
@@ -60,12 +60,12 @@ class Schedule(Result):
     kind: ClassVar[str] = "schedule"
 
     def path(self, microbatch: int) -> Path:
-        """The nodes of a microbatch's path."""
+        """Return the nodes of a microbatch's path."""
         return self.paths[microbatch % len(self.paths)]
 
     @property
     def nodes(self) -> list[int]:
-        """All that take part, by number; in this order they are the processes of a run."""
+        """All nodes that take part, sorted; the processes of a run have this order."""
         return sorted(self.assignment.stage_of)
 
     @property
@@ -75,33 +75,37 @@ class Schedule(Result):
         return [tuple(stage_of[node] for node in self.path(each)) for each in range(self.microbatches)]
 
     @cached_property
-    def served(self) -> list[Served]:
-        """An iteration in time."""
+    def timeline(self) -> list[BusyInterval]:
+        """The busy intervals of a simulated iteration."""
         return simulate(self.network, self.paths, self.microbatches)
 
     @property
     def seconds(self) -> float:
-        """Of an iteration."""
-        return iteration(self.served)
+        """The simulated seconds per iteration."""
+        return iteration(self.timeline)
 
     def turns(self, node: int) -> list[Stop]:
-        """What a node does in an iteration, one after the other."""
+        """Return the stops of a node in an iteration, in order."""
         found = []
-        for each in self.served:
+        for each in self.timeline:
             if each.node == node:
-                place = 0 if each.phase == "loss" else self.path(each.microbatch).index(node)
-                found.append(Stop(each.microbatch, place, each.phase))
+                position = 0 if each.phase == "loss" else self.path(each.microbatch).index(node)
+                found.append(Stop(each.microbatch, position, each.phase))
         return found
 
     def name(self, node: int) -> str:
-        """What messages call a node."""
+        """Return the name of a node for messages."""
         return f"node {node} ({self.network.nodes[node].region})"
 
-    def without(self, lost: Collection[int], limit: Limit | None = None) -> Schedule:
-        """The same nodes and stages without some nodes, whose paths are planned anew; as many microbatches as before.
+    def without(self, lost: Collection[int], limit: Limit | None = None) -> PipelineSchedule:
+        """Remove nodes and re-plan the paths of the others, with the same number of microbatches.
+
+        Args:
+            lost: the nodes to remove.
+            limit: the limits of the search for paths.
 
         Raises:
-            MethodError: for a node that is not there, or a stage that has none left.
+            MethodError: for an unknown node, or a stage without remaining nodes.
         """
         unknown = sorted(set(lost) - set(self.nodes))
         if unknown:
@@ -111,12 +115,12 @@ class Schedule(Result):
             if not stage:
                 raise MethodError(
                     f"stage {number} has no node left without {', '.join(map(str, before))}, and its weights are lost "
-                    "with them: start again with a node in its place"
+                    "with them: start again with a replacement node"
                 )
-        return scheduled(self.network, Assignment(stages), self.microbatches, self.limits, limit=limit)[0]
+        return make_schedule(self.network, Assignment(stages), self.microbatches, self.limits, limit=limit)[0]
 
     def dump(self) -> str:
-        """As JSON."""
+        """Return the schedule as JSON."""
         document = _Document(
             nodes=list(self.network.nodes),
             edge=self.network.edge.tolist(),
@@ -130,103 +134,121 @@ class Schedule(Result):
 
     @classmethod
     def parse(cls, text: str, source: str = "schedule") -> Self:
-        """From JSON.
+        """Read a schedule from JSON.
+
+        Args:
+            text: the JSON document.
+            source: its name for messages.
 
         Raises:
-            MethodError: one line, for what is no schedule, or one that cannot run.
+            MethodError: for an invalid schedule, in one line.
         """
         try:
-            said = _Document.model_validate(parse_json(text))
-            network = _network(said)
-            assignment = Assignment(tuple(map(tuple, said.stages)))
+            document = _Document.model_validate(parse_json(text))
+            network = _network(document)
+            assignment = Assignment(tuple(map(tuple, document.stages)))
             if not set(assignment.stage_of) <= set(range(len(network))):
-                raise MethodError(f"stages name nodes that are not there: there are 0 to {len(network) - 1}")
-            paths = tuple(map(tuple, said.paths))
-            check(network, assignment, paths, said.limits)
+                raise MethodError(f"stages contain unknown nodes: the nodes are 0 to {len(network) - 1}")
+            paths = tuple(map(tuple, document.paths))
+            check(network, assignment, paths, document.limits)
         except ValidationError as error:
             first = error.errors()[0]
-            raise MethodError(f"{source}: no schedule: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+            raise MethodError(
+                f"{source}: invalid schedule: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+            ) from None
         except (ValueError, MethodError) as error:
-            raise MethodError(f"{source}: no schedule: {error}") from None
+            raise MethodError(f"{source}: invalid schedule: {error}") from None
         return cls(
-            network=network, assignment=assignment, paths=paths, microbatches=said.microbatches, limits=said.limits
+            network=network,
+            assignment=assignment,
+            paths=paths,
+            microbatches=document.microbatches,
+            limits=document.limits,
         )
 
     def write(self, folder: File) -> None:
+        """Write the schedule into a folder of results."""
         write(folder / FILE, self.dump())
 
     @classmethod
     def read(cls, path: File) -> Self:
-        """The schedule in a folder of results, or in its file."""
+        """Read the schedule from a folder of results, or from its file."""
         file = path / FILE if path.is_dir() else path
-        return cls.parse(read_text(file, "give what skippipe plan has written"), str(file))
+        return cls.parse(read_text(file, "give the output of skippipe plan"), str(file))
 
 
-def _network(said: _Document) -> Network:
-    count = len(said.nodes)
-    if len(said.work) != count or [len(row) for row in said.edge] != [count] * count:
-        raise ValueError(f"edge and work are not of {count} nodes")
-    edge, work = np.array(said.edge), np.array(said.work)
+def _network(document: _Document) -> PipelineNetwork:
+    count = len(document.nodes)
+    if len(document.work) != count or [len(row) for row in document.edge] != [count] * count:
+        raise ValueError(f"edge and work do not have {count} nodes")
+    edge, work = np.array(document.edge), np.array(document.work)
     if not (np.isfinite(edge).all() and np.isfinite(work).all() and edge.min() >= 0 and work.min() > 0):
-        raise ValueError("edge and work are times, above 0")
-    if min(node.memory for node in said.nodes) < 1:
+        raise ValueError("edge and work must be times above 0")
+    if min(node.memory for node in document.nodes) < 1:
         raise ValueError("a node has no memory")
-    return Network(tuple(said.nodes), edge, work, FILE)
+    return PipelineNetwork(tuple(document.nodes), edge, work, FILE)
 
 
-def scheduled(
-    network: Network,
+def make_schedule(
+    network: PipelineNetwork,
     assignment: Assignment,
     microbatches: int,
     limits: Limits | None = None,
     *,
     avoids: Avoids = "collisions",
     limit: Limit | None = None,
-    costs: Network | None = None,
-) -> tuple[Schedule, Planned]:
-    """Paths for an iteration, with as many microbatches in flight as nodes have memory for.
+    costs: PipelineNetwork | None = None,
+) -> tuple[PipelineSchedule, PlanResult]:
+    """Plan the paths of an iteration, with as many microbatches in flight as the memory of the nodes allows.
 
     Args:
-        network: what links and nodes cost.
-        assignment: which node is in which stage.
-        microbatches: of an iteration.
-        limits: what paths may do.
-        avoids, limit: see :func:`~lamella.methods.skippipe.planner.plan_paths`.
-        costs: what the planner is told that they cost, where that is something else.
+        network: the costs of nodes and links.
+        assignment: the nodes of each stage.
+        microbatches: microbatches per iteration.
+        limits: the constraints on paths.
+        avoids: see :func:`~lamella.methods.skippipe.planner.plan_paths`.
+        limit: the limits of the search for paths.
+        costs: the costs that the planner uses instead of the network's.
 
     Raises:
-        MethodError: when no paths fit.
+        MethodError: if there are no valid paths.
     """
     limits = limits or Limits()
     each = in_flight(network, assignment, microbatches, limits.length)
     agents = agents_of(network, assignment, each)[:microbatches]
-    planned = plan_paths(
+    result = plan_paths(
         costs or network, assignment, agents, limits, avoids=avoids, limit=limit, microbatches=microbatches
     )
-    made = Schedule(
-        network=network, assignment=assignment, paths=planned.paths, microbatches=microbatches, limits=limits
+    schedule = PipelineSchedule(
+        network=network, assignment=assignment, paths=result.paths, microbatches=microbatches, limits=limits
     )
-    return made, planned
+    return schedule, result
 
 
-def in_flight(network: Network, assignment: Assignment, microbatches: int, length: int) -> int:
-    """The most microbatches of every node of stage 0 that there is room for at once.
+def in_flight(network: PipelineNetwork, assignment: Assignment, microbatches: int, length: int) -> int:
+    """Return the maximum number of microbatches in flight per node of stage 0.
+
+    Args:
+        network: the costs of nodes and links.
+        assignment: the nodes of each stage.
+        microbatches: microbatches per iteration.
+        length: stages per path.
 
     Raises:
-        MethodError: when there is not even room for one.
+        MethodError: if there is not enough memory for one.
     """
     origins = assignment.stages[0]
     most = min(min(int(network.memory[node]) for node in origins), -(-microbatches // len(origins)))
     for each in range(most, 1, -1):
         try:
-            rooms(network, assignment, min(each * len(origins), microbatches), length)
+            capacities(network, assignment, min(each * len(origins), microbatches), length)
         except MethodError:
             continue
         return each
-    rooms(network, assignment, min(len(origins), microbatches), length)
+    capacities(network, assignment, min(len(origins), microbatches), length)
     return 1
 
 
 def visits(orders: Sequence[Sequence[int]]) -> Counter[int]:
-    """How many microbatches visit each stage."""
+    """Return the number of microbatches that visit each stage."""
     return Counter(stage for order in orders for stage in order)

@@ -1,10 +1,10 @@
-"""A pipeline in time: every node serves one microbatch at once, in the order in which they arrive.
+"""Discrete-event simulation of a pipeline: every node processes one microbatch at a time, in order of arrival.
 
-    forward on every node of the path  ->  loss at the first one  ->  backward on every node, the other way
+    forward on every node of the path  ->  loss at the origin  ->  backward on every node, in reverse order
 
-A microbatch holds a place of a node's memory from its forward pass there to its backward pass. Where none is free, it
-waits, and those behind it do, too; what goes back is let past. A path carries one microbatch at a time: the next one
-starts when it has come back. So a node holds no more than its paths, and nobody waits for ever.
+A microbatch occupies one unit of a node's memory from its forward pass there to its backward pass. If none is free, it
+waits, and so do the forward passes behind it; backward passes overtake them. A path carries one microbatch at a time:
+the next one starts when the previous one has come back, so a node never holds more microbatches than it has paths.
 """
 
 from __future__ import annotations
@@ -16,68 +16,73 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from lamella.errors import MethodError
-from lamella.methods.skippipe.network import BACKWARD, HEAD, Network
+from lamella.methods.skippipe.network import BACKWARD, HEAD, PipelineNetwork
 from lamella.methods.skippipe.paths import Path
 
 Phase = Literal["forward", "loss", "backward"]
-SHARES: dict[Phase, float] = {"forward": 1.0, "loss": HEAD, "backward": BACKWARD}  # of the time of a forward pass
+PHASE_COSTS: dict[Phase, float] = {"forward": 1.0, "loss": HEAD, "backward": BACKWARD}  # relative to a forward pass
 
 
 class Stop(NamedTuple):
-    """One thing that is to be done for a microbatch.
+    """One step in the processing of a microbatch.
 
     Attributes:
-        microbatch: its number in the iteration.
-        place: in its path.
-        phase: what is done there.
+        microbatch: the index of the microbatch in the iteration.
+        position: the position in its path.
+        phase: forward, loss or backward.
     """
 
     microbatch: int
-    place: int
+    position: int
     phase: Phase
 
-    def then(self, length: int) -> Stop | None:
-        """What comes next on a path of so many nodes; None where it is done."""
+    def next_stop(self, length: int) -> Stop | None:
+        """Return the next stop on a path of `length` nodes, or None at the end."""
         if self.phase == "loss":
             return Stop(self.microbatch, length - 1, "backward")
         if self.phase == "forward":
-            is_last = self.place == length - 1
-            return Stop(self.microbatch, 0 if is_last else self.place + 1, "loss" if is_last else "forward")
-        return Stop(self.microbatch, self.place - 1, "backward") if self.place else None
+            is_last = self.position == length - 1
+            return Stop(self.microbatch, 0 if is_last else self.position + 1, "loss" if is_last else "forward")
+        return Stop(self.microbatch, self.position - 1, "backward") if self.position else None
 
 
 @dataclass
-class Desk:
-    """What waits at a node, in the order in which it came.
+class NodeQueue:
+    """The queue of a node, in order of arrival.
 
     Attributes:
-        memory: places that are free.
+        memory: free units of memory.
     """
 
     memory: int
-    _ahead: list[tuple[float, int, Stop]] = field(default_factory=list)
-    _back: list[tuple[float, int, Stop]] = field(default_factory=list)
+    _forward: list[tuple[float, int, Stop]] = field(default_factory=list)
+    _backward: list[tuple[float, int, Stop]] = field(default_factory=list)
     _count: itertools.count[int] = field(default_factory=itertools.count)
 
     def put(self, stop: Stop, when: float) -> None:
-        """Something has arrived."""
-        heapq.heappush(self._ahead if stop.phase == "forward" else self._back, (when, next(self._count), stop))
+        """Add a stop that has arrived at time `when`.
+
+        Args:
+            stop: the stop.
+            when: the time of its arrival.
+        """
+        heapq.heappush(self._forward if stop.phase == "forward" else self._backward, (when, next(self._count), stop))
 
     def take(self) -> Stop | None:
-        """What is served next, if anything can be; a forward pass takes a place of memory."""
-        ahead = bool(self._ahead) and self.memory > 0
-        if ahead and (not self._back or self._ahead[0] < self._back[0]):
+        """Return the next stop to process, if any; a forward pass occupies one unit of memory."""
+        can_go_forward = bool(self._forward) and self.memory > 0
+        if can_go_forward and (not self._backward or self._forward[0] < self._backward[0]):
             self.memory -= 1
-            return heapq.heappop(self._ahead)[-1]
-        return heapq.heappop(self._back)[-1] if self._back else None
+            return heapq.heappop(self._forward)[-1]
+        return heapq.heappop(self._backward)[-1] if self._backward else None
 
     def free(self) -> None:
-        """A backward pass is done."""
+        """Release one unit of memory after a backward pass."""
         self.memory += 1
 
 
-class Served(NamedTuple):
-    """A stretch of a node's time, in seconds."""
+class BusyInterval(NamedTuple):
+    """An interval in which a node is busy, in seconds."""
 
     node: int
     microbatch: int
@@ -86,66 +91,66 @@ class Served(NamedTuple):
     end: float
 
 
-def simulate(network: Network, paths: Sequence[Path], microbatches: int | None = None) -> list[Served]:
-    """Run an iteration through a pipeline.
+def simulate(network: PipelineNetwork, paths: Sequence[Path], microbatches: int | None = None) -> list[BusyInterval]:
+    """Simulate an iteration of a pipeline.
 
     Args:
-        network: what links and nodes cost.
-        paths: of a wave. Microbatch m takes path m modulo their number, when the one before it there has come back.
-        microbatches: of the iteration; one for every path when left out.
+        network: the costs of nodes and links.
+        paths: the paths of a wave. Microbatch m takes path m modulo their number, after its predecessor has come back.
+        microbatches: microbatches per iteration; one per path if None.
 
     Returns:
-        What every node did, in the order of time; the last end is the time of the iteration.
+        The busy intervals of all nodes in temporal order; the last end is the time of the iteration.
 
     Raises:
-        MethodError: for paths on which microbatches wait for one another for ever, each holding what another needs.
+        MethodError: if microbatches deadlock, each holding the memory that another needs.
     """
     count = len(paths) if microbatches is None else microbatches
-    desks = {node: Desk(int(network.memory[node])) for path in paths for node in path}
-    busy = dict.fromkeys(desks, 0.0)
+    queues = {node: NodeQueue(int(network.memory[node])) for path in paths for node in path}
+    busy = dict.fromkeys(queues, 0.0)
     tick = itertools.count()
-    events: list[tuple[float, int, int, Stop, bool]] = []  # when, order, node, what, and whether it is over there
-    served: list[Served] = []
-    left = count
+    events: list[tuple[float, int, int, Stop, bool]] = []  # time, order, node, stop, and whether it is finished there
+    timeline: list[BusyInterval] = []
+    remaining = count
 
-    def later(when: float, node: int, stop: Stop, over: bool) -> None:
-        heapq.heappush(events, (when, next(tick), node, stop, over))
+    def schedule_event(when: float, node: int, stop: Stop, finished: bool) -> None:
+        heapq.heappush(events, (when, next(tick), node, stop, finished))
 
     def serve(node: int, now: float) -> None:
         if busy[node] > now:
             return
-        stop = desks[node].take()
+        stop = queues[node].take()
         if stop is not None:
-            busy[node] = now + SHARES[stop.phase] * float(network.work[node])
-            served.append(Served(node, stop.microbatch, stop.phase, now, busy[node]))
-            later(busy[node], node, stop, True)
+            busy[node] = now + PHASE_COSTS[stop.phase] * float(network.work[node])
+            timeline.append(BusyInterval(node, stop.microbatch, stop.phase, now, busy[node]))
+            schedule_event(busy[node], node, stop, True)
 
     for number, path in enumerate(paths[:count]):
-        later(0.0, path[0], Stop(number, 0, "forward"), False)
+        schedule_event(0.0, path[0], Stop(number, 0, "forward"), False)
     while events:
-        now, _, node, stop, over = heapq.heappop(events)
-        if not over:
-            desks[node].put(stop, now)
+        now, _, node, stop, finished = heapq.heappop(events)
+        if not finished:
+            queues[node].put(stop, now)
             serve(node, now)
             continue
         path = paths[stop.microbatch % len(paths)]
-        following = stop.then(len(path))
+        following = stop.next_stop(len(path))
         if stop.phase == "backward":
-            desks[node].free()
+            queues[node].free()
         if following is None:
-            left -= 1
-            again = stop.microbatch + len(paths)
-            if again < count:
-                later(now, path[0], Stop(again, 0, "forward"), False)
+            remaining -= 1
+            successor = stop.microbatch + len(paths)
+            if successor < count:
+                schedule_event(now, path[0], Stop(successor, 0, "forward"), False)
         else:
-            there = path[following.place]
-            later(now + network.way(node, there), there, following, False)
+            there = path[following.position]
+            schedule_event(now + network.message_seconds(node, there), there, following, False)
         serve(node, now)
-    if left:
-        raise MethodError(f"{left} of {count} microbatches wait for one another: give nodes more memory")
-    return served
+    if remaining:
+        raise MethodError(f"{remaining} of {count} microbatches wait for one another: give nodes more memory")
+    return timeline
 
 
-def iteration(served: Sequence[Served]) -> float:
-    """The time of an iteration: when the last backward pass has ended."""
-    return max((each.end for each in served), default=0.0)
+def iteration(timeline: Sequence[BusyInterval]) -> float:
+    """Return the time of an iteration: the end of the last backward pass."""
+    return max((each.end for each in timeline), default=0.0)

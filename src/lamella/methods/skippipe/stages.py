@@ -1,6 +1,6 @@
-"""The stages of a model: stretches of layers, in the order in which a microbatch visits them, or without some of them.
+"""The stages of a model: consecutive layers, in the order in which a microbatch visits them, possibly without some.
 
-A stage that is left out is the identity on the residual stream; nothing is rescaled.
+A skipped stage is the identity on the residual stream; nothing is rescaled.
 """
 
 from __future__ import annotations
@@ -15,65 +15,84 @@ from lamella.data.samples import NO_LOSS
 from lamella.errors import MethodError
 from lamella.measure import sequences
 from lamella.progress import track
-from lamella.stack import Context, Stack, Stream, join
+from lamella.stack import Context, Hidden, Stack, join
 from lamella.train import cross_entropy
 from lamella.train.losses import mean_over_positions
 
-STAGES = 6  # the authors'
+STAGES = 6  # the authors' number
 Order = tuple[int, ...]  # of stages
 Span = tuple[int, int]  # layers [start, stop)
-TOKENS = 2048  # that are measured in one forward pass
+TOKENS = 2048  # per forward pass
 
 
 def spans(stack: Stack, stages: int | None = None) -> list[Span]:
-    """The layers of each stage: as equal in number as can be, the first ones longer by one where they are not.
+    """Divide the layers into stages of equal size; the first ones have one layer more if there is a remainder.
 
     Args:
-        stages: how many; the authors' 6, or as many as there are layers, when left out.
+        stack: the model.
+        stages: the number of stages; the authors' 6, or the number of layers if that is smaller, if None.
 
     Raises:
-        MethodError: for fewer than two, or more than there are layers.
+        MethodError: for fewer than two stages, or more than there are layers.
     """
     count = min(STAGES, len(stack)) if stages is None else stages
     if not 2 <= count <= len(stack):
-        raise MethodError(f"stages {count}: the {len(stack)} layers of {stack.name} can be 2 to {len(stack)} stages")
-    each, longer = divmod(len(stack), count)
-    ends = [0, *itertools.accumulate(each + (stage < longer) for stage in range(count))]
+        raise MethodError(f"stages {count}: the {len(stack)} layers of {stack.name} can form 2 to {len(stack)} stages")
+    each, remainder = divmod(len(stack), count)
+    ends = [0, *itertools.accumulate(each + (stage < remainder) for stage in range(count))]
     return list(itertools.pairwise(ends))
 
 
 def layers_of(spans: Sequence[Span], order: Sequence[int]) -> list[int]:
-    """The layers that an order of stages runs, one after the other."""
+    """Return the layers that an order of stages runs, one after the other.
+
+    Args:
+        spans: the layers of each stage.
+        order: the stages.
+    """
     return [layer for stage in order for layer in range(*spans[stage])]
 
 
-def run(stack: Stack, h: Stream, span: Span, context: Context) -> Tensor:
-    """The stream [batch, time, hidden] behind a stage, given the stream in front of it."""
+def run(stack: Stack, h: Hidden, span: Span, context: Context) -> Tensor:
+    """Run a stage, and return the hidden states after it `[batch, time, hidden]`.
+
+    Args:
+        stack: the model.
+        h: the hidden states before the stage.
+        span: the layers of the stage.
+        context: the other inputs of the layers.
+    """
     return join(stack.run(h, *span, context))
 
 
-def loss_at_home(stack: Stack, h: Tensor, labels: Tensor) -> Tensor:
-    """The mean cross-entropy of a microbatch, from the stream behind its last stage."""
-    carries = labels[:, 1:] != NO_LOSS
-    states = stack.normed(h)[:, :-1][carries]
+def origin_loss(stack: Stack, h: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean cross-entropy of a microbatch from the hidden states after its last stage.
+
+    Args:
+        stack: the model.
+        h: the hidden states `[batch, time, hidden]`.
+        labels: the labels `[batch, time]`.
+    """
+    has_loss = labels[:, 1:] != NO_LOSS
+    states = stack.normed(h)[:, :-1][has_loss]
 
     def chunk(states: Tensor, labels: Tensor) -> Tensor:
         return cross_entropy(stack.logits(states), labels)
 
-    return mean_over_positions(chunk, states, labels[:, 1:][carries])
+    return mean_over_positions(chunk, states, labels[:, 1:][has_loss])
 
 
 def omissions(stages: int, count: int) -> list[Order]:
-    """All orders in which so many stages are left out, never the first one.
+    """Return all orders that skip `count` stages, never the first one.
 
     >>> omissions(3, 1)
     [(0, 1), (0, 2)]
     """
-    return [(0, *kept) for kept in itertools.combinations(range(1, stages), stages - 1 - count)]
+    return [(0, *remaining) for remaining in itertools.combinations(range(1, stages), stages - 1 - count)]
 
 
 def left_out(stages: int, order: Sequence[int]) -> Order:
-    """The stages that an order leaves out.
+    """Return the stages that an order skips.
 
     >>> left_out(4, (0, 3, 2))
     (1,)
@@ -83,12 +102,13 @@ def left_out(stages: int, order: Sequence[int]) -> Order:
 
 @torch.no_grad()
 def losses(stack: Stack, text: object, spans: Sequence[Span], orders: Sequence[Sequence[int]]) -> list[float]:
-    """What each order of stages costs, in nats per token.
+    """Measure the loss of each order of stages in nats per token.
 
     Args:
         stack: the model; it is not changed.
-        text: token ids [sequences, time], or what stands for them.
-        orders: of stages.
+        text: token ids `[sequences, time]`, or a text input.
+        spans: the layers of each stage.
+        orders: the orders of stages.
 
     Raises:
         CalibrationError: for too little text.
@@ -103,5 +123,5 @@ def losses(stack: Stack, text: object, spans: Sequence[Span], orders: Sequence[S
         tokens += count
         for number, order in enumerate(orders):
             h = join(stack.execute(context, layers_of(spans, order)))
-            totals[number] += count * float(loss_at_home(stack, h, labels))
+            totals[number] += count * float(origin_loss(stack, h, labels))
     return [total / tokens for total in totals]

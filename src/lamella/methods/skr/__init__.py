@@ -1,6 +1,6 @@
-"""SKR: solve a family of linear systems in an order in which each helps the next."""
+"""SKR: solve a family of linear systems in sorted order, recycling a Krylov subspace from each system to the next."""
 
-from lamella.methods.skr.baselines import BASELINES, Comparison, baseline, compare
+from lamella.methods.skr.baselines import BASELINES, SolverComparison, baseline, compare
 from lamella.methods.skr.equations import GaussianField
 from lamella.methods.skr.families import FAMILIES
 from lamella.methods.skr.gcrodr import gcrodr
@@ -12,10 +12,10 @@ from lamella.methods.skr.systems import LinearSystems
 __all__ = [
     "BASELINES",
     "FAMILIES",
-    "Comparison",
     "GaussianField",
     "LinearSystems",
     "Solutions",
+    "SolverComparison",
     "arrange",
     "baseline",
     "compare",

@@ -1,8 +1,8 @@
-"""What SKR is compared with: solvers that carry nothing, something else, or need no iterations.
+"""Baselines for SKR: solvers that recycle nothing, recycle something else, or need no iterations.
 
 Each solves the same systems with the same preconditioner and tolerance and returns the same :class:`Solutions`. The
-paper compares with GMRES alone, which mixes two gains: deflation within one system and recycling between systems. The
-control that tells them apart is ``gcrodr-reset``.
+paper compares with GMRES only, which mixes two gains: deflation within one system and recycling between systems. The
+control that separates them is ``gcrodr-reset``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lamella.errors import MethodError
 from lamella.files import Work
 from lamella.methods.skr.method import Recycling, run, skr
 from lamella.methods.skr.preconditioners import Factory
-from lamella.methods.skr.result import SOLVED, Solutions
+from lamella.methods.skr.result import FIELDS, Solutions
 from lamella.methods.skr.solvers import GMRES, Direct, Outer, Symmetric
 from lamella.methods.skr.sorting import arrange
 from lamella.methods.skr.systems import LinearSystems
@@ -34,13 +34,13 @@ Name = Literal[
 
 @dataclass(frozen=True)
 class Baseline:
-    """A solver of the comparison.
+    """A baseline solver.
 
     Attributes:
-        title: what it is.
-        solver: makes it, from m, k, tol and max_iterations.
-        order: in which it gets the systems.
-        preconditioner: its own, where it has one.
+        title: its description.
+        solver: creates it from m, k, tol and max_iterations.
+        order: the order of the systems.
+        preconditioner: its own preconditioner, if any.
     """
 
     title: str
@@ -50,8 +50,8 @@ class Baseline:
 
 
 BASELINES: dict[Name, Baseline] = {
-    "gmres": Baseline("GMRES(m), cold: the paper's", GMRES),
-    "gmres-warm": Baseline("GMRES(m) from the solution before, sorted", partial(GMRES, True), "greedy"),
+    "gmres": Baseline("GMRES(m), cold, as in the paper", GMRES),
+    "gmres-warm": Baseline("GMRES(m) from the previous solution, sorted", partial(GMRES, True), "greedy"),
     "gcrodr-reset": Baseline("GCRO-DR, a new basis for each system", partial(Recycling, "never")),
     "gcrodr-unsorted": Baseline("GCRO-DR recycled in random order", partial(Recycling, "always"), "random"),
     "gcrodr-sorted": Baseline(
@@ -62,7 +62,7 @@ BASELINES: dict[Name, Baseline] = {
     "cg": Baseline("SciPy's CG, for positive definite A", partial(Symmetric, "cg")),
     "minres": Baseline("SciPy's MINRES, for symmetric A", partial(Symmetric, "minres")),
     "splu": Baseline("sparse LU of each matrix", partial(Direct, False), preconditioner="none"),
-    "one-lu": Baseline("sparse LU, once as long as A is the same", partial(Direct, True), preconditioner="none"),
+    "one-lu": Baseline("sparse LU, reused while A is the same", partial(Direct, True), preconditioner="none"),
     "amg": Baseline("GMRES(m) with an algebraic multigrid cycle (pyamg)", GMRES, preconditioner="amg"),
 }
 
@@ -79,10 +79,21 @@ def baseline(
     work: Path | None = None,
     seed: int = 0,
 ) -> Solutions:
-    """Solve the systems with a baseline; the options mean what they do for :func:`~lamella.methods.skr.skr`.
+    """Solve the systems with a baseline.
+
+    Args:
+        name: the baseline.
+        systems: as for :func:`~lamella.methods.skr.skr`.
+        m: dimension of the search space.
+        k: dimension of the recycled subspace.
+        tol: residual to reach, relative to |b|.
+        max_iterations: maximum number of iterations per system.
+        preconditioner: a name or a factory, unless the baseline has its own.
+        work: directory that keeps each finished system.
+        seed: random seed of the random order.
 
     Raises:
-        MethodError: for a baseline that is not for these matrices.
+        MethodError: for a baseline that does not apply to these matrices.
     """
     if name in ("cg", "minres") and preconditioner in ("sor", "ilu"):
         raise MethodError(f"'{name}' needs a symmetric preconditioner; take 'none', 'jacobi', 'icc' or 'amg'")
@@ -90,14 +101,18 @@ def baseline(
     order: Any = entry.order if systems.parameters or entry.order == "random" else "none"
     settings = {"m": m, "k": k, "tol": tol, "max_iterations": max_iterations}
     options = settings | {"baseline": name, "order": order, "seed": seed, "preconditioner": str(preconditioner)}
-    chosen = entry.preconditioner or preconditioner
+    own = entry.preconditioner or preconditioner
     sequence = arrange(systems.parameters, len(systems), order, seed)
-    return run(systems, sequence, partial(entry.solver, **settings), options, preconditioner=chosen, work=work)
+    return run(systems, sequence, partial(entry.solver, **settings), options, preconditioner=own, work=work)
 
 
 @dataclass(kw_only=True, eq=False)
-class Comparison(Solutions):
-    """The solutions of SKR, beside those of its baselines on the same systems."""
+class SolverComparison(Solutions):
+    """The solutions of SKR, and those of baselines on the same systems.
+
+    Attributes:
+        others: the solutions of each baseline.
+    """
 
     others: dict[str, Solutions] = field(default_factory=dict)
 
@@ -105,8 +120,8 @@ class Comparison(Solutions):
         super().__post_init__()
         self.findings["baselines"] = {name: each.findings for name, each in self.others.items()}
 
-    def apart(self, name: str) -> float:
-        """The largest |x - x_other| / |x_other| of all systems."""
+    def max_difference(self, name: str) -> float:
+        """Return the largest |x - x_other| / |x_other| over all systems."""
         other = self.others[name].x
         sizes = np.linalg.norm(other, axis=1)
         return float((np.linalg.norm(self.x - other, axis=1) / np.where(sizes > 0, sizes, 1)).max())
@@ -124,15 +139,20 @@ def compare(
     preconditioner: str | Factory = "jacobi",
     work: Work = Work(),
     seed: int = 0,
-) -> Comparison:
-    """Solve the systems with SKR and with baselines; one LU joins in where they all have the same matrix.
+) -> SolverComparison:
+    """Solve the systems with SKR and with baselines; adds one LU if all systems have the same matrix.
 
     Args:
-        systems: as of :func:`~lamella.methods.skr.skr`.
-        against: the baselines, with commas: gmres, gmres-warm, gcrodr-reset, gcrodr-unsorted, gcrodr-sorted, gcrotmk,
-            gcrotmk-carried, cg, minres, splu, one-lu, amg.
-        m, k, tol, max_iterations, preconditioner, seed: as of :func:`~lamella.methods.skr.skr`.
-        work: keeps each finished system of each solver.
+        systems: as for :func:`~lamella.methods.skr.skr`.
+        against: the baselines, separated by commas: gmres, gmres-warm, gcrodr-reset, gcrodr-unsorted, gcrodr-sorted,
+            gcrotmk, gcrotmk-carried, cg, minres, splu, one-lu, amg.
+        m: dimension of the search space.
+        k: dimension of the recycled subspace.
+        tol: residual to reach, relative to |b|.
+        max_iterations: maximum number of iterations per system.
+        preconditioner: a name or a factory, as for ``skr``.
+        seed: random seed of the order ``random``.
+        work: directory that keeps each finished system of each solver.
     """
     systems = LinearSystems.open(systems)
     shared: dict[str, Any] = {"m": m, "k": k, "tol": tol, "max_iterations": max_iterations, "seed": seed}
@@ -144,5 +164,5 @@ def compare(
     others: dict[str, Solutions] = {
         name: baseline(name, systems, work=work.within(name).folder, **shared) for name in names
     }
-    solved = {name: getattr(ours, name) for name in SOLVED}
-    return Comparison(**solved, others=others)
+    solved = {name: getattr(ours, name) for name in FIELDS}
+    return SolverComparison(**solved, others=others)

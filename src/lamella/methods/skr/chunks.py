@@ -1,7 +1,7 @@
-"""Step 3 of the paper: contiguous chunks of the sorted sequence, each with a basis of its own, side by side.
+"""Step 3 of the paper: contiguous chunks of the sorted sequence, each with its own basis, solved in parallel.
 
-A chunk solves its systems one after the other. With a work folder every finished system is kept at once, with what the
-next one starts from, so a chunk that was killed goes on with the same result to the bit.
+A chunk solves its systems one after the other. With a work directory every finished system is saved at once, together
+with the state that the next one starts from, so an interrupted chunk resumes bit-exact.
 """
 
 from __future__ import annotations
@@ -26,36 +26,40 @@ from lamella.methods.skr.gcrodr import Apply, Solve
 from lamella.methods.skr.preconditioners import Factory, make
 from lamella.methods.skr.systems import LinearSystems, System
 from lamella.progress import tracker
-from lamella.workers import Here, Pool
+from lamella.workers import Pool, SerialPool
 
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
 
 
 class Solver(Protocol):
-    """What solves the systems of one chunk, in their order, and may remember what it learns."""
+    """A solver for the systems of one chunk, in order, which may keep state between them."""
 
     def __call__(self, system: System, M: Apply | None) -> tuple[Solve, str]:
-        """The solution, and how it began: ``cold``, ``recycled``, ``dropped`` ..."""
+        """Return the solution and how it started: ``cold``, ``recycled``, ``dropped`` ..."""
         ...
 
-    def state(self) -> dict[str, Any]: ...
+    def state(self) -> dict[str, Any]:
+        """Return the state to save."""
+        ...
 
-    def restore(self, state: dict[str, Any]) -> None: ...
+    def restore(self, state: dict[str, Any]) -> None:
+        """Restore a saved state."""
+        ...
 
 
 @dataclass(frozen=True)
-class Solved:
+class SystemRecord:
     """The figures of one system.
 
     Attributes:
-        index: its number in the caller's order.
-        start: ``cold``; ``recycled``, with a carried basis; ``dropped``, with one that did harm; ``zero``, where b is
-            zero and so is x; or what else a solver of a comparison says.
-        iterations, matvecs, applications: as :class:`~lamella.methods.skr.gcrodr.Solve` counts them.
-        seconds: with the making of its preconditioner.
+        index: its index in the caller's order.
+        start: ``cold``; ``recycled``, with a carried basis; ``dropped``, with a harmful one; ``zero``, if b and thus x
+            is zero; or the description of another solver.
+        iterations, matvecs, applications: as counted by :class:`~lamella.methods.skr.gcrodr.Solve`.
+        seconds: time including the setup of its preconditioner.
         residual, converged: of the true residual.
-        delta: sine of the largest angle of the new basis to the one it began with; None where it began with none.
+        delta: sine of the largest angle between the new basis and the initial one; None if it started without one.
         matrix: digest of A.
     """
 
@@ -73,7 +77,16 @@ class Solved:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What one chunk needs, as it travels to the process that solves it."""
+    """The input of the process that solves a chunk.
+
+    Attributes:
+        systems: all systems.
+        members: the indices of the chunk's systems, in order.
+        solver: creates the solver.
+        preconditioner: a name or a factory.
+        folder: the work directory, if any.
+        number: the index of the chunk.
+    """
 
     systems: LinearSystems
     members: Index
@@ -84,39 +97,50 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A chunk's solutions [members, n], the figures, and what its solver remembers."""
+class ChunkSolution:
+    """The result of a chunk.
+
+    Attributes:
+        x: the solutions [members, n].
+        solved: the figures of each system.
+        state: the final state of the solver.
+    """
 
     x: Array
-    solved: list[Solved]
+    solved: list[SystemRecord]
     state: dict[str, Any]
 
 
 def cut(sequence: Index, parts: int) -> list[Index]:
-    """Contiguous chunks of nearly equal length, none of them empty."""
+    """Split the sequence into non-empty contiguous chunks of nearly equal length."""
     return np.array_split(sequence, min(parts, len(sequence)))
 
 
-def solve_chunk(chunk: Chunk, tell: Callable[[], None] = lambda: None) -> Finished:
-    """Solve the systems of a chunk one after the other, from where its journal ends."""
+def solve_chunk(chunk: Chunk, report: Callable[[], None] = lambda: None) -> ChunkSolution:
+    """Solve the systems of a chunk one after the other, from the end of its journal.
+
+    Args:
+        chunk: the chunk.
+        report: called after each system.
+    """
     solver = chunk.solver()
     journal = _Journal(chunk)
-    state = journal.go_on()
+    state = journal.resume()
     if state is not None:
         solver.restore(state)
     for _ in journal.solved:
-        tell()
+        report()
     for index in chunk.members[len(journal.solved) :]:
         system = chunk.systems[int(index)]
         x, solved = _solve(solver, system, int(index), chunk.preconditioner)
         journal.add(x, solved, system, solver)
-        tell()
-    return Finished(journal.x, journal.solved, solver.state())
+        report()
+    return ChunkSolution(journal.x, journal.solved, solver.state())
 
 
-def _solve(solver: Solver, system: System, index: int, preconditioner: str | Factory) -> tuple[Array, Solved]:
+def _solve(solver: Solver, system: System, index: int, preconditioner: str | Factory) -> tuple[Array, SystemRecord]:
     if not system.b.any():
-        return np.zeros_like(system.b), Solved(index, "zero", 0, 0, 0, 0.0, 0.0, True, None, system.matrix)
+        return np.zeros_like(system.b), SystemRecord(index, "zero", 0, 0, 0, 0.0, 0.0, True, None, system.matrix)
     begin = time.perf_counter()
     M = make(preconditioner, system.A, f"system {index}")
     before = solver.state().get("U")
@@ -127,12 +151,12 @@ def _solve(solver: Solver, system: System, index: int, preconditioner: str | Fac
     seconds = time.perf_counter() - begin
     delta = _distance(before, solve.U) if start in ("recycled", "dropped") else None
     counts = (solve.iterations, solve.matvecs, solve.applications)
-    solved = Solved(index, start, *counts, seconds, solve.residual, solve.converged, delta, system.matrix)
+    solved = SystemRecord(index, start, *counts, seconds, solve.residual, solve.converged, delta, system.matrix)
     return solve.x, solved
 
 
 def _distance(C: Array | None, Q: Array | None) -> float | None:
-    """delta(Q, C) = ||(I - Pi_C) Pi_Q||_2: the sine of the largest angle that span Q makes with span C."""
+    """Return delta(Q, C) = ||(I - Pi_C) Pi_Q||_2, the sine of the largest angle between span Q and span C."""
     if C is None or Q is None or not C.shape[1] or not Q.shape[1]:
         return None
     first, second = np.linalg.qr(C)[0], np.linalg.qr(Q)[0]
@@ -140,38 +164,38 @@ def _distance(C: Array | None, Q: Array | None) -> float | None:
 
 
 class _Journal:
-    """A chunk's finished systems: in memory, and in the work folder where there is one.
+    """The finished systems of a chunk, in memory and, if given, in the work directory.
 
-    A row of ``x-000.npy`` and a line of ``solved-000.jsonl`` come first, then ``state-000.npz`` at once, whose count
-    says how many of them are good.
+    A row of ``x-000.npy`` and a line of ``solved-000.jsonl`` are written first, then ``state-000.npz`` atomically,
+    whose count defines how many of them are valid.
     """
 
     def __init__(self, chunk: Chunk) -> None:
         self.chunk = chunk
-        self.solved: list[Solved] = []
+        self.solved: list[SystemRecord] = []
         shape = (len(chunk.members), chunk.systems.n)
         if chunk.folder is None:
             self.x: Array = np.empty(shape)
             return
         number = f"{chunk.number:03}"
-        self.lines, self.kept = chunk.folder / f"solved-{number}.jsonl", chunk.folder / f"state-{number}.npz"
+        self.lines, self.state_file = chunk.folder / f"solved-{number}.jsonl", chunk.folder / f"state-{number}.npz"
         rows = chunk.folder / f"x-{number}.npy"
-        mode: Any = "r+" if rows.exists() and self.kept.exists() else "w+"
+        mode: Any = "r+" if rows.exists() and self.state_file.exists() else "w+"
         self.x = np.lib.format.open_memmap(rows, mode, np.float64, shape)
 
-    def go_on(self) -> dict[str, Any] | None:
-        """Read what an earlier run has left, and return what its solver knew; None to begin."""
+    def resume(self) -> dict[str, Any] | None:
+        """Read the results of an interrupted run, and return its solver's state; None if there are none."""
         if self.chunk.folder is None:
             return None
         state = self._read()
         if state is None:
-            self.kept.unlink(missing_ok=True)  # first, since without it nothing counts
+            self.state_file.unlink(missing_ok=True)  # first, since the other files are invalid without it
             self.lines.unlink(missing_ok=True)
         return state
 
     def _read(self) -> dict[str, Any] | None:
         try:
-            with np.load(self.kept) as file:
+            with np.load(self.state_file) as file:
                 state = {name: file[name] for name in file.files}
             count = int(state.pop("count"))
             good = self.lines.read_text(encoding="utf-8").splitlines()[:count]
@@ -180,12 +204,13 @@ class _Journal:
             return None
         systems = [self.chunk.systems[int(index)].digest for index in self.chunk.members[:count]]
         if [line.pop("system") for line in lines] != systems:
-            return None  # a system has changed since, and with it all that follow
-        self.solved = [Solved(**line) for line in lines]
-        write(self.lines, "".join(line + "\n" for line in good))  # without what a kill cut short
+            return None  # a system has changed, which invalidates the following ones
+        self.solved = [SystemRecord(**line) for line in lines]
+        write(self.lines, "".join(line + "\n" for line in good))  # without an incomplete last line
         return state
 
-    def add(self, x: Array, solved: Solved, system: System, solver: Solver) -> None:
+    def add(self, x: Array, solved: SystemRecord, system: System, solver: Solver) -> None:
+        """Append a solution and its figures, and save the solver's state."""
         self.x[len(self.solved)] = x
         self.solved.append(solved)
         if self.chunk.folder is None:
@@ -194,19 +219,20 @@ class _Journal:
         self.x.flush()
         with self.lines.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(solved) | {"system": system.digest}) + "\n")
-        partial = self.kept.with_suffix(".partial.npz")
+        partial = self.state_file.with_suffix(".partial.npz")
         np.savez(partial, count=np.array(len(self.solved)), **solver.state())
-        os.replace(partial, self.kept)
+        os.replace(partial, self.state_file)
 
 
 def open_work(folder: str | Path | None, job: dict[str, Any]) -> Path | None:
-    """The work folder of a job, emptied of another job's files.
+    """Open the work directory of a job, and remove the files of another job.
 
     Args:
+        folder: the directory; None for none.
         job: everything that the result depends on.
 
     Raises:
-        LamellaError: when it cannot be written, or holds what is not a job's.
+        LamellaError: if it cannot be written, or contains other files.
     """
     if folder is None:
         return None
@@ -216,23 +242,30 @@ def open_work(folder: str | Path | None, job: dict[str, Any]) -> Path | None:
         folder.mkdir(parents=True, exist_ok=True)
         mark = folder / "job"
         if not mark.exists() and any(folder.iterdir()):
-            raise LamellaError(f"{folder}: not empty, and no work folder of skr; name another one")
+            raise LamellaError(f"{folder}: not empty, and not a work directory of skr; choose another one")
         if mark.exists() and mark.read_text() != header:
             for file in folder.iterdir():
                 if file.is_file():
                     file.unlink()
         mark.write_text(header)
     except OSError as error:
-        raise LamellaError(f"{folder}: cannot be a work folder ({error.strerror}); name another one") from error
+        raise LamellaError(
+            f"{folder}: cannot be used as work directory ({error.strerror}); choose another one"
+        ) from error
     return folder
 
 
-def solve_chunks(chunks: Sequence[Chunk], pool: Pool) -> list[Finished]:
-    """All chunks, each by one of some workers."""
-    finished: dict[int, Finished] = {}
+def solve_chunks(chunks: Sequence[Chunk], pool: Pool) -> list[ChunkSolution]:
+    """Solve all chunks with a pool of workers.
+
+    Args:
+        chunks: the chunks.
+        pool: the workers.
+    """
+    finished: dict[int, ChunkSolution] = {}
     with tracker("systems", sum(len(chunk.members) for chunk in chunks)) as count:
-        here = isinstance(pool, Here)  # then each system counts as it is solved
-        for number, found in pool.each(partial(solve_chunk, tell=count) if here else solve_chunk, chunks):
-            finished[number] = found
-            count(0 if here else len(found.solved))
+        serial = isinstance(pool, SerialPool)  # then progress is reported per system
+        for number, solution in pool.each(partial(solve_chunk, report=count) if serial else solve_chunk, chunks):
+            finished[number] = solution
+            count(0 if serial else len(solution.solved))
     return [finished[number] for number in range(len(chunks))]

@@ -1,8 +1,8 @@
-"""Families of linear systems from partial differential equations, drawn from one distribution of parameters.
+"""Families of linear systems from partial differential equations with random parameters.
 
 All are flux-conservative finite volumes on the unit square or cube with a Dirichlet boundary: cells of width h = 1 /
 grid, harmonic means of the coefficient on faces. The authors' scripts use a stencil that is not conservative; see the
-page. A system is made when it is asked for, from its parameters, which come from the seed and its own number.
+page. A system is assembled on access from its parameters, which depend on the seed and its index.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from lamella.errors import LamellaError
 Array = NDArray[np.float64]
 
 
-class Drawn(NamedTuple):
-    """A family as it was drawn.
+class EquationFamily(NamedTuple):
+    """The parameters of a family of systems.
 
     Attributes:
-        parameters: of all systems, as blocks [N, ...].
-        assemble: makes A and b of the parameters of one system; other processes get it, so it must be picklable.
-        description: where they come from, for provenance.
+        parameters: the parameters of all systems, as blocks [N, ...].
+        assemble: builds A and b from the parameters of one system; must be picklable for other processes.
+        description: the origin of the systems, for provenance.
     """
 
     parameters: tuple[Array, ...]
@@ -39,14 +39,20 @@ class GaussianField:
     """A periodic Gaussian random field g by FFT, with covariance (tau^2 - Laplacian)^-alpha and mean 0.
 
     Attributes:
-        alpha, tau: the authors' 2.5 and 7.
+        alpha: exponent of the covariance; the authors use 2.5.
+        tau: inverse length scale; the authors use 7.
     """
 
     alpha: float = 2.5
     tau: float = 7.0
 
     def draw(self, random: np.random.Generator, shape: tuple[int, ...]) -> Array:
-        """One field of this shape; its eigenvalues are those of the authors' code (in two dimensions)."""
+        """Draw one field; its eigenvalues are those of the authors' code (in two dimensions).
+
+        Args:
+            random: the random number generator.
+            shape: the shape of the field.
+        """
         d, cells = len(shape), np.prod(shape)
         waves = np.meshgrid(*(np.fft.fftfreq(s, 1 / s) for s in shape), indexing="ij")
         sigma = self.tau ** ((2 * self.alpha - d) / 2)
@@ -57,50 +63,62 @@ class GaussianField:
         return np.fft.ifftn(root * noise).real
 
 
-def darcy(grid: int, count: int, *, dimensions: int = 2, field: GaussianField | None = None, seed: int = 0) -> Drawn:
-    """-div(a grad u) = 1 with a = exp(g), g a Gaussian field; sorted on a [grid, grid] or [grid, grid, grid].
+def darcy(
+    grid: int, count: int, *, dimensions: int = 2, field: GaussianField | None = None, seed: int = 0
+) -> EquationFamily:
+    """Draw -div(a grad u) = 1 with a = exp(g), g a Gaussian field; sorted by a [grid, grid] or [grid, grid, grid].
 
     Args:
         grid: cells along each side, so n = grid ** dimensions.
-        count: systems.
+        count: number of systems.
         dimensions: 2 or 3.
-        field: of g; the authors' by default.
+        field: distribution of g; the authors' if None.
+        seed: random seed.
     """
     shape = _shape(grid, count, dimensions)
     coefficients = [np.exp((field or GaussianField()).draw(_random(seed, i), shape)) for i in range(count)]
-    described = {"equation": "darcy", "grid": grid, "count": count, "dimensions": dimensions, "seed": seed}
-    described |= {"field": repr(field or GaussianField())}
-    return Drawn((np.stack(coefficients),), _Darcy(), described)
+    description = {"equation": "darcy", "grid": grid, "count": count, "dimensions": dimensions, "seed": seed}
+    description |= {"field": repr(field or GaussianField())}
+    return EquationFamily((np.stack(coefficients),), _Darcy(), description)
 
 
 def clustered_darcy(
     grid: int, count: int, *, clusters: int = 4, contrast: float = 85.0, spread: float = 0.1, seed: int = 0
-) -> Drawn:
-    """Darcy fields around a few centres, in random order: what sorting is for.
+) -> EquationFamily:
+    """Draw Darcy fields around a few centres in random order, a family for which sorting pays off.
 
     Args:
-        clusters: how many centres.
+        grid: cells along each side.
+        count: number of systems.
+        clusters: number of centres.
         contrast: max a / min a of each centre.
-        spread: standard deviation of a member's own field, in those of its centre.
+        spread: standard deviation of a member's own field, relative to that of its centre.
+        seed: random seed.
     """
     shape, random = _shape(grid, count, 2), _random(seed, count)
     centres = [GaussianField().draw(random, shape) for _ in range(clusters)]
     centres = [g * np.log(contrast) / np.ptp(g) for g in centres]
     fields = []
     for i in range(count):
-        centre, own = centres[random.integers(clusters)], GaussianField().draw(_random(seed, i), shape)
-        fields.append(np.exp(centre + own * spread * centre.std() / own.std()))
-    described = {"equation": "clustered darcy", "grid": grid, "count": count, "clusters": clusters}
-    described |= {"contrast": contrast, "spread": spread, "seed": seed}
-    return Drawn((np.stack(fields),), _Darcy(), described)
+        centre, local = centres[random.integers(clusters)], GaussianField().draw(_random(seed, i), shape)
+        fields.append(np.exp(centre + local * spread * centre.std() / local.std()))
+    description = {"equation": "clustered darcy", "grid": grid, "count": count, "clusters": clusters}
+    description |= {"contrast": contrast, "spread": spread, "seed": seed}
+    return EquationFamily((np.stack(fields),), _Darcy(), description)
 
 
-def poisson(grid: int, count: int, *, seed: int = 0) -> Drawn:
-    """-div grad u = b with random b: the matrix never changes, as in two of the paper's four datasets."""
+def poisson(grid: int, count: int, *, seed: int = 0) -> EquationFamily:
+    """Draw -div grad u = b with random b: the matrix never changes, as in two of the paper's four datasets.
+
+    Args:
+        grid: cells along each side.
+        count: number of systems.
+        seed: random seed.
+    """
     shape = _shape(grid, count, 2)
     sources = np.stack([GaussianField().draw(_random(seed, i), shape) for i in range(count)])
-    described = {"equation": "poisson, one matrix", "grid": grid, "count": count, "seed": seed}
-    return Drawn((sources,), _Poisson(), described)
+    description = {"equation": "poisson, one matrix", "grid": grid, "count": count, "seed": seed}
+    return EquationFamily((sources,), _Poisson(), description)
 
 
 def helmholtz(
@@ -111,41 +129,49 @@ def helmholtz(
     wavenumber: tuple[float, float] = (6.0, 10.0),
     medium: GaussianField | None = GaussianField(),
     seed: int = 0,
-) -> Drawn:
-    """-div grad u - kappa^2 w u = 1, sorted on the medium w and on kappa.
+) -> EquationFamily:
+    """Draw -div grad u - kappa^2 w u = 1, sorted by the medium w and by kappa.
 
-    It is indefinite once kappa passes about pi times the root of the dimensions: 4.4, or 5.4.
+    It is indefinite once kappa exceeds about pi times the root of the dimensions: 4.4, or 5.4.
 
     Args:
+        grid: cells along each side.
+        count: number of systems.
         dimensions: 2 or 3.
-        wavenumber: kappa is drawn evenly from this range. The authors draw it from (0, 1).
-        medium: of log w; None for w = 1, and then kappa alone is the parameter.
+        wavenumber: kappa is uniform in this range. The authors use (0, 1).
+        medium: distribution of log w; None for w = 1, and then kappa is the only parameter.
+        seed: random seed.
     """
     shape = _shape(grid, count, dimensions)
     draws = [_random(seed, i) for i in range(count)]
     kappa = np.array([random.uniform(*wavenumber) for random in draws])
-    described = {"equation": "helmholtz", "grid": grid, "count": count, "wavenumber": list(wavenumber), "seed": seed}
-    described |= {"dimensions": dimensions, "medium": repr(medium)}
+    description = {"equation": "helmholtz", "grid": grid, "count": count, "wavenumber": list(wavenumber), "seed": seed}
+    description |= {"dimensions": dimensions, "medium": repr(medium)}
     if medium is None:
-        return Drawn((kappa,), _Helmholtz(shape), described)
+        return EquationFamily((kappa,), _Helmholtz(shape), description)
     w = np.stack([np.exp(medium.draw(random, shape)) for random in draws])
-    return Drawn((kappa, w), _Helmholtz(shape), described)
+    return EquationFamily((kappa, w), _Helmholtz(shape), description)
 
 
-def convection(grid: int, count: int, *, speed: float = 200.0, seed: int = 0) -> Drawn:
-    """-div grad u + c . grad u = 1, upwind, with c of this speed in a random direction: neighbours share little.
+def convection(grid: int, count: int, *, speed: float = 200.0, seed: int = 0) -> EquationFamily:
+    """Draw -div grad u + c . grad u = 1, upwind, with c of fixed speed in a random direction: neighbours share little.
 
     Args:
+        grid: cells along each side.
+        count: number of systems.
         speed: |c|; the cell Peclet number is speed / grid.
+        seed: random seed.
     """
     _shape(grid, count, 2)
     angles = np.array([_random(seed, i).uniform(0, 2 * np.pi) for i in range(count)])
-    described = {"equation": "rotating convection", "grid": grid, "count": count, "speed": speed, "seed": seed}
-    direction = np.stack([np.cos(angles), np.sin(angles)], axis=1)  # [count, 2]: an angle would tear 0 from 2 pi
-    return Drawn((direction,), _Convection(grid, speed), described)
+    description = {"equation": "rotating convection", "grid": grid, "count": count, "speed": speed, "seed": seed}
+    direction = np.stack(
+        [np.cos(angles), np.sin(angles)], axis=1
+    )  # [count, 2]: as angles, 0 and 2 pi would be far apart
+    return EquationFamily((direction,), _Convection(grid, speed), description)
 
 
-FAMILIES: dict[str, Callable[..., Drawn]] = {
+FAMILIES: dict[str, Callable[..., EquationFamily]] = {
     "darcy": darcy,
     "clustered-darcy": clustered_darcy,
     "poisson": poisson,
@@ -154,32 +180,34 @@ FAMILIES: dict[str, Callable[..., Drawn]] = {
 }
 
 
-def family(text: str) -> Drawn:
-    """A family by its words, such as ``darcy:grid=32,count=8``.
+def family(text: str) -> EquationFamily:
+    """Draw a family from its description, such as ``darcy:grid=32,count=8``.
 
     Raises:
-        LamellaError: for a family or a setting that there is not.
+        LamellaError: for an unknown family or setting.
     """
     name, _, settings = text.partition(":")
     if name not in FAMILIES:
-        raise LamellaError(f"no file, folder or family '{text}'; families are: {', '.join(FAMILIES)}")
-    given: dict[str, Any] = {"grid": 32, "count": 8}
+        raise LamellaError(f"'{text}' is no file, folder or family; families are: {', '.join(FAMILIES)}")
+    options: dict[str, Any] = {"grid": 32, "count": 8}
     for part in filter(None, settings.split(",")):
         key, _, value = part.partition("=")
         if key not in ("grid", "count", "seed", "dimensions", "clusters"):
-            raise LamellaError(f"{text}: no setting '{key}'; there are grid, count, seed, dimensions and clusters")
+            raise LamellaError(
+                f"{text}: unknown setting '{key}'; settings are grid, count, seed, dimensions and clusters"
+            )
         try:
-            given[key] = int(value)
+            options[key] = int(value)
         except ValueError:
             raise LamellaError(f"{text}: {key} is '{value}'; give a whole number") from None
     try:
-        return FAMILIES[name](**given)
+        return FAMILIES[name](**options)
     except TypeError:
-        raise LamellaError(f"{text}: the family '{name}' does not take all of {', '.join(given)}") from None
+        raise LamellaError(f"{text}: the family '{name}' does not take all of {', '.join(options)}") from None
 
 
 def _random(seed: int, index: int) -> np.random.Generator:
-    """Of one system, so that a family of more begins with the same ones."""
+    """Return the generator of one system, so that a larger family begins with the same systems."""
     return np.random.default_rng([seed, index])
 
 
@@ -187,13 +215,13 @@ def _shape(grid: int, count: int, dimensions: int) -> tuple[int, ...]:
     if grid < 2 or count < 1 or dimensions not in (2, 3):
         raise LamellaError(
             f"a family of {count} systems on a grid of {grid} in {dimensions} dimensions; "
-            "give at least one system, two cells a side, and 2 or 3 dimensions"
+            "give at least one system, two cells per side, and 2 or 3 dimensions"
         )
     return (grid,) * dimensions
 
 
 def fluxes(a: Array) -> Any:
-    """The matrix of -div(a grad .) [n, n] for cell values a, with zero on the boundary, half a cell away."""
+    """Return the matrix of -div(a grad .) [n, n] for cell values a, with zero on the boundary, half a cell away."""
     number = np.arange(a.size).reshape(a.shape)
     diagonal = np.zeros(a.shape)
     rows, columns, values = [], [], []
@@ -254,7 +282,7 @@ class _Convection:
         return (fluxes(np.ones((self.grid, self.grid))) + wind).tocsr(), np.ones(self.grid**2)
 
     def _upwind(self, c: float) -> Any:
-        """c du/dx [grid, grid], from the side that the wind comes from."""
+        """Return the upwind difference c du/dx [grid, grid]."""
         ones = np.ones(self.grid)
-        before = sparse.diags_array([ones, -ones[1:]], offsets=[0, -1])
-        return abs(c) * self.grid * (before if c >= 0 else before.T)
+        difference = sparse.diags_array([ones, -ones[1:]], offsets=[0, -1])
+        return abs(c) * self.grid * (difference if c >= 0 else difference.T)

@@ -7,13 +7,13 @@ from functools import wraps
 from typing import ParamSpec
 
 from lamella.methods.skr import equations
-from lamella.methods.skr.equations import Drawn
+from lamella.methods.skr.equations import EquationFamily
 from lamella.methods.skr.systems import LinearSystems
 
 P = ParamSpec("P")
 
 
-def _as_systems(draw: Callable[P, Drawn]) -> Callable[P, LinearSystems]:
+def _as_systems(draw: Callable[P, EquationFamily]) -> Callable[P, LinearSystems]:
     @wraps(draw)
     def systems(*args: P.args, **options: P.kwargs) -> LinearSystems:
         return LinearSystems.of_parameters(*draw(*args, **options))

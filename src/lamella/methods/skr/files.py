@@ -1,7 +1,7 @@
-"""Matrices and vectors from files, checked so that compiled code finds what it takes for granted.
+"""Matrices and vectors from files, with all checks that compiled code relies on.
 
-SciPy's routines follow the indices of a sparse matrix without a look at them: one that lies outside the matrix reads or
-writes beyond an array.
+SciPy's routines follow the indices of a sparse matrix without checks: an index outside the matrix reads or writes
+beyond an array.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from lamella.reading import LONGEST, FileRefused, may_expand_to, open_decompress
 
 Array = NDArray[np.float64]
 COMPRESSED = ("csr", "csc", "bsr")  # formats with row or column pointers
-WIDTHS = {"real": 3, "integer": 3, "pattern": 2}  # numbers of an entry in a Matrix Market file
-MIRRORED = {"general": None, "symmetric": 1, "skew-symmetric": -1}  # the sign of what is on the other side
+WIDTHS = {"real": 3, "integer": 3, "pattern": 2}  # values per entry of a Matrix Market file
+MIRRORED = {"general": None, "symmetric": 1, "skew-symmetric": -1}  # the sign of the mirrored entry
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn whatever is wrong with a file into one error that names it.
+    """Convert any error of a damaged file into one that names the file.
 
     Raises:
         LamellaError: for any error of the block.
@@ -44,24 +44,24 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def read_matrix(path: Path) -> Any:
-    """A matrix from a .npz file of SciPy, or from a Matrix Market file.
+    """Read a matrix from a .npz file of SciPy, or from a Matrix Market file.
 
     Raises:
-        LamellaError: if the file is none, or declares more than it holds.
+        LamellaError: if the file is invalid, or declares more than it holds.
     """
     with reading(path):
         return _of_scipy(read_npz(path)) if path.suffix == ".npz" else _matrix_market(path)
 
 
 def read_dense(path: Path) -> Array:
-    """An array, such as a right-hand side [n] or several as columns [n, N], from a .npy or a Matrix Market file.
+    """Read an array, such as a right-hand side [n] or several as columns [n, N], from a .npy or a Matrix Market file.
 
     Raises:
-        LamellaError: if the file is none, or declares more than it holds.
+        LamellaError: if the file is invalid, or declares more than it holds.
     """
     with reading(path):
         if path.suffix == ".npy":
-            return numbers(read_npy(path), path.name)
+            return check_numeric(read_npy(path), path.name)
         found = _matrix_market(path)
         if isinstance(found, np.ndarray):
             return found
@@ -70,46 +70,54 @@ def read_dense(path: Path) -> Array:
         return found.toarray()
 
 
-def numbers(array: Array, name: str) -> Array:
-    """The array itself.
+def check_numeric(array: Array, name: str) -> Array:
+    """Return the array after a check of its type.
+
+    Args:
+        array: the array.
+        name: its name for messages.
 
     Raises:
-        FileRefused: if it holds text.
+        FileRefused: if it contains text.
     """
     if array.dtype.kind in "SU":
-        raise FileRefused(f"{name} holds text and no numbers")
+        raise FileRefused(f"{name} contains text instead of numbers")
     return array
 
 
-def _of_scipy(held: Mapping[str, Any]) -> Any:
-    """A matrix as ``scipy.sparse.save_npz`` writes it."""
-    if missing := {"format", "shape", "data"} - set(held):
+def _of_scipy(arrays: Mapping[str, Any]) -> Any:
+    """Build a matrix from an archive of ``scipy.sparse.save_npz``."""
+    if missing := {"format", "shape", "data"} - set(arrays):
         raise FileRefused(f"it has no '{min(missing)}', as scipy.sparse.save_npz writes")
-    written, shape, data = held["format"].item(), held["shape"].tolist(), numbers(held["data"], "data")
-    kind = written.decode() if isinstance(written, bytes) else written
+    format_, shape, data = arrays["format"].item(), arrays["shape"].tolist(), check_numeric(arrays["data"], "data")
+    kind = format_.decode() if isinstance(format_, bytes) else format_
     if (
         not isinstance(shape, list)
         or len(shape) != 2
         or not all(type(length) is int and length > 0 for length in shape)
     ):
-        raise FileRefused(f"its shape is {shape}; give two numbers above 0")
+        raise FileRefused(f"its shape is {shape}; give two sizes above 0")
     names = {"coo": ("row", "col"), "dia": ("offsets",)} | dict.fromkeys(COMPRESSED, ("indices", "indptr"))
     if kind not in names:
         raise FileRefused(f"its format is '{kind}'; give one of {', '.join(names)}")
-    places = [integers(held, name) for name in names[kind]]
-    if kind == "dia" and ((places[0] < -shape[0]) | (places[0] > shape[1])).any():
+    indices = [integers(arrays, name) for name in names[kind]]
+    if kind == "dia" and ((indices[0] < -shape[0]) | (indices[0] > shape[1])).any():
         raise FileRefused("it has a diagonal outside of its shape")
-    content = (data, tuple(places)) if kind == "coo" else (data, *places)
+    content = (data, tuple(indices)) if kind == "coo" else (data, *indices)
     return getattr(sparse, f"{kind}_array")(content, shape=shape)
 
 
-def integers(held: Mapping[str, Any], name: str) -> NDArray[np.int64]:
-    """An array of an archive as signed integers.
+def integers(arrays: Mapping[str, Any], name: str) -> NDArray[np.int64]:
+    """Return an array of an archive as signed integers.
+
+    Args:
+        arrays: the arrays of the archive.
+        name: the name of the array.
 
     Raises:
-        FileRefused: if it is missing, holds anything else, or numbers that do not fit.
+        FileRefused: if it is missing, not of integers, or has values that do not fit.
     """
-    found = held.get(name)
+    found = arrays.get(name)
     if found is None or found.dtype.kind not in "iu":
         raise FileRefused(f"it has no integers '{name}'")
     if found.size and int(found.max()) > np.iinfo(np.int64).max:
@@ -118,23 +126,23 @@ def integers(held: Mapping[str, Any], name: str) -> NDArray[np.int64]:
 
 
 def _matrix_market(path: Path) -> Any:
-    """A sparse matrix, or a dense array, in the format of the Matrix Market.
+    """Read a sparse matrix, or a dense array, in the Matrix Market format.
 
-    SciPy's own reader is compiled code, which reads and writes beyond its arrays where a file is damaged.
+    SciPy's own parser is compiled code that reads and writes beyond its arrays if a file is damaged.
     """
     with open_decompressed(path) as file, io.TextIOWrapper(file, "ascii", "replace") as text:
         banner = text.readline(LONGEST).lower().split()
         if banner[:2] != ["%%matrixmarket", "matrix"] or len(banner) != 5 or banner[2] not in ("coordinate", "array"):
-            raise FileRefused("it does not begin with '%%MatrixMarket matrix' and what follows")
+            raise FileRefused("it does not begin with a '%%MatrixMarket matrix' header")
         _, _, form, field, symmetry = banner
         if field not in WIDTHS or symmetry not in MIRRORED:
-            raise FileRefused(f"it is {field} and {symmetry}; give real numbers, general or symmetric ones")
+            raise FileRefused(f"it is {field} and {symmetry}; give real values, general or symmetric")
         declared = next((line for line in text if line.strip() and not line.startswith("%")), "")
         sizes = [int(word) for word in declared.split()]
         if len(sizes) != (3 if form == "coordinate" else 2) or min(sizes) < 0:
             raise FileRefused(f"it declares the sizes '{declared.strip()[:60]}'")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a file without entries, which is looked at below
+            warnings.simplefilter("ignore")  # for a file without entries, which is checked below
             values = np.loadtxt(text, comments="%", ndmin=2)
     shape, sign = (sizes[0], sizes[1]), MIRRORED[symmetry]
     return (
@@ -145,24 +153,24 @@ def _matrix_market(path: Path) -> Any:
 
 
 def _coordinates(values: Array, entries: int, width: int, shape: tuple[int, int], sign: int | None) -> Any:
-    """A sparse matrix of its entries, each with its row and column, which count from 1."""
+    """Build a sparse matrix from its entries, each with its row and column, counted from 1."""
     if len(values) != entries or (entries and values.shape[1] != width):
-        raise FileRefused(f"it declares {entries} entries of {width} numbers, and holds {list(values.shape)}")
+        raise FileRefused(f"it declares {entries} entries of {width} values, and holds {list(values.shape)}")
     values = values.reshape(-1, width)
-    places = values[:, :2]
-    if not ((places >= 1) & (places <= shape) & (places == np.round(places))).all():
+    indices = values[:, :2]
+    if not ((indices >= 1) & (indices <= shape) & (indices == np.round(indices))).all():
         raise FileRefused(f"it has an entry outside of its {shape[0]} x {shape[1]}")
-    row, column = places.T.astype(np.int64) - 1
+    row, column = indices.T.astype(np.int64) - 1
     data = values[:, 2] if width == 3 else np.ones(entries)
     if sign is not None:
-        beside = row != column
-        row, column = np.concatenate([row, column[beside]]), np.concatenate([column, row[beside]])
-        data = np.concatenate([data, sign * data[beside]])
+        off_diagonal = row != column
+        row, column = np.concatenate([row, column[off_diagonal]]), np.concatenate([column, row[off_diagonal]])
+        data = np.concatenate([data, sign * data[off_diagonal]])
     return sparse.coo_array((data, (row, column)), shape=shape)
 
 
 def _dense(values: Array, shape: tuple[int, int], sign: int | None) -> Array:
-    """An array of its values, column by column; of a symmetric one, those on and below the diagonal."""
+    """Build an array from its values, column by column; of a symmetric one, those on and below the diagonal."""
     rows, columns = shape
     skipped = int(sign == -1)  # the diagonal of a skew-symmetric one is 0
     entries = rows * columns if sign is None else max(0, rows - skipped) * (rows + 1 - skipped) // 2
@@ -177,10 +185,14 @@ def _dense(values: Array, shape: tuple[int, int], sign: int | None) -> Array:
 
 
 def check_indices(matrix: Any, where: str) -> None:
-    """Check that all indices of a sparse matrix lie inside of it.
+    """Check that all indices of a sparse matrix are within its shape.
+
+    Args:
+        matrix: the matrix.
+        where: its name for messages.
 
     Raises:
-        LamellaError: if one does not, or row pointers are not in order.
+        LamellaError: if an index is out of range, or row pointers are not in order.
     """
     if matrix.format not in COMPRESSED:
         return

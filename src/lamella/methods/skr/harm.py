@@ -1,14 +1,16 @@
-"""``recycle="auto"``: whether a carried basis does harm. This rule is ours, not the paper's.
+"""``recycle="auto"``: detect whether a carried basis does harm. This rule is ours, not the paper's.
 
-A basis from a system that is too far away makes GCRO-DR slower than a cold start, for the whole solve and not for its
-first steps only. So every cycle that builds on a carried basis is compared, at equal products with A, with what cold
-starts had reached by then: the start-up products and the first cycle together are as many as a cold cycle has.
+A basis from a system that is too far away makes GCRO-DR slower than a cold start, for the whole solve and not only for
+its first steps. So every cycle that builds on a carried basis is compared, at equal products with A, with the residual
+that cold starts had reached: the start-up products and the first cycle together are as many as a cold cycle has.
 
-- Behind in two cycles in a row: the basis is dropped, and the system begins again from zero. To go on from what was
-  reached would be no gain: the residual holds what the basis made hard, and a cold start has a known price.
-- A ledger has the products that carried bases saved or cost, against the average cold start. While they cost more than
-  5 % of all products so far, systems start cold; these also renew the average. What was saved counts up to the price of
-  one cold start, so that a good beginning does not pay for a long bad end.
+- If it is behind in two consecutive cycles, the basis is dropped, and the system restarts from zero. Continuing from
+the
+  current iterate would gain nothing: the residual contains what the basis made hard, and a cold start has a known cost.
+- A ledger counts the products that carried bases saved or cost, relative to the average cold start. While they have
+cost
+  more than 5 % of all products, systems start cold, which also updates the average. Savings count up to the cost of one
+  cold start, so that a good beginning does not pay for a long harmful end.
 """
 
 from __future__ import annotations
@@ -21,13 +23,13 @@ from numpy.typing import NDArray
 from lamella.methods.skr.gcrodr import Solve
 
 Array = NDArray[np.float64]
-TWICE = 2  # cycles behind in a row, before the basis is dropped
-SHARE = 0.05  # of all products with A, which trying may cost
+TWICE = 2  # consecutive cycles behind before the basis is dropped
+MAX_COST = 0.05  # fraction of all products with A that harmful bases may cost
 MEMORY = 0.5  # the weight of the past in the running average of cold starts
 
 
 class Harm:
-    """What one chunk has seen of cold and of recycled systems."""
+    """Statistics of the cold and recycled systems of one chunk."""
 
     def __init__(self) -> None:
         self.cold: Array = np.empty(0)  # log |r| / |b| of cold starts, by products with A
@@ -35,21 +37,26 @@ class Harm:
         self.spent = 0.0
         self._behind = 0
 
-    def begin(self) -> bool:
-        """Whether the next system may use the carried basis."""
+    def may_recycle(self) -> bool:
+        """Return whether the next system may use the carried basis."""
         self._behind = 0
-        return self.saved >= -SHARE * self.spent
+        return self.saved >= -MAX_COST * self.spent
 
     def __call__(self, matvecs: int, residual: float) -> bool:
-        """Whether to drop the basis, asked after a cycle that has not converged."""
+        """Return whether to drop the basis, after a cycle that has not converged."""
         if not len(self.cold):
             return False
         reached = self.cold[min(matvecs, len(self.cold) - 1)]
         self._behind = self._behind + 1 if np.log(residual) > reached else 0
         return self._behind >= TWICE
 
-    def end(self, solve: Solve, carried: bool) -> None:
-        """Learn from a finished system."""
+    def update(self, solve: Solve, carried: bool) -> None:
+        """Update the statistics with a finished system.
+
+        Args:
+            solve: the result.
+            carried: whether it started with a carried basis.
+        """
         self.spent += solve.work[-1]
         if not carried:
             self._average(solve)
@@ -66,8 +73,10 @@ class Harm:
         self.cold = (MEMORY * both[0] + (1 - MEMORY) * both[1])[:length]
 
     def state(self) -> dict[str, Any]:
+        """Return the state to save."""
         return {"cold": self.cold, "ledger": np.array([self.saved, self.spent])}
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Restore a saved state."""
         self.cold = state["cold"]
         self.saved, self.spent = (float(value) for value in state["ledger"])

@@ -1,15 +1,15 @@
 """SKR: accelerating data generation for neural operators via Krylov subspace recycling (Wang et al., ICLR 2024).
 
-arXiv 2401.09516. A neural operator learns from thousands of solved equations, drawn from one distribution of
-parameters. Each is a sparse system A x = b; solving them is nearly all the work. Systems with similar parameters have
-similar matrices, and the slow part of one is the slow part of the next::
+arXiv 2401.09516. A neural operator is trained on thousands of solved equations with parameters from one distribution.
+Each is a sparse system A x = b; solving them is nearly all of the cost. Systems with similar parameters have similar
+matrices, and the slowly converging components of one are those of the next::
 
-    P_0 P_1 P_2 ... --sort--> P_0 P_7 P_3 | P_5 P_1 ...      1. each system close to the one before (sorting.py)
-                               |U--> |U-->|  |U-->            2. GCRO-DR hands its basis U on (gcrodr.py)
-                              chunk 0     | chunk 1           3. chunks side by side (chunks.py)
+    P_0 P_1 P_2 ... --sort--> P_0 P_7 P_3 | P_5 P_1 ...      1. each system close to the previous one (sorting.py)
+                               |U--> |U-->|  |U-->            2. GCRO-DR passes its basis U on (gcrodr.py)
+                              chunk 0     | chunk 1           3. chunks in parallel (chunks.py)
 
-What is ours: the basis in solution space, which survives a change of the preconditioner, and ``recycle="auto"``, which
-notices when a carried basis does harm (harm.py).
+Ours are the basis in solution space, which stays valid if the preconditioner changes, and ``recycle="auto"``, which
+detects harmful bases (harm.py).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from lamella.errors import MethodError
 from lamella.files import Work
-from lamella.methods.skr.chunks import Chunk, Finished, cut, open_work, solve_chunks
+from lamella.methods.skr.chunks import Chunk, ChunkSolution, cut, open_work, solve_chunks
 from lamella.methods.skr.gcrodr import Apply, Solve, gcrodr
 from lamella.methods.skr.harm import Harm
 from lamella.methods.skr.preconditioners import Factory, check
@@ -59,23 +59,23 @@ def skr(
     work: Work = Work(),
     seed: int = 0,
 ) -> Solutions:
-    """Solve a family of linear systems in an order in which each helps the next.
+    """Solve a family of linear systems in sorted order, recycling a Krylov subspace from each system to the next.
 
     Args:
-        systems: N systems A x = b of n unknowns with their parameters; also what :meth:`LinearSystems.open` takes.
-        m: dimension of the search space; the paper's 40.
-        k: how much of it is recycled; the paper's 20. 0 is restarted GMRES.
+        systems: N systems A x = b of n unknowns with their parameters, or any input of :meth:`LinearSystems.open`.
+        m: dimension of the search space; the paper uses 40.
+        k: dimension of the recycled subspace; the paper uses 20. 0 is restarted GMRES.
         tol: residual to reach, relative to |b|; the paper's tables go from 1e-1 to 1e-11, most are at 1e-8.
-        max_iterations: of one system; the paper's 10 000. One that gets there is marked as not converged.
+        max_iterations: per system; the paper uses 10 000. A system that reaches it is marked as not converged.
         preconditioner: ``none``, ``jacobi``, ``sor``, ``ilu``, ``icc``, ``amg``, or a function from A to M^-1. The
             paper compares several and has no default.
-        order: how systems are sorted, ``greedy`` being Algorithm 1; see :func:`~lamella.methods.skr.sorting.arrange`.
-        recycle: ``always`` is the paper's; ``auto`` drops a basis that does harm; ``never`` starts each system cold.
-        backend: ``numpy`` is this package's own; ``gcrotmk`` is SciPy's, which recycles other vectors; ``petsc``
-            needs a PETSc with HPDDM.
-        workers: who solves chunks of the sorted sequence, one each, on this machine or a Ray cluster.
-        work: keeps each finished system, so that a killed run goes on with the same result.
-        seed: of the order ``random``, the paper's control without sorting.
+        order: how to sort the systems, ``greedy`` is Algorithm 1; see :func:`~lamella.methods.skr.sorting.arrange`.
+        recycle: ``always`` as in the paper; ``auto`` drops harmful bases; ``never`` starts each system cold.
+        backend: ``numpy`` is Lamella's own; ``gcrotmk`` is SciPy's, which recycles other vectors; ``petsc`` needs a
+            PETSc with HPDDM.
+        workers: the processes that solve one chunk of the sorted sequence each, on this machine or on a Ray cluster.
+        work: directory that keeps each finished system, so that an interrupted run resumes with the same result.
+        seed: random seed of the order ``random``, the paper's control without sorting.
 
     Returns:
         The solutions in the caller's order.
@@ -94,7 +94,7 @@ def skr(
     solver = _solver(backend, preconditioner, recycle, m=m, k=k, tol=tol, max_iterations=max_iterations)
     sequence = arrange(systems.parameters, len(systems), order, seed)
     _warn_of_one_matrix(systems, sequence)
-    own = "none" if backend == "petsc" else preconditioner  # PETSc makes its own
+    own = "none" if backend == "petsc" else preconditioner  # PETSc creates its own
     return run(systems, sequence, solver, options, preconditioner=own, workers=workers, work=work.folder)
 
 
@@ -108,20 +108,32 @@ def run(
     workers: Workers = WORKERS,
     work: str | Path | None = None,
 ) -> Solutions:
-    """Steps 2 and 3 with any solver: cut the sequence, solve its chunks, put the solutions into the caller's order."""
+    """Run steps 2 and 3 with any solver: split the sequence, solve the chunks, and restore the caller's order.
+
+    Args:
+        systems: the systems.
+        sequence: the order in which to solve them.
+        solver: creates the solver of a chunk.
+        options: the options of the run.
+        preconditioner: a name or a factory.
+        workers: the processes that solve the chunks.
+        work: directory that keeps each finished system.
+    """
     with workers.pool() as pool:
         chunks = cut(sequence, pool.size)
         job = options | {"systems": systems.description, "sequence": sequence.tolist(), "chunks": len(chunks)}
         folder = open_work(work, job)
-        given = [Chunk(systems, each, solver, preconditioner, folder, number) for number, each in enumerate(chunks)]
-        finished = solve_chunks(given, pool)
-    return _collected(systems, sequence, options, finished)
+        jobs = [Chunk(systems, each, solver, preconditioner, folder, number) for number, each in enumerate(chunks)]
+        finished = solve_chunks(jobs, pool)
+    return _collect(systems, sequence, options, finished)
 
 
-def _collected(systems: LinearSystems, sequence: Index, options: dict[str, Any], finished: list[Finished]) -> Solutions:
+def _collect(
+    systems: LinearSystems, sequence: Index, options: dict[str, Any], finished: list[ChunkSolution]
+) -> Solutions:
     x = np.empty((len(systems), systems.n))
     solved = [each for chunk in finished for each in chunk.solved]
-    x[sequence] = np.concatenate([chunk.x for chunk in finished])  # back from the solved to the caller's order
+    x[sequence] = np.concatenate([chunk.x for chunk in finished])  # from the order of solving to the caller's order
     bases = tuple(chunk.state.get("U", np.empty((systems.n, 0))) for chunk in finished)
     return Solutions(
         x=x,
@@ -135,7 +147,7 @@ def _collected(systems: LinearSystems, sequence: Index, options: dict[str, Any],
 
 
 class Recycling:
-    """GCRO-DR from one system to the next: what it remembers is the basis U, and what it learnt of harm."""
+    """GCRO-DR with state between systems: the basis U, and statistics of harmful bases."""
 
     def __init__(self, recycle: Recycle, **settings: Any) -> None:
         self.recycle, self.settings = recycle, settings
@@ -143,25 +155,28 @@ class Recycling:
         self.harm = Harm()
 
     def __call__(self, system: System, M: Apply | None) -> tuple[Solve, str]:
+        """Solve a system, and return the solution and how it started."""
         carried = self.U is not None and self.recycle != "never"
         if carried and self.recycle == "auto":
-            carried = self.harm.begin()
-        judged = self.harm if carried and self.recycle == "auto" else None
-        solve = gcrodr(system.A, system.b, M=M, Y=self.U if carried else None, harm=judged, **self.settings)
+            carried = self.harm.may_recycle()
+        harm_test = self.harm if carried and self.recycle == "auto" else None
+        solve = gcrodr(system.A, system.b, M=M, Y=self.U if carried else None, harm=harm_test, **self.settings)
         self.U = None if solve.U is None else np.ascontiguousarray(solve.U)
-        self.harm.end(solve, carried)
+        self.harm.update(solve, carried)
         return solve, "dropped" if solve.dropped else "recycled" if carried else "cold"
 
     def state(self) -> dict[str, Any]:
+        """Return the state to save."""
         return self.harm.state() | ({} if self.U is None else {"U": self.U})
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Restore a saved state."""
         self.harm.restore(state)
         self.U = state.get("U")
 
 
 def _solver(backend: Backend, preconditioner: str | Factory, recycle: Recycle, **settings: Any) -> Any:
-    """What makes the solver of each chunk, as something that can travel to another process."""
+    """Return a picklable function that creates the solver of each chunk."""
     if backend == "numpy":
         return partial(Recycling, recycle, **settings)
     if backend == "gcrotmk":
@@ -175,17 +190,17 @@ def _check(m: int, k: int, recycle: Recycle, backend: Backend, work: Path | None
     if k >= m:
         raise MethodError(f"k is {k} and m is {m}; recycle fewer than m vectors")
     if backend == "petsc" and work is not None:
-        raise MethodError("a work folder needs the basis, which PETSc keeps; leave out `work`, or take 'numpy'")
+        raise MethodError("a work directory needs the basis, which PETSc keeps internally; omit `work`, or use 'numpy'")
     if recycle == "auto" and backend != "numpy":
-        raise MethodError(f"recycle 'auto' needs the backend 'numpy'; say 'always' or 'never' for '{backend}'")
+        raise MethodError(f"recycle 'auto' needs the backend 'numpy'; use 'always' or 'never' for '{backend}'")
 
 
 def _warn_of_one_matrix(systems: LinearSystems, sequence: Index) -> None:
-    """Before a long run: the first, the second and the last system tell most families that have but one matrix."""
-    few = {int(sequence[place]) for place in (0, min(1, len(sequence) - 1), -1)}
-    if len(few) > 1 and len({systems[index].matrix for index in few}) == 1:
+    """Compare three systems before a long run, which detects most families with a single matrix."""
+    sampled = {int(sequence[position]) for position in (0, min(1, len(sequence) - 1), -1)}
+    if len(sampled) > 1 and len({systems[index].matrix for index in sampled}) == 1:
         warnings.warn(
-            f"systems {', '.join(map(str, sorted(few)))} have the same matrix; if all do, one factorisation solves "
+            f"systems {', '.join(map(str, sorted(sampled)))} have the same matrix; if all do, one factorisation solves "
             "them faster than any recycling (baseline 'one-lu')",
             stacklevel=3,
         )

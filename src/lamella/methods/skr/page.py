@@ -1,4 +1,4 @@
-"""From evidence to figures: iterations system by system, and what they cost in all."""
+"""Figures and tables from evidence: iterations per system, and the total cost."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ OURS = "SKR"
 
 
 def figures(evidence: Evidence) -> list[Figure]:
-    """Iterations system by system; a direct solver has none."""
+    """Plot the iterations of each system; direct solvers have none."""
     lines = {name: [each["iterations"] for each in run["solved"]] for name, run in _runs(evidence.findings).items()}
-    drawn = {name: values for name, values in lines.items() if any(values)}
+    shown = {name: values for name, values in lines.items() if any(values)}
     caption = "Iterations of each system, in the order in which they were solved; each solver has its own order."
-    return [Lines("system, in solved order", "iterations", drawn, caption=caption)]
+    return [Lines("system, in solved order", "iterations", shown, caption=caption)]
 
 
 def summary(evidence: Evidence) -> Summary:
-    """What each solver took: means with and without the first system, which nothing could be recycled for."""
+    """Tabulate the cost of each solver: means with and without the first system, which has nothing to recycle."""
     found = evidence.findings
     ours = found["mean"]
     rows = []
@@ -32,10 +32,10 @@ def summary(evidence: Evidence) -> Summary:
     heads = ("solver", "iterations", "without the first", "products with A", "time", "worst residual", "not converged")
     verdict = (
         f"{counted(found['systems'], 'system')} of {counted(found['unknowns'], 'unknown')}: "
-        f"{number(ours['iterations'])} iterations and {duration(ours['seconds'])} each; the worst residual is "
+        f"{number(ours['iterations'])} iterations and {duration(ours['seconds'])} on average; the worst residual is "
         f"{number(found['worst_residual'])}."
     )
-    return Summary(verdict, [Table("What a system took, on average", heads, rows)])
+    return Summary(verdict, [Table("Average cost per system", heads, rows)])
 
 
 def _runs(found: Mapping[str, Any]) -> dict[str, Any]:

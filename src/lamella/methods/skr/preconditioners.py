@@ -19,92 +19,95 @@ Factory = Callable[[Any], Any]  # A -> a LinearOperator, or anything with `@`, o
 
 
 def make(preconditioner: str | Factory, A: Any, where: str) -> Apply | None:
-    """M^-1 for this matrix; None for none.
+    """Create M^-1 for a matrix; None for no preconditioner.
 
     Args:
         preconditioner: a name of :data:`PRECONDITIONERS`, or a factory.
+        A: the matrix.
         where: the system's name, for messages.
 
     Raises:
-        MethodError: for a name that there is not.
-        NumericsError: when it is singular.
+        MethodError: for an unknown name.
+        NumericsError: if it is singular.
     """
     if callable(preconditioner):
-        made = preconditioner(A)
-        if hasattr(made, "matvec"):
-            return made.matvec
-        if callable(made):
-            return made
-        if hasattr(made, "__matmul__"):
-            return lambda v: made @ v
-        raise MethodError(f"the preconditioner made {type(made).__name__} of {where}; make a function or an operator")
+        operator = preconditioner(A)
+        if hasattr(operator, "matvec"):
+            return operator.matvec
+        if callable(operator):
+            return operator
+        if hasattr(operator, "__matmul__"):
+            return lambda v: operator @ v
+        raise MethodError(
+            f"the preconditioner returned {type(operator).__name__} for {where}; return a function or an operator"
+        )
     check(preconditioner)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", sparse.SparseEfficiencyWarning)
             return PRECONDITIONERS[preconditioner](A)
     except (RuntimeError, ZeroDivisionError) as error:
-        mend = "take another, such as preconditioner='none'"
-        raise NumericsError(f"{where}: its preconditioner '{preconditioner}' is singular ({error}); {mend}") from error
+        hint = "use another, such as preconditioner='none'"
+        raise NumericsError(f"{where}: its preconditioner '{preconditioner}' is singular ({error}); {hint}") from error
 
 
 def check(preconditioner: str | Factory) -> None:
-    """Check a name before anything takes long."""
+    """Check a name before the computation starts."""
     if not callable(preconditioner) and preconditioner not in PRECONDITIONERS:
-        raise MethodError(f"no preconditioner '{preconditioner}'; there are {', '.join(PRECONDITIONERS)}")
+        raise MethodError(f"unknown preconditioner '{preconditioner}'; use one of {', '.join(PRECONDITIONERS)}")
 
 
 def none(A: Any) -> None:
-    """No preconditioner."""
+    """Use no preconditioner."""
 
 
 def jacobi(A: Any) -> Apply:
-    """M = diag A."""
+    """Return the preconditioner M = diag A."""
     inverse = 1 / _diagonal(A)
     return lambda v: inverse * v
 
 
 def sor(A: Any) -> Apply:
-    """M = D + L, one forward sweep with omega = 1 (Gauss-Seidel), PETSc's default omega."""
+    """Return M = D + L, one forward sweep with omega = 1 (Gauss-Seidel), PETSc's default omega."""
     _diagonal(A)
     return _triangular(sparse.tril(A, format="csc"))
 
 
 def ilu(A: Any) -> Apply:
-    """Incomplete LU with at most twice the entries of A: SuperLU's, which drops by size, not by pattern as ILU(0)."""
+    """Return the incomplete LU of SuperLU with at most twice the entries of A, which drops by size, unlike ILU(0)."""
     from scipy.sparse.linalg import spilu
 
     return spilu(A.tocsc(), drop_tol=0.01, fill_factor=2.0).solve
 
 
 def icc(A: Any) -> Apply:
-    """Incomplete Cholesky, U^T D^-1 U, of a positive definite matrix: U is SuperLU's, with pivots on the diagonal.
+    """Return the incomplete Cholesky factorisation U^T D^-1 U of a positive definite matrix, with U from SuperLU.
 
     Raises:
-        MethodError: when A is not symmetric.
+        MethodError: if A is not symmetric.
     """
     from scipy.sparse.linalg import spilu
 
-    apart = abs(A - A.T)
-    if apart.nnz and apart.max() > 1e-12 * abs(A).max():
+    asymmetry = abs(A - A.T)
+    if asymmetry.nnz and asymmetry.max() > 1e-12 * abs(A).max():
         raise MethodError("the preconditioner 'icc' is for symmetric matrices; take 'ilu'")
-    how: dict[str, Any] = {"permc_spec": "MMD_AT_PLUS_A", "diag_pivot_thresh": 0.0}
-    factors = spilu(A.tocsc(), drop_tol=0.01, fill_factor=2.0, options={"SymmetricMode": True}, **how)
-    D, place = factors.U.diagonal(), factors.perm_c
-    if (factors.perm_r != place).any() or (D <= 0).any():
+    settings: dict[str, Any] = {"permc_spec": "MMD_AT_PLUS_A", "diag_pivot_thresh": 0.0}
+    factors = spilu(A.tocsc(), drop_tol=0.01, fill_factor=2.0, options={"SymmetricMode": True}, **settings)
+    D, order = factors.U.diagonal(), factors.perm_c
+    if (factors.perm_r != order).any() or (D <= 0).any():
         raise RuntimeError("A is not positive definite")
     first, last = _triangular(factors.U.T.tocsc()), _triangular(factors.U.tocsc())
 
     def apply(v: Array) -> Array:
-        moved = np.empty_like(v)
-        moved[place] = v
-        return last(D * first(moved))[place]
+        permuted = np.empty_like(v)
+        permuted[order] = v
+        return last(D * first(permuted))[order]
 
     return apply
 
 
 def amg(A: Any) -> Apply:
-    """One V-cycle of smoothed aggregation, for elliptic problems.
+    """Return one V-cycle of smoothed aggregation, for elliptic problems.
 
     Raises:
         LamellaError: without pyamg.
@@ -133,7 +136,7 @@ def _diagonal(A: Any) -> Array:
 
 
 def _triangular(L: Any) -> Apply:
-    """Solves with a triangular matrix: its own LU factors, without a permutation, have no fill."""
+    """Return a solver for a triangular matrix: its own LU factors, without a permutation, have no fill-in."""
     from scipy.sparse.linalg import splu
 
     return splu(L, permc_spec="NATURAL", diag_pivot_thresh=0.0, options={"Equil": False}).solve

@@ -1,7 +1,7 @@
-"""Step 1 of the paper: an order in which each system is close to the one before it (Algorithm 1).
+"""Step 1 of the paper: an order in which each system is close to the previous one (Algorithm 1).
 
-d(i, j) = ||P_i - P_j||_F, block by block where there are several: for Helmholtz the field and the wavenumber. An
-optimal tour is not worth its cost: the invariant subspace of the small eigenvalues moves little as it is.
+d(i, j) = ||P_i - P_j||_F, summed over blocks if there are several: for Helmholtz the field and the wavenumber. An
+optimal tour is not worth its cost: the invariant subspace of the small eigenvalues changes little as it is.
 """
 
 from __future__ import annotations
@@ -18,97 +18,99 @@ Array = NDArray[np.float64]
 Index = NDArray[np.intp]
 Order = Literal["greedy", "none", "random", "grouped-greedy", "gray", "hilbert"]
 
-LARGE = 10_000  # systems from which greedy works in groups: its cost grows with the square (section 4.1 of the paper)
-GROUP = 1_000  # systems of a group; the paper's 10^3 to 10^4
+LARGE = 10_000  # above this, greedy works in groups: its cost is quadratic (section 4.1 of the paper)
+GROUP = 1_000  # systems per group; the paper uses 10^3 to 10^4
 BLOCK = 12  # lowest frequencies of a field along each axis, and of a vector; the authors' code
 GRAY_AXES = 7  # principal axes, each cut in half; the authors' code
 HILBERT_AXES, HILBERT_BITS = 3, 4  # ours: 16^3 cells
 
 
 def arrange(parameters: tuple[Array, ...], count: int, order: Order, seed: int = 0) -> Index:
-    """The permutation of a family: the number of the system to solve first, second, and so on [N].
+    """Return the order of a family: the indices of the systems in the order of solving [N].
 
     Args:
         parameters: blocks [N, ...].
         count: N.
-        order: ``greedy`` goes to the nearest of those that remain, from the first system on (in groups where there are
-            more than 10 000); ``gray`` and ``hilbert`` visit cells of a few principal axes, greedily inside; ``none``
-            keeps the caller's, ``random`` shuffles it.
-        seed: of ``random``.
+        order: ``greedy`` visits the nearest remaining system, starting at the first (in groups for more than 10 000);
+            ``gray`` and ``hilbert`` visit cells of a few principal axes, greedily within a cell; ``none`` keeps the
+            caller's order, ``random`` shuffles it.
+        seed: random seed of ``random``.
 
     Raises:
-        LamellaError: when there are no parameters to sort on.
+        LamellaError: if there are no parameters to sort by.
     """
     if order == "none":
         return np.arange(count)
     if order == "random":
         return np.random.default_rng(seed).permutation(count)
     if not parameters:
-        raise LamellaError(f"order '{order}' needs the parameters of the systems; give them, or order 'none'")
+        raise LamellaError(f"order '{order}' needs the parameters of the systems; give them, or use order 'none'")
     rows = [block.reshape(count, -1) for block in parameters]
-    rows = [block - block.mean(axis=0) for block in rows]  # smaller numbers, so that less cancels below
+    rows = [block - block.mean(axis=0) for block in rows]  # centred, to reduce cancellation below
     if order == "greedy" and count <= LARGE:
         return nearest(rows, np.arange(count), 0)
     if order in ("greedy", "grouped-greedy"):
-        return _chained(rows, _groups(rows))
+        return _chain_groups(rows, _groups(rows))
     cells = _gray_cells if order == "gray" else _hilbert_cells
-    return _chained(rows, _split(cells(features(parameters))))
+    return _chain_groups(rows, _split(cells(features(parameters))))
 
 
 def nearest(rows: list[Array], members: Index, start: int) -> Index:
-    """Algorithm 1: from ``start`` always on to the nearest member that remains; the first one among equals.
+    """Run Algorithm 1: visit the nearest remaining member, starting at ``start``; the first one among equals.
 
     Args:
         rows: blocks [N, p].
         members: the systems to arrange.
         start: one of them.
     """
-    own = [block[members] for block in rows]
-    squares = [np.einsum("ij,ij->i", block, block) for block in own]
-    left = np.ones(len(members), dtype=bool)
-    here = int(np.flatnonzero(members == start)[0])
+    selected = [block[members] for block in rows]
+    squares = [np.einsum("ij,ij->i", block, block) for block in selected]
+    remaining = np.ones(len(members), dtype=bool)
+    current = int(np.flatnonzero(members == start)[0])
     sequence = []
     for _ in members:
-        sequence.append(here)
-        left[here] = False
-        here = int(np.argmin(np.where(left, _distances(own, squares, here), math.inf)))
+        sequence.append(current)
+        remaining[current] = False
+        current = int(np.argmin(np.where(remaining, _distances(selected, squares, current), math.inf)))
     return members[sequence]
 
 
-def _distances(rows: list[Array], squares: list[Array], here: int) -> Array:
-    """d(here, j) for all j, by the sum of the blocks' norms."""
-    parts = [square + square[here] - 2 * (block @ block[here]) for block, square in zip(rows, squares, strict=True)]
+def _distances(rows: list[Array], squares: list[Array], current: int) -> Array:
+    """Return d(current, j) for all j, the sum of the blocks' norms."""
+    parts = [
+        square + square[current] - 2 * (block @ block[current]) for block, square in zip(rows, squares, strict=True)
+    ]
     return np.sum([np.sqrt(np.maximum(part, 0)) for part in parts], axis=0)
 
 
-def _chained(rows: list[Array], groups: list[Index]) -> Index:
-    """Greedy inside each group, which begins with its member closest to where the last one ended."""
+def _chain_groups(rows: list[Array], groups: list[Index]) -> Index:
+    """Arrange each group greedily, starting at the member closest to the end of the previous group."""
     sequence: list[Index] = []
     for members in groups:
         start = int(members[0])
         if sequence:
             last = sequence[-1][-1]
-            apart = np.sum([np.linalg.norm(block[members] - block[last], axis=1) for block in rows], axis=0)
-            start = int(members[np.argmin(apart)])
+            distances = np.sum([np.linalg.norm(block[members] - block[last], axis=1) for block in rows], axis=0)
+            start = int(members[np.argmin(distances)])
         sequence.append(nearest(rows, members, start))
     return np.concatenate(sequence)
 
 
 def _groups(rows: list[Array]) -> list[Index]:
-    """Groups of neighbours along the first principal axis."""
-    along = _principal(np.hstack(rows), 1)[:, 0]
-    parts = math.ceil(len(along) / GROUP)
-    return list(np.array_split(np.argsort(along, kind="stable"), parts))
+    """Return groups of neighbours along the first principal axis."""
+    coordinates = _principal(np.hstack(rows), 1)[:, 0]
+    parts = math.ceil(len(coordinates) / GROUP)
+    return list(np.array_split(np.argsort(coordinates, kind="stable"), parts))
 
 
 def _split(cells: Index) -> list[Index]:
-    """The systems of each cell, cells in their order."""
+    """Return the systems of each cell, in the order of the cells."""
     by_cell = np.argsort(cells, kind="stable")
     return np.split(by_cell, np.flatnonzero(np.diff(cells[by_cell])) + 1)
 
 
 def features(parameters: tuple[Array, ...]) -> Array:
-    """A few numbers for each system [N, f]: the lowest frequencies of its fields, real and imaginary parts."""
+    """Return a few features of each system [N, f]: the lowest frequencies of its fields, real and imaginary parts."""
     parts = []
     for block in parameters:
         if block.ndim <= 2 and block[0].size <= 2:
@@ -131,34 +133,34 @@ def _centre(size: int) -> slice:
 
 
 def _principal(X: Array, axes: int) -> Array:
-    """The coordinates along the principal axes, between 0 and 1 [N, axes]; fewer where X has fewer."""
+    """Return the coordinates along the principal axes, scaled to [0, 1] [N, axes]; fewer if X has fewer."""
     X = X - X.mean(axis=0)
     gram = X.T @ X if X.shape[1] <= X.shape[0] else X @ X.T
     sizes, vectors = np.linalg.eigh(gram)
     vectors = vectors[:, ::-1][:, :axes]
     found = X @ vectors if X.shape[1] <= X.shape[0] else vectors * np.sqrt(np.maximum(sizes[::-1][:axes], 0))
-    # The sign of an axis is arbitrary; its largest entry decides, so that every machine has the same order.
+    # The sign of an axis is arbitrary; the largest entry is made positive, so that every machine has the same order.
     found = found * np.where(found[np.abs(found).argmax(axis=0), range(found.shape[1])] < 0, -1, 1)
     low, width = found.min(axis=0), np.ptp(found, axis=0)
     return (found - low) / np.where(width > 0, width, 1)
 
 
 def _gray_cells(X: Array) -> Index:
-    """The place of each system's cell of 2^7 in binary-reflected Gray order: neighbours differ in one axis."""
+    """Return the index of each system's cell of 2^7 in binary-reflected Gray order: neighbours differ in one axis."""
     bits = (_principal(X, GRAY_AXES) >= 0.5).astype(np.intp)  # [N, axes]
     binary = np.cumsum(bits, axis=1) % 2  # the inverse of g = b xor (b >> 1), from the highest bit on
     return binary @ (1 << np.arange(bits.shape[1])[::-1])
 
 
 def _hilbert_cells(X: Array) -> Index:
-    """The place of each system's cell along a Hilbert curve (Skilling, "Programming the Hilbert curve", 2004)."""
+    """Return the index of each system's cell on a Hilbert curve (Skilling, "Programming the Hilbert curve", 2004)."""
     side = 1 << HILBERT_BITS
     cells = np.minimum((_principal(X, HILBERT_AXES) * side).astype(np.intp), side - 1)
     return np.array([_hilbert(cell.tolist(), HILBERT_BITS) for cell in cells])
 
 
 def _hilbert(cell: list[int], bits: int) -> int:
-    """The distance of a cell along the curve: its axes to the transposed index, and that to a number."""
+    """Return the distance of a cell along the curve, by converting its axes to the transposed index."""
     x, axes = list(cell), len(cell)
     q = 1 << (bits - 1)
     while q > 1:

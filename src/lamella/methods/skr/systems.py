@@ -1,4 +1,4 @@
-"""The input: linear systems A x = b of one size, each with the parameters that it was made from."""
+"""The input: linear systems A x = b of one size, each with its parameters."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from lamella.errors import LamellaError, NumericsError
 from lamella.methods.skr.equations import family
 from lamella.methods.skr.files import (
     check_indices,
+    check_numeric,
     integers,
-    numbers,
     read_dense,
     read_matrix,
     reading,
@@ -34,35 +34,42 @@ MATRIX, VECTOR = (".mtx", ".mtx.gz", ".npz"), (".mtx", ".mtx.gz", ".npy")
 
 @dataclass(frozen=True)
 class System:
-    """One of them: A [n, n] as CSR and b [n]."""
+    """One system: A [n, n] as CSR and b [n].
+
+    Attributes:
+        A: the matrix.
+        b: the right-hand side.
+    """
 
     A: Any
     b: Array
 
     @property
     def matrix(self) -> str:
-        """A digest of A: equal matrices have equal ones."""
+        """The digest of A: equal matrices have equal digests."""
         return _digest(self.A.indptr, self.A.indices, self.A.data)
 
     @property
     def digest(self) -> str:
+        """The digest of A and b."""
         return _digest(self.A.indptr, self.A.indices, self.A.data, self.b)
 
 
 @dataclass(frozen=True)
 class LinearSystems:
-    """N systems of n unknowns, each loaded when it is asked for.
+    """N systems of n unknowns, each loaded on access.
 
     Attributes:
-        load: gives A and b of a system by its number; other processes get it, so it must be picklable for them.
-        parameters: what the systems are sorted on, as blocks [N, ...]: a field, or a field and a wavenumber. No blocks
-            where nothing is known; then the order is the caller's.
-        n: unknowns.
-        description: where they come from, for provenance.
+        load: returns A and b of a system by its index; must be picklable for other processes.
+        parameters: the parameters to sort by, as blocks [N, ...]: a field, or a field and a wavenumber. Empty if
+            unknown; then the caller's order is used.
+        count: the number of systems.
+        n: the number of unknowns.
+        description: the origin of the systems, for provenance.
     """
 
     metavar = "SYSTEMS"
-    told = "a folder of matrices and vectors, a .npz or .mtx file, or a family such as darcy:grid=32,count=8"
+    source_help = "a folder of matrices and vectors, a .npz or .mtx file, or a family such as darcy:grid=32,count=8"
     example = Fixture("darcy:grid=8,count=5")
 
     load: Callable[[int], tuple[Any, Array]]
@@ -72,15 +79,15 @@ class LinearSystems:
     description: dict[str, Any]
 
     def describe(self) -> dict[str, Any]:
-        """What provenance says of them."""
+        """Return the metadata for provenance."""
         return self.description
 
     @classmethod
     def of(cls, systems: Iterable[tuple[Any, ...]]) -> LinearSystems:
-        """From anything that yields (A, b, P) or (A, b); P is an array, a number, or a tuple of them.
+        """Create the systems from an iterable of (A, b, P) or (A, b); P is an array, a scalar, or a tuple of them.
 
         Raises:
-            LamellaError: when there is none, or their parameters do not have one shape.
+            LamellaError: if there are none, or their parameters have different shapes.
         """
         items = list(systems)
         if not items:
@@ -89,27 +96,33 @@ class LinearSystems:
             if not isinstance(item, tuple) or len(item) not in (2, 3):
                 raise LamellaError(f"system {number} is not (A, b, P) or (A, b) but {type(item).__name__}")
             if len(item) != len(items[0]):
-                raise LamellaError(f"system {number} and system 0: one has parameters, one has none; give all or none")
+                raise LamellaError(f"system {number} and system 0: only one has parameters; give all or none")
         blocks = _blocks([item[2] for item in items]) if len(items[0]) == 3 else ()
-        return cls._checked(partial(_item, [item[:2] for item in items]), blocks, len(items), {"source": "memory"})
+        return cls._create(partial(_item, [item[:2] for item in items]), blocks, len(items), {"source": "memory"})
 
     @classmethod
     def of_parameters(
         cls, blocks: tuple[Array, ...], assemble: Callable[..., tuple[Any, Array]], description: dict[str, Any]
     ) -> LinearSystems:
-        """From their parameters [N, ...] alone: ``assemble`` makes A and b of those of one system."""
-        return cls._checked(partial(_assembled, blocks, assemble), blocks, len(blocks[0]), description)
+        """Create the systems from their parameters.
+
+        Args:
+            blocks: the parameters [N, ...].
+            assemble: builds A and b from the parameters of one system.
+            description: the origin of the systems.
+        """
+        return cls._create(partial(_assemble, blocks, assemble), blocks, len(blocks[0]), description)
 
     @classmethod
     def open(cls, source: Any) -> LinearSystems:
-        """From a folder, a file, the words of a family such as ``darcy:grid=32,count=8``, or an iterable.
+        """Open systems from a folder, a file, a family such as ``darcy:grid=32,count=8``, or an iterable.
 
-        A folder has A*.mtx or A*.npz (scipy's), b*.mtx or b*.npy, and parameters.npy [N, ...] or P*.npy; one A serves
-        many b. A file NAME.mtx has its right-hand sides in NAME_b.mtx, as in the SuiteSparse collection; a .npz is what
-        :meth:`write` writes.
+        A folder has A*.mtx or A*.npz (SciPy's), b*.mtx or b*.npy, and parameters.npy [N, ...] or P*.npy; one A may
+        serve many b. A file NAME.mtx has its right-hand sides in NAME_b.mtx, as in the SuiteSparse collection; a .npz
+        is a file of :meth:`write`.
 
         Raises:
-            LamellaError: when they cannot be read or do not fit each other.
+            LamellaError: if they cannot be read or do not fit each other.
         """
         if isinstance(source, LinearSystems):
             return source
@@ -125,10 +138,10 @@ class LinearSystems:
 
     @classmethod
     def _folder(cls, path: Path) -> LinearSystems:
-        matrices, vectors = (_files(path, letter, ends) for letter, ends in (("A", MATRIX), ("b", VECTOR)))
+        matrices, vectors = (_files(path, letter, suffixes) for letter, suffixes in (("A", MATRIX), ("b", VECTOR)))
         if not matrices or not vectors or len(matrices) not in (1, len(vectors)):
             raise LamellaError(
-                f"{path}: {len(matrices)} files A* and {len(vectors)} files b*; give as many of both, or one A"
+                f"{path}: {len(matrices)} files A* and {len(vectors)} files b*; give equally many, or one A"
             )
         single = path / "parameters.npy"
         each = _files(path, "P", (".npy",))
@@ -137,27 +150,29 @@ class LinearSystems:
             blocks = (_real(read_dense(single)),)
         elif each:
             blocks = _blocks([read_dense(file) for file in each])
-        described = {"source": path.name, "matrices": len(matrices)}
-        return cls._checked(partial(_read, matrices, vectors), blocks, len(vectors), described)
+        description = {"source": path.name, "matrices": len(matrices)}
+        return cls._create(partial(_read, matrices, vectors), blocks, len(vectors), description)
 
     @classmethod
     def _matrix_market(cls, path: Path) -> LinearSystems:
-        beside = path.with_name(path.name.replace(".mtx", "_b.mtx", 1))
-        if not beside.is_file():
-            raise LamellaError(f"{path}: its right-hand sides are missing; put them into {beside.name}, one a column")
-        sides = read_dense(beside)  # [n, N]
+        sides_file = path.with_name(path.name.replace(".mtx", "_b.mtx", 1))
+        if not sides_file.is_file():
+            raise LamellaError(
+                f"{path}: its right-hand sides are missing; put them into {sides_file.name}, one per column"
+            )
+        sides = read_dense(sides_file)  # [n, N]
         A = read_matrix(path)
-        return cls._checked(partial(_item, [(A, b) for b in sides.T.copy()]), (), sides.shape[1], {"source": path.name})
+        return cls._create(partial(_item, [(A, b) for b in sides.T.copy()]), (), sides.shape[1], {"source": path.name})
 
     @classmethod
     def _npz(cls, path: Path) -> LinearSystems:
-        held = _checked_archive(read_npz(path))
-        blocks = tuple(_real(held[name]) for name in sorted(held) if name.startswith("parameters"))
-        described = {"source": path.name}
-        return cls._checked(partial(_packed, held), blocks, len(held["b"]), described)
+        arrays = _check_archive(read_npz(path))
+        blocks = tuple(_real(arrays[name]) for name in sorted(arrays) if name.startswith("parameters"))
+        description = {"source": path.name}
+        return cls._create(partial(_unpack, arrays), blocks, len(arrays["b"]), description)
 
     @classmethod
-    def _checked(
+    def _create(
         cls,
         load: Callable[[int], tuple[Any, Array]],
         blocks: tuple[Array, ...],
@@ -168,12 +183,12 @@ class LinearSystems:
             raise LamellaError("no linear systems: give at least one right-hand side")
         for block in blocks:
             if block.ndim == 0:
-                raise LamellaError(f"the parameters are one number for {count} systems; give one entry for each")
+                raise LamellaError(f"the parameters are a single value for {count} systems; give one entry per system")
             if len(block) != count:
-                raise LamellaError(f"parameters of {len(block)} systems for {count} systems; give one entry for each")
+                raise LamellaError(f"parameters of {len(block)} systems for {count} systems; give one entry per system")
             if not np.isfinite(block).all():
                 bad = int(np.flatnonzero(~np.isfinite(block.reshape(count, -1)).all(axis=1))[0])
-                raise NumericsError(f"the parameters of system {bad} are not finite; mend them or leave it out")
+                raise NumericsError(f"the parameters of system {bad} are not finite; correct them or remove the system")
         first = cls(load, blocks, count, -1, description)[0]
         return cls(load, blocks, count, len(first.b), description | {"count": count, "n": len(first.b)})
 
@@ -184,11 +199,11 @@ class LinearSystems:
         return (self[index] for index in range(self.count))
 
     def __getitem__(self, index: int) -> System:
-        """System ``index``, checked.
+        """Return system ``index`` after checks.
 
         Raises:
-            LamellaError: when A is not square and real, or the sizes differ from those of the others.
-            NumericsError: when an entry is not finite.
+            LamellaError: if A is not square and real, or the sizes differ from those of the others.
+            NumericsError: if an entry is not finite.
         """
         if not 0 <= index < self.count:
             raise IndexError(index)
@@ -199,7 +214,7 @@ class LinearSystems:
             raise LamellaError(f"{where} is complex; write it as a real system of its real and imaginary parts")
         if A.ndim != 2 or A.shape[0] != A.shape[1] or A.shape[0] == 0:
             raise LamellaError(f"{where}: its matrix is {' x '.join(map(str, A.shape))}; give a square one")
-        if b.shape != (A.shape[0],):  # before room is made for as many rows as the matrix declares
+        if b.shape != (A.shape[0],):  # before memory is allocated for the rows that the matrix declares
             raise LamellaError(f"{where}: b has shape {b.shape}, its matrix {A.shape[0]} rows; give ({A.shape[0]},)")
         if self.n not in (-1, len(b)):
             raise LamellaError(
@@ -207,16 +222,19 @@ class LinearSystems:
             )
         if sparse.issparse(A):
             check_indices(A, where)
-        A, b = sparse.csr_array(A.astype(np.float64)), b.astype(np.float64)  # copies: the caller's stay as they are
+        A, b = (
+            sparse.csr_array(A.astype(np.float64)),
+            b.astype(np.float64),
+        )  # copies, so that the caller's arrays are unchanged
         A.sum_duplicates()
         if not (np.isfinite(A.data).all() and np.isfinite(b).all()):
-            raise NumericsError(f"{where} has entries that are not finite; mend it or leave it out")
+            raise NumericsError(f"{where} has entries that are not finite; correct it or remove it")
         return System(A, b)
 
     def write(self, path: str | Path) -> None:
-        """All of them as one .npz, which :meth:`open` reads: matrices one behind the other, in CSR."""
+        """Write all systems as one .npz for :meth:`open`, with the matrices concatenated in CSR format."""
         systems = list(self)
-        blocks: dict[str, Any] = {f"parameters_{place}": block for place, block in enumerate(self.parameters)}
+        blocks: dict[str, Any] = {f"parameters_{index}": block for index, block in enumerate(self.parameters)}
         np.savez_compressed(
             path,
             data=np.concatenate([each.A.data for each in systems]),
@@ -228,16 +246,16 @@ class LinearSystems:
 
 
 def _blocks(parameters: list[Any]) -> tuple[Array, ...]:
-    """The parameters of all systems, block by block [N, ...]."""
+    """Return the parameters of all systems, block by block [N, ...]."""
     rows = [each if isinstance(each, tuple) else (each,) for each in parameters]
     for number, row in enumerate(rows):
         shapes = [[np.shape(part) for part in each] for each in (row, rows[0])]
         if shapes[0] != shapes[1]:
             raise LamellaError(
                 f"the parameters of system {number} have shape {shapes[0]}, those of system 0 {shapes[1]}; "
-                "distances need one shape"
+                "distances need equal shapes"
             )
-    return tuple(_real(np.stack([np.asarray(row[place]) for row in rows])) for place in range(len(rows[0])))
+    return tuple(_real(np.stack([np.asarray(row[index]) for row in rows])) for index in range(len(rows[0])))
 
 
 def _real(block: Any) -> Array:
@@ -250,7 +268,7 @@ def _item(items: list[tuple[Any, Any]], index: int) -> tuple[Any, Any]:
     return items[index]
 
 
-def _assembled(blocks: tuple[Array, ...], assemble: Callable[..., tuple[Any, Array]], index: int) -> tuple[Any, Array]:
+def _assemble(blocks: tuple[Array, ...], assemble: Callable[..., tuple[Any, Array]], index: int) -> tuple[Any, Array]:
     return assemble(*(block[index] for block in blocks))
 
 
@@ -260,17 +278,17 @@ def _read(matrices: list[Path], vectors: list[Path], index: int) -> tuple[Any, A
     return A, b[:, 0] if b.ndim == 2 and b.shape[1] == 1 else b
 
 
-def _checked_archive(held: dict[str, Any]) -> dict[str, Any]:
-    """The arrays of all systems in one archive, as :meth:`LinearSystems.write` writes them.
+def _check_archive(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Check the arrays of all systems in one archive of :meth:`LinearSystems.write`.
 
     Raises:
         FileRefused: if they do not fit each other.
     """
-    if missing := {"data", "b"} - set(held):
+    if missing := {"data", "b"} - set(arrays):
         raise FileRefused(f"it has no '{min(missing)}'")
-    data, b, indices, indptr = held["data"], held["b"], integers(held, "indices"), integers(held, "indptr")
+    data, b, indices, indptr = arrays["data"], arrays["b"], integers(arrays, "indices"), integers(arrays, "indptr")
     for name in ("data", "b"):
-        numbers(held[name], f"'{name}'")
+        check_numeric(arrays[name], f"'{name}'")
     if data.ndim != 1 or indices.shape != data.shape:
         raise FileRefused(
             f"data {list(data.shape)} and indices {list(indices.shape)} are not two vectors of one length"
@@ -278,28 +296,30 @@ def _checked_archive(held: dict[str, Any]) -> dict[str, Any]:
     if b.ndim != 2 or not b.size or indptr.shape != (len(b), b.shape[1] + 1):
         raise FileRefused(f"b is {list(b.shape)} and indptr {list(indptr.shape)}, not [N, n] and [N, n + 1]")
     n = b.shape[1]
-    if indptr.min() < 0 or indptr.max() > len(data):  # first: differences and sums of larger ones could overflow
+    if indptr.min() < 0 or indptr.max() > len(
+        data
+    ):  # first, since differences and sums of larger values could overflow
         raise FileRefused(f"indptr goes from {indptr.min()} to {indptr.max()}, and there are {len(data)} values")
     if indptr[:, 0].any() or (np.diff(indptr) < 0).any() or indptr[:, -1].sum() != len(data):
-        raise FileRefused(f"indptr does not cut {len(data)} values into rows")
+        raise FileRefused(f"indptr does not split {len(data)} values into rows")
     if len(indices) and not (indices.min() >= 0 and indices.max() < n):
         raise FileRefused(f"indices go from {indices.min()} to {indices.max()}; columns go from 0 to {n - 1}")
-    return held | {"indices": indices, "indptr": indptr}
+    return arrays | {"indices": indices, "indptr": indptr}
 
 
-def _packed(held: dict[str, Any], index: int) -> tuple[Any, Array]:
-    indptr = held["indptr"]  # [N, n + 1]
+def _unpack(arrays: dict[str, Any], index: int) -> tuple[Any, Array]:
+    indptr = arrays["indptr"]  # [N, n + 1]
     begin = int(indptr[:index, -1].sum())
     part = slice(begin, begin + int(indptr[index, -1]))
     n = indptr.shape[1] - 1
-    A = sparse.csr_array((held["data"][part], held["indices"][part], indptr[index]), shape=(n, n))
-    return A, held["b"][index]
+    A = sparse.csr_array((arrays["data"][part], arrays["indices"][part], indptr[index]), shape=(n, n))
+    return A, arrays["b"][index]
 
 
-def _files(path: Path, letter: str, ends: tuple[str, ...]) -> list[Path]:
-    """The files of a folder that begin with this letter and a digit, by their number."""
-    named = re.compile(rf"{letter}[-_]?(\d*)({'|'.join(map(re.escape, ends))})")
-    found = [(int(match[1] or 0), file) for file in path.iterdir() if (match := named.fullmatch(file.name))]
+def _files(path: Path, letter: str, suffixes: tuple[str, ...]) -> list[Path]:
+    """Return the files of a folder that begin with this letter and a number, sorted by it."""
+    pattern = re.compile(rf"{letter}[-_]?(\d*)({'|'.join(map(re.escape, suffixes))})")
+    found = [(int(match[1] or 0), file) for file in path.iterdir() if (match := pattern.fullmatch(file.name))]
     return [file for _, file in sorted(found)]
 
 
@@ -307,6 +327,6 @@ def _digest(*arrays: Array) -> str:
     state = hashlib.blake2b(digest_size=16)
     for array in arrays:
         if array.dtype.kind == "i":
-            array = array.astype(np.int64)  # SciPy's choice depends on the size and on where the matrix comes from
+            array = array.astype(np.int64)  # SciPy's index type depends on the size and origin of the matrix
         state.update(np.ascontiguousarray(array).tobytes())
     return state.hexdigest()

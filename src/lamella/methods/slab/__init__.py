@@ -1,40 +1,40 @@
-"""SLAB: norms that become batch norms while a model trains and fold away, and attention without a softmax."""
+"""SLAB: norms that become batch norms in training and are folded away, and attention without a softmax."""
 
 from lamella.methods.slab.method import fold, slab
-from lamella.methods.slab.modules import LinearAttention, PRepBN, Real, RepBN, attended, begun
-from lamella.methods.slab.recipe import Counted, Schedule, counted, free_sites, without_norms
+from lamella.methods.slab.modules import LinearAttention, PRepBN, RepBN, TokenMask, initial_repbn, linear_attention
+from lamella.methods.slab.recipe import GammaSchedule, MaskedLoss, counted_tokens, free_sites, without_norms
 from lamella.methods.slab.sites import Site, sites_of
 from lamella.methods.slab.transition import (
     Transition,
     constancy,
     convert,
+    fold_after,
     fold_before,
-    fold_behind,
     merge,
-    places,
+    prepbn_modules,
     refresh,
 )
 
 __all__ = [
-    "Counted",
+    "GammaSchedule",
     "LinearAttention",
+    "MaskedLoss",
     "PRepBN",
-    "Real",
     "RepBN",
-    "Schedule",
     "Site",
+    "TokenMask",
     "Transition",
-    "attended",
-    "begun",
     "constancy",
     "convert",
-    "counted",
+    "counted_tokens",
     "fold",
+    "fold_after",
     "fold_before",
-    "fold_behind",
     "free_sites",
+    "initial_repbn",
+    "linear_attention",
     "merge",
-    "places",
+    "prepbn_modules",
     "refresh",
     "sites_of",
     "slab",

@@ -1,4 +1,4 @@
-"""Training a decoder while its norms go: its own loss, gamma counted by steps, statistics of the tokens that count."""
+"""Training of a decoder while its norms are replaced, with its own loss and statistics of the counted tokens."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lamella.data import Sample
 from lamella.errors import MethodError
-from lamella.methods.slab.modules import Init, Real
+from lamella.methods.slab.modules import Init, TokenMask
 from lamella.methods.slab.sites import Site, sites_of
-from lamella.methods.slab.transition import Transition, convert, merge, places, refresh
+from lamella.methods.slab.transition import Transition, convert, merge, prepbn_modules, refresh
 from lamella.progress import tracker
 from lamella.stack import Stack, share
 from lamella.train import Task, TrainConfig, TrainingLog, collate, fit, own
@@ -23,19 +23,19 @@ from lamella.train.losses import response_loss
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """How norms go.
+class GammaSchedule:
+    """Schedule of the transition.
 
     Attributes:
-        share: of the steps, over which gamma falls to 0; of a short training a third, of a long one up to 0.8.
-        warm: share of the steps before, in which the norms are alone.
-        first: gamma at its highest.
-        init: of each batch norm: the ``norm``'s own weights with eta 0, for trained models; ``vision``, 1 with eta 1;
-            ``zero``.
-        passes: over the training data, in which statistics are counted anew at the end.
+        share: fraction of the steps over which gamma falls to 0; a third of a short training, up to 0.8 of a long one.
+        warm: fraction of the steps before, in which the norms are used alone.
+        first: initial gamma.
+        init: initialisation of each batch norm: the ``norm``'s own weights with eta 0, for trained models; ``vision``,
+            1 with eta 1; ``zero``.
+        passes: number of epochs over which statistics are recomputed at the end.
 
     Raises:
-        MethodError: for shares of more than all steps together.
+        MethodError: for fractions that add up to more than 1.
     """
 
     share: Annotated[float, Ge(0), Le(1)] = 0.3
@@ -47,32 +47,37 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.share + self.warm > 1:
             raise MethodError(
-                f"share {self.share:g}, warm {self.warm:g}: give shares of the steps, 1 together at most, so that the "
+                f"share {self.share:g}, warm {self.warm:g}: give fractions of the steps that add up to at most 1, so "
+                "that the "
                 "transition ends before the training does"
             )
 
     def steps(self, whole: int) -> tuple[int, int]:
-        """T and the warm steps of a training of so many."""
+        """Return T and the number of warm steps of a training."""
         return round(self.share * whole), round(self.warm * whole)
 
 
 @dataclass(frozen=True)
-class Counted:
-    """A language model's loss; which tokens count in statistics is said before it runs.
+class MaskedLoss:
+    """A language model's loss, which first sets the tokens that enter the statistics.
 
     Attributes:
-        real: where it is said.
+        real: the shared token mask.
     """
 
-    real: Real
+    real: TokenMask
 
     def __call__(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        self.real.mask = counted(batch)
+        """Set the mask of counted tokens and return the loss."""
+        self.real.mask = counted_tokens(batch)
         return response_loss(model, batch)
 
 
-def counted(batch: Mapping[str, Tensor]) -> Tensor:
-    """Tokens that are no padding, without the first of each row, whose stream may be a hundred times as large."""
+def counted_tokens(batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the mask of tokens without padding and without the first of each row.
+
+    The hidden state of the first token may be a hundred times as large as the others.
+    """
     ids = batch["input_ids"]
     mask = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(ids, dtype=torch.bool)
     first = mask & (mask.long().cumsum(1) == 1)
@@ -80,32 +85,45 @@ def counted(batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def without_norms(
-    stack: Stack, samples: Sequence[Sample], sites: Sequence[Site], schedule: Schedule, config: TrainConfig, out: Path
+    stack: Stack,
+    samples: Sequence[Sample],
+    sites: Sequence[Site],
+    schedule: GammaSchedule,
+    config: TrainConfig,
+    out: Path,
 ) -> tuple[Any, TrainingLog, dict[str, Any]]:
     """Train a copy of a model until these norms are batch norms, and fold them.
 
+    Args:
+        stack: the model.
+        samples: training samples.
+        sites: the norms.
+        schedule: schedule of the transition.
+        config: training settings.
+        out: folder of the run.
+
     Returns:
-        The model without them, the log, and how the function was kept in folding.
+        The model without them, the log, and the change of the logits by folding.
     """
-    config = config.lasting(len(samples))
+    config = config.with_steps(len(samples))
     view = share(stack.model)
     steps, warm = schedule.steps(config.steps or 1)
     real = convert(view, sites, steps=steps, warm=warm, first=schedule.first, init=schedule.init)
     own(view, lambda name: True)
-    task = Task(Counted(real))
+    task = Task(MaskedLoss(real))
     settings = {"sites": [site.path for site in sites], "transition": [steps, warm, schedule.first, schedule.init]}
     log = fit(
         view, samples, task, config, out=out, trainable=lambda name: True, hooks=[Transition()], settings=settings
     )
     view.eval()
-    for each in places(view):
+    for each in prepbn_modules(view):
         each.step.fill_(config.steps or 1)
     device = next(view.parameters()).device
 
     def run(batch: Mapping[str, Tensor]) -> None:
-        given = {name: each.to(device) for name, each in batch.items() if name in ("input_ids", "attention_mask")}
-        real.mask = counted(given)
-        view(**given, use_cache=False)
+        inputs = {name: each.to(device) for name, each in batch.items() if name in ("input_ids", "attention_mask")}
+        real.mask = counted_tokens(inputs)
+        view(**inputs, use_cache=False)
 
     if schedule.passes:
         with tracker("statistics", schedule.passes) as count:
@@ -122,14 +140,15 @@ def without_norms(
 
 
 def batches(samples: Sequence[Sample], size: int) -> list[dict[str, Tensor]]:
+    """Return the samples in collated batches."""
     return [dict(collate(samples[start : start + size])) for start in range(0, len(samples), size)]
 
 
 def free_sites(stack: Stack) -> tuple[list[Site], list[Site]]:
-    """The norms that fold, and those that do not, since what reads them is tied to something else."""
-    held: dict[int, int] = {}
+    """Return the norms that fold, and those that do not since the layers after them have tied weights."""
+    uses: dict[int, int] = {}
     for _, parameter in stack.model.named_parameters(remove_duplicate=False):
-        held[id(parameter)] = held.get(id(parameter), 0) + 1
+        uses[id(parameter)] = uses.get(id(parameter), 0) + 1
     sites = sites_of(stack)
-    tied = [s for s in sites if any(held[id(stack.model.get_submodule(r).weight)] > 1 for r in s.readers)]
+    tied = [s for s in sites if any(uses[id(stack.model.get_submodule(r).weight)] > 1 for r in s.readers)]
     return [site for site in sites if site not in tied], tied

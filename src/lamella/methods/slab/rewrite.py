@@ -1,7 +1,7 @@
-"""A model without some of its norms: what read behind them reads the stream itself, and has a bias.
+"""The rewrite of a model without some of its norms: the layers after them read the residual stream, and have biases.
 
-The numbers are in the weights; this says which norms are gone. It stands on the wiring, torch and transformers alone:
-checkpoints carry it with them, word for word.
+The values are in the weights; the form only names the removed norms. This module depends on the wiring, torch and
+transformers only: checkpoints contain a verbatim copy.
 """
 
 from collections.abc import Mapping
@@ -14,12 +14,12 @@ from transformers.pytorch_utils import Conv1D
 
 from lamella.stack.wiring import Wiring
 
-EXACT = False  # what it makes of a model is the same function of other weights
+EXACT = False  # the weights change with the rewrite
 
 
 @dataclass(frozen=True)
 class Form:
-    """Which norms are gone.
+    """The removed norms.
 
     Attributes:
         gone: their paths in the model.
@@ -29,21 +29,22 @@ class Form:
 
 
 def rewrite(model: Any, wirings: Mapping[str, Wiring], form: Form) -> None:
-    """Take norms out of a model, in place; what read behind them gets a bias of zeros where it has none.
+    """Remove norms from a model in place; the layers after them get a zero bias if they have none.
 
     Args:
         model: a copy that may be changed.
-        wirings: what its modules read and write, by the path of each list of layers.
+        wirings: which parts of it read and write what, by the path of each list of layers.
+        form: the removed norms.
 
     Raises:
-        ValueError: for a path that is no norm which linear maps read.
+        ValueError: for a path that is no norm before linear layers.
     """
     known: dict[str, tuple[str, ...]] = {}
     for layers, wiring in wirings.items():
         known |= norms(model, layers, wiring)
     for path in form.gone:
         if path not in known:
-            raise ValueError(f"{path} is no norm that linear maps read")
+            raise ValueError(f"{path} is no norm before linear layers")
         model.set_submodule(path, nn.Identity())
         for reader in known[path]:
             linear = model.get_submodule(reader)
@@ -54,17 +55,17 @@ def rewrite(model: Any, wirings: Mapping[str, Wiring], form: Form) -> None:
 
 
 def norms(model: Any, layers: str, wiring: Wiring) -> dict[str, tuple[str, ...]]:
-    """The norms of a stack by their paths, each with the linear maps that read it."""
+    """Return the norms of a stack by their paths, each with the linear layers after it."""
     count = len(model.get_submodule(layers))
-    parts = [(f"{layers}.{number}.{part.path}", part) for number in range(count) for part in wiring.layer]
+    parts = [(f"{layers}.{index}.{part.path}", part) for index in range(count) for part in wiring.layer]
     found: dict[str, list[str]] = {}
     last = ""
     for path, part in parts + [(part.path, part) for part in wiring.outside]:
         parent, _, name = path.rpartition(".")
         module = getattr(model.get_submodule(parent), name, None)
         vector = getattr(getattr(module, "weight", None), "ndim", 0) == 1
-        if part.reads is None and part.writes == ("stream",) and vector:
+        if part.reads is None and part.writes == ("hidden",) and vector:
             last, found[path] = path, []
-        elif part.reads == "stream" and module is not None:
+        elif part.reads == "hidden" and module is not None:
             found[last].append(path)
     return {path: tuple(readers) for path, readers in found.items() if readers}

@@ -1,9 +1,9 @@
-"""From norms to batch norms and away: put in place, counted by optimizer steps, counted anew, and folded into readers.
+"""The transition from norms to batch norms: conversion, counting of optimizer steps, statistics, and folding.
 
 convert    Norm                  -> PRepBN, a module in its place
-step       gamma = max(0, (T - t) / T)                     t counts optimizer steps, whatever accumulates in one
-refresh    mu, sigma^2           -> those of training data in evaluation: dropout has changed them in training
-merge      W (A x + B) + b       =  (W diag(A)) x + (b + W B); behind a linear map  diag(A) (W x + b) + B
+step       gamma = max(0, (T - t) / T)                     t counts optimizer steps, whatever the gradient accumulation
+refresh    mu, sigma^2           -> those of training data in evaluation mode: dropout changes them in training
+merge      W (A x + B) + b       =  (W diag(A)) x + (b + W B); after a linear layer  diag(A) (W x + b) + B
 """
 
 from __future__ import annotations
@@ -18,65 +18,70 @@ from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from lamella.errors import MethodError
-from lamella.methods.slab.modules import Init, PRepBN, Real, begun
+from lamella.methods.slab.modules import Init, PRepBN, TokenMask, initial_repbn
 from lamella.methods.slab.sites import Site
-from lamella.train import Hook, Training
+from lamella.train import Hook, TrainingRun
 
 
 def convert(
     model: nn.Module, sites: Sequence[Site], *, steps: int, warm: int = 0, first: float = 1.0, init: Init = "norm"
-) -> Real:
-    """Put a PRepBN in the place of each norm, in place; a model that may be changed.
+) -> TokenMask:
+    """Replace each norm by a PRepBN, in place.
 
     Args:
-        sites: which norms.
-        steps, warm, first: of gamma.
-        init: see :func:`lamella.methods.slab.modules.begun`.
+        model: a model that may be changed.
+        sites: the norms.
+        steps: number of steps over which gamma falls.
+        warm: number of steps before.
+        first: initial gamma.
+        init: see :func:`lamella.methods.slab.modules.initial_repbn`.
 
     Returns:
-        Where to say which tokens of a batch are real.
+        The token mask shared by all norms, to set before each batch.
     """
-    real = Real()
+    real = TokenMask()
     for site in sites:
         norm = model.get_submodule(site.path)
-        model.set_submodule(site.path, PRepBN(norm, begun(norm, init, real), steps, warm, first))
+        model.set_submodule(site.path, PRepBN(norm, initial_repbn(norm, init, real), steps, warm, first))
     return real
 
 
-def places(model: nn.Module) -> list[PRepBN]:
-    """All norms that are on their way."""
+def prepbn_modules(model: nn.Module) -> list[PRepBN]:
+    """Return all norms in transition."""
     return [each for each in model.modules() if isinstance(each, PRepBN)]
 
 
 class Transition(Hook):
-    """Counts optimizer steps for every norm; a run that goes on after a kill goes on with gamma, too."""
+    """Hook that counts optimizer steps for every norm; a resumed run resumes gamma as well."""
 
-    def begin(self, run: Training) -> None:
-        self._tell(run)
+    def begin(self, run: TrainingRun) -> None:
+        """Set the step of a new or resumed run."""
+        self._set_step(run)
 
-    def after_step(self, run: Training) -> None:
-        self._tell(run)
+    def after_step(self, run: TrainingRun) -> None:
+        """Set the step after an optimizer step."""
+        self._set_step(run)
 
     @staticmethod
-    def _tell(run: Training) -> None:
-        for each in places(run.model):
+    def _set_step(run: TrainingRun) -> None:
+        for each in prepbn_modules(run.model):
             each.step.fill_(run.step)
 
 
 @torch.no_grad()
 def refresh(model: nn.Module, batches: Iterable[Any], call: Callable[[Any], Any]) -> None:
-    """Measure mean and variance of every batch norm anew, over all of the batches; nothing else changes.
+    """Recompute mean and variance of every batch norm over all batches; nothing else changes.
 
     Args:
-        model: in evaluation mode, which it is left in.
-        batches: of training data.
-        call: runs the model on one.
+        model: in evaluation mode, in which it stays.
+        batches: batches of training data.
+        call: runs the model on a batch.
     """
-    norms = [each.rep.bn for each in places(model)]
+    norms = [each.rep.bn for each in prepbn_modules(model)]
     kept = [each.momentum for each in norms]
     for each in norms:
         each.reset_running_stats()
-        each.momentum = None  # the mean of what all batches have
+        each.momentum = None  # cumulative mean over all batches
         each.train()
     for batch in batches:
         call(batch)
@@ -87,38 +92,39 @@ def refresh(model: nn.Module, batches: Iterable[Any], call: Callable[[Any], Any]
 
 @torch.no_grad()
 def merge(model: nn.Module, sites: Sequence[Site]) -> None:
-    """Fold every batch norm into what reads it, or into what it reads, in place: no norm is left there.
+    """Fold every batch norm into the layers after it, or before it, in place, and remove it.
 
     Raises:
-        MethodError: for a norm whose transition is not over, a batch norm without statistics, or a linear map that
-            something else reads or is.
+        MethodError: for a norm whose transition is not over, a batch norm without statistics, or a linear layer with a
+            tied weight.
     """
-    held: dict[int, int] = {}
+    uses: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
-        held[id(parameter)] = held.get(id(parameter), 0) + 1
+        uses[id(parameter)] = uses.get(id(parameter), 0) + 1
     for site in sites:
-        place = model.get_submodule(site.path)
-        if not isinstance(place, PRepBN):
-            raise MethodError(f"{site.path} is a {type(place).__name__}, and no norm that was converted")
-        if place.gamma > 0:
+        module = model.get_submodule(site.path)
+        if not isinstance(module, PRepBN):
+            raise MethodError(f"{site.path} is a {type(module).__name__}, not a converted norm")
+        if module.gamma > 0:
             raise MethodError(
-                f"{site.path} is at step {int(place.step)}, and its norm still weighs {place.gamma:.2f}: train to the "
-                f"end of the transition, step {place.warm + place.steps}"
+                f"{site.path} is at step {int(module.step)}, where the norm still has the weight {module.gamma:.2f}: "
+                "train to the "
+                f"end of the transition, step {module.warm + module.steps}"
             )
-        bn = place.rep.bn
+        bn = module.rep.bn
         if bn.num_batches_tracked is not None and int(bn.num_batches_tracked) == 0:
             raise MethodError(f"{site.path} has no statistics yet: train, or refresh them")
-        a, b = place.rep.closed()
+        a, b = module.rep.closed()
         for path in (site.writer,) if site.writer else site.readers:
             linear = model.get_submodule(path)
-            if held[id(linear.weight)] > 1:
-                raise MethodError(f"{path} has a weight that is tied, which would be scaled twice: untie it first")
-            (fold_behind if site.writer else fold_before)(linear, a, b)
+            if uses[id(linear.weight)] > 1:
+                raise MethodError(f"{path} has a tied weight, which would be scaled twice: untie it first")
+            (fold_after if site.writer else fold_before)(linear, a, b)
         model.set_submodule(site.path, nn.Identity())
 
 
 def fold_before(linear: Any, a: Tensor, b: Tensor) -> None:
-    """Let a linear map read x where it has read a x + b: W <- W diag(a), c <- c + W b."""
+    """Fold a x + b into the linear layer after it: W <- W diag(a), c <- c + W b."""
     weight = linear.weight.double()
     axis = 0 if isinstance(linear, Conv1D) else 1
     added = torch.tensordot(weight, b, dims=([axis], [0]))
@@ -126,8 +132,8 @@ def fold_before(linear: Any, a: Tensor, b: Tensor) -> None:
     _set(linear, scaled, added if linear.bias is None else linear.bias.double() + added)
 
 
-def fold_behind(linear: Any, a: Tensor, b: Tensor) -> None:
-    """Let a linear map or a convolution give a y + b where it has given y: W <- diag(a) W, c <- a c + b."""
+def fold_after(linear: Any, a: Tensor, b: Tensor) -> None:
+    """Fold a y + b into the linear layer or convolution before it: W <- diag(a) W, c <- a c + b."""
     axis = 1 if isinstance(linear, Conv1D) else 0
     shape = [1] * linear.weight.ndim
     shape[axis] = -1
@@ -142,29 +148,31 @@ def _set(linear: nn.Linear | _ConvNd, weight: Tensor, bias: Tensor) -> None:
 
 
 def sizes(model: nn.Module, sites: Sequence[Site], run: Callable[[], Any]) -> dict[str, Tensor]:
-    """The RMS of every token at each norm [tokens].
+    """Return the RMS of every token at each norm [tokens].
 
     Args:
+        model: the model.
+        sites: the norms.
         run: runs the model on calibration tokens.
     """
-    seen: dict[str, list[Tensor]] = {site.path: [] for site in sites}
+    recorded: dict[str, list[Tensor]] = {site.path: [] for site in sites}
 
-    def note(path: str, module: nn.Module, given: Any) -> None:
-        seen[path].append(given[0].float().square().mean(-1).sqrt().flatten())
+    def record(path: str, module: nn.Module, args: Any) -> None:
+        recorded[path].append(args[0].float().square().mean(-1).sqrt().flatten())
 
-    hooks = [model.get_submodule(s.path).register_forward_pre_hook(partial(note, s.path)) for s in sites]
+    hooks = [model.get_submodule(s.path).register_forward_pre_hook(partial(record, s.path)) for s in sites]
     try:
         run()
     finally:
         for hook in hooks:
             hook.remove()
-    return {path: torch.cat(each) for path, each in seen.items()}
+    return {path: torch.cat(each) for path, each in recorded.items()}
 
 
 def constancy(rms: Mapping[str, Tensor]) -> dict[str, float]:
-    """How much the RMS of tokens differs at each norm: its coefficient of variation, small where a norm folds cheaply.
+    """Return the coefficient of variation of the tokens' RMS at each norm; small where folding costs little.
 
     Args:
-        rms: of :func:`sizes`.
+        rms: result of :func:`sizes`.
     """
     return {path: float(each.std() / each.mean()) for path, each in rms.items()}

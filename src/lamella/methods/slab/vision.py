@@ -1,4 +1,4 @@
-"""Vision transformers that end without norms and, where it is wanted, without a softmax: trained, merged, exported."""
+"""Vision transformers that end up without norms and optionally without a softmax: training, merging, export."""
 
 from __future__ import annotations
 
@@ -12,43 +12,45 @@ from annotated_types import Ge, Le, Lt
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lamella.data import Captioned, LabelledPictures, Lazy, batches
+from lamella.data import Captioned, LabelledImages, Lazy, batches
 from lamella.errors import CalibrationError, MethodError
 from lamella.extras import require
 from lamella.files import Work
 from lamella.methods.slab.modules import LinearAttention
-from lamella.methods.slab.recipe import Schedule
+from lamella.methods.slab.recipe import GammaSchedule
 from lamella.methods.slab.sites import sites_of
-from lamella.methods.slab.transition import Transition, convert, merge, places, refresh
+from lamella.methods.slab.transition import Transition, convert, merge, prepbn_modules, refresh
 from lamella.registry import command
 from lamella.results import TrainedNetwork
-from lamella.train import TrainConfig, TrainingLog, class_nats, fit, supervised
+from lamella.train import TrainConfig, TrainingLog, class_cross_entropy, fit, supervised
 
 Norms = Literal["layer", "batch", "rep", "progressive batch", "progressive"]
 Attention = Literal["softmax", "linear"]
-LARGEST = 65_536  # pixels of a side, and the width of a layer
+LARGEST = 65_536  # maximum side in pixels, and maximum hidden size
 ONNX = "model.onnx"
 TRAINING = TrainConfig(lr=1e-3, schedule="cosine", warmup=0.1, batch=64, weight_decay=0.05, clip=5.0)
 EPOCHS = 20
-JUDGED = 256  # pictures in a batch that is judged
+JUDGED = 256  # batch size of the evaluation
 
 
 @dataclass(frozen=True)
-class Network:
-    """A vision transformer of timm, without a class token: the mean over tokens is what the head reads.
+class VitConfig:
+    """A timm vision transformer without a class token: the head uses the mean over tokens.
 
     Attributes:
-        size: pixels on a side.
-        patch: pixels on a side of a token.
-        channels: 1 for grey pictures, 3 for colours.
-        width, depth, heads: of its layers; those of DeiT-T when left out.
+        size: side of the image in pixels.
+        patch: side of a patch in pixels.
+        channels: 1 for greyscale images, 3 for RGB.
+        width: hidden size; that of DeiT-T by default.
+        depth: number of layers; that of DeiT-T by default.
+        heads: number of attention heads; that of DeiT-T by default.
         attention: ``softmax``, or ``linear`` with its local term.
-        kernel: of the local term, on a side; 0: none.
-        linear: how many layers have linear attention, the first ones; all when left out.
-        drop: share of the branches that are left out in training, the most in the last layer.
+        kernel: kernel size of the local term; 0: none.
+        linear: number of layers with linear attention, from the first; all if None.
+        drop: stochastic depth rate of the last layer, which grows linearly from 0.
 
     Raises:
-        MethodError: for pixels that are no whole patches, or a width that is no whole heads.
+        MethodError: for a size that is no multiple of the patch, or a width that is no multiple of the heads.
     """
 
     size: Annotated[int, Ge(1), Le(LARGEST)] = 224
@@ -65,12 +67,12 @@ class Network:
     def __post_init__(self) -> None:
         if self.size % self.patch or self.width % self.heads:
             raise MethodError(
-                f"{self.size} pixels in patches of {self.patch}, {self.width} wide with {self.heads} heads: give whole "
-                "patches, and whole heads"
+                f"{self.size} pixels in patches of {self.patch}, {self.width} wide with {self.heads} heads: give a "
+                "multiple of the patch, and a multiple of the heads"
             )
 
     def build(self, classes: int) -> Any:
-        """The network with fresh weights."""
+        """Build the network with random weights."""
         timm = require("timm", "vision", "vision transformers")
         model = timm.create_model(
             "vit_tiny_patch16_224", pretrained=False, class_token=False, global_pool="avg", img_size=self.size,
@@ -89,12 +91,13 @@ class Classifier(TrainedNetwork):
     """A trained network, merged.
 
     Attributes:
-        network, classes: its shape.
-        merged: whether norms are gone.
-        onnx: whether it is written for other runtimes, too.
+        network: configuration of the network.
+        classes: number of classes.
+        merged: whether its norms are folded.
+        onnx: whether it is exported to ONNX as well.
     """
 
-    network: Network
+    network: VitConfig
     classes: int
     merged: bool
     onnx: bool = False
@@ -105,22 +108,22 @@ class Classifier(TrainedNetwork):
     made_by: ClassVar[str] = "lamella run slab vision"
 
     @classmethod
-    def build(cls, *, network: Network, classes: int, merged: bool) -> Any:  # type: ignore[override]
-        """A fresh network, without norms where they are merged."""
+    def build(cls, *, network: VitConfig, classes: int, merged: bool) -> Any:  # type: ignore[override]
+        """Build a network with random weights, without norms if they are merged."""
         model = network.build(classes)
         for site in sites_of(model) if merged else ():
             model.set_submodule(site.path, nn.Identity())
         return model
 
     def write(self, folder: Path) -> None:
-        """Weights, shape, log, and the network for other runtimes."""
+        """Write weights, configuration, log, and the ONNX export."""
         super().write(folder)
         if self.onnx:
             export_onnx(self.model, self.network, folder / ONNX)
 
     @classmethod
     def read(cls, path: str | Path) -> Classifier:
-        """The network in a folder; see :meth:`lamella.results.TrainedNetwork.read`."""
+        """Read the network from a folder; see :meth:`lamella.results.TrainedNetwork.read`."""
         found = super().read(path)
         found.onnx = (Path(path) / ONNX).is_file()
         return found
@@ -134,10 +137,10 @@ class Classifier(TrainedNetwork):
            "save_every": 2},
 )  # fmt: skip
 def vision(
-    images: LabelledPictures,
+    images: LabelledImages,
     *,
-    network: Network = Network(),
-    norms: Schedule = Schedule(share=0.8, init="vision"),  # noqa: B008, frozen
+    network: VitConfig = VitConfig(),
+    norms: GammaSchedule = GammaSchedule(share=0.8, init="vision"),  # noqa: B008, frozen
     kind: Norms = "progressive",
     onnx: bool = False,
     config: TrainConfig = TRAINING,
@@ -146,32 +149,31 @@ def vision(
     """Train a vision transformer from scratch whose norms become batch norms and are folded away.
 
     Args:
-        images: pictures with classes; one in five is kept to judge.
-        network: its shape.
-        norms: how they go; the paper's four fifths of the steps, and eta 1, when left out.
+        images: images with classes; one in five is held out.
+        network: configuration of the network.
+        norms: schedule of the transition; defaults to the paper's four fifths of the steps, and eta 1.
         kind: ``progressive``, from layer norms to RepBN; ``progressive batch``, without eta; ``rep`` or ``batch`` from
-            the first step; or ``layer``, which stay.
-        onnx: write the network for other runtimes, too.
-        config: of the training: 20 passes over the pictures when left out.
-        work: where an interrupted run goes on from, to the bit.
+            the first step; or ``layer``, whose norms stay.
+        onnx: export the network to ONNX as well.
+        config: training settings; defaults to 20 epochs.
+        work: folder from which an interrupted run resumes, with bitwise equal results.
 
     Returns:
-        The network, with how many of the kept pictures it names before and after statistics are counted anew and after
-        folding.
+        The network, with its accuracy on held-out images before and after refreshing the statistics and after folding.
 
     Raises:
-        CalibrationError: for pictures without classes.
+        CalibrationError: for images without classes.
         TrainingError: when training cannot start or stay finite.
     """
     test = list(images.part("test").items)
     if any(each.label is None for each in (*images.items, *test)):
-        raise CalibrationError("these pictures have no classes: give a folder with a folder for each class, or digits")
+        raise CalibrationError("these images have no classes: give a folder with one folder per class, or digits")
     classes = 1 + max(each.label or 0 for each in (*images.items, *test))
     x, y = pixels(images.items, network), torch.tensor([each.label for each in images.items])
     config = replace(config, steps=config.steps or EPOCHS * max(1, len(x) // config.batch))
-    model, log, findings = trained(network, classes, x, y, norms, kind, config, work.place("run"))
+    model, log, findings = train_network(network, classes, x, y, norms, kind, config, work.directory("run"))
     test_x, test_y = pixels(test, network), torch.tensor([each.label for each in test])
-    findings["accuracy"] = finished(model, x, test_x, test_y, norms, kind, config.batch)
+    findings["accuracy"] = refresh_and_merge(model, x, test_x, test_y, norms, kind, config.batch)
     findings["loss"] = [point.loss for point in log.train]
     merged = kind != "layer"
     return Classifier(
@@ -179,17 +181,28 @@ def vision(
     )
 
 
-def trained(
-    network: Network,
+def train_network(
+    network: VitConfig,
     classes: int,
     x: Sequence[Tensor],
     y: Tensor,
-    norms: Schedule,
+    norms: GammaSchedule,
     kind: Norms,
     config: TrainConfig,
     out: Path,
 ) -> tuple[Any, TrainingLog, dict[str, Any]]:
-    """A network trained from scratch, whose norms are not folded yet."""
+    """Train a network from scratch, without folding its norms.
+
+    Args:
+        network: configuration of the network.
+        classes: number of classes.
+        x: images [channels, size, size].
+        y: classes [images].
+        norms: schedule of the transition.
+        kind: kind of norms.
+        config: training settings.
+        out: folder of the run.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = network.build(classes)
@@ -198,27 +211,43 @@ def trained(
         steps, warm = norms.steps(whole) if kind.startswith("progressive") else (0, 0)
         convert(model, sites_of(model), steps=steps, warm=warm, first=norms.first, init=norms.init)
     if "batch" in kind:
-        for each in places(model):
+        for each in prepbn_modules(model):
             each.rep.eta.data.zero_()
             each.rep.eta.requires_grad_(False)
-    still = {id(each.rep.eta) for each in places(model)} if "batch" in kind else set()
-    names = {name for name, each in model.named_parameters() if id(each) not in still}
+    fixed = {id(each.rep.eta) for each in prepbn_modules(model)} if "batch" in kind else set()
+    names = {name for name, each in model.named_parameters() if id(each) not in fixed}
     rows = Lazy(range(len(y)), lambda row: {"x": x[row], "y": y[row]})
     settings = {"network": asdict(network), "kind": kind, "norms": asdict(norms)}
     log = fit(
-        model, rows, supervised(class_nats), config, out=out, trainable=names.__contains__, hooks=[Transition()],
-        settings=settings,
+        model, rows, supervised(class_cross_entropy), config, out=out, trainable=names.__contains__,
+        hooks=[Transition()], settings=settings,
     )  # fmt: skip
-    for each in places(model):
+    for each in prepbn_modules(model):
         each.step.fill_(whole)
     return model.eval(), log, {"parameters": sum(each.numel() for each in model.parameters())}
 
 
 @torch.no_grad()
-def finished(
-    model: Any, x: Sequence[Tensor], test_x: Sequence[Tensor], test_y: Tensor, norms: Schedule, kind: Norms, batch: int
+def refresh_and_merge(
+    model: Any,
+    x: Sequence[Tensor],
+    test_x: Sequence[Tensor],
+    test_y: Tensor,
+    norms: GammaSchedule,
+    kind: Norms,
+    batch: int,
 ) -> dict[str, float]:
-    """Statistics counted anew, and norms folded, in place; how many pictures are named at each point, and the loss."""
+    """Refresh the statistics and fold the norms, in place; return the accuracy at each point, and the loss.
+
+    Args:
+        model: the trained network.
+        x: training images.
+        test_x: held-out images.
+        test_y: classes of these.
+        norms: schedule of the transition.
+        kind: kind of norms.
+        batch: batch size.
+    """
     found = {"trained": accuracy(model, test_x, test_y)}
     if kind != "layer":
         for _ in range(norms.passes):
@@ -233,32 +262,33 @@ def finished(
 
 
 def accuracy(model: Any, x: Sequence[Tensor], y: Tensor) -> float:
+    """Return the fraction of images that are classified correctly."""
     return float((logits(model, x).argmax(1) == y).double().mean())
 
 
 @torch.no_grad()
 def logits(model: Any, x: Sequence[Tensor]) -> Tensor:
-    """The logits of pictures [pictures, classes], computed in batches."""
+    """Return the logits of images [images, classes], computed in batches."""
     return torch.cat([model(rows) for rows in batches(x, JUDGED, torch.stack)])
 
 
-def pixels(pictures: Sequence[Captioned], network: Network) -> Lazy[Tensor]:
-    """Pictures as the network reads them, each decoded when it is asked for."""
-    return Lazy(pictures, lambda each: prepared([each], network)[0])
+def pixels(images: Sequence[Captioned], network: VitConfig) -> Lazy[Tensor]:
+    """Return images as network inputs, each decoded on access."""
+    return Lazy(images, lambda each: prepare_images([each], network)[0])
 
 
-def prepared(pictures: Sequence[Captioned], network: Network) -> Tensor:
-    """Pictures as the network reads them [pictures, channels, size, size], from -1 to 1."""
-    transforms = require("torchvision.transforms.v2", "vision", "scaling pictures")
+def prepare_images(images: Sequence[Captioned], network: VitConfig) -> Tensor:
+    """Convert images to network inputs [images, channels, size, size] in [-1, 1]."""
+    transforms = require("torchvision.transforms.v2", "vision", "resizing images")
     fit_ = transforms.Compose([transforms.Resize(network.size), transforms.CenterCrop(network.size)])
-    rows = [torch.from_numpy(each.picture).permute(2, 0, 1) for each in pictures]
+    rows = [torch.from_numpy(each.image).permute(2, 0, 1) for each in images]
     sides = (network.size, network.size)
     pixels = torch.stack([each if each.shape[1:] == sides else fit_(each) for each in rows]) / 127.5 - 1
     return pixels.mean(dim=1, keepdim=True) if network.channels == 1 else pixels
 
 
-def export_onnx(model: Any, network: Network, file: Path) -> None:
-    """Write a network for onnxruntime and its like, for batches of any size.
+def export_onnx(model: Any, network: VitConfig, file: Path) -> None:
+    """Export a network to ONNX, for batches of any size.
 
     Raises:
         LamellaError: when onnx or onnxscript is missing.

@@ -1,10 +1,10 @@
-"""What the next token says of a question that many answers are right for: how valid it is, and how diverse.
+"""Validity and diversity of the next-token distribution for a question with many correct answers.
 
     validity    q(x) = sum of p(v | x) over v in V_x        the mass on valid answers
     diversity   d(x) = H( p(v | x) / q(x) ) / ln |V_x|      how evenly that mass is spread, from 0 to 1
 
-One forward pass at temperature 1 gives both exactly; nothing is sampled. They are kept apart since the entropy of the
-whole distribution would take noise for diversity.
+One forward pass at temperature 1 gives both exactly; nothing is sampled. They are measured separately, since the
+entropy of the whole distribution would count noise as diversity.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from torch import Tensor
 from lamella.errors import CalibrationError, NumericsError
 from lamella.stack import Stack
 
-BATCH = 64  # questions in one forward pass
+BATCH = 64  # questions per forward pass
 NO_TOKEN = -1
 
 
 @dataclass(frozen=True)
-class Question:
-    """A prompt and everything that is a right answer to it.
+class ChoiceQuestion:
+    """A prompt and all correct answers to it.
 
     Attributes:
-        prompt: what is asked.
+        prompt: the prompt.
         answers: the set V_x.
-        family: the kind of answer, such as letters or digits; results are told apart by it.
+        family: the kind of answer, such as letters or digits, by which results can be grouped.
     """
 
     prompt: str
@@ -45,46 +45,55 @@ class Question:
             )
 
 
-class Answers(NamedTuple):
-    """Validity and diversity of each question [questions], float64."""
+class QuestionScores(NamedTuple):
+    """Validity and diversity of each question `[questions]`, float64.
+
+    Attributes:
+        quality: the validity.
+        diversity: the diversity.
+    """
 
     quality: Tensor
     diversity: Tensor
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Questions as a model reads them, padded on the left, and the tokens that are their answers.
+class EncodedQuestions:
+    """Questions as token ids, padded on the left, and the tokens of their answers.
 
     Attributes:
-        questions: what was asked.
-        input_ids, attention_mask: [questions, time].
-        tokens: every way to write each answer as one token [questions, answers, forms]; -1 where there is none.
+        questions: the questions.
+        input_ids: token ids `[questions, time]`.
+        attention_mask: 1 for tokens, 0 for padding `[questions, time]`.
+        tokens: all single-token forms of each answer `[questions, answers, forms]`; -1 for none.
     """
 
-    questions: tuple[Question, ...]
+    questions: tuple[ChoiceQuestion, ...]
     input_ids: Tensor
     attention_mask: Tensor
     tokens: Tensor
 
     @classmethod
-    def of(cls, questions: Sequence[Question], prompts: Sequence[Sequence[int]], tokens: Sequence[Any]) -> Asked:
-        """From token ids.
+    def of(
+        cls, questions: Sequence[ChoiceQuestion], prompts: Sequence[Sequence[int]], tokens: Sequence[Any]
+    ) -> EncodedQuestions:
+        """Create the tensors from token ids.
 
         Args:
-            prompts: of each question [time].
-            tokens: of each question, for each answer the tokens that say it.
+            questions: the questions.
+            prompts: the token ids of each prompt `[time]`.
+            tokens: for each question and each of its answers, the tokens that express it.
 
         Raises:
-            CalibrationError: when there is no question, a prompt is empty, or two answers share a token.
+            CalibrationError: if there is no question, a prompt is empty, or two answers share a token.
         """
         if not questions:
             raise CalibrationError("no questions: give at least one")
         for question, prompt, sets in zip(questions, prompts, tokens, strict=True):
-            named = [token for answer in sets for token in set(answer)]
-            if not len(prompt) or len(sets) < 2 or not all(map(len, sets)) or len(set(named)) < len(named):
+            used = [token for answer in sets for token in set(answer)]
+            if not len(prompt) or len(sets) < 2 or not all(map(len, sets)) or len(set(used)) < len(used):
                 raise CalibrationError(
-                    f"question '{question.prompt[:60]}': it needs a prompt, and tokens of its own for every answer"
+                    f"question '{question.prompt[:60]}': it needs a prompt, and distinct tokens for every answer"
                 )
         time = max(map(len, prompts))
         rows = [[0] * (time - len(prompt)) + list(prompt) for prompt in prompts]
@@ -99,33 +108,37 @@ class Asked:
     def __len__(self) -> int:
         return len(self.questions)
 
-    def some(self, chosen: Sequence[int]) -> Asked:
-        """Some of the questions, by number."""
-        if not chosen:
-            raise CalibrationError("no questions are left: ask others")
-        rows = torch.tensor(list(chosen))
+    def select(self, indices: Sequence[int]) -> EncodedQuestions:
+        """Return a subset of the questions by index.
+
+        Args:
+            indices: the indices.
+        """
+        if not indices:
+            raise CalibrationError("no questions remain: give others")
+        rows = torch.tensor(list(indices))
         parts = {name: getattr(self, name)[rows] for name in ("input_ids", "attention_mask", "tokens")}
-        return replace(self, questions=tuple(self.questions[x] for x in chosen), **parts)
+        return replace(self, questions=tuple(self.questions[x] for x in indices), **parts)
 
-    def of_family(self, family: str) -> Asked:
-        """The questions of one family."""
-        return self.some([x for x, question in enumerate(self.questions) if question.family == family])
+    def of_family(self, family: str) -> EncodedQuestions:
+        """Return the questions of one family."""
+        return self.select([x for x, question in enumerate(self.questions) if question.family == family])
 
-    def batches(self) -> Iterator[Asked]:
-        """The questions in parts that fit one forward pass, in their order."""
+    def batches(self) -> Iterator[EncodedQuestions]:
+        """Iterate over parts that fit one forward pass, in order."""
         for start in range(0, len(self), BATCH):
-            yield self.some(range(start, min(start + BATCH, len(self))))
+            yield self.select(range(start, min(start + BATCH, len(self))))
 
     def inputs(self, device: torch.device) -> dict[str, Tensor]:
-        """What the model takes, with positions that do not count padding."""
+        """Return the model inputs, with position ids that ignore padding."""
         positions = (self.attention_mask.cumsum(-1) - 1).clamp(min=0)
-        given = {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "position_ids": positions}
-        return {name: each.to(device) for name, each in given.items()}
+        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "position_ids": positions}
+        return {name: each.to(device) for name, each in inputs.items()}
 
-    def answers(self, logits: Tensor) -> Answers:
-        """Validity and diversity under the logits of the next token [questions, vocabulary].
+    def scores(self, logits: Tensor) -> QuestionScores:
+        """Compute validity and diversity from the logits of the next token `[questions, vocabulary]`.
 
-        The log-softmax is in float32 whatever the logits are, since half precision cannot tell near-equal tokens apart.
+        The log-softmax is computed in float32 in any case, since half precision cannot separate near-equal tokens.
 
         Raises:
             NumericsError: for logits that are not finite.
@@ -140,19 +153,19 @@ class Asked:
         sizes = (~missing.all(-1)).sum(-1)
         quality = each.logsumexp(-1).exp()
         diversity = torch.special.entr(each.softmax(-1)).sum(-1) / sizes.double().log()
-        return Answers(quality.clamp(0, 1).cpu(), diversity.clamp(0, 1).cpu())
+        return QuestionScores(quality.clamp(0, 1).cpu(), diversity.clamp(0, 1).cpu())
 
 
 @torch.no_grad()
-def answer(stack: Stack, asked: Asked) -> Answers:
-    """What a model answers.
+def answer(stack: Stack, encoded: EncodedQuestions) -> QuestionScores:
+    """Score the answers of a model to all questions.
 
     Args:
         stack: any decoder.
-        asked: the questions.
+        encoded: the questions.
     """
     parts = []
-    for batch in asked.batches():
+    for batch in encoded.batches():
         last = stack.hidden(batch.inputs(stack.device))[:, -1]
-        parts.append(batch.answers(stack.logits(last)))
-    return Answers(*(torch.cat(each) for each in zip(*parts, strict=True)))
+        parts.append(batch.scores(stack.logits(last)))
+    return QuestionScores(*(torch.cat(each) for each in zip(*parts, strict=True)))

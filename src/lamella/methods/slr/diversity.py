@@ -1,6 +1,6 @@
-"""Diversity as a user sees it: how many different right answers a model gives when it is asked again and again.
+"""Diversity from a user's perspective: the number of different correct answers in repeated samples.
 
-Always read it beside the share of answers that are right: noise is diverse too.
+Always consider it together with the fraction of correct answers: noise is diverse, too.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from typing import Any
 import torch
 
 from lamella.errors import CalibrationError
-from lamella.methods.slr.answers import Question
+from lamella.methods.slr.answers import ChoiceQuestion
 from lamella.progress import track
 from lamella.zoo.opening import chat_inputs
 
 
 @dataclass(frozen=True)
-class Variety:
-    """What a model answered to one question.
+class QuestionDiversity:
+    """The sampled answers to one question.
 
     Attributes:
         question: the prompt.
-        distinct: how many different right answers there were.
-        valid: the share of answers that were right.
+        distinct: the number of different correct answers.
+        valid: the fraction of correct answers.
         counts: how often each was given.
     """
 
@@ -37,21 +37,22 @@ class Variety:
 
 @dataclass(frozen=True)
 class Diversity:
-    """Over all questions.
+    """The results over all questions.
 
     Attributes:
-        distinct: different right answers to a question, on average.
-        valid: share of answers that were right.
-        samples: answers to each question.
-        varieties: question by question.
+        distinct: mean number of different correct answers per question.
+        valid: fraction of correct answers.
+        samples: samples per question.
+        varieties: the results of each question.
     """
 
     distinct: float
     valid: float
     samples: int
-    varieties: tuple[Variety, ...]
+    varieties: tuple[QuestionDiversity, ...]
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the results as JSON values."""
         return {"distinct": self.distinct, "valid": self.valid, "samples": self.samples,
                 "questions": [vars(each) for each in self.varieties]}  # fmt: skip
 
@@ -59,7 +60,7 @@ class Diversity:
 def diversity(
     model: Any,
     tokenizer: Any,
-    questions: Sequence[Question],
+    questions: Sequence[ChoiceQuestion],
     *,
     samples: int = 32,
     tokens: int = 8,
@@ -67,21 +68,22 @@ def diversity(
     min_p: float = 0.1,
     seed: int = 0,
 ) -> Diversity:
-    """Sample many answers to each question, and count the different right ones.
+    """Sample answers to each question, and count the different correct ones.
 
-    The sampler is the paper's (arXiv 2602.06665), whatever the checkpoint's own defaults are.
+    The sampler is the paper's (arXiv 2602.06665), regardless of the checkpoint's defaults.
 
     Args:
         model: a model or a view.
-        tokenizer: its tokenizer; prompts go through its chat template where there is one.
-        questions: with every right answer, of any number of words. An answer counts as the one that it names first.
-        samples: answers to each.
-        tokens: the most new tokens of an answer.
-        temperature, min_p: of the sampler.
-        seed: of the samples; each question has draws of its own.
+        tokenizer: its tokenizer; prompts use its chat template if there is one.
+        questions: questions with all correct answers, of any number of words. The first one in a text counts.
+        samples: samples per question.
+        tokens: maximum number of new tokens per answer.
+        temperature: sampling temperature.
+        min_p: minimum probability relative to the most likely token.
+        seed: random seed; each question has its own.
 
     Raises:
-        CalibrationError: when there is nothing to ask.
+        CalibrationError: if there are no questions.
     """
     if not questions or samples < 1:
         raise CalibrationError(f"{len(questions)} questions and {samples} samples: give at least 1 of each")
@@ -91,14 +93,14 @@ def diversity(
         inputs = chat_inputs(tokenizer, [{"role": "user", "content": question.prompt}], device)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed + number)
-            written = model.generate(
+            generated = model.generate(
                 **inputs, do_sample=True, num_return_sequences=samples, max_new_tokens=tokens, temperature=temperature,
-                min_p=min_p, top_k=0, top_p=1.0, repetition_penalty=1.0, pad_token_id=_filler(tokenizer),
+                min_p=min_p, top_k=0, top_p=1.0, repetition_penalty=1.0, pad_token_id=_pad_token(tokenizer),
             )  # fmt: skip
         start = inputs["input_ids"].shape[1]
-        named = [first_named(text, question.answers) for text in _texts(tokenizer, written[:, start:])]
-        counts = {each: named.count(each) for each in sorted({each for each in named if each is not None})}
-        varieties.append(Variety(question.prompt, len(counts), sum(counts.values()) / samples, counts))
+        answers = [first_answer(text, question.answers) for text in _texts(tokenizer, generated[:, start:])]
+        counts = {each: answers.count(each) for each in sorted({each for each in answers if each is not None})}
+        varieties.append(QuestionDiversity(question.prompt, len(counts), sum(counts.values()) / samples, counts))
     total = len(varieties)
     return Diversity(
         sum(each.distinct for each in varieties) / total,
@@ -108,8 +110,13 @@ def diversity(
     )
 
 
-def first_named(text: str, answers: Sequence[str]) -> str | None:
-    """The right answer that a text names first, in any case and number; the longest where several begin together."""
+def first_answer(text: str, answers: Sequence[str]) -> str | None:
+    """Return the first correct answer in a text, ignoring case and plural; the longest if several start together.
+
+    Args:
+        text: the text.
+        answers: the correct answers.
+    """
     found = []
     for answer in answers:
         if match := re.search(rf"\b{re.escape(answer.lower())}(?:e?s)?\b", text.lower()):
@@ -117,7 +124,7 @@ def first_named(text: str, answers: Sequence[str]) -> str | None:
     return min(found)[2] if found else None
 
 
-def _filler(tokenizer: Any) -> int:
+def _pad_token(tokenizer: Any) -> int:
     return next((each for each in (tokenizer.pad_token_id, tokenizer.eos_token_id) if each is not None), 0)
 
 

@@ -1,10 +1,10 @@
-"""Twelve open questions, with the answers that count as right: common words, so a rare right answer counts as wrong."""
+"""Twelve open questions with their accepted answers: common words, so that a rare correct answer counts as wrong."""
 
 from __future__ import annotations
 
-from lamella.methods.slr.answers import Question
+from lamella.methods.slr.answers import ChoiceQuestion
 
-_RIGHT = {
+_ANSWERS = {
     "Name an animal.": """
         lion tiger elephant dog cat horse cow pig sheep goat wolf fox bear deer moose elk rabbit hare mouse rat
         squirrel beaver otter badger hedgehog bat monkey gorilla chimpanzee orangutan lemur giraffe zebra
@@ -101,9 +101,11 @@ _RIGHT = {
 }
 
 
-def open_questions() -> list[Question]:
-    """The questions; a word with a space is written with an underscore above."""
+def open_questions() -> list[ChoiceQuestion]:
+    """Return the questions; the underscore in an answer stands for a space."""
     return [
-        Question(f"{prompt} Answer with one word.", tuple(each.replace("_", " ") for each in right.split()), "open")
-        for prompt, right in _RIGHT.items()
+        ChoiceQuestion(
+            f"{prompt} Answer with one word.", tuple(each.replace("_", " ") for each in answers.split()), "open"
+        )
+        for prompt, answers in _ANSWERS.items()
     ]

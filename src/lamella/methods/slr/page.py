@@ -1,4 +1,4 @@
-"""The page of ``lamella restore``: every interval by diversity and validity, and what was chosen."""
+"""The report of ``lamella restore``: all intervals by diversity and validity, and the selected one."""
 
 from __future__ import annotations
 
@@ -7,86 +7,86 @@ from typing import Any
 
 from lamella.formatting import counted, duration, number, span
 from lamella.report.figures import Figure, Heatmap, Points, Scatter
-from lamella.report.page import filled, finite
+from lamella.report.page import finite, render_page
 from lamella.results import Evidence, Summary, Table
 
 NAMES = {
     "post": "post-trained model",
     "pre": "pre-trained model",
     "slr": "SLR",
-    "early": "as many layers, the first",
-    "middle": "as many layers, in the middle",
-    "late": "as many layers, the last",
-    "random": "as many layers, at random (mean of 10)",
+    "early": "the first layers, same length",
+    "middle": "the middle layers, same length",
+    "late": "the last layers, same length",
+    "random": "random layers, same length (mean of 10)",
     "all": "all layers",
     "soup": "soup",
-    "blocks": "soup of the layers alone",
+    "blocks": "soup of the layers only",
 }
 MEASURES = {"diversity": "Diversity D", "quality": "Validity Q"}
-PLACED = ("slr", "early", "middle", "late", "all")
+WITH_INTERVAL = ("slr", "early", "middle", "late", "all")
 
 
-def described(row: dict[str, Any]) -> str:
-    """What a row of the report is."""
+def describe_row(row: dict[str, Any]) -> str:
+    """Return the label of a row of the report."""
     name = NAMES[row["name"]]
     if "share" in row:
         return f"{name}, {row['share']:g} of pre"
     start, stop = row["interval"]
-    return f"{name}, [{start}, {stop})" if row["name"] in PLACED else name
+    return f"{name}, [{start}, {stop})" if row["name"] in WITH_INTERVAL else name
 
 
 def page(evidence: Evidence) -> str:
-    """The page: one file that needs no network.
+    """Render the report as one file that needs no network.
 
     Raises:
-        LamellaError: when plotly or jinja2 is missing.
+        LamellaError: if plotly or jinja2 is missing.
     """
-    told = finite(evidence.model_dump(by_alias=True))
-    found, layers = told["findings"], told["model"]["layers"]
-    searched = found["search"]
-    floor = told["provenance"]["options"]["min_quality"] * searched["post"]["quality"]
-    whole = next(point for point in searched["points"] if point["interval"] == [0, layers])
-    marked = {"post": searched["post"], "all layers": whole, "chosen": searched["chosen"]}
-    if "soup" in searched["soups"]:
-        marked["pre"] = searched["soups"]["soup"][-1]
-    figures: dict[str, Figure] = {"plane": _plane(searched, marked, floor)}
+    document = finite(evidence.model_dump(by_alias=True))
+    found, layers = document["findings"], document["model"]["layers"]
+    search = found["search"]
+    floor = document["provenance"]["options"]["min_quality"] * search["post"]["quality"]
+    whole = next(point for point in search["points"] if point["interval"] == [0, layers])
+    marked = {"post": search["post"], "all layers": whole, "chosen": search["chosen"]}
+    if "soup" in search["soups"]:
+        marked["pre"] = search["soups"]["soup"][-1]
+    figures: dict[str, Figure] = {"plane": _plane(search, marked, floor)}
     for measure, title in MEASURES.items():
-        figures[f"intervals-{measure}"] = _intervals(searched["points"], layers, found["interval"], measure, title)
-    rows = [{"label": described(row), "row": row} for row in found["report"]]
-    given = {"evidence": told, "found": found, "rows": rows, "verdict": _verdict(told), "floor": floor}
-    return filled(Path(__file__).with_name("page.html"), figures, **given)
+        figures[f"intervals-{measure}"] = _intervals(search["points"], layers, found["interval"], measure, title)
+    rows = [{"label": describe_row(row), "row": row} for row in found["report"]]
+    variables = {"evidence": document, "found": found, "rows": rows, "verdict": _verdict(document), "floor": floor}
+    return render_page(Path(__file__).with_name("page.html"), figures, **variables)
 
 
-def _plane(searched: dict[str, Any], marked: dict[str, dict[str, float]], floor: float) -> Scatter:
-    """Diversity against validity of every interval and of the soups."""
+def _plane(search: dict[str, Any], marked: dict[str, dict[str, float]], floor: float) -> Scatter:
+    """Plot diversity against validity of all intervals and of the soups."""
     series = {
-        name: _points([each for each in searched["points"] if each["feasible"] is feasible])
+        name: _points([each for each in search["points"] if each["feasible"] is feasible])
         for name, feasible in (("interval", True), ("interval below the floor", False))
     }
-    for name, curve in searched["soups"].items():
+    for name, curve in search["soups"].items():
         named = [f"{NAMES[name]}, {number(each['share'])} of pre" for each in curve]
         series[NAMES[name]] = _points(curve, named, joined=True)
-    at = [(each["quality"], each["diversity"]) for each in marked.values()]
-    series["models"] = Points(at, mark="ring", labels=list(marked))
+    positions = [(each["quality"], each["diversity"]) for each in marked.values()]
+    series["models"] = Points(positions, mark="ring", labels=list(marked))
     guides = {"floor": floor}
     return Scatter("Q, mass on valid answers", "D, diversity of valid answers", series, guides=guides)
 
 
 def _points(found: list[dict[str, Any]], names: list[str] | None = None, joined: bool = False) -> Points:
     names = names or [_interval(each) for each in found]
-    hover = [f"{name}\n{_both(each)}" for name, each in zip(names, found, strict=True)]
+    hover = [f"{name}\n{_scores(each)}" for name, each in zip(names, found, strict=True)]
     return Points([(each["quality"], each["diversity"]) for each in found], joined=joined, hover=hover)
 
 
 def _intervals(points: list[dict[str, Any]], layers: int, chosen: tuple[int, int], measure: str, title: str) -> Heatmap:
-    """One measure of every interval, by its first and its last layer."""
+    """Plot one score of every interval, by its first and its last layer."""
     values: list[list[float | None]] = [[None] * layers for _ in range(layers)]
     hover = [[""] * layers for _ in range(layers)]
     for each in points:
         first, end = each["interval"]
         values[end - 1][first] = each[measure]
-        below = "" if each["feasible"] else "\nbelow the floor"
-        hover[end - 1][first] = f"{_interval(each)}\n{_both(each)}{below}"
+        suffix = "" if each["feasible"] else "\nbelow the floor"
+        hover[end - 1][first] = f"{_interval(each)}\n{_scores(each)}{suffix}"
     start, stop = chosen
     return Heatmap(
         "first restored layer",
@@ -105,43 +105,43 @@ def _interval(point: dict[str, Any]) -> str:
     return "none" if start == stop else f"layers {start} to {stop - 1}"
 
 
-def _both(point: dict[str, Any]) -> str:
+def _scores(point: dict[str, Any]) -> str:
     return f"Q {number(point['quality'])}, D {number(point['diversity'])}"
 
 
 def summary(evidence: Evidence) -> Summary:
-    """Every model on the questions that nothing was chosen on."""
-    told = finite(evidence.model_dump(by_alias=True))
-    found = told["findings"]
-    searched = found["search"]
-    rows = [[described(row), f"{row['quality']:.3f}", f"{row['diversity']:.3f}"] for row in found["report"]]
-    tables = [Table("On questions that nothing was chosen on", ["model", "Q (valid)", "D (diverse)"], rows)]
+    """Tabulate all models on the held-out questions."""
+    document = finite(evidence.model_dump(by_alias=True))
+    found = document["findings"]
+    search = found["search"]
+    rows = [[describe_row(row), f"{row['quality']:.3f}", f"{row['diversity']:.3f}"] for row in found["report"]]
+    tables = [Table("On held-out questions", ["model", "Q (valid)", "D (diverse)"], rows)]
     if "open" in found:
         before, after = found["open"]["before"], found["open"]["after"]
-        parts = [("different right answers", "distinct", ".2f"), ("right", "valid", ".0%")]
+        parts = [("different correct answers", "distinct", ".2f"), ("correct", "valid", ".0%")]
         rows = [[label, format(before[name], form), format(after[name], form)] for label, name, form in parts]
         tables.append(
-            Table(f"Open questions, {counted(before['samples'], 'answer')} to each", ["", "before", "after"], rows)
+            Table(f"Open questions, {counted(before['samples'], 'sample')} per question", ["", "before", "after"], rows)
         )
     line = (
-        f"{counted(searched['evaluations'], 'interval')} on {counted(searched['questions'], 'question')} in "
-        f"{duration(searched['seconds'])}; left out: {counted(len(searched['dropped']), 'question')}"
+        f"{counted(search['evaluations'], 'interval')} on {counted(search['questions'], 'question')} in "
+        f"{duration(search['seconds'])}; skipped: {counted(len(search['dropped']), 'question')}"
     )
-    return Summary(_verdict(told), tables, [line])
+    return Summary(_verdict(document), tables, [line])
 
 
-def _verdict(told: dict[str, Any]) -> str:
-    """One sentence: what was restored and what that brought."""
-    name, found = told["model"]["name"], told["findings"]
+def _verdict(document: dict[str, Any]) -> str:
+    """Return one sentence: which layers were restored and the effect."""
+    name, found = document["model"]["name"], document["findings"]
     start, stop = found["interval"]
     if start == stop:
         return f"Nothing was restored in {name}: no range of layers is more diverse and valid enough."
     rows = {row["name"]: row for row in found["report"]}
     if not rows:
-        return f"Pre-trained again in {name}: {span('layer', start, stop)}."
+        return f"Restored in {name}: {span('layer', start, stop)}."
     before, after = rows["post"], rows["slr"]
     return (
-        f"With {span('layer', start, stop)} pre-trained again, {name} goes from a diversity of "
-        f"{number(before['diversity'])} to {number(after['diversity'])}, at a validity of {number(after['quality'])} "
-        f"after {number(before['quality'])}."
+        f"With {span('layer', start, stop)} restored, the diversity of {name} goes from "
+        f"{number(before['diversity'])} to {number(after['diversity'])}, and its validity from "
+        f"{number(before['quality'])} to {number(after['quality'])}."
     )

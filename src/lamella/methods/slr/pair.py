@@ -1,7 +1,7 @@
-"""Whether layers of one checkpoint can stand in the other: two trainings of one architecture, and nothing else.
+"""Checks whether layers of one checkpoint can replace those of another: same architecture, different training.
 
-A difference inside the layers breaks a hybrid without a word, so each is named. What lies outside the layers may
-differ: post-training adds tokens, and with them rows of the embedding.
+A difference inside the layers breaks a hybrid silently, so each one is reported. Everything outside the layers may
+differ: post-training adds tokens, and thus rows of the embedding.
 """
 
 from __future__ import annotations
@@ -18,17 +18,21 @@ from lamella.stack import Stack
 
 OUTSIDE = frozenset({"vocab_size", "tie_word_embeddings", "final_logit_softcapping", "layerdrop"})
 LENGTHS = frozenset({"max_position_embeddings", "n_positions", "n_ctx"})
-PLAIN_ROPE = (None, "default", "linear", "llama3")  # rotations that do not depend on the longest length
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}  # as on disk
-NAMED = 3  # differences that a message names
+PLAIN_ROPE = (None, "default", "linear", "llama3")  # rotations that are independent of the maximum length
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}  # safetensors names
+LISTED = 3  # differences per message
 
 
 def check_pair(stack: Stack, base: Stack) -> None:
-    """Check that layers of ``base`` can stand in ``stack``.
+    """Check that layers of ``base`` can replace those of ``stack``.
+
+    Args:
+        stack: the post-trained model.
+        base: the pre-trained model.
 
     Raises:
-        ArchitectureError: when families, numbers of layers or settings differ that act inside a layer, field by field.
-        PlanError: when tensors of the layers differ in name, shape or dtype, tensor by tensor; or one is quantised.
+        ArchitectureError: if the family, the number of layers or settings that affect layers differ, by field.
+        PlanError: if tensors of the layers differ in name, shape or dtype, by tensor; or a model is quantised.
     """
     ours, theirs = ((each.architecture.name, len(each)) for each in (stack, base))
     if ours != theirs:
@@ -38,42 +42,52 @@ def check_pair(stack: Stack, base: Stack) -> None:
         )
     for each in (stack, base):
         if getattr(each.config, "quantization_config", None):
-            raise PlanError(f"{each.name} is quantised: its layers and others do not mix; give it unquantised")
+            raise PlanError(f"{each.name} is quantised: quantised layers cannot be mixed; give it unquantised")
     fields = differing_fields(stack.config, base.config)
     if fields:
-        said = [f"{name} is {ours} and {theirs}" for name, (ours, theirs) in fields.items()]
+        differences = [f"{name} is {ours} and {theirs}" for name, (ours, theirs) in fields.items()]
         raise ArchitectureError(
-            f"the configs of {stack.name} and {base.name} differ in what acts inside a layer: {_some(said)}; give two "
+            f"the configs of {stack.name} and {base.name} differ in settings of the layers: {_shorten(differences)}; "
+            "give two "
             "checkpoints of one architecture"
         )
-    mine, others = _tensors(stack), _tensors(base)
-    said = [
-        f"{name} is {_described(mine.get(name))} and {_described(others.get(name))}"
-        for name in sorted(mine.keys() | others.keys(), key=_natural)
-        if mine.get(name) != others.get(name)
+    ours_by_name, theirs_by_name = _tensors(stack), _tensors(base)
+    differences = [
+        f"{name} is {_describe(ours_by_name.get(name))} and {_describe(theirs_by_name.get(name))}"
+        for name in sorted(ours_by_name.keys() | theirs_by_name.keys(), key=_natural)
+        if ours_by_name.get(name) != theirs_by_name.get(name)
     ]
-    if said:
-        raise PlanError(f"the layers of {stack.name} and {base.name} differ: {_some(said)}")
+    if differences:
+        raise PlanError(f"the layers of {stack.name} and {base.name} differ: {_shorten(differences)}")
 
 
 def differing_fields(ours: Any, theirs: Any) -> dict[str, tuple[Any, Any]]:
-    """The settings of two configs that differ and act inside a layer, by their dotted names."""
-    mine, others = (_flat(fingerprint.settings(config)) for config in (ours, theirs))
+    """Return the settings of two configs that differ and affect layers, by their dotted names.
+
+    Args:
+        ours: one config.
+        theirs: the other config.
+    """
+    ours_by_name, theirs_by_name = (_flat(fingerprint.settings(config)) for config in (ours, theirs))
     lengths = LENGTHS if all(_rope(config) in PLAIN_ROPE for config in (ours, theirs)) else frozenset()
     return {
-        name: (mine.get(name), others.get(name))
-        for name in sorted(mine.keys() | others.keys())
-        if mine.get(name) != others.get(name)
+        name: (ours_by_name.get(name), theirs_by_name.get(name))
+        for name in sorted(ours_by_name.keys() | theirs_by_name.keys())
+        if ours_by_name.get(name) != theirs_by_name.get(name)
         and name not in OUTSIDE | lengths
-        and not name.endswith(("dropout", "pdrop"))  # acts while training alone
+        and not name.endswith(("dropout", "pdrop"))  # only affects training
     }
 
 
 def check_same_tokens(tokenizer: Any, base: Any) -> None:
-    """Check that two tokenizers give the same numbers to the same tokens; added ones, as for a chat, may differ.
+    """Check that two tokenizers have the same vocabulary, except for added tokens such as those of a chat template.
+
+    Args:
+        tokenizer: one tokenizer.
+        base: the other tokenizer.
 
     Raises:
-        ArchitectureError: naming a token that differs.
+        ArchitectureError: with a token that differs.
     """
     ours, theirs = (
         {token: number for token, number in each.get_vocab().items() if token not in each.get_added_vocab()}
@@ -90,10 +104,10 @@ def check_same_tokens(tokenizer: Any, base: Any) -> None:
 
 
 def _tensors(stack: Stack) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtype and shape of each tensor of the layers; the dtype on disk, where the model comes from safetensors."""
+    """Return dtype and shape of each tensor of the layers; the dtype on disk, if the model comes from safetensors."""
     prefix, stored = stack.architecture.prefix, {}
     if stack.path is not None and checkpoint.is_safetensors(stack.path):
-        with suppress(CheckpointError):  # its layers have names that only transformers understands
+        with suppress(CheckpointError):  # the names of its layers are only understood by transformers
             _, layers = checkpoint.read(stack.path).layers(prefix, len(stack))
             stored = {
                 f"{prefix}{i}.{name}": tensor.dtype for i in range(len(stack)) for name, tensor in layers[i].items()
@@ -105,17 +119,17 @@ def _tensors(stack: Stack) -> dict[str, tuple[str, tuple[int, ...]]]:
     }
 
 
-def _described(tensor: tuple[str, tuple[int, ...]] | None) -> str:
-    return "not there" if tensor is None else f"{tensor[0]} {list(tensor[1])}"
+def _describe(tensor: tuple[str, tuple[int, ...]] | None) -> str:
+    return "missing" if tensor is None else f"{tensor[0]} {list(tensor[1])}"
 
 
-def _some(said: list[str]) -> str:
-    more = f", and {len(said) - NAMED} more" if len(said) > NAMED else ""
-    return ", ".join(said[:NAMED]) + more
+def _shorten(differences: list[str]) -> str:
+    more = f", and {len(differences) - LISTED} more" if len(differences) > LISTED else ""
+    return ", ".join(differences[:LISTED]) + more
 
 
 def _natural(name: str) -> list[Any]:
-    """Layer 2 before layer 10."""
+    """Return a sort key that orders layer 2 before layer 10."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
 
 

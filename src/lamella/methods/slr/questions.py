@@ -1,7 +1,7 @@
-"""Questions that many answers are right for: one random character of a set, and what there is to name of a kind.
+"""Questions with many correct answers: one random character of a set, or questions from a file.
 
-The Constrained Random Character task asks for "a random vowel" and the like. It is built in twice, in other words and
-with other sets: one split to choose on, one to report on.
+The Constrained Random Character task asks for "a random vowel" and the like. Two versions with different wording and
+different sets are built in: one split to choose on, and a held-out one.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lamella.data.reader import Reader
+from lamella.data.context import InputContext
 from lamella.data.sources import SPLITS, Split
 from lamella.errors import CalibrationError
-from lamella.methods.slr.answers import Asked, Question
+from lamella.methods.slr.answers import ChoiceQuestion, EncodedQuestions
 from lamella.reading import read_rows
 from lamella.signature import Fixture
 from lamella.zoo.opening import chat_text
 
-MEND = 'write one object a line, such as {"prompt": "Pick a random vowel.", "answers": ["A", "E"]}'
+HINT = 'write one object per line, such as {"prompt": "Pick a random vowel.", "answers": ["A", "E"]}'
 GIVE = "give crc or a .jsonl file of questions"
-FORMS = ("", " ")  # "7" and " 7" are different tokens that say the same
+FORMS = ("", " ")  # "7" and " 7" are different tokens with the same meaning
 
 _ALPHABET = string.ascii_uppercase
 _CONSONANTS = "".join(letter for letter in _ALPHABET if letter not in "AEIOU")
-SETS: dict[Split, dict[str, dict[str, str]]] = {  # family, what is asked for, the set
+SETS: dict[Split, dict[str, dict[str, str]]] = {  # family, description, the set
     "calibration": {
         "letters": {
             "capital vowel": "AEIOU",
@@ -99,23 +99,23 @@ class Questions:
     """Questions with one-token answers, in two splits.
 
     Attributes:
-        search: to choose on.
-        report: to report on; None where all are to choose on.
-        tokenizer: that they were read with; None for token ids.
-        said: what provenance says of each split.
+        search: the questions to choose on.
+        report: the held-out questions; None if there are none.
+        tokenizer: the tokenizer that encoded them; None for token ids.
+        metadata: the provenance of each split.
     """
 
-    search: Asked
-    report: Asked | None = None
+    search: EncodedQuestions
+    report: EncodedQuestions | None = None
     tokenizer: Any = None
-    said: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
     default = "crc"
     metavar = "FILE"
-    told = (
-        "crc: one random character of a set, built in. Or a .jsonl file of your own, one question a line: "
+    source_help = (
+        "crc: one random character of a set, built in. Or a .jsonl file of your own, one question per line: "
         '{"prompt": "Pick a random vowel.", "answers": ["A", "E", "I", "O", "U"]}. Answers are single tokens; every '
-        "other line is kept to report on"
+        "other line is held out for the report"
     )
     example = Fixture(
         "questions.jsonl",
@@ -127,48 +127,49 @@ class Questions:
 
     @staticmethod
     def check(name: str | Path) -> None:
-        """Check that questions are built in, or that there is such a file.
+        """Check that questions are built in, or that the file exists.
 
         Raises:
-            CalibrationError: one line that says what is missing.
+            CalibrationError: if the file is missing.
         """
         if str(name) != "crc" and not Path(name).expanduser().is_file():
             raise CalibrationError(f"{name} cannot be read (there is no such file): {GIVE}")
 
     @classmethod
-    def open(cls, name: str | Path, reader: Reader, *, prefill: str = "") -> Questions:
-        """Both splits of some questions, as a model reads them.
+    def open(cls, name: str | Path, context: InputContext, *, prefill: str = "") -> Questions:
+        """Load both splits of some questions and encode them.
 
         Args:
             name: see :func:`load_questions`.
-            prefill: what the answer begins with, such as the closed reasoning of a model that thinks.
+            context: the context of the model, with its tokenizer.
+            prefill: the beginning of the answer, such as the closed reasoning block of a reasoning model.
 
         Raises:
-            CalibrationError: for questions that cannot be read, or answered with one token.
+            CalibrationError: for questions that cannot be read, or not be answered with one token.
         """
         splits = {"search": load_questions(name, "calibration"), "report": load_questions(name, "test")}
-        asked = {role: ask(reader.tokenizer, questions, prefill) for role, questions in splits.items()}
-        said = {role: _described(str(name), role, splits[role], asked[role]) for role in splits}
-        return cls(asked["search"], asked["report"], reader.tokenizer, said)
+        encoded = {role: encode_questions(context.tokenizer, questions, prefill) for role, questions in splits.items()}
+        metadata = {role: _describe(str(name), role, splits[role], encoded[role]) for role in splits}
+        return cls(encoded["search"], encoded["report"], context.tokenizer, metadata)
 
     def describe(self) -> Any:
-        """What provenance says of them."""
-        return dict(self.said) or {"questions": len(self.search)}
+        """Return the metadata for provenance."""
+        return dict(self.metadata) or {"questions": len(self.search)}
 
 
-def _described(name: str, role: str, questions: Sequence[Question], asked: Asked) -> dict[str, Any]:
+def _describe(name: str, role: str, questions: Sequence[ChoiceQuestion], encoded: EncodedQuestions) -> dict[str, Any]:
     text = json.dumps([[each.prompt, each.answers] for each in questions])
     return {
         "data": name,
         "split": "calibration" if role == "search" else "test",
         "questions": len(questions),
-        "tokens": int(asked.attention_mask.sum()),
+        "tokens": int(encoded.attention_mask.sum()),
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
 
 
-def crc(split: Split) -> list[Question]:
-    """The built-in Constrained Random Character task: 20 questions for letters and 20 for digits.
+def crc(split: Split) -> list[ChoiceQuestion]:
+    """Return the built-in Constrained Random Character task: 20 questions for letters and 20 for digits.
 
     Args:
         split: ``calibration`` to choose on, ``test`` to report on.
@@ -176,19 +177,20 @@ def crc(split: Split) -> list[Question]:
     if split not in SPLITS:
         raise CalibrationError(f"unknown split '{split}'; the questions have the splits {' and '.join(SPLITS)}")
     return [
-        Question(template.format(what=what), tuple(answers), family)
+        ChoiceQuestion(template.format(what=what), tuple(answers), family)
         for family, sets in SETS[split].items()
         for template in _TEMPLATES[split]
         for what, answers in sets.items()
     ]
 
 
-def load_questions(name_or_path: str | Path, split: Split) -> list[Question]:
-    """One split of some questions: ``crc``, or a ``.jsonl`` file whose lines go to the two splits in turn.
+def load_questions(name_or_path: str | Path, split: Split) -> list[ChoiceQuestion]:
+    """Load one split of the questions: ``crc``, or a ``.jsonl`` file whose lines alternate between the two splits.
 
     Args:
-        name_or_path: a file has one object a line, with ``prompt``, ``answers`` and, where there are several kinds,
+        name_or_path: ``crc``, or a file with one object per line, with ``prompt``, ``answers`` and optionally
             ``family``.
+        split: ``calibration`` or ``test``.
 
     Raises:
         CalibrationError: for a file that is missing or damaged, with the line, or that has a single question.
@@ -197,36 +199,37 @@ def load_questions(name_or_path: str | Path, split: Split) -> list[Question]:
         return crc(split)
     found = read_questions(name_or_path)
     if len(found) < 2:
-        raise CalibrationError(f"{name_or_path}: holds {len(found)} question; give 2 or more: half are to report on")
+        raise CalibrationError(f"{name_or_path}: holds {len(found)} question; give 2 or more: half are held out")
     return found[SPLITS.index(split) :: 2]
 
 
-def read_questions(path: str | Path) -> list[Question]:
-    """All questions of a file; see :func:`load_questions`."""
-    rows = read_rows(path, MEND, GIVE)
+def read_questions(path: str | Path) -> list[ChoiceQuestion]:
+    """Read all questions of a file; see :func:`load_questions`."""
+    rows = read_rows(path, HINT, GIVE)
     return [_question(row, f"{path} line {number}") for number, row in rows]
 
 
-def _question(row: Any, where: str) -> Question:
+def _question(row: Any, where: str) -> ChoiceQuestion:
     try:
         answers = row["answers"]
         if not isinstance(row["prompt"], str) or not all(isinstance(each, str) for each in answers):
             raise TypeError
-        return Question(row["prompt"], tuple(answers), str(row.get("family", "")))
+        return ChoiceQuestion(row["prompt"], tuple(answers), str(row.get("family", "")))
     except CalibrationError as error:
         raise CalibrationError(f"{where}: {error}") from None
     except (KeyError, TypeError, AttributeError):
-        raise CalibrationError(f"{where}: {MEND}") from None
+        raise CalibrationError(f"{where}: {HINT}") from None
 
 
-def ask(tokenizer: Any, questions: Sequence[Question], prefill: str = "") -> Asked:
-    """Questions as a model reads them, through the chat template where there is one.
+def encode_questions(tokenizer: Any, questions: Sequence[ChoiceQuestion], prefill: str = "") -> EncodedQuestions:
+    """Encode questions, using the chat template if there is one.
 
-    An answer counts in every form that is one token behind its prompt: as it is, and with a space before it.
+    An answer counts in every form that is one token after its prompt: as it is, and with a space before it.
 
     Args:
-        tokenizer: the post-trained model's.
-        prefill: what stands at the beginning of the answer, such as the closed reasoning of a model that thinks first.
+        tokenizer: the post-trained model's tokenizer.
+        questions: the questions.
+        prefill: the beginning of the answer, such as the closed reasoning block of a reasoning model.
 
     Raises:
         CalibrationError: for an answer that is no single token in any form, or two that are the same token.
@@ -242,10 +245,10 @@ def ask(tokenizer: Any, questions: Sequence[Question], prefill: str = "") -> Ask
             single = [ids[-1] for ids in whole if ids[:-1] == prompt]
             if not single:
                 raise CalibrationError(
-                    f"question '{question.prompt[:60]}': the answer '{answer}' is no single token behind the prompt, "
-                    "so one forward pass cannot say how likely it is; ask for single characters"
+                    f"question '{question.prompt[:60]}': the answer '{answer}' is no single token after the prompt, "
+                    "so one forward pass cannot measure its probability; use single characters"
                 )
             sets.append(single)
         prompts.append(prompt)
         tokens.append(sets)
-    return Asked.of(questions, prompts, tokens)
+    return EncodedQuestions.of(questions, prompts, tokens)

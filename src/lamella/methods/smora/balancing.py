@@ -1,9 +1,10 @@
-"""The balance of the load, without a loss of its own: after each pass that trains, b moves by u towards the idle.
+"""Load balancing without an auxiliary loss: after each training pass, b moves by u towards the less used experts.
 
-    b_i <- b_i + u sign(mean(c) - c_i)        c_i: tokens of the batch that chose rank i, padding left out
+    b_i <- b_i + u sign(mean(c) - c_i)        c_i: tokens of the batch that selected rank i, without padding
 
-A pass that trains is a forward pass with its backward pass. b moves when both are over: what gradient checkpointing
-computes again sees the b of the first time, and its counts replace those that they repeat. Nothing moves in evaluation.
+A training pass is a forward pass with its backward pass. b is updated after both: recomputation under gradient
+checkpointing sees the same b as the first pass, and its counts replace those of the first pass. Evaluation changes
+nothing.
 """
 
 from __future__ import annotations
@@ -19,50 +20,58 @@ from torch import Tensor
 
 from lamella.methods.smora.modules import RankExperts
 from lamella.train import Hook, response_loss
-from lamella.train.task import Backward, Batch, Told, at_once
+from lamella.train.task import Backward, Batch, LossAndParts, single_pass
 
 VECTORS = "balance.safetensors"
 
 
-class Balance(Hook):
-    """Moves the balance vectors of a view's experts, and keeps them in checkpoints.
+class LoadBalance(Hook):
+    """Updates the balance vectors of a view's experts, and saves them in checkpoints.
 
     Args:
-        experts: by the names of their maps, all with as many ranks.
-        u: how far they move; 0 leaves them where they are.
+        experts: the experts by the names of their linear layers, all with the same number of ranks.
+        u: the step size; 0 keeps them constant.
     """
 
     def __init__(self, experts: Mapping[str, RankExperts], u: float) -> None:
         self.experts, self.u = experts, u
 
     def loss(self, model: Any, batch: Batch) -> Tensor:
-        """The cross-entropy of the labels; padding will not count."""
-        real = batch["attention_mask"].bool()
+        """Return the cross-entropy of the labels; padding is excluded from the counts."""
+        token_mask = batch["attention_mask"].bool()
         for each in self.experts.values():
-            each.real = real
+            each.token_mask = token_mask
         return response_loss(model, batch)
 
-    def passes(self, forward: Callable[[Batch], Told], batch: Batch, backward: Backward) -> Told:
-        """A forward and a backward pass, and then the balance: the ``passes`` of a task."""
-        told = at_once(forward, batch, backward)
-        self.move()
-        return told
+    def passes(self, forward: Callable[[Batch], LossAndParts], batch: Batch, backward: Backward) -> LossAndParts:
+        """Run a forward and a backward pass and update the balance: the ``passes`` of a task.
 
-    def move(self) -> None:
-        """Move every b by what was counted since the last time, in all processes."""
-        ran = [each for each in self.experts.values() if each.counts is not None]
-        if not ran:
+        Args:
+            forward: the forward pass.
+            batch: the batch.
+            backward: the backward pass.
+        """
+        result = single_pass(forward, batch, backward)
+        self.update()
+        return result
+
+    def update(self) -> None:
+        """Update every b with the counts since the last update, summed over all processes."""
+        used = [each for each in self.experts.values() if each.counts is not None]
+        if not used:
             return
-        counts = torch.stack([each.counts for each in ran])  # type: ignore[misc]
+        counts = torch.stack([each.counts for each in used])  # type: ignore[misc]
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(counts)
-        for each, counted in zip(ran, counts, strict=True):
-            each.balance(counted, self.u)
+        for each, count in zip(used, counts, strict=True):
+            each.balance(count, self.u)
             each.counts = None
 
     def save(self, folder: Path) -> None:
+        """Save the balance vectors in a checkpoint folder."""
         save_file({name: each.lora_biases for name, each in self.experts.items()}, folder / VECTORS)
 
     def load(self, folder: Path) -> None:
+        """Load the balance vectors from a checkpoint folder."""
         for name, vector in load_file(folder / VECTORS).items():
             self.experts[name].lora_biases.copy_(vector)

@@ -1,17 +1,17 @@
-"""SMoRA: one adapter for many tasks, whose every rank is an expert of its own.
+"""SMoRA: one adapter for many tasks, in which every rank is an expert.
 
 Zhao et al., "Each Rank Could be an Expert: Single-Ranked Mixture of Experts LoRA for Multi-Task Learning",
 arXiv 2501.15103.
 
-A LoRA makes the tasks of a mixture fight over the same few directions; a mixture of whole LoRAs keeps them apart and
+In a LoRA, the tasks of a mixture compete for the same few directions; a mixture of whole LoRAs separates them and
 shares nothing. But a mixture of E LoRAs is one LoRA with gates over blocks of its ranks::
 
     sum_e g_e(x) B_e A_e x  =  B diag(G(x)) A x        A the A_e by rows, B the B_e by columns, G each g_e, r_e times
 
-and with blocks of one rank it both parts and shares. Beside every linear map stand R rank-one experts and a router of
-its own; each token runs the k with the best scores (modules.py). The load is balanced without a loss (balancing.py).
-No label of a task is read, in training or after. Since what runs depends on the token, no weight can hold the result:
-it is an adapter in a plan.
+and with blocks of one rank it both separates and shares. Each linear layer gets R rank-one experts and its own router;
+each token runs the k experts with the highest scores (modules.py). The load is balanced without a loss (balancing.py).
+Task labels are not used, neither in training nor afterwards. Since the selection depends on the token, it cannot be
+merged into the weights: the result is an adapter in a plan.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from annotated_types import Ge, Gt, Lt
 from lamella import processes
 from lamella.errors import MethodError
 from lamella.files import Work
-from lamella.methods.smora.balancing import Balance
+from lamella.methods.smora.balancing import LoadBalance
 from lamella.methods.smora.examples import TaskExamples, with_prompts
 from lamella.methods.smora.modules import RankExperts, check
 from lamella.methods.smora.usage import Usage
@@ -39,22 +39,22 @@ from lamella.runtime import apply
 from lamella.stack import Stack, positions_at, sites_of
 from lamella.train import Task, TrainConfig, fit, linear_at
 
-TRAINING = TrainConfig(lr=1e-4, batch=8, accumulate=16, warmup=0.1)  # the authors' files; a cosine
-LOOKED_AT = 64  # examples of each task at most, whose loss is told, or whose routing is counted
+TRAINING = TrainConfig(lr=1e-4, batch=8, accumulate=16, warmup=0.1)  # as in the authors' files, with a cosine schedule
+MAX_EXAMPLES = 64  # per task, for the loss before and after and for the routing statistics
 USAGE = "usage.json"
 
 
 @dataclass(frozen=True)
-class Experts:
-    """The experts beside each linear map.
+class ExpertSettings:
+    """The experts of each linear layer.
 
     Attributes:
-        r: rank-one experts beside each map.
-        k: how many of them a token runs.
-        p: how many are chosen together; 1 is SMoRA, more is a mixture of LoRAs of rank p.
+        r: number of rank-one experts per linear layer.
+        k: number of experts per token.
+        p: number of experts that are selected together; 1 is SMoRA, more is a mixture of LoRAs of rank p.
         alpha: the output is scaled by alpha / k.
-        dropout: on what router and experts read, while training.
-        bias_in_gate: let the balance count in the gates, as the authors' code does, and not in the choice alone.
+        dropout: dropout on the inputs of router and experts.
+        bias_in_gate: include the balance in the gates, as the authors' code does, and not only in the selection.
     """
 
     r: Annotated[int, Ge(1)] = 64
@@ -71,7 +71,7 @@ def smora(
     train: TaskExamples,
     plan: Plan | None = None,
     *,
-    experts: Experts = Experts(),
+    experts: ExpertSettings = ExpertSettings(),
     balance: Annotated[float, Ge(0), Lt(1)] = 1e-5,
     loss_on: Literal["all", "response"] = "all",
     targets: tuple[str, ...] = (),
@@ -81,130 +81,143 @@ def smora(
     config: TrainConfig = TRAINING,
     work: Work = Work(),
 ) -> Adapted:
-    """Train one adapter on many tasks, whose rank-one experts are routed by token and by linear map.
+    """Train one adapter on many tasks, whose rank-one experts are routed per token and linear layer.
 
     Args:
         stack: a decoder; it is not changed.
-        train: examples of all tasks together.
-        plan: what the model runs under while it trains; the whole model when left out.
-        experts: how many there are beside each map, and how they are chosen.
-        balance: u, how far the balance moves the scores after each pass; 0 leaves it out.
-        loss_on: ``all`` tokens carry loss, prompts too, as in the paper; or the ``response`` alone.
-        targets: the last parts of the names of linear maps, such as ``q_proj``; all of a layer when left out.
-        sites: where, such as ``layers.3`` or ``layers.3.mlp``; everywhere when left out.
-        epochs: passes over the data, where ``steps`` is left out.
-        held_out: which share of each task's examples is not trained on, and shows the loss.
-        config: of the training; its seed is that of the experts' start, too.
-        work: where an interrupted run goes on from, to the bit.
+        train: examples of all tasks.
+        plan: the plan under which the model runs in training; the whole model if omitted.
+        experts: number and selection of the experts of each linear layer.
+        balance: u, the step by which the balance changes the scores after each pass; 0 disables it.
+        loss_on: ``all`` for loss on all tokens including prompts, as in the paper; or only on the ``response``.
+        targets: the last parts of the names of linear layers, such as ``q_proj``; all of a layer if omitted.
+        sites: the sites to adapt, such as ``layers.3`` or ``layers.3.mlp``; all if omitted.
+        epochs: number of epochs, unless ``steps`` is given.
+        held_out: fraction of each task's examples that is held out for the loss.
+        config: settings of the training; its seed is also that of the experts' initialisation.
+        work: the directory from which an interrupted run resumes, bit-exact.
 
     Returns:
         The adapter in a plan, with the losses and the routing of each task.
 
     Raises:
-        MethodError: for ranks that cannot be chosen so or are above the size of a map, or a plan that moves layers.
+        MethodError: for an invalid combination of ranks, ranks above the size of a layer, or a plan that moves layers.
         PlanError: for a site that the model does not have, or a plan with adapters.
-        TrainingError: when training cannot start or stay finite.
+        TrainingError: if training cannot start or diverges.
     """
     check(experts.r, experts.k, experts.p)
     plan = plan or Plan(model=ModelReference.of(stack), provenance={"method": "smora"})
-    where = running(stack, plan, sites)
-    learnt, kept = train.split(held_out, config.seed)
-    everywhere = with_prompts if loss_on == "all" else dict
-    samples = [everywhere(each) for each in learnt]
-    once = config.lasting(len(samples), processes.count()).steps or 1
-    config = replace(config, steps=config.steps or epochs * once)
+    where = active_sites(stack, plan, sites)
+    training, evaluation = train.split(held_out, config.seed)
+    with_loss = with_prompts if loss_on == "all" else dict
+    samples = [with_loss(each) for each in training]
+    epoch_steps = config.with_steps(len(samples), processes.count()).steps or 1
+    config = replace(config, steps=config.steps or epochs * epoch_steps)
 
-    # Experts beside the linear maps that run under the plan.
-    view, folder = apply(stack, plan), work.place()
+    # Attach experts to the linear layers that run under the plan.
+    view, folder = apply(stack, plan), work.directory()
     names = linear_at(view, targets or None, where)
     _check_sizes(view, names, experts.r)
-    made: dict[str, Any] = attach(view, names, partial(RankExperts, **asdict(experts)), seed=config.seed)
+    modules: dict[str, Any] = attach(view, names, partial(RankExperts, **asdict(experts)), seed=config.seed)
 
-    # Training, and the balance after each pass.
-    routed = {task: given[:LOOKED_AT] for task, given in train.by_task().items()}
-    judged = {task: kept[task][:LOOKED_AT] or given for task, given in routed.items()}
-    before = Usage.of(view, made, judged).losses
-    even = Balance(made, balance)
+    # Train, with a balance update after each pass.
+    routing_samples = {task: selected[:MAX_EXAMPLES] for task, selected in train.by_task().items()}
+    loss_samples = {task: evaluation[task][:MAX_EXAMPLES] or selected for task, selected in routing_samples.items()}
+    before = Usage.of(view, modules, loss_samples).losses
+    load_balance = LoadBalance(modules, balance)
     log = fit(
         view,
         samples,
-        Task(even.loss, passes=even.passes),
+        Task(load_balance.loss, passes=load_balance.passes),
         config,
         out=folder / "run",
         trainable=trains,
-        held_out={task: [everywhere(each) for each in given] for task, given in kept.items()},
-        hooks=[even],
+        held_out={task: [with_loss(each) for each in selected] for task, selected in evaluation.items()},
+        hooks=[load_balance],
         settings={"plan": plan.digest, "balance": balance, **asdict(experts)},
     )
 
-    # What was learnt, and who runs what.
-    usage, after = Usage.of(view, made, routed), Usage.of(view, made, judged).losses
+    # Measure losses and routing.
+    usage, after = Usage.of(view, modules, routing_samples), Usage.of(view, modules, loss_samples).losses
     tasks = {
-        task: {"examples": len(given), "before": before[task], "after": after[task]} for task, given in judged.items()
+        task: {"examples": len(selected), "before": before[task], "after": after[task]}
+        for task, selected in loss_samples.items()
     }
     params, base = asdict(experts), revision(stack.model)
-    adapted = keep_adapters(plan, made, folder, name="smora", params=params, sites=where, base=base)
+    adapter_plan = keep_adapters(plan, modules, folder, name="smora", params=params, sites=where, base=base)
     return Adapted(
         stack=stack,
-        plan=adapted,
+        plan=adapter_plan,
         log=log,
-        findings={**params, **sizes(made), "balanced": balance, "tasks": tasks, **routing(usage)},
-        files={USAGE: json.dumps({"maps": usage.maps, "counts": _lists(usage)}) + "\n"},
-        notes=notes(usage, made, experts),
+        findings={**params, **sizes(modules), "balanced": balance, "tasks": tasks, **routing(usage)},
+        files={USAGE: json.dumps({"layers": usage.layers, "counts": _as_lists(usage)}) + "\n"},
+        notes=notes(usage, modules, experts),
     )
 
 
 def trains(name: str) -> bool:
-    """Whether a parameter of a view belongs to the experts: the ``trainable`` of :func:`lamella.train.fit`."""
+    """Return whether a parameter of a view belongs to the experts: the ``trainable`` of :func:`lamella.train.fit`."""
     return ".lora_" in name
 
 
-def running(stack: Stack, plan: Plan, sites: tuple[str, ...] = ()) -> list[str]:
-    """The sites that run under a plan, of those that are wanted."""
-    wanted = {each for site in sites for each in positions_at(site, stack.positions)} or set(stack.positions)
+def active_sites(stack: Stack, plan: Plan, sites: tuple[str, ...] = ()) -> list[str]:
+    """Return the requested sites that run under a plan.
+
+    Args:
+        stack: the model.
+        plan: the plan.
+        sites: the requested sites; all if empty.
+    """
+    requested = {each for site in sites for each in positions_at(site, stack.positions)} or set(stack.positions)
     runs = plan.running("experts")
-    if not wanted & runs:
-        raise MethodError(f"nothing at {', '.join(sites)} runs under the plan: name other sites")
-    return sites_of(wanted & runs, stack.positions)
+    if not requested & runs:
+        raise MethodError(f"nothing at {', '.join(sites)} runs under the plan: give other sites")
+    return sites_of(requested & runs, stack.positions)
 
 
-def sizes(made: dict[str, RankExperts]) -> dict[str, Any]:
-    """How many numbers there are, and how many of them a token multiplies; the router is as large as A."""
-    routers = sum(each.lora_router.numel() for each in made.values())
-    pairs = sum(each.lora_A.numel() + each.lora_B.numel() for each in made.values())
-    active = sum(each.k * (each.lora_A.shape[1] + len(each.lora_B)) for each in made.values())
-    return {"maps": len(made), "numbers": {"experts": pairs, "routers": routers, "active": active}}
+def sizes(modules: dict[str, RankExperts]) -> dict[str, Any]:
+    """Return the number of parameters, and of those that a token uses; the router is as large as A."""
+    routers = sum(each.lora_router.numel() for each in modules.values())
+    pairs = sum(each.lora_A.numel() + each.lora_B.numel() for each in modules.values())
+    active = sum(each.k * (each.lora_A.shape[1] + len(each.lora_B)) for each in modules.values())
+    return {"layers": len(modules), "parameters": {"experts": pairs, "routers": routers, "active": active}}
 
 
 def routing(usage: Usage) -> dict[str, Any]:
-    """The load for the record, and the usage of all tasks in the map that parts them most."""
-    shown = usage.sharpest()
-    shares = dict(zip(usage.counts, usage.shares()[:, shown].tolist(), strict=True))
+    """Return the load of each linear layer, and the usage by task in the layer that separates the tasks most."""
+    sharpest = usage.sharpest()
+    shares = dict(zip(usage.counts, usage.shares()[:, sharpest].tolist(), strict=True))
     return {
         "load": {
-            name: {"cv": spread, "dead": dead} for name, (spread, dead) in zip(usage.maps, usage.load(), strict=True)
+            name: {"cv": spread, "dead": dead} for name, (spread, dead) in zip(usage.layers, usage.load(), strict=True)
         },
         "similarity": usage.similarity().tolist(),
-        "sharpest": {"map": usage.maps[shown], "shares": shares},
+        "sharpest": {"layer": usage.layers[sharpest], "shares": shares},
     }
 
 
-def notes(usage: Usage, made: dict[str, RankExperts], experts: Experts) -> list[str]:
-    """What a reader must know beside the tables."""
-    found = sizes(made)["numbers"]
-    said = [
-        f"A token multiplies {found['active']} of the {found['experts']} numbers of the experts, and all "
-        f"{found['routers']} of the routers; the dense kernel multiplies everything.",
-        f"The scale is alpha / k = {experts.alpha / experts.k:g}; a LoRA of rank {experts.r} would have "
+def notes(usage: Usage, modules: dict[str, RankExperts], experts: ExpertSettings) -> list[str]:
+    """Return the notes of the report.
+
+    Args:
+        usage: the statistics of the routing.
+        modules: the experts by the names of their linear layers.
+        experts: the settings.
+    """
+    found = sizes(modules)["parameters"]
+    lines = [
+        f"A token uses {found['active']} of the {found['experts']} parameters of the experts, and all "
+        f"{found['routers']} of the routers; the dense kernel multiplies all of them.",
+        f"The scale is alpha / k = {experts.alpha / experts.k:g}; for a LoRA of rank {experts.r} it would be "
         f"{experts.alpha / experts.r:g}.",
     ]
     dead = sum(count for _, count in usage.load())
     if dead:
-        said.append(f"{dead} of {experts.r * len(made)} ranks were chosen by no token that was looked at.")
-    return said
+        lines.append(f"{dead} of {experts.r * len(modules)} ranks were not selected by any token of the statistics.")
+    return lines
 
 
-def _lists(usage: Usage) -> dict[str, list[list[int]]]:
+def _as_lists(usage: Usage) -> dict[str, list[list[int]]]:
     return {task: counts.int().tolist() for task, counts in usage.counts.items()}
 
 
@@ -213,6 +226,6 @@ def _check_sizes(view: Any, names: tuple[str, ...], r: int) -> None:
         inputs, outputs = sizes_of(view.get_submodule(name))
         if r > min(inputs, outputs):
             raise MethodError(
-                f"r {r} is above the size of {name}, which is {inputs} to {outputs}: give at most "
-                f"{min(inputs, outputs)}, or choose other maps by targets"
+                f"r {r} exceeds the size of {name}, which is {inputs} to {outputs}: give at most "
+                f"{min(inputs, outputs)}, or select other linear layers with targets"
             )

@@ -1,4 +1,4 @@
-"""What a run says: losses by task, who runs which ranks, and how even the load is."""
+"""Report of a run: losses by task, usage of ranks, and load."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from lamella.results.page import curves
 
 
 def summary(evidence: Evidence) -> Summary:
-    """The same as of any training, with the tasks and the load."""
-    told, found = Trained.summary(evidence), evidence.findings
+    """Return the summary of a training, with the tasks and the load."""
+    base, found = Trained.summary(evidence), evidence.findings
     tasks = Table(
         "Loss of each task, nats per token",
         ["task", "examples", "before", "after"],
@@ -27,21 +27,21 @@ def summary(evidence: Evidence) -> Summary:
          sum(int(each["dead"]) for each in load), found["r"] * len(load)]
         for kind, load in kinds.items()
     ]  # fmt: skip
-    columns = ["linear maps", "mean variation of a rank's load", "largest", "ranks that nobody chose", "of"]
-    tables = [*told.tables, tasks, *_alike(found), Table("Load", columns, rows)]
-    return Summary(told.verdict, tables, told.lines)
+    columns = ["linear layers", "mean variation of the load", "largest", "unused ranks", "of"]
+    tables = [*base.tables, tasks, *_similarity(found), Table("Load", columns, rows)]
+    return Summary(base.verdict, tables, base.lines)
 
 
-def _alike(found: Mapping[str, Any]) -> list[Table]:
+def _similarity(found: Mapping[str, Any]) -> list[Table]:
     names = list(found["tasks"])
     if len(names) < 2:
         return []
     rows = [[name, *values] for name, values in zip(names, found["similarity"], strict=True)]
-    return [Table("How alike two tasks choose their ranks, as a cosine over all maps", ["", *names], rows)]
+    return [Table("Similarity of the ranks that two tasks use (cosine over all linear layers)", ["", *names], rows)]
 
 
 def figures(evidence: Evidence) -> list[Figure]:
-    """Losses, the usage of ranks by task, and the load of each map."""
+    """Plot losses, the usage of ranks by task, and the load of each linear layer."""
     found = evidence.findings
     sharpest = found["sharpest"]
     shares: Mapping[str, Sequence[float]] = sharpest["shares"]
@@ -52,18 +52,18 @@ def figures(evidence: Evidence) -> list[Figure]:
         "rank",
         "task",
         list(shares.values()),
-        "share of the tokens",
+        "fraction of tokens",
         rows=list(shares),
         least=0.0,
         title="Usage of ranks by task",
-        caption=f"Which of its {found['r']} ranks the tokens of each task choose in {sharpest['map']}, the linear "
+        caption=f"Usage of the {found['r']} ranks by the tokens of each task in {sharpest['layer']}, the linear "
         "layer that separates the tasks most.",
     )
     return [curves(evidence), *_held_out(evidence), usage, Lines("layer", "variation of the load", by_kind)]
 
 
 def _held_out(evidence: Evidence) -> list[Figure]:
-    """Held-out losses of each task, where there are several points."""
+    """Plot the held-out losses of each task, if there are several points."""
     assert isinstance(evidence, TrainedEvidence)
     points = evidence.held_out
     names = [task for task in evidence.findings["tasks"] if points and task in points[0]]

@@ -1,4 +1,4 @@
-"""Who runs what: how often the tokens of each task choose each expert of each map, and how even the load is."""
+"""Statistics of the routing: how often the tokens of each task select each expert, and how even the load is."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from lamella.train.task import Batch
 
 @dataclass(frozen=True)
 class Usage:
-    """Counts of chosen experts.
+    """Counts of selected experts.
 
     Attributes:
-        maps: names of the maps.
-        counts: by task, for each map and rank [maps, R].
-        losses: of each task's labels, in nats per token.
+        layers: names of the linear layers.
+        counts: by task, for each linear layer and rank `[layers, R]`.
+        losses: mean loss of each task's labels, in nats per token.
     """
 
-    maps: tuple[str, ...]
+    layers: tuple[str, ...]
     counts: Mapping[str, Tensor]
     losses: Mapping[str, float]
 
@@ -42,25 +42,25 @@ class Usage:
         answers: bool = False,
         batch: int = 8,
     ) -> Usage:
-        """Route the examples of each task; the view's mode stays as it is.
+        """Count the routing of the examples of each task; the view's mode is restored.
 
         Args:
-            view: that the experts stand in.
-            experts: by the names of their maps.
-            samples: by task.
-            answers: count the tokens that predict a label alone, and not all that are no padding.
-            batch: samples in one forward pass.
+            view: the view that contains the experts.
+            experts: the experts by the names of their linear layers.
+            samples: the examples by task.
+            answers: only count tokens that predict a label, instead of all non-padding tokens.
+            batch: samples per forward pass.
         """
         was_training, device = view.training, next(view.parameters()).device
         view.eval()
         counts, losses = {}, {}
         try:
-            for task, given in samples.items():
+            for task, examples in samples.items():
                 total, nats, labels = {name: torch.zeros(each.r) for name, each in experts.items()}, 0.0, 0
-                for start in range(0, len(given), batch):
-                    some = {name: each.to(device) for name, each in collate(given[start : start + batch]).items()}
-                    weight = int((some["labels"][:, 1:] >= 0).sum())
-                    nats += weight * float(_counted(view, experts, some, total, answers))
+                for start in range(0, len(examples), batch):
+                    inputs = {name: each.to(device) for name, each in collate(examples[start : start + batch]).items()}
+                    weight = int((inputs["labels"][:, 1:] >= 0).sum())
+                    nats += weight * float(_count_batch(view, experts, inputs, total, answers))
                     labels += weight
                 counts[task] = torch.stack(list(total.values()))
                 losses[task] = nats / max(labels, 1)
@@ -70,46 +70,46 @@ class Usage:
 
     @property
     def total(self) -> Tensor:
-        """Of all tasks [maps, R]."""
+        """The counts over all tasks `[layers, R]`."""
         return torch.stack(list(self.counts.values())).sum(0)
 
     def load(self) -> list[tuple[float, int]]:
-        """Of each map the coefficient of variation of its ranks' counts, and how many of them nobody chose."""
+        """Return the coefficient of variation of the ranks' counts and the number of unused ranks of each layer."""
         total = self.total
         spread = total.std(dim=1, correction=0) / total.mean(dim=1).clamp(min=1e-12)
         return list(zip(spread.tolist(), (total == 0).sum(1).tolist(), strict=True))
 
     def shares(self) -> Tensor:
-        """Of each task's choices in a map, how many fell on each rank [tasks, maps, R]."""
+        """Return the fraction of each task's selections that fell on each rank `[tasks, layers, R]`."""
         counts = torch.stack(list(self.counts.values()))
         return counts / counts.sum(-1, keepdim=True).clamp(min=1)
 
     def similarity(self) -> Tensor:
-        """The cosine of two tasks' usage, over all ranks of all maps [tasks, tasks]."""
+        """Return the cosine of two tasks' usage, over all ranks of all linear layers `[tasks, tasks]`."""
         vectors = normalize(self.shares().flatten(1), dim=1)
         return vectors @ vectors.T
 
     def sharpest(self) -> int:
-        """The map in which the tasks use the most different ranks."""
-        vectors = normalize(self.shares(), dim=-1).transpose(0, 1)  # [maps, tasks, R]
+        """Return the index of the linear layer in which the tasks use the most different ranks."""
+        vectors = normalize(self.shares(), dim=-1).transpose(0, 1)  # [layers, tasks, R]
         return int((vectors @ vectors.mT).sum((1, 2)).argmin())
 
 
-def _counted(
+def _count_batch(
     view: Any, experts: Mapping[str, RankExperts], batch: Batch, total: Mapping[str, Tensor], answers: bool
 ) -> Tensor:
-    """The loss of a batch, whose choices are added to the totals."""
-    real = batch["attention_mask"].bool()
+    """Return the loss of a batch, and add its selections to the totals."""
+    token_mask = batch["attention_mask"].bool()
     if answers:  # a label is predicted one token before it
-        real = torch.cat([batch["labels"][:, 1:] >= 0, torch.zeros_like(real[:, :1])], dim=1)
+        token_mask = torch.cat([batch["labels"][:, 1:] >= 0, torch.zeros_like(token_mask[:, :1])], dim=1)
 
-    def tally(name: str, module: RankExperts, given: Any) -> None:
-        ranks = module.route(given[0].to(module.lora_A.dtype)).ranks
-        if ranks.shape[:-1] == real.shape:
-            ranks = ranks[real]
+    def add_counts(name: str, module: RankExperts, arguments: Any) -> None:
+        ranks = module.route(arguments[0].to(module.lora_A.dtype)).ranks
+        if ranks.shape[:-1] == token_mask.shape:
+            ranks = ranks[token_mask]
         total[name].add_(torch.bincount(ranks.flatten(), minlength=module.r).cpu())
 
-    hooks = [each.register_forward_pre_hook(partial(tally, name)) for name, each in experts.items()]
+    hooks = [each.register_forward_pre_hook(partial(add_counts, name)) for name, each in experts.items()]
     try:
         return response_loss(view, batch)
     finally:

@@ -1,7 +1,7 @@
-"""What a model still knows of data that it should have forgotten, and what it has kept of the rest.
+"""Evaluation of a model on data that it should have forgotten, and on the rest.
 
-Read all figures beside those of a model that never saw the data: forgetting is not an accuracy of zero, but no
-difference from that model. A forget set that stands out by its low confidence is as visible as one that is known.
+Compare all figures with those of a model that never saw the data: the aim of forgetting is not an accuracy of zero, but
+no difference from that model. A forget set that stands out by low confidence is as detectable as one that is known.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from lamella.measure import DISTANCES
 from lamella.measure.labelled import Data, batches, is_pair, outputs
 from lamella.stack import share
 
-BATCH = 256  # inputs that run together
-CONSPICUOUS = 0.1  # of membership: this far below the retrained model, what was forgotten stands out
+BATCH = 256  # inputs per batch
+CONSPICUOUS = 0.1  # of membership: this far below the retrained model, the forget set stands out
 
 
 @dataclass(frozen=True)
 class Responses:
-    """What a model says to some data, sample by sample.
+    """The predictions of a model, by sample.
 
     Attributes:
-        correct: whether the label is the likeliest class; of a sequence, the share of its tokens [samples].
-        loss: in nats, of a sequence the mean over its tokens [samples].
-        entropy: of the distribution over classes, nats [samples].
-        classifier: True where a sample has one label, False for sequences.
+        correct: whether the label is the most likely class; for a sequence, the fraction of its tokens `[samples]`.
+        loss: in nats, for a sequence the mean over its tokens `[samples]`.
+        entropy: of the distribution over classes, in nats `[samples]`.
+        classifier: True if a sample has one label, False for sequences.
     """
 
     correct: NDArray[np.float64]
@@ -46,16 +46,18 @@ class Responses:
 
     @property
     def accuracy(self) -> float:
+        """The mean accuracy."""
         return float(self.correct.mean())
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(float(self.loss.mean()), 700.0))  # beyond, a float has no number
+        """The exponential of the mean loss."""
+        return math.exp(min(float(self.loss.mean()), 700.0))  # larger values overflow a float
 
 
 @torch.no_grad()
-def answers(model: nn.Module, data: Data) -> Responses:
-    """What a model says to some data, in eval mode; it is not changed.
+def evaluate(model: nn.Module, data: Data) -> Responses:
+    """Evaluate a model on labelled data, in eval mode; it is not changed.
 
     Args:
         model: a model or a view.
@@ -64,35 +66,40 @@ def answers(model: nn.Module, data: Data) -> Responses:
     Raises:
         CalibrationError: for no data, or labels out of range.
     """
-    calm = share(model).eval()
+    frozen = share(model).eval()
     columns: list[list[Tensor]] = [[], [], []]
-    classifier, seen = True, 0
+    classifier, count = True, 0
     for batch in batches(data, BATCH):
         classifier = is_pair(batch)
-        for logits, labels in outputs(calm, batch, seen):
+        for logits, labels in outputs(frozen, batch, count):
             if labels is None:
-                raise CalibrationError("answers are judged by labels: give (inputs, labels)")
+                raise CalibrationError("the evaluation needs labels: give (inputs, labels)")
             p = torch.log_softmax(logits.double(), dim=-1)
-            right = (p.argmax(-1) == labels).double()
-            each = (right, cross_entropy(p, labels, reduction="none"), -(p.exp() * p).sum(-1))
+            correct_ = (p.argmax(-1) == labels).double()
+            each = (correct_, cross_entropy(p, labels, reduction="none"), -(p.exp() * p).sum(-1))
             for column, values in zip(columns, each, strict=True):
                 column.append((values if classifier else values.mean()[None]).cpu())
-            seen += len(labels) if classifier else 1
-    if not seen:
+            count += len(labels) if classifier else 1
+    if not count:
         raise CalibrationError("there are no samples to measure on: give some")
     correct, loss, entropy = (torch.cat(column).numpy() for column in columns)
     return Responses(correct, loss, entropy, classifier)
 
 
 def membership(retain: Responses, test: Responses, forget: Responses) -> float:
-    """The share of the forget set that a membership attack takes for training data.
+    """Return the fraction of the forget set that a membership attack classifies as training data.
 
-    A logistic regression, both classes weighing the same, on a single feature: the entropy of the model's distribution.
-    It learns on retained training samples against test samples. A model that never saw the forget set gives the number
-    to compare with, which is not 0.
+    The attack is a logistic regression with balanced classes on a single feature, the entropy of the model's
+    distribution. It is trained on retained training samples and test samples. The reference is the value of a model
+    that never saw the forget set, which is not 0.
+
+    Args:
+        retain: the predictions for retained training data.
+        test: the predictions for unseen data.
+        forget: the predictions for the forget set.
 
     Raises:
-        LamellaError: when scikit-learn is missing.
+        LamellaError: if scikit-learn is missing.
     """
     check_scikit_learn()
     from sklearn.linear_model import LogisticRegression
@@ -104,23 +111,24 @@ def membership(retain: Responses, test: Responses, forget: Responses) -> float:
 
 
 def check_scikit_learn() -> None:
-    """Raise a :class:`LamellaError` when scikit-learn is not installed."""
+    """Raise a :class:`LamellaError` if scikit-learn is not installed."""
     require("sklearn", "select", "membership inference")
 
 
 @torch.no_grad()
 def zrf(model: nn.Module, untrained: nn.Module, data: Data) -> float:
-    """ZRF: 1 - the mean Jensen-Shannon divergence, in bits, from a model with random weights; 1 for no difference.
+    """Return ZRF, 1 - the mean Jensen-Shannon divergence in bits from an untrained model; 1 for no difference.
 
     Args:
-        untrained: a model of the same architecture that never learnt, such as :func:`untrained_like` makes.
+        model: the model.
+        untrained: an untrained model of the same architecture, such as from :func:`untrained_like`.
         data: the forget set.
     """
-    calm = [share(each).eval() for each in (model, untrained)]
+    frozen = [share(each).eval() for each in (model, untrained)]
     total = count = 0.0
     for batch in batches(data, BATCH):
-        both = [outputs(each, batch) for each in calm]
-        for (ours, labels), (theirs, _) in zip(*both, strict=True):
+        pairs = [outputs(each, batch) for each in frozen]
+        for (ours, labels), (theirs, _) in zip(*pairs, strict=True):
             distance = DISTANCES["jsd"].at_positions(
                 ours.float(), torch.log_softmax(theirs.float(), dim=-1), torch.zeros(0) if labels is None else labels
             )
@@ -132,11 +140,11 @@ def zrf(model: nn.Module, untrained: nn.Module, data: Data) -> float:
 
 
 def untrained_like(model: Any, seed: int = 0) -> Any:
-    """A model of the same architecture with random weights.
+    """Create a model of the same architecture with random weights.
 
     Args:
-        model: a transformers model, or any module whose parts can draw their weights anew (``reset_parameters``).
-        seed: of the weights; the global random state stays as it was.
+        model: a transformers model, or any module whose submodules have ``reset_parameters``.
+        seed: random seed of the weights; the global random state is unchanged.
     """
     state = torch.get_rng_state()
     torch.manual_seed(seed)
@@ -157,9 +165,11 @@ class Forgetting:
     """The figures of one model.
 
     Attributes:
-        forget, retain, test: accuracy and loss (nats) on each set; None where a set was not given.
-        membership: the share of the forget set that looks like training data; None without retained and test data.
-        zrf: 1 where the forget set means as little as to random weights; None where that was not asked for.
+        forget: accuracy and loss (nats) on the forget set.
+        retain: the same on retained data, if given.
+        test: the same on unseen data, if given.
+        membership: the fraction of the forget set that looks like training data; None without retained and test data.
+        zrf: 1 if the forget set means as little as to random weights; None if it was not measured.
     """
 
     forget: dict[str, float]
@@ -181,33 +191,38 @@ class Forgetting:
         """Measure a model.
 
         Args:
-            forget: what it should not know.
+            model: the model.
+            forget: the data that it should not know.
             retain: training data that it should still know.
-            test: data that it never saw; with them and retained data, membership is measured too.
+            test: unseen data; together with retained data, membership is measured too.
             untrained: a model with random weights, for ZRF.
         """
-        said = {
-            name: answers(model, data)
+        responses = {
+            name: evaluate(model, data)
             for name, data in (("forget", forget), ("retain", retain), ("test", test))
             if data is not None
         }
-        told = {name: {"accuracy": each.accuracy, "loss": float(each.loss.mean())} for name, each in said.items()}
-        share = membership(said["retain"], said["test"], said["forget"]) if len(said) == 3 else None
+        figures = {
+            name: {"accuracy": each.accuracy, "loss": float(each.loss.mean())} for name, each in responses.items()
+        }
+        share = membership(responses["retain"], responses["test"], responses["forget"]) if len(responses) == 3 else None
         distance = None if untrained is None else zrf(model, untrained, forget)
-        return cls(told["forget"], told.get("retain"), told.get("test"), share, distance)
+        return cls(figures["forget"], figures.get("retain"), figures.get("test"), share, distance)
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the figures as a dictionary."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
-class Guard:
-    """Whether an edit has kept what it must keep.
+class RetentionGuard:
+    """Comparison of an edited model with its original on retained data.
 
     Attributes:
         measure: ``accuracy`` of a classifier, ``perplexity`` of a decoder.
-        before, after: on the guard's data.
-        most: the most that it may lose: so much accuracy, or this share of perplexity on top.
+        before: on the guard's data, before the edit.
+        after: on the guard's data, after the edit.
+        most: the maximum loss: of accuracy, or the relative increase of perplexity.
     """
 
     measure: str
@@ -216,39 +231,50 @@ class Guard:
     most: float
 
     @classmethod
-    def of(cls, model: nn.Module, changed: nn.Module, data: Data, most: float) -> Guard:
-        """Compare a changed model with its original on retained data, better such as no edit has seen.
+    def of(cls, model: nn.Module, changed: nn.Module, data: Data, most: float) -> RetentionGuard:
+        """Compare a changed model with its original on retained data, preferably data that the edit has not used.
+
+        Args:
+            model: the original.
+            changed: the edited model.
+            data: the retained data.
+            most: the maximum loss.
 
         Raises:
-            MethodError: for a loss below 0.
+            MethodError: for a maximum below 0.
         """
         if not most >= 0:
-            raise MethodError(f"max_drop {most}: give the most that may be lost, from 0 on")
-        first, second = (answers(each, data) for each in (model, changed))
+            raise MethodError(f"max_drop {most}: give a maximum loss of at least 0")
+        first, second = (evaluate(each, data) for each in (model, changed))
         measure = "accuracy" if first.classifier else "perplexity"
         return cls(measure, getattr(first, measure), getattr(second, measure), most)
 
     @property
     def lost(self) -> float:
+        """The loss of accuracy, or the relative increase of perplexity."""
         return self.before - self.after if self.measure == "accuracy" else self.after / self.before - 1
 
     @property
-    def kept(self) -> bool:
+    def passed(self) -> bool:
+        """Whether the loss is within the limit."""
         return self.lost <= self.most
 
     def __str__(self) -> str:
-        moved = f"{self.measure} on retained data goes from {self.before:.4g} to {self.after:.4g}"
-        return f"{moved}, {self.lost:+.3g} lost where {self.most:g} may be"
+        change = f"{self.measure} on retained data goes from {self.before:.4g} to {self.after:.4g}"
+        return f"{change}, a loss of {self.lost:+.3g} where at most {self.most:g} is allowed"
 
 
-def judged(
+def evaluate_models(
     models: Mapping[str, Any], forget: Data, retain: Data | None, test: Data | None, seed: int
 ) -> tuple[dict[str, Any], list[str]]:
-    """The figures of several versions of a model, ``before`` and ``after`` among them, and what must be said of them.
+    """Evaluate several versions of a model, ``before`` and ``after`` among them, and return the figures and notes.
 
     Args:
-        forget, retain, test: see :meth:`Forgetting.of`.
-        seed: of the random weights for ZRF.
+        models: the models by name.
+        forget: the forget set.
+        retain: retained training data, if any.
+        test: unseen data, if any.
+        seed: random seed of the untrained model for ZRF.
     """
     untrained = untrained_like(models["before"], seed)
     figures = {
@@ -259,6 +285,6 @@ def judged(
     after, other = figures["after"].membership, figures["retrained"].membership if "retrained" in figures else None
     if after is not None and other is not None and other - after > CONSPICUOUS:
         notes.append(
-            f"Membership is {other - after:.2f} below that of the retrained model: what was forgotten is conspicuous."
+            f"Membership is {other - after:.2f} below that of the retrained model: the forgotten data is conspicuous."
         )
     return {name: each.as_dict() for name, each in figures.items()}, notes

@@ -1,4 +1,4 @@
-"""SSD: forget some training data by dampening the weights that matter to them and to little else.
+"""SSD: forget some training data by dampening the weights that are important for it and for little else.
 
 Foster, Schoepf, Brintrup, "Fast Machine Unlearning Without Retraining Through Selective Synaptic Dampening",
 AAAI 2024, arXiv 2308.07707.
@@ -7,15 +7,18 @@ AAAI 2024, arXiv 2308.07707.
     selection     S = { i : F_f[i] > alpha F_D[i] }
     dampening     theta_i <- beta_i theta_i  for i in S,      beta_i = min( lambda F_D[i] / F_f[i], 1 )
 
-No optimiser, no gradient step, no data beside the forget set where F_D was kept. By the same group, in the same frame:
+There is no optimiser and no gradient step, and only the forget set is needed if F_D was saved. Variants by the same
+group:
 
     assd    alpha is a percentile of all ratios F_f / F_D, p = 100 - ln(1 + 100 |D_f| / |D|)      arXiv 2402.10098
     lfssd   importances are mean |d |f(x)|^2 / d theta|, so no labels are needed                  arXiv 2402.19308
 
-With gradients of single samples F_D >= |D_f| / |D| F_f, so no ratio exceeds |D| / |D_f|, and an alpha from there on
-selects nothing: the published alpha = 10 does nothing to one of ten classes. That is refused, not done in silence.
+With gradients of single samples F_D >= |D_f| / |D| F_f, so no ratio exceeds |D| / |D_f|, and an alpha of at least that
+selects nothing: the published alpha = 10 has no effect for one of ten classes. This is an error instead of a silent
+no-op.
 
-The formulas (selection.py) and the judges (judge.py) work on any torch module; the method makes a plan for a stack.
+The formulas (selection.py) and the evaluation (judge.py) work for any torch module; the method creates a plan for a
+stack.
 """
 
 from __future__ import annotations
@@ -34,10 +37,10 @@ from lamella.files import Work
 from lamella.measure import Data, Fisher, check_disjoint
 from lamella.measure.labelled import Order
 from lamella.methods.ssd.damped import Dampening
-from lamella.methods.ssd.judge import Guard, check_scikit_learn, judged
+from lamella.methods.ssd.judge import RetentionGuard, check_scikit_learn, evaluate_models
 from lamella.methods.ssd.selection import ALPHA, Reference, Variant, check_options, dampen, importances
 from lamella.plan import ModelReference, Plan, apply_factors, scale_edit
-from lamella.plan.places import Skip, chosen_parameters
+from lamella.plan.selection import Skip, select_parameters
 from lamella.registry import method
 from lamella.results import Edit
 from lamella.runtime import apply
@@ -46,20 +49,21 @@ from lamella.stack import Stack
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What is selected, and how far it is dampened.
+class DampeningSettings:
+    """The selection of weights and the strength of the dampening.
 
     Attributes:
-        variant: ``ssd``; ``assd``, which finds alpha itself; ``lfssd``, which uses no labels.
-        alpha: how many times as much a weight must matter to the records as to all data; the authors' 10 when left out.
+        variant: ``ssd``; ``assd``, which determines alpha itself; ``lfssd``, which uses no labels.
+        alpha: how many times more important a weight must be for the forget set than for all data; the authors' 10 if
+            omitted.
         lam: lambda; below 1 it dampens more.
-        reference_of: what F_D is measured on: ``full`` (retained and forgotten records) or, as in ASSD's code,
-            ``retain``; of a file, what it was measured on.
-        layers: change these alone: layers.3, layers.5.mlp, head; or names of parameters with wildcards, *down_proj*.
-        skip: leave these as they are: norm, bias.
+        reference_of: the data that F_D is measured on: ``full`` (retained and forgotten records) or, as in ASSD's code,
+            ``retain``; for a file, the data that it was measured on.
+        layers: only change these: layers.3, layers.5.mlp, head; or names of parameters with wildcards, *down_proj*.
+        skip: parameters to leave unchanged: norm, bias.
 
     Raises:
-        MethodError: for an alpha beside assd, which finds its own.
+        MethodError: for an alpha together with assd, which determines its own.
     """
 
     variant: Variant = "ssd"
@@ -90,59 +94,60 @@ def ssd(
     *,
     importance: Path | None = None,
     save_importance: Path | None = None,
-    settings: Settings = Settings(),
+    settings: DampeningSettings = DampeningSettings(),
     batch: Annotated[int, Ge(1)] = 1,
     order: Order = "given",
     max_drop: Annotated[float, Ge(0)] = 0.05,
     work: Work = Work(),
     seed: int = 0,
 ) -> Edit:
-    """Make a model forget some of its training records, without retraining: selective synaptic dampening.
+    """Make a model forget some of its training records without retraining, by selective synaptic dampening.
 
-    Weights that matter far more to the records than to all training data are scaled down, once; nothing is trained.
-    How much a weight matters is its mean squared gradient, measured in one pass over the retained data, which can be
-    kept with --save-importance, and one over the records. With n records of N to forget, an alpha from N/n on selects
-    nothing, and is refused. If what should be kept suffers, no model is written.
+    Weights that are far more important for the records than for all training data are scaled down once; nothing is
+    trained. The importance of a weight is its mean squared gradient, measured in one pass over the retained data, which
+    can be saved with --save-importance, and one over the records. With n of N records to forget, an alpha of at least
+    N/n selects nothing, and is an error. If performance on the retained data drops too much, no model is written.
 
-    The folder gets an ordinary checkpoint with plan.json, evidence.json (forget, retain and test figures, membership
-    inference, ZRF) and report.html, which shows layer by layer what was dampened. The model itself is never changed.
+    The output folder contains an ordinary checkpoint with plan.json, evidence.json (forget, retain and test figures,
+    membership inference, ZRF) and report.html, which shows the dampening by layer. The original model is never changed.
 
     Example: lamella forget tuned --forget gone.jsonl --retain rest.jsonl --retain pydoc --test stdlib -o forgot
     lamella forget tuned --forget more.txt --importance fisher.safetensors --variant assd -o forgot
 
     Args:
         stack: the opened model; it is not changed.
-        forget: what to forget; for a classifier, in Python, (inputs, labels).
-        retain: the rest of the training data, or what stands for it. It makes F_D together with the forget set, and
-            guards the edit. Of a plain text at most ``sequences`` records are drawn; of .jsonl every one is taken.
+        forget: the records to forget; for a classifier, in Python, (inputs, labels).
+        retain: the rest of the training data, or similar data. It determines F_D together with the forget set, and
+            guards the edit. At most ``sequences`` records of a plain text are sampled; all records of a .jsonl file are
+            used.
         test: data that the model never saw, for membership inference.
-        retrained: a model that was trained without these records, to stand beside.
-        importance: the file of a stored F_D, which takes the place of the retained data in measuring.
-        save_importance: keep F_D in this file, for further requests.
-        settings: what is selected, and how far it is dampened.
-        batch: samples whose mean gradient is squared; 1 is the Fisher information. The authors take 64, which works
-            with batches of one class alone.
-        order: how samples come into larger batches: ``given``, ``by class`` or ``shuffled``.
-        max_drop: how much perplexity on the retained data may rise, as a share; above it no model is written. Of a
-            classifier, the most accuracy that may be lost.
-        work: for the factors.
-        seed: chooses sequences of texts, and is that of the random weights for ZRF.
+        retrained: a model that was trained without these records, for comparison.
+        importance: the file of a saved F_D, which replaces the measurement on the retained data.
+        save_importance: save F_D to this file, for further requests.
+        settings: the selection of weights and the strength of the dampening.
+        batch: samples whose mean gradient is squared; 1 is the Fisher information. The authors use 64, which works with
+            batches of a single class only.
+        order: order of samples for larger batches: ``given``, ``by class`` or ``shuffled``.
+        max_drop: maximum relative increase of perplexity on the retained data; above it no model is written. For a
+            classifier, the maximum loss of accuracy.
+        work: the directory for the factors.
+        seed: random seed for sampling texts and for the random weights of ZRF.
 
     Returns:
-        A plan that scales weights; it says how many and how much, site by site.
+        A plan that scales weights, with the number and strength by site.
 
     Raises:
-        MethodError: for an alpha beside assd, which finds its own, or when nothing can be selected.
+        MethodError: for an alpha together with assd, which determines its own, or if nothing can be selected.
         CalibrationError: for an empty set, labels out of range, or samples that are in both sets.
         NumericsError: for gradients that vanish or are not finite.
-        LamellaError: when the guard rolls back.
+        LamellaError: if the guard rolls back.
     """
     variant, reference_of = settings.variant, settings.reference_of
     if retain is None and importance is None:
-        raise MethodError("give --retain, the rest of the training data, or --importance, what was measured on it")
+        raise MethodError("give --retain, the rest of the training data, or --importance, a saved measurement on it")
     if test is not None and retain is not None:
         check_scikit_learn()
-    names = chosen_parameters(stack, settings.layers, settings.skip)
+    names = select_parameters(stack, settings.layers, settings.skip)
     if retain is not None:
         check_disjoint(forget, retain)
     found = importances(
@@ -158,32 +163,32 @@ def ssd(
         names=names if save_importance is None else None,
         alpha=_alpha(vars(settings)),
     )
-    if save_importance is not None:  # whatever comes of the edit, it can be tried again with other settings
+    if save_importance is not None:  # saved first, so that the edit can be repeated with other settings
         found[1].save(save_importance)
     done = dampen(stack, *found, **vars(settings))
-    plan = plan_of(stack, done, found, work.place())
+    plan = plan_of(stack, done, found, work.directory())
     view = apply(stack, plan)
-    guard = None if retain is None else Guard.of(stack.model, view, retain, max_drop)
-    if guard is not None and not guard.kept:
+    guard = None if retain is None else RetentionGuard.of(stack.model, view, retain, max_drop)
+    if guard is not None and not guard.passed:
         raise LamellaError(
-            f"rolled back, no model is written: {guard}; raise alpha, name layers, or allow more with --max-drop"
+            f"rolled back, no model is written: {guard}; raise alpha, select layers, or allow more with --max-drop"
         )
     models = {"before": stack.model, "after": view} | ({} if retrained is None else {"retrained": retrained.model})
-    figures, notes = judged(models, forget, retain, test, seed)
-    told = plan.provenance
+    figures, notes = evaluate_models(models, forget, retain, test, seed)
+    provenance = plan.provenance
     findings = {
-        **{name: told[name] for name in ("alpha", "bound", "total", "sites")},
-        "estimator": told["reference"]["estimator"],
+        **{name: provenance[name] for name in ("alpha", "bound", "total", "sites")},
+        "estimator": provenance["reference"]["estimator"],
         "samples": {"forget": found[0].samples, "reference": found[1].samples},
         "seconds": {"forget": found[0].seconds, "reference": found[1].seconds},
         "guard": None if guard is None else vars(guard) | {"lost": guard.lost},
         **figures,
     }
-    notes = [*_notes(told, guard), *_drawn(retain), *notes]
+    notes = [*_notes(provenance, guard), *_sampling_notes(retain), *notes]
     return Edit(stack=stack, plan=plan, findings=findings, notes=notes)
 
 
-def scaled(
+def make_plan(
     stack: Stack,
     samples: Data,
     *,
@@ -193,12 +198,22 @@ def scaled(
     work: Work = Work(),
     **options: Any,
 ) -> Plan:
-    """The plan alone, which nothing guards and nothing judges; options are those of :func:`dampen`."""
-    measured: dict[str, Any] = {name: options[name] for name in ("variant", "reference_of") if name in options}
-    measured["names"] = chosen_parameters(stack, options.get("layers", ()), options.get("skip", ()))
-    measured |= {"retain": retain, "importance": importance, "batch": batch, "alpha": _alpha(options)}
-    found = importances(stack, samples, **measured)
-    return plan_of(stack, dampen(stack, *found, **options), found, work.place())
+    """Create the plan only, without guard and evaluation.
+
+    Args:
+        stack: the model.
+        samples: the forget set.
+        retain: the rest of the training data.
+        importance: a saved F_D.
+        batch: samples whose mean gradient is squared.
+        work: the directory for the factors.
+        options: the options of :func:`dampen`.
+    """
+    measurement: dict[str, Any] = {name: options[name] for name in ("variant", "reference_of") if name in options}
+    measurement["names"] = select_parameters(stack, options.get("layers", ()), options.get("skip", ()))
+    measurement |= {"retain": retain, "importance": importance, "batch": batch, "alpha": _alpha(options)}
+    found = importances(stack, samples, **measurement)
+    return plan_of(stack, dampen(stack, *found, **options), found, work.directory())
 
 
 def _alpha(options: Mapping[str, Any]) -> float:
@@ -207,7 +222,14 @@ def _alpha(options: Mapping[str, Any]) -> float:
 
 
 def plan_of(stack: Stack, done: Dampening, found: tuple[Fisher, Fisher], folder: Path) -> Plan:
-    """The plan that carries a dampening out, with its factors in a folder."""
+    """Create the plan of a dampening, with its factors in a folder.
+
+    Args:
+        stack: the model.
+        done: the dampening.
+        found: F_f and F_D.
+        folder: the folder for the factors.
+    """
     forget, reference = found
     return Plan(
         model=ModelReference.of(stack),
@@ -225,42 +247,44 @@ def plan_of(stack: Stack, done: Dampening, found: tuple[Fisher, Fisher], folder:
     )
 
 
-def _notes(told: dict[str, Any], guard: Guard | None) -> list[str]:
+def _notes(provenance: dict[str, Any], guard: RetentionGuard | None) -> list[str]:
     notes = []
-    if told["stale"]:
-        notes.append("F_D was measured on other weights: after an edit it is stale, so measure it again now and then.")
-    if guard is None:
-        notes.append("No retained data were given, so nothing guarded what should be kept.")
-    if told["untouched"]:
+    if provenance["stale"]:
         notes.append(
-            f"{len(told['untouched'])} buffers with running statistics are no parameters and stay as they are."
+            "F_D was measured on other weights and is stale after an edit: measure it again from time to time."
+        )
+    if guard is None:
+        notes.append("No retained data was given, so the edit was not guarded.")
+    if provenance["untouched"]:
+        notes.append(
+            f"{len(provenance['untouched'])} buffers with running statistics are no parameters and remain unchanged."
         )
     return notes
 
 
-def _drawn(retain: SampledRecords | None) -> list[str]:
-    """Which retained texts are sampled."""
+def _sampling_notes(retain: SampledRecords | None) -> list[str]:
+    """Return notes on retained texts that are sampled."""
     sources = [] if retain is None else [each for each in retain.sources if "of" in each]
     return [
-        f"{each['records']} of the {each['of']} records of {each['data']} were drawn: give more with --sequences, or "
+        f"{each['records']} of the {each['of']} records of {each['data']} were sampled: give more with --sequences, or "
         "all of them as .jsonl."
         for each in sources
     ]
 
 
 @dataclass(frozen=True)
-class Forgotten:
+class ForgetResult:
     """A model after dampening.
 
     Attributes:
-        model: a copy that shares every weight that was not selected; the original where the guard rolled back.
-        dampening: what was, or would have been, done.
-        guard: what was lost on retained data; None without a guard.
+        model: a copy that shares every unselected weight; the original if the guard rolled back.
+        dampening: the dampening, even if it was rolled back.
+        guard: the comparison on retained data; None without a guard.
     """
 
     model: Any
     dampening: Dampening
-    guard: Guard | None = None
+    guard: RetentionGuard | None = None
 
 
 def forget(
@@ -275,25 +299,29 @@ def forget(
     order: Order = "given",
     seed: int = 0,
     **options: Any,
-) -> Forgotten:
-    """Forget some training data, with any torch model.
+) -> ForgetResult:
+    """Forget some training data, for any torch model.
 
     Args:
-        model: it is not changed.
+        model: the model; it is not changed.
         samples: the forget set; see :mod:`lamella.measure.labelled`.
-        retain, importance, batch, order, seed: see :func:`ssd`.
-        guard: retained data, better such as were not trained on.
-        max_drop: the most accuracy that may be lost on them (of a decoder, the most by which perplexity may rise, as a
-            share); if more is lost, the original comes back.
+        retain: the rest of the training data.
+        importance: a saved F_D, or its file.
+        batch: samples whose mean gradient is squared.
+        order: order of samples for larger batches.
+        seed: random seed of a shuffled order.
+        guard: retained data, preferably not used in training.
+        max_drop: the maximum loss of accuracy (for a decoder, the maximum relative increase of perplexity) on the
+            guard's data; above it, the original is returned.
         options: of :func:`dampen`: variant, alpha, lam, reference_of, layers, skip.
     """
-    measured: dict[str, Any] = {name: options[name] for name in ("variant", "reference_of") if name in options}
-    measured["names"] = chosen_parameters(model, options.get("layers", ()), options.get("skip", ()))
-    measured |= {"retain": retain, "importance": importance, "batch": batch, "order": order, "seed": seed}
-    found = importances(model, samples, alpha=_alpha(options), **measured)
+    measurement: dict[str, Any] = {name: options[name] for name in ("variant", "reference_of") if name in options}
+    measurement["names"] = select_parameters(model, options.get("layers", ()), options.get("skip", ()))
+    measurement |= {"retain": retain, "importance": importance, "batch": batch, "order": order, "seed": seed}
+    found = importances(model, samples, alpha=_alpha(options), **measurement)
     done = dampen(model, *found, **options)
     changed = apply_factors(model, done.factors)
     if guard is None:
-        return Forgotten(changed, done)
-    verdict = Guard.of(model, changed, guard, max_drop)
-    return Forgotten(changed if verdict.kept else model, done, verdict)
+        return ForgetResult(changed, done)
+    verdict = RetentionGuard.of(model, changed, guard, max_drop)
+    return ForgetResult(changed if verdict.passed else model, done, verdict)

@@ -1,4 +1,4 @@
-"""The page of ``lamella forget``: what is forgotten, what is kept, and where weights were dampened."""
+"""The report of ``lamella forget``: figures on forgotten and retained data, and the dampening by layer."""
 
 from __future__ import annotations
 
@@ -9,39 +9,39 @@ from typing import Any
 from lamella.formatting import counted, number, percent
 from lamella.report.drawing import SUBLAYERS, StackDrawing, shade
 from lamella.report.figures import Bars, Figure
-from lamella.report.page import filled, finite
+from lamella.report.page import finite, render_page
 from lamella.results import Evidence, Summary, Table
 
 ROWS = (
     ("forget", "loss", "loss on the forget set, nats"),
-    ("forget", "accuracy", "next tokens right, forget set"),
+    ("forget", "accuracy", "next-token accuracy, forget set"),
     ("retain", "loss", "loss on the retained data, nats"),
-    ("retain", "accuracy", "next tokens right, retained data"),
-    ("test", "loss", "loss on text never seen, nats"),
-    ("test", "accuracy", "next tokens right, text never seen"),
-    ("membership", None, "forget set taken for training data"),
-    ("zrf", None, "ZRF (1: no more than random weights know)"),
+    ("retain", "accuracy", "next-token accuracy, retained data"),
+    ("test", "loss", "loss on unseen text, nats"),
+    ("test", "accuracy", "next-token accuracy, unseen text"),
+    ("membership", None, "forget set classified as training data"),
+    ("zrf", None, "ZRF (1: same as random weights)"),
 )
 SHADES = (
-    ("share", "Selected", "share of the sublayer's weights that were dampened"),
-    ("removed_share", "Removed", "share of the sublayer's mass, the sum of its magnitudes, that is gone"),
+    ("share", "Selected", "fraction of the sublayer's weights that were dampened"),
+    ("removed_share", "Removed", "removed fraction of the sublayer's mass, the sum of its magnitudes"),
 )
 
 
 def page(evidence: Evidence) -> str:
-    """The page: one file that needs no network.
+    """Render the report as one file that needs no network.
 
     Raises:
-        LamellaError: when plotly or jinja2 is missing.
+        LamellaError: if plotly or jinja2 is missing.
     """
-    told = finite(evidence.model_dump(by_alias=True))
-    found, layers = told["findings"], told["model"]["layers"]
+    document = finite(evidence.model_dump(by_alias=True))
+    found, layers = document["findings"], document["model"]["layers"]
     shades = [
         each
         for name, label, meaning in SHADES
         for each in shade(name, label, meaning, _by_sublayer(found["sites"], layers, name), layers)
     ]
-    title = f"the layers of {told['model']['name']}"
+    title = f"the layers of {document['model']['name']}"
     figures: dict[str, Figure] = {
         "stack": StackDrawing([{"attn": "kept", "mlp": "kept"}] * layers, shades, title=title)
     }
@@ -53,18 +53,18 @@ def page(evidence: Evidence) -> str:
         )
     }
     columns, rows = _columns(found), _rows(found)
-    given = {"evidence": told, "found": found, "columns": columns, "rows": rows}
+    variables = {"evidence": document, "found": found, "columns": columns, "rows": rows}
     template = Path(__file__).with_name("page.html")
-    return filled(template, figures, verdict=_verdict(told), **given)
+    return render_page(template, figures, verdict=_verdict(document), **variables)
 
 
 def summary(evidence: Evidence) -> Summary:
-    """What is forgotten and kept, and where most was removed."""
-    told = finite(evidence.model_dump(by_alias=True))
-    found = told["findings"]
+    """Tabulate the figures and the sites with the largest dampening."""
+    document = finite(evidence.model_dump(by_alias=True))
+    found = document["findings"]
     samples, total = found["samples"], found["total"]
     title = (
-        f"{told['model']['name']}: {samples['forget']} of {counted(samples['reference'], 'sample')} forgotten, "
+        f"{document['model']['name']}: {samples['forget']} of {counted(samples['reference'], 'sample')} forgotten, "
         f"{percent(total['share'], 2)} of the weights dampened"
     )
     rows = [[label, *values] for label, values in _rows(found)]
@@ -72,9 +72,9 @@ def summary(evidence: Evidence) -> Summary:
     where = [[site["name"], f"{site['share']:.2%}", f"{site['removed_share']:.2%}"] for site in most]
     tables = [
         Table(title, ["", *_columns(found)], rows),
-        Table("Where most was removed", ["site", "selected", "mass removed"], where),
+        Table("Sites with the largest dampening", ["site", "selected", "mass removed"], where),
     ]
-    return Summary(_verdict(told), tables)
+    return Summary(_verdict(document), tables)
 
 
 def _columns(found: dict[str, Any]) -> list[str]:
@@ -82,7 +82,7 @@ def _columns(found: dict[str, Any]) -> list[str]:
 
 
 def _rows(found: dict[str, Any]) -> list[tuple[str, list[float | None]]]:
-    """The figures of each version, as far as there are any."""
+    """Return the available figures of each version."""
     rows = [(label, [_figure(found[column], part, key) for column in _columns(found)]) for part, key, label in ROWS]
     return [(label, values) for label, values in rows if any(value is not None for value in values)]
 
@@ -92,18 +92,18 @@ def _figure(figures: dict[str, Any], part: str, key: str | None) -> float | None
     return value if key is None or value is None else value[key]
 
 
-def _verdict(told: dict[str, Any]) -> str:
-    found = told["findings"]
+def _verdict(document: dict[str, Any]) -> str:
+    found = document["findings"]
     before, after = (found[when]["forget"]["loss"] for when in ("before", "after"))
-    gone, dampened = counted(found["samples"]["forget"], "sample"), f"{number(100 * found['total']['share'])} %"
+    forgotten, dampened = counted(found["samples"]["forget"], "sample"), f"{number(100 * found['total']['share'])} %"
     return (
-        f"{told['model']['name']} was made to forget {gone}, whose loss goes from {number(before)} to {number(after)} "
-        f"nats per token, with {dampened} of the weights dampened."
+        f"{document['model']['name']} was made to forget {forgotten}, whose loss goes from {number(before)} to "
+        f"{number(after)} nats per token, with {dampened} of the weights dampened."
     )
 
 
 def _sites(sites: list[dict[str, Any]]) -> list[tuple[int, tuple[int, ...], dict[str, Any]]]:
-    """The layer and the sublayers of each site within the layers."""
+    """Return the layer and the sublayers of each site within the layers."""
     found: list[tuple[int, tuple[int, ...], dict[str, Any]]] = []
     for site in sites:
         match = re.fullmatch(r"layers\.(\d+)(?:\.(attn|mlp))?", site["name"])
@@ -122,9 +122,9 @@ def _by_sublayer(sites: list[dict[str, Any]], layers: int, key: str) -> list[flo
 
 
 def _by_layer(found: dict[str, Any], layers: int, part: str, whole: str) -> list[float]:
-    """Of each layer, how many percent of ``whole`` is ``part``."""
+    """Return the percentage of ``part`` in ``whole`` for each layer."""
     sums = [[0.0, 0.0] for _ in range(layers)]
     for layer, _, site in _sites(found["sites"]):
         sums[layer][0] += site[part]
         sums[layer][1] += site[whole]
-    return [100 * some / all_ if all_ else 0.0 for some, all_ in sums]
+    return [100 * part_ / total if total else 0.0 for part_, total in sums]

@@ -1,4 +1,4 @@
-"""A percentile of more numbers than one likes to sort: exact, in three passes over a stream, with a table of counts."""
+"""Exact percentile of a large stream of values, without sorting: three passes with a table of counts."""
 
 from __future__ import annotations
 
@@ -8,35 +8,36 @@ import numpy as np
 import torch
 from torch import Tensor
 
-HALF = 16  # bits of a float32 that are looked at in one pass
+HALF = 16  # bits of a float32 per pass
 
 
 def percentile(parts: Callable[[], Iterator[Tensor]], percent: float) -> float:
-    """The percentile of all numbers of a stream, between two neighbours linearly, as ``numpy.percentile`` has it.
+    """Return the percentile of all values of a stream, with linear interpolation as in ``numpy.percentile``.
 
-    The bits of floats that are not negative are ordered as the floats are. So the upper half of the bits is counted
-    first, then the lower half of those that share the upper half of the one that is looked for.
+    The bits of non-negative floats have the same order as the floats. So the upper half of the bits is counted first,
+    then the lower half of the values whose upper half is that of the result.
 
     Args:
-        parts: makes the stream anew: tensors of any shape, without negative numbers and NaN; read as float32.
+        parts: returns a new iterator over the stream: tensors of any shape, without negative values and NaN, as
+            float32.
         percent: from 0 to 100.
 
     Raises:
-        ValueError: when there are no numbers.
+        ValueError: if the stream is empty.
     """
     upper = _counts(parts, None)
     count = int(upper.sum())
     if not count:
-        raise ValueError("no numbers, no percentile")
-    place = percent / 100 * (count - 1)
-    low = int(place)
-    first = _at(parts, upper, low)
-    second = first if low == place else _at(parts, upper, low + 1)
-    return first + (second - first) * (place - low)
+        raise ValueError("the stream has no values")
+    position = percent / 100 * (count - 1)
+    low = int(position)
+    first = _value_at(parts, upper, low)
+    second = first if low == position else _value_at(parts, upper, low + 1)
+    return first + (second - first) * (position - low)
 
 
-def _at(parts: Callable[[], Iterator[Tensor]], upper: np.ndarray, rank: int) -> float:
-    """The number at a rank, from 0 on."""
+def _value_at(parts: Callable[[], Iterator[Tensor]], upper: np.ndarray, rank: int) -> float:
+    """Return the value at a rank, from 0 on."""
     ends = upper.cumsum()
     head = int(np.searchsorted(ends, rank, side="right"))
     within = rank - int(ends[head] - upper[head])
@@ -45,7 +46,7 @@ def _at(parts: Callable[[], Iterator[Tensor]], upper: np.ndarray, rank: int) -> 
 
 
 def _counts(parts: Callable[[], Iterator[Tensor]], head: int | None) -> np.ndarray:
-    """How often each upper half occurs, or each lower half of the numbers with that upper half."""
+    """Return how often each upper half occurs, or each lower half of the values with that upper half."""
     counts = torch.zeros(1 << HALF, dtype=torch.int64)
     for part in parts():
         bits = part.detach().flatten().float().cpu().contiguous().view(torch.int32)

@@ -1,4 +1,4 @@
-"""Select by two importances, and dampen: the paper's formulas, on single tensors and on whole models."""
+"""Selection by two importances, and dampening: the paper's formulas for single tensors and for whole models."""
 
 from __future__ import annotations
 
@@ -13,46 +13,60 @@ from torch import Tensor, nn
 from lamella.errors import MethodError
 from lamella.measure import Data, Fisher, check_disjoint, fisher
 from lamella.measure.labelled import Order, count
-from lamella.methods.ssd.damped import Damped, Dampening
+from lamella.methods.ssd.damped import Dampening, ParameterDampening
 from lamella.methods.ssd.percentile import percentile
 from lamella.plan import Factors
-from lamella.plan.places import Skip, chosen_parameters
+from lamella.plan.selection import Skip, select_parameters
 from lamella.stack import Stack, weights
 
 Variant = Literal["ssd", "assd", "lfssd"]
 Reference = Literal["full", "retain"]
-ALPHA = 10.0  # of the authors for a ResNet18, in all tasks
+ALPHA = 10.0  # the authors' value for a ResNet18, in all tasks
 KINDS = {"ssd": "fisher", "assd": "fisher", "lfssd": "label-free"}
 
 
 # The paper's two formulas, on single tensors
 
 
-def selected(forget: Tensor, reference: Tensor, alpha: float) -> Tensor:
-    """S, the weights that matter more than alpha times as much to the forget set, bool in the tensors' shape."""
+def select_weights(forget: Tensor, reference: Tensor, alpha: float) -> Tensor:
+    """Return S, the weights that are more than alpha times as important for the forget set, bool in the tensors' shape.
+
+    Args:
+        forget: the importances for the forget set.
+        reference: the importances for all data.
+        alpha: the threshold.
+    """
     return forget > alpha * reference
 
 
 def dampening(forget: Tensor, reference: Tensor, alpha: float, lam: float = 1.0) -> Factors:
-    """beta for the weights of S: at most 1, and 0 where only the forget set knows a weight."""
-    where = selected(forget, reference, alpha)
+    """Return beta for the weights of S: at most 1, and 0 for weights that only the forget set uses.
+
+    Args:
+        forget: the importances for the forget set.
+        reference: the importances for all data.
+        alpha: the threshold.
+        lam: lambda, the dampening constant.
+    """
+    where = select_weights(forget, reference, alpha)
     return Factors(where, (lam * reference[where].double() / forget[where].double()).clamp(max=1.0).float())
 
 
 def adaptive_alpha(ratios: Callable[[], Iterator[Tensor]], forget: int, full: int) -> float:
-    """The alpha of ASSD: 1 % of the data to forget selects 0.69 % of the weights, 10 % selects 2.4 %.
+    """Return the alpha of ASSD: 1 % of the data to forget selects 0.69 % of the weights, 10 % selects 2.4 %.
 
     Args:
-        ratios: makes the stream of F_f / F_D, in which NaN and infinite ratios do not count.
-        forget, full: the sizes of D_f and D.
+        ratios: returns an iterator over F_f / F_D, in which NaN and infinite ratios are ignored.
+        forget: the size of D_f.
+        full: the size of D.
 
     Raises:
-        MethodError: when no ratio is a number.
+        MethodError: if no ratio is finite.
     """
     try:
         return percentile(lambda: (r[torch.isfinite(r)] for r in ratios()), 100 - math.log(1 + 100 * forget / full))
     except ValueError:
-        raise MethodError("no weight that may change has a gradient on both sets: name other layers") from None
+        raise MethodError("no weight that may change has a gradient on both sets: select other layers") from None
 
 
 # A whole model
@@ -71,24 +85,24 @@ def dampen(
     layers: Sequence[str] = (),
     skip: Sequence[Skip] = (),
 ) -> Dampening:
-    """Select and dampen by two importances; the model is not changed.
+    """Select and dampen weights by two importances; the model is not changed.
 
     Args:
         model: any torch module, or a stack.
         forget: F_f, of the forget set; see :func:`lamella.measure.fisher`.
         reference: F_D, by the same estimator.
-        variant: ``assd`` finds alpha itself; ``lfssd`` wants importances of the kind ``label-free``.
-        alpha: 10 when left out.
+        variant: ``assd`` determines alpha itself; ``lfssd`` needs importances of the kind ``label-free``.
+        alpha: the threshold; 10 if None.
         lam: lambda, the dampening constant.
-        reference_of: what F_D was measured on: the ``full`` training data, forget set included, or the ``retain`` set,
-            as in the code of ASSD.
+        reference_of: the data that F_D was measured on: the ``full`` training data, including the forget set, or the
+            ``retain`` set, as in the code of ASSD.
         layers: what may change: sites of a stack (``layers.3``, ``layers.5.mlp``, ``head``), or names of modules and
-            parameters with wildcards (``*.down_proj.*``); everything when left out.
-        skip: leave out ``norm`` parameters, whose gain of 0 silences a channel, or ``bias``.
+            parameters with wildcards (``*.down_proj.*``); everything if empty.
+        skip: exclude ``norm`` parameters, whose gain of 0 silences a channel, or ``bias``.
 
     Raises:
-        MethodError: for importances of different estimators or models, options out of range, or when nothing is
-            selected; the message says what the highest alpha is.
+        MethodError: for importances of different estimators or models, options out of range, or if nothing is
+            selected; the message contains the highest alpha.
     """
     module = model.model if isinstance(model, Stack) else model
     check_options(variant, alpha, lam, reference_of)
@@ -96,14 +110,14 @@ def dampen(
     if forget.estimator.kind != KINDS[variant]:
         raise MethodError(f"{variant} needs importances of the kind {KINDS[variant]}, not {forget.estimator.kind}")
     every = weights(module)
-    chosen = {name: every[name].of(module).detach() for name in chosen_parameters(model, layers, skip)}
-    for name, theta in chosen.items():
+    changeable = {name: every[name].of(module).detach() for name in select_parameters(model, layers, skip)}
+    for name, theta in changeable.items():
         for importance in (forget, reference):
             _check_shape(name, theta, importance)
     full = reference.samples + (forget.samples if reference_of == "retain" else 0)
 
     def ratios() -> Iterator[Tensor]:
-        return (forget.tensors[name].cpu() / reference.tensors[name].cpu() for name in chosen)
+        return (forget.tensors[name].cpu() / reference.tensors[name].cpu() for name in changeable)
 
     if variant == "assd":
         alpha = adaptive_alpha(ratios, forget.samples, full)
@@ -111,42 +125,49 @@ def dampen(
     bound = full / forget.samples if reference_of == "full" and forget.estimator.batch == 1 else None
     if bound is not None:
         check_bound(alpha, forget.samples, full)
-    factors, told = {}, []
-    for name, theta in chosen.items():
+    factors, parameters = {}, []
+    for name, theta in changeable.items():
         found = dampening(forget.tensors[name].cpu(), reference.tensors[name].cpu(), alpha, lam)
         size = theta.cpu().float().abs()
         removed = float((size[found.where].double() * (1 - found.values.double())).sum())
-        told.append(Damped(name, theta.numel(), int(found.where.sum()), float(size.double().sum()), removed))
-        if told[-1].selected:
+        parameters.append(
+            ParameterDampening(name, theta.numel(), int(found.where.sum()), float(size.double().sum()), removed)
+        )
+        if parameters[-1].selected:
             factors[name] = found
     if not factors:
         highest = max((float(r[~r.isnan()].max()) for r in ratios() if (~r.isnan()).any()), default=0.0)
         raise MethodError(f"alpha {alpha:g} selects nothing: the highest ratio is {highest:.4g}; give a smaller alpha")
     untouched = [name for name, _ in module.named_buffers() if name.endswith(("running_mean", "running_var"))]
-    return Dampening(factors, alpha, bound, told, untouched)
+    return Dampening(factors, alpha, bound, parameters, untouched)
 
 
 def check_bound(alpha: float, forget: int, full: int) -> None:
-    """Check that an alpha can select anything; of importances with batches of one, on a forget set within the full one.
+    """Check that an alpha can select anything, for batches of one and a forget set within the full one.
+
+    Args:
+        alpha: the threshold.
+        forget: the size of the forget set.
+        full: the size of the full set.
 
     Raises:
-        MethodError: when it cannot, since no ratio exceeds |D| / |D_f|.
+        MethodError: if it cannot, since no ratio exceeds |D| / |D_f|.
     """
     if alpha >= full / forget:
         raise MethodError(
-            f"alpha {alpha:g} can select nothing: {forget} of {full} samples are to be forgotten, so no weight matters "
-            f"to them more than {full / forget:.4g} times as much as to all: give ssd a smaller alpha, or more data"
+            f"alpha {alpha:g} can select nothing: {forget} of {full} samples are to be forgotten, so no weight is more "
+            f"than {full / forget:.4g} times as important for them as for all: give ssd a smaller alpha, or more data"
         )
 
 
-def _check_counts(alpha: float, forget: Data, retain: Data | None, kept: Fisher | None) -> None:
-    """Check by the numbers of samples alone, as far as they are known, that something can be selected."""
-    gone = count(forget)
-    full = kept.samples if kept is not None else None
-    if retain is not None and gone is not None and (rest := count(retain)) is not None:
-        full = gone + rest
-    if gone and full:
-        check_bound(alpha, gone, full)
+def _check_counts(alpha: float, forget: Data, retain: Data | None, saved: Fisher | None) -> None:
+    """Check by the numbers of samples, as far as they are known, that something can be selected."""
+    forgotten = count(forget)
+    full = saved.samples if saved is not None else None
+    if retain is not None and forgotten is not None and (rest := count(retain)) is not None:
+        full = forgotten + rest
+    if forgotten and full:
+        check_bound(alpha, forgotten, full)
 
 
 def check_options(
@@ -156,11 +177,11 @@ def check_options(
     if variant not in KINDS:
         raise MethodError(f"variant '{variant}': choose one of {', '.join(KINDS)}")
     if variant == "assd" and alpha is not None:
-        raise MethodError("assd finds alpha itself: leave alpha out, or use ssd")
+        raise MethodError("assd determines alpha itself: omit alpha, or use ssd")
     if alpha is not None and not alpha > 0:
-        raise MethodError(f"alpha {alpha}: give a number above 0")
+        raise MethodError(f"alpha {alpha}: give a value above 0")
     if not 0 <= lam < math.inf:
-        raise MethodError(f"lam {lam}: give a number from 0 on")
+        raise MethodError(f"lam {lam}: give a value of at least 0")
     if reference_of not in ("full", "retain"):
         raise MethodError(f"reference_of '{reference_of}': choose full or retain")
 
@@ -187,25 +208,35 @@ def importances(
     names: Sequence[str] | None = None,
     alpha: float | None = None,
 ) -> tuple[Fisher, Fisher]:
-    """F_f and F_D: measured on the forget set and the retained data, or F_D from a file; see :func:`ssd`.
+    """Measure F_f and F_D on the forget set and the retained data, or load F_D from a file; see :func:`ssd`.
 
     Args:
-        alpha: of the selection that follows; nothing is measured when the numbers of samples alone show that it selects
+        model: any torch module, or a stack.
+        samples: the forget set.
+        retain: the rest of the training data.
+        importance: a saved F_D.
+        reference_of: the data of F_D.
+        variant: the variant of the method.
+        batch: samples whose mean gradient is squared.
+        order: order of samples for larger batches.
+        seed: random seed of a shuffled order.
+        names: the parameters to measure; all if None.
+        alpha: the threshold of the following selection, to fail early if the numbers of samples show that it selects
             nothing.
     """
     module = model.model if isinstance(model, Stack) else model
     check_options(variant, reference_of=reference_of)
     if (retain is None) == (importance is None):
-        raise MethodError("give either retain, the rest of the training data, or importance, what was measured on it")
+        raise MethodError("give either retain, the rest of the training data, or importance, a saved measurement on it")
     if retain is not None:
         check_disjoint(samples, retain)
     settings: Any = {"kind": KINDS[variant], "batch": batch, "order": order, "seed": seed, "names": names}
-    kept = importance if isinstance(importance, Fisher | None) else Fisher.read(importance)
+    saved = importance if isinstance(importance, Fisher | None) else Fisher.read(importance)
     if alpha is not None and variant != "assd" and reference_of == "full" and batch == 1:
-        _check_counts(alpha, samples, retain, kept)
+        _check_counts(alpha, samples, retain, saved)
     forget = fisher(module, samples, **settings)
-    if kept is not None:
-        forget.check_comparable(kept)
-        return forget, kept
+    if saved is not None:
+        forget.check_comparable(saved)
+        return forget, saved
     rest = fisher(module, retain, **settings)  # type: ignore[arg-type]
     return forget, rest.joined(forget) if reference_of == "full" else rest

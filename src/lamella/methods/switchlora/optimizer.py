@@ -1,9 +1,9 @@
-"""AdamW whose every vector has a state of its own: each row of A and column of B counts its own steps.
+"""AdamW with a separate state for each vector: each row of A and column of B has its own step count.
 
     m = b1 m + (1 - b1) g      v = b2 v + (1 - b2) g^2      p -= lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
-t is a column of numbers for A and a row for B, so that a vector whose state was reset begins with the bias correction
-of its first step. What is no such map has one t, and is plain AdamW.
+t is a column vector for A and a row vector for B, so that a vector whose state was reset starts with the bias
+correction of its first step. Other parameters have a single t, which is plain AdamW.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from torch import Tensor, nn
 
 from lamella.train import TrainConfig
 
-ROWS, COLUMNS, WHOLE = 0, 1, None  # the axis along which the vectors of a group's parameters lie
+ROWS, COLUMNS, WHOLE = 0, 1, None  # the axis of the vectors of a group's parameters
 
 
 class VectorAdamW(torch.optim.Optimizer):
-    """AdamW without weight decay.
+    """AdamW without weight decay and with step counts per vector.
 
     Args:
         groups: dictionaries with ``params``, ``lr`` and ``axis``.
-        betas, eps: as in :class:`torch.optim.AdamW`.
+        lr: learning rate.
+        betas: as in :class:`torch.optim.AdamW`.
+        eps: as in :class:`torch.optim.AdamW`.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class VectorAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
+        """Perform an optimizer step."""
         loss = None if closure is None else closure()
         for group in self.param_groups:
             first, second = group["betas"]
@@ -52,32 +55,36 @@ class VectorAdamW(torch.optim.Optimizer):
                 step = state["step"].add_(1)
                 mean = state["mean"].lerp_(parameter.grad, 1 - first)
                 square = state["square"].mul_(second).addcmul_(parameter.grad, parameter.grad, value=1 - second)
-                known = [(1 - beta ** step.double()).to(parameter.dtype) for beta in (first, second)]
-                parameter.addcdiv_(mean / known[0], (square / known[1]).sqrt_().add_(group["eps"]), value=-group["lr"])
+                corrections = [(1 - beta ** step.double()).to(parameter.dtype) for beta in (first, second)]
+                parameter.addcdiv_(
+                    mean / corrections[0], (square / corrections[1]).sqrt_().add_(group["eps"]), value=-group["lr"]
+                )
         return loss
 
 
 def _steps_shape(parameter: Tensor, axis: int | None) -> list[int]:
-    return [size if place == axis else 1 for place, size in enumerate(parameter.shape)]
+    return [size if dimension == axis else 1 for dimension, size in enumerate(parameter.shape)]
 
 
 @torch.no_grad()
-def forget(optimizer: torch.optim.Optimizer, parameter: Tensor, vectors: Tensor, axis: int) -> None:
-    """Reset the state of some vectors; nothing before their first step.
+def reset_state(optimizer: torch.optim.Optimizer, parameter: Tensor, vectors: Tensor, axis: int) -> None:
+    """Reset the state of some vectors; does nothing before their first step.
 
     Args:
-        vectors: which ones [count].
-        axis: along which they lie.
+        optimizer: the optimizer.
+        parameter: the parameter.
+        vectors: the indices of the vectors `[count]`.
+        axis: the axis along which they are indexed.
     """
     for each in optimizer.state.get(parameter, {}).values():
         each.index_fill_(axis, vectors.to(each.device), 0)
 
 
-def by_vectors(rest: float) -> Any:
-    """The optimizer factory of :func:`lamella.train.fit`.
+def per_vector(rest: float) -> Any:
+    """Return the optimizer factory for :func:`lamella.train.fit`.
 
     Args:
-        rest: the rate of what is no adapter, in that of the adapters.
+        rest: the learning rate of other parameters, relative to that of the adapters.
     """
     return partial(_optimizer, rest=rest)
 

@@ -1,4 +1,4 @@
-"""What a run says: its losses, and over how many directions the updates are spread."""
+"""Report of a run: its losses, and the spectrum of the updates."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from lamella.results.page import curves
 
 
 def summary(evidence: Evidence) -> Summary:
-    """The same as of any training, with the ranks of the updates."""
-    told, found = Trained.summary(evidence), evidence.findings
+    """Return the summary of a training, with the ranks of the updates."""
+    base, found = Trained.summary(evidence), evidence.findings
     kinds: dict[str, list[dict[str, float]]] = {}
     for name, update in found["updates"].items():
         kinds.setdefault(name.rpartition(".")[2], []).append(update)
@@ -18,15 +18,15 @@ def summary(evidence: Evidence) -> Summary:
         [kind, min(each["rank"] for each in updates), _mean(updates, "rank"), _mean(updates, "beyond")]
         for kind, updates in kinds.items()
     ]
-    columns = ["linear maps", "least rank", "mean rank", f"share beyond the first {found['r']}"]
-    return Summary(told.verdict, [*told.tables, Table("Updates", columns, rows)], told.lines)
+    columns = ["linear layers", "minimum rank", "mean rank", f"fraction beyond the first {found['r']}"]
+    return Summary(base.verdict, [*base.tables, Table("Updates", columns, rows)], base.lines)
 
 
 def figures(evidence: Evidence) -> list[Figure]:
-    """Losses, and the mean spectrum of the updates."""
+    """Plot losses, and the mean spectrum of the updates."""
     spectrum = {"updates": evidence.findings["spectrum"]}
-    place = "singular values from the first to the last, in 32nds"
-    return [curves(evidence), Lines(place, "singular value over the largest", spectrum)]
+    label = "index of the singular value, from the first (0) to the last (32)"
+    return [curves(evidence), Lines(label, "singular value relative to the largest", spectrum)]
 
 
 def _mean(updates: list[dict[str, float]], name: str) -> float:

@@ -1,12 +1,12 @@
-"""What is exchanged: the vectors of a low-rank map, with a pool of spare ones, without a change of what is computed.
+"""The exchange of vectors of a low-rank adapter with a pool, without a change of the computed function.
 
     E = W + c B A            c = 1/r        A [r, in], B [out, r], W frozen
-    row i of A is exchanged:     W <- W + c B[:, i] (A[i] - new)      E stays
-    column j of B is exchanged:  W <- W + c (B[:, j] - new) A[j]      E stays
+    row i of A is exchanged:     W <- W + c B[:, i] (A[i] - new)      E is unchanged
+    column j of B is exchanged:  W <- W + c (B[:, j] - new) A[j]      E is unchanged
 
-Pools hold q = min(in, out) vectors. Each place of A and B walks through its pool as on a ring, and a vector that leaves
-is stored where it came from. Its counterpart's gradient and optimizer state were of the vector that is gone: the state
-is reset, and for a few steps the counterpart does not move.
+Pools hold q = min(in, out) vectors. Each position of A and B cycles through its pool, and a vector that leaves is
+stored in its slot of the pool. The gradient and optimizer state of its counterpart belonged to the removed vector: the
+state is reset, and the counterpart is frozen for a few steps.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lamella.errors import MethodError
-from lamella.methods.switchlora.optimizer import COLUMNS, ROWS, forget
-from lamella.train import Hook, Lora, Training
+from lamella.methods.switchlora.optimizer import COLUMNS, ROWS, reset_state
+from lamella.train import Hook, Lora, TrainingRun
 from lamella.train.lora import ADAPTER
 
-GAIN = (2 / 6) ** 0.5  # of a leaky ReLU with slope sqrt 5, as Kaiming's uniform start of a linear map has it
-SLOWED = 0.3  # what is left of the first rate of exchange after the share ``descent`` of the steps
-SLOWEST = 1e-8
+GAIN = (2 / 6) ** 0.5  # of a leaky ReLU with slope sqrt 5, as in the Kaiming-uniform initialisation of a linear layer
+DECAY = 0.3  # factor of the exchange rate after the fraction ``descent`` of the steps
+MIN_DECAY = 1e-8
 POOLS = "pools.safetensors"
 
 
 @dataclass(frozen=True)
-class Frequency:
-    """How often vectors are exchanged; in each step about r / interval of every A and of every B.
+class ExchangeFrequency:
+    """How often vectors are exchanged: per step about r / interval of every A and of every B.
 
     Attributes:
-        interval: steps after which each vector was exchanged once, at the beginning.
-        descent: the share of all steps after which exchange has slowed down to three tenths.
-        freeze: steps for which the counterpart of an exchanged vector does not move.
+        interval: steps in which each vector is exchanged once, at the beginning.
+        descent: fraction of all steps after which the rate of exchange has decayed to three tenths.
+        freeze: steps for which the counterpart of an exchanged vector is frozen.
     """
 
     interval: Annotated[float, Gt(0)] = 40.0
@@ -53,19 +53,24 @@ class Frequency:
             )
 
     def share(self, step: int, steps: int) -> float:
-        """Of all vectors, how many are exchanged in a step, counted from 0, of a run of so many."""
-        return max(SLOWED ** ((step + 1) / (self.descent * steps)), SLOWEST) / self.interval
+        """Return the fraction of all vectors that are exchanged in a step.
+
+        Args:
+            step: the step, counted from 0.
+            steps: the number of steps of the run.
+        """
+        return max(DECAY ** ((step + 1) / (self.descent * steps)), MIN_DECAY) / self.interval
 
 
-class Exchange:
-    """One linear map with its pools.
+class VectorExchange:
+    """One linear layer with its pools.
 
     Args:
-        layer: peft's, whose base weight is the view's own; it is changed in place.
-        drawn: of the candidates.
+        layer: peft's layer, whose base weight is owned by the view; it is changed in place.
+        generator: the random number generator of the pools.
     """
 
-    def __init__(self, layer: Any, drawn: torch.Generator) -> None:
+    def __init__(self, layer: Any, generator: torch.Generator) -> None:
         base = layer.get_base_layer()
         self.a, self.b = (getattr(layer, f"lora_{half}")[ADAPTER].weight for half in "AB")
         self.scale: float = layer.scaling[ADAPTER]
@@ -74,7 +79,7 @@ class Exchange:
         q = min(m, n)
         spreads = ((m**0.5 * r / n**1.5) ** 0.25 * GAIN**0.5, (r / (m * n) ** 0.5) ** 0.25 * GAIN**0.5)
         self.pool_a, self.pool_b = (
-            (2 * torch.rand(q, size, generator=drawn) - 1) * 3**0.5 * spread
+            (2 * torch.rand(q, size, generator=generator) - 1) * 3**0.5 * spread
             for size, spread in zip((n, m), spreads, strict=True)
         )
         self.switches = q > r
@@ -88,18 +93,23 @@ class Exchange:
             self._fold(-self.b.float() @ self.a.float())
 
     @torch.no_grad()
-    def room(self) -> int:
-        """How many vectors of each may be exchanged now: none whose counterpart is frozen, or is exchanged too."""
+    def available(self) -> int:
+        """Return how many vectors of A and B may be exchanged now without frozen or exchanged counterparts."""
         if not self.switches:
             return 0
         r = len(self.a)
-        ahead_a = (self.next_b - int((self.frozen_a > 0).sum()) - self.next_a) % r
-        ahead_b = (self.next_a - int((self.frozen_b > 0).sum()) - self.next_b) % r
-        return min(ahead_a, ahead_b)
+        free_a = (self.next_b - int((self.frozen_a > 0).sum()) - self.next_a) % r
+        free_b = (self.next_a - int((self.frozen_b > 0).sum()) - self.next_b) % r
+        return min(free_a, free_b)
 
     @torch.no_grad()
     def switch(self, count: int, freeze: int) -> tuple[Tensor, Tensor]:
-        """Exchange ``count`` rows of A and columns of B; which ones [count], and [count]."""
+        """Exchange rows of A and columns of B, and return their indices `[count]` and `[count]`.
+
+        Args:
+            count: the number of vectors.
+            freeze: steps for which the counterparts are frozen.
+        """
         r, q = len(self.a), len(self.pool_a)
         rows, columns = ((first + torch.arange(count)) % r for first in (self.next_a, self.next_b))
         old = self.a[rows].float()
@@ -118,8 +128,8 @@ class Exchange:
         return rows, columns
 
     @torch.no_grad()
-    def hold(self) -> None:
-        """No gradient for what is frozen; one step of it is over."""
+    def freeze_gradients(self) -> None:
+        """Zero the gradients of frozen vectors, and count down their frozen steps."""
         assert self.a.grad is not None and self.b.grad is not None
         self.a.grad[self.frozen_a > 0] = 0
         self.b.grad[:, self.frozen_b > 0] = 0
@@ -127,7 +137,7 @@ class Exchange:
             frozen.sub_(1).clamp_(min=0)
 
     def state(self) -> dict[str, Tensor]:
-        """All that a run which goes on must know, beside A, B and the optimizer's state."""
+        """Return the state to save, besides A, B and the optimizer's state."""
         return {
             "weight": self._weight.detach().contiguous(),
             "pool_a": self.pool_a,
@@ -141,7 +151,7 @@ class Exchange:
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
-        """Go on from what :meth:`state` gave."""
+        """Restore a saved state."""
         for name, tensor in self.state().items():
             if name not in ("weight", "next"):
                 tensor.copy_(state[name])
@@ -149,64 +159,74 @@ class Exchange:
         self.next_a, self.next_b = state["next"].tolist()
 
     def _fold(self, product: Tensor) -> None:
-        """Add c times a product [out, in] to W in float32, rounded once."""
+        """Add c times a product `[out, in]` to W in float32, rounded once."""
         self._weight.copy_(self._weight.float() + self.scale * product)
 
     @staticmethod
-    def _store(pool: Tensor, slots: Tensor, places: Tensor, old: Tensor, targets: Tensor) -> None:
-        """Put vectors back into their slots, and let their places point at the next ones."""
-        pool[slots[places]] = old.to(pool)
-        slots[places] = targets
+    def _store(pool: Tensor, slots: Tensor, positions: Tensor, old: Tensor, targets: Tensor) -> None:
+        """Store vectors in their slots, and let their positions point to the next slots."""
+        pool[slots[positions]] = old.to(pool)
+        slots[positions] = targets
 
 
-class Switching(Hook):
-    """Exchanges vectors of a view's adapters, a few in every step, between the gradients and the update.
+class SwitchHook(Hook):
+    """Exchanges a few vectors of a view's adapters in every step, between the gradients and the update.
 
     Args:
-        lora: fresh adapters; all of their linear maps get pools, and the weights beside them change.
-        frequency: how often.
-        steps: of the whole run.
-        seed: of the pools, and of how many are exchanged in each step.
+        lora: new adapters; all of their linear layers get pools, and their base weights change.
+        frequency: how often vectors are exchanged.
+        steps: the number of steps of the run.
+        seed: random seed of the pools, and of the number of exchanges per step.
 
     Attributes:
-        exchanges: by the name of the linear map.
+        exchanges: by the name of the linear layer.
     """
 
-    def __init__(self, lora: Lora, frequency: Frequency, steps: int, seed: int) -> None:
-        drawn = torch.Generator().manual_seed(seed)
-        self.exchanges = {name: Exchange(lora.view.get_submodule(name), drawn) for name in lora.modules}
+    def __init__(self, lora: Lora, frequency: ExchangeFrequency, steps: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.exchanges = {name: VectorExchange(lora.view.get_submodule(name), generator) for name in lora.modules}
         self.frequency, self.steps, self.seed = frequency, steps, seed
 
     @property
-    def still(self) -> list[str]:
-        """The linear maps of which nothing is ever exchanged, since they are no wider than the rank."""
+    def unswitched(self) -> list[str]:
+        """The linear layers whose vectors are never exchanged, since they are not larger than the rank."""
         return [name for name, each in self.exchanges.items() if not each.switches]
 
-    def before_update(self, run: Training) -> None:
-        drawn = torch.Generator().manual_seed(self.seed * 1_000_003 + run.step)  # the same in every process
+    def before_update(self, run: TrainingRun) -> None:
+        """Exchange vectors and freeze their counterparts."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + run.step)  # identical in every process
         share = self.frequency.share(run.step, self.steps)
         exchanged = 0
         for each in self.exchanges.values():
-            if each.a.grad is None:  # it did not run in this step
+            if each.a.grad is None:  # not used in this step
                 continue
-            wanted = len(each.a) * share
-            count = min(int(wanted) + int(torch.rand((), generator=drawn) < wanted % 1), each.room())
+            expected = len(each.a) * share
+            count = min(int(expected) + int(torch.rand((), generator=generator) < expected % 1), each.available())
             if count:
                 self.reset(run.optimizer, each, *each.switch(count, self.frequency.freeze))
-            each.hold()
+            each.freeze_gradients()
             exchanged += count
         run.note("exchanged", torch.tensor(exchanged / len(self.exchanges)))
 
-    def reset(self, optimizer: torch.optim.Optimizer, one: Exchange, rows: Tensor, columns: Tensor) -> None:
-        """Forget the state of the counterparts; what came in keeps that of its place, since they have not changed."""
-        forget(optimizer, one.b, rows, COLUMNS)
-        forget(optimizer, one.a, columns, ROWS)
+    def reset(self, optimizer: torch.optim.Optimizer, one: VectorExchange, rows: Tensor, columns: Tensor) -> None:
+        """Reset the state of the counterparts; new vectors keep the state of their position.
+
+        Args:
+            optimizer: the optimizer.
+            one: the linear layer.
+            rows: the exchanged rows of A.
+            columns: the exchanged columns of B.
+        """
+        reset_state(optimizer, one.b, rows, COLUMNS)
+        reset_state(optimizer, one.a, columns, ROWS)
 
     def save(self, folder: Path) -> None:
+        """Save the state of all exchanges in a checkpoint folder."""
         tensors = {f"{name}/{key}": each for name, one in self.exchanges.items() for key, each in one.state().items()}
         save_file(tensors, folder / POOLS)
 
     def load(self, folder: Path) -> None:
+        """Load the state of all exchanges from a checkpoint folder."""
         tensors = load_file(folder / POOLS)
         for name, each in self.exchanges.items():
             each.load({key: tensors[f"{name}/{key}"] for key in each.state()})

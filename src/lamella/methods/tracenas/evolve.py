@@ -1,11 +1,11 @@
-"""Evolution of shapes: which layers stay, and how wide each part of them is.
+"""Evolution of shapes: which layers to keep, and the width of each part of them.
 
     elites, unchanged      the best so far
-    children               two elites: a stretch of layers from one and the rest from the other, widths in between;
-                           then sometimes a layer flips, and sometimes all widths shake
-    immigrants             fresh samples, for what children cannot fill, so that diversity never dies
+    children               of two elites: a range of layers from one and the rest from the other, interpolated widths;
+                           then sometimes a layer is flipped, and sometimes all widths are perturbed
+    immigrants             new samples, if no allowed child is found, which maintains diversity
 
-A score is asked once for each shape. Shapes that are not allowed are never scored.
+Each shape is scored once. Shapes that are not allowed are never scored.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-TRIES = 20  # for one child that is allowed, before an immigrant takes its place
+TRIES = 20  # attempts per allowed child, before an immigrant replaces it
 
 
 @dataclass(frozen=True)
 class Genome:
-    """One shape before it is rounded to what a model can have.
+    """One shape before it is rounded to one that the model can have.
 
     Attributes:
-        keep: whether each layer stays [layers] bool.
-        width: how much of each part of each layer stays, as shares [layers, parts].
+        keep: whether each layer is kept `[layers]`, bool.
+        width: the fraction of each part of each layer that is kept `[layers, parts]`.
     """
 
     keep: np.ndarray
@@ -34,13 +34,14 @@ class Genome:
 
 @dataclass(frozen=True)
 class Breeding:
-    """How children come about.
+    """Settings of the reproduction.
 
     Attributes:
-        low, high: the limits of the widths [parts].
-        crossover: how likely a child has two parents.
-        mutate_depth: how likely a child's layers mutate; see :func:`flip`.
-        mutate_width: how likely a child's widths mutate: each is multiplied by 1 + N(0, jitter).
+        low, high: the limits of the widths `[parts]`.
+        crossover: probability that a child has two parents.
+        mutate_depth: probability that a child's layers mutate; see :func:`flip`.
+        mutate_width: probability that a child's widths mutate: each is multiplied by 1 + N(0, jitter).
+        jitter: standard deviation of the mutation of widths.
     """
 
     low: np.ndarray
@@ -51,7 +52,13 @@ class Breeding:
     jitter: float = 0.1
 
     def child(self, parents: Sequence[Genome], rng: np.random.Generator) -> Genome:
-        a, b = (parents[int(place)] for place in rng.integers(0, len(parents), 2))
+        """Create a child of two random parents.
+
+        Args:
+            parents: the elites.
+            rng: the random number generator.
+        """
+        a, b = (parents[int(index)] for index in rng.integers(0, len(parents), 2))
         keep, width = a.keep, a.width
         if rng.random() < self.crossover:
             keep, width = cross_depth(a.keep, b.keep, rng), cross_width(a.width, b.width, rng)
@@ -63,7 +70,13 @@ class Breeding:
 
 
 def cross_depth(a: np.ndarray, b: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The layers of ``b`` with one stretch of ``a``'s in their place [layers]."""
+    """Return the layers of ``b`` with one range replaced by that of ``a`` `[layers]`.
+
+    Args:
+        a: layers kept by one parent.
+        b: layers kept by the other parent.
+        rng: the random number generator.
+    """
     start, stop = np.sort(rng.integers(0, len(a) + 1, 2))
     child = b.copy()
     child[start:stop] = a[start:stop]
@@ -71,20 +84,36 @@ def cross_depth(a: np.ndarray, b: np.ndarray, rng: np.random.Generator) -> np.nd
 
 
 def cross_width(a: np.ndarray, b: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Widths between those of both parents, each at a place of its own [layers, parts]."""
-    place = rng.random(a.shape)
-    return place * a + (1 - place) * b
+    """Return random interpolations of the widths of both parents, independent for each part `[layers, parts]`.
+
+    Args:
+        a: widths of one parent.
+        b: widths of the other parent.
+        rng: the random number generator.
+    """
+    index = rng.random(a.shape)
+    return index * a + (1 - index) * b
 
 
 def flip(keep: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The same layers but one, and each other with a chance of one in all [layers]."""
+    """Flip one random layer, and each other with a probability of 1 / layers `[layers]`.
+
+    Args:
+        keep: the kept layers.
+        rng: the random number generator.
+    """
     flips = rng.random(len(keep)) < 1 / len(keep)
     flips[rng.integers(len(keep))] = True
     return keep ^ flips
 
 
-class Scored(NamedTuple):
-    """One evaluation: the shape and its score; larger is better."""
+class ScoredShape(NamedTuple):
+    """One evaluation.
+
+    Attributes:
+        genome: the shape.
+        score: its score; larger is better.
+    """
 
     genome: Genome
     score: float
@@ -101,32 +130,34 @@ def evolve(
     elites: int = 10,
     iterations: int = 50,
     seed: int = 0,
-) -> Iterator[Scored]:
-    """Evolve shapes; yields every evaluation as it is made.
+) -> Iterator[ScoredShape]:
+    """Evolve shapes; yields every evaluation when it is made.
 
     Args:
         sample: draws an allowed genome.
         allowed: whether a genome is within the budget.
-        score: what to maximise; NaN is the worst.
-        breeding: how children come about.
-        key: what two genomes share when they are the same shape.
-        population, elites, iterations: individuals of a generation, how many go on unchanged, and generations.
-        seed: of everything that is drawn.
+        score: the objective to maximise; NaN is the worst.
+        breeding: settings of the reproduction.
+        key: equal for genomes of the same shape.
+        population: individuals per generation.
+        elites: individuals that are kept unchanged.
+        iterations: number of generations.
+        seed: random seed.
     """
     rng = np.random.default_rng(seed)
-    known: dict[Hashable, float] = {}
+    scores: dict[Hashable, float] = {}
     current = [sample(rng) for _ in range(population)]
     for _ in range(iterations):
         for genome in current:
             name = key(genome)
-            if name not in known:
+            if name not in scores:
                 value = score(genome)
-                known[name] = -np.inf if np.isnan(value) else value
-                yield Scored(genome, known[name])
+                scores[name] = -np.inf if np.isnan(value) else value
+                yield ScoredShape(genome, scores[name])
         distinct: dict[Hashable, Genome] = {}
         for genome in current:
             distinct.setdefault(key(genome), genome)
-        best = sorted(distinct, key=lambda name: known[name], reverse=True)[:elites]
+        best = sorted(distinct, key=lambda name: scores[name], reverse=True)[:elites]
         parents = [distinct[name] for name in best]
         current = list(parents)
         while len(current) < population:

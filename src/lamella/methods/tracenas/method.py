@@ -1,14 +1,14 @@
-"""TraceNAS: search the shape whose gradient still points where the original's does, before any training.
+"""TraceNAS: search for the shape whose gradients agree best with the original's, before any training.
 
 Malettira et al., "TraceNAS: Zero-shot LLM Pruning via Gradient Trace Correlation", arXiv 2602.02891.
 
-    shape      which layers stay; how many heads and MLP channels each of them keeps
+    shape      which layers are kept, and the number of heads and MLP channels in each of them
     g          per sublayer, the gradient of adapters that are never trained, on one fixed batch
-    rho        Pearson correlation of g with and without the cut, per sublayer
-    Phi        sum over sublayers that stay of (share that is kept) * rho    evolution maximises it within the budget
+    rho        Pearson correlation of g with and without the pruning, per sublayer
+    Phi        sum over kept sublayers of (fraction kept) * rho    evolution maximises it within the budget
 
-Phi is a sum, so it compares shapes of about one size alone: nothing outside the window of parameters is ever scored.
-What is found is made to be trained: :func:`recover` is the paper's continued pre-training.
+Phi is a sum, so it only compares shapes of similar size: nothing outside the window of parameters is ever scored. The
+resulting shape is meant to be trained: :func:`recover` is the paper's continued pre-training.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from lamella.errors import MethodError
 from lamella.evaluate import FidelityTest
 from lamella.files import Work
 from lamella.measure import describe
-from lamella.methods.tracenas.evolve import Breeding, Genome, Scored, evolve
-from lamella.methods.tracenas.space import Space
+from lamella.methods.tracenas.evolve import Breeding, Genome, ScoredShape, evolve
+from lamella.methods.tracenas.space import SearchSpace
 from lamella.methods.tracenas.traces import GradientTraces, Traces, cosine, pearson
 from lamella.plan import ModelReference, Plan, PlanSeries, Point, materialise
 from lamella.progress import tracker
@@ -50,19 +50,20 @@ TRAINING = TrainConfig(steps=400, lr=1e-4, schedule="wsd")
 def phi(
     base: Traces, cut: Traces, shares: np.ndarray, agreement: Agreement = "pearson", weighted: bool = True
 ) -> float:
-    """How well a cut's gradients agree with the original's; larger is better, within one size.
+    """Return the agreement of a pruned shape's gradients with the original's; compare shapes of equal size only.
 
     Args:
-        base, cut: the traces of the model and of a cut of it.
-        shares: what the cut keeps of each sublayer [layers, 2].
-        agreement: ``pearson`` as in the paper, or ``cosine`` or ``dot``, which its ablation finds worse.
-        weighted: weigh each sublayer by what it keeps.
+        base: the traces of the model.
+        cut: the traces of the pruned shape.
+        shares: the fraction of each sublayer that is kept `[layers, 2]`.
+        agreement: ``pearson`` as in the paper, or ``cosine`` or ``dot``, which are worse in its ablation.
+        weighted: weight each sublayer by the fraction that is kept.
     """
     agree = AGREEMENTS[agreement]
     total = 0.0
     for position, trace in cut.sublayers.items():
-        kept = float(shares[position.layer, ("attn", "mlp").index(position.sublayer)])
-        total += (kept if weighted else 1.0) * agree(base.sublayers[position], trace)
+        fraction = float(shares[position.layer, ("attn", "mlp").index(position.sublayer)])
+        total += (fraction if weighted else 1.0) * agree(base.sublayers[position], trace)
     return total
 
 
@@ -75,25 +76,25 @@ def recover(
     config: TrainConfig = TRAINING,
     work: Work = Work(),
 ) -> Healed:
-    """Continued pre-training of the smaller model: all parameters, the loss of causal language models, no teacher.
+    """Continue pre-training of the pruned model: all parameters, the causal language modelling loss, no teacher.
 
     Args:
         stack: the original; it is not changed.
         plan: a plan of whole layers and widths for it.
-        train: text, as :func:`lamella.train.blocks` makes it.
-        config: of the training; 5 000 steps of 1 024 sequences in the authors' script. Its ``wsd`` is theirs: 5 % of
-            the steps warm up, 65 % stay at the highest rate, 30 % decay.
-        work: where an interrupted run goes on from.
+        train: text, as blocks from :func:`lamella.train.blocks`.
+        config: settings of the training; the authors' script has 5 000 steps of 1 024 sequences. Its ``wsd`` schedule
+            is theirs: 5 % of the steps are warm-up, 65 % have the highest rate, 30 % decay.
+        work: the directory from which an interrupted run resumes.
 
     Returns:
-        The smaller model, which is an ordinary one, with a plan that runs all of it.
+        The pruned model, which is an ordinary one, with a plan that runs all of it.
     """
-    out = work.place()
+    out = work.directory()
     smaller = materialise(stack, plan)
     own(smaller.model)
-    config = config.lasting(len(train))
+    config = config.with_steps(len(train))
     if config.schedule == "wsd":
-        config = config.following(config.shaped(partial(warmup_stable_decay, warmup=0.05, anneal=0.7)))
+        config = config.with_schedule(config.shaped(partial(warmup_stable_decay, warmup=0.05, anneal=0.7)))
     log = fit(
         smaller.model,
         train,
@@ -113,16 +114,16 @@ Share = Annotated[float, Gt(0), Le(1)]
 
 @dataclass(frozen=True)
 class Shapes:
-    """Which shapes there are to search.
+    """The shapes to search.
 
     Attributes:
-        params: the share of all parameters to keep.
-        tolerance: how far from it a shape may be.
-        min_layers: layers that stay at least; 85 % when left out, as in the paper.
-        attn: the least and the largest share of query heads in a layer. Key-value heads stay where several queries
-            share them.
-        mlp: the least and the largest share of channels.
-        multiple: channels are multiples of this, or of an eighth of the axis where that is less.
+        params: the fraction of all parameters to keep.
+        tolerance: maximum relative deviation of a shape from it.
+        min_layers: minimum number of layers; 85 % if omitted, as in the paper.
+        attn: minimum and maximum fraction of query heads per layer. Key-value heads that are shared by several query
+            heads are kept.
+        mlp: minimum and maximum fraction of channels.
+        multiple: channels are multiples of this, or of an eighth of the axis if that is smaller.
     """
 
     params: Annotated[float, Gt(0), Lt(1)] = 0.6
@@ -132,26 +133,26 @@ class Shapes:
     mlp: tuple[Share, Share] = (0.4, 1.0)
     multiple: Annotated[int, Ge(1)] = 32
 
-    def of(self, stack: Stack) -> Space:
-        """The space of a model."""
+    def of(self, stack: Stack) -> SearchSpace:
+        """Return the search space of a model."""
         sizes = {"attn": self.attn, "mlp": self.mlp, "multiple": self.multiple}
-        return Space.of(stack, params=self.params, tolerance=self.tolerance, least=self.min_layers, **sizes)  # type: ignore[arg-type]
+        return SearchSpace.of(stack, params=self.params, tolerance=self.tolerance, min_layers=self.min_layers, **sizes)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
-class Evolution:
-    """How shapes are searched; the authors' numbers.
+class ShapeSearch:
+    """Settings of the evolutionary search; the defaults are the authors'.
 
     Attributes:
-        population: individuals of a generation.
-        elites: how many of them go on unchanged.
-        iterations: generations.
-        crossover: how likely a child has two parents.
-        mutate_depth: how likely it flips a layer.
-        mutate_width: how likely it shakes its widths.
+        population: individuals per generation.
+        elites: individuals that are kept unchanged.
+        iterations: number of generations.
+        crossover: probability that a child has two parents.
+        mutate_depth: probability that its layers are flipped.
+        mutate_width: probability that its widths are perturbed.
 
     Raises:
-        MethodError: for a population that is no larger than its elites.
+        MethodError: for a population that is not larger than its elites.
     """
 
     population: Annotated[int, Ge(2)] = 30
@@ -167,11 +168,12 @@ class Evolution:
 
     @property
     def odds(self) -> tuple[float, float, float]:
+        """The probabilities of crossover, depth mutation and width mutation."""
         return self.crossover, self.mutate_depth, self.mutate_width
 
     @property
     def scored(self) -> int:
-        """How many shapes are scored at most."""
+        """The maximum number of shapes that are scored."""
         return self.population + (self.iterations - 1) * (self.population - self.elites)
 
 
@@ -188,7 +190,7 @@ def tracenas(
     calibration: Text,
     *,
     shapes: Shapes = Shapes(),
-    evolution: Evolution = Evolution(),
+    evolution: ShapeSearch = ShapeSearch(),
     agreement: Agreement = "pearson",
     weighted: bool = True,
     prior: Prior = "importance",
@@ -197,49 +199,49 @@ def tracenas(
     seed: int = 42,
     work: Work = Work(),
 ) -> PlanSeries:
-    """Search layers, heads and MLP channels together for the shape whose gradients agree with the original's.
+    """Search layers, heads and MLP channels together for the shape whose gradients agree best with the original's.
 
     Args:
         stack: the opened model.
-        calibration: text, or token ids [sequences, time], alone or with an attention mask; the paper: 16 x 4 096. The
-            same for all shapes.
-        shapes: which shapes there are to search.
-        evolution: how they are searched.
-        agreement: of gradients: ``pearson``, ``cosine`` or ``dot``.
-        weighted: weigh each sublayer by what it keeps.
-        prior: first shapes are wider where weights times inputs are large (``importance``), or ``uniform``.
-        rank: of the adapters.
-        batch: sequences in one pass; gradients are means over passes.
-        seed: of the adapters and of the evolution.
-        work: where an interrupted search goes on from.
+        calibration: text, or token ids `[sequences, time]`, alone or with an attention mask; the paper uses 16 x 4 096.
+            The same for all shapes.
+        shapes: the shapes to search.
+        evolution: settings of the evolutionary search.
+        agreement: measure of agreement of gradients: ``pearson``, ``cosine`` or ``dot``.
+        weighted: weight each sublayer by the fraction that is kept.
+        prior: initial shapes are wider where weights times inputs are large (``importance``), or ``uniform``.
+        rank: rank of the adapters.
+        batch: sequences per pass; gradients are means over passes.
+        seed: random seed of the adapters and of the evolution.
+        work: the directory from which an interrupted search resumes.
 
     Returns:
-        The whole model and the best shape, with its Phi. The provenance has the ten best, what the best keeps of each
-        layer, and how far it is from the original before any training, on the test split of a text.
+        The whole model and the best shape, with its Phi. The provenance contains the ten best, the widths of each layer
+        of the best, and its fidelity to the original before any training, on the test split of a text.
 
     Raises:
-        BudgetError: when no shape meets the budget; the message says what can be had.
-        MethodError: for more layers or wider shares than there are.
+        BudgetError: if no shape meets the budget; the message contains the possible range.
+        MethodError: for more layers or larger fractions than there are.
     """
     space = shapes.of(stack)
     traces = GradientTraces(stack, calibration, rank=rank, batch=batch, seed=seed)
     model = ModelReference.of(stack)
     measure = {"agreement": agreement, "weighted": weighted, "rank": rank, "batch": batch, "seed": seed}
     header = {"model": model.model_dump(), "calibration": describe(calibration), **measure}
-    known = Memo(work.journal("tracenas"), header)
+    memo = Memo(work.journal("tracenas"), header)
 
     def score(genome: Genome) -> float:
         cut = space.cut(genome)
         name = str([list(each) for each in cut])
-        if name not in known:
+        if name not in memo:
             point = space.point(cut, traces.saliency)
             plan = Plan(model=model, drop=point.drop, width=point.width)
-            known[name] = phi(traces.base, traces.of(plan), space.shares(cut), agreement, weighted)
-        return known[name]
+            memo[name] = phi(traces.base, traces.of(plan), space.shares(cut), agreement, weighted)
+        return memo[name]
 
     order = traces.saliency.sublayers if prior == "importance" else np.zeros((len(stack), 2))
     breeding = Breeding(space.low, space.high, *evolution.odds)
-    found: list[Scored] = []
+    evaluated: list[ScoredShape] = []
     with tracker("tracenas: scoring shapes", evolution.scored) as count:
         for scored in evolve(
             lambda rng: space.sample(rng, order),
@@ -252,11 +254,11 @@ def tracenas(
             iterations=evolution.iterations,
             seed=seed,
         ):
-            found.append(scored)
-            count(note=f"Phi {max(each.score for each in found):.3f}")
+            evaluated.append(scored)
+            count(note=f"Phi {max(each.score for each in evaluated):.3f}")
 
-    ranked = sorted(found, key=lambda each: each.score, reverse=True)[:10]
-    told = [
+    ranked = sorted(evaluated, key=lambda each: each.score, reverse=True)[:10]
+    best_ten = [
         {
             "phi": each.score,
             "parameters": space.parameters(space.cut(each.genome)),
@@ -270,10 +272,12 @@ def tracenas(
     whole = Point(
         scores={
             "phi": 2.0 * len(stack),
-            "parameters": float(space.count([space.whole] * len(stack), space.whole.stream)),
+            "parameters": float(space.count([space.whole] * len(stack), space.whole.hidden)),
         }
     )
-    series = PlanSeries(model=model, points=[whole, winner], provenance={"evaluations": len(found), "best": told})
+    series = PlanSeries(
+        model=model, points=[whole, winner], provenance={"evaluations": len(evaluated), "best": best_ten}
+    )
     series.provenance["shape"] = [
         {"layer": layer, "kept": keep, "heads": heads, "channels": channels}
         for layer, (keep, heads, channels) in enumerate(zip(*best, strict=True))

@@ -1,13 +1,13 @@
-"""Which way the loss pulls at each sublayer, with and without a cut: gradients of adapters that are never trained.
+"""Gradient traces of each sublayer with and without pruning: gradients of adapters that are never trained.
 
-TraceNAS (arXiv 2602.02891) asks whether a smaller model's gradient still points where the original's does:
+TraceNAS (arXiv 2602.02891) measures whether the gradient of a pruned model agrees with that of the original:
 
-    adapter        y = W x + s B A x             A [rank, in] drawn once, B [out, rank] = 0
+    adapter        y = W x + s B A x             A [rank, in] random, B [out, rank] = 0
     its gradient   dL/dA = 0                     dL/dB = s sum over tokens (dL/dy) (A x)^T = s (dL/dW) A^T
 
-Since B is 0, an adapter changes nothing, so none is attached: hooks note A x on the way forward and dL/dy on the way
-back. A cut is tried out by masking activations, which computes what masked weights would; no weight is ever touched,
-and no gradient of a weight is ever computed. Adapters are not masked: a trace has one length, whatever is cut.
+Since B is 0, an adapter has no effect, so none is attached: hooks record A x in the forward pass and dL/dy in the
+backward pass. Pruning is simulated by masking activations, which is equivalent to masking weights; weights are not
+changed, and their gradients are not computed. Adapters are not masked, so all traces have the same length.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lamella.errors import ArchitectureError, NumericsError, PlanError
-from lamella.measure.streams import Tokens, sequences
+from lamella.measure.hidden_states import Tokens, sequences
 from lamella.plan import Plan
 from lamella.stack import Context, Position, Stack, cuttable, share
 from lamella.stack.wiring import Part
 
-CHUNK = 1024  # positions whose logits are held at once
+CHUNK = 1024  # positions per chunk of logits
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Traces:
     """The gradients of one model on one batch.
 
     Attributes:
-        sublayers: by sublayer that runs, the gradient of all its adapters, flat [numbers].
+        sublayers: for each sublayer that runs, the flattened gradient of all its adapters `[values]`.
         loss: in nats per token.
     """
 
@@ -46,12 +46,12 @@ class Traces:
 
 @dataclass(frozen=True)
 class Saliency:
-    """How much each structure matters by its weights and inputs: |W| times the norm of what it reads (Wanda).
+    """The importance of each structure by weights and inputs: |W| times the norm of the input (Wanda).
 
     Attributes:
-        heads: the sum over the head's columns of the attention's output projection [layers, heads].
-        channels: the column of the MLP's output projection [layers, channels].
-        sublayers: the mean over all weights of the sublayer [layers, 2].
+        heads: the sum over the head's columns of the attention's output projection `[layers, heads]`.
+        channels: the column of the MLP's output projection `[layers, channels]`.
+        sublayers: the mean over all weights of the sublayer `[layers, 2]`.
     """
 
     heads: np.ndarray
@@ -61,42 +61,44 @@ class Saliency:
 
 @dataclass
 class _Projection:
-    """One linear map of one layer, its adapter's A [rank, in], and what a pass leaves here."""
+    """One linear layer, its adapter's A [rank, in], and the recordings of a pass."""
 
     module: nn.Module
     part: Part
     a: Tensor
-    keep: dict[str, Tensor] = field(default_factory=dict)  # by axis: 1 what stays, 0 what goes
+    keep: dict[str, Tensor] = field(default_factory=dict)  # by axis: 1 for kept, 0 for pruned
     gradient: Tensor | None = None
-    squares: Tensor | None = None  # of its inputs, summed over tokens, while they are collected
-    real: Tensor | None = None  # which of the tokens are no padding [batch, time] bool
+    squares: Tensor | None = None  # sums of squared inputs over tokens, while collected
+    token_mask: Tensor | None = None  # mask of non-padding tokens [batch, time], bool
 
     @classmethod
     def on(cls, layer: nn.Module, part: Part, rank: int, generator: torch.Generator) -> _Projection:
-        """The projection of a layer, with its A drawn and its hooks in place."""
+        """Create the projection of a layer with a random A, and register its hooks."""
         module: Any = layer.get_submodule(part.path)
-        like, length = module.weight, module.weight.shape[int(isinstance(module, nn.Linear))]
-        drawn = (2 * torch.rand(rank, length, generator=generator) - 1) / length**0.5
-        projection = cls(module, part, drawn.to(like))
-        module.register_forward_pre_hook(projection.read)
-        module.register_forward_hook(projection.wrote)
+        weight, length = module.weight, module.weight.shape[int(isinstance(module, nn.Linear))]
+        matrix = (2 * torch.rand(rank, length, generator=generator) - 1) / length**0.5
+        projection = cls(module, part, matrix.to(weight))
+        module.register_forward_pre_hook(projection.on_input)
+        module.register_forward_hook(projection.on_output)
         return projection
 
     @property
     def weight(self) -> Tensor:
-        """[out, in]."""
+        """The weight matrix `[out, in]`."""
         weight: Any = self.module.weight
         return weight.detach() if isinstance(self.module, nn.Linear) else weight.detach().T
 
-    def read(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def on_input(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Record A x, and mask the inputs."""
         x = args[0].detach()
         self._low = x.flatten(0, -2) @ self.a.T
         if self.squares is not None:
-            self.squares += x[self.real].float().square().sum(0)
+            self.squares += x[self.token_mask].float().square().sum(0)
         mask = self.keep.get(self.part.reads or "")
         return args if mask is None else (args[0] * mask, *args[1:])
 
-    def wrote(self, module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+    def on_output(self, module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        """Mask the outputs, and record their gradient in the backward pass."""
         if any(axis in self.keep for axis in self.part.writes):
             size = y.shape[-1] // len(self.part.writes)
             ones = torch.ones(size, dtype=y.dtype, device=y.device)
@@ -111,18 +113,18 @@ class _Projection:
 
 
 class GradientTraces:
-    """Traces of a model, and of cuts of it, on the same tokens with the same adapters.
+    """Traces of a model and of its prunings, on the same tokens with the same adapters.
 
     Args:
-        stack: the opened model; nothing is written to it.
-        tokens: token ids [sequences, time], or them with an attention mask.
-        rank: of the adapters; 64 in the authors' script. Ranks are compared in the paper's appendix.
+        stack: the opened model; it is not modified.
+        tokens: token ids `[sequences, time]`, or a dictionary with an attention mask.
+        rank: rank of the adapters; 64 in the authors' script. The paper's appendix compares ranks.
         alpha: s is alpha / rank.
-        batch: sequences in one pass; the trace is the mean over passes, so it is part of the definition.
-        seed: of A, Kaiming-uniform as in adapters that are trained.
+        batch: sequences per pass; the trace is the mean over passes, so it is part of the definition.
+        seed: random seed of A, which is Kaiming-uniform as in trained adapters.
 
     Raises:
-        ArchitectureError: for a family whose widths are not known, or a model that was cut before.
+        ArchitectureError: for a family whose widths are unknown, or a model that is already pruned.
         CalibrationError: for tokens of the wrong shape.
     """
 
@@ -131,7 +133,7 @@ class GradientTraces:
     ) -> None:
         if not stack.architecture.cuttable or stack.dropped or stack.is_altered:
             raise ArchitectureError(
-                f"{stack.name}: gradient traces know uncut models of these families: {', '.join(cuttable())}"
+                f"{stack.name}: gradient traces support unpruned models of these families: {', '.join(cuttable())}"
             )
         self.stack, self.scale = Stack(share(stack.model).eval(), name=stack.name), alpha / rank
         self.sizes = stack.architecture.sizes_of(stack.config)
@@ -139,8 +141,8 @@ class GradientTraces:
         self.projections: dict[Position, list[_Projection]] = {}
         for position in stack.positions:
             layer, parts = self.stack.layers[position.layer], stack.architecture.wiring.sublayers[position.sublayer]
-            maps = [part for part in parts if part.reads is not None]
-            self.projections[position] = [_Projection.on(layer, part, rank, generator) for part in maps]
+            linear = [part for part in parts if part.reads is not None]
+            self.projections[position] = [_Projection.on(layer, part, rank, generator) for part in linear]
         rows = sequences(tokens)
         self.batches = [
             {name: torch.cat([row[name] for row in rows[start : start + batch]]) for name in rows[0]}
@@ -149,49 +151,49 @@ class GradientTraces:
 
     @cached_property
     def _contexts(self) -> list[tuple[Context, Tensor]]:
-        """Every batch at the first layer, with the token that follows each position, -100 where none does."""
+        """Every batch at the first layer, with the next token of each position, -100 if there is none."""
         found = []
         for batch in self.batches:
             context = self.stack.context({name: value.to(self.stack.device) for name, value in batch.items()})
             ids = batch["input_ids"].to(self.stack.device)
-            following = torch.where(context.real[:, 1:] & context.real[:, :-1], ids[:, 1:], -100)
-            found.append((context, following))
+            next_tokens = torch.where(context.real[:, 1:] & context.real[:, :-1], ids[:, 1:], -100)
+            found.append((context, next_tokens))
         return found
 
     @cached_property
     def _whole(self) -> tuple[Traces, Saliency]:
-        for projection in self._everywhere:
+        for projection in self._all_projections:
             projection.squares = torch.zeros(projection.a.shape[1], device=projection.a.device)
         traces = self._traces(frozenset())
         saliency = self._saliency()
-        for projection in self._everywhere:
+        for projection in self._all_projections:
             projection.squares = None
         return traces, saliency
 
     @property
-    def _everywhere(self) -> list[_Projection]:
+    def _all_projections(self) -> list[_Projection]:
         return [projection for projections in self.projections.values() for projection in projections]
 
     @property
     def base(self) -> Traces:
-        """The traces of the whole model: the anchor."""
+        """The traces of the whole model."""
         return self._whole[0]
 
     @property
     def saliency(self) -> Saliency:
-        """What the anchor's pass says of heads, channels and sublayers."""
+        """The saliency of heads, channels and sublayers of the whole model."""
         return self._whole[1]
 
     def of(self, plan: Plan) -> Traces:
-        """The traces of the model under a plan of whole layers, heads and MLP channels.
+        """Return the traces of the model under a plan of whole layers, heads and MLP channels.
 
         Raises:
-            PlanError: for a plan that does something else.
+            PlanError: for other plans.
         """
         widths = plan.widths
         merged = any(heads.merge is not None for heads in widths.heads.values())
-        if plan.path or plan.policy or plan.weights or widths.stream is not None or merged:
-            raise PlanError("gradient traces are taken of cuts of layers, heads and MLP channels alone")
+        if plan.path or plan.policy or plan.weights or widths.hidden is not None or merged:
+            raise PlanError("gradient traces only support plans of layers, heads and MLP channels")
         for (layer, sublayer), projections in self.projections.items():
             keep = dict[str, Tensor]()
             if sublayer == "mlp" and layer in widths.channels:
@@ -206,22 +208,22 @@ class GradientTraces:
         try:
             return self._traces(plan.skipped)
         finally:
-            for projection in self._everywhere:
+            for projection in self._all_projections:
                 projection.keep = {}
 
-    def _mask(self, kept: Any, length: int) -> Tensor:
-        like = self._everywhere[0].a
-        mask = torch.zeros(length, dtype=like.dtype, device=like.device)
-        mask[torch.tensor(list(kept), device=like.device)] = 1
+    def _mask(self, indices: Any, length: int) -> Tensor:
+        reference = self._all_projections[0].a
+        mask = torch.zeros(length, dtype=reference.dtype, device=reference.device)
+        mask[torch.tensor(list(indices), device=reference.device)] = 1
         return mask
 
     @torch.enable_grad()
     def _traces(self, skip: frozenset[Position]) -> Traces:
-        for projection in self._everywhere:
+        for projection in self._all_projections:
             projection.gradient = None
         loss = 0.0
-        for context, following in self._contexts:
-            loss += self._backward(context, following, skip) / len(self._contexts)
+        for context, next_tokens in self._contexts:
+            loss += self._backward(context, next_tokens, skip) / len(self._contexts)
         if not np.isfinite(loss):
             raise NumericsError(f"the loss of {self.stack.name} is {loss}: try float32, or check the weights")
         scale = self.scale / len(self._contexts)
@@ -232,23 +234,23 @@ class GradientTraces:
         }
         return Traces(sublayers, loss)
 
-    def _backward(self, context: Context, following: Tensor, skip: frozenset[Position]) -> float:
-        """One pass forward and back; the gradient enters below the head, whose logits are held a chunk at a time."""
-        for projection in self._everywhere:
-            projection.real = context.real
+    def _backward(self, context: Context, next_tokens: Tensor, skip: frozenset[Position]) -> float:
+        """Run one forward and backward pass; the logits are computed a chunk at a time."""
+        for projection in self._all_projections:
+            projection.token_mask = context.real
         start = context.h.detach().requires_grad_()
         h = self.stack.run(start, 0, len(self.stack), context, skip=skip)
-        counted = following != -100
-        states, labels = self.stack.normed(h)[:, :-1][counted], following[counted]
-        below = states.detach().requires_grad_()
+        has_label = next_tokens != -100
+        states, labels = self.stack.normed(h)[:, :-1][has_label], next_tokens[has_label]
+        detached = states.detach().requires_grad_()
         loss = 0.0
         for first in range(0, len(labels), CHUNK):
             part = slice(first, first + CHUNK)
-            logits = self.stack.logits(below[part]).float()
-            share_of = cross_entropy(logits, labels[part], reduction="sum") / len(labels)
-            share_of.backward(inputs=[below])
-            loss += share_of.item()
-        states.backward(below.grad, inputs=[start])
+            logits = self.stack.logits(detached[part]).float()
+            part_loss = cross_entropy(logits, labels[part], reduction="sum") / len(labels)
+            part_loss.backward(inputs=[detached])
+            loss += part_loss.item()
+        states.backward(detached.grad, inputs=[start])
         return loss
 
     def _saliency(self) -> Saliency:
@@ -257,7 +259,7 @@ class GradientTraces:
             weighted = [p.weight.float().abs() * p.squares.sqrt() for p in projections]  # type: ignore[union-attr]
             sublayers.append(sum(float(each.sum()) for each in weighted) / sum(each.numel() for each in weighted))
             [columns] = [
-                each.sum(0) for each, p in zip(weighted, projections, strict=True) if p.part.writes == ("stream",)
+                each.sum(0) for each, p in zip(weighted, projections, strict=True) if p.part.writes == ("hidden",)
             ]
             if position.sublayer == "mlp":
                 channels.append(columns)
@@ -271,12 +273,12 @@ class GradientTraces:
 
 
 def pearson(a: Tensor, b: Tensor) -> float:
-    """The correlation of two traces [numbers]; 0 where one of them is constant."""
+    """Return the correlation of two traces `[values]`; 0 if one of them is constant."""
     a, b = a - a.mean(), b - b.mean()
     return cosine(a, b)
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
-    """The cosine of two traces [numbers]; 0 where one of them is zero."""
+    """Return the cosine of two traces `[values]`; 0 if one of them is zero."""
     norm = float(a.norm() * b.norm())
     return float(a @ b) / norm if norm > 0 else 0.0

@@ -1,17 +1,17 @@
-"""WRAP: rephrase the web, and train on what it says together with how it says it."""
+"""WRAP: rephrase web documents with an instruction model, and train on both versions."""
 
 from lamella.methods.wrap.chunks import passages
-from lamella.methods.wrap.cleaning import Evaluations, Filters, cleaned, dropped_for
-from lamella.methods.wrap.method import Cutting, wrap
+from lamella.methods.wrap.cleaning import Evaluations, Filters, clean_rephrase, drop_reason
+from lamella.methods.wrap.method import PassageSettings, wrap
 from lamella.methods.wrap.styles import Style, open_styles
 
 __all__ = [
-    "Cutting",
     "Evaluations",
     "Filters",
+    "PassageSettings",
     "Style",
-    "cleaned",
-    "dropped_for",
+    "clean_rephrase",
+    "drop_reason",
     "open_styles",
     "passages",
     "wrap",

@@ -1,6 +1,6 @@
-"""Step 1: passages of at most 300 tokens, since a rephraser loses what stands in longer ones.
+"""Step 1: passages of at most 300 tokens, since a rephraser loses content of longer ones.
 
-Nothing is lost in cutting: the passages of a document, one after the other, are the document.
+No text is lost: the concatenation of a document's passages is the document.
 """
 
 from __future__ import annotations
@@ -10,37 +10,38 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 Count = Callable[[str], int]
-BREAKS = (r"\n[^\S\n]*\n\s*", r"(?<=[.!?])[\"')\]]*\s+|\n", r"\s+", "")  # of paragraphs, sentences, words, characters
+BREAKS = (r"\n[^\S\n]*\n\s*", r"(?<=[.!?])[\"')\]]*\s+|\n", r"\s+", "")  # paragraphs, sentences, words, characters
 
 
-def passages(text: str, count: Count, longest: int) -> list[str]:
-    """Cut a text between paragraphs, else between sentences, else where it must be.
+def passages(text: str, count: Count, max_tokens: int) -> list[str]:
+    """Split a text between paragraphs, otherwise between sentences, otherwise between words or characters.
 
     Args:
-        count: how many tokens a text has.
-        longest: tokens of a passage, at most.
+        text: the text.
+        count: returns the number of tokens of a text.
+        max_tokens: maximum number of tokens per passage.
     """
     found: list[str] = []
-    for piece in _pieces(text, count, longest):
-        if found and count(found[-1] + piece) <= longest:
+    for piece in _pieces(text, count, max_tokens):
+        if found and count(found[-1] + piece) <= max_tokens:
             found[-1] += piece
         else:
             found.append(piece)
     return found
 
 
-def _pieces(text: str, count: Count, longest: int, level: int = 0) -> Iterator[str]:
-    """The text in parts that are short enough, none of them cut where it need not be."""
-    if count(text) <= longest or len(text) == 1:
+def _pieces(text: str, count: Count, max_tokens: int, level: int = 0) -> Iterator[str]:
+    """Yield short enough parts of the text, split at the coarsest possible level."""
+    if count(text) <= max_tokens or len(text) == 1:
         if text:
             yield text
         return
     for part in _cut(text, BREAKS[level]):
-        yield from _pieces(part, count, longest, min(level + 1, len(BREAKS) - 1))
+        yield from _pieces(part, count, max_tokens, min(level + 1, len(BREAKS) - 1))
 
 
 def _cut(text: str, pattern: str) -> list[str]:
-    """The text behind each match; in two halves where the pattern is empty."""
+    """Split the text after each match; in two halves if the pattern is empty."""
     if not pattern:
         return [text[: len(text) // 2], text[len(text) // 2 :]]
     ends = [0, *(match.end() for match in re.finditer(pattern, text)), len(text)]

@@ -1,4 +1,4 @@
-"""Step 4: what a rephraser says beside the rephrase goes; what is no rephrase is dropped, for a reason that is counted.
+"""Step 4: remove text around the rephrase, and drop outputs that are no rephrases, with a reason that is counted.
 
 The paper filters unwanted prefixes; the other filters and all thresholds are ours.
 """
@@ -17,7 +17,7 @@ from annotated_types import Ge, Gt, Le
 from lamella.methods.wrap.styles import Style
 
 ABOUT = r"\b(?:text|passage|version|paraphras\w*|rephras\w*|rewrit\w*|conversation)\b"
-CLAUSE = rf"\b[^\n:]{{0,150}}?(?:{ABOUT}[^\n:]{{0,150}}:|:[^\S\n]*(?=\n|\Z))"  # names the rephrase, or ends its line
+CLAUSE = rf"\b[^\n:]{{0,150}}?(?:{ABOUT}[^\n:]{{0,150}}:|:[^\S\n]*(?=\n|\Z))"  # mentions the rephrase, or ends its line
 PREAMBLE = re.compile(
     r"\s*(?:"
     rf"(?:sure|certainly|of course|absolutely|okay|ok|great)(?:[!.]+|,? (?:here|i|this){CLAUSE})"
@@ -39,23 +39,23 @@ REFUSAL = re.compile(
 )
 SENTENCE = re.compile(r"[.!?][\"')\]\u201d]*(?=\s|\Z)")
 PAIR = re.compile(r"question\s*\d*\s*:.+?answer\s*\d*\s*:\s*\S", re.IGNORECASE | re.DOTALL)
-LEAST = 4  # words of a text that is looked for: fewer stand anywhere
+MIN_WORDS = 4  # shorter evaluation texts are ignored, since they occur anywhere
 REASONS = ("empty", "refusal", "unfinished", "format", "length", "repetition", "copy", "evaluation", "similarity")
 
 
 @dataclass(frozen=True)
 class Filters:
-    """What is dropped.
+    """The filters.
 
     Attributes:
-        ratio_least: tokens of a rephrase for one of its passage, at least.
-        ratio_most: the same at most; left out, that of the style: 2.5, and 3 for ``qa``.
-        repetition: the largest share of 4-grams that came before.
-        copy: the largest share of 8-grams that the passage has.
-        similarity: the smallest cosine to the passage.
-        embedder: of the cosine: minilm, a sentence embedder, or words, which counts words alone.
-        ngram: words in a row that an evaluation set and a text must not share; a shorter text of the set counts as a
-            whole.
+        ratio_least: minimum ratio of the tokens of a rephrase to those of its passage.
+        ratio_most: maximum of that ratio; if omitted, that of the style: 2.5, and 3 for ``qa``.
+        repetition: maximum fraction of repeated 4-grams.
+        copy: maximum fraction of 8-grams that also occur in the passage.
+        similarity: minimum cosine similarity to the passage.
+        embedder: embedder of the cosine: minilm, a sentence embedder, or words, which only counts words.
+        ngram: number of consecutive words that must not be shared with an evaluation set; a shorter text of the set
+            must not occur as a whole.
     """
 
     ratio_least: Annotated[float, Ge(0)] = 0.3
@@ -67,8 +67,13 @@ class Filters:
     ngram: Annotated[int, Ge(1)] = 13
 
 
-def cleaned(text: str, finished: bool) -> str:
-    """A rephrase without what stands around it, and without a last sentence that its limit has cut."""
+def clean_rephrase(text: str, finished: bool) -> str:
+    """Remove preambles, notes and quotes around a rephrase, and an incomplete last sentence.
+
+    Args:
+        text: the output of the rephraser.
+        finished: whether the output ended before its limit.
+    """
     text = text.strip()
     while match := PREAMBLE.match(text):
         text = text[match.end() :]
@@ -82,88 +87,108 @@ def cleaned(text: str, finished: bool) -> str:
     return text[1:-1].strip() if quoted else text
 
 
-def dropped_for(
-    text: str, said: str, passage: str, style: Style, ratio: float, filters: Filters, evaluations: Evaluations
+def drop_reason(
+    text: str, output: str, passage: str, style: Style, ratio: float, filters: Filters, evaluations: Evaluations
 ) -> str | None:
-    """Why a rephrase is dropped, as far as that can be told without an embedder; None where it is not.
+    """Return the reason to drop a rephrase, except for its similarity; None if there is none.
 
     Args:
         text: the cleaned rephrase.
-        said: what the rephraser said.
+        output: the output of the rephraser.
         passage: the source.
-        ratio: tokens of the rephrase for one of the passage.
+        style: the style.
+        ratio: ratio of the tokens of the rephrase to those of the passage.
+        filters: the filters.
+        evaluations: the evaluation sets.
     """
-    most = style.longest if filters.ratio_most is None else filters.ratio_most
+    ratio_limit = style.longest if filters.ratio_most is None else filters.ratio_most
     words = words_of(text)
-    if not said.strip():
+    if not output.strip():
         return "empty"
-    if REFUSAL.match(said) or REFUSAL.match(text):  # also behind a preamble
+    if REFUSAL.match(output) or REFUSAL.match(text):  # also after a preamble
         return "refusal"
     if not text:
         return "unfinished"
     if style.answers and not PAIR.search(text):
         return "format"
-    if not filters.ratio_least <= ratio <= most:
+    if not filters.ratio_least <= ratio <= ratio_limit:
         return "length"
-    if repeated(words, 4) > filters.repetition:
+    if repeated_fraction(words, 4) > filters.repetition:
         return "repetition"
-    if copied(words, words_of(passage), 8) > filters.copy:
+    if copied_fraction(words, words_of(passage), 8) > filters.copy:
         return "copy"
-    return "evaluation" if evaluations.meet(words) else None
+    return "evaluation" if evaluations.overlaps(words) else None
 
 
 def words_of(text: str) -> list[str]:
+    """Return the lower-case words of a text."""
     return re.findall(r"\w+", text.lower())
 
 
 def grams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
-    """Words in a row; a text of fewer words has one, of all of them."""
+    """Return all n-grams of the words; for fewer words a single one of all of them.
+
+    Args:
+        words: the words.
+        n: the number of words per n-gram.
+    """
     n = min(n, len(words))
-    return [tuple(words[place : place + n]) for place in range(len(words) - n + 1)] if n else []
+    return [tuple(words[start : start + n]) for start in range(len(words) - n + 1)] if n else []
 
 
-def repeated(words: Sequence[str], n: int) -> float:
-    """The share of n-grams that came before."""
+def repeated_fraction(words: Sequence[str], n: int) -> float:
+    """Return the fraction of n-grams that occurred before.
+
+    Args:
+        words: the words.
+        n: the number of words per n-gram.
+    """
     counts = Counter(grams(words, n))
     return 1 - len(counts) / counts.total() if counts else 0.0
 
 
-def copied(words: Sequence[str], source: Sequence[str], n: int) -> float:
-    """The share of n-grams that the source has, too."""
+def copied_fraction(words: Sequence[str], source: Sequence[str], n: int) -> float:
+    """Return the fraction of n-grams that also occur in the source.
+
+    Args:
+        words: the words.
+        source: the words of the source.
+        n: the number of words per n-gram.
+    """
     own = grams(words, n)
     theirs = set(grams(source, min(n, len(words))))
     return sum(each in theirs for each in own) / len(own) if own else 0.0
 
 
 class Evaluations:
-    """Texts that a model will be judged on, of which none may be learnt.
+    """Texts of evaluation sets, which must not be trained on.
 
     Args:
-        texts: of the sets.
-        n: words in a row that give a text away; a shorter text counts as a whole.
+        texts: the texts of the sets.
+        n: number of consecutive words that identify a text; a shorter text counts as a whole.
 
     Attributes:
-        short: how many texts have fewer than :data:`LEAST` words, for which nothing is looked for.
+        short: the number of texts with fewer than :data:`MIN_WORDS` words, which are ignored.
     """
 
     def __init__(self, texts: Iterable[str], n: int) -> None:
-        given = [words for text in texts if (words := words_of(text))]
-        told = [words for words in given if len(words) >= min(LEAST, n)]
-        self.n, self.short = n, len(given) - len(told)
-        self.known = {gram for words in told for gram in grams(words, n)}
+        tokenised = [words for text in texts if (words := words_of(text))]
+        usable = [words for words in tokenised if len(words) >= min(MIN_WORDS, n)]
+        self.n, self.short = n, len(tokenised) - len(usable)
+        self.known = {gram for words in usable for gram in grams(words, n)}
         self.lengths = sorted({len(gram) for gram in self.known})
 
     @property
     def digest(self) -> str:
-        """Of all that is known of them."""
+        """A digest of all n-grams."""
         return hashlib.sha256("\n".join(sorted(map(" ".join, self.known))).encode()).hexdigest()
 
-    def meet(self, words: Sequence[str]) -> bool:
-        """Whether a text has words in a row of one of them."""
+    def overlaps(self, words: Sequence[str]) -> bool:
+        """Return whether a text shares an n-gram with one of them."""
         return any(gram in self.known for n in self.lengths if n <= len(words) for gram in grams(words, n))
 
-    def places(self, text: str) -> list[tuple[int, int]]:
-        """Where a text has words in a row of one of them: from which character to which."""
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Return the character ranges of a text that are shared with one of them."""
         found = [(match.group().lower(), match.start(), match.end()) for match in re.finditer(r"\w+", text)]
         words = [word for word, _, _ in found]
         return [

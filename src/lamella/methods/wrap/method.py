@@ -1,21 +1,21 @@
-"""WRAP: rephrase the web, and train on what it says together with how it says it.
+"""WRAP: rephrase web documents with an instruction model, and train on both versions.
 
 Maini et al., "Rephrasing the Web: A Recipe for Compute and Data-Efficient Language Modeling", ACL 2024, arXiv
 2401.16380.
 
-    documents --1--> passages --2, 3--> rephrases --4--> kept | dropped, for a reason
+    documents --1--> passages --2, 3--> rephrases --4--> kept | dropped, with a reason
         |            <= 300 tokens      styles                |
         +-------------------- 5: half and half, by tokens ----+--> train.jsonl
 
-    1  chunks.py     cut at paragraphs, else sentences; nothing is lost
+    1  chunks.py     split at paragraphs, otherwise sentences; no text is lost
     2  styles.py     easy, medium, hard, qa
     3  lamella.data  a frozen rephraser, each (document, passage, style) once
-    4  cleaning.py   preambles go; what is no rephrase is dropped and counted
-    5  lamella.data  shares of the tokens that are seen, with a limit on epochs
+    4  cleaning.py   preambles are removed; outputs that are no rephrases are dropped and counted
+    5  lamella.data  fractions of the trained tokens, with a limit on epochs
 
-Real text stays in, since rephrases have no typos, slang or boilerplate, and a student of rephrases alone does worse on
-text that has. The paper compares at equal training; what generation costs comes on top, and is reported as a share of
-it.
+Real text is kept in the mixture: rephrases contain no typos, slang or boilerplate, and a student trained on rephrases
+only is worse on text that does. The paper compares at equal training; the cost of generation is additional, and is
+reported relative to it.
 """
 
 from __future__ import annotations
@@ -31,31 +31,31 @@ from typing import Annotated, Any
 from annotated_types import Ge, MinLen
 
 from lamella.data import Blend, Document, Documents, Sampling, Writer, hold_out, load_text
-from lamella.data.steps import Rolled, through
+from lamella.data.steps import DocumentGeneration, process_documents
 from lamella.errors import MethodError
 from lamella.evaluate import writing_cost
 from lamella.files import Work
 from lamella.measure import check_embedder
-from lamella.methods.wrap.accounts import of_passages, of_similarity, of_style, samples
+from lamella.methods.wrap.accounts import passage_counts, samples, similarity_statistics, style_statistics
 from lamella.methods.wrap.chunks import passages
-from lamella.methods.wrap.cleaning import LEAST, Evaluations, Filters
-from lamella.methods.wrap.steps import Cleaned, Cut
+from lamella.methods.wrap.cleaning import MIN_WORDS, Evaluations, Filters
+from lamella.methods.wrap.steps import CleanRephrases, PassageRequests
 from lamella.methods.wrap.styles import REAL, open_styles
 from lamella.provenance import describe
 from lamella.registry import method
-from lamella.results import Mixed
+from lamella.results import MixedCorpus
 from lamella.workers import Workers
 
 
 @dataclass(frozen=True)
-class Cutting:
-    """How documents are cut and shared out.
+class PassageSettings:
+    """How documents are split into passages and distributed.
 
     Attributes:
-        longest: tokens of a passage at most, by the rephraser's tokenizer: the paper's 300, since content is lost
-            in longer ones.
-        shortest: tokens below which a passage is not rephrased.
-        together: documents of one task: what workers share out, and what stands in batches together.
+        longest: maximum tokens per passage, by the rephraser's tokenizer: the paper's 300, since content is lost in
+            longer ones.
+        shortest: minimum tokens of a passage to be rephrased.
+        together: documents per task, which is the unit of distribution to workers and of batching.
     """
 
     longest: Annotated[int, Ge(1)] = 300
@@ -63,7 +63,7 @@ class Cutting:
     together: Annotated[int, Ge(1)] = 64
 
 
-CUTTING, SAMPLING, FILTERS, BLEND, WORKERS = Cutting(), Sampling(), Filters(), Blend(), Workers()
+PASSAGES, SAMPLING, FILTERS, BLEND, WORKERS = PassageSettings(), Sampling(), Filters(), Blend(), Workers()
 
 
 @method(
@@ -78,7 +78,7 @@ def wrap(
     rephraser: Writer,
     *,
     styles: Annotated[tuple[str, ...], MinLen(1)] = ("medium",),
-    cutting: Cutting = CUTTING,
+    cutting: PassageSettings = PASSAGES,
     sampling: Sampling = SAMPLING,
     filters: Filters = FILTERS,
     blend: Blend = BLEND,
@@ -86,58 +86,61 @@ def wrap(
     workers: Workers = WORKERS,
     work: Work = Work(),
     seed: int = 0,
-) -> Mixed:
-    """Rephrase documents passage by passage, and mix what is kept with them by tokens.
+) -> MixedCorpus:
+    """Rephrase documents passage by passage, and mix the kept rephrases with them by tokens.
 
     Args:
-        documents: texts; those that are held out are not rephrased.
-        rephraser: a small instruction model is enough, since it only edits: the paper's has 7B, and 1.8B did as well.
-        styles: easy, medium, hard, qa, or .txt files that say what is wanted around {passage}.
-        cutting: how documents become passages.
-        sampling: how the rephraser draws; the paper's numbers are not known.
-        filters: what is dropped.
-        blend: what is trained on, real text and rephrases.
-        evaluations: texts that models will be judged on, such as gsm8k or files, each row, paragraph or line of them by
-            itself: what shares words with them is left out, of rephrases and of real text.
-        workers: who does the tasks; the machines of a cluster must see the output folder.
-        work: where a run that was stopped goes on from; nothing is written twice.
-        seed: of what is drawn.
+        documents: the texts; held-out ones are not rephrased.
+        rephraser: a small instruction model is sufficient, since it only edits: the paper uses 7B, and 1.8B was as
+            good.
+        styles: easy, medium, hard, qa, or .txt files with an instruction that contains {passage}.
+        cutting: how documents are split into passages.
+        sampling: sampling settings of the rephraser; the paper's values are unknown.
+        filters: the filters of rephrases.
+        blend: the mixture of real text and rephrases.
+        evaluations: evaluation sets, such as gsm8k or files; each row, paragraph or line is one text. Rephrases and
+            real text that share words with them are removed.
+        workers: the workers; the machines of a cluster must share the output folder.
+        work: the directory from which an interrupted run resumes; nothing is generated twice.
+        seed: random seed.
 
     Returns:
-        Every rephrase with its source and whether it is kept, a mixture to train on, and the account of both.
+        Every rephrase with its source and whether it is kept, a mixture to train on, and statistics of both.
 
     Raises:
-        MethodError: for an unknown style, shares that cannot be had, or workers that are not there.
+        MethodError: for an unknown style, impossible fractions, or unavailable workers.
         LamellaError: for a rephraser that cannot be opened or does not answer.
     """
     workers.check()
     chosen = open_styles(styles)
     _check(cutting)
     check_embedder(filters.embedder)
-    judged = Evaluations((text for name in evaluations for text in _texts(name)), filters.ngram)
-    learnt, held_out = hold_out(documents, blend.held_out, seed)
+    evaluation_texts = Evaluations((text for name in evaluations for text in _texts(name)), filters.ngram)
+    training, held_out = hold_out(documents, blend.held_out, seed)
 
-    depends = {
+    dependencies = {
         "documents": describe(documents), "rephraser": rephraser.describe(), "seed": seed, "held_out": blend.held_out,
-        "styles": [(style.name, style.digest) for style in chosen], "evaluations": judged.digest,
+        "styles": [(style.name, style.digest) for style in chosen], "evaluations": evaluation_texts.digest,
         **asdict(cutting), **asdict(sampling), **asdict(filters),
     }  # fmt: skip
-    folder = work.place(hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:12])
-    rolled = Rolled(rephraser, sampling, folder)
-    ask = Cut(rephraser, chosen, cutting.longest, cutting.shortest, judged, seed)
-    read = Cleaned(rephraser, chosen, filters, judged)
-    found = through(learnt, ask, rolled, read, cutting.together, workers)
+    folder = work.directory(hashlib.sha256(json.dumps(dependencies).encode()).hexdigest()[:12])
+    generation = DocumentGeneration(rephraser, sampling, folder)
+    requests = PassageRequests(rephraser, chosen, cutting.longest, cutting.shortest, evaluation_texts, seed)
+    clean = CleanRephrases(rephraser, chosen, filters, evaluation_texts)
+    results = process_documents(training, requests, generation, clean, cutting.together, workers)
 
-    rows = [row for row in found if "style" in row]
-    skipped = [row for row in found if "skipped" in row]
+    rows = [row for row in results if "style" in row]
+    skipped = [row for row in results if "skipped" in row]
     kept = [row for row in rows if row["kept"]]
     by_style = {style.name: [row for row in kept if row["style"] == style.name] for style in chosen}
-    real = real_rows(learnt, skipped, rephraser, cutting)
+    real = real_rows(training, skipped, rephraser, cutting)
     train, mixture = blend.mix({REAL: real} | by_style, rephraser, seed)
-    notes = [f"Nothing was kept of style {name}." for name, each in by_style.items() if not each]
-    if judged.short:
-        notes.append(f"{judged.short} texts of the evaluation sets have fewer than {LEAST} words: none is looked for.")
-    return Mixed.of(
+    notes = [f"No rephrase of style {name} was kept." for name, each in by_style.items() if not each]
+    if evaluation_texts.short:
+        notes.append(
+            f"{evaluation_texts.short} texts of the evaluation sets have fewer than {MIN_WORDS} words and are ignored."
+        )
+    return MixedCorpus.of(
         rows,
         documents,
         held_out,
@@ -145,41 +148,48 @@ def wrap(
         mixture,
         parquet=blend.parquet,
         notes=notes,
-        passages=of_passages(rows, skipped),
-        styles={style.name: of_style([row for row in rows if row["style"] == style.name]) for style in chosen},
-        similarity=of_similarity(rows, learnt, filters.embedder),
-        cost=writing_cost(rephraser, blend.student, rows, kept, mixture, rolled.seconds),
+        passages=passage_counts(rows, skipped),
+        styles={style.name: style_statistics([row for row in rows if row["style"] == style.name]) for style in chosen},
+        similarity=similarity_statistics(rows, training, filters.embedder),
+        cost=writing_cost(rephraser, blend.student, rows, kept, mixture, generation.seconds),
         samples=samples(rows),
     )
 
 
-def _check(cutting: Cutting) -> None:
+def _check(cutting: PassageSettings) -> None:
     if cutting.shortest > cutting.longest:
         raise MethodError(
-            f"passages of {cutting.shortest} to {cutting.longest} tokens: give a longest not below the shortest"
+            f"passages of {cutting.shortest} to {cutting.longest} tokens: longest must be at least shortest"
         )
 
 
 def _texts(name: str) -> Sequence[str]:
-    """What an evaluation set asks, one by one: the rows of a file or of a test split, else paragraphs, else lines."""
-    found = load_text(name, "whole" if Path(name).expanduser().is_file() else "test").texts
-    if len(found) > 1:
-        return found
-    paragraphs = re.split(r"\n\s*\n", "".join(found).strip())
+    """Return the texts of an evaluation set: rows of a file or of a test split, else paragraphs, else lines."""
+    results = load_text(name, "whole" if Path(name).expanduser().is_file() else "test").texts
+    if len(results) > 1:
+        return results
+    paragraphs = re.split(r"\n\s*\n", "".join(results).strip())
     return paragraphs if len(paragraphs) > 1 else paragraphs[0].splitlines()
 
 
 def real_rows(
-    documents: Sequence[Document], skipped: Sequence[dict[str, Any]], writer: Writer, cutting: Cutting
+    documents: Sequence[Document], skipped: Sequence[dict[str, Any]], writer: Writer, cutting: PassageSettings
 ) -> list[dict[str, Any]]:
-    """Documents as they are, but for passages that evaluation sets have, too."""
-    gone: dict[str, set[int]] = {}
+    """Return the original documents, without passages that overlap with evaluation sets.
+
+    Args:
+        documents: the documents.
+        skipped: the rows of skipped passages.
+        writer: the rephraser.
+        cutting: how documents are split into passages.
+    """
+    removed: dict[str, set[int]] = {}
     for row in skipped:
         if row["skipped"] == "evaluation":
-            gone.setdefault(row["id"], set()).add(row["chunk_idx"])
+            removed.setdefault(row["id"], set()).add(row["chunk_idx"])
     rows = []
     for each in documents:
-        parts = passages(each.text, writer.count, cutting.longest) if each.id in gone else [each.text]
-        text = "".join(part for place, part in enumerate(parts) if place not in gone.get(each.id, ()))
+        parts = passages(each.text, writer.count, cutting.longest) if each.id in removed else [each.text]
+        text = "".join(part for index, part in enumerate(parts) if index not in removed.get(each.id, ()))
         rows += [{"id": each.id, "text": text}] if text.strip() else []
     return rows

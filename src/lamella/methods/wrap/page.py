@@ -1,4 +1,4 @@
-"""From evidence to what was kept, how close it is to its sources, and what it cost."""
+"""Report of a run: kept rephrases, their similarity to the sources, and the cost."""
 
 from __future__ import annotations
 
@@ -12,49 +12,49 @@ from lamella.results import Evidence, Summary, Table
 
 
 def summary(evidence: Evidence) -> Summary:
-    """What was kept of each style, the mixture, and the cost."""
+    """Tabulate the kept rephrases of each style, the mixture, and the cost."""
     found = evidence.findings
     styles, cost = found["styles"], found["cost"]
     generated, kept = (sum(each[name] for each in styles.values()) for name in ("generated", "kept"))
     passages = counted(found["passages"]["rephrased"], "passage")
     verdict = f"Kept: {kept} of {counted(generated, 'rephrase')} of {passages}, with {_tokens(cost['tokens kept'])}."
-    near = found["similarity"]
+    similarity = found["similarity"]
     pairs = {
-        "a rephrase and its own passage": near["own"],
-        "a rephrase and another passage": near["another"],
-        "both halves of a document": near["halves"],
+        "a rephrase and its own passage": similarity["own"],
+        "a rephrase and another passage": similarity["another"],
+        "both halves of a document": similarity["halves"],
     }
-    known = [f"{who} {number(value)}" for who, value in pairs.items() if value is not None]
-    lines = [f"Cosines ({near['embedder']}): {'; '.join(known)}."] if known else []
+    available = [f"{pair} {number(value)}" for pair, value in pairs.items() if value is not None]
+    lines = [f"Cosine similarities ({similarity['embedder']}): {'; '.join(available)}."] if available else []
     return Summary(verdict, [_kept(styles), mixture_table(found["mixture"]), cost_table(cost)], lines)
 
 
-def _tokens(many: int) -> str:
-    """An amount of tokens, such as ``3.3 k tokens``."""
-    return counted(many, "token") if many < 1000 else f"{count(many)} tokens"
+def _tokens(count_: int) -> str:
+    """Return a number of tokens as text, such as ``3.3 k tokens``."""
+    return counted(count_, "token") if count_ < 1000 else f"{count(count_)} tokens"
 
 
 def _kept(styles: Mapping[str, Any]) -> Table:
-    reasons = list(dict.fromkeys(why for each in styles.values() for why in each["dropped"]))
+    reasons = list(dict.fromkeys(reason for each in styles.values() for reason in each["dropped"]))
     rows = [
         [name, each["generated"], each["kept"],
          percent(each["kept"] / each["generated"] if each["generated"] else None),
-         *(each["dropped"].get(why, 0) for why in reasons), number(each["ratio"])]
+         *(each["dropped"].get(reason, 0) for reason in reasons), number(each["ratio"])]
         for name, each in styles.items()
     ]  # fmt: skip
     heads = (
         "style",
         "generated",
         "kept",
-        "share",
-        *(f"dropped: {why}" for why in reasons),
-        "tokens by those of the source",
+        "fraction",
+        *(f"dropped: {reason}" for reason in reasons),
+        "tokens relative to the source",
     )
-    return Table("What became of the rephrases", heads, rows)
+    return Table("Rephrases by style", heads, rows)
 
 
 def figures(evidence: Evidence) -> list[Figure]:
-    """Lengths of passages and rephrases, and some of both to read."""
+    """Plot the lengths of passages and rephrases, and show some of them."""
     found = evidence.findings
     parts: list[Figure] = []
     for name, style in found["styles"].items():
@@ -66,5 +66,5 @@ def figures(evidence: Evidence) -> list[Figure]:
 
 def _excerpt(row: Mapping[str, Any]) -> tuple[str, list[str]]:
     status = f"dropped: {row['drop_reason']}" if row["drop_reason"] else "kept"
-    close = "" if row["sim"] is None else f", {number(row['sim'])} close"
-    return f"{row['style']}, {row['id']}: {status}{close}", [row["source_text"], row["text"]]
+    similarity = "" if row["sim"] is None else f", similarity {number(row['sim'])}"
+    return f"{row['style']}, {row['id']}: {status}{similarity}", [row["source_text"], row["text"]]

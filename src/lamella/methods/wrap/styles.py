@@ -1,7 +1,7 @@
-"""The styles: what a rephraser is asked for, in files that each run names by their content.
+"""The styles: prompts of the rephraser, in files that are identified by their content in each run.
 
 easy      a very small vocabulary, for a child
-medium    diverse, high-quality English as in an encyclopaedia: the paper's main one
+medium    diverse, high-quality English as in an encyclopaedia: the paper's main style
 hard      terse and abstruse, for a scholar
 qa        a conversation of questions and answers
 """
@@ -17,21 +17,21 @@ from lamella.reading import read_text
 
 PROMPTS = Path(__file__).with_name("prompts")
 KNOWN = ("easy", "medium", "hard", "qa")
-PLACE = "{passage}"
-REAL = "real"  # what documents are called that are as they were
+PLACEHOLDER = "{passage}"
+REAL = "real"  # the name of original documents
 SYSTEM = (PROMPTS / "system.txt").read_text(encoding="utf-8").strip()
 
 
 @dataclass(frozen=True)
 class Style:
-    """One way to say it again.
+    """One style of rephrasing.
 
     Attributes:
-        name: of a known style, or of the file.
-        instruction: with a place for the passage.
-        ratio: tokens of the answer for one of the passage, at most.
-        longest: tokens of the answer for one of the passage, above which it is dropped.
-        answers: whether it must have questions and answers.
+        name: the name of a known style, or of the file.
+        instruction: the prompt, with a placeholder for the passage.
+        ratio: maximum tokens of the output relative to the passage.
+        longest: tokens relative to the passage above which the output is dropped.
+        answers: whether it must contain questions and answers.
     """
 
     name: str
@@ -42,29 +42,29 @@ class Style:
 
     @property
     def digest(self) -> str:
-        """Of all that the rephraser is told beside the passage."""
+        """A digest of the prompt without the passage."""
         return hashlib.sha256(f"{SYSTEM}\n{self.instruction}".encode()).hexdigest()[:12]
 
     def messages(self, passage: str) -> list[dict[str, str]]:
-        """The conversation that asks for one rephrase."""
-        asked = self.instruction.replace(PLACE, passage.strip())
-        return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": asked}]
+        """Return the conversation that requests one rephrase."""
+        content = self.instruction.replace(PLACEHOLDER, passage.strip())
+        return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
 
 
 def open_styles(names: tuple[str, ...]) -> list[Style]:
-    """Styles by their names, or by files that say what is wanted around ``{passage}``.
+    """Open styles by their names, or from files with an instruction that contains ``{passage}``.
 
     Raises:
-        MethodError: for a style that is unknown, named twice or as real text is, or has no place for the passage.
+        MethodError: for a style that is unknown, given twice, named like the real text, or without a placeholder.
     """
     if len(set(names)) < len(names):
-        raise MethodError(f"styles {', '.join(names)}: name some of {', '.join(KNOWN)}, each once")
+        raise MethodError(f"styles {', '.join(names)}: give some of {', '.join(KNOWN)}, each once")
     styles = [_open(name) for name in names]
-    called = [style.name for style in styles]
-    again = next((each for each in called if each == REAL or called.count(each) > 1), None)
-    if again is not None:
-        others = "real text is" if again == REAL else "another style is"
-        raise MethodError(f"styles {', '.join(names)}: one is called '{again}' as {others}: rename its file")
+    style_names = [style.name for style in styles]
+    duplicate = next((each for each in style_names if each == REAL or style_names.count(each) > 1), None)
+    if duplicate is not None:
+        others = "the real text" if duplicate == REAL else "another style"
+        raise MethodError(f"styles {', '.join(names)}: one has the name '{duplicate}' of {others}: rename its file")
     return styles
 
 
@@ -73,8 +73,8 @@ def _open(name: str) -> Style:
         text = (PROMPTS / f"{name}.txt").read_text(encoding="utf-8").strip()
         return Style(name, text, 2.0, 3.0, True) if name == "qa" else Style(name, text)
     if not name.endswith(".txt"):
-        raise MethodError(f"no style '{name}'; there are {', '.join(KNOWN)}, or name a .txt file with {PLACE} in it")
-    text = read_text(name, "give a text file that says what is wanted").strip()
-    if PLACE not in text:
-        raise MethodError(f"{name} does not say where the passage goes: write {PLACE} there")
+        raise MethodError(f"unknown style '{name}'; use {', '.join(KNOWN)}, or a .txt file that contains {PLACEHOLDER}")
+    text = read_text(name, "give a text file with the instruction").strip()
+    if PLACEHOLDER not in text:
+        raise MethodError(f"{name} does not contain the placeholder of the passage: add {PLACEHOLDER}")
     return Style(Path(name).stem, text)

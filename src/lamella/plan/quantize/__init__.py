@@ -1,4 +1,4 @@
-"""The same weights in fewer bits: int8 for torch, GGUF for llama.cpp."""
+"""Quantisation: int8 for torch, GGUF for llama.cpp."""
 
 from lamella.plan.quantize.blocks import q8_0_bytes, q8_0_copy
 from lamella.plan.quantize.families import FAMILIES

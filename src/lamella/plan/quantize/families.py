@@ -1,6 +1,6 @@
-"""Which models llama.cpp computes as transformers does, and where it wants their tensors.
+"""The models that llama.cpp computes as transformers does, and the tensors that it needs of them.
 
-What differs in a way that a GGUF file cannot say is refused: the file would open, and write something else.
+Anything that differs and that a GGUF file cannot express is refused: the file would open, but compute something else.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lamella.stack.wiring import Sizes
 
 _FLOATS = ("F32", "F16", "BF16")
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)")
-_MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")  # of every layer
+_MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")  # in every layer
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class Family:
     """What llama.cpp computes for one model type.
 
     Attributes:
-        arch: what it calls it.
-        uneven: under which name it reads layers of different widths; None where it reads none.
-        neighbours: its rotary embeddings turn neighbouring entries of a head.
-        ropes: the ways to scale positions that it knows.
-        activation: of the MLP.
-        norms: what a norm multiplies by, less its weight.
-        period: every so many layers, one attends to the whole text and the others to a window of it.
+        arch: llama.cpp's architecture.
+        uneven: llama.cpp's architecture for layers of different widths; None if it has none.
+        neighbours: whether its rotary embeddings rotate adjacent entries of a head.
+        ropes: the supported types of position scaling.
+        activation: activation function of the MLP.
+        norms: offset that transformers adds to the weights of norms.
+        period: one layer in each period attends to the whole text, the others to a window.
     """
 
     arch: MODEL_ARCH
@@ -60,31 +60,38 @@ FAMILIES = {
 
 
 def family_of(folder: Path, config: Any) -> Family:
-    """The entry of the table.
+    """Return the entry of the table for a checkpoint.
+
+    Args:
+        folder: the checkpoint.
+        config: its config.
 
     Raises:
-        ArchitectureError: when there is none.
-        ExportError: when the model does something that llama.cpp does otherwise.
+        ArchitectureError: if there is none.
+        ExportError: if the model does something that llama.cpp computes differently.
     """
     model_type = config.model_type.removeprefix(native.MODEL_TYPE.format(""))
     if model_type not in FAMILIES:
         raise ArchitectureError(f"{folder}: a {model_type} cannot be written as GGUF, only {', '.join(FAMILIES)}")
-    family, said = FAMILIES[model_type], native.said_of(checkpoint.read_json(folder / "config.json"), str(folder))
-    if said is not None and any(len(names) < len(native.SUBLAYERS) for names in said.sublayers or ()):
-        raise ExportError(f"{folder}: single sublayers are cut, and a GGUF file has whole layers: cut whole layers")
-    if said is not None and said.plan is not None:
+    family = FAMILIES[model_type]
+    metadata = native.read_metadata(checkpoint.read_json(folder / "config.json"), str(folder))
+    if metadata is not None and any(len(names) < len(native.SUBLAYERS) for names in metadata.sublayers or ()):
+        raise ExportError(
+            f"{folder}: single sublayers are removed, but a GGUF file has whole layers: remove whole layers"
+        )
+    if metadata is not None and metadata.plan is not None:
         raise ExportError(f"{folder}: runs a plan, which llama.cpp does not: give a plain checkpoint")
     differing = [
-        (said is not None and said.width is not None and said.width.rescale, "norms with two epsilons"),
+        (metadata is not None and metadata.width is not None and metadata.width.rescale, "norms with two epsilons"),
         (_activation(config) != family.activation, f"the activation {_activation(config)}"),
         (rope_of(config).get("partial_rotary_factor", 1) != 1, "rotary embeddings of a part of each head"),
         (rope_of(config)["rope_type"] not in family.ropes, f"positions scaled as {rope_of(config)['rope_type']}"),
         (getattr(config, "use_sliding_window", False), "layers that attend to a window"),
         (model_type == "qwen3" and config.attention_bias, "biases in attention"),
-        (getattr(config, "use_bidirectional_attention", False), "attention to what follows"),
-        (family.period > 1 and config.layer_types != _windows(config, family), "its windows in another order"),
-        (getattr(config, "query_pre_attn_scalar", None) not in (None, _head_dim(config)), "its own scale of attention"),
-        (getattr(config, "final_logit_softcapping", None) is not None, "capped logits"),
+        (getattr(config, "use_bidirectional_attention", False), "attention to later tokens"),
+        (family.period > 1 and config.layer_types != _windows(config, family), "sliding windows in another order"),
+        (getattr(config, "query_pre_attn_scalar", None) not in (None, _head_dim(config)), "a custom attention scale"),
+        (getattr(config, "final_logit_softcapping", None) is not None, "soft-capped logits"),
     ]
     for differs, what in differing:
         if differs:
@@ -101,28 +108,28 @@ def _activation(config: Any) -> str:
 
 
 def rope_of(config: Any) -> dict[str, Any]:
-    """The settings of rotary embeddings; of layers that attend to everything, where there are others."""
-    said: dict[str, Any] = config.rope_parameters
-    return said.get("full_attention", said)
+    """Return the settings of rotary embeddings; those of full attention if layers differ."""
+    rope: dict[str, Any] = config.rope_parameters
+    return rope.get("full_attention", rope)
 
 
 def _windows(config: Any, family: Family) -> list[str]:
-    """Which layers attend to a window of the text, in llama.cpp."""
+    """Return the layer types that llama.cpp assumes."""
     layers = range(1, config.num_hidden_layers + 1)
     return ["sliding_attention" if layer % family.period else "full_attention" for layer in layers]
 
 
-# Where everything lies in the checkpoint.
+# The tensors of the checkpoint.
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The tensors of a checkpoint by llama.cpp's names, and the widths that they have.
+    """The tensors of a checkpoint by llama.cpp's names, and their widths.
 
     Attributes:
-        layers: of each layer.
-        outside: the others.
-        head_dim: entries of a head.
+        layers: tensors of each layer.
+        outside: tensors outside the layers.
+        head_dim: size of a head.
     """
 
     layers: list[dict[str, Range]]
@@ -131,36 +138,46 @@ class Layout:
 
     @property
     def tokens(self) -> int:
+        """The size of the vocabulary."""
         return self.outside["token_embd.weight"].shape[0]
 
     @property
-    def stream(self) -> int:
+    def hidden(self) -> int:
+        """The hidden size."""
         return self.outside["token_embd.weight"].shape[1]
 
     @property
     def heads(self) -> list[int]:
+        """The number of query heads of each layer."""
         return [layer["attn_q.weight"].shape[0] // self.head_dim for layer in self.layers]
 
     @property
     def kv_heads(self) -> list[int]:
+        """The number of key-value heads of each layer."""
         return [layer["attn_k.weight"].shape[0] // self.head_dim for layer in self.layers]
 
     @property
     def channels(self) -> list[int]:
+        """The number of MLP channels of each layer."""
         return [layer["ffn_up.weight"].shape[0] for layer in self.layers]
 
     @property
     def even(self) -> bool:
-        """Whether all layers are equally wide."""
+        """Whether all layers have the same widths."""
         return len(set(zip(self.heads, self.kv_heads, self.channels, strict=True))) == 1
 
 
 def layout_of(folder: Path, config: Any, family: Family) -> Layout:
-    """Find the tensors of a checkpoint.
+    """Locate the tensors of a checkpoint.
+
+    Args:
+        folder: the checkpoint.
+        config: its config.
+        family: its entry of the table.
 
     Raises:
-        CheckpointError: when they are not those of whole layers.
-        ExportError: when they are quantised, or llama.cpp has no place for one.
+        CheckpointError: if they are not those of whole layers.
+        ExportError: if they are quantised, or llama.cpp does not know one.
     """
     names = gguf.get_tensor_name_map(family.arch, config.num_hidden_layers)
     layers: dict[int, dict[str, Range]] = defaultdict(dict)
@@ -168,12 +185,12 @@ def layout_of(folder: Path, config: Any, family: Family) -> Layout:
     for tensor in checkpoint.read(folder).tensors:
         stem, _, what = tensor.name.rpartition(".")
         if what == "inv_freq" or (stem == "lm_head" and config.tie_word_embeddings):
-            continue  # what the config says, and the embedding once more
+            continue  # derived from the config, or the tied embedding
         if tensor.dtype not in _FLOATS:
-            raise ExportError(f"{folder}: {tensor.name} is {tensor.dtype}: give the checkpoint that was not quantised")
+            raise ExportError(f"{folder}: {tensor.name} is {tensor.dtype}: give the unquantised checkpoint")
         name = names.get_name(stem)
         if name is None or what not in ("weight", "bias"):
-            raise ExportError(f"{folder}: llama.cpp has no place for {tensor.name} in a {config.model_type}")
+            raise ExportError(f"{folder}: llama.cpp has no tensor for {tensor.name} in a {config.model_type}")
         if len(tensor.shape) != (1 if what == "bias" or name.endswith("norm") else 2):
             raise CheckpointError(f"{folder}: {tensor.name} has the shape {list(tensor.shape)}; get it again")
         if match := _LAYER.fullmatch(f"{name}.{what}"):
@@ -194,14 +211,14 @@ def layout_of(folder: Path, config: Any, family: Family) -> Layout:
 
 
 def _check_widths(folder: Path, config: Any, layout: Layout, sizes: Sizes) -> None:
-    """Check that tensors are as wide as the config says, and that heads are grouped as llama.cpp groups them.
+    """Check that tensors have the widths of the config, and that heads are grouped as llama.cpp groups them.
 
     Raises:
-        CheckpointError: when they are not.
-        ExportError: when query heads share key-value heads unevenly.
+        CheckpointError: if widths differ.
+        ExportError: if query heads share key-value heads unevenly.
     """
-    said = getattr(config, "lamella", {}).get("width")
-    widths = Widths() if said is None else Widths.of_counts(said)
+    counts = getattr(config, "lamella", {}).get("width")
+    widths = Widths() if counts is None else Widths.of_counts(counts)
     for layer, found in enumerate(zip(layout.heads, layout.kv_heads, layout.channels, strict=True)):
         heads = widths.heads.get(layer)
         if heads is not None and not heads.regular:

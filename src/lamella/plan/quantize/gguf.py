@@ -1,14 +1,14 @@
-"""Checkpoints as GGUF files, which llama.cpp and what is built on it run.
+"""Checkpoints as GGUF files, which llama.cpp and software based on it run.
 
-A GGUF file is one file with everything: sizes and settings as key-value pairs, the tokenizer, and the tensors under
-llama.cpp's own names. Matrices can be stored in 8 bits (``q8_0``: blocks of 32 numbers that share a 16-bit scale): they
-are what a decoding step reads, so a model that waits for its memory decodes faster by about as much as it is smaller.
+A GGUF file contains everything: sizes and settings as key-value pairs, the tokenizer, and the tensors under llama.cpp's
+own names. Matrices can be stored in 8 bits (``q8_0``: blocks of 32 values that share a 16-bit scale). A decoding step
+reads all matrices, so a memory-bound model decodes faster by about the factor by which it is smaller.
 
-Tensors are read, changed and written one at a time. Two things llama.cpp wants otherwise than transformers has them:
+Tensors are read, changed and written one at a time. In two points llama.cpp differs from transformers:
 
-- Rotary embeddings of a Llama turn neighbouring entries of a head there, and entries half a head apart here: the rows
-  of queries and keys are reordered, so that both compute the same.
-- Norms of a Gemma multiply by what is stored there, and by 1 more here.
+- Rotary embeddings of a Llama rotate adjacent entries of a head in llama.cpp, and entries half a head apart in
+transformers: the rows of queries and keys are reordered, so that both compute the same. - Norms of a Gemma multiply by
+the stored weight in llama.cpp, and by the stored weight plus 1 in transformers.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from lamella.plan.quantize.families import Family, Layout, family_of, layout_of,
 from lamella.plan.quantize.vocabulary import add_tokenizer
 from lamella.progress import track
 
-KINDS = {  # of the matrices; vectors stay in 32 bits
+KINDS = {  # storage of matrices; vectors stay in 32 bits
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
     "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
     "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
 _HALF, _SINGLE = (float(np.finfo(kind).max) for kind in (np.float16, np.float32))
-_LARGEST = {  # number that each can hold
+_LARGEST = {  # largest value that each can store
     GGMLQuantizationType.F32: _SINGLE,
     GGMLQuantizationType.F16: _HALF,
     GGMLQuantizationType.BF16: _SINGLE,
@@ -51,21 +51,21 @@ def write_gguf(folder: Path, config: Any, tokenizer: Any, file: Path, kind: str 
     """Write a checkpoint folder as a GGUF file.
 
     Args:
-        folder: a safetensors checkpoint of a family in :data:`FAMILIES`, whose layers are whole.
+        folder: a safetensors checkpoint of a family in :data:`FAMILIES`, with whole layers.
         config: its config.
         tokenizer: its tokenizer.
-        file: what to write; it appears when it is complete.
-        kind: how matrices are stored, a key of :data:`KINDS`.
-        name: what the file says that the model is called; the name of the folder when left out.
+        file: the file to write; it appears when it is complete.
+        kind: storage of matrices, a key of :data:`KINDS`.
+        name: name of the model in the file; the name of the folder if empty.
 
     Returns:
-        The bytes written.
+        The size of the file in bytes.
 
     Raises:
         ArchitectureError: for a family that is not in the table.
-        ExportError: for what llama.cpp does not compute, or a file that cannot be written.
+        ExportError: for a model that llama.cpp does not compute, or a file that cannot be written.
         CheckpointError: for a folder that is damaged or incomplete.
-        NumericsError: for entries that are not finite, or too large for ``kind``.
+        NumericsError: for values that are not finite, or too large for ``kind``.
     """
     if kind not in KINDS:
         raise ExportError(f"unknown kind '{kind}': choose one of {', '.join(KINDS)}")
@@ -73,7 +73,7 @@ def write_gguf(folder: Path, config: Any, tokenizer: Any, file: Path, kind: str 
     layout = layout_of(folder, config, family)
     arch = family.arch if layout.even else family.uneven
     if arch is None:
-        raise ExportError(f"{folder}: layers of different widths, which llama.cpp reads of a llama or mistral only")
+        raise ExportError(f"{folder}: layers of different widths, which llama.cpp supports for llama and mistral only")
     tensors = list(_tensors(layout, family, KINDS[kind][0]))
     factors = _rope_factors(config, layout)
     try:
@@ -102,7 +102,7 @@ def write_gguf(folder: Path, config: Any, tokenizer: Any, file: Path, kind: str 
     return file.stat().st_size
 
 
-# What the file says.
+# The metadata of the file.
 
 
 def _add_settings(writer: GGUFWriter, config: Any, layout: Layout) -> None:
@@ -110,11 +110,11 @@ def _add_settings(writer: GGUFWriter, config: Any, layout: Layout) -> None:
     rope = rope_of(config)
     windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ())
     context = config.max_position_embeddings
-    if window is not None and not windowed:  # llama.cpp would attend to all of a longer text
+    if window is not None and not windowed:  # llama.cpp would attend to the whole of a longer text
         context = min(context, window)
     writer.add_vocab_size(layout.tokens)
     writer.add_context_length(context)
-    writer.add_embedding_length(layout.stream)
+    writer.add_embedding_length(layout.hidden)
     writer.add_block_count(len(layout.layers))
     writer.add_feed_forward_length(layout.channels[0] if layout.even else layout.channels)
     writer.add_head_count(layout.heads[0] if layout.even else layout.heads)
@@ -133,7 +133,7 @@ def _add_settings(writer: GGUFWriter, config: Any, layout: Layout) -> None:
 
 
 def _rope_factors(config: Any, layout: Layout) -> dict[str, np.ndarray]:
-    """What each frequency [head_dim / 2] of rotary embeddings is divided by, where that differs between them."""
+    """Return the divisor of each rotary frequency [head_dim / 2], if they differ."""
     rope = rope_of(config)
     if rope["rope_type"] != "llama3":
         return {}
@@ -150,11 +150,11 @@ class _Tensor:
     """One tensor of the file.
 
     Attributes:
-        name: llama.cpp's.
-        source: where it lies in the checkpoint.
+        name: llama.cpp's name.
+        source: its bytes in the checkpoint.
         kind: how it is stored.
-        heads: of a query or key map whose rows are reordered.
-        add: to its entries.
+        heads: number of heads of a query or key projection whose rows are reordered; None for other tensors.
+        add: value that is added to its entries.
     """
 
     name: str
@@ -165,15 +165,15 @@ class _Tensor:
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """The stored size in bytes."""
         block, size = gguf.GGML_QUANT_SIZES[self.kind]
         return math.prod(self.source.shape) // block * size
 
     def read(self) -> np.ndarray:
-        """Its entries as they are stored.
+        """Return its entries as they are stored.
 
         Raises:
-            NumericsError: when one is not finite, or does not fit.
+            NumericsError: if one is not finite, or does not fit.
         """
         with safe_open(self.source.file, framework="pt") as file:
             values: np.ndarray = file.get_tensor(self.source.name).float().numpy()
@@ -181,13 +181,13 @@ class _Tensor:
             values = neighbouring(values, self.heads)
         if self.add:
             values = values + np.float32(self.add)
-        if not np.abs(values).max() <= _LARGEST[self.kind]:  # nor is what is not a number
+        if not np.abs(values).max() <= _LARGEST[self.kind]:  # the comparison is false for NaN
             raise NumericsError(f"{self.source.name}: has entries that {self.kind.name.lower()} cannot hold")
         return quants.quantize(values, self.kind)
 
 
 def _tensors(layout: Layout, family: Family, kind: GGMLQuantizationType) -> Iterator[_Tensor]:
-    """The tensors in the order in which the model needs them."""
+    """Yield the tensors in the order in which the model needs them."""
     yield from (_stored(name, each, family, kind) for name, each in layout.outside.items())
     for layer, tensors in enumerate(layout.layers):
         heads = {"attn_q": layout.heads[layer], "attn_k": layout.kv_heads[layer]} if family.neighbours else {}
@@ -196,7 +196,7 @@ def _tensors(layout: Layout, family: Family, kind: GGMLQuantizationType) -> Iter
 
 
 def _stored(name: str, source: Range, family: Family, kind: GGMLQuantizationType, heads: int | None = None) -> _Tensor:
-    """Vectors stay in 32 bits, and matrices whose rows are no whole blocks in 16."""
+    """Return how a tensor is stored: vectors in 32 bits, and matrices whose rows are not whole blocks in 16."""
     block, _ = gguf.GGML_QUANT_SIZES[kind]
     if len(source.shape) < 2:
         kind = GGMLQuantizationType.F32
@@ -206,9 +206,13 @@ def _stored(name: str, source: Range, family: Family, kind: GGMLQuantizationType
 
 
 def neighbouring(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a query or key map [heads * size, ...] in the order in which neighbours are turned together.
+    """Return the rows of a query or key projection in the order in which adjacent rows are rotated together.
 
     Row ``i`` of a head's first half is followed by row ``i`` of its second half.
+
+    Args:
+        rows: the weight.
+        heads: number of heads.
     """
     halves = rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(rows.shape))

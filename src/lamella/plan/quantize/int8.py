@@ -1,9 +1,8 @@
-"""Linear maps in 8 bits: every row of weights as integers from -128 to 127 and one scale.
+"""Linear layers in 8 bits: every row of weights as integers from -128 to 127 with one scale.
 
-Activations, the embedding and the head keep 16 bits. A folder of this kind is in the form of torchao, which
-transformers writes and reads, as safetensors. A decoding step of it runs here on a kernel of torch's own, which reads
-the integers as they are and needs neither torchao nor a compiler; torchao by itself writes every weight out in 16 bits
-first, unless it is compiled.
+Activations, the embedding and the head keep 16 bits. The folder is in the format of torchao, which transformers writes
+and reads, as safetensors. A decoding step runs here on a kernel of torch itself, which reads the integers directly and
+needs neither torchao nor a compiler; torchao by itself expands every weight to 16 bits first, unless it is compiled.
 """
 
 from __future__ import annotations
@@ -24,17 +23,17 @@ from lamella.plan import checkpoint, native
 from lamella.plan.filling import pretrained
 from lamella.stack import auto_class, share
 
-FEW = 16  # rows of activations, such as those of a decoding step, for which the kernel for integers is faster
-NEEDS = ("quantize", "a model in int8")  # which extra brings torchao, and what for
+FEW_ROWS = 16  # below this number of rows of activations, as in a decoding step, the integer kernel is faster
+NEEDS = ("quantize", "a model in int8")  # the extra with torchao, and its purpose
 
 
 class Int8Linear(nn.Module):
-    """A linear map whose weights are integers.
+    """A linear layer with integer weights.
 
     Args:
-        weight: [out, in] int8.
-        scale: of each row [out].
-        bias: [out], or None.
+        weight: integer weights [out, in] int8.
+        scale: scale of each row [out].
+        bias: bias [out], or None.
     """
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: nn.Parameter | None = None) -> None:
@@ -44,8 +43,9 @@ class Int8Linear(nn.Module):
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to ``x`` [..., in]; the result is [..., out]."""
         rows = x.reshape(-1, x.shape[-1])
-        if len(rows) < FEW and x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        if len(rows) < FEW_ROWS and x.dtype == torch.bfloat16 and x.device.type == "cpu":
             y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
         else:
             y = linear(rows, self.weight.to(x.dtype)) * self.scale
@@ -54,14 +54,14 @@ class Int8Linear(nn.Module):
 
 
 def in_integers(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of a matrix [out, in] as integers, and their scales [out], as torchao chooses them."""
+    """Return the rows of a matrix [out, in] as integers, and their scales [out], computed as in torchao."""
     weight = weight.detach().float()
     scale = (weight.abs().amax(dim=1) / 127.5).clamp(min=torch.finfo(torch.float32).eps)
     return (weight * (1 / scale)[:, None]).round().clamp(-128, 127).to(torch.int8), scale
 
 
 def int8_copy(model: Any) -> Any:
-    """A copy of a model, or of a view, in bfloat16, whose linear maps are integers; all but the head."""
+    """Return a copy of a model or view in bfloat16 whose linear layers, except the head, have integer weights."""
     sixteen = {id(each): nn.Parameter(each.detach().bfloat16(), requires_grad=False) for each in model.parameters()}
     ours, theirs = share(model, keep=sixteen), dict(model.named_modules())
 
@@ -69,11 +69,11 @@ def int8_copy(model: Any) -> Any:
         weight, scale = in_integers(theirs[name].weight)
         return Int8Linear(weight, scale.bfloat16(), module.bias)
 
-    return _with_linear_maps(ours, integers)
+    return _replace_linear_layers(ours, integers)
 
 
 def run_by_torch(model: Any) -> Any:
-    """A model that transformers has opened with torchao, run by :class:`Int8Linear`; on a CPU, where that is faster."""
+    """Replace the torchao linear layers of an opened model by :class:`Int8Linear`, which is faster on a CPU."""
 
     def integers(name: str, module: nn.Linear) -> nn.Module:
         weight: Any = module.weight
@@ -81,15 +81,15 @@ def run_by_torch(model: Any) -> Any:
             return module
         return Int8Linear(weight.qdata, weight.scale.flatten().to(model.dtype), module.bias)
 
-    return _with_linear_maps(model, integers)
+    return _replace_linear_layers(model, integers)
 
 
-def _with_linear_maps(model: Any, replaced: Callable[[str, nn.Linear], nn.Module]) -> Any:
-    """Replace the linear maps of a model, all but its head."""
+def _replace_linear_layers(model: Any, replacement: Callable[[str, nn.Linear], nn.Module]) -> Any:
+    """Replace the linear layers of a model, except its head."""
     head = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and module is not head:
-            model.set_submodule(name, replaced(name, module))
+            model.set_submodule(name, replacement(name, module))
     return model
 
 
@@ -97,23 +97,23 @@ def write_int8(folder: Path, config: Any, tokenizer: Any, out: Path, overwrite: 
     """Write a checkpoint folder as one in int8, which ``lamella.load`` and transformers with torchao read.
 
     Args:
-        folder: a safetensors checkpoint that transformers opens by itself.
+        folder: a safetensors checkpoint that transformers can open.
         config: its config.
-        tokenizer: its tokenizer; None where it has none.
+        tokenizer: its tokenizer; None if it has none.
         out: the folder to write; it appears when it is complete.
         overwrite: replace an earlier one.
 
     Returns:
-        The bytes of its weights.
+        The size of its weights in bytes.
 
     Raises:
-        LamellaError: without torchao.
+        LamellaError: if torchao is not installed.
         CheckpointError: for a folder that cannot be read.
-        ExportError: for a native export, or when ``out`` cannot be written.
+        ExportError: for a native export, or if ``out`` cannot be written.
     """
     quantization = require("torchao.quantization", *NEEDS)
-    if native.said_of(checkpoint.read_json(folder / "config.json"), str(folder)) is not None:
-        raise ExportError(f"{folder}: is a native export, which int8 has no form for: export it plainly")
+    if native.read_metadata(checkpoint.read_json(folder / "config.json"), str(folder)) is not None:
+        raise ExportError(f"{folder}: is a native export, which cannot be stored in int8: export it with --form plain")
     tensors = checkpoint.read(folder).tensors
     with new_folder(out, size=sum(tensor.size for tensor in tensors), overwrite=overwrite, source=folder) as partial:
         model = pretrained(
@@ -134,11 +134,11 @@ def write_int8(folder: Path, config: Any, tokenizer: Any, out: Path, overwrite: 
 CARD = """\
 # {name} in int8
 
-The linear maps of its layers are 8-bit integers with one scale for each row, written by torchao; the rest is bfloat16.
+The weights of the linear layers are 8-bit integers with one scale per row, written by torchao; the rest is bfloat16.
 
 ## Loading
 
-With Lamella (`pip install 'lamella[quantize]'`), which decodes on a kernel for integers:
+With Lamella (`pip install 'lamella[quantize]'`), which decodes with an integer kernel:
 
 ```python
 import lamella

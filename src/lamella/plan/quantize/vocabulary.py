@@ -1,7 +1,7 @@
-"""A tokenizer as llama.cpp reads it from a GGUF file.
+"""Tokenizers in the form that llama.cpp reads from a GGUF file.
 
-How text is split before tokens are merged is code of llama.cpp's own, chosen by a name, so a tokenizer that splits
-differently from all of :data:`SPLITTERS` is refused: the model would read other tokens than it was trained on.
+How text is split before tokens are merged is hard-coded in llama.cpp and selected by name, so a tokenizer that splits
+differently from all of :data:`SPLITTERS` is refused: the model would see other tokens than in training.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from gguf import GGUFWriter, TokenType
 
 from lamella.errors import ExportError
 
-# What tokenizers split text by before they merge, as their files say it, and what llama.cpp calls it.
+# How tokenizers split text before they merge tokens, as in their files, and llama.cpp's name for it.
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -30,32 +30,35 @@ SPLITTERS = {
     (_LLAMA3.replace("{1,3}", ""),): "qwen2",
     (_TEKKEN,): "tekken",
 }
-BYTES, PIECES = "gpt2", "llama"  # llama.cpp's names of byte-level merges, and of SentencePiece's
+BYTES, PIECES = "gpt2", "llama"  # llama.cpp's names for byte-level BPE and SentencePiece
 
 
 def add_tokenizer(writer: GGUFWriter, tokenizer: Any, size: int) -> None:
     """Write tokens, merges, special tokens and chat template.
 
     Args:
-        tokenizer: of transformers, with merges (BPE).
-        size: rows of the embedding; those beyond the last token are filled up with tokens that nothing encodes to.
+        writer: writer of the GGUF file.
+        tokenizer: a tokenizer of transformers with merges (BPE).
+        size: number of rows of the embedding; rows beyond the last token get unused tokens.
 
     Raises:
-        ExportError: for a tokenizer that llama.cpp has no form of, or that has more tokens than there are rows.
+        ExportError: for a tokenizer that llama.cpp cannot express, or that has more tokens than there are rows.
     """
     if not getattr(tokenizer, "is_fast", False):
-        raise ExportError("a GGUF file takes its tokens from a tokenizer.json, which this model lacks: put one there")
-    said = json.loads(tokenizer.backend_tokenizer.to_str())
-    model = said["model"]
+        raise ExportError(
+            "a GGUF file takes its tokens from a tokenizer.json, which this model lacks: add one to its folder"
+        )
+    settings = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = settings["model"]
     if model["type"] != "BPE":
-        raise ExportError(f"a GGUF file holds tokenizers with merges (BPE), and this one is {model['type']}")
+        raise ExportError(f"a GGUF file supports tokenizers with merges (BPE), but this one is {model['type']}")
     ids: dict[str, int] = tokenizer.get_vocab()
     if max(ids.values()) >= size:
-        raise ExportError(f"the tokenizer has a token {max(ids.values())}, and the embedding {size} rows: get it again")
+        raise ExportError(f"the tokenizer has a token {max(ids.values())}, but the embedding {size} rows: get it again")
     pieces = bool(model.get("byte_fallback"))
     tokens = [f"[PAD{row}]" for row in range(size)]
     kinds = [TokenType.UNUSED] * size
-    added = {each["id"]: each["special"] for each in said["added_tokens"]}
+    added = {each["id"]: each["special"] for each in settings["added_tokens"]}
     for token, row in ids.items():
         tokens[row], kinds[row] = token, _kind(token, row, added, pieces)
     if model.get("unk_token") in ids and pieces:
@@ -65,18 +68,18 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: Any, size: int) -> None:
     merges = [pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"]]
     if pieces:
         writer.add_token_scores(_scores(tokens, merges))
-        writer.add_add_space_prefix(_puts_a_space_before(said))
+        writer.add_add_space_prefix(_adds_space(settings))
     else:
-        writer.add_tokenizer_pre(_splitter(said))
+        writer.add_tokenizer_pre(_splitter(settings))
         writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     for name in ("bos", "eos", "unk", "pad"):
         if (row := getattr(tokenizer, f"{name}_token_id")) is not None:
             getattr(writer, f"add_{name}_token_id")(row)
-    begun = tokenizer("a").input_ids
-    writer.add_add_bos_token(begun[:1] == [tokenizer.bos_token_id])
-    writer.add_add_eos_token(begun[-1:] == [tokenizer.eos_token_id])
+    example = tokenizer("a").input_ids
+    writer.add_add_bos_token(example[:1] == [tokenizer.bos_token_id])
+    writer.add_add_eos_token(example[-1:] == [tokenizer.eos_token_id])
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
 
@@ -88,26 +91,29 @@ def _kind(token: str, row: int, added: dict[int, bool], pieces: bool) -> TokenTy
 
 
 def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
-    """SentencePiece merges the pair with the highest score first, and a tokenizer's file the one named first."""
+    """Return the scores of tokens for SentencePiece.
+
+    SentencePiece merges the pair with the highest score first; a tokenizer's file lists it first.
+    """
     first: dict[str, int] = {}
-    for place, pair in enumerate(merges):
-        first.setdefault("".join(pair), place)
+    for rank, pair in enumerate(merges):
+        first.setdefault("".join(pair), rank)
     return [-float(first.get(token, len(merges))) for token in tokens]
 
 
-def _puts_a_space_before(said: dict[str, Any]) -> bool:
-    """Whether text begins as if a space stood before it."""
-    parts = [part for place in ("normalizer", "pre_tokenizer") for part in _parts(said[place])]
+def _adds_space(settings: dict[str, Any]) -> bool:
+    """Return whether text is tokenized as if it began with a space."""
+    parts = [part for step in ("normalizer", "pre_tokenizer") for part in _parts(settings[step])]
     return any(
         part["type"] == "Prepend" or (part["type"] == "Metaspace" and part.get("prepend_scheme") != "never")
         for part in parts
     )
 
 
-def _splitter(said: dict[str, Any]) -> str:
-    """llama.cpp's name of how a byte-level tokenizer splits text."""
+def _splitter(settings: dict[str, Any]) -> str:
+    """Return llama.cpp's name for how a byte-level tokenizer splits text."""
     steps = []
-    for part in _parts(said["pre_tokenizer"]):
+    for part in _parts(settings["pre_tokenizer"]):
         if part["type"] == "ByteLevel" and not part["add_prefix_space"]:
             steps += ["bytes"] if part["use_regex"] else []
         elif part["type"] == "Digits" and part["individual_digits"]:
@@ -116,18 +122,18 @@ def _splitter(said: dict[str, Any]) -> str:
             steps.append(part["pattern"].get("Regex", ""))
         else:
             steps.append(part["type"])
-    normalised = [part["type"] for part in _parts(said["normalizer"])]
+    normalised = [part["type"] for part in _parts(settings["normalizer"])]
     name = SPLITTERS.get(tuple(steps))
     if name is None or normalised not in ([], ["NFC"] if name == "qwen2" else []):
         raise ExportError(
-            f"this tokenizer splits text by {', '.join([*normalised, *steps]) or 'nothing'}, which llama.cpp is not "
-            f"known to do; known are {', '.join(SPLITTERS.values())}"
+            f"this tokenizer splits text by {', '.join([*normalised, *steps]) or 'nothing'}, which llama.cpp does "
+            f"not support; supported are {', '.join(SPLITTERS.values())}"
         )
     return name
 
 
-def _parts(said: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The steps of a normalizer or pre-tokenizer."""
-    if said is None:
+def _parts(step: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Return the steps of a normalizer or pre-tokenizer."""
+    if step is None:
         return []
-    return said.get("pretokenizers") or said.get("normalizers") or [said]
+    return step.get("pretokenizers") or step.get("normalizers") or [step]

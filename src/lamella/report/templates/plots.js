@@ -43,12 +43,12 @@
 
   /* What ran over an image: the slider and the switch give the heat map other values. */
   const showFrame = () => {
-    const { rows, columns, views } = data.picture;
+    const { rows, columns, views } = data.image_grid;
     const { frames, least, most } = views[Number(chosen("view") ?? 0)];
     const { label, values } = frames[Number(at("frame").value)];
     at("frame-label").textContent = label;
     const z = Array.from({ length: rows }, (_, row) => values.slice(row * columns, (row + 1) * columns));
-    Plotly.restyle(at("plot-picture"), { z: [z], zmin: least, zmax: most }, [0]);
+    Plotly.restyle(at("plot-image_grid"), { z: [z], zmin: least, zmax: most }, [0]);
   };
 
   const draw = () => {
@@ -59,7 +59,7 @@
       const { data: traces, layout } = structuredClone(plot);
       Plotly.react(place, traces, { ...layout, template: template() }, config);
     });
-    if (data.picture) showFrame();
+    if (data.image_grid) showFrame();
   };
   document.querySelectorAll('.choice input:not([name="score"])').forEach((input) => input.addEventListener("change", draw));
   at("frame")?.addEventListener("input", showFrame);

@@ -1,18 +1,31 @@
-"""Small worlds whose truth is known: pictures, and what can be said of them."""
+"""Synthetic data with known ground truth: images of shapes, and text about them."""
 
 from lamella.zoo.worlds.language import (
     ANSWERS,
     QUESTIONS,
     TASKS,
     WORDS,
-    Example,
+    ShapeExample,
     caption,
     direction,
     examples,
     listed,
     place,
 )
-from lamella.zoo.worlds.shapes import COLOURS, GRID, MOST, NOVEL, SHAPES, SIZE, TILE, Part, Scene, Thing, render, scenes
+from lamella.zoo.worlds.shapes import (
+    COLOURS,
+    GRID,
+    MOST,
+    NOVEL,
+    SHAPES,
+    SIZE,
+    TILE,
+    Part,
+    SceneObject,
+    ShapeScene,
+    render,
+    scenes,
+)
 from lamella.zoo.worlds.words import IMAGE, word_tokenizer
 
 __all__ = [
@@ -28,10 +41,10 @@ __all__ = [
     "TASKS",
     "TILE",
     "WORDS",
-    "Example",
     "Part",
-    "Scene",
-    "Thing",
+    "SceneObject",
+    "ShapeExample",
+    "ShapeScene",
     "caption",
     "direction",
     "examples",

@@ -1,4 +1,4 @@
-"""The tokenizer of the world of shapes: a word each, and the marks that models want beside them."""
+"""The tokenizer of the synthetic shapes: one token per word, and the special tokens that models need."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from lamella.zoo.worlds.language import WORDS
 
 PAD, BOS, EOS, UNKNOWN, MASK = "<pad>", "<bos>", "<eos>", "<unk>", "<mask>"
 IMAGE = "<image>"
-MARKS = {  # what transformers calls them
+SPECIAL_NAMES = {  # their names in transformers
     "image_token": IMAGE,
     "video_token": "<video>",
     "vision_start_token": "<vision>",
     "vision_end_token": "</vision>",
 }
-SPECIAL = (PAD, BOS, EOS, UNKNOWN, MASK, *MARKS.values())
+SPECIAL = (PAD, BOS, EOS, UNKNOWN, MASK, *SPECIAL_NAMES.values())
 
 
 def word_tokenizer(further: Sequence[str] = ()) -> Any:
-    """A tokenizer for everything that is said of shapes; rows begin with ``<bos>``.
+    """Return a tokenizer for all text about shapes; rows begin with ``<bos>``.
 
-    It decodes to words with one space between them, as answers are written.
+    It decodes to words separated by spaces, as answers are written.
 
     Args:
-        further: words behind those, such as :data:`lamella.zoo.worlds.GLYPH_WORDS`.
+        further: additional words, such as :data:`lamella.zoo.worlds.GLYPH_WORDS`.
     """
     vocabulary = {word: number for number, word in enumerate((*SPECIAL, *WORDS, *further))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
@@ -42,7 +42,7 @@ def word_tokenizer(further: Sequence[str] = ()) -> Any:
         eos_token=EOS,
         unk_token=UNKNOWN,
         mask_token=MASK,
-        extra_special_tokens=MARKS,
+        extra_special_tokens=SPECIAL_NAMES,
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )

@@ -1,4 +1,4 @@
-"""Block influence and angular distance against loops over the hidden states that the model itself puts out."""
+"""Block influence and angular distance, compared with loops over the hidden states that the model itself returns."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from lamella.measure import (
     angular_distance,
     block_influence,
     describe,
+    hidden_norms,
     sequences,
-    stream_norms,
     sublayer_influence,
 )
 from lamella.stack import Stack
@@ -28,9 +28,9 @@ TOKENS = torch.randint(3, 128, (3, 10), generator=torch.Generator().manual_seed(
 
 @torch.no_grad()
 def points(model: torch.nn.Module) -> np.ndarray:
-    """The stream before every layer and after the last [layers + 1, sequences, time, hidden], float64.
+    """Return the hidden states before every layer and after the last [layers + 1, sequences, time, hidden], float64.
 
-    Taken by hooks on the layers, since the model's last hidden state is already normed.
+    They are recorded by hooks on the layers, since the model's last hidden state is already normed.
     """
     found: list[Tensor] = []
     layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
@@ -73,7 +73,7 @@ def test_angular_distance_is_the_mean_angle_over_pi(name: str) -> None:
                 assert value == pytest.approx(angles.mean(), abs=2e-4)
 
 
-def test_sublayer_influence_reads_the_stream_between_the_sublayers() -> None:
+def test_sublayer_influence_uses_the_hidden_states_between_sublayers() -> None:
     model = nano("llama")
     middle: list[Tensor] = []
     for layer in model.model.layers:
@@ -87,10 +87,10 @@ def test_sublayer_influence_reads_the_stream_between_the_sublayers() -> None:
     np.testing.assert_allclose(sublayer_influence(Stack(nano("llama")), TOKENS).values, expected, atol=1e-6)
 
 
-def test_stream_norms_leave_the_first_position_out() -> None:
+def test_hidden_norms_leave_the_first_position_out() -> None:
     model = nano("gpt2")
     expected = np.linalg.norm(points(model)[:, :, 1:], axis=-1).mean((1, 2))
-    np.testing.assert_allclose(stream_norms(Stack(model), TOKENS).values, expected, rtol=1e-5)
+    np.testing.assert_allclose(hidden_norms(Stack(model), TOKENS).values, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("front", [0, 1, 3])
@@ -103,10 +103,10 @@ def test_the_front_of_each_sequence_does_not_count(front: int) -> None:
     halves = sublayer_influence(stack, TOKENS, front=front).values
     assert (halves == pytest.approx(sublayer_influence(stack, TOKENS).values, abs=1e-9)) == (front == 0)
     norms = np.linalg.norm(h, axis=-1).mean((1, 2))
-    np.testing.assert_allclose(stream_norms(stack, TOKENS, front=front).values, norms, rtol=1e-5)
+    np.testing.assert_allclose(hidden_norms(stack, TOKENS, front=front).values, norms, rtol=1e-5)
     angles = np.arccos(np.clip(cosine(h[1], h[3]), -1, 1)) / np.pi
     assert angular_distance(stack, TOKENS, front=front).values[1, 2] == pytest.approx(angles.mean(), abs=2e-4)
-    with pytest.raises(CalibrationError, match="front 10 leaves nothing of a sequence of 10 tokens"):
+    with pytest.raises(CalibrationError, match="front 10 leaves no token of a sequence of 10 tokens"):
         block_influence(stack, TOKENS, front=10)
 
 
@@ -115,7 +115,7 @@ def test_the_front_begins_behind_the_padding() -> None:
     mask[0, :4] = 0
     padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), TOKENS[:1]], dim=1)
     given = {"input_ids": padded, "attention_mask": mask}
-    for measure in (block_influence, stream_norms):
+    for measure in (block_influence, hidden_norms):
         alone = measure(stack, TOKENS[:1], front=2).values
         np.testing.assert_allclose(measure(stack, given, front=2).values, alone, atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""Which parameters an edit may change, as people say it: sites, names with wildcards, and kinds to leave out."""
+"""Selection of the parameters that an edit may change: by sites, names with wildcards, and excluded kinds."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from lamella.stack import Stack, positions_at, weights
 Skip = Literal["norm", "bias"]
 
 
-def chosen_parameters(model: nn.Module | Stack, layers: Sequence[str] = (), skip: Sequence[Skip] = ()) -> list[str]:
-    """The names of some parameters of a model, tied ones once.
+def select_parameters(model: nn.Module | Stack, layers: Sequence[str] = (), skip: Sequence[Skip] = ()) -> list[str]:
+    """Return the names of selected parameters of a model; tied parameters are listed once.
 
     Args:
         model: any torch module, or a stack.
         layers: sites of a stack (``layers.3``, ``layers.5.mlp``, ``head``), or names of modules and parameters with
-            wildcards (``conv1``, ``*.down_proj.*``); all parameters when left out.
-        skip: without those of ``norm`` modules, or without every ``bias``.
+            wildcards (``conv1``, ``*.down_proj.*``); all parameters if empty.
+        skip: kinds to exclude: parameters of ``norm`` modules, or every ``bias``.
 
     Raises:
-        MethodError: when an entry names nothing, or nothing is left.
+        MethodError: if an entry matches nothing, or no parameter is left.
     """
     module = model.model if isinstance(model, Stack) else model
     if wrong := sorted(set(skip) - {"norm", "bias"}):
@@ -41,18 +41,22 @@ def chosen_parameters(model: nn.Module | Stack, layers: Sequence[str] = (), skip
         if not named:
             raise MethodError(f"layers '{entry}' names no parameter; a name is like '{next(iter(every))}'")
         chosen.update(named)
-    left = [name for name in every if name in chosen and not _skipped(module, every[name].places[0], skip)]
+    left = [name for name in every if name in chosen and not _skipped(module, every[name].occurrences[0], skip)]
     if not left:
         raise MethodError("skip leaves no parameter: skip less")
     return left
 
 
 def modules_at(stack: Stack, sites: Sequence[str]) -> tuple[str, ...]:
-    """What the names of the modules at some sites begin with.
+    """Return the prefixes of the names of the modules at some sites.
 
     >>> from lamella.zoo.nano import nano
     >>> modules_at(Stack(nano("llama")), ["layers.0", "layers.2.mlp"])
     ('model.layers.0.', 'model.layers.2.mlp.', 'model.layers.2.post_attention_layernorm.')
+
+    Args:
+        stack: the stack.
+        sites: sites of the stack.
 
     Raises:
         PlanError: for a site that the stack does not have.
@@ -67,7 +71,7 @@ def modules_at(stack: Stack, sites: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _skipped(module: nn.Module, place: tuple[str, str], skip: Sequence[Skip]) -> bool:
-    path, name = place
+def _skipped(module: nn.Module, occurrence: tuple[str, str], skip: Sequence[Skip]) -> bool:
+    path, name = occurrence
     of_norm = "norm" in type(module.get_submodule(path)).__name__.lower()
     return ("bias" in skip and "bias" in name) or ("norm" in skip and of_norm)

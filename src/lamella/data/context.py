@@ -1,4 +1,4 @@
-"""What the loaders of inputs may need of the run that they load for."""
+"""The context in which inputs are loaded: the tokenizer or processor of the model, the seed and the split."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lamella.errors import MethodError
 
 
 @dataclass(frozen=True)
-class Reader:
-    """For whom an input is read.
+class InputContext:
+    """What the loader of an input needs to know about the run that it loads for.
 
     Attributes:
-        opener: gives the tokenizer of the model, when the first input asks for it; None without a model.
-        seed: of what is drawn, such as which windows of a text.
-        split: the part of a source that is wanted.
-        processing_opener: gives what the model reads images and text with.
+        opener: returns the tokenizer of the model when the first input needs it; None if there is no model.
+        seed: random seed, for instance for choosing windows of a text.
+        split: which split of its source the input is read from.
+        processing_opener: returns the processor of the model, for images and text; None if there is no model.
     """
 
     opener: Callable[[], Any] | None = None
@@ -33,10 +33,10 @@ class Reader:
         """The model's tokenizer.
 
         Raises:
-            MethodError: when there is no model.
+            MethodError: if there is no model.
         """
         if self.opener is None:
-            raise MethodError("text is read with a model's tokenizer: give a model, or token ids")
+            raise MethodError("text needs the tokenizer of a model: give a model, or token ids")
         return self.opener()
 
     @cached_property
@@ -44,8 +44,8 @@ class Reader:
         """The model's processor.
 
         Raises:
-            MethodError: when there is no model.
+            MethodError: if there is no model.
         """
         if self.processing_opener is None:
-            raise MethodError("images are read with a model's processor: give a model")
+            raise MethodError("images need the processor of a model: give a model")
         return self.processing_opener()
