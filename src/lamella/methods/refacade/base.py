@@ -160,6 +160,13 @@ class Base(View):
     def size_for(self, height: int, width: int) -> tuple[int, int]:
         """Return the size at which frames are processed: a multiple of the token size, up to the maximum area.
 
+        Args:
+            height: height of the frames in pixels.
+            width: width of the frames in pixels.
+
+        Returns:
+            Height and width in pixels, close to the original aspect ratio.
+
         Raises:
             MethodError: for frames smaller than a token.
         """

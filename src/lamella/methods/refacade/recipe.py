@@ -46,7 +46,11 @@ NOISES = 64  # noises per clip
 
 
 class RemoverLoss:
-    """The loss of the remover, from a foreground to its untextured version."""
+    """The flow-matching loss of the remover, from a foreground to its untextured version.
+
+    Args:
+        length: draws the number of frames of each batch; defaults to all frames.
+    """
 
     def __init__(self, length: Length = WHOLE) -> None:
         self.length = length
