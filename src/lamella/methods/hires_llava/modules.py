@@ -129,7 +129,14 @@ class GlobalMixing(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, x: Tensor, mask: Tensor, rows: int, columns: int) -> Tensor:
-        """Mix maps [images, rows * h, columns * w, width]; ``mask`` marks the patches of the image."""
+        """Mix feature maps.
+
+        Args:
+            x: feature maps [images, rows * h, columns * w, width].
+            mask: which patches belong to the image, bool in the shape of the map.
+            rows: rows of slices.
+            columns: columns of slices.
+        """
         share = _pooled(mask, rows, columns)  # fraction of each position of the small map that is image
         small = self.down(_pooled(x, rows, columns) / share.clamp_min(torch.finfo(x.dtype).eps))
         h, w = small.shape[1:3]
@@ -233,7 +240,12 @@ class SelfMiningSampler(nn.Module):
 
 
 def windows(x: Tensor, k: int) -> Tensor:
-    """Split slices [slices, h, w, width] into windows [slices * h / k * w / k, k * k, width]."""
+    """Split slices into windows [slices * h / k * w / k, k * k, width].
+
+    Args:
+        x: slices [slices, h, w, width].
+        k: side of a window in patches.
+    """
     x = x.unflatten(2, (-1, k)).unflatten(1, (-1, k)).transpose(2, 3)  # [slices, h / k, w / k, k, k, width]
     return x.flatten(3, 4).flatten(0, 2)
 
