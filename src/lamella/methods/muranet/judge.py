@@ -97,7 +97,12 @@ class WallCount:
     either: int = 0
 
     def add(self, ours: NDArray[np.bool_], truth: NDArray[np.bool_]) -> None:
-        """Add the pixels of one plan."""
+        """Add the pixels of one plan.
+
+        Args:
+            ours: predicted walls [height, width].
+            truth: true walls [height, width].
+        """
         self.both += int((ours & truth).sum())
         self.either += int((ours | truth).sum())
 
