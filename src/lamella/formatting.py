@@ -54,7 +54,12 @@ def estimate(value: Mapping[str, Any] | None) -> str:
 
 
 def percent(value: float | None, decimals: int = 1) -> str:
-    """Format a fraction in percent, such as ``81.4 %``."""
+    """Format a fraction in percent, such as ``81.4 %``.
+
+    Args:
+        value: the fraction, such as 0.814; None if it is unknown.
+        decimals: number of decimal places.
+    """
     return MISSING if value is None or not math.isfinite(value) else f"{_fixed(100 * value, decimals)} %"
 
 
@@ -65,7 +70,12 @@ def points(value: float) -> str:
 
 
 def signed(value: float, decimals: int = 2) -> str:
-    """Format a difference with its sign, such as ``+0.25``."""
+    """Format a difference with its sign, such as ``+0.25``.
+
+    Args:
+        value: the difference.
+        decimals: number of decimal places.
+    """
     text = _fixed(value, decimals)
     return text if text.startswith(MINUS) else f"+{text}"
 
@@ -77,18 +87,35 @@ def _fixed(value: float, decimals: int) -> str:
 
 
 def share(part: float, whole: float) -> float:
-    """Return a part as a fraction of a whole; 0 if the whole is 0."""
+    """Return a part as a fraction of a whole; 0 if the whole is 0.
+
+    Args:
+        part: the part.
+        whole: the whole, in the same unit.
+    """
     return part / whole if whole else 0.0
 
 
 def counted(count: int, noun: str, plural: str = "") -> str:
-    """Format a number of things, such as ``1 plan`` or ``1,024 plans``."""
+    """Format a number of things, such as ``1 plan`` or ``1,024 plans``.
+
+    Args:
+        count: the number of things.
+        noun: their name in the singular.
+        plural: their name in the plural; if empty, the noun with an s.
+    """
     text = noun if count == 1 else plural or f"{noun}s"
     return f"{count:,} {text}".replace("-", MINUS, 1)
 
 
 def listed(names: Sequence[Any], nothing: str = "nothing", most: int = 8) -> str:
-    """Format names in a sentence, such as ``a, b and c``; of a long list the first, and the number of the rest."""
+    """Format names in a sentence, such as ``a, b and c``; of a long list the first, and the number of the rest.
+
+    Args:
+        names: the names, or other values to show as text.
+        nothing: text for an empty list.
+        most: maximum number of names to show.
+    """
     if not names:
         return nothing
     shown, more = list(map(str, names[:most])), len(names) - most
@@ -98,17 +125,33 @@ def listed(names: Sequence[Any], nothing: str = "nothing", most: int = 8) -> str
 
 
 def numbered(noun: str, numbers: Sequence[int]) -> str:
-    """Format things by their indices, such as ``layer 3``, ``layers 3 and 5`` or ``no layer``."""
+    """Format things by their indices, such as ``layer 3``, ``layers 3 and 5`` or ``no layer``.
+
+    Args:
+        noun: name of the things in the singular.
+        numbers: their indices.
+    """
     return f"{noun if len(numbers) == 1 else f'{noun}s'} {listed(numbers, most=32)}" if numbers else f"no {noun}"
 
 
 def span(noun: str, start: int, stop: int) -> str:
-    """Format a range, such as ``layer 3`` or ``layers 3 to 5``; ``stop`` is exclusive."""
+    """Format a range, such as ``layer 3`` or ``layers 3 to 5``; ``stop`` is exclusive.
+
+    Args:
+        noun: name of the things in the singular.
+        start: first index.
+        stop: index after the last one.
+    """
     return f"{noun} {start}" if stop - start == 1 else f"{noun}s {start} to {stop - 1}"
 
 
 def change(before: float | None, after: float | None) -> str:
-    """Format a relative change, such as ``−17.2 %``."""
+    """Format a relative change, such as ``−17.2 %``; ``same`` below 0.05 %.
+
+    Args:
+        before: the value before the change.
+        after: the value after it.
+    """
     if before is None or after is None or not before:
         return MISSING
     share = 100 * (after / before - 1)

@@ -69,7 +69,12 @@ class Broken:
     examples: list[str] = field(default_factory=list)
 
     def add(self, where: str, why: str) -> None:
-        """Count a row or file, and remember it if it is among the first."""
+        """Count a skipped row or file, and remember it if it is among the first.
+
+        Args:
+            where: the file, or the file and line.
+            why: the rest of the sentence that ``where`` begins, such as "is not JSON".
+        """
         self.count += 1
         if len(self.examples) < NAMED:
             self.examples.append(f"{where} {why}")

@@ -53,7 +53,7 @@ def rollout(
 
 
 def seconds_of(journal: Path) -> float:
-    """Return how many seconds the answers in a journal took, including those from before a stop."""
+    """Return the total time in seconds of the answers in a journal, including those from before an interruption."""
     lines = read_journal(journal, lambda line: isinstance(line, dict) or _is_line(line))
     return float(sum(line[0] for line in lines if isinstance(line, list)))
 

@@ -161,7 +161,13 @@ class Blended(Source):
 
     @classmethod
     def load(cls, file: Path, name: str, split: Split) -> Blended:
-        """Read rows with a field ``source``; rows without it form one source."""
+        """Read rows with a field ``source``; rows without it form one source.
+
+        Args:
+            file: the JSON Lines file.
+            name: name of the dataset in messages.
+            split: name of the split.
+        """
         found: dict[str, list[str]] = {}
         texts = []
         for kind, text in _rows(file):
@@ -277,7 +283,12 @@ def check_datasets(missing: str) -> None:
 
 
 def built_in_documents(name: str, split: Split) -> Iterator[str]:
-    """Return the documents of one split of a built-in text of :data:`DOCUMENTED`."""
+    """Return the documents of one split of a built-in text of :data:`DOCUMENTED`.
+
+    Args:
+        name: name of the text.
+        split: name of the split.
+    """
     return _every_other(_pydoc() if name == "pydoc" else _stdlib(), split)
 
 

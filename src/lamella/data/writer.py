@@ -207,6 +207,11 @@ class LocalWriter(Writer):
     ) -> Iterator[list[tuple[WritingRequest, Completion]]]:
         """Answer requests batch by batch; a batch with unfinished requests is repeated as a whole.
 
+        Args:
+            requests: the requests.
+            sampling: sampling settings.
+            done: keys of requests that are already answered; a batch is skipped only if all of its requests are.
+
         Raises:
             CalibrationError: if a request leaves no room for an answer.
         """
@@ -293,7 +298,13 @@ class RemoteWriter(Writer):
     def write(
         self, requests: Sequence[WritingRequest], sampling: Sampling, done: Collection[str] = ()
     ) -> Iterator[list[tuple[WritingRequest, Completion]]]:
-        """Answer requests one by one, in the order in which responses arrive."""
+        """Answer requests one by one, in the order in which responses arrive.
+
+        Args:
+            requests: the requests.
+            sampling: sampling settings.
+            done: keys of requests that are already answered, which are skipped.
+        """
         left = [each for each in requests if each.key not in done]
         questions = [ChatRequest(each.messages, each.max_tokens, each.seed) for each in left]
         for number, answer in self.endpoint.ask(questions, self.name, sampling):

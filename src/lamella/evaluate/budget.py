@@ -74,7 +74,12 @@ class Budget:
         return (lambda gone: any(goal(gone) for goal in goals)) if goals else None
 
     def fits(self, stack: Stack, plan: Plan) -> bool:
-        """Return whether a plan meets the limits on parameters, size of the weights and memory."""
+        """Return whether a plan meets the limits on parameters, size of the weights and memory.
+
+        Args:
+            stack: the whole model.
+            plan: the plan.
+        """
         left = cost(stack, plan)
         weights = left.parameters * next(stack.model.parameters()).element_size()
         memory = weights + CONTEXT * left.kv_bytes_per_token

@@ -166,7 +166,12 @@ class StepTimes:
     rest: float
 
     def step(self, plan: Plan | None, layers: int) -> float:
-        """Return the predicted time of one decoding step under a plan."""
+        """Return the predicted time of one decoding step under a plan, in seconds.
+
+        Args:
+            plan: the plan; None for the whole model.
+            layers: number of layers of the whole model, used if there is no plan.
+        """
         return self.step_of([(1.0, 1.0)] * layers if plan is None else plan.work)
 
     def step_of(self, work: Sequence[tuple[float, ...]]) -> float:
@@ -178,7 +183,12 @@ class StepTimes:
         return self.step(None, plan.model.layers) / self.step(plan, plan.model.layers)
 
     def speedup_without(self, removed: Collection[tuple[int, str]], layers: int) -> float:
-        """Return the predicted decode speed-up for a set of removed sublayers."""
+        """Return the predicted decode speed-up for a set of removed sublayers.
+
+        Args:
+            removed: the removed sublayers, by index of the layer and name (``attn`` or ``mlp``).
+            layers: number of layers of the whole model.
+        """
         whole = self.step(None, layers)
         return whole / (whole - sum(self.attn if name == "attn" else self.mlp for _, name in removed))
 

@@ -62,6 +62,12 @@ def peak_memory(folder: str | Path, batch: int = 1, prompt: int = 128, tokens: i
 
     It is loaded in the precision set by :func:`lamella.zoo.prefer`.
 
+    Args:
+        folder: folder of the checkpoint.
+        batch: number of sequences.
+        prompt: tokens of each prompt.
+        tokens: number of tokens to generate.
+
     Raises:
         CheckpointError: if the child process fails; the message contains its last line.
     """

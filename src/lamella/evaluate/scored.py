@@ -67,7 +67,13 @@ def _decoder_inputs(model: Any, labels: Tensor) -> Tensor:
 def labelled_batches(
     rows: Samples | ImageText, size: int, device: torch.device | str = "cpu"
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield batches of samples of text, or of rows of images with text, on a device."""
+    """Yield batches of samples of text, or of rows of images with text, on a device.
+
+    Args:
+        rows: samples of text, or images with text.
+        size: rows per batch.
+        device: device of the batches.
+    """
     if isinstance(rows, ImageText):
         batches: Iterable[Mapping[str, Tensor]] = rows.batches(size)
     else:
@@ -84,7 +90,12 @@ def last_answers(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the parts of a batch that the model's own forward accepts, except for labels."""
+    """Return the parts of a batch that the model's own forward accepts, except for labels.
+
+    Args:
+        model: a transformers model.
+        batch: tensors by name.
+    """
     kind: Any = type(model)
     accepted = _parameters(kind) | {"input_ids", "attention_mask"}
     return {name: each for name, each in batch.items() if name in accepted and name != "labels"}

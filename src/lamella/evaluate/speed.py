@@ -180,7 +180,13 @@ def _read(models: Mapping[str, Any], batch: int, prompt: int | ImageText) -> dic
 
 
 def random_tokens(models: Iterable[Any], batch: int, time: int) -> Tensor:
-    """Return random tokens that are in all vocabularies and are no image tokens [batch, time]."""
+    """Return random token ids that are in all vocabularies and are no image, video or audio tokens [batch, time].
+
+    Args:
+        models: the transformers models.
+        batch: number of sequences.
+        time: tokens per sequence.
+    """
     models = list(models)
     vocabulary = min(model.config.get_text_config().vocab_size for model in models)
     ids = torch.randint(vocabulary, (batch, time), generator=torch.Generator().manual_seed(0))

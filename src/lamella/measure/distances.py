@@ -175,12 +175,22 @@ def angle(logits: Tensor, reference: Tensor, _: Tensor) -> Tensor:
 
 
 def squared_difference(logits: Tensor, reference: Tensor, _: Tensor) -> Tensor:
-    """Return the squared Euclidean distance of the two logit vectors."""
+    """Return the squared Euclidean distance of the logits at each position.
+
+    Args:
+        logits: logits [..., vocabulary].
+        reference: reference logits of the same shape.
+    """
     return (logits - reference).square().sum(-1)
 
 
 def negative_log_likelihood(logits: Tensor, _: Tensor, labels: Tensor) -> Tensor:
-    """Return the negative log-likelihood of the next token in nats; 0 at a sequence's last position (label -100)."""
+    """Return the negative log-likelihood of the next token in nats; 0 at a sequence's last position (label -100).
+
+    Args:
+        logits: logits [positions, vocabulary].
+        labels: id of the next token [positions].
+    """
     return cross_entropy(logits, labels, reduction="none", ignore_index=-100)
 
 

@@ -70,7 +70,11 @@ Criterion = Callable[[TokenFeatures, int], TokenSelection]
 
 
 def best(scores: Tensor, k: int) -> Tensor:
-    """Return the k tokens with the highest scores, the best first, among equal ones the first [k].
+    """Return the indices of the k highest scores, the best first; among equal scores, the first token wins [k].
+
+    Args:
+        scores: score of each token [tokens].
+        k: number of tokens.
 
     >>> best(torch.tensor([0.1, 0.5, 0.5, 0.9]), 2).tolist()
     [3, 1]
@@ -79,7 +83,12 @@ def best(scores: Tensor, k: int) -> Tensor:
 
 
 def fastv(features: TokenFeatures, k: int) -> TokenSelection:
-    """Keep the tokens that receive most attention: the mean over heads, summed over queries."""
+    """Keep the tokens that receive most attention: the mean over heads, summed over queries.
+
+    Args:
+        features: needs ``attention``.
+        k: number of tokens to keep.
+    """
     assert features.attention is not None
     return TokenSelection(best(features.attention.mean(dim=0).sum(dim=0), k))
 
@@ -97,7 +106,12 @@ def raters(image: Tensor, text: Tensor) -> Tensor:
 
 
 def sparsevlm(features: TokenFeatures, k: int) -> TokenSelection:
-    """Keep the tokens that the raters attend to most; some of the k are means of the densest clusters of the rest."""
+    """Keep the tokens that the raters attend to most; some of the k are means of the densest clusters of the rest.
+
+    Args:
+        features: needs ``image``, ``text`` and ``of_text``.
+        k: number of tokens to keep.
+    """
     assert features.text is not None and features.of_text is not None
     scores = features.of_text[:, raters(features.image, features.text)].mean(dim=(0, 1))
     order = best(scores, len(scores))
@@ -133,7 +147,12 @@ def clusters(states: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def divprune(features: TokenFeatures, k: int) -> TokenSelection:
-    """Keep, greedily, the token farthest by cosine from those chosen, starting with the most isolated one."""
+    """Keep, greedily, the token farthest by cosine from those chosen, starting with the most isolated one.
+
+    Args:
+        features: needs ``image``.
+        k: number of tokens to keep.
+    """
     unit = normalize(features.image, dim=-1)
     apart = 1 - unit @ unit.T
     alone = apart + torch.diag(torch.full((len(apart),), torch.inf, dtype=apart.dtype, device=apart.device))
@@ -157,6 +176,10 @@ def trim(features: TokenFeatures, k: int) -> TokenSelection:
 
     TRIM compares in CLIP's space, but small models have no text encoder for it: here the language model's space is
     used.
+
+    Args:
+        features: needs ``image`` and ``text``.
+        k: number of tokens to keep.
     """
     assert features.text is not None
     alike = normalize(features.image, dim=-1) @ normalize(features.text.mean(dim=0), dim=0)
@@ -170,7 +193,12 @@ def trim(features: TokenFeatures, k: int) -> TokenSelection:
 
 
 def tome(features: TokenFeatures, k: int) -> TokenSelection:
-    """Merge by bipartite soft matching until k tokens are left; each round merges at most half of them."""
+    """Merge by bipartite soft matching until k tokens are left; each round merges at most half of them.
+
+    Args:
+        features: needs ``image``.
+        k: number of tokens to keep.
+    """
     index = torch.arange(len(features.image), device=features.image.device)
     states, sizes = features.image, torch.ones(len(index), dtype=features.image.dtype, device=index.device)
     while len(index) > k:
@@ -204,20 +232,35 @@ def matched(index: Tensor, states: Tensor, sizes: Tensor, r: int) -> tuple[Tenso
 
 
 def signal(features: TokenFeatures, k: int) -> TokenSelection:
-    """Keep the tokens whose removal would change the answer most, to first order: abs(h_v . d log p / d h_v)."""
+    """Keep the tokens whose removal would change the answer most, to first order: abs(h_v . d log p / d h_v).
+
+    Args:
+        features: needs ``image`` and ``gradient``.
+        k: number of tokens to keep.
+    """
     assert features.gradient is not None
     return TokenSelection(best((features.image * features.gradient).sum(dim=-1).abs(), k))
 
 
 def at_random(features: TokenFeatures, k: int) -> TokenSelection:
-    """Keep random tokens."""
+    """Keep random tokens.
+
+    Args:
+        features: needs ``image`` for its length, and ``generator`` for a reproducible choice.
+        k: number of tokens to keep.
+    """
     return TokenSelection(
         torch.randperm(len(features.image), generator=features.generator)[:k].to(features.image.device)
     )
 
 
 def withdraw(features: TokenFeatures, k: int) -> TokenSelection:
-    """Keep no token."""
+    """Keep no token.
+
+    Args:
+        features: needs ``image`` for its device.
+        k: ignored.
+    """
     return TokenSelection(torch.empty(0, dtype=torch.long, device=features.image.device))
 
 

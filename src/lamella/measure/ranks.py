@@ -11,6 +11,10 @@ from scipy.stats import spearmanr
 def spearman(ones: Sequence[float] | np.ndarray, others: Sequence[float] | np.ndarray) -> float | None:
     """Return Spearman's rank correlation, with mean ranks for ties; None if all values of one side are equal.
 
+    Args:
+        ones: values.
+        others: as many values, paired with ``ones`` by position.
+
     >>> round(spearman([1, 2, 5], [3, 4, 9]), 6)
     1.0
     """

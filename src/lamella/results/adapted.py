@@ -42,7 +42,14 @@ class WithoutModel(Trained):
         """Write the files that the plan does not include."""
 
     def save(self, out: Path, documents: Documents, *, overwrite: bool = False, tokenizer: Any = None) -> None:
-        """Create a folder with the plan, its side files and the documents, atomically."""
+        """Write a folder with the plan, its side files and the documents, atomically.
+
+        Args:
+            out: the folder.
+            documents: returns further documents by name: evidence, page and card.
+            overwrite: replace an existing folder.
+            tokenizer: ignored, because no checkpoint is written.
+        """
         with new_folder(out, size=self.size, overwrite=overwrite, source=self.stack.path) as folder:
             self.put(folder)
             self.plan.write(folder / PLAN)

@@ -40,7 +40,12 @@ class Corpus(Result):
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write JSON lines."""
+    """Write rows as JSON lines, in UTF-8.
+
+    Args:
+        path: the file; an existing one is replaced.
+        rows: the rows, as JSON values.
+    """
     with path.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

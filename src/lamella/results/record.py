@@ -41,7 +41,13 @@ class Record:
     checks: list[dict[str, Any]] = field(default_factory=list)
 
     def table(self, title: str, columns: list[str], rows: list[list[Any]]) -> None:
-        """Add a table and print it."""
+        """Add a table and print it.
+
+        Args:
+            title: title of the table.
+            columns: headings of the columns.
+            rows: values of each row, one per column.
+        """
         self.tables.append(
             {"title": title, "columns": columns, "rows": [[_cell(cell) for cell in row] for row in rows]}
         )
@@ -53,19 +59,48 @@ class Record:
         Console().print(grid)
 
     def exact(self, name: str, expected: str, measured: Any, passed: bool) -> None:
-        """Add a check that must hold for the rest to be meaningful."""
+        """Add a check that must hold for the rest to be meaningful.
+
+        Args:
+            name: what is checked.
+            expected: the expected value or relation, as text.
+            measured: the measured value.
+            passed: whether the check holds.
+        """
         self.check(name, expected, measured, passed, "exactness")
 
     def main(self, name: str, expected: str, measured: Any, passed: bool | None) -> None:
-        """Add a check of the paper's main claim, or a part of it."""
+        """Add a check of the paper's main claim, or a part of it.
+
+        Args:
+            name: what is checked.
+            expected: the expected value or relation, as text.
+            measured: the measured value.
+            passed: whether the check holds; None if it is within the measurement noise.
+        """
         self.check(name, expected, measured, passed, "main")
 
     def further(self, name: str, expected: str, measured: Any, passed: bool | None) -> None:
-        """Add a check of a further claim of the paper."""
+        """Add a check of a further claim of the paper.
+
+        Args:
+            name: what is checked.
+            expected: the expected value or relation, as text.
+            measured: the measured value.
+            passed: whether the check holds; None if it is within the measurement noise.
+        """
         self.check(name, expected, measured, passed, "further")
 
     def check(self, name: str, expected: str, measured: Any, passed: bool | None, kind: Kind | None = None) -> None:
-        """Add a check with its measured value, and print the verdict."""
+        """Add a check with its measured value, and print the verdict.
+
+        Args:
+            name: what is checked.
+            expected: the expected value or relation, as text.
+            measured: the measured value.
+            passed: whether the check holds; None if it is within the measurement noise.
+            kind: kind of the check in a reproduction; None in a benchmark.
+        """
         passed = None if passed is None else bool(passed)
         found = {"name": name, "expected": expected, "measured": str(_cell(measured)), "passed": passed}
         self.checks.append(({} if kind is None else {"kind": kind}) | found)

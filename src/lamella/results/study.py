@@ -9,13 +9,17 @@ from lamella.result import Evidence, Result
 
 
 class Study(Result):
-    """Measurements; all of them are in the findings."""
+    """A result that consists of measurements only, all of them in its findings."""
 
     kind: ClassVar[str] = "study"
 
     @classmethod
     def read(cls, path: Path) -> Study:
-        """Return the study in a folder of results: its findings, whatever made them."""
+        """Read a study from a folder of results; any kind of result can be read as a study.
+
+        Args:
+            path: folder of the results.
+        """
         evidence = Evidence.read(path)
         return Study(findings=evidence.findings, notes=evidence.notes, provenance=evidence.provenance)
 

@@ -39,7 +39,13 @@ class Phase:
 
     @classmethod
     def of(cls, start: int, tokens: int, lengths: int | Tensor) -> Phase:
-        """Return the phase of ``tokens`` columns from ``start`` on, given the prompts' lengths [batch]."""
+        """Return the phase of a call, given the lengths of the prompts.
+
+        Args:
+            start: first column of the call, including padding.
+            tokens: number of columns of the call.
+            lengths: number of columns of the prompt: one number for all rows, or one per row [batch].
+        """
         if isinstance(lengths, int):
             return cls(start, start + tokens, lengths, lengths, lengths)
         return cls(start, start + tokens, lengths.reshape(-1, 1), int(lengths.min()), int(lengths.max()))
@@ -93,7 +99,12 @@ class SparseSlot(DynamicLayer):
         self.ragged = False
 
     def columns_with(self, start: int, tokens: int) -> Tensor:
-        """Return the columns of the entries followed by ``tokens`` more from ``start`` on [rows, stored + tokens]."""
+        """Return the columns of the stored entries, followed by those of new tokens [rows, stored + tokens].
+
+        Args:
+            start: column of the first new token.
+            tokens: number of new tokens.
+        """
         new = torch.arange(start, start + tokens, device=self.columns.device)
         return torch.cat([self.columns, new.expand(len(self.columns), -1)], dim=1)
 
@@ -199,7 +210,12 @@ class PlanCache(DynamicCache):
         self.rows.pop(slot, None)
 
     def keep_rows(self, slot: int, kept: Tensor) -> None:
-        """Keep a slot's keys and values of some rows only [batch] bool, which alone run its layer from now on."""
+        """Keep a slot's keys and values of some rows only; from now on, only these rows run its layer.
+
+        Args:
+            slot: index of the slot.
+            kept: which rows of the batch to keep [batch] bool.
+        """
         if kept.all():
             return
         rows = kept.nonzero().flatten()
@@ -216,7 +232,12 @@ class PlanCache(DynamicCache):
         return self.rows.get(slot)
 
     def make_sparse(self, slot: int, device: torch.device) -> None:
-        """Make an empty slot store different columns for each row; its attention gets a mask computed from them."""
+        """Make an empty slot store different columns for each row; its attention gets a mask computed from them.
+
+        Args:
+            slot: index of the slot.
+            device: device of the columns' indices.
+        """
         self._layer(slot)
         self.layers[slot] = sparse = SparseSlot(
             self.batch, device

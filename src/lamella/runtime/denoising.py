@@ -199,7 +199,12 @@ class DenoisingCache(DynamicCache):
         return slot
 
     def delete(self, layer: int, which: Tensor) -> None:
-        """Delete what a layer holds of these columns [rows, columns] bool."""
+        """Delete a layer's keys and values of some columns.
+
+        Args:
+            layer: index of the layer.
+            which: columns to delete [rows, columns] bool.
+        """
         slot = self.make_sparse(layer, len(which), which.device)
         held = slot.columns >= 0
         deleted = held & which.gather(1, slot.columns.clamp(min=0))

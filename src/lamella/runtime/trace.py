@@ -53,7 +53,12 @@ class Trace:
         now[which] |= True if tokens is None else tokens.cpu().numpy()
 
     def did_not_count(self, layer: int, tokens: Tensor) -> None:
-        """Record that the result of a layer was not used for these tokens [batch or 1, time] bool."""
+        """Record that the result of a layer was not used for some tokens.
+
+        Args:
+            layer: index of the layer.
+            tokens: these tokens [batch or 1, time] bool.
+        """
         self.ran[-1][:, :, layer] &= ~tokens.cpu().numpy()[..., None]
 
     def note(self, name: str, layer: int, values: Tensor) -> None:

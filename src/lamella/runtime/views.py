@@ -241,7 +241,12 @@ def traced(view: Any, stack: str | None = None) -> Trace:
 
 
 def untraced(view: Any, stack: str | None = None) -> None:
-    """Stop recording a view."""
+    """Stop recording a view's run-time decisions.
+
+    Args:
+        view: the view.
+        stack: name of the stack, for a view with several; if None, that of the view's policy.
+    """
     _deciding(view, stack).lamella_trace = None
 
 

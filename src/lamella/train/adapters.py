@@ -115,7 +115,12 @@ class Adapter:
         return folder
 
     def write_into(self, folder: Path, name: str | None = None) -> None:
-        """Write the files of :meth:`write` into an existing folder."""
+        """Write the files of :meth:`write` into an existing folder.
+
+        Args:
+            folder: the existing folder.
+            name: name of the base model, as information and for peft's ``AutoPeftModel``.
+        """
         uniform = self._of_one_rank()
         rank = {len(a) for a, _ in uniform.pairs.values()}.pop()
         config = LoraConfig(
@@ -256,6 +261,10 @@ def with_updates(stack: Stack, updates: Iterable[tuple[str, Tensor]]) -> Stack:
 
 def check_fits(stack: Stack, adapter: Adapter) -> None:
     """Check that an adapter belongs to a model.
+
+    Args:
+        stack: the model.
+        adapter: the adapter.
 
     Raises:
         TrainingError: naming the first difference.

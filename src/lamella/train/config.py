@@ -88,7 +88,12 @@ class TrainConfig:
             raise TrainingError(f"clip {self.clip:g}: give the maximum gradient norm, above 0")
 
     def with_steps(self, samples: int, processes: int = 1) -> TrainConfig:
-        """Return the same run with its number of steps: one epoch of ``samples`` if it has none."""
+        """Return the same configuration with a number of steps: one epoch of the samples if it has none.
+
+        Args:
+            samples: number of training samples.
+            processes: number of processes, each with batches of its own.
+        """
         size = self.batch * self.accumulate * processes
         return replace(self, steps=self.steps or max(1, samples // size))
 

@@ -134,7 +134,12 @@ def _trained_names(student: Any, vocabulary: bool) -> Choice:
 
 
 def check_vocabulary(stack: Stack, teacher: Stack) -> None:
-    """Raise a :class:`TrainingError` for a teacher whose vocabulary has another size."""
+    """Raise a :class:`TrainingError` for a teacher whose vocabulary has another size.
+
+    Args:
+        stack: the student.
+        teacher: the teacher.
+    """
     ours, theirs = (each.unembedding.weight.shape[0] for each in (stack, teacher))
     if ours != theirs:
         raise TrainingError(

@@ -71,7 +71,12 @@ class TrainingRun:
         return self._loop.weigh(values)
 
     def note(self, name: str, value: Tensor) -> None:
-        """Log a value of this step with the parts of the loss; it must be the same in all processes."""
+        """Log a value of this step beside the parts of the loss.
+
+        Args:
+            name: name of the value in the log.
+            value: the value, a scalar; it must be the same in all processes.
+        """
         self._notes[name].append(value.detach().float())
 
     def noted(self) -> dict[str, float]:
@@ -82,6 +87,10 @@ class TrainingRun:
 
     def check(self, value: Tensor, what: str) -> None:
         """Stop the run with a message that names the step, unless all values are finite.
+
+        Args:
+            value: values of any shape.
+            what: their name in the message.
 
         Raises:
             TrainingError: if any is not finite.

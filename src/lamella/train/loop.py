@@ -141,7 +141,12 @@ class Loop(Trainer):
         return self.lr_scheduler
 
     def stop_unless_finite(self, value: Tensor, what: str) -> None:
-        """Raise an error that names the step and samples, unless all values are finite."""
+        """Raise an error that names the step and samples, unless all values are finite.
+
+        Args:
+            value: values of any shape.
+            what: their name in the message.
+        """
         if torch.isfinite(value).all():
             return
         step, size = self.state.global_step, self.order.size
@@ -156,7 +161,12 @@ class Loop(Trainer):
         return {name: each.detach() for name, each in self.state_tensors.items()}
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """Set one of the tensors that training changes."""
+        """Overwrite one of the tensors that training changes.
+
+        Args:
+            name: name of the tensor in the state.
+            tensor: the new values, in the same shape.
+        """
         self.state_tensors[name].copy_(tensor)
 
     def evaluated(self) -> None:

@@ -215,7 +215,12 @@ def dpo_loss(
 
 
 def continuation_log_probs(model: Any, batch: Batch) -> Tensor:
-    """Return the log probability of each row's labels after its prompt, in nats, float32 [batch]."""
+    """Return the log probability of each row's labels after its prompt, in nats, float32 [batch].
+
+    Args:
+        model: the model.
+        batch: ``input_ids`` and ``labels`` [batch, time], and ``prompt_lengths`` [batch], the tokens of each prompt.
+    """
     positions = torch.arange(batch["labels"].shape[1], device=batch["labels"].device)
     in_prompt = positions < batch["prompt_lengths"][:, None]
     labels = batch["labels"].masked_fill(in_prompt, NO_LOSS)
@@ -235,6 +240,11 @@ def projection(model: Any, teacher: Any, seed: int = 0) -> None:
     """Add a linear projection to the hidden size of the teacher, for :func:`distillation_loss`; it is trained too.
 
     Nothing is added if the hidden sizes are equal. Delete the model's attribute ``PROJECTION`` after training.
+
+    Args:
+        model: the trained model, changed in place.
+        teacher: the teacher.
+        seed: random seed of the initial weights.
     """
     ours, theirs = model.config.hidden_size, teacher.config.hidden_size
     if ours != theirs:
@@ -247,9 +257,14 @@ def projection(model: Any, teacher: Any, seed: int = 0) -> None:
 
 
 def forward_kl(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return the sum over positions of KL(teacher || model), in float32 and in nats: both [positions, vocabulary].
+    """Return the sum over positions of KL(teacher || model), in float32 and in nats.
 
     Multiplied by the square of the temperature, so that the gradient's scale does not depend on it.
+
+    Args:
+        logits: logits of the model [positions, vocabulary].
+        teacher: logits of the teacher [positions, vocabulary].
+        temperature: divisor of both logits.
     """
     if temperature != 1:  # each pass over logits is slow, even a division by 1
         logits, teacher = logits.float() / temperature, teacher.float() / temperature
@@ -259,17 +274,32 @@ def forward_kl(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Ten
 
 
 def cosine_distance(states: Tensor, teacher: Tensor) -> Tensor:
-    """Return the mean over positions of 1 - cosine, in float32: both [positions, hidden]."""
+    """Return the mean over positions of 1 - cosine similarity, in float32.
+
+    Args:
+        states: hidden states of the model [positions, hidden].
+        teacher: hidden states of the teacher [positions, hidden].
+    """
     return 1 - nn.functional.cosine_similarity(states.float(), teacher.float(), dim=-1).mean()
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the sum over positions of -log p(label), in float32: [positions, vocabulary] and [positions]."""
+    """Return the sum over positions of -log p(label), in float32 and in nats.
+
+    Args:
+        logits: logits [positions, vocabulary].
+        labels: token ids [positions].
+    """
     return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
 
 
 def logit_mse(logits: Tensor, teacher: Tensor) -> Tensor:
-    """Return the sum over positions of the squared error, mean over the vocabulary: both [positions, vocabulary]."""
+    """Return the squared error of the logits, the mean over the vocabulary and the sum over positions.
+
+    Args:
+        logits: logits of the model [positions, vocabulary].
+        teacher: logits of the teacher [positions, vocabulary].
+    """
     return (logits.float() - teacher.float()).square().mean(dim=-1).sum()
 
 

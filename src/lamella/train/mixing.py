@@ -118,7 +118,13 @@ class Feed:
             raise TrainingError("there are no training samples: give some")
 
     def order(self, steps: int, size: int, seed: int) -> Order:
-        """Return the samples of the given number of steps of one size."""
+        """Return the order of the samples in a run.
+
+        Args:
+            steps: number of optimizer steps.
+            size: samples per step, over all processes.
+            seed: random seed.
+        """
         return Order(self.samples, steps, size, seed, self.replay, self.skip, self.along)
 
     def as_dict(self) -> dict[str, Any]:

@@ -28,7 +28,13 @@ UNDECAYED = ("bias", "layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:
 
 
 def adamw(model: nn.Module, trained: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW with the config's betas; weight decay applies only to weight matrices, not to biases or norms."""
+    """Create AdamW with the config's betas; weight decay applies only to weight matrices, not to biases or norms.
+
+    Args:
+        model: the model, whose modules tell which parameters belong to norms.
+        trained: the trained parameters by name.
+        config: gives ``betas`` and ``weight_decay``; the learning rate is 1, to be multiplied by that of the schedule.
+    """
     names = get_parameter_names(model, [nn.LayerNorm], UNDECAYED)
     decayed = {name for name in names if name in trained and trained[name].ndim > 1}
     groups = [
@@ -57,7 +63,12 @@ def state_of(run: Path) -> Path:
 
 
 def load_optimizer_state(file: Path, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Load the state of an earlier optimizer; groups and learning rates stay.
+    """Load the state of an earlier optimizer, such as its moments; parameter groups and learning rates stay.
+
+    Args:
+        file: the saved state.
+        optimizer: the optimizer, changed in place.
+        device: device of the loaded tensors.
 
     Raises:
         TrainingError: if it belongs to other parameters.

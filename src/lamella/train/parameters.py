@@ -80,6 +80,10 @@ def in_bfloat16(model: Any, kept: Collection[nn.Parameter] = ()) -> Any:
     """Return a copy of a model with its parameters in bfloat16, except for the given ones, which it shares.
 
     Mixed precision casts float32 parameters in every step; this avoids it for frozen ones.
+
+    Args:
+        model: the model, which stays unchanged.
+        kept: parameters that keep their dtype and are shared with the copy.
     """
     shared = {id(each) for each in kept}
     cast = {
@@ -92,7 +96,12 @@ def in_bfloat16(model: Any, kept: Collection[nn.Parameter] = ()) -> Any:
 
 @contextmanager
 def only(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Let only these parameters require gradients; flags and modes are restored afterwards."""
+    """Let only the given parameters require gradients within a context; flags and modes are restored afterwards.
+
+    Args:
+        model: the model.
+        trained: the parameters to train, by name.
+    """
     flags = [(each, each.requires_grad) for each in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     chosen = set(trained.values())

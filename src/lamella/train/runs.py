@@ -20,6 +20,10 @@ LOG = "log.json"
 def check_same_run(out: Path, ours: Mapping[str, Any]) -> None:
     """Check that a folder is empty, or contains a run with these settings.
 
+    Args:
+        out: folder of the run.
+        ours: settings of the run that begins or resumes.
+
     Raises:
         TrainingError: if it contains something else.
     """
@@ -58,7 +62,12 @@ def _digest(digest: Any, sample: Mapping[str, Any]) -> None:
 
 
 def model_digest(model: nn.Module, trained: Collection[str]) -> str:
-    """Return a digest of all names and shapes, and of a few values of each frozen tensor."""
+    """Return a digest of all names and shapes, and of a few values of each frozen tensor.
+
+    Args:
+        model: the model.
+        trained: names of the trained parameters, whose values do not enter the digest.
+    """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {list(parameter.shape)} {parameter.dtype} {name in trained};".encode())

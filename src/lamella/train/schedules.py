@@ -229,13 +229,27 @@ def infinite(
 def warmup_stable_decay(
     steps: int, lr: float, *, floor: float = 0.1, warmup: float = 0.01, anneal: float = 0.85
 ) -> Infinite:
-    """Warm-up, constant at the peak rate, anneal: the infinite schedule without its cool-down."""
+    """Return the schedule of warm-up, constant peak rate and anneal: the infinite schedule without its cool-down.
+
+    Args:
+        steps: number of optimizer steps of the run.
+        lr: peak learning rate.
+        floor: final learning rate as a fraction of the peak.
+        warmup: fraction of the steps in which the rate rises.
+        anneal: fraction of the steps after which the rate falls.
+    """
     begin = _steps(warmup, steps)
     return Infinite(lr, lr, floor * lr, begin, begin, max(_steps(anneal, steps), begin), steps)
 
 
 def constant(steps: int, lr: float, *, warmup: float = 0.01) -> Constant:
-    """Warm-up, then constant."""
+    """Return the schedule of a linear warm-up and a constant rate.
+
+    Args:
+        steps: number of optimizer steps of the run.
+        lr: learning rate after the warm-up.
+        warmup: fraction of the steps in which the rate rises.
+    """
     return Constant(lr, _steps(warmup, steps))
 
 

@@ -128,7 +128,12 @@ class ShardedLoop(Loop):
         return {name: gathered(each.detach()).cpu() for name, each in self.trained.items()}
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """Set this process's shard of one parameter."""
+        """Overwrite this process's shard of a trained parameter.
+
+        Args:
+            name: name of the parameter.
+            tensor: the new values of the whole parameter, the same in all processes.
+        """
         ours: Any = self.trained[name]
         ours.copy_(distribute_tensor(tensor.to(ours.device), ours.device_mesh, ours.placements))
 

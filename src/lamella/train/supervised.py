@@ -22,12 +22,22 @@ from lamella.train.task import Batch, Loss, Task
 
 
 def squared_error(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the mean squared error of ``model(x)`` from ``y``, over rows and elements."""
+    """Return the mean squared error of the model, over rows and elements.
+
+    Args:
+        model: maps ``x`` to a tensor in the shape of ``y``.
+        batch: inputs ``x`` and targets ``y``, each [rows, ...].
+    """
     return nn.functional.mse_loss(model(batch["x"]), batch["y"])
 
 
 def class_cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the mean cross-entropy of ``model(x)``, logits [rows, classes], with the classes ``y`` [rows], in nats."""
+    """Return the mean cross-entropy of a classifier, in nats.
+
+    Args:
+        model: maps ``x`` to logits [rows, classes].
+        batch: inputs ``x`` [rows, ...] and the indices of the true classes ``y`` [rows].
+    """
     return nn.functional.cross_entropy(model(batch["x"]).float(), batch["y"])
 
 

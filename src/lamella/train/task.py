@@ -18,7 +18,13 @@ Backward = Callable[..., None]
 
 
 def single_pass(forward: Callable[[Batch], LossAndParts], batch: Batch, backward: Backward) -> LossAndParts:
-    """Run one forward pass, and one backward pass through its loss."""
+    """Run one forward pass, and one backward pass through its loss.
+
+    Args:
+        forward: returns the loss of a batch and its named parts.
+        batch: the batch.
+        backward: computes gradients from a loss.
+    """
     loss, parts = forward(batch)
     backward(loss)
     return loss, parts

@@ -50,7 +50,14 @@ class Trained(Edit):
         }
 
     def save(self, out: Path, documents: Documents, *, overwrite: bool = False, tokenizer: Any = None) -> None:
-        """Write the result with its training log."""
+        """Write the result with its training log.
+
+        Args:
+            out: the folder.
+            documents: returns further documents by name: evidence, page and card.
+            overwrite: replace an existing folder.
+            tokenizer: tokenizer of the model, for a checkpoint.
+        """
         log = {"log.json": self.log.dump()}
         super().save(out, lambda: documents() | log, overwrite=overwrite, tokenizer=tokenizer)
 

@@ -57,7 +57,13 @@ def open_config(place: Path | str) -> Any:
 
 
 def load_from(load: Callable[..., Any], place: Path | str, **options: Any) -> Any:
-    """Load something with transformers, turning any error on damaged files into a one-line message."""
+    """Load an object with transformers, turning any error on damaged files into a one-line message.
+
+    Args:
+        load: a ``from_pretrained`` function.
+        place: local folder, or hub id.
+        **options: further arguments of ``load``.
+    """
     try:
         return load(place, **options)
     except LamellaError:

@@ -163,7 +163,12 @@ def nano(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
 
 @torch.no_grad()
 def randomise(model: PreTrainedModel, seed: int) -> None:
-    """Overwrite all parameters with random values, in place."""
+    """Overwrite all parameters with random values, in place.
+
+    Args:
+        model: the model.
+        seed: random seed.
+    """
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         noise = 0.2 * torch.randn(parameter.shape, generator=generator)

@@ -260,7 +260,12 @@ def _proved(opened: Model, again: bool) -> Model:
 
 
 def computes_well(dtype: torch.dtype, device: torch.device | str) -> bool:
-    """Return whether a device multiplies faster in a precision than in float32, with dedicated hardware units."""
+    """Return whether a device multiplies faster in a precision than in float32, with dedicated hardware units.
+
+    Args:
+        dtype: the precision.
+        device: the device; a CPU is always this machine's.
+    """
     if dtype == torch.float32:
         return True
     if torch.device(device).type == "cuda":
@@ -435,14 +440,25 @@ def _is_int8(config: Any) -> bool:
 
 
 def chat_inputs(tokenizer: Any, messages: list[dict[str, str]], device: torch.device) -> dict[str, torch.Tensor]:
-    """Return a conversation as model inputs: with the chat template if there is one, else as plain text."""
+    """Return a conversation as model inputs: with the chat template if there is one, else as plain text.
+
+    Args:
+        tokenizer: tokenizer of the model.
+        messages: the conversation, each message with ``role`` and ``content``.
+        device: device of the tensors.
+    """
     text, special = chat_text(tokenizer, messages)
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=special)
     return {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}
 
 
 def chat_text(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[str, bool]:
-    """Return a conversation as text, up to the start of the answer, and whether special tokens must be added."""
+    """Return a conversation as text, up to the start of the answer, and whether special tokens must be added.
+
+    Args:
+        tokenizer: tokenizer of the model.
+        messages: the conversation, each message with ``role`` and ``content``.
+    """
     if getattr(tokenizer, "chat_template", None):
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), False
     return "\n".join(message["content"] for message in messages), True
@@ -466,6 +482,10 @@ def _check_layers(folder: Path, config: Any) -> None:
 
 def check_folder(folder: Path, allow_pickle: bool = False) -> None:
     """Check that a checkpoint folder is complete and safe, without reading its weights.
+
+    Args:
+        folder: folder of the checkpoint.
+        allow_pickle: accept pickled weights, which can run code when they are loaded.
 
     Raises:
         CheckpointError: a one-line message with the file and how to fix it.

@@ -146,6 +146,10 @@ def resolve(model: str | Path) -> Path | str:
 def check_hub_id(model: str, path: Path) -> None:
     """Check that a name can be a hub id, so that the hub is not queried for a mistyped local path.
 
+    Args:
+        model: the name as the user gave it.
+        path: the same as a local path.
+
     Raises:
         CheckpointError: for a file, and for a path that does not exist.
     """

@@ -36,6 +36,10 @@ def method_of(config: Any) -> str | None:
 def dequantisation_options(config: Any, place: Path | str) -> dict[str, Any]:
     """Return the options with which transformers dequantises a checkpoint while loading; none if it is not quantised.
 
+    Args:
+        config: config of the checkpoint.
+        place: its local folder or hub id, for messages.
+
     Raises:
         CheckpointError: for a checkpoint that cannot be dequantised, with advice.
     """

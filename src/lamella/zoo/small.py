@@ -152,6 +152,10 @@ def small(model_type: str, seed: int = 0) -> PreTrainedModel:
 
     For a type with images whose causal class is that of its text model, only the text model.
 
+    Args:
+        model_type: the type in transformers, such as ``llama``.
+        seed: random seed of the weights.
+
     Raises:
         ArchitectureError: if transformers has no causal language model of this type, or it cannot be reduced.
     """
@@ -165,7 +169,11 @@ def small(model_type: str, seed: int = 0) -> PreTrainedModel:
 
 
 def small_with_images(model_type: str, seed: int = 0) -> PreTrainedModel:
-    """Return the same for a type that reads images and text.
+    """Return a small model of a type that takes images and text, as :func:`small` does for causal types.
+
+    Args:
+        model_type: the type in transformers, such as ``llava``.
+        seed: random seed of the weights.
 
     Raises:
         ArchitectureError: if transformers has no such type, or it cannot be reduced.

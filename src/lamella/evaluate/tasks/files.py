@@ -107,7 +107,12 @@ def read_task(file: Path, trusted: bool = False) -> dict[str, Any]:
 
 
 def read_config(file: Path, trusted: bool = False) -> dict[str, Any]:
-    """Return the values of a task file and of the files that it includes."""
+    """Return the values of a task file, merged with those of the files that it includes.
+
+    Args:
+        file: the task file.
+        trusted: as for :func:`read_task`.
+    """
     return _read(file, trusted, seen=())
 
 

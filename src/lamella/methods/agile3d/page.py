@@ -13,7 +13,13 @@ TRAINED, LABELLED = "segmenter", "labelled"
 
 
 def figures(evidence: Evidence) -> list[Figure]:
-    """Return the training loss, or IoU against clicks; labels have no figure."""
+    """Return the figures of a page: the training loss of a segmenter, or IoU against clicks of a measurement.
+
+    A labelled scene has no figure.
+
+    Args:
+        evidence: the evidence of the run.
+    """
     found = evidence.findings
     if evidence.kind == LABELLED:
         return []

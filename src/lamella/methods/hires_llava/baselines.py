@@ -23,7 +23,12 @@ class PooledSampler(nn.Module):
         self.window = window
 
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
-        """Reduce slices [slices, h, w, width] to tokens; ``real`` marks the patches of the image."""
+        """Reduce slices to tokens [slices, h / k, w / k, width].
+
+        Args:
+            x: slices [slices, h, w, width].
+            real: which patches belong to the image [slices, h, w] bool.
+        """
         return pooled(x, real, self.window)
 
 
@@ -41,7 +46,12 @@ class PixelShuffleSampler(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(window**2 * width, width), nn.GELU(), nn.Linear(width, width))
 
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
-        """Reduce slices [slices, h, w, width] to tokens; ``real`` marks the patches of the image."""
+        """Reduce slices to tokens [slices, h / k, w / k, width].
+
+        Args:
+            x: slices [slices, h, w, width].
+            real: unused; patches outside the image are reduced as well.
+        """
         out = self.mlp(windows(x, self.window).flatten(1))
         return out.view(len(x), x.shape[1] // self.window, x.shape[2] // self.window, -1)
 
@@ -60,7 +70,12 @@ class ConvolutionSampler(nn.Module):
         self.before, self.after = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
 
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
-        """Reduce slices [slices, h, w, width] to tokens; ``real`` marks the patches of the image."""
+        """Reduce slices to tokens [slices, h / k, w / k, width].
+
+        Args:
+            x: slices [slices, h, w, width].
+            real: which patches belong to the image [slices, h, w] bool.
+        """
         mixed = x + torch.relu(self.before(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         small = pooled(mixed, real, self.window)
         return small + torch.relu(self.after(small.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
@@ -82,7 +97,12 @@ class LearntQueries(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
-        """Reduce slices [slices, h, w, width] to tokens; ``real`` marks the patches of the image."""
+        """Reduce slices to tokens, one per query [slices, tokens, tokens, width].
+
+        Args:
+            x: slices [slices, h, w, width].
+            real: which patches belong to the image [slices, h, w] bool.
+        """
         q = self.queries.flatten(0, 1).expand(len(x), -1, -1)
         o = q + self.attention(self.norm_query(q), self.norm_value(x.flatten(1, 2)), real.flatten(1))
         o = o + self.ffn(self.norm(o))

@@ -19,10 +19,10 @@ HEAD = 64  # channels per attention head
 
 
 class SliceRestore(nn.Module):
-    """SliceRestore adapter: the slices of an image as one map, mixed, and cut again.
+    """SliceRestore adapter: merge the slices of an image into one feature map, mix it, and cut it again.
 
         F  = merge(slices)                        [rows * h, columns * w, D]
-    F' = F + local(LN F) + global(LN F)       local: depthwise 3 x 3 over the whole map, across its seams
+        F' = F + local(LN F) + global(LN F)       local: depthwise 3 x 3 over the whole map, across its seams
         slices' = cut(F')                         global: the map shrunk to h x w, self-attention, enlarged again
 
     Args:
@@ -84,11 +84,11 @@ class SliceRestore(nn.Module):
 
 
 class LocalMixing(nn.Module):
-    """Depthwise convolution over the whole map, with a gate per channel that is initialised to zero.
+    """Depthwise convolution over the whole feature map, with a gate per channel that is initialised to zero.
 
     Args:
-        width: channels of the map.
-        kernel: kernel size.
+        width: channels of the feature map.
+        kernel: kernel size; odd.
     """
 
     def __init__(self, width: int, kernel: int) -> None:
@@ -97,7 +97,17 @@ class LocalMixing(nn.Module):
         self.gate = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor, mask: Tensor, rows: int, columns: int) -> Tensor:
-        """Mix maps [images, rows * h, columns * w, width]; ``mask`` marks the patches of the image."""
+        """Mix feature maps.
+
+        Args:
+            x: feature maps [images, rows * h, columns * w, width].
+            mask: unused; the arguments are those of :class:`GlobalMixing`.
+            rows: unused.
+            columns: unused.
+
+        Returns:
+            The gated result of the convolution, in the shape of ``x``.
+        """
         return self.gate * self.mix(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
@@ -119,7 +129,14 @@ class GlobalMixing(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, x: Tensor, mask: Tensor, rows: int, columns: int) -> Tensor:
-        """Mix maps [images, rows * h, columns * w, width]; ``mask`` marks the patches of the image."""
+        """Mix feature maps.
+
+        Args:
+            x: feature maps [images, rows * h, columns * w, width].
+            mask: which patches belong to the image, bool in the shape of the map.
+            rows: rows of slices.
+            columns: columns of slices.
+        """
         share = _pooled(mask, rows, columns)  # fraction of each position of the small map that is image
         small = self.down(_pooled(x, rows, columns) / share.clamp_min(torch.finfo(x.dtype).eps))
         h, w = small.shape[1:3]
@@ -223,7 +240,12 @@ class SelfMiningSampler(nn.Module):
 
 
 def windows(x: Tensor, k: int) -> Tensor:
-    """Split slices [slices, h, w, width] into windows [slices * h / k * w / k, k * k, width]."""
+    """Split slices into windows [slices * h / k * w / k, k * k, width].
+
+    Args:
+        x: slices [slices, h, w, width].
+        k: side of a window in patches.
+    """
     x = x.unflatten(2, (-1, k)).unflatten(1, (-1, k)).transpose(2, 3)  # [slices, h / k, w / k, k, k, width]
     return x.flatten(3, 4).flatten(0, 2)
 

@@ -95,7 +95,12 @@ class HiResLlavaProcessor(LlavaProcessor):
     """LLaVA's processor, which inserts as many placeholders as an image of this size has tokens."""
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **_: Any) -> str:
-        """Return the placeholders of one image."""
+        """Return the placeholder tokens of one image as text.
+
+        Args:
+            image_inputs: output of the image processor.
+            image_idx: index of the image in the batch.
+        """
         height, width = torch.as_tensor(image_inputs["image_sizes"][image_idx]).tolist()
         marks: str = self.image_token * self.image_processor.slicing.tokens(height, width)
         return marks

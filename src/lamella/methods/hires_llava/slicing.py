@@ -100,6 +100,10 @@ class Slicing:
     def fit(self, height: int, width: int) -> SliceGrid:
         """Compute the grid of an image, which is scaled down if it would need more than M slices.
 
+        Args:
+            height: height of the image in pixels.
+            width: width of the image in pixels.
+
         >>> Slicing(336, 14, most=4, window=3).fit(1000, 500)
         SliceGrid(rows=2, columns=1, height=672, width=336)
         >>> Slicing(32, 4).fit(50, 90)
@@ -115,11 +119,21 @@ class Slicing:
         return self.known(*small)
 
     def known(self, height: int, width: int) -> SliceGrid:
-        """The grid of an image that fits into M slices."""
+        """Return the grid of an image that fits into M slices.
+
+        Args:
+            height: height of the image in pixels.
+            width: width of the image in pixels.
+        """
         return SliceGrid(self.steps(height), self.steps(width), height, width)
 
     def tokens(self, height: int, width: int) -> int:
-        """Number of prompt tokens of an image with a given size in its grid."""
+        """Return the number of prompt tokens of an image, with its end tokens.
+
+        Args:
+            height: height in pixels, at which the image fits into M slices.
+            width: width in pixels.
+        """
         shown = {"whole": self.across**2, "sampled": self.cells**2, "none": -1}[self.view] + 1  # with its end token
         return shown + len(self.reading(self.known(height, width)))
 

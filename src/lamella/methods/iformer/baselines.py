@@ -45,7 +45,13 @@ class FewerHeads(nn.Module):
         return self.heads
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Attend over tokens x [B, N, C]."""
+        """Attend over tokens [B, N, C].
+
+        Args:
+            x: tokens [B, N, C].
+            attn_mask: mask of :func:`torch.nn.functional.scaled_dot_product_attention`.
+            is_causal: attend only to earlier tokens.
+        """
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         out = scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attn_mask, is_causal=is_causal)
         logits: Tensor = self.proj(out.transpose(1, 2).flatten(2))

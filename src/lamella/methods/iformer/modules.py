@@ -82,7 +82,13 @@ class LocalAttention(nn.Module):
         self.proj = nn.Linear(width, dim)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Mix tokens x [B, prefix + H W, C]; masks are not supported."""
+        """Mix tokens [B, prefix + H W, C].
+
+        Args:
+            x: tokens [B, prefix + H W, C].
+            attn_mask: must be None, because convolution and pooling cannot follow a mask.
+            is_causal: must be False.
+        """
         if attn_mask is not None or is_causal:
             raise MethodError("a layer with local paths does not support masks")
         if x.shape[1] != self.before + self.grid[0] * self.grid[1]:

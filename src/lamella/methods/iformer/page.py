@@ -52,7 +52,12 @@ def shares(spectra: Sequence[Mapping[str, Any]]) -> Scatter:
 
 
 def allocation(layers: Sequence[Mapping[str, Any]], heads: int) -> Heatmap:
-    """Plot which heads remain, with their importance if it was measured."""
+    """Plot which heads remain in each layer, with their importance if it was measured.
+
+    Args:
+        layers: findings of each layer: ``kept``, ``conv``, ``pool``, and ``worth`` if measured.
+        heads: number of heads of a layer before the change.
+    """
 
     def name(index: int, layer: Mapping[str, Any]) -> str:
         return f"layer {index}" + (f": {layer['conv']} conv, {layer['pool']} pool" if layer["conv"] else "")

@@ -40,12 +40,13 @@ Criterion = Literal["output", "task", "magnitude", "taylor"]
 
 @dataclass(frozen=True)
 class ScoringSettings:
-    """Settings of the measurement.
+    """Settings for measuring the scores of blocks.
 
     Attributes:
-        criterion: the change of the ``output``, as in the paper; of the ``task`` loss; or two cheap baselines:
-            ``magnitude`` of weights, and ``taylor``, the change of the task loss to first order.
-        sets: number of random sets of blocks for testing whether scores are additive; 0 for none.
+        criterion: how a block is scored: ``output``, the change of the network's output without it, as in the paper;
+            ``task``, the change of the task loss without it; or a cheap baseline: ``magnitude``, the magnitude of its
+            weights, or ``taylor``, a first-order estimate of the change of the task loss.
+        sets: number of random sets of blocks for testing whether scores are additive; 0 skips the test.
         batch: batch size.
     """
 

@@ -41,10 +41,10 @@ class LossWeights:
 
     Attributes:
         features: weighting of the stages: ``normalized`` by the teacher's mean squares, ``vanilla``, or ``none``.
-        output_weight: lambda_out.
-        feature_weight: lambda_feat; by default 1 for vanilla, else chosen so that features and output have equal
-            initial loss.
-        average: decay of an exponential moving average of the weights, which becomes the result; 0 for none.
+        output_weight: weight of the output loss, the paper's lambda_out.
+        feature_weight: weight of the feature loss, the paper's lambda_feat. If None, it is 1 for ``vanilla``, else
+            chosen so that features and output have equal initial loss.
+        average: decay of an exponential moving average of the weights, which are the trained model; 0 for none.
     """
 
     features: Features = "normalized"
@@ -217,7 +217,7 @@ def distil(
     pairs: Sequence[tuple[str, str]] | None = None,
     work: Work = Work(),
 ) -> tuple[TrainingLog, dict[str, Any]]:
-    """Train a pruned network, in place; an interrupted run resumes from ``out``.
+    """Distil a model into its pruned network, which is trained in place; an interrupted run resumes from ``out``.
 
     Args:
         denoiser: the original model.
@@ -230,7 +230,7 @@ def distil(
         work: folder for encoded images.
 
     Returns:
-        The log, and the initial terms: the features' weight, and each stage's term.
+        The log, and the loss before training: the weight of the features, and the initial loss of each stage.
     """
     pairs = match_stages(denoiser.network, student) if pairs is None else list(pairs)
     samples = encode_samples(denoiser, images, work)

@@ -97,7 +97,12 @@ def predicted(denoiser: Denoiser, network: object, tuples: Tuples) -> Tensor:
 
 
 def targets(denoiser: Denoiser, tuples: Tuples) -> Tensor:
-    """The training targets of rows."""
+    """Return the training targets of rows.
+
+    Args:
+        denoiser: the noise prediction network.
+        tuples: the rows.
+    """
     return denoiser.target(tuples.clean, tuples.noise, tuples.timesteps)
 
 

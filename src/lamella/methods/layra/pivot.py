@@ -186,11 +186,11 @@ def own_tokens(ours: Sequence[Sample], theirs: Sequence[Sample], vocabulary: int
 
 @torch.no_grad()
 def means(stack: Stack, rows: Sequence[Sample]) -> Tensor:
-    """Mean hidden state of each row after each layer [layers, rows, hidden].
+    """Return the mean hidden state over the tokens of each row after each layer [layers, rows, hidden].
 
     Args:
         stack: the model.
-        rows: the rows.
+        rows: samples with ``input_ids`` [time].
     """
     found = []
     for row in rows:

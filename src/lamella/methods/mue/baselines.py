@@ -95,14 +95,14 @@ class FusedExits(ModalityExits):
 
 
 def shuffled(exits: Exits, seed: int) -> dict[str, Any]:
-    """Assign exits of the same histograms to random rows and tokens.
+    """Permute the measured exits at random over rows and tokens, so that their histograms stay the same.
 
     Args:
         exits: the measured exits.
         seed: random seed.
 
     Returns:
-        By modality and ``decoder``, the permuted exits.
+        The permuted exits, by modality and ``decoder``.
     """
     generator = torch.Generator().manual_seed(seed)
 

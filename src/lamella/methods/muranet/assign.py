@@ -38,7 +38,12 @@ def corners(boxes: Tensor) -> Tensor:
 
 
 def overlap(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Return the IoU of boxes cx, cy, w, h [..., 4], pair by pair."""
+    """Return the IoU of boxes, pair by pair [...].
+
+    Args:
+        ours: boxes cx, cy, w, h [..., 4].
+        theirs: boxes cx, cy, w, h [..., 4].
+    """
     a, b = corners(ours), corners(theirs)
     sides = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0)
     shared = sides.prod(-1)

@@ -34,7 +34,12 @@ EPS = 1e-3  # of batch norms, as in YOLOX; its momentum of 0.03 is too slow for 
 
 
 def normed(channels: int, norm: Norm) -> nn.Module:
-    """Return a batch norm, or a group norm for batches of one or two images."""
+    """Create a batch norm, or a group norm for batches of one or two images.
+
+    Args:
+        channels: number of channels.
+        norm: ``batch``, or ``group`` for at most 8 groups that divide the channels.
+    """
     if norm == "batch":
         return nn.BatchNorm2d(channels, eps=EPS)
     return nn.GroupNorm(next(groups for groups in (8, 4, 2, 1) if channels % groups == 0), channels)

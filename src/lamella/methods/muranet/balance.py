@@ -111,14 +111,24 @@ def shared_stages(network: PlanNetwork) -> dict[int, list[nn.Parameter]]:
 
 
 def gradients(loss: Tensor, stages: Mapping[int, Sequence[nn.Parameter]]) -> dict[int, Tensor]:
-    """Return the gradient of a loss on each stage, as one vector; the graph is retained."""
+    """Return the gradient of a loss with respect to each stage, flattened to a vector; the graph is retained.
+
+    Args:
+        loss: the loss, a scalar.
+        stages: parameters of each stage, by its index.
+    """
     every = [each for parameters in stages.values() for each in parameters]
     found = iter(torch.autograd.grad(loss, every, retain_graph=True, materialize_grads=True))
     return {index: torch.cat([next(found).flatten() for _ in of_stage]) for index, of_stage in stages.items()}
 
 
 def agreement(ours: Mapping[int, Tensor], theirs: Mapping[int, Tensor]) -> Tensor:
-    """Return for each stage the norms of both gradients, and the cosine between them: [stages, 3]."""
+    """Compare the gradients of two tasks: for each stage, both norms and the cosine between them [stages, 3].
+
+    Args:
+        ours: gradient of one task, by stage.
+        theirs: gradient of the other task, by stage.
+    """
     rows = []
     for index, a in ours.items():
         b = theirs[index]
@@ -145,7 +155,13 @@ class BalanceHook(Hook):
         self.measured: list[tuple[Tensor, Tensor]] = []  # losses and agreement of each batch of a step
 
     def passes(self, forward: Callable[[Any], Any], batch: Any, backward: Callable[..., None]) -> Any:
-        """Run one forward and one backward pass, and measure the gradients of each task in between."""
+        """Run one forward and one backward pass, and measure the gradients of each task in between.
+
+        Args:
+            forward: returns the loss of a batch and its parts, among them the loss of each task.
+            batch: the batch.
+            backward: computes gradients from a loss.
+        """
         loss, parts = forward(batch)
         losses = {task: parts[task] for task in TASKS if task in parts}
         if self.looks and len(losses) == 2 and self.stages:

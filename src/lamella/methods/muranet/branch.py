@@ -64,7 +64,12 @@ def branch_point(cosines: Tensor, persistent: float) -> int:
 
 
 def size_of(network: PlanNetwork, split: int) -> int:
-    """Return the number of parameters of a network whose tasks share ``split`` stages."""
+    """Return the number of parameters that a network would have if its tasks shared ``split`` stages.
+
+    Args:
+        network: the network.
+        split: number of shared stages, at most that of the network.
+    """
     encoder = network.encoder
     whole = sum(each.numel() for each in network.parameters())
     copied = encoder.stages[split : encoder.shared]

@@ -117,14 +117,25 @@ STYLE = ".wall{fill:#334155}.door{fill:#ea580c}.window{fill:#0ea5e9}.other{fill:
 
 
 def document(width: float, height: float, shapes: Sequence[str]) -> str:
-    """Return an SVG document of a plan, in its pixels."""
+    """Return an SVG document of a plan, in the plan's pixels.
+
+    Args:
+        width: width of the plan in pixels.
+        height: height of the plan in pixels.
+        shapes: SVG elements, in the order of drawing.
+    """
     size = f'width="{width:g}" height="{height:g}" viewBox="0 0 {width:g} {height:g}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{STYLE}</style>'
     return "\n".join([head, *shapes, "</svg>\n"])
 
 
 def rect(box: Box, name: str) -> str:
-    """Return a rectangle as SVG, with the class of its kind, or ``other``."""
+    """Return a rectangle as an SVG element, whose class is its kind, or ``other``.
+
+    Args:
+        box: the rectangle in pixels.
+        name: its kind, such as ``wall``.
+    """
     known = name if name in ("wall", *KINDS) else "other"
     return (
         f'<rect class="{known}" data-kind="{escape(name)}" x="{box.x0:.2f}" y="{box.y0:.2f}" '

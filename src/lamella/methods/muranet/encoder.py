@@ -72,7 +72,12 @@ class BlockDesign:
     expand: int = 4
 
     def build(self, channels: int, scale: float = SCALE) -> RelationBlock:
-        """Build a block."""
+        """Build a block with random weights.
+
+        Args:
+            channels: number of channels.
+            scale: initial scale of the block's residual updates; at 0 it has no effect.
+        """
         return RelationBlock(
             channels, self.variant, self.scales, self.paths, norm=self.norm, expand=self.expand, scale=scale
         )
@@ -166,7 +171,11 @@ class PlanEncoder(nn.Module):
         self.apart = nn.ModuleList([*copy.deepcopy(self.stages[shared : self.shared]), *self.apart])
 
     def insert(self, after: Sequence[int], blocks: BlockDesign) -> None:
-        """Insert a block that has no effect at first after some stages, and after their copies.
+        """Insert blocks that have no effect at first after some stages, and after the copies of these stages.
+
+        Args:
+            after: indices of the stages.
+            blocks: design of the blocks.
 
         Raises:
             MethodError: for an unknown or repeated stage.

@@ -38,7 +38,13 @@ class Frame:
 
     @classmethod
     def of(cls, plan: FloorPlan, size: int, letterbox: bool) -> Frame:
-        """Return the frame of a plan, stretched to the square, or with its aspect ratio kept and padding."""
+        """Return the frame of a plan, stretched to the square, or with its aspect ratio kept and padding.
+
+        Args:
+            plan: the plan.
+            size: side of the square in pixels.
+            letterbox: keep the aspect ratio, and pad at the bottom or on the right; otherwise the plan is stretched.
+        """
         height, width = plan.image.shape[:2]
         if not letterbox:
             return cls(size, size, size, size / width, size / height)
@@ -47,7 +53,13 @@ class Frame:
         return cls(size, across, down, across / width, down / height)
 
     def resized(self, maps: Tensor, filling: float, mode: str) -> Tensor:
-        """Resize maps of the plan [C, height, width] into the square [C, size, size]."""
+        """Resize maps of the plan into the square [C, size, size].
+
+        Args:
+            maps: the maps [C, height, width].
+            filling: value of the padding.
+            mode: interpolation mode of torch, such as ``bilinear``.
+        """
         if maps.shape[-2:] == (self.size, self.size):
             return maps
         smooth: dict[str, Any] = {"align_corners": False, "antialias": True} if mode == "bilinear" else {}
@@ -69,7 +81,12 @@ class Frame:
         return self.resized(image, PAPER, "bilinear").round().clamp(0, 255).byte()
 
     def back(self, maps: Tensor, plan: FloorPlan) -> Tensor:
-        """Resize a map of the square [size, size] to the size of the plan [height, width]."""
+        """Resize a map of the square [size, size] to the size of the plan [height, width].
+
+        Args:
+            maps: the map [size, size].
+            plan: the plan.
+        """
         height, width = plan.image.shape[:2]
         if (height, width) == maps.shape:
             return maps
@@ -77,7 +94,12 @@ class Frame:
         return interpolate(cut, size=(height, width), mode="bilinear", align_corners=False)[0, 0]
 
     def boxes_back(self, boxes: Tensor, plan: FloorPlan) -> Tensor:
-        """Map boxes x0, y0, x1, y1 of the square [n, 4] to pixels of the plan, clipped to it."""
+        """Map boxes from the square to pixels of the plan, clipped to it [n, 4].
+
+        Args:
+            boxes: boxes x0, y0, x1, y1 in pixels of the square [n, 4].
+            plan: the plan.
+        """
         height, width = plan.image.shape[:2]
         found = boxes / boxes.new_tensor([self.across, self.down, self.across, self.down])
         return torch.minimum(found.clamp(min=0), found.new_tensor([width, height, width, height]))
@@ -139,6 +161,12 @@ def rotated(x: Tensor, walls: Tensor, boxes: Tensor, flip: bool, quarters: int) 
 
 
 def recoloured(x: Tensor, contrast: float, brightness: float) -> Tensor:
-    """Change contrast and brightness of a uint8 image."""
+    """Change contrast and brightness of a uint8 image.
+
+    Args:
+        x: the image, of any shape.
+        contrast: factor on the distance from mid-grey.
+        brightness: value to add, as a fraction of 255.
+    """
     changed = (x.float() - 127.5) * contrast + 127.5 + 255 * brightness
     return changed.round().clamp(0, 255).byte()

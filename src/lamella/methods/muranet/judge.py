@@ -97,7 +97,12 @@ class WallCount:
     either: int = 0
 
     def add(self, ours: NDArray[np.bool_], truth: NDArray[np.bool_]) -> None:
-        """Add the pixels of one plan."""
+        """Add the pixels of one plan.
+
+        Args:
+            ours: predicted walls [height, width].
+            truth: true walls [height, width].
+        """
         self.both += int((ours & truth).sum())
         self.either += int((ours | truth).sum())
 
@@ -110,17 +115,17 @@ class WallCount:
 def evaluate_plans(
     network: PlanNetwork, plans: Sequence[FloorPlan], frame: tuple[int, bool], classes: Sequence[str]
 ) -> dict[str, Any]:
-    """Return the wall IoU and the average precision of each class, of a network in evaluation mode on labelled plans.
+    """Evaluate a network on labelled plans: IoU of the walls, and average precision of each class of openings.
 
     Args:
-        network: in evaluation mode.
+        network: the network, in evaluation mode.
         plans: labelled plans.
         frame: side in pixels of the network's input, and whether plans keep their aspect ratio in it.
         classes: names of the classes.
 
     Returns:
         ``wall iou``, and ``openings`` by class, each with ``ap50``, ``ap75``, ``ap`` and ``boxes``, the number of true
-        boxes; tasks that the network does not have are missing.
+        boxes. Tasks that the network does not have are missing.
 
     Raises:
         LamellaError: when torchmetrics or pycocotools is missing.

@@ -16,21 +16,37 @@ OVERLAP = 5.0  # weight of the IoU loss
 
 
 def wall_loss(logits: Sequence[Tensor], walls: Tensor, weights: Sequence[float] = (1.0,)) -> Tensor:
-    """Return cross-entropy plus soft Dice loss of the logits [B, H, W] of each map, weighted, for walls [B, H, W]."""
+    """Return the weighted sum of cross-entropy plus soft Dice loss over the logits of several maps.
+
+    Args:
+        logits: logits of each map [B, H, W].
+        walls: true walls [B, H, W].
+        weights: weight of each map.
+    """
     truth = walls.float()
     parts = [w * (nats(each, truth) + dice(each, truth)) for w, each in zip(weights, logits, strict=True)]
     return torch.stack(parts).sum()
 
 
 def dice(logits: Tensor, truth: Tensor) -> Tensor:
-    """Return 1 - 2 |p t| / (|p| + |t|), averaged over images; 0 where both are empty."""
+    """Return the soft Dice loss, 1 - 2 |p t| / (|p| + |t|), averaged over images; near 0 if both are empty.
+
+    Args:
+        logits: logits [B, H, W].
+        truth: true walls, 0 or 1 [B, H, W].
+    """
     p = logits.sigmoid()
     both, sizes = (p * truth).sum((1, 2)), (p + truth).sum((1, 2))
     return (1 - (2 * both + 1) / (sizes + 1)).mean()
 
 
 def overlap_loss(found: Tensor, boxes: Tensor) -> Tensor:
-    """Return 1 - IoU^2 of boxes cx, cy, w, h, pair by pair."""
+    """Return 1 - IoU^2 of boxes, pair by pair [...].
+
+    Args:
+        found: predicted boxes cx, cy, w, h [..., 4].
+        boxes: true boxes cx, cy, w, h [..., 4].
+    """
     return 1 - overlap(found, boxes).square()
 
 

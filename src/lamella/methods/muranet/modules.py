@@ -56,7 +56,12 @@ class UNetDecoder(nn.Module):
         self.logit = nn.Conv2d(before, 1, 1)
 
     def forward(self, maps: Sequence[Tensor], size: tuple[int, int]) -> list[Tensor]:
-        """Return logits [B, height, width] of the image's size, followed by those of coarser maps."""
+        """Return logits at the size of the image [B, height, width], followed by those of coarser maps, resized to it.
+
+        Args:
+            maps: feature maps of the encoder [B, C, h, w], the finest first.
+            size: height and width of the image in pixels.
+        """
         x, coarser = maps[-1], []
         for join, further, finer in zip(self.joins, self.further, reversed(maps[:-1]), strict=True):
             x = interpolate(x, size=finer.shape[-2:], mode="bilinear", align_corners=False)
@@ -81,7 +86,13 @@ class CellGrid:
 
     @classmethod
     def of(cls, sizes: Sequence[tuple[int, int]], strides: Sequence[int], device: torch.device) -> CellGrid:
-        """Return the grid of levels of the given heights and widths in cells."""
+        """Return the grid of cells of all levels.
+
+        Args:
+            sizes: height and width of each level in cells.
+            strides: side of a cell of each level in pixels.
+            device: device of the tensors.
+        """
         corners, sides = [], []
         for (height, width), stride in zip(sizes, strides, strict=True):
             y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")

@@ -79,7 +79,13 @@ class FloorPlans(Sequence[FloorPlan]):
 
     @classmethod
     def of(cls, items: Sequence[FloorPlan], name: str = BUILT_IN, **metadata: Any) -> FloorPlans:
-        """Make a dataset of plans, all of which are read once for a digest."""
+        """Create a dataset of plans, all of which are read once for a digest.
+
+        Args:
+            items: the plans.
+            name: name of the dataset.
+            **metadata: further metadata for the provenance.
+        """
         digest, classes = hashlib.sha256(), tuple[str, ...]()
         for each in items:
             digest.update(hashlib.sha256(each.content()).digest())
@@ -123,7 +129,14 @@ class FloorPlans(Sequence[FloorPlan]):
 
 
 def synthetic_plans(context: InputContext, count: int, side: int, style: str) -> list[FloorPlan]:
-    """Return synthetic plans of the requested split."""
+    """Return synthetic plans of the requested split.
+
+    Args:
+        context: gives the split and the random seed.
+        count: number of plans.
+        side: side of a plan in pixels.
+        style: drawing style, or ``mixed`` for all.
+    """
     if style not in ("mixed", *STYLES):
         raise CalibrationError(f"style '{style}': choose one of mixed, {', '.join(STYLES)}")
     part: Literal["train", "test"] = "test" if context.split == "test" else "train"
@@ -145,7 +158,12 @@ class Folder(Sequence[FloorPlan]):
 
     @classmethod
     def open(cls, folder: Path, count: int) -> Folder:
-        """Return the plans that a file of boxes names, otherwise all images of a folder."""
+        """Open the plans that a file of boxes names; without one, all images of a folder.
+
+        Args:
+            folder: the folder.
+            count: maximum number of plans.
+        """
         if (folder / BOXES).is_file():
             found = _from_coco(folder)
             return cls(found.files[:count], found.classes)

@@ -43,7 +43,13 @@ class Readings(Result):
 
     @classmethod
     def of(cls, plans: Sequence[FloorPlan], output: Sequence[Recognition], classes: Sequence[str]) -> Readings:
-        """Make the result from predictions; files are named after the plans, with a number where names collide."""
+        """Create the result from predictions; files are named after the plans, with a number where names collide.
+
+        Args:
+            plans: the plans.
+            output: the prediction for each plan.
+            classes: names of the classes of openings.
+        """
         found, rows, images = cls(), [], []
         coco: dict[str, list[Any]] = {"images": [], "annotations": []}
         coco["categories"] = [{"id": k, "name": name} for k, name in enumerate(classes)]
@@ -91,7 +97,12 @@ class Readings(Result):
 
 
 def in_walls(output: Recognition, classes: Sequence[str]) -> list[SnappedOpening]:
-    """Return the openings of a plan, each snapped to the nearest wall."""
+    """Return the openings of a plan, each snapped to the nearest wall.
+
+    Args:
+        output: the prediction for the plan.
+        classes: names of the classes of openings.
+    """
     mask = None if output.walls is None else output.walls > WALL
     return [
         snap(Box(*box), classes[label], score, mask)
@@ -100,7 +111,13 @@ def in_walls(output: Recognition, classes: Sequence[str]) -> list[SnappedOpening
 
 
 def as_coco(output: Recognition, image: int, first: int) -> list[dict[str, Any]]:
-    """Return the predicted boxes of a plan in COCO format, with scores."""
+    """Return the predicted boxes of a plan as COCO annotations, with scores.
+
+    Args:
+        output: the prediction for the plan.
+        image: COCO id of the plan.
+        first: COCO id of the first annotation.
+    """
     rows = zip(output.boxes.tolist(), output.labels.tolist(), output.scores.tolist(), strict=True)
     return [
         {
@@ -124,7 +141,14 @@ def png(mask: NDArray[np.bool_]) -> bytes:
 def paint(
     walls: NDArray[np.bool_] | None, boxes: Sequence[Sequence[float]], names: Sequence[str], size: tuple[int, int]
 ) -> NDArray[np.uint8]:
-    """Paint walls and openings in colours on white [height, width, 3]; boxes are x0, y0, x1, y1."""
+    """Paint walls and openings in colours on white [height, width, 3].
+
+    Args:
+        walls: mask of the walls [height, width]; None for none.
+        boxes: x0, y0, x1, y1 of each opening in pixels.
+        names: class of each opening.
+        size: height and width in pixels.
+    """
     image = np.full((*size, 3), 255, np.uint8)
     if walls is not None:
         image[walls] = MASONRY
@@ -135,7 +159,13 @@ def paint(
 
 
 def side_by_side(plan: FloorPlan, output: Recognition, classes: Sequence[str]) -> str:
-    """Return a plan, the prediction, and the ground truth if known, side by side as a PNG in text form."""
+    """Return a plan, the prediction and, if known, the ground truth side by side, as a Base64 PNG.
+
+    Args:
+        plan: the plan.
+        output: the prediction for it.
+        classes: names of the classes of openings.
+    """
     size = (plan.image.shape[0], plan.image.shape[1])
     mask = None if output.walls is None else output.walls > WALL
     names = [classes[label] for label in output.labels.tolist()]

@@ -122,7 +122,13 @@ class PlanLoss:
 
 
 def task_losses(network: PlanNetwork, batch: dict[str, Tensor], closing: bool = False) -> dict[str, Tensor]:
-    """Return the loss of each task that a network has, and the parts of that on openings."""
+    """Return the loss of each task of a network, and the parts of the loss on openings.
+
+    Args:
+        network: the network.
+        batch: images ``x`` [B, 3, H, W], true ``walls`` [B, H, W] and ``boxes`` [B, M, 5].
+        closing: whether the last steps have begun, with an additional L1 loss on raw box values.
+    """
     output = network(batch["x"])
     found: dict[str, Tensor] = {}
     if network.walls is not None:

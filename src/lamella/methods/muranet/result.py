@@ -154,7 +154,12 @@ class Recogniser(TrainedNetwork):
 
     @classmethod
     def build(cls, *, shape: RecogniserShape, classes: tuple[str, ...]) -> PlanNetwork:  # type: ignore[override]
-        """Build a network with random weights."""
+        """Build a network with random weights.
+
+        Args:
+            shape: shape of the network.
+            classes: names of the classes of openings.
+        """
         if not classes:
             raise MethodError("openings have no class: give at least one")
         return shape.build(len(classes))

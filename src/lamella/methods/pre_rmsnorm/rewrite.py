@@ -440,7 +440,14 @@ def replacement(norm: NormComponent, form: Form) -> nn.Module:
 
 
 def put(model: Any, path: str, tensor: Tensor, like: Tensor) -> None:
-    """Set a tensor at a path of a model, as a parameter with the dtype and gradient flag of another one."""
+    """Set a tensor at a path of a model, as a parameter with the dtype and gradient flag of another one.
+
+    Args:
+        model: the model, changed in place.
+        path: dotted path of the parameter.
+        tensor: the new values.
+        like: the parameter whose dtype and gradient flag are copied.
+    """
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, parameter_like(tensor, like))
 

@@ -258,7 +258,7 @@ def rd_prune(
     curves: Path | None = None,
     work: Work = Work(),
 ) -> PlanSeries:
-    """Set the smallest weights of each layer to zero, as many per layer as the output tolerates by measured curves.
+    """Zero the smallest weights of each layer, with per-layer sparsity chosen from measured rate-distortion curves.
 
     Masked weights are ordinary zeros: dense kernels compute with them, so nothing gets faster by itself.
 

@@ -160,6 +160,13 @@ class Base(View):
     def size_for(self, height: int, width: int) -> tuple[int, int]:
         """Return the size at which frames are processed: a multiple of the token size, up to the maximum area.
 
+        Args:
+            height: height of the frames in pixels.
+            width: width of the frames in pixels.
+
+        Returns:
+            Height and width in pixels, close to the original aspect ratio.
+
         Raises:
             MethodError: for frames smaller than a token.
         """
@@ -174,6 +181,10 @@ class Base(View):
 
     def check_size(self, height: int, width: int) -> None:
         """Check that the sides of frames are multiples of the token size.
+
+        Args:
+            height: height of the frames in pixels.
+            width: width of the frames in pixels.
 
         Raises:
             MethodError: when they are not.
@@ -262,7 +273,12 @@ def split_control(network: Any) -> tuple[Any, dict[str, Tensor]]:
 
 
 def encode_prompt(folder: Path, prompt: str) -> Tensor:
-    """Encode a prompt by the text encoder of a Wan pipeline, padded with zeros [1, tokens, width]."""
+    """Encode a prompt with the text encoder of a Wan pipeline, padded with zeros [1, tokens, width].
+
+    Args:
+        folder: folder of the pipeline.
+        prompt: the prompt.
+    """
     pipeline = Pipeline(path=folder)
     encoder, tokenizer = pipeline.part(TEXT[0], ("UMT5EncoderModel",)), pipeline.part(TEXT[1])
     tokens = tokenizer([prompt], padding="max_length", max_length=WORDS, truncation=True, return_tensors="pt")

@@ -28,7 +28,12 @@ class Clip(NamedTuple):
     name: str = TEXTURED
 
     def fitted(self, height: int, width: int) -> Clip:
-        """Return the clip in another size."""
+        """Return the clip in another size; the aspect ratio may change.
+
+        Args:
+            height: new height in pixels.
+            width: new width in pixels.
+        """
         plain = None if self.plain is None else scaled(self.plain, height, width)
         return Clip(scaled(self.frames, height, width), resized(self.mask, height, width), plain, self.name)
 
@@ -40,7 +45,13 @@ def of_object(each: TexturedObject) -> Clip:
 
 
 def resized(mask: Tensor, height: int, width: int) -> Tensor:
-    """Resize a mask [frames, 1, ...]."""
+    """Resize a mask, with nearest neighbours [frames, 1, height, width].
+
+    Args:
+        mask: the mask [frames, 1, old height, old width].
+        height: new height in pixels.
+        width: new width in pixels.
+    """
     if mask.shape[-2:] == (height, width):
         return mask
     return F.interpolate(mask, (height, width), mode="nearest-exact")

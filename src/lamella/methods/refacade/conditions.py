@@ -15,24 +15,44 @@ from torch.nn import functional as F
 
 
 def dilate_mask(mask: Tensor, radius: int) -> Tensor:
-    """Dilate a mask [frames, 1, height, width] by a box of (2 r + 1)^2 pixels."""
+    """Dilate a mask with a box of (2 r + 1)^2 pixels.
+
+    Args:
+        mask: the mask [frames, 1, height, width].
+        radius: r, in pixels.
+    """
     return F.max_pool2d(mask.float(), 2 * radius + 1, stride=1, padding=radius)
 
 
 def fold_mask(mask: Tensor, s: int) -> Tensor:
-    """Move each s x s block of a mask [frames, 1, height, width] to channels [frames, s^2, height / s, width / s]."""
+    """Move each s x s block of a mask to channels [frames, s^2, height / s, width / s].
+
+    Args:
+        mask: the mask [frames, 1, height, width]; both sides are multiples of s.
+        s: spatial downsampling of the latents.
+    """
     return F.pixel_unshuffle(mask, s)
 
 
 def unfold_mask(channels: Tensor, s: int) -> Tensor:
-    """Invert :func:`fold_mask`."""
+    """Invert :func:`fold_mask`.
+
+    Args:
+        channels: the folded mask [frames, s^2, height / s, width / s].
+        s: spatial downsampling of the latents.
+    """
     return F.pixel_shuffle(channels, s)
 
 
 def mask_latent(mask: Tensor, s: int, frames: int) -> Tensor:
-    """Return a mask [frames, 1, height, width] at the size of latents [s^2, F', height / s, width / s].
+    """Return a mask in the size of latents [s^2, F', height / s, width / s].
 
     Latent frames take the nearest frames of the mask.
+
+    Args:
+        mask: the mask [frames, 1, height, width].
+        s: spatial downsampling of the latents.
+        frames: F', the number of latent frames.
     """
     channels = fold_mask(mask, s).movedim(1, 0)  # [s^2, frames, height / s, width / s]
     size = (frames, *channels.shape[-2:])
@@ -40,10 +60,21 @@ def mask_latent(mask: Tensor, s: int, frames: int) -> Tensor:
 
 
 def control(background: Tensor, untextured: Tensor, hole: Tensor) -> Tensor:
-    """Return c, from latents [C, F', h, w] and a mask latent [s^2, F', h, w]."""
+    """Concatenate c, the condition of the video [2 C + s^2, F', h, w].
+
+    Args:
+        background: latent of the background [C, F', h, w].
+        untextured: latent of the untextured object [C, F', h, w].
+        hole: mask latent of the hole in the background [s^2, F', h, w].
+    """
     return torch.cat([background, untextured, hole])
 
 
 def reference(image: Tensor, mask: Tensor) -> Tensor:
-    """Return c_r, from a latent [C, 1, h, w] and a mask latent [s^2, 1, h, w]."""
+    """Concatenate c_r, the condition of the reference [C + s^2, 1, h, w].
+
+    Args:
+        image: latent of the reference image [C, 1, h, w].
+        mask: mask latent of its object [s^2, 1, h, w].
+    """
     return torch.cat([image, mask])

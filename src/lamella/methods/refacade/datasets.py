@@ -158,7 +158,12 @@ class ClipFiles(NamedTuple):
         return b"".join(each.digest for each in (clip, *others))
 
     def check_length(self, found: int, frames: int) -> None:
-        """Raise a :class:`CalibrationError` for too few frames."""
+        """Raise a :class:`CalibrationError` if the clip has too few frames.
+
+        Args:
+            found: number of frames of the clip.
+            frames: number of frames needed.
+        """
         if found < frames:
             raise CalibrationError(f"{self.clip}: {found} of {frames} frames: give longer clips, or fewer --frames")
 
@@ -198,7 +203,12 @@ def _folder(folder: Path) -> Iterator[ClipFiles]:
 
 
 def same_size(twin: Frames, clip: Frames, path: Path) -> Any:
-    """Return the pixels of a clip's untextured version.
+    """Return the pixels of a clip's untextured version, after checking their shape.
+
+    Args:
+        twin: the untextured version.
+        clip: the clip.
+        path: file of the untextured version, for the message.
 
     Raises:
         CalibrationError: when the shapes differ.

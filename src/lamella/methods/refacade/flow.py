@@ -27,7 +27,12 @@ def add_noise(z_0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def flow_loss(velocity: Velocity, z_0: Tensor) -> Tensor:
-    """Return the mean squared error of a velocity at random times and noise."""
+    """Return the flow-matching loss: the mean squared error of a velocity at random times and noise.
+
+    Args:
+        velocity: returns v from z_t [rows, C, F', h, w] and t [rows].
+        z_0: clean latents [rows, C, F', h, w].
+    """
     z_t, t, target = add_noise(z_0)
     return (velocity(z_t, t) - target).square().mean()
 
@@ -38,7 +43,12 @@ def count_clips(batch: Mapping[str, Tensor]) -> int:
 
 
 def task(loss: Any, frozen: Sequence[nn.Module] = ()) -> Task:
-    """Return the training task of a loss over stacked clips."""
+    """Return the training task of a loss over stacked clips.
+
+    Args:
+        loss: the loss of a batch.
+        frozen: modules that the loss uses without training them.
+    """
     return Task(loss, collate=stacked, weight=count_clips, frozen=frozen)
 
 

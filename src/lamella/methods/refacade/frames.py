@@ -70,7 +70,12 @@ class Frames:
         return dict(self.metadata)
 
     def fitted(self, height: int, width: int) -> Tensor:
-        """Return the frames in [-1, 1], resized [frames, 3, height, width]."""
+        """Return the frames in [-1, 1], resized [frames, 3, height, width].
+
+        Args:
+            height: new height in pixels.
+            width: new width in pixels.
+        """
         return scaled(to_float(self.pixels), height, width)
 
 
@@ -113,7 +118,12 @@ class Masks:
         return dict(self.metadata)
 
     def fitted(self, frames: Frames, height: int, width: int) -> Tensor:
-        """Return the masks of some frames, resized [frames, 1, height, width].
+        """Return the masks of some frames, resized with nearest neighbours [frames, 1, height, width].
+
+        Args:
+            frames: the frames; a single mask is repeated for all of them.
+            height: new height in pixels.
+            width: new width in pixels.
 
         Raises:
             CalibrationError: when the number or size of the frames differs.
@@ -271,7 +281,11 @@ def video(file: Path) -> Iterator[tuple[BufferedReader, Any]]:
 
 
 def stack_frames(images: list[NDArray[np.uint8]], name: str | Path) -> NDArray[np.uint8]:
-    """Stack frames to one array.
+    """Stack frames into one array [frames, height, width, ...].
+
+    Args:
+        images: the frames [height, width, ...].
+        name: name of the clip for the message.
 
     Raises:
         CalibrationError: when their sizes differ.
@@ -283,7 +297,12 @@ def stack_frames(images: list[NDArray[np.uint8]], name: str | Path) -> NDArray[n
 
 
 def describe_pixels(name: str | Path, pixels: NDArray[Any]) -> dict[str, Any]:
-    """Return the name, shape and digest of pixels for the provenance."""
+    """Return the name, shape and digest of pixels for the provenance.
+
+    Args:
+        name: name or path of the data.
+        pixels: the pixels.
+    """
     digest = hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
     return {"data": str(name), "shape": list(pixels.shape), "sha256": digest}
 
@@ -314,7 +333,13 @@ def to_uint8(frames: Any) -> NDArray[np.uint8]:
 
 
 def scaled(frames: Tensor, height: int, width: int) -> Tensor:
-    """Resize frames [frames, 3, ...]."""
+    """Resize frames with antialiased bilinear interpolation [frames, 3, height, width].
+
+    Args:
+        frames: values in [-1, 1] [frames, 3, old height, old width].
+        height: new height in pixels.
+        width: new width in pixels.
+    """
     if frames.shape[-2:] == (height, width):
         return frames
     return F.interpolate(frames, (height, width), mode="bilinear", antialias=True).clamp(-1, 1)

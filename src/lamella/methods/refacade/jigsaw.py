@@ -65,7 +65,13 @@ class Jigsaw:
             raise MethodError(f"ratio {self.ratio:g}, coverage {self.coverage:g}: give fractions above 0, up to 1")
 
     def side(self, height: int, width: int, smallest: int = 16) -> int:
-        """Return P for an image of this size; at least the side of a token, 16 pixels for Wan."""
+        """Return P, the side of a cell in pixels, for an image of this size.
+
+        Args:
+            height: height of the image in pixels.
+            width: width of the image in pixels.
+            smallest: minimum of P: the side of a token, 16 pixels for Wan.
+        """
         return int(np.clip(round(self.ratio * min(height, width)), smallest, min(LARGEST, height, width)))
 
     def __call__(
@@ -131,13 +137,23 @@ class Jigsaw:
 
 
 def cut_cells(image: Tensor, p: int) -> Tensor:
-    """Return the cells of an image [channels, height, width], row by row [cells, channels, P, P]."""
+    """Cut an image into square cells, row by row [cells, channels, P, P].
+
+    Args:
+        image: the image [channels, height, width]; an incomplete row or column of cells is dropped.
+        p: P, the side of a cell in pixels.
+    """
     channels = image.shape[0]
     return F.unfold(image[None], p, stride=p)[0].T.reshape(-1, channels, p, p)
 
 
 def pad_reflect(image: Tensor, p: int) -> Tensor:
-    """Pad an image at the bottom and on the right to multiples of P, by reflection."""
+    """Pad an image at the bottom and on the right to multiples of P, by reflection.
+
+    Args:
+        image: the image [channels, height, width].
+        p: P, the side of a cell in pixels.
+    """
     down, across = (-image.shape[-2]) % p, (-image.shape[-1]) % p
     while down or across:  # reflection cannot exceed the size of the image
         bottom, right = min(down, image.shape[-2] - 1), min(across, image.shape[-1] - 1)
@@ -147,7 +163,12 @@ def pad_reflect(image: Tensor, p: int) -> Tensor:
 
 
 def pad_zero(mask: Tensor, p: int) -> Tensor:
-    """Pad a mask at the bottom and on the right to multiples of P, by zeros."""
+    """Pad a mask at the bottom and on the right to multiples of P, with zeros.
+
+    Args:
+        mask: the mask [..., height, width].
+        p: P, the side of a cell in pixels.
+    """
     return F.pad(mask, (0, (-mask.shape[-1]) % p, 0, (-mask.shape[-2]) % p))
 
 
@@ -170,7 +191,14 @@ def centre_object(image: Tensor, mask: Tensor, size: tuple[int, int] | None = No
 
 
 def on_white(image: Tensor, mask: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Scale an image to fit a canvas, centred; pixels outside its mask are white."""
+    """Scale an image to fit a canvas and centre it; pixels outside its mask become white.
+
+    Args:
+        image: values in [-1, 1] [3, old height, old width].
+        mask: mask of the object, 0 or 1 [1, old height, old width].
+        height: height of the canvas in pixels.
+        width: width of the canvas in pixels.
+    """
     times = min(height / image.shape[-2], width / image.shape[-1])
     size = tuple(
         max(1, min(most, round(times * side))) for most, side in zip((height, width), image.shape[-2:], strict=True)

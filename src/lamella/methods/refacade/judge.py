@@ -22,13 +22,26 @@ ANGLES = (0.0, np.pi / 4, np.pi / 2, 3 * np.pi / 4)
 
 
 def psnr(image: Floats, truth: Floats, where: Mask) -> float:
-    """Return the PSNR in decibels over the pixels of a mask; 100 without a difference."""
+    """Return the PSNR in decibels over the pixels of a mask; 100 if the images are equal.
+
+    Args:
+        image: values in [0, 1] [height, width, 3].
+        truth: the ground truth in the same shape.
+        where: pixels to compare [height, width].
+    """
     error = float(np.square(image[where] - truth[where]).mean())
     return 100.0 if error < 1e-10 else -10 * float(np.log10(error))
 
 
 def colour_error(image: Floats, mask: Mask, truth: Floats, truth_mask: Mask) -> tuple[float, float]:
-    """Return the differences of the means and of the standard deviations of the colours, averaged over RGB."""
+    """Return the differences of the means and of the standard deviations of the colours, averaged over RGB.
+
+    Args:
+        image: the image [height, width, 3].
+        mask: mask of its object [height, width].
+        truth: the image to compare with [height, width, 3].
+        truth_mask: mask of the object in it [height, width].
+    """
     ours, theirs = image[mask], truth[truth_mask]
     return (
         float(np.abs(ours.mean(axis=0) - theirs.mean(axis=0)).mean()),
@@ -37,7 +50,12 @@ def colour_error(image: Floats, mask: Mask, truth: Floats, truth_mask: Mask) -> 
 
 
 def cooccurrence(image: Floats, where: Mask) -> Floats:
-    """Return the grey-level co-occurrence matrix of neighbours in four directions within a mask [levels, levels]."""
+    """Return the grey-level co-occurrence matrix of neighbours in four directions within a mask [levels, levels].
+
+    Args:
+        image: the image, in [0, 1] [height, width, 3].
+        where: the mask [height, width].
+    """
     texture = require("skimage.feature", "vision", "comparing textures")
     levels = (grey(image) * LEVELS).astype(int).clip(0, LEVELS - 1)
     levels[~where] = LEVELS  # a separate level, which is ignored
@@ -47,12 +65,24 @@ def cooccurrence(image: Floats, where: Mask) -> Floats:
 
 
 def glcm_similarity(image: Floats, mask: Mask, truth: Floats, truth_mask: Mask) -> float:
-    """Return the correlation of two grey-level co-occurrence matrices; 1 for the same texture."""
+    """Return the correlation of two grey-level co-occurrence matrices; 1 for the same texture.
+
+    Args:
+        image: the image, in [0, 1] [height, width, 3].
+        mask: mask of its object [height, width].
+        truth: the image to compare with, in [0, 1] [height, width, 3].
+        truth_mask: mask of the object in it [height, width].
+    """
     return correlation(cooccurrence(image, mask), cooccurrence(truth, truth_mask))
 
 
 def spectrum(image: Floats, where: Mask) -> Floats:
-    """Return the fraction of power in each ring of frequencies, of the zero-mean grey values within a mask [rings]."""
+    """Return the fraction of power in each ring of frequencies, of the zero-mean grey values within a mask [rings].
+
+    Args:
+        image: the image [height, width, 3].
+        where: the mask [height, width].
+    """
     values = grey(image)
     values = np.where(where, values - values[where].mean(), 0)
     power = np.abs(np.fft.fft2(values)) ** 2
@@ -64,7 +94,14 @@ def spectrum(image: Floats, where: Mask) -> Floats:
 
 
 def spectrum_error(image: Floats, mask: Mask, truth: Floats, truth_mask: Mask) -> float:
-    """Return the sum of the absolute differences of two spectra."""
+    """Return the sum of the absolute differences of two spectra, from 0 to 2.
+
+    Args:
+        image: the image [height, width, 3].
+        mask: mask of its object [height, width].
+        truth: the image to compare with [height, width, 3].
+        truth_mask: mask of the object in it [height, width].
+    """
     return float(np.abs(spectrum(image, mask) - spectrum(truth, truth_mask)).sum())
 
 
@@ -115,7 +152,12 @@ def warp_error(clip: Floats, where: Mask, centre: tuple[float, float], turn: flo
 
 
 def correlation(one: Floats, other: Floats) -> float:
-    """Return the correlation of two arrays of one shape; 0 if one is constant."""
+    """Return the Pearson correlation of two arrays; 0 if one is constant.
+
+    Args:
+        one: the first array.
+        other: the second array, of the same shape.
+    """
     one, other = one.ravel() - one.mean(), other.ravel() - other.mean()
     size = float(np.linalg.norm(one) * np.linalg.norm(other))
     return float(one @ other) / size if size > 1e-12 else 0.0

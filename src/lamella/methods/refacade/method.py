@@ -138,7 +138,13 @@ def own_base(model: Retexturer) -> Base:
 
 
 def canvas(reference: Reference, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Return the object of a reference centred on white, in the size of the frames."""
+    """Return the object of a reference centred on white, in the size of the frames.
+
+    Args:
+        reference: the reference image with its mask.
+        height: height of the frames in pixels.
+        width: width of the frames in pixels.
+    """
     return centre_object(to_float(reference.image), torch.from_numpy(reference.shown)[None].float(), (height, width))
 
 
@@ -304,6 +310,10 @@ def layers(
 
 def check_remover(base: Base, network: TextureRemover) -> None:
     """Check that a remover works on a base's latents.
+
+    Args:
+        base: the video transformer.
+        network: the remover.
 
     Raises:
         MethodError: when it does not.

@@ -68,7 +68,13 @@ class JointStreamAttention(nn.Module):
 
 
 def apply_rotary(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Apply Wan's rotary position embedding: pairs of adjacent channels are rotated together."""
+    """Apply Wan's rotary position embedding, which rotates pairs of adjacent channels.
+
+    Args:
+        x: queries or keys [..., channels].
+        cosines: cosines of the angles, each twice [..., channels].
+        sines: sines of the angles, each twice [..., channels].
+    """
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cosines[..., 0::2], sines[..., 1::2]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
@@ -120,7 +126,12 @@ class ControlBlock(nn.Module):
         return a, r
 
     def hint(self, a: Tensor, r: Tensor) -> Tensor:
-        """Return the hint for the original [batch, L_r + L_a, d]."""
+        """Return the hint to add to the original's hidden states [batch, L_r + L_a, d].
+
+        Args:
+            a: video control after the block [batch, L_a, d].
+            r: reference after the block [batch, L_r, d].
+        """
         hint: Tensor = self.after(torch.cat([r, a], dim=1))
         return hint
 

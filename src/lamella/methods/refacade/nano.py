@@ -49,7 +49,12 @@ RATE, BATCH, SAVE = 2e-3, 16, 100
 
 
 def random_network(shape: dict[str, Any], seed: int = 0) -> Any:
-    """Return a frozen video transformer of a shape with random weights."""
+    """Return a frozen Wan video transformer with random weights.
+
+    Args:
+        shape: arguments of diffusers' ``WanTransformer3DModel``.
+        seed: random seed of the weights.
+    """
     diffusers = require("diffusers", "vision", "the built-in network")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -75,7 +80,12 @@ def network(name: str, around: Callable[[Any], Any]) -> Any:
 
 
 def built_in_weights(part: str, train: Callable[[Path], nn.Module]) -> dict[str, Tensor]:
-    """Return the weights of a built-in part from the cache, after training it on first use."""
+    """Return the weights of a built-in part from the cache, after training it on first use.
+
+    Args:
+        part: name of the part: ``base``, ``remover`` or ``branch``.
+        train: trains the part in a folder that keeps checkpoints, and returns it.
+    """
 
     def build(folder: Path) -> dict[str, Any]:
         notify(

@@ -28,7 +28,12 @@ def remover(name: str) -> TextureRemover:
 
 
 def branch(base: Base, name: str) -> ControlBranch:
-    """Return the control branch of a built-in base by its name."""
+    """Return the control branch of a built-in base by its name.
+
+    Args:
+        base: the built-in base.
+        name: name of the branch; a trained one or one at initialisation.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         found = ControlBranch(base.network, every_second(base.depth), *base.control_channels)

@@ -51,7 +51,12 @@ class Texture:
 
     @classmethod
     def random(cls, rng: np.random.Generator, pattern: Pattern) -> Texture:
-        """Draw a random texture with two distinct colours."""
+        """Draw a random texture with two distinct colours.
+
+        Args:
+            rng: random number generator.
+            pattern: the pattern of the texture.
+        """
         first = rng.uniform(0.1, 1, 3)
         second = rng.uniform(0.1, 1, 3)
         while np.abs(first - second).max() < 0.4:
@@ -102,7 +107,12 @@ class ObjectScene:
 
     @classmethod
     def random(cls, rng: np.random.Generator, kind: Kind) -> ObjectScene:
-        """Draw a random scene."""
+        """Draw a random scene: a solid, its light and the colours around it.
+
+        Args:
+            rng: random number generator.
+            kind: kind of the solid.
+        """
         shape = Solid.random(rng, kind)
         colours = rng.uniform(0, 1, (2, 3)).tolist()
         return cls(shape, random_light(rng), (tuple(colours[0]), tuple(colours[1]), float(rng.uniform(0, 2 * np.pi))))
@@ -213,7 +223,13 @@ def textured_object(seed: int, res: int = 32, frames: int = 1, part: Part = "tra
 
 
 def render(scene: ObjectScene, surface: Surface, texture: Texture | None) -> Floats:
-    """Return the colours of every pixel in [0, 1] [res, res, 3], also outside the mask; grey without texture."""
+    """Render the colours of every pixel, also outside the mask, in [0, 1] [res, res, 3].
+
+    Args:
+        scene: gives the shading.
+        surface: the visible surface of the solid.
+        texture: its texture; None for plain grey.
+    """
     albedo = np.full((*surface.mask.shape, 3), PLAIN) if texture is None else texture.albedo(surface.uv)
     return albedo * scene.shading(surface)[..., None]
 
@@ -229,10 +245,25 @@ def channels(array: NDArray[np.generic]) -> Pixels:
 
 
 def objects(part: Part = "train", seed: int = 0, res: int = 32, frames: int = 1) -> Iterator[TexturedObject]:
-    """Infinite iterator of synthetic objects."""
+    """Return an infinite iterator of synthetic objects.
+
+    Args:
+        part: the split: ``train``, ``test`` or ``unseen``.
+        seed: random seed.
+        res: side of the images in pixels.
+        frames: number of frames of each clip.
+    """
     return (nth_object(index, part, seed, res, frames) for index in count())
 
 
 def nth_object(index: int, part: Part = "train", seed: int = 0, res: int = 32, frames: int = 1) -> TexturedObject:
-    """Return one of the objects of :func:`objects`, by its index."""
+    """Return one of the objects of :func:`objects`, by its index.
+
+    Args:
+        index: index of the object.
+        part: the split: ``train``, ``test`` or ``unseen``.
+        seed: random seed.
+        res: side of the images in pixels.
+        frames: number of frames of the clip.
+    """
     return textured_object(seed * 1_000_000 + index, res, frames, part)

@@ -25,7 +25,12 @@ def figures(evidence: Evidence) -> list[Figure]:
 
 
 def sensitivity(values: Sequence[float], chosen: Sequence[int]) -> Bars:
-    """Draw a bar for each layer, with the chosen layers in another colour."""
+    """Draw a bar for each layer, with the chosen layers in another colour.
+
+    Args:
+        values: change of the output, by layer.
+        chosen: indices of the layers that get hints.
+    """
     series = {
         name: [value if (layer in chosen) is is_chosen else None for layer, value in enumerate(values)]
         for name, is_chosen in (("layers to add hints to", True), ("other layers", False))

@@ -46,7 +46,11 @@ NOISES = 64  # noises per clip
 
 
 class RemoverLoss:
-    """The loss of the remover, from a foreground to its untextured version."""
+    """The flow-matching loss of the remover, from a foreground to its untextured version.
+
+    Args:
+        length: draws the number of frames of each batch; defaults to all frames.
+    """
 
     def __init__(self, length: Length = WHOLE) -> None:
         self.length = length
@@ -128,14 +132,25 @@ class TransferLoss:
             return flow_loss(lambda z, t: base.velocity(z, t, ref), batch_frames["clean"])
 
     def reference_of_step(self, image: Tensor, where: Tensor, rng: np.random.Generator) -> Puzzle:
-        """Return the reference of a step."""
+        """Return the reference of one clip in a training step: its object after the jigsaw, or unchanged.
+
+        Args:
+            image: first frame in [-1, 1] [3, height, width].
+            where: mask of the object [1, height, width].
+            rng: random number generator.
+        """
         if self.jigsaw is None:
             return Puzzle(*centre_object(image, where), False, 0, 0)
         return self.jigsaw.for_training(image, where, rng, smallest=self.base.token)
 
 
 def reference_condition(base: Base, puzzle: Puzzle) -> tuple[Tensor, Tensor]:
-    """Return a reference as frame 0 [C, 1, h, w] and as c_r [channels, 1, h, w]."""
+    """Return a reference as frame 0 [C, 1, h, w] and as c_r [channels, 1, h, w].
+
+    Args:
+        base: the video transformer.
+        puzzle: the reference image with its mask.
+    """
     latent = base.encode(puzzle.image[None])
     return latent, reference(latent, mask_latent(puzzle.mask[None], base.spatial, 1).to(latent))
 
@@ -230,7 +245,14 @@ class DmdLoss:
 def two_rate_adamw(
     pair: StudentAndFake, trained: Mapping[str, nn.Parameter], config: TrainConfig, faster: float
 ) -> torch.optim.Optimizer:
-    """Return AdamW with a learning rate of the fake that is ``faster`` times that of the student."""
+    """Create AdamW for a student and a fake, each with its own learning rate.
+
+    Args:
+        pair: the two networks.
+        trained: the trained parameters by name.
+        config: training settings.
+        faster: learning rate of the fake over that of the student.
+    """
     groups = []
     for part, rate in (("student.", 1.0), ("fake.", faster)):
         own = adamw(pair, {name: each for name, each in trained.items() if name.startswith(part)}, config)

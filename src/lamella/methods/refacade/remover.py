@@ -85,7 +85,13 @@ class TextureRemover(nn.Module):
         return self.kind == UNET or name.startswith("network.vace")
 
     def velocity(self, z_t: Tensor, t: Tensor, z_fg: Tensor) -> Tensor:
-        """Return v of noisy latents, given foregrounds, both [batch, C, F', h, w], at times in [0, 1] [batch]."""
+        """Return v of noisy latents, given foregrounds [batch, C, F', h, w].
+
+        Args:
+            z_t: noisy latents [batch, C, F', h, w].
+            t: times in [0, 1] [batch].
+            z_fg: latents of the foregrounds, in the shape of ``z_t``.
+        """
         if self.kind == UNET:
             frames = z_t.shape[2]
             x = torch.cat([z_t, z_fg], dim=1).transpose(1, 2).flatten(0, 1)  # [batch * frames, 2 C, h, w]
@@ -153,7 +159,12 @@ def euler(velocity: Velocity, z: Tensor, steps: int, last_with_gradient: bool = 
 
 
 def copied_control(network: Any, layers: list[int]) -> dict[str, Tensor]:
-    """Return control blocks of VACE as copies of main blocks, whose hints are initialised to zero."""
+    """Return control blocks of VACE as copies of main blocks, whose hints are initialised to zero.
+
+    Args:
+        network: the Wan transformer.
+        layers: indices of the main blocks to copy.
+    """
     import diffusers
 
     config = {name: each for name, each in network.config.items() if not name.startswith("_")}

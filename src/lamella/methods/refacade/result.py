@@ -134,7 +134,14 @@ class Retexturer(Result):
 
     @classmethod
     def of(cls, base: Base, branch: ControlBranch, remover: TextureRemover, **fields: Any) -> Retexturer:
-        """Make the result from a branch and its base."""
+        """Make the result from a branch and its base.
+
+        Args:
+            base: the video transformer.
+            branch: the control branch.
+            remover: the texture remover that it was trained with.
+            **fields: further fields of the result.
+        """
         blocks: Any = branch.blocks
         patches: Any = branch.patches
         sizes = (patches["video"].in_channels, patches["reference"].in_channels)

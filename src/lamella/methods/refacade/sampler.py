@@ -107,7 +107,16 @@ def conditions(base: Base, frames: Tensor, mask: Tensor, z_unt: Tensor, puzzle: 
 def guided_velocity(
     base: Base, branch: ControlBranch, z: Tensor, t: Tensor, conditioning: Conditions, sampling: SamplerSettings
 ) -> Tensor:
-    """Return v of a step, with guidance; at g = 1 of the conditional pass alone."""
+    """Return v of a sampling step with classifier-free guidance; at g = 1, that of the conditional pass alone.
+
+    Args:
+        base: the video transformer.
+        branch: its control branch.
+        z: noisy latents [rows, C, F', h, w].
+        t: times in [0, 1] [rows].
+        conditioning: the conditions.
+        sampling: settings, of which ``guidance``, ``scale`` and ``negative`` are used.
+    """
     with branch.attached(base.network, conditioning.c, conditioning.c_r, sampling.scale):
         v_c = base.velocity(z, t, conditioning.reference)
     if sampling.guidance == 1:
@@ -120,7 +129,15 @@ def guided_velocity(
 def sample_latents(
     base: Base, branch: ControlBranch, conditioning: Conditions, sampling: SamplerSettings, generator: torch.Generator
 ) -> Tensor:
-    """Sample latents from noise [rows, C, F', h, w]; the reference stays clean in every step."""
+    """Sample latents from noise [rows, C, F', h, w]; the reference stays clean in every step.
+
+    Args:
+        base: the video transformer.
+        branch: its control branch.
+        conditioning: the conditions of each row.
+        sampling: settings of the sampler.
+        generator: random generator of the initial noise.
+    """
     diffusers = require("diffusers", "vision", "drawing")
     shape = (len(conditioning.c), base.channels, *conditioning.c.shape[2:])
     z = torch.randn(shape, generator=generator).to(conditioning.reference)
@@ -175,6 +192,12 @@ def retexture(
 
 def check(base: Base, frames: Tensor, mask: Tensor, shown: tuple[Tensor, Tensor]) -> None:
     """Check the inputs of retexturing.
+
+    Args:
+        base: the video transformer.
+        frames: the clip [frames, 3, height, width].
+        mask: mask of the object [frames, 1, height, width].
+        shown: the reference [3, height, width] and the mask of its object [1, height, width].
 
     Raises:
         MethodError: for sizes that do not fit, or an empty mask.

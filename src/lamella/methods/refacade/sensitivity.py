@@ -61,7 +61,17 @@ def hint_sensitivity(
 
 
 def perturb_layers(base: Base, clip: Tensor, draws: int, seed: tuple[int, int]) -> list[list[float]]:
-    """Measure the effect of a perturbation at each layer on one clip [1, C, F', h, w]: output and loss [2][layers]."""
+    """Measure the effect of a perturbation at each layer on one clip.
+
+    Args:
+        base: the video transformer.
+        clip: clean latents [1, C, F', h, w].
+        draws: number of random times, noises and perturbations.
+        seed: random seed, and index of the clip.
+
+    Returns:
+        Mean squared change of the output, and change of the loss, by layer [2][layers].
+    """
     found = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(np.random.default_rng(seed).integers(2**62)))
@@ -84,7 +94,12 @@ def perturb_layers(base: Base, clip: Tensor, draws: int, seed: tuple[int, int]) 
 
 @contextmanager
 def hook_on(blocks: Iterable[Any], hook: Callable[..., Any]) -> Iterator[None]:
-    """Register a forward hook on blocks within a context."""
+    """Register a forward hook on blocks within a context.
+
+    Args:
+        blocks: the modules.
+        hook: the forward hook.
+    """
     handles = [block.register_forward_hook(hook) for block in blocks]
     try:
         yield
@@ -94,5 +109,10 @@ def hook_on(blocks: Iterable[Any], hook: Callable[..., Any]) -> Iterator[None]:
 
 
 def most_sensitive(values: Sequence[float], count: int) -> list[int]:
-    """Return the layers with the largest effect, in the order of depth."""
+    """Return the layers with the largest effect, in the order of depth.
+
+    Args:
+        values: the effect of each layer.
+        count: number of layers to return.
+    """
     return sorted(sorted(range(len(values)), key=lambda layer: -values[layer])[:count])

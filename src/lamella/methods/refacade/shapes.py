@@ -55,7 +55,12 @@ class Solid:
 
     @classmethod
     def random(cls, rng: np.random.Generator, kind: Kind) -> Solid:
-        """Draw a random solid within the image."""
+        """Draw a random solid within the image.
+
+        Args:
+            rng: random number generator.
+            kind: kind of the solid.
+        """
         if kind == "torus":
             ring = rng.uniform(0.38, 0.5)
             sizes = (ring, rng.uniform(0.16, 0.24), 0.0)
@@ -127,7 +132,13 @@ def rotation(angles: tuple[float, float, float]) -> Floats:
 
 
 def gradient(function: Callable[[Floats], Floats], points: Floats, step: float = 1e-4) -> Floats:
-    """Return the gradient of a function by central differences."""
+    """Return the gradient of a function by central differences [..., 3].
+
+    Args:
+        function: maps points [..., 3] to values [...].
+        points: where to compute it [..., 3].
+        step: half the distance between the two evaluations.
+    """
     return np.stack([(function(points + e) - function(points - e)) / (2 * step) for e in step * np.eye(3)], axis=-1)
 
 

@@ -51,7 +51,11 @@ class AllocationSearch:
 
 
 def even_sizes(nodes: int, stages: int) -> tuple[int, ...]:
-    """Return stages of equal size, with the remaining nodes in stage 0, where the microbatches originate.
+    """Return the sizes of equal stages; the remaining nodes join stage 0, where the microbatches originate.
+
+    Args:
+        nodes: number of nodes.
+        stages: number of stages.
 
     >>> even_sizes(20, 6)
     (5, 3, 3, 3, 3, 3)

@@ -202,7 +202,12 @@ class PipelineNetwork:
         return cls(tuple(nodes), edge, work, source)
 
     def message_seconds(self, here: int, there: int) -> float:
-        """Return the seconds that a message takes, 0 from a node to itself."""
+        """Return the time of a message in seconds; 0 from a node to itself.
+
+        Args:
+            here: index of the sender.
+            there: index of the receiver.
+        """
         return 0.0 if here == there else float(self.edge[here, there])
 
 

@@ -85,6 +85,10 @@ def origin_loss(stack: Stack, h: Tensor, labels: Tensor) -> Tensor:
 def omissions(stages: int, count: int) -> list[Order]:
     """Return all orders that skip `count` stages, never the first one.
 
+    Args:
+        stages: number of stages.
+        count: number of stages to skip.
+
     >>> omissions(3, 1)
     [(0, 1), (0, 2)]
     """
@@ -93,6 +97,10 @@ def omissions(stages: int, count: int) -> list[Order]:
 
 def left_out(stages: int, order: Sequence[int]) -> Order:
     """Return the stages that an order skips.
+
+    Args:
+        stages: number of stages.
+        order: the stages in the order of execution.
 
     >>> left_out(4, (0, 3, 2))
     (1,)

@@ -37,10 +37,10 @@ class Baseline:
     """A baseline solver.
 
     Attributes:
-        title: its description.
-        solver: creates it from m, k, tol and max_iterations.
-        order: the order of the systems.
-        preconditioner: its own preconditioner, if any.
+        title: description in tables.
+        solver: creates the solver, from the arguments m, k, tol and max_iterations.
+        order: order of the systems: ``none`` (as given), ``random``, or ``greedy`` (Algorithm 1).
+        preconditioner: the baseline's own preconditioner; None for that of the run.
     """
 
     title: str

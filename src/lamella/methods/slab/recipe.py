@@ -59,7 +59,7 @@ class GammaSchedule:
 
 @dataclass(frozen=True)
 class MaskedLoss:
-    """A language model's loss, which first sets the tokens that enter the statistics.
+    """The loss of a language model; it also selects the tokens that enter the batch-norm statistics.
 
     Attributes:
         real: the shared token mask.
@@ -68,7 +68,12 @@ class MaskedLoss:
     real: TokenMask
 
     def __call__(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        """Set the mask of counted tokens and return the loss."""
+        """Set the token mask from a batch, and return the loss.
+
+        Args:
+            model: the language model.
+            batch: token ids, labels and, with padding, the attention mask, each [batch, time].
+        """
         self.real.mask = counted_tokens(batch)
         return response_loss(model, batch)
 

@@ -65,7 +65,11 @@ def name(item: SceneObject) -> str:
 
 
 def place(row: int, column: int) -> str:
-    """Return the name of a cell.
+    """Return the name of a cell of the grid in words.
+
+    Args:
+        row: row of the grid, from 0.
+        column: column of the grid, from 0.
 
     >>> place(1, 2)
     'row two column three'
@@ -92,7 +96,11 @@ def listed(scene: ShapeScene) -> str:
 
 
 def direction(item: SceneObject, other: SceneObject) -> str:
-    """Return the direction of an object, relative to another one.
+    """Return the direction of an object relative to another one; empty if both are in the same cell.
+
+    Args:
+        item: the object.
+        other: the object that it is compared with.
 
     >>> direction(SceneObject("circle", "red", 0, 1), SceneObject("cross", "blue", 2, 2))
     'above left'
