@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lamella
 from lamella.errors import MethodError
-from lamella.measure import draws, nats
+from lamella.measure import draws, nats_per_token
 from lamella.methods.dllm_skip import (
     curve_distance,
     dllm_skip,
@@ -117,7 +117,7 @@ def test_losses_without_layers_are_those_of_views(name: str) -> None:
     found = losses_without(stack, noised, choices)
     for row, layers in zip(found, choices, strict=True):
         plan = Plan(model=ModelReference.of(stack), drop=[f"layers.{layer}" for layer in layers])
-        torch.testing.assert_close(row, nats(Stack(apply(stack, plan)), noised), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(row, nats_per_token(Stack(apply(stack, plan)), noised), rtol=1e-5, atol=1e-6)
     assert rises(stack, noised, [()]) == [0.0]
 
 
