@@ -149,7 +149,7 @@ def by_copying(stack: Stack, plan: Plan, traces: GradientTraces, ids: Tensor) ->
 def against_copies(record: Record, candidates: int, length: int) -> None:
     stack = lamella.open("smollm2")
     ids = lamella.windows(open_tokenizer("smollm2"), lamella.load_text("pydoc", "calibration"), 4, length, 0)
-    space = SearchSpace.of(stack, params=0.75, least=24)
+    space = SearchSpace.of(stack, params=0.75, min_layers=24)
     traces = GradientTraces(stack, ids, rank=8)
     rng, base = np.random.default_rng(0), traces.base
     model, times, apart = ModelReference.of(stack), [], 0.0

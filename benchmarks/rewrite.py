@@ -61,13 +61,13 @@ def plainly(writer: LocalWriter, prompts: Sequence[Prompt], ends: set[int]) -> l
         width = max(len(each.ids) for each in part)
         ids = torch.tensor([[0] * (width - len(each.ids)) + list(each.ids) for each in part])
         mask = torch.tensor([[0] * (width - len(each.ids)) + [1] * len(each.ids) for each in part])
-        most = max(each.most for each in part)
+        most = max(each.max_tokens for each in part)
         out = writer.view.generate(
             ids, attention_mask=mask, max_new_tokens=most, do_sample=False, eos_token_id=sorted(ends), pad_token_id=0
         )
         for row, each in zip(out[:, width:].tolist(), part, strict=True):
             end = next((place for place, token in enumerate(row) if token in ends), len(row))
-            found.append(Row(row[: min(end, each.most)], end < each.most))
+            found.append(Row(row[: min(end, each.max_tokens)], end < each.most))
     return found
 
 

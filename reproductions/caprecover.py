@@ -310,13 +310,13 @@ def pictured(part: Any, count: int, seed: int) -> list[tuple[Captioned, Tensor]]
     """Render images of one or two shapes with their captions and the coloured shapes that are present."""
     found = []
     for number, scene in enumerate(islice(scenes(part, seed, (1, 2)), count)):
-        there = torch.tensor([float(any((t.colour, t.shape) == kind for t in scene.things)) for kind in KINDS])
+        there = torch.tensor([float(any((t.colour, t.shape) == kind for t in scene.objects)) for kind in KINDS])
         found.append((Captioned(render(scene, seed=(seed, number)), caption_of(scene)), there))
     return found
 
 
 def as_pixels(images: Sequence[Captioned]) -> Tensor:
-    return torch.stack([torch.from_numpy(each.picture).permute(2, 0, 1) / 127.5 - 1 for each in images])
+    return torch.stack([torch.from_numpy(each.image).permute(2, 0, 1) / 127.5 - 1 for each in images])
 
 
 def seeing(count: int, steps: int, seed: int, out: Path) -> nn.Module:

@@ -482,7 +482,7 @@ def drawing(world: World, sites: list[str], seed: int, out: Path) -> dict[str, A
     )
     distil(world.teacher, student, world.pictures, weights=LossWeights(), config=config, out=out)
     knows = judge_of_digits(seed)
-    real = torch.stack([torch.from_numpy(each.picture[..., 0]) for each in world.pictures.part("test").items])
+    real = torch.stack([torch.from_numpy(each.image[..., 0]) for each in world.pictures.part("test").items])
     real = real[:, None] / 255
     asked = world.pictures.part("test")
     found = {}

@@ -122,7 +122,7 @@ def exactness(record: Record, job: Job) -> None:
         width = {"hidden.channels": HiddenWidth(keep=left(whole_sizes.hidden, channels), rescale=rescale)}
         view = lamella.apply(Stack(silent), Plan(model=ModelReference.of(Stack(silent)), width=width))
         if not rescale:  # the paper's pruning, with the norms corrected by hand
-            ratio = whole_sizes.stream / (whole_sizes.stream - len(channels))
+            ratio = whole_sizes.hidden / (whole_sizes.stream - len(channels))
             for norm in [module for module in view.modules() if hasattr(module, "variance_epsilon")]:
                 norm.weight.mul_(ratio**0.5)
                 norm.variance_epsilon *= ratio
@@ -197,7 +197,7 @@ def importance(record: Record, quick: bool, seed: int) -> None:
     calibration = lamella.windows(tokenizer, lamella.load_text("pydoc", "calibration"), 2 if quick else 12, 128, seed)
     text = lamella.windows(tokenizer, lamella.load_text("pydoc", "test"), 3, 64 if quick else 256, seed)
     whole_sizes, keep = sizes_of(stack), 1152
-    shape = ModelShape(len(stack), whole_sizes.stream, keep, whole_sizes.heads, whole_sizes.kv_heads)
+    shape = ModelShape(len(stack), whole_sizes.hidden, keep, whole_sizes.heads, whole_sizes.kv_heads)
     dense = perplexity(stack.model, text)
     rows: list[list[Any]] = [["none: the whole model", dense, 1.0]]
     found = {}
@@ -234,7 +234,7 @@ def importance(record: Record, quick: bool, seed: int) -> None:
 def heads(record: Record, stack: Stack, calibration: Tensor, text: Tensor, dense: float) -> None:
     """With three query heads for each group, nothing is claimed before retraining."""
     whole_sizes = sizes_of(stack)
-    shape = ModelShape(len(stack), whole_sizes.stream, whole_sizes.channels, 6, 3)
+    shape = ModelShape(len(stack), whole_sizes.hidden, whole_sizes.channels, 6, 3)
     scores = activation_importance(stack, calibration)
     rows = [["none: the whole model", dense]]
     rows.append(["activations", cut(stack, trim(rank(scores, np.ones(30), 3), shape, whole_sizes), text)])

@@ -136,7 +136,7 @@ def test_the_most_similar_picture_is_found() -> None:
 
 
 def test_pictures_without_classes_are_refused() -> None:
-    plain = [Captioned(each.picture) for each in images().items]
+    plain = [Captioned(each.image) for each in images().items]
     with pytest.raises(CalibrationError, match="have no classes"):
         AuditData.of(victim("digits"), plain, plain, ["pooled"])
     with pytest.raises(

@@ -52,7 +52,7 @@ def test_a_timm_folder_opens_as_timm_itself_opens_it(tmp_path: Path) -> None:
 def test_pictures_are_cropped_and_scaled_as_timm_does_it(
     crop: float, size: tuple[int, int], side: tuple[int, int]
 ) -> None:
-    pixels = np.array(Image.fromarray(texture_image(3, seed=0).picture).resize(side[::-1], Image.Resampling.BICUBIC))
+    pixels = np.array(Image.fromarray(texture_image(3, seed=0).image).resize(side[::-1], Image.Resampling.BICUBIC))
     vision = replace(Vision.of(vit()), size=size, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7), crop=crop)
     theirs = create_transform((3, *size), interpolation="bicubic", mean=vision.mean, std=vision.std, crop_pct=crop)
     found, expected = vision.prepare([Captioned(pixels, "", 0)])[0], theirs(Image.fromarray(pixels))
@@ -187,7 +187,7 @@ def test_spots_lie_to_each_other_as_the_class_says(world: str) -> None:
     for label in range(CLASSES):
         power = np.zeros((64, 64))
         for number in range(40):
-            grey = texture_image(label, (1, number), world).picture.mean(-1).clip(160) - 160  # what is bright
+            grey = texture_image(label, (1, number), world).image.mean(-1).clip(160) - 160  # what is bright
             power += np.abs(np.fft.fft2(grey, (64, 64))) ** 2
         lags = np.where(ring, np.fft.fftshift(np.fft.ifft2(power).real), 0)  # how far bright places are from each other
         place = np.unravel_index(lags.argmax(), lags.shape)
