@@ -6,7 +6,7 @@ r"""Take the screenshots of agile3d's page in the documentation, with a headless
         --feedforward 128 --background 6 --rounds 5 --steps 500 --lr 1e-3 --schedule cosine --warmup 0.1 --batch 3 \\
         -o painter
     python scripts/agile3d_page.py clicker --scenes rooms --index 3 docs/assets/agile3d-page.png
-    python scripts/agile3d_page.py painter --scenes collages docs/assets/agile3d-picture.png
+    python scripts/agile3d_page.py painter --scenes collages docs/assets/agile3d-image.png
 
 A simulated user clicks on every object, and then where the labels are most deeply wrong. The camera and the clicks are
 the same each time; fonts differ between machines.
@@ -37,7 +37,7 @@ def main() -> None:
     """Read the arguments and take the screenshot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="the output folder of `lamella run agile3d`")
-    parser.add_argument("picture", type=Path, help="the PNG to write")
+    parser.add_argument("image", type=Path, help="the PNG to write")
     parser.add_argument("--scenes", required=True, help="scenes with known objects")
     parser.add_argument("--more", type=int, default=6, help="clicks after those on each object")
     parser.add_argument("--index", type=int, default=0, help="index of the scene to show")
@@ -60,10 +60,10 @@ def main() -> None:
         page.wait_for_timeout(3000)
         page.get_by_role("button", name="Close").or_(page.locator(".mantine-Notification-closeButton")).first.click()
         page.wait_for_timeout(1000)
-        page.screenshot(path=arguments.picture)
+        page.screenshot(path=arguments.image)
     viewer.stop()
-    reduce_colours(arguments.picture)
-    print(f"{arguments.picture}: {arguments.picture.stat().st_size / 1000:.0f} kB")
+    reduce_colours(arguments.image)
+    print(f"{arguments.image}: {arguments.image.stat().st_size / 1000:.0f} kB")
 
 
 def click(session: Session, more: int) -> None:
