@@ -218,7 +218,7 @@ def test_recipes_that_train_on_text_alone_refuse_images(vlm: Path, tmp_path: Pat
     rows = ImageText.open("shapes", reader, rows=4)
     how, work = Heal("recipe"), Work(tmp_path / "work")
     healed, said = heal_cut(stack, dropped(vlm), context_of(rows, 0), how, work, rows)
-    assert healed is None and "trains on text alone" in said["note"]  # a compression goes on without
+    assert healed is None and "trains on text only" in said["note"]  # a compression goes on without
 
 
 @pytest.mark.parametrize("method, options", [("unified-skip", {}), ("lora-drop", {"keep_first": 1})])

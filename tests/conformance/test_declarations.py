@@ -221,7 +221,7 @@ def test_a_plugin_s_methods_are_found_through_entry_points(plugin: Callable[...,
     assert found(opened("llama"), much=2) == 2 and get_method("of-a-plugin", "twice")(opened("llama"), much=2) == 4
     with pytest.raises(MethodError, match="has no command 'thrice'; it has: twice"):
         get_method("of-a-plugin", "thrice")
-    with pytest.raises(MethodError, match="returns a int and makes no plan"):
+    with pytest.raises(MethodError, match="returns a int, not plans"):
         lamella.make_plan("of-a-plugin", opened("llama"))
     del sys.modules["from_outside"]
 
@@ -307,5 +307,5 @@ def test_an_option_with_the_name_of_one_of_the_runner_is_refused(parameter: str,
         f'def mine(stack: Stack, *, {parameter}) -> None:\n    """Do nothing."""\n'
     )
     function = Module("mine", file).get("mine")
-    with pytest.raises(MethodError, match=f"mine: every command has an option called {name}"):
+    with pytest.raises(MethodError, match=f"mine: every command has an option named {name}"):
         _check_names("mine", signature(function))

@@ -101,13 +101,13 @@ def test_an_iou_is_in_percent_as_the_headline_says() -> None:
 def test_folded_norms_are_a_change() -> None:
     folded = made("slab fold").outcome.evidence.findings["norms"]
     assert sum(each["folded"] for each in folded) == 3
-    assert f"Folded into what reads them: 3 of {len(folded)} norms" in said("slab fold")
+    assert f"Folded into the next layers: 3 of {len(folded)} norms" in said("slab fold")
     assert "nothing" not in said("slab fold")
 
 
 def test_layers_below_a_threshold_are_not_called_above_it() -> None:
     model = made("dllm-skip study").outcome.evidence.findings["model"]
-    assert "every layer turns the stream (no cosine of input and output is above 0.950)" in said(
+    assert "every layer changes the residual stream (no cosine of input and output is above 0.950)" in said(
         "dllm-skip study", model=model | {"plateau": [0, 0]}
     )
     assert "layer 2 hardly turns the stream (cosine above 0.950)" in said(
@@ -118,7 +118,7 @@ def test_layers_below_a_threshold_are_not_called_above_it() -> None:
 def test_what_has_not_changed_is_as_before() -> None:
     same = {"preferred": 0.0, "habit": None}
     before, after = (made("irepair").outcome.evidence.findings[when] | same for when in ("before", "after"))
-    assert "likelier in 0.0 % of pairs, as before" in said("irepair", before=before, after=after)
+    assert "prefers the good continuation in 0.0 % of pairs, as before" in said("irepair", before=before, after=after)
     assert "likelier in 50.0 % of pairs, not 0.0 %" in said("irepair", before=before, after=after | {"preferred": 0.5})
 
 
@@ -132,9 +132,9 @@ def test_what_was_not_measured_has_no_line() -> None:
 @pytest.mark.parametrize(
     ("mean", "headline"),
     [
-        (-20.8, "nothing of what is lost comes back (restoration −20.8, interval −30.0 to 0.100)"),  # noqa: RUF001
-        (0.25, "25.0 % of what is lost comes back (−3000.0 % to 10.0 %)"),  # noqa: RUF001
-        (None, "nothing is lost by this schedule"),
+        (-20.8, "no lost information is recovered (restoration −20.8, interval −30.0 to 0.100)"),  # noqa: RUF001
+        (0.25, "25.0 % of the lost information is recovered (−3000.0 % to 10.0 %)"),  # noqa: RUF001
+        (None, "no information is lost with this schedule"),
     ],
 )
 def test_a_loss_that_grows_does_not_come_back(mean: float | None, headline: str) -> None:
@@ -147,4 +147,4 @@ def test_a_loss_that_grows_does_not_come_back(mean: float | None, headline: str)
 def test_a_series_of_one_plan_has_one() -> None:
     evidence = SeriesEvidence(kind="series", provenance={"method": "it"}, environment={}, points=[])
     evidence.points = [{"removed": 0, "masked": 0, "scores": {}}]
-    assert PlanSeries.summary(evidence).verdict == "it has made 1 plan, from the whole model on."
+    assert PlanSeries.summary(evidence).verdict == "it has made 1 plan, starting with the whole model."

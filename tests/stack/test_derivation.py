@@ -55,7 +55,7 @@ def script() -> dict[str, Any]:
 @pytest.mark.parametrize("model_type", SAMPLE)
 def test_a_type_opens_is_cut_decodes_and_is_exported_as_the_table_says(script: Any, model_type: str) -> None:
     documented = {row["type"]: row for row in json.loads((ROOT / "docs" / "architectures.json").read_text())["types"]}
-    found = script["looked_at"](model_type)
+    found = script["check_type"](model_type)
     assert found | {"seconds": 0} == documented[model_type] | {"seconds": 0}
     assert found["opens"] == "derived" and found["decodes"]
     assert {"portable", "native"} <= set(found["forms"])

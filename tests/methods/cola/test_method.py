@@ -772,7 +772,7 @@ def test_a_path_is_described_by_what_it_leaves_out_and_repeats() -> None:
 def test_the_command_refuses_what_it_cannot_use(questions: File, tmp_path: File) -> None:
     out = tmp_path / "out"
     bad = run(NANO, "--samples", questions, "--protect", "2", "-o", out)
-    assert "--protect 2: cola takes 2 numbers with commas there" in str(bad.exception)
+    assert "--protect 2: cola expects 2 numbers separated by commas" in str(bad.exception)
     nothing = run(NANO, "--samples", tmp_path / "nothing.jsonl", "-o", out)
     assert "cannot be read" in str(nothing.exception)
     assert not out.exists()

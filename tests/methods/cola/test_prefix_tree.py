@@ -112,7 +112,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 @pytest.mark.parametrize("prompt", [IDS.repeat(2, 1), IDS[:, :0], IDS[0]])
 def test_anything_but_one_prompt_is_refused_in_one_line(prompt: torch.Tensor) -> None:
-    with pytest.raises(MethodError, match=r"holds one prompt of tokens \[1, time\], not \[") as error:
+    with pytest.raises(MethodError, match=r"takes one prompt of token ids \[1, time\], not \[") as error:
         PrefixTree(opened("llama"), prompt)
     assert "\n" not in str(error.value)
 

@@ -92,7 +92,7 @@ def test_the_study_and_the_maps_stand_in_the_report_and_on_the_page(report: dict
     html = (folder / "depth" / "report.html").read_text(encoding="utf-8")
     for plot in ("ratio", "cosine", "lens", "top5", "current", "future", "direct", "output_mean", "maps"):
         assert f'id="plot-{plot}"' in html
-    assert f"lie in the first {study['effective_depth']} of {LAYERS}" in html
+    assert f"come from the first {study['effective_depth']} of {LAYERS}" in html
 
 
 def test_a_brief_look_takes_less_than_a_dozen_passes() -> None:

@@ -334,7 +334,7 @@ def test_what_cannot_be_is_refused_in_one_line() -> None:
         VisualTokenSchedule.progressive([0.5, 0.25], [0.5, 0.25])
     with pytest.raises(MethodError, match=r"keeps in \[0, 1\]"):
         VisualTokenSchedule.one_shot(0, 0.0, 1.5)
-    with pytest.raises(PlanError, match="no criterion"):
+    with pytest.raises(PlanError, match="unknown criterion"):
         apply(model, plan_of(model, SCHEDULES["one shot"], criterion="best"))
     with pytest.raises(MethodError, match="layers 0 to 5"):
         VisualTokens(model.stacks["text"], [(0.0, 0.5)], layer=6)

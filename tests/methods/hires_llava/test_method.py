@@ -278,7 +278,7 @@ def test_answers_are_judged_by_what_is_written(llava: Any) -> None:
 
 
 def test_what_cannot_be_used_is_one_line(folder: Path, grid: EntityGrid) -> None:
-    with pytest.raises(MethodError, match="works on models that read images"):
+    with pytest.raises(MethodError, match="works on models of images and text"):
         run("hires-llava", nano("llama"), "entities")
     with pytest.raises(CalibrationError, match="give entities"):
         run("hires-llava", str(folder), command="judge", test="shapes")

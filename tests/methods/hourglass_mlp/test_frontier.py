@@ -139,8 +139,8 @@ def test_pairs_of_vectors_are_read_from_a_file_and_refused_in_one_line(tmp_path:
     for content, said in (
         ({"x": np.zeros((50, 3)), "y": 2 * np.ones((50, 2))}, "must be between 0 and 1"),
         ({"x": np.zeros((5, 3)), "y": np.zeros((5, 2))}, "40 or more"),
-        ({"x": np.zeros((50, 3))}, "save x and y"),
-        ({"x": np.array([{}] * 50), "y": np.zeros((50, 2))}, "save x and y"),
+        ({"x": np.zeros((50, 3))}, "x and y of real numbers are missing"),
+        ({"x": np.array([{}] * 50), "y": np.zeros((50, 2))}, "x and y of real numbers are missing"),
         ({"x": np.full((50, 3), 1j), "y": np.zeros((50, 2))}, "real numbers"),
         ({"x": np.array(["a"] * 50), "y": np.zeros((50, 2))}, "real numbers"),
         ({"x": np.full((50, 3), np.nan), "y": np.zeros((50, 2))}, "not finite"),
@@ -159,7 +159,7 @@ def test_pairs_of_vectors_are_read_from_a_file_and_refused_in_one_line(tmp_path:
 
 
 def test_a_budget_below_the_smallest_shape_is_refused_with_that_shape() -> None:
-    with pytest.raises(BudgetError, match=r"most 700 .* smallest shape, lean 16 x 24 x 1 with 768"):
+    with pytest.raises(BudgetError, match=r"most: 700 .* smallest shape, lean 16 x 24 x 1 with 768"):
         frontier(SCENES, most=700, **SMALL)
 
 
@@ -168,7 +168,10 @@ def test_a_budget_below_the_smallest_shape_is_refused_with_that_shape() -> None:
     [
         ({"families": ("hourglass", "tall")}, "families hourglass, tall"),
         ({"grid": ShapeGrid(d_z=(18,), d_h=(18,))}, "hourglass 18 x 18 x 4: a hourglass network needs d_h below d_z"),
-        ({"grid": ShapeGrid(d_z=(16,), d_h=(4,)), "families": ("frozen",)}, "frozen: no such network takes 16 numbers"),
+        (
+            {"grid": ShapeGrid(d_z=(16,), d_h=(4,)), "families": ("frozen",)},
+            "frozen: no network of these shapes takes 16 inputs",
+        ),
         ({"config": replace(TRAINING, batch=1)}, "batch 1: give at least 2"),
         ({"config": replace(TRAINING, lr=1e-2)}, "lr 0.01: every shape is trained with all of lrs 0.001, 0.1"),
         ({"grid": ShapeGrid(wide=(8,))}, "conventional 16 x 8 x 1: a conventional network needs d_h above d_z"),

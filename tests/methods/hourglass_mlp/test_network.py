@@ -198,11 +198,14 @@ def test_inner_widths_are_the_widest_that_fit(width: int, blocks: int, share: fl
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (lambda: HourglassMLP(8, 8, 12, (4,), lift="none"), "without a lift d_latent is d_in, and they are 12 and 8"),
+        (
+            lambda: HourglassMLP(8, 8, 12, (4,), lift="none"),
+            "without a lift d_latent must equal d_in, but they are 12 and 8",
+        ),
         (lambda: HourglassMLP(8, 8, 12, (4,), readout=False), "without a read-out"),
         (lambda: HourglassMLP(8, 8, 12, (4, 0)), r"d_hidden\[1\] is 0"),
         (lambda: HourglassMLP(8, 8, 12, (4,), lift="fixed"), "lift 'fixed'"),
-        (lambda: FrozenLift(8, 8, seed=-1), "seed is -1"),
+        (lambda: FrozenLift(8, 8, seed=-1), "seed of the lift is -1"),
         (lambda: HourglassFFN(8, ()), "give at least one width"),
         (lambda: inner_widths(64, 500, 4), "fewer than the 768 of the smallest shape"),
     ],

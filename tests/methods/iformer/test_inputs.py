@@ -159,7 +159,7 @@ def test_links_in_an_album_are_refused(tmp_path: Path) -> None:
 
 
 def test_folders_without_pictures_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match="holds no pictures"):
+    with pytest.raises(CalibrationError, match="holds no images"):
         Album.open(tmp_path, InputContext())
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "bad.png").write_bytes(b"no picture")

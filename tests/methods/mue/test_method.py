@@ -288,7 +288,7 @@ def test_models_that_do_not_fit_are_refused_in_one_line(rows: ImageText) -> None
         (lamella.open(nano("bart")), {}, "works on models with image inputs; .* takes text only"),
         (lamella.open(nano("whisper")), {}, "works on models with image inputs; .* takes audio only"),
         (lamella.open(nano("llava")), {}, "works on encoder-decoders; .* is a clip_vision_model and llama"),
-        (lamella.open(nano("llama")), {}, "mue works on decoders that read an encoder; .* is a llama"),
+        (lamella.open(nano("llama")), {}, "mue works on decoders with cross-attention to an encoder; .* is a llama"),
     ]
     for wrong, options, match in cases:
         with pytest.raises(MethodError, match=match) as error:

@@ -135,7 +135,7 @@ def test_weights_of_a_timm_network_are_taken_from_a_file(tmp_path: Path) -> None
                 assert torch.equal(a, b)
     tensors = load_file(tmp_path / "w.safetensors")
     save_file(dict(list(tensors.items())[:5]), tmp_path / "less.safetensors")
-    with pytest.raises(CheckpointError, match="no weights of convnext_atto"):
+    with pytest.raises(CheckpointError, match="not weights of convnext_atto"):
         replace(SMALL, encoder="convnext_atto").build(2, tmp_path / "less.safetensors")
 
 

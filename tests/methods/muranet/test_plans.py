@@ -246,11 +246,11 @@ def test_images_alone_can_be_read_and_not_trained_on(tmp_path: Path) -> None:
 
 
 BROKEN: list[tuple[str, Any, str]] = [
-    ("not a document", "{", r"no boxes in the form of COCO"),
-    ("no bbox", {"annotations": [{"image_id": 7, "category_id": 1}]}, "no boxes in the form of COCO"),
-    ("another image", {"annotations": [{"image_id": 8, "category_id": 1, "bbox": [0, 0, 4, 4]}]}, "form of COCO"),
-    ("no class", {"categories": []}, "form of COCO|0 categories"),
-    ("no image", {"images": [], "annotations": []}, "names no image"),
+    ("not a document", "{", r"no boxes in COCO format"),
+    ("no bbox", {"annotations": [{"image_id": 7, "category_id": 1}]}, "no boxes in COCO format"),
+    ("another image", {"annotations": [{"image_id": 8, "category_id": 1, "bbox": [0, 0, 4, 4]}]}, "COCO format"),
+    ("no class", {"categories": []}, "COCO format|0 categories"),
+    ("no image", {"images": [], "annotations": []}, "lists no image"),
     ("outside", {"annotations": [{"image_id": 7, "category_id": 1, "bbox": [120, 0, 9, 4]}]}, "is not inside a.png"),
     ("empty", {"annotations": [{"image_id": 7, "category_id": 1, "bbox": [20, 5, 0, 4]}]}, "is not inside a.png"),
     ("nan", {"annotations": [{"image_id": 7, "category_id": 1, "bbox": [float("nan"), 5, 2, 4]}]}, "is not inside"),

@@ -50,7 +50,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     x = prepare_images(digits().items[:4], SMALL)
     assert torch.equal(again.model(x), done.model(x)) and again.describe() == done.describe()
     (tmp_path / "network.json").write_text('{"schema": "lamella.slab/1"}')
-    with pytest.raises(CheckpointError, match=r"no classifier .*does not name network, classes, merged"):
+    with pytest.raises(CheckpointError, match=r"no classifier .*must contain exactly network, classes, merged"):
         Classifier.read(tmp_path)
 
 

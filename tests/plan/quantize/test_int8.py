@@ -101,7 +101,7 @@ def test_what_cannot_be_quantised_is_refused(saved: Saved, tmp_path: Path) -> No
         quantize(export(stack, sublayers, tmp_path / "native", form="native"), tmp_path / "out", "int8")
     quantize(folder, tmp_path / "int8", "int8")
     for kind in ("int8", "q8_0"):
-        with pytest.raises(CheckpointError, match="is quantised already"):
+        with pytest.raises(CheckpointError, match="is already quantised"):
             quantize(tmp_path / "int8", tmp_path / "out", kind)
     with pytest.raises(ExportError, match="has integer weights: cut the original"):
         opened = lamella.open(tmp_path / "int8")
