@@ -110,7 +110,7 @@ def test_layers_below_a_threshold_are_not_called_above_it() -> None:
     assert "every layer changes the residual stream (no cosine of input and output is above 0.950)" in said(
         "dllm-skip study", model=model | {"plateau": [0, 0]}
     )
-    assert "layer 2 hardly turns the stream (cosine above 0.950)" in said(
+    assert "layer 2 hardly changes the residual stream (cosine above 0.950)" in said(
         "dllm-skip study", model=model | {"plateau": [2, 3]}
     )
 
@@ -119,7 +119,9 @@ def test_what_has_not_changed_is_as_before() -> None:
     same = {"preferred": 0.0, "habit": None}
     before, after = (made("irepair").outcome.evidence.findings[when] | same for when in ("before", "after"))
     assert "prefers the good continuation in 0.0 % of pairs, as before" in said("irepair", before=before, after=after)
-    assert "likelier in 50.0 % of pairs, not 0.0 %" in said("irepair", before=before, after=after | {"preferred": 0.5})
+    assert "prefers the good continuation in 50.0 % of pairs, previously 0.0 %" in said(
+        "irepair", before=before, after=after | {"preferred": 0.5}
+    )
 
 
 def test_what_was_not_measured_has_no_line() -> None:

@@ -369,7 +369,7 @@ def test_a_view_takes_models_of_its_libraries_in_every_form(tmp_path: Path) -> N
         line = str(error.value)
         assert "is no vision transformer of timm" in line and "a folder written by iformer" in line
         assert "\n" not in line
-    with pytest.raises(ArchitectureError, match="a network without the pipeline that it is part of"):
+    with pytest.raises(ArchitectureError, match="is a network without a pipeline"):
         Denoiser.open(unet())
 
 

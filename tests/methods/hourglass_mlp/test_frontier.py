@@ -140,7 +140,7 @@ def test_pairs_of_vectors_are_read_from_a_file_and_refused_in_one_line(tmp_path:
         ({"x": np.zeros((50, 3)), "y": 2 * np.ones((50, 2))}, "must be between 0 and 1"),
         ({"x": np.zeros((5, 3)), "y": np.zeros((5, 2))}, "40 or more"),
         ({"x": np.zeros((50, 3))}, "x and y of real numbers are missing"),
-        ({"x": np.array([{}] * 50), "y": np.zeros((50, 2))}, "x and y of real numbers are missing"),
+        ({"x": np.array([{}] * 50), "y": np.zeros((50, 2))}, "pickled objects are not loaded"),
         ({"x": np.full((50, 3), 1j), "y": np.zeros((50, 2))}, "real numbers"),
         ({"x": np.array(["a"] * 50), "y": np.zeros((50, 2))}, "real numbers"),
         ({"x": np.full((50, 3), np.nan), "y": np.zeros((50, 2))}, "not finite"),
