@@ -58,7 +58,7 @@ def _divide(item: int) -> float:
 
 @pytest.mark.slow
 def test_a_task_that_cannot_be_sent_is_refused() -> None:
-    with pytest.raises(LamellaError, match=r"cannot be sent to other processes .* take one process"):
+    with pytest.raises(LamellaError, match=r"cannot be sent to other processes .* use one process"):
         found(Workers(2), lambda item: item)
 
 

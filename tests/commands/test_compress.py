@@ -144,7 +144,7 @@ def test_a_speed_that_was_measured_once_and_not_again_is_not_called_reached(tmp_
     evidence = run("compress", NANO_LLAMA, out=tmp_path / "out", **given).evidence.model_dump()
     assert not evidence["chosen"]["reached"]
     assert (
-        "chosen at a speed-up of 2.00; measured once more, beside the original alone, it was 1.10"
+        "chosen at a speed-up of 2.00; measured again, compared with the original only, it was 1.10"
         in evidence["notes"][0]
     )
     assert "was not reached" in (tmp_path / "out" / "report.html").read_text()
@@ -262,7 +262,7 @@ def test_compress_heals_what_it_chose_and_shows_all_three_columns(lamella, tmp_p
     kept = api.stack.Stack(original).layers[0].mlp.up_proj.weight
     assert not torch.equal(trained.model.layers[0].mlp.up_proj.weight, kept)
     assert "| cut | healed: this model |" in (out / "README.md").read_text()
-    assert "Trained back by continual-pretrain" in (out / "report.html").read_text()
+    assert "Healed by continual-pretrain" in (out / "report.html").read_text()
 
 
 @pytest.mark.slow

@@ -128,7 +128,7 @@ class Lines:
     """Lines of a file, which is all that they can be opened from."""
 
     lines: tuple[str, ...]
-    told = "a text file, one line after the other"
+    source_help = "a text file, one line after the other"
     example = Fixture("lines.txt", "one\\ntwo three\\n", {"least": 1})
 
     @classmethod
