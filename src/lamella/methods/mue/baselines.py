@@ -32,7 +32,15 @@ class EntropyExits(TokenExits):
         self.active, self.below, self.head = True, below, stack.head
 
     def finished(self, call: LayerCall, h: Tensor, out: Tensor, s: Tensor, run: Pass) -> Tensor:
-        """Mark the tokens whose prediction has a low entropy: [batch, time] bool."""
+        """Mark the tokens whose prediction has a low entropy: [batch, time] bool.
+
+        Args:
+            call: the layer.
+            h: hidden states before it `[batch, time, hidden]`.
+            out: hidden states after it `[batch, time, hidden]`.
+            s: saturation of each token `[batch, time]`; not used.
+            run: the pass.
+        """
         p = self.head(out).float().softmax(-1)
         return torch.special.entr(p).sum(-1) < self.below
 
@@ -57,7 +65,15 @@ class PatienceExits(TokenExits):
         run.memory["stable"] = torch.zeros_like(self.exits)
 
     def finished(self, call: LayerCall, h: Tensor, out: Tensor, s: Tensor, run: Pass) -> Tensor:
-        """Mark the tokens whose prediction has been stable for ``patience`` layers: [batch, time] bool."""
+        """Mark the tokens whose prediction has been stable for ``patience`` layers: [batch, time] bool.
+
+        Args:
+            call: the layer.
+            h: hidden states before it `[batch, time, hidden]`.
+            out: hidden states after it `[batch, time, hidden]`.
+            s: saturation of each token `[batch, time]`; not used.
+            run: the pass, whose memory has the last predictions and the counts.
+        """
         predicted = self.head(out).argmax(-1)
         run.memory["stable"] = torch.where(predicted == run.memory["predicted"], run.memory["stable"] + 1, 0)
         run.memory["predicted"] = predicted

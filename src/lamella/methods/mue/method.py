@@ -185,7 +185,12 @@ def attempt(
 
 
 def with_thresholds(params: Mapping[str, dict[str, Any]], tau: Mapping[str, float]) -> dict[str, dict[str, Any]]:
-    """Return the settings of both policies with these thresholds."""
+    """Return the settings of both policies with these thresholds.
+
+    Args:
+        params: settings of the policies of ``encoder`` and ``decoder``.
+        tau: threshold on the cosine by exit (``image``, ``text``, ``decoder``); an exit that is not named is off.
+    """
     every = with_all_exits(tau)
     encoder = params["encoder"] | {name: every[name] for name in ("image", "text")}
     return {"encoder": encoder, "decoder": params["decoder"] | {"threshold": every["decoder"]}}
@@ -203,7 +208,12 @@ def exact_match(exits: Exits) -> float:
 
 
 def exit_findings(exits: Exits, model: Model) -> dict[str, Any]:
-    """Return the exits, the exact matches and the reduction as findings."""
+    """Return the exits, the exact matches and the reduction as findings.
+
+    Args:
+        exits: the recorded exits.
+        model: an encoder-decoder model.
+    """
     taken = histograms(exits, depths(model))
     saved = {"by layers": by_layers(exits, depths(model)), "by FLOPs": by_flops(exits, ExitCosts.of(*pair_of(model)))}
     return {"exits": taken, "exact match": exact_match(exits), "reduction": saved}

@@ -79,7 +79,13 @@ class ModalityExits(Policy):
         self.cosines = {name: torch.full((run.batch, self.layers), torch.nan, dtype=torch.double) for name in masks}
 
     def layer(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
-        """Run a layer for the modalities that have not exited, each of which attends to its own tokens only."""
+        """Run a layer for the modalities that have not exited, each of which attends to its own tokens only.
+
+        Args:
+            call: the layer.
+            h: hidden states before it `[batch, time, hidden]`.
+            run: the pass.
+        """
         masks: dict[str, Tensor] = run.memory["masks"]
         active = {name: each for name, each in run.memory["active"].items() if each.any()}
         recorded = torch.full(h.shape[:2], torch.nan, dtype=torch.double)
@@ -202,7 +208,13 @@ class TokenExits(Policy):
         return decayed(self.threshold, t, *self.decay, self.steps)
 
     def layer(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
-        """Run a layer for the tokens that have not exited."""
+        """Run a layer for the tokens that have not exited.
+
+        Args:
+            call: the layer.
+            h: hidden states before it `[batch, time, hidden]`.
+            run: the pass.
+        """
         active: Tensor = run.memory["active"]
         if not active.any():
             if self.propagate == "state":
@@ -253,7 +265,12 @@ class TokenExits(Policy):
 
 
 def by_token(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the dot product of each token's states before and after a layer, and both norms: [rows, tokens] each."""
+    """Return the dot product of each token's states before and after a layer, and both norms: [rows, tokens] each.
+
+    Args:
+        before: hidden states at the input of the layer `[rows, tokens, hidden]`.
+        after: hidden states at its output, of the same shape.
+    """
     before, after = _wide(before), _wide(after)
     return (before * after).sum(-1), before.norm(dim=-1), after.norm(dim=-1)
 
@@ -279,7 +296,12 @@ def saturation(tokens: tuple[Tensor, ...], held: Tensor, reduce: Reduce = "flat"
 
 
 def cosines(before: Tensor, after: Tensor) -> Tensor:
-    """Return S of each token: [batch, time, d] -> [batch, time]."""
+    """Return S of each token: [batch, time, d] -> [batch, time].
+
+    Args:
+        before: hidden states at the input of a layer `[batch, time, d]`.
+        after: hidden states at its output, of the same shape.
+    """
     return torch.cosine_similarity(_wide(before), _wide(after), dim=-1)
 
 
@@ -308,6 +330,10 @@ def decayed(theta: float, t: Tensor, beta: float, rate: float, steps: int) -> Te
 def check_threshold(name: str, value: float) -> float:
     """Return a threshold on cosines as a float.
 
+    Args:
+        name: name of the option, for the message.
+        value: the threshold: -1 to 1, or OFF for no exit.
+
     Raises:
         MethodError: when it is out of range.
     """
@@ -318,6 +344,10 @@ def check_threshold(name: str, value: float) -> float:
 
 def check_layer(layer: int, layers: int) -> int:
     """Return a number of layers that always run.
+
+    Args:
+        layer: number of layers that always run, from the first.
+        layers: number of layers of the stack.
 
     Raises:
         MethodError: unless it is 1 to ``layers``.

@@ -105,7 +105,13 @@ def exit_plan(model: Model, params: Mapping[str, dict[str, Any]], work: LayerWor
 
 
 def exit_view(model: Model, settings: ExitSettings, tau: Mapping[str, float]) -> Any:
-    """Return a view of a model with exits at these thresholds."""
+    """Return a view of a model with exits at these thresholds.
+
+    Args:
+        model: an encoder-decoder model.
+        settings: settings of the exits.
+        tau: threshold on the cosine by exit (``image``, ``text``, ``decoder``); an exit that is not named is off.
+    """
     encoder, decoder = pair_of(model)
     params = settings.params(tau)
     policies = {
@@ -161,7 +167,12 @@ def train_view(view: Any, samples: ImageText, settings: ExitSettings, config: Tr
 
 
 def random_exits(share: float, layers: int) -> dict[str, int] | None:
-    """Draw a random exit in the upper half of the depth per modality, for a fraction of batches; otherwise None."""
+    """Draw a random exit in the upper half of the depth per modality, for a fraction of batches; otherwise None.
+
+    Args:
+        share: fraction of batches with random exits, 0 to 1.
+        layers: number of layers of the encoder.
+    """
     if float(torch.rand(())) >= share:
         return None
     return {name: int(torch.randint((layers + 1) // 2, layers + 1, ())) for name in MODALITIES}

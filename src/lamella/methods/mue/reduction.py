@@ -136,7 +136,12 @@ class ExitCosts:
 
     @classmethod
     def of(cls, encoder: Stack, decoder: Stack) -> ExitCosts:
-        """Return the costs of a pair of stacks."""
+        """Return the costs of a pair of stacks.
+
+        Args:
+            encoder: stack of the encoder.
+            decoder: stack of the decoder.
+        """
         attn, cross = _matrices(decoder, "attn"), _matrices(decoder, "cross")
         return cls(
             encoder.architecture.sizes_of(encoder.config).hidden,
@@ -203,7 +208,12 @@ def _fractions(exits: Tensor, layers: int) -> list[float]:
 
 
 def executed(exits: Exits, stacks: Mapping[str, Stack]) -> dict[str, list[tuple[float, ...]]]:
-    """Return for each layer of both stacks the fraction of tokens that runs its sublayers, in the form of plans."""
+    """Return for each layer of both stacks the fraction of tokens that runs its sublayers, in the form of plans.
+
+    Args:
+        exits: the recorded exits.
+        stacks: the stacks ``encoder`` and ``decoder``.
+    """
     n = torch.cat([exits.tokens[name] for name in MODALITIES]).double()
     e = torch.cat([exits.layers[name] for name in MODALITIES])
     found = {}

@@ -133,6 +133,11 @@ def rms_statistics(stack: Stack, sites: list[Site], ids: Tensor) -> tuple[dict[s
     """Return the variation of the RMS over tokens at each norm, and its divisor: the harmonic mean of the RMS.
 
     The first token of each row counts for the former only.
+
+    Args:
+        stack: a decoder stack with its norms.
+        sites: the norms to measure.
+        ids: token ids of the calibration text `[rows, tokens]`.
     """
     with torch.no_grad():
         rms = sizes(stack.model, sites, lambda: stack.model(input_ids=ids, use_cache=False))
@@ -158,7 +163,14 @@ def fold_norms(model: nn.Module, sites: Sequence[Site], divisors: Mapping[str, f
 
 
 def order_sites(sites: list[Site], variation: dict[str, float], by: Order, seed: int) -> list[Site]:
-    """Return the norms in the order in which they are folded."""
+    """Return the norms in the order in which they are folded.
+
+    Args:
+        sites: the norms, by depth.
+        variation: variation of the RMS over tokens by the path of each norm; used by ``constancy``.
+        by: ``constancy`` (least variation first), ``depth`` (from the first layer on) or ``random``.
+        seed: random seed of ``random``.
+    """
     if by == "depth":
         return sites
     if by == "random":
@@ -167,7 +179,13 @@ def order_sites(sites: list[Site], variation: dict[str, float], by: Order, seed:
 
 
 def result_of(stack: Stack, model_without: Any, sites: list[Site]) -> tuple[Stack, Plan]:
-    """Return a model that has the removed norms as unused modules, and the plan that removes them."""
+    """Return a model that has the removed norms as unused modules, and the plan that removes them.
+
+    Args:
+        stack: the original model; its norms become the unused modules.
+        model_without: the same model without the removed norms.
+        sites: the removed norms.
+    """
     host = share(model_without)
     for site in sites:
         host.set_submodule(site.path, share(stack.model.get_submodule(site.path)))

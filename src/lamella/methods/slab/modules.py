@@ -182,6 +182,11 @@ class LinearAttention(nn.Module):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Apply the attention to x [batch, N, C]; every token attends to every other.
 
+        Args:
+            x: hidden states `[batch, N, C]`.
+            attn_mask: must be None; it is part of timm's interface.
+            is_causal: must be false; it is part of timm's interface.
+
         Raises:
             ValueError: for a mask, which linear attention does not support.
         """

@@ -145,7 +145,12 @@ def without_norms(
 
 
 def batches(samples: Sequence[Sample], size: int) -> list[dict[str, Tensor]]:
-    """Return the samples in collated batches."""
+    """Return the samples in collated batches.
+
+    Args:
+        samples: the samples, in order.
+        size: number of samples per batch; the last batch may have fewer.
+    """
     return [dict(collate(samples[start : start + size])) for start in range(0, len(samples), size)]
 
 

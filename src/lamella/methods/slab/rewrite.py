@@ -55,7 +55,13 @@ def rewrite(model: Any, wirings: Mapping[str, Wiring], form: Form) -> None:
 
 
 def norms(model: Any, layers: str, wiring: Wiring) -> dict[str, tuple[str, ...]]:
-    """Return the norms of a stack by their paths, each with the linear layers after it."""
+    """Return the norms of a stack by their paths, each with the linear layers after it.
+
+    Args:
+        model: a model that contains the stack.
+        layers: path of the list of layers in the model.
+        wiring: which modules of the architecture read from and write to the residual stream.
+    """
     count = len(model.get_submodule(layers))
     parts = [(f"{layers}.{index}.{part.path}", part) for index in range(count) for part in wiring.layer]
     found: dict[str, list[str]] = {}

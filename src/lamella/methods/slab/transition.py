@@ -94,6 +94,10 @@ def refresh(model: nn.Module, batches: Iterable[Any], call: Callable[[Any], Any]
 def merge(model: nn.Module, sites: Sequence[Site]) -> None:
     """Fold every batch norm into the layers after it, or before it, in place, and remove it.
 
+    Args:
+        model: a model whose norms were converted; changed in place.
+        sites: the converted norms, with the linear layers before and after them.
+
     Raises:
         MethodError: for a norm whose transition is not over, a batch norm without statistics, or a linear layer with a
             tied weight.
@@ -124,7 +128,13 @@ def merge(model: nn.Module, sites: Sequence[Site]) -> None:
 
 
 def fold_before(linear: Any, a: Tensor, b: Tensor) -> None:
-    """Fold a x + b into the linear layer after it: W <- W diag(a), c <- c + W b."""
+    """Fold a x + b into the linear layer after it: W <- W diag(a), c <- c + W b.
+
+    Args:
+        linear: the linear layer, or Conv1D of transformers; changed in place.
+        a: scale per input channel `[inputs]`.
+        b: offset per input channel `[inputs]`.
+    """
     weight = linear.weight.double()
     axis = 0 if isinstance(linear, Conv1D) else 1
     added = torch.tensordot(weight, b, dims=([axis], [0]))
@@ -133,7 +143,13 @@ def fold_before(linear: Any, a: Tensor, b: Tensor) -> None:
 
 
 def fold_after(linear: Any, a: Tensor, b: Tensor) -> None:
-    """Fold a y + b into the linear layer or convolution before it: W <- diag(a) W, c <- a c + b."""
+    """Fold a y + b into the linear layer or convolution before it: W <- diag(a) W, c <- a c + b.
+
+    Args:
+        linear: the linear layer, convolution, or Conv1D of transformers; changed in place.
+        a: scale per output channel `[outputs]`.
+        b: offset per output channel `[outputs]`.
+    """
     axis = 1 if isinstance(linear, Conv1D) else 0
     shape = [1] * linear.weight.ndim
     shape[axis] = -1

@@ -109,7 +109,13 @@ class Classifier(TrainedNetwork):
 
     @classmethod
     def build(cls, *, network: VitConfig, classes: int, merged: bool) -> Any:  # type: ignore[override]
-        """Build a network with random weights, without norms if they are merged."""
+        """Build a network with random weights, without norms if they are merged.
+
+        Args:
+            network: sizes of the network.
+            classes: number of classes.
+            merged: whether the norms are folded into the linear layers.
+        """
         model = network.build(classes)
         for site in sites_of(model) if merged else ():
             model.set_submodule(site.path, nn.Identity())
@@ -262,23 +268,44 @@ def refresh_and_merge(
 
 
 def accuracy(model: Any, x: Sequence[Tensor], y: Tensor) -> float:
-    """Return the fraction of images that are classified correctly."""
+    """Return the fraction of images that are classified correctly.
+
+    Args:
+        model: a classifier.
+        x: the images, each `[channels, size, size]`.
+        y: labels `[images]`.
+    """
     return float((logits(model, x).argmax(1) == y).double().mean())
 
 
 @torch.no_grad()
 def logits(model: Any, x: Sequence[Tensor]) -> Tensor:
-    """Return the logits of images [images, classes], computed in batches."""
+    """Return the logits of images [images, classes], computed in batches.
+
+    Args:
+        model: a classifier.
+        x: the images, each `[channels, size, size]`.
+    """
     return torch.cat([model(rows) for rows in batches(x, JUDGED, torch.stack)])
 
 
 def pixels(images: Sequence[Captioned], network: VitConfig) -> Lazy[Tensor]:
-    """Return images as network inputs, each decoded on access."""
+    """Return images as network inputs, each decoded on access.
+
+    Args:
+        images: images as uint8 RGB.
+        network: sizes of the network, with the image size and the number of channels.
+    """
     return Lazy(images, lambda each: prepare_images([each], network)[0])
 
 
 def prepare_images(images: Sequence[Captioned], network: VitConfig) -> Tensor:
-    """Convert images to network inputs [images, channels, size, size] in [-1, 1]."""
+    """Convert images to network inputs [images, channels, size, size] in [-1, 1].
+
+    Args:
+        images: images as uint8 RGB of any size; others than the network's are resized and center-cropped.
+        network: sizes of the network; with one channel, images become greyscale.
+    """
     transforms = require("torchvision.transforms.v2", "vision", "resizing images")
     fit_ = transforms.Compose([transforms.Resize(network.size), transforms.CenterCrop(network.size)])
     rows = [torch.from_numpy(each.image).permute(2, 0, 1) for each in images]
@@ -289,6 +316,11 @@ def prepare_images(images: Sequence[Captioned], network: VitConfig) -> Tensor:
 
 def export_onnx(model: Any, network: VitConfig, file: Path) -> None:
     """Export a network to ONNX, for batches of any size.
+
+    Args:
+        model: a classifier.
+        network: sizes of the network, with the image size and the number of channels.
+        file: the ONNX file to write; its input is ``pixels``, its output is ``logits``.
 
     Raises:
         LamellaError: when onnx or onnxscript is missing.
