@@ -125,7 +125,13 @@ class VisualTokens(Policy):
         return found
 
     def layer(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
-        """Run a layer on the tokens that are kept, and drop tokens if it is due."""
+        """Run a layer on the tokens that are kept, and drop tokens if it is due.
+
+        Args:
+            call: the layer.
+            h: hidden states before it `[batch, time, hidden]`.
+            run: the pass.
+        """
         request: PrunedRequest | None = run.memory.get(STATE)
         if request is None:
             return call(h)

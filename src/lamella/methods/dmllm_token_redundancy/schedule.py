@@ -93,11 +93,22 @@ class VisualTokenSchedule:
         return cls(() if step is None else (Drop(step, 0.0),), -1, layer)
 
     def begins(self, drop: Drop, steps: int) -> int:
-        """Return the index of the step in which a drop happens."""
+        """Return the index of the step in which a drop happens.
+
+        Args:
+            drop: the drop.
+            steps: number of denoising steps of the answer.
+        """
         return int(drop.step * steps)
 
     def keep(self, layer: int, step: int, steps: int) -> float:
-        """Return keep[l, s]: the fraction at the input of a layer."""
+        """Return keep[l, s]: the fraction at the input of a layer.
+
+        Args:
+            layer: l, index of the layer.
+            step: s, index of the denoising step.
+            steps: number of denoising steps of the answer.
+        """
         if self.withdrawn is not None and layer > self.withdrawn:
             return 0.0
         passed = [
@@ -108,7 +119,12 @@ class VisualTokenSchedule:
         return min(passed, default=1.0)
 
     def table(self, layers: int, steps: int) -> list[list[float]]:
-        """Return keep[l, s] as one row per step."""
+        """Return keep[l, s] as one row per step.
+
+        Args:
+            layers: number of layers of the model.
+            steps: number of denoising steps of the answer.
+        """
         return [[self.keep(layer, step, steps) for layer in range(layers)] for step in range(steps)]
 
     def check_fits(self, layers: int) -> None:

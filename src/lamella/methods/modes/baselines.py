@@ -26,7 +26,13 @@ class Rule(ExpertSkipping):
         self.keeps, self.strict = keeps, strict
 
     def kept(self, layer: int, weights: Tensor, image: Tensor) -> Tensor:
-        """Return the mask of the chosen experts that run: [tokens, used] bool."""
+        """Return the mask of the chosen experts that run: [tokens, used] bool.
+
+        Args:
+            layer: index of the layer; not used.
+            weights: router weights of the chosen experts `[tokens, used]`.
+            image: mask of image tokens `[tokens]`, bool; not used.
+        """
         return self.keeps(weights.float(), self.strict)
 
 

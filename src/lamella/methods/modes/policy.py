@@ -73,7 +73,13 @@ class ExpertSkipping(Policy):
             self.counts = run.memory["counts"]
 
     def layer(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
-        """Run a layer with the experts that are kept for each token."""
+        """Run a layer with the experts that are kept for each token.
+
+        Args:
+            call: the layer.
+            h: hidden states before it `[batch, time, hidden]`.
+            run: the pass.
+        """
         mid = call.attn(h)
         image = torch.zeros(h.shape[:2], dtype=torch.bool, device=h.device) if run.images is None else run.images
         real = torch.ones_like(image) if run.real is None else run.real

@@ -99,14 +99,24 @@ def check_ignores_mean(model: Model, stack: Stack, seed: int) -> None:
 
 
 def output(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Return the final output of a model: logits, or pooled features."""
+    """Return the final output of a model: logits, or pooled features.
+
+    Args:
+        model: a model of transformers.
+        inputs: keyword arguments of its forward pass, such as token ids `[batch, time]`.
+    """
     out = model(**inputs)
     return out.logits if "logits" in out else out.pooler_output
 
 
 @torch.no_grad()
 def means(model: Model, inputs: Mapping[str, Tensor]) -> dict[str, list[float]]:
-    """Return, by stack and layer, the largest |mean(x)| / rms(x) of the hidden states before it."""
+    """Return, by stack and layer, the largest |mean(x)| / rms(x) of the hidden states before it.
+
+    Args:
+        model: a model with its stacks; it is not changed.
+        inputs: keyword arguments of its forward pass, such as token ids `[batch, time]`.
+    """
     found: dict[str, list[float]] = {name: [] for name in model.stacks}
     view = share(model.model)
 

@@ -88,6 +88,13 @@ def pre_rmsnorm(
 def form_of(model: Model, norm: Norm, fold: Fold | None, tied: Tied) -> Form:
     """Return the form that the options select for a model; for untied models ``tied`` has no effect.
 
+    Args:
+        model: the model to rewrite.
+        norm: ``rms`` for RMSNorm, ``crms`` for CRMSNorm.
+        fold: part of a norm that is folded into its readers; if None, all of it (``affine``) for CRMSNorm, otherwise
+            ``nothing``.
+        tied: ``recentre`` an embedding that shares its weight with the head after every lookup, or ``untie`` it.
+
     Raises:
         MethodError: for incompatible options.
     """

@@ -258,7 +258,13 @@ def find_branches(model: Any, wirings: Mapping[str, Wiring], norm: type[nn.Modul
 
 
 def parts_of(model: Any, layers: str, wiring: Wiring) -> list[tuple[str, Part]]:
-    """Return the parts of a stack with their paths in the model, layer by layer, then those outside."""
+    """Return the parts of a stack with their paths in the model, layer by layer, then those outside.
+
+    Args:
+        model: a model that contains the stack.
+        layers: path of the list of layers in the model.
+        wiring: the parts of the architecture that read from or write to the residual stream.
+    """
     indices = range(len(model.get_submodule(layers)))
     inside = [(f"{layers}.{index}.{part.path}", part) for index in indices for part in wiring.layer]
     return inside + [(part.path, part) for part in wiring.outside]
@@ -266,6 +272,10 @@ def parts_of(model: Any, layers: str, wiring: Wiring) -> list[tuple[str, Part]]:
 
 def check_known(model: Any, wirings: Mapping[str, Wiring]) -> None:
     """Check that the wirings name every part with parameters.
+
+    Args:
+        model: the model to rewrite.
+        wirings: the wiring of each stack, by the path of its list of layers.
 
     Raises:
         ValueError: for an unknown part, such as an adapter.
@@ -316,7 +326,12 @@ def _sort(
 
 
 def scale(writer: ResidualWriter, component: Component) -> None:
-    """Record the module that scales a writer: a module with one vector, or without parameters once that is folded."""
+    """Record the module that scales a writer: a module with one vector, or without parameters once that is folded.
+
+    Args:
+        writer: a module that writes to the residual stream; its ``scaled`` is set.
+        component: the module that scales its output, such as a LayerScale.
+    """
     shapes = [each.ndim for each in component.parameters.values()]
     if shapes not in ([], [1]):
         raise ValueError(
@@ -370,7 +385,13 @@ def check_single(model: Any, branches: Sequence[Branch], form: Form, lookup: Any
 
 
 def recentre(model: Any, writer: ResidualWriter, compress: bool) -> None:
-    """Apply W <- C W and b <- C b, or C diag(s) if scaled; for CRMSNorm without the last output channel."""
+    """Apply W <- C W and b <- C b, or C diag(s) if scaled; for CRMSNorm without the last output channel.
+
+    Args:
+        model: the model of the writer; changed in place.
+        writer: a module that writes to the residual stream, with the module that scales its output.
+        compress: whether to remove the last output channel, for CRMSNorm.
+    """
     for name, parameter in writer.parameters.items():
         axis = written_axis(writer.module, parameter)
         written = parameter.detach().double()
@@ -388,17 +409,32 @@ def recentre(model: Any, writer: ResidualWriter, compress: bool) -> None:
 
 
 def centre(tensor: Tensor, axis: int) -> Tensor:
-    """Return a tensor without its mean over one axis."""
+    """Return a tensor without its mean over one axis.
+
+    Args:
+        tensor: any tensor.
+        axis: the axis over which the mean is subtracted.
+    """
     return tensor - tensor.mean(axis, keepdim=True)
 
 
 def written_axis(module: Any, parameter: Tensor) -> int:
-    """Return the output axis of a parameter: the first of a linear layer's weight, the last of a table or a Conv1D."""
+    """Return the output axis of a parameter: the first of a linear layer's weight, the last of a table or a Conv1D.
+
+    Args:
+        module: the module that writes to the residual stream.
+        parameter: its weight, or its bias.
+    """
     return 0 if parameter.ndim == 1 or isinstance(module, nn.Linear | _ConvNd) else parameter.ndim - 1
 
 
 def fold_into_readers(norm: NormComponent, gain: bool) -> None:
-    """Apply c <- c + W b and, with the gain, W <- W diag(g) to every reader of a norm."""
+    """Apply c <- c + W b and, with the gain, W <- W diag(g) to every reader of a norm.
+
+    Args:
+        norm: a LayerNorm, with the linear layers that read its output; they are changed in place.
+        gain: whether to fold the weight g of the norm in addition to its bias b.
+    """
     weight, bias = norm.module.weight, norm.module.bias
     for reader in norm.readers:
         linear, read = reader.module, read_axis(reader.module)
@@ -429,7 +465,12 @@ def narrow(reader: Component) -> None:
 
 
 def replacement(norm: NormComponent, form: Form) -> nn.Module:
-    """Return the norm that replaces a LayerNorm."""
+    """Return the norm that replaces a LayerNorm.
+
+    Args:
+        norm: a LayerNorm, with the linear layers that read its output.
+        form: the form that the model is rewritten to.
+    """
     old = norm.module
     [width], eps = old.normalized_shape, old.eps
     folds = bool(norm.readers)  # otherwise its output is the model's output
@@ -453,7 +494,12 @@ def put(model: Any, path: str, tensor: Tensor, like: Tensor) -> None:
 
 
 def parameter_like(tensor: Tensor, like: Tensor) -> nn.Parameter:
-    """Return a tensor as a parameter with the dtype and gradient flag of another one."""
+    """Return a tensor as a parameter with the dtype and gradient flag of another one.
+
+    Args:
+        tensor: the values, of any dtype.
+        like: the parameter whose dtype and gradient flag are used.
+    """
     return nn.Parameter(tensor.to(like.dtype).contiguous(), requires_grad=like.requires_grad)
 
 

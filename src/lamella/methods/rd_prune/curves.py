@@ -209,7 +209,12 @@ def magnitude_order(weight: Tensor) -> Tensor:
 
 
 def zero_at(weight: Tensor, indices: Tensor) -> Tensor:
-    """Return a copy of a matrix with zeros at some indices of its flattened form."""
+    """Return a copy of a matrix with zeros at some indices of its flattened form.
+
+    Args:
+        weight: the matrix.
+        indices: indices into the flattened matrix `[removed]`.
+    """
     changed = weight.detach().clone(memory_format=torch.contiguous_format)
     changed.view(-1)[indices] = 0
     return changed
@@ -235,7 +240,13 @@ def joint_distortion(
 
 @torch.no_grad()
 def masked_distortion(probe: Probe, found: Mapping[str, Weight], masks: Mapping[str, Tensor]) -> Distortion:
-    """Measure the joint distortion of masks with an existing probe."""
+    """Measure the joint distortion of masks with an existing probe.
+
+    Args:
+        probe: a probe of the model; its matrices are restored afterwards.
+        found: the matrices of the model by name.
+        masks: masks of the weights to keep by the name of the matrix, each with the shape of its matrix, bool.
+    """
     originals = {name: found[name].of(probe.model) for name in masks}
     try:
         for name, weight in originals.items():

@@ -12,7 +12,12 @@ import numpy as np
 
 
 def uniform(sizes: Sequence[int], sparsity: float) -> np.ndarray:
-    """Remove the same fraction of every layer."""
+    """Remove the same fraction of every layer.
+
+    Args:
+        sizes: number of weights of each layer.
+        sparsity: fraction of all weights to remove.
+    """
     return np.array([int(sparsity * size + 1e-9) for size in sizes], np.int64)
 
 

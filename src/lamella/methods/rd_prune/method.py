@@ -199,7 +199,12 @@ def allocate_by_rule(model: nn.Module | Stack, sparsity: float, rule: Rule) -> A
 
 @torch.no_grad()
 def masks_for(model: nn.Module | Stack, amounts: Amounts) -> Masks:
-    """Return the masks of the weights to keep: all but the smallest of each layer. Unpruned layers have no mask."""
+    """Return the masks of the weights to keep: all but the smallest of each layer. Unpruned layers have no mask.
+
+    Args:
+        model: a torch module, or a stack.
+        amounts: number of weights to remove from each matrix.
+    """
     module = model.model if isinstance(model, Stack) else model
     masks = {}
     for name, matrix in prunable(model).items():

@@ -50,7 +50,14 @@ class Probe(Protocol):
 
 
 def probe_of(model: nn.Module | Stack, inputs: Inputs, output: Callable[[Any], Tensor] | None = None) -> Probe:
-    """Return the fastest way to compare the outputs of a model on these inputs; see ``rate_distortion``."""
+    """Return the fastest way to compare the outputs of a model on these inputs; see ``rate_distortion``.
+
+    Args:
+        model: a torch module, or a stack; the stack of a decoder is measured faster.
+        inputs: input of a module, or several by name; for a decoder, token ids `[sequences, time]`.
+        output: maps the module's return value to its outputs before the softmax `[inputs, ...]`; not used for a
+            decoder.
+    """
     if isinstance(model, Stack) and model.architecture.causal:
         return Decoder(model, inputs)
     return AnyModel(module_of(model), inputs, output or _logits)

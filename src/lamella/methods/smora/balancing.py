@@ -37,7 +37,12 @@ class LoadBalance(Hook):
         self.experts, self.u = experts, u
 
     def loss(self, model: Any, batch: Batch) -> Tensor:
-        """Return the cross-entropy of the labels; padding is excluded from the counts."""
+        """Return the cross-entropy of the labels; padding is excluded from the counts.
+
+        Args:
+            model: the view with the experts.
+            batch: token ids, labels and ``attention_mask`` `[batch, time]`.
+        """
         token_mask = batch["attention_mask"].bool()
         for each in self.experts.values():
             each.token_mask = token_mask

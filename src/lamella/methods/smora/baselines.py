@@ -70,7 +70,12 @@ class LoraMixture(SiteAdapter):
         return gates
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Add the mixture of the LoRAs to the output of the linear layer."""
+        """Add the mixture of the LoRAs to the output of the linear layer.
+
+        Args:
+            x: input of the linear layer `[..., inputs]`.
+            y: its output `[..., outputs]`.
+        """
         x = x.to(self.lora_A.dtype)
         gates = self.gates(x)
         h = linear(x, self.lora_A)  # [..., E r]
@@ -99,7 +104,12 @@ class HydraLora(SiteAdapter):
         self.lora_router = random_matrix(experts, inputs)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Add the mixture of the heads to the output of the linear layer."""
+        """Add the mixture of the heads to the output of the linear layer.
+
+        Args:
+            x: input of the linear layer `[..., inputs]`.
+            y: its output `[..., outputs]`.
+        """
         x = x.to(self.lora_A.dtype)
         gates = linear(x, self.lora_router).softmax(-1).repeat_interleave(self.r, dim=-1)
         h = torch.cat([linear(x, self.lora_A)] * self.experts, dim=-1)
@@ -123,7 +133,12 @@ class MosLora(SiteAdapter):
         self.lora_B = nn.Parameter(torch.zeros(outputs, r))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Add the low-rank update to the output of the linear layer."""
+        """Add the low-rank update to the output of the linear layer.
+
+        Args:
+            x: input of the linear layer `[..., inputs]`.
+            y: its output `[..., outputs]`.
+        """
         x = x.to(self.lora_A.dtype)
         change = linear(linear(linear(x, self.lora_A), self.lora_mixer), self.lora_B)
         return y + (self.scale * change).to(y.dtype)

@@ -168,7 +168,12 @@ class RankExperts(SiteAdapter):
         return choose(z, self.lora_biases, self.k, self.p, self.bias_in_gate)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Add the output of the selected experts to that of the linear layer."""
+        """Add the output of the selected experts to that of the linear layer.
+
+        Args:
+            x: input of the linear layer `[..., inputs]`.
+            y: its output `[..., outputs]`.
+        """
         with torch.autocast(x.device.type, enabled=False):  # in its own precision, regardless of the model's
             x = self.dropout(x).to(self.lora_A.dtype)
             route = self.route(x)
