@@ -47,7 +47,12 @@ class SerialPool:
     size = 1
 
     def each(self, task: Callable[[Item], Found], items: Sequence[Item]) -> Iterator[tuple[int, Found]]:
-        """Yield the index of each item and the result of its task."""
+        """Yield the index of each item and the result of its task.
+
+        Args:
+            task: function of one item.
+            items: the items, which run in their order.
+        """
         for number, item in enumerate(items):
             yield number, task(item)
 
@@ -59,7 +64,12 @@ class ProcessPool:
         self.size = size
 
     def each(self, task: Callable[[Item], Found], items: Sequence[Item]) -> Iterator[tuple[int, Found]]:
-        """Yield the index of each item and the result of its task."""
+        """Yield the index of each item and the result of its task.
+
+        Args:
+            task: function of one item, defined at the top of a module so that it can be pickled.
+            items: the items, which must be picklable; their results come in the order of completion.
+        """
         before = set(active_children())
         workers = max(1, min(self.size, len(items)))
         with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin, initargs=(task,)) as pool:

@@ -28,7 +28,12 @@ class Slurm:
         self.most = -1 if most is None else most  # unlimited, for datatrove
 
     def each(self, task: Callable[[Item], Found], items: Sequence[Item]) -> Iterator[tuple[int, Found]]:
-        """Yield the index of each item and the result of its task, when all tasks are finished."""
+        """Yield the index of each item and the result of its task, when all tasks are finished.
+
+        Args:
+            task: function of one item, which must be picklable.
+            items: the items, one task of the job array for each.
+        """
         executor = SlurmPipelineExecutor(
             [_Tasks(task, items)], len(items), workers=self.most, job_name="lamella", mail_type="NONE",
             logging_dir=str(self.folder), slurm_logs_folder=str(self.folder / "slurm"), env_command=_environment(),
