@@ -113,7 +113,13 @@ class FFNSkip(Policy):
             run.memory["start"] = self._starts[order % STARTS]
 
     def layer(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
-        """Run one layer, with its MLP only for the tokens that do not skip it."""
+        """Run one layer, with its MLP only for the tokens that do not skip it.
+
+        Args:
+            call: the layer.
+            h: hidden states before it `[batch, time, hidden]`.
+            run: the pass.
+        """
         layer, memory = call.index, run.memory
         if "begun" not in memory or not self.window.start - 1 <= layer < self.window.stop:
             return call(h)

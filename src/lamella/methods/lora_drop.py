@@ -149,6 +149,12 @@ def released_layers(layers: int) -> list[int]:
 def spread_layers(layers: int, count: int, keep_first: int = 2, keep_last: int = 1) -> list[int]:
     """Choose ``count`` droppable layers, evenly spaced between the kept ones at both ends.
 
+    Args:
+        layers: number of layers of the model.
+        count: number of layers to choose.
+        keep_first: number of layers at the start that are never chosen.
+        keep_last: number of layers at the end that are never chosen.
+
     >>> spread_layers(8, 2)
     [3, 5]
     """

@@ -35,6 +35,10 @@ TRAINING = TrainConfig(steps=200, lr=2e-5)
 def balanced(total: int, keep: int) -> list[int]:
     """Return ``keep`` of the indices 0 to ``total - 1``, evenly spaced and including both ends.
 
+    Args:
+        total: number of indices.
+        keep: number of indices to return.
+
     >>> balanced(30, 6)
     [0, 6, 12, 17, 23, 29]
 
@@ -50,6 +54,10 @@ def released_rule(layers: int, keep: int) -> list[int]:
     """Return the kept layers by the rule of the authors' code: multiples of an interval between the two ends.
 
     Below a speed-up of 2 its interval is 1, and it keeps a contiguous run from the bottom, which is not balanced.
+
+    Args:
+        layers: number of layers of the model.
+        keep: number of layers to keep.
 
     >>> released_rule(30, 6)
     [0, 6, 12, 18, 24, 29]

@@ -72,7 +72,13 @@ class LAC(Policy):
         self.alpha, self.mode, self.stats, self.dtype = alpha, mode, stats, dtype
 
     def layer(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
-        """Run a layer, record whether it was active for each token, and treat void tokens as the mode says."""
+        """Run a layer, record whether it was active for each token, and treat void tokens as the mode says.
+
+        Args:
+            call: the layer.
+            h: hidden states before it `[batch, time, hidden]`.
+            run: the pass.
+        """
         out = call(h)
         norm = self._norm(out)
         growth = norm - self._norm(h)

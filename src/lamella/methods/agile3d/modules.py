@@ -167,7 +167,12 @@ class SparseResidualBlock(nn.Module):
             self.shortcut = nn.Sequential(linear, nn.BatchNorm1d(channels_out, momentum=MOMENTUM))
 
     def forward(self, x: Tensor, grid: SparseGrids) -> Tensor:
-        """Apply the block to features [N, channels_in] of a grid."""
+        """Apply the block to features [N, channels_in] of a grid.
+
+        Args:
+            x: features `[N, channels_in]`.
+            grid: the sparse grid of the N voxels.
+        """
         pairs = grid.neighbours(3)
         h = self.norm(self.second(self.first(x, pairs, len(grid)), pairs, len(grid)))
         return relu(h + self.shortcut(x))

@@ -145,7 +145,12 @@ class RidgeRegression:
 
     @classmethod
     def of(cls, x: Tensor, y: Tensor) -> RidgeRegression:
-        """Fit y [rows, width] from x [rows, hidden] by ridge regression."""
+        """Fit y [rows, width] from x [rows, hidden] by ridge regression.
+
+        Args:
+            x: inputs `[rows, hidden]`.
+            y: targets `[rows, width]`.
+        """
         x, y = x.double(), y.double()
         mean_x, mean_y = x.mean(0), y.mean(0)
         x, y = x - mean_x, y - mean_y

@@ -168,7 +168,12 @@ class Victim(View):
 
     @contextmanager
     def through(self, names: Sequence[str], link: Send) -> Iterator[None]:
-        """Pass the outputs of the modules at these cuts through a link, within the context."""
+        """Pass the outputs of the modules at these cuts through a link, within the context.
+
+        Args:
+            names: names of the cuts.
+            link: function from the name of a cut and its features to the received features.
+        """
 
         def sent(name: str, module: nn.Module, args: Any, out: Any) -> Any:
             if isinstance(out, Tensor):

@@ -81,7 +81,13 @@ class PromptRouters(Policy):
             self.last_gates = torch.stack(run.memory["gates"], dim=1)
 
     def layer(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
-        """Run one layer, or skip it for the rows whose prompt does not keep it."""
+        """Run one layer, or skip it for the rows whose prompt does not keep it.
+
+        Args:
+            call: the layer.
+            h: hidden states before it `[batch, time, hidden]`.
+            run: the pass.
+        """
         if run.cache is None:
             return self._parallel(call, h, run)
         if run.phase.any_response:

@@ -66,7 +66,13 @@ class ImageTokenPruning(Policy):
         self.sparse = frozenset(range(layer + 1, len(stack)))
 
     def layer(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
-        """Run a layer, without dropped image tokens."""
+        """Run a layer, without dropped image tokens.
+
+        Args:
+            call: the layer.
+            h: hidden states before it `[batch, time, hidden]`.
+            run: the pass.
+        """
         if run.images is None or not run.images.any():
             return call(h)
         real = torch.ones_like(run.images) if run.real is None else run.real

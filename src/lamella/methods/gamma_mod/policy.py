@@ -104,7 +104,13 @@ class MixtureOfDepths(Policy):
             self.router_loss = torch.stack(run.memory["router"]).sum()
 
     def layer(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
-        """Run a layer; a converted one only for the selected tokens."""
+        """Run a layer; a converted one only for the selected tokens.
+
+        Args:
+            call: the layer.
+            h: hidden states before it `[batch, time, hidden]`.
+            run: the pass.
+        """
         if call.index not in self.index_of:
             return call(h)
         z = self.logits(call, h, run)

@@ -272,6 +272,11 @@ def ffn_size(width: int, inner: Sequence[int]) -> int:
 def inner_widths(width: int, parameters: int, blocks: int) -> tuple[int, ...]:
     """Compute the widest equal sub-blocks whose linear layers have at most ``parameters`` parameters, without norms.
 
+    Args:
+        width: hidden size of the model.
+        parameters: maximum number of parameters of all linear layers together.
+        blocks: number of sub-blocks.
+
     >>> inner_widths(576, 3 * 576 * 1536, 4)  # SmolLM2-135M
     (384, 384, 384, 384)
 

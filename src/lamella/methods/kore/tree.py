@@ -140,7 +140,12 @@ def prompts_digest() -> str:
 
 
 def key_of(item: Item, task: str) -> str:
-    """Key of a task of an item."""
+    """Key of a task of an item.
+
+    Args:
+        item: the item.
+        task: name of the task.
+    """
     return json.dumps([item.id, task])
 
 

@@ -56,7 +56,12 @@ class ShapeSpace:
 
     @classmethod
     def of(cls, stack: Stack, multiple: int) -> ShapeSpace:
-        """Return the space of a model with sizes in multiples of ``multiple``, or of an eighth of a short axis."""
+        """Return the space of a model with sizes in multiples of ``multiple``, or of an eighth of a short axis.
+
+        Args:
+            stack: the original model.
+            multiple: step of the hidden size and of the MLP intermediate size.
+        """
         whole, architecture = ModelReference.of(stack).sizes, stack.architecture
         assert whole is not None
         return cls(

@@ -54,7 +54,12 @@ class Selection(Corpus):
             yield {"instruction": each.instruction, "input": each.context, "output": each.response}
 
     def samples(self, tokenizer: Any, max_length: int | None = 256) -> list[Sample]:
-        """Return training samples whose responses carry the loss; the paper truncates rows at 256 tokens."""
+        """Return training samples whose responses carry the loss; the paper truncates rows at 256 tokens.
+
+        Args:
+            tokenizer: the tokenizer of the model to train.
+            max_length: maximum number of tokens per row, as in the paper by default; None for no limit.
+        """
         return pairs([(each.prompt, each.response) for each in self.examples], tokenizer, max_length=max_length)
 
 
@@ -75,6 +80,10 @@ class InstructionPool(Rows[InstructionExample]):
     @classmethod
     def open(cls, name: str | Path, context: InputContext) -> InstructionPool:
         """Read the instructions of a .jsonl file.
+
+        Args:
+            name: path of the .jsonl file.
+            context: the context of the inputs, with the tokenizer of the model.
 
         Raises:
             CalibrationError: for a file that cannot be read, or a row without instruction or output.

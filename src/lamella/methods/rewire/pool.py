@@ -51,7 +51,12 @@ class PoolRules:
 
 
 def broken_rule(text: str, rules: PoolRules) -> str | None:
-    """Return the rule that a document breaks, or None."""
+    """Return the rule that a document breaks, or None.
+
+    Args:
+        text: the document.
+        rules: the rules of the pool.
+    """
     words = text.split()
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not rules.words_least <= len(words) <= rules.words_most or not lines:

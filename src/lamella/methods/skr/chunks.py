@@ -112,7 +112,12 @@ class ChunkSolution:
 
 
 def cut(sequence: Index, parts: int) -> list[Index]:
-    """Split the sequence into non-empty contiguous chunks of nearly equal length."""
+    """Split the sequence into non-empty contiguous chunks of nearly equal length.
+
+    Args:
+        sequence: indices of the systems in their solving order `[systems]`.
+        parts: number of chunks; a shorter sequence has one chunk per system.
+    """
     return np.array_split(sequence, min(parts, len(sequence)))
 
 

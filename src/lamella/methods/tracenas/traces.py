@@ -273,12 +273,22 @@ class GradientTraces:
 
 
 def pearson(a: Tensor, b: Tensor) -> float:
-    """Return the correlation of two traces `[values]`; 0 if one of them is constant."""
+    """Return the correlation of two traces `[values]`; 0 if one of them is constant.
+
+    Args:
+        a: a trace `[values]`.
+        b: another trace, of the same length.
+    """
     a, b = a - a.mean(), b - b.mean()
     return cosine(a, b)
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
-    """Return the cosine of two traces `[values]`; 0 if one of them is zero."""
+    """Return the cosine of two traces `[values]`; 0 if one of them is zero.
+
+    Args:
+        a: a trace `[values]`.
+        b: another trace, of the same length.
+    """
     norm = float(a.norm() * b.norm())
     return float(a @ b) / norm if norm > 0 else 0.0
