@@ -24,12 +24,24 @@ Bypass = Callable[[Any, Tensor, dict[str, Any]], Any]
 
 
 def without_residual(block: Any, x: Tensor, call: dict[str, Any]) -> Tensor:
-    """Return the output of a dropped block that leaves its input unchanged."""
+    """Return the output of a dropped block that leaves its input unchanged.
+
+    Args:
+        block: the dropped block; not used.
+        x: its input.
+        call: its keyword arguments; not used.
+    """
     return x
 
 
 def resnet_shortcut(block: Any, x: Tensor, call: dict[str, Any]) -> Tensor:
-    """Return the output of a dropped ResNet block of diffusers."""
+    """Return the output of a dropped ResNet block of diffusers.
+
+    Args:
+        block: the dropped block.
+        x: its input `[batch, channels, height, width]`.
+        call: its keyword arguments; not used.
+    """
     for resample in (block.upsample, block.downsample):
         x = x if resample is None else resample(x)
     x = x if block.conv_shortcut is None else block.conv_shortcut(x)
@@ -37,12 +49,24 @@ def resnet_shortcut(block: Any, x: Tensor, call: dict[str, Any]) -> Tensor:
 
 
 def attention_shortcut(block: Any, x: Tensor, call: dict[str, Any]) -> Tensor:
-    """Return the output of a dropped attention of diffusers."""
+    """Return the output of a dropped attention of diffusers.
+
+    Args:
+        block: the dropped attention.
+        x: its input.
+        call: its keyword arguments; not used.
+    """
     return x / block.rescale_output_factor
 
 
 def transformer_shortcut(block: Any, x: Tensor, call: dict[str, Any]) -> Any:
-    """Return the output of a dropped transformer of diffusers."""
+    """Return the output of a dropped transformer of diffusers.
+
+    Args:
+        block: the dropped transformer; not used.
+        x: its input.
+        call: its keyword arguments; ``return_dict`` decides between a tuple and an output object.
+    """
     if not call.get("return_dict", True):
         return (x,)
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -51,12 +75,24 @@ def transformer_shortcut(block: Any, x: Tensor, call: dict[str, Any]) -> Any:
 
 
 def basic_shortcut(block: Any, x: Tensor, call: dict[str, Any]) -> Tensor:
-    """Return the output of a dropped basic block of timm."""
+    """Return the output of a dropped basic block of timm.
+
+    Args:
+        block: the dropped block.
+        x: its input `[batch, channels, height, width]`.
+        call: its keyword arguments; not used.
+    """
     return block.act2(x if block.downsample is None else block.downsample(x))
 
 
 def bottleneck_shortcut(block: Any, x: Tensor, call: dict[str, Any]) -> Tensor:
-    """Return the output of a dropped bottleneck block of timm."""
+    """Return the output of a dropped bottleneck block of timm.
+
+    Args:
+        block: the dropped block.
+        x: its input `[batch, channels, height, width]`.
+        call: its keyword arguments; not used.
+    """
     return block.act3(x if block.downsample is None else block.downsample(x))
 
 

@@ -58,7 +58,13 @@ class PatchSeq2SeqModel(Florence2Model):
         return BaseModelOutputWithPooling(pooler_output=self.front(pixel_values))
 
     def get_placeholder_mask(self, input_ids: Tensor, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
-        """Return the placeholders of images in the prompts [batch, time, 1] bool."""
+        """Return the placeholders of images in the prompts [batch, time, 1] bool.
+
+        Args:
+            input_ids: token ids of the prompts `[batch, time]`.
+            inputs_embeds: their embeddings `[batch, time, hidden]`; not used.
+            image_features: embedded patches `[images, patches, hidden]`.
+        """
         marks: Tensor = input_ids == self.config.image_token_id
         self.check_images(input_ids, image_features)
         return marks[..., None]

@@ -141,12 +141,22 @@ def returning(body: list[ast.stmt], kind: type) -> tuple[list[ast.stmt], ast.exp
 
 
 def assign(name: str, value: ast.expr) -> ast.stmt:
-    """Return an assignment to a variable."""
+    """Return an assignment to a variable.
+
+    Args:
+        name: name of the variable.
+        value: the assigned expression.
+    """
     return assign_to(ast.Name(name, ast.Store()), value)
 
 
 def assign_to(target: Any, value: ast.expr) -> ast.stmt:
-    """Return an assignment to a target."""
+    """Return an assignment to a target.
+
+    Args:
+        target: the expression that is assigned to, in the context ``ast.Store``.
+        value: the assigned expression.
+    """
     return ast.fix_missing_locations(ast.Assign([target], value))
 
 
@@ -162,7 +172,12 @@ def own_name(node: ast.AST) -> str | None:
 
 
 def named(statements: Iterable[ast.AST], context: type) -> set[str]:
-    """Return the names that statements use in a context: ``ast.Load`` or ``ast.Store``."""
+    """Return the names that statements use in a context: ``ast.Load`` or ``ast.Store``.
+
+    Args:
+        statements: the statements.
+        context: ``ast.Load`` for names that are read, ``ast.Store`` for names that are assigned.
+    """
     return {each.id for statement in statements for each in ast.walk(statement)
             if isinstance(each, ast.Name) and isinstance(each.ctx, context)} - {"self"}  # fmt: skip
 
