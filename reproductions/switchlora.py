@@ -59,11 +59,11 @@ from lamella.train import (
 )
 from lamella.zoo import open_tokenizer
 
-SIZE, LOW = 64, 8  # of the random map, and the rank of adapters
+SIZE, LOW = 64, 8  # size of the random matrix, and the rank of adapters
 SEEDS = (0, 1, 2)
 
 
-# A random map
+# A random matrix
 
 
 class Map(nn.Module):
@@ -115,7 +115,7 @@ class _Alone:
         self.view, self.modules = view, ("linear",)
 
 
-# What of the method is needed
+# Ablations
 
 
 class NoReset(SwitchHook):
@@ -151,7 +151,7 @@ class AllAtOnce(SwitchHook):
 
 
 class Mapped(NamedTuple):
-    """The hook of the layer, if any, and the frequency of exchange."""
+    """Hook of the layer, if any, and its frequency of exchange."""
 
     by: Callable[..., SwitchHook] | None = SwitchHook
     frequency: ExchangeFrequency = ExchangeFrequency()
@@ -207,7 +207,7 @@ WIDTH, LAYERS, CONTEXT, BATCH = 208, 4, 64, 8
 RANK, WARM = WIDTH // 4, 0.05  # and the share of the steps in which a warm start trains all weights
 LOWER = (2e-3, 5e-3, 1e-2, 2e-2)  # rates
 RATES = {"all weights": (5e-4, 1e-3, 3e-3), "GaLore": (3e-3, 1e-2, 3e-2), "ReLoRA, warm start": (2e-3, 5e-3, 2e-2)}
-FAST = 2e-2  # the rate at which states are looked at
+FAST = 2e-2  # the learning rate at which optimizer states are compared
 HOOKS = {  # with frequent exchange
     "SwitchLoRA": SwitchHook,
     "SwitchLoRA, no reset": NoReset,
@@ -383,7 +383,7 @@ def healing(run: Run) -> None:
     run.further("SwitchLoRA's loss less LoRA's, healing", "at most 0.02", f"{apart:.4f}", apart <= 0.02)
 
 
-# What holds to the digit
+# Exactness
 
 
 def exactness(record: Record) -> None:

@@ -51,11 +51,11 @@ PROXIES = ("weighted Pearson (Phi)", "Pearson", "weighted cosine", "weighted dot
 
 @dataclass(frozen=True)
 class Job:
-    """The common inputs of all parts.
+    """Common inputs of all parts.
 
     Attributes:
-        steps: of each recovery.
-        evaluations: about as many for each search.
+        steps: number of steps of each recovery.
+        evaluations: approximate number of evaluations of each search.
     """
 
     stack: Stack
@@ -132,7 +132,7 @@ def validity(run: Run, job: Job) -> None:
     fewer = [GradientTraces(job.stack, job.calibration[:count], rank=job.rank) for count in counts]
 
     def foretold(cut: PrunedShape) -> dict[str, Any]:
-        """The predictors of a shape before training, and its loss afterwards; larger is better."""
+        """Return the predictors of a shape before training, and its loss afterwards; larger is better."""
         plan, shares = job.plan(cut, traces), job.space.shares(cut)
         trace = traces.of(plan)
         known = {

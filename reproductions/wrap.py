@@ -82,7 +82,7 @@ ARMS = {  # the training data of a student, by fraction of the tokens
     "wrap (answers)": {"noise": 0.5, "answers": 0.5},
 }
 IN_QUICK = ("real", "wrap (answers)")
-PASSAGES = 150  # that SmolLM2 rephrases
+PASSAGES = 150  # number of passages that SmolLM2 rephrases
 HEALED = 392  # sequences to heal with: 50k tokens
 
 
@@ -141,8 +141,8 @@ class Texts(NamedTuple):
 
     Attributes:
         seen: text by source.
-        held_out: text of facts that nobody saw, by style.
-        asked: facts that were told in noise alone.
+        held_out: text of facts that do not occur in training, by style.
+        asked: facts that occur in noise only.
     """
 
     seen: dict[str, str]
@@ -256,7 +256,7 @@ def exactness(run: Run) -> None:
         first, again = (wrap(short, writer, work=Work(Path(folder) / name), **settings) for name in ("one", "two"))
         lines = next(Path(folder).glob("one/*/written-00000.jsonl"))
         kept = lines.read_text().splitlines()
-        lines.write_text("\n".join([*kept[:-1], kept[-1][:40]]))  # as a kill leaves it
+        lines.write_text("\n".join([*kept[:-1], kept[-1][:40]]))  # as after a killed process
         for done in ("rows/00000.json", "tasks/completions/00000"):
             (lines.parent / done).unlink()
         resumed = wrap(short, writer, work=Work(Path(folder) / "one"), **settings)
@@ -396,7 +396,7 @@ def healing(run: Run) -> None:
     real, again = texts(learnt.__contains__)
     judged = dict(zip(("documentation", "its rephrases"), texts(lambda each: each not in learnt), strict=True))
     tests = {name: cut(writer, text, 8, run.seed) for name, text in judged.items()}
-    sequences = {  # none has both kinds of text
+    sequences = {  # no sequence mixes both kinds of text
         "real": cut(writer, real, HEALED, run.seed),
         "real and rephrased": torch.cat([cut(writer, text, HEALED // 2, run.seed) for text in (real, again)]),
     }
