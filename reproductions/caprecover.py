@@ -6,10 +6,10 @@ trained on and less of what it discards, and that tokens are recovered near the 
 
 A weak attacker recovers little at the first stage only when trained for few steps; the same attacker at the optimum of
 its loss is reported too. Scenes are fewer and simpler than photographs: 6,000 for the attacker and 500 for the
-evaluation, with one or two things whose sizes no caption mentions, for a victim of 0.19 million parameters. Captions
+evaluation, with one or two objects whose sizes no caption mentions, for a victim of 0.19 million parameters. Captions
 are audited without defences.
 
-    python reproductions/caprecover.py            # about two hours on one core; stopped, it goes on
+    python reproductions/caprecover.py            # about two hours on one core; an interrupted run resumes
     python reproductions/caprecover.py --digits   # without captions and SmolLM2, about 25 minutes
     python reproductions/caprecover.py --quick    # two cuts, one seed, few steps
 """
@@ -467,7 +467,7 @@ FRAMES = (
     "I asked my aunt what she thinks of {}.",
     "The museum shows how {} began.",
 )
-BEHIND = " That is all there is to say of it."  # the topic is read here, where it does not stand
+BEHIND = " That is all there is to say of it."  # the topic is probed after this text, which does not contain it
 
 
 def of_words(run: Run) -> None:

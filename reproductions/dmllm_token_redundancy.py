@@ -47,7 +47,7 @@ from lamella.zoo.opening import open_processor
 from lamella.zoo.vlm import shapes_vlm
 
 LEARNT = {"colour": 0.9, "list": 0.8}  # scores that a model must reach for the claims to apply
-PRIORS = {"colour": 0.25, "list": 0.05}  # of the blind: one of six colours; hardly an object by chance
+PRIORS = {"colour": 0.25, "list": 0.05}  # scores without images: one of six colours; hardly any object at random
 TARGET, WITHDRAWN = 1, 3  # l* of pruning, and of layer-skipping: 0.6 of six layers
 LAYERS = {"fastv": TARGET, "sparsevlm": TARGET, "divprune": -1, "trim": -1, "tome": -1}  # l*; -1: the embeddings do
 KEEPS = (0.75, 0.5, 0.25, 0.1)

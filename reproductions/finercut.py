@@ -1,10 +1,10 @@
 """FinerCut at small scale: SmolLM2-135M-Instruct, a few hundred calibration tokens, real text.
 
-Checks that cutting sublayers greedily by the change of the output beats cutting whole layers, block influence and
-one-shot scores at small cuts, that every fast path equals its slow reference, and that speed and cache fall as they
-should.
+Checks that removing sublayers greedily by the change of the output beats removing whole layers, block influence and
+one-shot scores at small cuts, that every fast path equals its slow reference, and that speed and cache size change as
+predicted.
 
-    python reproductions/finercut.py            # about 20 minutes on 2 cores; stopped, it goes on
+    python reproductions/finercut.py            # about 20 minutes on 2 cores; an interrupted run resumes
     python reproductions/finercut.py --quick    # the same claims on less work
 """
 

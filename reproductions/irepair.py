@@ -73,7 +73,7 @@ class Scale:
     sources: tuple[str, ...]
     training: int  # steps of training from scratch
     pairs: int  # with a fifth held out
-    prompts: int  # to measure the share of insults on
+    prompts: int  # prompts for measuring the fraction of insults
     seeds: int
     steps: int
     rate: float

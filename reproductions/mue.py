@@ -702,7 +702,7 @@ def paired(some: Sequence[dict[str, Any]], seed: int) -> Measured:
 
 
 def retained(some: Sequence[dict[str, Any]], name: str, seed: int) -> Measured:
-    """The fraction of correct answers that remain with some exits."""
+    """Return the fraction of correct answers that remain with some exits."""
     both = [np.mean([each["right"] for each in rows], 0) for rows in ([one[name] for one in some], some)]
     return over_rows(both, lambda ours, full: ours.mean() / max(full.mean(), 1e-9), seed)
 

@@ -1,8 +1,8 @@
 """PASER at small scale: a character-level Llama with four skills, cut in three ways, and SmolLM2 without six sublayers.
 
-Checks that clusters follow the shape of the data, that the damage measured on responses ranks skills as their accuracy
-falls, that the most damaged skill gets more than its share, and what the selection brings over random choices of equal
-size and equal steps, over no clusters, and over no concepts.
+Checks that clusters follow the shape of the data, that the damage measured on responses ranks skills like their loss of
+accuracy, that the most damaged skill gets more than its proportional part of the budget, and the gain of the selection
+over random choices of equal size and equal steps, over no clusters, and over no concepts.
 
     python reproductions/paser.py            # about 30 minutes on 2 cores; an interrupted run resumes
     python reproductions/paser.py --quick    # less training and fewer seeds, without SmolLM2

@@ -104,7 +104,7 @@ def fresh(seed: int, layers: int = 12, context: int = 64) -> Stack:
 
 
 def plainly(stack: Stack, samples: Sequence[Any], config: TrainConfig, task: Task | None = None, **options: Any) -> Any:
-    """A copy of a model that was trained whole, or by a task of its own."""
+    """Return a copy of a model trained in the ordinary way, or with a separate task."""
     view = share(stack.model)
     own(view, lambda name: True)
     with tempfile.TemporaryDirectory() as work:
@@ -143,7 +143,7 @@ def planned(seed: int, quick: bool) -> dict[str, Any]:
 
 
 def fills(assignment: Assignment, paths: Sequence[tuple[int, ...]]) -> bool:
-    """Whether a wave visits every stage but the first nine times, and every node three times."""
+    """Return whether a wave visits every stage but the first nine times, and every node three times."""
     nodes = Counter(node for path in paths for node in path)
     stages = Counter(assignment.stage_of[node] for path in paths for node in path)
     return [nodes[node] for node in range(20)] == [3] * 20 and [stages[each] for each in range(1, STAGES)] == [9] * 5

@@ -9,7 +9,7 @@ blocks of 4 and of 2 ranks. The usage of ranks and the load are measured with an
 learns four tasks on short phrases.
 
     python reproductions/smora.py            # about an hour on one core; an interrupted run resumes
-    python reproductions/smora.py --quick    # the identities, and the maps for one seed
+    python reproductions/smora.py --quick    # the identities, and the linear tasks for one seed
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def learn(model: Any, samples: Sequence[Any], even: LoadBalance, config: TrainCo
 
 
 SIZE, TASKS, CUE = 32, 8, 4.0
-NOISE = 1.0  # on what is learnt of one map: without, LoRA's error is that of rounding, which nothing could fall below
+NOISE = 1.0  # noise on the training data of the single-matrix task: without it, LoRA's error is at rounding level
 
 
 class Net(nn.Module):

@@ -67,7 +67,7 @@ SEEDS = (0, 1, 2)
 
 
 class Map(nn.Module):
-    """One linear layer, adapted as those of a model."""
+    """One linear layer, adapted like those of a model."""
 
     def __init__(self, start: Tensor) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def adapted(start: Tensor, seed: int) -> Any:
 
 
 def reached(way: Mapped, seed: int, steps: int, wanted: Tensor, start: Tensor) -> Tensor:
-    """W + c B A after training on y = W* x."""
+    """Return W + c B A after training on y = W* x."""
     model = adapted(start, seed)
     layer: Any = model.linear
     lora: Any = _Alone(model)
@@ -119,14 +119,14 @@ class _Alone:
 
 
 class NoReset(SwitchHook):
-    """Counterparts keep their optimizer state."""
+    """Ablation in which counterparts keep their optimizer state."""
 
     def reset(self, optimizer: torch.optim.Optimizer, one: VectorExchange, rows: Tensor, columns: Tensor) -> None:
         pass
 
 
 class OwnReset(SwitchHook):
-    """The state of exchanged vectors is reset instead of that of their counterparts."""
+    """Ablation in which the state of exchanged vectors is reset instead of that of their counterparts."""
 
     def reset(self, optimizer: torch.optim.Optimizer, one: VectorExchange, rows: Tensor, columns: Tensor) -> None:
         reset_state(optimizer, one.a, rows, ROWS)
@@ -134,7 +134,7 @@ class OwnReset(SwitchHook):
 
 
 class AllAtOnce(SwitchHook):
-    """All vectors of a layer are exchanged at once and all states reset, with the same number of exchanges in total."""
+    """Ablation that exchanges all vectors of a layer at once and resets all states, with equal total exchanges."""
 
     due = 0.0
 
@@ -204,7 +204,7 @@ def random_map(run: Run) -> None:
 
 
 WIDTH, LAYERS, CONTEXT, BATCH = 208, 4, 64, 8
-RANK, WARM = WIDTH // 4, 0.05  # and the share of the steps in which a warm start trains all weights
+RANK, WARM = WIDTH // 4, 0.05  # rank, and the fraction of the steps in which a warm start trains all weights
 LOWER = (2e-3, 5e-3, 1e-2, 2e-2)  # rates
 RATES = {"all weights": (5e-4, 1e-3, 3e-3), "GaLore": (3e-3, 1e-2, 3e-2), "ReLoRA, warm start": (2e-3, 5e-3, 2e-2)}
 FAST = 2e-2  # the learning rate at which optimizer states are compared
@@ -254,7 +254,7 @@ def train_nano(way: str, lr: float, seed: int, steps: int, samples: Sequence[Any
 
 
 def warmed(run: Run, seed: int, steps: int, samples: Sequence[Any]) -> Stack:
-    """A nano Llama after a few steps of training all weights, saved for the arms that start from it."""
+    """Return a nano Llama after a few steps of training all weights, saved for the arms that start from it."""
     folder, few = run.work / f"warm-{seed}", round(WARM * steps)
 
     def train() -> None:

@@ -46,7 +46,7 @@ FIXTURES = {  # layers, target, kept: the behaviour of the authors' code
 
 
 def phased(stack: Stack, kept: list[int]) -> Plan:
-    """Prompts at full depth, generated tokens through the kept layers."""
+    """Process prompts at full depth, and generated tokens through the kept layers."""
     path = PhasedPath(prefill=list(range(len(stack))), decode=kept)
     return Plan(model=ModelReference.of(stack), path={"text": path})
 
@@ -240,7 +240,7 @@ def speedups(timing: Timing) -> tuple[Ratio, Ratio]:
 
 
 def spread(whole: Timing, timing: Timing) -> float:
-    """The coefficient of variation of a decode speed-up over rounds: what slows both models down does not count."""
+    """Return the coefficient of variation of a decode speed-up over rounds; common slow-downs cancel."""
     ratios = [theirs / ours for theirs, ours in zip(whole.decode, timing.decode, strict=True)]
     return pstdev(ratios) / fmean(ratios)
 

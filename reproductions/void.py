@@ -103,7 +103,7 @@ class HiddenStates:
         return exits(high)
 
     def loss(self, exits: list[Tensor]) -> float:
-        """Nats per token without the first of each row, when each token exits after its number of layers [time]."""
+        """Return nats per token, except the first of each row, when tokens exit after their number of layers [time]."""
         total = 0.0
         for row, h, layers in zip(self.tokens, self.h, exits, strict=True):
             states = h[layers, torch.arange(len(row))][None, :-1]
@@ -111,7 +111,7 @@ class HiddenStates:
         return total / (self.tokens.numel() - len(self.tokens))
 
     def shuffled_loss(self, exits: list[Tensor]) -> float:
-        """The expected loss when the same exits are assigned to random tokens."""
+        """Return the expected loss when the same exits are assigned to random tokens."""
         layers, counts = torch.cat([each[:-1] for each in exits]).unique(return_counts=True)
         everywhere = [self.loss([torch.full_like(each, layer) for each in exits]) for layer in layers.tolist()]
         return float(np.average(everywhere, weights=counts.numpy()))
@@ -122,7 +122,7 @@ def mean(rows: list[Tensor], skip_first: bool = True) -> float:
 
 
 def last_active(active: list[Tensor]) -> list[Tensor]:
-    """The number of layers up to and including the last active one, 0 if none is active: [time]."""
+    """Return the number of layers up to and including the last active one, 0 if none is active: [time]."""
     return [(torch.arange(1, rows.shape[1] + 1) * rows).amax(dim=-1) for rows in active]
 
 
