@@ -202,7 +202,7 @@ class Nowhere(nn.Module):
 
 
 def at_random(model: Any, tokens: Any, encoded: Any, truth: Tensor, rounds: int, drawn: np.random.Generator) -> Clicks:
-    """Click once at a random position of each object, in random order."""
+    """Return one click at a random position of each object, in random order."""
     labels = drawn.permutation(range(1, int(truth.max()) + 1)).tolist()
     return tuple(Click(label, int(drawn.choice(torch.nonzero(truth == label)[:, 0].numpy()))) for label in labels)
 

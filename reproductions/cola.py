@@ -319,7 +319,7 @@ def other_penalty(record: Record, stack: Stack, tokenizer: Any, study: PathStudy
 
 
 def predictor(record: Record, stack: Stack, tokenizer: Any, study: PathStudy) -> None:
-    """Report, without a claim on so few samples, the follow-up's predictor with two-fold cross-validation."""
+    """Report, without a claim on so few samples, the predictor trained on each half and tested on the other."""
     rows = []
     for half in (0, 1):
         train = PathStudy(study.model, study.stack, study.settings, study.samples[half::2])

@@ -208,7 +208,7 @@ def three_models(run: Run) -> None:
 
 
 def reaching(arms: Sequence[dict[str, Any]], k: int) -> list[dict[str, Any]]:
-    """Return the models for which k layers can be selected: if the first choices leave only neighbours, fewer can."""
+    """Return the models for which k layers can be selected, since the first choices may leave only neighbours."""
     return [each for each in arms if len(each["sets"]["selected"][k - 1]) == k]
 
 

@@ -49,7 +49,7 @@ from lamella.zoo.vlm import shapes_vlm
 LEARNT = {"colour": 0.9, "list": 0.8}  # scores that a model must reach for the claims to apply
 PRIORS = {"colour": 0.25, "list": 0.05}  # scores without images: one of six colours; hardly any object at random
 TARGET, WITHDRAWN = 1, 3  # l* of pruning, and of layer-skipping: 0.6 of six layers
-LAYERS = {"fastv": TARGET, "sparsevlm": TARGET, "divprune": -1, "trim": -1, "tome": -1}  # l*; -1: the embeddings do
+LAYERS = {"fastv": TARGET, "sparsevlm": TARGET, "divprune": -1, "trim": -1, "tome": -1}  # l*; -1: on the embeddings
 KEEPS = (0.75, 0.5, 0.25, 0.1)
 JUDGED = (0.5, 0.25)  # fractions at which criteria are compared with random tokens
 STEPS = {"colour": 2, "list": 13}

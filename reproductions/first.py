@@ -41,7 +41,7 @@ def plan_of(stack: Stack, routers: PromptRouters, **params: Any) -> Plan:
 
 
 def named(stack: Stack, kept: list[int]) -> Plan:
-    """Run prompts at full depth and answers through the given layers."""
+    """Return a plan that runs prompts at full depth and answers through the given layers."""
     path = PhasedPath(prefill=list(range(len(stack))), decode=kept)
     return Plan(model=ModelReference.of(stack), path={"text": path})
 

@@ -140,7 +140,7 @@ def causality(run: Run, view: Any, policy: MixtureOfDepths, ids: Tensor) -> None
 
 
 def begun(seed: int) -> tuple[Any, Stack]:
-    """Return the folder of the model before fine-tuning, and its text."""
+    """Return the folder of the model before fine-tuning, and its text stack."""
     folder = trained_vlm("llava", seed=seed)
     return folder, Stack(opened_vlm(folder), stack="text")
 

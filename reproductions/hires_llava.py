@@ -142,9 +142,8 @@ def single(number: int, seed: int, part: str = "calibration") -> tuple[np.ndarra
         thing = PlacedEntity(entity, colour, 1, 1, int(drawn.integers(TURNS)), int(drawn.integers(STRENGTHS)))
         if thing.part == part:
             break
-    y, x = drawn.integers(
-        SIDE // 2 - 3, SIDE // 2 + 4, 2
-    )  # offset of the window in an image with the object at its centre
+    # Offset of the window in an image with the object at its centre.
+    y, x = drawn.integers(SIDE // 2 - 3, SIDE // 2 + 4, 2)
     return render([thing], SIDE, drawn)[y : y + SIDE, x : x + SIDE], thing.name
 
 

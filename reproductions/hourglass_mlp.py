@@ -202,7 +202,7 @@ def lifts(run: Run) -> None:
 
 # A nano Llama
 
-LAYERS, TIME = 6, 96  # of 2 million parameters, and characters of a sample
+LAYERS, TIME = 6, 96  # layers of a model of 2 million parameters, and characters per sample
 
 
 def surgery(run: Run) -> None:

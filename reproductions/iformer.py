@@ -137,7 +137,7 @@ def exact(run: Record) -> None:
 
 
 def attended(mixer: InceptionMixer, x: Tensor) -> Tensor:
-    """Compare with torch's own attention over the last channels, without a high branch, and check the fusion."""
+    """Return the expected mixer output: torch's own attention over the last channels, zeros elsewhere, fusion."""
     low = mixer.low_dim
     plain = nn.MultiheadAttention(low, mixer.low_mixer.heads, batch_first=True).double()
     plain.in_proj_weight.copy_(mixer.low_mixer.qkv.weight)
@@ -291,9 +291,8 @@ def blank(seed: int) -> Vision:
     torch.manual_seed(seed)
     model = timm.create_model("vit_tiny_patch16_224", img_size=SIDE, patch_size=4, embed_dim=64, depth=6, num_heads=4,
                               num_classes=CLASSES)  # fmt: skip
-    model.pos_embed.data.mul_(
-        25
-    )  # as large as patch embeddings: from timm's 0.02, attention is not learnt in so few steps
+    # As large as patch embeddings: from timm's 0.02, attention is not learnt in so few steps.
+    model.pos_embed.data.mul_(25)
     return Vision.of(model, "a small ViT")
 
 

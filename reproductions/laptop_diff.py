@@ -207,7 +207,7 @@ def adding(run: Run, world: World, scores: BlockScores) -> None:
 
 
 def smallest(values: Mapping[str, float], savings: Mapping[str, int], target: int) -> list[str]:
-    """Remove blocks by a criterion that ignores sizes, the smallest score first, until the budget is reached."""
+    """Return the blocks to remove by a criterion that ignores sizes: the smallest scores, up to the budget."""
     chosen: list[str] = []
     for site in sorted(values, key=lambda site: values[site]):
         if sum(savings[each] for each in chosen) < target:

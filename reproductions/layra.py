@@ -121,7 +121,7 @@ def cipher(text: str, seed: int) -> str:
 
 
 def share_of(text: str, number: int, of: int = 5, piece: int = 2000) -> str:
-    """Return every fifth piece of the text, so that no two languages share content."""
+    """Return every fifth piece of the text from a given one on, so that no two languages share content."""
     pieces = [text[start : start + piece] for start in range(0, len(text), piece)]
     return "".join(pieces[number::of])
 

@@ -90,10 +90,8 @@ LEARNT = 0.8
 SWEPT = (0.8, 0.6, 0.4, 0.2)  # quantiles of S
 AIM, RETAINED = 0.4, 0.96  # target reduction by layers, and required fraction of retained correct answers
 AIMED = 0.42  # required reduction on held-out rows, with a margin for test rows
-KEPT, KEPT_AIMED = (
-    0.98,
-    0.99,
-)  # retained fraction at which exits of both stacks are compared with those of one; on held-out rows
+# Retained fraction at which exits of both stacks are compared with those of one, and the same on held-out rows.
+KEPT, KEPT_AIMED = 0.98, 0.99
 ALONE = ("both", "decoder alone", "encoder alone")
 CUT = 2.5  # mean layers of a limited modality, of six: a third to a half
 ARMS = ("last layer", "every layer", "apart")
@@ -163,7 +161,7 @@ def early(run: Run, kind: str, model: Model, given: dict[str, Tensor], ids: Tens
 
 @contextmanager
 def left_at(model: Model, exits: Tensor) -> Iterator[None]:
-    """Run the unmodified model, in which a token [batch, time] bypasses the layers after its exit."""
+    """Make tokens of the unmodified model bypass the layers after their exits [batch, time], as a context."""
 
     def hook(gone: Tensor, _: Any, given: Any, out: Any) -> Any:
         chosen = torch.where(gone[..., None], given[0], out[0] if isinstance(out, tuple) else out)

@@ -103,7 +103,7 @@ class Characters:
 
 
 def examples(count: int, seed: int) -> list[InstructionExample]:
-    """Return words of four letters to transform, with an equal number of examples per skill."""
+    """Return instructions on words of four letters, with an equal number of examples per skill."""
     drawn = random.Random(seed)
     made = []
     for number in range(count):

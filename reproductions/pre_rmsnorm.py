@@ -333,7 +333,8 @@ def _centring(model: Model) -> Model:
     for branch in find_branches(view, wirings_of(model.architectures), RMSNorm):
         for norm in branch.norms:
             layer = nn.LayerNorm(norm.module.normalized_shape, eps=norm.module.eps, elementwise_affine=False)
-            layer.weight, layer.bias = norm.module.weight, norm.module.bias  # none, but where nothing reads it
+            # Both are None, except for a norm that no branch reads.
+            layer.weight, layer.bias = norm.module.weight, norm.module.bias
             view.set_submodule(norm.path, layer)
     return open_model(view)
 

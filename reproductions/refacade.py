@@ -82,13 +82,8 @@ TRUE, REMOVER = "untextured (true)", "untextured (remover)"
 BETTER = f"{REMOVER}, judged with true ones"
 STRUCTURES = (REMOVER, "luminance", "canny", "depth", TRUE)
 SETS = ("every second", "all", "first third", "last third", "planned")
-HIDDEN = {
-    "every second": 192,
-    "all": 7,
-    "first third": 384,
-    "last third": 384,
-    "planned": 384,
-}  # equal sizes within 5 %
+# Hidden sizes for which the branches have equal numbers of parameters within 5 %.
+HIDDEN = {"every second": 192, "all": 7, "first third": 384, "last third": 384, "planned": 384}
 
 
 @dataclass(frozen=True)

@@ -79,11 +79,8 @@ ARMS = {  # sources of a student's training data
     "mix, invented values": ("raw", "invented"),
 }
 IN_QUICK = ("raw, top 10 %", "mix 1:1")
-COMPARED = (
-    *IN_QUICK,
-    "mix, all rewrites",
-    "mix, invented values",
-)  # with all seeds; the others use one seed, without claims
+# Arms with all seeds; the others use one seed, without claims.
+COMPARED = (*IN_QUICK, "mix, all rewrites", "mix, invented values")
 SHARES = {"mix 0.6:0.4": (0.6, 0.4)}
 LOOSE = PoolRules(words_least=10, letters=0.5, near_duplicates=False)
 SHORT = 150  # tokens per document for SmolLM2

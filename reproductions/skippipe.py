@@ -104,7 +104,7 @@ def fresh(seed: int, layers: int = 12, context: int = 64) -> Stack:
 
 
 def plainly(stack: Stack, samples: Sequence[Any], config: TrainConfig, task: Task | None = None, **options: Any) -> Any:
-    """Return a copy of a model trained in the ordinary way, or with a separate task."""
+    """Train all weights of a copy of the model, with the given task if any."""
     view = share(stack.model)
     own(view, lambda name: True)
     with tempfile.TemporaryDirectory() as work:
@@ -282,7 +282,7 @@ TRAINED = {left_out(STAGES, order) for order in PATHS}
 def judged(
     way: str, seed: int, layers: int, steps: int, samples: Sequence[Any], tests: Sequence[Any]
 ) -> dict[str, float]:
-    """Return the nats per character at full depth, without stages, with swapped neighbours, and without stage 0."""
+    """Evaluate a model in nats per character: at full depth, without some stages, and with swapped neighbours."""
     model = learnt(way, seed, layers, steps, samples)
     stack = Stack(model)
     tokens = torch.stack([each["input_ids"] for each in tests])

@@ -152,7 +152,10 @@ def seen(name: str, network: VitConfig, kind: str, share: float, seed: int, size
 
 
 def halfway(size: Size, seed: int, out: Path) -> dict[str, float]:
-    """Evaluate in the middle of a transition over four fifths of the steps, and return the mixing coefficient."""
+    """Return the accuracies of evaluation and of mixed norms half-way through training, and the mixing coefficient.
+
+    The transition takes four fifths of the steps.
+    """
     x, y, test_x, test_y = digits(size)
     torch.manual_seed(seed)
     model = VIT.build(10)

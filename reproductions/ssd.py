@@ -42,7 +42,7 @@ from lamella.zoo import open_tokenizer
 from lamella.zoo.cache import build_once
 
 TEST = 450  # number of test images
-EPOCHS = 20  # of Adam at 1e-3, batches of 64
+EPOCHS = 20  # epochs of Adam at 1e-3, batches of 64
 METHODS = ("nothing", "retrain", "ssd", "assd", "lfssd", "fine-tune", "amnesiac", "gradient ascent")
 ALPHAS = (1, 2, 5, 8, 10, 25, 50)
 ESTIMATORS = {
@@ -50,7 +50,9 @@ ESTIMATORS = {
     "64, one class each": {"batch": 64, "order": "by class"},
     "64, shuffled": {"batch": 64, "order": "shuffled"},
 }
-CORRECTIONS: tuple[tuple[str, Any, float | None, int], ...] = (  # of planted labels; the first is the claim's
+CORRECTIONS: tuple[
+    tuple[str, Any, float | None, int], ...
+] = (  # corrections of wrong labels; the claim is about the first
     ("assd", "assd", None, 1),
     ("assd, batches of 128 as published", "assd", None, 128),
     ("ssd, alpha 10", "ssd", 10.0, 1),
@@ -148,12 +150,12 @@ def trained(seed: int, data: tuple[Set, Set]) -> nn.Module:
 
 
 def ways(base: nn.Module, request: Request, full: Fisher, norms: Fisher, seed: int) -> dict[str, Any]:
-    """Apply each method to a model, with its dampening if it has one; F_D is computed beforehand."""
+    """Return the model after each method, with its dampening if it has one; F_D is computed beforehand."""
 
     def dampened(variant: Any, alpha: float | None) -> tuple[nn.Module, Dampening | None]:
         try:
             done = dampen(base, fisher(base, request.forget), full, variant=variant, alpha=alpha)
-        except MethodError:  # nothing can be selected: the model stays as it is
+        except MethodError:  # nothing can be selected: the model is unchanged
             return base, None
         return apply_factors(base, done.factors), done
 
@@ -250,7 +252,7 @@ def report_classes(
             for digit in classes
             if mean(name, "forget", digit) <= 5 and mean("nothing", "retain", digit) - mean(name, "retain", digit) <= 2
         ]
-        claim = record.main if name == "ssd" else record.further  # assd is a later paper's
+        claim = record.main if name == "ssd" else record.further  # assd is from a later paper
         claim(
             f"{name}: forget <= 5 %, retain drop <= 2 points, means over seeds",
             f"on at least {need} of {len(classes)} classes",

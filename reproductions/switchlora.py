@@ -225,7 +225,7 @@ def train_nano(way: str, lr: float, seed: int, steps: int, samples: Sequence[Any
     config = TrainConfig(
         steps=steps, lr=lr, batch=BATCH, warmup=0.05, seed=seed, save_every=steps, log_every=steps, bf16=True
     )
-    rest = 1e-3 / lr  # embedding, norms and head train as they do where all weights do, in every way
+    rest = 1e-3 / lr  # all methods train embedding, norms and head at the rate of full training
     if way.startswith("SwitchLoRA") and not often:
         with tempfile.TemporaryDirectory() as work:
             return switchlora(stack, samples, rest=rest, config=config, work=Work(work)).stack  # type: ignore[arg-type, return-value]

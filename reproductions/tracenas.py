@@ -45,7 +45,7 @@ from lamella.stack import Stack
 from lamella.train import Sample
 from lamella.zoo import open_tokenizer
 
-RATE = 1e-3  # of recovery; the model's own training was at 3e-3
+RATE = 1e-3  # learning rate of the recovery; the model was trained at 3e-3
 PROXIES = ("weighted Pearson (Phi)", "Pearson", "weighted cosine", "weighted dot")
 
 
@@ -191,7 +191,7 @@ def search(run: Run, job: Job) -> None:
 
 
 def searched(job: Job, seed: int) -> list[float]:
-    """Return the best shapes of evolution and of random search, with their losses and the uniform shape's."""
+    """Return a table row: scores and losses of evolution and random search, and the loss of the uniform shape."""
     traces, space = job.traces(), job.space
     known: dict[PrunedShape, float] = {}
 

@@ -46,7 +46,7 @@ FIXTURES = {  # layers, target, kept: the behaviour of the authors' code
 
 
 def phased(stack: Stack, kept: list[int]) -> Plan:
-    """Process prompts at full depth, and generated tokens through the kept layers."""
+    """Return a plan that runs prompts at full depth and generated tokens through the kept layers."""
     path = PhasedPath(prefill=list(range(len(stack))), decode=kept)
     return Plan(model=ModelReference.of(stack), path={"text": path})
 

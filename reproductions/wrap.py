@@ -49,7 +49,7 @@ LENGTH, BATCH = 128, 32  # tokens of a sequence, sequences of a step
 VOCABULARY = 1024
 SIZES = {"facts": 2000, "steps": 490, "layers": 4, "hidden": 192}  # 490 steps of 32 x 128 tokens: 2.0M
 QUICK = {"facts": 120, "steps": 40, "layers": 2, "hidden": 64}
-TAIL = 0.2  # of the facts that are held out
+TAIL = 0.2  # fraction of held-out facts
 ONSETS, VOWELS = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z"), "aeiou"
 NOUNS = (
     "colour", "owner", "founder", "symbol", "export", "harbour", "river", "festival", "patron", "currency", "anthem",
