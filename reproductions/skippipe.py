@@ -12,8 +12,8 @@ so every microbatch skips one, and the evaluation removes one as well.
 Searches are limited by the numbers of trials and of plans, so that the result depends on the seed and not on the load
 of the machine.
 
-    python reproductions/skippipe.py            # about an hour and three quarters on one core; an interrupted run
-    resumes python reproductions/skippipe.py --quick    # the planner in short, and a short nano Llama
+    python reproductions/skippipe.py            # about 1.75 hours on one core; an interrupted run resumes
+    python reproductions/skippipe.py --quick    # a shorter plan search, and a short nano Llama
 """
 
 from __future__ import annotations
