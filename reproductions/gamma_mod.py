@@ -14,8 +14,8 @@ Of some 75 tokens of a test row, the 64 image tokens and those before them may s
 four of eight layers would save at most 22 % of the decoder's compute, and the claim is 25 %: here rho is 0.6, which can
 save 27 %.
 
-    python reproductions/gamma_mod.py            # two hours on one thread, half of them training; an interrupted run
-    resumes python reproductions/gamma_mod.py --quick    # exactness, and the time of a prompt
+    python reproductions/gamma_mod.py            # about two hours on one thread; an interrupted run resumes
+    python reproductions/gamma_mod.py --quick    # exactness, and the time of a prompt
 """
 
 from __future__ import annotations
