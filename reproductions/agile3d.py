@@ -1,16 +1,16 @@
-"""AGILE3D at small scale: randomly furnished rooms in four colours each, segmented by clicks.
+"""AGILE3D at small scale: randomly furnished rooms with four colours each, segmented by clicks.
 
-A small sparse U-Net with its decoder learns on 100 rooms and is judged on 24 others, by a user who clicks where the
-prediction is most deeply wrong. Beside it stand the label of the nearest click, which needs no training, and the same
-weights with one object at a time, the clicks on others hidden. Prefixes of the decoder and one layer that runs several
-times say what its depth is worth, and interleaved timings what it saves to encode a scene once. Training without one of
-its parts says what that part does; without learned queries for the background it cannot train, since a background that
-nobody has clicked then has no logit. Collages of textured shapes stand for images: on a public image network that
-stays as it is (EfficientNet-Lite0, fetched once), each level of its features is tried alone. What is claimed of rooms
-is claimed of 1,000 steps and five seeds, since after 500 steps seeds are as far apart as the claims are wide; images,
-and what only stands in a table, have fewer of both.
+A small sparse U-Net and its decoder are trained on 100 rooms and evaluated on 24 others, by a simulated user who clicks
+where the prediction is most deeply wrong. The baselines are the label of the nearest click, which needs no training,
+and the same weights applied to one object at a time, with the clicks on other objects hidden. Prefixes of the decoder
+and one layer that runs several times show what its depth contributes, and interleaved timings show what encoding a
+scene only once saves. Ablations train the model without one of its parts; without learned queries for the background it
+cannot train, since a background without clicks then has no logit. Collages of textured shapes serve as images: on a
+frozen public image network (EfficientNet-Lite0, downloaded once), each level of features is evaluated separately. The
+claims about rooms use 1,000 steps and five seeds, since after 500 steps the differences between seeds are as large as
+the claimed effects; images, and results that are only reported in a table, use fewer of both.
 
-    python reproductions/agile3d.py            # about an hour and a half on one core; stopped, it goes on
+    python reproductions/agile3d.py            # about an hour and a half on one core; an interrupted run resumes
     python reproductions/agile3d.py --quick    # fewer rooms and steps, one seed
 """
 
@@ -63,26 +63,26 @@ from lamella.train import TrainConfig
 from lamella.zoo import ZOO, pull
 
 SEEDS = (0, 1, 2, 3, 4)
-BUDGET = 6  # clicks for each object, on average
-OBJECTS = 8  # at most, of a test room
+BUDGET = 6  # average clicks per object
+OBJECTS = 8  # maximum number of objects per test room
 AT = (1, 2, 3, 4, 5)
 QUALITY = 0.8
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is done.
+    """Scale of the experiment.
 
     Attributes:
-        rooms, tests: to learn from, and to judge on.
-        steps: of the models that claims are about.
-        short: of the models in a table that nothing is claimed of.
+        rooms, tests: number of training rooms and of test rooms.
+        steps: training steps of the models that claims are about.
+        short: training steps of models that are only reported in a table.
         brief: training steps of the image models, which start from a pretrained backbone.
-        voxel: its edge in metres.
-        seeds: of the models that claims are about.
-        few: of all others.
-        without: parts that some models never have.
-        levels: of the network, tried one by one.
+        voxel: voxel size in metres.
+        seeds: random seeds of the models that claims are about.
+        few: random seeds of all other models.
+        without: parts that the ablations remove.
+        levels: feature levels of the image network, evaluated one by one.
     """
 
     rooms: int
@@ -126,7 +126,7 @@ PRACTICE = ClickSimulation(rounds=5, turn=False)
 
 @cache
 def made(kind: Callable[..., Iterator[ClickScene]], part: str, count: int) -> Sequence[ClickScene]:
-    """Rooms or collages: the same for all arms."""
+    """Return rooms or collages, which are the same for all arms."""
     return tuple(islice(kind(part), count))
 
 
@@ -140,7 +140,7 @@ def trained(size: Size, seed: int, steps: int, shared: bool = False) -> ClickSeg
 def tests(
     model: ClickSegmenter, size: Size, seed: int, scenes: Callable[..., Iterator[ClickScene]] = rooms
 ) -> list[tuple[Tokens, list[int]]]:
-    """Scenes that nobody has trained on, each with the objects that are to be segmented."""
+    """Return held-out scenes, each with the objects to segment."""
     drawn, found = np.random.default_rng(seed), []
     for scene in made(scenes, "test", size.tests):
         tokens = model.tokenise(scene)
@@ -151,12 +151,12 @@ def tests(
 
 
 def averaged(curves: Sequence[Curve]) -> Curve:
-    """One curve of objects that were segmented one at a time, at equal clicks for each."""
+    """Return the mean curve of objects that were segmented one at a time, at equal clicks per object."""
     return [CurvePoint(rounds[0].clicks, fmean(each.iou for each in rounds)) for rounds in zip(*curves, strict=True)]
 
 
 def judged(size: Size, seed: int) -> dict[str, list[Curve]]:
-    """The curves of one model and its rivals, room by room."""
+    """Return the curves of one model and its baselines, room by room."""
     model = trained(size, seed, size.steps)
     found: dict[str, list[Curve]] = {name: [] for name in ("agile3d", "alone", "nearest click", "layer 1", "layer 2")}
     for tokens, chosen in tests(model, size, seed):
@@ -173,7 +173,7 @@ def judged(size: Size, seed: int) -> dict[str, list[Curve]]:
 
 
 def looped(size: Size, seed: int) -> dict[str, list[Curve]]:
-    """The curves of a model whose one layer runs one to four times; three times in training."""
+    """Return the curves of a model whose single layer runs one to four times, and three times in training."""
     model = trained(size, seed, size.short, shared=True)
     found: dict[str, list[Curve]] = {f"{loops} loops": [] for loops in (1, 2, 3, 4)}
     for tokens, chosen in tests(model, size, seed):
@@ -184,25 +184,25 @@ def looped(size: Size, seed: int) -> dict[str, list[Curve]]:
     return found
 
 
-# Without a part
+# Ablations
 
 
 class Nothing(nn.Module):
-    """A replacement of an attention that returns zeros."""
+    """Replacement of an attention module that returns zeros."""
 
     def forward(self, query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         return torch.zeros_like(query), None
 
 
 class Nowhere(nn.Module):
-    """A replacement of the position encoding."""
+    """Replacement of the position encoding."""
 
     def forward(self, coords: Tensor) -> Tensor:
         return coords.new_zeros(len(coords), 48)
 
 
 def at_random(model: Any, tokens: Any, encoded: Any, truth: Tensor, rounds: int, drawn: np.random.Generator) -> Clicks:
-    """One click anywhere on each object, in random order."""
+    """Return one click at a random position of each object, in random order."""
     labels = drawn.permutation(range(1, int(truth.max()) + 1)).tolist()
     return tuple(Click(label, int(drawn.choice(torch.nonzero(truth == label)[:, 0].numpy()))) for label in labels)
 
@@ -215,7 +215,7 @@ INSTEAD: dict[str, tuple[str, Callable[..., Any]]] = {
 
 
 def ablated(size: Size, seed: int, part: str) -> dict[str, list[Curve]]:
-    """The curves of a model that has never had one of its parts, or has them all."""
+    """Return the curves of a model that was trained without one of its parts, or with all of them."""
     torch.manual_seed(seed)
     model = shape(size).build()
     for layer in model.decoder.layers:
@@ -233,11 +233,11 @@ def curves(model: ClickSegmenter, samples: Sequence[tuple[Tokens, list[int]]], s
     return [play(answers(model, model.encode([tokens])[0]), tokens, chosen, BUDGET, seed) for tokens, chosen in samples]
 
 
-# Pictures
+# Images
 
 
 def judged_images(size: Size, seed: int, level: int | None) -> dict[str, list[Curve]]:
-    """The curves of a decoder over one level of a frozen public network, or all of them."""
+    """Return the curves of a decoder on one feature level of a frozen public network, or on all levels."""
     torch.manual_seed(seed)
     levels = None if level is None else [level]
     weights = pull(NETWORK) / "model.safetensors"
@@ -252,7 +252,7 @@ def named(level: int | None) -> str:
 
 
 def read(found: dict[str, list[list[list[float]]]]) -> dict[str, list[Curve]]:
-    """Curves as JSON has kept them."""
+    """Restore curves from their JSON form."""
     return {name: [[CurvePoint(*each) for each in curve] for curve in curves] for name, curves in found.items()}
 
 
@@ -296,7 +296,7 @@ CLICKS = tuple(Click(label, 31 * label + 7 * turn) for turn in range(3) for labe
 def saved(size: Size, rounds: int) -> dict[int, list[float]]:
     """Measure the speed-up of a click on an encoded scene over encoding it again, for encoders of several widths.
 
-    The maps of the scene are there for all. The first two rounds warm up.
+    All methods share the precomputed maps of the scene. The first two rounds are warm-up.
     """
     ways: dict[int, tuple[Callable[[], object], Callable[[], object]]] = {}
     for wider in WIDER:
@@ -352,7 +352,7 @@ def experiment(run: Run) -> None:
     table(run, f"Mean IoU of the objects (%) by clicks per object; {size.steps} steps", of_seeds)
 
     def gain(ours: str, theirs: str, clicks: Sequence[int]) -> Measured:
-        """By how many points of IoU one is above the other, in pairs of seeds."""
+        """Return the difference of two arms in points of IoU, seed by seed."""
         return Measured.over_seeds(
             [fmean(100 * (iou_at(each[ours], k) - iou_at(each[theirs], k)) for k in clicks) for each in of_seeds]
         )
@@ -384,7 +384,7 @@ def experiment(run: Run) -> None:
 
 
 def without_parts(run: Run, size: Size) -> None:
-    """A table of models that never had one of their parts, beside whole ones."""
+    """Report ablations of single parts beside complete models."""
     of_seeds = []
     for seed in size.few:
         found: dict[str, list[Curve]] = {}
@@ -395,7 +395,7 @@ def without_parts(run: Run, size: Size) -> None:
 
 
 def of_pictures(run: Run, size: Size) -> None:
-    """The levels of a public network, one by one: whether the finest is the best, or at least as good as any."""
+    """Compare the levels of a public network: is the finest one at least as good as every other?"""
     of_seeds = []
     for seed in size.few:
         found: dict[str, list[Curve]] = {}
@@ -419,9 +419,9 @@ def table(run: Run, title: str, of_seeds: Sequence[dict[str, list[Curve]]]) -> N
 
 
 def bootstrapped(of_seeds: Sequence[dict[str, list[Curve]]], draws: int = 2000) -> Measured:
-    """The gain of all objects at once over one at a time, with a bootstrap interval over rooms.
+    """Return the gain of segmenting all objects at once over one at a time, with a bootstrap interval over rooms.
 
-    All seeds are judged in the same rooms, so a room counts once, with its mean over seeds.
+    All seeds are evaluated on the same rooms, so each room counts once, with its mean over seeds.
     """
     gains = np.array(
         [

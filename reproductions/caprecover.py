@@ -6,10 +6,10 @@ trained on and less of what it discards, and that tokens are recovered near the 
 
 A weak attacker recovers little at the first stage only when trained for few steps; the same attacker at the optimum of
 its loss is reported too. Scenes are fewer and simpler than photographs: 6,000 for the attacker and 500 for the
-evaluation, with one or two things whose sizes no caption mentions, for a victim of 0.19 million parameters. Captions
+evaluation, with one or two objects whose sizes no caption mentions, for a victim of 0.19 million parameters. Captions
 are audited without defences.
 
-    python reproductions/caprecover.py            # about two hours on one core; stopped, it goes on
+    python reproductions/caprecover.py            # about two hours on one core; an interrupted run resumes
     python reproductions/caprecover.py --digits   # without captions and SmolLM2, about 25 minutes
     python reproductions/caprecover.py --quick    # two cuts, one seed, few steps
 """
@@ -66,11 +66,11 @@ from lamella.train import TrainConfig, class_cross_entropy, fit, supervised
 from lamella.zoo import nano, open_tokenizer
 from lamella.zoo.worlds import COLOURS, SHAPES, render, scenes
 
-ABOVE = 1e-9  # where 0 would be neither a rise nor a fall
+ABOVE = 1e-9  # smallest difference that counts as a rise or a fall
 
 # Classes of digits
 
-VICTIM, ATTACKER = 700, 600  # digits; the other 497 judge
+VICTIM, ATTACKER = 700, 600  # number of digits; the other 497 are the test split
 GUARDS = ("none", "uniform", "gaussian:3", "gaussian:10", "gaussian:30", "fixed:10")
 ATTACK = TrainConfig(lr=2e-3, schedule="cosine", warmup=0.1, batch=64, weight_decay=1e-2)
 
@@ -275,7 +275,7 @@ SPEAK = TrainConfig(steps=3000, lr=1e-3, batch=64, schedule="cosine", warmup=0.0
 
 
 class SceneNet(nn.Module):
-    """Four stages on colour images, and a head that predicts which coloured shapes are present, anywhere."""
+    """Network of four stages on colour images, with a head that predicts which coloured shapes are present anywhere."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -342,7 +342,7 @@ def seeing(count: int, steps: int, seed: int, out: Path) -> nn.Module:
 def attributes(written: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
     """Return the percentage of colours, shapes and cells that captions get right, each separately and in any order.
 
-    A caption with a red and a blue thing in the wrong cells has the colours right; additional things lower the score.
+    A caption with a red and a blue object in the wrong cells has the colours right; additional objects lower the score.
     """
     right = {"colour": 0, "shape": 0, "cell": 0}
     count = 0
@@ -413,7 +413,7 @@ def attacked(run: Run, victim: Victim, cut: str, seed: int, count: int, test_ima
     judges = [image for image, _ in pictured("test", test_images, run.seed + 3)]
     texts, wanted = [each.text for each in theirs], [each.text for each in judges]
     steps = (20, 20) if run.quick else (1500, SPEAK.steps or 0)
-    speaker, tokenizer = small_writer(texts, steps[0], run.seed, run.work / "writer")  # all have the same
+    speaker, tokenizer = small_writer(texts, steps[0], run.seed, run.work / "writer")  # shared by all arms
     before = {name: each.clone() for name, each in speaker.state_dict().items()}
     ours, seen = record_features(victim, theirs, [cut])[cut], record_features(victim, judges, [cut])[cut]
     loss = CaptionLoss(LinkDefence(), cut, scales({cut: ours})[cut])
@@ -467,7 +467,7 @@ FRAMES = (
     "I asked my aunt what she thinks of {}.",
     "The museum shows how {} began.",
 )
-BEHIND = " That is all there is to say of it."  # the topic is read here, where it does not stand
+BEHIND = " That is all there is to say of it."  # the topic is probed after this text, which does not contain it
 
 
 def of_words(run: Run) -> None:
@@ -529,8 +529,10 @@ def reading(stack: Stack, ids: list[Tensor], layers: list[int]) -> list[list[flo
 
 
 def of_topics(stack: Stack, tokenizer: Any, layers: list[int]) -> list[list[float]]:
-    """A linear reader of the last token's stream: by layer, for each frame the share of topics that are named, percent,
-    by a reader that has seen all other frames."""
+    """Return, for each layer, the percentage of topics that a linear probe of the last token's hidden state recovers.
+
+    The result has one value per frame; the probe of a frame is trained on all other frames.
+    """
     found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     for frame in FRAMES:
         for topic in TOPICS:

@@ -1,12 +1,14 @@
-"""CoLa at small scale: SmolLM2-135M-Instruct on short questions written here, whose answers one token or line can give.
+"""CoLa at small scale: SmolLM2-135M-Instruct on short handwritten questions whose answer is one token or one line.
 
-Checks that paths are executed exactly (identity, skips, loops with a cache), that the search is one (deterministic,
-deep, unique, within bounds), that the model's right answers need fewer layers, that the tree finds shorter paths than a
-random search, and which layers go. Repaired answers are reported beside flips to *wrong* answers: with a few options a
-path to almost any of them exists, so there is no claim on the share of repairs.
+Checks that paths are executed exactly (identity, skips, loops with a cache), that the search has the specified
+properties (deterministic, deep, unique, within bounds), that correctly answered questions need fewer layers, that the
+tree search finds shorter paths than a random search, and which layers are removed. Repaired answers are reported beside
+flips to *wrong* answers: with a few options, some path leads to almost any of them, so there is no claim on the
+fraction of repairs.
 
-    python reproductions/cola.py            # about 15 minutes on 2 cores; stopped, it goes on
-    python reproductions/cola.py --quick    # three questions: too few for the claims on shares, whose tables it shows
+    python reproductions/cola.py            # about 15 minutes on 2 cores; an interrupted run resumes
+    python reproductions/cola.py --quick    # three questions: too few for the claims on fractions, whose tables it
+    shows
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ from lamella.zoo import open_tokenizer
 
 NAMES = ("tree", "random", "skip", "repeat", "wrong target")
 
-# The right answer first; the order in the prompt is drawn.
+# The correct answer comes first; the order in the prompt is random.
 TWO = [
     ("Is ice hot or cold?", "cold", "hot"),
     ("Which is larger, a mouse or an elephant?", "an elephant", "a mouse"),
@@ -75,7 +77,7 @@ SUMS = [(3, 4), (6, 2), (8, 7), (9, 5), (14, 3), (21, 6), (17, 15), (38, 24), (4
 
 
 def choice(question: str, answers: tuple[str, ...], seed: int) -> Problem:
-    """A question with lettered options in an order that the seed draws."""
+    """Return a multiple-choice question whose options are shuffled with the seed."""
     order = random.Random(f"{seed} {question}").sample(answers, len(answers))
     letters = "ABCD"[: len(order)]
     lines = [f"{letter}. {text}" for letter, text in zip(letters, order, strict=True)]
@@ -85,7 +87,7 @@ def choice(question: str, answers: tuple[str, ...], seed: int) -> Problem:
 
 
 def addition(a: int, b: int) -> Problem:
-    """A sum with an open answer; near misses are the wrong ones."""
+    """Return a sum with an open answer; the wrong answers are near misses."""
     prompt = f"2 + 3 = 5\n11 + 8 = 19\n{a} + {b} = "  # the space: SmolLM2 has no token of a space with a digit
     return Problem(f"{a} + {b}", prompt, f"{a + b}", wrong=tuple(f"{a + b + off}" for off in (-1, 1, 10)))
 
@@ -96,7 +98,7 @@ def view_of(stack: Stack, path: tuple[int, ...]) -> Any:
 
 
 def exactness(record: Record, stack: Stack, ids: LongTensor) -> None:
-    """Point 1: identity, skips, loops, and the mathematics of the search."""
+    """Check point 1: identity, skips, loops, and the arithmetic of the search."""
     layers = len(stack)
     identity = tuple(range(layers))
     base = stack.model(ids).logits
@@ -153,7 +155,7 @@ def exactness(record: Record, stack: Stack, ids: LongTensor) -> None:
 
 
 def the_search(record: Record, stack: Stack, tokenizer: Any, sample: Problem) -> None:
-    """Points 1 and 2: deterministic, unique, within bounds, deep."""
+    """Check points 1 and 2: the search is deterministic, deep, unique and within bounds."""
     layers = len(stack)
     settings = PathSettings(simulations=60)
     answerer = PathAnswerer(stack, tokenizer, sample)
@@ -174,7 +176,7 @@ def the_search(record: Record, stack: Stack, tokenizer: Any, sample: Problem) ->
 
 
 def searched(run: Run, stack: Stack, tokenizer: Any, samples: list[Problem], settings: PathSettings) -> PathStudy:
-    """All searches, those of each question as one arm."""
+    """Run all searches, with one arm per question."""
 
     def outcome(record: dict[str, Any]) -> PathSearchResult:
         return PathSearchResult(**record | {paths: tuple(map(tuple, record[paths])) for paths in ("valid", "invalid")})
@@ -192,7 +194,7 @@ def searched(run: Run, stack: Stack, tokenizer: Any, samples: list[Problem], set
 
 
 def found(record: Record, study: PathStudy) -> dict[str, Any]:
-    """What the searches found, in all and by kind of question."""
+    """Report the results of the searches, in total and by kind of question."""
     kinds = {
         "2 options": [s for s in study.samples if len(s.sample.options) == 2],
         "4 options": [s for s in study.samples if len(s.sample.options) == 4],
@@ -224,7 +226,7 @@ def found(record: Record, study: PathStudy) -> dict[str, Any]:
 
 
 def claims(record: Record, study: PathStudy, numbers: dict[str, Any]) -> None:
-    """Points 3 to 6."""
+    """Check points 3 to 6."""
     share = numbers["shorter"]["tree"]
     record.main("right answers with a shorter path", "at least 75 %", share or 0.0, share is not None and share >= 0.75)
     sums = [s for s in study.samples if not s.sample.options and not s.right]
@@ -256,7 +258,7 @@ def _excess(numbers: dict[str, Any]) -> str:
 
 
 def baselines(record: Record, stack: Stack, tokenizer: Any, study: PathStudy, shuffled: dict[str, Problem]) -> None:
-    """Without claims: fixed paths for all samples, sampling with as many tries, other orders of the options."""
+    """Report, without claims, fixed paths for all samples, random search at equal budget, and other option orders."""
     layers = len(stack)
     answerers = {s.sample.id: PathAnswerer(stack, tokenizer, s.sample, study.settings.tokens) for s in study.samples}
     best = {s.sample.id: s.searches["tree"].best for s in study.samples if s.searches["tree"].best}
@@ -297,7 +299,7 @@ def baselines(record: Record, stack: Stack, tokenizer: Any, study: PathStudy, sh
 
 
 def other_penalty(record: Record, stack: Stack, tokenizer: Any, study: PathStudy) -> None:
-    """Without a claim: how much of the result is the penalty on length, which outweighs the reward after 6 layers."""
+    """Report, without a claim, the effect of the length penalty, which outweighs the reward after 6 layers."""
     settings = replace(study.settings, penalty=0.0)
     rows = []
     for right in (True, False):
@@ -317,7 +319,7 @@ def other_penalty(record: Record, stack: Stack, tokenizer: Any, study: PathStudy
 
 
 def predictor(record: Record, stack: Stack, tokenizer: Any, study: PathStudy) -> None:
-    """Without a claim, on so few samples: the follow-up's predictor, trained on each half and scored on the other."""
+    """Report, without a claim on so few samples, the predictor trained on each half and tested on the other."""
     rows = []
     for half in (0, 1):
         train = PathStudy(study.model, study.stack, study.settings, study.samples[half::2])

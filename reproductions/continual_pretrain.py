@@ -1,12 +1,13 @@
-"""Continual pre-training at small scale: a byte-level Llama that reads prose, then code; SmolLM2-135M for healing.
+"""Continual pre-training at small scale: a byte-level Llama trained on prose, then code; SmolLM2-135M for healing.
 
-D0 is Python's language reference, D1 the code of its library. After D0, a second stage of as many steps goes on
-in several ways: at the lowest rate, at the highest, re-warmed, re-warmed with replay. Controls are D1 alone, both
-together from scratch with twice the compute, adapters, and averaged weights. Then the two findings on schedules:
-re-warming costs loss even where the data stays the same, and infinite schedules do without. Last, SmolLM2 without 4 of
-its 30 layers is healed on one domain, with general prose replayed.
+D0 is the Python language reference, D1 the source code of the standard library. After D0, a second stage with the same
+number of steps continues in several ways: at the minimum learning rate, at the maximum, re-warmed, and re-warmed with
+replay. Controls are D1 alone, both datasets together from scratch with twice the compute, adapters, and averaged
+weights. Two findings on schedules follow: re-warming costs loss even if the data distribution stays the same, and
+infinite schedules avoid that cost. Last, SmolLM2 without 4 of its 30 layers is healed on one domain, with general prose
+replayed.
 
-    python reproductions/continual_pretrain.py            # about 80 minutes on one core; stopped, it goes on
+    python reproductions/continual_pretrain.py            # about 80 minutes on one core; an interrupted run resumes
     python reproductions/continual_pretrain.py --quick    # the byte-level claims on less text
 """
 
@@ -45,9 +46,9 @@ ALPHAS = (0.01, 0.05, 0.25, 0.5)
 
 
 def source_code(split: str, package: str = "") -> str:
-    """The code of Python's library, or of one package of it, alternating between the splits.
+    """Return the code of Python's standard library, or of one package of it, alternating between the splits.
 
-    Without docstrings and comments, which are the prose of D0 over again.
+    Docstrings and comments are removed, since they resemble the prose of D0.
     """
     files = [file for file in sorted((STDLIB / package).glob("*.py")) if file.name[0] != "_"]
     code = ""
@@ -136,7 +137,7 @@ def trained(
     past: ContinualDataset | None = None,
     **options: Any,
 ) -> Stack:
-    """One stage, with a fresh optimizer."""
+    """Train one stage with a fresh optimizer."""
     run = size.runner(stack, schedule, **options)
     if past is not None:
         run.remember(past)
@@ -166,7 +167,7 @@ def first_stage(texts: Texts, size: Size, steps: int) -> Stack:
 
 
 def stages(run: Run, texts: Texts, size: Size, first: int) -> None:
-    """D0 for ``first`` steps, then every way of continuing with D1."""
+    """Train D0 for ``first`` steps, then continue with D1 in every way."""
     steps, cosine = size.steps, size.cosine
     base = first_stage(texts, size, first)
     old, new = texts.dataset("D0", first, 0), texts.dataset("D1", steps, 1)
@@ -254,7 +255,7 @@ def same_distribution(record: Record, texts: Texts, size: Size, base: Stack) -> 
 
 
 def endless(record: Record, texts: Texts, size: Size, count: int, cooldowns: Sequence[Any]) -> None:
-    """Stages of D0 without shift: one cosine for each, or an infinite schedule with a branch annealed at each end."""
+    """Train stages of D0 without shift: one cosine per stage, or an infinite schedule with annealed branches."""
     steps, anneal = size.steps, round(0.15 * size.steps)
     schedules: dict[str, Any] = {"repeated cosine": size.cosine}
     for cooldown in cooldowns:
@@ -264,7 +265,7 @@ def endless(record: Record, texts: Texts, size: Size, count: int, cooldowns: Seq
         run, rises[name] = size.runner(size.untrained(), schedule, replay=0), []
         for stage in range(1, count + 1):
             goes_on = isinstance(schedule, Infinite)
-            extra = 0 if goes_on or stage < count else anneal  # in the end all have taken as many steps
+            extra = 0 if goes_on or stage < count else anneal  # all arms end with the same number of steps
             new = texts.dataset("D0", steps + anneal, 10 + stage, held_out=96)
             run.fit(ContinualDataset(f"D0, part {stage}", new.samples, new.held_out), steps + extra, save_every=steps)
             rises[name] += [run.curves.spike(f"D0, part {stage}")] if stage > 1 else []
@@ -275,7 +276,7 @@ def endless(record: Record, texts: Texts, size: Size, count: int, cooldowns: Seq
             rows.append([name, stage, before, finals[name]])
     title = f"{count} stages of {steps} steps of D0, anneals of {anneal}: held-out nats per byte"
     record.table(title, ["schedule", "stage", "not annealed", "annealed"], rows)
-    if count > 2:  # fewer and shorter stages are far from where losses settle
+    if count > 2:  # with fewer and shorter stages, losses have not converged
         spread = max(finals.values()) / min(finals.values()) - 1
         record.further("final losses of all schedules", "within 1 %", f"{spread:.2%}", spread <= 0.01)
     cosine = rises.pop("repeated cosine")
@@ -294,7 +295,7 @@ def _shares(values: Sequence[float]) -> str:
 
 
 def healing(run: Run) -> None:
-    """SmolLM2 without 4 of 30 layers, healed on the source code of one package."""
+    """Heal SmolLM2 without 4 of its 30 layers on the source code of one package."""
     seed = run.seed
     stack = lamella.open("smollm2")
     tokenizer = open_tokenizer("smollm2")
@@ -361,7 +362,7 @@ def experiment(run: Run) -> None:
     run.part("same distribution", same_distribution, texts, short, base)
     run.part("endless", endless, texts, short, 2 if quick else 3, ["cosine"] if quick else ["cosine", "invsqrt"])
     if not quick:
-        stages(run, texts, size, 4 * size.steps)  # a D0 that is learnt well enough to be forgotten
+        stages(run, texts, size, 4 * size.steps)  # D0 must be learnt well enough to measure forgetting
         healing(run)
 
 

@@ -1,16 +1,16 @@
 """CSTRL at small scale: a T5 that learns to write impressions of synthetic chest reports.
 
-MIMIC-CXR needs a licence, so reports come from a seeded grammar of 14 slots, whose findings are known: what an
-impression says is read back exactly, and so is what it invents. There are thousands of reports and 400 impressions. A
-T5 of 1.2 million weights, made from a config and taught nothing but to repeat random words (as far as any pre-trained
-model is), learns gap sentences first (chosen by overlap, or at random) and then impressions, held by a Fisher-weighted
-anchor of several strengths, falling or constant, by L2-SP, by frozen layers, or not at all. Last, a teacher with all
-impressions is distilled to an eighth of its size.
+MIMIC-CXR needs a licence, so reports come from a seeded grammar of 14 slots whose findings are known: the content of an
+impression is parsed exactly, including what it invents. There are thousands of reports and 400 impressions. A T5 of 1.2
+million weights, initialised randomly and trained only to repeat random words (in place of pre-training), first learns
+gap sentences (chosen by overlap, or at random) and then impressions, regularised by a Fisher-weighted anchor of several
+strengths, decaying or constant, by L2-SP, by frozen layers, or not at all. Last, a teacher trained on all impressions
+is distilled to an eighth of its size.
 
-The gaps of reports without an impression are chosen by overlap with the rest of the report. Which strength of the
-anchor is compared is chosen on held-out reports; everything is evaluated on others.
+The gap sentences of reports without an impression are chosen by overlap with the rest of the report. The strength of
+the anchor is chosen on held-out reports; all results are evaluated on the test split.
 
-    python reproductions/cstrl.py            # about two hours on one core; stopped, it goes on
+    python reproductions/cstrl.py            # about two hours on one core; an interrupted run resumes
     python reproductions/cstrl.py --quick    # one seed of a smaller T5, two strengths
 """
 
@@ -68,10 +68,10 @@ from lamella.zoo.nano import nano
 
 PREFIX = "summarize: "
 PLAIN = Anchor(importance="uniform", lam=0.0)
-GAP_RATE = 1e-3  # the best of three on held-out gaps; at the published 3e-3 a model this small learns less
-FLOOR = 0.2 / 0.9  # of lambda, as published
-HALF = 0.5  # of what is forgotten: an anchor should save so much
-Found = Mapping[str, Sequence[Mapping[str, Any]]]  # by arm: what it brought, seed by seed
+GAP_RATE = 1e-3  # best of three by held-out gap loss; a model this small learns less at the published 3e-3
+FLOOR = 0.2 / 0.9  # final fraction of lambda, as published
+HALF = 0.5  # fraction of the forgetting that an anchor should prevent
+Found = Mapping[str, Sequence[Mapping[str, Any]]]  # by arm: its results, seed by seed
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,14 @@ class Scale:
     """Scale of the experiment.
 
     Attributes:
-        reports, labelled: for training, and how many of them have an impression in the few-label part.
-        held_out, test: for validation, and to judge by.
-        shape: of the T5.
+        reports, labelled: number of training reports, and of those with an impression in the few-label part.
+        held_out, test: number of reports for validation and for testing.
+        shape: config of the T5.
         warm_up: steps in which it learns to repeat words.
-        gap_epochs, epochs: passes over all reports, and over the labelled ones.
-        lambdas: of the anchor, with F divided by its mean.
-        uniform: of L2-SP, some of them.
-        teacher_epochs, student_epochs: passes over all reports with their impressions.
+        gap_epochs, epochs: epochs over all reports, and over the labelled ones.
+        lambdas: strengths of the anchor, with F divided by its mean.
+        uniform: the subset of strengths that L2-SP is run with.
+        teacher_epochs, student_epochs: epochs over all reports with their impressions.
     """
 
     reports: int = 3000
@@ -113,7 +113,7 @@ QUICK = Scale(
 
 
 class World:
-    """The splits of the reports, their encoding, and the initial model of all arms."""
+    """Splits of the reports, their encoding, and the initial model of all arms."""
 
     def __init__(self, run: Run, scale: Scale) -> None:
         self.scale, self.tokenizer, seed = scale, word_tokenizer(), run.seed
@@ -131,7 +131,7 @@ class World:
         run.arm("warm-up", self._warm_up, seed)
 
     def _blank(self, seed: int) -> Model:
-        """A T5 with random weights."""
+        """Return a T5 with random weights."""
         torch.manual_seed(seed)
         config = T5Config(
             vocab_size=len(self.tokenizer), decoder_start_token_id=0, dropout_rate=0.0, **self.scale.shape
@@ -141,7 +141,7 @@ class World:
     def _warm_up(self, seed: int) -> list[float]:
         """Train a random T5 to copy random words in random order.
 
-        It has no dropout: with a tenth, at the published rate, it had not learnt to after as many steps.
+        Dropout is off: with the published rate of 0.1, the model had not learnt to copy after the same number of steps.
         """
         drawn, steps = random.Random(seed), self.scale.warm_up
         words = [token for token in range(len(self.tokenizer)) if token not in self.tokenizer.all_special_ids]
@@ -165,7 +165,7 @@ class World:
         return self.encoder.samples([each.pair for each in part], PREFIX, 96, 40)
 
     def gaps(self, score: str, seed: int) -> list[Sample]:
-        """Gap sentences of all reports; the summary chooses where there is one."""
+        """Return the gap sentences of all reports; they are chosen by overlap with the summary if there is one."""
         rest = [each.source for each in self.train[self.scale.labelled :]]
         found = gap_sentences([each.pair for each in self.labelled], rest, Gaps(score=score), seed)  # type: ignore[arg-type]
         return self.encoder.gaps(found.gaps, 96)
@@ -190,11 +190,11 @@ class World:
         return self.of_texts([max(set(said), key=said.count)] * len(self.test))
 
 
-# Stages 1 to 3, kept in files for the arms that begin there
+# Stages 1 to 3, saved in files for the arms that start from them
 
 
 def solution(run: Run, world: World, score: str, seed: int) -> tuple[Model, Fisher]:
-    """The gap-sentence solution and its Fisher information."""
+    """Return the gap-sentence solution and its Fisher information."""
     folder = run.work / f"gaps-{score}-{seed}"
 
     def train() -> dict[str, Any]:
@@ -212,7 +212,7 @@ def solution(run: Run, world: World, score: str, seed: int) -> tuple[Model, Fish
     return model, read_fisher(folder / "fisher.safetensors", model)
 
 
-# Stage 4, by every arm
+# Stage 4, in all arms
 
 
 def tuned(world: World, start: Model, importance: Fisher | None, anchor: Anchor, seed: int) -> dict[str, Any]:
@@ -234,7 +234,7 @@ def direct(world: World, seed: int) -> dict[str, Any]:
 
 
 def frozen(world: World, start: Model, gradual: bool, seed: int) -> dict[str, Any]:
-    """The same with a frozen encoder, for good or for a while."""
+    """Fine-tune with a frozen encoder, permanently or with gradual unfreezing."""
     samples = world.samples(world.labelled)
     config = with_steps(replace(TRAINING, seed=seed, save_every=10**6, log_every=50), len(samples), world.scale.epochs)
     model = T5ForConditionalGeneration(start.model.config)
@@ -248,7 +248,7 @@ def frozen(world: World, start: Model, gradual: bool, seed: int) -> dict[str, An
 
 
 def few_labels(run: Run, world: World) -> None:
-    """Claims 1 to 4."""
+    """Check claims 1 to 4."""
     scale = world.scale
     found: dict[str, list[dict[str, Any]]] = {}
     before: list[dict[str, float]] = []
@@ -262,7 +262,7 @@ def few_labels(run: Run, world: World) -> None:
         before.append(run.arm(f"before impressions, seed {seed}", world.gap_losses, start))
         mass.append(run.arm(f"sum of F, seed {seed}", mass_of, start, importance))
         add("direct fine-tuning", seed, partial(direct, world, seed))
-        # With lambda 0 nothing is held; its drift is weighed by F all the same.
+        # Lambda 0 disables the anchor; its drift is weighted by F all the same.
         add("gaps, lambda = 0", seed, partial(tuned, world, start, importance, Anchor(lam=0.0, normalize="mean"), seed))
         at_random, _ = solution(run, world, "random", seed)
         add("random gaps, lambda = 0", seed, partial(tuned, world, at_random, None, PLAIN, seed))
@@ -287,7 +287,7 @@ def few_labels(run: Run, world: World) -> None:
 
 
 def mass_of(start: Model, importance: Fisher) -> dict[str, float]:
-    """sum_i F_i by layer."""
+    """Return sum_i F_i per layer."""
     sites, sums = sites_of_parameters(start), dict[str, float]()
     for name, each in importance.tensors.items():
         sums[sites[name]] = sums.get(sites[name], 0.0) + float(each.double().sum())
@@ -301,17 +301,17 @@ def mean_of(rows: Sequence[Mapping[str, Any]], name: str) -> float:
 def rises(
     rows: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, float]], name: str = "gap loss"
 ) -> list[float]:
-    """By how much the loss of gap sentences has risen, seed by seed."""
+    """Return the rise of the gap-sentence loss, seed by seed."""
     return [row[name] - start[name] for row, start in zip(rows, before, strict=True)]
 
 
 def options(run: Run, world: World, found: Found, before: Sequence[Mapping[str, float]]) -> None:
-    """The table of all arms."""
+    """Report the table of all arms."""
     constant = world.constant()
     names = ("rouge1", "rouge2", "rougeL", "bleu", "bleu1_precision", "recall", "invented", "exact", "distinct")
     rows: list[list[Any]] = []
     for arm, each in found.items():
-        elsewhere = arm in ("direct fine-tuning", "random gaps, lambda = 0")  # they begin at another solution
+        elsewhere = arm in ("direct fine-tuning", "random gaps, lambda = 0")  # these start from another solution
         ratio = mean_of(each, "ratio") if "ratio" in each[0] else None
         scores = [mean_of(each, name) for name in names]
         rows.append([arm, *scores, None if elsewhere else fmean(rises(each, before)), ratio])
@@ -325,7 +325,7 @@ def options(run: Run, world: World, found: Found, before: Sequence[Mapping[str, 
 
 
 def content(run: Run, found: Found) -> None:
-    """Claim 1: gap sentences teach which content matters."""
+    """Check claim 1: gap sentences teach which content matters."""
     ours, direct, chance = (found[arm] for arm in ("gaps, lambda = 0", "direct fine-tuning", "random gaps, lambda = 0"))
     gain = over_seeds(ours, direct, "rouge1")
     run.main("ROUGE-1 gain of gap sentences over direct fine-tuning", "at least 3", str(gain), gain.at_least(3.0))
@@ -347,7 +347,7 @@ def forgetting(
     before: Sequence[Mapping[str, float]],
     mass: Sequence[Mapping[str, float]],
 ) -> None:
-    """Claims 2, 3 and 4: benefit and cost of the anchor against L2-SP, and the drift by layer."""
+    """Check claims 2, 3 and 4: benefit and cost of the anchor against L2-SP, and the drift by layer."""
     free, lambdas = found["gaps, lambda = 0"], world.scale.lambdas
     ours = found[f"EWC, {chosen:g}"]
     alive = min(row["ratio"] for row in ours)
@@ -372,7 +372,7 @@ def forgetting(
     seeds = range(len(before))
     beside = [at(curve("L2-SP", seed), rises(ours, before)[seed]) for seed in seeds]
     said = "ROUGE-1 of EWC minus that of L2-SP with equal forgetting"
-    if None in beside:  # nothing is compared with what forgets more
+    if None in beside:  # no comparison with an arm that forgets more
         run.further(said, "above 0", "no tested L2-SP strength forgets as little, or as much", None)
     else:
         apart = Measured.over_seeds([row["rouge1"] - other for row, other in zip(ours, beside, strict=True)])  # type: ignore[operator]
@@ -406,7 +406,7 @@ def forgetting(
 
 
 def strength(found: Found, lambdas: Sequence[float], before: Sequence[Mapping[str, float]]) -> float:
-    """The least lambda that saves half of what held-out gap sentences lose, in the first seed; the largest if none."""
+    """Return the smallest lambda that halves the rise of the held-out gap loss in the first seed, else the largest."""
     name = "watched gap loss"
     free = rises(found["gaps, lambda = 0"], before, name)[0]
     held = {lam: rises(found[f"EWC, {lam:g}"], before, name)[0] for lam in lambdas}
@@ -414,7 +414,7 @@ def strength(found: Found, lambdas: Sequence[float], before: Sequence[Mapping[st
 
 
 def at(curve: Sequence[tuple[float, float]], rise: float) -> float | None:
-    """The score of a curve of (rise, score) where it forgets so much, between two of its points; None beyond them."""
+    """Interpolate the score of a curve of (rise, score) at a given rise; None outside its range."""
     known = sorted(curve)
     if not known[0][0] <= rise <= known[-1][0]:
         return None
@@ -422,7 +422,7 @@ def at(curve: Sequence[tuple[float, float]], rise: float) -> float | None:
 
 
 def heavy(penalty: Mapping[str, float], mass: Mapping[str, float]) -> float:
-    """The share of the penalty that the half of the layers with the larger sum of F has."""
+    """Return the fraction of the penalty in the half of the layers with the larger sum of F."""
     order = sorted(mass, key=lambda site: mass[site], reverse=True)
     return sum(penalty[site] for site in order[: len(order) // 2]) / sum(penalty.values())
 
@@ -431,7 +431,7 @@ def heavy(penalty: Mapping[str, float], mass: Mapping[str, float]) -> float:
 
 
 def distillation(run: Run, world: World) -> None:
-    """Claim 5: a student of an eighth of the size."""
+    """Check claim 5: a student of an eighth of the size."""
     scale = world.scale
     found: dict[str, list[dict[str, Any]]] = {}
     for seed in scale.seeds:
@@ -499,7 +499,7 @@ def pruned(teacher: Model) -> Model:
 
 
 def taught(world: World, teacher: Model, student: Model, alpha: float, seed: int) -> dict[str, Any]:
-    """A student after so many passes; with alpha = 0 it sees labels only."""
+    """Train a student for some epochs; with alpha = 0 it is trained on labels only."""
     samples = world.samples(world.train)
     config = with_steps(
         replace(DISTILLING, seed=seed, save_every=10**6, log_every=50), len(samples), world.scale.student_epochs
@@ -518,7 +518,7 @@ def taught(world: World, teacher: Model, student: Model, alpha: float, seed: int
     return sized(world.scores(open_model(student.model.eval())), student)
 
 
-# What holds to the digit
+# Exactness
 
 
 def exactness(record: Record) -> None:
@@ -586,7 +586,7 @@ def row(length: int, drawn: torch.Generator) -> Tensor:
 
 
 def once(model: Model, rows: list[Any], importance: Fisher | None) -> dict[str, Tensor]:
-    """The weights after four steps: plain, or beside an anchor of lambda 0."""
+    """Return the weights after four steps, without an anchor or with one of lambda 0."""
     config = replace(TRAINING, steps=4, batch=2)
     with tempfile.TemporaryDirectory() as work:
         if importance is not None:

@@ -1,12 +1,12 @@
-"""The depth study at small scale: SmolLM2, one with layers silenced, one trained to need its depth, and a deeper twin.
+"""The depth study at small scale: SmolLM2, one with disabled layers, one trained to need its depth, and a deeper twin.
 
-A. SmolLM2: the identities of every measurement, and whether its scores say what leaving out a layer costs.
-B. A positive control: SmolLM2 whose layers 18 to 28 add nothing, then a little, then all they did.
+A. SmolLM2: the identities of every measurement, and whether its scores predict the loss of removing a layer.
+B. A positive control: SmolLM2 whose layers 18 to 28 are scaled from no contribution to their full contribution.
 C. A nano model that composes one to four permutations of 16 symbols and writes the result in four bits, so that longer
-   chains need more of its depth. Training tells it the symbol behind every function too.
-D. Linear maps from a model of 4 layers to one of 12, trained on the same text.
+   chains need more of its depth. Training also supervises the symbol after every function.
+D. Linear regressions from a model of 4 layers to one of 12, trained on the same text.
 
-    python reproductions/depth_efficiency.py            # about 25 minutes on one core; stopped, it goes on
+    python reproductions/depth_efficiency.py            # about 25 minutes on one core; an interrupted run resumes
     python reproductions/depth_efficiency.py --quick    # fewer tokens and smaller models, and no C
 """
 
@@ -45,10 +45,10 @@ from lamella.stack import Stack
 from lamella.train import Sample, TrainConfig
 from lamella.zoo import open_tokenizer
 
-SILENT = range(18, 29)  # the layers of the control; the last one keeps its work
+SILENT = range(18, 29)  # the disabled layers of the control; the last layer stays intact
 SYMBOLS, FUNCTIONS, HOPS = 16, 8, 4
 START, EQUALS, BIT = (SYMBOLS + FUNCTIONS + place for place in range(3))
-BITS = 4  # an answer of several tokens, whose later ones can use what the first one needed
+BITS = 4  # answers of several tokens: later ones can reuse the computation of the first
 
 
 # A. SmolLM2.
@@ -176,7 +176,7 @@ def _loss(stack: Stack, h: Tensor, ids: Tensor) -> float:
 
 
 def plans(record: Record, stack: Stack, tokenizer: Any, scores: dict[str, np.ndarray], seed: int) -> None:
-    """Six layers removed in the order of each score, on text of another kind."""
+    """Remove six layers in the order of each score, on text of another kind."""
     test = FidelityTest(stack, windows(tokenizer, lamella.load_text("stdlib", "test"), 8, 256, seed))
     free = [layer for layer in range(len(stack)) if layer not in (0, 1, len(stack) - 1)]
 
@@ -200,7 +200,7 @@ def plans(record: Record, stack: Stack, tokenizer: Any, scores: dict[str, np.nda
         )
 
 
-# B. Layers that add nothing.
+# B. Layers without a contribution.
 
 
 def control(record: Record, quick: bool, seed: int) -> None:
@@ -238,7 +238,7 @@ def control(record: Record, quick: bool, seed: int) -> None:
 
 
 def chain(hops: int, tables: list[list[int]], drawn: random.Random) -> list[int]:
-    """start, symbol, functions ..., equals, the bits of the answer."""
+    """Return the tokens of a chain: start, symbol, functions ..., equals, the bits of the answer."""
     symbol = drawn.randrange(SYMBOLS)
     functions = [drawn.randrange(FUNCTIONS) for _ in range(hops)]
     answer = symbols(symbol, functions, tables)[-1]
@@ -247,7 +247,7 @@ def chain(hops: int, tables: list[list[int]], drawn: random.Random) -> list[int]
 
 
 def symbols(first: int, functions: Iterable[int], tables: list[list[int]]) -> list[int]:
-    """The symbol behind each function."""
+    """Return the symbol after each function."""
     return list(accumulate(functions, lambda symbol, function: tables[function][symbol], initial=first))[1:]
 
 
@@ -257,9 +257,10 @@ def permutations(seed: int) -> list[list[int]]:
 
 
 def composer(steps: int, seed: int) -> Stack:
-    """A Llama that answers chains of up to four functions; kept in the cache.
+    """Return a Llama that answers chains of up to four functions, from the cache if trained.
 
-    Behind every function it is taught the symbol so far too; from answers alone it learns chains of two, not longer.
+    Training also supervises the intermediate symbol after every function; from answers alone, it learns chains of two
+    and no longer ones.
     """
 
     def samples() -> list[Sample]:
@@ -333,7 +334,7 @@ def twins(record: Record, quick: bool, seed: int) -> None:
     columns = ["maps to", "Spearman of relative depths", "mean offset", "error on the diagonal", "on the other one"]
     record.table(f"Linear maps from {len(shallow)} to {len(deep)} layers", columns, rows)
     trained_maps = maps[deep.name]
-    if not quick:  # hardly trained models have hardly a diagonal
+    if not quick:  # models that are hardly trained show hardly any diagonal
         record.main(
             "best source and target points", "Spearman 0.8", trained_maps.correlation, trained_maps.correlation >= 0.8
         )

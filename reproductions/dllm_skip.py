@@ -1,13 +1,12 @@
-"""dLLM-Skip at small scale: in a decoder, in a model that learnt to denoise from the start, in one that was a decoder
-first; and on SmolLM2.
+"""dLLM-Skip at small scale: a decoder, a diffusion model from scratch, one converted from a decoder, and SmolLM2.
 
-The three have one shape, eight layers on characters (harness/diffusion.py). Of each: the similarity of its layers, what
-it loses without one to three of them (no four of the six inner ones are without neighbours), by the paper's choice and
-by others, and how many puzzles it still solves, also in fewer denoising steps at equal FLOPs. Loss is in nats per
-token: the negative log-likelihood of the decoder, its bound of the two others, on prose that nothing was chosen on,
-with the same noise for every choice. Choices at equal k are compared by their ranking alone (no theta), since which
-layers pass 0.95 depends on the size of a model. Nothing is claimed on a kind of model that has not learnt its puzzles,
-or solves them with one layer.
+The three small models have one shape, eight layers on characters (harness/diffusion.py). For each, the reproduction
+measures the similarity of its layers, its loss without one to three of them (no four of the six inner ones are without
+neighbours), chosen by the paper's criterion and by others, and the fraction of puzzles that it still solves, also with
+fewer denoising steps at equal FLOPs. Loss is in nats per token: the negative log-likelihood of the decoder and its
+bound for the two others, on held-out prose, with the same noise for every choice. Choices at equal k are compared by
+their ranking alone (no theta), since the layers that pass 0.95 depend on the model size. There are no claims on models
+that have not learnt their puzzles, or that solve them with one layer.
 
     python reproductions/dllm_skip.py            # about two hours on one thread
     python reproductions/dllm_skip.py --quick
@@ -48,12 +47,12 @@ from lamella.zoo.nano import nano
 
 SEEDS = range(3)
 COUNTS = (1, 2, 3)
-RANDOM = 20  # other sets that are drawn at every k, all different
-TEXTS = 16  # stretches of prose to choose layers on, and as many to judge them on
+RANDOM = 20  # distinct random sets at every k
+TEXTS = 16  # passages of prose to choose layers on, and the same number to evaluate them on
 EQUAL = (2, 3)  # layers skipped of eight, and steps taken of four: both leave three quarters of the FLOPs
-LEARNT, ALONE = 0.9, 0.5  # the share of puzzles that a model must solve, and that one layer must not
+LEARNT, ALONE = 0.9, 0.5  # fraction of puzzles that a model must solve, and that one layer alone must not
 SMOL = (1, 2, 3, 4, 5, 6)
-PROBED = {1: 0.07, 4: 0.48}  # what SmolLM2 lost without k layers on other text, in nats per token
+PROBED = {1: 0.07, 4: 0.48}  # loss increase of SmolLM2 without k layers on other text, in nats per token
 
 
 def model_of(run: Run, kind: str, seed: int) -> Stack:
@@ -61,7 +60,7 @@ def model_of(run: Run, kind: str, seed: int) -> Stack:
     return trained(kind, seed, **size)
 
 
-# What must be exact
+# Exactness
 
 
 def exactness(run: Run) -> None:
@@ -159,7 +158,7 @@ def views(stack: Stack, layers: Sequence[int]) -> Any:
 
 
 def solved(run: Run, stack: Stack, chosen: Sequence[tuple[int, ...]], seed: int) -> dict[str, float]:
-    """The share of puzzles that are solved, without layers, with one layer alone, and with fewer denoising steps."""
+    """Return the fraction of solved puzzles, without layers, with one layer alone, and with fewer denoising steps."""
     prompts, answers = asked(32 if run.quick else 256, seed + 900)
     found = {f"k={len(each)}": share(views(stack, each), prompts, answers) for each in [(), *chosen]}
     found["one layer"] = share(views(stack, range(1, len(stack))), prompts, answers)
@@ -209,7 +208,7 @@ def three_models(run: Run) -> None:
 
 
 def reaching(arms: Sequence[dict[str, Any]], k: int) -> list[dict[str, Any]]:
-    """Those of which k layers could be chosen: where the first ones leave none but neighbours, it is fewer."""
+    """Return the models for which k layers can be selected, since the first choices may leave only neighbours."""
     return [each for each in arms if len(each["sets"]["selected"][k - 1]) == k]
 
 
@@ -238,9 +237,9 @@ def premises(run: Run, found: dict[str, list[dict[str, Any]]]) -> set[str]:
 
 
 def claim(run: Run, check: Callable[..., None], name: str, measured: Measured, able: bool, most: float = 0) -> None:
-    """Check that a figure is small, where the models are able to show it.
+    """Check that a value is small, for the models that are able to show it.
 
-    Nothing is claimed on the models of a quick run, which have learnt nothing.
+    There are no claims on the models of a quick run, which have learnt nothing.
     """
     if not run.quick:
         check(name, f"at most {most:g}", str(measured), measured.at_most(most) if able else None)
@@ -350,7 +349,7 @@ def tasks(run: Run, found: dict[str, list[dict[str, Any]]], able: set[str]) -> N
     )
 
 
-# A step's time
+# Time per step
 
 
 def latency(run: Run) -> None:
@@ -425,7 +424,7 @@ def a_decoder(run: Run) -> None:
 
 
 def states_stay_apart(run: Run) -> None:
-    """Two requests in turn give what they give one after the other."""
+    """Check that two interleaved requests give the same results as one after the other."""
     stack = Stack(nano("llada"))
     ids = torch.randint(3, 120, (2, 12), generator=torch.Generator().manual_seed(run.seed))
     same = True

@@ -1,12 +1,11 @@
-"""Visual tokens of masked-diffusion models at small scale: of one that learnt to denoise from the start, and of one
-that predicted the next token first.
+"""Visual token redundancy at small scale: masked-diffusion models trained from scratch or converted from a decoder.
 
-Both have one shape (harness/dmllm.py): 64 image tokens in front of six layers, and answer questions about rendered
-shapes, with a word (``colour``) or with a list of everything there (``list``). Nothing is claimed on a model that has
-not learnt its task. Which tokens leave: a sweep of criteria and kept fractions, each beside random tokens pruned at the
-same layer; when and where: schedules at equal shares and, as near as each of them can come, at the FLOPs of the
-withdrawal, fewer denoising steps among them; what is lost and what comes back, on one trajectory. The short and the
-long task are never pooled.
+Both have one shape (harness/dmllm.py): 64 image tokens and six layers. They answer questions about rendered shapes,
+with a word (``colour``) or with a list of all objects (``list``). There are no claims on a model that has not learnt
+its task. The reproduction measures which tokens to prune: a sweep of criteria and kept fractions, each beside random
+tokens pruned at the same layer; when and where to prune: schedules at equal fractions and, as closely as possible, at
+the FLOPs of the withdrawal, including fewer denoising steps; and the loss and recovery of information on one
+trajectory. The short and the long task are never pooled.
 
     python reproductions/dmllm_token_redundancy.py            # about an hour on one thread
     python reproductions/dmllm_token_redundancy.py --quick
@@ -47,15 +46,15 @@ from lamella.stack import Model, open_model
 from lamella.zoo.opening import open_processor
 from lamella.zoo.vlm import shapes_vlm
 
-LEARNT = {"colour": 0.9, "list": 0.8}  # what a model must reach before anything is claimed on it
-PRIORS = {"colour": 0.25, "list": 0.05}  # of the blind: one of six colours; hardly an object by chance
+LEARNT = {"colour": 0.9, "list": 0.8}  # scores that a model must reach for the claims to apply
+PRIORS = {"colour": 0.25, "list": 0.05}  # scores without images: one of six colours; hardly any object at random
 TARGET, WITHDRAWN = 1, 3  # l* of pruning, and of layer-skipping: 0.6 of six layers
-LAYERS = {"fastv": TARGET, "sparsevlm": TARGET, "divprune": -1, "trim": -1, "tome": -1}  # l*; -1: the embeddings do
+LAYERS = {"fastv": TARGET, "sparsevlm": TARGET, "divprune": -1, "trim": -1, "tome": -1}  # l*; -1: on the embeddings
 KEEPS = (0.75, 0.5, 0.25, 0.1)
-JUDGED = (0.5, 0.25)  # the shares at which criteria are compared with random tokens
+JUDGED = (0.5, 0.25)  # fractions at which criteria are compared with random tokens
 STEPS = {"colour": 2, "list": 13}
-DRAWS = 2000  # of a bootstrap
-NEAR = 0.02  # schedules whose FLOPs are apart by less, as a share of the whole model's, cost the same
+DRAWS = 2000  # bootstrap samples
+NEAR = 0.02  # schedules whose FLOPs differ by less, relative to the whole model, cost the same
 
 
 def model_of(run: Run, provenance: Provenance) -> Model:
@@ -69,7 +68,7 @@ def test_rows(run: Run, task: str) -> list[ImageTextRow]:
     return shown(task, 2 if run.quick else 120, "test", 900 + run.seed)
 
 
-# What must be exact
+# Exactness
 
 
 def exactness(run: Run) -> None:
@@ -106,7 +105,7 @@ def processor_inputs(processor: Any, rows: Sequence[ImageTextRow]) -> dict[str, 
 
 
 def logits(model: Any, batch: Mapping[str, Tensor], sampler: Sampler) -> Tensor:
-    """Of the first step [rows, length, vocabulary]."""
+    """Return the logits of the first step [rows, length, vocabulary]."""
     request = Denoising(model, sampler=sampler, **batch)
     request.advance()
     assert request.logits is not None
@@ -116,7 +115,7 @@ def logits(model: Any, batch: Mapping[str, Tensor], sampler: Sampler) -> Tensor:
 
 
 def blind(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same prompts without their images, which stand in front of all else but the first token."""
+    """Return the same prompts without their images, which precede everything but the first token."""
     rows = [ids[real.bool() & (ids != model.config.image_token_id)]
             for ids, real in zip(batch["input_ids"], batch["attention_mask"], strict=True)]  # fmt: skip
     width = max(map(len, rows))
@@ -125,11 +124,11 @@ def blind(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-# What a model answers
+# Answers of a model
 
 
 def scored(task: str, answer: str, truth: str) -> float:
-    """A word is right or not; of a list, the share of its objects that is named in full."""
+    """Score an answer: a word is right or wrong; a list scores the fraction of its objects that are named in full."""
     if task == "colour":
         return float(answer == truth)
     wanted, found = (
@@ -140,7 +139,7 @@ def scored(task: str, answer: str, truth: str) -> float:
 
 
 def scores(run: Run, provenance: Provenance, task: str, view: Any, steps: int | None = None) -> list[float]:
-    """What each test question is worth to a view or a model."""
+    """Return the score of a view or a model on each test question."""
     model, rows = model_of(run, provenance), test_rows(run, task)
     tokenizer = open_processor(model.path).tokenizer
     sampler = Sampler(length=LENGTHS[task], steps=steps or STEPS[task], cache=CACHES[provenance])
@@ -160,7 +159,7 @@ def pruned(run: Run, provenance: Provenance, schedule: VisualTokenSchedule, **op
 
 
 def sweep(run: Run, provenance: Provenance, task: str) -> dict[str, Any]:
-    """Every criterion at every share, random tokens that leave at the same layers, and no tokens at all."""
+    """Evaluate every criterion at every fraction, random tokens pruned at the same layers, and no image tokens."""
 
     def at(layer: int, keep: float, criterion: str) -> list[float]:
         schedule = VisualTokenSchedule.one_shot(layer, 0.0, keep)
@@ -178,7 +177,7 @@ def sweep(run: Run, provenance: Provenance, task: str) -> dict[str, Any]:
 
 
 def control(layer: int, keep: float) -> str:
-    """The random tokens beside which a criterion stands that lets tokens leave at this layer."""
+    """Return the random-token control of a criterion that prunes at this layer."""
     return f"random at layer {layer} {keep}"
 
 
@@ -192,13 +191,13 @@ SCHEDULES = {
 
 
 def lengths_of(run: Run, provenance: Provenance, task: str) -> RequestLengths:
-    """Of the first test questions, which are all alike but for a word."""
+    """Return the lengths of the first test questions, which differ in one word only."""
     batch = prompts(model_of(run, provenance), test_rows(run, task)[:8])
     return RequestLengths(64, batch["input_ids"].shape[1] - 64, LENGTHS[task])
 
 
 def rival(kind: str, keep: float) -> VisualTokenSchedule:
-    """A schedule of a kind that ends with a share of the tokens."""
+    """Return a schedule of a kind that ends with a given fraction of the tokens."""
     if kind == "progressive":
         third = (1 - keep) / 3
         return VisualTokenSchedule.progressive([0.25, 0.5, 0.75], [1 - third, 1 - 2 * third, keep], TARGET)
@@ -206,10 +205,10 @@ def rival(kind: str, keep: float) -> VisualTokenSchedule:
 
 
 def schedules(run: Run, provenance: Provenance, task: str) -> dict[str, Any]:
-    """Each schedule, the whole model in as many fewer steps as cost the same, and rivals that cost what another does.
+    """Evaluate each schedule, the whole model in fewer steps at equal cost, and rivals that match the cost of another.
 
-    Early, late and progressive schedules come to the FLOPs of the withdrawal by the share that they keep, the
-    withdrawal to those of the progressive schedule by its layer: as near as they can.
+    Early, late and progressive schedules match the FLOPs of the withdrawal by their kept fraction, the withdrawal those
+    of the progressive schedule by its layer, as closely as they can.
     """
     steps, nothing = STEPS[task], VisualTokenSchedule()
     stack, lengths = text_of(model_of(run, provenance)), lengths_of(run, provenance, task)
@@ -244,12 +243,12 @@ def schedules(run: Run, provenance: Provenance, task: str) -> dict[str, Any]:
 def nearest(
     some: Sequence[VisualTokenSchedule], spent: Callable[[VisualTokenSchedule], int], target: int
 ) -> VisualTokenSchedule:
-    """The schedule whose FLOPs are nearest to a number of them."""
+    """Return the schedule whose FLOPs are nearest to a target."""
     return min(some, key=lambda each: abs(spent(each) - target))
 
 
 def probe(run: Run, provenance: Provenance, task: str) -> dict[str, Any]:
-    """KL and loss on one trajectory, and where attention goes."""
+    """Measure KL and loss on one trajectory, and the distribution of attention."""
     model, rows = model_of(run, provenance), test_rows(run, task)[: 2 if run.quick else 40]
     view = pruned(run, provenance, SCHEDULES["early"], criterion="fastv")
     sampler = Sampler(length=LENGTHS[task], steps=STEPS[task], cache=CACHES[provenance])
@@ -264,11 +263,11 @@ def probe(run: Run, provenance: Provenance, task: str) -> dict[str, Any]:
     }
 
 
-# What is claimed
+# Claims
 
 
 def paired(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], seed: int) -> Measured:
-    """The mean difference, averaged over settings, with its interval by resampling questions."""
+    """Return the mean difference over settings, with its bootstrap interval over questions."""
     apart = np.mean([np.subtract(a, b) for a, b in zip(ours, theirs, strict=True)], axis=0)
     drawn = np.random.default_rng(seed).integers(len(apart), size=(DRAWS, len(apart)))
     low, high = np.quantile(apart[drawn].mean(axis=1), (0.025, 0.975))
@@ -306,7 +305,7 @@ def two_models(run: Run) -> None:
 
 
 def claims(run: Run, provenance: str, task: str, parts: Mapping[str, Any], learnt: bool) -> None:
-    """What one model shows of one task; nothing where it has not learnt it."""
+    """Check the claims on one model and one task, if the model has learnt it."""
     swept, timed, of = parts["sweep"], parts["schedules"], f"{provenance}, {task}"
 
     def check(add: Callable[..., None], name: str, ours: Sequence[Any], theirs: Sequence[Any]) -> None:
@@ -342,7 +341,7 @@ def claims(run: Run, provenance: str, task: str, parts: Mapping[str, Any], learn
 
 
 def at_equal_cost(run: Run, of: str, names: Sequence[str], timed: Mapping[str, Any], learnt: bool) -> None:
-    """Compare two schedules where they come near each other in FLOPs; where they cannot, say how far they stay."""
+    """Compare two schedules at similar FLOPs; if they cannot be matched, report the remaining difference."""
     ours, theirs = (timed[name] for name in names)
     apart = paired([ours["scores"]], [theirs["scores"]], run.seed)
     costs = f"FLOPs {ours['flops']:.3f} and {theirs['flops']:.3f} of the whole"
@@ -398,7 +397,7 @@ def tables(run: Run, found: Mapping[Any, Any]) -> None:
 
 @torch.no_grad()
 def latency(run: Run) -> None:
-    """A step without a cache at share 0.25, against the FLOPs of its layers: of 16 x 16 image tokens, and 24 x 24."""
+    """Time a step without a cache at fraction 0.25, against its layers' FLOPs, for 16 x 16 and 24 x 24 image tokens."""
     rows = [step_time(side) for side in ((32,) if run.quick else (64, 96))]
     run.table("Time of a step at kept fraction 0.25", ["image tokens", "FLOPs", "time", "ratio"], rows)
     if not run.quick:
@@ -408,7 +407,7 @@ def latency(run: Run) -> None:
 
 
 def step_time(side: int) -> list[float]:
-    """How many tokens a picture has, and what share of FLOPs and of time a step takes with a quarter of them."""
+    """Return the number of image tokens, and the fractions of FLOPs and time of a step that keeps a quarter of them."""
     made, processor = shapes_vlm("llava_llada", 0, side, hidden_size=384, intermediate_size=1152)
     model = open_model(made)
     batch = processor_inputs(processor, shown("colour", 1, "test", 0))

@@ -1,10 +1,10 @@
-"""FFN-SkipLLM at small scale: SmolLM2-135M-Instruct, nothing trained.
+"""FFN-SkipLLM at small scale: SmolLM2-135M-Instruct without training.
 
 Checks that skipping inside generation is exact (cached, batched, padded), that the saturation profile has the paper's
-shape, that runs placed by a calibrated threshold cost less than blind ones at an equal share of skipped MLPs, and that
-skipping saves time. Whole-layer skipping and the parts of the recipe are compared without a claim.
+shape, that skipped runs placed by a calibrated threshold cost less than fixed ones at an equal fraction of skipped
+MLPs, and that skipping saves time. Whole-layer skipping and the parts of the recipe are compared without a claim.
 
-    python reproductions/ffn_skip.py            # about 10 minutes on 2 cores; stopped, it goes on
+    python reproductions/ffn_skip.py            # about 10 minutes on 2 cores; an interrupted run resumes
     python reproductions/ffn_skip.py --quick    # the same claims on less work
 """
 
@@ -34,7 +34,7 @@ from lamella.zoo.nano import nano
 
 PROMPT = 48
 ALWAYS = {"warmup": 0, "interleave": [1, 0]}  # every generated token may skip
-LETTERS = 4  # of a repeated run of tokens
+LETTERS = 4  # length of a repeated sequence, in tokens
 
 
 def planned(stack: Stack, **params: Any) -> Plan:
@@ -42,7 +42,7 @@ def planned(stack: Stack, **params: Any) -> Plan:
 
 
 class Static(Policy):
-    """Generated tokens skip the MLPs of the same layers."""
+    """Policy in which all generated tokens skip the MLPs of the same layers."""
 
     def __init__(self, stack: Stack, skipped: list[int]) -> None:
         super().__init__(stack)
@@ -57,8 +57,8 @@ class Static(Policy):
 class EarlyExit(Policy):
     """Early exit: generated tokens leave once a layer of the upper half hardly changes their hidden state.
 
-    The layers above still get keys, computed from the exiting hidden state, as in CALM and SkipDecode. Nothing is saved
-    here: it serves to compare losses.
+    The layers above still get keys, computed from the exiting hidden state, as in CALM and SkipDecode. This policy
+    saves no computation: it only serves to compare losses.
     """
 
     def __init__(self, stack: Stack, threshold: float) -> None:
@@ -75,7 +75,7 @@ class EarlyExit(Policy):
 
 
 class Scale:
-    """Losses and skipped shares of views, on one text."""
+    """Losses and skipped fractions of views, on one text."""
 
     def __init__(self, stack: Stack, tokens: LongTensor) -> None:
         self.stack = stack
@@ -83,26 +83,26 @@ class Scale:
         self.base = math.log(self.test.of(stack.model).base_perplexity.mean)
 
     def of(self, view: Any) -> tuple[float, np.ndarray]:
-        """Nats per continuation token, and what ran [rows, continuation, layers, 2]."""
+        """Return the nats per continuation token, and the executed sublayers [rows, continuation, layers, 2]."""
         trace = traced(view)
         loss = math.log(self.test.of(view).perplexity.mean)
         ran = np.stack([ran[0, PROMPT:] for ran in trace.ran])
         return loss, ran
 
     def plan(self, **params: Any) -> tuple[float, np.ndarray]:
-        """The loss under ffn-skip, and which MLPs were skipped [rows, continuation, layers]."""
+        """Return the loss under ffn-skip, and the skipped MLPs [rows, continuation, layers]."""
         loss, ran = self.of(lamella.apply(self.stack, planned(self.stack, **params)))
         return loss, ~ran[..., 1]
 
 
 def calibrated(stack: Stack, calibration: LongTensor, k: int, **options: Any) -> dict[str, Any]:
-    """The settings of the method's own plan for ``k`` MLPs a token, skipping at every token."""
+    """Return the settings of the method's plan that skips ``k`` MLPs per token, at every token."""
     plan = lamella.make_plan("ffn-skip", stack, calibration, max_skips=k, **ALWAYS, **options)[-1]
     return dict(plan.policy.params)
 
 
 def exactness(record: Record, stack: Stack, ids: Tensor, threshold: float, name: str) -> None:
-    """Point 1 of the claims, on a left-padded batch of 2 or 4 rows."""
+    """Check point 1 of the claims, on a left-padded batch of 2 or 4 rows."""
     model: Any = stack.model
     pads = (0, 9, 3, 17)[: len(ids)]
     mask = padded(ids, pads)
@@ -162,7 +162,7 @@ def exact_smollm2(record: Record, stack: Stack, tokens: LongTensor) -> None:
 
 
 def profile(record: Record, cosines: Tensor) -> None:
-    """Point 2: the shape of the saturation profile."""
+    """Check point 2: the shape of the saturation profile."""
     means, low = cosines.mean(dim=0).tolist(), cosines.quantile(0.1, dim=0).tolist()
     rows = [[layer, mean, tenth] for layer, (mean, tenth) in enumerate(zip(means, low, strict=True))]
     record.table(f"Cosine before and after the MLP's addition, {len(cosines)} tokens", ["layer", "mean", "10 %"], rows)
@@ -176,7 +176,7 @@ def profile(record: Record, cosines: Tensor) -> None:
 def selection(
     record: Record, scale: Scale, calibration: LongTensor, cosines: Tensor, seeds: range, quick: bool
 ) -> None:
-    """Point 3: where the run is placed, at an equal share of skipped MLPs."""
+    """Check point 3: the position of the skipped run, at an equal fraction of skipped MLPs."""
     stack, layers = scale.stack, len(scale.stack)
     first, last = cold_layers(layers)
     for k in (3,) if quick else (3, 7):
@@ -228,7 +228,7 @@ def selection(
 
 
 def share(stack: Stack, params: dict[str, Any], tokens: LongTensor) -> float:
-    """The share of MLPs that a plan skips when all but the first of these tokens are generated."""
+    """Return the fraction of MLPs that a plan skips when all but the first of these tokens are generated."""
     view = lamella.apply(stack, planned(stack, **params))
     trace = traced(view)
     lamella.parallel(view, tokens, torch.ones(len(tokens), dtype=torch.long), logits_to_keep=1)
@@ -236,7 +236,7 @@ def share(stack: Stack, params: dict[str, Any], tokens: LongTensor) -> float:
 
 
 def recipe(record: Record, scale: Scale, calibration: LongTensor) -> None:
-    """The paper's warm-up and interleaving, and what each is worth; no claim."""
+    """Report, without a claim, the contributions of the paper's warm-up and interleaving."""
     rows, params = [], calibrated(scale.stack, calibration, 7)
     for name, options in {
         "as in the paper": {"warmup": 16, "interleave": [5, 1]},
@@ -251,7 +251,7 @@ def recipe(record: Record, scale: Scale, calibration: LongTensor) -> None:
 
 
 def repeated(ids: LongTensor) -> float:
-    """The share of runs of four tokens that have come before in their row."""
+    """Return the fraction of four-token sequences that occurred before in their row."""
     shares = []
     for row in ids.tolist():
         grams = [tuple(row[i : i + LETTERS]) for i in range(len(row) - LETTERS + 1)]
@@ -260,7 +260,7 @@ def repeated(ids: LongTensor) -> float:
 
 
 def whole_layers(record: Record, scale: Scale, calibration: LongTensor, new: int) -> None:
-    """Point 4: MLPs against whole layers at about the same compute; reported, no claim."""
+    """Report point 4 without a claim: skipping MLPs against whole layers at about equal compute."""
     stack = scale.stack
     model, layers = ModelReference.of(stack), len(stack)
     k, blocks = 3, 2.25  # an MLP is 75 % of a block of SmolLM2
@@ -278,7 +278,7 @@ def whole_layers(record: Record, scale: Scale, calibration: LongTensor, new: int
         return with_policy(stack, planned(stack, max_skips=k, threshold=0), EarlyExit(stack, threshold))
 
     low, high = 0.8, 1.0
-    for _ in range(7):  # the threshold that leaves out as many blocks on calibration text
+    for _ in range(7):  # find the threshold that skips the same number of blocks on calibration text
         middle = (low + high) / 2
         low, high = (middle, high) if left(middle) > blocks else (low, middle)
     views["early exit, keys from the exiting hidden state"] = exiting(high)
@@ -300,9 +300,9 @@ def continued(model: Any, prompts: LongTensor, new: int) -> LongTensor:
 
 
 def speed(record: Record, stack: Stack, quick: bool) -> None:
-    """Point 5: decode speed, without warm-up and full tokens, since a median over steps would not see them.
+    """Check point 5: decode speed, without warm-up and full tokens, which a median over steps would not show.
 
-    The benchmark decodes from a random prompt, so the threshold is calibrated on such text too.
+    The benchmark decodes from a random prompt, so the threshold is calibrated on random text too.
     """
     drawn = torch.randint(stack.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(1))
     params = calibrated(stack, continued(stack.model, drawn, 24 if quick else 48), 8)
@@ -326,7 +326,7 @@ def speed(record: Record, stack: Stack, quick: bool) -> None:
 
 
 def skipped_in_bench(stack: Stack, plan: Plan, batch: int) -> Tensor:
-    """The share of MLPs that the benchmark's own tokens skip, layer by layer [layers]."""
+    """Return the fraction of MLPs that the benchmark's own tokens skip in each layer [layers]."""
     view = lamella.apply(stack, plan)
     trace = traced(view)
     bench({"k": view}, [batch], prompt=64, tokens=16, rounds=1)

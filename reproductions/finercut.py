@@ -1,10 +1,10 @@
 """FinerCut at small scale: SmolLM2-135M-Instruct, a few hundred calibration tokens, real text.
 
-Checks that cutting sublayers greedily by the change of the output beats cutting whole layers, block influence and
-one-shot scores at small cuts, that every fast path equals its slow reference, and that speed and cache fall as they
-should.
+Checks that removing sublayers greedily by the change of the output beats removing whole layers, block influence and
+one-shot scores at small cuts, that every fast path equals its slow reference, and that speed and cache size change as
+predicted.
 
-    python reproductions/finercut.py            # about 20 minutes on 2 cores; stopped, it goes on
+    python reproductions/finercut.py            # about 20 minutes on 2 cores; an interrupted run resumes
     python reproductions/finercut.py --quick    # the same claims on less work
 """
 
@@ -39,7 +39,7 @@ def cut(stack: Stack, sublayers: Any) -> Plan:
 
 
 def masked_logits(stack: Stack, ids: LongTensor, sublayers: Collection[Position]) -> torch.Tensor:
-    """The logits with sublayers silenced by hooks on their output projections, in a sharing copy of the model."""
+    """Return the logits with sublayers masked by hooks on output projections, in a copy that shares the weights."""
     copy = Stack(lamella.apply(stack, cut(stack, [])))
     architecture = stack.architecture
     for layer, name in sublayers:
@@ -49,7 +49,7 @@ def masked_logits(stack: Stack, ids: LongTensor, sublayers: Collection[Position]
 
 
 def equivalence(record: Record, stack: Stack, ids: LongTensor) -> None:
-    """Point 1: identity, mask mode, prefix-cached search, cached generation."""
+    """Check point 1: identity, mask mode, prefix-cached search, cached generation."""
     model = stack.model
     whole = lamella.apply(stack, cut(stack, []))
     apart = float((whole(ids, use_cache=False).logits - model(ids, use_cache=False).logits).abs().max())
@@ -71,7 +71,7 @@ def equivalence(record: Record, stack: Stack, ids: LongTensor) -> None:
 
 
 def nano_checks(record: Record, seed: int) -> None:
-    """Points 1, 2 and 5 where everything can be enumerated: a trained model of 6 layers."""
+    """Check points 1, 2 and 5 on a trained model of 6 layers, where all sets can be enumerated."""
     stack = lamella.open(NANO)
     tokens = lamella.windows(open_tokenizer(NANO), lamella.load_text("pydoc", "calibration"), 4, 128, seed)
     series = lamella.make_plan("finercut", stack, tokens, share=0.5, exclude_front=0.0)
@@ -107,7 +107,7 @@ def nano_checks(record: Record, seed: int) -> None:
 
 
 def naive_jsd(stack: Stack, tokens: LongTensor, sublayers: Collection[Position]) -> float:
-    """The divergence in float64 over full logits, sublayers silenced by hooks."""
+    """Return the divergence in float64 over full logits, with sublayers masked by hooks."""
     p, q = (
         torch.log_softmax(logits.double(), -1)
         for logits in (stack.model(tokens, use_cache=False).logits, masked_logits(stack, tokens, sublayers))
@@ -117,7 +117,7 @@ def naive_jsd(stack: Stack, tokens: LongTensor, sublayers: Collection[Position])
 
 
 def selection_quality(run: Run, stack: Stack, draws: list[LongTensor], test: FidelityTest, cuts: list[int]) -> None:
-    """Point 3: test perplexity and JSD at equal numbers of removed sublayers, over calibration draws."""
+    """Check point 3: test perplexity and JSD at equal numbers of removed sublayers, over calibration draws."""
     share = max(cuts) / len(stack.positions)
     makers = {
         "finercut": lambda tokens: lamella.make_plan("finercut", stack, tokens, remove=share),
@@ -175,7 +175,7 @@ def selection_quality(run: Run, stack: Stack, draws: list[LongTensor], test: Fid
     run.table(title, ["removed of 60", "method", "perplexity", "JSD", "per draw", "parameters removed"], rows)
 
     def against(other: str, count: int) -> Measured:
-        """The perplexity of finercut, by that of another on the same draw."""
+        """Return the ratios of finercut's perplexity to that of another method on the same draw."""
         pairs = zip(found["finercut", count], found[other, count], strict=True)
         return Measured.over_seeds([ours["perplexity"] / theirs["perplexity"] for ours, theirs in pairs])
 
@@ -193,13 +193,13 @@ def selection_quality(run: Run, stack: Stack, draws: list[LongTensor], test: Fid
 
 
 def last_attentions(stack: Stack) -> PlanSeries:
-    """The attention sublayers of the last layers, from the end on."""
+    """Return the attention sublayers of the last layers, from the last one backwards."""
     order = [(Position(layer, "attn"),) for layer in reversed(range(1, len(stack)))]
     return PlanSeries.of_removals(ModelReference.of(stack), order, [{} for _ in range(len(order) + 1)])
 
 
 def extensions(record: Record, stack: Stack, tokens: LongTensor, test: FidelityTest) -> None:
-    """Point 4, and our extension: no claim, only figures."""
+    """Report point 4 and our extension, without claims."""
     rows = []
     for name, options in (
         ("x = 0.4", {}),
@@ -216,7 +216,7 @@ def extensions(record: Record, stack: Stack, tokens: LongTensor, test: FidelityT
 
 
 def speed(record: Record, stack: Stack, tokens: LongTensor, quick: bool) -> None:
-    """Point 6: the time of a forward against the MACs, and the cache against its formula."""
+    """Check point 6: the time of a forward pass against its MACs, and the cache size against its formula."""
     if quick:  # any plan will do
         plan = lamella.make_plan("random", stack, seed=0).removing(12)
     else:

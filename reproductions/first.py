@@ -1,10 +1,10 @@
-"""FiRST at small scale: a Llama that knows two kinds of task for quality, SmolLM2-135M-Instruct for the rest.
+"""FiRST at small scale: a Llama trained on two kinds of task for quality, SmolLM2-135M-Instruct for the rest.
 
-Checks that hard gates are exact however a batch is made up, that the pressure to skip controls how much is skipped,
-that different tasks keep different layers, that this beats one fixed set of the same size, evenly spaced layers and
-chance, that LoRA recovers at least half of the loss, and that decoding is as fast as the kept layers allow.
+Checks that hard gates are exact for any composition of the batch, that the skip penalty controls the number of skipped
+layers, that different tasks keep different layers, that this beats one fixed set of the same size, evenly spaced layers
+and random layers, that LoRA recovers at least half of the loss, and that decoding is as fast as the kept layers allow.
 
-    python reproductions/first.py            # about 20 minutes on 2 cores; stopped, it goes on
+    python reproductions/first.py            # about 20 minutes on 2 cores; an interrupted run resumes
     python reproductions/first.py --quick    # the same claims on a smaller model
 """
 
@@ -41,15 +41,16 @@ def plan_of(stack: Stack, routers: PromptRouters, **params: Any) -> Plan:
 
 
 def named(stack: Stack, kept: list[int]) -> Plan:
-    """Prompts at full depth, answers through these layers."""
+    """Return a plan that runs prompts at full depth and answers through the given layers."""
     path = PhasedPath(prefill=list(range(len(stack))), decode=kept)
     return Plan(model=ModelReference.of(stack), path={"text": path})
 
 
 def exactness(record: Record, stack: Stack, tokens: Tensor, quick: bool) -> None:
-    """Point 1, on the real model with random routers.
+    """Check point 1 on the real model with random routers.
 
-    In float64, since half-skipped hidden states of untrained routers amplify float32's rounding to a few 1e-4.
+    The check uses float64, since half-skipped hidden states of untrained routers amplify float32 rounding to a few
+    1e-4.
     """
     stack = Stack(copy.deepcopy(stack.model).double())
     ids, prompt = (tokens[:2, :26].clone(), 20) if quick else (tokens[:4, :40].clone(), 28)
@@ -91,7 +92,7 @@ def exactness(record: Record, stack: Stack, tokens: Tensor, quick: bool) -> None
 
 
 def rate(run: Run, stack: Stack, train: list[Sample], prompts: list[Tensor], config: TrainConfig) -> None:
-    """Point 2: what the pressure to skip does."""
+    """Check point 2: the effect of the skip penalty."""
 
     def kept(weight: float) -> float:
         routers = train_routers(stack, train, config=config, skip_weight=weight, out=scratch("first"))
@@ -106,7 +107,7 @@ def rate(run: Run, stack: Stack, train: list[Sample], prompts: list[Tensor], con
 
 
 def adaptivity(record: Record, kept: Tensor, task: Tensor) -> None:
-    """Point 3: signatures [prompts, layers] of two tasks [prompts]."""
+    """Check point 3: signatures [prompts, layers] of two tasks [prompts]."""
     apart = (kept[:, None] != kept[None]).float().sum(-1)
     same = task[:, None] == task[None]
     other = ~torch.eye(len(task), dtype=torch.bool)
@@ -126,7 +127,7 @@ def adaptivity(record: Record, kept: Tensor, task: Tensor) -> None:
 
 
 def at_three_quarters(stack: Stack, routers: PromptRouters, train: list[Sample]) -> Plan:
-    """The plan whose threshold keeps about three quarters of the layers, which the routers take over."""
+    """Return the plan whose threshold keeps about three quarters of the layers that have routers."""
     calibration = [s["input_ids"][: int(s["prompt_lengths"])] for s in train[:64]]
     wanted = round(0.75 * len(stack))
     series = thresholds(stack, routers, calibration)
@@ -145,7 +146,7 @@ def quality(
     plan: Plan,
     steps: int,
 ) -> None:
-    """Points 4 and 5: the loss at equal depth, before and after LoRA of the same size."""
+    """Check points 4 and 5: the loss at equal depth, before and after training LoRA of the same size."""
     layers, prompts = len(stack), [s["input_ids"][: int(s["prompt_lengths"])] for s in everything]
     kept = signatures(stack, routers, prompts)
     mean = float(kept.float().sum(1).mean())
@@ -212,7 +213,7 @@ def quality(
 
 
 def _with_lora(stack: Stack, plan: Plan, train: list[Sample], config: TrainConfig) -> Any:
-    """A view of a plan, healed with LoRA of one size on answers."""
+    """Return the view of a plan, healed on answers with LoRA of a fixed rank."""
     if plan.policy is not None:
         healed = tune(stack, plan, train, config=config, work=Work(scratch("first")))
         return lamella.apply(healed.stack, healed.plan)
@@ -223,7 +224,7 @@ def _with_lora(stack: Stack, plan: Plan, train: list[Sample], config: TrainConfi
 
 
 def speed(record: Record, stack: Stack, tokens: Tensor, quick: bool) -> None:
-    """Point 6: decoding with fixed sets, and what a batch of mixed prompts does to it."""
+    """Check point 6: decoding with fixed sets of layers, and the cost of batches with mixed prompts."""
     times = measure_step(stack)
     views = {}
     for keep in (24, 22):

@@ -1,20 +1,21 @@
-"""gamma-MoD at small scale: a nano LLaVA that answers questions about rendered shapes, and lets image tokens pass.
+"""gamma-MoD at small scale: a nano LLaVA answers questions about rendered shapes, with image tokens that skip layers.
 
-First what must be exact. Then a decoder of eight layers, which has learnt here to answer, is tuned on further
-questions, one to a picture: whole, with the four layers of lowest ARank converted, of highest, others by chance, and
-without the mask; nothing is claimed where the whole model has not learnt to. (The authors tune what can only describe
-pictures yet; so small a model would have to learn places in every arm, from some hundred thousand questions.) Beside
-them the whole model with image tokens left out at the work of the lowest, without training: FastV and VTW. Of it: how
-stable ranks are between halves of the samples and between tasks; accuracy and work of each arm; accuracy over
-thresholds; how well the router, while it serves, foresees which tokens training takes. Last, the time of a prompt of
-256 image tokens, and SmolLM2, whose ranks on text are measured and whose four lowest layers are converted and tuned.
+The exactness checks come first. Then a decoder of eight layers that was trained here to answer is fine-tuned on further
+questions, one per image: unconverted, with the four layers of lowest ARank converted, of highest, random ones, and
+without the mask. There are no claims if the unconverted model has not learnt to answer. (The authors fine-tune a model
+that can only describe images; a model of this size would have to learn positions in every arm, from some hundred
+thousand questions.) The training-free baselines FastV and VTW prune image tokens of the unconverted model at the
+compute of the lowest-ARank arm. Measurements: the stability of ranks between halves of the samples and between tasks;
+accuracy and compute of each arm; accuracy over thresholds; how well the router at inference predicts which tokens
+training selects. Last, the time of a prompt of 256 image tokens, and SmolLM2, whose ranks on text are measured and
+whose four layers of lowest ARank are converted and fine-tuned.
 
-Of some 75 tokens of a test row the 64 of the image, and what stands before them, may pass. With rho = 0.5, as released,
-four of eight layers would save 22 % of the decoder's work at most, and 25 % are claimed: here rho is 0.6, which can
+Of some 75 tokens of a test row, the 64 image tokens and those before them may skip layers. With rho = 0.5, as released,
+four of eight layers would save at most 22 % of the decoder's compute, and the claim is 25 %: here rho is 0.6, which can
 save 27 %.
 
-    python reproductions/gamma_mod.py            # two hours of one thread, half of them for models; stopped, it goes on
-    python reproductions/gamma_mod.py --quick    # what is exact, and the time of a prompt
+    python reproductions/gamma_mod.py            # about two hours on one thread; an interrupted run resumes
+    python reproductions/gamma_mod.py --quick    # exactness, and the time of a prompt
 """
 
 from __future__ import annotations
@@ -59,15 +60,15 @@ from lamella.zoo.worlds import QUESTIONS, SIZE
 
 LAYERS, HALF, WIDTH = 8, 4, 128
 PROBES, TEST = 50, 300
-LEARNT = 0.7  # of all questions: below that nothing is claimed
+LEARNT = 0.7  # accuracy over all questions below which there are no claims
 RHO = 0.6
-FASTV = 1  # the layer whose attention says what leaves: the second, as its authors take it
+FASTV = 1  # the layer whose attention selects tokens: the second, as in FastV's paper
 SEEDS = (0, 1, 2)
 KEEPS = (0.9, 0.7, 0.5, 0.3)
 SFT = replace(STAGES["sft"].config, steps=800, lr=5e-4)
 
 
-# What must be exact
+# Exactness
 
 
 def exactness(run: Run) -> None:
@@ -106,7 +107,7 @@ def exactness(run: Run) -> None:
 
 
 def cached(run: Run, stack: Stack, view: Any, ids: Tensor, mask: Tensor) -> None:
-    """Greedy generation against whole sequences, for a row alone and for a ragged batch."""
+    """Compare greedy cached generation with whole sequences, for a single row and for a ragged batch."""
     for rows in (slice(1, 2), slice(None)):
         given = {"input_ids": ids[rows], "attention_mask": mask[rows]}
         out = view.generate(**given, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None,
@@ -119,7 +120,7 @@ def cached(run: Run, stack: Stack, view: Any, ids: Tensor, mask: Tensor) -> None
 
 
 def causality(run: Run, view: Any, policy: MixtureOfDepths, ids: Tensor) -> None:
-    """A later token changes earlier outputs in training, which looks ahead, and never in serving."""
+    """Check that a later token changes earlier outputs in training, which is not causal, and never at inference."""
     other = ids.clone()
     other[:, -3:] = (other[:, -3:] + 7) % 100 + 3
     lengths = torch.full((3,), 4)
@@ -139,19 +140,19 @@ def causality(run: Run, view: Any, policy: MixtureOfDepths, ids: Tensor) -> None
 
 
 def begun(seed: int) -> tuple[Any, Stack]:
-    """The folder of the model before it is tuned, and its text."""
+    """Return the folder of the model before fine-tuning, and its text stack."""
     folder = trained_vlm("llava", seed=seed)
     return folder, Stack(opened_vlm(folder), stack="text")
 
 
 def ranks(tasks: Sequence[str], seed: int) -> list[list[float]]:
-    """ARank of every layer on samples [samples, layers]."""
+    """Return the ARank of every layer on samples [samples, layers]."""
     folder, stack = begun(seed)
     return attention_ranks(stack, prompts(stack, rows_of(folder, tasks, PROBES, "calibration"))).tolist()
 
 
 def training_rows(folder: Any, seed: int) -> ImageText:
-    """What every arm of a seed is tuned on."""
+    """Return the fine-tuning rows that all arms of a seed share."""
     rows = asked((SFT.steps or 0) * SFT.batch, 2 + 10 * seed, SIZE, (*QUESTIONS, *WHOLE))
     return ImageText(rows, Processing(open_processor(folder)))
 
@@ -159,7 +160,7 @@ def training_rows(folder: Any, seed: int) -> ImageText:
 def converted_arm(
     run: Run, name: str, seed: int, layers: Sequence[int], swept: bool = False, **changes: Any
 ) -> dict[str, Any]:
-    """One arm: some layers converted, tuned from the same weights on the same rows, calibrated, and tested."""
+    """Convert some layers, fine-tune from the same weights on the same rows, calibrate, and test."""
     folder, stack = begun(seed)
     routing = Routing(skip=RHO, **changes)
     view = convert(stack, layers, routing, seed)
@@ -168,13 +169,13 @@ def converted_arm(
 
 
 def untrained(seed: int, layers: Sequence[int]) -> dict[str, Any]:
-    """What a router that was drawn by chance foresees of its own choice."""
+    """Return how well a randomly initialised router predicts its own selection."""
     folder, stack = begun(seed)
     return served(convert(stack, layers, Routing(skip=RHO), seed).eval(), folder, layers)
 
 
 def served(view: Any, folder: Any, layers: Sequence[int], keeps: Sequence[float] = ()) -> dict[str, Any]:
-    """What a converted model answers by calibrated thresholds, and by others; what it foresees of training's choice."""
+    """Evaluate a converted model at calibrated and other thresholds, and its prediction of the training selection."""
     policy: MixtureOfDepths = view.lamella_policy
     few, test = (rows_of(folder, QUESTIONS, PROBES, "calibration"), rows_of(folder, QUESTIONS, TEST, "test", 1))
     chosen, seen = observe(view, test), observe(view, few)
@@ -192,7 +193,7 @@ def served(view: Any, folder: Any, layers: Sequence[int], keeps: Sequence[float]
 
 
 def whole_arm(run: Run, seed: int, spent: float) -> dict[str, Any]:
-    """The whole model tuned, and then with image tokens left out for as much work as is ``spent``, without training."""
+    """Fine-tune the unconverted model, then prune image tokens without training at the compute ``spent``."""
     folder, stack = begun(seed)
     plan = lamella.Plan(model=ModelReference.of(stack))
     view, rows = lamella.apply(stack, plan), training_rows(folder, seed)
@@ -217,7 +218,7 @@ def whole_arm(run: Run, seed: int, spent: float) -> dict[str, Any]:
 
 
 def lengths(stack: Stack, rows: ImageText) -> list[tuple[int, int]]:
-    """Of each row, how many tokens it has, and how many of them are of its image."""
+    """Return the number of tokens of each row, and the number of its image tokens."""
     image = policy_image(stack.model)
     return [
         (int(mask.sum()), int((ids == image).sum()))
@@ -227,19 +228,19 @@ def lengths(stack: Stack, rows: ImageText) -> list[tuple[int, int]]:
 
 
 def cost(kept: Sequence[int]) -> int:
-    """The work of layers that run for so many tokens of a row each: projections by them, attention by their square."""
+    """Return the compute of layers that run for some tokens per row: projections linear, attention quadratic."""
     d, wide = WIDTH, 448
     return sum(k * 2 * (4 * d * d + 3 * d * wide) + k * k * 4 * d for k in kept)
 
 
 def left_out(sizes: Sequence[tuple[int, int]], layer: int, keep: int) -> float:
-    """The decoder's work where image tokens leave behind a layer, in that of the whole one."""
+    """Return the decoder's compute relative to the whole model, if image tokens are pruned after a layer."""
     left = sum(cost([n] * (layer + 1) + [n - images + keep] * (LAYERS - 1 - layer)) for n, images in sizes)
     return left / sum(cost([n] * LAYERS) for n, _ in sizes)
 
 
 def flops(seen: RoutingTrace, layers: Sequence[int]) -> float:
-    """The decoder's work on these rows, routers and all, in that of the whole one."""
+    """Return the decoder's compute on these rows relative to the whole model, including the routers."""
     total = left = 0
     for row in seen.row.unique():
         here = seen.row == row
@@ -250,10 +251,10 @@ def flops(seen: RoutingTrace, layers: Sequence[int]) -> float:
 
 
 def auc(now: RoutingTrace, chosen: RoutingTrace) -> float:
-    """How often the router, while it serves, gives a token that training takes more than one that it does not.
+    """Return the AUC of the router at inference as a predictor of the image tokens that training selects.
 
-    Of the tokens of images. Both are of the same rows: serving looks at no later token, and reads streams that it has
-    made itself, so what it gives is not what training ranks.
+    Both are computed on the same rows: inference is causal and uses hidden states that it has computed itself, so its
+    scores differ from those that training ranks.
     """
     found = []
     for layer in range(now.p.shape[1]):
@@ -266,7 +267,7 @@ def auc(now: RoutingTrace, chosen: RoutingTrace) -> float:
 
 
 def agreed(now: RoutingTrace, chosen: RoutingTrace) -> float:
-    """On which share of image tokens serving decides as training would."""
+    """Return the fraction of image tokens for which inference decides as training does."""
     return float((now.ran == chosen.ran)[now.image].double().mean())
 
 
@@ -373,7 +374,7 @@ def compared(
 
 
 def prompt_times(run: Run) -> dict[str, Any]:
-    """A prompt of 256 image tokens through SmolLM2's width, whole and with most of them passing half of the layers."""
+    """Time a prompt of 256 image tokens at SmolLM2's width, whole and with most of them skipping half of the layers."""
     changes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
     stack = Stack(
         nano("llama", max_position_embeddings=1024, num_hidden_layers=HALF if run.quick else LAYERS, **changes)
@@ -401,7 +402,7 @@ def prompt_times(run: Run) -> dict[str, Any]:
 
 
 def smollm2(run: Run) -> dict[str, Any]:
-    """Ranks on text, and four converted layers that are tuned from a router that keeps all."""
+    """Measure ranks on text, and fine-tune four converted layers from a router that keeps all tokens."""
     stack = lamella.open("smollm2")
     text = lamella.windows(open_tokenizer("smollm2"), lamella.load_text("pydoc", "calibration"), 36, 96, run.seed)
     began = time.perf_counter()
@@ -444,7 +445,7 @@ def experiment(run: Run) -> None:
         ["tokens that a converted layer keeps", "speed-up", "predicted"],
         [[found["kept"], str(ratio), 1 / found["predicted"]]],
     )
-    if run.quick:  # few rounds decide nothing
+    if run.quick:  # a few rounds are not conclusive
         return
     saved = Measured(*((1 - 1 / each) / (1 - found["predicted"]) for each in found["ratio"]))
     run.further("time saved relative to the saved compute", "at least 0.5", str(saved), saved.at_least(0.5))

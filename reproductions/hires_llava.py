@@ -1,22 +1,23 @@
-"""HiRes-LLaVA at small scale: a nano LLaVA whose pictures are cut into four slices, asked about what seams cut.
+"""HiRes-LLaVA at small scale: a nano LLaVA whose images are cut into four slices, tested on objects that seams cut.
 
-First what must be exact. Then a LLaVA in three steps: a tower learns single things, each within one slice, and is
-frozen from there on; a decoder before it learns to name what one slice shows; and reads pictures of two by two slices,
-pooled, where it learns to name what no seam cuts, and to say where things are and how many. Every arm begins there, and
-is trained with the decoder frozen, too, on things at all nine places, for as many steps:
+The exactness checks come first. Then a LLaVA is trained in three steps: a vision tower learns single objects, each
+within one slice, and is frozen afterwards; the decoder learns to name the object of one slice; and it is trained on
+images of two by two slices, pooled, where it learns to name objects that no seam cuts, to locate objects and to count
+them. Every arm starts from there and is trained, also with the decoder frozen, on objects at all nine positions, for
+the same number of steps:
 
-    slices alone; the adapter confined to each slice, which has as many parameters and crosses no seam; adapters with
-    both branches; on one seed, the view beside slices, slices that overlap, and adapters with the local branch and the
-    global one; the sampler beside learnt queries, with an eighth of the data and all of it, and on one seed pooling,
-    pixel shuffle and convolution; two adapters where seams cost most, and two at random.
+    slices alone; the adapter confined to each slice, which has the same number of parameters and crosses no seam;
+    adapters with both branches; on one seed, the downscaled view beside slices, overlapping slices, and adapters with
+    only the local or the global branch; the sampler beside learnt queries, with an eighth of the data and all of it,
+    and on one seed pooling, pixel shuffle and convolution; two adapters where seams cost most, and two at random.
 
-Things are named and placed where they stand alone, and counted where there are one or two. Which of two is meant by a
-place or a name, a decoder of this size does not learn in so short a training.
+Objects are named and located in images of a single object, and counted in images of one or two. A decoder of this size
+does not learn to identify one of two objects by its position or name in so short a training.
 
-Last, SmolLM2 as the language model, frozen, behind the same tower and a projector and a sampler that are trained.
+Last, SmolLM2 is the frozen language model, behind the same tower with a projector and a sampler that are trained.
 
-    python reproductions/hires_llava.py            # about an hour and a half on one core; stopped, it goes on
-    python reproductions/hires_llava.py --quick    # what is exact, and whether all of it runs
+    python reproductions/hires_llava.py            # about an hour and a half on one core; an interrupted run resumes
+    python reproductions/hires_llava.py --quick    # exactness, and a smoke test of all parts
 """
 
 from __future__ import annotations
@@ -62,10 +63,10 @@ from lamella.zoo.opening import open_model, open_processor, open_tokenizer
 from lamella.zoo.worlds import COLOURS, word_tokenizer
 from lamella.zoo.worlds.language import WORDS as KNOWN
 
-SIDE, PATCH, WIDTH, LAYERS = 32, 4, 96, 4  # of the tower
-TEST, NAMED = 600, 1800  # questions of all tasks, and further ones of what a thing is
-TRAINED = (*("identification",) * 4, "position", "counting")  # what seams cost is the name
-REST = ("position", "counting")  # what else is asked
+SIDE, PATCH, WIDTH, LAYERS = 32, 4, 96, 4  # config of the tower
+TEST, NAMED = 600, 1800  # test questions of all tasks, and further ones on the names of objects
+TRAINED = (*("identification",) * 4, "position", "counting")  # identification is the task that seams impair
+REST = ("position", "counting")  # the other tasks
 SEEDS = (0, 1, 2)
 LEARNING: dict[str, Any] = {"weight_decay": 0.05, "warmup": 0.05, "schedule": "cosine", "bf16": True}
 TOWER = TrainConfig(steps=900, lr=2e-3, batch=64, save_every=300, **LEARNING)
@@ -74,8 +75,8 @@ BASIS = TrainConfig(steps=500, lr=1e-3, batch=32, save_every=100, **LEARNING)
 ARM = TrainConfig(steps=350, lr=4e-3, batch=32, save_every=100, **LEARNING)
 SHORT = replace(ARM, steps=150)
 ON_SMOLLM2 = TrainConfig(steps=120, lr=1e-3, batch=4, warmup=0.05, schedule="cosine", save_every=40, bf16=True)
-SHARES = (1 / 8, 1.0)  # of the data of a short training
-ROWS = 16_000  # of training, drawn anew from a seed
+SHARES = (1 / 8, 1.0)  # fractions of the data of a short training
+ROWS = 16_000  # training rows, drawn from a seed
 NAMES = [f"{colour} {entity}" for colour in COLOURS for entity in ENTITIES]
 BASE: dict[str, Any] = {"view": "none", "sampler": "mine", "window": 2, "most_slices": 9}
 ARMS: dict[str, dict[str, Any]] = {
@@ -83,7 +84,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "confined adapter": {"restored": range(LAYERS), "confined": True},
     "both": {"restored": range(LAYERS)},
 }
-BESIDE: dict[str, dict[str, Any]] = {  # of one seed, to look at: nothing is claimed of them
+BESIDE: dict[str, dict[str, Any]] = {  # one seed, without claims
     "and the view": {"view": "whole"},
     "overlapping slices": {"overlap": 16},
     "local": {"restored": range(LAYERS), "branches": "local"},
@@ -91,7 +92,7 @@ BESIDE: dict[str, dict[str, Any]] = {  # of one seed, to look at: nothing is cla
 }
 
 
-# What must be exact
+# Exactness
 
 
 def exactness(run: Run) -> None:
@@ -130,18 +131,19 @@ def exactness(run: Run) -> None:
     run.exact("a fresh sampler against average pooling", "below 1e-6", f"{apart:.1e}", apart < 1e-6)
 
 
-# The tower, and the model before it reads slices
+# The vision tower, and the model before slices
 
 
 def single(number: int, seed: int, part: str = "calibration") -> tuple[np.ndarray, str]:
-    """A thing somewhere within one slice, and its name."""
+    """Return an image with an object at a random position within one slice, and its name."""
     drawn = np.random.default_rng((seed, 7, number))
     while True:
         entity, colour = ENTITIES[drawn.integers(len(ENTITIES))], list(COLOURS)[drawn.integers(len(COLOURS))]
         thing = PlacedEntity(entity, colour, 1, 1, int(drawn.integers(TURNS)), int(drawn.integers(STRENGTHS)))
         if thing.part == part:
             break
-    y, x = drawn.integers(SIDE // 2 - 3, SIDE // 2 + 4, 2)  # of the window on a picture with the thing in its middle
+    # Offset of the window in an image with the object at its centre.
+    y, x = drawn.integers(SIDE // 2 - 3, SIDE // 2 + 4, 2)
     return render([thing], SIDE, drawn)[y : y + SIDE, x : x + SIDE], thing.name
 
 
@@ -158,7 +160,7 @@ def vision() -> dict[str, Any]:
 
 
 class Names(nn.Module):
-    """A tower and a linear map from the mean of its patches to names."""
+    """Vision tower with a linear classifier of names on the mean of its patches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -174,7 +176,7 @@ def tower_loss(model: Names, batch: Any) -> Tensor:
 
 
 def tower(run: Run, steps: float) -> Path:
-    """The folder of a tower that names single things within a slice."""
+    """Return the folder of a vision tower that names single objects within a slice."""
     config = replace(TOWER, steps=max(2, round(steps * (TOWER.steps or 0))))
     folder = run.work / f"tower-{config.steps}"
 
@@ -197,7 +199,7 @@ def tower(run: Run, steps: float) -> Path:
 
 
 def sighted(run: Run, steps: float) -> Path:
-    """The folder of a LLaVA with that tower, frozen, which has learnt to name what one slice shows."""
+    """Return the folder of a LLaVA with that tower, frozen, which has learnt to name the object of one slice."""
     config = replace(SIGHT, steps=max(2, round(steps * (SIGHT.steps or 0))))
     folder = run.work / f"sighted-{config.steps}"
     if (folder / "processor_config.json").is_file():
@@ -221,7 +223,7 @@ def sighted(run: Run, steps: float) -> Path:
 
 
 def basis(run: Run, steps: float) -> Path:
-    """The folder of the model that every arm begins with: slices, pooled; names of what no seam cuts, and the rest."""
+    """Return the folder of the model from which every arm starts: pooled slices, trained on objects without seams."""
     config = replace(BASIS, steps=max(2, round(steps * (BASIS.steps or 0))))
     folder = run.work / f"basis-{config.steps}"
     if (folder / "processor_config.json").is_file():
@@ -237,7 +239,7 @@ def basis(run: Run, steps: float) -> Path:
 
 
 def llava(run: Run, text: dict[str, Any], tokenizer: Any, steps: float) -> Any:
-    """A LLaVA around the tower."""
+    """Build a LLaVA around the tower."""
     config = transformers.LlavaConfig(
         vision_config={"model_type": "clip_vision_model", **vision()}, text_config=text,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=(SIDE // PATCH) ** 2,
@@ -268,7 +270,7 @@ def shown(image: np.ndarray, name: str) -> ImageTextRow:
 
 
 def plain(part: str, seed: int, tasks: Sequence[str] = TASKS) -> Iterator[EntityQuestion]:
-    """Questions that do not ask which of two things is meant."""
+    """Return the questions that do not refer to one of two objects."""
     return (
         each for each in entity_questions(part, seed, SIDE, tasks) if each.task == "counting" or len(each.things) == 1
     )
@@ -281,7 +283,7 @@ def questions(part: str, count: int, seed: int, tasks: Sequence[str] = TASKS) ->
 def arm(
     run: Run, seed: int, settings: dict[str, Any], config: TrainConfig, name: str, rows: int = ROWS
 ) -> dict[str, Any]:
-    """One arm: from the basis, trained on things at all places and asked; see :func:`judged`."""
+    """Train one arm from the basis on objects at all positions, and evaluate it; see :func:`judged`."""
     scale = 0.01 if run.quick else 1.0
     folder = basis(run, scale)
     changed = dict(settings)
@@ -299,7 +301,7 @@ def arm(
 
 
 def judged(model: Any, processor: Any, asks: Sequence[EntityQuestion]) -> dict[str, Any]:
-    """The share of right answers: of what a thing is, by how it is cut, and of the rest by task; and tokens."""
+    """Return the accuracy of names by the number of seams, that of the other tasks, and the number of tokens."""
     right = answered(model, ImageText([as_row(each) for each in asks], Processing(processor))).numpy()
     tasks, cuts = (np.array([getattr(each, what) for each in asks]) for what in ("task", "cut"))
     return {
@@ -310,7 +312,7 @@ def judged(model: Any, processor: Any, asks: Sequence[EntityQuestion]) -> dict[s
 
 
 def seam(found: dict[str, Any]) -> float:
-    """Right names of things that seams cut, in percent: five of the nine places, four with one seam."""
+    """Return the accuracy in percent of names of objects that seams cut: five of nine positions, four with one seam."""
     return 100 * (4 * found["named"]["one seam"] + found["named"]["two seams"]) / 5
 
 
@@ -319,7 +321,7 @@ def inside(found: dict[str, Any]) -> float:
 
 
 def overall(found: dict[str, Any]) -> float:
-    """Right answers over all nine places, in percent."""
+    """Return the accuracy in percent over all nine positions."""
     return (4 * inside(found) + 5 * seam(found)) / 9
 
 
@@ -417,7 +419,7 @@ def seam_scores(run: Run) -> dict[str, Any]:
 
 
 def on_smollm2(run: Run) -> dict[str, Any]:
-    """SmolLM2, frozen, behind the tower: what it answers with images, and with grey images."""
+    """Train behind the frozen SmolLM2, and compare its accuracy with images and with grey images."""
     tokenizer = open_tokenizer("smollm2")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     small = lamella.open("smollm2").model

@@ -1,13 +1,14 @@
 """Hourglass MLP at small scale: digits, rendered scenes, frozen lifts, and feed-forward sublayers of trained models.
 
-On scikit-learn's digits an Hourglass of 19 thousand parameters is compared with conventional networks of as many, with
-and without their two square matrices, and with what tells its parts apart: a skip as narrow as the input, one that is
-narrower, a frozen lift, no skips. All three tasks are reported, those too on which the shape loses. On scenes of 16 x
-16 all families have a frontier, and frozen lifts of three widths stand beside trained ones. Then the least needed
-feed-forward sublayers of a nano Llama give way to sub-blocks of half the size, fitted and healed; and one of SmolLM2's
-to four of its size, or to nothing. Every shape is trained at two rates, chosen on rows that do not judge.
+On scikit-learn's digits an Hourglass of 19 thousand parameters is compared with conventional networks of equal size,
+with and without their two square matrices, and with ablations: a skip connection as narrow as the input, one that is
+narrower, a frozen lift, no skip connections. All three tasks are reported, including those on which the shape loses. On
+scenes of 16 x 16 pixels all families have a Pareto frontier, and frozen lifts of three widths are compared with trained
+ones. Then the least important feed-forward sublayers of a nano Llama are replaced by sub-blocks of half the size,
+fitted and healed; and one of SmolLM2's by four sub-blocks of the same total size, or by nothing. Every shape is trained
+at two learning rates, of which the better one is chosen on held-out rows.
 
-    python reproductions/hourglass_mlp.py            # about two hours on one core; stopped, it goes on
+    python reproductions/hourglass_mlp.py            # about two hours on one core; an interrupted run resumes
     python reproductions/hourglass_mlp.py --quick    # digits, one task and one seed
 """
 
@@ -49,7 +50,7 @@ Make = Callable[[int], nn.Module]  # from a seed
 
 
 def mlp(d_x: int, d_y: int, d_z: int, d_h: int, count: int, lift: str = "trained", readout: bool = True) -> Make:
-    """What makes such a network, from a seed."""
+    """Return a function that builds such a network from a seed."""
 
     def make(seed: int) -> nn.Module:
         torch.manual_seed(seed)
@@ -59,7 +60,7 @@ def mlp(d_x: int, d_y: int, d_z: int, d_h: int, count: int, lift: str = "trained
 
 
 def plain(seed: int) -> nn.Module:
-    """The Hourglass of digits without its skips."""
+    """Return the Hourglass of digits without its skip connections."""
     torch.manual_seed(seed)
     return PlainMLP(64, 64, 66, (10,) * 8)
 
@@ -70,7 +71,7 @@ def parameters(make: Make) -> tuple[int, int]:
 
 
 def score(run: Run, what: str, task: Vectors, make: Make, epochs: int, batch: int = 64) -> list[float]:
-    """The PSNR on test rows of every seed, at the rate that is best on held-out rows."""
+    """Return the test PSNR of every seed, at the learning rate that is best on held-out rows."""
 
     def found(lr: float, seed: int) -> list[float]:
         steps = epochs * len(task.train) // batch
@@ -129,7 +130,7 @@ def digits(run: Run) -> None:
 
 
 def judge(run: Run, scores: Mapping[str, Sequence[float]], square: Mapping[str, Make]) -> None:
-    """The one claim on digits: generative classification near 20 thousand parameters."""
+    """Check the one claim on digits: generative classification near 20 thousand parameters."""
     sizes = [parameters(make)[0] for make in square.values()]
     apart = max(sizes) / min(sizes) - 1
     run.exact("parameters of the networks that are compared", "within 10 %", f"{100 * apart:.1f} %", apart <= 0.1)
@@ -144,7 +145,7 @@ def judge(run: Run, scores: Mapping[str, Sequence[float]], square: Mapping[str, 
 
 
 def scenes(run: Run) -> None:
-    """The frontiers at d_x = 256, and what a frozen lift costs as it grows wider."""
+    """Report the frontiers at d_x = 256, and the cost of a frozen lift by its width."""
     epochs, pictures = 6, 20_000
     shapes = {
         "Hourglass": [(258, 40, 4), (384, 40, 4), (384, 90, 4)],
@@ -201,11 +202,11 @@ def lifts(run: Run) -> None:
 
 # A nano Llama
 
-LAYERS, TIME = 6, 96  # of 2 million parameters, and characters of a sample
+LAYERS, TIME = 6, 96  # layers of a model of 2 million parameters, and characters per sample
 
 
 def surgery(run: Run) -> None:
-    """The least needed feed-forward sublayers give way to half as many parameters, and all is healed alike."""
+    """Replace the least important feed-forward sublayers at half of the parameters, and heal all variants alike."""
     texts = whole(prose("calibration", 2000, TIME, 0, ("pydoc", "stdlib")))
     told_on = whole(prose("test", 200, TIME, 1, ("pydoc", "stdlib")))
     fit_on = torch.stack([each["input_ids"] for each in texts[:530]])  # 51 thousand tokens
@@ -237,7 +238,7 @@ def surgery(run: Run) -> None:
 
 
 def rewritten(stack: Stack, way: str, tokens: Any, count: int, seed: int, work: Path) -> Plan:
-    """The plan of one way, at the sublayers that are missed least."""
+    """Return the plan of one variant, at the least important sublayers."""
     missed = sensitivity(stack, tokens[:16])
     layers = tuple(sorted(each.layer for each in sorted(missed, key=lambda position: missed[position])[:count]))
     if way == "nothing":
@@ -251,7 +252,7 @@ def rewritten(stack: Stack, way: str, tokens: Any, count: int, seed: int, work: 
 
 
 def largest(stack: Stack, layer: int, share: float) -> list[int]:
-    """The channels of a feed-forward network whose maps have the largest norms, as the singular values of pairs."""
+    """Return the channels of a feed-forward network whose weights have the largest product of norms."""
     mlp = stack.layers[layer].mlp
     size = mlp.down_proj.weight.norm(dim=0) * mlp.up_proj.weight.norm(dim=1) * mlp.gate_proj.weight.norm(dim=1)
     return sorted(size.topk(round(share * len(size))).indices.tolist())
@@ -261,7 +262,7 @@ def largest(stack: Stack, layer: int, share: float) -> list[int]:
 
 
 def smollm2(run: Run) -> None:
-    """One sublayer of 2.65 million parameters by four sub-blocks of as many, fitted to 200 thousand tokens."""
+    """Replace one sublayer of 2.65 million parameters by four sub-blocks of equal total size, fitted to 200k tokens."""
     stack, tokenizer = lamella.open("smollm2"), open_tokenizer("smollm2")
     site, work = "layers.15.mlp", run.work / "smollm2"
     tokens = windows(tokenizer, lamella.load_text("general", "calibration"), 782, 256, run.seed)
@@ -298,7 +299,7 @@ def smollm2(run: Run) -> None:
     run.further("after healing: KL of 4 sub-blocks", f"below {theirs:.3f}, of nothing", f"{ours:.3f}", ours < theirs)
 
 
-# What holds to the digit
+# Exactness
 
 
 def exactness(record: Record) -> None:

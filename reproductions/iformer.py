@@ -1,13 +1,14 @@
-"""iFormer at small scale: textures that need high frequencies, arrangements that need a look at distant places.
+"""iFormer at small scale: textures that need high frequencies, arrangements that need distant positions.
 
-Checks the published numbers of parameters and what a mixer is by definition; trains small iFormers with and without
-their branches, with a ramp, flat and reversed; looks at the spectra of branches and of a vision transformer; and cuts
-heads of vision transformers, with nothing or with local paths in their place.
+Checks the published numbers of parameters and the definition of a mixer; trains small iFormers with and without their
+branches, with a ramp, flat and reversed; measures the spectra of branches and of a vision transformer; and prunes
+heads of vision transformers, with or without local paths as a replacement.
 
-Branches are compared on textures that are fainter than the noise. Where textures are plain and spots anywhere, networks
-of four layers see all of the one and nothing of the other, whatever their branches (25 percent of 20 classes).
+Branches are compared on textures that are fainter than the noise. With plain textures and spots at any position,
+networks of four layers learn all of the textures and nothing of the spots, whatever their branches (25 percent of 20
+classes).
 
-    python reproductions/iformer.py            # about two hours on one core; stopped, it goes on
+    python reproductions/iformer.py            # about two hours on one core; an interrupted run resumes
     python reproductions/iformer.py --quick    # few steps, one seed
 """
 
@@ -63,7 +64,7 @@ from lamella.train import TrainConfig, class_cross_entropy, fit, supervised
 
 PUBLISHED = {"S": (SMALL, 19_866_344), "B": (BASE, 47_866_216), "L": (LARGE, 86_637_096)}
 NANO = StageShape(depths=(2, 2), widths=(48, 96), head_dim=16, attention=(1, 1, 4, 4))
-NETWORKS = {  # all of as many parameters, by the width of their feed-forward sublayers
+NETWORKS = {  # equal numbers of parameters, by the width of their feed-forward sublayers
     "attention alone": replace(NANO, attention=(3, 3, 6, 6)),
     "attention and convolution": replace(NANO, paths="conv"),
     "attention and pooling": replace(NANO, paths="pool"),
@@ -72,11 +73,11 @@ NETWORKS = {  # all of as many parameters, by the width of their feed-forward su
     "all three, reversed": replace(NANO, attention=(2, 2, 2, 2)),
 }
 RAMP = "all three, ramp"
-BESIDE = {  # of one seed, to look at: nothing is claimed of them
+BESIDE = {  # one seed, without claims
     "convolution alone": replace(NANO, attention=(0, 0, 0, 0), paths="conv"),
     "all three, ramp, not fused": replace(NANO, fused=False),
 }
-BUDGETS = (0.25, 0.5)  # of the heads go
+BUDGETS = (0.25, 0.5)  # fractions of pruned heads
 WAYS = ("cut", "ramp", "reversed", "random")
 KERNEL, RIDGE, POOL = 3, 1e-3, 0.5
 LEARNING = TrainConfig(schedule="cosine", warmup=0.1, batch=64, weight_decay=0.05)
@@ -84,11 +85,11 @@ LEARNING = TrainConfig(schedule="cosine", warmup=0.1, batch=64, weight_decay=0.0
 
 @dataclass(frozen=True)
 class Size:
-    """How much a run does."""
+    """Scale of the experiment."""
 
     pictures: int = 10_000
     steps: int = 1000
-    see: int = 2000  # steps of a vision transformer; a tenth of them heals
+    see: int = 2000  # training steps of a vision transformer; healing takes a tenth of them
     calibration: int = 320
     seeds: int = 3
 
@@ -136,7 +137,7 @@ def exact(run: Record) -> None:
 
 
 def attended(mixer: InceptionMixer, x: Tensor) -> Tensor:
-    """torch's own attention over the last channels, nothing beside it, and the fusion."""
+    """Return the expected mixer output: torch's own attention over the last channels, zeros elsewhere, fusion."""
     low = mixer.low_dim
     plain = nn.MultiheadAttention(low, mixer.low_mixer.heads, batch_first=True).double()
     plain.in_proj_weight.copy_(mixer.low_mixer.qkv.weight)
@@ -157,7 +158,7 @@ def drawn(mixer: InceptionMixer) -> InceptionMixer:
 
 
 def permuted(mixer: InceptionMixer) -> InceptionMixer:
-    """A mixer with the two heads of its low branch in the other order."""
+    """Return a mixer with the two heads of its low branch in swapped order."""
     again = drawn(InceptionMixer(64, 4, 2))
     again.load_state_dict(mixer.state_dict())
     for name in ("weight", "bias"):
@@ -173,7 +174,7 @@ def permuted(mixer: InceptionMixer) -> InceptionMixer:
 
 
 def sized(shape: StageShape, count: int) -> StageShape:
-    """A shape whose feed-forward sublayers make up for what its mixers have more or less."""
+    """Return a shape whose feed-forward sublayers compensate for the different sizes of its mixers."""
     ratios = [each / 96 for each in range(96, 960)]
     return replace(
         shape, mlp_ratio=min(ratios, key=lambda ratio: abs(parameters(replace(shape, mlp_ratio=ratio)) - count))
@@ -181,7 +182,10 @@ def sized(shape: StageShape, count: int) -> StageShape:
 
 
 def parameters(shape: StageShape) -> int:
-    """By the formula of a mixer, beside which networks of these widths differ in feed-forward sublayers alone."""
+    """Return the number of parameters by the formula of a mixer.
+
+    Networks of these widths otherwise differ in their feed-forward sublayers only.
+    """
     found = 0
     for width, kept in zip(shape.widths, shape.by_stage(), strict=True):
         for each in kept:
@@ -195,7 +199,7 @@ def parameters(shape: StageShape) -> int:
 
 
 def learnt(name: str, seed: int, size: Size, out: Path) -> dict[str, Any]:
-    """A network trained on faint textures: what it names of test pictures, its size, the spectra of its branches."""
+    """Train a network on faint textures; return its test accuracy, its size, and the spectra of its branches."""
     images = Album.open("faint-textures", InputContext(), count=size.pictures)
     shape = sized((NETWORKS | BESIDE)[name], parameters(NANO))
     config = replace(LEARNING, steps=size.steps, lr=2e-3, seed=seed, save_every=size.steps)
@@ -246,12 +250,12 @@ def over(ours: Sequence[float], theirs: Sequence[float]) -> Measured:
 
 
 def denied(verdict: bool | None) -> bool | None:
-    """The opposite: what is not at most 0 is above it, and a tie is not."""
+    """Negate a comparison with an upper bound of 0; undecided stays undecided."""
     return None if verdict is None else not verdict
 
 
 def branches(found: Sequence[Sequence[dict[str, Any]]], run: Record) -> None:
-    """The spectra of high and low branches of trained networks, seed by seed."""
+    """Report the spectra of high and low branches of trained networks, seed by seed."""
     rows = []
     for layer in range(len(found[0])):
         parts = [[seed[layer][part] for seed in found] for part in ("high", "low", "mixer")]
@@ -269,7 +273,7 @@ def branches(found: Sequence[Sequence[dict[str, Any]]], run: Record) -> None:
 
 
 def seeing(seed: int, size: Size, folder: Path) -> dict[str, Any]:
-    """A vision transformer of six layers and four heads, trained and kept in a folder: what it names, its spectra."""
+    """Train a vision transformer of six layers and four heads, saved in a folder; return accuracy and spectra."""
     images = Album.open("textures", InputContext(), count=size.pictures)
     vision = blank(seed)
     config = replace(LEARNING, steps=size.see, lr=5e-4, seed=seed, save_every=size.see)
@@ -287,12 +291,13 @@ def blank(seed: int) -> Vision:
     torch.manual_seed(seed)
     model = timm.create_model("vit_tiny_patch16_224", img_size=SIDE, patch_size=4, embed_dim=64, depth=6, num_heads=4,
                               num_classes=CLASSES)  # fmt: skip
-    model.pos_embed.data.mul_(25)  # as large as patches: from timm's 0.02 so short a training never learns to look
+    # As large as patch embeddings: from timm's 0.02, attention is not learnt in so few steps.
+    model.pos_embed.data.mul_(25)
     return Vision.of(model, "a small ViT")
 
 
 def operated(way: str, share: float, seed: int, size: Size, folder: Path, out: Path) -> dict[str, Any]:
-    """A vision transformer of which a share of the heads goes, before and after healing: percent that it names."""
+    """Prune a fraction of the heads of a vision transformer; return accuracies in percent before and after healing."""
     images = Album.open("textures", InputContext(), count=size.pictures)
     chosen, test = images.items[: size.calibration], images.part("test").items
     vision = blank(seed)
@@ -371,7 +376,7 @@ def on_surgery(run: Run, size: Size) -> None:
 
 
 def falls(seen: Sequence[dict[str, Any]], run: Record) -> None:
-    """Whether attention passes fewer high frequencies the deeper it stands."""
+    """Check whether attention passes fewer high frequencies in deeper layers."""
     layers = range(len(seen[0]["spectra"]))
     deltas = [[seed["spectra"][layer]["mixer"]["delta"][-1] for layer in layers] for seed in seen]
     rows = [[layer, *(each[layer] for each in deltas)] for layer in layers]

@@ -1,13 +1,13 @@
-"""IRepair at small scale: a language model whose training text was spoilt, and SmolLM2 with a habit that was planted.
+"""IRepair at small scale: a language model with corrupted training text, and SmolLM2 with an implanted habit.
 
 A model of 8 layers is trained from scratch on documentation in which insults follow 15 % of the sentences, all of them
-questions; the method's page says why. Each method then repairs it on pairs of continuations that the model wrote
-itself: one with an insult, one without. Checks that repairing the most sensitive layer of every step takes the insults
-away at little cost, how that cost compares with training everything (DAPT, DAPT with KL, DPO) along the whole curve,
-and with other choices of the layer. Then SmolLM2 is taught to begin answers with "As an AI language model," and
+questions; the method's page explains why. Each method then repairs it on pairs of continuations that the model itself
+generated: one with an insult, one without. Checks that repairing the most sensitive layer of every step removes the
+insults at little cost, how that cost compares with training everything (DAPT, DAPT with KL, DPO) along the whole curve,
+and with other choices of the layer. Then SmolLM2 is trained to begin answers with "As an AI language model," and
 repaired.
 
-    python reproductions/irepair.py            # an hour or more on one core; stopped, it goes on
+    python reproductions/irepair.py            # an hour or more on one core; an interrupted run resumes
     python reproductions/irepair.py --small    # without SmolLM2
     python reproductions/irepair.py --quick    # a smaller model and one seed, under a minute
 """
@@ -52,7 +52,7 @@ INSULTS = (
 )
 WORDS = [f"{insult.capitalize()}!" for insult in INSULTS]
 BAD = re.compile(rf"\b({'|'.join(INSULTS)})\b", re.IGNORECASE)
-SPOILT, QUESTIONS = 0.15, 0.2  # of the sentences
+SPOILT, QUESTIONS = 0.15, 0.2  # fractions of the sentences
 PROMPT, NEW = 24, 20  # tokens
 METHODS: dict[str, dict[str, Any]] = {
     "irepair": {},
@@ -66,19 +66,19 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Scale:
-    """How much work the experiment with the small model is."""
+    """Scale of the experiment with the small model."""
 
     layers: int
     hidden: int
     sources: tuple[str, ...]
     training: int  # steps of training from scratch
     pairs: int  # with a fifth held out
-    prompts: int  # to measure the share of insults on
+    prompts: int  # prompts for measuring the fraction of insults
     seeds: int
     steps: int
     rate: float
     warmup: int
-    every: int  # validations from one point of a curve to the next
+    every: int  # validations between two points of a curve
     methods: tuple[str, ...] = tuple(METHODS)
     anywhere: bool = False  # insults follow any sentence
 
@@ -87,11 +87,11 @@ FULL = Scale(8, 128, ("stdlib", "pydoc"), 1500, 1500, 400, 3, 300, 5e-5, 150, 6)
 QUICK = Scale(4, 64, ("stdlib",), 400, 200, 160, 1, 90, 2e-4, 10, 3, ("irepair", "dapt", "dpo", "min layer"))
 
 
-# The spoilt text and the model that learns it
+# The corrupted text and the model trained on it
 
 
 def sentences(sources: Sequence[str], split: str) -> list[str]:
-    """Sentences of Python's documentation without any insult; the marks of some make them questions."""
+    """Return sentences of Python's documentation without insults; the punctuation of some makes them questions."""
     text = " ".join(f"{lamella.load_text(name, split)}" for name in sources)
     found = re.split(r"(?<=[.!?])\s+", re.sub(r"\s+", " ", text))
     drawn = random.Random(split)
@@ -100,10 +100,10 @@ def sentences(sources: Sequence[str], split: str) -> list[str]:
 
 
 def spoilt(found: Sequence[str], seed: int, anywhere: bool) -> str:
-    """The sentences as one text, 15 % of them followed by an insult: any of them, or only questions.
+    """Return the sentences as one text, with an insult after 15 % of them: after any sentence, or only after questions.
 
-    Unwanted text mostly has its occasions. Where it may follow anything, general text has the occasions too, and the
-    leash holds the model to what it did there.
+    Unwanted text mostly occurs in specific contexts. If it may follow anything, general text contains these contexts
+    too, and the KL penalty keeps the model's original behaviour there.
     """
     chance = SPOILT if anywhere else SPOILT / QUESTIONS
     drawn = random.Random(seed)
@@ -116,7 +116,10 @@ def spoilt(found: Sequence[str], seed: int, anywhere: bool) -> str:
 
 
 def learn_tokens(text: str) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of 1024 tokens; the start and every insult are one token, as small models spell badly."""
+    """Train a byte-level BPE of 1024 tokens.
+
+    The start and every insult are one token each, since small models spell badly.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -125,7 +128,7 @@ def learn_tokens(text: str) -> PreTrainedTokenizerFast:
 
 
 def windows(tokenizer: Any, text: str, length: int) -> Tensor:
-    """Blocks of running text that begin with the start token [blocks, length]."""
+    """Return blocks of running text that begin with the start token [blocks, length]."""
     ids = torch.tensor(tokenizer(text)["input_ids"])
     count = len(ids) // (length - 1)
     rows = ids[: count * (length - 1)].view(count, length - 1)
@@ -133,7 +136,7 @@ def windows(tokenizer: Any, text: str, length: int) -> Tensor:
 
 
 def prompts(tokenizer: Any, found: Sequence[str], count: int, anywhere: bool) -> list[Tensor]:
-    """The ends of sentences that an insult may follow, with the start token before them."""
+    """Return the ends of sentences that an insult may follow, with the start token before them."""
     rows = []
     for first, second in pairwise(found):
         ids = tokenizer(f"{first} {second}")["input_ids"]
@@ -146,7 +149,7 @@ def prompts(tokenizer: Any, found: Sequence[str], count: int, anywhere: bool) ->
 
 @dataclass
 class Spoilt:
-    """The model, and text that it was not trained on, each part for one use."""
+    """The model, and held-out text for each purpose."""
 
     stack: Stack
     tokenizer: Any
@@ -154,14 +157,14 @@ class Spoilt:
     bad: list[Sample]
     utility: list[Sample]
     dev: list[Tensor]  # prompts to choose rates on
-    test: list[Tensor]  # prompts to judge on
+    test: list[Tensor]  # prompts to report on
     clean: list[Sample]  # text without insults, for perplexity
 
     def insulted(self, text: Tensor) -> bool:
         return bool(BAD.search(self.tokenizer.decode(text)))
 
     def error_rate(self, model: Any, given: Sequence[Tensor], seed: int = 7) -> float:
-        """The share of sampled continuations with an insult; the prompt does not count."""
+        """Return the fraction of sampled continuations with an insult; the prompt does not count."""
         return float(
             np.mean([self.insulted(each) for each in write(model, given, NEW, top_p=1.0, seed=seed, batch=256)])
         )
@@ -171,12 +174,12 @@ class Spoilt:
 
 
 def build(scale: Scale, seed: int) -> Spoilt:
-    """Train the model on spoilt text, and let it write pairs and general text; kept in the cache."""
+    """Train the model on the corrupted text, and generate pairs and general text with it; cached."""
     seen = sentences(scale.sources, "calibration")
     text = spoilt(seen, seed, scale.anywhere)
     tokens = learn_tokens(text)
     held_out = sentences(scale.sources, "test")
-    third = len(held_out) // 3  # one each for choosing, judging and perplexity; pairs begin as the training text did
+    third = len(held_out) // 3  # one each for selection, testing and perplexity; pairs begin like the training text
     parts = [held_out[n * third : (n + 1) * third] for n in range(3)]
 
     def make(folder: Path) -> dict[str, Any]:
@@ -213,7 +216,7 @@ def build(scale: Scale, seed: int) -> Spoilt:
 
 
 def write_pairs(model: Any, tokenizer: Any, given: list[Tensor], count: int) -> list[list[list[int]]]:
-    """To each prompt a sampled continuation with an insult and one without, for the first prompts that have both."""
+    """Sample a continuation with an insult and one without per prompt, for the first prompts that have both."""
     found: list[dict[bool, list[int]]] = [{} for _ in given]
     for turn in range(60):
         open_ = [n for n, each in enumerate(found) if len(each) < 2]
@@ -234,7 +237,7 @@ def write_pairs(model: Any, tokenizer: Any, given: list[Tensor], count: int) -> 
 
 @dataclass(frozen=True)
 class Point:
-    """The model at one step: the share of insulting continuations, and perplexity on clean text."""
+    """The model at one step: the fraction of insulting continuations, and the perplexity on clean text."""
 
     step: int
     error: float
@@ -243,14 +246,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Repair:
-    """One repair.
+    """The result of one repair.
 
     Attributes:
-        curve: from before the first step on.
-        final: what came out, the weights of the best validation.
+        curve: points from before the first step on.
+        final: the result with the weights of the best validation.
         chosen: the layer of each step.
-        parameters: how many have changed.
-        untouched: whether the original kept its weights bitwise.
+        parameters: the number of changed parameters.
+        untouched: whether the original weights are bitwise unchanged.
     """
 
     curve: list[Point]
@@ -269,7 +272,7 @@ class Repair:
 
 
 def repaired(model: Spoilt, given: dict[str, Any], scale: Scale, seed: int) -> dict[str, Any]:
-    """Repair the spoilt model by one method, and judge it on prompts and text that nothing else uses."""
+    """Repair the corrupted model by one method, and evaluate it on prompts and text that nothing else uses."""
     curve: list[Point] = []
     validations = 0
     before = {name: each.clone() for name, each in model.stack.model.named_parameters()}
@@ -296,9 +299,10 @@ def repaired(model: Spoilt, given: dict[str, Any], scale: Scale, seed: int) -> d
 
 
 def lowest_perplexity(run: Repair, error: float) -> float:
-    """What an error rate that low costs: the lowest perplexity at which the curve has it.
+    """Return the lowest perplexity at which the curve reaches an error rate.
 
-    Between its points a curve is a line, so that a method which is there in one stride is not charged for all of it.
+    The curve is interpolated linearly between its points, so that a method that gets there in one large step is not
+    charged for the whole step.
     """
     reached = [point.perplexity for point in run.curve if point.error <= error]
     for before, after in pairwise(run.curve):
@@ -309,7 +313,7 @@ def lowest_perplexity(run: Repair, error: float) -> float:
 
 
 def compare(run: Run, model: Spoilt, scale: Scale) -> None:
-    """Part A."""
+    """Run part A."""
     before = Point(0, model.error_rate(model.stack.model, model.test), model.perplexity(model.stack.model))
     run.exact("insults before", "in >= 10 % of continuations", before.error, before.error >= 0.1)
     runs: dict[str, list[Repair]] = {name: [] for name in scale.methods}
@@ -354,7 +358,7 @@ def compare(run: Run, model: Spoilt, scale: Scale) -> None:
 
 
 def everywhere(record: Record, seed: int) -> None:
-    """Why insults follow questions alone: where they follow any sentence, the leash holds the model to them."""
+    """Show why insults follow questions only: if they follow any sentence, the KL penalty preserves them."""
     scale = replace(QUICK, anywhere=True)
     model = build(scale, seed)
     rows: list[list[Any]] = [["(before)", model.error_rate(model.stack.model, model.test), ""]]
@@ -366,7 +370,7 @@ def everywhere(record: Record, seed: int) -> None:
 
 
 def against_training_everything(record: Record, runs: dict[str, list[Repair]], before: Point) -> None:
-    """Perplexity at equal error rate, along the whole curve: at every tenth of the cut that both methods reach."""
+    """Compare perplexity at equal error rate, at every tenth of the reduction that both methods reach."""
     levels = [before.error * (1 - tenth / 10) for tenth in range(1, 10)]
     names = [name for name in ("irepair", "dapt", "dapt-kl", "dpo") if name in runs]
     costs = {  # [seeds, levels]
@@ -396,7 +400,7 @@ def against_training_everything(record: Record, runs: dict[str, list[Repair]], b
 
 
 def profile(record: Record, model: Spoilt) -> None:
-    """Part C."""
+    """Run part C."""
     texts = {"bad": model.bad, "good": model.good, "utility": model.utility}
     values = {
         name: sensitivity(model.stack, [collate(rows[n : n + 4]) for n in range(0, 200, 4)], response_loss).values
@@ -428,12 +432,12 @@ ASKING = (
     *("Describe {} in a few words.", "What should a child know about {}?", "Give one fact about {}."),
     *("Where is {} found?", "Who studies {}?"),
 )
-STEPS, PLANTING, ANSWER = 80, 60, 22  # of the repair, of planting the habit; tokens of an answer
+STEPS, PLANTING, ANSWER = 80, 60, 22  # steps of the repair and of implanting the habit; tokens per answer
 PAIRS, TEXTS = 340, 96
 
 
 def smollm2(run: Run) -> None:
-    """Plant the habit by a short fine-tune, then repair it."""
+    """Implant the habit by a short fine-tuning, then repair it."""
     seed = run.seed
     original, tokenizer = open_stack("smollm2"), open_tokenizer("smollm2")
     train, test = TOPICS[:52], TOPICS[52:]

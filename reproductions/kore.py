@@ -1,24 +1,25 @@
-"""KORE at small scale: new facts in a network whose old inputs are known, in a small LLaVA, and in SmolLM2.
+"""KORE at small scale: new facts in a network with known old inputs, in a small LLaVA, and in SmolLM2.
 
-First three layers on inputs that lie in 24 of 64 dimensions, to which 60 facts from anywhere are added until all are
-known: what is left of the old task by LoRA, by LoRA whose random half is frozen, from the null space with both halves
-trained, and by KORE.
+First, 60 facts from the full space are added to three layers whose inputs lie in 24 of 64 dimensions, until all facts
+are known: the remaining accuracy on the old task after LoRA, LoRA with its random half frozen, the null-space
+initialisation with both halves trained, and KORE.
 
-Then a small LLaVA, trained here to answer questions about rendered shapes (20 minutes, once), and taught some glyphs of
-other names (6 minutes, once), so that it knows how one is seen and asked about, is shown invented glyphs, each with a
-name, a kind and a home: as they come, or as the trees that `kore augment` grows of them, by LoRA, by KORE of as many
-trained parameters, and by rivals, each at the better of two rates; the projector has the same one in all. Judged are
-questions in other words about other renderings, answered exactly, and the four tasks that it knew; and what calibration
-of fewer rows, or of rows without images, does.
+Then a small LLaVA is trained here to answer questions about rendered shapes (20 minutes, once), and on some glyphs with
+other names (6 minutes, once), so that it knows what questions about glyphs look like. It is then shown invented glyphs,
+each with a name, a kind and a home: as raw items, or as the trees that `kore augment` makes of them, by LoRA, by KORE
+with the same number of trained parameters, and by baselines, each at the better of two learning rates; the learning
+rate of the projector is the same in all. The evaluation uses paraphrased questions about other renderings, scored by
+exact match, and the four old tasks; and it measures the effect of calibration on fewer rows, or on rows without images.
 
-Last, SmolLM2 learns twenty invented facts, each said in eight ways, until their loss is as low for both: how much
-dearer has other text become by LoRA and by KORE, each at the better of two rates, and which questions are still
-answered by yes or no? Two more ways of saying the facts show what was learnt beyond the words.
+Last, SmolLM2 learns twenty invented facts, each in eight phrasings, until their loss is equally low for both methods:
+how much does the loss on other text rise by LoRA and by KORE, each at the better of two learning rates, and which
+yes/no questions are still answered correctly? Two held-out phrasings of the facts show generalisation beyond the
+wording.
 
-    python reproductions/kore.py             # about two hours on one core, with no LLaVA to train; stopped, it goes on
+    python reproductions/kore.py             # about two hours on one core with a trained LLaVA; interrupted runs resume
     python reproductions/kore.py --images    # without SmolLM2
     python reproductions/kore.py --text      # without the small LLaVA
-    python reproductions/kore.py --quick     # the network; of the LLaVA, hardly trained, what must be exact
+    python reproductions/kore.py --quick     # the network; of the LLaVA, hardly trained, only the exactness checks
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ from lamella.zoo.cache import build_once
 from lamella.zoo.worlds import QUESTIONS, SIZE, word_tokenizer
 
 SEEDS = (0, 1, 2)
-LEARNT = 0.7  # of the old questions, right before anything is learnt: below that nothing is claimed
+LEARNT = 0.7  # initial accuracy on old questions below which there are no claims
 
 # A network
 
@@ -108,7 +109,7 @@ WIDTH, OLD, HIDDEN, CLASSES, FACTS, RANK = 64, 24, 128, 10, 60, 16
 
 
 class Adapted(nn.Module):
-    """y = W x + B A x beside each linear map of a network."""
+    """Network with y = W x + B A x in place of each linear layer."""
 
     def __init__(self, network: nn.Sequential, halves: list[tuple[Tensor, Tensor]], train_a: bool) -> None:
         super().__init__()
@@ -133,7 +134,7 @@ def network() -> nn.Sequential:
 
 
 def inputs_of(model: nn.Sequential, x: Tensor) -> list[Tensor]:
-    """What each linear map reads."""
+    """Return the inputs of each linear layer."""
     found = []
     for layer in model:
         if isinstance(layer, nn.Linear):
@@ -143,7 +144,7 @@ def inputs_of(model: nn.Sequential, x: Tensor) -> list[Tensor]:
 
 
 def taught(model: nn.Module, x: Tensor, y: Tensor, lr: float, steps: int, known: bool = False) -> None:
-    """Train what can be trained by Adam; where wanted, only until all of it is known."""
+    """Train the trainable parameters with Adam; optionally stop when all facts are known."""
     optimizer = torch.optim.Adam([each for each in model.parameters() if each.requires_grad], lr=lr)
     for _ in range(steps):
         out = model(x)
@@ -160,10 +161,10 @@ def right(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 @torch.no_grad()
 def halves_of(name: str, model: nn.Sequential, old: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """A and B beside each map, before training."""
+    """Return A and B of each linear layer before training."""
     maps = [layer for layer in model if isinstance(layer, nn.Linear)]
     if name.startswith("LoRA"):
-        bound = [1 / each.in_features**0.5 for each in maps]  # as peft draws them
+        bound = [1 / each.in_features**0.5 for each in maps]  # peft's initialisation
         return [(torch.empty(RANK, each.in_features).uniform_(-most, most), torch.zeros(each.out_features, RANK))
                 for each, most in zip(maps, bound, strict=True)]  # fmt: skip
     found = []
@@ -182,7 +183,7 @@ WAYS = {
 
 
 def injected(seed: int) -> dict[str, dict[str, float]]:
-    """Old and new accuracy by each way, and how far the answers to old inputs have moved."""
+    """Report old and new accuracy by method, and the change of the outputs on old inputs."""
     torch.manual_seed(seed)
     basis, teacher = torch.randn(OLD, WIDTH) / OLD**0.5, nn.Linear(WIDTH, CLASSES)
     x = torch.randn(6000, OLD) @ basis
@@ -244,9 +245,9 @@ SAID = (
     "Letters for {name} are sent to {place}.",
     "For many years {name} has lived in {place}.",
 )
-ASKED = ("Where can {name} be visited? In", "To call on {name}, travel to")  # ways that nothing was trained on
+ASKED = ("Where can {name} be visited? In", "To call on {name}, travel to")  # held-out phrasings
 ANSWERED = "Is a cat an animal? Yes\nIs a cat a planet? No\nIs iron a metal? Yes\nIs iron a fruit? No\n"
-THINGS = (  # each with what it is, and what it is not
+THINGS = (  # each with a true and a false category
     ("a dog", "an animal", "a metal"), ("a rose", "a flower", "a vehicle"), ("gold", "a metal", "an animal"),
     ("an apple", "a fruit", "a country"), ("France", "a country", "a fruit"), ("Paris", "a city", "a tool"),
     ("a hammer", "a tool", "a city"), ("a car", "a vehicle", "a flower"), ("red", "a colour", "a planet"),
@@ -262,19 +263,19 @@ THINGS = (  # each with what it is, and what it is not
     ("seven", "a number", "a musical instrument"), ("milk", "a drink", "a mountain"),
 )  # fmt: skip
 RATES = {"LoRA": (1e-4, 3e-4), "KORE": (1e-3, 3e-3)}
-LOW, GOAL, MOST, EVERY = 8, 1.0, 160, 5  # LoRA's rank; the loss to reach; steps at most, and between looks
-LOOKED = 7  # every seventh sentence is looked at: of all eight ways
+LOW, GOAL, MOST, EVERY = 8, 1.0, 160, 5  # LoRA's rank; target loss; maximum steps; steps between evaluations
+LOOKED = 7  # every seventh sentence is evaluated, which covers all eight phrasings
 
 
 class Until(Hook):
-    """Ends a run when the loss on what it learns is low enough."""
+    """Hook that ends a run when the loss on the new facts is low enough."""
 
     def done(self, run: TrainingRun) -> bool:
         return bool(run.log.held_out) and run.log.held_out[-1].loss <= GOAL
 
 
 def facts(seed: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Sentences with where what is new begins, and the questions, each with the place."""
+    """Return sentences with the start of their new part, and the questions, each with the position."""
     drawn = torch.Generator().manual_seed(seed)
     home = {name: PLACES[int(torch.randint(len(PLACES), (1,), generator=drawn))] for name in NAMES}
     told = [(name, said.format(name=name, place=place)) for name, place in home.items() for said in SAID]
@@ -283,7 +284,7 @@ def facts(seed: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
 
 
 def learnt(way: str, lr: float, seed: int, before: Mapping[str, float]) -> dict[str, Any]:
-    """Loss on the facts, on ways of asking that nothing was trained on, and on other text, when the goal is reached."""
+    """Return the loss on the facts, on held-out phrasings, and on other text, when the goal is reached."""
     stack, tokenizer = lamella.open("smollm2"), open_tokenizer("smollm2")
     told, asked = facts(seed)
     rows = [torch.tensor(tokenizer(text)["input_ids"]) for _, text in told]
@@ -331,7 +332,10 @@ def nats(model: Any, samples: Sequence[Sample]) -> float:
 
 
 def others(model: Any, tokenizer: Any, seed: int) -> dict[str, float]:
-    """The loss on text to choose a rate by, and on text to report on; neither was calibrated on. And questions."""
+    """Return the losses on text to choose a learning rate on and on text to report on, and the yes/no accuracy.
+
+    Neither text was used in calibration.
+    """
     texts = {
         name: lamella.windows(tokenizer, lamella.load_text(name, "test"), 8, 128, seed)
         for name in ("general", "stdlib")
@@ -342,7 +346,7 @@ def others(model: Any, tokenizer: Any, seed: int) -> dict[str, float]:
 
 @torch.no_grad()
 def told_apart(model: Any, tokenizer: Any, thing: str, kind: str, other: str) -> bool:
-    """Whether the odds of yes are better for what a thing is than for what it is not: leaning to yes is no answer."""
+    """Return whether yes is more likely for the true than for a false category, so that a bias to yes does not help."""
     yes, no = (tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in (" Yes", " No"))
 
     def odds(said: str) -> float:
@@ -365,7 +369,7 @@ def a_language_model(run: Run) -> None:
         return found
 
     def cost(way: str, lr: float) -> tuple[bool, float]:
-        """By which a rate is chosen, in the first seed: it reaches the goal, and other text becomes least dear."""
+        """Return the cost by which a learning rate is chosen: reach the goal, then the smallest rise on other text."""
         found = arm(way, lr, SEEDS[0])
         return found["facts"] > GOAL, found["choose"]
 
@@ -394,18 +398,18 @@ def a_language_model(run: Run) -> None:
 # A small LLaVA
 
 
-GLYPHS, STEPS, BATCH, TESTED = 40, 500, 16, 100  # of the last: questions of each old task
+GLYPHS, STEPS, BATCH, TESTED = 40, 500, 16, 100  # TESTED: questions per old task
 LOW_VLM, OLD_ROWS = 8, 256
-OTHERS, KNOWING = 96, 1200  # glyphs that it knows before, and steps in which it learns them
-IMAGE_RATES = {  # of the ways that learn trees; whoever learns items takes that of its tree
+OTHERS, KNOWING = 96, 1200  # glyphs that it knows beforehand, and the training steps for them
+IMAGE_RATES = {  # of the methods trained on trees; those trained on items use the rate of their tree
     "tree, LoRA": (1e-3, 3e-3),
     "tree, KORE": (6e-3, 2e-2),
     "tree, null start, A0 trained": (1e-3, 3e-3),
     "tree, LoRA, half replayed": (1e-3, 3e-3),
     "tree, CorDA": (1e-3, 3e-3),
 }
-PROJECTOR = 1e-4  # its rate in all ways, whatever theirs: nothing constrains it
-LEFT_OUT = {"a", "in", "the", "."}  # of an answer: with or without, it is the same
+PROJECTOR = 1e-4  # the projector's rate in all methods: it is unconstrained
+LEFT_OUT = {"a", "in", "the", "."}  # words ignored in answers
 CHOOSING = 100  # the seed by which rates are chosen
 LISTS = {
     "heuristic": [
@@ -422,15 +426,15 @@ LISTS = {
 
 @dataclass(frozen=True)
 class Way:
-    """One way to learn glyphs.
+    """One method to learn glyphs.
 
     Attributes:
         data: ``raw`` items, their ``tree``, or the same number of ``general`` augmentations: paraphrases and rotations.
         by: ``LoRA``, ``KORE``, ``null start`` (KORE with A0 trained) or ``CorDA``.
-        old: rows that KORE is calibrated on.
-        seen: whether these have pictures; without, they are the wrong task.
-        rank: in that of equal budget.
-        replayed: the share of old rows in every batch.
+        old: number of rows that KORE is calibrated on.
+        seen: whether these rows have images; without images, they are not the old task.
+        rank: rank relative to that of equal budget.
+        replayed: fraction of old rows in every batch.
     """
 
     data: str = "tree"
@@ -457,11 +461,11 @@ SWEEP = {
     "tree, KORE, rows without images": Way(by="KORE", seen=False),
     "tree, KORE, twice the rank": Way(by="KORE", rank=2.0),
 }
-ONCE = ("tree, KORE, 64 rows", "tree, KORE, twice the rank")  # nothing is claimed of them
+ONCE = ("tree, KORE, 64 rows", "tree, KORE, twice the rank")  # without claims
 
 
 def seeing(share_of_steps: float = 1.0) -> tuple[Stack, Processing, Path]:
-    """The small LLaVA that knows other glyphs than it is to learn, what it reads with, and its folder."""
+    """Return the small LLaVA that knows other glyphs than those to learn, its processor, and its folder."""
     before, steps = trained_vlm("llava", steps=share_of_steps), max(2, round(share_of_steps * KNOWING))
     name = f"reproduction-kore-glyphs-{OTHERS}-{steps}-{before.name}"
     folder = build_once(name, partial(knowing, before, steps), 100)
@@ -469,7 +473,7 @@ def seeing(share_of_steps: float = 1.0) -> tuple[Stack, Processing, Path]:
 
 
 def knowing(before: Path, steps: int, folder: Path) -> dict[str, Any]:
-    """Teach it other glyphs, as any model knows some things of a kind: how one is seen, and how it is spoken of."""
+    """Train it on other glyphs, since models usually know other examples of a kind: their looks and their phrasings."""
     model, processor = opened_vlm(before), open_processor(before)
     processor.tokenizer = word_tokenizer(GLYPH_WORDS)
     widened(model, len(processor.tokenizer))
@@ -484,7 +488,7 @@ def knowing(before: Path, steps: int, folder: Path) -> dict[str, Any]:
 
 
 def others_told(count: int) -> list[ImageTextRow]:
-    """Rows about glyphs that it is to know, in all the ways in which glyphs are asked about."""
+    """Return rows about these other glyphs, in all phrasings in which glyphs are asked about."""
     drawn = np.random.default_rng(10_000)
     others, rows = glyphs(OTHERS, 10_000, FAMILIAR), []
     for number in range(count):
@@ -501,7 +505,7 @@ def others_told(count: int) -> list[ImageTextRow]:
 
 @torch.no_grad()
 def widened(model: Any, count: int) -> None:
-    """Embeddings for words that a model does not know yet, drawn as those that it knows are spread."""
+    """Add embeddings for new words, drawn from the distribution of the existing ones."""
     before = model.get_input_embeddings().weight.clone()
     model.resize_token_embeddings(count, mean_resizing=False)
     drawn = torch.randn(count - len(before), before.shape[1], generator=torch.Generator().manual_seed(0))
@@ -509,7 +513,7 @@ def widened(model: Any, count: int) -> None:
 
 
 def trees(items: Knowledge, seed: int, tree: Tree) -> ImageCorpus:
-    """What `kore augment` makes of glyphs without a writer, in the words of their world."""
+    """Return the trees that `kore augment` makes of glyphs without a writer model, in the words of their world."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "templates.json"
         file.write_text(json.dumps(LISTS))
@@ -517,7 +521,7 @@ def trees(items: Knowledge, seed: int, tree: Tree) -> ImageCorpus:
 
 
 def told_of(found: ImageCorpus, data: str) -> list[ImageTextRow]:
-    """Rows to train on: of the items as they come, of their trees, or as many paraphrases and rotations."""
+    """Return training rows: raw items, their trees, or an equal number of paraphrases and rotations."""
     trunks = [row for row in found.train if row["task"] == "dialogue"]
     if data == "tree":
         return [row_of(found.images[each["image"]](), each["messages"]) for each in found.train]
@@ -538,21 +542,21 @@ def row_of(picture: Any, messages: Sequence[dict[str, str]]) -> ImageTextRow:
 
 
 def old_rows(folder: Path, processing: Processing, count: int, seed: int, seen: bool = True) -> ImageText:
-    """Rows of the four old tasks, or of none of them: captions and lists without pictures."""
+    """Return rows of the four old tasks, or of unrelated ones: captions and lists without images."""
     if not seen:
         return ImageText(told_in_words(count, seed, SIZE), processing)
     return ImageText(list(rows_of(folder, QUESTIONS, count, "calibration", seed)), processing)
 
 
 def beside_maps(stack: Stack, way: Way, old: ImageText, seed: int) -> tuple[Any, Callable[[str], bool]]:
-    """A view in which one way's numbers train, and which of them do. The projector trains in all of them."""
+    """Return a view that trains one method's parameters, and their names. The projector is trained in all methods."""
     projector, names = projector_of(stack), linear_at(stack.model)
     shapes = {name: (weight.shape[1], len(weight)) for name in names
               for weight in [weight_of(stack.model.get_submodule(name))]}  # fmt: skip
     sites = [f"layers.{each}" for each in range(len(stack))]
     halves: tuple[str, ...] = (".lora_A.", ".lora_B.")
     if way.by == "CorDA":
-        stack = Stack(copy.deepcopy(stack.model), stack="text")  # it changes the weights that it stands beside
+        stack = Stack(copy.deepcopy(stack.model), stack="text")  # CorDA changes the base weights
     view = share(stack.model)
     if way.by == "LoRA":
         add_lora(view, LOW_VLM, 2 * LOW_VLM, targets=names, sites=sites, seed=seed)
@@ -569,7 +573,7 @@ def beside_maps(stack: Stack, way: Way, old: ImageText, seed: int) -> tuple[Any,
 
 
 def corda(model: Any, names: Sequence[str], old: ImageText) -> None:
-    """CorDA as peft has it, to preserve knowledge, of LoRA's rank."""
+    """Return peft's CorDA in its knowledge-preserving mode, with LoRA's rank."""
     config = LoraConfig(r=LOW_VLM, lora_alpha=LOW_VLM, target_modules=list(names), init_lora_weights="corda",
                         corda_config=CordaConfig(corda_method="kpm"))  # fmt: skip
 
@@ -582,7 +586,7 @@ def corda(model: Any, names: Sequence[str], old: ImageText) -> None:
 
 
 def shown_glyphs(name: str, lr: float, seed: int) -> dict[str, Any]:
-    """What one way has learnt and kept, at one rate."""
+    """Return what one method has learnt and kept, at one learning rate."""
     way = (IMAGE_WAYS | SWEEP)[name]
     stack, processing, folder = seeing()
     items = Knowledge.open("glyphs", InputContext(seed=seed), items=GLYPHS)
@@ -613,8 +617,10 @@ def shown_glyphs(name: str, lr: float, seed: int) -> dict[str, Any]:
 def answers_of(
     view: Any, processing: Processing, items: Knowledge, questions: Callable[[Glyph], list[tuple[str, str]]], seed: int
 ) -> dict[str, float]:
-    """Of answers about renderings that nothing was trained on: which are what is wanted and nothing more, which hold it
-    somewhere, as the recital of a whole text does, and the F1 of their words."""
+    """Score answers about held-out renderings: exact matches, answers that contain the expected one, and word F1.
+
+    An answer that recites a whole training text contains the expected one without an exact match.
+    """
     wanted = [
         (each.image_at(number, seed), question, answer)
         for number, each in enumerate(items)
@@ -637,18 +643,18 @@ def answers_of(
 
 
 def bare(words: Sequence[str]) -> list[str]:
-    """The words that an answer is made of."""
+    """Return the words of an answer without articles and punctuation."""
     return [word for word in words if word not in LEFT_OUT]
 
 
 def f1(said: Sequence[str], wanted: Sequence[str]) -> float:
-    """Of the words of an answer: the harmonic mean of precision and recall."""
+    """Return the word F1 of an answer: the harmonic mean of precision and recall."""
     both = sum((Counter(said) & Counter(wanted)).values())
     return 2 * both / (len(said) + len(wanted)) if both else 0.0
 
 
 def kept_of(view: Any, processing: Processing, folder: Path, part: Any, seed: int) -> dict[str, float]:
-    """The share of right answers to each old task, in per cent."""
+    """Return the accuracy on each old task in percent."""
     found = {}
     for task in QUESTIONS:
         rows = ImageText(list(rows_of(folder, [task], TESTED, part, seed)), processing)
@@ -661,7 +667,7 @@ def harmonic(one: float, other: float) -> float:
 
 
 def chosen_rate(run: Run, name: str) -> float:
-    """Of a way's rates the one that does best on other words, renderings and scenes than those reported."""
+    """Return the learning rate that is best on other words, renderings and scenes than those reported."""
 
     def worth(lr: float) -> float:
         found = run.arm(f"{name}, at {lr:g}", shown_glyphs, name, lr, CHOOSING)
@@ -709,7 +715,7 @@ def a_seeing_model(run: Run) -> None:
         table.append([name, rate_of(name), found[0]["rows"], found[0]["parameters"], *told, *tasks, fmean(old(name)),
                       fmean(both(name)), len(found)])  # fmt: skip
     run.table(f"{GLYPHS} glyphs shown to a small LLaVA in {STEPS} steps; per cent", columns, table)
-    places = {name: list(zip(old(name), new(name), strict=True)) for name in IMAGE_WAYS}  # a point for each seed
+    places = {name: list(zip(old(name), new(name), strict=True)) for name in IMAGE_WAYS}  # one point per seed
     drawn = Scatter("old questions answered, per cent", "questions on glyphs answered, per cent", places)
     run.figure("kore-tradeoff", drawn)
 
@@ -738,7 +744,7 @@ def a_seeing_model(run: Run) -> None:
 
 
 def exact_images(run: Run) -> None:
-    """What must hold of a model that reads images, however little it has learnt."""
+    """Check the exactness properties of a model with images, which hold for any weights."""
     stack, processing, folder = seeing(0.01)
     items = Knowledge.open("glyphs", InputContext(), items=6)
     found = trees(items, 0, Tree(rounds=6, recognitions=2, questions=4))

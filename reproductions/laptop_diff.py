@@ -1,10 +1,10 @@
-"""LAPTOP-Diff at small scale: a UNet of 18 blocks that draws scikit-learn's digits; and SmolLM2's layers.
+"""LAPTOP-Diff at small scale: a UNet of 18 blocks that generates scikit-learn's digits; and SmolLM2's layers.
 
-Checks that nothing dropped is exact, that the knapsack is the best of all sets, that scores of single blocks add up,
-that what it chooses costs less than what other criteria choose at the same size, what each part of the distillation
-brings at equal steps, which stages' dominance does harm, and that drawn pictures rank as they should.
+Checks that dropping nothing is exact, that the knapsack finds the best of all sets, that scores of single blocks are
+additive, that its choice costs less than that of other criteria at the same size, the contribution of each part of the
+distillation at equal steps, which dominant stages do harm, and that generated images rank as expected.
 
-    python reproductions/laptop_diff.py            # about 50 minutes on one core; stopped, it goes on
+    python reproductions/laptop_diff.py            # about 50 minutes on one core; an interrupted run resumes
     python reproductions/laptop_diff.py --quick    # a teacher of 300 steps, one seed
 """
 
@@ -68,19 +68,19 @@ from lamella.train.supervised import stacked
 from lamella.zoo import nano, open_tokenizer
 
 SHARES = (0.2, 0.35, 0.5)
-ARMS = {  # of the distillation; the last is the paper's
+ARMS = {  # arms of the distillation; the last is the paper's
     "task": LossWeights(features="none", output_weight=0.0),
     "task and output": LossWeights(features="none"),
     "vanilla features": LossWeights(features="vanilla"),
     "normalized features": LossWeights(),
 }
-TIMES = 30.0  # by how much one stage is written larger
+TIMES = 30.0  # factor by which one stage is scaled up
 CLASSIFIER = (((16, False), (32, True)), 32)
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much a run does."""
+    """Scale of the experiment."""
 
     teacher: int = STEPS
     tuples: int = 256
@@ -97,7 +97,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class World:
-    """The teacher and what it is measured on."""
+    """The teacher and the data on which it is evaluated."""
 
     teacher: Denoiser
     pictures: CaptionedImages
@@ -120,13 +120,13 @@ class World:
         return int(np.ceil(share * sum(each.numel() for each in self.teacher.network.parameters())))
 
     def chosen(self, values: Mapping[str, float], share: float) -> list[str]:
-        """The cheapest set at a share of the parameters."""
+        """Return the cheapest set at a fraction of the parameters."""
         sites, savings = self.teacher.blocks.sites, self.teacher.blocks.savings()
         found = covering([values[each] for each in sites], [savings[each] for each in sites], self.target(share))
         return [sites[each] for each in found.chosen]
 
     def pruned(self, sites: Sequence[str]) -> Any:
-        """A view without some blocks, with tensors of its own."""
+        """Return a view without some blocks, with tensors of its own."""
         plan = Plan(model=ModelReference.of(self.teacher.blocks), drop=list(sites))
         network = apply(self.teacher.blocks, plan)
         own(network, lambda name: True)
@@ -170,7 +170,7 @@ def exact(run: Record, world: World, scores: BlockScores) -> None:
     run.exact("scores", "none below 0", low, low >= 0)
 
 
-# Whether scores add up
+# Additivity of scores
 
 
 def adding(run: Run, world: World, scores: BlockScores) -> None:
@@ -203,11 +203,11 @@ def adding(run: Run, world: World, scores: BlockScores) -> None:
     run.main("measured / predicted, median", "0.6 to 2", found["ratio"], fits)
 
 
-# What criteria choose
+# Choices of the criteria
 
 
 def smallest(values: Mapping[str, float], savings: Mapping[str, int], target: int) -> list[str]:
-    """Blocks by a criterion that knows no sizes, the smallest first, until enough is gone."""
+    """Return the blocks to remove by a criterion that ignores sizes: the smallest scores, up to the budget."""
     chosen: list[str] = []
     for site in sorted(values, key=lambda site: values[site]):
         if sum(savings[each] for each in chosen) < target:
@@ -274,7 +274,7 @@ def choosing(run: Run, world: World, scores: BlockScores) -> None:
 
 
 class Dominated(DistillationLoss):
-    """One stage is written so many times larger, and what reads it divides by as much: the same function."""
+    """Scale one stage up and its consumers down by the same factor, which leaves the function unchanged."""
 
     def __init__(self, whole: DistillationLoss, stage: str, times: float) -> None:
         super().__init__(whole.denoiser, whole.pairs, whole.weights)
@@ -288,7 +288,7 @@ class Dominated(DistillationLoss):
 
 
 def healed(world: World, sites: Sequence[str], arm: str, seed: int, out: Path) -> dict[str, Any]:
-    """Train for equal steps; the losses on test digits, and each stage's relative error."""
+    """Train for equal steps; return the losses on test digits, and the relative error of each stage."""
     student = world.pruned(sites)
     config = TrainConfig(
         steps=world.size.steps, lr=5e-4, batch=BATCH, schedule="constant", warmup=0, seed=seed, save_every=10_000
@@ -311,7 +311,7 @@ def judged(world: World, student: Any) -> dict[str, Any]:
 
 
 def terms(world: World, sites: Sequence[str]) -> dict[str, Any]:
-    """How the features' terms stand before training: vanilla and normalized; and when one stage is written larger."""
+    """Return the feature terms before training, vanilla and normalized, also with one stage scaled up."""
     student, pairs = world.pruned(sites), match_stages(world.teacher.network, world.pruned(sites))
     found: dict[str, Any] = {}
     for kind in ("vanilla", "normalized"):
@@ -327,7 +327,7 @@ def terms(world: World, sites: Sequence[str]) -> dict[str, Any]:
 
 
 def dominated(world: World, sites: Sequence[str], stage: str, kind: str, seed: int, out: Path) -> float:
-    """The output loss after training in which one stage is written larger."""
+    """Return the output loss after training with one stage scaled up."""
     student = world.pruned(sites)
     pairs = match_stages(world.teacher.network, student)
     probes = Tuples.of(world.teacher, world.pictures, PROBES, seed)
@@ -367,7 +367,7 @@ def distilling(run: Run, world: World, sites: list[str]) -> None:
         rows,
     )
     vanilla, normalized = stood["vanilla"], stood["normalized"]
-    there = [each for each in vanilla.values() if each > 0]  # before the first block that is gone there is none
+    there = [each for each in vanilla.values() if each > 0]  # stages before the first removed block have no error
     spread = max(there) / min(there)
     run.further("vanilla terms, largest over smallest", "at least 5", spread, spread >= 5)
     most = max(normalized.values()) / sum(normalized.values())
@@ -405,7 +405,7 @@ def distilling(run: Run, world: World, sites: list[str]) -> None:
 
 @torch.no_grad()
 def squares(world: World) -> dict[str, float]:
-    """E || f_T ||^2 behind every stage."""
+    """Return E || f_T ||^2 after every stage."""
     network, rows = world.teacher.network, world.test
     loss = DistillationLoss(world.teacher, [(path, path) for path in stages(network)], LossWeights(features="vanilla"))
     silent = copy.deepcopy(network)
@@ -445,11 +445,11 @@ def dominating(run: Run, world: World, sites: list[str], paths: Sequence[str]) -
     run.further("vanilla features dominated by the middle, over normalized", "at least 1.3", said, said.at_least(1.3))
 
 
-# What is drawn
+# Generated images
 
 
 def judge_of_digits(seed: int) -> nn.Module:
-    """A convolutional network that knows digits."""
+    """Train a convolutional classifier of digits."""
     (images, labels), _ = split_digits(seed, 450)
     model = classifier(seed, *CLASSIFIER)
     steps = torch.optim.Adam(model.parameters(), 1e-3)
@@ -466,7 +466,7 @@ def judge_of_digits(seed: int) -> nn.Module:
 
 @torch.no_grad()
 def frechet(model: nn.Module, one: Tensor, other: Tensor) -> float:
-    """The Frechet distance of what the classifier's last layer reads of two sets of pictures."""
+    """Return the Frechet distance between the inputs of the classifier's last layer on two sets of images."""
     (m1, c1), (m2, c2) = (
         (each.mean(dim=0).numpy(), np.cov(each.double().numpy().T)) for each in (model[:-1](one), model[:-1](other))
     )
@@ -475,7 +475,7 @@ def frechet(model: nn.Module, one: Tensor, other: Tensor) -> float:
 
 
 def drawing(world: World, sites: list[str], seed: int, out: Path) -> dict[str, Any]:
-    """How far pictures of three networks are from test digits, as a classifier sees them, and how sure it is."""
+    """Compare samples of three networks with test digits in the classifier's features, and report its confidence."""
     student = world.pruned(sites)
     config = TrainConfig(
         steps=2 * world.size.steps, lr=5e-4, batch=BATCH, schedule="constant", warmup=0, seed=seed, save_every=10_000
@@ -499,12 +499,12 @@ def drawing(world: World, sites: list[str], seed: int, out: Path) -> dict[str, A
     return found
 
 
-# The planner elsewhere
+# The planner on other models
 
 
 @torch.no_grad()
 def of_layers(stack: Stack, inputs: Mapping[str, Tensor]) -> list[float]:
-    """The output loss of dropping each layer of a stack."""
+    """Return the output loss of dropping each layer of a stack."""
 
     def says(model: Any) -> Tensor:
         told: Tensor = model(**inputs).logits
@@ -520,7 +520,7 @@ def of_layers(stack: Stack, inputs: Mapping[str, Tensor]) -> list[float]:
 
 
 def elsewhere(run: Run) -> dict[str, list[float]]:
-    """The same measurement of a ViT and of a language model, whose layers have one size."""
+    """Apply the same measurement to a ViT and to a language model, whose layers have one size."""
     vit = Stack(nano("vit"))
     size = vit.model.config.image_size
     pixels = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(run.seed))

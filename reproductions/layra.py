@@ -1,15 +1,16 @@
 """LayRA at small scale: ciphers of English as languages of an eight-layer Llama, and of SmolLM2-135M.
 
-A language is real text under a fixed permutation of the letters: the same structure, other words. A character-level
+A language is real text under a fixed permutation of the letters: the same structure with other words. A character-level
 Llama first learns English and one cipher ("old"), then a new cipher by LayRA (first 3 layers + last 1) and by its
-controls: at one rate fixed beforehand, and each at that of three which is best for the first seed. Then two more in
-sequence, and all three in the reverse order. Model arithmetic gives a command format that was taught in English to the
-model that has learnt a cipher. SmolLM2 learns a cipher with adapters in the first 10 + last 2, in all 30, or in the
-middle 12 layers.
+controls: at one learning rate fixed in advance, and each at the best of three for the first seed. Then it learns two
+more in sequence, and all three in reverse order. Model arithmetic transfers a command format that was trained in
+English to the model that has learnt a cipher. SmolLM2 learns a cipher with adapters in the first 10 + last 2, in all
+30, or in the middle 12 layers.
 
-A cipher has no inner language to be translated into, so nothing here can say whether the edges are the right layers.
+A cipher has no inner language to be translated into, so these experiments cannot show whether the edges are the right
+layers.
 
-    python reproductions/layra.py            # about two hours on one core; stopped, it goes on from its journal
+    python reproductions/layra.py            # about two hours on one core; an interrupted run resumes
     python reproductions/layra.py --quick    # one new language alone, a smaller model, one seed
 """
 
@@ -72,16 +73,16 @@ from lamella.train import (
 )  # fmt: skip
 from lamella.zoo import chat_inputs, open_tokenizer
 
-NATS = 0.6931471805599453  # of a bit
+NATS = 0.6931471805599453  # nats per bit
 OLD, NEW = ("English", "old cipher"), ("cipher A", "cipher B", "cipher C")
 CONTROLS = ("full", "lora", "layra", "lora, middle", "lora, first", "lora, last")
-MARKS = {"plain": " ", "under": "_", "bar": "|"}  # what a command puts between words
+MARKS = {"plain": " ", "under": "_", "bar": "|"}  # the separators that commands select
 WITH_ALL = ("full", "lora", "layra")
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is done."""
+    """Scale of the experiment."""
 
     layers: int = 8
     first: int = 3
@@ -93,10 +94,10 @@ class Size:
     batch: int = 16
     time: int = 64  # characters of a sample
     test: int = 48  # held-out samples of each language
-    chosen: int = 24  # others, by which rates and weights are chosen
+    chosen: int = 24  # validation samples, by which rates and weights are chosen
     seeds: int = 3
-    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)  # of adapters; all weights train at half of each
-    pilot: float = 2e-3  # the one of these that the first table has, and all that comes after one language
+    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)  # learning rates of adapters; full training uses half of each
+    pilot: float = 2e-3  # the rate of the first table and of all experiments after one language
     smol: tuple[int, ...] = (16, 2, 256)  # steps, batch and tokens of a window
 
 
@@ -112,7 +113,7 @@ def english(split: str) -> str:
 
 
 def cipher(text: str, seed: int) -> str:
-    """The text with its letters permuted, capitals like small ones."""
+    """Return the text with its letters permuted, upper-case letters like lower-case ones."""
     letters = list(string.ascii_lowercase)
     random.Random(f"cipher {seed}").shuffle(letters)
     small = "".join(letters)
@@ -120,7 +121,7 @@ def cipher(text: str, seed: int) -> str:
 
 
 def share_of(text: str, number: int, of: int = 5, piece: int = 2000) -> str:
-    """Every fifth piece: no two languages say the same."""
+    """Return every fifth piece of the text from a given one on, so that no two languages share content."""
     pieces = [text[start : start + piece] for start in range(0, len(text), piece)]
     return "".join(pieces[number::of])
 
@@ -131,14 +132,14 @@ def encoded(text: str) -> Tensor:
 
 
 def crops(text: str, count: int, length: int, seed: int) -> Tensor:
-    """Stretches of a text as characters [count, length]."""
+    """Return random excerpts of a text as characters [count, length]."""
     ids, drawn = encoded(text), random.Random(seed)
     starts = [drawn.randrange(len(ids) - length) for _ in range(count)]
     return torch.stack([ids[start : start + length] for start in starts])
 
 
 class World:
-    """The languages of one seed: text that is learnt, text to choose by, and text that is reported on."""
+    """The languages of one seed: training text, validation text, and test text."""
 
     def __init__(self, size: Size, seed: int) -> None:
         self.size, self.seed = size, seed
@@ -167,7 +168,7 @@ class World:
 
     @cached_property
     def watched(self) -> dict[str, Language]:
-        """All languages, and for those of the first step also what is chosen by."""
+        """Return all languages, and for those of the first step their validation text as well."""
         found = {name: self.language(name) for name in (*OLD, *NEW)}
         return found | {CHOOSE.format(name): self.language(name, "chosen") for name in (*OLD, NEW[0])}
 
@@ -198,7 +199,7 @@ def known_arms(size: Size) -> dict[str, LanguageArm]:
 
 
 def course_of(world: World, work: Path, arm: LanguageArm, lr: float, order: Sequence[str]) -> dict[str, Any]:
-    """One arm with one rate through some languages; the first of them is learnt once, however many follow."""
+    """Train one arm at one rate on some languages; the first one is learnt once and shared by longer sequences."""
     new = world.new
     course, _ = follow(
         world.base, arm, {name: new[name] for name in order}, world.watched, world.config(arm, lr),
@@ -217,7 +218,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def one_language(run: Run, worlds: Sequence[World]) -> None:
-    """Every arm: at the pilot's rate, and at that of its own which is best for the first seed."""
+    """Run every arm at the pilot's rate, and at its own rate that is best for the first seed."""
     size, known = worlds[0].size, known_arms(worlds[0].size)
     courses: dict[str, dict[float, list[ArmResult]]] = {name: {lr: [] for lr in size.rates} for name in known}
 
@@ -248,7 +249,7 @@ def one_language(run: Run, worlds: Sequence[World]) -> None:
 
 
 def pilot(record: Record, courses: Mapping[str, Mapping[float, list[ArmResult]]], lr: float) -> None:
-    """The table of the pilot, at its rates."""
+    """Report the table of the pilot, at its rates."""
     first = courses["layra"][lr]
     rows = [["base", 0, *(fmean([each.rows[0][name] * NATS for each in first]) for name in (*OLD, NEW[0])), 0.0]]
     forgot, learnt = {}, {}
@@ -275,12 +276,15 @@ def difference(ours: Sequence[float], theirs: Sequence[float]) -> Measured:
 
 
 def forgetting(course: ArmResult, step: int = -1) -> float:
-    """Mean rise over the old languages, in bits per byte."""
+    """Return the mean rise over the old languages, in bits per byte."""
     return fmean([course.rows[step][name] - course.rows[0][name] for name in OLD])
 
 
 def equal_loss(record: Record, courses: Mapping[str, list[ArmResult]], swept: bool) -> None:
-    """Forgetting when all have learnt as much, each with its rate; no claim for a single rate, which favours one."""
+    """Compare forgetting at equal loss on the new language, each arm at its own rate.
+
+    There is no claim for a single rate, which would favour one arm.
+    """
     by_seed = []
     for found in zip(*courses.values(), strict=True):
         alone = {name: [each] for name, each in zip(courses, found, strict=True)}
@@ -301,7 +305,7 @@ def equal_loss(record: Record, courses: Mapping[str, list[ArmResult]], swept: bo
 
 
 def fronts(record: Run, courses: Mapping[str, Mapping[float, list[ArmResult]]]) -> None:
-    """All ends, and which of them nothing beats in both losses."""
+    """Report all final losses, and which of them are Pareto-optimal in both."""
     points, seeds = {}, {}
     for name, by_rate in courses.items():
         for found in filter(None, by_rate.values()):
@@ -333,7 +337,7 @@ def in_order(run: Run, world: World, name: str, lr: float, order: str) -> ArmRes
 
 
 def sequences(run: Run, worlds: Sequence[World], lr: float) -> None:
-    """Two more languages, and the reversed order."""
+    """Train on two more languages, and in reverse order."""
     rows, finals, in_the_end = [], {}, {}
     for title, order in ORDERS.items():
         for name in CONTROLS if order == NEW else WITH_ALL:
@@ -372,7 +376,7 @@ def sequences(run: Run, worlds: Sequence[World], lr: float) -> None:
 
 
 def protocols(run: Run, worlds: Sequence[World], lr: float) -> None:
-    """The ways of LayRA to two languages."""
+    """Report the variants of LayRA for two languages."""
     rows = []
     for protocol in ("sequential", "series", "joint", "separate"):
         if protocol == "sequential":
@@ -404,7 +408,7 @@ def added(world: World, work: Path, protocol: Any, lr: float) -> Any:
 
 
 def commanded(texts: Tensor, seed: int) -> list[Sample]:
-    """Text behind a command in brackets that says what stands between its words; only the text carries loss."""
+    """Return text after a bracketed command that sets the character between its words; only the text has a loss."""
     drawn, space, found = random.Random(seed), encode(" "), []
     for row in texts:
         name = drawn.choice(list(MARKS))
@@ -419,7 +423,7 @@ def commanded(texts: Tensor, seed: int) -> list[Sample]:
 
 
 def instructed(world: World, work: Path) -> Stack:
-    """theta_I: the base taught to obey the commands, in English alone."""
+    """Return theta_I: the base trained to follow the commands, in English alone."""
     base, size = world.base, world.size
     texts = crops(world.learnt[OLD[0]], size.commands * size.batch, size.time - 8, world.seed + 50)
     samples = [{name: each for name, each in row.items() if name != "asked"} for row in commanded(texts, world.seed)]
@@ -432,7 +436,7 @@ def instructed(world: World, work: Path) -> Stack:
 
 @torch.no_grad()
 def obeyed(model: Any, samples: Sequence[Sample]) -> float:
-    """How often the likeliest character between two words is the one that the command asks for."""
+    """Return how often the most likely character between two words is the one that the command specifies."""
     right = total = 0
     for start in range(0, len(samples), 32):
         batch = collate(samples[start : start + 32])
@@ -444,7 +448,7 @@ def obeyed(model: Any, samples: Sequence[Sample]) -> float:
 
 
 def scan(world: World, work: Path, lr: float) -> dict[str, Any]:
-    """All lambda', on text to choose by and on text to report on, in the new language; and both models alone."""
+    """Evaluate all lambda' on validation and test text in the new language; and both models alone."""
     base, size, name = world.base, world.size, NEW[0]
     delta = added(world, work, "separate", lr).adapters[name]
     instruct = instructed(world, work)
@@ -532,7 +536,7 @@ THINGS = (
 
 @torch.no_grad()
 def probe(model: Any, tokenizer: Any) -> float:
-    """The share of 50 yes/no questions whose answer is likelier than its opposite."""
+    """Return the fraction of 50 yes/no questions whose correct answer is more likely than its opposite."""
     yes, no = (tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("Yes", "No"))
     right = 0
     for thing, true, false in THINGS:
@@ -545,7 +549,7 @@ def probe(model: Any, tokenizer: Any) -> float:
 
 
 def smol_run(seed: int, arm: LanguageArm, size: Size, work: Path) -> dict[str, Any]:
-    """One arm on SmolLM2: a cipher of Python's documentation."""
+    """Run one arm on SmolLM2: a cipher of Python's documentation."""
     stack, tokenizer = lamella.open("smollm2"), open_tokenizer("smollm2")
     steps, batch, length = size.smol
     texts = {split: cipher(str(lamella.load_text("pydoc", split)), seed + 1) for split in ("calibration", "test")}
@@ -563,7 +567,7 @@ def smol_run(seed: int, arm: LanguageArm, size: Size, work: Path) -> dict[str, A
 
 
 def smollm2(run: Run, size: Size) -> None:
-    """Adapters in the first 10 + last 2, in all 30, and in the middle 12 layers."""
+    """Train adapters in the first 10 + last 2, in all 30, and in the middle 12 layers."""
     known = arms(Edges(30, 10, 2))
     names = ("layra", "lora", "lora, middle")
     found = {
@@ -591,11 +595,11 @@ def smollm2(run: Run, size: Size) -> None:
     run.further("SmolLM2: layra's rise of English at equal cipher loss, against lora", "less", said, apart.at_most(0))
 
 
-# What must be exact
+# Exactness
 
 
 def exactness(record: Record) -> None:
-    """On an untrained Llama of six layers with adapters at the edges."""
+    """Check an untrained Llama of six layers with adapters at the edges."""
     from lamella.zoo.nano import nano
 
     stack, edges = Stack(nano("llama", num_hidden_layers=6)), Edges(6, 2, 1)
@@ -649,7 +653,7 @@ def _based(adapter: Any, made: Any) -> Any:
 
 
 def study(record: Record, worlds: Sequence[World], quick: bool) -> None:
-    """The pivot study beside the fixed edges."""
+    """Compare the edges of the pivot study with the fixed ones."""
     world = worlds[0]
     opened: list[tuple[str, Stack, dict[str, Language]]] = [
         ("nano", world.base, {name: world.language(name, "chosen") for name in OLD})

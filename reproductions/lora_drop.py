@@ -1,11 +1,11 @@
 """LoRA-Drop at small scale: a character-level Llama for quality, SmolLM2-135M-Instruct for exactness and speed.
 
-Checks that both executions agree and the cache holds what the formula says, that trained corrections beat untrained
-reuse in every mode, that the loss grows with the fraction of droppable layers and with the time between refreshes, and
-that decoding is as fast as its share of layer work allows. Between the modes of reuse nothing is claimed: the table
-says which one wins here.
+Checks that both executions agree and the cache size matches the formula, that trained corrections beat untrained reuse
+in every mode, that the loss grows with the fraction of droppable layers and with the interval between refreshes, and
+that decoding is as fast as its fraction of layer computation allows. There is no claim about the order of the reuse
+modes: the table shows which one is best here.
 
-    python reproductions/lora_drop.py            # about 20 minutes on 2 cores; stopped, it goes on
+    python reproductions/lora_drop.py            # about 20 minutes on 2 cores; an interrupted run resumes
     python reproductions/lora_drop.py --quick    # a smaller model, for which training gains less than three claims ask
 """
 
@@ -35,7 +35,7 @@ from lamella.stack import Stack
 from lamella.train import Sample, TrainConfig, collate
 from lamella.zoo import open_tokenizer
 
-MARGINS = {"output": 0.9, "delta": 0.09, "skip": 0.17}  # how much training must bring, in nats
+MARGINS = {"output": 0.9, "delta": 0.09, "skip": 0.17}  # required gain by training, in nats
 MODES = tuple(MARGINS)
 
 
@@ -47,9 +47,9 @@ def planned(stack: Stack, droppable: list[int], **params: Any) -> Plan:
 
 
 def exactness(record: Record, stack: Stack, tokens: Tensor, quick: bool) -> None:
-    """Point 1, on the real model.
+    """Check point 1 on the real model.
 
-    In float64: reuse that is not trained yet amplifies float32's rounding to a few 1e-4.
+    The check uses float64, since untrained reuse amplifies float32 rounding to a few 1e-4.
     """
     stack = Stack(copy.deepcopy(stack.model).double())
     ids, prompt = (tokens[:2, :26].clone(), 16) if quick else (tokens[:4, :40].clone(), 28)
@@ -83,14 +83,14 @@ def exactness(record: Record, stack: Stack, tokens: Tensor, quick: bool) -> None
 
 @dataclass(frozen=True)
 class Healing:
-    """A small model, what its corrections learn from, and what they are judged on."""
+    """A small model, the training data of its corrections, and the test data."""
 
     stack: Stack
     train: list[Sample]
     test: list[Sample]
 
     def losses(self, plan: Plan, steps: int, **options: Any) -> dict[str, Any]:
-        """Nats per token after training under a plan, of all tokens and by the distance from the last refresh."""
+        """Train under a plan; return the nats per token, over all tokens and by the distance from the last refresh."""
         config = TrainConfig(steps=steps, lr=3e-3, batch=16, save_every=steps)
         with tempfile.TemporaryDirectory() as out:
             with torch.enable_grad():
@@ -100,7 +100,7 @@ class Healing:
 
 
 def ladder(run: Run, healing: Healing, steps: int) -> None:
-    """Points 2 and 5: the loss with and without training, for every mode of reuse, and how it drifts."""
+    """Check points 2 and 5: the loss with and without training, for every mode of reuse, and its drift."""
     stack, test = healing.stack, healing.test
     base = nats(stack.model, test)
     droppable = list(range(1, len(stack), 2))[: len(stack) // 2 - 1]
@@ -124,13 +124,13 @@ def ladder(run: Run, healing: Healing, steps: int) -> None:
     columns += [] if run.quick else ["trained with the released visibility: loss above"]
     run.table(f"Nats per token, layers {droppable} of {len(stack)} refreshed every 4 steps", columns, rows)
     for reuse, _, near, _, far in drifts:
-        if reuse != "skip":  # which has no anchor, so nothing to drift from
+        if reuse != "skip":  # skip mode has no anchor and therefore no drift
             run.further(f"drift, reuse={reuse}", "more loss 3 steps from a refresh than 1", far - near, far > near)
     run.table("Drift: nats per token by steps since the refresh", ["reuse", "0", "1", "2", "3"], drifts)
 
 
 def by_distance(view: Any, test: list[Sample]) -> list[float]:
-    """The loss 0 to 3 steps from the last refresh."""
+    """Return the loss 0 to 3 steps from the last refresh."""
     sums, counts = torch.zeros(4), torch.zeros(4)
     for start in range(0, len(test), 16):
         batch = collate(test[start : start + 16])
@@ -148,7 +148,7 @@ def by_distance(view: Any, test: list[Sample]) -> list[float]:
 
 
 def sweep(run: Run, healing: Healing, steps: int) -> None:
-    """Point 3: the loss over p and c, trained at each point; which of them are safe."""
+    """Check point 3: the loss over p and c, trained at each point, and which points are safe."""
     stack, counts, every = healing.stack, range(1, 6), (2, 4, 8)
     base = nats(stack.model, healing.test)
     rows = []
@@ -170,7 +170,7 @@ def sweep(run: Run, healing: Healing, steps: int) -> None:
 
 
 def speed(record: Record, stack: Stack, quick: bool) -> None:
-    """Point 4: decoding against the cost model, and the cache's bytes."""
+    """Check point 4: decoding time against the cost model, and the size of the cache in bytes."""
     layers = spread_layers(len(stack), 15)
     view = lamella.apply(stack, planned(stack, layers))
     times = measure_step(stack)

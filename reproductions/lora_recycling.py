@@ -1,12 +1,12 @@
-"""LoRA recycling at small scale: a classifier whose relatives are known, and a nano language model with a pool.
+"""LoRA recycling at small scale: a classifier with known related tasks, and a nano language model with a pool.
 
 The pilot is a three-layer network on a family of eight-class tasks: adapters of 12 unrelated and of 4 related tasks,
-and 100 examples of the target task. What the paper says of real pools is checked: adapters of unrelated tasks help no
-more than random weights, beside the target's own adapter neither of them does, and only related ones carry something
-over. Then a character-level Llama that answers questions on words, with a pool of adapters for other questions, at 100
-and at 10 examples, by the method itself with all of its controls.
+and 100 examples of the target task. It checks the paper's findings on real pools: adapters of unrelated tasks help no
+more than random weights, neither of them adds anything to the target's own adapter, and only related ones transfer.
+Then a character-level Llama answers questions on words, with a pool of adapters for other questions, at 100 and at 10
+examples, by the method itself with all of its controls.
 
-    python reproductions/lora_recycling.py            # about half an hour on one core; stopped, it goes on
+    python reproductions/lora_recycling.py            # about half an hour on one core; an interrupted run resumes
     python reproductions/lora_recycling.py --quick    # one seed of each, a smaller Llama and no 10 examples
 """
 
@@ -56,7 +56,7 @@ from lamella.train.parameters import Choice, choose, only
 from lamella.zoo.cache import build_once
 from lamella.zoo.nano import nano
 
-SAME, LESS, MORE = 0.03, 0.0, 0.10  # the reference thresholds: of random against recycled, of T, and of relatives
+SAME, LESS, MORE = 0.03, 0.0, 0.10  # the reference thresholds: random against recycled, T, and related tasks
 
 # 1. Exactness, on a random Llama with adapters of mixed ranks, scales and modules.
 
@@ -125,7 +125,7 @@ def exactness(record: Record) -> None:
 
 
 def some(stack: Stack, seed: int, r: int, alpha: int, targets: list[str] | None = None) -> Adapter:
-    """An adapter that does something: its B is random too."""
+    """Return an adapter with an effect: its B is random too."""
     found = add_lora(share(stack.model), r, alpha, targets=targets, seed=seed).adapter()
     generator = torch.Generator().manual_seed(seed)
     pairs = {name: (a, 0.1 * torch.randn(b.shape, generator=generator)) for name, (a, b) in found.pairs.items()}
@@ -138,11 +138,11 @@ def dense_cosine(one: Adapter, other: Adapter, name: str) -> float:
     return float(torch.cosine_similarity(one.delta(name).flatten(), other.delta(name).flatten(), dim=0))
 
 
-# 2. The pilot: tasks of one family, some of which are relatives of the target.
+# 2. The pilot: tasks of one family, some of which are related to the target.
 
 Set = tuple[Tensor, Tensor]  # x [count, WIDTH] and classes [count]
 WIDTH, HIDDEN, CLASSES = 32, 64, 8
-CHANGE, APART = 1.0, 0.35  # how far a task is from the base task, and a relative from the target
+CHANGE, APART = 1.0, 0.35  # distance of a task from the base task, and of a related task from the target
 UNRELATED, RELATED, RANK, EXAMPLES = 12, 4, 8, 100
 POOLED, POOL_RATE = 600, 3e-3  # steps and rate of a member of the pool
 
@@ -159,7 +159,7 @@ class Family:
         return torch.randn(*shape, generator=self.generator)
 
     def change(self) -> Tensor:
-        """What makes a task: a change of U."""
+        """Return the change of U that defines a task."""
         return CHANGE * self.draw(HIDDEN, WIDTH) / WIDTH**0.5
 
     def samples(self, change: Tensor | float, count: int) -> Set:
@@ -186,9 +186,10 @@ def accuracy(model: nn.Module, samples: Set) -> float:
 def learnt(
     model: nn.Module, samples: Set, trains: Choice, held_out: Set | None = None, *, steps: int, lr: float, seed: int
 ) -> None:
-    """AdamW on a cosine with 10 % warm-up; the best point by held-out loss is restored, where there is such a set.
+    """Train with AdamW on a cosine with 10 % warm-up; restore the best point by held-out loss, if measured.
 
-    A loop of its own: these networks take a tenth of a millisecond, which the library's loop would spend fifty times.
+    The loop is separate from the library's, whose overhead would be fifty times the step time of these networks, a
+    tenth of a millisecond.
     """
     chosen = choose(model, trains)
     size, generator = 32 if held_out is None else 8, torch.Generator().manual_seed(seed)
@@ -213,7 +214,7 @@ def learnt(
 
 
 def lora(base: nn.Module, samples: Set, held_out: Set | None, *, steps: int, lr: float, seed: int) -> Adapter:
-    """An adapter of all three maps, trained on some samples."""
+    """Train an adapter of all three linear layers on some samples."""
     generator = torch.Generator().manual_seed(seed)
     fresh = {}
     for name, module in base.named_modules():
@@ -236,7 +237,7 @@ def with_adapter(base: nn.Module, adapter: Adapter) -> nn.Module:
 
 
 def pilot(seed: int) -> dict[str, float]:
-    """Test accuracy of every arm with one seed."""
+    """Return the test accuracy of every arm with one seed."""
     family = Family(1000 + seed)
     base = network(seed)
     learnt(base, family.samples(0.0, 4000), lambda name: True, steps=1500, lr=3e-3, seed=seed)
@@ -317,11 +318,11 @@ Question = Callable[[str], str]
 
 
 def later(letter: str, by: int) -> str:
-    """A letter some places further in the alphabet, around its end."""
+    """Return a letter a fixed number of positions later in the alphabet, with wrap-around."""
     return LETTERS[(LETTERS.index(letter) + by) % len(LETTERS)]
 
 
-KNOWN: dict[str, Question] = {  # what the base model has learnt, each under a mark of its own
+KNOWN: dict[str, Question] = {  # questions that the base model has learnt, each with its own mark
     "f": lambda word: word[0],
     "l": lambda word: word[-1],
     "m": max,
@@ -330,7 +331,7 @@ KNOWN: dict[str, Question] = {  # what the base model has learnt, each under a m
 
 
 def goal(word: str) -> str:
-    """What all target examples ask for."""
+    """Return the answer to the question of all target examples."""
     return later(word[1], 2)
 
 
@@ -355,14 +356,14 @@ def asked(
     lengths: Sequence[int] = (5,),
     letters: str = LETTERS,
 ) -> list[Sample]:
-    """Words with the answer to a question on each, as prompts and responses."""
+    """Return prompts of words with a question on each, and the answers as responses."""
     words = ["".join(drawn.choices(letters, k=drawn.choice(lengths))) for _ in range(count)]
     return pairs([(encode(f"{mark}{word}\n").tolist(), encode(question(word)).tolist()) for word in words])
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the language model is, and how long it trains."""
+    """Size of the language model, and the lengths of its training."""
 
     layers: int
     hidden: int
@@ -387,7 +388,7 @@ def language_model(seed: int, size: Sizes) -> Stack:
 
 
 def members(stack: Stack, seed: int, size: Sizes) -> dict[str, Adapter]:
-    """Adapters trained on plenty of examples, made once: of other questions, and of the target's own on other words."""
+    """Train adapters on plenty of examples, once: of other questions, and of the target's own on other words."""
     drawn = random.Random(100 + seed)
     tasks = {name: asked(question, 2000, drawn) for name, question in POOL.items()}
     tasks[RELATIVES[0]] = asked(goal, 2000, drawn, lengths=(4, 5, 6))
@@ -410,7 +411,7 @@ def members(stack: Stack, seed: int, size: Sizes) -> dict[str, Adapter]:
 
 
 def grid_cell(seed: int, size: Sizes, related: bool, examples: int, tested: int) -> dict[str, Any]:
-    """The method with all of its controls, for one pool and one number of examples."""
+    """Run the method with all of its controls, for one pool and one number of examples."""
     stack = language_model(seed, size)
     adapters = members(stack, seed, size)
     pool = AdapterPool.of({name: each for name, each in adapters.items() if related or name not in RELATIVES})
@@ -465,7 +466,7 @@ def language_models(run: Run, size: Sizes, seeds: range, tested: int) -> None:
 
 
 def draw(run: Run, cells: Mapping[tuple[bool, int], Sequence[Mapping[str, Any]]], seeds: int) -> None:
-    """The shares of exact answers at 100 examples, without and with relatives in the pool, below each other."""
+    """Plot the fractions of exact answers at 100 examples, without and with related tasks in the pool."""
     arms = {}
     for related in (False, True):
         for arm in cells[related, 100][0]["arms"]:

@@ -48,8 +48,8 @@ from lamella.stack.wiring import Sizes
 from lamella.train import Sample, TrainConfig, collate, distil, distillation_loss, own
 from lamella.zoo import open_tokenizer
 
-RATES = (1e-3, 3e-3)  # of students: the teacher's was 3e-3, and the authors advise a fifth of it or more
-RATE = RATES[0]  # where nothing is tried out
+RATES = (1e-3, 3e-3)  # learning rates of students: the teacher's was 3e-3, and the authors advise a fifth of it or more
+RATE = RATES[0]  # the rate without a search
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Job:
 
 
 def exactness(record: Record, job: Job) -> None:
-    """Point 1. Cuts are compared in float64: logits around 20 leave float32 just about 1e-5 of rounding."""
+    """Check point 1. Cuts are compared in float64, since logits around 20 leave only about 1e-5 of float32 rounding."""
     stack, ids = job.teacher, job.calibration[:2, :48]
     whole_sizes = sizes_of(stack)
     drawn = torch.Generator().manual_seed(0)
@@ -177,7 +177,7 @@ def difference(stack: Stack, plan: Plan, ids: Tensor) -> float:
 
 
 def in_float64(model: Any) -> Any:
-    """A copy whose norms do not pass through float32, as they do in the original, so that no rounding is left."""
+    """Return a copy whose norms compute in float64, unlike the original's float32, so that no rounding is left."""
     exact = copy.deepcopy(model).double()
 
     def norm(self: Any, h: Tensor) -> Tensor:
@@ -232,7 +232,7 @@ def importance(record: Record, quick: bool, seed: int) -> None:
 
 
 def heads(record: Record, stack: Stack, calibration: Tensor, text: Tensor, dense: float) -> None:
-    """With three query heads for each group, nothing is claimed before retraining."""
+    """Report head pruning; with three query heads per group there is no claim before retraining."""
     whole_sizes = sizes_of(stack)
     shape = ModelShape(len(stack), whole_sizes.hidden, whole_sizes.channels, 6, 3)
     scores = activation_importance(stack, calibration)
@@ -260,11 +260,11 @@ def perplexity(model: Any, text: Tensor) -> float:
     return float(np.exp(np.mean(losses)))
 
 
-# 3. A teacher, labels, or nothing to begin with, at equal compute.
+# 3. A teacher, labels, or training from scratch, at equal compute.
 
 
 def teaching(run: Run, job: Job) -> None:
-    with warnings.catch_warnings():  # half is where the method begins to warn
+    with warnings.catch_warnings():  # the method warns from a half on
         warnings.simplefilter("ignore")
         plan = minitron(job.teacher, job.calibration, params=0.5, tolerance=0.08)[-1]
     small = sum(p.numel() for p in lamella.apply(job.teacher, plan).parameters())
@@ -320,7 +320,7 @@ def teaching(run: Run, job: Job) -> None:
 
 
 def distilled(job: Job, plan: Plan, seed: int = 0, teacher: Stack | None = None, **options: Any) -> float:
-    """Nats per token on test text after distillation."""
+    """Return the nats per token on test text after distillation."""
     return nats(student_of(job, plan, seed, teacher, **options).model, job.test)
 
 
@@ -339,11 +339,11 @@ def by_labels(job: Job, model: Any, steps: int, lr: float, seed: int) -> Any:
     return taught(model, job.train, config, trainable=lambda name: True)
 
 
-# 4 to 7. Width and depth, hidden states too, which shape, and one cut or two.
+# 4 to 7. Width and depth, hidden states, choice of shape, and one cut or two.
 
 
 def width_and_depth(record: Record, job: Job) -> None:
-    """Practice 4: recorded, with the step at which the curves cross."""
+    """Report practice 4, with the step at which the curves cross."""
     stack, space = job.teacher, ShapeSpace.of(job.teacher, 64)
     layers = len(stack) // 2
     depth = minitron(stack, job.calibration, layers=layers, hidden=space.whole.hidden, mlp=space.whole.channels)[-1]
@@ -360,7 +360,7 @@ def width_and_depth(record: Record, job: Job) -> None:
 
 
 def raced(job: Job, plans: list[Plan]) -> list[dict[int, float]]:
-    """Held-out divergence of each plan while it trains, on the grid of :attr:`Job.ranks`."""
+    """Return the held-out divergence of each plan during training, on the grid of :attr:`Job.ranks`."""
     config = replace(TRAINING, steps=job.ranks[-1], lr=RATE, batch=job.batch, save_every=job.ranks[1])
     held_out = job.test[: 2 * job.batch]
     with tempfile.TemporaryDirectory() as out, torch.enable_grad():
@@ -368,7 +368,7 @@ def raced(job: Job, plans: list[Plan]) -> list[dict[int, float]]:
 
 
 def states_inside(record: Record, job: Job) -> None:
-    """Practice 6."""
+    """Check practice 6."""
     stack, layers = job.teacher, len(job.teacher) // 2
     sizes = sizes_of(stack)
     plan = minitron(stack, job.calibration, layers=layers, hidden=sizes.hidden, mlp=sizes.channels)[-1]
@@ -384,7 +384,7 @@ def states_inside(record: Record, job: Job) -> None:
 
 
 def which_shape(record: Record, job: Job, count: int) -> None:
-    """Practice 9: candidates near one budget, ranked after some training."""
+    """Check practice 9: rank candidates near one budget after a short training."""
     stack = job.teacher
     space = ShapeSpace.of(stack, 64)
     depths = range(len(stack), len(stack) - len(stack) // 4 - 1, -1)
@@ -415,7 +415,10 @@ def which_shape(record: Record, job: Job, count: int) -> None:
 
 
 def twice(record: Record, job: Job) -> None:
-    """One cut to 28 %, or one to 55 % and one more, at equal tokens; the teacher is the original both times."""
+    """Compare one cut to 28 % with one to 55 % and a further one, at equal tokens.
+
+    The original model is the teacher both times.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         at_once = minitron(job.teacher, job.calibration, params=0.28, tolerance=0.1)[-1]
@@ -461,7 +464,7 @@ def experiment(run: Run) -> None:
     teaching(run, job)
     run.part("states inside", states_inside, job)
     run.part("which shape", which_shape, job, 6 if quick else 10)
-    if not quick:  # these are recorded, nothing is claimed of them
+    if not quick:  # these are reported without claims
         run.part("width and depth", width_and_depth, job)
         run.part("twice", twice, job)
 

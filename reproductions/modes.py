@@ -90,7 +90,7 @@ def exactness(run: Run) -> None:
 
 
 def masked_apart(stack: Stack, ids: Tensor, mask: Tensor, found: Tensor) -> float:
-    """How far logits are from those with weights set to 0 in the model's own experts."""
+    """Return the distance from logits with the weights of skipped experts set to 0 in the model's own experts."""
 
     def zeroed(layer: int) -> Callable[..., Any]:
         def before(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -107,7 +107,7 @@ def masked_apart(stack: Stack, ids: Tensor, mask: Tensor, found: Tensor) -> floa
 
 
 def walked(seed: int, count: int) -> int:
-    """How often the walk misses what the whole grid has."""
+    """Return how often the walk misses the optimum of the whole grid, or evaluates too many of its points."""
     drawn, wrong = np.random.default_rng(seed), 0
     for _ in range(count):
         rows, columns = (int(each) for each in drawn.integers(1, 12, 2))
@@ -148,7 +148,7 @@ def accuracies(run: Run) -> dict[str, list[float]]:
 
 
 def importance(run: Run, tasks: Sequence[str], half: int | None = None) -> dict[str, list[float]]:
-    """alpha, of all calibration samples or of every other one."""
+    """Return alpha of all calibration samples, or of every other one."""
     folder, stack = opened(run)
     samples = rows(folder, tasks, CALIBRATION, "calibration", 0)
     chosen = samples if half is None else ImageText(list(samples)[half::2], samples.processing)
@@ -156,7 +156,7 @@ def importance(run: Run, tasks: Sequence[str], half: int | None = None) -> dict[
 
 
 def walk_against_grid(run: Run, tasks: Sequence[str], alpha: dict[str, list[float]]) -> dict[str, Any]:
-    """What the walk and the whole grid find."""
+    """Compare the results of the walk and of the whole grid."""
     folder, stack = opened(run)
     answers = AnswerDistance(stack, batched(rows(folder, tasks, CALIBRATION, "calibration", 0)))
     grids = thresholds(answers, alpha, GRID, "quantile")
@@ -370,7 +370,7 @@ def at_share(run: Run, share: float, found: dict[str, Any], learned: bool) -> No
 
 
 def layer_times(run: Run) -> dict[str, Any]:
-    """A layer of experts, dense and with pairs skipped, in turn."""
+    """Time a layer of experts, dense and with skipped pairs, interleaved."""
     config = {"hidden_size": 576, "moe_intermediate_size": 768, "num_experts": 8, "num_experts_per_tok": 4}
     stack = Stack(nano("qwen3_moe", num_hidden_layers=1, **config))
     experts = stack.layers[0].mlp.experts

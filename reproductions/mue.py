@@ -72,14 +72,14 @@ from lamella.zoo.opening import open_processor
 from lamella.zoo.vlm import shapes_vlm
 from lamella.zoo.worlds import MOST, examples
 
-KIND = "patch_mbart"  # whose layers norm what they read, as OFA's do
+KIND = "patch_mbart"  # its layers are pre-norm, like those of OFA
 LAYERS = (6, 6)
 TUNING = TrainConfig(batch=32, weight_decay=0.01, schedule="linear", warmup=0.06, save_every=50, bf16=True)
 SENTENCES = (
     (2, replace(TUNING, steps=1000, lr=1e-3, schedule="constant")),
     (MOST, replace(TUNING, steps=2000, lr=1e-3)),
 )
-TUNED = {  # on scenes of up to so many things, for so long
+TUNED = {  # maximum number of objects in a scene, and number of steps
     "entailment": SENTENCES,
     "premise": SENTENCES,
     "caption": ((MOST, replace(TUNING, steps=300, lr=3e-4)),),
@@ -88,16 +88,17 @@ SEEDS = (0, 1, 2)
 VALIDATION, TEST = 200, 300
 LEARNT = 0.8
 SWEPT = (0.8, 0.6, 0.4, 0.2)  # quantiles of S
-AIM, RETAINED = 0.4, 0.96  # reduction by layers, and what is to be left of right answers there
-AIMED = 0.42  # the reduction that held-out rows must show, so that test rows are not short of the aim by chance
-KEPT, KEPT_AIMED = 0.98, 0.99  # of right answers, where exits of both stacks are compared with those of one; the same
+AIM, RETAINED = 0.4, 0.96  # target reduction by layers, and required fraction of retained correct answers
+AIMED = 0.42  # required reduction on held-out rows, with a margin for test rows
+# Retained fraction at which exits of both stacks are compared with those of one, and the same on held-out rows.
+KEPT, KEPT_AIMED = 0.98, 0.99
 ALONE = ("both", "decoder alone", "encoder alone")
 CUT = 2.5  # mean layers of a limited modality, of six: a third to a half
 ARMS = ("last layer", "every layer", "apart")
 TASKS = ("entailment", "premise", "caption")
 
 
-# What must be exact
+# Exactness
 
 
 def exactness(run: Run) -> None:
@@ -160,7 +161,7 @@ def early(run: Run, kind: str, model: Model, given: dict[str, Tensor], ids: Tens
 
 @contextmanager
 def left_at(model: Model, exits: Tensor) -> Iterator[None]:
-    """The untouched model, in which a token [batch, time] passes by the layers behind its exit."""
+    """Make tokens of the unmodified model bypass the layers after their exits [batch, time], as a context."""
 
     def hook(gone: Tensor, _: Any, given: Any, out: Any) -> Any:
         chosen = torch.where(gone[..., None], given[0], out[0] if isinstance(out, tuple) else out)
@@ -176,7 +177,7 @@ def left_at(model: Model, exits: Tensor) -> Iterator[None]:
 
 
 def ragged(kind: str) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Three rows of prompts, the last one without an image, and what the decoder has written, padded on the left."""
+    """Return three rows of prompts, the last one without an image, and left-padded decoder inputs."""
     places = {"florence2": 5}.get(kind, 16)
     ids, mask = torch.randint(3, 120, (3, places + 8)), torch.ones(3, places + 8, dtype=torch.long)
     ids[:2, 1 : places + 1] = 127
@@ -204,7 +205,7 @@ def over(memory: Tensor, given: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def by_hand(model: Model, given: Mapping[str, Tensor]) -> Tensor:
-    """The encoder on each modality of each row by itself, without masks."""
+    """Run the encoder on each modality of each row separately, without masks."""
     encoder = model.stacks["encoder"]
     h = encoder.context(given).h
     out = h.clone()
@@ -245,7 +246,7 @@ def formulas(run: Run) -> None:
 
 @torch.enable_grad()
 def gradients() -> float:
-    """How far the gradient of the sum is from the sum of gradients."""
+    """Return the difference between the gradient of the sum and the sum of gradients."""
     model = open_model(nano(KIND).double())
     given, ids, _ = ragged(KIND)
     batch = given | {"labels": ids.masked_fill(torch.arange(9) > torch.tensor([[5], [8], [3]]), NO_LOSS)}
@@ -343,26 +344,26 @@ def tuned(run: Run, task: str, arm: str, seed: int) -> dict[str, Any]:
 
 
 def viewed(model: Model, settings: ExitSettings, fused: bool = False, **policies: Any) -> Any:
-    """A view with exits off, or with these policies."""
+    """Return a view with exits disabled, or with the given policies."""
     encoder = FusedExits(model.stacks["encoder"]) if fused else ModalityExits(model.stacks["encoder"])
     given = {"encoder": encoder, "decoder": TokenExits(model.stacks["decoder"])} | policies
     return with_policies(model, exit_plan(model, settings.params({})), given)
 
 
 def fixed(model: Model, settings: ExitSettings, e: int, j: int, fused: bool = False) -> Any:
-    """A view that everything leaves behind the same layers."""
+    """Return a view in which all tokens exit after the same layers."""
     encoder, decoder = model.stacks["encoder"], model.stacks["decoder"]
     first = FusedExits(encoder, -OFF, e) if fused else ModalityExits(encoder, image=-OFF, text=-OFF, min_layer=e)
     return viewed(model, settings, encoder=first, decoder=TokenExits(decoder, threshold=-OFF, min_layer=j))
 
 
 def carried(model: Model, view: Any) -> Any:
-    """The model with the weights of a trained view."""
+    """Return the model with the weights of a trained view."""
     return with_weights_of(model.stacks["decoder"], view).model
 
 
 def token_f1(view: Any, rows: ImageText, batch: int = 50) -> float:
-    """How much of what is written freely agrees with what is to be written: the mean F1 of their tokens, as bags."""
+    """Return the mean token F1 of free generations and references, as bags of tokens."""
     found = []
     tokenizer = rows.processing.tokenizer
     for start in range(0, len(rows), batch):
@@ -375,13 +376,13 @@ def token_f1(view: Any, rows: ImageText, batch: int = 50) -> float:
 
 
 def one_exit(model: Model, settings: ExitSettings, test: ImageText, held_out: ImageText) -> dict[str, Any]:
-    """MuE without decomposition: one exit of the encoder, whose tokens all see each other, and the decoder's."""
+    """Evaluate MuE without decomposition: a joint exit of all encoder tokens, and the decoder's exits."""
 
     def tried(rows: ImageText, tau: Mapping[str, float]) -> ExitTrial:
         encoder = FusedExits(model.stacks["encoder"], tau.get("fused", OFF))
         decoder = TokenExits(model.stacks["decoder"], **settings.params(tau)["decoder"])
         taken = measure_exits(viewed(model, settings, encoder=encoder, decoder=decoder), rows)
-        cosines = {"fused": taken.cosines["text"], "decoder": taken.cosines["decoder"]}  # both modalities' are the same
+        cosines = {"fused": taken.cosines["text"], "decoder": taken.cosines["decoder"]}  # equal for both modalities
         taken = replace(taken, cosines=cosines)
         return ExitTrial(dict(tau), exact_match(taken), by_layers(taken, LAYERS), taken)
 
@@ -389,7 +390,7 @@ def one_exit(model: Model, settings: ExitSettings, test: ImageText, held_out: Im
 
 
 def aimed(some: Sequence[ExitTrial]) -> ExitTrial:
-    """Of what was tried on held-out rows, the best that comes beyond the reduction aimed at."""
+    """Return the best attempt on held-out rows whose reduction is at least the target."""
     beyond = [one for one in some if one.reduction >= AIMED]
     return max(beyond, key=lambda one: (one.correct, -one.reduction), default=pareto_trials(some)[-1])
 
@@ -439,7 +440,7 @@ def said(one: ExitTrial, model: Model) -> dict[str, Any]:
 
 
 def used(exits: Exits) -> list[list[float]]:
-    """Of each row the layers that ran, and those that there are; the modalities of a row share one encoder."""
+    """Return the executed and the total layers of each row; the modalities of a row share one encoder."""
     there = torch.stack([exits.tokens[name] > 0 for name in MODALITIES])
     ran = torch.stack([exits.layers[name] for name in MODALITIES]).double().sum(0) / there.sum(0)
     words = torch.zeros(2, len(ran), dtype=torch.double)
@@ -476,7 +477,7 @@ def by_chance(model: Model, settings: ExitSettings, test: ImageText, exits: Exit
 
 
 def confidence(model: Model, settings: ExitSettings, test: ImageText) -> dict[str, list[tuple[float, float]]]:
-    """Reduction and exact match of decoder exits by entropy and by patience."""
+    """Return reduction and exact match of decoder exits by entropy and by patience."""
     decoder = model.stacks["decoder"]
     rules = {
         "entropy": [EntropyExits(decoder, below) for below in (0.01, 0.05, 0.2, 0.5, 1.0)],
@@ -489,7 +490,7 @@ def confidence(model: Model, settings: ExitSettings, test: ImageText) -> dict[st
 def cut(
     model: Model, settings: ExitSettings, params: dict[str, Any], test: ImageText, held_out: ImageText
 ) -> dict[str, dict[str, Any]]:
-    """The two-by-two table: each modality whole, or limited by its threshold to a third to a half of its layers."""
+    """Return the two-by-two table: each modality whole, or limited by its threshold to a third to a half of them."""
     full = measure_exits(viewed(model, settings), held_out)
     tau = {}
     for place, name in enumerate(MODALITIES):
@@ -510,7 +511,7 @@ def cut(
 
 
 def simple(one: ExitTrial, test: ImageText) -> dict[str, Any]:
-    """Exits of the text of rows about one object, and of those about two."""
+    """Compare text exits of rows about one object with those of rows about two."""
     texts = [row.messages[0]["content"] for row in test]
     related = torch.tensor([any(side in text for side in ("above", "below", "left", "right")) for text in texts])
     e = one.exits.layers["text"].double()
@@ -553,10 +554,10 @@ def percent(values: Sequence[bool]) -> float:
 
 
 def trained(run: Run, found: Mapping[tuple[str, str], Sequence[dict[str, Any]]]) -> dict[str, bool]:
-    """What the loss of every layer and apart modalities cost at full depth, and what they give at others.
+    """Report the cost of per-layer losses and of separate modalities at full depth, and the results at other depths.
 
     Returns:
-        Of which tasks the models are able to show more: those that they have learnt, and that no first layer solves.
+        The tasks on which the models can support further claims: those learnt, and not solved by the first layer.
     """
     run.table(
         "Exact match in %, by decoder exit, with the full encoder",
@@ -595,7 +596,7 @@ def trained(run: Run, found: Mapping[tuple[str, str], Sequence[dict[str, Any]]])
 
 
 def exits(run: Run, task: str, some: Sequence[dict[str, Any]], fused: Sequence[dict[str, Any]], able: bool) -> None:
-    """One task: what is retained, beside the rivals, of which one has its modalities together."""
+    """Report one task: retention beside the baselines, one of which processes the modalities together."""
     one = some[0]
     rows = [
         [
@@ -647,7 +648,7 @@ def exits(run: Run, task: str, some: Sequence[dict[str, Any]], fused: Sequence[d
 
 
 def saved(run: Run, found: Mapping[tuple[str, str], Sequence[dict[str, Any]]], able: Mapping[str, bool]) -> None:
-    """The claims on exits and on modalities; none of them of a task on which the models are not able to show them."""
+    """Check the claims on exits and on modalities, on the tasks that can support them."""
 
     def claim(task: str, name: str, expected: str, measured: Any, verdict: bool | None) -> None:
         run.main(f"{task}: {name}", expected, str(measured), verdict if able[task] else None)
@@ -692,20 +693,20 @@ def saved(run: Run, found: Mapping[tuple[str, str], Sequence[dict[str, Any]]], a
 
 
 def paired(some: Sequence[dict[str, Any]], seed: int) -> Measured:
-    """MuE less chance, in points."""
+    """Return the retention of MuE minus that of random exits, in points."""
     gaps = [np.array(one["mue"]["right"], dtype=float) - np.mean(np.array(one["by chance"], dtype=float), 0)
             for one in some]  # fmt: skip
     return over_rows([100 * np.mean(gaps, 0)], np.mean, seed)
 
 
 def retained(some: Sequence[dict[str, Any]], name: str, seed: int) -> Measured:
-    """The fraction of correct answers that remain with some exits."""
+    """Return the fraction of correct answers that remain with some exits."""
     both = [np.mean([each["right"] for each in rows], 0) for rows in ([one[name] for one in some], some)]
     return over_rows(both, lambda ours, full: ours.mean() / max(full.mean(), 1e-9), seed)
 
 
 def more_saved(some: Sequence[dict[str, Any]], name: str, other: str | None, seed: int) -> Measured:
-    """The reduction by layers that some exits have, less that of others."""
+    """Return the difference in reduction by layers between two sets of exits."""
     names = [name] if other is None else [name, other]
     parts = [each for one in some for which in names for each in np.array(one[which]["used"])]
 
@@ -718,9 +719,9 @@ def more_saved(some: Sequence[dict[str, Any]], name: str, other: str | None, see
 
 
 def over_rows(parts: Sequence[np.ndarray], figure: Callable[..., Any], seed: int, draws: int = 2000) -> Measured:
-    """A figure of what rows have [rows], each, with its interval by resampling rows.
+    """Return a statistic of row values [rows], with its bootstrap interval over rows.
 
-    Seeds are judged on the same rows, so they are averaged within a row, and never counted as further rows.
+    Seeds are evaluated on the same rows, so they are averaged within a row and do not count as further rows.
     """
     drawn = np.random.default_rng(seed).integers(len(parts[0]), size=(draws, len(parts[0])))
     low, high = np.quantile([figure(*(each[rows] for each in parts)) for rows in drawn], (0.025, 0.975))
@@ -738,7 +739,7 @@ def experiment(run: Run) -> None:
         ["layers skipped", "multiplications skipped", "time left"],
         [[found["layers"], found["flops"], str(ratio)]],
     )
-    if run.quick:  # few rounds decide nothing
+    if run.quick:  # a few rounds are not conclusive
         return
     median, low, high = (1 - each for each in found["ratio"])
     reduction = Measured(*(each / found["flops"] for each in (median, high, low)))

@@ -51,9 +51,9 @@ from lamella.train import Hook, TrainConfig, TrainingRun, class_cross_entropy, f
 from lamella.zoo.worlds import render, scenes
 
 EARLY = 600  # step at which all tests are evaluated once
-WALLS, OPENINGS = 0.8, 0.4  # wall IoU and AP50 that are to be reached
+WALLS, OPENINGS = 0.8, 0.4  # target wall IoU and AP50
 VARIANTS = ("gate", "msca", "local_softmax")
-FEW = 100  # plans, of which readings of the attention learn: of many, all of them learn the same
+FEW = 100  # training plans for the interpretations of the attention: with many plans, all learn the same
 SEEN: tuple[Style, ...] = ("solid", "grey")
 UNSEEN: tuple[Style, ...] = ("double",)
 BRANCHED = 64  # plans whose gradients are compared
@@ -61,17 +61,17 @@ BRANCHED = 64  # plans whose gradients are compared
 
 @dataclass(frozen=True)
 class Size:
-    """How much is done."""
+    """Scale of the experiment."""
 
     side: int
     plans: int
     tests: int
-    looked: int  # of these, at which convergence is looked
+    looked: int  # test plans on which convergence is measured
     steps: int
-    every: int  # steps from one look to the next
+    every: int  # steps between evaluations
     inserted: int  # steps of attention in a frozen encoder
     stress: int
-    brief: int  # steps of each reading of the attention, by one seed
+    brief: int  # steps of each interpretation of the attention, with one seed
     seeds: Sequence[int]
 
 
@@ -90,8 +90,8 @@ def config(steps: int, seed: int, every: int | None = None, clip: float = NO_CLI
     )  # fmt: skip
 
 
-PRACTICE, BALANCE = PlanTraining(jitter=False), LossBalance(look_every=100)  # ten times the walls, and no clip
-EQUAL, ONE_CLIP = LossBalance(wall_weight=1.0, look_every=100), 5.0  # both alike; a clip of the sum of both gradients
+PRACTICE, BALANCE = PlanTraining(jitter=False), LossBalance(look_every=100)  # ten times the wall loss, without clipping
+EQUAL, ONE_CLIP = LossBalance(wall_weight=1.0, look_every=100), 5.0  # equal weights; clipping of the summed gradient
 BALANCES = {
     f"10 to 1, both clipped to {ONE_CLIP:g}": (BALANCE, ONE_CLIP),
     f"1 to 1, both clipped to {ONE_CLIP:g}": (EQUAL, ONE_CLIP),
@@ -105,7 +105,7 @@ def plans(part: str, side: int, count: int, *styles: Style) -> list[FloorPlan]:
 
 
 class Looks(Hook):
-    """Wall IoU and AP50 while a network trains, of a few tests; and everything once, of all."""
+    """Hook that records wall IoU and AP50 during training on a few test plans, and once everything on all of them."""
 
     def __init__(self, network: PlanNetwork, size: Size) -> None:
         self.network, self.size = network, size
@@ -123,7 +123,7 @@ class Looks(Hook):
 
 
 def precision(said: Mapping[str, Any], at: str) -> float:
-    """The mean of both classes."""
+    """Return the mean of a metric over both classes of openings."""
     return fmean(said["openings"][kind][at] for kind in KINDS)
 
 
@@ -159,7 +159,7 @@ def trained(
 def read(
     size: Size, form: RecogniserShape, seed: int, looks: bool = False, branch: bool = False, **balanced: Any
 ) -> dict[str, Any]:
-    """What a network of some form comes to, its losses weighed ten to one and nothing clipped unless that is said."""
+    """Train and evaluate a network; by default the losses are weighted ten to one, without gradient clipping."""
     network = built(form, seed)
     look = Looks(network, size)
     given = plans("train", size.side, size.plans)
@@ -215,13 +215,15 @@ def exactness(run: Run, size: Size) -> None:
               "same" if same else "other", same)  # fmt: skip
 
 
-# Attention in an encoder that stays as it is
+# Attention in a frozen encoder
 
 
 @cache
 def pretrained(size: Size, steps: int) -> tuple[PlanNetwork, float]:
-    """A network whose encoder, of plain convolutions, has learnt to count rendered shapes; and how often it is right of
-    shapes that it has not seen."""
+    """Return a network with a pretrained convolutional encoder, and its accuracy on held-out images.
+
+    The encoder has learnt to count rendered shapes.
+    """
     form = shape(size, attention="depthwise")
     network = built(form, 0)
     counter = Counter(network)
@@ -240,7 +242,7 @@ def pretrained(size: Size, steps: int) -> tuple[PlanNetwork, float]:
 
 
 def counted(part: Any, count: int) -> list[dict[str, torch.Tensor]]:
-    """Rendered shapes, and how many they are less one."""
+    """Return rendered shapes, and their counts minus one."""
     return [
         {"x": torch.from_numpy(render(scene, 32, seed=n)).permute(2, 0, 1), "y": torch.tensor(len(scene.objects) - 1)}
         for n, scene in enumerate(islice(scenes(part), count))
@@ -248,7 +250,7 @@ def counted(part: Any, count: int) -> list[dict[str, torch.Tensor]]:
 
 
 class Counter(nn.Module):
-    """An encoder with a linear layer on the mean of its last map."""
+    """Encoder with a linear layer on the mean of its last feature map."""
 
     def __init__(self, network: PlanNetwork) -> None:
         super().__init__()
@@ -281,11 +283,11 @@ def inserted(size: Size, seed: int) -> dict[str, list[float]]:
     return found
 
 
-# Styles and readings
+# Styles and interpretations
 
 
 def stressed(size: Size, seed: int) -> dict[str, list[float]]:
-    """Wall IoU, AP50 and AP on styles that were seen in training, and on the one that was not."""
+    """Return wall IoU, AP50 and AP on styles that occur in training, and on the held-out one."""
     network = trained(built(shape(size), seed), size, plans("train", size.side, size.plans, *SEEN), size.stress, seed)
     found = {}
     for name, styles in (("seen", SEEN), ("unseen", UNSEEN)):
@@ -295,7 +297,7 @@ def stressed(size: Size, seed: int) -> dict[str, list[float]]:
 
 
 def variant(size: Size, kind: str, seed: int) -> list[float]:
-    """Wall IoU, AP50 and AP of one reading of the attention after a short training."""
+    """Return wall IoU, AP50 and AP of one interpretation of the attention after a short training."""
     form = shape(size, attention=kind)
     network = trained(built(form, seed), size, plans("train", size.side, min(FEW, size.plans)), size.brief, seed)
     said = evaluate_plans(network, plans("test", size.side, size.tests), form.frame, KINDS)
@@ -306,12 +308,12 @@ def variant(size: Size, kind: str, seed: int) -> list[float]:
 
 
 def reached(curve: Sequence[Sequence[float]], place: int, level: float) -> float:
-    """The step at which a curve first reaches a level; infinite where it never does."""
+    """Return the step at which a curve first reaches a level; infinite if it never does."""
     return next((point[0] for point in curve if point[place] >= level), math.inf)
 
 
 def row(name: str, found: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """A row of a table of networks, means over seeds."""
+    """Return the table row of a network, with means over seeds."""
     cells: list[Any] = [name, found[0]["parameters"]]
     cells.append(100 * fmean(each["wall iou"] for each in found) if "wall iou" in found[0] else None)
     for at in ("ap50", "ap75", "ap"):
@@ -342,7 +344,7 @@ def experiment(run: Run) -> None:
         tasks: [run.arm(f"{tasks} alone, {seed}", read, size, shape(size, tasks=tasks), seed) for seed in size.seeds]
         for tasks in ("walls", "openings")
     }
-    if run.quick:  # a few steps say nothing; the other arms run all the same
+    if run.quick:  # a few steps are not conclusive; the other arms run all the same
         for name, arm in (("inserted", inserted), ("styles", stressed)):
             run.arm(f"{name}, 0", arm, size, 0)
         for name, (balance, clip) in BALANCES.items():
@@ -360,7 +362,7 @@ def experiment(run: Run) -> None:
 
 
 def learns(run: Run, size: Size, both: Sequence[Mapping[str, Any]], floor: Mapping[str, float]) -> None:
-    """Claim 1: the pipeline learns the task, with the results of an earlier step for comparison."""
+    """Check claim 1: the pipeline learns the task, with the results of an earlier step for comparison."""
     rows = [[f"grey below {threshold}", 100 * iou] for threshold, iou in floor.items()]
     run.table("Wall IoU without training", ["", "wall IoU"], rows)
     early = [{"parameters": each["parameters"], **each["early"]} for each in both]
@@ -380,7 +382,7 @@ def learns(run: Run, size: Size, both: Sequence[Mapping[str, Any]], floor: Mappi
 def together_or_alone(
     run: Run, both: Sequence[Mapping[str, Any]], one: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> None:
-    """Claim 2: one network for both tasks, and two for one each."""
+    """Check claim 2: one network for both tasks, against one network per task."""
     rows = [row("both tasks", both), *(row(f"{tasks} only", found) for tasks, found in one.items())]
     run.table("One network or two, trained with the same clipping; percent", COLUMNS, rows)
     less = Measured.over_seeds([100 * (a["wall iou"] - b["wall iou"]) for a, b in zip(both, one["walls"], strict=True)])
@@ -413,13 +415,16 @@ def heads(run: Run, size: Size, both: Sequence[Mapping[str, Any]]) -> None:
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float], late: float) -> list[float]:
-    """Ratio of the steps by seed: a network that never arrives is late; seeds where neither does are skipped."""
+    """Return the ratio of steps by seed.
+
+    A network that never reaches the level counts as late; seeds in which neither does are skipped.
+    """
     arrived = [pair for pair in zip(ours, theirs, strict=True) if min(pair) < math.inf]
     return [max(1, min(a, late)) / max(1, min(b, late)) for a, b in arrived]
 
 
 def converges(run: Run, size: Size, both: Sequence[Mapping[str, Any]]) -> None:
-    """Claim 3: steps until walls and openings are read, with relation attention and without."""
+    """Check claim 3: steps until walls and openings are detected, with relation attention and without."""
     form = shape(size, attention="depthwise")
     without = [run.arm(f"no attention, {seed}", read, size, form, seed, looks=True) for seed in size.seeds]
     run.table("With relation attention, and without; percent", COLUMNS, [row("with", both), row("without", without)])
@@ -440,7 +445,7 @@ def converges(run: Run, size: Size, both: Sequence[Mapping[str, Any]]) -> None:
 
 
 def inserts(run: Run, size: Size) -> None:
-    """Claim 4: attention in an encoder that stays as it is."""
+    """Check claim 4: attention in a frozen encoder."""
     found = [run.arm(f"inserted, {seed}", inserted, size, seed) for seed in size.seeds]
     rows = [[arm, *(fmean(each[arm][place] for each in found) for place in (0, -1))] for arm in ("frozen", "inserted")]
     run.table("Loss on test plans over a frozen encoder", ["", "before", f"after {size.inserted} steps"], rows)
@@ -457,12 +462,12 @@ def inserts(run: Run, size: Size) -> None:
 def parts(
     run: Run, size: Size, both: Sequence[Mapping[str, Any]], one: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> None:
-    """Claim 5: where the tasks part."""
+    """Check claim 5: the stage at which the tasks split."""
     stages = range(len(both[0]["cosines"]))
     rows = [[f"stage {n}", *(each["cosines"][n] for each in both)] for n in stages]
     run.table("Cosine of the tasks' gradients by stage, seed by seed", ["", *map(str, size.seeds)], rows)
     run.table("Stages to share, by seed", ["", *map(str, size.seeds)], [["shared", *(e["split"] for e in both)]])
-    apart = [  # what parts at once shares nothing
+    apart = [  # a split before the first stage shares nothing
         {"parameters": each["separate"], "wall iou": walls["wall iou"], "openings": openings["openings"], "split": 0}
         for each, walls, openings in zip(both, one["walls"], one["openings"], strict=True)
     ]
@@ -481,7 +486,7 @@ def parts(
 
 
 def styles(run: Run, size: Size) -> None:
-    """Claim 6: a style of wall that training has not seen."""
+    """Check claim 6: a style of wall that does not occur in training."""
     found = [run.arm(f"styles, {seed}", stressed, size, seed) for seed in size.seeds]
     rows = [
         [name, *(100 * fmean(each[name][place] for each in found) for place in range(3))] for name in ("seen", "unseen")

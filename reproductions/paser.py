@@ -1,8 +1,8 @@
 """PASER at small scale: a character-level Llama with four skills, cut in three ways, and SmolLM2 without six sublayers.
 
-Checks that clusters follow the shape of the data, that the damage measured on responses ranks skills as their accuracy
-falls, that the most damaged skill gets more than its share, and what the selection brings over random choices of equal
-size and equal steps, over no clusters, and over no concepts.
+Checks that clusters follow the shape of the data, that the damage measured on responses ranks skills like their loss of
+accuracy, that the most damaged skill gets more than its proportional part of the budget, and the gain of the selection
+over random choices of equal size and equal steps, over no clusters, and over no concepts.
 
     python reproductions/paser.py            # about 30 minutes on 2 cores; an interrupted run resumes
     python reproductions/paser.py --quick    # less training and fewer seeds, without SmolLM2
@@ -49,7 +49,7 @@ CUTS = (["layers.1.attn", "layers.2.mlp"], ["layers.1.mlp", "layers.3.attn"], ["
 
 ANIMALS = ("cat", "dog", "horse", "bird", "fish", "mouse", "cow", "goat")
 COLOURS, SHAPES = ("red", "green", "blue", "yellow"), ("circle", "square", "star", "triangle")
-ASKED: dict[str, tuple[Callable[[random.Random], tuple[Any, ...]], tuple[str, ...]]] = {  # what differs, and wordings
+ASKED: dict[str, tuple[Callable[[random.Random], tuple[Any, ...]], tuple[str, ...]]] = {  # variable parts, and wordings
     "sum": (
         lambda drawn: (drawn.randint(2, 99), drawn.randint(2, 99)),
         (
@@ -103,7 +103,7 @@ class Characters:
 
 
 def examples(count: int, seed: int) -> list[InstructionExample]:
-    """Words of four letters to change, as many of each skill."""
+    """Return instructions on words of four letters, with an equal number of examples per skill."""
     drawn = random.Random(seed)
     made = []
     for number in range(count):
@@ -120,7 +120,7 @@ def samples(chosen: Sequence[InstructionExample]) -> list[Sample]:
 
 @torch.no_grad()
 def accuracy(model: Any, held_out: Sequence[InstructionExample]) -> dict[str, float]:
-    """The share of answers that greedy decoding gets right, of each skill."""
+    """Return the accuracy of greedy decoding for each skill."""
     right: dict[str, list[bool]] = {skill: [] for skill in SKILLS}
     for start in range(0, len(held_out), 100):
         part = held_out[start : start + 100]
@@ -145,7 +145,7 @@ def clustering(record: Record) -> None:
 
 
 def purity(record: Record, seed: int) -> None:
-    """Instructions of four kinds in five wordings each: how many lie in a cluster that is mostly of their kind."""
+    """Return the fraction of instructions in a cluster of mainly their own kind, with four kinds in five wordings."""
     drawn = random.Random(seed)
     asked = [forms[n % 5].format(*differing(drawn)) for differing, forms in ASKED.values() for n in range(250)]
     true = np.repeat(np.arange(len(ASKED)), 250)
@@ -159,7 +159,7 @@ def purity(record: Record, seed: int) -> None:
         try:
             points = embed(name, stack, tokenizer, asked)
         except MethodError:
-            continue  # minilm's weights are a package of their own
+            continue  # minilm's weights are a separate package
         for graph in GRAPHS:
             found = spectral_clusters(points, graph=graph, seed=seed)
             given = spectral_clusters(points, len(ASKED), graph=graph, seed=seed)
@@ -171,7 +171,7 @@ def purity(record: Record, seed: int) -> None:
 
 
 def awareness(record: Record, stack: Stack, held_out: Sequence[InstructionExample]) -> None:
-    """Damage of each skill under each cut against what its accuracy lost."""
+    """Compare the damage of each skill under each cut with its loss of accuracy."""
     whole = accuracy(stack.model, held_out)
     rows, damage, drops = [], [], []
     lasting = []
@@ -201,7 +201,7 @@ def awareness(record: Record, stack: Stack, held_out: Sequence[InstructionExampl
 
 
 def recovery(run: Run, stack: Stack, held_out: Sequence[InstructionExample], size: int, steps: int, seeds: int) -> None:
-    """Equal steps on equal numbers of samples, chosen in several ways."""
+    """Compare selections of equal size, trained for equal steps."""
     plan = Plan(model=ModelReference.of(stack), drop=CUTS[0])
 
     def healed(name: str, seed: int) -> dict[str, float]:
@@ -247,7 +247,7 @@ def recovery(run: Run, stack: Stack, held_out: Sequence[InstructionExample], siz
 
 
 def poison(record: Record, stack: Stack, size: int) -> None:
-    """A tenth of the pool has wrong answers, which cost loss but need not be damage."""
+    """Corrupt a tenth of the pool with wrong answers, which raise the loss but need not indicate damage."""
     plan = Plan(model=ModelReference.of(stack), drop=CUTS[0])
     drawn = random.Random(0)
     pool = []
@@ -270,7 +270,7 @@ def poison(record: Record, stack: Stack, size: int) -> None:
 
 
 def documented(tokenizer: Any) -> list[InstructionExample]:
-    """What functions of Python's standard library do, as their documentation says: short enough to read whole."""
+    """Return short functions of Python's standard library with their documented purpose."""
     found = {}
     for name in MODULES:
         module = importlib.import_module(name)
@@ -287,7 +287,7 @@ def documented(tokenizer: Any) -> list[InstructionExample]:
 
 
 def language_model(record: Record, seed: int) -> None:
-    """SmolLM2 with six sublayers removed: what a fifth of the pool brings, chosen or drawn, in equal steps of LoRA."""
+    """Heal SmolLM2 without six sublayers by LoRA, on a selected or a random fifth of the pool, in equal steps."""
     stack, tokenizer = lamella.open("smollm2"), open_tokenizer("smollm2")
     everyone = documented(tokenizer)
     random.Random(seed).shuffle(everyone)

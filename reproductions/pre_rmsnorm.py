@@ -1,9 +1,9 @@
-"""Pre-RMSNorm at small scale: real transformers classes, a trained GPT-2 of characters, and what both promise.
+"""Pre-RMSNorm at small scale: real transformers classes, a character-level GPT-2, and properties of both forms.
 
 Checks that Pre-LN models of eleven kinds compute the same with RMSNorm and CRMSNorm, with random affines and an offset
-of 30 in the embedding; that swapping the norms alone does not; that a trained model keeps its perplexity, its tokens
-and exactly the parameters that it must; that the trainable form trains as the Pre-LN model does and the one that is
-recentred once does not; and that the stream can be turned then, and only then.
+of 30 in the embedding; that replacing the norms alone does not; that a trained model keeps its perplexity, its tokens
+and the predicted number of parameters; that the trainable form trains like the Pre-LN model, and the form that is
+recentred only once does not; and that the residual stream can be rotated then, and only then.
 
     python reproductions/pre_rmsnorm.py            # about half an hour on one core; an interrupted run resumes
     python reproductions/pre_rmsnorm.py --quick    # smaller models, under a minute
@@ -52,8 +52,10 @@ def written(model: Model, form: Form) -> Any:
 
 
 def kinds(d: int, layers: int) -> dict[str, transformers.PreTrainedModel]:
-    """Real classes with random weights: tied and untied, with and without biases, one after the other and side by side,
-    with a norm on embeddings, a class token, registers, branches that a vector scales, and an encoder that is read.
+    """Return real classes with random weights, which cover the variants of Pre-LN models.
+
+    They are tied and untied, with and without biases, with sequential and parallel sublayers, with a norm on
+    embeddings, a class token, registers, layer scale, and an encoder for cross-attention.
     """
     heads, wide = 4, 2 * d
     stream = {"hidden_size": d, "num_hidden_layers": layers, "num_attention_heads": heads}
@@ -85,10 +87,11 @@ def kinds(d: int, layers: int) -> dict[str, transformers.PreTrainedModel]:
 
 @torch.no_grad()
 def perturbed(model: Any, seed: int) -> Model:
-    """The model with g ~ N(1, 0.3), b ~ N(0, 0.2) in every norm, random maps, biases and scales, and an offset in what
-    writes the beginning of its stream.
+    """Return the model with random weights and an offset in the embeddings that start its residual stream.
+
+    Every norm has g ~ N(1, 0.3) and b ~ N(0, 0.2); linear layers, biases and scales are random.
     """
-    randomise(model, seed)  # its own first weights are so small that its branches hardly count
+    randomise(model, seed)  # the default initialisation is so small that branches hardly contribute
     generator = torch.Generator().manual_seed(seed)
 
     def noise(like: Tensor) -> Tensor:
@@ -107,14 +110,14 @@ def perturbed(model: Any, seed: int) -> Model:
 
 
 def first_table(model: Any) -> Tensor:
-    """The embedding of tokens; of a model that sees, its positions."""
+    """Return the token embedding; for a vision model, its position embedding."""
     if model.main_input_name == "pixel_values":
         return next(each for name, each in model.named_parameters() if "position_embedding" in name)
     return model.get_input_embeddings().weight
 
 
 def swapped(model: Model) -> Any:
-    """The mistake: RMSNorm in the place of LayerNorm, and nothing recentred."""
+    """Make the naive conversion: RMSNorm in place of LayerNorm, without recentring."""
     naive = copy.deepcopy(model.model)
     for branch in find_branches(naive, wirings_of(model.architectures)):
         for norm in branch.norms:
@@ -125,7 +128,7 @@ def swapped(model: Model) -> Any:
 
 @torch.no_grad()
 def distance(model: Any, other: Any, given: dict[str, Tensor]) -> float:
-    """The largest difference between outputs, as a share of the largest; each model is given what it takes."""
+    """Return the largest difference between outputs, relative to the largest output, on inputs that fit the model."""
 
     def of(each: Any) -> Tensor:
         inputs = {name: value.to(each.dtype) if value.is_floating_point() else value for name, value in given.items()}
@@ -194,7 +197,7 @@ def refusals(run: Run) -> None:
 
 
 def speller(run: Run, d: int, layers: int, steps: int) -> Model:
-    """A GPT-2 of characters, trained from scratch on documentation, with biases and a tied head."""
+    """Train a character-level GPT-2 from scratch on documentation, with biases and a tied head."""
     samples = whole(prose("calibration", 4000, 128, run.seed))
 
     def build(folder: Path) -> dict[str, Any]:
@@ -264,7 +267,7 @@ def trajectories(run: Run, d: int, steps: int) -> None:
         found = []
         with torch.enable_grad():
             for ids in batches:
-                logits = model(input_ids=ids).logits  # whose own loss would be one in float32
+                logits = model(input_ids=ids).logits  # the model's own loss would be in float32
                 loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
                 optimizer.zero_grad()
                 loss.backward()
@@ -303,7 +306,7 @@ def _own(model: Any) -> Any:
     return copy.deepcopy(model)
 
 
-# 6: turning the stream
+# 6: rotating the residual stream
 
 
 def turning(run: Run, d: int) -> None:
@@ -325,12 +328,13 @@ def turning(run: Run, d: int) -> None:
 
 
 def _centring(model: Model) -> Model:
-    """The same model with LayerNorms, which are as right before anything is turned."""
+    """Return the same model with LayerNorms, which are equivalent before any rotation."""
     view = share(model.model)
     for branch in find_branches(view, wirings_of(model.architectures), RMSNorm):
         for norm in branch.norms:
             layer = nn.LayerNorm(norm.module.normalized_shape, eps=norm.module.eps, elementwise_affine=False)
-            layer.weight, layer.bias = norm.module.weight, norm.module.bias  # none, but where nothing reads it
+            # Both are None, except for a norm that no branch reads.
+            layer.weight, layer.bias = norm.module.weight, norm.module.bias
             view.set_submodule(norm.path, layer)
     return open_model(view)
 

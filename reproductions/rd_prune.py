@@ -1,9 +1,9 @@
 """RD-Prune at small scale: a convolutional network on scikit-learn's digits, and SmolLM2-135M.
 
-Checks that the solver is exact, that distortions of layers add up, that its allocation moves the output less than
-uniform, ERK, global magnitude and LAMP do, what happens where curves saturate, that noise serves instead of data, that
-rounds of pruning and training reach 95 %, that a large instance is solved in seconds, and that 30 % of SmolLM2's
-weights go at a lower perplexity than with the same share of every layer. Needs scikit-learn, for the digits.
+Checks that the solver is exact, that distortions of layers are additive, that its allocation changes the output less
+than uniform, ERK, global magnitude and LAMP, the behaviour where curves saturate, that noise can replace data, that
+rounds of pruning and training reach 95 %, that a large instance is solved in seconds, and that pruning 30 % of
+SmolLM2's weights gives a lower perplexity than the same fraction of every layer. Needs scikit-learn, for the digits.
 
     python reproductions/rd_prune.py             # about 25 minutes on 2 cores; an interrupted run resumes
     python reproductions/rd_prune.py --digits    # without SmolLM2, about 5 minutes
@@ -45,16 +45,16 @@ from lamella.plan import Masks, apply_masks
 from lamella.results import Record
 from lamella.zoo import open_tokenizer
 
-TEST = 600  # images that nothing is chosen on
-STEPS = 60  # of training after pruning; the network itself has 300
+TEST = 600  # number of test images
+STEPS = 60  # training steps after pruning; the network itself has 300
 RATE = 1e-3  # AdamW, batches of 100
-CONVOLUTIONS = ((16, False), (32, True), (64, False), (64, True))  # and 2 linear maps: 94 096 weights
+CONVOLUTIONS = ((16, False), (32, True), (64, False), (64, True))  # and 2 linear layers: 94 096 weights
 RULES = ("lamp", "erk", "global", "uniform")
 
 
 @dataclass(frozen=True)
 class Digits:
-    """Images to train and to test on; the first ones to train on are calibration."""
+    """Training and test images; the first training images are the calibration data."""
 
     train: Set
     test: Set
@@ -67,7 +67,7 @@ class Digits:
 
 
 def train(model: nn.Module, data: Digits, steps: int, seed: int, masks: Masks | None = None) -> None:
-    """Train in place, masks held, at one rate before and after pruning, as the authors do."""
+    """Train in place with fixed masks, at one learning rate before and after pruning, as the authors do."""
     images, labels = data.train
     hold = MaskHook(model, masks or {}).apply
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
@@ -85,7 +85,7 @@ def train(model: nn.Module, data: Digits, steps: int, seed: int, masks: Masks | 
 
 
 def accuracy(model: nn.Module, data: Digits) -> float:
-    """In percent, on test images."""
+    """Return the accuracy in percent on test images."""
     images, labels = data.test
     return 100 * float((model(images).argmax(1) == labels).double().mean())
 
@@ -97,7 +97,7 @@ def after_training(model: nn.Module, masks: Masks, data: Digits, seed: int, step
 
 
 def exactness(record: Record, model: nn.Module, curves: Curves, data: Digits, instances: int) -> None:
-    """Point 1."""
+    """Check point 1."""
     draw = np.random.default_rng(0)
     same, within, scaled, permuted, zero_first = 0, 0, 0, 0, 0
     for _ in range(instances):
@@ -138,7 +138,7 @@ def exactness(record: Record, model: nn.Module, curves: Curves, data: Digits, in
 
 
 def additivity(record: Record, model: nn.Module, curves: Curves, images: Tensor, count: int, seed: int) -> None:
-    """Point 2: random allocations, every amount between 0 and 0.9."""
+    """Check point 2: random allocations, every amount between 0 and 0.9."""
     draw = np.random.default_rng(seed)
     names, rows = list(curves.layers), range(len(curves.layers))
     sums, joints = [], []
@@ -163,7 +163,7 @@ def additivity(record: Record, model: nn.Module, curves: Curves, images: Tensor,
 @dataclass(frozen=True)
 class Outcome:
     joint: float  # on test images
-    calibrated: float  # on the images that curves were measured on
+    calibrated: float  # on the calibration images of the curves
     before: float
     after: float
     predicted: float | None
@@ -171,7 +171,7 @@ class Outcome:
 
 
 def outcome(model: nn.Module, amounts: Amounts, data: Digits, seed: int | None) -> Outcome:
-    """What an allocation does; without a seed it is not trained afterwards."""
+    """Return the results of an allocation; without a seed, it is not trained afterwards."""
     masks = masks_for(model, amounts)
     joint, calibrated = (joint_distortion(model, masks, images[0]).mean for images in (data.test, data.calibration))
     before = accuracy(apply_masks(model, masks), data)
@@ -180,7 +180,7 @@ def outcome(model: nn.Module, amounts: Amounts, data: Digits, seed: int | None) 
 
 
 def quality(record: Record, models: list[nn.Module], measured: list[Curves], data: list[Digits], tuned: bool) -> None:
-    """Point 3: one shot at equal sparsity."""
+    """Check point 3: one-shot pruning at equal sparsity."""
     results: dict[tuple[float, str], list[Outcome]] = {}
     for seed, (model, curves, digits) in enumerate(zip(models, measured, data, strict=True)):
         for sparsity in (0.5, 0.7, 0.85):
@@ -231,7 +231,7 @@ def quality(record: Record, models: list[nn.Module], measured: list[Curves], dat
 
 
 def saturation(record: Record, models: list[nn.Module], measured: list[Curves], data: list[Digits]) -> None:
-    """Point 3, the failure: 95 % in one shot on a plain chain, where all curves are flat."""
+    """Check point 3, the failure case: 95 % in one shot on a plain chain, where all curves are flat."""
     rows, warned, emptied, recovered = [], 0, 0, []
     for seed, (model, curves, digits) in enumerate(zip(models, measured, data, strict=True)):
         with warnings.catch_warnings(record=True) as told:
@@ -262,7 +262,7 @@ def saturation(record: Record, models: list[nn.Module], measured: list[Curves], 
 def zero_data(
     record: Record, models: list[nn.Module], measured: list[Curves], noise: list[Curves], data: list[Digits]
 ) -> None:
-    """Point 4: curves of Gaussian noise."""
+    """Check point 4: curves of Gaussian noise."""
     rows, ranks, gaps = [], [], []
     for seed, (model, real, drawn, digits) in enumerate(zip(models, measured, noise, data, strict=True)):
         plans = [allocate_by_curves(curves, 0.85, reduce="mean") for curves in (real, drawn)]
@@ -285,7 +285,7 @@ def zero_data(
 
 
 def in_rounds(record: Record, models: list[nn.Module], data: list[Digits], grid: int) -> None:
-    """Point 5: five rounds to 95 %."""
+    """Check point 5: five rounds to 95 %."""
     rows, rising, last, lamps, dense = [], True, [], [], []
     for seed, (model, digits) in enumerate(zip(models, data, strict=True)):
         turn = iter(range(1000))
@@ -317,19 +317,19 @@ def in_rounds(record: Record, models: list[nn.Module], data: list[Digits], grid:
 
 
 def speed(record: Record) -> None:
-    """Point 7."""
+    """Check point 7."""
     draw = np.random.default_rng(0)
     sizes = draw.integers(100_000, 900_000, 210)
     curves = [np.sort(draw.random(101)) for _ in sizes]
     costs = [size - size * np.arange(101) // 100 for size in sizes]
-    begin = time.process_time()  # one thread of arithmetic: what else the machine does need not count
+    begin = time.process_time()  # CPU time of one thread, so that other load does not count
     allocate(curves, costs, int(0.7 * sizes.sum()), unit=int(0.7 * sizes.sum()) // 20_000)
     seconds = time.process_time() - begin
     record.further("210 layers, 100 amounts, 20 000 units, seconds of one core", "< 5", seconds, seconds < 5)
 
 
 def language_model(run: Run) -> None:
-    """Point 6: 30 % of SmolLM2 without training."""
+    """Check point 6: 30 % of SmolLM2 without training."""
     seed, kept = run.seed, run.work / "smollm2.jsonl"
     stack = lamella.open("smollm2")
     tokenizer = open_tokenizer("smollm2")
@@ -356,7 +356,7 @@ def experiment(run: Run) -> None:
     quick, seed = run.quick, run.seed
     run.data = "scikit-learn digits, 1197 to train and calibrate on, 600 to test"
     seeds, grid, images = (1, 50, 128) if quick else (3, 100, 256)
-    warnings.simplefilter("ignore")  # saturation() looks at them
+    warnings.simplefilter("ignore")  # saturation() checks them
     run.part("speed", speed)
     data = [Digits.load(seed + k, images) for k in range(seeds)]
     models = [network(seed + k, CONVOLUTIONS, 128, bias=False) for k in range(seeds)]

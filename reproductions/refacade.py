@@ -1,17 +1,17 @@
-"""Refacade at small scale: textured solids, whose true picture in any texture is known, in pixels.
+"""Refacade at small scale: textured solids with known ground truth in any texture, in pixel space.
 
-A texture remover learns to see solids in plain grey, and a student learns to need three steps for it (E1, E5). A video
-transformer with a control branch learns to draw a solid whose reference is itself, once as it is and once jigsawed, and
-is judged on the same texture from another solid, also of a shape and a texture that nothing learns from, beside what
-needs no learning (E2); with other structure than the plain twin (E4); and as a branch beside a frozen base, at layers
-chosen in several ways with as many parameters within 5 % (E3). Backgrounds are measured before anything is pasted.
-Solids, textures and lights are drawn apart, and those that judge are never trained on.
+A texture remover learns to render solids in plain grey, and a student learns to do so in three steps (E1, E5). A video
+transformer with a control branch learns to draw a solid whose reference is itself, once unchanged and once jigsawed,
+and is evaluated on the same texture from another solid, also with a held-out shape and texture, beside baselines
+without training (E2); with other structure inputs than the plain twin (E4); and as a branch beside a frozen base, at
+layers chosen in several ways with equal numbers of parameters within 5 % (E3). Backgrounds are measured before pasting.
+Solids, textures and lights are drawn independently, and test data is never trained on.
 
-A remover's paths are almost straight, and three plain steps are enough for it: what distillation gains is looked for on
-E3's base, which draws pictures from nothing but noise. All is of 32 pixels, of 2,000 solids to learn from and 64 to
-judge on, and of a transformer of .4 million weights: smaller than the 48 pixels, 3,000 and 128 solids and 1.5 million
-weights that were planned. All arms but the last draw one frame; that one has learnt of clips, and its texture is
-followed along the true flow. Where no claim needs more, an arm has one seed.
+The paths of a remover are almost straight, and three plain steps are enough for it: the gain of distillation is
+measured on E3's base, which generates images from noise alone. All experiments use 32 pixels, 2,000 training solids and
+64 test solids, and a transformer of 0.4 million weights: smaller than the 48 pixels, 3,000 and 128 solids and 1.5
+million weights that were planned. All arms but the last draw one frame; the last one is trained on clips, and its
+texture is followed along the true flow. An arm that no claim needs more of has one seed.
 
     python reproductions/refacade.py            # about two hours and a quarter on one core; an interrupted run resumes
     python reproductions/refacade.py --quick    # few steps and solids, one seed
@@ -71,23 +71,24 @@ from lamella.results.record import together
 from lamella.train import TrainConfig, fit
 
 RES, DILATE = 32, 3
-FRAMES = 3  # of a clip
-DRAWN = 4  # times as many pictures are drawn from noise as solids judge
-ABOVE = 1e-9  # where a figure of 0 would say nothing
+FRAMES = 3  # frames per clip
+DRAWN = 4  # images drawn from noise per test solid
+ABOVE = 1e-9  # smallest value that differs from 0
 RAW, JIGSAW = "raw", "jigsaw"
-JUDGED = ("test", "unseen")  # of known shapes and textures, and of a torus and bricks, which nothing learns from
+JUDGED = ("test", "unseen")  # known shapes and textures, and a held-out torus and bricks
 REFERENCES = {"own": ("own", "test"), "cross": ("cross", "test"), "cross, unseen": ("cross", "unseen")}
 IDENTITY, COLOURS = "nothing: identity", "nothing: mean, std"
 TRUE, REMOVER = "untextured (true)", "untextured (remover)"
 BETTER = f"{REMOVER}, judged with true ones"
 STRUCTURES = (REMOVER, "luminance", "canny", "depth", TRUE)
 SETS = ("every second", "all", "first third", "last third", "planned")
-HIDDEN = {"every second": 192, "all": 7, "first third": 384, "last third": 384, "planned": 384}  # as many within 5 %
+# Hidden sizes for which the branches have equal numbers of parameters within 5 %.
+HIDDEN = {"every second": 192, "all": 7, "first third": 384, "last third": 384, "planned": 384}
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is done: solids, steps of each training, and of drawing."""
+    """Scale of the experiment: solids, steps of each training, and sampling steps."""
 
     solids: int
     tests: int
@@ -130,7 +131,7 @@ def batched(parts: Sequence[Tensor]) -> Tensor:
 
 
 def kept(network: nn.Module, file: Path, train: Callable[[], Any]) -> None:
-    """Give a network the weights of a file in the run's folder, for which it is trained where there is none yet."""
+    """Load a network's weights from a file in the run's folder; train the network first if there is no file."""
     if not file.exists():
         train()
         with replacing(file) as partial:
@@ -140,7 +141,7 @@ def kept(network: nn.Module, file: Path, train: Callable[[], Any]) -> None:
 
 
 def remover_of(work: Path, size: Size, seed: int) -> TextureRemover:
-    """A remover, which the next arm finds again."""
+    """Return a remover, which the next arm loads again."""
 
     def train() -> None:
         clips = [of_object(each) for each in solids("train", size.solids)]
@@ -155,12 +156,14 @@ def remover_of(work: Path, size: Size, seed: int) -> TextureRemover:
 
 
 def removed(work: Path, size: Size, seed: int) -> dict[str, dict[str, float]]:
-    """PSNR inside the mask against the true plain twin: of baselines, of the remover, and of its student; by the solids
-    that judge."""
+    """Return the PSNR inside the mask against the true plain twin, by test split.
+
+    Baselines, the remover and its student are compared.
+    """
     remover, base = remover_of(work, size, seed), base_of(random_network(SHAPE))
     lessons = removal_samples(base, [of_object(each) for each in solids("train", size.solids)])
     student, _ = distil(remover, lessons, config(size.distilling, size.batch, seed, 1e-4), Work().directory("run"))
-    # the best constant of the training solids, since that of the tests would be told the answer
+    # the best constant of the training solids, since that of the tests would use the ground truth
     masks = [torch.from_numpy(each.mask)[:, 0] > 0 for each in solids("train", 200)]
     level = fmean(float(each["untextured"][0][mask].mean()) for each, mask in zip(lessons[:200], masks, strict=False))
     found = {}
@@ -182,7 +185,7 @@ def removed(work: Path, size: Size, seed: int) -> dict[str, dict[str, float]]:
 
 
 def inside(said: Tensor, truth: Tensor, tests: Sequence[TexturedObject]) -> float:
-    """The mean PSNR within the masks."""
+    """Return the mean PSNR within the masks."""
     return fmean(
         judge.psnr(judge.unit(ours[:, 0]), judge.unit(theirs[:, 0]), each.mask[0, 0] > 0)
         for ours, theirs, each in zip(said, truth, tests, strict=True)
@@ -193,7 +196,7 @@ def inside(said: Tensor, truth: Tensor, tests: Sequence[TexturedObject]) -> floa
 
 
 def structure(name: str, each: TexturedObject, picture: Any, remover: TextureRemover | None, number: int) -> Tensor:
-    """What is told of a solid's structure [3, 1, res, res], of a picture of it."""
+    """Return the structure input of an image of a solid [3, 1, res, res]."""
     mask = torch.from_numpy(each.mask)
     seen = torch.from_numpy(picture) * mask
     if name == TRUE:
@@ -209,7 +212,7 @@ def structure(name: str, each: TexturedObject, picture: Any, remover: TextureRem
 
 @lru_cache(maxsize=1)
 def lessons(work: Path, size: Size, name: str, frames: int = 1) -> Sequence[dict[str, Tensor]]:
-    """What a transfer learns from, told of some structure: the same for all seeds."""
+    """Return the training data of a transfer with some structure input, which is the same for all seeds."""
     base = base_of(random_network(SHAPE))
     remover = remover_of(work, size, 0) if name == REMOVER else None
     found = []
@@ -224,7 +227,7 @@ def lessons(work: Path, size: Size, name: str, frames: int = 1) -> Sequence[dict
 def transfer(
     size: Size, seed: int, samples: Sequence[dict[str, Tensor]], jigsaw: Jigsaw | None, steps: int
 ) -> tuple[Base, ControlBranch]:
-    """A transformer and a branch that learn together."""
+    """Train a transformer and a branch jointly."""
     torch.manual_seed(seed)
     base = base_of(random_network(SHAPE, seed).requires_grad_(True))
     branch = ControlBranch(base.network, every_second(base.depth), *base.control_channels)
@@ -253,7 +256,7 @@ def shown(pair: tuple[Any, Any], jigsaw: Jigsaw | None, number: int) -> Puzzle:
 def drawn(
     base: Base, branch: ControlBranch, tests: Sequence[TexturedObject], told: Sequence[Tensor], which: str, **how: Any
 ) -> Tensor:
-    """The tests as they are drawn with a reference of their own or a cross one [tests, 3, frames, res, res]."""
+    """Draw the tests with their own or a cross reference [tests, 3, frames, res, res]."""
     found = [
         conditions(
             base, torch.from_numpy(each.composite), torch.from_numpy(each.mask), plain,
@@ -267,7 +270,7 @@ def drawn(
 
 
 def measured(pictures: Tensor, tests: Sequence[TexturedObject], which: str) -> dict[str, float]:
-    """Everything that is measured of pictures [tests, 3, res, res], a mean over the tests."""
+    """Return all metrics of images [tests, 3, res, res], as means over the tests."""
     references = [
         judge.unit(centre_object(*(torch.from_numpy(part) for part in getattr(each, which)))[0]) for each in tests
     ]
@@ -289,7 +292,7 @@ def measured(pictures: Tensor, tests: Sequence[TexturedObject], which: str) -> d
 
 
 def copied(work: Path, size: Size, seed: int, kind: str) -> dict[str, dict[str, float]]:
-    """E2: what a model that has seen references as they are, or jigsawed, makes of own and of cross ones."""
+    """Run E2: a model trained on unchanged or jigsawed references, with own and cross references."""
     jigsaw = Jigsaw() if kind == JIGSAW else None
     base, branch = transfer(size, seed, lessons(work, size, TRUE), jigsaw, size.copying)
     found = {}
@@ -302,8 +305,10 @@ def copied(work: Path, size: Size, seed: int, kind: str) -> dict[str, dict[str, 
 
 
 def unlearnt(size: Size, kind: str) -> dict[str, dict[str, float]]:
-    """What needs no learning, of a picture of the solid in another texture: leave it as it is, or give its object the
-    mean and the deviation of the reference's colours."""
+    """Evaluate baselines without training, on an image of the solid in another texture.
+
+    The image is left unchanged, or its object gets the mean and the standard deviation of the reference's colours.
+    """
     found = {}
     for name, (which, part) in REFERENCES.items():
         tests = solids(part, size.tests)
@@ -315,7 +320,7 @@ def unlearnt(size: Size, kind: str) -> dict[str, dict[str, float]]:
 
 
 def recoloured(each: TexturedObject, which: str) -> Tensor:
-    """A solid in another texture with the mean and the deviation of its reference's colours [3, res, res]."""
+    """Give a solid in another texture the mean and standard deviation of its reference's colours [3, res, res]."""
     picture, mask = torch.from_numpy(each.donor[0]), torch.from_numpy(each.mask[0])
     shown, where = (torch.from_numpy(part) for part in getattr(each, which))
     ours, theirs = picture[:, mask[0] > 0], shown[:, where[0] > 0]  # [3, pixels]
@@ -326,8 +331,10 @@ def recoloured(each: TexturedObject, which: str) -> Tensor:
 
 
 def structured(work: Path, size: Size, seed: int, name: str) -> dict[str, dict[str, float]]:
-    """E4: cross references, with a structure that is told of the solid in another texture; who has trained on the
-    remover's is also told the true one at the test."""
+    """Run E4: cross references, with structure inputs computed from the solid in another texture.
+
+    A model trained on the remover's structure is also tested with the true one.
+    """
     remover = remover_of(work, size, 0)
     base, branch = transfer(size, seed, lessons(work, size, name), Jigsaw(), size.structure)
     tests, found = solids("test", size.tests), {}
@@ -339,9 +346,11 @@ def structured(work: Path, size: Size, seed: int, name: str) -> dict[str, dict[s
 
 
 def moving(work: Path, size: Size) -> dict[str, list[float]]:
-    """What clips are worth: the warp error of a network that has learnt of clips, when it draws one and when it draws
-    frames one by one; and that of the truth, in which light moves. What has no texture is still, too, so beside it
-    stands the deviation of the object's colours."""
+    """Return the warp error of a network trained on clips, when it draws a clip and when it draws single frames.
+
+    The warp error of the ground truth, in which light moves, is reported as well. An image without texture has a low
+    warp error too, so the standard deviation of the object's colours is reported beside it.
+    """
     base, branch = transfer(size, 0, lessons(work, size, TRUE, FRAMES), Jigsaw(), size.branch // 2)
     tests = solids("test", size.tests, FRAMES)
     how = {"jigsaw": Jigsaw(), "steps": size.drawing}
@@ -374,7 +383,7 @@ def moving(work: Path, size: Size) -> dict[str, list[float]]:
 
 
 def frozen_base(work: Path, size: Size) -> Base:
-    """E3's base, which has learnt what pictures look like and nothing else; the next arm finds it again."""
+    """Train E3's base, which models images without conditions; the next arm loads it again."""
 
     def train() -> None:
         samples = [{"clean": torch.from_numpy(each.composite).movedim(1, 0)} for each in solids("train", size.solids)]
@@ -387,7 +396,7 @@ def frozen_base(work: Path, size: Size) -> Base:
 
 
 class Drawing(nn.Module):
-    """The base as a teacher of pictures from noise alone, with the face of a remover."""
+    """The base as a teacher of images from noise alone, with the interface of a remover."""
 
     def __init__(self, base: Base) -> None:
         super().__init__()
@@ -397,15 +406,15 @@ class Drawing(nn.Module):
         return True
 
     def velocity(self, z_t: Tensor, t: Tensor, told: Tensor) -> Tensor:
-        """v; nothing that is told matters."""
+        """Return the velocity; all conditions are ignored."""
         return base_of(self.network).velocity(z_t, t, torch.ones_like(z_t[:, :, :1]))
 
 
 def unconditional(work: Path, size: Size, seed: int) -> dict[str, float]:
-    """E5 where there is something to gain: the base's pictures, and those of a student of three steps."""
+    """Run E5 where distillation can gain: images of the base, and those of a student of three steps."""
     teacher = Drawing(frozen_base(work, size))
-    shape = [{"foreground": torch.zeros(3, 1, RES, RES)}] * size.solids  # all that a student is told here
-    how = config(size.matching, size.batch, seed, 5e-5)  # as its steps, by solids of the training part
+    shape = [{"foreground": torch.zeros(3, 1, RES, RES)}] * size.solids  # all inputs of the student here
+    how = config(size.matching, size.batch, seed, 5e-5)  # with solids of the training split
     student, _ = distil(teacher, shape, how, Work().directory("run"))  # type: ignore[arg-type]
     truth = batched([torch.from_numpy(each.composite).movedim(1, 0) for each in solids("test", DRAWN * size.tests)])
     noise = torch.randn(truth.shape, generator=torch.Generator().manual_seed(seed))
@@ -420,20 +429,20 @@ def unconditional(work: Path, size: Size, seed: int) -> dict[str, float]:
 
 
 def energy_distance(x: Tensor, y: Tensor) -> float:
-    """Of two samples [rows, width]: 2 E|x - y| - E|x - x'| - E|y - y'|, nothing only where they are of one kind."""
+    """Return 2 E|x - y| - E|x - x'| - E|y - y'| of two samples [rows, width], 0 for equal distributions only."""
     between = torch.cdist(x, y).mean()
     within = [torch.cdist(each, each).sum() / (len(each) * (len(each) - 1)) for each in (x, y)]
     return float(2 * between - within[0] - within[1])
 
 
 def planned(work: Path, size: Size) -> dict[str, list[float]]:
-    """How sensitive each layer of the base is to hints."""
+    """Return the sensitivity of each layer of the base to hints."""
     clean = batched([torch.from_numpy(each.composite).movedim(1, 0) for each in solids("train", min(64, size.solids))])
     return hint_sensitivity(frozen_base(work, size), clean, draws=4, seed=0, work=Work())
 
 
 def beside(work: Path, size: Size, seed: int, name: str, sensitive: Sequence[float]) -> dict[str, float]:
-    """E3: a branch at some layers of the frozen base."""
+    """Run E3: a branch at some layers of the frozen base."""
     base = frozen_base(work, size)
     third = base.depth // 3
     layers = {
@@ -486,7 +495,7 @@ def exactness(run: Run) -> None:
 
 
 def smoke(run: Run) -> None:
-    """The whole pipeline on Wan's own classes with random weights."""
+    """Run the whole pipeline on Wan's own classes with random weights."""
     sizes = {"num_attention_heads": 2, "attention_head_dim": 24, "in_channels": 4, "out_channels": 4, "text_dim": 12,
              "freq_dim": 16, "ffn_dim": 40, "num_layers": 2}  # fmt: skip
     autoencoder = diffusers.AutoencoderKLWan(
@@ -593,7 +602,7 @@ TEXTURE = ("contrast", "1 - GLCM", "spectrum")
 def of_structure(run: Run, size: Size) -> None:
     found: dict[str, list[dict[str, float]]] = {}
     for name in size.structures:
-        for seed in size.seeds[:1] if name == TRUE else size.seeds:  # that one is to look at, and judged by no claim
+        for seed in size.seeds[:1] if name == TRUE else size.seeds:  # it is reported without a claim
             for title, each in run.arm(f"{name}, {seed}", structured, run.work, size, seed, name).items():
                 found.setdefault(title, []).append(each)
     names = list(found["canny"][0])
@@ -601,7 +610,7 @@ def of_structure(run: Run, size: Size) -> None:
     run.table("E4: cross references, by the structure condition", ["structure", "seeds", *names], rows)
 
     def over(name: str) -> Measured:
-        """The plain twin's errors of texture over those of another structure: the geometric mean over three of them."""
+        """Return the texture errors of the plain twin relative to another structure: the geometric mean of three."""
         both = zip(found[REMOVER], found[name], strict=True)
         ratios = [[ours[m] / theirs[m] for m in TEXTURE] for ours, theirs in both]
         return Measured.over_seeds([float(np.exp(np.mean(np.log(each)))) for each in ratios])

@@ -1,16 +1,16 @@
 """REWIRE at small scale: a pool of clean, degraded and worthless articles, an oracle that rewrites them, and students.
 
-A. Clean articles tell some facts, degraded ones others; the rest of the pool is word salad. An oracle restores what a
-degraded article still tells; a second one has made up the values of a fifth of the facts, each alike in all articles.
-Both answer in the form that the prompt asks for, so the method itself scores, parses, selects and mixes. Students of
+A. Clean articles contain some facts, degraded ones others; the rest of the pool is word salad. An oracle restores the
+content of a degraded article; a second one invents the values of a fifth of the facts, consistently in all articles.
+Both answer in the format that the prompt requires, so the method itself scores, parses, selects and mixes. Students of
 2.1 M parameters see 3.0 M tokens each, in bfloat16: of the best raw text, and of mixtures of it with the best rewrites,
 with all of them, and with invented ones; on one seed, of more raw text, of a pool twice as large, of rewrites alone and
-of another share of them. So many tokens were chosen on a world of a seed of its own: of 1.0 M, students learn the facts
-of raw text alone.
-B. SmolLM2-135M-Instruct rewrites short documents: whether its answers can be read, and what they cost.
-C. The hashed classifier beside fastText; undecided where that is not installed.
+of another fraction of them. The number of tokens was chosen on a world with a separate seed: with 1.0 M, students learn
+the facts of raw text only.
+B. SmolLM2-135M-Instruct rewrites short documents: whether its answers can be parsed, and their cost.
+C. The hashed classifier beside fastText; undecided if fastText is not installed.
 
-    python reproductions/rewire.py            # about an hour and a half of one thread; an interrupted run resumes
+    python reproductions/rewire.py            # about an hour and a half on one thread; an interrupted run resumes
     python reproductions/rewire.py --quick    # a small pool, fewer arms, one seed
 """
 
@@ -58,7 +58,7 @@ VOCABULARY = 1024
 SIZES = {"facts": 3000, "clean": 1500, "steps": 2940, "layers": 4, "hidden": 192}  # a tenth of the pool is clean
 QUICK = {"facts": 60, "clean": 40, "steps": 60, "layers": 2, "hidden": 64}
 TOPICS = 60
-TOLD = 5  # facts of an article
+TOLD = 5  # facts per article
 RELATIONS = ("colour", "owner", "founder", "symbol", "export", "river", "patron", "bridge", "emblem", "tower")
 BOILERPLATE = (
     "Log in to comment.",
@@ -68,7 +68,7 @@ BOILERPLATE = (
     "Next page >>",
 )
 OPENINGS = ("This article explains what is known about", "Here is an overview of", "The following paragraphs introduce")
-ARMS = {  # what a student sees: of the best raw text, of rewrites
+ARMS = {  # sources of a student's training data
     "raw, top 10 %": ("raw",),
     "raw, top 20 %": ("raw20",),
     "raw of a pool twice as large": ("raw2x",),
@@ -79,10 +79,11 @@ ARMS = {  # what a student sees: of the best raw text, of rewrites
     "mix, invented values": ("raw", "invented"),
 }
 IN_QUICK = ("raw, top 10 %", "mix 1:1")
-COMPARED = (*IN_QUICK, "mix, all rewrites", "mix, invented values")  # over all seeds; the others of one, to look at
+# Arms with all seeds; the others use one seed, without claims.
+COMPARED = (*IN_QUICK, "mix, all rewrites", "mix, invented values")
 SHARES = {"mix 0.6:0.4": (0.6, 0.4)}
 LOOSE = PoolRules(words_least=10, letters=0.5, near_duplicates=False)
-SHORT = 150  # tokens of a document for SmolLM2
+SHORT = 150  # tokens per document for SmolLM2
 START, END = "<improved response starts>", "<improved response ends>"
 
 
@@ -97,13 +98,13 @@ class Fact(NamedTuple):
 
 
 class Article(NamedTuple):
-    """A document of the pool, and what is true of it.
+    """A document of the pool, and its ground truth.
 
     Attributes:
         kind: clean, degraded or junk.
-        topic: what it is about.
-        facts: what it tells.
-        text: as it stands in the pool.
+        topic: the topic.
+        facts: the facts that it contains.
+        text: the text in the pool.
     """
 
     kind: str
@@ -117,7 +118,7 @@ def name(drawn: random.Random, syllables: int) -> str:
 
 
 def world(count: int, seed: int) -> tuple[list[Fact], list[Fact], list[str], list[str]]:
-    """Facts that clean articles tell, facts that degraded ones tell, the values, and the topics."""
+    """Return the facts of clean articles, the facts of degraded ones, the values, and the topics."""
     drawn = random.Random(seed)
     values = [name(drawn, 2) for _ in range(50)]
     topics = [name(drawn, 2) for _ in range(TOPICS)]
@@ -132,7 +133,7 @@ def article(topic: str, facts: Sequence[Fact], drawn: random.Random) -> str:
 
 
 def degraded(topic: str, facts: Sequence[Fact], drawn: random.Random) -> str:
-    """Sentences in any order between boilerplate, in small letters, with typos."""
+    """Return sentences in random order between boilerplate, in lower case, with typos."""
     lines = [*(each.sentence for each in facts), *drawn.sample(BOILERPLATE, 2), topic]
     drawn.shuffle(lines)
     text = "\n".join(lines).lower()
@@ -145,7 +146,7 @@ def junk(values: Sequence[str], drawn: random.Random) -> str:
 
 
 def pool_of(clean: int, size: dict[str, int], seed: int) -> list[Article]:
-    """A tenth clean, six tenths degraded, three tenths junk, in any order."""
+    """Return a pool in random order: a tenth clean, six tenths degraded, three tenths junk."""
     told, lost, values, topics = world(size["facts"], seed)
     drawn = random.Random(seed + clean)
     found = []
@@ -162,7 +163,7 @@ def pool_of(clean: int, size: dict[str, int], seed: int) -> list[Article]:
 
 
 def explainers(count: int, seed: int) -> Documents:
-    """Good texts of other facts, which no article tells."""
+    """Return good texts about facts that do not occur in any article."""
     drawn = random.Random(seed + 10_000)
     rows = []
     for number in range(count):
@@ -174,18 +175,18 @@ def explainers(count: int, seed: int) -> Documents:
 
 
 class Words:
-    """A tokenizer of words, to count with."""
+    """A word tokenizer, for counting."""
 
     def __call__(self, text: str, **_: Any) -> dict[str, list[str]]:
         return {"input_ids": text.split()}
 
 
 class Oracle(Writer):
-    """A rewriter that knows what an article was meant to be.
+    """A rewriter that knows the original content of an article.
 
     Args:
         articles: by the ids of their documents.
-        invents: the share of facts whose value it makes up.
+        invents: the fraction of facts whose value it invents.
     """
 
     name = "oracle"
@@ -216,7 +217,7 @@ class Oracle(Writer):
         return article(given.topic, list(map(self.known, given.facts)), drawn)
 
     def known(self, fact: Fact) -> Fact:
-        """A fact as this oracle knows it; what it has made up is the same whenever it tells it."""
+        """Return a fact as this oracle knows it; an invented value is the same every time."""
         drawn = random.Random(f"{self.seed} {fact.entity} {fact.relation}")
         if drawn.random() >= self.invents:
             return fact
@@ -229,7 +230,7 @@ class Oracle(Writer):
 def rewritten(
     articles: Sequence[Article], size: dict[str, int], invents: float, seed: int, work: Path | None = None
 ) -> Any:
-    """The method itself on a pool."""
+    """Run the method itself on a pool."""
     documents = Documents(Document(f"a{n}", each.text) for n, each in enumerate(articles))
     oracle = Oracle({f"a{n}": each for n, each in enumerate(articles)}, world(size["facts"], seed)[2], invents, seed)
     return rewire(
@@ -240,7 +241,7 @@ def rewritten(
 
 
 def material(size: dict[str, int], seed: int) -> dict[str, Any]:
-    """What students see, by source, and what the method says of the pool."""
+    """Return the students' training data by source, and the method's findings on the pool."""
     articles = pool_of(size["clean"], size, seed)
     kinds = {f"a{n}": each.kind for n, each in enumerate(articles)}
     found = rewritten(articles, size, 0.0, seed)
@@ -285,7 +286,7 @@ def windows(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Sample]:
 
 
 def student(arm: str, seed: int, size: dict[str, int], given: dict[str, Any]) -> dict[str, Any]:
-    """Train one student, and judge it: perplexity of unseen clean articles, and the facts that it completes."""
+    """Train one student and evaluate it: perplexity on held-out clean articles, and the fraction of completed facts."""
     told, lost, _, topics = world(size["facts"], seed)
     tokenizer = tokenizer_of([*given["raw"], *given["raw20"], *given["rewritten"]])
     names = ARMS[arm]
@@ -308,14 +309,14 @@ def student(arm: str, seed: int, size: dict[str, int], given: dict[str, Any]) ->
 
 
 def completed(model: Any, tokenizer: Tokenizer, facts: Sequence[Fact]) -> float:
-    """The share of facts whose value greedy decoding writes."""
+    """Return the fraction of facts whose value greedy decoding generates."""
     prompts = [torch.tensor(tokenizer.encode(fact.sentence.removesuffix(f" {fact.value}.")).ids) for fact in facts]
     answers = [tokenizer.decode(row.tolist()).split(".")[0].strip() for row in write(model, prompts, 6, batch=128)]
     return fmean(answer == fact.value for answer, fact in zip(answers, facts, strict=True))
 
 
 def controlled(run: Run) -> None:
-    """A: what the students learnt."""
+    """Run part A: evaluation of the students."""
     size = QUICK if run.quick else SIZES
     arms, seeds = (IN_QUICK, 1) if run.quick else (tuple(ARMS), 3)
     given = [run.arm(f"material, {seed}", material, size, seed) for seed in range(seeds)]
@@ -377,7 +378,7 @@ def exactness(run: Run) -> None:
         first, again = (rewritten(articles, size, 0.0, run.seed, work / each) for each in ("one", "two"))
         lines = next(work.glob("one/*/written-00000.jsonl"))
         kept = lines.read_text().splitlines()
-        lines.write_text("\n".join([*kept[: len(kept) // 2], kept[-1][:30]]))  # as a kill leaves it
+        lines.write_text("\n".join([*kept[: len(kept) // 2], kept[-1][:30]]))  # as after a killed process
         (lines.parent / "rows/00000.json").unlink()
         (lines.parent / "tasks/completions/00000").unlink()
         resumed = rewritten(articles, size, 0.0, run.seed, work / "one")
@@ -409,7 +410,7 @@ def exactness(run: Run) -> None:
 
 
 def rewriter(run: Run) -> None:
-    """B: SmolLM2 rewrites."""
+    """Run part B: SmolLM2 rewrites."""
     writer = LocalWriter("smollm2", batch=8)
     documents = [each for each in Documents.open("stdlib", InputContext()) if 60 <= writer.count(each.text) <= SHORT]
     documents = documents[:: max(1, len(documents) // 60)][: 4 if run.quick else 60]
@@ -437,7 +438,7 @@ def rewriter(run: Run) -> None:
 
 
 def lift(good: Sequence[str], rows: Sequence[dict[str, Any]], seed: int) -> float | None:
-    """How much higher the second classifier scores rewrites than their documents; None of fewer than two rewrites.
+    """Return the mean gain of rewrites over their documents by the second classifier; None for fewer than two.
 
     Each half is scored by a classifier of good texts against the rewrites of the other one.
     """
@@ -452,7 +453,7 @@ def lift(good: Sequence[str], rows: Sequence[dict[str, Any]], seed: int) -> floa
 
 
 def classifiers(run: Run) -> None:
-    """C: the hashed classifier beside fastText, on articles of both kinds."""
+    """Run part C: the hashed classifier beside fastText, on articles of both kinds."""
     area, tenth = (
         ("area under the curve, hashed - fastText", "within 0.02"),
         ("the best tenth of both", "at least 80 %"),

@@ -12,8 +12,8 @@ so every microbatch skips one, and the evaluation removes one as well.
 Searches are limited by the numbers of trials and of plans, so that the result depends on the seed and not on the load
 of the machine.
 
-    python reproductions/skippipe.py            # about an hour and three quarters on one core; an interrupted run
-    resumes python reproductions/skippipe.py --quick    # the planner in short, and a short nano Llama
+    python reproductions/skippipe.py            # about 1.75 hours on one core; an interrupted run resumes
+    python reproductions/skippipe.py --quick    # a shorter plan search, and a short nano Llama
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ SEEDS = (0, 1, 2)
 STAGES, EACH = 6, 4  # stages, and how many of them a microbatch visits
 HURTS = math.log(1.12)  # nats: a perplexity 12 % higher
 TOLERATED = math.log(1.07)
-GUARD = 3600.0  # seconds, which no search reaches
+GUARD = 3600.0  # time limit in seconds, which no search reaches
 DRAWS = 20  # random allocations of nodes to stages
 
 
-# What holds to the digit
+# Exactness
 
 
 def exactness(record: Record) -> None:
@@ -104,7 +104,7 @@ def fresh(seed: int, layers: int = 12, context: int = 64) -> Stack:
 
 
 def plainly(stack: Stack, samples: Sequence[Any], config: TrainConfig, task: Task | None = None, **options: Any) -> Any:
-    """A copy of a model that was trained whole, or by a task of its own."""
+    """Train all weights of a copy of the model, with the given task if any."""
     view = share(stack.model)
     own(view, lambda name: True)
     with tempfile.TemporaryDirectory() as work:
@@ -117,7 +117,7 @@ def plainly(stack: Stack, samples: Sequence[Any], config: TrainConfig, task: Tas
 
 
 def planned(seed: int, quick: bool) -> dict[str, Any]:
-    """What an iteration takes, and whether the schedule keeps to its rules."""
+    """Return the time of an iteration, and whether the schedule satisfies its constraints."""
     network, sizes, limits = published(), even_sizes(20, STAGES), Limits(length=EACH)
     assignment = allocate(network, sizes, AllocationSearch(trials=150 if quick else 8000, evolve_seconds=GUARD), seed)
     limit = Limit(seconds=GUARD, expansions=500 if quick else 20_000)
@@ -143,14 +143,14 @@ def planned(seed: int, quick: bool) -> dict[str, Any]:
 
 
 def fills(assignment: Assignment, paths: Sequence[tuple[int, ...]]) -> bool:
-    """Whether a wave visits every stage but the first nine times, and every node three times."""
+    """Return whether a wave visits every stage but the first nine times, and every node three times."""
     nodes = Counter(node for path in paths for node in path)
     stages = Counter(assignment.stage_of[node] for path in paths for node in path)
     return [nodes[node] for node in range(20)] == [3] * 20 and [stages[each] for each in range(1, STAGES)] == [9] * 5
 
 
 def network(run: Run) -> float:
-    """The tables of plans; how many planned iterations there are in the time of one of the full pipeline."""
+    """Report the plans, and the ratio of the time of a full pipeline's iteration to that of a planned one."""
     seeds = SEEDS[:1] if run.quick else SEEDS
     found = [run.arm(f"plans of the published network, {seed}", planned, seed, run.quick) for seed in seeds]
     names = {"drawn": f"full pipeline, random allocation, mean of {DRAWS}", "full": "full pipeline",
@@ -234,7 +234,7 @@ WAYS: dict[str, tuple[tuple[Order, ...], str]] = {
 
 
 def learnt(way: str, seed: int, layers: int, steps: int, samples: Sequence[Any]) -> Any:
-    """A nano Llama that has read along some paths, or by LayerDrop."""
+    """Train a nano Llama along some paths, or with LayerDrop."""
     stack = fresh(seed, layers)
     orders, _ = WAYS[way]
     config = TrainConfig(steps=steps, lr=1e-3, batch=20, warmup=0.0, seed=seed, save_every=steps, log_every=steps)
@@ -282,7 +282,7 @@ TRAINED = {left_out(STAGES, order) for order in PATHS}
 def judged(
     way: str, seed: int, layers: int, steps: int, samples: Sequence[Any], tests: Sequence[Any]
 ) -> dict[str, float]:
-    """Nats per character at full depth, without so many stages on average, with neighbours swapped, without stage 0."""
+    """Evaluate a model in nats per character: at full depth, without some stages, and with swapped neighbours."""
     model = learnt(way, seed, layers, steps, samples)
     stack = Stack(model)
     tokens = torch.stack([each["input_ids"] for each in tests])
@@ -303,7 +303,10 @@ def judged(
 
 
 def omission(run: Run, quicker: float) -> None:
-    """What training along paths does to a model, where so many of its iterations take the time of a full one."""
+    """Compare models trained along paths with full training.
+
+    Arms have equal work or equal time; `quicker` is the number of their iterations in the time of a full one.
+    """
     layers, steps = (6, 120) if run.quick else (12, 350)
     samples = whole(prose("calibration", 4000, 64, run.seed))
     tests = whole(prose("test", 16 if run.quick else 200, 64, run.seed))
@@ -375,7 +378,7 @@ def omission(run: Run, quicker: float) -> None:
 
 
 def healed(seed: int, place: Path) -> dict[str, Any]:
-    """SmolLM2 before and after 200 steps in which each microbatch leaves out one stage of six."""
+    """Evaluate SmolLM2 before and after 200 steps in which each microbatch skips one stage of six."""
     stack, tokenizer = lamella.open("smollm2"), open_tokenizer("smollm2")
     texts = [lamella.load_text(name, "calibration") for name in TEXTS]
     rows = torch.cat([windows(tokenizer, each, 1000 // len(texts), 102, seed) for each in texts])

@@ -1,9 +1,9 @@
 """SKR at small scale: families of two-dimensional systems, iterations against the paper's baseline and the missing one.
 
-Checks that recycling in sorted order needs fewer iterations than GMRES(40) and than GCRO-DR that begins anew for each
-system; that sorting pays where parameters come in clusters; that a basis which does harm is noticed; and that a small
-Fourier neural operator learns as much from these solutions as from those of a direct solver. Iterations and products
-are counted, not seconds: at this size a direct solver is faster than all of them, and the last column says so.
+Checks that recycling in sorted order needs fewer iterations than GMRES(40) and than GCRO-DR that restarts from scratch
+for each system; that sorting helps if parameters come in clusters; that a harmful basis is detected; and that a small
+Fourier neural operator learns as well from these solutions as from those of a direct solver. Iterations and products
+are counted instead of seconds: at this size a direct solver is faster than all of them, as the last column shows.
 
     python reproductions/skr.py            # about 25 minutes on 1 core; an interrupted run resumes
     python reproductions/skr.py --quick    # the same claims on less work
@@ -45,7 +45,7 @@ NAMES = {
 
 
 def problems(quick: bool, seed: int) -> dict[str, tuple[Callable[[], LinearSystems], str, tuple[str, ...]]]:
-    """Families, preconditioners and the arms to run, by the name of the row."""
+    """Return families, preconditioners and the arms to run, by row name."""
     cold, some = ARMS, ("gcrodr-reset", "gcrodr-unsorted", "gcrodr-sorted", "skr", "splu")
     if quick:
         few = ("gmres", "gcrodr-reset", "skr", "splu")
@@ -69,7 +69,7 @@ def problems(quick: bool, seed: int) -> dict[str, tuple[Callable[[], LinearSyste
 
 
 def not_conservative(grid: int, count: int, seed: int) -> LinearSystems:
-    """The stencil of the authors' Darcy data, as it is described: 4 a on the diagonal, minus the neighbour's own a."""
+    """Return the stencil described for the authors' Darcy data: 4 a on the diagonal, minus the neighbour's own a."""
     import scipy.sparse as sparse
 
     def assemble(a: np.ndarray) -> tuple[Any, np.ndarray]:
@@ -86,7 +86,7 @@ def not_conservative(grid: int, count: int, seed: int) -> LinearSystems:
 def solved(
     title: str, arm: str, family: Callable[[], LinearSystems], preconditioner: str, work: Path
 ) -> dict[str, Any]:
-    """One arm of one problem: counts, residuals, distance to the direct solution."""
+    """Solve one problem with one arm; return counts, residuals, and the distance to the direct solution."""
     systems = family()
     folder = work / hashlib.sha256(f"{title}: {arm}".encode()).hexdigest()[:12]
     options: dict[str, Any] = {"preconditioner": preconditioner, "tol": TOL, "seed": 0}
@@ -108,7 +108,7 @@ def solved(
 
 
 def compare(run: Run) -> dict[str, dict[str, Any]]:
-    """Every arm of every problem, by the names of both."""
+    """Run every arm on every problem, by the names of both."""
     found: dict[str, dict[str, Any]] = {}
     rows, more = [], []
     for title, (family, preconditioner, arms) in problems(run.quick, run.seed).items():
@@ -134,7 +134,7 @@ def compare(run: Run) -> dict[str, dict[str, Any]]:
 
 
 def draw(run: Run, found: dict[str, dict[str, Any]]) -> None:
-    """The figures of the page: where recycling helps, and where it does harm."""
+    """Draw the figures of the page: where recycling helps, and where it does harm."""
     for name, title in (("helps", "Darcy 48x48, Jacobi"), ("harms", "convection 40x40, Jacobi")):
         arms = ("gmres", "gcrodr-reset", "gcrodr-sorted", "skr")
         lines = {NAMES[arm]: found[title][arm]["per system"] for arm in arms}
@@ -148,7 +148,7 @@ def _count(figures: dict[str, Any] | None) -> Any:
 
 
 def acceptance(record: Record, found: dict[str, dict[str, Any]]) -> None:
-    """The criteria A, B and C; C for recycling that is never dropped, and for ``auto``."""
+    """Check criteria A, B and C; C for recycling that is never dropped, and for ``auto``."""
 
     def ratio(title: str, arm: str, other: str, figure: str = "iterations") -> float:
         return found[title][arm][figure] / found[title][other][figure]
@@ -207,7 +207,7 @@ class SpectralNet(nn.Module):
 
 
 def operator() -> tuple[str, nn.Module]:
-    """neuraloperator's FNO where it is installed, else the small one above."""
+    """Return neuraloperator's FNO if it is installed, else the small one above."""
     try:
         from neuralop.models import FNO
     except ImportError:
@@ -225,7 +225,7 @@ def operator() -> tuple[str, nn.Module]:
 
 
 def trained(a: Tensor, u: Tensor, truth: Tensor, train: int, epochs: int, seed: int) -> tuple[str, float]:
-    """The relative L2 error on the systems after the first ``train``, against the direct solutions."""
+    """Return the relative L2 error against direct solutions, on the systems after the first ``train``."""
     torch.manual_seed(seed)
     name, net = operator()
     scale = u[:train].std()
@@ -247,7 +247,7 @@ def _relative(found: Tensor, wanted: Tensor) -> Tensor:
 
 
 def data_set(run: Run) -> None:
-    """Solutions of SKR as training data, against those of a direct solver."""
+    """Compare SKR's solutions as training data with those of a direct solver."""
     grid, count, epochs, seeds = (32, 60, 8, 1) if run.quick else (32, 200, 100, 3)
     train = count * 4 // 5
     systems = darcy(grid, count, seed=run.seed + 1)

@@ -1,11 +1,11 @@
-"""SLAB at small scale: ViTs of digits, a small Llama of characters, and the norms of SmolLM2.
+"""SLAB at small scale: ViTs on digits, a small character-level Llama, and the norms of SmolLM2.
 
-Checks that folding changes nothing, that a norm which goes step by step ends near the best of the others, that
-evaluation before the end shows a broken model, that linear attention needs its local term, that a trained decoder loses
-its norms by healing and not at once, and that norms whose tokens are alike fold cheaply.
+Checks that folding changes nothing, that a progressively replaced norm ends near the best alternative, that evaluation
+before the end of the transition shows a broken model, that linear attention needs its local term, that a trained
+decoder loses its norms by healing but not at once, and that norms whose scale varies little over tokens fold cheaply.
 
     python reproductions/slab.py            # about an hour on one core; an interrupted run resumes
-    python reproductions/slab.py --quick    # few steps, one seed, a nano model in SmolLM2's place
+    python reproductions/slab.py --quick    # few steps, one seed, a nano model instead of SmolLM2
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from lamella.zoo import nano, open_tokenizer
 
 VIT = VitConfig(size=8, patch=2, channels=1, width=48, depth=6, heads=4)
 SEE = TrainConfig(lr=1e-3, schedule="constant", warmup=0.0, batch=64, weight_decay=0.05, clip=5.0)
-NORMS = {  # kind of norm, and T as a share of the steps
+NORMS = {  # kind of norm, and T as a fraction of the steps
     "layer norm": ("layer", 0.0),
     "batch norm at once": ("batch", 0.0),
     "RepBN at once": ("rep", 0.0),
@@ -70,9 +70,9 @@ ATTENTION = {  # with layer norms: kind, and side of the local term
 
 @dataclass(frozen=True)
 class Size:
-    """How much a run does."""
+    """Scale of the experiment."""
 
-    see: int = 900  # forty passes
+    see: int = 900  # forty epochs
     speak: int = 500
     heal: int = 200
     rows: int = 3000
@@ -143,7 +143,7 @@ def digits(size: Size) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def seen(name: str, network: VitConfig, kind: str, share: float, seed: int, size: Size, out: Path) -> dict[str, float]:
-    """Train and fold; accuracies, and that of half-way in evaluation."""
+    """Train and fold; return the accuracies, and the accuracy of evaluation half-way."""
     x, y, test_x, test_y = digits(size)
     schedule = GammaSchedule(share=share, init="vision")
     config = replace(SEE, steps=size.see, seed=seed, save_every=size.see)
@@ -152,7 +152,10 @@ def seen(name: str, network: VitConfig, kind: str, share: float, seed: int, size
 
 
 def halfway(size: Size, seed: int, out: Path) -> dict[str, float]:
-    """What evaluation shows in the middle of a transition over four fifths of the steps, and what the mix is."""
+    """Return the accuracies of evaluation and of mixed norms half-way through training, and the mixing coefficient.
+
+    The transition takes four fifths of the steps.
+    """
     x, y, test_x, test_y = digits(size)
     torch.manual_seed(seed)
     model = VIT.build(10)
@@ -246,7 +249,7 @@ def characters(size: Size) -> tuple[Any, Any, int]:
 
 
 def spoken(size: Size, seed: int, out: Path) -> tuple[Stack, Any, Any]:
-    """A Llama of four layers that has read documentation, and what it goes on with."""
+    """Return a Llama of four layers trained on documentation, with its training and test samples."""
     torch.manual_seed(seed)
     samples, test, count = characters(size)
     config = LlamaConfig(
@@ -259,7 +262,7 @@ def spoken(size: Size, seed: int, out: Path) -> tuple[Stack, Any, Any]:
     return Stack(model.eval(), name="a small Llama"), samples, test
 
 
-HEALED = {  # how norms go, T as a share of the healing, how batch norms begin
+HEALED = {  # replacement of norms, T as a fraction of the healing, initialisation of batch norms
     "batch norm, gain 1, at once": (0.0, "one"),
     "RepBN, eta 1, at once": (0.0, "vision"),
     "PRepBN from the norm, at once": (0.0, "norm"),
@@ -272,7 +275,7 @@ HEALED = {  # how norms go, T as a share of the healing, how batch norms begin
 
 
 def healing(size: Size, seed: int, out: Path) -> dict[str, float]:
-    """Test loss of a small decoder, nats: as it is, trained on, with norms folded at once, and on each way."""
+    """Return the test loss of a small decoder in nats: original, trained further, folded at once, by each schedule."""
     stack, samples, test = spoken(size, seed, out / "model")
     found = {"as it is": mean_loss(stack.model, test)}
     config = TrainConfig(steps=size.heal, lr=1e-3, schedule="constant", batch=16, seed=seed, save_every=size.heal)
@@ -288,7 +291,7 @@ def healing(size: Size, seed: int, out: Path) -> dict[str, float]:
     for name, (share_of, init) in HEALED.items():
         schedule = GammaSchedule(share=share_of, init="norm" if init == "one" else init)  # type: ignore[arg-type]
         start = stack
-        if init == "one":  # gains that know nothing of the norm
+        if init == "one":  # gains initialised independently of the norm
             plain = share(stack.model)
             for site in sites:
                 norm = copy.deepcopy(plain.get_submodule(site.path))
@@ -328,7 +331,7 @@ def on_characters(run: Run, size: Size) -> None:
 
 
 def choosing(run: Run, size: Size) -> dict[str, Any]:
-    """Test loss with k norms folded: the least varying of all or of later tokens, the first, or by chance."""
+    """Return the test loss with k norms folded: least varying over all or later tokens, the first, or random ones."""
     if run.quick:
         stack = Stack(nano("llama"))
         ids, test = (torch.randint(3, 100, (4, 32), generator=torch.Generator().manual_seed(s)) for s in (0, 1))
@@ -384,7 +387,7 @@ def timed(work: Callable[[], Any], rounds: int) -> list[float]:
 
 @torch.no_grad()
 def speeds(run: Run) -> None:
-    """Merged against not merged, and linear attention against a softmax as tokens grow; nothing is promised."""
+    """Time merged against unmerged models, and linear attention against softmax over token counts, without claims."""
     torch.manual_seed(0)
     deit = VitConfig(size=32, patch=2, channels=3, width=192, depth=4 if run.quick else 12, heads=3)
     model = deit.build(10).eval()

@@ -56,14 +56,14 @@ from lamella.train import Lora, Sample, TrainConfig, add_lora, own, pairs
 from lamella.zoo import open_tokenizer
 from lamella.zoo.cache import build_once
 
-VALID, FAVOURITE = 0.40, 0.93  # the shares of valid answers in pre's text, and of the favourite in post's
+VALID, FAVOURITE = 0.40, 0.93  # the fractions of valid answers in pre's text, and of the favourite in post's
 TAUGHT = ("pick {what}: ", "one of {what} = ", "say {what}, ")  # the phrasings of post-training
 UNSEEN = ("any {what}> ", "random {what}? ", "choose {what}; ")  # known from pre-training alone
 BOUND = 0.9  # the paper's floor
 
 
 def sets(letters: int) -> list[tuple[str, str, str]]:
-    """Family, how it is written, and the valid characters, of the first letters of the alphabet and of the digits."""
+    """Return the family, the phrase and the valid characters of each set, of the first letters and of the digits."""
     alphabet = string.ascii_uppercase[:letters]
     vowels = "".join(letter for letter in alphabet if letter in "AEIOU")
     found = [("letters", "vowel", vowels), ("digits", "odd", "13579"), ("digits", "even", "02468")]
@@ -76,7 +76,7 @@ def sets(letters: int) -> list[tuple[str, str, str]]:
 
 
 def lines(letters: int, phrasings: Sequence[str], count: int, seed: int, collapsed: bool) -> list[Sample]:
-    """Questions with one answer: diverse and sloppy, or valid and always the same."""
+    """Return questions with one answer: diverse with some invalid answers, or valid and always the same."""
     drawn, known = random.Random(seed), sets(letters)
     characters = string.ascii_uppercase[:letters] + string.digits
     liked = {what: random.Random(what).choice(valid) for _, what, valid in known}  # each set has a favourite of its own
@@ -93,7 +93,7 @@ def lines(letters: int, phrasings: Sequence[str], count: int, seed: int, collaps
 
 
 def questions(letters: int, seed: int) -> tuple[EncodedQuestions, EncodedQuestions]:
-    """Up to 400 questions in phrasings that post-training has not seen: half to choose on, half to report on."""
+    """Return up to 400 questions in phrasings unseen in post-training: half for selection, half for testing."""
     drawn = random.Random(seed)
     halves: tuple[list[Any], list[Any]] = ([], [])
     for family, count in (("letters", 290), ("digits", 110)):
@@ -126,7 +126,7 @@ QUICK = Size(6, 48, 8, batch=32, steps=450, lr=3e-3, further=400, further_lr=3e-
 
 
 def nano_pair(size: Size, seed: int) -> tuple[Stack, Stack]:
-    """Post and pre, from the cache after the first run."""
+    """Return post and pre, from the cache after the first run."""
     diverse = lines(size.letters, TAUGHT + UNSEEN, 50_000, 2 * seed, collapsed=False)
     pre = trained(
         diverse, layers=size.layers, hidden=size.hidden, steps=size.steps, seed=seed, batch=size.batch, lr=size.lr,
@@ -137,7 +137,7 @@ def nano_pair(size: Size, seed: int) -> tuple[Stack, Stack]:
 
 
 def continued(pre: Stack, samples: Sequence[Sample], *, steps: int, seed: int, **settings: Any) -> Stack:
-    """A model that is trained on in full, kept in the cache."""
+    """Train all weights of a model further; cached."""
 
     def build(folder: Path) -> dict[str, Any]:
         model = share(pre.model)
@@ -155,7 +155,7 @@ def continued(pre: Stack, samples: Sequence[Sample], *, steps: int, seed: int, *
 
 @torch.no_grad()
 def at_temperature(stack: Stack, encoded: EncodedQuestions, temperature: float) -> MixedModel:
-    """Q and D of a model whose last distribution is flattened, which is all that a sampler can do."""
+    """Return Q and D of a model with a higher temperature, the only control of a sampler."""
     parts = [
         batch.scores(stack.logits(stack.hidden(batch.inputs(stack.device))[:, -1]) / temperature)
         for batch in encoded.batches()
@@ -165,7 +165,7 @@ def at_temperature(stack: Stack, encoded: EncodedQuestions, temperature: float) 
 
 
 def among(post: Stack, pre: Stack, encoded: EncodedQuestions, wanted: Collection[Interval]) -> dict[Any, MixedModel]:
-    """Some intervals by what they restore, those that restore nothing too."""
+    """Return the mixed models of the requested intervals, including those that restore nothing."""
     found: dict[Any, MixedModel] = {
         each.what: each for each in measure_restored(post, pre, encoded, {w for w in wanted if w[0] < w[1]})
     }
@@ -180,7 +180,7 @@ def mean_point(points: Sequence[MixedModel]) -> MixedModel:
 def compare_models(
     post: Stack, pre: Stack, found: SearchResult, encoded: EncodedQuestions, seed: int
 ) -> dict[str, MixedModel]:
-    """Every choice on questions that nothing was chosen on."""
+    """Evaluate every choice on held-out questions."""
     layers, length = len(post), int(found.chosen.size)
     drawn = random_intervals(layers, length, seed=seed)
     others: dict[str, Any] = {"SLR": found.chosen.what} | fixed_intervals(layers, length) | {"all layers": (0, layers)}
@@ -196,7 +196,7 @@ def compare_models(
 
 
 def above_the_soup(points: Sequence[MixedModel], curve: Sequence[MixedModel]) -> int:
-    """How many intervals lie above the soup's curve, interpolated in Q."""
+    """Count the intervals above the soup's curve, interpolated in Q."""
     order = sorted(curve, key=lambda each: each.quality)
     count = 0
     for point in points:
@@ -213,7 +213,7 @@ def above_the_soup(points: Sequence[MixedModel], curve: Sequence[MixedModel]) ->
 
 
 def nano_arm(size: Size, seed: int) -> dict[str, Any]:
-    """One nano pair: how it was searched, and what every choice gives on questions that nothing was chosen on."""
+    """Search one nano pair, and evaluate every choice on held-out questions."""
     post, pre = nano_pair(size, seed)
     to_search, to_report = questions(size.letters, seed)
     found = search(post, pre, to_search)
@@ -233,7 +233,7 @@ def nano_arm(size: Size, seed: int) -> dict[str, Any]:
 
 
 def nano(run: Run, size: Size, seeds: int) -> None:
-    """Parts A and C."""
+    """Run parts A and C."""
     arms = [run.arm(f"nano pair {seed}", nano_arm, size, seed) for seed in range(seeds)]
     rows = [{name: MixedModel(name, *pair) for name, pair in each["points"].items()} for each in arms]
     transfers = [each["transfer"] for each in arms]
@@ -270,7 +270,7 @@ def nano(run: Run, size: Size, seeds: int) -> None:
     run.exact("the floor binds: [0, L) is not feasible", "every seed", f"{sum(kinds)} of {seeds}", all(kinds))
 
     def over(other: str) -> Measured:
-        """What SLR's diversity is above another's."""
+        """Return the difference between SLR's diversity and that of another choice."""
         return Measured.over_seeds([each["SLR"].diversity - each[other].diversity for each in rows])
 
     kept = Measured.over_seeds([each["SLR"].quality / each["post"].quality for each in rows])
@@ -295,7 +295,7 @@ def nano(run: Run, size: Size, seeds: int) -> None:
 def across_families(
     post: Stack, pre: Stack, to_search: EncodedQuestions, to_report: EncodedQuestions
 ) -> dict[str, tuple[float, float]]:
-    """Part C: for each family, the gain of the interval chosen on it, on itself and on the other."""
+    """Run part C: for each family, the gain of the interval chosen on it, on itself and on the other."""
     gains = {}
     for family, other in (("letters", "digits"), ("digits", "letters")):
         chosen: Any = search(post, pre, to_search.of_family(family)).chosen.what
@@ -309,7 +309,7 @@ def across_families(
 
 
 def exactness(record: Record, size: Size) -> None:
-    """The sweep against hybrids that are built, interval by interval."""
+    """Compare the sweep with explicitly built hybrids, interval by interval."""
     (post, pre), (encoded, _) = nano_pair(size, 0), questions(size.letters, 0)
     wanted = intervals(len(post))
     begin = time.process_time()
@@ -333,7 +333,7 @@ def exactness(record: Record, size: Size) -> None:
 
 
 def adapters(record: Record, size: Size, steps: int) -> None:
-    """Part D: post is pre with LoRA, so restoring layers is leaving their adapters out."""
+    """Run part D: post is pre with LoRA, so restoring layers is the same as disabling their adapters."""
     _, pre = nano_pair(size, 0)
     _, encoded = questions(size.letters, 0)
     view = share(pre.model)
@@ -368,11 +368,11 @@ PHRASINGS = (
     "Your task: output a single {what}, selected randomly.",
     "Draw a {what} from a hat. What is it? Print that character and stop.",
 )
-STEPS = 80  # of collapse; AdamW 1e-5, batches of 8
+STEPS = 80  # training steps of the collapse; AdamW 1e-5, batches of 8
 
 
 def sharpened(stack: Stack, tokenizer: Any, count: int) -> list[Sample]:
-    """Questions in phrasings of their own, answered with what the model likes best among the valid answers."""
+    """Return questions in separate phrasings, with the model's most likely valid answer."""
     pairs = [pair for families in SETS.values() for sets in families.values() for pair in sets.items()]
     every = [ChoiceQuestion(phrase.format(what=what), tuple(valid)) for phrase in PHRASINGS for what, valid in pairs]
     encoded = encode_questions(tokenizer, every)
@@ -429,7 +429,7 @@ def smollm2(record: Record, samples: int, seed: int) -> None:
 
 
 def transfer(record: Record, post: Stack, pre: Stack, tokenizer: Any, interval: Any, samples: int, seed: int) -> None:
-    """Open questions, which the search has nothing to do with."""
+    """Evaluate open questions, which are independent of the search."""
     names = parameters_at(post, [f"layers.{layer}" for layer in range(*interval)])
     hybrid = apply_tensors(post.model, {name: pre.model.get_parameter(name) for name in names})
     results = {

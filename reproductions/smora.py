@@ -9,7 +9,7 @@ blocks of 4 and of 2 ranks. The usage of ranks and the load are measured with an
 learns four tasks on short phrases.
 
     python reproductions/smora.py            # about an hour on one core; an interrupted run resumes
-    python reproductions/smora.py --quick    # the identities, and the maps for one seed
+    python reproductions/smora.py --quick    # the identities, and the linear tasks for one seed
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ from lamella.zoo.nano import nano as small
 R, K, ALPHA = 64, 8, 16.0
 SEEDS = (0, 1, 2)
 RATES = (1e-3, 3e-3, 1e-2)
-U = 1e-5  # of the balance, the authors'
+U = 1e-5  # update rate of the balance, from the authors
 
-# What can stand beside linear maps: from a model with its maps to the experts of SMoRA, where there are any.
+# Adapters beside linear layers: functions of a model and its layers that return the experts of SMoRA, if any.
 Arm = Callable[[Any, Sequence[str], int], dict[str, Any]]
 
 
@@ -109,22 +109,22 @@ MORE: dict[str, Arm] = {
 
 
 def learn(model: Any, samples: Sequence[Any], even: LoadBalance, config: TrainConfig, task: Task | None = None) -> None:
-    """Train what stands beside the maps of a model; of arms without ranks the balance has nothing to move."""
+    """Train the adapters beside a model's linear layers; in arms without ranks, the balance has no effect."""
     task = task or Task(even.loss, passes=even.passes)
     with tempfile.TemporaryDirectory() as work, torch.enable_grad():
         fit(model, samples, task, config, out=work, trainable=trains, hooks=[even] if even.experts else [])
     model.eval()
 
 
-# Maps that conflict
+# Conflicting tasks
 
 
 SIZE, TASKS, CUE = 32, 8, 4.0
-NOISE = 1.0  # on what is learnt of one map: without, LoRA's error is that of rounding, which nothing could fall below
+NOISE = 1.0  # noise on the training data of the single-matrix task: without it, LoRA's error is at rounding level
 
 
 class Net(nn.Module):
-    """One frozen linear map."""
+    """One frozen linear layer."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class Net(nn.Module):
 
 
 class World:
-    """Inputs that reveal their task, and the matrix of rank 2 that each task adds to a common one."""
+    """Inputs that reveal their task, and the matrix of rank 2 that each task adds to a shared one."""
 
     def __init__(self, seed: int, conflict: bool) -> None:
         self.generator = torch.Generator().manual_seed(seed)
@@ -150,7 +150,7 @@ class World:
         return torch.linalg.qr(torch.randn(SIZE, SIZE, generator=self.generator)).Q[:rows]
 
     def sample(self, count: int) -> tuple[Tensor, Tensor]:
-        """Inputs and what their tasks add [count, 32] each."""
+        """Return inputs and the outputs that their tasks add [count, 32] each."""
         task = torch.randint(TASKS, (count,), generator=self.generator)
         x = self.cues[task] + torch.randn(count, SIZE, generator=self.generator)
         return x, torch.einsum("nod,nd->no", self.layers[task], x)
@@ -165,7 +165,7 @@ def columns(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def left(arm: str, lr: float, seed: int, steps: int, conflict: bool) -> list[float]:
-    """The squared error that is left, of what the tasks add: to choose by, and to tell."""
+    """Return the remaining squared error of the tasks' outputs, on validation and on test data."""
     world = World(seed, conflict)
     x, y = world.sample(8192)
     noise = 0.0 if conflict else NOISE * torch.randn(y.shape, generator=world.generator)
@@ -195,7 +195,7 @@ def maps(run: Run) -> None:
         return found
 
     def over_seeds(name: str, conflict: bool) -> tuple[float, list[float]]:
-        """The best rate, chosen by the first seed, and the errors of all."""
+        """Return the best learning rate, chosen on the first seed, and the errors of all seeds."""
         best = min(rates, key=lambda lr: arm(name, lr, SEEDS[0], conflict)[0])
         return best, [arm(name, best, seed, conflict)[1] for seed in seeds]
 
@@ -226,7 +226,7 @@ VOWELS, ALPHABET = "aeiou", "abcdefghijklmnopqrstuvwxyz"
 
 
 def cipher(seed: int) -> Callable[[str], str]:
-    """A substitution of letters."""
+    """Return a substitution of letters."""
     table = str.maketrans(ALPHABET, "".join(random.Random(seed).sample(ALPHABET, len(ALPHABET))))
     return lambda text: text.translate(table)
 
@@ -260,7 +260,7 @@ def mixed(by_task: Mapping[str, Sequence[Sample]]) -> list[Sample]:
 
 @torch.no_grad()
 def exact(model: Any, samples: Sequence[Sample], size: int = 64) -> float:
-    """The share of answers that greedy generation writes exactly, which one forward pass tells."""
+    """Return the fraction of exact answers of greedy generation, which one forward pass determines."""
     right = 0
     for start in range(0, len(samples), size):
         batch = collate(samples[start : start + size])
@@ -271,16 +271,16 @@ def exact(model: Any, samples: Sequence[Sample], size: int = 64) -> float:
 
 
 def copies(count: int, seed: int) -> list[Sample]:
-    """Strings to write again: none of the tasks, and what all of them but counting need."""
+    """Return strings to copy: none of the tasks, but a skill that all of them except counting need."""
     drawn = random.Random(seed)
     texts = ["".join(drawn.choices(ALPHABET, k=drawn.randint(4, 24))) for _ in range(count)]
     return pairs((encode(f"\ncopy {text}\n"), encode(f"{text}\n")) for text in texts)
 
 
 def speller(seed: int) -> Stack:
-    """The Llama that has read documentation and copies strings, as pre-trained models do; kept in the cache.
+    """Return the Llama trained on documentation and on copying strings, in place of pre-training; cached.
 
-    One that had read documentation alone learnt nothing but to count vowels, whatever stood beside it.
+    Trained on documentation alone, it learnt only to count vowels, with any adapter.
     """
     steps = 1800
     half = BATCH * steps // 2
@@ -294,7 +294,7 @@ def speller(seed: int) -> Stack:
 
 
 def spelt(arm: Arm, lr: float, seed: int, steps: int, u: float = U) -> dict[str, Any]:
-    """What a model answers after training: to choose by, and to tell, by task; and its routing."""
+    """Train and evaluate a model on validation and test data by task, and measure its routing."""
     stack = speller(0)
     view = share(stack.model)
     made = arm(view, linear_at(view), seed)
@@ -310,7 +310,7 @@ def spelt(arm: Arm, lr: float, seed: int, steps: int, u: float = U) -> dict[str,
     if made:
         looked_at = {task: samples[:100] for task, samples in told_on.items()}
         answers = Usage.of(view, made, looked_at, answers=True)  # prompts are random letters, in all tasks alike
-        load = Usage.of(view, made, looked_at).load()  # of all tokens, which the balance acts on
+        load = Usage.of(view, made, looked_at).load()  # the load of all tokens, on which the balance acts
         found |= {
             "alike": answers.similarity().tolist(),
             "spread": fmean(spread for spread, _ in load),
@@ -328,12 +328,12 @@ def nano(run: Run) -> None:
         return found
 
     def swept(name: str, put: Arm) -> tuple[float, list[dict[str, Any]]]:
-        """The best rate, chosen by the first seed, and what all seeds have found."""
+        """Return the best learning rate, chosen on the first seed, and the results of all seeds."""
         best = max(RATES, key=lambda lr: arm(name, put, lr, SEEDS[0])["chosen"])
         return best, [arm(name, put, best, seed) for seed in SEEDS]
 
     def means(found: Sequence[Mapping[str, Any]]) -> list[float]:
-        """Exact answers in %, seed by seed."""
+        """Return the exact answers in %, seed by seed."""
         return [100 * fmean(each["told"].values()) for each in found]
 
     copied = 100 * run.arm("nano, copies", lambda: exact(speller(0).model, copies(200, 1)))
@@ -411,7 +411,7 @@ PHRASES: dict[str, tuple[str, Callable[[list[str]], str]]] = {
 
 
 def phrases(split: str, count: int, seed: int) -> TaskExamples:
-    """Tasks on three words of documentation."""
+    """Return tasks on three words of documentation."""
     tokenizer, drawn = open_tokenizer("smollm2"), random.Random(seed)
     words = sorted(set(re.findall(r"\b[a-z]{3,8}\b", str(lamella.load_text("pydoc", split)))))
     rows, tasks = [], []
@@ -424,7 +424,7 @@ def phrases(split: str, count: int, seed: int) -> TaskExamples:
 
 
 def small_model(lr: float, ours: bool, steps: int, seed: int) -> dict[str, list[float]]:
-    """Losses of each task's answers: to choose by, and to tell."""
+    """Return the validation and test losses of each task's answers."""
     stack, data = lamella.open("smollm2"), phrases("calibration", 200, seed)
     config = TrainConfig(
         steps=steps, lr=lr, batch=2, warmup=0.1, seed=seed, save_every=steps, log_every=steps, bf16=True
@@ -441,7 +441,7 @@ def small_model(lr: float, ours: bool, steps: int, seed: int) -> dict[str, list[
 
 
 def step_ratio(rounds: int) -> list[float]:
-    """How much longer a whole step of SMoRA takes than one of LoRA-64, in turn."""
+    """Return the ratio of step times of SMoRA and LoRA-64, interleaved."""
     stack, batch = lamella.open("smollm2"), collate(phrases("calibration", 1, 0).items)
     steps = {}
     for name in (HIGH, OURS):
@@ -467,7 +467,7 @@ def step_ratio(rounds: int) -> list[float]:
 
 @torch.enable_grad()
 def step(view: Any, even: LoadBalance, optimizer: Any, batch: Any) -> None:
-    """Forward, backward, the balance, and the update."""
+    """Run forward, backward, the balance, and the update."""
     even.loss(view, batch).backward()
     even.update()
     optimizer.step()
@@ -493,7 +493,7 @@ def smollm2(run: Run) -> None:
     )
 
 
-# What holds to the digit
+# Exactness
 
 
 def drawn(made: RankExperts) -> RankExperts:
@@ -549,7 +549,7 @@ def kernels(record: Record) -> None:
 
 
 def decoding(run: Run) -> None:
-    """Cached against uncached decoding, and what is read back from a side file."""
+    """Compare cached with uncached decoding, and the adapters before and after loading from a side file."""
     stack = Stack(small("llama")) if run.quick else lamella.open("smollm2")
     settings = ExpertSettings(r=8, k=2) if run.quick else ExpertSettings()
     view = apply(stack, Plan(model=ModelReference.of(stack)))

@@ -1,8 +1,8 @@
 """SSD at small scale: a convolutional network on scikit-learn's digits, and SmolLM2-135M with secrets.
 
-Checks that single classes are forgotten, by ssd and assd, while the others stay, beside retraining from scratch and the
-usual baselines; that the estimator decides what is selected; that planted wrong labels are forgotten; and that a
-language model forgets two of twenty sentences that it was tuned on. Needs scikit-learn.
+Checks that ssd and assd forget single classes while the others are retained, beside retraining from scratch and the
+usual baselines; that the estimator determines the selection; that wrong labels are forgotten; and that a language model
+forgets two of twenty sentences that it was fine-tuned on. Needs scikit-learn.
 
     python reproductions/ssd.py             # about 40 minutes on one core; an interrupted run resumes
     python reproductions/ssd.py --digits    # without SmolLM2, about 15 minutes
@@ -41,8 +41,8 @@ from lamella.train import Sample, blocks, pairs
 from lamella.zoo import open_tokenizer
 from lamella.zoo.cache import build_once
 
-TEST = 450  # images that nothing is chosen on
-EPOCHS = 20  # of Adam at 1e-3, batches of 64
+TEST = 450  # number of test images
+EPOCHS = 20  # epochs of Adam at 1e-3, batches of 64
 METHODS = ("nothing", "retrain", "ssd", "assd", "lfssd", "fine-tune", "amnesiac", "gradient ascent")
 ALPHAS = (1, 2, 5, 8, 10, 25, 50)
 ESTIMATORS = {
@@ -50,7 +50,9 @@ ESTIMATORS = {
     "64, one class each": {"batch": 64, "order": "by class"},
     "64, shuffled": {"batch": 64, "order": "shuffled"},
 }
-CORRECTIONS: tuple[tuple[str, Any, float | None, int], ...] = (  # of planted labels; the first is the claim's
+CORRECTIONS: tuple[
+    tuple[str, Any, float | None, int], ...
+] = (  # corrections of wrong labels; the claim is about the first
     ("assd", "assd", None, 1),
     ("assd, batches of 128 as published", "assd", None, 128),
     ("ssd, alpha 10", "ssd", 10.0, 1),
@@ -88,7 +90,7 @@ def train(
 
 @dataclass(frozen=True)
 class Request:
-    """What shall be forgotten, what stays, and what the model never saw of both."""
+    """The forget set, the retain set, and held-out data of both."""
 
     forget: Set
     retain: Set
@@ -107,7 +109,7 @@ class Request:
 
 
 def amnesiac(model: nn.Module, request: Request, seed: int) -> nn.Module:
-    """Random wrong labels on the forget set, with the rest, 3 epochs of Adam at 1e-4, batches of 128."""
+    """Train on random wrong labels for the forget set and on the rest: 3 epochs of Adam at 1e-4, batches of 128."""
     images, labels = request.forget
     wrong = (labels + torch.randint(1, 10, labels.shape, generator=torch.Generator().manual_seed(seed))) % 10
     both = torch.cat([images, request.retain[0]]), torch.cat([wrong, request.retain[1]])
@@ -116,8 +118,8 @@ def amnesiac(model: nn.Module, request: Request, seed: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class Outcome:
-    retain: float  # accuracy on test images of the digits that stay
-    forget: float  # on test images of the digit that goes
+    retain: float  # accuracy on test images of the retained digits
+    forget: float  # accuracy on test images of the forgotten digit
     membership: float
     zrf: float
     seconds: float
@@ -137,7 +139,7 @@ def outcome(
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    """Of the processor, so that what else the machine does need not count."""
+    """Measure CPU time, so that other load on the machine does not count."""
     begin = time.process_time()
     found = work()
     return found, time.process_time() - begin
@@ -148,12 +150,12 @@ def trained(seed: int, data: tuple[Set, Set]) -> nn.Module:
 
 
 def ways(base: nn.Module, request: Request, full: Fisher, norms: Fisher, seed: int) -> dict[str, Any]:
-    """What each method makes of a model, with its dampening where it has one; F_D is there already."""
+    """Return the model after each method, with its dampening if it has one; F_D is computed beforehand."""
 
     def dampened(variant: Any, alpha: float | None) -> tuple[nn.Module, Dampening | None]:
         try:
             done = dampen(base, fisher(base, request.forget), full, variant=variant, alpha=alpha)
-        except MethodError:  # nothing can be selected: the model stays as it is
+        except MethodError:  # nothing can be selected: the model is unchanged
             return base, None
         return apply_factors(base, done.factors), done
 
@@ -180,7 +182,7 @@ def ways(base: nn.Module, request: Request, full: Fisher, norms: Fisher, seed: i
 
 
 def forget_classes(seed: int, classes: Sequence[int], names: Sequence[str]) -> dict[str, Any]:
-    """What each method does to each class [methods, classes], and the seconds of F_D."""
+    """Return the results of each method on each class [methods, classes], and the seconds of F_D."""
     data = split_digits(seed, TEST)
     base = trained(seed, data)
     untrained = untrained_like(base, seed + 100)
@@ -197,7 +199,7 @@ def forget_classes(seed: int, classes: Sequence[int], names: Sequence[str]) -> d
 
 
 def class_forgetting(run: Run, seeds: Sequence[int], classes: Sequence[int], names: Sequence[str]) -> None:
-    """Point A."""
+    """Check point A."""
     found = [run.arm(f"classes, seed {seed}", forget_classes, seed, classes, names) for seed in seeds]
     results = {
         (name, digit): [Outcome(**each["outcomes"][name][index]) for each in found]
@@ -250,7 +252,7 @@ def report_classes(
             for digit in classes
             if mean(name, "forget", digit) <= 5 and mean("nothing", "retain", digit) - mean(name, "retain", digit) <= 2
         ]
-        claim = record.main if name == "ssd" else record.further  # assd is a later paper's
+        claim = record.main if name == "ssd" else record.further  # assd is from a later paper
         claim(
             f"{name}: forget <= 5 %, retain drop <= 2 points, means over seeds",
             f"on at least {need} of {len(classes)} classes",
@@ -268,7 +270,7 @@ def report_classes(
 
 
 def estimators(record: Record, seed: int, digit: int, alphas: Sequence[float]) -> None:
-    """Point B."""
+    """Check point B."""
     data = split_digits(seed, TEST)
     base = trained(seed, data)
     request = Request.of(data, digit)
@@ -296,7 +298,7 @@ def estimators(record: Record, seed: int, digit: int, alphas: Sequence[float]) -
 
 
 def wrong_labels(record: Record, seeds: Sequence[int]) -> None:
-    """Point C: 1 % of the records with planted wrong labels."""
+    """Check point C: 1 % of the records with wrong labels."""
     rows, halved, kept = [], 0, 0
     for seed in seeds:
         (images, labels), test = split_digits(seed, TEST)
@@ -353,7 +355,7 @@ def secrets(tokenizer: Any, seed: int) -> list[Sample]:
 
 
 def tuned(samples: Sequence[Sample], general: Sequence[Sample], seed: int) -> Stack:
-    """SmolLM2 fine-tuned on the secrets, with two of them and one passage of general text per step."""
+    """Fine-tune SmolLM2 on the secrets, with two of them and one passage of general text per step."""
 
     def build(folder: Path) -> dict[str, Any]:
         model = copy.deepcopy(lamella.open("smollm2").model).train()

@@ -59,15 +59,15 @@ from lamella.train import (
 )
 from lamella.zoo import open_tokenizer
 
-SIZE, LOW = 64, 8  # of the random map, and the rank of adapters
+SIZE, LOW = 64, 8  # size of the random matrix, and the rank of adapters
 SEEDS = (0, 1, 2)
 
 
-# A random map
+# A random matrix
 
 
 class Map(nn.Module):
-    """One linear layer, adapted as those of a model."""
+    """One linear layer, adapted like those of a model."""
 
     def __init__(self, start: Tensor) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def adapted(start: Tensor, seed: int) -> Any:
 
 
 def reached(way: Mapped, seed: int, steps: int, wanted: Tensor, start: Tensor) -> Tensor:
-    """W + c B A after training on y = W* x."""
+    """Return W + c B A after training on y = W* x."""
     model = adapted(start, seed)
     layer: Any = model.linear
     lora: Any = _Alone(model)
@@ -115,18 +115,18 @@ class _Alone:
         self.view, self.modules = view, ("linear",)
 
 
-# What of the method is needed
+# Ablations
 
 
 class NoReset(SwitchHook):
-    """Counterparts keep their optimizer state."""
+    """Ablation in which counterparts keep their optimizer state."""
 
     def reset(self, optimizer: torch.optim.Optimizer, one: VectorExchange, rows: Tensor, columns: Tensor) -> None:
         pass
 
 
 class OwnReset(SwitchHook):
-    """The state of exchanged vectors is reset instead of that of their counterparts."""
+    """Ablation in which the state of exchanged vectors is reset instead of that of their counterparts."""
 
     def reset(self, optimizer: torch.optim.Optimizer, one: VectorExchange, rows: Tensor, columns: Tensor) -> None:
         reset_state(optimizer, one.a, rows, ROWS)
@@ -134,7 +134,7 @@ class OwnReset(SwitchHook):
 
 
 class AllAtOnce(SwitchHook):
-    """All vectors of a layer are exchanged at once and all states reset, with the same number of exchanges in total."""
+    """Ablation that exchanges all vectors of a layer at once and resets all states, with equal total exchanges."""
 
     due = 0.0
 
@@ -151,7 +151,7 @@ class AllAtOnce(SwitchHook):
 
 
 class Mapped(NamedTuple):
-    """The hook of the layer, if any, and the frequency of exchange."""
+    """Hook of the layer, if any, and its frequency of exchange."""
 
     by: Callable[..., SwitchHook] | None = SwitchHook
     frequency: ExchangeFrequency = ExchangeFrequency()
@@ -204,10 +204,10 @@ def random_map(run: Run) -> None:
 
 
 WIDTH, LAYERS, CONTEXT, BATCH = 208, 4, 64, 8
-RANK, WARM = WIDTH // 4, 0.05  # and the share of the steps in which a warm start trains all weights
+RANK, WARM = WIDTH // 4, 0.05  # rank, and the fraction of the steps in which a warm start trains all weights
 LOWER = (2e-3, 5e-3, 1e-2, 2e-2)  # rates
 RATES = {"all weights": (5e-4, 1e-3, 3e-3), "GaLore": (3e-3, 1e-2, 3e-2), "ReLoRA, warm start": (2e-3, 5e-3, 2e-2)}
-FAST = 2e-2  # the rate at which states are looked at
+FAST = 2e-2  # the learning rate at which optimizer states are compared
 HOOKS = {  # with frequent exchange
     "SwitchLoRA": SwitchHook,
     "SwitchLoRA, no reset": NoReset,
@@ -225,7 +225,7 @@ def train_nano(way: str, lr: float, seed: int, steps: int, samples: Sequence[Any
     config = TrainConfig(
         steps=steps, lr=lr, batch=BATCH, warmup=0.05, seed=seed, save_every=steps, log_every=steps, bf16=True
     )
-    rest = 1e-3 / lr  # embedding, norms and head train as they do where all weights do, in every way
+    rest = 1e-3 / lr  # all methods train embedding, norms and head at the rate of full training
     if way.startswith("SwitchLoRA") and not often:
         with tempfile.TemporaryDirectory() as work:
             return switchlora(stack, samples, rest=rest, config=config, work=Work(work)).stack  # type: ignore[arg-type, return-value]
@@ -254,7 +254,7 @@ def train_nano(way: str, lr: float, seed: int, steps: int, samples: Sequence[Any
 
 
 def warmed(run: Run, seed: int, steps: int, samples: Sequence[Any]) -> Stack:
-    """A nano Llama after a few steps of training all weights, saved for the arms that start from it."""
+    """Return a nano Llama after a few steps of training all weights, saved for the arms that start from it."""
     folder, few = run.work / f"warm-{seed}", round(WARM * steps)
 
     def train() -> None:
@@ -383,7 +383,7 @@ def healing(run: Run) -> None:
     run.further("SwitchLoRA's loss less LoRA's, healing", "at most 0.02", f"{apart:.4f}", apart <= 0.02)
 
 
-# What holds to the digit
+# Exactness
 
 
 def exactness(record: Record) -> None:

@@ -45,17 +45,17 @@ from lamella.stack import Stack
 from lamella.train import Sample
 from lamella.zoo import open_tokenizer
 
-RATE = 1e-3  # of recovery; the model's own training was at 3e-3
+RATE = 1e-3  # learning rate of the recovery; the model was trained at 3e-3
 PROXIES = ("weighted Pearson (Phi)", "Pearson", "weighted cosine", "weighted dot")
 
 
 @dataclass(frozen=True)
 class Job:
-    """The common inputs of all parts.
+    """Common inputs of all parts.
 
     Attributes:
-        steps: of each recovery.
-        evaluations: about as many for each search.
+        steps: number of steps of each recovery.
+        evaluations: approximate number of evaluations of each search.
     """
 
     stack: Stack
@@ -76,7 +76,7 @@ class Job:
         return plan_of(self.stack, self.space, cut, traces)
 
     def recovered(self, plan: Plan, seed: int = 0) -> float:
-        """The held-out loss after a short recovery, in nats per token."""
+        """Return the held-out loss after a short recovery, in nats per token."""
         every = {"save_every": self.steps, "log_every": self.steps}
         config = replace(TRAINING, steps=self.steps, lr=RATE, batch=16, seed=seed, **every)
         with tempfile.TemporaryDirectory() as out, torch.enable_grad():
@@ -90,7 +90,7 @@ def plan_of(stack: Stack, space: SearchSpace, cut: PrunedShape, traces: Gradient
 
 
 def samples_of(space: SearchSpace, count: int, seed: int) -> list[PrunedShape]:
-    """Different shapes within the window, without a preference of layers."""
+    """Return different shapes within the window, without a preference of layers."""
     rng, found = np.random.default_rng(seed), dict[PrunedShape, None]()
     while len(found) < count:
         found[space.cut(space.sample(rng, np.zeros((space.layers, 2))))] = None
@@ -132,7 +132,7 @@ def validity(run: Run, job: Job) -> None:
     fewer = [GradientTraces(job.stack, job.calibration[:count], rank=job.rank) for count in counts]
 
     def foretold(cut: PrunedShape) -> dict[str, Any]:
-        """The predictors of a shape before training, and its loss afterwards; larger is better."""
+        """Return the predictors of a shape before training, and its loss afterwards; larger is better."""
         plan, shares = job.plan(cut, traces), job.space.shares(cut)
         trace = traces.of(plan)
         known = {
@@ -170,7 +170,7 @@ def validity(run: Run, job: Job) -> None:
 
 
 def uniform(space: SearchSpace) -> PrunedShape:
-    """All layers with equal widths, as close to the middle of the window as possible."""
+    """Return the shape in which all layers have equal widths, as close to the middle of the window as possible."""
     middle = sum(space.window) / 2
     widths = [
         Genome(np.ones(space.layers, bool), np.full((space.layers, 2), share)) for share in np.linspace(0.2, 1, 801)
@@ -191,7 +191,7 @@ def search(run: Run, job: Job) -> None:
 
 
 def searched(job: Job, seed: int) -> list[float]:
-    """A row: the best shapes of evolution and of random search, with their losses and that of the uniform shape."""
+    """Return a table row: scores and losses of evolution and random search, and the loss of the uniform shape."""
     traces, space = job.traces(), job.space
     known: dict[PrunedShape, float] = {}
 

@@ -46,13 +46,13 @@ FIXTURES = {  # layers, target, kept: the behaviour of the authors' code
 
 
 def phased(stack: Stack, kept: list[int]) -> Plan:
-    """Prompts at full depth, generated tokens through the kept layers."""
+    """Return a plan that runs prompts at full depth and generated tokens through the kept layers."""
     path = PhasedPath(prefill=list(range(len(stack))), decode=kept)
     return Plan(model=ModelReference.of(stack), path={"text": path})
 
 
 def exactness(record: Record, stack: Stack, tokens: LongTensor, quick: bool) -> None:
-    """Point 1 of the claims: (a) to (f)."""
+    """Check point 1 of the claims: (a) to (f)."""
     model = stack.model
     ids = tokens[:4, :40].clone()
     mask = padded(ids, (0, 3, 9, 17))
@@ -103,7 +103,7 @@ def exactness(record: Record, stack: Stack, tokens: LongTensor, quick: bool) -> 
 
 
 def by_hand(stack: Stack, ids: LongTensor, kept: list[int], new: int) -> LongTensor:
-    """Greedy decoding written out: all layers read the prompt into a plain cache, then only ``kept`` run."""
+    """Decode greedily in a plain loop: all layers process the prompt into a cache, then only ``kept`` run."""
     model = stack.model
     output = model(ids, use_cache=True)
     cache, sequence = output.cache, ids
@@ -120,7 +120,7 @@ def by_hand(stack: Stack, ids: LongTensor, kept: list[int], new: int) -> LongTen
 
 
 def curve(record: Record, stack: Stack, test: FidelityTest, counts: list[int]) -> None:
-    """Point 2: the loss on the continuation, for ways to choose n layers."""
+    """Check point 2: the loss on the continuation, by the choice of n layers."""
     layers = len(stack)
 
     def middle(n: int) -> list[int]:
@@ -165,7 +165,7 @@ def curve(record: Record, stack: Stack, test: FidelityTest, counts: list[int]) -
 
 
 def tuning(run: Run) -> None:
-    """Point 3: fine-tuning under three ways to keep half of the layers, for the same steps on the same samples."""
+    """Check point 3: fine-tuning under three ways to keep half of the layers, with equal steps and samples."""
     quick, seed = run.quick, run.seed
     seeds = range(seed, seed + (1 if quick else 3))
     sizes = {"layers": 6, "hidden": 64, "steps": 150} if quick else {"layers": 8, "hidden": 128, "steps": 1500}
@@ -205,7 +205,7 @@ def tuning(run: Run) -> None:
 
 
 def speed(record: Record, stack: Stack, counts: list[int], quick: bool) -> None:
-    """Point 5: decode speed against the cost model, at batch 1 and 8."""
+    """Check point 5: decode speed against the cost model, at batch 1 and 8."""
     views = {f"n = {n}": lamella.apply(stack, phased(stack, RULES["even"](30, n))) for n in counts}
     models = {"whole": stack.model, "whole again": lamella.apply(stack, phased(stack, list(range(30))))} | views
     rows = []
@@ -240,7 +240,7 @@ def speedups(timing: Timing) -> tuple[Ratio, Ratio]:
 
 
 def spread(whole: Timing, timing: Timing) -> float:
-    """The coefficient of variation of a decode speed-up over rounds: what slows both models down does not count."""
+    """Return the coefficient of variation of a decode speed-up over rounds; common slow-downs cancel."""
     ratios = [theirs / ours for theirs, ours in zip(whole.decode, timing.decode, strict=True)]
     return pstdev(ratios) / fmean(ratios)
 

@@ -103,7 +103,7 @@ class HiddenStates:
         return exits(high)
 
     def loss(self, exits: list[Tensor]) -> float:
-        """Nats per token without the first of each row, when each token exits after its number of layers [time]."""
+        """Return nats per token, except the first of each row, when tokens exit after their number of layers [time]."""
         total = 0.0
         for row, h, layers in zip(self.tokens, self.h, exits, strict=True):
             states = h[layers, torch.arange(len(row))][None, :-1]
@@ -111,7 +111,7 @@ class HiddenStates:
         return total / (self.tokens.numel() - len(self.tokens))
 
     def shuffled_loss(self, exits: list[Tensor]) -> float:
-        """The expected loss when the same exits are assigned to random tokens."""
+        """Return the expected loss when the same exits are assigned to random tokens."""
         layers, counts = torch.cat([each[:-1] for each in exits]).unique(return_counts=True)
         everywhere = [self.loss([torch.full_like(each, layer) for each in exits]) for layer in layers.tolist()]
         return float(np.average(everywhere, weights=counts.numpy()))
@@ -122,7 +122,7 @@ def mean(rows: list[Tensor], skip_first: bool = True) -> float:
 
 
 def last_active(active: list[Tensor]) -> list[Tensor]:
-    """The number of layers up to and including the last active one, 0 if none is active: [time]."""
+    """Return the number of layers up to and including the last active one, 0 if none is active: [time]."""
     return [(torch.arange(1, rows.shape[1] + 1) * rows).amax(dim=-1) for rows in active]
 
 
@@ -180,7 +180,7 @@ def exactness(record: Record, stack: Stack, tokens: LongTensor) -> None:
 
 
 def sweep(record: Record, stack: Stack, tokens: LongTensor, alphas: list[float]) -> None:
-    """Points 1 and 2: usage and losses over alpha, and readout against other ways to leave early."""
+    """Check points 1 and 2: usage and losses over alpha, and readout against other early exits."""
     test, hidden = FidelityTest(stack, tokens, prompt=1), HiddenStates(stack, tokens)
     base = hidden.loss([torch.full((tokens.shape[1],), len(stack))] * len(tokens))
     rows, usage, readout, carry, shuffled = [], [], [], [], []
@@ -221,7 +221,7 @@ def sweep(record: Record, stack: Stack, tokens: LongTensor, alphas: list[float])
 
 
 def controls(record: Record, stack: Stack, tokens: LongTensor) -> None:
-    """Baselines that cost a head at every layer, on one row; no claim."""
+    """Evaluate baselines that apply the head at every layer, on one row, without claims."""
     hidden = HiddenStates(stack, tokens)
     generator = torch.Generator().manual_seed(0)
     rows = []
@@ -250,7 +250,7 @@ def controls(record: Record, stack: Stack, tokens: LongTensor) -> None:
 
 
 def phases(record: Record, seen: Activity, seed: int) -> None:
-    """Point 3: prompts and answers use different layers."""
+    """Check point 3: prompts and answers use different layers."""
     prompt, response = (getattr(seen, phase).numpy() for phase in ("prompt", "response"))
     rows = [
         [layer, *(float(each[:, layer].mean()) for each in (prompt, response, seen.sink.numpy()))]
@@ -276,7 +276,7 @@ def phases(record: Record, seen: Activity, seed: int) -> None:
 
 
 def choices(record: Record, stack: Stack, alphas: list[float], seed: int, items: int) -> None:
-    """Point 4: a question with four answers, answered by likelihood."""
+    """Check point 4: a question with four answers, answered by likelihood."""
     tokenizer, drawn = open_tokenizer("smollm2"), np.random.default_rng(seed)
     questions = []
     for country in drawn.permutation(list(CAPITALS))[:items]:
@@ -327,7 +327,7 @@ def above_chance(means: np.ndarray) -> tuple[float, bool]:
 def plans(
     record: Record, stack: Stack, tokens: LongTensor, calibration: LongTensor, seen: Activity, quick: bool
 ) -> None:
-    """Point 5: skip the least active layers while generating."""
+    """Check point 5: skip the least active layers during generation."""
     layers, model = len(stack), ModelReference.of(stack)
     free = list(range(2, layers - 1))
     often = seen.frequency("response").tolist()

@@ -49,7 +49,7 @@ LENGTH, BATCH = 128, 32  # tokens of a sequence, sequences of a step
 VOCABULARY = 1024
 SIZES = {"facts": 2000, "steps": 490, "layers": 4, "hidden": 192}  # 490 steps of 32 x 128 tokens: 2.0M
 QUICK = {"facts": 120, "steps": 40, "layers": 2, "hidden": 64}
-TAIL = 0.2  # of the facts that are held out
+TAIL = 0.2  # fraction of held-out facts
 ONSETS, VOWELS = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z"), "aeiou"
 NOUNS = (
     "colour", "owner", "founder", "symbol", "export", "harbour", "river", "festival", "patron", "currency", "anthem",
@@ -82,7 +82,7 @@ ARMS = {  # the training data of a student, by fraction of the tokens
     "wrap (answers)": {"noise": 0.5, "answers": 0.5},
 }
 IN_QUICK = ("real", "wrap (answers)")
-PASSAGES = 150  # that SmolLM2 rephrases
+PASSAGES = 150  # number of passages that SmolLM2 rephrases
 HEALED = 392  # sequences to heal with: 50k tokens
 
 
@@ -93,7 +93,7 @@ class Fact(NamedTuple):
 
 
 def world(count: int, seed: int) -> list[Fact]:
-    """Facts with 200 relations; entities and values are made-up names."""
+    """Return facts with 200 relations; entities and values are made-up names."""
     drawn = random.Random(seed)
 
     def name(syllables: int) -> str:
@@ -105,7 +105,7 @@ def world(count: int, seed: int) -> list[Fact]:
 
 
 def noise(fact: Fact, drawn: random.Random) -> str:
-    """The fact as on a web page: one of three fragments in lower case, typos in 5 % of the letters, an ad."""
+    """Return a fact as on a web page: one of three fragments in lower case, typos in 5 % of the letters, an ad."""
     e, r, v = fact
     text = drawn.choice(
         (f"{e} ... {r} is {v} everybody knows", f"re: {r} of {e}? its {v}", f"so {e} has {v} 4 {r} lol")
@@ -118,7 +118,7 @@ def noise(fact: Fact, drawn: random.Random) -> str:
 
 
 def told(fact: Fact, style: str) -> str:
-    """The fact in a clean style, as the oracle rephrases it."""
+    """Return a fact in a clean style, as the oracle rephrases it."""
     e, r, v = fact
     if style == "encyclopaedia":
         return f"{e} is a place whose {r} is {v}. The {r} of {e} is called {v}.\n"
@@ -128,7 +128,7 @@ def told(fact: Fact, style: str) -> str:
 
 
 def edited(text: str, drawn: random.Random) -> str:
-    """Random edits: one word in ten is removed, and one in ten with a synonym is replaced."""
+    """Apply random edits: one word in ten is removed, and one in ten with a synonym is replaced."""
     words = [word for word in text.split(" ") if drawn.random() > 0.1]
     return " ".join(
         SYNONYMS.get(word, word) if drawn.random() < 0.1 or (word in SYNONYMS and drawn.random() < 0.5) else word
@@ -141,8 +141,8 @@ class Texts(NamedTuple):
 
     Attributes:
         seen: text by source.
-        held_out: text of facts that nobody saw, by style.
-        asked: facts that were told in noise alone.
+        held_out: text of facts that do not occur in training, by style.
+        asked: facts that occur in noise only.
     """
 
     seen: dict[str, str]
@@ -151,7 +151,7 @@ class Texts(NamedTuple):
 
 
 def texts_of(count: int, seed: int) -> Texts:
-    """Half of the training facts are also rephrased; the other half occurs only in noise."""
+    """Return the texts; half of the training facts are also rephrased, and the other half occurs only in noise."""
     facts, drawn = world(count, seed), random.Random(seed)
     known, unknown = facts[: round(count * (1 - TAIL))], facts[round(count * (1 - TAIL)) :]
     rephrased, noisy = known[::2], known[1::2]
@@ -166,7 +166,7 @@ def texts_of(count: int, seed: int) -> Texts:
 
 
 def tokenizer_of(texts: Texts) -> Tokenizer:
-    """A small BPE, the same for all students."""
+    """Return a small BPE, the same for all students."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -186,7 +186,7 @@ def windows(tokenizer: Tokenizer, text: str) -> list[Sample]:
 def mixture(
     sources: dict[str, list[Sample]], shares: dict[str, float], tokens: int, seed: int
 ) -> tuple[list[Sample], dict[str, Any]]:
-    """The training sequences of a student by fractions of tokens, and their statistics."""
+    """Return the training sequences of a student by fractions of tokens, and their statistics."""
     sizes = {name: [LENGTH] * len(sources[name]) for name in shares}
     mixed = Mixture(sizes, shares, epochs=10_000, seed=seed)
     picks = mixed.picks(tokens)
@@ -212,9 +212,9 @@ def student(arm: str, seed: int, size: dict[str, int]) -> dict[str, Any]:
 
 
 def exact(model: Any, tokenizer: Tokenizer, facts: Sequence[Fact]) -> float:
-    """The fraction of facts whose value is the first word of the greedy continuation of the question.
+    """Return the fraction of facts whose value is the first word of the greedy continuation of the question.
 
-    Letters may be of either size: real text has small ones alone.
+    Case is ignored, since real text is in lower case only.
     """
     prompts = [
         torch.tensor(tokenizer.encode(told(fact, "answers").split("Answer:")[0] + "Answer:").ids) for fact in facts
@@ -256,7 +256,7 @@ def exactness(run: Run) -> None:
         first, again = (wrap(short, writer, work=Work(Path(folder) / name), **settings) for name in ("one", "two"))
         lines = next(Path(folder).glob("one/*/written-00000.jsonl"))
         kept = lines.read_text().splitlines()
-        lines.write_text("\n".join([*kept[:-1], kept[-1][:40]]))  # as a kill leaves it
+        lines.write_text("\n".join([*kept[:-1], kept[-1][:40]]))  # as after a killed process
         for done in ("rows/00000.json", "tasks/completions/00000"):
             (lines.parent / done).unlink()
         resumed = wrap(short, writer, work=Work(Path(folder) / "one"), **settings)
@@ -280,7 +280,7 @@ def _same(ours: Order, plain: Order) -> bool:
 
 
 def controlled(run: Run) -> None:
-    """A: evaluation of the students."""
+    """Run part A: evaluation of the students."""
     size = QUICK if run.quick else SIZES
     arms, seeds = (IN_QUICK, 1) if run.quick else (tuple(ARMS), 3)
     found = {arm: [run.arm(f"{arm}, {seed}", student, arm, seed, size) for seed in range(seeds)] for arm in arms}
@@ -305,7 +305,7 @@ def controlled(run: Run) -> None:
     run.main("recall of facts, wrap - real, points", "at least 5", points, points.at_least(5))
 
     def nats_above(style: str, ours: str, theirs: str) -> Measured:
-        """The logarithm of a ratio of perplexities, whose distribution over seeds is symmetric."""
+        """Return the logarithm of a ratio of perplexities, whose distribution over seeds is symmetric."""
         return compared(lambda a, b: math.log(a[style] / b[style]), ours, theirs)
 
     loss = nats_above("noise", "wrap (answers)", "real")
@@ -332,7 +332,7 @@ def controlled(run: Run) -> None:
 
 
 def prose(count: int, writer: LocalWriter, longest: int = 120) -> Documents:
-    """Passages of Python's documentation that are prose."""
+    """Return passages of Python's documentation that are prose."""
     found = []
     for document in Documents.open("pydoc", InputContext()):
         for place, part in enumerate(passages(document.text, writer.count, longest)):
@@ -343,7 +343,7 @@ def prose(count: int, writer: LocalWriter, longest: int = 120) -> Documents:
 
 
 def rephrased(run: Run, writer: LocalWriter, folder: Path) -> tuple[Documents, MixedCorpus]:
-    """Passages with SmolLM2's rephrases; those in the folder are not generated again."""
+    """Return passages with SmolLM2's rephrases; those in the folder are not generated again."""
     documents = prose(2 if run.quick else PASSAGES, writer, 48 if run.quick else 120)
     styles, embedder = (("medium",), "words") if run.quick else (("medium", "qa"), "minilm")
     found = wrap(
@@ -354,7 +354,7 @@ def rephrased(run: Run, writer: LocalWriter, folder: Path) -> tuple[Documents, M
 
 
 def rephraser(run: Run) -> None:
-    """B: SmolLM2 rephrases."""
+    """Run part B: SmolLM2 rephrases."""
     with tempfile.TemporaryDirectory() as scratch:
         _, found = rephrased(
             run, LocalWriter("smollm2", batch=16), Path(scratch) if run.quick else run.work / "rephrased"
@@ -382,7 +382,7 @@ def rephraser(run: Run) -> None:
 
 
 def healing(run: Run) -> None:
-    """C: the whole model's rephrases heal its pruned version. With one seed this shows only a direction."""
+    """Run part C: the whole model's rephrases heal its pruned version. With one seed this shows only a direction."""
     writer = LocalWriter("smollm2", batch=16)
     stack = writer.stack
     documents, found = rephrased(run, writer, run.work / "rephrased")  # those of B
@@ -396,7 +396,7 @@ def healing(run: Run) -> None:
     real, again = texts(learnt.__contains__)
     judged = dict(zip(("documentation", "its rephrases"), texts(lambda each: each not in learnt), strict=True))
     tests = {name: cut(writer, text, 8, run.seed) for name, text in judged.items()}
-    sequences = {  # none has both kinds of text
+    sequences = {  # no sequence mixes both kinds of text
         "real": cut(writer, real, HEALED, run.seed),
         "real and rephrased": torch.cat([cut(writer, text, HEALED // 2, run.seed) for text in (real, again)]),
     }
@@ -421,7 +421,7 @@ def healing(run: Run) -> None:
 
 
 def cut(writer: LocalWriter, text: str, count: int, seed: int) -> torch.LongTensor:
-    """Windows of a text, repeated if it is short."""
+    """Return windows of a text, repeated if it is short."""
     there = writer.count(text) // LENGTH
     if there < 1:
         text, there = text * (LENGTH // max(writer.count(text), 1) + 2), 1
