@@ -15,7 +15,7 @@ from lamella.commands import compare as job
 from lamella.commands.compare import figures, learners, rise
 from lamella.data import Passages, load_text, windows
 from lamella.data.context import InputContext
-from lamella.errors import ExportError, MethodError
+from lamella.errors import MethodError
 from lamella.methods.lora import lora
 from lamella.runner import run
 from lamella.stack import Stack
@@ -166,11 +166,6 @@ def test_a_method_that_refuses_the_model_is_left_out_unless_it_was_named() -> No
     assert [note.split()[0] for note in evidence.notes if "is skipped" in note] == ["kore", "smora"]
     with pytest.raises(MethodError, match="r 64 exceeds"):
         compare(NANO_LLAMA, "stdlib", method=("smora",), **wide)
-
-
-def test_a_folder_that_exists_is_refused_before_any_work(tmp_path: Path) -> None:
-    with pytest.raises(ExportError):
-        compare(NANO_LLAMA, "stdlib", tmp_path, **SMALL)
 
 
 @pytest.mark.slow

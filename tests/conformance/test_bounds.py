@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, get_origin
 
@@ -43,6 +44,8 @@ def beyond(option: Parameter) -> Iterator[Any]:
                 yield ("1",) * (length - 1)
             case MaxLen(max_length=length):
                 yield ("1",) * (length + 1)
+    if float in kinds and any(isinstance(note, Ge | Gt | Le | Lt) for note in limits(option)):
+        yield math.nan
     if choices(option) and option.is_checked and str not in option.kinds:
         yield "no such choice"
 

@@ -13,7 +13,7 @@ from torch import LongTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lamella.data import load_text, windows
-from lamella.errors import BudgetError, MethodError
+from lamella.errors import BudgetError
 from lamella.evaluate import Budget, cost
 from lamella.methods.random import random_cut
 from lamella.methods.shortgpt import shortgpt
@@ -118,8 +118,6 @@ def test_random_is_seeded_and_protects_the_front(stack: Stack) -> None:
         ("block", [EVERY[6:8], EVERY[8:10], EVERY[10:]]),
     ):
         assert sorted(order_of(random_cut(stack, level=level))) == expected
-    with pytest.raises(MethodError, match="level layer: give one of sublayer, attn, mlp, block"):
-        random_cut(stack, level="layer")
 
 
 def test_random_does_not_touch_the_global_generator(stack: Stack) -> None:

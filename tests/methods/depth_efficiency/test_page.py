@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import ViTConfig, ViTForImageClassification
 
 from lamella.data import load_text, windows
-from lamella.errors import CalibrationError, ExportError, MethodError
+from lamella.errors import CalibrationError
 from lamella.methods.depth_efficiency import depth_efficiency
 from lamella.methods.depth_efficiency.page import page
 from lamella.plan import ModelReference, Plan
@@ -139,19 +138,6 @@ def test_names_stay_text(evidence: Evidence) -> None:
     named = {"model": evidence.model | {"name": "<script>alert(1)</script>"}}
     html = page(evidence.model_copy(update=named))
     assert "<script>alert" not in html and "&lt;script&gt;alert" in html
-
-
-def test_a_model_without_text_is_refused() -> None:
-    config = ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8)
-    config.patch_size = 4
-    with pytest.raises(MethodError, match="works on decoders"):
-        run("depth-efficiency", ViTForImageClassification(config))
-
-
-def test_a_place_that_cannot_be_a_folder_is_refused_before_measuring(tmp_path: Path) -> None:
-    (tmp_path / "taken").write_text("")
-    with pytest.raises(ExportError, match="taken"):
-        run("depth-efficiency", "no such model", out=tmp_path / "taken")
 
 
 def test_too_little_text_is_refused(tmp_path: Path) -> None:

@@ -196,12 +196,6 @@ def test_numbers_out_of_range_are_refused_in_one_line(options: dict[str, Any], m
     assert "\n" not in str(error.value)
 
 
-def test_a_model_without_text_is_refused_in_one_line() -> None:
-    with pytest.raises(MethodError, match="dllm-skip works on decoders, models that predict masked tokens") as error:
-        dllm_skip(Stack(nano("vit")), IDS)
-    assert "\n" not in str(error.value)
-
-
 @pytest.mark.parametrize("name", ["bart", "t5"])
 def test_the_decoder_of_an_encoder_decoder_is_refused_in_one_line(name: str) -> None:
     decoder = lamella.open(nano(name)).stacks["decoder"]

@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor
 
 import lamella
-from lamella.errors import BudgetError, LamellaError, MethodError
+from lamella.errors import BudgetError, MethodError
 from lamella.methods.minitron import TRAINING, ModelShape, Ranking, activation_importance, contest, minitron, rank, trim
 from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.plan.export import export, natural_form
@@ -356,13 +356,6 @@ def test_a_contest_compares_candidates_on_held_out_text(tmp_path: Path) -> None:
     curves = contest(stack, [series[1], series[-1]], samples, samples[:2], config=config, out=tmp_path)
     assert [sorted(curve) for curve in curves] == [[0, 2, 4]] * 2
     assert curves[0][0] < curves[1][0]  # the smaller cut is closer before training
-
-
-def test_a_family_whose_widths_are_not_known_is_named() -> None:
-    with pytest.raises(
-        LamellaError, match=r"minitron works on llama, mistral, qwen2, qwen3, gpt2; .* is a gemma3_text"
-    ):
-        lamella.make_plan("minitron", Stack(nano("gemma3_text")), CALIBRATION)
 
 
 def test_the_shape_of_every_point_is_in_the_provenance() -> None:

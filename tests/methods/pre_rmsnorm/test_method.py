@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from pre_ln import FAMILIES, built, inputs
 from safetensors.torch import save_file
 from torch import nn
@@ -167,14 +166,6 @@ def test_post_ln_models_are_refused() -> None:
 def test_models_whose_residual_stream_has_a_mean_that_counts_are_refused() -> None:
     assert "depend on the mean of the residual stream" in refused(open_model(nano("t5"), name="t5"))
     assert "Pre-LN" in refused(open_model(nano("llama"), name="llama"))
-
-
-def test_bert_is_refused_in_one_line() -> None:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    bert = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=64, **sizes))
-    with pytest.raises(LamellaError) as found:
-        pre_rmsnorm(open_model(bert))
-    assert "\n" not in str(found.value)
 
 
 def test_models_of_which_nothing_is_known_are_refused() -> None:

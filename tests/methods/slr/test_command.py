@@ -190,11 +190,6 @@ def test_what_cannot_be_is_refused_in_one_line(lamella, base, tmp_path, more, me
     assert message in line and not (tmp_path / "out").exists()
 
 
-def test_an_output_that_exists_is_not_replaced(lamella, base, tmp_path):
-    (tmp_path / "out").mkdir()
-    assert "--overwrite" in lamella("restore", NANO_LLAMA, "--base", base, "-o", tmp_path / "out", *QUICK).refused()
-
-
 def test_an_output_below_a_file_is_refused(lamella, base, tmp_path):
     (tmp_path / "file").write_text("")
     line = lamella("restore", NANO_LLAMA, "--base", base, "-o", tmp_path / "file" / "out", *QUICK).refused()
