@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?= -n 2 --dist loadgroup
 QUICK ?=
+BASE ?= main
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.lamella-ready
@@ -20,7 +21,7 @@ export NO_MKDOCS_2_WARNING := 1
 BENCHMARKS := $(filter-out benchmarks/peers.py benchmarks/quantize.py benchmarks/outside.py,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-all test-fast lint format lists architectures docs reproduce bench peers clean
+.PHONY: help venv demo test test-slow test-ci test-all lint format lists architectures docs reproduce bench peers clean
 
 help: ## This list
 	@echo "Lamella: decide, layer by layer, what a trained model computes."
@@ -28,7 +29,8 @@ help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "Start with 'make demo': a minute to install, a few to run, and a report to look at."
-	@echo "Variables: PYTHON (the interpreter, now $(PYTHON)), VENV (now $(VENV)), PYTEST_ARGS, QUICK=1."
+	@echo "Variables: PYTHON (the interpreter, now $(PYTHON)), VENV (now $(VENV)), PYTEST_ARGS (such as"
+	@echo "\"-n 4 -k plan\"), BASE (a branch, now $(BASE)), QUICK=1."
 
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 
@@ -53,17 +55,19 @@ demo: $(READY) ## Compress the embedded model to 1.3x speed, heal it for a minut
 	@echo "Open its report: file://$(CURDIR)/demo/report.html"
 
 # Two processes of one thread each are twice as fast as one of two: most models in the tests are small.
-test: $(DEVELOP) ## Run the tests (PYTEST_ARGS="-n 4 -k plan" to choose)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not exhaustive" $(PYTEST_ARGS)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
-test-slow: $(DEVELOP) ## Run those that start processes or whole jobs: a quarter of an hour more
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not exhaustive" $(PYTEST_ARGS)
+test: $(DEVELOP) ## Run the tests that your changes since BASE can reach; without changes, all but the slow ones
+	$(PYTEST) -m "not slow and not exhaustive" --changed=$(BASE)
 
-test-all: $(DEVELOP) ## Run the tests that take long too: thousands of fuzzed inputs, killed processes
-	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=all $(BIN)/python -m pytest $(PYTEST_ARGS)
+test-slow: $(DEVELOP) ## Run the tests that start processes or run whole commands
+	$(PYTEST) -m "slow and not exhaustive"
 
-test-fast: $(DEVELOP) ## Run the tests that need neither downloads nor patience
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not exhaustive and not real and not network" $(PYTEST_ARGS)
+test-ci: $(DEVELOP) ## Run what CI runs: all tests but the exhaustive ones, whatever has changed
+	HYPOTHESIS_PROFILE=ci $(PYTEST) -m "not exhaustive"
+
+test-all: $(DEVELOP) ## Run the exhaustive tests too: all families, thousands of fuzzed inputs, killed processes
+	HYPOTHESIS_PROFILE=all $(PYTEST)
 
 lint: $(DEVELOP) ## Style, formatting, import layers and types
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """Settings that must be made before any test imports torch or a Hugging Face library, and fixtures for all tests."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # More threads than this only make small tensors slower, and several test workers would fight for the cores.
 THREADS = 2
@@ -27,42 +29,138 @@ import torch  # noqa: E402
 from lamella import progress  # noqa: E402
 from lamella.cli import main  # noqa: E402
 from lamella.plan import ModelReference, Plan  # noqa: E402
+from lamella.registry import all_commands  # noqa: E402
+from lamella.report import page  # noqa: E402
 from lamella.zoo import open_stack  # noqa: E402
 from lamella.zoo.nano import NANO  # noqa: E402
+from selection import Selection, changed_files  # noqa: E402
 
 NANO_LLAMA = Path(__file__).parent / "models" / "nano-llama"
 CHAT = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
-# Few examples, always the same, in the default run; many new ones in `make test-all`.
-hypothesis.settings.register_profile("default", max_examples=40, derandomize=True, deadline=None, database=None)
+# Few examples, always the same, by default and in CI; many new ones in `make test-all`.
+for profile, examples in (("default", 10), ("ci", 40)):
+    hypothesis.settings.register_profile(profile, max_examples=examples, derandomize=True, deadline=None, database=None)
 hypothesis.settings.register_profile("all", max_examples=1000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 DIFFERENT = {"llama", "gpt_neox", "gemma3_text"}  # one after the other, side by side, and between two norms
+SELECTION = pytest.StashKey[Selection | None]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option by which a run selects what has changed."""
+    parser.addoption(
+        "--changed",
+        nargs="?",
+        const="main",
+        metavar="BRANCH",
+        help="run the tests that the changes since the merge base with a branch (main) can reach; all without changes",
+    )
+
+
+def _selection(config: pytest.Config) -> Selection | None:
+    """What the changes can reach; None where all tests run."""
+    branch = config.getoption("--changed")
+    files = None if branch is None else changed_files(branch)
+    return Selection(files) if files else None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Select once."""
+    config.stash[SELECTION] = _selection(config)
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    """Say what has changed, and how many files."""
+    branch, selection = config.getoption("--changed"), config.stash[SELECTION]
+    if branch is None:
+        return None
+    if selection is None:
+        return f"changed since {branch}: nothing that is known, so all tests run"
+    reason = f"; all tests run: {selection.everything}" if selection.everything else ""
+    return f"changed since {branch}: {len(selection.changed)} files{reason}"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Do not import a file whose tests cannot be reached."""
+    selection = config.stash[SELECTION]
+    is_test = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
+    return True if selection is not None and is_test and not selection.may_reach(collection_path) else None
 
 
 @pytest.hookimpl(tryfirst=True)  # before what is not asked for goes
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say which tests run by default, and which in one process.
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Say which tests run by default and in which process, and select those that a change can reach.
 
     Where a test runs on many families, all but three that differ in structure run in `make test-all` alone. Tests of
-    the table of architectures itself run on all of them.
+    the table of architectures itself run on all of them. The tests of a file run in one process, so that what they
+    share is made once; those of conformance are divided by method.
     """
     on: dict[str, dict[pytest.Item, str]] = defaultdict(dict)
+    slugs = set(all_commands())
     for item in items:
-        spec = getattr(item, "callspec", None)
-        family = None if spec is None else spec.params.get("name")
+        family = _values(item).get("name")
         if isinstance(family, str) and family in NANO and item.path.parent.name != "stack":
             on[item.nodeid.partition("[")[0]][item] = family
-        if item.path.parent.name == "conformance":
-            item.add_marker(pytest.mark.xdist_group("conformance"))  # its suites look at one run of each command
+        item.add_marker(pytest.mark.xdist_group(_group(item, slugs)))
     for families in on.values():
         if set(families.values()) >= DIFFERENT:
             for item, family in families.items():
                 if family not in DIFFERENT:
                     item.add_marker(pytest.mark.exhaustive)
+    if config.getoption("--changed") is not None:
+        kept = [item for item in items if _is_selected(item, config.stash[SELECTION])]
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+        items[:] = kept
+
+
+def _is_selected(item: pytest.Item, selection: Selection | None) -> bool:
+    """Whether a test runs after a change; of repeated checks, those of methods that have changed."""
+    if item.get_closest_marker("repeated") and (selection is None or not selection.names(_values(item))):
+        return False
+    return selection is None or selection.reaches(item.path, _function(item), _values(item))
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what was imported from garbage collection."""
+    _freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """After each file, exempt what its tests have left in caches."""
+    yield
+    if nextitem is None or nextitem.path != item.path:
+        _freeze()
+
+
+def _freeze() -> None:
+    """Exempt all living objects from garbage collection: Trainer collects after each run, which took half a second."""
+    gc.collect()
+    gc.freeze()
+
+
+def _values(item: pytest.Item) -> dict[str, Any]:
+    """The values of a test's parameters."""
+    spec = getattr(item, "callspec", None)
+    return {} if spec is None else spec.params
+
+
+def _function(item: pytest.Item) -> str:
+    """The top-level name of a test: of the function, or of its class."""
+    owner = getattr(item, "cls", None)
+    return str(getattr(item, "originalname", item.name) if owner is None else owner.__name__)
+
+
+def _group(item: pytest.Item, slugs: set[str]) -> str:
+    """The tests that share what they make: of a file, or of conformance on one method."""
+    if item.path.parent.name != "conformance":
+        return str(item.path)
+    words = [str(value).split(" ")[0] for value in _values(item).values() if isinstance(value, str)]
+    return f"conformance of {next((word for word in words if word in slugs), 'all')}"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -73,6 +171,13 @@ def temporary() -> Iterator[None]:
         yield
         tempfile.tempdir = None
         del os.environ["TMPDIR"]
+
+
+@pytest.fixture(autouse=True)
+def light_pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embed a line in pages instead of plotly's five megabytes, unless a browser draws them."""
+    if request.node.get_closest_marker("browser") is None:
+        monkeypatch.setattr(page, "_plotly", lambda: "/* plotly.js v0 */")
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from worlds import (
     of_suite,
     on_families,
     opened,
+    repeated,
     series,
     usual,
 )
@@ -45,7 +46,7 @@ NAMING = [
 CALIBRATION = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("command", [each for each in PLANNING if "seed" in COMMANDS[each].options])
+@pytest.mark.parametrize("command", repeated(each for each in PLANNING if "seed" in COMMANDS[each].options))
 def test_another_seed_gives_another_series(command: str) -> None:
     draws_masks = command in OF_TEXT and COMMANDS[command].takes(KIND[DENOISING[0]])  # of a decoder it may draw nothing
     name = DENOISING[0] if draws_masks else usual(command)

@@ -10,7 +10,19 @@ from typing import Any
 import pytest
 import torch
 from markupsafe import escape
-from worlds import COMMANDS, TIMED, beating, carried_out, difference, made, measured, of_suite, state, suite_of
+from worlds import (
+    COMMANDS,
+    TIMED,
+    beating,
+    carried_out,
+    difference,
+    made,
+    measured,
+    of_suite,
+    repeated,
+    state,
+    suite_of,
+)
 
 import lamella
 from lamella.cli import console
@@ -179,14 +191,14 @@ def test_an_output_that_exists_is_refused_before_anything_runs(command: str) -> 
     assert before == {path: path.read_bytes() for path in sorted(done.out.rglob("*")) if path.is_file()}
 
 
-@pytest.mark.parametrize("command", ONCE)
+@pytest.mark.parametrize("command", repeated(ONCE))
 def test_a_second_run_says_the_same(command: str, tmp_path: Path) -> None:
     torch.rand(3)  # what is drawn elsewhere must not matter
     out = tmp_path / "out" if kind(command).kind == "quantised" else None  # whose size is known when it is written
     assert measured(carried_out(command, out=out).outcome.evidence) == measured(made(command).outcome.evidence)
 
 
-@pytest.mark.parametrize("command", RESUMED)
+@pytest.mark.parametrize("command", repeated(RESUMED))
 def test_a_run_that_was_stopped_goes_on_to_the_same_result(command: str, tmp_path: Path) -> None:
     whole, out, work = made(command), tmp_path / "out", tmp_path / ".out.work"
     with pytest.raises(KeyboardInterrupt):

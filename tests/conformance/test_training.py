@@ -20,6 +20,7 @@ from worlds import (
     of_suite,
     on_families,
     opened,
+    repeated,
     weights,
 )
 
@@ -38,13 +39,13 @@ def view(done: Made) -> Any:
     return apply(done.outcome.result.stack, Plan.read(done.out / "plan.json"))
 
 
-@pytest.mark.parametrize("command", [each for each in TRAINING if not COMMANDS[each].name])
+@pytest.mark.parametrize("command", repeated(each for each in TRAINING if not COMMANDS[each].name))
 def test_another_seed_gives_other_weights(command: str, tmp_path: Path) -> None:
     another = carried_out(command, out=tmp_path / "out", seed=1)
     assert not torch.equal(logits(view(another)), logits(view(made(command))))
 
 
-@pytest.mark.parametrize("command", TRAINING)
+@pytest.mark.parametrize("command", repeated(TRAINING))
 def test_interrupted_training_goes_on_to_the_bit(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, out = made(command), tmp_path / "out"
 

@@ -8,11 +8,10 @@ changes what is made here, so many tests look at one run.
 from __future__ import annotations
 
 import copy
-import gc
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
@@ -40,6 +39,7 @@ from lamella.stack import Model, Stack
 from lamella.zoo import ComparedModel, LazyCheckpoint, SavedModel, open_model, open_stack
 from lamella.zoo.nano import NANO, NANO_DIFFUSION, nano
 from lamella.zoo.vlm import shapes_vlm
+from selection import REPRESENTATIVES
 
 ROOT = Path(__file__).parent.parent.parent
 TOKENIZER, VOCABULARY = ROOT / "tests" / "models" / "nano-llama", 512
@@ -55,8 +55,6 @@ SEEING = {  # models that read images, for methods that work on nothing smaller,
 READING = {name: sizes for name, sizes in SEEING.values()}
 KIND = {name: Stack(nano(name)) for name in (*NANO, *DENOISING)}
 FAMILY = {name: stack.architecture.name for name, stack in KIND.items()}
-
-gc.freeze()  # Trainer collects garbage after each run, and what was imported takes half a second
 
 IDS = torch.randint(3, 128, (3, 12), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS)
@@ -92,6 +90,16 @@ def by_default(*given: Any, wanted: bool = True) -> Any:
     *before, name = given
     known = {*DIFFERENT, *(usual(each) for each in before if each in COMMANDS)}
     return pytest.param(*given, marks=() if wanted and name in known else pytest.mark.exhaustive)
+
+
+def repeated(commands: Iterable[str]) -> list[Any]:
+    """Parameters of a check that runs a command again: by default on one command for each type of result, with and
+    without work that is resumed, and on methods that have changed."""
+    chosen: dict[tuple[str, bool], str] = {}
+    commands = list(commands)
+    for each in sorted(commands, key=lambda each: COMMANDS[each].slug not in REPRESENTATIVES):
+        chosen.setdefault((suite_of(each), bool(COMMANDS[each].signature.work)), each)
+    return [pytest.param(each, marks=() if each in chosen.values() else pytest.mark.repeated) for each in commands]
 
 
 def on_families(commands: list[str]) -> list[Any]:

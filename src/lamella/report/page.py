@@ -37,9 +37,7 @@ def render_page(
     plots = {name: plotted(each).to_plotly_json() for name, each in drawn.items() if isinstance(each, Axes)}
     scripts = {"css": Markup(_read("page.css")), "js": Markup(_read("page.js")), "plotly": ""}
     if plots:
-        from plotly.offline import get_plotlyjs  # imported here because it is slow and few commands need it
-
-        scripts |= {"plotly": Markup(get_plotlyjs()), "plots": Markup(_read("plots.js"))}
+        scripts |= {"plotly": Markup(_plotly()), "plots": Markup(_read("plots.js"))}
     scores = next((each.scores for each in drawn.values() if isinstance(each, StackDrawing)), {})
     page_data = finite(dict(data or {}) | {"plots": plots, "scores": scores})
     rendered = _templates(template.parent).get_template(template.name)
@@ -69,6 +67,14 @@ def flat(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {flat(each)}" for name, each in value.items())
     return ", ".join(map(flat, value)) if isinstance(value, list) else shown(value)
+
+
+def _plotly() -> str:
+    """Return plotly's script, of several megabytes."""
+    from plotly.offline import get_plotlyjs  # imported here because it is slow and few commands need it
+
+    script: str = get_plotlyjs()
+    return script
 
 
 def _read(name: str) -> str:
