@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,20 @@ import transformers
 import lamella as api
 from lamella import evaluate, inputs, progress
 from lamella.commands.compress import command as job
+from lamella.commands.compress import goal as goals
 from lamella.commands.compress import race, result
+from lamella.commands.compress.forms import Form, means, weight_bytes
 from lamella.commands.compress.page import summary
 from lamella.commands.compress.result import CompressionEvidence
-from lamella.evaluate import Memory, Ratio, Timing
+from lamella.errors import BudgetError
+from lamella.evaluate import Memory, Ratio, StepTimes, Timing
 from lamella.plan import Plan
+from lamella.plan.quantize import Int8Linear, int8_copy
 from lamella.progress import Tracker
 from lamella.registry import methods
 from lamella.runner import run
 from lamella.search import Removals
+from lamella.stack import Stack
 
 NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
 FILES = {"config.json", "model.safetensors", "tokenizer.json", "plan.json", "evidence.json", "README.md", "report.html"}
@@ -44,8 +51,10 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No second choice after measuring: the plan that the cost model picks is kept."""
-    monkeypatch.setattr(race, "TOLERANCE", 0.0)
+    """No second choice after measuring: the plan that the cost model picks is kept, and its step times are fixed."""
+    monkeypatch.setattr(goals, "TOLERANCE", 0.0)
+    costs = import_module("lamella.evaluate.cost")
+    monkeypatch.setattr(costs, "measure_step", lambda stack: StepTimes(attn=1.0, mlp=1.0, rest=0.5))
 
 
 def check_evidence(evidence: dict[str, Any], out: Path) -> None:
@@ -75,7 +84,7 @@ def check_evidence(evidence: dict[str, Any], out: Path) -> None:
 @pytest.mark.slow
 def test_compress_leaves_a_checkpoint_with_its_plan_evidence_card_and_report(lamella, tmp_path):
     out = tmp_path / "out"
-    outcome = lamella("compress", NANO_LLAMA, "--no-heal", "--speedup", "1.03", "-o", out, "--json")
+    outcome = lamella("compress", NANO_LLAMA, "--allow", "cut", "--no-heal", "--speedup", "1.03", "-o", out, "--json")
     assert outcome.code == 0, outcome.err
     assert {file.name for file in out.iterdir()} >= FILES
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
@@ -159,7 +168,7 @@ def test_compress_shows_quantisation_beside_the_cut_and_writes_it_when_asked(lam
     assert "q8_0: model-q8_0.gguf" in outcome.out
     evidence = json.loads((out / "evidence.json").read_text())
     names = [f"{model}{form}" for model in ("original", "cut") for form in ("", ", int8", ", q8_0")]
-    assert [each["name"] for each in evidence["variants"]] == names
+    assert [each["name"] for each in evidence["routes"]] == names
     assert all(name in (out / page).read_text() for name in names for page in ("README.md", "report.html"))
     assert evidence["quantised"]["after"] == (out / "model-q8_0.gguf").stat().st_size
     opened = transformers.AutoModelForCausalLM.from_pretrained(out, gguf_file="model-q8_0.gguf")
@@ -328,3 +337,104 @@ def test_a_series_that_was_made_before_is_chosen_from(lamella, tmp_path):
     assert outcome.code == 0, outcome.err
     evidence = json.loads(outcome.out)
     assert evidence["chosen"]["method"] == "shortgpt" and len(evidence["chosen"]["drop"]) == 2
+
+
+# Routes
+
+
+@pytest.fixture
+def int8_reaches(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Sets the speed-up that int8 alone is measured to have; that of a cut is what the cost model predicts."""
+
+    def reaches(speedup: float) -> None:
+        def form(stack: Any, steps: int) -> Form:
+            whole = Stack(int8_copy(stack.model), name=stack.name)
+            return Form("int8", whole, StepTimes(attn=1.0, mlp=1.0, rest=0.1), Ratio.of([speedup]))
+
+        def bench(models: dict[str, Any], *given: Any, **more: Any) -> dict[str, list[Timing]]:
+            found = evaluate.bench(models, *given, **more | {"rounds": 1, "tokens": 2})
+            plans = {name: getattr(model, "lamella_plan", None) for name, model in models.items()}
+            layers = {name: 6 if plan is None else 6 - len(plan.drop) for name, plan in plans.items()}
+            quantised = {name: any(type(m) is Int8Linear for m in model.modules()) for name, model in models.items()}
+            speeds = {name: (speedup if quantised[name] else 1.0) * 6 / layers[name] for name in models}
+            return {
+                name: [replace(each, decode_speedup=Ratio.of([speeds[name]])) for each in timings]
+                for name, timings in found.items()
+            }
+
+        monkeypatch.setattr(job, "int8_form", form)
+        monkeypatch.setattr(job, "bench", bench)
+        monkeypatch.setattr(race, "bench", bench)
+
+    return reaches
+
+
+def test_int8_alone_is_the_result_where_it_is_enough(tmp_path, brief, int8_reaches):
+    int8_reaches(1.5)
+    out = tmp_path / "out"
+    evidence = run("compress", NANO_LLAMA, out=out, speedup=1.3).evidence.model_dump()
+    chosen = evidence["chosen"]
+    assert (chosen["route"], chosen["cut"], chosen["drop"], chosen["reached"]) == ("int8", False, [], True)
+    assert evidence["healing"] is None  # nothing is lost that training could recover
+    kl = {name: each["kl"] for name, each in chosen["alternatives"].items()}
+    assert kl["int8"] < kl["cut"] and kl["int8"] == chosen["fidelity"]["kl"]["mean"]
+    assert "int8 alone is enough for a decode speed-up of 1.30" in (out / "README.md").read_text()
+    stack = api.open(NANO_LLAMA)
+    ids = torch.arange(3, 35)[None]
+    with torch.no_grad():
+        ours, theirs = api.load(out).model(ids).logits, int8_copy(stack.model)(ids).logits
+    torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.1)  # the file is written from weights of 16 bits
+    assert not (out / "unquantised").exists()
+
+
+def test_a_cut_is_added_to_int8_where_it_is_not_enough(tmp_path, brief, int8_reaches):
+    int8_reaches(1.1)
+    out = tmp_path / "out"
+    evidence = run("compress", NANO_LLAMA, out=out, speedup=1.3, heal=None).evidence.model_dump()
+    chosen, plan = evidence["chosen"], Plan.read(out / "plan.json")
+    assert (chosen["route"], chosen["reached"]) == ("portfolio + int8", True)
+    assert len(plan.skipped) == 2  # one layer of six: 1.1 x 6 / 5 = 1.32
+    report = (out / "report.html").read_text()
+    assert "A decode speed-up of 1.30\u00d7 needs a cut: int8 alone reaches 1.10\u00d7" in report
+    view, ids = api.apply(api.open(NANO_LLAMA), plan), torch.arange(3, 35)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(api.load(out).model(ids).logits, int8_copy(view)(ids).logits, rtol=0.02, atol=0.1)
+        assert torch.equal(api.load(out / "unquantised").model(ids).logits, view(ids).logits)
+
+
+def test_quantisation_alone_that_is_not_enough_is_refused(tmp_path, brief, int8_reaches):
+    int8_reaches(1.1)
+    with pytest.raises(BudgetError, match=r"cannot be reached by quantisation alone, which gives a speed-up of 1\.10"):
+        run("compress", NANO_LLAMA, out=tmp_path / "out", speedup=1.3, allow=("quantize",), heal=None)
+
+
+def test_a_named_method_cuts_alone_unless_both_are_allowed():
+    assert means((), named=True) == ("cut",)
+    assert means(("quantize", "cut"), named=True) == ("quantize", "cut")
+
+
+@pytest.mark.parametrize("goal", ["size", "memory"])
+def test_the_result_is_as_small_as_it_was_asked_for(tmp_path, brief, int8_reaches, goal):
+    int8_reaches(1.2)
+    whole = Form("int8", Stack(int8_copy(api.open(NANO_LLAMA).model)), StepTimes(1.0, 1.0, 0.1))
+    most = (whole.weights() + (whole.cache() if goal == "memory" else 0)) * 0.8 / 1e6
+    out = tmp_path / "out"
+    evidence = run("compress", NANO_LLAMA, out=out, heal=None, **{goal: most}).evidence.model_dump()
+    chosen, plan = evidence["chosen"], Plan.read(out / "plan.json")
+    assert chosen["reached"] and chosen["route"] == "portfolio + int8"
+    view = int8_copy(api.apply(api.open(NANO_LLAMA), plan))
+    weights = weight_bytes(view)
+    cache = whole.cache(plan) if goal == "memory" else 0
+    layer = whole.weights() - whole.weights(whole.stack.positions[:2]) + (whole.cache() // 6 if cache else 0)
+    assert weights + cache <= 1e6 * most < weights + cache + layer  # the smallest cut that is enough
+    assert sum(each.nbytes for each in api.load(out).model.parameters()) == pytest.approx(weights, rel=0.05)
+
+
+def test_the_fastest_route_within_a_loss_is_chosen(tmp_path, brief, int8_reaches):
+    int8_reaches(1.2)
+    for most in (1e-9, 100.0):
+        evidence = run("compress", NANO_LLAMA, out=tmp_path / f"{most}", loss=most, heal=None).evidence.model_dump()
+        routes = {each["name"]: each["fidelity"]["kl"]["mean"] for each in evidence["routes"]}
+        assert evidence["chosen"]["reached"] is (most == 100)
+        if most == 100:
+            assert evidence["chosen"]["route"] == "portfolio + int8" and routes["cut, int8"] <= most

@@ -16,6 +16,7 @@ parts are published.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from functools import cache
 from itertools import product
@@ -49,6 +50,7 @@ def portfolio(
     refine: Annotated[int, Ge(0)] = 2,
     patience: Annotated[int, Ge(0)] = 6,
     validation: Annotated[int, Ge(0)] = 4,
+    greedy: bool = True,
     budget: Budget = Budget(),
 ) -> PlanSeries:
     """Remove whole layers: the best of several starting sets, improved by exchanges and validated on held-out text.
@@ -62,6 +64,8 @@ def portfolio(
         patience: number of failed exchanges after which a set of removed layers is final.
         validation: number of held-out sequences from the same text on which the final choice is made. Without them, as
             with token ids alone, and where no other set comes close, the result of the exchanges is taken.
+        greedy: also start from a greedy search, which takes most of the time. Otherwise smaller plans remove the layers
+            of lowest block influence, and are not measured.
         budget: how many layers to remove; defaults to a quarter of all layers.
 
     Returns:
@@ -77,13 +81,18 @@ def portfolio(
     influence = block_influence(stack, calibration).values
     clock = budget.clock()
     guess = dict(zip(layers, influence.tolist(), strict=True))
-    steps = lazy_greedy(layers, measure.cost, guess=guess, out_of_time=clock)
-    order = take(steps, Removals(None, {}), most, enough, "portfolio: removing layers")
     whole = measure.of(()) if distance == "perplexity" else 0.0
-    scores: list[dict[str, float]] = [{str(distance): whole}, *({str(distance): step.cost} for step in order)]
-    series = PlanSeries.of_removals(ModelReference.of(stack), [step.candidate for step in order], scores)
-
+    scores: list[dict[str, float]] = [{str(distance): whole}]
     least = np.argsort(influence, kind="stable")
+    if greedy:
+        steps = lazy_greedy(layers, measure.cost, guess=guess, out_of_time=clock)
+        found = take(steps, Removals(None, {}), most, enough, "portfolio: removing layers")
+        order, scores = [step.candidate for step in found], scores + [{str(distance): step.cost} for step in found]
+    else:
+        order = [layers[layer] for layer in least[:most]]
+        scores += [{} for _ in order]
+    series = PlanSeries.of_removals(ModelReference.of(stack), order, scores)
+
     angles = angular_distance(stack, calibration).values
     scout = OutputDistance(stack, sequences(calibration)[0], distance)
     exchanges = _Exchanges(layers, measure, scout, patience, clock)
@@ -99,12 +108,12 @@ def portfolio(
         if clock() and size < len(order):  # the starting sets of the largest cut are compared in any case
             break
         start = window(len(layers), size, angles[:, size].__getitem__)
-        costs: dict[Cut, float] = {frozenset(step.candidate for step in order[:size]): order[size - 1].cost}
+        costs: dict[Cut, float] = {frozenset(order[:size]): scores[size][distance]} if greedy else {}
         others = [frozenset(layers[layer] for layer in least[:size]), frozenset(layers[start : start + size])]
         for cut in [*others, *exchanges.smaller(larger)]:
-            found = measure.within(_positions(cut), CLOSE * min(costs.values()))
-            if found.exact:
-                costs[cut] = found.value
+            distance_of_cut = measure.within(_positions(cut), CLOSE * min(costs.values(), default=math.inf))
+            if distance_of_cut.exact:
+                costs[cut] = distance_of_cut.value
         best = min(costs, key=costs.__getitem__)
         larger, cost = exchanges.improve(best, costs[best])
         costs[larger] = cost

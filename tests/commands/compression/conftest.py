@@ -79,12 +79,11 @@ def curve(slug: str, steps: tuple[int, ...] = (0, 3, 6, 9, 12, 14)) -> dict[str,
     return {"method": slug, "label": f"{slug}, in full", "baseline": baseline, "seconds": 80.2 * harm, "points": points}
 
 
-def variant(name: str, form: str | None, size: float, kl: float, speed: float | None) -> dict[str, Any]:
+def route(name: str, form: str | None, size: float, kl: float, speed: float | None, pareto: bool) -> dict[str, Any]:
     measured = None if speed is None else ratio(speed)
     run = "as it is" if form is None else f"how {form} ran"
-    seconds = None if speed is None else 0.0312 / speed
     found = {"name": name, "form": form, "run": run, "bytes": int(size), "fidelity": fidelity(kl)}
-    return found | {"decode_speedup": measured, "decode_seconds_per_step": seconds}
+    return found | {"decode_speedup": measured, "pareto": pareto}
 
 
 @pytest.fixture
@@ -107,6 +106,7 @@ def make_evidence() -> dict[str, Any]:
     return {
         "schema": "lamella.evidence/1",
         "model": {"name": "smollm2", "family": "llama", "layers": LAYERS, "parameters": 134_515_008},
+        "goal": {"name": "speedup", "value": 1.3, "text": "a decode speed-up of 1.30\u00d7"},
         "target_speedup": 1.3,
         "method": "finercut",
         "options": {"distance": "jsd", "exclude_front": 0.2, "strategy": "greedy"},
@@ -128,7 +128,11 @@ def make_evidence() -> dict[str, Any]:
             "memory": {"peak_bytes": 571_000_000, "libraries_bytes": 447_000_000},
         },
         "chosen": {
+            "route": "finercut",
             "method": "finercut",
+            "quantised": None,
+            "cut": True,
+            "alternatives": {},
             "point": 14,
             "drop": [SITES[sublayer] for sublayer in sorted(CUT)],
             "path": {},
@@ -149,12 +153,12 @@ def make_evidence() -> dict[str, Any]:
             "removal_order": [[SITES[sublayer]] for sublayer in CUT],
         },
         "curves": [curve("finercut")],
-        "variants": [
-            variant("original", None, 538e6, 0.0, 1.0),
-            variant("original, int8", "int8", 163e6, 0.004, 1.61),
-            variant("original, q8_0", "q8_0", 143e6, 0.002, None),
-            variant("cut", None, 412e6, 0.35, 1.317),
-            variant("cut, int8", "int8", 134e6, 0.36, 2.02),
+        "routes": [
+            route("original", None, 538e6, 0.0, 1.0, True),
+            route("original, int8", "int8", 163e6, 0.004, 1.61, True),
+            route("original, q8_0", "q8_0", 143e6, 0.002, None, False),
+            route("cut", None, 412e6, 0.35, 1.317, False),
+            route("cut, int8", "int8", 134e6, 0.36, 2.02, True),
         ],
         "samples": [
             {
@@ -183,7 +187,7 @@ def phased(evidence: dict[str, Any]) -> dict[str, Any]:
     thin = [layer for layer in range(LAYERS) if layer not in skipped]
     for layer in range(LAYERS):
         evidence["layers"][layer] = dict.fromkeys(("attn", "mlp"), "prompt" if layer in skipped else "kept")
-    evidence["chosen"] |= {"method": "unified-skip", "drop": [], "point": 6}
+    evidence["chosen"] |= {"route": "unified-skip", "method": "unified-skip", "drop": [], "point": 6}
     evidence["chosen"]["path"] = {"text": {"prefill": list(range(LAYERS)), "decode": thin}}
     evidence["chosen"]["cost"]["parameters"] = evidence["base"]["cost"]["parameters"]
     evidence["curves"] = [curve("unified-skip")]

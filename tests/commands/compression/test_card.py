@@ -51,7 +51,7 @@ def test_phased_plans_load_through_lamella(phased: dict[str, Any]) -> None:
 
 def test_the_table_holds_the_measurements(evidence: dict[str, Any]) -> None:
     card = model_card(evidence)
-    rows = [line for line in card.partition("## Compared")[0].splitlines() if line.startswith("|")]
+    rows = [line for line in card.partition("## Routes")[0].splitlines() if line.startswith("|")]
     assert {row.count("|") for row in rows} == {4}
     table = "\n".join(rows)
     for text in ("| decode, batch 1 | 31.2 ms | 23.7 ms: 1.32× (1.30 to 1.34) |", "| parameters | 134.5 M | 109.7 M |"):  # noqa: RUF001
@@ -90,7 +90,7 @@ def test_healing_is_a_column_of_its_own(evidence: dict[str, Any]) -> None:
     after["perplexity"]["mean"] = 21.0
     training = {"training": {"data": "pydoc"}}
     evidence["healing"] = {"method": "minitron", "data": training, "fidelity": after, "curve": []}
-    lines = model_card(evidence).partition("## Compared")[0].splitlines()
+    lines = model_card(evidence).partition("## Routes")[0].splitlines()
     assert "|  | original | cut | healed: this model |" in lines
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
     assert next(line for line in lines if line.startswith("| perplexity")).split("|")[4].startswith(" 21.0")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from lamella.commands.compress.report import render
+from lamella.commands.compress.tradeoff import reason
 
 VOID = {"meta", "input", "br", "link", "img", "hr"}
 LOADING = ("src", "href", "xlink:href", "action", "data", "poster", "srcset")
@@ -213,9 +214,11 @@ def test_markup_in_names_samples_and_notes_stays_text(all_methods: dict[str, Any
     assert html.unescape(page.data["plots"]["kl-measured"]["data"][2]["name"]) == ATTACK  # Plotly reads a little HTML
 
 
-def test_quantisation_stands_beside_the_cut(evidence: dict[str, Any]) -> None:
+def test_all_routes_are_compared(evidence: dict[str, Any]) -> None:
     page = Page(render(evidence))
-    plain, quantised = (page.traces("variants")[name] for name in ("not quantised", "quantised"))
+    traces = page.traces("routes")
+    plain, quantised, front = (traces[name] for name in ("not quantised", "quantised", "Pareto front"))
+    assert (front["x"], front["y"]) == ([1.0, 1.61, 2.02], [0.0, 0.004, 0.36])
     assert (plain["text"], quantised["text"]) == (["original", "cut"], ["original, int8", "cut, int8"])  # with a speed
     assert (plain["x"], quantised["x"]) == ([1.0, 1.317], [1.61, 2.02])
     assert (plain["y"], quantised["y"]) == ([0.0, 0.35], [0.004, 0.36])
@@ -223,8 +226,36 @@ def test_quantisation_stands_beside_the_cut(evidence: dict[str, Any]) -> None:
     assert areas == pytest.approx([163 / 538, 134 / 538])
     for said in ("original, q8_0", "143.0 MB", "2.02\u00d7 (2.00 to 2.04)", "int8: how int8 ran. q8_0: how q8_0 ran."):
         assert said in page.text
-    del evidence["variants"]  # as earlier versions wrote it
-    assert "Compared with quantisation" not in render(evidence)
+
+
+INT8 = {"speedup": 1.61, "weights": 163_200_000, "kl": 0.004}
+ALONE = "reaches 1.61\u00d7 with 163.2 MB of weights and costs 0.004 nats"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "sentence"),
+    [
+        ({"alternatives": {}}, ""),
+        (
+            {"cut": False, "alternatives": {"int8": INT8}},
+            f"int8 alone is enough for a decode speed-up of 1.30\u00d7: it {ALONE}.",
+        ),
+        (
+            {"cut": False, "alternatives": {"int8": INT8, "cut": {"speedup": 1.3, "weights": 412e6, "kl": 0.86}}},
+            f"int8 alone is enough for a decode speed-up of 1.30\u00d7: it {ALONE}; a cut alone would cost 0.86.",
+        ),
+        (
+            {"cut": True, "alternatives": {"int8": INT8}},
+            f"A decode speed-up of 1.30\u00d7 needs a cut: int8 alone {ALONE}.",
+        ),
+    ],
+)
+def test_the_page_says_first_why_a_route_was_chosen(
+    evidence: dict[str, Any], chosen: dict[str, Any], sentence: str
+) -> None:
+    evidence["chosen"] |= chosen
+    assert reason(evidence) == sentence
+    assert sentence in Page(render(evidence)).text
 
 
 def test_samples_are_marked_from_where_they_part(evidence: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from lamella import formatting
-from lamella.commands.compress import beside, tasks
+from lamella.commands.compress import tasks, tradeoff
 from lamella.commands.compress.report import COSTS, fate, gone, narrower, verdict
 from lamella.report.drawing import STRIPED
 from lamella.report.page import finite
@@ -51,10 +51,9 @@ def model_card(evidence: dict[str, Any]) -> str:
     sections = [
         _front_matter(evidence),
         f"# {inline(evidence['model']['name'])}, compressed with {inline(chosen['method'])}",
-        inline(verdict(evidence)),
+        inline(" ".join(filter(None, [tradeoff.reason(evidence), verdict(evidence)]))),
         "## What was done",
-        f"{method} planned for a decode speed-up of {formatting.ratio(evidence['target_speedup'])}, which was "
-        f"{reached}. "
+        f"{method} planned for {evidence['goal']['text']}, which was {reached}. "
         f"{_planned(evidence)} {_trained(evidence)}",
         "## Loading",
         f"{note} FOLDER is this folder.",
@@ -64,7 +63,7 @@ def model_card(evidence: dict[str, Any]) -> str:
         f"Fidelity on {chosen['fidelity']['positions']} positions of {chosen['fidelity']['sequences']} sequences, "
         "± one standard error. Speed-ups are medians of interleaved runs in one process, with their quartiles.",
         *_scored(evidence),
-        *_quantised(evidence),
+        *_routes(evidence),
         *(inline(note) for note in evidence["notes"]),
         "## Limits",
         "- The figures hold for the text, the machine and the batch sizes named here; a speed-up is smaller where the "
@@ -157,14 +156,14 @@ def _scored(evidence: dict[str, Any]) -> list[str]:
     return ["## Tasks", "\n".join(f"| {' | '.join(row)} |" for row in lines)]
 
 
-def _quantised(evidence: dict[str, Any]) -> list[str]:
-    """Return the section on quantised variants, if they were measured."""
-    rows = beside.rows(evidence)
+def _routes(evidence: dict[str, Any]) -> list[str]:
+    """Return the section on all routes, if they were measured."""
+    rows = tradeoff.rows(evidence)
     if not rows:
         return []
-    lines = [beside.COLUMNS, ["---"] * len(beside.COLUMNS), *rows]
+    lines = [tradeoff.COLUMNS, ["---"] * len(tradeoff.COLUMNS), *rows]
     table = "\n".join(f"| {' | '.join(row)} |" for row in lines)
-    return ["## Compared with quantisation", table, " ".join(beside.notes(evidence))]
+    return ["## Routes", table, " ".join(tradeoff.notes(evidence))]
 
 
 def _size(text: dict[str, Any]) -> str:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 from typing import Annotated, Any
 
 import torch
 
+from lamella import formatting
+from lamella.commands.compress import healing
+from lamella.commands.compress.forms import USEFUL, Form, Means, int8_form, means, plain_form, weight_bytes
+from lamella.commands.compress.goal import Goal
 from lamella.commands.compress.healing import Heal, heal_cut, material, unseen
 from lamella.commands.compress.race import (
+    SECONDS,
     STEPS,
     Contender,
     Job,
@@ -18,11 +24,11 @@ from lamella.commands.compress.race import (
     choose,
     entrants,
     measure_curves,
-    reaches,
+    quantised_alone,
     search,
 )
 from lamella.commands.compress.result import Compression
-from lamella.commands.compress.variants import Quantize, check_quantised, forms, variants
+from lamella.commands.compress.routes import Candidate, Quantize, check_quantised, requested, routes
 from lamella.commands.heal.command import context_of
 from lamella.data import ImageText, InputContext, Text
 from lamella.errors import BudgetError, MethodError
@@ -32,9 +38,9 @@ from lamella.evaluate.tasks import open_tasks, score
 from lamella.files import Work
 from lamella.inputs import LENGTH, SEED, SEQUENCES, check_source
 from lamella.measure import OutputDistance, block_influence, sequences, sublayer_influence
-from lamella.plan import Plan, PlanSeries
+from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.plan.export import FormOrAuto, check_floats, natural_form
-from lamella.planners import GOALS, Planner, Race
+from lamella.planners import DEFAULT, Planner, Race
 from lamella.progress import track
 from lamella.registry import command
 from lamella.runtime import Sampler, apply, denoise
@@ -43,8 +49,8 @@ from lamella.stack import Position, Stack, groups_at
 from lamella.zoo import chat_inputs
 
 HEAL = Heal()
-SPEEDUP = 1.3  # the default goal
-MINUTES = 2.0  # for the search of the default planner: its duration on two idle cores with the embedded model
+PLANNING = 0.2  # minutes of the search by default, as a fraction of those of healing
+QUICK = Planner(DEFAULT, {"greedy": False})  # the default search: healing makes better use of the time
 COLOURING = 128  # tokens on which single sublayers are removed
 COLOURING_SECONDS = 20.0  # time limit for these removals
 PROMPTS = (
@@ -67,6 +73,7 @@ def compress(
     plan: PlanSeries | None = None,
     *,
     method: str | Planner | tuple[Planner, ...] | Race = "auto",
+    allow: tuple[Means, ...] = (),
     budget: Budget = Budget(),
     heal: Heal | None = HEAL,
     quantize: Quantize | None = None,
@@ -75,12 +82,14 @@ def compress(
     work: Work = Work(),
     seed: int = 0,
 ) -> Compression:
-    """Compress a model: plan, apply, measure, heal, export, report.
+    """Compress a model: choose the route with the least loss, heal, measure, export, report.
 
-    Searches the smallest cut that reaches the goal in the cost model, verifies it by measurement, heals the model, and
-    writes the checkpoint with plan.json, evidence.json, a model card and report.html. An interrupted run resumes.
+    Measures what 8-bit weights gain on this machine. If they reach the goal by themselves, that is the result;
+    otherwise the smallest cut is searched that reaches it together with them. The cut is verified by measurement and
+    healed. The checkpoint is written with plan.json, evidence.json, a model card and report.html, which compares all
+    routes. An interrupted run resumes.
 
-    Example: lamella compress smollm2 --speedup 1.3 -o small
+    Example: lamella compress smollm2 --speedup 1.8 -o small
     lamella compress smollm2 --method finercut --finercut.level sublayer --no-heal -o small
 
     Args:
@@ -92,11 +101,14 @@ def compress(
         method: planners separated by commas; all tries every planner that is not slow. auto is portfolio: whole layers,
             the best result of several planners, improved further, for a plain checkpoint. An option of a planner is
             written ``--SLUG.OPTION``.
-        budget: the goal, a decode speed-up at batch 1 (default 1.3), and the time limit of each search in minutes: 2
-            for the default method, none for a named one.
+        allow: what may be done: quantize (8-bit weights, which need the extra quantize), cut, or both; defaults to
+            both, and to a cut only if a method or a plan is given.
+        budget: the goal: speedup, of decoding at batch 1 (default 1.3); size of the weights or memory of weights and
+            cache, in MB; or loss, the KL divergence in nats within which the fastest route is chosen, before healing.
+            Also the time limit of each search in minutes: a fifth of that of healing for the default method, none for a
+            named one.
         heal: how to heal the model before it is exported.
-        quantize: also write the result with 8-bit weights, in the same folder. Pruning is compared with quantisation in
-            any case.
+        quantize: also write the result in this form, in the same folder; an int8 result as it was before quantisation.
         form: form of the export. plain: an ordinary checkpoint (whole layers, common widths). portable: the same
             function in any tool, with single sublayers zeroed. native: all cuts, with a modelling file of its own;
             dynamic plans run when lamella.load opens it. auto: plain if possible, else native.
@@ -124,27 +136,47 @@ def compress(
         material(stack, context, heal.train)  # refuses unreadable data before planning
     torch.manual_seed(seed)
 
-    speedup = budget.speedup or SPEEDUP
-    minutes = MINUTES if race.is_default and budget.minutes is None else budget.minutes
-    times = step_times(stack)
-    check_reachable(stack, times, speedup)
     tested = test.tokens if isinstance(test, Text) else test
-    job = Job(stack, calibration, tested, times, speedup, minutes, seed, work)
-    if plan is not None:
-        candidates = [Contender(str(plan.provenance.get("method", "plan")), "the given plans", plan)]
-    else:
-        candidates = [search(job, each) for each in planners]
+    goal = Goal.of(budget)
+    job = Job(stack, calibration, tested, goal, seed, work)
+    minutes = budget.minutes
+    if race.is_default and minutes is None:
+        planners, minutes = [QUICK for _ in planners], PLANNING * _healing_minutes(heal)
+    allowed = means(allow, named=plan is not None or not race.is_default or form not in ("auto", "plain"))
+    forms = {"": plain_form(stack)}
+    if "quantize" in allowed and (int8 := int8_form(stack, STEPS)) is not None:
+        forms["int8"] = int8
+    candidates = [quantised_alone(stack, each) for each in forms.values() if each.name]
+    is_enough = goal.name != "loss" and any(each.reaches(goal) for each in candidates)
+    if "cut" not in allowed and not is_enough and not (candidates and goal.name == "loss"):
+        raise BudgetError(_too_much(forms, goal))
+    if "cut" in allowed:
+        useful = [each for each in forms.values() if not each.name or each.speedup.median >= USEFUL]
+        cut_in = forms[""] if is_enough else useful[-1]
+        if not is_enough:
+            check_reachable(job, cut_in)
+        is_compared = is_enough and race.is_default and budget.minutes is None  # the cut, with little effort
+        cuts = (
+            [Contender(str(plan.provenance.get("method", "plan")), "the given plans", plan, cut_in)]
+            if plan
+            else [search(job, planner, cut_in, 0.0 if is_compared else minutes) for planner in planners]
+        )
+        for each in cuts:
+            each.is_curve = not is_compared
+            if natural_form(each.series[-1], stack) != "plain":
+                each.form = forms[""]  # no format has such a cut and 8-bit weights
+        candidates += cuts
     choose(job, candidates)
     measure_curves(job, candidates)
-    best = min(candidates, key=lambda candidate: candidate.loss(speedup))
+    best = min(candidates, key=lambda candidate: candidate.rank(goal))
 
-    found = _compression(job, best, candidates, context)
+    found = _compression(job, best, candidates, minutes, context)
     found.data = {"calibration": calibration.describe(), "test": test.describe()}
     found.quantize = quantize
-    views = {"original": stack.model, "cut": apply(stack, best.plan)}
+    plans = {"original": Plan(model=ModelReference.of(stack))} | ({} if best.is_whole else {"cut": best.plan})
+    models = {name: (stack, each) for name, each in plans.items()}
     fidelity = FidelityTest(stack, tested)
-    known = {"cut": best.chosen["fidelity"]}
-    if heal is not None:
+    if heal is not None and not best.is_whole:
         begin = time.perf_counter()
         healed, training = heal_cut(stack, best.plan, context, heal, work.within("training"), calibration)
         training["seconds"] = time.perf_counter() - begin
@@ -153,20 +185,27 @@ def compress(
         else:
             assert isinstance(healed.stack, Stack)
             found.changed, found.plan = healed.stack, healed.plan
-            views["healed"] = apply(healed.stack, healed.plan)
-            known["healed"] = fidelity.of(views["healed"]).as_dict()
-            others = {name: views[name] for name in ("cut", "healed")}
+            models["healed"] = healed.stack, healed.plan
+            views = {name: best.form.view(*models[name]) for name in ("cut", "healed")}
             judge = _judge(stack, context, test)
             found.measured["healing"] = training | {
-                "fidelity": known["healed"],
-                "unseen": unseen(stack, judge, others),
+                "fidelity": fidelity.of(views["healed"]).as_dict(),
+                "unseen": unseen(stack, judge, views),
             }
     found.chosen["form"] = natural_form(found.plan, found.changed) if form == "auto" else form
-    *_, last = views.values()
-    found.measured["samples"] = _samples({"base": stack.model, "changed": last}, context.tokenizer)
+    *_, last = models.values()
+    changed = best.form.view(*last)
+    found.measured["samples"] = _samples({"base": stack.model, "changed": changed}, context.tokenizer)
     if tasks:
-        found.measured["tasks"] = _scores_on(views, context.tokenizer, tasks, seed)
-    found.measured["variants"] = variants(fidelity, views, forms(quantize), known)
+        scored = {name: best.form.view(*each) for name, each in models.items() if name != "original"}
+        found.measured["tasks"] = _scores_on({"original": stack.model} | scored, context.tokenizer, tasks, seed)
+    views = {name: apply(*each) for name, each in models.items()}
+    others = {
+        each.name: Candidate(each.form.view(stack, each.plan), each.speedup, each.chosen["fidelity"])
+        for each in candidates
+        if each is not best and not each.is_whole and each.speedup is not None
+    }
+    found.measured["routes"] = routes(fidelity, views, requested(quantize), others)
     return found
 
 
@@ -197,9 +236,21 @@ def check_options(
         open_tasks(tasks)
     if heal is not None and heal.train is not None:
         check_source(heal.train)
-    other = next((name for name in GOALS if name != "speedup" and getattr(budget, name) is not None), None)
-    if other is not None:
-        raise BudgetError(f"compress reaches a speed-up: give speedup instead of {other}")
+    Goal.of(budget)
+
+
+def _too_much(forms: Mapping[str, Form], goal: Goal) -> str:
+    """Say that quantisation alone does not reach the goal."""
+    if "int8" not in forms:
+        return "the model has no linear layers that can be quantised: allow cut"
+    found = forms["int8"]
+    reached = f"a speed-up of {found.speedup.median:.2f} with {formatting.size(found.weights())} of weights"
+    return f"{goal.text} cannot be reached by quantisation alone, which gives {reached}: allow cut"
+
+
+def _healing_minutes(heal: Heal | None) -> float:
+    """Return the minutes of healing, or its default where it is not limited by time."""
+    return healing.MINUTES if heal is None or heal.minutes is None else heal.minutes
 
 
 def _judge(stack: Stack, context: InputContext, test: Text | ImageText) -> Any:
@@ -209,42 +260,60 @@ def _judge(stack: Stack, context: InputContext, test: Text | ImageText) -> Any:
     return lambda name: Text.open(name, own, sequences=sequences, length=length)
 
 
-def _compression(job: Job, best: Contender, candidates: list[Contender], context: InputContext) -> Compression:
+def _compression(
+    job: Job, best: Contender, candidates: list[Contender], minutes: float | None, context: InputContext
+) -> Compression:
     """Return the result before healing."""
-    stack = job.stack
-    smaller = best.plan
-    timings = bench({"original": stack.model, "changed": apply(stack, smaller)}, batches=(1, 8), tokens=STEPS)
+    stack, smaller = job.stack, best.plan
+    views = {"original": stack.model, "changed": best.form.view(stack, smaller)}
+    timings = bench(views, batches=(1, 8), tokens=STEPS, seconds=SECONDS)
     notes = [
-        f"{candidate.name} did not reach the target of {job.speedup:g}; its fastest plan is shown."
+        f"{candidate.name} did not reach {job.goal.text}; its fastest plan is shown."
         for candidate in candidates
-        if not candidate.reaches(job.speedup)
+        if not candidate.is_whole and not candidate.reaches(job.goal)
     ]
-    late = [each.name for each in candidates if job.minutes is not None and each.seconds >= 60 * job.minutes]
+    late = [each.name for each in candidates if minutes and each.seconds >= 60 * minutes]
     if late:
         notes.append(
-            f"The search of {', '.join(late)} ended after {job.minutes:g} minutes with the best candidates that it had "
+            f"The search of {', '.join(late)} ended after {minutes:g} minutes with the best candidates that it had "
             "found: with more --minutes it may find a better plan."
         )
     shown = timings["changed"][0].decode_speedup
-    reached = reaches(shown, job.speedup)
-    if best.reaches(job.speedup) and not reached:
+    weights = weight_bytes(views["changed"])
+    reached = job.goal.is_reached(shown, weights, weights + best.form.cache(smaller), best.kl)
+    if best.reaches(job.goal) and not reached:
         assert best.speedup is not None
         notes.append(
             f"{best.name} was chosen at a speed-up of {best.speedup.median:.2f}; measured again, compared with the "
             f"original only, it was {shown.median:.2f}: the two agree on an idle machine."
         )
     measured = {
-        "target_speedup": job.speedup,
-        "step_seconds": vars(job.times),
+        "goal": job.goal.as_dict(),
+        "target_speedup": job.goal.value if job.goal.name == "speedup" else None,
+        "step_seconds": vars(step_times(stack)),
         "base": {"cost": cost(stack).as_dict(), "timings": [timing.as_dict() for timing in timings["original"]]},
         "chosen": {
-            "method": best.name,
-            "options": best.series.provenance.get("options", {}),
+            "route": best.name,
+            "method": best.method,
+            "quantised": best.form.name or None,
+            "cut": not best.is_whole,
+            "alternatives": {
+                each.form.name if each.is_whole else "cut": {
+                    "speedup": each.speedup.median,
+                    "weights": each.weights,
+                    "kl": each.chosen["fidelity"]["kl"]["mean"],
+                }
+                for each in candidates
+                if each.speedup is not None and (each.is_whole or not each.form.name)
+            },
+            "options": {
+                name: value for name, value in best.series.provenance.get("options", {}).items() if name != "until"
+            },
             "point": best.point,
             "drop": smaller.drop,
             "narrower": _narrower(smaller) if smaller.width else "",
             "path": {name: path.model_dump() for name, path in smaller.path.items()},
-            "predicted_speedup": job.times.speedup(smaller),
+            "predicted_speedup": best.form.predicted(smaller),
             "reached": reached,
             "cost": cost(stack, smaller).as_dict(),
             "fidelity": best.chosen["fidelity"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lamella.commands.compress import beside, tasks
+from lamella.commands.compress import tasks, tradeoff
 from lamella.commands.compress.card import model_card
 from lamella.commands.compress.report import render, verdict
 from lamella.result import Evidence, Summary, Table
@@ -48,8 +48,8 @@ def summary(evidence: Evidence) -> Summary:
     tables = [_cost(found)]
     if scores := tasks.rows(found):
         tables.append(Table("Tasks, ± standard error", tasks.columns(found), scores))
-    if models := beside.rows(found):
-        tables.append(Table("Compared with quantisation", beside.COLUMNS, models))
+    if models := tradeoff.rows(found):
+        tables.append(Table("Routes", tradeoff.COLUMNS, models))
     if len(found["curves"]) > 1:
         tables.append(_methods(found))
     lines = []
@@ -57,7 +57,7 @@ def summary(evidence: Evidence) -> Summary:
         lines.append(f"remaining sizes: {narrower}")
     if quantised := found.get("quantised"):
         lines.append(f"{quantised['form']}: {quantised.get('output') or 'not written, ' + quantised['refused']}")
-    return Summary(verdict(found), tables, lines)
+    return Summary(" ".join(filter(None, [tradeoff.reason(found), verdict(found)])), tables, lines)
 
 
 def _cost(found: dict[str, Any]) -> Table:
@@ -108,7 +108,7 @@ def _methods(found: dict[str, Any]) -> Table:
             ]
         )
     columns = ["method", "sublayers removed", "decode speed-up", "KL", "perplexity", "same top", "Pareto", "search"]
-    return Table(f"All methods at a target of {found['target_speedup']:g}", columns, rows)
+    return Table(f"All routes to {found['goal']['text']}", columns, rows)
 
 
 def _quality(fidelity: dict[str, Any]) -> dict[str, str]:

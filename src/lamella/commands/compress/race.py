@@ -1,27 +1,32 @@
-"""Comparison of planners: their series, the plans that reach the target, and the measurements of these."""
+"""Comparison of routes: a form of the weights, and a series of plans of which one reaches the target in that form."""
 
 from __future__ import annotations
 
+import math
 import time
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import LongTensor
 
+from lamella import formatting
+from lamella.commands.compress.forms import Form, weight_bytes
+from lamella.commands.compress.goal import Goal
 from lamella.data import ImageText, Text
 from lamella.errors import BudgetError, MethodError
-from lamella.evaluate import Budget, Fidelity, FidelityTest, Ratio, StepTimes, bench
+from lamella.evaluate import Budget, Fidelity, FidelityTest, Ratio, bench
 from lamella.files import Work
-from lamella.plan import Plan, PlanSeries
+from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.planners import Planner, Race, first_reaching, planned_on
 from lamella.progress import track
-from lamella.runtime import apply
-from lamella.stack import Stack
+from lamella.stack import Position, Stack
 
-TOLERANCE = 0.98  # fraction of the target that counts as reached: two runs of one model differ by about 2 %
 MARGIN = 1.03  # factor by which a search exceeds the target, since measurements deviate from the cost model
 ATTEMPTS = 4
+WHOLE = "quantize"  # the method of the route that cuts nothing
 STEPS = 16  # decoding steps in a round of a timing loop
+SECONDS = 12.0  # time limit of a timing loop, after its minimum number of rounds
 CURVE_POINTS = 6
 CURVE_SECONDS = 45.0  # time limit for the fidelity of a series at points other than the chosen one
 
@@ -34,9 +39,7 @@ class Job:
         stack: the original.
         calibration: data for planning.
         test: data for evaluation, token ids [sequences, time] or images with text.
-        times: step times of the original.
-        speedup: the decode speed-up to reach.
-        minutes: time limit of each search; None sets no limit.
+        goal: the goal.
         seed: random seed.
         work: the folder of the searches' journals.
     """
@@ -44,36 +47,51 @@ class Job:
     stack: Stack
     calibration: Text | ImageText
     test: LongTensor | ImageText
-    times: StepTimes
-    speedup: float
-    minutes: float | None
+    goal: Goal
     seed: int
     work: Work
 
 
 @dataclass
 class Contender:
-    """A series of plans, and the plan that was chosen from it.
+    """A route: a form of the weights and a series of plans, and the plan that was chosen from it.
 
     Attributes:
-        name: slug of the planner.
+        method: slug of the planner; :data:`WHOLE` if nothing is cut.
         label: title of the planner.
         series: the plans.
+        form: the form of the weights.
         baseline: whether the planner exists for comparison.
+        is_curve: whether its smaller plans are measured as well.
         seconds: duration of planning.
         point: index of the chosen plan.
         speedup: its measured decode speed-up.
+        weights: bytes of its weights.
         points: measurements along the series, for evidence.
     """
 
-    name: str
+    method: str
     label: str
     series: PlanSeries
+    form: Form
     baseline: bool = False
+    is_curve: bool = True
     seconds: float = 0.0
     point: int = 0
     speedup: Ratio | None = None
+    weights: int = 0
     points: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The planner and the form of the weights, such as ``portfolio + int8``."""
+        cut = [] if self.is_whole else [self.method]
+        return " + ".join([*cut, *filter(None, [self.form.name])])
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the chosen plan leaves the model as it is."""
+        return self.method == WHOLE
 
     @property
     def plan(self) -> Plan:
@@ -85,24 +103,21 @@ class Contender:
         """The measurements of the chosen plan."""
         return next(point for point in self.points if point["chosen"])
 
-    def reaches(self, speedup: float) -> bool:
-        """Return whether the chosen plan reaches a speed-up."""
+    @property
+    def kl(self) -> float:
+        """KL divergence of the chosen plan from the original, nats; infinite if it has not been measured."""
+        return next((point["fidelity"]["kl"]["mean"] for point in self.points if point["chosen"]), math.inf)
+
+    def reaches(self, goal: Goal) -> bool:
+        """Return whether the chosen plan reaches a goal."""
         assert self.speedup is not None
-        return reaches(self.speedup, speedup)
+        return goal.is_reached(self.speedup, self.weights, self.weights + self.form.cache(self.plan), self.kl)
 
-    def loss(self, speedup: float) -> tuple[bool, float]:
-        """Return a sort key of the chosen plan, lower is better: reaching the target first, then KL divergence."""
-        return not self.reaches(speedup), self.chosen["fidelity"]["kl"]["mean"]
-
-
-def reaches(measured: Ratio, speedup: float) -> bool:
-    """Return whether a measured speed-up reaches a target, within the variation between two runs of the same model.
-
-    Args:
-        measured: the measured speed-up.
-        speedup: the target.
-    """
-    return measured.median >= TOLERANCE * speedup
+    def rank(self, goal: Goal) -> tuple[bool, float]:
+        """Return a sort key, lower is better: KL divergence if the goal is reached; else, and for a loss, speed."""
+        assert self.speedup is not None
+        is_reached = self.reaches(goal)
+        return not is_reached, self.kl if is_reached and goal.name != "loss" else -self.speedup.median
 
 
 def entrants(race: Race, stack: Stack, calibration: Text | ImageText) -> list[Planner]:
@@ -129,75 +144,154 @@ def entrants(race: Race, stack: Stack, calibration: Text | ImageText) -> list[Pl
     return list(race.planners)
 
 
-def search(job: Job, planner: Planner) -> Contender:
+def search(job: Job, planner: Planner, form: Form, minutes: float | None) -> Contender:
     """Run one planner as far as the target requires, plus a margin for deviations of the measurement.
 
     Args:
         job: the inputs.
         planner: the planner.
+        form: the form of the weights in which its plans run.
+        minutes: time limit of the search; None sets no limit.
     """
-    budget = Budget(minutes=job.minutes, speedup=MARGIN * job.speedup)
+    budget = Budget(minutes=minutes, **_goal(job, form))
     entry = planner.method
-    options = entry.signature.fill(planner.options, budget, job.work.within("plans"), seed=job.seed)
+    work = job.work.within(f"plans-{form.name}" if form.name else "plans")
+    options = entry.signature.fill(planner.options, budget, work, seed=job.seed)
     begin = time.perf_counter()
     series: PlanSeries = entry(job.stack, **planned_on(entry, job.calibration), **options)
-    return Contender(entry.slug, entry.title, series, entry.baseline, time.perf_counter() - begin)
+    seconds = time.perf_counter() - begin
+    return Contender(entry.slug, entry.title, series, form, baseline=entry.baseline, seconds=seconds)
 
 
-def check_reachable(stack: Stack, times: StepTimes, speedup: float) -> None:
-    """Check a target against the decode speed-up with a single MLP sublayer left, the upper bound of all plans.
+def _goal(job: Job, form: Form) -> dict[str, Any]:
+    """Return the goal of a search, as fields of its budget; a loss limits the choice from its series only."""
+    goal, layers = job.goal, len(job.stack)
+    if goal.name == "loss":
+        return {}
+    if not form.name:
+        return {goal.name: MARGIN * goal.value if goal.name == "speedup" else goal.value}
+
+    def enough(gone: frozenset[Position]) -> bool:
+        if goal.name == "speedup":
+            return form.times.speedup_without(gone, layers) >= form.remaining(MARGIN * goal.value)
+        cache = form.cache(_without(job.stack, gone)) if goal.name == "memory" else 0
+        return form.weights(gone) + cache <= 1e6 * goal.value
+
+    return {"until": enough}
+
+
+def _without(stack: Stack, gone: frozenset[Position]) -> Plan:
+    """Return the plan that removes some sublayers."""
+    reference = ModelReference.of(stack)
+    return Plan(model=reference, drop=reference.sites({stack.stack: gone}))
+
+
+def quantised_alone(stack: Stack, form: Form) -> Contender:
+    """Return the route that changes the form of the weights and cuts nothing.
 
     Args:
         stack: the model.
-        times: its step times.
-        speedup: the target.
+        form: the form.
+    """
+    whole = PlanSeries.of_removals(ModelReference.of(stack), [], [{}])
+    return Contender(WHOLE, "8-bit weights, nothing removed", whole, form, speedup=form.speedup, weights=form.weights())
+
+
+def check_reachable(job: Job, form: Form) -> None:
+    """Check a goal against the model with a single MLP sublayer left, the bound of all plans.
+
+    Args:
+        job: the inputs.
+        form: the form of the weights.
 
     Raises:
-        BudgetError: for a target above it.
+        BudgetError: for a goal beyond it.
     """
-    ceiling = times.speedup_without(stack.positions[:-1], len(stack))
-    if speedup > ceiling:
+    gone, goal = frozenset(job.stack.positions[:-1]), job.goal
+    ceiling = form.speedup.median * form.times.speedup_without(gone, len(job.stack))
+    weights = form.weights(gone)
+    floor = weights + (form.cache(_without(job.stack, gone)) if goal.name == "memory" else 0)
+    limits = {
+        "speedup": (goal.value <= ceiling, f"{ceiling:.2f}"),
+        "size": (floor <= 1e6 * goal.value, formatting.size(floor)),
+        "memory": (floor <= 1e6 * goal.value, formatting.size(floor)),
+    }
+    is_possible, limit = limits.get(goal.name, (True, ""))
+    if not is_possible:
         raise BudgetError(
-            f"a speed-up of {speedup:g} cannot be reached on {stack.name}: {ceiling:.2f} is reached with a single "
-            "sublayer, since the head and the loop remain; ask for less"
+            f"{goal.text} cannot be reached on {job.stack.name}: {limit} is reached with a single sublayer, since the "
+            "head and the loop remain; ask for less"
         )
 
 
 def choose(job: Job, candidates: list[Contender]) -> None:
-    """Pick each series' smallest cut by the cost model, then measure it, and move on if the target is missed.
+    """Pick each series' smallest cut that reaches the goal, measure it, and move on if a speed-up is missed.
 
     Args:
         job: the inputs.
-        candidates: the series; their chosen points are updated.
+        candidates: the routes; their chosen points are updated.
 
     Raises:
-        BudgetError: if the only candidate cannot reach the target even in the cost model.
+        BudgetError: if the only candidate cannot reach the goal even in the cost model.
     """
     for candidate in candidates:
         try:
-            candidate.point = first_reaching(candidate.series, job.times, job.speedup)
+            candidate.point = _first(job, candidate)
         except BudgetError:
             if len(candidates) == 1:
                 raise
             candidate.point = len(candidate.series) - 1
-    pending = candidates
+    pending = [candidate for candidate in candidates if candidate.speedup is None]
     for left in reversed(range(ATTEMPTS)):
-        views = {candidate.name: apply(job.stack, candidate.plan) for candidate in pending}
-        timings = bench({"original": job.stack.model} | views, tokens=STEPS)
+        views = {candidate.name: candidate.form.view(job.stack, candidate.plan) for candidate in pending}
+        timings = bench({"original": job.stack.model} | views, tokens=STEPS, seconds=SECONDS) if views else {}
         for candidate in pending:
             candidate.speedup = timings[candidate.name][0].decode_speedup
-        missing = [candidate for candidate in pending if not candidate.reaches(job.speedup)] if left else []
+            candidate.weights = weight_bytes(views[candidate.name])
+        if job.goal.name != "speedup" or not left:  # what else there is does not vary from run to run
+            return
+        missing = [candidate for candidate in pending if not candidate.reaches(job.goal)]
         pending = [candidate for candidate in missing if _go_on(job, candidate)]  # the new points are measured next
         if not pending:
             return
 
 
+def _first(job: Job, candidate: Contender) -> int:
+    """Return the index of the smallest cut that reaches the goal; for a loss, of the largest one within it."""
+    goal, series, form = job.goal, candidate.series, candidate.form
+    if goal.name == "speedup":
+        return _reaching(candidate, goal.value)
+    order = sorted(range(len(series)), key=lambda index: series[index].removed)
+    if goal.name == "loss":
+        tokens = job.calibration.tokens if isinstance(job.calibration, Text) else job.calibration
+        test = FidelityTest(job.stack, tokens)
+
+        def exceeds(index: int) -> bool:
+            return test.of(form.view(job.stack, series[index])).kl.mean > goal.value
+
+        return order[max(bisect_left(order, True, key=exceeds) - 1, 0)]
+
+    def is_small(index: int) -> bool:
+        weights = weight_bytes(form.view(job.stack, series[index]))
+        return weights + (form.cache(series[index]) if goal.name == "memory" else 0) <= 1e6 * goal.value
+
+    at = bisect_left(order, True, key=is_small)
+    if at == len(order):
+        raise BudgetError(f"{goal.text} cannot be reached by {candidate.method}: ask for less")
+    return order[at]
+
+
+def _reaching(candidate: Contender, speedup: float) -> int:
+    """Return the index of the smallest cut that reaches a speed-up in the candidate's form."""
+    return first_reaching(candidate.series, candidate.form.times, candidate.form.remaining(speedup))
+
+
 def _go_on(job: Job, candidate: Contender) -> bool:
     """Move to the smallest cut whose prediction compensates for the deviation of the measurement, if there is one."""
     assert candidate.speedup is not None
-    required = job.times.speedup(candidate.plan) * job.speedup / candidate.speedup.median
+    required = candidate.form.predicted(candidate.plan) * job.goal.value / candidate.speedup.median
     try:
-        point = first_reaching(candidate.series, job.times, required)
+        point = _reaching(candidate, required)
     except BudgetError:
         return False
     moved = point != candidate.point
@@ -215,14 +309,21 @@ def measure_curves(job: Job, candidates: list[Contender]) -> None:
     fidelity = FidelityTest(job.stack, job.test)
     for candidate in track(candidates, "fidelity against speed"):
         series, end = candidate.series, time.monotonic() + CURVE_SECONDS
-        indices = [candidate.point, *(index for index in _spread(candidate) if index != candidate.point)]
+        smaller = _spread(candidate) if candidate.is_curve else []
+        indices = [candidate.point, *(index for index in smaller if index != candidate.point)]
         fidelities: dict[int, Fidelity] = {}
         for index in track(indices, "fidelity along the series"):
             if fidelities and time.monotonic() > end:
                 break
-            fidelities[index] = fidelity.of(apply(job.stack, series[index]))
-        others = {str(index): apply(job.stack, series[index]) for index in fidelities if index != candidate.point}
-        timings = bench({"original": job.stack.model} | others, tokens=STEPS, rounds=3) if others else {}
+            fidelities[index] = fidelity.of(candidate.form.view(job.stack, series[index]))
+        others = {
+            str(index): candidate.form.view(job.stack, series[index])
+            for index in fidelities
+            if index != candidate.point
+        }
+        timings = (
+            bench({"original": job.stack.model} | others, tokens=STEPS, rounds=3, seconds=SECONDS) if others else {}
+        )
         for index in sorted(fidelities, key=lambda index: series[index].removed):
             plan, chosen = series[index], index == candidate.point
             speedup = candidate.speedup if chosen else timings[str(index)][0].decode_speedup
@@ -230,7 +331,7 @@ def measure_curves(job: Job, candidates: list[Contender]) -> None:
                 {
                     "point": index,
                     "sublayers_removed": plan.removed,
-                    "predicted_speedup": job.times.speedup(plan),
+                    "predicted_speedup": candidate.form.predicted(plan),
                     "measured_speedup": vars(speedup),
                     "fidelity": fidelities[index].as_dict(),
                     "chosen": chosen,

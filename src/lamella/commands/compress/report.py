@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lamella import formatting
-from lamella.commands.compress import beside, tasks
+from lamella.commands.compress import tasks, tradeoff
 from lamella.report.drawing import STRIPED, StackDrawing, shade
 from lamella.report.figures import Figure, Points, Scatter
 from lamella.report.healing import ROWS, training
@@ -48,7 +48,7 @@ def render(evidence: dict[str, Any]) -> str:
     shades = [found for score in SCORES for found in shade(*score, scores.get(score[0]), len(layers))]
     title = f"the layers of {evidence['model']['name']}"
     stack = StackDrawing(layers, shades, scores.get("removal_order", ()), title=title)
-    figures = curves(evidence) | {"stack": stack, "speed": speed(evidence), "variants": beside.figure(evidence)}
+    figures = curves(evidence) | {"stack": stack, "speed": speed(evidence), "routes": tradeoff.figure(evidence)}
     if "healing" in evidence:
         figures["training"] = training(evidence["healing"]["curve"])
     return render_page(
@@ -72,9 +72,10 @@ def render(evidence: dict[str, Any]) -> str:
         methods=_chosen_points(evidence),
         scores=tasks.rows(evidence),
         score_columns=tasks.columns(evidence) if evidence.get("tasks") else [],
-        variants=beside.rows(evidence),
-        variant_columns=beside.COLUMNS,
-        variant_notes=beside.notes(evidence),
+        reason=tradeoff.reason(evidence),
+        routes=tradeoff.rows(evidence),
+        route_columns=tradeoff.COLUMNS,
+        route_notes=tradeoff.notes(evidence),
         axes=_axes(evidence),
         facts=_facts(evidence),
         rows=ROWS,
@@ -136,6 +137,8 @@ def verdict(evidence: dict[str, Any]) -> str:
     """
     chosen, fidelity = evidence["chosen"], evidence["chosen"]["fidelity"]
     changes = [f"narrower layers ({narrower(evidence)})"] if narrower(evidence) else []
+    if chosen["quantised"]:
+        changes.append("8-bit weights")
     if gone(evidence) or not changes:
         changes.append(f"{gone(evidence)} of {sum(map(len, evidence['layers']))} sublayers {fate(evidence)}")
     speed = formatting.ratio(chosen["timings"][0]["decode_speedup"]["median"])
@@ -172,7 +175,7 @@ def curves(evidence: dict[str, Any]) -> dict[str, Figure]:
     figures: dict[str, Figure] = {}
     for axis, _ in _axes(evidence):
         title, suffix = AXES[axis]
-        target = {} if axis == "sublayers" else {"target": evidence["target_speedup"]}
+        target = {} if axis == "sublayers" else tradeoff.target(evidence)
         for measure, label in MEASURES.items():
             figures[f"{measure}-{axis}"] = Scatter(
                 title,
@@ -207,7 +210,7 @@ def _curves(evidence: dict[str, Any], measure: str, axis: str) -> dict[str, Poin
             y_range=[(mean - error, mean + error) for (_, mean), error in zip(at, errors, strict=True)],
             hover=[_hover(curve, each, measure) for each in found],
         )
-        if curve["method"] == evidence["chosen"]["method"]:
+        if curve["method"] == evidence["chosen"]["route"]:
             rings = [point for point, each in zip(at, found, strict=True) if each["chosen"]]
             chosen = {"chosen plan": Points(rings, mark="ring")}
     return series | chosen
@@ -278,7 +281,7 @@ def speed(evidence: dict[str, Any]) -> Scatter:
         "measured": Points(measured, x_range=quartiles, hover=hover),
         "cost model": Points(predicted, mark="diamond"),
     }
-    guides = {"original": 1.0, "target": evidence["target_speedup"]}
+    guides = {"original": 1.0} | tradeoff.target(evidence)
     return Scatter("speed-up over the original", "", series, rows=names, guides=guides, suffix=TIMES,
                    title="Speed-up over the original")  # fmt: skip
 
@@ -289,7 +292,7 @@ def _chosen_points(evidence: dict[str, Any]) -> list[dict[str, Any]]:
     for curve in evidence["curves"]:
         for point in curve["points"]:
             if point["chosen"]:
-                best = curve["method"] == evidence["chosen"]["method"]
+                best = curve["method"] == evidence["chosen"]["route"]
                 rows.append({"curve": curve, "point": point, "best": best})
     return sorted(rows, key=lambda row: (not row["best"], row["point"]["fidelity"]["kl"]["mean"]))
 

@@ -9,23 +9,26 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from lamella.commands.compress.variants import Quantize
+from lamella.commands.compress.routes import UNQUANTISED, Quantize
 from lamella.commands.quantize import write_beside
 from lamella.evaluate import peak_memory
 from lamella.files import new_folder
 from lamella.plan import Plan
 from lamella.plan.export import export
+from lamella.plan.quantize import write_int8
 from lamella.progress import tracker
 from lamella.provenance import environment
 from lamella.result import Documents, Evidence, Result
 from lamella.stack import Stack
+from lamella.zoo import open_config
 
 
 class CompressionEvidence(Evidence):
     """Evidence of a compression.
 
     Attributes:
-        target_speedup: the target of the decode speed-up.
+        goal: name, value and text of the goal.
+        target_speedup: the target of the decode speed-up, if that is the goal.
         step_seconds: step times of the original by part.
         base: cost, timings and memory of the original.
         chosen: the same of the chosen plan, with its method, the plan, and its fidelity before healing.
@@ -35,11 +38,12 @@ class CompressionEvidence(Evidence):
         healing: record of the training, and fidelity after it; None if the model was not healed.
         samples: answers of both models to the same prompts.
         tasks: scores of all models; empty if there were no tasks.
-        variants: the models with and without 8-bit weights.
+        routes: the routes that were measured: each model with its weights as they are and in 8 bits.
         quantised: description of the quantised files.
     """
 
-    target_speedup: float
+    goal: dict[str, Any]
+    target_speedup: float | None = None
     step_seconds: dict[str, Any]
     base: dict[str, Any]
     chosen: dict[str, Any]
@@ -49,7 +53,7 @@ class CompressionEvidence(Evidence):
     healing: dict[str, Any] | None = None
     samples: list[dict[str, str]] = Field(default_factory=list)
     tasks: list[dict[str, Any]] = Field(default_factory=list)
-    variants: list[dict[str, Any]] = Field(default_factory=list)
+    routes: list[dict[str, Any]] = Field(default_factory=list)
     quantised: dict[str, Any] | None = None
 
 
@@ -106,16 +110,28 @@ class Compression(Result):
             path = folder / "export" / out.name
             processor = tokenizer or self.processor
             exported = export(self.changed, self.plan, path, form=self.chosen["form"], tokenizer=processor)
+            if self.chosen["quantised"]:
+                exported = self._in_int8(exported, processor)
             self.chosen["memory"] = peak_memory(exported).as_dict()
             if self.stack.path is not None:
                 self.measured["base"]["memory"] = peak_memory(self.stack.path).as_dict()
             if self.quantize is not None:
-                self.measured["quantised"] = write_beside(exported, self.quantize.kind)
+                source = exported / UNQUANTISED if self.chosen["quantised"] else exported
+                self.measured["quantised"] = write_beside(source, self.quantize.kind)
             for name, text in (documents or self.documents)().items():
                 (exported / name).write_text(text, encoding="utf-8")
             for path in exported.iterdir():
                 path.rename(folder / path.name)
             shutil.rmtree(folder / "export")
+
+    def _in_int8(self, exported: Path, processor: Any) -> Path:
+        """Quantise an export, which is kept in a folder within unless it is the original."""
+        quantised = exported.with_name("int8") / exported.name
+        write_int8(exported, open_config(exported), processor, quantised)
+        shutil.copy(exported / "plan.json", quantised)
+        if self.chosen["cut"] or self.quantize is not None:
+            exported.rename(quantised / UNQUANTISED)
+        return quantised
 
     def documents(self) -> dict[str, str]:
         """Return evidence, page and card."""

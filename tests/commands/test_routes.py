@@ -1,4 +1,4 @@
-"""Variants: models as they are and in 8 bits, each measured against the original."""
+"""Routes: models as they are and in 8 bits, each measured against the original."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import lamella
-from lamella.commands.compress.beside import figure, rows
-from lamella.commands.compress.variants import Quantize, check_quantised, forms, variants
+from lamella.commands.compress.routes import Quantize, check_quantised, requested, routes
+from lamella.commands.compress.tradeoff import figure, rows
 from lamella.errors import ExportError
 from lamella.evaluate import FidelityTest
 from lamella.plan import ModelReference, PhasedPath, Plan, materialise
@@ -17,14 +17,14 @@ from lamella.zoo import nano
 TOKENS = torch.randint(3, 120, (3, 32), generator=torch.Generator().manual_seed(0))
 
 
-def test_the_first_and_the_last_are_quantised_and_all_are_measured() -> None:
+def test_all_models_are_quantised_and_measured() -> None:
     stack = Stack(nano("llama"))
     views = [lamella.apply(stack, Plan(model=ModelReference.of(stack), drop=drop)) for drop in (["layers.1"], [])]
     models = {"original": stack.model, "cut": views[0], "healed": views[1]}
     test = FidelityTest(stack, TOKENS)
-    found = {each["name"]: each for each in variants(test, models, ("int8", "q8_0"))}
+    found = {each["name"]: each for each in routes(test, models, ("int8", "q8_0"))}
     assert list(found) == [
-        "original", "original, int8", "original, q8_0", "cut", "healed", "healed, int8", "healed, q8_0"
+        f"{name}{form}" for name in models for form in ("", ", int8", ", q8_0")
     ]  # fmt: skip
     kl = {name: each["fidelity"]["kl"]["mean"] for name, each in found.items()}
     assert kl["original"] == pytest.approx(0, abs=1e-6)
@@ -41,16 +41,17 @@ def test_the_first_and_the_last_are_quantised_and_all_are_measured() -> None:
     scales = 4 * (32 * 2 + 16 * 2 + 64 * 2 + 32)
     assert found["original, int8"]["bytes"] == 2 * matrices[0] + matrices[1] + 2 * scales + 2 * vectors
     assert [name for name, each in found.items() if each["decode_speedup"] is None] == [
-        "original, q8_0", "healed, q8_0"
+        "original, q8_0", "cut, q8_0", "healed, q8_0"
     ]  # fmt: skip
-    evidence = {"variants": list(found.values())}
+    assert found["healed"]["decode_speedup"] == found["cut"]["decode_speedup"]  # they have one shape
+    evidence = {"routes": list(found.values()), "goal": {"name": "speedup", "value": 1.3}}
     assert [row[0] for row in rows(evidence)] == list(found)
-    assert sum(len(each.labels) for each in figure(evidence).series.values()) == 5
+    assert sum(len(each.labels) for each in figure(evidence).series.values()) == 6
 
 
 def test_a_model_without_linear_maps_has_no_int8() -> None:
     stack = Stack(nano("gpt2"))  # its maps are of a class of their own
-    found = variants(FidelityTest(stack, TOKENS), {"original": stack.model})
+    found = routes(FidelityTest(stack, TOKENS), {"original": stack.model})
     assert [each["name"] for each in found] == ["original"]
 
 
@@ -58,13 +59,13 @@ def test_a_model_that_decides_while_it_runs_is_measured_as_it_is() -> None:
     stack = Stack(nano("llama"))
     path = {"text": PhasedPath(prefill=[0, 1, 2, 3], decode=[0, 3])}
     view = lamella.apply(stack, Plan(model=ModelReference.of(stack), path=path))
-    found = variants(FidelityTest(stack, TOKENS), {"original": stack.model, "cut": view})
+    found = routes(FidelityTest(stack, TOKENS), {"original": stack.model, "cut": view})
     assert [each["name"] for each in found] == ["original", "original, int8", "cut"]
 
 
 def test_what_is_measured_and_refused() -> None:
-    assert forms(None) == forms(Quantize("int8")) == ("int8",)
-    assert forms(Quantize("q8_0")) == ("int8", "q8_0")
+    assert requested(None) == requested(Quantize("int8")) == ("int8",)
+    assert requested(Quantize("q8_0")) == ("int8", "q8_0")
     check_quantised(None, "native")
     with pytest.raises(ExportError, match="native checkpoints cannot be quantised"):
         check_quantised(Quantize("q8_0"), "native")

@@ -1,0 +1,117 @@
+"""The routes that were measured, and why one was chosen, for the page, the card and the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lamella import formatting
+from lamella.report.figures import Points, Scatter
+
+COLUMNS = ("model", "weights", "decode speed-up", "KL, nats", "perplexity", "same top token")
+
+
+def rows(evidence: dict[str, Any]) -> list[list[str]]:
+    """Return a row for each route.
+
+    Args:
+        evidence: the evidence of the compression.
+    """
+    return [
+        [
+            each["name"],
+            formatting.size(each["bytes"]),
+            _speed(each["decode_speedup"]),
+            formatting.estimate(each["fidelity"]["kl"]),
+            formatting.estimate(each["fidelity"]["perplexity"]),
+            formatting.percent(each["fidelity"]["top1"]["mean"]),
+        ]
+        for each in evidence.get("routes", ())
+    ]
+
+
+def notes(evidence: dict[str, Any]) -> list[str]:
+    """Describe what was run for each form.
+
+    Args:
+        evidence: the evidence of the compression.
+    """
+    runs = {each["form"]: each["run"] for each in evidence.get("routes", ()) if each["form"]}
+    return [f"{form}: {run}." for form, run in runs.items()]
+
+
+def figure(evidence: dict[str, Any]) -> Scatter:
+    """Plot fidelity against speed, with areas proportional to weights, for models whose speed was measured.
+
+    Args:
+        evidence: the evidence of the compression.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    timed = [each for each in evidence.get("routes", ()) if each["decode_speedup"]]
+    for each in timed:
+        groups.setdefault("quantised" if each["form"] else "not quantised", []).append(each)
+    front = sorted(_place(each) for each in timed if each["pareto"])
+    series = {"Pareto front": Points(front, mark="band")} if len(front) > 1 else {}
+    return Scatter(
+        "decode speed-up over the original",
+        "KL from the original, nats",
+        series | {name: _points(models) for name, models in groups.items()},
+        guides=target(evidence),
+        suffix="\u00d7",
+    )
+
+
+def target(evidence: dict[str, Any]) -> dict[str, float]:
+    """Return the guide of a speed axis at the target; empty if the goal is no speed-up.
+
+    Args:
+        evidence: the evidence of the compression.
+    """
+    goal = evidence["goal"]
+    return {"target": goal["value"]} if goal["name"] == "speedup" else {}
+
+
+def reason(evidence: dict[str, Any]) -> str:
+    """Say in one sentence why this route was chosen; empty if quantisation was not allowed.
+
+    Args:
+        evidence: the evidence of the compression.
+    """
+    chosen, goal = evidence["chosen"], evidence["goal"]
+    alone = chosen["alternatives"].get("int8")
+    if alone is None:
+        return ""
+    speed, weights = formatting.ratio(alone["speedup"]), formatting.size(alone["weights"])
+    found = f"reaches {speed} with {weights} of weights and costs {alone['kl']:.2g} nats"
+    if goal["name"] == "loss":
+        return f"{chosen['route']} is the fastest measured route to {goal['text']}; int8 alone {found}."
+    if chosen["cut"]:
+        return f"{goal['text'][0].upper()}{goal['text'][1:]} needs a cut: int8 alone {found}."
+    cut = chosen["alternatives"].get("cut")
+    other = "" if cut is None else f"; a cut alone would cost {cut['kl']:.2g}"
+    return f"int8 alone is enough for {goal['text']}: it {found}{other}."
+
+
+def _place(route: dict[str, Any]) -> tuple[float, float]:
+    """Return speed-up and KL divergence of a route."""
+    return route["decode_speedup"]["median"], route["fidelity"]["kl"]["mean"]
+
+
+def _points(models: list[dict[str, Any]]) -> Points:
+    kl = [each["fidelity"]["kl"] for each in models]
+    speeds = [each["decode_speedup"] for each in models]
+    return Points(
+        [_place(each) for each in models],
+        x_range=[(speed["low"], speed["high"]) for speed in speeds],
+        y_range=[(each["mean"] - (each["error"] or 0.0), each["mean"] + (each["error"] or 0.0)) for each in kl],
+        sizes=[each["bytes"] for each in models],
+        labels=[each["name"] for each in models],
+        hover=[
+            f"{each['name']}\n{_speed(each['decode_speedup'])}, KL {formatting.estimate(each['fidelity']['kl'])}\n"
+            f"weights: {formatting.size(each['bytes'])}"
+            for each in models
+        ],
+    )
+
+
+def _speed(speed: dict[str, float] | None) -> str:
+    return formatting.MISSING if speed is None else f"{formatting.ratio(speed['median'])} ({formatting.spread(speed)})"
