@@ -142,7 +142,7 @@ def test_an_estimate_is_a_mean_with_its_standard_error() -> None:
 
 def test_a_dictionary_holds_every_estimate(stack: Stack, tokens: LongTensor) -> None:
     record = FidelityTest(stack, tokens).of(stack.model).as_dict()
-    assert set(record) == {"kl", "jsd", "top1", "perplexity", "base_perplexity", "sequences", "positions"}
+    assert set(record) == {*("kl", "jsd", "top1", "perplexity", "base_perplexity"), "sequences", "positions", "agreement"}
     assert record["top1"] == {"mean": 1.0, "error": 0.0}
 
 
@@ -171,7 +171,7 @@ def test_masked_tokens_are_compared_under_the_same_noise(name: str) -> None:
     test = FidelityTest(stack, ids, prompt=6)
     values: dict[str, list[float]] = {}
     for row in range(3):
-        asked = [draw for draw in test._questions if draw.sequence == row]
+        asked = test._questions[row]
         assert [draw.ratio for draw in asked] == [0.1, 0.3, 0.5, 0.7, 0.9]
         assert not any(draw.scored[0, :6].any() for draw in asked)
         pairs, losses = [], torch.zeros(2, dtype=torch.float64)

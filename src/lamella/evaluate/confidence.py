@@ -27,8 +27,10 @@ one minus the lower bound of 1 - x. Together they cover the mean at all times at
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.optimize import brentq
@@ -75,6 +77,19 @@ class Interval:
             share: the share.
         """
         return "holds" if self.lower >= share else "does not hold" if self.upper < share else "undecided"
+
+
+def guarantee(agreement: Mapping[str, Any]) -> str:
+    """Return what an interval guarantees, as a sentence whose percentage is rounded down.
+
+    Args:
+        agreement: an :class:`Interval` of the evidence.
+    """
+    least = math.floor(1000 * agreement["lower"]) / 10
+    return (
+        f"With {100 * agreement['confidence']:g} % confidence, the top token agrees on at least {least:g} % of the "
+        "positions of such a sequence (anytime-valid)."
+    )
 
 
 def log_capital(values: np.ndarray, mean: float) -> np.ndarray:

@@ -1,0 +1,143 @@
+"""Prompts with what follows them, one sequence for each row of a user's file: a sample of the user's traffic."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from annotated_types import Ge
+
+from lamella.data.context import InputContext
+from lamella.data.examples import ChatExample
+from lamella.data.lazy import Lazy
+from lamella.data.rows import Rows
+from lamella.data.samples import Sample, blocks
+from lamella.data.sources import CUTS, Split, check_text, split_rows
+from lamella.errors import CalibrationError
+from lamella.reading import RowFile
+from lamella.signature import Fixture
+from lamella.stack import Model
+
+HINT = (
+    'write {"messages": [{"role": "user", "content": "..."}, ...]} with an answer at the end, {"prompt": "...", '
+    '"response": "..."} or {"text": "..."}'
+)
+
+
+class Prompts(Rows[Sample]):
+    """Prompts of any lengths, each with what follows it; rows are read and tokenized on access.
+
+    A conversation is a prompt up to its last answer, in the model's chat template. Of a text, the first quarter is the
+    prompt.
+    """
+
+    metavar = "FILE"
+    source_help = (
+        'a .jsonl file with one prompt in each line: {"messages": [...]} with an answer at the end, {"prompt": "...", '
+        '"response": "..."} or {"text": "..."}'
+    )
+    example = Fixture(
+        "prompts.jsonl",
+        '{"prompt": "Who keeps the key?", "response": "The eldest of the bell ringers keeps it."}\n'
+        '{"text": "A kettle needs four minutes to boil a litre of water. With its lid off it needs five."}\n',
+    )
+
+    def __init__(
+        self, items: Lazy[Sample], tokenizer: Any = None, metadata: Mapping[str, Any] | None = None, opened: Any = None
+    ) -> None:
+        super().__init__(items, tokenizer, metadata)
+        self._opened = opened
+
+    @classmethod
+    def open(
+        cls,
+        name: str | Path,
+        context: InputContext,
+        *,
+        prompts: Annotated[int, Ge(1)] | None = None,
+        max_length: Annotated[int, Ge(2)] = 2048,
+    ) -> Prompts:
+        """Read prompts.
+
+        Args:
+            name: a ``.jsonl`` file with one prompt in each line.
+            context: gives the tokenizer, the split and the random seed.
+            prompts: maximum number of prompts of a .jsonl file, chosen at random; all if omitted.
+            max_length: maximum number of tokens of a prompt with what follows it, which is truncated.
+
+        Raises:
+            CalibrationError: if the file is missing, empty or malformed; the message names the line.
+        """
+        file = RowFile(Path(name).expanduser(), HINT)
+        if len(file.lines) < (1 if context.split == "whole" else 2):
+            raise CalibrationError(f"{name} holds {len(file.lines)} prompts, too few for two splits: give more")
+        lines = file.lines[split_rows(len(file.lines), context.split)]
+        if prompts is not None and prompts < len(lines):
+            drawn = torch.randperm(len(lines), generator=torch.Generator().manual_seed(context.seed))
+            lines = [lines[each] for each in sorted(drawn[:prompts].tolist())]
+        digest = hashlib.sha256()
+        for number, row in map(file.read, lines):
+            digest.update(repr(_parsed(row, f"{name} line {number}")).encode())
+        cut = {"cut": CUTS[context.split]} if context.split in CUTS else {}
+        metadata = {"data": str(name), "split": context.split, **cut, "prompts": len(lines)}
+        metadata["sha256"] = digest.hexdigest()
+        items = Lazy(lines, partial(_sample, file, context.tokenizer, max_length))
+        return cls(items, context.tokenizer, metadata, (name, context, {"prompts": prompts, "max_length": max_length}))
+
+    @staticmethod
+    def check(name: str | Path) -> None:
+        """Check that the file exists; see :func:`lamella.data.sources.check_text`."""
+        check_text(name)
+
+    @classmethod
+    def fits(cls, model: Model | None, given: Any) -> bool:
+        """Return whether an input that may be a text or prompts is opened as prompts: a file of rows is.
+
+        Args:
+            model: the model of the command, if it has one.
+            given: the value of the input: a name, or prompts.
+        """
+        return isinstance(given, cls) or (isinstance(given, str | Path) and Path(given).suffix == ".jsonl")
+
+    def part(self, split: Split) -> Prompts:
+        """Read another split of the same file.
+
+        Args:
+            split: the split.
+        """
+        name, context, settings = self._opened
+        return type(self).open(name, replace(context, split=split), **settings)
+
+
+def _parsed(row: Any, where: str) -> ChatExample | str:
+    """Return the conversation or the text of a row."""
+    text = row.get("text") if isinstance(row, dict) else row
+    found = ChatExample.of(row) or text
+    if not isinstance(found, ChatExample) and not (isinstance(found, str) and found.strip()):
+        raise CalibrationError(f"{where} holds neither a prompt with its answer nor a text: {HINT}")
+    return found
+
+
+def _sample(file: RowFile, tokenizer: Any, max_length: int, line: tuple[int, int, int]) -> Sample:
+    """Return a row as a sample, whose continuation carries loss."""
+    number, row = file.read(line)
+    where = f"{file.path} line {number}"
+    found = _parsed(row, where)
+    if isinstance(found, str):
+        ids = tokenizer(found, verbose=False)["input_ids"][:max_length]
+        prompt = max(1, len(ids) // 4)
+    else:
+        question, answer = found.tokenized_by(tokenizer)
+        ids, prompt = [*question, *answer][:max_length], len(question)
+    if len(ids) <= prompt:
+        raise CalibrationError(
+            f"{where} has a prompt of {prompt} tokens and nothing after it within {max_length}: leave it out, or give "
+            "a larger max_length"
+        )
+    (sample,) = blocks(torch.tensor([ids]), prompt)
+    return sample
