@@ -231,12 +231,13 @@ def _guaranteed(name: str, each: dict[str, Any], found: dict[str, Any]) -> str:
     if "verdict" not in each:
         return f"{name}: {guarantee(each['agreement'])}"
     demanded, bounds = percent(found["at_least"]), each["agreement"]
-    after = f"{each['sequences']:,} of {counted(found['available'], 'sequence')}"
+    every = counted(found["available"], "sequence")
     if each["verdict"] == "undecided":
         between = f"between {percent(bounds['lower'])} and {percent(bounds['upper'])}"
         return (
-            f"{name}: agreement on at least {demanded} is undecided after all {after}, {between}: give a longer test."
+            f"{name}: agreement on at least {demanded} is undecided after all {every}, {between}: give a longer test."
         )
+    after = f"{each['sequences']:,} of {every}"
     return f"{name}: agreement on at least {demanded} {each['verdict']}, decided after {after}. {guarantee(bounds)}"
 
 

@@ -37,8 +37,7 @@ class ChatExample(NamedTuple):
             prompts: names of fields that hold a prompt.
             answers: names of fields that hold an answer.
         """
-        messages = _messages(row, prompts, answers) if isinstance(row, dict) else []
-        *before, last = messages or [{}]
+        *before, last = conversation(row, prompts, answers) or [{}]
         if not before or last.get("role") != "assistant" or not last["content"].strip():
             return None
         return cls(before, last["content"])
@@ -113,15 +112,26 @@ def read_examples(
     return found
 
 
-def _messages(row: dict[str, Any], prompts: Sequence[str], answers: Sequence[str]) -> list[dict[str, str]]:
-    """Return a row as a conversation; empty if it is none."""
+def conversation(
+    row: Any, prompts: Sequence[str] = PROMPTS, answers: Sequence[str] = RESPONSES
+) -> list[dict[str, str]]:
+    """Return a row of a file as a conversation, with or without an answer at its end; empty if it is none.
+
+    Args:
+        row: the row; see :meth:`ChatExample.of`.
+        prompts: names of fields that hold a prompt.
+        answers: names of fields that hold an answer.
+    """
+    if not isinstance(row, dict):
+        return []
     messages: Sequence[Any] = row.get("messages") or []
     if isinstance(messages, list) and messages:
         whole = all(isinstance(each, dict) and isinstance(each.get("content"), str) for each in messages)
         return [{"role": str(each.get("role")), "content": each["content"]} for each in messages] if whole else []
     texts = {name: value for name, value in row.items() if isinstance(value, str) and value.strip()}
     prompt, answer = (next((texts[name] for name in names if name in texts), None) for names in (prompts, answers))
-    if prompt is None or answer is None:
+    if prompt is None:
         return []
     prompt = f"{prompt}\n{texts['input']}" if "input" in texts else prompt
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    answered = [] if answer is None else [{"role": "assistant", "content": answer}]
+    return [{"role": "user", "content": prompt}, *answered]

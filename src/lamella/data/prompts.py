@@ -3,52 +3,73 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from annotated_types import Ge
+from torch import Tensor
 
 from lamella.data.context import InputContext
-from lamella.data.examples import ChatExample
+from lamella.data.examples import ChatExample, conversation
 from lamella.data.lazy import Lazy
 from lamella.data.rows import Rows
-from lamella.data.samples import Sample, blocks
 from lamella.data.sources import CUTS, Split, check_text, split_rows
 from lamella.errors import CalibrationError
+from lamella.progress import track
 from lamella.reading import RowFile
 from lamella.signature import Fixture
 from lamella.stack import Model
 
 HINT = (
-    'write {"messages": [{"role": "user", "content": "..."}, ...]} with an answer at the end, {"prompt": "...", '
-    '"response": "..."} or {"text": "..."}'
+    'write {"messages": [{"role": "user", "content": "..."}, ...]}, {"prompt": "..."} with or without a "response", or '
+    '{"text": "..."}'
 )
 
 
-class Prompts(Rows[Sample]):
+ANSWER = 64  # maximum tokens that the original writes after a prompt without an answer
+
+
+class Prompt(NamedTuple):
+    """A prompt with what follows it.
+
+    Attributes:
+        tokens: token ids of both [time].
+        length: number of tokens of the prompt; all of them if nothing follows.
+    """
+
+    tokens: Tensor
+    length: int
+
+
+class Prompts(Rows[Prompt]):
     """Prompts of any lengths, each with what follows it; rows are read and tokenized on access.
 
-    A conversation is a prompt up to its last answer, in the model's chat template. Of a text, the first quarter is the
-    prompt.
+    A conversation is a prompt up to its last answer, in the model's chat template; nothing follows one that ends with a
+    question. Of a text, the first quarter is the prompt.
     """
 
     metavar = "FILE"
     source_help = (
-        'a .jsonl file with one prompt in each line: {"messages": [...]} with an answer at the end, {"prompt": "...", '
-        '"response": "..."} or {"text": "..."}'
+        'a .jsonl file with one prompt in each line: {"messages": [...]}, {"prompt": "..."} with or without a '
+        '"response", or {"text": "..."}'
     )
     example = Fixture(
         "prompts.jsonl",
         '{"prompt": "Who keeps the key?", "response": "The eldest of the bell ringers keeps it."}\n'
+        '{"prompt": "What hangs behind the third bell?"}\n'
         '{"text": "A kettle needs four minutes to boil a litre of water. With its lid off it needs five."}\n',
     )
 
     def __init__(
-        self, items: Lazy[Sample], tokenizer: Any = None, metadata: Mapping[str, Any] | None = None, opened: Any = None
+        self,
+        items: Sequence[Prompt],
+        tokenizer: Any = None,
+        metadata: Mapping[str, Any] | None = None,
+        opened: Any = None,
     ) -> None:
         super().__init__(items, tokenizer, metadata)
         self._opened = opened
@@ -80,13 +101,11 @@ class Prompts(Rows[Sample]):
         if prompts is not None and prompts < len(lines):
             drawn = torch.randperm(len(lines), generator=torch.Generator().manual_seed(context.seed))
             lines = [lines[each] for each in sorted(drawn[:prompts].tolist())]
-        digest = hashlib.sha256()
-        for number, row in map(file.read, lines):
-            digest.update(repr(_parsed(row, f"{name} line {number}")).encode())
-        cut = {"cut": CUTS[context.split]} if context.split in CUTS else {}
-        metadata = {"data": str(name), "split": context.split, **cut, "prompts": len(lines)}
-        metadata["sha256"] = digest.hexdigest()
-        items = Lazy(lines, partial(_sample, file, context.tokenizer, max_length))
+        items = Lazy(lines, partial(_tokenized, file, context.tokenizer, max_length))
+        unanswered = sum(len(tokens) == length for tokens, length in track(items, "reading prompts"))
+        metadata = {"data": str(name), "split": context.split, "prompts": len(lines), "unanswered": unanswered}
+        metadata |= {"cut": CUTS[context.split]} if context.split in CUTS else {}
+        metadata["sha256"] = hashlib.sha256(file.path.read_bytes()).hexdigest()
         return cls(items, context.tokenizer, metadata, (name, context, {"prompts": prompts, "max_length": max_length}))
 
     @staticmethod
@@ -115,29 +134,32 @@ class Prompts(Rows[Sample]):
 
 
 def _parsed(row: Any, where: str) -> ChatExample | str:
-    """Return the conversation or the text of a row."""
+    """Return the conversation in a row, with an empty answer if it has none, or the text."""
+    example, messages = ChatExample.of(row), conversation(row)
     text = row.get("text") if isinstance(row, dict) else row
-    found = ChatExample.of(row) or text
-    if not isinstance(found, ChatExample) and not (isinstance(found, str) and found.strip()):
-        raise CalibrationError(f"{where} holds neither a prompt with its answer nor a text: {HINT}")
-    return found
+    if example is not None:
+        return example
+    if isinstance(text, str) and text.strip():
+        return text
+    if messages and messages[-1]["role"] == "user":
+        return ChatExample(messages, "")
+    raise CalibrationError(f"{where} holds neither a prompt nor a text: {HINT}")
 
 
-def _sample(file: RowFile, tokenizer: Any, max_length: int, line: tuple[int, int, int]) -> Sample:
-    """Return a row as a sample, whose continuation carries loss."""
+def _tokenized(file: RowFile, tokenizer: Any, max_length: int, line: tuple[int, int, int]) -> Prompt:
     number, row = file.read(line)
     where = f"{file.path} line {number}"
     found = _parsed(row, where)
     if isinstance(found, str):
         ids = tokenizer(found, verbose=False)["input_ids"][:max_length]
-        prompt = max(1, len(ids) // 4)
-    else:
-        question, answer = found.tokenized_by(tokenizer)
-        ids, prompt = [*question, *answer][:max_length], len(question)
-    if len(ids) <= prompt:
+        if len(ids) < 2:
+            raise CalibrationError(f"{where} is a text of {len(ids)} tokens: give at least 2")
+        return Prompt(torch.tensor(ids), max(1, len(ids) // 4))
+    question, answer = found.tokenized_by(tokenizer)
+    room = max_length - len(question)
+    if room < (1 if found.answer else ANSWER):
         raise CalibrationError(
-            f"{where} has a prompt of {prompt} tokens and nothing after it within {max_length}: leave it out, or give "
-            "a larger max_length"
+            f"{where} has a prompt of {len(question)} tokens, too long for {max_length} with its answer: leave it out, "
+            "or give a larger max_length"
         )
-    (sample,) = blocks(torch.tensor([ids]), prompt)
-    return sample
+    return Prompt(torch.tensor([*question, *answer[:room]] if found.answer else question), len(question))

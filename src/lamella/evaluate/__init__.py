@@ -2,6 +2,7 @@
 
 from lamella.evaluate.answers import answered
 from lamella.evaluate.budget import Budget
+from lamella.evaluate.confidence import Interval
 from lamella.evaluate.cost import PlanCost, StepTimes, cost, measure_step, step_times
 from lamella.evaluate.fidelity import Estimate, Fidelity, FidelityTest
 from lamella.evaluate.memory import Memory, peak_memory
@@ -14,6 +15,7 @@ __all__ = [
     "Estimate",
     "Fidelity",
     "FidelityTest",
+    "Interval",
     "Memory",
     "PlanCost",
     "Ratio",

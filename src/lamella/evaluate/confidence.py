@@ -85,10 +85,10 @@ def guarantee(agreement: Mapping[str, Any]) -> str:
     Args:
         agreement: an :class:`Interval` of the evidence.
     """
-    least = math.floor(1000 * agreement["lower"]) / 10
+    confidence, least = 100 * agreement["confidence"], math.floor(1000 * agreement["lower"]) / 10
     return (
-        f"With {100 * agreement['confidence']:g} % confidence, the top token agrees on at least {least:g} % of the "
-        "positions of such a sequence (anytime-valid)."
+        f"With {confidence:g} % confidence, the top token agrees on at least {least:g} % of positions in "
+        "sequences like those of the test (anytime-valid)."
     )
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import nll_loss
 
-from lamella.data import ImageText, Lazy, Prompts
+from lamella.data import ImageText, Lazy, Prompts, write
+from lamella.data.prompts import ANSWER
 from lamella.data.samples import count_labels
 from lamella.errors import ArchitectureError, CalibrationError, NumericsError
 from lamella.evaluate.confidence import CONFIDENCE, Interval
@@ -142,8 +143,8 @@ class FidelityTest:
     """A fixed test of models against one original.
 
     Each sequence is a prompt and its continuation. Only the continuation is scored, at the same positions for every
-    model, so that plans with a special treatment of prompts are comparable with others. For images with text, the
-    answers are scored, including those of encoder-decoders.
+    model, so that plans with a special treatment of prompts are comparable with others. A prompt without continuation
+    is continued by the original. For images with text, the answers are scored, including those of encoder-decoders.
 
     Args:
         model: the original; of several stacks, the last is tested.
@@ -154,7 +155,8 @@ class FidelityTest:
             Otherwise it runs again for each of them, and memory does not grow with the number of sequences.
 
     Raises:
-        CalibrationError: if no token is left to score.
+        CalibrationError: if no token is left to score, or prompts have no continuation and the original predicts masked
+            tokens.
         ArchitectureError: for a model that does not predict text by itself.
     """
 
@@ -164,15 +166,10 @@ class FidelityTest:
         encodes = isinstance(tokens, ImageText) and tokens.processing.encodes
         self.stack = list(model.stacks.values())[-1] if encodes else predicting_stack(model)
         self.tokens = tokens
-        self._questions = self._questions_of(tokens, prompt)
-        numbers = range(len(self._questions))
-        self._base: Sequence[list[Tensor]] = Lazy(numbers, self._original)
-        if keep:
-            self._base = [self._original(number) for number in track(numbers, "fidelity: original")]
+        asked = Lazy(self._questions_of(tokens, prompt), self._asked_of)
+        self._asked: Sequence[Asked] = list(track(asked, "fidelity: original")) if keep else asked
 
-    def _questions_of(
-        self, tokens: Tensor | Prompts | ImageText, prompt: int | None
-    ) -> Sequence[Sequence[Draw | ScoredAnswer]]:
+    def _questions_of(self, tokens: Tensor | Prompts | ImageText, prompt: int | None) -> Sequence[Questions]:
         """Return what is scored of each sequence: an answer, or everything after the prompt, under each noise."""
         if isinstance(tokens, ImageText):
             return [[each] for each in _answers(tokens)]
@@ -187,13 +184,23 @@ class FidelityTest:
 
     def _continued(self, prompts: Prompts, number: int) -> list[Draw]:
         """Return what is scored after a prompt of the test."""
-        sample = prompts[number]
-        prompt, ids = int(sample["prompt_lengths"]), sample["input_ids"][None]
-        return [replace(draw, sequence=number) for draw in draws(self.stack, ids, front=prompt, seed=number)]
+        tokens, length = prompts[number]
+        tokens = self._answered(tokens) if len(tokens) == length else tokens
+        return [replace(draw, sequence=number) for draw in draws(self.stack, tokens[None], front=length, seed=number)]
 
-    def _original(self, number: int) -> list[Tensor]:
-        """Return the original's final states that predict the scored tokens of a sequence, under each noise."""
-        return [self._states(self.stack.model, each)[0] for each in self._questions[number]]
+    def _answered(self, prompt: Tensor) -> Tensor:
+        """Return a prompt with the greedy answer of the original [time]."""
+        if self.stack.architecture.denoises:
+            raise CalibrationError(f"{self.stack.name} predicts masked tokens: give an answer with each prompt")
+        (answer,) = write(self.stack.model, [prompt], ANSWER)
+        if len(answer) < ANSWER:  # it has ended, with a token that is not among the answer
+            ends = torch.tensor(self.stack.model.generation_config.eos_token_id).flatten()
+            answer = torch.cat([answer, ends[:1]])
+        return torch.cat([prompt, answer])
+
+    def _asked_of(self, questions: Questions) -> Asked:
+        """Return questions with the original's final states that predict the scored tokens."""
+        return questions, [self._states(self.stack.model, each)[0] for each in questions]
 
     @torch.no_grad()
     def _states(self, model: Any, question: Draw | ScoredAnswer) -> tuple[Tensor, Tensor]:
@@ -210,7 +217,7 @@ class FidelityTest:
 
     def of(self, view: Any) -> Fidelity:
         """Return the fidelity of a view (or of any model with the same vocabulary) to the original."""
-        return Fidelity.of(torch.stack([self._sums(view, each) for each in track(range(len(self._base)), "fidelity")]))
+        return Fidelity.of(torch.stack([self._sums(view, each) for each in track(range(len(self._asked)), "fidelity")]))
 
     def after_each(self, view: Any, seed: int = 0) -> Iterator[Fidelity]:
         """Yield the fidelity after each sequence, in a random order, so that one can stop when enough is known.
@@ -219,7 +226,7 @@ class FidelityTest:
             view: a view, or any model with the same vocabulary.
             seed: random seed of the order.
         """
-        order = torch.randperm(len(self._base), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(self._asked), generator=torch.Generator().manual_seed(seed))
         sums: list[Tensor] = []
         for number in track(order.tolist(), "fidelity"):
             sums.append(self._sums(view, number))
@@ -230,7 +237,7 @@ class FidelityTest:
         """Return the sums over the scored positions of a sequence; see :meth:`Fidelity.of` [7]."""
         changed = self._of(view)
         sums = torch.zeros(7, dtype=torch.float64)
-        for question, original in zip(self._questions[number], self._base[number], strict=True):
+        for question, original in zip(*self._asked[number], strict=True):
             ours_all, labels = self._states(view, question)
             sums[5] += len(labels)
             sums[6] += question.eligible
@@ -273,6 +280,10 @@ class ScoredAnswer:
     sequence: int
     eligible: int
     weight: float = 1.0
+
+
+Questions = Sequence[Draw | ScoredAnswer]
+Asked = tuple[Questions, list[Tensor]]
 
 
 def _answers(rows: ImageText) -> list[ScoredAnswer]:

@@ -16,6 +16,7 @@ from lamella.commands.compress.race import (
     Job,
     check_reachable,
     choose,
+    confidence_of_each,
     entrants,
     measure_curves,
     reaches,
@@ -27,6 +28,7 @@ from lamella.commands.heal.command import context_of
 from lamella.data import ImageText, InputContext, Text
 from lamella.errors import BudgetError, MethodError
 from lamella.evaluate import Budget, FidelityTest, bench, cost, step_times
+from lamella.evaluate.confidence import CONFIDENCE
 from lamella.evaluate.speed import denoises
 from lamella.evaluate.tasks import open_tasks, score
 from lamella.files import Work
@@ -154,7 +156,7 @@ def compress(
             assert isinstance(healed.stack, Stack)
             found.changed, found.plan = healed.stack, healed.plan
             views["healed"] = apply(healed.stack, healed.plan)
-            known["healed"] = fidelity.of(views["healed"]).as_dict()
+            known["healed"] = fidelity.of(views["healed"]).as_dict(confidence_of_each(len(candidates)))
             others = {name: views[name] for name in ("cut", "healed")}
             judge = _judge(stack, context, test)
             found.measured["healing"] = training | {
@@ -162,6 +164,7 @@ def compress(
                 "unseen": unseen(stack, judge, others),
             }
     found.chosen["form"] = natural_form(found.plan, found.changed) if form == "auto" else form
+    found.measured["agreement"] = known[list(views)[-1]]["agreement"] | {"confidence": CONFIDENCE}
     *_, last = views.values()
     found.measured["samples"] = _samples({"base": stack.model, "changed": last}, context.tokenizer)
     if tasks:

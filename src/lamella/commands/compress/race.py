@@ -11,6 +11,7 @@ from torch import LongTensor
 from lamella.data import ImageText, Text
 from lamella.errors import BudgetError, MethodError
 from lamella.evaluate import Budget, Fidelity, FidelityTest, Ratio, StepTimes, bench
+from lamella.evaluate.confidence import CONFIDENCE
 from lamella.files import Work
 from lamella.plan import Plan, PlanSeries
 from lamella.planners import Planner, Race, first_reaching, planned_on
@@ -212,7 +213,7 @@ def measure_curves(job: Job, candidates: list[Contender]) -> None:
         job: the inputs.
         candidates: the series; their points are added.
     """
-    fidelity = FidelityTest(job.stack, job.test)
+    fidelity, confidence = FidelityTest(job.stack, job.test), confidence_of_each(len(candidates))
     for candidate in track(candidates, "fidelity against speed"):
         series, end = candidate.series, time.monotonic() + CURVE_SECONDS
         indices = [candidate.point, *(index for index in _spread(candidate) if index != candidate.point)]
@@ -232,7 +233,7 @@ def measure_curves(job: Job, candidates: list[Contender]) -> None:
                     "sublayers_removed": plan.removed,
                     "predicted_speedup": job.times.speedup(plan),
                     "measured_speedup": vars(speedup),
-                    "fidelity": fidelities[index].as_dict(),
+                    "fidelity": fidelities[index].as_dict(confidence),
                     "chosen": chosen,
                     "pareto": False,
                 }
@@ -240,6 +241,17 @@ def measure_curves(job: Job, candidates: list[Contender]) -> None:
     points = [point for candidate in candidates for point in candidate.points]
     for point in points:
         point["pareto"] = not any(_beats(other, point) for other in points)
+
+
+def confidence_of_each(candidates: int) -> float:
+    """Return the confidence of the bounds of each candidate, with which those of the chosen one have the usual one.
+
+    The test chooses among the planners, so its bounds must hold for all of them at once (Bonferroni's inequality).
+
+    Args:
+        candidates: number of planners.
+    """
+    return 1 - (1 - CONFIDENCE) / candidates
 
 
 def _spread(candidate: Contender) -> list[int]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from lamella import formatting
 from lamella.commands.compress import beside, tasks
+from lamella.evaluate.confidence import guarantee
 from lamella.report.drawing import STRIPED, StackDrawing, shade
 from lamella.report.figures import Figure, Points, Scatter
 from lamella.report.healing import ROWS, training
@@ -56,6 +57,7 @@ def render(evidence: dict[str, Any]) -> str:
         figures,
         evidence=evidence,
         verdict=verdict(evidence),
+        guaranteed=guaranteed(evidence),
         costs=[
             {
                 "what": label,
@@ -147,6 +149,15 @@ def verdict(evidence: dict[str, Any]) -> str:
         f"{evidence['model']['name']} now generates text with a speed-up of {speed}, with {' and '.join(changes)}; "
         f"perplexity goes from {before} to {after}{healed}."
     )
+
+
+def guaranteed(evidence: dict[str, Any]) -> str:
+    """Return the sentence on the agreement with the original; empty if its bounds were not measured.
+
+    Args:
+        evidence: the evidence of the compression.
+    """
+    return guarantee(evidence["agreement"]) if evidence.get("agreement") else ""
 
 
 def _share(before: float, after: float) -> float:

@@ -36,6 +36,8 @@ class CompressionEvidence(Evidence):
         samples: answers of both models to the same prompts.
         tasks: scores of all models; empty if there were no tasks.
         variants: the models with and without 8-bit weights.
+        agreement: bounds of the top-1 agreement of the result, for whichever planner was chosen; None in evidence that
+            was written before they were measured.
         quantised: description of the quantised files.
     """
 
@@ -51,6 +53,7 @@ class CompressionEvidence(Evidence):
     tasks: list[dict[str, Any]] = Field(default_factory=list)
     variants: list[dict[str, Any]] = Field(default_factory=list)
     quantised: dict[str, Any] | None = None
+    agreement: dict[str, Any] | None = None
 
 
 @dataclass(kw_only=True)
