@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from lamella.evaluate.confidence import Interval, log_capital
+from lamella.evaluate.confidence import Interval, guarantee, log_capital, rounded
 
 ALPHA = 0.05
 
@@ -93,6 +93,12 @@ def test_an_interval_is_symmetric_and_does_not_depend_on_the_order() -> None:
     found, mirrored, reversed_ = Interval.of(values), Interval.of(1 - values), Interval.of(values[::-1])
     assert (mirrored.lower, mirrored.upper) == pytest.approx((1 - found.upper, 1 - found.lower))
     assert (reversed_.lower, reversed_.upper) == pytest.approx((found.lower, found.upper))
+
+
+def test_the_guarantee_rounds_outwards() -> None:
+    agreement = vars(Interval(0.52399, 0.87301))
+    assert rounded(agreement) == ("52.3 %", "87.4 %")
+    assert guarantee(agreement).startswith("With 95 % confidence, the top token agrees on at least 52.3 % of positions")
 
 
 def test_a_verdict_needs_the_whole_interval_on_one_side() -> None:

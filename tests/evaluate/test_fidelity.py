@@ -14,7 +14,7 @@ from torch import LongTensor, Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from lamella.data import Prompts, load_text, windows
-from lamella.data.prompts import ANSWER, Prompt
+from lamella.data.prompts import ANSWER, ContinuedPrompt
 from lamella.errors import CalibrationError, NumericsError
 from lamella.evaluate import Estimate, Fidelity, FidelityTest, Interval
 from lamella.evaluate import fidelity as module
@@ -154,7 +154,9 @@ def test_a_test_that_ends_early_runs_no_further_sequences(stack: Stack, tokens: 
 def test_prompts_of_different_lengths_are_scored_after_each_of_them(stack: Stack, tokens: LongTensor) -> None:
     path = {"text": PhasedPath(prefill=list(range(6)), decode=KEPT)}
     view = apply(stack, Plan(model=ModelReference.of(stack), path=path))
-    prompts = Prompts([Prompt(tokens[0, :60], 10), Prompt(tokens[1, :33], 30), Prompt(tokens[2], 70)])
+    prompts = Prompts(
+        [ContinuedPrompt(tokens[0, :60], 10), ContinuedPrompt(tokens[1, :33], 30), ContinuedPrompt(tokens[2], 70)]
+    )
     alone = [FidelityTest(stack, ids[None], prompt=length).of(view) for ids, length in prompts]
     found = FidelityTest(stack, prompts).of(view)
     assert found.agreements == tuple(each.top1.mean for each in alone)
@@ -164,7 +166,7 @@ def test_prompts_of_different_lengths_are_scored_after_each_of_them(stack: Stack
 
 @torch.no_grad()
 def test_a_prompt_without_an_answer_is_answered_by_the_original(stack: Stack, tokens: LongTensor) -> None:
-    prompts = Prompts([Prompt(tokens[0, :20], 20)])
+    prompts = Prompts([ContinuedPrompt(tokens[0, :20], 20)])
     answer = stack.model.generate(tokens[:1, :20], max_new_tokens=ANSWER, do_sample=False)
     view = apply(stack, Plan(model=ModelReference.of(stack), drop=["layers.3"]))
     found = FidelityTest(stack, prompts).of(view)

@@ -9,9 +9,9 @@ from annotated_types import Ge, Gt, Lt
 from lamella.data import ImageText, Prompts, Text
 from lamella.errors import LamellaError, MethodError, PlanError
 from lamella.evaluate import FidelityTest
-from lamella.evaluate.confidence import CONFIDENCE, Interval, guarantee
+from lamella.evaluate.confidence import CONFIDENCE, Interval, guarantee, rounded
 from lamella.evaluate.tasks import open_tasks, score
-from lamella.formatting import counted, estimate, percent
+from lamella.formatting import counted, estimate
 from lamella.registry import command
 from lamella.report.figures import Figure, Lines
 from lamella.result import Evidence, Summary, Table
@@ -227,18 +227,19 @@ def _fidelities(found: dict[str, Any], data: dict[str, Any]) -> Summary:
 
 
 def _guaranteed(name: str, each: dict[str, Any], found: dict[str, Any]) -> str:
-    """Return the guarantee of a model, and whether the demanded agreement holds."""
+    """Return the guarantee of a model, or whether the demanded agreement holds."""
+    bounds = each["agreement"]
     if "verdict" not in each:
-        return f"{name}: {guarantee(each['agreement'])}"
-    demanded, bounds = percent(found["at_least"]), each["agreement"]
+        return f"{name}: {guarantee(bounds)}"
+    share, confidence, (lower, upper) = 100 * found["at_least"], 100 * bounds["confidence"], rounded(bounds)
     every = counted(found["available"], "sequence")
+    decided = f"{each['verdict']} after {each['sequences']:,} of {every}"
     if each["verdict"] == "undecided":
-        between = f"between {percent(bounds['lower'])} and {percent(bounds['upper'])}"
-        return (
-            f"{name}: agreement on at least {demanded} is undecided after all {every}, {between}: give a longer test."
-        )
-    after = f"{each['sequences']:,} of {every}"
-    return f"{name}: agreement on at least {demanded} {each['verdict']}, decided after {after}. {guarantee(bounds)}"
+        decided = f"is undecided after all {every}: give a longer test"
+    return (
+        f"{name}: agreement on at least {share:g} % of positions {decided}. With {confidence:g} % confidence it is "
+        f"between {lower} and {upper} (anytime-valid)."
+    )
 
 
 def _scores(found: dict[str, Any]) -> Summary:

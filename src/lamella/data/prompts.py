@@ -33,7 +33,7 @@ HINT = (
 ANSWER = 64  # maximum tokens that the original writes after a prompt without an answer
 
 
-class Prompt(NamedTuple):
+class ContinuedPrompt(NamedTuple):
     """A prompt with what follows it.
 
     Attributes:
@@ -45,7 +45,7 @@ class Prompt(NamedTuple):
     length: int
 
 
-class Prompts(Rows[Prompt]):
+class Prompts(Rows[ContinuedPrompt]):
     """Prompts of any lengths, each with what follows it; rows are read and tokenized on access.
 
     A conversation is a prompt up to its last answer, in the model's chat template; nothing follows one that ends with a
@@ -66,7 +66,7 @@ class Prompts(Rows[Prompt]):
 
     def __init__(
         self,
-        items: Sequence[Prompt],
+        items: Sequence[ContinuedPrompt],
         tokenizer: Any = None,
         metadata: Mapping[str, Any] | None = None,
         opened: Any = None,
@@ -146,7 +146,7 @@ def _parsed(row: Any, where: str) -> ChatExample | str:
     raise CalibrationError(f"{where} holds neither a prompt nor a text: {HINT}")
 
 
-def _tokenized(file: RowFile, tokenizer: Any, max_length: int, line: tuple[int, int, int]) -> Prompt:
+def _tokenized(file: RowFile, tokenizer: Any, max_length: int, line: tuple[int, int, int]) -> ContinuedPrompt:
     number, row = file.read(line)
     where = f"{file.path} line {number}"
     found = _parsed(row, where)
@@ -154,7 +154,7 @@ def _tokenized(file: RowFile, tokenizer: Any, max_length: int, line: tuple[int, 
         ids = tokenizer(found, verbose=False)["input_ids"][:max_length]
         if len(ids) < 2:
             raise CalibrationError(f"{where} is a text of {len(ids)} tokens: give at least 2")
-        return Prompt(torch.tensor(ids), max(1, len(ids) // 4))
+        return ContinuedPrompt(torch.tensor(ids), max(1, len(ids) // 4))
     question, answer = found.tokenized_by(tokenizer)
     room = max_length - len(question)
     if room < (1 if found.answer else ANSWER):
@@ -162,4 +162,4 @@ def _tokenized(file: RowFile, tokenizer: Any, max_length: int, line: tuple[int, 
             f"{where} has a prompt of {len(question)} tokens, too long for {max_length} with its answer: leave it out, "
             "or give a larger max_length"
         )
-    return Prompt(torch.tensor([*question, *answer[:room]] if found.answer else question), len(question))
+    return ContinuedPrompt(torch.tensor([*question, *answer[:room]] if found.answer else question), len(question))

@@ -80,16 +80,26 @@ class Interval:
 
 
 def guarantee(agreement: Mapping[str, Any]) -> str:
-    """Return what an interval guarantees, as a sentence whose percentage is rounded down.
+    """Return what an interval guarantees, as a sentence.
 
     Args:
         agreement: an :class:`Interval` of the evidence.
     """
-    confidence, least = 100 * agreement["confidence"], math.floor(1000 * agreement["lower"]) / 10
+    confidence, (least, _) = 100 * agreement["confidence"], rounded(agreement)
     return (
-        f"With {confidence:g} % confidence, the top token agrees on at least {least:g} % of positions in "
-        "sequences like those of the test (anytime-valid)."
+        f"With {confidence:g} % confidence, the top token agrees on at least {least} of positions in sequences like "
+        "those of the test (anytime-valid)."
     )
+
+
+def rounded(agreement: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the bounds of an interval in percent, rounded outwards.
+
+    Args:
+        agreement: an :class:`Interval` of the evidence.
+    """
+    lower, upper = math.floor(1000 * agreement["lower"]) / 10, math.ceil(1000 * agreement["upper"]) / 10
+    return f"{lower:g} %", f"{upper:g} %"
 
 
 def log_capital(values: np.ndarray, mean: float) -> np.ndarray:
