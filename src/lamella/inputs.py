@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -251,11 +252,11 @@ class Opening:
             return shown.part("test", SEED, ROWS)
         assert self.model is not None
         *_, last = self.model.stacks.values()
-        longest = int(getattr(last.config, "max_position_embeddings", None) or LONGEST)
+        longest = int(getattr(last.config, "max_position_embeddings", None) or sys.maxsize)
         if Prompts.fits(self.model, value):
-            settings = {"prompts": ROWS} | more
-            most = min(settings.pop("max_length", LONGEST), longest)
-            return Prompts.open(value, context, max_length=most, **settings)
+            settings = {"prompts": ROWS, "max_length": LONGEST} | more
+            settings["max_length"] = min(settings["max_length"], longest)
+            return Prompts.open(value, context, **settings)
         return Text.open(value or TEST, context, sequences=sequences, length=min(length, longest))
 
     def tokenizer(self) -> Any:
