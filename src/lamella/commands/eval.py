@@ -9,7 +9,7 @@ from annotated_types import Ge, Gt, Lt
 from lamella.data import ImageText, Prompts, Text
 from lamella.errors import LamellaError, MethodError, PlanError
 from lamella.evaluate import FidelityTest
-from lamella.evaluate.confidence import CONFIDENCE, Interval, guarantee, rounded
+from lamella.evaluate.confidence import CONFIDENCE, Interval, guarantee, in_percent, rounded
 from lamella.evaluate.tasks import open_tasks, score
 from lamella.formatting import counted, estimate
 from lamella.registry import command
@@ -231,13 +231,14 @@ def _guaranteed(name: str, each: dict[str, Any], found: dict[str, Any]) -> str:
     bounds = each["agreement"]
     if "verdict" not in each:
         return f"{name}: {guarantee(bounds)}"
-    share, confidence, (lower, upper) = 100 * found["at_least"], 100 * bounds["confidence"], rounded(bounds)
+    share, confidence = in_percent(found["at_least"]), in_percent(bounds["confidence"])
+    lower, upper = rounded(bounds)
     every = counted(found["available"], "sequence")
     decided = f"{each['verdict']} after {each['sequences']:,} of {every}"
     if each["verdict"] == "undecided":
         decided = f"is undecided after all {every}: give a longer test"
     return (
-        f"{name}: agreement on at least {share:g} % of positions {decided}. With {confidence:g} % confidence it is "
+        f"{name}: agreement on at least {share} of positions {decided}. With {confidence} confidence it is "
         f"between {lower} and {upper} (anytime-valid)."
     )
 

@@ -36,6 +36,8 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.special import logsumexp
 
+from lamella.formatting import percent
+
 CONFIDENCE = 0.95
 STAKES = 0.5 ** np.arange(16)  # fractions c of the capital at stake; each of them bets half of its own share of it
 LOWEST = 1e-9  # lower bounds below it are 0
@@ -85,10 +87,10 @@ def guarantee(agreement: Mapping[str, Any]) -> str:
     Args:
         agreement: an :class:`Interval` of the evidence.
     """
-    confidence, (least, _) = 100 * agreement["confidence"], rounded(agreement)
+    confidence, (least, _) = in_percent(agreement["confidence"]), rounded(agreement)
     return (
-        f"With {confidence:g} % confidence, the top token agrees on at least {least} of positions in sequences like "
-        "those of the test (anytime-valid)."
+        f"With {confidence} confidence, the top token agrees on at least {least} of positions in sequences like those "
+        "of the test (anytime-valid)."
     )
 
 
@@ -98,8 +100,17 @@ def rounded(agreement: Mapping[str, Any]) -> tuple[str, str]:
     Args:
         agreement: an :class:`Interval` of the evidence.
     """
-    lower, upper = math.floor(1000 * agreement["lower"]) / 10, math.ceil(1000 * agreement["upper"]) / 10
-    return f"{lower:g} %", f"{upper:g} %"
+    lower, upper = math.floor(1000 * agreement["lower"]) / 1000, math.ceil(1000 * agreement["upper"]) / 1000
+    return in_percent(lower), in_percent(upper)
+
+
+def in_percent(share: float) -> str:
+    """Format a share in percent, with a decimal only where it is needed, such as ``95 %`` or ``52.3 %``.
+
+    Args:
+        share: the share.
+    """
+    return percent(share).replace(".0 %", " %")
 
 
 def log_capital(values: np.ndarray, mean: float) -> np.ndarray:
