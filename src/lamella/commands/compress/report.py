@@ -9,7 +9,7 @@ from lamella import formatting
 from lamella.commands.compress import beside, tasks
 from lamella.report.drawing import STRIPED, StackDrawing, shade
 from lamella.report.figures import Figure, Points, Scatter
-from lamella.report.healing import ROWS, training
+from lamella.report.healing import ROWS, corrections, training
 from lamella.report.page import finite, render_page
 
 COSTS = (
@@ -78,6 +78,7 @@ def render(evidence: dict[str, Any]) -> str:
         axes=_axes(evidence),
         facts=_facts(evidence),
         rows=ROWS,
+        corrections=corrections,
         phased=any(sublayer in STRIPED for layer in layers for sublayer in layer.values()),
         deciding=any(sublayer == "some" for layer in layers for sublayer in layer.values()),
     )
