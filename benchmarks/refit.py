@@ -5,7 +5,7 @@ time the model is healed by distillation as in `lamella compress`, or first refi
 what remains of the time. The CPU time of a step is measured beforehand and determines the number of steps. Every random
 seed draws its own text for both, and the two are compared seed by seed, on kinds of text that are not trained on.
 
-    python benchmarks/refit.py            # about 50 minutes on one core; resumes after an interruption
+    python benchmarks/refit.py            # about 20 minutes on one core; resumes after an interruption
     python benchmarks/refit.py --quick    # a few steps of each
 """
 
@@ -42,7 +42,7 @@ CUTS = {
     "nine layers": [3, 12, 13, 14, 15, 16, 17, 25, 26],  # as in heal.py
     "seven layers": [12, 13, 14, 15, 16, 17, 18],  # as in peers.py
 }
-RUNS = [("nine layers", 120), ("seven layers", 120)]  # and CPU seconds of healing
+RUNS = [("nine layers", 60), ("seven layers", 60)]  # and CPU seconds of healing
 SEEDS = (0, 1, 2)
 SEQUENCES = 8  # of the text that is fitted
 MORE = (16, 64)  # for comparison, with the first seed
@@ -108,17 +108,24 @@ def main() -> int:
         steps = partial(distilled, stack, stack, plan, texts[seeds[0]], STEPS_MEASURED, 0)
         return min(timed(steps)[1] for _ in range(2)) / STEPS_MEASURED
 
-    def arm(plan: Plan, seed: int, cost: float, seconds: float, sequences: int) -> dict[str, Any]:
-        """Refit on some sequences, if there are any, and distil for the rest of the time."""
-        start, spent, sites = stack, 0.0, []
-        if sequences:
-            fitted, spent = timed(partial(refit, stack, plan, texts[seed][:sequences]))
-            start, sites = fitted.stack, fitted.findings["refit"]
-        steps = round((seconds - spent) / cost)
-        if steps <= 0:
-            return {"seconds": spent, "steps": 0, "kl": reached(lamella.apply(start, plan)), "sites": sites}
-        healed, more = timed(partial(distilled, stack, start, plan, texts[seed], steps, seed))
-        return {"seconds": spent + more, "steps": steps, "kl": reached(healed.view), "sites": sites}
+    def healed_in(plan: Plan, seed: int, cost: float, seconds: float) -> dict[str, Any]:
+        """Distil for some CPU seconds."""
+        steps = round(seconds / cost)
+        healed, spent = timed(partial(distilled, stack, stack, plan, texts[seed], steps, seed))
+        return {"seconds": spent, "steps": steps, "kl": reached(healed.view)}
+
+    def refitted(plan: Plan, seed: int, sequences: int) -> tuple[Healed, dict[str, Any]]:
+        """Refit on some sequences."""
+        fitted, spent = timed(partial(refit, stack, plan, texts[seed][:sequences]))
+        sites = fitted.findings["refit"]
+        return fitted, {"seconds": spent, "steps": 0, "kl": reached(fitted.view), "sites": sites}
+
+    def refitted_and_healed_in(plan: Plan, seed: int, cost: float, seconds: float) -> list[dict[str, Any]]:
+        """Refit, and distil for the rest of some CPU seconds; return what is reached after each."""
+        fitted, alone = refitted(plan, seed, SEQUENCES)
+        steps = round((seconds - alone["seconds"]) / cost)
+        healed, spent = timed(partial(distilled, stack, fitted.stack, plan, texts[seed], steps, seed))
+        return [alone, {"seconds": alone["seconds"] + spent, "steps": steps, "kl": reached(healed.view)}]
 
     record = Record(
         "refit",
@@ -130,17 +137,13 @@ def main() -> int:
         plan = plans[name]
         cost = finished.once(f"{name}, cost of a step", partial(cost_of_a_step, plan))
         before = finished.once(f"{name}, cut", partial(lambda plan: reached(lamella.apply(stack, plan)), plan))
-        arms = {
-            f"refit on {SEQUENCES} sequences": (0.0, SEQUENCES),
-            "distillation": (seconds, 0),
-            "refit, then distillation": (seconds, SEQUENCES),
-        }
-        found: dict[str, list[dict[str, Any]]] = {}
+        found: dict[str, list[dict[str, Any]]] = {"refit": [], "distillation": [], "refit, then distillation": []}
         for seed in seeds:
-            for label, (time_given, sequences) in arms.items():
-                key = f"{name}, {time_given:g} s, {sequences} sequences, seed {seed}"
-                run = partial(arm, plan, seed, cost, time_given, sequences)
-                found.setdefault(label, []).append(finished.once(key, run))
+            about, given = f"{name}, {seconds} s, seed {seed}", (plan, seed, cost, seconds)
+            found["distillation"].append(finished.once(about, partial(healed_in, *given)))
+            both = finished.once(f"{about}, refitted first", partial(refitted_and_healed_in, *given))
+            found["refit"].append(both[0])
+            found["refit, then distillation"].append(both[1])
         rows = [["cut", 0, 0, *before.values()]]
         for label, each in found.items():
             kl = [spread([one["kl"][text] for one in each]) for text in tests]
@@ -149,7 +152,7 @@ def main() -> int:
         columns = ["", "CPU seconds", "steps", *(f"KL on {text}, nats" for text in tests)]
         record.table(f"{name.capitalize()} removed, {seconds} CPU seconds; mean ± s. d. over seeds", columns, rows)
         sites: dict[str, list[dict[str, Any]]] = {}
-        for one in found[f"refit on {SEQUENCES} sequences"]:
+        for one in found["refit"]:
             for site in one["sites"]:
                 sites.setdefault(site["site"], []).append(site)
         rows = [
@@ -176,19 +179,19 @@ def main() -> int:
                 spread(gains),
                 True if wins else False if loses else None,
             )
-            refitted = max(one["kl"][text] for one in found[f"refit on {SEQUENCES} sequences"])
+            alone = max(one["kl"][text] for one in found["refit"])
             record.check(
                 f"KL on {text} without {name}, refit alone",
                 "below that of the cut",
-                f"{refitted:.3f} / {before[text]:.3f}",
-                refitted < before[text],
+                f"{alone:.3f} / {before[text]:.3f}",
+                alone < before[text],
             )
     if not quick:
         rows = []
         for sequences in (SEQUENCES, *MORE):
             name = runs[0][0]
-            run = partial(arm, plans[name], seeds[0], 1.0, 0.0, sequences)
-            one = finished.once(f"{name}, 0 s, {sequences} sequences, seed {seeds[0]}", run)
+            run = partial(lambda *given: refitted(*given)[1], plans[name], seeds[0], sequences)
+            one = finished.once(f"{name}, {sequences} sequences", run)
             rows.append([sequences, one["seconds"], *one["kl"].values()])
         columns = ["sequences", "CPU seconds", *(f"KL on {text}, nats" for text in tests)]
         record.table(f"Refit alone, by the amount of text, {runs[0][0]} removed, random seed {seeds[0]}", columns, rows)

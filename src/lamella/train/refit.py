@@ -82,8 +82,13 @@ class LeastSquares:
 
     def __add__(self, other: LeastSquares) -> LeastSquares:
         """Return the sums over the tokens of both."""
-        sums = (getattr(self, name) + getattr(other, name) for name in ("gram", "cross", "squares", "total"))
-        return LeastSquares(*sums, self.biased)
+        return LeastSquares(
+            self.gram + other.gram,
+            self.cross + other.cross,
+            self.squares + other.squares,
+            self.total + other.total,
+            self.biased,
+        )
 
     def solve(self, ridge: float) -> Tensor:
         """Return D, transposed [in, out]; the last row is that of a bias.
@@ -111,7 +116,7 @@ class LeastSquares:
 
 
 @dataclass(frozen=True)
-class Gap:
+class PlanGap:
     """Where a plan leaves something out.
 
     Attributes:
@@ -123,7 +128,7 @@ class Gap:
     behind: Position
 
 
-def gaps_of(stack: Stack, plan: Plan, *, parallel: bool = False) -> list[Gap]:
+def gaps_of(stack: Stack, plan: Plan, *, parallel: bool = False) -> list[PlanGap]:
     """Return the gaps of a plan, in the order in which they run.
 
     Args:
@@ -135,7 +140,10 @@ def gaps_of(stack: Stack, plan: Plan, *, parallel: bool = False) -> list[Gap]:
     Raises:
         MethodError: for a plan that repeats or moves layers, or only removes the first ones.
     """
-    kept, widths, first = plan.running("sublayers"), plan.widths, stack.architecture.names[0]
+    chain, widths, first = plan.chain(stack.stack), plan.widths, stack.architecture.names[0]
+    if not chain.in_order:
+        raise MethodError("refit: this plan repeats or moves layers, which leaves no gap to correct: train instead")
+    kept = set(stack.positions) - chain.skipped - stack.dropped
     narrower = {(layer, "mlp") for layer in widths.channels} | {(layer, "attn") for layer in widths.heads}
     found: dict[Position, Position] = {}
     site = None
@@ -145,11 +153,11 @@ def gaps_of(stack: Stack, plan: Plan, *, parallel: bool = False) -> list[Gap]:
                 site = position
                 if site in narrower or widths.hidden is not None:
                     found[site] = stack.after(site)
-            elif site is not None:
+            elif site is not None and position in chain.skipped:
                 found[site] = Position(position.layer + 1, first) if parallel else stack.after(position)
-    if not found and len(kept) < len(stack.positions):
+    if chain.skipped and not found:
         raise MethodError("refit: nothing is left in front of the removed sublayers: train instead")
-    return [Gap(*each) for each in found.items()]
+    return [PlanGap(*each) for each in found.items()]
 
 
 @torch.no_grad()
@@ -210,7 +218,7 @@ def refit(stack: Stack, plan: Plan, tokens: Tokens, *, ridges: Sequence[float] =
 
 
 @dataclass
-class _Row:
+class _SequenceRun:
     """A sequence on its way through both models.
 
     Attributes:
@@ -237,29 +245,29 @@ class _Models:
         self.pruned = Stack(share(alter_stack(stack, plan).model), name=stack.name, stack=stack.stack)
         self.skipped = plan.chain(stack.stack).skipped
 
-    def start(self, inputs: Mapping[str, Tensor]) -> _Row:
+    def start(self, inputs: Mapping[str, Tensor]) -> _SequenceRun:
         """Return a sequence before the first sublayer."""
         inputs = {name: each.to(self.stack.device) for name, each in inputs.items()}
         contexts = self.stack.context(inputs), self.pruned.context(inputs)
-        return _Row(contexts, (contexts[0].h, contexts[1].h), (self.stack.positions[0],) * 2)
+        return _SequenceRun(contexts, (contexts[0].h, contexts[1].h), (self.stack.positions[0],) * 2)
 
-    def are_parallel(self, row: _Row) -> bool:
+    def are_parallel(self, row: _SequenceRun) -> bool:
         """Return whether the sublayers of a layer have the same input."""
         context, first = row.contexts[0], self.stack.positions[0]
         return isinstance(self.stack.run(context.h, first, self.stack.after(first), context), Parallel)
 
-    def run_to(self, gap: Gap, row: _Row) -> None:
+    def run_to(self, gap: PlanGap, row: _SequenceRun) -> None:
         """Run the original to behind a gap, and the pruned model to before the sublayer in front of it."""
         y = self.stack.run(row.hidden[0], row.at[0], gap.behind, row.contexts[0])
         h = self.pruned.run(row.hidden[1], row.at[1], gap.site, row.contexts[1], self.skipped)
         self.stack.check_finite(gap.site, y)
         row.hidden, row.at = (y, h), (gap.behind, gap.site)
 
-    def run_site(self, gap: Gap, row: _Row) -> Tensor:
+    def run_site(self, gap: PlanGap, row: _SequenceRun) -> Tensor:
         """Return the residual stream of the pruned model behind a gap [1, time, hidden]."""
         return join(self.pruned.run(row.hidden[1], gap.site, self.pruned.after(gap.site), row.contexts[1]))
 
-    def linear_at(self, gap: Gap, row: _Row) -> tuple[str, nn.Linear | Conv1D]:
+    def linear_at(self, gap: PlanGap, row: _SequenceRun) -> tuple[str, nn.Linear | Conv1D]:
         """Return the linear layer that writes the result of a sublayer to the residual stream, and its path.
 
         Raises:
@@ -272,18 +280,18 @@ class _Models:
             run = partial(self.run_site, gap, row)
             silent = _with_output(linear, torch.zeros_like, run)
             twice = _with_output(linear, silent.reshape_as, run)  # the residual stream is added to itself
-            if float((twice - 2 * silent).norm()) <= SLIGHT * float(silent.norm()):
+            if float((twice.double() - 2 * silent.double()).norm()) <= SLIGHT * float(silent.double().norm()):
                 return f"{architecture.prefix}{gap.site.layer}.{out}", linear
         raise MethodError(
-            f"refit: {gap.site.site} of {self.stack.name} does not end in a linear layer that adds to the residual "
-            "stream: train instead"
+            f"refit: {gap.site.site} of {self.stack.name} does not end in a linear layer that adds to the "
+            "residual stream: train instead"
         )
 
-    def sums(self, gap: Gap, linear: nn.Module, rows: Sequence[_Row]) -> LeastSquares:
+    def sums(self, gap: PlanGap, linear: nn.Module, rows: Sequence[_SequenceRun]) -> LeastSquares:
         """Return the least-squares problem of a gap on some sequences, without padding."""
         return reduce(add, (self._sums_of(gap, linear, row) for row in rows))
 
-    def _sums_of(self, gap: Gap, linear: nn.Module, row: _Row) -> LeastSquares:
+    def _sums_of(self, gap: PlanGap, linear: nn.Module, row: _SequenceRun) -> LeastSquares:
         inputs: list[Tensor] = []
         hook = linear.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
         h = self.run_site(gap, row)
