@@ -86,6 +86,12 @@ def test_an_infinite_ridge_corrects_nothing_and_a_large_one_hardly_anything() ->
     assert float(sums.solve(1e9).abs().max()) < 1e-6
 
 
+def test_inputs_that_are_always_zero_leave_nothing_to_correct() -> None:
+    zeros, ones = torch.zeros(20, 4), torch.ones(20, 3)
+    sums = LeastSquares.of(zeros, ones, ones, torch.ones(20))
+    assert not sums.solve(1e-3).any() and sums.error(sums.solve(1e-3)) == pytest.approx(1)
+
+
 # Gaps
 
 

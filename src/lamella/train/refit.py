@@ -102,7 +102,7 @@ class LeastSquares:
         gram, diagonal = self.gram.clone(), self.gram.diagonal()
         inputs = len(diagonal) - self.biased
         penalty = torch.cat([diagonal[:inputs].mean().expand(inputs), diagonal[inputs:]])
-        gram.diagonal().add_(ridge * penalty)
+        gram.diagonal().add_(ridge * penalty.clamp(min=torch.finfo(penalty.dtype).tiny))  # inputs may all be 0
         return torch.cholesky_solve(self.cross, torch.linalg.cholesky(gram))
 
     def error(self, correction: Tensor) -> float:
