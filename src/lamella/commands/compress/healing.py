@@ -33,7 +33,7 @@ UNSEEN_SECONDS = 45.0  # time limit for measuring them; the first is always meas
 TOKENS = 256  # in a block
 BATCH = 4  # blocks in a step
 ROWS = 256  # maximum number of rows of images with text
-FITTED = 8  # blocks or rows for a refit; more text takes longer and makes no model better
+FITTED = 8  # blocks or rows for a refit, as in benchmarks/refit.py
 RECIPE = 64  # blocks or rows for a method's own recipe
 # Chosen by trials on SmolLM2: adapters beat full training in the same number of steps at the same cost, and need no
 # memory for gradients and optimizer state of the frozen weights.
