@@ -8,9 +8,11 @@ from annotated_types import Ge
 
 from lamella.data import ImageText, Text
 from lamella.errors import LamellaError, PlanError
-from lamella.evaluate import FidelityTest
+from lamella.evaluate import ByteLoss, FidelityTest
 from lamella.evaluate.tasks import open_tasks, score
 from lamella.formatting import counted, estimate
+from lamella.plan import Plan
+from lamella.plan.tokenizer import cut_tokenizer
 from lamella.registry import command
 from lamella.result import Evidence, Summary, Table
 from lamella.results import Study
@@ -30,7 +32,11 @@ class Evaluation(Study):
     def summary(cls, evidence: Evidence) -> Summary:
         """Summarise the fidelities or scores in a table."""
         found = evidence.findings
-        return _scores(found) if "scores" in found else _fidelities(found, evidence.data["test"])
+        if "scores" in found:
+            return _scores(found)
+        if "per_byte" in found:
+            return _per_byte(found, evidence.data["test"])
+        return _fidelities(found, evidence.data["test"])
 
 
 @command("eval", verb="eval", on="any", brief={"sequences": 2, "length": 16})
@@ -53,7 +59,8 @@ def evaluate(
     Fidelity: KL divergence, top-1 agreement and perplexity on a text, with standard errors over sequences. With tasks
     instead: the scores of the original and of changed models, with standard errors over questions, and paired
     differences, which are more precise since all models answer the same questions. Dynamic plans are scored as they
-    generate: full depth on the prompt, reduced depth after it.
+    generate: full depth on the prompt, reduced depth after it. Models with other tokens, such as those of a smaller
+    vocabulary, predict other things, so all models are compared by their loss per byte of the text.
 
     Example: lamella eval smollm2 plan.json --test gsm8k
     lamella eval smollm2 smaller --tasks definitions
@@ -75,7 +82,7 @@ def evaluate(
         seed: random seed of the order of few-shot examples.
 
     Returns:
-        Fidelities by name, or scores by name.
+        Fidelities, losses per byte, or scores by name.
 
     Raises:
         PlanError: if there is nothing to compare.
@@ -86,12 +93,13 @@ def evaluate(
         return _scored(model, changed, tasks, options | {"run_generated_code": run_generated_code, "seed": seed})
     original = model.running
     judge = test.part("whole") if whole else test
-    fidelity = FidelityTest(original, judge.tokens if isinstance(judge, Text) else judge)
-    results = {each.name: fidelity.of(model.view(each.name)).as_dict() for each in changed}
-    cut = judge.source.cut if isinstance(judge, Text) else ""
-    return Evaluation(
-        findings={"model": original.name, "cut": cut, "results": results}, data={"test": judge.describe()}
-    )
+    findings = {"model": original.name, "cut": judge.source.cut if isinstance(judge, Text) else ""}
+    if isinstance(judge, Text) and (losses := _byte_losses(model, judge, changed)):
+        findings["per_byte"] = losses
+    else:
+        fidelity = FidelityTest(original, judge.tokens if isinstance(judge, Text) else judge)
+        findings["results"] = {each.name: fidelity.of(model.view(each.name)).as_dict() for each in changed}
+    return Evaluation(findings=findings, data={"test": judge.describe()})
 
 
 def check_options(
@@ -117,6 +125,17 @@ def check_options(
         raise PlanError("nothing to compare: give plan files, folders or models, or tasks")
 
 
+def _byte_losses(model: SavedModel, test: Text, changed: tuple[ComparedModel, ...]) -> dict[str, dict[str, Any]]:
+    """Return the loss per byte of all models by name; nothing if all have the original's tokens."""
+    tokenizers = {each.name: _tokenizer(each.name, test.tokenizer) for each in changed}
+    if all(each.get_vocab() == test.tokenizer.get_vocab() for each in tokenizers.values()):
+        return {}
+    losses = {model.running.name: ByteLoss.of(model.running.model, test.tokenizer, test.strings).as_dict()}
+    for name, tokenizer in tokenizers.items():
+        losses[name] = ByteLoss.of(model.view(name), tokenizer, test.strings).as_dict()
+    return losses
+
+
 def _scored(
     model: SavedModel, changed: tuple[ComparedModel, ...], tasks: tuple[str, ...], options: dict[str, Any]
 ) -> Evaluation:
@@ -138,9 +157,10 @@ def _scored(
 
 
 def _tokenizer(changed: str, original: Any) -> Any:
-    """Return the tokenizer of a changed model: for a plan, or a folder without a tokenizer, the original's."""
+    """Return the tokenizer of a changed model: of a plan what it keeps of the original's, which others may lack."""
     if names_plan(changed):
-        return original
+        kept = Plan.read(changed).vocab
+        return original if kept is None else cut_tokenizer(original, kept)
     try:
         return open_tokenizer(changed)
     except LamellaError:
@@ -158,6 +178,15 @@ def _fidelities(found: dict[str, Any], data: dict[str, Any]) -> Summary:
     title = f"{first['positions']} tokens in {counted(first['sequences'], 'sequence')}, ± standard error"
     columns = ["model", "KL, nats", "same top token", "perplexity"]
     return Summary(f"Fidelity to {found['model']} on {where}.", [Table(title, columns, rows)])
+
+
+def _per_byte(found: dict[str, Any], data: dict[str, Any]) -> Summary:
+    first = found["per_byte"][found["model"]]
+    rows = [[name, estimate(each["loss"]), each["length"]] for name, each in found["per_byte"].items()]
+    title = f"{first['bytes']} bytes in {counted(first['texts'], 'text')}, ± standard error"
+    where = f"{found['cut']} of {data['data']}" if found["cut"] else data["data"]
+    columns = ["model", "loss, nats per byte", "tokens per byte"]
+    return Summary(f"Models with different tokens on {where}.", [Table(title, columns, rows)])
 
 
 def _scores(found: dict[str, Any]) -> Summary:

@@ -152,8 +152,18 @@ class FidelityTest:
 
     @torch.no_grad()
     def of(self, view: Any) -> Fidelity:
-        """Return the fidelity of a view (or of any model with the same vocabulary) to the original."""
+        """Return the fidelity of a view (or of any model with the same vocabulary) to the original.
+
+        Raises:
+            ArchitectureError: for a model with another number of tokens.
+        """
         changed = self._of(view)
+        tokens, others = (getattr(each.config, "vocab_size", None) for each in (self.stack, changed))
+        if tokens != others:
+            raise ArchitectureError(
+                f"the changed model has {others} tokens and {self.stack.name} {tokens}, so they cannot be compared "
+                "token by token: compare their loss per byte with `lamella eval`"
+            )
         sequences = 1 + max(question.sequence for question in self._questions)
         sums = torch.zeros(5, sequences, dtype=torch.float64)
         scored, eligible = torch.zeros(2, sequences, dtype=torch.float64)

@@ -97,6 +97,11 @@ class PlanSeries(Result):
             points.append(Point(drop=model.sites({model.default: gone}), scores=dict(next(measured))))
         return cls(model=model, points=points, provenance=provenance)
 
+    @property
+    def renames_tokens(self) -> bool:
+        """Whether one of its plans renames tokens; see :attr:`lamella.plan.Plan.renames_tokens`."""
+        return any(plan.renames_tokens for plan in self)
+
     def __len__(self) -> int:
         return len(self.points)
 
