@@ -93,7 +93,7 @@ def evaluate(
         return _scored(model, changed, tasks, options | {"run_generated_code": run_generated_code, "seed": seed})
     original = model.running
     judge = test.part("whole") if whole else test
-    findings = {"model": original.name, "cut": judge.source.cut if isinstance(judge, Text) else ""}
+    findings: dict[str, Any] = {"model": original.name, "cut": judge.source.cut if isinstance(judge, Text) else ""}
     if isinstance(judge, Text) and (losses := _byte_losses(model, judge, changed)):
         findings["per_byte"] = losses
     else:
@@ -130,9 +130,11 @@ def _byte_losses(model: SavedModel, test: Text, changed: tuple[ComparedModel, ..
     tokenizers = {each.name: _tokenizer(each.name, test.tokenizer) for each in changed}
     if all(each.get_vocab() == test.tokenizer.get_vocab() for each in tokenizers.values()):
         return {}
-    losses = {model.running.name: ByteLoss.of(model.running.model, test.tokenizer, test.strings).as_dict()}
+    base = ByteLoss.of(model.running.model, test.tokenizer, test.strings)
+    losses = {model.running.name: base.as_dict()}
     for name, tokenizer in tokenizers.items():
-        losses[name] = ByteLoss.of(model.view(name), tokenizer, test.strings).as_dict()
+        found = ByteLoss.of(model.view(name), tokenizer, test.strings)
+        losses[name] = found.as_dict() | {"difference": vars(found.since(base))}
     return losses
 
 
@@ -182,10 +184,13 @@ def _fidelities(found: dict[str, Any], data: dict[str, Any]) -> Summary:
 
 def _per_byte(found: dict[str, Any], data: dict[str, Any]) -> Summary:
     first = found["per_byte"][found["model"]]
-    rows = [[name, estimate(each["loss"]), each["length"]] for name, each in found["per_byte"].items()]
+    rows = [
+        [name, estimate(each["loss"]), estimate(each["difference"]) if "difference" in each else "", each["length"]]
+        for name, each in found["per_byte"].items()
+    ]
     title = f"{first['bytes']} bytes in {counted(first['texts'], 'text')}, ± standard error"
     where = f"{found['cut']} of {data['data']}" if found["cut"] else data["data"]
-    columns = ["model", "loss, nats per byte", "tokens per byte"]
+    columns = ["model", "loss, nats per byte", "against the original", "tokens per byte"]
     return Summary(f"Models with different tokens on {where}.", [Table(title, columns, rows)])
 
 

@@ -11,7 +11,7 @@ from annotated_types import Ge, Gt, Le, MinLen
 from lamella.data import ImageText, Text
 from lamella.errors import MethodError, PlanError
 from lamella.evaluate import ByteLoss, cost
-from lamella.formatting import counted
+from lamella.formatting import counted, number, percent
 from lamella.plan import ModelReference, Plan, PlanSeries, Point, SeriesEvidence
 from lamella.plan.tokenizer import Merges, cut_tokenizer, settings_of
 from lamella.registry import command
@@ -61,7 +61,7 @@ def vocab(
     counts = count_tokens(calibration)
     order = sorted(set(tokenizer.get_vocab().values()), key=lambda token: (-counts[token], token))
     if keep:
-        vocabularies = [within(merges, order, number) for number in sorted(keep, reverse=True)]
+        vocabularies = [within(merges, order, size) for size in sorted(keep, reverse=True)]
     else:
         vocabularies = [covering(merges, order, counts, share) for share in sorted(coverage, reverse=True)]
     plans = [Plan(model=reference), *(Plan(model=reference, width={"vocab": kept}) for kept in vocabularies)]
@@ -83,23 +83,23 @@ def count_tokens(text: Text) -> Counter[int]:
     )
 
 
-def within(merges: Merges, order: Sequence[int], number: int) -> list[int]:
+def within(merges: Merges, order: Sequence[int], size: int) -> list[int]:
     """Return a vocabulary of at most this many tokens, ascending.
 
     Args:
         merges: the tokenizer.
         order: its tokens, the most important first.
-        number: the maximum number of tokens.
+        size: the maximum number of tokens.
 
     Raises:
         PlanError: if every text needs more.
     """
     kept = set(merges.always)
-    if number < len(kept):
-        raise PlanError(f"keep {number}: bytes and special tokens alone are {len(kept)} tokens: keep more")
+    if size < len(kept):
+        raise PlanError(f"keep {size}: bytes and special tokens alone are {len(kept)} tokens: keep more")
     for token in order:
         parts = merges.parts(token) - kept
-        if len(kept) + len(parts) > number:
+        if len(kept) + len(parts) > size:
             break
         kept |= parts
     return sorted(kept)
@@ -153,21 +153,20 @@ def summary(evidence: Evidence) -> Summary:
     found, scores = evidence.findings, [point["scores"] for point in evidence.points]
     rows = [
         [
-            number,
-            f"{each['tokens']:.0f}",
-            f"{each['coverage']:.2%}",
-            f"{each['parameters']:.1%}",
-            each["loss"],
-            each["loss on the test"],
-            each["tokens per byte of the test"],
+            index,
+            f"{each['tokens']:,.0f}",
+            percent(each["coverage"], 2),
+            percent(each["parameters"]),
+            number(each["loss"]),
+            number(each["loss on the test"]),
+            number(each["tokens per byte of the test"]),
         ]
-        for number, each in enumerate(scores)
+        for index, each in enumerate(scores)
     ]
-    whole, last = scores[0], scores[-1]
-    verdict = (
-        f"{last['tokens']:.0f} of {whole['tokens']:.0f} tokens cover {last['coverage']:.2%} of "
-        f"{evidence.data['calibration']['data']}, with {last['parameters']:.1%} of the parameters."
-    )
-    title = f"{counted(found['counted'], 'token')} counted, {found['distinct']} distinct; losses in nats per byte"
+    verdict = f"{evidence.method} has made {counted(len(scores), 'plan')}, starting with the whole model"
+    if scores:
+        kept = counted(round(scores[-1]["tokens"]), "token")
+        verdict += f"; the last keeps {kept} and {percent(scores[-1]['parameters'])} of the parameters"
+    title = f"{counted(found['counted'], 'token')} counted, {found['distinct']:,} distinct; losses in nats per byte"
     columns = ["plan", "tokens", "coverage", "parameters", "loss", "loss on the test", "tokens per byte there"]
-    return Summary(verdict, [Table(title, columns, rows)])
+    return Summary(f"{verdict}.", [Table(title, columns, rows)])

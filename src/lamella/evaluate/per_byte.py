@@ -9,7 +9,7 @@ byte counts for every model.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,16 +26,14 @@ class ByteLoss:
     """The loss of a model per byte of some texts.
 
     Attributes:
-        loss: nats per byte, the mean over texts.
+        losses: nats per byte of each text.
         length: tokens per byte.
         bytes: number of bytes of all texts.
-        texts: number of texts.
     """
 
-    loss: Estimate
+    losses: tuple[float, ...]
     length: float
     bytes: int
-    texts: int
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, texts: Iterable[str]) -> ByteLoss:
@@ -61,12 +59,26 @@ class ByteLoss:
             losses.append(sum(_loss(model, begin, part) for part in ids.split(context - 1)))
             lengths.append(len(ids))
             sizes.append(len(text.encode()))
-        per_byte = torch.tensor(losses, dtype=torch.float64) / torch.tensor(sizes)
-        return cls(Estimate.of(per_byte), sum(lengths) / sum(sizes), sum(sizes), len(texts))
+        per_byte = tuple(loss / size for loss, size in zip(losses, sizes, strict=True))
+        return cls(per_byte, sum(lengths) / sum(sizes), sum(sizes))
+
+    @property
+    def loss(self) -> Estimate:
+        """The mean over texts, in nats per byte."""
+        return Estimate.of(torch.tensor(self.losses, dtype=torch.float64))
+
+    def since(self, before: ByteLoss) -> Estimate:
+        """Return the increase since another model, paired by text, which is more precise than either loss.
+
+        Args:
+            before: the loss of the other model on the same texts.
+        """
+        ours, theirs = (torch.tensor(each.losses, dtype=torch.float64) for each in (self, before))
+        return Estimate.of(ours - theirs)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the estimate and the counts as JSON values."""
-        return asdict(self)
+        return {"loss": vars(self.loss), "length": self.length, "bytes": self.bytes, "texts": len(self.losses)}
 
 
 @torch.no_grad()
