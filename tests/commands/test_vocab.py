@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -95,6 +96,16 @@ def test_the_smaller_model_is_an_ordinary_one_and_can_be_healed(chosen: Path, tm
     assert healed.evidence.model["name"] == "smaller"
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "healed")
     assert len(tokenizer) == AutoModelForCausalLM.from_pretrained(tmp_path / "healed").config.vocab_size
+
+
+def test_chat_speaks_the_tokens_of_a_plan(lamella: Any, chosen: Path, tmp_path: Path) -> None:
+    lamella("apply", chosen, NANO_LLAMA, "-o", tmp_path / "smaller")
+    arguments = ["--prompt", "The first", "--tokens", "8", "--json"]
+    exported, viewed = (
+        json.loads(lamella("chat", *given, *arguments).out)["messages"]
+        for given in ([tmp_path / "smaller"], [NANO_LLAMA, "--plan", chosen / "plan.json"])
+    )
+    assert exported == viewed and viewed[1]["content"]
 
 
 @pytest.mark.parametrize("command", ["heal", "compress"])

@@ -7,18 +7,16 @@ from typing import Annotated, Any
 from annotated_types import Ge
 
 from lamella.data import ImageText, Text
-from lamella.errors import LamellaError, PlanError
+from lamella.errors import PlanError
 from lamella.evaluate import ByteLoss, FidelityTest
 from lamella.evaluate.tasks import open_tasks, score
 from lamella.formatting import counted, estimate
-from lamella.plan import Plan
-from lamella.plan.tokenizer import cut_tokenizer
 from lamella.registry import command
 from lamella.result import Evidence, Summary, Table
 from lamella.results import Study
 from lamella.signature import Argument, Settings, Split
 from lamella.zoo import ComparedModel, SavedModel, open_tokenizer
-from lamella.zoo.opening import names_plan
+from lamella.zoo.opening import tokenizer_of
 
 Test = Annotated[Text | ImageText, Split("test"), Settings(sequences=8)]
 
@@ -127,7 +125,7 @@ def check_options(
 
 def _byte_losses(model: SavedModel, test: Text, changed: tuple[ComparedModel, ...]) -> dict[str, dict[str, Any]]:
     """Return the loss per byte of all models by name; nothing if all have the original's tokens."""
-    tokenizers = {each.name: _tokenizer(each.name, test.tokenizer) for each in changed}
+    tokenizers = {each.name: tokenizer_of(each.name, test.tokenizer) for each in changed}
     if all(each.get_vocab() == test.tokenizer.get_vocab() for each in tokenizers.values()):
         return {}
     base = ByteLoss.of(model.running.model, test.tokenizer, test.strings)
@@ -146,7 +144,7 @@ def _scored(
     tokenizer = open_tokenizer(whole.path or whole.name)
     scores = {whole.name: score(model.running, tokenizer, tasks, **options)}
     for each in changed:
-        scores[each.name] = score(model.view(each.name), _tokenizer(each.name, tokenizer), tasks, **options)
+        scores[each.name] = score(model.view(each.name), tokenizer_of(each.name, tokenizer), tasks, **options)
     first, *_ = scores.values()
     found = {
         name: [
@@ -156,17 +154,6 @@ def _scored(
         for name, rows in scores.items()
     }
     return Evaluation(findings={"model": whole.name, "limit": options["limit"], "scores": found})
-
-
-def _tokenizer(changed: str, original: Any) -> Any:
-    """Return the tokenizer of a changed model: of a plan what it keeps of the original's, which others may lack."""
-    if names_plan(changed):
-        kept = Plan.read(changed).vocab
-        return original if kept is None else cut_tokenizer(original, kept)
-    try:
-        return open_tokenizer(changed)
-    except LamellaError:
-        return original
 
 
 def _fidelities(found: dict[str, Any], data: dict[str, Any]) -> Summary:
