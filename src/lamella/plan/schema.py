@@ -339,7 +339,7 @@ class Plan(Decision):
         parts = [f"{_amount(gone, 'sublayer')} removed, of {total}"]
         parts += [f"{again} run again"] if again else []
         parts += ["others narrower"] if self.widths.cuts_layers else []
-        parts += [] if self.vocab is None else [f"{len(self.vocab)} tokens kept"]
+        parts += [] if self.vocab is None else [f"{len(self.vocab):,} of {self.model[None].vocab:,} tokens kept"]
         return ", ".join(parts)
 
     @property

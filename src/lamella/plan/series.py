@@ -13,7 +13,7 @@ from lamella.errors import PlanError
 from lamella.formatting import counted
 from lamella.plan.document import refusal
 from lamella.plan.reference import ModelReference
-from lamella.plan.schema import Plan, Point, SeriesDocument
+from lamella.plan.schema import VOCAB, Plan, Point, SeriesDocument
 from lamella.result import Documents, Evidence, Result, Summary, Table
 
 FILE, PLAN = "series.json", "plan.json"
@@ -100,7 +100,7 @@ class PlanSeries(Result):
     @property
     def renames_tokens(self) -> bool:
         """Whether one of its plans renames tokens; see :attr:`lamella.plan.Plan.renames_tokens`."""
-        return any(plan.renames_tokens for plan in self)
+        return any(site.endswith(VOCAB) for point in self.points for site in point.width)
 
     def __len__(self) -> int:
         return len(self.points)
