@@ -29,7 +29,7 @@ def test_a_tutorial_runs_from_its_first_line_to_its_last(
 ) -> None:
     _prepare(tmp_path)
     times = StepTimes(attn=1e-3, mlp=1e-3, rest=1e-3)  # of a model with something to gain, on a machine that is idle
-    for place in ("commands.compress.command", "evaluate.budget", "planners"):
+    for place in ("commands.compress.command", "commands.compress.forms", "evaluate.budget", "planners"):
         monkeypatch.setattr(f"lamella.{place}.step_times", lambda stack: times)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lamella.data import ImageText, InputContext, Processing, Text, open_processing
+from lamella.data import ImageText, InputContext, Processing, Prompts, Text, open_processing
 from lamella.errors import CheckpointError, LamellaError, MethodError
 from lamella.plan import Plan, PlanSeries
 from lamella.registry import Method, check_takes
@@ -31,7 +32,8 @@ from lamella.zoo.opening import names_plan
 READ: dict[Any, Callable[[Path], Any]] = {Plan: Plan.read, PlanSeries: PlanSeries.read}
 TEST = "stdlib"  # the text of the default test, of another kind than the default calibration text
 SEQUENCES, LENGTH = 8, 256  # of its windows
-ROWS = 64  # of images with text in the default test
+ROWS = 64  # of images with text in the default test, and of a file of prompts
+LONGEST = 2048  # maximum tokens of a prompt of the test with what follows it
 SEED = 0  # of the test windows, which depend on the test only, so that results of different commands compare
 FILES = (  # names with these suffixes are paths, and not names of the zoo or the hub
     *(".csv", ".gguf", ".gz", ".json", ".jsonl", ".md", ".npy", ".npz", ".parquet", ".ply", ".safetensors", ".txt"),
@@ -231,7 +233,7 @@ class Opening:
         return InputContext(opener, self.seed, split, processing)
 
     def judge(self, value: Any = None, *, sequences: int = SEQUENCES, length: int = LENGTH, **more: Any) -> Any:
-        """Open the test that changed models are evaluated on: windows of a text, or rows of images with text.
+        """Open the test that changed models are evaluated on: windows of a text, prompts, or rows of images with text.
 
         They depend on their source and size only, so that results of different commands compare. If a command was given
         images with text, other rows of these are the test, unless images are named.
@@ -240,7 +242,7 @@ class Opening:
             value: the name of the source; :data:`TEST` if None.
             sequences: number of windows of a text.
             length: tokens in each window, limited by the context length of the model.
-            more: settings of rows of images with text.
+            more: settings of prompts, or of rows of images with text.
         """
         context = replace(self.context("test"), seed=SEED)
         shown = next((each for each in self.opened.values() if isinstance(each, ImageText)), None)
@@ -250,7 +252,11 @@ class Opening:
             return shown.part("test", SEED, ROWS)
         assert self.model is not None
         *_, last = self.model.stacks.values()
-        longest = int(getattr(last.config, "max_position_embeddings", None) or length)
+        longest = int(getattr(last.config, "max_position_embeddings", None) or sys.maxsize)
+        if Prompts.fits(self.model, value):
+            settings = {"prompts": ROWS, "max_length": LONGEST} | more
+            settings["max_length"] = min(settings["max_length"], longest)
+            return Prompts.open(value, context, **settings)
         return Text.open(value or TEST, context, sequences=sequences, length=min(length, longest))
 
     def tokenizer(self) -> Any:

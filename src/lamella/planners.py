@@ -38,6 +38,8 @@ class Planner:
 
     def __post_init__(self) -> None:
         entry = self.method
+        if entry.is_own:
+            raise MethodError(f"{self.slug} is a command by itself: run `lamella {self.slug}`")
         if entry.result != PLANS:
             raise MethodError(
                 f"{self.slug} returns a {entry.result}, not plans; `lamella methods` lists the planning methods"

@@ -255,6 +255,7 @@ def _declared_as(slug: str, name: str, on: str | tuple[str, ...], function: Func
             check_takes(slug, on, args[0])
         elif args and hasattr(args[0], "stacks") and _takes_one_stack(contract):
             args = (fitting_stack(slug, on, args[0]), *args[1:])
+        _check_tokens(slug, (*args, *given.values()))
         result = function(*args, **given)
         provenance = getattr(result, "provenance", None)
         if isinstance(provenance, dict):
@@ -270,6 +271,20 @@ def _declared_as(slug: str, name: str, on: str | tuple[str, ...], function: Func
         return result
 
     return wrapped  # type: ignore[return-value]
+
+
+def _check_tokens(slug: str, values: tuple[Any, ...]) -> None:
+    """Check that no plan renames the tokens of an opened model, since texts are tokenized for the original.
+
+    Raises:
+        MethodError: if one does.
+    """
+    is_open = any(hasattr(value, "architecture") for value in values)
+    if is_open and any(getattr(value, "renames_tokens", False) for value in values):
+        raise MethodError(
+            f"{slug}: the plan keeps some tokens only and renames them, but texts are tokenized for the original: "
+            f"write the smaller model first (lamella apply), and give it to {slug}"
+        )
 
 
 def _check_names(slug: str, contract: Signature) -> None:

@@ -29,7 +29,7 @@ BRIEF = ("--sequences", "2", "--length", "48", "--json")
 QUICK = ("--batch", "1", "--prompt", "8", "--tokens", "4", "--rounds", "3")
 COMMANDS = {
     *("apply", "bench", "chat", "cola", "compare", "compress", "diff", "eval", "forget", "heal", "inspect", "methods"),
-    *("plan", "pull", "quantize", "repair", "reproduce", "restore", "trace"),
+    *("plan", "pull", "quantize", "repair", "reproduce", "restore", "trace", "vocab"),
 }
 IDS = torch.arange(3, 35)[None]
 
@@ -287,6 +287,29 @@ def test_eval_says_which_part_of_a_file_it_uses(lamella, plan, tmp_path):
     data = [json.loads(succeeded(lamella(*command, *more, "--json")))["data"]["test"] for more in ([], ["--whole"])]
     assert [each["split"] for each in data] == ["test", "whole"] and data[0]["cut"] == "the last fifth"
     assert "splits calibration and test" in lamella("eval", NANO_LLAMA, plan, "--whole", *SHORT).refused()
+
+
+def test_eval_of_prompts_stops_when_the_agreement_is_certain_and_exits_with_the_verdict(lamella, plan, tmp_path):
+    rows = [{"prompt": f"What is {n} and one?", "response": f"It is {n + 1}, as it should be."} for n in range(150)]
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["eval", NANO_LLAMA, "--test", file, "--whole", "--json"]
+    found = {}
+    for share, changed, code in ((0.5, NANO_LLAMA, 0), (0.99, plan, 1), (0.999, NANO_LLAMA, 1)):
+        done = lamella(*command, changed, "--at-least", share)
+        assert done.code == code, done.err
+        (found[share],) = json.loads(done.out)["findings"]["results"].values()
+    verdicts = ["holds", "does not hold", "undecided"]
+    assert [each["verdict"] for each in found.values()] == verdicts
+    assert found[0.5]["sequences"] < 20 and found[0.99]["sequences"] < 150 and found[0.999]["sequences"] == 150
+    for each in found.values():
+        lower, _, upper = zip(*each["course"], strict=True)
+        assert list(lower) == sorted(lower) and list(upper) == sorted(upper, reverse=True)
+        assert (each["agreement"]["lower"], each["agreement"]["upper"]) == (lower[-1], upper[-1])
+    text = lamella(*command[:-1], NANO_LLAMA, "--at-least", 0.999, "-o", tmp_path / "out").out
+    assert "undecided after all 150 sequences" in " ".join(text.split())
+    assert "evaluated sequences" in (tmp_path / "out" / "report.html").read_text()
+    assert "leave one of them out" in lamella(*command, "--tasks", "definitions", "--at-least", 0.5).refused()
 
 
 def test_eval_finds_a_plan_and_its_export_equally_far_and_the_original_not_at_all(lamella, plan, tmp_path):

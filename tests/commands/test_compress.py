@@ -276,6 +276,24 @@ def test_compress_heals_what_it_chose_and_shows_all_three_columns(lamella, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("brief")
+def test_compress_refits_without_training(lamella, tmp_path):
+    out = tmp_path / "out"
+    given = ["--speedup", "1.02", "--method", "shortgpt", "--heal-way", "refit"]
+    outcome = lamella("compress", NANO_LLAMA, *given, "-o", out, "--json")
+    assert outcome.code == 0, outcome.err
+    evidence = json.loads(outcome.out)
+    healing, cut = evidence["healing"], evidence["chosen"]["fidelity"]
+    assert healing["method"] == "refit" and healing["data"]["training"]["data"] == "general"
+    assert healing["refit"] and healing["curve"] == []
+    assert healing["fidelity"]["kl"]["mean"] < cut["kl"]["mean"]
+    page = (out / "report.html").read_text()
+    assert "Healed by refit on general, in" in page and "behind each gap" in page
+    exported = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert exported.config.num_hidden_layers < 6
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("brief")
 def test_compress_heals_by_distillation_unless_told_otherwise(lamella, tmp_path):
     out = tmp_path / "out"
     given = ["--speedup", "1.02", "--method", "shortgpt", "--heal-steps", "40", "--tasks", "definitions"]
@@ -310,6 +328,8 @@ def test_an_unknown_way_to_heal_is_refused_before_any_work(lamella, tmp_path):
     given = ("compress", NANO_LLAMA, "-o", tmp_path / "out", "--heal-way")
     assert "choose one of auto, recipe" in lamella(*given, "always").refused()
     assert "minutes apply to distillation" in lamella(*given, "recipe", "--heal-minutes", "2").refused()
+    assert "minutes apply to distillation" in lamella(*given, "refit", "--heal-minutes", "2").refused()
+    assert "refit takes no optimizer steps" in lamella(*given, "refit", "--heal-steps", "2").refused()
     assert (
         "--no-heal and --heal-minutes exclude each other"
         in lamella(*given[:-1], "--no-heal", "--heal-minutes", "2").refused()

@@ -135,7 +135,29 @@ def test_tensorboard_finds_the_curves_that_the_log_has(lamella, plan, tmp_path):
     ]
 
 
+def test_a_cut_is_refitted_without_training(lamella, plan, tmp_path):
+    given = ("--way", "refit", "--sequences", "8", "--length", "48", "--test", "stdlib", "--json")
+    evidence = healed(lamella, NANO_LLAMA, plan, "-o", tmp_path / "out", *given)
+    assert evidence["findings"]["recipe"] == "refit" and evidence["curve"] == []
+    gaps = evidence["findings"]["refit"]
+    assert [gap["site"] for gap in gaps] == ["layers.1.mlp", "layers.3.mlp"]
+    assert all(gap["after"] < gap["before"] for gap in gaps)
+    assert evidence["fidelity"]["kl"]["mean"] < evidence["before"]["kl"]["mean"]
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 4
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Squared relative error of the residual stream behind each gap" in page and "refit took" in page
+
+
 # Refusals.
+
+
+def test_refit_has_no_options_of_training_and_needs_a_plan(lamella, plan, tmp_path):
+    given = ("-o", tmp_path / "out", "--way", "refit", "--sequences", "4", "--length", "16")
+    for more in (["--steps", "4"], ["--loss", "kd"], ["--past", "stdlib"], ["--shard"], ["--teacher", NANO_LLAMA]):
+        line = lamella("heal", NANO_LLAMA, plan, *given, *more).refused()
+        assert f"refit does not train, so it has no option '{more[0].removeprefix('--')}'" in line
+    assert "give a plan" in lamella("heal", NANO_LLAMA, *given).refused()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

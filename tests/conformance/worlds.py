@@ -74,8 +74,11 @@ SUITES = {"plans": PlanSeries, "training": Trained, "edits": Edit, "corpora": Co
 
 
 def suite_of(command: str) -> str:
-    """The name of the suite; empty where a command returns what is no result."""
+    """The name of the suite; empty where a command returns what is no result. Planners are methods: plans of vocab, a
+    command, rename the tokens of the text and remove no sublayer."""
     kind = COMMANDS[command].signature.result
+    if COMMANDS[command].is_own and issubclass(kind, PlanSeries):
+        return "own"
     return next((name for name, base in SUITES.items() if issubclass(kind, base)), "")
 
 

@@ -13,9 +13,10 @@ import torch
 from torch import LongTensor, Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from lamella.data import load_text, windows
+from lamella.data import Prompts, load_text, windows
+from lamella.data.prompts import ANSWER, ContinuedPrompt
 from lamella.errors import CalibrationError, NumericsError
-from lamella.evaluate import Estimate, Fidelity, FidelityTest
+from lamella.evaluate import Estimate, Fidelity, FidelityTest, Interval
 from lamella.evaluate import fidelity as module
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.runtime import apply
@@ -121,6 +122,63 @@ def test_the_identity_is_faithful_without_limit(stack: Stack, tokens: LongTensor
     assert FidelityTest(stack, tokens).of(stack.model) == found
 
 
+@torch.no_grad()
+def test_the_agreement_of_each_sequence_gives_the_bounds(stack: Stack, tokens: LongTensor) -> None:
+    view = apply(stack, Plan(model=ModelReference.of(stack), drop=["layers.1.attn", "layers.4.mlp"]))
+    base = stack.model(tokens, use_cache=False).logits.double()
+    expected = brute_force(base, static_logits(stack.model, tokens), tokens)["top1"]
+    found = FidelityTest(stack, tokens, prompt=PROMPT).of(view)
+    assert found.agreements == pytest.approx(expected)
+    assert found.agreement(0.9) == Interval.of(expected, 0.9)
+
+
+def test_a_test_that_ends_early_runs_no_further_sequences(stack: Stack, tokens: LongTensor) -> None:
+    view = apply(stack, Plan(model=ModelReference.of(stack), drop=["layers.3"]))
+    whole = FidelityTest(stack, tokens).of(view)
+    runs: list[int] = []
+    hook = stack.model.model.register_forward_hook(lambda *_: runs.append(1))
+    found = FidelityTest(stack, tokens, keep=False).after_each(view, seed=1)
+    first = next(found)
+    assert len(runs) == 1 and first.sequences == 1
+    *_, last = found
+    hook.remove()
+    assert last.kl.mean == pytest.approx(whole.kl.mean) and last.top1.error == pytest.approx(whole.top1.error)
+    assert sorted(last.agreements) == sorted(whole.agreements)
+    orders = [
+        [each.agreements[-1] for each in FidelityTest(stack, tokens).after_each(view, seed)] for seed in (1, 1, 5)
+    ]
+    assert orders[0] == orders[1] == list(last.agreements) and orders[2] != orders[0]
+
+
+@torch.no_grad()
+def test_prompts_of_different_lengths_are_scored_after_each_of_them(stack: Stack, tokens: LongTensor) -> None:
+    path = {"text": PhasedPath(prefill=list(range(6)), decode=KEPT)}
+    view = apply(stack, Plan(model=ModelReference.of(stack), path=path))
+    prompts = Prompts(
+        [ContinuedPrompt(tokens[0, :60], 10), ContinuedPrompt(tokens[1, :33], 30), ContinuedPrompt(tokens[2], 70)]
+    )
+    alone = [FidelityTest(stack, ids[None], prompt=length).of(view) for ids, length in prompts]
+    found = FidelityTest(stack, prompts).of(view)
+    assert found.agreements == tuple(each.top1.mean for each in alone)
+    assert found.kl.mean == pytest.approx(statistics.mean(each.kl.mean for each in alone))
+    assert found.positions == 50 + 3 + 30
+
+
+@torch.no_grad()
+def test_a_prompt_without_an_answer_is_answered_by_the_original(stack: Stack, tokens: LongTensor) -> None:
+    prompts = Prompts([ContinuedPrompt(tokens[0, :20], 20)])
+    answer = stack.model.generate(tokens[:1, :20], max_new_tokens=ANSWER, do_sample=False)
+    view = apply(stack, Plan(model=ModelReference.of(stack), drop=["layers.3"]))
+    found = FidelityTest(stack, prompts).of(view)
+    assert found.positions == answer.shape[1] - 20
+    same = view(answer).logits[0, 19:-1].argmax(-1) == answer[0, 20:]
+    assert found.top1.mean == pytest.approx(float(same.double().mean()))
+    assert FidelityTest(stack, prompts).of(stack.model).top1.mean == 1
+    masked = Stack(nano(next(iter(NANO_DIFFUSION))))
+    with pytest.raises(CalibrationError, match="give an answer with each prompt"):
+        FidelityTest(masked, prompts)
+
+
 def test_chunks_change_no_result(stack: Stack, tokens: LongTensor, monkeypatch: pytest.MonkeyPatch) -> None:
     view = apply(stack, Plan(model=ModelReference.of(stack), drop=["layers.3"]))
     plain = FidelityTest(stack, tokens).of(view)
@@ -142,7 +200,12 @@ def test_an_estimate_is_a_mean_with_its_standard_error() -> None:
 
 def test_a_dictionary_holds_every_estimate(stack: Stack, tokens: LongTensor) -> None:
     record = FidelityTest(stack, tokens).of(stack.model).as_dict()
-    assert set(record) == {"kl", "jsd", "top1", "perplexity", "base_perplexity", "sequences", "positions"}
+    assert set(record) == {
+        *("kl", "jsd", "top1", "perplexity", "base_perplexity"),
+        "sequences",
+        "positions",
+        "agreement",
+    }
     assert record["top1"] == {"mean": 1.0, "error": 0.0}
 
 
@@ -171,7 +234,7 @@ def test_masked_tokens_are_compared_under_the_same_noise(name: str) -> None:
     test = FidelityTest(stack, ids, prompt=6)
     values: dict[str, list[float]] = {}
     for row in range(3):
-        asked = [draw for draw in test._questions if draw.sequence == row]
+        asked, _ = test._asked[row]
         assert [draw.ratio for draw in asked] == [0.1, 0.3, 0.5, 0.7, 0.9]
         assert not any(draw.scored[0, :6].any() for draw in asked)
         pairs, losses = [], torch.zeros(2, dtype=torch.float64)

@@ -51,8 +51,9 @@ from lamella.source import Class, read_module
 INPUTS, OPTIONS, OUTPUT = "Inputs", "Options", "Output"
 TEST = "stdlib"  # the text of the default test, of another kind than the default calibration text
 TEST_HELP = (
-    "What changed models are evaluated on: stdlib (the default), pydoc, a file or a datasets name. The same windows in "
-    "all commands; for images with text, other rows of the same source."
+    "What changed models are evaluated on: stdlib (the default), pydoc, a text file, a .jsonl file with a prompt, chat "
+    "or text in each line, or a datasets name. The same sequences in all commands; for images with text, other rows of "
+    "the same source."
 )
 MODEL = ("stack", "model")  # names of the parameter for the model
 

@@ -34,13 +34,16 @@ def chat(
     from lamella.evaluate.speed import denoises
     from lamella.inputs import check_changed
     from lamella.zoo import open_saved, open_tokenizer
+    from lamella.zoo.opening import tokenizer_of
 
     with working():
         for name in (model, plan_file):
             check_changed(name)
         saved = open_saved(model)
         tokenizer = open_tokenizer(saved.whole.path or model)
-        generator = saved.running.model if plan_file is None else saved.view(plan_file)
+        generator = saved.running.model
+        if plan_file is not None:
+            generator, tokenizer = saved.view(plan_file), tokenizer_of(plan_file, tokenizer)
     if denoises(generator):
         raise MethodError(
             f"{model} predicts masked tokens, but chat generates one token after the other: use lamella.runtime.denoise"

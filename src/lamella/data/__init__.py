@@ -11,6 +11,7 @@ from lamella.data.image_text import ImageText
 from lamella.data.lazy import Lazy, batches
 from lamella.data.mixture import Blend, Mixture, Pick, mix
 from lamella.data.processing import MARK, ImageTextRow, Processing, open_processing
+from lamella.data.prompts import Prompts
 from lamella.data.records import Records, SampledRecords, TextRecord, read_records
 from lamella.data.rollout import rollout
 from lamella.data.rows import Rows
@@ -43,6 +44,7 @@ __all__ = [
     "Passages",
     "Pick",
     "Processing",
+    "Prompts",
     "Records",
     "RemoteWriter",
     "Rows",

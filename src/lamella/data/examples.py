@@ -28,6 +28,27 @@ class ChatExample(NamedTuple):
     messages: list[dict[str, str]]
     answer: str
 
+    @classmethod
+    def of(cls, row: Any, prompts: Sequence[str] = PROMPTS, answers: Sequence[str] = RESPONSES) -> ChatExample | None:
+        """Return the example in a row of a file; None if it holds no prompt with an answer.
+
+        Args:
+            row: an object with ``messages``, of which the last one is the answer, or a prompt and its answer.
+            prompts: names of fields that hold a prompt.
+            answers: names of fields that hold an answer.
+        """
+        *before, last = conversation(row, prompts, answers) or [{}]
+        if not before or last.get("role") != "assistant" or not last["content"].strip():
+            return None
+        return cls(before, last["content"])
+
+    def tokenized_by(self, tokenizer: Any) -> tuple[list[int], list[int]]:
+        """Return the token ids of the conversation, in the model's chat template, and of the answer with its end."""
+        text, special = chat_text(tokenizer, self.messages)
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        answer = tokenizer(self.answer, add_special_tokens=False)["input_ids"]
+        return tokenizer(text, add_special_tokens=special)["input_ids"], [*answer, *end]
+
 
 class Examples(Rows[Sample]):
     """Tokenized examples; the answer of each carries loss and ends with the end-of-sequence token."""
@@ -55,22 +76,11 @@ class Examples(Rows[Sample]):
             CalibrationError: if the file is missing, empty or malformed; the message names the line.
         """
         found = read_examples(name)
-        texts, tokenizer = [], context.tokenizer
-        for each in found:
-            text, special = chat_text(tokenizer, each.messages)
-            texts.append((tokenizer(text, add_special_tokens=special)["input_ids"], each.answer))
-        answers = [_answer(tokenizer, answer) for _, answer in texts]
-        samples = pairs(
-            [(prompt, answer) for (prompt, _), answer in zip(texts, answers, strict=True)], max_length=max_length
-        )
+        tokenizer = context.tokenizer
+        samples = pairs([each.tokenized_by(tokenizer) for each in found], max_length=max_length)
         content = Path(name).expanduser().read_bytes()
         metadata = {"data": str(name), "examples": len(samples), "sha256": hashlib.sha256(content).hexdigest()}
         return cls(samples, tokenizer, metadata)
-
-
-def _answer(tokenizer: Any, text: str) -> list[int]:
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return [*tokenizer(text, add_special_tokens=False)["input_ids"], *end]
 
 
 def read_examples(
@@ -91,30 +101,37 @@ def read_examples(
     Raises:
         CalibrationError: if the file is missing or empty, or a line has no prompt or no answer.
     """
-    rows = read_rows(path, hint)
-    found = [_example(row, f"{path} line {number}", prompts, answers, hint) for number, row in rows]
+    found = []
+    for number, row in read_rows(path, hint):
+        example = ChatExample.of(row, prompts, answers)
+        if example is None:
+            raise CalibrationError(f"{path} line {number} has no prompt with an answer: {hint}")
+        found.append(example)
     if not found:
         raise CalibrationError(f"{path} holds no examples: {hint}")
     return found
 
 
-def _example(row: Any, where: str, prompts: Sequence[str], answers: Sequence[str], hint: str) -> ChatExample:
-    messages = _messages(row, prompts, answers) if isinstance(row, dict) else []
-    *before, last = messages or [{}]
-    if not before or last.get("role") != "assistant" or not last["content"].strip():
-        raise CalibrationError(f"{where} has no prompt with an answer: {hint}")
-    return ChatExample(before, last["content"])
+def conversation(
+    row: Any, prompts: Sequence[str] = PROMPTS, answers: Sequence[str] = RESPONSES
+) -> list[dict[str, str]]:
+    """Return a row of a file as a conversation, with or without an answer at its end; empty if it is none.
 
-
-def _messages(row: dict[str, Any], prompts: Sequence[str], answers: Sequence[str]) -> list[dict[str, str]]:
-    """Return a row as a conversation; empty if it is none."""
+    Args:
+        row: the row; see :meth:`ChatExample.of`.
+        prompts: names of fields that hold a prompt.
+        answers: names of fields that hold an answer.
+    """
+    if not isinstance(row, dict):
+        return []
     messages: Sequence[Any] = row.get("messages") or []
     if isinstance(messages, list) and messages:
         whole = all(isinstance(each, dict) and isinstance(each.get("content"), str) for each in messages)
         return [{"role": str(each.get("role")), "content": each["content"]} for each in messages] if whole else []
     texts = {name: value for name, value in row.items() if isinstance(value, str) and value.strip()}
     prompt, answer = (next((texts[name] for name in names if name in texts), None) for names in (prompts, answers))
-    if prompt is None or answer is None:
+    if prompt is None:
         return []
     prompt = f"{prompt}\n{texts['input']}" if "input" in texts else prompt
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    answered = [] if answer is None else [{"role": "assistant", "content": answer}]
+    return [{"role": "user", "content": prompt}, *answered]

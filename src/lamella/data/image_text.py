@@ -18,7 +18,7 @@ from lamella.data.lazy import Lazy, batches
 from lamella.data.processing import MARK, ImageTextRow, Message, Processing
 from lamella.data.records import PROMPTS, RESPONSES
 from lamella.data.rows import Rows
-from lamella.data.sources import BUILT_IN, CALIBRATION_SHARE, SPLITS, Split, check_text, hub_rows
+from lamella.data.sources import BUILT_IN, SPLITS, Split, check_text, hub_rows, split_rows
 from lamella.errors import CalibrationError
 from lamella.reading import RowFile, check_in_folder
 from lamella.signature import Fixture
@@ -299,10 +299,8 @@ def _part(rows: Lazy[_Undecoded], split: Split, name: str) -> Lazy[_Undecoded]:
     names = list(dict.fromkeys(groups))
     if rows and len(names) < 2:
         raise CalibrationError(f"{name} has one image only, so there is none for the test split: give more")
-    known = set(names[: min(max(1, int(len(names) * CALIBRATION_SHARE)), len(names) - 1)])
-    chosen = [
-        each for each, group in zip(rows.entries, groups, strict=True) if (group in known) == (split == "calibration")
-    ]
+    known = set(names[split_rows(len(names), split)])
+    chosen = [each for each, group in zip(rows.entries, groups, strict=True) if group in known]
     return Lazy(chosen, rows.decode)
 
 

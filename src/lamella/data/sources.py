@@ -1,7 +1,7 @@
 """Text for calibration and evaluation, in two splits that never overlap.
 
 A text is a sequence of documents joined by blank lines. Each document of a built-in source belongs to one split; a
-user's file is cut once, between paragraphs; benchmark sets are test splits and refused for calibration.
+user's file is cut once, between its rows or its paragraphs; benchmark sets are test splits and refused for calibration.
 """
 
 from __future__ import annotations
@@ -231,7 +231,10 @@ def load_text(name_or_path: str | Path, split: Split) -> Source:
         texts = _texts(file)
         if split == "whole":
             return Source(_joined(texts), name, split, texts=texts)
-        return Source(_cut(_joined(texts), split), name, split, CUTS[split])
+        if len(texts) == 1:
+            return Source(_cut(texts[0], split), name, split, CUTS[split])
+        rows = texts[split_rows(len(texts), split)]
+        return Source(_joined(rows), name, split, CUTS[split], rows)
     if file.is_dir():  # not by datasets, whose own files may name files outside the folder
         part = check_in_folder(file / f"{HUB_SPLITS[split]}.jsonl")
         return Blended.load(part, name, split) if (file / MIXTURE).is_file() else _join(_texts(part), name, split)
@@ -450,6 +453,17 @@ def _row_text(row: Any, where: str) -> str:
     if not strings:
         raise CalibrationError(f"{where} holds no text; give an object with a field 'text' or other string fields")
     return "\n".join(strings)
+
+
+def split_rows(count: int, split: Split) -> slice:
+    """Return which rows of a user's file belong to a split: four fifths are for calibration, and neither none nor all.
+
+    Args:
+        count: number of rows of the file, at least 2.
+        split: the split.
+    """
+    first = min(max(1, int(count * CALIBRATION_SHARE)), count - 1)
+    return {"calibration": slice(first), "test": slice(first, None), "whole": slice(None)}[split]
 
 
 def _cut(content: str, split: Split) -> str:

@@ -62,6 +62,13 @@ class Text(Mapping[str, Tensor]):
         """The tokenizer that the windows were cut with."""
         return self.context.tokenizer
 
+    @property
+    def strings(self) -> list[str]:
+        """The windows as text, without a token that begins them and without characters that they divide."""
+        begin = self.tokenizer.bos_token_id
+        rows = [row[1:] if row[0] == begin else row for row in self.tokens.tolist()]
+        return [self.tokenizer.decode(row, clean_up_tokenization_spaces=False).strip("\ufffd") for row in rows]
+
     def cut(self, sequences: int, length: int) -> Text:
         """Cut other windows from the same split.
 

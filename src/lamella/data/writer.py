@@ -190,7 +190,11 @@ class LocalWriter(Writer):
     @cached_property
     def view(self) -> Any:
         """The decoder under its plan."""
-        return self.stack.model if self.plan is None else apply(self.stack, self.plan)
+        if self.plan is None:
+            return self.stack.model
+        if self.plan.renames_tokens:
+            raise MethodError(f"{self.name}: the plan renames tokens: write the smaller model first (lamella apply)")
+        return apply(self.stack, self.plan)
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -35,6 +35,7 @@ class Draw:
         ratio: masking probability of a token; 0 for a model that predicts the next token.
         sequence: index of the sequence.
         eligible: number of tokens that could have been scored.
+        front: number of tokens at the front that are never scored.
     """
 
     inputs: dict[str, Tensor]
@@ -43,6 +44,7 @@ class Draw:
     ratio: float
     sequence: int
     eligible: int
+    front: int
 
     @property
     def weight(self) -> float:
@@ -108,12 +110,12 @@ def draws(
         if count == 0:
             raise CalibrationError(f"sequence {index} has no token after its first {max(front, 1)}: give more text")
         if not stack.architecture.denoises:
-            found.append(Draw(given, eligible, ids[eligible], 0.0, index, count))
+            found.append(Draw(given, eligible, ids[eligible], 0.0, index, count, front))
             continue
         for ratio in ratios:
             chosen = masked(eligible, torch.tensor([ratio]), generator)
             noisy = ids.masked_fill(chosen, stack.config.mask_token_id)
-            found.append(Draw(given | {"input_ids": noisy}, chosen, ids[chosen], ratio, index, count))
+            found.append(Draw(given | {"input_ids": noisy}, chosen, ids[chosen], ratio, index, count, front))
     return found
 
 

@@ -17,6 +17,7 @@ from lamella.plan.reference import BlocksReference, ModelReference, StackReferen
 from lamella.plan.schema import Decision, Plan, Point, compose
 from lamella.plan.selection import modules_at
 from lamella.plan.series import PlanSeries, SeriesEvidence
+from lamella.plan.tokenizer import cut_tokenizer
 from lamella.plan.view import (
     alter,
     alter_stack,
@@ -79,6 +80,7 @@ __all__ = [
     "can_stand_alone",
     "claim",
     "compose",
+    "cut_tokenizer",
     "keep_adapters",
     "keep_modules",
     "mask_edit",

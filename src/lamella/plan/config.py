@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -160,3 +160,45 @@ def resize(configs: Iterable[Any], architecture: Architecture, sizes: Sizes, eps
                 setattr(config, architecture.sizes[axis], size)
         if eps != 1:
             config.rms_norm_eps *= eps
+
+
+TOKEN_IDS = ("token_id", "token_ids")  # ends of the names of settings that are ids of tokens
+TOKEN_LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids")
+
+
+def rename_tokens(settings: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
+    """Return the settings of a config that are ids of tokens, such as ``eos_token_id``, with their new ids.
+
+    Args:
+        settings: settings by name, of a config or of a generation config.
+        kept: old ids of the kept tokens, ascending.
+
+    Raises:
+        PlanError: for a setting that names a token which is not kept.
+    """
+    new = {old: index for index, old in enumerate(kept)}
+
+    def renamed(name: str, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [renamed(name, each) for each in value]
+        if value is None or value < 0:  # some configs write -1 for none
+            return value
+        if value not in new:
+            raise PlanError(f"width: vocab: lacks token {value}, which is the {name} of the model: keep it")
+        return new[value]
+
+    return {name: renamed(name, value) for name, value in settings.items()
+            if name.endswith(TOKEN_IDS) or name in TOKEN_LISTS}  # fmt: skip
+
+
+def cut_vocabulary_of(config: Any, kept: Sequence[int]) -> None:
+    """Set the size of a smaller vocabulary in a config, and the new ids of its tokens.
+
+    Args:
+        config: config of a model, or its generation config, which has no size; it is changed.
+        kept: old ids of the kept tokens, ascending.
+    """
+    for name, value in rename_tokens(vars(config), kept).items():
+        setattr(config, name, value)
+    if hasattr(config, "vocab_size"):
+        config.vocab_size = len(kept)

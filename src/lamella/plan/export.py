@@ -38,10 +38,11 @@ from lamella.files import new_folder
 from lamella.plan import checkpoint, native
 from lamella.plan.chain import Run
 from lamella.plan.checkpoint import Checkpoint, Progress
-from lamella.plan.config import check_alike, common_sizes, reindex, resize
+from lamella.plan.config import check_alike, common_sizes, cut_vocabulary_of, reindex, rename_tokens, resize
 from lamella.plan.entries import WeightEdit
 from lamella.plan.rotary import with_older_names
 from lamella.plan.schema import Plan
+from lamella.plan.tokenizer import cut_files
 from lamella.plan.view import alter
 from lamella.plan.weights import restored_ranges
 from lamella.plan.width import Widths, cut_model, kept_entries, reorder
@@ -127,7 +128,7 @@ def natural_form(plan: Plan, model: Model | None = None) -> Form:
 def _uneven(plan: Plan) -> str | None:
     """Return why no config can express the widths of a plan, or None if one can."""
     try:
-        if plan.width:
+        if plan.widths.cuts_layers:
             common_sizes(plan)
     except PlanError as error:
         return str(error)
@@ -262,7 +263,10 @@ def export_out_of_core(
     config = opened.stack.config
     if plan.width:
         config = copy.deepcopy(config)
-        resize([config], architecture, common_sizes(plan), eps=1)
+        if widths.cuts_layers:
+            resize([config], architecture, common_sizes(plan), eps=1)
+        if widths.vocab is not None:
+            cut_vocabulary_of(config, widths.vocab)
         opened = replace(opened, checkpoint=_narrowed(opened, plan))
     weights = _copied(opened, [run.layer for run in runs], config)
     return _write(weights, plan, out, "plain", opened.stack, overwrite, None, card, files, progress)
@@ -460,8 +464,9 @@ def _narrowed(source: _Source, plan: Plan) -> Checkpoint:
     stack, folder = source.stack, source.checkpoint.folder
     if getattr(stack.config, "quantization_config", None):
         raise ExportError(f"{folder}: is quantised, and packed tensors cannot be narrowed; export it from memory")
-    architecture = stack.architecture
-    kept = kept_entries(stack.model, stack.layers, architecture.wiring, plan.widths)
+    architecture, widths = stack.architecture, plan.widths
+    wiring = architecture.wiring if widths.cuts_layers else None
+    kept = kept_entries(stack.model, stack.layers, wiring, widths)
     keep = {}
     for name, dims in kept.items():
         inside = name.startswith(architecture.prefix)
@@ -646,7 +651,7 @@ def _write(
     out = Path(out)
     with new_folder(out, size=weights.size, overwrite=overwrite, source=source) as folder:
         if source is not None:
-            _copy_companions(source, folder)
+            _copy_companions(source, folder, plan.vocab)
         with tracker(f"writing {out.name}"):
             weights.write(folder, progress)
         settings = json.loads((folder / "config.json").read_bytes())
@@ -656,6 +661,8 @@ def _write(
             plan = _bound(plan, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        if plan.vocab is not None:
+            cut_files(folder, plan.vocab)
         plan.write(folder / "plan.json")
         for name, text in files.items():
             (folder / name).write_text(text, encoding="utf-8")
@@ -670,11 +677,15 @@ def _bound(plan: Plan, folder: Path) -> Plan:
     return plan.model_copy(update={"model": plan.model.model_copy(update={"weights": digest_of_files(folder)})})
 
 
-def _copy_companions(source: Path, folder: Path) -> None:
-    """Copy tokenizer, generation settings and licence files unchanged."""
+def _copy_companions(source: Path, folder: Path, vocab: Sequence[int] | None) -> None:
+    """Copy tokenizer, generation settings and licence files unchanged, except for the ids of tokens in the settings."""
     for path in sorted({path for pattern in _COMPANIONS for path in source.glob(pattern)}):
         if path.is_file():
             shutil.copyfile(path, folder / path.name)
+    generation = folder / "generation_config.json"
+    if vocab is not None and generation.is_file():
+        settings = checkpoint.read_json(generation)
+        generation.write_text(json.dumps(settings | rename_tokens(settings, vocab), indent=2) + "\n", encoding="utf-8")
 
 
 def _extend_config(folder: Path, entries: dict[str, Any]) -> None:

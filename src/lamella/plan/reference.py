@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 from pydantic import Field
+from torch import nn
 
 from lamella.errors import PlanError
 from lamella.plan import fingerprint
@@ -24,6 +25,7 @@ class StackReference(JsonDocument):
         layers: number of layers.
         sublayers: names of the sublayers of each layer, in order.
         sizes: widths of its layers, if they are all alike and the architecture can be narrowed; else None.
+        vocab: number of tokens that its embedding has, if they can be removed; else None.
     """
 
     family: str
@@ -32,6 +34,7 @@ class StackReference(JsonDocument):
         default_factory=lambda: ["attn", "mlp"]
     )
     sizes: Sizes | None = None
+    vocab: Annotated[int, Field(ge=1)] | None = None
 
     @property
     def positions(self) -> tuple[Position, ...]:
@@ -47,7 +50,20 @@ class StackReference(JsonDocument):
             layers=len(stack),
             sublayers=list(stack.architecture.names),
             sizes=stack.architecture.sizes_of(stack.config) if known else None,
+            vocab=_removable_tokens(stack),
         )
+
+
+def _removable_tokens(stack: Stack) -> int | None:
+    """Return the number of tokens of a decoder that is a model by itself; None for any other stack."""
+    whole, architecture = stack.model, stack.architecture
+    alone = len(stack.architectures) == 1 and not architecture.config
+    if not alone or not architecture.causal or architecture.modality != "text":
+        return None
+    embedding, head = whole.get_input_embeddings(), whole.get_output_embeddings()
+    tokens = getattr(stack.config, "vocab_size", None)
+    alike = isinstance(embedding, nn.Embedding) and isinstance(head, nn.Linear) and embedding.num_embeddings == tokens
+    return tokens if alike and head.out_features == tokens else None
 
 
 class BlocksReference(JsonDocument):

@@ -8,6 +8,7 @@ import math
 import re
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
@@ -31,8 +32,9 @@ from lamella.plan.reference import EMBED, HEAD, NORM, BlocksReference, ModelRefe
 from lamella.plan.width import Widths
 from lamella.stack import ARCHITECTURES, Blocks, Model, Position, cuttable
 
+VOCAB = "vocab"  # the site of the tokens
 PHASES: tuple[Literal["prefill", "decode"], ...] = ("prefill", "decode")
-_WIDTH_SITE = re.compile(r"hidden\.channels|layers\.(\d+)\.(mlp\.channels|attn\.heads)")
+_WIDTH_SITE = re.compile(r"vocab|hidden\.channels|layers\.(\d+)\.(mlp\.channels|attn\.heads)")
 
 
 def _finite(scores: dict[str, float]) -> dict[str, float]:
@@ -50,7 +52,8 @@ class Decision(JsonDocument):
             ``encoder.layers.9`` or ``decoder.layers.0.cross``; in a model that is not a chain of layers,
             ``unet.down.1.resnets.0``.
         width: the indices that are kept of ``layers.4.mlp.channels`` (a list), ``layers.4.attn.heads`` (a
-            :class:`HeadWidth`) and ``hidden.channels`` (a list or a :class:`HiddenWidth`), as in the original.
+            :class:`HeadWidth`) and ``hidden.channels`` (a list or a :class:`HiddenWidth`), as in the original; and the
+            ids of the kept tokens as ``vocab``, ascending, whose new ids are their indices in that list.
         path: by stack, the layers that run in each phase, in order; other stacks run unchanged.
         weights: weight edits, in the order in which they are applied.
         modules: by site, the network that the plan inserts there.
@@ -214,7 +217,7 @@ class Plan(Decision):
     @property
     def widths(self) -> Widths:
         """The normal form of ``width``."""
-        channels, heads, hidden, rescale = {}, {}, None, False
+        channels, heads, hidden, rescale, vocab = {}, {}, None, False, None
         for site, kept in self.width.items():
             _, inside = self.model.split(site)
             if isinstance(kept, HeadWidth):
@@ -223,9 +226,21 @@ class Plan(Decision):
                 hidden, rescale = kept.keep, kept.rescale
             elif inside == "hidden.channels":
                 hidden = kept
+            elif inside == VOCAB:
+                vocab = kept
             else:
                 channels[_layer_of(inside)] = kept
-        return Widths(channels, heads, hidden, rescale)
+        return Widths(channels, heads, hidden, rescale, vocab)
+
+    @property
+    def vocab(self) -> Sequence[int] | None:
+        """The ids of the tokens that the plan keeps, ascending; None if it keeps all, with their ids."""
+        return self.widths.vocab
+
+    @property
+    def renames_tokens(self) -> bool:
+        """Whether the result has other ids for its tokens, so that texts have to be tokenized for it."""
+        return self.vocab is not None
 
     def _shares(self, stack: str) -> list[tuple[float, ...]]:
         """Return the remaining fraction of the weight matrices of each sublayer of each layer."""
@@ -323,7 +338,9 @@ class Plan(Decision):
         again = round(runs) - (total - gone)
         parts = [f"{_amount(gone, 'sublayer')} removed, of {total}"]
         parts += [f"{again} run again"] if again else []
-        return ", ".join([*parts, *(["others narrower"] if self.width else [])])
+        parts += ["others narrower"] if self.widths.cuts_layers else []
+        parts += [] if self.vocab is None else [f"{len(self.vocab):,} of {self.model[None].vocab:,} tokens kept"]
+        return ", ".join(parts)
 
     @property
     def masked(self) -> int:
@@ -412,10 +429,13 @@ def _check_width(site: str, kept: list[int] | HeadWidth | HiddenWidth, model: Mo
     match, whole, family = _WIDTH_SITE.fullmatch(inside), reference.sizes, reference.family
     if match is None:
         raise ValueError(
-            f"width: '{site}' cannot be cut; write layers.7.mlp.channels, layers.7.attn.heads or hidden.channels"
+            f"width: '{site}' cannot be cut; write layers.7.mlp.channels, layers.7.attn.heads, hidden.channels or vocab"
         )
     if len(model.stacks) > 1:
         raise ValueError(f"width: the {stack} of a model with several stacks cannot be cut in width; drop its layers")
+    if inside == VOCAB:
+        _check_vocab(kept, reference)
+        return
     if family not in cuttable():
         raise ValueError(f"width: {family} models cannot be cut in width; known are {', '.join(cuttable())}")
     if whole is None:
@@ -442,6 +462,15 @@ def _check_width(site: str, kept: list[int] | HeadWidth | HiddenWidth, model: Mo
     _check_kept(site, indices, whole.hidden if of_hidden else whole.channels)
     if isinstance(kept, HiddenWidth) and kept.rescale and ARCHITECTURES[family].wiring.centred:
         raise ValueError(f"width: {site}: the norms of {family} models subtract the mean, so rescale cannot be exact")
+
+
+def _check_vocab(kept: list[int] | HeadWidth | HiddenWidth, stack: StackReference) -> None:
+    """Check the ids of the kept tokens."""
+    if stack.vocab is None:
+        raise ValueError(f"width: {VOCAB}: only the tokens of a decoder of text can be removed, not of {stack.family}")
+    if not isinstance(kept, list) or any(after <= before for before, after in pairwise(kept)):
+        raise ValueError(f"width: {VOCAB}: write the ids of the kept tokens in ascending order, each once")
+    _check_kept(VOCAB, kept, stack.vocab)
 
 
 def _check_kept(site: str, indices: list[int], size: int) -> None:

@@ -13,7 +13,7 @@ from lamella.errors import PlanError
 from lamella.formatting import counted
 from lamella.plan.document import refusal
 from lamella.plan.reference import ModelReference
-from lamella.plan.schema import Plan, Point, SeriesDocument
+from lamella.plan.schema import VOCAB, Plan, Point, SeriesDocument
 from lamella.result import Documents, Evidence, Result, Summary, Table
 
 FILE, PLAN = "series.json", "plan.json"
@@ -96,6 +96,11 @@ class PlanSeries(Result):
             gone |= set(group)
             points.append(Point(drop=model.sites({model.default: gone}), scores=dict(next(measured))))
         return cls(model=model, points=points, provenance=provenance)
+
+    @property
+    def renames_tokens(self) -> bool:
+        """Whether one of its plans renames tokens; see :attr:`lamella.plan.Plan.renames_tokens`."""
+        return any(site.endswith(VOCAB) for point in self.points for site in point.width)
 
     def __len__(self) -> int:
         return len(self.points)

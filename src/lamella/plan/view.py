@@ -13,13 +13,13 @@ from transformers.cache_utils import DynamicCache, StaticCache
 from lamella.errors import CacheError, ExportError, PlanError
 from lamella.plan.adapters import with_adapters
 from lamella.plan.chain import Chain, Run
-from lamella.plan.config import common_sizes, reindex, resize
+from lamella.plan.config import common_sizes, cut_vocabulary_of, reindex, resize
 from lamella.plan.entries import ModuleReference
 from lamella.plan.modules import insert_modules
 from lamella.plan.rewriting import with_rewrite
 from lamella.plan.schema import Plan
 from lamella.plan.weights import with_edits
-from lamella.plan.width import cut_model, reorder
+from lamella.plan.width import cut_model, cut_vocabulary, reorder
 from lamella.stack import (
     Architecture,
     Model,
@@ -148,9 +148,25 @@ def _narrowed(model: Model, plan: Plan) -> Model:
     if not plan.width:
         return model
     stack = model.stacks[plan.model.default]
+    view, widths = share(model.model), plan.widths
+    base: Any = view.get_submodule(stack.architecture.base)
+    configs = {id(config): config for config in (view.config, base.config)}
+    if widths.cuts_layers:
+        _narrow_layers(view, base, configs.values(), stack, plan)
+    if widths.vocab is not None:
+        cut_vocabulary(view, widths.vocab)
+        for config in (*configs.values(), getattr(view, "generation_config", None)):
+            if config is not None:
+                cut_vocabulary_of(config, widths.vocab)
+        for module in (view, base):
+            if hasattr(module, "vocab_size"):  # some losses read it there
+                module.vocab_size = len(widths.vocab)
+    return open_model(view, name=model.name)
+
+
+def _narrow_layers(view: Any, base: Any, configs: Iterable[Any], stack: Stack, plan: Plan) -> None:
+    """Cut everything but the vocabulary of a copy of a model, and set the sizes in its configs."""
     architecture, widths = stack.architecture, plan.widths
-    view = share(model.model)
-    base: Any = view.get_submodule(architecture.base)
     cut_model(view, base.get_submodule(architecture.layers), architecture.wiring, widths)
     try:
         sizes = common_sizes(plan)
@@ -158,8 +174,7 @@ def _narrowed(model: Model, plan: Plan) -> Model:
         view.lamella_counts = widths.counts()
     else:
         eps = stack.config.hidden_size / sizes.hidden if widths.rescale else 1.0
-        resize({id(config): config for config in (view.config, base.config)}.values(), architecture, sizes, eps)
-    return open_model(view, name=model.name)
+        resize(configs, architecture, sizes, eps)
 
 
 def alter_stack(stack: Stack, plan: Plan) -> Stack:

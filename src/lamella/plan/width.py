@@ -1,9 +1,10 @@
-"""Narrower models: MLP channels, heads and hidden channels are removed from the tensors that have them.
+"""Narrower models: channels, heads, hidden channels and tokens are removed from the tensors that have them.
 
 The architecture table lists which axes each module of a layer reads and writes (:mod:`lamella.stack.wiring`). Keeping
 some entries of an axis then means selecting them wherever the axis occurs, in weights and biases. Heads are runs of
 ``head_dim`` entries of ``queries`` and ``keys``; the size of a head never changes, so rotary positions stay correct. A
-tied tensor is cut once.
+tied tensor is cut once. Tokens are rows of the embedding and of the output projection, which every model names itself,
+so that a vocabulary needs no wiring.
 
 This module imports only that one, torch and transformers: native exports include its source verbatim.
 """
@@ -63,15 +64,22 @@ class Widths:
         hidden: the kept channels of the residual stream.
         rescale: multiply the gains of RMS norms by the square root of d / d_kept, and their epsilon by d / d_kept, so
             that removing channels that are always zero changes nothing.
+        vocab: the ids of the kept tokens, ascending; the new id of a token is its index here.
     """
 
     channels: Mapping[int, Sequence[int]] = field(default_factory=dict)
     heads: Mapping[int, Heads] = field(default_factory=dict)
     hidden: Sequence[int] | None = None
     rescale: bool = False
+    vocab: Sequence[int] | None = None
+
+    @property
+    def cuts_layers(self) -> bool:
+        """Whether anything but the vocabulary is cut."""
+        return bool(self.channels or self.heads or self.hidden is not None)
 
     def counts(self) -> dict[str, Any]:
-        """Return the number of kept entries of each axis as JSON; see :meth:`of_counts`."""
+        """Return the number of kept entries of each axis but the vocabulary as JSON; see :meth:`of_counts`."""
         return {
             "channels": {str(layer): len(kept) for layer, kept in self.channels.items()},
             "kv_of": {str(layer): heads.new_kv_of for layer, heads in self.heads.items()},
@@ -135,24 +143,52 @@ def cut_model(model: nn.Module, layers: Iterable[nn.Module], wiring: Wiring, wid
     model.lamella_heads = tuple(heads)  # type: ignore[assignment]
 
 
+@torch.no_grad()
+def cut_vocabulary(model: Any, kept: Sequence[int]) -> None:
+    """Keep some rows of embedding and output projection in place; both get new parameters, one if they are tied.
+
+    Args:
+        model: a copy that may be changed; its tensors may be shared with another model.
+        kept: ids of the kept tokens, ascending.
+    """
+    known: dict[nn.Parameter, nn.Parameter] = {}
+    for module in _of_tokens(model):
+        own: list[tuple[str, nn.Parameter]] = list(module.named_parameters(recurse=False))
+        for name, parameter in own:
+            if parameter not in known:
+                rows = parameter.index_select(0, torch.tensor(list(kept), device=parameter.device))
+                known[parameter] = nn.Parameter(rows, requires_grad=parameter.requires_grad)
+            setattr(module, name, known[parameter])
+        _note_shape(module)
+        if getattr(module, "padding_idx", None) is not None:
+            module.padding_idx = list(kept).index(module.padding_idx)
+
+
+def _of_tokens(model: Any) -> list[Any]:
+    """Return the modules with a row for each token."""
+    return [each for each in (model.get_input_embeddings(), model.get_output_embeddings()) if each is not None]
+
+
 def kept_entries(
-    model: nn.Module, layers: Iterable[nn.Module], wiring: Wiring, widths: Widths
+    model: nn.Module, layers: Iterable[nn.Module], wiring: Wiring | None, widths: Widths
 ) -> dict[str, list[Tensor | None]]:
-    """Return the entries that :func:`cut_model` selects of each dimension of each parameter, without merging.
+    """Return the entries that :func:`cut_model` and :func:`cut_vocabulary` select of each dimension, without merging.
 
     Args:
         model: the whole model; its tensors may be on the ``meta`` device.
         layers: its layers.
-        wiring: the axes of its modules.
+        wiring: the axes of its modules; None if only the vocabulary is cut.
         widths: the kept entries.
 
     Returns:
         Entries [kept], or None for a dimension that stays whole; parameters that stay whole are omitted.
     """
     path = {module: name for name, module in model.named_modules()}
-    at = [(layer.get_submodule(part.path), part, _kept(widths, number, layer.get_submodule(wiring.attention)))
-          for number, layer in enumerate(layers) for part in wiring.layer]  # fmt: skip
-    at += [(model.get_submodule(part.path), part, _kept(widths)) for part in wiring.outside]
+    at: list[tuple[nn.Module, Part, dict[str, _Kept]]] = []
+    if wiring is not None:
+        at = [(layer.get_submodule(part.path), part, _kept(widths, number, layer.get_submodule(wiring.attention)))
+              for number, layer in enumerate(layers) for part in wiring.layer]  # fmt: skip
+        at += [(model.get_submodule(part.path), part, _kept(widths)) for part in wiring.outside]
     found = {}
     for module, part, kept in at:
         for name, parameter in module.named_parameters(recurse=False):
@@ -162,6 +198,10 @@ def kept_entries(
             ]
             if any(entries is not None for entries in dims):
                 found[f"{path[module]}.{name}"] = dims
+    for module in [] if widths.vocab is None else _of_tokens(model):
+        for name, parameter in module.named_parameters(recurse=False):
+            dims = found.setdefault(f"{path[module]}.{name}", [None] * parameter.ndim)
+            dims[0] = torch.tensor(list(widths.vocab or ()))
     return found
 
 
@@ -256,7 +296,7 @@ def _note_shape(module: Any) -> None:
     elif isinstance(module, Conv1D):
         module.nx, module.nf = shape
     elif isinstance(module, nn.Embedding):
-        module.embedding_dim = shape[1]
+        module.num_embeddings, module.embedding_dim = shape
     elif isinstance(module, nn.LayerNorm):
         module.normalized_shape = tuple(shape)
 

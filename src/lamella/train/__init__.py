@@ -34,6 +34,7 @@ from lamella.train.mixing import Feed, Order, Replay, ReplayedSample, past_mixtu
 from lamella.train.optimizers import adamw
 from lamella.train.pace import TooLittleTime
 from lamella.train.parameters import choose, own
+from lamella.train.refit import refit
 from lamella.train.schedules import (
     Constant,
     Cosine,
@@ -106,6 +107,7 @@ __all__ = [
     "pairs",
     "past_mixture",
     "projection",
+    "refit",
     "response_loss",
     "rewarm",
     "scored_states",

@@ -24,6 +24,7 @@ from lamella.extras import require
 from lamella.plan import Plan, checkpoint, native
 from lamella.plan.filling import pretrained
 from lamella.plan.quantize import NEEDS, run_by_torch
+from lamella.plan.tokenizer import cut_tokenizer
 from lamella.processes import local_rank
 from lamella.progress import tracker
 from lamella.registry import Method, fitting_stack
@@ -405,6 +406,22 @@ def open_tokenizer(model: str | Path) -> Any:
     except Exception as error:  # damaged files can cause errors of any type
         raise CheckpointError(f"{place}: its tokenizer does not work ({' '.join(str(error).split())[:200]})") from error
     return tokenizer
+
+
+def tokenizer_of(changed: str | Path, original: Any) -> Any:
+    """Return the tokenizer of a changed model: the original's for a folder without one, and for a plan what it keeps.
+
+    Args:
+        changed: a plan, an exported folder or any other model.
+        original: tokenizer of the original.
+    """
+    if names_plan(changed):
+        kept = Plan.read(changed).vocab
+        return original if kept is None else cut_tokenizer(original, kept)
+    try:
+        return open_tokenizer(changed)
+    except LamellaError:
+        return original
 
 
 def open_processor(model: str | Path) -> Any:

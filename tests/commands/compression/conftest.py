@@ -153,6 +153,7 @@ def make_evidence() -> dict[str, Any]:
             "removal_order": [[SITES[sublayer]] for sublayer in CUT],
         },
         "curves": [curve("finercut")],
+        "agreement": {"lower": 0.41279, "upper": 0.981, "confidence": 0.95},
         "routes": [
             route("original", None, 538e6, 0.0, 1.0, True),
             route("original, int8", "int8", 163e6, 0.004, 1.61, True),

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from lamella.commands.compress.card import model_card
 from lamella.commands.compress.report import render
 from lamella.commands.compress.tradeoff import reason
 
@@ -118,6 +119,13 @@ def test_the_verdict_and_the_big_numbers_say_what_was_measured(evidence: dict[st
     assert "was reached" in text
     for provenance in ("bf" * 32, "46" * 32, "A processor, 2 cores", "torch 2.13.0", "strategy greedy"):
         assert provenance in text
+
+
+def test_the_guarantee_is_rounded_down_and_left_out_of_older_evidence(evidence: dict[str, Any]) -> None:
+    sentence = "With 95 % confidence, the top token agrees on at least 41.2 % of positions"
+    assert sentence in Page(render(evidence)).text and sentence in model_card(evidence)
+    del evidence["agreement"]
+    assert "anytime-valid" not in Page(render(evidence)).text and "anytime-valid" not in model_card(evidence)
 
 
 def test_a_missed_target_is_said(evidence: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lamella import formatting
 from lamella.commands.compress import tasks, tradeoff
-from lamella.commands.compress.report import COSTS, fate, gone, narrower, verdict
+from lamella.commands.compress.report import COSTS, fate, gone, guaranteed, narrower, verdict
 from lamella.report.drawing import STRIPED
 from lamella.report.page import finite
 from lamella.results.page import inline
@@ -62,6 +62,7 @@ def model_card(evidence: dict[str, Any]) -> str:
         _table(evidence),
         f"Fidelity on {chosen['fidelity']['positions']} positions of {chosen['fidelity']['sequences']} sequences, "
         "± one standard error. Speed-ups are medians of interleaved runs in one process, with their quartiles.",
+        *([guaranteed(evidence)] if evidence.get("agreement") else []),
         *_scored(evidence),
         *_routes(evidence),
         *(inline(note) for note in evidence["notes"]),

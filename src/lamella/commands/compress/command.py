@@ -22,6 +22,7 @@ from lamella.commands.compress.race import (
     Job,
     check_reachable,
     choose,
+    confidence_of_each,
     entrants,
     measure_curves,
     quantised_alone,
@@ -33,6 +34,7 @@ from lamella.commands.heal.command import context_of
 from lamella.data import ImageText, InputContext, Text
 from lamella.errors import BudgetError, MethodError
 from lamella.evaluate import Budget, FidelityTest, bench, cost, step_times
+from lamella.evaluate.confidence import CONFIDENCE
 from lamella.evaluate.speed import denoises
 from lamella.evaluate.tasks import open_tasks, score
 from lamella.files import Work
@@ -189,12 +191,14 @@ def compress(
             views = {name: best.form.view(*models[name]) for name in ("cut", "healed")}
             judge = _judge(stack, context, test)
             found.measured["healing"] = training | {
-                "fidelity": fidelity.of(views["healed"]).as_dict(),
+                "fidelity": fidelity.of(views["healed"]).as_dict(confidence_of_each(len(candidates))),
                 "unseen": unseen(stack, judge, views),
             }
     found.chosen["form"] = natural_form(found.plan, found.changed) if form == "auto" else form
     *_, last = models.values()
     changed = best.form.view(*last)
+    final = found.measured["healing"] if "healed" in models else best.chosen
+    found.measured["agreement"] = final["fidelity"]["agreement"] | {"confidence": CONFIDENCE}
     found.measured["samples"] = _samples({"base": stack.model, "changed": changed}, context.tokenizer)
     if tasks:
         scored = {name: best.form.view(*each) for name, each in models.items() if name != "original"}

@@ -22,7 +22,7 @@ from lamella.evaluate import FidelityTest
 from lamella.files import Work
 from lamella.plan import Plan
 from lamella.stack import Stack
-from lamella.train import Healed, TooLittleTime
+from lamella.train import Healed, TooLittleTime, refit
 from lamella.train.losses import CHUNK
 from lamella.zoo import computes_well
 
@@ -33,6 +33,7 @@ UNSEEN_SECONDS = 45.0  # time limit for measuring them; the first is always meas
 TOKENS = 256  # in a block
 BATCH = 4  # blocks in a step
 ROWS = 256  # maximum number of rows of images with text
+FITTED = 8  # blocks or rows for a refit, as in benchmarks/refit.py
 RECIPE = 64  # blocks or rows for a method's own recipe
 # Chosen by trials on SmolLM2: adapters beat full training in the same number of steps at the same cost, and need no
 # memory for gradients and optimizer state of the frozen weights.
@@ -48,7 +49,8 @@ class Heal:
 
     Attributes:
         way: auto: distillation from the original, or the recipe of the plan's method if the plan is dynamic. recipe:
-            the method's own recipe, or continual pre-training on the text if it has none.
+            the method's own recipe, or continual pre-training on the text if it has none. refit: no training, but a
+            correction of the linear layers in front of the removed ones by least squares, which takes seconds.
         minutes: duration of distillation in minutes; 8 by default.
         steps: number of optimizer steps, instead of minutes or the number of the recipe; the result is bit-exact.
         train: training text, or rows of images; defaults to built-in text of many kinds (general), or to the
@@ -58,7 +60,7 @@ class Heal:
         MethodError: for minutes that would not be used.
     """
 
-    way: Literal["auto", "recipe"] = "auto"
+    way: Literal["auto", "recipe", "refit"] = "auto"
     minutes: Annotated[float, Gt(0)] | None = None
     steps: Annotated[int, Ge(1)] | None = None
     train: str | None = None
@@ -66,8 +68,10 @@ class Heal:
     prefixed: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.minutes is not None and (self.steps is not None or self.way == "recipe"):
-            other = "steps" if self.steps is not None else "way recipe"
+        if self.way == "refit" and self.steps is not None:
+            raise MethodError("heal: way refit takes no optimizer steps: leave steps out")
+        if self.minutes is not None and (self.steps is not None or self.way != "auto"):
+            other = "steps" if self.steps is not None else f"way {self.way}"
             raise MethodError(
                 f"heal: minutes apply to distillation, but {other} determines the duration: give one of them"
             )
@@ -87,9 +91,11 @@ def heal_cut(
         calibration: the calibration data of the plan.
 
     Returns:
-        The healed model, and its record for evidence; None and a ``note`` if training does not fit the memory, or a
-        recipe takes no images.
+        The healed model, and its record for evidence; None and a ``note`` if training does not fit the memory, a recipe
+        takes no images, or the plan or the model cannot be refitted.
     """
+    if how.way == "refit":
+        return _refitted(stack, plan, material(stack, context, how.train or _usual(calibration), FITTED, FITTED))
     if how.way == "recipe" or not plan.is_static or plan.weights:  # distillation does not train policies
         given = {} if how.steps is None else {"steps": how.steps}
         train = material(stack, context, how.train or calibration, RECIPE, RECIPE)
@@ -97,7 +103,7 @@ def heal_cut(
             return Training.prepared(stack, plan, context, train, options=given).run(work)
         except TextOnly as error:
             return None, {"note": f"Not healed: {error}."}
-    train = material(stack, context, how.train or (calibration if isinstance(calibration, ImageText) else TEXT))
+    train = material(stack, context, how.train or _usual(calibration))
     free = SHARE * _free(stack.device)
     fitting = [each for each in _options(plan) if _needed(stack, each, _length(train)) < free]
     if not fitting:
@@ -112,6 +118,21 @@ def heal_cut(
         return Training.prepared(stack, plan, context, train, loss="kd", options=options).run(work)
     except TooLittleTime as error:
         return None, {"note": f"Not healed: {error}."}
+
+
+def _usual(calibration: Text | ImageText) -> str | ImageText:
+    """Return the default training data: built-in text of many kinds, or rows of images if these were planned on."""
+    return calibration if isinstance(calibration, ImageText) else TEXT
+
+
+def _refitted(stack: Stack, plan: Plan, train: Text | ImageText) -> tuple[Healed | None, dict[str, Any]]:
+    """Correct a pruned model in closed form; see :func:`heal_cut`."""
+    try:
+        healed = refit(stack, plan, train)
+    except MethodError as error:
+        return None, {"note": f"Not healed: {error}."}
+    body = {name: healed.body()[name] for name in ("settings", "curve", "held_out")}
+    return healed, {"method": "refit", "data": {"training": train.describe()}, **body, **healed.findings}
 
 
 def material(

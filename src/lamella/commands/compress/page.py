@@ -6,7 +6,7 @@ from typing import Any
 
 from lamella.commands.compress import tasks, tradeoff
 from lamella.commands.compress.card import model_card
-from lamella.commands.compress.report import render, verdict
+from lamella.commands.compress.report import guaranteed, render, verdict
 from lamella.result import Evidence, Summary, Table
 
 
@@ -52,7 +52,7 @@ def summary(evidence: Evidence) -> Summary:
         tables.append(Table("Routes", tradeoff.COLUMNS, models))
     if len(found["curves"]) > 1:
         tables.append(_methods(found))
-    lines = []
+    lines = [guaranteed(found)] if found.get("agreement") else []
     if narrower := found["chosen"].get("narrower"):
         lines.append(f"remaining sizes: {narrower}")
     if quantised := found.get("quantised"):

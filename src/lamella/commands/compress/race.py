@@ -16,6 +16,7 @@ from lamella.commands.compress.goal import Goal
 from lamella.data import ImageText, Text
 from lamella.errors import BudgetError, MethodError
 from lamella.evaluate import Budget, Fidelity, FidelityTest, Ratio, bench
+from lamella.evaluate.confidence import CONFIDENCE
 from lamella.files import Work
 from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.planners import Planner, Race, first_reaching, planned_on
@@ -306,7 +307,7 @@ def measure_curves(job: Job, candidates: list[Contender]) -> None:
         job: the inputs.
         candidates: the series; their points are added.
     """
-    fidelity = FidelityTest(job.stack, job.test)
+    fidelity, confidence = FidelityTest(job.stack, job.test), confidence_of_each(len(candidates))
     for candidate in track(candidates, "fidelity against speed"):
         series, end = candidate.series, time.monotonic() + CURVE_SECONDS
         smaller = _spread(candidate) if candidate.is_curve else []
@@ -333,7 +334,7 @@ def measure_curves(job: Job, candidates: list[Contender]) -> None:
                     "sublayers_removed": plan.removed,
                     "predicted_speedup": candidate.form.predicted(plan),
                     "measured_speedup": vars(speedup),
-                    "fidelity": fidelities[index].as_dict(),
+                    "fidelity": fidelities[index].as_dict(confidence),
                     "chosen": chosen,
                     "pareto": False,
                 }
@@ -341,6 +342,17 @@ def measure_curves(job: Job, candidates: list[Contender]) -> None:
     points = [point for candidate in candidates for point in candidate.points]
     for point in points:
         point["pareto"] = not any(_beats(other, point) for other in points)
+
+
+def confidence_of_each(candidates: int) -> float:
+    """Return the confidence of the bounds of each candidate, with which those of the chosen one have the usual one.
+
+    The test chooses among the planners, so its bounds must hold for all of them at once (Bonferroni's inequality).
+
+    Args:
+        candidates: number of planners.
+    """
+    return 1 - (1 - CONFIDENCE) / candidates
 
 
 def _spread(candidate: Contender) -> list[int]:

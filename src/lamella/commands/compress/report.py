@@ -7,9 +7,10 @@ from typing import Any
 
 from lamella import formatting
 from lamella.commands.compress import tasks, tradeoff
+from lamella.evaluate.confidence import guarantee
 from lamella.report.drawing import STRIPED, StackDrawing, shade
 from lamella.report.figures import Figure, Points, Scatter
-from lamella.report.healing import ROWS, training
+from lamella.report.healing import ROWS, corrections, training
 from lamella.report.page import finite, render_page
 
 COSTS = (
@@ -56,6 +57,7 @@ def render(evidence: dict[str, Any]) -> str:
         figures,
         evidence=evidence,
         verdict=verdict(evidence),
+        guaranteed=guaranteed(evidence),
         costs=[
             {
                 "what": label,
@@ -79,6 +81,7 @@ def render(evidence: dict[str, Any]) -> str:
         axes=_axes(evidence),
         facts=_facts(evidence),
         rows=ROWS,
+        corrections=corrections,
         phased=any(sublayer in STRIPED for layer in layers for sublayer in layer.values()),
         deciding=any(sublayer == "some" for layer in layers for sublayer in layer.values()),
     )
@@ -150,6 +153,15 @@ def verdict(evidence: dict[str, Any]) -> str:
         f"{evidence['model']['name']} now generates text with a speed-up of {speed}, with {' and '.join(changes)}; "
         f"perplexity goes from {before} to {after}{healed}."
     )
+
+
+def guaranteed(evidence: dict[str, Any]) -> str:
+    """Return the sentence on the agreement with the original; empty if its bounds were not measured.
+
+    Args:
+        evidence: the evidence of the compression.
+    """
+    return guarantee(evidence["agreement"]) if evidence.get("agreement") else ""
 
 
 def _share(before: float, after: float) -> float:

@@ -39,6 +39,8 @@ class CompressionEvidence(Evidence):
         samples: answers of both models to the same prompts.
         tasks: scores of all models; empty if there were no tasks.
         routes: the routes that were measured: each model with its weights as they are and in 8 bits.
+        agreement: bounds of the top-1 agreement of the result, for whichever route was chosen; None in evidence that
+            was written before they were measured.
         quantised: description of the quantised files.
     """
 
@@ -55,6 +57,7 @@ class CompressionEvidence(Evidence):
     tasks: list[dict[str, Any]] = Field(default_factory=list)
     routes: list[dict[str, Any]] = Field(default_factory=list)
     quantised: dict[str, Any] | None = None
+    agreement: dict[str, Any] | None = None
 
 
 @dataclass(kw_only=True)

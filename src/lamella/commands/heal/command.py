@@ -16,7 +16,7 @@ from lamella.plan import ModelReference, Plan
 from lamella.registry import command, get_method
 from lamella.signature import Argument, Settings
 from lamella.stack import Stack
-from lamella.train import Healed, ScheduleName
+from lamella.train import Healed, ScheduleName, refit
 
 LENGTH = 256  # maximum tokens of a selected sample
 BATCH = 4  # blocks in a step, if the duration is given in tokens
@@ -31,6 +31,7 @@ def heal(
     pool: InstructionPool | None = None,
     teacher: Stack | None = None,
     *,
+    way: Literal["auto", "refit"] = "auto",
     steps: Annotated[int, Ge(1)] | None = None,
     minutes: Annotated[float, Gt(0)] | None = None,
     tokens: Annotated[int, Ge(1)] | None = None,
@@ -58,6 +59,7 @@ def heal(
     Example: lamella heal smollm2 plan.json --past stdlib --steps 200 -o healed
     lamella heal small --teacher smollm2 --train general --lora 128 --lr 2e-3 --minutes 8 -o healed
     lamella heal smollm2 plan.json --pool alpaca.jsonl --keep 0.1 -o healed
+    lamella heal smollm2 plan.json --way refit --train general --sequences 8 -o healed
 
     Args:
         stack: the model; it is not changed.
@@ -69,6 +71,8 @@ def heal(
             (paser), and ``selection.json`` records why.
         teacher: a model to distil from, such as the original of a checkpoint that was pruned before. Fidelity is
             measured against it.
+        way: auto: training. refit: no training, but a correction of the linear layers in front of what the plan
+            removes or narrows, by least squares on the training data; it takes seconds, and has no other option.
         steps: number of optimizer steps; defaults to that of the recipe.
         minutes: training time instead of steps, for distillation.
         tokens: train one epoch on this many tokens of the text, instead of steps and sequences.
@@ -92,7 +96,8 @@ def heal(
         The trained model with its plan.
 
     Raises:
-        MethodError: for options that the plan's own recipe does not have, or images if it takes none.
+        MethodError: for options that the plan's own recipe does not have, images if it takes none, or a plan or model
+            that cannot be refitted.
         TrainingError: if training fails; the last good checkpoint is kept.
     """
     plan = Plan(model=ModelReference.of(stack)) if plan is None else plan
@@ -108,6 +113,17 @@ def heal(
     }
     named |= {"lora": lora, "save_every": save_every, "tensorboard": tensorboard}
     options: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+    if way == "refit":
+        others = {
+            "tokens": tokens,
+            "loss": loss,
+            "past": past,
+            "pool": pool,
+            "teacher": teacher,
+            "shard": shard or None,
+        }
+        given = [*options, *(name for name, value in others.items() if value is not None)]
+        return _refitted(stack, plan, train, given)
     if len({"steps", "minutes"} & options.keys()) + (tokens is not None) > 1:
         raise MethodError("steps, minutes and tokens all determine the duration of training: give one of them")
     if shard:
@@ -135,6 +151,28 @@ def heal(
         healed.data["training"] |= pool.describe() | {"chosen": len(material), "by": "paser"}
         healed.findings["selection"] = chosen.findings
         healed.files["selection.json"] = json.dumps(chosen.findings, indent=2) + "\n"
+    return healed
+
+
+def _refitted(stack: Stack, plan: Plan, train: Text | ImageText, options: list[str]) -> Healed:
+    """Return the model whose linear layers are corrected in closed form.
+
+    Args:
+        stack: the model.
+        plan: the plan.
+        train: the data that the corrections are fitted to.
+        options: names of the options of training that were given.
+
+    Raises:
+        MethodError: for a plan that changes nothing, or options of training.
+    """
+    if options:
+        raise MethodError(f"refit does not train, so it has no option '{options[0]}': leave it out")
+    if not any(plan.decision.values()):
+        raise MethodError("refit corrects what a plan has removed: give a plan")
+    healed = refit(stack, plan, train)
+    healed.data = {"training": train.describe()}
+    healed.findings["recipe"] = "refit"
     return healed
 
 

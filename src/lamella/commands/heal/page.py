@@ -1,10 +1,10 @@
-"""Page of a healed model: fidelity before and after, the loss on every text, and the selected samples."""
+"""Page of a healed model: fidelity before and after, the loss on every text, corrections, and the selected samples."""
 
 from __future__ import annotations
 
 from lamella.formatting import number
 from lamella.report.figures import Figure
-from lamella.report.healing import training
+from lamella.report.healing import corrections, training
 from lamella.result import Evidence, Summary, Table
 from lamella.runtime.edit import fidelity_table
 from lamella.train import TrainedEvidence
@@ -29,7 +29,7 @@ def summary(evidence: Evidence) -> Summary:
     assert isinstance(evidence, TrainedEvidence)
     name = (evidence.model or {}).get("name", "the model")
     recipe, lines = evidence.findings["recipe"], []
-    verdict = f"{recipe} has trained {name}."
+    verdict = f"{recipe} has {'corrected' if recipe == 'refit' else 'trained'} {name}."
     tables = []
     if evidence.fidelity and evidence.before:
         before, after = (each["perplexity"]["mean"] for each in (evidence.before, evidence.fidelity))
@@ -42,6 +42,8 @@ def summary(evidence: Evidence) -> Summary:
     ]
     if rows:
         tables.append(Table("Held-out loss, nats per token", ["text", "before", "after"], rows))
+    if gaps := evidence.findings.get("refit"):
+        tables.append(corrections(gaps))
     if past := evidence.settings.get("replay"):
         lines.append(f"replayed: {past['fraction']:.0%} of every batch, from {evidence.data['replay']['data']}")
     if chosen := evidence.findings.get("selection"):
