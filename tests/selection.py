@@ -31,7 +31,7 @@ UNTESTED = ("site/", ".gitignore", "LICENSE")
 REGISTRY = ("methods", "commands", "all_commands", "get_method")  # of the registry: they may return any method
 FEW = 8  # methods that are all tested when an engine changes; of more, these represent the others:
 REPRESENTATIVES = frozenset(
-    ("finercut", "ffn-skip", "kore", "ssd", "wrap", "depth-efficiency", "muranet", "heal", "compress", "slab", "trace")
+    ("finercut", "ffn-skip", "kore", "ssd", "wrap", "depth-efficiency", "muranet", "heal", "trace")
 )
 NAMING = (["methods"], ["commands"], ["planners"])  # modules of the package that name methods
 KEPT = ROOT / ".pytest_cache" / "selection.json"  # what the files refer to, so that unchanged ones are not parsed again
