@@ -53,6 +53,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """No second choice after measuring: the plan that the cost model picks is kept, and its step times are fixed."""
     monkeypatch.setattr(goals, "TOLERANCE", 0.0)
+    monkeypatch.setattr(race, "ATTEMPTS", 1)
     costs = import_module("lamella.evaluate.cost")
     monkeypatch.setattr(costs, "measure_step", lambda stack: StepTimes(attn=1.0, mlp=1.0, rest=0.5))
 

@@ -54,7 +54,7 @@ HEAL = Heal()
 PLANNING = 0.2  # minutes of the search by default, as a fraction of those of healing
 QUICK = Planner(DEFAULT, {"greedy": False})  # the default search: healing makes better use of the time
 COLOURING = 128  # tokens on which single sublayers are removed
-COLOURING_SECONDS = 20.0  # time limit for these removals
+COLOURING_SECONDS = 10.0  # time limit for these removals
 PROMPTS = (
     "Write a short note that explains what a list comprehension is.",
     "What is the capital of France, and why is it famous?",

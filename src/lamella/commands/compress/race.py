@@ -29,7 +29,7 @@ WHOLE = "quantize"  # the method of the route that cuts nothing
 STEPS = 16  # decoding steps in a round of a timing loop
 SECONDS = 12.0  # time limit of a timing loop, after its minimum number of rounds
 CURVE_POINTS = 6
-CURVE_SECONDS = 45.0  # time limit for the fidelity of a series at points other than the chosen one
+CURVE_SECONDS = 20.0  # time limit for the fidelity of a series at points other than the chosen one
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ def choose(job: Job, candidates: list[Contender]) -> None:
             candidate.weights = weight_bytes(views[candidate.name])
         if job.goal.name != "speedup" or not left:  # what else there is does not vary from run to run
             return
-        missing = [candidate for candidate in pending if not candidate.reaches(job.goal)]
+        missing = [each for each in pending if each.speedup is not None and each.speedup.median < job.goal.value]
         pending = [candidate for candidate in missing if _go_on(job, candidate)]  # the new points are measured next
         if not pending:
             return
