@@ -61,7 +61,7 @@ class Interval:
         """Return the interval after all values, which does not depend on their order.
 
         Args:
-            values: values in [0, 1] [count]; none give the interval from 0 to 1.
+            values: [count], values from 0 to 1; none give the interval from 0 to 1.
             confidence: probability that the interval covers the mean.
         """
         found = np.asarray(values, dtype=np.float64)
@@ -117,7 +117,7 @@ def log_capital(values: np.ndarray, mean: float) -> np.ndarray:
     """Return the logarithm of the capital after each value, of the gambler who claims that the mean is higher.
 
     Args:
-        values: values in [0, 1] [..., count].
+        values: [..., count], values from 0 to 1.
         mean: the claimed mean, above 0.
 
     Returns:
