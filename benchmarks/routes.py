@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import lamella
-from lamella.commands.compress.forms import Form, int8_form, plain_form
+from lamella.commands.compress.forms import STEPS, Form, int8_form, plain_form
 from lamella.commands.compress.goal import TOLERANCE
-from lamella.commands.compress.race import STEPS
 from lamella.evaluate import FidelityTest, bench
 from lamella.files import Finished
 from lamella.formatting import ratio
@@ -54,7 +53,7 @@ class Listed:
 
 def exhaustive(stack: Stack, test: FidelityTest, tokens: Any, seed: int) -> list[Listed]:
     """Return all routes with their divergence, the closest to the original first."""
-    forms = [each for each in (plain_form(stack), int8_form(stack, STEPS)) if each is not None]
+    forms = [each for each in (plain_form(stack), int8_form(stack)) if each is not None]
     whole = Plan(model=ModelReference.of(stack))
     plans = {"nothing removed": whole}
     for slug in PLANNERS:

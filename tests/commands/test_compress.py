@@ -368,7 +368,7 @@ def int8_reaches(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Sets the speed-up that int8 alone is measured to have; that of a cut is what the cost model predicts."""
 
     def reaches(speedup: float) -> None:
-        def form(stack: Any, steps: int) -> Form:
+        def form(stack: Any) -> Form:
             whole = Stack(int8_copy(stack.model), name=stack.name)
             return Form("int8", whole, StepTimes(attn=1.0, mlp=1.0, rest=0.1), Ratio.of([speedup]))
 

@@ -12,12 +12,20 @@ import torch
 
 from lamella import formatting
 from lamella.commands.compress import healing
-from lamella.commands.compress.forms import USEFUL, Form, Means, int8_form, means, plain_form, weight_bytes
+from lamella.commands.compress.forms import (
+    SECONDS,
+    STEPS,
+    USEFUL,
+    Form,
+    Means,
+    int8_form,
+    means,
+    plain_form,
+    weight_bytes,
+)
 from lamella.commands.compress.goal import Goal
 from lamella.commands.compress.healing import Heal, heal_cut, material, unseen
 from lamella.commands.compress.race import (
-    SECONDS,
-    STEPS,
     Contender,
     Job,
     check_reachable,
@@ -146,7 +154,7 @@ def compress(
         planners, minutes = [QUICK for _ in planners], PLANNING * _healing_minutes(heal)
     allowed = means(allow, named=plan is not None or not race.is_default or form not in ("auto", "plain"))
     forms = {"": plain_form(stack)}
-    if "quantize" in allowed and (int8 := int8_form(stack, STEPS)) is not None:
+    if "quantize" in allowed and (int8 := int8_form(stack)) is not None:
         forms["int8"] = int8
     candidates = [quantised_alone(stack, each) for each in forms.values() if each.name]
     is_enough = goal.name != "loss" and any(each.reaches(goal) for each in candidates)
@@ -175,8 +183,9 @@ def compress(
     found = _compression(job, best, candidates, minutes, context)
     found.data = {"calibration": calibration.describe(), "test": test.describe()}
     found.quantize = quantize
-    plans = {"original": Plan(model=ModelReference.of(stack))} | ({} if best.is_whole else {"cut": best.plan})
-    models = {name: (stack, each) for name, each in plans.items()}
+    models = {"original": (stack, Plan(model=ModelReference.of(stack)))}
+    if not best.is_whole:
+        models["cut"] = stack, best.plan
     fidelity = FidelityTest(stack, tested)
     if heal is not None and not best.is_whole:
         begin = time.perf_counter()

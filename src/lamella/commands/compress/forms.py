@@ -18,6 +18,8 @@ from lamella.stack import Position, Stack, open_model
 Means = Literal["quantize", "cut"]
 USEFUL = 1.05  # speed-up from which quantisation is combined with a cut: below it, a cut of the original is faster
 UNCHANGED = Ratio(1.0, 1.0, 1.0)
+STEPS = 16  # decoding steps in a round of a timing loop
+SECONDS = 12.0  # time limit of a timing loop, after its minimum number of rounds
 
 
 @dataclass(frozen=True)
@@ -88,17 +90,16 @@ def plain_form(stack: Stack) -> Form:
     return Form("", stack, step_times(stack))
 
 
-def int8_form(stack: Stack, steps: int) -> Form | None:
+def int8_form(stack: Stack) -> Form | None:
     """Measure a model with int8 weights; None if it has no linear layers that can be quantised.
 
     Args:
         stack: the model.
-        steps: decoding steps in a round of the timing loop.
     """
     quantised = int8_copy(stack.model)
-    if not any(isinstance(module, Int8Linear) for module in quantised.modules()):
+    if not is_int8(quantised):
         return None
-    timings = bench({"original": stack.model, "int8": quantised}, tokens=steps)
+    timings = bench({"original": stack.model, "int8": quantised}, tokens=STEPS)
     whole = Stack(quantised, name=stack.name)
     return Form("int8", whole, step_times(whole), timings["int8"][0].decode_speedup)
 
@@ -113,6 +114,15 @@ def means(allow: Sequence[Means], named: bool) -> tuple[Means, ...]:
     if allow:
         return tuple(allow)
     return ("cut",) if named or find_spec("torchao") is None else ("quantize", "cut")
+
+
+def is_int8(model: Any) -> bool:
+    """Return whether some linear layers of a model have int8 weights.
+
+    Args:
+        model: a model or a view.
+    """
+    return any(isinstance(module, Int8Linear) for module in model.modules())
 
 
 def weight_bytes(model: Any) -> int:

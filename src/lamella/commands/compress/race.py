@@ -11,8 +11,9 @@ from typing import Any
 from torch import LongTensor
 
 from lamella import formatting
-from lamella.commands.compress.forms import Form, weight_bytes
+from lamella.commands.compress.forms import SECONDS, STEPS, Form, weight_bytes
 from lamella.commands.compress.goal import Goal
+from lamella.commands.compress.routes import beats
 from lamella.data import ImageText, Text
 from lamella.errors import BudgetError, MethodError
 from lamella.evaluate import Budget, Fidelity, FidelityTest, Ratio, bench
@@ -26,8 +27,6 @@ from lamella.stack import Position, Stack
 MARGIN = 1.03  # factor by which a search exceeds the target, since measurements deviate from the cost model
 ATTEMPTS = 4
 WHOLE = "quantize"  # the method of the route that cuts nothing
-STEPS = 16  # decoding steps in a round of a timing loop
-SECONDS = 12.0  # time limit of a timing loop, after its minimum number of rounds
 CURVE_POINTS = 6
 CURVE_SECONDS = 20.0  # time limit for the fidelity of a series at points other than the chosen one
 
@@ -341,7 +340,7 @@ def measure_curves(job: Job, candidates: list[Contender]) -> None:
             )
     points = [point for candidate in candidates for point in candidate.points]
     for point in points:
-        point["pareto"] = not any(_beats(other, point) for other in points)
+        point["pareto"] = not any(beats(_place(other), _place(point)) for other in points)
 
 
 def confidence_of_each(candidates: int) -> float:
@@ -365,8 +364,6 @@ def _spread(candidate: Contender) -> list[int]:
     return list(dict.fromkeys([*spread, candidate.point]))
 
 
-def _beats(other: dict[str, Any], point: dict[str, Any]) -> bool:
-    """Return whether ``other`` is both faster and closer to the original."""
-    faster = other["measured_speedup"]["median"] - point["measured_speedup"]["median"]
-    closer = point["fidelity"]["kl"]["mean"] - other["fidelity"]["kl"]["mean"]
-    return faster >= 0 and closer >= 0 and (faster > 0 or closer > 0)
+def _place(point: dict[str, Any]) -> tuple[float, float]:
+    """Return speed-up and KL divergence of a point of a curve."""
+    return point["measured_speedup"]["median"], point["fidelity"]["kl"]["mean"]

@@ -6,15 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from lamella.commands.compress.forms import weight_bytes
+from lamella.commands.compress.forms import SECONDS, STEPS, is_int8, weight_bytes
 from lamella.errors import ExportError
 from lamella.evaluate import FidelityTest, Ratio, bench
 from lamella.extras import require
-from lamella.plan.quantize import NEEDS, Int8Linear, int8_copy, q8_0_bytes, q8_0_copy
+from lamella.plan.quantize import NEEDS, int8_copy, q8_0_bytes, q8_0_copy
 
 UNQUANTISED = "unquantised"
 HEALED = "healed"  # a model with the shape, and so the speed, of the cut
-SECONDS = 12.0  # time limit of the timing loop, after its minimum number of rounds
 RUN = {
     "int8": "int8 weights and bfloat16 activations, in eager mode with torch's own kernel",
     "q8_0": "dequantised weights of a q8_0 file, in the original's precision; llama.cpp's speed is not measured",
@@ -106,20 +105,34 @@ def routes(
             continue
         if "int8" in forms:
             integers = int8_copy(model)
-            if any(isinstance(module, Int8Linear) for module in integers.modules()):
+            if is_int8(integers):
                 found[f"{name}, int8"] = "int8", integers, weight_bytes(integers)
         if "q8_0" in forms:
             found[f"{name}, q8_0"] = "q8_0", q8_0_copy(model), q8_0_bytes(model)
     timed = {name: model for name, (form, model, _) in found.items() if form != "q8_0" and not name.startswith(HEALED)}
-    speeds = {name: timing.decode_speedup for name, (timing, *_) in bench(timed, tokens=16, seconds=SECONDS).items()}
+    speeds = {name: timing.decode_speedup for name, (timing, *_) in bench(timed, tokens=STEPS, seconds=SECONDS).items()}
     rows = []
     for name, (form, model, size) in found.items():
         speed = speeds.get(name.replace(HEALED, "cut"))
         rows.append(_row(name, form, size, test.of(model).as_dict(), speed))
     for name, each in (measured or {}).items():
-        form = "int8" if any(isinstance(module, Int8Linear) for module in each.model.modules()) else None
+        form = "int8" if is_int8(each.model) else None
         rows.append(_row(name, form, weight_bytes(each.model), each.fidelity, each.speedup))
-    return [row | {"pareto": not any(_beats(other, row) for other in rows)} for row in rows]
+    places = [_place(row) for row in rows]
+    return [
+        row | {"pareto": place is not None and not any(other and beats(other, place) for other in places)}
+        for row, place in zip(rows, places, strict=True)
+    ]
+
+
+def beats(other: tuple[float, float], place: tuple[float, float]) -> bool:
+    """Return whether another route is at least as fast and as close to the original, and better in one of the two.
+
+    Args:
+        other: speed-up and KL divergence of the other route.
+        place: those of the route.
+    """
+    return other[0] >= place[0] and other[1] <= place[1] and other != place
 
 
 def _row(name: str, form: str | None, size: int, fidelity: dict[str, Any], speed: Ratio | None) -> dict[str, Any]:
@@ -133,10 +146,6 @@ def _row(name: str, form: str | None, size: int, fidelity: dict[str, Any], speed
     }
 
 
-def _beats(other: dict[str, Any], row: dict[str, Any]) -> bool:
-    """Return whether ``other`` is both faster and closer to the original; an unmeasured speed beats none."""
-    if other["decode_speedup"] is None or row["decode_speedup"] is None:
-        return row["decode_speedup"] is None
-    faster = other["decode_speedup"]["median"] - row["decode_speedup"]["median"]
-    closer = row["fidelity"]["kl"]["mean"] - other["fidelity"]["kl"]["mean"]
-    return faster >= 0 and closer >= 0 and (faster > 0 or closer > 0)
+def _place(row: dict[str, Any]) -> tuple[float, float] | None:
+    """Return speed-up and KL divergence of a route; None if its speed was not measured."""
+    return row["decode_speedup"] and (row["decode_speedup"]["median"], row["fidelity"]["kl"]["mean"])
