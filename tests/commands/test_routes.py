@@ -69,3 +69,5 @@ def test_what_is_measured_and_refused() -> None:
     check_quantised(None, "native")
     with pytest.raises(ExportError, match="native checkpoints cannot be quantised"):
         check_quantised(Quantize("q8_0"), "native")
+    with pytest.raises(ExportError, match="native checkpoints cannot be quantised"):
+        check_quantised(None, "native", allow=("quantize",))

@@ -134,7 +134,7 @@ def compress(
         MethodError: for a method whose plans save no work, or a model that cannot be healed.
     """
     race = Race.of(method)
-    check_options(method, budget, heal, quantize, form, tasks)
+    check_options(method, allow, budget, heal, quantize, form, tasks)
     if heal is not None and denoises(stack.model):
         raise MethodError(
             f"{stack.name} predicts masked tokens, but healing needs next-token prediction: leave heal out (--no-heal)"
@@ -218,12 +218,17 @@ def compress(
         for each in candidates
         if each is not best and not each.is_whole and each.speedup is not None
     }
-    found.measured["routes"] = routes(fidelity, views, requested(quantize), others)
+    form_of = f", {best.form.name}" if best.form.name else ""
+    known = {f"{'original' if best.is_whole else 'cut'}{form_of}": best.chosen["fidelity"]}
+    if "healed" in models:
+        known[f"healed{form_of}"] = final["fidelity"]
+    found.measured["routes"] = routes(fidelity, views, requested(quantize), others, known)
     return found
 
 
 def check_options(
     method: Any = "auto",
+    allow: tuple[Means, ...] = (),
     budget: Budget = Budget(),
     heal: Heal | None = None,
     quantize: Quantize | None = None,
@@ -234,6 +239,7 @@ def check_options(
 
     Args:
         method: the planners.
+        allow: the means.
         budget: the goal.
         heal: how to heal the model.
         quantize: how to quantise the result.
@@ -244,7 +250,7 @@ def check_options(
         LamellaError: one line that says what is wrong.
     """
     Race.of(method)
-    check_quantised(quantize, form)
+    check_quantised(quantize, form, allow)
     if tasks:
         open_tasks(tasks)
     if heal is not None and heal.train is not None:

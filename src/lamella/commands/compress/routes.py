@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from lamella.commands.compress.forms import SECONDS, STEPS, is_int8, weight_bytes
+from lamella.commands.compress.forms import SECONDS, STEPS, Means, is_int8, weight_bytes
 from lamella.errors import ExportError
 from lamella.evaluate import FidelityTest, Ratio, bench
 from lamella.extras import require
@@ -42,21 +42,21 @@ def requested(quantize: Quantize | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(["int8", *([] if quantize is None else [quantize.kind])]))
 
 
-def check_quantised(quantize: Quantize | None, form: str) -> None:
+def check_quantised(quantize: Quantize | None, form: str, allow: Sequence[Means] = ()) -> None:
     """Check, before long work, that its result can be quantised.
 
     Args:
         quantize: the request.
         form: form of the export.
+        allow: the means that were requested.
 
     Raises:
         ExportError: for a form of export that cannot be quantised.
+        LamellaError: if torchao is needed and not installed.
     """
-    if quantize is None:
-        return
-    if form not in ("auto", "plain"):
+    if (quantize is not None or "quantize" in allow) and form not in ("auto", "plain"):
         raise ExportError(f"{form} checkpoints cannot be quantised: leave form or quantize out")
-    if quantize.kind == "int8":
+    if "quantize" in allow or (quantize is not None and quantize.kind == "int8"):
         require("torchao", *NEEDS)
 
 
@@ -80,6 +80,7 @@ def routes(
     models: Mapping[str, Any],
     forms: tuple[str, ...] = ("int8",),
     measured: Mapping[str, Candidate] | None = None,
+    known: Mapping[str, dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """Measure models with their weights as they are, and quantised.
 
@@ -92,6 +93,7 @@ def routes(
         forms: forms of quantisation, of :data:`RUN`. A model without linear layers that can be int8 has no such form,
             and a dynamic view has none.
         measured: further routes by name, which were measured before.
+        known: fidelities that were measured before, by the names of routes.
 
     Returns:
         For each route ``name``, ``form`` (None: unquantised), ``run`` (what was measured), ``bytes`` of its weights,
@@ -111,10 +113,10 @@ def routes(
             found[f"{name}, q8_0"] = "q8_0", q8_0_copy(model), q8_0_bytes(model)
     timed = {name: model for name, (form, model, _) in found.items() if form != "q8_0" and not name.startswith(HEALED)}
     speeds = {name: timing.decode_speedup for name, (timing, *_) in bench(timed, tokens=STEPS, seconds=SECONDS).items()}
-    rows = []
+    rows, known = [], known or {}
     for name, (form, model, size) in found.items():
         speed = speeds.get(name.replace(HEALED, "cut"))
-        rows.append(_row(name, form, size, test.of(model).as_dict(), speed))
+        rows.append(_row(name, form, size, known[name] if name in known else test.of(model).as_dict(), speed))
     for name, each in (measured or {}).items():
         form = "int8" if is_int8(each.model) else None
         rows.append(_row(name, form, weight_bytes(each.model), each.fidelity, each.speedup))
