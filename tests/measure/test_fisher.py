@@ -362,6 +362,14 @@ def test_what_cannot_be_measured_is_refused_in_one_line(call: Any, error: type[L
     assert "\n" not in str(raised.value)
 
 
+def test_sequences_that_differ_in_their_labels_alone_are_different_samples() -> None:
+    ids = torch.arange(6)
+    kept, other = ({"input_ids": ids, "labels": labels} for labels in (ids, ids.flip(0)))
+    check_disjoint([kept], [other])
+    with pytest.raises(CalibrationError, match="1 samples are to be forgotten and retained"):
+        check_disjoint([kept], [other, kept])
+
+
 def test_importances_of_what_nothing_depends_on_vanish() -> None:
     model = made("words")
     model.spare = nn.Linear(2, 2)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeModel
 
 import lamella
 from lamella.errors import PlanError
@@ -326,6 +326,13 @@ def test_the_config_s_lists_follow_the_layers() -> None:
     moe.mlp_only_layers, moe.decoder_sparse_step = [2], 1
     again = reindex(moe, [2, 0, 1], ARCHITECTURES["qwen3_moe"])
     assert again.mlp_only_layers == [0] and moe.mlp_only_layers == [2]
+    moe.mlp_only_layers, moe.decoder_sparse_step = [], 2
+    experts = [type(layer.mlp).__name__ == "Qwen3MoeSparseMoeBlock" for layer in Qwen3MoeModel(moe).layers]
+    order = [1, 2, 3]
+    moved = Qwen3MoeModel(reindex(moe, order, ARCHITECTURES["qwen3_moe"]))
+    assert [type(layer.mlp).__name__ == "Qwen3MoeSparseMoeBlock" for layer in moved.layers] == [
+        experts[layer] for layer in order
+    ]
 
 
 def test_a_document_is_found_under_its_public_name() -> None:

@@ -220,6 +220,14 @@ def test_layers_that_a_plain_checkpoint_counts_on_stay(name: str, site: str, rea
     lamella.apply(model, plan)(**given)  # as a view, it may go
 
 
+@pytest.mark.parametrize(("selected", "counted"), [(-1, set()), (-2, {3}), (1, {0}), ([-3, 1], {0, 2, 3})])
+def test_a_vision_tower_may_lose_the_layers_that_its_config_does_not_count(selected: Any, counted: set[int]) -> None:
+    model = lamella.open(nano("llava", vision_feature_layer=selected))
+    for layer in range(4):
+        form = natural_form(dropping(model, f"vision.layers.{layer}"), model)
+        assert form == ("native" if layer in counted else "plain"), layer
+
+
 def test_the_bias_of_a_dropped_first_layer_is_still_that_of_the_others() -> None:
     model, given = opened("t5"), nano_inputs("t5")
     hooks = [

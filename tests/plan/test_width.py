@@ -373,6 +373,13 @@ torch.save(found, given + ".out")
 """
 
 
+def test_the_sizes_of_uneven_layers_follow_the_layers(tmp_path: Path) -> None:
+    stack = opened("llama")
+    plan = plan_of(stack, uneven(stack), drop=["layers.0"])
+    folder = export(stack, plan, tmp_path / "native", form="native")
+    close(real(lamella.open(folder).model(**GIVEN).logits), real(lamella.apply(stack, plan)(**GIVEN).logits))
+
+
 @pytest.mark.slow
 def test_uneven_exports_run_in_transformers_alone(tmp_path: Path) -> None:
     views = {}

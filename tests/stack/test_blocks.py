@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import ArchitectureError, PlanError
-from lamella.stack.blocks import Blocks
+from lamella.stack.blocks import Blocks, resnet_shortcut
 
 NAMES = ("unet", "unet with text", "resnet18", "resnet50")
 # By class: the module inside a block whose output is what the block adds to its shortcut.
@@ -95,6 +95,17 @@ def test_a_dropped_block_leaves_its_shortcut(name: str) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         assert not torch.allclose(found, whole, rtol=1e-5, atol=1e-6), site
     assert torch.equal(run(blocks.without([]), inputs), whole) and torch.equal(run(model, inputs), whole)
+
+
+def test_a_dropped_resnet_block_keeps_its_scale() -> None:
+    block = diffusers.models.resnet.ResnetBlock2D(
+        in_channels=4, out_channels=8, temb_channels=None, groups=2, output_scale_factor=2.0
+    )
+    torch.nn.init.zeros_(block.conv2.weight)
+    torch.nn.init.zeros_(block.conv2.bias)
+    x = torch.randn(1, 4, 6, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(resnet_shortcut(block, x, {}), block(x, None))
 
 
 @pytest.mark.parametrize("name", NAMES)

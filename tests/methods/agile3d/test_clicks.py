@@ -70,6 +70,12 @@ def test_chosen_objects_are_numbered_and_all_else_is_background() -> None:
     assert task_labels(torch.tensor([-1, 0, 4, 2, 7, 4]), [4, 2]).tolist() == [0, 0, 1, 2, 0, 1]
 
 
+def test_the_latest_click_of_a_token_wins_and_predictions_stay_as_they_are() -> None:
+    predicted = torch.tensor([0, 1, 2])
+    assert apply_clicks(predicted, (Click(2, 0), Click(0, 2), Click(1, 0))).tolist() == [1, 1, 0]
+    assert predicted.tolist() == [0, 1, 2]
+
+
 def test_quality_is_the_mean_over_objects_of_the_iou_of_points() -> None:
     labels, truth = torch.tensor([1, 1, 0, 2, 2, 2]), torch.tensor([1, 1, 1, 2, 0, 0])
     assert mean_iou(labels, truth, 2) == pytest.approx((2 / 3 + 1 / 3) / 2)
@@ -137,6 +143,8 @@ def test_dice_over_classes_is_one_minus_the_probability_of_the_true_one() -> Non
 def test_tokens_count_for_more_near_a_click() -> None:
     coords = torch.tensor([[0.0, 0, 0], [0.15, 0, 0], [0.3, 0, 0], [5, 0, 0]])
     torch.testing.assert_close(click_weights(coords, (Click(1, 0),), 0.3), torch.tensor([2.0, 1.4, 0.8, 0.8]))
+    nearest_counts = click_weights(coords, (Click(1, 0), Click(2, 3)), 0.3)
+    torch.testing.assert_close(nearest_counts, torch.tensor([2.0, 1.4, 0.8, 2.0]))
 
 
 def test_the_loss_adds_up_layers_by_hand() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,11 @@ def test_covariances_of_parts_add_up_and_come_back_from_a_file(stack: Stack, tok
     assert summed.tokens == whole.tokens and summed.reads == whole.reads
     for name, each in whole.matrices.items():
         torch.testing.assert_close(summed.matrices[name], each, rtol=1e-5, atol=1e-7)
+
+
+def test_a_sum_belongs_to_the_weights_of_the_later_round(stack: Stack, tokens: Tensor) -> None:
+    earlier = input_covariance(stack.model, linear_at(stack.model), tokens[:1])
+    assert (replace(earlier, base="first") + replace(earlier, base="second")).base == "second"
 
 
 def test_a_file_of_other_weights_and_one_that_is_none_are_refused(stack: Stack, tokens: Tensor, tmp_path: Path) -> None:

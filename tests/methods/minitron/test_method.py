@@ -18,6 +18,7 @@ from torch import Tensor
 import lamella
 from lamella.errors import BudgetError, MethodError
 from lamella.methods.minitron import TRAINING, ModelShape, Ranking, activation_importance, contest, minitron, rank, trim
+from lamella.methods.minitron.space import ShapeSpace
 from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.plan.export import export, natural_form
 from lamella.stack import Stack
@@ -269,6 +270,9 @@ def test_the_series_meets_its_budget_with_shapes_that_export_plainly(name: str, 
     with torch.no_grad():
         close(loaded(IDS).logits, lamella.apply(stack, plan)(IDS).logits)
     assert sum(parameter.numel() for parameter in loaded.parameters()) == last
+    space = ShapeSpace.of(stack, 8)
+    works = [space.work(ModelShape(**shape)) for shape in series.provenance["shapes"]]
+    assert works == pytest.approx([sum(map(sum, plan.work)) for plan in series])
 
 
 def test_smaller_points_keep_a_part_of_what_larger_ones_keep() -> None:

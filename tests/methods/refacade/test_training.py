@@ -136,6 +136,17 @@ def test_the_reference_of_a_step_is_jigsawed_again_each_time(monkeypatch: pytest
     assert len(seen) == 4 and not torch.equal(seen[0].image, seen[2].image)
 
 
+def test_the_base_sees_a_white_frame_in_place_of_a_reference() -> None:
+    seen: list[torch.Tensor] = []
+
+    def velocity(z: torch.Tensor, t: torch.Tensor, frame: torch.Tensor) -> torch.Tensor:
+        seen.append(frame)
+        return torch.zeros_like(z)
+
+    BaseLoss(velocity, Length())(torch.nn.Identity(), {"clean": torch.zeros(2, 3, 4, 8, 8)})
+    assert torch.equal(seen[0], torch.ones(2, 3, 1, 8, 8))
+
+
 def test_the_base_learns_from_clips_alone() -> None:
     base = Base(copy.deepcopy(pixels().network).requires_grad_(True), None, "fresh")
     loss = BaseLoss(base.velocity, Length())(base.network, {"clean": torch.randn(2, 3, 2, 8, 8)})
