@@ -34,6 +34,7 @@ from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lamella.plan import HeadWidth, ModelReference, Plan, apply_static, checkpoint
+from lamella.results.record import HOLDS, VERDICTS
 from lamella.stack import Stack
 
 RESULT = Path(__file__).parent / "results" / "out_of_core.json"
@@ -246,7 +247,7 @@ def main() -> int:
     ]  # fmt: skip
     result = {
         "slug": "out_of_core",
-        "claim_holds": all(check["passed"] for check in checks),
+        "verdict": VERDICTS[all(check["passed"] for check in checks)],
         "machine": machine(),
         "versions": {"python": platform.python_version()}
         | {p: version(p) for p in ("torch", "transformers", "safetensors")},
@@ -262,7 +263,7 @@ def main() -> int:
     for check in checks:
         verdict = "pass" if check["passed"] else "FAIL"
         print(f"{verdict}  {check['name']}: {check['measured']} (expected {check['expected']})")
-    return 0 if result["claim_holds"] else 1
+    return 0 if result["verdict"] == HOLDS else 1
 
 
 if __name__ == "__main__":

@@ -32,15 +32,15 @@ from lamella.plan.parts import parts_in
 from lamella.registry import Method, all_commands, submodule
 from lamella.registry import commands as commands_of
 from lamella.results import Adapted, Edit
-from lamella.results.record import VERDICTS
+from lamella.results.record import FAILS, HOLDS, PREMISE, UNDECIDED, VERDICTS
 from lamella.signature import kind_of
 from lamella.stack import ARCHITECTURES, ASSEMBLIES, Slot
 
 ROOT = Path(__file__).resolve().parent.parent
 METHOD_PAGES = ROOT / "docs" / "methods"
 SHOWN = 5  # lines of an example
-ADMONITIONS = {True: "success", False: "failure", None: "warning"}
-SAID = VERDICTS | {None: "is undecided"}
+ADMONITIONS = {HOLDS: "success", FAILS: "failure", UNDECIDED: "warning", PREMISE: "warning"}
+SAID = {HOLDS: HOLDS, FAILS: FAILS, UNDECIDED: "is undecided", PREMISE: "is not tested, since its premise is not met"}
 OTHERS = {False: "not", None: "undecided"}
 MARKER = re.compile(r"^<!-- (\w+)(?:: ([\w.-]+))? -->$", re.MULTILINE)
 
@@ -110,10 +110,10 @@ def render(path: Path, command: str) -> str:
         return f'!!! note "Not yet run"\n    `{command}` measures it and writes the tables that belong here.'
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        holds, checks = result["claim_holds"], result["checks"]
+        found, checks = result["verdict"], result["checks"]
         of_method = any("kind" in check for check in checks)  # else of a benchmark: several stand on one page
         what = "main claim" if of_method else "claim"
-        verdict = f'!!! {ADMONITIONS[holds]} "The {what} {SAID[holds]}: {counted(checks)}"'
+        verdict = f'!!! {ADMONITIONS[found]} "The {what} {SAID[found]}: {counted(checks)}"'
         versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
         parts = [
             f"{verdict}\n    Measured by `{command}`: data {result['data']}; seed {result['seed']}; "
@@ -232,7 +232,7 @@ def _verdict(known: Method) -> tuple[str, str]:
         result = json.loads(path.read_text(encoding="utf-8"))
         hold, *others = counted(result["checks"]).split(", ")
         linked = [f"[{', '.join(others)}]({known.slug}.md#fails)"] if others else []
-        return VERDICTS[result["claim_holds"]], ", ".join([hold, *linked])
+        return result["verdict"], ", ".join([hold, *linked])
     except (ValueError, KeyError, TypeError) as error:
         raise broken(path, error, f"lamella reproduce {known.slug}") from error
 

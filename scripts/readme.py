@@ -23,7 +23,6 @@ from lamella.cli.console import table
 from lamella.commands.compress.page import summary
 from lamella.commands.compress.result import CompressionEvidence
 from lamella.registry import Method, methods
-from lamella.results.record import VERDICTS
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks" / "results"
@@ -106,7 +105,7 @@ def state(entry: Method) -> str:
     held, total = sum(bool(check["passed"]) for check in result["checks"]), len(result["checks"])
     checks = f"{held} of {total} checks hold"
     checks = checks if held == total else f"[{checks}]({page})"
-    return f"main claim: {VERDICTS[result['claim_holds']]}; {checks}"
+    return f"main claim: {result['verdict']}; {checks}"
 
 
 def by_purpose() -> dict[str, list[Method]]:

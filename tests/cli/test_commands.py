@@ -363,13 +363,13 @@ def test_reproduce_runs_the_script_and_passes_its_verdict_on(tmp_path):
     (tmp_path / "reproductions" / "results").mkdir(parents=True)
     (tmp_path / "reproductions" / "some_method.py").write_text(
         "import pathlib, sys\n"
-        "pathlib.Path('reproductions/results/some-method-quick.json').write_text('{\"claim_holds\": false}')\n"
+        "pathlib.Path('reproductions/results/some-method-quick.json').write_text('{\"verdict\": \"does not hold\"}')\n"
         "sys.exit(1 if sys.argv[1:] == ['--quick', '--fresh'] else 3)\n"
     )
     command = [sys.executable, "-m", "lamella.cli", "reproduce", "some-method", "--quick", "--fresh", "--json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert json.loads(done.stdout)["findings"] == {"claim_holds": False, "code": 1}
+    assert json.loads(done.stdout)["findings"] == {"verdict": "does not hold", "code": 1}
 
 
 # Tasks.

@@ -15,6 +15,7 @@ from lamella.evaluate import speed as module
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.provenance import environment
 from lamella.results import Record
+from lamella.results.record import VERDICTS
 from lamella.runtime import apply
 from lamella.stack import Stack, open_model, share
 from lamella.zoo import prefer
@@ -188,7 +189,7 @@ def test_a_record_without_kinds_fails_unless_every_check_holds(
         record.check(f"claim {index}", "<= 1", 0.5, verdict)
     assert record.finish(tmp_path / "results" / "x.json") == code
     document = json.loads((tmp_path / "results" / "x.json").read_text())
-    assert document["claim_holds"] is (None if None in verdicts else code == 0)
+    assert document["verdict"] == VERDICTS[None if None in verdicts else code == 0]
     assert document["tables"][0]["rows"] == [["a", 1.235], ["b", 2]]
     assert [check["passed"] for check in document["checks"]] == verdicts
     assert document["seed"] == 3 and document["data"] == "text" and document["machine"]
@@ -219,7 +220,7 @@ def test_the_main_claim_decides_and_nothing_may_fail(
             add("claim", "<= 1", 0.5, verdict)
     assert record.finish(tmp_path / "x.json") == code
     document = json.loads((tmp_path / "x.json").read_text())
-    assert document["claim_holds"] is claim
+    assert document["verdict"] == VERDICTS[claim]
     kinds = ["exactness"] * len(exact) + ["main"] * len(main) + ["further"] * len(further)
     assert [(each["kind"], each["passed"]) for each in document["checks"]] == list(
         zip(kinds, [*exact, *main, *further], strict=True)

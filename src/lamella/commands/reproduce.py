@@ -11,6 +11,7 @@ from lamella.errors import MethodError
 from lamella.registry import command
 from lamella.result import Evidence, Summary
 from lamella.results import Study
+from lamella.results.record import PREMISE, UNDECIDED
 
 FOLDER = Path("reproductions")
 
@@ -30,15 +31,18 @@ class Reproduction(Study):
     @classmethod
     def summary(cls, evidence: Evidence) -> Summary:
         """Summarise the verdict."""
-        holds = {True: "holds", False: "does not hold", None: "is undecided"}[evidence.findings["claim_holds"]]
-        return Summary(f"The claim of {evidence.provenance['inputs']['method']} {holds}.")
+        method, verdict = evidence.provenance["inputs"]["method"], evidence.findings["verdict"]
+        if verdict == PREMISE:
+            return Summary(f"The claim of {method} could not be tested: its premise is not met here.")
+        return Summary(f"The claim of {method} {'is undecided' if verdict == UNDECIDED else verdict}.")
 
 
 @command("reproduce", verb="reproduce", on="any")
 def reproduce(method: str, *, quick: bool = False, fresh: bool = False) -> Reproduction:
     """Run the reproduction of a published method and check its claims; exits with 1 if one fails.
 
-    It also exits with 1 if the main claim is undecided, that is, within the noise of the measurement.
+    It also exits with 1 if the main claim is undecided, that is, within the noise of the measurement, or if its
+    premise is not met: model and data do not show the effect that it presupposes.
 
     A full run takes ten minutes to two hours; the head of its script says how long, and what it measures. A run that
     was stopped resumes: finished parts are kept in the cache folder until the results are written. A change of the code

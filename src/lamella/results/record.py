@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,9 +15,15 @@ from rich.table import Table
 from lamella.files import write
 from lamella.provenance import environment
 
-Kind = Literal["exactness", "main", "further"]
-VERDICTS = {True: "holds", False: "does not hold", None: "undecided"}
-COLOURS = {True: "green", False: "red", None: "yellow"}
+Kind = Literal["exactness", "premise", "main", "further"]
+Verdict = Literal["holds", "does not hold", "undecided", "premise not met"]
+HOLDS, FAILS, UNDECIDED, PREMISE = get_args(Verdict)
+VERDICTS: dict[bool | None, Verdict] = {True: HOLDS, False: FAILS, None: UNDECIDED}  # of a check
+COLOURS = {HOLDS: "green", FAILS: "red", UNDECIDED: "yellow", PREMISE: "yellow"}
+
+
+class PremiseNotMet(Exception):
+    """Model and data do not show the effect that a claim presupposes."""
 
 
 @dataclass
@@ -25,8 +31,8 @@ class Record:
     """Tables and checks of one run.
 
     A check holds, does not hold, or is undecided (None) if it is within the measurement noise. The checks of a
-    reproduction have three kinds, declared before it runs: exactness (identities, and the premises of an experiment),
-    the paper's main claim, and further claims. Those of a benchmark have a single kind.
+    reproduction have four kinds: exactness (identities), premise (the effect that a claim presupposes is there), the
+    paper's main claim, and further claims. Those of a benchmark have a single kind.
 
     Attributes:
         slug: name of the run.
@@ -69,6 +75,22 @@ class Record:
         """
         self.check(name, expected, measured, passed, "exactness")
 
+    def premise(self, name: str, expected: str, measured: Any, passed: bool | None) -> None:
+        """Add a check of what the main claim presupposes of model and data, before any arm of the experiment runs.
+
+        Args:
+            name: what is checked.
+            expected: the expected value or relation, as text.
+            measured: the measured value.
+            passed: whether the check holds; None if it is within the measurement noise.
+
+        Raises:
+            PremiseNotMet: if it does not hold, so that the claim cannot be tested on this model and data.
+        """
+        self.check(name, expected, measured, passed, "premise")
+        if not passed:
+            raise PremiseNotMet(f"{name}: expected {expected}, measured {_cell(measured)}")
+
     def main(self, name: str, expected: str, measured: Any, passed: bool | None) -> None:
         """Add a check of the paper's main claim, or a part of it.
 
@@ -104,13 +126,15 @@ class Record:
         passed = None if passed is None else bool(passed)
         found = {"name": name, "expected": expected, "measured": str(_cell(measured)), "passed": passed}
         self.checks.append(({} if kind is None else {"kind": kind}) | found)
-        text = escape(f"{name}: expected {expected}, measured {_cell(measured)}")
-        Console().print(f"[{COLOURS[passed]}]{VERDICTS[passed]}[/]  {text}", highlight=False)
+        text, verdict = escape(f"{name}: expected {expected}, measured {_cell(measured)}"), VERDICTS[passed]
+        Console().print(f"[{COLOURS[verdict]}]{verdict}[/]  {text}", highlight=False)
 
     @property
-    def claim(self) -> bool | None:
+    def verdict(self) -> Verdict:
         """The verdict on all parts of the main claim; on all checks if none is of that kind."""
-        return together([c["passed"] for c in self.checks if c.get("kind") == "main"] or self.passed)
+        if any(check.get("kind") == "premise" and not check["passed"] for check in self.checks):
+            return PREMISE
+        return VERDICTS[together([c["passed"] for c in self.checks if c.get("kind") == "main"] or self.passed)]
 
     @property
     def passed(self) -> list[bool | None]:
@@ -120,13 +144,23 @@ class Record:
     def finish(self, path: Path) -> int:
         """Write the record to ``path`` and return the exit code: 0 if all required checks hold.
 
-        Required are the main claim, all exactness checks, and that nothing fails. An undecided further claim is not a
-        failure; an undecided main claim is.
+        Required are the main claim, its premises, all exactness checks, and that nothing fails. An undecided further
+        claim is not a failure; an undecided main claim is.
         """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, json.dumps(self.document(), indent=1) + "\n")
+        counts = [f"{self.passed.count(each)} {verdict}" for each, verdict in VERDICTS.items() if each in self.passed]
+        text = f"[{COLOURS[self.verdict]}]the claim: {self.verdict}[/] ({', '.join(counts)})"
+        Console().print(text, highlight=False)
+        Console().print(f"results: {path}")
+        return 0 if self.verdict == HOLDS and False not in self.passed else 1
+
+    def document(self) -> dict[str, Any]:
+        """Return the results as JSON values."""
         run_environment = environment()
-        document = {
+        return {
             "slug": self.slug,
-            "claim_holds": self.claim,
+            "verdict": self.verdict,
             "machine": f"{run_environment['machine']}, {run_environment['threads']} threads",
             "versions": run_environment["versions"],
             "date": run_environment["date"],
@@ -135,13 +169,6 @@ class Record:
             "tables": self.tables,
             "checks": self.checks,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, json.dumps(document, indent=1) + "\n")
-        counts = [f"{self.passed.count(each)} {verdict}" for each, verdict in VERDICTS.items() if each in self.passed]
-        text = f"[{COLOURS[self.claim]}]the claim: {VERDICTS[self.claim]}[/] ({', '.join(counts)})"
-        Console().print(text, highlight=False)
-        Console().print(f"results: {path}")
-        return 0 if self.claim and False not in self.passed else 1
 
 
 def together(verdicts: Sequence[bool | None]) -> bool | None:
