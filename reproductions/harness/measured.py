@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import t
+from numpy.typing import ArrayLike
+from scipy.stats import norm, t
 
 from lamella.evaluate import Ratio
 from lamella.results.record import together
 
 LEVEL = 0.95
+RESAMPLES = 10_000  # of a bootstrap
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,37 @@ class Measured:
         count, mean = len(values), float(np.mean(values))
         half = float(t.ppf((1 + LEVEL) / 2, count - 1) * np.std(values, ddof=1) / count**0.5) if count > 1 else 0.0
         return cls(mean, mean - half, mean + half)
+
+    @classmethod
+    def over_seeds_and_items(cls, values: ArrayLike, shared: bool = True) -> Measured:
+        """Return the mean with its 95 % interval by a hierarchical bootstrap over seeds and test items.
+
+        Compare arms seed by seed and item by item: give differences or logarithms of ratios. Resamples of few seeds
+        vary too little, so the interval is widened as a t interval is. With a single seed it speaks of items alone.
+
+        Args:
+            values: paired values [seeds, items].
+            shared: whether all seeds are tested on the same items; otherwise each seed has its own.
+        """
+        x = np.asarray(values, float)
+        seeds, items = x.shape
+        random = np.random.default_rng(0)
+        of_seeds = random.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES) / seeds
+        if shared:
+            of_items = random.multinomial(items, np.full(items, 1 / items), RESAMPLES) / items
+            means = ((of_seeds @ x) * of_items).sum(axis=1)
+        else:
+            each = [random.multinomial(items, np.full(items, 1 / items), RESAMPLES) @ row / items for row in x]
+            means = (of_seeds * np.stack(each, axis=1)).sum(axis=1)
+        mean, ends = float(x.mean()), np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        if seeds > 1:
+            wider = t.ppf((1 + LEVEL) / 2, seeds - 1) / norm.ppf((1 + LEVEL) / 2) * (seeds / (seeds - 1)) ** 0.5
+            ends = mean + wider * (ends - mean)
+        return cls(mean, float(ends[0]), float(ends[1]))
+
+    def exp(self) -> Measured:
+        """Return the exponential, a ratio if the values are means of logarithms of ratios."""
+        return Measured(*(float(np.exp(each)) for each in (self.figure, self.low, self.high)))
 
     @classmethod
     def over_rounds(cls, speedup: Ratio, predicted: float = 1.0) -> Measured:

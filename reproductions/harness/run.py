@@ -15,8 +15,8 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,13 @@ from threadpoolctl import threadpool_limits
 from transformers import set_seed
 
 import lamella.methods
+from harness.fingerprint import fingerprint, source_digest
 from lamella.files import Finished
 from lamella.provenance import PACKAGES, package_version
 from lamella.report.figures import Axes
 from lamella.report.plotting import svg
 from lamella.results import Record
+from lamella.results.record import PremiseNotMet
 from lamella.zoo.cache import cache_folder
 
 HERE = Path(__file__).parent
@@ -48,11 +50,13 @@ class Run(Record):
         variant: "quick", or another reduced variant of the script; "" is the full run.
         work: a folder for checkpoints of arms, which is removed when the run has finished.
         arms: the finished arms.
+        design: what :meth:`freeze` has fixed, for the results.
     """
 
     variant: str
     work: Path
     arms: Finished
+    design: dict[str, Any] | None = field(default=None, init=False)
 
     @property
     def quick(self) -> bool:
@@ -62,8 +66,9 @@ class Run(Record):
     def arm(self, name: str, find: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Return the result of ``find(*given, **options)`` as JSON values; from the journal if it is finished.
 
-        ``find`` must not need in-memory results of an earlier arm, and is not run again for the same name. The global
-        random state is that of the run's seed before and after it, whether it runs or not.
+        The journal knows an arm by its name and :func:`harness.fingerprint.fingerprint`: by what it computes. ``find``
+        must not need in-memory results of an earlier arm. The global random state is that of the run's seed before and
+        after it, whether it runs or not.
 
         Args:
             name: the name of the arm.
@@ -71,17 +76,40 @@ class Run(Record):
             arguments: its positional arguments.
             options: its keyword arguments.
         """
+        return self._once(name, fingerprint(find, *arguments, **options), lambda: find(*arguments, **options))
 
+    def _once(self, name: str, computes: str, find: Callable[[], Any]) -> Any:
         def timed() -> Any:
             started = time.perf_counter()
-            found = find(*arguments, **options)
+            found = find()
             print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
             return found
 
         set_seed(self.seed)
-        found = self.arms.once(name, timed)
+        found = self.arms.once(f"{name} [{computes}]", timed)
         set_seed(self.seed)
         return found
+
+    def freeze(self, statistic: str, seeds: Sequence[int], **recipe: Any) -> None:
+        """Fix the design of the experiment before its final seeds run; results contain it, and its digest.
+
+        Args:
+            statistic: the statistic of the main claim, as text.
+            seeds: the final seeds, of which none chose a part of the recipe.
+            recipe: everything else as JSON values, such as steps, sizes, the grid of learning rates and chosen ones.
+
+        Raises:
+            ValueError: for a second design.
+        """
+        if self.design is not None:
+            raise ValueError("the design is frozen already")
+        content = {"statistic": statistic, "seeds": list(seeds), "recipe": recipe}
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        self.design = content | {"digest": digest}
+
+    def document(self) -> dict[str, Any]:
+        """Return the results as JSON values, with the frozen design if there is one."""
+        return super().document() | ({} if self.design is None else {"design": self.design})
 
     def figure(self, name: str, figure: Axes) -> None:
         """Save a figure as docs/assets/NAME.svg for the documentation; a quick run saves none.
@@ -107,14 +135,17 @@ class Run(Record):
             make: adds tables and checks to the run.
             arguments: its further arguments.
         """
-        is_known, tables, checks = name in self.arms, len(self.tables), len(self.checks)
+        tables, checks = len(self.tables), len(self.checks)
+        made = False
 
         def find() -> dict[str, Any]:
+            nonlocal made
+            made = True
             make(self, *arguments)
             return {"tables": self.tables[tables:], "checks": self.checks[checks:]}
 
-        found = self.arm(name, find)
-        if is_known:
+        found = self._once(name, fingerprint(make, *arguments), find)
+        if not made:
             for table in found["tables"]:
                 self.table(**table)
             for check in found["checks"]:
@@ -154,7 +185,7 @@ def main(experiment: Callable[[Run], None], *, seed: int = 0, quick: str, **vari
         "seed": chosen.seed,
         "threads": chosen.threads,
         "versions": [package_version(package) for package in PACKAGES],
-        "code": hashlib.sha256(b"".join(file.read_bytes() for file in sources(script))).hexdigest(),
+        "code": source_digest(sources(script)),
     }
     journal = work / "arms.jsonl"
     if chosen.fresh or not _is_of(journal, dependencies):
@@ -163,15 +194,21 @@ def main(experiment: Callable[[Run], None], *, seed: int = 0, quick: str, **vari
     if arms:
         print(f"resuming from {work}: {len(arms)} arms are finished", file=sys.stderr)
     run = Run(slug, "", chosen.seed, variant=chosen.variant, work=work, arms=arms)
-    experiment(run)
+    try:
+        experiment(run)
+    except PremiseNotMet as error:
+        print(f"The experiment ends here, since its premise is not met: {error}", file=sys.stderr)
     verdict = run.finish(script.parent / "results" / f"{name}.json")
     shutil.rmtree(work, ignore_errors=True)  # a finished run measures everything again next time
     return verdict
 
 
 def sources(script: Path) -> list[Path]:
-    """Return the files that results depend on: the script, the harness, and the method without its page."""
+    """Return the files on which every arm depends: those of the method without its page.
+
+    What an arm needs of the script and of the harness is in its fingerprint.
+    """
     method = Path(lamella.methods.__path__[0]) / script.stem
     files = method.rglob("*.py") if method.is_dir() else [method.with_suffix(".py")]
     own = [file for file in files if file.is_file() and file.stem != "page"]
-    return [script, *sorted(HERE.glob("*.py")), *sorted(own)]
+    return sorted(own)

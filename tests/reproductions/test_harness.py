@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 
@@ -130,19 +131,63 @@ def test_a_killed_run_goes_on_and_ends_with_the_results_of_a_run_in_one_go(examp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", ["code", "seed", "fresh"])
-def test_what_depends_on_something_else_is_measured_anew(example, run, change):
+@pytest.mark.parametrize("change", ["code", "seed", "fresh", "name"])
+def test_what_computes_something_else_is_measured_anew(example, run, change):
     example.killed_in_its_second_arm()
     if change == "code":
-        example.change("LIMIT = 2.0", "LIMIT = 3.0")
-    assert run(*{"code": [], "seed": ["--seed", "1"], "fresh": ["--fresh"]}[change]) == 0
-    assert example.ran == ["opening", "first", "second"]
+        example.change("torch.rand(())", "torch.rand(()) / 2")
+    if change == "name":
+        example.change("drawn(", "sampled(")
+        example.change("LIMIT", "THRESHOLD")
+    assert run(*{"seed": ["--seed", "1"], "fresh": ["--fresh"]}.get(change, [])) == 0
+    assert example.ran == (["second"] if change == "name" else ["opening", "first", "second"])
+
+
+def test_an_experiment_ends_where_its_premise_is_not_met(example, run):
+    example.change(
+        '    run.part("judged", judged, LIMIT)',
+        """\
+    run.premise("the effect", "at least 0.5", 0.25, False)
+    run.part("judged", judged, LIMIT)""",
+    )
+    assert run() == 1 and example.ran == ["opening"]
+    document = json.loads(example.results())
+    assert document["verdict"] == "premise not met" and [each["kind"] for each in document["checks"]] == ["premise"]
+
+
+def test_a_frozen_design_is_written_with_its_digest_and_cannot_be_frozen_again(example, run):
+    frozen = '    run.freeze("mean of differences", [3, 4], steps=100)\n'
+    example.change('    run.part("judged", judged, LIMIT)', frozen + '    run.part("judged", judged, LIMIT)')
+    assert run() == 0
+    design = json.loads(example.results())["design"]
+    assert design["seeds"] == [3, 4] and design["recipe"] == {"steps": 100} and len(design["digest"]) == 16
+    example.change(frozen, 2 * frozen)
+    with pytest.raises(ValueError, match="frozen already"):
+        run()
+
+
+def test_an_arm_is_known_by_what_it_computes(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPRODUCTIONS))
+    from harness.fingerprint import fingerprint
+
+    def of(source: str, name: str = "f", *given: object) -> str:
+        module: dict[str, object] = {"__name__": "script"}
+        exec(source, module)
+        return fingerprint(module[name], *given)
+
+    base = of("STEPS = 3\ndef g(x): return x + STEPS\ndef f(x): return g(x)", "f", 1)
+    assert base == of("STEPS = 3\ndef h(y):\n  'Say why.'\n  return y + STEPS  # so\ndef k(x): return h(x)", "k", 1)
+    assert base != of("STEPS = 4\ndef g(x): return x + STEPS\ndef f(x): return g(x)", "f", 1)
+    assert base != of("STEPS = 3\ndef g(x): return x - STEPS\ndef f(x): return g(x)", "f", 1)
+    assert base != of("STEPS = 3\ndef g(x): return x + STEPS\ndef f(x): return g(x)", "f", 2)
+    again = "def f(x): return x and f(x - 1)"
+    assert of(again) == of(again) != of("def f(x): return x and f(x - 2)")
 
 
 def test_a_claim_that_fails_exits_with_1_and_is_written(example, run):
     example.change("LIMIT = 2.0", "LIMIT = -1.0")
     assert run() == 1
-    assert json.loads(example.results())["claim_holds"] is False
+    assert json.loads(example.results())["verdict"] == "does not hold"
 
 
 @pytest.mark.parametrize("variant", ["quick", "other"])
@@ -166,7 +211,7 @@ def test_every_reproduction_runs_through_the_harness(script, monkeypatch):
     assert names["main"].__module__ == "harness.run" and callable(names["experiment"])
     calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Call)}
     assert calls & {"run.part", "run.arm"} and not calls & {"Record", "argparse.ArgumentParser", "Journal"}
-    assert not calls & {"run.check", "record.check"}, "a check says which of the three kinds it is"
+    assert not calls & {"run.check", "record.check"}, "a check says of which kind it is"
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
@@ -179,7 +224,8 @@ def test_committed_results_know_the_main_claim_and_agree_with_their_checks(scrip
     document = json.loads(results.read_text())
     assert all(check["kind"] in get_args(Kind) for check in document["checks"])
     main = [check["passed"] for check in document["checks"] if check["kind"] == "main"]
-    assert main and document["claim_holds"] is (False if False in main else None if None in main else True)
+    expected = "does not hold" if False in main else "undecided" if None in main else "holds"
+    assert main and document["verdict"] in (expected, "premise not met")
 
 
 def test_a_mean_over_seeds_decides_where_its_interval_leaves_the_threshold_out(monkeypatch):
@@ -194,6 +240,60 @@ def test_a_mean_over_seeds_decides_where_its_interval_leaves_the_threshold_out(m
     assert [found.within(*bounds) for bounds in ((-1, 5), (0, 5), (5, 6))] == [True, None, False]
     alone = Measured.over_seeds([2.0])
     assert (alone.low, alone.high, str(alone)) == (2, 2, "2") and alone.at_least(2) and alone.at_least(2.1) is False
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_an_interval_over_seeds_and_items_covers_the_mean_as_often_as_it_says(shared, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPRODUCTIONS))
+    from harness import measured
+
+    monkeypatch.setattr(measured, "RESAMPLES", 500)
+    random, covered = np.random.default_rng(0), 0
+    for _ in range(300):
+        seeds, items = random.normal(size=(5, 1)), random.normal(size=(1, 20) if shared else (5, 20))
+        found = measured.Measured.over_seeds_and_items(
+            0.7 + 0.3 * seeds + items + 0.5 * random.normal(size=(5, 20)), shared
+        )
+        covered += found.low <= 0.7 <= found.high
+    assert 0.92 <= covered / 300 <= 1.0
+
+
+def test_an_interval_over_seeds_and_items_is_students_where_items_do_not_vary(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPRODUCTIONS))
+    from harness.measured import Measured
+
+    values = np.random.default_rng(0).normal(size=40)
+    found = Measured.over_seeds_and_items(np.repeat(values[:, None], 3, axis=1))
+    expected = Measured.over_seeds(values.tolist())
+    assert found.figure == pytest.approx(expected.figure)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.03)
+    assert str(Measured(0.0, -0.1, 0.1).exp()) == "1 (0.9048 to 1.105)"
+
+
+def test_as_many_seeds_run_as_decide(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPRODUCTIONS))
+    from harness.design import seeds_needed
+
+    pilot = [0.9, 1.0, 1.1]  # a standard deviation of 0.1; t quantiles from a table
+    assert seeds_needed(pilot, 0.0926) == 7 and 2.446912 * 0.1 / 7**0.5 <= 0.0926 < 2.570582 * 0.1 / 6**0.5
+    assert seeds_needed(pilot, 10) == 3 and seeds_needed(pilot, 1e-6) == 12 and seeds_needed(pilot, 0, most=20) == 20
+
+
+def test_a_grid_of_rates_grows_for_every_arm_until_each_optimum_is_inside(example, run):
+    example.change(
+        '    run.part("judged", judged, LIMIT)',
+        """\
+    from math import log10
+    from harness.design import tuned
+    arms = {"low": lambda rate: abs(log10(rate) + 4), "middle": lambda rate: abs(log10(rate) + 2)}
+    found = tuned(run, arms, [1e-3, 1e-2])
+    run.main("rates", "inside", [each.value for each in found.values()], all(e.is_interior for e in found.values()))""",
+    )
+    assert run() == 0
+    tables = {each["title"]: each for each in json.loads(example.results())["tables"]}
+    rows = tables["Learning rates, chosen on validation data"]["rows"]
+    assert [row[:3] for row in rows] == [["low", 1e-4, "yes"], ["middle", 1e-2, "yes"]]
+    assert rows[0][3].count(":") == rows[1][3].count(":") == 5  # 1e-5 to 1e-1, the same for both
 
 
 def test_a_speed_decides_where_its_quartiles_leave_the_threshold_out(monkeypatch):
