@@ -64,6 +64,7 @@ class Fidelity:
         base_perplexity: of the original, on the same positions.
         sequences, positions: number of scored sequences and positions.
         agreements: ``top1`` of each sequence.
+        losses: mean loss of the changed model on each sequence, nats per token.
     """
 
     kl: Estimate
@@ -74,6 +75,7 @@ class Fidelity:
     sequences: int
     positions: int
     agreements: tuple[float, ...]
+    losses: tuple[float, ...]
 
     @classmethod
     def of(cls, sums: Tensor) -> Fidelity:
@@ -93,6 +95,7 @@ class Fidelity:
             sequences=len(sums),
             positions=int(scored.sum()),
             agreements=tuple((top1 / scored).tolist()),
+            losses=tuple((loss / eligible).tolist()),
         )
 
     def agreement(self, confidence: float = CONFIDENCE) -> Interval:
