@@ -274,6 +274,17 @@ def _goals(entry: Method, given: Mapping[str, Any]) -> tuple[Budget, dict[str, A
     return budget, own
 
 
+def argument_names(entry: Method) -> set[str]:
+    """Return the names of all arguments of a command, except those of the runner itself.
+
+    Args:
+        entry: the command.
+    """
+    contract = entry.signature
+    own = {*contract.inputs, *entry.options, *contract.groups, *([contract.work] if contract.work else [])}
+    return own | {name for each in contract.inputs.values() for name in settings_of(each)}
+
+
 def _check(entry: Method, given: Mapping[str, Any], inputs: tuple[Any, ...]) -> None:
     """Check the names of all arguments, and the values of options and loader settings.
 
@@ -282,9 +293,7 @@ def _check(entry: Method, given: Mapping[str, Any], inputs: tuple[Any, ...]) -> 
     """
     if len(inputs) > len(entry.signature.inputs):
         raise MethodError(f"{entry.slug} takes {len(entry.signature.inputs)} inputs, not {len(inputs)}")
-    contract = entry.signature
-    known = {*contract.inputs, *entry.options, *contract.groups, *([contract.work] if contract.work else [])}
-    known |= {name for each in entry.signature.inputs.values() for name in settings_of(each)}
+    known = argument_names(entry)
     unknown = sorted(set(given) - known)
     if unknown:
         raise MethodError(f"{entry.slug} has no option '{unknown[0]}'; it has: {', '.join(sorted(known))}")

@@ -1,6 +1,7 @@
 """The harness of reproductions: what is finished stays finished, and the table is that of a run in one go."""
 
 import ast
+import inspect
 import json
 import os
 import runpy
@@ -14,13 +15,16 @@ import numpy as np
 import pytest
 import torch
 
+import lamella
 from lamella.evaluate import Ratio
-from lamella.registry import methods
+from lamella.registry import get_method, methods
 from lamella.results.record import Kind
+from lamella.runner import argument_names
 
 ROOT = Path(__file__).parents[2]
 REPRODUCTIONS = ROOT / "reproductions"
 SCRIPTS = sorted(REPRODUCTIONS.glob("*.py"))
+BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 EXAMPLE = '''
 """An example of an experiment."""
 
@@ -214,6 +218,19 @@ def test_every_reproduction_runs_through_the_harness(script, monkeypatch):
     assert not calls & {"run.check", "record.check"}, "a check says of which kind it is"
 
 
+@pytest.mark.parametrize(
+    "script", [*SCRIPTS, *sorted((ROOT / "benchmarks").glob("*.py"))], ids=lambda script: script.stem
+)
+def test_every_option_that_a_script_gives_is_one_of_the_command(script):
+    for node in ast.walk(ast.parse(script.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("lamella.make_plan", "lamella.run"):
+            match node.args:
+                case [ast.Constant(value=str(slug)), *_]:
+                    known = argument_names(get_method(slug)) | set(inspect.signature(lamella.run).parameters)
+                    given = {keyword.arg for keyword in node.keywords if keyword.arg}
+                    assert given <= known, f"line {node.lineno}: {slug} has no option {given - known}"
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_committed_results_know_the_main_claim_and_agree_with_their_checks(script):
     slug = script.stem.replace("_", "-")
@@ -317,7 +334,7 @@ def test_arithmetic_has_one_thread_unless_more_are_asked_for(example, run, monke
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda script: script.stem)
+@pytest.mark.parametrize("script", BENCHMARKS, ids=lambda script: script.stem)
 def test_every_benchmark_finds_what_it_imports(script, monkeypatch):
     monkeypatch.syspath_prepend(str(script.parent))  # as Python does for a script
     assert callable(runpy.run_path(str(script), run_name=script.stem)["main"])
