@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -93,19 +94,16 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.hookimpl(tryfirst=True)  # before what is not asked for goes
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Say which tests run by default and in which process, and select those that a change can reach.
+    """Say which tests run by default, and select those that a change can reach.
 
     Where a test runs on many families, all but three that differ in structure run in `make test-all` alone. Tests of
-    the table of architectures itself run on all of them. The tests of a file run in one process, so that what they
-    share is made once; those of conformance are divided by method.
+    the table of architectures itself run on all of them.
     """
     on: dict[str, dict[pytest.Item, str]] = defaultdict(dict)
-    slugs = set(all_commands())
     for item in items:
         family = _values(item).get("name")
         if isinstance(family, str) and family in NANO and item.path.parent.name != "stack":
             on[item.nodeid.partition("[")[0]][item] = family
-        item.add_marker(pytest.mark.xdist_group(_group(item, slugs)))
     for families in on.values():
         if set(families.values()) >= DIFFERENT:
             for item, family in families.items():
@@ -155,12 +153,30 @@ def _function(item: pytest.Item) -> str:
     return str(getattr(item, "originalname", item.name) if owner is None else owner.__name__)
 
 
-def _group(item: pytest.Item, slugs: set[str]) -> str:
-    """The tests that share what they make: of a file, or of conformance on one method."""
-    if item.path.parent.name != "conformance":
-        return str(item.path)
-    words = [str(value).split(" ")[0] for value in _values(item).values() if isinstance(value, str)]
-    return f"conformance of {next((word for word in words if word in slugs), 'all')}"
+@pytest.hookimpl(optionalhook=True)  # of xdist, which may be absent
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each process whole groups of tests.
+
+    The marks of xdist have no effect with pytest 9.2, where a test keeps its ID whatever xdist adds to it.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    slugs = set(all_commands())
+
+    class Grouped(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group(nodeid, slugs)
+
+    return Grouped(config, log) if config.getoption("dist") == "loadgroup" else None
+
+
+def _group(nodeid: str, slugs: set[str]) -> str:
+    """The tests that share what they make, and so run in one process: of a file, or of conformance on one method."""
+    path, _, test = nodeid.partition("::")
+    if "/conformance/" not in path:
+        return path
+    words = re.sub(r"[\[\] ]", "-", test)
+    return f"conformance of {max((slug for slug in slugs if f'-{slug}-' in words), key=len, default='all')}"
 
 
 @pytest.fixture(scope="session", autouse=True)
