@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lamella.evaluate import StepTimes
+from lamella.commands.compress import result
+from lamella.evaluate import Memory, StepTimes
 
 ROOT = Path(__file__).parent.parent
 NANO_LLAMA = ROOT / "tests" / "models" / "nano-llama"
@@ -31,6 +32,7 @@ def test_a_tutorial_runs_from_its_first_line_to_its_last(
     times = StepTimes(attn=1e-3, mlp=1e-3, rest=1e-3)  # of a model with something to gain, on a machine that is idle
     for place in ("commands.compress.command", "commands.compress.forms", "evaluate.budget", "planners"):
         monkeypatch.setattr(f"lamella.{place}.step_times", lambda stack: times)
+    monkeypatch.setattr(result, "peak_memory", lambda folder: Memory(2, 1))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     names: dict[str, Any] = {"__name__": "tutorial"}

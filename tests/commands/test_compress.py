@@ -17,12 +17,12 @@ import lamella as api
 from lamella import evaluate, inputs, progress
 from lamella.commands.compress import command as job
 from lamella.commands.compress import goal as goals
-from lamella.commands.compress import race, result
+from lamella.commands.compress import race
 from lamella.commands.compress.forms import Form, means, weight_bytes
 from lamella.commands.compress.page import summary
 from lamella.commands.compress.result import CompressionEvidence
 from lamella.errors import BudgetError
-from lamella.evaluate import Memory, Ratio, StepTimes, Timing
+from lamella.evaluate import Ratio, StepTimes, Timing
 from lamella.plan import Plan
 from lamella.plan.quantize import Int8Linear, int8_copy
 from lamella.progress import Tracker
@@ -37,7 +37,7 @@ FILES = {"config.json", "model.safetensors", "tokenizer.json", "plan.json", "evi
 
 @pytest.fixture
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only what a test of the main job needs: little text, short answers, memory not measured."""
+    """Only what a test of the main job needs: little text, and short answers."""
     defaults = inputs.Text.open.__func__.__kwdefaults__
     for name, value in {"sequences": 2, "length": 48}.items():
         monkeypatch.setitem(defaults, name, value)
@@ -46,7 +46,6 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(judge, name, value)
     monkeypatch.setattr(job, "PROMPTS", ("The first",))
     monkeypatch.setattr(race, "CURVE_POINTS", 1)
-    monkeypatch.setattr(result, "peak_memory", lambda folder: Memory(2, 1))
 
 
 @pytest.fixture
@@ -83,7 +82,7 @@ def check_evidence(evidence: dict[str, Any], out: Path) -> None:
 
 
 @pytest.mark.slow
-def test_compress_leaves_a_checkpoint_with_its_plan_evidence_card_and_report(lamella, tmp_path):
+def test_compress_leaves_a_checkpoint_with_its_plan_evidence_card_and_report(lamella, tmp_path, measured_memory):
     out = tmp_path / "out"
     outcome = lamella("compress", NANO_LLAMA, "--allow", "cut", "--no-heal", "--speedup", "1.03", "-o", out, "--json")
     assert outcome.code == 0, outcome.err

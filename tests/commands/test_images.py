@@ -159,7 +159,7 @@ SHAPES: dict[str, Any] = {"speedup": 1.1, "calibration": "shapes:colour", "heal"
 
 
 @pytest.mark.slow
-def test_a_model_of_images_is_cut_by_what_it_makes_of_them(vlm: Path, tmp_path: Path) -> None:
+def test_a_model_of_images_is_cut_by_what_it_makes_of_them(vlm: Path, tmp_path: Path, measured_memory: None) -> None:
     out = tmp_path / "out"
     run("compress", vlm, out=out, method="shortgpt", **SHAPES)
     evidence = json.loads((out / "evidence.json").read_text())
