@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -102,43 +103,67 @@ def test_of_a_transformer_the_first_layer_stays() -> None:
     assert denoiser("classes").blocks.sites == ["dit.layers.1", "dit.layers.2", "dit.layers.3"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("form", ["native", "portable", "plain"])
-def test_what_is_written_gives_the_same_in_plain_diffusers(name: str, form: str, tmp_path: Path) -> None:
-    dropped = some(name)
-    if form == "plain" and name == "untrained":
-        sites = denoiser(name).blocks.sites
-        dropped = [each for each in sites if "mid" in each or "up.0.attentions" in each]
-    if form == "plain" and name == "text":
-        dropped = [each for each in denoiser(name).blocks.sites if "mid" in each or "attentions" in each]
-    whole, done, rows = denoiser(name), pruned(name, dropped, form), tuples(name)
-    done.write(tmp_path / "out")
-    expected = predictions(whole, whole.blocks.without(dropped), rows, 6)
-    again = Denoiser.open(tmp_path / "out")
-    torch.testing.assert_close(predictions(whole, again.network, rows, 6), expected, rtol=1e-5, atol=1e-6)
-    torch.save({**vars(rows), "noising": dict(whole.noising.config)}, tmp_path / "rows.pt")
-    subprocess.run([sys.executable, "-c", ALONE, tmp_path, whole.part, form], check=True)
-    torch.testing.assert_close(torch.load(tmp_path / "said.pt"), expected, rtol=1e-5, atol=1e-6)
-    left, every = (sum(each.numel() for each in n.parameters()) for n in (again.network, whole.network))
-    assert left == every if form == "portable" else left < every
-
-
+FORMS = ("native", "portable", "plain")
 ALONE = """
 import sys
 sys.modules["lamella"] = None  # it is not there
 from pathlib import Path
 import diffusers, torch
-folder, part, form = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-pipeline = diffusers.DiffusionPipeline.from_pretrained(folder / "out", trust_remote_code=form == "native")
-rows = torch.load(folder / "rows.pt")
-scheduler = diffusers.DDPMScheduler.from_config(rows["noising"])
-noisy = scheduler.add_noise(rows["clean"], rows["noise"], rows["timesteps"])
-with torch.no_grad():
-    network = getattr(pipeline, part).eval()
-    said = network(noisy, timestep=rows["timesteps"], **rows["conditions"]).sample
-torch.save(said[:, : noisy.shape[1]], folder / "said.pt")
+for file in sorted(Path(sys.argv[1]).glob("*.rows")):
+    rows = torch.load(file)
+    path = file.with_suffix("")
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(path, trust_remote_code=path.name.startswith("native"))
+    scheduler = diffusers.DDPMScheduler.from_config(rows["noising"])
+    noisy = scheduler.add_noise(rows["clean"], rows["noise"], rows["timesteps"])
+    with torch.no_grad():
+        network = getattr(pipeline, rows["part"]).eval().double()
+        said = network(noisy, timestep=rows["timesteps"], **rows["conditions"]).sample
+    torch.save(said[:, : noisy.shape[1]], path.with_suffix(".said"))
 """
+
+
+def dropped_in(form: str, name: str) -> list[str]:
+    """What is removed: in the plain form, what a config can express."""
+    sites = denoiser(name).blocks.sites
+    if form == "plain" and name == "untrained":
+        return [each for each in sites if "mid" in each or "up.0.attentions" in each]
+    if form == "plain" and name == "text":
+        return [each for each in sites if "mid" in each or "attentions" in each]
+    return some(name)
+
+
+def in_double(rows: Tuples) -> Tuples:
+    """The same rows in a precision in which two processes may round otherwise without being seen."""
+    conditions = {name: each.double() if each.is_floating_point() else each for name, each in rows.conditions.items()}
+    return Tuples(rows.clean.double(), rows.timesteps, rows.noise.double(), conditions)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of pruned pipelines in all forms, and of what they predict in plain diffusers; one process opens all."""
+    folder = tmp_path_factory.mktemp("written")
+    for form, name in product(FORMS, NAMES):
+        whole, rows = denoiser(name), in_double(tuples(name))
+        pruned(name, dropped_in(form, name), form).write(folder / f"{form}-{name}")
+        given = {**vars(rows), "noising": dict(whole.noising.config), "part": whole.part}
+        torch.save(given, folder / f"{form}-{name}.rows")
+    subprocess.run([sys.executable, "-c", ALONE, folder], check=True)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_written_gives_the_same_in_plain_diffusers(name: str, form: str, written: Path) -> None:
+    whole, rows, out = denoiser(name), tuples(name), written / f"{form}-{name}"
+    expected = predictions(whole, whole.blocks.without(dropped_in(form, name)), rows, 6)
+    again = Denoiser.open(out)
+    torch.testing.assert_close(predictions(whole, again.network, rows, 6), expected, rtol=1e-5, atol=1e-6)
+    view = copy.deepcopy(whole.blocks.without(dropped_in(form, name))).double()
+    expected = predictions(whole, view, in_double(rows), 6)
+    torch.testing.assert_close(torch.load(out.with_suffix(".said")), expected, rtol=0, atol=1e-9)
+    left, every = (sum(each.numel() for each in n.parameters()) for n in (again.network, whole.network))
+    assert left == every if form == "portable" else left < every
 
 
 def test_the_form_is_plain_where_a_config_can_say_what_is_gone() -> None:
@@ -192,13 +217,13 @@ def test_first_order_scores_are_gradients_times_weights() -> None:
     found = taylor(whole, rows, 6)
     assert all(each.grad is None for each in whole.network.parameters())
     network = copy.deepcopy(whole.network).double()
-    in_double = Tuples(rows.clean.double(), rows.timesteps, rows.noise.double(), rows.conditions)
+    doubled = in_double(rows)
     block, step, losses = network.down_blocks[1].resnets[0], 1e-5, []
     weights = [each for name, each in block.named_parameters() if not name.startswith("conv_shortcut")]
     for scale in (1 + step, (1 - step) / (1 + step)):
         for each in weights:
             each.data *= scale
-        losses.append(float(error(predictions(whole, network, in_double, 6), targets(whole, in_double)).mean()))
+        losses.append(float(error(predictions(whole, network, doubled, 6), targets(whole, doubled)).mean()))
     assert found["unet.down.1.resnets.0"] == pytest.approx(abs(losses[0] - losses[1]) / (2 * step), rel=1e-3)
     assert set(found) == set(magnitudes(whole)) == set(whole.blocks.sites)
 
