@@ -1,5 +1,6 @@
 """Texts: deterministic, disjoint splits; test sets stay test sets; too little text is refused."""
 
+import copy
 import json
 import re
 import sys
@@ -230,11 +231,22 @@ def test_a_tokenizer_that_begins_texts_begins_every_window() -> None:
         def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list[int]]:
             return {"input_ids": [1] * add_special_tokens + [ord(letter) for letter in text]}
 
+        def __len__(self) -> int:
+            return 128
+
     assert windows(Begins(), "abcdef", count=3, length=3, seed=None).tolist() == [
         [1, 97, 98],
         [1, 99, 100],
         [1, 101, 102],
     ]
+
+
+def test_a_token_that_was_added_is_in_the_next_windows(tokenizer) -> None:
+    grown, text = copy.deepcopy(tokenizer), "a lighthouse " * 100
+    before = windows(grown, text, count=4, length=16)
+    grown.add_tokens(["lighthouse"])
+    after = windows(grown, text, count=4, length=16)
+    assert (before < len(tokenizer)).all() and (after == len(tokenizer)).any()
 
 
 def test_no_window_of_a_mixture_has_two_sources(tokenizer, tmp_path: Path) -> None:

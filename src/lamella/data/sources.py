@@ -14,9 +14,10 @@ import platform
 import random
 import re
 import sysconfig
+from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any, Literal, Self
@@ -285,14 +286,15 @@ def check_datasets(missing: str) -> None:
         raise CalibrationError(f"{missing}; for datasets of the hub, pip install 'lamella[data]'")
 
 
-def built_in_documents(name: str, split: Split) -> Iterator[str]:
+@cache
+def built_in_documents(name: str, split: Split) -> tuple[str, ...]:
     """Return the documents of one split of a built-in text of :data:`DOCUMENTED`.
 
     Args:
         name: name of the text.
         split: name of the split.
     """
-    return _every_other(_pydoc() if name == "pydoc" else _stdlib(), split)
+    return tuple(_every_other(_pydoc() if name == "pydoc" else _stdlib(), split))
 
 
 def windows(tokenizer: Any, text: str, count: int, length: int, seed: int | None = 0, *, after: int = 0) -> LongTensor:
@@ -317,7 +319,7 @@ def windows(tokenizer: Any, text: str, count: int, length: int, seed: int | None
     if count < 1 or length < 2:
         raise CalibrationError(f"asked for {count} windows of {length} tokens; at least 1 window of 2 tokens is needed")
     shown = text.apart(tokenizer) if isinstance(text, Source) else [text]
-    tokens = [tokenizer(each, add_special_tokens=False, verbose=False)["input_ids"] for each in shown]
+    tokens = [_tokenized(tokenizer, len(tokenizer), each) for each in shown]
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     if tokenizer("a")["input_ids"][:1] != begin:
         begin = []
@@ -335,8 +337,14 @@ def windows(tokenizer: Any, text: str, count: int, length: int, seed: int | None
     else:
         drawn = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
         chosen = drawn[after:needed].sort().values
-    blocks = [begin + each[start : start + own] for each, start in (starts[i] for i in chosen.tolist())]
+    blocks = [[*begin, *each[start : start + own]] for each, start in (starts[i] for i in chosen.tolist())]
     return torch.tensor(blocks, dtype=torch.long)  # type: ignore[return-value]
+
+
+@lru_cache(maxsize=8)
+def _tokenized(tokenizer: Any, size: int, text: str) -> array[int]:
+    """Return the tokens of a text, which one run asks for several times; the size changes when tokens are added."""
+    return array("i", tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _joined(texts: Iterable[str]) -> str:
