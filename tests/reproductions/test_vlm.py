@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "reproductions"))
 
 from harness import vlm
 
-FEW = 0.01  # of the steps
+FEW = 0.002  # of the steps: 2 to 5 in each stage
+LONGER = 0.015  # 6 steps
 WORDS = "model.language_model.embed_tokens.weight"
 TRAINED = ("model.front.patches.weight", "model.language_model.decoder.layers.5.fc2.weight")
 
@@ -105,7 +106,7 @@ def test_a_training_that_was_killed_goes_on_to_the_same_weights(
 ) -> None:
     stage = vlm.STAGES["text"]
     monkeypatch.setitem(vlm.STAGES, "text", replace(stage, config=replace(stage.config, save_every=2)))
-    whole = vlm.trained_vlm(kind, "text", steps=0.05)
+    whole = vlm.trained_vlm(kind, "text", steps=LONGER)
     monkeypatch.setenv("LAMELLA_CACHE", str(tmp_path / "second"))
     step, done = loop.Loop.training_step, []
 
@@ -117,9 +118,9 @@ def test_a_training_that_was_killed_goes_on_to_the_same_weights(
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(loop.Loop, "training_step", killed)
-        vlm.trained_vlm(kind, "text", steps=0.05)
+        vlm.trained_vlm(kind, "text", steps=LONGER)
     assert list((tmp_path / "second").glob("training-*/checkpoint-2"))
-    again = vlm.trained_vlm(kind, "text", steps=0.05)
+    again = vlm.trained_vlm(kind, "text", steps=LONGER)
     first, second = (load_file(folder / "model.safetensors") for folder in (whole, again))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
