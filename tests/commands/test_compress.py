@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ FILES = {"config.json", "model.safetensors", "tokenizer.json", "plan.json", "evi
 
 @pytest.fixture
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only what a test of the main job needs: little text, and short answers."""
+    """Only what a test of the main job needs: little text, short answers, and few questions."""
     defaults = inputs.Text.open.__func__.__kwdefaults__
     for name, value in {"sequences": 2, "length": 48}.items():
         monkeypatch.setitem(defaults, name, value)
@@ -45,6 +46,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"sequences": 2, "length": 48}.items():
         monkeypatch.setitem(judge, name, value)
     monkeypatch.setattr(job, "PROMPTS", ("The first",))
+    monkeypatch.setattr(job, "score", partial(job.score, limit=20))
     monkeypatch.setattr(race, "CURVE_POINTS", 1)
 
 
