@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -25,7 +27,29 @@ def split_digits(seed: int, test: int) -> tuple[Set, Set]:
     return (images[test:], labels[test:]), (images[:test], labels[:test])
 
 
-def network(seed: int, convolutions: Sequence[tuple[int, bool]], hidden: int, bias: bool = True) -> nn.Module:
+def parts_of_digits(sets: tuple[Set, Set], parts: int) -> tuple[Set, Set]:
+    """Return the sets with sub-classes as labels: k-means of the training images of each digit.
+
+    Args:
+        sets: training and test images with their digits.
+        parts: number of sub-classes of each digit; the labels of digit d begin at ``parts * d``, the largest first.
+    """
+    (images, digits), _ = sets
+    found = [KMeans(parts, n_init=4, random_state=0).fit(images[digits == digit].flatten(1)) for digit in range(10)]
+
+    ranks = [np.bincount(each.labels_).argsort()[::-1].argsort() for each in found]
+
+    def relabelled(images: Tensor, digits: Tensor) -> Set:
+        labels = [parts * d + int(ranks[d][found[d].predict(each.flatten()[None])[0]])
+                  for each, d in zip(images, digits.tolist(), strict=True)]  # fmt: skip
+        return images, torch.tensor(labels)
+
+    return relabelled(*sets[0]), relabelled(*sets[1])
+
+
+def network(
+    seed: int, convolutions: Sequence[tuple[int, bool]], hidden: int, bias: bool = True, classes: int = 10
+) -> nn.Module:
     """Return an untrained network of 3 x 3 convolutions, some with pooling, and two linear layers.
 
     Args:
@@ -33,6 +57,7 @@ def network(seed: int, convolutions: Sequence[tuple[int, bool]], hidden: int, bi
         convolutions: channels of each convolution, and whether it is followed by pooling.
         hidden: the size of the first linear layer.
         bias: whether convolutions have a bias.
+        classes: number of classes.
     """
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
@@ -43,5 +68,5 @@ def network(seed: int, convolutions: Sequence[tuple[int, bool]], hidden: int, bi
         before = after
     pixels = (8 >> sum(pools for _, pools in convolutions)) ** 2
     return nn.Sequential(
-        *layers, nn.Flatten(), nn.Linear(before * pixels, hidden), nn.ReLU(), nn.Linear(hidden, 10)
+        *layers, nn.Flatten(), nn.Linear(before * pixels, hidden), nn.ReLU(), nn.Linear(hidden, classes)
     ).eval()
