@@ -46,7 +46,7 @@ from lamella.zoo.cache import build_once
 TEST = 450  # number of test images
 EPOCHS = 20  # epochs of Adam at 1e-3, batches of 64
 METHODS = ("nothing", "retrain", "ssd", "ssd, by class", "assd", "lfssd", "fine-tune", "amnesiac", "gradient ascent")
-PARTS = 4  # sub-classes of each digit, by k-means
+PARTS = 5  # sub-classes of each digit, by k-means
 ALPHA = 10.0  # of the paper, for residual networks
 PURE: dict[str, Any] = {"batch": 64, "order": "by class"}  # the published batches
 ALPHAS = (1, 2, 5, 8, 10, 25, 50)
