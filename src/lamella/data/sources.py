@@ -427,7 +427,7 @@ def benchmark_rows(name: str) -> Iterator[dict[str, Any]]:
     Raises:
         DownloadError: if the download fails.
     """
-    file = pull(name) / Path(ZOO[name].member).name
+    file = pull(name) / ZOO[name].file
     data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
     yield from map(json.loads, data.decode().splitlines())
 

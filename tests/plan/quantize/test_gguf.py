@@ -11,6 +11,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader
 from safetensors.torch import load_file, save_file
+from transformers import AddedToken, GemmaTokenizer
 
 import lamella
 from lamella.errors import ArchitectureError, CheckpointError, ExportError, LamellaError, NumericsError
@@ -18,6 +19,7 @@ from lamella.plan import HeadWidth, ModelReference, Plan
 from lamella.plan.export import export
 from lamella.plan.quantize import q8_0_bytes, q8_0_copy
 from lamella.plan.quantize.gguf import neighbouring
+from lamella.plan.quantize.vocabulary import add_tokenizer
 from lamella.zoo import convert_gguf, open_tokenizer
 
 from .conftest import NANO_LLAMA, Saved, findings, quantize
@@ -160,6 +162,17 @@ def test_tokenizer_and_chat_template_come_back(saved: Saved, tmp_path: Path) -> 
         assert back(text).input_ids == tokenizer(text).input_ids
     assert back.chat_template == tokenizer.chat_template
     assert (back.bos_token, back.eos_token, back.pad_token) == ("<bos>", "<eos>", "<pad>")
+
+
+def test_runs_of_spaces_that_are_added_tokens_are_written_as_spaces(tmp_path: Path) -> None:
+    """llama.cpp divides the text by them before it replaces spaces; so do the files that it writes itself."""
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", "▁▁", "▁x"]
+    tokenizer = GemmaTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[("▁", "▁")])
+    tokenizer.add_tokens([AddedToken("▁▁", normalized=True)])
+    writer = gguf.GGUFWriter(tmp_path / "tokens.gguf", "gemma3")
+    add_tokenizer(writer, tokenizer, len(tokens))
+    written = writer.kv_data[0]["tokenizer.ggml.tokens"].value
+    assert written == [*tokens[:6], "  ", "▁x"]
 
 
 def test_positions_of_a_llama_3_are_scaled_as_its_config_says(saved: Saved, tmp_path: Path) -> None:

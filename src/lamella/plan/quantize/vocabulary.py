@@ -12,6 +12,7 @@ from typing import Any
 from gguf import GGUFWriter, TokenType
 
 from lamella.errors import ExportError
+from lamella.plan.tokenizer import SPACE
 
 # How tokenizers split text before they merge tokens, as in their files, and llama.cpp's name for it.
 _LLAMA3 = (
@@ -60,7 +61,10 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: Any, size: int) -> None:
     kinds = [TokenType.UNUSED] * size
     added = {each["id"]: each["special"] for each in settings["added_tokens"]}
     for token, row in ids.items():
-        tokens[row], kinds[row] = token, _kind(token, row, added, pieces)
+        kind = _kind(token, row, added, pieces)
+        # llama.cpp looks for added tokens in the text itself, in which spaces are still spaces.
+        tokens[row] = token.replace(SPACE, " ") if pieces and kind == TokenType.USER_DEFINED else token
+        kinds[row] = kind
     if model.get("unk_token") in ids and pieces:
         kinds[ids[model["unk_token"]]] = TokenType.UNKNOWN
 
