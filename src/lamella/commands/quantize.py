@@ -55,6 +55,7 @@ class Quantised(Result):
                 path.rename(out / path.name)
             shutil.rmtree(made.parent)
             return "model.safetensors", after
+        checkpoint.copy_licence(self.folder, out)
         file = f"{self.name}-{self.to}{SUFFIX}"
         return file, write_gguf(self.folder, config, open_tokenizer(self.folder), out / file, self.to, name=self.name)
 

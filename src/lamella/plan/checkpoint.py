@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import shutil
 import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,7 @@ Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+LICENCE = ("LICENSE*", "NOTICE*")
 SHARD_SIZE = 5_000_000_000  # bytes, the default of transformers and of the hub
 BUFFER = 8 << 20
 LONGEST_HEADER = 100_000_000  # the limit of the format's reference implementation
@@ -148,6 +150,17 @@ class Checkpoint:
 def is_safetensors(folder: Path | None) -> bool:
     """Return whether a folder holds a checkpoint that :func:`read` can read."""
     return folder is not None and ((folder / INDEX).is_file() or (folder / SINGLE).is_file())
+
+
+def copy_licence(folder: Path, out: Path) -> None:
+    """Copy the licence files of a model to a folder made from it.
+
+    Args:
+        folder: folder of the model.
+        out: the folder to copy them to.
+    """
+    for file in (file for pattern in LICENCE for file in folder.glob(pattern) if file.is_file()):
+        shutil.copyfile(file, out / file.name)
 
 
 def read(folder: Path) -> Checkpoint:

@@ -72,8 +72,7 @@ _COMPANIONS: tuple[str, ...] = (
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
-    "LICENSE*",
-    "NOTICE*",
+    *checkpoint.LICENCE,
 )
 _OWN_FILES = frozenset(
     {"config.json", "plan.json", "README.md", f"{native.MODULE}.py", checkpoint.SINGLE, checkpoint.INDEX}

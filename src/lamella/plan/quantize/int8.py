@@ -127,6 +127,7 @@ def write_int8(folder: Path, config: Any, tokenizer: Any, out: Path, overwrite: 
         model.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+        checkpoint.copy_licence(folder, partial)
         (partial / "README.md").write_text(CARD.format(name=folder.name, auto=auto_class(config)), encoding="utf-8")
     return sum(file.stat().st_size for file in out.glob("*.safetensors"))
 
