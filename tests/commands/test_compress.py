@@ -17,8 +17,8 @@ import transformers
 import lamella as api
 from lamella import evaluate, inputs, progress
 from lamella.commands.compress import command as job
+from lamella.commands.compress import forms, race, result
 from lamella.commands.compress import goal as goals
-from lamella.commands.compress import race
 from lamella.commands.compress.forms import Form, means, weight_bytes
 from lamella.commands.compress.page import summary
 from lamella.commands.compress.result import CompressionEvidence
@@ -139,18 +139,14 @@ def test_compress_prints_what_was_gained_and_lost(lamella, tmp_path, brief):
 
 @pytest.mark.slow
 def test_a_speed_that_was_measured_once_and_not_again_is_not_called_reached(tmp_path, brief, monkeypatch):
-    def told(speedup: float) -> Any:
-        def bench(*given: Any, **more: Any) -> dict[str, list[Timing]]:
-            found = evaluate.bench(*given, **more | {"rounds": 1})
-            return {
-                name: [replace(each, decode_speedup=Ratio.of([speedup])) for each in some]
-                for name, some in found.items()
-            }
+    def bench(models: Any, batches: tuple[int, ...], **more: Any) -> dict[str, list[Timing]]:
+        speedup = 2.0 if batches == (1,) else 1.1  # when methods race; beside the original alone
+        return {
+            name: [replace(each, decode_speedup=Ratio.of([speedup])) for each in some]
+            for name, some in evaluate.bench(models, batches, **more | {"rounds": 1}).items()
+        }
 
-        return bench
-
-    monkeypatch.setattr(race, "bench", told(2.0))  # when methods race
-    monkeypatch.setattr(job, "bench", told(1.1))  # beside the original alone
+    monkeypatch.setattr(forms, "bench", bench)
     given: dict[str, Any] = {"speedup": 1.3, "method": "shortgpt", "heal": None}
     evidence = run("compress", NANO_LLAMA, out=tmp_path / "out", **given).evidence.model_dump()
     assert not evidence["chosen"]["reached"]
@@ -384,9 +380,8 @@ def int8_reaches(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
                 for name, timings in found.items()
             }
 
-        monkeypatch.setattr(job, "int8_form", form)
-        monkeypatch.setattr(job, "bench", bench)
-        monkeypatch.setattr(race, "bench", bench)
+        monkeypatch.setattr(forms, "int8_form", form)
+        monkeypatch.setattr(forms, "bench", bench)
 
     return reaches
 

@@ -16,9 +16,8 @@ from lamella.registry import command
 from lamella.result import Documents, Evidence, Result, Summary
 from lamella.zoo import LazyCheckpoint, check_folder, open_config, open_tokenizer
 
-Kind = Literal["q8_0", "int8", "bf16", "f16", "f32"]
+Kind = Literal["q8_0", "q4_k_m", "int8", "bf16", "f16", "f32"]
 SUFFIX = ".gguf"
-OUTPUTS = {"int8": "int8", "q8_0": f"model-q8_0{SUFFIX}"}  # names within the folder of a checkpoint
 
 
 @dataclass(kw_only=True)
@@ -77,8 +76,8 @@ def quantize(model: LazyCheckpoint, *, kind: Kind = "q8_0") -> Quantised:
 
     Args:
         model: a checkpoint folder or a zoo name.
-        kind: q8_0: a GGUF file for llama.cpp with 8-bit weights; bf16, f16 or f32: the same with more bits. int8: a
-            folder for torch, which needs the extra quantize.
+        kind: q8_0: a GGUF file for llama.cpp with 8-bit weights; q4_k_m: with 4 to 8 bits, which needs the extra
+            llama-cpp; bf16, f16 or f32: with more bits. int8: a folder for torch, which needs the extra quantize.
 
     Returns:
         The files to write: a checkpoint for int8, else a GGUF file.
@@ -96,15 +95,16 @@ def quantize(model: LazyCheckpoint, *, kind: Kind = "q8_0") -> Quantised:
     return Quantised(folder=folder, name=Path(model.describe()).name, to=kind, findings=findings)
 
 
-def write_beside(folder: Path, to: Literal["int8", "q8_0"]) -> dict[str, Any]:
+def write_beside(folder: Path, to: Kind) -> dict[str, Any]:
     """Quantise a checkpoint into its own folder, and describe the result, or why it cannot be quantised.
 
     Args:
         folder: a checkpoint.
-        to: a key of :data:`OUTPUTS`.
+        to: type of the quantised matrices.
     """
+    output = "int8" if to == "int8" else f"model-{to}{SUFFIX}"
     try:
-        config, tokenizer, path = open_config(folder), open_tokenizer(folder), folder / OUTPUTS[to]
+        config, tokenizer, path = open_config(folder), open_tokenizer(folder), folder / output
         if to == "int8":
             after = write_int8(folder, config, tokenizer, path, False)
         else:
@@ -112,4 +112,4 @@ def write_beside(folder: Path, to: Literal["int8", "q8_0"]) -> dict[str, Any]:
     except (ArchitectureError, ExportError) as error:
         return {"form": to, "refused": str(error).replace(f"{folder}: ", "")}
     before = sum(tensor.size for tensor in checkpoint.read(folder).tensors)
-    return {"form": to, "before": before, "after": after, "output": OUTPUTS[to]}
+    return {"form": to, "before": before, "after": after, "output": output}

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -129,24 +130,43 @@ def bench(
     steady_after = max((policy.steady_after for policy in policies if policy is not None), default=0)
     period = math.lcm(*(policy.period for policy in policies if policy is not None))
     tokens = math.ceil(tokens / period) * period
-    with tracker("speed", len(batches) * (rounds + 1)) as count:
-        for batch in batches:
-            begin = time.monotonic()
-            _one_round(models, batch, prompt, tokens, steady_after, period)
-            count()
-            times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-            for done in range(1, rounds + 1):
-                for name, measured in _one_round(models, batch, prompt, tokens, steady_after, period).items():
-                    times[name].append(measured)
-                count()
-                timings = _timings(batch, times)
-                is_over = done >= MIN_ROUNDS and time.monotonic() - begin >= seconds
-                if is_over or (done > MIN_ROUNDS and all(each.decode_speedup.is_narrow for each in timings.values())):
-                    count(rounds - done)
-                    break
-            for name, timing in timings.items():
-                results[name].append(timing)
+    for batch in batches:
+        one_round = partial(_one_round, models, batch, prompt, tokens, steady_after, period)
+        for name, timing in alternate(one_round, batch, rounds, seconds).items():
+            results[name].append(timing)
     return results
+
+
+def alternate(
+    one_round: Callable[[], Mapping[str, tuple[float, float]]],
+    batch: int = 1,
+    rounds: int = 5,
+    seconds: float = SECONDS,
+) -> dict[str, Timing]:
+    """Repeat rounds in which models run in turns, until their ratios are known; the first round is a warm-up.
+
+    Args:
+        one_round: runs every model once, the reference first, and returns seconds of the prefill and of a decoding step
+            by name.
+        batch: batch size of the rounds.
+        rounds: maximum number of rounds; see :func:`bench` for an earlier end.
+        seconds: time limit.
+    """
+    begin = time.monotonic()
+    times: dict[str, list[tuple[float, float]]] = {}
+    with tracker("speed", rounds + 1) as count:
+        one_round()
+        count()
+        for done in range(1, rounds + 1):
+            for name, measured in one_round().items():
+                times.setdefault(name, []).append(measured)
+            count()
+            timings = _timings(batch, times)
+            is_over = done >= MIN_ROUNDS and time.monotonic() - begin >= seconds
+            if is_over or (done > MIN_ROUNDS and all(each.decode_speedup.is_narrow for each in timings.values())):
+                count(rounds - done)
+                break
+    return timings
 
 
 def _timings(batch: int, times: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, Timing]:

@@ -153,6 +153,7 @@ def make_evidence() -> dict[str, Any]:
             "removal_order": [[SITES[sublayer]] for sublayer in CUT],
         },
         "curves": [curve("finercut")],
+        "runtime": {"name": "torch"},
         "agreement": {"lower": 0.41279, "upper": 0.981, "confidence": 0.95},
         "routes": [
             route("original", None, 538e6, 0.0, 1.0, True),

@@ -245,11 +245,15 @@ ALONE = "reaches 1.61\u00d7 with 163.2 MB of weights and costs 0.004 nats"
     [
         ({"alternatives": {}}, ""),
         (
-            {"cut": False, "alternatives": {"int8": INT8}},
+            {"cut": False, "quantised": "int8", "alternatives": {"int8": INT8}},
             f"int8 alone is enough for a decode speed-up of 1.30\u00d7: it {ALONE}.",
         ),
         (
-            {"cut": False, "alternatives": {"int8": INT8, "cut": {"speedup": 1.3, "weights": 412e6, "kl": 0.86}}},
+            {
+                "cut": False,
+                "quantised": "int8",
+                "alternatives": {"int8": INT8, "cut": {"speedup": 1.3, "weights": 412e6, "kl": 0.86}},
+            },
             f"int8 alone is enough for a decode speed-up of 1.30\u00d7: it {ALONE}; a cut alone would cost 0.86.",
         ),
         (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import lamella
 from lamella.errors import ArchitectureError, CheckpointError, ExportError, LamellaError, NumericsError
 from lamella.plan import HeadWidth, ModelReference, Plan
 from lamella.plan.export import export
-from lamella.plan.quantize import q8_0_bytes, q8_0_copy
+from lamella.plan.quantize import gguf_bytes, gguf_copy, is_available, kinds
 from lamella.plan.quantize.gguf import neighbouring
 from lamella.plan.quantize.vocabulary import add_tokenizer
 from lamella.zoo import convert_gguf, open_tokenizer
@@ -101,7 +103,7 @@ def test_blocks_are_those_of_the_reference(saved: Saved, tmp_path: Path) -> None
     folder = saved()
     file = quantize(folder, tmp_path / "out")
     model = lamella.open(folder).model
-    copy = q8_0_copy(model)
+    copy = gguf_copy(model, "q8_0")
     for ours, given in zip(copy.parameters(), model.parameters(), strict=True):
         values = given.detach().numpy()
         if given.ndim == 2:
@@ -109,7 +111,7 @@ def test_blocks_are_those_of_the_reference(saved: Saved, tmp_path: Path) -> None
             values = gguf.quants.dequantize(blocks, GGMLQuantizationType.Q8_0)
         np.testing.assert_array_equal(ours.numpy(), values)
     stored = sum(int(each.n_bytes) for each in GGUFReader(file).tensors)
-    assert q8_0_bytes(model) == stored
+    assert gguf_bytes(model, "q8_0") == stored
 
 
 def test_rows_that_are_no_whole_blocks_keep_16_bits(saved: Saved, tmp_path: Path) -> None:
@@ -278,9 +280,46 @@ def test_smollm2_comes_back_from_8_bits(tmp_path: Path) -> None:
     tokenizer, ours = open_tokenizer("smollm2"), open_tokenizer(back)
     text = str(lamella.load_text("pydoc", "test"))[:4000]
     assert ours(text).input_ids == tokenizer(text).input_ids
-    copy = q8_0_copy(lamella.open("smollm2").model)
+    copy = gguf_copy(lamella.open("smollm2").model, "q8_0")
     ids = torch.tensor([tokenizer(text).input_ids[:64]])
     with torch.no_grad():
         torch.testing.assert_close(
             lamella.open(back).model(ids).logits, copy(ids).logits, rtol=1e-3, atol=1e-2
         )  # the same weights, but for the order in which rows are added up
+
+
+# 4 bits
+
+needs_llama_cpp = pytest.mark.skipif(not is_available("q4_k_m"), reason="needs xllamacpp")
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_file_in_4_bits_gives_back_the_logits_of_its_copy(family: str, saved: Saved, tmp_path: Path) -> None:
+    folder = saved(family, hidden_size=256, intermediate_size=512)  # whole blocks of 256 values
+    model = lamella.open(folder).model
+    file = quantize(folder, tmp_path / "out", "q4_k_m")
+    with torch.no_grad():
+        copied = gguf_copy(model, "q4_k_m")(IDS, use_cache=False).logits
+    back = logits(again(file, tmp_path / "back"))
+    torch.testing.assert_close(back, copied, rtol=1e-3, atol=1e-3)
+    assert (back - logits(folder)).abs().max() > 0.01
+    assert gguf_bytes(model, "q4_k_m") == sum(int(each.n_bytes) for each in GGUFReader(file).tensors)
+
+
+@needs_llama_cpp
+def test_types_are_mixed_as_by_llama_quantize(tmp_path: Path) -> None:
+    file = quantize(NANO_LLAMA, tmp_path / "out", "q4_k_m")
+    kinds = {each.name: each.tensor_type.name for each in GGUFReader(file).tensors}
+    # What llama-quantize printed for the f32 file of this model, whose hidden size, 96, is no whole block of 256.
+    assert Counter(kinds.values()) == {"Q5_0": 34, "F32": 13, "Q4_K": 4, "Q8_0": 3, "Q6_K": 2}
+    assert kinds["blk.5.attn_v.weight"] == "Q8_0" and kinds["blk.5.ffn_down.weight"] == "Q6_K"
+    assert kinds["token_embd.weight"] == "Q8_0" and kinds["blk.5.attn_q.weight"] == "Q5_0"
+
+
+def test_4_bits_without_llama_cpp_are_refused(saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    monkeypatch.delitem(sys.modules, "xllamacpp.xllamacpp", raising=False)
+    kinds._quantiser.cache_clear()
+    with pytest.raises(LamellaError, match=r"llama\.cpp needs xllamacpp: pip install 'lamella\[llama-cpp\]'"):
+        quantize(saved(intermediate_size=256), tmp_path / "out", "q4_k_m")

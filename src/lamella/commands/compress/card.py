@@ -28,6 +28,11 @@ LOADING = {
         "from transformers import AutoModelForCausalLM\n\n"
         'model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)',
     ),
+    "llama.cpp": (
+        "The GGUF file runs in llama.cpp and in programs that are based on it. It has the weights of the checkpoint "
+        "beside it, which any tool opens that supports the original's architecture.",
+        "llama-cli -m FOLDER/FILE",
+    ),
     "phased": (
         "The plan treats the prompt and the generated tokens differently, so Lamella applies it. Without Lamella the "
         "weights load as the unchanged original.",
@@ -45,7 +50,10 @@ def model_card(evidence: dict[str, Any]) -> str:
     evidence = finite(evidence)
     chosen = evidence["chosen"]
     phased = any(state in STRIPED for layer in evidence["layers"] for state in layer.values())
-    note, code = LOADING["phased" if phased else chosen["form"]]
+    is_file = evidence["runtime"]["name"] == "llama.cpp"
+    note, code = LOADING["llama.cpp" if is_file else "phased" if phased else chosen["form"]]
+    language = "console" if is_file else "python"
+    code = code.replace("FILE", evidence.get("quantised", {}).get("output", ""))
     reached = "reached" if chosen["reached"] else "**not reached**"
     method = f"`{inline(chosen['method'])}`"
     sections = [
@@ -57,11 +65,12 @@ def model_card(evidence: dict[str, Any]) -> str:
         f"{_planned(evidence)} {_trained(evidence)}",
         "## Loading",
         f"{note} FOLDER is this folder.",
-        f"```python\n{code}\n```",
+        f"```{language}\n{code}\n```",
         "## Measured",
         _table(evidence),
         f"Fidelity on {chosen['fidelity']['positions']} positions of {chosen['fidelity']['sequences']} sequences, "
         "± one standard error. Speed-ups are medians of interleaved runs in one process, with their quartiles.",
+        *tradeoff.where(evidence),
         *([guaranteed(evidence)] if evidence.get("agreement") else []),
         *_scored(evidence),
         *_routes(evidence),

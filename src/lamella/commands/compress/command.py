@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Annotated, Any
@@ -12,19 +12,10 @@ import torch
 
 from lamella import formatting
 from lamella.commands.compress import healing
-from lamella.commands.compress.forms import (
-    SECONDS,
-    STEPS,
-    USEFUL,
-    Form,
-    Means,
-    int8_form,
-    means,
-    plain_form,
-    weight_bytes,
-)
+from lamella.commands.compress.forms import USEFUL, Form, Means, Program, Torch, means
 from lamella.commands.compress.goal import Goal
 from lamella.commands.compress.healing import Heal, heal_cut, material, unseen
+from lamella.commands.compress.llama_cpp import LlamaCpp
 from lamella.commands.compress.race import (
     Contender,
     Job,
@@ -37,23 +28,23 @@ from lamella.commands.compress.race import (
     search,
 )
 from lamella.commands.compress.result import Compression
-from lamella.commands.compress.routes import Candidate, Quantize, check_quantised, requested, routes
+from lamella.commands.compress.routes import Candidate, Quantize, check_quantised, routes
 from lamella.commands.heal.command import context_of
 from lamella.data import ImageText, InputContext, Text
-from lamella.errors import BudgetError, MethodError
-from lamella.evaluate import Budget, FidelityTest, bench, cost, step_times
+from lamella.errors import BudgetError, ExportError, MethodError
+from lamella.evaluate import Budget, FidelityTest, cost, step_times
 from lamella.evaluate.confidence import CONFIDENCE
 from lamella.evaluate.speed import denoises
 from lamella.evaluate.tasks import open_tasks, score
 from lamella.files import Work
 from lamella.inputs import LENGTH, SEED, SEQUENCES, check_source
 from lamella.measure import OutputDistance, block_influence, sequences, sublayer_influence
-from lamella.plan import ModelReference, Plan, PlanSeries
+from lamella.plan import Plan, PlanSeries
 from lamella.plan.export import FormOrAuto, check_floats, natural_form
 from lamella.planners import DEFAULT, Planner, Race
 from lamella.progress import track
 from lamella.registry import command
-from lamella.runtime import Sampler, apply, denoise
+from lamella.runtime import Sampler, denoise
 from lamella.signature import Settings, Split
 from lamella.stack import Position, Stack, groups_at
 from lamella.zoo import chat_inputs
@@ -88,19 +79,21 @@ def compress(
     heal: Heal | None = HEAL,
     quantize: Quantize | None = None,
     form: FormOrAuto = "auto",
+    runtime: Program = "torch",
     tasks: tuple[str, ...] = (),
     work: Work = Work(),
     seed: int = 0,
 ) -> Compression:
     """Compress a model: choose the route with the least loss, heal, measure, export, report.
 
-    Measures what 8-bit weights gain on this machine. If they reach the goal by themselves, that is the result;
-    otherwise the smallest cut is searched that reaches it together with them. The cut is verified by measurement and
-    healed. The checkpoint is written with plan.json, evidence.json, a model card and report.html, which compares all
-    routes. An interrupted run resumes.
+    Measures what quantised weights gain on this machine, in the program that will run the result. If they reach the
+    goal by themselves, that is the result; otherwise the smallest cut is searched that reaches it together with them.
+    The cut is verified by measurement and healed. The checkpoint is written with plan.json, evidence.json, a model card
+    and report.html, which compares all routes. An interrupted run resumes.
 
     Example: lamella compress smollm2 --speedup 1.8 -o small
     lamella compress smollm2 --method finercut --finercut.level sublayer --no-heal -o small
+    lamella compress smollm2 --speedup 1.8 --runtime llama.cpp -o small
 
     Args:
         stack: the original; it is not changed.
@@ -111,8 +104,8 @@ def compress(
         method: planners separated by commas; all tries every planner that is not slow. auto is portfolio: whole layers,
             the best result of several planners, improved further, for a plain checkpoint. An option of a planner is
             written ``--SLUG.OPTION``.
-        allow: what may be done: quantize (8-bit weights, which need the extra quantize), cut, or both; defaults to
-            both, and to a cut only if a method or a plan is given.
+        allow: what may be done: quantize (for torch 8-bit weights, which need the extra quantize), cut, or both;
+            defaults to both, and to a cut only if a method or a plan is given.
         budget: the goal: speedup, of decoding at batch 1 (default 1.3); size of the weights or memory of weights and
             cache, in MB; or loss, the KL divergence in nats within which the fastest route is chosen, before healing.
             Also the time limit of each search in minutes: a fifth of that of healing for the default method, none for a
@@ -122,6 +115,9 @@ def compress(
         form: form of the export. plain: an ordinary checkpoint (whole layers, common widths). portable: the same
             function in any tool, with single sublayers zeroed. native: all cuts, with a modelling file of its own;
             dynamic plans run when lamella.load opens it. auto: plain if possible, else native.
+        runtime: program that will run the result, with which speed is measured. torch: eagerly. llama.cpp: from GGUF
+            files with 8 bits, or 4 where that is needed, which the extra llama-cpp runs; speed-ups are relative to a
+            file with 16 bits, and the result is a checkpoint with the GGUF file beside it.
         tasks: tasks to score the original, the pruned and the healed model on, such as definitions (extra eval).
         work: folder from which an interrupted run resumes.
         seed: random seed.
@@ -134,7 +130,7 @@ def compress(
         MethodError: for a method whose plans save no work, or a model that cannot be healed.
     """
     race = Race.of(method)
-    check_options(method, allow, budget, heal, quantize, form, tasks)
+    check_options(method, allow, budget, heal, quantize, form, runtime, tasks)
     if heal is not None and denoises(stack.model):
         raise MethodError(
             f"{stack.name} predicts masked tokens, but healing needs next-token prediction: leave heal out (--no-heal)"
@@ -147,34 +143,32 @@ def compress(
     torch.manual_seed(seed)
 
     tested = test.tokens if isinstance(test, Text) else test
-    goal = Goal.of(budget)
-    job = Job(stack, calibration, tested, goal, seed, work)
+    goal = Goal.of(budget, runtime)
     minutes = budget.minutes
     if race.is_default and minutes is None:
         planners, minutes = [QUICK for _ in planners], PLANNING * _healing_minutes(heal)
-    allowed = means(allow, named=plan is not None or not race.is_default or form not in ("auto", "plain"))
-    forms = {"": plain_form(stack)}
-    if "quantize" in allowed and (int8 := int8_form(stack)) is not None:
-        forms["int8"] = int8
-    candidates = [quantised_alone(stack, each) for each in forms.values() if each.name]
+    allowed = means(allow, plan is not None or not race.is_default or form not in ("auto", "plain"), runtime)
+    program = Torch() if runtime == "torch" else LlamaCpp(context.tokenizer)
+    original, *quantised = program.forms(stack, "quantize" in allowed, "cut" in allowed)
+    job = Job(stack, calibration, tested, goal, seed, work, program, original)
+    candidates = [quantised_alone(stack, each) for each in quantised]
     is_enough = goal.name != "loss" and any(each.reaches(goal) for each in candidates)
     if "cut" not in allowed and not is_enough and not (candidates and goal.name == "loss"):
-        raise BudgetError(_too_much(forms, goal))
+        raise BudgetError(_too_much(quantised, goal))
     if "cut" in allowed:
-        useful = [each for each in forms.values() if not each.name or each.speedup.median >= USEFUL]
-        cut_in = forms[""] if is_enough else useful[-1]
+        useful = [each for each in quantised if each.speedup.median >= USEFUL and not is_enough]
+        cut_in = sorted(useful or [original], key=lambda each: each.speedup.median)
         if not is_enough:
-            check_reachable(job, cut_in)
+            check_reachable(job, cut_in[-1])
         is_compared = is_enough and race.is_default and budget.minutes is None  # the cut, with little effort
-        cuts = (
-            [Contender(str(plan.provenance.get("method", "plan")), "the given plans", plan, cut_in)]
+        searched = (  # as far as the slowest form requires
+            [Contender(str(plan.provenance.get("method", "plan")), "the given plans", plan, cut_in[0])]
             if plan
-            else [search(job, planner, cut_in, 0.0 if is_compared else minutes) for planner in planners]
+            else [search(job, planner, cut_in[0], 0.0 if is_compared else minutes) for planner in planners]
         )
+        cuts = _in_forms(job, searched, cut_in)
         for each in cuts:
-            each.is_curve = not is_compared
-            if natural_form(each.series[-1], stack) != "plain":
-                each.form = forms[""]  # no format has such a cut and 8-bit weights
+            each.is_curve = not is_compared and runtime == "torch"  # a point of llama.cpp's is a file
         candidates += cuts
     choose(job, candidates)
     measure_curves(job, candidates)
@@ -183,7 +177,7 @@ def compress(
     found = _compression(job, best, candidates, minutes, context)
     found.data = {"calibration": calibration.describe(), "test": test.describe()}
     found.quantize = quantize
-    models = {"original": (stack, Plan(model=ModelReference.of(stack)))}
+    models: dict[str, tuple[Stack, Plan | None]] = {"original": (stack, None)}
     if not best.is_whole:
         models["cut"] = stack, best.plan
     fidelity = FidelityTest(stack, tested)
@@ -212,9 +206,8 @@ def compress(
     if tasks:
         scored = {name: best.form.view(*each) for name, each in models.items() if name != "original"}
         found.measured["tasks"] = _scores_on({"original": stack.model} | scored, context.tokenizer, tasks, seed)
-    views = {name: apply(*each) for name, each in models.items()}
     others = {
-        each.name: Candidate(each.form.view(stack, each.plan), each.speedup, each.chosen["fidelity"])
+        each.name: Candidate(each.form, each.weights, each.speedup, each.chosen["fidelity"])
         for each in candidates
         if each is not best and not each.is_whole and each.speedup is not None
     }
@@ -222,7 +215,8 @@ def compress(
     known = {f"{'original' if best.is_whole else 'cut'}{form_of}": best.chosen["fidelity"]}
     if "healed" in models:
         known[f"healed{form_of}"] = final["fidelity"]
-    found.measured["routes"] = routes(fidelity, views, requested(quantize), others, known)
+    shown = program.shown(stack, None if quantize is None or quantize.kind == "int8" else quantize.kind)
+    found.measured["routes"] = routes(fidelity, program, models, shown, others, known)
     return found
 
 
@@ -233,6 +227,7 @@ def check_options(
     heal: Heal | None = None,
     quantize: Quantize | None = None,
     form: FormOrAuto = "auto",
+    runtime: Program = "torch",
     tasks: tuple[str, ...] = (),
 ) -> None:
     """Check, before a model is opened, whatever is known to be wrong.
@@ -244,13 +239,14 @@ def check_options(
         heal: how to heal the model.
         quantize: how to quantise the result.
         form: form of the export.
+        runtime: the program that runs the result.
         tasks: tasks to score on.
 
     Raises:
         LamellaError: one line that says what is wrong.
     """
     Race.of(method)
-    check_quantised(quantize, form, allow)
+    check_quantised(quantize, form, allow, runtime)
     if tasks:
         open_tasks(tasks)
     if heal is not None and heal.train is not None:
@@ -258,13 +254,39 @@ def check_options(
     Goal.of(budget)
 
 
-def _too_much(forms: Mapping[str, Form], goal: Goal) -> str:
+def _too_much(quantised: Sequence[Form], goal: Goal) -> str:
     """Say that quantisation alone does not reach the goal."""
-    if "int8" not in forms:
+    if not quantised:
         return "the model has no linear layers that can be quantised: allow cut"
-    found = forms["int8"]
+    found = max(quantised, key=lambda each: each.speedup.median)
     reached = f"a speed-up of {found.speedup.median:.2f} with {formatting.size(found.weights())} of weights"
     return f"{goal.text} cannot be reached by quantisation alone, which gives {reached}: allow cut"
+
+
+def _in_forms(job: Job, searched: Sequence[Contender], forms: Sequence[Form]) -> list[Contender]:
+    """Return the routes that cut in some forms.
+
+    No format has both quantised weights and a cut of single sublayers or a dynamic plan: in torch such a cut runs with
+    the weights as they are, and llama.cpp does not run it.
+
+    Args:
+        job: the inputs.
+        searched: series of plans, each found once.
+        forms: the forms.
+
+    Raises:
+        ExportError: if llama.cpp runs none of them.
+    """
+    cuts = []
+    for each in searched:
+        if all(natural_form(plan, job.stack) == "plain" for plan in each.series):
+            cuts += [replace(each, form=form, points=[]) for form in forms]
+        elif job.runtime.name == "torch":
+            cuts.append(replace(each, form=job.original))
+    if not cuts:
+        names = ", ".join(each.method for each in searched)
+        raise ExportError(f"llama.cpp runs plans of whole layers, and those of {names} are others: name another method")
+    return cuts
 
 
 def _healing_minutes(heal: Heal | None) -> float:
@@ -284,8 +306,8 @@ def _compression(
 ) -> Compression:
     """Return the result before healing."""
     stack, smaller = job.stack, best.plan
-    views = {"original": stack.model, "changed": best.form.view(stack, smaller)}
-    timings = bench(views, batches=(1, 8), tokens=STEPS, seconds=SECONDS)
+    variants = {"original": (job.original, stack, None), "changed": (best.form, stack, smaller)}
+    timings = job.runtime.bench(variants, job.runtime.batches)
     notes = [
         f"{candidate.name} did not reach {job.goal.text}; its fastest plan is shown."
         for candidate in candidates
@@ -298,7 +320,7 @@ def _compression(
             "found: with more --minutes it may find a better plan."
         )
     shown = timings["changed"][0].decode_speedup
-    weights = weight_bytes(views["changed"])
+    weights = best.form.bytes(stack, smaller)
     reached = job.goal.is_reached(shown, weights, weights + best.form.cache(smaller), best.kl)
     if best.reaches(job.goal) and not reached:
         assert best.speedup is not None
@@ -308,6 +330,7 @@ def _compression(
         )
     measured = {
         "goal": job.goal.as_dict(),
+        "runtime": job.runtime.describe(),
         "target_speedup": job.goal.value if job.goal.name == "speedup" else None,
         "step_seconds": vars(step_times(stack)),
         "base": {"cost": cost(stack).as_dict(), "timings": [timing.as_dict() for timing in timings["original"]]},

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lamella import formatting
+from lamella.commands.compress.forms import Program
 from lamella.errors import BudgetError
 from lamella.evaluate import Budget, Ratio
 from lamella.planners import goal_of
@@ -23,33 +24,37 @@ class Goal:
         name: ``speedup``, of decoding at batch 1; ``size`` of the weights in MB; ``memory`` of the weights and the
             cache of 2,048 tokens in MB; or ``loss``, a KL divergence in nats, within which the fastest route is chosen.
         value: its value.
+        program: the program in which it is to be reached.
     """
 
     name: str
     value: float
+    program: Program = "torch"
 
     @classmethod
-    def of(cls, budget: Budget) -> Goal:
+    def of(cls, budget: Budget, program: Program = "torch") -> Goal:
         """Return the goal of a budget, by default a speed-up.
 
         Args:
             budget: the budget.
+            program: the program in which it is to be reached.
 
         Raises:
             BudgetError: for several goals, or one that a compression does not have.
         """
         name = goal_of(budget)
         if name is None:
-            return cls("speedup", SPEEDUP)
+            return cls("speedup", SPEEDUP, program)
         if name not in GOALS:
             raise BudgetError(f"compress has the goals {', '.join(GOALS)}: give one of them instead of {name}")
-        return cls(name, getattr(budget, name))
+        return cls(name, getattr(budget, name), program)
 
     @property
     def text(self) -> str:
         """The goal in words."""
+        where = "" if self.program == "torch" else f" in {self.program}"
         return {
-            "speedup": f"a decode speed-up of {formatting.ratio(self.value)}",
+            "speedup": f"a decode speed-up of {formatting.ratio(self.value)}{where}",
             "size": f"weights of at most {formatting.size(1e6 * self.value)}",
             "memory": f"weights and cache of at most {formatting.size(1e6 * self.value)}",
             "loss": f"a KL divergence of at most {self.value:g} nats",

@@ -11,12 +11,12 @@ from typing import Any
 from torch import LongTensor
 
 from lamella import formatting
-from lamella.commands.compress.forms import SECONDS, STEPS, Form, weight_bytes
+from lamella.commands.compress.forms import Form, Runtime, without
 from lamella.commands.compress.goal import Goal
 from lamella.commands.compress.routes import beats
 from lamella.data import ImageText, Text
 from lamella.errors import BudgetError, MethodError
-from lamella.evaluate import Budget, Fidelity, FidelityTest, Ratio, bench
+from lamella.evaluate import Budget, Fidelity, FidelityTest, Ratio
 from lamella.evaluate.confidence import CONFIDENCE
 from lamella.files import Work
 from lamella.plan import ModelReference, Plan, PlanSeries
@@ -42,6 +42,8 @@ class Job:
         goal: the goal.
         seed: random seed.
         work: the folder of the searches' journals.
+        runtime: the program that runs the routes.
+        original: the form of the original's weights in it, to which speeds are relative.
     """
 
     stack: Stack
@@ -50,6 +52,8 @@ class Job:
     goal: Goal
     seed: int
     work: Work
+    runtime: Runtime
+    original: Form
 
 
 @dataclass
@@ -168,22 +172,16 @@ def _goal(job: Job, form: Form) -> dict[str, Any]:
     goal, layers = job.goal, len(job.stack)
     if goal.name == "loss":
         return {}
-    if not form.name:
+    if form.program == "torch" and not form.name:  # what the planners' own cost model describes
         return {goal.name: MARGIN * goal.value if goal.name == "speedup" else goal.value}
 
     def enough(gone: frozenset[Position]) -> bool:
         if goal.name == "speedup":
             return form.times.speedup_without(gone, layers) >= form.remaining(MARGIN * goal.value)
-        cache = form.cache(_without(job.stack, gone)) if goal.name == "memory" else 0
+        cache = form.cache(without(job.stack, gone)) if goal.name == "memory" else 0
         return form.weights(gone) + cache <= 1e6 * goal.value
 
     return {"until": enough}
-
-
-def _without(stack: Stack, gone: frozenset[Position]) -> Plan:
-    """Return the plan that removes some sublayers."""
-    reference = ModelReference.of(stack)
-    return Plan(model=reference, drop=reference.sites({stack.stack: gone}))
 
 
 def quantised_alone(stack: Stack, form: Form) -> Contender:
@@ -194,7 +192,8 @@ def quantised_alone(stack: Stack, form: Form) -> Contender:
         form: the form.
     """
     whole = PlanSeries.of_removals(ModelReference.of(stack), [], [{}])
-    return Contender(WHOLE, "8-bit weights, nothing removed", whole, form, speedup=form.speedup, weights=form.weights())
+    label = f"weights in {form.name}, nothing removed"
+    return Contender(WHOLE, label, whole, form, speedup=form.speedup, weights=form.weights())
 
 
 def check_reachable(job: Job, form: Form) -> None:
@@ -210,7 +209,7 @@ def check_reachable(job: Job, form: Form) -> None:
     gone, goal = frozenset(job.stack.positions[:-1]), job.goal
     ceiling = form.speedup.median * form.times.speedup_without(gone, len(job.stack))
     weights = form.weights(gone)
-    floor = weights + (form.cache(_without(job.stack, gone)) if goal.name == "memory" else 0)
+    floor = weights + (form.cache(without(job.stack, gone)) if goal.name == "memory" else 0)
     limits = {
         "speedup": (goal.value <= ceiling, f"{ceiling:.2f}"),
         "size": (floor <= 1e6 * goal.value, formatting.size(floor)),
@@ -243,17 +242,25 @@ def choose(job: Job, candidates: list[Contender]) -> None:
             candidate.point = len(candidate.series) - 1
     pending = [candidate for candidate in candidates if candidate.speedup is None]
     for left in reversed(range(ATTEMPTS)):
-        views = {candidate.name: candidate.form.view(job.stack, candidate.plan) for candidate in pending}
-        timings = bench({"original": job.stack.model} | views, tokens=STEPS, seconds=SECONDS) if views else {}
+        timings = _timed(job, {each.name: (each.form, each.plan) for each in pending})
         for candidate in pending:
-            candidate.speedup = timings[candidate.name][0].decode_speedup
-            candidate.weights = weight_bytes(views[candidate.name])
+            candidate.speedup = timings[candidate.name]
+            candidate.weights = candidate.form.bytes(job.stack, candidate.plan)
         if job.goal.name != "speedup" or not left:  # what else there is does not vary from run to run
             return
         missing = [each for each in pending if each.speedup is not None and each.speedup.median < job.goal.value]
         pending = [candidate for candidate in missing if _go_on(job, candidate)]  # the new points are measured next
         if not pending:
             return
+
+
+def _timed(job: Job, plans: dict[str, tuple[Form, Plan]], **limits: Any) -> dict[str, Ratio]:
+    """Return the decode speed-ups of some plans over the original."""
+    if not plans:
+        return {}
+    variants = {name: (form, job.stack, plan) for name, (form, plan) in plans.items()}
+    timings = job.runtime.bench({"original": (job.original, job.stack, None), **variants}, **limits)
+    return {name: timings[name][0].decode_speedup for name in plans}
 
 
 def _first(job: Job, candidate: Contender) -> int:
@@ -272,7 +279,7 @@ def _first(job: Job, candidate: Contender) -> int:
         return order[max(bisect_left(order, True, key=exceeds) - 1, 0)]
 
     def is_small(index: int) -> bool:
-        weights = weight_bytes(form.view(job.stack, series[index]))
+        weights = form.bytes(job.stack, series[index])
         return weights + (form.cache(series[index]) if goal.name == "memory" else 0) <= 1e6 * goal.value
 
     at = bisect_left(order, True, key=is_small)
@@ -316,17 +323,11 @@ def measure_curves(job: Job, candidates: list[Contender]) -> None:
             if fidelities and time.monotonic() > end:
                 break
             fidelities[index] = fidelity.of(candidate.form.view(job.stack, series[index]))
-        others = {
-            str(index): candidate.form.view(job.stack, series[index])
-            for index in fidelities
-            if index != candidate.point
-        }
-        timings = (
-            bench({"original": job.stack.model} | others, tokens=STEPS, rounds=3, seconds=SECONDS) if others else {}
-        )
+        others = {str(index): (candidate.form, series[index]) for index in fidelities if index != candidate.point}
+        timings = _timed(job, others, rounds=3)
         for index in sorted(fidelities, key=lambda index: series[index].removed):
             plan, chosen = series[index], index == candidate.point
-            speedup = candidate.speedup if chosen else timings[str(index)][0].decode_speedup
+            speedup = candidate.speedup if chosen else timings[str(index)]
             candidate.points.append(
                 {
                     "point": index,

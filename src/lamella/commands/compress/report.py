@@ -141,16 +141,18 @@ def verdict(evidence: dict[str, Any]) -> str:
     chosen, fidelity = evidence["chosen"], evidence["chosen"]["fidelity"]
     changes = [f"narrower layers ({narrower(evidence)})"] if narrower(evidence) else []
     if chosen["quantised"]:
-        changes.append("8-bit weights")
+        changes.append(f"{'4' if chosen['quantised'] == 'q4_k_m' else '8'}-bit weights")
     if gone(evidence) or not changes:
         changes.append(f"{gone(evidence)} of {sum(map(len, evidence['layers']))} sublayers {fate(evidence)}")
     speed = formatting.ratio(chosen["timings"][0]["decode_speedup"]["median"])
     before, after = (formatting.number(fidelity[name]["mean"]) for name in ("base_perplexity", "perplexity"))
+    where = "" if evidence["runtime"]["name"] == "torch" else f" in {evidence['runtime']['name']}"
     healed = ""
     if "healing" in evidence:
         healed = f", and after healing to {formatting.number(evidence['healing']['fidelity']['perplexity']['mean'])}"
     return (
-        f"{evidence['model']['name']} now generates text with a speed-up of {speed}, with {' and '.join(changes)}; "
+        f"{evidence['model']['name']} now generates text with a speed-up of {speed}{where}, "
+        f"with {' and '.join(changes)}; "
         f"perplexity goes from {before} to {after}{healed}."
     )
 

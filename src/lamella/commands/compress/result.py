@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
+from lamella.commands.compress.llama_cpp import REFERENCE
 from lamella.commands.compress.routes import UNQUANTISED, Quantize
 from lamella.commands.quantize import write_beside
 from lamella.evaluate import peak_memory
@@ -38,13 +39,16 @@ class CompressionEvidence(Evidence):
         healing: record of the training, and fidelity after it; None if the model was not healed.
         samples: answers of both models to the same prompts.
         tasks: scores of all models; empty if there were no tasks.
-        routes: the routes that were measured: each model with its weights as they are and in 8 bits.
+        routes: the routes that were measured: each model with its weights as they are and quantised.
         agreement: bounds of the top-1 agreement of the result, for whichever route was chosen; None in evidence that
             was written before they were measured.
         quantised: description of the quantised files.
+        runtime: the program with which speed was measured; for llama.cpp its version, threads, and the kind of file
+            that speed-ups are relative to.
     """
 
     goal: dict[str, Any]
+    runtime: dict[str, Any] = Field(default_factory=lambda: {"name": "torch"})
     target_speedup: float | None = None
     step_seconds: dict[str, Any]
     base: dict[str, Any]
@@ -113,19 +117,28 @@ class Compression(Result):
             path = folder / "export" / out.name
             processor = tokenizer or self.processor
             exported = export(self.changed, self.plan, path, form=self.chosen["form"], tokenizer=processor)
-            if self.chosen["quantised"]:
-                exported = self._in_int8(exported, processor)
-            self.chosen["memory"] = peak_memory(exported).as_dict()
-            if self.stack.path is not None:
-                self.measured["base"]["memory"] = peak_memory(self.stack.path).as_dict()
-            if self.quantize is not None:
-                source = exported / UNQUANTISED if self.chosen["quantised"] else exported
-                self.measured["quantised"] = write_beside(source, self.quantize.kind)
+            if self.measured["runtime"]["name"] == "llama.cpp":
+                kind = self.chosen["quantised"] or REFERENCE
+                self.measured["quantised"] = write_beside(exported, kind)
+            else:
+                exported = self._for_torch(exported, processor)
             for name, text in (documents or self.documents)().items():
                 (exported / name).write_text(text, encoding="utf-8")
             for path in exported.iterdir():
                 path.rename(folder / path.name)
             shutil.rmtree(folder / "export")
+
+    def _for_torch(self, exported: Path, processor: Any) -> Path:
+        """Write an export in the forms that were chosen and requested, and measure its memory; return its folder."""
+        if self.chosen["quantised"]:
+            exported = self._in_int8(exported, processor)
+        self.chosen["memory"] = peak_memory(exported).as_dict()
+        if self.stack.path is not None:
+            self.measured["base"]["memory"] = peak_memory(self.stack.path).as_dict()
+        if self.quantize is not None:
+            source = exported / UNQUANTISED if self.chosen["quantised"] else exported
+            self.measured["quantised"] = write_beside(source, self.quantize.kind)
+        return exported
 
     def _in_int8(self, exported: Path, processor: Any) -> Path:
         """Quantise an export, which is kept in a folder within unless it is the original."""

@@ -1,4 +1,4 @@
-"""Routes of a compression: the original, the cut and the healed model, with their weights as they are and in 8 bits."""
+"""Routes of a compression: the original, the cut and the healed model, with their weights as they are and quantised."""
 
 from __future__ import annotations
 
@@ -6,17 +6,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from lamella.commands.compress.forms import SECONDS, STEPS, Means, is_int8, weight_bytes
+from lamella.commands.compress.forms import Form, Means, Program, Runtime, Variant
 from lamella.errors import ExportError
-from lamella.evaluate import FidelityTest, Ratio, bench
+from lamella.evaluate import FidelityTest, Ratio
 from lamella.extras import require
-from lamella.plan.quantize import NEEDS, int8_copy, q8_0_bytes, q8_0_copy
+from lamella.plan import Plan
+from lamella.plan.quantize import LLAMA_CPP, NEEDS
+from lamella.stack import Stack
 
 UNQUANTISED = "unquantised"
 HEALED = "healed"  # a model with the shape, and so the speed, of the cut
+DEQUANTISED = "fidelity in torch, with dequantised weights in the original's precision"
 RUN = {
-    "int8": "int8 weights and bfloat16 activations, in eager mode with torch's own kernel",
-    "q8_0": "dequantised weights of a q8_0 file, in the original's precision; llama.cpp's speed is not measured",
+    ("torch", "int8"): "int8 weights and bfloat16 activations, in eager mode with torch's own kernel",
+    ("torch", "q8_0"): "dequantised weights of a q8_0 file, in the original's precision; llama.cpp's speed is not "
+    "measured: --runtime llama.cpp measures it",
+    ("llama.cpp", "q8_0"): f"speed in llama.cpp, with 8-bit weights; {DEQUANTISED}",
+    ("llama.cpp", "q4_k_m"): f"speed in llama.cpp, with weights of 4 to 8 bits; {DEQUANTISED}",
 }
 
 
@@ -33,27 +39,28 @@ class Quantize:
     prefixed: ClassVar[bool] = True
 
 
-def requested(quantize: Quantize | None) -> tuple[str, ...]:
-    """Return the forms to measure: int8, which runs in torch, and the requested one.
-
-    Args:
-        quantize: the request.
-    """
-    return tuple(dict.fromkeys(["int8", *([] if quantize is None else [quantize.kind])]))
-
-
-def check_quantised(quantize: Quantize | None, form: str, allow: Sequence[Means] = ()) -> None:
+def check_quantised(
+    quantize: Quantize | None, form: str, allow: Sequence[Means] = (), program: Program = "torch"
+) -> None:
     """Check, before long work, that its result can be quantised.
 
     Args:
         quantize: the request.
         form: form of the export.
         allow: the means that were requested.
+        program: the program that runs the result.
 
     Raises:
         ExportError: for a form of export that cannot be quantised.
-        LamellaError: if torchao is needed and not installed.
+        LamellaError: if torchao or llama.cpp is needed and not installed.
     """
+    if program == "llama.cpp":
+        require("xllamacpp", *LLAMA_CPP)
+        if form not in ("auto", "plain"):
+            raise ExportError(f"{form} checkpoints do not run in llama.cpp: leave form out")
+        if quantize is not None:
+            raise ExportError("with llama.cpp the chosen form is written as a GGUF file: leave quantize out")
+        return
     if (quantize is not None or "quantize" in allow) and form not in ("auto", "plain"):
         raise ExportError(f"{form} checkpoints cannot be quantised: leave form or quantize out")
     if "quantize" in allow or (quantize is not None and quantize.kind == "int8"):
@@ -65,33 +72,36 @@ class Candidate:
     """A route whose speed and fidelity were measured before.
 
     Attributes:
-        model: the model that it runs.
+        form: the form of its weights.
+        size: bytes of its weights.
         speedup: its decode speed-up over the original.
         fidelity: its fidelity to the original, as in evidence.
     """
 
-    model: Any
+    form: Form
+    size: int
     speedup: Ratio
     fidelity: dict[str, Any]
 
 
 def routes(
     test: FidelityTest,
-    models: Mapping[str, Any],
-    forms: tuple[str, ...] = ("int8",),
+    runtime: Runtime,
+    models: Mapping[str, tuple[Stack, Plan | None]],
+    forms: Sequence[Form],
     measured: Mapping[str, Candidate] | None = None,
     known: Mapping[str, dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """Measure models with their weights as they are, and quantised.
 
     Decoding at batch 1 is timed in interleaved runs, as a ratio to the original. A healed model has the speed of the
-    cut. The speed of llama.cpp is not measured: for fidelity, the dequantised weights of its file are used.
+    cut. A form that the program does not run has no speed: only its fidelity is measured.
 
     Args:
         test: the fidelity test against the original.
-        models: ``original``, ``cut`` and ``healed``, as far as they exist: views and models with the same vocabulary.
-        forms: forms of quantisation, of :data:`RUN`. A model without linear layers that can be int8 has no such form,
-            and a dynamic view has none.
+        runtime: the program that runs the models.
+        models: ``original``, ``cut`` and ``healed``, as far as they exist, with their plans.
+        forms: the forms, that of the weights as they are first; a dynamic plan has no other.
         measured: further routes by name, which were measured before.
         known: fidelities that were measured before, by the names of routes.
 
@@ -100,26 +110,23 @@ def routes(
         ``fidelity``, and ``decode_speedup``, which is None if it did not run; ``pareto`` is true if no other route is
         both faster and closer to the original.
     """
-    found: dict[str, tuple[str | None, Any, int]] = {}
-    for name, model in models.items():
-        found[name] = None, model, weight_bytes(model)
-        if hasattr(model, "lamella_policy"):
-            continue
-        if "int8" in forms:
-            integers = int8_copy(model)
-            if is_int8(integers):
-                found[f"{name}, int8"] = "int8", integers, weight_bytes(integers)
-        if "q8_0" in forms:
-            found[f"{name}, q8_0"] = "q8_0", q8_0_copy(model), q8_0_bytes(model)
-    timed = {name: model for name, (form, model, _) in found.items() if form != "q8_0" and not name.startswith(HEALED)}
-    speeds = {name: timing.decode_speedup for name, (timing, *_) in bench(timed, tokens=STEPS, seconds=SECONDS).items()}
+    variants: dict[str, Variant] = {
+        ", ".join(filter(None, [name, form.name])): (form, *model)
+        for name, model in models.items()
+        for form in forms
+        if not form.name or model[1] is None or model[1].is_static
+    }
+    timed = {
+        name: each for name, each in variants.items() if each[0].program == runtime.name and not name.startswith(HEALED)
+    }
+    speeds = {name: timing.decode_speedup for name, (timing, *_) in runtime.bench(timed).items()}
     rows, known = [], known or {}
-    for name, (form, model, size) in found.items():
+    for name, (form, stack, plan) in variants.items():
         speed = speeds.get(name.replace(HEALED, "cut"))
-        rows.append(_row(name, form, size, known[name] if name in known else test.of(model).as_dict(), speed))
+        fidelity = known[name] if name in known else test.of(form.view(stack, plan)).as_dict()
+        rows.append(_row(name, form, runtime.name, form.bytes(stack, plan), fidelity, speed))
     for name, each in (measured or {}).items():
-        form = "int8" if is_int8(each.model) else None
-        rows.append(_row(name, form, weight_bytes(each.model), each.fidelity, each.speedup))
+        rows.append(_row(name, each.form, runtime.name, each.size, each.fidelity, each.speedup))
     places = [_place(row) for row in rows]
     return [
         row | {"pareto": place is not None and not any(other and beats(other, place) for other in places)}
@@ -137,11 +144,13 @@ def beats(other: tuple[float, float], place: tuple[float, float]) -> bool:
     return other[0] >= place[0] and other[1] <= place[1] and other != place
 
 
-def _row(name: str, form: str | None, size: int, fidelity: dict[str, Any], speed: Ratio | None) -> dict[str, Any]:
+def _row(
+    name: str, form: Form, program: Program, size: int, fidelity: dict[str, Any], speed: Ratio | None
+) -> dict[str, Any]:
     return {
         "name": name,
-        "form": form,
-        "run": UNQUANTISED if form is None else RUN[form],
+        "form": form.name or None,
+        "run": RUN[program, form.name] if form.name else UNQUANTISED,
         "bytes": size,
         "fidelity": fidelity,
         "decode_speedup": None if speed is None else vars(speed),

@@ -30,13 +30,29 @@ def rows(evidence: dict[str, Any]) -> list[list[str]]:
 
 
 def notes(evidence: dict[str, Any]) -> list[str]:
-    """Describe what was run for each form.
+    """Describe the program, and what was run for each form.
 
     Args:
         evidence: the evidence of the compression.
     """
     runs = {each["form"]: each["run"] for each in evidence.get("routes", ()) if each["form"]}
-    return [f"{form}: {run}." for form, run in runs.items()]
+    return [*where(evidence), *(f"{form}: {run}." for form, run in runs.items())]
+
+
+def where(evidence: dict[str, Any]) -> list[str]:
+    """Return the sentence on how another program than torch was measured, if one was.
+
+    Args:
+        evidence: the evidence of the compression.
+    """
+    runtime = evidence["runtime"]
+    if runtime["name"] == "torch":
+        return []
+    threads = f"{runtime['threads']} thread{'' if runtime['threads'] == 1 else 's'}"
+    return [
+        f"Speed is that of {runtime['name']} ({runtime['version']}) on {threads}, and speed-ups are relative to the "
+        f"original as a {runtime['reference']} file."
+    ]
 
 
 def figure(evidence: dict[str, Any]) -> Scatter:
@@ -52,7 +68,7 @@ def figure(evidence: dict[str, Any]) -> Scatter:
     front = sorted(_place(each) for each in timed if each["pareto"])
     series = {"Pareto front": Points(front, mark="band")} if len(front) > 1 else {}
     return Scatter(
-        "decode speed-up over the original",
+        f"decode speed-up over the original, in {evidence['runtime']['name']}",
         "KL from the original, nats",
         series | {name: _points(models) for name, models in groups.items()},
         guides=target(evidence),
@@ -77,18 +93,21 @@ def reason(evidence: dict[str, Any]) -> str:
         evidence: the evidence of the compression.
     """
     chosen, goal = evidence["chosen"], evidence["goal"]
-    alone = chosen["alternatives"].get("int8")
-    if alone is None:
+    others = dict(chosen["alternatives"])
+    cut = others.pop("cut", None)
+    if not others:
         return ""
+    fastest = max(others, key=lambda form: float(others[form]["speedup"]))
+    form = fastest if chosen["cut"] or goal["name"] == "loss" else chosen["quantised"]
+    alone = others[form]
     speed, weights = formatting.ratio(alone["speedup"]), formatting.size(alone["weights"])
     found = f"reaches {speed} with {weights} of weights and costs {alone['kl']:.2g} nats"
     if goal["name"] == "loss":
-        return f"{chosen['route']} is the fastest measured route to {goal['text']}; int8 alone {found}."
+        return f"{chosen['route']} is the fastest measured route to {goal['text']}; {form} alone {found}."
     if chosen["cut"]:
-        return f"{goal['text'][0].upper()}{goal['text'][1:]} needs a cut: int8 alone {found}."
-    cut = chosen["alternatives"].get("cut")
+        return f"{goal['text'][0].upper()}{goal['text'][1:]} needs a cut: {form} alone {found}."
     other = "" if cut is None else f"; a cut alone would cost {cut['kl']:.2g}"
-    return f"int8 alone is enough for {goal['text']}: it {found}{other}."
+    return f"{form} alone is enough for {goal['text']}: it {found}{other}."
 
 
 def _place(route: dict[str, Any]) -> tuple[float, float]:

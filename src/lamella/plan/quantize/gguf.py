@@ -1,8 +1,9 @@
 """Checkpoints as GGUF files, which llama.cpp and software based on it run.
 
 A GGUF file contains everything: sizes and settings as key-value pairs, the tokenizer, and the tensors under llama.cpp's
-own names. Matrices can be stored in 8 bits (``q8_0``: blocks of 32 values that share a 16-bit scale). A decoding step
-reads all matrices, so a memory-bound model decodes faster by about the factor by which it is smaller.
+own names. Matrices can be stored in 8 bits (``q8_0``: blocks of 32 values that share a 16-bit scale) or in about 5
+(``q4_k_m``). A decoding step reads all matrices, so a memory-bound model decodes faster by about the factor by which it
+is smaller.
 
 Tensors are read, changed and written one at a time. In two points llama.cpp differs from transformers:
 
@@ -21,7 +22,7 @@ from typing import Any
 
 import gguf
 import numpy as np
-from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, LlamaFileType, RopeScalingType, quants
+from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, RopeScalingType
 from safetensors import safe_open
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -29,19 +30,13 @@ from lamella.errors import ExportError, NumericsError
 from lamella.files import replacing
 from lamella.plan.checkpoint import Range
 from lamella.plan.quantize.families import Family, Layout, family_of, layout_of, rope_of
+from lamella.plan.quantize.kinds import KINDS, to_blocks, type_of
 from lamella.plan.quantize.vocabulary import add_tokenizer
 from lamella.progress import track
 
-KINDS = {  # storage of matrices; vectors stay in 32 bits
-    "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
-    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
-    "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
-    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
-}
 _HALF, _SINGLE = (float(np.finfo(kind).max) for kind in (np.float16, np.float32))
-_LARGEST = {  # largest value that each can store
+_LARGEST = {  # largest value that each can store; for others, that of the 16-bit scales of their blocks
     GGMLQuantizationType.F32: _SINGLE,
-    GGMLQuantizationType.F16: _HALF,
     GGMLQuantizationType.BF16: _SINGLE,
     GGMLQuantizationType.Q8_0: 127 * _HALF,
 }
@@ -74,7 +69,7 @@ def write_gguf(folder: Path, config: Any, tokenizer: Any, file: Path, kind: str 
     arch = family.arch if layout.even else family.uneven
     if arch is None:
         raise ExportError(f"{folder}: layers of different widths, which llama.cpp supports for llama and mistral only")
-    tensors = list(_tensors(layout, family, KINDS[kind][0]))
+    tensors = list(_tensors(layout, family, kind))
     factors = _rope_factors(config, layout)
     try:
         with replacing(file) as partial:
@@ -181,28 +176,24 @@ class _Tensor:
             values = neighbouring(values, self.heads)
         if self.add:
             values = values + np.float32(self.add)
-        if not np.abs(values).max() <= _LARGEST[self.kind]:  # the comparison is false for NaN
+        if not np.abs(values).max() <= _LARGEST.get(self.kind, _HALF):  # the comparison is false for NaN
             raise NumericsError(f"{self.source.name}: has entries that {self.kind.name.lower()} cannot hold")
-        return quants.quantize(values, self.kind)
+        return to_blocks(values, self.kind)
 
 
-def _tensors(layout: Layout, family: Family, kind: GGMLQuantizationType) -> Iterator[_Tensor]:
+def _tensors(layout: Layout, family: Family, kind: str) -> Iterator[_Tensor]:
     """Yield the tensors in the order in which the model needs them."""
-    yield from (_stored(name, each, family, kind) for name, each in layout.outside.items())
+    tied = "output.weight" not in layout.outside
+
+    def stored(name: str, source: Range, heads: int | None = None) -> _Tensor:
+        type_ = type_of(kind, name, source.shape, len(layout.layers), tied)
+        return _Tensor(name, source, type_, heads, family.norms if name.endswith("norm.weight") else 0.0)
+
+    yield from (stored(name, each) for name, each in layout.outside.items())
     for layer, tensors in enumerate(layout.layers):
         heads = {"attn_q": layout.heads[layer], "attn_k": layout.kv_heads[layer]} if family.neighbours else {}
         for name, each in tensors.items():
-            yield _stored(f"blk.{layer}.{name}", each, family, kind, heads.get(name.partition(".")[0]))
-
-
-def _stored(name: str, source: Range, family: Family, kind: GGMLQuantizationType, heads: int | None = None) -> _Tensor:
-    """Return how a tensor is stored: vectors in 32 bits, and matrices whose rows are not whole blocks in 16."""
-    block, _ = gguf.GGML_QUANT_SIZES[kind]
-    if len(source.shape) < 2:
-        kind = GGMLQuantizationType.F32
-    elif source.shape[-1] % block:
-        kind = GGMLQuantizationType.F16
-    return _Tensor(name, source, kind, heads, family.norms if name.endswith("norm.weight") else 0.0)
+            yield stored(f"blk.{layer}.{name}", each, heads.get(name.partition(".")[0]))
 
 
 def neighbouring(rows: np.ndarray, heads: int) -> np.ndarray:

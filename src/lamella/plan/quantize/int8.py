@@ -7,7 +7,7 @@ needs neither torchao nor a compiler; torchao by itself expands every weight to 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,22 @@ def int8_copy(model: Any) -> Any:
         return Int8Linear(weight, scale.bfloat16(), module.bias)
 
     return _replace_linear_layers(ours, integers)
+
+
+def int8_bytes(model: Any, without: Collection[Tensor] = ()) -> int:
+    """Return the bytes of the weights of :func:`int8_copy`, computed without making it.
+
+    Args:
+        model: the model or view.
+        without: parameters that are not counted.
+    """
+    head, gone = model.get_output_embeddings(), {id(each) for each in without}
+    linear = {id(each.weight) for each in model.modules() if type(each) is nn.Linear and each is not head}
+    return sum(
+        each.numel() + 2 * len(each) if id(each) in linear else 2 * each.numel()
+        for each in model.parameters()
+        if id(each) not in gone
+    )
 
 
 def run_by_torch(model: Any) -> Any:
