@@ -7,7 +7,7 @@ import torch
 
 import lamella
 from lamella.commands.compress.forms import Torch
-from lamella.commands.compress.routes import Quantize, check_quantised, routes
+from lamella.commands.compress.routes import Quantize, check_quantised, routes, variants_of
 from lamella.commands.compress.tradeoff import figure, rows
 from lamella.errors import ExportError
 from lamella.evaluate import FidelityTest
@@ -24,7 +24,7 @@ def test_all_models_are_quantised_and_measured() -> None:
     plans = [Plan(model=ModelReference.of(stack), drop=drop) for drop in (["layers.1"], [])]
     models = {"original": (stack, None), "cut": (stack, plans[0]), "healed": (stack, plans[1])}
     test, torch_ = FidelityTest(stack, TOKENS), Torch()
-    found = {each["name"]: each for each in routes(test, torch_, models, torch_.shown(stack, "q8_0"))}
+    found = {each["name"]: each for each in routes(test, torch_, variants_of(models, torch_.shown(stack, "q8_0")))}
     assert list(found) == [
         f"{name}{form}" for name in models for form in ("", ", int8", ", q8_0")
     ]  # fmt: skip
@@ -59,7 +59,9 @@ def test_all_models_are_quantised_and_measured() -> None:
 
 def test_a_model_without_linear_maps_has_no_int8() -> None:
     stack = Stack(nano("gpt2"))  # its maps are of a class of their own
-    found = routes(FidelityTest(stack, TOKENS), Torch(), {"original": (stack, None)}, Torch().shown(stack, None))
+    found = routes(
+        FidelityTest(stack, TOKENS), Torch(), variants_of({"original": (stack, None)}, Torch().shown(stack, None))
+    )
     assert [each["name"] for each in found] == ["original"]
 
 
@@ -67,7 +69,7 @@ def test_a_model_that_decides_while_it_runs_is_measured_as_it_is() -> None:
     stack = Stack(nano("llama"))
     path = {"text": PhasedPath(prefill=[0, 1, 2, 3], decode=[0, 3])}
     models = {"original": (stack, None), "cut": (stack, Plan(model=ModelReference.of(stack), path=path))}
-    found = routes(FidelityTest(stack, TOKENS), Torch(), models, Torch().shown(stack, None))
+    found = routes(FidelityTest(stack, TOKENS), Torch(), variants_of(models, Torch().shown(stack, None)))
     assert [each["name"] for each in found] == ["original", "original, int8", "cut"]
 
 

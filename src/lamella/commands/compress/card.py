@@ -171,7 +171,7 @@ def _routes(evidence: dict[str, Any]) -> list[str]:
     rows = tradeoff.rows(evidence)
     if not rows:
         return []
-    lines = [tradeoff.COLUMNS, ["---"] * len(tradeoff.COLUMNS), *rows]
+    lines = [tradeoff.columns(evidence), ["---"] * len(rows[0]), *rows]
     table = "\n".join(f"| {' | '.join(row)} |" for row in lines)
     return ["## Routes", table, " ".join(tradeoff.notes(evidence))]
 

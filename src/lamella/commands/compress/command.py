@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from lamella.commands.compress.forms import USEFUL, Form, Means, Program, Torch,
 from lamella.commands.compress.goal import Goal
 from lamella.commands.compress.healing import Heal, heal_cut, material, unseen
 from lamella.commands.compress.llama_cpp import LlamaCpp
+from lamella.commands.compress.lookup import PROMPT, TEXTS, add_lookup
 from lamella.commands.compress.race import (
     Contender,
     Job,
@@ -28,10 +30,10 @@ from lamella.commands.compress.race import (
     search,
 )
 from lamella.commands.compress.result import Compression
-from lamella.commands.compress.routes import Candidate, Quantize, check_quantised, routes
+from lamella.commands.compress.routes import Candidate, Quantize, check_quantised, routes, variants_of
 from lamella.commands.heal.command import context_of
 from lamella.data import ImageText, InputContext, Text
-from lamella.errors import BudgetError, ExportError, MethodError
+from lamella.errors import BudgetError, DownloadError, ExportError, MethodError
 from lamella.evaluate import Budget, FidelityTest, cost, step_times
 from lamella.evaluate.confidence import CONFIDENCE
 from lamella.evaluate.speed import denoises
@@ -156,7 +158,7 @@ def compress(
     if "cut" not in allowed and not is_enough and not (candidates and goal.name == "loss"):
         raise BudgetError(_too_much(quantised, goal))
     if "cut" in allowed:
-        useful = [each for each in quantised if each.speedup.median >= USEFUL and not is_enough]
+        useful = [] if is_enough else _useful(quantised, goal)
         cut_in = sorted(useful or [original], key=lambda each: each.speedup.median)
         if not is_enough:
             check_reachable(job, cut_in[-1])
@@ -211,12 +213,16 @@ def compress(
         for each in candidates
         if each is not best and not each.is_whole and each.speedup is not None
     }
-    form_of = f", {best.form.name}" if best.form.name else ""
-    known = {f"{'original' if best.is_whole else 'cut'}{form_of}": best.chosen["fidelity"]}
-    if "healed" in models:
-        known[f"healed{form_of}"] = final["fidelity"]
     shown = program.shown(stack, None if quantize is None or quantize.kind == "int8" else quantize.kind)
-    found.measured["routes"] = routes(fidelity, program, models, shown, others, known)
+    variants = variants_of(models, shown)
+    form_of = f", {best.form.name}" if best.form.name else ""
+    result = f"{list(models)[-1]}{form_of}"
+    known = {f"{'original' if best.is_whole else 'cut'}{form_of}": best.chosen["fidelity"]}
+    known[result] = final["fidelity"]
+    found.measured["routes"] = routes(fidelity, program, variants, others, known)
+    if runtime == "torch":
+        rows = sorted(found.measured["routes"], key=lambda row: row["name"] != result)  # the result first
+        add_lookup(rows, variants, _prompts(_judge(stack, context, test)))
     return found
 
 
@@ -263,6 +269,16 @@ def _too_much(quantised: Sequence[Form], goal: Goal) -> str:
     return f"{goal.text} cannot be reached by quantisation alone, which gives {reached}: allow cut"
 
 
+def _useful(quantised: Sequence[Form], goal: Goal) -> list[Form]:
+    """Return the forms in which a cut can be smaller: each loses more than the one before, so it has to gain more."""
+    found: list[Form] = []
+    for each in quantised:
+        least = USEFUL * (found[-1].speedup.median if found else 1.0)
+        if each.speedup.median >= least or (found and goal.name in ("size", "memory")):
+            found.append(each)
+    return found
+
+
 def _in_forms(job: Job, searched: Sequence[Contender], forms: Sequence[Form]) -> list[Contender]:
     """Return the routes that cut in some forms.
 
@@ -299,6 +315,15 @@ def _judge(stack: Stack, context: InputContext, test: Text | ImageText) -> Any:
     sequences, length = test.tokens.shape if isinstance(test, Text) else (SEQUENCES, LENGTH)
     own = test.context if isinstance(test, Text) else replace(context, split="test", seed=SEED)
     return lambda name: Text.open(name, own, sequences=sequences, length=length)
+
+
+def _prompts(judge: Any) -> dict[str, torch.Tensor]:
+    """Return the beginning of a sequence [1, time] of every text with which prompt lookup is measured."""
+    found = {}
+    for name in TEXTS:
+        with suppress(DownloadError):  # of a text that is not installed
+            found[name] = judge(name).tokens[:1, :PROMPT]
+    return found
 
 
 def _compression(

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Final
 import torch
 
 from lamella.commands.compress.forms import SECONDS, STEPS, FileForm, Form, Program, Variant, without
-from lamella.errors import LamellaError
+from lamella.errors import ExportError, LamellaError
 from lamella.evaluate import StepTimes, Timing
 from lamella.evaluate.speed import alternate, random_tokens
 from lamella.plan import ModelReference, Plan
@@ -29,7 +29,7 @@ from lamella.zoo import open_config
 
 REFERENCE: Final = "bf16"  # the file of the original: with 16 bits, as unquantised models are run in llama.cpp
 KINDS = ("q8_0", "q4_k_m")
-PROMPT = 128  # tokens before the first decoding step
+PROMPT = 32  # tokens before the first decoding step; few, since reading them takes most of a round
 CHILD = "lamella.commands.compress.llama_cpp_child"
 
 
@@ -68,7 +68,7 @@ class LlamaCpp:
         Raises:
             ExportError: for a model, or a cut of it, that llama.cpp does not compute.
         """
-        forms = self.shown(stack)[: None if quantised else 1]
+        forms = self.shown(stack) if quantised else self.shown(stack)[:1]
         kept = max(len(stack) // 2, 1)
         half = without(stack, [each for each in stack.positions if each.layer >= kept])
         variants: dict[str, Variant] = {each.kind: (each, stack, None) for each in forms}
@@ -127,7 +127,11 @@ class LlamaCpp:
         if key not in self._files:
             file = Path(self._folder.name) / f"{len(self._files)}.gguf"
             checkpoint = self._exported(stack, plan)
-            write_gguf(checkpoint, open_config(checkpoint), self._tokenizer, file, form.kind, name=stack.name)
+            try:
+                write_gguf(checkpoint, open_config(checkpoint), self._tokenizer, file, form.kind, name=stack.name)
+            except ExportError as error:
+                found = str(error).replace(str(checkpoint), stack.name)
+                raise ExportError(f"{found}; --allow quantize cuts nothing" if plan.removed else found) from None
             self._files[key] = file, stack
         return self._files[key][0]
 

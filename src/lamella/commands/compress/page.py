@@ -49,10 +49,11 @@ def summary(evidence: Evidence) -> Summary:
     if scores := tasks.rows(found):
         tables.append(Table("Tasks, ± standard error", tasks.columns(found), scores))
     if models := tradeoff.rows(found):
-        tables.append(Table("Routes", tradeoff.COLUMNS, models))
+        tables.append(Table("Routes", tradeoff.columns(found), models))
     if len(found["curves"]) > 1:
         tables.append(_methods(found))
     lines = [guaranteed(found)] if found.get("agreement") else []
+    lines += tradeoff.lookup(found)
     if narrower := found["chosen"].get("narrower"):
         lines.append(f"remaining sizes: {narrower}")
     if quantised := found.get("quantised"):

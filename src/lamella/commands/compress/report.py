@@ -76,7 +76,7 @@ def render(evidence: dict[str, Any]) -> str:
         score_columns=tasks.columns(evidence) if evidence.get("tasks") else [],
         reason=tradeoff.reason(evidence),
         routes=tradeoff.rows(evidence),
-        route_columns=tradeoff.COLUMNS,
+        route_columns=tradeoff.columns(evidence),
         route_notes=tradeoff.notes(evidence),
         axes=_axes(evidence),
         facts=_facts(evidence),

@@ -84,11 +84,25 @@ class Candidate:
     fidelity: dict[str, Any]
 
 
+def variants_of(models: Mapping[str, tuple[Stack, Plan | None]], forms: Sequence[Form]) -> dict[str, Variant]:
+    """Return models in several forms, by the names of their routes.
+
+    Args:
+        models: ``original``, ``cut`` and ``healed``, as far as they exist, with their plans.
+        forms: the forms, that of the weights as they are first; a dynamic plan has no other.
+    """
+    return {
+        ", ".join(filter(None, [name, form.name])): (form, stack, plan)
+        for name, (stack, plan) in models.items()
+        for form in forms
+        if not form.name or plan is None or plan.is_static
+    }
+
+
 def routes(
     test: FidelityTest,
     runtime: Runtime,
-    models: Mapping[str, tuple[Stack, Plan | None]],
-    forms: Sequence[Form],
+    variants: Mapping[str, Variant],
     measured: Mapping[str, Candidate] | None = None,
     known: Mapping[str, dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
@@ -100,8 +114,7 @@ def routes(
     Args:
         test: the fidelity test against the original.
         runtime: the program that runs the models.
-        models: ``original``, ``cut`` and ``healed``, as far as they exist, with their plans.
-        forms: the forms, that of the weights as they are first; a dynamic plan has no other.
+        variants: the models, as :func:`variants_of` returns them.
         measured: further routes by name, which were measured before.
         known: fidelities that were measured before, by the names of routes.
 
@@ -110,12 +123,6 @@ def routes(
         ``fidelity``, and ``decode_speedup``, which is None if it did not run; ``pareto`` is true if no other route is
         both faster and closer to the original.
     """
-    variants: dict[str, Variant] = {
-        ", ".join(filter(None, [name, form.name])): (form, *model)
-        for name, model in models.items()
-        for form in forms
-        if not form.name or model[1] is None or model[1].is_static
-    }
     timed = {
         name: each for name, each in variants.items() if each[0].program == runtime.name and not name.startswith(HEALED)
     }

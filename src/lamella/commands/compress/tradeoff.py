@@ -8,6 +8,20 @@ from lamella import formatting
 from lamella.report.figures import Points, Scatter
 
 COLUMNS = ("model", "weights", "decode speed-up", "KL, nats", "perplexity", "same top token")
+LOOKUP = "on top, with prompt lookup"  # a column, if it was measured
+
+
+def columns(evidence: dict[str, Any]) -> list[str]:
+    """Return the columns of the table of routes.
+
+    Args:
+        evidence: the evidence of the compression.
+    """
+    return [*COLUMNS, *([LOOKUP] if _has_lookup(evidence) else [])]
+
+
+def _has_lookup(evidence: dict[str, Any]) -> bool:
+    return any("lookup" in each for each in evidence.get("routes", ()))
 
 
 def rows(evidence: dict[str, Any]) -> list[list[str]]:
@@ -24,6 +38,7 @@ def rows(evidence: dict[str, Any]) -> list[list[str]]:
             formatting.estimate(each["fidelity"]["kl"]),
             formatting.estimate(each["fidelity"]["perplexity"]),
             formatting.percent(each["fidelity"]["top1"]["mean"]),
+            *([_speed(each.get("lookup", {}).get("speedup"))] if _has_lookup(evidence) else []),
         ]
         for each in evidence.get("routes", ())
     ]
@@ -36,7 +51,29 @@ def notes(evidence: dict[str, Any]) -> list[str]:
         evidence: the evidence of the compression.
     """
     runs = {each["form"]: each["run"] for each in evidence.get("routes", ()) if each["form"]}
-    return [*where(evidence), *(f"{form}: {run}." for form, run in runs.items())]
+    return [*where(evidence), *(f"{form}: {run}." for form, run in runs.items()), *lookup(evidence)]
+
+
+def lookup(evidence: dict[str, Any]) -> list[str]:
+    """Return the sentence on what prompt lookup gains on top of the result, if it gains anything.
+
+    Args:
+        evidence: the evidence of the compression.
+    """
+    model = "healed" if "healing" in evidence else "cut" if evidence["chosen"]["cut"] else "original"
+    name = ", ".join(filter(None, [model, evidence["chosen"]["quantised"]]))
+    found = next((each.get("lookup") for each in evidence.get("routes", ()) if each["name"] == name), None)
+    if found is None or found["speedup"]["median"] <= 1:
+        return []
+    answers, equal, tied = len(found["texts"]), found["equal"], found["tied"]
+    lost = "nothing lost"
+    if equal < answers:
+        lost = f"{equal} of {answers} answers are those of plain greedy decoding, {tied} differ after a tie"
+        lost += f", {answers - equal - tied} without one" if equal + tied < answers else ""
+    return [
+        f"With prompt lookup (`generate(..., prompt_lookup_num_tokens={found['candidates']})`): "
+        f"{formatting.ratio(found['speedup']['median'])} on top on {', '.join(found['texts'])}, {lost}."
+    ]
 
 
 def where(evidence: dict[str, Any]) -> list[str]:
