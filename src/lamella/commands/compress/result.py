@@ -11,7 +11,7 @@ from pydantic import Field
 
 from lamella.commands.compress.llama_cpp import REFERENCE
 from lamella.commands.compress.routes import UNQUANTISED, Quantize
-from lamella.commands.quantize import write_beside
+from lamella.commands.quantize import Kind, write_beside
 from lamella.evaluate import peak_memory
 from lamella.files import new_folder
 from lamella.plan import Plan
@@ -118,7 +118,7 @@ class Compression(Result):
             processor = tokenizer or self.processor
             exported = export(self.changed, self.plan, path, form=self.chosen["form"], tokenizer=processor)
             if self.measured["runtime"]["name"] == "llama.cpp":
-                kind = self.chosen["quantised"] or REFERENCE
+                kind: Kind = self.chosen["quantised"] or REFERENCE
                 self.measured["quantised"] = write_beside(exported, kind)
             else:
                 exported = self._for_torch(exported, processor)
