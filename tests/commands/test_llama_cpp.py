@@ -91,6 +91,23 @@ def test_the_route_with_the_least_loss_in_llama_cpp_is_written_as_its_file(
     assert f"llama-cli -m FOLDER/{file.name}" in (out / "README.md").read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("brief")
+def test_a_healed_cut_is_what_the_file_holds(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    given: dict[str, Any] = {"speedup": 2.1, "runtime": "llama.cpp", "heal_steps": 3}
+    found = run("compress", NANO_LLAMA, out=out, **given).evidence.model_dump()
+    routes = {each["name"]: each for each in found["routes"]}
+    assert found["healing"]["fidelity"] == routes["healed, q4_k_m"]["fidelity"]
+    assert routes["healed, q4_k_m"]["decode_speedup"] == routes["cut, q4_k_m"]["decode_speedup"]
+    assert not any("lookup" in each for each in routes.values())  # which torch's generate offers
+    stack, ids = api.open(out), torch.arange(3, 35)[None]
+    read = transformers.AutoModelForCausalLM.from_pretrained(out, gguf_file="model-q4_k_m.gguf")
+    with torch.no_grad():
+        copied = gguf_copy(stack.model, "q4_k_m")(ids).logits
+        torch.testing.assert_close(read(ids).logits, copied, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.usefixtures("brief")
 def test_a_goal_of_size_is_one_of_the_file(tmp_path: Path) -> None:
     stack = api.open(NANO_LLAMA)

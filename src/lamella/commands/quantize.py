@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from lamella.errors import ArchitectureError, CheckpointError, ExportError
+from lamella.extras import require
 from lamella.files import new_folder
 from lamella.formatting import size
 from lamella.plan import checkpoint
-from lamella.plan.quantize import write_gguf, write_int8
+from lamella.plan.quantize import LLAMA_CPP, write_gguf, write_int8
 from lamella.registry import command
 from lamella.result import Documents, Evidence, Result, Summary
 from lamella.zoo import LazyCheckpoint, check_folder, open_config, open_tokenizer
@@ -85,7 +86,10 @@ def quantize(model: LazyCheckpoint, *, kind: Kind = "q8_0") -> Quantised:
     Raises:
         CheckpointError: if the folder is missing, damaged or already quantised.
         ArchitectureError: for a family that llama.cpp does not support.
+        LamellaError: if llama.cpp is needed and not installed.
     """
+    if kind == "q4_k_m":
+        require("xllamacpp", *LLAMA_CPP)
     folder = model.folder
     check_folder(folder)
     if getattr(open_config(folder), "quantization_config", None) is not None:

@@ -19,7 +19,7 @@ import lamella
 from lamella.errors import ArchitectureError, CheckpointError, ExportError, LamellaError, NumericsError
 from lamella.plan import HeadWidth, ModelReference, Plan
 from lamella.plan.export import export
-from lamella.plan.quantize import gguf_bytes, gguf_copy, is_available, kinds
+from lamella.plan.quantize import gguf_bytes, gguf_copy, is_available
 from lamella.plan.quantize.gguf import neighbouring
 from lamella.plan.quantize.vocabulary import add_tokenizer
 from lamella.zoo import convert_gguf, open_tokenizer
@@ -319,7 +319,5 @@ def test_types_are_mixed_as_by_llama_quantize(tmp_path: Path) -> None:
 
 def test_4_bits_without_llama_cpp_are_refused(saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
-    monkeypatch.delitem(sys.modules, "xllamacpp.xllamacpp", raising=False)
-    kinds._quantiser.cache_clear()
     with pytest.raises(LamellaError, match=r"llama\.cpp needs xllamacpp: pip install 'lamella\[llama-cpp\]'"):
         quantize(saved(intermediate_size=256), tmp_path / "out", "q4_k_m")

@@ -16,7 +16,7 @@ from lamella.stack import Stack
 
 UNQUANTISED = "unquantised"
 HEALED = "healed"  # a model with the shape, and so the speed, of the cut
-DEQUANTISED = "fidelity in torch, with dequantised weights in the original's precision"
+DEQUANTISED = "fidelity in torch, with the weights that the file gives back; llama.cpp also rounds activations"
 RUN = {
     ("torch", "int8"): "int8 weights and bfloat16 activations, in eager mode with torch's own kernel",
     ("torch", "q8_0"): "dequantised weights of a q8_0 file, in the original's precision; llama.cpp's speed is not "
