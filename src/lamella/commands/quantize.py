@@ -17,7 +17,7 @@ from lamella.registry import command
 from lamella.result import Documents, Evidence, Result, Summary
 from lamella.zoo import LazyCheckpoint, check_folder, open_config, open_tokenizer
 
-Kind = Literal["q8_0", "q4_k_m", "int8", "bf16", "f16", "f32"]
+Kind = Literal["q8_0", "int8", "q4_k_m", "bf16", "f16", "f32"]
 SUFFIX = ".gguf"
 
 
