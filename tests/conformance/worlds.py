@@ -449,7 +449,7 @@ def measured(evidence: Any) -> Any:
     """What evidence says but for where it was made, and how long that took; of speeds, nothing that depends on them."""
     timed = ("seconds",)
     if evidence.kind in TIMED:
-        timed += ("speedup", "variation", "timings", "bytes", "reached", "pareto", "notes")
+        timed += ("speedup", "variation", "timings", "bytes", "reached", "pareto", "notes", "lookup")
 
     def timeless(value: Any) -> Any:
         if isinstance(value, dict):
