@@ -17,7 +17,7 @@ import transformers
 import lamella as api
 from lamella import evaluate, inputs, progress
 from lamella.commands.compress import command as job
-from lamella.commands.compress import forms, race, result
+from lamella.commands.compress import forms, race
 from lamella.commands.compress import goal as goals
 from lamella.commands.compress.forms import Form, means, weight_bytes
 from lamella.commands.compress.page import summary
