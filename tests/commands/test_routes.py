@@ -79,3 +79,8 @@ def test_what_cannot_be_quantised_is_refused() -> None:
         check_quantised(Quantize("q8_0"), "native")
     with pytest.raises(ExportError, match="native checkpoints cannot be quantised"):
         check_quantised(None, "native", allow=("quantize",))
+
+
+def test_the_decoder_of_a_model_with_images_has_a_form_of_8_bits() -> None:
+    stack = lamella.open(nano("llava")).stacks["text"]
+    assert [form.stack.stack for form in Torch().forms(stack, quantised=True, cut=True)] == ["text", "text"]

@@ -128,7 +128,7 @@ def usual(command: str) -> str:
 @cache
 def checkpoint(name: str, apart: float) -> Path:
     """The folder of a nano model whose weights are so far from those of its siblings, with a tokenizer."""
-    folder = Path(tempfile.mkdtemp(prefix="world-")) / name
+    folder = Path(tempfile.mkdtemp(prefix="world")) / name
     if name in READING:
         for part in shapes_vlm(name, **READING[name]):
             part.save_pretrained(folder)
@@ -178,7 +178,7 @@ def put(example: Fixture) -> str:
 @cache
 def written(name: str, content: str) -> Path:
     """A file; the same one for the same content."""
-    file = Path(tempfile.mkdtemp(prefix="world-")) / name
+    file = Path(tempfile.mkdtemp(prefix="world")) / name
     file.write_text(content)
     return file
 
@@ -203,7 +203,7 @@ def given(command: str, name: str) -> dict[str, Any]:
 @cache
 def writer() -> Path:
     """The folder of a nano model that answers: it has a chat template, and has learnt a language."""
-    folder = Path(tempfile.mkdtemp(prefix="world-")) / "writer"
+    folder = Path(tempfile.mkdtemp(prefix="world")) / "writer"
     shutil.copytree(TOKENIZER, folder)
     (folder / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}\n{% endfor %}")
     return folder
@@ -284,7 +284,7 @@ def made(command: str, name: str = "") -> Made:
 @cache
 def _made(command: str, name: str) -> Made:
     is_written = name == usual(command) or suite_of(command) != "plans"
-    return carried_out(command, name, Path(tempfile.mkdtemp(prefix="world-")) / "out" if is_written else None)
+    return carried_out(command, name, Path(tempfile.mkdtemp(prefix="world")) / "out" if is_written else None)
 
 
 def series(command: str, name: str = "") -> PlanSeries:

@@ -182,7 +182,7 @@ class Torch:
         times, quantised = step_times(stack), int8_copy(stack.model)
         forms = [Form("", stack, times)]
         if is_int8(quantised):
-            forms.append(Form("int8", Stack(quantised, name=stack.name), times))
+            forms.append(Form("int8", Stack(quantised, name=stack.name, stack=stack.stack), times))
         return [*forms, *([FileForm(further, stack, times, kind=further)] if further else [])]
 
     def bench(
@@ -219,7 +219,7 @@ def int8_form(stack: Stack) -> Form | None:
     if not is_int8(quantised):
         return None
     timings = bench({"original": stack.model, "int8": quantised}, tokens=STEPS)
-    whole = Stack(quantised, name=stack.name)
+    whole = Stack(quantised, name=stack.name, stack=stack.stack)
     return Form("int8", whole, step_times(whole), timings["int8"][0].decode_speedup)
 
 
