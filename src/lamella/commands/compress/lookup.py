@@ -24,7 +24,7 @@ TEXTS = ("humaneval", "gsm8k", "general")
 CANDIDATES = 8  # tokens that are proposed at once
 PROMPT = 96  # tokens of a prompt
 ANSWER = 32  # generated tokens for each prompt
-LOOKUP_SECONDS = 8.0  # time limit for all routes, after the first prompt
+LOOKUP_SECONDS = 5.0  # time limit for all routes, after the first prompt
 TIE = 1e-5  # difference of two logits, relative to the larger one, that rounding explains in 32 bits
 
 

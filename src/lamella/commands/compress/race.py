@@ -28,7 +28,7 @@ MARGIN = 1.03  # factor by which a search exceeds the target, since measurements
 ATTEMPTS = 4
 WHOLE = "quantize"  # the method of the route that cuts nothing
 CURVE_POINTS = 6
-CURVE_SECONDS = 20.0  # time limit for the fidelity of a series at points other than the chosen one
+CURVE_SECONDS = 14.0  # time limit for the fidelity of a series at points other than the chosen one
 
 
 @dataclass(frozen=True)
