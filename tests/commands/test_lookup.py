@@ -66,11 +66,11 @@ def evidence(median: float, equal: int, tied: int) -> dict[str, Any]:
 
 
 def test_what_prompt_lookup_gains_is_reported_with_every_difference() -> None:
-    start = "With prompt lookup (`generate(..., prompt_lookup_num_tokens=8)`): 1.29\u00d7 on top on a, b, "
+    start = "With prompt lookup, generate(..., prompt_lookup_num_tokens=8): 1.29\u00d7 on top on a, b, "
     assert lookup(evidence(1.29, 2, 0)) == [start + "nothing lost."]
-    differing = "1 of 2 answers are those of plain greedy decoding, "
-    assert lookup(evidence(1.29, 1, 1)) == [start + differing + "1 differ after a tie."]
-    assert lookup(evidence(1.29, 1, 0)) == [start + differing + "0 differ after a tie, 1 without one."]
+    differing = "1 of 2 answers equal those of plain greedy decoding (differing after a tie: "
+    assert lookup(evidence(1.29, 1, 1)) == [start + differing + "1)."]
+    assert lookup(evidence(1.29, 1, 0)) == [start + differing + "0, without one: 1)."]
     assert lookup(evidence(0.95, 2, 0)) == []  # it is in the table all the same
     found = evidence(0.95, 2, 0)
     assert columns(found)[-1] == LOOKUP

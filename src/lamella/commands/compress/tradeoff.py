@@ -68,10 +68,10 @@ def lookup(evidence: dict[str, Any]) -> list[str]:
     answers, equal, tied = len(found["texts"]), found["equal"], found["tied"]
     lost = "nothing lost"
     if equal < answers:
-        lost = f"{equal} of {answers} answers are those of plain greedy decoding, {tied} differ after a tie"
-        lost += f", {answers - equal - tied} without one" if equal + tied < answers else ""
+        lost = f"{equal} of {answers} answers equal those of plain greedy decoding (differing after a tie: {tied}"
+        lost += f", without one: {answers - equal - tied})" if equal + tied < answers else ")"
     return [
-        f"With prompt lookup (`generate(..., prompt_lookup_num_tokens={found['candidates']})`): "
+        f"With prompt lookup, generate(..., prompt_lookup_num_tokens={found['candidates']}): "
         f"{formatting.ratio(found['speedup']['median'])} on top on {', '.join(found['texts'])}, {lost}."
     ]
 
