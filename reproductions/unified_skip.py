@@ -1,22 +1,27 @@
 """Unified layer skipping at small scale: SmolLM2-135M-Instruct training-free, a character-level Llama for its tuning.
 
-Checks that skipping inside generation is exact (cached, batched, padded, freed), that evenly spaced layers beat the two
-ends and the released rule when few layers are skipped, that a full-depth prompt matters, that fine-tuning recovers most
-of the loss from skipping half of the layers, and that the speed agrees with the cost model, with little variation.
+The main claim: after fine-tuning, evenly spaced layers, by our rule and by that of the authors' code, lose no more
+than contiguous ones at a layer ratio of 2, and at least 0.03 nats less at 4 and 6, over five models with rates tuned
+for each way. Further checks are that skipping inside generation is exact (cached, batched, padded, freed), that evenly
+spaced layers beat the two ends when few layers are skipped without training, that a full-depth prompt matters, and that
+the speed agrees with the cost model, with little variation.
 
-    python reproductions/unified_skip.py            # about 15 minutes on 2 cores; an interrupted run resumes
+    python reproductions/unified_skip.py            # about two hours on one core; an interrupted run resumes
     python reproductions/unified_skip.py --quick    # the same claims on less work
 """
 
 from __future__ import annotations
 
 import copy
-from itertools import pairwise
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise, product
 from statistics import fmean, pstdev
 from typing import Any
 
 import torch
 from harness import Run, main
+from harness.design import tuned
 from harness.measured import Measured
 from harness.nano import nats, prose, scratch, trained
 from harness.padded import padded, positions
@@ -30,9 +35,12 @@ from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.results import Record
 from lamella.results.record import together
 from lamella.stack import Stack
-from lamella.train import TrainConfig
+from lamella.train import Sample, TrainConfig
 from lamella.zoo import open_tokenizer
 
+GENERAL = ("general",)
+PILOT = 100  # seed of the model by which rates are chosen
+WAYS = ("even", "release", "first n", "first, and last n - 1")
 FIXTURES = {  # layers, target, kept: the behaviour of the authors' code
     (30, 2): [*range(0, 28, 2), 29],
     (30, 3): [0, 3, 6, 9, 12, 15, 18, 21, 24, 29],
@@ -66,34 +74,31 @@ def exactness(record: Record, stack: Stack, tokens: LongTensor, quick: bool) -> 
     record.exact("(a) a speed-up of 1", "logits within 1e-5 of the model's", apart, apart <= 1e-5)
 
     slots = first = freed = rows = True
-    apart, apart_precisely = 0.0, 0.0
+    apart = 0.0
     precise = Stack(copy.deepcopy(model).double())
     base_first = model.generate(ids, attention_mask=mask, **options | {"max_new_tokens": 1, "min_new_tokens": 1})[:, -1]
     for keep in (24, 10) if quick else (24, 15, 10, 6):
         plan = phased(stack, RULES["even"](30, keep))
         view = lamella.apply(stack, plan)
-        run = view.generate(ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **options)
+        run = view.generate(ids, attention_mask=mask, return_dict_in_generate=True, **options)
         sequences = run.sequences
         full_mask = torch.cat([mask, torch.ones(4, new, dtype=mask.dtype)], dim=1)
         lengths = torch.full((4,), ids.shape[1])
-        teacher = lamella.parallel(view, sequences, lengths, full_mask, position_ids=positions(full_mask)).logits
-        steps = torch.stack(run.logits, dim=1)
-        apart = max(apart, float((steps - teacher[:, ids.shape[1] - 1 : -1]).abs().max()))
+        # Thin stacks that were not trained amplify rounding errors, so cached steps are compared in float64.
         view_64 = lamella.apply(precise, phased(precise, RULES["even"](30, keep)))
         run_64 = view_64.generate(ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **options)
         given = {"attention_mask": full_mask, "position_ids": positions(full_mask)}
         teacher_64 = lamella.parallel(view_64, run_64.sequences, lengths, **given).logits
         steps_64 = torch.stack(run_64.logits, dim=1)
-        apart_precisely = max(apart_precisely, float((steps_64 - teacher_64[:, ids.shape[1] - 1 : -1]).abs().max()))
+        apart = max(apart, float((steps_64 - teacher_64[:, ids.shape[1] - 1 : -1]).abs().max()))
         first &= torch.equal(sequences[:, ids.shape[1]], base_first)
         alone = [view.generate(ids[r : r + 1, p:], **options) for r, p in enumerate((0, 3, 9, 17))]
         rows &= all(torch.equal(each[0, -new:], sequences[r, -new:]) for r, each in enumerate(alone))
         freed &= torch.equal(alone[0], by_hand(stack, ids[:1], RULES["even"](30, keep), new))
         held = sum(layer.keys.shape[-2] for layer in run.cache.layers if layer.keys is not None)
         slots &= held == keep * (ids.shape[1] + new - 1)
-    record.exact("(b) cached steps and the teacher-forced forward", "logits within 1e-4", apart, apart <= 1e-4)
-    # Thin stacks that were not trained amplify rounding errors; the comparison in float64 rules out a real difference.
-    record.exact("(b) the same in float64", "logits within 1e-4", apart_precisely, apart_precisely <= 1e-4)
+    name = "(b) cached steps and the teacher-forced forward, in float64"
+    record.exact(name, "logits within 1e-4", apart, apart <= 1e-4)
     record.exact("(c) the first generated token", "the full model's, for every target", first, first)
     record.exact("(d) freed caches, against a loop that keeps all", "the same tokens", freed, freed)
     record.exact("(d) token slots in the cache", "kept layers x (prompt + generated - 1)", slots, slots)
@@ -164,44 +169,90 @@ def curve(record: Record, stack: Stack, test: FidelityTest, counts: list[int]) -
         record.further(name, "lower loss", f"{loss('even', n):.3f} / {lower:.3f}", loss("even", n) < lower)
 
 
-def tuning(run: Run) -> None:
-    """Check point 3: fine-tuning under three ways to keep half of the layers, with equal steps and samples."""
-    quick, seed = run.quick, run.seed
-    seeds = range(seed, seed + (1 if quick else 3))
-    sizes = {"layers": 6, "hidden": 64, "steps": 150} if quick else {"layers": 8, "hidden": 128, "steps": 1500}
-    length, steps = (96, 40) if quick else (128, 200)
-    train = prose("calibration", 2000 if quick else 20000, length, seed)
-    test = prose("test", 32 if quick else 128, length, seed + 1)
-    stack = trained(train, **sizes, seed=seed, name="prose")
-    layers, n = len(stack), len(stack) // 2
-    base = nats(stack.model, test)
-    ways = {
-        "even": RULES["even"](layers, n),
-        "first n": list(range(n)),
-        "first, and last n - 1": [0, *range(layers - n + 1, layers)],
-    }
+@dataclass(frozen=True)
+class Size:
+    """The scale of the fine-tuning: the model, and the length of its samples."""
 
-    def tuned(plan: Plan, seed: int) -> float:
-        config = TrainConfig(steps=steps, lr=1e-3, batch=16, seed=seed, save_every=steps)
-        with torch.enable_grad():
-            healed = tune(stack, plan, train, config=config, work=Work(scratch("unified")))
-        return nats(lamella.apply(healed.stack, healed.plan), test)
+    layers: int
+    hidden: int
+    steps: int
+    length: int
+    tuning: int
+
+    def samples(self, use: str) -> list[Sample]:
+        """Return samples to train on, to choose rates by, or to test on; the last two are halves of the test texts."""
+        if use == "train":
+            return prose("calibration", 12 * self.steps, self.length, 0, GENERAL)
+        part = (0.0, 0.5) if use == "validation" else (0.5, 1.0)
+        return prose("test", 96, self.length, 1, GENERAL, part)
+
+    def base(self, seed: int) -> Stack:
+        """Return the model that is trained with a seed, from the cache if it was trained before."""
+        sizes = {"layers": self.layers, "hidden": self.hidden, "steps": self.steps}
+        return trained(self.samples("train"), **sizes, seed=seed, name=f"general{self.length}")
+
+    def kept(self, way: str, n: int) -> list[int]:
+        """Return the layers that a way keeps."""
+        if way in RULES:
+            return RULES[way](self.layers, n)
+        return list(range(n)) if way == "first n" else [0, *range(self.layers - n + 1, self.layers)]
+
+
+def fine_tuned(size: Size, way: str, n: int, seed: int, use: str, rate: float) -> dict[str, float]:
+    """Return the loss of the whole model, and with n layers before and after fine-tuning, nats per answer token."""
+    stack, test = size.base(seed), size.samples(use)
+    plan = phased(stack, size.kept(way, n))
+    config = TrainConfig(steps=size.tuning, lr=rate, batch=16, seed=seed, save_every=size.tuning)
+    with torch.enable_grad():
+        healed = tune(stack, plan, size.samples("train"), config=config, work=Work(scratch("unified")))
+    views = {"whole": stack.model, "before": lamella.apply(stack, plan), "after": lamella.apply(healed.stack, plan)}
+    return {name: nats(view, test) for name, view in views.items()}
+
+
+def validated(size: Size, way: str, n: int, rate: float) -> float:
+    return fine_tuned(size, way, n, PILOT, "validation", rate)["after"]
+
+
+def tuning(run: Run) -> None:
+    """Check point 3: fine-tuning under four ways to keep n layers, each with its own rate, over models."""
+    size = Size(6, 64, 150, 96, 40) if run.quick else Size(12, 96, 2000, 128, 200)
+    counts = [3, 2] if run.quick else [6, 3, 2]
+    rates = {
+        n: {way: each.value for way, each in tuned(
+            run, {f"{way}, n = {n}": partial(validated, size, way, n) for way in WAYS}, [3e-4, 1e-3, 3e-3]
+        ).items()}
+        for n in counts
+    }  # fmt: skip
+    pilot = run.arm("pilot", fine_tuned, size, "first n", counts[1], PILOT, "validation",
+                    rates[counts[1]][f"first n, n = {counts[1]}"])  # fmt: skip
+    left = pilot["after"] - pilot["whole"]
+    name = f"loss that tuning does not recover, first n = {counts[1]}"
+    run.premise(name, "at least 0.1 nats", left, left >= 0.1)
+    seeds = range(run.seed, run.seed + (1 if run.quick else 5))
+    run.freeze("mean over models of the difference of losses after fine-tuning", seeds, size=vars(size), rates=rates)
 
     rows, after = [], {}
-    for name, kept in ways.items():
-        plan = phased(stack, kept)
-        before = nats(lamella.apply(stack, plan), test)
-        after[name] = [run.arm(f"tuned, {name}, seed {seed}", tuned, plan, seed) for seed in seeds]
-        recovered = Measured.over_seeds([(before - each) / (before - base) for each in after[name]])
-        by_seed = " ".join(f"{each:.3f}" for each in after[name])
-        rows.append([name, str(kept), before, fmean(after[name]), by_seed, f"{recovered.figure:.0%}"])
-        run.further(f"tuning recovers, {name}", "more than half of the loss", recovered, recovered.at_least(0.5))
-    title = f"Nats per answer token, {n} of {layers} layers, {steps} steps of tuning (whole model {base:.3f})"
-    run.table(title, ["kept", "layers", "before", "after", "by seed", "recovered"], rows)
-    for other in ("first n", "first, and last n - 1"):
-        apart = Measured.over_seeds([ours - theirs for ours, theirs in zip(after["even"], after[other], strict=True)])
-        measured = f"{fmean(after['even']):.3f} / {fmean(after[other]):.3f}, apart {apart}"
-        run.main(f"even against '{other}', tuned", "at most its loss", measured, apart.at_most(0))
+    for n in counts:
+        for way in WAYS:
+            rate = rates[n][f"{way}, n = {n}"]
+            found = [run.arm(f"{way}, n = {n}, seed {seed}", fine_tuned, size, way, n, seed, "test", rate)
+                     for seed in seeds]  # fmt: skip
+            after[way, n] = [each["after"] for each in found]
+            recovered = fmean((each["before"] - each["after"]) / (each["before"] - each["whole"]) for each in found)
+            means = [fmean(each[key] for each in found) for key in ("whole", "before", "after")]
+            rows.append([n, way, str(size.kept(way, n)), rate, *means, f"{recovered:.0%}"])
+    columns = ["n", "way", "layers", "rate", "whole model", "before", "after", "recovered"]
+    title = f"Nats per answer token, {size.tuning} steps of fine-tuning, mean of {len(seeds)} models"
+    run.table(title, columns, rows)
+    for n, rule, other in product(counts, RULES, WAYS[2:]):
+        if size.kept(rule, n) == size.kept(other, n):
+            continue  # two layers that are evenly spaced are the two ends
+        apart = Measured.over_seeds(
+            [ours - theirs for ours, theirs in zip(after[rule, n], after[other, n], strict=True)]
+        )
+        most = 0.0 if n == counts[0] else -0.03
+        name = f"{rule} minus '{other}', n = {n} of {size.layers}, fine-tuned"
+        run.main(name, f"at most {most:g} nats", apart, apart.at_most(most))
 
 
 def speed(record: Record, stack: Stack, counts: list[int], quick: bool) -> None:

@@ -33,7 +33,14 @@ def encode(text: str) -> LongTensor:
     return torch.tensor([index_of.get(letter, index_of[" "]) for letter in text])
 
 
-def prose(split: str, count: int, length: int, seed: int, sources: Sequence[str] = ("pydoc",)) -> list[Sample]:
+def prose(
+    split: str,
+    count: int,
+    length: int,
+    seed: int,
+    sources: Sequence[str] = ("pydoc",),
+    part: tuple[float, float] = (0.0, 1.0),
+) -> list[Sample]:
     """Return passages of Python's documentation (or of several texts), with prompts of a quarter to a half of them.
 
     Args:
@@ -42,8 +49,10 @@ def prose(split: str, count: int, length: int, seed: int, sources: Sequence[str]
         length: the number of characters per sample.
         seed: random seed.
         sources: the names of the texts.
+        part: the fractions of each text where the passages begin and end, such as (0, 0.5) for the first half.
     """
-    text = encode("\n".join(str(lamella.load_text(source, split)) for source in sources))
+    texts = [str(lamella.load_text(source, split)) for source in sources]
+    text = encode("\n".join(each[int(part[0] * len(each)) : int(part[1] * len(each))] for each in texts))
     rng = random.Random(seed)
     rows = []
     for _ in range(count):
