@@ -1,0 +1,258 @@
+"""Which cut to heal, and how, by what is reached in the same CPU time.
+
+SmolLM2 loses nine layers, which are chosen by one pass (block influence, the angular window), by the short search that
+`lamella compress` makes by default, or by the long one (`portfolio` with its greedy search). Each cut is healed by the
+same distillation for the same CPU time, so the time of planning comes on top: a longer search has to pay for itself.
+The cut of the short search is then healed in other ways: from a refit in closed form, with batches of a half and a
+quarter of the size, with all weights but the vocabulary, and with intermediate states.
+
+The CPU time of a step is measured beforehand for each way and determines its number of steps. Random seeds determine
+adapters and the order of the training text, and ways are compared seed by seed, on kinds of text that are not trained
+on. All computations use one thread.
+
+    python benchmarks/ways.py            # about an hour and a half; resumes after an interruption
+    python benchmarks/ways.py --quick    # a few steps of each
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import LongTensor
+
+import lamella
+from lamella.commands.compress.healing import ADAPTERS, BATCH, SCHEDULE, TEXT, TOKENS, UNSEEN, WHOLE
+from lamella.commands.heal.training import available
+from lamella.evaluate import FidelityTest
+from lamella.files import Finished
+from lamella.plan import ModelReference, Plan
+from lamella.results import Record
+from lamella.stack import Stack
+from lamella.train import TrainConfig, blocks, distil
+from lamella.train.refit import refit
+from lamella.train.trained import Healed
+from lamella.zoo import computes_well, open_tokenizer
+from lamella.zoo.cache import cache_folder
+
+REMOVED = 9  # layers
+LONG, SHORT = "portfolio, greedy search too", "portfolio, as compress plans"
+PLANNERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "block influence": ("shortgpt", {}),
+    "angular window": ("window", {}),
+    SHORT: ("portfolio", {"greedy": False, "minutes": 1.6}),  # a fifth of eight minutes of healing
+    LONG: ("portfolio", {}),
+}
+CALIBRATION = (16, 256)  # sequences and tokens
+SECONDS = 120  # CPU time of healing
+SEQUENCES = 8  # of the text that is fitted in closed form
+OURS, REFIT = "as compress heals", "refit first"
+STEPS_MEASURED = 3
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to heal: what differs from that of ``compress``.
+
+    Attributes:
+        options: options of the distillation.
+        config: settings of its training.
+        refits: whether it starts from a refit.
+    """
+
+    options: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    refits: bool = False
+
+
+WAYS = {
+    OURS: Way(),
+    REFIT: Way(refits=True),
+    "two blocks a step": Way(config={"batch": BATCH // 2, "lr": ADAPTERS["lr"] * 0.75}),
+    "one block a step": Way(config={"batch": 1, "lr": ADAPTERS["lr"] * 0.5}),
+    "all weights but the vocabulary": Way(options={"lora": None}, config={"lr": WHOLE["lr"]}),
+    "intermediate states too": Way(options={"intermediate": True}),
+}
+
+
+def timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    """Return a result and the CPU seconds that it took."""
+    begin = time.process_time()
+    found = work()
+    return found, time.process_time() - begin
+
+
+def distilled(original: Stack, start: Stack, plan: Plan, tokens: LongTensor, steps: int, seed: int, way: Way) -> Healed:
+    """Distil the original into a pruned model for some steps."""
+    fast = computes_well(torch.bfloat16, original.device)
+    settings: dict[str, Any] = {"lr": ADAPTERS["lr"], "batch": BATCH} | way.config | SCHEDULE
+    config = TrainConfig(steps=steps, save_every=10_000, bf16=fast, seed=seed, **settings)
+    adapters = {name: value for name, value in ADAPTERS.items() if name != "lr"}
+    options: dict[str, Any] = {"intermediate": False} | adapters | way.options
+    folder = Path(tempfile.mkdtemp(prefix="lamella-ways-"))
+    torch.manual_seed(seed)
+    try:
+        samples = blocks(tokens, loss_on="all")
+        return distil(start, plan, samples, config=config, teacher=original, out=folder / "run", **options)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def apart(ours: list[float], theirs: list[float]) -> str:
+    gains = [one - other for one, other in zip(ours, theirs, strict=True)]
+    mean = statistics.mean(gains)
+    return f"{mean:+.3f} ± {statistics.stdev(gains):.3f}" if len(gains) > 1 else f"{mean:+.3f}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a few steps of each")
+    parser.add_argument("--seeds", type=int, default=3, help="number of random seeds of the distillation")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    quick, seeds = arguments.quick, range(1 if arguments.quick else arguments.seeds)
+    seconds = 20 if quick else SECONDS
+    stack, tokenizer = lamella.open("smollm2"), open_tokenizer("smollm2")
+    count = available(tokenizer, TEXT, TOKENS, BATCH)
+    text_tokens = lamella.windows(tokenizer, lamella.load_text(TEXT, "calibration"), count, TOKENS, 0)
+    calibration = lamella.windows(tokenizer, lamella.load_text("pydoc", "calibration"), *CALIBRATION, 0)
+    tests = UNSEEN[: 1 if quick else None]
+
+    @cache
+    def test_on(text: str) -> FidelityTest:
+        """Return the test on a text; a run that only collects earlier results needs none."""
+        return FidelityTest(stack, lamella.windows(tokenizer, lamella.load_text(text, "test"), 8, TOKENS, 0))
+
+    depends = {
+        "planners": PLANNERS,
+        "calibration": CALIBRATION,
+        "removed": REMOVED,
+        "healing": str([ADAPTERS, WHOLE, SCHEDULE, BATCH]),
+        "blocks": count,
+        "refit": SEQUENCES,
+    }
+    finished = Finished(cache_folder() / "benchmarks" / f"ways{'-quick' if quick else ''}.jsonl", depends)
+
+    def reached(model: Any) -> dict[str, float]:
+        return {text: test_on(text).of(model).kl.mean for text in tests}
+
+    def planned(slug: str, options: dict[str, Any]) -> dict[str, Any]:
+        """Return the layers that a planner removes, its CPU time, and what is left before healing."""
+        share = REMOVED / len(stack)
+        goal = {} if slug in ("shortgpt", "window") else {"share": share}
+        series, spent = timed(partial(lamella.make_plan, slug, stack, calibration, **goal, **options))
+        plan = series.removing(2 * REMOVED)
+        return {"drop": plan.drop, "seconds": spent, "kl": reached(lamella.apply(stack, plan))}
+
+    def plan_of(drop: list[str]) -> Plan:
+        return Plan(model=ModelReference.of(stack), drop=drop)
+
+    def cost_of_a_step(drop: list[str], way: Way) -> float:
+        steps = partial(distilled, stack, stack, plan_of(drop), text_tokens, STEPS_MEASURED, 0, way)
+        return min(timed(steps)[1] for _ in range(1 if quick else 2)) / STEPS_MEASURED
+
+    def refitted(drop: list[str]) -> tuple[Healed, float]:
+        return timed(partial(refit, stack, plan_of(drop), text_tokens[:SEQUENCES]))
+
+    def refitted_alone(drop: list[str]) -> dict[str, Any]:
+        fitted, spent = refitted(drop)
+        return {"seconds": spent, "kl": reached(fitted.view), "sites": fitted.findings["refit"]}
+
+    def healed(drop: list[str], way: Way, seed: int, cost: float) -> dict[str, Any]:
+        """Heal for some CPU seconds, those of a refit among them."""
+        fitted, spent = refitted(drop) if way.refits else (None, 0.0)
+        start = stack if fitted is None else fitted.stack
+        steps = max(2, round((seconds - spent) / cost))
+        found, rest = timed(partial(distilled, stack, start, plan_of(drop), text_tokens, steps, seed, way))
+        return {"seconds": spent + rest, "steps": steps, "kl": reached(found.view)}
+
+    cuts = {
+        name: finished.once(f"cut: {name}", partial(planned, slug, options))
+        for name, (slug, options) in list(PLANNERS.items())[1 if quick else 0 : 3 if quick else None]
+    }
+    drop = cuts[SHORT]["drop"]
+    costs = {name: finished.once(f"cost of a step, {name}", partial(cost_of_a_step, drop, way))
+             for name, way in WAYS.items()}  # fmt: skip
+    alone = finished.once("refit alone", partial(refitted_alone, drop))
+    of_cuts: dict[str, list[dict[str, Any]]] = {name: [] for name in cuts}
+    of_ways: dict[str, list[dict[str, Any]]] = {name: [] for name in WAYS}
+    for seed in seeds:
+        for name, cut in cuts.items():
+            find = partial(healed, cut["drop"], WAYS[OURS], seed, costs[OURS])
+            removed = " ".join(cut["drop"])  # planners often choose the same layers
+            of_cuts[name].append(finished.once(f"without {removed}, {seconds} s, seed {seed}", find))
+        of_ways[OURS].append(of_cuts[SHORT][-1])
+        for name, way in list(WAYS.items())[1:]:
+            find = partial(healed, drop, way, seed, costs[name])
+            of_ways[name].append(finished.once(f"{name}, {seconds} s, seed {seed}", find))
+
+    record = Record(
+        "ways",
+        f"{count} blocks of {TOKENS} tokens of {TEXT}; {REMOVED} of {len(stack)} layers of SmolLM2 removed; tested on "
+        f"{' and '.join(tests)}; random seeds 0 to {seeds[-1]}",
+        seeds[0],
+    )
+    on = [f"KL on {text}, nats" for text in tests]
+
+    def means(found: list[dict[str, Any]]) -> list[float]:
+        return [statistics.mean(each["kl"][text] for each in found) for text in tests]
+
+    def columns_of(text: str, found: list[dict[str, Any]]) -> list[float]:
+        return [each["kl"][text] for each in found]
+
+    record.table(
+        f"Cuts of {REMOVED} layers, and after {seconds} CPU seconds of distillation (mean of {len(seeds)} seeds)",
+        ["chosen by", "CPU seconds of planning", "layers", *(f"{each}, cut" for each in on),
+         *(f"{each}, healed" for each in on)],
+        [[name, cut["seconds"], " ".join(sorted({site.split(".")[1] for site in cut["drop"]}, key=int)),
+          *cut["kl"].values(), *means(of_cuts[name])] for name, cut in cuts.items()],
+    )  # fmt: skip
+    record.table(
+        f"Ways to heal the cut of {SHORT}, {seconds} CPU seconds (mean of {len(seeds)} seeds)",
+        ["", "steps", "CPU seconds", *on, *(f"{each}, minus {OURS}" for each in on)],
+        [["cut", 0, 0, *cuts[SHORT]["kl"].values(), *["" for _ in tests]],
+         ["refit alone", 0, alone["seconds"], *alone["kl"].values(), *["" for _ in tests]],
+         *([name, each[0]["steps"], statistics.mean(one["seconds"] for one in each), *means(each),
+            *(apart(columns_of(text, each), columns_of(text, of_ways[OURS])) for text in tests)]
+           for name, each in of_ways.items())],
+    )  # fmt: skip
+    errors = [[site["site"], site["ridge"], site["before"], site["after"]] for site in alone["sites"]]
+    title = "Refit: squared relative error of the residual stream on held-out text"
+    record.table(title, ["corrected", "ridge", "before", "after"], errors)
+
+    for text in tests:
+        kl = cuts[SHORT]["kl"][text], alone["kl"][text]
+        record.check(f"KL on {text}, refit alone", "below that of the cut", f"{kl[1]:.3f} / {kl[0]:.3f}", kl[1] < kl[0])
+        if LONG in of_cuts:
+            short, long = columns_of(text, of_cuts[SHORT]), columns_of(text, of_cuts[LONG])
+            lost = [one - other for one, other in zip(short, long, strict=True)]
+            noise = statistics.stdev(lost) if len(lost) > 1 else 0.0
+            record.check(
+                f"KL on {text} after healing, the short search minus the long one",
+                "at most its standard deviation over seeds: nothing is lost",
+                apart(short, long),
+                statistics.mean(lost) <= noise,
+            )
+        for name, found in list(of_ways.items())[1:]:
+            gains = [b - a for a, b in zip(columns_of(text, found), columns_of(text, of_ways[OURS]), strict=True)]
+            wins = min(gains) > 0 and (len(gains) == 1 or statistics.mean(gains) > statistics.stdev(gains))
+            record.check(
+                f"KL on {text}, {OURS} against {name}",
+                "not worse for every seed by more than the standard deviation",
+                apart(columns_of(text, found), columns_of(text, of_ways[OURS])),
+                not wins,
+            )
+    return record.finish(Path(__file__).parent / "results" / f"ways{'-quick' if quick else ''}.json")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
