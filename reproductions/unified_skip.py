@@ -7,7 +7,7 @@ spaced layers beat the two ends when few layers are skipped without training, th
 the speed agrees with the cost model, with little variation.
 
     python reproductions/unified_skip.py            # about two hours on one core; an interrupted run resumes
-    python reproductions/unified_skip.py --quick    # exactness and the curve on less work; its model ends at the premise
+    python reproductions/unified_skip.py --quick    # less of all; its model does not meet the premise
 """
 
 from __future__ import annotations
