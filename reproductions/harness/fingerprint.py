@@ -65,6 +65,8 @@ def _value(value: Any, scope: set[str], seen: tuple[Any, ...]) -> Any:
         return {str(key): _value(each, scope, seen) for key, each in value.items()}
     if isinstance(value, list | tuple | range):
         return [_value(each, scope, seen) for each in value]
+    if isinstance(value, set | frozenset):  # in which strings have another order in every process
+        return sorted(json.dumps(_value(each, scope, seen)) for each in value)
     if isinstance(value, partial):
         return [_value(each, scope, seen) for each in (value.func, value.args, value.keywords)]
     if isinstance(value, MethodType):
@@ -108,7 +110,10 @@ def _code(code: CodeType, function: FunctionType, scope: set[str], seen: tuple[A
         value: Any = each.arg
         if each.opcode in dis.hasconst:
             inner = each.argval
-            value = _code(inner, function, scope, seen) if isinstance(inner, CodeType) else repr(inner)
+            if isinstance(inner, CodeType):
+                value = _code(inner, function, scope, seen)
+            else:
+                value = _value(inner, scope, seen) if isinstance(inner, frozenset) else repr(inner)
         elif each.opcode in dis.hasname:
             value = _named(each.argval, function, scope, seen)
         found.append([each.opname, value])
@@ -119,5 +124,5 @@ def _named(name: str, function: FunctionType, scope: set[str], seen: tuple[Any, 
     value = function.__globals__.get(name)
     module = getattr(value, "__module__", None)
     is_own = isinstance(module, str) and module.partition(".")[0] in scope
-    is_constant = name.isupper() and isinstance(value, str | int | float | tuple | list | dict)
+    is_constant = name.isupper() and value is not None and not callable(value)
     return _value(value, scope, seen) if is_own or is_constant else name

@@ -170,7 +170,7 @@ def test_a_frozen_design_is_written_with_its_digest_and_cannot_be_frozen_again(e
         run()
 
 
-def test_an_arm_is_known_by_what_it_computes(monkeypatch):
+def test_an_arm_is_known_by_what_it_computes(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(REPRODUCTIONS))
     from harness.fingerprint import fingerprint
 
@@ -184,6 +184,18 @@ def test_an_arm_is_known_by_what_it_computes(monkeypatch):
     assert base != of("STEPS = 4\ndef g(x): return x + STEPS\ndef f(x): return g(x)", "f", 1)
     assert base != of("STEPS = 3\ndef g(x): return x - STEPS\ndef f(x): return g(x)", "f", 1)
     assert base != of("STEPS = 3\ndef g(x): return x + STEPS\ndef f(x): return g(x)", "f", 2)
+    config = "from lamella.train import TrainConfig\nCONFIG = TrainConfig(steps={})\n"
+    config += "def f(x): return CONFIG, x in {{'a', 'b', 'c', 'd'}}"
+    assert of(config.format(3)) == of(config.format(3)) != of(config.format(4))
+    code = "import script; from harness.fingerprint import fingerprint; print(fingerprint(script.f))"
+    (tmp_path / "script.py").write_text(config.format(3))
+    path = os.pathsep.join([str(tmp_path), str(REPRODUCTIONS), *sys.path])
+    found = {
+        subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": seed},
+                       capture_output=True, text=True, check=True).stdout
+        for seed in ("1", "2", "3")
+    }  # fmt: skip
+    assert len(found) == 1, "sets have another order in every process"
     again = "def f(x): return x and f(x - 1)"
     assert of(again) == of(again) != of("def f(x): return x and f(x - 2)")
 
