@@ -96,8 +96,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Say which tests run by default, and select those that a change can reach.
 
-    Where a test runs on many families, all but three that differ in structure run in `make test-all` alone. Tests of
-    the table of architectures itself run on all of them.
+    Where a test runs on many families, all but three that differ in structure run in `make test-all` alone, and of
+    methods that have not changed all but one in CI. Tests of the table of architectures itself run on all of them.
     """
     on: dict[str, dict[pytest.Item, str]] = defaultdict(dict)
     for item in items:
@@ -109,6 +109,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             for item, family in families.items():
                 if family not in DIFFERENT:
                     item.add_marker(pytest.mark.exhaustive)
+                elif family != "llama" and "methods" in item.path.parts:
+                    item.add_marker(pytest.mark.repeated)
     if config.getoption("--changed") is not None:
         kept = [item for item in items if _is_selected(item, config.stash[SELECTION])]
         config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
@@ -117,7 +119,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _is_selected(item: pytest.Item, selection: Selection | None) -> bool:
     """Whether a test runs after a change; of repeated checks, those of methods that have changed."""
-    if item.get_closest_marker("repeated") and (selection is None or not selection.names(_values(item))):
+    if item.get_closest_marker("repeated") and (selection is None or not selection.changes(item.path, _values(item))):
         return False
     return selection is None or selection.reaches(item.path, _function(item), _values(item))
 

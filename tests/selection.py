@@ -336,9 +336,9 @@ class Selection:
             return not self.paths.isdisjoint(files)
         return self._is_reached(path, function) or (not named and self._is_open(path, function))
 
-    def names(self, values: Mapping[str, object]) -> bool:
-        """Return whether parameters name a method that has changed itself."""
-        return not self.own.isdisjoint(_named(values))
+    def changes(self, path: Path, values: Mapping[str, object]) -> bool:
+        """Return whether a test in a file, with parameters, is about a method that has changed itself."""
+        return not self.own.isdisjoint(_named(values) | _method(path))
 
     @cached_property
     def own(self) -> frozenset[str]:

@@ -89,11 +89,12 @@ def of_suite(name: str) -> list[str]:
 
 
 def by_default(*given: Any, wanted: bool = True) -> Any:
-    """Parameters with a command and a model's name at their end: all but three models, and one that the command is
-    tried on, run in `make test-all` alone."""
+    """Parameters with a command and a model's name at their end: by default the model that the command is tried on,
+    for methods that have changed and in CI also those of `DIFFERENT`, and all others in `make test-all` alone."""
     *before, name = given
-    known = {*DIFFERENT, *(usual(each) for each in before if each in COMMANDS)}
-    return pytest.param(*given, marks=() if wanted and name in known else pytest.mark.exhaustive)
+    tried = name in {usual(each) for each in before if each in COMMANDS}
+    others = pytest.mark.repeated if wanted and name in DIFFERENT else pytest.mark.exhaustive
+    return pytest.param(*given, marks=() if wanted and tried else others)
 
 
 def repeated(commands: Iterable[str]) -> list[Any]:

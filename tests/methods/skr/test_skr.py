@@ -81,7 +81,7 @@ def test_processes_solve_chunks_as_one_process_solves_each_of_them():
     halves = cut(arrange(FAMILY.parameters, 9, "greedy"), 2)
     for half in halves:
         alone = skr(LinearSystems.of([(s.A, s.b) for s in (FAMILY[int(i)] for i in half)]), order="none", **BRIEF)
-        np.testing.assert_array_equal(both.x[half], alone.x)
+        np.testing.assert_allclose(both.x[half], alone.x, rtol=1e-12)  # a worker's BLAS may use fewer threads
     assert [each.index for each in both.solved if each.start == "cold"] == [half[0] for half in halves]
     assert len(both.bases) == 2
 
