@@ -1,12 +1,12 @@
 """Lamella compared with other installable tools, on the same model, the same text and the same sizes.
 
-short-transformers and optipfair select layers to remove, as do portfolio, finercut (whole layers, lazily), shortgpt and
-window: compared are the fidelity at equal size, on samples of calibration text given to every planner, and the planning
-time. portfolio uses further windows of the same split for its selection, as by default. mergekit (passthrough) writes
-the checkpoint of one pruned model, as do `export_out_of_core` and `export`: compared are time and peak memory, each in
-a separate process, and the tensors byte by byte. Every peer runs in a virtual environment in the cache folder, made
-from the requirements files in this folder; a peer that cannot be installed, or fails on the model, is listed in the
-first table with the reason.
+short-transformers, optipfair and economize select layers to remove, as do portfolio (with the short search of `lamella
+compress`), finercut (whole layers, lazily), shortgpt and window: compared are the fidelity at equal size, on samples of
+calibration text given to every planner, and the planning time. portfolio uses further windows of the same split for its
+selection, as by default. mergekit (passthrough) writes the checkpoint of one pruned model, as do `export_out_of_core`
+and `export`: compared are time and peak memory, each in a separate process, and the tensors byte by byte. Every peer
+runs in a virtual environment in the cache folder, made from the requirements files in this folder; a peer that cannot
+be installed, or fails on the model, is listed in the first table with the reason.
 
 Planning time is processor time of one thread, which depends little on the load of the machine. finercut's exact
 searches are omitted, since they would take most of the time: see `benchmarks/planner.py`.
@@ -160,12 +160,38 @@ for size in given["sizes"]:
     removed[size] = [i for i, layer in enumerate(before) if not any(layer is kept for kept in model.model.layers)]
 answer(seconds=time.process_time() - begin, loss=loss, removed=removed)
 """,
+    "economize, shortgpt": """
+import copy
+import economize
+from economize.techniques.prune import DepthPruneConfig
+removed, seconds = {}, {}
+for size in given["sizes"]:
+    pruned = copy.deepcopy(model)
+    before = list(pruned.model.layers)
+    begin = time.process_time()
+    economize.apply(pruned, DepthPruneConfig(method="shortgpt", num_blocks=size), calibration=ids)
+    seconds[size] = time.process_time() - begin
+    removed[size] = [i for i, layer in enumerate(before) if not any(layer is kept for kept in pruned.model.layers)]
+answer(seconds=seconds, loss=loss, removed=removed)
+""",
+    # The search is greedy, so a larger size goes on from a smaller one.
+    "economize, sleb": """
+import economize
+from economize.techniques.prune import DepthPruneConfig
+before, removed, seconds, done = list(model.model.layers), {}, {}, 0
+begin = time.process_time()
+for size in given["sizes"]:
+    economize.apply(model, DepthPruneConfig(method="sleb", num_blocks=size - done), calibration=ids)
+    seconds[size], done = time.process_time() - begin, size
+    removed[size] = [i for i, layer in enumerate(before) if not any(layer is kept for kept in model.model.layers)]
+answer(seconds=seconds, loss=loss, removed=removed)
+""",
 }
 Searches = dict[int, tuple[int, ...]]  # the size of a search, and the sizes taken from it
 EACH: Searches = {size: (size,) for size in SIZES}  # portfolio refines only the largest sizes
 TIMED: Searches = {4: (4,), 9: (7, 9)}  # the searches whose planning time is compared
 OURS: dict[str, tuple[str, dict[str, Any], Searches]] = {
-    "lamella portfolio": ("portfolio", {}, EACH),
+    "lamella portfolio": ("portfolio", {"greedy": False, "minutes": 1.6}, EACH),  # as `lamella compress` plans
     "lamella finercut, lazily": ("finercut", {"level": "block", "strategy": "lazy", "exclude_front": 0.0}, TIMED),
     "lamella shortgpt": ("shortgpt", {}, TIMED),
     "lamella window": ("window", {}, TIMED),
@@ -173,6 +199,7 @@ OURS: dict[str, tuple[str, dict[str, Any], Searches]] = {
 REQUIREMENTS = {
     "mergekit": "peers-requirements.txt",
     "optipfair": "peers-requirements.txt",
+    "economize": "peers-requirements-economize.txt",
     "short-transformers": "peers-requirements-short-transformers.txt",
 }
 
@@ -347,10 +374,12 @@ def plan_side_by_side(
                 states[peer][1] = f"fails: {failure}"
                 planned.pop(name, None)
                 continue
+            spent = chosen["seconds"]
             for size in SIZES:
                 drop = [f"layers.{layer}" for layer in chosen["removed"][str(size)]]
                 plan = Plan(model=ModelReference.of(stack), drop=drop)
-                judge.add(planned.setdefault(name, Planned()), size, plan, chosen["seconds"])
+                seconds = spent[str(size)] if isinstance(spent, dict) else spent
+                judge.add(planned.setdefault(name, Planned()), size, plan, seconds)
         for name, (slug, options, searches) in OURS.items():
             for most, sizes in searches.items():
                 goal = {"share": most / len(stack)} if "remove" in get_method(slug).options else {}

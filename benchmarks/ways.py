@@ -4,13 +4,15 @@ SmolLM2 loses nine layers, which are chosen by one pass (block influence, the an
 `lamella compress` makes by default, or by the long one (`portfolio` with its greedy search). Each cut is healed by the
 same distillation for the same CPU time, so the time of planning comes on top: a longer search has to pay for itself.
 The cut of the short search is then healed in other ways: from a refit in closed form, with batches of a half and a
-quarter of the size, with all weights but the vocabulary, and with intermediate states.
+quarter of the size, with all weights but the vocabulary, with intermediate states, with layers that fade out during the
+first half of the steps, with four epochs over a quarter of the text, in which the teacher runs only once, and on text
+that the original wrote at temperature 1 instead of the built-in one.
 
 The CPU time of a step is measured beforehand for each way and determines its number of steps. Random seeds determine
 adapters and the order of the training text, and ways are compared seed by seed, on kinds of text that are not trained
 on. All computations use one thread.
 
-    python benchmarks/ways.py            # about an hour and a half; resumes after an interruption
+    python benchmarks/ways.py            # about two hours; resumes after an interruption
     python benchmarks/ways.py --quick    # a few steps of each
 """
 
@@ -22,13 +24,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import LongTensor
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import lamella
 from lamella.commands.compress.healing import ADAPTERS, BATCH, SCHEDULE, TEXT, TOKENS, UNSEEN, WHOLE
@@ -37,8 +40,9 @@ from lamella.evaluate import FidelityTest
 from lamella.files import Finished
 from lamella.plan import ModelReference, Plan
 from lamella.results import Record
-from lamella.stack import Stack
+from lamella.stack import Stack, share
 from lamella.train import TrainConfig, blocks, distil
+from lamella.train.parameters import in_bfloat16
 from lamella.train.refit import refit
 from lamella.train.trained import Healed
 from lamella.zoo import computes_well, open_tokenizer
@@ -55,8 +59,10 @@ PLANNERS: dict[str, tuple[str, dict[str, Any]]] = {
 CALIBRATION = (16, 256)  # sequences and tokens
 SECONDS = 120  # CPU time of healing
 SEQUENCES = 8  # of the text that is fitted in closed form
+WRITTEN = 112  # blocks that the original writes: as many as are trained on
 OURS, REFIT = "as compress heals", "refit first"
-STEPS_MEASURED = 3
+EPOCHS = 4
+STEPS_MEASURED = 4  # so many that each epoch of a way has one
 
 
 @dataclass(frozen=True)
@@ -67,11 +73,17 @@ class Way:
         options: options of the distillation.
         config: settings of its training.
         refits: whether it starts from a refit.
+        fades: whether the removed layers fade out during the first half of the steps.
+        epochs: number of epochs, in which the teacher runs only once; 0 for new text in every step.
+        written: whether it trains on text that the original wrote.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     refits: bool = False
+    fades: bool = False
+    epochs: int = 0
+    written: bool = False
 
 
 WAYS = {
@@ -81,7 +93,65 @@ WAYS = {
     "one block a step": Way(config={"batch": 1, "lr": ADAPTERS["lr"] * 0.5}),
     "all weights but the vocabulary": Way(options={"lora": None}, config={"lr": WHOLE["lr"]}),
     "intermediate states too": Way(options={"intermediate": True}),
+    "layers fade out": Way(fades=True),
+    f"{EPOCHS} epochs, the teacher runs once": Way(epochs=EPOCHS),
+    "on text that the original wrote (its time is not counted)": Way(written=True),
 }
+
+
+class Remembering:
+    """Mixed into the body of a teacher: its final states of a sequence are computed once."""
+
+    def forward(self, input_ids: LongTensor, **given: Any) -> BaseModelOutputWithPast:
+        """Return the final states [batch, time, hidden] of sequences without padding."""
+        known = self.__dict__.setdefault("known", {})
+        keys = [row.numpy().tobytes() for row in input_ids]
+        new = [number for number, key in enumerate(keys) if key not in known]
+        if new:
+            states = super().forward(input_ids=input_ids[new], use_cache=False).last_hidden_state  # type: ignore[misc]
+            known |= {keys[number]: each for number, each in zip(new, states, strict=True)}
+        return BaseModelOutputWithPast(last_hidden_state=torch.stack([known[key] for key in keys]))
+
+
+def remembering(stack: Stack) -> Stack:
+    """Return a teacher with the weights of a model, whose final states of a sequence are computed once."""
+    model = share(stack.model)
+    body = type(model.model)
+    model.model.__class__ = type(f"Remembering{body.__name__}", (Remembering, body), {})
+    return Stack(model, name=stack.name)
+
+
+class Fading:
+    """A forward hook of layers that fade out linearly over some training steps.
+
+    Args:
+        first: the first of the layers.
+        steps: number of steps.
+    """
+
+    def __init__(self, first: Any, steps: int) -> None:
+        self.gain, self._per_step = 1.0, 1 / steps
+        first.register_forward_pre_hook(self._count)
+
+    def _count(self, module: Any, args: Any) -> None:
+        if torch.is_grad_enabled():
+            self.gain = max(0.0, self.gain - self._per_step)
+
+    def __call__(self, module: Any, args: tuple[Any, ...], out: Any) -> Any:
+        return args[0] + self.gain * (out - args[0])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Fading:
+        return self  # copies of the layers fade together
+
+
+def fading(stack: Stack, plan: Plan, steps: int) -> Stack:
+    """Return a model whose removed layers fade out over some training steps."""
+    model = share(stack.model)
+    layers = [model.model.layers[number] for number in sorted({int(site.split(".")[1]) for site in plan.drop})]
+    fades = Fading(layers[0], steps)
+    for layer in layers:
+        layer.register_forward_hook(fades)
+    return Stack(model, name=stack.name)
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
@@ -93,8 +163,19 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
 
 def distilled(original: Stack, start: Stack, plan: Plan, tokens: LongTensor, steps: int, seed: int, way: Way) -> Healed:
     """Distil the original into a pruned model for some steps."""
+    if way.fades:
+        half = steps // 2
+        whole = Plan(model=ModelReference.of(start))
+        constant = replace(way, fades=False, config=way.config | {"schedule": "constant"})
+        faded = distilled(original, fading(start, plan, half), whole, tokens, half, seed, constant)
+        decaying = replace(way, fades=False, config=way.config | {"warmup": 0.0})
+        rest = Plan(model=ModelReference.of(faded.stack), drop=plan.drop)
+        return distilled(original, faded.stack, rest, tokens, steps - half, seed + 1000, decaying)
+    if way.epochs:
+        order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
+        tokens, original = tokens[order[: max(1, steps // way.epochs) * BATCH]], remembering(original)
     fast = computes_well(torch.bfloat16, original.device)
-    settings: dict[str, Any] = {"lr": ADAPTERS["lr"], "batch": BATCH} | way.config | SCHEDULE
+    settings: dict[str, Any] = {"lr": ADAPTERS["lr"], "batch": BATCH} | SCHEDULE | way.config
     config = TrainConfig(steps=steps, save_every=10_000, bf16=fast, seed=seed, **settings)
     adapters = {name: value for name, value in ADAPTERS.items() if name != "lr"}
     options: dict[str, Any] = {"intermediate": False} | adapters | way.options
@@ -157,8 +238,23 @@ def main() -> int:
         return Plan(model=ModelReference.of(stack), drop=drop)
 
     def cost_of_a_step(drop: list[str], way: Way) -> float:
-        steps = partial(distilled, stack, stack, plan_of(drop), text_tokens, STEPS_MEASURED, 0, way)
+        steps = partial(distilled, stack, stack, plan_of(drop), tokens_of(way), STEPS_MEASURED, 0, way)
         return min(timed(steps)[1] for _ in range(1 if quick else 2)) / STEPS_MEASURED
+
+    def written() -> list[list[int]]:
+        """Return sequences that the original writes, token by token."""
+        torch.manual_seed(0)
+        begin = torch.full((16 if quick else WRITTEN, 1), stack.config.bos_token_id)
+        options: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        length = {"min_new_tokens": TOKENS - 1, "max_new_tokens": TOKENS - 1}
+        model = in_bfloat16(stack.model)
+        found: list[list[int]] = model.generate(
+            begin, attention_mask=torch.ones_like(begin), **options, **length
+        ).tolist()
+        return found
+
+    def tokens_of(way: Way) -> LongTensor:
+        return torch.tensor(finished.once("text that the original writes", written)) if way.written else text_tokens
 
     def refitted(drop: list[str]) -> tuple[Healed, float]:
         return timed(partial(refit, stack, plan_of(drop), text_tokens[:SEQUENCES]))
@@ -172,7 +268,7 @@ def main() -> int:
         fitted, spent = refitted(drop) if way.refits else (None, 0.0)
         start = stack if fitted is None else fitted.stack
         steps = max(2, round((seconds - spent) / cost))
-        found, rest = timed(partial(distilled, stack, start, plan_of(drop), text_tokens, steps, seed, way))
+        found, rest = timed(partial(distilled, stack, start, plan_of(drop), tokens_of(way), steps, seed, way))
         return {"seconds": spent + rest, "steps": steps, "kl": reached(found.view)}
 
     cuts = {
