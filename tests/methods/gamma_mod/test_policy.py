@@ -121,11 +121,17 @@ def test_steps_equal_whole_sequences_where_some_layers_have_a_sliding_window(lay
 
 
 def test_tokens_move_up_within_the_positions_that_a_model_has() -> None:
+    """GPT-2 adds positions to the embedding alone, so new positions within a layer change nothing."""
     stack = Stack(nano("gpt2", n_positions=16))
-    view = with_policy(stack, plan_of(stack), MixtureOfDepths(stack, layers=LAYERS, prefill=0.5))
+    views = []
+    for positions in ("compact", "original"):
+        policy = MixtureOfDepths(stack, layers=LAYERS, prefill=0.5, positions=positions)  # type: ignore[arg-type]
+        views.append(with_policy(stack, plan_of(stack), policy))
     for length in (9, 14, 16):
-        ids = torch.randint(3, 120, (1, length))
-        assert torch.isfinite(parallel(view, ids, torch.tensor([length])).logits).all()
+        ids, lengths = torch.randint(3, 120, (1, length)), torch.tensor([length])
+        compact, original = (parallel(view, ids, lengths).logits for view in views)
+        torch.testing.assert_close(compact, original, rtol=0, atol=1e-6)
+        assert not torch.allclose(compact, stack.model(ids).logits, atol=1e-4)  # some tokens skip
 
 
 def test_generation_is_greedy_over_whole_sequences() -> None:

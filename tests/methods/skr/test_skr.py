@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -257,12 +258,10 @@ def test_bad_options_are_refused_in_one_line(options, message):
     assert "\n" not in str(caught.value)
 
 
-def test_petsc_is_asked_for_where_it_is_missing():
-    try:
-        import petsc4py  # noqa: F401
-    except ImportError:
-        with pytest.raises(LamellaError, match="needs petsc4py and a PETSc with HPDDM; use backend 'numpy'"):
-            skr(FAMILY, backend="petsc", recycle="always")
+def test_petsc_is_asked_for_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "petsc4py", None)
+    with pytest.raises(LamellaError, match="needs petsc4py and a PETSc with HPDDM; use backend 'numpy'"):
+        skr(FAMILY, backend="petsc", recycle="always")
 
 
 def test_what_cannot_travel_to_another_process_is_refused():

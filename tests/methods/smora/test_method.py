@@ -157,8 +157,21 @@ def test_what_is_saved_gives_the_same_logits_with_its_balance(tmp_path: Path) ->
 
 def test_blocks_say_so_in_the_file_and_run(tmp_path: Path) -> None:
     result = trained(experts=ExpertSettings(r=8, k=4, p=2))
-    assert result.plan.adapters[0].params["p"] == 2
-    assert torch.isfinite(result.view(IDS).logits).all()
+    reference = result.plan.adapters[0]
+    assert reference.params["p"] == 2
+    view, at = result.view, "model.layers.0.mlp.down_proj"
+    linear, seen = view.get_submodule(at), {}
+    linear.register_forward_hook(lambda module, args, out: seen.update(x=args[0].double(), y=out.double()))
+    with torch.no_grad():
+        view(IDS)
+    tensors = load_file(reference.located)
+    a, b, router, bias = (tensors[f"{at}.lora_{name}"].double() for name in ("A", "B", "router", "biases"))
+    z = torch.sigmoid(seen["x"] @ router.T)  # [..., 4 blocks]
+    chosen = torch.zeros_like(z).scatter(-1, (z + bias[::2]).topk(2, dim=-1).indices, 1)
+    gates = 2 * chosen * (z + bias[::2]) / (chosen * (z + bias[::2])).sum(-1, keepdim=True)
+    experts = ((seen["x"] @ a.T) * gates.repeat_interleave(2, dim=-1)) @ b.T
+    expected = seen["x"] @ linear.weight.double().T + reference.params["alpha"] / 4 * experts
+    torch.testing.assert_close(seen["y"], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_loss_is_on_prompts_too_or_on_answers_alone() -> None:
