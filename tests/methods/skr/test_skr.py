@@ -264,6 +264,16 @@ def test_petsc_is_asked_for_where_it_is_missing(monkeypatch):
         skr(FAMILY, backend="petsc", recycle="always")
 
 
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_solutions_with_a_work_directory_stay_on_disk_and_are_not_changed_by_a_later_run(tmp_path, count):
+    first = skr(FAMILY, work=Work(tmp_path), workers=Workers(count), **BRIEF)
+    before = np.array(first.x)
+    np.testing.assert_allclose(before, skr(FAMILY, **BRIEF).x, rtol=0, atol=1e-7)
+    later = skr(FAMILY, work=Work(tmp_path), workers=Workers(count), tol=1e-3, **BRIEF)
+    assert isinstance(first.x, np.memmap) and not np.array_equal(before, later.x)
+    np.testing.assert_array_equal(first.x, before)
+
+
 def test_what_cannot_travel_to_another_process_is_refused():
     with pytest.raises(LamellaError, match="cannot be sent to other processes"):
         skr(FAMILY, preconditioner=lambda A: jacobi(A), workers=Workers(2))

@@ -223,6 +223,24 @@ def test_sor_solves_with_the_lower_triangle():
     np.testing.assert_allclose(np.tril(darcy(6, 1)[0].A.toarray()) @ M(v), v)
 
 
+def test_additive_schwarz_is_the_sum_over_its_blocks():
+    """Restricted: R_own^T R_own (R_i A R_i^T)^-1 R_i, where R_i adds the neighbours to what block i owns."""
+    A = FAMILIES["convection"](20, 1)[0].A.toarray()
+    n, M = len(A), preconditioners.asm(FAMILIES["convection"](20, 1)[0].A)
+    expected = np.zeros((n, n))
+    for own in np.array_split(np.arange(n), round(n / preconditioners.BLOCK)):
+        around = np.flatnonzero((A[own] != 0).any(axis=0))
+        inverse = np.zeros((n, n))
+        inverse[np.ix_(around, around)] = np.linalg.inv(A[np.ix_(around, around)])
+        expected[own] += inverse[own]
+    np.testing.assert_allclose(np.stack([M(e) for e in np.eye(n)], axis=1), expected, atol=1e-12)
+
+
+def test_additive_schwarz_of_one_block_is_the_solution():
+    system = darcy(6, 1)[0]
+    np.testing.assert_allclose(system.A @ preconditioners.asm(system.A)(system.b), system.b)
+
+
 def test_incomplete_cholesky_is_symmetric_and_for_symmetric_matrices():
     M = preconditioners.icc(darcy(6, 1)[0].A)
     dense = np.stack([M(e) for e in np.eye(36)], axis=1)
@@ -232,7 +250,7 @@ def test_incomplete_cholesky_is_symmetric_and_for_symmetric_matrices():
         preconditioners.icc(FAMILIES["convection"](6, 1)[0].A)
 
 
-@pytest.mark.parametrize("name", ["jacobi", "sor", "ilu", "icc", "amg"])
+@pytest.mark.parametrize("name", ["jacobi", "sor", "asm", "ilu", "icc", "amg"])
 def test_every_preconditioner_saves_iterations(name):
     family = darcy(24, 2)
     plain, helped = (skr(family, preconditioner=each).mean("iterations") for each in ("none", name))

@@ -101,14 +101,18 @@ class ChunkSolution:
     """The result of a chunk.
 
     Attributes:
-        x: the solutions [members, n].
+        x: the solutions [members, n], or their file in the work directory: they may not fit in memory.
         solved: the figures of each system.
         state: the final state of the solver.
     """
 
-    x: Array
+    x: Array | Path
     solved: list[SystemRecord]
     state: dict[str, Any]
+
+    def rows(self) -> Array:
+        """Return the solutions [members, n], those of a file mapped into memory."""
+        return np.load(self.x, mmap_mode="r") if isinstance(self.x, Path) else self.x
 
 
 def cut(sequence: Index, parts: int) -> list[Index]:
@@ -140,7 +144,7 @@ def solve_chunk(chunk: Chunk, report: Callable[[], None] = lambda: None) -> Chun
         x, solved = _solve(solver, system, int(index), chunk.preconditioner)
         journal.add(x, solved, system, solver)
         report()
-    return ChunkSolution(journal.x, journal.solved, solver.state())
+    return ChunkSolution(journal.x if chunk.folder is None else journal.rows, journal.solved, solver.state())
 
 
 def _solve(solver: Solver, system: System, index: int, preconditioner: str | Factory) -> tuple[Array, SystemRecord]:
@@ -184,9 +188,9 @@ class _Journal:
             return
         number = f"{chunk.number:03}"
         self.lines, self.state_file = chunk.folder / f"solved-{number}.jsonl", chunk.folder / f"state-{number}.npz"
-        rows = chunk.folder / f"x-{number}.npy"
-        mode: Any = "r+" if rows.exists() and self.state_file.exists() else "w+"
-        self.x = np.lib.format.open_memmap(rows, mode, np.float64, shape)
+        self.rows = chunk.folder / f"x-{number}.npy"
+        mode: Any = "r+" if self.rows.exists() and self.state_file.exists() else "w+"
+        self.x = np.lib.format.open_memmap(self.rows, mode, np.float64, shape)
 
     def resume(self) -> dict[str, Any] | None:
         """Read the results of an interrupted run, and return its solver's state; None if there are none."""

@@ -67,8 +67,8 @@ def skr(
         k: dimension of the recycled subspace; the paper uses 20. 0 is restarted GMRES.
         tol: residual to reach, relative to |b|; the paper's tables go from 1e-1 to 1e-11, most are at 1e-8.
         max_iterations: per system; the paper uses 10 000. A system that reaches it is marked as not converged.
-        preconditioner: ``none``, ``jacobi``, ``sor``, ``ilu``, ``icc``, ``amg``, or a function from A to M^-1. The
-            paper compares several and has no default.
+        preconditioner: ``none``, ``jacobi``, ``sor``, ``asm``, ``ilu``, ``icc``, ``amg``, or a function from A to M^-1.
+            The paper compares several and has no default.
         order: how to sort the systems, ``greedy`` is Algorithm 1; see :func:`~lamella.methods.skr.sorting.arrange`.
         recycle: ``always`` as in the paper; ``auto`` drops harmful bases; ``never`` starts each system cold.
         backend: ``numpy`` is Lamella's own; ``gcrotmk`` is SciPy's, which recycles other vectors; ``petsc`` needs a
@@ -125,15 +125,23 @@ def run(
         folder = open_work(work, job)
         jobs = [Chunk(systems, each, solver, preconditioner, folder, number) for number, each in enumerate(chunks)]
         finished = solve_chunks(jobs, pool)
-    return _collect(systems, sequence, options, finished)
+    return _collect(systems, chunks, options, finished, folder)
 
 
 def _collect(
-    systems: LinearSystems, sequence: Index, options: dict[str, Any], finished: list[ChunkSolution]
+    systems: LinearSystems,
+    chunks: list[Index],
+    options: dict[str, Any],
+    finished: list[ChunkSolution],
+    folder: Path | None,
 ) -> Solutions:
-    x = np.empty((len(systems), systems.n))
+    shape = (len(systems), systems.n)
+    x: Array = np.empty(shape) if folder is None else _on_disk(folder / "x.npy", shape)
+    for members, chunk in zip(chunks, finished, strict=True):
+        for index, row in zip(members, chunk.rows(), strict=True):  # from the order of solving to the caller's order
+            x[index] = row
+    sequence = np.concatenate(chunks)
     solved = [each for chunk in finished for each in chunk.solved]
-    x[sequence] = np.concatenate([chunk.x for chunk in finished])  # from the order of solving to the caller's order
     bases = tuple(chunk.state.get("U", np.empty((systems.n, 0))) for chunk in finished)
     return Solutions(
         x=x,
@@ -173,6 +181,12 @@ class Recycling:
         """Restore a saved state."""
         self.harm.restore(state)
         self.U = state.get("U")
+
+
+def _on_disk(file: Path, shape: tuple[int, int]) -> Array:
+    """Return an array in a new file; an earlier result keeps the file that it had."""
+    file.unlink(missing_ok=True)
+    return np.lib.format.open_memmap(file, "w+", np.float64, shape)
 
 
 def _solver(backend: Backend, preconditioner: str | Factory, recycle: Recycle, **settings: Any) -> Any:

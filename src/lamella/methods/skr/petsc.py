@@ -15,7 +15,7 @@ from lamella.errors import LamellaError, MethodError
 from lamella.methods.skr.gcrodr import SLACK, Apply, Solve
 from lamella.methods.skr.systems import System
 
-TYPES = {"none": "none", "jacobi": "jacobi", "sor": "sor", "ilu": "ilu", "icc": "icc", "amg": "gamg"}
+TYPES = {"none": "none", "jacobi": "jacobi", "sor": "sor", "asm": "asm", "ilu": "ilu", "icc": "icc", "amg": "gamg"}
 PREFIX = "lamella_skr_"
 
 

@@ -15,6 +15,7 @@ from lamella.extras import require
 
 Array = NDArray[np.float64]
 Apply = Callable[[Array], Array]
+BLOCK = 128  # about so many unknowns in a block of asm
 Factory = Callable[[Any], Any]  # A -> a LinearOperator, or anything with `@`, or a function of v
 
 
@@ -73,6 +74,31 @@ def sor(A: Any) -> Apply:
     return _triangular(sparse.tril(A, format="csc"))
 
 
+def asm(A: Any) -> Apply:
+    """Return the restricted additive Schwarz preconditioner, PETSc's default form, with exact solutions of its blocks.
+
+    Each block owns about :data:`BLOCK` consecutive unknowns, and is solved together with the unknowns that their
+    equations contain (an overlap of one); only the values of its own ones are used.
+    """
+    from scipy.sparse.linalg import splu
+
+    matrix = sparse.csr_array(A)
+    n = matrix.shape[0]
+    blocks = []
+    for own in np.array_split(np.arange(n), max(1, round(n / BLOCK))):
+        around = np.union1d(own, matrix[own].indices)
+        factors = splu(matrix[around][:, around].tocsc())
+        blocks.append((own, around, np.searchsorted(around, own), factors.solve))
+
+    def apply(v: Array) -> Array:
+        z = np.empty_like(v)
+        for own, around, places, solve in blocks:
+            z[own] = solve(v[around])[places]
+        return z
+
+    return apply
+
+
 def ilu(A: Any) -> Apply:
     """Return the incomplete LU of SuperLU with at most twice the entries of A, which drops by size, unlike ILU(0)."""
     from scipy.sparse.linalg import spilu
@@ -121,6 +147,7 @@ PRECONDITIONERS: dict[str, Callable[[Any], Apply | None]] = {
     "none": none,
     "jacobi": jacobi,
     "sor": sor,
+    "asm": asm,
     "ilu": ilu,
     "icc": icc,
     "amg": amg,
