@@ -31,7 +31,7 @@ TASK, TOKENS = "definitions", 64
 BY_CUTTING: dict[str, Any] = {"speedup": 1.3, "allow": ("cut",)}
 GOALS: dict[str, list[dict[str, Any]]] = {
     "smollm2": [{"speedup": 1.3}, BY_CUTTING, {"speedup": 1.8}],
-    "gemma3-270m": [{"speedup": 1.8}, {"speedup": 2.3}],
+    "gemma3-270m": [{"speedup": 1.8}, BY_CUTTING],  # two thirds of its time is the head, which no cut of layers reduces
 }
 MOST = {"gsm8k": 0.75, "humaneval": 0.5}  # nats: the goal by cutting alone
 CHATS = "smollm2"  # an instruction model; Gemma 3 270M is the base model here
@@ -108,7 +108,7 @@ def main() -> int:
         for options in asked:
             goal = words(options)
             found = finished.once(f"{model} {goal}", partial(outcome, model, model == CHATS, options))
-            by_cutting = found if "allow" in options else by_cutting
+            by_cutting = found if "allow" in options and model != "gemma3-270m" else by_cutting
             first, *_, last = found["scores"].values()
             unseen = [f"{value:.3f}" for value in found["unseen"].values()]
             rows.append(

@@ -219,7 +219,7 @@ def check_reachable(job: Job, form: Form) -> None:
     if not is_possible:
         raise BudgetError(
             f"{goal.text} cannot be reached on {job.stack.name}: {limit} is reached with a single sublayer, since the "
-            "head and the loop remain; ask for less"
+            "head and the loop remain; ask for less, or remove tokens from its vocabulary first (lamella vocab)"
         )
 
 
