@@ -435,7 +435,7 @@ def perplexity(model: Any, text: Tensor) -> float:
 def experiment(run: Run) -> None:
     quick = run.quick
     run.data = "characters of Python's documentation and library; SmolLM2 tokens of the former"
-    scale = Scale(4, 64, 250, 30, 64, 64) if quick else Scale(6, 96, 1500, 300, 128, 256)
+    scale = Scale(4, 64, 300, 50, 64, 64) if quick else Scale(6, 96, 1500, 300, 128, 256)
     half = run.arm("shape", half_of, scale)
     shape = ModelShape(**half["shape"])
     compared = [[described(ModelShape(**{name: each[name] for name in half["shape"]})), each["kl"]]
