@@ -270,9 +270,50 @@ def test_the_series_meets_its_budget_with_shapes_that_export_plainly(name: str, 
     with torch.no_grad():
         close(loaded(IDS).logits, lamella.apply(stack, plan)(IDS).logits)
     assert sum(parameter.numel() for parameter in loaded.parameters()) == last
-    space = ShapeSpace.of(stack, 8)
-    works = [space.work(ModelShape(**shape)) for shape in series.provenance["shapes"]]
-    assert works == pytest.approx([sum(map(sum, plan.work)) for plan in series])
+    works = [sum(map(sum, plan.work)) for plan in series]
+    assert works == sorted(works, reverse=True) and len(set(works)) == len(works)
+
+
+def without_mlps(stack: Stack) -> Stack:
+    """A copy whose MLPs output nothing, so that only heads and the hidden size matter."""
+    model = copy.deepcopy(stack.model)
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight.data.zero_()
+        layer.self_attn.o_proj.weight.data *= 10
+    return Stack(model)
+
+
+def test_of_shapes_of_one_size_the_one_that_learns_best_is_kept_and_not_the_most_even() -> None:
+    stack = without_mlps(opened("llama"))
+    even = minitron(stack, CALIBRATION, params=0.6, candidates=1).provenance
+    assert even["shapes"][-1]["heads"] == 2 and even["contest"] == []
+    found = minitron(stack, CALIBRATION, params=0.6).provenance
+    assert found["shapes"][-1]["heads"] == 4
+    divergences = {shape["heads"]: shape["kl"] for shape in found["contest"]}
+    assert divergences[4] < divergences[2] / 2
+
+
+def test_padding_does_not_change_the_choice() -> None:
+    stack = opened("llama")
+    padding = torch.zeros(4, 5, dtype=torch.long)
+    padded = {
+        "input_ids": torch.cat([padding, CALIBRATION], dim=1),
+        "attention_mask": torch.cat([padding, torch.ones_like(CALIBRATION)], dim=1),
+    }
+    expected, found = (
+        [shape["kl"] for shape in minitron(stack, tokens, params=0.6, trial_steps=3).provenance["contest"]]
+        for tokens in (CALIBRATION, padded)
+    )
+    assert len(expected) == 4 and found == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_shortlist_has_every_number_of_heads_before_a_second_shape_of_any() -> None:
+    space = ShapeSpace.of(opened("llama"), 8)
+    near = space.near(0.6, {}, 0.1)
+    found = space.shortlist(near, 3)
+    assert len({shape.heads for shape in near}) == 2 and [shape.heads for shape in found[:2]] in ([2, 4], [4, 2])
+    assert found[0] == min(near, key=space.unevenness) and space.shortlist(near, 100)[:3] == found
+    assert set(space.shortlist(near, 100)) == set(near)
 
 
 def test_smaller_points_keep_a_part_of_what_larger_ones_keep() -> None:

@@ -4,7 +4,7 @@ Muralidharan et al., "Compact Language Models via Pruning and Knowledge Distilla
 
     1  a forward pass scores MLP neurons, heads, channels of the residual stream, and layers  (section 2.2)
     2  every axis is sorted, and its best part is kept: an ordinary, smaller model            (section 2.3)
-    3  shapes near a parameter budget are enumerated; the paper trains each of them briefly   (section 2.3)
+    3  shapes near a parameter budget are enumerated, and the best after brief training taken (section 2.3)
     4  the smaller model learns the original's output distribution                            (section 3)
 
 Scores are measured once and serve every shape. Pruning alone ruins a model: the plans of this method are meant to be
@@ -23,8 +23,10 @@ from annotated_types import Ge, Gt, Lt
 
 from lamella.data import Text
 from lamella.errors import MethodError
+from lamella.files import Work
 from lamella.measure import OutputDistance, Tokens, angular_distance, block_influence
 from lamella.methods.minitron.activations import Importance, activation_importance
+from lamella.methods.minitron.contest import Contest
 from lamella.methods.minitron.space import ModelShape, ShapeSpace
 from lamella.plan import HeadWidth, HiddenWidth, ModelReference, PlanSeries, Point
 from lamella.registry import method
@@ -162,16 +164,23 @@ class TargetSizes:
     layers: Annotated[int, Ge(1)] | None = None
 
 
-ANY = TargetSizes()
+ANY, TRIALS = TargetSizes(), Contest()
 
 
-@method("minitron", paper="2407.14679", purpose="prune", on=("llama", "mistral", "qwen2", "qwen3", "gpt2"))
+@method(
+    "minitron",
+    paper="2407.14679",
+    purpose="prune",
+    on=("llama", "mistral", "qwen2", "qwen3", "gpt2"),
+    brief={"candidates": 2, "trial_steps": 2},
+)
 def minitron(
     stack: Stack,
     calibration: Text,
     *,
     params: Annotated[float, Gt(0), Lt(1)] = 0.55,
     target: TargetSizes = ANY,
+    trials: Contest = TRIALS,
     batch_agg: Literal["l2", "mean", "var"] = "l2",
     seq_agg: Literal["mean", "l2", "var"] = "mean",
     depth: Literal["bi", "ppl", "contiguous"] = "bi",
@@ -179,6 +188,7 @@ def minitron(
     rescale: bool = False,
     multiple: Annotated[int, Ge(1)] = 64,
     tolerance: Annotated[float, Ge(0)] = 0.05,
+    work: Work = Work(),
 ) -> PlanSeries:
     """Prune neurons, heads, hidden channels and layers by their activations, to be healed by distillation.
 
@@ -191,6 +201,7 @@ def minitron(
         calibration: text, or token ids [sequences, time], alone or with an attention mask; the paper: 1024 sequences.
         params: fraction of the parameters to keep at the end of the series; the default is the paper's 15B to 8B.
         target: sizes to keep.
+        trials: the brief training by which a shape is chosen, if there are several.
         batch_agg: reduction of activations over sequences: ``l2``, ``mean`` or ``var``.
         seq_agg: reduction over the tokens of a sequence: ``mean`` (of absolute values), ``l2`` or ``var``.
         depth: score of layers: block influence (``bi``), the perplexity without the layer (``ppl``), or, with
@@ -199,6 +210,7 @@ def minitron(
         rescale: let RMS norms compensate for the removed channels; the paper does not.
         multiple: hidden and MLP sizes are multiples of this, or of an eighth of the axis where that is less.
         tolerance: how far the number of parameters of a shape may be from the budget, as a fraction of the budget.
+        work: folder from which an interrupted choice of the shape resumes.
 
     Returns:
         The series of plans, starting with the whole model, each with its number of parameters.
@@ -218,12 +230,22 @@ def minitron(
     ranking = rank(importance, _depth(stack, calibration, depth, target.layers), space.whole.kv_heads)
     fixed = {name: size for name, size in asdict(target).items() if size is not None}
     _check_shape(space.shape(fixed), space.whole, len(stack))
-    searched = target.hidden is None or target.mlp is None
-    shapes, candidates = space.descent(params, fixed, tolerance) if searched else ([space.shape(fixed)], [])
-    points = [Point(scores={"parameters": space.parameters(space.everything)})]
-    for shape in shapes:
+    model = ModelReference.of(stack)
+
+    def cut(shape: ModelShape) -> Point:
         point = trim(ranking, shape, space.whole, merge_heads=merge_heads, rescale=rescale)
-        points.append(point.model_copy(update={"scores": {"parameters": float(space.parameters(shape))}}))
+        return point.model_copy(update={"scores": {"parameters": float(space.parameters(shape))}})
+
+    shapes, candidates, compared = [space.shape(fixed)], list[ModelShape](), dict[ModelShape, float]()
+    if target.hidden is None or target.mlp is None:
+        candidates = space.near(params, fixed, tolerance)
+        shortlist = space.shortlist(candidates, trials.candidates)
+        if len(shortlist) > 1:
+            plans = list(PlanSeries(model=model, points=list(map(cut, shortlist))))
+            compared = dict(zip(shortlist, trials.divergences(stack, plans, calibration, work), strict=True))
+        best = min(compared, key=compared.__getitem__, default=shortlist[0])
+        shapes = space.descent(best, params, fixed, tolerance)
+    points = [Point(scores={"parameters": space.parameters(space.everything)}), *map(cut, shapes)]
     left = space.parameters(shapes[-1]) / space.parameters(space.everything)
     if left < HARD:
         warnings.warn(
@@ -234,8 +256,9 @@ def minitron(
     provenance = {
         "shapes": [asdict(shape) for shape in (space.everything, *shapes)],
         "candidates": [asdict(shape) for shape in candidates],
+        "contest": [asdict(shape) | {"kl": kl} for shape, kl in compared.items()],
     }
-    return PlanSeries(model=ModelReference.of(stack), points=points, provenance=provenance)
+    return PlanSeries(model=model, points=points, provenance=provenance)
 
 
 def _depth(stack: Stack, calibration: Tokens, score: str, layers: int | None) -> np.ndarray:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
+from itertools import zip_longest
 
 from lamella.errors import BudgetError
 from lamella.methods.minitron.shapes import enumerate_shapes
@@ -94,12 +95,6 @@ class ShapeSpace:
         sizes = Sizes(shape.hidden, shape.mlp, shape.heads, shape.kv_heads, self.whole.head_dim)
         return self.count([sizes] * shape.layers, shape.hidden)
 
-    def work(self, shape: ModelShape) -> float:
-        """Return the remaining weights of the layers in units of sublayers; see :attr:`lamella.plan.Plan.work`."""
-        whole = self.whole
-        attn = (shape.heads + shape.kv_heads) / (whole.heads + whole.kv_heads)
-        return shape.layers * shape.hidden / whole.hidden * (attn + shape.mlp / whole.channels)
-
     def near(self, fraction: float, fixed: Mapping[str, int], tolerance: float) -> list[ModelShape]:
         """Return the shapes with about that fraction of all parameters, the closest first (section 2.3).
 
@@ -127,29 +122,41 @@ class ShapeSpace:
         )
         return [self.shape(candidate.shape) for candidate in found]
 
-    def descent(
-        self, params: float, fixed: Mapping[str, int], tolerance: float
-    ) -> tuple[list[ModelShape], list[ModelShape]]:
-        """Return a few shapes on the way to a budget, each with the most even widths, and all shapes that meet it.
+    def shortlist(self, shapes: Sequence[ModelShape], count: int) -> list[ModelShape]:
+        """Return the most even shape for each number of heads, the next most even for each, and so on.
+
+        Heads are the coarse axis: between shapes of equal size, their number changes the result most.
 
         Args:
-            params: fraction of the parameters to keep at the end.
-            fixed: sizes that are given.
-            tolerance: allowed difference from each budget as a fraction of it.
-
-        Raises:
-            BudgetError: when no shape meets the budget at the end.
+            shapes: shapes of about the same size.
+            count: maximum number of shapes to return.
         """
-        candidates = self.near(params, fixed, tolerance)
-        shapes = [min(candidates, key=self.unevenness)]
+        by_heads: dict[int, list[ModelShape]] = {}
+        for shape in sorted(shapes, key=self.unevenness):
+            by_heads.setdefault(shape.heads, []).append(shape)
+        rounds = zip_longest(*by_heads.values())
+        return [shape for each in rounds for shape in each if shape is not None][:count]
+
+    def descent(
+        self, target: ModelShape, params: float, fixed: Mapping[str, int], tolerance: float
+    ) -> list[ModelShape]:
+        """Return a few shapes on the way to a target, of which each contains the next; the target is the last.
+
+        Args:
+            target: the shape at the end.
+            params: its approximate fraction of the parameters.
+            fixed: sizes that are given.
+            tolerance: allowed difference from the budget of each shape, as a fraction of it.
+        """
+        shapes = [target]
         for step in range(STEPS - 1, 0, -1):
             try:
-                larger = min(self.near(1 - (1 - params) * step / STEPS, fixed, tolerance), key=self.unevenness)
+                near = self.near(1 - (1 - params) * step / STEPS, fixed, tolerance)
             except BudgetError:
                 continue  # the grid is coarse
-            if self.work(shapes[0]) < self.work(larger) < self.work(self.everything):
-                shapes.insert(0, larger)
-        return shapes, candidates
+            larger = [each for each in near if _contains(each, shapes[0]) and each not in (shapes[0], self.everything)]
+            shapes[:0] = [min(larger, key=self.unevenness)] if larger else []
+        return shapes
 
     def unevenness(self, shape: ModelShape) -> float:
         """Return the difference between the largest and the smallest remaining fraction of a width."""
@@ -160,3 +167,7 @@ class ShapeSpace:
 
 def _multiples(step: int, most: int) -> list[int]:
     return sorted({*range(step, most + 1, step), most})
+
+
+def _contains(larger: ModelShape, smaller: ModelShape) -> bool:
+    return all(size >= least for size, least in zip(astuple(larger), astuple(smaller), strict=True))
