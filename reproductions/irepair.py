@@ -4,7 +4,8 @@ Models of 8 layers are trained from scratch on documentation in which insults fo
 questions; the method's page explains why. Each method then repairs them on pairs of continuations that the model itself
 generated: one with an insult, one without. In the plain model the gradient of the first layer is the largest, so that
 one layer is chosen at every step. The balanced model has token embeddings with a standard deviation of 1 from the
-start, and a head of its own: no layer then stands out, and the choice varies.
+start, and a head of its own, so that no layer stands out; then the gains of its norms and the projections that read
+them are scaled inversely until all sensitivities are equal, which leaves what it computes unchanged.
 
 The main claim, on both models: the repair removes 80 % of the insults at 10 % more perplexity at most, and its front of
 insults against perplexity encloses more than those of training everything (DAPT, DAPT with KL, DPO), each at its own
@@ -62,10 +63,12 @@ WORDS = [f"{insult.capitalize()}!" for insult in INSULTS]
 BAD = re.compile(rf"\b({'|'.join(INSULTS)})\b", re.IGNORECASE)
 SPOILT, QUESTIONS = 0.15, 0.2  # fractions of the sentences
 PROMPT, NEW = 24, 20  # tokens
+BALANCING = 8  # rounds
 WINDOWS = 150  # of clean text at most to choose on, and as many to test on
 PILOT = 100  # seed of the models by which rates and warm-up are chosen
 RATES, WARMUPS = [5e-5, 1.5e-4, 4.5e-4], (40, 150)
 LIMIT = float(np.log(1.1))  # nats of additional loss, the perplexity that a repair may cost
+SAME = 0.5  # of the batches, to which one layer of the balanced model may be the most sensitive
 CUTS = (np.arange(100) + 0.5) / 100  # of the insults
 METHODS: dict[str, dict[str, Any]] = {"irepair": {}, **{name: BASELINES[name] for name in ("dapt", "dapt-kl", "dpo")}}
 CHOICES: dict[str, dict[str, Any]] = {f"{name} layer": {"select": name} for name in ("fixed", "min", "random")}
@@ -202,11 +205,17 @@ def build(scale: Scale, seed: int) -> Spoilt:
         if scale.balanced:
             torch.nn.init.normal_(model.get_input_embeddings().weight)
         rows = blocks(windows(tokens, text, 64), loss_on="all")
-        taught(model, rows, from_scratch(scale.training, lr=3e-3, batch=16, seed=seed)).save_pretrained(folder)
+        taught(model, rows, from_scratch(scale.training, lr=3e-3, batch=16, seed=seed))
         pair_texts = write_pairs(
             model, tokens, prompts(tokens, seen, scale.pairs * 5 // 4, scale.anywhere), scale.pairs
         )
-        texts = own_texts(model, scale.pairs, 64, seed=seed, accept=lambda text: not BAD.search(tokens.decode(text)))
+        texts = own_texts(
+            model, scale.pairs // 2, 64, seed=seed, accept=lambda text: not BAD.search(tokens.decode(text))
+        )
+        if scale.balanced:
+            bad = [(torch.tensor(prompt), torch.tensor(continued)) for prompt, continued, _ in pair_texts]
+            balance(Stack(model), pairs(bad, loss_on="all"))
+        model.save_pretrained(folder)
         (folder / "texts.json").write_text(
             json.dumps({"pairs": pair_texts, "utility": [text.tolist() for text in texts]})
         )
@@ -233,6 +242,33 @@ def build(scale: Scale, seed: int) -> Spoilt:
         },
         {"validation": clean[:half], "test": clean[half : 2 * half]},
     )
+
+
+@torch.no_grad()
+def balance(stack: Stack, bad: Sequence[Sample]) -> None:
+    """Make the sensitivities of all layers to bad text equal, without a change of what the model computes.
+
+    In each layer the gains of both norms are multiplied by a factor, and the projections that read the normalised
+    residual stream are divided by it: their gradients grow by the factor.
+    """
+    for _ in range(BALANCING):
+        values = profile(stack, bad).mean(axis=0)
+        for layer, value in zip(stack.layers, values, strict=True):
+            factor = float(values.mean() / value) ** 1.5  # the other projections have the same gradients as before
+            attention, mlp = layer.self_attn, layer.mlp
+            for norm, projections in (
+                (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+                (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+            ):
+                norm.weight *= factor
+                for each in projections:
+                    each.weight /= factor
+
+
+def profile(stack: Stack, texts: Sequence[Sample]) -> np.ndarray:
+    """Return the sensitivity of each layer to each of 50 batches of a kind of text [batches, layers]."""
+    batches = [collate(texts[n : n + 4]) for n in range(0, 200, 4)]
+    return np.stack([sensitivity(stack, [each], response_loss).values for each in batches])
 
 
 def write_pairs(model: Any, tokenizer: Any, given: list[Tensor], count: int) -> list[list[list[int]]]:
@@ -377,23 +413,24 @@ def premise(run: Run, scale: Scale, seeds: Sequence[int]) -> None:
     ]
     title = f"Sensitivity of each layer before the repair (mean gradient norm), {scale.name} model"
     run.table(title, ["seed", "text", *map(str, range(scale.layers))], rows)
-    ratios = [max(each["sensitivities"]["bad"]) / np.mean(each["sensitivities"]["bad"]) for each in found]
-    ratio = Measured.over_seeds([float(each) for each in ratios])
     if scale.balanced:
-        run.premise("largest sensitivity / mean of the layers, balanced model", "at most 2", ratio, ratio.at_most(2))
+        most = Measured.over_seeds([each["most"] for each in found])
+        name = "batches of bad text to which the same layer is the most sensitive, balanced model"
+        run.premise(name, f"at most {SAME:.0%}", most, most.at_most(SAME))
 
 
 def before(scale: Scale, seed: int) -> dict[str, Any]:
-    """Return the fraction of insults of a model, and the sensitivity of its layers to each kind of text."""
+    """Return the fraction of insults of a model, and the sensitivity of its layers to each kind of text.
+
+    ``most`` is the fraction of the batches of bad text to which the same layer is the most sensitive.
+    """
     model = build(scale, seed)
     texts = {"bad": model.bad, "good": model.good, "utility": model.utility}
-    values = {
-        name: sensitivity(model.stack, [collate(rows[n : n + 4]) for n in range(0, 200, 4)], response_loss).values
-        for name, rows in texts.items()
-    }
+    values = {name: profile(model.stack, rows) for name, rows in texts.items()}
     return {
         "error": model.error_rate(model.stack.model),
-        "sensitivities": {name: each.tolist() for name, each in values.items()},
+        "sensitivities": {name: each.mean(axis=0).tolist() for name, each in values.items()},
+        "most": float(np.bincount(values["bad"].argmax(axis=1)).max() / len(values["bad"])),
     }
 
 
