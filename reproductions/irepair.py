@@ -266,8 +266,8 @@ def balance(stack: Stack, bad: Sequence[Sample]) -> None:
 
 
 def profile(stack: Stack, texts: Sequence[Sample]) -> np.ndarray:
-    """Return the sensitivity of each layer to each of 50 batches of a kind of text [batches, layers]."""
-    batches = [collate(texts[n : n + 4]) for n in range(0, 200, 4)]
+    """Return the sensitivity of each layer to each of 50 batches at most of a kind of text [batches, layers]."""
+    batches = [collate(texts[n : n + 4]) for n in range(0, min(200, len(texts)), 4)]
     return np.stack([sensitivity(stack, [each], response_loss).values for each in batches])
 
 
