@@ -7,7 +7,7 @@ for each way. Further checks are the best of all fixed sets, the order before Lo
 that the skip weight controls the number of skipped layers, that tasks keep different layers, and that decoding is as
 fast as the kept layers allow.
 
-    python reproductions/first.py            # about an hour on one core; an interrupted run resumes
+    python reproductions/first.py            # about an hour and a quarter on one core; an interrupted run resumes
     python reproductions/first.py --quick    # smaller models, which do not meet the premise
 """
 
