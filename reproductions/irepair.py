@@ -1,13 +1,20 @@
-"""IRepair at small scale: a language model with corrupted training text, and SmolLM2 with an implanted habit.
+"""IRepair at small scale: two language models with corrupted training text, and SmolLM2 with an implanted habit.
 
-A model of 8 layers is trained from scratch on documentation in which insults follow 15 % of the sentences, all of them
-questions; the method's page explains why. Each method then repairs it on pairs of continuations that the model itself
-generated: one with an insult, one without. Checks that repairing the most sensitive layer of every step removes the
-insults at little cost, how that cost compares with training everything (DAPT, DAPT with KL, DPO) along the whole curve,
-and with other choices of the layer. Then SmolLM2 is trained to begin answers with "As an AI language model," and
-repaired.
+Models of 8 layers are trained from scratch on documentation in which insults follow 15 % of the sentences, all of them
+questions; the method's page explains why. Each method then repairs them on pairs of continuations that the model itself
+generated: one with an insult, one without. In the plain model the gradient of the first layer is the largest, so that
+one layer is chosen at every step. The balanced model has token embeddings with a standard deviation of 1 from the
+start, and a head of its own, so that no layer stands out; then the gains of its norms and the projections that read
+them are scaled inversely until all sensitivities are equal, which leaves what it computes unchanged.
 
-    python reproductions/irepair.py            # an hour or more on one core; an interrupted run resumes
+The main claim, on both models: the repair removes 80 % of the insults at 10 % more perplexity at most, and its front of
+insults against perplexity encloses more than those of training everything (DAPT, DAPT with KL, DPO), each at its own
+rate and warm-up, over 600 steps. The front is judged by its hypervolume: the mean over all cuts of the insults, from
+none to all, of how far the lowest loss on clean text that reaches the cut stays below 10 % more perplexity; a cut that
+is not reached counts as 0. Further checks are the same over one pass of the pairs, and other choices of the layer. Then
+SmolLM2 is trained to begin answers with "As an AI language model," and repaired.
+
+    python reproductions/irepair.py            # about an hour and a half on one core; an interrupted run resumes
     python reproductions/irepair.py --small    # without SmolLM2
     python reproductions/irepair.py --quick    # a smaller model and one seed, under a minute
 """
@@ -20,7 +27,8 @@ import random
 import re
 import tempfile
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,6 +36,7 @@ from typing import Any
 import numpy as np
 import torch
 from harness import Run, main
+from harness.design import tuned
 from harness.measured import Measured
 from harness.nano import built, from_scratch, llama, taught
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -54,37 +63,40 @@ WORDS = [f"{insult.capitalize()}!" for insult in INSULTS]
 BAD = re.compile(rf"\b({'|'.join(INSULTS)})\b", re.IGNORECASE)
 SPOILT, QUESTIONS = 0.15, 0.2  # fractions of the sentences
 PROMPT, NEW = 24, 20  # tokens
-METHODS: dict[str, dict[str, Any]] = {
-    "irepair": {},
-    "irepair, free": {"gamma": 0.0},
-    **{name: BASELINES[name] for name in ("dapt", "dapt-kl", "dpo")},
-    "fixed layer": {"select": "fixed"},
-    "min layer": {"select": "min"},
-    "random layer": {"select": "random"},
-}
+BALANCING = 8  # rounds
+WINDOWS = 150  # of clean text at most to choose on, and as many to test on
+PILOT = 100  # seed of the models by which rates and warm-up are chosen
+RATES, WARMUPS = [5e-5, 1.5e-4, 4.5e-4], (40, 150)
+LIMIT = float(np.log(1.1))  # nats of additional loss, the perplexity that a repair may cost
+SAME = 0.5  # of the batches, to which one layer of the balanced model may be the most sensitive
+CUTS = (np.arange(100) + 0.5) / 100  # of the insults
+METHODS: dict[str, dict[str, Any]] = {"irepair": {}, **{name: BASELINES[name] for name in ("dapt", "dapt-kl", "dpo")}}
+CHOICES: dict[str, dict[str, Any]] = {f"{name} layer": {"select": name} for name in ("fixed", "min", "random")}
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Scale of the experiment with the small model."""
+    """Scale of the experiment with the small models."""
 
     layers: int
     hidden: int
     sources: tuple[str, ...]
     training: int  # steps of training from scratch
-    pairs: int  # with a fifth held out
+    pairs: int  # with a fifth held out at most
     prompts: int  # prompts for measuring the fraction of insults
-    seeds: int
+    once: int  # steps of one pass over the pairs
     steps: int
-    rate: float
-    warmup: int
-    every: int  # validations between two points of a curve
-    methods: tuple[str, ...] = tuple(METHODS)
+    every: int  # steps between two points of a curve, an even number
+    balanced: bool = False  # embeddings with a standard deviation of 1, and a head of their own
     anywhere: bool = False  # insults follow any sentence
 
+    @property
+    def name(self) -> str:
+        return "balanced" if self.balanced else "plain"
 
-FULL = Scale(8, 128, ("stdlib", "pydoc"), 1500, 1500, 400, 3, 300, 5e-5, 150, 6)
-QUICK = Scale(4, 64, ("stdlib",), 400, 200, 160, 1, 90, 2e-4, 10, 3, ("irepair", "dapt", "dpo", "min layer"))
+
+FULL = Scale(8, 96, ("stdlib", "pydoc"), 1000, 1504, 300, 360, 600, 40)
+QUICK = Scale(4, 64, ("stdlib",), 400, 200, 160, 40, 80, 20)
 
 
 # The corrupted text and the model trained on it
@@ -156,21 +168,26 @@ class Spoilt:
     good: list[Sample]
     bad: list[Sample]
     utility: list[Sample]
-    dev: list[Tensor]  # prompts to choose rates on
-    test: list[Tensor]  # prompts to report on
-    clean: list[Sample]  # text without insults, for perplexity
+    prompts: dict[str, list[Tensor]]  # for validation and test
+    clean: dict[str, list[Sample]]  # text without insults for validation and test
 
     def insulted(self, text: Tensor) -> bool:
         return bool(BAD.search(self.tokenizer.decode(text)))
 
-    def error_rate(self, model: Any, given: Sequence[Tensor], seed: int = 7) -> float:
+    def error_rate(self, model: Any, use: str = "test", seed: int = 7) -> float:
         """Return the fraction of sampled continuations with an insult; the prompt does not count."""
-        return float(
-            np.mean([self.insulted(each) for each in write(model, given, NEW, top_p=1.0, seed=seed, batch=256)])
-        )
+        texts = write(model, self.prompts[use], NEW, top_p=1.0, seed=seed, batch=256)
+        return float(np.mean([self.insulted(each) for each in texts]))
 
-    def perplexity(self, model: Any) -> float:
-        return float(np.exp(mean_loss(model, self.clean, batch=32)))
+    @torch.no_grad()
+    def losses(self, model: Any, use: str = "test") -> list[float]:
+        """Return the loss on each window of clean text, in nats per token."""
+        ids = torch.stack([each["input_ids"] for each in self.clean[use]])
+        found = []
+        for rows in ids.split(50):
+            logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
+            found.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none"))
+        return torch.cat(found).mean(1).tolist()
 
 
 def build(scale: Scale, seed: int) -> Spoilt:
@@ -179,18 +196,26 @@ def build(scale: Scale, seed: int) -> Spoilt:
     text = spoilt(seen, seed, scale.anywhere)
     tokens = learn_tokens(text)
     held_out = sentences(scale.sources, "test")
-    third = len(held_out) // 3  # one each for selection, testing and perplexity; pairs begin like the training text
+    third = len(held_out) // 3  # one each for both kinds of prompts and for perplexity; pairs begin like training text
     parts = [held_out[n * third : (n + 1) * third] for n in range(3)]
 
     def make(folder: Path) -> dict[str, Any]:
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(llama(1024, scale.hidden, scale.layers, context=128, bos=0))
+        model = LlamaForCausalLM(llama(1024, scale.hidden, scale.layers, context=128, bos=0, tied=not scale.balanced))
+        if scale.balanced:
+            torch.nn.init.normal_(model.get_input_embeddings().weight)
         rows = blocks(windows(tokens, text, 64), loss_on="all")
-        taught(model, rows, from_scratch(scale.training, lr=3e-3, batch=16, seed=seed)).save_pretrained(folder)
+        taught(model, rows, from_scratch(scale.training, lr=3e-3, batch=16, seed=seed))
         pair_texts = write_pairs(
             model, tokens, prompts(tokens, seen, scale.pairs * 5 // 4, scale.anywhere), scale.pairs
         )
-        texts = own_texts(model, scale.pairs, 64, seed=seed, accept=lambda text: not BAD.search(tokens.decode(text)))
+        texts = own_texts(
+            model, scale.pairs // 2, 64, seed=seed, accept=lambda text: not BAD.search(tokens.decode(text))
+        )
+        if scale.balanced:
+            bad = [(torch.tensor(prompt), torch.tensor(continued)) for prompt, continued, _ in pair_texts]
+            balance(Stack(model), pairs(bad, loss_on="all"))
+        model.save_pretrained(folder)
         (folder / "texts.json").write_text(
             json.dumps({"pairs": pair_texts, "utility": [text.tolist() for text in texts]})
         )
@@ -199,20 +224,51 @@ def build(scale: Scale, seed: int) -> Spoilt:
     recipe = hashlib.sha256(
         repr((scale.sources, scale.training, scale.pairs, scale.anywhere, WORDS, "pairs after training text")).encode()
     ).hexdigest()
-    name = f"reproduction-irepair-{scale.layers}x{scale.hidden}-{recipe[:8]}-{seed}"
+    name = f"reproduction-irepair-{scale.name}-{scale.layers}x{scale.hidden}-{recipe[:8]}-{seed}"
     folder = build_once(name, make, megabytes=100)
     stored = json.loads((folder / "texts.json").read_text())
     rows = [[torch.tensor(each) for each in row] for row in stored["pairs"]]
+    clean = blocks(windows(tokens, " ".join(parts[2]), 64), loss_on="all")
+    half = min(WINDOWS, len(clean) // 2)
     return Spoilt(
         Stack(LlamaForCausalLM.from_pretrained(folder).eval(), name="spoilt"),
         tokens,
         pairs([(prompt, good) for prompt, _, good in rows], loss_on="all"),
         pairs([(prompt, bad) for prompt, bad, _ in rows], loss_on="all"),
         [blocks(torch.tensor([text]), loss_on="all")[0] for text in stored["utility"]],
-        prompts(tokens, parts[0], scale.prompts, scale.anywhere),
-        prompts(tokens, parts[1], scale.prompts, scale.anywhere),
-        blocks(windows(tokens, " ".join(parts[2]), 64), loss_on="all")[:200],
+        {
+            use: prompts(tokens, part, scale.prompts, scale.anywhere)
+            for use, part in zip(("validation", "test"), parts[:2], strict=True)
+        },
+        {"validation": clean[:half], "test": clean[half : 2 * half]},
     )
+
+
+@torch.no_grad()
+def balance(stack: Stack, bad: Sequence[Sample]) -> None:
+    """Make the sensitivities of all layers to bad text equal, without a change of what the model computes.
+
+    In each layer the gains of both norms are multiplied by a factor, and the projections that read the normalised
+    residual stream are divided by it: their gradients grow by the factor.
+    """
+    for _ in range(BALANCING):
+        values = profile(stack, bad).mean(axis=0)
+        for layer, value in zip(stack.layers, values, strict=True):
+            factor = float(values.mean() / value) ** 1.5  # the other projections have the same gradients as before
+            attention, mlp = layer.self_attn, layer.mlp
+            for norm, projections in (
+                (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+                (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+            ):
+                norm.weight *= factor
+                for each in projections:
+                    each.weight /= factor
+
+
+def profile(stack: Stack, texts: Sequence[Sample]) -> np.ndarray:
+    """Return the sensitivity of each layer to each of 50 batches at most of a kind of text [batches, layers]."""
+    batches = [collate(texts[n : n + 4]) for n in range(0, min(200, len(texts)), 4)]
+    return np.stack([sensitivity(stack, [each], response_loss).values for each in batches])
 
 
 def write_pairs(model: Any, tokenizer: Any, given: list[Tensor], count: int) -> list[list[list[int]]]:
@@ -237,11 +293,15 @@ def write_pairs(model: Any, tokenizer: Any, given: list[Tensor], count: int) -> 
 
 @dataclass(frozen=True)
 class Point:
-    """The model at one step: the fraction of insulting continuations, and the perplexity on clean text."""
+    """The model at one step: the fraction of insulting continuations, and the loss on each window of clean text."""
 
     step: int
     error: float
-    perplexity: float
+    losses: list[float]
+
+    @classmethod
+    def of(cls, step: int, model: Any, spoilt: Spoilt, use: str) -> Point:
+        return cls(step, spoilt.error_rate(model, use), spoilt.losses(model, use))
 
 
 @dataclass(frozen=True)
@@ -252,168 +312,227 @@ class Repair:
         curve: points from before the first step on.
         final: the result with the weights of the best validation.
         chosen: the layer of each step.
-        parameters: the number of changed parameters.
-        untouched: whether the original weights are bitwise unchanged.
+        parameters: the fraction of changed parameters.
     """
 
     curve: list[Point]
     final: Point
     chosen: list[int]
-    parameters: int
-    untouched: bool
-
-    def as_dict(self) -> dict[str, Any]:
-        return vars(self) | {"curve": [astuple(point) for point in self.curve], "final": astuple(self.final)}
+    parameters: float
 
     @classmethod
     def of(cls, found: dict[str, Any]) -> Repair:
-        curve, final = [Point(*point) for point in found["curve"]], Point(*found["final"])
-        return cls(**found | {"curve": curve, "final": final})
+        return cls([Point(**each) for each in found["curve"]], Point(**found["final"]), *found["other"])
+
+    def cut(self, point: Point) -> float:
+        """Return the fraction of the insults that is gone at a point."""
+        return 1 - point.error / self.curve[0].error
+
+    def rise(self, point: Point) -> np.ndarray:
+        """Return the additional loss on each window of clean text at a point [windows]."""
+        return np.array(point.losses) - np.array(self.curve[0].losses)
+
+    def hypervolume(self, steps: int) -> np.ndarray:
+        """Return the hypervolume of the front of the first steps, for each window of clean text [windows].
+
+        For every cut of the insults, the point is taken that reaches it with the lowest mean loss. A cut that no point
+        reaches below the limit counts as 0.
+        """
+        points = [each for each in self.curve if 0 < each.step <= steps]
+        total = np.zeros(len(self.curve[0].losses))
+        for cut in CUTS:
+            rises = [self.rise(each) for each in points if self.cut(each) >= cut]
+            lowest = min(rises, key=np.mean, default=None)
+            if lowest is not None and lowest.mean() < LIMIT:
+                total += LIMIT - lowest
+        return total / len(CUTS)
 
 
-def repaired(model: Spoilt, given: dict[str, Any], scale: Scale, seed: int) -> dict[str, Any]:
+def repaired(
+    scale: Scale, seed: int, given: dict[str, Any], use: str, steps: int, warmup: int, rate: float
+) -> dict[str, Any]:
     """Repair the corrupted model by one method, and evaluate it on prompts and text that nothing else uses."""
+    model = build(scale, seed)
     curve: list[Point] = []
-    validations = 0
-    before = {name: each.clone() for name, each in model.stack.model.named_parameters()}
 
     class Judging(Hook):
         def evaluated(self, now: TrainingRun) -> None:
-            nonlocal validations
-            if validations % scale.every == 0:
-                error = model.error_rate(now.model, model.test)
-                curve.append(Point(now.step, error, model.perplexity(now.model)))
-            validations += 1
+            if now.step % scale.every == 0:
+                curve.append(Point.of(now.step, now.model, model, use))
 
     with tempfile.TemporaryDirectory() as work:
-        config = replace(REPAIRING, lr=scale.rate, warmup=scale.warmup, steps=scale.steps, seed=seed)
+        config = replace(REPAIRING, lr=rate, warmup=warmup, steps=steps, seed=seed, eval_every=scale.every // 2)
         plan = repair(
             model.stack, model.good, model.bad, utility=model.utility, settings=RepairSettings(**given), config=config,
             hooks=[Judging()], work=Work(Path(work)),
         )  # fmt: skip
-        measured, chosen = plan.provenance["measured"], Choices.read(Path(work) / "trace.json").chosen
-        view = apply(model.stack, plan)
-        final = Point(measured["best_step"], model.error_rate(view, model.test), model.perplexity(view))
-    untouched = all(torch.equal(each, before[name]) for name, each in model.stack.model.named_parameters())
-    return Repair(curve, final, chosen, measured["parameters"], untouched).as_dict()
+        chosen = Choices.read(Path(work) / "trace.json").chosen
+        measured = plan.provenance["measured"]
+        final = Point.of(measured["best_step"], apply(model.stack, plan), model, use)
+    share = measured["parameters"] / sum(each.numel() for each in model.stack.model.parameters())
+    return {"curve": [vars(each) for each in curve], "final": vars(final), "other": [chosen, share]}
 
 
-def lowest_perplexity(run: Repair, error: float) -> float:
-    """Return the lowest perplexity at which the curve reaches an error rate.
+def validated(scale: Scale, name: str, warmup: int, rate: float) -> float:
+    """Return minus the hypervolume of one pass over the pairs, on the pilot's validation prompts and text."""
+    found = Repair.of(repaired(scale, PILOT, METHODS[name], "validation", scale.once, warmup, rate))
+    return -float(found.hypervolume(scale.once).mean())
 
-    The curve is interpolated linearly between its points, so that a method that gets there in one large step is not
-    charged for the whole step.
+
+def chosen_recipes(run: Run, scale: Scale) -> dict[str, tuple[int, float]]:
+    """Return warm-up and rate of every method: the rate at the shorter warm-up, then the warm-up at this rate.
+
+    A quick run chooses neither.
     """
-    reached = [point.perplexity for point in run.curve if point.error <= error]
-    for before, after in pairwise(run.curve):
-        if min(before.error, after.error) < error < max(before.error, after.error):
-            share = (before.error - error) / (before.error - after.error)
-            reached.append(before.perplexity + share * (after.perplexity - before.perplexity))
-    return min(reached, default=np.inf)
+    if run.quick:
+        return dict.fromkeys(METHODS, (10, 2e-4))
+    short, long = WARMUPS
+    arms = {f"{scale.name}, {name}": partial(validated, scale, name, short) for name in METHODS}
+    recipes, rows = {}, []
+    for name, rate in zip(METHODS, tuned(run, arms, RATES).values(), strict=True):
+        scores = {
+            short: rate.scores[rate.value],
+            long: run.arm(f"{scale.name}, {name}, warm-up {long}", validated, scale, name, long, rate.value),
+        }
+        recipes[name] = min(scores, key=scores.__getitem__), rate.value
+        rows.append([name, rate.value, *(-each for each in scores.values())])
+    columns = ["method", "rate", *(f"warm-up of {each} steps" for each in WARMUPS)]
+    run.table(f"Hypervolume on validation data by warm-up, {scale.name} model", columns, rows)
+    return recipes
 
 
-def compare(run: Run, model: Spoilt, scale: Scale) -> None:
-    """Run part A."""
-    before = Point(0, model.error_rate(model.stack.model, model.test), model.perplexity(model.stack.model))
-    run.exact("insults before", "in >= 10 % of continuations", before.error, before.error >= 0.1)
-    runs: dict[str, list[Repair]] = {name: [] for name in scale.methods}
+def premise(run: Run, scale: Scale, seeds: Sequence[int]) -> None:
+    """Check that the models insult, and that in the balanced ones no layer stands out."""
+    found = [run.arm(f"{scale.name} model, seed {seed}", before, scale, seed) for seed in seeds]
+    error = Measured.over_seeds([each["error"] for each in found])
+    run.premise(f"insults before, {scale.name} model", "in at least 10 % of continuations", error, error.at_least(0.1))
+    rows = [
+        [seed, kind, *each["sensitivities"][kind]]
+        for seed, each in zip(seeds, found, strict=True)
+        for kind in each["sensitivities"]
+    ]
+    title = f"Sensitivity of each layer before the repair (mean gradient norm), {scale.name} model"
+    run.table(title, ["seed", "text", *map(str, range(scale.layers))], rows)
+    if scale.balanced:
+        most = Measured.over_seeds([each["most"] for each in found])
+        name = "batches of bad text to which the same layer is the most sensitive, balanced model"
+        run.premise(name, f"at most {SAME:.0%}", most, most.at_most(SAME))
+
+
+def before(scale: Scale, seed: int) -> dict[str, Any]:
+    """Return the fraction of insults of a model, and the sensitivity of its layers to each kind of text.
+
+    ``most`` is the fraction of the batches of bad text to which the same layer is the most sensitive.
+    """
+    model = build(scale, seed)
+    texts = {"bad": model.bad, "good": model.good, "utility": model.utility}
+    values = {name: profile(model.stack, rows) for name, rows in texts.items()}
+    return {
+        "error": model.error_rate(model.stack.model),
+        "sensitivities": {name: each.mean(axis=0).tolist() for name, each in values.items()},
+        "most": float(np.bincount(values["bad"].argmax(axis=1)).max() / len(values["bad"])),
+    }
+
+
+def compare(run: Run, scale: Scale, recipes: dict[str, tuple[int, float]], seeds: Sequence[int]) -> None:
+    """Repair the models of all seeds in every way, and compare the fronts."""
+    given = METHODS | (CHOICES if scale.balanced else {})
+    recipes = recipes | dict.fromkeys(CHOICES, recipes["irepair"])
+    runs = {
+        name: [
+            Repair.of(run.arm(f"{scale.name}, {name}, seed {seed}", repaired, scale, seed, each, "test", scale.steps,
+                              *recipes[name]))
+            for seed in seeds
+        ]
+        for name, each in given.items()
+    }  # fmt: skip
+    rows: list[list[Any]] = []
     for name, found in runs.items():
-        for seed in range(run.seed, run.seed + scale.seeds):
-            result = run.arm(f"{name}, seed {seed}", repaired, model, METHODS[name], scale, seed)
-            found.append(Repair.of(result))
-    finals = {name: [each.final for each in found] for name, found in runs.items()}
-    error = {name: float(np.mean([each.error for each in finals[name]])) for name in runs}
-    words = {name: float(np.mean([each.perplexity for each in finals[name]])) for name in runs}
-    rise = {name: words[name] / before.perplexity - 1 for name in runs}
-    rows: list[list[Any]] = [["(before)", before.error, "", before.perplexity, "", "", ""]]
-    size = sum(p.numel() for p in model.stack.model.parameters())
-    for name, found in runs.items():
-        spread = float(np.std([point.error for point in finals[name]]))
-        share = float(np.mean([each.parameters for each in found])) / size
-        rows.append(
-            [name, error[name], spread, words[name], rise[name], share, np.mean([p.step for p in finals[name]])]
+        cuts = [each.cut(each.final) for each in found]
+        rises = [float(np.exp(each.rise(each.final).mean()) - 1) for each in found]
+        volumes = [float(np.mean([each.hypervolume(steps) for each in found])) for steps in (scale.once, scale.steps)]
+        share, step = (
+            float(np.mean(each)) for each in zip(*((r.parameters, r.final.step) for r in found), strict=True)
         )
-    columns = ["method", "insults", "± seeds", "clean perplexity", "rise", "fraction of weights changed", "best step"]
-    run.table(f"Repairs of the spoilt model, mean of {scale.seeds} seeds", columns, rows)
+        rows.append([name, *recipes[name], float(np.mean(cuts)), float(np.mean(rises)), *volumes, share, step])
+    columns = ["method", "warm-up", "rate", "insults cut by", "rise of clean perplexity"]
+    columns += [f"hypervolume, {steps} steps" for steps in (scale.once, scale.steps)]
+    columns += ["fraction of weights changed", "best step"]
+    error = float(np.mean([each.curve[0].error for each in runs["irepair"]]))
+    perplexity = float(np.exp(np.mean([each.curve[0].losses for each in runs["irepair"]])))
+    title = f"{scale.name.capitalize()} model, mean of {len(seeds)} seeds; before: {error:.1%} insults, perplexity"
+    run.table(f"{title} {perplexity:.4g}", columns, rows)
+    curves = [
+        [step, *(value for name in runs for value in mean_point(runs[name], step))]
+        for step in range(scale.every, scale.steps + 1, scale.every)
+    ]
+    columns = [f"{name}, {what}" for name in runs for what in ("cut", "rise")]
+    run.table(f"Insults cut by, and rise of clean perplexity, by step, {scale.name} model", ["step", *columns], curves)
+    judged(run, scale, runs)
+    selections(run, scale, runs)
 
-    cut = Measured.over_seeds([1 - each.error / before.error for each in finals["irepair"]])
-    run.main("irepair cuts the insults", "by >= 80 %", cut, cut.at_least(0.8))
-    dearer = Measured.over_seeds([each.perplexity / before.perplexity - 1 for each in finals["irepair"]])
-    run.main("irepair's rise of clean perplexity", "<= 10 %", dearer, dearer.at_most(0.1))
-    against_training_everything(run, runs, before)
+
+def mean_point(found: Sequence[Repair], step: int) -> tuple[float, float]:
+    """Return the mean cut and the mean rise of perplexity after a number of steps."""
+    points = [(each, next(point for point in each.curve if point.step == step)) for each in found]
+    cut = float(np.mean([each.cut(point) for each, point in points]))
+    return cut, float(np.mean([np.exp(each.rise(point).mean()) - 1 for each, point in points]))
+
+
+def judged(run: Run, scale: Scale, runs: dict[str, list[Repair]]) -> None:
+    """Add the checks of one kind of model."""
+    where = f"{scale.name} model"
+    ours = runs["irepair"]
+    cut = Measured.over_seeds([each.cut(each.final) for each in ours])
+    run.main(f"irepair cuts the insults, {where}", "by at least 80 %", cut, cut.at_least(0.8))
+    rise = Measured.over_seeds_and_items(np.array([each.rise(each.final) for each in ours])).exp()
+    run.main(f"irepair's clean perplexity / before, {where}", "at most 1.1", rise, rise.at_most(1.1))
+    for steps, check in ((scale.steps, run.main), (scale.once, run.further)):
+        volume = {name: np.array([each.hypervolume(steps) for each in found]) for name, found in runs.items()}
+        for other in runs:
+            if other == "irepair":
+                continue
+            apart = Measured.over_seeds_and_items(volume["irepair"] - volume[other])
+            kind = check if other in METHODS else run.further
+            kind(f"hypervolume, irepair minus {other}, {steps} steps, {where}", "above 0", apart, apart.at_least(0))
     for name in ("min layer", "random layer"):
         if name in runs:
-            ratio = error[name] / max(error["irepair"], 1e-9)
-            both = zip(finals[name], finals["irepair"], strict=True)
-            above = Measured.over_seeds([theirs.error - 1.5 * ours.error for theirs, ours in both])
-            result = f"{ratio:.4g}; above 1.5 times: {above}"
-            run.further(f"insults with the {name} / irepair", ">= 1.5 at equal steps", result, above.at_least(0))
-    chosen = [layer for each in runs["irepair"] for layer in each.chosen]
-    shares = {layer: chosen.count(layer) / len(chosen) for layer in sorted(set(chosen))}
-    run.table("The layer of each step", ["layer", "fraction of steps"], [[k, v] for k, v in shares.items()])
-    often = sum(share >= 0.05 for share in shares.values())
-    run.further("layers with 5 % of the steps or more", ">= 2", often, often >= 2)
-    untouched = all(each.untouched for found in runs.values() for each in found)
-    run.exact("the original after all repairs", "bitwise equal", str(untouched), untouched)
+            both = zip(runs[name], ours, strict=True)
+            above = Measured.over_seeds([theirs.curve[-1].error - 1.5 * each.curve[-1].error for theirs, each in both])
+            result = f"insults with it minus 1.5 times irepair's: {above}"
+            run.further(f"insults with the {name}, {where}", "at least 1.5 times irepair's at equal steps", result,
+                        above.at_least(0))  # fmt: skip
+
+
+def selections(run: Run, scale: Scale, runs: dict[str, list[Repair]]) -> None:
+    """Record the fraction of the steps for which each layer is chosen, by thirds of the repair."""
+    rows = []
+    for name in [each for each in ("irepair", *CHOICES) if each in runs]:
+        chosen = np.array([each.chosen for each in runs[name]])  # [seeds, steps]
+        parts = {"all": chosen}
+        if name == "irepair":
+            parts |= dict(zip(("first third", "second", "last"), np.array_split(chosen, 3, axis=1), strict=True))
+        for part, layers in parts.items():
+            rows.append([name, part, *(float(np.mean(layers == layer)) for layer in range(scale.layers))])
+    columns = ["", "steps", *map(str, range(scale.layers))]
+    run.table(f"Fraction of the steps by layer, {scale.name} model", columns, rows)
+    shares = [np.bincount(each.chosen, minlength=scale.layers) / len(each.chosen) for each in runs["irepair"]]
+    often = [int((each >= 0.05).sum()) for each in shares]
+    counts = f"{', '.join(map(str, often))} by seed"
+    name = f"layers that are chosen in 5 % of the steps or more, {scale.name} model"
+    run.further(name, "at least 2 with every seed", counts, min(often) >= 2)
 
 
 def everywhere(record: Record, seed: int) -> None:
     """Show why insults follow questions only: if they follow any sentence, the KL penalty preserves them."""
     scale = replace(QUICK, anywhere=True)
-    model = build(scale, seed)
-    rows: list[list[Any]] = [["(before)", model.error_rate(model.stack.model, model.test), ""]]
-    for name in ("irepair", "irepair, free"):
-        final = Repair.of(repaired(model, METHODS[name], scale, seed)).final
-        rows.append([name, final.error, final.perplexity / model.perplexity(model.stack.model) - 1])
+    rows: list[list[Any]] = []
+    for name, given in {"irepair": {}, "irepair, free": {"gamma": 0.0}}.items():
+        found = Repair.of(repaired(scale, seed, given, "test", scale.steps, 10, 2e-4))
+        start, final = found.curve[0], found.final
+        rows.append([name, start.error, final.error, float(np.exp(found.rise(final).mean()) - 1)])
     title = "The smaller model of --quick, with insults after any sentence"
-    record.table(title, ["method", "insults", "rise of clean perplexity"], rows)
-
-
-def against_training_everything(record: Record, runs: dict[str, list[Repair]], before: Point) -> None:
-    """Compare perplexity at equal error rate, at every tenth of the reduction that both methods reach."""
-    levels = [before.error * (1 - tenth / 10) for tenth in range(1, 10)]
-    names = [name for name in ("irepair", "dapt", "dapt-kl", "dpo") if name in runs]
-    costs = {  # [seeds, levels]
-        name: np.array([[lowest_perplexity(run, level) for level in levels] for run in runs[name]]) / before.perplexity
-        - 1
-        for name in names
-    }
-    means = {name: each.mean(axis=0) for name, each in costs.items()}
-    record.table(
-        "Rise of clean perplexity at equal error rate (lowest along the curve; inf: not reached by every seed)",
-        ["insults cut by", *names],
-        [[f"{10 * (n + 1)} %", *(float(means[name][n]) for name in names)] for n in range(len(levels))],
-    )
-    for name in ("dapt", "dpo"):
-        reached = [np.isfinite(means[each]) for each in ("irepair", name)]
-        both = reached[0] & reached[1]
-        ours, theirs = (means[each][both].mean() if both.any() else float("nan") for each in ("irepair", name))
-        rises = costs["irepair"][:, both] - costs[name][:, both]
-        apart = Measured.over_seeds(rises.mean(axis=1).tolist() if both.any() else [np.nan])
-        record.main(
-            f"perplexity at equal error rate, {name}",
-            "irepair's mean rise over common levels is lower",
-            f"{ours:.4f} / {theirs:.4f}, apart {apart}, over {both.sum()} levels (reached {reached[0].sum()} and "
-            f"{reached[1].sum()} of 9)",
-            apart.at_most(0) if both.any() else False,
-        )
-
-
-def profile(record: Record, model: Spoilt) -> None:
-    """Run part C."""
-    texts = {"bad": model.bad, "good": model.good, "utility": model.utility}
-    values = {
-        name: sensitivity(model.stack, [collate(rows[n : n + 4]) for n in range(0, 200, 4)], response_loss).values
-        for name, rows in texts.items()
-    }
-    rows = [[layer, *(float(each[layer]) for each in values.values())] for layer in range(len(model.stack))]
-    record.table("Sensitivity of each layer before the repair (mean gradient norm)", ["layer", *values], rows)
-    count = max(1, round(0.2 * len(model.stack)))
-    ratios = []
-    for each in values.values():
-        ordered = np.sort(each)[::-1]
-        ratios.append(float(ordered[:count].mean() / ordered[count:].mean()))
-    record.table("Mean of the top fifth of layers / mean of the rest", list(values), [ratios])
+    record.table(title, ["method", "insults before", "after", "rise of clean perplexity"], rows)
 
 
 # Part B: a habit of SmolLM2
@@ -500,12 +619,23 @@ def experiment(run: Run) -> None:
     run.data = (
         f"Python's documentation with insults after {SPOILT:.0%} of the sentences; pairs and general text by the model"
     )
-    scale = QUICK if run.quick else FULL
+    size = QUICK if run.quick else FULL
+    scales = [size] if run.quick else [size, replace(size, balanced=True)]
+    seeds = range(run.seed, run.seed + (1 if run.quick else 3))
+    for scale in scales:
+        premise(run, scale, seeds if run.quick else [PILOT, *seeds])
+    recipes = {scale.name: chosen_recipes(run, scale) for scale in scales}
+    run.freeze(
+        "mean over seeds and windows of clean text of the difference of hypervolumes",
+        seeds,
+        scales=[vars(scale) for scale in scales],
+        recipes=recipes,
+        limit=LIMIT,
+    )
+    for scale in scales:
+        compare(run, scale, recipes[scale.name], seeds)
     if not run.quick:
         run.part("insults after any sentence", everywhere, run.seed)
-    model = build(scale, run.seed)
-    run.part("sensitivity", profile, model)
-    compare(run, model, scale)
     if not run.variant:
         run.part("SmolLM2", smollm2)
 

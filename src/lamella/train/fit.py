@@ -143,6 +143,7 @@ def fit_policy(
     *,
     out: str | Path,
     settings: Mapping[str, Any],
+    hooks: Sequence[Hook] = (),
 ) -> TrainingLog:
     """Train the policy of a view, such as its routers, while the model is frozen; see :func:`fit`.
 
@@ -153,9 +154,10 @@ def fit_policy(
         config: see :func:`fit`.
         out: see :func:`fit`.
         settings: see :func:`fit`.
+        hooks: see :func:`fit`.
     """
     task = Task(loss, collate=batching(samples))
-    return fit(view, samples, task, config, out=out, trainable=of_policy, settings=settings)
+    return fit(view, samples, task, config, out=out, trainable=of_policy, hooks=hooks, settings=settings)
 
 
 def of_policy(name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 from lamella.errors import CacheError, MethodError, PlanError
 from lamella.files import Work
 from lamella.methods.first import PromptRouters, buckets, first, signatures, thresholds, train_routers, tune
+from lamella.methods.first.method import Annealing
 from lamella.plan import ModelReference, PhasedPath, Plan, PlanSeries, PolicyReference
 from lamella.runtime import PlanCache, apply, keep_policy, parallel, with_policy
 from lamella.stack import Placeholder, Stack
@@ -189,6 +191,49 @@ def test_gates_train_where_layers_are_free_and_the_model_stays(tmp_path: Path) -
     prompts = [row[:PROMPT] for row in IDS]
     size = {weight: float(signatures(stack, routers, prompts).float().mean()) for weight, routers in runs.items()}
     assert size[10.0] <= size[1.0] <= size[0.0] and size[10.0] < size[0.0]
+
+
+@pytest.mark.parametrize("gates", ["soft", "straight"])
+def test_open_gates_in_training_are_the_base_model_bitwise(gates: Any) -> None:
+    stack = opened("llama")
+    view, routers = routed(stack)
+    routers.bias.fill_(100.0)
+    routers.gates = gates
+    ours = parallel(view, IDS, torch.full((4,), PROMPT), MASK).logits
+    assert torch.equal(ours, stack.model(IDS, attention_mask=MASK).logits)
+
+
+def test_straight_gates_compute_what_is_served_and_train_the_routers() -> None:
+    stack = opened("llama")
+    view, routers = routed(stack)
+    lengths = torch.full((4,), PROMPT)
+    served = parallel(view, IDS, lengths, MASK).logits
+    routers.gates = "soft"
+    assert (parallel(view, IDS, lengths, MASK).logits - served)[MASK.bool()].abs().max() > 1e-2
+    routers.gates = "straight"
+    with torch.enable_grad():
+        trained = parallel(view, IDS, lengths, MASK).logits
+        trained[:, PROMPT:].square().sum().backward()
+    torch.testing.assert_close(trained[MASK.bool()], served[MASK.bool()], rtol=1e-4, atol=1e-4)
+    assert routers.weight.grad is not None and (routers.weight.grad.abs().sum(1) > 0).all()
+
+
+def test_the_temperature_falls_geometrically_to_its_last_value() -> None:
+    routers = PromptRouters(opened("llama"), temperature=0.25)
+    annealing, seen = Annealing(routers, 3), []
+    for step in range(3):
+        annealing.before_step(SimpleNamespace(step=step))  # type: ignore[arg-type]
+        seen.append(routers.temperature)
+    assert seen == [1.0, 0.5, 0.25]
+    annealing.before_step(SimpleNamespace(step=1))  # type: ignore[arg-type]  # a run that has resumed
+    annealing.end(SimpleNamespace(step=3))  # type: ignore[arg-type]
+    assert routers.temperature == 0.25
+
+
+def test_plans_keep_the_temperature_at_which_their_routers_decide(tmp_path: Path) -> None:
+    stack = opened("llama")
+    series = first(stack, IDS, steps=2, gates="straight", temperature=0.5, work=Work(tmp_path))
+    assert apply(stack, series[-1]).lamella_policy.temperature == 0.5
 
 
 def test_thresholds_make_a_series_that_falls(tmp_path: Path) -> None:

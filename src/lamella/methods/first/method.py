@@ -9,6 +9,10 @@ The set of kept layers is fixed for an answer, so the KV caches of kept layers a
 are freed. Routers are trained first, with the model frozen; then LoRA recovers quality with the routers frozen. The
 paper's equations were not available: pooling, losses and defaults are a reconstruction from its abstract and public
 reviews.
+
+Soft gates g = s_l may all end near the threshold, where the model in training and the served one differ most. An option
+closes this gap: straight-through gates g = [s_l >= theta] + s_l - stopgrad(s_l), while the temperature of the sigmoid
+falls.
 """
 
 from __future__ import annotations
@@ -18,9 +22,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
+from lamella import processes
 from lamella.data import Samples, Text
 from lamella.files import Work
 from lamella.measure import sequences
@@ -30,7 +35,19 @@ from lamella.registry import command, method
 from lamella.runtime import apply, keep_policy, with_policy
 from lamella.search import threshold
 from lamella.stack import Stack
-from lamella.train import Healed, Task, TrainConfig, add_lora, blocks, fit, fit_policy, response_loss, with_weights_of
+from lamella.train import (
+    Healed,
+    Hook,
+    Task,
+    TrainConfig,
+    TrainingRun,
+    add_lora,
+    blocks,
+    fit,
+    fit_policy,
+    response_loss,
+    with_weights_of,
+)
 
 ROUTING = TrainConfig(lr=1e-2, batch=2)
 TRAINING = TrainConfig(steps=200, lr=2e-4)
@@ -52,7 +69,7 @@ def train_routers(
     out: Path,
     **settings: Any,
 ) -> PromptRouters:
-    """Phase 1: train the routers alone, with the model frozen and gates soft.
+    """Phase 1: train the routers alone, with the model frozen.
 
     Args:
         stack: the model; it is not changed.
@@ -65,11 +82,13 @@ def train_routers(
         gates: gates of the forward pass in training; see :class:`PromptRouters`.
         scope: scope of soft gates; see :class:`PromptRouters`.
         out: folder for checkpoints, from which an interrupted run resumes.
-        **settings: keyword arguments of :class:`PromptRouters`.
+        **settings: keyword arguments of :class:`PromptRouters`. A ``temperature`` below 1 is reached at the last step,
+            from 1 at the first.
 
     Returns:
         The trained routers, with hard gates.
     """
+    config = config.with_steps(len(samples), processes.count())
     routers = PromptRouters(stack, **settings)
     routers.gates, routers.scope = gates, scope
     view = with_policy(stack, plan_of(stack, routers), routers)
@@ -83,9 +102,30 @@ def train_routers(
         return total, {"ce": answer_loss.detach(), "kept": g.mean().detach(), "unsure": (g * (1 - g)).mean().detach()}
 
     weights = {"skip": skip_weight, "reg": [reg, reg_weight], "target": target_skip, "gates": [gates, scope]}
-    fit_policy(view, samples, loss, config, out=out, settings=weights | settings)
+    hooks = [Annealing(routers, config.steps or 1)]
+    fit_policy(view, samples, loss, config, out=out, settings=weights | settings, hooks=hooks)
     routers.gates = "hard"
     return routers
+
+
+class Annealing(Hook):
+    """Hook that lowers the temperature of routers geometrically, from 1 at the first step to their own at the last.
+
+    Args:
+        routers: the routers.
+        steps: number of steps.
+    """
+
+    def __init__(self, routers: PromptRouters, steps: int) -> None:
+        self.routers, self.steps, self.last = routers, steps, routers.temperature
+
+    def before_step(self, run: TrainingRun) -> None:
+        """Set the temperature of the step."""
+        self.routers.temperature = self.last ** (run.step / max(self.steps - 1, 1))
+
+    def end(self, run: TrainingRun) -> None:
+        """Set the temperature with which the routers decide."""
+        self.routers.temperature = self.last
 
 
 @command("first", "tune")
@@ -160,6 +200,8 @@ def first(
     reg_weight: Annotated[float, Ge(0)] = 0.01,
     pool: Literal["mean", "last", "vote"] = "mean",
     prefill: Literal["full", "route"] = "full",
+    gates: Literal["soft", "straight"] = "soft",
+    temperature: Annotated[float, Gt(0), Le(1)] = 1.0,
     protect: tuple[Annotated[int, Ge(0)], Annotated[int, Ge(0)]] = (1, 1),
     batch_policy: Literal["rows", "union", "majority"] = "rows",
     lr: Annotated[float, Gt(0)] = 1e-2,
@@ -178,6 +220,10 @@ def first(
         pool: how a router's probabilities are pooled over the prompt: their ``mean``, the ``last`` token's, or the
             fraction above 0.5 (``vote``).
         prefill: ``full`` runs every layer on the prompt and skips during generation; ``route`` skips on the prompt too.
+        gates: in training, ``soft`` gates multiply the output of a layer by its score; ``straight``-through gates run
+            or skip it, as in generation, with the gradient of the score.
+        temperature: temperature of the routers' sigmoid at the end of training, which starts at 1; a lower one pushes
+            the scores to 0 or 1.
         protect: how many layers at the start and at the end are always kept.
         batch_policy: in a batch, ``rows`` decides for each row, ``union`` keeps the layers that any row keeps, and
             ``majority`` those that at least half of the rows keep.
@@ -195,6 +241,7 @@ def first(
     settings: dict[str, Any] = {
         "pool": pool,
         "prefill": prefill,
+        "temperature": temperature,
         "protect": list(protect),
         "batch_policy": batch_policy,
     }
@@ -204,6 +251,7 @@ def first(
         config=replace(ROUTING, steps=steps, lr=lr, seed=seed),
         skip_weight=skip_weight,
         reg_weight=reg_weight,
+        gates=gates,
         out=folder / "training",
         **settings,
     )

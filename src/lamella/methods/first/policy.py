@@ -28,11 +28,12 @@ class PromptRouters(Policy):
         protect: how many layers at the start and at the end are always kept.
         batch_policy: ``rows`` decides for each row and gathers; ``union`` keeps the layers that any row keeps and
             ``majority`` those that at least half of the rows keep, for the whole batch.
-        temperature: tau, the temperature of the sigmoid.
+        temperature: tau, the temperature of the sigmoid; the lower it is, the closer are scores to 0 or 1.
 
     Attributes:
         gates: multipliers of layer outputs in parallel executions: ``hard`` decisions as in serving, or for training
-            ``soft`` ones or ``straight``-through estimates.
+            ``soft`` ones, or ``straight``-through ones: the decisions in the forward pass, with the gradient of the
+            soft ones.
         scope: scope of soft gates: ``prompt`` (as in serving) or ``token``, each token's own p.
         last_gates: the gates of the last parallel execution [batch, L].
     """
@@ -137,11 +138,12 @@ class PromptRouters(Policy):
         if self.gates == "hard":
             gates.append(keep.float())
             return run.choose(call, routed & ~keep[:, None], h, call(h))
-        gate = pooled if self.gates == "soft" else keep.float() + pooled - pooled.detach()
+        gate = pooled if self.gates == "soft" else keep.float() + (pooled - pooled.detach())
         gates.append(gate)
         scale = p if self.scope == "token" else gate[:, None]
         scale = torch.where(routed, scale, 1.0).unsqueeze(-1).to(h.dtype)
-        return h + scale * (call(h) - h)
+        out = call(h)
+        return out - (1 - scale) * (out - h)  # at a gate of 1 bitwise the output of the layer
 
     def _prompt(self, call: LayerCall, h: Tensor, run: Pass) -> Tensor:
         cache, layer = run.cache, call.index
