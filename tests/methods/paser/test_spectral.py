@@ -63,6 +63,15 @@ def test_more_pieces_than_can_be_distinguished_make_as_many_clusters_as_may_be()
     assert spectral_clusters(points, most=6, neighbours=10).labels.max() + 1 == 6
 
 
+@pytest.mark.parametrize("given", [None, 3])
+def test_more_pieces_than_clusters_are_joined_with_their_nearest(given: int | None) -> None:
+    generator = np.random.default_rng(0)
+    pieces = np.concatenate([12.0 * np.eye(3, 8).repeat(4, axis=0) + 2 * np.tile(np.eye(4, 8, 3), (3, 1))])
+    points = pieces.repeat(30, axis=0) + 0.3 * generator.normal(size=(360, 8))
+    found = spectral_clusters(points, given, most=8, neighbours=10)
+    assert accuracy(found.labels, np.repeat(range(3), 120)) == 1
+
+
 @pytest.mark.parametrize(("points", "count"), [(2, None), (5, 5), (5, 0)])
 def test_too_few_points_are_refused(points: int, count: int | None) -> None:
     with pytest.raises(LamellaError, match="give more points"):
