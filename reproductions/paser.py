@@ -1,12 +1,13 @@
-"""PASER at small scale: character-level Llamas with five skills, of which a cut damages one, and SmolLM2.
+"""PASER at small scale: character-level Llamas with five skills, of which a cut damages one or two, and SmolLM2.
 
-The main claim is that the selection heals better than a random one of equal size in equal steps, in a pool in which the
-lost skill is rare, so that choosing matters: the premise is that training on it alone is better than on random samples.
-The learning rate of every arm is tuned. Other arms have true skills as clusters, other clusters, no concepts, or the
-whole pool. Further checks are clusters of real instructions, and whether damage ranks skills like their lost accuracy.
+The main claim is that the selection heals better than a random one of equal size in equal steps, in a pool in which
+damaged skills are rare, so that choosing matters: the premise is that training on them alone is better than on random
+samples. The learning rate of every arm is tuned. Other arms have true skills as clusters, other clusters, no concepts,
+or the whole pool. Further checks are clusters of real instructions, whether damage ranks skills like their lost
+accuracy, whether wrong answers are chosen, and a selection for SmolLM2.
 
-    python reproductions/paser.py            # about an hour on one core; an interrupted run resumes
-    python reproductions/paser.py --quick    # one barely trained model, without SmolLM2
+    python reproductions/paser.py            # about 90 minutes on one core; an interrupted run resumes
+    python reproductions/paser.py --quick    # a barely trained model, which does not meet the premise
 """
 
 from __future__ import annotations
@@ -85,10 +86,12 @@ SKILLS: dict[str, tuple[Callable[[random.Random], Drawn], tuple[str, ...]]] = { 
     "capital": (partial(looked_up, CAPITALS), ("Name the capital of {}.", "What is the capital of {}?")),
     "day": (counted, ("Which day is {} days after {}?", "Count {} days on from {}.")),
 }
-RARE = 0.15  # of the pool, for the damaged skill
+RARE = 0.15  # of the pool, for damaged skills
 BUDGET = 0.1  # of the pool
-STEPS, POOL, HEALING = 2000, 2000, 100  # of training the models, samples, and steps of healing
+STEPS, POOL, HEALING = 3000, 2000, 100  # of training the models, samples, and steps of healing
+FEWEST, MOST = 6, 10  # seeds
 GAIN, GAIN_WORST = 2.0, 5.0  # points of accuracy over random samples, on the mean or on the worst skill
+ENOUGH = f"at least {GAIN:g} points more on the mean, or {GAIN_WORST:g} on the worst skill"
 SUBLAYERS = [f"layers.{layer}.{part}" for layer in range(4) for part in ("attn", "mlp")]
 
 
@@ -105,8 +108,8 @@ CLUSTERINGS = {
     "paser, true skills": Clustering(skills_of, clusters=len(SKILLS), graph="dense"),
     "paser, tfidf": Clustering("tfidf", graph="knn"),
 }
-KNOWN = CLUSTERINGS["paser, true skills"]
-ARMS = ("random", "damaged skill", *CLUSTERINGS, "paser, no concepts", "whole pool")
+KNOWN, NO_CONCEPTS = CLUSTERINGS["paser, true skills"], "paser, true skills, no concepts"
+ARMS = ("random", "damaged skills", *CLUSTERINGS, NO_CONCEPTS, "whole pool")
 
 
 ANIMALS = ("cat", "dog", "horse", "bird", "fish", "mouse", "cow", "goat")
@@ -223,32 +226,36 @@ def base_of(seed: int, steps: int) -> Stack:
     return taught_once(f"paser-{steps}-{seed}", shape, lambda: samples(balanced(20_000, 1000 + seed)), config)
 
 
-def plan_of(stack: Stack, cut: Sequence[str]) -> Plan:
-    return Plan(model=ModelReference.of(stack), drop=list(cut))
+def plan_of(stack: Stack, cut: str) -> Plan:
+    return Plan(model=ModelReference.of(stack), drop=[cut])
 
 
-def damaged_by(stack: Stack) -> tuple[list[str], str]:
-    """Return one or two sublayers, and the skill that is lost without them: where it is furthest from the others'."""
+def damaged_by(stack: Stack) -> tuple[str, list[str]]:
+    """Return the sublayer without which one or two skills lose far more than any other, and these skills."""
     validation = balanced(250, 3000)
     whole = by_skill(correct(stack.model, validation), validation)
     found = []
-    for cut in [*itertools.combinations(SUBLAYERS, 1), *itertools.combinations(SUBLAYERS, 2)]:
+    for cut in SUBLAYERS:
         after = by_skill(correct(lamella.apply(stack, plan_of(stack, cut)), validation), validation)
-        second, most = sorted(SKILLS, key=lambda skill: whole[skill] - after[skill])[-2:]
-        found.append((whole[most] - after[most] - (whole[second] - after[second]), list(cut), most))
-    _, cut, skill = max(found)
-    return cut, skill
+        lost = {skill: whole[skill] - after[skill] for skill in SKILLS}
+        order = sorted(lost, key=lambda skill: -lost[skill])
+        found += [
+            (float(np.mean([lost[skill] for skill in order[:count]])) - lost[order[count]], cut, order[:count])
+            for count in (1, 2)
+        ]
+    _, cut, skills = max(found)
+    return cut, skills
 
 
-def pool_of(seed: int, damaged: str, size: int) -> list[InstructionExample]:
-    """Return a pool in which the damaged skill is rare, and the others are equally frequent."""
-    rare = round(RARE * size)
-    others = itertools.cycle(skill for skill in SKILLS if skill != damaged)
-    return examples([damaged] * rare + list(itertools.islice(others, size - rare)), 5000 + seed)
+def pool_of(seed: int, damaged: Sequence[str], size: int) -> list[InstructionExample]:
+    """Return a pool in which the damaged skills are rare; among themselves, and the others, skills are as frequent."""
+    rare, others = itertools.cycle(damaged), itertools.cycle(skill for skill in SKILLS if skill not in damaged)
+    count = round(RARE * size)
+    return examples([*itertools.islice(rare, count), *itertools.islice(others, size - count)], 5000 + seed)
 
 
 def prepared(seed: int, steps: int) -> dict[str, Any]:
-    """Return the cut of a model with the skill that it damages, and the accuracy of each skill before and after."""
+    """Return the cut of a model with the skills that it damages, and the accuracy of each skill before and after."""
     stack, held_out = base_of(seed, steps), balanced(500, 2000)
     cut, damaged = damaged_by(stack)
     before = by_skill(correct(stack.model, held_out), held_out)
@@ -256,20 +263,20 @@ def prepared(seed: int, steps: int) -> dict[str, Any]:
     return {"cut": cut, "damaged": damaged, "before": before, "items": items, "after": by_skill(items, held_out)}
 
 
-def selected(seed: int, steps: int, cut: Sequence[str], damaged: str, size: int) -> dict[str, Any]:
-    """Return the indices in the pool that each arm trains on, and the fraction of them with the damaged skill."""
+def selected(seed: int, steps: int, cut: str, damaged: Sequence[str], size: int) -> dict[str, Any]:
+    """Return the indices in the pool that each arm trains on, and the fraction of them with damaged skills."""
     stack, pool = base_of(seed, steps), pool_of(seed, damaged, size)
     index_of = {each.id: index for index, each in enumerate(pool)}
     count = round(BUDGET * size)
     drawn = random.Random(seed)
     chosen = {
         "random": drawn.sample(range(size), count),
-        "damaged skill": drawn.sample([k for k, each in enumerate(pool) if skill_of(each) == damaged], count),
+        "damaged skills": drawn.sample([k for k, each in enumerate(pool) if skill_of(each) in damaged], count),
         "whole pool": list(range(size)),
     }
     purity, clusters = {}, {}
     for name, clustering, ntem in (*((*each, True) for each in CLUSTERINGS.items()),
-                                   ("paser, no concepts", Clustering(), False)):  # fmt: skip
+                                   (NO_CONCEPTS, KNOWN, False)):  # fmt: skip
         found = paser(
             stack, pool, plan_of(stack, cut), tokenizer=Characters(), budget=BUDGET, clustering=clustering, ntem=ntem,
             batch=100, seed=seed,
@@ -278,15 +285,15 @@ def selected(seed: int, steps: int, cut: Sequence[str], damaged: str, size: int)
         skills = [list(SKILLS).index(each["id"].split("-")[0]) for each in found["samples"]]
         labels = np.array([each["cluster"] for each in found["samples"]])
         purity[name], clusters[name] = pure(labels, np.array(skills)), len(found["clusters"])
-    rare = {name: float(np.mean([skill_of(pool[k]) == damaged for k in each])) for name, each in chosen.items()}
+    rare = {name: float(np.mean([skill_of(pool[k]) in damaged for k in each])) for name, each in chosen.items()}
     return {"chosen": chosen, "rare": rare, "purity": purity, "clusters": clusters}
 
 
 def healed(
     seed: int,
     steps: int,
-    cut: Sequence[str],
-    damaged: str,
+    cut: str,
+    damaged: Sequence[str],
     size: int,
     chosen: Sequence[int],
     healing: int,
@@ -350,6 +357,12 @@ class Recovery:
         """Return the difference between the mean accuracies of two arms, in points."""
         return Measured.over_seeds_and_items(self.differences(arm, other, seeds))
 
+    def better(self, arm: str, other: str, seeds: Sequence[int]) -> tuple[str, bool | None]:
+        """Return both gains over another arm, and whether one of them is large enough."""
+        on_mean, on_worst = self.gain(arm, other, seeds), self.gain_of_worst(arm, other, seeds)
+        either = {on_mean.at_least(GAIN), on_worst.at_least(GAIN_WORST)}
+        return f"{on_mean}, {on_worst}", True if True in either else None if None in either else False
+
     def worst(self, arm: str, seed: int) -> float:
         return min(by_skill(self.items(arm, seed), self.held_out).values())
 
@@ -359,31 +372,30 @@ class Recovery:
 
 
 def premises(run: Run, models: Sequence[Mapping[str, Any]]) -> None:
-    """Check that the models have all skills, and that each cut damages one of them."""
+    """Check that the models have all skills, and that each cut damages one or two of them."""
     rows, lost, others = [], [], []
     for seed, each in enumerate(models):
         drops = {skill: each["before"][skill] - each["after"][skill] for skill in SKILLS}
-        lost.append(drops.pop(each["damaged"]))
+        lost.append(float(np.mean([drops.pop(skill) for skill in each["damaged"]])))
         others.append(float(np.mean(list(drops.values()))))
-        rows.append([seed, " ".join(each["cut"]), each["damaged"], *each["before"].values(), *each["after"].values()])
+        rows.append([seed, each["cut"], ", ".join(each["damaged"]), *each["before"].values(), *each["after"].values()])
     columns = ["seed", "cut", "damaged", *(f"{skill} {when}" for when in ("before", "after") for skill in SKILLS)]
     run.table("Models of the pilot: accuracy by skill before and after the cut, %", columns, rows)
     known = min(min(each["before"].values()) for each in models)
     run.premise("accuracy of the whole models, worst skill, %", "at least 95", known, known >= 95)
     apart = Measured.over_seeds([mine - theirs for mine, theirs in zip(lost, others, strict=True)])
-    run.premise("accuracy lost, damaged skill - mean of the others, points", "at least 30", apart, apart.at_least(30))
+    run.premise("accuracy lost, damaged skills - the others, points", "at least 20", apart, apart.at_least(20))
 
 
-def recovery(run: Run, healing: Recovery, pilot: Sequence[int], most: int) -> None:
+def recovery(run: Run, healing: Recovery, pilot: Sequence[int]) -> None:
     """Compare selections of equal size, trained for equal steps at their best rates."""
     premises(run, [healing.model(seed) for seed in pilot])
     healing.tune(pilot[:2], [5e-4, 1e-3, 2e-3])
-    possible = healing.gain("damaged skill", "random", pilot)
-    run.premise("training on the damaged skill alone - on random samples, mean accuracy", f"at least {GAIN:g} points",
-                possible, possible.at_least(GAIN))  # fmt: skip
+    run.premise("training on the damaged skills alone - on random samples, accuracy", ENOUGH,
+                *healing.better("damaged skills", "random", pilot))  # fmt: skip
     found = healing.differences("paser", "random", pilot).mean(axis=1)
-    count = 1 if run.quick else max(6, seeds_needed(found.tolist(), max(abs(float(found.mean()) - GAIN), 1.0), most))
-    seeds = [len(pilot) + k for k in range(count)]
+    margin = max(abs(float(found.mean()) - GAIN), 1.0)
+    seeds = [len(pilot) + k for k in range(max(FEWEST, seeds_needed(found.tolist(), margin, MOST)))]
     run.freeze(
         "mean over seeds and test items of paser - random, and the mean over seeds of the same for the worst skill",
         seeds, steps=healing.steps, pool=healing.size, budget=BUDGET, rare=RARE, healing=healing.healing,
@@ -402,18 +414,12 @@ def recovery(run: Run, healing: Recovery, pilot: Sequence[int], most: int) -> No
     run.table(
         f"Recovery: {healing.healing} steps on {round(BUDGET * healing.size)} of {healing.size} samples, "
         f"mean of {len(seeds)} seeds",
-        ["trained on", "accuracy, %", "worst skill, %", "damaged skill, of the samples", "clusters", "their purity"],
+        ["trained on", "accuracy, %", "worst skill, %", "damaged skills, of the samples", "clusters", "their purity"],
         rows,
     )
-    on_mean, on_worst = healing.gain("paser", "random", seeds), healing.gain_of_worst("paser", "random", seeds)
-    either = {on_mean.at_least(GAIN), on_worst.at_least(GAIN_WORST)}
-    passed = True if True in either else None if None in either else False
-    run.main(
-        "paser - random, accuracy: mean, and worst skill",
-        f"{GAIN:g} points on the mean, or {GAIN_WORST:g} on the worst skill", f"{on_mean}, {on_worst}", passed,
-    )  # fmt: skip
+    run.main("paser - random, accuracy", ENOUGH, *healing.better("paser", "random", seeds))
     for arm, other in (
-        ("paser, true skills", "random"), ("paser", "paser, tfidf"), ("paser", "paser, no concepts"),
+        ("paser, true skills", "random"), ("paser", "paser, tfidf"), ("paser, true skills", NO_CONCEPTS),
         ("paser", "whole pool"),
     ):  # fmt: skip
         gain = healing.gain(arm, other, seeds)
@@ -429,7 +435,7 @@ def awareness(record: Record, seeds: Sequence[int], steps: int) -> None:
         whole = by_skill(correct(stack.model, held_out), held_out)
         damage, drops = [], []
         for cut in SUBLAYERS:
-            view = lamella.apply(stack, plan_of(stack, [cut]))
+            view = lamella.apply(stack, plan_of(stack, cut))
             scores = by_skill(degradation(stack.model, view, samples(held_out), batch=100)[0], held_out)
             after = by_skill(correct(view, held_out), held_out)
             damage += scores.values()
@@ -456,7 +462,7 @@ def poison(run: Run, healing: Recovery, seeds: Sequence[int]) -> None:
     run.further("wrong answers with concepts checked - without, points", "at most 0", more, more.at_most(0))
 
 
-def wrong_chosen(seed: int, steps: int, cut: Sequence[str], damaged: str, size: int) -> list[float]:
+def wrong_chosen(seed: int, steps: int, cut: str, damaged: Sequence[str], size: int) -> list[float]:
     """Return the percentage of wrong answers in a selection, with and without checking concepts."""
     stack, drawn, pool = base_of(seed, steps), random.Random(seed), pool_of(seed, damaged, size)
     for number in range(3, size, 10):
@@ -559,15 +565,15 @@ def language_model(record: Record, seed: int) -> None:
 def experiment(run: Run) -> None:
     quick = run.quick
     run.data = f"instructions of five skills; {len(LETTERS)} characters"
-    healing = Recovery(run, 150 if quick else STEPS, 200 if quick else POOL, 10 if quick else HEALING)
-    recovery(run, healing, range(2 if quick else 3), most=10)
-    seeds = range(1 if quick else 3)
-    run.part("awareness", awareness, seeds, healing.steps)
-    poison(run, healing, seeds)
+    healing = Recovery(run, 60 if quick else STEPS, 200 if quick else POOL, HEALING)
+    pilot = range(1 if quick else 3)
+    run.part("awareness", awareness, pilot, healing.steps)
     if not quick:
         run.part("purity", purity, run.seed)
         run.part("SmolLM2", language_model, run.seed)
+        poison(run, healing, pilot)
+    recovery(run, healing, pilot)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(experiment, quick="one barely trained model, without SmolLM2; under a minute"))
+    raise SystemExit(main(experiment, quick="a barely trained model, which does not meet the premise; under a minute"))

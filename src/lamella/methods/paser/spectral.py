@@ -46,7 +46,7 @@ def spectral_clusters(
     count: int | None = None,
     *,
     most: int = 10,
-    graph: Graph = "knn",
+    graph: Graph = "dense",
     neighbours: int = 20,
     seed: int = 0,
 ) -> Clusters:
@@ -56,8 +56,8 @@ def spectral_clusters(
         points: [n, d].
         count: K; if None, it is where the gap between eigenvalues is largest, from 2 to ``most``.
         most: largest number of clusters if ``count`` is None.
-        graph: ``knn``: affinities between nearest neighbours alone, which follow curved shapes and leave clear gaps
-            between eigenvalues; or ``dense``, between all points, which is the paper's kernel.
+        graph: ``dense``: affinities between all points, the paper's kernel; or ``knn``, between nearest neighbours
+            alone, which follow curved shapes and leave clear gaps between eigenvalues.
         neighbours: neighbours of each point, with ``knn``; mutual or not. They are doubled until the graph has no more
             components than there may be clusters, since all components have the eigenvalue 0.
         seed: random seed of the choice of landmarks.
@@ -81,7 +81,7 @@ def spectral_clusters(
     values, vectors = _smallest(affinity, min(most + 1, len(marks) - 1) if count is None else max(count, 2))
     if count is None:
         gaps = np.diff(values)[1:]  # after 2, 3, ... eigenvalues
-        count = 2 + int(np.argmax(gaps)) if gaps.max() > FLAT else len(values) - 1
+        count = 2 + int(np.argmax(gaps)) if gaps.max(initial=0) > FLAT else max(len(values) - 1, 2)
     u = vectors[:, :count]
     similarity = np.abs(u @ u.T)
     factors = NMF(count, init="nndsvda", random_state=0, max_iter=500, tol=1e-5)
