@@ -90,6 +90,7 @@ RARE = 0.15  # of the pool, for damaged skills
 BUDGET = 0.1  # of the pool
 STEPS, POOL, HEALING = 3000, 2000, 100  # of training the models, samples, and steps of healing
 FEWEST, MOST = 6, 10  # seeds
+RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 GAIN, GAIN_WORST = 2.0, 5.0  # points of accuracy over random samples, on the mean or on the worst skill
 ENOUGH = f"at least {GAIN:g} points more on the mean, or {GAIN_WORST:g} on the worst skill"
 SUBLAYERS = [f"layers.{layer}.{part}" for layer in range(4) for part in ("attn", "mlp")]
@@ -390,7 +391,7 @@ def premises(run: Run, models: Sequence[Mapping[str, Any]]) -> None:
 def recovery(run: Run, healing: Recovery, pilot: Sequence[int]) -> None:
     """Compare selections of equal size, trained for equal steps at their best rates."""
     premises(run, [healing.model(seed) for seed in pilot])
-    healing.tune(pilot[:2], [5e-4, 1e-3, 2e-3])
+    healing.tune(pilot[:2], RATES)
     run.premise("training on the damaged skills alone - on random samples, accuracy", ENOUGH,
                 *healing.better("damaged skills", "random", pilot))  # fmt: skip
     found = healing.differences("paser", "random", pilot).mean(axis=1)
@@ -399,7 +400,7 @@ def recovery(run: Run, healing: Recovery, pilot: Sequence[int]) -> None:
     run.freeze(
         "mean over seeds and test items of paser - random, and the mean over seeds of the same for the worst skill",
         seeds, steps=healing.steps, pool=healing.size, budget=BUDGET, rare=RARE, healing=healing.healing,
-        rates=healing.rates,
+        grid=list(RATES), rates=healing.rates,
     )  # fmt: skip
     rows = []
     for arm in ("none", *ARMS):

@@ -129,11 +129,11 @@ class Size:
 
 
 FULL = Size(
-    8, 64, 26, batch=128, steps=1600, lr=1.5e-3, displacements=(200, 500, 1000, 2000, 4000), further_batch=32,
+    8, 64, 26, batch=64, steps=1600, lr=1.5e-3, displacements=(200, 500, 1000, 2000, 4000), further_batch=16,
     further_lr=3e-4,
 )  # fmt: skip
 QUICK = Size(
-    6, 48, 8, batch=32, steps=450, lr=3e-3, displacements=(100, 400), further_batch=32, further_lr=3e-4
+    6, 48, 8, batch=32, steps=400, lr=3e-3, displacements=(100, 300), further_batch=32, further_lr=3e-4
 )  # fmt: skip
 
 
