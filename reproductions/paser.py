@@ -56,7 +56,7 @@ DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sun
 
 
 def added(drawn: random.Random) -> Drawn:
-    a, b = drawn.randint(2, 20), drawn.randint(2, 20)
+    a, b = drawn.randint(2, 15), drawn.randint(2, 15)
     return (a, b), str(a + b)
 
 
@@ -224,7 +224,7 @@ def base_of(seed: int, steps: int) -> Stack:
     """Return a model that was trained on all skills with a seed."""
     config = from_scratch(steps, lr=3e-3, batch=32, seed=seed)
     shape = llama(len(LETTERS), 64, 4, context=128)
-    return taught_once(f"paser-{steps}-{seed}", shape, lambda: samples(balanced(20_000, 1000 + seed)), config)
+    return taught_once(f"paser-skills-{steps}-{seed}", shape, lambda: samples(balanced(20_000, 1000 + seed)), config)
 
 
 def plan_of(stack: Stack, cut: str) -> Plan:
@@ -566,7 +566,7 @@ def language_model(record: Record, seed: int) -> None:
 def experiment(run: Run) -> None:
     quick = run.quick
     run.data = f"instructions of five skills; {len(LETTERS)} characters"
-    healing = Recovery(run, 60 if quick else STEPS, 200 if quick else POOL, HEALING)
+    healing = Recovery(run, 200 if quick else STEPS, 200 if quick else POOL, HEALING)
     pilot = range(1 if quick else 3)
     run.part("awareness", awareness, pilot, healing.steps)
     if not quick:
