@@ -1,55 +1,121 @@
-"""PASER at small scale: a character-level Llama with four skills, cut in three ways, and SmolLM2 without six sublayers.
+"""PASER at small scale: character-level Llamas with five skills, of which a cut damages one or two, and SmolLM2.
 
-Checks that clusters follow the shape of the data, that the damage measured on responses ranks skills like their loss of
-accuracy, that the most damaged skill gets more than its proportional part of the budget, and the gain of the selection
-over random choices of equal size and equal steps, over no clusters, and over no concepts.
+The main claim is that the selection heals better than a random one of equal size in equal steps, in a pool in which
+damaged skills are rare, so that choosing matters: the premise is that training on them alone is better than on random
+samples. The learning rate of every arm is tuned. Other arms have true skills as clusters, other clusters, no concepts,
+or the whole pool. Further checks are clusters of real instructions, whether damage ranks skills like their lost
+accuracy, whether wrong answers are chosen, and a selection for SmolLM2.
 
-    python reproductions/paser.py            # about 30 minutes on 2 cores; an interrupted run resumes
-    python reproductions/paser.py --quick    # less training and fewer seeds, without SmolLM2
+    python reproductions/paser.py            # about 90 minutes on one core; an interrupted run resumes
+    python reproductions/paser.py --quick    # a barely trained model, which does not meet the premise
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import math
 import random
-import statistics
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from harness import Run, main
+from harness.design import seeds_needed, tuned
 from harness.measured import Measured
-from harness.nano import LETTERS, encode, trained
+from harness.nano import LETTERS, encode, from_scratch, llama, taught_once
 from scipy.stats import spearmanr
-from sklearn.cluster import KMeans
-from sklearn.datasets import make_moons
 
 import lamella
 from lamella.errors import MethodError
+from lamella.measure import Embedder
 from lamella.methods.continual_pretrain import TRAINING, continual_pretrain
-from lamella.methods.paser import Graph, InstructionExample, degradation, embed, paser, spectral_clusters
+from lamella.methods.paser import Clustering, Graph, InstructionExample, degradation, embed, paser, spectral_clusters
 from lamella.plan import ModelReference, Plan
 from lamella.results import Record
 from lamella.stack import Stack
 from lamella.train import Sample, collate, mean_loss, pairs, scored_states
 from lamella.zoo import open_tokenizer
 
-SKILLS = {
-    "copy": lambda word: word,
-    "upper": lambda word: word.upper(),
-    "reverse": lambda word: word[::-1],
-    "next": lambda word: "".join(chr(ord(letter) + 1) for letter in word),
+Drawn = tuple[tuple[Any, ...], str]  # the variable parts of an instruction, and its answer
+Asked = Mapping[str, tuple[Callable[[random.Random], tuple[Any, ...]], tuple[str, ...]]]  # variable parts, and wordings
+
+FRENCH = dict(
+    cat="chat", dog="chien", horse="cheval", bird="oiseau", fish="poisson", mouse="souris", cow="vache", goat="chevre"
+)
+CAPITALS = dict(
+    France="Paris", Italy="Rome", Spain="Madrid", Greece="Athens", Peru="Lima", Japan="Tokyo", Egypt="Cairo",
+    Norway="Oslo",
+)  # fmt: skip
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+
+
+def added(drawn: random.Random) -> Drawn:
+    a, b = drawn.randint(2, 15), drawn.randint(2, 15)
+    return (a, b), str(a + b)
+
+
+def lettered(drawn: random.Random) -> tuple[str]:
+    return ("".join(drawn.choices("abcdefghij", k=4)),)
+
+
+def reversed_(drawn: random.Random) -> Drawn:
+    (word,) = lettered(drawn)
+    return (word,), word[::-1]
+
+
+def looked_up(table: Mapping[str, str], drawn: random.Random) -> Drawn:
+    word = drawn.choice(list(table))
+    return (word,), table[word]
+
+
+def counted(drawn: random.Random) -> Drawn:
+    day, days = drawn.randrange(7), drawn.randint(2, 6)
+    return (days, DAYS[day]), DAYS[(day + days) % 7]
+
+
+SKILLS: dict[str, tuple[Callable[[random.Random], Drawn], tuple[str, ...]]] = {  # and their wordings
+    "sum": (added, ("What is {} plus {}?", "Add {} and {}.")),
+    "reversal": (reversed_, ("Reverse the string {}.", "Spell {} backwards.")),
+    "translation": (partial(looked_up, FRENCH), ("Translate {} into French.", "What is {} in French?")),
+    "capital": (partial(looked_up, CAPITALS), ("Name the capital of {}.", "What is the capital of {}?")),
+    "day": (counted, ("Which day is {} days after {}?", "Count {} days on from {}.")),
 }
-TEMPLATES = ("{skill} {word}", "{skill} this: {word}")
-CUTS = (["layers.1.attn", "layers.2.mlp"], ["layers.1.mlp", "layers.3.attn"], ["layers.2.attn", "layers.3.mlp"])
+RARE = 0.15  # of the pool, for damaged skills
+BUDGET = 0.1  # of the pool
+STEPS, POOL, HEALING = 3000, 2000, 100  # of training the models, samples, and steps of healing
+FEWEST, MOST = 6, 10  # seeds
+RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+GAIN, GAIN_WORST = 2.0, 5.0  # points of accuracy over random samples, on the mean or on the worst skill
+ENOUGH = f"at least {GAIN:g} points more on the mean, or {GAIN_WORST:g} on the worst skill"
+SUBLAYERS = [f"layers.{layer}.{part}" for layer in range(4) for part in ("attn", "mlp")]
+
+
+def skills_of(texts: Sequence[str]) -> np.ndarray:
+    """Return the true skill of each instruction, as an embedding [n, skills]."""
+    patterns = [
+        "|".join(re.escape(wording).replace(r"\{\}", r"\w+") for wording in wordings) for _, wordings in SKILLS.values()
+    ]
+    return np.array([[bool(re.fullmatch(pattern, text)) for pattern in patterns] for text in texts], float)
+
+
+CLUSTERINGS = {
+    "paser": Clustering(),
+    "paser, true skills": Clustering(skills_of, clusters=len(SKILLS), graph="dense"),
+    "paser, tfidf": Clustering("tfidf", graph="knn"),
+}
+KNOWN, NO_CONCEPTS = CLUSTERINGS["paser, true skills"], "paser, true skills, no concepts"
+ARMS = ("random", "damaged skills", *CLUSTERINGS, NO_CONCEPTS, "whole pool")
+
 
 ANIMALS = ("cat", "dog", "horse", "bird", "fish", "mouse", "cow", "goat")
 COLOURS, SHAPES = ("red", "green", "blue", "yellow"), ("circle", "square", "star", "triangle")
-ASKED: dict[str, tuple[Callable[[random.Random], tuple[Any, ...]], tuple[str, ...]]] = {  # variable parts, and wordings
+ASKED: Asked = {
     "sum": (
         lambda drawn: (drawn.randint(2, 99), drawn.randint(2, 99)),
         (
@@ -80,6 +146,15 @@ ASKED: dict[str, tuple[Callable[[random.Random], tuple[Any, ...]], tuple[str, ..
         ),
     ),
 }
+STRINGS: Asked = {
+    "copy": (lettered, ("Copy the word {}.", "Repeat {} as it is.")),
+    "upper": (lettered, ("Write {} in capital letters.", "Change {} to upper case.")),
+    "reverse": (lettered, ("Reverse the word {}.", "Spell {} backwards.")),
+    "next": (lettered, ("Shift each letter of {} by one.", "Replace letters of {} by the next ones.")),
+    "sort": (lettered, ("Sort the letters of {}.", "Put {} in alphabetical order.")),
+    "double": (lettered, ("Double each letter of {}.", "Write the letters of {} twice.")),
+}
+EMBEDDERS: tuple[Embedder, ...] = ("hidden-mean", "tfidf", "minilm")
 GRAPHS: tuple[Graph, ...] = ("knn", "dense")
 MODULES = (
     *("os", "os.path", "posixpath", "shutil", "math", "random", "statistics", "itertools", "functools", "collections"),
@@ -102,16 +177,25 @@ class Characters:
         return {"input_ids": encode(text).tolist()}
 
 
-def examples(count: int, seed: int) -> list[InstructionExample]:
-    """Return instructions on words of four letters, with an equal number of examples per skill."""
+def examples(skills: Sequence[str], seed: int) -> list[InstructionExample]:
+    """Return an instruction for each of the given skills."""
     drawn = random.Random(seed)
     made = []
-    for number in range(count):
-        skill = list(SKILLS)[number % len(SKILLS)]
-        word = "".join(drawn.choices("abcdefghij", k=4))
-        ask = drawn.choice(TEMPLATES).format(skill=skill, word=word)
-        made.append(InstructionExample(f"{skill}-{number:05d}", ask, SKILLS[skill](word) + "\n"))
+    for number, skill in enumerate(skills):
+        draw, wordings = SKILLS[skill]
+        parts, answer = draw(drawn)
+        asked = drawn.choice(wordings).format(*parts)
+        made.append(InstructionExample(f"{skill}-{number:05d}", asked, answer + "\n"))
     return made
+
+
+def balanced(count: int, seed: int) -> list[InstructionExample]:
+    """Return instructions with an equal number per skill."""
+    return examples(list(itertools.islice(itertools.cycle(SKILLS), count)), seed)
+
+
+def skill_of(example: InstructionExample) -> str:
+    return example.id.split("-")[0]
 
 
 def samples(chosen: Sequence[InstructionExample]) -> list[Sample]:
@@ -119,154 +203,308 @@ def samples(chosen: Sequence[InstructionExample]) -> list[Sample]:
 
 
 @torch.no_grad()
-def accuracy(model: Any, held_out: Sequence[InstructionExample]) -> dict[str, float]:
-    """Return the accuracy of greedy decoding for each skill."""
-    right: dict[str, list[bool]] = {skill: [] for skill in SKILLS}
+def correct(model: Any, held_out: Sequence[InstructionExample]) -> list[float]:
+    """Return 100 for each instruction whose answer by greedy decoding is correct, else 0."""
+    found: list[float] = []
     for start in range(0, len(held_out), 100):
-        part = held_out[start : start + 100]
-        states, labels = scored_states(model, batch := collate(samples(part)))
+        states, labels = scored_states(model, batch := collate(samples(held_out[start : start + 100])))
         hits = Stack(model).logits(states).argmax(-1) == labels
         counts = (batch["labels"][:, 1:] != -100).sum(dim=1).tolist()
-        for each, answer in zip(part, hits.split(counts), strict=True):
-            right[each.id.split("-")[0]].append(bool(answer.all()))
-    return {skill: sum(each) / len(each) for skill, each in right.items()}
+        found += [100.0 * bool(answer.all()) for answer in hits.split(counts)]
+    return found
 
 
-def clustering(record: Record) -> None:
-    points, true = make_moons(400, noise=0.05, random_state=0)
+def by_skill(values: Sequence[float], held_out: Sequence[InstructionExample]) -> dict[str, float]:
+    """Return the mean of the values over the instructions of each skill."""
+    where = {skill: [k for k, each in enumerate(held_out) if skill_of(each) == skill] for skill in SKILLS}
+    return {skill: float(np.mean(np.asarray(values)[of])) for skill, of in where.items()}
 
-    def right(labels: np.ndarray) -> float:
-        return max(float((labels == true).mean()), float((labels != true).mean()))
 
-    ours = right(spectral_clusters(points, 2).labels)
-    centres = right(KMeans(2, n_init=10, random_state=0).fit_predict(points))
-    record.further("two moons, diffusion and non-negative factors", "95 %", f"{ours:.1%}", ours >= 0.95)
-    record.further("two moons, k-means", "at most 90 %", f"{centres:.1%}", centres <= 0.9)
+def base_of(seed: int, steps: int) -> Stack:
+    """Return a model that was trained on all skills with a seed."""
+    config = from_scratch(steps, lr=3e-3, batch=32, seed=seed)
+    shape = llama(len(LETTERS), 64, 4, context=128)
+    return taught_once(f"paser-skills-{steps}-{seed}", shape, lambda: samples(balanced(20_000, 1000 + seed)), config)
+
+
+def plan_of(stack: Stack, cut: str) -> Plan:
+    return Plan(model=ModelReference.of(stack), drop=[cut])
+
+
+def damaged_by(stack: Stack) -> tuple[str, list[str]]:
+    """Return the sublayer without which one or two skills lose far more than any other, and these skills."""
+    validation = balanced(250, 3000)
+    whole = by_skill(correct(stack.model, validation), validation)
+    found = []
+    for cut in SUBLAYERS:
+        after = by_skill(correct(lamella.apply(stack, plan_of(stack, cut)), validation), validation)
+        lost = {skill: whole[skill] - after[skill] for skill in SKILLS}
+        order = sorted(lost, key=lambda skill: -lost[skill])
+        found += [
+            (float(np.mean([lost[skill] for skill in order[:count]])) - lost[order[count]], cut, order[:count])
+            for count in (1, 2)
+        ]
+    _, cut, skills = max(found)
+    return cut, skills
+
+
+def pool_of(seed: int, damaged: Sequence[str], size: int) -> list[InstructionExample]:
+    """Return a pool in which the damaged skills are rare; among themselves, and the others, skills are as frequent."""
+    rare, others = itertools.cycle(damaged), itertools.cycle(skill for skill in SKILLS if skill not in damaged)
+    count = round(RARE * size)
+    return examples([*itertools.islice(rare, count), *itertools.islice(others, size - count)], 5000 + seed)
+
+
+def prepared(seed: int, steps: int) -> dict[str, Any]:
+    """Return the cut of a model with the skills that it damages, and the accuracy of each skill before and after."""
+    stack, held_out = base_of(seed, steps), balanced(500, 2000)
+    cut, damaged = damaged_by(stack)
+    before = by_skill(correct(stack.model, held_out), held_out)
+    items = correct(lamella.apply(stack, plan_of(stack, cut)), held_out)
+    return {"cut": cut, "damaged": damaged, "before": before, "items": items, "after": by_skill(items, held_out)}
+
+
+def selected(seed: int, steps: int, cut: str, damaged: Sequence[str], size: int) -> dict[str, Any]:
+    """Return the indices in the pool that each arm trains on, and the fraction of them with damaged skills."""
+    stack, pool = base_of(seed, steps), pool_of(seed, damaged, size)
+    index_of = {each.id: index for index, each in enumerate(pool)}
+    count = round(BUDGET * size)
+    drawn = random.Random(seed)
+    chosen = {
+        "random": drawn.sample(range(size), count),
+        "damaged skills": drawn.sample([k for k, each in enumerate(pool) if skill_of(each) in damaged], count),
+        "whole pool": list(range(size)),
+    }
+    purity, clusters = {}, {}
+    for name, clustering, ntem in (*((*each, True) for each in CLUSTERINGS.items()),
+                                   (NO_CONCEPTS, KNOWN, False)):  # fmt: skip
+        found = paser(
+            stack, pool, plan_of(stack, cut), tokenizer=Characters(), budget=BUDGET, clustering=clustering, ntem=ntem,
+            batch=100, seed=seed,
+        ).findings  # fmt: skip
+        chosen[name] = [index_of[each] for each in found["selected"]]
+        skills = [list(SKILLS).index(each["id"].split("-")[0]) for each in found["samples"]]
+        labels = np.array([each["cluster"] for each in found["samples"]])
+        purity[name], clusters[name] = pure(labels, np.array(skills)), len(found["clusters"])
+    rare = {name: float(np.mean([skill_of(pool[k]) in damaged for k in each])) for name, each in chosen.items()}
+    return {"chosen": chosen, "rare": rare, "purity": purity, "clusters": clusters}
+
+
+def healed(
+    seed: int,
+    steps: int,
+    cut: str,
+    damaged: Sequence[str],
+    size: int,
+    chosen: Sequence[int],
+    healing: int,
+    rate: float,
+    validation: bool = False,
+) -> list[float]:
+    """Return which held-out instructions are answered correctly after training on the chosen samples."""
+    stack, pool = base_of(seed, steps), pool_of(seed, damaged, size)
+    config = replace(TRAINING, steps=healing, lr=rate, batch=16, schedule="cosine", seed=seed)
+    plan = plan_of(stack, cut)
+    trained = continual_pretrain(stack, samples([pool[k] for k in chosen]), plan, config=config, lora=8).stack
+    return correct(lamella.apply(trained, plan), balanced(250, 3000) if validation else balanced(500, 2000))
+
+
+def pure(labels: np.ndarray, true: np.ndarray) -> float:
+    """Return the fraction of instructions in a cluster of mainly their own kind."""
+    return sum(np.bincount(true[labels == k]).max() for k in np.unique(labels)) / len(true)
+
+
+def error(arguments: Sequence[Sequence[Any]], rate: float) -> float:
+    """Return the mean error on validation data at a learning rate, in points."""
+    return 100 - float(np.mean([healed(*each, rate, validation=True) for each in arguments]))
+
+
+class Recovery:
+    """The models of all seeds, each with its cut, its pool and the arms that heal it."""
+
+    def __init__(self, run: Run, steps: int, size: int, healing: int) -> None:
+        self.run, self.steps, self.size, self.healing = run, steps, size, healing
+        self.held_out = balanced(500, 2000)
+        self.rates: dict[str, float] = {}
+
+    def model(self, seed: int) -> dict[str, Any]:
+        return dict(self.run.arm(f"model {seed}", prepared, seed, self.steps))
+
+    def chosen(self, seed: int) -> dict[str, Any]:
+        given = (seed, self.steps, *(self.model(seed)[name] for name in ("cut", "damaged")), self.size)
+        return dict(self.run.arm(f"selections {seed}", selected, *given))
+
+    def given(self, arm: str, seed: int) -> list[Any]:
+        """Return the arguments of :func:`healed` before the rate."""
+        model, chosen = self.model(seed), self.chosen(seed)["chosen"][arm]
+        return [seed, self.steps, model["cut"], model["damaged"], self.size, chosen, self.healing]
+
+    def tune(self, seeds: Sequence[int], grid: Sequence[float]) -> None:
+        """Choose the rate of each arm on validation data."""
+        scores = {arm: partial(error, [self.given(arm, seed) for seed in seeds]) for arm in ARMS}
+        self.rates = {arm: each.value for arm, each in tuned(self.run, scores, grid).items()}
+
+    def items(self, arm: str, seed: int) -> list[float]:
+        """Return the results of the test items."""
+        if arm == "none":
+            return list(self.model(seed)["items"])
+        return list(self.run.arm(f"{arm}, seed {seed}", healed, *self.given(arm, seed), self.rates[arm]))
+
+    def differences(self, arm: str, other: str, seeds: Sequence[int]) -> np.ndarray:
+        """Return the paired differences between two arms [seeds, items], in points."""
+        return np.array([np.subtract(self.items(arm, seed), self.items(other, seed)) for seed in seeds])
+
+    def gain(self, arm: str, other: str, seeds: Sequence[int]) -> Measured:
+        """Return the difference between the mean accuracies of two arms, in points."""
+        return Measured.over_seeds_and_items(self.differences(arm, other, seeds))
+
+    def better(self, arm: str, other: str, seeds: Sequence[int]) -> tuple[str, bool | None]:
+        """Return both gains over another arm, and whether one of them is large enough."""
+        on_mean, on_worst = self.gain(arm, other, seeds), self.gain_of_worst(arm, other, seeds)
+        either = {on_mean.at_least(GAIN), on_worst.at_least(GAIN_WORST)}
+        return f"{on_mean}, {on_worst}", True if True in either else None if None in either else False
+
+    def worst(self, arm: str, seed: int) -> float:
+        return min(by_skill(self.items(arm, seed), self.held_out).values())
+
+    def gain_of_worst(self, arm: str, other: str, seeds: Sequence[int]) -> Measured:
+        """Return the difference between the accuracies of each arm's worst skill, in points."""
+        return Measured.over_seeds([self.worst(arm, seed) - self.worst(other, seed) for seed in seeds])
+
+
+def premises(run: Run, models: Sequence[Mapping[str, Any]]) -> None:
+    """Check that the models have all skills, and that each cut damages one or two of them."""
+    rows, lost, others = [], [], []
+    for seed, each in enumerate(models):
+        drops = {skill: each["before"][skill] - each["after"][skill] for skill in SKILLS}
+        lost.append(float(np.mean([drops.pop(skill) for skill in each["damaged"]])))
+        others.append(float(np.mean(list(drops.values()))))
+        rows.append([seed, each["cut"], ", ".join(each["damaged"]), *each["before"].values(), *each["after"].values()])
+    columns = ["seed", "cut", "damaged", *(f"{skill} {when}" for when in ("before", "after") for skill in SKILLS)]
+    run.table("Models of the pilot: accuracy by skill before and after the cut, %", columns, rows)
+    known = min(min(each["before"].values()) for each in models)
+    run.premise("accuracy of the whole models, worst skill, %", "at least 95", known, known >= 95)
+    apart = Measured.over_seeds([mine - theirs for mine, theirs in zip(lost, others, strict=True)])
+    run.premise("accuracy lost, damaged skills - the others, points", "at least 20", apart, apart.at_least(20))
+
+
+def recovery(run: Run, healing: Recovery, pilot: Sequence[int]) -> None:
+    """Compare selections of equal size, trained for equal steps at their best rates."""
+    premises(run, [healing.model(seed) for seed in pilot])
+    healing.tune(pilot[:2], RATES)
+    run.premise("training on the damaged skills alone - on random samples, accuracy", ENOUGH,
+                *healing.better("damaged skills", "random", pilot))  # fmt: skip
+    found = healing.differences("paser", "random", pilot).mean(axis=1)
+    margin = max(abs(float(found.mean()) - GAIN), 1.0)
+    seeds = [len(pilot) + k for k in range(max(FEWEST, seeds_needed(found.tolist(), margin, MOST)))]
+    run.freeze(
+        "mean over seeds and test items of paser - random, and the mean over seeds of the same for the worst skill",
+        seeds, steps=healing.steps, pool=healing.size, budget=BUDGET, rare=RARE, healing=healing.healing,
+        grid=list(RATES), rates=healing.rates,
+    )  # fmt: skip
+    rows = []
+    for arm in ("none", *ARMS):
+        items = [healing.items(arm, seed) for seed in seeds]
+        worst = [healing.worst(arm, seed) for seed in seeds]
+        selections = [healing.chosen(seed) for seed in seeds]
+        about = [
+            float(np.mean([each[kind][arm] for each in selections])) if arm in selections[0][kind] else ""
+            for kind in ("rare", "clusters", "purity")
+        ]
+        rows.append([arm, float(np.mean(items)), float(np.mean(worst)), *about])
+    run.table(
+        f"Recovery: {healing.healing} steps on {round(BUDGET * healing.size)} of {healing.size} samples, "
+        f"mean of {len(seeds)} seeds",
+        ["trained on", "accuracy, %", "worst skill, %", "damaged skills, of the samples", "clusters", "their purity"],
+        rows,
+    )
+    run.main("paser - random, accuracy", ENOUGH, *healing.better("paser", "random", seeds))
+    for arm, other in (
+        ("paser, true skills", "random"), ("paser", "paser, tfidf"), ("paser, true skills", NO_CONCEPTS),
+        ("paser", "whole pool"),
+    ):  # fmt: skip
+        gain = healing.gain(arm, other, seeds)
+        run.further(f"{arm} - {other}, mean accuracy, points", "at least 0", gain, gain.at_least(0))
+
+
+def awareness(record: Record, seeds: Sequence[int], steps: int) -> None:
+    """Compare the damage of each skill with its loss of accuracy, under the cuts of single sublayers."""
+    ranks, shares = [], []
+    held_out = balanced(250, 4000)
+    for seed in seeds:
+        stack = base_of(seed, steps)
+        whole = by_skill(correct(stack.model, held_out), held_out)
+        damage, drops = [], []
+        for cut in SUBLAYERS:
+            view = lamella.apply(stack, plan_of(stack, cut))
+            scores = by_skill(degradation(stack.model, view, samples(held_out), batch=100)[0], held_out)
+            after = by_skill(correct(view, held_out), held_out)
+            damage += scores.values()
+            drops += [whole[skill] - after[skill] for skill in SKILLS]
+            shares.append(max(scores.values()) / sum(scores.values()) * len(SKILLS))
+        ranks.append(float(spearmanr(damage, drops).statistic))
+    rank = Measured.over_seeds(ranks)
+    record.further(
+        "rank correlation of damage and lost accuracy, 5 skills, 8 cuts", "at least 0.8", rank, rank.at_least(0.8)
+    )
+    record.further(
+        "budget of the most damaged skill, relative to its fraction of a balanced pool",
+        "at least 1.5, median over cuts and models", float(np.median(shares)), float(np.median(shares)) >= 1.5,
+    )  # fmt: skip
+
+
+def poison(run: Run, healing: Recovery, seeds: Sequence[int]) -> None:
+    """Corrupt a tenth of the pool with wrong answers, which raise the loss but need not indicate damage."""
+    given = [healing.given("random", seed)[:5] for seed in seeds]
+    found = [run.arm(f"wrong answers, seed {each[0]}", wrong_chosen, *each) for each in given]
+    chosen = Measured.over_seeds([with_ for with_, _ in found])
+    run.further("wrong answers that are chosen, %", "at most their 10 % of the pool", chosen, chosen.at_most(10))
+    more = Measured.over_seeds([with_ - without for with_, without in found])
+    run.further("wrong answers with concepts checked - without, points", "at most 0", more, more.at_most(0))
+
+
+def wrong_chosen(seed: int, steps: int, cut: str, damaged: Sequence[str], size: int) -> list[float]:
+    """Return the percentage of wrong answers in a selection, with and without checking concepts."""
+    stack, drawn, pool = base_of(seed, steps), random.Random(seed), pool_of(seed, damaged, size)
+    for number in range(3, size, 10):
+        answers = sorted({each.response for each in pool if skill_of(each) == skill_of(pool[number])})
+        wrong = drawn.choice([each for each in answers if each != pool[number].response])
+        pool[number] = replace(pool[number], id=f"{pool[number].id}-bad", response=wrong)
+    return [
+        100 * float(np.mean([each.id.endswith("-bad") for each in paser(
+            stack, pool, plan_of(stack, cut), tokenizer=Characters(), budget=BUDGET, clustering=KNOWN, ntem=ntem,
+            batch=100,
+        ).examples]))
+        for ntem in (True, False)
+    ]  # fmt: skip
 
 
 def purity(record: Record, seed: int) -> None:
-    """Return the fraction of instructions in a cluster of mainly their own kind, with four kinds in five wordings."""
-    drawn = random.Random(seed)
-    asked = [forms[n % 5].format(*differing(drawn)) for differing, forms in ASKED.values() for n in range(250)]
-    true = np.repeat(np.arange(len(ASKED)), 250)
+    """Cluster instructions of distinct kinds, and of similar ones."""
     stack, tokenizer = lamella.open("smollm2"), open_tokenizer("smollm2")
-
-    def pure(labels: np.ndarray) -> float:
-        return sum(np.bincount(true[labels == k]).max() for k in np.unique(labels)) / len(true)
-
-    rows = []
-    for name in ("hidden-mean", "tfidf", "minilm"):
-        try:
-            points = embed(name, stack, tokenizer, asked)
-        except MethodError:
-            continue  # minilm's weights are a separate package
-        for graph in GRAPHS:
-            found = spectral_clusters(points, graph=graph, seed=seed)
-            given = spectral_clusters(points, len(ASKED), graph=graph, seed=seed)
-            rows.append([name, graph, int(found.labels.max()) + 1, pure(found.labels), pure(given.labels)])
-    columns = ["embedder", "graph", "clusters found", "purity", "purity of four"]
-    record.table("1000 instructions of four kinds, in five wordings each", columns, rows)
-    best = max((row[3] for row in rows if 3 <= row[2] <= 6), default=0.0)
-    record.further("purity where 3 to 6 clusters are found, best embedder", ">= 90 %", f"{best:.1%}", best >= 0.9)
-
-
-def awareness(record: Record, stack: Stack, held_out: Sequence[InstructionExample]) -> None:
-    """Compare the damage of each skill under each cut with its loss of accuracy."""
-    whole = accuracy(stack.model, held_out)
-    rows, damage, drops = [], [], []
-    lasting = []
-    for cut in CUTS:
-        view = lamella.apply(stack, Plan(model=ModelReference.of(stack), drop=cut))
-        j, _ = degradation(stack.model, view, samples(held_out), batch=100)
-        after = accuracy(view, held_out)
-        scores = {
-            skill: float(np.mean([j[k] for k, e in enumerate(held_out) if e.id.startswith(skill)])) for skill in SKILLS
-        }
-        for skill in SKILLS:
-            damage.append(scores[skill])
-            drops.append(whole[skill] - after[skill])
-            rows.append([" ".join(cut), skill, scores[skill], whole[skill], after[skill]])
-        lasting.append(max(scores.values()) / sum(scores.values()) * len(SKILLS))
-    record.table("Damage and accuracy", ["cut", "skill", "CDS (nats)", "accuracy before", "after"], rows)
-    worst = min(whole.values())
-    record.exact("accuracy of the whole model", "95 % in every skill", f"{worst:.1%}", worst >= 0.95)
-    rank = float(spearmanr(damage, drops).statistic)
-    record.further("rank correlation of damage and lost accuracy", "0.8", rank, rank >= 0.8)
-    record.further(
-        "budget of the most damaged skill",
-        "1.5 times its fraction of the pool, for at least one plan",
-        ", ".join(f"{each:.2f}" for each in lasting),
-        max(lasting) >= 1.5,
-    )
-
-
-def recovery(run: Run, stack: Stack, held_out: Sequence[InstructionExample], size: int, steps: int, seeds: int) -> None:
-    """Compare selections of equal size, trained for equal steps."""
-    plan = Plan(model=ModelReference.of(stack), drop=CUTS[0])
-
-    def healed(name: str, seed: int) -> dict[str, float]:
-        pool = examples(size, 50 + seed)
-        if name == "random":
-            chosen = random.Random(seed).sample(pool, size // 10)
-        elif name == "full data":
-            chosen = pool
-        else:
-            options = {"budget": 0.1, "embedder": "tfidf", "ntem": name == "paser", "batch": 100}
-            chosen = paser(stack, pool, plan=plan, tokenizer=Characters(), **options).examples
-        config = replace(TRAINING, steps=steps, lr=1e-3, batch=16, schedule="cosine", seed=seed)
-        return accuracy(
-            lamella.apply(continual_pretrain(stack, samples(chosen), plan, config=config, lora=8).stack, plan), held_out
-        )
-
-    before = accuracy(lamella.apply(stack, plan), held_out)
-    rows, found = [["none", statistics.mean(before.values()), "", min(before.values())]], {}
-    for name in ("random", "paser", "without concepts", "full data"):
-        scores = [run.arm(f"{name}, seed {seed}", healed, name, seed) for seed in range(seeds)]
-        means, worst = ([of(each.values()) for each in scores] for of in (statistics.mean, min))
-        found[name] = (means, worst)
-        spread = f"{statistics.stdev(means):.3f}" if seeds > 1 else ""
-        rows.append([name, statistics.mean(means), spread, statistics.mean(worst)])
-    run.table(
-        f"Recovery: {steps} steps on a tenth of {size} samples, {seeds} seeds",
-        ["data", "mean accuracy", "standard deviation", "worst skill"], rows,
-    )  # fmt: skip
-    on_mean, on_worst = (
-        Measured.over_seeds(
-            [100 * (ours - theirs) for ours, theirs in zip(found["paser"][k], found["random"][k], strict=True)]
-        )
-        for k in (0, 1)
-    )
-    either = {on_mean.at_least(2), on_worst.at_least(5)}
-    passed = True if True in either else None if None in either else False
-    run.main(
-        "PASER against random",
-        "2 points more on the mean, or 5 on the worst skill",
-        f"{on_mean}, {on_worst}",
-        passed,
-    )
-
-
-def poison(record: Record, stack: Stack, size: int) -> None:
-    """Corrupt a tenth of the pool with wrong answers, which raise the loss but need not indicate damage."""
-    plan = Plan(model=ModelReference.of(stack), drop=CUTS[0])
-    drawn = random.Random(0)
-    pool = []
-    for number, each in enumerate(examples(size, 90)):
-        wrong = "".join(drawn.choices("abcdefghij", k=4)) + "\n"
-        pool.append(InstructionExample(f"{each.id}-bad", each.instruction, wrong) if number % 10 == 3 else each)
-    shares = {}
-    for ntem in (False, True):
-        chosen = paser(
-            stack, pool, plan=plan, tokenizer=Characters(), budget=0.1, embedder="tfidf", ntem=ntem, batch=100
-        )
-        shares[ntem] = sum(each.id.endswith("-bad") for each in chosen.examples) / len(chosen.examples)
-    record.further(
-        "wrong answers that are chosen", "at most their fraction of 10 %", f"{shares[True]:.1%}", shares[True] <= 0.1
-    )
-    measured = f"{shares[True]:.1%} with, {shares[False]:.1%} without"
-    record.further(
-        "wrong answers with concepts checked", "no more than without", measured, shares[True] <= shares[False]
-    )
+    best = 0.0
+    for title, kinds, each in (("of four kinds, in five wordings each", ASKED, 250),
+                               ("of six operations on strings, in two wordings each", STRINGS, 100)):  # fmt: skip
+        drawn = random.Random(seed)
+        asked = [forms[n % len(forms)].format(*parts(drawn)) for parts, forms in kinds.values() for n in range(each)]
+        true = np.repeat(np.arange(len(kinds)), each)
+        rows = []
+        for name in EMBEDDERS:
+            try:
+                points = embed(name, stack, tokenizer, asked)
+            except MethodError:
+                continue  # minilm's weights are a separate package
+            for graph in GRAPHS:
+                found = spectral_clusters(points, graph=graph, seed=seed)
+                given = spectral_clusters(points, len(kinds), graph=graph, seed=seed)
+                count = int(found.labels.max()) + 1
+                rows.append([name, graph, count, pure(found.labels, true), pure(given.labels, true)])
+                if kinds is ASKED and 3 <= count <= 6:
+                    best = max(best, rows[-1][3])
+        columns = ["embedder", "graph", "clusters found", "purity", "purity of the true number"]
+        record.table(f"{len(asked)} instructions {title}", columns, rows)
+    record.further("four kinds: purity where 3 to 6 clusters are found, best embedder", ">= 90 %", f"{best:.1%}",
+                   best >= 0.9)  # fmt: skip
 
 
 def documented(tokenizer: Any) -> list[InstructionExample]:
@@ -326,22 +564,17 @@ def language_model(record: Record, seed: int) -> None:
 
 
 def experiment(run: Run) -> None:
-    quick, seed = run.quick, run.seed
-    run.data = f"words of four letters to copy, raise, reverse or shift; {len(LETTERS)} characters"
-    run.part("two moons", clustering)
+    quick = run.quick
+    run.data = f"instructions of five skills; {len(LETTERS)} characters"
+    healing = Recovery(run, 200 if quick else STEPS, 200 if quick else POOL, HEALING)
+    pilot = range(1 if quick else 3)
+    run.part("awareness", awareness, pilot, healing.steps)
     if not quick:
-        run.part("purity", purity, seed)
-    steps = 1200 if quick else 9000  # until every skill is above 95 %
-    training = samples(examples(20_000, 1000 + seed))
-    stack = trained(training, layers=4, hidden=64, steps=steps, seed=seed, name="skills", batch=32)
-    held_out = examples(200 if quick else 1000, 2000 + seed)
-    size = 400 if quick else 4000
-    run.part("awareness", awareness, stack, held_out)
-    recovery(run, stack, held_out, size, 30 if quick else 100, 1 if quick else 3)
-    run.part("wrong answers", poison, stack, size)
-    if not quick:
-        run.part("SmolLM2", language_model, seed)
+        run.part("purity", purity, run.seed)
+        run.part("SmolLM2", language_model, run.seed)
+        poison(run, healing, pilot)
+    recovery(run, healing, pilot)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(experiment, quick="less training and fewer seeds, without SmolLM2; under a minute"))
+    raise SystemExit(main(experiment, quick="a barely trained model, which does not meet the premise; under a minute"))

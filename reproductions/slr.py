@@ -1,12 +1,15 @@
-"""SLR at small scale: a character-level Llama that was collapsed on purpose, and SmolLM2-135M.
+"""SLR at small scale: character-level Llamas that were collapsed on purpose, and SmolLM2-135M.
 
-The pair is made here. *Pre* answers "one of C-M" with any valid character, but often with an invalid one; *post* was
-fine-tuned from it to give one favourite answer, in other phrasings than those of the evaluation. Everything is chosen
-on one half of the questions and reported on the other.
+The pairs are made here. *Pre* answers "one of C-M" with any valid character, but often with an invalid one; *post* was
+fine-tuned from it to give one favourite answer, in other phrasings than those of the evaluation. The main claim, after
+4000 steps of post-training, is that the chosen range of layers is more diverse than post, valid enough, and more
+diverse than the soup of both models that is as valid. Whether a soup works depends on how far the models are apart, so
+shorter post-trainings are compared too, with the loss along the line between the models. Everything is chosen on one
+half of the questions and reported on the other.
 
-    python reproductions/slr.py             # about 45 minutes on one core that is free; an interrupted run resumes
+    python reproductions/slr.py             # about an hour and a half on one core; an interrupted run resumes
     python reproductions/slr.py --nano      # without SmolLM2
-    python reproductions/slr.py --quick     # one seed of a smaller nano pair
+    python reproductions/slr.py --quick     # one smaller pair
 """
 
 from __future__ import annotations
@@ -22,23 +25,22 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 from harness import Run, main
 from harness.measured import Measured
-from harness.nano import digest, encode, taught, trained
-from scipy.stats import spearmanr
+from harness.nano import digest, encode, nats, taught, trained
+from numpy.typing import NDArray
 
 import lamella
 from lamella.methods.slr import (
     Interval,
     MixedModel,
-    SearchResult,
+    answer,
     answerable,
     choose,
     diversity,
     fixed_intervals,
-    intervals,
-    layer_runs,
     measure,
     measure_restored,
     mix_models,
@@ -52,7 +54,7 @@ from lamella.methods.slr.questions import SETS, crc, encode_questions
 from lamella.plan import apply_tensors, fingerprint, parameters_at
 from lamella.results import Record
 from lamella.stack import Stack, share
-from lamella.train import Lora, Sample, TrainConfig, add_lora, own, pairs
+from lamella.train import Sample, TrainConfig, own, pairs
 from lamella.zoo import open_tokenizer
 from lamella.zoo.cache import build_once
 
@@ -60,6 +62,10 @@ VALID, FAVOURITE = 0.40, 0.93  # the fractions of valid answers in pre's text, a
 TAUGHT = ("pick {what}: ", "one of {what} = ", "say {what}, ")  # the phrasings of post-training
 UNSEEN = ("any {what}> ", "random {what}? ", "choose {what}; ")  # known from pre-training alone
 BOUND = 0.9  # the paper's floor
+MORE_THAN_POST, MORE_THAN_SOUP = 0.20, 0.05  # required gain of diversity
+SOUPS = {"soup": False, "blocks-only soup": True}
+SOUP = 21  # mixtures from post to pre, as in the paper
+BETWEEN = 20  # interpolated points from one mixture to the next
 
 
 def sets(letters: int) -> list[tuple[str, str, str]]:
@@ -92,9 +98,9 @@ def lines(letters: int, phrasings: Sequence[str], count: int, seed: int, collaps
     return pairs(made)
 
 
-def questions(letters: int, seed: int) -> tuple[EncodedQuestions, EncodedQuestions]:
+def questions(letters: int) -> tuple[EncodedQuestions, EncodedQuestions]:
     """Return up to 400 questions in phrasings unseen in post-training: half for selection, half for testing."""
-    drawn = random.Random(seed)
+    drawn = random.Random(0)
     halves: tuple[list[Any], list[Any]] = ([], [])
     for family, count in (("letters", 290), ("digits", 110)):
         every = [(phrase, what, valid) for phrase in UNSEEN for kind, what, valid in sets(letters) if kind == family]
@@ -109,7 +115,7 @@ def questions(letters: int, seed: int) -> tuple[EncodedQuestions, EncodedQuestio
 
 @dataclass(frozen=True)
 class Size:
-    """A nano pair: its model, its task, and how both are trained."""
+    """Nano pairs: their model, their task, and how both are trained."""
 
     layers: int
     hidden: int
@@ -117,23 +123,40 @@ class Size:
     batch: int
     steps: int
     lr: float
-    further: int  # steps of post-training
+    displacements: tuple[int, ...]  # steps of post-training; the main claim is about the last
+    further_batch: int
     further_lr: float
 
 
-FULL = Size(8, 64, 26, batch=128, steps=1600, lr=1.5e-3, further=500, further_lr=3e-4)
-QUICK = Size(6, 48, 8, batch=32, steps=450, lr=3e-3, further=400, further_lr=3e-4)
+FULL = Size(
+    8, 64, 26, batch=64, steps=1600, lr=1.5e-3, displacements=(200, 500, 1000, 2000, 4000), further_batch=16,
+    further_lr=3e-4,
+)  # fmt: skip
+QUICK = Size(
+    6, 48, 8, batch=32, steps=400, lr=3e-3, displacements=(100, 300), further_batch=32, further_lr=3e-4
+)  # fmt: skip
 
 
-def nano_pair(size: Size, seed: int) -> tuple[Stack, Stack]:
-    """Return post and pre, from the cache after the first run."""
+def nano_pair(size: Size, seed: int, displacement: int) -> tuple[Stack, Stack]:
+    """Return post and pre, from the cache after the first run.
+
+    Post-training goes on from one displacement to the next, with a fresh optimizer and new lines.
+    """
     diverse = lines(size.letters, TAUGHT + UNSEEN, 50_000, 2 * seed, collapsed=False)
-    pre = trained(
+    pre = post = trained(
         diverse, layers=size.layers, hidden=size.hidden, steps=size.steps, seed=seed, batch=size.batch, lr=size.lr,
         tied=False, name=f"slr-{digest(diverse)}",
     )  # fmt: skip
-    collapsed = lines(size.letters, TAUGHT, 20_000, 2 * seed + 1, collapsed=True)
-    return continued(pre, collapsed, steps=size.further, lr=size.further_lr, batch=size.batch, seed=seed), pre
+    before = 0
+    for steps in size.displacements:
+        if steps > displacement:
+            break
+        collapsed = lines(size.letters, TAUGHT, 20_000, 1000 * seed + steps, collapsed=True)
+        post = continued(
+            post, collapsed, steps=steps - before, lr=size.further_lr, batch=size.further_batch, seed=seed,
+        )  # fmt: skip
+        before = steps
+    return post, pre
 
 
 def continued(pre: Stack, samples: Sequence[Sample], *, steps: int, seed: int, **settings: Any) -> Stack:
@@ -150,7 +173,42 @@ def continued(pre: Stack, samples: Sequence[Sample], *, steps: int, seed: int, *
     return lamella.open(build_once(name, build, megabytes=1200))
 
 
-# A. The nano pair.
+# A. The nano pairs.
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Mixtures from post to pre: validity and diversity of each question [mixtures, questions].
+
+    Attributes:
+        quality: the validity.
+        diversity: the diversity.
+    """
+
+    quality: NDArray[np.float64]
+    diversity: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, post: Stack, pre: Stack, encoded: EncodedQuestions, blocks_only: bool) -> Curve:
+        """Measure a soup, and interpolate between its mixtures."""
+        shares = np.linspace(0, 1, SOUP)
+        found = [answer(mix_models(post, pre, float(each), blocks_only=blocks_only), encoded) for each in shares]
+        fine = np.linspace(0, 1, BETWEEN * (SOUP - 1) + 1)
+        quality, spread = (
+            np.stack([np.interp(fine, shares, column) for column in torch.stack(list(each), dim=1).numpy()], axis=1)
+            for each in zip(*found, strict=True)
+        )
+        return cls(quality, spread)
+
+    def at(self, floor: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return both scores of each question for the most diverse mixture whose Q is at least ``floor``.
+
+        If there is none, it is the mixture with the highest Q.
+        """
+        validity, spread = self.quality.mean(axis=1), self.diversity.mean(axis=1)
+        feasible = validity >= floor
+        best = int(np.where(feasible, spread, -1).argmax() if feasible.any() else validity.argmax())
+        return self.quality[best], self.diversity[best]
 
 
 @torch.no_grad()
@@ -177,108 +235,161 @@ def mean_point(points: Sequence[MixedModel]) -> MixedModel:
     return MixedModel(points[0].what, quality, spread)
 
 
-def compare_models(
-    post: Stack, pre: Stack, found: SearchResult, encoded: EncodedQuestions, seed: int
-) -> dict[str, MixedModel]:
-    """Evaluate every choice on held-out questions."""
-    layers, length = len(post), int(found.chosen.size)
-    drawn = random_intervals(layers, length, seed=seed)
-    others: dict[str, Any] = {"SLR": found.chosen.what} | fixed_intervals(layers, length) | {"all layers": (0, layers)}
-    rows = {"post": measure(post, encoded), "pre": measure(pre, encoded)}
-    measured = among(post, pre, encoded, {*others.values(), *drawn})
-    rows |= {name: measured[what] for name, what in others.items()}
-    rows["random, as long"] = mean_point([measured[each] for each in drawn])
-    for name, blocks_only in (("soup", False), ("blocks-only soup", True)):
-        points = soup(post, pre, found.questions, blocks_only=blocks_only)
-        share: Any = choose(points, points[0], BOUND).what
-        rows[name] = measure(mix_models(post, pre, share, blocks_only=blocks_only), encoded, share)
-    return rows | {f"post, temperature {t:g}": at_temperature(post, encoded, t) for t in (1.2, 1.5)}
+def restored(post: Stack, pre: Stack, interval: Interval) -> Stack:
+    """Return post with a range of layers of pre."""
+    names = parameters_at(post, [f"layers.{layer}" for layer in range(*interval)])
+    return Stack(apply_tensors(post.model, {name: pre.model.get_parameter(name) for name in names}))
 
 
-def above_the_soup(points: Sequence[MixedModel], curve: Sequence[MixedModel]) -> int:
-    """Count the intervals above the soup's curve, interpolated in Q."""
-    order = sorted(curve, key=lambda each: each.quality)
-    count = 0
-    for point in points:
-        below = [each for each in order if each.quality <= point.quality]
-        beyond = [each for each in order if each.quality > point.quality]
-        if not below or not beyond:
-            height = (beyond or below[::-1])[0].diversity
-        else:
-            left, right = below[-1], beyond[0]
-            part = (point.quality - left.quality) / (right.quality - left.quality)
-            height = left.diversity + part * (right.diversity - left.diversity)
-        count += point.diversity > height
-    return count
+def line_losses(post: Stack, pre: Stack, letters: int) -> list[float]:
+    """Return the loss of the mixtures from post to pre, on new lines of both kinds alike, in nats per token."""
+    test = [each for collapsed in (False, True) for each in lines(letters, TAUGHT, 300, 9, collapsed)]
+    return [nats(mix_models(post, pre, float(each)).model, test, size=100) for each in np.linspace(0, 1, SOUP)]
 
 
-def nano_arm(size: Size, seed: int) -> dict[str, Any]:
-    """Search one nano pair, and evaluate every choice on held-out questions."""
-    post, pre = nano_pair(size, seed)
-    to_search, to_report = questions(size.letters, seed)
+def barrier(losses: Sequence[float]) -> float:
+    """Return the worst loss on the line minus the mean of the ends."""
+    return max(losses) - (losses[0] + losses[-1]) / 2
+
+
+def above_the_chord(losses: Sequence[float]) -> float:
+    """Return the largest excess of the loss on the line over the interpolated losses of the ends; 0 if convex."""
+    return float(np.max(np.array(losses) - np.linspace(losses[0], losses[-1], len(losses))))
+
+
+@torch.no_grad()
+def displacement_of(post: Stack, pre: Stack) -> float:
+    """Return the distance between two models, relative to the norm of pre."""
+    both = [(post.model.get_parameter(name), each) for name, each in pre.model.named_parameters()]
+    apart, norm = (sum(float(each.square().sum()) for each in group) for group in (
+        [ours - theirs for ours, theirs in both], [theirs for _, theirs in both]))  # fmt: skip
+    return math.sqrt(apart / norm)
+
+
+def ends(size: Size, seed: int, displacement: int) -> dict[str, Any]:
+    """Return Q and D of post, pre and all layers restored, on the questions of the search."""
+    post, pre = nano_pair(size, seed, displacement)
+    encoded, _ = questions(size.letters)
+    whole = among(post, pre, encoded, [(0, size.layers)])[(0, size.layers)]
+    return {name: (each.quality, each.diversity) for name, each in
+            {"post": measure(post, encoded), "pre": measure(pre, encoded), "all layers": whole}.items()}  # fmt: skip
+
+
+def compared(size: Size, seed: int, displacement: int) -> dict[str, Any]:
+    """Choose a range of layers and mixtures, and evaluate them with other choices on held-out questions."""
+    post, pre = nano_pair(size, seed, displacement)
+    to_search, to_report = questions(size.letters)
     found = search(post, pre, to_search)
-    feasible = sum(map(found.feasible, found.points))
-    points = compare_models(post, pre, found, to_report, seed)
+    what: Any = found.chosen.what
+    length = int(found.chosen.size)
+    drawn = random_intervals(size.layers, length, seed=seed)
+    others: dict[str, Any] = {"SLR": what} | fixed_intervals(size.layers, length) | {"all layers": (0, size.layers)}
+    rows = {"post": measure(post, to_report), "pre": measure(pre, to_report)}
+    measured = among(post, pre, to_report, {*others.values(), *drawn})
+    rows |= {name: measured[each] for name, each in others.items()}
+    rows["random, as long"] = mean_point([measured[each] for each in drawn])
+    for name, blocks_only in SOUPS.items():
+        points = soup(post, pre, found.questions, n=SOUP, blocks_only=blocks_only)
+        share: Any = choose(points, points[0], BOUND).what
+        rows[name] = measure(mix_models(post, pre, share, blocks_only=blocks_only), to_report, share)
+    rows |= {f"post, temperature {t:g}": at_temperature(post, to_report, t) for t in (1.2, 1.5)}
+    quality, spread = (each.numpy() for each in answer(restored(post, pre, what) if length else post, to_report))
+    post_quality, post_spread = (each.numpy() for each in answer(post, to_report))
+    matched = {}
+    for name, blocks_only in SOUPS.items():
+        valid, other = Curve.of(post, pre, to_report, blocks_only).at(float(quality.mean()))
+        rows[f"{name}, as valid as SLR"] = MixedModel(0, float(valid.mean()), float(other.mean()))
+        matched[name] = (spread - other).tolist()
+    losses = line_losses(post, pre, size.letters)
     return {
-        "chosen": found.chosen.what,
-        "quality": found.chosen.quality,
-        "diversity": found.chosen.diversity,
-        "feasible": f"{feasible} of {len(found.points)}",
-        "above": above_the_soup(found.points, soup(post, pre, found.questions)),
-        "rank": float(spearmanr([p.diversity for p in found.points], [p.quality for p in found.points]).statistic),
-        "binds": feasible < len(found.points) and not found.feasible(found.points[size.layers - 1]),
-        "points": {name: (point.quality, point.diversity) for name, point in points.items()},
-        "transfer": across_families(post, pre, to_search, to_report),
+        "chosen": what,
+        "feasible": sum(map(found.feasible, found.points)) / len(found.points),
+        "rows": {name: (each.quality, each.diversity) for name, each in rows.items()},
+        "over post": (spread - post_spread).tolist(),
+        "kept": (quality - BOUND * post_quality).tolist(),
+        "matched": matched,
+        "apart": displacement_of(post, pre),
+        "losses": losses,
     }
 
 
-def nano(run: Run, size: Size, seeds: int) -> None:
+def nano(run: Run, size: Size, seeds: Sequence[int]) -> None:
     """Run parts A and C."""
-    arms = [run.arm(f"nano pair {seed}", nano_arm, size, seed) for seed in range(seeds)]
-    rows = [{name: MixedModel(name, *pair) for name, pair in each["points"].items()} for each in arms]
-    transfers = [each["transfer"] for each in arms]
-    curves = [
-        [seed, "[{}, {})".format(*each["chosen"]),
-         *(each[name] for name in ("quality", "diversity", "feasible", "above", "rank"))]
-        for seed, each in enumerate(arms)
-    ]  # fmt: skip
+    last = size.displacements[-1]
+    pairs_ = [run.arm(f"pair {seed}, {last} steps", ends, size, seed, last) for seed in seeds]
+    ratio = max(each["pre"][0] / each["post"][0] for each in pairs_)
+    run.premise(f"Q of pre / post after {last} steps, worst seed", "below 0.7", ratio, ratio < 0.7)
+    spread = max(each["post"][1] for each in pairs_)
+    run.premise(f"D of post after {last} steps, worst seed: it has collapsed", "at most 0.5", spread, spread <= 0.5)
+    binds = max(each["all layers"][0] / each["post"][0] for each in pairs_)
+    run.premise("Q of [0, L) / Q of post, worst seed: the floor binds", f"below {BOUND}", binds, binds < BOUND)
+    run.freeze(
+        f"means over seeds and held-out questions after {last} steps: D of SLR - post, Q of SLR - {BOUND} Q of post, "
+        "and D of SLR - the most diverse mixture on the line whose mean Q is at least that of SLR",
+        seeds, layers=size.layers, hidden=size.hidden, steps=size.steps, displacements=list(size.displacements),
+        mixtures=SOUP, floor=BOUND,
+    )  # fmt: skip
+    found = {
+        steps: [run.arm(f"{steps} steps, seed {seed}", compared, size, seed, steps) for seed in seeds]
+        for steps in size.displacements
+    }
+
+    def over(steps: int, name: str) -> Measured:
+        """Return D of SLR - D of a soup that is as valid."""
+        return Measured.over_seeds_and_items([each["matched"][name] for each in found[steps]])
+
+    rows = []
+    for steps, arms in found.items():
+        points = {name: np.mean([each["rows"][name] for each in arms], axis=0) for name in ("post", "SLR")}
+        rows.append(
+            [steps, fmean(each["apart"] for each in arms), fmean(barrier(each["losses"]) for each in arms),
+             fmean(above_the_chord(each["losses"]) for each in arms), *points["post"], *points["SLR"],
+             str(over(steps, "soup")), str(over(steps, "blocks-only soup"))]
+        )  # fmt: skip
     columns = [
-        "seed",
-        "chosen",
-        "Q",
-        "D",
-        "feasible",
-        "intervals above the soup's curve",
-        "rank correlation of D and Q",
+        *("steps of post-training", "distance / norm of pre", "barrier, nats", "above the chord, nats"),
+        *("Q of post", "D of post", "Q of SLR", "D of SLR"),
+        *("D of SLR - soup, as valid", "- blocks-only soup, as valid"),
     ]
-    run.table(f"The searches: {size.layers} layers, on the questions that they chose on", columns, curves)
-    names = list(rows[0])
-    means = {name: mean_point([each[name] for each in rows]) for name in names}
-    table = [
-        [name, means[name].quality, means[name].diversity,
-         *(f"{each[name].quality:.3f} / {each[name].diversity:.3f}" for each in rows)]
-        for name in names
-    ]  # fmt: skip
-    run.table(
-        "On questions that nothing was chosen on: Q and D",
-        ["model", "mean Q", "mean D", *(f"seed {seed}: Q / D" for seed in range(seeds))],
-        table,
+    run.table(f"Distance between the models, mean of {len(seeds)} pairs, on held-out questions", columns, rows)
+    arms = found[last]
+    table = []
+    for name in arms[0]["rows"]:
+        points = [each["rows"][name] for each in arms]
+        table.append([name, *np.mean(points, axis=0).tolist(), *("{:.3f} / {:.3f}".format(*each) for each in points)])
+    table.append(["chosen", "", "", *("[{}, {})".format(*each["chosen"]) for each in arms)])
+    table.append(["feasible", "", "", *(f"{each['feasible']:.0%}" for each in arms)])
+    columns = ["model", "mean Q", "mean D", *(f"seed {seed}: Q / D" for seed in seeds)]
+    run.table(f"After {last} steps: Q and D on held-out questions", columns, table)
+
+    gain = Measured.over_seeds_and_items([each["over post"] for each in arms])
+    run.main("D of SLR - D of post", f">= {MORE_THAN_POST:.2f}", gain, gain.at_least(MORE_THAN_POST))
+    kept = Measured.over_seeds_and_items([each["kept"] for each in arms])
+    run.main(f"Q of SLR - {BOUND} Q of post", ">= 0", kept, kept.at_least(0))
+    ahead = over(last, "soup")
+    run.main("D of SLR - D of the soup that is as valid", f">= {MORE_THAN_SOUP}", ahead, ahead.at_least(MORE_THAN_SOUP))
+    blocks = over(last, "blocks-only soup")
+    run.further("selection: D of SLR - D of the blocks-only soup that is as valid", "> 0", blocks, blocks.at_least(0))
+    for steps in size.displacements[:-1]:
+        ahead = over(steps, "soup")
+        run.further(f"the same against the soup after {steps} steps", f">= {MORE_THAN_SOUP}", ahead,
+                    ahead.at_least(MORE_THAN_SOUP))  # fmt: skip
+    first = found[size.displacements[0]]
+    grown = Measured.over_seeds_and_items(
+        [
+            np.subtract(late["matched"]["soup"], early["matched"]["soup"])
+            for late, early in zip(arms, first, strict=True)
+        ]
     )
-    ratio = max(each["pre"].quality / each["post"].quality for each in rows)
-    run.exact("Q of pre / post", "< 0.7, every seed", ratio, ratio < 0.7)
-    kinds = [each["binds"] for each in arms]
-    run.exact("the floor binds: [0, L) is not feasible", "every seed", f"{sum(kinds)} of {seeds}", all(kinds))
+    run.further(f"D of SLR - soup, after {last} steps - after {size.displacements[0]}", "> 0: distance favours SLR",
+                grown, grown.at_least(0))  # fmt: skip
+    families(run, size, seeds)
 
-    def over(other: str) -> Measured:
-        """Return the difference between SLR's diversity and that of another choice."""
-        return Measured.over_seeds([each["SLR"].diversity - each[other].diversity for each in rows])
 
-    kept = Measured.over_seeds([each["SLR"].quality / each["post"].quality for each in rows])
-    run.main("D of SLR - D of post", ">= 0.20", over("post"), over("post").at_least(0.20))
-    run.main("Q of SLR / Q of post", ">= 0.9", kept, kept.at_least(BOUND))
-    run.main("D of SLR - D of the best soup", ">= 0.05", over("soup"), over("soup").at_least(0.05))
-    blocks = over("blocks-only soup")
-    run.further("selection: D of SLR - D of the best blocks-only soup", "> 0", blocks, blocks.at_least(0))
+def families(run: Run, size: Size, seeds: Sequence[int]) -> None:
+    """Run part C: choose on one family of answers, and evaluate on the other."""
+    last = size.displacements[-1]
+    transfers = [run.arm(f"families, seed {seed}", across_families, size, seed, last) for seed in seeds]
     run.table(
         "The interval chosen on one family, its gain of D over post on both (mean of seeds)",
         ["chosen on", "gain on itself", "gain on the other"],
@@ -292,10 +403,10 @@ def nano(run: Run, size: Size, seeds: int) -> None:
         run.further(name, ">= 0.5", f"{share:.4g}; excess over half of it: {above}", above.at_least(0))
 
 
-def across_families(
-    post: Stack, pre: Stack, to_search: EncodedQuestions, to_report: EncodedQuestions
-) -> dict[str, tuple[float, float]]:
-    """Run part C: for each family, the gain of the interval chosen on it, on itself and on the other."""
+def across_families(size: Size, seed: int, displacement: int) -> dict[str, tuple[float, float]]:
+    """For each family, return the gain of the interval chosen on it, on itself and on the other."""
+    post, pre = nano_pair(size, seed, displacement)
+    to_search, to_report = questions(size.letters)
     gains = {}
     for family, other in (("letters", "digits"), ("digits", "letters")):
         chosen: Any = search(post, pre, to_search.of_family(family)).chosen.what
@@ -306,59 +417,6 @@ def across_families(
             found.append(after.diversity - measure(post, encoded).diversity)
         gains[family] = (found[0], found[1])
     return gains
-
-
-def exactness(record: Record, size: Size) -> None:
-    """Compare the sweep with explicitly built hybrids, interval by interval."""
-    (post, pre), (encoded, _) = nano_pair(size, 0), questions(size.letters, 0)
-    wanted = intervals(len(post))
-    begin = time.process_time()
-    swept = measure_restored(post, pre, encoded, wanted)
-    fast = time.process_time() - begin
-    begin, worst = time.process_time(), 0.0
-    for point in swept:
-        names = parameters_at(post, [f"layers.{layer}" for layer in range(*point.what)])  # type: ignore[misc]
-        hybrid = Stack(apply_tensors(post.model, {name: pre.model.get_parameter(name) for name in names}))
-        built = measure(hybrid, encoded)
-        worst = max(worst, abs(built.quality - point.quality), abs(built.diversity - point.diversity))
-    slow = time.process_time() - begin
-    layers = len(post)
-    record.table(
-        "What a search runs",
-        ["layers", "intervals", "layer runs, shared prefixes", "layer runs, one by one", "CPU seconds", "one by one"],
-        [[layers, len(wanted), layer_runs(layers, wanted), layers * len(wanted), fast, slow],
-         [30, 465, layer_runs(30, intervals(30)), 30 * 465, "", ""]],
-    )  # fmt: skip
-    record.exact("Q and D of the sweep and of models that are built", "within 1e-5", worst, worst <= 1e-5)
-
-
-def adapters(record: Record, size: Size, steps: int) -> None:
-    """Run part D: post is pre with LoRA, so restoring layers is the same as disabling their adapters."""
-    _, pre = nano_pair(size, 0)
-    _, encoded = questions(size.letters, 0)
-    view = share(pre.model)
-    lora = add_lora(view, r=8, seed=0)
-    collapsed = lines(size.letters, TAUGHT, 20_000, 1, collapsed=True)
-    taught(view, collapsed, TrainConfig(steps=steps, lr=3e-3, batch=size.batch), trainable=lora.trains)
-    merged = share(view)
-    copied_in = Lora(merged, lora.modules, lora.scale, lora.base)
-    copied_in.merge()
-    copied_in.remove()
-    post, worst, inputs = Stack(merged), 0.0, encoded.inputs(pre.device)
-    with torch.no_grad():
-        for i, j in intervals(len(pre)):
-            names = parameters_at(post, [f"layers.{layer}" for layer in range(i, j)])
-            copied = apply_tensors(merged, {name: pre.model.get_parameter(name) for name in names})
-            with lora.off([f"{post.architecture.prefix}{layer}." for layer in range(i, j)]):
-                ours = view(**inputs).logits[:, -1]
-            worst = max(worst, float((copied(**inputs).logits[:, -1] - ours).abs().max()))
-    before, after = measure(pre, encoded), measure(post, encoded)
-    change = (
-        f"from Q {before.quality:.2f} / D {before.diversity:.2f} to Q {after.quality:.2f} / D {after.diversity:.2f}"
-    )
-    record.exact(
-        f"LoRA ({change}): logits with adapters off and with weights copied", "within 1e-5", worst, worst <= 1e-5
-    )
 
 
 # B. SmolLM2, collapsed.
@@ -412,29 +470,44 @@ def smollm2(record: Record, samples: int, seed: int) -> None:
     for name, interval in ({"SLR": what} | others | {"all layers": (0, len(post))}).items():
         point = measured[interval]
         rows.append([name, f"[{interval[0]}, {interval[1]})", point.quality, point.diversity])
+    spread, models = answer(restored(post, pre, what), encoded).diversity.numpy(), {}
+    matched = {}
+    for name, blocks_only in SOUPS.items():
+        points = soup(post, pre, found.questions, n=SOUP, blocks_only=blocks_only)
+        share: Any = choose(points, points[0], BOUND).what
+        models[name] = mix_models(post, pre, share, blocks_only=blocks_only).model
+        chosen = measure(Stack(models[name]), encoded)
+        rows.append([name, f"alpha {share:g}", chosen.quality, chosen.diversity])
+        valid, other = Curve.of(post, pre, encoded, blocks_only).at(best.quality)
+        rows.append([f"{name}, as valid as SLR", "", float(valid.mean()), float(other.mean())])
+        matched[name] = Measured.over_seeds_and_items([spread - other])
     record.table(
-        f"SmolLM2-135M, {STEPS} steps of collapse: {len(encoded)} held-out questions ({len(dropped)} skipped); "
-        f"{len(found.points)} intervals on {len(found.questions)} questions in {seconds:.0f} s",
-        ["model", "interval", "Q", "D"],
+        f"SmolLM2-135M, {STEPS} steps of collapse, distance / norm {displacement_of(post, pre):.2g}: {len(encoded)} "
+        f"held-out questions ({len(dropped)} skipped); {len(found.points)} intervals on {len(found.questions)} "
+        f"questions in {seconds:.0f} s",
+        ["model", "interval or share of pre", "Q", "D"],
         rows,
     )
-    record.exact("SmolLM2: Q of post", ">= 0.8", before.quality, before.quality >= 0.8)
-    record.exact("SmolLM2: D of post", "<= 0.3", before.diversity, before.diversity <= 0.3)
+    collapsed = before.quality >= 0.8 and before.diversity <= 0.3
+    record.further("SmolLM2: Q and D of post", "Q >= 0.8 and D <= 0.3: it has collapsed",
+                   f"{before.quality:.3f} and {before.diversity:.3f}", collapsed)  # fmt: skip
     kept = best.quality / before.quality
     record.further("SmolLM2: Q of SLR / Q of post", ">= 0.9", kept, kept >= BOUND)
     lost = after.diversity - before.diversity
     share_back = (best.diversity - before.diversity) / lost if lost else math.nan
     record.further("SmolLM2: fraction of D_pre - D_post restored", ">= 0.3", share_back, share_back >= 0.3)
-    transfer(record, post, pre, tokenizer, what, samples, seed)
+    for name, ahead in matched.items():
+        record.further(f"SmolLM2: D of SLR - D of the {name} that is as valid", f">= {MORE_THAN_SOUP}", ahead,
+                       ahead.at_least(MORE_THAN_SOUP))  # fmt: skip
+    models = {"post": post.model, "pre": pre.model, "SLR": restored(post, pre, what).model} | models
+    transfer(record, models, tokenizer, samples, seed)
 
 
-def transfer(record: Record, post: Stack, pre: Stack, tokenizer: Any, interval: Any, samples: int, seed: int) -> None:
+def transfer(record: Record, models: dict[str, Any], tokenizer: Any, samples: int, seed: int) -> None:
     """Evaluate open questions, which are independent of the search."""
-    names = parameters_at(post, [f"layers.{layer}" for layer in range(*interval)])
-    hybrid = apply_tensors(post.model, {name: pre.model.get_parameter(name) for name in names})
     results = {
         name: diversity(model, tokenizer, open_questions(), samples=samples, seed=seed)
-        for name, model in {"post": post.model, "pre": pre.model, "SLR": hybrid}.items()
+        for name, model in models.items()
     }
     rows = [
         [
@@ -456,14 +529,11 @@ def transfer(record: Record, post: Stack, pre: Stack, tokenizer: Any, interval: 
 def experiment(run: Run) -> None:
     run.data = "lines of a made-up task, 200 questions to choose on and 200 to report on"
     warnings.simplefilter("ignore")  # the checks inspect the warnings themselves
-    size = QUICK if run.quick else FULL
-    run.part("exactness", exactness, size)
-    nano(run, size, 1 if run.quick else 3)
-    run.part("adapters", adapters, size, 60 if run.quick else 200)
     if not run.variant:
         run.data += "; the CRC task and 12 open questions for SmolLM2"
         run.part("SmolLM2", smollm2, 32, run.seed)
+    nano(run, QUICK if run.quick else FULL, range(1 if run.quick else 6))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(experiment, quick="one seed of a smaller nano pair, under a minute", nano="without SmolLM2"))
+    raise SystemExit(main(experiment, quick="one smaller pair, under a minute", nano="without SmolLM2"))

@@ -209,14 +209,16 @@ def opened() -> tuple[Stack, Any, Plan]:
 
 def selected(examples: list[InstructionExample], **options: Any) -> Selection:
     stack, tokenizer, plan = opened()
-    return paser(stack, examples, **{"plan": plan, "tokenizer": tokenizer, "embedder": "tfidf"} | options)
+    return paser(
+        stack, examples, **{"plan": plan, "tokenizer": tokenizer, "embedder": "tfidf", "graph": "knn"} | options
+    )
 
 
 def test_skills_are_distinguished() -> None:
     examples = pool(40)
     stack, tokenizer, _ = opened()
     points = embed("tfidf", stack, tokenizer, [each.instruction for each in examples])
-    labels = spectral_clusters(points, 10).labels  # one for each way of asking, or nearly
+    labels = spectral_clusters(points, 10, graph="knn").labels  # one for each way of asking, or nearly
     pure = sum(np.bincount(np.repeat(range(4), 40)[labels == k]).max() for k in range(labels.max() + 1))
     assert pure / len(examples) >= 0.9
 

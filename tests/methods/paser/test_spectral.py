@@ -53,14 +53,29 @@ def test_eigenvectors_are_those_of_the_random_walk() -> None:
 def test_many_points_join_their_nearest_landmark(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spectral, "LANDMARKS", 60)
     points, true = blobs(4, 100)
-    runs = [spectral_clusters(points, seed=seed) for seed in (0, 0, 1)]
+    runs = [spectral_clusters(points, graph="knn", seed=seed) for seed in (0, 0, 1)]
     assert all(accuracy(run.labels, true) == 1 and run.landmarks == 60 for run in runs)
     assert (runs[0].labels == runs[1].labels).all()
 
 
 def test_more_pieces_than_can_be_distinguished_make_as_many_clusters_as_may_be() -> None:
     points = np.repeat(1000.0 * np.arange(16), 25)[:, None] + np.tile(np.arange(25.0), 16)[:, None]
-    assert spectral_clusters(points, most=6, neighbours=10).labels.max() + 1 == 6
+    assert spectral_clusters(points, most=6, graph="knn", neighbours=10).labels.max() + 1 == 6
+
+
+@pytest.mark.parametrize("given", [None, 3])
+def test_more_pieces_than_clusters_are_joined_with_their_nearest(given: int | None) -> None:
+    generator = np.random.default_rng(0)
+    pieces = np.concatenate([12.0 * np.eye(3, 8).repeat(4, axis=0) + 2 * np.tile(np.eye(4, 8, 3), (3, 1))])
+    points = pieces.repeat(30, axis=0) + 0.3 * generator.normal(size=(360, 8))
+    found = spectral_clusters(points, given, most=8, graph="knn", neighbours=10)
+    assert accuracy(found.labels, np.repeat(range(3), 120)) == 1
+
+
+@pytest.mark.parametrize("graph", ["knn", "dense"])
+def test_three_points_are_enough(graph: spectral.Graph) -> None:
+    found = spectral_clusters(np.array([[0.0], [0.1], [5.0]]), graph=graph)
+    assert accuracy(found.labels, np.array([0, 0, 1])) == 1
 
 
 @pytest.mark.parametrize(("points", "count"), [(2, None), (5, 5), (5, 0)])

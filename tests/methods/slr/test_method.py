@@ -32,8 +32,9 @@ from lamella.methods.slr import (
 )
 from lamella.methods.slr.answers import ChoiceQuestion, EncodedQuestions, answer
 from lamella.methods.slr.questions import Questions
-from lamella.plan import ModelReference, Plan, compose, fingerprint, parameters_at, restore_edit
+from lamella.plan import ModelReference, Plan, apply_tensors, compose, fingerprint, parameters_at, restore_edit
 from lamella.stack import Stack
+from lamella.train import add_lora
 from lamella.zoo.nano import NANO, nano
 
 CAUSAL = [name for name in NANO if name != "vit"]
@@ -209,6 +210,25 @@ def test_restoring_twice_is_restoring_once_and_two_ranges_are_their_union(tmp_pa
     union = state(lamella.apply(post, both))
     assert equal(state(lamella.apply(post, compose(first, second))), union)
     assert equal(state(lamella.apply(post, compose(second, first))), union)
+
+
+@torch.no_grad()
+def test_for_a_model_with_adapters_restoring_layers_is_disabling_theirs() -> None:
+    pre, merged, view = Stack(nano("llama")), nano("llama"), nano("llama")
+    loras = [add_lora(model, r=4, seed=0) for model in (merged, view)]
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: 0.1 * torch.randn(each.shape, generator=generator) for name, each in loras[0].tensors().items()}
+    for lora in loras:
+        lora.load(tensors)
+    loras[0].merge()
+    loras[0].remove()
+    post = Stack(merged)
+    for start, stop in intervals(len(pre)):
+        names = parameters_at(post, layers(start, stop))
+        copied = apply_tensors(merged, {name: pre.model.get_parameter(name) for name in names})
+        with loras[1].off([f"{pre.architecture.prefix}{layer}." for layer in range(start, stop)]):
+            assert torch.allclose(view(IDS).logits, copied(IDS).logits, atol=1e-5)
+    assert not torch.allclose(post.model(IDS).logits, pre.model(IDS).logits, atol=0.1)
 
 
 def test_tied_embeddings_stay_post(tmp_path: Path) -> None:

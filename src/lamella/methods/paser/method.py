@@ -182,14 +182,14 @@ class Clustering:
     """How the instructions are clustered, one cluster for each capability.
 
     Attributes:
-        embedder: embedding of instructions: hidden-mean, tfidf, words, or minilm, the paper's.
+        embedder: embedding of instructions: minilm, the paper's sentence embedder, hidden-mean, tfidf or words.
         clusters: K; if None, where the gap between eigenvalues is largest, up to 10.
-        graph: affinities between nearest neighbours (knn), or between all pairs (dense, the paper's kernel).
+        graph: affinities between all pairs (dense, the paper's kernel), or between nearest neighbours (knn).
     """
 
-    embedder: Embedder | Embed = "hidden-mean"
+    embedder: Embedder | Embed = "minilm"
     clusters: Annotated[int, Ge(1)] | None = None
-    graph: Graph = "knn"
+    graph: Graph = "dense"
 
     @property
     def name(self) -> str:
@@ -200,7 +200,7 @@ class Clustering:
 SPECTRAL = Clustering()
 
 
-@method("paser", paper="2502.12594", purpose="heal")
+@method("paser", paper="2502.12594", purpose="heal", brief={"embedder": "words"})
 def paser(
     stack: Stack,
     pool: InstructionPool,

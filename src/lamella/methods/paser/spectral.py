@@ -22,7 +22,7 @@ from lamella.errors import LamellaError
 from lamella.extras import require
 
 Graph = Literal["dense", "knn"]
-FLAT = 1e-8  # gaps below this are rounding: the graph has more components than eigenvalues were computed
+FLAT = 1e-8  # gaps below this are rounding: more clusters are far apart than eigenvalues were computed
 LANDMARKS = 2000  # number of points whose n x n matrices are computed: 32 MB each
 
 
@@ -46,7 +46,7 @@ def spectral_clusters(
     count: int | None = None,
     *,
     most: int = 10,
-    graph: Graph = "knn",
+    graph: Graph = "dense",
     neighbours: int = 20,
     seed: int = 0,
 ) -> Clusters:
@@ -56,9 +56,10 @@ def spectral_clusters(
         points: [n, d].
         count: K; if None, it is where the gap between eigenvalues is largest, from 2 to ``most``.
         most: largest number of clusters if ``count`` is None.
-        graph: ``knn``: affinities between nearest neighbours alone, which follow curved shapes and leave clear gaps
-            between eigenvalues; or ``dense``, between all points, which is the paper's kernel.
-        neighbours: neighbours of each point, with ``knn``; mutual or not.
+        graph: ``dense``: affinities between all points, the paper's kernel; or ``knn``, between nearest neighbours
+            alone, which follow curved shapes and leave clear gaps between eigenvalues.
+        neighbours: neighbours of each point, with ``knn``; mutual or not. They are doubled until the graph has no more
+            components than there may be clusters, since all components have the eigenvalue 0.
         seed: random seed of the choice of landmarks.
 
     Raises:
@@ -76,11 +77,11 @@ def spectral_clusters(
         chosen = np.sort(np.random.default_rng(seed).choice(n, LANDMARKS, replace=False))
     wide = np.asarray(points, dtype=np.float64)
     marks = wide[chosen]
-    affinity = _dense(marks) if graph == "dense" else _nearest(marks, neighbours)
+    affinity = _dense(marks) if graph == "dense" else _nearest(marks, neighbours, count or most)
     values, vectors = _smallest(affinity, min(most + 1, len(marks) - 1) if count is None else max(count, 2))
     if count is None:
         gaps = np.diff(values)[1:]  # after 2, 3, ... eigenvalues
-        count = 2 + int(np.argmax(gaps)) if gaps.max() > FLAT else len(values) - 1
+        count = 2 + int(np.argmax(gaps)) if gaps.max(initial=0) > FLAT else max(len(values) - 1, 2)
     u = vectors[:, :count]
     similarity = np.abs(u @ u.T)
     factors = NMF(count, init="nndsvda", random_state=0, max_iter=500, tol=1e-5)
@@ -109,11 +110,16 @@ def _dense(points: NDArray[np.float64]) -> NDArray[np.float64]:
     return affinity
 
 
-def _nearest(points: NDArray[np.float64], neighbours: int) -> NDArray[np.float64]:
-    """Return the affinities between nearest neighbours, symmetrised; all others are 0."""
+def _nearest(points: NDArray[np.float64], neighbours: int, components: int) -> NDArray[np.float64]:
+    """Return the affinities between nearest neighbours, symmetrised, in at most ``components`` components."""
+    from scipy.sparse.csgraph import connected_components
     from sklearn.neighbors import kneighbors_graph
 
-    distances = kneighbors_graph(points, min(neighbours, len(points) - 1), mode="distance")
+    others = len(points) - 1
+    distances = kneighbors_graph(points, min(neighbours, others), mode="distance")
+    while connected_components(distances, directed=False)[0] > components:
+        neighbours *= 2
+        distances = kneighbors_graph(points, min(neighbours, others), mode="distance")
     sigma = np.median(distances.data) or 1.0
     distances.data = np.exp(-(distances.data**2) / (2 * sigma**2))
     affinity: NDArray[np.float64] = distances.maximum(distances.T).toarray()
