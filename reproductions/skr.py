@@ -1,8 +1,8 @@
 """SKR at small scale: families of two-dimensional systems, iterations against the paper's baseline and the missing one.
 
-Checks over five to thirty families of each kind that recycling in sorted order needs fewer iterations than GMRES(40) and
-than GCRO-DR that restarts from scratch for each system; that sorting helps if parameters come in clusters; and that a
-harmful basis is detected. Iterations and products with A are counted instead of seconds: at this size a direct solver
+Checks over five to thirty families of each kind that recycling in sorted order needs fewer iterations than GMRES(40)
+and than GCRO-DR that restarts from scratch for each system; that sorting helps if parameters come in clusters; and that
+a harmful basis is detected. Iterations and products with A are counted instead of seconds: at this size a direct solver
 is faster than all of them, as the last column shows.
 
     python reproductions/skr.py            # about 45 minutes on 1 core; an interrupted run resumes

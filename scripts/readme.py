@@ -162,7 +162,9 @@ def main() -> None:
     for name, folder in folders.items():
         if folder is not None:
             shutil.copyfile(folder / "evidence.json", BENCHMARKS / f"{name}.json")
-    parts = {"methods": method_table(), "outcomes": outcomes()}
+    parts = {"methods": method_table()}
+    if (BENCHMARKS / "outcomes.json").exists():
+        parts["outcomes"] = outcomes()
     if arguments.demo is not None:
         parts["demo"] = demonstrated(BENCHMARKS / "demo.json")
     readme = ROOT / "README.md"
