@@ -302,6 +302,7 @@ def test_compress_heals_by_distillation_unless_told_otherwise(lamella, tmp_path)
     healing, cut = evidence["healing"], evidence["chosen"]["fidelity"]
     assert healing["method"] == "distillation" and healing["data"]["training"]["data"] == "general"
     assert healing["settings"]["lora"] > 0 and len(healing["curve"]) == 40
+    assert healing["refit"] and "behind each gap" in (out / "report.html").read_text()  # from which it starts
     assert healing["fidelity"]["kl"]["mean"] < cut["kl"]["mean"]
     (task,) = evidence["tasks"]
     assert list(task["scores"]) == ["original", "cut", "healed"] and "difference" in task["scores"]["healed"]
@@ -315,11 +316,12 @@ def test_compress_heals_by_distillation_unless_told_otherwise(lamella, tmp_path)
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("brief")
-def test_a_time_in_which_nothing_heals_is_said_and_the_cut_is_written(lamella, tmp_path):
+def test_a_time_in_which_no_training_fits_is_said_and_the_cut_is_refitted(lamella, tmp_path):
     given = ["--speedup", "1.02", "--method", "shortgpt", "--heal-minutes", "0.0001"]
     outcome = lamella("compress", NANO_LLAMA, *given, "-o", tmp_path / "out", "--json")
     evidence = json.loads(outcome.out)
-    assert evidence["healing"] is None and any("Not healed" in note for note in evidence["notes"])
+    assert evidence["healing"]["method"] == "refit" and evidence["healing"]["refit"]
+    assert any(note.startswith("Refitted by least squares only: ") for note in evidence["notes"])
 
 
 def test_an_unknown_way_to_heal_is_refused_before_any_work(lamella, tmp_path):

@@ -187,9 +187,9 @@ def compress(
         begin = time.perf_counter()
         healed, training = heal_cut(stack, best.plan, context, heal, work.within("training"), calibration)
         training["seconds"] = time.perf_counter() - begin
-        if healed is None:
-            found.notes.append(training["note"])
-        else:
+        if "note" in training:
+            found.notes.append(training.pop("note"))
+        if healed is not None:
             assert isinstance(healed.stack, Stack)
             found.changed, found.plan = healed.stack, healed.plan
             models["healed"] = healed.stack, healed.plan

@@ -33,7 +33,7 @@ UNSEEN_SECONDS = 45.0  # time limit for measuring them; the first is always meas
 TOKENS = 256  # in a block
 BATCH = 4  # blocks in a step
 ROWS = 256  # maximum number of rows of images with text
-FITTED = 8  # blocks or rows for a refit, as in benchmarks/refit.py
+FITTED = 8  # blocks or rows for a refit, as in benchmarks/ways.py
 RECIPE = 64  # blocks or rows for a method's own recipe
 # Chosen by trials on SmolLM2: adapters beat full training in the same number of steps at the same cost, and need no
 # memory for gradients and optimizer state of the frozen weights.
@@ -48,9 +48,10 @@ class Heal:
     """How a compression heals the pruned model.
 
     Attributes:
-        way: auto: distillation from the original, or the recipe of the plan's method if the plan is dynamic. recipe:
-            the method's own recipe, or continual pre-training on the text if it has none. refit: no training, but a
-            correction of the linear layers in front of the removed ones by least squares, which takes seconds.
+        way: auto: distillation from the original, or the recipe of the plan's method if the plan is dynamic;
+            distillation starts from a refit if the plan has no narrower sublayers. recipe: the method's own recipe, or
+            continual pre-training on the text if it has none. refit: no training, but a correction of the linear layers
+            in front of the removed ones by least squares, which takes seconds.
         minutes: duration of distillation in minutes; 8 by default.
         steps: number of optimizer steps, instead of minutes or the number of the recipe; the result is bit-exact.
         train: training text, or rows of images; defaults to built-in text of many kinds (general), or to the
@@ -91,11 +92,12 @@ def heal_cut(
         calibration: the calibration data of the plan.
 
     Returns:
-        The healed model, and its record for evidence; None and a ``note`` if training does not fit the memory, a recipe
-        takes no images, or the plan or the model cannot be refitted.
+        The healed model, and its record for evidence, with a ``note`` if it was refitted only; None and a ``note`` if
+        training does not fit the memory, a recipe takes no images, or the plan or the model cannot be refitted.
     """
+    source = how.train or _usual(calibration)
     if how.way == "refit":
-        return _refitted(stack, plan, material(stack, context, how.train or _usual(calibration), FITTED, FITTED))
+        return _refitted(stack, plan, material(stack, context, source, FITTED, FITTED))
     if how.way == "recipe" or not plan.is_static or plan.weights:  # distillation does not train policies
         given = {} if how.steps is None else {"steps": how.steps}
         train = material(stack, context, how.train or calibration, RECIPE, RECIPE)
@@ -103,21 +105,32 @@ def heal_cut(
             return Training.prepared(stack, plan, context, train, options=given).run(work)
         except TextOnly as error:
             return None, {"note": f"Not healed: {error}."}
-    train = material(stack, context, how.train or _usual(calibration))
+    begin = time.monotonic()
+    fitted, corrections = None, dict[str, Any]()
+    if not plan.width:
+        fitted, corrections = _refitted(stack, plan, material(stack, context, source, FITTED, FITTED))
+    start = stack if fitted is None or not isinstance(fitted.stack, Stack) else fitted.stack
+    train = material(stack, context, source)
     free = SHARE * _free(stack.device)
     fitting = [each for each in _options(plan) if _needed(stack, each, _length(train)) < free]
+    kind = "refitted by least squares only" if fitted is not None else "not healed"
     if not fitting:
-        return None, {"note": "Not healed: training needs more memory than is free."}
+        return fitted, corrections | {"note": f"{kind.capitalize()}: training needs more memory than is free."}
+    minutes = how.minutes or MINUTES
+    left = max(minutes - (time.monotonic() - begin) / 60, minutes / 2)
     options: dict[str, Any] = {
         **fitting[0],
-        **({"minutes": how.minutes or MINUTES} if how.steps is None else {"steps": how.steps}),
+        **({"minutes": left} if how.steps is None else {"steps": how.steps}),
         "bf16": computes_well(torch.bfloat16, stack.device),
         "log_every": 1,
     }
+    teacher = None if start is stack else stack
     try:
-        return Training.prepared(stack, plan, context, train, loss="kd", options=options).run(work)
+        training = Training.prepared(start, plan, context, train, teacher=teacher, loss="kd", options=options)
+        healed, record = training.run(work)
     except TooLittleTime as error:
-        return None, {"note": f"Not healed: {error}."}
+        return fitted, corrections | {"note": f"{kind.capitalize()}: {error}."}
+    return healed, record | {name: each for name, each in corrections.items() if name == "refit"}
 
 
 def _usual(calibration: Text | ImageText) -> str | ImageText:
