@@ -60,14 +60,14 @@ CALIBRATION = (16, 256)  # sequences and tokens
 SECONDS = 120  # CPU time of healing
 SEQUENCES = 8  # of the text that is fitted in closed form
 WRITTEN = 112  # blocks that the original writes: as many as are trained on
-OURS, REFIT = "as compress heals", "refit first"
+PLAIN, REFIT = "from the pruned model", "refit first, as compress heals"
 EPOCHS = 4
 STEPS_MEASURED = 4  # so many that each epoch of a way has one
 
 
 @dataclass(frozen=True)
 class Way:
-    """A way to heal: what differs from that of ``compress``.
+    """A way to heal: what differs from distillation from the pruned model, with four blocks a step.
 
     Attributes:
         options: options of the distillation.
@@ -87,7 +87,7 @@ class Way:
 
 
 WAYS = {
-    OURS: Way(),
+    PLAIN: Way(),
     REFIT: Way(refits=True),
     "two blocks a step": Way(config={"batch": BATCH // 2, "lr": ADAPTERS["lr"] * 0.75}),
     "one block a step": Way(config={"batch": 1, "lr": ADAPTERS["lr"] * 0.5}),
@@ -283,10 +283,10 @@ def main() -> int:
     of_ways: dict[str, list[dict[str, Any]]] = {name: [] for name in WAYS}
     for seed in seeds:
         for name, cut in cuts.items():
-            find = partial(healed, cut["drop"], WAYS[OURS], seed, costs[OURS])
+            find = partial(healed, cut["drop"], WAYS[PLAIN], seed, costs[PLAIN])
             removed = " ".join(cut["drop"])  # planners often choose the same layers
             of_cuts[name].append(finished.once(f"without {removed}, {seconds} s, seed {seed}", find))
-        of_ways[OURS].append(of_cuts[SHORT][-1])
+        of_ways[PLAIN].append(of_cuts[SHORT][-1])
         for name, way in list(WAYS.items())[1:]:
             find = partial(healed, drop, way, seed, costs[name])
             of_ways[name].append(finished.once(f"{name}, {seconds} s, seed {seed}", find))
@@ -314,11 +314,11 @@ def main() -> int:
     )  # fmt: skip
     record.table(
         f"Ways to heal the cut of {SHORT}, {seconds} CPU seconds (mean of {len(seeds)} seeds)",
-        ["", "steps", "CPU seconds", *on, *(f"{each}, minus {OURS}" for each in on)],
+        ["", "steps", "CPU seconds", *on, *(f"{each}, minus {PLAIN}" for each in on)],
         [["cut", 0, 0, *cuts[SHORT]["kl"].values(), *["" for _ in tests]],
          ["refit alone", 0, alone["seconds"], *alone["kl"].values(), *["" for _ in tests]],
          *([name, each[0]["steps"], statistics.mean(one["seconds"] for one in each), *means(each),
-            *(apart(columns_of(text, each), columns_of(text, of_ways[OURS])) for text in tests)]
+            *(apart(columns_of(text, each), columns_of(text, of_ways[PLAIN])) for text in tests)]
            for name, each in of_ways.items())],
     )  # fmt: skip
     errors = [[site["site"], site["ridge"], site["before"], site["after"]] for site in alone["sites"]]
@@ -339,12 +339,12 @@ def main() -> int:
                 statistics.mean(lost) <= noise,
             )
         for name, found in list(of_ways.items())[1:]:
-            gains = [b - a for a, b in zip(columns_of(text, found), columns_of(text, of_ways[OURS]), strict=True)]
+            gains = [b - a for a, b in zip(columns_of(text, found), columns_of(text, of_ways[PLAIN]), strict=True)]
             wins = min(gains) > 0 and (len(gains) == 1 or statistics.mean(gains) > statistics.stdev(gains))
             record.check(
-                f"KL on {text}, {OURS} against {name}",
+                f"KL on {text}, {PLAIN} against {name}",
                 "not worse for every seed by more than the standard deviation",
-                apart(columns_of(text, found), columns_of(text, of_ways[OURS])),
+                apart(columns_of(text, found), columns_of(text, of_ways[PLAIN])),
                 not wins,
             )
     return record.finish(Path(__file__).parent / "results" / f"ways{'-quick' if quick else ''}.json")
