@@ -15,7 +15,7 @@ from lamella.extras import require
 
 Array = NDArray[np.float64]
 Apply = Callable[[Array], Array]
-BLOCK = 128  # about so many unknowns in a block of asm
+BLOCK = 128  # approximate number of unknowns in a block of asm
 Factory = Callable[[Any], Any]  # A -> a LinearOperator, or anything with `@`, or a function of v
 
 
