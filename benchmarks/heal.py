@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 import lamella
-from lamella.commands.compress.healing import ADAPTERS, BATCH, SCHEDULE, TEXT, TOKENS, UNSEEN, WHOLE
+from lamella.commands.compress.healing import ADAPTERS, SCHEDULE, TEXT, TOKENS, UNSEEN, WHOLE
 from lamella.commands.heal.training import available
 from lamella.evaluate import FidelityTest
 from lamella.files import Finished
@@ -43,6 +43,7 @@ MINUTES = (1, 2, 4, 8)
 COMPARED = 4  # minutes, of all ways
 GOAL = 0.95  # nats, on kinds of text that are not trained on
 OURS = "as compress heals"
+BATCH, LR = 4, 2e-3  # blocks in a step
 PICTURE = Path(__file__).parents[1] / "docs" / "assets" / "heal.svg"
 DROP = [3, 12, 13, 14, 15, 16, 17, 25, 26]  # the nine layers of least block influence (arXiv 2403.03853)
 Train = Callable[[Stack, Plan, list[Sample], TrainConfig, Path], Stack]
@@ -64,9 +65,8 @@ def by_text(stack: Stack, plan: Plan, samples: list[Sample], config: TrainConfig
 def arms(fast: bool) -> dict[str, tuple[Train, TrainConfig]]:
     """Return the compared variants: their training functions and learning rates."""
     config = TrainConfig(batch=BATCH, save_every=10_000, **SCHEDULE)
-    adapters = {name: value for name, value in ADAPTERS.items() if name != "lr"}
     return {
-        OURS: (partial(by_teacher, **adapters), replace(config, lr=ADAPTERS["lr"], bf16=fast)),
+        OURS: (partial(by_teacher, **ADAPTERS), replace(config, lr=LR, bf16=fast)),
         "all weights": (partial(by_teacher, vocabulary=False), replace(config, lr=WHOLE["lr"], bf16=fast)),
         "vocabulary too, float32": (by_teacher, replace(config, lr=1e-4)),
         "cross-entropy, float32": (by_text, replace(config, lr=1e-4)),

@@ -34,7 +34,7 @@ from torch import LongTensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import lamella
-from lamella.commands.compress.healing import ADAPTERS, BATCH, SCHEDULE, TEXT, TOKENS, UNSEEN, WHOLE
+from lamella.commands.compress.healing import SCHEDULE, TEXT, TOKENS, UNSEEN, WHOLE
 from lamella.commands.heal.training import available
 from lamella.evaluate import FidelityTest
 from lamella.files import Finished
@@ -60,8 +60,10 @@ CALIBRATION = (16, 256)  # sequences and tokens
 SECONDS = 120  # CPU time of healing
 SEQUENCES = 8  # of the text that is fitted in closed form
 WRITTEN = 112  # blocks that the original writes: as many as are trained on
-PLAIN, REFIT = "from the pruned model", "refit first, as compress heals"
+PLAIN, REFIT = "from the pruned model", "refit first"
 EPOCHS = 4
+ADAPTERS: dict[str, Any] = {"lora": 128, "lr": 2e-3, "vocabulary": False}  # of the way with which others are compared
+BATCH = 4  # blocks in a step of it
 STEPS_MEASURED = 4  # so many that each epoch of a way has one
 
 

@@ -31,13 +31,16 @@ TEXT = "general"
 UNSEEN = ("gsm8k", "humaneval")  # kinds of text that TEXT does not contain
 UNSEEN_SECONDS = 45.0  # time limit for measuring them; the first is always measured
 TOKENS = 256  # in a block
-BATCH = 4  # blocks in a step
+BATCH = (
+    4  # rows of images in a step, or blocks for a narrower model; else a step has one block, as in benchmarks/ways.py
+)
 ROWS = 256  # maximum number of rows of images with text
 FITTED = 8  # blocks or rows for a refit, as in benchmarks/ways.py
 RECIPE = 64  # blocks or rows for a method's own recipe
 # Chosen by trials on SmolLM2: adapters beat full training in the same number of steps at the same cost, and need no
 # memory for gradients and optimizer state of the frozen weights.
-ADAPTERS: dict[str, Any] = {"lora": 128, "lr": 2e-3, "vocabulary": False}
+ADAPTERS: dict[str, Any] = {"lora": 128, "vocabulary": False}
+LR = 1e-3  # of adapters with one block in a step; in proportion to the square root of the batch size
 WHOLE: dict[str, Any] = {"lr": 5e-4}  # for a narrower model, in which all weights have moved
 SCHEDULE: dict[str, Any] = {"warmup": 0.1, "schedule": "linear"}
 SHARE = 0.8  # of the free memory that training may use
@@ -112,7 +115,7 @@ def heal_cut(
     start = stack if fitted is None or not isinstance(fitted.stack, Stack) else fitted.stack
     train = material(stack, context, source)
     free = SHARE * _free(stack.device)
-    fitting = [each for each in _options(plan) if _needed(stack, each, _length(train)) < free]
+    fitting = [each for each in _options(plan, train) if _needed(stack, each, _length(train)) < free]
     kind = "refitted by least squares only" if fitted is not None else "not healed"
     if not fitting:
         return fitted, corrections | {"note": f"{kind.capitalize()}: training needs more memory than is free."}
@@ -205,10 +208,13 @@ def unseen(stack: Stack, judge: Callable[[str], Text], models: dict[str, Any]) -
     return found
 
 
-def _options(plan: Plan) -> list[dict[str, Any]]:
+def _options(plan: Plan, train: Text | ImageText) -> list[dict[str, Any]]:
     """Return training configurations, the best first; each needs less memory than the one before."""
-    ways = [WHOLE, ADAPTERS] if plan.width else [ADAPTERS]
-    return [way | SCHEDULE | {"batch": size, "accumulate": BATCH // size} for way in ways for size in (BATCH, 1)]
+    batch = BATCH if plan.width or isinstance(train, ImageText) else 1
+    adapters = ADAPTERS | {"lr": LR * batch**0.5}
+    ways = [WHOLE, adapters] if plan.width else [adapters]
+    sizes = sorted({1, batch}, reverse=True)
+    return [way | SCHEDULE | {"batch": size, "accumulate": batch // size} for way in ways for size in sizes]
 
 
 def _needed(stack: Stack, options: dict[str, Any], length: int) -> float:
