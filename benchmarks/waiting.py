@@ -1,10 +1,11 @@
 """What it costs and gains that waiting threads sleep instead of spinning, on an idle and on a busy machine.
 
 By default, the threads of OpenMP spin for some time when they wait for each other. The command line sets
-OMP_WAIT_POLICY=PASSIVE, unless the environment has a policy. Two processes, one of each, decode and process prompts in
-turns, and one is stopped while the other works; then both again beside other busy processes.
+OMP_WAIT_POLICY=PASSIVE and a small GOMP_SPINCOUNT, unless the environment has a policy. Two processes, one of each,
+decode and process prompts in turns, and one is stopped while the other works; then both again beside other busy
+processes.
 
-    python benchmarks/waiting.py            # three minutes on an idle machine
+    python benchmarks/waiting.py            # five minutes on an idle machine
     python benchmarks/waiting.py --quick    # few rounds
 """
 
@@ -59,7 +60,7 @@ class Worker:
         environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS)}
         environment.pop("OMP_WAIT_POLICY", None)
         if policy == SLEEPING:
-            environment["OMP_WAIT_POLICY"] = "PASSIVE"
+            environment |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000"}
         command = [sys.executable, "-c", CHILD, str(THREADS)]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self._process = subprocess.Popen(command, env=environment, text=True, **pipes)
@@ -83,7 +84,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few rounds")
     quick = parser.parse_args().quick
-    rounds = 2 if quick else 9
+    rounds = 2 if quick else 5
     workers = {policy: Worker(policy) for policy in (SPINNING, SLEEPING)}
     record = Record("waiting", f"SmolLM2, {THREADS} threads, medians of {rounds} rounds, in which both take turns", 0)
     rows = []

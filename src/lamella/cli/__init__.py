@@ -2,9 +2,11 @@
 
 import os
 
-# Threads that wait for work must not spin: on a busy machine they would take the cores that they wait for. OpenMP
-# reads this once, when torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Threads that wait for work must not spin for long: on a busy machine they would take the cores that they wait for.
+# OpenMP reads this once, when torch is loaded. GNU's threads sleep after microseconds, which costs less than at once.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 # isort: off
 from lamella.cli import models, talking
