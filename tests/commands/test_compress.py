@@ -316,6 +316,18 @@ def test_compress_heals_by_distillation_unless_told_otherwise(lamella, tmp_path)
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("brief")
+def test_a_text_that_is_shorter_than_a_refit_would_use_heals_too(lamella, tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("Every morning the keeper climbs the stairs and cleans the lamp of the lighthouse. " * 60)
+    given = ["--speedup", "1.02", "--method", "shortgpt", "--heal-steps", "8", "--heal-train", text]
+    outcome = lamella("compress", NANO_LLAMA, *given, "-o", tmp_path / "out", "--json")
+    assert outcome.code == 0, outcome.err
+    healing = json.loads(outcome.out)["healing"]
+    assert 4 <= healing["data"]["training"]["windows"][0] < 8 and healing["refit"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("brief")
 def test_a_time_in_which_no_training_fits_is_said_and_the_cut_is_refitted(lamella, tmp_path):
     given = ["--speedup", "1.02", "--method", "shortgpt", "--heal-minutes", "0.0001"]
     outcome = lamella("compress", NANO_LLAMA, *given, "-o", tmp_path / "out", "--json")

@@ -31,9 +31,7 @@ TEXT = "general"
 UNSEEN = ("gsm8k", "humaneval")  # kinds of text that TEXT does not contain
 UNSEEN_SECONDS = 45.0  # time limit for measuring them; the first is always measured
 TOKENS = 256  # in a block
-BATCH = (
-    4  # rows of images in a step, or blocks for a narrower model; else a step has one block, as in benchmarks/ways.py
-)
+BATCH = 4  # rows of images, or blocks for a narrower model, in a step; else one block, as in benchmarks/ways.py
 ROWS = 256  # maximum number of rows of images with text
 FITTED = 8  # blocks or rows for a refit, as in benchmarks/ways.py
 RECIPE = 64  # blocks or rows for a method's own recipe
@@ -108,17 +106,27 @@ def heal_cut(
             return Training.prepared(stack, plan, context, train, options=given).run(work)
         except TextOnly as error:
             return None, {"note": f"Not healed: {error}."}
+    return _distilled(stack, plan, context, how, work, material(stack, context, source))
+
+
+def _distilled(
+    stack: Stack, plan: Plan, context: InputContext, how: Heal, work: Work, train: Text | ImageText
+) -> tuple[Healed | None, dict[str, Any]]:
+    """Distil the original into a pruned model, starting from a refit where one is possible; see :func:`heal_cut`.
+
+    If no training fits the memory or the time, the model is refitted only.
+    """
     begin = time.monotonic()
-    fitted, corrections = None, dict[str, Any]()
-    if not plan.width:
-        fitted, corrections = _refitted(stack, plan, material(stack, context, source, FITTED, FITTED))
-    start = stack if fitted is None or not isinstance(fitted.stack, Stack) else fitted.stack
-    train = material(stack, context, source)
+    is_single = isinstance(train, ImageText) and len(train) < 2  # cannot be split into fitted and held-out rows
+    fitted, record = (None, {}) if plan.width or is_single else _refitted(stack, plan, _first(train))
+    start, teacher, failure = stack, None, "Not healed"
+    if fitted is not None:
+        assert isinstance(fitted.stack, Stack)
+        start, teacher, failure = fitted.stack, stack, "Refitted by least squares only"
     free = SHARE * _free(stack.device)
     fitting = [each for each in _options(plan, train) if _needed(stack, each, _length(train)) < free]
-    kind = "refitted by least squares only" if fitted is not None else "not healed"
     if not fitting:
-        return fitted, corrections | {"note": f"{kind.capitalize()}: training needs more memory than is free."}
+        return fitted, record | {"note": f"{failure}: training needs more memory than is free."}
     minutes = how.minutes or MINUTES
     left = max(minutes - (time.monotonic() - begin) / 60, minutes / 2)
     options: dict[str, Any] = {
@@ -127,13 +135,20 @@ def heal_cut(
         "bf16": computes_well(torch.bfloat16, stack.device),
         "log_every": 1,
     }
-    teacher = None if start is stack else stack
+    training = Training.prepared(start, plan, context, train, teacher=teacher, loss="kd", options=options)
     try:
-        training = Training.prepared(start, plan, context, train, teacher=teacher, loss="kd", options=options)
-        healed, record = training.run(work)
+        healed, trained = training.run(work)
     except TooLittleTime as error:
-        return fitted, corrections | {"note": f"{kind.capitalize()}: {error}."}
-    return healed, record | {name: each for name, each in corrections.items() if name == "refit"}
+        return fitted, record | {"note": f"{failure}: {error}."}
+    return healed, trained | ({} if fitted is None else fitted.findings)
+
+
+def _first(train: Text | ImageText) -> Text | ImageText:
+    """Return the first blocks or rows of training data, for a refit."""
+    if isinstance(train, ImageText):
+        return train.part("calibration", rows=FITTED)
+    count, length = train.tokens.shape
+    return train.cut(min(FITTED, count), length)
 
 
 def _usual(calibration: Text | ImageText) -> str | ImageText:
