@@ -26,7 +26,19 @@ import torch
 from harness import Run, main
 from harness.design import tuned
 from harness.measured import Measured
-from harness.nano import COPY, LETTERS, TEXTS, encode, from_scratch, llama, prose, puzzles, scratch, taught_once
+from harness.nano import (
+    COPY,
+    LETTERS,
+    TEXTS,
+    encode,
+    from_scratch,
+    llama,
+    nats_by_sample,
+    prose,
+    puzzles,
+    scratch,
+    taught_once,
+)
 from torch import Tensor
 
 import lamella
@@ -40,8 +52,7 @@ from lamella.results import Record
 from lamella.results.record import together
 from lamella.runtime import keep_policy, with_policy
 from lamella.stack import Stack
-from lamella.train import Sample, Task, TrainConfig, add_lora, collate, fit, response_loss
-from lamella.train.losses import continuation_log_probs
+from lamella.train import Sample, Task, TrainConfig, add_lora, fit, response_loss
 from lamella.zoo import open_tokenizer
 
 PILOT = 100  # seed of the model by which gates and rates are chosen
@@ -109,17 +120,6 @@ def phased(stack: Stack, kept: Sequence[int]) -> Plan:
     return Plan(model=ModelReference.of(stack), path={"text": path})
 
 
-@torch.no_grad()
-def losses(model: Any, samples: Sequence[Sample]) -> list[float]:
-    """Return the loss of each sample, in nats per token of its answer."""
-    found: list[float] = []
-    for start in range(0, len(samples), 32):
-        batch = collate(samples[start : start + 32])
-        count = (batch["labels"] != -100).sum(1)
-        found += (-continuation_log_probs(model, batch) / count).tolist()
-    return found
-
-
 # Premise
 
 
@@ -135,7 +135,8 @@ def all_sets(scale: Scale, seed: int) -> list[dict[str, Any]]:
     middle = range(1, scale.layers - 1)
     sets = [[0, *each, scale.layers - 1] for size in range(len(middle) + 1) for each in combinations(middle, size)]
     views = [lamella.apply(stack, phased(stack, kept)) for kept in sets]
-    table = np.array([[fmean(losses(view, samples)) for samples in tasks.values()] for view in views])  # [sets, tasks]
+    # [sets, tasks]
+    table = np.array([[fmean(nats_by_sample(view, samples)) for samples in tasks.values()] for view in views])
     sizes = np.array([len(kept) for kept in sets])
     of_size = {size: np.flatnonzero(sizes == size) for size in range(2, scale.layers + 1)}
     best_of = {size: each[table[each].argmin(axis=0)] for size, each in of_size.items()}  # one set for each task
@@ -143,7 +144,7 @@ def all_sets(scale: Scale, seed: int) -> list[dict[str, Any]]:
 
     def tested(chosen: Sequence[int]) -> float:
         pairs = zip(chosen, tests.values(), strict=True)
-        return fmean(loss for each, samples in pairs for loss in losses(views[each], samples))
+        return fmean(loss for each, samples in pairs for loss in nats_by_sample(views[each], samples))
 
     found = []
     for keep in scale.keep:
@@ -219,7 +220,7 @@ def before_lora(scale: Scale, keeps: Sequence[int], gates: str, work: Path, rate
     """Return the validation loss of the pilot's routers, mean over sizes."""
     stack, samples = scale.base(PILOT), joined(scale.tasks("validation"))
     plans = [routed(scale, PILOT, keep, Routers(gates, rate), work)[0] for keep in keeps]
-    return fmean(fmean(losses(lamella.apply(stack, plan), samples)) for plan in plans)
+    return fmean(fmean(nats_by_sample(lamella.apply(stack, plan), samples)) for plan in plans)
 
 
 def healed(
@@ -233,7 +234,7 @@ def healed(
     if way != "first":
         plan = phased(stack, static if way == "one set" else sets[way])
     config = TrainConfig(steps=scale.tuning, lr=rate, batch=16, save_every=scale.tuning, seed=seed)
-    found: dict[str, Any] = {"before": losses(lamella.apply(stack, plan), samples)}
+    found: dict[str, Any] = {"before": nats_by_sample(lamella.apply(stack, plan), samples)}
     with torch.enable_grad():
         if way == "first":
             after = tune(stack, plan, train, config=config, work=Work(scratch("first")))
@@ -244,7 +245,7 @@ def healed(
             view = lamella.apply(stack, plan)
             lora = add_lora(view, 8, 16, 0.05, seed=seed)
             fit(view, train, Task(response_loss), config, out=scratch("first"), trainable=lora.trains)
-    found["after"] = losses(view, samples)
+    found["after"] = nats_by_sample(view, samples)
     if way == "first":
         found["kept"] = kept_by(stack, plan, samples).tolist()
         found["kept after"] = kept_by(after.stack, healed_plan, samples).tolist()
@@ -264,7 +265,7 @@ def random_sets(scale: Scale, seed: int, keep: int) -> float:
     generator = torch.Generator().manual_seed(seed)
     draws = [(1 + torch.randperm(scale.layers - 2, generator=generator)[: keep - 2]).tolist() for _ in range(8)]
     sets = [sorted({0, scale.layers - 1, *draw}) for draw in draws]
-    return fmean(fmean(losses(lamella.apply(stack, phased(stack, each)), samples)) for each in sets)
+    return fmean(fmean(nats_by_sample(lamella.apply(stack, phased(stack, each)), samples)) for each in sets)
 
 
 def chosen_routers(run: Run, scale: Scale) -> Routers:

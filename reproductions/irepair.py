@@ -38,7 +38,7 @@ import torch
 from harness import Run, main
 from harness.design import tuned
 from harness.measured import Measured
-from harness.nano import built, from_scratch, llama, taught
+from harness.nano import built, from_scratch, llama, nats_by_sample, taught
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -179,15 +179,9 @@ class Spoilt:
         texts = write(model, self.prompts[use], NEW, top_p=1.0, seed=seed, batch=256)
         return float(np.mean([self.insulted(each) for each in texts]))
 
-    @torch.no_grad()
     def losses(self, model: Any, use: str = "test") -> list[float]:
         """Return the loss on each window of clean text, in nats per token."""
-        ids = torch.stack([each["input_ids"] for each in self.clean[use]])
-        found = []
-        for rows in ids.split(50):
-            logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
-            found.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none"))
-        return torch.cat(found).mean(1).tolist()
+        return nats_by_sample(model, self.clean[use])
 
 
 def build(scale: Scale, seed: int) -> Spoilt:

@@ -28,10 +28,9 @@ import torch
 from harness import Run, main
 from harness.design import seeds_needed, tuned
 from harness.measured import Measured
-from harness.nano import TEXTS, nats, prose, scratch, taught, trained, whole
+from harness.nano import TEXTS, nats, nats_by_sample, prose, scratch, taught, trained, whole
 from scipy.stats import kendalltau
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
 import lamella
@@ -50,7 +49,7 @@ from lamella.plan import ModelReference, Plan, PlanSeries, Point, materialise
 from lamella.results import Record
 from lamella.stack import Stack
 from lamella.stack.wiring import Sizes
-from lamella.train import Sample, TrainConfig, collate, distil, own
+from lamella.train import Sample, TrainConfig, distil, own
 from lamella.zoo import open_tokenizer
 
 SCARCE, ALL = 0.02, 1.0
@@ -167,17 +166,7 @@ def retrained(
             model = LlamaForCausalLM(model.config)
         config = scale.config(rate, seed, scale.longer(shape))
         taught(model, rows, config, trainable=lambda name: True)
-    return by_sample(model.eval(), scale.held_out(use))
-
-
-@torch.no_grad()
-def by_sample(model: Any, samples: Sequence[Sample]) -> list[float]:
-    """Return the mean loss of each sample, in nats per token."""
-    found = []
-    for start in range(0, len(samples), 32):
-        ids = collate(samples[start : start + 32])["input_ids"]
-        found += cross_entropy(model(ids).logits[:, :-1].mT, ids[:, 1:], reduction="none").mean(1).tolist()
-    return found
+    return nats_by_sample(model.eval(), scale.held_out(use))
 
 
 def validated(scale: Scale, shape: ModelShape, fraction: float, way: str, rate: float) -> float:

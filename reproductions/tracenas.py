@@ -24,10 +24,9 @@ import torch
 from harness import Run, main
 from harness.design import tuned
 from harness.measured import LEVEL, Measured
-from harness.nano import TEXTS, prose, scratch, trained, whole
+from harness.nano import TEXTS, nats_by_sample, prose, scratch, trained, whole
 from scipy.stats import kendalltau, rankdata
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 import lamella
 from lamella.files import Work
@@ -47,7 +46,7 @@ from lamella.progress import track
 from lamella.results import Record
 from lamella.search import Memo
 from lamella.stack import Stack
-from lamella.train import Sample, collate
+from lamella.train import Sample
 from lamella.zoo import open_tokenizer
 
 PHI, PARAMETERS = "weighted Pearson (Phi)", "parameters"
@@ -113,7 +112,7 @@ class Scale:
         rows = self.text(1000 + seed, self.steps * self.batch)
         with torch.enable_grad():
             healed = recover(base.stack, base.plan(cut), rows, config=config, work=Work(scratch("tracenas")))
-        return by_sample(healed.stack.model.eval(), self.held_out(use))
+        return nats_by_sample(healed.stack.model.eval(), self.held_out(use))
 
 
 @dataclass(frozen=True)
@@ -143,16 +142,6 @@ def samples_of(space: SearchSpace, count: int, seed: int) -> list[PrunedShape]:
     while len(found) < count:
         found[space.cut(space.sample(rng, np.zeros((space.layers, 2))))] = None
     return list(found)
-
-
-@torch.no_grad()
-def by_sample(model: Any, samples: Sequence[Sample]) -> list[float]:
-    """Return the mean loss of each sample, in nats per token."""
-    found = []
-    for start in range(0, len(samples), 32):
-        ids = collate(samples[start : start + 32])["input_ids"]
-        found += cross_entropy(model(ids).logits[:, :-1].mT, ids[:, 1:], reduction="none").mean(1).tolist()
-    return found
 
 
 # 1. Searches.
@@ -254,7 +243,7 @@ def foretold(scale: Scale, model: int, place: int, rate: float) -> dict[str, Any
         "weighted cosine": phi(whole_traces, trace, shares, "cosine"),
         "weighted dot": phi(whole_traces, trace, shares, "dot"),
         "gradient norm": sum(float(each.norm()) for each in trace.sublayers.values()),
-        "loss before training": -fmean(by_sample(lamella.apply(base.stack, plan), test)),
+        "loss before training": -fmean(nats_by_sample(lamella.apply(base.stack, plan), test)),
         PARAMETERS: base.space.parameters(cut),
     }
     for count in (1, 2, 4):

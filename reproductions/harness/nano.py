@@ -17,8 +17,10 @@ from torch import LongTensor, Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lamella
+from lamella.data.samples import NO_LOSS
 from lamella.stack import Stack
 from lamella.train import Sample, Task, TrainConfig, collate, fit, response_loss
+from lamella.train.losses import continuation_log_probs
 from lamella.train.task import Loss
 from lamella.zoo.cache import build_once
 
@@ -241,6 +243,23 @@ def nats(model: object, samples: Sequence[Sample], size: int = 16) -> float:
         total += float(response_loss(model, batch)) * labels
         count += labels
     return total / count
+
+
+@torch.no_grad()
+def nats_by_sample(model: Any, samples: Sequence[Sample], size: int = 32) -> list[float]:
+    """Return the loss on the response of each sample, in nats per token, of a model or a view.
+
+    Args:
+        model: the model or view.
+        samples: the samples.
+        size: samples per batch.
+    """
+    found: list[float] = []
+    for start in range(0, len(samples), size):
+        batch = collate(samples[start : start + size])
+        count = (batch["labels"] != NO_LOSS).sum(1)
+        found += (-continuation_log_probs(model, batch) / count).tolist()
+    return found
 
 
 def scratch(name: str) -> Path:
