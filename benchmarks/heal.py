@@ -1,10 +1,10 @@
 """Ways to heal a pruned SmolLM2, by the quality reached in the same time.
 
-Nine layers are removed, and the rest is trained as in `lamella compress` (adapters, a frozen vocabulary, bfloat16): for
-one, two, four and eight minutes. For four minutes other ways are compared: the same with all weights; distillation of
-all weights and the vocabulary in float32; and plain cross-entropy, all weights. All use the same text. The time of a
-step is measured beforehand for each, alternately, and determines the number of steps. Fidelity is measured on kinds of
-text that are not trained on.
+Nine layers are removed, and the rest is trained with adapters, a frozen vocabulary and bfloat16 as in `lamella
+compress`, but from the pruned model and with four blocks in a step: for one, two, four and eight minutes. For four
+minutes other ways are compared: the same with all weights; distillation of all weights and the vocabulary in float32;
+and plain cross-entropy, all weights. All use the same text. The time of a step is measured beforehand for each,
+alternately, and determines the number of steps. Fidelity is measured on kinds of text that are not trained on.
 
     python benchmarks/heal.py            # about half an hour on two cores; resumes after an interruption
     python benchmarks/heal.py --quick    # a few steps of each
