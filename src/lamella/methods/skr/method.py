@@ -138,8 +138,7 @@ def _collect(
     shape = (len(systems), systems.n)
     x: Array = np.empty(shape) if folder is None else _on_disk(folder / "x.npy", shape)
     for members, chunk in zip(chunks, finished, strict=True):
-        for index, row in zip(members, chunk.rows(), strict=True):  # from the order of solving to the caller's order
-            x[index] = row
+        x[members] = chunk.rows()  # from the order of solving to the caller's order
     sequence = np.concatenate(chunks)
     solved = [each for chunk in finished for each in chunk.solved]
     bases = tuple(chunk.state.get("U", np.empty((systems.n, 0))) for chunk in finished)
