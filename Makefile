@@ -11,8 +11,9 @@ READY := $(VENV)/.lamella-ready
 DEVELOP := $(VENV)/.lamella-develop
 QUICKLY := $(if $(QUICK),--quick)
 
-# Waiting threads of OpenMP sleep instead of spinning, which matters when the machine has other work.
+# Waiting threads of OpenMP sleep instead of spinning, as in the command line: the machine may have other work.
 export OMP_WAIT_POLICY ?= PASSIVE
+export GOMP_SPINCOUNT ?= 3000
 
 # mkdocs-material prints a notice about the future of MkDocs on every build; the versions here are settled.
 export NO_MKDOCS_2_WARNING := 1

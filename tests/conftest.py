@@ -36,6 +36,7 @@ from lamella.zoo import open_stack  # noqa: E402
 from lamella.zoo.nano import NANO  # noqa: E402
 from selection import Selection, changed_files  # noqa: E402
 
+METHODS = Path(__file__).parent / "methods"
 NANO_LLAMA = Path(__file__).parent / "models" / "nano-llama"
 CHAT = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -109,7 +110,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             for item, family in families.items():
                 if family not in DIFFERENT:
                     item.add_marker(pytest.mark.exhaustive)
-                elif family != "llama" and "methods" in item.path.parts:
+                elif family != "llama" and item.path.is_relative_to(METHODS):
                     item.add_marker(pytest.mark.repeated)
     if config.getoption("--changed") is not None:
         kept = [item for item in items if _is_selected(item, config.stash[SELECTION])]
