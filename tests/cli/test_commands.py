@@ -341,6 +341,37 @@ def test_bench_compares_with_the_first_model(lamella, plan):
     assert "predicted" in succeeded(lamella("bench", NANO_LLAMA, plan, *QUICK))
 
 
+def test_bench_shows_what_a_draft_gains_on_each_kind_of_prompt(lamella, plan):
+    document = json.loads(succeeded(lamella("bench", NANO_LLAMA, plan, *QUICK, "--draft", "lookup", "--json")))
+    found = document["findings"]["draft"]
+    assert list(found) == ["nano-llama", str(plan)]
+    for kinds in found.values():
+        assert {"chat", "rewriting"} <= set(kinds)
+        for gain in (each for rows in kinds.values() for each in rows):
+            assert 0 <= gain["accepted"] <= 1 <= gain["per_pass"] and gain["drafting"] == 0
+            assert gain["predicted"] == pytest.approx(gain["per_pass"] / gain["verifying"])
+            assert gain["equal"] or gain["tied"]
+    assert "Decoding with draft" in succeeded(lamella("bench", NANO_LLAMA, *QUICK, "--draft", NANO_LLAMA))
+
+
+@pytest.mark.parametrize("draft", ["lookup", NANO_LLAMA])
+def test_chat_says_the_same_with_a_draft_and_what_it_gained(lamella, draft):
+    arguments = ["chat", NANO_LLAMA, "--prompt", "The first of the first of the first", "--tokens", "24"]
+    plain = json.loads(succeeded(lamella(*arguments, "--json")))
+    drafted = lamella(*arguments, "--draft", draft, "--json")
+    assert json.loads(succeeded(drafted)) == plain
+    assert "Draft" in drafted.err and "proposed token" in drafted.err
+
+
+def test_a_draft_with_other_tokens_and_one_without_tasks_are_refused(lamella, plan):
+    for arguments, said in (
+        (["eval", NANO_LLAMA, plan, "--draft", "lookup"], "give tasks"),
+        (["chat", NANO_LLAMA, "--prompt", "a", "--draft", "smollm2"], "has other tokens than the model"),
+    ):
+        outcome = lamella(*arguments)
+        assert outcome.code == 2 and said in " ".join(outcome.err.split())
+
+
 @pytest.mark.parametrize("with_plan", [False, True])
 def test_chat_answers_a_prompt(lamella, plan, with_plan):
     more = ["--plan", plan] if with_plan else []

@@ -12,10 +12,12 @@ import torch
 import lamella
 from lamella import formatting
 from lamella.commands.compress.forms import Torch
-from lamella.commands.compress.lookup import CANDIDATES, _is_tie, add_lookup
+from lamella.commands.compress.lookup import add_lookup
 from lamella.commands.compress.routes import variants_of
 from lamella.commands.compress.tradeoff import LOOKUP, columns, lookup, rows
+from lamella.evaluate.drafting import is_tie
 from lamella.plan import ModelReference, PhasedPath, Plan
+from lamella.runtime.drafting import TOKENS
 from lamella.zoo import open_tokenizer
 
 NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
@@ -36,7 +38,7 @@ def test_every_route_that_was_timed_has_the_gain_of_prompt_lookup() -> None:
     found = {each["name"]: each["lookup"] for each in routes if "lookup" in each}
     assert list(found) == ["original", "original, int8", "cut", "cut, int8"]
     for name, each in found.items():
-        assert each["texts"] == ["a", "b"] and each["candidates"] == CANDIDATES
+        assert each["texts"] == ["a", "b"] and each["candidates"] == TOKENS
         assert each["speedup"]["low"] > 0
         assert each["equal"] + each["tied"] == 2  # no difference that is more than a tie
         assert each["equal"] == 2 or "int8" in name
@@ -50,7 +52,7 @@ def test_a_difference_is_a_tie_if_rounding_explains_it(logits: list[float], tied
         def forward(self, ids: torch.Tensor) -> Any:
             return SimpleNamespace(logits=torch.tensor(logits).expand(1, ids.shape[1], 3))
 
-    assert _is_tie(Model(), torch.tensor([[0, 0, 1]]), torch.tensor([[0, 0, 2]]), 2) is tied
+    assert is_tie(Model(), torch.tensor([[0, 0, 1]]), torch.tensor([[0, 0, 2]]), 2) is tied
 
 
 def evidence(median: float, equal: int, tied: int) -> dict[str, Any]:

@@ -12,9 +12,10 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from lamella.data.decoding import PreallocatedSlot, Prompt, Sampling, _choose, batches, decode
+from lamella.data.decoding import Lookup, PreallocatedSlot, Prompt, Sampling, _choose, batches, decode
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.runtime import apply
+from lamella.runtime.drafting import ENOUGH, PROBE
 from lamella.zoo import open_stack, open_tokenizer
 from lamella.zoo.nano import nano
 
@@ -51,6 +52,32 @@ def test_greedy_rows_are_those_of_generate_though_they_leave_at_different_times(
         expected = out[0, ids.shape[1] :].tolist()
         assert row.finished == (end in expected)
         assert row.ids == (expected[: expected.index(end)] if end in expected else expected)
+
+
+@pytest.mark.parametrize("name", ["whole", "cut"])
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.8, top_p=0.9)], ids=["greedy", "sampled"])
+def test_texts_with_prompt_lookup_are_those_without_it(name: str, sampling: Sampling) -> None:
+    model, lookup = views()[name], Lookup()
+    asked = [each._replace(max_tokens=24 + 9 * number, seed=number) for number, each in enumerate(prompts())]
+    plain = decode(model, asked, sampling, {13})
+    widths: list[int] = []
+    model.register_forward_pre_hook(lambda _, args, given: widths.append(given["input_ids"].shape[1]), with_kwargs=True)
+    lookup.note(0, 1, 1e9)  # a slow plain pass, so that proposals are always worth it
+    assert decode(model, asked, sampling, {13}, lookup) == plain
+    assert lookup.is_on and max(widths[1:]) > 1  # some passes verified several tokens
+
+
+def test_prompt_lookup_proposes_what_followed_and_ends_where_it_is_slower() -> None:
+    lookup = Lookup()
+    assert lookup.propose([[1, 2, 3, 1, 2]], [5]) == [[]]  # what a pass costs is measured first
+    for _ in range(PROBE):
+        lookup.note(0, 2, 1.0)
+    assert lookup.propose([[1, 2, 3, 4, 1, 2], [7, 8, 9], [5, 6, 5]], [3, 5, 0]) == [[3, 4, 1], [], []]
+    lookup.note(8, ENOUGH // 2, 1.0)
+    lookup.note(8, ENOUGH // 2, 1.0)
+    assert lookup.is_on  # 32 tokens in 2 seconds, instead of 16
+    lookup.note(8, 2, 40.0)
+    assert not lookup.is_on and lookup.propose([[1, 2, 3, 1, 2]], [5]) == [[]]
 
 
 def test_a_slot_with_room_holds_what_a_plain_one_holds_and_is_written_in_place() -> None:

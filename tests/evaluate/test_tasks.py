@@ -24,7 +24,7 @@ from lamella.evaluate.tasks.language_model import PlannedLM
 from lamella.evaluate.tasks.own import questions
 from lamella.evaluate.tasks.running import passes
 from lamella.plan import ModelReference, PhasedPath, Plan
-from lamella.runtime import apply
+from lamella.runtime import Draft, Drafted, apply
 from lamella.stack import Model, Stack
 from lamella.zoo.nano import nano
 
@@ -177,6 +177,14 @@ def test_what_is_written_is_what_generate_writes_alone_up_to_the_stop(stack: Sta
         settings = {"until": until, "max_gen_toks": 24, "temperature": 0.0}
         found = PlannedLM(view, tokenizer, 3).generate_until([Request(context, settings) for context in contexts])
         assert found == [text.split(stop)[0] if until else text for text in texts]
+
+
+def test_answers_with_a_draft_are_those_without_it(stack: Stack, tokenizer: Any) -> None:
+    requests = [Request(context, {"until": ["."], "max_gen_toks": 24, "temperature": 0.0}) for context in CONTEXTS[:3]]
+    writer = Drafted(stack.model, Draft())
+    found = PlannedLM(stack, tokenizer, 3, writer).generate_until(requests)
+    assert found == PlannedLM(stack, tokenizer, 3).generate_until(requests)
+    assert writer.counted.tokens > 0
 
 
 def test_generation_takes_no_setting_that_loads_code(stack: Stack, tokenizer: Any) -> None:

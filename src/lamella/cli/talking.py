@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from lamella.cli.app import app
-from lamella.cli.console import JsonOption, ModelArgument, SeedOption, out, print_json, working
+from lamella.cli.console import JsonOption, ModelArgument, SeedOption, errors, out, print_json, working
 from lamella.errors import MethodError
 
 
@@ -20,6 +20,10 @@ def chat(
     temperature: Annotated[
         float, typer.Option(help="Sampling temperature; 0 always takes the most likely token.")
     ] = 0.0,
+    draft: Annotated[
+        str | None,
+        typer.Option(help="Proposes tokens, to decode faster: lookup, or a smaller model with the same tokenizer."),
+    ] = None,
     seed: SeedOption = 0,
     json: JsonOption = False,
 ) -> None:
@@ -33,12 +37,15 @@ def chat(
 
     from lamella.evaluate.speed import denoises
     from lamella.inputs import check_changed
-    from lamella.zoo import open_saved, open_tokenizer
+    from lamella.runtime import Drafted
+    from lamella.zoo import NamedDraft, open_saved, open_tokenizer
     from lamella.zoo.opening import tokenizer_of
 
     with working():
         for name in (model, plan_file):
             check_changed(name)
+        named = NamedDraft.open(draft or "off")
+        named.check(named.name)
         saved = open_saved(model)
         tokenizer = open_tokenizer(saved.whole.path or model)
         generator = saved.running.model
@@ -48,6 +55,7 @@ def chat(
         raise MethodError(
             f"{model} predicts masked tokens, but chat generates one token after the other: use lamella.runtime.denoise"
         )
+    generator = Drafted(generator, named.draft_of(generator, tokenizer))
     torch.manual_seed(seed)
     settings: dict[str, Any] = {"max_new_tokens": tokens, "do_sample": temperature > 0}
     if temperature > 0:
@@ -57,6 +65,8 @@ def chat(
         messages.append({"role": "user", "content": message})
         answer = _answer(generator, tokenizer, messages, settings, show=not json)
         messages.append({"role": "assistant", "content": answer})
+        if gain := str(generator):
+            errors.print(f"[dim]{gain}[/dim]", highlight=False)
         if prompt is not None:
             break
     if json:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from statistics import mean
 from typing import Annotated, Any
 
 from annotated_types import Ge, MinLen
 
 from lamella.data import ImageText
+from lamella.errors import PlanError
+from lamella.evaluate import DraftGain, Ratio, cost, drafted_prompts, peak_memory, step_times
 from lamella.evaluate import bench as timed
-from lamella.evaluate import cost, peak_memory, step_times
 from lamella.evaluate.fidelity import predicting_stack
 from lamella.plan import Plan
+from lamella.progress import track
 from lamella.registry import command
 from lamella.result import Evidence, Summary, Table
 from lamella.results import Study
 from lamella.signature import Argument, Split
 from lamella.stack import Model
-from lamella.zoo import ComparedModel, SavedModel
+from lamella.zoo import ComparedModel, NamedDraft, SavedModel, open_tokenizer
+from lamella.zoo.opening import tokenizer_of
 
 
 class Benchmark(Study):
@@ -45,17 +50,18 @@ class Benchmark(Study):
                     ]
                 )
         columns = ["model", "batch", "decode speed-up", "predicted", "prefill speed-up", "peak memory"]
-        return Summary(
-            f"Speed compared with {found['model']}.",
-            [Table("Medians of interleaved rounds (quartiles)", columns, rows)],
-        )
+        tables = [Table("Medians of interleaved rounds (quartiles)", columns, rows)]
+        if found.get("draft"):
+            tables.append(_gains(found["draft"], found["draft_name"]))
+        return Summary(f"Speed compared with {found['model']}.", tables)
 
 
 @command("bench", verb="bench", on="any", brief={"prompt": 8, "tokens": 4, "rounds": 2})
 def bench(
     model: SavedModel,
-    changed: Annotated[tuple[ComparedModel, ...], Argument()],
+    changed: Annotated[tuple[ComparedModel, ...], Argument()] = (),
     text: Annotated[ImageText | None, Split("test")] = None,
+    draft: NamedDraft | None = None,
     *,
     batch: Annotated[tuple[Annotated[int, Ge(1)], ...], MinLen(1)] = (1, 8),
     prompt: Annotated[int, Ge(1)] = 128,
@@ -72,6 +78,8 @@ def bench(
         model: the first model; a folder written by Lamella runs with its plan.
         changed: models to compare: plan files, exported folders or models.
         text: rows of images with text, whose prompts replace random tokens.
+        draft: also measure what a draft gains on each model, decoding prompts of four kinds: lookup proposes what
+            followed the most recent tokens before, a smaller model with the same tokenizer generates.
         batch: batch sizes.
         prompt: tokens of the prompt.
         tokens: decoding steps per round.
@@ -79,8 +87,12 @@ def bench(
         memory: also measure the peak memory of folders, each in a process of its own.
 
     Returns:
-        Timings by name, predicted speed-ups, costs and peak memory.
+        Timings by name, predicted speed-ups, costs, peak memory and what drafts gain.
+
+    Raises:
+        PlanError: if there is nothing to compare.
     """
+    check_options(changed, draft)
     stack: Any = predicting_stack(model.whole) if text is None else model.whole
     first = model.whole.name
     models = {first: model.running.model} | {each.name: model.view(each.name) for each in changed}
@@ -93,6 +105,9 @@ def bench(
     predicted = {name: times.speedup(plan) for name, plan in plans.items() if times is not None}
     own = predicted.pop(first, 1.0)  # of the first model, the reference
     peaks = {name: peak_memory(folder).as_dict() for name, folder in _folders(stack, models).items() if memory}
+    drafting: dict[str, Any] = {}
+    if draft is not None:
+        drafting = {"draft_name": draft.name, "draft": _drafted(model, models, draft, tokens, rounds)}
     return Benchmark(
         findings={
             "model": first,
@@ -101,7 +116,56 @@ def bench(
             "cost": {name: cost(stack, plan).as_dict() for name, plan in plans.items()},
             "memory": peaks,
         }
+        | drafting
     )
+
+
+def check_options(changed: tuple[ComparedModel, ...] = (), draft: NamedDraft | str | None = None) -> None:
+    """Check, before a model is opened, whether there is something to compare.
+
+    Args:
+        changed: models to compare with the first one.
+        draft: what proposes tokens.
+
+    Raises:
+        PlanError: if there is not.
+    """
+    if not changed and draft is None:
+        raise PlanError("nothing to compare: give plan files, folders or models, or a draft")
+
+
+def _drafted(
+    model: SavedModel, models: Mapping[str, Any], draft: NamedDraft, tokens: int, prompts: int
+) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Return what a draft gains on each prompt, by model and kind of text."""
+    own = open_tokenizer(model.whole.path or model.whole.name)
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for name, view in track(models.items(), "drafting"):
+        tokenizer = own if name == model.whole.name else tokenizer_of(name, own)
+        opened = draft.draft_of(view, tokenizer)
+        if opened is not None:
+            found[name] = {
+                kind: [vars(DraftGain.of(view, opened, each.to(view.device), tokens)) for each in rows]
+                for kind, rows in drafted_prompts(tokenizer, prompts).items()
+            }
+    return found
+
+
+def _gains(found: dict[str, dict[str, list[dict[str, Any]]]], name: str) -> Table:
+    """Return the table of what a draft gains, by model and kind of text."""
+    rows = [
+        [
+            model,
+            kind,
+            *(mean(each[part] for each in gains) for part in ("accepted", "verifying", "drafting", "predicted")),
+            str(Ratio.of([each["measured"] for each in gains])),
+            f"{sum(each['equal'] for each in gains)} of {len(gains)}",
+        ]
+        for model, kinds in found.items()
+        for kind, gains in kinds.items()
+    ]
+    columns = ["model", "prompts", "accepted", "pass", "draft", "predicted", "measured", "same tokens"]
+    return Table(f"Decoding with draft {name}: time of a pass and of a draft in plain steps, speed-up", columns, rows)
 
 
 def _folders(stack: Model, models: dict[str, Any]) -> dict[str, Path]:

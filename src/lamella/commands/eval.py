@@ -16,8 +16,10 @@ from lamella.registry import command
 from lamella.report.figures import Figure, Lines, Points, Scatter
 from lamella.result import Evidence, Summary, Table
 from lamella.results import Study
+from lamella.runtime import Drafted
 from lamella.signature import Argument, Settings, Split
-from lamella.zoo import ComparedModel, SavedModel, open_tokenizer
+from lamella.zoo import ComparedModel, NamedDraft, SavedModel, open_tokenizer
+from lamella.zoo.draft import OFF
 from lamella.zoo.opening import tokenizer_of
 
 Test = Annotated[Text | ImageText | Prompts, Split("test"), Settings(sequences=8, prompts=None)]
@@ -51,6 +53,7 @@ def evaluate(
     model: SavedModel,
     test: Test,
     changed: Annotated[tuple[ComparedModel, ...], Argument()] = (),
+    draft: NamedDraft | None = None,
     *,
     whole: bool = False,
     at_least: Share | None = None,
@@ -83,6 +86,8 @@ def evaluate(
             or a prompt and response, of which the last answer is scored, or a text. For a model of images and text,
             rows of these.
         changed: models to evaluate: plan files, exported folders or models.
+        draft: what proposes tokens of the answers of tasks, which are then generated one by one: lookup, or a smaller
+            model with the same tokenizer. Drafting ends where it is slower than a batch without it.
         whole: evaluate on all of a file, if no plan was made on it.
         at_least: whether the top token agrees with the original's on at least this share of the positions of a prompt,
             on average: sequences are evaluated in random order until this is certain. Exits with 1 if it does not hold,
@@ -104,10 +109,11 @@ def evaluate(
     Raises:
         PlanError: if there is nothing to compare.
     """
-    check_options(changed, tasks, trust_tasks, run_generated_code, at_least)
+    check_options(changed, tasks, trust_tasks, run_generated_code, at_least, draft)
     if tasks:
         options: dict[str, Any] = {"limit": limit, "chat": chat, "batch": batch, "trusted": trust_tasks}
-        return _scored(model, changed, tasks, options | {"run_generated_code": run_generated_code, "seed": seed})
+        options |= {"run_generated_code": run_generated_code, "seed": seed}
+        return _scored(model, changed, tasks, options, draft or NamedDraft.open(OFF))
     original = model.running
     judge = test.part("whole") if whole else test
     described = judge.describe()
@@ -135,6 +141,7 @@ def check_options(
     trust_tasks: bool = False,
     run_generated_code: bool = False,
     at_least: float | None = None,
+    draft: NamedDraft | str | None = None,
 ) -> None:
     """Check, before a model is opened, whatever is known to be wrong.
 
@@ -144,10 +151,14 @@ def check_options(
         trust_tasks: whether task files are trusted.
         run_generated_code: whether generated code may be executed.
         at_least: the demanded agreement.
+        draft: what proposes tokens of the answers of tasks.
 
     Raises:
-        LamellaError: for unknown tasks, an agreement that is demanded on tasks, or nothing to compare.
+        LamellaError: for unknown tasks, an agreement that is demanded on tasks, a draft without tasks, or nothing to
+            compare.
     """
+    if draft is not None and not tasks:
+        raise MethodError("draft: it proposes tokens of the answers of tasks, and there are none: give tasks")
     if tasks:
         if at_least is not None:
             raise MethodError(
@@ -210,14 +221,24 @@ def _byte_losses(model: SavedModel, test: Text, changed: tuple[ComparedModel, ..
 
 
 def _scored(
-    model: SavedModel, changed: tuple[ComparedModel, ...], tasks: tuple[str, ...], options: dict[str, Any]
+    model: SavedModel,
+    changed: tuple[ComparedModel, ...],
+    tasks: tuple[str, ...],
+    options: dict[str, Any],
+    draft: NamedDraft,
 ) -> Evaluation:
     """Score the original and changed models on tasks."""
-    whole = model.whole
-    tokenizer = open_tokenizer(whole.path or whole.name)
-    scores = {whole.name: score(model.running, tokenizer, tasks, **options)}
-    for each in changed:
-        scores[each.name] = score(model.view(each.name), tokenizer_of(each.name, tokenizer), tasks, **options)
+    whole, lines = model.whole, {}
+    own = open_tokenizer(whole.path or whole.name)
+    scores = {}
+    for name in (whole.name, *(each.name for each in changed)):
+        view, tokenizer = model.running.model, own
+        if name != whole.name:
+            view, tokenizer = model.view(name), tokenizer_of(name, own)
+        writer = Drafted(view, draft.draft_of(view, tokenizer))
+        scores[name] = score(view, tokenizer, tasks, writer=writer, **options)
+        if str(writer):
+            lines[name] = str(writer)
     first, *_ = scores.values()
     found = {
         name: [
@@ -226,7 +247,7 @@ def _scored(
         ]
         for name, rows in scores.items()
     }
-    return Evaluation(findings={"model": whole.name, "limit": options["limit"], "scores": found})
+    return Evaluation(findings={"model": whole.name, "limit": options["limit"], "scores": found, "drafts": lines})
 
 
 def _fidelities(found: dict[str, Any], data: dict[str, Any]) -> Summary:
@@ -287,4 +308,5 @@ def _scores(found: dict[str, Any]) -> Summary:
     questions = {each["task"]: each["questions"] for each in first}
     title = ", ".join(f"{count} questions of {task}" for task, count in questions.items()) + "; ± standard error"
     columns = ["task", "model", "score", "against the original"]
-    return Summary(f"Scores of {counted(len(found['scores']), 'model')}.", [Table(title, columns, rows)])
+    lines = [f"{name}: {line}" for name, line in found.get("drafts", {}).items()]
+    return Summary(f"Scores of {counted(len(found['scores']), 'model')}.", [Table(title, columns, rows)], lines)

@@ -11,12 +11,18 @@ removed from the cache::
 Keys and values are appended in place, whereas ``generate`` copies all of them at every step.
 
 Each row has its own random generator, so its result depends neither on its neighbours nor on their order.
+
+With prompt lookup, a step verifies several proposed tokens of each row in one pass. Rows keep different numbers of
+them: the others stay in the cache, masked. Every token is still chosen from the model's distribution with the next
+random number of its row, so the texts are those of decoding without it, unless rounding decides.
 """
 
 from __future__ import annotations
 
 import inspect
 import random
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
@@ -25,8 +31,10 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
+from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 from lamella.errors import NumericsError
+from lamella.runtime.drafting import ENOUGH, PROBE, TOKENS, Passes
 
 LEAST = 32  # minimum spare capacity of a slot in tokens, in addition to a quarter of its length
 LIKELIEST = 256  # tokens that are sorted first; the nucleus is nearly always within them
@@ -82,8 +90,55 @@ def batches(prompts: Sequence[Prompt], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
+class Lookup:
+    """Prompt lookup for some batches: it proposes what followed the most recent tokens of a row before.
+
+    It ends where a pass with proposals takes longer than the passes without them that it replaces.
+
+    Attributes:
+        is_on: whether it proposes tokens.
+    """
+
+    def __init__(self) -> None:
+        self.is_on = True
+        self._plain = Passes()
+        self._wide = Passes()
+        self._find = PromptLookupCandidateGenerator(num_output_tokens=TOKENS, max_length=sys.maxsize)
+
+    def propose(self, rows: Sequence[Sequence[int]], most: Sequence[int]) -> list[list[int]]:
+        """Return proposed tokens of each row.
+
+        Args:
+            rows: token ids of the rows so far.
+            most: maximum number of tokens of each row.
+        """
+        if not self.is_on or self._plain.passes < PROBE:  # what a pass costs without proposals is measured first
+            return [[] for _ in rows]
+        found = [self._find.get_candidates(torch.tensor([row]))[0][0, len(row) :].tolist() for row in rows]
+        return [each[:longest] for each, longest in zip(found, most, strict=True)]
+
+    def note(self, proposed: int, tokens: int, seconds: float) -> None:
+        """Note a pass after the prompt.
+
+        Args:
+            proposed: number of tokens that were proposed.
+            tokens: number of tokens that it gave.
+            seconds: its duration.
+        """
+        found = Passes(1, tokens, proposed, seconds=seconds)
+        if not proposed:
+            self._plain += found
+            return
+        self._wide += found
+        plain = self._plain.seconds / max(self._plain.tokens, 1)  # of a token
+        if self._wide.tokens >= ENOUGH and self._wide.tokens * plain < self._wide.seconds:
+            self.is_on = False
+
+
 @torch.no_grad()
-def decode(model: Any, prompts: Sequence[Prompt], sampling: Sampling, ends: set[int]) -> list[Row]:
+def decode(
+    model: Any, prompts: Sequence[Prompt], sampling: Sampling, ends: set[int], lookup: Lookup | None = None
+) -> list[Row]:
     """Continue one batch of prompts; finished rows leave it.
 
     Args:
@@ -91,6 +146,7 @@ def decode(model: Any, prompts: Sequence[Prompt], sampling: Sampling, ends: set[
         prompts: prompts of any lengths.
         sampling: how tokens are sampled.
         ends: tokens that end a row.
+        lookup: proposes tokens; the model must attend to all earlier tokens, and decide nothing at run time.
 
     Returns:
         The new tokens of each prompt, in their order.
@@ -102,25 +158,49 @@ def decode(model: Any, prompts: Sequence[Prompt], sampling: Sampling, ends: set[
     ended = [False] * len(prompts)
     drawn = [random.Random(prompt.seed) for prompt in prompts]
     left = list(range(len(prompts)))  # the indices of the rows in the batch
+    proposed: list[list[int]] = [[] for _ in prompts]  # for each row in the batch
     ids, mask = _padded([prompt.ids for prompt in prompts], model.device)
     cache = None
     while True:
-        logits, cache = _step(model, ids, mask, cache)
+        begin, is_first, before = time.perf_counter(), cache is None, sum(map(len, generated))
+        columns = 1 + max(map(len, proposed))
+        logits, cache = _step(model, ids, mask, cache, columns)
         preallocate(cache)
-        tokens = _choose(logits, [drawn[row] for row in left], sampling)
-        for row, token in zip(left, tokens, strict=True):
-            ended[row] = token in ends
-            if not ended[row]:
-                generated[row].append(token)
+        going = list(range(len(left)))  # those whose proposals were right so far
+        for column in range(columns):
+            tokens = _choose(logits[going, column], [drawn[left[n]] for n in going], sampling)
+            right = []
+            for n, token in zip(going, tokens, strict=True):
+                ended[left[n]] = token in ends
+                if not ended[left[n]]:
+                    generated[left[n]].append(token)
+                    right += [n] if proposed[n][column : column + 1] == [token] else []
+            for n in set(going) - set(right):
+                mask[n, mask.shape[1] - columns + column + 1 :] = 0
+            going = right
+        if lookup is not None and not is_first:
+            tokens_given = sum(map(len, generated)) - before
+            lookup.note(sum(map(len, proposed)), tokens_given, time.perf_counter() - begin)
         stay = [n for n, row in enumerate(left) if not ended[row] and len(generated[row]) < prompts[row].max_tokens]
         if not stay:
             return [Row(each, done) for each, done in zip(generated, ended, strict=True)]
         if len(stay) < len(left):
             kept = torch.tensor(stay, device=mask.device)
             cache.reorder_cache(kept)
-            mask, left, tokens = mask[kept], [left[n] for n in stay], [tokens[n] for n in stay]
-        ids = torch.tensor(tokens, device=mask.device)[:, None]
-        mask = torch.cat([mask, mask.new_ones(len(left), 1)], dim=1)
+            mask, left = mask[kept], [left[n] for n in stay]
+        proposed = (
+            [[] for _ in left]
+            if lookup is None
+            else lookup.propose(
+                [[*prompts[row].ids, *generated[row]] for row in left],
+                [prompts[row].max_tokens - len(generated[row]) - 1 for row in left],
+            )
+        )
+        width = max(map(len, proposed))
+        new = [[generated[row][-1], *each] for row, each in zip(left, proposed, strict=True)]
+        ids = torch.tensor([each + [0] * (1 + width - len(each)) for each in new], device=mask.device)
+        real = torch.tensor([[1] * len(each) + [0] * (1 + width - len(each)) for each in new], device=mask.device)
+        mask = torch.cat([mask, real], dim=1)
 
 
 class PreallocatedSlot(DynamicLayer):
@@ -165,15 +245,15 @@ def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor
     return ids, mask
 
 
-def _step(model: Any, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
-    """Run the model on new columns; return the logits after the last column [batch, vocabulary], and the cache."""
+def _step(model: Any, ids: Tensor, mask: Tensor, cache: Any, columns: int) -> tuple[Tensor, Any]:
+    """Run the model on new columns; return the logits of the last ones [batch, columns, vocabulary], and the cache."""
     options: dict[str, Any] = {"attention_mask": mask, "use_cache": True}
     if "position_ids" in inspect.signature(type(model).forward).parameters:
         options["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     if model._supports_logits_to_keep():
-        options["logits_to_keep"] = 1
+        options["logits_to_keep"] = columns
     out = model(input_ids=ids, cache=cache, **options)
-    logits = out.logits[:, -1].float()
+    logits = out.logits[:, -columns:].float()
     if not torch.isfinite(logits).all():
         raise NumericsError("the writer's logits are not finite: open it in float32, and check its weights")
     return logits, out.cache

@@ -6,13 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jinja2 import TemplateError
 
 from lamella.data.context import InputContext
-from lamella.data.decoding import Prompt, Sampling, batches, decode
+from lamella.data.decoding import Lookup, Prompt, Sampling, batches, decode
 from lamella.data.endpoint import Endpoint
 from lamella.data.protocol import ChatRequest
 from lamella.errors import ArchitectureError, CalibrationError, MethodError
@@ -78,6 +78,7 @@ class Writer(ABC):
         *,
         plan: Path | None = None,
         batch: int = 16,
+        draft: Literal["off", "lookup"] = "off",
         served: str | None = None,
         tokenizer: str | None = None,
         concurrent: int = 8,
@@ -92,6 +93,8 @@ class Writer(ABC):
             context: the context of the run; not used.
             plan: a plan that the decoder runs under.
             batch: number of rows that the decoder generates together.
+            draft: lookup: the decoder verifies several tokens at once that are copied from the text, as long as this is
+                faster. The texts are the same.
             served: name of the model of the endpoint; if omitted, the only one that it lists.
             tokenizer: a model whose tokenizer counts tokens, since an endpoint does not provide one.
             concurrent: maximum number of concurrent requests to the endpoint.
@@ -104,9 +107,10 @@ class Writer(ABC):
             LamellaError: if the model cannot be opened.
         """
         if not str(name).startswith(SERVED):
-            return LocalWriter(str(name), plan=plan, batch=batch)
-        if plan is not None:
-            raise MethodError("an endpoint cannot run under a plan: leave the plan out, or give a local model")
+            return LocalWriter(str(name), plan=plan, batch=batch, draft=draft)
+        if plan is not None or draft != "off":
+            what = "run under a plan" if plan is not None else "be given a draft"
+            raise MethodError(f"an endpoint cannot {what}: leave it out, or give a local model")
         if tokenizer is None:
             raise MethodError(f"{name} provides no tokenizer: name a model with the same tokenizer, with --tokenizer")
         endpoint = Endpoint(str(name), served, key, concurrent, rate, timeout)
@@ -148,17 +152,28 @@ class LocalWriter(Writer):
         plan: the plan that it runs under, or its file.
         batch: number of rows that are generated together.
         tokenizer: the tokenizer of a model in memory.
+        draft: what proposes tokens.
 
     Raises:
         ArchitectureError: if the model does not generate text, or its tokenizer has no chat template.
+        MethodError: for a draft of a model that does not attend to all earlier tokens, or under a dynamic plan.
     """
 
-    def __init__(self, model: Any, *, plan: Plan | Path | None = None, batch: int = 16, tokenizer: Any = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        plan: Plan | Path | None = None,
+        batch: int = 16,
+        tokenizer: Any = None,
+        draft: Literal["off", "lookup"] = "off",
+    ) -> None:
         if batch < 1:
             raise MethodError(f"batch {batch}: give at least 1")
         self.model, self.plan_of, self.batch, self._tokenizer = model, plan, batch, tokenizer
         self.opened = preference()  # another process does not know these settings
         self.threads = torch.get_num_threads()  # floating-point sums depend on the number of threads
+        self.draft = draft
         self.sent = False  # whether it was sent to another process, which runs many tasks in turn
         if not self.stack.architecture.causal:
             raise ArchitectureError(f"{self.stack.name} does not generate text: give a decoder")
@@ -166,6 +181,12 @@ class LocalWriter(Writer):
             raise ArchitectureError(
                 f"the tokenizer of {self.stack.name} has no chat template: give "
                 "an instruction-tuned model, or one whose folder has chat_template.jinja"
+            )
+        kinds = set(getattr(self.stack.config, "layer_types", None) or ["full_attention"])
+        if draft != "off" and (kinds != {"full_attention"} or (self.plan is not None and not self.plan.is_static)):
+            raise MethodError(
+                "draft: the writer needs a model that attends to all earlier tokens in every layer, without a dynamic "
+                "plan: leave draft out"
             )
 
     def __deepcopy__(self, memo: Any) -> LocalWriter:
@@ -220,12 +241,12 @@ class LocalWriter(Writer):
             CalibrationError: if a request leaves no room for an answer.
         """
         torch.set_num_threads(self.threads)
-        ends = self._ends()
+        ends, lookup = self._ends(), Lookup() if self.draft == "lookup" else None
         prompts = [self._prompt(each) for each in requests]
         for numbers in batches(prompts, self.batch):
             if all(requests[number].key in done for number in numbers):
                 continue
-            rows = decode(self.view, [prompts[number] for number in numbers], sampling, ends)
+            rows = decode(self.view, [prompts[number] for number in numbers], sampling, ends, lookup)
             texts = [self.tokenizer.decode(row.ids, skip_special_tokens=True) for row in rows]
             yield [
                 (requests[number], Completion(text, row.finished, len(prompts[number].ids), len(row.ids)))

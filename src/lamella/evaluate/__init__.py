@@ -4,6 +4,7 @@ from lamella.evaluate.answers import answered
 from lamella.evaluate.budget import Budget
 from lamella.evaluate.confidence import Interval
 from lamella.evaluate.cost import PlanCost, StepTimes, cost, measure_step, step_times
+from lamella.evaluate.drafting import DraftGain, drafted_prompts
 from lamella.evaluate.fidelity import Estimate, Fidelity, FidelityTest
 from lamella.evaluate.memory import Memory, peak_memory
 from lamella.evaluate.per_byte import ByteLoss
@@ -14,6 +15,7 @@ from lamella.evaluate.writing import writing_cost
 __all__ = [
     "Budget",
     "ByteLoss",
+    "DraftGain",
     "Estimate",
     "Fidelity",
     "FidelityTest",
@@ -27,6 +29,7 @@ __all__ = [
     "answered",
     "bench",
     "cost",
+    "drafted_prompts",
     "measure_step",
     "peak_memory",
     "rouge",

@@ -2,6 +2,7 @@
 
 from lamella.zoo.cache import cache_folder
 from lamella.zoo.configs import open_config
+from lamella.zoo.draft import NamedDraft
 from lamella.zoo.libraries import timm_features
 from lamella.zoo.named import ComparedModel, LazyCheckpoint
 from lamella.zoo.nano import NANO, NANO_ASSEMBLIES, NANO_DIFFUSION, nano
@@ -33,6 +34,7 @@ __all__ = [
     "ZOO",
     "ComparedModel",
     "LazyCheckpoint",
+    "NamedDraft",
     "Pipeline",
     "SavedModel",
     "View",

@@ -11,24 +11,21 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers.generation.streamers import BaseStreamer
 
 from lamella.commands.compress.forms import Variant
-from lamella.evaluate import Ratio
+from lamella.evaluate import DraftGain, Ratio
 from lamella.evaluate.speed import denoises
 from lamella.progress import track
+from lamella.runtime import Draft
+from lamella.runtime.drafting import TOKENS
 
 TEXTS = ("humaneval", "gsm8k", "general")
-CANDIDATES = 8  # tokens that are proposed at once
 PROMPT = 96  # tokens of a prompt
 ANSWER = 32  # generated tokens for each prompt
 LOOKUP_SECONDS = 5.0  # time limit for all routes, after the first prompt
-TIE = 1e-5  # difference of two logits, relative to the larger one, that rounding explains in 32 bits
 
 
-@torch.no_grad()
 def add_lookup(rows: Iterable[dict[str, Any]], variants: Mapping[str, Variant], prompts: Mapping[str, Tensor]) -> None:
     """Add to routes what prompt lookup gains on top of them, as ``lookup``, as far as time permits.
 
@@ -50,63 +47,16 @@ def add_lookup(rows: Iterable[dict[str, Any]], variants: Mapping[str, Variant], 
         view = form.view(stack, plan)
         if hasattr(view, "lamella_policy"):
             continue
-        found: dict[str, tuple[float, bool | None]] = {}
+        found: dict[str, DraftGain] = {}
         for name, prompt in prompts.items():
             if found and time.monotonic() > end:
                 break
-            found[name] = _compared(view, prompt.to(view.device))
+            found[name] = DraftGain.of(view, Draft(), prompt.to(view.device), ANSWER)
         if found:
             row["lookup"] = {
-                "speedup": vars(Ratio.of([gain for gain, _ in found.values()])),
+                "speedup": vars(Ratio.of([each.measured for each in found.values()])),
                 "texts": list(found),
-                "candidates": CANDIDATES,
-                "equal": sum(tied is None for _, tied in found.values()),
-                "tied": sum(tied is True for _, tied in found.values()),
+                "candidates": TOKENS,
+                "equal": sum(each.equal for each in found.values()),
+                "tied": sum(each.tied for each in found.values()),
             }
-
-
-def _compared(model: Any, prompt: Tensor) -> tuple[float, bool | None]:
-    """Return the speed-up of prompt lookup for a prompt, and whether the first difference is a tie; None if equal."""
-    plain, seconds = _generated(model, prompt)
-    copied, fewer = _generated(model, prompt, prompt_lookup_num_tokens=CANDIDATES)
-    differing = (plain != copied).nonzero()
-    return seconds / fewer, None if not len(differing) else _is_tie(model, plain, copied, int(differing[0, 1]))
-
-
-def _generated(model: Any, prompt: Tensor, **settings: Any) -> tuple[Tensor, float]:
-    """Return a prompt with its greedy answer [1, time], and the seconds per token after the first pass."""
-    clock = _Clock()
-    ids = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        min_new_tokens=ANSWER,
-        max_new_tokens=ANSWER,
-        do_sample=False,
-        pad_token_id=model.generation_config.pad_token_id or 0,
-        streamer=clock,
-        **settings,
-    )
-    (_, (_, begin), *later) = clock.seen  # the prompt, and what the pass over it gives
-    return ids, (later[-1][1] - begin) / sum(count for count, _ in later)
-
-
-def _is_tie(model: Any, plain: Tensor, copied: Tensor, index: int) -> bool:
-    """Return whether two tokens at one position have the same logit within the precision of the weights."""
-    logits = model(plain[:, :index]).logits[0, -1].float()
-    first, second = logits[plain[0, index]], logits[copied[0, index]]
-    precision = max(4 * torch.finfo(model.dtype).eps, TIE)
-    return bool((first - second).abs() <= precision * logits.abs().max())
-
-
-class _Clock(BaseStreamer):
-    """Notes how many tokens every pass gives, and when."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[int, float]] = []
-
-    def put(self, value: Tensor) -> None:
-        """Note the tokens of a pass."""
-        self.seen.append((value.numel(), time.perf_counter()))
-
-    def end(self) -> None:
-        """Do nothing at the end of the answer."""

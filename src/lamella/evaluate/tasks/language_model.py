@@ -34,16 +34,18 @@ class PlannedLM(TemplateLM):
         model: a model of Lamella or of transformers, or a view.
         tokenizer: the model's tokenizer.
         batch: rows that run together.
+        writer: generates in place of the model, such as :class:`~lamella.runtime.Drafted`.
 
     Raises:
         ArchitectureError: for a model that does not continue text by itself.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, batch: int = 16) -> None:
+    def __init__(self, model: Any, tokenizer: Any, batch: int = 16, writer: Any = None) -> None:
         super().__init__()
         opened = model if isinstance(model, Model) else open_model(model)
         self.stack = causal_stack(opened)
         self.view: Any = self.stack.model
+        self.writer = writer or self.view
         self.tokenizer, self.batch = tokenizer, batch
         self._device = self.stack.device
         self.max_length = int(getattr(self.stack.config, "max_position_embeddings", None) or LONGEST)
@@ -189,7 +191,7 @@ class PlannedLM(TemplateLM):
         ids = torch.tensor([[pad] * (longest - len(row)) + row for row in prompts], device=self._device)
         real = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=self._device)
         stopping = {"stop_strings": stops, "tokenizer": self.tokenizer} if stops else {}
-        out = self.view.generate(input_ids=ids, attention_mask=real, pad_token_id=pad, **settings, **stopping)
+        out = self.writer.generate(input_ids=ids, attention_mask=real, pad_token_id=pad, **settings, **stopping)
         texts = self.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
         return [min((text.split(stop)[0] for stop in stops), key=len, default=text) for text in texts]
 

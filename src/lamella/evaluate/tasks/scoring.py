@@ -75,6 +75,7 @@ def score(
     batch: int = 16,
     trusted: bool = False,
     run_generated_code: bool = False,
+    writer: Any = None,
 ) -> list[TaskScore]:
     """Score a model on tasks.
 
@@ -92,6 +93,7 @@ def score(
         batch: rows that run together.
         trusted: task files may name Python functions, files elsewhere and data of the hub.
         run_generated_code: run generated code in a restricted process, for programming tasks.
+        writer: generates the answers in place of the model, such as :class:`~lamella.runtime.Drafted`.
 
     Returns:
         One score for each metric of each task, in the order of the names.
@@ -107,7 +109,8 @@ def score(
     if limit is not None and limit < 1:
         raise TaskError(f"a limit of {limit} questions leaves nothing to score: give 1 or more, or omit it")
     tasks = open_tasks(names, trusted=trusted, run_generated_code=run_generated_code)
-    found = run_harness(PlannedLM(model, tokenizer, batch), tasks, limit=limit, seed=seed, chat=chat, draws=DRAWS)
+    language_model = PlannedLM(model, tokenizer, batch, writer)
+    found = run_harness(language_model, tasks, limit=limit, seed=seed, chat=chat, draws=DRAWS)
     return [each for task in tasks for each in _scores(task, found, chat)]
 
 

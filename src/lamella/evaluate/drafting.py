@@ -1,0 +1,143 @@
+"""What a draft gains on a prompt: predicted from its parts, and measured beside decoding without it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import LongTensor
+
+from lamella.data import load_text
+from lamella.data.sources import benchmark_rows
+from lamella.errors import DownloadError
+from lamella.runtime import Clock, Draft, generate_counted
+from lamella.zoo import chat_inputs
+
+TIE = 1e-5  # difference of two logits, relative to the larger one, that rounding explains in 32 bits
+LEAST = 32  # generated tokens, since the pass over the prompt gives the first ones and is not counted
+PASSAGE = 1200  # maximum characters of a text to rewrite
+
+
+@dataclass(frozen=True)
+class DraftGain:
+    """What a draft gains on a prompt, under greedy decoding.
+
+    Attributes:
+        accepted: share of the proposed tokens that were kept.
+        per_pass: mean number of tokens that a pass gave.
+        verifying: mean time of a pass, in plain steps.
+        drafting: mean time of a draft, in plain steps; 0 for prompt lookup.
+        predicted: the speed-up of decoding that follows from these.
+        measured: the measured speed-up, which also has the time between the passes.
+        equal: whether all tokens are those of decoding without the draft.
+        tied: whether the first difference is between two tokens of the same logit, within the precision of the weights.
+    """
+
+    accepted: float
+    per_pass: float
+    verifying: float
+    drafting: float
+    predicted: float
+    measured: float
+    equal: bool
+    tied: bool
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: Any, draft: Draft, prompt: LongTensor, tokens: int) -> DraftGain:
+        """Continue a prompt greedily with and without a draft.
+
+        Args:
+            model: a model or a view.
+            draft: what proposes tokens.
+            prompt: token ids [1, time].
+            tokens: number of generated tokens; at least 32 are generated.
+        """
+        tokens = max(tokens, LEAST)
+        plain, step = _greedy(model, prompt, tokens)
+        padding = model.generation_config.pad_token_id or 0
+        settings = {"min_new_tokens": tokens, "max_new_tokens": tokens, "do_sample": False, "pad_token_id": padding}
+        found, passes = generate_counted(model, prompt, **settings, **draft.settings)
+        verifying = passes.verifying / passes.passes / step
+        drafting = 0.0
+        if draft.model is not None:
+            drafting = passes.proposed / passes.passes * _greedy(draft.model, prompt, tokens)[1] / step
+        differing = (plain != found).nonzero()
+        return cls(
+            passes.accepted,
+            passes.tokens / passes.passes,
+            verifying,
+            drafting,
+            passes.tokens / passes.passes / (verifying + drafting),
+            step / (passes.seconds / passes.tokens),
+            equal=not len(differing),
+            tied=bool(len(differing)) and is_tie(model, plain, found, int(differing[0, 1])),
+        )
+
+
+def _greedy(model: Any, prompt: LongTensor, tokens: int) -> tuple[LongTensor, float]:
+    """Return a prompt with its greedy continuation [1, time + tokens], and the seconds of a step."""
+    clock = Clock()
+    ids = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        min_new_tokens=tokens,
+        max_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=model.generation_config.pad_token_id or 0,
+        streamer=clock,
+    )
+    return ids, clock.seconds / (tokens - 1)
+
+
+def is_tie(model: Any, one: LongTensor, other: LongTensor, index: int) -> bool:
+    """Return whether the tokens of two continuations at one position have the same logit, within rounding.
+
+    Args:
+        model: a model or a view.
+        one: token ids [1, time].
+        other: token ids [1, time], equal before the position.
+        index: the position.
+    """
+    logits = model(one[:, :index]).logits[0, -1].float()
+    first, second = logits[one[0, index]], logits[other[0, index]]
+    precision = max(4 * torch.finfo(model.dtype).eps, TIE)
+    return bool((first - second).abs() <= precision * logits.abs().max())
+
+
+def drafted_prompts(tokenizer: Any, count: int) -> dict[str, list[LongTensor]]:
+    """Return prompts of four kinds of text, on which a draft gains differently.
+
+    The more an answer repeats its prompt, the more prompt lookup gains: hardly anything in a chat, much in rewriting.
+
+    Args:
+        tokenizer: the tokenizer of the model.
+        count: number of prompts of each kind.
+
+    Returns:
+        Token ids [1, time] by kind; without the kinds whose text is not installed.
+    """
+    found: dict[str, list[LongTensor]] = {}
+    for kind, questions in _questions().items():
+        with suppress(DownloadError):
+            turns = [[{"role": "user", "content": question}] for question in islice(questions, count)]
+            found[kind] = [chat_inputs(tokenizer, turn, torch.device("cpu"))["input_ids"] for turn in turns]  # type: ignore[misc]
+    return found
+
+
+def _questions() -> dict[str, Iterator[str]]:
+    documents = load_text("general", "test").documents  # type: ignore[attr-defined]
+    return {
+        "chat": (each["question"] for each in documents if isinstance(each, dict)),
+        "gsm8k": (row["question"] for row in benchmark_rows("gsm8k")),
+        "humaneval": (f"Complete this function:\n\n{row['prompt']}" for row in benchmark_rows("humaneval")),
+        "rewriting": (
+            f"Correct the spelling of this text, and repeat it otherwise unchanged:\n\n{each[:PASSAGE]}"
+            for each in documents
+            if isinstance(each, str)
+        ),
+    }
