@@ -14,14 +14,15 @@ from torch import LongTensor, Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lamella.data import InputContext, Text
-from lamella.evaluate import Budget
+from lamella.evaluate import Budget, FidelityTest
 from lamella.measure import OutputDistance
 from lamella.methods.finercut import finercut
 from lamella.methods.portfolio import portfolio
 from lamella.methods.shortgpt import shortgpt
 from lamella.methods.window import angular_window
-from lamella.plan import PlanSeries
+from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.stack import Stack
+from lamella.train import refit
 
 NANO_LLAMA = Path(__file__).parent.parent / "models" / "nano-llama"
 LAYERS = range(6)
@@ -97,6 +98,27 @@ def test_what_is_chosen_is_as_close_on_further_text_as_every_likely_beginning(st
 def test_without_refinement_it_is_the_lazy_search_over_layers(stack: Stack, text: Text) -> None:
     lazy = finercut(stack, text, level="block", strategy="lazy", exclude_front=0.0, share=HALF)
     assert portfolio(stack, text, refine=0, share=HALF).points == lazy.points
+
+
+def test_with_a_refit_it_chooses_what_is_closest_after_it(stack: Stack, text: Text) -> None:
+    series = portfolio(stack, text, refine=1, refit=True, patience=1, budget=Budget(share=HALF))
+    judge = FidelityTest(stack, text.more(4).tokens)
+
+    def after_refit(removed: frozenset[int]) -> float:
+        plan = Plan(model=ModelReference.of(stack), drop=[f"layers.{layer}" for layer in sorted(removed)])
+        return judge.of(refit(stack, plan, text).view).kl.mean
+
+    chosen = cuts(series)[-1]
+    value = after_refit(chosen)
+    assert series.points[-1].scores["kl after a refit"] == pytest.approx(value, rel=1e-5)
+    distance = naive_jsd(stack, text.tokens)
+    starts = [cuts(each(stack, text))[3] for each in (shortgpt, angular_window)]
+    near = [
+        start
+        for start in starts
+        if distance(start) < 1.9 * distance(cuts(portfolio(stack, text, refine=1, budget=Budget(share=HALF)))[-1])
+    ]
+    assert near and all(value <= after_refit(start) + 1e-9 for start in near)
 
 
 def test_only_the_largest_cuts_are_refined(stack: Stack, text: Text) -> None:

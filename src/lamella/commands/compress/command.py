@@ -53,7 +53,6 @@ from lamella.zoo import chat_inputs
 
 HEAL = Heal()
 PLANNING = 0.2  # minutes of the search by default, as a fraction of those of healing
-QUICK = Planner(DEFAULT, {"greedy": False})  # the default search: healing makes better use of the time
 COLOURING = 128  # tokens on which single sublayers are removed
 COLOURING_SECONDS = 10.0  # time limit for these removals
 PROMPTS = (
@@ -147,14 +146,16 @@ def compress(
     tested = test.tokens if isinstance(test, Text) else test
     goal = Goal.of(budget, runtime)
     minutes = budget.minutes
-    if race.is_default and minutes is None:
-        planners, minutes = [QUICK for _ in planners], PLANNING * _healing_minutes(heal)
     allowed = means(allow, plan is not None or not race.is_default or form not in ("auto", "plain"), runtime)
     program = Torch() if runtime == "torch" else LlamaCpp(context.tokenizer)
     original, *quantised = program.forms(stack, "quantize" in allowed, "cut" in allowed)
     job = Job(stack, calibration, tested, goal, seed, work, program, original)
     candidates = [quantised_alone(stack, each) for each in quantised]
     is_enough = goal.name != "loss" and any(each.reaches(goal) for each in candidates)
+    if race.is_default:  # by default without the greedy search, since healing makes better use of the time
+        options = {"greedy": minutes is not None, "refit": heal is not None and not is_enough}
+        planners = [Planner(DEFAULT, options) for _ in planners]
+        minutes = PLANNING * _healing_minutes(heal) if minutes is None else minutes
     if "cut" not in allowed and not is_enough and not (candidates and goal.name == "loss"):
         raise BudgetError(_too_much(quantised, goal))
     if "cut" in allowed:
