@@ -64,6 +64,7 @@ FILES = {
     "src/lamella/methods/paser": {"he"},  # the first author
     "docs/methods/paser.md": {"he"},
     "src/lamella/reading.py": {"stream"},  # a class of pyarrow
+    "src/lamella/cli/serving": {"stream"},  # of text, in transformers' names
     "src/lamella/zoo/worlds/language.py": {"picture"},
     "src/lamella/methods/irepair/pairs.py": {"said"},
     "src/lamella/methods/refacade": {"stream", "streams"},  # of a video file, and of a two-stream transformer

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from lamella.data.decoding import Lookup, PreallocatedSlot, Prompt, Sampling, _choose, batches, decode
+from lamella.data.decoding import Batch, Lookup, PreallocatedSlot, Prompt, Running, Sampling, _choose, batches, decode
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.runtime import apply
 from lamella.runtime.drafting import ENOUGH, PROBE
@@ -115,6 +115,39 @@ def test_a_row_says_the_same_alone_and_among_others(sampling: Sampling) -> None:
     assert together[::-1] == decode(model, asked[::-1], sampling, {2})
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "opt"])
+@pytest.mark.parametrize("lookup", [False, True])
+def test_rows_that_join_or_are_dropped_on_the_way_change_nothing_for_the_others(name: str, lookup: bool) -> None:
+    model = nano(name).eval()
+    samplings = [GREEDY, Sampling(0.8, 0.9), Sampling(1.0, 1.0), GREEDY, GREEDY]
+    asked = [Prompt([5 + n, 6, 7, 5 + n, 6] * (1 + 3 * n), 30 - 5 * n, n) for n in range(5)]
+    alone = [decode(model, [prompt], each, {13})[0] for prompt, each in zip(asked, samplings, strict=True)]
+    rows = [Running(prompt, each, {13}) for prompt, each in zip(asked, samplings, strict=True)]
+    finder = Lookup()
+    finder.note(0, 1, 1e9)
+    batch = Batch(model, finder if lookup else None)
+    batch.join(rows[:2])
+    for number in range(60):
+        if number in (3, 7, 12):  # longer prompts than what is there, and shorter ones
+            assert batch.takes_more
+            batch.join([rows[{3: 4, 7: 2, 12: 3}[number]]])
+        if number == 9:
+            batch.drop([rows[4]])
+        if batch.rows:
+            batch.step()
+    assert not batch.rows and batch.takes_more
+    for row, expected in zip(rows[:4], alone[:4], strict=True):
+        assert (row.ids, row.finished) == expected
+    assert rows[4].ids == alone[4].ids[: len(rows[4].ids)]
+
+
+def test_no_row_joins_a_batch_under_a_dynamic_plan_or_with_sliding_windows() -> None:
+    for model in (views()["phased"], nano("gemma3_text").eval()):
+        batch = Batch(model)
+        batch.join([Running(Prompt([5, 6, 7], 9, 0), GREEDY, ())])
+        assert not batch.takes_more
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "gemma3_text"])
 def test_families_decode_as_they_generate(name: str) -> None:
     model = nano(name).eval()
@@ -135,20 +168,21 @@ def test_batches_hold_each_prompt_once_and_those_of_one_length_together() -> Non
     assert lengths == sorted(lengths, reverse=True)
 
 
+def drawn(logits: torch.Tensor, sampling: Sampling, seed: int, draws: int) -> Counter[int]:
+    row = Running(Prompt([], 1, seed), sampling, ())
+    return Counter(_choose(logits, [row])[0] for _ in range(draws))
+
+
 def test_tokens_are_drawn_by_their_share_of_the_nucleus() -> None:
     """Against the shares computed by hand: of 0.5, 0.3, 0.15, 0.05 at top_p 0.8 the first two are left."""
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    drawn = random.Random(0)
-    count = Counter(_choose(logits, [drawn], Sampling(1.0, 0.79))[0] for _ in range(4000))
+    count = drawn(logits, Sampling(1.0, 0.79), 0, 4000)
     assert set(count) == {0, 1} and abs(count[0] / 4000 - 0.5 / 0.8) < 4 * math.sqrt(0.625 * 0.375 / 4000)
-    drawn = random.Random(0)
-    cold = Counter(_choose(logits, [drawn], Sampling(0.5, 1.0))[0] for _ in range(4000))
+    cold = drawn(logits, Sampling(0.5, 1.0), 0, 4000)
     squares = [share**2 for share in (0.5, 0.3, 0.15, 0.05)]
     assert abs(cold[1] / 4000 - squares[1] / sum(squares)) < 4 * 0.5 / math.sqrt(4000)
 
 
 def test_a_nucleus_wider_than_the_first_look_is_found() -> None:
     logits = torch.zeros(1, 1000)  # all alike: 900 tokens make up 0.9
-    drawn = random.Random(1)
-    seen = {_choose(logits, [drawn], Sampling(1.0, 0.9))[0] for _ in range(3000)}
-    assert 800 < len(seen) <= 901
+    assert 800 < len(drawn(logits, Sampling(1.0, 0.9), 1, 3000)) <= 901

@@ -9,7 +9,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 # isort: off
-from lamella.cli import models, talking
+from lamella.cli import models, serving, talking
 from lamella.cli.app import app, main
 
-__all__ = ["app", "main", "models", "talking"]
+__all__ = ["app", "main", "models", "serving", "talking"]

@@ -7,6 +7,7 @@ removed from the cache::
     row a   x  x  .               rows of one batch have similar lengths (:func:`batches`), so that there is little
     row b   x  x  x  x  x  .      padding
     row c   x  x  x  .
+    row d            x  x  x      and others may join
 
 Keys and values are appended in place, whereas ``generate`` copies all of them at every step.
 
@@ -23,14 +24,15 @@ import inspect
 import random
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Any, NamedTuple
 
 import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from torch.nn.functional import pad
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 from lamella.errors import NumericsError
@@ -114,7 +116,7 @@ class Lookup:
         """
         if not self.is_on or self._plain.passes < PROBE:  # what a pass costs without proposals is measured first
             return [[] for _ in rows]
-        found = [self._find.get_candidates(torch.tensor([row]))[0][0, len(row) :].tolist() for row in rows]
+        found = [self._find.get_candidates(torch.LongTensor([list(row)]))[0][0, len(row) :].tolist() for row in rows]
         return [each[:longest] for each, longest in zip(found, most, strict=True)]
 
     def note(self, proposed: int, tokens: int, seconds: float) -> None:
@@ -135,6 +137,19 @@ class Lookup:
             self.is_on = False
 
 
+def takes_proposals(model: Any) -> bool:
+    """Return whether proposed tokens can be masked: all layers attend to all earlier tokens, and no plan decides.
+
+    Args:
+        model: a decoder, or a view of one.
+    """
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        kinds = ["full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"]
+    return set(kinds) == {"full_attention"} and not hasattr(model, "lamella_policy")
+
+
 @torch.no_grad()
 def decode(
     model: Any, prompts: Sequence[Prompt], sampling: Sampling, ends: set[int], lookup: Lookup | None = None
@@ -146,7 +161,7 @@ def decode(
         prompts: prompts of any lengths.
         sampling: how tokens are sampled.
         ends: tokens that end a row.
-        lookup: proposes tokens; the model must attend to all earlier tokens, and decide nothing at run time.
+        lookup: proposes tokens, for a model that :func:`takes_proposals`.
 
     Returns:
         The new tokens of each prompt, in their order.
@@ -154,53 +169,162 @@ def decode(
     Raises:
         NumericsError: if logits are not finite.
     """
-    generated: list[list[int]] = [[] for _ in prompts]
-    ended = [False] * len(prompts)
-    drawn = [random.Random(prompt.seed) for prompt in prompts]
-    left = list(range(len(prompts)))  # the indices of the rows in the batch
-    proposed: list[list[int]] = [[] for _ in prompts]  # for each row in the batch
-    ids, mask = _padded([prompt.ids for prompt in prompts], model.device)
-    cache = None
-    while True:
-        begin, is_first, before = time.perf_counter(), cache is None, sum(map(len, generated))
-        columns = 1 + max(map(len, proposed))
-        logits, cache = _step(model, ids, mask, cache, columns)
+    rows = [Running(prompt, sampling, ends) for prompt in prompts]
+    batch = Batch(model, lookup)
+    batch.join(rows)
+    while batch.rows:
+        batch.step()
+    return [Row(row.ids, row.finished) for row in rows]
+
+
+@dataclass(eq=False)
+class Running:
+    """A row that is being generated.
+
+    Attributes:
+        prompt: the prompt.
+        sampling: how its tokens are sampled.
+        ends: tokens that end it.
+        ids: the new tokens so far, without the end token.
+        finished: whether it ended with an end token.
+    """
+
+    prompt: Prompt
+    sampling: Sampling
+    ends: Collection[int]
+    ids: list[int] = field(default_factory=list)
+    finished: bool = False
+
+    def __post_init__(self) -> None:
+        self.drawn = random.Random(self.prompt.seed)
+
+    @property
+    def left(self) -> int:
+        """The number of tokens that may follow."""
+        return 0 if self.finished else self.prompt.max_tokens - len(self.ids)
+
+
+class Batch:
+    """Rows that are decoded together: they leave when they are over, and others may join between two steps.
+
+    Args:
+        model: a decoder, or a view of one with any plan.
+        lookup: proposes tokens; see :func:`decode`.
+
+    Attributes:
+        rows: the rows that are not over.
+    """
+
+    def __init__(self, model: Any, lookup: Lookup | None = None) -> None:
+        self.rows: list[Running] = []
+        self._model, self._lookup = model, lookup
+        self._cache: Any = None
+        self._mask = torch.empty(0)  # of the columns of the cache [rows, columns]
+
+    @property
+    def takes_more(self) -> bool:
+        """Whether rows may join now: not while a plan decides at run time, or if a cache slot drops columns."""
+        if not self.rows:
+            return True
+        kinds = {type(layer) for layer in self._cache.layers}
+        return type(self._cache) is DynamicCache and kinds <= {DynamicLayer, PreallocatedSlot}
+
+    @torch.no_grad()
+    def join(self, rows: Sequence[Running]) -> None:
+        """Encode the prompts of some rows, generate their first tokens, and add them to the batch.
+
+        Args:
+            rows: the rows.
+
+        Raises:
+            NumericsError: if logits are not finite.
+        """
+        ids, mask = _padded([row.prompt.ids for row in rows], self._model.device)
+        logits, cache = _step(self._model, ids, mask, None, 1)
         preallocate(cache)
-        going = list(range(len(left)))  # those whose proposals were right so far
+        running, self.rows = self.rows, list(rows)
+        known, self._cache, self._mask = (self._cache, self._mask), cache, mask
+        self._take(logits, [[] for _ in rows])
+        if running and self.rows:
+            self._cache, self._mask = _joined(*known, self._cache, self._mask)
+        elif running:
+            self._cache, self._mask = known
+        self.rows = running + self.rows
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Generate the next token of every row, or more where proposed tokens are right.
+
+        Raises:
+            NumericsError: if logits are not finite.
+        """
+        begin, before = time.perf_counter(), sum(len(row.ids) for row in self.rows)
+        proposed: list[list[int]] = [[] for _ in self.rows]
+        if self._lookup is not None:
+            texts = [[*row.prompt.ids, *row.ids] for row in self.rows]
+            proposed = self._lookup.propose(texts, [row.left - 1 for row in self.rows])
+        columns = 1 + max(map(len, proposed))
+        new = [[row.ids[-1], *each] for row, each in zip(self.rows, proposed, strict=True)]
+        ids = torch.tensor([each + [0] * (columns - len(each)) for each in new], device=self._mask.device)
+        real = torch.tensor([[1] * len(each) + [0] * (columns - len(each)) for each in new], device=self._mask.device)
+        self._mask = torch.cat([self._mask, real], dim=1)
+        logits, self._cache = _step(self._model, ids, self._mask, self._cache, columns)
+        rows = self.rows
+        self._take(logits, proposed)
+        if self._lookup is not None:
+            given = sum(len(row.ids) for row in rows) - before
+            self._lookup.note(sum(map(len, proposed)), given, time.perf_counter() - begin)
+
+    def drop(self, rows: Collection[Running]) -> None:
+        """Remove rows before they are over.
+
+        Args:
+            rows: the rows.
+        """
+        self._keep([number for number, row in enumerate(self.rows) if row not in rows])
+
+    def _take(self, logits: Tensor, proposed: Sequence[Sequence[int]]) -> None:
+        """Choose tokens from logits of the last columns [rows, columns, vocabulary] as long as proposals are right."""
+        columns = logits.shape[1]
+        going = list(range(len(self.rows)))  # those whose proposals were right so far
         for column in range(columns):
-            tokens = _choose(logits[going, column], [drawn[left[n]] for n in going], sampling)
+            if not going:
+                break
+            tokens = _choose(logits[going, column], [self.rows[n] for n in going])
             right = []
             for n, token in zip(going, tokens, strict=True):
-                ended[left[n]] = token in ends
-                if not ended[left[n]]:
-                    generated[left[n]].append(token)
+                row = self.rows[n]
+                row.finished = token in row.ends
+                if not row.finished:
+                    row.ids.append(token)
                     right += [n] if proposed[n][column : column + 1] == [token] else []
             for n in set(going) - set(right):
-                mask[n, mask.shape[1] - columns + column + 1 :] = 0
+                self._mask[n, self._mask.shape[1] - columns + column + 1 :] = 0
             going = right
-        if lookup is not None and not is_first:
-            tokens_given = sum(map(len, generated)) - before
-            lookup.note(sum(map(len, proposed)), tokens_given, time.perf_counter() - begin)
-        stay = [n for n, row in enumerate(left) if not ended[row] and len(generated[row]) < prompts[row].max_tokens]
-        if not stay:
-            return [Row(each, done) for each, done in zip(generated, ended, strict=True)]
-        if len(stay) < len(left):
-            kept = torch.tensor(stay, device=mask.device)
-            cache.reorder_cache(kept)
-            mask, left = mask[kept], [left[n] for n in stay]
-        proposed = (
-            [[] for _ in left]
-            if lookup is None
-            else lookup.propose(
-                [[*prompts[row].ids, *generated[row]] for row in left],
-                [prompts[row].max_tokens - len(generated[row]) - 1 for row in left],
-            )
-        )
-        width = max(map(len, proposed))
-        new = [[generated[row][-1], *each] for row, each in zip(left, proposed, strict=True)]
-        ids = torch.tensor([each + [0] * (1 + width - len(each)) for each in new], device=mask.device)
-        real = torch.tensor([[1] * len(each) + [0] * (1 + width - len(each)) for each in new], device=mask.device)
-        mask = torch.cat([mask, real], dim=1)
+        self._keep([number for number, row in enumerate(self.rows) if row.left])
+
+    def _keep(self, numbers: list[int]) -> None:
+        if len(numbers) == len(self.rows):
+            return
+        self.rows = [self.rows[number] for number in numbers]
+        if self.rows:
+            kept = torch.tensor(numbers, device=self._mask.device)
+            self._cache.reorder_cache(kept)
+            self._mask = self._mask[kept]
+
+
+def _joined(cache: Any, mask: Tensor, other: Any, other_mask: Tensor) -> tuple[Any, Tensor]:
+    """Return a cache with the rows of two, and its mask [rows, columns]; columns that no row uses are dropped."""
+    unused = int(mask.any(dim=0).int().argmax())
+    mask = mask[:, unused:]
+    columns = max(mask.shape[1], other_mask.shape[1])
+
+    def together(one: Tensor, two: Tensor) -> Tensor:
+        return torch.cat([pad(each, (0, 0, columns - each.shape[-2], 0)) for each in (one[..., unused:, :], two)])
+
+    for index, (one, two) in enumerate(zip(cache.layers, other.layers, strict=True)):
+        cache.layers[index] = PreallocatedSlot(together(one.keys, two.keys), together(one.values, two.values))
+    return cache, torch.cat([pad(each, (columns - each.shape[1], 0)) for each in (mask, other_mask)])
 
 
 class PreallocatedSlot(DynamicLayer):
@@ -259,22 +383,24 @@ def _step(model: Any, ids: Tensor, mask: Tensor, cache: Any, columns: int) -> tu
     return logits, out.cache
 
 
-def _choose(logits: Tensor, drawn: Sequence[random.Random], sampling: Sampling) -> list[int]:
-    """Choose a token for each row."""
-    if sampling.temperature == 0:
-        chosen: list[int] = logits.argmax(dim=-1).tolist()
+def _choose(logits: Tensor, rows: Sequence[Running]) -> list[int]:
+    """Choose a token for each row from its logits [rows, vocabulary]."""
+    chosen: list[int] = logits.argmax(dim=-1).tolist()
+    sampled = [number for number, row in enumerate(rows) if row.sampling.temperature > 0]
+    if not sampled:
         return chosen
-    scaled = logits / sampling.temperature
+    temperatures = torch.tensor([[rows[number].sampling.temperature] for number in sampled], device=logits.device)
+    scaled = logits[sampled] / temperatures
     whole = scaled.logsumexp(dim=-1, keepdim=True)
     values, indices = scaled.topk(min(LIKELIEST, scaled.shape[1]), dim=-1)
     shares = (values - whole).exp()
-    tokens = []
-    for number, each in enumerate(drawn):
+    for number, each in enumerate(sampled):
+        top_p = rows[each].sampling.top_p
         nucleus, where = shares[number], indices[number]
-        if float(nucleus.sum()) < sampling.top_p:  # a row with a very flat distribution
+        if float(nucleus.sum()) < top_p:  # a row with a very flat distribution
             nucleus, where = (scaled[number] - whole[number]).exp().sort(descending=True)
         reached = nucleus.cumsum(dim=0).double()
-        last = min(int((reached < sampling.top_p).sum()), len(reached) - 1)  # the token that reaches top_p is included
-        at = each.random() * float(reached[last])
-        tokens.append(int(where[min(int((reached <= at).sum()), last)]))
-    return tokens
+        last = min(int((reached < top_p).sum()), len(reached) - 1)  # the token that reaches top_p is included
+        at = rows[each].drawn.random() * float(reached[last])
+        chosen[each] = int(where[min(int((reached <= at).sum()), last)])
+    return chosen

@@ -12,7 +12,7 @@ import torch
 from jinja2 import TemplateError
 
 from lamella.data.context import InputContext
-from lamella.data.decoding import Lookup, Prompt, Sampling, batches, decode
+from lamella.data.decoding import Lookup, Prompt, Sampling, batches, decode, takes_proposals
 from lamella.data.endpoint import Endpoint
 from lamella.data.protocol import ChatRequest
 from lamella.errors import ArchitectureError, CalibrationError, MethodError
@@ -182,8 +182,7 @@ class LocalWriter(Writer):
                 f"the tokenizer of {self.stack.name} has no chat template: give "
                 "an instruction-tuned model, or one whose folder has chat_template.jinja"
             )
-        kinds = set(getattr(self.stack.config, "layer_types", None) or ["full_attention"])
-        if draft != "off" and (kinds != {"full_attention"} or (self.plan is not None and not self.plan.is_static)):
+        if draft != "off" and not takes_proposals(self.view):
             raise MethodError(
                 "draft: the writer needs a model that attends to all earlier tokens in every layer, without a dynamic "
                 "plan: leave draft out"

@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import LongTensor
+from torch import Tensor
 
 from lamella.data import load_text
 from lamella.data.sources import benchmark_rows
@@ -48,7 +48,7 @@ class DraftGain:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: Any, draft: Draft, prompt: LongTensor, tokens: int) -> DraftGain:
+    def of(cls, model: Any, draft: Draft, prompt: Tensor, tokens: int) -> DraftGain:
         """Continue a prompt greedily with and without a draft.
 
         Args:
@@ -79,7 +79,7 @@ class DraftGain:
         )
 
 
-def _greedy(model: Any, prompt: LongTensor, tokens: int) -> tuple[LongTensor, float]:
+def _greedy(model: Any, prompt: Tensor, tokens: int) -> tuple[Tensor, float]:
     """Return a prompt with its greedy continuation [1, time + tokens], and the seconds of a step."""
     clock = Clock()
     ids = model.generate(
@@ -94,7 +94,7 @@ def _greedy(model: Any, prompt: LongTensor, tokens: int) -> tuple[LongTensor, fl
     return ids, clock.seconds / (tokens - 1)
 
 
-def is_tie(model: Any, one: LongTensor, other: LongTensor, index: int) -> bool:
+def is_tie(model: Any, one: Tensor, other: Tensor, index: int) -> bool:
     """Return whether the tokens of two continuations at one position have the same logit, within rounding.
 
     Args:
@@ -109,7 +109,7 @@ def is_tie(model: Any, one: LongTensor, other: LongTensor, index: int) -> bool:
     return bool((first - second).abs() <= precision * logits.abs().max())
 
 
-def drafted_prompts(tokenizer: Any, count: int) -> dict[str, list[LongTensor]]:
+def drafted_prompts(tokenizer: Any, count: int) -> dict[str, list[Tensor]]:
     """Return prompts of four kinds of text, on which a draft gains differently.
 
     The more an answer repeats its prompt, the more prompt lookup gains: hardly anything in a chat, much in rewriting.
@@ -121,11 +121,11 @@ def drafted_prompts(tokenizer: Any, count: int) -> dict[str, list[LongTensor]]:
     Returns:
         Token ids [1, time] by kind; without the kinds whose text is not installed.
     """
-    found: dict[str, list[LongTensor]] = {}
+    found: dict[str, list[Tensor]] = {}
     for kind, questions in _questions().items():
         with suppress(DownloadError):
             turns = [[{"role": "user", "content": question}] for question in islice(questions, count)]
-            found[kind] = [chat_inputs(tokenizer, turn, torch.device("cpu"))["input_ids"] for turn in turns]  # type: ignore[misc]
+            found[kind] = [chat_inputs(tokenizer, turn, torch.device("cpu"))["input_ids"] for turn in turns]
     return found
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from lamella.errors import MethodError
@@ -149,17 +149,17 @@ class Drafted:
             new[number, : len(row)] = row
         return torch.cat([input_ids, new], dim=1)
 
-    def _drafted(self, ids: LongTensor, streamer: Any, settings: dict[str, Any]) -> Tensor:
+    def _drafted(self, ids: Tensor, streamer: Any, settings: dict[str, Any]) -> Tensor:
         """Continue one prompt [1, time], and count its passes; return the new tokens [new]."""
         assert self.draft is not None
         found, passes = generate_counted(self.model, ids, streamer, **settings, **self.draft.settings)
         self.counted += passes
         return found[0, ids.shape[1] :]
 
-    def _plain_step(self, ids: LongTensor, mask: Tensor, settings: dict[str, Any]) -> float:
-        """Return the seconds of a step without a draft for so many rows, measured once."""
+    def _plain_step(self, ids: Tensor, mask: Tensor, settings: dict[str, Any]) -> float:
+        """Return the seconds of a step without a draft for this number of rows, measured once."""
         if len(ids) not in self._steps:
-            probe = {"min_new_tokens": PROBE, "max_new_tokens": PROBE, "do_sample": False}
+            probe: dict[str, Any] = {"min_new_tokens": PROBE, "max_new_tokens": PROBE, "do_sample": False}
             probe["pad_token_id"] = settings.get("pad_token_id")
             clock = Clock()
             self.model.generate(ids[:, -CONTEXT:], attention_mask=mask[:, -CONTEXT:], streamer=clock, **probe)
@@ -167,7 +167,7 @@ class Drafted:
         return self._steps[len(ids)]
 
 
-def generate_counted(model: Any, ids: LongTensor, streamer: Any = None, **settings: Any) -> tuple[LongTensor, Passes]:
+def generate_counted(model: Any, ids: Tensor, streamer: Any = None, **settings: Any) -> tuple[Tensor, Passes]:
     """Continue one prompt with transformers' ``generate``, and count the passes after that over the prompt.
 
     Args:
