@@ -1,12 +1,12 @@
 """Which cut to heal, and how, by what is reached in the same CPU time.
 
-SmolLM2 loses nine layers, which are chosen by one pass (block influence, the angular window), by the short search that
-`lamella compress` makes by default, or by the long one (`portfolio` with its greedy search). Each cut is healed by the
-same distillation for the same CPU time, so the time of planning comes on top: a longer search has to pay for itself.
-The cut of the short search is then healed in other ways: from a refit in closed form, with batches of a half and a
-quarter of the size, with all weights but the vocabulary, with intermediate states, with layers that fade out during the
-first half of the steps, with four epochs over a quarter of the text, in which the teacher runs only once, and on text
-that the original wrote at temperature 1 instead of the built-in one.
+SmolLM2 loses nine layers, which are chosen by one pass (block influence, the angular window), by the short search of
+`portfolio`, or by the long one, with its greedy search. Each cut is healed by the same distillation for the same CPU
+time, so the time of planning comes on top: a longer search has to pay for itself. The cut of the short search is then
+healed in other ways: from a refit in closed form, with batches of a half and a quarter of the size, with all weights
+but the vocabulary, with intermediate states, with layers that fade out during the first half of the steps, with four
+epochs over a quarter of the text, in which the teacher runs only once, and on text that the original wrote at
+temperature 1 instead of the built-in one.
 
 The CPU time of a step is measured beforehand for each way and determines its number of steps. Random seeds determine
 adapters and the order of the training text, and ways are compared seed by seed, on kinds of text that are not trained
@@ -49,7 +49,7 @@ from lamella.zoo import computes_well, open_tokenizer
 from lamella.zoo.cache import cache_folder
 
 REMOVED = 9  # layers
-LONG, SHORT = "portfolio, greedy search too", "portfolio, as compress plans"
+LONG, SHORT = "portfolio, greedy search too", "portfolio, short search"
 PLANNERS: dict[str, tuple[str, dict[str, Any]]] = {
     "block influence": ("shortgpt", {}),
     "angular window": ("window", {}),

@@ -58,6 +58,16 @@ def demonstrated(evidence: Path) -> str:
     return f"```console\n$ {DEMO}\n{text}\n```"
 
 
+def outcomes() -> str:
+    """Return the table of what `lamella compress` returned for real models and several goals."""
+    found = read(BENCHMARKS / "outcomes.json")
+    columns, rows = found["tables"][0]["columns"], found["tables"][0]["rows"]
+    lines = [f"| {' | '.join(['command', *columns[2:]])} |", f"| {'--- | ' * (len(columns) - 1)}"[:-1]]
+    for model, goal, *cells in rows:
+        lines.append(f"| `compress {model} {goal}` | {' | '.join(map(str, cells))} |")
+    return "\n".join([*lines, "", f"{found['machine']}; `python benchmarks/outcomes.py`."])
+
+
 def machine(environment: dict[str, Any]) -> str:
     """Return the description of a machine and its versions."""
     versions = environment["versions"]
@@ -153,6 +163,8 @@ def main() -> None:
         if folder is not None:
             shutil.copyfile(folder / "evidence.json", BENCHMARKS / f"{name}.json")
     parts = {"methods": method_table()}
+    if (BENCHMARKS / "outcomes.json").exists():
+        parts["outcomes"] = outcomes()
     if arguments.demo is not None:
         parts["demo"] = demonstrated(BENCHMARKS / "demo.json")
     readme = ROOT / "README.md"

@@ -48,7 +48,7 @@ def working() -> Iterator[None]:
 def print_json(value: Any) -> None:
     """Print a value as JSON."""
     if is_first():
-        print(json.dumps(value, indent=2, default=str))
+        print(json.dumps(value, indent=2, default=str), flush=True)
 
 
 def table(title: str, columns: Sequence[Any], rows: Sequence[Sequence[Any]], console: Console = out) -> None:
