@@ -32,7 +32,7 @@ def _decimals(size: float) -> int:
 
 def ratio(value: float | None) -> str:
     """Format a factor, such as ``1.32×``."""
-    return MISSING if value is None or not math.isfinite(value) else f"{value:.2f}×"  # noqa: RUF001
+    return MISSING if value is None or not math.isfinite(value) else f"{value:.2f}×".replace("-", MINUS)  # noqa: RUF001
 
 
 def spread(value: Mapping[str, Any] | None) -> str:

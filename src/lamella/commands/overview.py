@@ -12,7 +12,7 @@ from lamella.commands.compress.forms import Form, Torch
 from lamella.data import ImageText, Text
 from lamella.errors import MethodError
 from lamella.evaluate import FidelityTest, step_times
-from lamella.formatting import counted, estimate, number, percent, ratio, size
+from lamella.formatting import counted, estimate, number, percent, ratio, share, size
 from lamella.measure import angular_distance, block_influence
 from lamella.plan import ModelReference, Plan
 from lamella.plan.export import natural_form
@@ -40,7 +40,7 @@ class Overview(Study):
         """Summarise parts and savings in tables."""
         found = evidence.findings
         whole = sum(found["parts"].values())
-        parts = [[name, size(value), percent(value / whole)] for name, value in found["parts"].items()]
+        parts = [[name, size(value), percent(share(value, whole))] for name, value in found["parts"].items()]
         rows = [
             [
                 each["name"],

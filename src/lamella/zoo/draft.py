@@ -25,6 +25,7 @@ class NamedDraft:
     name: str
 
     metavar: ClassVar[str] = "DRAFT"
+    default: ClassVar[str] = OFF
     source_help: ClassVar[str] = "lookup, off, or a smaller model with the same tokenizer"
 
     @classmethod
