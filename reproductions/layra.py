@@ -566,8 +566,16 @@ SMOL_RATES = (3e-4, 1e-3, 3e-3)
 RISES = 0.01  # nats per token by which English must rise with LoRA for a comparison to say anything
 
 
-def smol_course(name: str, seed: int, steps: int, lr: float) -> Course:
-    """Train one arm of SmolLM2 on a cipher of Python's documentation, and measure English of another text."""
+def smol_course(name: str, seed: int, steps: int, looks: int, lr: float) -> Course:
+    """Train one arm of SmolLM2 on a cipher of Python's documentation, and measure English of another text.
+
+    Args:
+        name: the arm.
+        seed: random seed.
+        steps: the number of steps.
+        looks: how often it is measured after the start.
+        lr: learning rate.
+    """
     stack, tokenizer = lamella.open("smollm2"), open_tokenizer("smollm2")
     layers = arms(Edges.of(len(stack)))[name].layers
     assert layers is not None
@@ -578,7 +586,7 @@ def smol_course(name: str, seed: int, steps: int, lr: float) -> Course:
 
     texts = {split: cipher(str(lamella.load_text("pydoc", split)), seed + 1) for split in ("calibration", "test")}
     held_out = {"English": cut(str(lamella.load_text("general", "test")), 12, 0), "cipher": cut(texts["test"], 12, 0)}
-    watch = Watch(held_out, max(steps // 4, 1), view)
+    watch = Watch(held_out, steps // looks, view)
     samples = cut(texts["calibration"], steps * SMOL_BATCH, seed)
     config = replace(TRAINING, lr=lr, batch=SMOL_BATCH, seed=seed)
     with tempfile.TemporaryDirectory() as work:
@@ -588,7 +596,7 @@ def smol_course(name: str, seed: int, steps: int, lr: float) -> Course:
 
 def smol_score(name: str, seed: int, lr: float) -> float:
     """Return the loss on the cipher after a third of the steps."""
-    return fmean(smol_course(name, seed, SMOL_STEPS // 3, lr)["cipher"][-1])
+    return fmean(smol_course(name, seed, SMOL_STEPS // 3, 1, lr)["cipher"][-1])
 
 
 def smollm2(run: Run) -> None:
@@ -598,7 +606,7 @@ def smollm2(run: Run) -> None:
     seed = run.seed + 1
     found = {
         name: {key: np.array(each) for key, each in
-               run.arm(f"SmolLM2, {name}, seed {seed}", smol_course, name, seed, SMOL_STEPS, lr).items()}
+               run.arm(f"SmolLM2, {name}, seed {seed}", smol_course, name, seed, SMOL_STEPS, 3, lr).items()}
         for name, lr in rates.items()
     }  # fmt: skip
     cipher_losses = {name: each["cipher"].mean(1).tolist() for name, each in found.items()}

@@ -25,7 +25,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -40,8 +39,7 @@ from torch.nn.functional import linear
 
 import lamella
 from lamella.evaluate import Ratio
-from lamella.files import Work
-from lamella.methods.smora import LoadBalance, RankExperts, TaskExamples, Usage, smora, trains, with_prompts
+from lamella.methods.smora import LoadBalance, RankExperts, TaskExamples, Usage, trains, with_prompts
 from lamella.methods.smora.baselines import HydraLora, LoraMixture, MosLora
 from lamella.plan import ModelReference, Plan, attach
 from lamella.runtime import apply
@@ -438,23 +436,19 @@ def phrases(split: str, count: int, seed: int) -> TaskExamples:
     return TaskExamples(pairs(rows, tokenizer, max_length=64), tasks=tasks)
 
 
-def small_model(ours: bool, seed: int, steps: int, lr: float) -> dict[str, list[list[float]]]:
+def small_model(name: str, seed: int, steps: int, lr: float) -> dict[str, list[list[float]]]:
     """Return the losses of each task's answers, on validation and on test examples."""
     stack, data = lamella.open("smollm2"), phrases("calibration", 100, seed)
     config = TrainConfig(steps=steps, lr=lr, batch=2, warmup=0.1, seed=seed, save_every=steps, log_every=steps)
-    if ours:
-        with tempfile.TemporaryDirectory() as work:
-            view = smora(stack, data, config=config, work=Work(Path(work))).view
-    else:
-        view = apply(stack, Plan(model=ModelReference.of(stack)))
-        add_lora(view, R, int(ALPHA), seed=seed)
-        learn(view, [with_prompts(each) for each in data], LoadBalance({}, U), config)
+    view = apply(stack, Plan(model=ModelReference.of(stack)))
+    made = ARMS[name](view, linear_at(view), seed)
+    learn(view, [with_prompts(each) for each in data], LoadBalance(made, U), config)
     chosen_on, judged_on = (phrases("test", 25, each).by_task() for each in (101, 102))
     return {task: [nats_by_sample(view, each, 8) for each in (chosen_on[task], judged_on[task])] for task in PHRASES}
 
 
-def validated_small(ours: bool, steps: int, lr: float) -> float:
-    return fmean(fmean(validation) for validation, _ in small_model(ours, 0, steps, lr).values())
+def validated_small(name: str, steps: int, lr: float) -> float:
+    return fmean(fmean(validation) for validation, _ in small_model(name, 0, steps, lr).values())
 
 
 def step_ratio(rounds: int) -> list[float]:
@@ -493,12 +487,12 @@ def step(view: Any, even: LoadBalance, optimizer: Any, batch: Any) -> None:
 
 def smollm2(run: Run) -> None:
     steps = 60
-    arms = {HIGH: False, OURS: True}
-    sweep = {f"SmolLM2, {name}": partial(validated_small, ours, steps) for name, ours in arms.items()}
+    names = (HIGH, OURS)
+    sweep = {f"SmolLM2, {name}": partial(validated_small, name, steps) for name in names}
     rates = [each.value for each in tuned(run, sweep, (3e-4, 1e-3, 3e-3)).values()]
     found = {
-        name: run.arm(f"SmolLM2, {name}, test", small_model, ours, 1, steps, lr)
-        for (name, ours), lr in zip(arms.items(), rates, strict=True)
+        name: run.arm(f"SmolLM2, {name}, test", small_model, name, 1, steps, lr)
+        for name, lr in zip(names, rates, strict=True)
     }
     losses = {name: np.array([each[task][1] for task in PHRASES]) for name, each in found.items()}  # [tasks, examples]
     run.table(
