@@ -323,7 +323,7 @@ def tested(arm: str, sizes: tuple[int, int], lr: float, seed: int, u: float = U)
 
 
 def nano(run: Run) -> None:
-    sizes = (120, 40) if run.quick else (1800, 300)
+    sizes = (80, 40) if run.quick else (1800, 300)
     if not run.quick:
         copied = run.arm("copies", lambda: exact(speller(sizes[0]).model, copies(200, 1)))
         run.premise("fraction of strings that the frozen Llama copies", f"at least {COPIED}", copied, copied >= COPIED)
