@@ -247,7 +247,7 @@ def nats(model: object, samples: Sequence[Sample], size: int = 16) -> float:
 
 @torch.no_grad()
 def nats_by_sample(model: Any, samples: Sequence[Sample], size: int = 32) -> list[float]:
-    """Return the loss on the response of each sample, in nats per token, of a model or a view.
+    """Return the loss on the labels of each sample, in nats per token, of a model or a view.
 
     Args:
         model: the model or view.
@@ -257,8 +257,9 @@ def nats_by_sample(model: Any, samples: Sequence[Sample], size: int = 32) -> lis
     found: list[float] = []
     for start in range(0, len(samples), size):
         batch = collate(samples[start : start + size])
-        count = (batch["labels"] != NO_LOSS).sum(1)
-        found += (-continuation_log_probs(model, batch) / count).tolist()
+        count = (batch["labels"][:, 1:] != NO_LOSS).sum(1)
+        labelled = batch | {"prompt_lengths": torch.zeros_like(batch["prompt_lengths"])}  # labels alone decide
+        found += (-continuation_log_probs(model, labelled) / count).tolist()
     return found
 
 

@@ -325,6 +325,20 @@ def test_a_grid_of_rates_grows_for_every_arm_until_each_optimum_is_inside(exampl
     assert rows[0][3].count(":") == rows[1][3].count(":") == 5  # 1e-5 to 1e-1, the same for both
 
 
+def test_the_loss_of_each_sample_is_that_of_all_its_labels_within_a_prompt_too(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPRODUCTIONS))
+    from harness.nano import LETTERS, llama, nats_by_sample, prose, whole
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(llama(len(LETTERS), 16, 1)).eval()
+    responses = prose("test", 3, 24, 0)
+    for samples in (responses, whole(responses)):
+        with torch.no_grad():
+            alone = [float(model(each["input_ids"][None], labels=each["labels"][None]).loss) for each in samples]
+        assert nats_by_sample(model, samples) == pytest.approx(alone, rel=1e-4)
+
+
 def test_a_speed_decides_where_its_quartiles_leave_the_threshold_out(monkeypatch):
     monkeypatch.syspath_prepend(str(REPRODUCTIONS))
     from harness.measured import Measured

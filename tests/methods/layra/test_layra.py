@@ -310,8 +310,11 @@ def test_average_ranks_share_the_places_of_equal_scores() -> None:
 # Edges
 
 
-@pytest.mark.parametrize(("layers", "edges"), [(32, (10, 2)), (28, (9, 2)), (30, (9, 2)), (8, (2, 1)), (4, (1, 1))])
-def test_edges_follow_the_depth(layers: int, edges: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("layers", "edges"),
+    [(32, (10, 2)), (28, (10, 2)), (30, (10, 2)), (64, (20, 4)), (14, (5, 1)), (8, (3, 1)), (4, (1, 1)), (1, (0, 1))],
+)
+def test_edges_are_the_papers_of_28_and_32_layers_and_follow_the_depth(layers: int, edges: tuple[int, int]) -> None:
     found = Edges.of(layers)
     assert (found.first, found.last) == edges
     assert found.indices == (*range(edges[0]), *range(layers - edges[1], layers))

@@ -143,7 +143,7 @@ def test_a_model_without_a_pivot_falls_back_to_the_fixed_edges_and_says_so() -> 
         stack(), LANGUAGES, parallel=[(a["input_ids"], b["input_ids"]) for a, b in zip(ENGLISH, OTHER, strict=True)]
     )
     assert found.cuts["pivot swh"] is None and not found.found
-    assert (found.edges.first, found.edges.last) == (2, 1)  # 0.31 and 0.0625 of 5
+    assert (found.edges.first, found.edges.last) == (2, 1)  # 10 and 2 of 28, scaled to 5
     assert "No pivot to English was found" in found.notes[0]
     assert set(found.curves) == {"pivot swh", "probe", "alignment", "gradient"}
     assert all(len(curve) == 5 for curve in found.curves.values()) and sum(found.curves["gradient"]) == pytest.approx(1)

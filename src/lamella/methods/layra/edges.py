@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from lamella.errors import MethodError
 
-FIRST, LAST = 0.31, 0.0625  # fractions of all layers: the paper's 10 and 2 of 32, scaled to other depths by Lamella
+FIRST, LAST = 10, 2  # the paper's, of 28 as of 32 layers
+SHALLOW, DEEP = 28, 32  # depths between which the paper's split holds; others are scaled from the nearer one by Lamella
 
 
 @dataclass(frozen=True)
@@ -37,17 +38,18 @@ class Edges:
 
     @classmethod
     def of(cls, layers: int, first: int | None = None, last: int | None = None) -> Edges:
-        """Scale unspecified values to the depth: 10 + 2 of 32 layers, 9 + 2 of 28 and 30, 2 + 1 of 8.
+        """Scale unspecified values to the depth: 10 + 2 of 28 to 32 layers, 3 + 1 of 8, 20 + 4 of 64.
 
         Args:
             layers: L.
-            first: a; the paper uses about 10 for models of 32 and 28 layers.
+            first: a; the paper uses about 10 for models of 28 and 32 layers.
             last: b; the paper uses about 2.
         """
+        scale = layers / min(max(layers, SHALLOW), DEEP)
         return cls(
             layers,
-            round(FIRST * layers) if first is None else first,
-            max(1, round(LAST * layers)) if last is None else last,
+            round(FIRST * scale) if first is None else first,
+            max(1, round(LAST * scale)) if last is None else last,
         )
 
     @property
