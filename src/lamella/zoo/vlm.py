@@ -103,7 +103,7 @@ def _qwen(kind: str, size: int, text: dict[str, Any], vision: dict[str, Any], to
     patches: dict[str, Any] = {
         "patch_size": PATCH,
         "temporal_patch_size": 1,
-        "merge_size": 1,
+        "merge_size": vision.get("spatial_merge_size", 1),
         "size": pixels,
         **COLOURS,
     }
@@ -129,11 +129,11 @@ def _qwen2_vl(size: int, **changes: Any) -> Made:
     return _qwen("Qwen2VL", size, text, vision, tokenizer)
 
 
-def _qwen3_vl_moe(size: int, **changes: Any) -> Made:
+def _qwen3_vl_moe(size: int, spatial_merge_size: int = 1, **changes: Any) -> Made:
     """Qwen3-VL-MoE: 6 layers of 8 experts of width 256, of which a token uses 4: about 5.4 million weights.
 
     Nothing is added to the hidden states between layers (no deepstack): the text reads an image only through its
-    tokens.
+    tokens, each of a square of ``spatial_merge_size`` patches on a side.
     """
     tokenizer = word_tokenizer()
     experts = {
@@ -154,6 +154,7 @@ def _qwen3_vl_moe(size: int, **changes: Any) -> Made:
         "num_heads": 4,
         "out_hidden_size": WIDTH,
         "num_position_embeddings": (size // PATCH) ** 2,
+        "spatial_merge_size": spatial_merge_size,
         "deepstack_visual_indexes": [],
     }
     return _qwen("Qwen3VLMoe", size, text, vision, tokenizer)
@@ -296,7 +297,8 @@ def shapes_vlm(kind: str, seed: int = 0, size: int = SIZE, **changes: Any) -> Ma
         kind: a key of :data:`SHAPES_VLM`, :data:`SHAPES_SEQ2SEQ` or :data:`SHAPES_DIFFUSION`.
         seed: of the weights.
         size: image size in pixels: 64 makes 256 positions.
-        changes: of its text config, such as ``num_hidden_layers=2``.
+        changes: of its text config, such as ``num_hidden_layers=2``; with ``spatial_merge_size=2``, Qwen3-VL-MoE merges
+            four patches into one token, as published models do.
 
     Raises:
         ArchitectureError: for another kind.
