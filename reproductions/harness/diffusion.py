@@ -30,7 +30,7 @@ KINDS = ("AR", "MDM", "AR2MDM")
 ROUNDS = {"AR": 1.0, "MDM": 2.0, "AR2MDM": 0.2}  # relative steps: from scratch, denoising needs more for the puzzles
 MASK = len(LETTERS)  # the mask token
 SIZE = 4  # letters of a puzzle
-LENGTH = 12 * (2 * SIZE + 2)  # of a row, in characters: a dozen puzzles
+LENGTH = 6 * (2 * SIZE + 2)  # of a row, in characters: six puzzles
 SPREAD = 0.04  # initialisation of weights: with 0.02 and twice the rate, denoising does not learn the puzzles
 BATCH = 32
 
@@ -60,7 +60,7 @@ def reading(count: int, seed: int) -> list[Sample]:
     return [each for pair in zip(rows, puzzles(count // 2, seed), strict=True) for each in pair]
 
 
-def trained(kind: str, seed: int, *, layers: int = 8, hidden: int = 128, steps: int = 2000) -> Stack:
+def trained(kind: str, seed: int, *, layers: int = 8, hidden: int = 96, steps: int = 2000) -> Stack:
     """Return one of the three models, from the cache if it was trained before.
 
     Args:
