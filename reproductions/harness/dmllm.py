@@ -3,12 +3,12 @@
     scratch     LLaVA with LLaDA     masked tokens from random weights
     ar2diff     LLaVA with Dream     70 % of the steps next-token prediction; then masked tokens
 
-An image has 16 tokens, one for each cell of its grid, so that the vision tower, which is trained from random weights
-with the rest, learns quickly. In the first stage each image has several questions, each of which is processed
-independently, then a single one. Positions of questions start at a random offset from the end of the image: if they
-always started directly after it, answers would be wrong where dropped tokens change the offset. The first model
-computes its whole sequence in every pass. The second is trained to denoise with a prompt that attends only to itself,
-so that the prompt can be cached. Answers are padded with end tokens to their full length.
+An image has 16 tokens, one for each cell of its grid, and objects of one kind look alike, so that the vision tower,
+which is trained from random weights with the rest, learns quickly. In the first stage each image has several questions,
+each of which is processed independently, then a single one. Positions of questions start at a random offset from the
+end of the image: if they always started directly after it, answers would be wrong where dropped tokens change the
+offset. The first model computes its whole sequence in every pass. The second is trained to denoise with a prompt that
+attends only to itself, so that the prompt can be cached. Answers are padded with end tokens to their full length.
 """
 
 from __future__ import annotations
@@ -90,13 +90,13 @@ def shown(task: str, count: int, part: Part, seed: int) -> list[ImageTextRow]:
         part: the part of the data.
         seed: random seed.
     """
-    return [shown_row(each) for each in examples([task], count, part, seed)]
+    return [shown_row(each, varied=False) for each in examples([task], count, part, seed)]
 
 
 def asked(count: int, seed: int) -> list[Asked]:
     """Return one question per image, with short and long answers alternately."""
     return [
-        Asked(each.image, [(each.task, each.prompt, each.answer)])
+        Asked(render(each.scene), [(each.task, each.prompt, each.answer)])
         for each in examples(tuple(LENGTHS), count, "calibration", seed)
     ]
 
@@ -104,12 +104,12 @@ def asked(count: int, seed: int) -> list[Asked]:
 def asked_together(count: int, seed: int) -> list[Asked]:
     """Return several questions per image: its list, and colours."""
     rng, rows = np.random.default_rng((seed, 1)), []
-    for number, scene in zip(range(count), scenes("calibration", (seed, 2), (2, MOST)), strict=False):
+    for _, scene in zip(range(count), scenes("calibration", (seed, 2), (2, MOST)), strict=False):
         colours = {said for _ in range(TRIES) if (said := TASKS["colour"](scene, rng))}
         listed = TASKS["list"](scene, rng)
         assert listed is not None
         said = [("list", *listed), *(("colour", *each) for each in sorted(colours))]
-        rows.append(Asked(render(scene, seed=(seed, number)), said))
+        rows.append(Asked(render(scene), said))
     return rows
 
 
