@@ -32,7 +32,7 @@ MASK = len(LETTERS)  # the mask token
 SIZE = 4  # letters of a puzzle
 LENGTH = 6 * (2 * SIZE + 2)  # of a row, in characters: six puzzles
 SPREAD = 0.04  # initialisation of weights: with 0.02 and twice the rate, denoising does not learn the puzzles
-BATCH = 32
+BATCH = 16
 
 
 def puzzle(rng: random.Random) -> tuple[str, str]:
@@ -77,12 +77,13 @@ def trained(kind: str, seed: int, *, layers: int = 8, hidden: int = 96, steps: i
         if kind == "AR2MDM":
             begun = trained("AR", seed, layers=layers, hidden=hidden, steps=steps)
             model.load_state_dict(begun.model.state_dict())
-        config = from_scratch(int(ROUNDS[kind] * steps), lr=1e-3, batch=BATCH, seed=seed, bf16=True)
+        config = from_scratch(int(ROUNDS[kind] * steps), lr=1e-3, batch=BATCH, seed=seed)
         samples = reading(min(8000, BATCH * steps), seed + (1000 if kind == "AR2MDM" else 0))
         taught(model, samples, config, loss).save_pretrained(folder)
         return {"kind": kind, "steps": steps, "seed": seed}
 
-    folder = build_once(f"reproduction-denoising-{kind}-{layers}x{hidden}-{ROUNDS[kind]:g}x{steps}-{seed}", build, 100)
+    recipe = f"{layers}x{hidden}-{ROUNDS[kind]:g}x{steps}-{BATCH}x{LENGTH}"
+    folder = build_once(f"reproduction-denoising-{kind}-{recipe}-{seed}", build, 100)
     return lamella.open(folder)
 
 
