@@ -111,7 +111,9 @@ def questions(count: int, seed: int, size: int) -> list[ImageTextRow]:
     return rows
 
 
-def asked(count: int, seed: int, size: int, tasks: Sequence[str], most: int = MOST) -> list[ImageTextRow]:
+def asked(
+    count: int, seed: int, size: int, tasks: Sequence[str], most: int = MOST, varied: bool = True
+) -> list[ImageTextRow]:
     """Return one question per image of up to `most` objects, with alternating tasks.
 
     Args:
@@ -120,13 +122,20 @@ def asked(count: int, seed: int, size: int, tasks: Sequence[str], most: int = MO
         size: the image size.
         tasks: the tasks.
         most: the maximum number of objects.
+        varied: see :func:`shown_row`.
     """
-    return [shown_row(each) for each in examples(tasks, count, "calibration", seed, size, most)]
+    return [shown_row(each, varied) for each in examples(tasks, count, "calibration", seed, size, most)]
 
 
-def shown_row(each: ShapeExample) -> ImageTextRow:
-    """Return an example as a row, with its image first."""
-    return ImageTextRow((each.image,), turns([(f"{MARK}\n{each.prompt}", each.answer)]), task=each.task)
+def shown_row(each: ShapeExample, varied: bool = True) -> ImageTextRow:
+    """Return an example as a row, with its image first.
+
+    Args:
+        each: the example.
+        varied: whether objects of one kind vary; otherwise they look alike, and models learn to see from few images.
+    """
+    image = each.image if varied else render(each.scene, each.size)
+    return ImageTextRow((image,), turns([(f"{MARK}\n{each.prompt}", each.answer)]), task=each.task)
 
 
 def _questions(scene: ShapeScene, rng: np.random.Generator, end: int) -> Iterator[tuple[str, str]]:

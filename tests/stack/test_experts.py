@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lamella.stack import ARCHITECTURES, Experts, Stack, find_architecture
+from lamella.stack.experts import find_experts
 from lamella.zoo.nano import nano
 from lamella.zoo.small import small
 
@@ -59,3 +60,13 @@ def test_experts_that_read_the_others_are_not_found() -> None:
     assert Stack(model).experts is None
     experts.__class__ = own
     assert Stack(model).experts == FOUND["mixtral"]
+
+
+def test_experts_are_found_wherever_their_weights_begin_in_memory() -> None:
+    """As in a checkpoint that is mapped into memory, where a tensor may begin at any byte."""
+    model = nano("qwen3_moe", hidden_size=96, moe_intermediate_size=64)
+    for layer in model.model.layers:
+        for parameter in layer.mlp.experts.parameters():
+            memory = torch.empty(parameter.numel() + 1)
+            parameter.data = memory[1:].view_as(parameter).copy_(parameter)
+    assert find_experts(Stack(model)) == Experts("mlp.gate", "mlp.experts", 4, 2)

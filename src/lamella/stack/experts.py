@@ -134,14 +134,13 @@ def _is_same(ids: Tensor, other: Tensor) -> bool:
 
 
 def _alone(module: nn.Module, call: _Call, ids: Tensor, count: int, token: int) -> bool:
-    """Return whether a token's output equals that of a module which has only this token's experts."""
+    """Return whether a token's output equals that of a module which has only this token's experts.
+
+    Both modules have copies of the weights: results of a matrix product depend on where weights are aligned in memory,
+    and in a file they may begin anywhere.
+    """
     chosen, indices = ids[token].unique(return_inverse=True)
-    reduced: Any = share(module)
-    for name, parameter in module.named_parameters(recurse=False):
-        setattr(reduced, name, nn.Parameter(parameter[chosen] if parameter.ndim else parameter, requires_grad=False))
-    for name, value in vars(module).items():
-        if type(value) is int and value == count:
-            setattr(reduced, name, len(chosen))
+    reduced, whole = (_copied(module, those, count) for those in (chosen, torch.arange(count, device=ids.device)))
 
     def run(experts: Any, own: Tensor) -> Tensor:
         def of_token(each: Any) -> Any:
@@ -153,4 +152,15 @@ def _alone(module: nn.Module, call: _Call, ids: Tensor, count: int, token: int) 
         out = experts(*map(of_token, call.args), **{name: of_token(each) for name, each in call.kwargs.items()})
         return out[0] if isinstance(out, tuple) else out
 
-    return torch.equal(run(reduced, indices), run(module, ids[token]))
+    return torch.equal(run(reduced, indices), run(whole, ids[token]))
+
+
+def _copied(module: nn.Module, chosen: Tensor, count: int) -> Any:
+    """Return the module with copies of the weights of some of its experts."""
+    copied: Any = share(module)
+    for name, parameter in module.named_parameters(recurse=False):
+        setattr(copied, name, nn.Parameter(parameter[chosen] if parameter.ndim else parameter, requires_grad=False))
+    for name, value in vars(module).items():
+        if type(value) is int and value == count:
+            setattr(copied, name, len(chosen))
+    return copied

@@ -67,14 +67,14 @@ def _tower(size: int, **changes: Any) -> dict[str, Any]:
     }
 
 
-def _llava(size: int, **changes: Any) -> Made:
+def _llava(size: int, patch: int = PATCH, **changes: Any) -> Made:
     """LLaVA: a CLIP tower of 2 layers, an MLP, and a Llama of 8 layers: about 2.4 million weights."""
     tokenizer = word_tokenizer()
     config = transformers.LlavaConfig(
-        vision_config=_tower(size, model_type="clip_vision_model"),
+        vision_config=_tower(size, model_type="clip_vision_model", patch_size=patch),
         text_config=_text(tokenizer, **changes),
         image_token_index=tokenizer.image_token_id,
-        image_seq_length=(size // PATCH) ** 2,
+        image_seq_length=(size // patch) ** 2,
         vision_feature_layer=-1,
         tie_word_embeddings=True,
     )
@@ -84,7 +84,7 @@ def _llava(size: int, **changes: Any) -> Made:
     processor = transformers.LlavaProcessor(
         images,
         tokenizer,
-        patch_size=PATCH,
+        patch_size=patch,
         vision_feature_select_strategy="default",  # without the class token
         num_additional_image_tokens=1,
     )
@@ -103,7 +103,7 @@ def _qwen(kind: str, size: int, text: dict[str, Any], vision: dict[str, Any], to
     patches: dict[str, Any] = {
         "patch_size": PATCH,
         "temporal_patch_size": 1,
-        "merge_size": 1,
+        "merge_size": vision.get("spatial_merge_size", 1),
         "size": pixels,
         **COLOURS,
     }
@@ -129,11 +129,11 @@ def _qwen2_vl(size: int, **changes: Any) -> Made:
     return _qwen("Qwen2VL", size, text, vision, tokenizer)
 
 
-def _qwen3_vl_moe(size: int, **changes: Any) -> Made:
+def _qwen3_vl_moe(size: int, spatial_merge_size: int = 1, **changes: Any) -> Made:
     """Qwen3-VL-MoE: 6 layers of 8 experts of width 256, of which a token uses 4: about 5.4 million weights.
 
     Nothing is added to the hidden states between layers (no deepstack): the text reads an image only through its
-    tokens.
+    tokens, each of a square of ``spatial_merge_size`` patches on a side.
     """
     tokenizer = word_tokenizer()
     experts = {
@@ -154,6 +154,7 @@ def _qwen3_vl_moe(size: int, **changes: Any) -> Made:
         "num_heads": 4,
         "out_hidden_size": WIDTH,
         "num_position_embeddings": (size // PATCH) ** 2,
+        "spatial_merge_size": spatial_merge_size,
         "deepstack_visual_indexes": [],
     }
     return _qwen("Qwen3VLMoe", size, text, vision, tokenizer)
@@ -179,12 +180,12 @@ def _idefics3(size: int, **changes: Any) -> Made:
     return transformers.Idefics3ForConditionalGeneration(config), processor
 
 
-def _diffusion(text: str, size: int, **changes: Any) -> Made:
+def _diffusion(text: str, size: int, patch: int = PATCH, **changes: Any) -> Made:
     """LLaVA's tower with a text model of 6 layers that predicts masked tokens: about 2 million weights."""
     from lamella.stack.diffusion_config import DreamConfig, LLaDAConfig, LlavaDiffusionConfig
     from lamella.stack.diffusion_vlm import LlavaDiffusion
 
-    reference, processor = _llava(size)
+    reference, processor = _llava(size, patch)
     tokenizer = processor.tokenizer
     shape = _text(tokenizer, **{"num_hidden_layers": 6, "mask_token_id": tokenizer.mask_token_id, **changes})
     del shape["model_type"]
@@ -203,7 +204,7 @@ def _diffusion(text: str, size: int, **changes: Any) -> Made:
     return LlavaDiffusion(config), processor
 
 
-def _patch_seq2seq(text: str, size: int, **changes: Any) -> Made:
+def _patch_seq2seq(text: str, size: int, patch: int = PATCH, **changes: Any) -> Made:
     """An encoder-decoder like OFA, of 6 and 6 layers: about 2.6 million weights."""
     from lamella.stack.patch_seq2seq import PatchSeq2Seq, PatchSeq2SeqConfig
 
@@ -211,7 +212,7 @@ def _patch_seq2seq(text: str, size: int, **changes: Any) -> Made:
     config = PatchSeq2SeqConfig(
         text_config=_seq2seq(text, tokenizer, **changes),
         image_size=size,
-        patch_size=PATCH,
+        patch_size=patch,
         image_token_id=tokenizer.image_token_id,
         tie_word_embeddings=text != "t5",  # whose embeddings are too large for the output projection
         initializer_range=SPREAD["initializer_range"],
@@ -219,7 +220,7 @@ def _patch_seq2seq(text: str, size: int, **changes: Any) -> Made:
     square = {"height": size, "width": size}
     images = transformers.CLIPImageProcessor(size={"shortest_edge": size}, crop_size=square, **COLOURS)
     processor = transformers.LlavaProcessor(
-        images, tokenizer, patch_size=PATCH, vision_feature_select_strategy="full", num_additional_image_tokens=0
+        images, tokenizer, patch_size=patch, vision_feature_select_strategy="full", num_additional_image_tokens=0
     )
     return PatchSeq2Seq(config), processor
 
@@ -296,7 +297,9 @@ def shapes_vlm(kind: str, seed: int = 0, size: int = SIZE, **changes: Any) -> Ma
         kind: a key of :data:`SHAPES_VLM`, :data:`SHAPES_SEQ2SEQ` or :data:`SHAPES_DIFFUSION`.
         seed: of the weights.
         size: image size in pixels: 64 makes 256 positions.
-        changes: of its text config, such as ``num_hidden_layers=2``.
+        changes: of its text config, such as ``num_hidden_layers=2``; with ``spatial_merge_size=2``, Qwen3-VL-MoE merges
+            four patches into one token, as published models do; with ``patch=8``, LLaVA, the diffusion models and the
+            encoder-decoders of patches have a token for each cell of the grid.
 
     Raises:
         ArchitectureError: for another kind.
@@ -307,7 +310,7 @@ def shapes_vlm(kind: str, seed: int = 0, size: int = SIZE, **changes: Any) -> Ma
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, processor = known[kind](size, **changes)
-    _initialise_positions(model, size // PATCH)
+    _initialise_positions(model, size // changes.get("patch", PATCH))
     return model.eval(), processor
 
 

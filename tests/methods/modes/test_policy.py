@@ -67,6 +67,23 @@ def test_only_the_ratio_of_importance_and_threshold_counts() -> None:
     assert torch.equal(one, other)
 
 
+def test_skipped_pairs_equal_weights_of_zero_in_the_models_own_experts() -> None:
+    stack = opened()
+    found = parallel(apply(stack, planned(stack, 0.12)), IDS, LENGTHS, MASK).logits
+
+    def zeroed(layer: int) -> Any:
+        def before(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            h, chosen, weights = args
+            return h, chosen, weights * ((1 + layer) / 10 * weights >= 0.12)
+
+        return before
+
+    for index, layer in enumerate(stack.layers):
+        layer.mlp.experts.register_forward_pre_hook(zeroed(index))
+    masked = stack.model(input_ids=IDS, attention_mask=MASK).logits
+    torch.testing.assert_close(found[MASK.bool()], masked[MASK.bool()], rtol=0, atol=1e-5)
+
+
 def test_what_is_counted_is_what_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     stack = opened()
     view = apply(stack, planned(stack, 0.12))

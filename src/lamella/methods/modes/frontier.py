@@ -1,13 +1,14 @@
 """The frontier search: of all pairs of two thresholds that skip enough, find the one of least cost.
 
 The skipped fraction g and its cost f both grow with each threshold. So for each text threshold the best image threshold
-is the smallest that skips enough, and it falls as the text threshold rises: a walk along the edge, of at most as many
-steps as the grid has rows and columns.
+is the smallest that skips enough, and it falls as the text threshold rises: a walk along the edge. The points of the
+edge are compared for every text threshold, also where the image threshold stays the same: there the lower text
+threshold should cost less, but a measured f is monotone only nearly.
 
-    images ^  . . . . .        evaluated: the points of the walk
-           |  *           .    enough is skipped at and above the edge
-           |  * * *       .
-           |      * * *   .
+    images ^  o  .  .  .  .     * o   evaluated
+           |  *  o  o  .  .       o   the edge, at and above which enough is skipped
+           |  .  *  *  o  o
+           |  .  .  .  *  *
            +-----------------> text
 """
 
@@ -82,7 +83,7 @@ def frontier(
         text: number of text thresholds in the grid, from low to high.
         image: number of image thresholds in the grid, from low to high.
         evaluate: from the indices of both thresholds to the skipped fraction g and the cost f; it is called at most
-            text + image times.
+            2 * text + image times, once for each pair.
         share: rho, the least fraction to skip.
 
     Raises:
@@ -94,10 +95,9 @@ def frontier(
         raise MethodError(f"modes: the highest thresholds skip {most:.1%} and not {share:.1%}: lower skip")
     edge, j = [], image - 1
     for i in range(text):
-        before = j
         while j >= 0 and at(i, j)[0] >= share:
             j -= 1
-        if j < before:  # else the previous point of the edge costs no more: its text threshold is lower
+        if j + 1 < image and at(i, j + 1)[0] >= share:  # not where g falls although a threshold grows
             edge.append((i, j + 1))
     best = min(edge, key=lambda point: at(*point)[1])
     skipped, cost = at(*best)
