@@ -4,7 +4,7 @@ A. Clean articles contain some facts, degraded ones others; the rest of the pool
 content of a degraded article; a second one invents the values of a fifth of the facts, consistently in all articles.
 Both answer in the format that the prompt requires, so the method itself scores, parses, selects and mixes. The control
 is WRAP, whose oracle restates the sentences of every document of the pool, without a purpose and without a selection.
-Students of 0.9 M parameters see 1.2 M tokens each, in bfloat16: over eight seeds of the best raw text, and of mixtures
+Students of 1.0 M parameters see 1.2 M tokens each, in bfloat16: over eight seeds of the best raw text, and of mixtures
 of it with the best rewrites and with the rephrases; over three seeds of the best raw text of a pool twice as large, and
 of mixtures with all rewrites and with invented ones; over one of more raw text, of rewrites alone and of another
 fraction of them. The premises are that a student of the best raw text knows its facts, and not those of degraded text.

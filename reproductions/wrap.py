@@ -1,7 +1,7 @@
 """WRAP at small scale: students of noisy facts with and without their rephrases, and SmolLM2 as a rephraser.
 
 A. Noisy web pages contain 200 facts; an oracle rephrases half of them as questions with answers, without error.
-Students of 0.9 M parameters are trained on 1.8 M tokens each, in bfloat16: on real text only, on real text with random
+Students of 1.0 M parameters are trained on 1.8 M tokens each, in bfloat16: on real text only, on real text with random
 edits, on answers only, and on equal parts of real and rephrased text. They are evaluated on unseen facts in four
 styles, two of which are not in the training data, and on the recall of facts that occur only in noise, which students
 of answers only can only guess. All text is in lower case, and a tenth of every student's tokens are lists of the words
