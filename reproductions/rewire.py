@@ -2,12 +2,14 @@
 
 A. Clean articles contain some facts, degraded ones others; the rest of the pool is word salad. An oracle restores the
 content of a degraded article; a second one invents the values of a fifth of the facts, consistently in all articles.
-Both answer in the format that the prompt requires, so the method itself scores, parses, selects and mixes. Students of
-2.1 M parameters see 3.0 M tokens each, in bfloat16: of the best raw text, and of mixtures of it with the best rewrites,
-with all of them, and with invented ones; on one seed, of more raw text, of a pool twice as large, of rewrites alone and
-of another fraction of them. The number of tokens was chosen on a world with a separate seed: with 1.0 M, students learn
-the facts of raw text only.
-B. SmolLM2-135M-Instruct rewrites short documents: whether its answers can be parsed, and their cost.
+Both answer in the format that the prompt requires, so the method itself scores, parses, selects and mixes. The control
+is WRAP, whose oracle restates the sentences of every document of the pool, without a purpose and without a selection.
+Students of 1.0 M parameters see 1.2 M tokens each, in bfloat16: over eight seeds of the best raw text, and of mixtures
+of it with the best rewrites and with the rephrases; over three seeds of the best raw text of a pool twice as large, and
+of mixtures with all rewrites and with invented ones; over one of more raw text, of rewrites alone and of another
+fraction of them. The premises are that a student of the best raw text knows its facts, and not those of degraded text.
+Rates are tuned on another world.
+B. SmolLM2-135M-Instruct rewrites short documents: how many of its answers can be parsed, and their cost.
 C. The hashed classifier beside fastText; undecided if fastText is not installed.
 
     python reproductions/rewire.py            # about an hour and a half on one thread; an interrupted run resumes
@@ -22,12 +24,15 @@ import random
 import string
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from harness import Run, main
+from harness.design import tuned
 from harness.measured import Measured
 from harness.nano import from_scratch, llama, nats, taught
 from scipy.stats import spearmanr
@@ -50,12 +55,11 @@ from lamella.data import (
 )
 from lamella.files import Work
 from lamella.methods.rewire import PoolRules, QualityFilter, Rewriting, cross_fitted, fit_quality, rewire, top
-from lamella.methods.rewire.guiding import ANY
 from lamella.train import Sample, blocks
 
 LENGTH, BATCH = 128, 8
 VOCABULARY = 1024
-SIZES = {"facts": 3000, "clean": 1500, "steps": 2940, "layers": 4, "hidden": 192}  # a tenth of the pool is clean
+SIZES = {"facts": 1200, "clean": 600, "steps": 1200, "layers": 4, "hidden": 128}  # a tenth of the pool is clean
 QUICK = {"facts": 60, "clean": 40, "steps": 60, "layers": 2, "hidden": 64}
 TOPICS = 60
 TOLD = 5  # facts per article
@@ -74,13 +78,17 @@ ARMS = {  # sources of a student's training data
     "raw of a pool twice as large": ("raw2x",),
     "rewritten, top 10 %": ("syn",),
     "mix 1:1": ("raw", "syn"),
+    "mix with WRAP's rephrases": ("raw", "rephrased"),
     "mix 0.6:0.4": ("raw", "syn"),
     "mix, all rewrites": ("raw", "rewritten"),
     "mix, invented values": ("raw", "invented"),
 }
-IN_QUICK = ("raw, top 10 %", "mix 1:1")
-# Arms with all seeds; the others use one seed, without claims.
-COMPARED = (*IN_QUICK, "mix, all rewrites", "mix, invented values")
+RAW, MIX, CONTROL, TWICE = "raw, top 10 %", "mix 1:1", "mix with WRAP's rephrases", "raw of a pool twice as large"
+ALL, INVENTED = "mix, all rewrites", "mix, invented values"
+IN_QUICK = (RAW, MIX)
+SEEDS = dict.fromkeys((RAW, MIX, CONTROL), 8) | dict.fromkeys((TWICE, ALL, INVENTED), 3)  # others: one, without claims
+TUNING = 100  # the seed of the world on which rates are tuned
+KNOWN, UNKNOWN = 0.5, 0.2  # of the facts of clean and of degraded text: what a student of raw text knows, the premises
 SHARES = {"mix 0.6:0.4": (0.6, 0.4)}
 LOOSE = PoolRules(words_least=10, letters=0.5, near_duplicates=False)
 SHORT = 150  # tokens per document for SmolLM2
@@ -240,6 +248,11 @@ def rewritten(
     )  # fmt: skip
 
 
+def restated(given: Article) -> str:
+    """Return a document as WRAP's oracle rephrases it: the same content in whole sentences."""
+    return " ".join(each.sentence for each in given.facts) or f"{given.text.capitalize()}."
+
+
 def material(size: dict[str, int], seed: int) -> dict[str, Any]:
     """Return the students' training data by source, and the method's findings on the pool."""
     articles = pool_of(size["clean"], size, seed)
@@ -261,6 +274,7 @@ def material(size: dict[str, int], seed: int) -> dict[str, Any]:
         "syn": [row["text"] for row in chosen],
         "rewritten": [row["text"] for row in rows if row["drop_reason"] is None],
         "invented": [row["text"] for row in invented.items if row["in_syn"]],
+        "rephrased": [restated(each) for each in articles],
         "junk": fmean(kinds[row["id"]] == "junk" for row in chosen),
         "of clean": fmean(kinds[row["id"]] == "clean" for row in rows if row["in_raw"]),
         "overlap": found.findings["sets"]["overlap"],
@@ -285,8 +299,8 @@ def windows(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Sample]:
     return blocks(ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH), loss_on="all")
 
 
-def student(arm: str, seed: int, size: dict[str, int], given: dict[str, Any]) -> dict[str, Any]:
-    """Train one student and evaluate it: perplexity on held-out clean articles, and the fraction of completed facts."""
+def student(arm: str, seed: int, size: dict[str, int], given: dict[str, Any], rate: float) -> dict[str, Any]:
+    """Train one student and evaluate it: perplexity on held-out clean articles, and which facts it completes."""
     told, lost, _, topics = world(size["facts"], seed)
     tokenizer = tokenizer_of([*given["raw"], *given["raw20"], *given["rewritten"]])
     names = ARMS[arm]
@@ -297,7 +311,7 @@ def student(arm: str, seed: int, size: dict[str, int], given: dict[str, Any]) ->
     torch.manual_seed(seed)
     model = LlamaForCausalLM(llama(VOCABULARY, size["hidden"], size["layers"], context=LENGTH))
     samples = [sources[name][number] for name, number in picks]
-    taught(model, samples, from_scratch(size["steps"], lr=3e-3, batch=BATCH, seed=seed, bf16=True))
+    taught(model, samples, from_scratch(size["steps"], lr=rate, batch=BATCH, seed=seed, bf16=True))
     drawn = random.Random(seed + 99)
     unseen = [article(drawn.choice(topics), drawn.sample(told, TOLD), drawn) for _ in range(100)]  # clean ones
     return {
@@ -308,27 +322,49 @@ def student(arm: str, seed: int, size: dict[str, int], given: dict[str, Any]) ->
     }
 
 
-def completed(model: Any, tokenizer: Tokenizer, facts: Sequence[Fact]) -> float:
-    """Return the fraction of facts whose value greedy decoding generates."""
+def completed(model: Any, tokenizer: Tokenizer, facts: Sequence[Fact]) -> list[bool]:
+    """Return, for each fact, whether greedy decoding generates its value."""
     prompts = [torch.tensor(tokenizer.encode(fact.sentence.removesuffix(f" {fact.value}.")).ids) for fact in facts]
     answers = [tokenizer.decode(row.tolist()).split(".")[0].strip() for row in write(model, prompts, 6, batch=128)]
-    return fmean(answer == fact.value for answer, fact in zip(answers, facts, strict=True))
+    return [answer == fact.value for answer, fact in zip(answers, facts, strict=True)]
+
+
+def validated(rate: float, arm: str, size: dict[str, int], given: dict[str, Any]) -> float:
+    """Return a student's perplexity on held-out clean articles of the world for tuning."""
+    return float(student(arm, TUNING, size, given, rate)["perplexity"])
 
 
 def controlled(run: Run) -> None:
     """Run part A: evaluation of the students."""
     size = QUICK if run.quick else SIZES
-    arms, seeds = (IN_QUICK, 1) if run.quick else (tuple(ARMS), 3)
-    given = [run.arm(f"material, {seed}", material, size, seed) for seed in range(seeds)]
+    arms = IN_QUICK if run.quick else tuple(ARMS)
+    seeds = {arm: range(run.seed, run.seed + (1 if run.quick else SEEDS.get(arm, 1))) for arm in arms}
+    tuning = run.arm("material for tuning", material, size, TUNING)
+    rates = dict.fromkeys(arms, 3e-3)
+    if not run.quick:
+        scores = {arm: partial(validated, arm=arm, size=size, given=tuning) for arm in SEEDS}
+        rates |= {arm: each.value for arm, each in tuned(run, scores, [1.5e-3, 3e-3, 6e-3]).items()}
+    before = run.arm("raw, the world for tuning", student, RAW, TUNING, size, tuning, rates[RAW])
+    clean, recycled = fmean(before["clean"]), fmean(before["recycled"])
+    if not run.quick:
+        run.premise(
+            "facts of clean text that a student of the best raw text completes",
+            f"at least {KNOWN}",
+            clean,
+            clean >= KNOWN,
+        )
+    run.premise("facts of degraded text that it completes", f"at most {UNKNOWN}", recycled, recycled <= UNKNOWN)
+    run.freeze("mean over seeds and facts of the difference of completed facts, mix 1:1 - raw", seeds[MIX],
+               rates=rates, seeds_of_arms={arm: len(each) for arm, each in seeds.items()}, **size)  # fmt: skip
+    given = [run.arm(f"material, {seed}", material, size, seed) for seed in seeds[RAW]]
     found = {
-        arm: [
-            run.arm(f"{arm}, {seed}", student, arm, seed, size, given[seed])
-            for seed in range(seeds if arm in COMPARED else 1)
-        ]
+        arm: [run.arm(f"{arm}, {seed}", student, arm, seed, size, each, rates[arm])
+              for seed, each in zip(seeds[arm], given, strict=False)]
         for arm in arms
-    }
+    }  # fmt: skip
     rows = [
-        [arm, *(fmean(each[what] for each in seen) for what in ("perplexity", "recycled", "clean")),
+        [arm, fmean(each["perplexity"] for each in seen),
+         *(fmean(fmean(each[what]) for each in seen) for what in ("recycled", "clean")),
          ", ".join(f"{name} {epochs:.1f}" for name, epochs in seen[0]["epochs"].items()), len(seen)]
         for arm, seen in found.items()
     ]  # fmt: skip
@@ -340,73 +376,45 @@ def controlled(run: Run) -> None:
         ["seed", "clean in the raw set", "junk in the rewritten set", "overlap", "correlation of ranks"],
         pool,
     )
+    claims(run, found, [each["junk"] for each in given])
+
+
+def claims(run: Run, found: dict[str, list[dict[str, Any]]], junk: Sequence[float]) -> None:
+    """Check what the rewrites gain, and what they cost."""
 
     def apart(what: str, ours: str, theirs: str) -> Measured:
-        return Measured.over_seeds([100 * (a[what] - b[what]) for a, b in zip(found[ours], found[theirs], strict=True)])
+        """Return the difference of completed facts in points, over the seeds of both arms."""
+        both = zip(found[ours], found[theirs], strict=False)
+        differences = [100 * (np.array(a[what], float) - np.array(b[what], float)) for a, b in both]
+        return Measured.over_seeds_and_items(differences, shared=False)
 
-    gain = apart("recycled", "mix 1:1", "raw, top 10 %")
+    def perplexity(ours: str, theirs: str) -> Measured:
+        both = zip(found[ours], found[theirs], strict=False)
+        return Measured.over_seeds([math.log(a["perplexity"] / b["perplexity"]) for a, b in both]).exp()
+
+    gain = apart("recycled", MIX, RAW)
     run.main("points of recycled facts, mix 1:1 - raw", "at least 10", gain, gain.at_least(10))
-    loss = apart("clean", "mix 1:1", "raw, top 10 %")
+    loss = apart("clean", MIX, RAW)
     run.main("points of clean facts, mix 1:1 - raw", "above -2", loss, loss.at_least(-2))
-    both = zip(found["mix 1:1"], found["raw, top 10 %"], strict=True)
-    ratio = Measured.over_seeds([a["perplexity"] / b["perplexity"] for a, b in both])
-    run.further("perplexity of unseen articles, mix 1:1 by raw", "at most 1", ratio, ratio.at_most(1))
-    bad = Measured.over_seeds([each["junk"] for each in given])
+    ratio = perplexity(MIX, RAW)
+    run.further("perplexity of unseen articles, mix 1:1 relative to raw", "at most 1", ratio, ratio.at_most(1))
+    bad = Measured.over_seeds(junk)
     run.further("fraction of junk in the rewritten set", "below 0.05", bad, bad.at_most(0.05))
     if run.quick:
         return
-    off = max(each["off"] for each in given)
-    run.exact("distance of the mixture from a half, by tokens", "at most 0.005", off, off <= 0.005)
-    post = apart("recycled", "mix 1:1", "mix, all rewrites")
+    control = apart("recycled", MIX, CONTROL)
+    run.further("points of recycled facts, mix 1:1 - WRAP's rephrases", "above 0", control, control.at_least(0))
+    double = perplexity(MIX, TWICE)
+    run.further("perplexity, mix 1:1 relative to raw of a pool twice as large", "at most 1", double, double.at_most(1))
+    post = apart("recycled", MIX, ALL)
     run.further("points of recycled facts, mix 1:1 - all rewrites", "above 0", post, post.at_least(0))
+    half = apart("recycled", MIX, INVENTED)
+    run.further("points of recycled facts, mix 1:1 - invented values", "above 0", half, half.at_least(0))
     kept = Measured.over_seeds([
-        (invented["recycled"] - raw["recycled"]) / max(mixed["recycled"] - raw["recycled"], 1e-9)
-        for invented, raw, mixed in zip(
-            found["mix, invented values"], found["raw, top 10 %"], found["mix 1:1"], strict=True
-        )
+        fmean(invented["recycled"]) - fmean(raw["recycled"]) - 0.5 * (fmean(mix["recycled"]) - fmean(raw["recycled"]))
+        for invented, raw, mix in zip(found[INVENTED], found[RAW], found[MIX], strict=False)
     ])  # fmt: skip
-    run.further("what is left of the gain when a fifth of the facts is invented", "below half", kept, kept.at_most(0.5))
-    seen = apart("recycled", "mix 1:1", "mix, invented values")
-    run.further("points of recycled facts, mix 1:1 - invented values", "above 0", seen, seen.at_least(0))
-
-
-def exactness(run: Run) -> None:
-    size = QUICK
-    articles = pool_of(size["clean"], size, run.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        first, again = (rewritten(articles, size, 0.0, run.seed, work / each) for each in ("one", "two"))
-        lines = next(work.glob("one/*/written-00000.jsonl"))
-        kept = lines.read_text().splitlines()
-        lines.write_text("\n".join([*kept[: len(kept) // 2], kept[-1][:30]]))  # as after a killed process
-        (lines.parent / "rows/00000.json").unlink()
-        (lines.parent / "tasks/completions/00000").unlink()
-        resumed = rewritten(articles, size, 0.0, run.seed, work / "one")
-    rows = first.items
-    n, raw, syn = len(rows), [r for r in rows if r["in_raw"]], [r for r in rows if r["in_syn"]]
-    done = sum(row["drop_reason"] is None for row in rows)
-    run.exact("documents of the raw set", str(math.ceil(0.1 * n)), len(raw), len(raw) == math.ceil(0.1 * n))
-    run.exact("documents of the rewritten set", str(math.ceil(0.1 * done)), len(syn), len(syn) == math.ceil(0.1 * done))
-    leaks = sum(bool(ANY.search(row["text"])) or "A draft; a plan." in row["text"] for row in [*rows, *first.train])
-    run.exact("texts with markers or thinking", "none", leaks, leaks == 0)
-    ids = {row["id"] for row in raw} & {row["id"] for row in syn}
-    overlap = len(ids) / len(syn)
-    run.exact("overlap from provenance", "as reported", overlap, overlap == first.findings["sets"]["overlap"])
-    capped = Mixture({"a": [10] * 10, "b": [10] * 30}, {"a": 0.5, "b": 0.5}, epochs=2)
-    most = capped.account(capped.picks(capped.most()))["a"]["epochs"]
-    run.exact("epochs of a source with a limit of two", "at most 2", most, most <= 2)
-    same = first.findings["corpus"] == again.findings["corpus"] == resumed.findings["corpus"]
-    run.exact("corpora of two runs, and of one that was killed", "one hash", first.findings["corpus"][:12], same)
-    sequences = windows(tokenizer_of([row["source_text"] for row in rows]), [row["source_text"] for row in raw])
-    alone = Mixture({"raw": [LENGTH] * len(sequences), "syn": [LENGTH]}, {"raw": 1.0, "syn": 0.0}).picks(
-        len(sequences) * LENGTH
-    )
-    run.exact(
-        "no synthetic text",
-        "raw text as it is",
-        len(alone),
-        [number for _, number in alone] == list(range(len(sequences))),
-    )
+    run.further("gain with a fifth of the facts invented - half of the gain", "below 0", kept, kept.at_most(0))
 
 
 def rewriter(run: Run) -> None:
@@ -415,13 +423,14 @@ def rewriter(run: Run) -> None:
     documents = [each for each in Documents.open("stdlib", InputContext()) if 60 <= writer.count(each.text) <= SHORT]
     documents = documents[:: max(1, len(documents) // 60)][: 4 if run.quick else 60]
     good = Documents.open("pydoc", InputContext(), limit=200)
-    answer, embedder = (60, "words") if run.quick else (400, "minilm")
+    answer, embedder = (60, "words") if run.quick else (300, "minilm")
     how = Rewriting(prompt="short", answer=answer, embedder=embedder)  # type: ignore[arg-type]
+    calm = Sampling(temperature=0.7, top_p=0.9)  # at the paper's 1.0, so small a model drifts from its draft
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) if run.quick else run.work / "rewritten"
         found = rewire(
-            Documents(documents), writer, good, rules=LOOSE, rewriting=how, blend=Blend(held_out=0.0, epochs=1e6),
-            work=Work(folder), seed=run.seed,
+            Documents(documents), writer, good, rules=LOOSE, rewriting=how, sampling=calm,
+            blend=Blend(held_out=0.0, epochs=1e6), work=Work(folder), seed=run.seed,
         )  # fmt: skip
     said, cost = found.findings["rewrites"], found.findings["cost"]
     higher = lift([each.text for each in good], [r for r in found.items if r["drop_reason"] is None], run.seed)
@@ -434,7 +443,7 @@ def rewriter(run: Run) -> None:
         ["written for each kept token", cost["written for each kept token"] or ""],
     ])  # fmt: skip
     compliance = said["parsed"] / said["requested"]
-    run.further("answers of a 135M model that can be parsed", "below half", compliance, compliance < 0.5)
+    run.further("answers of a 135M model that can be parsed", "at least a quarter", compliance, compliance >= 0.25)
 
 
 def lift(good: Sequence[str], rows: Sequence[dict[str, Any]], seed: int) -> float | None:
@@ -487,7 +496,6 @@ def experiment(run: Run) -> None:
     run.data = (
         "made-up articles with facts, clean, degraded and worthless; docstrings, rewritten by SmolLM2-135M-Instruct"
     )
-    run.part("exactness", exactness)
     controlled(run)
     run.part("rewriter", rewriter)
     run.part("classifiers", classifiers)

@@ -1,10 +1,13 @@
 """WRAP at small scale: students of noisy facts with and without their rephrases, and SmolLM2 as a rephraser.
 
-A. Noisy web pages contain facts; an oracle rephrases half of them as questions with answers, without error. Students of
-2.1 M parameters are trained on 2.0 M tokens each, in bfloat16: on real text only, on real text with random edits, on
-answers only, and on equal parts of real and rephrased text. They are evaluated on held-out facts in four styles, two of
-which are not in the training data, and on the recall of facts that occur only in noise, which students of answers only
-can only guess. Students of two rephrased styles, about which there is no claim, are omitted to save time.
+A. Noisy web pages contain 200 facts; an oracle rephrases half of them as questions with answers, without error.
+Students of 1.0 M parameters are trained on 1.8 M tokens each, in bfloat16: on real text only, on real text with random
+edits, on answers only, and on equal parts of real and rephrased text. They are evaluated on unseen facts in four
+styles, two of which are not in the training data, and on the recall of facts that occur only in noise, which students
+of answers only can only guess. All text is in lower case, and a tenth of every student's tokens are lists of the words
+of all styles in random order, so that no student meets a style with words that it has never seen. The premises are that
+the student of real text has stored the facts, which it must complete in the words of the noise, and that its perplexity
+in the clean styles is below that of guessing. Learning rates are tuned on another world.
 B. SmolLM2-135M-Instruct rephrases prose: the kept and the dropped rephrases by reason, and the cost.
 C. SmolLM2 without four layers is healed on 50,000 tokens of real text only, or on half of them and equally many tokens
 of the whole model's rephrases.
@@ -20,20 +23,22 @@ import random
 import re
 import string
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from harness import Run, main
+from harness.design import tuned
 from harness.measured import Measured
 from harness.nano import from_scratch, llama, nats, taught
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaForCausalLM
 
-from lamella.data import Blend, Document, Documents, InputContext, LocalWriter, Mixture, Sampling, write
+from lamella.data import Blend, Document, Documents, InputContext, LocalWriter, Mixture, write
 from lamella.data import windows as windows_of
 from lamella.evaluate import FidelityTest
 from lamella.files import Work
@@ -43,13 +48,17 @@ from lamella.methods.wrap.cleaning import copied_fraction, words_of
 from lamella.plan import ModelReference, Plan
 from lamella.results import MixedCorpus
 from lamella.runtime import apply
-from lamella.train import Feed, Order, Sample, blocks
+from lamella.train import Sample, blocks
 
 LENGTH, BATCH = 128, 32  # tokens of a sequence, sequences of a step
 VOCABULARY = 1024
-SIZES = {"facts": 2000, "steps": 490, "layers": 4, "hidden": 192}  # 490 steps of 32 x 128 tokens: 2.0M
-QUICK = {"facts": 120, "steps": 40, "layers": 2, "hidden": 64}
-TAIL = 0.2  # fraction of held-out facts
+SIZES = {"facts": 200, "steps": 450, "layers": 4, "hidden": 128}  # 450 steps of 32 x 128 tokens: 1.8M
+QUICK = {"facts": 40, "steps": 40, "layers": 2, "hidden": 64}
+UNSEEN = 200  # facts of which no student has text
+TYPOS = 0.02  # fraction of the letters of noise
+WORDS = 0.1  # fraction of every student's tokens that are words of all styles in random order
+TUNING = 100  # the seed of the world on which rates are tuned
+STORED = 0.5  # the fraction of facts that a student of real text must complete in the words of the noise
 ONSETS, VOWELS = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z"), "aeiou"
 NOUNS = (
     "colour", "owner", "founder", "symbol", "export", "harbour", "river", "festival", "patron", "currency", "anthem",
@@ -58,7 +67,7 @@ NOUNS = (
 KINDS = ("old", "first", "main", "secret", "summer", "northern", "royal", "lost", "official", "oldest")
 ADS = (
     "click here 4 free stuff!!!",
-    "buy 1 get 1 FREE",
+    "buy 1 get 1 free",
     "subscribe now",
     "cookies? accept all",
     "home > page 2 > back",
@@ -97,7 +106,7 @@ def world(count: int, seed: int) -> list[Fact]:
     drawn = random.Random(seed)
 
     def name(syllables: int) -> str:
-        return "".join(drawn.choice(ONSETS) + drawn.choice(VOWELS) for _ in range(syllables)).capitalize()
+        return "".join(drawn.choice(ONSETS) + drawn.choice(VOWELS) for _ in range(syllables))
 
     relations = [f"{kind} {noun}" for kind in KINDS for noun in NOUNS]
     values = [name(2) for _ in range(200)]
@@ -105,14 +114,13 @@ def world(count: int, seed: int) -> list[Fact]:
 
 
 def noise(fact: Fact, drawn: random.Random) -> str:
-    """Return a fact as on a web page: one of three fragments in lower case, typos in 5 % of the letters, an ad."""
+    """Return a fact as on a web page: one of three fragments with typos, and an ad after every other one."""
     e, r, v = fact
     text = drawn.choice(
         (f"{e} ... {r} is {v} everybody knows", f"re: {r} of {e}? its {v}", f"so {e} has {v} 4 {r} lol")
     )
-    text = text.lower()
     letters = [
-        drawn.choice(string.ascii_lowercase) if each.isalpha() and drawn.random() < 0.05 else each for each in text
+        drawn.choice(string.ascii_lowercase) if each.isalpha() and drawn.random() < TYPOS else each for each in text
     ]
     return f"{''.join(letters)} {drawn.choice(ADS) if drawn.random() < 0.5 else ''}\n"
 
@@ -121,10 +129,10 @@ def told(fact: Fact, style: str) -> str:
     """Return a fact in a clean style, as the oracle rephrases it."""
     e, r, v = fact
     if style == "encyclopaedia":
-        return f"{e} is a place whose {r} is {v}. The {r} of {e} is called {v}.\n"
+        return f"{e} is a place whose {r} is {v}. the {r} of {e} is called {v}.\n"
     if style == "answers":
-        return f"Question: What is the {r} of {e}?\nAnswer: {v}.\n"
-    return f"Dear friend, yesterday I came to {e}, and I have seen its {r}: it is {v}. Yours truly.\n"
+        return f"question: what is the {r} of {e}?\nanswer: {v}.\n"
+    return f"dear friend, yesterday i came to {e}, and i have seen its {r}: it is {v}. yours truly.\n"
 
 
 def edited(text: str, drawn: random.Random) -> str:
@@ -152,17 +160,19 @@ class Texts(NamedTuple):
 
 def texts_of(count: int, seed: int) -> Texts:
     """Return the texts; half of the training facts are also rephrased, and the other half occurs only in noise."""
-    facts, drawn = world(count, seed), random.Random(seed)
-    known, unknown = facts[: round(count * (1 - TAIL))], facts[round(count * (1 - TAIL)) :]
+    facts, drawn = world(count + UNSEEN, seed), random.Random(seed)
+    known, unknown = facts[:count], facts[count:]
     rephrased, noisy = known[::2], known[1::2]
-    rows = [noise(fact, drawn) for _ in range(6) for fact in drawn.sample(known, len(known))]
+    rows = [noise(fact, drawn) for _ in range(30) for fact in drawn.sample(known, len(known))]
     seen = {"noise": "".join(rows), "edits": "".join(edited(row, drawn) for row in rows)}
-    again = [fact for _ in range(6) for fact in drawn.sample(rephrased, len(rephrased))]
+    again = [fact for _ in range(30) for fact in drawn.sample(rephrased, len(rephrased))]
     seen["answers"] = "".join(told(fact, "answers") for fact in again)
     held_out = {
         style: "".join(noise(f, drawn) if style == "noise" else told(f, style) for f in unknown) for style in STYLES
     }
-    return Texts(seen, held_out, noisy[:400])
+    words = sorted({word for style in STYLES for word in held_out[style].split()})
+    seen["words"] = " ".join(drawn.choice(words) for _ in range(60 * count))
+    return Texts(seen, held_out, noisy)
 
 
 def tokenizer_of(texts: Texts) -> Tokenizer:
@@ -193,142 +203,112 @@ def mixture(
     return [sources[name][number] for name, number in picks], mixed.account(picks)
 
 
-def student(arm: str, seed: int, size: dict[str, int]) -> dict[str, Any]:
-    """Train and evaluate one student: perplexity by style, and the fraction of facts that it recalls."""
+def student(arm: str, seed: int, size: dict[str, int], rate: float) -> dict[str, Any]:
+    """Train and evaluate one student: perplexity by style, and which facts it recalls."""
     texts = texts_of(size["facts"], seed)
     tokenizer = tokenizer_of(texts)
     sources = {name: windows(tokenizer, text) for name, text in texts.seen.items()}
-    samples, account = mixture(sources, ARMS[arm], size["steps"] * BATCH * LENGTH, seed)
+    shares = {name: (1 - WORDS) * share for name, share in ARMS[arm].items()} | {"words": WORDS}
+    samples, account = mixture(sources, shares, size["steps"] * BATCH * LENGTH, seed)
     torch.manual_seed(seed)
     model = LlamaForCausalLM(llama(VOCABULARY, size["hidden"], size["layers"], context=LENGTH))
-    taught(model, samples, from_scratch(size["steps"], lr=3e-3, batch=BATCH, seed=seed, bf16=True))
+    taught(model, samples, from_scratch(size["steps"], lr=rate, batch=BATCH, seed=seed, bf16=True))
     found: dict[str, Any] = {
         style: math.exp(nats(model, windows(tokenizer, text))) for style, text in texts.held_out.items()
     }
+    question = {fact: told(fact, "answers").split("answer:")[0] + "answer:" for fact in texts.asked}
+    fragment = {fact: f"re: {fact.relation} of {fact.entity}? its" for fact in texts.asked}
     return found | {
-        "right": exact(model, tokenizer, texts.asked),
+        "right": recalled(model, tokenizer, question),
+        "stored": recalled(model, tokenizer, fragment),
         "epochs": {name: each["epochs"] for name, each in account.items()},
     }
 
 
-def exact(model: Any, tokenizer: Tokenizer, facts: Sequence[Fact]) -> float:
-    """Return the fraction of facts whose value is the first word of the greedy continuation of the question.
-
-    Case is ignored, since real text is in lower case only.
-    """
-    prompts = [
-        torch.tensor(tokenizer.encode(told(fact, "answers").split("Answer:")[0] + "Answer:").ids) for fact in facts
-    ]
-    said = [tokenizer.decode(row.tolist()).casefold() for row in write(model, prompts, 8, batch=128)]
-    first = [next(iter(re.findall(r"\w+", each)), "") for each in said]
-    return fmean(word == fact.value.casefold() for word, fact in zip(first, facts, strict=True))
+def recalled(model: Any, tokenizer: Tokenizer, asked: dict[Fact, str]) -> list[bool]:
+    """Return, for each fact, whether its value is the first word of the greedy continuation of its prompt."""
+    prompts = [torch.tensor(tokenizer.encode(prompt).ids) for prompt in asked.values()]
+    answers = [tokenizer.decode(row.tolist()) for row in write(model, prompts, 8, batch=128)]
+    first = [next(iter(re.findall(r"\w+", each)), "") for each in answers]
+    return [word == fact.value for word, fact in zip(first, asked, strict=True)]
 
 
-def exactness(run: Run) -> None:
-    writer = LocalWriter("smollm2", batch=4)
-    documents = Documents.open("stdlib", InputContext(), limit=10 if run.quick else 150)
-    cut = [passages(each.text, writer.count, 300) for each in documents]
-    lossless = all("".join(parts) == each.text for parts, each in zip(cut, documents, strict=True))
-    run.exact("passages one after the other are the document", "all documents", f"{len(cut)} documents", lossless)
-    longest = max(writer.count(part) for parts in cut for part in parts)
-    run.exact("tokens of the longest passage", "at most 300", longest, longest <= 300)
-
-    texts = texts_of(200, run.seed)
-    tokenizer = tokenizer_of(texts)
-    sources = {name: windows(tokenizer, text) for name, text in texts.seen.items()}
-    account = mixture(sources, ARMS["wrap (answers)"], 2_000_000, run.seed)[1]
-    apart = max(abs(each["share"] - 0.5) for each in account.values())
-    run.exact("deviation of the fraction of real tokens from one half", "at most 0.005", apart, apart <= 0.005)
-    real = sources["noise"]
-    alone = mixture(sources, {"noise": 1.0}, len(real) * LENGTH, run.seed)[0]
-    ours, plain = (Feed(each).order(len(real) // 8, 8, run.seed) for each in (alone, real))
-    run.exact("batches of real text only", "bitwise equal to plain training", len(ours), _same(ours, plain))
-
-    few = Documents(documents.items[:2])
-    greedy = {"sampling": Sampling(temperature=0), "cutting": PassageSettings(longest=24, shortest=4, together=1)}
-    settings: dict[str, Any] = {
-        "filters": Filters(embedder="words"),
-        "blend": Blend(held_out=0, epochs=1e6),
-        **greedy,
-    }
-    short = Documents(Document(each.id, each.text[:120]) for each in few)
-    with tempfile.TemporaryDirectory() as folder:
-        first, again = (wrap(short, writer, work=Work(Path(folder) / name), **settings) for name in ("one", "two"))
-        lines = next(Path(folder).glob("one/*/written-00000.jsonl"))
-        kept = lines.read_text().splitlines()
-        lines.write_text("\n".join([*kept[:-1], kept[-1][:40]]))  # as after a killed process
-        for done in ("rows/00000.json", "tasks/completions/00000"):
-            (lines.parent / done).unlink()
-        resumed = wrap(short, writer, work=Work(Path(folder) / "one"), **settings)
-    keys = Counter((row["id"], row["chunk_idx"], row["style"]) for row in resumed.items)
-    run.exact(
-        "each passage in each style after a kill",
-        "once",
-        max(keys.values()),
-        set(keys.values()) == {1} and resumed.items == first.items,
-    )
-    hashes = [each.findings["corpus"][:12] for each in (first, again)]
-    run.exact("corpora of two greedy runs", "one hash", ", ".join(hashes), len(set(hashes)) == 1)
-    style = first.findings["styles"]["medium"]
-    adds_up = style["kept"] + sum(style["dropped"].values()) == style["generated"] == len(first.items)
-    run.exact("dropped and kept", "what was generated", style["generated"], adds_up)
+def clean(found: dict[str, Any]) -> float:
+    """Return the mean perplexity of the clean styles."""
+    return fmean(found[style] for style in CLEAN)
 
 
-def _same(ours: Order, plain: Order) -> bool:
-    pairs = zip((ours[n] for n in range(len(ours))), (plain[n] for n in range(len(plain))), strict=True)
-    return all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in pairs)
+def validated(rate: float, arm: str, size: dict[str, int]) -> float:
+    """Return a student's mean loss over all styles, in nats, on the world for tuning."""
+    found = student(arm, TUNING, size, rate)
+    return fmean(math.log(found[style]) for style in STYLES)
 
 
 def controlled(run: Run) -> None:
     """Run part A: evaluation of the students."""
     size = QUICK if run.quick else SIZES
-    arms, seeds = (IN_QUICK, 1) if run.quick else (tuple(ARMS), 3)
-    found = {arm: [run.arm(f"{arm}, {seed}", student, arm, seed, size) for seed in range(seeds)] for arm in arms}
+    arms, seeds = (IN_QUICK, range(1)) if run.quick else (tuple(ARMS), range(run.seed, run.seed + 3))
+    rates = dict.fromkeys(arms, 3e-3)
+    if not run.quick:
+        scores = {arm: partial(validated, arm=arm, size=size) for arm in arms}
+        rates = {arm: each.value for arm, each in tuned(run, scores, [1e-3, 3e-3, 9e-3]).items()}
+    before = run.arm("real, the world for tuning", student, "real", TUNING, size, rates["real"])
+    stored = fmean(before["stored"])
+    if not run.quick:
+        run.premise(
+            "facts that the student of real text completes in the words of the noise",
+            f"at least {STORED}",
+            stored,
+            stored >= STORED,
+        )
+    most = max(before[style] for style in STYLES)
+    run.premise("its highest perplexity of a style", f"below that of guessing, {VOCABULARY}", most, most < VOCABULARY)
+    run.freeze("mean over seeds of the ratio of perplexities, and over seeds and facts of differences of recall", seeds,
+               rates=rates, typos=TYPOS, words=WORDS, **size)  # fmt: skip
+    found = {arm: [run.arm(f"{arm}, {seed}", student, arm, seed, size, rates[arm]) for seed in seeds] for arm in arms}
     rows = [
-        [arm, *(fmean(each[style] for each in seen) for style in STYLES), 
-         f"{fmean(each['right'] for each in seen):.1%}",
+        [arm, *(fmean(each[style] for each in seen) for style in STYLES),
+         *(100 * fmean(fmean(each[what]) for each in seen) for what in ("right", "stored")),
          ", ".join(f"{name} {epochs:.1f}" for name, epochs in seen[0]["epochs"].items())]
         for arm, seen in found.items()
     ]  # fmt: skip
-    heads = [*(f"perplexity, {style}" for style in STYLES), "facts recalled", "epochs"]
-    run.table(f"Students of {size['steps'] * BATCH * LENGTH / 1e6:.1f}M tokens", ["sees", *heads], rows)
+    heads = [*(f"perplexity, {style}" for style in STYLES), "recalled by question, %", "by a fragment, %", "epochs"]
+    run.table(
+        f"Students of {size['steps'] * BATCH * LENGTH / 1e6:.1f}M tokens, on facts that occur only in noise; those of "
+        "answers only can only guess", ["sees", *heads], rows,
+    )  # fmt: skip
 
-    def clean(each: dict[str, Any]) -> float:
-        return fmean(each[style] for style in CLEAN)
+    def log_ratio(of: Callable[[dict[str, Any]], float], ours: str, theirs: str) -> Measured:
+        """Return the logarithm of a ratio, whose distribution over seeds is symmetric."""
+        return Measured.over_seeds([math.log(of(a) / of(b)) for a, b in zip(found[ours], found[theirs], strict=True)])
 
-    def compared(of: Callable[[dict[str, Any], dict[str, Any]], float], ours: str, theirs: str) -> Measured:
-        return Measured.over_seeds([of(a, b) for a, b in zip(found[ours], found[theirs], strict=True)])
-
-    gain = compared(lambda a, b: 1 - clean(a) / clean(b), "wrap (answers)", "real")
-    run.main("perplexity of the clean styles, wrap below real", "at least 10 %", gain, gain.at_least(0.1))
-    points = compared(lambda a, b: 100 * (a["right"] - b["right"]), "wrap (answers)", "real")
+    ratio = log_ratio(clean, "wrap (answers)", "real").exp()
+    run.main("perplexity of the clean styles, wrap relative to real", "at most 0.9", ratio, ratio.at_most(0.9))
+    right = {arm: 100 * np.array([each["right"] for each in seen], float) for arm, seen in found.items()}
+    points = Measured.over_seeds_and_items(right["wrap (answers)"] - right["real"], shared=False)
     run.main("recall of facts, wrap - real, points", "at least 5", points, points.at_least(5))
 
-    def nats_above(style: str, ours: str, theirs: str) -> Measured:
-        """Return the logarithm of a ratio of perplexities, whose distribution over seeds is symmetric."""
-        return compared(lambda a, b: math.log(a[style] / b[style]), ours, theirs)
+    def above(style: str, ours: str, theirs: str) -> Measured:
+        return log_ratio(lambda found: found[style], ours, theirs).exp()
 
-    loss = nats_above("noise", "wrap (answers)", "real")
-    run.further("nats of noise, wrap above real", "at most log 1.05 = 0.0488", loss, loss.at_most(math.log(1.05)))
+    loss = above("noise", "wrap (answers)", "real")
+    run.further("perplexity of noise, wrap relative to real", "at most 1.05", loss, loss.at_most(1.05))
     if run.quick:
         return
-    named = {arm: Measured.over_seeds([100 * each["right"] for each in seen]) for arm, seen in found.items()}
-    run.table(
-        "Facts that occur only in noise, recalled, %",
-        ["sees", "named"],
-        [[f"{arm}, the chance level" if arm == "answers only" else arm, str(each)] for arm, each in named.items()],
-    )
-    worse = nats_above("noise", "answers only", "wrap (answers)")
-    run.further(
-        "loss on noise, answers only - wrap, nats", "at least log 1.2 = 0.1823", worse, worse.at_least(math.log(1.2))
-    )
+    guessed = Measured.over_seeds_and_items(right["wrap (answers)"] - right["answers only"], shared=False)
+    run.further("recall of facts, wrap - answers only (guessing), points", "above 0", guessed, guessed.at_least(0))
+    worse = above("noise", "answers only", "wrap (answers)")
+    run.further("perplexity of noise, answers only relative to wrap", "at least 1.2", worse, worse.at_least(1.2))
     edits = Measured.over_seeds([
         (clean(real) - clean(each)) / (clean(real) - clean(ours))
         for real, each, ours in zip(found["real"], found["real + edits"], found["wrap (answers)"], strict=True)
     ])  # fmt: skip
-    run.further("random edits, their gain by that of wrap", "below a third", edits, edits.at_most(1 / 3))
-    letter = nats_above("letter", "wrap (answers)", "real")
-    run.further("nats of a style that nobody saw, wrap above real", "below 0", letter, letter.at_most(0))
+    run.further("random edits, their gain relative to that of wrap", "below a third", edits, edits.at_most(1 / 3))
+    unseen = Measured.over_seeds([
+        math.log(fmean(a[s] for s in ("encyclopaedia", "letter")) / fmean(b[s] for s in ("encyclopaedia", "letter")))
+        for a, b in zip(found["wrap (answers)"], found["real"], strict=True)
+    ]).exp()  # fmt: skip
+    run.further("perplexity of styles that nobody saw, wrap relative to real", "below 1", unseen, unseen.at_most(1))
 
 
 def prose(count: int, writer: LocalWriter, longest: int = 120) -> Documents:
@@ -416,7 +396,7 @@ def healing(run: Run) -> None:
     run.table(f"What {HEALED * LENGTH} tokens are sampled from", ["text", "available tokens"], unique)
     for place, name in enumerate(tests):
         ratio = scores["real and rephrased"][place] / scores["real"][place]
-        bound = 1.1 if place == 0 else 1.0
+        bound = 1.05 if place == 0 else 1.0  # a loss on real text as small as in part A
         run.further(f"perplexity of {name}, with rephrases by without", f"at most {bound}", ratio, ratio <= bound)
 
 
@@ -431,7 +411,6 @@ def cut(writer: LocalWriter, text: str, count: int, seed: int) -> torch.LongTens
 
 def experiment(run: Run) -> None:
     run.data = "made-up facts in four styles; Python's documentation, rephrased by SmolLM2-135M-Instruct"
-    run.part("exactness", exactness)
     controlled(run)
     run.part("rephraser", rephraser)
     if not run.quick:

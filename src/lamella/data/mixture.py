@@ -211,19 +211,31 @@ class Blend:
         """Return rows of text in the order in which they are seen, and statistics of the mixture; see :func:`mix`.
 
         Args:
+            sources: see :meth:`mix_counted`.
+            writer: its tokenizer counts the tokens if there is no student.
+            seed: random seed of the order.
+        """
+        tokenizer = open_tokenizer(self.student) if self.student else writer.tokenizer
+
+        def count(text: str) -> int:
+            return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+        return self.mix_counted(sources, count, seed)
+
+    def mix_counted(
+        self, sources: Mapping[str, Sequence[Mapping[str, Any]]], count: Callable[[str], int], seed: int
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Return the same with any count of tokens.
+
+        Args:
             sources: rows with ``id`` and ``text``, by name. The first source is real text; the others, which are
                 generated, share their fraction evenly, except for those without rows.
-            writer: its tokenizer counts the tokens if there is no student.
+            count: returns the number of tokens of a text.
             seed: random seed of the order.
         """
         real, *generated = sources
         present = [name for name in generated if sources[name]]
         share = self.synthetic if present else 0.0
         shares = {real: 1 - share} | {name: share / len(present) for name in present}
-        tokenizer = open_tokenizer(self.student) if self.student else writer.tokenizer
-
-        def count(text: str) -> int:
-            return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
         used = {name: sources[name] for name in shares}
         return mix(used, shares, count, epochs=self.epochs, tokens=self.tokens, seed=seed)

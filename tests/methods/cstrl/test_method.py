@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from radiology import ParsedImpression, reports, score_impressions, word_tokenizer
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 from transformers.trainer_callback import TrainerCallback
 
@@ -30,7 +31,6 @@ from lamella.methods.cstrl import (
 )
 from lamella.methods.cstrl.baselines import Unfreezing
 from lamella.methods.cstrl.page import figures
-from lamella.methods.cstrl.radiology import ParsedImpression, reports, score_impressions, word_tokenizer
 from lamella.runner import run
 from lamella.stack import Model, Stack, open_model
 from lamella.train import Task, TrainConfig, fit, response_loss

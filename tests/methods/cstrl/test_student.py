@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from radiology import reports, word_tokenizer
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -14,7 +15,6 @@ from lamella.data.samples import collate
 from lamella.errors import MethodError
 from lamella.files import Work
 from lamella.methods.cstrl import Summaries, TextLengths, distil, new_student, student_config, student_loss
-from lamella.methods.cstrl.radiology import reports, word_tokenizer
 from lamella.stack import Model, Stack, open_model
 from lamella.train import TrainConfig, pairs
 from lamella.zoo.nano import nano

@@ -262,6 +262,17 @@ def test_members_are_selected_as_they_are_asked_for(select: str, stack: Stack) -
     assert len(got.selected) == 1 and (select != "rank" or got.selected == ["large"])
 
 
+def test_the_best_single_member_is_the_best_of_the_pool_even_if_it_is_not_selected(stack: Stack) -> None:
+    data, pool = examples(40), {"large": some(1, r=8, size=3.0), "small": some(2, r=2, size=0.001)}
+    got = lora_recycling(stack, AdapterPool.of(pool), data, examples(9, seed=1), k=1, select="rank",
+                         target=replace(SMALL, target_steps=1), config=replace(BRIEF, steps=1))  # fmt: skip
+    held_out = TaskSplits.of(data, (), BRIEF.seed).held_out
+    losses = {name: AnswerScores.of(merge(stack, each).model, held_out).loss for name, each in pool.items()}
+    best = min(losses, key=losses.__getitem__)
+    assert (got.selected, best) == (["large"], "small")
+    assert any("best single member by held-out loss is small," in note for note in got.notes)
+
+
 @pytest.mark.parametrize("how", ["lorahub", "pi-tuning"])
 def test_other_ways_to_find_coefficients_have_the_same_controls(how: str, stack: Stack, monkeypatch: Any) -> None:
     monkeypatch.setattr("lamella.methods.lora_recycling.trial.HUB_BUDGET", 10)

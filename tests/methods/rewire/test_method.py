@@ -15,10 +15,20 @@ import pytest
 
 pytest.importorskip("datatrove")
 
-from lamella.data import Completion, Document, Documents, LocalWriter, Sampling, Writer, WritingRequest
+from lamella.data import (
+    Blend,
+    Completion,
+    Document,
+    Documents,
+    InputContext,
+    LocalWriter,
+    Sampling,
+    Writer,
+    WritingRequest,
+)
 from lamella.errors import LamellaError
 from lamella.files import Work
-from lamella.methods.rewire import Guide, PoolRules, QualityFilter, Rewriting, parse_answer, rewire, score
+from lamella.methods.rewire import Guide, PoolRules, QualityFilter, Rewriting, Rewritten, parse_answer, rewire, score
 from lamella.methods.rewire.guiding import ANY
 from lamella.results import MixedCorpus
 from lamella.runner import run
@@ -58,7 +68,7 @@ def test_only_what_stands_between_the_markers_is_kept(answer: str, expected: tup
 
 def test_prompts_have_the_markers_and_a_place_for_the_document(tmp_path: Path) -> None:
     for name in ("guided", "short"):
-        (message,) = Guide.open(name).messages("The draft {document}.")
+        *_, message = Guide.open(name).messages("The draft {document}.")
         assert message["role"] == "user" and message["content"].endswith("The draft {document}.")
         assert len(ANY.findall(message["content"])) == 4
     own = tmp_path / "own.txt"
@@ -67,6 +77,40 @@ def test_prompts_have_the_markers_and_a_place_for_the_document(tmp_path: Path) -
         Guide.open(str(own))
     with pytest.raises(LamellaError, match="no prompt 'other'; give one of guided, short"):
         Guide.open("other")
+
+
+def test_the_prompt_for_small_models_shows_them_an_answer_that_can_be_parsed(tmp_path: Path) -> None:
+    asked, answered, _ = Guide.open("short").messages("A draft.")
+    assert (asked["role"], answered["role"]) == ("user", "assistant")
+    text, reason = parse_answer(answered["content"])
+    assert reason is None and text and not ANY.search(text)
+    assert len(Guide.open("guided").messages("A draft.")) == 1
+    own, instruction = tmp_path / "own.txt", f"{START} {END} {{document}}"
+    own.write_text(f"{instruction}\n=====\na draft\n=====\n{START}A text.{END}\n")
+    shown = Guide.open(str(own))
+    assert [each["content"] for each in shown.messages("B")] == [
+        f"{START} {END} a draft", f"{START}A text.{END}", f"{START} {END} B"
+    ]  # fmt: skip
+    own.write_text(instruction)
+    assert Guide.open(str(own)).digest != shown.digest
+    own.write_text(f"{instruction}\n=====\na draft\n=====\nA text.\n")
+    with pytest.raises(LamellaError, match="an example is a draft and an answer"):
+        Guide.open(str(own))
+
+
+@pytest.mark.real
+def test_answers_of_a_small_model_to_the_short_prompt_can_be_parsed() -> None:
+    writer = LocalWriter("smollm2", batch=4)
+    drafts = [
+        "Compute geohash using the Munroe algorithm ,, give latitude and longitude !! and a date. cookies? accept",
+        "the tide is low at noon tomorow, boats can not leave harbour befor three . share this page",
+        "herons stand still so fish forget them lol. then strike. subscribe now",
+        "bread of rye keeps long,, wheat bread not so long . next page",
+    ]
+    guide = Guide.open("short")
+    requests = [WritingRequest(str(n), guide.messages(each), 160, 0) for n, each in enumerate(drafts)]
+    answers = [each.text for batch in writer.write(requests, Sampling(temperature=0)) for _, each in batch]
+    assert sum(parse_answer(each)[1] is None for each in answers) >= 2
 
 
 class Scribe(Writer):
@@ -89,7 +133,7 @@ class Scribe(Writer):
                 if self.asked == self.stops:
                     raise KeyboardInterrupt
                 self.asked += 1
-                draft = request.messages[0]["content"].split("Draft:\n")[1]
+                draft = request.messages[-1]["content"].split("Draft:\n")[1]
                 text = " ".join([*reversed(draft.split()), "because it explains more"])
                 answer = f"{THOUGHT}<improved response starts>{text}<improved response ends>"
                 if request.key.endswith("7"):
@@ -115,7 +159,8 @@ EASY: dict[str, Any] = {
 
 
 def rewired(**options: Any) -> MixedCorpus:
-    return rewire(documents(), Scribe(), POSITIVES, **EASY | options)
+    easy = {name: each for name, each in EASY.items() if name != "held_out" or "blend" not in options}
+    return rewire(documents(), Scribe(), POSITIVES, **easy | options)
 
 
 def test_sets_are_the_best_tenths_and_their_overlap_is_that_of_the_rows() -> None:
@@ -189,6 +234,29 @@ def test_other_shares_of_what_was_rewritten_before_are_chosen_without_writing(tm
     other = rewire(documents(), second, POSITIVES, work=Work(tmp_path), judging=QualityFilter(keep_syn=0.5), **options)
     assert first.asked == 40 and second.asked == 0
     assert sum(row["in_syn"] for row in other.items) == 18 and other.findings["cost"]["seconds"] > 0
+
+
+def test_a_selection_among_written_rewrites_is_what_the_run_would_have_chosen(tmp_path: Path) -> None:
+    blend = Blend(held_out=0.2, synthetic=0.4)
+    first = rewired(blend=Blend(held_out=0.2), seed=3)
+    first.write(tmp_path)
+    judging = QualityFilter(keep_raw=0.2, keep_syn=0.5)
+    wanted = rewired(blend=blend, judging=judging, seed=3)
+    good = tmp_path / "good.jsonl"
+    good.write_text("".join(json.dumps({"text": each.text}) + "\n" for each in POSITIVES))
+    options = {"positives": str(good), "keep_raw": 0.2, "keep_syn": 0.5, "synthetic": 0.4, "seed": 3}
+    got = run("rewire", str(tmp_path), command="select", out=tmp_path / "again", **options).result
+    assert isinstance(got, MixedCorpus) and got.items == wanted.items != first.items
+    assert got.train == wanted.train and got.test == wanted.test
+    assert (tmp_path / "again" / "train.jsonl").is_file()
+
+
+def test_a_selection_needs_the_rows_of_rewire(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text('{"id": "a", "text": "b"}\n')
+    with pytest.raises(LamellaError, match="row 1 has no 'source_text'"):
+        Rewritten.open(tmp_path, InputContext())
+    with pytest.raises(LamellaError, match="holds no data"):
+        Rewritten.open(tmp_path / "missing", InputContext())
 
 
 def test_the_time_of_a_stopped_run_has_that_from_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ related to the task transfers knowledge. Therefore the merge is always compared 
     base                     the original model
     T                        a LoRA trained on the examples, with usual and with stronger regularisation
     T, answers shuffled      learns the format of answers but not their content
-    single, average          the best member alone; the average of all, without coefficients
+    single, average          the best member of the pool alone; the average of the selected ones, without coefficients
     random weights           the same shapes, ranks, scales and standard deviations, with random values
     T, coefficients only     the fit without a pool
 
@@ -26,7 +26,6 @@ All choices are made on held-out examples and all results are measured on test e
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -115,7 +114,7 @@ def lora_recycling(
     # Arms with the pool, without and with the target's own adapter, and the same with random weights.
     names = selected(members, trial, own, select, k)
     chosen = [of_model(each, stack) for each in members.take(names)]
-    single = best_member(members, trial, names)
+    single = best_member(members, trial)
     trial.add(SINGLE, of_model(members.load(single), stack), of_pool=True)
     trial.add(AVERAGE, average(chosen), of_pool=True)
     trial.mixed(POOL, chosen, of_pool=True)
@@ -164,20 +163,19 @@ def selected(members: Members, trial: Trial, own: Adapter, select: Selection, k:
     return sorted(names, key=lambda name: scores[name], reverse=True)[:k]
 
 
-def best_member(members: Members, trial: Trial, names: Sequence[str]) -> str:
-    """The member with the lowest loss on the held-out examples, alone.
+def best_member(members: Members, trial: Trial) -> str:
+    """The member of the whole pool with the lowest loss on the held-out examples, alone.
 
     Args:
-        members: usable members of the pool.
+        members: usable members of the pool, selected for the merge or not.
         trial: the trial.
-        names: the members to compare.
     """
     count = len(trial.splits.train)
 
     def loss(name: str) -> float:
         return trial.member(name, lambda: members.load(name)).of_examples(count).loss
 
-    return min(names, key=loss)
+    return min(members.norms, key=loss)
 
 
 def of_model(adapter: Adapter, stack: Stack) -> Adapter:

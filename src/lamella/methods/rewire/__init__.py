@@ -2,9 +2,10 @@
 
 from lamella.methods.rewire.accounts import diversity
 from lamella.methods.rewire.guiding import Guide, parse_answer
-from lamella.methods.rewire.method import QualityFilter, Rewriting, rewire, score, select_best
+from lamella.methods.rewire.method import QualityFilter, Rewriting, rewire, score, select, select_best
 from lamella.methods.rewire.pool import PoolRules, broken_rule, near_duplicates, pool_of
 from lamella.methods.rewire.quality import Positives, cross_fitted, fit_quality, top
+from lamella.methods.rewire.result import Rewritten
 
 __all__ = [
     "Guide",
@@ -12,6 +13,7 @@ __all__ = [
     "Positives",
     "QualityFilter",
     "Rewriting",
+    "Rewritten",
     "broken_rule",
     "cross_fitted",
     "diversity",
@@ -21,6 +23,7 @@ __all__ = [
     "pool_of",
     "rewire",
     "score",
+    "select",
     "select_best",
     "top",
 ]

@@ -13,6 +13,7 @@ from lamella.reading import read_text
 PROMPTS = Path(__file__).with_name("prompts")
 KNOWN = ("guided", "short")
 PLACEHOLDER = "{document}"
+PARTS = re.compile(r"^=====$", re.MULTILINE)  # between the instruction and the parts of an example
 
 
 def _marker(*kinds: str) -> re.Pattern[str]:
@@ -35,41 +36,65 @@ class Guide:
     Attributes:
         name: name of a built-in prompt, or of the file.
         instruction: the text, with a placeholder for the document.
+        example: a draft and its answer, which precede the document as an earlier turn; None without.
     """
 
     name: str
     instruction: str
+    example: tuple[str, str] | None = None
 
     @classmethod
     def open(cls, name: str) -> Guide:
-        """Open a prompt: ``guided`` has all parts of the paper's, ``short`` is for small models; or a .txt file.
+        """Open a prompt.
+
+        Args:
+            name: ``guided`` has all parts of the paper's; ``short``, for small models, shows them an example, without
+                which they ignore the markers; or a .txt file with the instruction, to which a draft and its answer may
+                be added as an example, each after a line of five equals signs.
 
         Raises:
             MethodError: for an unknown prompt, or one without the placeholder or the markers.
         """
-        if name in KNOWN:
-            return cls(name, (PROMPTS / f"{name}.txt").read_text(encoding="utf-8").strip())
-        if not name.endswith(".txt"):
+        if name not in KNOWN and not name.endswith(".txt"):
             raise MethodError(
                 f"no prompt '{name}'; give one of {', '.join(KNOWN)}, or a .txt file with {PLACEHOLDER} in it"
             )
-        text = read_text(name, "give a text file with the instruction").strip()
-        if PLACEHOLDER not in text or not STARTS.search(text) or not ENDS.search(text):
+        if name in KNOWN:
+            text = (PROMPTS / f"{name}.txt").read_text(encoding="utf-8")
+        else:
+            text = read_text(name, "give a text file with the instruction")
+        instruction, *example = (part.strip() for part in PARTS.split(text))
+        if PLACEHOLDER not in instruction or not STARTS.search(instruction) or not ENDS.search(instruction):
             raise MethodError(
                 f"{name}: write {PLACEHOLDER} at the position of the document, and request <improved response starts> "
-                "and <improved "
-                "response ends> around the text"
+                "and <improved response ends> around the text"
             )
-        return cls(Path(name).stem, text)
+        if example and (len(example) != 2 or parse_answer(example[1])[1]):
+            raise MethodError(
+                f"{name}: an example is a draft and an answer with <improved response starts> and <improved response "
+                "ends>, each after a line of ====="
+            )
+        return cls(Path(name).stem, instruction, (example[0], example[1]) if example else None)
 
     @property
     def digest(self) -> str:
-        """A digest of the instruction."""
-        return hashlib.sha256(self.instruction.encode()).hexdigest()[:12]
+        """A digest of the prompt."""
+        parts = [self.instruction, *(self.example or ())]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
     def messages(self, document: str) -> list[dict[str, str]]:
-        """Return one user message without a system prompt, as in the paper."""
-        return [{"role": "user", "content": self.instruction.replace(PLACEHOLDER, document.strip())}]
+        """Return the conversation up to the answer: a user message as in the paper, after the example if there is one.
+
+        There is no system prompt.
+        """
+
+        def asked(text: str) -> dict[str, str]:
+            return {"role": "user", "content": self.instruction.replace(PLACEHOLDER, text.strip())}
+
+        if self.example is None:
+            return [asked(document)]
+        draft, answer = self.example
+        return [asked(draft), {"role": "assistant", "content": answer}, asked(document)]
 
 
 def parse_answer(answer: str) -> tuple[str, str | None]:

@@ -28,7 +28,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from annotated_types import Ge, Gt, Le
 
-from lamella.data import Blend, Documents, Sampling, Writer, hold_out
+from lamella.data import Blend, Document, Documents, Sampling, Writer, hold_out
 from lamella.data.steps import DocumentGeneration, process_documents
 from lamella.errors import CalibrationError
 from lamella.evaluate import writing_cost
@@ -38,7 +38,7 @@ from lamella.methods.rewire.accounts import of_rewrites, of_sets, samples
 from lamella.methods.rewire.guiding import Guide
 from lamella.methods.rewire.pool import PoolRules, pool_of
 from lamella.methods.rewire.quality import Kind, Positives, cross_fitted, top
-from lamella.methods.rewire.result import ScoredDocuments
+from lamella.methods.rewire.result import Rewritten, ScoredDocuments
 from lamella.methods.rewire.steps import AnswerParser, RewriteRequests
 from lamella.provenance import describe
 from lamella.registry import command, method
@@ -73,7 +73,8 @@ class Rewriting:
     """How the pool is rewritten.
 
     Attributes:
-        prompt: guided, with all parts of the paper's prompt; short, for small models; or a .txt file with {document}.
+        prompt: guided, with all parts of the paper's prompt; short, with an example for small models; or a .txt file
+            with {document}.
         longest: maximum number of tokens of a document, within the rewriter's context length.
         answer: maximum number of tokens of an answer with its reasoning; 8192 in the paper, or the rewriter's limit.
         together: number of documents per task, which are distributed to workers and batched together.
@@ -161,9 +162,8 @@ def rewire(
     rows = process_documents(pool, requests, generation, parser, rewriting.together, workers)
 
     select_best(rows, [each.text for each in positives], judging, rewriting.floor, seed)
-    kept = [row for row in rows if row["in_syn"]]
-    raw = [{"id": row["id"], "text": row["source_text"]} for row in rows if row["in_raw"]]
-    train, mixture = blend.mix({RAW: raw, SYNTHETIC: kept}, rewriter, seed)
+    sets = sets_of(rows)
+    train, mixture = blend.mix(sets, rewriter, seed)
     return MixedCorpus.of(
         rows,
         documents,
@@ -171,11 +171,11 @@ def rewire(
         train,
         mixture,
         parquet=blend.parquet,
-        notes=[] if kept else ["No rewrite is kept, so the mixture is raw text only."],
+        notes=notes(sets),
         pool={"documents": len(pool), "excluded": removed},
         rewrites=of_rewrites(rows),
         sets=of_sets(rows),
-        cost=writing_cost(rewriter, blend.student, rows, kept, mixture, generation.seconds),
+        cost=writing_cost(rewriter, blend.student, rows, sets[SYNTHETIC], mixture, generation.seconds),
         samples=samples(rows),
     )
 
@@ -215,6 +215,75 @@ def score(
     return ScoredDocuments(
         items=rows, findings={"documents": len(rows), "scores": tenths}, notes=documents.broken.note()
     )
+
+
+@command("rewire", "select", on="any")
+def select(
+    rewritten: Rewritten,
+    positives: Positives | Documents,
+    *,
+    judging: QualityFilter = JUDGING,
+    floor: Annotated[float, Ge(-1), Le(1)] | None = Rewriting.floor,
+    synthetic: Annotated[float, Ge(0), Le(1)] = Blend.synthetic,
+    epochs: Annotated[float, Gt(0)] = Blend.epochs,
+    tokens: Annotated[int, Ge(1)] | None = Blend.tokens,
+    parquet: bool = Blend.parquet,
+    seed: int = 0,
+) -> MixedCorpus:
+    """Choose again among the rewrites of an earlier run: steps 2, 5 and 6, without a rewriter.
+
+    Args:
+        rewritten: the result of the earlier run; it is not changed.
+        positives: good texts.
+        judging: the quality classifier, and the fractions that are kept.
+        floor: minimum similarity of a kept rewrite, against invented texts; none in the paper.
+        synthetic: fraction of rewritten tokens among the tokens that are seen, as the rewriter's tokenizer counts them.
+        epochs: maximum number of passes over one source; 4 in the paper.
+        tokens: number of tokens that are seen; if omitted, each source is seen once, as far as ``epochs`` allows.
+        parquet: write data.parquet in addition to data.jsonl.
+        seed: random seed.
+
+    Returns:
+        What the earlier run would have written with these settings, but for the cost of rewriting.
+
+    Raises:
+        CalibrationError: for fewer than two documents, or no positives.
+        MethodError: for impossible fractions.
+    """
+    if len(rewritten) < 2:
+        raise CalibrationError(f"{len(rewritten)} document: give at least 2, since each half is scored by the other")
+    rows = [dict(row) for row in rewritten]
+    select_best(rows, [each.text for each in positives], judging, floor, seed)
+    sizes = {row["source_text"]: row["n_src_tok"] for row in rows} | {row["text"]: row["n_out_tok"] for row in rows}
+    sets, blend = sets_of(rows), Blend(synthetic=synthetic, epochs=epochs, tokens=tokens)
+    train, mixture = blend.mix_counted(sets, sizes.__getitem__, seed)
+    return MixedCorpus.of(
+        rows,
+        Documents(Document(row["id"], row["source_text"]) for row in rows),
+        rewritten.held_out,
+        train,
+        mixture,
+        parquet=parquet,
+        notes=notes(sets),
+        rewrites=of_rewrites(rows),
+        sets=of_sets(rows),
+        samples=samples(rows),
+    )
+
+
+def sets_of(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Return the documents of both sets, with ``id`` and ``text``.
+
+    Args:
+        rows: one row per document, after :func:`select_best`.
+    """
+    raw = [{"id": row["id"], "text": row["source_text"]} for row in rows if row["in_raw"]]
+    return {RAW: raw, SYNTHETIC: [row for row in rows if row["in_syn"]]}
+
+
+def notes(sets: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Return a sentence for the report if there is no synthetic text."""
+    return [] if sets[SYNTHETIC] else ["No rewrite is kept, so the mixture is raw text only."]
 
 
 def select_best(

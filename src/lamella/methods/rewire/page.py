@@ -14,7 +14,7 @@ from lamella.results import Evidence, Summary, Table
 def summary(evidence: Evidence) -> Summary:
     """Summarise the pool, the rewrites, and the training data."""
     found = evidence.findings
-    if "pool" not in found:  # scores alone
+    if "scores" in found:
         rows = [[share, value] for share, value in found["scores"].items()]
         return Summary(
             f"Scores of {counted(found['documents'], 'document')}.", [Table("Scores", ("quantile", "score"), rows)]
@@ -29,13 +29,9 @@ def summary(evidence: Evidence) -> Summary:
         lines.append(f"{percent(sets['overlap'])} of the documents of the rewritten set are in the raw set as well.")
     if sets["spearman"] is not None:
         lines.append(f"The rank correlation of both scores is {number(sets['spearman'])}.")
-    tables = [
-        _pool(found),
-        _rewrites(rewrites),
-        _sets(sets),
-        mixture_table(found["mixture"]),
-        cost_table(found["cost"]),
-    ]
+    tables = [_rewrites(rewrites), _sets(sets), mixture_table(found["mixture"])]
+    if "pool" in found:  # not a selection among earlier rewrites
+        tables = [_pool(found), *tables, cost_table(found["cost"])]
     return Summary(verdict, tables, lines)
 
 
@@ -72,7 +68,7 @@ def _sets(sets: Mapping[str, Any]) -> Table:
 def figures(evidence: Evidence) -> list[Figure]:
     """Plot the lengths of documents and rewrites, and show some of both."""
     found = evidence.findings
-    if "pool" not in found:
+    if "scores" in found:
         return []
     lengths = sorted(found["rewrites"]["lengths"])
     lines = {"document": [source for source, _ in lengths], "rewrite": [out for _, out in lengths]}
