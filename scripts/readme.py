@@ -38,7 +38,7 @@ PURPOSES = {  # in the order of the tables, with their headings
     "measure": "Understand a model",
     "vision": "Models of images and scenes",
 }
-DEMO = "lamella compress smollm2 --speedup 1.8 --heal-minutes 1 -o demo"
+DEMO = "lamella compress smollm2 --size 142 --heal-minutes 1 -o demo"
 
 
 def read(path: Path) -> dict[str, Any]:

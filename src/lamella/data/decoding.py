@@ -307,7 +307,9 @@ class Batch:
         if len(numbers) == len(self.rows):
             return
         self.rows = [self.rows[number] for number in numbers]
-        if self.rows:
+        if not self.rows:
+            self._cache = None
+        else:
             kept = torch.tensor(numbers, device=self._mask.device)
             self._cache.reorder_cache(kept)
             self._mask = self._mask[kept]

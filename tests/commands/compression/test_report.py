@@ -258,7 +258,7 @@ ALONE = "reaches 1.61\u00d7 with 163.2 MB of weights and costs 0.004 nats"
         ),
         (
             {"cut": True, "alternatives": {"int8": INT8}},
-            f"A decode speed-up of 1.30\u00d7 needs a cut: int8 alone {ALONE}.",
+            f"A cut is needed for a decode speed-up of 1.30\u00d7: int8 alone {ALONE}.",
         ),
     ],
 )

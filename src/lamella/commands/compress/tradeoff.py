@@ -142,7 +142,7 @@ def reason(evidence: dict[str, Any]) -> str:
     if goal["name"] == "loss":
         return f"{chosen['route']} is the fastest measured route to {goal['text']}; {form} alone {found}."
     if chosen["cut"]:
-        return f"{goal['text'][0].upper()}{goal['text'][1:]} needs a cut: {form} alone {found}."
+        return f"A cut is needed for {goal['text']}: {form} alone {found}."
     other = "" if cut is None else f"; a cut alone would cost {cut['kl']:.2g}"
     return f"{form} alone is enough for {goal['text']}: it {found}{other}."
 
