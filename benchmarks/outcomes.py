@@ -69,7 +69,7 @@ def outcome(model: Any, chats: bool, options: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         evidence = lamella.run("compress", model, out=out, tasks=(TASK,), seed=0, **options).evidence.model_dump()
-        said = answers(lamella.load(out), open_tokenizer(model)) if chats else []
+        said = answers(lamella.load(out).model, open_tokenizer(model)) if chats else []
     chosen, healing = evidence["chosen"], evidence["healing"]
     return {
         "route": chosen["route"],

@@ -403,8 +403,9 @@ def int8_reaches(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 def test_int8_alone_is_the_result_where_it_is_enough(tmp_path, brief, int8_reaches):
     int8_reaches(1.5)
     out = tmp_path / "out"
-    evidence = run("compress", NANO_LLAMA, out=out, speedup=1.3).evidence.model_dump()
+    evidence = run("compress", NANO_LLAMA, out=out, speedup=1.3, tasks=("definitions",)).evidence.model_dump()
     chosen = evidence["chosen"]
+    assert list(evidence["tasks"][0]["scores"]) == ["original", "int8"]
     assert (chosen["route"], chosen["cut"], chosen["drop"], chosen["reached"]) == ("int8", False, [], True)
     assert evidence["healing"] is None  # nothing is lost that training could recover
     kl = {name: each["kl"] for name, each in chosen["alternatives"].items()}

@@ -208,6 +208,8 @@ def compress(
     found.measured["samples"] = _samples({"base": stack.model, "changed": changed}, context.tokenizer)
     if tasks:
         scored = {name: best.form.view(*each) for name, each in models.items() if name != "original"}
+        if best.is_whole:
+            scored = {best.form.name: best.form.view(stack)}
         found.measured["tasks"] = _scores_on({"original": stack.model} | scored, context.tokenizer, tasks, seed)
     others = {
         each.name: Candidate(each.form, each.weights, each.speedup, each.chosen["fidelity"])
