@@ -118,7 +118,9 @@ def test_streams_stop_strings_and_conversations_say_what_one_answer_says(plans: 
         assert said == expected  # without a chat template, a conversation is its text
         cut = client.chat.completions.create(messages=messages, stop=[stop], **given).choices[0].message.content
         assert cut.startswith(expected[: expected.index(stop) + len(stop)]) and len(cut) < len(expected)
-        response = client.responses.create(input=PROMPTS[1], model=str(NANO_LLAMA), max_output_tokens=24, temperature=0)
+        response = client.responses.create(
+            input=PROMPTS[1], model=str(NANO_LLAMA), max_output_tokens=24, temperature=0, stream=False
+        )
         assert response.output_text == expected
         assert [each.id for each in client.models.list()] == [str(NANO_LLAMA)]
 

@@ -109,8 +109,8 @@ class Writer(ABC):
         if not str(name).startswith(SERVED):
             return LocalWriter(str(name), plan=plan, batch=batch, draft=draft)
         if plan is not None or draft != "off":
-            what = "run under a plan" if plan is not None else "be given a draft"
-            raise MethodError(f"an endpoint cannot {what}: leave it out, or give a local model")
+            what = "plan" if plan is not None else "draft"
+            raise MethodError(f"an endpoint cannot run under a {what}: leave the {what} out, or give a local model")
         if tokenizer is None:
             raise MethodError(f"{name} provides no tokenizer: name a model with the same tokenizer, with --tokenizer")
         endpoint = Endpoint(str(name), served, key, concurrent, rate, timeout)
