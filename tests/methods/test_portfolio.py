@@ -173,3 +173,10 @@ def test_once_its_time_is_over_a_search_measures_no_more_than_it_must(
     series = portfolio(stack, text, share=HALF, refine=3, patience=100)
     assert len(series) == 4
     assert len(measured) <= enough + 4
+
+
+def test_with_a_single_sequence_no_refit_decides(stack: Stack, text: Text) -> None:
+    one = text.cut(1, 64)
+    plain, refitted = (portfolio(stack, one, refine=1, refit=each, budget=Budget(share=HALF)) for each in (False, True))
+    assert "kl after a refit" not in refitted.points[-1].scores
+    assert cuts(plain)[-1] <= frozenset(LAYERS) and len(cuts(refitted)[-1]) == len(cuts(plain)[-1])

@@ -72,7 +72,7 @@ def portfolio(
         greedy: also start from a greedy search, which takes most of the time. Otherwise smaller plans remove the layers
             of lowest block influence, and are not measured.
         refit: for a model that will be healed: choose the set of layers without which the model is closest to the
-            original after its linear layers are corrected in closed form.
+            original after its linear layers are corrected in closed form, which takes at least two sequences.
         budget: how many layers to remove; defaults to a quarter of all layers.
 
     Returns:
@@ -127,7 +127,7 @@ def portfolio(
         costs[larger] = cost
         chosen, validated = larger, {}
         close = [cut for cut in sorted(costs, key=costs.__getitem__) if costs[cut] <= factor * cost]
-        if refit and len(close) > 1:
+        if refit and len(close) > 1 and len(sequences(calibration)) > 1:
             chosen, value = _chosen_after_refit(stack, close, calibration, held_out)
             validated = {"kl after a refit": value}
         elif held_out is not None and len(close) > 1:

@@ -202,8 +202,10 @@ class Batching(GenerateManager):
             new, request.sent = request.row.ids[request.sent :], len(request.row.ids)
             try:
                 request.put(new)
-            except _GenerationCancelled:
+            except Exception as error:  # of one request, such as tokens that are no text; the others go on
                 gone.append(request)
+                if not isinstance(error, _GenerationCancelled):
+                    request.fail(error)
                 continue
             if not request.row.left:
                 request.end()

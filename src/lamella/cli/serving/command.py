@@ -47,9 +47,7 @@ def serve(
         raise MethodError(f"host {host} can be reached from other machines: set {TOKEN} to a secret that clients send")
     uvicorn = require("uvicorn", "serve", "the server")
     with working():
-        server = build(
-            model, plan_file, draft, rows, token, None if host not in LOOPBACK else [*LOOPBACK, "testserver"]
-        )
+        server = build(model, plan_file, draft, rows, token, LOOPBACK if host in LOOPBACK else None)
     config = uvicorn.Config(server, host=host, port=port, log_level="warning", timeout_graceful_shutdown=2)
     running = uvicorn.Server(config)
     socket = config.bind_socket()
