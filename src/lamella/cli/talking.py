@@ -35,27 +35,17 @@ def chat(
     """
     import torch
 
+    from lamella.cli.generator import open_generator
     from lamella.evaluate.speed import denoises
-    from lamella.inputs import check_changed
     from lamella.runtime import Drafted
-    from lamella.zoo import NamedDraft, open_saved, open_tokenizer
-    from lamella.zoo.opening import tokenizer_of
 
     with working():
-        for name in (model, plan_file):
-            check_changed(name)
-        named = NamedDraft.open(draft or "off")
-        named.check(named.name)
-        saved = open_saved(model)
-        tokenizer = open_tokenizer(saved.whole.path or model)
-        generator = saved.running.model
-        if plan_file is not None:
-            generator, tokenizer = saved.view(plan_file), tokenizer_of(plan_file, tokenizer)
-    if denoises(generator):
+        _, view, tokenizer, opened = open_generator(model, plan_file, draft)
+    if denoises(view):
         raise MethodError(
             f"{model} predicts masked tokens, but chat generates one token after the other: use lamella.runtime.denoise"
         )
-    generator = Drafted(generator, named.draft_of(generator, tokenizer))
+    generator = Drafted(view, opened)
     torch.manual_seed(seed)
     settings: dict[str, Any] = {"max_new_tokens": tokens, "do_sample": temperature > 0}
     if temperature > 0:

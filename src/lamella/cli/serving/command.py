@@ -84,10 +84,9 @@ def build(
     from transformers.cli.serving.response import ResponseHandler
     from transformers.cli.serving.server import build_server
 
-    from lamella.cli.serving.serving import Serving, seeded
+    from lamella.cli.serving.serving import open_served, seeded
 
-    serving = Serving.open(model, plan_file, draft, rows)
-    given: dict[str, Any] = {"model_manager": serving.models, "generation_state": serving.state}
+    given = open_served(model, plan_file, draft, rows)
     known = given | {
         "chat_handler": seeded(ChatCompletionHandler)(**given),
         "completion_handler": seeded(CompletionHandler)(**given),

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerationState
 
+from lamella.cli.generator import open_generator
 from lamella.cli.serving.batching import SEED, Batching
 from lamella.data.decoding import takes_proposals
 from lamella.errors import MethodError
 from lamella.evaluate.speed import denoises
-from lamella.inputs import check_changed
 from lamella.runtime import Drafted
-from lamella.zoo import NamedDraft, open_saved, open_tokenizer
-from lamella.zoo.draft import LOOKUP
-from lamella.zoo.opening import tokenizer_of
 
 PLAIN = "{% for message in messages %}{{ message['content'] }}{% if not loop.last %}\n{% endif %}{% endfor %}"
 
@@ -102,50 +98,28 @@ class Together(GenerationState):
         return self._batching
 
 
-@dataclass
-class Serving:
-    """What the handlers of requests share.
+def open_served(name: str, plan: str | None, draft: str | None, rows: int) -> dict[str, Any]:
+    """Open a model to serve.
 
-    Attributes:
-        models: the model.
-        state: where requests are answered.
+    Args:
+        name: the model.
+        plan: a plan for it.
+        draft: what proposes tokens.
+        rows: maximum number of requests that are answered together.
+
+    Returns:
+        The arguments that transformers' handlers of requests share.
+
+    Raises:
+        MethodError: for a model that does not continue text, or a draft that does not fit.
     """
-
-    models: OneModel
-    state: Together
-
-    @classmethod
-    def open(cls, name: str, plan: str | None, draft: str | None, rows: int) -> Serving:
-        """Open a model to serve.
-
-        Args:
-            name: the model.
-            plan: a plan for it.
-            draft: what proposes tokens.
-            rows: maximum number of requests that are answered together.
-
-        Raises:
-            MethodError: for a model that does not continue text, or a draft that does not fit.
-        """
-        named = NamedDraft.open(draft or "off")
-        named.check(named.name)
-        for each in (name, plan):
-            check_changed(each)
-        saved = open_saved(name)
-        tokenizer = open_tokenizer(saved.whole.path or name)
-        view = saved.running.model
-        if plan is not None:
-            view, tokenizer = saved.view(plan), tokenizer_of(plan, tokenizer)
-        if (
-            denoises(view)
-            or view.config.is_encoder_decoder
-            or any(each.architecture.images for each in saved.whole.stacks.values())
-        ):
-            raise MethodError(f"{name} does not continue text by itself, but serve answers text with text")
-        if not getattr(tokenizer, "chat_template", None):
-            tokenizer.chat_template = PLAIN
-        proposed = named.draft_of(view, tokenizer)
-        together = proposed is None or (named.name == LOOKUP and takes_proposals(view))
-        answers = view if together or proposed is None else Answering(view, proposed)
-        batching = Batching(view, rows, draft=proposed is not None, alone=not together)
-        return cls(OneModel(name, answers, tokenizer), Together(batching))
+    whole, view, tokenizer, proposed = open_generator(name, plan, draft)
+    images = any(each.architecture.images for each in whole.stacks.values())
+    if denoises(view) or view.config.is_encoder_decoder or images:
+        raise MethodError(f"{name} does not continue text by itself, but serve answers text with text")
+    if not getattr(tokenizer, "chat_template", None):
+        tokenizer.chat_template = PLAIN
+    together = proposed is None or (proposed.model is None and takes_proposals(view))
+    answers = view if together or proposed is None else Answering(view, proposed)
+    batching = Batching(view, rows, draft=proposed is not None, alone=not together)
+    return {"model_manager": OneModel(name, answers, tokenizer), "generation_state": Together(batching)}
