@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ways import BATCH, SEQUENCES, Way, distilled, timed
+from ways import BATCH, SEQUENCES, Way, distilled, layers_of, timed
 
 import lamella
 from lamella.commands.compress.healing import LR, TEXT, TOKENS, UNSEEN
@@ -45,10 +45,6 @@ PLANNERS: dict[str, tuple[str, dict[str, Any]]] = {
     OURS: ("portfolio", SHORT | {"refit": True}),
 }
 WAY = Way(refits=True, config={"batch": 1, "lr": LR})
-
-
-def layers_of(drop: list[str]) -> str:
-    return " ".join(sorted({site.split(".")[1] for site in drop}, key=int))
 
 
 def main() -> int:

@@ -190,6 +190,11 @@ def distilled(original: Stack, start: Stack, plan: Plan, tokens: LongTensor, ste
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def layers_of(drop: list[str]) -> str:
+    """Return the numbers of the removed layers."""
+    return " ".join(sorted({site.split(".")[1] for site in drop}, key=int))
+
+
 def apart(ours: list[float], theirs: list[float]) -> str:
     gains = [one - other for one, other in zip(ours, theirs, strict=True)]
     mean = statistics.mean(gains)
@@ -311,7 +316,7 @@ def main() -> int:
         f"Cuts of {REMOVED} layers, and after {seconds} CPU seconds of distillation (mean of {len(seeds)} seeds)",
         ["chosen by", "CPU seconds of planning", "layers", *(f"{each}, cut" for each in on),
          *(f"{each}, healed" for each in on)],
-        [[name, cut["seconds"], " ".join(sorted({site.split(".")[1] for site in cut["drop"]}, key=int)),
+        [[name, cut["seconds"], layers_of(cut["drop"]),
           *cut["kl"].values(), *means(of_cuts[name])] for name, cut in cuts.items()],
     )  # fmt: skip
     record.table(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import socket
 import subprocess
@@ -21,7 +22,9 @@ import torch
 import uvicorn
 
 import lamella
+from lamella.cli.serving.batching import Batching, Request
 from lamella.cli.serving.command import build
+from lamella.data.decoding import Prompt, Running, Sampling
 from lamella.errors import MethodError
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.zoo import nano, open_tokenizer
@@ -133,6 +136,24 @@ def test_a_cancelled_request_frees_its_place() -> None:
         next(iter(stream))
         stream.close()
         assert asked(client, "Return")  # the only place
+
+
+def test_a_request_whose_tokens_cannot_be_passed_on_ends_alone() -> None:
+    batching = Batching(lamella.open(NANO_LLAMA).model, rows=4)
+    ended: queue.Queue[str] = queue.Queue()
+
+    def refuse(ids: list[int]) -> None:
+        raise ValueError("no text")
+
+    def request(put: Any) -> Request:
+        row = Running(Prompt([5, 6, 7], 12, 0), Sampling(temperature=0), ())
+        return Request(row, put, lambda: ended.put("end"), lambda error: ended.put(str(error)))
+
+    for each in (request(refuse), request(lambda ids: None)):
+        batching._waiting.put(each)
+    assert {ended.get(timeout=20) for _ in range(2)} == {"no text", "end"}
+    batching._waiting.put(request(lambda ids: None))
+    assert ended.get(timeout=20) == "end"
 
 
 def test_requests_that_make_no_sense_are_refused_and_the_others_go_on() -> None:

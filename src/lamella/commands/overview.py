@@ -11,7 +11,7 @@ from annotated_types import Gt, Lt, MinLen
 from lamella.commands.compress.forms import Form, Torch
 from lamella.data import ImageText, Text
 from lamella.errors import MethodError
-from lamella.evaluate import FidelityTest, step_times
+from lamella.evaluate import FidelityTest
 from lamella.formatting import counted, estimate, number, percent, ratio, share, size
 from lamella.measure import angular_distance, block_influence
 from lamella.plan import ModelReference, Plan
@@ -52,8 +52,8 @@ class Overview(Study):
             for each in found["savings"]
         ]
         text = (
-            f"{found['model']} opens as {found['architecture']} with {counted(found['layers'], 'layer')}; all methods "
-            f"for {found['on']} work on it. " + _advice(found)
+            f"{found['model']} opens as {found['architecture']} with {counted(found['layers'], 'layer')}. "
+            + _advice(found)
         )
         columns = ["without", "weights", "decode speed-up", "KL, nats", "how"]
         return Summary(
@@ -119,7 +119,8 @@ def overview(
                 f"precision: {form.name}", form, form.speedup.median, vars(fidelity.of(form.view(stack)).kl), "measured"
             )
         )
-    rows += _widths(stack, plain)
+    parts = parts_of(stack)
+    rows += _widths(plain, parts, len(stack))
     layers = len(stack)
     influence = np.argsort(block_influence(stack, calibration).values, kind="stable")
     angles = angular_distance(stack, calibration).values
@@ -146,9 +147,8 @@ def overview(
         findings={
             "model": stack.name,
             "architecture": stack.architecture.name,
-            "on": "decoders",
             "layers": layers,
-            "parts": parts_of(stack),
+            "parts": parts,
             "savings": rows,
         },
         data={"calibration": calibration.describe(), "test": test.describe()},
@@ -159,14 +159,13 @@ def _row(name: str, form: Form, speedup: float, kl: dict[str, Any] | None, how: 
     return {"name": name, "bytes": form.weights(), "speedup": speedup, "kl": kl, "how": how}
 
 
-def _widths(stack: Stack, form: Form) -> Iterator[dict[str, Any]]:
+def _widths(form: Form, parts: dict[str, int], layers: int) -> Iterator[dict[str, Any]]:
     """Yield what a smaller vocabulary and narrower MLPs would save, by their share of weights and of a step."""
-    whole, parts, times = form.weights(), parts_of(stack), step_times(stack)
-    step = times.step(None, len(stack))
+    whole, step = form.weights(), form.times.step(None, layers)
     tokens = parts["embedding and head"] * TOKENS
     how = "see lamella vocab"
     yield {"name": "half of the tokens", "bytes": whole - tokens, "speedup": None, "kl": None, "how": how}
-    faster = step / (step - CHANNELS * times.mlp * len(stack))
+    faster = step / (step - CHANNELS * form.times.mlp * layers)
     how = "predicted; see minitron"
     name = "a quarter of the MLP channels"
     yield {"name": name, "bytes": whole - parts["MLP"] * CHANNELS, "speedup": faster, "kl": None, "how": how}

@@ -260,9 +260,10 @@ class Batch:
         """
         begin, before = time.perf_counter(), sum(len(row.ids) for row in self.rows)
         proposed: list[list[int]] = [[] for _ in self.rows]
-        if self._lookup is not None:
+        lookup = self._lookup if self._lookup is not None and self._lookup.is_on else None
+        if lookup is not None:
             texts = [[*row.prompt.ids, *row.ids] for row in self.rows]
-            proposed = self._lookup.propose(texts, [row.left - 1 for row in self.rows])
+            proposed = lookup.propose(texts, [row.left - 1 for row in self.rows])
         columns = 1 + max(map(len, proposed))
         new = [[row.ids[-1], *each] for row, each in zip(self.rows, proposed, strict=True)]
         ids = torch.tensor([each + [0] * (columns - len(each)) for each in new], device=self._mask.device)
@@ -271,9 +272,9 @@ class Batch:
         logits, self._cache = _step(self._model, ids, self._mask, self._cache, columns)
         rows = self.rows
         self._take(logits, proposed)
-        if self._lookup is not None:
+        if lookup is not None:
             given = sum(len(row.ids) for row in rows) - before
-            self._lookup.note(sum(map(len, proposed)), given, time.perf_counter() - begin)
+            lookup.note(sum(map(len, proposed)), given, time.perf_counter() - begin)
 
     def drop(self, rows: Collection[Running]) -> None:
         """Remove rows before they are over.

@@ -14,7 +14,8 @@ from torch import Tensor
 from lamella.data import load_text
 from lamella.data.sources import benchmark_rows
 from lamella.errors import DownloadError
-from lamella.runtime import Clock, Draft, generate_counted
+from lamella.runtime import Draft, generate_counted
+from lamella.runtime.drafting import Passes
 from lamella.zoo import chat_inputs
 
 TIE = 1e-5  # difference of two logits, relative to the larger one, that rounding explains in 32 bits
@@ -58,14 +59,13 @@ class DraftGain:
             tokens: number of generated tokens; at least 32 are generated.
         """
         tokens = max(tokens, LEAST)
-        plain, step = _greedy(model, prompt, tokens)
-        padding = model.generation_config.pad_token_id or 0
-        settings = {"min_new_tokens": tokens, "max_new_tokens": tokens, "do_sample": False, "pad_token_id": padding}
-        found, passes = generate_counted(model, prompt, **settings, **draft.settings)
-        verifying = passes.verifying / passes.passes / step
-        drafting = 0.0
+        plain, steps = _greedy(model, prompt, tokens)
+        step = steps.seconds / steps.passes
+        found, passes = _greedy(model, prompt, tokens, **draft.settings)
+        verifying, drafting = passes.verifying / passes.passes / step, 0.0
         if draft.model is not None:
-            drafting = passes.proposed / passes.passes * _greedy(draft.model, prompt, tokens)[1] / step
+            own = _greedy(draft.model, prompt, tokens)[1]
+            drafting = passes.proposed / passes.passes * own.seconds / own.passes / step
         differing = (plain != found).nonzero()
         return cls(
             passes.accepted,
@@ -79,19 +79,11 @@ class DraftGain:
         )
 
 
-def _greedy(model: Any, prompt: Tensor, tokens: int) -> tuple[Tensor, float]:
-    """Return a prompt with its greedy continuation [1, time + tokens], and the seconds of a step."""
-    clock = Clock()
-    ids = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        min_new_tokens=tokens,
-        max_new_tokens=tokens,
-        do_sample=False,
-        pad_token_id=model.generation_config.pad_token_id or 0,
-        streamer=clock,
-    )
-    return ids, clock.seconds / (tokens - 1)
+def _greedy(model: Any, prompt: Tensor, tokens: int, **settings: Any) -> tuple[Tensor, Passes]:
+    """Return a prompt with its greedy continuation [1, time + tokens], and its passes."""
+    padding = model.generation_config.pad_token_id or 0
+    length = {"min_new_tokens": tokens, "max_new_tokens": tokens}
+    return generate_counted(model, prompt, do_sample=False, pad_token_id=padding, **length, **settings)
 
 
 def is_tie(model: Any, one: Tensor, other: Tensor, index: int) -> bool:

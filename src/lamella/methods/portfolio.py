@@ -110,6 +110,11 @@ def portfolio(
         assert held_out is not None
         return OutputDistance(stack, held_out, distance)
 
+    @cache
+    def fidelity() -> FidelityTest:
+        judged = calibration if held_out is None else held_out
+        return FidelityTest(stack, judged.tokens if isinstance(judged, Text) else judged)
+
     larger: Cut = frozenset()
     for size in track(range(len(order), max(0, len(order) - refine), -1), "portfolio: exchanging layers"):
         if clock() and size < len(order):  # the starting sets of the largest cut are compared in any case
@@ -128,7 +133,7 @@ def portfolio(
         chosen, validated = larger, {}
         close = [cut for cut in sorted(costs, key=costs.__getitem__) if costs[cut] <= factor * cost]
         if refit and len(close) > 1 and len(sequences(calibration)) > 1:
-            chosen, value = _chosen_after_refit(stack, close, calibration, held_out)
+            chosen, value = _chosen_after_refit(stack, close, calibration, fidelity())
             validated = {"kl after a refit": value}
         elif held_out is not None and len(close) > 1:
             chosen, value = _chosen(close, judge())
@@ -161,15 +166,13 @@ def _chosen(cuts: list[Cut], judge: OutputDistance) -> tuple[Cut, float]:
 
 
 def _chosen_after_refit(
-    stack: Stack, cuts: list[Cut], calibration: Text | ImageText, held_out: Text | None
+    stack: Stack, cuts: list[Cut], calibration: Text | ImageText, judge: FidelityTest
 ) -> tuple[Cut, float]:
-    """Return the set that is closest to the original after a refit, with its KL divergence on held-out text in nats."""
+    """Return the set that is closest to the original after a refit, with its KL divergence in nats."""
     fitted: Any = calibration
     if isinstance(calibration, Text):
         count, length = calibration.tokens.shape
         fitted = calibration.cut(min(FITTED, count), length)
-    judged = calibration if held_out is None else held_out
-    judge = FidelityTest(stack, judged.tokens if isinstance(judged, Text) else judged)
 
     def after_refit(cut: Cut) -> float:
         plan = Plan(model=ModelReference.of(stack), drop=sites_of(_positions(cut), stack.positions))

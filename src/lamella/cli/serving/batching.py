@@ -1,9 +1,9 @@
 """Requests that are answered together: they join the running batch between two steps, and leave it when they are over.
 
 transformers' continuous batching has one temperature for all requests and takes no dynamic plans. Here every request
-has its own sampling and random seed, so its answer depends on no other one.
-Dynamic plans decide for whole batches: requests that arrive meanwhile wait for the next batch. A request with settings
-that the batch does not know, such as stop strings, is answered by the model's own ``generate``, alone.
+has its own sampling and random seed, so its answer depends on no other one. Dynamic plans decide for whole batches:
+requests that arrive meanwhile wait for the next batch. A request with settings that the batch does not know, such as
+stop strings, is answered by the model's own ``generate``, alone.
 """
 
 from __future__ import annotations
@@ -24,17 +24,20 @@ from lamella.data.decoding import Batch, Lookup, Prompt, Running, Sampling
 
 SEED = "lamella_seed"  # attribute of a generation config: the seed that the request named
 KNOWN = {  # settings of a generation config that the batch honours, or that change no token
-    *(
-        "bos_token_id",
-        "do_sample",
-        "eos_token_id",
-        "max_length",
-        "max_new_tokens",
-        "pad_token_id",
-        "temperature",
-        "top_p",
-    ),
-    *("_from_model_config", "output_attentions", "output_hidden_states", "transformers_version", "use_cache", SEED),
+    SEED,
+    "_from_model_config",
+    "bos_token_id",
+    "do_sample",
+    "eos_token_id",
+    "max_length",
+    "max_new_tokens",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "temperature",
+    "top_p",
+    "transformers_version",
+    "use_cache",
     "top_k",  # has no meaning in the protocol
 }
 
@@ -77,7 +80,7 @@ class Batching(GenerateManager):
         threading.Thread(target=self._run, daemon=True).start()
 
     def submit(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
-        """Run a call between two batches; see transformers."""
+        """Run a call between two steps; see transformers."""
         future: Future[Any] = Future()
 
         def call() -> None:
@@ -90,7 +93,7 @@ class Batching(GenerateManager):
         return future
 
     def async_submit(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> asyncio.Future[Any]:
-        """Run a call between two batches, for a coroutine; see transformers."""
+        """Run a call between two steps, for a coroutine; see transformers."""
         return asyncio.wrap_future(self.submit(fn, *args, **kwargs))
 
     def generate_streaming(

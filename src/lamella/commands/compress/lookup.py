@@ -29,8 +29,7 @@ LOOKUP_SECONDS = 5.0  # time limit for all routes, after the first prompt
 def add_lookup(rows: Iterable[dict[str, Any]], variants: Mapping[str, Variant], prompts: Mapping[str, Tensor]) -> None:
     """Add to routes what prompt lookup gains on top of them, as ``lookup``, as far as time permits.
 
-    Dynamic plans are left out, since their caches cannot take tokens back, and so is what does not generate token by
-    token from its own text.
+    Dynamic plans are left out, and so is what does not generate token by token from its own text.
 
     Args:
         rows: routes as in evidence, the most important first; those without a variant are left out.
