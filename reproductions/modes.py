@@ -15,7 +15,6 @@ width.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -29,7 +28,7 @@ import numpy as np
 import torch
 from harness import Run, main
 from harness.measured import Measured
-from harness.vlm import RECIPE, asked, loss, reading, shown_row
+from harness.vlm import RECIPE, asked, fit_into, loss, reading, shown_row
 from torch import Tensor
 
 import lamella
@@ -46,7 +45,7 @@ from lamella.plan import ModelReference, Plan, PolicyReference
 from lamella.runtime import with_policy
 from lamella.runtime.gathering import sparsely
 from lamella.stack import Stack, last_stack
-from lamella.train import Task, fit
+from lamella.train import Task
 from lamella.zoo.cache import build_once
 from lamella.zoo.nano import nano
 from lamella.zoo.opening import open_processor
@@ -84,10 +83,7 @@ class Size:
             config = replace(RECIPE, lr=RATE, steps=self.steps, save_every=self.steps, seed=seed, bf16=False)
             rows = asked(self.steps * config.batch, seed, SIZE, TASKS, OBJECTS, varied=False)
             task = Task(loss, collate=reading(Processing(processor), np.zeros((SIZE, SIZE, 3), np.uint8)))
-            with tempfile.TemporaryDirectory() as work, torch.enable_grad():
-                fit(model, rows, task, config, out=Path(work))
-            model.eval().save_pretrained(folder)
-            processor.save_pretrained(folder)
+            fit_into(folder, model, processor, rows, task, config)
             return {"steps": self.steps, "seed": seed}
 
         return build_once(f"reproduction-modes-{self.layers}-{self.steps}-{seed}", build, megabytes=20)

@@ -17,7 +17,6 @@ Answers count as correct if they match exactly, and exits are measured with teac
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +31,7 @@ from harness import Run, main
 from harness.design import tuned
 from harness.measured import Measured
 from harness.nano import scratch
-from harness.vlm import RECIPE, asked, opened_vlm, shown_row
+from harness.vlm import RECIPE, asked, fit_into, opened_vlm, shown_row
 
 from lamella.data import ImageText, Processing
 from lamella.evaluate import Ratio
@@ -62,7 +61,7 @@ from lamella.report.figures import Scatter
 from lamella.results.record import together
 from lamella.runtime import with_policies
 from lamella.stack import Model, open_model
-from lamella.train import Task, fit, response_loss, with_weights_of
+from lamella.train import Task, response_loss, with_weights_of
 from lamella.zoo.cache import build_once
 from lamella.zoo.opening import open_processor
 from lamella.zoo.vlm import shapes_vlm
@@ -104,11 +103,8 @@ class Size:
             processing = Processing(processor, encodes=True)
             config = replace(RECIPE, batch=32, weight_decay=0.01, bf16=False, steps=self.base, save_every=self.base)
             rows = asked(self.base * config.batch, 2 * seed, SIZE, MIXED, OBJECTS, varied=False)
-            with tempfile.TemporaryDirectory() as work, torch.enable_grad():
-                task = Task(response_loss, collate=processing.batch)
-                fit(model, rows, task, replace(config, seed=seed), out=Path(work))
-            model.eval().save_pretrained(folder)
-            processor.save_pretrained(folder)
+            task = Task(response_loss, collate=processing.batch)
+            fit_into(folder, model, processor, rows, task, replace(config, seed=seed))
             return {"steps": self.base, "seed": seed}
 
         return build_once(f"reproduction-mue-{self.base}-{seed}", build, megabytes=20)

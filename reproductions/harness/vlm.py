@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -168,6 +169,25 @@ STAGES_SEQ2SEQ = {
     "matching": Stage(replace(RECIPE, steps=2400, batch=32), partial(asked, tasks=ENTAILED, most=2), lambda name: True),
     "sft": Stage(replace(RECIPE, steps=5000, batch=32), partial(asked, tasks=ENTAILED), lambda name: True),
 }
+
+
+def fit_into(
+    folder: Path, model: Any, processor: Any, rows: Sequence[ImageTextRow], task: Task, config: TrainConfig
+) -> None:
+    """Train a model, and save it with its processor.
+
+    Args:
+        folder: where it is saved.
+        model: the model.
+        processor: its processor.
+        rows: the training data.
+        task: the loss, and how rows are batched.
+        config: settings of the training.
+    """
+    with tempfile.TemporaryDirectory() as work, torch.enable_grad():
+        fit(model, rows, task, config, out=Path(work))
+    model.eval().save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
 def reading(processing: Processing, picture: Image) -> Callable[[Sequence[ImageTextRow]], dict[str, Tensor]]:
