@@ -6,13 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jinja2 import TemplateError
 
 from lamella.data.context import InputContext
-from lamella.data.decoding import Lookup, Prompt, Sampling, batches, decode, takes_proposals
+from lamella.data.decoding import Lookup, ModelProposals, Prompt, Proposals, Sampling, batches, decode, takes_proposals
 from lamella.data.endpoint import Endpoint
 from lamella.data.protocol import ChatRequest
 from lamella.errors import ArchitectureError, CalibrationError, MethodError
@@ -20,7 +20,8 @@ from lamella.plan import Plan
 from lamella.plan.fingerprint import revision
 from lamella.runtime import apply
 from lamella.stack import Stack
-from lamella.zoo import open_stack, open_tokenizer, preference
+from lamella.zoo import NamedDraft, open_stack, open_tokenizer, preference
+from lamella.zoo.draft import OFF
 
 SERVED = ("http://", "https://")
 
@@ -78,7 +79,7 @@ class Writer(ABC):
         *,
         plan: Path | None = None,
         batch: int = 16,
-        draft: Literal["off", "lookup"] = "off",
+        draft: str = OFF,
         served: str | None = None,
         tokenizer: str | None = None,
         concurrent: int = 8,
@@ -93,8 +94,8 @@ class Writer(ABC):
             context: the context of the run; not used.
             plan: a plan that the decoder runs under.
             batch: number of rows that the decoder generates together.
-            draft: lookup: the decoder verifies several tokens at once that are copied from the text, as long as this is
-                faster. The texts are the same.
+            draft: the decoder verifies several proposed tokens at once, as long as this is faster: lookup copies them
+                from the text, a smaller model with the same tokenizer generates them. The texts are the same.
             served: name of the model of the endpoint; if omitted, the only one that it lists.
             tokenizer: a model whose tokenizer counts tokens, since an endpoint does not provide one.
             concurrent: maximum number of concurrent requests to the endpoint.
@@ -108,7 +109,7 @@ class Writer(ABC):
         """
         if not str(name).startswith(SERVED):
             return LocalWriter(str(name), plan=plan, batch=batch, draft=draft)
-        if plan is not None or draft != "off":
+        if plan is not None or draft != OFF:
             what = "plan" if plan is not None else "draft"
             raise MethodError(f"an endpoint cannot run under a {what}: leave the {what} out, or give a local model")
         if tokenizer is None:
@@ -152,11 +153,12 @@ class LocalWriter(Writer):
         plan: the plan that it runs under, or its file.
         batch: number of rows that are generated together.
         tokenizer: the tokenizer of a model in memory.
-        draft: what proposes tokens.
+        draft: what proposes tokens: ``lookup``, the name of a smaller model, or ``off``.
 
     Raises:
         ArchitectureError: if the model does not generate text, or its tokenizer has no chat template.
-        MethodError: for a draft of a model that does not attend to all earlier tokens, or under a dynamic plan.
+        MethodError: for a draft with other tokens, or if one of the two models does not attend to all earlier tokens,
+            or has a dynamic plan.
     """
 
     def __init__(
@@ -166,7 +168,7 @@ class LocalWriter(Writer):
         plan: Plan | Path | None = None,
         batch: int = 16,
         tokenizer: Any = None,
-        draft: Literal["off", "lookup"] = "off",
+        draft: str = OFF,
     ) -> None:
         if batch < 1:
             raise MethodError(f"batch {batch}: give at least 1")
@@ -182,9 +184,10 @@ class LocalWriter(Writer):
                 f"the tokenizer of {self.stack.name} has no chat template: give "
                 "an instruction-tuned model, or one whose folder has chat_template.jinja"
             )
-        if draft != "off" and not takes_proposals(self.view):
+        drafts = [] if draft == OFF else [self.view, *filter(None, [self.drafting])]
+        if not all(map(takes_proposals, drafts)):
             raise MethodError(
-                "draft: the writer needs a model that attends to all earlier tokens in every layer, without a dynamic "
+                "draft: the writer needs models that attend to all earlier tokens in every layer, without a dynamic "
                 "plan: leave draft out"
             )
 
@@ -193,7 +196,7 @@ class LocalWriter(Writer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for another process: without the weights, if it can open them."""
-        opened = ("stack", "view", "tokenizer") if isinstance(self.model, str) else ("view",)
+        opened = ("drafting", "view", *(("stack", "tokenizer") if isinstance(self.model, str) else ()))
         return {name: each for name, each in self.__dict__.items() if name not in opened} | {"sent": True}
 
     @cached_property
@@ -215,6 +218,18 @@ class LocalWriter(Writer):
         if self.plan.renames_tokens:
             raise MethodError(f"{self.name}: the plan renames tokens: write the smaller model first (lamella apply)")
         return apply(self.stack, self.plan)
+
+    @cached_property
+    def drafting(self) -> Any:
+        """The model that proposes tokens; None without a draft, or for prompt lookup."""
+        found = NamedDraft(self.draft).draft_of(self.view, self.tokenizer)
+        return None if found is None else found.model
+
+    def _proposals(self) -> Proposals | None:
+        """Return what proposes tokens."""
+        if self.draft == OFF:
+            return None
+        return Lookup() if self.drafting is None else ModelProposals(self.drafting)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -240,12 +255,12 @@ class LocalWriter(Writer):
             CalibrationError: if a request leaves no room for an answer.
         """
         torch.set_num_threads(self.threads)
-        ends, lookup = self._ends(), Lookup() if self.draft == "lookup" else None
+        ends, draft = self._ends(), self._proposals()
         prompts = [self._prompt(each) for each in requests]
         for numbers in batches(prompts, self.batch):
             if all(requests[number].key in done for number in numbers):
                 continue
-            rows = decode(self.view, [prompts[number] for number in numbers], sampling, ends, lookup)
+            rows = decode(self.view, [prompts[number] for number in numbers], sampling, ends, draft)
             texts = [self.tokenizer.decode(row.ids, skip_special_tokens=True) for row in rows]
             yield [
                 (requests[number], Completion(text, row.finished, len(prompts[number].ids), len(row.ids)))
