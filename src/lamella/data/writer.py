@@ -24,6 +24,7 @@ from lamella.zoo import NamedDraft, open_stack, open_tokenizer, preference
 from lamella.zoo.draft import OFF
 
 SERVED = ("http://", "https://")
+SUFFIX = ".gguf"
 
 
 class WritingRequest(NamedTuple):
@@ -67,7 +68,7 @@ class Writer(ABC):
     """
 
     metavar = "MODEL"
-    source_help = "a zoo name (smollm2), a checkpoint folder, a hub id, or the URL of an OpenAI-compatible endpoint"
+    source_help = "a zoo name (smollm2), a folder, a hub id, a GGUF file, or the URL of an OpenAI-compatible endpoint"
     name: str
     tokenizer: Any
 
@@ -90,7 +91,8 @@ class Writer(ABC):
         """Open a decoder or an endpoint.
 
         Args:
-            name: what :func:`lamella.open` takes, or a URL such as ``http://localhost:8000/v1``.
+            name: what :func:`lamella.open` takes, a GGUF file, which llama.cpp runs (extra llama-cpp), or a URL such as
+                ``http://localhost:8000/v1``.
             context: the context of the run; not used.
             plan: a plan that the decoder runs under.
             batch: number of rows that the decoder generates together.
@@ -104,14 +106,19 @@ class Writer(ABC):
             key: the environment variable that holds the API key, if the endpoint needs one.
 
         Raises:
-            MethodError: for an endpoint with a plan or without a tokenizer.
+            MethodError: for a GGUF file or an endpoint with a plan or a draft, or an endpoint without a tokenizer.
             LamellaError: if the model cannot be opened.
         """
-        if not str(name).startswith(SERVED):
+        is_served, is_file = str(name).startswith(SERVED), str(name).endswith(SUFFIX)
+        if not is_served and not is_file:
             return LocalWriter(str(name), plan=plan, batch=batch, draft=draft)
         if plan is not None or draft != OFF:
-            what = "plan" if plan is not None else "draft"
-            raise MethodError(f"an endpoint cannot run under a {what}: leave the {what} out, or give a local model")
+            what, where = "plan" if plan is not None else "draft", "llama.cpp" if is_file else "an endpoint"
+            raise MethodError(f"{where} cannot run under a {what}: leave the {what} out, or give a local model")
+        if is_file:
+            from lamella.data.llama_cpp import FileWriter
+
+            return FileWriter(Path(name), batch=batch)
         if tokenizer is None:
             raise MethodError(f"{name} provides no tokenizer: name a model with the same tokenizer, with --tokenizer")
         endpoint = Endpoint(str(name), served, key, concurrent, rate, timeout)
@@ -288,17 +295,7 @@ class LocalWriter(Writer):
         return Prompt(ids, left, request.seed)
 
     def _ids(self, request: WritingRequest) -> list[int]:
-        try:
-            text = self._rendered(request.messages)
-        except TemplateError:  # some templates have no system role: the system prompt is put before the question
-            system, question, *more = request.messages
-            merged = {"role": question["role"], "content": f"{system['content']}\n\n{question['content']}"}
-            text = self._rendered([merged, *more])
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-    def _rendered(self, messages: list[dict[str, str]]) -> str:
-        text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return text
+        return prompt_ids(self.tokenizer, request.messages)
 
     def _ends(self) -> set[int]:
         tokens: Any = self.stack.model.generation_config.eos_token_id
@@ -311,6 +308,26 @@ class LocalWriter(Writer):
         if self.stack.files_digest is None:
             description["weights"] = revision(self.stack.model)
         return description | ({} if self.plan is None else {"plan": self.plan.digest})
+
+
+def prompt_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    """Return the tokens of a conversation, up to where the answer begins.
+
+    Args:
+        tokenizer: a tokenizer with a chat template.
+        messages: the conversation.
+    """
+
+    def rendered(shown: list[dict[str, str]]) -> str:
+        text: str = tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=True)
+        return text
+
+    try:
+        text = rendered(messages)
+    except TemplateError:  # some templates have no system role: the system prompt is put before the question
+        system, question, *more = messages
+        text = rendered([{"role": question["role"], "content": f"{system['content']}\n\n{question['content']}"}, *more])
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _opened(model: Any, dtype: Any, device: str | None) -> Stack:
