@@ -52,6 +52,7 @@ HELD_OUT = 16  # maximum number of blocks on which the accept rate is measured, 
 TRIALS = 0.5  # fraction of the training time for choosing among the candidates
 PLANNING = 0.1  # minutes of all searches, as a fraction of those of training
 LEARNT = 0.999  # accept rate from which there is nothing to learn
+STEPS = 16  # decoding steps in a round of a timing loop
 ANSWER = 48  # tokens that are generated for each prompt
 
 
@@ -146,14 +147,15 @@ def draft(
     candidates = [_without(stack, fraction, written[:HELD_OUT], search) for fraction in sorted(set(remove))]
     finished = Finished(work.journal("trials"), {"target": target.name, "minutes": minutes, "steps": steps})
     trials: list[dict[str, Any]] = []
+    before: dict[int, float] = {}  # accept rates before training
     for each in track(candidates, "draft: trials") if len(candidates) > 1 else []:
         short = {"minutes": TRIALS * minutes / len(candidates)} if steps is None else {"steps": max(1, steps // 4)}
-        _train(each, pair, written, short, train, work.within(f"trial-{each.layers}"))
+        before[each.layers] = _train(each, pair, written, short, train, work.within(f"trial-{each.layers}"))
         trials += finished.once(f"without {each.layers}", lambda each=each: pair.rows(each))  # type: ignore[misc]
     layers = max(trials, key=_predicted)["layers"] if trials else candidates[0].layers
     chosen = next(each for each in candidates if each.layers == layers)
     left = {"minutes": minutes * (1 - TRIALS if trials else 1)} if steps is None else {"steps": steps}
-    _train(chosen, pair, written, left, train, work.within("training"))
+    start = _train(chosen, pair, written, left, train, work.within("training"))
     rows = pair.rows(chosen)
     best = max(rows, key=_predicted)
     unchanged = max(
@@ -173,6 +175,7 @@ def draft(
         findings={
             "target": target.name,
             "passes": pair.passes,
+            "before": before.get(layers, start),
             "trials": trials,
             "rows": rows,
             "chosen": best,
@@ -210,7 +213,7 @@ class DraftPair:
         views = {"": candidate.view}
         if find_spec("torchao") is not None and is_int8(quantised := int8_copy(views[""])):
             views["int8"] = quantised
-        timings = bench({"target": self.target.model, **views}, tokens=16)
+        timings = bench({"target": self.target.model, **views}, tokens=STEPS, rounds=3)
         found = []
         for form, view in views.items():
             accepted, step = self.test.of(view).top1.mean, 1 / timings[form][0].decode_speedup.median
@@ -271,10 +274,15 @@ def _whole(stack: Stack) -> DraftCandidate:
 
 def _train(
     candidate: DraftCandidate, pair: DraftPair, written: LongTensor, time: dict[str, Any], train: Text, work: Work
-) -> None:
-    """Distil the target into a candidate on text that the target has written, unless there is nothing to learn."""
-    if pair.test.of(candidate.view).top1.mean >= LEARNT:
-        return
+) -> float:
+    """Distil the target into a candidate on text that the target has written, unless there is nothing to learn.
+
+    Returns:
+        The accept rate before it.
+    """
+    before = pair.test.of(candidate.view).top1.mean
+    if before >= LEARNT:
+        return before
     target, samples = pair.target, blocks(written, loss_on="all")
     bf16 = computes_well(torch.bfloat16, target.device)
     options = ADAPTERS | SCHEDULE | {"lr": LR, "batch": 1, "bf16": bf16, "log_every": 1} | time
@@ -284,6 +292,7 @@ def _train(
     healed, _ = training.run(work)
     assert isinstance(healed.stack, Stack)
     candidate.stack, candidate.plan, candidate.log = healed.stack, healed.plan, healed.log
+    return before
 
 
 def _predicted(row: dict[str, Any]) -> float:
@@ -325,7 +334,8 @@ def summary(evidence: Evidence) -> Summary:
     measured = Ratio.of([each["measured"] for rows in found["gains"]["draft"].values() for each in rows])
     verdict = (
         f"Of the draft without {counted(best['layers'], 'layer')}, {found['target']} accepts "
-        f"{percent(best['accepted'])} of the tokens; of the unchanged model, {percent(unchanged['accepted'])}. "
+        f"{percent(best['accepted'])} of the tokens ({percent(found['before'])} before training); of the unchanged "
+        f"model, {percent(unchanged['accepted'])}. "
         f"With {counted(best['tokens'], 'token')} at a time{form}, {ratio(best['predicted'])} is predicted and "
         f"{ratio(measured.median)} measured."
     )

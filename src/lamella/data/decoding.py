@@ -174,7 +174,7 @@ class ModelProposals(Proposals):
         same = next((n for n, (one, two) in enumerate(zip(known, text, strict=False)) if one != two), len(known))
         same = min(same, len(text) - 1)
         if cache is not None and same < len(known):
-            cache.crop(same)
+            cache.crop(same - len(known))
         found: list[int] = []
         new = text[same:]
         while len(found) < min(self._tokens, most):

@@ -1,7 +1,7 @@
 """Gradient checkpointing: blocks keep their inputs only, and are computed again in the backward pass.
 
 It works for every model that repeats blocks, and for views whose layers run under a plan. Dropout draws the same
-numbers twice, and buffers such as the statistics of batch norms are updated once, so the result is bit-exact.
+numbers twice, and the statistics of batch norms are updated once, so the result is bit-exact.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
 
@@ -28,7 +29,7 @@ def recomputing(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     blocks = repeated_blocks(model) if enabled else []
     own = {block: block.__dict__.get("forward") for block in blocks}
     for block in blocks:
-        block.forward = partial(_checkpointed, block.forward, partial(_unchanged_buffers, block))
+        block.forward = partial(_checkpointed, block.forward, partial(_unchanged_statistics, block))
     try:
         yield
     finally:
@@ -65,13 +66,12 @@ def _checkpointed(
 
 
 @contextmanager
-def _unchanged_buffers(block: nn.Module) -> Iterator[None]:
-    """Restore the buffers that a second computation of a block changes."""
-    before = [(each, each._version, each.detach().clone()) for each in block.buffers()]
+def _unchanged_statistics(block: nn.Module) -> Iterator[None]:
+    """Restore the statistics of batch norms, which a second computation of a block would update again."""
+    norms = [each for each in block.modules() if isinstance(each, _NormBase)]
+    before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, version, values in before:
-                if buffer._version != version:
-                    buffer.copy_(values)
+        for buffer, values in before:
+            buffer.copy_(values)
