@@ -2,7 +2,8 @@
 
 The loop takes passages in order, sixteen per batch; ``generate`` keeps a finished row to the end of its batch. Here,
 prompts of similar length are batched, finished rows are removed, and keys and values are appended in place. Answers end
-where the rephraser ends them, or at one and a half times the length of their passage.
+where the rephraser ends them, or at one and a half times the length of their passage. The same model is also run by
+llama.cpp, with 8-bit weights in a GGUF file.
 
     python benchmarks/rewrite.py            # SmolLM2 on 64 passages of Python's documentation; about half an hour
     python benchmarks/rewrite.py --quick    # 16 passages
@@ -11,18 +12,24 @@ where the rephraser ends them, or at one and a half times the length of their pa
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from lamella.data import Documents, InputContext, LocalWriter, Sampling
 from lamella.data.decoding import Prompt, Row, batches, decode
+from lamella.data.llama_cpp import FileWriter
 from lamella.data.writer import WritingRequest
 from lamella.evaluate import Ratio
 from lamella.methods.wrap import open_styles, passages
+from lamella.plan.quantize import write_gguf
 from lamella.results import Record
+from lamella.zoo import open_config, resolve
 
 RESULTS = Path(__file__).parent / "results"
 BATCH, GREEDY = 16, Sampling(temperature=0)
@@ -71,6 +78,17 @@ def plainly(writer: LocalWriter, prompts: Sequence[Prompt], ends: set[int]) -> l
     return found
 
 
+def by_file(in_file: FileWriter, writer: LocalWriter, prompts: Sequence[Prompt], ends: set[int]) -> list[Row]:
+    """Generate with llama.cpp; only the number of tokens of a row is known."""
+
+    def answer(prompt: Prompt) -> Row:
+        found = in_file.complete(prompt, GREEDY)
+        return Row([0] * found.tokens, found.finished)
+
+    with ThreadPoolExecutor(BATCH) as pool:
+        return list(pool.map(answer, prompts))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
@@ -78,8 +96,16 @@ def main() -> int:
     torch.set_num_threads(1)
     writer = LocalWriter("smollm2")
     prompts, ends = prompts_of(writer, 16 if quick else 64), writer._ends()
-    rounds, seconds, rows = 1 if quick else 3, {"generate": [], "here": []}, {}
-    ways: dict[str, Callable[..., list[Row]]] = {"generate": plainly, "here": together}
+    file = Path(tempfile.mkdtemp()) / "smollm2-q8_0.gguf"
+    folder = resolve("smollm2")
+    write_gguf(folder, open_config(folder), writer.tokenizer, file, "q8_0", name="smollm2")
+    in_file = FileWriter(file, batch=BATCH, context=1024)
+    ways: dict[str, Callable[..., list[Row]]] = {
+        "generate": plainly,
+        "here": together,
+        "llama.cpp, 8 bits": partial(by_file, in_file),
+    }
+    rounds, seconds, rows = 1 if quick else 3, {name: [] for name in ways}, {}
     for _ in range(rounds):
         for name, way in ways.items():
             began = time.perf_counter()
@@ -104,6 +130,12 @@ def main() -> int:
     )
     ratio = Ratio.of([a / b for a, b in zip(seconds["generate"], seconds["here"], strict=True)])
     record.check("time of generate / time of rephrasing", "at least 2", f"{ratio.median:.2f}", ratio.median >= 2)
+    by_token = [
+        a / b * sum(len(row.ids) for row in rows["llama.cpp, 8 bits"]) / sum(len(row.ids) for row in rows["generate"])
+        for a, b in zip(seconds["generate"], seconds["llama.cpp, 8 bits"], strict=True)
+    ]
+    ratio = Ratio.of(by_token)
+    record.check("time of a token, generate / llama.cpp", "at least 2", f"{ratio.median:.2f}", ratio.median >= 2)
     return record.finish(RESULTS / ("rewrite-quick.json" if quick else "rewrite.json"))
 
 

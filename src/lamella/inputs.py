@@ -162,7 +162,7 @@ class Opening:
         required = default is EMPTY
         kind = self._kind(parameter, value)
         if value is None and required:
-            value = getattr(kind, "default", None)
+            value = parameter.source or getattr(kind, "default", None)
         if value is None and not (required and getattr(kind, "nameless", False)):
             if not required:
                 return default

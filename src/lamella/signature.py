@@ -59,6 +59,13 @@ class Argument:
     """Marks an input that is a positional argument on the command line; the first input always is."""
 
 
+@dataclass(frozen=True)
+class Default:
+    """The name that an omitted input is opened from, if it is not that of its type: ``Default("general")``."""
+
+    name: str
+
+
 class Settings:
     """Defaults of loader settings that differ from those of the input type: ``Settings(sequences=8)``."""
 
@@ -100,6 +107,7 @@ class Parameter:
         split: the split of its source, for an input.
         notes: further bounds that apply to the whole value.
         settings: defaults of loader settings.
+        source: the name that an omitted input is opened from; empty for that of its type.
         is_argument: whether an input is positional on the command line.
     """
 
@@ -113,6 +121,7 @@ class Parameter:
     split: str = "calibration"
     notes: tuple[Any, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    source: str = ""
     is_argument: bool = False
 
     @property
@@ -349,8 +358,9 @@ def _parameter(name: str, hint: Any, default: Any, docs: Mapping[str, str]) -> P
         docs.get(name, ""),
         spelling=next((each.name for each in notes if isinstance(each, Named)), ""),
         split=next((each.name for each in notes if isinstance(each, Split)), "calibration"),
-        notes=tuple(each for each in notes if not isinstance(each, Named | Split | Settings | Argument)),
+        notes=tuple(each for each in notes if not isinstance(each, Named | Split | Settings | Default | Argument)),
         settings=next((each.values for each in notes if isinstance(each, Settings)), {}),
+        source=next((each.name for each in notes if isinstance(each, Default)), ""),
         is_argument=any(isinstance(each, Argument) for each in notes),
     )
 

@@ -28,8 +28,9 @@ SHORT = ("--sequences", "2", "--length", "48")
 BRIEF = ("--sequences", "2", "--length", "48", "--json")
 QUICK = ("--batch", "1", "--prompt", "8", "--tokens", "4", "--rounds", "3")
 COMMANDS = {
-    *("apply", "bench", "chat", "cola", "compare", "compress", "diff", "eval", "forget", "heal", "inspect", "methods"),
-    *("overview", "plan", "pull", "quantize", "repair", "reproduce", "restore", "serve", "trace", "vocab"),
+    *("apply", "bench", "chat", "cola", "compare", "compress", "diff", "draft", "eval", "forget", "heal"),
+    *("inspect", "methods", "overview", "plan", "pull", "quantize", "repair", "reproduce", "restore", "serve", "trace"),
+    "vocab",
 }
 IDS = torch.arange(3, 35)[None]
 

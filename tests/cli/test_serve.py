@@ -36,15 +36,19 @@ PHASED = PhasedPath(prefill=[0, 1, 2, 3, 4, 5], decode=[0, 1, 4, 5])
 
 @contextmanager
 def served(
-    plan: Path | None = None, draft: str | None = None, rows: int = 16, token: str | None = None
+    plan: Path | None = None,
+    draft: str | None = None,
+    rows: int = 16,
+    token: str | None = None,
+    host: str = "127.0.0.1",
 ) -> Iterator[Any]:
     """Serve the nano model from a thread, and yield a client."""
-    app = build(str(NANO_LLAMA), None if plan is None else str(plan), draft, rows, token, ("127.0.0.1",))
-    config = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=1)
+    app = build(str(NANO_LLAMA), None if plan is None else str(plan), draft, rows, token, (host,))
+    config = uvicorn.Config(app, host=host, port=0, log_level="error", timeout_graceful_shutdown=1)
     server, bound = uvicorn.Server(config), config.bind_socket()
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()
-    url = f"http://127.0.0.1:{bound.getsockname()[1]}/v1"
+    url = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}/v1"
     client = openai.OpenAI(base_url=url, api_key=token or "none", max_retries=0, timeout=60)
     try:
         while not server.started:
@@ -184,6 +188,26 @@ def test_a_page_under_another_name_is_refused() -> None:
         with pytest.raises(openai.BadRequestError) as error:
             asked(client.with_options(default_headers={"Host": "example.com"}), "The")
         assert "Invalid host" in error.value.response.text
+
+
+def test_it_is_served_on_the_other_loopback_address() -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with served(host="::1") as client:
+        assert asked(client, "The")
+
+
+def test_a_failure_of_the_model_is_the_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    with served() as client:
+        monkeypatch.setattr("lamella.cli.serving.batching.Batch.join", fail)
+        with pytest.raises(openai.InternalServerError) as error:
+            asked(client, "The")
+        assert "out of memory" in error.value.response.text
 
 
 @pytest.mark.parametrize("name", ["t5", "llava", "llada"])

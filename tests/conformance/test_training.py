@@ -67,6 +67,17 @@ def test_interrupted_training_goes_on_to_the_bit(command: str, tmp_path: Path, m
     assert list(tmp_path.iterdir()) == [out]
 
 
+@pytest.mark.parametrize("command", repeated(TRAINING))
+def test_gradient_checkpointing_changes_nothing(command: str, tmp_path: Path) -> None:
+    if "gradient_checkpointing" not in COMMANDS[command].options:
+        pytest.skip("it has no training configuration of its own")
+    whole = made(command)
+    again = carried_out(command, out=tmp_path / "out", gradient_checkpointing=True)
+    assert not difference(weights(again.outcome.result.stack), weights(whole.outcome.result.stack))
+    assert torch.equal(logits(view(again)), logits(view(whole)))
+    assert again.outcome.result.log.train == whole.outcome.result.log.train
+
+
 @pytest.mark.parametrize(("command", "name"), on_families(TRAINING))
 def test_every_family_trains_and_then_runs(command: str, name: str) -> None:
     done, stack = made(command, name), opened(name)

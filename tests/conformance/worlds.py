@@ -443,7 +443,7 @@ def logits(model: Any) -> Tensor:
     return said
 
 
-TIMED = ("compression", "benchmark", "overview")  # results that hold speeds, or depend on them
+TIMED = ("compression", "benchmark", "overview", "draft")  # results that hold speeds, or depend on them
 
 
 def measured(evidence: Any) -> Any:

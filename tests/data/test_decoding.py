@@ -12,7 +12,18 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from lamella.data.decoding import Batch, Lookup, PreallocatedSlot, Prompt, Running, Sampling, _choose, batches, decode
+from lamella.data.decoding import (
+    Batch,
+    Lookup,
+    ModelProposals,
+    PreallocatedSlot,
+    Prompt,
+    Running,
+    Sampling,
+    _choose,
+    batches,
+    decode,
+)
 from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.runtime import apply
 from lamella.runtime.drafting import ENOUGH, PROBE
@@ -56,28 +67,35 @@ def test_greedy_rows_are_those_of_generate_though_they_leave_at_different_times(
 
 @pytest.mark.parametrize("name", ["whole", "cut"])
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.8, top_p=0.9)], ids=["greedy", "sampled"])
-def test_texts_with_prompt_lookup_are_those_without_it(name: str, sampling: Sampling) -> None:
-    model, lookup = views()[name], Lookup()
+@pytest.mark.parametrize("kind", ["lookup", "model"])
+def test_texts_with_a_draft_are_those_without_it(name: str, sampling: Sampling, kind: str) -> None:
+    model = views()[name]
+    draft = Lookup() if kind == "lookup" else ModelProposals(views()["cut"])
     asked = [each._replace(max_tokens=24 + 9 * number, seed=number) for number, each in enumerate(prompts())]
     plain = decode(model, asked, sampling, {13})
     widths: list[int] = []
     model.register_forward_pre_hook(lambda _, args, given: widths.append(given["input_ids"].shape[1]), with_kwargs=True)
-    lookup.note(0, 1, 1e9)  # a slow plain pass, so that proposals are always worth it
-    assert decode(model, asked, sampling, {13}, lookup) == plain
-    assert lookup.is_on and max(widths[1:]) > 1  # some passes verified several tokens
+    draft.note(0, 1, 1e9)  # a slow plain pass, so that proposals are always worth it
+    assert decode(model, asked, sampling, {13}, draft) == plain
+    assert draft.is_on and max(widths[1:]) > 1  # some passes verified several tokens
 
 
 def test_prompt_lookup_proposes_what_followed_and_ends_where_it_is_slower() -> None:
     lookup = Lookup()
-    assert lookup.propose([[1, 2, 3, 1, 2]], [5]) == [[]]  # what a pass costs is measured first
+
+    def rows(*texts: tuple[list[int], int]) -> list[Running]:
+        return [Running(Prompt(ids, most + 1, 0), GREEDY, set()) for ids, most in texts]
+
+    assert lookup.propose(rows(([1, 2, 3, 1, 2], 5))) == [[]]  # what a pass costs is measured first
     for _ in range(PROBE):
         lookup.note(0, 2, 1.0)
-    assert lookup.propose([[1, 2, 3, 4, 1, 2], [7, 8, 9], [5, 6, 5]], [3, 5, 0]) == [[3, 4, 1], [], []]
+    found = lookup.propose(rows(([1, 2, 3, 4, 1, 2], 3), ([7, 8, 9], 5), ([5, 6, 5], 0)))
+    assert found == [[3, 4, 1], [], []]
     lookup.note(8, ENOUGH // 2, 1.0)
     lookup.note(8, ENOUGH // 2, 1.0)
     assert lookup.is_on  # 32 tokens in 2 seconds, instead of 16
     lookup.note(8, 2, 40.0)
-    assert not lookup.is_on and lookup.propose([[1, 2, 3, 1, 2]], [5]) == [[]]
+    assert not lookup.is_on and lookup.propose(rows(([1, 2, 3, 1, 2], 5))) == [[]]
 
 
 def test_a_slot_with_room_holds_what_a_plain_one_holds_and_is_written_in_place() -> None:
@@ -116,16 +134,17 @@ def test_a_row_says_the_same_alone_and_among_others(sampling: Sampling) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "opt"])
-@pytest.mark.parametrize("lookup", [False, True])
-def test_rows_that_join_or_are_dropped_on_the_way_change_nothing_for_the_others(name: str, lookup: bool) -> None:
+@pytest.mark.parametrize("kind", ["off", "lookup", "model"])
+def test_rows_that_join_or_are_dropped_on_the_way_change_nothing_for_the_others(name: str, kind: str) -> None:
     model = nano(name).eval()
     samplings = [GREEDY, Sampling(0.8, 0.9), Sampling(1.0, 1.0), GREEDY, GREEDY]
     asked = [Prompt([5 + n, 6, 7, 5 + n, 6] * (1 + 3 * n), 30 - 5 * n, n) for n in range(5)]
     alone = [decode(model, [prompt], each, {13})[0] for prompt, each in zip(asked, samplings, strict=True)]
     rows = [Running(prompt, each, {13}) for prompt, each in zip(asked, samplings, strict=True)]
-    finder = Lookup()
-    finder.note(0, 1, 1e9)
-    batch = Batch(model, finder if lookup else None)
+    draft = {"off": None, "lookup": Lookup(), "model": ModelProposals(nano(name).eval())}[kind]
+    if draft is not None:
+        draft.note(0, 1, 1e9)
+    batch = Batch(model, draft)
     batch.join(rows[:2])
     for number in range(60):
         if number in (3, 7, 12):  # longer prompts than what is there, and shorter ones

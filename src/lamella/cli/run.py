@@ -264,7 +264,9 @@ def _reads_config(entry: Method) -> inspect.Parameter:
 
 def _input(each: Parameter, kind: Any, first: bool) -> inspect.Parameter:
     many = getattr(kind, "many", False) or each.is_mapping or each.is_repeated
-    default = None if each.default is not EMPTY or getattr(kind, "nameless", False) else getattr(kind, "default", EMPTY)
+    default = each.source or getattr(kind, "default", EMPTY)
+    if each.default is not EMPTY or getattr(kind, "nameless", False):
+        default = None
     is_test = is_test_input(each)
     default = None if is_test else default
     metavar = getattr(kind, "metavar", None) or (each.spelling or each.name).upper()

@@ -13,9 +13,10 @@ Keys and values are appended in place, whereas ``generate`` copies all of them a
 
 Each row has its own random generator, so its result depends neither on its neighbours nor on their order.
 
-With prompt lookup, a step verifies several proposed tokens of each row in one pass. Rows keep different numbers of
-them: the others stay in the cache, masked. Every token is still chosen from the model's distribution with the next
-random number of its row, so the texts are those of decoding without it, unless rounding decides.
+With a draft (prompt lookup, or a smaller model), a step verifies several proposed tokens of each row in one pass. Rows
+keep different numbers of them: the others stay in the cache, masked. Every token is still chosen from the model's
+distribution with the next random number of its row, so the texts are those of decoding without it, unless rounding
+decides.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ import inspect
 import random
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from annotated_types import Ge, Gt, Le
@@ -92,8 +95,8 @@ def batches(prompts: Sequence[Prompt], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-class Lookup:
-    """Prompt lookup for some batches: it proposes what followed the most recent tokens of a row before.
+class Proposals(ABC):
+    """Proposes tokens for the rows of some batches, as long as this is faster.
 
     It ends where a pass with proposals takes longer than the passes without them that it replaces.
 
@@ -105,27 +108,28 @@ class Lookup:
         self.is_on = True
         self._plain = Passes()
         self._wide = Passes()
-        self._find = PromptLookupCandidateGenerator(num_output_tokens=TOKENS, max_length=sys.maxsize)
 
-    def propose(self, rows: Sequence[Sequence[int]], most: Sequence[int]) -> list[list[int]]:
-        """Return proposed tokens of each row.
+    def propose(self, rows: Sequence[Running]) -> list[list[int]]:
+        """Return proposed tokens of each row, fewer than it may still have.
 
         Args:
-            rows: token ids of the rows so far.
-            most: maximum number of tokens of each row.
+            rows: the rows.
         """
         if not self.is_on or self._plain.passes < PROBE:  # what a pass costs without proposals is measured first
             return [[] for _ in rows]
-        found = [self._find.get_candidates(torch.LongTensor([list(row)]))[0][0, len(row) :].tolist() for row in rows]
-        return [each[:longest] for each, longest in zip(found, most, strict=True)]
+        return [self._after(row, row.left - 1) if row.left > 1 else [] for row in rows]
+
+    @abstractmethod
+    def _after(self, row: Running, most: int) -> list[int]:
+        """Return proposed tokens of a row, at most this many."""
 
     def note(self, proposed: int, tokens: int, seconds: float) -> None:
-        """Note a pass after the prompt.
+        """Note a step after the prompt.
 
         Args:
             proposed: number of tokens that were proposed.
             tokens: number of tokens that it gave.
-            seconds: its duration.
+            seconds: its duration, with that of proposing.
         """
         found = Passes(1, tokens, proposed, seconds=seconds)
         if not proposed:
@@ -135,6 +139,52 @@ class Lookup:
         plain = self._plain.seconds / max(self._plain.tokens, 1)  # of a token
         if self._wide.tokens >= ENOUGH and self._wide.tokens * plain < self._wide.seconds:
             self.is_on = False
+
+
+class Lookup(Proposals):
+    """Prompt lookup: it proposes what followed the most recent tokens of a row before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._find = PromptLookupCandidateGenerator(num_output_tokens=TOKENS, max_length=sys.maxsize)
+
+    def _after(self, row: Running, most: int) -> list[int]:
+        text = [*row.prompt.ids, *row.ids]
+        (found, _) = self._find.get_candidates(torch.LongTensor([text]))
+        return list(found[0, len(text) :].tolist()[:most])
+
+
+class ModelProposals(Proposals):
+    """A smaller model proposes its most likely next tokens, for each row by itself.
+
+    Args:
+        model: the model, whose generation config may say how many tokens it proposes; it :func:`takes_proposals`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self._model = model
+        self._tokens = model.generation_config.num_assistant_tokens or TOKENS
+        self._read: WeakKeyDictionary[Running, tuple[list[int], Any]] = WeakKeyDictionary()
+
+    @torch.no_grad()
+    def _after(self, row: Running, most: int) -> list[int]:
+        text = [*row.prompt.ids, *row.ids]
+        known, cache = self._read.get(row, ([], None))
+        same = next((n for n, (one, two) in enumerate(zip(known, text, strict=False)) if one != two), len(known))
+        same = min(same, len(text) - 1)
+        if cache is not None and same < len(known):
+            cache.crop(same - len(known))
+        found: list[int] = []
+        new = text[same:]
+        while len(found) < min(self._tokens, most):
+            ids = torch.tensor([new], device=self._model.device)
+            logits, cache = _step(self._model, ids, ids.new_ones(1, same + len(new)), cache, 1)
+            same += len(new)
+            new = [int(logits[0, -1].argmax())]
+            found += new
+        self._read[row] = ([*text, *found[:-1]], cache)
+        return found
 
 
 def takes_proposals(model: Any) -> bool:
@@ -152,7 +202,7 @@ def takes_proposals(model: Any) -> bool:
 
 @torch.no_grad()
 def decode(
-    model: Any, prompts: Sequence[Prompt], sampling: Sampling, ends: set[int], lookup: Lookup | None = None
+    model: Any, prompts: Sequence[Prompt], sampling: Sampling, ends: set[int], draft: Proposals | None = None
 ) -> list[Row]:
     """Continue one batch of prompts; finished rows leave it.
 
@@ -161,7 +211,7 @@ def decode(
         prompts: prompts of any lengths.
         sampling: how tokens are sampled.
         ends: tokens that end a row.
-        lookup: proposes tokens, for a model that :func:`takes_proposals`.
+        draft: proposes tokens, for a model that :func:`takes_proposals`.
 
     Returns:
         The new tokens of each prompt, in their order.
@@ -170,7 +220,7 @@ def decode(
         NumericsError: if logits are not finite.
     """
     rows = [Running(prompt, sampling, ends) for prompt in prompts]
-    batch = Batch(model, lookup)
+    batch = Batch(model, draft)
     batch.join(rows)
     while batch.rows:
         batch.step()
@@ -209,15 +259,15 @@ class Batch:
 
     Args:
         model: a decoder, or a view of one with any plan.
-        lookup: proposes tokens; see :func:`decode`.
+        draft: proposes tokens; see :func:`decode`.
 
     Attributes:
         rows: the rows that are not over.
     """
 
-    def __init__(self, model: Any, lookup: Lookup | None = None) -> None:
+    def __init__(self, model: Any, draft: Proposals | None = None) -> None:
         self.rows: list[Running] = []
-        self._model, self._lookup = model, lookup
+        self._model, self._draft = model, draft
         self._cache: Any = None
         self._mask = torch.empty(0)  # of the columns of the cache [rows, columns]
 
@@ -260,10 +310,9 @@ class Batch:
         """
         begin, before = time.perf_counter(), sum(len(row.ids) for row in self.rows)
         proposed: list[list[int]] = [[] for _ in self.rows]
-        lookup = self._lookup if self._lookup is not None and self._lookup.is_on else None
-        if lookup is not None:
-            texts = [[*row.prompt.ids, *row.ids] for row in self.rows]
-            proposed = lookup.propose(texts, [row.left - 1 for row in self.rows])
+        draft = self._draft if self._draft is not None and self._draft.is_on else None
+        if draft is not None:
+            proposed = draft.propose(self.rows)
         columns = 1 + max(map(len, proposed))
         new = [[row.ids[-1], *each] for row, each in zip(self.rows, proposed, strict=True)]
         ids = torch.tensor([each + [0] * (columns - len(each)) for each in new], device=self._mask.device)
@@ -272,9 +321,9 @@ class Batch:
         logits, self._cache = _step(self._model, ids, self._mask, self._cache, columns)
         rows = self.rows
         self._take(logits, proposed)
-        if lookup is not None:
+        if draft is not None:
             given = sum(len(row.ids) for row in rows) - before
-            lookup.note(sum(map(len, proposed)), given, time.perf_counter() - begin)
+            draft.note(sum(map(len, proposed)), given, time.perf_counter() - begin)
 
     def drop(self, rows: Collection[Running]) -> None:
         """Remove rows before they are over.

@@ -6,13 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jinja2 import TemplateError
 
 from lamella.data.context import InputContext
-from lamella.data.decoding import Lookup, Prompt, Sampling, batches, decode, takes_proposals
+from lamella.data.decoding import Lookup, ModelProposals, Prompt, Proposals, Sampling, batches, decode, takes_proposals
 from lamella.data.endpoint import Endpoint
 from lamella.data.protocol import ChatRequest
 from lamella.errors import ArchitectureError, CalibrationError, MethodError
@@ -20,9 +20,11 @@ from lamella.plan import Plan
 from lamella.plan.fingerprint import revision
 from lamella.runtime import apply
 from lamella.stack import Stack
-from lamella.zoo import open_stack, open_tokenizer, preference
+from lamella.zoo import NamedDraft, open_stack, open_tokenizer, preference
+from lamella.zoo.draft import OFF
 
 SERVED = ("http://", "https://")
+SUFFIX = ".gguf"
 
 
 class WritingRequest(NamedTuple):
@@ -66,7 +68,7 @@ class Writer(ABC):
     """
 
     metavar = "MODEL"
-    source_help = "a zoo name (smollm2), a checkpoint folder, a hub id, or the URL of an OpenAI-compatible endpoint"
+    source_help = "a zoo name (smollm2), a folder, a hub id, a GGUF file, or the URL of an OpenAI-compatible endpoint"
     name: str
     tokenizer: Any
 
@@ -78,7 +80,7 @@ class Writer(ABC):
         *,
         plan: Path | None = None,
         batch: int = 16,
-        draft: Literal["off", "lookup"] = "off",
+        draft: str = OFF,
         served: str | None = None,
         tokenizer: str | None = None,
         concurrent: int = 8,
@@ -89,12 +91,13 @@ class Writer(ABC):
         """Open a decoder or an endpoint.
 
         Args:
-            name: what :func:`lamella.open` takes, or a URL such as ``http://localhost:8000/v1``.
+            name: what :func:`lamella.open` takes, a GGUF file, which llama.cpp runs (extra llama-cpp), or a URL such as
+                ``http://localhost:8000/v1``.
             context: the context of the run; not used.
             plan: a plan that the decoder runs under.
             batch: number of rows that the decoder generates together.
-            draft: lookup: the decoder verifies several tokens at once that are copied from the text, as long as this is
-                faster. The texts are the same.
+            draft: the decoder verifies several proposed tokens at once, as long as this is faster: lookup copies them
+                from the text, a smaller model with the same tokenizer generates them. The texts are the same.
             served: name of the model of the endpoint; if omitted, the only one that it lists.
             tokenizer: a model whose tokenizer counts tokens, since an endpoint does not provide one.
             concurrent: maximum number of concurrent requests to the endpoint.
@@ -103,14 +106,19 @@ class Writer(ABC):
             key: the environment variable that holds the API key, if the endpoint needs one.
 
         Raises:
-            MethodError: for an endpoint with a plan or without a tokenizer.
+            MethodError: for a GGUF file or an endpoint with a plan or a draft, or an endpoint without a tokenizer.
             LamellaError: if the model cannot be opened.
         """
-        if not str(name).startswith(SERVED):
+        is_served, is_file = str(name).startswith(SERVED), str(name).endswith(SUFFIX)
+        if not is_served and not is_file:
             return LocalWriter(str(name), plan=plan, batch=batch, draft=draft)
-        if plan is not None or draft != "off":
-            what = "plan" if plan is not None else "draft"
-            raise MethodError(f"an endpoint cannot run under a {what}: leave the {what} out, or give a local model")
+        if plan is not None or draft != OFF:
+            what, where = "plan" if plan is not None else "draft", "llama.cpp" if is_file else "an endpoint"
+            raise MethodError(f"{where} cannot run under a {what}: leave the {what} out, or give a local model")
+        if is_file:
+            from lamella.data.llama_cpp import FileWriter
+
+            return FileWriter(Path(name), batch=batch)
         if tokenizer is None:
             raise MethodError(f"{name} provides no tokenizer: name a model with the same tokenizer, with --tokenizer")
         endpoint = Endpoint(str(name), served, key, concurrent, rate, timeout)
@@ -152,11 +160,12 @@ class LocalWriter(Writer):
         plan: the plan that it runs under, or its file.
         batch: number of rows that are generated together.
         tokenizer: the tokenizer of a model in memory.
-        draft: what proposes tokens.
+        draft: what proposes tokens: ``lookup``, the name of a smaller model, or ``off``.
 
     Raises:
         ArchitectureError: if the model does not generate text, or its tokenizer has no chat template.
-        MethodError: for a draft of a model that does not attend to all earlier tokens, or under a dynamic plan.
+        MethodError: for a draft with other tokens, or if one of the two models does not attend to all earlier tokens,
+            or has a dynamic plan.
     """
 
     def __init__(
@@ -166,7 +175,7 @@ class LocalWriter(Writer):
         plan: Plan | Path | None = None,
         batch: int = 16,
         tokenizer: Any = None,
-        draft: Literal["off", "lookup"] = "off",
+        draft: str = OFF,
     ) -> None:
         if batch < 1:
             raise MethodError(f"batch {batch}: give at least 1")
@@ -182,9 +191,10 @@ class LocalWriter(Writer):
                 f"the tokenizer of {self.stack.name} has no chat template: give "
                 "an instruction-tuned model, or one whose folder has chat_template.jinja"
             )
-        if draft != "off" and not takes_proposals(self.view):
+        drafts = [] if draft == OFF else [self.view, *filter(None, [self.drafting])]
+        if not all(map(takes_proposals, drafts)):
             raise MethodError(
-                "draft: the writer needs a model that attends to all earlier tokens in every layer, without a dynamic "
+                "draft: the writer needs models that attend to all earlier tokens in every layer, without a dynamic "
                 "plan: leave draft out"
             )
 
@@ -193,7 +203,7 @@ class LocalWriter(Writer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for another process: without the weights, if it can open them."""
-        opened = ("stack", "view", "tokenizer") if isinstance(self.model, str) else ("view",)
+        opened = ("drafting", "view", *(("stack", "tokenizer") if isinstance(self.model, str) else ()))
         return {name: each for name, each in self.__dict__.items() if name not in opened} | {"sent": True}
 
     @cached_property
@@ -215,6 +225,18 @@ class LocalWriter(Writer):
         if self.plan.renames_tokens:
             raise MethodError(f"{self.name}: the plan renames tokens: write the smaller model first (lamella apply)")
         return apply(self.stack, self.plan)
+
+    @cached_property
+    def drafting(self) -> Any:
+        """The model that proposes tokens; None without a draft, or for prompt lookup."""
+        found = NamedDraft(self.draft).draft_of(self.view, self.tokenizer)
+        return None if found is None else found.model
+
+    def _proposals(self) -> Proposals | None:
+        """Return what proposes tokens."""
+        if self.draft == OFF:
+            return None
+        return Lookup() if self.drafting is None else ModelProposals(self.drafting)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -240,12 +262,12 @@ class LocalWriter(Writer):
             CalibrationError: if a request leaves no room for an answer.
         """
         torch.set_num_threads(self.threads)
-        ends, lookup = self._ends(), Lookup() if self.draft == "lookup" else None
+        ends, draft = self._ends(), self._proposals()
         prompts = [self._prompt(each) for each in requests]
         for numbers in batches(prompts, self.batch):
             if all(requests[number].key in done for number in numbers):
                 continue
-            rows = decode(self.view, [prompts[number] for number in numbers], sampling, ends, lookup)
+            rows = decode(self.view, [prompts[number] for number in numbers], sampling, ends, draft)
             texts = [self.tokenizer.decode(row.ids, skip_special_tokens=True) for row in rows]
             yield [
                 (requests[number], Completion(text, row.finished, len(prompts[number].ids), len(row.ids)))
@@ -273,17 +295,7 @@ class LocalWriter(Writer):
         return Prompt(ids, left, request.seed)
 
     def _ids(self, request: WritingRequest) -> list[int]:
-        try:
-            text = self._rendered(request.messages)
-        except TemplateError:  # some templates have no system role: the system prompt is put before the question
-            system, question, *more = request.messages
-            merged = {"role": question["role"], "content": f"{system['content']}\n\n{question['content']}"}
-            text = self._rendered([merged, *more])
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-    def _rendered(self, messages: list[dict[str, str]]) -> str:
-        text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return text
+        return prompt_ids(self.tokenizer, request.messages)
 
     def _ends(self) -> set[int]:
         tokens: Any = self.stack.model.generation_config.eos_token_id
@@ -296,6 +308,26 @@ class LocalWriter(Writer):
         if self.stack.files_digest is None:
             description["weights"] = revision(self.stack.model)
         return description | ({} if self.plan is None else {"plan": self.plan.digest})
+
+
+def prompt_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    """Return the tokens of a conversation, up to where the answer begins.
+
+    Args:
+        tokenizer: a tokenizer with a chat template.
+        messages: the conversation.
+    """
+
+    def rendered(shown: list[dict[str, str]]) -> str:
+        text: str = tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=True)
+        return text
+
+    try:
+        text = rendered(messages)
+    except TemplateError:  # some templates have no system role: the system prompt is put before the question
+        system, question, *more = messages
+        text = rendered([{"role": question["role"], "content": f"{system['content']}\n\n{question['content']}"}, *more])
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _opened(model: Any, dtype: Any, device: str | None) -> Stack:

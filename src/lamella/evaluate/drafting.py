@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -14,12 +16,14 @@ from torch import Tensor
 from lamella.data import load_text
 from lamella.data.sources import benchmark_rows
 from lamella.errors import DownloadError
+from lamella.evaluate.speed import clock
 from lamella.runtime import Draft, generate_counted
 from lamella.runtime.drafting import Passes
 from lamella.zoo import chat_inputs
 
 TIE = 1e-5  # difference of two logits, relative to the larger one, that rounding explains in 32 bits
 LEAST = 32  # generated tokens, since the pass over the prompt gives the first ones and is not counted
+CONTEXT, ROUNDS = 64, 5  # tokens before a timed pass, and how often it is timed
 PASSAGE = 1200  # maximum characters of a text to rewrite
 
 
@@ -99,6 +103,42 @@ def is_tie(model: Any, one: Tensor, other: Tensor, index: int) -> bool:
     first, second = logits[one[0, index]], logits[other[0, index]]
     precision = max(4 * torch.finfo(model.dtype).eps, TIE)
     return bool((first - second).abs() <= precision * logits.abs().max())
+
+
+@torch.no_grad()
+def pass_costs(model: Any, most: int) -> list[float]:
+    """Return the time of a pass over 1, 2, ... tokens behind a context, in passes over one token.
+
+    Args:
+        model: a model.
+        most: maximum number of proposed tokens; the longest pass has one token more.
+    """
+    ids = torch.arange(CONTEXT + most + 1, device=model.device)[None] % model.config.get_text_config().vocab_size
+    context = model(ids[:, :CONTEXT], use_cache=True).cache
+    fastest = [math.inf] * (most + 1)
+    for _ in range(ROUNDS):  # in turns, so that a change of the machine's speed affects all of them
+        for width in range(most + 1):
+            cache = copy.deepcopy(context)
+            begin = clock(model.device)
+            model(ids[:, CONTEXT : CONTEXT + width + 1], cache=cache, use_cache=True)
+            fastest[width] = min(fastest[width], clock(model.device) - begin)
+    return [each / fastest[0] for each in fastest]
+
+
+def predicted_gain(accepted: float, step: float, passes: Sequence[float]) -> tuple[int, float]:
+    """Return the number of proposed tokens with the highest predicted speed-up, and this speed-up.
+
+    Args:
+        accepted: probability that a proposed token is accepted.
+        step: time of a step of the draft, in steps of the target.
+        passes: time of a pass over 1, 2, ... tokens, in steps of the target; see :func:`pass_costs`.
+    """
+    gains = {
+        tokens: sum(accepted**n for n in range(tokens + 1)) / (tokens * step + passes[tokens])
+        for tokens in range(1, len(passes))
+    }
+    best = max(gains, key=gains.__getitem__)
+    return best, gains[best]
 
 
 def drafted_prompts(tokenizer: Any, count: int) -> dict[str, list[Tensor]]:

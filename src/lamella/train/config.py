@@ -55,6 +55,8 @@ class TrainConfig:
         log_every: steps between points of the log.
         eval_every: steps between evaluations of the held-out loss; at each checkpoint by default.
         bf16: compute in bfloat16 where possible; parameters, gradients and optimizer state keep their precision.
+        gradient_checkpointing: keep only the inputs of a model's blocks, and compute the blocks again in the backward
+            pass: a third more time for much less memory, with the same result.
         tensorboard: a folder for TensorBoard curves, written during training (extra tensorboard).
         shard: shard weights, gradients and optimizer state over the processes, where one device cannot hold them.
 
@@ -76,6 +78,7 @@ class TrainConfig:
     log_every: int = 10
     eval_every: int | None = None
     bf16: bool = False
+    gradient_checkpointing: bool = False
     tensorboard: str | None = None
     shard: bool = False
 

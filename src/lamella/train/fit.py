@@ -30,6 +30,7 @@ from lamella.train.loop import Loop, Objective
 from lamella.train.mixing import Feed
 from lamella.train.optimizers import Factory, adamw, factory_name, state_of
 from lamella.train.parameters import Choice, choose, only
+from lamella.train.recompute import recomputing
 from lamella.train.runs import as_json, model_digest, samples_digest
 from lamella.train.sharding import ShardedLoop
 from lamella.train.task import Loss, Task, batching
@@ -129,7 +130,8 @@ def fit(
         if checkpoint is not None and watch.done:
             loop.read(checkpoint)
         else:
-            loop.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with recomputing(loop.model, config.gradient_checkpointing):
+                loop.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         for hook in hooks:
             hook.end(run)
     return run.log

@@ -17,6 +17,7 @@ from lamella.files import write
 from lamella.train.attention import fast_attention
 from lamella.train.config import TrainConfig
 from lamella.train.parameters import Choice, choose, only
+from lamella.train.recompute import recomputing
 from lamella.train.task import Task
 
 
@@ -72,7 +73,8 @@ def _step(model: Any, samples: Sequence[Any], task: Task, config: TrainConfig, t
     device = next(model.parameters()).device
     batch = {name: each.to(device) for name, each in task.collate(samples[: config.batch]).items()}
     trained = choose(model, trainable)
-    with only(model, trained), torch.enable_grad(), fast_attention(batch, config.bf16):
+    again = recomputing(model, config.gradient_checkpointing)
+    with only(model, trained), torch.enable_grad(), fast_attention(batch, config.bf16), again:
         begin = time.perf_counter()
         for _ in range(config.accumulate):
             with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):

@@ -16,6 +16,7 @@ from lamella.errors import MethodError
 from lamella.extras import require
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+SIX = ("[", "[::1]")  # what the check of names takes the name in http://[::1]:8000 to be
 ANSWERED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/health")
 TOKEN = "LAMELLA_TOKEN"
 
@@ -52,7 +53,7 @@ def serve(
     running = uvicorn.Server(config)
     socket = config.bind_socket()
     socket.listen()  # whoever reads the address may ask at once
-    address = f"http://{host}:{socket.getsockname()[1]}/v1"
+    address = f"http://{f'[{host}]' if ':' in host else host}:{socket.getsockname()[1]}/v1"
     if json:
         print_json({"model": model, "plan": plan_file, "url": address})
     else:
@@ -97,7 +98,7 @@ def build(
     server = build_server(**needed)
     server.router.routes[:] = [each for each in server.router.routes if getattr(each, "path", "") in ANSWERED]
     if hosts is not None:  # a page in a browser on this machine cannot ask under a name of its own
-        server.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+        server.add_middleware(TrustedHostMiddleware, allowed_hosts=[*hosts, *SIX])
 
     @server.middleware("http")
     async def admitted(request: Request, answer: Any) -> Any:
@@ -106,7 +107,9 @@ def build(
             return JSONResponse({"error": {"message": "send the token of this server as your API key"}}, 401)
         try:
             return await answer(request)
-        except Exception as error:  # of a request that makes no sense to a tokenizer, for instance
-            return JSONResponse({"error": {"message": f"{type(error).__name__}: {error}"}}, 400)
+        except Exception as error:
+            is_its_own = isinstance(error, ValueError | TypeError | KeyError)  # one that a tokenizer refuses
+            message = f"{type(error).__name__}: {error}"
+            return JSONResponse({"error": {"message": message}}, 400 if is_its_own else 500)
 
     return server

@@ -229,14 +229,21 @@ def _options(plan: Plan, train: Text | ImageText) -> list[dict[str, Any]]:
     adapters = ADAPTERS | {"lr": LR * batch**0.5}
     ways = [WHOLE, adapters] if plan.width else [adapters]
     sizes = sorted({1, batch}, reverse=True)
-    return [way | SCHEDULE | {"batch": size, "accumulate": batch // size} for way in ways for size in sizes]
+    return [
+        way | SCHEDULE | {"batch": size, "accumulate": batch // size} | more
+        for way in ways
+        for size in sizes
+        for more in ({}, {"gradient_checkpointing": True})
+    ]
 
 
 def _needed(stack: Stack, options: dict[str, Any], length: int) -> float:
     """Estimate the bytes that training needs in addition to the models: trained parameters, activations and logits."""
     sizes = stack.architecture.sizes_of(stack.config)
     trained = 0 if "lora" in options else 4 * 4 * sum(each.numel() for each in stack.model.parameters())
-    activations = options["batch"] * length * len(stack) * (12 * sizes.hidden + 4 * sizes.channels) * 4
+    layers = 1 if "gradient_checkpointing" in options else len(stack)
+    inner = layers * (12 * sizes.hidden + 4 * sizes.channels)
+    activations = options["batch"] * length * (len(stack) * sizes.hidden + inner) * 4
     copies = 2 * 2 * sum(each.numel() for each in stack.model.parameters())  # both models in bfloat16
     return copies + trained + activations + 4 * CHUNK * stack.config.vocab_size * 4
 
