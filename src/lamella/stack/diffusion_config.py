@@ -98,9 +98,20 @@ class DreamConfig(Qwen2Config):
 
 
 class LlavaDiffusionConfig(LlavaConfig):
-    """The config of a masked-diffusion model that reads images: LLaVA's, around LLaDA or Dream."""
+    """The config of a masked-diffusion model that reads images: LLaVA's, around LLaDA or Dream.
+
+    Attributes:
+        image_grid_pinpoints: sizes in pixels [height, width] of the grids of tiles that a large image may be cut into;
+            None for images of one tile, without a newline vector.
+        max_tiles: number of tiles above which the features of a grid are interpolated; None for no limit.
+        image_pooling: factor by which the features of a tile are interpolated in height and width.
+    """
 
     model_type = "llava_diffusion"
+
+    image_grid_pinpoints: list[Any] | None = None
+    max_tiles: int | None = None
+    image_pooling: int = 1
 
     @property
     def mask_token_id(self) -> int:

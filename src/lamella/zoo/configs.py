@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING, AutoConfig
 from lamella.errors import ArchitectureError, CheckpointError, DownloadError, LamellaError
 from lamella.plan import checkpoint, native
 from lamella.registry import import_network
+from lamella.zoo.published import config_of, is_published
 from lamella.zoo.pull import ZOO
 
 CONFIG = "config.json"
@@ -29,7 +30,7 @@ def register_class(place: Path | str) -> None:
     """Register a method's own model class with transformers, if a checkpoint's config names an unknown one."""
     if isinstance(place, Path) and (place / CONFIG).is_file():
         kind = str(checkpoint.read_json(place / CONFIG).get("model_type"))
-        if kind not in CONFIG_MAPPING:
+        if kind not in CONFIG_MAPPING and not is_published(place):
             import_network(kind)
 
 
@@ -45,6 +46,8 @@ def open_config(place: Path | str) -> Any:
     if isinstance(place, Path) and metadata is not None and metadata.is_own_class:
         kind = native.config_class(checkpoint.read_json(place / CONFIG)["model_type"])
         config = load_from(kind.from_pretrained, place)
+    elif is_published(place):
+        config = load_from(config_of, place)
     else:
         config = load_from(AutoConfig.from_pretrained, place, trust_remote_code=False)
     for what in ("_attn_implementation", "_experts_implementation"):

@@ -48,6 +48,7 @@ from lamella.zoo.configs import CONFIG, native_metadata, open_config, register_c
 from lamella.zoo.configs import load_from as _load
 from lamella.zoo.libraries import LibraryName, build_named, open_timm, parse_name
 from lamella.zoo.pipelines import INDEX, Pipeline, is_pipeline, open_network
+from lamella.zoo.published import is_published, open_processing, open_tokens, open_weights
 from lamella.zoo.pull import ZOO, resolve
 from lamella.zoo.quantised import dequantisation_options, mark_dequantised
 
@@ -183,7 +184,10 @@ def open_model(
     dequantise = dequantisation_options(config, place)
     options = {"dtype": dtype, "use_safetensors": None if allow_pickle else True, "config": config} | dequantise
     with tracker(f"opening {name}"):
-        loaded = _load(partial(pretrained, opener), place, **options)
+        if is_published(place):
+            loaded = _load(open_weights, place, config=config, dtype=dtype)
+        else:
+            loaded = _load(partial(pretrained, opener), place, **options)
     loaded = mark_dequantised(loaded) if dequantise else loaded
     loaded = loaded.eval().to(device)
     loaded = run_by_torch(loaded) if integers else loaded
@@ -396,6 +400,8 @@ def open_tokenizer(model: str | Path) -> Any:
     """Return the tokenizer of a folder, zoo name or hub id."""
     place = resolve(model)
     options = {}
+    if is_published(place):
+        return _load(open_tokens, place)
     if isinstance(place, Path) and (place / CONFIG).is_file():
         metadata = native_metadata(place)
         if metadata is not None and metadata.is_own_class:  # its model type is Lamella's: use the original one
@@ -435,6 +441,8 @@ def open_processor(model: str | Path) -> Any:
         ArchitectureError: for one that comes with its own code.
     """
     place = resolve(model)
+    if is_published(place):
+        return _load(open_processing, place)
     if isinstance(place, Path) and not any((place / file).is_file() for file in PROCESSORS):
         return open_tokenizer(model)
     register_class(place)
