@@ -264,7 +264,7 @@ def _reads_config(entry: Method) -> inspect.Parameter:
 
 def _input(each: Parameter, kind: Any, first: bool) -> inspect.Parameter:
     many = getattr(kind, "many", False) or each.is_mapping or each.is_repeated
-    default = each.source or getattr(kind, "default", EMPTY)
+    default: Any = each.source or getattr(kind, "default", EMPTY)
     if each.default is not EMPTY or getattr(kind, "nameless", False):
         default = None
     is_test = is_test_input(each)

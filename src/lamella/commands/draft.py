@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge, Gt, Lt, MinLen
-from torch import LongTensor, Tensor
+from torch import Tensor
 
 from lamella.commands.compress.forms import is_int8
 from lamella.commands.compress.healing import ADAPTERS, LR, SCHEDULE
@@ -101,7 +101,7 @@ class DraftCandidate:
 def draft(
     stack: Stack,
     target: Stack,
-    train: Annotated[Text, Default("general"), Settings(sequences=128)],
+    train: Annotated[Text, Default("general"), Settings(sequences=64)],
     *,
     remove: Annotated[tuple[Annotated[float, Ge(0), Lt(1)], ...], MinLen(1)] = (0.0, 0.25, 0.5),
     minutes: Annotated[float, Gt(0)] = 8.0,
@@ -223,7 +223,7 @@ class DraftPair:
         return found
 
 
-def own_text(model: Stack, tokens: LongTensor, seed: int, work: Work) -> LongTensor:
+def own_text(model: Stack, tokens: Tensor, seed: int, work: Work) -> Tensor:
     """Return blocks of which a model has written all but the first quarter, sampled at temperature 1.
 
     Args:
@@ -248,7 +248,7 @@ def own_text(model: Stack, tokens: LongTensor, seed: int, work: Work) -> LongTen
         batch = rows[start : start + BATCH]
         new = finished.once(str(start), lambda batch=batch: continued(batch))  # type: ignore[misc]
         found += [[*row.ids, *ids] for row, ids in zip(batch, new, strict=True)]
-    return torch.tensor(found)  # type: ignore[return-value]
+    return torch.tensor(found)
 
 
 def _prompt(tokens: Tensor) -> int:
@@ -256,7 +256,7 @@ def _prompt(tokens: Tensor) -> int:
     return max(1, tokens.shape[1] // 4)
 
 
-def _without(stack: Stack, fraction: float, tokens: LongTensor, minutes: float) -> DraftCandidate:
+def _without(stack: Stack, fraction: float, tokens: Tensor, minutes: float) -> DraftCandidate:
     """Return a model without a fraction of its layers, those whose loss a refit of the others corrects best."""
     layers = round(fraction * len(stack))
     if not layers:
@@ -273,7 +273,7 @@ def _whole(stack: Stack) -> DraftCandidate:
 
 
 def _train(
-    candidate: DraftCandidate, pair: DraftPair, written: LongTensor, time: dict[str, Any], train: Text, work: Work
+    candidate: DraftCandidate, pair: DraftPair, written: Tensor, time: dict[str, Any], train: Text, work: Work
 ) -> float:
     """Distil the target into a candidate on text that the target has written, unless there is nothing to learn.
 

@@ -52,7 +52,7 @@ class FileWriter(Writer):
         return {name: each for name, each in self.__dict__.items() if name not in ("_server", "tokenizer")}
 
     @cached_property
-    def tokenizer(self) -> Any:  # type: ignore[override]
+    def tokenizer(self) -> Any:
         """The tokenizer in the file."""
         try:
             return AutoTokenizer.from_pretrained(self.file.parent, gguf_file=self.file.name, trust_remote_code=False)

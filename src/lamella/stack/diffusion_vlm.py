@@ -12,7 +12,7 @@ end of every row::
 """
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +83,8 @@ class LlavaDiffusionModel(LlavaModel):
         if self.config.image_grid_pinpoints is None:
             return self._features(pixel_values)
         assert image_sizes is not None
-        pinpoints, size = self.config.image_grid_pinpoints, self.config.vision_config.image_size
+        vision: Any = self.config.vision_config
+        pinpoints, size = self.config.image_grid_pinpoints, vision.image_size
         numbers = [1] * len(image_sizes) if batch_num_images is None else batch_num_images.tolist()
         is_alone = [number == 1 for number in numbers for _ in range(number)]
         counts = [
@@ -112,8 +113,8 @@ class LlavaDiffusionModel(LlavaModel):
         whole, newline = tiles[0], self.image_newline.to(tiles)
         if len(tiles) == 1:
             return torch.cat([whole, newline[None]])
-        side, config = math.isqrt(tiles.shape[1]), self.config
-        rows, columns = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
+        side, config, vision = math.isqrt(tiles.shape[1]), self.config, cast(Any, self.config.vision_config)
+        rows, columns = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, vision.image_size)
         grid = tiles[1:].unflatten(1, (side, side)).unflatten(0, (rows, columns))  # [rows, columns, side, side, hidden]
         grid = unpad_image(grid.permute(4, 0, 2, 1, 3).flatten(1, 2).flatten(2, 3), size)  # [hidden, height, width]
         height, width = grid.shape[1:]

@@ -11,7 +11,7 @@ import gc
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed
@@ -130,7 +130,7 @@ def fit(
         if checkpoint is not None and watch.done:
             loop.read(checkpoint)
         else:
-            with recomputing(loop.model, config.gradient_checkpointing):
+            with recomputing(cast(nn.Module, loop.model), config.gradient_checkpointing):
                 loop.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         for hook in hooks:
             hook.end(run)
