@@ -4,7 +4,7 @@ Each goal is reached as the command chooses, and one by cutting alone. Reported 
 the divergence from the original on text that neither planning nor healing has seen, the accuracy on questions with
 known answers (lm-evaluation-harness), and greedy answers to ten prompts.
 
-    python benchmarks/outcomes.py            # an hour on two idle cores; resumes after an interruption
+    python benchmarks/outcomes.py smollm2    # an hour on two idle cores; resumes after an interruption
     python benchmarks/outcomes.py --quick    # a nano model, healed for a few seconds
 """
 
@@ -73,7 +73,7 @@ def outcome(model: Any, chats: bool, options: dict[str, Any]) -> dict[str, Any]:
     chosen, healing = evidence["chosen"], evidence["healing"]
     return {
         "route": chosen["route"],
-        "sublayers": len(chosen["drop"]),
+        "layers": len(chosen["drop"]),  # by default whole ones are removed
         "speedup": chosen["timings"][0]["decode_speedup"],
         "kl": (healing or chosen)["fidelity"]["kl"],
         "unseen": {
@@ -93,50 +93,65 @@ def words(options: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", choices=[*GOALS, []], help="the models; all by default")
     parser.add_argument("--quick", action="store_true", help="a nano model, healed for a few seconds")
-    quick = parser.parse_args().quick
-    goals = {NANO: [{**BY_CUTTING, "heal_minutes": 0.05}]} if quick else GOALS
-    suffix = "-quick" if quick else ""
-    finished = Finished(cache_folder() / "benchmarks" / f"outcomes{suffix}.jsonl", {"prompts": PROMPTS, "task": TASK})
-    rows, said = [], {}
-    if not quick:
-        said["original"] = finished.once("answers of the original", partial(answers_of, CHATS))
-    for model, asked in goals.items():
-        for options in asked:
-            goal = words(options)
-            found = finished.once(f"{model} {goal}", partial(outcome, model, model == CHATS, options))
-            first, *_, last = found["scores"].values()
-            unseen = [f"{value:.3f}" for value in found["unseen"].values()]
-            rows.append(
-                [
-                    Path(model).name,
-                    goal,
-                    f"{found['route']}, {counted(found['sublayers'], 'sublayer')} removed",
-                    ratio(found["speedup"]["median"]),
-                    f"{found['kl']['mean']:.3f}",
-                    *(unseen or ["", ""]),
-                    estimate(first),
-                    estimate(last),
-                ]
-            )
-            if found["answers"]:
-                said[goal] = found["answers"]
+    given = parser.parse_args()
+    if given.quick:
+        return measured(NANO, [BY_CUTTING | {"heal_minutes": 0.05}], "-quick")
+    return max(measured(model, GOALS[model], "") for model in given.models or GOALS)
 
-    record = Record("outcomes", "calibration on pydoc, healing on general, tests on stdlib, gsm8k and humaneval", 0)
-    on = [f"KL on {name}" for name in ("stdlib, nats", "gsm8k", "humaneval")]
+
+def measured(model: str | Path, goals: list[dict[str, Any]], suffix: str) -> int:
+    """Reach the goals with one model, and write their record; return the exit code.
+
+    Args:
+        model: the model.
+        goals: the options of each compression.
+        suffix: of the names of journal and record.
+    """
+    name = Path(model).name
+    depends = {"prompts": PROMPTS, "task": TASK}
+    finished = Finished(cache_folder() / "benchmarks" / f"outcomes-{name}{suffix}.jsonl", depends)
+    chats = model == CHATS
+    said = {"original": finished.once("answers of the original", partial(answers_of, CHATS))} if chats else {}
+    record = Record(
+        f"outcomes-{name}", "calibration on pydoc, healing on general, tests on stdlib, gsm8k, humaneval", 0
+    )
+    rows, by_cutting = [], None
+    for options in goals:
+        goal = words(options)
+        found = finished.once(goal, partial(outcome, model, chats, options))
+        by_cutting = found if options.get("allow") == BY_CUTTING["allow"] else by_cutting
+        first, *_, last = found["scores"].values()
+        unseen = [f"{found['unseen'][text]:.3f}" if text in found["unseen"] else "" for text in MOST]
+        rows.append(
+            [
+                name,
+                goal,
+                f"{found['route']}, {counted(found['layers'], 'layer')} removed",
+                ratio(found["speedup"]["median"]),
+                f"{found['kl']['mean']:.3f}",
+                *unseen,
+                estimate(first),
+                estimate(last),
+            ]
+        )
+        if found["answers"]:
+            said[goal] = found["answers"]
+    on = [f"KL on {text}" for text in ("stdlib, nats", *MOST)]
     columns = ["model", "goal", "route", "speed-up", *on, f"{TASK}, original", f"{TASK}, result"]
     record.table("What compress returns, healed for eight minutes where layers are cut", columns, rows)
-    by_cutting = finished.once(f"{next(iter(goals))} {words(BY_CUTTING)}", dict)  # it is there already
-    for text, most in MOST.items():
-        kl = by_cutting["unseen"][text]
-        record.check(f"KL on {text} by cutting alone, nats", f"at most {most:g}", kl, kl <= most)
-    before, cut, healed = (each["mean"] for each in by_cutting["scores"].values())
-    back = (healed - cut) / (before - cut)
-    record.check(f"{TASK}: accuracy lost by cutting that healing brings back", "at least half", back, back >= 0.5)
+    if by_cutting is not None:
+        for text, most in MOST.items():
+            kl = by_cutting["unseen"][text]
+            record.check(f"KL on {text} by cutting alone, nats", f"at most {most:g}", kl, kl <= most)
+        before, cut, healed = (each["mean"] for each in by_cutting["scores"].values())
+        back = (healed - cut) / (before - cut)
+        record.check(f"{TASK}: accuracy lost by cutting that healing brings back", "at least half", back, back >= 0.5)
     if said:
-        lines = [[prompt, name, each[number]] for number, prompt in enumerate(PROMPTS) for name, each in said.items()]
+        lines = [[prompt, who, each[number]] for number, prompt in enumerate(PROMPTS) for who, each in said.items()]
         record.table(f"Greedy answers, at most {TOKENS} tokens", ["prompt", "model", "answer"], lines)
-    return record.finish(Path(__file__).parent / "results" / f"outcomes{suffix}.json")
+    return record.finish(Path(__file__).parent / "results" / f"outcomes-{name}{suffix}.json")
 
 
 if __name__ == "__main__":

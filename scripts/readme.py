@@ -60,12 +60,12 @@ def demonstrated(evidence: Path) -> str:
 
 def outcomes() -> str:
     """Return the table of what `lamella compress` returned for real models and several goals."""
-    found = read(BENCHMARKS / "outcomes.json")
-    columns, rows = found["tables"][0]["columns"], found["tables"][0]["rows"]
+    every = [read(each) for each in sorted(BENCHMARKS.glob("outcomes-*.json")) if not each.stem.endswith("-quick")]
+    columns = every[0]["tables"][0]["columns"]
     lines = [f"| {' | '.join(['command', *columns[2:]])} |", f"| {'--- | ' * (len(columns) - 1)}"[:-1]]
-    for model, goal, *cells in rows:
+    for model, goal, *cells in (row for found in every for row in found["tables"][0]["rows"]):
         lines.append(f"| `compress {model} {goal}` | {' | '.join(map(str, cells))} |")
-    return "\n".join([*lines, "", f"{found['machine']}; `python benchmarks/outcomes.py`."])
+    return "\n".join([*lines, "", f"{every[0]['machine']}; `python benchmarks/outcomes.py`."])
 
 
 def machine(environment: dict[str, Any]) -> str:
@@ -163,7 +163,7 @@ def main() -> None:
         if folder is not None:
             shutil.copyfile(folder / "evidence.json", BENCHMARKS / f"{name}.json")
     parts = {"methods": method_table()}
-    if (BENCHMARKS / "outcomes.json").exists():
+    if any(BENCHMARKS.glob("outcomes-*.json")):
         parts["outcomes"] = outcomes()
     if arguments.demo is not None:
         parts["demo"] = demonstrated(BENCHMARKS / "demo.json")
