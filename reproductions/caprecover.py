@@ -100,11 +100,11 @@ def split_digits() -> list[list[Captioned]]:
     ]
 
 
-def victim_of_digits(images: Sequence[Captioned], steps: int | None, seed: int, out: Path) -> Victim:
+def victim_of_digits(images: Sequence[Captioned], seed: int, out: Path) -> Victim:
     torch.manual_seed(seed)
     model = FourStages()
     rows = [{"x": x, "y": torch.tensor(each.label)} for x, each in zip(prepare(images), images, strict=True)]
-    config = replace(LEARNED, steps=steps or LEARNED.steps, save_every=1000, seed=seed)
+    config = replace(LEARNED, save_every=1000, seed=seed)
     fit(model, rows, supervised(class_cross_entropy), config, out=out, trainable=lambda name: True)
     return Victim(model.eval().requires_grad_(False), CUTS, prepare, "digits")
 
@@ -114,7 +114,7 @@ def digits(run: Run) -> None:
     guards = [LinkDefence.parse(each) for each in (GUARDS[:1] + GUARDS[-2:] if run.quick else GUARDS)]
     cuts, defended = (["stage1", "pooled"], ["pooled"]) if run.quick else (list(CUTS), list(DEFENDED))
     steps = 20 if run.quick else None
-    victim = victim_of_digits(ours, 80 if run.quick else None, run.seed, run.work / "victim")
+    victim = victim_of_digits(ours, run.seed, run.work / "victim")
     sets = AuditData.of(victim, theirs, judges, cuts, Work(run.work / "features"), run.variant)
     x, labels = victim.prepare(judges), sets.test_labels
     known = float((victim.output(x).argmax(1) == labels).double().mean())

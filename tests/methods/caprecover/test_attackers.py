@@ -119,7 +119,7 @@ def test_an_audit_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
 
 def test_attackers_are_trained_until_they_improve_no_more(tmp_path: Path) -> None:
     """By default the weakest attacker reaches the optimum of its loss, at whatever scale its features are."""
-    values = sets(noise=3.0, count=600)
+    values = sets(noise=8.0, count=600)
     small = replace(values, train={"cut": 1e-2 * values.train["cut"]}, test={"cut": 1e-2 * values.test["cut"]})
     x, y = (each["cut"].mean((2, 3)).numpy() for each in (values.train, values.test))
     best = make_pipeline(StandardScaler(), LogisticRegression(max_iter=10_000)).fit(x, values.train_labels.numpy())

@@ -40,10 +40,18 @@ def _is_scannet(folder: Path) -> bool:
 
 
 def scans_in(folder: Path) -> list[Path]:
-    """Return the scans of a folder, such as ``scans`` of ScanNet, or an area of S3DIS or all of its areas."""
+    """Return the scans of a folder, such as ``scans`` of ScanNet, or an area of S3DIS or all of its areas.
+
+    Raises:
+        CalibrationError: for a link, which may lead anywhere.
+    """
     if is_scan(folder):
         return [folder]
-    return [each for pattern in ("*", "*/*") for each in sorted(folder.glob(pattern)) if is_scan(each)]
+    found = [each for pattern in ("*", "*/*") for each in sorted(folder.glob(pattern)) if is_scan(each)]
+    for each in found:
+        if each.is_symlink():
+            check_in_folder(each)
+    return found
 
 
 def read_scan(folder: Path) -> ClickScene:

@@ -14,7 +14,7 @@ from lamella.data import InputContext, Lazy
 from lamella.errors import CalibrationError
 from lamella.methods.agile3d.collages import collages
 from lamella.methods.agile3d.images import OBJECTS, parse_image, read_scene
-from lamella.methods.agile3d.layouts import read_scan, scans_in
+from lamella.methods.agile3d.layouts import is_scan, read_scan, scans_in
 from lamella.methods.agile3d.ply import NONE, parse_ply, read_ply
 from lamella.methods.agile3d.rooms import rooms
 from lamella.methods.agile3d.scene import ClickScene
@@ -93,8 +93,9 @@ def _source(path: Path, context: InputContext, count: int, instances: str) -> Se
 
 def _files(folder: Path) -> list[Path]:
     """Return the files of a folder, or the folders of the scans in it."""
-    files = [check_in_folder(each) for each in sorted(folder.iterdir()) if is_scene(each) and not each.is_dir()]
-    found = scans_in(folder) or files
+    inside = [] if is_scan(folder) else sorted(folder.iterdir())
+    files = [check_in_folder(each) for each in inside if is_scene(each) and not each.is_dir()]
+    found = files or scans_in(folder)
     if not found:
         raise CalibrationError(
             f"{folder} has no .ply file, no image, and no scan of ScanNet or S3DIS: give another folder"
