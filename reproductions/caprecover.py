@@ -131,8 +131,9 @@ def digits(run: Run) -> None:
         guards=list(map(str, guards)), defended=defended, attackers=list(ATTACKERS), caption_seeds=list(SEEDS),
         scenes=SCENES, tests=JUDGED, longest=LONGEST,
     )  # fmt: skip
-    found = run.arm("attacks on digits", attacks, sets, cuts, guards[:1], seeds, steps, run.work / "attacks")
-    found += run.arm("defended digits", attacks, sets, defended, guards[1:], seeds, steps, run.work / "defended")
+    others = [cut for cut in cuts if cut not in defended]
+    found = run.arm("attacks on digits", attacks, sets, others, guards[:1], seeds, steps, run.work / "attacks")
+    found += run.arm("defended digits", attacks, sets, defended, guards, seeds, steps, run.work / "defended")
     results = {(row["cut"], row["attacker"], row["guard"]): row for row in found}
     columns = [f"{guard}{', static' if who == 'static' else ''}" for guard in guards for who in WHO]
     rows = []

@@ -86,7 +86,7 @@ class Size:
 
 
 FULL = Size(128, 100, 32, 96, 8, 300, 20, (0, 1, 2, 3, 4, 5), (0, 1, 2))
-QUICK = Size(64, 24, 4, 4, 2, 6, 6, (0,), (0,))
+QUICK = Size(64, 16, 2, 2, 1, 4, 4, (0,), (0,))
 
 
 def shape(size: Size, **parts: Any) -> RecogniserShape:
@@ -100,7 +100,7 @@ ARMS: dict[str, Build] = {
     ONLY_OPENINGS: lambda size: shape(size, tasks="openings").build(len(KINDS)),
     WITHOUT: lambda size: shape(size, attention="depthwise").build(len(KINDS)),
     UNET: lambda size: unet(EncoderWidths(15, 1, (20, 30, 60, 80))),
-    YOLO: lambda size: yolo(EncoderWidths(12, 1, (24, 40, 64, 80), (2, 2, 2, 2), neck=32), len(KINDS), 2),
+    YOLO: lambda size: yolo(EncoderWidths(12, 1, (24, 40, 72, 88), (2, 2, 2, 2), neck=32), len(KINDS), 2),
 }
 OTHERS: dict[str, Build] = {
     kind: partial(lambda size, kind: shape(size, attention=kind).build(len(KINDS)), kind=kind) for kind in VARIANTS

@@ -104,12 +104,12 @@ def filled(polygons: Sequence[Points], size: tuple[int, ...]) -> NDArray[np.bool
         polygons: the polygons.
         size: height and width in pixels.
     """
-    pillow, drawing = (require(f"PIL.{name}", "vision", "floor plans") for name in ("Image", "ImageDraw"))
-    image = pillow.new("1", (size[1], size[0]))
-    pen = drawing.Draw(image)
+    fill = require("skimage.draw", "vision", "floor plans").polygon
+    found = np.zeros(size, bool)
     for polygon in polygons:
-        pen.polygon([(x - 0.5, y - 0.5) for x, y in polygon.tolist()], fill=1)  # from corners to centres of pixels
-    return np.array(image)
+        x, y = polygon.T - 0.5  # from corners to centres of pixels
+        found[fill(y, x, size)] = True
+    return found
 
 
 def box_of(polygon: Points, size: tuple[int, ...]) -> tuple[float, float, float, float] | None:
