@@ -113,7 +113,7 @@ def digits(run: Run) -> None:
     ours, theirs, judges = split_digits()
     guards = [LinkDefence.parse(each) for each in (GUARDS[:1] + GUARDS[-2:] if run.quick else GUARDS)]
     cuts, defended = (["stage1", "pooled"], ["pooled"]) if run.quick else (list(CUTS), list(DEFENDED))
-    steps = 20 if run.quick else None
+    steps = 8 if run.quick else None
     victim = victim_of_digits(ours, run.seed, run.work / "victim")
     sets = AuditData.of(victim, theirs, judges, cuts, Work(run.work / "features"), run.variant)
     x, labels = victim.prepare(judges), sets.test_labels
@@ -323,7 +323,7 @@ def as_pixels(images: Sequence[Captioned]) -> Tensor:
 
 def seeing(run: Run, seed: int) -> Victim:
     """Return a victim that is trained on which shapes are present; it can discard their positions."""
-    steps = 20 if run.quick else SEE.steps or 0
+    steps = 8 if run.quick else SEE.steps or 0
     torch.manual_seed(seed)
     model = SceneNet()
     rows = [
@@ -415,12 +415,12 @@ def of_captions(run: Run) -> None:
 
 def attacked(run: Run, cut: str, seed: int) -> dict[str, Any]:
     """Train a captioner on the features of one cut, and return its words, right or wrong, object by object."""
-    tests, written, longest = (40, 8, 20) if run.quick else (JUDGED, WRITTEN, LONGEST)
+    tests, written, longest = (40, 8, 6) if run.quick else (JUDGED, WRITTEN, LONGEST)
     victim = seeing(run, seed)
     theirs = [image for image, _ in captioned("calibration", _count(run), 1)]
     judges = [image for image, _ in captioned("test", tests, 3)]
     texts, wanted = [each.text for each in theirs], [each.text for each in judges]
-    steps = 20 if run.quick else WRITER_STEPS
+    steps = 6 if run.quick else WRITER_STEPS
     speaker, tokenizer = small_writer(texts, steps, run.seed, run.work / "writer")  # shared by all arms
     work = Work(run.work / f"features {cut} {seed}")  # files that are mapped into memory
     ours, seen = (
