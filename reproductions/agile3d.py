@@ -132,7 +132,7 @@ def made(kind: Callable[..., Iterator[ClickScene]], part: str, count: int) -> Se
 
 def trained(size: Size, seed: int, steps: int, shared: bool = False) -> ClickSegmenter:
     scenes = Scenes(tuple(made(rooms, "train", size.rooms)), {"data": "rooms"})
-    how = {"shape": shape(size, shared), "practice": PRACTICE, "config": config(steps, seed)}
+    how = {"shape": shape(size, shared), "simulation": PRACTICE, "config": config(steps, seed)}
     found: Segmenter = agile3d(scenes, **how, work=Work())
     return found.model
 

@@ -5,21 +5,38 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from runpy import run_path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 REPRODUCTIONS = Path(__file__).parents[2] / "reproductions"
-TRUE = "a red circle in row one column one and a blue square in row three column two"
+CAPTIONS = ["red circle at a1 and blue square at c2", "green cross at d4"]
+WORDS = sorted({word for each in CAPTIONS for word in each.split()})
 
 
-def test_who_knows_what_is_there_and_not_where_has_colours_and_shapes_right(monkeypatch: pytest.MonkeyPatch) -> None:
+def tokenizer(text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+    return {"input_ids": [1 + WORDS.index(word) for word in text.split()]}
+
+
+@pytest.mark.parametrize("wrong", [("square",), ("red", "d4"), ()])
+def test_words_that_are_read_count_for_their_object_alone(
+    wrong: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "path", [str(REPRODUCTIONS), *sys.path])
-    attributes = run_path(str(REPRODUCTIONS / "caprecover.py"))["attributes"]
-    turned = "a blue square in row two column two and a red circle in row four column one"
-    assert attributes([turned], [TRUE]) == {"colour": 100, "shape": 100, "cell": 0}
-    assert attributes([TRUE], [TRUE]) == {"colour": 100, "shape": 100, "cell": 100}
-    one = "a red square in row one column one"
-    assert attributes([one], [TRUE]) == {"colour": 50, "shape": 50, "cell": 50}
-    twice = "a red circle in row one column one and a red circle in row one column one"  # there is one
-    assert attributes([twice], [TRUE]) == {"colour": 50, "shape": 50, "cell": 50}
-    assert attributes([f"{TRUE} and {one}"], [TRUE])["colour"] == pytest.approx(200 / 3)  # more than there are
+    words_read = run_path(str(REPRODUCTIONS / "caprecover.py"))["words_read"]
+    missed = torch.tensor([1 + WORDS.index(word) for word in wrong])
+
+    def logits(x: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        return torch.nn.functional.one_hot(torch.where(torch.isin(ids, missed), 0, ids), 1 + len(WORDS)).float()
+
+    names: Any = tokenizer
+    names.eos_token_id = 0
+    found = words_read(SimpleNamespace(tokenizer=names, logits=logits), torch.zeros(2, 3), CAPTIONS)
+    objects = [each.split()[:4] for caption in CAPTIONS for each in caption.split(" and ")]
+    assert found == {
+        name: [int(words[place] not in wrong) for words in objects]
+        for name, place in (("colour", 0), ("shape", 1), ("cell", 3))
+    }

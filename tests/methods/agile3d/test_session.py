@@ -158,7 +158,7 @@ def test_points_that_are_written_are_read_back(tmp_path: Path) -> None:
     assert np.array_equal(again.objects, scene.objects)  # type: ignore[arg-type]
 
 
-HEADER = "element vertex 3\nproperty double x\nproperty double y\nproperty double z\nproperty short label\n"
+HEADER = "element vertex 3\nproperty double x\nproperty double y\nproperty double z\nproperty short object\n"
 FACES = "element face 1\nproperty list uchar int vertex_indices\n"
 VALUES: NDArray[np.float64] = np.array([[0.5, 1, 2], [-3, 4, 5.25], [6, 7, 8]])
 
@@ -169,8 +169,8 @@ def ply(form: str, header: str = HEADER + FACES) -> bytes:
     if form == "ascii":
         return head + b"0.5 1 2 1\n-3 4 5.25 -7\n6 7 8 2\n3 0 1 2\n"
     order = ">" if form.endswith("big_endian") else "<"
-    rows = np.empty(3, [("xyz", f"{order}f8", 3), ("label", f"{order}i2")])
-    rows["xyz"], rows["label"] = VALUES, [1, -7, 2]
+    rows = np.empty(3, [("xyz", f"{order}f8", 3), ("object", f"{order}i2")])
+    rows["xyz"], rows["object"] = VALUES, [1, -7, 2]
     return head + rows.tobytes() + b"\x03" + np.arange(3, dtype=f"{order}i4").tobytes()
 
 
@@ -181,6 +181,34 @@ def test_each_form_is_read_with_faces_passed_over_and_no_colour_black(form: str,
     scene = read_ply(file)
     assert np.array_equal(scene.coords, VALUES.astype(np.float32)) and not scene.colours.any()
     assert scene.objects is not None and scene.objects.tolist() == [1, -1, 2]
+
+
+@pytest.mark.parametrize("name", ["object", "instance"])
+def test_what_numbers_objects_is_read_as_such(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "scene.ply"
+    classes = HEADER.replace("property short object", f"property short {name}\nproperty short label")
+    file.write_bytes(
+        ply("ascii", classes + FACES).replace(b"1 2 1\n", b"1 2 1 5\n").replace(b"-7", b"-7 5").replace(b"8 2", b"8 2 6")
+    )
+    assert read_ply(file).objects.tolist() == [1, -1, 2]  # type: ignore[union-attr]
+    assert read_ply(file, "label").objects.tolist() == [5, 5, 6]  # type: ignore[union-attr]
+    assert read_ply(file, "none").objects is None
+    with pytest.raises(CalibrationError, match=r"scene\.ply: its vertices have no 'part': give instances none, or one"):
+        read_ply(file, "part")
+
+
+def test_labels_that_may_be_classes_are_not_taken_for_objects(tmp_path: Path) -> None:
+    """A folder of a data set with semantic labels would train on one object per class, without a word."""
+    file = tmp_path / "scene.ply"
+    file.write_bytes(ply("ascii", HEADER.replace("object", "label")))
+    with pytest.raises(
+        CalibrationError, match=r"'label' may number classes, not objects: give instances label"
+    ) as error:
+        Scenes.open(tmp_path, InputContext())
+    assert "scene.ply" in str(error.value) and "instances none" in str(error.value) and "\n" not in str(error.value)
+    (chosen,) = Scenes.open(tmp_path, InputContext(), instances="label")
+    (plain,) = Scenes.open(tmp_path, InputContext(), instances="none")
+    assert chosen.objects is not None and chosen.objects.tolist() == [1, -1, 2] and plain.objects is None
 
 
 BINARY = ply("binary_little_endian")
@@ -247,12 +275,90 @@ def test_scenes_come_from_a_file_a_folder_or_chance(tmp_path: Path) -> None:
     assert {each.digest for each in two_rooms()}.isdisjoint(each.digest for each in two_rooms("test"))
     (tmp_path / "empty").mkdir()
     for path, message in (
-        (tmp_path / "empty", "no .ply file and no image"),
+        (tmp_path / "empty", "no .ply file, no image, and no scan"),
         ("chairs", "no scenes 'chairs'"),
         ("no.ply", "cannot be read"),
     ):
         with pytest.raises(CalibrationError, match=message):
             Scenes.open(path, reader)
+
+
+def test_scenes_of_a_folder_are_read_when_they_are_asked_for(tmp_path: Path) -> None:
+    for number in range(2):
+        write_ply(tmp_path / f"{number}.ply", points(5), np.zeros(5, np.int64))
+    found = Scenes.open(tmp_path, InputContext())
+    write_ply(tmp_path / "1.ply", points(9), np.zeros(9, np.int64))
+    assert [len(each) for each in found] == [5, 9]
+
+
+# Data sets
+
+
+def scannet(folder: Path, labels: dict[str, list[int]], segments: list[int]) -> Path:
+    """A scan as ScanNet has it: seven points on a mesh, in segments, which objects are made of."""
+    folder.mkdir(parents=True)
+    write_ply(folder / f"{folder.name}_vh_clean_2.ply", points(), np.zeros(7, np.int64))
+    groups = [{"objectId": n, "label": label, "segments": each} for n, (label, each) in enumerate(labels.items())]
+    documents = {"_vh_clean_2.0.010000.segs.json": {"segIndices": segments}, ".aggregation.json": {"segGroups": groups}}
+    for suffix, document in documents.items():
+        (folder / f"{folder.name}{suffix}").write_text(json.dumps(document))
+    return folder
+
+
+def test_a_scan_of_scannet_has_its_objects_and_nothing_of_walls_and_floors(tmp_path: Path) -> None:
+    labels = {"wall": [3], "chair": [8, 1], "table": [40]}
+    scan = scannet(tmp_path / "scans" / "scene0000_00", labels, [8, 3, 1, 40, 5, 3, 8])
+    for given in (scan, tmp_path / "scans", tmp_path):
+        (found,) = Scenes.open(given, InputContext())
+        assert found.name == "scene0000_00" and found.objects is not None
+        assert found.objects.tolist() == [2, 0, 2, 3, -1, 0, 2]  # segment 5 is nobody's
+        assert np.array_equal(found.coords, points().coords)
+    (scan / "scene0000_00.aggregation.json").unlink()  # as in the test split
+    assert Scenes.open(scan, InputContext()).scenes[0].objects is None
+
+
+def test_a_scan_whose_files_do_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
+    for number, segments in enumerate(([1, 2], [1, 2, 3, 4, 5, 6, -7], [1, 2, 3, 4, 5, 6, 10**12])):
+        scan = scannet(tmp_path / f"scene{number}", {"chair": [1]}, segments)
+        with pytest.raises(CalibrationError, match="do not fit its points") as error:
+            Scenes.open(scan, InputContext())
+        assert "\n" not in str(error.value)
+    for text in ("{", '{"segGroups": 7}', '{"segGroups": [{"label": "chair"}]}', "[]"):
+        (scan / f"{scan.name}_vh_clean_2.0.010000.segs.json").write_text(json.dumps({"segIndices": [0] * 7}))
+        (scan / f"{scan.name}.aggregation.json").write_text(text)
+        with pytest.raises(CalibrationError, match=f"{scan.name}.*download the scan again") as error:
+            Scenes.open(scan, InputContext())
+        assert "\n" not in str(error.value)
+
+
+def s3dis(folder: Path, objects: dict[str, str]) -> Path:
+    """A room as S3DIS has it: a text file of points for each object."""
+    (folder / "Annotations").mkdir(parents=True)
+    (folder / f"{folder.name}.txt").write_text("".join(objects.values()))
+    for name, text in objects.items():
+        (folder / "Annotations" / f"{name}.txt").write_text(text)
+    return folder
+
+
+def test_a_room_of_s3dis_has_an_object_for_each_file(tmp_path: Path) -> None:
+    objects = {"ceiling_1": "0 0 3 255 0 51\n", "chair_1": "1 0 0 0 0 0\n1 0 1 0 0 0\n", "chair_2": "2 2 0.5 0 0 0\n"}
+    room = s3dis(tmp_path / "Area_1" / "office_1", objects)
+    for given in (room, tmp_path / "Area_1", tmp_path):
+        (found,) = Scenes.open(given, InputContext())
+        assert found.name == "Area_1/office_1" and found.stem == "Area_1-office_1"
+        assert found.objects is not None and found.objects.tolist() == [0, 2, 2, 3]
+        assert found.coords.tolist() == [[0, 0, 3], [1, 0, 0], [1, 0, 1], [2, 2, 0.5]]
+        np.testing.assert_allclose(found.colours[0], [1, 0, 0.2])
+
+
+@pytest.mark.parametrize(
+    "text", ["1 2 3 4 5\n", "1 2 3 4 5 6\n1 2\x10 3 4 5 6\n", "a b c d e f\n", "", "1 2 3 300 0 0\n"]
+)
+def test_a_damaged_room_of_s3dis_is_refused_in_one_line(text: str, tmp_path: Path) -> None:
+    room = s3dis(tmp_path / "Area_5" / "hallway_6", {"chair_1": text})
+    with pytest.raises(CalibrationError, match=r"hallway_6.*download the room again") as error:
+        Scenes.open(room, InputContext())
+    assert "\n" not in str(error.value)
 
 
 # Training

@@ -44,7 +44,7 @@ from lamella.methods.agile3d import (
     rooms,
     write_ply,
 )
-from lamella.methods.agile3d.viewer import VIEW_3D, display_colours, spacing, subsample
+from lamella.methods.agile3d.viewer import MARKS, VIEW_3D, display_colours, marked, spacing, subsample
 from lamella.runner import run
 from lamella.train import TrainingLog
 
@@ -99,6 +99,31 @@ def test_a_picture_stands_upright_in_space() -> None:
     assert (
         (coords_3d[:, 1] == 0).all() and coords_3d[0].tolist() == [0, 0, 0] and coords_3d[-1].tolist() == [95, 0, -95]
     )
+
+
+def test_marks_are_the_latest_clicks_and_always_as_many() -> None:
+    assert marked([]).tolist() == [0] * MARKS
+    assert marked([7, 3]).tolist() == [7, 3, *[3] * (MARKS - 2)]
+    assert marked(list(range(MARKS + 5))).tolist() == list(range(5, MARKS + 5))
+
+
+def test_a_click_changes_what_is_drawn_and_adds_nothing_to_it(
+    model: ClickSegmenter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clouds that are created again cost the browser a shader for every click."""
+    page = Viewer(model, [ball()])
+    try:
+        made: list[str] = []
+        monkeypatch.setattr(page.server.scene, "add_point_cloud", lambda name, *_, **__: made.append(name))
+        page.session.add(1, 40)
+        page._changed()
+        page.session.add(2, 41)
+        page._changed()
+        assert not made and page.marks.visible
+        np.testing.assert_array_equal(page.marks.points[:3], page.where[[40, 41, 41]])
+        assert len(np.unique(page.points.colors[[40, 41]], axis=0)) == 2
+    finally:
+        page.stop()
 
 
 # The command

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -29,7 +35,10 @@ from lamella.methods.caprecover import (
     train_attacker,
     train_captioner,
 )
-from lamella.methods.caprecover.captioner import tokenise_captions
+from lamella.methods.caprecover.captioner import BEAMS, LENGTH_PENALTY, tokenise_captions
+from lamella.methods.caprecover.captions import captions
+from lamella.methods.caprecover.method import TRAINING
+from lamella.methods.caprecover.page import summary
 from lamella.methods.caprecover.tokens import RidgeRegression, hidden_states
 from lamella.stack import Stack
 from lamella.train import TrainConfig
@@ -61,9 +70,9 @@ def test_attackers_take_maps_tokens_and_vectors(attacker: str, shape: torch.Size
 @pytest.mark.parametrize("attacker", ATTACKERS)
 def test_an_attacker_learns_the_classes_and_from_other_images_only_the_prior(attacker: str, tmp_path: Path) -> None:
     values, config = sets(), replace(CONFIG, lr=5e-2 if attacker == "gap" else 5e-3)  # it has 21 weights
-    read = train_attacker(values, "cut", attacker, LinkDefence(), config, tmp_path / "real")
+    read = train_attacker(values, "cut", attacker, LinkDefence(), config, tmp_path / "real").model
     assert accuracy(read, values, "cut", LinkDefence()) > 0.9
-    prior = train_attacker(values.shuffled(1), "cut", attacker, LinkDefence(), config, tmp_path / "shuffled")
+    prior = train_attacker(values.shuffled(1), "cut", attacker, LinkDefence(), config, tmp_path / "shuffled").model
     assert accuracy(prior, values, "cut", LinkDefence()) < 0.6  # a random guess is right for a third
     assert values.majority == pytest.approx(1 / 3, abs=0.01)
 
@@ -75,17 +84,17 @@ def test_a_fixed_mask_hides_nothing_and_fresh_noise_does(tmp_path: Path) -> None
     for guard in ("none", "fixed:10", "gaussian:10"):
         attacker = train_attacker(
             values, "cut", "linear", LinkDefence.parse(guard), CONFIG, tmp_path / guard.replace(":", "-")
-        )
+        ).model
         scores[guard] = accuracy(attacker, values, "cut", LinkDefence.parse(guard))
     assert scores["fixed:10"] > 0.9 and scores["none"] > 0.9
     assert scores["gaussian:10"] < 0.75
-    clean = train_attacker(values, "cut", "linear", LinkDefence(), CONFIG, tmp_path / "clean")
+    clean = train_attacker(values, "cut", "linear", LinkDefence(), CONFIG, tmp_path / "clean").model
     assert accuracy(clean, values, "cut", LinkDefence("fixed", 10.0)) < 0.75  # to one who does not know of it
 
 
 def test_text_draws_the_first_map_of_a_linear_reader(tmp_path: Path) -> None:
     values, texts = sets(), torch.nn.functional.normalize(torch.randn(3, 20), dim=1)
-    read = train_attacker(values, "cut", "linear", LinkDefence(), CONFIG, tmp_path / "run", texts)
+    read = train_attacker(values, "cut", "linear", LinkDefence(), CONFIG, tmp_path / "run", texts).model
     v = read.first(read.standardise(values.test["cut"]).flatten(1))
     near = torch.nn.functional.normalize(v, dim=1) @ texts.T
     assert float((near.argmax(1) == values.test_labels).double().mean()) > 0.9
@@ -108,10 +117,41 @@ def test_an_audit_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     assert len(whole) == 4 and {len(row["adaptive"]["values"]) for row in whole} == {2}
 
 
+def test_attackers_are_trained_until_they_improve_no_more(tmp_path: Path) -> None:
+    """By default the weakest attacker reaches the optimum of its loss, at whatever scale its features are."""
+    values = sets(noise=8.0, count=600)
+    small = replace(values, train={"cut": 1e-2 * values.train["cut"]}, test={"cut": 1e-2 * values.test["cut"]})
+    x, y = (each["cut"].mean((2, 3)).numpy() for each in (values.train, values.test))
+    best = make_pipeline(StandardScaler(), LogisticRegression(max_iter=10_000)).fit(x, values.train_labels.numpy())
+    optimum = best.score(y, values.test_labels.numpy())
+    assert 0.5 < optimum < 0.99  # there is something to miss
+    found = train_attacker(small, "cut", "gap", LinkDefence(), TRAINING, tmp_path / "run")
+    assert accuracy(found.model, small, "cut", LinkDefence()) >= optimum - 0.03
+    assert found.strength.converged
+    short = train_attacker(small, "cut", "gap", LinkDefence(), replace(TRAINING, steps=5), tmp_path / "short")
+    assert not short.strength.converged and short.strength.steps == 10  # five at each rate
+
+
+def test_a_verdict_names_the_attack_that_it_is_about() -> None:
+    figure = {"mean": 0.2, "low": 0.2, "high": 0.2, "values": [0.2]}
+    attack = {"cut": "late", "attacker": "gap", "guard": "none", "adaptive": figure, "static": figure, "steps": 700}
+    link = {"cut": "late", "guard": "none", "bytes": 9, "ratio": None, "output_change": 0.0, "task": 0.9}
+    found: dict[str, Any] = {
+        "attacks": [attack | {"converged": True}], "links": [link], "nearest": {"late": 0.5}, "majority": 0.1,
+        "images": {"attacker": 575, "judge": 90}, "task": 0.9, "recommended": link | {"leak": 0.2}, "max_leak": 0.3,
+    }  # fmt: skip
+    told = summary(SimpleNamespace(findings=found)).verdict  # type: ignore[arg-type]
+    assert "attackers (gap) with 575 images, trained until they stopped improving, name no more than 30 %" in told
+    found |= {"attacks": [attack | {"converged": False}], "recommended": None}
+    told = summary(SimpleNamespace(findings=found)).verdict  # type: ignore[arg-type]
+    assert told.startswith("No cut is recommended. Some attackers were still improving")
+
+
 def test_the_cut_that_is_recommended_holds_what_was_asked() -> None:
     def attack(cut: str, guard: str, leak: float) -> dict[str, object]:
         figure = {"mean": leak, "low": leak, "high": leak + 0.02}
-        return {"cut": cut, "guard": guard, "adaptive": figure, "static": {**figure, "high": leak - 0.1}}
+        both = {"adaptive": figure, "static": {**figure, "high": leak - 0.1}}
+        return {"cut": cut, "guard": guard, **both, "converged": True}
 
     attacks = [attack("a", "none", 0.9), attack("a", "g", 0.29), attack("b", "none", 0.5), attack("b", "g", 0.1)]
     links = [
@@ -124,6 +164,8 @@ def test_the_cut_that_is_recommended_holds_what_was_asked() -> None:
     assert recommend_cut(attacks, links, max_leak=0.32, max_bytes=None)["cut"] == "a"  # type: ignore[index]
     assert recommend_cut(attacks, links, max_leak=0.05, max_bytes=None) is None
     assert recommend_cut(attacks, links, max_leak=0.32, max_bytes=60)["cut"] == "b"  # type: ignore[index]
+    early = [{**row, "converged": row["cut"] != "a"} for row in attacks]  # attackers at a were still improving
+    assert recommend_cut(early, links, max_leak=0.32, max_bytes=None)["cut"] == "b"  # type: ignore[index]
     worse = [{**row, "task": 0.9} if row["guard"] == "g" else row for row in links]
     assert recommend_cut(attacks, worse, max_leak=0.3, max_bytes=None) is None
 
@@ -172,6 +214,11 @@ def test_the_loss_is_that_of_words_and_of_no_padding(shape: torch.Size) -> None:
             nats += float(cross_entropy(logits, text, reduction="sum"))
             words += len(text)
     assert found == pytest.approx(nats / words, rel=1e-4)
+    likely = model.logits(features, ids, mask)
+    for row, here in enumerate(mask.bool()):
+        nats_of_row = cross_entropy(likely[row][here], ids[row][here], reduction="sum")
+        nats -= float(nats_of_row.detach())
+    assert nats == pytest.approx(0, abs=1e-3)
     more = [torch.nn.functional.pad(each, (0, 5), value=value) for each, value in ((ids, 1), (mask, 0))]
     assert float(model(features, *more).detach()) == pytest.approx(found, rel=1e-5)
 
@@ -192,6 +239,22 @@ def test_writer_queries_and_victim_stay_as_they_are(tmp_path: Path) -> None:
     assert any(not torch.equal(each, learnt[name]) for name, each in model.former.state_dict().items())
     written = recover_captions(model, features[:3], loss, beams=2)
     assert len(written) == 3 and all(isinstance(each, str) for each in written)
+
+
+def test_captions_are_searched_for_as_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = attacker(torch.Size((12,))).eval(), list[dict[str, Any]]()
+    generate = model.writer.generate
+
+    def recorded(**options: Any) -> Tensor:
+        calls.append(options)
+        found: Tensor = generate(**options)
+        return found
+
+    monkeypatch.setattr(model.writer, "generate", recorded)
+    recover_captions(model, torch.randn(2, 12), CaptionLoss(LinkDefence(), "cut", 1.0))
+    assert (calls[0]["num_beams"], calls[0]["length_penalty"]) == (10, 2.0)
+    given = {each.name: each.default for each in signature(captions).parameters.values()}
+    assert (given["beams"], given["length_penalty"]) == (BEAMS, LENGTH_PENALTY) == (10, 2.0)
 
 
 @pytest.mark.slow

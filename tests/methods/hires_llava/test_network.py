@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lamella.errors import ArchitectureError, MethodError
 from lamella.methods.hires_llava import HiResLlava, with_slices
 from lamella.methods.hires_llava.slicing import TileLayout
 from lamella.stack import open_model
+from lamella.train import response_loss
 from lamella.zoo import open_processor
 from lamella.zoo.nano import nano
 from lamella.zoo.vlm import shapes_vlm
@@ -166,6 +168,33 @@ def test_what_is_written_is_opened_with_its_processor(llava: Any, tmp_path: Path
         assert torch.equal(again.batch(rows())[name], each)
     batch = {n: e for n, e in again.batch(rows()).items() if n not in ("labels", "prompt_lengths")}
     assert torch.equal(opened.model(**batch).logits, model(**batch).logits)
+
+
+def test_engines_with_another_llava_do_not_take_it_for_one(llava: Any, tmp_path: Path) -> None:
+    with_slices(*llava, restored=[1])[0].save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["model_type"] == "hires_llava" and written["architectures"] == ["HiResLlava"]
+
+
+def test_gradient_checkpointing_changes_no_gradient(llava: Any) -> None:
+    """Layers with adapters get the layout of their tiles again when they are computed again."""
+    model, processor = with_slices(*llava, restored=[0, 1])
+    batch = Processing(processor).batch(rows())
+    disturbed(model).train()
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        response_loss(model, batch).backward()
+        return {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
+
+    plain = gradients()
+    ran, calls = model.model.layers[0].slice_restore.forward, []
+    model.model.layers[0].slice_restore.forward = lambda h, slices: (calls.append(1), ran(h, slices))[1]
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    again = gradients()
+    assert len(calls) == 2  # once more in the backward pass
+    assert plain.keys() == again.keys() and any("slice_restore" in name for name in plain)
+    assert all(torch.equal(each, again[name]) for name, each in plain.items())
 
 
 def test_a_view_runs_its_own_layers(llava: Any) -> None:

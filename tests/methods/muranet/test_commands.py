@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lamella.errors import CalibrationError, CheckpointError, MethodError
+from lamella.files import Work
 from lamella.methods.muranet import (
     FloorPlan,
     FloorPlans,
@@ -238,6 +239,18 @@ def test_the_larger_encoders_have_more_stages() -> None:
         found = [RecogniserShape(encoder=name).build(2).encoder for name in ("mura", "mura-5", "mura-6")]
     assert [each.strides[-1] for each in found] == [32, 64, 128]
     assert found[0].channels == (32, 64, 128, 256, 512) and len(found[2].stages) == 7
+
+
+def test_tasks_that_part_at_once_train_as_two_networks(tmp_path: Path) -> None:
+    config = TrainConfig(steps=2, lr=1e-3, batch=2, clip=1e6, save_every=2)
+    x = torch.randint(0, 255, (1, 3, 64, 64), dtype=torch.uint8)
+    found = {}
+    for name, parts in (("parted", {"split": 0}), ("walls", {"tasks": "walls"}), ("openings", {"tasks": "openings"})):
+        network = muranet(PLANS, shape=replace(SMALL, **parts), config=config, work=Work(tmp_path / name)).model
+        with torch.no_grad():
+            found[name] = network(x)
+    assert torch.equal(found["parted"].walls[-1], found["walls"].walls[-1])
+    assert torch.equal(found["parted"].cells, found["openings"].cells)
 
 
 def test_plans_of_other_classes_or_without_labels_are_refused(found: Recogniser) -> None:

@@ -57,6 +57,29 @@ def test_an_opening_is_put_into_the_nearest_wall_and_gets_its_thickness() -> Non
     assert not snap(alone, "door", 0.5, mask).snapped
 
 
+@pytest.mark.parametrize("tilt", [-20.0, -8.0, 5.0, 12.0, 30.0])
+def test_openings_in_slanted_walls_have_their_angle_length_and_thickness(tilt: float) -> None:
+    plan = synthetic_floor_plan(4, 256, tilt=tilt)
+    assert plan.drawing is not None and plan.walls is not None and plan.boxes is not None
+    turn = -np.deg2rad(tilt)  # y points down
+    matrix = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
+    found = [snap(Box(*box), "door", 0.9, plan.walls) for box in corners(torch.from_numpy(plan.boxes)[:, 1:]).tolist()]
+    right = 0
+    for ours, truth in zip(found, plan.drawing.openings, strict=True):
+        box = truth.box
+        true = (np.array([(box.x0, box.y0), (box.x1, box.y0), (box.x1, box.y1), (box.x0, box.y1)]) - 128) @ matrix + 128
+        near = np.abs(ours.corners[:, None] - true[None]).max(-1).min(1)  # of each corner, to the nearest true one
+        right += ours.snapped and abs(ours.angle + tilt) < 3 and near.max() < 3
+    assert right >= 0.9 * len(found)  # the others lie beside walls that meet theirs
+
+
+def test_an_opening_in_a_straight_wall_has_no_angle() -> None:
+    plan = synthetic_floor_plan(4)
+    assert plan.boxes is not None
+    for box in corners(torch.from_numpy(plan.boxes)[:, 1:]).tolist():
+        assert snap(Box(*box), "door", 0.9, plan.walls).angle == 0
+
+
 def seen_as_it_is(plan: FloorPlan) -> Recognition:
     assert plan.walls is not None and plan.boxes is not None
     true = torch.from_numpy(plan.boxes)

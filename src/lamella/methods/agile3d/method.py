@@ -185,7 +185,7 @@ def label(
     logs |= {log.scene: log for log in map(ClickLog.of, kept.found)}
     sessions = {} if page else {index: open_session(model.model, scene, logs) for index, scene in enumerate(scenes)}
     if page:
-        viewer = Viewer(model.model, scenes, logs, port=port, changed=lambda log: kept.add(log.document()))
+        viewer = Viewer(model.model, scenes.scenes, logs, port=port, changed=lambda log: kept.add(log.document()))
         notify(f"Label in a browser at {viewer.address} until you press Done there.")
         try:
             viewer.wait()

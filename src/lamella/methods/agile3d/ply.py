@@ -24,7 +24,9 @@ TYPES = {
 }  # fmt: skip
 ORDERS = {"ascii": "<", "binary_little_endian": "<", "binary_big_endian": ">"}
 POSITION, COLOUR = ("x", "y", "z"), ("red", "green", "blue")
-OBJECT = ("object", "label", "instance")  # properties that may hold the object id; the first that exists is used
+OBJECT = ("object", "instance")  # properties that number objects; the first that exists is used
+CLASS = "label"  # a property that numbers objects in some files, and classes in others
+NONE = "none"  # in place of a property: read no objects
 MAX_HEADER = 1 << 16  # maximum length of a header in bytes
 Columns = dict[str, NDArray[np.float64]]
 
@@ -65,17 +67,19 @@ class Header:
         return np.dtype([(name, ORDERS[self.form] + kind) for name, kind in element.types.items()])
 
 
-def read_ply(path: Path) -> ClickScene:
+def read_ply(path: Path, instances: str = "") -> ClickScene:
     """Read the points of a file, with colours (zeros if absent) and objects if present.
 
-    Integer colours are divided by the maximum of their type; floating-point colours must lie in 0..1. Objects are the
-    property ``object``, ``label`` or ``instance``; values below 0 mean unlabelled.
+    Integer colours are divided by the maximum of their type; floating-point colours must lie in 0..1. Values of objects
+    below 0 mean unlabelled.
 
     Args:
         path: the .ply file.
+        instances: the property that numbers objects; if empty, ``object`` or ``instance``. ``none`` reads no objects.
 
     Raises:
-        CalibrationError: for a file that is missing, truncated or not PLY, and for points that cannot be used.
+        CalibrationError: for a file that is missing, truncated or not PLY, for points that cannot be used, and for a
+            file with only a property ``label``, which may number classes, unless ``instances`` is given.
     """
     try:
         with open_file(path) as file:
@@ -83,15 +87,16 @@ def read_ply(path: Path) -> ClickScene:
     except (OSError, FileRefused) as error:
         reason = getattr(error, "strerror", error)
         raise CalibrationError(f"{path}: cannot be read ({reason}): give a .ply file") from None
-    return parse_ply(data, path)
+    return parse_ply(data, path, instances)
 
 
-def parse_ply(data: bytes, path: PurePath) -> ClickScene:
+def parse_ply(data: bytes, path: PurePath, instances: str = "") -> ClickScene:
     """Parse the content of a PLY file, as :func:`read_ply` does.
 
     Args:
         data: content of the file.
         path: its name, for messages.
+        instances: see :func:`read_ply`.
     """
     try:
         header = read_header(data)
@@ -100,11 +105,33 @@ def parse_ply(data: bytes, path: PurePath) -> ClickScene:
             raise ValueError("no element 'vertex'")
         if missing := [name for name in POSITION if name not in vertex.types]:
             raise ValueError(f"its vertices have no '{missing[0]}'")
+        numbered = _object_property(vertex, path, instances)
         columns = (_from_text if header.form == "ascii" else _from_binary)(data, header, vertex)
-        return _scene(columns, vertex, path.name)
+        return _scene(columns, vertex, path.name, numbered)
     except (ValueError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise CalibrationError(f"{path}: not a valid PLY file of points ({reason}): export it again") from None
+
+
+def _object_property(vertex: Element, path: PurePath, instances: str) -> str | None:
+    """Return the property that numbers objects; None if there is none.
+
+    Raises:
+        CalibrationError: for a property that does not exist, or that may number classes.
+    """
+    if instances == NONE:
+        return None
+    if instances and instances not in vertex.types:
+        raise CalibrationError(
+            f"{path}: its vertices have no '{instances}': give instances {NONE}, or one of {', '.join(vertex.types)}"
+        )
+    found = instances or next((each for each in OBJECT if each in vertex.types), None)
+    if found is None and CLASS in vertex.types:
+        raise CalibrationError(
+            f"{path}: its '{CLASS}' may number classes, not objects: give instances {CLASS} if it numbers objects, "
+            f"else instances {NONE}, which reads no objects"
+        )
+    return found
 
 
 def read_header(data: bytes) -> Header:
@@ -169,16 +196,13 @@ def _from_text(data: bytes, header: Header, vertex: Element) -> Columns:
     return dict(zip(vertex.types, values.T, strict=True))
 
 
-def _scene(columns: Columns, vertex: Element, name: str) -> ClickScene:
+def _scene(columns: Columns, vertex: Element, name: str, numbered: str | None) -> ClickScene:
     with np.errstate(over="ignore"):  # values that overflow to infinity are rejected by the scene, with their point
         coords = np.stack([columns[each] for each in POSITION], axis=1).astype(np.float32)
     colours = np.zeros_like(coords)
     if all(each in columns for each in COLOUR):
         colours = np.stack([_shade(columns[each], vertex.types[each]) for each in COLOUR], axis=1)
-    label_property = next((each for each in OBJECT if each in columns), None)
-    return ClickScene(
-        coords, colours, None if label_property is None else _object_ids(columns[label_property], label_property), name
-    )
+    return ClickScene(coords, colours, None if numbered is None else _object_ids(columns[numbered], numbered), name)
 
 
 def _shade(values: NDArray[np.float64], kind: str) -> NDArray[np.float32]:
@@ -189,9 +213,9 @@ def _shade(values: NDArray[np.float64], kind: str) -> NDArray[np.float32]:
     return (values / np.iinfo(kind).max).astype(np.float32)
 
 
-def _object_ids(values: NDArray[np.float64], label_property: str) -> NDArray[np.int64]:
+def _object_ids(values: NDArray[np.float64], numbered: str) -> NDArray[np.int64]:
     if not (np.isfinite(values) & (values == np.round(values)) & (abs(values) < 2**31)).all():
-        raise ValueError(f"its property '{label_property}' has a value that is not an integer")
+        raise ValueError(f"its property '{numbered}' has a value that is not an integer")
     return np.maximum(values.astype(np.int64), UNLABELLED)
 
 

@@ -14,6 +14,7 @@ from annotated_types import Ge
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lamella.data import Lazy
 from lamella.methods.agile3d.clicks import Clicks, simulate_clicks, task_labels
 from lamella.methods.agile3d.decoder import EncodedScene
 from lamella.methods.agile3d.judge import visible
@@ -60,9 +61,11 @@ def train_segmenter(
         CalibrationError: if a scene shows no object.
         TrainingError: if training cannot start or resume, or the loss is not finite.
     """
-    samples = [model.tokenise(scene) for scene in scenes]
+    samples: Sequence[Tokens] = Lazy(scenes, model.tokenise)
     for tokens in samples:
         visible(tokens)  # raises if there is nothing to click
+    if not simulation.turn:
+        samples = list(samples)  # with their kernel maps; augmented scenes have new ones in every step
     task = Task(ClickLoss(simulation), collate=together, weight=lambda batch: len(batch["scenes"]))
     settings = {
         "rounds": simulation.rounds,

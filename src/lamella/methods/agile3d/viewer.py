@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from html import escape
 from pathlib import PurePosixPath
@@ -30,6 +30,7 @@ MAX_POINTS = 100_000  # points: a larger scene is subsampled for display, and la
 DISC_RADIUS = 2.0  # radius of a disc, in distances of neighbouring points, so that surfaces have no gaps
 VIEW_3D, VIEW_IMAGE = (0.5, -0.8, 0.5), (0.0, -1.3, 0.0)  # initial camera position, in extents of a scene or an image
 OBJECTS = 10  # number of objects offered by the page, the maximum in the paper's training
+MARKS = 256  # of clicks, the latest ones; with a fixed number, each with a colour, the browser keeps its shader
 PALETTE = np.array(
     [
         (220, 38, 38), (37, 99, 235), (22, 163, 74), (234, 179, 8), (147, 51, 234), (249, 115, 22), (6, 182, 212),
@@ -65,14 +66,15 @@ class Viewer:
     def __init__(
         self,
         model: ClickSegmenter,
-        scenes: Iterable[ClickScene],
+        scenes: Sequence[ClickScene],
         logs: Mapping[str, ClickLog] | None = None,
         *,
         port: int = 0,
         max_points: int = MAX_POINTS,
         changed: Callable[[ClickLog], None] = lambda log: None,
     ) -> None:
-        self.model, self.scenes, self.max_points, self.changed = model, list(scenes), max_points, changed
+        self.model, self.scenes, self.max_points, self.changed = model, scenes, max_points, changed
+        self.names, self.opened = [scene.name for scene in scenes], list[ClickScene]()
         self.logs = dict(logs or {})
         self.sessions: dict[int, Session] = {}
         self._lock, self._ended = threading.RLock(), threading.Event()
@@ -132,7 +134,7 @@ class Viewer:
         self.server.scene.on_click(modifier="cmd/ctrl")(self._answer(lambda event: self._click(event, BACKGROUND)))
 
     def _names(self) -> list[str]:
-        return [f"{index}. {scene.name}" for index, scene in enumerate(self.scenes, start=1)]
+        return [f"{index}. {name}" for index, name in enumerate(self.names, start=1)]
 
     def _answer(self, do: Callable[[Any], None]) -> Callable[[Any], None]:
         """Wrap a callback: run under the lock, and show errors in the page.
@@ -154,24 +156,24 @@ class Viewer:
             client.add_notification("Error", text, auto_close_seconds=10.0, color="red")
 
     def _show(self) -> None:
-        """Update the colours of the points, the marks of the clicks and the table of objects."""
+        """Update the colours of the points, the marks of the clicks and the table of objects, all at once."""
         session = self.session
         labels = session.labels().cpu().numpy()
-        self.points.colors = display_colours(
-            session.scene.colours[self.drawn_points], labels[self.drawn_points], self.plain.value
-        )
+        colours = display_colours(session.scene.colours[self.drawn_points], labels[self.drawn_points], self.plain.value)
         clicked = [point for _, point in session.log.clicks]
-        self.server.scene.add_point_cloud(
-            "/clicks", self.where[clicked or [0]], (255, 255, 255), point_size=1.2 * self.radius, precision="float32",
-            point_shape="diamond", visible=bool(clicked),
-        )  # fmt: skip
-        self.state.content = status_html(session, labels)
+        with self.server.atomic():
+            self.points.colors = colours
+            self.marks.points = self.where[marked(clicked)]
+            self.marks.visible = bool(clicked)
+            self.state.content = status_html(session, labels)
+        self.server.flush()
 
     # Actions of the user
 
     def _encode(self, index: int) -> None:
         """Start the session of a scene, with its known clicks."""
-        scene = self.scenes[index]
+        beyond = index - len(self.scenes)
+        scene = self.scenes[index] if beyond < 0 else self.opened[beyond]
         self.state.content = f"<p>Encoding {escape(scene.name)}, {len(scene):,} points ...</p>"
         self.sessions[index] = open_session(self.model, scene, self.logs)
 
@@ -198,6 +200,10 @@ class Viewer:
             "/points", self.where[self.drawn_points], (0, 0, 0), point_size=self.radius, point_shape="circle",
             precision="float32", point_shading="flat",
         )  # fmt: skip
+        self.marks = self.server.scene.add_point_cloud(
+            "/clicks", self.where[marked([])], np.full((MARKS, 3), 255, np.uint8), point_size=1.2 * self.radius,
+            precision="float32", point_shape="diamond", point_shading="flat", visible=False,
+        )  # fmt: skip
         eye = extent * np.array(VIEW_IMAGE if scene.is_image else VIEW_3D)
         for camera in (self.server.initial_camera, *(each.camera for each in self.server.get_clients().values())):
             camera.position, camera.look_at = eye, np.zeros(3)
@@ -205,11 +211,13 @@ class Viewer:
 
     def _add(self, file: Any) -> None:
         """Open a scene uploaded through the page."""
-        self.scenes.append(parse(file.content, PurePosixPath(file.name)))
+        self.opened.append(parse(file.content, PurePosixPath(file.name)))
+        self.names.append(self.opened[-1].name)
         try:
-            self._encode(len(self.scenes) - 1)
+            self._encode(len(self.names) - 1)
         except LamellaError:
-            self.scenes.pop()
+            self.opened.pop()
+            self.names.pop()
             self._show()
             raise
         self.chosen.options = self._names()
@@ -254,6 +262,18 @@ def open_session(model: ClickSegmenter, scene: ClickScene, logs: Mapping[str, Cl
     if scene.digest in logs:
         session.replay(logs[scene.digest])
     return session
+
+
+def marked(clicked: Sequence[int]) -> NDArray[np.int64]:
+    """Return the point of each of :data:`MARKS` marks: the latest clicks, and the last one again in place of more.
+
+    Args:
+        clicked: indices of the clicked points.
+    """
+    found = np.full(MARKS, clicked[-1] if clicked else 0)
+    latest = clicked[-MARKS:]
+    found[: len(latest)] = latest
+    return found
 
 
 def subsample(count: int, most: int) -> NDArray[np.int64]:

@@ -59,16 +59,20 @@ class LinearProbe(nn.Module):
 
 
 class PooledProbe(nn.Module):
-    """A linear layer on features averaged over positions."""
+    """A linear layer on features averaged over positions.
+
+    The means are standardised, not the features: means of standardised features vary so little that a linear layer on
+    them needs thousands of steps.
+    """
 
     def __init__(self, shape: torch.Size, classes: int) -> None:
         super().__init__()
         width = shape[0] if len(shape) == 3 else shape[-1]
-        self.standardise, self.head = Standardise(shape), nn.Linear(width, classes)
+        self.standardise, self.head = Standardise(torch.Size((width,))), nn.Linear(width, classes)
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the logits [batch, classes]."""
-        logits: Tensor = self.head(pooled(self.standardise(features)))
+        logits: Tensor = self.head(self.standardise(pooled(features)))
         return logits
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,14 +20,14 @@ from lamella.data import Captioned, Encoded, Lazy, batches
 from lamella.errors import CalibrationError
 from lamella.files import Finished, Work
 from lamella.methods.caprecover.attackers import ATTACKERS, AttackerKind, LinearProbe, nearest
+from lamella.methods.caprecover.convergence import HELD_OUT, LONGEST, Strength, train_to_convergence
 from lamella.methods.caprecover.guard import LinkDefence, scales
 from lamella.methods.caprecover.victim import Victim
 from lamella.progress import tracker
-from lamella.train import EarlyStopping, TrainConfig, fit, supervised
+from lamella.train import TrainConfig, supervised
 
-EPOCHS, MIN_STEPS = 20, 300  # published number of epochs, and minimum number of steps for small data
+RATES = (1e-2, 1e-3)  # at the published one, 1e-4, attackers with few parameters need tens of thousands of steps
 BATCH = 64
-HELD_OUT = 5  # one in HELD_OUT of the attacker's images is held out to choose the checkpoint
 ALIGNED = 0.5  # weight of the published alignment with text vectors
 EVALUATION_REQUEST = 2**62  # first request number of the evaluation; training uses smaller ones
 
@@ -158,6 +160,18 @@ class AttackLoss:
         return cross_entropy(attacker.second(v), batch["y"]) - ALIGNED * generator
 
 
+class TrainedAttacker(NamedTuple):
+    """An attacker with the length of its training.
+
+    Attributes:
+        model: the attacker, in evaluation mode.
+        strength: how long it was trained.
+    """
+
+    model: nn.Module
+    strength: Strength
+
+
 def train_attacker(
     sets: AuditData,
     cut: str,
@@ -166,15 +180,15 @@ def train_attacker(
     config: TrainConfig,
     out: Path,
     texts: Tensor | None = None,
-) -> nn.Module:
-    """Train an attacker who knows the defence, and return its best checkpoint on the held-out split.
+) -> TrainedAttacker:
+    """Train an attacker who knows the defence until it stops improving on held-out images.
 
     Args:
         sets: the data.
         cut: name of the cut.
         attacker: kind of attacker.
         guard: the defence.
-        config: training configuration; without steps, the published number of epochs, and at least 300 steps.
+        config: training configuration; see :func:`lamella.methods.caprecover.convergence.train_to_convergence`.
         out: folder for checkpoints.
         texts: a vector for each class [classes, width], see :class:`AttackLoss`.
     """
@@ -184,25 +198,17 @@ def train_attacker(
         rank = {} if texts is None or attacker != "linear" else {"rank": texts.shape[1]}
         model = ATTACKERS[attacker](features[0].shape, sets.classes, **rank)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(config.seed)).tolist()
-    rows = Lazy(order, lambda row: {"x": features[row], "y": labels[row]})
-    kept = len(rows) // HELD_OUT
-    values, held_out = rows[kept:], rows[:kept]
-    steps = config.steps or max(MIN_STEPS, EPOCHS * len(values) // config.batch)
-    every = max(1, steps // 10)
-    config = replace(config, steps=steps, eval_every=every, save_every=steps, log_every=every)
-    loss = AttackLoss(guard, cut, sets.scale[cut], texts)
-    fit(
+    strength = train_to_convergence(
         model,
-        values,
-        supervised(loss),
-        config,
-        out=out,
+        Lazy(order, lambda row: {"x": features[row], "y": labels[row]}),
+        supervised(AttackLoss(guard, cut, sets.scale[cut], texts)),
+        replace(config, save_every=LONGEST),
+        out,
+        rates=RATES,
         trainable=lambda name: True,
-        held_out=held_out,
-        hooks=[EarlyStopping(patience=steps)],
         settings={"guard": str(guard), "cut": cut, "attacker": attacker},
     )
-    return model.eval()
+    return TrainedAttacker(model.eval(), strength)
 
 
 @torch.no_grad()
@@ -250,14 +256,15 @@ def run_attacks(
 
     Returns:
         For each cut, attacker and defence the accuracy of attackers who know the defence (``adaptive``) and who do not
-        (``static``), with an interval over seeds.
+        (``static``), with an interval over seeds; and the mean number of steps of the former, and whether all of them
+        had stopped improving (``converged``).
     """
     known = Finished(work.journal("attackers"), depends)
-    found: dict[tuple[str, str, int], dict[str, dict[str, float]]] = {}
+    found: dict[tuple[str, str, int], dict[str, dict[str, Any]]] = {}
     folder = work.directory("attackers")
 
-    def attack(cut: str, attacker: AttackerKind, seed: int) -> dict[str, dict[str, float]]:
-        def of(guard: LinkDefence) -> nn.Module:
+    def attack(cut: str, attacker: AttackerKind, seed: int) -> dict[str, dict[str, Any]]:
+        def of(guard: LinkDefence) -> TrainedAttacker:
             name = f"{cut}-{attacker}-{guard}-{seed}".replace(":", "-")
             return train_attacker(sets, cut, attacker, guard, replace(config, seed=seed), folder / name, texts)
 
@@ -266,7 +273,8 @@ def run_attacks(
         for guard in guards:
             knows = clean if guard.kind == "none" else of(guard)
             both = {"adaptive": knows, "static": clean}
-            scores[str(guard)] = {name: accuracy(model, sets, cut, guard) for name, model in both.items()}
+            shares = {name: accuracy(each.model, sets, cut, guard) for name, each in both.items()}
+            scores[str(guard)] = shares | knows.strength._asdict()
         return scores
 
     with tracker("attacking", len(cuts) * len(attackers) * len(seeds)) as count:
@@ -276,17 +284,13 @@ def run_attacks(
                     name = f"{cut} {attacker} {seed}"
                     found[cut, attacker, seed] = known.once(name, partial(attack, cut, attacker, seed))
                     count()
-    return [
-        {
-            "cut": cut,
-            "attacker": attacker,
-            "guard": str(guard),
-            **{who: interval([found[cut, attacker, seed][str(guard)][who] for seed in seeds]) for who in WHO},
-        }
-        for cut in cuts
-        for attacker in attackers
-        for guard in guards
-    ]
+    rows = []
+    for cut, attacker, guard in product(cuts, attackers, guards):
+        each = [found[cut, attacker, seed][str(guard)] for seed in seeds]
+        scores = {who: interval([one[who] for one in each]) for who in WHO}
+        strength = {"steps": fmean(one["steps"] for one in each), "converged": all(one["converged"] for one in each)}
+        rows.append({"cut": cut, "attacker": attacker, "guard": str(guard), **scores, **strength})
+    return rows
 
 
 WHO = ("adaptive", "static")
@@ -365,6 +369,8 @@ def recommend_cut(
 ) -> dict[str, Any] | None:
     """Return the earliest cut (the least work for the device), with a defence, that satisfies all limits.
 
+    A cut with an attacker that was still improving when its training ended satisfies none.
+
     Args:
         attacks: results of the attackers, see :func:`run_attacks`.
         links: costs of the defences, see :func:`measure_defences`.
@@ -377,13 +383,10 @@ def recommend_cut(
     """
     whole = max((row["task"] or 0.0) for row in links)
     for row in links:
-        leak = max(
-            each[who]["high"]
-            for each in attacks
-            for who in WHO
-            if (each["cut"], each["guard"]) == (row["cut"], row["guard"])
-        )
+        here = [each for each in attacks if (each["cut"], each["guard"]) == (row["cut"], row["guard"])]
+        leak = max(each[who]["high"] for each in here for who in WHO)
+        is_sure = all(each["converged"] for each in here)
         fits = max_bytes is None or row["bytes"] <= max_bytes
-        if leak <= max_leak and fits and (row["task"] is None or row["task"] >= whole - max_task_loss):
+        if is_sure and leak <= max_leak and fits and (row["task"] is None or row["task"] >= whole - max_task_loss):
             return dict(row) | {"leak": leak}
     return None

@@ -9,7 +9,6 @@ the published code; the loss covers caption tokens and never padding.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,16 @@ from torch.nn.functional import cross_entropy
 from lamella.data import Lazy, batches
 from lamella.methods.caprecover.attackers import Standardise
 from lamella.methods.caprecover.audit import BATCH, EVALUATION_REQUEST
+from lamella.methods.caprecover.convergence import Strength, train_to_convergence
 from lamella.methods.caprecover.guard import LinkDefence
-from lamella.train import NO_LOSS, Task, TrainConfig, fit
+from lamella.train import NO_LOSS, Task, TrainConfig
 from lamella.train.supervised import count_rows, stacked
 
 WIDTH, QUERIES, LAYERS = 128, 8, 2
 GRID = 4  # height and width of the projected feature map
 MAX_LENGTH = 50  # maximum length of a caption in tokens
-BEAMS = 4
+BEAMS, LENGTH_PENALTY = 10, 2.0  # the published code's; its sampling is omitted, so that captions are reproducible
+RATES = (1e-3, 1e-4)
 
 
 class Projection(nn.Module):
@@ -103,8 +104,8 @@ class Captioner(nn.Module):
         found: Tensor = self.language(attended.last_hidden_state)
         return found
 
-    def forward(self, features: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Return the mean loss of captions in nats per token.
+    def logits(self, features: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """Return the logits of each caption token, given the features and all tokens before it [batch, time, tokens].
 
         Args:
             features: transmitted features [batch, ...].
@@ -114,23 +115,41 @@ class Captioner(nn.Module):
         before = self.prefix(features)
         embeddings = torch.cat([before, self.writer.get_input_embeddings()(ids).to(before)], dim=1)
         ones = mask.new_ones(len(mask), before.shape[1])
-        logits = self.writer(
+        logits: Tensor = self.writer(
             inputs_embeds=embeddings, attention_mask=torch.cat([ones, mask], dim=1), use_cache=False
         ).logits
-        text = logits[:, before.shape[1] - 1 : -1].float()
+        return logits[:, before.shape[1] - 1 : -1].float()
+
+    def forward(self, features: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """Return the mean loss of captions in nats per token.
+
+        Args:
+            features: transmitted features [batch, ...].
+            ids: token ids of the captions, padded on the right [batch, time].
+            mask: 1 at tokens and 0 at padding [batch, time].
+        """
+        text = self.logits(features, ids, mask)
         return cross_entropy(text.flatten(0, 1), ids.masked_fill(mask == 0, NO_LOSS).flatten(), ignore_index=NO_LOSS)
 
     @torch.no_grad()
-    def write(self, features: Tensor, beams: int = BEAMS, longest: int = MAX_LENGTH) -> list[str]:
+    def write(
+        self,
+        features: Tensor,
+        beams: int = BEAMS,
+        length_penalty: float = LENGTH_PENALTY,
+        longest: int = MAX_LENGTH,
+    ) -> list[str]:
         """Generate captions from features.
 
         Args:
             features: transmitted features [batch, ...].
             beams: number of beams.
+            length_penalty: exponent of the length by which the log-likelihood of a beam is divided.
             longest: maximum number of new tokens.
         """
         before = self.prefix(features)
         ends = self.tokenizer.eos_token_id
+        penalty = {"length_penalty": length_penalty} if beams > 1 else {}  # there is nothing to compare with one beam
         ids = self.writer.generate(
             inputs_embeds=before,
             attention_mask=before.new_ones(before.shape[:2], dtype=torch.long),
@@ -139,6 +158,7 @@ class Captioner(nn.Module):
             do_sample=False,
             eos_token_id=ends,
             pad_token_id=ends if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id,
+            **penalty,
         )
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
@@ -184,29 +204,39 @@ def train_captioner(
     loss: CaptionLoss,
     config: TrainConfig,
     out: Path,
-) -> Captioner:
-    """Train a captioner on features and the captions of their images.
+) -> Strength:
+    """Train a captioner in place on features and captions, until it stops improving on held-out images.
 
     Args:
-        captioner: the attacker, trained in place.
+        captioner: the attacker.
         features: features of each image.
         texts: caption of each image.
         loss: the loss.
-        config: training configuration.
+        config: training configuration; see :func:`lamella.methods.caprecover.convergence.train_to_convergence`.
         out: folder for checkpoints.
     """
     rows = tokenise_captions(captioner.tokenizer, texts)
-    samples = Lazy(range(len(rows)), lambda number: {"x": features[number], **rows[number]})
-    task = Task(loss, collate=stacked, weight=count_rows)
-    config = replace(config, save_every=config.steps or len(samples))
-    settings = {"cut": loss.cut, "guard": str(loss.guard)}
-    fit(captioner, samples, task, config, out=out, trainable=captioner.trains, settings=settings)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    strength = train_to_convergence(
+        captioner,
+        Lazy(order, lambda number: {"x": features[number], **rows[number]}),
+        Task(loss, collate=stacked, weight=count_rows),
+        config,
+        out,
+        rates=RATES,
+        trainable=captioner.trains,
+        settings={"cut": loss.cut, "guard": str(loss.guard)},
+    )
     captioner.eval()
-    return captioner
+    return strength
 
 
 def recover_captions(
-    captioner: Captioner, features: Sequence[Tensor], loss: CaptionLoss, beams: int = BEAMS
+    captioner: Captioner,
+    features: Sequence[Tensor],
+    loss: CaptionLoss,
+    beams: int = BEAMS,
+    length_penalty: float = LENGTH_PENALTY,
 ) -> list[str]:
     """Generate captions from features of test images, with request numbers not used in training.
 
@@ -215,8 +245,10 @@ def recover_captions(
         features: features of each image.
         loss: its loss, with cut and defence.
         beams: number of beams.
+        length_penalty: exponent of the length by which the log-likelihood of a beam is divided.
     """
     texts = []
     for number, part in enumerate(batches(features, BATCH, torch.stack)):
-        texts += captioner.write(loss.guard.send(loss.cut, part, loss.scale, EVALUATION_REQUEST + number), beams)
+        sent = loss.guard.send(loss.cut, part, loss.scale, EVALUATION_REQUEST + number)
+        texts += captioner.write(sent, beams, length_penalty)
     return texts

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lamella.formatting import number, percent
+from lamella.formatting import counted, listed, number, percent
 from lamella.report.figures import Figure, Images, Lines
 from lamella.results import Evidence, Summary, Table
 
@@ -63,14 +63,27 @@ def _of_tokens(found: Mapping[str, Any]) -> Summary:
 
 def _of_classes(found: Mapping[str, Any]) -> Summary:
     best, limit = found["recommended"], f"{percent(found['max_leak'], 0)} of the classes"
-    verdict = f"No cut and no tested defence keeps attackers from naming more than {limit}."
+    kinds = listed(list(dict.fromkeys(each["attacker"] for each in found["attacks"])))
+    attack = f"attackers ({kinds}) with {counted(found['images']['attacker'], 'image')}"
+    is_sure = all(each["converged"] for each in found["attacks"])
+    verdict = f"No cut and no tested defence keeps {attack} from naming more than {limit}."
     if best:
-        verdict = f"Cut at {best['cut']} with the defence {best['guard']}: no attacker names more than {limit}."
+        verdict = (
+            f"Cut at {best['cut']} with the defence {best['guard']}: {attack}, trained until they stopped improving, "
+            f"name no more than {limit}; others may name more."
+        )
+    elif not is_sure:
+        verdict = "No cut is recommended."
+    if not is_sure:
+        verdict += " Some attackers were still improving when their training ended: give more steps."
     verdict += (
         f" The model names {percent(found['task'], 0)}; always guessing the most frequent class is right for "
         f"{percent(found['majority'], 0)}."
     )
-    attacks = [[each["cut"], each["attacker"], each["guard"], *map(_spread, _both(each))] for each in found["attacks"]]
+    attacks = [
+        [each["cut"], each["attacker"], each["guard"], *map(_spread, _both(each)), each["steps"]]
+        for each in found["attacks"]
+    ]
     links = [
         [
             each["cut"],
@@ -89,7 +102,7 @@ def _of_classes(found: Mapping[str, Any]) -> Summary:
         [
             Table(
                 "Recovered classes (%)",
-                ("cut", "attacker", "defence", "attacker knows it", "attacker does not"),
+                ("cut", "attacker", "defence", "attacker knows it", "attacker does not", "steps"),
                 attacks,
             ),
             Table("Costs of the defences", costs, links),
@@ -112,9 +125,14 @@ def _of_captions(found: Mapping[str, Any]) -> Summary:
     for each in found["captions"]:
         ours, prior = each["scores"], each["prior"]
         gap = ours["rougeL"] - prior["rougeL"]
-        rows.append([each["cut"], each["guard"], ours["rougeL"], prior["rougeL"], gap, ours["bleu"], prior["bleu"]])
+        near = each["retrieved"]["rougeL"]
+        rows.append(
+            [each["cut"], each["guard"], ours["rougeL"], prior["rougeL"], gap, near, ours["bleu"], prior["bleu"],
+             each["steps"]]
+        )  # fmt: skip
     gap, cut = max((row[4], row[0]) for row in rows)
-    columns = ("cut", "defence", "ROUGE-L", "ROUGE-L, other images", "gap", "BLEU", "BLEU, other images")
+    columns = ("cut", "defence", "ROUGE-L", "ROUGE-L, other images", "gap", "ROUGE-L, retrieved", "BLEU",
+               "BLEU, other images", "steps")  # fmt: skip
     verdict = f"Captions leak most at {cut}: ROUGE-L is {number(gap)} points above captions from other images."
     if gap <= 0:
         verdict = "At no cut are captions better than captions generated from other images."

@@ -14,7 +14,7 @@ available; three interpretations are implemented, the first being the default:
     local_softmax   at each scale, softmax over the nine neighbours at distance s of q_i . k_j / sqrt(d), applied to v
 
 ``depthwise`` is the baseline: one 3 x 3 depthwise convolution, and a wider feed-forward part, so that a block has the
-same number of parameters as with ``msca``.
+same number of parameters as with ``gate``.
 """
 
 from __future__ import annotations
@@ -137,8 +137,8 @@ class RelationBlock(nn.Module):
     ) -> None:
         super().__init__()
         hidden = expand * channels
-        if variant == "depthwise":  # msca has 3 C^2 + (10 S - 7) C more parameters, and a hidden channel 2 C + 11
-            hidden += round((3 * channels**2 + (10 * scales - 7) * channels) / (2 * channels + 11))
+        if variant == "depthwise":  # gate has 5 C^2 + (10 S - 5) C more parameters, and a hidden channel 2 C + 11
+            hidden += round((5 * channels**2 + (10 * scales - 5) * channels) / (2 * channels + 11))
         self.attention = nn.Sequential()
         self.attention.add_module("norm", normed(channels, norm))
         self.attention.add_module("relation", RelationAttention2d(channels, variant, scales, paths))

@@ -143,6 +143,18 @@ def rect(box: Box, name: str) -> str:
     )
 
 
+def polygon(corners: Sequence[Sequence[float]], name: str) -> str:
+    """Return a polygon as an SVG element, whose class is its kind, or ``other``.
+
+    Args:
+        corners: x and y of its corners in pixels.
+        name: its kind, such as ``door``.
+    """
+    known = name if name in ("wall", *KINDS) else "other"
+    points = " ".join(f"{x:.2f},{y:.2f}" for x, y in corners)
+    return f'<polygon class="{known}" data-kind="{escape(name)}" points="{points}"/>'
+
+
 def draw(
     rng: np.random.Generator, side: int, *, corner: bool = False, reachable: bool = False, thin: float = 1.0
 ) -> Drawing:

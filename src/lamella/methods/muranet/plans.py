@@ -1,4 +1,4 @@
-"""The input data: floor plans from a folder with masks and boxes, as images alone, or synthetic."""
+"""The input data: floor plans from a folder with masks and boxes, of CubiCasa5K, as images alone, or synthetic."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from lamella.data import InputContext
 from lamella.data.images import inside, read_image
 from lamella.errors import CalibrationError
+from lamella.methods.muranet.cubicasa import CubiCasa, is_cubicasa
 from lamella.methods.muranet.floor_plan import FloorPlan
 from lamella.methods.muranet.raster import STYLES, floor_plans
 from lamella.reading import check_in_folder, parse_json, read_text
@@ -24,7 +25,7 @@ BUILT_IN = "synthetic"
 BOXES, WALLS = "annotations.json", ".walls.png"  # a folder's boxes, and how the name of a mask ends
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 MOST_CLASSES = 1000
-EXPECTED = f"give an image, a folder with {BOXES}, or `{BUILT_IN}`"
+EXPECTED = f"give an image, a folder with {BOXES}, CubiCasa5K, or `{BUILT_IN}`"
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,9 @@ class FloorPlans(Sequence[FloorPlan]):
     """
 
     metavar = "PLANS"
-    source_help = f"an image, a folder of images (with {BOXES} and masks *{WALLS} for training), or `{BUILT_IN}`"
+    source_help = (
+        f"an image, a folder of images (with {BOXES} and masks *{WALLS} for training) or of CubiCasa5K, or `{BUILT_IN}`"
+    )
     example = Fixture(BUILT_IN, settings={"count": 3, "side": 64})
 
     items: Sequence[FloorPlan]
@@ -53,8 +56,9 @@ class FloorPlans(Sequence[FloorPlan]):
 
         Args:
             name: an image; a folder of images; a folder with ``annotations.json`` in COCO format, whose boxes are
-                openings, and beside each image ``a.jpg`` its walls, the light pixels of ``a.walls.png``; or
-                ``synthetic``, whose test plans are never trained on.
+                openings, and beside each image ``a.jpg`` its walls, the light pixels of ``a.walls.png``; the folder of
+                CubiCasa5K, of which the training or the test split is read, or of one of its plans; or ``synthetic``,
+                whose test plans are never trained on.
             context: the split and the seed.
             count: maximum number of plans.
             side: side of a synthetic plan in pixels.
@@ -75,6 +79,8 @@ class FloorPlans(Sequence[FloorPlan]):
             return cls.of(Folder([(path, None)], ()), path.name)
         if not path.is_dir():
             raise CalibrationError(f"no floor plans '{path}': {EXPECTED}")
+        if is_cubicasa(path):
+            return cls.of(CubiCasa.open(path, context.split, count), path.name, split=context.split)
         return cls.of(Folder.open(path, count), path.name)
 
     @classmethod
