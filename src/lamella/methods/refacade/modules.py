@@ -8,8 +8,9 @@
     hint    W_after [r | a]                              initialised to zero
     main    x <- block_i(x) + scale * hint               at the chosen layers i
 
-The original is not changed: hooks add the hints during the forward pass, and are removed with the branch. The branch is
-in float32 whatever the original's precision, since it is trained; its inputs and hints are cast.
+The original is not changed: hooks add the hints during the forward pass, and are removed with the branch. A new branch
+is in float32 whatever the original's precision, since it is trained; a trained one runs in the original's. Its inputs
+and hints are cast.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lamella.errors import MethodError, listed
 from lamella.extras import require
@@ -204,6 +206,15 @@ class ControlBranch(nn.Module):
             for index, layer in enumerate(self.layers)
         )
         self.float().requires_grad_(True)  # the copied modules may be frozen, and of any precision
+        self.recomputes = False
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute the activations of a block in the backward pass, instead of keeping them."""
+        self.recomputes = True
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Keep activations for the backward pass."""
+        self.recomputes = False
 
     @contextmanager
     def attached(self, network: Any, c: Tensor, c_r: Tensor, scale: float = 1.0) -> Iterator[None]:
@@ -253,7 +264,8 @@ class ControlBranch(nn.Module):
             text: [batch, tokens, d].
             rotary: cosines and sines of the grid.
         """
-        x, c, c_r, text = (each.float() for each in (x, c, c_r, text))
+        precision = next(self.parameters()).dtype
+        x, c, c_r, text = (each.to(precision) for each in (x, c, c_r, text))
         a, r = (self.patches[s](each).flatten(2).transpose(1, 2) for s, each in zip(STREAMS, (c, c_r), strict=True))
         blocks: Any = self.blocks
         first = blocks[0].joining
@@ -261,8 +273,14 @@ class ControlBranch(nn.Module):
         times = (self._time("video", time, x), self._time("reference", time, x))
         found = []
         for block in blocks:
-            a, r = block(a, r, text, times, rotary)
-            found.append(block.hint(a, r))
+
+            def run(a: Tensor, r: Tensor, block: Any = block) -> tuple[Tensor, Tensor, Tensor]:
+                a, r = block(a, r, text, times, rotary)
+                return a, r, block.hint(a, r)
+
+            is_recomputed = self.recomputes and torch.is_grad_enabled()
+            a, r, hint = checkpoint(run, a, r, use_reentrant=False) if is_recomputed else run(a, r)
+            found.append(hint)
         return found
 
     def _time(self, stream: str, time: Tensor, like: Tensor) -> Tensor:
