@@ -202,7 +202,8 @@ class _PathTrainer:
         dtype = torch.bfloat16 if self.config.bf16 else torch.float32
         communicator = Communicator(schedule, self.device, lost, limit, dtype)
         schedule = communicator.schedule
-        view = _owned(with_stage(self.stack, self.parts, communicator.stage, self.device))
+        staged = with_stage(self.stack, self.parts, communicator.stage, self.device)
+        view = _owned(self.stack) if staged is self.stack else staged.model  # loaded weights belong to nobody else
         is_own: Callable[[str], bool] = lambda name: self.stage_of(name) == communicator.stage  # noqa: E731
         parameters = {name: each for name, each in view.named_parameters() if is_own(name)}
         node = NodeExecutor(
