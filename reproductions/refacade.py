@@ -70,6 +70,7 @@ from lamella.results.record import together
 from lamella.train import TrainConfig, fit
 
 RES, LARGER, DILATE = 32, 48, 3  # pixels of E2 are the larger ones
+TOKEN = (1, 6, 6)  # of E2, so that it has as many tokens as the other experiments
 FRAMES = 3  # frames per clip
 DRAWN = 4  # images drawn from noise per test solid
 TOGETHER = 64  # solids that are drawn at once
@@ -254,11 +255,16 @@ def lessons(work: Path, size: Size, name: str, frames: int = 1, res: int = RES) 
 
 
 def transfer(
-    seed: int, samples: Sequence[dict[str, Tensor]], jigsaw: Jigsaw | None, steps: int, batch: int
+    seed: int,
+    samples: Sequence[dict[str, Tensor]],
+    jigsaw: Jigsaw | None,
+    steps: int,
+    batch: int,
+    shape: dict[str, Any] = SHAPE,
 ) -> tuple[Base, ControlBranch]:
     """Train a transformer and a branch jointly."""
     torch.manual_seed(seed)
-    base = base_of(random_network(SHAPE, seed).requires_grad_(True))
+    base = base_of(random_network(shape, seed).requires_grad_(True))
     branch = ControlBranch(base.network, every_second(base.depth), *base.control_channels)
     both = nn.ModuleDict({"network": base.network, "branch": branch})
     loss = TransferLoss(base, jigsaw)
@@ -278,7 +284,7 @@ def shown(pair: tuple[Any, Any], jigsaw: Jigsaw | None, number: int) -> Puzzle:
     image, where = (torch.from_numpy(each) for each in pair)
     if jigsaw is None:
         return Puzzle(*centre_object(image, where), False, 0, 0)
-    return jigsaw(image, where, np.random.default_rng(number), smallest=4)
+    return jigsaw(image, where, np.random.default_rng(number), smallest=image.shape[-1] // 8)  # a token
 
 
 @torch.no_grad()
@@ -338,7 +344,7 @@ def copied(work: Path, size: Size, seed: int, kind: str) -> dict[str, dict[str, 
     """Run E2: a model trained on unchanged or jigsawed references, with own and cross references."""
     jigsaw = Jigsaw() if kind == JIGSAW else None
     samples = lessons(work, size, TRUE, 1, LARGER)
-    base, branch = transfer(seed, samples, jigsaw, size.copying, size.copying_batch)
+    base, branch = transfer(seed, samples, jigsaw, size.copying, size.copying_batch, SHAPE | {"patch_size": TOKEN})
     found = {}
     for name, which, tests in of_references(size):
         twins = [structure(TRUE, each, each.composite, None, 0) for each in tests]
