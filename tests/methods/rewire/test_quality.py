@@ -71,7 +71,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows += [f"__label__cc {text.upper()}" for text in texts(GOOD, 60, 2)]
     (folder / "lines.txt").write_text("\n".join(rows) + "\n")
     model = fasttext.train_supervised(
-        input=str(folder / "lines.txt"), lr=0.5, epoch=25, dim=8, wordNgrams=2, minCount=1, bucket=1000, thread=1,
+        input=str(folder / "lines.txt"), lr=0.1, epoch=25, dim=8, wordNgrams=2, minCount=1, bucket=10_000, thread=1,
         verbose=0,
     )  # fmt: skip
     model.save_model(str(folder / "model.bin"))
