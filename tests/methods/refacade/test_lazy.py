@@ -51,6 +51,7 @@ def test_opening_clips_decodes_the_first_mask_of_each_alone(decoded: list[str], 
 def test_a_clip_is_resized_frame_by_frame_as_far_as_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, noise = tmp_path / "clips", np.random.default_rng(0)
     for name in ("a", "a.mask", "a.untextured"):
+        (root / name).mkdir(parents=True)
         for number in range(8):
             pixels_ = noise.integers(128, 256, (60, 40, 3), dtype=np.uint8)
             image_file(root / name / f"{number}.png", pixels_)
@@ -67,8 +68,9 @@ def test_a_clip_is_resized_frame_by_frame_as_far_as_it_is_used(tmp_path: Path, m
     base = replace(pixels(), name="small")
     monkeypatch.setattr(Base, "area", 24 * 16)
     whole = found.clips[0]
+    fitted = found.fitted(base)
     monkeypatch.setattr(datasets, "read_frames", watched)
-    clip = found.fitted(base)[0]
+    clip = fitted[0]
     assert clip.frames.shape == (5, 3, 24, 16) and clip.mask.shape == (5, 1, 24, 16)
     assert len(alive) == 15 and max(most) <= 2  # the one before may still be a local variable
     for ours, theirs in zip(clip[:3], whole.fitted(24, 16)[:3], strict=True):

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -163,6 +163,14 @@ def _feed_forward(block: Any, dim: int, hidden: int | None) -> nn.Module:
     return fresh
 
 
+def saved_outside() -> AbstractContextManager[Any]:
+    """Save tensors for the backward pass as usual, inside a block of the original that is recomputed.
+
+    The hooks are gone when the original is recomputed, so its first block must not contain the branch.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+
+
 class ControlBranch(nn.Module):
     """Control blocks for some layers of a frozen video transformer.
 
@@ -237,7 +245,8 @@ class ControlBranch(nn.Module):
 
         def compute(module: Any, args: Any) -> None:
             x, text, _, rotary = args
-            hints.update(zip(self.layers, self.hints(x, c, c_r, inputs["time"], text, rotary), strict=True))
+            with saved_outside() if self.recomputes else nullcontext():
+                hints.update(zip(self.layers, self.hints(x, c, c_r, inputs["time"], text, rotary), strict=True))
 
         def add(layer: int) -> Any:
             return lambda module, args, out: out + (scale * hints[layer]).type_as(out)
