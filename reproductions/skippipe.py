@@ -289,7 +289,7 @@ def omission(run: Run, quicker: float) -> None:
 
     Arms have equal work or equal time; `quicker` is the number of their iterations in the time of a full one.
     """
-    layers, steps = (6, 120) if run.quick else (12, 350)
+    layers, steps = (6, 80) if run.quick else (12, 350)
     samples = whole(prose("calibration", 4000, 64, run.seed))
     tests = whole(prose("test", 16 if run.quick else 200, 64, run.seed))
     longer = {"steps": 1.0, "work": STAGES / EACH, "time": quicker}
