@@ -58,10 +58,8 @@ def _profile(found: Mapping[str, Any]) -> Summary:
         f"{counted(len(nodes), 'node')} and {counted(len(found['links']), 'link')} were measured: a layer takes at "
         f"most {number(slowest)} s per sample of {counted(load['tokens'], 'token')}."
     )
-    speeds = [
-        [each["node"], each["region"], each["seconds"], each["fastest"], each["slowest"], each["backward"]]
-        for each in nodes
-    ]
+    names = ("node", "region", "seconds", "fastest seconds", "slowest seconds", "backward over forward seconds")
+    speeds = [[each[name] for name in names] for each in nodes]
     columns = ("node", "region", "s per layer and sample", "fastest s", "slowest s of a stage", "backward / forward")
     tables = [Table(f"Forward pass of a stage of {counted(load['layers'], 'layer')}", columns, speeds)]
     if found["links"]:

@@ -123,9 +123,9 @@ def profile(
         "region": region or socket.gethostname(),
         "memory": memory,
         "seconds": median(forward) / (load.layers * microbatch),
-        "fastest": min(forward),
-        "slowest": max(forward),
-        "backward": median(backward) / median(forward),
+        "fastest seconds": min(forward),
+        "slowest seconds": max(forward),
+        "backward over forward seconds": median(backward) / median(forward),
     }
     nodes, pairs = [speed], []
     if processes.count() > 1:
