@@ -46,7 +46,12 @@ class Rate:
         return min(self.scores) < self.value < max(self.scores)
 
 
-def tuned(run: Run, arms: Mapping[str, Callable[[float], float]], grid: Sequence[float]) -> dict[str, Rate]:
+def tuned(
+    run: Run,
+    arms: Mapping[str, Callable[[float], float]],
+    grid: Sequence[float],
+    title: str = "Learning rates, chosen on validation data",
+) -> dict[str, Rate]:
     """Choose the learning rate of each arm, and extend the grid for all while one has its optimum at an edge.
 
     Args:
@@ -54,6 +59,7 @@ def tuned(run: Run, arms: Mapping[str, Callable[[float], float]], grid: Sequence
         arms: by name, a function from a rate to a score on validation data, lower is better; scores are arms of the
             journal.
         grid: at least two rates, ascending, at equal ratios.
+        title: the title of the table; another positive value than the learning rate can be chosen, too.
     """
     rates, ratio = list(grid), grid[1] / grid[0]
     chosen: dict[str, Rate] = {}
@@ -70,5 +76,5 @@ def tuned(run: Run, arms: Mapping[str, Callable[[float], float]], grid: Sequence
     for name, each in chosen.items():
         scores = ", ".join(f"{rate:g}: {score:.4g}" for rate, score in each.scores.items())
         rows.append([name, each.value, "yes" if each.is_interior else "no", scores])
-    run.table("Learning rates, chosen on validation data", ["arm", "rate", "interior", "scores"], rows)
+    run.table(title, ["arm", "rate", "interior", "scores"], rows)
     return chosen

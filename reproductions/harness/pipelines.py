@@ -27,12 +27,12 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lamella.methods.skippipe.communicator import Communicator
-from lamella.methods.skippipe.executor import NodeExecutor, stage_of_parameter
+from lamella.methods.skippipe.executor import NodeExecutor
 from lamella.methods.skippipe.network import Machine, PipelineNetwork
 from lamella.methods.skippipe.paths import Assignment, Limits
 from lamella.methods.skippipe.planner import Limit
 from lamella.methods.skippipe.schedule import PipelineSchedule, make_schedule
-from lamella.methods.skippipe.stages import spans
+from lamella.methods.skippipe.stages import spans, stage_of_parameter
 from lamella.stack import Context, Stack
 
 STAGES, WORK, MICROBATCHES, LENGTH = ((0, 1), (2, 3), (4, 5)), 0.05, 12, 16

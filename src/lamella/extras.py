@@ -11,6 +11,7 @@ from lamella.errors import LamellaError
 
 NAMES = {
     "PIL": "pillow",
+    "fasttext": "fasttext-numpy2",
     "rouge_score": "rouge-score",
     "sklearn": "scikit-learn",
 }  # packages whose name differs from that of their module

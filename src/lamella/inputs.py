@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lamella import processes
 from lamella.data import ImageText, InputContext, Processing, Prompts, Text, open_processing
 from lamella.errors import CheckpointError, LamellaError, MethodError
 from lamella.plan import Plan, PlanSeries
@@ -138,6 +139,8 @@ class Opening:
         self.entry, self.given, self.how = entry, given, how
         if given.get("shard"):
             self.how["device"] = "cpu"  # each process takes its shard from there
+        if entry.unloaded and processes.count() > 1:
+            self.how["weights"] = False
         default = entry.options["seed"].default if "seed" in entry.options else 0
         self.seed: int = given.get("seed", default)
         self.model: Model | None = None

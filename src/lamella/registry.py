@@ -78,6 +78,8 @@ class Declaration:
         baseline: whether it exists for comparison only.
         slow: whether its search may take hours; ``--method all`` leaves it out.
         dense: whether its plans save no work, since dense kernels compute zeros like any other value.
+        unloaded: whether, in a job of several processes, its model is opened without weights where that is possible:
+            each process loads those that it needs.
     """
 
     slug: str
@@ -90,6 +92,7 @@ class Declaration:
     baseline: bool = False
     slow: bool = False
     dense: bool = False
+    unloaded: bool = False
 
     @property
     def reproduced(self) -> bool:
@@ -231,6 +234,7 @@ def command(
     on: str | tuple[str, ...] = "decoder",
     verb: str | None = None,
     brief: Mapping[str, Any] | None = None,
+    unloaded: bool = False,
 ) -> Callable[[Function], Function]:
     """Declare a function as a further command of a method, or without a name as one of Lamella's own commands.
 
@@ -240,6 +244,7 @@ def command(
         on: the models that it works on.
         verb: name of its top-level command.
         brief: options and inputs for conformance tests.
+        unloaded: whether several processes open its model without weights.
     """
     return partial(_declared_as, slug, name, on)
 

@@ -372,6 +372,8 @@ def _evidence(
     ``stack`` is evaluated; see :func:`_evaluated`.
     """
     model, body, data = opening.model, result.body(), dict(result.data)
+    if isinstance(result, Edit) and stack is not None and stack.device.type == "meta":
+        stack = result.reference  # the process that holds all weights in the end has opened the original with them
     if isinstance(result, Edit) and stack is not None:
         judge = opening.judge(test)
         data["test"] = judge.describe()

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lamella.errors import CheckpointError
-from lamella.plan.checkpoint import read_header
+from lamella.plan.checkpoint import read, read_header
 
 Network = TypeVar("Network", bound=nn.Module)
 Shape = Sequence[int]
@@ -83,6 +84,44 @@ def fill(network: Network, tensors: Mapping[str, Tensor], where: str | Path) -> 
     on_meta = any(each.is_meta for each in network.parameters())
     network.load_state_dict(tensors, strict=False, assign=on_meta)
     return network
+
+
+def load_some(
+    network: nn.Module, folder: Path, choice: Callable[[str], bool], device: torch.device | str = "cpu"
+) -> None:
+    """Load some tensors of a checkpoint into a network on the meta device; other parameters stay there.
+
+    Args:
+        network: the network, whose parameters have the names of the tensors; its buffers are moved to the device.
+        folder: a folder with safetensors.
+        choice: from a name to whether the tensor is loaded; tied parameters are loaded together.
+        device: the device of the loaded tensors.
+
+    Raises:
+        CheckpointError: for a chosen tensor that is missing.
+    """
+    stored = {each.name: each.file for each in read(folder).tensors}
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    loaded: dict[nn.Parameter, nn.Parameter] = {}
+    for parameter, known in names.items():
+        if not any(map(choice, known)):
+            continue
+        name = next((each for each in known if each in stored), "")
+        _check_none_missing(folder, [] if name else known)
+        with safe_open(stored[name], "pt") as file:
+            loaded[parameter] = nn.Parameter(file.get_tensor(name).to(device, parameter.dtype))
+    for path, module in network.named_modules():
+        for name, own in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if own in loaded:
+                setattr(module, name, loaded[own])
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            full = f"{path}.{name}".removeprefix(".")
+            if full in stored:
+                with safe_open(stored[full], "pt") as file:
+                    buffer = file.get_tensor(full)
+            setattr(module, name, buffer.to(device))
 
 
 def check_tensors(network: nn.Module, stored: Mapping[str, Shape], where: str | Path) -> None:

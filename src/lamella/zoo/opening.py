@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
 from lamella.errors import ArchitectureError, CheckpointError, LamellaError
 from lamella.extras import require
 from lamella.plan import Plan, checkpoint, native
-from lamella.plan.filling import pretrained
+from lamella.plan.filling import check_tensors, pretrained
 from lamella.plan.quantize import NEEDS, run_by_torch
 from lamella.plan.tokenizer import cut_tokenizer
 from lamella.processes import local_rank
@@ -106,6 +107,7 @@ def open_model(
     device: str | None = None,
     allow_pickle: bool = False,
     prove_again: bool = False,
+    weights: bool = True,
     libraries: Sequence[str] = (),
     classes: Sequence[str] = (),
 ) -> Model:
@@ -126,6 +128,9 @@ def open_model(
         allow_pickle: also open pickle checkpoints of transformers, which can run their author's code.
         prove_again: verify a derived architecture even if an earlier verification is remembered; also set by
             :func:`prefer`.
+        weights: whether the weights are loaded. Without, a transformers model in a folder whose tensors have the names
+            of its parameters is created on the meta device; :func:`lamella.plan.filling.load_some` loads some of its
+            weights. Other models are opened with their weights nevertheless.
         libraries: allowed libraries; any by default.
         classes: names of the allowed classes of a diffusers network; any by default. If transformers'
             ``CLIPVisionModelWithProjection`` is among them, CLIP is opened as its vision tower with the projection.
@@ -182,6 +187,11 @@ def open_model(
     if metadata is not None and metadata.is_own_class:
         opener = native.native_class(config.model_type, auto)
     dequantise = dequantisation_options(config, place)
+    if not weights and isinstance(place, Path) and metadata is None and not integers and not dequantise:
+        empty = without_weights(opener, config, place, dtype)
+        opened = None if empty is None else in_memory(empty, place, name)
+        if opened is not None and not any(each.sources for each in opened.architectures.values()):
+            return opened  # a derived architecture is verified with its weights
     options = {"dtype": dtype, "use_safetensors": None if allow_pickle else True, "config": config} | dequantise
     with tracker(f"opening {name}"):
         if is_published(place):
@@ -193,6 +203,27 @@ def open_model(
     loaded = run_by_torch(loaded) if integers else loaded
     opened = in_memory(loaded, _snapshot(place) if isinstance(place, str) else place, name)
     return _proved(opened, prove_again or integers)
+
+
+def without_weights(opener: Any, config: Any, folder: Path, dtype: Any) -> Any:
+    """Create a model with parameters on the meta device; None if the tensors in its folder have other names or shapes.
+
+    Args:
+        opener: model class of transformers, or an auto class.
+        config: config of the model.
+        folder: folder of the checkpoint.
+        dtype: of the weights.
+    """
+    if not checkpoint.is_safetensors(folder):
+        return None
+    with init_empty_weights():  # buffers are computed
+        model = opener.from_config(config, dtype=dtype).eval()
+    model.tie_weights()
+    try:
+        check_tensors(model, {each.name: each.shape for each in checkpoint.read(folder).tensors}, folder)
+    except CheckpointError:
+        return None
+    return model
 
 
 def library_in(place: Path | str) -> str:

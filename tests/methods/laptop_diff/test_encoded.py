@@ -41,6 +41,22 @@ def test_encodings_are_the_direct_ones(name: str, pictures: CaptionedImages, tmp
             torch.testing.assert_close(sample[key], each[row], atol=1e-6, rtol=0)
 
 
+def test_captions_and_images_are_encoded_in_small_batches(
+    pictures: CaptionedImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, sizes = denoiser("text"), []
+    kind, encode = type(whole.pipeline), type(whole.pipeline).encode_prompt
+    monkeypatch.setattr(
+        kind, "encode_prompt", lambda self, texts, *a, **k: (sizes.append(len(texts)), encode(self, texts, *a, **k))[1]
+    )
+    found = whole.conditions(pictures.items)["encoder_hidden_states"]
+    assert sum(sizes) == len(found) == 120 and max(sizes) <= 16
+    monkeypatch.undo()
+    for row in (0, 16, 119):
+        alone = whole.conditions(pictures.items[row : row + 1])["encoder_hidden_states"]
+        torch.testing.assert_close(found[row : row + 1], alone, atol=1e-6, rtol=0)
+
+
 def test_images_without_an_autoencoder_are_decoded_when_they_are_asked_for(
     pictures: CaptionedImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

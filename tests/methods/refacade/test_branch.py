@@ -16,6 +16,7 @@ from lamella.errors import CheckpointError, MethodError
 from lamella.files import Work
 from lamella.methods.refacade import Base, ControlBranch, Retexturer, TextureRemover, hint_sensitivity, most_sensitive
 from lamella.methods.refacade.modules import STREAMS, ControlBlock, apply_rotary
+from lamella.methods.refacade.recipe import recomputing
 
 from .pipelines import branch, branch_inputs, halved, latents, pixels
 
@@ -52,6 +53,51 @@ def test_beside_a_base_of_bfloat16_it_is_of_float32() -> None:
         theirs = answer(whole, learnt, **given)
         apart = float((answer(whole, None, **given) - theirs).abs().max())
     assert float((ours - theirs).abs().max()) < 0.1 * apart  # it does the same, as far as the base's numbers go
+
+
+def test_in_bfloat16_beside_such_a_base_it_does_nearly_the_same() -> None:
+    base = halved()
+    given, learnt = branch_inputs(base), branch(base)
+    cast, fresh = copy.deepcopy(learnt).bfloat16(), branch(base, silent=True).bfloat16()
+    kinds = set()
+    for module in cast.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda module, args, out: kinds.add(out.dtype))
+    with torch.no_grad():
+        assert torch.equal(answer(base, fresh, **given), answer(base, None, **given))
+        ours, theirs = answer(base, cast, **given), answer(base, learnt, **given)
+        apart = float((answer(base, None, **given) - theirs).abs().max())
+    assert kinds == {torch.bfloat16} and float((ours - theirs).abs().max()) < 0.1 * apart
+    torch.manual_seed(0)
+    made = Retexturer.of(base, learnt, TextureRemover.fresh(base))
+    assert {each.dtype for each in made.branch(base).parameters()} == {torch.bfloat16}
+    assert {each.dtype for each in made.weights.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("base", [pixels, latents])
+def test_recomputed_activations_give_the_same_gradients_and_need_less_memory(base: object) -> None:
+    opened: Base = base()  # type: ignore[operator]
+    given, grads, kept = branch_inputs(opened), [], []
+    for enabled in (False, True):
+        made, stored = branch(opened, 0, 1, 2), 0
+
+        def note(tensor: Tensor) -> Tensor:
+            nonlocal stored
+            stored += tensor.numel()
+            return tensor
+
+        with (
+            recomputing(enabled, opened.network, made),
+            torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        ):
+            loss = answer(opened, made, **given).square().mean()
+            kept.append(stored)
+            loss.backward()
+        grads.append({name: each.grad for name, each in made.named_parameters()})
+    for name, each in grads[0].items():
+        torch.testing.assert_close(grads[1][name], each, atol=1e-6, rtol=1e-4)
+    assert kept[1] < 0.5 * kept[0]
+    assert not opened.network.gradient_checkpointing
 
 
 def test_at_scale_nothing_the_base_is_alone_at_any_stage_of_training() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,42 @@ def test_opening_clips_decodes_the_first_mask_of_each_alone(decoded: list[str], 
     assert found.clips[1].frames.shape == (3, 3, 40, 40) and "1" in decoded and "0" not in decoded
 
 
+def test_a_clip_is_resized_frame_by_frame_as_far_as_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, noise = tmp_path / "clips", np.random.default_rng(0)
+    for name in ("a", "a.mask", "a.untextured"):
+        (root / name).mkdir(parents=True)
+        for number in range(8):
+            pixels_ = noise.integers(128, 256, (60, 40, 3), dtype=np.uint8)
+            image_file(root / name / f"{number}.png", pixels_)
+    read, alive, most = datasets.read_frames, [], []
+
+    def watched(path: Path) -> Any:
+        for image in read(path):
+            alive.append(weakref.ref(image))
+            most.append(sum(each() is not None for each in alive))
+            yield image
+            del image
+
+    found = Objects.open(root, InputContext(), frames=5)
+    base = replace(pixels(), name="small")
+    monkeypatch.setattr(Base, "area", 24 * 16)
+    whole = found.clips[0]
+    fitted = found.fitted(base)
+    monkeypatch.setattr(datasets, "read_frames", watched)
+    clip = fitted[0]
+    assert clip.frames.shape == (5, 3, 24, 16) and clip.mask.shape == (5, 1, 24, 16)
+    assert len(alive) == 15 and max(most) <= 2  # the one before may still be a local variable
+    for ours, theirs in zip(clip[:3], whole.fitted(24, 16)[:3], strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_masks_of_another_number_than_frames_are_refused_at_opening(tmp_path: Path) -> None:
+    root = clip_folder(tmp_path)
+    (root / "0.mask" / "2.png").unlink()
+    with pytest.raises(CalibrationError, match=r"0\.mask: 2 masks for 3 frames: give one for all, or one per frame"):
+        Objects.open(root, InputContext(), frames=1)
+
+
 def test_clips_are_the_same_at_each_access(tmp_path: Path) -> None:
     for found in (
         Objects.open(clip_folder(tmp_path), InputContext(), frames=3),
@@ -59,12 +97,12 @@ def test_what_only_decoding_shows_is_refused_by_name(tmp_path: Path) -> None:
     root = clip_folder(tmp_path)
     image_file(root / "1.untextured" / "0.png", np.zeros((8, 8, 3), np.uint8))
     found = Objects.open(root, InputContext(), frames=3)
-    with pytest.raises(CalibrationError, match=r"1\.untextured: frames of") as error:
+    with pytest.raises(CalibrationError, match=r"1\.untextured: 8 x 8 pixels, the clip's first frame 40 x 40") as error:
         removal_samples(pixels(), found.fitted(pixels()))
     assert "\n" not in str(error.value)
     for frame in range(3):
         image_file(root / "1.mask" / f"{frame}.png", np.full((8, 8, 3), 255, np.uint8))
-    with pytest.raises(CalibrationError, match=r"1\.mask: the mask has 8 x 8 pixels, the image 40 x 40"):
+    with pytest.raises(CalibrationError, match=r"1\.mask: 8 x 8 pixels, the clip's first frame 40 x 40"):
         latents(pixels(), Objects.open(root, InputContext(), frames=3).clips)
 
 

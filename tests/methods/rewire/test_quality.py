@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from pathlib import Path
 from statistics import correlation, mean
 
@@ -11,10 +12,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lamella.data import Document, seed_of
-from lamella.errors import CalibrationError
+from lamella.data import Document, Documents, seed_of
+from lamella.errors import CalibrationError, LamellaError
 from lamella.measure import spearman
-from lamella.methods.rewire import PoolRules, broken_rule, cross_fitted, fit_quality, near_duplicates, pool_of, top
+from lamella.methods.rewire import (
+    PoolRules,
+    QualityFilter,
+    TrainedFastText,
+    broken_rule,
+    cross_fitted,
+    fit_quality,
+    near_duplicates,
+    pool_of,
+    score,
+    select_best,
+    top,
+)
 from lamella.methods.rewire.accounts import diversity
 
 PROSE = (
@@ -42,6 +55,84 @@ def test_good_texts_are_distinguished_from_others(kind: str) -> None:
     quality = fit_quality(texts(GOOD, 60, 0), texts(BAD, 60, 1), kind)  # type: ignore[arg-type]
     good, bad = quality(texts(GOOD, 20, 2)), quality(texts(BAD, 20, 3))
     assert good.min() > bad.max() and bad.min() >= 0 and good.max() <= 1
+
+
+HQ = "__label__hq"
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with the labels of DCLM's, which distinguishes capitals."""
+    fasttext = pytest.importorskip("fasttext")
+    folder = tmp_path_factory.mktemp("published")
+    rows = [f"__label__hq {text}" for text in texts(GOOD, 60, 0)] + [
+        f"__label__cc {text}" for text in texts(BAD, 60, 1)
+    ]
+    rows += [f"__label__cc {text.upper()}" for text in texts(GOOD, 60, 2)]
+    (folder / "lines.txt").write_text("\n".join(rows) + "\n")
+    model = fasttext.train_supervised(
+        input=str(folder / "lines.txt"), lr=0.1, epoch=25, dim=8, wordNgrams=2, minCount=1, bucket=10_000, thread=1,
+        verbose=0,
+    )  # fmt: skip
+    model.save_model(str(folder / "model.bin"))
+    return folder / "model.bin"
+
+
+def test_a_trained_classifier_scores_texts_as_fasttext_itself_does(published: Path) -> None:
+    fasttext = pytest.importorskip("fasttext")
+    rows = [*texts(GOOD, 5, 3), *texts(BAD, 5, 4)]
+    rows += [rows[0].upper(), f"  {rows[1].replace(' ', chr(10), 3)} \n", " ".join([rows[2]] * 60)]
+    found = TrainedFastText(published, HQ)(rows)
+    inner = fasttext.load_model(str(published)).f
+    for text, ours in zip(rows, found, strict=True):
+        ((p, label),) = inner.predict(" ".join(text.strip().splitlines()) + "\n", 1, 0.0, "strict")
+        assert ours == pytest.approx(p if label == HQ else 1 - p, abs=1e-4)
+    assert found[:5].min() > 0.5 > found[5:10].max() and found[10] < 0.5 < found[11]
+    assert ((found >= 0) & (found <= 1)).all() and TrainedFastText(published, HQ)([]).shape == (0,)
+
+
+def test_a_trained_classifier_chooses_the_raw_documents(published: Path) -> None:
+    good, bad = texts(GOOD, 2, 5), texts(BAD, 18, 6)
+    documents = Documents(Document(f"d{n}", text) for n, text in enumerate([*bad, *good]))
+    scores = [row["score"] for row in score(documents, trained=str(published)).items]
+    assert min(scores[-2:]) > max(scores[:-2])
+    rows = [
+        {
+            "id": each.id,
+            "source_text": each.text,
+            "text": each.text,
+            "n_src_tok": 1,
+            "n_out_tok": 1,
+            "drop_reason": None,
+        }
+        for each in documents
+    ]
+    select_best(rows, texts(BAD, 20, 7), QualityFilter(trained=str(published)), None, 0)
+    assert [row["id"] for row in rows if row["in_raw"]] == ["d18", "d19"]
+    assert not {"d18", "d19"} & {
+        row["id"] for row in rows if row["in_syn"]
+    }  # the second one is trained on the positives
+
+
+def test_a_trained_classifier_that_cannot_be_used_is_refused_in_one_line(published: Path, tmp_path: Path) -> None:
+    (tmp_path / "no.bin").write_bytes(b"no model" * 100)
+    for file, label, message in (
+        (tmp_path / "none.bin", HQ, "there is no file"),
+        (tmp_path / "no.bin", HQ, "no fastText model"),
+        (published, "__label__good", "has no label __label__good: choose one of __label__cc, __label__hq"),
+    ):
+        with pytest.raises(CalibrationError, match=message) as error:
+            TrainedFastText(file, label)
+        assert "\n" not in str(error.value)
+
+
+def test_without_fasttext_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "fasttext", None)
+    documents = Documents([Document("a", "one")])
+    with pytest.raises(LamellaError, match=r"needs fasttext-numpy2: pip install 'lamella\[fasttext\]'"):
+        score(documents, trained=str(tmp_path / "model.bin"))
+    with pytest.raises(CalibrationError, match="give positives, or trained, a fastText model"):
+        score(documents)
 
 
 def test_a_text_in_other_lines_and_letters_has_the_same_score() -> None:

@@ -11,8 +11,11 @@ import os
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +24,17 @@ import torch
 from lamella.errors import LamellaError
 from lamella.files import Work
 from lamella.methods.skippipe import communicator, recipe
-from lamella.methods.skippipe.executor import NodeExecutor, stage_of_parameter
+from lamella.methods.skippipe.executor import NodeExecutor
 from lamella.methods.skippipe.planner import Limit
 from lamella.methods.skippipe.recipe import train
 from lamella.methods.skippipe.schedule import PipelineSchedule
-from lamella.methods.skippipe.stages import spans
+from lamella.methods.skippipe.stages import spans, stage_of_parameter
 from lamella.stack import Stack
-from lamella.train import TrainConfig, blocks, collate
+from lamella.train import TrainConfig, blocks, collate, fit
+from lamella.zoo import open_stack
 from lamella.zoo.nano import nano
+
+profile: Any = import_module("lamella.methods.skippipe.profile")
 
 TOKENS = torch.randint(3, 100, (48, 10), generator=torch.Generator().manual_seed(0))
 SAMPLES: Any = blocks(TOKENS, loss_on="all")
@@ -63,8 +69,10 @@ def learn(
     lost: list[int] | None = None,
     dies: int | None = None,
     at: int = 0,
+    model: str | None = None,
+    bf16: bool = False,
 ) -> None:
-    """A training, in which one node may die at the beginning of a step."""
+    """A training, in which one node may die at the beginning of a step; of a folder, weights are loaded by stage."""
     if dies is not None:
 
         class Mortal(NodeExecutor):
@@ -77,14 +85,37 @@ def learn(
                 return super().__call__(batch)
 
         recipe.NodeExecutor = Mortal  # type: ignore[misc]
-    stack = Stack(nano("llama"))
-    result = train(stack, SAMPLES, schedule, config=CONFIG, work=Work(Path(work)), lost=tuple(lost or ()), limit=LIMIT)
+    held: list[str] = []
+
+    def counted(view: Any, *given: Any, **options: Any) -> Any:
+        held.extend(name for name, _ in view.named_parameters())
+        return fit(view, *given, **options)
+
+    recipe.fit = counted  # type: ignore[assignment]
+    stack = Stack(nano("llama")) if model is None else open_stack(model, weights=False)
+    config = replace(CONFIG, bf16=bf16)
+    result = train(stack, SAMPLES, schedule, config=config, work=Work(Path(work)), lost=tuple(lost or ()), limit=LIMIT)
     rank = os.environ["RANK"]
     losses = [point.loss for point in result.log.train]
-    torch.save({"state": result.stack.model.state_dict(), "losses": losses}, out / f"{rank}.pt")
+    torch.save({"state": result.stack.model.state_dict(), "losses": losses, "held": held}, out / f"{rank}.pt")
 
 
-SCENARIOS: dict[str, Callable[..., None]] = {"iterate": iterate, "learn": learn}
+def measure(schedule: PipelineSchedule, out: Path, delay: float = 0.0) -> None:
+    """A profile, in which every message takes some seconds more."""
+    send = profile.dist.send
+
+    def slow(*given: Any) -> None:
+        time.sleep(delay)
+        send(*given)
+
+    profile.dist.send = slow
+    region = ("oslo", "paris")[int(os.environ["RANK"])]
+    found = profile.profile(Stack(nano("llama")), region=region, microbatch=2, tokens=16, memory=2, rounds=3)
+    (out / os.environ["RANK"]).mkdir()
+    found.write(out / os.environ["RANK"])
+
+
+SCENARIOS: dict[str, Callable[..., None]] = {"iterate": iterate, "learn": learn, "measure": measure}
 
 
 def process(rank: int, port: int, scenario: dict[str, Any]) -> None:

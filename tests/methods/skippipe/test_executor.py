@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from lamella.errors import TrainingError
 from lamella.files import Work
-from lamella.methods.skippipe import train
+from lamella.methods.skippipe import NetworkProfile, train
 from lamella.methods.skippipe.communicator import on_ray
 from lamella.methods.skippipe.network import Machine, PipelineNetwork
 from lamella.methods.skippipe.paths import Assignment, Limits
@@ -164,6 +165,57 @@ def test_one_process_along_the_same_paths_learns_the_same(processes: Run, tmp_pa
     assert [point.loss for point in one.log.train] == pytest.approx(many["losses"], rel=1e-5)
 
 
+PAIR = schedule([[0], [1]], [(0, 1)], 2)
+
+
+def test_a_process_loads_the_weights_of_its_stage_and_the_first_gathers_all(processes: Run, tmp_path: Path) -> None:
+    nano("llama").save_pretrained(tmp_path / "model")
+    assert processes("learn", PAIR, tmp_path / "whole", work=str(tmp_path / "w1")) == [0, 0]
+    parts = {"work": str(tmp_path / "w2"), "model": str(tmp_path / "model")}
+    assert processes("learn", PAIR, tmp_path / "parts", **parts) == [0, 0]
+    whole = torch.load(tmp_path / "whole" / "0.pt")
+    first, second = (torch.load(tmp_path / "parts" / f"{rank}.pt") for rank in range(2))
+    layers = [{int(name.split(".")[2]) for name in each["held"] if ".layers." in name} for each in (first, second)]
+    assert layers == [{0, 1}, {2, 3}]
+    rest = [{name for name in each["held"] if ".layers." not in name} for each in (first, second)]
+    assert rest == [{name for name in whole["state"] if ".layers." not in name}, {"model.norm.weight"}]
+    assert first["losses"] == second["losses"] == whole["losses"]
+    assert first["state"].keys() == whole["state"].keys() and all(each.is_meta for each in second["state"].values())
+    for name, each in first["state"].items():
+        assert torch.equal(each, whole["state"][name]), name
+
+
+def test_in_bfloat16_processes_learn_what_one_process_does(processes: Run, tmp_path: Path) -> None:
+    assert processes("learn", PAIR, tmp_path / "many", work=str(tmp_path / "w1"), bf16=True) == [0, 0]
+    many = torch.load(tmp_path / "many" / "0.pt")
+    kinds, linear = set(), torch.nn.Linear.forward
+
+    def noted(self: Any, x: Tensor) -> Tensor:
+        out = linear(self, x)
+        kinds.add(out.dtype)
+        return out
+
+    with torch.enable_grad(), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch.nn.Linear, "forward", noted)
+        config = replace(CONFIG, bf16=True)
+        one = train(Stack(nano("llama")), SAMPLES, PAIR, config=config, work=Work(tmp_path / "w2"))
+    assert kinds == {torch.bfloat16}
+    assert [point.loss for point in one.log.train] == pytest.approx(many["losses"], rel=1e-5)
+    for name, each in one.stack.model.state_dict().items():
+        assert each.dtype == torch.float32 and (each - many["state"][name]).abs().max() <= 1e-5, name
+
+
+def test_a_profile_measures_the_delay_of_a_link_and_the_planner_takes_it(processes: Run, tmp_path: Path) -> None:
+    assert processes("measure", PAIR, tmp_path, delay=0.05) == [0, 0]
+    first, second = (NetworkProfile.read(tmp_path / str(rank)) for rank in range(2))
+    assert (first.nodes, first.links, first.load) == (second.nodes, second.links, second.load)
+    assert [node.region for node in first.nodes] == ["oslo", "paris"] and first.nodes[0].memory == 2
+    ((between, (milliseconds, _)),) = first.links.items()
+    assert between == ("oslo", "paris") and 50 <= milliseconds < 150
+    network = PipelineNetwork.open(str(tmp_path / "0"))
+    assert network.edge[0, 1] >= 0.05 and network.work[0] == pytest.approx(first.nodes[0].seconds * 2 * 2 / 2)
+
+
 def test_a_world_that_does_not_fit_is_refused_in_one_line(processes: Run, tmp_path: Path) -> None:
     assert processes("learn", FULL, tmp_path, 3, work=str(tmp_path / "w")) == [2] * 3
     message = (tmp_path / "0.txt").read_text()
@@ -204,7 +256,7 @@ def test_a_ray_cluster_trains_what_one_process_does_along_the_same_paths(tmp_pat
         stack = Stack(nano("llama"))
         with torch.enable_grad():
             many = train(stack, SAMPLES, made, ray=True, config=CONFIG, work=Work(tmp_path / "many"))
-        with pytest.raises(TrainingError, match="has room for 2 of 3 nodes in here: start Ray on its machines with"):
+        with pytest.raises(TrainingError, match="provides 2 of 3 nodes in here: start Ray on its machines with"):
             train(stack, SAMPLES, schedule([[0, 1], [2]], [(0, 2), (1, 2)], 2), ray=True, config=CONFIG)
 
         def dies() -> None:

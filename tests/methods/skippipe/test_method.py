@@ -219,7 +219,7 @@ def test_plans_that_cannot_be_are_refused_in_one_line(options: dict[str, Any], m
         ),
         ({"lost": (1,)}, "--without names nodes of a schedule:"),
         ({"ray": True}, "Ray starts one process per node of a schedule: give --pipeline,"),
-        ({"config": replace(CONFIG, accumulate=2)}, "omit accumulate, bf16 and shard"),
+        ({"config": replace(CONFIG, accumulate=2)}, "omit accumulate and shard"),
     ],
 )
 def test_trainings_that_cannot_be_are_refused_in_one_line(

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from lamella.errors import MethodError
+from lamella.methods.skippipe import NetworkProfile, profile
 from lamella.methods.skippipe.network import EXAMPLE, Load, Machine, PipelineNetwork, published
+from lamella.stack import Stack
+from lamella.zoo.nano import nano
 
 OSLO = '[[nodes]]\nregion = "oslo"\n'
 LINK = '[[links]]\nbetween = ["oslo", "paris"]\nmilliseconds = 14.0\ngigabytes = 0.12\n'
@@ -41,6 +44,30 @@ def test_a_file_is_read_with_its_links_both_ways(tmp_path: Path) -> None:
     assert network.edge[0, 2] == network.edge[3, 1] == pytest.approx(0.014 + 0.03125 / 0.12)
 
 
+def test_the_load_of_a_file_counts_unless_it_is_given(tmp_path: Path) -> None:
+    file = tmp_path / "network.toml"
+    file.write_text(
+        "[load]\nmicrobatch = 2\ntokens = 128\nhidden = 64\nlayers = 3\ncopies = 0\nbf16 = true\n" + EXAMPLE
+    )
+    for source in (file, tmp_path):  # the file, or its folder
+        network = PipelineNetwork.open(str(source))
+        assert network.edge[0, 2] == pytest.approx(0.014 + 2 * 2 * 128 * 64 / 1024**3 / 0.12)
+        assert network.work.tolist() == pytest.approx([0.02 * 6, 0.02 * 6, 0.055 * 6, 0.055 * 6])
+    assert PipelineNetwork.open(str(file), bf16=False, copies=0.5).edge[0, 2] == pytest.approx(
+        0.014 + 4 * 2 * 128 * 64 / 1024**3 / 0.12 + 0.5
+    )
+
+
+def test_one_process_measures_its_own_speed(tmp_path: Path) -> None:
+    made = profile(Stack(nano("llama")), region="oslo", stages=2, microbatch=2, tokens=16, rounds=3)
+    assert made.load == Load(2, 16, 32, 2, 0.0) and not made.links and [each.region for each in made.nodes] == ["oslo"]
+    node = made.findings["nodes"][0]
+    assert node["fastest seconds"] <= made.nodes[0].seconds * 2 * 2 <= node["slowest seconds"] and node["backward over forward seconds"] > 0
+    made.write(tmp_path)
+    again = NetworkProfile.read(tmp_path)
+    assert (again.nodes, again.links, again.load) == (made.nodes, made.links, made.load)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -61,6 +88,8 @@ def test_a_file_is_read_with_its_links_both_ways(tmp_path: Path) -> None:
         (OSLO + LINK.replace('["oslo", "paris"]', '["oslo"]'), "is not"),
         (OSLO + LINK.replace("gigabytes", "gigabits"), "link 0 has no gigabytes"),
         (OSLO + "[edges]\n", "unknown entry 'edges'"),
+        ("load = 3\n" + OSLO, "load is not a table"),
+        (OSLO + "[load]\ntokens = true\n", "load has tokens = True"),
         ("nodes = [", "is not valid TOML"),
     ],
 )

@@ -21,6 +21,8 @@ from lamella.zoo import Pipeline, default_device, open_model
 from lamella.zoo.pipelines import NETWORKS
 from lamella.zoo.views import View
 
+CAPTIONS = 16  # captions that the text encoders read at once
+
 
 @dataclass(frozen=True, eq=False)
 class Denoiser(View):
@@ -120,11 +122,16 @@ class Denoiser(View):
         times = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         height, width = (times * each for each in self.size)
         fit = transforms.Compose([transforms.Resize(min(height, width)), transforms.CenterCrop((height, width))])
-        rows = [torch.from_numpy(each.image).permute(2, 0, 1) for each in images]
-        pixels = torch.stack([each if each.shape[1:] == (height, width) else fit(each) for each in rows]) / 127.5 - 1
+
+        def pixels(each: Captioned) -> Tensor:  # [3, height, width]
+            row = torch.from_numpy(each.image).permute(2, 0, 1)
+            return (row if row.shape[1:] == (height, width) else fit(row)) / 127.5 - 1
+
         if vae is None:
-            return pixels.mean(dim=1, keepdim=True) if self.network.config.in_channels == 1 else pixels
-        latents = [vae.encode(each[None].to(vae.device, vae.dtype)).latent_dist.mode().float().cpu() for each in pixels]
+            rows = torch.stack([pixels(each) for each in images])
+            return rows.mean(dim=1, keepdim=True) if self.network.config.in_channels == 1 else rows
+        inputs = (pixels(each)[None].to(vae.device, vae.dtype) for each in images)  # large ones, so one at a time
+        latents = [vae.encode(each).latent_dist.mode().float().cpu() for each in inputs]
         shift = getattr(vae.config, "shift_factor", None) or 0.0
         return (torch.cat(latents) - shift) * vae.config.scaling_factor
 
@@ -153,14 +160,18 @@ class Denoiser(View):
             return {}
         texts = [each.text for each in images]
         how = {"device": self.network.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-        output = self.pipeline.encode_prompt(texts, **how)
-        found = {"encoder_hidden_states": output[0]}
-        if len(output) == 4:  # SDXL: a pooled text embedding, and the crop of the image
+        parts = [
+            self.pipeline.encode_prompt(texts[start : start + CAPTIONS], **how)
+            for start in range(0, len(texts), CAPTIONS)
+        ]
+        found = {"encoder_hidden_states": torch.cat([each[0].cpu() for each in parts])}
+        if len(parts[0]) == 4:  # SDXL: a pooled text embedding, and the crop of the image
             vae = self.pipeline.vae
             height, width = (2 ** (len(vae.config.block_out_channels) - 1) * each for each in self.size)
-            times = torch.tensor([[height, width, 0, 0, height, width]], dtype=output[0].dtype)
-            found |= {"text_embeds": output[2], "time_ids": times.expand(len(texts), -1)}
-        return {name: each.cpu() for name, each in found.items()}
+            times = torch.tensor([[height, width, 0, 0, height, width]], dtype=parts[0][0].dtype)
+            pooled = torch.cat([each[2].cpu() for each in parts])
+            found |= {"text_embeds": pooled, "time_ids": times.repeat(len(texts), 1)}
+        return found
 
     def predict(self, network: Any, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
         """Compute the prediction of a network, this one or a modified one.

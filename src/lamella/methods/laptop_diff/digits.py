@@ -49,16 +49,17 @@ def untrained(seed: int = 0) -> Any:
     return pipeline
 
 
-def pipeline(name: str, steps: int = STEPS) -> Any:
+def pipeline(name: str, steps: int = STEPS, seed: int = 0) -> Any:
     """Open one of the two built-in pipelines by name.
 
     Args:
         name: ``digits`` or ``untrained``.
         steps: number of training steps.
+        seed: random seed of the weights and of the training.
     """
-    made = untrained()
+    made = untrained(seed)
     if name == DIGITS:
-        folder = build_once(f"laptop-diff-digits-{steps}", partial(_train, steps), megabytes=40)
+        folder = build_once(f"laptop-diff-digits-{steps}-{seed}", partial(_train, steps, seed), megabytes=40)
         fill(made.unet, load_file(folder / WEIGHTS), folder)
     return made
 
@@ -82,15 +83,15 @@ class NoiseLoss:
         return (output - noise).square().mean()
 
 
-def _train(steps: int, folder: Path) -> dict[str, Any]:
+def _train(steps: int, seed: int, folder: Path) -> dict[str, Any]:
     """Train it on the calibration split of the digits, and write its weights."""
-    made = untrained()
+    made = untrained(seed)
     images = CaptionedImages.open(DIGITS, InputContext(), count=10_000)
     pixels = [torch.from_numpy(each.image[..., :1]).permute(2, 0, 1) / 127.5 - 1 for each in images.items]
     task = Task(NoiseLoss(made.scheduler), collate=stacked, weight=lambda batch: len(batch["clean"]))
-    config = TrainConfig(steps=steps, lr=RATE, schedule="constant", warmup=0, batch=BATCH, save_every=steps)
+    config = TrainConfig(steps=steps, lr=RATE, schedule="constant", warmup=0, batch=BATCH, seed=seed, save_every=steps)
     samples = [{"clean": each} for each in pixels]
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
         fit(made.unet, samples, task, config, out=Path(work) / "run", trainable=lambda name: True)
     save_file(made.unet.state_dict(), folder / WEIGHTS)
-    return {"steps": steps, "images": images.describe()}
+    return {"steps": steps, "seed": seed, "images": images.describe()}

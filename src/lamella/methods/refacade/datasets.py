@@ -9,7 +9,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lamella.data import Encoded, InputContext, Lazy
@@ -21,11 +23,10 @@ from lamella.methods.refacade.frames import (
     IMAGES,
     TEXTURED,
     VIDEOS,
-    Frames,
-    Masks,
     check_frames,
     light_pixels,
     read_frames,
+    scaled,
     to_float,
 )
 from lamella.methods.refacade.jigsaw import WHITE
@@ -49,10 +50,10 @@ Encode = Callable[[Clip, int], dict[str, Tensor]]  # from a clip and its index t
 class Objects:
     """Clips of objects.
 
-    Opening a folder decodes one mask of each clip. Clips are decoded on access.
+    Opening a folder decodes one mask of each clip. Clips are decoded on access, frame by frame, and resized at once.
 
     Attributes:
-        clips: all of one length.
+        read: reads a clip in a size, from its index and (height, width); in its own size from None.
         masks: mask of the first frame of each clip [1, 1, height, width].
         metadata: description for the provenance.
     """
@@ -65,9 +66,14 @@ class Objects:
     default = TEXTURED
     example = Fixture(TEXTURED, settings={"count": 4, "frames": 2})
 
-    clips: Sequence[Clip]
+    read: Callable[[int, tuple[int, int] | None], Clip]
     masks: Sequence[Tensor]
     metadata: dict[str, Any]
+
+    @property
+    def clips(self) -> Sequence[Clip]:
+        """The clips, all of one length, in their own sizes."""
+        return Lazy(range(len(self)), lambda index: self.read(index, None))
 
     @classmethod
     def open(cls, name: str | Path, context: InputContext, *, count: int = 1200, frames: int = 1) -> Objects:
@@ -89,23 +95,31 @@ class Objects:
         digest = hashlib.sha256()
         if str(name) == TEXTURED:
             part: Part = "test" if context.split == "test" else "train"
-            clips = Lazy(range(count), lambda index: of_object(nth_object(index, part, context.seed, SIDE, frames)))
-            masks = Lazy(clips, lambda clip: clip.mask[:1])
+
+            def read(index: int, size: tuple[int, int] | None) -> Clip:
+                clip = of_object(nth_object(index, part, context.seed, SIDE, frames))
+                return clip if size is None else clip.fitted(*size)
+
+            masks = Lazy(range(count), lambda index: read(index, None).mask[:1])
             digest.update(f"{part} {context.seed} {SIDE}".encode())
         else:
             files = list(islice(_folder(Path(name)), count))
             for each in files:
                 digest.update(each.check(frames))
-            clips, masks = Lazy(files, lambda each: each.read_frames(frames)), Lazy(files, ClipFiles.first_mask)
-        metadata = {"data": str(name), "clips": len(clips), "frames": frames, "sha256": digest.hexdigest()}
-        return cls(clips, masks, metadata)
+            masks = Lazy(files, ClipFiles.first_mask)
+
+            def read(index: int, size: tuple[int, int] | None) -> Clip:
+                return files[index].read(frames, size)
+
+        metadata = {"data": str(name), "clips": len(masks), "frames": frames, "sha256": digest.hexdigest()}
+        return cls(read, masks, metadata)
 
     def describe(self) -> dict[str, Any]:
         """Return the description for the provenance."""
         return dict(self.metadata)
 
     def __len__(self) -> int:
-        return len(self.clips)
+        return len(self.masks)
 
     def fitted(self, base: Base) -> Sequence[Clip]:
         """Return the clips in one size that a base supports.
@@ -114,17 +128,17 @@ class Objects:
             CalibrationError: for an object that is too small for that.
             MethodError: for a number of frames that its autoencoder does not support.
         """
-        first = self.clips[0]
-        if (len(first.frames) - 1) % base.temporal:
-            raise MethodError(f"frames {len(first.frames)}: {base.name} needs a multiple of {base.temporal} plus one")
-        size = base.size_for(*first.frames.shape[-2:])
-        if size != first.frames.shape[-2:]:
+        frames, own = self.metadata["frames"], self.masks[0].shape[-2:]
+        if (frames - 1) % base.temporal:
+            raise MethodError(f"frames {frames}: {base.name} needs a multiple of {base.temporal} plus one")
+        size = base.size_for(*own)
+        if size != own:
             for index, mask in enumerate(self.masks):
                 if not resized(mask, *size).any():
                     scale = "{} x {}".format(*size)
-                    name = self.clips[index].name
+                    name = self.read(index, size).name
                     raise CalibrationError(f"{name}: in {scale} pixels its object vanishes: crop the clip")
-        return Lazy(self.clips, lambda clip: clip.fitted(*size))
+        return Lazy(range(len(self)), lambda index: self.read(index, size))
 
 
 class ClipFiles(NamedTuple):
@@ -149,13 +163,16 @@ class ClipFiles(NamedTuple):
         Raises:
             CalibrationError: for too few frames, a damaged mask, or an empty one of the first frame.
         """
-        clip, *others = (check_frames(Path(each)) for each in self if each is not None)
+        clip, mask, *others = (check_frames(Path(each)) for each in self if each is not None)
         self.check_length(clip.frames, frames)
+        if mask.frames not in (1, clip.frames):
+            counts = f"{mask.frames} masks for {clip.frames} frames"
+            raise CalibrationError(f"{self.mask}: {counts}: give one for all, or one per frame")
         if not self.first_mask().any():
             raise CalibrationError(
                 f"{self.mask}: no object in the first frame, which is the reference: start where it is visible"
             )
-        return b"".join(each.digest for each in (clip, *others))
+        return b"".join(each.digest for each in (clip, mask, *others))
 
     def check_length(self, found: int, frames: int) -> None:
         """Raise a :class:`CalibrationError` if the clip has too few frames.
@@ -171,22 +188,39 @@ class ClipFiles(NamedTuple):
         """Decode the mask of the first frame only [1, 1, height, width]."""
         return torch.from_numpy(light_pixels(next(read_frames(Path(self.mask)))[..., :3]))[None, None].float()
 
-    def read_frames(self, frames: int) -> Clip:
-        """Decode the clip, its mask and its untextured version.
+    def read(self, frames: int, size: tuple[int, int] | None) -> Clip:
+        """Decode the clip, its mask and its untextured version, one frame after the other.
+
+        Args:
+            frames: number of frames.
+            size: height and width of the result; None for the clip's own.
 
         Raises:
             CalibrationError: for damaged files, or different sizes.
         """
-        clip, mask = Frames.open(self.clip), Masks.open(self.mask)
-        self.check_length(len(clip.pixels), frames)  # a header may declare more frames than the file has
-        try:
-            where = mask.fitted(clip, *clip.pixels.shape[1:3])[:frames]
-        except CalibrationError as error:
-            raise CalibrationError(f"{self.mask}: {error}") from None
+        own: tuple[int, ...] = ()  # size of the first frame
+
+        def decoded(path: str) -> Iterator[NDArray[np.uint8]]:
+            nonlocal own
+            for image in islice(read_frames(Path(path)), frames):
+                own = own or image.shape[:2]
+                if image.shape[:2] != own:
+                    ours, first = ("{} x {}".format(*each) for each in (image.shape, own))
+                    raise CalibrationError(f"{path}: {ours} pixels, the clip's first frame {first}: give one size")
+                yield image[..., :3]
+
+        shown = [scaled(to_float(image)[None], *(size or own)) for image in decoded(self.clip)]
+        self.check_length(len(shown), frames)  # a header may declare more frames than the file has
+        masks = [torch.from_numpy(light_pixels(image))[None, None].float() for image in decoded(self.mask)]
+        if len(masks) not in (1, frames):
+            raise CalibrationError(f"{self.mask}: {len(masks)} masks for {frames} frames: give one per frame")
+        where = torch.cat([resized(each, *(size or own)) for each in masks]).expand(frames, -1, -1, -1)
         plain = None
         if self.plain is not None:
-            plain = to_float(same_size(Frames.open(self.plain), clip, Path(self.plain)))[:frames]
-        return Clip(to_float(clip.pixels)[:frames], where, plain, self.clip)
+            plain = torch.cat([scaled(to_float(image)[None], *(size or own)) for image in decoded(self.plain)])
+            if len(plain) < frames:
+                raise CalibrationError(f"{self.plain}: {len(plain)} of {frames} frames: give as many as the clip has")
+        return Clip(torch.cat(shown), where, plain, self.clip)
 
 
 def _folder(folder: Path) -> Iterator[ClipFiles]:
@@ -200,22 +234,6 @@ def _folder(folder: Path) -> Iterator[ClipFiles]:
         if mask is None:
             raise CalibrationError(f"{path} has no {_stem(path)}{MASK}: give a mask of its object")
         yield ClipFiles(str(path), str(mask), None if plain is None else str(plain))
-
-
-def same_size(twin: Frames, clip: Frames, path: Path) -> Any:
-    """Return the pixels of a clip's untextured version, after checking their shape.
-
-    Args:
-        twin: the untextured version.
-        clip: the clip.
-        path: file of the untextured version, for the message.
-
-    Raises:
-        CalibrationError: when the shapes differ.
-    """
-    if twin.pixels.shape != clip.pixels.shape:
-        raise CalibrationError(f"{path}: pixels {list(twin.pixels.shape)}, its clip {list(clip.pixels.shape)}")
-    return twin.pixels
 
 
 def _is_clip(path: Path) -> bool:

@@ -154,7 +154,7 @@ class Retexturer(Result):
         return cls(adapter=adapter, weights=weights, remover=remover.eval(), **fields)
 
     def branch(self, base: Base) -> ControlBranch:
-        """Build the branch for its base.
+        """Build the branch for its base, in the precision of the base.
 
         Raises:
             MethodError: for another base.
@@ -172,7 +172,7 @@ class Retexturer(Result):
             raise CheckpointError(f"{ADAPTER}: hidden {self.adapter.hidden} is not the width of its weights")
         branch = ControlBranch(base.network, self.adapter.layers, *self.adapter.channels, self.adapter.hidden)
         fill(branch, self.weights, ADAPTER)
-        return branch.to(base.network.device).requires_grad_(False).eval()
+        return branch.to(base.network.device, base.network.dtype).requires_grad_(False).eval()
 
     def describe(self) -> dict[str, Any]:
         """Return its metadata for the provenance."""

@@ -37,7 +37,7 @@ from lamella.measure import check_embedder
 from lamella.methods.rewire.accounts import of_rewrites, of_sets, samples
 from lamella.methods.rewire.guiding import Guide
 from lamella.methods.rewire.pool import PoolRules, pool_of
-from lamella.methods.rewire.quality import Kind, Positives, cross_fitted, top
+from lamella.methods.rewire.quality import Kind, Positives, TrainedFastText, cross_fitted, top
 from lamella.methods.rewire.result import Rewritten, ScoredDocuments
 from lamella.methods.rewire.steps import AnswerParser, RewriteRequests
 from lamella.provenance import describe
@@ -59,6 +59,9 @@ class QualityFilter:
         keep_raw: fraction of the pool that is kept; a tenth in the paper.
         keep_syn: fraction of the rewrites that is kept; a tenth in the paper.
         by: unit of these fractions: documents or tokens.
+        trained: file of a trained fastText model (.bin) that scores raw documents in place of the first classifier,
+            such as DCLM's, which the paper uses; None trains one.
+        good_label: its label of good texts; DCLM's.
     """
 
     classifier: Kind = "hashed"
@@ -66,6 +69,12 @@ class QualityFilter:
     keep_raw: Annotated[float, Gt(0), Le(1)] = 0.1
     keep_syn: Annotated[float, Gt(0), Le(1)] = 0.1
     by: Unit = "documents"
+    trained: str | None = None
+    good_label: str = "__label__hq"
+
+    def open_trained(self) -> TrainedFastText | None:
+        """Open the trained classifier of raw documents, if there is one."""
+        return None if self.trained is None else TrainedFastText(self.trained, self.good_label)
 
 
 @dataclass(frozen=True)
@@ -140,6 +149,7 @@ def rewire(
         LamellaError: for a rewriter that cannot be opened or does not answer.
     """
     workers.check()
+    judging.open_trained()  # so that a model that cannot be used is refused at once
     guide = Guide.open(rewriting.prompt)
     check_embedder(rewriting.embedder)
     training, held_out = hold_out(documents, blend.held_out, seed)
@@ -183,28 +193,37 @@ def rewire(
 @command("rewire", "score", on="any")
 def score(
     documents: Documents,
-    positives: Positives | Documents,
+    positives: Positives | Documents | None = None,
     *,
     classifier: Kind = "hashed",
     negatives: Annotated[int, Ge(1)] = 200_000,
+    trained: str | None = QualityFilter.trained,
+    good_label: str = QualityFilter.good_label,
     seed: int = 0,
 ) -> ScoredDocuments:
     """Score the similarity of each document to good texts: step 2 alone, a quality filter for any pool.
 
     Args:
         documents: the pool, which is its own negatives: each half is scored by a classifier trained on the other half.
-        positives: good texts.
+        positives: good texts; a trained classifier needs none.
         classifier: hashed, a linear classifier on hashed words, or fasttext, the paper's.
         negatives: maximum number of texts of each class per classifier.
+        trained: file of a trained fastText model (.bin) that scores the documents, such as DCLM's, the paper's.
+        good_label: its label of good texts; DCLM's.
         seed: random seed of the halves.
 
     Raises:
-        CalibrationError: for a pool of fewer than two documents, or no positives.
+        CalibrationError: for a pool of fewer than two documents, no positives, or a model that cannot be used.
     """
-    if len(documents) < 2:
-        raise CalibrationError(f"{len(documents)} document: give at least 2, since each half is scored by the other")
     ids, texts = [each.id for each in documents], [each.text for each in documents]
-    scores = cross_fitted([each.text for each in positives], ids, texts, negatives, classifier, seed)
+    if trained is not None:
+        scores = TrainedFastText(trained, good_label)(texts)
+    elif positives is None:
+        raise CalibrationError("there are no good texts: give positives, or trained, a fastText model")
+    elif len(documents) < 2:
+        raise CalibrationError(f"{len(documents)} document: give at least 2, since each half is scored by the other")
+    else:
+        scores = cross_fitted([each.text for each in positives], ids, texts, negatives, classifier, seed)
     rows = [
         {"id": each.id, "text": each.text, "score": round(value, 6)}
         for each, value in zip(documents, scores.tolist(), strict=True)
@@ -291,7 +310,7 @@ def select_best(
 ) -> None:
     """Run steps 2 and 5, adding to the rows both scores and the set of each document.
 
-    The negatives of the first classifier are raw documents, those of the second one rewrites.
+    The negatives of the first classifier are raw documents, unless it is given, those of the second one rewrites.
 
     Args:
         rows: one row per document.
@@ -319,8 +338,12 @@ def _select(
     seed: int,
     floor: float | None = None,
 ) -> None:
-    ids = [row["id"] for row in rows]
-    scores = cross_fitted(good, ids, [row[text] for row in rows], judging.negatives, judging.classifier, seed)
+    ids, texts = [row["id"] for row in rows], [row[text] for row in rows]
+    trained = judging.open_trained() if which == "raw" else None
+    if trained is not None:
+        scores = trained(texts)
+    else:
+        scores = cross_fitted(good, ids, texts, judging.negatives, judging.classifier, seed)
     for row, value in zip(rows, scores.tolist(), strict=True):
         row[f"{which}_score"] = round(value, 6)
     sizes = [row[tokens] if judging.by == "tokens" else 1 for row in rows]

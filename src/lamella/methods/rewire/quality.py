@@ -1,14 +1,14 @@
-"""Steps 2 and 5: the similarity of a text to good ones; one interface, two classifiers.
+"""Steps 2 and 5: the similarity of a text to good ones; one interface, two classifiers to train, or a given one.
 
-For both classifiers a text is one line of at most a thousand words in lower case, since fastText's scores depend on
-newlines and length.
+For those that are trained a text is one line of at most a thousand words in lower case, since fastText's scores depend
+on newlines and length. A given classifier reads whole texts as they are, in one line, as DCLM's is applied.
 """
 
 from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -112,11 +112,51 @@ class FastText:
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.float64]:
         """Return P(good) of each text [n]."""
-        # the inner model, since the outer one uses an API that NumPy 2 removed
-        predictions = [
-            dict(map(reversed, self.model.f.predict(f"{line_of(text)}\n", 2, 0.0, "strict"))) for text in texts
-        ]
-        return np.array([each.get(GOOD, 0.0) for each in predictions])
+        return probabilities(self.model, map(line_of, texts), GOOD)
+
+
+class TrainedFastText:
+    """A fastText classifier from a file, such as DCLM's, which the paper applies to raw text.
+
+    Args:
+        file: the file of the model (.bin).
+        good: its label of good texts: ``__label__hq`` in DCLM's, where other texts have ``__label__cc``.
+
+    Raises:
+        LamellaError: if fastText is not installed.
+        CalibrationError: for a missing file, one that is no fastText model, or a model without that label.
+    """
+
+    def __init__(self, file: str | Path, good: str) -> None:
+        fasttext = require("fasttext", "fasttext", "a trained fastText classifier")
+        path = Path(file).expanduser()
+        if not path.is_file():
+            raise CalibrationError(f"there is no file {file}: give a fastText model (.bin)")
+        try:
+            self.model: Any = fasttext.load_model(str(path))
+        except ValueError as error:
+            raise CalibrationError(f"{file}: no fastText model ({error}): give the .bin file of one") from None
+        labels = self.model.get_labels()
+        if good not in labels:
+            raise CalibrationError(f"{file} has no label {good}: choose one of {', '.join(sorted(labels)[:9])}")
+        self.good = good
+
+    def __call__(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        """Return P(good) of each text [n]."""
+        return probabilities(self.model, (" ".join(text.strip().splitlines()) for text in texts), self.good)
+
+
+def probabilities(model: Any, lines: Iterable[str], label: str) -> NDArray[np.float64]:
+    """Return the probability of a label for each line [n].
+
+    Args:
+        model: a fastText model.
+        lines: the lines, without newlines.
+        label: the label.
+    """
+    # the inner model, since the outer one uses an API that NumPy 2 removed in some packages
+    predictions = [{each: p for p, each in model.f.predict(f"{line}\n", -1, 0.0, "strict")} for line in lines]
+    return np.array([each.get(label, 0.0) for each in predictions]).clip(0, 1)  # fastText rounds to slightly above 1
 
 
 def cross_fitted(

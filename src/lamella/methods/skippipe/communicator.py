@@ -31,7 +31,7 @@ from lamella.methods.skippipe.schedule import PipelineSchedule
 from lamella.methods.skippipe.simulate import Phase
 
 PHASES: tuple[Phase, ...] = ("forward", "loss", "backward")
-HEADER = 2  # values in front of a message: the microbatch and the phase
+HEADER = 2  # 32-bit integers in front of a message: the microbatch and the phase
 POLL, ANSWER = 0.2, 5.0  # seconds between checks of the store, and seconds that a node has to respond
 PATIENCE = timedelta(hours=12)  # timeout for nodes that are alive
 Output = TypeVar("Output")
@@ -53,6 +53,7 @@ class Communicator:
         device: the device of this process.
         lost: nodes that are no longer available. The first process re-plans the paths of the others.
         limit: the limit of that search.
+        dtype: of the content of messages.
 
     Attributes:
         schedule: the schedule that all nodes follow.
@@ -65,7 +66,12 @@ class Communicator:
     """
 
     def __init__(
-        self, schedule: PipelineSchedule, device: torch.device, lost: Sequence[int] = (), limit: Limit | None = None
+        self,
+        schedule: PipelineSchedule,
+        device: torch.device,
+        lost: Sequence[int] = (),
+        limit: Limit | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
         self._store = dist.PrefixStore("lamella-communicator", store)
@@ -73,16 +79,13 @@ class Communicator:
             self._store.set("schedule", schedule.without(lost, limit).dump())
         if lost:
             schedule = PipelineSchedule.parse(self._store.get("schedule").decode())
-        self.schedule, self.device = schedule, device
+        self.schedule, self.device, self.dtype = schedule, device, dtype
         if world != len(schedule.nodes):
             raise TrainingError(
                 f"the schedule has {len(schedule.nodes)} nodes, and {world} processes run: start one for each, with "
                 f"torchrun --nproc-per-node {len(schedule.nodes)}, or exclude nodes with --without"
             )
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, store=dist.PrefixStore("lamella", store), rank=rank, world_size=world, timeout=PATIENCE
-        )
+        _join(store, rank, world, device)
         self._rank_of = {node: number for number, node in enumerate(schedule.nodes)}
         self.node = schedule.nodes[rank]
         self.inbox: SimpleQueue[Message | None] = SimpleQueue()
@@ -106,12 +109,12 @@ class Communicator:
             message: the message.
             delay: seconds to wait before sending.
         """
-        content = message.content.detach()
+        content = message.content.detach().to(self.dtype)
         if node == self.node:
-            self.inbox.put(message._replace(content=content))
+            self.inbox.put(message._replace(content=content.float()))
             return
-        header = torch.tensor([message.microbatch, PHASES.index(message.phase)], device=self.device)
-        flat = torch.cat([header.float(), content.float().flatten()])
+        header = torch.tensor([message.microbatch, PHASES.index(message.phase)], dtype=torch.int32, device=self.device)
+        flat = torch.cat([header.view(self.dtype), content.flatten()])
         if delay:
             later = threading.Timer(delay, self._send, [node, flat])
             later.daemon = True
@@ -146,15 +149,16 @@ class Communicator:
         threading.Thread(target=self._receive, args=(node, count, tuple(shape)), daemon=True).start()
 
     def _receive(self, node: int, count: int, shape: tuple[int, ...]) -> None:
+        start = HEADER * torch.int32.itemsize // self.dtype.itemsize
         for _ in range(count):
-            flat = torch.empty(HEADER + torch.Size(shape).numel(), device=self.device)
+            flat = torch.empty(start + torch.Size(shape).numel(), dtype=self.dtype, device=self.device)
             try:
                 dist.recv(flat, self._rank_of[node])
             except RuntimeError:
                 self.inbox.put(None)
                 return
-            microbatch, phase = map(int, flat[:HEADER].tolist())
-            self.inbox.put(Message(microbatch, PHASES[phase], flat[HEADER:].view(shape)))
+            microbatch, phase = flat[:start].view(torch.int32).tolist()
+            self.inbox.put(Message(microbatch, PHASES[phase], flat[start:].view(shape).float()))
 
     def next_message(self) -> Message:
         """Wait for the next message.
@@ -261,6 +265,22 @@ class Communicator:
             f"{names} died: start again with as many processes, or with {len(self.schedule.nodes) - len(dead)} and "
             f"{option}, which re-plans the paths; the run resumes from the last checkpoint"
         )
+
+
+def join_processes(device: torch.device) -> tuple[dist.Store, int, int]:
+    """Connect all processes, and return their store, the rank of this one and their number.
+
+    Args:
+        device: the device of this process.
+    """
+    store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
+    _join(store, rank, world, device)
+    return dist.PrefixStore("lamella-values", store), rank, world
+
+
+def _join(store: dist.Store, rank: int, world: int, device: torch.device) -> None:
+    backend, own = "nccl" if device.type == "cuda" else "gloo", dist.PrefixStore("lamella", store)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=PATIENCE)
 
 
 # On a Ray cluster

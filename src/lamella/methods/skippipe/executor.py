@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from lamella.methods.skippipe.communicator import Communicator, Message
 from lamella.methods.skippipe.schedule import PipelineSchedule, visits
 from lamella.methods.skippipe.simulate import PHASE_COSTS, Phase, Stop
-from lamella.methods.skippipe.stages import Span, origin_loss, run
+from lamella.methods.skippipe.stages import Span, autocast, is_loaded, origin_loss, run, stage_of_parameter
 from lamella.stack import Stack
 from lamella.train.task import Batch
 
@@ -43,24 +43,6 @@ def microbatches(batch: Batch, count: int) -> list[Batch]:
     return [{name: each[number] for name, each in parts.items()} for number in range(count)]
 
 
-def stage_of_parameter(stack: Stack, spans: Sequence[Span]) -> Callable[[str], int]:
-    """Return a function from a parameter name to its stage; embedding, final norm and head belong to stage 0.
-
-    Args:
-        stack: the model.
-        spans: the layers of each stage.
-    """
-    prefix = stack.architecture.prefix
-
-    def stage(name: str) -> int:
-        if not name.startswith(prefix):
-            return 0
-        layer = int(name.removeprefix(prefix).split(".", 1)[0])
-        return next(number for number, (start, stop) in enumerate(spans) if start <= layer < stop)
-
-    return stage
-
-
 @dataclass
 class SingleProcess:
     """Run all paths one after the other in a single process, with the same gradients.
@@ -68,24 +50,28 @@ class SingleProcess:
     Attributes:
         stack: the model to train.
         spans: the layers of each stage.
-        trained: the parameters by name.
+        parameters: the parameters by name.
         orders: the stages that each microbatch of the step visits.
+        bf16: whether to compute in bfloat16, and to round the hidden states between stages as messages in it do.
     """
 
     stack: Stack
     spans: Sequence[Span]
     parameters: Mapping[str, nn.Parameter]
     orders: Sequence[tuple[int, ...]] = ()
+    bf16: bool = False
 
     def __call__(self, batch: Batch) -> Tensor:
         """Accumulate the gradients of a batch, and return its mean loss."""
         losses = []
         for part, order in zip(microbatches(batch, len(self.orders)), self.orders, strict=True):
-            context = self.stack.context(_inputs(part))
-            h: Any = context.h
-            for stage in order:
-                h = run(self.stack, h, self.spans[stage], context)
-            loss = origin_loss(self.stack, h, part["labels"])
+            with autocast(self.stack.device, self.bf16):
+                context = self.stack.context(_inputs(part))
+                h: Any = context.h
+                for stage in order:
+                    h = run(self.stack, h, self.spans[stage], context)
+                    h = h.bfloat16().to(context.h.dtype) if self.bf16 else h
+                loss = origin_loss(self.stack, h, part["labels"])
             loss.backward()
             losses.append(loss.detach())
         visited, stage_of = visits(self.orders), stage_of_parameter(self.stack, self.spans)
@@ -103,10 +89,11 @@ class NodeExecutor:
     Attributes:
         stack: the model, of which this node's stage is used, and at origins also embedding, norm and head.
         spans: the layers of each stage.
-        trained: the parameters of this node's stage by name.
-        meeting: the connection to the other nodes.
+        parameters: the parameters of this node's stage by name.
+        communicator: the connection to the other nodes.
         clip: the maximum global gradient norm.
         pace: seconds of waiting per second of the schedule; above 0, the times of links and nodes are simulated.
+        bf16: whether to compute in bfloat16.
     """
 
     stack: Stack
@@ -115,6 +102,7 @@ class NodeExecutor:
     communicator: Communicator
     clip: float
     pace: float = 0.0
+    bf16: bool = False
     _pending: dict[tuple[int, Phase], Tensor] = field(default_factory=dict)
     _graphs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # input and output of the stage
 
@@ -171,7 +159,8 @@ class NodeExecutor:
         elif stop.phase == "loss":
             assert received is not None
             h = received.requires_grad_()
-            loss = origin_loss(self.stack, h, part["labels"])
+            with autocast(h.device, self.bf16):
+                loss = origin_loss(self.stack, h, part["labels"])
             loss.backward()
             output = h.grad
         else:
@@ -188,10 +177,16 @@ class NodeExecutor:
         return None if loss is None else loss.detach()
 
     def _forward(self, stop: Stop, received: Tensor | None, part: Batch) -> Tensor:
-        with torch.set_grad_enabled(received is None):  # on other nodes only the layers' other arguments are needed
-            context = self.stack.context(_inputs(part))
-        h = context.h if received is None else received.to(context.h.dtype).requires_grad_()
-        out = run(self.stack, h, self.spans[self.communicator.stage], context)
+        inputs = _inputs(part)
+        if received is not None and not is_loaded(self.stack.vocabulary[0]):
+            weight = next(iter(self.parameters.values()))
+            inputs["inputs_embeds"] = received.to(weight.dtype)  # in place of the embedding of the tokens
+            del inputs["input_ids"]
+        with autocast(self.communicator.device, self.bf16):
+            with torch.set_grad_enabled(received is None):  # on other nodes only the layers' other arguments are needed
+                context = self.stack.context(inputs)
+            h = context.h if received is None else received.to(context.h.dtype).requires_grad_()
+            out = run(self.stack, h, self.spans[self.communicator.stage], context)
         self._graphs[stop.microbatch] = h, out
         return out
 

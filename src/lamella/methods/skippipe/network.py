@@ -1,6 +1,7 @@
 """The network that a pipeline runs over: machines, links, and the cost of a microbatch on each.
 
-    link u -> v    c(u, v) = latency + bytes / bandwidth + copies            an activation has 4 d T samples bytes
+    link u -> v    c(u, v) = latency + bytes / bandwidth + copies            an activation has 4 d T samples bytes, in
+                                                                             bfloat16 half as many
     node u         w(u) = seconds per layer and sample * layers of a stage * samples
                    the backward pass takes 1.5 w, head and loss take 0.25 w
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +23,8 @@ import numpy.typing as npt
 
 from lamella.errors import MethodError
 from lamella.signature import Fixture
+
+FILE = "network.toml"
 
 BACKWARD, HEAD = 1.5, 0.25  # as fractions of a node's forward pass
 COPIES = 0.13 + 0.20 + 0.02  # seconds for copies between GPU and CPU, as measured by the authors
@@ -70,7 +73,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Load:
-    """The size of a microbatch and of a stage.
+    """The size of a microbatch and of a stage; the defaults are the authors'.
 
     Attributes:
         microbatch: sequences per microbatch.
@@ -78,6 +81,7 @@ class Load:
         hidden: the hidden size of the model.
         layers: layers per stage.
         copies: seconds per message in addition to latency and transfer.
+        bf16: whether messages are in bfloat16.
     """
 
     microbatch: int = 8
@@ -85,11 +89,12 @@ class Load:
     hidden: int = 1024
     layers: int = 4
     copies: float = COPIES
+    bf16: bool = False
 
     @property
     def bytes(self) -> int:
-        """The size of an activation in float32."""
-        return 4 * self.microbatch * self.tokens * self.hidden
+        """The size of an activation."""
+        return (2 if self.bf16 else 4) * self.microbatch * self.tokens * self.hidden
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +115,9 @@ class PipelineNetwork:
 
     default: ClassVar[str] = PUBLISHED
     metavar: ClassVar[str] = "NETWORK"
-    source_help: ClassVar[str] = "published, the authors' 20 nodes in 12 regions, or a TOML file of nodes and links"
+    source_help: ClassVar[str] = (
+        "published, the authors' 20 nodes in 12 regions; or a TOML file of nodes and links, as skippipe profile writes"
+    )
     example: ClassVar[Fixture] = Fixture("network.toml", EXAMPLE, {"layers": 1, "copies": 0.0})
 
     def __len__(self) -> int:
@@ -131,40 +138,36 @@ class PipelineNetwork:
         cls,
         name: str,
         *,
-        microbatch: int = 8,
-        tokens: int = 1024,
-        hidden: int = 1024,
-        layers: int = 4,
-        copies: float = COPIES,
+        microbatch: int | None = None,
+        tokens: int | None = None,
+        hidden: int | None = None,
+        layers: int | None = None,
+        copies: float | None = None,
+        bf16: bool | None = None,
     ) -> PipelineNetwork:
         """Open the network of a file, or the published one, for microbatches of a given size.
 
+        What is omitted is that of the file, which ``skippipe profile`` writes there, or else the authors'.
+
         Args:
-            name: ``published``, or a TOML file with ``[[nodes]]`` and ``[[links]]``.
-            microbatch: sequences per microbatch.
-            tokens: tokens per sequence.
-            hidden: hidden size of the model.
-            layers: layers per stage.
+            name: ``published``, or a TOML file with ``[[nodes]]``, ``[[links]]`` and maybe ``[load]``, or its folder.
+            microbatch: sequences per microbatch; the authors' 8.
+            tokens: tokens per sequence; the authors' 1024.
+            hidden: hidden size of the model; the authors' 1024.
+            layers: layers per stage; the authors' 4.
             copies: seconds per message for copies between GPU and CPU; the authors measured 0.35.
+            bf16: whether messages are in bfloat16, as in a training with ``bf16``.
 
         Raises:
             MethodError: for a file that is missing or malformed.
         """
-        load = Load(microbatch, tokens, hidden, layers, copies)
+        sizes = {"microbatch": microbatch, "tokens": tokens, "hidden": hidden, "layers": layers, "copies": copies}
+        given = {each: value for each, value in {**sizes, "bf16": bf16}.items() if value is not None}
         if name == PUBLISHED:
-            return published(load=load)
-        file = Path(name).expanduser()
+            return published(load=Load(**given))
+        nodes, links, load = read_network(name)
         try:
-            document = tomllib.loads(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise MethodError(f"{name}: cannot be read ({error.strerror}): give a network file, or published") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise MethodError(f"{name}: is not valid TOML ({error})") from None
-        unknown = sorted(set(document) - {"nodes", "links"})
-        if unknown:
-            raise MethodError(f"{name}: unknown entry '{unknown[0]}': a network has [[nodes]] and [[links]]")
-        try:
-            return cls.of(_nodes(document), _links(document), load, str(name))
+            return cls.of(nodes, links, replace(load, **given), str(name))
         except MethodError as error:
             raise MethodError(f"{name}: {error}") from None
 
@@ -226,6 +229,36 @@ def _link_seconds(here: str, there: str, links: Links, load: Load) -> float:
     return latency / 1000 + load.bytes / (bandwidth * GB) + load.copies
 
 
+def read_network(name: str | Path) -> tuple[list[Machine], dict[tuple[str, str], Link], Load]:
+    """Return the nodes, links and load of a network file.
+
+    Args:
+        name: the file, or the folder of ``skippipe profile``.
+
+    Raises:
+        MethodError: for a file that is missing or malformed.
+    """
+    file = Path(name).expanduser()
+    file = file / FILE if file.is_dir() else file
+    try:
+        document = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MethodError(f"{name}: cannot be read ({error.strerror}): give a network file, or published") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise MethodError(f"{name}: is not valid TOML ({error})") from None
+    try:
+        unknown = sorted(set(document) - {"nodes", "links", "load"})
+        if unknown:
+            raise MethodError(f"unknown entry '{unknown[0]}': a network has [[nodes]], [[links]] and [load]")
+        kinds = {each.name: type(each.default) for each in fields(Load)}
+        load = document.get("load", {})
+        if not isinstance(load, dict):
+            raise MethodError("load is not a table: write [load] above its entries")
+        return _nodes(document), _links(document), Load(**_check_entries(load, "load", {}, kinds))
+    except MethodError as error:
+        raise MethodError(f"{name}: {error}") from None
+
+
 def _nodes(document: Mapping[str, Any]) -> list[Machine]:
     found: list[Machine] = []
     for number, each in enumerate(_tables(document, "nodes")):
@@ -270,7 +303,7 @@ def _check_entries(
         kind = {**wanted, **free}.get(name)
         fits = (
             kind is not None
-            and not isinstance(value, bool)
+            and isinstance(value, bool) == (kind is bool)
             and isinstance(value, (int, float) if kind is float else kind)
         )
         if kind is None or not fits:

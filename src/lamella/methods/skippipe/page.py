@@ -25,6 +25,8 @@ def summary(evidence: Evidence) -> Summary:
         return PlanSeries.summary(evidence)
     if isinstance(evidence, TrainedEvidence):
         return _training(evidence)
+    if "links" in evidence.findings:
+        return _profile(evidence.findings)
     return _schedule(evidence.findings) if "gantt" in evidence.findings else _omission(evidence)
 
 
@@ -44,6 +46,30 @@ def figures(evidence: Evidence) -> list[Figure]:
             lines[name] = [(0.0, found["full"]), *points]
     caption = "The mean loss by number of removed stages."
     return [Scatter("stages removed", "nats per token", lines, joined=True, caption=caption)]
+
+
+# A network
+
+
+def _profile(found: Mapping[str, Any]) -> Summary:
+    load, nodes = found["load"], found["nodes"]
+    slowest = max(each["seconds"] for each in nodes)
+    verdict = (
+        f"{counted(len(nodes), 'node')} and {counted(len(found['links']), 'link')} were measured: a layer takes at "
+        f"most {number(slowest)} s per sample of {counted(load['tokens'], 'token')}."
+    )
+    names = ("node", "region", "seconds", "fastest seconds", "slowest seconds", "backward over forward seconds")
+    speeds = [[each[name] for name in names] for each in nodes]
+    columns = ("node", "region", "s per layer and sample", "fastest s", "slowest s of a stage", "backward / forward")
+    tables = [Table(f"Forward pass of a stage of {counted(load['layers'], 'layer')}", columns, speeds)]
+    if found["links"]:
+        links = [
+            [" - ".join(each["between"]), each["milliseconds"], each["gigabytes"], each["lowest"], each["highest"],
+             each["pairs"]] for each in found["links"]
+        ]  # fmt: skip
+        columns = ("between", "ms one way", "GB/s", "lowest", "highest", "pairs of nodes")
+        tables.append(Table("Links", columns, links))
+    return Summary(verdict, tables, ["the planner takes a backward pass as 1.5 forward passes"])
 
 
 # A schedule

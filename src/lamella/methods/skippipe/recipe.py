@@ -10,18 +10,19 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from annotated_types import Ge, Lt
-from torch import Tensor
+from torch import Tensor, nn
 
 from lamella import processes
 from lamella.data import Passages
 from lamella.errors import MethodError, TrainingError
 from lamella.files import Work
 from lamella.methods.skippipe.communicator import Communicator, on_ray
-from lamella.methods.skippipe.executor import NodeExecutor, SingleProcess, stage_of_parameter
+from lamella.methods.skippipe.executor import NodeExecutor, SingleProcess
 from lamella.methods.skippipe.planner import Limit
 from lamella.methods.skippipe.schedule import PipelineSchedule
-from lamella.methods.skippipe.stages import Order, Span, left_out, spans
+from lamella.methods.skippipe.stages import Order, Span, left_out, spans, stage_of_parameter, with_stage
 from lamella.plan import ModelReference, Plan
 from lamella.registry import command
 from lamella.results import Trained
@@ -29,13 +30,14 @@ from lamella.signature import Named
 from lamella.stack import Stack, share
 from lamella.train import Hook, Task, TrainConfig, TrainingLog, TrainingRun, fit, own, response_loss, with_weights_of
 from lamella.train.runs import LOG
+from lamella.zoo import default_device, open_stack
 
 TRAINING = TrainConfig(lr=3e-4, schedule="constant", batch=2)  # the authors' rate; their microbatch has 8 sequences
 UNCLIPPED = 1e30  # the trainer sees the gradients of one stage only; the executor clips by the global norm
 Orders = Callable[[int], Sequence[Order]]  # from the step to the stages of each of its microbatches
 
 
-@command("skippipe", "train", brief={"pipeline": None, "batch": 1})
+@command("skippipe", "train", brief={"pipeline": None, "batch": 1}, unloaded=True)
 def train(
     stack: Stack,
     train: Passages,
@@ -53,7 +55,8 @@ def train(
 ) -> Trained:
     """Train a model whose microbatches skip stages, so that it tolerates missing stages afterwards.
 
-    Under ``torchrun``, and on a Ray cluster, every process is one node of the schedule. In one process the paths of a
+    Under ``torchrun``, and on a Ray cluster, every process is one node of the schedule. Under ``torchrun`` it loads the
+    weights of its stage only, and the first process gathers all of them in the end. In one process the paths of a
     schedule are run one after the other, with the same gradients; without a schedule the stages that the microbatches
     of a step skip are drawn at random, every stage equally often.
 
@@ -72,7 +75,7 @@ def train(
             Ray was started with a resource of that name: ``ray start --resources='{"oslo": 2}'`` for two nodes.
         limit: the limits of the search for paths if nodes were lost.
         config: settings of the training: ``batch`` is the number of sequences per microbatch; the schedule defines the
-            number of microbatches.
+            number of microbatches. With ``bf16`` messages between nodes are in bfloat16, too.
         work: the directory from which an interrupted run resumes, bit-exact.
 
     Returns:
@@ -91,15 +94,13 @@ def train(
     )
     size = len(orders(0))
     config = replace(config, batch=config.batch * size).with_steps(len(train))
-    view = share(stack.model)
-    own(view, lambda name: True)
-    trainer = _PathTrainer(view, parts, orders, config, pace)
+    trainer = _PathTrainer(stack, parts, orders, config, pace)
     if pipeline is not None and ray:
-        log = trainer.over_cluster(train, work.directory(), pipeline)
+        log, weights = trainer.over_cluster(train, work.directory(), pipeline)
     elif pipeline is None or processes.count() == 1:
-        log = trainer.in_one_process(train, work.directory() / "run")
+        log, weights = trainer.in_one_process(train, work.directory() / "run")
     else:
-        log, pipeline = trainer.over_nodes(train, work.directory(), pipeline, lost, limit)
+        log, weights, pipeline = trainer.over_nodes(train, work.directory(), pipeline, lost, limit)
         orders = _constant(pipeline.orders)
     assert config.steps is not None
     omitted = {left_out(len(parts), order) for step in range(config.steps) for order in orders(step)}
@@ -110,15 +111,24 @@ def train(
     }
     if pipeline is not None:
         findings |= {"predicted seconds": pipeline.seconds, "nodes": len(pipeline.nodes)}
-    plan = Plan(model=ModelReference.of(stack))
-    return Trained(stack=with_weights_of(stack, view), plan=plan, log=log, findings=findings)
+    whole, reference, plan = stack, None, Plan(model=ModelReference.of(stack))
+    if weights and stack.device.type == "meta":  # the first of several processes, which writes the result
+        whole = reference = open_stack(stack.path, stack=stack.stack)
+    trained = _with_weights(whole, weights)
+    return Trained(stack=trained, plan=plan, log=log, findings=findings, reference=reference)
+
+
+def _with_weights(stack: Stack, weights: Mapping[str, Tensor]) -> Stack:
+    """Return the model with trained weights, of which a process that does not write the result has none."""
+    named = stack.model.named_parameters()
+    return with_weights_of(
+        stack, share(stack.model, {id(each): nn.Parameter(weights[name]) for name, each in named if name in weights})
+    )
 
 
 def _check(config: TrainConfig, schedule: PipelineSchedule | None, lost: Sequence[int], ray: bool) -> None:
-    if config.accumulate > 1 or config.bf16 or config.shard:
-        raise MethodError(
-            "the schedule defines the number of microbatches, in float32: omit accumulate, bf16 and shard"
-        )
+    if config.accumulate > 1 or config.shard:
+        raise MethodError("the schedule defines the number of microbatches and of processes: omit accumulate and shard")
     if processes.count() > 1 and schedule is None:
         raise MethodError("several processes need a schedule with one node each: make one with skippipe plan")
     if lost and schedule is None:
@@ -162,32 +172,43 @@ def _constant(orders: Sequence[Order]) -> Orders:
 
 
 class _PathTrainer:
-    """Trains a view along paths."""
+    """Trains a copy of a model along paths."""
 
-    def __init__(self, view: Any, parts: Sequence[Span], orders: Orders, config: TrainConfig, pace: float) -> None:
-        self.view, self.parts, self.orders, self.config, self.pace = view, parts, orders, config, pace
-        self.stack = Stack(view)
-        self.device = self.stack.device
+    def __init__(self, stack: Stack, parts: Sequence[Span], orders: Orders, config: TrainConfig, pace: float) -> None:
+        self.stack, self.parts, self.orders, self.config, self.pace = stack, parts, orders, config, pace
+        self.device = torch.device(default_device()) if stack.device.type == "meta" else stack.device
+        self.stage_of = stage_of_parameter(stack, parts)
 
-    def in_one_process(self, samples: Passages, out: Path) -> TrainingLog:
-        """Run all paths one after the other."""
-        runner = SingleProcess(self.stack, self.parts, dict(self.view.named_parameters()))
+    def in_one_process(self, samples: Passages, out: Path) -> tuple[TrainingLog, dict[str, Tensor]]:
+        """Run all paths one after the other; return the log and all weights."""
+        view = _owned(self.stack)
+        parameters = dict(view.named_parameters())
+        runner = SingleProcess(Stack(view), self.parts, parameters, bf16=self.config.bf16)
 
         def passes(forward: Any, batch: Any, backward: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
             return runner(batch), {}
 
-        return self._fit(samples, out, passes, lambda name: True, self.config, [_OrdersHook(runner, self.orders)])
+        hook = _OrdersHook(runner, self.orders)
+        log = self._fit(view, samples, out, passes, lambda name: True, self.config, [hook])
+        return log, {name: each.data for name, each in parameters.items()}
 
     def over_nodes(
         self, samples: Passages, out: Path, schedule: PipelineSchedule, lost: Sequence[int], limit: Limit
-    ) -> tuple[TrainingLog, PipelineSchedule]:
-        """Train as one node of the schedule; in the end every process has all weights."""
-        communicator = Communicator(schedule, self.device, lost, limit)
+    ) -> tuple[TrainingLog, dict[str, Tensor], PipelineSchedule]:
+        """Train as one node of the schedule; return the log, all weights, and the schedule that was followed.
+
+        If the model was opened without weights, only the first process has all of them in the end.
+        """
+        dtype = torch.bfloat16 if self.config.bf16 else torch.float32
+        communicator = Communicator(schedule, self.device, lost, limit, dtype)
         schedule = communicator.schedule
-        stage_of = stage_of_parameter(self.stack, self.parts)
-        is_own: Callable[[str], bool] = lambda name: stage_of(name) == communicator.stage  # noqa: E731
-        parameters = {name: each for name, each in self.view.named_parameters() if is_own(name)}
-        node = NodeExecutor(self.stack, self.parts, parameters, communicator, self.config.clip, self.pace)
+        staged = with_stage(self.stack, self.parts, communicator.stage, self.device)
+        view = _owned(self.stack) if staged is self.stack else staged.model  # loaded weights belong to nobody else
+        is_own: Callable[[str], bool] = lambda name: self.stage_of(name) == communicator.stage  # noqa: E731
+        parameters = {name: each for name, each in view.named_parameters() if is_own(name)}
+        node = NodeExecutor(
+            Stack(view), self.parts, parameters, communicator, self.config.clip, self.pace, self.config.bf16
+        )
 
         def passes(forward: Any, batch: Any, backward: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
             loss, elapsed = node(batch)
@@ -197,31 +218,41 @@ class _PathTrainer:
         _align_checkpoints(directory, communicator)
         with processes.alone():
             config = replace(self.config, clip=UNCLIPPED)
-            log = self._fit(samples, directory, passes, is_own, config, [_CheckpointBarrier(communicator)])
-        for name, each in self.view.named_parameters():
-            communicator.broadcast(each.data, schedule.assignment.stages[stage_of(name)][0])
+            log = self._fit(view, samples, directory, passes, is_own, config, [_CheckpointBarrier(communicator)])
+        weights = self._gather(parameters, communicator)
         communicator.wait_for_all()
         communicator.leave()
-        return log, schedule
+        return log, weights, schedule
 
-    def over_cluster(self, samples: Passages, out: Path, schedule: PipelineSchedule) -> TrainingLog:
-        """Train in processes that Ray starts, and load all weights in the end."""
+    def _gather(self, parameters: Mapping[str, nn.Parameter], communicator: Communicator) -> dict[str, Tensor]:
+        """Return the weights of all stages, or none if another process gathers them."""
+        found, nodes = {}, communicator.schedule.nodes
+        for name, each in self.stack.model.named_parameters():
+            own = parameters.get(name)
+            tensor = torch.empty(each.shape, dtype=each.dtype, device=self.device) if own is None else own.data
+            communicator.broadcast(tensor, communicator.schedule.assignment.stages[self.stage_of(name)][0])
+            if not each.is_meta or communicator.node == nodes[0]:
+                found[name] = tensor
+        return found
+
+    def over_cluster(
+        self, samples: Passages, out: Path, schedule: PipelineSchedule
+    ) -> tuple[TrainingLog, dict[str, Tensor]]:
+        """Train in processes that Ray starts; return the log and all weights."""
         regions = [schedule.network.nodes[node].region for node in schedule.nodes]
-        state, log = on_ray(regions, partial(self._of_cluster, samples, out, schedule), self.device.type == "cuda")
-        self.view.load_state_dict(state)
-        return log
+        return on_ray(regions, partial(self._of_cluster, samples, out, schedule), self.device.type == "cuda")
 
     def _of_cluster(
         self, samples: Passages, out: Path, schedule: PipelineSchedule
-    ) -> tuple[dict[str, Tensor], TrainingLog]:
-        log, _ = self.over_nodes(samples, out, schedule, (), Limit())
-        return self.view.state_dict(), log
+    ) -> tuple[TrainingLog, dict[str, Tensor]]:
+        log, weights, _ = self.over_nodes(samples, out, schedule, (), Limit())
+        return log, weights
 
     def _fit(
-        self, samples: Any, out: Path, passes: Any, trains: Any, config: TrainConfig, hooks: Sequence[Hook]
+        self, view: Any, samples: Any, out: Path, passes: Any, trains: Any, config: TrainConfig, hooks: Sequence[Hook]
     ) -> TrainingLog:
         return fit(
-            self.view,
+            view,
             samples,
             Task(response_loss, passes=passes, dropout=False),
             config,
@@ -230,6 +261,13 @@ class _PathTrainer:
             hooks=hooks,
             settings={"stages": [list(part) for part in self.parts], "clipped": self.config.clip},
         )
+
+
+def _owned(stack: Stack) -> Any:
+    """Return a view of a model with its own weights."""
+    view = share(stack.model)
+    own(view, lambda name: True)
+    return view
 
 
 class _OrdersHook(Hook):

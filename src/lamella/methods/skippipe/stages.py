@@ -6,16 +6,18 @@ A skipped stage is the identity on the residual stream; nothing is rescaled.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lamella.data.samples import NO_LOSS
 from lamella.errors import MethodError
 from lamella.measure import sequences
+from lamella.plan.filling import load_some
 from lamella.progress import track
-from lamella.stack import Context, Hidden, Stack, join
+from lamella.stack import Context, Hidden, Stack, join, share
 from lamella.train import cross_entropy
 from lamella.train.losses import mean_over_positions
 
@@ -51,6 +53,70 @@ def layers_of(spans: Sequence[Span], order: Sequence[int]) -> list[int]:
         order: the stages.
     """
     return [layer for stage in order for layer in range(*spans[stage])]
+
+
+def stage_of_parameter(stack: Stack, spans: Sequence[Span]) -> Callable[[str], int]:
+    """Return a function from a parameter name to its stage; embedding, final norm and head belong to stage 0.
+
+    Args:
+        stack: the model.
+        spans: the layers of each stage.
+    """
+    prefix = stack.architecture.prefix
+
+    def stage(name: str) -> int:
+        if not name.startswith(prefix):
+            return 0
+        layer = int(name.removeprefix(prefix).split(".", 1)[0])
+        return next(number for number, (start, stop) in enumerate(spans) if start <= layer < stop)
+
+    return stage
+
+
+def with_stage(stack: Stack, spans: Sequence[Span], stage: int, device: torch.device | str) -> Stack:
+    """Return a model that was opened without weights with those that one stage needs; others are None.
+
+    These are its layers and, for stage 0, embedding and head. Other parameters outside the layers, such as those of
+    positions and norms, are small and belong to every stage, since they take part in the other inputs of layers.
+
+    Args:
+        stack: the model; with its weights it is returned as it is.
+        spans: the layers of each stage.
+        stage: the stage.
+        device: the device of the weights.
+    """
+    if stack.device.type != "meta":
+        return stack
+    model, stage_of = share(stack.model), stage_of_parameter(stack, spans)
+    inside = stack.architecture.prefix
+    vocabulary = {each for module in stack.vocabulary for each in module.parameters()}
+    words = {name for name, each in model.named_parameters(remove_duplicate=False) if each in vocabulary}
+
+    def is_needed(name: str) -> bool:
+        return stage_of(name) == stage if name.startswith(inside) or name in words else True
+
+    assert stack.path is not None
+    load_some(model, stack.path, is_needed, device)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if parameter.is_meta:
+                module.register_parameter(name, None)
+    return Stack(model, stack.path, stack.name, stack.stack)
+
+
+def is_loaded(module: nn.Module) -> bool:
+    """Return whether a module has its weights; see :func:`with_stage`."""
+    return any(True for _ in module.parameters())
+
+
+def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[object]:
+    """Return the context of a computation in bfloat16, or in the precision of the weights.
+
+    Args:
+        device: the device.
+        bf16: whether to compute in bfloat16.
+    """
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
 
 
 def run(stack: Stack, h: Hidden, span: Span, context: Context) -> Tensor:
