@@ -1,9 +1,9 @@
 """Pre-RMSNorm at small scale: real transformers classes, a character-level GPT-2, and properties of both forms.
 
-Checks that Pre-LN models of eleven kinds compute the same with RMSNorm and CRMSNorm, with random affines and an offset
-of 30 in the embedding; that replacing the norms alone does not; that a trained model keeps its perplexity, its tokens
-and the predicted number of parameters; that the trainable form trains like the Pre-LN model, and the form that is
-recentred only once does not; and that the residual stream can be rotated then, and only then.
+Checks that Pre-LN models of eighteen kinds compute the same with RMSNorm and CRMSNorm, with random affines and an
+offset of 30 in the embedding; that replacing the norms alone does not; that a trained model keeps its perplexity, its
+tokens and the predicted number of parameters; that the trainable form trains like the Pre-LN model, and the form that
+is recentred only once does not; and that the residual stream can be rotated then, and only then.
 
     python reproductions/pre_rmsnorm.py            # about half an hour on one core; an interrupted run resumes
     python reproductions/pre_rmsnorm.py --quick    # smaller models, under a minute
@@ -54,8 +54,9 @@ def written(model: Model, form: Form) -> Any:
 def kinds(d: int, layers: int) -> dict[str, transformers.PreTrainedModel]:
     """Return real classes with random weights, which cover the variants of Pre-LN models.
 
-    They are tied and untied, with and without biases, with sequential and parallel sublayers, with a norm on
-    embeddings, a class token, registers, layer scale, and an encoder for cross-attention.
+    They are tied and untied, with and without biases, with sequential and parallel sublayers that share a norm or have
+    their own, with a norm on embeddings, class and distillation tokens, registers, vectors that scale, a norm behind
+    the pooling, and an encoder for cross-attention.
     """
     heads, wide = 4, 2 * d
     stream = {"hidden_size": d, "num_hidden_layers": layers, "num_attention_heads": heads}
@@ -69,6 +70,9 @@ def kinds(d: int, layers: int) -> dict[str, transformers.PreTrainedModel]:
     opt = {**text, "ffn_dim": wide, "word_embed_proj_dim": d}
     neox = {**text, "intermediate_size": wide}
     bloom = {"vocab_size": 128, "hidden_size": d, "n_layer": layers, "n_head": heads, **TOKENS}
+    falcon, gptj = {**stream, **TOKENS, "vocab_size": 128}, {**gpt2, "rotary_dim": d // heads // 2}
+    fused = {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}
+    beit = {**image, "use_absolute_position_embeddings": True, "use_relative_position_bias": True, "num_labels": 10}
     t = transformers
     return {
         "GPT-2, tied": t.GPT2LMHeadModel(t.GPT2Config(**gpt2)),
@@ -78,6 +82,13 @@ def kinds(d: int, layers: int) -> dict[str, transformers.PreTrainedModel]:
         "GPT-NeoX, parallel": t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**neox)),
         "GPT-NeoX, serial": t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**neox, use_parallel_residual=False)),
         "BLOOM": t.BloomForCausalLM(t.BloomConfig(**bloom)),
+        "GPT-J": t.GPTJForCausalLM(t.GPTJConfig(**gptj)),
+        "Phi": t.PhiForCausalLM(t.PhiConfig(**neox)),
+        "Falcon, one norm": t.FalconForCausalLM(t.FalconConfig(**falcon)),
+        "Falcon, two norms": t.FalconForCausalLM(t.FalconConfig(**falcon, **fused)),
+        "Falcon, serial": t.FalconForCausalLM(t.FalconConfig(**falcon, parallel_attn=False, multi_query=False)),
+        "DeiT": t.DeiTForImageClassification(t.DeiTConfig(**image, num_labels=10)),
+        "BEiT": t.BeitForImageClassification(t.BeitConfig(**beit)),
         "ViT": t.ViTForImageClassification(t.ViTConfig(**image, num_labels=10)),
         "CLIP vision": t.CLIPVisionModel(t.CLIPVisionConfig(**image)),
         "DINOv2": t.Dinov2WithRegistersModel(t.Dinov2WithRegistersConfig(**dino)),

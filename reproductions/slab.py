@@ -1,10 +1,17 @@
-"""SLAB at small scale: ViTs on digits, a small character-level Llama, and the norms of SmolLM2.
+"""SLAB at small scale: ViTs on digits, deep ones that collapse, a character-level Llama, and the norms of SmolLM2.
 
-Checks that folding changes nothing, that a progressively replaced norm ends near the best alternative, that evaluation
-before the end of the transition shows a broken model, that linear attention needs its local term, that a trained
-decoder loses its norms by healing but not at once, and that norms whose scale varies little over tokens fold cheaply.
+The premise comes first: batch norms that replace the norms of a trained Llama at once cost at least 0.10 nats after
+healing. The main claims: a Llama that is healed with PRepBN ends within 0.10 nats of one that keeps its norms, and not
+above one with batch norms at once; on digits PRepBN ends within a point of the best norm; and linear attention needs
+its local term. Networks of 24 layers at ten times the usual rate test whether batch norms at once collapse, by 10
+points against layer norms; only if they do, PRepBN has something to prevent, and that it does is a main claim, too.
 
-    python reproductions/slab.py            # about an hour on one core; an interrupted run resumes
+Every arm has its own learning rate, chosen on held-out data, and keeps its state with the lowest held-out loss; the
+schedule of PRepBN and the best of the other norms are chosen there, too. Arms of one seed share initial weights and
+data order, and all share test items. Further checks: evaluation half-way through the transition, norms folded without
+training, and the norms of SmolLM2 whose scale varies little over tokens, which is an extension of Lamella.
+
+    python reproductions/slab.py            # about 85 minutes on one core; an interrupted run resumes
     python reproductions/slab.py --quick    # few steps, one seed, a nano model instead of SmolLM2
 """
 
@@ -12,319 +19,297 @@ from __future__ import annotations
 
 import copy
 import math
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+import numpy as np
 import torch
 from harness import Run, main
+from harness.design import Rate, tuned
 from harness.measured import Measured
+from harness.nano import LETTERS, TEXTS, nats_by_sample, prose, trained, whole
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch.nn.functional import cross_entropy
 
 import lamella
-import lamella.errors
-from lamella.data import CaptionedImages, InputContext, load_text, windows
+from lamella.data import InputContext, LabelledImages, load_text, windows
+from lamella.errors import TrainingError
 from lamella.methods.slab import (
     GammaSchedule,
     LinearAttention,
+    VisionConfig,
     constancy,
     convert,
     free_sites,
-    linear_attention,
     merge,
     prepbn_modules,
     refresh,
+    sites_of,
 )
 from lamella.methods.slab.method import fold_norms, order_sites, rms_statistics
-from lamella.methods.slab.modules import PRepBN, initial_repbn
-from lamella.methods.slab.recipe import without_norms
-from lamella.methods.slab.sites import sites_of
-from lamella.methods.slab.transition import Transition, sizes
-from lamella.methods.slab.vision import VitConfig, accuracy, prepare_images, refresh_and_merge, train_network
-from lamella.results import Record
+from lamella.methods.slab.recipe import split_samples, without_norms
+from lamella.methods.slab.transition import BestCheckpoint, Transition, sizes
+from lamella.methods.slab.vision import Splits, accuracy, logits, refresh_and_merge, rows, train_network
 from lamella.stack import Stack, share
 from lamella.train import Task, TrainConfig, blocks, class_cross_entropy, fit, mean_loss, own, supervised
 from lamella.train.losses import response_loss
 from lamella.zoo import nano, open_tokenizer
 
-VIT = VitConfig(size=8, patch=2, channels=1, width=48, depth=6, heads=4)
-SEE = TrainConfig(lr=1e-3, schedule="constant", warmup=0.0, batch=64, weight_decay=0.05, clip=5.0)
-NORMS = {  # kind of norm, and T as a fraction of the steps
-    "layer norm": ("layer", 0.0),
-    "batch norm at once": ("batch", 0.0),
-    "RepBN at once": ("rep", 0.0),
-    "progressive batch norm": ("progressive batch", 0.8),
-    "PRepBN, half of the steps": ("progressive", 0.5),
-    "PRepBN, four fifths": ("progressive", 0.8),
+VIT = VisionConfig(size=8, patch=2, channels=1, width=48, depth=(6,), heads=4)
+DEEP, FAST = replace(VIT, depth=(24,)), 1e-2  # the network and the rate of the collapse
+LOCAL = replace(VIT, attention="linear", kernel=3)
+SEE = TrainConfig(schedule="cosine", warmup=0.1, batch=64, weight_decay=0.05, clip=5.0)
+SEEING = {  # network, kind of norm, and T as a fraction of the steps
+    "layer norm": (VIT, "layer", 0.0),
+    "batch norm at once": (VIT, "batch", 0.0),
+    "RepBN at once": (VIT, "rep", 0.0),
+    "PRepBN, half of the steps": (VIT, "progressive", 0.5),
+    "PRepBN, four fifths": (VIT, "progressive", 0.8),
+    "linear attention, no local term": (replace(LOCAL, kernel=0), "layer", 0.0),
+    "linear attention with its local term": (LOCAL, "layer", 0.0),
 }
-ATTENTION = {  # with layer norms: kind, and side of the local term
-    "softmax": ("softmax", 0),
-    "linear, no local term": ("linear", 0),
-    "linear with its local term": ("linear", 3),
-}
+OURS = ("PRepBN, half of the steps", "PRepBN, four fifths")
+OTHERS = ("layer norm", "batch norm at once", "RepBN at once")
+LAYER, ABRUPT, PREPBN, NO_LOCAL, WITH_LOCAL = (list(SEEING)[each] for each in (0, 1, 4, 5, 6))
+RATES = (5e-4, 1e-3, 2e-3)
+COLLAPSE, MATTERS = 10.0, 0.10  # points and nats that batch norms at once must cost, or there is nothing to prevent
+CHOOSES = 100  # the seed by which rates and schedules are chosen
 
 
 @dataclass(frozen=True)
 class Size:
     """Scale of the experiment."""
 
-    see: int = 900  # forty epochs
+    see: int = 360  # sixteen epochs
+    deep: int = 100
     speak: int = 500
     heal: int = 200
     rows: int = 3000
-    seeds: int = 3
+    tests: int = 256
+    seeds: int = 8
     windows: int = 16
     folds: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
 
 
-FULL, QUICK = Size(), Size(see=20, speak=10, heal=5, rows=64, seeds=1, windows=2, folds=(1, 3))
-
-
-# Exactness
-
-
-def exact(run: Record) -> None:
-    drawn = torch.Generator().manual_seed(0)
-    worst: dict[str, float] = {}
-    for kind, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-11)):
-        for name in ("ViT", "llama", "gpt2"):
-            torch.manual_seed(0)
-            model = VIT.build(10) if name == "ViT" else copy.deepcopy(nano(name))
-            if name != "ViT" and model.lm_head.weight is model.get_input_embeddings().weight:
-                model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
-            sites = sites_of(model if name == "ViT" else Stack(model))
-            convert(model, sites, steps=0)
-            model = model.to(kind).eval()
-            for each in prepbn_modules(model):
-                each.rep.bn.running_mean.normal_(generator=drawn)
-                each.rep.bn.running_var.uniform_(0.5, 2, generator=drawn)
-                each.rep.bn.num_batches_tracked.fill_(1)
-                each.rep.eta.data.fill_(0.3)
-            x = torch.randn(2, 1, 8, 8).to(kind) if name == "ViT" else torch.randint(3, 100, (2, 9))
-            with torch.no_grad():
-                before = _told(model(x))
-                merge(model, sites)
-                after = _told(model(x))
-            moved = float((after - before).abs().max() / before.abs().max())
-            worst[f"{name} in {kind}".replace("torch.", "")] = moved / tolerance
-    rows = [[name, each] for name, each in worst.items()]
-    run.table("Folding error relative to the tolerance (1e-5 in float32, 1e-11 in float64)", ["model", "ratio"], rows)
-    run.exact("folded and not", "within 1e-5 and 1e-11", max(worst.values()), max(worst.values()) <= 1)
-    norm = nn.LayerNorm(8)
-    place, x = PRepBN(norm, initial_repbn(norm, "zero"), steps=10).train(), torch.randn(3, 4, 8)
-    same = torch.equal(place(x), norm(x) + 0 * x)
-    run.exact("at gamma 1", "the original norm", same, same)
-    place.step.fill_(4)
-    part = float((place(x) - 0.6 * norm(x)).abs().max())
-    run.exact("with all zeros at first", "gamma times the norm", part, part < 1e-6)
-    q, k, v = (torch.rand(1, 2, 64, 8, generator=drawn) for _ in range(3))
-    slow = (q @ k.transpose(-2, -1)) @ v / ((q @ k.transpose(-2, -1)).sum(-1, keepdim=True) + 1e-6)
-    apart = float((linear_attention(q, k, v) - slow).abs().max())
-    run.exact("both orders of linear attention's products", "within 1e-4", apart, apart <= 1e-4)
-
-
-def _told(out: Any) -> Tensor:
-    return out if isinstance(out, Tensor) else out.logits
+FULL = Size()
+QUICK = Size(see=20, deep=4, speak=20, heal=5, rows=64, tests=16, seeds=1, windows=2, folds=(1, 3))
 
 
 # Digits
 
 
-def digits(size: Size) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    every = CaptionedImages.open("digits", InputContext(), count=10_000)
-    parts = [every.items, every.part("test").items]
-    return tuple(  # type: ignore[return-value]
-        each for part in parts for each in (prepare_images(part, VIT), torch.tensor([one.label for one in part]))
-    )
+def digits() -> Splits:
+    """Return the digits, prepared in advance, since all networks take images of one size."""
+    found = Splits.of(LabelledImages.open("digits", InputContext(), count=10_000), VIT)
+    return Splits(*((torch.stack(list(x)), y) for x, y in vars(found).values()))
 
 
-def seen(name: str, network: VitConfig, kind: str, share: float, seed: int, size: Size, out: Path) -> dict[str, float]:
-    """Train and fold; return the accuracies, and the accuracy of evaluation half-way."""
-    x, y, test_x, test_y = digits(size)
-    schedule = GammaSchedule(share=share, init="vision")
-    config = replace(SEE, steps=size.see, seed=seed, save_every=size.see)
-    model, _, _ = train_network(network, 10, x, y, schedule, kind, config, out)  # type: ignore[arg-type]
-    return refresh_and_merge(model, x, test_x, test_y, schedule, kind, config.batch)  # type: ignore[arg-type]
+def seen(network: VisionConfig, kind: Any, share: float, steps: int, seed: int, rate: float) -> dict[str, Any]:
+    """Train and fold a network; return its held-out loss, its accuracies, and which test images are named correctly.
 
-
-def halfway(size: Size, seed: int, out: Path) -> dict[str, float]:
-    """Return the accuracies of evaluation and of mixed norms half-way through training, and the mixing coefficient.
-
-    The transition takes four fifths of the steps.
+    A training that does not stay finite counts as guessing.
     """
-    x, y, test_x, test_y = digits(size)
+    images, schedule = digits(), GammaSchedule(share=share, init="vision", passes=10)
+    config = replace(SEE, steps=steps, lr=rate, seed=seed, save_every=steps)
+    (chosen_on, labels), (x, y) = images.held_out, images.test
+    try:
+        with tempfile.TemporaryDirectory() as work:
+            model, _, _ = train_network(network, 10, images, schedule, kind, config, Path(work))
+    except TrainingError:
+        return {"nats": math.log(10), "right": [0.1] * len(y), "trained": 0.1}
+    found = refresh_and_merge(model, images, schedule, kind, config)
+    nats = float(cross_entropy(logits(model, chosen_on), labels))
+    return found | {"nats": nats, "right": (logits(model, x).argmax(1) == y).double().tolist()}
+
+
+def held_out_nats(name: str, steps: int, rate: float) -> float:
+    return float(seen(*SEEING[name], steps, CHOOSES, rate)["nats"])
+
+
+def halfway(name: str, steps: int, seed: int, rate: float) -> dict[str, float]:
+    """Return the accuracies of RepBN alone and of the mixture half-way through training, and the mixing coefficient."""
+    network, _, fraction = SEEING[name]
+    images, (x, y) = digits(), digits().test
     torch.manual_seed(seed)
-    model = VIT.build(10)
-    steps = round(0.8 * size.see)
-    convert(model, sites_of(model), steps=steps, init="vision")
-    rows = [{"x": a, "y": b} for a, b in zip(x, y, strict=True)]
-    config = replace(SEE, steps=size.see // 2, seed=seed, save_every=size.see)
-    fit(
-        model, rows, supervised(class_cross_entropy), config, out=out, trainable=lambda name: True, hooks=[Transition()]
-    )
+    model = network.build(10)
+    convert(model, sites_of(model), steps=round(fraction * steps), init="vision")
+    config = replace(SEE, steps=steps // 2, lr=rate, schedule="constant", seed=seed, save_every=steps)
+    with tempfile.TemporaryDirectory() as work:
+        fit(model, rows(*images.train), supervised(class_cross_entropy), config, out=work, hooks=[Transition()])
     model.eval()
-    alone = accuracy(model, test_x, test_y)
+    alone, gamma = accuracy(model, x, y), prepbn_modules(model)[0].gamma
     for each in prepbn_modules(model):
         each.mixed = True
-    return {"alone": alone, "mixed": accuracy(model, test_x, test_y), "gamma": prepbn_modules(model)[0].gamma}
+    return {"alone": alone, "mixed": accuracy(model, x, y), "gamma": gamma}
 
 
-def on_digits(run: Run, size: Size) -> None:
-    seeds = range(size.seeds)
-    found = {
-        name: [run.arm(f"{name} {s}", seen, name, VIT, kind, share, s, size, run.work / f"{name} {s}") for s in seeds]
-        for name, (kind, share) in NORMS.items()
-    }
-    attention = {
-        name: [
-            run.arm(
-                f"attention {name} {s}", seen, name, replace(VIT, attention=kind, kernel=side), "layer", 0.0, s,
-                size, run.work / f"attention {name} {s}",
-            )
-            for s in seeds
-        ]
-        for name, (kind, side) in ATTENTION.items()
-    }  # fmt: skip
-    both = [
-        run.arm(f"both {s}", seen, "both", replace(VIT, attention="linear", kernel=3), "progressive", 0.8, s, size,
-                run.work / f"both {s}")
-        for s in seeds
-    ]  # fmt: skip
-
-    def mean(each: Sequence[dict[str, float]], point: str) -> Any:
-        values = [one[point] for one in each if point in one]
-        return 100 * fmean(values) if values else ""
-
-    points = ("trained", "refreshed", "merged")
-    rows = [[name, *(mean(each, point) for point in points)] for name, each in found.items()]
-    rows += [[f"{name}, layer norm", *(mean(each, point) for point in points)] for name, each in attention.items()]
-    rows.append(["linear with its local term, PRepBN", *(mean(both, point) for point in points)])
-    run.table(f"Test digits that are named, percent, means over {len(seeds)} seeds", ["network", *points], rows)
-    moved = max(one["moved"] for each in [*found.values(), both] for one in each if "moved" in one)
-    run.exact("logits before and after folding", "within 1e-4", moved, moved <= 1e-4)
-
-    def last(each: Sequence[dict[str, float]]) -> list[float]:
-        return [one.get("merged", one["trained"]) for one in each]
-
-    best = max((last(each) for each in found.values()), key=fmean)
-    ours = max((last(found[name]) for name in NORMS if name.startswith("PRepBN")), key=fmean)
-    gap = Measured.over_seeds([100 * (a - b) for a, b in zip(ours, best, strict=True)])
-    run.main("PRepBN, beside the best of all norms", "at most 1 point below", gap, gap.at_least(-1.0))
-    local = [
-        100 * (a - b)
-        for a, b in zip(
-            last(attention["linear with its local term"]), last(attention["linear, no local term"]), strict=True
-        )
-    ]
-    gain = Measured.over_seeds(local)
-    run.main("linear attention with its local term, over none", "at least 3 points more", gain, gain.at_least(3.0))
-    middle = run.arm("half-way", halfway, size, 0, run.work / "half-way")
-    run.table(
-        f"In the middle of a transition (gamma {middle['gamma']:.2f})",
-        ["evaluated", "digits named, percent"],
-        [["RepBN only, as in evaluation", 100 * middle["alone"]], ["the mix that trains", 100 * middle["mixed"]]],
+def points(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> Measured:
+    """Return the difference of two arms' accuracies in points, paired over seeds and test images."""
+    return Measured.over_seeds_and_items(
+        100 * (np.array([each["right"] for each in ours]) - np.array([each["right"] for each in theirs]))
     )
-    end = fmean(last(found["PRepBN, four fifths"]))
-    worse = middle["alone"] <= end - 0.2
-    run.further("evaluation before the end", "at least 20 points below the end", 100 * (end - middle["alone"]), worse)
+
+
+def accuracies(run: Run, title: str, found: dict[str, list[dict[str, Any]]]) -> None:
+    stages = ("trained", "refreshed", "merged")
+    table = [[name, len(each), *(_mean(each, stage) for stage in stages)] for name, each in found.items()]
+    run.table(f"Digits, {title}: accuracy on test images, percent", ["network", "seeds", *stages], table)
+
+
+def collapse(run: Run, size: Size, seeds: Sequence[int]) -> None:
+    """Test in deep networks at a high rate whether batch norms at once collapse and, if so, whether PRepBN does."""
+
+    def trained_deep(name: str, seed: int) -> dict[str, Any]:
+        _, kind, fraction = SEEING[name]
+        made: dict[str, Any] = run.arm(f"deep, {name}, {seed}", seen, DEEP, kind, fraction, size.deep, seed, FAST)
+        return made
+
+    title = f"{DEEP.depth[0]} layers at {FAST:g}"
+    first = {name: [trained_deep(name, CHOOSES + each) for each in range(2)] for name in (LAYER, ABRUPT)}
+    lost = points(first[LAYER], first[ABRUPT])
+    run.further(f"{title}: layer norms over batch norms at once, points", f"at least {COLLAPSE:g}: they collapse", lost,
+                lost.at_least(COLLAPSE))  # fmt: skip
+    if not lost.at_least(COLLAPSE):  # nothing is to be prevented
+        accuracies(run, title, first)
+        return
+    found = {name: [trained_deep(name, seed) for seed in seeds] for name in (LAYER, ABRUPT, PREPBN)}
+    accuracies(run, title, found)
+    gain = points(found[PREPBN], found[ABRUPT])
+    run.main(f"{title}: PRepBN over batch norms at once, points", f"at least {COLLAPSE:g}", gain,
+             gain.at_least(COLLAPSE))  # fmt: skip
+    gap = points(found[PREPBN], found[LAYER])
+    run.further(f"{title}: PRepBN over layer norms, points", "at least -1", gap, gap.at_least(-1.0))
+
+
+def on_digits(run: Run, size: Size, rates: dict[str, Rate], seeds: Sequence[int]) -> None:
+    found = {
+        name: [run.arm(f"{name}, {s}", seen, *SEEING[name], size.see, s, rate.value) for s in seeds]
+        for name, rate in rates.items()
+    }
+    accuracies(run, f"{VIT.depth[0]} layers", found)
+
+    def best(names: Sequence[str]) -> str:
+        return min(names, key=lambda name: min(rates[name].scores.values()))
+
+    ours, others = best(OURS), best(OTHERS)
+    gap = points(found[ours], found[others])
+    run.main(f"{ours} over {others}, points", "at least -1", gap, gap.at_least(-1.0))
+    gain = points(found[WITH_LOCAL], found[NO_LOCAL])
+    run.main("linear attention with its local term over none, points", "at least 3", gain, gain.at_least(3.0))
+    early = [run.arm(f"half-way, {s}", halfway, ours, size.see, s, rates[ours].value) for s in seeds[:3]]
+    run.table(
+        f"In the middle of a transition (gamma {early[0]['gamma']:.2f}), means over {len(early)} seeds",
+        ["evaluated", "accuracy on test images, percent"],
+        [["RepBN only, as in evaluation", _mean(early, "alone")], ["the mixture that trains", _mean(early, "mixed")]],
+    )
+    fall = Measured.over_seeds(
+        [100 * (end["merged"] - middle["alone"]) for end, middle in zip(found[ours], early, strict=False)]
+    )
+    run.further("the end over evaluation half-way, points", "at least 20", fall, fall.at_least(20.0))
+
+
+def _mean(found: Sequence[dict[str, Any]], stage: str) -> Any:
+    values = [100 * one[stage] for one in found if stage in one]
+    return fmean(values) if values else ""
 
 
 # A small decoder
 
-
-def characters(size: Size) -> tuple[Any, Any, int]:
-    text = load_text("pydoc", "calibration")[:400_000]
-    test = load_text("pydoc", "test")[:40_000]
-    known = {each: number for number, each in enumerate(sorted(set(text)))}
-
-    def rows(part: str, count: int) -> Any:
-        ids = torch.tensor([known[each] for each in part if each in known])
-        return blocks(ids[: len(ids) // 128 * 128].view(-1, 128)[:count], loss_on="all")
-
-    return rows(text, size.rows), rows(test, 60), len(known)
-
-
-def spoken(size: Size, seed: int, out: Path) -> tuple[Stack, Any, Any]:
-    """Return a Llama of four layers trained on documentation, with its training and test samples."""
-    torch.manual_seed(seed)
-    samples, test, count = characters(size)
-    config = LlamaConfig(
-        vocab_size=count, hidden_size=64, intermediate_size=176, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=False, pad_token_id=None,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    train = TrainConfig(steps=size.speak, lr=2e-3, schedule="cosine", batch=16, seed=seed, save_every=size.speak)
-    fit(model, samples, Task(response_loss), train, out=out, trainable=lambda name: True)
-    return Stack(model.eval(), name="a small Llama"), samples, test
-
-
-HEALED = {  # replacement of norms, T as a fraction of the healing, initialisation of batch norms
-    "batch norm, gain 1, at once": (0.0, "one"),
-    "RepBN, eta 1, at once": (0.0, "vision"),
-    "PRepBN from the norm, at once": (0.0, "norm"),
+CONTROL, AT_ONCE = "trained on with its norms", "batch norms at once, gain 1"
+HEALED = {  # T as a fraction of the healing, initialisation of batch norms
+    AT_ONCE: (0.0, "norm"),  # of a model whose norms have gains of 1
     "PRepBN from the norm, T = 30 %": (0.3, "norm"),
-    "PRepBN from the norm, T = 50 %": (0.5, "norm"),
     "PRepBN from the norm, T = 80 %": (0.8, "norm"),
-    "PRepBN from zero, T = 80 %": (0.8, "zero"),
     "PRepBN, eta 1, T = 30 %": (0.3, "vision"),
 }
 
 
-def healing(size: Size, seed: int, out: Path) -> dict[str, float]:
-    """Return the test loss of a small decoder in nats: original, trained further, folded at once, by each schedule."""
-    stack, samples, test = spoken(size, seed, out / "model")
-    found = {"as it is": mean_loss(stack.model, test)}
-    config = TrainConfig(steps=size.heal, lr=1e-3, schedule="constant", batch=16, seed=seed, save_every=size.heal)
-    view = share(stack.model)
-    own(view, lambda name: True)
-    fit(view, samples, Task(response_loss), config, out=out / "control", trainable=lambda name: True)
-    found["trained on with its norms"] = mean_loss(view.eval(), test)
-    sites, _ = free_sites(stack)
-    ids = torch.stack([each["input_ids"] for each in samples[:16]])
-    _, divides = rms_statistics(stack, sites, ids)
-    found["folded at once, no training"] = mean_loss(fold_norms(stack.model, sites, divides), test)
-    moved = []
-    for name, (share_of, init) in HEALED.items():
-        schedule = GammaSchedule(share=share_of, init="norm" if init == "one" else init)  # type: ignore[arg-type]
-        start = stack
-        if init == "one":  # gains initialised independently of the norm
-            plain = share(stack.model)
+def passages(split: str, count: int, part: tuple[float, float] = (0.0, 1.0)) -> Any:
+    return whole(prose(split, count, 128, 0, TEXTS, part))
+
+
+def speaker(size: Size, seed: int) -> Stack:
+    """Return a Llama of four layers trained on documentation, from the cache if there is one."""
+    return trained(passages("calibration", size.rows), layers=4, hidden=64, steps=size.speak, seed=seed, name="slab",
+                   lr=2e-3, channels=176, tied=False)  # fmt: skip
+
+
+def healed(way: str, size: Size, seed: int, rate: float) -> Any:
+    """Return a decoder healed in one way; None if its training does not stay finite."""
+    stack, samples = speaker(size, seed), passages("calibration", size.rows)
+    config = TrainConfig(steps=size.heal, lr=rate, batch=16, seed=seed, save_every=max(1, size.heal // 8))
+    with tempfile.TemporaryDirectory() as work:
+        if way == CONTROL:
+            view, (training, held_out) = share(stack.model), split_samples(samples)
+            own(view, lambda name: True)
+            fit(view, training, Task(response_loss), config, out=work, trainable=lambda name: True, held_out=held_out,
+                hooks=[BestCheckpoint()])  # fmt: skip
+            return view.eval()
+        sites, _ = free_sites(stack)
+        if way == AT_ONCE:
             for site in sites:
-                norm = copy.deepcopy(plain.get_submodule(site.path))
-                norm.weight.data.fill_(1.0)
-                plain.set_submodule(site.path, norm)
-            start = Stack(plain, name="gain 1")
+                nn.init.ones_(stack.model.get_submodule(site.path).weight)
+        share_of, init = HEALED[way]
+        schedule = GammaSchedule(share=share_of, init=init, passes=10)  # type: ignore[arg-type]
         try:
-            built, _, kept = without_norms(start, samples, sites, schedule, config, out / name)
-            found[name] = mean_loss(built, test)
-            moved.append(kept["moved"] / kept["scale"])
-        except lamella.errors.TrainingError:
-            found[name] = float("inf")
-    return found | {"moved": max(moved)}
+            return without_norms(stack, samples, sites, schedule, config, Path(work))[0]
+        except TrainingError:
+            return None
 
 
-def on_characters(run: Run, size: Size) -> None:
-    runs = [run.arm(f"decoder {seed}", healing, size, seed, run.work / f"decoder {seed}") for seed in range(size.seeds)]
-    names = [name for name in runs[0] if name != "moved"]
-    rows = [[name, fmean(each[name] for each in runs)] for name in names]
-    run.table(f"Test loss of a small Llama in nats, means over {len(runs)} seeds", ["", "nats"], rows)
-    moved = max(each["moved"] for each in runs)
-    run.exact("loss folded and not", "logits equal to 1e-4 of the largest", moved, moved <= 1e-4)
-    best = min(
-        (name for name in names if name.startswith("PRepBN")), key=lambda name: fmean(each[name] for each in runs)
-    )
-    ours = [each[best] for each in runs]
-    gap = Measured.over_seeds([a - each["trained on with its norms"] for a, each in zip(ours, runs, strict=True)])
-    run.main("the best PRepBN, over the same training with norms", "at most 0.10 nats more", gap, gap.at_most(0.10))
-    rival = Measured.over_seeds([a - each["batch norm, gain 1, at once"] for a, each in zip(ours, runs, strict=True)])
-    run.main("the best PRepBN, over batch norms at once", "not worse by more than 0.02", rival, rival.at_most(0.02))
-    fall = min(each["folded at once, no training"] - each["as it is"] for each in runs)
-    run.further("all norms folded without training, on the seed where it costs least", "at least 1 nat more", fall,
-                fall >= 1)  # fmt: skip
+def spoken(way: str, size: Size, seed: int, rate: float, choose: bool = False) -> list[float]:
+    """Return the loss of each validation or test passage in nats per character; that of guessing if not finite."""
+    test = passages("test", size.tests, (0.0, 0.5) if choose else (0.5, 1.0))
+    model = healed(way, size, seed, rate)
+    return [math.log(len(LETTERS))] * len(test) if model is None else nats_by_sample(model, test)
+
+
+def chosen_nats(way: str, size: Size, rate: float) -> float:
+    return fmean(spoken(way, size, CHOOSES, rate, choose=True))
+
+
+def unhealed(size: Size, seed: int) -> dict[str, list[float]]:
+    """Return the loss of each test passage, of the decoder and with all norms folded without training."""
+    stack, test = speaker(size, seed), passages("test", size.tests, (0.5, 1.0))
+    sites, _ = free_sites(stack)
+    ids = torch.stack([each["input_ids"] for each in passages("calibration", 16)])
+    folded = fold_norms(stack.model, sites, rms_statistics(stack, sites, ids)[1])
+    return {"as it is": nats_by_sample(stack.model, test), "folded": nats_by_sample(folded, test)}
+
+
+def on_characters(run: Run, size: Size, rates: dict[str, Rate], seeds: Sequence[int]) -> None:
+    losses = {
+        way: np.array([run.arm(f"{way}, {seed}", spoken, way, size, seed, rate.value) for seed in seeds])
+        for way, rate in rates.items()
+    }
+    before = [run.arm(f"not healed, {seed}", unhealed, size, seed) for seed in seeds]
+    original, folded = (np.array([each[name] for each in before]) for name in ("as it is", "folded"))
+    table = [["as it is", "", original.mean()], ["all norms folded, no training", "", folded.mean()]]
+    table += [[way, rates[way].value, each.mean()] for way, each in losses.items()]
+    run.table(f"Test loss of a small Llama in nats per character, means over {len(seeds)} seeds",
+              ["", "rate", "nats"], table)  # fmt: skip
+    ours = min((way for way in rates if way.startswith("PRepBN")), key=lambda way: min(rates[way].scores.values()))
+    gap = Measured.over_seeds_and_items(losses[ours] - losses[CONTROL])
+    run.main(f"{ours}, over the same training with norms", f"at most {MATTERS} nats", gap, gap.at_most(MATTERS))
+    rival = Measured.over_seeds_and_items(losses[ours] - losses[AT_ONCE])
+    run.main(f"{ours}, over batch norms at once", "at most 0.02 nats", rival, rival.at_most(0.02))
+    fall = Measured.over_seeds_and_items(folded - original)
+    run.further("all norms folded without training, over as it is", "at least 1 nat", fall, fall.at_least(1.0))
+
+
+def premise(run: Run, size: Size) -> None:
+    """Check that batch norms at once do harm to a trained decoder."""
+    apart = [run.arm(f"premise, {way}", spoken, way, size, CHOOSES, RATES[1], True) for way in (AT_ONCE, CONTROL)]
+    more = Measured.over_seeds_and_items([np.subtract(*apart)])
+    if not run.quick:  # too short a healing to show it
+        run.premise("a trained Llama: nats that batch norms at once cost, after healing", f"at least {MATTERS}", more,
+                    more.figure >= MATTERS)  # fmt: skip
 
 
 # SmolLM2
@@ -368,9 +353,9 @@ def on_smollm2(run: Run, size: Size) -> None:
               ["norms", *names, *(f"random, {seed}" for seed in range(3))], found["folded"])  # fmt: skip
     run.table("How much the RMS of tokens varies over its norms", ["RMS", "least", "median", "most"], found["varies"])
     rows = [[math.inf if each == "overflows" else each for each in row[1:]] for row in found["folded"]]
-    for column, kind in ((1, run.main), (0, run.further)):
+    for column in (1, 0):
         better = all(row[column] <= min(row[2], fmean(row[3:])) for row in rows)
-        kind(f"{names[column]}: beside chance and depth", "never dearer", better, better)
+        run.further(f"{names[column]}: over random order and depth", "never a higher loss", better, better)
 
 
 # Speed
@@ -389,12 +374,12 @@ def timed(work: Callable[[], Any], rounds: int) -> list[float]:
 def speeds(run: Run) -> None:
     """Time merged against unmerged models, and linear attention against softmax over token counts, without claims."""
     torch.manual_seed(0)
-    deit = VitConfig(size=32, patch=2, channels=3, width=192, depth=4 if run.quick else 12, heads=3)
+    deit = VisionConfig(size=32, patch=2, channels=3, width=192, depth=(4 if run.quick else 12,), heads=3)
     model = deit.build(10).eval()
     plain = copy.deepcopy(model)
     sites = sites_of(model)
     convert(model, sites, steps=0)
-    refresh(model, [torch.randn(4, 3, 32, 32)], model)
+    refresh(model, [[torch.randn(4, 3, 32, 32)]], model, iter([1.0, 0.0]).__next__)
     unmerged = copy.deepcopy(model)
     merge(model, sites)
     x = torch.randn(4, 3, 32, 32)
@@ -431,10 +416,20 @@ def speeds(run: Run) -> None:
 
 def experiment(run: Run) -> None:
     size = QUICK if run.quick else FULL
-    run.data = "scikit-learn's digits; characters of Python's documentation; SmolLM2 tokens of the same"
-    exact(run)
-    on_digits(run, size)
-    on_characters(run, size)
+    run.data = "scikit-learn's digits; characters of pydoc and stdlib; SmolLM2 tokens of pydoc"
+    premise(run, size)
+    ways = (CONTROL, *HEALED)
+    if run.quick:
+        seeing, healing = ({name: Rate(RATES[1], {RATES[1]: 0.0}) for name in names} for names in (SEEING, ways))
+    else:
+        seeing = tuned(run, {name: partial(held_out_nats, name, size.see) for name in SEEING}, RATES)
+        healing = tuned(run, {way: partial(chosen_nats, way, size) for way in ways}, RATES)
+    seeds = range(run.seed, run.seed + size.seeds)
+    rates = {name: rate.value for name, rate in (seeing | healing).items()}
+    run.freeze("mean over seeds and test items of paired differences", seeds, steps=vars(size), rates=rates, deep=FAST)
+    collapse(run, size, seeds)
+    on_digits(run, size, seeing, seeds)
+    on_characters(run, size, healing, seeds)
     on_smollm2(run, size)
     speeds(run)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -117,6 +118,25 @@ def test_context_run_and_head_give_the_logits_of_the_model_bit_exactly(name: str
         assert torch.equal(join(streams[index, "mlp"]), out)
     assert torch.equal(stack.head(streams[stack.positions[-1]]), logits)
     assert torch.equal(context.real, MASK.bool() if padded else torch.ones(context.h.shape[:2], dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("DeiT", {}),
+        ("Beit", {"use_relative_position_bias": True, "use_mask_token": True}),
+        ("Beit", {"use_mean_pooling": False, "use_shared_relative_position_bias": True, "layer_scale_init_value": 0.0}),
+    ],
+    ids=["deit", "beit", "beit with a class token"],
+)
+def test_relatives_of_vit_give_the_logits_of_the_model_bit_exactly(kind: str, changes: dict[str, Any]) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+    config = getattr(transformers, f"{kind}Config")(**sizes, image_size=16, patch_size=4, num_labels=10, **changes)
+    model = getattr(transformers, f"{kind}ForImageClassification")(config).eval()
+    randomise(model, 0)
+    stack = Stack(model)
+    context = stack.context({"pixel_values": IMAGES})
+    assert torch.equal(stack.head(stack.run(context.h, 0, len(stack), context)), model(IMAGES).logits)
 
 
 @pytest.mark.parametrize(("name", "padded"), CASES)

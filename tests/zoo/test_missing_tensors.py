@@ -135,11 +135,12 @@ def _iformer(folder: Path) -> Opener:
 
 def _slab(folder: Path) -> Opener:
     pytest.importorskip("timm")
-    from lamella.methods.slab.vision import Classifier, VitConfig
+    from lamella.methods.slab.networks import VisionConfig
+    from lamella.methods.slab.vision import Classifier
     from lamella.train import TrainingLog
 
     folder.mkdir()
-    shape = VitConfig(size=8, patch=2, channels=1, width=16, depth=2, heads=2)
+    shape = VisionConfig(size=8, patch=2, channels=1, width=16, depth=(2,), heads=2)
     Classifier(model=shape.build(10), network=shape, classes=10, merged=False, log=TrainingLog({})).write(folder)
     return folder / "model.safetensors", lambda: Classifier.read(folder)
 

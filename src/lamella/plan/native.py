@@ -418,6 +418,8 @@ def native_class(model_type: str, auto: str) -> Any:
     """
     config = config_class(model_type)
     base: Any = getattr(transformers, auto)._model_mapping[config.__base__]
+    if isinstance(base, tuple):  # DeiT has a second class, whose head is distilled from a teacher
+        base = base[0]
 
     def init(self: Any, config: Any) -> None:
         super(model, self).__init__(config)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -380,7 +381,108 @@ _BLOOM = Wiring(
     ),
     centred=True,
 )
-_WIRED = {"bloom": _BLOOM}  # wirings of derived types, since no forward shows which module reads after which norm
+
+
+def _reads_once(norm: str, attention: tuple[str, ...], out: str, mlp: tuple[str, str]) -> dict[str, tuple[Part, ...]]:
+    """Return the parts of a parallel layer whose attention and MLP read the same norm.
+
+    Args:
+        norm: path of the norm.
+        attention: paths of the projections to queries, keys and values.
+        out: path of the output projection of the attention.
+        mlp: paths of the two projections of the MLP.
+    """
+    return {
+        "attn": (
+            Part(norm, None, ("hidden",)),
+            *(Part(each, "hidden", ("heads",)) for each in attention),
+            Part(out, "queries", ("hidden",)),
+        ),
+        "mlp": (Part(mlp[0], "hidden", ("channels",)), Part(mlp[1], "channels", ("hidden",))),
+    }
+
+
+_GPTJ = Wiring(
+    sublayers=_reads_once(
+        "ln_1", ("attn.q_proj", "attn.k_proj", "attn.v_proj"), "attn.out_proj", ("mlp.fc_in", "mlp.fc_out")
+    ),
+    outside=(
+        Part("transformer.wte", None, ("hidden",)),
+        Part("transformer.ln_f", None, ("hidden",)),
+        Part("lm_head", "hidden", ()),
+    ),
+    centred=True,
+)
+_PHI_PARTS = _reads_once(
+    "input_layernorm",
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attn.dense",
+    ("mlp.fc1", "mlp.fc2"),
+)
+_PHI_NORMS = tuple(Part(f"self_attn.{each}_layernorm", "heads", ("heads",)) for each in "qk")  # optional
+_PHI = Wiring(
+    sublayers=_PHI_PARTS | {"attn": (*_PHI_PARTS["attn"], *_PHI_NORMS)},
+    outside=(
+        Part("model.embed_tokens", None, ("hidden",)),
+        Part("model.final_layernorm", None, ("hidden",)),
+        Part("lm_head", "hidden", ()),
+    ),
+    centred=True,
+)
+
+
+def _falcon(config: Any) -> Wiring:
+    """Return the wiring of a Falcon: attention and MLP share a norm, have parallel norms, or follow each other."""
+    fused, out = "self_attention.query_key_value", "self_attention.dense"
+    two = config.parallel_attn and config.new_decoder_architecture and config.num_ln_in_parallel_attn in (None, 2)
+    first = "ln_attn" if two else "input_layernorm"
+    sublayers = _reads_once(first, (fused,), out, ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"))
+    if two or not config.parallel_attn:
+        second = Part("ln_mlp" if two else "post_attention_layernorm", None, ("hidden",))
+        sublayers["mlp"] = (second, *sublayers["mlp"])
+    outside = (
+        Part("transformer.word_embeddings", None, ("hidden",)),
+        Part("transformer.ln_f", None, ("hidden",)),
+        Part("lm_head", "hidden", ()),
+    )
+    return Wiring(sublayers, outside, centred=True)
+
+
+def _beit(config: Any) -> Wiring:
+    """Return the wiring of a BEiT, which scales its updates by parameters and may normalise after the pooling."""
+    vit = ARCHITECTURES["vit"].wired
+    assert vit is not None
+
+    def scaled(sublayer: str, vector: str) -> tuple[Part, ...]:
+        *parts, last = vit.sublayers[sublayer]
+        return *parts, replace(last, writes=("branch",)), Part(vector, "branch", ("hidden",))
+
+    biases = Part("relative_position_bias", "positions", ("heads",))
+    norm = "beit.pooler.layernorm" if config.use_mean_pooling else "beit.layernorm"
+    return Wiring(
+        sublayers={"attn": (*scaled("attn", "lambda_1"), biases), "mlp": scaled("mlp", "lambda_2")},
+        outside=(
+            Part("beit.embeddings.cls_token", None, ("hidden",)),
+            Part("beit.embeddings.mask_token", "mask", ("hidden",)),
+            Part("beit.embeddings.position_embeddings", "positions", ("hidden",)),  # optional
+            Part("beit.embeddings.patch_embeddings.projection", "patches", ("hidden",)),
+            Part("beit.shared_position_bias", "positions", ("heads",)),
+            Part(norm, None, ("hidden",)),
+            Part("classifier", "hidden", ()),
+        ),
+        centred=True,
+    )
+
+
+# Wirings by config, of types whose parts depend on it, and of derived types, since no forward shows which module reads
+# after which norm.
+_WIRED: dict[str, Callable[[Any], Wiring]] = {
+    "bloom": lambda config: _BLOOM,
+    "gptj": lambda config: _GPTJ,
+    "phi": lambda config: _PHI,
+    "falcon": _falcon,
+    "beit": _beit,
+}
 
 _T5 = Architecture(
     name="t5",
@@ -608,6 +710,28 @@ _ASSEMBLIES = (
 )
 
 ARCHITECTURES: dict[str, Architecture] = {architecture.name: architecture for architecture in _TABLE}
+_VIT = ARCHITECTURES["vit"]
+assert _VIT.wired is not None
+ARCHITECTURES["deit"] = replace(
+    _VIT,
+    name="deit",
+    base="deit",
+    wired=replace(
+        _VIT.wired,
+        outside=(
+            *(replace(part, path=part.path.replace("vit.", "deit.")) for part in _VIT.wired.outside),
+            Part("deit.embeddings.distillation_token", None, ("hidden",)),
+        ),
+    ),
+)
+ARCHITECTURES["beit"] = replace(
+    _VIT,
+    name="beit",
+    base="beit",
+    sublayers=(replace(_VIT["attn"], run=towers.beit_attn), replace(_VIT["mlp"], run=towers.beit_mlp)),
+    readout=towers.beit_logits,
+    wired=None,
+)
 ARCHITECTURES["siglip_vision_model"] = replace(
     ARCHITECTURES["clip_vision_model"], name="siglip_vision_model", wired=None
 )
@@ -677,7 +801,9 @@ def find_architectures(config: Any) -> dict[str, Architecture]:
     if model_type in REFUSED:
         raise ArchitectureError(f"{model_type} models are not a stack of layers that can be cut: {REFUSED[model_type]}")
     if model_type in ARCHITECTURES:
-        found: tuple[Architecture, ...] = (ARCHITECTURES[model_type],)
+        entry = ARCHITECTURES[model_type]
+        by_config = _WIRED.get(model_type)
+        found: tuple[Architecture, ...] = (entry if by_config is None else replace(entry, wired=by_config(config)),)
     elif model_type in ASSEMBLIES and not _decodes_alone(config):
         found = tuple(_resolve(each, config) for each in ASSEMBLIES[model_type].stacks)
     else:
@@ -729,7 +855,8 @@ def _derived(config: Any, model_type: str) -> Architecture:
     digest = hashlib.sha256(f"{type(config).__name__} {text}".encode()).hexdigest()
     if digest not in _DERIVED:
         try:
-            _DERIVED[digest] = replace(derive(config, model_type), wired=_WIRED.get(model_type))
+            wired = _WIRED[model_type](config) if model_type in _WIRED else None
+            _DERIVED[digest] = replace(derive(config, model_type), wired=wired)
         except ArchitectureError as error:
             raise ArchitectureError(
                 f"unknown architecture '{model_type}': it has no entry and cannot be derived ({error}); the "

@@ -50,6 +50,30 @@ def clip_mlp(layer: Any, h: Tensor, call: dict[str, Any]) -> Tensor:
     return h + layer.mlp(layer.layer_norm2(h))
 
 
+# BEiT: a ViT with relative positions, and vectors of the layer itself that scale what is added to the residual stream.
+def beit_attn(layer: Any, h: Tensor, call: dict[str, Any]) -> Tensor:
+    """Run the attention sublayer of a BEiT layer."""
+    call, mask = dict(call), call.get("attention_mask")
+    height, width = call.pop("resolution")
+    interpolates = call.pop("interpolate_pos_encoding", False)
+    if layer.relative_position_bias is not None:
+        window = height // layer.patch_size, width // layer.patch_size
+        bias = layer.relative_position_bias(window, interpolates, dim_size=h.shape[1])
+        call["attention_mask"] = bias if mask is None else bias + mask
+    out, _ = layer.attention(layer.layernorm_before(h), **call)
+    return layer.drop_path(layer.lambda_1 * layer.dropout(out)) + h
+
+
+def beit_mlp(layer: Any, h: Tensor, call: dict[str, Any]) -> Tensor:
+    """Run the MLP sublayer of a BEiT layer."""
+    return layer.drop_path(layer.lambda_2 * layer.dropout(layer.mlp(layer.layernorm_after(h)))) + h
+
+
+def beit_logits(model: Any, normed: Tensor, head: Any) -> Tensor:
+    """Return the prediction from BEiT's pooled tokens."""
+    return head(model.beit.pooler(normed))
+
+
 # DINOv2: the same, with a vector that scales what is added to the residual stream (LayerScale).
 def dino_attn(layer: Any, h: Tensor, call: dict[str, Any]) -> Tensor:
     """Run the attention sublayer of a DINOv2 layer."""

@@ -9,6 +9,7 @@ a loss, and call :func:`fit`, which resumes where an earlier, interrupted call s
 from lamella.data.samples import NO_LOSS, Sample, blocks, collate, pairs
 from lamella.evaluate.scored import scored_states
 from lamella.train.adapters import Adapter, concatenate, merge
+from lamella.train.augmentation import Augmentation, AugmentedLoss
 from lamella.train.config import ScheduleName, TrainConfig
 from lamella.train.distil import check_vocabulary, distil
 from lamella.train.fit import fit, fit_policy
@@ -55,6 +56,8 @@ __all__ = [
     "NO_LOSS",
     "PROJECTION",
     "Adapter",
+    "Augmentation",
+    "AugmentedLoss",
     "Constant",
     "Cosine",
     "EarlyStopping",

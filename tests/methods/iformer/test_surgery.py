@@ -34,9 +34,10 @@ from lamella.methods.iformer import (
     importance,
     measure_spectra,
     plan,
+    train,
 )
 from lamella.methods.iformer.recipe import new_network
-from lamella.train import TrainConfig
+from lamella.train import Augmentation, TrainConfig
 
 Pictures = tuple[Captioned, ...]
 KINDS: dict[str, dict[str, Any]] = {
@@ -175,6 +176,20 @@ def test_healing_brings_it_nearer_and_trains_every_new_part(vision: Vision, tmp_
     assert all(torch.equal(each, before[name]) for name, each in ramped.vision.model.state_dict().items())
     with_labels = heal(vision, ramped, images, labels=1.0, config=replace(config, steps=2), work=Work(tmp_path / "two"))
     assert set(with_labels.log.train[-1].parts) == {"kl", "features", "labels"}
+
+
+def test_training_images_are_augmented_where_it_is_asked_for(tmp_path: Path) -> None:
+    images = Album.open("textures", InputContext(), count=20)
+    shape = StageShape((1, 1), (8, 16), (1, 1), 8)
+    config = TrainConfig(steps=2, lr=1e-3, batch=8)
+    plain, mixed = (
+        train(images, shape=shape, size=32, augment=augment, config=config, work=Work(tmp_path / str(number)))
+        for number, augment in enumerate((None, Augmentation()))
+    )
+    weights = [each.vision.model.state_dict() for each in (plain, mixed)]
+    assert any(not torch.equal(each, weights[1][name]) for name, each in weights[0].items())
+    with pytest.raises(TrainingError):  # another run, which does not go on from this one
+        train(images, shape=shape, size=32, augment=Augmentation(), config=config, work=Work(tmp_path / "0"))
 
 
 def test_healing_of_another_network_does_not_go_on_from_a_run(vision: Vision, tmp_path: Path) -> None:

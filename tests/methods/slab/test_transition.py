@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from lamella.errors import ArchitectureError, MethodError
 from lamella.methods.slab.method import rms_statistics
 from lamella.methods.slab.modules import PRepBN, initial_repbn
+from lamella.methods.slab.networks import VisionConfig
 from lamella.methods.slab.sites import Site, sites_of
 from lamella.methods.slab.transition import (
     Transition,
@@ -26,6 +28,7 @@ from lamella.methods.slab.transition import (
     merge,
     prepbn_modules,
     refresh,
+    reshuffled,
     sizes,
 )
 from lamella.stack import Stack
@@ -56,6 +59,7 @@ def stirred(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "convolution", "no bias"])
+@torch.no_grad()
 def test_both_folds_are_what_they_replace(kind: str) -> None:
     torch.manual_seed(0)
     a, b = torch.randn(6).double(), torch.randn(6).double()
@@ -67,16 +71,19 @@ def test_both_folds_are_what_they_replace(kind: str) -> None:
         nn.init.normal_(linear.bias)
     x = torch.randn(2, 6, 5, 5).double() if kind == "convolution" else torch.randn(4, 6).double()
     shape = (1, -1, 1, 1) if kind == "convolution" else (-1,)
-    with torch.no_grad():
-        behind = linear(x) * a.view(shape) + b.view(shape)
-        folded = copy.deepcopy(linear)
-        fold_after(folded, a, b)
-        torch.testing.assert_close(folded(x), behind, rtol=1e-11, atol=1e-11)
-        if kind != "convolution":
-            before = linear(a * x + b)
-            folded = copy.deepcopy(linear)
-            fold_before(folded, a, b)
-            torch.testing.assert_close(folded(x), before, rtol=1e-11, atol=1e-11)
+    behind = linear(x) * a.view(shape) + b.view(shape)
+    folded = copy.deepcopy(linear)
+    fold_after(folded, a, b)
+    torch.testing.assert_close(folded(x), behind, rtol=1e-11, atol=1e-11)
+    before = linear(a.view(shape) * x + b.view(shape))
+    folded = copy.deepcopy(linear)
+    fold_before(folded, a, b)
+    torch.testing.assert_close(folded(x), before, rtol=1e-11, atol=1e-11)
+
+
+def test_a_shift_before_a_convolution_with_padding_cannot_be_folded() -> None:
+    with pytest.raises(MethodError, match="pads with zeros, so the shift of the norm cannot be folded"):
+        fold_before(nn.Conv2d(6, 6, 3, padding=1), torch.ones(6), torch.zeros(6))
 
 
 def test_the_norms_of_a_vit_and_what_reads_them() -> None:
@@ -115,6 +122,63 @@ def test_a_merged_vit_computes_what_it_did() -> None:
     merge(model, sites)
     torch.testing.assert_close(model(x), before, rtol=1e-10, atol=1e-10)
     assert not [each for each in model.modules() if isinstance(each, nn.LayerNorm | nn.BatchNorm1d | PRepBN)]
+
+
+NETWORKS = {
+    "vit": VisionConfig(size=8, patch=2, channels=1, width=16, depth=(2,), heads=2),
+    "swin": VisionConfig("swin", 32, 4, 3, 8, (2, 2, 1), 2, window=4),
+    "pvt": VisionConfig("pvt", 32, 4, 1, 8, (1, 2, 1, 1), 2),
+}
+SITES = {"vit": 5, "swin": 1 + 10 + 2 + 1, "pvt": 4 + 10 + 1}  # patches, layers, merging, the last; reductions later
+
+
+@pytest.mark.parametrize("family", NETWORKS)
+@pytest.mark.parametrize("linear", [0, 2, None])
+@torch.no_grad()
+def test_every_family_computes_the_same_when_merged(family: str, linear: int | None) -> None:
+    torch.manual_seed(0)
+    network = replace(NETWORKS[family], attention="linear", linear=linear, kernel=3)
+    model = network.build(10)
+    for each in model.parameters():
+        each.add_(0.1 * torch.randn_like(each))  # of biases and positions, too
+    sites = sites_of(model)
+    reductions = {0: 4, 2: 2, None: 0}[linear] if family == "pvt" else 0  # of the 4 layers with one, those with softmax
+    assert len(sites) == SITES[family] + reductions
+    convert(model, sites, steps=5)
+    model = model.double().eval()
+    stirred(model)
+    x = torch.randn(3, network.channels, network.size, network.size, dtype=torch.float64)
+    before = model(x)
+    merge(model, sites)
+    torch.testing.assert_close(model(x), before, rtol=1e-9, atol=1e-9)
+    assert not [each for each in model.modules() if isinstance(each, nn.LayerNorm | nn.BatchNorm1d | PRepBN)]
+
+
+@pytest.mark.parametrize("family", NETWORKS)
+@torch.no_grad()
+def test_the_last_batch_norm_counts_every_token(family: str) -> None:
+    network = NETWORKS[family]
+    model = network.build(10)
+    sites = sites_of(model)
+    convert(model, sites, steps=0)
+    counted: list[int] = []
+    last: Any = model.get_submodule(sites[-1].path)
+    last.rep.bn.register_forward_pre_hook(lambda module, given: counted.append(len(given[0])))
+    model.train()(torch.randn(3, network.channels, network.size, network.size))
+    assert counted == [3 * network.sides[-1] ** 2]
+
+
+def test_sizes_that_do_not_fit_are_refused() -> None:
+    model = timm.create_model("swin_tiny_patch4_window7_224", img_size=40, window_size=4, embed_dim=12, depths=(1,),
+                              num_heads=(1,))  # fmt: skip
+    with pytest.raises(ArchitectureError, match="pads its windows with zeros after the norm"):
+        sites_of(model)
+    with pytest.raises(MethodError, match="window 4: a stage has 10 tokens per side"):
+        VisionConfig("swin", 40, 4, 3, 8, (1,), 2, window=4)
+    with pytest.raises(MethodError, match="depth 1, 1: a vit has at most 1 stages"):
+        VisionConfig(depth=(1, 1))
+    with pytest.raises(MethodError, match="a pvt has patches of 4"):
+        VisionConfig("pvt")
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -207,13 +271,39 @@ def test_statistics_are_measured_again_and_nothing_else_changes() -> None:
     seen: list[Tensor] = []
     first = prepbn_modules(model)[0]
     hook = first.register_forward_pre_hook(lambda module, given: seen.append(given[0].flatten(0, 1).clone()))
-    refresh(model, batches, model)
+    refresh(model, [batches], model, iter([1.0, 0.0]).__next__)
     hook.remove()
     tokens = torch.stack(seen)  # what the first norm reads does not depend on the others
     torch.testing.assert_close(first.rep.bn.running_mean, tokens.mean((0, 1)))
     torch.testing.assert_close(first.rep.bn.running_var, tokens.var(1).mean(0))
     assert all(torch.equal(each, before[name]) for name, each in model.named_parameters())
     assert not any(each.rep.bn.training for each in prepbn_modules(model)) and first.rep.bn.momentum == 0.1
+
+
+@pytest.mark.parametrize(
+    ("scores", "kept"),
+    [((3.0, 2.0, 1.0), 2), ((3.0, 1.0, 2.0), 1), ((1.0, 2.0, 3.0), 0), ((float("nan"), 2.0, 3.0), 1)],
+)
+@torch.no_grad()
+def test_all_passes_count_and_the_best_statistics_are_kept(scores: tuple[float, ...], kept: int) -> None:
+    model = vit()
+    convert(model, sites_of(model), steps=0)
+    model.eval()
+    first: Any = prepbn_modules(model)[0].rep.bn
+    first.running_mean.fill_(7)
+    passes = [[torch.randn(8, 1, 8, 8) for _ in range(2)] for _ in range(2)]
+    seen: list[Tensor] = []
+    hook = first.register_forward_pre_hook(lambda module, given: seen.append(given[0].mean(0)))
+    assert refresh(model, passes, model, iter(scores).__next__)[1:] == list(scores[1:])
+    hook.remove()
+    expected = torch.stack(seen[: 2 * kept]).mean(0) if kept else torch.full((24,), 7.0)
+    torch.testing.assert_close(first.running_mean, expected)
+    assert int(first.num_batches_tracked) == 2 * kept
+
+
+def test_every_pass_has_all_items_in_another_order() -> None:
+    first, second = ([each for batch in one for each in batch] for one in reshuffled(range(20), 2, 3, list, 0))
+    assert sorted(first) == sorted(second) == list(range(20)) and first != second
 
 
 @torch.no_grad()

@@ -8,15 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from lamella.data import Captioned, CaptionedImages, InputContext
 from lamella.errors import CalibrationError, CheckpointError, MethodError
 from lamella.methods.slab import LinearAttention
+from lamella.methods.slab.networks import VisionConfig
 from lamella.methods.slab.recipe import GammaSchedule
-from lamella.methods.slab.vision import Classifier, VitConfig, export_onnx, prepare_images, vision
-from lamella.train import TrainConfig
+from lamella.methods.slab.vision import Classifier, Splits, export_onnx, logits, prepare_images, train_network, vision
+from lamella.train import Augmentation, TrainConfig
 
-SMALL = VitConfig(size=8, patch=2, channels=1, width=16, depth=2, heads=2)
+SMALL = VisionConfig(size=8, patch=2, channels=1, width=16, depth=(2,), heads=2)
 CONFIG = TrainConfig(steps=160, lr=5e-3, schedule="cosine", batch=32)
 
 
@@ -43,11 +45,40 @@ def test_linear_attention_stands_where_it_is_asked_for() -> None:
     assert done.findings["accuracy"]["merged"] > 0.3
 
 
-def test_what_is_written_is_read_back(tmp_path: Path) -> None:
-    done = vision(digits(), network=SMALL, config=TrainConfig(steps=3, lr=1e-3, batch=16))
+def test_the_state_with_the_lowest_held_out_loss_is_kept(tmp_path: Path) -> None:
+    images = Splits.of(digits(), SMALL)
+    config = TrainConfig(steps=60, lr=0.1, schedule="constant", batch=32, eval_every=5)  # too fast to fall steadily
+    model, log, _ = train_network(SMALL, 10, images, GammaSchedule(share=0.5), "progressive", config, tmp_path)
+    losses = [point.loss for point in log.held_out if point.step]
+    assert losses[-1] > min(losses)
+    x, y = images.held_out
+    assert float(cross_entropy(logits(model, x), y)) == pytest.approx(min(losses), rel=1e-4)
+
+
+def test_images_are_held_out_of_training_at_random() -> None:
+    images = Splits.of(digits(), SMALL)
+    assert [len(y) for _, y in (images.train, images.held_out)] == [540, 60]
+    assert len(images.held_out[1].unique()) == 10
+    rows = [{x.numpy().tobytes() for x in part[0]} for part in (images.train, images.held_out)]
+    assert not rows[0] & rows[1]
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        SMALL,
+        VisionConfig("swin", 16, 4, 1, 8, (1, 1), 2, window=4),
+        VisionConfig("pvt", 32, 4, 3, 8, (1, 1), 2, attention="linear", linear=1, kernel=3),
+    ],
+    ids=["vit", "swin", "pvt"],
+)
+def test_what_is_written_is_read_back(network: VisionConfig, tmp_path: Path) -> None:
+    config = TrainConfig(steps=3, lr=1e-3, batch=16)
+    done = vision(digits(), network=network, augment=Augmentation(), config=config)
+    assert done.findings["accuracy"]["moved"] < 1e-4
     done.write(tmp_path)
     again = Classifier.read(tmp_path)
-    x = prepare_images(digits().items[:4], SMALL)
+    x = prepare_images(digits().items[:4], network)
     assert torch.equal(again.model(x), done.model(x)) and again.describe() == done.describe()
     (tmp_path / "network.json").write_text('{"schema": "lamella.slab/1"}')
     with pytest.raises(CheckpointError, match=r"no classifier .*must contain exactly network, classes, merged"):
@@ -70,7 +101,7 @@ def test_a_merged_network_runs_in_onnxruntime(tmp_path: Path) -> None:
 
 def test_what_cannot_be_is_refused_in_one_line() -> None:
     with pytest.raises(MethodError, match="give a multiple of the patch, and a multiple of the heads"):
-        VitConfig(size=9, patch=2)
+        VisionConfig(size=9, patch=2)
     with pytest.raises(MethodError, match="so that the transition ends before the training does"):
         GammaSchedule(share=0.8, warm=0.3)
     plain = digits()

@@ -24,7 +24,7 @@ from lamella.methods.iformer.result import IFormerClassifier, Ramped
 from lamella.methods.iformer.vision import Vision
 from lamella.plan.fingerprint import revision, state
 from lamella.registry import command
-from lamella.train import TrainConfig, fit, supervised
+from lamella.train import Augmentation, AugmentedLoss, TrainConfig, fit, supervised
 
 HEALING = TrainConfig(lr=3e-4, schedule="cosine", warmup=0.1, batch=32, weight_decay=0.05)
 TRAINING = TrainConfig(lr=1e-3, schedule="cosine", warmup=0.1, batch=64, weight_decay=0.05)
@@ -173,6 +173,7 @@ def train(
     size: Annotated[int, Ge(1), Le(16384)] = 224,
     channels: Annotated[int, Ge(1), Le(3)] = 3,
     drop_path: Annotated[float, Ge(0), Lt(1)] = 0.0,
+    augment: Augmentation | None = None,
     config: TrainConfig = TRAINING,
     work: Work = Work(),
 ) -> IFormerClassifier:
@@ -184,6 +185,8 @@ def train(
         size: side of the images in pixels.
         channels: 1 for greyscale images, 3 for colour.
         drop_path: stochastic depth rate of the last layer; the published networks use 0.2, 0.4 and 0.5.
+        augment: augmentation of the training images by timm; its defaults are the published ones, and without it labels
+            are smoothed only.
         config: training settings; defaults to the published learning rate and weight decay, and 20 epochs.
         work: folder from which an interrupted run resumes, with bitwise identical results.
 
@@ -199,10 +202,12 @@ def train(
         raise CalibrationError("these images have no classes: give a folder with one folder per class, or textures")
     config = replace(config, steps=config.steps or EPOCHS * max(1, len(images) // config.batch))
     vision = new_network(shape, size, channels, images.classes, seed=config.seed, drop_path=drop_path)
+    loss = smoothed_loss if augment is None else AugmentedLoss(augment, images.classes, vision.mean, vision.std)
+    changes = {} if augment is None else {"augment": asdict(augment)}
     log = fit(
-        vision.model, rows(vision, images.items), supervised(smoothed_loss), config, out=work.directory("run"),
+        vision.model, rows(vision, images.items), supervised(loss), config, out=work.directory("run"),
         trainable=lambda name: True,
-        settings={"shape": asdict(shape), "size": size, "channels": channels, "drop_path": drop_path},
+        settings={"shape": asdict(shape), "size": size, "channels": channels, "drop_path": drop_path} | changes,
     )  # fmt: skip
     vision.model.eval()
     findings = {

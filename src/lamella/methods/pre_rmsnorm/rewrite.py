@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lamella.stack.wiring import Part, Wiring
@@ -209,7 +210,7 @@ def rewrite(model: Any, wirings: Mapping[str, Wiring], form: Form) -> None:
     branches = find_branches(model, wirings)
     compress = form.norm == "crms"
     lookup: Any = model.get_input_embeddings() if form.tied == "recentre" else None
-    if form.tied == "untie":
+    if form.tied == "untie" and isinstance(model, PreTrainedModel):  # a model of timm has no embedding to tie
         untie(model)
     check_single(model, branches, form, lookup)
     for branch in branches:
@@ -288,7 +289,15 @@ def check_known(model: Any, wirings: Mapping[str, Wiring]) -> None:
 
 def _at(model: Any, path: str) -> Any:
     parent, _, name = path.rpartition(".")
-    return getattr(model.get_submodule(parent), name, None)
+    found = getattr(_module(model, parent), name, None)
+    return found if isinstance(found, nn.Module | nn.Parameter) else None  # a BEiT may have a factor of 1 instead
+
+
+def _module(model: Any, path: str) -> Any:
+    """Return a submodule; None if an optional one is missing."""
+    for name in path.split(".") if path else ():
+        model = getattr(model, name, None)
+    return model
 
 
 def _sort(
@@ -404,8 +413,23 @@ def recentre(model: Any, writer: ResidualWriter, compress: bool) -> None:
         path = f"{writer.path}.{name}" if name else writer.path
         put(model, path, centred, like=parameter)
     if writer.scaled is not None:
-        model.set_submodule(writer.scaled.path, nn.Identity())
+        neutralise(model, writer.scaled)
     update_sizes(writer.module)
+
+
+def neutralise(model: Any, scaled: Component) -> None:
+    """Replace a module that scales by the identity, and a parameter that scales by the factor 1.
+
+    Args:
+        model: the model, changed in place.
+        scaled: the module or parameter, which is folded.
+    """
+    if isinstance(scaled.module, nn.Module):
+        model.set_submodule(scaled.path, nn.Identity())
+        return
+    parent, _, name = scaled.path.rpartition(".")
+    delattr(model.get_submodule(parent), name)
+    setattr(model.get_submodule(parent), name, 1.0)
 
 
 def centre(tensor: Tensor, axis: int) -> Tensor:

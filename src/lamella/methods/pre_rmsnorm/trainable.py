@@ -54,7 +54,7 @@ def trainable(model: Model) -> Any:
         A transformers model; :func:`pre_ln_state` returns its parameters under the names of the Pre-LN model.
 
     Raises:
-        MethodError: for a model that cannot be rewritten.
+        MethodError: for a model that cannot be rewritten, or a BEiT with scaling vectors.
     """
     copied = copy.deepcopy(model.model)
     try:
@@ -63,6 +63,8 @@ def trainable(model: Model) -> Any:
         raise MethodError(f"{model.name}: {error}") from None
     for branch in branches:
         for writer in branch.writers:
+            if writer.scaled is not None and isinstance(writer.scaled.module, nn.Parameter):
+                raise MethodError(f"{model.name}: {writer.scaled.path} scales a branch without a module of its own")
             if isinstance(writer.module, nn.Embedding) or writer.scaled is not None:
                 (writer.scaled or writer).module.register_forward_hook(Recentre())
                 continue

@@ -2,6 +2,7 @@
 
 from lamella.methods.slab.method import fold, slab
 from lamella.methods.slab.modules import LinearAttention, PRepBN, RepBN, TokenMask, initial_repbn, linear_attention
+from lamella.methods.slab.networks import VisionConfig
 from lamella.methods.slab.recipe import GammaSchedule, MaskedLoss, counted_tokens, free_sites, without_norms
 from lamella.methods.slab.sites import Site, sites_of
 from lamella.methods.slab.transition import (
@@ -24,6 +25,7 @@ __all__ = [
     "Site",
     "TokenMask",
     "Transition",
+    "VisionConfig",
     "constancy",
     "convert",
     "counted_tokens",

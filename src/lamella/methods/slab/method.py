@@ -58,7 +58,7 @@ def slab(
 
     Args:
         stack: a pre-norm decoder; it is not changed.
-        train: text to train on.
+        train: text to train on; the last twentieth is held out, to choose the checkpoint and the statistics.
         norms: schedule of the transition.
         config: training settings; defaults to the paper's learning rate, weight decay and clipping, and one epoch.
         work: folder from which an interrupted run resumes, with bitwise equal results.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -179,18 +179,17 @@ class LinearAttention(nn.Module):
         width = dim // heads
         self.local = nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width) if kernel else None
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
         """Apply the attention to x [batch, N, C]; every token attends to every other.
 
         Args:
             x: hidden states `[batch, N, C]`.
-            attn_mask: must be None; it is part of timm's interface.
-            is_causal: must be false; it is part of timm's interface.
+            options: masks and causal order of timm's interfaces, which must be None or false.
 
         Raises:
             ValueError: for a mask, which linear attention does not support.
         """
-        if attn_mask is not None or is_causal:
+        if any(each is not None and each is not False for each in options.values()):
             raise ValueError("simplified linear attention supports neither masks nor causal order: omit them")
         batch, tokens, dim = x.shape
         q, k, v = self.qkv(x).chunk(3, dim=-1)

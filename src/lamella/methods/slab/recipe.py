@@ -15,11 +15,18 @@ from lamella.data import Sample
 from lamella.errors import MethodError
 from lamella.methods.slab.modules import Init, TokenMask
 from lamella.methods.slab.sites import Site, sites_of
-from lamella.methods.slab.transition import Transition, convert, merge, prepbn_modules, refresh
-from lamella.progress import tracker
+from lamella.methods.slab.transition import (
+    BestCheckpoint,
+    Transition,
+    convert,
+    merge,
+    prepbn_modules,
+    refresh,
+    reshuffled,
+)
 from lamella.stack import Stack, share
 from lamella.train import Task, TrainConfig, TrainingLog, collate, fit, own
-from lamella.train.losses import response_loss
+from lamella.train.losses import mean_loss, response_loss
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,8 @@ class GammaSchedule:
         first: initial gamma.
         init: initialisation of each batch norm: the ``norm``'s own weights with eta 0, for trained models; ``vision``,
             1 with eta 1; ``zero``.
-        passes: number of epochs over which statistics are recomputed at the end.
+        passes: number of epochs over which statistics are recomputed at the end; those with the lowest held-out loss,
+            before or after any of them, are kept.
 
     Raises:
         MethodError: for fractions that add up to more than 1.
@@ -108,9 +116,11 @@ def without_norms(
         out: folder of the run.
 
     Returns:
-        The model without them, the log, and the change of the logits by folding.
+        The model without them, the log, and the change of the logits by folding, with the held-out losses of the
+        refreshed statistics.
     """
-    config = config.with_steps(len(samples))
+    training, held_out = split_samples(samples)
+    config = config.with_steps(len(training))
     view = share(stack.model)
     steps, warm = schedule.steps(config.steps or 1)
     real = convert(view, sites, steps=steps, warm=warm, first=schedule.first, init=schedule.init)
@@ -118,8 +128,9 @@ def without_norms(
     task = Task(MaskedLoss(real))
     settings = {"sites": [site.path for site in sites], "transition": [steps, warm, schedule.first, schedule.init]}
     log = fit(
-        view, samples, task, config, out=out, trainable=lambda name: True, hooks=[Transition()], settings=settings
-    )
+        view, training, task, config, out=out, trainable=lambda name: True, held_out=held_out,
+        hooks=[Transition(), BestCheckpoint()], settings=settings,
+    )  # fmt: skip
     view.eval()
     for each in prepbn_modules(view):
         each.step.fill_(config.steps or 1)
@@ -130,28 +141,29 @@ def without_norms(
         real.mask = counted_tokens(inputs)
         view(**inputs, use_cache=False)
 
-    if schedule.passes:
-        with tracker("statistics", schedule.passes) as count:
-            for _ in range(schedule.passes):
-                refresh(view, batches(samples, config.batch), run)
-                count()
-    real.mask = None
-    probe = next(iter(batches(samples, 2)))["input_ids"].to(device)
     with torch.no_grad():
+        passes = reshuffled(training, schedule.passes, config.batch, collate, config.seed)
+        losses = refresh(view, passes, run, lambda: mean_loss(view, held_out, batch=config.batch))
+        probe = dict(collate(training[:2]))["input_ids"].to(device)
         before = view(input_ids=probe, use_cache=False).logits
         merge(view, sites)
         moved = float((view(input_ids=probe, use_cache=False).logits - before).abs().max())
-    return view, log, {"moved": moved, "scale": float(before.abs().max())}
+    return view, log, {"moved": moved, "scale": float(before.abs().max()), "refreshed": losses}
 
 
-def batches(samples: Sequence[Sample], size: int) -> list[dict[str, Tensor]]:
-    """Return the samples in collated batches.
+def split_samples(samples: Sequence[Sample]) -> tuple[Sequence[Sample], Sequence[Sample]]:
+    """Return the samples to train on, and the last twentieth, by which checkpoint and statistics are chosen.
 
     Args:
-        samples: the samples, in order.
-        size: number of samples per batch; the last batch may have fewer.
+        samples: two samples or more.
+
+    Raises:
+        MethodError: for fewer.
     """
-    return [dict(collate(samples[start : start + size])) for start in range(0, len(samples), size)]
+    if len(samples) < 2:
+        raise MethodError("one sample: give at least two, of which one is held out")
+    count = -(-len(samples) // 20)
+    return samples[:-count], samples[-count:]
 
 
 def free_sites(stack: Stack) -> tuple[list[Site], list[Site]]:

@@ -1,4 +1,4 @@
-"""Positions of norms and the linear layers after them: of a stack by its wiring, of timm's ViTs by name."""
+"""Positions of norms and the layers beside them: of a stack by its wiring, of vision transformers by name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Site:
 
     Attributes:
         path: its path in the model.
-        readers: paths of the linear layers after it, the only modules that use its output.
+        readers: paths of the linear layers and convolutions after it, the only modules that use its output.
         writer: path of the linear layer or convolution before it, if it folds into that.
     """
 
@@ -35,12 +35,12 @@ def sites_of(model: Any) -> list[Site]:
     """Return the norms of a model that fold, in the order in which they run.
 
     Args:
-        model: a stack, or a ViT of timm.
+        model: a stack, a ViT or Swin of timm, or a PVT of :class:`lamella.methods.slab.networks.VisionConfig`.
 
     Raises:
-        ArchitectureError: for a model whose wiring is not known.
+        ArchitectureError: for a model whose wiring is not known, or a Swin that pads its windows.
     """
-    found = list(_of_stack(model) if isinstance(model, Stack) else _of_timm(model))
+    found = list(_of_stack(model) if isinstance(model, Stack) else _of_vision(model))
     if not found:
         raise ArchitectureError(f"{type(model).__name__} has no norms whose next layers are known")
     return found
@@ -55,11 +55,43 @@ def _of_stack(stack: Stack) -> Iterator[Site]:
         yield Site(path, readers)
 
 
+def _of_vision(model: Any) -> Iterator[Site]:
+    for site in _of_pvt(model) if hasattr(model, "encoder") else _of_timm(model):
+        parent, _, name = site.path.rpartition(".")
+        if isinstance(getattr(model.get_submodule(parent), name, None), NORMS):
+            yield site
+
+
 def _of_timm(model: Any) -> Iterator[Site]:
-    for index, block in enumerate(getattr(model, "blocks", ())):
-        for norm, reader in (("norm1", "attn.qkv"), ("norm2", "mlp.fc1")):
-            if isinstance(getattr(block, norm, None), NORMS):
-                yield Site(f"blocks.{index}.{norm}", (f"blocks.{index}.{reader}",))
-    for norm in ("norm", "fc_norm"):
-        if isinstance(getattr(model, norm, None), NORMS) and isinstance(getattr(model, "head", None), nn.Linear):
-            yield Site(norm, ("head",))
+    if hasattr(model, "patch_embed"):
+        yield Site("patch_embed.norm", writer="patch_embed.proj")
+    for path, module in model.named_modules():
+        if hasattr(module, "reduction"):
+            yield Site(f"{path}.norm", (f"{path}.reduction",))
+        elif hasattr(module, "norm1") and hasattr(module, "attn"):
+            sides, windows = (getattr(module, name, (1,)) for name in ("input_resolution", "window_size"))
+            if any(side % window for side, window in zip(sides, windows, strict=True)):
+                raise ArchitectureError(f"{path} pads its windows with zeros after the norm: give whole windows")
+            yield Site(f"{path}.norm1", (f"{path}.attn.qkv",))
+            yield Site(f"{path}.norm2", (f"{path}.mlp.fc1",))
+    head = getattr(model, "head", None)
+    readers = ("head.fc",) if isinstance(getattr(head, "fc", None), nn.Linear) else ("head",)
+    if isinstance(head, nn.Linear) or readers == ("head.fc",):
+        yield from (Site("norm", readers), Site("fc_norm", readers))
+
+
+def _of_pvt(model: Any) -> Iterator[Site]:
+    for stage, layers in enumerate(model.encoder.block):
+        embedding = f"encoder.patch_embeddings.{stage}"
+        yield Site(f"{embedding}.layer_norm", writer=f"{embedding}.projection")
+        for index, layer in enumerate(layers):
+            path = f"encoder.block.{stage}.{index}"
+            inner, readers = f"{path}.attention.self", ("query", "key", "value")
+            if hasattr(layer.attention, "attention"):  # linear
+                inner, readers = f"{path}.attention.attention", ("qkv",)
+            elif layer.attention.self.sequences_reduction_ratio > 1:
+                readers = ("query", "sequence_reduction")
+                yield Site(f"{inner}.layer_norm", writer=f"{inner}.sequence_reduction")
+            yield Site(f"{path}.layer_norm_1", tuple(f"{inner}.{each}" for each in readers))
+            yield Site(f"{path}.layer_norm_2", (f"{path}.mlp.dense1",))
+    yield Site("encoder.layer_norm", ("head",))

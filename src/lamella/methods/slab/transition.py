@@ -8,6 +8,8 @@ merge      W (A x + B) + b       =  (W diag(A)) x + (b + W B); after a linear la
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -15,12 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.utils.data import DataLoader
 from transformers.pytorch_utils import Conv1D
 
 from lamella.errors import MethodError
 from lamella.methods.slab.modules import Init, PRepBN, TokenMask, initial_repbn
 from lamella.methods.slab.sites import Site
-from lamella.train import Hook, TrainingRun
+from lamella.progress import tracker
+from lamella.train import EarlyStopping, Hook, TrainingRun
 
 
 def convert(
@@ -68,26 +72,91 @@ class Transition(Hook):
             each.step.fill_(run.step)
 
 
+class BestCheckpoint(EarlyStopping):
+    """Hook that keeps the state with the lowest held-out loss of RepBN alone; training does not stop early.
+
+    The state before the first step is not kept, since its batch norms have no statistics.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(patience=1)
+
+    def evaluated(self, run: TrainingRun) -> None:
+        """Keep the tensors if the last held-out loss is the lowest after the first step."""
+        losses = [point.loss for point in run.log.held_out if point.step]
+        if losses and losses[-1] < min(losses[:-1], default=math.inf):
+            self.best = {name: each.detach().clone() for name, each in self.tracked(run).items()}
+
+    def done(self, run: TrainingRun) -> bool:
+        """Return false."""
+        return False
+
+
 @torch.no_grad()
-def refresh(model: nn.Module, batches: Iterable[Any], call: Callable[[Any], Any]) -> None:
-    """Recompute mean and variance of every batch norm over all batches; nothing else changes.
+def refresh(
+    model: nn.Module, passes: Sequence[Iterable[Any]], call: Callable[[Any], Any], score: Callable[[], float]
+) -> list[float]:
+    """Recompute mean and variance of every batch norm over several passes; nothing else changes.
+
+    After each pass the statistics are means over the batches of all passes so far. Those with the lowest score are
+    kept, which may be the statistics of training.
 
     Args:
         model: in evaluation mode, in which it stays.
-        batches: batches of training data.
+        passes: for each pass the batches of training data, in another order.
         call: runs the model on a batch.
+        score: evaluates the model on held-out data, lower is better.
+
+    Returns:
+        The scores, before the first pass and after each.
     """
     norms = [each.rep.bn for each in prepbn_modules(model)]
-    kept = [each.momentum for each in norms]
+    momenta = [each.momentum for each in norms]
+    scores, best = [_finite(score())], _statistics(norms)
     for each in norms:
         each.reset_running_stats()
         each.momentum = None  # cumulative mean over all batches
-        each.train()
-    for batch in batches:
-        call(batch)
-    for each, momentum in zip(norms, kept, strict=True):
+    with tracker("statistics", len(passes)) as count:
+        for batches in passes:
+            for each in norms:
+                each.train()
+            for batch in batches:
+                call(batch)
+            for each in norms:
+                each.eval()
+            scores.append(_finite(score()))
+            if scores[-1] < min(scores[:-1]):
+                best = _statistics(norms)
+            count()
+    for each, momentum, statistics in zip(norms, momenta, best, strict=True):
         each.momentum = momentum
-        each.eval()
+        each.load_state_dict(statistics, strict=False)
+    return scores
+
+
+def _finite(score: float) -> float:
+    return score if math.isfinite(score) else math.inf
+
+
+def _statistics(norms: Sequence[nn.BatchNorm1d]) -> list[dict[str, Tensor]]:
+    return [{name: buffer.clone() for name, buffer in each.named_buffers()} for each in norms]
+
+
+def reshuffled(
+    items: Sequence[Any], passes: int, size: int, collate: Callable[[Any], Any], seed: int
+) -> list[Iterable[Any]]:
+    """Return the batches of several passes over all items, each pass in another random order.
+
+    Args:
+        items: the items, decoded on access.
+        passes: number of passes.
+        size: items per batch; the last batch of a pass may have fewer.
+        collate: makes a batch of items.
+        seed: random seed of the orders.
+    """
+    drawn = torch.Generator().manual_seed(seed)
+    loader = DataLoader(items, size, shuffle=True, collate_fn=collate, generator=drawn)  # type: ignore[arg-type]
+    return [loader] * passes
 
 
 @torch.no_grad()
@@ -102,9 +171,8 @@ def merge(model: nn.Module, sites: Sequence[Site]) -> None:
         MethodError: for a norm whose transition is not over, a batch norm without statistics, or a linear layer with a
             tied weight.
     """
-    uses: dict[int, int] = {}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    tied = {parameter for parameter, count in uses.items() if count > 1}
     for site in sites:
         module = model.get_submodule(site.path)
         if not isinstance(module, PRepBN):
@@ -121,25 +189,31 @@ def merge(model: nn.Module, sites: Sequence[Site]) -> None:
         a, b = module.rep.closed()
         for path in (site.writer,) if site.writer else site.readers:
             linear = model.get_submodule(path)
-            if uses[id(linear.weight)] > 1:
+            if id(linear.weight) in tied:
                 raise MethodError(f"{path} has a tied weight, which would be scaled twice: untie it first")
             (fold_after if site.writer else fold_before)(linear, a, b)
         model.set_submodule(site.path, nn.Identity())
 
 
 def fold_before(linear: Any, a: Tensor, b: Tensor) -> None:
-    """Fold a x + b into the linear layer after it: W <- W diag(a), c <- c + W b.
+    """Fold a x + b into the linear layer or convolution after it: W <- W diag(a), c <- c + W b.
 
     Args:
-        linear: the linear layer, or Conv1D of transformers; changed in place.
+        linear: the linear layer, convolution, or Conv1D of transformers; changed in place.
         a: scale per input channel `[inputs]`.
         b: offset per input channel `[inputs]`.
+
+    Raises:
+        MethodError: for a convolution with padding, whose zeros are not shifted.
     """
+    if isinstance(linear, _ConvNd) and (isinstance(linear.padding, str) or any(linear.padding)):
+        raise MethodError("the convolution after the norm pads with zeros, so the shift of the norm cannot be folded")
     weight = linear.weight.double()
-    axis = 0 if isinstance(linear, Conv1D) else 1
-    added = torch.tensordot(weight, b, dims=([axis], [0]))
-    scaled = weight * (a[:, None] if axis == 0 else a)
-    _set(linear, scaled, added if linear.bias is None else linear.bias.double() + added)
+    output, axis = (1, 0) if isinstance(linear, Conv1D) else (0, 1)
+    shape = [1] * weight.ndim
+    shape[axis] = -1
+    added = (weight * b.view(shape)).sum([each for each in range(weight.ndim) if each != output])
+    _set(linear, weight * a.view(shape), added if linear.bias is None else linear.bias.double() + added)
 
 
 def fold_after(linear: Any, a: Tensor, b: Tensor) -> None:

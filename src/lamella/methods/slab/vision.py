@@ -5,85 +5,45 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from annotated_types import Ge, Le, Lt
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lamella.data import Captioned, LabelledImages, Lazy, batches
-from lamella.errors import CalibrationError, MethodError
+from lamella.errors import CalibrationError
 from lamella.extras import require
 from lamella.files import Work
-from lamella.methods.slab.modules import LinearAttention
+from lamella.methods.slab.networks import VisionConfig
 from lamella.methods.slab.recipe import GammaSchedule
 from lamella.methods.slab.sites import sites_of
-from lamella.methods.slab.transition import Transition, convert, merge, prepbn_modules, refresh
+from lamella.methods.slab.transition import (
+    BestCheckpoint,
+    Transition,
+    convert,
+    merge,
+    prepbn_modules,
+    refresh,
+    reshuffled,
+)
 from lamella.registry import command
 from lamella.results import TrainedNetwork
-from lamella.train import TrainConfig, TrainingLog, class_cross_entropy, fit, supervised
+from lamella.train import (
+    Augmentation,
+    AugmentedLoss,
+    TrainConfig,
+    TrainingLog,
+    class_cross_entropy,
+    fit,
+    supervised,
+)
 
 Norms = Literal["layer", "batch", "rep", "progressive batch", "progressive"]
-Attention = Literal["softmax", "linear"]
-LARGEST = 65_536  # maximum side in pixels, and maximum hidden size
 ONNX = "model.onnx"
 TRAINING = TrainConfig(lr=1e-3, schedule="cosine", warmup=0.1, batch=64, weight_decay=0.05, clip=5.0)
 EPOCHS = 20
 JUDGED = 256  # batch size of the evaluation
-
-
-@dataclass(frozen=True)
-class VitConfig:
-    """A timm vision transformer without a class token: the head uses the mean over tokens.
-
-    Attributes:
-        size: side of the image in pixels.
-        patch: side of a patch in pixels.
-        channels: 1 for greyscale images, 3 for RGB.
-        width: hidden size; that of DeiT-T by default.
-        depth: number of layers; that of DeiT-T by default.
-        heads: number of attention heads; that of DeiT-T by default.
-        attention: ``softmax``, or ``linear`` with its local term.
-        kernel: kernel size of the local term; 0: none.
-        linear: number of layers with linear attention, from the first; all if None.
-        drop: stochastic depth rate of the last layer, which grows linearly from 0.
-
-    Raises:
-        MethodError: for a size that is no multiple of the patch, or a width that is no multiple of the heads.
-    """
-
-    size: Annotated[int, Ge(1), Le(LARGEST)] = 224
-    patch: Annotated[int, Ge(1)] = 16
-    channels: Annotated[int, Ge(1)] = 3
-    width: Annotated[int, Ge(1), Le(LARGEST)] = 192
-    depth: Annotated[int, Ge(1)] = 12
-    heads: Annotated[int, Ge(1)] = 3
-    attention: Attention = "softmax"
-    kernel: Annotated[int, Ge(0)] = 5
-    linear: Annotated[int, Ge(0)] | None = None
-    drop: Annotated[float, Ge(0), Lt(1)] = 0.0
-
-    def __post_init__(self) -> None:
-        if self.size % self.patch or self.width % self.heads:
-            raise MethodError(
-                f"{self.size} pixels in patches of {self.patch}, {self.width} wide with {self.heads} heads: give a "
-                "multiple of the patch, and a multiple of the heads"
-            )
-
-    def build(self, classes: int) -> Any:
-        """Build the network with random weights."""
-        timm = require("timm", "vision", "vision transformers")
-        model = timm.create_model(
-            "vit_tiny_patch16_224", pretrained=False, class_token=False, global_pool="avg", img_size=self.size,
-            patch_size=self.patch, in_chans=self.channels, embed_dim=self.width, depth=self.depth,
-            num_heads=self.heads, num_classes=classes, drop_path_rate=self.drop,
-        )  # fmt: skip
-        if self.attention == "linear":
-            tokens = (self.size // self.patch) ** 2
-            for block in model.blocks[: self.linear]:
-                block.attn = LinearAttention(self.width, self.heads, tokens, self.kernel)
-        return model
 
 
 @dataclass(kw_only=True)
@@ -97,7 +57,7 @@ class Classifier(TrainedNetwork):
         onnx: whether it is exported to ONNX as well.
     """
 
-    network: VitConfig
+    network: VisionConfig
     classes: int
     merged: bool
     onnx: bool = False
@@ -108,7 +68,7 @@ class Classifier(TrainedNetwork):
     made_by: ClassVar[str] = "lamella run slab vision"
 
     @classmethod
-    def build(cls, *, network: VitConfig, classes: int, merged: bool) -> Any:  # type: ignore[override]
+    def build(cls, *, network: VisionConfig, classes: int, merged: bool) -> Any:  # type: ignore[override]
         """Build a network with random weights, without norms if they are merged.
 
         Args:
@@ -119,6 +79,10 @@ class Classifier(TrainedNetwork):
         model = network.build(classes)
         for site in sites_of(model) if merged else ():
             model.set_submodule(site.path, nn.Identity())
+            for path in site.readers:
+                linear = model.get_submodule(path)
+                if linear.bias is None:
+                    linear.bias = nn.Parameter(torch.zeros(len(linear.weight)))
         return model
 
     def write(self, folder: Path) -> None:
@@ -139,27 +103,32 @@ class Classifier(TrainedNetwork):
     "slab",
     "vision",
     on="any",
-    brief={"size": 8, "patch": 4, "channels": 1, "width": 8, "depth": 1, "heads": 2, "steps": 3, "batch": 8,
+    brief={"size": 8, "patch": 4, "channels": 1, "width": 8, "depth": (1,), "heads": 2, "steps": 3, "batch": 8,
            "save_every": 2},
 )  # fmt: skip
 def vision(
     images: LabelledImages,
     *,
-    network: VitConfig = VitConfig(),
-    norms: GammaSchedule = GammaSchedule(share=0.8, init="vision"),  # noqa: B008, frozen
+    network: VisionConfig = VisionConfig(),  # noqa: B008, frozen
+    norms: GammaSchedule = GammaSchedule(share=0.8, init="vision", passes=10),  # noqa: B008, frozen
     kind: Norms = "progressive",
+    augment: Augmentation | None = None,
     onnx: bool = False,
     config: TrainConfig = TRAINING,
     work: Work = Work(),
 ) -> Classifier:
     """Train a vision transformer from scratch whose norms become batch norms and are folded away.
 
+    A tenth of the training images chooses the checkpoint and the statistics. The checkpoints are judged by RepBN alone,
+    which is what remains after folding.
+
     Args:
-        images: images with classes; one in five is held out.
+        images: images with classes; one in five is held out for the accuracy.
         network: configuration of the network.
-        norms: schedule of the transition; defaults to the paper's four fifths of the steps, and eta 1.
+        norms: schedule of the transition; defaults to the paper's four fifths of the steps, eta 1, and ten passes.
         kind: ``progressive``, from layer norms to RepBN; ``progressive batch``, without eta; ``rep`` or ``batch`` from
             the first step; or ``layer``, whose norms stay.
+        augment: augmentation of the training images by timm; none by default.
         onnx: export the network to ONNX as well.
         config: training settings; defaults to 20 epochs.
         work: folder from which an interrupted run resumes, with bitwise equal results.
@@ -168,18 +137,15 @@ def vision(
         The network, with its accuracy on held-out images before and after refreshing the statistics and after folding.
 
     Raises:
-        CalibrationError: for images without classes.
+        CalibrationError: for fewer than ten images, or images without classes.
         TrainingError: when training cannot start or stay finite.
     """
-    test = list(images.part("test").items)
-    if any(each.label is None for each in (*images.items, *test)):
-        raise CalibrationError("these images have no classes: give a folder with one folder per class, or digits")
-    classes = 1 + max(each.label or 0 for each in (*images.items, *test))
-    x, y = pixels(images.items, network), torch.tensor([each.label for each in images.items])
-    config = replace(config, steps=config.steps or EPOCHS * max(1, len(x) // config.batch))
-    model, log, findings = train_network(network, classes, x, y, norms, kind, config, work.directory("run"))
-    test_x, test_y = pixels(test, network), torch.tensor([each.label for each in test])
-    findings["accuracy"] = refresh_and_merge(model, x, test_x, test_y, norms, kind, config.batch)
+    split = Splits.of(images, network)
+    classes = 1 + int(torch.cat([y for _, y in vars(split).values()]).max())
+    steps = config.steps or EPOCHS * max(1, len(split.train[1]) // config.batch)
+    config = replace(config, steps=steps)
+    model, log, findings = train_network(network, classes, split, norms, kind, config, work.directory("run"), augment)
+    findings["accuracy"] = refresh_and_merge(model, split, norms, kind, config)
     findings["loss"] = [point.loss for point in log.train]
     merged = kind != "layer"
     return Classifier(
@@ -187,27 +153,63 @@ def vision(
     )
 
 
+@dataclass(frozen=True)
+class Splits:
+    """Images and their classes: to train on, to choose on, and to judge by.
+
+    Attributes:
+        train: images, decoded on access, and classes [images].
+        held_out: the same of a random tenth of the training images.
+        test: the same of the test split.
+    """
+
+    train: tuple[Sequence[Tensor], Tensor]
+    held_out: tuple[Sequence[Tensor], Tensor]
+    test: tuple[Sequence[Tensor], Tensor]
+
+    @classmethod
+    def of(cls, images: LabelledImages, network: VisionConfig) -> Splits:
+        """Split images at random, always in the same way.
+
+        Args:
+            images: the images.
+            network: sizes of the network.
+
+        Raises:
+            CalibrationError: for fewer than ten images, or images without classes.
+        """
+        test = images.part("test").items
+        if any(each.label is None for each in (*images.items, *test)):
+            raise CalibrationError("these images have no classes: give a folder with one folder per class, or digits")
+        if len(images) < 10:
+            raise CalibrationError(f"{len(images)} images are too few: give at least 10, of which one is held out")
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
+        cut = len(images) // 10
+        parts = ([images.items[each] for each in order[cut:]], [images.items[each] for each in order[:cut]], test)
+        return cls(*((pixels(part, network), torch.tensor([each.label for each in part])) for part in parts))
+
+
 def train_network(
-    network: VitConfig,
+    network: VisionConfig,
     classes: int,
-    x: Sequence[Tensor],
-    y: Tensor,
+    images: Splits,
     norms: GammaSchedule,
     kind: Norms,
     config: TrainConfig,
     out: Path,
+    augment: Augmentation | None = None,
 ) -> tuple[Any, TrainingLog, dict[str, Any]]:
-    """Train a network from scratch, without folding its norms.
+    """Train a network from scratch, without folding its norms, and keep its state with the lowest held-out loss.
 
     Args:
         network: configuration of the network.
         classes: number of classes.
-        x: images [channels, size, size].
-        y: classes [images].
+        images: the images.
         norms: schedule of the transition.
         kind: kind of norms.
         config: training settings.
         out: folder of the run.
+        augment: augmentation of the training images, if any.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -222,49 +224,54 @@ def train_network(
             each.rep.eta.requires_grad_(False)
     fixed = {id(each.rep.eta) for each in prepbn_modules(model)} if "batch" in kind else set()
     names = {name for name, each in model.named_parameters() if id(each) not in fixed}
-    rows = Lazy(range(len(y)), lambda row: {"x": x[row], "y": y[row]})
-    settings = {"network": asdict(network), "kind": kind, "norms": asdict(norms)}
+    half = (0.5,) * network.channels
+    loss = class_cross_entropy if augment is None else AugmentedLoss(augment, classes, half, half)
+    changes = None if augment is None else asdict(augment)
+    settings = {"network": asdict(network), "kind": kind, "norms": asdict(norms), "augment": changes}
+    config = replace(config, eval_every=config.eval_every or max(1, len(images.train[1]) // config.batch))
     log = fit(
-        model, rows, supervised(class_cross_entropy), config, out=out, trainable=names.__contains__,
-        hooks=[Transition()], settings=settings,
+        model, rows(*images.train), supervised(loss), config, out=out, trainable=names.__contains__,
+        held_out=rows(*images.held_out), hooks=[Transition(), BestCheckpoint()], settings=settings,
     )  # fmt: skip
     for each in prepbn_modules(model):
         each.step.fill_(whole)
     return model.eval(), log, {"parameters": sum(each.numel() for each in model.parameters())}
 
 
+def rows(x: Sequence[Tensor], y: Tensor) -> Lazy[dict[str, Tensor]]:
+    """Return images with their classes as samples, each decoded on access.
+
+    Args:
+        x: images [channels, size, size].
+        y: classes [images].
+    """
+    return Lazy(range(len(y)), lambda row: {"x": x[row], "y": y[row]})
+
+
 @torch.no_grad()
 def refresh_and_merge(
-    model: Any,
-    x: Sequence[Tensor],
-    test_x: Sequence[Tensor],
-    test_y: Tensor,
-    norms: GammaSchedule,
-    kind: Norms,
-    batch: int,
+    model: Any, images: Splits, norms: GammaSchedule, kind: Norms, config: TrainConfig
 ) -> dict[str, float]:
-    """Refresh the statistics and fold the norms, in place; return the accuracy at each point, and the loss.
+    """Refresh the statistics and fold the norms, in place; return the accuracy on test images at each point.
 
     Args:
         model: the trained network.
-        x: training images.
-        test_x: held-out images.
-        test_y: classes of these.
+        images: the images.
         norms: schedule of the transition.
         kind: kind of norms.
-        batch: batch size.
+        config: training settings, with the batch size and the random seed.
     """
-    found = {"trained": accuracy(model, test_x, test_y)}
-    if kind != "layer":
-        for _ in range(norms.passes):
-            refresh(model, batches(x, batch, torch.stack), model)
-        found["refreshed"] = accuracy(model, test_x, test_y)
-        before = logits(model, test_x)
-        merge(model, sites_of(model))
-        found["merged"] = accuracy(model, test_x, test_y)
-        found["moved"] = float((logits(model, test_x) - before).abs().max())
-    found["nats"] = float(cross_entropy(logits(model, test_x), test_y))
-    return found
+    x, y = images.test
+    found = {"trained": accuracy(model, x, y)}
+    if kind == "layer":
+        return found
+    passes = reshuffled(images.train[0], norms.passes, config.batch, torch.stack, config.seed)
+    chosen_on, labels = images.held_out
+    refresh(model, passes, model, lambda: float(cross_entropy(logits(model, chosen_on), labels)))
+    found["refreshed"] = accuracy(model, x, y)
+    before = logits(model, x)
+    merge(model, sites_of(model))
+    return found | {"merged": accuracy(model, x, y), "moved": float((logits(model, x) - before).abs().max())}
 
 
 def accuracy(model: Any, x: Sequence[Tensor], y: Tensor) -> float:
@@ -289,7 +296,7 @@ def logits(model: Any, x: Sequence[Tensor]) -> Tensor:
     return torch.cat([model(rows) for rows in batches(x, JUDGED, torch.stack)])
 
 
-def pixels(images: Sequence[Captioned], network: VitConfig) -> Lazy[Tensor]:
+def pixels(images: Sequence[Captioned], network: VisionConfig) -> Lazy[Tensor]:
     """Return images as network inputs, each decoded on access.
 
     Args:
@@ -299,7 +306,7 @@ def pixels(images: Sequence[Captioned], network: VitConfig) -> Lazy[Tensor]:
     return Lazy(images, lambda each: prepare_images([each], network)[0])
 
 
-def prepare_images(images: Sequence[Captioned], network: VitConfig) -> Tensor:
+def prepare_images(images: Sequence[Captioned], network: VisionConfig) -> Tensor:
     """Convert images to network inputs [images, channels, size, size] in [-1, 1].
 
     Args:
@@ -314,7 +321,7 @@ def prepare_images(images: Sequence[Captioned], network: VitConfig) -> Tensor:
     return pixels.mean(dim=1, keepdim=True) if network.channels == 1 else pixels
 
 
-def export_onnx(model: Any, network: VitConfig, file: Path) -> None:
+def export_onnx(model: Any, network: VisionConfig, file: Path) -> None:
     """Export a network to ONNX, for batches of any size.
 
     Args:
