@@ -130,7 +130,8 @@ def fit(
         if checkpoint is not None and watch.done:
             loop.read(checkpoint)
         else:
-            with recomputing(cast(nn.Module, loop.model), config.gradient_checkpointing):
+            models = nn.ModuleList([cast(nn.Module, loop.model), *task.frozen])
+            with recomputing(models, config.gradient_checkpointing):
                 loop.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         for hook in hooks:
             hook.end(run)

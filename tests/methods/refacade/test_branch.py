@@ -16,7 +16,7 @@ from lamella.errors import CheckpointError, MethodError
 from lamella.files import Work
 from lamella.methods.refacade import Base, ControlBranch, Retexturer, TextureRemover, hint_sensitivity, most_sensitive
 from lamella.methods.refacade.modules import STREAMS, ControlBlock, apply_rotary
-from lamella.methods.refacade.recipe import recomputing
+from lamella.train.recompute import recomputing
 
 from .pipelines import branch, branch_inputs, halved, latents, pixels
 
@@ -87,7 +87,7 @@ def test_recomputed_activations_give_the_same_gradients_and_need_less_memory(bas
             return tensor
 
         with (
-            recomputing(enabled, opened.network, made),
+            recomputing(torch.nn.ModuleList([opened.network, made]), enabled),
             torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
         ):
             loss = answer(opened, made, **given).square().mean()
@@ -97,7 +97,7 @@ def test_recomputed_activations_give_the_same_gradients_and_need_less_memory(bas
     for name, each in grads[0].items():
         torch.testing.assert_close(grads[1][name], each, atol=1e-6, rtol=1e-4)
     assert kept[1] < 0.5 * kept[0]
-    assert not opened.network.gradient_checkpointing
+    assert not any("forward" in each.__dict__ for each in opened.network.modules())
 
 
 def test_at_scale_nothing_the_base_is_alone_at_any_stage_of_training() -> None:

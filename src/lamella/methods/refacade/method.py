@@ -178,7 +178,6 @@ def train(
     placement: HintPlacement = HintPlacement(),
     jigsaw: Jigsaw = Jigsaw(),  # noqa: B008, frozen
     dilate: Annotated[int, Ge(0)] = 3,
-    gradient_checkpointing: bool = False,
     config: TrainConfig = TRANSFER,
     work: Work = Work(),
 ) -> Retexturer:
@@ -191,7 +190,6 @@ def train(
         placement: where hints are added.
         jigsaw: settings of the jigsaw; the size of cells is random.
         dilate: r, dilation of the hole in the background in pixels.
-        gradient_checkpointing: recompute activations in the backward pass, which takes longer and needs less memory.
         config: training settings; defaults to the paper's learning rate and the 18,000 steps of its first stage.
         work: folder from which an interrupted run resumes, with bitwise equal results.
 
@@ -210,10 +208,7 @@ def train(
         branch = ControlBranch(base.network, list(layers), *base.control_channels, placement.hidden)
     network = remover.network.to(base.network.device)
     samples = transfer_samples(base, network, objects.fitted(base), dilate, config.seed, work, objects.describe())
-    log = train_branch(
-        base, branch.to(base.network.device), samples, config, work.directory("run"), jigsaw=jigsaw,
-        gradient_checkpointing=gradient_checkpointing,
-    )  # fmt: skip
+    log = train_branch(base, branch.to(base.network.device), samples, config, work.directory("run"), jigsaw=jigsaw)
     sizes = {"parameters": size(branch), "parameters of the base": size(base.network), "layers": branch.layers}
     return Retexturer.of(base, branch.eval(), network, log=log, findings={**sizes, "loss": losses(log)})
 
@@ -223,7 +218,6 @@ def remover(
     base: Base,
     objects: Objects,
     *,
-    gradient_checkpointing: bool = False,
     config: TrainConfig = REMOVAL,
     work: Work = Work(),
 ) -> Remover:
@@ -233,7 +227,6 @@ def remover(
         base: the video transformer whose latents are used. With a VACE pipeline its control blocks are trained,
             otherwise copies of every second layer; with a base of pixels the remover is a small UNet.
         objects: clips with masks and untextured versions.
-        gradient_checkpointing: recompute activations in the backward pass, which takes longer and needs less memory.
         config: training settings; defaults to the paper's 18,000 steps.
         work: folder from which an interrupted run resumes, with bitwise equal results.
 
@@ -248,8 +241,7 @@ def remover(
         torch.manual_seed(config.seed)
         network = TextureRemover.fresh(base).to(base.network.device)
     samples = removal_samples(base, objects.fitted(base), work, objects.describe())
-    folder = work.directory("run")
-    log = train_remover(network, samples, config, folder, gradient_checkpointing=gradient_checkpointing)
+    log = train_remover(network, samples, config, work.directory("run"))
     return Remover(network=network.eval(), log=log, findings={"parameters": size(network), "loss": losses(log)})
 
 
@@ -260,7 +252,6 @@ def distil(
     base: Base,
     *,
     removal: int = STEPS,
-    gradient_checkpointing: bool = False,
     config: TrainConfig = DISTILLING,
     work: Work = Work(),
 ) -> Remover:
@@ -271,7 +262,6 @@ def distil(
         objects: clips with masks; untextured versions are not needed.
         base: the video transformer whose latents are used.
         removal: number of steps of the student.
-        gradient_checkpointing: recompute activations in the backward pass, which takes longer and needs less memory.
         config: training settings; defaults to the paper's 300 steps.
         work: folder from which an interrupted run resumes, with bitwise equal results.
 
@@ -286,9 +276,7 @@ def distil(
     check_remover(base, remover.network)
     samples = foregrounds(base, objects.fitted(base), work, objects.describe())
     teacher = remover.network.to(base.network.device)
-    student, log = distil_remover(
-        teacher, samples, config, work.directory("run"), removal, gradient_checkpointing=gradient_checkpointing
-    )
+    student, log = distil_remover(teacher, samples, config, work.directory("run"), removal)
     found = {"parameters": size(student), "removal": removal, "loss": losses(log)}
     return Remover(network=student, log=log, findings=found)
 

@@ -17,13 +17,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from lamella.errors import MethodError, listed
 from lamella.extras import require
@@ -163,14 +162,6 @@ def _feed_forward(block: Any, dim: int, hidden: int | None) -> nn.Module:
     return fresh
 
 
-def saved_outside() -> AbstractContextManager[Any]:
-    """Save tensors for the backward pass as usual, inside a block of the original that is recomputed.
-
-    The hooks are gone when the original is recomputed, so its first block must not contain the branch.
-    """
-    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
-
-
 class ControlBranch(nn.Module):
     """Control blocks for some layers of a frozen video transformer.
 
@@ -214,15 +205,6 @@ class ControlBranch(nn.Module):
             for index, layer in enumerate(self.layers)
         )
         self.float().requires_grad_(True)  # the copied modules may be frozen, and of any precision
-        self.recomputes = False
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute the activations of a block in the backward pass, instead of keeping them."""
-        self.recomputes = True
-
-    def disable_gradient_checkpointing(self) -> None:
-        """Keep activations for the backward pass."""
-        self.recomputes = False
 
     @contextmanager
     def attached(self, network: Any, c: Tensor, c_r: Tensor, scale: float = 1.0) -> Iterator[None]:
@@ -245,8 +227,7 @@ class ControlBranch(nn.Module):
 
         def compute(module: Any, args: Any) -> None:
             x, text, _, rotary = args
-            with saved_outside() if self.recomputes else nullcontext():
-                hints.update(zip(self.layers, self.hints(x, c, c_r, inputs["time"], text, rotary), strict=True))
+            hints.update(zip(self.layers, self.hints(x, c, c_r, inputs["time"], text, rotary), strict=True))
 
         def add(layer: int) -> Any:
             return lambda module, args, out: out + (scale * hints[layer]).type_as(out)
@@ -282,14 +263,8 @@ class ControlBranch(nn.Module):
         times = (self._time("video", time, x), self._time("reference", time, x))
         found = []
         for block in blocks:
-
-            def run(a: Tensor, r: Tensor, block: Any = block) -> tuple[Tensor, Tensor, Tensor]:
-                a, r = block(a, r, text, times, rotary)
-                return a, r, block.hint(a, r)
-
-            is_recomputed = self.recomputes and torch.is_grad_enabled()
-            a, r, hint = checkpoint(run, a, r, use_reentrant=False) if is_recomputed else run(a, r)
-            found.append(hint)
+            a, r = block(a, r, text, times, rotary)
+            found.append(block.hint(a, r))
         return found
 
     def _time(self, stream: str, time: Tensor, like: Tensor) -> Tensor:

@@ -18,11 +18,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -63,30 +61,12 @@ class RemoverLoss:
         return flow_loss(lambda z, t: remover.velocity(z, t, batch_frames["foreground"]), batch_frames["untextured"])
 
 
-@contextmanager
-def recomputing(enabled: bool, *modules: Any) -> Iterator[None]:
-    """Recompute activations in the backward pass of training within a context, or keep them.
-
-    Args:
-        enabled: whether they are recomputed.
-        modules: networks of diffusers, and control branches.
-    """
-    for module in modules if enabled else ():
-        module.enable_gradient_checkpointing()
-    try:
-        yield
-    finally:
-        for module in modules if enabled else ():
-            module.disable_gradient_checkpointing()
-
-
 def train_remover(
     remover: TextureRemover,
     samples: Sequence[Mapping[str, Tensor]],
     config: TrainConfig,
     out: Path,
     alone: float = 0.0,
-    gradient_checkpointing: bool = False,
 ) -> TrainingLog:
     """Train a remover on pairs of latents ``foreground`` and ``untextured`` [C, F', h, w], in place.
 
@@ -96,11 +76,9 @@ def train_remover(
         config: training settings.
         out: folder of the run.
         alone: fraction of the batches with the first frame only.
-        gradient_checkpointing: recompute activations in the backward pass.
     """
     settings, loss = {"alone": alone}, task(RemoverLoss(Length(alone)))
-    with recomputing(gradient_checkpointing, remover.network):
-        return fit(remover, samples, loss, config, out=out, trainable=remover.trains, settings=settings)
+    return fit(remover, samples, loss, config, out=out, trainable=remover.trains, settings=settings)
 
 
 # The control branch
@@ -188,7 +166,6 @@ def train_branch(
     *,
     jigsaw: Jigsaw | None = Jigsaw(),  # noqa: B008, frozen
     alone: float = 0.0,
-    gradient_checkpointing: bool = False,
 ) -> TrainingLog:
     """Train a branch in place, with a frozen base.
 
@@ -200,13 +177,11 @@ def train_branch(
         out: folder of the run.
         jigsaw: jigsaw of the reference, or None.
         alone: fraction of the batches with the first frame only.
-        gradient_checkpointing: recompute activations of branch and base in the backward pass.
     """
     base.network.requires_grad_(False)
     settings = {"base": base.digest, "jigsaw": None if jigsaw is None else vars(jigsaw), "alone": alone}
     loss = task(TransferLoss(base, jigsaw, Length(alone)), (base.network,))
-    with recomputing(gradient_checkpointing, base.network, branch):
-        return fit(branch, samples, loss, config, out=out, trainable=lambda name: True, settings=settings)
+    return fit(branch, samples, loss, config, out=out, trainable=lambda name: True, settings=settings)
 
 
 # Distillation
@@ -292,7 +267,6 @@ def distil(
     out: Path,
     steps: int = STEPS,
     faster: float = FASTER,
-    gradient_checkpointing: bool = False,
 ) -> tuple[TextureRemover, TrainingLog]:
     """Train a student of a few steps on latents ``foreground`` [C, F', h, w].
 
@@ -305,7 +279,6 @@ def distil(
         faster: learning rate of the fake over that of the student, which is the config's. At equal rates the fake lags
             behind the student's distribution, and leads it away from the teacher. DMD2 instead takes five updates of
             the fake per update of the student, which costs more than three times as much per step.
-        gradient_checkpointing: recompute activations in the backward pass.
 
     Returns:
         The student, and the log of its training.
@@ -323,10 +296,9 @@ def distil(
     pair = StudentAndFake(teacher)
     teacher.requires_grad_(False)
     loss = DmdLoss(teacher, steps)
-    with recomputing(gradient_checkpointing, pair.student.network, pair.fake.network):
-        log = fit(
-            pair, samples, task(loss, (teacher,)), config, out=out, trainable=pair.trains,
-            optimizer=partial(two_rate_adamw, faster=faster), settings={"student": steps, "faster": faster},
-        )  # fmt: skip
+    log = fit(
+        pair, samples, task(loss, (teacher,)), config, out=out, trainable=pair.trains,
+        optimizer=partial(two_rate_adamw, faster=faster), settings={"student": steps, "faster": faster},
+    )  # fmt: skip
     pair.student.steps = steps
     return pair.student.eval(), log
