@@ -29,7 +29,7 @@ def recomputing(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     blocks = repeated_blocks(model) if enabled else []
     own = {block: block.__dict__.get("forward") for block in blocks}
     for block in blocks:
-        block.forward = partial(_checkpointed, block.forward, partial(_unchanged_statistics, block))
+        block.forward = partial(_checkpointed, block.forward, partial(_UnchangedStatistics, block))
     try:
         yield
     finally:
@@ -65,13 +65,19 @@ def _checkpointed(
     return checkpoint(forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again()), **kwargs)
 
 
-@contextmanager
-def _unchanged_statistics(block: nn.Module) -> Iterator[None]:
-    """Restore the statistics of batch norms, which a second computation of a block would update again."""
-    norms = [each for each in block.modules() if isinstance(each, _NormBase)]
-    before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, values in before:
+class _UnchangedStatistics(AbstractContextManager[None]):
+    """Restore the statistics of batch norms, which a second computation of a block would update again.
+
+    A loss with several backward passes enters it several times.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        norms = [each for each in block.modules() if isinstance(each, _NormBase)]
+        self._buffers = [buffer for norm in norms for buffer in norm.buffers()]
+
+    def __enter__(self) -> None:
+        self._before = [each.clone() for each in self._buffers]
+
+    def __exit__(self, *_: object) -> None:
+        for buffer, values in zip(self._buffers, self._before, strict=True):
             buffer.copy_(values)
