@@ -23,7 +23,7 @@ import torch
 
 from lamella.data import Documents, InputContext, LocalWriter, Sampling
 from lamella.data.decoding import Prompt, Row, batches, decode
-from lamella.data.llama_cpp import FileWriter
+from lamella.data.llama_cpp import GgufModel
 from lamella.data.writer import WritingRequest
 from lamella.evaluate import Ratio
 from lamella.methods.wrap import open_styles, passages
@@ -78,11 +78,11 @@ def plainly(writer: LocalWriter, prompts: Sequence[Prompt], ends: set[int]) -> l
     return found
 
 
-def by_file(in_file: FileWriter, writer: LocalWriter, prompts: Sequence[Prompt], ends: set[int]) -> list[Row]:
+def by_file(in_file: GgufModel, writer: LocalWriter, prompts: Sequence[Prompt], ends: set[int]) -> list[Row]:
     """Generate with llama.cpp; only the number of tokens of a row is known."""
 
     def answer(prompt: Prompt) -> Row:
-        found = in_file.complete(prompt, GREEDY)
+        found = in_file.complete(prompt.ids, prompt.max_tokens, GREEDY, prompt.seed)
         return Row([0] * found.tokens, found.finished)
 
     with ThreadPoolExecutor(BATCH) as pool:
@@ -99,7 +99,7 @@ def main() -> int:
     file = Path(tempfile.mkdtemp()) / "smollm2-q8_0.gguf"
     folder = resolve("smollm2")
     write_gguf(folder, open_config(folder), writer.tokenizer, file, "q8_0", name="smollm2")
-    in_file = FileWriter(file, batch=BATCH, context=1024)
+    in_file = GgufModel(file, BATCH, 1024)
     ways: dict[str, Callable[..., list[Row]]] = {
         "generate": plainly,
         "here": together,

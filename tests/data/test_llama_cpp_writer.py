@@ -10,8 +10,7 @@ import pytest
 
 import lamella
 from lamella.data import InputContext, LocalWriter, Sampling
-from lamella.data.llama_cpp import FileWriter
-from lamella.data.writer import Writer, WritingRequest
+from lamella.data.writer import FileWriter, Writer, WritingRequest
 from lamella.errors import LamellaError
 from lamella.plan.quantize import write_gguf
 from lamella.zoo import open_config, open_tokenizer

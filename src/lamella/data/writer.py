@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,10 +16,13 @@ from jinja2 import TemplateError
 from lamella.data.context import InputContext
 from lamella.data.decoding import Lookup, ModelProposals, Prompt, Proposals, Sampling, batches, decode, takes_proposals
 from lamella.data.endpoint import Endpoint
+from lamella.data.llama_cpp import GgufModel, tokenizer_in
 from lamella.data.protocol import ChatRequest
-from lamella.errors import ArchitectureError, CalibrationError, MethodError
+from lamella.errors import ArchitectureError, CalibrationError, CheckpointError, MethodError
+from lamella.extras import require
 from lamella.plan import Plan
 from lamella.plan.fingerprint import revision
+from lamella.plan.quantize import LLAMA_CPP
 from lamella.runtime import apply
 from lamella.stack import Stack
 from lamella.zoo import NamedDraft, open_stack, open_tokenizer, preference
@@ -25,6 +30,7 @@ from lamella.zoo.draft import OFF
 
 SERVED = ("http://", "https://")
 SUFFIX = ".gguf"
+CONTEXT = 4096  # tokens of a conversation with its answer, in a GGUF file
 
 
 class WritingRequest(NamedTuple):
@@ -116,8 +122,6 @@ class Writer(ABC):
             what, where = "plan" if plan is not None else "draft", "llama.cpp" if is_file else "an endpoint"
             raise MethodError(f"{where} cannot run under a {what}: leave the {what} out, or give a local model")
         if is_file:
-            from lamella.data.llama_cpp import FileWriter
-
             return FileWriter(Path(name), batch=batch)
         if tokenizer is None:
             raise MethodError(f"{name} provides no tokenizer: name a model with the same tokenizer, with --tokenizer")
@@ -335,6 +339,76 @@ def _opened(model: Any, dtype: Any, device: str | None) -> Stack:
 
 
 _of_process = lru_cache(maxsize=1)(_opened)
+
+
+class FileWriter(Writer):
+    """A GGUF file that llama.cpp runs in this process, with several requests at a time.
+
+    Rows of one batch share passes, and rounding depends on the batch: an answer can differ between runs.
+
+    Args:
+        file: the file, with a chat template in its metadata.
+        batch: number of requests at a time.
+        context: maximum number of tokens of a conversation with its answer.
+
+    Raises:
+        CheckpointError: if there is no such file, or it cannot be opened.
+        ArchitectureError: for a file without a chat template.
+        LamellaError: if the extra llama-cpp is not installed.
+    """
+
+    def __init__(self, file: Path, *, batch: int = 16, context: int = CONTEXT) -> None:
+        require("xllamacpp", *LLAMA_CPP)
+        if not file.is_file():
+            raise CheckpointError(f"there is no file {file}")
+        self.file, self.batch, self.context_length, self.name = file, batch, context, file.stem
+        self.tokenizer = tokenizer_in(file)
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ArchitectureError(f"{file.name} has no chat template: give a file of an instruction-tuned model")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state for another process, which opens the file again."""
+        return {name: each for name, each in self.__dict__.items() if name != "model"}
+
+    @cached_property
+    def model(self) -> GgufModel:
+        """The opened file."""
+        return GgufModel(self.file, self.batch, self.context_length)
+
+    def write(
+        self, requests: Sequence[WritingRequest], sampling: Sampling, done: Collection[str] = ()
+    ) -> Iterator[list[tuple[WritingRequest, Completion]]]:
+        """Answer requests, in the order in which answers are finished.
+
+        Args:
+            requests: the requests.
+            sampling: how tokens are sampled.
+            done: keys of requests that are already answered, which are skipped.
+        """
+
+        def answer(request: WritingRequest) -> Completion:
+            ids = prompt_ids(self.tokenizer, request.messages)
+            most = min(request.max_tokens, self.context_length - len(ids))
+            found = self.model.complete(ids, most, sampling, request.seed)
+            return Completion(found.text, found.finished, len(ids), found.tokens)
+
+        with ThreadPoolExecutor(self.batch) as pool:
+            waiting = {pool.submit(answer, each): each for each in requests if each.key not in done}
+            try:
+                for each in as_completed(waiting):
+                    yield [(waiting[each], each.result())]
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def fits(self, request: WritingRequest) -> bool:
+        """Return whether the prompt leaves room for an answer."""
+        return len(prompt_ids(self.tokenizer, request.messages)) < self.context_length
+
+    def describe(self) -> dict[str, Any]:
+        """Return the description of the model, for provenance."""
+        with self.file.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"file": self.file.name, "sha256": digest, "batch": self.batch, "program": "llama.cpp"}
 
 
 class RemoteWriter(Writer):

@@ -167,7 +167,7 @@ def grids(pinpoints: str | list[Any], size: int) -> list[list[int]]:
         found = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
         return [[int(height), int(width)] for width, height in found]
     except (ValueError, TypeError, SyntaxError) as error:
-        raise CheckpointError(f"image_grid_pinpoints {pinpoints!r}: give pairs of width and height") from error
+        raise CheckpointError(f"image_grid_pinpoints {pinpoints}: give pairs of width and height") from error
 
 
 def open_tokens(place: Path) -> Any:

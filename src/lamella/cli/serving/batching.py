@@ -148,7 +148,9 @@ class Batching(GenerateManager):
 
     def _row(self, inputs: Any, config: Any) -> Running | None:
         """Return what a request asks for; None for settings that the batch does not know."""
-        if self._alone or not set(config.to_diff_dict()) <= KNOWN or inputs["input_ids"].shape[1] == 0:
+        if inputs["input_ids"].shape[1] == 0:
+            raise ValueError("the prompt has no tokens")
+        if self._alone or not set(config.to_diff_dict()) <= KNOWN:
             return None
         temperature = 1.0 if config.temperature is None else config.temperature
         sampling = Sampling(temperature if config.do_sample else 0.0, config.top_p or 1.0)
