@@ -188,7 +188,10 @@ def test_what_numbers_objects_is_read_as_such(name: str, tmp_path: Path) -> None
     file = tmp_path / "scene.ply"
     classes = HEADER.replace("property short object", f"property short {name}\nproperty short label")
     file.write_bytes(
-        ply("ascii", classes + FACES).replace(b"1 2 1\n", b"1 2 1 5\n").replace(b"-7", b"-7 5").replace(b"8 2", b"8 2 6")
+        ply("ascii", classes + FACES)
+        .replace(b"1 2 1\n", b"1 2 1 5\n")
+        .replace(b"-7", b"-7 5")
+        .replace(b"8 2", b"8 2 6")
     )
     assert read_ply(file).objects.tolist() == [1, -1, 2]  # type: ignore[union-attr]
     assert read_ply(file, "label").objects.tolist() == [5, 5, 6]  # type: ignore[union-attr]
