@@ -17,7 +17,7 @@ Further checks: queries that are means against learnt ones after few and after a
 and with all of them; and two adapters where slices diverge most against two at random. Last, SmolLM2 is the frozen
 language model behind the same tower, with a projector and a sampler that are trained.
 
-    python reproductions/hires_llava.py            # about 80 minutes on one core; an interrupted run resumes
+    python reproductions/hires_llava.py            # about 90 minutes on one core; an interrupted run resumes
     python reproductions/hires_llava.py --quick    # a smoke test of all parts, without SmolLM2
 """
 

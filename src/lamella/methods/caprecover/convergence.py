@@ -15,7 +15,7 @@ from torch import nn
 
 from lamella.train import EarlyStopping, Task, TrainConfig, fit
 
-HELD_OUT, MOST_HELD_OUT = 5, 1024  # one in five of the attacker's images is held out, and a maximum number
+HELD_OUT, MOST_HELD_OUT = 5, 1024  # one in five of the attacker's images is held out, and at most 1,024
 EVERY, PATIENCE = 50, 6  # steps between evaluations, and evaluations without improvement after which training stops
 LONGEST = 10_000  # maximum number of steps at each rate
 
