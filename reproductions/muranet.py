@@ -5,8 +5,9 @@ walls of half the thickness, for 300 steps, and evaluated on 96 others; a pilot 
 they learn the task and leave something to gain.
 
 The claims: one network for both tasks, with the default attention, is as good as two networks of the same encoder, one
-for each task: walls within 2.5 points of IoU, openings within 1 point of AP50, and an AP75 that is not lower. Six seeds; of a seed, arms share weights as far as their
-shapes agree, and the plans with their order. Every arm has its own learning rate, chosen on validation plans.
+for each task: walls within 2.5 points of IoU, openings within 1 point of AP50, and an AP75 that is not lower. Six
+seeds; of a seed, arms share weights as far as their shapes agree, and the plans with their order. Every arm has its own
+learning rate, chosen on validation plans.
 
 Further checks: the paper's comparison with a U-Net for walls and a YOLO for openings, whose widths give them as many
 parameters as the network for that task has; the same network without relation attention, at equal parameters, and the
