@@ -88,6 +88,7 @@ class Size:
 
     see: int = 360  # sixteen epochs
     deep: int = 100
+    passes: int = 10  # over which statistics are refreshed
     speak: int = 500
     heal: int = 200
     rows: int = 3000
@@ -98,7 +99,7 @@ class Size:
 
 
 FULL = Size()
-QUICK = Size(see=20, deep=4, speak=20, heal=5, rows=64, tests=16, seeds=1, windows=2, folds=(1, 3))
+QUICK = Size(see=10, deep=2, passes=1, speak=20, heal=5, rows=64, tests=16, seeds=1, windows=2, folds=(1, 3))
 
 
 # Digits
@@ -110,12 +111,14 @@ def digits() -> Splits:
     return Splits(*((torch.stack(list(x)), y) for x, y in vars(found).values()))
 
 
-def seen(network: VisionConfig, kind: Any, share: float, steps: int, seed: int, rate: float) -> dict[str, Any]:
+def seen(
+    network: VisionConfig, kind: Any, share: float, steps: int, passes: int, seed: int, rate: float
+) -> dict[str, Any]:
     """Train and fold a network; return its held-out loss, its accuracies, and which test images are named correctly.
 
     A training that does not stay finite counts as guessing.
     """
-    images, schedule = digits(), GammaSchedule(share=share, init="vision", passes=10)
+    images, schedule = digits(), GammaSchedule(share=share, init="vision", passes=passes)
     config = replace(SEE, steps=steps, lr=rate, seed=seed, save_every=steps)
     (chosen_on, labels), (x, y) = images.held_out, images.test
     try:
@@ -128,18 +131,19 @@ def seen(network: VisionConfig, kind: Any, share: float, steps: int, seed: int, 
     return found | {"nats": nats, "right": (logits(model, x).argmax(1) == y).double().tolist()}
 
 
-def held_out_nats(name: str, steps: int, rate: float) -> float:
-    return float(seen(*SEEING[name], steps, CHOOSES, rate)["nats"])
+def held_out_nats(name: str, size: Size, rate: float) -> float:
+    return float(seen(*SEEING[name], size.see, size.passes, CHOOSES, rate)["nats"])
 
 
 def halfway(name: str, steps: int, seed: int, rate: float) -> dict[str, float]:
-    """Return the accuracies of RepBN alone and of the mixture half-way through training, and the mixing coefficient."""
+    """Return the accuracies of RepBN alone and of the mixture half-way through the transition, and gamma."""
     network, _, fraction = SEEING[name]
     images, (x, y) = digits(), digits().test
     torch.manual_seed(seed)
     model = network.build(10)
     convert(model, sites_of(model), steps=round(fraction * steps), init="vision")
-    config = replace(SEE, steps=steps // 2, lr=rate, schedule="constant", seed=seed, save_every=steps)
+    middle = max(1, round(fraction * steps / 2))
+    config = replace(SEE, steps=middle, lr=rate, schedule="constant", seed=seed, save_every=steps)
     with tempfile.TemporaryDirectory() as work:
         fit(model, rows(*images.train), supervised(class_cross_entropy), config, out=work, hooks=[Transition()])
     model.eval()
@@ -167,11 +171,15 @@ def collapse(run: Run, size: Size, seeds: Sequence[int]) -> None:
 
     def trained_deep(name: str, seed: int) -> dict[str, Any]:
         _, kind, fraction = SEEING[name]
-        made: dict[str, Any] = run.arm(f"deep, {name}, {seed}", seen, DEEP, kind, fraction, size.deep, seed, FAST)
+        made: dict[str, Any] = run.arm(
+            f"deep, {name}, {seed}", seen, DEEP, kind, fraction, size.deep, size.passes, seed, FAST
+        )
         return made
 
     title = f"{DEEP.depth[0]} layers at {FAST:g}"
-    first = {name: [trained_deep(name, CHOOSES + each) for each in range(2)] for name in (LAYER, ABRUPT)}
+    first = {
+        name: [trained_deep(name, CHOOSES + each) for each in range(min(2, size.seeds))] for name in (LAYER, ABRUPT)
+    }
     lost = points(first[LAYER], first[ABRUPT])
     run.further(f"{title}: layer norms over batch norms at once, points", f"at least {COLLAPSE:g}: they collapse", lost,
                 lost.at_least(COLLAPSE))  # fmt: skip
@@ -189,7 +197,7 @@ def collapse(run: Run, size: Size, seeds: Sequence[int]) -> None:
 
 def on_digits(run: Run, size: Size, rates: dict[str, Rate], seeds: Sequence[int]) -> None:
     found = {
-        name: [run.arm(f"{name}, {s}", seen, *SEEING[name], size.see, s, rate.value) for s in seeds]
+        name: [run.arm(f"{name}, {s}", seen, *SEEING[name], size.see, size.passes, s, rate.value) for s in seeds]
         for name, rate in rates.items()
     }
     accuracies(run, f"{VIT.depth[0]} layers", found)
@@ -256,7 +264,7 @@ def healed(way: str, size: Size, seed: int, rate: float) -> Any:
             for site in sites:
                 nn.init.ones_(stack.model.get_submodule(site.path).weight)
         share_of, init = HEALED[way]
-        schedule = GammaSchedule(share=share_of, init=init, passes=10)  # type: ignore[arg-type]
+        schedule = GammaSchedule(share=share_of, init=init, passes=size.passes)  # type: ignore[arg-type]
         try:
             return without_norms(stack, samples, sites, schedule, config, Path(work))[0]
         except TrainingError:
@@ -422,7 +430,7 @@ def experiment(run: Run) -> None:
     if run.quick:
         seeing, healing = ({name: Rate(RATES[1], {RATES[1]: 0.0}) for name in names} for names in (SEEING, ways))
     else:
-        seeing = tuned(run, {name: partial(held_out_nats, name, size.see) for name in SEEING}, RATES)
+        seeing = tuned(run, {name: partial(held_out_nats, name, size) for name in SEEING}, RATES)
         healing = tuned(run, {way: partial(chosen_nats, way, size) for way in ways}, RATES)
     seeds = range(run.seed, run.seed + size.seeds)
     rates = {name: rate.value for name, rate in (seeing | healing).items()}
