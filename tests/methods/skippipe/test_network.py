@@ -62,10 +62,8 @@ def test_one_process_measures_its_own_speed(tmp_path: Path) -> None:
     made = profile(Stack(nano("llama")), region="oslo", stages=2, microbatch=2, tokens=16, rounds=3)
     assert made.load == Load(2, 16, 32, 2, 0.0) and not made.links and [each.region for each in made.nodes] == ["oslo"]
     node = made.findings["nodes"][0]
-    assert (
-        node["fastest seconds"] <= made.nodes[0].seconds * 2 * 2 <= node["slowest seconds"]
-        and node["backward over forward seconds"] > 0
-    )
+    assert node["backward over forward seconds"] > 0
+    assert node["fastest seconds"] <= made.nodes[0].seconds * 2 * 2 <= node["slowest seconds"]
     made.write(tmp_path)
     again = NetworkProfile.read(tmp_path)
     assert (again.nodes, again.links, again.load) == (made.nodes, made.links, made.load)

@@ -44,8 +44,8 @@ class LossWeights:
         features: weighting of the stages: ``normalized`` by the teacher's mean squares, ``vanilla``, or ``none``.
         output_weight: weight of the output loss, the paper's lambda_out.
         feature_weight: weight of the feature loss, the paper's lambda_feat. If None, it is 1 for ``vanilla``, as in
-            BK-SDM, else chosen so that the features start at 300 times the output loss, the best of 1, 10, 100 and 300 in
-            a short training on digits.
+            BK-SDM, else chosen so that the features start at 300 times the output loss, the best of 1, 10, 100 and 300
+            in a short training on digits.
         average: decay of an exponential moving average of the weights, which are the trained model; 0 for none.
     """
 

@@ -162,7 +162,7 @@ class PipelineNetwork:
             MethodError: for a file that is missing or malformed.
         """
         sizes = {"microbatch": microbatch, "tokens": tokens, "hidden": hidden, "layers": layers, "copies": copies}
-        given = {each: value for each, value in {**sizes, "bf16": bf16}.items() if value is not None}
+        given: dict[str, Any] = {each: value for each, value in {**sizes, "bf16": bf16}.items() if value is not None}
         if name == PUBLISHED:
             return published(load=Load(**given))
         nodes, links, load = read_network(name)
