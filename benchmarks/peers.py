@@ -11,7 +11,7 @@ be installed, or fails on the model, is listed in the first table with the reaso
 Planning time is processor time of one thread, which depends little on the load of the machine. finercut's exact
 searches are omitted, since they would take most of the time: see `benchmarks/planner.py`.
 
-    python benchmarks/peers.py            # after installing, 70 minutes of one core; resumes after an interruption
+    python benchmarks/peers.py            # after installing, an hour of one core; resumes after an interruption
     python benchmarks/peers.py --quick    # one sample, one repetition
 """
 
@@ -53,7 +53,7 @@ HERE = Path(__file__).parent
 MODEL = "smollm2"
 SIZES = (4, 7, 9)  # layers removed
 WRITTEN = 7  # layers removed in the written checkpoint
-SAMPLES = 3  # of calibration text
+SAMPLES = 2  # of calibration text
 WINDOWS, LENGTH, TESTED = 4, 256, 16  # windows of a sample, tokens of each window, test windows
 TWICE = 2.0  # time limit of portfolio, relative to the lazy search
 SAME_LOSS = 1e-3  # nats, tolerance between two programs that read one model
@@ -246,7 +246,7 @@ def removed(plan: Plan) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one sample and one repetition instead of 3 and 3")
+    parser.add_argument("--quick", action="store_true", help="one sample and one repetition instead of 2 and 3")
     parser.add_argument("--seed", type=int, default=0, help="of the test text; samples have the seeds from it on")
     arguments = parser.parse_args()
     samples, repetitions = (1, 1) if arguments.quick else (SAMPLES, 3)
