@@ -189,9 +189,9 @@ def open_model(
     dequantise = dequantisation_options(config, place)
     if not weights and isinstance(place, Path) and metadata is None and not integers and not dequantise:
         empty = without_weights(opener, config, place, dtype)
-        opened = None if empty is None else in_memory(empty, place, name)
-        if opened is not None and not any(each.sources for each in opened.architectures.values()):
-            return opened  # a derived architecture is verified with its weights
+        found = None if empty is None else in_memory(empty, place, name)
+        if found is not None and not any(each.sources for each in found.architectures.values()):
+            return found  # a derived architecture is verified with its weights
     options = {"dtype": dtype, "use_safetensors": None if allow_pickle else True, "config": config} | dequantise
     with tracker(f"opening {name}"):
         if is_published(place):

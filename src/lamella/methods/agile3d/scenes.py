@@ -16,7 +16,7 @@ from lamella.methods.agile3d.collages import collages
 from lamella.methods.agile3d.images import OBJECTS, parse_image, read_scene
 from lamella.methods.agile3d.layouts import is_scan, read_scan, scans_in
 from lamella.methods.agile3d.ply import NONE, parse_ply, read_ply
-from lamella.methods.agile3d.rooms import rooms
+from lamella.methods.agile3d.rooms import Part, rooms
 from lamella.methods.agile3d.scene import ClickScene
 from lamella.reading import check_in_folder
 from lamella.signature import Fixture
@@ -83,7 +83,7 @@ class Scenes:
 
 def _source(path: Path, context: InputContext, count: int, instances: str) -> Sequence[ClickScene]:
     if str(path) in BUILT_IN:
-        part = "test" if context.split == "test" else "train"
+        part: Part = "test" if context.split == "test" else "train"
         return tuple(islice(BUILT_IN[str(path)](part, context.seed), count))
     if not path.is_dir() and not is_scene(path):
         raise CalibrationError(f"no scenes '{path}': {EXPECTED}")

@@ -44,7 +44,8 @@ def to_llama(model: Model, seed: int = 0) -> LlamaForCausalLM:
             "rotary positions and a gated MLP as Llama has; use pre-rmsnorm, which writes a modelling file"
         )
     config = LlamaConfig(**{name: getattr(whole.config, name) for name in SETTINGS}, rms_norm_eps=EPS)
-    llama: Any = LlamaForCausalLM(config).to(whole.device, whole.dtype).eval()
+    llama: Any = LlamaForCausalLM(config)
+    llama = llama.to(whole.device, whole.dtype).eval()
     state = {name: each.clone() for name, each in whole.state_dict().items()}
     if config.tie_word_embeddings:
         del state["lm_head.weight"]

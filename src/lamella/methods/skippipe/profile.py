@@ -119,7 +119,7 @@ def profile(
     load = Load(microbatch, tokens, hidden, stop - start, copies=0.0, bf16=bf16)
     device = default_device() if stack.device.type == "meta" else stack.device
     forward, backward = _time_stage(with_stage(stack, parts, 1, device), parts[1], load, rounds)
-    speed = {
+    speed: dict[str, Any] = {
         "region": region or socket.gethostname(),
         "memory": memory,
         "seconds": median(forward) / (load.layers * microbatch),
@@ -127,13 +127,15 @@ def profile(
         "slowest seconds": max(forward),
         "backward over forward seconds": median(backward) / median(forward),
     }
-    nodes, pairs = [speed], []
+    nodes: list[dict[str, Any]] = [speed]
+    pairs: list[Any] = []
     if processes.count() > 1:
         nodes, pairs = _over_processes(speed, load, rounds, torch.device(device))
     regions = [each["region"] for each in nodes]
     links: dict[tuple[str, str], list[Link]] = {}
     for (u, v), link in pairs:
-        links.setdefault(tuple(sorted((regions[u], regions[v]))), []).append(link)  # type: ignore[arg-type]
+        first, second = sorted((regions[u], regions[v]))
+        links.setdefault((first, second), []).append(link)
     found = {between: (median(each[0] for each in of), median(each[1] for each in of)) for between, of in links.items()}
     findings = {
         "nodes": [{"node": number, **each} for number, each in enumerate(nodes)],

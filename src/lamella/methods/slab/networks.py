@@ -142,7 +142,7 @@ class Pvt(nn.Module):
     def __init__(self, config: PvtConfig, classes: int) -> None:
         super().__init__()
         self.encoder: Any = PvtModel(config).encoder
-        last = self.encoder.patch_embeddings[-1]
+        last: Any = self.encoder.patch_embeddings[-1]
         last.cls_token, last.position_embeddings = None, nn.Parameter(last.position_embeddings[:, 1:].detach().clone())
         self.head = nn.Linear(config.hidden_sizes[-1], classes)
 

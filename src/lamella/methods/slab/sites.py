@@ -86,7 +86,8 @@ def _of_pvt(model: Any) -> Iterator[Site]:
         yield Site(f"{embedding}.layer_norm", writer=f"{embedding}.projection")
         for index, layer in enumerate(layers):
             path = f"encoder.block.{stage}.{index}"
-            inner, readers = f"{path}.attention.self", ("query", "key", "value")
+            inner = f"{path}.attention.self"
+            readers: tuple[str, ...] = ("query", "key", "value")
             if hasattr(layer.attention, "attention"):  # linear
                 inner, readers = f"{path}.attention.attention", ("qkv",)
             elif layer.attention.self.sequences_reduction_ratio > 1:

@@ -155,7 +155,8 @@ def reshuffled(
         seed: random seed of the orders.
     """
     drawn = torch.Generator().manual_seed(seed)
-    loader = DataLoader(items, size, shuffle=True, collate_fn=collate, generator=drawn)  # type: ignore[arg-type]
+    data: Any = items
+    loader: DataLoader[Any] = DataLoader(data, size, shuffle=True, collate_fn=collate, generator=drawn)
     return [loader] * passes
 
 
