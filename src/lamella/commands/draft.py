@@ -12,6 +12,7 @@ short time; the candidate with the highest predicted speed-up is trained further
 from __future__ import annotations
 
 import hashlib
+import sys
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from statistics import mean
@@ -24,7 +25,7 @@ from torch import Tensor
 from lamella.commands.compress.forms import is_int8
 from lamella.commands.compress.healing import ADAPTERS, LR, SCHEDULE
 from lamella.commands.heal.training import Training
-from lamella.data import Text
+from lamella.data import Text, load_text, windows
 from lamella.data.decoding import Prompt, Sampling, decode
 from lamella.data.samples import blocks
 from lamella.errors import MethodError
@@ -61,18 +62,6 @@ class DraftModel(Healed):
     """A model that proposes tokens to another one."""
 
     kind = "draft"
-    loading = """The draft proposes tokens, and the target verifies them: the text stays that of the target.
-
-```python
-target.generate(**inputs, assistant_model=draft)  # the number of proposed tokens is stored with the draft
-```
-
-```console
-$ lamella chat TARGET --draft FOLDER
-$ vllm serve TARGET --speculative-config '{"method": "draft_model", "model": "FOLDER", "num_speculative_tokens": 4}'
-$ lamella quantize FOLDER --kind q8_0 -o quantised
-$ llama-server -m TARGET.gguf -md quantised/FILE.gguf
-```"""
 
 
 @dataclass
@@ -106,6 +95,7 @@ def draft(
     remove: Annotated[tuple[Annotated[float, Ge(0), Lt(1)], ...], MinLen(1)] = (0.0, 0.25, 0.5),
     minutes: Annotated[float, Gt(0)] = 8.0,
     steps: Annotated[int, Ge(1)] | None = None,
+    save_every: Annotated[int, Ge(1)] = 100,
     prompts: Annotated[int, Ge(1)] = 2,
     work: Work = Work(),
     seed: int = 0,
@@ -128,6 +118,7 @@ def draft(
         remove: fractions of the layers that are removed, one candidate each.
         minutes: training time of all candidates together.
         steps: optimizer steps of the chosen candidate, instead of minutes; each trial has a quarter of them.
+        save_every: steps between checkpoints.
         prompts: number of prompts of each kind on which the pair is measured.
         work: folder from which an interrupted run resumes.
         seed: random seed.
@@ -141,7 +132,10 @@ def draft(
     if open_tokenizer(target.path or target.name).get_vocab() != train.tokenizer.get_vocab():
         raise MethodError(f"target: {target.name} has other tokens than {stack.name}: give one with the same tokenizer")
     written = own_text(target, train.tokens, seed, work)
-    unseen = own_text(target, train.part("test").tokens[:HELD_OUT], seed, work.within("test"))
+    count, length = train.tokens.shape
+    fewer = min(HELD_OUT, max(1, count // 4))
+    begun = windows(train.tokenizer, load_text(train.source.name, "test"), fewer, length, seed)
+    unseen = own_text(target, begun, seed, work.within("test"))
     pair = DraftPair(target, FidelityTest(target, unseen, _prompt(unseen)), pass_costs(target.model, MOST))
     search = PLANNING * minutes / len(remove)
     candidates = [_without(stack, fraction, written[:HELD_OUT], search) for fraction in sorted(set(remove))]
@@ -155,6 +149,7 @@ def draft(
     layers = max(trials, key=_predicted)["layers"] if trials else candidates[0].layers
     chosen = next(each for each in candidates if each.layers == layers)
     left = {"minutes": minutes * (1 - TRIALS if trials else 1)} if steps is None else {"steps": steps}
+    left["save_every"] = save_every
     start = _train(chosen, pair, written, left, train, work.within("training"))
     rows = pair.rows(chosen)
     best = max(rows, key=_predicted)
@@ -262,8 +257,13 @@ def _without(stack: Stack, fraction: float, tokens: Tensor, minutes: float) -> D
     if not layers:
         return _whole(stack)
     planner, budget = get_method(DEFAULT), Budget(share=layers / len(stack), minutes=minutes)
-    series: PlanSeries = planner(stack, tokens, budget=budget, greedy=False, refine=1, refit=True)
-    fitted = refit(stack, series[-1], tokens)
+    options = {"budget": budget, "greedy": False, "refine": 1}
+    try:
+        series: PlanSeries = planner(stack, tokens, refit=True, **options)
+        fitted = refit(stack, series[-1], tokens)
+    except MethodError:  # a model whose sublayers do not end in a linear layer
+        series = planner(stack, tokens, **options)
+        return DraftCandidate(layers, stack, series[-1], TrainingLog({}))
     assert isinstance(fitted.stack, Stack)
     return DraftCandidate(layers, fitted.stack, fitted.plan, fitted.log)
 
@@ -312,10 +312,12 @@ def _proposing(model: Any, tokens: int) -> Any:
 
 
 def _gains(target: Stack, drafts: dict[str, Draft], prompts: dict[str, list[Tensor]]) -> dict[str, Any]:
-    """Return what drafts gain on each prompt, by name and kind of text."""
+    """Return what drafts gain on each prompt, by name and kind of text; a long prompt is cut at its beginning."""
+    longest = getattr(target.config, "max_position_embeddings", None) or sys.maxsize
+    room = longest - ANSWER - MOST
     return {
         name: {
-            kind: [asdict(DraftGain.of(target.model, each, row.to(target.device), ANSWER)) for row in rows]
+            kind: [asdict(DraftGain.of(target.model, each, row[:, -room:].to(target.device), ANSWER)) for row in rows]
             for kind, rows in prompts.items()
         }
         for name, each in track(drafts.items(), "draft: measuring")
@@ -339,7 +341,14 @@ def summary(evidence: Evidence) -> Summary:
         f"With {counted(best['tokens'], 'token')} at a time{form}, {ratio(best['predicted'])} is predicted and "
         f"{ratio(measured.median)} measured."
     )
-    lines = [] if measured.median > 1 else ["The pair is not faster than the target alone on this machine."]
+    lines = [
+        f"Use it: lamella chat {found['target']} --draft FOLDER; generate(..., assistant_model=draft) in transformers, "
+        "which reads the number of tokens from the draft; --speculative-config "
+        f'{{"method": "draft_model", "model": "FOLDER", "num_speculative_tokens": {best["tokens"]}}} in vLLM; '
+        "llama-server -md with the file of lamella quantize FOLDER --kind q8_0."
+    ]
+    if measured.median <= 1:
+        lines.append("The pair is not faster than the target alone on this machine.")
     columns = ["layers removed", "form", "accepted", "step", "tokens", "predicted"]
     rows = [_row(each) for each in [*found["trials"], *found["rows"]]]
     gains = [
