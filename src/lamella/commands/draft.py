@@ -53,7 +53,7 @@ HELD_OUT = 16  # maximum number of blocks on which the accept rate is measured, 
 TRIALS = 0.5  # fraction of the training time for choosing among the candidates
 PLANNING = 0.1  # minutes of all searches, as a fraction of those of training
 LEARNT = 0.999  # accept rate from which there is nothing to learn
-STEPS = 16  # decoding steps in a round of a timing loop
+PROMPT, STEPS = 32, 16  # tokens of the prompt and decoding steps in a round of a timing loop
 ANSWER = 48  # tokens that are generated for each prompt
 
 
@@ -208,7 +208,7 @@ class DraftPair:
         views = {"": candidate.view}
         if find_spec("torchao") is not None and is_int8(quantised := int8_copy(views[""])):
             views["int8"] = quantised
-        timings = bench({"target": self.target.model, **views}, tokens=STEPS, rounds=3)
+        timings = bench({"target": self.target.model, **views}, prompt=PROMPT, tokens=STEPS, rounds=3)
         found = []
         for form, view in views.items():
             accepted, step = self.test.of(view).top1.mean, 1 / timings[form][0].decode_speedup.median
@@ -314,7 +314,7 @@ def _proposing(model: Any, tokens: int) -> Any:
 def _gains(target: Stack, drafts: dict[str, Draft], prompts: dict[str, list[Tensor]]) -> dict[str, Any]:
     """Return what drafts gain on each prompt, by name and kind of text; a long prompt is cut at its beginning."""
     longest = getattr(target.config, "max_position_embeddings", None) or sys.maxsize
-    room = longest - ANSWER - MOST
+    room = longest - ANSWER - 2 * MOST - 1  # tokens are also proposed at the end of an answer
     return {
         name: {
             kind: [asdict(DraftGain.of(target.model, each, row[:, -room:].to(target.device), ANSWER)) for row in rows]

@@ -113,14 +113,17 @@ def pass_costs(model: Any, most: int) -> list[float]:
         model: a model.
         most: maximum number of proposed tokens; the longest pass has one token more.
     """
-    ids = torch.arange(CONTEXT + most + 1, device=model.device)[None] % model.config.get_text_config().vocab_size
-    context = model(ids[:, :CONTEXT], use_cache=True).cache
+    config = model.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None) or CONTEXT + most + 1
+    before = max(1, min(CONTEXT, longest - most - 1))
+    ids = torch.arange(before + most + 1, device=model.device)[None] % config.vocab_size
+    context = model(ids[:, :before], use_cache=True).cache
     fastest = [math.inf] * (most + 1)
     for _ in range(ROUNDS):  # in turns, so that a change of the machine's speed affects all of them
         for width in range(most + 1):
             cache = copy.deepcopy(context)
             begin = clock(model.device)
-            model(ids[:, CONTEXT : CONTEXT + width + 1], cache=cache, use_cache=True)
+            model(ids[:, before : before + width + 1], cache=cache, use_cache=True)
             fastest[width] = min(fastest[width], clock(model.device) - begin)
     return [each / fastest[0] for each in fastest]
 
