@@ -313,11 +313,16 @@ def _proposing(model: Any, tokens: int) -> Any:
 
 def _gains(target: Stack, drafts: dict[str, Draft], prompts: dict[str, list[Tensor]]) -> dict[str, Any]:
     """Return what drafts gain on each prompt, by name and kind of text; a long prompt is cut at its beginning."""
-    longest = getattr(target.config, "max_position_embeddings", None) or sys.maxsize
-    room = longest - ANSWER - 2 * MOST - 1  # tokens are also proposed at the end of an answer
+    models = [target.model, *(each.model for each in drafts.values() if each.model is not None)]
+    longest = min(getattr(each.config, "max_position_embeddings", None) or sys.maxsize for each in models)
+    tokens = target.config.get_text_config().vocab_size  # a tokenizer may have more than the model knows
+    room = longest - ANSWER - 2 * MOST - 20  # tokens are also proposed at the end of an answer
     return {
         name: {
-            kind: [asdict(DraftGain.of(target.model, each, row[:, -room:].to(target.device), ANSWER)) for row in rows]
+            kind: [
+                asdict(DraftGain.of(target.model, each, (row[:, -room:] % tokens).to(target.device), ANSWER))
+                for row in rows
+            ]
             for kind, rows in prompts.items()
         }
         for name, each in track(drafts.items(), "draft: measuring")
