@@ -316,7 +316,7 @@ def _gains(target: Stack, drafts: dict[str, Draft], prompts: dict[str, list[Tens
     models = [target.model, *(each.model for each in drafts.values() if each.model is not None)]
     longest = min(getattr(each.config, "max_position_embeddings", None) or sys.maxsize for each in models)
     tokens = target.config.get_text_config().vocab_size  # a tokenizer may have more than the model knows
-    room = longest - ANSWER - 2 * MOST - 20  # tokens are also proposed at the end of an answer
+    room = max(1, longest - ANSWER - MOST - 1)  # tokens are also proposed at the end of an answer
     return {
         name: {
             kind: [
