@@ -47,7 +47,7 @@ def prompts_of(writer: LocalWriter, count: int) -> list[Prompt]:
         WritingRequest(str(n), style.messages(text), int(1.5 * writer.count(text)) + 1, n)
         for n, text in enumerate(chosen)
     ]
-    return [writer._prompt(each) for each in requests]
+    return [writer.prompt(each) for each in requests]
 
 
 def together(writer: LocalWriter, prompts: Sequence[Prompt], ends: set[int]) -> list[Row]:
@@ -82,7 +82,7 @@ def by_file(in_file: GgufModel, writer: LocalWriter, prompts: Sequence[Prompt], 
     """Generate with llama.cpp; only the number of tokens of a row is known."""
 
     def answer(prompt: Prompt) -> Row:
-        found = in_file.complete(prompt.ids, prompt.max_tokens, GREEDY, prompt.seed)
+        found = in_file.complete(prompt, GREEDY)
         return Row([0] * found.tokens, found.finished)
 
     with ThreadPoolExecutor(BATCH) as pool:

@@ -207,7 +207,8 @@ def test_all_names_of_the_published_llada_v_are_matched() -> None:
 
 def test_every_published_name_is_mapped(folder: Path) -> None:
     names = set(LlavaDiffusion(config_of(folder)).state_dict())
-    assert {renamed(published(each, folder.name), folder) for each in names} == names
+    kind = CONFIGS[folder.name]["model_type"]
+    assert {renamed(published(each, folder.name), kind) for each in names} == names
 
 
 def test_grids_are_those_of_the_published_configs() -> None:
@@ -216,6 +217,8 @@ def test_grids_are_those_of_the_published_configs() -> None:
     assert len(every) == 36 and every[0] == [384, 384] and every[-1] == [2304, 2304]
     with pytest.raises(CheckpointError, match="pairs of width and height"):
         grids("__import__('os')", 384)
+    with pytest.raises(CheckpointError, match="a range of tiles"):
+        grids("(99999x99999)", 384)
 
 
 @pytest.mark.parametrize("name", ["mm_projector_type", "mm_vision_tower", "mm_patch_merge_type", "image_aspect_ratio"])

@@ -165,11 +165,15 @@ class ModelProposals(Proposals):
         super().__init__()
         self._model = model
         self._tokens = model.generation_config.num_assistant_tokens or TOKENS
+        self._longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
         self._read: WeakKeyDictionary[Running, tuple[list[int], Any]] = WeakKeyDictionary()
 
     @torch.no_grad()
     def _after(self, row: Running, most: int) -> list[int]:
         text = [*row.prompt.ids, *row.ids]
+        most = min(most, self._tokens, self._longest - len(text))
+        if most < 1:
+            return []
         known, cache = self._read.get(row, ([], None))
         same = next((n for n, (one, two) in enumerate(zip(known, text, strict=False)) if one != two), len(known))
         same = min(same, len(text) - 1)
@@ -177,7 +181,7 @@ class ModelProposals(Proposals):
             cache.crop(same - len(known))
         found: list[int] = []
         new = text[same:]
-        while len(found) < min(self._tokens, most):
+        while len(found) < most:
             ids = torch.tensor([new], device=self._model.device)
             logits, cache = _step(self._model, ids, ids.new_ones(1, same + len(new)), cache, 1)
             same += len(new)

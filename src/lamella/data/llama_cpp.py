@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoTokenizer
 
-from lamella.data.decoding import Sampling
+from lamella.data.decoding import Prompt, Sampling
 from lamella.errors import CheckpointError
 from lamella.extras import require
 from lamella.plan.quantize import LLAMA_CPP
@@ -54,16 +53,14 @@ class GgufModel:
         except Exception as error:
             raise CheckpointError(f"{file}: llama.cpp cannot open it: {error}") from error
 
-    def complete(self, prompt: Sequence[int], tokens: int, sampling: Sampling, seed: int) -> Continuation:
+    def complete(self, prompt: Prompt, sampling: Sampling) -> Continuation:
         """Continue a prompt; threads may call this together.
 
         Args:
-            prompt: its token ids.
-            tokens: maximum number of new tokens.
+            prompt: the prompt.
             sampling: how tokens are sampled.
-            seed: random seed.
         """
-        asked = {"prompt": list(prompt), "max_tokens": tokens, "seed": seed}
+        asked = {"prompt": list(prompt.ids), "max_tokens": prompt.max_tokens, "seed": prompt.seed}
         found = self._server.handle_completions(asked | {"temperature": sampling.temperature, "top_p": sampling.top_p})
         (choice,) = found["choices"]
         return Continuation(choice["text"], choice["finish_reason"] == "stop", found["usage"]["completion_tokens"])

@@ -71,12 +71,14 @@ class Writer(ABC):
     Attributes:
         name: the name of the model.
         tokenizer: the tokenizer that counts the tokens of prompts and answers.
+        context_length: the maximum number of tokens of a conversation with its answer; None if it is not known.
     """
 
     metavar = "MODEL"
     source_help = "a zoo name (smollm2), a folder, a hub id, a GGUF file, or the URL of an OpenAI-compatible endpoint"
     name: str
     tokenizer: Any
+    context_length: int | None = None
 
     @classmethod
     def open(
@@ -149,7 +151,25 @@ class Writer(ABC):
 
     def fits(self, request: WritingRequest) -> bool:
         """Return whether the prompt leaves room for an answer in the context length; unknown for an endpoint."""
-        return True
+        return self.context_length is None or len(prompt_ids(self.tokenizer, request.messages)) < self.context_length
+
+    def prompt(self, request: WritingRequest) -> Prompt:
+        """Return the tokens of a request, with its answer limited to the context length.
+
+        Args:
+            request: the request.
+
+        Raises:
+            CalibrationError: if it leaves no room for an answer.
+        """
+        ids, longest = prompt_ids(self.tokenizer, request.messages), self.context_length
+        left = request.max_tokens if longest is None else min(request.max_tokens, longest - len(ids))
+        if not ids or left < 1:
+            raise CalibrationError(
+                f"{request.key} has {len(ids)} tokens and asks for {request.max_tokens} more, but {self.name} "
+                f"has a context length of {longest}: give shorter documents or passages"
+            )
+        return Prompt(ids, left, request.seed)
 
     def count(self, text: str) -> int:
         """Return the number of tokens of a text, without special tokens."""
@@ -267,7 +287,7 @@ class LocalWriter(Writer):
         """
         torch.set_num_threads(self.threads)
         ends, draft = self._ends(), self._proposals()
-        prompts = [self._prompt(each) for each in requests]
+        prompts = [self.prompt(each) for each in requests]
         for numbers in batches(prompts, self.batch):
             if all(requests[number].key in done for number in numbers):
                 continue
@@ -279,27 +299,9 @@ class LocalWriter(Writer):
             ]
 
     @property
-    def context_length(self) -> int | None:
+    def context_length(self) -> int | None:  # type: ignore[override]
         """The maximum number of tokens of a conversation with its answer; None if there is no limit."""
         return getattr(self.stack.config, "max_position_embeddings", None)
-
-    def fits(self, request: WritingRequest) -> bool:
-        """Return whether the prompt leaves room for an answer in the context length."""
-        return self.context_length is None or len(self._ids(request)) < self.context_length
-
-    def _prompt(self, request: WritingRequest) -> Prompt:
-        """Tokenize a request, and limit its answer to the context length."""
-        ids, longest = self._ids(request), self.context_length
-        left = request.max_tokens if longest is None else min(request.max_tokens, longest - len(ids))
-        if not ids or left < 1:
-            raise CalibrationError(
-                f"{request.key} has {len(ids)} tokens and asks for {request.max_tokens} more, but {self.stack.name} "
-                f"has a context length of {longest}: give shorter documents or passages"
-            )
-        return Prompt(ids, left, request.seed)
-
-    def _ids(self, request: WritingRequest) -> list[int]:
-        return prompt_ids(self.tokenizer, request.messages)
 
     def _ends(self) -> set[int]:
         tokens: Any = self.stack.model.generation_config.eos_token_id
@@ -361,7 +363,8 @@ class FileWriter(Writer):
         require("xllamacpp", *LLAMA_CPP)
         if not file.is_file():
             raise CheckpointError(f"there is no file {file}")
-        self.file, self.batch, self.context_length, self.name = file, batch, context, file.stem
+        self.file, self.batch, self.context, self.name = file, batch, context, file.stem
+        self.context_length = context
         self.tokenizer = tokenizer_in(file)
         if not getattr(self.tokenizer, "chat_template", None):
             raise ArchitectureError(f"{file.name} has no chat template: give a file of an instruction-tuned model")
@@ -373,7 +376,7 @@ class FileWriter(Writer):
     @cached_property
     def model(self) -> GgufModel:
         """The opened file."""
-        return GgufModel(self.file, self.batch, self.context_length)
+        return GgufModel(self.file, self.batch, self.context)
 
     def write(
         self, requests: Sequence[WritingRequest], sampling: Sampling, done: Collection[str] = ()
@@ -384,13 +387,15 @@ class FileWriter(Writer):
             requests: the requests.
             sampling: how tokens are sampled.
             done: keys of requests that are already answered, which are skipped.
+
+        Raises:
+            CalibrationError: if a request leaves no room for an answer.
         """
 
         def answer(request: WritingRequest) -> Completion:
-            ids = prompt_ids(self.tokenizer, request.messages)
-            most = min(request.max_tokens, self.context_length - len(ids))
-            found = self.model.complete(ids, most, sampling, request.seed)
-            return Completion(found.text, found.finished, len(ids), found.tokens)
+            prompt = self.prompt(request)
+            found = self.model.complete(prompt, sampling)
+            return Completion(found.text, found.finished, len(prompt.ids), found.tokens)
 
         with ThreadPoolExecutor(self.batch) as pool:
             waiting = {pool.submit(answer, each): each for each in requests if each.key not in done}
@@ -399,10 +404,6 @@ class FileWriter(Writer):
                     yield [(waiting[each], each.result())]
             finally:
                 pool.shutdown(cancel_futures=True)
-
-    def fits(self, request: WritingRequest) -> bool:
-        """Return whether the prompt leaves room for an answer."""
-        return len(prompt_ids(self.tokenizer, request.messages)) < self.context_length
 
     def describe(self) -> dict[str, Any]:
         """Return the description of the model, for provenance."""

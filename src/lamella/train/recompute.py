@@ -29,7 +29,7 @@ def recomputing(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     blocks = repeated_blocks(model) if enabled else []
     own = {block: block.__dict__.get("forward") for block in blocks}
     for block in blocks:
-        block.forward = partial(_checkpointed, block.forward, partial(_UnchangedStatistics, block))
+        block.forward = partial(_checkpointed, block.forward, _UnchangedStatistics(block))
     try:
         yield
     finally:
@@ -56,13 +56,11 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     return list(dict.fromkeys(found))
 
 
-def _checkpointed(
-    forward: Callable[..., Any], again: Callable[[], AbstractContextManager[None]], *args: Any, **kwargs: Any
-) -> Any:
-    """Run a block; its computation is repeated in the backward pass, in a context."""
+def _checkpointed(forward: Callable[..., Any], again: AbstractContextManager[None], *args: Any, **kwargs: Any) -> Any:
+    """Run a block; its computation is repeated in the backward pass, in a context that may be entered again."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again()), **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again), **kwargs)
 
 
 class _UnchangedStatistics(AbstractContextManager[None]):

@@ -76,14 +76,14 @@ def is_published(place: Path | str) -> bool:
     return isinstance(place, Path) and (place / "config.json").is_file() and _config(place).get("model_type") in NAMES
 
 
-def renamed(name: str, place: Path) -> str:
-    """Return what the class that opens a folder calls a tensor.
+def renamed(name: str, model_type: str) -> str:
+    """Return what the class that opens a model calls a tensor.
 
     Args:
         name: the published name.
-        place: the folder.
+        model_type: the published type of the model.
     """
-    for pattern, ours in NAMES[_config(place)["model_type"]].items():
+    for pattern, ours in NAMES[model_type].items():
         if re.search(pattern, name):
             return re.sub(pattern, ours, name)
     return name
@@ -104,8 +104,8 @@ def open_weights(place: Path, config: Any, dtype: Any) -> Any:
 
     with init_empty_weights():
         model = LlavaDiffusion(config)
-    files = sorted({each.file for each in checkpoint.read(place).tensors})
-    tensors = {renamed(name, place): each.to(dtype) for file in files for name, each in load_file(file).items()}
+    files, kind = sorted({each.file for each in checkpoint.read(place).tensors}), _config(place)["model_type"]
+    tensors = {renamed(name, kind): each.to(dtype) for file in files for name, each in load_file(file).items()}
     return fill(model, tensors, place)
 
 
@@ -159,7 +159,9 @@ def grids(pinpoints: str | list[Any], size: int) -> list[list[int]]:
         CheckpointError: for anything else.
     """
     if isinstance(pinpoints, str) and "x" in pinpoints:
-        ends = [(int(a), int(b)) for a, b in re.findall(r"\((\d+)x(\d+)\)", pinpoints)]
+        ends = [(int(a), int(b)) for a, b in re.findall(r"\((\d{1,2})x(\d{1,2})\)", pinpoints)]
+        if not ends:
+            raise CheckpointError(f"image_grid_pinpoints {pinpoints}: give a range of tiles such as (1x1),...,(6x6)")
         (low, left), (high, right) = ends[0], ends[-1]
         tiles = [(a, b) for a in range(low, high + 1) for b in range(left, right + 1)]
         return [[size * b, size * a] for a, b in tiles]

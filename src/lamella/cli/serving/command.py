@@ -16,7 +16,7 @@ from lamella.errors import MethodError
 from lamella.extras import require
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-SIX = ("[", "[::1]")  # what the check of names takes the name in http://[::1]:8000 to be
+IPV6 = ("[", "[::1]")  # what the check of host names reads in http://[::1]:8000
 ANSWERED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/health")
 TOKEN = "LAMELLA_TOKEN"
 
@@ -98,7 +98,7 @@ def build(
     server = build_server(**needed)
     server.router.routes[:] = [each for each in server.router.routes if getattr(each, "path", "") in ANSWERED]
     if hosts is not None:  # a page in a browser on this machine cannot ask under a name of its own
-        server.add_middleware(TrustedHostMiddleware, allowed_hosts=[*hosts, *SIX])
+        server.add_middleware(TrustedHostMiddleware, allowed_hosts=[*hosts, *IPV6])
 
     @server.middleware("http")
     async def admitted(request: Request, answer: Any) -> Any:
@@ -108,8 +108,7 @@ def build(
         try:
             return await answer(request)
         except Exception as error:
-            is_its_own = isinstance(error, ValueError | TypeError | KeyError)  # one that a tokenizer refuses
-            message = f"{type(error).__name__}: {error}"
-            return JSONResponse({"error": {"message": message}}, 400 if is_its_own else 500)
+            status = 400 if isinstance(error, ValueError | TypeError | KeyError) else 500  # 400: a tokenizer refuses it
+            return JSONResponse({"error": {"message": f"{type(error).__name__}: {error}"}}, status)
 
     return server

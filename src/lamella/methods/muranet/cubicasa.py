@@ -17,12 +17,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 from xml.parsers import expat
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lamella.data import Lazy
 from lamella.data.images import inside, read_image
 from lamella.data.sources import Split
 from lamella.errors import CalibrationError
@@ -43,58 +44,46 @@ def is_cubicasa(folder: Path) -> bool:
     return (folder / VECTORS).is_file() or all((folder / name).is_file() for name in (TRAIN, TEST))
 
 
-@dataclass(frozen=True)
-class CubiCasa(Sequence[FloorPlan]):
-    """Plans in their folders, read on access.
+def open_cubicasa(folder: Path, split: Split, count: int) -> Lazy[FloorPlan]:
+    """Return the plans of the data set's own training or test split, or one plan; they are read on access.
 
-    Attributes:
-        folders: folder of each plan.
+    Args:
+        folder: the folder of the data set, or of a plan.
+        split: the split.
+        count: maximum number of plans.
+
+    Raises:
+        CalibrationError: for a list that names a folder outside.
     """
+    if (folder / VECTORS).is_file():
+        return Lazy([folder], read_plan)
+    name = TEST if split == "test" else TRAIN
+    lines = [line.strip("/ ") for _, line in read_lines(folder / name)][:count]
+    return Lazy([inside(folder, f"{line}/{VECTORS}", name).parent for line in lines], read_plan)
 
-    folders: Sequence[Path]
 
-    @classmethod
-    def open(cls, folder: Path, split: Split, count: int) -> CubiCasa:
-        """Open the plans of the data set's own training or test split, or one plan.
+def read_plan(folder: Path) -> FloorPlan:
+    """Read a plan.
 
-        Args:
-            folder: the folder of the data set, or of a plan.
-            split: the split.
-            count: maximum number of plans.
+    Args:
+        folder: its folder.
 
-        Raises:
-            CalibrationError: for a list that names a folder outside.
-        """
-        if (folder / VECTORS).is_file():
-            return cls([folder])
-        name = TEST if split == "test" else TRAIN
-        lines = [line.strip("/ ") for _, line in read_lines(folder / name)][:count]
-        return cls([inside(folder, f"{line}/{VECTORS}", name).parent for line in lines])
-
-    def __len__(self) -> int:
-        return len(self.folders)
-
-    @overload
-    def __getitem__(self, index: int) -> FloorPlan: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[FloorPlan]: ...
-    def __getitem__(self, index: int | slice) -> FloorPlan | Sequence[FloorPlan]:
-        if isinstance(index, slice):
-            return CubiCasa(self.folders[index])
-        folder = self.folders[index]
-        image = read_image(check_in_folder(folder / IMAGE), str(folder))
-        polygons = read_polygons(folder / VECTORS)
-        walls = filled(polygons["Wall"], image.shape[:2])
-        if not walls.any():
-            raise CalibrationError(f"{folder / VECTORS} has no wall within {IMAGE}: remove this plan")
-        boxes = [
-            [label, *box]
-            for label, kind in enumerate(KINDS)
-            for polygon in polygons[kind.capitalize()]
-            if (box := box_of(polygon, image.shape[:2])) is not None
-        ]
-        truth = np.array(boxes, np.float32).reshape(-1, 5)
-        return FloorPlan(f"{folder.name}.png", image, walls, truth, KINDS)
+    Raises:
+        CalibrationError: for files that are damaged, or a plan without a wall.
+    """
+    image = read_image(check_in_folder(folder / IMAGE), str(folder))
+    polygons = read_polygons(folder / VECTORS)
+    walls = filled(polygons["Wall"], image.shape[:2])
+    if not walls.any():
+        raise CalibrationError(f"{folder / VECTORS} has no wall within {IMAGE}: remove this plan")
+    boxes = [
+        [label, *box]
+        for label, kind in enumerate(KINDS)
+        for polygon in polygons[kind.capitalize()]
+        if (box := box_of(polygon, image.shape[:2])) is not None
+    ]
+    truth = np.array(boxes, np.float32).reshape(-1, 5)
+    return FloorPlan(f"{folder.name}.png", image, walls, truth, KINDS)
 
 
 def filled(polygons: Sequence[Points], size: tuple[int, ...]) -> NDArray[np.bool_]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from lamella.data import InputContext
 from lamella.data.images import inside, read_image
 from lamella.errors import CalibrationError
-from lamella.methods.muranet.cubicasa import CubiCasa, is_cubicasa
+from lamella.methods.muranet.cubicasa import is_cubicasa, open_cubicasa
 from lamella.methods.muranet.floor_plan import FloorPlan
 from lamella.methods.muranet.raster import STYLES, floor_plans
 from lamella.reading import check_in_folder, parse_json, read_text
@@ -80,7 +80,7 @@ class FloorPlans(Sequence[FloorPlan]):
         if not path.is_dir():
             raise CalibrationError(f"no floor plans '{path}': {EXPECTED}")
         if is_cubicasa(path):
-            return cls.of(CubiCasa.open(path, context.split, count), path.name, split=context.split)
+            return cls.of(open_cubicasa(path, context.split, count), path.name, split=context.split)
         return cls.of(Folder.open(path, count), path.name)
 
     @classmethod
