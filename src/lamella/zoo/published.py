@@ -73,7 +73,9 @@ def is_published(place: Path | str) -> bool:
     Args:
         place: a folder or a hub id.
     """
-    return isinstance(place, Path) and (place / "config.json").is_file() and _config(place).get("model_type") in NAMES
+    if not isinstance(place, Path) or not (place / "config.json").is_file():
+        return False
+    return str(_config(place).get("model_type")) in NAMES  # a damaged config may hold anything there
 
 
 def renamed(name: str, model_type: str) -> str:
