@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import mean
 from typing import Annotated, Any
 
 from annotated_types import Ge, MinLen
 
 from lamella.data import ImageText
 from lamella.errors import PlanError
-from lamella.evaluate import DraftGain, Ratio, cost, drafted_prompts, peak_memory, step_times
+from lamella.evaluate import DraftGain, cost, drafted_prompts, peak_memory, step_times
 from lamella.evaluate import bench as timed
 from lamella.evaluate.fidelity import predicting_stack
 from lamella.plan import Plan
 from lamella.progress import track
 from lamella.registry import command
+from lamella.report.drafting import gains_table
 from lamella.result import Evidence, Summary, Table
 from lamella.results import Study
 from lamella.signature import Argument, Split
@@ -52,7 +52,8 @@ class Benchmark(Study):
         columns = ["model", "batch", "decode speed-up", "predicted", "prefill speed-up", "peak memory"]
         tables = [Table("Medians of interleaved rounds (quartiles)", columns, rows)]
         if found.get("draft"):
-            tables.append(_gains(found["draft"], found["draft_name"]))
+            title = f"Decoding with draft {found['draft_name']}; time of a pass and of drafting in plain steps"
+            tables.append(gains_table(title, "model", found["draft"]))
         return Summary(f"Speed compared with {found['model']}.", tables)
 
 
@@ -149,23 +150,6 @@ def _drafted(
                 for kind, rows in drafted_prompts(tokenizer, prompts).items()
             }
     return found
-
-
-def _gains(found: dict[str, dict[str, list[dict[str, Any]]]], name: str) -> Table:
-    """Return the table of what a draft gains, by model and kind of text."""
-    rows = [
-        [
-            model,
-            kind,
-            *(mean(each[part] for each in gains) for part in ("accepted", "verifying", "drafting", "predicted")),
-            str(Ratio.of([each["measured"] for each in gains])),
-            f"{sum(each['equal'] for each in gains)} of {len(gains)}",
-        ]
-        for model, kinds in found.items()
-        for kind, gains in kinds.items()
-    ]
-    columns = ["model", "prompts", "accepted", "pass", "draft", "predicted", "measured", "same tokens"]
-    return Table(f"Decoding with draft {name}: time of a pass and of a draft in plain steps, speed-up", columns, rows)
 
 
 def _folders(stack: Model, models: dict[str, Any]) -> dict[str, Path]:

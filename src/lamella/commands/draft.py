@@ -12,10 +12,8 @@ short time; the candidate with the highest predicted speed-up is trained further
 from __future__ import annotations
 
 import hashlib
-import sys
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from statistics import mean
 from typing import Annotated, Any
 
 import torch
@@ -38,6 +36,7 @@ from lamella.plan.quantize import int8_copy
 from lamella.planners import DEFAULT
 from lamella.progress import track
 from lamella.registry import command, get_method
+from lamella.report.drafting import gains_table
 from lamella.report.figures import Figure, Scatter
 from lamella.report.healing import training as training_figure
 from lamella.result import Evidence, Summary, Table
@@ -137,9 +136,11 @@ def draft(
     begun = windows(train.tokenizer, load_text(train.source.name, "test"), fewer, length, seed)
     unseen = own_text(target, begun, seed, work.within("test"))
     pair = DraftPair(target, FidelityTest(target, unseen, _prompt(unseen)), pass_costs(target.model, MOST))
-    search = PLANNING * minutes / len(remove)
-    candidates = [_without(stack, fraction, written[:HELD_OUT], search) for fraction in sorted(set(remove))]
-    finished = Finished(work.journal("trials"), {"target": target.name, "minutes": minutes, "steps": steps})
+    removed = sorted({round(fraction * len(stack)) for fraction in remove})
+    search = PLANNING * minutes / len(removed)
+    candidates = [_without(stack, layers, written[:HELD_OUT], search) for layers in removed]
+    depends = {"target": target.describe(), "train": train.describe(), "seed": seed, "minutes": minutes, "steps": steps}
+    finished = Finished(work.journal("trials"), depends | {"removed": removed})
     trials: list[dict[str, Any]] = []
     before: dict[int, float] = {}  # accept rates before training
     for each in track(candidates, "draft: trials") if len(candidates) > 1 else []:
@@ -149,13 +150,10 @@ def draft(
     layers = max(trials, key=_predicted)["layers"] if trials else candidates[0].layers
     chosen = next(each for each in candidates if each.layers == layers)
     left = {"minutes": minutes * (1 - TRIALS if trials else 1)} if steps is None else {"steps": steps}
-    left["save_every"] = save_every
-    start = _train(chosen, pair, written, left, train, work.within("training"))
+    start = _train(chosen, pair, written, left | {"save_every": save_every}, train, work.within("training"))
     rows = pair.rows(chosen)
     best = max(rows, key=_predicted)
-    unchanged = max(
-        pair.rows(DraftCandidate(0, stack, Plan(model=ModelReference.of(stack)), TrainingLog({}))), key=_predicted
-    )
+    unchanged = max(pair.rows(_whole(stack)), key=_predicted)
     drafts = {
         "prompt lookup": Draft(),
         "unchanged": Draft(stack.name, _proposing(_in_form(stack.model, unchanged["form"]), unchanged["tokens"])),
@@ -251,9 +249,8 @@ def _prompt(tokens: Tensor) -> int:
     return max(1, tokens.shape[1] // 4)
 
 
-def _without(stack: Stack, fraction: float, tokens: Tensor, minutes: float) -> DraftCandidate:
-    """Return a model without a fraction of its layers, those whose loss a refit of the others corrects best."""
-    layers = round(fraction * len(stack))
+def _without(stack: Stack, layers: int, tokens: Tensor, minutes: float) -> DraftCandidate:
+    """Return a model without some of its layers, those whose loss a refit of the others corrects best."""
     if not layers:
         return _whole(stack)
     planner, budget = get_method(DEFAULT), Budget(share=layers / len(stack), minutes=minutes)
@@ -312,17 +309,10 @@ def _proposing(model: Any, tokens: int) -> Any:
 
 
 def _gains(target: Stack, drafts: dict[str, Draft], prompts: dict[str, list[Tensor]]) -> dict[str, Any]:
-    """Return what drafts gain on each prompt, by name and kind of text; a long prompt is cut at its beginning."""
-    models = [target.model, *(each.model for each in drafts.values() if each.model is not None)]
-    longest = min(getattr(each.config, "max_position_embeddings", None) or sys.maxsize for each in models)
-    tokens = target.config.get_text_config().vocab_size  # a tokenizer may have more than the model knows
-    room = max(1, longest - ANSWER - MOST - 1)  # tokens are also proposed at the end of an answer
+    """Return what drafts gain on each prompt, by name and kind of text."""
     return {
         name: {
-            kind: [
-                asdict(DraftGain.of(target.model, each, (row[:, -room:] % tokens).to(target.device), ANSWER))
-                for row in rows
-            ]
+            kind: [asdict(DraftGain.of(target.model, each, row.to(target.device), ANSWER)) for row in rows]
             for kind, rows in prompts.items()
         }
         for name, each in track(drafts.items(), "draft: measuring")
@@ -356,26 +346,11 @@ def summary(evidence: Evidence) -> Summary:
         lines.append("The pair is not faster than the target alone on this machine.")
     columns = ["layers removed", "form", "accepted", "step", "tokens", "predicted"]
     rows = [_row(each) for each in [*found["trials"], *found["rows"]]]
-    gains = [
-        [
-            name,
-            kind,
-            *(mean(each[part] for each in rows) for part in ("accepted", "verifying", "drafting", "predicted")),
-            str(Ratio.of([each["measured"] for each in rows])),
-            f"{sum(each['equal'] or each['tied'] for each in rows)} of {len(rows)}",
-        ]
-        for name, kinds in found["gains"].items()
-        for kind, rows in kinds.items()
+    tables = [
+        Table("Candidates after their trial, and the chosen one; a step in steps of the target", columns, rows),
+        gains_table("Speed-up of the target; time of a pass and of drafting in plain steps", "draft", found["gains"]),
     ]
-    parts = ["draft", "prompts", "accepted", "pass", "of the draft", "predicted", "measured", "same tokens"]
-    return Summary(
-        verdict,
-        [
-            Table("Candidates after their trial, and the chosen one; a step in steps of the target", columns, rows),
-            Table("Speed-up of the target; the time of a pass and of a draft in steps without it", parts, gains),
-        ],
-        lines,
-    )
+    return Summary(verdict, tables, lines)
 
 
 def _row(row: dict[str, Any]) -> list[Any]:

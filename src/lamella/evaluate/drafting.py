@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from lamella.data.sources import benchmark_rows
 from lamella.errors import DownloadError
 from lamella.evaluate.speed import clock
 from lamella.runtime import Draft, generate_counted
-from lamella.runtime.drafting import Passes
+from lamella.runtime.drafting import TOKENS, Passes
 from lamella.zoo import chat_inputs
 
 TIE = 1e-5  # difference of two logits, relative to the larger one, that rounding explains in 32 bits
@@ -59,10 +60,11 @@ class DraftGain:
         Args:
             model: a model or a view.
             draft: what proposes tokens.
-            prompt: token ids [1, time].
+            prompt: token ids [1, time]; what does not fit the contexts of both models is cut at its beginning.
             tokens: number of generated tokens; at least 32 are generated.
         """
         tokens = max(tokens, LEAST)
+        prompt = prompt[:, -max(1, _longest(model, draft.model) - tokens - TOKENS - 1) :]
         plain, steps = _greedy(model, prompt, tokens)
         step = steps.seconds / steps.passes
         found, passes = _greedy(model, prompt, tokens, **draft.settings)
@@ -81,6 +83,12 @@ class DraftGain:
             equal=not len(differing),
             tied=bool(len(differing)) and is_tie(model, plain, found, int(differing[0, 1])),
         )
+
+
+def _longest(*models: Any) -> int:
+    """Return the maximum number of tokens that all models read; None stands for no model."""
+    known = (getattr(each.config, "max_position_embeddings", None) for each in models if each is not None)
+    return min(filter(None, known), default=sys.maxsize)
 
 
 def _greedy(model: Any, prompt: Tensor, tokens: int, **settings: Any) -> tuple[Tensor, Passes]:
@@ -113,10 +121,8 @@ def pass_costs(model: Any, most: int) -> list[float]:
         model: a model.
         most: maximum number of proposed tokens; the longest pass has one token more.
     """
-    config = model.config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None) or CONTEXT + most + 1
-    before = max(1, min(CONTEXT, longest - most - 1))
-    ids = torch.arange(before + most + 1, device=model.device)[None] % config.vocab_size
+    before = max(1, min(CONTEXT, _longest(model) - most - 1))
+    ids = torch.arange(before + most + 1, device=model.device)[None] % model.config.get_text_config().vocab_size
     context = model(ids[:, :before], use_cache=True).cache
     fastest = [math.inf] * (most + 1)
     for _ in range(ROUNDS):  # in turns, so that a change of the machine's speed affects all of them
