@@ -51,7 +51,7 @@ def test_answered_requests_are_skipped_and_another_process_opens_the_file(file: 
     assert sorted(found) == ["1", "3", "4"]
     assert writer.describe()["sha256"] == FileWriter(file).describe()["sha256"]
     long = WritingRequest("long", [{"role": "user", "content": "The " * 5000}], 4, 0)
-    assert writer.fits(REQUESTS[0]) and not writer.fits(long)
+    assert writer.has_room(REQUESTS[0]) and not writer.has_room(long)
 
 
 def test_what_it_cannot_do_is_refused_in_one_line(file: Path, tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ class Writer(ABC):
     def describe(self) -> dict[str, Any]:
         """Return the description of the model, for provenance."""
 
-    def fits(self, request: WritingRequest) -> bool:
+    def has_room(self, request: WritingRequest) -> bool:
         """Return whether the prompt leaves room for an answer in the context length; unknown for an endpoint."""
         return self.context_length is None or len(prompt_ids(self.tokenizer, request.messages)) < self.context_length
 

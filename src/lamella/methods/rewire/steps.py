@@ -29,7 +29,7 @@ class RewriteRequests:
             "prompt_hash": self.guide.digest, "seed": seed,
         }  # fmt: skip
         request = WritingRequest(document.id, self.guide.messages(document.text), self.answer, seed)
-        if tokens <= self.longest and self.writer.fits(request):
+        if tokens <= self.longest and self.writer.has_room(request):
             row[REQUEST] = request
         return row
 
