@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -31,6 +32,7 @@ from lamella.registry import methods
 from lamella.runner import run
 from lamella.search import Removals
 from lamella.stack import Stack
+from lamella.zoo import nano, open_tokenizer
 
 NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
 FILES = {"config.json", "model.safetensors", "tokenizer.json", "plan.json", "evidence.json", "README.md", "report.html"}
@@ -312,6 +314,25 @@ def test_compress_heals_by_distillation_unless_told_otherwise(lamella, tmp_path)
     trained, original = (transformers.AutoModelForCausalLM.from_pretrained(each) for each in (out, NANO_LLAMA))
     assert torch.equal(trained.get_input_embeddings().weight, original.get_input_embeddings().weight)
     assert not torch.equal(trained.model.layers[0].mlp.up_proj.weight, original.model.layers[0].mlp.up_proj.weight)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("brief")
+@pytest.mark.parametrize("kind", ["gemma3_text", "gpt2", "gpt_neox", "opt_post_norm", "qwen3_moe"])
+def test_models_of_other_kinds_are_cut_and_healed(tmp_path, kind):
+    """Norms behind sublayers, parallel sublayers and experts leave nothing to refit, which must stop nothing else."""
+    model, folder = tmp_path / kind, tmp_path / "out"
+    tokenizer = open_tokenizer(NANO_LLAMA)
+    nano(kind, vocab_size=len(tokenizer)).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    goal = {"speedup": 1.02, "allow": ("cut",)}
+    evidence = run("compress", model, out=folder, heal_steps=8, **goal).evidence.model_dump()
+    healing, cut = evidence["healing"], evidence["chosen"]["fidelity"]
+    assert healing["method"] == "distillation" and math.isfinite(healing["fidelity"]["kl"]["mean"])
+    assert healing["fidelity"]["kl"]["mean"] < 1.1 * cut["kl"]["mean"]
+    ids = torch.arange(3, 35)[None]
+    with torch.no_grad():
+        assert api.load(folder).model(ids).logits.isfinite().all()
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from torch import LongTensor, Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lamella.data import InputContext, Text
+from lamella.errors import MethodError
 from lamella.evaluate import Budget, FidelityTest
 from lamella.measure import OutputDistance
 from lamella.methods.finercut import finercut
@@ -23,6 +24,7 @@ from lamella.methods.window import angular_window
 from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.stack import Stack
 from lamella.train import refit
+from lamella.zoo import small as zoo
 
 NANO_LLAMA = Path(__file__).parent.parent / "models" / "nano-llama"
 LAYERS = range(6)
@@ -180,3 +182,16 @@ def test_with_a_single_sequence_no_refit_decides(stack: Stack, text: Text) -> No
     plain, refitted = (portfolio(stack, one, refine=1, refit=each, budget=Budget(share=HALF)) for each in (False, True))
     assert "kl after a refit" not in refitted.points[-1].scores
     assert cuts(plain)[-1] <= frozenset(LAYERS) and len(cuts(refitted)[-1]) == len(cuts(plain)[-1])
+
+
+def test_a_model_that_cannot_be_refitted_is_cut_as_without_a_refit() -> None:
+    """Gemma 3 has a norm behind each sublayer; its sets are chosen among more that come close."""
+    stack = Stack(zoo.small("gemma3_text"))
+    tokens = torch.randint(0, stack.config.vocab_size, (3, 24), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(MethodError, match="train instead"):
+        refit(stack, Plan(model=ModelReference.of(stack), drop=["layers.1"]), tokens)
+    plain, refitted = (
+        portfolio(stack, tokens, refine=1, refit=each, budget=Budget(share=HALF)) for each in (False, True)
+    )
+    assert len(cuts(refitted)[-1]) == len(cuts(plain)[-1])
+    assert "kl after a refit" not in refitted.points[-1].scores

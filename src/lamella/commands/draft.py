@@ -254,12 +254,10 @@ def _without(stack: Stack, layers: int, tokens: Tensor, minutes: float) -> Draft
     if not layers:
         return _whole(stack)
     planner, budget = get_method(DEFAULT), Budget(share=layers / len(stack), minutes=minutes)
-    options = {"budget": budget, "greedy": False, "refine": 1}
+    series: PlanSeries = planner(stack, tokens, budget=budget, greedy=False, refine=1, refit=True)
     try:
-        series: PlanSeries = planner(stack, tokens, refit=True, **options)
         fitted = refit(stack, series[-1], tokens)
     except MethodError:  # a model whose sublayers do not end in a linear layer
-        series = planner(stack, tokens, **options)
         return DraftCandidate(layers, stack, series[-1], TrainingLog({}))
     assert isinstance(fitted.stack, Stack)
     return DraftCandidate(layers, fitted.stack, fitted.plan, fitted.log)

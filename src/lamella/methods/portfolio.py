@@ -28,7 +28,7 @@ import numpy as np
 from annotated_types import Ge
 
 from lamella.data import ImageText, Text
-from lamella.errors import CalibrationError
+from lamella.errors import CalibrationError, MethodError
 from lamella.evaluate import Budget, FidelityTest
 from lamella.measure import DistanceName, OutputDistance, angular_distance, block_influence, sequences
 from lamella.plan import ModelReference, Plan, PlanSeries, Point
@@ -72,7 +72,8 @@ def portfolio(
         greedy: also start from a greedy search, which takes most of the time. Otherwise smaller plans remove the layers
             of lowest block influence, and are not measured.
         refit: for a model that will be healed: choose the set of layers without which the model is closest to the
-            original after its linear layers are corrected in closed form, which takes at least two sequences.
+            original after its linear layers are corrected in closed form, which takes at least two sequences. Without
+            effect where they cannot be corrected, as with a norm behind each sublayer.
         budget: how many layers to remove; defaults to a quarter of all layers.
 
     Returns:
@@ -132,8 +133,10 @@ def portfolio(
         costs[larger] = cost
         chosen, validated = larger, {}
         close = [cut for cut in sorted(costs, key=costs.__getitem__) if costs[cut] <= factor * cost]
-        if refit and len(close) > 1 and len(sequences(calibration)) > 1:
-            chosen, value = _chosen_after_refit(stack, close, calibration, fidelity())
+        has_choice = refit and len(close) > 1 and len(sequences(calibration)) > 1
+        refitted = _chosen_after_refit(stack, close, calibration, fidelity()) if has_choice else None
+        if refitted is not None:
+            chosen, value = refitted
             validated = {"kl after a refit": value}
         elif held_out is not None and len(close) > 1:
             chosen, value = _chosen(close, judge())
@@ -167,8 +170,11 @@ def _chosen(cuts: list[Cut], judge: OutputDistance) -> tuple[Cut, float]:
 
 def _chosen_after_refit(
     stack: Stack, cuts: list[Cut], calibration: Text | ImageText, judge: FidelityTest
-) -> tuple[Cut, float]:
-    """Return the set that is closest to the original after a refit, with its KL divergence in nats."""
+) -> tuple[Cut, float] | None:
+    """Return the set that is closest to the original after a refit, with its KL divergence in nats.
+
+    None if no set can be refitted, as in a model with a norm behind its sublayers.
+    """
     fitted: Any = calibration
     if isinstance(calibration, Text):
         count, length = calibration.tokens.shape
@@ -176,11 +182,14 @@ def _chosen_after_refit(
 
     def after_refit(cut: Cut) -> float:
         plan = Plan(model=ModelReference.of(stack), drop=sites_of(_positions(cut), stack.positions))
-        return judge.of(refit_weights(stack, plan, fitted).view).kl.mean
+        try:
+            return judge.of(refit_weights(stack, plan, fitted).view).kl.mean
+        except MethodError:
+            return math.inf
 
     found = {cut: after_refit(cut) for cut in track(cuts, "portfolio: refitting")}
     best = min(found, key=found.__getitem__)
-    return best, found[best]
+    return (best, found[best]) if found[best] < math.inf else None
 
 
 class _Exchanges:
