@@ -136,6 +136,8 @@ def measured(model: str | Path, goals: list[dict[str, Any]], suffix: str) -> int
                 estimate(last),
             ]
         )
+        least, reached = options.get("speedup", 1.0), found["speedup"]["median"]
+        record.check(f"{goal}: decode speed-up", f"at least {least:g}", ratio(reached), reached >= least)
         if found["answers"]:
             said[goal] = found["answers"]
     on = [f"KL on {text}" for text in ("stdlib, nats", *MOST)]
