@@ -27,7 +27,7 @@ from lamella.signature import (
 )
 from lamella.stack import Model, Stack
 from lamella.zoo import LazyCheckpoint, SavedModel, View, open_for, open_model, open_saved, open_tokenizer
-from lamella.zoo.checks import check_model
+from lamella.zoo.checks import check_model, check_pickle
 from lamella.zoo.opening import names_plan
 
 READ: dict[Any, Callable[[Path], Any]] = {Plan: Plan.read, PlanSeries: PlanSeries.read}
@@ -37,8 +37,8 @@ ROWS = 64  # of images with text in the default test, and of a file of prompts
 LONGEST = 2048  # maximum tokens of a prompt of the test with what follows it
 SEED = 0  # of the test windows, which depend on the test only, so that results of different commands compare
 FILES = (  # names with these suffixes are paths, and not names of the zoo or the hub
-    *(".csv", ".gguf", ".gz", ".json", ".jsonl", ".md", ".npy", ".npz", ".parquet", ".ply", ".safetensors", ".txt"),
-    *(".gif", ".jpeg", ".jpg", ".mp4", ".png", ".webp"),
+    *(".csv", ".gguf", ".gz", ".json", ".jsonl", ".md", ".npy", ".npz", ".parquet", ".ply", ".pth", ".safetensors"),
+    *(".gif", ".jpeg", ".jpg", ".mp4", ".png", ".txt", ".webp"),
 )
 
 
@@ -109,6 +109,8 @@ def _check(kind: Any, value: Any, parameter: Parameter | None, allow_pickle: boo
             kind.check(name)
         else:
             _check_path(name, parameter)
+            if getattr(kind, "pickled", False):
+                check_pickle(Path(name).expanduser(), allow_pickle)
 
 
 def _check_path(name: str | Path, parameter: Parameter | None) -> None:
@@ -201,6 +203,8 @@ class Opening:
         if kind is None or not (value is None or isinstance(value, str | Path | list)):
             is_model_of_view = kind is not None and issubclass(kind, View) and not isinstance(value, kind)
             return kind.open(value, **settings) if is_model_of_view else value  # otherwise it is open already
+        if getattr(kind, "pickled", False):
+            return kind.read(Path(value), allow_pickle=self.how.get("allow_pickle", False))  # type: ignore[arg-type]
         if kind in READ or issubclass(kind, Result):
             return (READ.get(kind) or kind.read)(Path(value))  # type: ignore[arg-type]
         if is_test_input(parameter):

@@ -226,7 +226,7 @@ def _parameters(entry: Method) -> tuple[list[inspect.Parameter], dict[str, str]]
     own.append(_flag("dry_run", "Check everything, show what would run, and exit."))
     own.append(_flag("json", "Print the evidence as JSON instead of tables."))
     kinds = [kind_of(each) for each in contract.inputs.values()]
-    if any(map(is_model, kinds)):
+    if any(is_model(each) or getattr(each, "pickled", False) for each in kinds):
         own.append(_flag("allow_pickle", "Also open pickle checkpoints, which can execute code."))
     if any(map(is_stack, kinds)):
         which = typer.Option("--stack", help=STACK_HELP, rich_help_panel=INPUTS)

@@ -38,6 +38,7 @@ class TrainedNetwork(Result):
     schema: ClassVar[str]  # of its document
     shaped: ClassVar[tuple[str, ...]]  # names of the fields that determine it, such as ``shape`` and ``classes``
     made_by: ClassVar[str]  # the command that trains one
+    pickled: ClassVar[bool] = False  # whether `read` also takes a pickle of its authors, and `allow_pickle`
 
     @classmethod
     def build(cls, **shaped: Any) -> nn.Module:

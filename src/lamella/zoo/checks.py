@@ -39,6 +39,23 @@ def check_model(model: str | Path, allow_pickle: bool = False) -> None:
     _check_exists(name)
 
 
+def check_pickle(path: Path, allow_pickle: bool = False) -> None:
+    """Check that a path is no pickle, unless pickles may be opened.
+
+    Args:
+        path: a file, which is taken for a pickle, or a folder.
+        allow_pickle: whether pickles may be opened.
+
+    Raises:
+        CheckpointError: for a file that may not be opened.
+    """
+    if path.is_file() and not allow_pickle:
+        raise CheckpointError(
+            f"{path} is a pickle, which can run code: give a folder, or add --allow-pickle (allow_pickle in Python) if "
+            "you trust its author"
+        )
+
+
 @cache
 def _check_exists(hub_id: str) -> None:
     """Query the hub once, where a download would try five times; not for cached models, or in offline mode."""

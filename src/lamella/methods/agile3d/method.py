@@ -112,7 +112,7 @@ def judge(
     """Evaluate a model with a simulated user: mean IoU against the number of clicks.
 
     Args:
-        model: a model trained by agile3d.
+        model: a folder that agile3d has written, or the weights that the authors of the paper released (a .pth file).
         scenes: test scenes with known objects.
         budget: clicks per object, on average; the paper uses 20.
         objects: maximum number of objects segmented at once in a scene; a random subset is chosen. The paper uses 10.
@@ -162,7 +162,7 @@ def label(
     """Label scenes by clicks, in a browser page served to this machine only.
 
     Args:
-        model: a model trained by agile3d.
+        model: a folder that agile3d has written, or the weights that the authors of the paper released (a .pth file).
         scenes: scenes to label; more can be opened in the page.
         clicks: click logs to replay first, on the scenes that they belong to.
         page: serve the page until its button Done is pressed; if false, only ``clicks`` are replayed.

@@ -6,14 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
+import torch
 from annotated_types import Ge, Gt, Le, Lt
 
-from lamella.errors import MethodError
+from lamella.errors import CheckpointError, MethodError, reason_of
 from lamella.methods.agile3d.decoder import ClickDecoder
 from lamella.methods.agile3d.images import ImageEncoder
 from lamella.methods.agile3d.modules import NANO, ClickSegmenter, SparseUNet, UNetWidths
+from lamella.methods.agile3d.published import read_published
+from lamella.plan.filling import check_tensors, fill
 from lamella.results import TrainedNetwork
+from lamella.train import TrainingLog
 from lamella.zoo import ZOO
+from lamella.zoo.checks import check_pickle
 
 ENCODERS: dict[str, UNetWidths] = {"res16unet34c": UNetWidths(), "nano": NANO}
 
@@ -87,8 +92,37 @@ class Segmenter(TrainedNetwork):
     schema: ClassVar[str] = "lamella.agile3d/1"
     shaped: ClassVar[tuple[str, ...]] = ("shape",)
     made_by: ClassVar[str] = "lamella run agile3d"
+    pickled: ClassVar[bool] = True
 
     @classmethod
     def build(cls, *, shape: SegmenterShape) -> ClickSegmenter:  # type: ignore[override]
         """Build the network of a shape."""
         return shape.build()
+
+    @classmethod
+    def read(cls, path: str | Path, *, allow_pickle: bool = False) -> Segmenter:
+        """Read a folder that ``agile3d`` has written, or the weights that the paper's authors released.
+
+        Args:
+            path: the folder, or the released ``.pth`` file.
+            allow_pickle: read the file, which is a pickle. Only its tensors and settings are read, and no code in it is
+                run.
+
+        Raises:
+            CheckpointError: if there is none, or it is damaged, or it is a file and ``allow_pickle`` is false.
+        """
+        file = Path(path)
+        if not file.is_file():
+            return super().read(path)
+        check_pickle(file, allow_pickle)
+        try:
+            fields, tensors = read_published(file)
+            shape: SegmenterShape = cls._shaped({"schema": cls.schema, "shape": fields})["shape"]
+            with torch.device("meta"):  # before memory is allocated
+                check_tensors(shape.build(), {name: each.shape for name, each in tensors.items()}, "it")
+            return cls(model=fill(shape.build(), tensors, "it").eval(), shape=shape, log=TrainingLog({}))
+        except Exception as error:  # each part raises its own errors for a damaged file
+            raise CheckpointError(
+                f"{file}: no weights of AGILE3D ({reason_of(error)}): give the authors' file, or a folder that "
+                f"`{cls.made_by}` has written"
+            ) from None
