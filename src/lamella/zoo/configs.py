@@ -84,7 +84,7 @@ def load_from(load: Callable[..., Any], place: Path | str, **options: Any) -> An
             ) from error
         if isinstance(place, Path) or not isinstance(error, OSError | RuntimeError | KeyError):
             raise CheckpointError(f"{place}: cannot be loaded: {reason[:300]}") from error
-        known = ", ".join(name for name, entry in ZOO.items() if entry.kind == "model")
+        known = ", ".join(name for name, entry in ZOO.items() if entry.is_model)
         raise DownloadError(
             f"'{place}' is neither a local folder nor a zoo name ({known}), and the hub query failed: check the "
             f"name, the network, or give a local folder ({reason[:120]})"

