@@ -5,6 +5,7 @@ becomes that of Lamella's class, tensor names are mapped while the weights are r
 made as in the published code, none of which is run.
 
     llava   LLaDA-V and LaViDa
+    ofa     OFA
 """
 
 from lamella.zoo.published.layout import IMAGE, PublishedLayout

@@ -15,10 +15,10 @@ from torch import Tensor
 from lamella.plan import checkpoint
 from lamella.plan.filling import fill
 from lamella.stack import own_class
-from lamella.zoo.published import llava
+from lamella.zoo.published import llava, ofa
 from lamella.zoo.published.layout import PublishedLayout
 
-LAYOUTS: dict[str, PublishedLayout] = llava.LAYOUTS  # by the model type in the published config
+LAYOUTS: dict[str, PublishedLayout] = llava.LAYOUTS | ofa.LAYOUTS  # by the model type in the published config
 
 
 def is_published(place: Path | str) -> bool:
