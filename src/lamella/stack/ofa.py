@@ -269,6 +269,7 @@ class OFAEncoder(OFAPreTrainedModel):
         Raises:
             ArchitectureError: for images with more rows or columns of patches than there are positions.
         """
+        pixel_values = pixel_values.to(self.image_proj.weight.dtype)
         features = self.embed_images(pixel_values).last_hidden_state  # [images, channels, rows, columns]
         side, (rows, columns) = self.config.image_bucket_size, features.shape[2:]
         if max(rows, columns) > side:
