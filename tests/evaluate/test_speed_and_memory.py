@@ -126,8 +126,9 @@ def test_bench_times_denoising_steps_of_models_that_predict_masked_tokens() -> N
 
 
 @pytest.mark.exhaustive
-def test_bench_encodes_a_prompt_once_and_decodes_word_by_word() -> None:
-    model = nano("bart")
+@pytest.mark.parametrize("name", ["bart", "ofa"])  # OFA's decoder reads more than the final states
+def test_bench_encodes_a_prompt_once_and_decodes_word_by_word(name: str) -> None:
+    model = nano(name)
     path = {"decoder": PhasedPath(prefill=[0, 1, 2, 3], decode=[0, 3])}
     view = apply(open_model(model), Plan(model=ModelReference.of(open_model(model)), path=path))
     read: list[int] = []

@@ -39,6 +39,8 @@ STACKS = {
               "decoder": (f"model.language_model.decoder.{layers}", ["attn", "cross", "mlp"])}
        for name, layers in {"florence2": "layers", "patch_bart": "layers", "patch_mbart": "layers",
                             "patch_t5": "block"}.items()},
+    "ofa": {"encoder": ("model.encoder.layers", ["attn", "mlp"]),
+            "decoder": ("model.decoder.layers", ["attn", "cross", "mlp"])},
 }  # fmt: skip
 CASES = [(name, stack) for name, stacks in STACKS.items() for stack in stacks]
 CACHED = [(name, stack) for name, stack in CASES if stack in ("text", "decoder")]
@@ -109,7 +111,8 @@ def test_they_do_so_with_a_cache(name: str, stack: str) -> None:
     more: dict[str, Any] = {words: last, "cache": first.cache, "use_cache": True}
     if stack == "decoder":
         more |= {
-            "encoder_outputs": BaseModelOutput(last_hidden_state=first.encoder_last_hidden_state),
+            "encoder_outputs": first.get("encoder_outputs")
+            or BaseModelOutput(last_hidden_state=first.encoder_last_hidden_state),
             **{k: v for k, v in given.items() if k == "attention_mask"},
         }
     calls, outs, _ = noted(model, STACKS[name][stack][0], more)

@@ -271,7 +271,8 @@ class _Passes:
         seconds = clock(device) - begin
         following = None if self.denoises else output.logits[:, -1:].argmax(-1)
         if self.encodes:
-            read = BaseModelOutput(last_hidden_state=output.encoder_last_hidden_state)
+            read = output.get("encoder_outputs")  # of a decoder that reads more than the final states
+            read = read or BaseModelOutput(last_hidden_state=output.encoder_last_hidden_state)
             self.given = {"decoder_input_ids": following, "encoder_outputs": read, "cache": output.cache}
             self.given |= {"use_cache": True} | ({} if self.padding is None else {"attention_mask": self.padding})
         elif not self.denoises:

@@ -22,6 +22,7 @@ from lamella.stack import towers
 from lamella.stack.derivation import derive
 from lamella.stack.diffusion_config import DreamConfig, LLaDAConfig, LlavaDiffusionConfig
 from lamella.stack.entry import SIZES, Architecture, Assembly, Experts, Slot, Sublayer
+from lamella.stack.ofa_config import OFAConfig
 from lamella.stack.patch_config import PatchSeq2SeqConfig
 from lamella.stack.wiring import Part, Wiring
 
@@ -568,6 +569,21 @@ _WHISPER = replace(
 
 # MBART and similar models
 _PRE_NORM = replace(_WHISPER, embedding="embed_tokens", modality="text", mask="attention_mask", wired=None)
+_OFA = replace(
+    _PRE_NORM,
+    name="ofa_seq2seq",
+    sublayers=(
+        Sublayer(
+            "attn",
+            towers.ofa_attn,
+            ("self_attn", "self_attn_layer_norm", "self_attn_mid_layer_norm"),
+            "self_attn_mid_layer_norm",
+        ),
+        Sublayer("mlp", towers.ofa_mlp, ("fc1", "ffn_layer_norm", "fc2", "final_layer_norm"), "fc2"),
+    ),
+    front="model",
+    images="image_token_index",
+)
 
 _ASSEMBLIES = (
     Assembly(
@@ -776,9 +792,32 @@ ASSEMBLIES["florence2"] = Assembly(
     auto="AutoModelForImageTextToText",
 )
 ASSEMBLIES["patch_seq2seq"] = replace(ASSEMBLIES["florence2"], name="patch_seq2seq")
-OWN = {  # model types that transformers does not have
-    each.model_type: each for each in (LLaDAConfig, DreamConfig, LlavaDiffusionConfig, PatchSeq2SeqConfig)
-}
+ASSEMBLIES["ofa_seq2seq"] = Assembly(
+    name="ofa_seq2seq",
+    stacks=(
+        _OFA,
+        replace(
+            _OFA,
+            sublayers=(
+                _OFA["attn"],
+                Sublayer(
+                    "cross",
+                    towers.ofa_cross,
+                    ("cross_attn", "cross_attn_layer_norm", "cross_attn_mid_layer_norm"),
+                    "cross_attn_mid_layer_norm",
+                ),
+                _OFA["mlp"],
+            ),
+            base="model.decoder",
+            head="lm_head",
+            images="",
+            **_DECODER,
+        ),
+    ),
+    auto="AutoModelForImageTextToText",
+)
+_OWN_CONFIGS = (LLaDAConfig, DreamConfig, LlavaDiffusionConfig, PatchSeq2SeqConfig, OFAConfig)
+OWN = {each.model_type: each for each in _OWN_CONFIGS}  # model types that transformers does not have
 for _type, _config in OWN.items():
     AutoConfig.register(_type, _config, exist_ok=True)
 
@@ -823,13 +862,14 @@ def own_class(model_type: str) -> Any:
     """Return Lamella's own class for a model type that transformers lacks, and register it; None for other types."""
     if model_type not in OWN:
         return None
-    from lamella.stack import diffusion, diffusion_vlm, patch_seq2seq  # imported here because it takes seconds
+    from lamella.stack import diffusion, diffusion_vlm, ofa, patch_seq2seq  # imported here because it takes seconds
 
     auto, known = {
         "llada": (AutoModelForMaskedLM, diffusion.LLaDAForMaskedLM),
         "Dream": (AutoModelForMaskedLM, diffusion.DreamForMaskedLM),
         "llava_diffusion": (AutoModelForImageTextToText, diffusion_vlm.LlavaDiffusion),
         "patch_seq2seq": (AutoModelForImageTextToText, patch_seq2seq.PatchSeq2Seq),
+        "ofa_seq2seq": (AutoModelForImageTextToText, ofa.OFAForConditionalGeneration),
     }[model_type]
     auto.register(OWN[model_type], known, exist_ok=True)
     return known

@@ -151,6 +151,27 @@ def _feed_forward(layer: Any, h: Tensor) -> Tensor:
     return dropout(layer.fc2(h), p=layer.dropout, training=layer.training)
 
 
+# OFA: norms before the sublayers and inside them, and biases of the scores.
+def ofa_attn(layer: Any, h: Tensor, call: dict[str, Any]) -> Tensor:
+    """Run the attention sublayer of an OFA layer."""
+    out, _ = layer.self_attn(layer.self_attn_layer_norm(h), **without(call, *ENCODED, "use_cache"))
+    return h + dropout(layer.self_attn_mid_layer_norm(out), p=layer.dropout, training=layer.training)
+
+
+def ofa_cross(layer: Any, h: Tensor, call: dict[str, Any]) -> Tensor:
+    """Run the cross-attention sublayer of an OFA layer."""
+    call = _crossed(call) | {"position_bias": call["encoder_decoder_position_bias"]}
+    out, _ = layer.cross_attn(layer.cross_attn_layer_norm(h), **call)
+    return h + dropout(layer.cross_attn_mid_layer_norm(out), p=layer.dropout, training=layer.training)
+
+
+def ofa_mlp(layer: Any, h: Tensor, call: dict[str, Any]) -> Tensor:
+    """Run the MLP sublayer of an OFA layer."""
+    out = layer.activation_fn(layer.fc1(layer.final_layer_norm(h)))
+    out = layer.ffn_layer_norm(dropout(out, p=layer.activation_dropout, training=layer.training))
+    return h + dropout(layer.fc2(out), p=layer.dropout, training=layer.training)
+
+
 # T5: norms inside the parts of a layer; layer 0 computes the position bias that all layers add to their scores.
 def t5_attn(layer: Any, h: Tensor, call: dict[str, Any]) -> Tensor:
     """Run the attention sublayer of a T5 layer."""

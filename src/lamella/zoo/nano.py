@@ -94,6 +94,7 @@ _DAVIT = {
     "projection_dim": 32,
     "max_position_embeddings": 8,
 }
+_RESNET = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 2]}
 _SOUND = {"num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 64}
 
 NANO_ASSEMBLIES: dict[str, tuple[str, dict[str, Any]]] = {  # the same for models with several stacks
@@ -127,10 +128,21 @@ NANO_ASSEMBLIES: dict[str, tuple[str, dict[str, Any]]] = {  # the same for model
             "tie_word_embeddings": False,
         },
     ),
+    "ofa": (
+        "ofa_seq2seq",
+        {
+            **_SEQ2SEQ,
+            "vision_config": _RESNET,
+            "image_size": 16,
+            "image_token_index": 127,
+            "token_bucket_size": 8,
+            "image_bucket_size": 4,
+        },
+    ),
 }
 
 
-IMAGE_POSITIONS = {"florence2": 5, "patch_bart": 16, "patch_mbart": 16, "patch_t5": 16}  # positions per image
+IMAGE_POSITIONS = {"florence2": 5, "patch_bart": 16, "patch_mbart": 16, "patch_t5": 16, "ofa": 4}  # positions per image
 
 
 def nano(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:

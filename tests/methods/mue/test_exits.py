@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -23,12 +24,13 @@ from lamella.methods.mue import OFF, ExitSettings, ModalityExits, TokenExits, de
 from lamella.methods.mue.policy import by_token, saturation
 from lamella.plan import Plan
 from lamella.runtime import PlanCache, empty_cache, parallel, traced, untraced
-from lamella.stack import Model
+from lamella.stack import Context, Model
+from lamella.stack.ofa import OFAEncoder
 from lamella.zoo.nano import IMAGE_POSITIONS, nano
 
 NAMES = list(IMAGE_POSITIONS)
 ROWS, LENGTH, PROMPT = 3, 9, 4
-IMAGE, START = 127, {"florence2": 2, "patch_bart": 2, "patch_mbart": 2, "patch_t5": 0}
+IMAGE, START = 127, {"florence2": 2, "patch_bart": 2, "patch_mbart": 2, "patch_t5": 0, "ofa": 2}
 DRAWN = torch.Generator().manual_seed(5)
 IDS = torch.randint(3, 120, (ROWS, LENGTH), generator=DRAWN)
 MASK = torch.ones_like(IDS)
@@ -80,19 +82,22 @@ def words(ids: Tensor = IDS, mask: Tensor = MASK) -> dict[str, Tensor]:
     return {"decoder_input_ids": ids, "decoder_attention_mask": mask}
 
 
-def run_layers(model: Model, h: Tensor, which: Tensor, layers: int) -> Iterator[Tensor]:
-    """Of a row [1, time, d] the stream of some tokens [time], before and after each of so many layers of the encoder.
+def run_layers(model: Model, context: Context, row: int, which: Tensor, layers: int) -> Iterator[Tensor]:
+    """Of a row the stream of some tokens [time] alone, before and after each of so many layers of the encoder.
 
-    They are run by their own modules. T5's bias is that of the places which the tokens have in the row.
+    They are run by their own modules. The bias of T5 and of OFA is that of the places which the tokens have in the row.
     """
     encoder = model.stacks["encoder"]
-    time, bias, h = h.shape[1], None, h[:, which]
+    h = context.h[row : row + 1, which]
+    time, bias = context.h.shape[1], None
     yield h
-    for layer in list(encoder.layers)[:layers]:
+    for layer, call in zip(list(encoder.layers)[:layers], context.calls, strict=False):
         if hasattr(layer, "layer"):  # T5's
             if bias is None:
                 bias = layer.layer[0].SelfAttention.compute_bias(time, time)[:, :, which][..., which]
             h = layer(h, None, bias)[0]
+        elif "position_bias" in call:  # OFA's, of each layer
+            h = layer(h, position_bias=call["position_bias"][row : row + 1, :, which][..., which])
         else:
             h = layer(h, None)
         yield h
@@ -103,14 +108,14 @@ def by_hand(
 ) -> tuple[Tensor, list[dict[str, list[float]]]]:
     """The encoder's final states with streams apart, and S of each stream of each row."""
     encoder = model.stacks["encoder"]
-    h = encoder.context(given).h
-    out, cosines = h.clone(), []
-    for row in range(len(h)):
+    context = encoder.context(given)
+    out, cosines = context.h.clone(), []
+    for row in range(len(out)):
         real, images = given["attention_mask"][row].bool(), given["input_ids"][row] == IMAGE
         found = {}
         for name, which in (("image", real & images), ("text", real & ~images)):
             if which.any():
-                streams = list(run_layers(model, h[row : row + 1], which, exits[name][row]))
+                streams = list(run_layers(model, context, row, which, exits[name][row]))
                 out[row, which] = streams[-1][0]
                 pairs = pairwise(streams)
                 found[name] = [float(torch.cosine_similarity(a.flatten(), b.flatten(), dim=0)) for a, b in pairs]
@@ -118,10 +123,17 @@ def by_hand(
     return encoder.normed(out), cosines
 
 
+def read(model: Model, memory: Tensor, given: dict[str, Tensor]) -> dict[str, Any]:
+    """What a decoder reads of an encoder whose final states are these: OFA's also reads its positions."""
+    encoder, found = model.stacks["encoder"].base, BaseModelOutput(last_hidden_state=memory)
+    if isinstance(encoder, OFAEncoder):
+        found = replace(encoder(**given), last_hidden_state=memory)
+    return {"encoder_outputs": found, "attention_mask": given["attention_mask"]}
+
+
 def answered(model: Model, memory: Tensor, given: dict[str, Tensor], ids: Tensor = IDS, mask: Tensor = MASK) -> Tensor:
     """The logits of the untouched decoder over this memory."""
-    inputs = {"encoder_outputs": BaseModelOutput(last_hidden_state=memory), "attention_mask": given["attention_mask"]}
-    return model.model(**inputs, **words(ids, mask), use_cache=False).logits
+    return model.model(**read(model, memory, given), **words(ids, mask), use_cache=False).logits
 
 
 def all_layers(model: Model) -> dict[str, list[int]]:
@@ -215,8 +227,7 @@ def test_a_threshold_below_all_cosines_is_a_model_with_the_first_layers_alone(na
     logits = view(**given, **words()).logits
     memory, _ = by_hand(model, given, dict.fromkeys(("image", "text"), [min_layer] * ROWS))
     decoder = model.stacks["decoder"]
-    inputs = {"encoder_outputs": BaseModelOutput(last_hidden_state=memory), "attention_mask": given["attention_mask"]}
-    context = decoder.context(inputs | words())
+    context = decoder.context(read(model, memory, given) | words())
     expected = decoder.head(decoder.run(context.h, 0, min_layer, context))
     assert (logits - expected)[MASK.bool()].abs().max() <= TOLERANCE
     assert set(view.lamella_policy.exits[MASK.bool()].tolist()) == {min_layer}
@@ -259,8 +270,8 @@ def stepped(view: Any, given: dict[str, Tensor], cuts: tuple[int, ...], cache: A
     for end in (*cuts, LENGTH):
         out = view(**known, **words(IDS[:, begin:end], MASK[:, :end]), cache=cache, use_cache=True)
         parts.append(out.logits)
-        read = BaseModelOutput(last_hidden_state=out.encoder_last_hidden_state)
-        known = {"encoder_outputs": read, "attention_mask": given["attention_mask"]}
+        encoded = out.get("encoder_outputs") or BaseModelOutput(last_hidden_state=out.encoder_last_hidden_state)
+        known = {"encoder_outputs": encoded, "attention_mask": given["attention_mask"]}
         cache, begin = out.cache, end
     return torch.cat(parts, dim=1)
 
@@ -346,11 +357,8 @@ def test_without_exits_the_decoder_is_the_model_s_own_bitwise(name: str) -> None
     for beams in (1, 2):
         ours = view.generate(**given, **words(IDS[:, :PROMPT], MASK[:, :PROMPT]), **settings, num_beams=beams)
         memory = view(**given, **words()).encoder_last_hidden_state
-        inputs = {
-            "encoder_outputs": BaseModelOutput(last_hidden_state=memory),
-            "attention_mask": given["attention_mask"],
-        }
-        theirs = model.model.generate(**inputs, **words(IDS[:, :PROMPT], MASK[:, :PROMPT]), **settings, num_beams=beams)
+        inputs = read(model, memory, given) | words(IDS[:, :PROMPT], MASK[:, :PROMPT])
+        theirs = model.model.generate(**inputs, **settings, num_beams=beams)
         assert torch.equal(ours.sequences, theirs.sequences)
         assert all(torch.equal(a, b) for a, b in zip(ours.logits, theirs.logits, strict=True))
 

@@ -1,4 +1,4 @@
-"""Checkpoints whose published layout differs from that of the class that opens them: LLaDA-V and LaViDa.
+"""LLaDA-V and LaViDa, masked-diffusion models that read images.
 
 Both are made with the code of LLaVA-NeXT: one flat config for the language model and what reads images, and the tensor
 names of its classes. Here their config becomes that of :class:`lamella.stack.diffusion_vlm.LlavaDiffusion`, the names
@@ -12,20 +12,16 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import transformers
-from accelerate import init_empty_weights
-from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from lamella.errors import CheckpointError
 from lamella.plan import checkpoint
-from lamella.plan.filling import fill
+from lamella.zoo.published.layout import IMAGE, PublishedLayout
 
-IMAGE = "<image>"  # the placeholder of an image, which the published tokenizers do not have
 TEXTS = {"llava_llada": "llada", "llava_dream": "Dream"}  # model type of the language model
 SIGLIP = {  # google/siglip-so400m-patch14-384 and siglip2-so400m-patch14-384 without the last layer and the head
     "model_type": "siglip_vision_model",
@@ -64,51 +60,6 @@ DREAM = {
     r"^model\.(layers|embed_tokens|norm)\.": rf"{INSIDE}\1.",
     r"^lm_head\.": "model.language_model.lm_head.",
 }
-NAMES = {"llava_llada": IMAGES | LLADA, "llava_dream": IMAGES | DREAM}
-
-
-def is_published(place: Path | str) -> bool:
-    """Return whether a folder has one of the layouts of this module.
-
-    Args:
-        place: a folder or a hub id.
-    """
-    if not isinstance(place, Path) or not (place / "config.json").is_file():
-        return False
-    return str(_config(place).get("model_type")) in NAMES  # a damaged config may hold anything there
-
-
-def renamed(name: str, model_type: str) -> str:
-    """Return what the class that opens a model calls a tensor.
-
-    Args:
-        name: the published name.
-        model_type: the published type of the model.
-    """
-    for pattern, ours in NAMES[model_type].items():
-        if re.search(pattern, name):
-            return re.sub(pattern, ours, name)
-    return name
-
-
-def open_weights(place: Path, config: Any, dtype: Any) -> Any:
-    """Return the model in a folder.
-
-    Args:
-        place: the folder.
-        config: its config; see :func:`config_of`.
-        dtype: the precision of its weights.
-
-    Raises:
-        CheckpointError: for a tensor that is missing, unknown, or of another shape.
-    """
-    from lamella.stack.diffusion_vlm import LlavaDiffusion
-
-    with init_empty_weights():
-        model = LlavaDiffusion(config)
-    files, kind = sorted({each.file for each in checkpoint.read(place).tensors}), _config(place)["model_type"]
-    tensors = {renamed(name, kind): each.to(dtype) for file in files for name, each in load_file(file).items()}
-    return fill(model, tensors, place)
 
 
 def config_of(place: Path) -> Any:
@@ -122,7 +73,7 @@ def config_of(place: Path) -> Any:
     """
     from lamella.stack.diffusion_config import LlavaDiffusionConfig
 
-    found = _config(place)
+    found = checkpoint.read_json(place / "config.json")
     kind, tower = TEXTS[found["model_type"]], str(found.get("mm_vision_tower", "")).rsplit("/", 1)[-1]
     expected = {
         "mm_projector_type": (found.get("mm_projector_type"), "mlp2x_gelu"),
@@ -215,5 +166,7 @@ def open_processing(place: Path) -> Any:
     )
 
 
-def _config(place: Path) -> Mapping[str, Any]:
-    return checkpoint.read_json(place / "config.json")
+LAYOUTS = {
+    "llava_llada": PublishedLayout(IMAGES | LLADA, config_of, open_tokens, open_processing),
+    "llava_dream": PublishedLayout(IMAGES | DREAM, config_of, open_tokens, open_processing),
+}
