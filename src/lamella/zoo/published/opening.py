@@ -59,7 +59,8 @@ def open_weights(place: Path, config: Any, dtype: Any) -> Any:
     with init_empty_weights():
         model = own_class(config.model_type)(config)
     model.tie_weights()
-    named = ((renamed(name, _model_type(place)), each) for name, each in _stored(place))
+    kind = _model_type(place)
+    named = ((renamed(name, kind), each) for name, each in _stored(place))
     tensors = {name: each.to(dtype) if each.is_floating_point() else each for name, each in named if name is not None}
     fill(model, tensors, place).tie_weights()
     return model
